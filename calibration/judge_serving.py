@@ -1,74 +1,160 @@
-"""DeepSeek-R1 as others served it, against the request-level simulation of each row.
+"""Models as others served them, against benchmarks played on steps that the cost model prices.
 
-python calibration/judge_serving.py FILE              errors on the half that was not fitted
-python calibration/judge_serving.py FILE --write      and what expertlane reads of it
+python calibration/judge_serving.py FILE…           errors on the half that was not fitted
+python calibration/judge_serving.py FILE… --write   and what expertlane reads of it
 
 FILE: public end-to-end measurements as CSV; `serving_rows.py` says what is taken for granted of
-them. Prints Markdown. What was simulated stays in build/judge_*.jsonl until the model or the rows
-change, so that an interrupted run goes on.
+them. Prints Markdown. What was priced stays in build/judge_steps.jsonl until the model changes, so
+that an interrupted run goes on.
 """
 
 import argparse
+import multiprocessing
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from serving_errors import FEWEST, NOISE, Errors, Pair, by_group, orders, single_rows, table
-from serving_fit import (
-    Sides,
-    acceptance_of,
-    acceptances,
-    fit,
-    unfitted,
-    with_overheads,
-    write,
+from serving_errors import (
+    FEWEST,
+    QUANTITIES,
+    Bounds,
+    Errors,
+    Ratios,
+    by,
+    of_pairs,
+    pairs,
+    ratio_bounds,
+    ratios,
+    table,
 )
-from serving_rows import TYPES, Row, read_rows
-from serving_simulation import Question, project
-from serving_waves import all_in_waves
+from serving_fit import Fit, Point, Sides, Times, acceptances, out_of_sample, tokens_per_step, write
+from serving_rows import Row, model_of, read_rows
+from serving_simulation import Priced, price
+from serving_waves import Host, play, scheduling_of
 
-from expertlane.cost.laws.frameworks import FILE, Framework, JudgedGroup, judged_groups
+from expertlane.cost.laws.frameworks import FILE, Fitted, JudgedGroup, attention_of, sizes_of
 
 
 def main() -> int:
-    """Fit, simulate and compare."""
+    """Price, play, fit and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--write", action="store_true", help="the fitted overheads too")
-    parser.add_argument("--jobs", type=int, default=2, help="processes that simulate")
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument("--write", action="store_true", help="what expertlane reads too")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
     asked = parser.parse_args()
-    rows, unknown = read_rows(asked.file)
-    sides = Sides.drawn(rows)
-    accepted = acceptances(sides.fitted)
-
-    questions = [
-        Question(row, unfitted(row.framework), acceptance_of(row, accepted)) for row in rows
-    ]
-    # In a drawn order: what is done tells how long the rest takes.
-    order = np.random.default_rng(0).permutation(len(rows)).tolist()
-    answers = dict(zip(order, project([questions[i] for i in order], asked.jobs), strict=True))
-    base = [(row, answers[place]) for place, row in enumerate(rows)]
-    refused = [pair for pair in base if pair[1].refused]
-    base = [pair for pair in base if not pair[1].refused]
-    waves = all_in_waves(base, asked.jobs)
-    base = [(row, each) for (row, _), each in zip(base, waves, strict=True)]
-    fitted = {row.configuration for row in sides.fitted}
-    frameworks = fit([each for each in base if each[0].configuration in fitted])
-    pairs = [(row, with_overheads(row, each, frameworks[row.framework])) for row, each in base]
-    _print(fitted, pairs)
-    print("\nWithout any overhead, on the half that was not fitted:\n")
-    rest = [pair for pair in base if pair[0].configuration not in fitted]
-    print("\n".join(table(by_group(rest, lambda row: row.hardware))))
-    print(f"\nLeft out: {len(unknown)} rows of unknown layouts; {len(refused)} that do not fit.")
-    for row, each in refused:
-        print(f"- {row.hardware} {row.decode}: {each.refused}", file=sys.stderr)
-    _print_frameworks(frameworks)
+    rows, unknown = read_rows(asked.files)
+    sides = Sides.of(rows)
+    found = played_points(rows, sides, asked.jobs)
+    points, refused = found.points, found.refused
+    fit = Fit.to([point for point in points if point.is_fitted])
+    to_fit = out_of_sample([point for point in points if point.is_fitted])
+    bounds = Bounds(to_fit)
+    judged = [each for each in points if not each.is_fitted]
+    corrected = [point.corrected(fit.of(point.row)) for point in judged]
+    print(f"{len(rows)} rows, {len(points)} points; {len(judged)} points are judged.")
+    _print("With nothing fitted", judged, bounds)
+    _print("With what was fitted to the other half", corrected, bounds)
+    print("\nWith nothing fitted to the kind itself:\n")
+    print("\n".join(table({"all": _without_own_kind(points)}, bounds.of)))
+    print("\nPairs of layouts, neither of which was fitted:\n")
+    half_width = ratio_bounds(pairs(to_fit))
+    print("\n".join(of_pairs(pairs(corrected), half_width)))
+    print(f"\nLeft out: {len(unknown)} rows of unknown layouts; {len(refused)} refused:")
+    _print_refused(refused)
+    fitted = sorted(fit.by_stage.values(), key=lambda each: each.kind)
+    _print_fitted(fitted)
     if asked.write:
-        judged = [pair for pair in pairs if pair[0].configuration not in fitted]
-        others = [each for each in judged_groups() if each.model != "DeepSeek-R1"]
-        write(frameworks, [*_groups(judged, _own), *_groups(rest, _none), *others], FILE)
+        groups = (
+            *_groups(corrected, bounds, _own),
+            *_groups(judged, Bounds(_unfitted(points)), _none),
+        )
+        write(fitted, groups, FILE)
     return 0
+
+
+@dataclass(frozen=True)
+class Played:
+    """Rows projected with nothing fitted.
+
+    Attributes:
+        points: repeats together.
+        refused: rows, with why.
+        seconds_of_row: of CPU, with pricing its steps.
+    """
+
+    points: Sequence[Point]
+    refused: Sequence[tuple[Row, str]]
+    seconds_of_row: float
+
+
+def played_points(rows: Sequence[Row], sides: Sides, jobs: int) -> Played:
+    """All rows but those of models or layouts that cannot be projected."""
+    accepted, chosen = acceptances(sides.fitted), {row.configuration for row in sides.fitted}
+    repeats: defaultdict[Any, list[Row]] = defaultdict(list)
+    refused, priced_of, all_priced = [], {}, price(rows, jobs)
+    for row, priced in zip(rows, all_priced, strict=True):
+        if priced.refused:
+            refused.append((row, priced.refused))
+        else:
+            repeats[row.point].append(row)
+            priced_of[row.point] = priced
+    asked = [
+        (same[0], priced_of[key], tokens_per_step(same[0], accepted))
+        for key, same in repeats.items()
+    ]
+    with multiprocessing.Pool(jobs) as pool:
+        played = pool.starmap(_played, asked, chunksize=8)
+    points = []
+    for same, (times, _) in zip(repeats.values(), played, strict=True):
+        outputs = [row.output_tps for row in same if row.output_tps is not None]
+        measured = Times(
+            float(np.median([row.tpot_s for row in same])),
+            float(np.median([row.ttft_s for row in same])),
+            float(np.median(outputs)) if outputs else None,
+        )
+        is_fitted = same[0].configuration in chosen
+        points.append(Point(same[0], measured, times, is_fitted, len(same)))
+    seconds = sum({id(each): each.seconds for each in all_priced}.values())
+    seconds += sum(seconds for _, seconds in played)
+    return Played(points, refused, seconds / len(rows))
+
+
+def _played(row: Row, priced: Priced, tokens: float) -> tuple[Times, float]:
+    """What a row's client sees, and seconds of CPU that this took."""
+    begin = time.process_time()
+    seen = play(row, priced.steps, scheduling_of(row), Host(), tokens)
+    average = np.mean if row.has_means else np.median
+    replicas = row.decode.num if row.prefill is None else 1
+    gpus = row.decode.layout.world_size / replicas
+    times = Times(
+        float(average(seen.tpot_s)),
+        float(average(seen.ttft_s)),
+        seen.num_tokens / seen.total_s / gpus,
+    )
+    return times, time.process_time() - begin
+
+
+def _without_own_kind(points: Sequence[Point]) -> list[Point]:
+    """Points to judge, each corrected by a fit to other models, cards and frameworks alone."""
+    found = []
+    for kind in sorted({point.row.kind for point in points}):
+        others = [each for each in points if each.is_fitted and each.row.kind != kind]
+        fit = Fit.to(others)
+        found += [
+            point.corrected(fit.of(point.row))
+            for point in points
+            if not point.is_fitted and point.row.kind == kind
+        ]
+    return found
+
+
+def _unfitted(points: Sequence[Point]) -> list[Point]:
+    return [point for point in points if point.is_fitted]
 
 
 def _own(row: Row) -> str:
@@ -79,56 +165,86 @@ def _none(row: Row) -> str:
     return ""
 
 
-def _groups(pairs: Sequence[Pair], overheads_of: Callable[[Row], str]) -> Iterator[JudgedGroup]:
-    """Those with enough rows to be told of."""
+def _groups(
+    points: Sequence[Point], bounds: Bounds, framework_of: Callable[[Row], str]
+) -> Iterator[JudgedGroup]:
+    """Kinds with enough rows to be told of."""
 
-    def kind_of(row: Row) -> tuple[str, str, bool, bool, str]:
-        types, framework = TYPES[row.precision], overheads_of(row)
-        return row.hardware, types, row.prefill is not None, row.is_speculative, framework
+    def kind_of(point: Point) -> tuple[str, str, str, bool, bool, str]:
+        model, hardware, weights, _, has_two_pools, has_drafts = point.row.kind
+        return model, hardware, weights, has_two_pools, has_drafts, framework_of(point.row)
 
-    for kind in sorted({kind_of(row) for row, _ in pairs}):
-        own = [pair for pair in pairs if kind_of(pair[0]) == kind]
-        if len(own) >= FEWEST:
-            errors = [Errors.of(what, own) for what in NOISE]
-            sizes = (round(each.size, 3) for each in errors)
-            ranges = (each.ratios for each in errors)
-            yield JudgedGroup(*kind, len(own), *sizes, *ranges)
+    for kind in sorted({kind_of(point) for point in points}):
+        own = [point for point in points if kind_of(point) == kind]
+        num_rows = sum(each.num_rows for each in own)
+        if num_rows < FEWEST:
+            continue
+        name, *others = kind
+        sizes = {what: np.abs(1 / ratios(what, own) - 1) for what in QUANTITIES}
+        ranges = {what: _widest(what, own, bounds) for what in QUANTITIES}
+        dates = sorted(each.row.date for each in own if each.row.date)
+        has_output = len(sizes["output"]) > 0
+        tpot, ttft = (round(float(np.median(sizes[what])), 3) for what in ("TPOT", "TTFT"))
+        low, high = ranges["TPOT"]
+        yield JudgedGroup(
+            *others,
+            num_rows,
+            tpot,
+            round(float(np.median(sizes["output"])), 3) if has_output else tpot,
+            ttft,
+            ranges["TPOT"],
+            ranges["output"] if has_output else (round(1 / high, 3), round(1 / low, 3)),
+            ranges["TTFT"],
+            name,
+            sizes_of(model_of(name)),
+            attention_of(model_of(name)),
+            (dates[0], dates[-1]) if dates else ("", ""),
+        )
 
 
-def _print(fitted: Set[object], pairs: Sequence[Pair]) -> None:
-    judged = [pair for pair in pairs if pair[0].configuration not in fitted]
-    h100 = [pair for pair in pairs if pair[0].hardware == "h100"]
-    print(f"{len(pairs) - len(judged)} rows were fitted to, {len(judged)} are judged.\n")
-    parts = {
-        "On the half that was not fitted, by hardware": by_group(judged, lambda row: row.hardware),
-        "By framework": by_group(judged, lambda row: row.framework),
-        "By all": by_group(judged, lambda row: row.group),
-        "On the half that was fitted": by_group(
-            [pair for pair in pairs if pair[0].configuration in fitted], lambda row: row.hardware
-        ),
+def _widest(what: str, points: Sequence[Point], bounds: Bounds) -> Ratios:
+    """Of kinds that are told as one."""
+    low, high = zip(*(bounds.of(what, each) for each in points), strict=True)
+    return min(low), max(high)
+
+
+def _print(title: str, points: Sequence[Point], bounds: Bounds) -> None:
+    print(f"\n{title}:\n")
+    of_cell = by(points, _cell)
+    cells = {
+        name: own for name, own in of_cell.items() if sum(each.num_rows for each in own) >= FEWEST
     }
-    for title, groups in parts.items():
-        print(f"\n{title}:\n")
-        print("\n".join(table(groups)))
-    print("\nH100's rows, fitted or not:\n")
-    print("\n".join(single_rows(h100)))
-    print("\nPairs of layouts, both not fitted:\n")
-    print("\n".join(orders(judged, lambda one, other: True)))
-    print("\nPairs of layouts, at least one of them not fitted:\n")
-
-    def is_judged(one: Row, other: Row) -> bool:
-        return one.configuration not in fitted or other.configuration not in fitted
-
-    print("\n".join(orders(pairs, is_judged)))
+    print("\n".join(table({"all": points, **cells}, bounds.of)))
+    for what in QUANTITIES:
+        worst = max(
+            (Errors.of(what, own, bounds.of).size, name)
+            for name, own in cells.items()
+            if len(ratios(what, own))
+        )
+        print(f"\nWorst of ten rows and more, {what}: {worst[0]:.0%}, {worst[1]}")
 
 
-def _print_frameworks(frameworks: Mapping[str, Framework]) -> None:
-    print("\n| framework | of | value | low | high |")
-    print("| --- | --- | ---: | ---: | ---: |")
-    for each in frameworks.values():
-        for name, term in each.terms.items():
-            numbers = " | ".join(f"{1e3 * x:.2f} ms" for x in (term.value, term.low, term.high))
-            print(f"| {each.title} | {name} | {numbers} |")
+def _cell(point: Point) -> tuple[str, str, str, str]:
+    row = point.row
+    return row.model, row.hardware, row.framework, "drafts" if row.is_speculative else ""
+
+
+def _print_refused(refused: Sequence[tuple[Row, str]]) -> None:
+    groups: defaultdict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for row, why in refused:
+        groups[row.model, row.hardware, why].append(row.id)
+    print()
+    for (model, hardware, why), ids in sorted(groups.items()):
+        print(f"- {len(ids)} of {model} on {hardware}: {why}")
+
+
+def _print_fitted(fitted: Sequence[Fitted]) -> None:
+    print("\n| kind | points | steps times | arrival |")
+    print("| --- | ---: | ---: | ---: |")
+    for each in fitted:
+        kind = ", ".join(each.kind) or "all"
+        numbers = f"{each.num_points} | {each.step_factor:.2f} | {1e3 * each.arrival_s:.0f} ms"
+        print(f"| {kind} | {numbers} |")
 
 
 if __name__ == "__main__":

@@ -1,173 +1,211 @@
-"""How far the model is off on rows of the file: by group, by row, and between layouts."""
+"""How far the model is off on measurements: by kind, and in the ratio of two layouts."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import combinations
 from typing import Any
 
 import numpy as np
-from serving_rows import Row
-from serving_simulation import Bounds, Projected
+from serving_fit import Point, Times
 
 from expertlane.results.hardware import below_above
 
-FEWEST = 10  # rows of a group that is judged
-# How much repeats of the same point differ in the file: pairs nearer than that have no order.
-NOISE = {"TPOT": 0.11, "output": 0.14, "TTFT": 0.34}
+FEWEST = 10  # rows of a kind that is judged
+QUANTITIES: Mapping[str, Callable[[Times], float | None]] = {
+    "TPOT": lambda times: times.tpot_s,
+    "output": lambda times: times.output_tps,
+    "TTFT": lambda times: times.ttft_s,
+}
+_COARSER = 5.0  # points that those of a coarser kind weigh together
+_BOUNDS = (0.05, 0.95)
+_DAYS_APART = 7  # at most, where versions are not told
+_CLEAR = 0.1  # difference of two layouts that are told apart
 
-Pair = tuple[Row, Projected]
-_MEASURED: Mapping[str, Callable[[Row], float]] = {
-    "TPOT": lambda row: row.tpot_s,
-    "output": lambda row: row.output_tps,
-    "TTFT": lambda row: row.ttft_s,
-}
-_PROJECTED: Mapping[str, Callable[[Projected], Bounds]] = {
-    "TPOT": lambda each: each.tpot_s,
-    "output": lambda each: each.output_tps,
-    "TTFT": lambda each: each.ttft_s,
-}
+Ratios = tuple[float, float]
+
+
+def ratios(what: str, points: Sequence[Point]) -> np.ndarray:
+    """Measured over projected, of points that know of both."""
+    of = QUANTITIES[what]
+    known = [(of(each.measured), of(each.played)) for each in points]
+    return np.array([one / other for one, other in known if one and other])
 
 
 @dataclass(frozen=True)
 class Errors:
-    """Of one quantity on some rows; shares of what was measured.
+    """Of one quantity on some points; shares of what was measured.
 
     Attributes:
         signed, size, p90: medians of the error and of its size, and its 90th percentile.
-        ratios: of what was measured over what was projected, as `range_of` has it.
-        inside: share of rows inside the bounds.
-        half_width: median, as a share of the likely value.
+        inside: share of points inside the bounds.
+        bounds: of measured over projected; the median of each.
     """
 
-    num_rows: int
+    num: int
     signed: float
     size: float
     p90: float
-    ratios: tuple[float, float]
     inside: float
-    half_width: float
+    bounds: Ratios
 
     @classmethod
-    def of(cls, what: str, pairs: Sequence[Pair]) -> "Errors":
-        """The errors of one of `NOISE`."""
-        measured = np.array([_MEASURED[what](row) for row, _ in pairs])
-        low, likely, high = np.array([_PROJECTED[what](each) for _, each in pairs]).T
-        errors = likely / measured - 1
+    def of(
+        cls, what: str, points: Sequence[Point], bounds_of: Callable[[str, Point], Ratios]
+    ) -> "Errors":
+        """The errors of one of `QUANTITIES`."""
+        of = QUANTITIES[what]
+        known = [each for each in points if of(each.measured) and of(each.played)]
+        found = ratios(what, known)
+        if not len(found):
+            nothing = float("nan")
+            return cls(0, nothing, nothing, nothing, nothing, (nothing, nothing))
+        low, high = np.array([bounds_of(what, each) for each in known]).T
+        errors = 1 / found - 1
         return cls(
-            len(pairs),
+            len(found),
             float(np.median(errors)),
             float(np.median(np.abs(errors))),
             float(np.quantile(np.abs(errors), 0.9)),
-            range_of(likely / measured),
-            float(np.mean((low <= measured) & (measured <= high))),
-            float(np.median((high - low) / 2 / likely)),
+            float(np.mean((low <= found) & (found <= high))),
+            (float(np.median(low)), float(np.median(high))),
         )
 
     def __str__(self) -> str:
+        if not self.num:
+            return " | | | | "
         return (
-            f"{self.signed:+.0%} | {self.size:.0%} | {self.p90:.0%} | {below_above(self.ratios)} | "
-            f"{self.inside:.0%} | ±{self.half_width:.0%}"
+            f"{self.signed:+.0%} | {self.size:.0%} | {self.p90:.0%} | {self.inside:.0%} | "
+            f"{below_above(self.bounds)}"
         )
 
 
-def range_of(ratios: np.ndarray) -> tuple[float, float]:
-    """What was measured over what was projected: 5th and 95th percentile, or 1.
+@dataclass(frozen=True)
+class Bounds:
+    """The 5th and 95th percentile of measured over projected, by kind.
+
+    A kind's own points count one each, and those of all of its framework on that generation of
+    cards, and those of all, together as much as `_COARSER` points: where a kind has few, its bounds
+    are those of its like.
 
     Args:
-        ratios: [N]; projected over measured.
+        points: to fit to, each projected by a fit to others.
     """
-    low, high = np.quantile(1 / np.asarray(ratios), (0.05, 0.95))
+
+    points: Sequence[Point]
+
+    def of(self, what: str, point: Point) -> Ratios:
+        """A low and a high one."""
+        coarse, finest = point.stages[2], point.stages[-1]
+        found, weights = [], []
+        for weight, own in (
+            (None, [each for each in self.points if each.stages[-1] == finest]),
+            (_COARSER, [each for each in self.points if each.stages[2] == coarse]),
+            (_COARSER, self.points),
+        ):
+            of_own = ratios(what, own)
+            found.append(of_own)
+            one = 1.0 if weight is None else weight / max(len(of_own), 1)
+            weights.append(np.full(len(of_own), one))
+        return _quantiles(np.concatenate(found), np.concatenate(weights))
+
+
+def _quantiles(values: np.ndarray, weights: np.ndarray) -> Ratios:
+    order = np.argsort(values)
+    places = (np.cumsum(weights[order]) - weights[order] / 2) / weights.sum()
+    low, high = np.interp(_BOUNDS, places, values[order])
     return round(min(float(low), 1.0), 3), round(max(float(high), 1.0), 3)
 
 
-def by_group(pairs: Sequence[Pair], key: Callable[[Row], Any]) -> dict[str, list[Pair]]:
-    """Pairs of each group, by its name."""
-    found: defaultdict[str, list[Pair]] = defaultdict(list)
-    for row, each in pairs:
-        name = key(row)
-        found[", ".join(filter(None, name)) if isinstance(name, tuple) else str(name)].append(
-            (row, each)
-        )
+def by(points: Sequence[Point], key: Callable[[Point], Any]) -> dict[str, list[Point]]:
+    """Points of each group, by its name."""
+    found: defaultdict[str, list[Point]] = defaultdict(list)
+    for point in points:
+        name = key(point)
+        found[", ".join(filter(None, name)) if isinstance(name, tuple) else str(name)].append(point)
     return dict(sorted(found.items()))
 
 
-def table(groups: Mapping[str, Sequence[Pair]], fewest: int = FEWEST) -> Iterator[str]:
+def table(
+    groups: Mapping[str, Sequence[Point]], bounds_of: Callable[[str, Point], Ratios]
+) -> Iterator[str]:
     """Markdown: a line for each quantity of each group."""
-    heads = "median error", "absolute", "p90", "measured", "inside bounds", "bounds"
-    yield f"| rows of | rows | of | {' | '.join(heads)} |"
-    yield "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |"
-    for name, pairs in groups.items():
-        for what in NOISE:
-            if len(pairs) < fewest:
-                yield f"| {name} | {len(pairs)} | {what} | too few rows | | | | | |"
-                break
-            yield f"| {name} | {len(pairs)} | {what} | {Errors.of(what, pairs)} |"
+    heads = "median error", "absolute", "p90", "inside bounds", "bounds"
+    yield f"| of | rows | points | quantity | {' | '.join(heads)} |"
+    yield "| --- | ---: | ---: | --- | ---: | ---: | ---: | ---: | ---: |"
+    for name, points in groups.items():
+        num_rows = sum(each.num_rows for each in points)
+        for what in QUANTITIES:
+            errors = Errors.of(what, points, bounds_of)
+            if errors.num:
+                yield f"| {name} | {num_rows} | {errors.num} | {what} | {errors} |"
 
 
-def single_rows(pairs: Sequence[Pair]) -> Iterator[str]:
-    """Markdown: each row by itself."""
-    yield "| deployment | load | of | measured | projected | low | high | error |"
-    yield "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"
-    for row, each in pairs:
-        name = f"{row.prefill} → {row.decode}" if row.prefill else str(row.decode)
-        speculation = ", MTP" if row.is_speculative else ""
-        load = f"{row.isl}/{row.osl}, {row.conc}{speculation}"
-        for what in NOISE:
-            unit = 1 if what == "output" else 1e3
-            measured = _MEASURED[what](row)
-            low, likely, high = _PROJECTED[what](each)
-            yield (
-                f"| {name} | {load} | {what} | {unit * measured:,.1f} | {unit * likely:,.1f} | "
-                f"{unit * low:,.1f} | {unit * high:,.1f} | {likely / measured - 1:+.0%} |"
-            )
+@dataclass(frozen=True)
+class Pair:
+    """Two layouts of as many GPUs, at one load.
 
-
-def orders(pairs: Sequence[Pair], counts: Callable[[Row, Row], bool]) -> Iterator[str]:
-    """Markdown: of layouts at one load, the share of pairs whose order is right.
-
-    Repeats of a point are taken together, by their median.
-
-    Args:
-        counts: whether a pair of rows is among those that are judged.
+    Attributes:
+        measured, projected: TPOT of the first over the second.
+        days: between them.
+        counts: whether both are of one version, or were measured at most a week apart.
     """
-    yield "| of | loads | pairs | right |"
-    yield "| --- | ---: | ---: | ---: |"
-    points: defaultdict[Any, list[Pair]] = defaultdict(list)
-    for row, each in pairs:
-        points[row.point].append((row, each))
-    loads: defaultdict[Any, list[list[Pair]]] = defaultdict(list)
-    for same in points.values():
-        row = same[0][0]
-        is_apart = row.prefill is not None
-        loads[
-            row.hardware,
-            row.framework,
-            row.precision,
-            row.is_speculative,
-            is_apart,
-            row.lengths,
-            row.conc,
-        ].append(same)
-    for what, noise in NOISE.items():
-        num_pairs = num_right = num_loads = 0
-        for layouts in loads.values():
-            found = [
-                _is_right(what, noise, *each)
-                for each in combinations(layouts, 2)
-                if counts(each[0][0][0], each[1][0][0])
-            ]
-            clear = [right for right in found if right is not None]
-            num_loads += bool(clear)
-            num_pairs, num_right = num_pairs + len(clear), num_right + sum(clear)
-        share = f"{num_right / num_pairs:.0%}" if num_pairs else "none"
-        yield f"| {what} | {num_loads} | {num_pairs} | {share} |"
+
+    points: tuple[Point, Point]
+    measured: float
+    projected: float
+    days: int
+    counts: bool
 
 
-def _is_right(what: str, noise: float, one: Sequence[Pair], other: Sequence[Pair]) -> bool | None:
-    """None where what was measured is too near to be told apart."""
-    first, second = (np.median([_MEASURED[what](row) for row, _ in each]) for each in (one, other))
-    if abs(np.log(first / second)) < np.log1p(noise):
-        return None
-    likely = [np.median([_PROJECTED[what](found)[1] for _, found in each]) for each in (one, other)]
-    return bool((first < second) == (likely[0] < likely[1]))
+def pairs(points: Sequence[Point]) -> list[Pair]:
+    """All of them; those that count and those that do not."""
+    loads: defaultdict[Any, list[Point]] = defaultdict(list)
+    for point in points:
+        row = point.row
+        loads[*row.kind, row.lengths, row.conc, row.num_devices].append(point)
+    return [
+        _pair(one, other)
+        for same in loads.values()
+        for one, other in combinations(same, 2)
+        if (one.row.prefill, one.row.decode) != (other.row.prefill, other.row.decode)
+    ]
+
+
+def _pair(one: Point, other: Point) -> Pair:
+    first, second = one.row, other.row
+    days = 10**6
+    if first.date and second.date:
+        days = abs((date.fromisoformat(first.date) - date.fromisoformat(second.date)).days)
+    has_one_version = bool(first.version) and first.version == second.version
+    return Pair(
+        (one, other),
+        one.measured.tpot_s / other.measured.tpot_s,
+        one.played.tpot_s / other.played.tpot_s,
+        days,
+        has_one_version or days <= _DAYS_APART,
+    )
+
+
+def ratio_bounds(found: Sequence[Pair]) -> float:
+    """Half-width of the ratio's 90 % interval, as a logarithm, from pairs of points to fit to."""
+    off = [abs(np.log(each.projected / each.measured)) for each in found if each.counts]
+    return float(np.quantile(off, 0.9)) if off else float("inf")
+
+
+def of_pairs(found: Sequence[Pair], half_width: float) -> Iterator[str]:
+    """Markdown: how many ratios are inside, and how many verdicts are wrong."""
+    counted = [each for each in found if each.counts]
+    off = np.array([abs(np.log(each.projected / each.measured)) for each in counted])
+    said = [each for each in counted if abs(np.log(each.projected)) > half_width]
+    clear = [each for each in said if abs(np.log(each.measured)) > np.log1p(_CLEAR)]
+    wrong = [each for each in clear if (each.measured > 1) != (each.projected > 1)]
+    yield f"- {len(found)} pairs, of which {len(counted)} count: one version, or a week apart"
+    if counted:
+        yield f"- inside ±{np.expm1(half_width):.0%}: {np.mean(off <= half_width):.0%}"
+        yield f"- median error of the ratio: {np.expm1(np.median(off)):.0%}"
+        yield (
+            f"- told apart: {len(said)}, of which {len(clear)} differ by {_CLEAR:.0%} as measured; "
+            f"{len(wrong)} of them the other way round"
+        )

@@ -1,47 +1,34 @@
-"""Overheads of each framework: fitted to half of the configurations, a few numbers a framework."""
+"""What is fitted to half of the configurations: two numbers of each kind of serving.
 
+A kind's steps take a factor of what laws give, and its requests a time to arrive. Both are found
+from the whole to the part: of all rows, of a framework, of it on a generation of cards, with a
+model, on one card with one type of weights; at each stage the median of what the stages before
+leave, the less of it the fewer points there are.
+"""
+
+import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from math import exp
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import serving_rows
 import tomli_w
-from serving_rows import Row
-from serving_simulation import Projected
+from serving_rows import Row, model_of
 
-from expertlane.cost.laws.execution import ARRIVAL_S, DRIVER_S, LIKELY
-from expertlane.cost.laws.frameworks import Framework, JudgedGroup, sizes_of
-from expertlane.cost.laws.profile import Term
-from expertlane.cost.laws.times import Basis
+from expertlane.cost.laws.frameworks import (
+    Fitted,
+    JudgedGroup,
+    frameworks,
+    kinds_of,
+)
 
-TITLES = {
-    "trt": "TensorRT-LLM",
-    "dynamo-trt": "Dynamo with TensorRT-LLM",
-    "sglang": "SGLang",
-    "dynamo-sglang": "Dynamo with SGLang",
-    "vllm": "vLLM",
-}
-# Assumed, not fitted; vLLM has the default budget of a server on cards of 70 GiB and more.
-_CHUNKS = {
-    "trt": 8192,
-    "dynamo-trt": 8192,
-    "sglang": 16384,
-    "dynamo-sglang": 16384,
-    "vllm": 8192,
-}
-# TensorRT-LLM's with attention data parallelism: `timeout_iters` of the public scripts that started
-# the servers.
-_WAITS = {"trt": 60}
-_FEW_OPEN = 64  # requests
-_SEED = 18
-_SAMPLES = np.concatenate([np.arange(0.0, 0.02, 1e-4), np.arange(0.02, 1.0, 5e-3)])
-_INNER = (0.25, 0.75)  # quantiles of what single rows ask for: the bounds of a term
-# What was measured, what the model says, and how often the time adds to that.
-_Asked = tuple[float, float, float]
-_ORIGIN = "calibration/judge_serving.py: half of the configurations of DeepSeek-R1"
+_SHRINKING = {"step_factor": 4.0, "arrival_s": 1.0}  # points that a stage is worth without any
+_NUM_PARTS = 10
+_ARRIVALS_S = np.concatenate([np.arange(-0.1, 1.0, 0.005), np.arange(1.0, 8.0, 0.05)])
 
 
 @dataclass(frozen=True)
@@ -52,35 +39,26 @@ class Sides:
     judged: list[Row]
 
     @classmethod
-    def drawn(cls, rows: Sequence[Row]) -> "Sides":
-        """Every second configuration of each group, in a drawn order: all its rows go together."""
-        by_group: defaultdict[Any, set[Any]] = defaultdict(set)
+    def of(cls, rows: Sequence[Row]) -> "Sides":
+        """Every second configuration of each kind, in the order of a hash, with rows of all loads.
+
+        The hash also says which side the first one is on.
+        """
+        of_kind: defaultdict[Any, set[Any]] = defaultdict(set)
         for row in rows:
-            by_group[row.group].add(row.configuration)
-        rng, chosen, place = np.random.default_rng(_SEED), set(), 0
-        for _, found in sorted(by_group.items()):
-            for each in rng.permutation(len(found)):
-                if place % 2 == 0:
-                    chosen.add(sorted(found, key=str)[each])
-                place += 1
+            of_kind[row.kind].add(row.configuration)
+        chosen = set()
+        for each in of_kind.values():
+            ordered = sorted(each, key=_hash_of)
+            chosen |= set(ordered[_hash_of(ordered[0])[0] % 2 :: 2])
         return cls(
             [row for row in rows if row.configuration in chosen],
             [row for row in rows if row.configuration not in chosen],
         )
 
 
-def unfitted(name: str) -> Framework:
-    """A framework whose hosts take no time."""
-    return _framework(name, {DRIVER_S: (0.0, 0.0, 0.0), ARRIVAL_S: (0.0, 0.0, 0.0)})
-
-
-def _framework(name: str, terms: Mapping[str, tuple[float, float, float]]) -> Framework:
-    known = {
-        term: Term(value, low, high, Basis.FITTED, _ORIGIN)
-        for term, (low, value, high) in terms.items()
-    }
-    fitted_to = sizes_of(serving_rows.model_of(serving_rows.DEEPSEEK))
-    return Framework(name, TITLES[name], _CHUNKS[name], _WAITS.get(name, 0), known, fitted_to)
+def _hash_of(configuration: Any) -> bytes:
+    return hashlib.sha256(str(configuration).encode()).digest()
 
 
 def acceptances(rows: Sequence[Row]) -> dict[tuple[str, int, int], float]:
@@ -99,15 +77,16 @@ def acceptances(rows: Sequence[Row]) -> dict[tuple[str, int, int], float]:
     return found
 
 
-def acceptance_of(row: Row, known: Mapping[tuple[str, int, int], float]) -> float:
-    """Of a row's kind, or of the nearest kind that was seen."""
+def tokens_per_step(row: Row, known: Mapping[tuple[str, int, int], float]) -> float:
+    """With the acceptance of a row's kind, or of the nearest kind that was seen."""
     if not row.is_speculative:
-        return 0.0
+        return 1.0
 
     def distance(key: tuple[str, int, int]) -> tuple[bool, bool, bool]:
         return key[1] != row.num_drafts, key[2] != row.osl, key[0] != row.framework
 
-    return known[min(sorted(known), key=distance)]
+    accepted = known[min(sorted(known), key=distance)]
+    return float(sum(accepted**place for place in range(row.num_drafts + 1)))
 
 
 def _acceptance(tokens: float, num_drafts: int) -> float:
@@ -117,115 +96,136 @@ def _acceptance(tokens: float, num_drafts: int) -> float:
     return float(grid[np.abs(given - tokens).argmin()])
 
 
-def fit(base: Sequence[tuple[Row, Projected]]) -> dict[str, Framework]:
-    """The overheads of each framework.
+@dataclass(frozen=True)
+class Times:
+    """Of requests, seconds, and tokens a second of a GPU that decodes; None where not known."""
 
-    A step's host time adds to TPOT as many times as there are steps to a token. Its bounds come
-    from the half of the points with the shorter TPOT: it is the same whatever a step computes, and
-    what long steps lack is mostly for bounds of the laws. What a request takes to arrive adds to
-    TTFT where hardly any waits for others. Repeats of a point count once.
+    tpot_s: float
+    ttft_s: float
+    output_tps: float | None
 
-    Args:
-        base: rows to fit to, with what the model says where hosts take no time.
+
+@dataclass(frozen=True)
+class Point:
+    """Repeats of a measurement together, by their medians, and what was played of them.
+
+    Attributes:
+        row: the first.
+        num_rows: that are repeats of it.
     """
-    found = {}
-    for name in TITLES:
-        own = _points([each for each in base if each[0].framework == name])
-        steps = sorted((row.tpot_s, each.tpot_s[LIKELY], each.steps_per_token) for row, each in own)
-        host = _nearest(steps, steps[: -(-len(steps) // 2)])
-        alone = [each for each in own if _is_prompt_alone(each[0])]
-        arrival = _nearest(
-            [(row.ttft_s, each.ttft_s[LIKELY] + host[1], 1.0) for row, each in alone or own]
-        )
-        found[name] = _framework(name, {DRIVER_S: host, ARRIVAL_S: arrival})
-    return found
+
+    row: Row
+    measured: Times
+    played: Times
+    is_fitted: bool
+    num_rows: int
+
+    @cached_property
+    def stages(self) -> Sequence[tuple[str, ...]]:
+        """Kinds that it is of, from the coarsest to the finest."""
+        return stages_of(self.row)
+
+    def corrected(self, fitted: Fitted) -> "Point":
+        """With a kind's factor and time to arrive, on which all times are linear."""
+        played, further = self.played, self.row.load.mean_lens[1] - 1
+        tpot_s = fitted.step_factor * played.tpot_s
+        ttft_s = max(fitted.step_factor * played.ttft_s + fitted.arrival_s, 1e-3)
+        output = played.output_tps
+        if output is not None:
+            before_s = played.ttft_s + further * played.tpot_s
+            output *= before_s / (ttft_s + further * tpot_s)
+        return replace(self, played=Times(tpot_s, ttft_s, output))
 
 
-def _points(pairs: Sequence[tuple[Row, Projected]]) -> list[tuple[Row, Projected]]:
-    """Repeats of a point taken together, by the medians of what was measured."""
-    same: defaultdict[Any, list[tuple[Row, Projected]]] = defaultdict(list)
-    for row, each in pairs:
-        same[row.point].append((row, each))
+def stages_of(row: Row) -> Sequence[tuple[str, ...]]:
+    """Kinds that a row is of, as `kinds_of` has them."""
+    model = model_of(row.model)
+    return kinds_of(row.framework, row.hardware, model, row.weights, has_drafts=row.is_speculative)
+
+
+@dataclass
+class Fit:
+    """The two numbers by stage."""
+
+    by_stage: dict[tuple[str, ...], Fitted] = field(default_factory=dict)
+
+    @classmethod
+    def to(cls, points: Sequence[Point]) -> "Fit":
+        """Of points to fit to: first the factors, then what is left of the time to arrive."""
+        fit = cls()
+        for name in _SHRINKING:
+            groups: defaultdict[tuple[str, ...], list[Point]] = defaultdict(list)
+            for point in points:
+                for key in point.stages:
+                    groups[key].append(point)
+            for key in sorted(groups, key=len):
+                fit._add(name, key, groups[key])
+        return fit
+
+    def of(self, row: Row) -> Fitted:
+        """Of the finest stage that is known."""
+        known = [self.by_stage[key] for key in stages_of(row) if key in self.by_stage]
+        return known[-1] if known else Fitted()
+
+    def _add(self, name: str, key: tuple[str, ...], own: Sequence[Point]) -> None:
+        # Nothing finer than this stage is known yet of this number.
+        before = [self._before(name, key, point) for point in own]
+        corrected = [point.corrected(each) for point, each in zip(own, before, strict=True)]
+        ratios = np.array([point.measured.tpot_s / point.played.tpot_s for point in corrected])
+        share = len(own) / (len(own) + _SHRINKING[name])
+        known = self.by_stage.get(key, before[0])
+        if name == "step_factor":
+            value = before[0].step_factor * exp(share * float(np.median(np.log(ratios))))
+        else:
+            value = max(before[0].arrival_s + share * _lacking_s(corrected), 0.0)
+        self.by_stage[key] = replace(known, kind=key, num_points=len(own), **{name: value})
+
+    def _before(self, name: str, key: tuple[str, ...], point: Point) -> Fitted:
+        """What coarser stages know of a number, and all of the other."""
+        stages = point.stages
+        coarser = stages[: stages.index(key)]
+        known = self.by_stage[coarser[-1]] if coarser else Fitted()
+        if name == "step_factor":
+            return known
+        own = self.by_stage[key]
+        return replace(own, arrival_s=known.arrival_s)
+
+
+def _lacking_s(points: Sequence[Point]) -> float:
+    """Seconds more, or less, with which the median error of TTFT is least."""
+    measured, played = np.array([(each.measured.ttft_s, each.played.ttft_s) for each in points]).T
+    with_each = np.maximum(played + _ARRIVALS_S[:, None], 1e-3)
+    off = np.median(np.abs(np.log(with_each / measured)), axis=1)
+    return float(_ARRIVALS_S[off.argmin()])
+
+
+def out_of_sample(points: Sequence[Point]) -> list[Point]:
+    """Points to fit to, each corrected by a fit to configurations other than its own."""
+    parts: list[list[Point]] = [[] for _ in range(_NUM_PARTS)]
+    for point in points:
+        parts[_hash_of(point.row.configuration)[1] % _NUM_PARTS].append(point)
     found = []
-    for repeats in same.values():
-        row, each = repeats[0]
-        tpot_s = float(np.median([other.tpot_s for other, _ in repeats]))
-        ttft_s = float(np.median([other.ttft_s for other, _ in repeats]))
-        found.append((replace(row, tpot_s=tpot_s, ttft_s=ttft_s), each))
+    for number, part in enumerate(parts):
+        fit = Fit.to(
+            [each for place in range(_NUM_PARTS) if place != number for each in parts[place]]
+        )
+        found += [point.corrected(fit.of(point.row)) for point in part]
     return found
 
 
-def _is_prompt_alone(row: Row) -> bool:
-    """Whether a prompt hardly waits: few requests, each with a place, none awaits other ranks'."""
-    if row.prefill is None:
-        return row.conc <= _FEW_OPEN and not row.decode.dp_attention
-    layout = row.decode.layout
-    return row.conc <= min(_FEW_OPEN, row.decode_seqs * layout.dp * layout.replicas)
-
-
-def with_overheads(row: Row, base: Projected, framework: Framework) -> Projected:
-    """What the model says where hosts take a framework's time.
-
-    Added to what was simulated without: nothing hides the time between two steps, so it comes once
-    a step. In a closed loop of so many requests throughput falls as latency grows.
-    """
-    host, arrival = (
-        np.array([law.low, law.value, law.high])
-        for law in (framework.terms[DRIVER_S], framework.terms[ARRIVAL_S])
-    )
-    before_s, first_s = np.array(base.tpot_s), np.array(base.ttft_s)
-    tpot_s = before_s + base.steps_per_token * host
-    ttft_s = first_s + arrival + host
-    num_after = row.load.mean_lens[1] - 1
-    longer = (ttft_s + num_after * tpot_s) / (first_s + num_after * before_s)
-    low, likely, high = np.array(base.output_tps) / longer[::-1]
-    return replace(
-        base,
-        tpot_s=tuple(tpot_s.tolist()),
-        ttft_s=tuple(ttft_s.tolist()),
-        output_tps=(float(low), float(likely), float(high)),
-    )
-
-
-def _nearest(
-    asked: Sequence[_Asked], for_bounds: Sequence[_Asked] | None = None
-) -> tuple[float, float, float]:
-    """Low, likely and high of a time whose likely value makes the median error least.
-
-    Args:
-        for_bounds: those whose quartiles are the bounds; all where left out.
-    """
-    if not asked:
-        return 0.0, 0.0, 0.0
-    measured, likely, times = np.array(asked).T
-    off = np.abs(np.log((likely + _SAMPLES[:, None] * times) / measured))
-    value = float(_SAMPLES[np.median(off, axis=1).argmin()])
-    measured, likely, times = np.array(for_bounds or asked).T
-    lacking = np.maximum((measured - likely) / times, 0.0)
-    low, high = (float(np.quantile(lacking, share)) for share in _INNER)
-    return min(low, value), value, max(high, value)
-
-
-def write(frameworks: Mapping[str, Framework], judged: Sequence[JudgedGroup], path: Path) -> None:
+def write(fitted: Sequence[Fitted], judged: Sequence[JudgedGroup], path: Path) -> None:
     """The file that expertlane reads."""
-    tables = {
-        each.name: {
-            "title": each.title,
-            "max_num_batched_tokens": each.max_num_batched_tokens,
-            "prompt_wait_steps": each.prompt_wait_steps,
-            **({} if each.fitted_to is None else {"fitted_to": list(each.fitted_to)}),
-            "terms": {
-                term: {
-                    "value": float(f"{law.value:.3g}"),
-                    "low": float(f"{law.low:.3g}"),
-                    "high": float(f"{law.high:.3g}"),
-                    "basis": law.basis.label,
-                    "origin": law.origin,
-                }
-                for term, law in each.terms.items()
-            },
-        }
-        for each in frameworks.values()
+    rounded = [
+        replace(
+            each,
+            step_factor=float(f"{each.step_factor:.3g}"),
+            arrival_s=float(f"{each.arrival_s:.2g}"),
+        )
+        for each in fitted
+    ]
+    data = {
+        "frameworks": {name: asdict(each) for name, each in frameworks().items()},
+        "fitted": [asdict(each) for each in rounded],
+        "judged": [asdict(each) for each in judged],
     }
-    data = {"frameworks": tables, "judged": [asdict(each) for each in judged]}
     path.write_text(tomli_w.dumps(data), encoding="utf-8")

@@ -166,32 +166,18 @@ class Row:
     def kv(self) -> str:
         """Number type of keys and values."""
         has_float8 = self.framework in ("trt", "dynamo-trt") or self.model == DEEPSEEK
-        return "float8" if has_float8 and not self.is_exact else "bfloat16"
+        is_left = self.framework == "sglang" and self.hardware == "h200"  # to the model's
+        return "float8" if has_float8 and not (self.is_exact or is_left) else "bfloat16"
 
     @property
     def configuration(self) -> tuple[Any, ...]:
-        """Hardware, layout, number type and the like: all but the load and the day."""
-        return (
-            self.model,
-            self.hardware,
-            self.framework,
-            self.version,
-            self.precision,
-            self.is_speculative,
-            self.prefill,
-            self.decode,
-        )
-
-    @property
-    def deployment(self) -> tuple[Any, ...]:
-        """All of a configuration but the framework's version."""
-        model, hardware, framework, _, *others = self.configuration
-        return model, hardware, framework, *others
+        """All but the load, the framework's version and the day."""
+        return (*self.kind, self.prefill, self.decode, *self.lengths)
 
     @property
     def point(self) -> tuple[Any, ...]:
         """All but the day: rows with the same are repeats."""
-        return (*self.configuration, *self.lengths, self.conc)
+        return (*self.configuration, self.version, self.conc)
 
     @property
     def lengths(self) -> tuple[int, int]:
@@ -199,14 +185,15 @@ class Row:
         return self.isl, self.osl
 
     @property
-    def group(self) -> tuple[str, str, str, str, str]:
-        """What errors are told by."""
+    def kind(self) -> tuple[str, str, str, str, bool, bool]:
+        """What errors are told by, and overheads: all but layout, load, version and day."""
         return (
+            self.model,
             self.hardware,
+            self.weights,
             self.framework,
-            self.precision,
-            "aggregated" if self.prefill is None else "disaggregated",
-            "MTP" if self.is_speculative else "",
+            self.prefill is not None,
+            self.is_speculative,
         )
 
     @property
@@ -236,6 +223,15 @@ class Row:
         of_rank = self.conc / (layout.replicas * layout.dp)
         most = max(each for each in _LIMITS if each <= max(of_rank, 1))
         return most if of_rank <= 2 * most else ceil(of_rank)
+
+    @property
+    def step_tokens(self) -> int | None:
+        """Of a step of a rank, where public scripts that started the server say so."""
+        if self.is_exact or self.prefill is not None or self.model != DEEPSEEK:
+            return None
+        if self.framework == "sglang" and self.weights == "float8":
+            return 32768
+        return None
 
     @property
     def tokens_seen(self) -> float | None:
@@ -277,12 +273,11 @@ def read_rows(paths: Sequence[Path]) -> tuple[list[Row], list[Row]]:
                 _of_list(fields) if "split_layout" in fields else _of_inferencex(line, fields)
                 for line, fields in enumerate(csv.DictReader(file), 2)
             ]
-        known = {(each.date, *each.deployment, *each.lengths, each.conc) for each in rows}
+        known = {(each.date, *each.configuration, each.conc) for each in rows}
         rows += [
             each
             for each in read
-            if not each.has_means
-            or (each.date, *each.deployment, *each.lengths, each.conc) not in known
+            if not each.has_means or (each.date, *each.configuration, each.conc) not in known
         ]
     known_rows = [row for row in rows if _is_known(row)]
     return known_rows, [row for row in rows if not _is_known(row)]

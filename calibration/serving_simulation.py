@@ -1,23 +1,28 @@
-"""Rows of the file simulated: what the model says of each, kept in a file by what it was asked."""
+"""Steps of the deployments that rows were measured on, as the cost model prices them.
+
+Each configuration is priced for all its loads at once; what it takes stays in a file until the
+model changes.
+"""
 
 import hashlib
 import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from itertools import count, takewhile
 from math import ceil
 from pathlib import Path
 from typing import Any
 
-import serving_rows
 from serving_rows import Row, model_of
 
 import expertlane
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.frameworks import Framework, served_by
+from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
@@ -25,61 +30,58 @@ from expertlane.cost.routing import choose_routing
 from expertlane.errors import UserError
 from expertlane.simulate.setup import ServingSetup
 from expertlane.simulate.simulator import Simulator
-from expertlane.simulate.steady import ROUGH, steady_state, step_times
+from expertlane.simulate.steady import StepTimes, step_times
 
-_CACHE = Path("build/judge_serving.jsonl")
+_PRICED = Path("build/judge_steps.jsonl")
 _MODELLED = ("cost", "simulate", "schedule", "balance", "spec", "memory.py")
+_ACCEPTED = 0.7  # of drafts; what a step takes hardly depends on it
 _SEED = 0
-
-Bounds = tuple[float, float, float]
+_COUNTS_APART = 2.5
 
 
 @dataclass(frozen=True)
-class Projected:
-    """What the model says of a row: low, likely and high.
+class Priced:
+    """What steps of a configuration take.
 
     Attributes:
-        output_tps: of a GPU that decodes.
-        steps_per_token, num_waiting, prefill_rate, prompt_s: as `SteadyState` has them; in one pool
-            the last two as `StepTimes`.
-        num_places: requests that the pool which decodes has room for.
-        decode_s: by sequences of a replica, seconds of a step that decodes; of one pool.
-        seconds: that the simulation took.
+        seconds: of CPU that pricing took.
         refused: why there is none; all else is 0 then.
     """
 
-    tpot_s: Bounds = (0.0, 0.0, 0.0)
-    ttft_s: Bounds = (0.0, 0.0, 0.0)
-    output_tps: Bounds = (0.0, 0.0, 0.0)
-    steps_per_token: float = 0.0
-    num_waiting: float = 0.0
-    prefill_rate: float = 0.0
+    decode_s: Mapping[int, float] = field(default_factory=dict)
+    beside_s: Mapping[int, float] = field(default_factory=dict)
     prompt_s: float = 0.0
+    prompts_per_s: float = 0.0
     num_places: int = 0
-    decode_s: Sequence[tuple[int, float]] = ()
-    num_steps: int = 0
-    num_priced: int = 0
     seconds: float = 0.0
     refused: str = ""
+
+    @property
+    def steps(self) -> StepTimes:
+        """As `simulate` has them."""
+        return StepTimes(
+            self.decode_s, self.beside_s, self.prompt_s, self.prompts_per_s, self.num_places
+        )
 
 
 @dataclass(frozen=True)
 class Question:
-    """A row as the simulator takes it: equal ones have equal answers."""
+    """A configuration, with the loads that it is priced for."""
 
     row: Row
-    framework: Framework
-    acceptance: float
+    loads: tuple[int, ...]
 
     @property
     def key(self) -> str:
         """Of the answer, as long as the model stays as it is."""
         asked = [
-            str(self.row.point),
+            str(self.row.configuration),
             self.row.is_exact,
+            self.row.kv,
             self.row.num_drafts,
-            self.acceptance,
-            asdict(self.framework),
+            self.row.step_tokens,
+            self.loads,
+            asdict(find_framework(self.row.framework)),
             _model_digest(),
         ]
         return hashlib.sha256(json.dumps(asked, default=str).encode()).hexdigest()
@@ -92,73 +94,90 @@ def _model_digest() -> str:
     for name in _MODELLED:
         paths = sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name]
         for path in paths:
-            if path.suffix in (".py", ".toml", ".json") and path.name != "frameworks.toml":
+            if path.suffix in (".py", ".toml", ".json") and path.stem != "frameworks":
                 digest.update(path.read_bytes())
-    for path in (serving_rows.__file__, __file__):
-        digest.update(Path(path).read_bytes())
+    digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()
 
 
-def project(questions: Sequence[Question], jobs: int) -> list[Projected]:
-    """The answers, from the file where they are in it; what is new is added to it at once."""
+def price(rows: Sequence[Row], jobs: int) -> list[Priced]:
+    """[rows]; from the file where they are in it; what is new is added to it at once."""
+    same: defaultdict[Any, list[int]] = defaultdict(list)
+    for place, row in enumerate(rows):
+        same[row.configuration, row.num_drafts, row.step_tokens].append(place)
+    questions = []
+    for places in same.values():
+        most = max((rows[place] for place in places), key=lambda row: row.conc)
+        question = Question(most, _counts(most))
+        questions.append((question.key, question, places))
     known = _read()
-    wanted = {each.key: each for each in questions if each.key not in known}
+    wanted = {key: question for key, question, _ in questions if key not in known}
     with multiprocessing.Pool(jobs) as pool, _appended() as file:
         done = pool.imap_unordered(_answer, wanted.items())
         for key, answer in _with_progress(done, len(wanted)):
             known[key] = answer
             file.write(json.dumps({"key": key, **asdict(answer)}) + "\n")
             file.flush()
-    return [known[each.key] for each in questions]
+    found = [Priced()] * len(rows)
+    for key, _, places in questions:
+        for place in places:
+            found[place] = known[key]
+    return found
 
 
-def _read() -> dict[str, Projected]:
-    if not _CACHE.exists():
+def _counts(row: Row) -> tuple[int, ...]:
+    """Sequences of a replica: 1, 3, 8, 20 … up to all that may be open."""
+    most = ceil(row.conc / row.decode.num)
+    return (*takewhile(most.__gt__, (round(_COUNTS_APART**power) for power in count())), most)
+
+
+def _read() -> dict[str, Priced]:
+    if not _PRICED.exists():
         return {}
     found = {}
-    for line in _CACHE.read_text(encoding="utf-8").splitlines():
+    for line in _PRICED.read_text(encoding="utf-8").splitlines():
         fields = json.loads(line)
         key = fields.pop("key")
-        found[key] = Projected(**fields)
+        for name in ("decode_s", "beside_s"):
+            fields[name] = {int(num): seconds for num, seconds in fields[name].items()}
+        found[key] = Priced(**fields)
     return found
 
 
 def _appended() -> Any:
-    _CACHE.parent.mkdir(exist_ok=True)
-    return _CACHE.open("a", encoding="utf-8")
+    _PRICED.parent.mkdir(exist_ok=True)
+    return _PRICED.open("a", encoding="utf-8")
 
 
-def _with_progress(
-    done: Iterable[tuple[str, Projected]], number: int
-) -> Iterator[tuple[str, Projected]]:
+def _with_progress(done: Iterable[tuple[str, Priced]], number: int) -> Iterator[tuple[str, Priced]]:
     begin = time.monotonic()
     for place, each in enumerate(done, 1):
         yield each
         left = (time.monotonic() - begin) / place * (number - place)
-        print(f"\r{place} of {number} simulated, {left:.0f} s left ", end="", file=sys.stderr)
+        print(f"\r{place} of {number} priced, {left:.0f} s left ", end="", file=sys.stderr)
     if number:
         print(file=sys.stderr)
 
 
-def _answer(asked: tuple[str, Question]) -> tuple[str, Projected]:
+def _answer(asked: tuple[str, Question]) -> tuple[str, Priced]:
     key, question = asked
     begin = time.process_time()
     try:
-        answer = simulate(question)
+        answer = _price(question)
     except UserError as error:
-        answer = Projected(refused=str(error))
+        answer = Priced(refused=str(error))
     return key, replace(answer, seconds=time.process_time() - begin)
 
 
-def simulate(question: Question) -> Projected:
-    """One row.
+def _price(question: Question) -> Priced:
+    """A configuration.
 
     Raises:
         UserError: the deployment does not fit.
     """
-    row, framework = question.row, question.framework
+    row, framework = question.row, find_framework(question.row.framework)
     model = model_of(row.model)
-    profile = served_by(read_profile(row.hardware), framework, model)
+    profile = read_profile(row.hardware)
     decode = row.decode.layout
     of_rank = -(-row.conc // (decode.replicas * decode.dp))
     setup = ServingSetup(
@@ -168,38 +187,10 @@ def simulate(question: Question) -> Projected:
         types=NumberTypes.asked(row.weights, row.kv),
         execution=Execution.GRAPH,
         routing=choose_routing(model, None, None, _SEED, num_sampled_layers=1).source,
-        multi_token=MultiToken(row.num_drafts, question.acceptance),
-        max_num_seqs=row.decode_seqs or 2 * of_rank + 8,
-        max_num_batched_tokens=framework.max_num_batched_tokens,
-        prompt_wait_steps=framework.prompt_wait_steps,
+        multi_token=MultiToken(row.num_drafts, _ACCEPTED if row.num_drafts else 0.0),
+        max_num_seqs=2 * of_rank + 8,
+        max_num_batched_tokens=row.step_tokens or framework.max_num_batched_tokens,
     )
     simulator = Simulator(model, ModelledCluster(profile, row.num_devices), setup, row.load)
-    state = steady_state(simulator, _SEED, ROUGH)
-    rates = state.rates
-    assert rates.ttft_s is not None, "a closed load"
-    found = Projected(
-        tpot_s=_bounds(rates.tpot_s),
-        ttft_s=_bounds(rates.ttft_s),
-        output_tps=_bounds(rates.output_tps / decode.world_size),
-        steps_per_token=state.steps_per_token,
-        num_waiting=rates.num_waiting,
-        prefill_rate=state.prefill_rate,
-        prompt_s=state.prompt_s,
-        num_steps=state.num_steps,
-        num_priced=state.num_priced,
-    )
-    if row.prefill is not None:
-        return found
-    of_replica = ceil(row.conc / decode.replicas)
-    times = step_times(simulator, _SEED, [1, max(of_replica // 4, 1), of_replica])
-    return replace(
-        found,
-        prefill_rate=times.prompts_per_s,
-        prompt_s=times.prompt_s,
-        num_places=times.num_places,
-        decode_s=tuple(times.decode_s.items()),
-    )
-
-
-def _bounds(values: Any) -> Bounds:
-    return float(min(values)), float(values[1]), float(max(values))
+    steps = step_times(simulator, _SEED, question.loads)
+    return Priced(**vars(steps))

@@ -1,119 +1,297 @@
-"""What clients of a benchmark of some waves see of two pools, and how long they wait.
+"""A benchmark played: all its requests, on steps whose times were priced before.
 
-The steady state of a closed loop has requests all along their outputs. A benchmark of a few waves
-begins otherwise: all requests come at once and wait for each other's prefill. Then they wait for a
-place in the pool that decodes, where the benchmark keeps more open than it has places. Played here
-with every request of all waves, but without pricing a step of each: prompts take what a step of the
-pool for prompts was simulated to take, alone and full, tokens the time between them.
+A benchmark of a few waves is no steady state: all requests come at once and wait for each other's
+prompts, and end about together. Here every request of all waves is followed, but no step is priced:
+between the sizes that were, times lie on straight lines. Tokens of data-parallel ranks are taken
+to be spread evenly over them.
 """
 
-import hashlib
 import heapq
-import json
-import multiprocessing
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from math import inf
 
 import numpy as np
 from serving_rows import Row
-from serving_simulation import Bounds, Projected
 
-from expertlane.cost.laws.execution import BOUNDS, LIKELY
+from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.step.operation import Floats
+from expertlane.simulate.steady import StepTimes
 
 NUM_WAVES = 10  # requests of a benchmark, over those it keeps open; assumed
-_DRAINING_WAVES = 0.5
 _SEED = 0
-_PLAYED = Path("build/judge_waves.jsonl")
-CHUNK_TOKENS = 8192  # of a step of a data-parallel rank
+_OTHER_STEP = 1000  # how much a step with prompts counts towards receiving new requests
+
+
+@dataclass(frozen=True)
+class Host:
+    """Time that a framework's hosts add.
+
+    Attributes:
+        step_s: to every step.
+        seq_s: to every step, for each sequence of a rank that decodes.
+        arrival_s: from when a request is sent until it can be scheduled.
+        prompt_factor: of what prompts were priced at.
+    """
+
+    step_s: float = 0.0
+    seq_s: float = 0.0
+    arrival_s: float = 0.0
+    prompt_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scheduling:
+    """How a framework puts a step together.
+
+    Attributes:
+        step_tokens: of a rank's step.
+        phases_apart: a step has prompts or tokens, prompts first.
+        cuts_prompts: a prompt may be computed in several steps.
+        wait_steps: that prompts wait until every data-parallel rank has one.
+        receive_steps: after so many steps new requests are looked for.
+    """
+
+    step_tokens: int
+    phases_apart: bool = False
+    cuts_prompts: bool = True
+    wait_steps: int = 0
+    receive_steps: int = 1
+
+
+def scheduling_of(row: Row) -> Scheduling:
+    """As the public scripts say that started the servers, or by default."""
+    framework, is_trt = find_framework(row.framework), row.framework in ("trt", "dynamo-trt")
+    # SGLang's server looked for requests after so many steps on Blackwell.
+    polls = row.framework == "sglang" and row.hardware in ("b200", "b300") and not row.is_exact
+    return Scheduling(
+        row.step_tokens or framework.max_num_batched_tokens,
+        phases_apart=row.framework in ("sglang", "dynamo-sglang"),
+        cuts_prompts=not is_trt,
+        wait_steps=framework.prompt_wait_steps if row.decode.dp_attention else 0,
+        receive_steps=(30 if row.conc >= 16 else 10) if polls else 1,
+    )
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Of all requests of the waves, in the order in which they were sent.
+    """Of all requests, in the order in which they were sent.
 
     Attributes:
-        ttft_s: [num_requests]; the first token comes with the first step that decodes.
+        ttft_s, tpot_s: [num_requests].
         total_s: until the last one ends.
         num_tokens: of all outputs.
     """
 
     ttft_s: Floats
+    tpot_s: Floats
     total_s: float
     num_tokens: int
 
 
-@dataclass(frozen=True)
-class TwoPools:
-    """Pools that serve a closed load.
-
-    Attributes:
-        num_prefill, num_decode: replicas; each takes requests in turn.
-        alone_s, full_s: of a step of one prompt of mean length, and of one that is full.
-        step_tokens: of a full step of a replica.
-        num_places: requests that a replica decodes at once.
-        arrival_s: from a client to the pool for prompts.
-    """
-
-    num_prefill: int
-    num_decode: int
-    alone_s: float
-    full_s: float
-    step_tokens: int
-    num_places: int
-    tpot_s: float
-    arrival_s: float = 0.0
-
-    def serve(self, num_open: int, prompts: tuple[int, int], outputs: tuple[int, int]) -> Seen:
-        """All waves, each request sent as another one ends.
-
-        Args:
-            prompts, outputs: shortest and longest length; drawn uniformly.
-        """
-        return _Waves(self, num_open, prompts, outputs).seen()
+def play(
+    row: Row,
+    steps: StepTimes,
+    scheduling: Scheduling,
+    host: Host,
+    tokens_per_step: float = 1.0,
+) -> Seen:
+    """All waves of a row's benchmark."""
+    kind = _OnePool if row.prefill is None else _TwoPools
+    return kind(row, steps, scheduling, host, tokens_per_step).seen()
 
 
 class _Waves:
+    """Requests of a benchmark, each sent as another one ends; replicas have equal shares."""
+
     def __init__(
-        self, pools: TwoPools, num_open: int, prompts: tuple[int, int], outputs: tuple[int, int]
+        self,
+        row: Row,
+        steps: StepTimes,
+        scheduling: Scheduling,
+        host: Host,
+        tokens_per_step: float,
     ) -> None:
-        rng, number = np.random.default_rng(_SEED), NUM_WAVES * num_open
-        self._pools = pools
-        self._prompts = rng.integers(prompts[0], prompts[1] + 1, number).tolist()
-        self._outputs = rng.integers(outputs[0], outputs[1] + 1, number).tolist()
-        self._mean_prompt = sum(prompts) / 2
+        self._row, self._steps, self._scheduling, self._host = row, steps, scheduling, host
+        layout = row.decode.layout
+        is_one = row.prefill is None
+        self._num_open = -(-row.conc // layout.replicas) if is_one else row.conc
+        number = NUM_WAVES * self._num_open
+        rng, load = np.random.default_rng(_SEED), row.load
+        lengths = (load.prompt_len, load.output_len)
+        prompts, outputs = (rng.integers(each.low, each.high + 1, number) for each in lengths)
+        self._prompts: list[int] = prompts.tolist()
+        self._outputs = outputs
+        self._num_steps: list[int] = np.ceil((outputs - 1) / tokens_per_step).astype(int).tolist()
+        self._mean_prompt = load.mean_lens[0]
         self._num_sent = 0
-        self._sent_s = [0.0] * number
-        self._first_s = [0.0] * number
-        # (moment, kind of event in that order, replica, requests): what is about to happen
-        self._events: list[tuple[float, int, int, list[int]]] = []
-        self._queued: list[deque[int]] = [deque() for _ in range(pools.num_prefill)]
-        self._left: dict[int, int] = {}  # tokens of a prompt that a step took a part of
-        self._is_busy = [False] * pools.num_prefill
-        self._waiting: list[deque[int]] = [deque() for _ in range(pools.num_decode)]
-        self._num_free = [pools.num_places] * pools.num_decode
-        self._num_prefilled = 0
-        self._total_s = 0.0
-        for _ in range(num_open):
-            self._send(0.0)
+        self._sent_s, self._first_s, self._end_s = np.zeros((3, number))
+        counts, seconds = zip(*sorted(steps.decode_s.items()), strict=True)
+        at = np.arange(self._num_open + 1)
+        of_hosts = host.step_s + host.seq_s * at / layout.dp
+        self._decode_s: list[float] = (np.interp(at, counts, seconds) + of_hosts).tolist()
+        ranks = layout if is_one else row.prefill.layout  # type: ignore[union-attr]
+        self._room = ranks.dp * scheduling.step_tokens
+        self._full_s = self._room / max(steps.prompts_per_s * self._mean_prompt, 1e-9)
 
     def seen(self) -> Seen:
         """Let everything happen."""
+        self._run()
+        further = np.maximum(self._outputs - 1, 1)
+        return Seen(
+            self._first_s - self._sent_s,
+            (self._end_s - self._first_s) / further,
+            float(self._end_s.max()),
+            int(self._outputs.sum()),
+        )
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+    def _sends(self, now_s: float) -> int | None:
+        """The next request, if there is one left; when it arrives is for others to say."""
+        if self._num_sent == len(self._prompts):
+            return None
+        request, self._num_sent = self._num_sent, self._num_sent + 1
+        self._sent_s[request] = now_s
+        return request
+
+    def _prompts_s(self, num_tokens: int) -> float:
+        """A step of prompts: from nothing over one alone to a full step, in straight lines."""
+        alone, alone_s = self._mean_prompt, self._steps.prompt_s
+        if num_tokens <= alone or self._room <= alone:
+            seconds = alone_s * num_tokens / alone
+        else:
+            share = (num_tokens - alone) / (self._room - alone)
+            seconds = alone_s + share * max(self._full_s - alone_s, 0.0)
+        return self._host.prompt_factor * seconds
+
+
+class _OnePool(_Waves):
+    """A replica that computes prompts and tokens."""
+
+    def _run(self) -> None:
+        steps = self._steps
+        counts, seconds = zip(*sorted(steps.beside_s.items()), strict=True)
+        beside = np.interp(np.arange(self._num_open + 1), counts, seconds)
+        self._beside: list[float] = np.clip(beside / steps.prompt_s, 0.0, 1.0).tolist()
+        self._inbox: deque[tuple[float, int]] = deque()
+        self._waiting: deque[int] = deque()
+        self._running: list[tuple[int, int]] = []  # a heap: the step after which each ends
+        self._step, self._now_s, self._left = 0, 0.0, 0
+        self._since_received, self._waited = _OTHER_STEP, 0
+        for _ in range(self._num_open):
+            self._arrives(self._sends(0.0))
+        while self._inbox or self._waiting or self._running:
+            self._receive()
+            tokens, done = self._take_prompts()
+            if tokens:
+                self._step_with_prompts(tokens, done)
+            elif self._running:
+                self._decode()
+            else:
+                self._now_s = max(self._now_s, self._inbox[0][0])
+                self._since_received = _OTHER_STEP
+
+    def _arrives(self, request: int | None) -> None:
+        if request is not None:
+            self._inbox.append((self._now_s + self._host.arrival_s, request))
+
+    def _receive(self) -> None:
+        if self._since_received < self._scheduling.receive_steps and self._running:
+            return
+        self._since_received = 0
+        while self._inbox and self._inbox[0][0] <= self._now_s:
+            self._waiting.append(self._inbox.popleft()[1])
+
+    def _take_prompts(self) -> tuple[int, list[int]]:
+        """Tokens of the next step, and the requests whose prompts end with it."""
+        rules, num_running = self._scheduling, len(self._running)
+        free = self._steps.num_places - num_running
+        is_early = len(self._waiting) < self._row.decode.layout.dp and not self._left
+        if is_early and num_running and self._waited < rules.wait_steps:
+            return 0, []
+        room = self._room - (0 if rules.phases_apart else num_running)
+        tokens, done = 0, list[int]()
+        while self._waiting and (free > len(done) or not num_running + len(done)):
+            left = self._left or self._prompts[self._waiting[0]]
+            if left > room and not rules.cuts_prompts and not done:
+                room = left
+            if left > room:
+                if rules.cuts_prompts and room > 0:
+                    tokens, self._left = tokens + room, left - room
+                break
+            tokens, room, self._left = tokens + left, room - left, 0
+            done.append(self._waiting.popleft())
+        return tokens, done
+
+    def _step_with_prompts(self, tokens: int, done: Sequence[int]) -> None:
+        num_running, host = len(self._running), self._host
+        seconds = self._prompts_s(tokens)
+        if self._scheduling.phases_apart or not num_running:
+            self._now_s += seconds + host.step_s
+        else:
+            self._now_s += self._decode_s[num_running] + self._beside[num_running] * seconds
+            self._step += 1
+            self._end_those_that_are_done()
+        self._since_received += _OTHER_STEP
+        self._waited = 0
+        for request in done:
+            self._first_s[request] = self._now_s
+            heapq.heappush(self._running, (self._step + self._num_steps[request], request))
+        self._end_those_that_are_done()
+
+    def _decode(self) -> None:
+        """Steps until something else can happen."""
+        step_s, rules = self._decode_s[len(self._running)], self._scheduling
+        num: float = self._running[0][0] - self._step
+        if self._waiting and len(self._running) < self._steps.num_places:
+            num = min(num, rules.wait_steps - self._waited)
+            self._waited += 1
+        if self._inbox:
+            until = (self._inbox[0][0] - self._now_s) // step_s + 1
+            num = min(num, max(until, rules.receive_steps - self._since_received))
+        num = max(int(num), 1)
+        self._waited += num - 1 if self._waiting else 0
+        self._step, self._now_s = self._step + num, self._now_s + num * step_s
+        self._since_received += num
+        self._end_those_that_are_done()
+
+    def _end_those_that_are_done(self) -> None:
+        while self._running and self._running[0][0] <= self._step:
+            _, request = heapq.heappop(self._running)
+            self._end_s[request] = self._now_s
+            self._arrives(self._sends(self._now_s))
+
+
+class _TwoPools(_Waves):
+    """Replicas for prompts, and replicas that decode; each takes requests in turn."""
+
+    def _run(self) -> None:
+        prefill, decode = self._row.prefill, self._row.decode
+        assert prefill is not None
+        places = min(self._steps.num_places, self._row.decode_seqs * decode.layout.dp)
+        self._num_places = places
+        # (moment, kind of event in that order, replica, requests): what is about to happen
+        self._events: list[tuple[float, int, int, list[int]]] = []
+        self._queued: list[deque[int]] = [deque() for _ in range(prefill.num)]
+        self._left: dict[int, int] = {}  # tokens of a prompt that a step took a part of
+        self._is_busy = [False] * prefill.num
+        self._pools = [_Decoding(self._decode_s) for _ in range(decode.num)]
+        self._num_prefilled = 0
+        for _ in range(self._num_open):
+            self._send(0.0)
         acts = (self._arrive, self._prefilled, self._ended)
         while self._events:
-            self._total_s, kind, replica, requests = heapq.heappop(self._events)
-            acts[kind](self._total_s, replica, requests)
-        ttft_s = np.array(self._first_s) - np.array(self._sent_s)
-        return Seen(ttft_s, self._total_s, sum(self._outputs))
+            now_s, kind, replica, requests = heapq.heappop(self._events)
+            acts[kind](now_s, replica, requests)
 
     def _send(self, now_s: float) -> None:
-        if self._num_sent < len(self._sent_s):
-            request, self._num_sent = self._num_sent, self._num_sent + 1
-            self._sent_s[request] = now_s
-            replica = request % self._pools.num_prefill
-            heapq.heappush(self._events, (now_s + self._pools.arrival_s, 0, replica, [request]))
+        request = self._sends(now_s)
+        if request is not None:
+            at_s, replica = now_s + self._host.arrival_s, request % len(self._queued)
+            heapq.heappush(self._events, (at_s, 0, replica, [request]))
 
     def _arrive(self, now_s: float, replica: int, requests: list[int]) -> None:
         self._queued[replica] += requests
@@ -125,11 +303,11 @@ class _Waves:
     def _prefilled(self, now_s: float, replica: int, requests: list[int]) -> None:
         """A step of prompts ends, and the next begins."""
         for request in requests:
-            place = self._num_prefilled % self._pools.num_decode
+            place = self._num_prefilled % len(self._pools)
             self._num_prefilled += 1
-            self._waiting[place].append(request)
+            self._pools[place].waiting.append(request)
             self._decode(now_s, place)
-        queue, room, done = self._queued[replica], self._pools.step_tokens, []
+        queue, room, done = self._queued[replica], self._room, []
         while queue and room:
             left = self._left.pop(queue[0], self._prompts[queue[0]])
             if left > room:
@@ -138,100 +316,70 @@ class _Waves:
             else:
                 room -= left
                 done.append(queue.popleft())
-        taken = self._pools.step_tokens - room
+        taken = self._room - room
         self._is_busy[replica] = taken > 0
         if taken:
-            heapq.heappush(self._events, (now_s + self._step_s(taken), 1, replica, done))
-
-    def _step_s(self, num_tokens: int) -> float:
-        """Of so many tokens in all: between a prompt alone and a full step, in a straight line."""
-        alone, pools = self._mean_prompt, self._pools
-        if num_tokens <= alone or pools.step_tokens <= alone:
-            return pools.alone_s * min(num_tokens / alone, 1.0)
-        share = (num_tokens - alone) / (pools.step_tokens - alone)
-        return pools.alone_s + share * max(pools.full_s - pools.alone_s, 0.0)
+            end_s = now_s + self._prompts_s(taken) + self._host.step_s
+            heapq.heappush(self._events, (end_s, 1, replica, done))
 
     def _decode(self, now_s: float, replica: int) -> None:
-        while self._waiting[replica] and self._num_free[replica]:
-            request = self._waiting[replica].popleft()
-            self._num_free[replica] -= 1
+        pool = self._pools[replica]
+        pool.go_on_until(now_s)
+        while pool.waiting and len(pool.running) < self._num_places:
+            request = pool.waiting.popleft()
             self._first_s[request] = now_s
-            end_s = now_s + self._pools.tpot_s * (self._outputs[request] - 1)
-            heapq.heappush(self._events, (end_s, 2, replica, [request]))
+            pool.start(request, self._num_steps[request])
+        if (at_s := pool.next_s()) < inf:
+            heapq.heappush(self._events, (at_s, 2, replica, [pool.num_changes]))
 
-    def _ended(self, now_s: float, replica: int, requests: list[int]) -> None:
-        self._num_free[replica] += len(requests)
-        self._send(now_s)
+    def _ended(self, now_s: float, replica: int, stamp: list[int]) -> None:
+        pool = self._pools[replica]
+        if stamp != [pool.num_changes]:  # others have begun or ended since
+            return
+        pool.go_on_until(now_s)
+        for request in pool.end():
+            self._end_s[request] = now_s
+            self._send(now_s)
         self._decode(now_s, replica)
 
 
-def all_in_waves(pairs: Sequence[tuple[Row, Projected]], jobs: int) -> list[Projected]:
-    """`in_waves` of each, kept in a file as long as nothing that it rests on changes."""
-    own = Path(__file__).read_bytes()
-    keys = [
-        hashlib.sha256(
-            own + json.dumps((str(row.point), row.decode_seqs, asdict(each))).encode()
-        ).hexdigest()
-        for row, each in pairs
-    ]
-    lines = _PLAYED.read_text(encoding="utf-8").splitlines() if _PLAYED.exists() else []
-    known = {key: Projected(**fields) for key, fields in map(json.loads, lines)}
-    wanted = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in known}
-    with multiprocessing.Pool(jobs) as pool, _PLAYED.open("a", encoding="utf-8") as file:
-        for key, found in pool.imap_unordered(_played, wanted.items()):
-            known[key] = found
-            file.write(json.dumps((key, asdict(found))) + "\n")
-            file.flush()
-    return [known[key] for key in keys]
+class _Decoding:
+    """Requests of a replica, which all go a step further together.
 
-
-def _played(asked: tuple[str, tuple[Row, Projected]]) -> tuple[str, Projected]:
-    key, pair = asked
-    return key, in_waves(*pair)
-
-
-def in_waves(row: Row, steady: Projected) -> Projected:
-    """A row as a benchmark measures it.
-
-    In one pool throughput counts the time until the last request ends, when others already have:
-    half a wave with a half of the requests. In two pools TTFT has bounds of its own: low where the
-    pool that decodes has a place for every request, which the file does not say.
+    Attributes:
+        running: a heap: the number of steps after which each ends.
+        num_changes: of those that run.
     """
-    if row.prefill is None or not steady.prefill_rate:
-        drained = _scaled(steady.output_tps, NUM_WAVES / (NUM_WAVES + _DRAINING_WAVES))
-        return replace(steady, output_tps=drained)
-    likely = _two_pools(row, steady, LIKELY)
-    output_tps = likely.num_tokens / likely.total_s / row.decode.layout.world_size
-    low_s, likely_s, high_s = (
-        float(np.median(seen.ttft_s))
-        for seen in (_two_pools(row, steady, 0), likely, _two_pools(row, steady, len(BOUNDS) - 1))
-    )
-    return replace(
-        steady,
-        ttft_s=(min(low_s, likely_s), likely_s, max(high_s, likely_s)),
-        output_tps=_scaled(steady.output_tps, output_tps / steady.output_tps[LIKELY]),
-    )
 
+    def __init__(self, decode_s: Sequence[float]) -> None:
+        self.waiting: deque[int] = deque()
+        self.running: list[tuple[float, int]] = []
+        self.num_changes = 0
+        self._decode_s = decode_s
+        self._steps, self._now_s = 0.0, 0.0
 
-def _two_pools(row: Row, steady: Projected, bound: int) -> Seen:
-    assert row.prefill is not None
-    prefill, decode, load = row.prefill.layout, row.decode.layout, row.load
-    tokens_per_s = steady.prefill_rate * load.mean_lens[0] / prefill.replicas
-    step_tokens = prefill.dp * CHUNK_TOKENS
-    scale = steady.tpot_s[bound] / steady.tpot_s[LIKELY]
-    pools = TwoPools(
-        prefill.replicas,
-        decode.replicas,
-        alone_s=scale * steady.prompt_s,
-        full_s=scale * step_tokens / tokens_per_s,
-        step_tokens=step_tokens,
-        num_places=row.conc if bound < LIKELY else row.decode_seqs * decode.dp,
-        tpot_s=steady.tpot_s[bound],
-    )
-    prompts, outputs = ((each.low, each.high) for each in (load.prompt_len, load.output_len))
-    return pools.serve(row.conc, prompts, outputs)
+    def go_on_until(self, now_s: float) -> None:
+        """Steps with those that run, parts of one too."""
+        if self.running:
+            self._steps += (now_s - self._now_s) / self._decode_s[len(self.running)]
+        self._now_s = now_s
 
+    def start(self, request: int, num_steps: int) -> None:
+        """One more runs from now on."""
+        heapq.heappush(self.running, (self._steps + num_steps, request))
+        self.num_changes += 1
 
-def _scaled(bounds: Bounds, factor: float) -> Bounds:
-    low, likely, high = bounds
-    return factor * low, factor * likely, factor * high
+    def next_s(self) -> float:
+        """When the first one ends."""
+        if not self.running:
+            return inf
+        left = max(self.running[0][0] - self._steps, 0.0)
+        return self._now_s + left * self._decode_s[len(self.running)]
+
+    def end(self) -> list[int]:
+        """Those that are at their end."""
+        done = []
+        while self.running and self.running[0][0] <= self._steps + 1e-6:
+            done.append(heapq.heappop(self.running)[1])
+        self.num_changes += len(done)
+        return done

@@ -15,10 +15,12 @@ sys.path.append(str(ROOT / "calibration"))
 import serving_errors  # noqa: E402
 import serving_fit  # noqa: E402
 import serving_waves  # noqa: E402
-from serving_rows import Row, Workers, model, read_rows  # noqa: E402
-from serving_simulation import Projected  # noqa: E402
+from serving_fit import Fit, Point, Times  # noqa: E402
+from serving_rows import DEEPSEEK, Row, Workers, model_of, read_rows  # noqa: E402
 
-from expertlane.cost.laws.frameworks import frameworks  # noqa: E402
+from expertlane.cost.laws.frameworks import Fitted, JudgedGroup, served_by  # noqa: E402
+from expertlane.cost.laws.profile_file import parse_cluster  # noqa: E402
+from expertlane.simulate.steady import StepTimes  # noqa: E402
 
 HEADER = (
     "hardware,framework,precision,spec_method,disagg,is_multinode,prefill_tp,prefill_ep,"
@@ -28,14 +30,25 @@ HEADER = (
     "output_tput_per_gpu\n"
 )
 LINES = (
-    "h200,trt,fp8,none,False,False,8,8,True,0,8,8,True,0,64,64,1024,1024,64,d,0.1,1,0.02,1,0.2,20,"
-    "9,4,5\n"
-    "gb200,dynamo-trt,fp4,mtp,True,True,4,4,True,5,32,32,True,1,20,32,1024,1024,180,d,0.1,1,0.01,1,"
-    "2.3,10,9,4,5\n"
-    "gb200,dynamo-trt,fp4,none,True,False,36,1,False,0,36,1,False,0,36,36,8192,1024,4,d,0.1,1,0.01,"
-    "1,0.2,10,9,4,5\n"
+    "h200,trt,fp8,none,False,False,8,8,True,0,8,8,True,0,64,64,1024,1024,64,2026-01-02,0.1,1,0.02,"
+    "1,0.2,20,9,4,5\n"
+    "gb200,dynamo-trt,fp4,mtp,True,True,4,4,True,5,32,32,True,1,20,32,1024,1024,180,2026-01-02,0.1,"
+    "1,0.01,1,2.3,10,9,4,5\n"
+    "gb200,dynamo-trt,fp4,none,True,False,36,1,False,0,36,1,False,0,36,36,8192,1024,4,2026-01-02,"
+    "0.1,1,0.01,1,0.2,10,9,4,5\n"
+)
+LIST = (
+    "id,silicon_data_source,backend,backend_version,model_path,system,precision,mode,isl,osl,"
+    "silicon_ttft_ms,silicon_tpot_ms,split_concurrency,split_layout\n"
+    "one,dump; measured=2026-01-02T00:00:00Z,trtllm,1.2,deepseek-ai/DeepSeek-V3,h200_sxm,fp8,agg,"
+    '1024,1024,150,20,64,"tp=1,dp=8,ep=8"\n'
+    "two,gap-analysis/data; x,sglang,0.5.9,deepseek-ai/DeepSeek-V3,b200_sxm,fp4,disagg,1000,100,"
+    "200,30,512,1/1/4/4/2/1/8/8\n"
 )
 ROW = Row(
+    id="line 2",
+    model=DEEPSEEK,
+    version="",
     hardware="h200",
     framework="trt",
     precision="fp8",
@@ -45,26 +58,23 @@ ROW = Row(
     isl=1024,
     osl=1024,
     conc=4,
-    date="d",
+    date="2026-01-02",
     ttft_s=0.1,
     tpot_s=0.01,
     itl_s=0.1,
-    tps_per_gpu=100.0,
     output_tps=50.0,
 )
 
 
-def projected(tpot_s, ttft_s=0.1, output_tps=50.0):
-    around = [
-        tuple(share * each for share in (0.8, 1, 1.2)) for each in (tpot_s, ttft_s, output_tps)
-    ]
-    return Projected(*around, steps_per_token=1.0)
+def point(row=ROW, tpot_s=0.01, ttft_s=0.1, output_tps=50.0, *, is_fitted=True):
+    measured = Times(row.tpot_s, row.ttft_s, row.output_tps)
+    return Point(row, measured, Times(tpot_s, ttft_s, output_tps), is_fitted, 1)
 
 
 def test_rows_are_read_as_deployments(tmp_path):
     file = tmp_path / "rows.csv"
     file.write_text(HEADER + LINES)
-    (one_pool, two_pools), (unknown,) = read_rows(file)
+    (one_pool, two_pools), (unknown,) = read_rows([file])
     assert str(one_pool.decode.layout) == "dp=8,ep=8"
     assert one_pool.prefill is None
     assert one_pool.num_devices == 8
@@ -78,8 +88,25 @@ def test_rows_are_read_as_deployments(tmp_path):
     assert (one_pool.load.batch, one_pool.load.output_len.low) == (64, 819)
 
 
+def test_the_list_s_rows_are_read_too_and_no_measurement_twice(tmp_path):
+    rows, listed = tmp_path / "rows.csv", tmp_path / "list.csv"
+    rows.write_text(HEADER + LINES)
+    listed.write_text(LIST)
+    alone, _ = read_rows([listed])
+    assert [each.id for each in alone] == ["one", "two"]
+    one, two = alone
+    assert (one.framework, str(one.decode.layout), one.has_means) == ("trt", "dp=8,ep=8", True)
+    assert (one.date, one.is_exact, one.load.output_len.low) == ("2026-01-02", False, 819)
+    assert str(two.prefill.layout) == "dp=4,ep=4"
+    assert str(two.decode.layout) == "replicas=2,dp=8,ep=8"
+    assert (two.framework, two.weights, two.is_exact) == ("dynamo-sglang", "nvfp4", True)
+    assert two.load.output_len.low == two.load.output_len.high == 100
+    both, _ = read_rows([listed, rows])
+    assert [each.id for each in both] == ["line 2", "line 3", "two"]
+
+
 def test_the_model_is_deepseek_s():
-    config = model()
+    config = model_of(DEEPSEEK)
     assert (config.num_hidden_layers, config.num_experts, config.hidden_size) == (61, 256, 7168)
     assert config.routing.n_group == 8
     assert config.latent.kv_lora_rank == 512
@@ -93,132 +120,227 @@ def test_all_loads_of_a_configuration_are_on_one_side():
         for ep, dp in ((1, False), (8, False), (8, True), (1, True))
         for conc in (4, 16, 64)
     ]
-    sides = serving_fit.Sides.drawn(rows)
+    sides = serving_fit.Sides.of(rows)
     fitted, judged = ({row.configuration for row in side} for side in (sides.fitted, sides.judged))
     assert not fitted & judged
     assert len(sides.fitted) == len(sides.judged) == 12
-    assert sides == serving_fit.Sides.drawn(rows[::-1][::-1])
+    again = serving_fit.Sides.of(rows[::-1])
+    assert {row.configuration for row in again.fitted} == fitted
 
 
-def test_the_fit_finds_what_hosts_took():
-    """Steps of 10 ms and a host of 3 ms, requests that take 50 ms to arrive."""
-    rows = [replace(ROW, conc=conc, tpot_s=0.013, ttft_s=0.073) for conc in (4, 8, 16)]
-    base = [(row, projected(0.01, 0.02)) for row in rows]
-    found = serving_fit.fit(base)["trt"].terms
-    assert found["driver_s"].value == pytest.approx(0.003, abs=2e-4)
-    assert found["arrival_s"].value == pytest.approx(0.05, abs=6e-3)
-    for term in found.values():
-        assert term.low <= term.value <= term.high
+def test_the_fit_finds_what_steps_and_arrivals_took():
+    """Steps take 1.3 times what laws give, and requests 50 ms to arrive."""
+    rows = [replace(ROW, conc=conc, tpot_s=0.013, ttft_s=0.076) for conc in range(1, 101)]
+    fit = Fit.to([point(row, 0.01, 0.02) for row in rows])
+    found = fit.of(ROW)
+    assert found.step_factor == pytest.approx(1.3, rel=0.01)
+    assert found.arrival_s == pytest.approx(0.05, abs=6e-3)
+    assert found.num_points == 100
+    assert found.kind == ("trt", "h100", "61x7168x256", "h200", "float8", "no drafts")
+    assert fit.of(replace(ROW, hardware="b200")).kind == ("trt",)
+    corrected = point(rows[0], 0.01, 0.02, 50.0).corrected(found)
+    assert corrected.played.tpot_s == pytest.approx(0.013, rel=0.01)
+    assert corrected.played.ttft_s == pytest.approx(0.076, rel=0.1)
+    assert corrected.played.output_tps == pytest.approx(50 / 1.3, rel=0.02)
+
+
+def test_few_points_move_a_kind_less():
+    few, many = (
+        Fit.to([point(replace(ROW, conc=conc, tpot_s=0.02)) for conc in range(1, num + 1)]).of(ROW)
+        for num in (1, 50)
+    )
+    assert 1 < few.step_factor < many.step_factor < 2
+
+
+def test_out_of_sample_leaves_a_configuration_out():
+    own = [point(replace(ROW, conc=conc, tpot_s=0.02)) for conc in range(1, 9)]
+    elsewhere = [
+        point(replace(ROW, isl=isl, conc=conc)) for isl in range(100, 1000, 50) for conc in (1, 2)
+    ]
+    found = serving_fit.out_of_sample([*own, *elsewhere])
+    assert len(found) == len(own) + len(elsewhere)
+    of_own = [each.played.tpot_s for each in found if each.row.isl == 1024]
+    assert of_own == pytest.approx(np.full(8, 0.01))  # nothing of their own doubled time
 
 
 def test_acceptance_gives_the_tokens_that_were_seen():
     rows = [replace(ROW, is_speculative=True, itl_s=0.01 * 10 * seen) for seen in (2.2, 2.3, 2.4)]
     known = serving_fit.acceptances(rows)
-    share = serving_fit.acceptance_of(rows[0], known)
-    assert sum(share**place for place in range(4)) == pytest.approx(2.3, abs=0.01)
+    tokens = serving_fit.tokens_per_step(rows[0], known)
+    assert tokens == pytest.approx(2.3, abs=0.01)
     sglang = replace(rows[0], framework="sglang")
-    assert serving_fit.acceptance_of(sglang, known) == share
-    assert serving_fit.acceptance_of(ROW, known) == 0
+    assert serving_fit.tokens_per_step(sglang, known) == tokens
+    assert serving_fit.tokens_per_step(ROW, known) == 1
 
 
 def test_errors_and_bounds():
-    pairs = [(ROW, projected(0.01 * share)) for share in (0.9, 1.0, 1.1, 1.5)]
-    errors = serving_errors.Errors.of("TPOT", pairs)
+    points = [point(tpot_s=0.01 * share) for share in (0.9, 1.0, 1.1, 1.5)]
+    errors = serving_errors.Errors.of("TPOT", points, lambda what, each: (0.8, 1.2))
     assert errors.signed == pytest.approx(0.05)
     assert errors.size == pytest.approx(0.1)
     assert errors.inside == 0.75
-    assert errors.half_width == pytest.approx(0.2)
-    lines = "\n".join(serving_errors.table({"h200": pairs}))
-    assert "| h200 | 4 | TPOT | too few rows |" in lines
-    assert "+5%" in "\n".join(serving_errors.table({"h200": pairs}, fewest=4))
+    lines = "\n".join(serving_errors.table({"h200": points}, lambda what, each: (0.8, 1.2)))
+    assert "| h200 | 4 | 4 | TPOT | +5% | 10% |" in lines
+    listed = [replace(each, measured=replace(each.measured, output_tps=None)) for each in points]
+    assert "output" not in "".join(serving_errors.table({"all": listed}, lambda what, each: (1, 1)))
 
 
-@pytest.mark.parametrize(
-    ("other_s", "said_s", "line"),
-    [
-        (0.02, 0.015, "| TPOT | 1 | 1 | 100% |"),
-        (0.02, 0.009, "| TPOT | 1 | 1 | 0% |"),
-        (0.0105, 0.02, "| TPOT | 0 | 0 | none |"),  # within noise
-    ],
-)
-def test_the_order_of_layouts_at_one_load(other_s, said_s, line):
-    other = replace(ROW, decode=Workers(8, 8, True, 1), tpot_s=other_s)
-    elsewhere = replace(other, conc=8, tpot_s=1.0)
-    pairs = [(ROW, projected(0.01)), (other, projected(said_s)), (elsewhere, projected(9.0))]
-    assert line in list(serving_errors.orders(pairs, lambda one, two: True))
+def test_bounds_of_a_kind_are_its_own_where_it_has_many_points():
+    """Measured over projected, 0.5 to 1.5 of a kind with many points, 1 of all others."""
+    spread = [point(tpot_s=0.01 / share) for share in np.linspace(0.5, 1.5, 201)]
+    even = [point(replace(ROW, hardware="b200", framework="sglang")) for _ in range(50)]
+    bounds = serving_errors.Bounds([*spread, *even])
+    assert bounds.of("TPOT", spread[0]) == pytest.approx((0.55, 1.45), abs=0.05)
+    low, high = bounds.of("TPOT", even[0])
+    assert 0.8 < low <= 1 <= high < 1.2
+    new = point(replace(ROW, hardware="gb300", framework="vllm"))
+    low, high = bounds.of("TPOT", new)
+    assert low < 0.8  # of all
+    assert high > 1.2
+
+
+def test_pairs_count_where_versions_or_days_are_near():
+    other = Workers(8, 8, True, 1)
+    points = [
+        point(ROW, 0.01),
+        point(replace(ROW, decode=other, tpot_s=0.02, date="2026-01-05"), 0.015),
+        point(replace(ROW, decode=other, tpot_s=0.02, date="2026-03-05"), 0.015),
+        point(replace(ROW, decode=other, conc=8)),
+    ]
+    found = serving_errors.pairs(points)
+    assert [each.counts for each in found] == [True, False]  # of one load; layouts that differ
+    assert found[0].measured == pytest.approx(0.5)
+    assert found[0].projected == pytest.approx(2 / 3)
+    half_width = serving_errors.ratio_bounds(found)
+    assert np.exp(half_width) == pytest.approx(4 / 3)
+    lines = "\n".join(serving_errors.of_pairs(found, 0.1))
+    assert "2 pairs, of which 1 count" in lines
+    assert "0 of them the other way round" in lines
+    wrong = [replace(each, projected=1 / each.projected) for each in found]
+    assert "1 of them the other way round" in "\n".join(serving_errors.of_pairs(wrong, 0.1))
 
 
 def test_what_is_written_is_read(tmp_path, monkeypatch):
-    written = serving_fit.fit([(ROW, projected(0.008, 0.05))])
+    fitted = [Fitted(("trt",), 1.25, 0.05, 12), Fitted(("trt", "h100"), 1.5, 0.07, 3)]
+    group = JudgedGroup(
+        "h200", "float8", False, False, "trt", 12, 0.1, 0.1, 0.2, (0.8, 1.2), (0.8, 1.2), (0.5, 2.0)
+    )
     path = tmp_path / "frameworks.toml"
-    serving_fit.write(written, [], path)
-    monkeypatch.setattr("expertlane.cost.laws.frameworks.FILE", path)
-    for each in (frameworks, sys.modules["expertlane.cost.laws.frameworks"]._file):
-        each.cache_clear()
+    serving_fit.write(fitted, [group], path)
+    module = sys.modules["expertlane.cost.laws.frameworks"]
+    monkeypatch.setattr(module, "FILE", path)
+    module._file.cache_clear()
     try:
-        read = frameworks()
+        assert module.judged_groups() == [group]
+        cluster, model = parse_cluster("h200x8"), model_of(DEEPSEEK)
+        served = served_by(cluster, "trt", model, "float8").profile
+        assert served.framework == "trt"
+        assert served.terms["arrival_s"].value == 0.07
+        law, own = (each.surfaces["gemm.float8"] for each in (served, cluster.profile))
+        np.testing.assert_allclose(law.correction, own.correction + np.log(1.5))
+        on_b200 = served_by(parse_cluster("b200x8"), "trt", model, "float8").profile
+        assert on_b200.terms["arrival_s"].value == 0.05
+        assert served_by(cluster, None, model, "float8") is cluster
+        assert "arrival_s" not in served_by(cluster, "vllm", model, "float8").profile.terms
     finally:
-        for each in (frameworks, sys.modules["expertlane.cost.laws.frameworks"]._file):
-            each.cache_clear()
-    assert set(read) == {*serving_fit.TITLES, "vllm", "dynamo-sglang"}
-    assert read["trt"].fitted_to == (61, 7168, 256)
-    assert read["vllm"].fitted_to is None
-    assert read["trt"].terms["driver_s"].value == pytest.approx(0.002, abs=1e-4)
-    assert np.isfinite([term.high for each in read.values() for term in each.terms.values()]).all()
+        module._file.cache_clear()
 
 
-def two_pools(**others):
-    """Prompts of ten tokens take a second each, alone or not."""
-    sizes = {"step_tokens": 10, "num_places": 8, "tpot_s": 0.0, "alone_s": 1.0, "full_s": 1.0}
-    return serving_waves.TwoPools(**{"num_prefill": 1, "num_decode": 1, **sizes, **others})
+def play(row=ROW, *, decode_s=1.0, prompt_s=1e-9, per_s=1e9, places=99, beside=0.0, **rules):
+    """Outputs of ten tokens after prompts of ten; a benchmark of so many as `row.conc`."""
+    rules = {"step_tokens": 10, **rules}
+    row = replace(row, isl=10, osl=10, is_exact=True)
+    steps = StepTimes({1: decode_s}, {1: beside}, prompt_s, per_s, places)
+    return serving_waves.play(row, steps, serving_waves.Scheduling(**rules), serving_waves.Host())
 
 
-def test_waves_wait_for_each_other_s_prefill():
-    """Eight at once, a prompt a second, no time to decode: each wave waits for seven others."""
-    alone = two_pools(tpot_s=0.1).serve(1, (10, 10), (10, 10))
-    assert alone.ttft_s == pytest.approx(np.full(serving_waves.NUM_WAVES, 1.0))
-    assert alone.total_s == pytest.approx(1.9 * serving_waves.NUM_WAVES)
-    seen = two_pools().serve(8, (10, 10), (10, 10))
-    assert seen.ttft_s[:8].tolist() == list(range(1, 9))
-    assert seen.ttft_s[8:] == pytest.approx(np.full(len(seen.ttft_s) - 8, 8.0))
-    # Spread by the first wave for good.
-    assert two_pools(tpot_s=100.0).serve(8, (10, 10), (10, 10)).ttft_s[8:].max() < 1.01
+APART = replace(ROW, prefill=Workers(1, 1, False, 1), decode=Workers(1, 1, False, 1))
 
 
+@pytest.mark.parametrize("row", [ROW, APART], ids=["one pool", "two pools"])
+def test_requests_that_are_alone(row):
+    """A prompt of a second, and nine more tokens of a tenth of one."""
+    seen = play(replace(row, conc=1), decode_s=0.1, prompt_s=1.0, per_s=1.0)
+    driver = 0.0
+    assert seen.ttft_s == pytest.approx(np.full(10, 1.0 + driver))
+    assert seen.tpot_s == pytest.approx(np.full(10, 0.1))
+    assert seen.total_s == pytest.approx(19.0)
+    assert seen.num_tokens == 100
+
+
+@pytest.mark.parametrize("row", [ROW, APART], ids=["one pool", "two pools"])
 @pytest.mark.parametrize(
-    ("num_prefill", "step_tokens", "full_s", "last_s"),
+    ("step_tokens", "per_s", "first_s", "last_s"),
     [
-        (1, 80, 1.0, 1.0),  # all eight in a step
-        (1, 40, 2.0, 4.0),  # four in a step, twice
-        (2, 40, 2.0, 2.0),  # four in a step of each
-        (1, 15, 1.5, 9.0),  # one and a half in each of six steps, the first of another wave last
+        (10, 1.0, 1.0, 8.0),  # a prompt in each step
+        (80, 8.0, 1.0, 1.0),  # all eight in a step
+        (40, 2.0, 2.0, 4.0),  # four in a step, twice
     ],
 )
-def test_prompts_share_steps(num_prefill, step_tokens, full_s, last_s):
-    sizes = {"num_prefill": num_prefill, "step_tokens": step_tokens, "full_s": full_s}
-    seen = two_pools(**sizes).serve(8, (10, 10), (10, 10))
+def test_prompts_of_a_wave_wait_for_each_other(row, step_tokens, per_s, first_s, last_s):
+    seen = play(
+        replace(row, conc=8),
+        decode_s=100.0,
+        prompt_s=1.0,
+        per_s=per_s,
+        step_tokens=step_tokens,
+        phases_apart=True,
+    )
+    assert seen.ttft_s[:8].min() == pytest.approx(first_s)
     assert seen.ttft_s[:8].max() == pytest.approx(last_s)
 
 
+def test_prompts_are_cut_or_wait_for_room():
+    """A step has room for one and a half; uncut, a step takes one."""
+    rules = {"decode_s": 1e-9, "prompt_s": 1.0, "per_s": 1.0, "step_tokens": 15}
+    row = replace(ROW, conc=2)
+    assert play(row, **rules, phases_apart=True).ttft_s[:2] == pytest.approx([1.5, 2.0])
+    uncut = play(row, **rules, phases_apart=True, cuts_prompts=False)
+    assert uncut.ttft_s[:2] == pytest.approx([1.0, 2.0])
+
+
+def test_a_prompt_beside_decodes_takes_what_it_adds():
+    """Half of what it takes alone; the tokens beside it wait for it."""
+    row = replace(ROW, conc=2)
+    rules = {"prompt_s": 4.0, "per_s": 0.25, "beside": 2.0, "step_tokens": 11}
+    rules["cuts_prompts"] = False
+    seen = play(row, **rules)
+    assert seen.ttft_s[:2] == pytest.approx([4.0, 4.0 + 1.0 + 2.0])
+    assert seen.tpot_s[0] == pytest.approx((9 * 1.0 + 2.0) / 9)
+    apart = play(row, **rules, phases_apart=True)
+    assert apart.ttft_s[:2] == pytest.approx([4.0, 8.0])
+
+
+def test_new_requests_are_looked_for_now_and_then():
+    """Each request's successor comes within ten steps of a tenth of a second."""
+    row = replace(ROW, conc=2)
+    now, later = (play(row, decode_s=0.1, receive_steps=num) for num in (1, 10))
+    assert now.ttft_s.max() == pytest.approx(0.2)
+    assert 0 <= later.ttft_s.max() <= 1.1
+
+
+def test_prompts_wait_until_every_rank_has_one():
+    row = replace(ROW, conc=3, decode=Workers(2, 2, True, 1))
+    seen = play(row, decode_s=1.0, wait_steps=4)
+    assert seen.ttft_s[0] == pytest.approx(0, abs=1e-6)
+    assert seen.ttft_s.max() == pytest.approx(4 + 1)  # and its own step, beside others
+
+
 @given(
-    num_decode=integers(1, 5),
     num_places=integers(1, 20),
     over=integers(1, 20),
     outputs=tuples(integers(50, 90), integers(100, 150)),
 )
 @settings(max_examples=20, deadline=None)
-def test_what_has_no_place_waits_for_its_first_token(num_decode, num_places, over, outputs):
-    """Little's law: so many wait on average, whatever the lengths."""
-    pools = two_pools(num_decode=num_decode, num_places=num_places, alone_s=0, full_s=0, tpot_s=1)
-    places = num_decode * num_places
-    seen = pools.serve(places + over, (10, 10), outputs)
-    decode_s = np.mean(outputs) - 1
-    waiting_s = seen.ttft_s.sum() / seen.total_s
-    assert seen.num_tokens == pytest.approx(np.mean(outputs) * len(seen.ttft_s), rel=0.2)
-    assert waiting_s <= places + over
-    assert seen.total_s >= 0.8 * len(seen.ttft_s) * decode_s / places
-    if num_decode == 1:
-        assert waiting_s == pytest.approx(over, rel=0.35, abs=1)
+def test_what_has_no_place_waits_for_its_first_token(num_places, over, outputs):
+    """Little's law: so many wait on average."""
+    row = replace(ROW, isl=10, osl=100, conc=num_places + over, is_exact=True)
+    steps = StepTimes({1: 1.0}, {1: 0.0}, 1e-9, 1e9, num_places)
+    rules = serving_waves.Scheduling(step_tokens=10**6)
+    seen = serving_waves.play(row, steps, rules, serving_waves.Host())
+    waiting = seen.ttft_s.sum() / seen.total_s
+    assert waiting == pytest.approx(over, rel=0.35, abs=1)
+    assert seen.total_s >= 0.95 * len(seen.ttft_s) * 99 / num_places
 
 
 @pytest.mark.parametrize(
@@ -238,25 +360,3 @@ def test_places_where_a_pool_decodes(conc, workers, most):
         replace(ROW, prefill=Workers(4, 4, True, 1), decode=workers, conc=conc).decode_seqs == most
     )
     assert ROW.decode_seqs == 0
-
-
-def test_waves_are_played_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(serving_waves, "_PLAYED", tmp_path / "waves.jsonl")
-    apart = replace(ROW, prefill=Workers(8, 8, False, 1))
-    pairs = [(ROW, projected(0.01)), (apart, replace(projected(0.01), prefill_rate=5.0))]
-    found = serving_waves.all_in_waves([*pairs, *pairs], 1)
-    monkeypatch.setattr(serving_waves, "in_waves", lambda row, steady: pytest.fail("again"))
-    again = serving_waves.all_in_waves([*pairs, *pairs], 1)
-    for one, two in zip(found, again, strict=True):
-        assert two.ttft_s == pytest.approx(one.ttft_s)
-    assert found[0] != found[1]
-
-
-def test_a_benchmark_of_waves_is_slower_than_its_steady_state():
-    steady = projected(0.01)
-    assert serving_waves.in_waves(ROW, steady).output_tps[1] == pytest.approx(50 / 1.05)
-    apart = replace(ROW, prefill=Workers(8, 8, False, 1), conc=64)
-    found = serving_waves.in_waves(apart, replace(steady, prefill_rate=5.0, prompt_s=0.2))
-    low_s, likely_s, high_s = found.ttft_s
-    assert 0.1 <= low_s <= likely_s <= high_s
-    assert found.output_tps[1] <= 5.0 * apart.load.output_len.high / 8  # what prompts allow

@@ -291,7 +291,8 @@ def _projector(
         usual_number_type,
     )
     from expertlane.cost.laws.execution import Execution
-    from expertlane.cost.laws.frameworks import served_cluster
+    from expertlane.cost.laws.frameworks import served_by
+    from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.plan.candidates import Goals
     from expertlane.spec.projection import ProjectionAsked
@@ -301,7 +302,7 @@ def _projector(
     is_own = experiment.projection is not None and not options.given
     with naming("[projection]") if is_own else nullcontext():
         model, skew, trace = experiment.model, asked.skew, asked.routing_trace
-        cluster = served_cluster(asked.cluster, asked.framework, model)
+        cluster = parse_cluster(asked.cluster)
         path = None if trace is None else Path(trace)
         routing = choose_routing(model, path, skew, experiment.workload.seed)
         load = asked.load(experiment.workload)
@@ -312,6 +313,7 @@ def _projector(
         else:
             found, usual = find_model(experiment.checkpoint, weights=False), None
         types = found.number_types(asked.dtype or usual, asked.kv_dtype, cluster)
+        cluster = served_by(cluster, asked.framework, model, types.weights)
     served = ServingConditions(
         routing, Goals.of(asked.slos), load, Execution(asked.execution), asked.num_running
     )

@@ -105,7 +105,8 @@ def run(
 ) -> output.Found:
     """Plan, without a word on standard output."""
     from expertlane.cost.laws.device import stand_ins
-    from expertlane.cost.laws.frameworks import served_cluster
+    from expertlane.cost.laws.frameworks import served_by
+    from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.plan.candidates import Goals, PlanRequest
     from expertlane.plan.results import make_plan
@@ -116,10 +117,17 @@ def run(
     found = find_model(own.model, weights=False)
     is_auto = own.cluster.endswith(_AUTO)
     cluster = own.cluster.removesuffix(_AUTO) + "x1" if is_auto else own.cluster
-    devices = served_cluster(cluster, projection.framework, found.config)
+    devices = parse_cluster(cluster)
     asked, trace = load.load(found.config), projection.routing_trace
     routing = choose_routing(found.config, trace, projection.skew, load.seed)
     setting = _setting(own, projection, drafts, routing, found, devices)
+    devices = served_by(
+        devices,
+        projection.framework,
+        found.config,
+        setting.types.weights,
+        has_drafts=setting.multi_token.num_drafts > 0,
+    )
     name = output.slug("plan", found.config.name, own.cluster if is_auto else devices)
     folder = call.folder(name)
     experiment = None if folder is None else folder / _EXPERIMENT

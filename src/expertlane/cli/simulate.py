@@ -183,7 +183,8 @@ def run(
         found_model = find_model(_needed("MODEL", model), weights=False)
 
     from expertlane.cost.laws.execution import Execution
-    from expertlane.cost.laws.frameworks import served_cluster
+    from expertlane.cost.laws.frameworks import served_by
+    from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.results.cost import with_costs
     from expertlane.simulate.results import simulation
@@ -193,7 +194,7 @@ def run(
     from expertlane.spec.workload import check_lengths
 
     config, seed = found_model.config, load_options.seed
-    modelled = served_cluster(cluster, projection.framework, config)
+    modelled = parse_cluster(cluster)
     routing = choose_routing(config, projection.routing_trace, projection.skew, seed)
     with naming("--prefill-layout"):
         text = own.prefill_layout
@@ -204,6 +205,13 @@ def run(
     ):
         options = replace(options, placement="linear")  # every rank has a part of every expert
     types = found_model.number_types(projection.dtype, projection.kv_dtype, modelled)
+    modelled = served_by(
+        modelled,
+        projection.framework,
+        config,
+        types.weights,
+        has_drafts=multi_token.num_drafts > 0,
+    )
     if row is not None:
         types = replace(types, rounds_inputs=row.options.activations == "float8")
     setup = ServingSetup(

@@ -46,10 +46,17 @@ class Estimate(Strict):
         low, high = (self.value if each is None else each for each in (self.low, self.high))
         return low, self.value, high
 
-    def no_surer_than(self, factors: tuple[float, float]) -> "Estimate":
-        """With bounds widened to at least these multiples of the value, below and above it."""
+    def bounded_by(self, factors: tuple[float, float], *, alone: bool = False) -> "Estimate":
+        """With bounds at these multiples of the value, below and above it.
+
+        Args:
+            alone: whether bounds that are wider give way to them.
+        """
         low, value, high = self.bounds
-        return Estimate(value, min(low, value * factors[0]), max(high, value * factors[1]))
+        least, most = value * factors[0], value * factors[1]
+        if alone:
+            return Estimate(value, least, most)
+        return Estimate(value, min(low, least), max(high, most))
 
     def __mul__(self, factor: float) -> "Estimate":
         """Scaled by a factor above 0."""
@@ -95,10 +102,10 @@ class Summary(Strict):
         percentiles = np.percentile(values, _PERCENTILES, axis=0)
         return cls(*map(Estimate.of, (np.mean(values, axis=0), *percentiles)))
 
-    def no_surer_than(self, factors: tuple[float, float]) -> "Summary":
-        """With the bounds of each statistic widened, as in `Estimate`."""
+    def bounded_by(self, factors: tuple[float, float], *, alone: bool = False) -> "Summary":
+        """With the bounds of each statistic, as `Estimate` has them."""
         values = (self.mean, self.median, self.p95, self.p99)
-        return Summary(*(each and each.no_surer_than(factors) for each in values))
+        return Summary(*(each and each.bounded_by(factors, alone=alone) for each in values))
 
 
 def _is_above_0(summary: Summary) -> bool:

@@ -124,17 +124,18 @@ class KnownError(Strict):
 
     Attributes:
         what, num_rows: that kind in words, and the number of its rows.
-        tpot, output: least and largest ratio of TPOT, and of output throughput; 1 is between.
-        ttft_what: the nearest kind whose TTFT was measured; "" for none.
-        ttft: ratios of TTFT; (1, 1) for none.
+        tpot, output, ttft: least and largest ratio of TPOT, of output throughput and of TTFT; 1 is
+            between.
+        is_own_kind: whether it is the very kind that was projected, in model, card, types,
+            framework, pools and drafts.
     """
 
     what: str
     num_rows: int
     tpot: tuple[float, float]
     output: tuple[float, float]
-    ttft_what: str = ""
-    ttft: tuple[float, float] = (1.0, 1.0)
+    ttft: tuple[float, float]
+    is_own_kind: bool = False
 
     @property
     def has_two_pools(self) -> bool:

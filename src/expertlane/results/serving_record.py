@@ -193,11 +193,15 @@ class ServingRecord(Strict):
         """Whether all objectives are met."""
         return all(each.is_met for each in self.slos)
 
-    def no_surer_than(self, known: KnownError) -> "ServingRecord":
-        """The record with bounds no narrower than the known error of such projections."""
+    def bounded_by(self, known: KnownError) -> "ServingRecord":
+        """The record with the known error of such projections as bounds.
+
+        No narrower than that, and no wider where this very kind of serving was measured.
+        """
+        alone = known.is_own_kind
         output = (self.output_tps, self.total_tps, self.requests_per_s, self.goodput)
         output_tps, total_tps, requests_per_s, goodput = (
-            each and each.no_surer_than(known.output) for each in output
+            each and each.bounded_by(known.output, alone=alone) for each in output
         )
         assert output_tps is not None, "every record has it"
         if self.rate is not None and self.sample is not None and self.ttft_s is not None:
@@ -207,19 +211,25 @@ class ServingRecord(Strict):
         (low, high), (first_low, first_high) = known.tpot, known.ttft
         later = min(low, first_low), max(high, first_high)
         factors = {"ttft": known.ttft, "tpot": known.tpot, "itl": known.tpot, "e2e": later}
+
+        def of(metric: str, summary: Summary | None) -> Summary | None:
+            return summary and summary.bounded_by(factors[metric], alone=alone)
+
         return replace(
             self,
             output_tps=output_tps,
             total_tps=total_tps,
             requests_per_s=requests_per_s,
             goodput=goodput,
-            ttft_s=self.ttft_s and self.ttft_s.no_surer_than(known.ttft),
-            tpot_s=self.tpot_s and self.tpot_s.no_surer_than(known.tpot),
-            itl_s=self.itl_s and self.itl_s.no_surer_than(known.tpot),
-            e2e_s=self.e2e_s and self.e2e_s.no_surer_than(later),
+            ttft_s=of("ttft", self.ttft_s),
+            tpot_s=of("tpot", self.tpot_s),
+            itl_s=of("itl", self.itl_s),
+            e2e_s=of("e2e", self.e2e_s),
             slos=tuple(
                 replace(
-                    each, value=each.value and each.value.no_surer_than(factors[each.slo.metric])
+                    each,
+                    value=each.value
+                    and each.value.bounded_by(factors[each.slo.metric], alone=alone),
                 )
                 for each in self.slos
             ),

@@ -120,30 +120,33 @@ def pools_apart(simulator: Simulator, seed: int, known: PrefillRates | None = No
     return _Stretch(part, seed, ROUGH, known).apart().times(factor)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class StepTimes:
-    """Likely seconds of a replica's steps, of a load on one pool.
+    """Likely seconds of steps: what a benchmark is played with that prices no step of its own.
 
     Attributes:
-        decode_s: by sequences of a replica, of a step in which each has one token.
-        prompt_s: of a step with a prompt of mean length alone.
-        prompts_per_s: where steps are always full of prompts.
-        num_places: sequences that the cache of a replica holds.
+        decode_s: by sequences of a replica, of a step in which each has a token.
+        beside_s: by some of these numbers, what a prompt of mean length adds to such a step; empty
+            where another pool computes prompts.
+        prompt_s: of a step with such a prompt alone.
+        prompts_per_s: of a replica whose steps are always full of prompts.
+        num_places: sequences that the cache of a replica which decodes has room for.
     """
 
     decode_s: Mapping[int, float]
+    beside_s: Mapping[int, float]
     prompt_s: float
     prompts_per_s: float
     num_places: int
 
 
 def step_times(simulator: Simulator, seed: int, num_seqs: Sequence[int]) -> StepTimes:
-    """What a benchmark is played with whose steps are not priced one by one.
+    """Of one replica of each pool.
 
     Args:
-        num_seqs: numbers of sequences of a replica to price.
+        num_seqs: numbers of sequences that decode.
     """
-    return _Stretch(simulator, seed, ROUGH).step_times(num_seqs)
+    return _Stretch(simulator.single(), seed, ROUGH).step_times(num_seqs)
 
 
 def _part_of(simulator: Simulator) -> tuple[Simulator, float]:
@@ -239,18 +242,39 @@ class _Stretch:
         )
 
     def step_times(self, num_seqs: Sequence[int]) -> StepTimes:
-        """Of a replica of the pool that computes prompts and tokens."""
-        pool = self._simulator.start(is_snapshot=True)[0][-1]
-        replicas = pool.ranks.layout.replicas
+        """Of the first pool's prompts and the last pool's tokens."""
+        pools = self._simulator.start(is_snapshot=True)[0]
+        first, last = pools[0].ranks.role, pools[-1]
+        places = self._room(last.ranks)
+        counts = sorted({min(num, places) for num in num_seqs})
+        decode_s = {num: float(self._decode_step_s(last, num)[LIKELY]) for num in counts}
+        beside_s = {}
+        if len(pools) == 1:
+            some = {*counts[::3], counts[-1]}
+            beside_s = {num: self._mixed_step_s(num) - decode_s[num] for num in sorted(some)}
         return StepTimes(
-            {
-                num: float(self._decode_step_s(pool, num * replicas)[LIKELY])
-                for num in sorted(set(num_seqs))
-            },
-            self._seconds_of_prompt("both"),
-            self._rate_of_prompts("both"),
-            self._room(pool.ranks) // replicas,
+            decode_s,
+            beside_s,
+            self._seconds_of_prompt(first),
+            self._rate_of_prompts(first),
+            places,
         )
+
+    def _mixed_step_s(self, num_running: int) -> float:
+        """Of a step in which so many decode, and a prompt is computed."""
+        pool, ranks = self._alone("both")
+        rng, limits = self._draws.rng, ranks.limits
+        room = limits.max_num_batched_tokens - ceil(num_running / ranks.layout.dp)
+        mean = ceil(self._load.mean_lens[0])
+        length = max(min(mean, room), 1)
+        prompt = TimedRequest(self._new_prompts().draw(length), 1, 0.0)
+        running = [
+            replace(self._draws.under_way(left, rng), output_len=1 + _PROBE_STEPS)
+            for left in self._draws.lengths.left_of(rng, num_running).tolist()
+        ]
+        served = run_load(pool, [*running, prompt], num_running + 1)
+        seconds = float((served[-1].token_times_s[0] - served[-1].due_s)[LIKELY])
+        return seconds * mean / length
 
     def _prompt_share(self, served: Sequence[ServedRequest[Floats]]) -> float | None:
         """Computed prompt tokens per token given; None where another pool computes prompts.

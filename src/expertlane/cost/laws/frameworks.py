@@ -1,25 +1,22 @@
-"""Serving frameworks: what a step and a request cost on their hosts, and how that was judged.
+"""Serving frameworks: how they schedule, what was fitted to them, and how that was judged.
 
-`frameworks.toml` has a few numbers of each, fitted by `calibration/judge_serving.py` to half of the
-public measurements of DeepSeek-R1 that it reads, and judged on the other half.
+`frameworks.toml` has a few numbers of each kind of serving, fitted by
+`calibration/judge_serving.py` to half of the public measurements that it reads, and judged on the
+other half.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from math import log
 from pathlib import Path
 from typing import Literal
 
-from expertlane.cost.laws.execution import DRIVER_S
+from expertlane.cost.laws.execution import ARRIVAL_S
 from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.laws.profile_file import (
-    ModelledCluster,
-    TermTable,
-    parse_cluster,
-    read_term,
-)
+from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.laws.times import Basis
-from expertlane.errors import SpecError, naming
+from expertlane.errors import SpecError
 from expertlane.results.hardware import Judged, KnownError
 from expertlane.spec.files import CONFIG_BYTES, read_toml
 from expertlane.spec.model import ModelConfig
@@ -29,38 +26,43 @@ from expertlane.spec.tables import build
 FILE = Path(__file__).with_name("frameworks.toml")
 
 
+_GENERATIONS = (("h100", "h200"), ("b200", "b300", "gb200", "gb300"))
+_STAGES = (0, 1, 2, 3, 5)  # parts of a kind that numbers are fitted to
+
 Attention = Literal["latent", "grouped", "sinks"]
 Ratios = tuple[float, float]  # a low and a high one
 
 
 @dataclass(frozen=True)
-class Framework:
+class Framework(Strict):
     """How a framework serves.
 
     Attributes:
         title: as its makers write it.
         max_num_batched_tokens: of a step and data-parallel rank.
         prompt_wait_steps: as of `schedule.request.Limits`.
-        terms: in place of a profile's: `driver_s`, `arrival_s`; of frameworks that were not fitted
-            none.
-        fitted_to: `sizes_of` the model that the terms were fitted to.
     """
 
-    name: str
     title: str
     max_num_batched_tokens: int
     prompt_wait_steps: int
-    terms: Mapping[str, Term]
-    fitted_to: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)
-class _Framework(Strict):
-    title: str
-    max_num_batched_tokens: int
-    prompt_wait_steps: int
-    terms: dict[str, TermTable] = field(default_factory=dict)
-    fitted_to: tuple[int, int, int] | None = None
+class Fitted(Strict):
+    """What measurements of a kind of serving lack or have beyond what laws give.
+
+    Attributes:
+        kind: as `kinds_of` names it; each part of it narrows the kind.
+        step_factor: of what laws give for a step.
+        arrival_s: from when a request is sent until it can be scheduled.
+        num_points: that it was fitted to.
+    """
+
+    kind: tuple[str, ...] = ()
+    step_factor: float = 1.0
+    arrival_s: float = 0.0
+    num_points: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class JudgedGroup(Strict):
         model: that was measured.
         sizes: its layers, hidden size, and experts.
         attention: its kind: with latents, of queries in groups, or such with sinks.
+        dates: of the first and the last measurement; "" where they are not told.
     """
 
     hardware: str
@@ -96,11 +99,13 @@ class JudgedGroup(Strict):
     model: str = "DeepSeek-R1"
     sizes: tuple[int, int, int] = (61, 7168, 256)
     attention: Attention = "latent"
+    dates: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
 class _File(Strict):
-    frameworks: dict[str, _Framework]
+    frameworks: dict[str, Framework]
+    fitted: list[Fitted] = field(default_factory=list)
     judged: list[JudgedGroup] = field(default_factory=list)
 
 
@@ -109,21 +114,29 @@ def _file() -> _File:
     return build(_File, read_toml(FILE, CONFIG_BYTES))
 
 
-@cache
 def frameworks() -> Mapping[str, Framework]:
     """All that are known, by name."""
-    with naming(FILE):
-        return {
-            name: Framework(
-                name,
-                each.title,
-                each.max_num_batched_tokens,
-                each.prompt_wait_steps,
-                {term: read_term(law, f"{name}.{term}") for term, law in each.terms.items()},
-                each.fitted_to,
-            )
-            for name, each in _file().frameworks.items()
-        }
+    return _file().frameworks
+
+
+def kinds_of(
+    framework: str,
+    hardware: str,
+    model: ModelConfig,
+    weights: str,
+    *,
+    has_drafts: bool = False,
+) -> Sequence[tuple[str, ...]]:
+    """A kind of serving, from the coarsest to the finest that numbers are fitted to."""
+    sizes = "x".join(map(str, sizes_of(model)))
+    of_card = framework, generation_of(hardware), sizes, hardware, weights
+    drafts = "drafts" if has_drafts else "no drafts"
+    return *(of_card[:end] for end in _STAGES), (*of_card, drafts)
+
+
+def generation_of(hardware: str) -> str:
+    """Of a profile by its name; the name itself where it is the only one."""
+    return next((each[0] for each in _GENERATIONS if hardware in each), hardware)
 
 
 def judged_groups() -> Sequence[JudgedGroup]:
@@ -143,29 +156,48 @@ def find_framework(name: str) -> Framework:
     return known[name]
 
 
-def served_by(profile: Profile, framework: Framework, model: ModelConfig) -> Profile:
-    """The profile with a framework's terms in place of its own.
+def served_by(
+    cluster: ModelledCluster,
+    framework: str | None,
+    model: ModelConfig,
+    weights: str,
+    *,
+    has_drafts: bool = False,
+) -> ModelledCluster:
+    """A cluster on which a framework serves: its steps and requests take what was measured.
 
-    The time between steps holds for the model that it was fitted to alone: it also stands for what
-    laws of that model's layers lack. With others on the same card it made errors larger.
-    """
-    terms = dict(framework.terms)
-    if framework.fitted_to != sizes_of(model):
-        terms.pop(DRIVER_S, None)
-    return replace(profile, terms={**profile.terms, **terms}, framework=framework.name)
+    Of the finest kind that measurements were fitted to. Other models on a card take what is common
+    to a framework on cards of that generation.
 
-
-def served_cluster(text: str, framework: str | None, model: ModelConfig) -> ModelledCluster:
-    """Read a cluster, as `parse_cluster`, and how a model is served on it.
+    Args:
+        framework: None for no known one, which changes nothing.
 
     Raises:
-        SpecError: no such cluster or framework.
+        SpecError: no such framework.
     """
-    cluster = parse_cluster(text)
     if framework is None:
         return cluster
-    served = served_by(cluster.profile, find_framework(framework), model)
-    return replace(cluster, profile=served)
+    find_framework(framework)
+    profile, known = cluster.profile, {each.kind: each for each in _file().fitted}
+    kinds = kinds_of(framework, profile.name, model, weights, has_drafts=has_drafts)
+    fitted = [known[kind] for kind in kinds if kind in known]
+    served = replace(profile, framework=framework)
+    return replace(cluster, profile=with_fitted(served, fitted[-1] if fitted else Fitted()))
+
+
+def with_fitted(profile: Profile, fitted: Fitted) -> Profile:
+    """The profile with laws times a factor, and a time to arrive."""
+    if fitted == Fitted():
+        return profile
+    of = ", ".join(each for each in fitted.kind if each) or "all measurements"
+    origin = f"calibration/judge_serving.py: {fitted.num_points} points of {of}"
+    seconds = fitted.arrival_s
+    arrival = Term(seconds, seconds / 2, 2 * seconds, Basis.FITTED, origin)
+    surfaces = {
+        name: replace(law, correction=law.correction + log(fitted.step_factor))
+        for name, law in profile.surfaces.items()
+    }
+    return replace(profile, surfaces=surfaces, terms={**profile.terms, ARRIVAL_S: arrival})
 
 
 # benchmarks/results/2026-11-25-bench_projection-final.json; nothing of it was fitted.
@@ -211,9 +243,6 @@ def attention_of(model: ModelConfig) -> Attention:
     return "sinks" if model.attention_sinks else "grouped"
 
 
-_GENERATIONS = (("h100", "h200"), ("b200", "b300", "gb200", "gb300"))
-
-
 def nearest(
     profile: Profile,
     weights: str,
@@ -249,14 +278,10 @@ def nearest(
     groups = sorted(judged_groups(), key=distance)
     if not groups:
         return None
-    one, of_ttft = groups[0], next((each for each in groups if each.ttft_range[1] > 1), None)
+    one = groups[0]
+    is_own_kind = bool(profile.framework) and not any(distance(one)[:-1])
     return KnownError(
-        _what(one),
-        one.num_rows,
-        one.tpot_range,
-        one.output_range,
-        "" if of_ttft is None else _what(of_ttft),
-        (1.0, 1.0) if of_ttft is None else of_ttft.ttft_range,
+        _what(one), one.num_rows, one.tpot_range, one.output_range, one.ttft_range, is_own_kind
     )
 
 

@@ -1,0 +1,186 @@
+"""aiconfigurator's projections and ours beside each other, on the same public rows.
+
+python calibration/aiconfigurator.py LIST          first: what it says of each row
+python calibration/beside.py LIST FILE…            a table
+python calibration/beside.py LIST FILE… --write    and docs/beside_aiconfigurator.md, row by row too
+
+LIST: aiconfigurator's list of measurements; FILE: further rows that ours is fitted to, by halves.
+Neither projection of a row was fitted to its own configuration: of configurations to fit to, ours
+is from a fit to the others. Reads build/aiconfigurator.jsonl.
+"""
+
+import argparse
+import csv
+import json
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from aiconfigurator import ANSWERS, Prediction
+from judge_serving import played_points
+from serving_fit import Fit, Point, Sides, out_of_sample
+from serving_rows import Row, read_rows
+
+_ROOT = Path(__file__).parents[1]
+_PAGE = _ROOT / "docs" / "beside_aiconfigurator.md"
+_ROWS = _ROOT / "benchmarks" / "results" / "beside_aiconfigurator.csv"
+_OF = ("measured", "expertlane", "aiconfigurator")
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A row, and what both say of it; None where it is refused."""
+
+    row: Row
+    ours: tuple[float, float] | None
+    theirs: tuple[float, float] | None
+
+    @property
+    def measured(self) -> tuple[float, float]:
+        """TPOT and TTFT, seconds."""
+        return self.row.tpot_s, self.row.ttft_s
+
+
+def main() -> int:
+    """Project, read what the other said, and compare."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("list", type=Path)
+    parser.add_argument("files", type=Path, nargs="*")
+    parser.add_argument("--write", action="store_true", help="the page and the rows")
+    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    asked = parser.parse_args()
+    if not ANSWERS.exists():
+        print(f"{ANSWERS} is missing: run calibration/aiconfigurator.py first", file=sys.stderr)
+        return 2
+    rows, _ = read_rows([asked.list, *asked.files])
+    found = played_points(rows, Sides.of(rows), asked.jobs)
+    fit = Fit.to([point for point in found.points if point.is_fitted])
+    ours = {
+        point.row.point: point
+        for point in (
+            *out_of_sample([each for each in found.points if each.is_fitted]),
+            *(each.corrected(fit.of(each.row)) for each in found.points if not each.is_fitted),
+        )
+    }
+    theirs = _read_answers()
+    listed, _ = read_rows([asked.list])
+    beside = [_beside(row, ours, theirs) for row in listed]
+    text = "\n".join(_page(beside, theirs, found.seconds_of_row, found.refused))
+    print(text)
+    if asked.write:
+        _PAGE.write_text(text + "\n", encoding="utf-8")
+        _write_rows(beside)
+    return 0
+
+
+def _read_answers() -> dict[str, Prediction]:
+    answers = {}
+    for line in ANSWERS.read_text(encoding="utf-8").splitlines():
+        fields = json.loads(line)
+        answers[fields.pop("id")] = Prediction(**fields)
+    return answers
+
+
+def _beside(row: Row, ours: Mapping[object, Point], theirs: Mapping[str, Prediction]) -> Beside:
+    point, other = ours.get(row.point), theirs[row.id]
+    own = None if point is None else (point.played.tpot_s, point.played.ttft_s)
+    has_both = other.tpot_s is not None and other.ttft_s is not None
+    return Beside(row, own, (other.tpot_s, other.ttft_s) if has_both else None)  # type: ignore[arg-type]
+
+
+def _page(
+    beside: Sequence[Beside],
+    theirs: Mapping[str, Prediction],
+    seconds_of_row: float,
+    refused: Sequence[tuple[Row, str]],
+) -> Iterator[str]:
+    yield "# Beside aiconfigurator"
+    yield ""
+    yield (
+        f"What aiconfigurator-core 0.12 and expertlane say of the same {len(beside):,} public "
+        "measurements (aiconfigurator's own list, Apache-2.0). Neither was fitted to a row's "
+        "configuration; ours has two numbers of each kind of serving, fitted to other "
+        "configurations. Errors are medians of their size, on rows that both project. *Nearer*: "
+        "the share of those rows whose TPOT is nearer in ours. *Refused*: by us, by them."
+    )
+    yield ""
+    yield (
+        "Made by `python calibration/aiconfigurator.py LIST` and `python calibration/beside.py "
+        "LIST FILE… --write`; every row is in `benchmarks/results/beside_aiconfigurator.csv`."
+    )
+    yield ""
+    yield from _table(beside)
+    yield ""
+    seconds = np.mean([each.seconds for each in theirs.values()])
+    yield (
+        f"Seconds of CPU a row: {seconds_of_row:.2f} ours, {seconds:.2f} theirs (both with the "
+        "reading of their tables)."
+    )
+    yield ""
+    yield "## What each refuses"
+    yield ""
+    yield "| rows | by | why |"
+    yield "| ---: | --- | --- |"
+    ids = {each.row.id for each in beside}
+    why = Counter(("ours", _shortened(text)) for row, text in refused if row.id in ids)
+    why.update(("theirs", _shortened(each.refused)) for each in theirs.values() if each.refused)
+    for (by, reason), number in why.most_common():
+        yield f"| {number} | {by} | {reason} |"
+
+
+def _shortened(reason: str) -> str:
+    """Without what differs from row to row."""
+    text = reason.split(";")[0].split(" needs ")[0].split(" (")[0]
+    return text if len(text) <= 100 else text[:97] + "…"
+
+
+def _table(beside: Sequence[Beside]) -> Iterator[str]:
+    heads = "rows", "refused", "TPOT ours", "theirs", "TTFT ours", "theirs", "nearer"
+    yield f"| of | {' | '.join(heads)} |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    cells: defaultdict[str, list[Beside]] = defaultdict(list)
+    for each in beside:
+        cells[f"{each.row.model}, {each.row.hardware}, {each.row.framework}"].append(each)
+    for name, own in (("all", beside), *sorted(cells.items())):
+        yield _line(name, own)
+
+
+def _line(name: str, own: Sequence[Beside]) -> str:
+    refused = (sum(each.ours is None for each in own), sum(each.theirs is None for each in own))
+    head = f"| {name} | {len(own)} | {refused[0]}, {refused[1]} |"
+    both = [each for each in own if each.ours and each.theirs]
+    if not both:
+        return f"{head} | | | | |"
+    measured = np.array([each.measured for each in both])
+    ours, theirs = (
+        np.abs(np.array([each.ours for each in both]) / measured - 1),
+        np.abs(np.array([each.theirs for each in both]) / measured - 1),
+    )
+    sizes = [np.median(each[:, place]) for place in (0, 1) for each in (ours, theirs)]
+    nearer = np.mean(ours[:, 0] < theirs[:, 0])
+    return f"{head} {' | '.join(f'{each:.0%}' for each in sizes)} | {nearer:.0%} |"
+
+
+def _write_rows(beside: Sequence[Beside]) -> None:
+    with _ROWS.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["id", *(f"{of}_{what}_ms" for what in ("tpot", "ttft") for of in _OF)])
+        for each in beside:
+            times = (each.measured, each.ours, each.theirs)
+            writer.writerow(
+                [
+                    each.row.id,
+                    *(
+                        "" if of is None else f"{1e3 * of[place]:.4g}"
+                        for place in (0, 1)
+                        for of in times
+                    ),
+                ]
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
