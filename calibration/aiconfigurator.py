@@ -1,6 +1,7 @@
 """What NVIDIA's aiconfigurator-core 0.12 itself projects of deployments that others measured.
 
-python calibration/aiconfigurator.py FILE    its errors of TPOT and TTFT, by model, card, backend
+python calibration/aiconfigurator.py FILE        its errors of TPOT and TTFT
+python calibration/aiconfigurator.py FILE --step-tokens 8192    of prompts, in a step of one pool
 
 FILE: rows in the columns of aiconfigurator-core's `silicon_sample.csv`, and `split_layout` and
 `split_concurrency`. Nothing is fitted: each row is asked of the package as `estimate` of its
@@ -9,7 +10,7 @@ defaults of that command. Types of numbers are those of the row's columns; where
 them, those that it finds in the checkpoint, if they are of the row's precision. Tables are of the
 row's version where the package lets it be asked for, and else of its version by default.
 
-- One pool: `run_agg`, with a prompt's tokens in each mixed step.
+- One pool: `run_agg`, with one prompt's tokens in each mixed step, unless others are asked for.
 - Two pools: `run_static` of a worker that prefills and of one that decodes, in its command's
   scales; TTFT is a worker's time for its batch of prompts (the row's, or 1), in its command's
   factor. Requests of the load are shared out evenly to ranks that decode.
@@ -96,8 +97,12 @@ class _Served:
     experts: str
 
 
-def predict(row: Mapping[str, str]) -> Prediction:
-    """The package's prediction of a row, or why it has none."""
+def predict(row: Mapping[str, str], step_tokens: int | None = None) -> Prediction:
+    """The package's prediction of a row, or why it has none.
+
+    Args:
+        step_tokens: of prompts in each mixed step of one pool, at most; its default is one prompt.
+    """
     begin = time.process_time()
     served = _Served(row["system"], row["backend"], "", row["model_path"], "", "")
     try:
@@ -105,18 +110,18 @@ def predict(row: Mapping[str, str]) -> Prediction:
         served = replace(served, version=version)
         is_own = _precision(served.model) == row["precision"]
         types = {"gemm": row["gemm_quant_mode"], "experts": row["moe_quant_mode"]}
-        found = _of_types(row, replace(served, **types))
+        found = _of_types(row, replace(served, **types), step_tokens)
         if found.refused and is_own:
-            found = replace(_of_types(row, served), types="checkpoint")
+            found = replace(_of_types(row, served, step_tokens), types="checkpoint")
     except Refused as error:
         found = Prediction(version=served.version, refused=str(error))
     return replace(found, seconds=time.process_time() - begin)
 
 
-def _of_types(row: Mapping[str, str], served: _Served) -> Prediction:
+def _of_types(row: Mapping[str, str], served: _Served, step_tokens: int | None) -> Prediction:
     """The prediction with these types of numbers, or why there is none."""
     try:
-        ttft_ms, tpot_ms = _projected_ms(row, served)
+        ttft_ms, tpot_ms = _projected_ms(row, served, step_tokens)
     except (Refused, ValueError, RuntimeError, LookupError) as error:
         package = Path(_sdk("common").__file__).parents[1]
         reason = " ".join(str(error).split()).replace(f"{package}/", "")
@@ -124,7 +129,9 @@ def _of_types(row: Mapping[str, str], served: _Served) -> Prediction:
     return Prediction(ttft_ms / 1e3, tpot_ms / 1e3, served.version)
 
 
-def _projected_ms(row: Mapping[str, str], served: _Served) -> tuple[float, float]:
+def _projected_ms(
+    row: Mapping[str, str], served: _Served, step_tokens: int | None
+) -> tuple[float, float]:
     """TTFT and TPOT.
 
     Raises:
@@ -133,7 +140,9 @@ def _projected_ms(row: Mapping[str, str], served: _Served) -> tuple[float, float
     pools, requests = pools_of(row["split_layout"]), int(row["split_concurrency"])
     lengths = {"isl": int(row["isl"]), "osl": int(row["osl"])}
     if len(pools) == 1:
-        return _in_one_pool(served, pools[0], lengths, requests)
+        batch = pools[0].requests_of_rank(requests)
+        step = min(step_tokens or lengths["isl"], lengths["isl"] * batch)
+        return _in_one_pool(served, pools[0], lengths, (batch, step))
     prompts = int(row["prefill_batch_size"] or 1)
     return _in_two_pools(served, pools, lengths, (prompts, requests))
 
@@ -177,16 +186,20 @@ def pools_of(layout: str) -> list[Workers]:
 
 
 def _in_one_pool(
-    served: _Served, pool: Workers, lengths: Mapping[str, int], requests: int
+    served: _Served, pool: Workers, lengths: Mapping[str, int], step: tuple[int, int]
 ) -> tuple[float, float]:
-    """TTFT and TPOT in milliseconds, of prompts and generated tokens in the same steps."""
+    """TTFT and TPOT in milliseconds, of prompts and generated tokens in the same steps.
+
+    Args:
+        step: requests of a rank, and tokens of prompts in a mixed step.
+    """
     model, database = _model(served, pool, "agg")
-    batch = pool.requests_of_rank(requests)
+    batch, tokens = step
     summary = _backend(served).run_agg(
         model,
         database,
         _sdk("config").RuntimeConfig(batch_size=batch, **lengths),
-        ctx_tokens=lengths["isl"],
+        ctx_tokens=tokens,
         decode_tokens_per_iteration=1.0,
     )
     # Keys and values beyond the room for them only warn here, as in its command.
@@ -353,6 +366,7 @@ def main() -> int:
     """Predict, write and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path)
+    parser.add_argument("--step-tokens", type=int, help="of prompts in one pool's mixed steps")
     asked = parser.parse_args()
     if importlib.util.find_spec("aiconfigurator_core") is None:
         print("install the tables first: pip install '.[calibration]'", file=sys.stderr)
@@ -363,7 +377,7 @@ def main() -> int:
     found = []
     with _ANSWERS.open("w", encoding="utf-8") as file:
         for place, row in enumerate(rows, 1):
-            found.append(predict(row))
+            found.append(predict(row, asked.step_tokens))
             file.write(json.dumps({"id": row["id"], **asdict(found[-1])}) + "\n")
             print(f"\r{place} of {len(rows)} rows ", end="", file=sys.stderr)
     print(file=sys.stderr)
