@@ -32,6 +32,14 @@ ROWS = (
     ),
 )
 
+SERVED = (
+    "id,backend,backend_version,model_path,system,precision,mode,isl,osl,gemm_quant_mode,"
+    "moe_quant_mode,prefill_batch_size,silicon_ttft_ms,silicon_tpot_ms,split_family,"
+    "split_concurrency,split_layout",
+    "1,trtllm,,deepseek-ai/DeepSeek-V3,h200_sxm,fp8,agg,1024,1024,fp8,fp8,,100,20,DeepSeek-R1,8,"
+    '"tp=8,dp=1,ep=8"',
+)
+
 
 def _no_tables() -> str | None:
     if find_spec("aiconfigurator_core") is None:
@@ -151,6 +159,7 @@ SMOKES: Mapping[str, Smoke] = {
         "--cases 'ep2 undilated' --out .", r'"benchmark": "judge"', _no_links
     ),
     "benchmarks/narrow_quality.py": Smoke("0.01 2048", r"int8, whole rows +perplexity"),
+    "calibration/aiconfigurator.py": Smoke("{served}", r"\| all \|  \| one pool \| 1 ", _no_tables),
     "calibration/fastest.py": Smoke("h200", r"\| h200 \| float8 \|", _no_tables),
     "calibration/fit.py": Smoke("h200 --output .", r"", _no_tables),
     "calibration/judge_models.py": Smoke("{rows} --most 1", r"\|", _no_tables),
@@ -273,6 +282,13 @@ class Stage:
         """Made-up public measurements."""
         path = self.folder / "rows.csv"
         path.write_text("\n".join(ROWS) + "\n")
+        return path
+
+    @cached_property
+    def served(self) -> Path:
+        """A made-up measurement in the columns of aiconfigurator's."""
+        path = self.folder / "served.csv"
+        path.write_text("\n".join(SERVED) + "\n")
         return path
 
     @cached_property
