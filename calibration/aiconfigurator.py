@@ -15,7 +15,7 @@ row's version where the package lets it be asked for, and else of its version by
   scales; TTFT is a worker's time for its batch of prompts (the row's, or 1), in its command's
   factor. Requests of the load are shared out evenly to ranks that decode.
 
-Writes build/aiconfigurator.jsonl and prints Markdown.
+Prints Markdown. Answers stay in build/aiconfigurator.jsonl; delete it where the package changes.
 """
 
 import argparse
@@ -371,18 +371,38 @@ def main() -> int:
     if importlib.util.find_spec("aiconfigurator_core") is None:
         print("install the tables first: pip install '.[calibration]'", file=sys.stderr)
         return 2
-    with asked.file.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(asked.file)
+    print("\n".join(table(rows, answers(rows, asked.step_tokens))))
+    return 0
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Rows of the list."""
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def answers(rows: Sequence[Mapping[str, str]], step_tokens: int | None = None) -> list[Prediction]:
+    """[rows]; from the file where they are in it, what is new is added to it at once."""
+    known: dict[tuple[str, int | None], Prediction] = {}
+    if _ANSWERS.exists():
+        for line in _ANSWERS.read_text(encoding="utf-8").splitlines():
+            fields = json.loads(line)
+            known[fields.pop("id"), fields.pop("step_tokens")] = Prediction(**fields)
     _ANSWERS.parent.mkdir(exist_ok=True)
     found = []
-    with _ANSWERS.open("w", encoding="utf-8") as file:
+    with _ANSWERS.open("a", encoding="utf-8") as file:
         for place, row in enumerate(rows, 1):
-            found.append(predict(row, asked.step_tokens))
-            file.write(json.dumps({"id": row["id"], **asdict(found[-1])}) + "\n")
-            print(f"\r{place} of {len(rows)} rows ", end="", file=sys.stderr)
+            answer = known.get((row["id"], step_tokens))
+            if answer is None:
+                answer = predict(row, step_tokens)
+                key = {"id": row["id"], "step_tokens": step_tokens}
+                file.write(json.dumps({**key, **asdict(answer)}) + "\n")
+                file.flush()
+                print(f"\r{place} of {len(rows)} rows ", end="", file=sys.stderr)
+            found.append(answer)
     print(file=sys.stderr)
-    print("\n".join(table(rows, found)))
-    return 0
+    return found
 
 
 def table(rows: Sequence[Mapping[str, str]], found: Sequence[Prediction]) -> list[str]:

@@ -1,8 +1,7 @@
 """aiconfigurator's projections and ours beside each other, on the same public rows.
 
-python calibration/aiconfigurator.py LIST          first: what it says of each row
 python calibration/beside.py LIST FILE…            a table
-python calibration/beside.py LIST FILE… --write    and docs/beside_aiconfigurator.md, row by row too
+python calibration/beside.py LIST FILE… --write    docs/beside_aiconfigurator.md, and every row
 
 LIST: aiconfigurator's list of measurements; FILE: further rows that ours is fitted to, by halves.
 Neither projection of a row was fitted to its own configuration: of configurations to fit to, ours
@@ -11,7 +10,7 @@ is from a fit to the others. Reads build/aiconfigurator.jsonl.
 
 import argparse
 import csv
-import json
+import importlib.util
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from aiconfigurator import ANSWERS, Prediction
+from aiconfigurator import Prediction, answers, read
 from judge_serving import played_points
 from serving_fit import Fit, Point, Sides, out_of_sample
 from serving_rows import Row, read_rows
@@ -52,8 +51,8 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="the page and the rows")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     asked = parser.parse_args()
-    if not ANSWERS.exists():
-        print(f"{ANSWERS} is missing: run calibration/aiconfigurator.py first", file=sys.stderr)
+    if importlib.util.find_spec("aiconfigurator_core") is None:
+        print("install the tables first: pip install '.[calibration]'", file=sys.stderr)
         return 2
     rows, _ = read_rows([asked.list, *asked.files])
     found = played_points(rows, Sides.of(rows), asked.jobs)
@@ -65,7 +64,11 @@ def main() -> int:
             *(each.corrected(fit.of(each.row)) for each in found.points if not each.is_fitted),
         )
     }
-    theirs = _read_answers()
+    asked_of_theirs = read(asked.list)
+    theirs = {
+        row["id"]: answer
+        for row, answer in zip(asked_of_theirs, answers(asked_of_theirs), strict=True)
+    }
     listed, _ = read_rows([asked.list])
     beside = [_beside(row, ours, theirs) for row in listed]
     text = "\n".join(_page(beside, theirs, found.seconds_of_row, found.refused))
@@ -74,14 +77,6 @@ def main() -> int:
         _PAGE.write_text(text + "\n", encoding="utf-8")
         _write_rows(beside)
     return 0
-
-
-def _read_answers() -> dict[str, Prediction]:
-    answers = {}
-    for line in ANSWERS.read_text(encoding="utf-8").splitlines():
-        fields = json.loads(line)
-        answers[fields.pop("id")] = Prediction(**fields)
-    return answers
 
 
 def _beside(row: Row, ours: Mapping[object, Point], theirs: Mapping[str, Prediction]) -> Beside:
@@ -108,8 +103,8 @@ def _page(
     )
     yield ""
     yield (
-        "Made by `python calibration/aiconfigurator.py LIST` and `python calibration/beside.py "
-        "LIST FILE… --write`; every row is in `benchmarks/results/beside_aiconfigurator.csv`."
+        "Made by `python calibration/beside.py LIST FILE… --write`; every row is in "
+        "`benchmarks/results/beside_aiconfigurator.csv`."
     )
     yield ""
     yield from _table(beside)

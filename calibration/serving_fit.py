@@ -7,6 +7,7 @@ leave, the less of it the fewer points there are.
 """
 
 import hashlib
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -26,8 +27,10 @@ from expertlane.cost.laws.frameworks import (
     kinds_of,
 )
 
-_SHRINKING = {"step_factor": 4.0, "arrival_s": 1.0}  # points that a stage is worth without any
+_SHRINKING = 4.0  # points that weigh as much as what coarser stages say
+_NUMBERS = ("step_factor", "arrival_s")  # found in this order
 _NUM_PARTS = 10
+_ARRAY = re.compile(r"= \[\n[^][]*\]")  # over several lines
 _ARRIVALS_S = np.concatenate([np.arange(-0.1, 1.0, 0.005), np.arange(1.0, 8.0, 0.05)])
 
 
@@ -153,7 +156,7 @@ class Fit:
     def to(cls, points: Sequence[Point]) -> "Fit":
         """Of points to fit to: first the factors, then what is left of the time to arrive."""
         fit = cls()
-        for name in _SHRINKING:
+        for name in _NUMBERS:
             groups: defaultdict[tuple[str, ...], list[Point]] = defaultdict(list)
             for point in points:
                 for key in point.stages:
@@ -172,7 +175,7 @@ class Fit:
         before = [self._before(name, key, point) for point in own]
         corrected = [point.corrected(each) for point, each in zip(own, before, strict=True)]
         ratios = np.array([point.measured.tpot_s / point.played.tpot_s for point in corrected])
-        share = len(own) / (len(own) + _SHRINKING[name])
+        share = len(own) / (len(own) + _SHRINKING)
         known = self.by_stage.get(key, before[0])
         if name == "step_factor":
             value = before[0].step_factor * exp(share * float(np.median(np.log(ratios))))
@@ -228,4 +231,5 @@ def write(fitted: Sequence[Fitted], judged: Sequence[JudgedGroup], path: Path) -
         "fitted": [asdict(each) for each in rounded],
         "judged": [asdict(each) for each in judged],
     }
-    path.write_text(tomli_w.dumps(data), encoding="utf-8")
+    text = _ARRAY.sub(lambda each: " ".join(each[0].split()), tomli_w.dumps(data))
+    path.write_text(text.replace("[ ", "[").replace(", ]", "]"), encoding="utf-8")

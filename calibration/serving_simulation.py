@@ -34,6 +34,7 @@ from expertlane.simulate.steady import StepTimes, step_times
 
 _PRICED = Path("build/judge_steps.jsonl")
 _MODELLED = ("cost", "simulate", "schedule", "balance", "spec", "memory.py")
+_NOT_PRICED = ("frameworks", "records")  # of these, what prices do not rest on
 _ACCEPTED = 0.7  # of drafts; what a step takes hardly depends on it
 _SEED = 0
 _COUNTS_APART = 2.5
@@ -94,7 +95,7 @@ def _model_digest() -> str:
     for name in _MODELLED:
         paths = sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name]
         for path in paths:
-            if path.suffix in (".py", ".toml", ".json") and path.stem != "frameworks":
+            if path.suffix in (".py", ".toml", ".json") and path.stem not in _NOT_PRICED:
                 digest.update(path.read_bytes())
     digest.update(Path(__file__).read_bytes())
     return digest.hexdigest()

@@ -20,7 +20,7 @@ from expertlane.cost.laws.frameworks import (
 )
 from expertlane.cost.laws.profile_file import read_profile, shipped_profiles
 from expertlane.cost.laws.times import Basis
-from expertlane.cost.records import no_surer_than_known
+from expertlane.cost.records import with_known_errors
 from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
 from golden.cases import DEEPSEEK
@@ -112,7 +112,7 @@ def test_bounds_are_no_narrower_than_the_error_of_the_nearest_kind(asked):
     profile, weights = read_profile("h100"), PLAN.deployments[0].conditions.dtype
     known = nearest(profile, weights, model=asked)
     before = replace(PLAN, cluster=replace(PLAN.cluster, nearest=known))
-    after = no_surer_than_known(before, asked, profile)
+    after = with_known_errors(before, asked, profile)
     for one, other in zip(before.deployments, after.deployments, strict=True):
         assert other.over_best == one.over_best
         for narrow, wide in zip(one.serving, other.serving, strict=True):
@@ -125,7 +125,7 @@ def test_bounds_are_no_narrower_than_the_error_of_the_nearest_kind(asked):
     assert after.plans[0].engines[0].aggregated.serving == after.deployments[0].serving
     (said,) = (each for each in after.assumptions if each.name == "least bounds")
     assert known.what in said.value
-    assert no_surer_than_known(PLAN, asked, profile) is PLAN  # measured on the machine itself
+    assert with_known_errors(PLAN, asked, profile) is PLAN  # measured on the machine itself
 
 
 def test_a_framework_s_terms_stand_in_place_of_the_profile_s():

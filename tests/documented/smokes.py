@@ -88,9 +88,6 @@ class Smoke:
 
 
 SMOKES: Mapping[str, Smoke] = {
-    "benchmarks/bench_aiconfigurator.py": Smoke(
-        f"{{rows}} --aiconfigurator {sys.executable}", r"\| all \| 3 \| aiconfigurator", _no_tables
-    ),
     "benchmarks/bench_attention.py": Smoke("--cpu-time --only 'check 32/8'", r"check 32/8 .* \d+%"),
     "benchmarks/bench_balance.py": Smoke(
         "--experts 64 --ranks 16 --seeds 1", r'"num_crossing_points": \d\d'
@@ -162,9 +159,9 @@ SMOKES: Mapping[str, Smoke] = {
     "calibration/aiconfigurator.py": Smoke("{served}", r"\| all \|  \| one pool \| 1 ", _no_tables),
     "calibration/fastest.py": Smoke("h200", r"\| h200 \| float8 \|", _no_tables),
     "calibration/fit.py": Smoke("h200 --output .", r"", _no_tables),
-    "calibration/judge_models.py": Smoke("{rows} --most 1", r"\|", _no_tables),
     "calibration/judge_published.py": Smoke("", r"\| decode EP72", _no_tables),
-    "calibration/judge_serving.py": Smoke("{rows} --jobs 1", r"\| TensorRT-LLM \| driver_s"),
+    "calibration/beside.py": Smoke("{served} {rows} --jobs 1", r"\| all \| 1 \|", _no_tables),
+    "calibration/judge_serving.py": Smoke("{rows} --jobs 1", r"\| trt \| \d+ \| \d\.\d\d \|"),
     "calibration/popularity.py": Smoke("mixtral", r"^mixtral: 0\.17$"),
     "calibration/scatter.py": Smoke("", r"`latent_decode\.float8`", _no_tables),
     "docs/pictures/live.py": Smoke("6", r"", _no_chromium, beside=True),
@@ -201,7 +198,6 @@ COVERED: Mapping[str, str] = {
 
 # Scripts that others start, and those others.
 PARTS: Mapping[str, str] = {
-    "benchmarks/aiconfigurator_rows.py": "benchmarks/bench_aiconfigurator.py",
     "benchmarks/engine_peers/make_checkpoint.py": "benchmarks/bench_engine.py",
     "benchmarks/engine_peers/measure_machine.py": "benchmarks/bench_engine.py",
     "benchmarks/engine_peers/run_ours.py": "benchmarks/bench_engine.py",

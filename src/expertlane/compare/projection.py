@@ -12,7 +12,7 @@ from expertlane.cost.laws.execution import OVERHEAD_S, Execution
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.records import cluster_record, conditions_of, no_surer_than_known
+from expertlane.cost.records import cluster_record, conditions_of, with_known_errors
 from expertlane.cost.routing import (
     PowerLawRouting,
     RoutingChoice,
@@ -190,7 +190,7 @@ class ExperimentProjector:
             context=context,
             workload=workload,
         )
-        return no_surer_than_known(results, self._model, cluster.profile)
+        return with_known_errors(results, self._model, cluster.profile)
 
     @property
     def _question(self) -> dict[str, Any]:

@@ -54,10 +54,11 @@ def cluster_record(
     )
 
 
-def no_surer_than_known(results: Results, model: ModelConfig, profile: Profile) -> Results:
-    """What requests feel, with bounds no narrower than the error of the nearest kind measured.
+def with_known_errors(results: Results, model: ModelConfig, profile: Profile) -> Results:
+    """What requests feel, with the error of the nearest kind that was measured as bounds.
 
-    Ratios stay: what two deployments share of such an error cancels in them.
+    Bounds are no narrower than that, and no wider where it is the very kind of serving. Ratios
+    stay: what two deployments share of such an error cancels in them.
     """
 
     def bounded(record: DeploymentRecord) -> DeploymentRecord:
@@ -72,7 +73,7 @@ def no_surer_than_known(results: Results, model: ModelConfig, profile: Profile) 
         )
         if known is None:
             return record
-        serving = tuple(each.no_surer_than(known) for each in record.serving)
+        serving = tuple(each.bounded_by(known) for each in record.serving)
         return replace(record, serving=serving)
 
     def of_engine(best: EngineBest) -> EngineBest:
@@ -92,13 +93,14 @@ def no_surer_than_known(results: Results, model: ModelConfig, profile: Profile) 
 
 
 def _least_bounds(known: KnownError) -> Assumption:
-    said = f"TPOT {below_above(known.tpot)}, tokens/s {below_above(known.output)}"
-    why = f"nine in ten rows of the nearest kind that was measured were within: {known.what}"
-    if known.ttft_what:
-        said += f", TTFT {below_above(known.ttft)}"
-    if known.ttft_what not in ("", known.what):
-        why += f"; TTFT: {known.ttft_what}"
+    said = (
+        f"TPOT {below_above(known.tpot)}, tokens/s {below_above(known.output)}, "
+        f"TTFT {below_above(known.ttft)}"
+    )
+    nearest_kind = "rows of this kind" if known.is_own_kind else "rows of the nearest kind"
     return Assumption(
-        "least bounds",
-        f"at least {said}: {why}; ratios of deployments, which share such errors, have their own",
+        "bounds" if known.is_own_kind else "least bounds",
+        f"{'' if known.is_own_kind else 'at least '}{said}: nine in ten {nearest_kind} that was "
+        f"measured were within: {known.what}; ratios of deployments, which share such errors, have "
+        "their own",
     )

@@ -9,7 +9,7 @@ import numpy as np
 from expertlane.cost.laws.execution import LIKELY, Execution, kernels_of
 from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.multi_token import ACCEPTANCE_UNSURE, MultiToken
-from expertlane.cost.records import cluster_record, conditions_of, no_surer_than_known
+from expertlane.cost.records import cluster_record, conditions_of, with_known_errors
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
@@ -178,7 +178,7 @@ class Plan:
             cautions=self.cautions,
             plans=(summary,),
         )
-        return no_surer_than_known(results, request.model, request.cluster.profile)
+        return with_known_errors(results, request.model, request.cluster.profile)
 
     def _engine(self, choice: EngineChoice, loaded: ServeTarget) -> EngineBest:
         """The best of an engine, and how to start the better of its server and its pools."""

@@ -15,7 +15,7 @@ from expertlane.cost.laws.execution import DRIVER_S, LIKELY, Execution, Terms, k
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.multi_token import ACCEPTANCE_UNSURE
-from expertlane.cost.records import cluster_record, conditions_of, no_surer_than_known
+from expertlane.cost.records import cluster_record, conditions_of, with_known_errors
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.kernel_sets import ENGINE
 from expertlane.memory import FREE_SHARE
@@ -102,7 +102,7 @@ def simulation(
         assumptions=_assumptions(simulator, routing),
         cautions=tuple(dict.fromkeys((*cautions, *stand_ins(cluster.profile, setup.types)))),
     )
-    return no_surer_than_known(results, simulator.model, cluster.profile)
+    return with_known_errors(results, simulator.model, cluster.profile)
 
 
 def best_run(runs: Sequence[Run], serving: Sequence[ServingRecord]) -> Run:
