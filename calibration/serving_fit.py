@@ -29,9 +29,10 @@ from expertlane.cost.laws.frameworks import (
 
 _SHRINKING = 4.0  # points that weigh as much as what coarser stages say
 _NUMBERS = ("step_factor", "arrival_s")  # found in this order
+_LONGEST_ARRIVAL_S = 0.5  # what is longer is a queue, of which a number says nothing
 _NUM_PARTS = 10
 _ARRAY = re.compile(r"= \[\n[^][]*\]")  # over several lines
-_ARRIVALS_S = np.concatenate([np.arange(-0.1, 1.0, 0.005), np.arange(1.0, 8.0, 0.05)])
+_ARRIVALS_S = np.arange(-0.1, 1.0, 0.005)
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ class Fit:
         if name == "step_factor":
             value = before[0].step_factor * exp(share * float(np.median(np.log(ratios))))
         else:
-            value = max(before[0].arrival_s + share * _lacking_s(corrected), 0.0)
+            value = before[0].arrival_s + share * _lacking_s(corrected)
+            value = min(max(value, 0.0), _LONGEST_ARRIVAL_S)
         self.by_stage[key] = replace(known, kind=key, num_points=len(own), **{name: value})
 
     def _before(self, name: str, key: tuple[str, ...], point: Point) -> Fitted:
