@@ -1,5 +1,7 @@
 """Tables as rows of laws: which columns are the sizes that each kind is looked up by."""
 
+from collections.abc import Mapping
+
 import numpy as np
 from compute import Sizes, Source
 from skew import busiest_rank
@@ -11,7 +13,7 @@ LATENT = {"key_dim": 576.0, "value_dim": 512.0}  # DeepSeek's rank 512 and rotat
 WIDENED = {"key_dim": 192.0, "value_dim": 128.0}  # the same, keys and values of every head apart
 
 
-def gemm_rows(path: str, where: dict[str, object]) -> Source:
+def gemm_rows(path: str, where: Mapping[str, object]) -> Source:
     """Products."""
     return Source(
         Table(path, where, lambda c: c["m"] * c["n"] * c["k"]),
@@ -42,7 +44,7 @@ def _expert_sizes(c: Columns) -> Sizes:
 
 def expert_rows(
     path: str,
-    where: dict[str, object],
+    where: Mapping[str, object],
     shape: tuple[str, ...] = ("hidden_size", "inter_size", "topk", "num_experts"),
 ) -> Source:
     """Experts, gated: of three matrices each."""
@@ -79,7 +81,7 @@ def _grouped(c: Columns) -> dict[str, Array]:
     return {"kv_heads": c["num_key_value_heads"], "head_dim": c["head_dim"]}
 
 
-def prefill_rows(path: str, where: dict[str, object]) -> Source:
+def prefill_rows(path: str, where: Mapping[str, object]) -> Source:
     """Prompts, causal."""
     return Source(
         Table(
@@ -93,7 +95,7 @@ def prefill_rows(path: str, where: dict[str, object]) -> Source:
     )
 
 
-def decode_rows(path: str, where: dict[str, object]) -> Source:
+def decode_rows(path: str, where: Mapping[str, object]) -> Source:
     """One token a sequence."""
     return Source(
         Table(path, where, lambda c: _one_token(c)["positions"] * c["num_heads"] * c["head_dim"]),
