@@ -31,25 +31,24 @@ _COMMON: dict[str, Axes] = {
     },
 }
 # Where a cache's bandwidth ends, and how wide heads are that were timed.
-_BYTES = {
-    Generation.HOPPER: (1e2, 1e5, 1e6, 3e6, 1e7, 3e7, 4e7, 5e7, 1e9),
-    Generation.BLACKWELL: (1e2, 1e5, 1e6, 3e6, 1e7, 3e7, 6e7, 1e8, 1.5e8, 1e9),
-}
+_HOPPERS_BYTES = (1e2, 1e5, 1e6, 3e6, 1e7, 3e7, 4e7, 5e7, 1e9)
+_BYTES = (1e2, 1e5, 1e6, 3e6, 1e7, 3e7, 6e7, 1e8, 1.5e8, 1e9)
 _HEAD_DIMS = (64, 128, 256, 512)
-_PREFILL_HEAD_DIMS = {Generation.HOPPER: _HEAD_DIMS[:-1], Generation.BLACKWELL: _HEAD_DIMS}
-_LATENT_DIMS = {Generation.HOPPER: (192, 576), Generation.BLACKWELL: (192,)}
 
 
 def axes_of(generation: Generation) -> dict[str, Axes]:
     """By kernel, the knots of each axis."""
+    is_hopper, is_blackwell = (
+        generation is each for each in (Generation.HOPPER, Generation.BLACKWELL)
+    )
     return {
         **_COMMON,
-        "memory": {"bytes": _BYTES[generation]},
+        "memory": {"bytes": _HOPPERS_BYTES if is_hopper else _BYTES},
         "prefill": {
             "keys_per_query": _KEYS_PER_QUERY,
             "query_heads": _QUERY_HEADS,
             "group": (1, 4, 16, 64),
-            "head_dim": _PREFILL_HEAD_DIMS[generation],
+            "head_dim": _HEAD_DIMS if is_blackwell else _HEAD_DIMS[:-1],
         },
         "decode": {
             "positions_per_seq": _POSITIONS,
@@ -60,6 +59,6 @@ def axes_of(generation: Generation) -> dict[str, Axes]:
         "latent_prefill": {
             "keys_per_query": _KEYS_PER_QUERY,
             "query_heads": _QUERY_HEADS,
-            "key_dim": _LATENT_DIMS[generation],
+            "key_dim": (192, 576) if is_hopper else (192,),
         },
     }

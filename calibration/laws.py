@@ -2,18 +2,27 @@
 
 from collections.abc import Callable
 
-import numpy as np
-from compute import Law, Sizes, Source, fit_law
+from compute import Law, Source, fit_law
 from fitted import Fitted
 from knots import axes_of
+from law_rows import (
+    ATTENTION,
+    LATENT,
+    WIDENED,
+    decode_rows,
+    expert_rows,
+    gemm_rows,
+    latent_decode_rows,
+    latent_prefill_rows,
+    prefill_rows,
+    scaling_rows,
+)
+from laws_of_others import laws_of_others
 from sheet import Card, Generation
-from skew import busiest_rank
-from tables import Array, Columns, Table
 
 from expertlane.cost.step.operation import Kind
 
 _TRTLLM = "trtllm/1.3.0rc20"
-_ATTENTION = "{}/attention/{}/{}_attention_perf.parquet"
 _VLLM, _SGLANG = "vllm/0.24.0", "sglang/0.5.14"
 # What vLLM chooses; on Blackwell another kernel computes the fewest prompts.
 _ATTENTION_KERNELS = {
@@ -27,75 +36,6 @@ _ATTENTION_NAMES = {
 # Decode on Hopper is SGLang's: of vLLM's kernels the one for heads of 512 takes 2 µs a sequence and
 # kv head however short contexts are, and no layer of more than 8 kv heads was timed.
 _HOPPERS_DECODE = ("fa3", "triton")  # Triton for heads of 512 alone
-_HEADS = ("num_heads", "num_key_value_heads", "head_dim")
-_LATENT = {"key_dim": 576.0, "value_dim": 512.0}  # DeepSeek's rank 512 and rotated 64
-_WIDENED = {"key_dim": 192.0, "value_dim": 128.0}  # the same, keys and values of every head apart
-
-
-def _gemm(path: str, where: dict[str, object]) -> Source:
-    return Source(
-        Table(path, where, lambda c: c["m"] * c["n"] * c["k"]),
-        lambda c: {"m": c["m"], "n": c["n"], "k": c["k"]},
-        shape=("n", "k"),
-        along=("m",),
-    )
-
-
-def _pairs(c: Columns) -> Array:
-    """Token-expert pairs on one rank: `num_tokens` counts those of all `moe_ep_size` ranks."""
-    return np.maximum(c["num_tokens"] * c["topk"] / c["moe_ep_size"], 1)
-
-
-def _expert_sizes(c: Columns) -> Sizes:
-    pairs = _pairs(c)
-    active = np.minimum(c["num_experts"] / c["moe_ep_size"], pairs)
-    if "alpha" in c:
-        pairs, active = busiest_rank(c)
-    return {
-        "pairs": pairs,
-        "active": active,
-        "hidden": c["hidden_size"],
-        "inner": c["inter_size"] / c["moe_tp_size"],
-        "matrices": 3.0,
-    }
-
-
-def _experts(
-    path: str,
-    where: dict[str, object],
-    shape: tuple[str, ...] = ("hidden_size", "inter_size", "topk", "num_experts"),
-) -> Source:
-    return Source(
-        Table(
-            path, where, lambda c: _pairs(c) * c["hidden_size"] * c["inter_size"] / c["moe_tp_size"]
-        ),
-        _expert_sizes,
-        shape=shape,
-        along=("num_tokens", "-moe_tp_size"),
-    )
-
-
-def _causal(c: Columns) -> dict[str, Array]:
-    tokens = c["batch_size"] * c["isl"]
-    return {
-        "seqs": c["batch_size"],
-        "query_key_pairs": tokens * (c["isl"] + 1) / 2,
-        "tokens": tokens,
-        "positions": tokens,
-        "heads": c["num_heads"],
-    }
-
-
-def _one_token(c: Columns) -> dict[str, Array]:
-    return {
-        "seqs": c["batch_size"],
-        "positions": c["batch_size"] * (c["step"] + 1),
-        "heads": c["num_heads"],
-    }
-
-
-def _grouped(c: Columns) -> dict[str, Array]:
-    return {"kv_heads": c["num_key_value_heads"], "head_dim": c["head_dim"]}
 
 
 def _attention_rows(kernels: tuple[str, ...], cache: str) -> dict[str, object]:
@@ -103,76 +43,29 @@ def _attention_rows(kernels: tuple[str, ...], cache: str) -> dict[str, object]:
 
 
 def _prefill(card: Card, cache: str) -> Source:
-    return Source(
-        Table(
-            _ATTENTION.format(card.folder, _VLLM, "context"),
-            _attention_rows(_ATTENTION_KERNELS[card.generation], cache),
-            lambda c: _causal(c)["query_key_pairs"] * c["num_heads"] * c["head_dim"],
-        ),
-        lambda c: {**_causal(c), **_grouped(c)},
-        shape=_HEADS,
-        along=("isl",),
-    )
+    path = ATTENTION.format(card.folder, _VLLM, "context")
+    return prefill_rows(path, _attention_rows(_ATTENTION_KERNELS[card.generation], cache))
 
 
 def _decode(card: Card, cache: str) -> Source:
     engine, kernels = _VLLM, _ATTENTION_KERNELS[card.generation]
     if card.generation is Generation.HOPPER:
         engine, kernels = _SGLANG, _HOPPERS_DECODE
-    return Source(
-        Table(
-            _ATTENTION.format(card.folder, engine, "generation"),
-            _attention_rows(kernels, cache),
-            lambda c: _one_token(c)["positions"] * c["num_heads"] * c["head_dim"],
-        ),
-        lambda c: {**_one_token(c), **_grouped(c)},
-        shape=_HEADS,
-        along=("step",),
-    )
-
-
-def _latent_prefill(path: str, cache: str, dims: dict[str, float]) -> Source:
-    return Source(
-        Table(
-            path,
-            {"kv_cache_dtype": cache},
-            lambda c: _causal(c)["query_key_pairs"] * c["num_heads"],
-        ),
-        lambda c: {**_causal(c), **dims},
-        shape=("num_heads", "batch_size"),
-        along=("isl",),
-    )
+    path = ATTENTION.format(card.folder, engine, "generation")
+    return decode_rows(path, _attention_rows(kernels, cache))
 
 
 def _latent_decode(card: Card, cache: str) -> Source:
-    return Source(
-        Table(
-            f"{card.folder}/mla/{_TRTLLM}/generation_mla_perf.parquet",
-            {"kv_cache_dtype": cache},
-            lambda c: _one_token(c)["positions"] * c["num_heads"],
-        ),
-        lambda c: {**_one_token(c), **_LATENT},
-        shape=("num_heads", "batch_size"),
-        along=("step",),
-    )
-
-
-def _scaling(path: str) -> Source:
-    return Source(
-        Table(path, {}, lambda c: c["m"] * c["k"]),
-        lambda c: {"bytes": 3 * c["m"] * c["k"]},
-        shape=("k",),
-        along=("m",),
-    )
+    return latent_decode_rows(f"{card.folder}/mla/{_TRTLLM}/generation_mla_perf.parquet", cache)
 
 
 def _latent_prefills(card: Card, cache: str) -> tuple[Source, ...]:
     """In the latent too where a framework does so: none on Blackwell, by the tables' times."""
     path = f"{card.folder}/mla/{{}}/context_mla_perf.parquet"
-    widened = _latent_prefill(path.format(_TRTLLM), cache, _WIDENED)
+    widened = latent_prefill_rows(path.format(_TRTLLM), cache, WIDENED)
     if card.generation is Generation.BLACKWELL:
         return (widened,)
-    return _latent_prefill(path.format("sglang/0.5.14"), cache, _LATENT), widened
+    return latent_prefill_rows(path.format("sglang/0.5.14"), cache, LATENT), widened
 
 
 # Sizes of the experts of DeepSeek-V3, cut by tensor parallelism; Kimi-K2's are the same.
@@ -185,8 +78,8 @@ def _trtllm_experts(card: Card, kernel: str, dtype: str) -> Source:
     where = {"kernel_source": kernel, "moe_dtype": dtype, "moe_ep_size": _UP_TO_64}
     path = f"{card.folder}/moe/{_TRTLLM}/moe_perf.parquet"
     if "mxfp4" in dtype:  # of two models alone, gpt-oss, so whole layouts of them are left out
-        return _experts(path, where, ("num_experts", "moe_tp_size", "moe_ep_size"))
-    return _experts(path, where)
+        return expert_rows(path, where, ("num_experts", "moe_tp_size", "moe_ep_size"))
+    return expert_rows(path, where)
 
 
 def _laws_of_products(card: Card) -> list[Law]:
@@ -197,10 +90,14 @@ def _laws_of_products(card: Card) -> list[Law]:
     gemms = [
         (
             "bfloat16",
-            _gemm(of_vllm, {"gemm_dtype": "bfloat16"}),
+            gemm_rows(of_vllm, {"gemm_dtype": "bfloat16"}),
             "torch.nn.functional.linear (cuBLAS)",
         ),
-        ("float8", _gemm(of_trtllm, {"gemm_dtype": "fp8_block"}), "TensorRT-LLM, scales by block"),
+        (
+            "float8",
+            gemm_rows(of_trtllm, {"gemm_dtype": "fp8_block"}),
+            "TensorRT-LLM, scales by block",
+        ),
     ]
     cutlass, by_block = "moe_torch_flow_cutlass", "scales by block, balanced"
     experts = [
@@ -222,7 +119,7 @@ def _laws_of_products(card: Card) -> list[Law]:
     ]
     if not is_hopper:
         where = {"gemm_dtype": "nvfp4"}
-        gemms.append(("nvfp4", _gemm(of_trtllm, where), "TensorRT-LLM, scales by 16"))
+        gemms.append(("nvfp4", gemm_rows(of_trtllm, where), "TensorRT-LLM, scales by 16"))
         what = "grouped GEMM with routing around, scales by 16, balanced"
         experts.append(("nvfp4", cutlass, "nvfp4", f"CUTLASS {what}", ""))
         if card.has_min_latency:
@@ -256,7 +153,7 @@ def _flashinfer(card: Card) -> list[Law]:
         Law(
             Kind.EXPERTS,
             dtype,
-            (_experts(path, {**kernel, "moe_dtype": rows}),),
+            (expert_rows(path, {**kernel, "moe_dtype": rows}),),
             axes_of(card.generation)["experts"],
             f"TensorRT-LLM's grouped GEMM in FlashInfer with routing around, {scales}, balanced",
             smoothness=1.0,
@@ -284,8 +181,8 @@ def _triton(card: Card) -> list[Law]:
     deepseek = {"hidden_size": 7168, "inter_size": 2048, "num_experts": 256, "topk": 8}
     axes = axes_of(card.generation)["experts"]
     what = "SGLang's fused kernel in Triton with routing around, scales by block, balanced"
-    all_rows = _experts(path, where)
-    rows = _experts(path, {**where, **deepseek}, shape=("moe_tp_size", "moe_ep_size"))
+    all_rows = expert_rows(path, where)
+    rows = expert_rows(path, {**where, **deepseek}, shape=("moe_tp_size", "moe_ep_size"))
     return [
         Law(Kind.EXPERTS, "float8", (all_rows,), axes, what, smoothness=1.0, library="triton"),
         Law(
@@ -309,7 +206,7 @@ def _int4(card: Card) -> Law:
     return Law(
         Kind.EXPERTS,
         "int4",
-        (_experts(path, where, ("moe_tp_size", "moe_ep_size")),),
+        (expert_rows(path, where, ("moe_tp_size", "moe_ep_size")),),
         {**axes_of(card.generation)["experts"], **_OF_DEEPSEEK},
         f"{what} with routing around, scales by 32, balanced; Kimi-K2's sizes",
         smoothness=1.0,
@@ -321,7 +218,7 @@ def _deepgemm(card: Card) -> Law:
     return Law(
         Kind.EXPERTS,
         "float8",
-        (_experts(path, {}, shape=("moe_ep_size",)),),
+        (expert_rows(path, {}, shape=("moe_ep_size",)),),
         {**axes_of(card.generation)["experts"], "hidden": (7168,), "inner": (2048,)},
         "DeepGEMM's contiguous grouped GEMM with sorting around, scales by block, uniform",
         smoothness=0.3,
@@ -331,6 +228,8 @@ def _deepgemm(card: Card) -> Law:
 
 def laws_of(card: Card) -> list[Law]:
     """Of all kinds and types that its tables have."""
+    if card.generation not in _ATTENTION_KERNELS:
+        return laws_of_others(card)
     axes = axes_of(card.generation)
     kernels, is_hopper = _ATTENTION_NAMES[card.generation], card.generation is Generation.HOPPER
     of_decode = f"{kernels}, SGLang's in Triton for heads of 512" if is_hopper else kernels
@@ -339,7 +238,7 @@ def laws_of(card: Card) -> list[Law]:
     moved = "rows read as bfloat16 and written as float8, small ones from the cache"
     laws = [
         *_laws_of_products(card),
-        Law(Kind.MEMORY, "bfloat16", (_scaling(scaling),), axes["memory"], moved),
+        Law(Kind.MEMORY, "bfloat16", (scaling_rows(scaling),), axes["memory"], moved),
     ]
     of_attention: list[tuple[Kind, str, str, Callable[[Card, str], Source | tuple[Source, ...]]]]
     of_attention = [

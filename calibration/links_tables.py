@@ -20,14 +20,11 @@ _COLLECTIVES = {
     "all_reduce": "all_reduce",
     "all_to_all": "alltoall",
 }
-# A serving engine's own kernels, one-shot and two-shot; and those that add up in NVLink's switches,
-# which vLLM takes for large messages (on as many ranks as a node has).
-_OF_ENGINES = {"custom": ("sglang", "0.5.14"), "multicast": ("vllm", "0.24.0")}
 
 
 def sources_of_laws(card: Card) -> dict[str, list[Source]]:
     """By law, what it is fitted to."""
-    nccl = f"{card.folder}/comm/nccl/2.29.2/nccl_perf.parquet"
+    nccl = f"{card.folder}/comm/nccl/{card.nccl}/nccl_perf.parquet"
     laws = {
         f"{kind}.intra_node": [
             _inside_node(nccl, {"op_name": name, "nccl_dtype": dtype}, ranks, item_bytes)
@@ -36,14 +33,14 @@ def sources_of_laws(card: Card) -> dict[str, list[Source]]:
         ]
         for kind, name in _COLLECTIVES.items()
     }
-    for library, (engine, version) in _OF_ENGINES.items():
+    for library, (engine, version) in card.all_reduces.items():
         path = f"{card.folder}/comm/{engine}/{version}/custom_allreduce_perf.parquet"
         where = {"op_name": "all_reduce", "backend": f"{engine}_graph"}
         laws[f"all_reduce.{library}.intra_node"] = [
             _inside_node(path, where, ranks, 2) for ranks in card.measured_ranks
         ]
     over_nodes = card.deepep_nodes[1:]
-    for span, numbers in (("intra_node", (1,)), ("inter_node", over_nodes)):
+    for span, numbers in (("intra_node", card.deepep_nodes[:1]), ("inter_node", over_nodes)):
         for stage in ("dispatch", "combine") if numbers else ():
             laws[f"{stage}.low_latency.{span}"] = [low_latency(card, stage, n) for n in numbers]
             laws[f"{stage}.forwarded.{span}"] = [forwarded(card, stage, n) for n in numbers]

@@ -1,6 +1,7 @@
 """The cards: datasheets, which tables of the package are a card's, and terms that none measures."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
@@ -11,6 +12,7 @@ from expertlane.spec.names import Link
 _DENSE = "dense, without sparsity"
 _SMALLEST = "about the least that a kernel of the fitted table takes; corrected by its surface"
 _ASSUMED = "assumed, not measured: "
+_PACKAGE = "aiconfigurator-core 0.12.0"
 
 
 class Generation(StrEnum):
@@ -18,6 +20,15 @@ class Generation(StrEnum):
 
     HOPPER = "hopper"
     BLACKWELL = "blackwell"
+    AMPERE = "ampere"
+    ADA = "ada"
+    RTX_BLACKWELL = "rtx_blackwell"
+
+
+# A serving engine's own kernels, one-shot and two-shot; and those that add up in NVLink's switches,
+# which vLLM takes for large messages (on as many ranks as a node has).
+_CUSTOM = {"custom": ("sglang", "0.5.14")}
+_ALL_REDUCES = {**_CUSTOM, "multicast": ("vllm", "0.24.0")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,10 +39,12 @@ class Card:
         sheet: its datasheet, with the terms that no table measures.
         folder: of its tables.
         measured_ranks: that collectives were timed on, inside a node.
-        deepep_nodes: nodes that the fitted rows of DeepEP are on.
+        deepep_nodes: nodes that the fitted rows of DeepEP are on; none if it was not timed.
         has_min_latency: whether TensorRT-LLM's kernels for few tokens in NVFP4 were timed.
         has_nvlink_exchange: whether an all-to-all over an NVLink domain of many hosts was timed.
         like: whose laws fill the holes.
+        nccl: its version.
+        all_reduces: of serving engines, by library: engine and version.
     """
 
     sheet: Profile
@@ -42,6 +55,8 @@ class Card:
     has_min_latency: bool = False
     has_nvlink_exchange: bool = False
     like: Like | None = None
+    nccl: str = "2.29.2"
+    all_reduces: Mapping[str, tuple[str, str]] = field(default_factory=lambda: _ALL_REDUCES)
 
 
 def _floor(micros: float) -> Term:
@@ -94,6 +109,7 @@ def _sheet(
     origin: str,
     near: tuple[float, str],
     far: tuple[float, str],
+    float8_attention: str = "",
 ) -> Profile:
     rates = {**tflops, "int4": tflops["bfloat16"]}
     return Profile(
@@ -105,7 +121,7 @@ def _sheet(
             flops_per_s={dtype: rate * 1e12 for dtype, rate in rates.items()},
             origin=origin,
             # Rows of Blackwell's tables reach 1.3 × bfloat16's peak; of Hopper's 0.76.
-            float8_attention="float8" if "nvfp4" in tflops else "bfloat16",
+            float8_attention=float8_attention or ("float8" if "nvfp4" in tflops else "bfloat16"),
         ),
         ranks_per_node=8,
         links={
@@ -114,6 +130,14 @@ def _sheet(
         },
         terms=_TERMS,
     )
+
+
+def _over_pcie(sheet: Profile, efficiency: tuple[float, float, float]) -> Profile:
+    """Without NVLink; collectives get a share of PCIe where no law of theirs holds."""
+    why = "NCCL's table inside a node, largest sizes: on 8 ranks, and up to that on 2"
+    term = Term(*efficiency, Basis.BOUND, why)
+    terms = {**sheet.terms, "efficiency.collective.intra_node": term}
+    return replace(sheet, terms=terms, has_nvlink=False)
 
 
 _H100 = _sheet(
@@ -178,6 +202,54 @@ _GB300_SHEET = replace(
     ranks_per_node=72,
     devices_per_host=4,
 )
+_A100 = _sheet(
+    "a100",
+    "NVIDIA A100 SXM 80 GB",
+    (80, 2.039),
+    {"float32": 19.5, "float16": 312, "bfloat16": 312, "mxfp4": 312},
+    f"NVIDIA A100 datasheet, SXM 80 GB; {_DENSE}; no float8{_WIDENED}",
+    (300, "NVIDIA A100 datasheet: NVLink 600 GB/s in both directions"),
+    (25, "DGX A100 datasheet: one 200 Gb/s NIC for every GPU"),
+)
+_L40S = _over_pcie(
+    _sheet(
+        "l40s",
+        "NVIDIA L40S 48 GB",
+        (48, 0.864),
+        {"float32": 91.6, "float16": 362.05, "bfloat16": 362.05, "float8": 733, "mxfp4": 362.05},
+        f"NVIDIA L40S datasheet; {_DENSE}{_WIDENED}; transfers as on one host, whose 8 GPUs "
+        "got 1.2 to 2 GB/s each of PCIe's 32",
+        (32, "NVIDIA L40S datasheet: PCIe Gen4 x16, 64 GB/s in both directions; no NVLink"),
+        (50, f"{_ASSUMED}{_PACKAGE}, systems/l40s.yaml: 400 Gb/s for every GPU"),
+    ),
+    (0.05, 0.035, 0.6),
+)
+_RTX_PRO_6000 = _over_pcie(
+    _sheet(
+        "rtxpro6000",
+        "NVIDIA RTX PRO 6000 96 GB",
+        (96, 1.597),
+        {
+            "float32": 120,
+            "float16": 467.8,
+            "bfloat16": 467.8,
+            "float8": 935.6,
+            "mxfp4": 935.6,
+            "nvfp4": 1871.2,
+        },
+        f"NVIDIA RTX PRO 6000 Blackwell Server Edition datasheet; tensor rates of {_PACKAGE}, "
+        f"systems/rtx_pro_6000_server.yaml, at 2430 MHz; {_DENSE}{_WITH_FLOAT8}",
+        (64, "NVIDIA RTX PRO 6000 Blackwell Server Edition datasheet: PCIe Gen5 x16; no NVLink"),
+        (
+            50,
+            f"{_ASSUMED}{_PACKAGE}, systems/rtx_pro_6000_server.yaml: 400 Gb/s for every GPU",
+        ),
+        "bfloat16",
+    ),
+    (0.36, 0.25, 0.6),
+)
+# What needs NVLink, or its switches, or was timed over NVLink and NICs together.
+_BY_NVLINK = ("all_reduce.multicast", "dispatch", "combine")
 _HOPPER_LIKE, _OTHER_LIKE = Like("h100", 1.2), Like("h100", 1.5)
 
 CARDS = {
@@ -204,5 +276,34 @@ CARDS = {
             like=_OTHER_LIKE,
         ),
         Card(_GB300_SHEET, "gb300", Generation.BLACKWELL, (2, 4), like=Like("gb200", 1.2)),
+        Card(
+            _A100,
+            "a100_sxm",
+            Generation.AMPERE,
+            (2, 4, 8),
+            (),
+            like=Like("h100", 1.5, ("all_reduce.multicast",)),
+            nccl="2.27.3",
+            all_reduces={"custom": ("sglang", "0.5.10")},
+        ),
+        Card(
+            _L40S,
+            "l40s",
+            Generation.ADA,
+            (2, 4, 8),
+            (),
+            like=Like("h100", 1.5, _BY_NVLINK),
+            nccl="2.27.3",
+            all_reduces=_CUSTOM,
+        ),
+        Card(
+            _RTX_PRO_6000,
+            "rtx_pro_6000_server",
+            Generation.RTX_BLACKWELL,
+            (2, 4, 8),
+            (),
+            like=Like("h100", 1.5, _BY_NVLINK),
+            all_reduces=_CUSTOM,
+        ),
     )
 }

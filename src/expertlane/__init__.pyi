@@ -108,8 +108,9 @@ def compare(
         project: Also project the same deployments on a modelled cluster, in separate tables;
             where this machine is too small to run them, only project. An experiment's table
             [projection] has values for the options below; those given take precedence.
-        cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
-            h100, h200, or a TOML file of expertlane calibrate).
+        cluster: The modelled cluster: N devices of a profile (a100, a100pcie, a30, b200, b300,
+            gb200, gb300, h100, h100pcie, h200, l4, l40s, rtxpro6000, or a TOML file of
+            expertlane calibrate).
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         framework: A serving framework, its overheads where those were fitted: vllm, sglang, trt
             (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes its
@@ -168,9 +169,10 @@ def plan(
     Args:
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
             paper-tiny, paper-small, paper.
-        cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
-            h100, h200, or a TOML file of expertlane calibrate). PROFILExauto: the fewest
-            devices that serve --batch or --rate within --slo.
+        cluster: The modelled cluster: N devices of a profile (a100, a100pcie, a30, b200, b300,
+            gb200, gb300, h100, h100pcie, h200, l4, l40s, rtxpro6000, or a TOML file of
+            expertlane calibrate). PROFILExauto: the fewest devices that serve --batch or --rate
+            within --slo.
         engine: Only what this engine runs: vLLM, SGLang, TensorRT-LLM or expertlane.
         copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
             else on the own node, else any; balanced: the tokens of each step are distributed to
@@ -267,8 +269,9 @@ def simulate(
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
             paper-tiny, paper-small, paper.
         layout: How ranks are arranged: dp=2,ep=2 for example.
-        cluster: The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300,
-            h100, h200, or a TOML file of expertlane calibrate).
+        cluster: The modelled cluster: N devices of a profile (a100, a100pcie, a30, b200, b300,
+            gb200, gb300, h100, h100pcie, h200, l4, l40s, rtxpro6000, or a TOML file of
+            expertlane calibrate).
         plan: Simulate row N of a results.json again (of expertlane plan or compare --project),
             with its model, cluster and load. Without #N: what the plan recommends, or a
             comparison's first row; #pools: disaggregated pools; #vllm, #sglang …: the best of

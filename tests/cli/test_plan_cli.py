@@ -9,7 +9,7 @@ from cli.screen import tells
 from cli.small_checkpoint import checkpoint
 from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.cli.model import find_model
-from expertlane.cost.laws.profile_file import parse_cluster
+from expertlane.cost.laws.profile_file import parse_cluster, shipped_profiles
 from expertlane.results.record import BEST, TWO_POOLS
 from expertlane.results.results import Results
 from expertlane.spec.experiment import read_experiment
@@ -93,7 +93,7 @@ def test_a_checkpoint_needs_only_its_configuration(run, here):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["b200", "b300", "gb200", "gb300", "h200"])
+@pytest.mark.parametrize("name", sorted(shipped_profiles()))
 def test_a_node_of_every_profile(run, here, name):
     checkpoint(here / "mine", quantization_config={"quant_method": "mxfp4"})
     code, _, err = run("plan", "./mine", "--cluster", f"{name}x8", *WORKLOAD, "--out", "there")

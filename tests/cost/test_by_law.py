@@ -65,12 +65,12 @@ def test_a_fitted_law_errs_for_alike_sizes_alone():
 
 
 def test_a_law_that_stands_in_errs_as_a_whole_too():
-    _, by_error = projector(read_profile("a100")).step_by_error(SIZE)
+    _, by_error = projector(read_profile("h100pcie")).step_by_error(SIZE)
     assert {("gemm.bfloat16", ()), ("experts.bfloat16", ())} <= set(by_error)
     wider = 1.5
     _, of_h100 = projector(read_profile("h100")).step_by_error(SIZE)
     assert ("gemm.bfloat16", ()) not in of_h100
-    profile = read_profile("a100")
+    profile = read_profile("h100pcie")
     assert profile.surfaces["gemm.bfloat16"].wider == wider
     _, of_twin = projector(read_profile("h100"), dtype="float16").step_by_error(SIZE)
     assert ("gemm.float16", ()) in of_twin

@@ -162,7 +162,7 @@ def test_times_of_every_shipped_profile_are_between_bounds_and_no_faster_than_li
         if kind in ATTENTION and dtype not in ITEM_BYTES:
             continue  # a type of weights alone
         times = model.times(kind, dtype, _ONE_OF_EACH[kind])
-        assert 0 < times.low <= times.seconds <= times.high < 10e-3
+        assert 0 < times.low <= times.seconds <= times.high < 20e-3
 
 
 _GROWING = {
@@ -176,7 +176,7 @@ _GROWING = {
 }
 
 
-_FITTED = ("b200", "b300", "gb200", "gb300", "h100", "h200")
+_FITTED = ("a100", "b200", "b300", "gb200", "gb300", "h100", "h200", "l40s", "rtxpro6000")
 
 
 @pytest.mark.smoke(14)

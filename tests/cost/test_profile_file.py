@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cli.screen import telling, tells
+from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.laws.profile_file import (
     Like,
@@ -69,7 +70,11 @@ def test_without_laws(tmp_path):
     _assert_same(read_profile(write_profile(bare, tmp_path / "bare.toml")), bare)
 
 
-@pytest.mark.parametrize("name", ["a100", "b200", "b300", "gb200", "gb300", "h100", "h200"])
+_UNMEASURED = ("a100pcie", "a30", "h100pcie", "l4")
+_OVER_PCIE = (*_UNMEASURED, "l40s", "rtxpro6000")
+
+
+@pytest.mark.parametrize("name", sorted(shipped_profiles()))
 def test_shipped_profiles_are_small_and_complete(name):
     path = shipped_profiles()[name]
     assert path.stat().st_size <= 80_000
@@ -80,13 +85,13 @@ def test_shipped_profiles_are_small_and_complete(name):
     assert "gemm.bfloat16" in profile.surfaces
     for each in [*profile.surfaces.values(), *profile.terms.values()]:
         assert each.origin
-        is_own = name != "a100" and not each.origin.startswith("as ")
+        is_own = name not in _UNMEASURED and not each.origin.startswith("as ")
         assert (each.basis is Basis.BOUND) or is_own
 
 
 def test_laws_taken_over_are_wider_bounds():
-    h100, a100 = read_profile("h100"), read_profile("a100")
-    for name, surface in a100.surfaces.items():
+    h100, other = read_profile("h100"), read_profile("h100pcie")
+    for name, surface in other.surfaces.items():
         known = h100.surfaces[name]
         assert surface.low == pytest.approx(known.low / 1.5)
         assert surface.high == pytest.approx(known.high * 1.5)
@@ -108,6 +113,45 @@ def test_only_what_no_table_has_is_taken_over(name):
     for key, term in profile.terms.items():
         if key.partition(".")[2] in set(profile.surfaces) - taken_over:
             assert not term.origin.startswith("as ")
+
+
+@pytest.mark.parametrize("name", _UNMEASURED)
+def test_of_a_card_without_tables_all_is_a_bound(name):
+    profile = read_profile(name)
+    assert profile.surfaces
+    laws = [*profile.surfaces.values(), *profile.terms.values()]
+    assert {each.basis for each in laws} == {Basis.BOUND}
+
+
+@pytest.mark.parametrize("name", sorted(shipped_profiles()))
+def test_cards_on_pcie_have_no_law_that_needs_nvlink(name):
+    profile = read_profile(name)
+    assert profile.has_nvlink == (name not in _OVER_PCIE)
+    if profile.has_nvlink:
+        return
+    by_nvlink = ("dispatch.", "combine.", "all_reduce.multicast.", "forwarding_bytes_per_s.")
+    assert not [key for key in (*profile.surfaces, *profile.terms) if key.startswith(by_nvlink)]
+    assert profile.link_rate(Link.INTRA_NODE) <= 64e9  # PCIe Gen5, 16 lanes
+    assert profile.ranks_per_node == 8
+    assert parse_cluster(f"{name}x16").num_nodes == 2
+    message = np.array([1e9])
+    took = LinkModel(profile).kv_transfer(message, message, remote=False)
+    assert message / profile.link_rate(Link.INTRA_NODE) < took.seconds < took.high
+
+
+def test_laws_that_are_not_taken_over_are_named(tmp_path):
+    like = Like("h100", 1.5, ("dispatch", "all_reduce.multicast"))
+    path = write_profile(replace(_PROFILE, has_nvlink=False), tmp_path / "toy.toml", like)
+    profile = read_profile(path)
+    assert not profile.has_nvlink
+    assert "all_reduce.custom.intra_node" in profile.surfaces
+    assert "combine.low_latency.intra_node" in profile.surfaces
+    assert not [key for key in profile.surfaces if key.startswith("dispatch")]
+    assert "floor_s.dispatch.low_latency.intra_node" not in profile.terms
+    assert "without = " not in to_toml(_PROFILE, Like("h100", 1.5))
+    write_profile(_PROFILE, path, replace(like, without=("dispatches",)))
+    with pytest.raises(SpecError, match=telling("like.without h100 dispatches")):
+        read_profile(path)
 
 
 _TEXT = to_toml(_PROFILE)

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 
+from expertlane.cost.laws.profile_file import read_profile
 from expertlane.errors import UserError
 from expertlane.plan.by_engine import of_each_engine
 from expertlane.plan.candidates import Candidate, Goals, PlanRequest, candidates_of, valid_layouts
-from expertlane.plan.engines import ENGINES, Pool
+from expertlane.plan.engines import ENGINES, Pool, engines_on
 from expertlane.plan.screen import fitting
 from expertlane.plan.search import Search
 from expertlane.plan.simulated import simulated_pool
@@ -35,6 +36,18 @@ def candidate(layout: str, options: Options | None = None, drafts: int = 0) -> C
 
 def who_runs(each: Candidate, role="both", model=MANY) -> tuple[str, ...]:
     return tuple(name for name, engine in ENGINES.items() if engine.runs(each, model, role))
+
+
+def test_cards_without_nvlink_are_not_dispatched_to_by_deepep():
+    engines = engines_on(read_profile("l40s"))
+    by_deepep, gathered = candidate("dp=8,ep=8"), candidate("dp=8,ep=8", GATHERED)
+    assert who_runs(by_deepep) == ("sglang", "trtllm", "expertlane")
+    assert [name for name, each in engines.items() if each.runs(by_deepep, MANY)] == ["expertlane"]
+    assert tuple(name for name, each in engines.items() if each.runs(gathered, MANY)) == ALL
+    row = engines["sglang"].broken(by_deepep, MANY)
+    assert row is not None
+    assert "NVLink" in row.says
+    assert engines_on(read_profile("h100")) is ENGINES
 
 
 @pytest.mark.parametrize(

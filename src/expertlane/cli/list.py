@@ -105,7 +105,7 @@ def profiles(print_options: PrintOptions) -> None:
 
     columns: list[Column[Mapping[str, Any]]] = [
         text("profile", lambda row: row["name"]),
-        text("device", lambda row: row["device"]),
+        text("device", lambda row: row["device"].removeprefix("NVIDIA ")),
         number("memory", lambda row: row["memory_bytes"], bytes_si),
         number("bandwidth", lambda row: row["memory_bytes_per_s"], lambda of: rate_si(of, "B")),
         *(number(dtype, peak(dtype), flops) for dtype in ("bfloat16", "float8", "nvfp4")),

@@ -28,8 +28,9 @@ def cluster_option(default: Any, show_default: bool | str = True, *, more: str =
         metavar="PROFILExN",
         autocompletion=completion.clusters,
         show_default=show_default,
-        help="The modelled cluster: N devices of a profile (a100, b200, b300, gb200, gb300, h100, "
-        f"h200, or a TOML file of expertlane calibrate).{more}",
+        help="The modelled cluster: N devices of a profile (a100, a100pcie, a30, b200, b300, "
+        "gb200, gb300, h100, h100pcie, h200, l4, l40s, rtxpro6000, or a TOML file of expertlane "
+        f"calibrate).{more}",
     )
 
 

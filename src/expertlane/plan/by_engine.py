@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.plan.candidates import Candidate
-from expertlane.plan.engines import ENGINES, Engine, PairRow, Row
+from expertlane.plan.engines import Engine, PairRow, Row, engines_on
 from expertlane.plan.search import Search
 from expertlane.plan.ties import Contender, Ranking, pools_win, ranked
 from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
@@ -44,10 +44,11 @@ def of_each_engine(
     found = pools if isinstance(pools, TwoPools) else None
     workload = search.request.workload
     is_split = found is not None and pools_win(found, ranking.chosen, workload)
+    engines = engines_on(search.request.cluster.profile)
     if search.request.engine is not None:
-        return [EngineChoice(ENGINES[search.request.engine], ranking.chosen, found)]
+        return [EngineChoice(engines[search.request.engine], ranking.chosen, found)]
     choices = []
-    for engine in ENGINES.values():
+    for engine in engines.values():
         aggregated = _aggregated(engine, search, ranking)
         own_pools = None
         if found is not None and _may_win(found, aggregated):

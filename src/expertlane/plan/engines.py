@@ -5,10 +5,11 @@ would run without CUDA graphs is left out too. Versions are those whose source w
 TensorRT-LLM are by its documentation.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeVar
 
+from expertlane.cost.laws.profile import Profile
 from expertlane.plan.candidates import Candidate
 from expertlane.results.record import PoolRole
 from expertlane.spec.dispatch import DISPATCH_FORMS, DeepEPKernels
@@ -420,6 +421,21 @@ EXPERTLANE = Engine(
 )
 
 ENGINES: dict[EngineName, Engine] = {each.name: each for each in (VLLM, SGLANG, TRTLLM, EXPERTLANE)}
+_WITHOUT_NVLINK = Row(
+    "dispatches by kernels that need NVLink inside a node, which these cards lack",
+    "DeepEP, README.md: requirements",
+    lambda pool: pool.uses_deepep,
+)
+
+
+def engines_on(profile: Profile) -> Mapping[EngineName, Engine]:
+    """What each engine runs on a kind of device."""
+    if profile.has_nvlink:
+        return ENGINES
+    return {
+        name: each if each is EXPERTLANE else replace(each, rows=(*each.rows, _WITHOUT_NVLINK))
+        for name, each in ENGINES.items()
+    }
 
 
 class _Option(Protocol):
@@ -438,6 +454,6 @@ def by_library(options: Sequence[T], model: ModelConfig) -> tuple[list[T], list[
     return apart
 
 
-def runs_in_any_role(engine: EngineName | None, candidate: Candidate, model: ModelConfig) -> bool:
+def runs_in_any_role(engine: Engine | None, candidate: Candidate, model: ModelConfig) -> bool:
     """Whether an engine runs a deployment as a server, or as a pool; None runs all."""
-    return engine is None or any(ENGINES[engine].runs(candidate, model, role) for role in _PHASES)
+    return engine is None or any(engine.runs(candidate, model, role) for role in _PHASES)

@@ -19,7 +19,7 @@ from expertlane.plan.candidates import (
     check_plan_size,
     valid_layouts,
 )
-from expertlane.plan.engines import ENGINES, by_library, runs_in_any_role
+from expertlane.plan.engines import by_library, engines_on, runs_in_any_role
 from expertlane.plan.phases import with_fastest_prefill
 from expertlane.plan.project import Projector, Setting, StepSize
 from expertlane.plan.screen import Known, Screen, Screened, ScreenedCandidate, fitting
@@ -142,19 +142,21 @@ class Search:
 
         A form that it does not decode with may be the one of its prompts.
         """
-        per_node = self.request.cluster.profile.ranks_per_node
+        profile, engine = self.request.cluster.profile, None
+        if self.request.engine is not None:
+            engine = engines_on(profile)[self.request.engine]
         return [
             candidate
             for layout in valid_layouts(self.request.model, self.request.cluster.num_devices)
             for candidate in candidates_of(
                 layout,
                 self.request.model,
-                per_node,
+                profile.ranks_per_node,
                 self.request.setting.payload,
                 self.request.setting.multi_token.num_drafts,
                 self.request.setting.copies,
             )
-            if runs_in_any_role(self.request.engine, candidate, self.request.model)
+            if runs_in_any_role(engine, candidate, self.request.model)
         ]
 
     def screen(
@@ -199,7 +201,7 @@ class Search:
         options += further.values()
         if self.request.engine is None:
             return options
-        engine = ENGINES[self.request.engine]
+        engine = engines_on(self.request.cluster.profile)[self.request.engine]
         found = [each for each in options if engine.runs(each.candidate, self.request.model)]
         if not found:
             raise UserError(

@@ -19,7 +19,7 @@ from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
 from expertlane.errors import CapacityError, UserError
 from expertlane.plan.candidates import Candidate, Goals, PlanRequest, family_of
-from expertlane.plan.engines import ENGINES, Engine
+from expertlane.plan.engines import Engine, engines_on
 from expertlane.plan.screen import Screened, ScreenedCandidate, TooLarge, fitting
 from expertlane.plan.search import Finalist, OnePool, Search
 from expertlane.plan.throughput import ThroughputCurve
@@ -354,7 +354,8 @@ def _groups_of(request: PlanRequest) -> list[Group]:
     """Options with EP, and without; and of each engine, where none was asked for."""
     groups: list[Group] = [lambda each: each.layout.ep > 1, lambda each: each.layout.ep == 1]
     if request.engine is None:
-        groups += [partial(_is_run, engine, request) for engine in ENGINES.values()]
+        engines = engines_on(request.cluster.profile)
+        groups += [partial(_is_run, engine, request) for engine in engines.values()]
     return groups
 
 

@@ -13,7 +13,7 @@ from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.step.operation import Floats
 from expertlane.plan.candidates import Candidate, Goals, PlanRequest
-from expertlane.plan.engines import ENGINES
+from expertlane.plan.engines import engines_on
 from expertlane.plan.screen import Known, ScreenedCandidate, fitting
 from expertlane.plan.search import Finalist, Search
 from expertlane.plan.simulated import divide_alike, serve_at_rate, simulate_pools
@@ -81,8 +81,9 @@ class TwoPoolSearch:
     ) -> None:
         known = known or Known()
         self._request = request
-        self._links = LinkModel(request.cluster.profile)
         cluster = request.cluster
+        self._links = LinkModel(cluster.profile)
+        self._engines = engines_on(cluster.profile)
         num_devices = cluster.num_devices
         sizes = _prefill_sizes(num_devices, cluster.profile.ranks_per_node)
         self._searches = {
@@ -125,7 +126,7 @@ class TwoPoolSearch:
             advance: called with 1 for each split that is done.
         """
         engine = self._request.engine
-        if engine is not None and ENGINES[engine].pairs is None:
+        if engine is not None and self._engines[engine].pairs is None:
             return "not run"
         if not self._splits:
             return "no split"
@@ -230,7 +231,7 @@ class TwoPoolSearch:
         options = [self._options[size] for size in sizes]
         if engine is None:
             return options
-        runs, model = ENGINES[engine].runs, self._request.model
+        runs, model = self._engines[engine].runs, self._request.model
         roles: tuple[PoolRole, PoolRole] = "prefill", "decode"
         return [
             [each for each in some if runs(each.candidate, model, role)]
@@ -352,7 +353,7 @@ class TwoPoolSearch:
         """Pairs of each pool's best candidates that keep the limits, and that an engine runs."""
         goals, model = self._request.goals, self._request.model
         prefill, decode = self._of_roles(sizes, engine)
-        known = None if engine is None else ENGINES[engine]
+        known = None if engine is None else self._engines[engine]
 
         def fits(second: ScreenedCandidate, first: ScreenedCandidate) -> bool:
             """True if both can be one deployment, and be simulated."""

@@ -65,13 +65,14 @@ class Profile:
     """What times are modelled with.
 
     Attributes:
-        ranks_per_node: devices of a node, which is an NVLink domain.
+        ranks_per_node: devices of a node, which is an NVLink domain if there is NVLink.
         links: by kind of link.
         surfaces: by what they are for and a type or variant: `gemm.bfloat16`,
             `all_gather.intra_node`; `cost.laws.device` and `cost.laws.links` say which they use.
         terms: single numbers by name: floors, overheads, contention.
         devices_per_host: that one operating system sees, where a node spans several; 0 if not.
         framework: whose overheads are among the terms, by name; "" for none that is known.
+        has_nvlink: whether devices of a node reach each other's memory; else over PCIe alone.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Profile:
     terms: Mapping[str, Term] = field(default_factory=dict)
     devices_per_host: int = 0
     framework: str = ""
+    has_nvlink: bool = True
 
     def num_hosts(self, num_devices: int) -> int:
         """Machines that a deployment is started on."""

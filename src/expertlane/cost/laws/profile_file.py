@@ -2,12 +2,13 @@
 
 A file holds what `Profile` has. A surface's table is a string of whole numbers, thousandths of a
 logarithm, one line for every knot of all axes but the last. `like` takes the laws of another
-shipped profile over to this one's datasheet where it has none of its own, as bounds and wider.
+shipped profile over to this one's datasheet where it has none of its own, as bounds and wider; but
+for those that its `without` names.
 """
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -60,10 +61,16 @@ def read_profile(name_or_path: str | Path) -> Profile:
 
 @dataclass(frozen=True)
 class Like(Strict):
-    """Whose laws hold where a profile has none of its own, and by what factor bounds are wider."""
+    """Whose laws hold where a profile has none of its own, and by what factor bounds are wider.
+
+    Attributes:
+        without: beginnings of the names of laws that are not taken over: `dispatch` for all whose
+            first word it is.
+    """
 
     profile: str
     wider: float
+    without: tuple[str, ...] = ()
 
 
 def write_profile(profile: Profile, path: Path, like: Like | None = None) -> Path:
@@ -80,11 +87,13 @@ def to_toml(profile: Profile, like: Like | None = None) -> str:
     import tomli_w  # not needed to read
 
     hosts = {"devices_per_host": profile.devices_per_host} if profile.devices_per_host else {}
+    nvlink = {} if profile.has_nvlink else {"has_nvlink": False}
     data = {
         "name": profile.name,
         "ranks_per_node": profile.ranks_per_node,
         **hosts,
-        **({} if like is None else {"like": asdict(like)}),
+        **nvlink,
+        **({} if like is None else {"like": {k: v for k, v in asdict(like).items() if v}}),
         "device": asdict(profile.device),
         "links": {link.name.lower(): asdict(sheet) for link, sheet in profile.links.items()},
         "terms": {name: _as_table(term) for name, term in profile.terms.items()},
@@ -148,6 +157,7 @@ class _File(Strict):
     surfaces: dict[str, _Surface] = field(default_factory=dict)
     terms: dict[str, TermTable] = field(default_factory=dict)
     devices_per_host: int = 0
+    has_nvlink: bool = True
     like: Like | None = None
 
 
@@ -173,11 +183,12 @@ def _profile(file: _File) -> Profile:
         surfaces={name: _surface(each, f"surfaces.{name}") for name, each in file.surfaces.items()},
         terms={name: read_term(each, f"terms.{name}") for name, each in file.terms.items()},
         devices_per_host=file.devices_per_host,
+        has_nvlink=file.has_nvlink,
     )
     if file.like is None:
         return own
     _check(file.like, "like.")
-    return _with_laws_of(own, file.like.profile, file.like.wider)
+    return _with_laws_of(own, file.like)
 
 
 def _check(table: Strict, place: str, range_name: str | None = None) -> None:
@@ -189,11 +200,15 @@ def _check(table: Strict, place: str, range_name: str | None = None) -> None:
             RANGES[range_name or key].take(f"{place}{key}", value)
 
 
-def _with_laws_of(own: Profile, name: str, wider: float) -> Profile:
+def _with_laws_of(own: Profile, like: Like) -> Profile:
     """`own` with the laws of another where it has none of its own."""
+    name, wider = like.profile, like.wider
     if name == own.name:
         raise SpecError("like.profile is this profile itself")
     other = read_profile(name)
+    for begin in like.without:
+        if not any(_begins(key, (begin,)) for key in other.surfaces):
+            raise SpecError(f"like.without: no law of {name} is called {shown(begin)}")
 
     def widened(laws: Mapping[str, Law], origin: str) -> dict[str, Law]:
         return {
@@ -211,15 +226,22 @@ def _with_laws_of(own: Profile, name: str, wider: float) -> Profile:
     of_other = {
         key: replace(law, wider=law.wider * wider)
         for key, law in other.surfaces.items()
-        if key.rpartition(".")[0] not in own.surfaces
+        if key.rpartition(".")[0] not in own.surfaces and not _begins(key, like.without)
     }
     surfaces = widened(of_other, f"as {name}, over this datasheet's roofline")
     # Floors of a law belong to its surface.
     of_others = {
-        key: term for key, term in other.terms.items() if key.partition(".")[2] not in own.surfaces
+        key: term
+        for key, term in other.terms.items()
+        if key.partition(".")[2] not in own.surfaces
+        and not _begins(key.partition(".")[2], like.without)
     }
     terms = widened(of_others, f"as {name}")
     return replace(own, surfaces={**surfaces, **own.surfaces}, terms={**terms, **own.terms})
+
+
+def _begins(law: str, names: Sequence[str]) -> bool:
+    return any(f"{law}.".startswith(f"{name}.") for name in names)
 
 
 def _links(sheets: Mapping[str, LinkSheet]) -> dict[Link, LinkSheet]:
