@@ -110,6 +110,8 @@ class Ran:
 class Repeated:
     """What was chosen in the steps of a run, step by step in the order of their plans."""
 
+    likeness = 0.0
+
     def __init__(self, steps):
         self._steps, first = {}, 0
         for plan, outcome in sorted(steps, key=lambda step: step.plan.step):
@@ -119,8 +121,8 @@ class Repeated:
     def sample_of(self, layer):
         return layer
 
-    def topk_ids(self, layer, first, before, owned):
-        return self._steps[first].topk_ids(layer, first, before, owned)
+    def topk_ids(self, layer, first, before, owned, num_new=None):
+        return self._steps[first].topk_ids(layer, first, before, owned, num_new)
 
 
 def laws(name, execution):

@@ -1,5 +1,7 @@
 """Contract 8 for expected counts: one rank that stands for all counts what ranks do on average."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -19,6 +21,7 @@ from expertlane.cost.step.step_list import ExpectedStepList, StepList
 from expertlane.spec.dispatch import DISPATCH_FORMS, is_by_node_on
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link
+from expertlane.spec.ranges import LIKENESS
 
 FORMS = tuple(DISPATCH_FORMS)
 SAMPLE_TOKENS = 2048  # of which expected counts are means
@@ -205,6 +208,73 @@ def test_balanced_copies(form):
         busiest = stage.expected(busiest_counts)
         assert busiest.is_balanced
         assert np.mean(most) - 0.5 <= busiest.pairs_computed[0] <= 1.05 * np.mean(most) + 1.5
+
+
+# Experts, choices and skew of a model; ranks, redundant experts and how they are placed.
+LIKE_PROMPTS = (
+    (128, 4, 0.45, 8, 0, "linear"),
+    (256, 8, 0.55, 32, 32, "load"),
+    (64, 6, 0.35, 4, 0, "load"),
+)
+
+
+@pytest.mark.parametrize("case", LIKE_PROMPTS)
+def test_prompts_whose_tokens_are_alike(case):
+    """Over many draws, the mean is that of independent tokens, and the busiest rank as replayed."""
+    experts, top_k, skew, ep, redundant, how = case
+    layout = Layout(dp=ep, ep=ep)
+    mesh = StageMesh.of(layout, 0, 0, 8)
+    of_ranks = mesh.ep_rank, mesh.nodes_of_ep_group
+    sizes = ((1, 1024), (ep, 128), (8 * ep, 64), (32 * ep, 2), (32 * ep, 1))  # prompts, tokens
+    found = {size: ([], []) for size in sizes}
+    for seed in range(8):
+        source = PowerLawRouting(experts, top_k, skew, seed, 1, likeness=LIKENESS)
+        placement = Placement.linear(experts, ep, redundant)
+        if how == "load":
+            (placement,) = source.placements([0], layout, redundant, 8)
+        choice = copy_choice("nearest", placement, *of_ranks)
+        alike, independent = (
+            ExpectedFanOut.of_sample(mesh, placement, each, 0)
+            for each in (source, replace(source, likeness=0.0))
+        )
+        for num, length in sizes:
+            num_new, owned = np.full(num, length), np.zeros(ep, dtype=np.int64)
+            np.add.at(owned, np.arange(num) * ep // num, length)
+            of_rank = np.array([-(-num // ep)])
+            part = Scenarios(1, of_rank, num_new[:1], num_new[:1], np.array([num]))
+            one, other = (mean_counts(each, part, layout, top_k) for each in (alike, independent))
+            for name in ("pairs_computed", "rows_computed", "active_experts"):
+                assert getattr(one, name) == getattr(other, name)
+            one, other = (
+                busiest_counts(each, part, layout, top_k).pairs_computed[0]
+                for each in (alike, independent)
+            )
+            assert one == other if length == 1 else one >= other
+            for place in range(4):
+                ids = source.topk_ids(0, place * num * length, 0 * owned, owned, num_new)
+                drawn = count_dispatch(ids, owned, choice, mesh).pairs_computed
+                assert drawn.sum() == ids.size
+                found[num, length][0].append(drawn.max())
+            found[num, length][1].append(one)
+    for (num, length), (drawn, expected) in found.items():
+        bound = 0.12 if num == 1 else 0.04 if length > 2 else 0.08
+        assert np.mean(expected) == pytest.approx(np.mean(drawn), rel=bound)
+
+
+@pytest.mark.parametrize("num_seqs", [0, 1])
+@pytest.mark.parametrize("copies", ["nearest", "balanced"])
+def test_no_prompt_and_one(num_seqs, copies):
+    model = model_of("plain").with_overrides(num_experts=32, num_experts_per_tok=2)
+    stage = Stage(model, ("dp=8,ep=8", 4, 8), "all_to_all", KERNEL_SETS[0], 64, copies=copies)
+    routing = replace(stage.routing, likeness=LIKENESS)
+    fan_out = ExpectedFanOut.of_sample(stage.mesh, stage.placement, routing, 1, copies)
+    num = np.array([num_seqs])
+    for length in (1, 64):
+        part = Scenarios(1, num, np.array([length]), np.array([0]), num, dp=0)
+        busiest = busiest_counts(fan_out, part, stage.mesh.layout, 2)
+        mean = mean_counts(fan_out, part, stage.mesh.layout, 2)
+        assert mean.pairs_computed == num * length * 2 / 8
+        assert mean.pairs_computed <= busiest.pairs_computed <= num * length * 2
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cli.screen import tells
 from expertlane.balance.placement import max_over_mean, rank_loads
@@ -11,6 +13,7 @@ from expertlane.cost.routing import (
     GivenRouting,
     PowerLawRouting,
     TraceRouting,
+    _positive_stable,
     choose_routing,
     extremes_of,
     placed,
@@ -18,7 +21,7 @@ from expertlane.cost.routing import (
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, Routing
-from expertlane.spec.ranges import DEFAULT_SKEW, SKEW_BOUNDS
+from expertlane.spec.ranges import DEFAULT_SKEW, LIKENESS, SKEW_BOUNDS
 
 NOTHING = np.zeros(2, dtype=np.int64)
 
@@ -77,6 +80,10 @@ def test_the_default_skew_has_bounds_and_one_that_was_asked_for_has_none():
     asked = choose_routing(model, None, DEFAULT_SKEW)
     assert extremes_of(asked.source) is None
     assert "bounds" not in asked.words
+    assert (assumed.source.likeness, asked.source.likeness) == (LIKENESS, 0)
+    assert {each.likeness for each in (even, uneven, *assumed.source.redrawn(2))} == {LIKENESS}
+    assert tells(assumed.words, f"one prompt alike correlation {LIKENESS:g}")
+    assert "alike" not in asked.words
     np.testing.assert_array_equal(some(asked.source, 100), some(assumed.source, 100))
     ids = np.array([[[0, 1], [2, 3]]], dtype=np.int16)
     trace = RoutingTrace("paper", 16, (0,), ids, np.zeros(2, dtype=np.int64))
@@ -135,6 +142,102 @@ def test_parts_of_a_step_go_on_where_others_end():
     whole = some(source, 30)
     second = source.topk_ids(0, 0, np.array([7, 5]), np.array([10, 8]))
     np.testing.assert_array_equal(second, whole[12:30])
+
+
+def of_prompts(source, num_new, first=0, layer=0):
+    """[sum of num_new, K]; tokens of sequences so long."""
+    num_new = np.array(num_new, dtype=np.int64)
+    return source.topk_ids(layer, first, NOTHING, np.array([num_new.sum(), 0]), num_new)
+
+
+def alike(*sizes, likeness=0.3, **options):
+    return PowerLawRouting(*sizes, likeness=likeness, **options)
+
+
+@pytest.mark.parametrize("index", [0.3, 0.7, 0.95])
+def test_positive_stable_numbers(index):
+    """E[exp(-s S)] = exp(-s^index), which defines them."""
+    drawn = _positive_stable(np.random.default_rng(5), index, (100_000,))
+    assert drawn.min() > 0
+    for s in (0.1, 1.0, 5.0):
+        assert np.exp(-s * drawn).mean() == pytest.approx(np.exp(-(s**index)), abs=0.006)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.2])
+@pytest.mark.parametrize("likeness", [0.1, 0.5])
+def test_over_many_prompts_popularity_is_the_common_one(alpha, likeness):
+    source = alike(12, 1, alpha, seed=3, likeness=likeness)
+    num = 8192  # as many prompts as are drawn of two tokens
+    share = np.bincount(of_prompts(source, [2] * num).ravel(), minlength=12) / (2 * num)
+    np.testing.assert_allclose(share, popularity(source), atol=5 * np.sqrt(0.25 / num))
+
+
+@pytest.mark.parametrize("groups", [Routing(), Routing(n_group=8, topk_group=3)])
+def test_a_token_of_a_prompt_chooses_as_any_other(groups):
+    """How often each expert is chosen, and each two together."""
+    num, source = 8192, alike(32, 4, 0.6, groups=groups)
+    chosen = np.zeros((2, num, 32))
+    np.put_along_axis(chosen[0], some(source, num), 1, axis=1)
+    np.put_along_axis(chosen[1], of_prompts(source, [2] * num)[::2], 1, axis=1)
+    one, other = (rows.T @ rows / num for rows in chosen)
+    mean = (one + other) / 2
+    deviation = np.sqrt(2 * mean * (1 - mean) / num) + 1 / num
+    assert (np.abs(one - other) < 4.5 * deviation).all()
+
+
+def test_tokens_of_a_prompt_choose_alike_experts():
+    ids = of_prompts(alike(64, 4, 0.4), [100] * 64).reshape(64, 400)
+    counts = np.array([np.bincount(each, minlength=64) for each in ids])
+    halves = [np.array([np.bincount(e, minlength=64) for e in h]) for h in np.split(ids, 2, axis=1)]
+    of_one = [np.corrcoef(*each)[0, 1] for each in zip(*halves, strict=True)]
+    of_two = np.corrcoef(counts)[np.triu_indices(64, 1)]
+    assert np.mean(of_one) > 0.9
+    assert np.mean(of_two) < 0.4
+
+
+def test_a_document_is_as_uneven_as_published():
+    """The busiest of 8 chips over the mean, of 5,120 tokens of Mistral Small 4: 2.24."""
+    over_mean = []
+    for layer in range(8):
+        source = alike(128, 4, DEFAULT_SKEW, num_sampled_layers=8, likeness=LIKENESS)
+        ids = of_prompts(source, [5120] * 16, layer=layer).reshape(16, -1)
+        loads = np.array([np.bincount(each // 16, minlength=8) for each in ids])
+        over_mean += (loads.max(axis=1) / loads.mean(axis=1)).tolist()
+    assert np.mean(over_mean) == pytest.approx(2.24, abs=0.15)
+
+
+def test_one_token_of_each_sequence_is_as_without_likeness():
+    source, without = alike(16, 4, 0.5), PowerLawRouting(16, 4, 0.5)
+    for first in (0, 700):
+        found = of_prompts(source, [1] * 300, first)
+        np.testing.assert_array_equal(found, some(without, 300, first))
+    np.testing.assert_array_equal(of_prompts(without, [100] * 3), some(without, 300))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    num_new=st.lists(st.sampled_from([0, 1, 2, 3, 50, 700]), max_size=12),
+    first=st.integers(0, 50_000),
+    likeness=st.sampled_from([0.05, 0.19, 0.6]),
+)
+def test_sequences_of_any_lengths(num_new, first, likeness):
+    """Those of one token are as without likeness, and whatever was asked before."""
+    source, again = (alike(16, 4, 0.5, likeness=likeness) for _ in range(2))
+    of_prompts(again, [3, 1, 200], 77)
+    ids = of_prompts(source, num_new, first)
+    assert ids.shape == (sum(num_new), 4)
+    assert (np.diff(np.sort(ids, axis=1), axis=1) > 0).all()
+    np.testing.assert_array_equal(ids, of_prompts(again, num_new, first))
+    alone = np.repeat(np.array(num_new) < 2, num_new)
+    np.testing.assert_array_equal(ids[alone], some(source, int(alone.sum()), first))
+
+
+def test_prompts_go_on_where_others_end():
+    source = alike(32, 4, 0.5)
+    whole = of_prompts(source, [64] * 8)
+    second = source.topk_ids(0, 0, np.array([128, 128]), np.array([256, 0]), np.full(4, 64))
+    np.testing.assert_array_equal(second, whole[256:])
+    assert (whole[:256] != whole[256:]).any()
 
 
 def test_a_trace_s_tokens_come_in_turn():

@@ -23,29 +23,41 @@ from expertlane.errors import SpecError, UserError
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig, Routing
-from expertlane.spec.ranges import DRIFT, SKEW_BOUNDS, take_option
+from expertlane.spec.ranges import DRIFT, LIKENESS, SKEW_BOUNDS, take_option
 
 NUM_SAMPLED_LAYERS = 2  # of a power law, where a load is served step by step; layers take turns
 _DRAWN_TOGETHER = 1024  # tokens
 _MOST_DRAWN = 16_384  # tokens of a layer before they come again
+# Of these, tokens of a step's prompts together, so that steps differ, and of each at most.
+_TOKENS_OF_STEP, _TOKENS_OF_PROMPT = _MOST_DRAWN // 2, 512
 NUM_EARLIER = 4096  # tokens of a layer that experts are placed by, where they are drawn
 _EVEN_ENOUGH = 1.15  # fullest rank over the mean of earlier tokens; later ones are less even
 
 
 class RoutingSource(Protocol):
-    """Says which experts the tokens of a step choose."""
+    """Says which experts the tokens of a step choose.
+
+    Attributes:
+        likeness: how alike tokens of one prompt choose (`PowerLawRouting`); 0 where they are no
+            more alike than others, or chose what they did.
+    """
+
+    likeness: float
 
     def sample_of(self, layer: int) -> Hashable:
         """Layers with the same sample give all tokens the same choices."""
         ...
 
-    def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
+    def topk_ids(
+        self, layer: int, first: int, before: Ints, owned: Ints, num_new: Ints | None = None
+    ) -> Ints:
         """The choices of a part of a micro-batch in one layer.
 
         Args:
             first: tokens computed before this step; where sources with an order go on.
             before: [R]; tokens that each rank of the stage had in this step before this part.
             owned: [R]; those it has in this part.
+            num_new: [S]; the same tokens by sequence, in order; None where each is another's.
 
         Returns:
             [owned.sum(), K] int64; logical experts, rank after rank.
@@ -58,6 +70,8 @@ class Traffic(RoutingSource, ABC):
 
     Each placement is made once, for all that ask: a screen, a projection in full, a simulation.
     """
+
+    likeness: float = 0.0
 
     def __init__(self) -> None:
         self._loads: dict[Hashable, Ints] = {}  # by sample
@@ -136,12 +150,23 @@ class PowerLawRouting(Traffic):
     router is limited to groups, a token's draws of all experts choose its groups first, then the K
     inside them. Tokens are drawn once and taken in turn.
 
+    Tokens of one prompt choose alike experts. Each token has an exponential arrival time for each
+    expert, over its weight, and chooses those that come first. An exponential E over a factor S
+    that a prompt's tokens share, to the power of r, is an exponential too, where S is positive
+    stable of index r (P. Hougaard, "A class of multivariate failure time distributions",
+    Biometrika 73, 1986). So every token chooses by the common popularity, exactly, whatever r is;
+    but given their prompt, tokens draw by weights (1 + i)^(-alpha / r) S, and the largest of S fall
+    with their rank to the power of -1 / r: a random order of the prompt's own. One token of each
+    sequence, as decode steps have it, is thus as if all were independent.
+
     Args:
         alpha: 0 for uniform.
         num_sampled_layers: layers take turns with so many samples.
         groups: those of the router; none by default.
         bounds: of `alpha`, where it is assumed and nobody asked for it.
         drift: deviation of the logarithm of popularity since earlier tokens, over `alpha`.
+        likeness: 1 - r, Kendall's rank correlation of the arrival times of two tokens of a prompt;
+            0 for independent tokens, below 1.
     """
 
     num_experts: int
@@ -152,7 +177,9 @@ class PowerLawRouting(Traffic):
     groups: Routing = field(default_factory=Routing)
     bounds: tuple[float, float] | None = None
     drift: float = DRIFT
+    likeness: float = 0.0
     _drawn: dict[int, Ints] = field(default_factory=dict, init=False)
+    _prompts: dict[tuple[int, int], Ints] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -165,10 +192,12 @@ class PowerLawRouting(Traffic):
         seed: int = 0,
         num_sampled_layers: int = 4,
         bounds: tuple[float, float] | None = None,
+        likeness: float = 0.0,
     ) -> "PowerLawRouting":
         """The routing of a model's experts."""
         sizes = model.num_experts, model.num_experts_per_tok
-        return cls(*sizes, alpha, seed, num_sampled_layers, model.routing, bounds)
+        groups = model.routing
+        return cls(*sizes, alpha, seed, num_sampled_layers, groups, bounds, likeness=likeness)
 
     def redrawn(self, times: int) -> "list[PowerLawRouting]":
         """As likely others."""
@@ -186,11 +215,55 @@ class PowerLawRouting(Traffic):
         """The sample that a layer uses; layers take turns."""
         return layer % self.num_sampled_layers
 
-    def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
+    def topk_ids(
+        self, layer: int, first: int, before: Ints, owned: Ints, num_new: Ints | None = None
+    ) -> Ints:
         """As the protocol says; ranks' tokens follow each other in those drawn."""
-        first, num = first + int(before.sum()), int(owned.sum())
-        tokens = self._tokens(self.sample_of(layer), min(first + num, _MOST_DRAWN))
+        sample, first = self.sample_of(layer), first + int(before.sum())
+        if not self.likeness or num_new is None or not (is_long := num_new > 1).any():
+            return self._alone(sample, first, int(owned.sum()))
+        if is_long.all():
+            return self._of_prompts(sample, first, num_new)
+        topk_ids = np.empty((num_new.sum(), self.top_k), dtype=np.int64)
+        of_prompts = is_long.repeat(num_new)
+        topk_ids[of_prompts] = self._of_prompts(sample, first, num_new[is_long])
+        topk_ids[~of_prompts] = self._alone(sample, first, int((~of_prompts).sum()))
+        return topk_ids
+
+    def _alone(self, sample: int, first: int, num: int) -> Ints:
+        """[num, K]; each of another prompt."""
+        tokens = self._tokens(sample, min(first + num, _MOST_DRAWN) or 1)
         return tokens[_in_turn(len(tokens), first, num)]
+
+    def _of_prompts(self, sample: int, first: int, num_new: Ints) -> Ints:
+        """[num_new.sum(), K]; of prompts that follow each other; a few tokens of each, in turn.
+
+        Tokens before are taken as prompts as long as these, on average.
+        """
+        num = _power_of_two(min(_TOKENS_OF_PROMPT, _TOKENS_OF_STEP // len(num_new)))
+        num = max(min(num, 2 * _power_of_two(int(num_new.max()) - 1)), 2)
+        before, most = round(first * len(num_new) / int(num_new.sum())), _MOST_DRAWN // num
+        drawn = self._drawn_prompts(sample, num, min(before + len(num_new), most))
+        prompt = np.arange(before, before + len(num_new)) % most
+        place = np.arange(num_new.sum()) - (np.cumsum(num_new) - num_new).repeat(num_new)
+        place = prompt.repeat(num_new) * num + place % num
+        of_prompts: Ints = drawn.reshape(-1, self.top_k)[place]
+        return of_prompts
+
+    def _drawn_prompts(self, sample: int, num: int, at_least: int) -> Ints:
+        """[n, num, K]; `num` tokens of each of the prompts drawn so far, at least so many."""
+        drawn = self._prompts.get((sample, num), np.empty((0, num, self.top_k), dtype=np.int64))
+        together = max(_DRAWN_TOGETHER // num, 1)
+        blocks = [drawn]
+        for block in range(len(drawn) // together, -(-at_least // together)):
+            # The last word, 2 or more, tells these from blocks of independent tokens.
+            rng = np.random.default_rng((self.seed, sample, block + 1, num))
+            own = _positive_stable(rng, 1 - self.likeness, (together, 1, self.num_experts))
+            rarity = self._rarity(sample) ** (1 / (1 - self.likeness)) / own
+            blocks.append(self._chosen(rng, (together, num), rarity))
+        if len(blocks) > 1:
+            self._prompts[sample, num] = drawn = np.concatenate(blocks)
+        return drawn
 
     def earlier_load(self, layer: int) -> Ints:
         """As `Traffic` says; of another draw, by popularity as it was before it drifted."""
@@ -222,12 +295,38 @@ class PowerLawRouting(Traffic):
         """[n, K]; some tokens, `_DRAWN_TOGETHER`."""
         # Words that are left out count as 0, so the last one tells earlier blocks apart.
         rng = np.random.default_rng((self.seed, sample, block + 1, int(is_earlier)))
+        return self._chosen(rng, (_DRAWN_TOGETHER,), self._rarity(sample, is_earlier=is_earlier))
+
+    def _chosen(self, rng: np.random.Generator, size: tuple[int, ...], rarity: Floats) -> Ints:
+        """[*size, K]; the choices of so many tokens.
+
+        Args:
+            rarity: [..., E]; of each token, or of several.
+        """
         # The first arrivals of Poisson processes: the same as Gumbel noise on log weights.
-        arrivals = rng.standard_exponential((_DRAWN_TOGETHER, self.num_experts), np.float32)
-        arrivals *= self._rarity(sample, is_earlier=is_earlier).astype(np.float32)
+        arrivals = rng.standard_exponential((*size, self.num_experts), np.float32)
+        arrivals *= rarity.astype(np.float32)
+        arrivals = arrivals.reshape(-1, self.num_experts)
         if self.groups.n_group > 1:
             _close_groups(arrivals, self.groups)
-        return _first_places(arrivals, self.top_k)
+        return _first_places(arrivals, self.top_k).reshape(*size, self.top_k)
+
+
+def _positive_stable(rng: np.random.Generator, index: float, size: tuple[int, ...]) -> Floats:
+    """Positive numbers S with E[exp(-s S)] = exp(-s^index), 0 < index < 1.
+
+    M. Kanter, "Stable densities under change of scale and total variation inequalities", Annals of
+    Probability 3, 1975, corollary 4.1.
+    """
+    angle, wait = rng.uniform(0, np.pi, size), rng.standard_exponential(size)
+    first = np.sin(index * angle) / np.sin(angle) ** (1 / index)
+    stable: Floats = first * (np.sin((1 - index) * angle) / wait) ** (1 / index - 1)
+    return stable
+
+
+def _power_of_two(num: int) -> int:
+    """The largest that is no larger than `num`, which is above 0; else 0."""
+    return 1 << num.bit_length() >> 1
 
 
 def _first_places(arrivals: npt.NDArray[np.float32], num: int) -> Ints:
@@ -281,7 +380,9 @@ class TraceRouting(Traffic):
         """Every layer of a trace is its own."""
         return self._layers.index(layer) if layer in self._layers else layer % len(self._layers)
 
-    def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
+    def topk_ids(
+        self, layer: int, first: int, before: Ints, owned: Ints, num_new: Ints | None = None
+    ) -> Ints:
         """As the protocol says; ranks' tokens follow each other in the trace."""
         tokens = self._topk_ids[self.sample_of(layer)]
         taken = _in_turn(len(tokens), first + int(before.sum()), int(owned.sum()))
@@ -301,6 +402,8 @@ class GivenRouting:
         of_rank: by rank of the replica, by layer of the rank's stage, [T, K].
     """
 
+    likeness: float = 0.0
+
     def __init__(self, of_rank: Sequence[Mapping[int, npt.NDArray[np.integer]]]) -> None:
         self._of_rank = of_rank
 
@@ -308,7 +411,9 @@ class GivenRouting:
         """All layers differ."""
         return layer
 
-    def topk_ids(self, layer: int, first: int, before: Ints, owned: Ints) -> Ints:
+    def topk_ids(
+        self, layer: int, first: int, before: Ints, owned: Ints, num_new: Ints | None = None
+    ) -> Ints:
         """As the protocol says, `first` apart."""
         of_ranks = [ids[layer] for ids in self._of_rank if layer in ids]
         slices = zip(of_ranks, before.tolist(), owned.tolist(), strict=True)
@@ -347,6 +452,9 @@ def choose_routing(
 ) -> RoutingChoice:
     """A trace, else experts whose popularity falls with their rank to the power of -`skew`.
 
+    Tokens of one prompt choose alike experts by default. With a `skew` they are independent, as it
+    has always been said of them.
+
     Args:
         skew: None for the usual one of the model with its bounds, without a trace.
         num_sampled_layers: for a power law; see `PowerLawRouting.of`.
@@ -356,9 +464,9 @@ def choose_routing(
     """
     take_option("--skew", skew)
     if trace is None:
-        bounds = SKEW_BOUNDS if skew is None else None
+        bounds, likeness = (SKEW_BOUNDS, LIKENESS) if skew is None else (None, 0.0)
         skew = model.usual_skew if skew is None else skew
-        source = PowerLawRouting.of(model, skew, seed, num_sampled_layers, bounds)
+        source = PowerLawRouting.of(model, skew, seed, num_sampled_layers, bounds, likeness)
         words = (
             f"expert popularity by Zipf's law, exponent {skew:g}, in a random order per layer"
             if skew
@@ -368,6 +476,8 @@ def choose_routing(
             words += (
                 f", whose logarithm drifts by {skew * source.drift:.2g} after experts are placed"
             )
+        if likeness:
+            words += f"; tokens of one prompt choose alike (rank correlation {likeness:g})"
         if bounds is not None:
             words += f"; bounds go from exponent {bounds[0]:g} to {bounds[1]:g}"
         if model.routing.n_group > 1:

@@ -199,7 +199,14 @@ class SharedParts:
         ]
         firsts, own = _distinct(of_own)
         rows = np.where(keeps_all, scenarios.tokens, scenarios.owned)
-        of_experts: list[_AnyColumn] = [experts_key, is_normed, rows, scenarios.stage_tokens]
+        length = points.num_new if self._are_alike else np.ones_like(points.num_new)
+        of_experts: list[_AnyColumn] = [
+            experts_key,
+            is_normed,
+            rows,
+            scenarios.stage_tokens,
+            length,
+        ]
         lists = self._own_lists([each[firsts] for each in of_own])
         chosen, places = _distinct(of_experts)
         experts = self._expert_lists([each[chosen] for each in of_experts])
@@ -229,6 +236,11 @@ class SharedParts:
             own=own,
             of_experts=places,
         )
+
+    @property
+    def _are_alike(self) -> bool:
+        """Whether tokens of one sequence choose alike experts."""
+        return any(len(each.fan_out.of_prompts) > 0 for each in self._experts.firsts)
 
     def _sizes(self) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
         """`tp`, `dp`, and whether ranks keep all tokens, by shape."""
@@ -298,7 +310,7 @@ class SharedParts:
         lists: list[tuple[Ints, ExpectedStepList]] = []
         if not self._has_experts:
             return lists
-        key, is_normed, rows, stage_tokens = columns
+        key, is_normed, rows, stage_tokens, length = columns
         for at in _alike((key, is_normed)):
             shape = self._experts.firsts[key[at[0]]]
             layout, steps = shape.mesh.layout, self._begun(shape, len(at))
@@ -311,6 +323,7 @@ class SharedParts:
                 layout,
                 self._model.num_experts_per_tok,
                 by_node=is_by_node_on(layout, shape.form),
+                num_new=length[at],
             )
             expert_steps(steps, self._model, part, counts, shape.payload)
             lists.append((at, steps))

@@ -25,6 +25,9 @@ SKEW_BOUNDS = (0.15, 1.0)
 # Deviation of the logarithm of an expert's popularity since tokens that it was placed by, over the
 # exponent: as much as DeepSeek-R1 is uneven after it was balanced (calibration/popularity.py).
 DRIFT = 0.13
+# How alike tokens of one prompt choose, a rank correlation (`PowerLawRouting`): with it the load of
+# one document is as uneven as published (calibration/popularity.py).
+LIKENESS = 0.19
 DEFAULT_REPEAT = 7  # fewer give intervals over 5 % wide (docs/log.md)
 SHOWN_LENGTH = 60  # of a wrong value, in a message
 REFUSED = "refused"  # pydantic's type of an error of a class itself

@@ -243,7 +243,7 @@ class ProgramBuilder:
         placement, counts, owned = self.placements[layer], None, part.sizes.owned
         if placement is not None:
             counts = count_dispatch(
-                part.routing.topk_ids(layer, part.first, part.before, owned),
+                part.routing.topk_ids(layer, part.first, part.before, owned, part.sizes.num_new),
                 owned,
                 self._choice(placement, mesh),
                 mesh,
