@@ -23,11 +23,13 @@ from serving_rows import Row, model_of
 import expertlane
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.frameworks import find_framework
+from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import choose_routing
-from expertlane.errors import UserError
+from expertlane.errors import CapacityError, UserError
+from expertlane.memory import FREE_SHARE
 from expertlane.simulate.setup import ServingSetup
 from expertlane.simulate.simulator import Simulator
 from expertlane.simulate.steady import StepTimes, step_times
@@ -37,6 +39,7 @@ _MODELLED = ("cost", "simulate", "schedule", "balance", "spec", "memory.py")
 _NOT_PRICED = ("frameworks", "records")  # of these, what prices do not rest on
 _ACCEPTED = 0.7  # of drafts; what a step takes hardly depends on it
 _SEED = 0
+_LARGEST_SHARE = 0.98  # of a device's memory
 _COUNTS_APART = 2.5
 
 
@@ -192,6 +195,13 @@ def _price(question: Question) -> Priced:
         max_num_seqs=2 * of_rank + 8,
         max_num_batched_tokens=row.step_tokens or framework.max_num_batched_tokens,
     )
-    simulator = Simulator(model, ModelledCluster(profile, row.num_devices), setup, row.load)
-    steps = step_times(simulator, _SEED, question.loads)
-    return Priced(**vars(steps))
+
+    def simulator(profile: Profile) -> Simulator:
+        return Simulator(model, ModelledCluster(profile, row.num_devices), setup, row.load)
+
+    try:
+        ready = simulator(profile)
+    except CapacityError:  # it ran, so its server was allowed more
+        memory = profile.device.memory_bytes * _LARGEST_SHARE / FREE_SHARE
+        ready = simulator(replace(profile, device=replace(profile.device, memory_bytes=memory)))
+    return Priced(**vars(step_times(ready, _SEED, question.loads)))

@@ -68,7 +68,12 @@ def how_judged(results: Results) -> str:
             f"Not validated itself; of the nearest validated kind ({nearest.what}) 90% of rows "
             f"were within {below_above(nearest.output)}, and bounds are no narrower."
         )
-    least = "" if nearest is None else f"; bounds are at least {below_above(nearest.output)}"
+    least = ""
+    if nearest is not None:
+        bounds = below_above(nearest.output)
+        least = f"; bounds are at least {bounds}"
+        if nearest.is_own_kind:
+            least = f"; tokens/s of 90% were within {bounds}, the bounds"
     return (
         f"Validated on {judged.what}: {percent(judged.median_error)} median error, "
         f"{counted(judged.num_rows, 'row')}{least}."

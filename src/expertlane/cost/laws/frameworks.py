@@ -299,4 +299,7 @@ def _what(group: JudgedGroup) -> str:
     pools = "disaggregated" if group.has_two_pools else "aggregated"
     drafts = ", multi-token prediction" if group.has_drafts else ""
     by = f", {frameworks()[group.framework].title}" if group.framework else ""
-    return f"{group.model}, {group.hardware.upper()}, {group.weights}, {pools}{drafts}{by}"
+    first, last = (each[:7] for each in group.dates)
+    months = first if first == last else f"{first} to {last}"
+    dates = f", {months}" if months else ""
+    return f"{group.model}, {group.hardware.upper()}, {group.weights}, {pools}{drafts}{by}{dates}"
