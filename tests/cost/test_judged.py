@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,14 @@ from cli.screen import telling
 from example_plan import PLAN
 from expertlane.cost.laws.frameworks import (
     CALIBRATED,
-    find_framework,
     frameworks,
     judged,
     judged_groups,
+    kinds_of,
     nearest,
     served_by,
 )
-from expertlane.cost.laws.profile_file import read_profile, shipped_profiles
+from expertlane.cost.laws.profile_file import parse_cluster, read_profile, shipped_profiles
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.records import with_known_errors
 from expertlane.errors import SpecError
@@ -54,9 +55,6 @@ def test_a_profile_measured_on_its_machine():
 
 @pytest.mark.parametrize("group", judged_groups(), ids=str)
 def test_a_group_is_told_of_its_own_kind(group):
-    profile = read_profile(group.hardware)
-    if group.framework:
-        profile = served_by(profile, find_framework(group.framework), LATENT)
     layers, hidden, experts = group.sizes
     base = {"latent": LATENT, "sinks": SINKS, "grouped": PLAIN}[group.attention]
     kind = {
@@ -66,6 +64,10 @@ def test_a_group_is_told_of_its_own_kind(group):
         "has_two_pools": group.has_two_pools,
         "has_drafts": group.has_drafts,
     }
+    cluster = parse_cluster(f"{group.hardware}x8")
+    drafts = {"has_drafts": group.has_drafts}
+    framework = group.framework or None
+    profile = served_by(cluster, framework, kind["model"], group.weights, **drafts).profile
     said = judged(profile, group.weights, **kind)
     assert said.median_error >= group.tpot
     assert group.hardware.upper() in said.what
@@ -73,8 +75,9 @@ def test_a_group_is_told_of_its_own_kind(group):
     known = nearest(profile, group.weights, **kind)
     assert known.what in said.what
     assert known.tpot[1] / known.tpot[0] >= group.tpot_range[1] / group.tpot_range[0]
-    assert 0 < known.tpot[0] <= 1 <= known.tpot[1] > known.tpot[0]
-    assert known.ttft[0] <= 1 < known.ttft[1]
+    assert known.is_own_kind is bool(group.framework)
+    for low, high in (known.tpot, known.output, known.ttft):
+        assert 0 < low <= 1 <= high > low
 
 
 def test_what_was_not_judged():
@@ -85,7 +88,7 @@ def test_what_was_not_judged():
     smaller = LATENT.with_overrides(num_hidden_layers=30)
     assert judged(read_profile("h200"), "float8", model=LATENT) is not None
     assert judged(read_profile("h200"), "float8", model=smaller) is None
-    other = served_by(read_profile("h200"), find_framework("dynamo-trt"), LATENT)
+    other = served_by(parse_cluster("h200x8"), "vllm", LATENT, "float8").profile
     assert judged(other, "float8", model=LATENT) is None  # TensorRT-LLM was judged there
 
 
@@ -101,7 +104,7 @@ def test_what_was_not_judged():
 )
 def test_the_nearest_kind_is_of_like_attention_then_of_the_card(card, weights, model, what):
     known = nearest(read_profile(card), weights, model=model)
-    assert known.what == what
+    assert known.what.startswith(what)
     for low, high in (known.tpot, known.output, known.ttft):
         assert 0 < low <= 1 <= high > low
 
@@ -128,19 +131,48 @@ def test_bounds_are_no_narrower_than_the_error_of_the_nearest_kind(asked):
     assert with_known_errors(PLAN, asked, profile) is PLAN  # measured on the machine itself
 
 
-def test_a_framework_s_terms_stand_in_place_of_the_profile_s():
+def test_a_framework_s_steps_take_what_was_measured():
+    """Of a kind that was fitted to, of another model on such a card, and of no framework."""
     assert {each.hardware for each in judged_groups()} <= set(shipped_profiles())
-    profile = read_profile("h200")
-    for name, each in frameworks().items():
-        served, other = (served_by(profile, each, model) for model in (LATENT, MIXED))
-        assert served.framework == other.framework == name
-        fitted = each.terms.get("driver_s", profile.terms["driver_s"])
-        assert served.terms["driver_s"] is fitted
-        assert other.terms["driver_s"] is profile.terms["driver_s"]  # fitted to another model
-        assert served.terms["launch_s"] is profile.terms["launch_s"]
-    assert {name for name, each in frameworks().items() if not each.terms} == {
-        "vllm",
-        "dynamo-sglang",
-    }
+    cluster = parse_cluster("h200x8")
+    profile, law = cluster.profile, "experts.float8"
+    assert served_by(cluster, None, LATENT, "float8") is cluster
+    factors = []
+    for model in (LATENT, MIXED):
+        served = served_by(cluster, "trt", model, "float8").profile
+        assert served.framework == "trt"
+        assert served.terms["arrival_s"].value > 0
+        assert served.terms["driver_s"] is profile.terms["driver_s"]
+        moved = served.surfaces[law].correction - profile.surfaces[law].correction
+        assert np.ptp(moved) < 1e-12
+        factors.append(float(np.exp(moved.mean())))
+    assert factors[0] != factors[1]
+    assert all(0.8 < each < 1.5 for each in factors)
+    for name in frameworks():
+        assert served_by(cluster, name, LATENT, "float8").profile.framework == name
     with pytest.raises(SpecError, match=telling("framework ollama")):
-        find_framework("ollama")
+        served_by(cluster, "ollama", LATENT, "float8")
+
+
+def test_bounds_of_a_kind_that_was_measured_are_its_own():
+    """No wider than what nine in ten rows were within, nor narrower."""
+    cluster = parse_cluster("h200x8")
+    profile = served_by(cluster, "trt", LATENT, "float8").profile
+    known = nearest(profile, "float8", model=LATENT)
+    assert known.is_own_kind
+    wide = replace(PLAN.deployments[0].serving[0].output_tps, low=1e-3, high=1e9)
+    bounded = wide.bounded_by(known.output, alone=True)
+    assert bounded.bounds == pytest.approx(
+        (known.output[0] * wide.value, wide.value, known.output[1] * wide.value)
+    )
+    assert wide.bounded_by(known.output).bounds == wide.bounds
+    assert not nearest(profile, "nvfp4", model=LATENT).is_own_kind
+
+
+def test_a_kind_is_narrowed_part_by_part():
+    kinds = kinds_of("trt", "h200", LATENT, "float8")
+    assert kinds[0] == ()
+    assert kinds[-1] == ("trt", "h100", "61x7168x256", "h200", "float8", "no drafts")
+    assert all(one == other[: len(one)] for one, other in pairwise(kinds))
+    assert kinds_of("trt", "h200", LATENT, "float8", has_drafts=True)[-1][-1] == "drafts"
+    assert kinds_of("trt", "a100", LATENT, "float8")[2] == ("trt", "a100")
