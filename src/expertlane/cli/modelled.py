@@ -55,12 +55,12 @@ def kv_dtype_option() -> Any:
 
 
 def framework_option() -> Any:
-    """The serving framework whose overheads a projection uses."""
+    """The serving framework that a projection is of."""
     return typer.Option(
         None,
         metavar="NAME",
-        show_default="the profile's own overheads",
-        help="A serving framework, its overheads where those were fitted: vllm, sglang, trt "
+        show_default="none: laws alone",
+        help="A serving framework, with what was measured of its steps and requests: vllm, sglang, trt "
         "(TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes its "
         "--max-num-batched-tokens, unless that is given.",
         rich_help_panel=Panel.MODELLED,
