@@ -166,6 +166,7 @@ class Row:
     def kv(self) -> str:
         """Number type of keys and values."""
         has_float8 = self.framework in ("trt", "dynamo-trt") or self.model == DEEPSEEK
+        has_float8 |= self.model.startswith("MiniMax") and self.hardware != "h200"
         is_left = self.framework == "sglang" and self.hardware == "h200"  # to the model's
         return "float8" if has_float8 and not (self.is_exact or is_left) else "bfloat16"
 
