@@ -388,7 +388,8 @@ def answers(rows: Sequence[Mapping[str, str]], step_tokens: int | None = None) -
     if _ANSWERS.exists():
         for line in _ANSWERS.read_text(encoding="utf-8").splitlines():
             fields = json.loads(line)
-            known[fields.pop("id"), fields.pop("step_tokens")] = Prediction(**fields)
+            key = fields.pop("id"), fields.pop("step_tokens")
+            known[key] = Prediction(**fields)
     _ANSWERS.parent.mkdir(exist_ok=True)
     found = []
     with _ANSWERS.open("a", encoding="utf-8") as file:

@@ -136,7 +136,7 @@ def test_the_fit_finds_what_steps_and_arrivals_took():
     assert found.step_factor == pytest.approx(1.3, rel=0.01)
     assert found.arrival_s == pytest.approx(0.05, abs=6e-3)
     assert found.num_points == 100
-    assert found.kind == ("trt", "h100", "61x7168x256", "h200", "float8", "no drafts")
+    assert found.kind == ("trt", "Hopper", "61x7168x256", "h200", "float8", "no drafts")
     assert fit.of(replace(ROW, hardware="b200")).kind == ("trt",)
     corrected = point(rows[0], 0.01, 0.02, 50.0).corrected(found)
     assert corrected.played.tpot_s == pytest.approx(0.013, rel=0.01)
@@ -222,7 +222,7 @@ def test_pairs_count_where_versions_or_days_are_near():
 
 
 def test_what_is_written_is_read(tmp_path, monkeypatch):
-    fitted = [Fitted(("trt",), 1.25, 0.05, 12), Fitted(("trt", "h100"), 1.5, 0.07, 3)]
+    fitted = [Fitted(("trt",), 1.25, 0.05, 12), Fitted(("trt", "Hopper"), 1.5, 0.07, 3)]
     group = JudgedGroup(
         "h200", "float8", False, False, "trt", 12, 0.1, 0.1, 0.2, (0.8, 1.2), (0.8, 1.2), (0.5, 2.0)
     )

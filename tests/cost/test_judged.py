@@ -172,7 +172,7 @@ def test_bounds_of_a_kind_that_was_measured_are_its_own():
 def test_a_kind_is_narrowed_part_by_part():
     kinds = kinds_of("trt", "h200", LATENT, "float8")
     assert kinds[0] == ()
-    assert kinds[-1] == ("trt", "h100", "61x7168x256", "h200", "float8", "no drafts")
+    assert kinds[-1] == ("trt", "Hopper", "61x7168x256", "h200", "float8", "no drafts")
     assert all(one == other[: len(one)] for one, other in pairwise(kinds))
     assert kinds_of("trt", "h200", LATENT, "float8", has_drafts=True)[-1][-1] == "drafts"
     assert kinds_of("trt", "a100", LATENT, "float8")[2] == ("trt", "a100")

@@ -60,8 +60,8 @@ def framework_option() -> Any:
         None,
         metavar="NAME",
         show_default="none: laws alone",
-        help="A serving framework, with what was measured of its steps and requests: vllm, sglang, trt "
-        "(TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes its "
+        help="A serving framework, with what was measured of its steps and requests: vllm, "
+        "sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes its "
         "--max-num-batched-tokens, unless that is given.",
         rich_help_panel=Panel.MODELLED,
     )

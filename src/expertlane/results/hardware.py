@@ -115,7 +115,8 @@ class Judged(Strict):
 def below_above(ratios: tuple[float, float]) -> str:
     """A range about 1 in words: `−18%/+20%`, `−58%/2.4×`."""
     low, high = ratios
-    return f"−{1 - low:.0%}/" + (f"+{high - 1:.0%}" if high < 2 else f"{high:.2g}×")
+    above = f"+{high - 1:.0%}" if high < 2 else f"{high:.{1 if high < 9.95 else 0}f}×"
+    return f"−{1 - low:.0%}/{above}"
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,10 @@ from expertlane.spec.tables import build
 FILE = Path(__file__).with_name("frameworks.toml")
 
 
-_GENERATIONS = (("h100", "h200"), ("b200", "b300", "gb200", "gb300"))
+_GENERATIONS = {
+    "Hopper": ("h100", "h200"),
+    "Blackwell": ("b200", "b300", "gb200", "gb300"),
+}
 _STAGES = (0, 1, 2, 3, 5)  # parts of a kind that numbers are fitted to
 
 Attention = Literal["latent", "grouped", "sinks"]
@@ -135,8 +138,9 @@ def kinds_of(
 
 
 def generation_of(hardware: str) -> str:
-    """Of a profile by its name; the name itself where it is the only one."""
-    return next((each[0] for each in _GENERATIONS if hardware in each), hardware)
+    """Of cards by a profile's name; the name itself where it is the only one."""
+    known = (name for name, cards in _GENERATIONS.items() if hardware in cards)
+    return next(known, hardware)
 
 
 def judged_groups() -> Sequence[JudgedGroup]:
@@ -261,7 +265,7 @@ def nearest(
     attention, sizes = attention_of(model), sizes_of(model)
 
     def distance(group: JudgedGroup) -> tuple[float, ...]:
-        is_of_generation = any({profile.name, group.hardware} <= {*of} for of in _GENERATIONS)
+        is_of_generation = generation_of(profile.name) == generation_of(group.hardware)
         is_latent = "latent" in (group.attention, attention)
         return (
             0 if group.attention == attention else 2 if is_latent else 1,
