@@ -35,7 +35,7 @@ from serving_errors import (
 from serving_fit import Fit, Point, Sides, Times, acceptances, out_of_sample, tokens_per_step, write
 from serving_rows import Row, model_of, read_rows
 from serving_simulation import Priced, price
-from serving_waves import Host, play, scheduling_of
+from serving_waves import play, scheduling_of
 
 from expertlane.cost.laws.frameworks import FILE, Fitted, JudgedGroup, attention_of, sizes_of
 
@@ -126,7 +126,7 @@ def played_points(rows: Sequence[Row], sides: Sides, jobs: int) -> Played:
 def _played(row: Row, priced: Priced, tokens: float) -> tuple[Times, float]:
     """What a row's client sees, and seconds of CPU that this took."""
     begin = time.process_time()
-    seen = play(row, priced.steps, scheduling_of(row), Host(), tokens)
+    seen = play(row, priced.steps, scheduling_of(row), tokens)
     average = np.mean if row.has_means else np.median
     replicas = row.decode.num if row.prefill is None else 1
     gpus = row.decode.layout.world_size / replicas
@@ -215,12 +215,14 @@ def _print(title: str, points: Sequence[Point], bounds: Bounds) -> None:
     }
     print("\n".join(table({"all": points, **cells}, bounds.of)))
     for what in QUANTITIES:
-        worst = max(
+        sizes = [
             (Errors.of(what, own, bounds.of).size, name)
             for name, own in cells.items()
             if len(ratios(what, own))
-        )
-        print(f"\nWorst of ten rows and more, {what}: {worst[0]:.0%}, {worst[1]}")
+        ]
+        if sizes:
+            size, name = max(sizes)
+            print(f"\nWorst of ten rows and more, {what}: {size:.0%}, {name}")
 
 
 def _cell(point: Point) -> tuple[str, str, str, str]:

@@ -25,23 +25,6 @@ _OTHER_STEP = 1000  # how much a step with prompts counts towards receiving new 
 
 
 @dataclass(frozen=True)
-class Host:
-    """Time that a framework's hosts add.
-
-    Attributes:
-        step_s: to every step.
-        seq_s: to every step, for each sequence of a rank that decodes.
-        arrival_s: from when a request is sent until it can be scheduled.
-        prompt_factor: of what prompts were priced at.
-    """
-
-    step_s: float = 0.0
-    seq_s: float = 0.0
-    arrival_s: float = 0.0
-    prompt_factor: float = 1.0
-
-
-@dataclass(frozen=True)
 class Scheduling:
     """How a framework puts a step together.
 
@@ -94,12 +77,11 @@ def play(
     row: Row,
     steps: StepTimes,
     scheduling: Scheduling,
-    host: Host,
     tokens_per_step: float = 1.0,
 ) -> Seen:
     """All waves of a row's benchmark."""
     kind = _OnePool if row.prefill is None else _TwoPools
-    return kind(row, steps, scheduling, host, tokens_per_step).seen()
+    return kind(row, steps, scheduling, tokens_per_step).seen()
 
 
 class _Waves:
@@ -110,10 +92,9 @@ class _Waves:
         row: Row,
         steps: StepTimes,
         scheduling: Scheduling,
-        host: Host,
         tokens_per_step: float,
     ) -> None:
-        self._row, self._steps, self._scheduling, self._host = row, steps, scheduling, host
+        self._row, self._steps, self._scheduling = row, steps, scheduling
         layout = row.decode.layout
         is_one = row.prefill is None
         self._num_open = -(-row.conc // layout.replicas) if is_one else row.conc
@@ -129,8 +110,7 @@ class _Waves:
         self._sent_s, self._first_s, self._end_s = np.zeros((3, number))
         counts, seconds = zip(*sorted(steps.decode_s.items()), strict=True)
         at = np.arange(self._num_open + 1)
-        of_hosts = host.step_s + host.seq_s * at / layout.dp
-        self._decode_s: list[float] = (np.interp(at, counts, seconds) + of_hosts).tolist()
+        self._decode_s: list[float] = np.interp(at, counts, seconds).tolist()
         ranks = layout if is_one else row.prefill.layout  # type: ignore[union-attr]
         self._room = ranks.dp * scheduling.step_tokens
         self._full_s = self._room / max(steps.prompts_per_s * self._mean_prompt, 1e-9)
@@ -161,11 +141,9 @@ class _Waves:
         """A step of prompts: from nothing over one alone to a full step, in straight lines."""
         alone, alone_s = self._mean_prompt, self._steps.prompt_s
         if num_tokens <= alone or self._room <= alone:
-            seconds = alone_s * num_tokens / alone
-        else:
-            share = (num_tokens - alone) / (self._room - alone)
-            seconds = alone_s + share * max(self._full_s - alone_s, 0.0)
-        return self._host.prompt_factor * seconds
+            return alone_s * num_tokens / alone
+        share = (num_tokens - alone) / (self._room - alone)
+        return alone_s + share * max(self._full_s - alone_s, 0.0)
 
 
 class _OnePool(_Waves):
@@ -196,7 +174,7 @@ class _OnePool(_Waves):
 
     def _arrives(self, request: int | None) -> None:
         if request is not None:
-            self._inbox.append((self._now_s + self._host.arrival_s, request))
+            self._inbox.append((self._now_s, request))
 
     def _receive(self) -> None:
         if self._since_received < self._scheduling.receive_steps and self._running:
@@ -227,10 +205,10 @@ class _OnePool(_Waves):
         return tokens, done
 
     def _step_with_prompts(self, tokens: int, done: Sequence[int]) -> None:
-        num_running, host = len(self._running), self._host
+        num_running = len(self._running)
         seconds = self._prompts_s(tokens)
         if self._scheduling.phases_apart or not num_running:
-            self._now_s += seconds + host.step_s
+            self._now_s += seconds
         else:
             self._now_s += self._decode_s[num_running] + self._beside[num_running] * seconds
             self._step += 1
@@ -290,8 +268,8 @@ class _TwoPools(_Waves):
     def _send(self, now_s: float) -> None:
         request = self._sends(now_s)
         if request is not None:
-            at_s, replica = now_s + self._host.arrival_s, request % len(self._queued)
-            heapq.heappush(self._events, (at_s, 0, replica, [request]))
+            replica = request % len(self._queued)
+            heapq.heappush(self._events, (now_s, 0, replica, [request]))
 
     def _arrive(self, now_s: float, replica: int, requests: list[int]) -> None:
         self._queued[replica] += requests
@@ -319,7 +297,7 @@ class _TwoPools(_Waves):
         taken = self._room - room
         self._is_busy[replica] = taken > 0
         if taken:
-            end_s = now_s + self._prompts_s(taken) + self._host.step_s
+            end_s = now_s + self._prompts_s(taken)
             heapq.heappush(self._events, (end_s, 1, replica, done))
 
     def _decode(self, now_s: float, replica: int) -> None:

@@ -252,7 +252,7 @@ def play(row=ROW, *, decode_s=1.0, prompt_s=1e-9, per_s=1e9, places=99, beside=0
     rules = {"step_tokens": 10, **rules}
     row = replace(row, isl=10, osl=10, is_exact=True)
     steps = StepTimes({1: decode_s}, {1: beside}, prompt_s, per_s, places)
-    return serving_waves.play(row, steps, serving_waves.Scheduling(**rules), serving_waves.Host())
+    return serving_waves.play(row, steps, serving_waves.Scheduling(**rules))
 
 
 APART = replace(ROW, prefill=Workers(1, 1, False, 1), decode=Workers(1, 1, False, 1))
@@ -262,8 +262,7 @@ APART = replace(ROW, prefill=Workers(1, 1, False, 1), decode=Workers(1, 1, False
 def test_requests_that_are_alone(row):
     """A prompt of a second, and nine more tokens of a tenth of one."""
     seen = play(replace(row, conc=1), decode_s=0.1, prompt_s=1.0, per_s=1.0)
-    driver = 0.0
-    assert seen.ttft_s == pytest.approx(np.full(10, 1.0 + driver))
+    assert seen.ttft_s == pytest.approx(np.full(10, 1.0))
     assert seen.tpot_s == pytest.approx(np.full(10, 0.1))
     assert seen.total_s == pytest.approx(19.0)
     assert seen.num_tokens == 100
@@ -338,7 +337,7 @@ def test_what_has_no_place_waits_for_its_first_token(num_places, over, outputs):
     row = replace(ROW, isl=10, osl=100, conc=num_places + over, is_exact=True)
     steps = StepTimes({1: 1.0}, {1: 0.0}, 1e-9, 1e9, num_places)
     rules = serving_waves.Scheduling(step_tokens=10**6)
-    seen = serving_waves.play(row, steps, rules, serving_waves.Host())
+    seen = serving_waves.play(row, steps, rules)
     waiting = seen.ttft_s.sum() / seen.total_s
     assert waiting == pytest.approx(over, rel=0.35, abs=1)
     assert seen.total_s >= 0.95 * len(seen.ttft_s) * 99 / num_places

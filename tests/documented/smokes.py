@@ -33,10 +33,10 @@ ROWS = (
 )
 
 SERVED = (
-    "id,backend,backend_version,model_path,system,precision,mode,isl,osl,gemm_quant_mode,"
+    "id,silicon_data_source,backend,backend_version,model_path,system,precision,mode,isl,osl,gemm_quant_mode,"
     "moe_quant_mode,prefill_batch_size,silicon_ttft_ms,silicon_tpot_ms,split_family,"
     "split_concurrency,split_layout",
-    "1,trtllm,,deepseek-ai/DeepSeek-V3,h200_sxm,fp8,agg,1024,1024,fp8,fp8,,100,20,DeepSeek-R1,8,"
+    "1,measured=2026-01-02,trtllm,,deepseek-ai/DeepSeek-V3,h200_sxm,fp8,agg,1024,1024,fp8,fp8,,100,20,DeepSeek-R1,8,"
     '"tp=8,dp=1,ep=8"',
 )
 
@@ -161,7 +161,7 @@ SMOKES: Mapping[str, Smoke] = {
     "calibration/fit.py": Smoke("h200 --output .", r"", _no_tables),
     "calibration/judge_published.py": Smoke("", r"\| decode EP72", _no_tables),
     "calibration/beside.py": Smoke("{served} {rows} --jobs 1", r"\| all \| 1 \|", _no_tables),
-    "calibration/judge_serving.py": Smoke("{rows} --jobs 1", r"\| trt \| \d+ \| \d\.\d\d \|"),
+    "calibration/judge_serving.py": Smoke("{rows} --jobs 1", r"\| all \| 3 \| 3 \|"),
     "calibration/popularity.py": Smoke("mixtral", r"^mixtral: 0\.17$"),
     "calibration/scatter.py": Smoke("", r"`latent_decode\.float8`", _no_tables),
     "docs/pictures/live.py": Smoke("6", r"", _no_chromium, beside=True),
