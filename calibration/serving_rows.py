@@ -31,10 +31,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from expertlane.cost.laws.frameworks import usual_dispatch
 from expertlane.cost.laws.profile import Profile
 from expertlane.errors import SpecError
-from expertlane.spec.deployment import Options
-from expertlane.spec.dispatch import DispatchForm
+from expertlane.spec.deployment import Options, PayloadType
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
@@ -254,12 +254,11 @@ class Row:
 
     def options(self, profile: Profile) -> Options:
         """How tokens get to experts: not in the file, so what the frameworks do by default."""
-        form: DispatchForm = "all_gather"
-        stage = max(each.layout.stage_size for each in (self.decode, self.prefill or self.decode))
-        has_multi_node_nvlink = profile.ranks_per_node > 8
-        if self.decode.dp_attention and (has_multi_node_nvlink or stage > profile.ranks_per_node):
-            form = "all_to_all"
-        return Options(dispatch=form, payload="float8" if form == "all_to_all" else "model")
+        form, first = usual_dispatch(self.decode.layout, profile), None
+        if self.prefill is not None:
+            first = usual_dispatch(self.prefill.layout, profile)
+        payload: PayloadType = "float8" if "all_to_all" in (form, first) else "model"
+        return Options(dispatch=form, prefill_dispatch=first, payload=payload)
 
 
 def read_rows(paths: Sequence[Path]) -> tuple[list[Row], list[Row]]:

@@ -27,7 +27,7 @@ from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import choose_routing
+from expertlane.cost.routing import Traffic, choose_routing
 from expertlane.errors import CapacityError, UserError
 from expertlane.memory import FREE_SHARE
 from expertlane.simulate.setup import ServingSetup
@@ -40,7 +40,7 @@ _NOT_PRICED = ("frameworks", "records")  # of these, what prices do not rest on
 _ACCEPTED = 0.7  # of drafts; what a step takes hardly depends on it
 _SEED = 0
 _LARGEST_SHARE = 0.98  # of a device's memory
-_COUNTS_APART = 2.5
+_COUNTS_APART = 4
 
 
 @dataclass(frozen=True)
@@ -130,9 +130,9 @@ def price(rows: Sequence[Row], jobs: int) -> list[Priced]:
 
 
 def _counts(row: Row) -> tuple[int, ...]:
-    """Sequences of a replica: 1, 3, 8, 20 … up to all that may be open."""
+    """Sequences of a replica: 1, 4, 16, 64 … up to all that may be open."""
     most = ceil(row.conc / row.decode.num)
-    return (*takewhile(most.__gt__, (round(_COUNTS_APART**power) for power in count())), most)
+    return (*takewhile(most.__gt__, (_COUNTS_APART**power for power in count())), most)
 
 
 def _read() -> dict[str, Priced]:
@@ -173,6 +173,12 @@ def _answer(asked: tuple[str, Question]) -> tuple[str, Priced]:
     return key, replace(answer, seconds=time.process_time() - begin)
 
 
+@cache
+def _routing_of(model: str) -> Traffic:
+    """What it draws is kept for all configurations that a process prices."""
+    return choose_routing(model_of(model), None, None, _SEED, num_sampled_layers=1).source
+
+
 def _price(question: Question) -> Priced:
     """A configuration.
 
@@ -190,7 +196,7 @@ def _price(question: Question) -> Priced:
         options=row.options(profile),
         types=NumberTypes.asked(row.weights, row.kv),
         execution=Execution.GRAPH,
-        routing=choose_routing(model, None, None, _SEED, num_sampled_layers=1).source,
+        routing=_routing_of(row.model),
         multi_token=MultiToken(row.num_drafts, _ACCEPTED if row.num_drafts else 0.0),
         max_num_seqs=2 * of_rank + 8,
         max_num_batched_tokens=row.step_tokens or framework.max_num_batched_tokens,

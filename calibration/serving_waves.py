@@ -2,13 +2,12 @@
 
 A benchmark of a few waves is no steady state: all requests come at once and wait for each other's
 prompts, and end about together. Here every request of all waves is followed, but no step is priced:
-between the sizes that were, times lie on straight lines. Tokens of data-parallel ranks are taken
-to be spread evenly over them.
+times of other sizes are interpolated. Tokens are taken to be spread evenly over ranks.
 """
 
 import heapq
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -108,9 +107,7 @@ class _Waves:
         self._mean_prompt = load.mean_lens[0]
         self._num_sent = 0
         self._sent_s, self._first_s, self._end_s = np.zeros((3, number))
-        counts, seconds = zip(*sorted(steps.decode_s.items()), strict=True)
-        at = np.arange(self._num_open + 1)
-        self._decode_s: list[float] = np.interp(at, counts, seconds).tolist()
+        self._decode_s: list[float] = _between(steps.decode_s, self._num_open).tolist()
         ranks = layout if is_one else row.prefill.layout  # type: ignore[union-attr]
         self._room = ranks.dp * scheduling.step_tokens
         self._full_s = self._room / max(steps.prompts_per_s * self._mean_prompt, 1e-9)
@@ -146,13 +143,22 @@ class _Waves:
         return alone_s + share * max(self._full_s - alone_s, 0.0)
 
 
+def _between(seconds: Mapping[int, float], most: int) -> Floats:
+    """[most + 1]; by number of sequences: between those priced, straight over their square root.
+
+    A further sequence hits ever fewer experts that others have not. Straight lines over the number
+    itself are 2.5 % too low in the median, over its root 0.4 % too high.
+    """
+    known, values = zip(*sorted(seconds.items()), strict=True)
+    return np.interp(np.sqrt(np.arange(most + 1)), np.sqrt(known), values)
+
+
 class _OnePool(_Waves):
     """A replica that computes prompts and tokens."""
 
     def _run(self) -> None:
         steps = self._steps
-        counts, seconds = zip(*sorted(steps.beside_s.items()), strict=True)
-        beside = np.interp(np.arange(self._num_open + 1), counts, seconds)
+        beside = _between(steps.beside_s, self._num_open)
         self._beside: list[float] = np.clip(beside / steps.prompt_s, 0.0, 1.0).tolist()
         self._inbox: deque[tuple[float, int]] = deque()
         self._waiting: deque[int] = deque()

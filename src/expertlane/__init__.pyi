@@ -114,7 +114,7 @@ def compare(
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         framework: A serving framework, with what was measured of its steps and requests: vllm,
             sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes its
-            --max-num-batched-tokens, unless that is given.
+            --max-num-batched-tokens and --dispatch, unless they are given.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or
             p99. Each deployment runs as many sequences as they allow.
@@ -201,7 +201,7 @@ def plan(
         execution: Steps as CUDA graphs, or kernels launched one by one.
         framework: A serving framework, with what was measured of its steps and requests: vllm,
             sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes its
-            --max-num-batched-tokens, unless that is given.
+            --max-num-batched-tokens and --dispatch, unless they are given.
         mtp: Multi-token prediction: N draft tokens per step.
         mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         out: Folder for results.json, the reports and all else that the command writes. None:
@@ -308,7 +308,7 @@ def simulate(
         execution: Steps as CUDA graphs, or kernels launched one by one.
         framework: A serving framework, with what was measured of its steps and requests: vllm,
             sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes its
-            --max-num-batched-tokens, unless that is given.
+            --max-num-batched-tokens and --dispatch, unless they are given.
         overlap: Two-batch overlap: one half batch computes while the other communicates; auto:
             where faster for a step's number of tokens, timed at startup.
         num_micro_batches: Micro-batches per pipeline step.

@@ -8,6 +8,7 @@ import pytest
 from cli.screen import tells
 from cli.small_checkpoint import checkpoint
 from expertlane.results.file import read
+from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase
 
 LOAD = ["--batch", "8", "--prompt-len", "4:16", "--output-len", "2:6"]
@@ -187,7 +188,7 @@ def test_routing_is_skewed_unless_a_user_says_otherwise(run):
     usual, uniform = (
         as_json(run, *EP16, *LOAD, *skew)["deployments"][0] for skew in ([], ["--skew", "0"])
     )
-    assert usual["conditions"]["routing"] == "--skew 0.8"
+    assert usual["conditions"]["routing"] == f"--skew {PRESETS['paper-tiny'].usual_skew:g}"
     assert uniform["conditions"]["routing"] == "--skew 0"
     loads = [max(map(max, each["num_tokens_per_expert"])) for each in (usual, uniform)]
     assert loads[0] > loads[1]
@@ -226,6 +227,20 @@ def test_measurements_that_stand_in_for_others_are_named(run, dtype, kv, said):
 def test_what_is_given_goes_before_what_a_framework_has(run, asked, tokens):
     found = as_json(run, *TP2, *LOAD, "--framework", "trt", *asked)
     assert found["question"]["serving"]["max_num_batched_tokens"] == tokens
+
+
+@pytest.mark.parametrize(
+    ("layout", "cluster", "asked", "dispatch"),
+    [
+        ("tp=2,ep=2", "h100x2", ["--framework", "trt"], "all_gather"),
+        ("dp=16,ep=16", "h100x16", ["--framework", "trt"], "all_to_all"),
+        ("tp=2,ep=2", "h100x2", ["--framework", "trt", "--dispatch", "all_to_all"], "all_to_all"),
+        ("tp=2,ep=2", "h100x2", [], "all_to_all"),
+    ],
+)
+def test_a_framework_dispatches_as_it_does(run, layout, cluster, asked, dispatch):
+    found = as_json(run, "--layout", layout, "--cluster", cluster, *LOAD, *asked)
+    assert found["deployments"][0]["options"]["dispatch"] == dispatch
 
 
 @pytest.mark.full

@@ -62,7 +62,7 @@ def framework_option() -> Any:
         show_default="none: laws alone",
         help="A serving framework, with what was measured of its steps and requests: vllm, "
         "sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes its "
-        "--max-num-batched-tokens, unless that is given.",
+        "--max-num-batched-tokens and --dispatch, unless they are given.",
         rich_help_panel=Panel.MODELLED,
     )
 

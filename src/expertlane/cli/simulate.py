@@ -26,6 +26,7 @@ from expertlane.cli.options import (
 from expertlane.cli.output_options import OutputOptions
 from expertlane.errors import UserError, naming
 from expertlane.spec.deployment import PlacementMethod
+from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -110,13 +111,13 @@ class _Scheduler(RequestOptions):
 
 
 def of_plan(given: "Mapping[str, Any]") -> "dict[str, Any]":
-    """The options that a row of a plan stands for; none without `--plan`.
+    """The options that a row of a plan stands for; without `--plan`, those that a framework has.
 
     Raises:
         UserError: there is no such row, or what it is of is given beside it.
     """
     if given.get("plan") is None:
-        return {}
+        return _of_framework(given)
     from expertlane.simulate.row import find_row
 
     for name in ("model", "layout", "prefill_layout"):
@@ -125,6 +126,22 @@ def of_plan(given: "Mapping[str, Any]") -> "dict[str, Any]":
             raise UserError(f"{option} and --plan exclude each other: a row has its own")
     with naming("--plan"):
         return find_row(given["plan"]).values(given)
+
+
+def _of_framework(given: "Mapping[str, Any]") -> "dict[str, Any]":
+    """The dispatch that `--framework` does by itself, of each pool; none where one is given."""
+    names = "framework", "cluster", "layout"
+    framework, cluster, layout = (given.get(name) for name in names)
+    if framework is None or cluster is None or layout is None or given.get("dispatch") is not None:
+        return {}
+    from expertlane.cost.laws.frameworks import usual_dispatch
+    from expertlane.cost.laws.profile_file import parse_cluster
+
+    profile, of_prompts = parse_cluster(cluster).profile, given.get("prefill_layout")
+    found: dict[str, Any] = {"dispatch": usual_dispatch(Layout.parse(layout), profile)}
+    if of_prompts is not None and given.get("prefill_dispatch") is None:
+        found["prefill_dispatch"] = usual_dispatch(Layout.parse(of_prompts), profile)
+    return found
 
 
 @partial(takes_groups, fill=of_plan)

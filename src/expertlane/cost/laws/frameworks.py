@@ -18,7 +18,9 @@ from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.laws.times import Basis
 from expertlane.errors import SpecError
 from expertlane.results.hardware import Judged, KnownError
+from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.files import CONFIG_BYTES, read_toml
+from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.ranges import Strict, shown
 from expertlane.spec.tables import build
@@ -30,6 +32,7 @@ _GENERATIONS = {
     "Hopper": ("h100", "h200"),
     "Blackwell": ("b200", "b300", "gb200", "gb300"),
 }
+_RANKS_PER_HOST = 8
 _STAGES = (0, 1, 2, 3, 5)  # parts of a kind that numbers are fitted to
 
 Attention = Literal["latent", "grouped", "sinks"]
@@ -158,6 +161,17 @@ def find_framework(name: str) -> Framework:
     if name not in known:
         raise SpecError(f"no framework is called {shown(name)}; there are {', '.join(known)}")
     return known[name]
+
+
+def usual_dispatch(layout: Layout, profile: Profile) -> DispatchForm:
+    """How tokens get to experts where a framework is not told.
+
+    Ranks that hold the attention of the same tokens have them already. Data-parallel ranks send
+    them to each other's experts over nodes or a rack's NVLink, and gather all on a node of eight.
+    """
+    has_multi_node_nvlink = profile.ranks_per_node > _RANKS_PER_HOST
+    is_wide = has_multi_node_nvlink or layout.stage_size > profile.ranks_per_node
+    return "all_to_all" if layout.dp > 1 and is_wide else "all_gather"
 
 
 def served_by(
