@@ -49,7 +49,7 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Prediction:
-    """Of one row.
+    """aiconfigurator's projection of one row.
 
     Attributes:
         ttft_s, tpot_s: means; None where it is refused.
@@ -77,7 +77,7 @@ class Workers:
     ep: int
 
     def requests_of_rank(self, requests: int) -> int:
-        """What a group of `tp` devices has of all requests, at most."""
+        """Most requests that one group of `tp` devices has."""
         return math.ceil(requests / (self.num * self.dp))
 
 

@@ -4,8 +4,8 @@ python calibration/beside.py LIST FILE…            a table
 python calibration/beside.py LIST FILE… --write    docs/beside_aiconfigurator.md, and every row
 
 LIST: aiconfigurator's list of measurements; FILE: further rows that ours is fitted to, by halves.
-Neither projection of a row was fitted to its own configuration: of configurations to fit to, ours
-is from a fit to the others. Reads build/aiconfigurator.jsonl.
+Our two numbers of a kind of serving are fitted to other configurations than a row's: of those to
+fit to, ours is from a fit to the others. `aiconfigurator.py` has how the other is asked.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def main() -> int:
         return 2
     listed, _ = read_rows([asked.list])
     others, _ = read_rows(asked.files)
-    rows = [*listed, *others]  # what both have too: the list has means, the others medians
+    rows = [*listed, *others]  # rows in both stay: means in the list, medians in the others
     found = played_points(rows, Sides.of(rows), asked.jobs)
     fit = Fit.to([point for point in found.points if point.is_fitted])
     ours = {
@@ -97,10 +97,11 @@ def _page(
     yield ""
     yield (
         f"What aiconfigurator-core 0.12 and expertlane say of the same {len(beside):,} public "
-        "measurements (aiconfigurator's own list, Apache-2.0). Neither was fitted to a row's "
-        "configuration; ours has two numbers of each kind of serving, fitted to other "
-        "configurations. Errors are medians of their size, on rows that both project. *Nearer*: "
-        "the share of those rows whose TPOT is nearer in ours. *Refused*: by us, by them."
+        "measurements (aiconfigurator's own list, Apache-2.0). Our two numbers of each kind of "
+        "serving are fitted to other configurations than the row's. aiconfigurator is asked as it "
+        "comes; whether its constants were set on this list is not known. Errors are medians of "
+        "their size, on rows that both project. *Nearer*: the share of those rows whose TPOT is "
+        "nearer in ours. *Refused*: by us, by them."
     )
     yield ""
     yield (
@@ -111,16 +112,15 @@ def _page(
     yield from _table(beside)
     yield ""
     yield (
-        "Theirs is asked as its own command asks, with its defaults. For gpt-oss under "
-        "TensorRT-LLM that is 16-bit activations beside four-bit weights; on B200 8-bit ones come "
-        "near what was measured. Their time to first token of one pool has no queue of a "
-        "benchmark's begin. Ours refuses models with linear attention."
+        "For gpt-oss under TensorRT-LLM its default is 16-bit activations with 4-bit weights, "
+        "which explains much of its error on B200. Its TTFT of one pool leaves out the queue as a "
+        "benchmark begins. expertlane refuses models with linear attention."
     )
     yield ""
     seconds = np.mean([each.seconds for each in theirs.values()])
     yield (
-        f"Seconds of CPU a row: {seconds_of_row:.2f} ours, {seconds:.2f} theirs (both with the "
-        "reading of their tables)."
+        f"CPU seconds per row: ours {seconds_of_row:.2f}, theirs {seconds:.2f}, each with reading "
+        "its tables."
     )
     yield ""
     yield "## What each refuses"
@@ -136,7 +136,10 @@ def _page(
 
 def _shortened(reason: str) -> str:
     """Without what differs from row to row."""
-    text = reason.split(";")[0].split(" needs ")[0].split(" (")[0]
+    text = reason.split(";")[0]
+    if " needs " in text:
+        text = f"out of memory: {text.split(' needs ')[0]}"
+    text = text.split(" (")[0]
     return text if len(text) <= 100 else text[:97] + "…"
 
 

@@ -1,7 +1,7 @@
 """Models as others served them, against benchmarks played on steps that the cost model prices.
 
 python calibration/judge_serving.py FILE…           errors on the half that was not fitted
-python calibration/judge_serving.py FILE… --write   and what expertlane reads of it
+python calibration/judge_serving.py FILE… --write   also write frameworks.toml
 
 FILE: public end-to-end measurements as CSV; `serving_rows.py` says what is taken for granted of
 them. Prints Markdown. What was priced stays in build/judge_steps.jsonl until the model changes, so
@@ -44,7 +44,7 @@ def main() -> int:
     """Price, play, fit and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--write", action="store_true", help="what expertlane reads too")
+    parser.add_argument("--write", action="store_true", help="also write frameworks.toml")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     asked = parser.parse_args()
     rows, unknown = read_rows(asked.files)
@@ -57,6 +57,7 @@ def main() -> int:
     judged = [each for each in points if not each.is_fitted]
     corrected = [point.corrected(fit.of(point.row)) for point in judged]
     print(f"{len(rows)} rows, {len(points)} points; {len(judged)} points are judged.")
+    print(f"\n{found.seconds_of_row:.3f} CPU seconds a row.")
     _print("With nothing fitted", judged, bounds)
     _print("With what was fitted to the other half", corrected, bounds)
     print("\nWith nothing fitted to the kind itself:\n")
@@ -70,7 +71,7 @@ def main() -> int:
     if asked.write:
         groups = (
             *_groups(corrected, bounds, _own),
-            *_groups(judged, Bounds(_unfitted(points)), _none),
+            *_groups(judged, Bounds(_to_fit(points)), _none),
         )
         write(fitted, groups, FILE)
     return 0
@@ -139,7 +140,7 @@ def _played(row: Row, priced: Priced, tokens: float) -> tuple[Times, float]:
 
 
 def _without_own_kind(points: Sequence[Point]) -> list[Point]:
-    """Points to judge, each corrected by a fit to other models, cards and frameworks alone."""
+    """Judged points, each corrected by a fit without its own kind."""
     found = []
     for kind in sorted({point.row.kind for point in points}):
         others = [each for each in points if each.is_fitted and each.row.kind != kind]
@@ -152,7 +153,8 @@ def _without_own_kind(points: Sequence[Point]) -> list[Point]:
     return found
 
 
-def _unfitted(points: Sequence[Point]) -> list[Point]:
+def _to_fit(points: Sequence[Point]) -> list[Point]:
+    """Points to fit to, projected with nothing fitted."""
     return [point for point in points if point.is_fitted]
 
 
@@ -167,7 +169,7 @@ def _none(row: Row) -> str:
 def _groups(
     points: Sequence[Point], bounds: Bounds, framework_of: Callable[[Row], str]
 ) -> Iterator[JudgedGroup]:
-    """Kinds with enough rows to be told of."""
+    """Judged kinds of `FEWEST` rows and more."""
 
     def kind_of(point: Point) -> tuple[str, str, str, bool, bool, str]:
         model, hardware, weights, _, has_two_pools, has_drafts = point.row.kind
@@ -202,7 +204,7 @@ def _groups(
 
 
 def _widest(what: str, points: Sequence[Point], bounds: Bounds) -> Ratios:
-    """Of kinds that are told as one."""
+    """The widest bounds among the points' kinds."""
     low, high = zip(*(bounds.of(what, each) for each in points), strict=True)
     return min(low), max(high)
 

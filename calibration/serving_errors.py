@@ -35,7 +35,7 @@ def ratios(what: str, points: Sequence[Point]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Errors:
-    """Of one quantity on some points; shares of what was measured.
+    """Errors of one quantity, projected over measured − 1.
 
     Attributes:
         signed, size, p90: medians of the error and of its size, and its 90th percentile.
@@ -94,7 +94,7 @@ class Bounds:
     points: Sequence[Point]
 
     def of(self, what: str, point: Point) -> Ratios:
-        """A low and a high one."""
+        """Bounds of one point."""
         coarse, finest = point.stages[2], point.stages[-1]
         found, weights = [], []
         for weight, own in (
@@ -156,7 +156,7 @@ class Pair:
 
 
 def pairs(points: Sequence[Point]) -> list[Pair]:
-    """All of them; those that count and those that do not."""
+    """All pairs of points that differ in layout alone."""
     loads: defaultdict[Any, list[Point]] = defaultdict(list)
     for point in points:
         row = point.row

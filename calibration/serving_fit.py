@@ -1,9 +1,9 @@
 """What is fitted to half of the configurations: two numbers of each kind of serving.
 
-A kind's steps take a factor of what laws give, and its requests a time to arrive. Both are found
-from the whole to the part: of all rows, of a framework, of it on a generation of cards, with a
-model, on one card with one type of weights; at each stage the median of what the stages before
-leave, the less of it the fewer points there are.
+A kind's steps take a factor of what laws give, and its requests a time to arrive. They are
+fitted stage by stage: all rows, the framework, its generation of cards, the model, the card and
+type of weights, drafts. Each stage adds the median of the remaining error, shrunk where points are
+few.
 """
 
 import hashlib
@@ -82,7 +82,7 @@ def acceptances(rows: Sequence[Row]) -> dict[tuple[str, int, int], float]:
 
 
 def tokens_per_step(row: Row, known: Mapping[tuple[str, int, int], float]) -> float:
-    """With the acceptance of a row's kind, or of the nearest kind that was seen."""
+    """Output tokens per step, by the acceptance of the row's kind or the nearest one."""
     if not row.is_speculative:
         return 1.0
 
@@ -102,7 +102,7 @@ def _acceptance(tokens: float, num_drafts: int) -> float:
 
 @dataclass(frozen=True)
 class Times:
-    """Of requests, seconds, and tokens a second of a GPU that decodes; None where not known."""
+    """TPOT and TTFT in seconds, output tokens/s per decoding GPU; None if unknown."""
 
     tpot_s: float
     ttft_s: float
@@ -149,13 +149,13 @@ def stages_of(row: Row) -> Sequence[tuple[str, ...]]:
 
 @dataclass
 class Fit:
-    """The two numbers by stage."""
+    """Fitted numbers by kind."""
 
     by_stage: dict[tuple[str, ...], Fitted] = field(default_factory=dict)
 
     @classmethod
     def to(cls, points: Sequence[Point]) -> "Fit":
-        """Of points to fit to: first the factors, then what is left of the time to arrive."""
+        """Fit step factors, then arrival times."""
         fit = cls()
         for name in _NUMBERS:
             groups: defaultdict[tuple[str, ...], list[Point]] = defaultdict(list)
@@ -167,7 +167,7 @@ class Fit:
         return fit
 
     def of(self, row: Row) -> Fitted:
-        """Of the finest stage that is known."""
+        """Numbers of the narrowest kind that is known."""
         known = [self.by_stage[key] for key in stages_of(row) if key in self.by_stage]
         return known[-1] if known else Fitted()
 
@@ -186,7 +186,7 @@ class Fit:
         self.by_stage[key] = replace(known, kind=key, num_points=len(own), **{name: value})
 
     def _before(self, name: str, key: tuple[str, ...], point: Point) -> Fitted:
-        """What coarser stages know of a number, and all of the other."""
+        """The kind's numbers, with `name` still as the coarser kind has it."""
         stages = point.stages
         coarser = stages[: stages.index(key)]
         known = self.by_stage[coarser[-1]] if coarser else Fitted()
@@ -197,7 +197,7 @@ class Fit:
 
 
 def _lacking_s(points: Sequence[Point]) -> float:
-    """Seconds more, or less, with which the median error of TTFT is least."""
+    """Change of TTFT, in seconds, with the least median error."""
     measured, played = np.array([(each.measured.ttft_s, each.played.ttft_s) for each in points]).T
     with_each = np.maximum(played + _ARRIVALS_S[:, None], 1e-3)
     off = np.median(np.abs(np.log(with_each / measured)), axis=1)

@@ -102,7 +102,7 @@ def tables_package() -> Path:
 
 @dataclass(frozen=True)
 class Workers:
-    """Alike copies of one layout; `dp_attention` as the file has it."""
+    """Identical copies of one layout; `dp_attention` as the file has it."""
 
     tp: int
     ep: int
@@ -111,7 +111,7 @@ class Workers:
 
     @property
     def layout(self) -> Layout:
-        """Attention by tensor parallelism, or a request's on one rank."""
+        """Layout of all copies; with `dp_attention`, a request's attention is on one rank."""
         if self.dp_attention:
             return Layout(replicas=self.num, dp=self.tp, ep=self.ep)
         return Layout(replicas=self.num, tp=self.tp, ep=self.ep)
@@ -187,7 +187,7 @@ class Row:
 
     @property
     def kind(self) -> tuple[str, str, str, str, bool, bool]:
-        """What errors are told by, and overheads: all but layout, load, version and day."""
+        """What errors are grouped by: model, card, weights, framework, pools, drafts."""
         return (
             self.model,
             self.hardware,
@@ -205,7 +205,7 @@ class Row:
 
     @property
     def load(self) -> Load:
-        """Requests kept unfinished."""
+        """The benchmark's closed loop: lengths, and `conc` requests at a time."""
         shortest = 1.0 if self.is_exact else _SHORTEST
         ends = (LengthRange(round(shortest * each), each) for each in self.lengths)
         return Load(self.conc, *ends, batch=self.conc)
@@ -227,7 +227,7 @@ class Row:
 
     @property
     def step_tokens(self) -> int | None:
-        """Of a step of a rank, where public scripts that started the server say so."""
+        """Token budget of a rank's step, where a public script names it."""
         if self.is_exact or self.prefill is not None or self.model != DEEPSEEK:
             return None
         if self.framework == "sglang" and self.weights == "float8":
@@ -236,7 +236,7 @@ class Row:
 
     @property
     def tokens_seen(self) -> float | None:
-        """Of a step with multi-token prediction; None where it cannot be told."""
+        """Output tokens per step with multi-token prediction, as clients saw them, if known."""
         if not self.is_speculative or self.framework not in ("trt", "dynamo-trt"):
             return None
         assert self.itl_s is not None, "InferenceX tells it"

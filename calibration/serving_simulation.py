@@ -36,7 +36,7 @@ from expertlane.simulate.steady import StepTimes, step_times
 
 _PRICED = Path("build/judge_steps.jsonl")
 _MODELLED = ("cost", "simulate", "schedule", "balance", "spec", "memory.py")
-_NOT_PRICED = ("frameworks", "records")  # of these, what prices do not rest on
+_NOT_PRICED = ("frameworks", "records")  # files that prices do not depend on
 _ACCEPTED = 0.7  # of drafts; what a step takes hardly depends on it
 _SEED = 0
 _LARGEST_SHARE = 0.98  # of a device's memory
@@ -62,7 +62,7 @@ class Priced:
 
     @property
     def steps(self) -> StepTimes:
-        """As `simulate` has them."""
+        """The step times that `serving_waves.play` takes."""
         return StepTimes(
             self.decode_s, self.beside_s, self.prompt_s, self.prompts_per_s, self.num_places
         )
@@ -70,14 +70,14 @@ class Priced:
 
 @dataclass(frozen=True)
 class Question:
-    """A configuration, with the loads that it is priced for."""
+    """A configuration, and the numbers of decoding sequences to price (`loads`)."""
 
     row: Row
     loads: tuple[int, ...]
 
     @property
     def key(self) -> str:
-        """Of the answer, as long as the model stays as it is."""
+        """Key of the stored answer; changes with the model's code."""
         asked = [
             str(self.row.configuration),
             self.row.is_exact,
@@ -93,7 +93,7 @@ class Question:
 
 @cache
 def _model_digest() -> str:
-    """Of all code and data that the answer rests on."""
+    """Hash of all code and data that prices depend on."""
     root, digest = Path(expertlane.__file__).parent, hashlib.sha256()
     for name in _MODELLED:
         paths = sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name]
@@ -105,7 +105,7 @@ def _model_digest() -> str:
 
 
 def price(rows: Sequence[Row], jobs: int) -> list[Priced]:
-    """[rows]; from the file where they are in it; what is new is added to it at once."""
+    """Step times of each row [rows]; known ones are read from `_PRICED`, new ones appended."""
     same: defaultdict[Any, list[int]] = defaultdict(list)
     for place, row in enumerate(rows):
         same[row.configuration, row.num_drafts, row.step_tokens].append(place)
@@ -180,7 +180,7 @@ def _routing_of(model: str) -> Traffic:
 
 
 def _price(question: Question) -> Priced:
-    """A configuration.
+    """Price the steps of a configuration.
 
     Raises:
         UserError: the deployment does not fit.

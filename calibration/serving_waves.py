@@ -1,6 +1,6 @@
 """A benchmark played: all its requests, on steps whose times were priced before.
 
-A benchmark of a few waves is no steady state: all requests come at once and wait for each other's
+A benchmark of ten waves is no steady state: all requests come at once and wait for each other's
 prompts, and end about together. Here every request of all waves is followed, but no step is priced:
 times of other sizes are interpolated. Tokens are taken to be spread evenly over ranks.
 """
@@ -58,7 +58,7 @@ def scheduling_of(row: Row) -> Scheduling:
 
 @dataclass(frozen=True)
 class Seen:
-    """Of all requests, in the order in which they were sent.
+    """What clients saw of each request, in sending order.
 
     Attributes:
         ttft_s, tpot_s: [num_requests].
@@ -78,7 +78,7 @@ def play(
     scheduling: Scheduling,
     tokens_per_step: float = 1.0,
 ) -> Seen:
-    """All waves of a row's benchmark."""
+    """Replay the benchmark of a row."""
     kind = _OnePool if row.prefill is None else _TwoPools
     return kind(row, steps, scheduling, tokens_per_step).seen()
 
@@ -113,7 +113,7 @@ class _Waves:
         self._full_s = self._room / max(steps.prompts_per_s * self._mean_prompt, 1e-9)
 
     def seen(self) -> Seen:
-        """Let everything happen."""
+        """Run to the last request."""
         self._run()
         further = np.maximum(self._outputs - 1, 1)
         return Seen(
@@ -127,7 +127,7 @@ class _Waves:
         raise NotImplementedError
 
     def _sends(self, now_s: float) -> int | None:
-        """The next request, if there is one left; when it arrives is for others to say."""
+        """Number of the next request, sent now; None if all were sent."""
         if self._num_sent == len(self._prompts):
             return None
         request, self._num_sent = self._num_sent, self._num_sent + 1
@@ -328,11 +328,11 @@ class _TwoPools(_Waves):
 
 
 class _Decoding:
-    """Requests of a replica, which all go a step further together.
+    """Requests that decode on one replica, in step.
 
     Attributes:
         running: a heap: the number of steps after which each ends.
-        num_changes: of those that run.
+        num_changes: how often a request was added or removed.
     """
 
     def __init__(self, decode_s: Sequence[float]) -> None:
@@ -343,13 +343,13 @@ class _Decoding:
         self._steps, self._now_s = 0.0, 0.0
 
     def go_on_until(self, now_s: float) -> None:
-        """Steps with those that run, parts of one too."""
+        """Advance all running requests to a moment."""
         if self.running:
             self._steps += (now_s - self._now_s) / self._decode_s[len(self.running)]
         self._now_s = now_s
 
     def start(self, request: int, num_steps: int) -> None:
-        """One more runs from now on."""
+        """Add a request."""
         heapq.heappush(self.running, (self._steps + num_steps, request))
         self.num_changes += 1
 
@@ -361,7 +361,7 @@ class _Decoding:
         return self._now_s + left * self._decode_s[len(self.running)]
 
     def end(self) -> list[int]:
-        """Those that are at their end."""
+        """Remove the finished requests and return them."""
         done = []
         while self.running and self.running[0][0] <= self._steps + 1e-6:
             done.append(heapq.heappop(self.running)[1])

@@ -229,6 +229,17 @@ def test_what_is_given_goes_before_what_a_framework_has(run, asked, tokens):
     assert found["question"]["serving"]["max_num_batched_tokens"] == tokens
 
 
+def test_what_a_framework_corrects_is_told(run):
+    layout = ["--layout", "tp=8,ep=8", "--cluster", "b200x8"]
+    short, full = (
+        " ".join(simulate(run, *layout, *LOAD, "--framework", "trt", *more)[0].split())
+        for more in ([], ["--full"])
+    )
+    assert "projected, framework trt" in short
+    assert "TensorRT-LLM: steps ×" in full
+    assert "ms to arrive" in full
+
+
 @pytest.mark.parametrize(
     ("layout", "cluster", "asked", "dispatch"),
     [

@@ -59,8 +59,8 @@ def framework_option() -> Any:
     return typer.Option(
         None,
         metavar="NAME",
-        show_default="none: laws alone",
-        help="A serving framework, with what was measured of its steps and requests: vllm, "
+        show_default="none: no correction",
+        help="Correct step times and TTFT by public measurements of a serving framework: vllm, "
         "sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes its "
         "--max-num-batched-tokens and --dispatch, unless they are given.",
         rich_help_panel=Panel.MODELLED,

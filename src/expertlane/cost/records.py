@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.frameworks import judged, nearest
+from expertlane.cost.laws.execution import ARRIVAL_S, Execution
+from expertlane.cost.laws.frameworks import frameworks, judged, nearest
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.number_types import NumberTypes
@@ -55,10 +55,10 @@ def cluster_record(
 
 
 def with_known_errors(results: Results, model: ModelConfig, profile: Profile) -> Results:
-    """What requests feel, with the error of the nearest kind that was measured as bounds.
+    """Results whose throughput and latency have the error of the nearest measured kind as bounds.
 
-    Bounds are no narrower than that, and no wider where it is the very kind of serving. Ratios
-    stay: what two deployments share of such an error cancels in them.
+    Bounds are no narrower than that, and no wider where the same kind of serving was measured.
+    Ratios stay: what two deployments share of such an error cancels in them.
     """
 
     def bounded(record: DeploymentRecord) -> DeploymentRecord:
@@ -81,6 +81,8 @@ def with_known_errors(results: Results, model: ModelConfig, profile: Profile) ->
         return replace(best, aggregated=aggregated, pools=tuple(map(bounded, best.pools)))
 
     known = results.projected_for.nearest
+    if profile.framework:
+        results = replace(results, assumptions=(*results.assumptions, _corrections(profile)))
     if known is None:
         return results
     plans = [replace(each, engines=tuple(map(of_engine, each.engines))) for each in results.plans]
@@ -92,15 +94,23 @@ def with_known_errors(results: Results, model: ModelConfig, profile: Profile) ->
     )
 
 
+def _corrections(profile: Profile) -> Assumption:
+    title, arrival = frameworks()[profile.framework].title, profile.terms.get(ARRIVAL_S)
+    said, why = f"{title}: no corrections", "no measurement of it"
+    if arrival is not None:
+        said = f"{title}: steps × {profile.step_factor:.2f}, {1e3 * arrival.value:.0f} ms to arrive"
+        why = arrival.origin
+    return Assumption("framework", said, why, "--framework")
+
+
 def _least_bounds(known: KnownError) -> Assumption:
     said = (
         f"TPOT {below_above(known.tpot)}, tokens/s {below_above(known.output)}, "
         f"TTFT {below_above(known.ttft)}"
     )
-    nearest_kind = "rows of this kind" if known.is_own_kind else "rows of the nearest kind"
     return Assumption(
         "bounds" if known.is_own_kind else "least bounds",
-        f"{'' if known.is_own_kind else 'at least '}{said}: nine in ten {nearest_kind} that was "
-        f"measured were within: {known.what}; ratios of deployments, which share such errors, have "
-        "their own",
+        said if known.is_own_kind else f"at least {said}",
+        f"5th to 95th percentile of measured over projected: {known.what}; ratios of deployments "
+        "share such errors and keep their own bounds",
     )

@@ -38,8 +38,8 @@ class RoutingSource(Protocol):
     """Says which experts the tokens of a step choose.
 
     Attributes:
-        likeness: how alike tokens of one prompt choose (`PowerLawRouting`); 0 where they are no
-            more alike than others, or chose what they did.
+        likeness: how similarly tokens of one prompt choose (`PowerLawRouting`); 0 where tokens are
+            independent or recorded.
     """
 
     likeness: float
@@ -143,14 +143,14 @@ def placed(
 class PowerLawRouting(Traffic):
     """Experts of unequal popularity, drawn without replacement.
 
-    Popularity drifts: that of earlier tokens, which experts are placed by, was another.
+    Popularity drifts: experts are placed by tokens of an earlier, different popularity.
 
     The expert at place i of an order drawn for each layer has a weight of (1 + i)^-alpha, as the
     router of seeded weights with a skew has it; K experts are drawn by weights, none twice. Where a
     router is limited to groups, a token's draws of all experts choose its groups first, then the K
     inside them. Tokens are drawn once and taken in turn.
 
-    Tokens of one prompt choose alike experts. Each token has an exponential arrival time for each
+    Tokens of one prompt choose similar experts. Each token has an exponential arrival time for each
     expert, over its weight, and chooses those that come first. An exponential E over a factor S
     that a prompt's tokens share, to the power of r, is an exponential too, where S is positive
     stable of index r (P. Hougaard, "A class of multivariate failure time distributions",
@@ -200,7 +200,7 @@ class PowerLawRouting(Traffic):
         return cls(*sizes, alpha, seed, num_sampled_layers, groups, bounds, likeness=likeness)
 
     def redrawn(self, times: int) -> "list[PowerLawRouting]":
-        """As likely others."""
+        """Other draws of the same routing."""
         return [replace(self, seed=self.seed + 1 + each) for each in range(times)]
 
     @cached_property
@@ -452,8 +452,7 @@ def choose_routing(
 ) -> RoutingChoice:
     """A trace, else experts whose popularity falls with their rank to the power of -`skew`.
 
-    Tokens of one prompt choose alike experts by default. With a `skew` they are independent, as it
-    has always been said of them.
+    Tokens of one prompt choose similar experts by default; with a `skew` they are independent.
 
     Args:
         skew: None for the usual one of the model with its bounds, without a trace.

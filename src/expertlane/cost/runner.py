@@ -23,7 +23,7 @@ from expertlane.spec.names import Phase
 
 _KEPT_RANKS = 1 << 15  # of all steps kept together: what a step takes grows with its ranks
 _FEWEST_KEPT = 64
-_SEQS_APART = 64  # a step is not told from one with a 64th more sequences
+_SEQS_APART = 64  # numbers of sequences within a 64th of each other share a price
 
 
 @dataclass(eq=False)
@@ -146,7 +146,7 @@ class StepSharing:
 
 
 def _rounded(num_seqs: int) -> int:
-    """Down to a multiple of its part in `_SEQS_APART`."""
+    """Rounded down, by at most a 64th."""
     return num_seqs - num_seqs % max(num_seqs // _SEQS_APART, 1)
 
 

@@ -20,7 +20,7 @@ from expertlane.report.numbers import (
     shortened,
     whole,
 )
-from expertlane.report.setup import routing_of
+from expertlane.report.setup import routing_of, source_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import DeploymentRecord
 from expertlane.results.results import Results
@@ -137,7 +137,7 @@ def answer(
     routing = [] if first.conditions is None else [routing_of(first.conditions)]
     asked += _bursts(found)
     best = best_of(found)
-    setting = " | ".join([setting, asked, first.source, *routing])
+    setting = " | ".join([setting, asked, source_of(results, first.source), *routing])
     heights = [len(textwrap.wrap(f"{line} |", COLUMNS)) for line in setting_lines(setting)]
     is_long = sum(heights) > _SETTING_LINES
     most = _FEWER_LINES if is_long else _MOST_LINES

@@ -45,7 +45,7 @@ from expertlane.report.planning import (
     versus,
     versus_column,
 )
-from expertlane.report.setup import cautions, how_judged, limits_of, routing_of
+from expertlane.report.setup import cautions, how_judged, limits_of, routing_of, source_of
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     BEST,
@@ -217,7 +217,8 @@ def _setting(results: Results) -> str:
     only = [f"{each.title} {each.version}" for each in results.plans[0].engines]
     if results.plans[0].engine is None:
         only = []
-    return " | ".join([f"{name}{where}", *only, load, *limits_of(results), "projected", *routing])
+    source = source_of(results, "projected")
+    return " | ".join([f"{name}{where}", *only, load, *limits_of(results), source, *routing])
 
 
 def headline(results: Results, shown: Collection[int] | None = None) -> str:
@@ -469,7 +470,7 @@ def how_ranked(results: Results) -> Iterator[str]:
         return
     left = f"; {found.num_open:,} more may have more tokens/s" if found.num_open else ""
     yield (
-        f"Ranked by simulating {found.num_simulated} request by request; the other "
+        f"{found.num_simulated} were simulated request by request and ranked; the other "
         f"{found.num_candidates - found.num_simulated:,} were only screened, by a static "
         f"formula{left}."
     )

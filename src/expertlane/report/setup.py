@@ -65,18 +65,20 @@ def how_judged(results: Results) -> str:
         if nearest is None:
             return "Not validated: no projection like this was compared with measurements."
         return (
-            f"Not validated itself; of the nearest validated kind ({nearest.what}) 90% of rows "
-            f"were within {below_above(nearest.output)}, and bounds are no narrower."
+            f"Not validated itself; in the nearest validated kind ({nearest.what}) measured "
+            f"tokens/s were {below_above(nearest.output)} of projected (5th to 95th percentile), "
+            "and bounds are no narrower."
         )
     least = ""
     if nearest is not None:
-        bounds = below_above(nearest.output)
-        least = f"; bounds are at least {bounds}"
-        if nearest.is_own_kind:
-            least = f"; tokens/s of 90% were within {bounds}, the bounds"
+        which = "the range shown" if nearest.is_own_kind else "bounds are no narrower"
+        least = (
+            f" Measured tokens/s were {below_above(nearest.output)} of projected (5th to 95th "
+            f"percentile); {which}."
+        )
     return (
-        f"Validated on {judged.what}: {percent(judged.median_error)} median error, "
-        f"{counted(judged.num_rows, 'row')}{least}."
+        f"Validated on {counted(judged.num_rows, 'row')} of {judged.what}: "
+        f"{percent(judged.median_error)} off in the median.{least}"
     )
 
 
@@ -88,6 +90,12 @@ def limits_of(results: Results) -> list[str]:
         for name, key in (("TPOT", "max_tpot_s"), ("TTFT", "max_ttft_s"))
         if results.question.get(key) is not None
     ]
+
+
+def source_of(results: Results, source: Source) -> str:
+    """`projected, framework trt`."""
+    framework = results.cluster.framework if results.cluster is not None else ""
+    return f"{source}, framework {framework}" if source == "projected" and framework else source
 
 
 def routing_of(conditions: Conditions) -> str:

@@ -47,10 +47,10 @@ class Estimate(Strict):
         return low, self.value, high
 
     def bounded_by(self, factors: tuple[float, float], *, alone: bool = False) -> "Estimate":
-        """With bounds at these multiples of the value, below and above it.
+        """With bounds at least at these multiples of the value, below and above it.
 
         Args:
-            alone: whether bounds that are wider give way to them.
+            alone: replaces wider bounds too.
         """
         low, value, high = self.bounds
         least, most = value * factors[0], value * factors[1]
@@ -103,7 +103,7 @@ class Summary(Strict):
         return cls(*map(Estimate.of, (np.mean(values, axis=0), *percentiles)))
 
     def bounded_by(self, factors: tuple[float, float], *, alone: bool = False) -> "Summary":
-        """With the bounds of each statistic, as `Estimate` has them."""
+        """Each statistic, bounded likewise."""
         values = (self.mean, self.median, self.p95, self.p99)
         return Summary(*(each and each.bounded_by(factors, alone=alone) for each in values))
 

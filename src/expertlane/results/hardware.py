@@ -121,12 +121,11 @@ def below_above(ratios: tuple[float, float]) -> str:
 
 @dataclass(frozen=True)
 class KnownError(Strict):
-    """What was measured over what was projected, of 90 % of rows of the nearest measured kind.
+    """Measured over projected in the nearest measured kind: the 5th and 95th percentile.
 
     Attributes:
         what, num_rows: that kind in words, and the number of its rows.
-        tpot, output, ttft: least and largest ratio of TPOT, of output throughput and of TTFT; 1 is
-            between.
+        tpot, output, ttft: of TPOT, of output throughput and of TTFT; low ≤ 1 ≤ high.
         is_own_kind: whether it is the very kind that was projected, in model, card, types,
             framework, pools and drafts.
     """
@@ -151,7 +150,7 @@ class Cluster(Strict):
     Attributes:
         name: as `--cluster` takes it.
         flops_per_s: dense, in the type of weights.
-        framework: whose overheads were taken; "" for none that is known.
+        framework: whose corrections were taken; "" for none that is known.
         judged: how far off projections of such a kind were; None where none was judged.
         nearest: errors of the nearest measured kind, which bounds of throughput and latency are no
             narrower than; None where the profile was measured on the machine itself.

@@ -194,9 +194,9 @@ class ServingRecord(Strict):
         return all(each.is_met for each in self.slos)
 
     def bounded_by(self, known: KnownError) -> "ServingRecord":
-        """The record with the known error of such projections as bounds.
+        """The record with bounds of at least the known error of such projections.
 
-        No narrower than that, and no wider where this very kind of serving was measured.
+        Exactly that error where the same kind of serving was measured.
         """
         alone = known.is_own_kind
         output = (self.output_tps, self.total_tps, self.requests_per_s, self.goodput)

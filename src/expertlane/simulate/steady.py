@@ -122,7 +122,7 @@ def pools_apart(simulator: Simulator, seed: int, known: PrefillRates | None = No
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Likely seconds of steps: what a benchmark is played with that prices no step of its own.
+    """Likely step times of one replica, for replaying a benchmark without pricing steps.
 
     Attributes:
         decode_s: by sequences of a replica, of a step in which each has a token.
@@ -141,7 +141,7 @@ class StepTimes:
 
 
 def step_times(simulator: Simulator, seed: int, num_seqs: Sequence[int]) -> StepTimes:
-    """Of one replica of each pool.
+    """Price steps of one replica of each pool.
 
     Args:
         num_seqs: numbers of sequences that decode.
@@ -242,7 +242,7 @@ class _Stretch:
         )
 
     def step_times(self, num_seqs: Sequence[int]) -> StepTimes:
-        """Of the first pool's prompts and the last pool's tokens."""
+        """Step times of the prefill pool's prompts and the decode pool's tokens."""
         pools = self._simulator.start(is_snapshot=True)[0]
         first, last = pools[0].ranks.role, pools[-1]
         places = self._room(last.ranks)
@@ -261,7 +261,7 @@ class _Stretch:
         )
 
     def _mixed_step_s(self, num_running: int) -> float:
-        """Of a step in which so many decode, and a prompt is computed."""
+        """Time of a step that decodes so many sequences and computes a prompt."""
         pool, ranks = self._alone("both")
         rng, limits = self._draws.rng, ranks.limits
         room = limits.max_num_batched_tokens - ceil(num_running / ranks.layout.dp)

@@ -33,7 +33,7 @@ _GENERATIONS = {
     "Blackwell": ("b200", "b300", "gb200", "gb300"),
 }
 _RANKS_PER_HOST = 8
-_STAGES = (0, 1, 2, 3, 5)  # parts of a kind that numbers are fitted to
+_STAGES = (0, 1, 2, 3, 5)  # lengths of a kind's prefixes that have numbers of their own
 
 Attention = Literal["latent", "grouped", "sinks"]
 Ratios = tuple[float, float]  # a low and a high one
@@ -56,7 +56,7 @@ class Framework(Strict):
 
 @dataclass(frozen=True)
 class Fitted(Strict):
-    """What measurements of a kind of serving lack or have beyond what laws give.
+    """Correction of projections for one kind of serving.
 
     Attributes:
         kind: as `kinds_of` names it; each part of it narrows the kind.
@@ -79,11 +79,11 @@ class JudgedGroup(Strict):
         hardware: the profile's name.
         weights: their number type.
         has_two_pools, has_drafts: prefill apart from decode; multi-token prediction.
-        framework: whose rows they are, projected with its overheads; "" for rows of all frameworks,
-            projected without any.
+        framework: whose rows they are, projected with its corrections; "" for rows of all
+            frameworks, projected without.
         tpot, output, ttft: of TPOT, of output throughput, and of TTFT.
         tpot_range, output_range, ttft_range: of what was measured over what was projected, the 5th
-            and 95th percentile, or 1; of TTFT (1, 1) where what was measured is not projected.
+            and 95th percentile, or 1.
         model: that was measured.
         sizes: its layers, hidden size, and experts.
         attention: its kind: with latents, of queries in groups, or such with sinks.
@@ -133,7 +133,7 @@ def kinds_of(
     *,
     has_drafts: bool = False,
 ) -> Sequence[tuple[str, ...]]:
-    """A kind of serving, from the coarsest to the finest that numbers are fitted to."""
+    """Kinds of serving that a deployment belongs to, coarsest first."""
     sizes = "x".join(map(str, sizes_of(model)))
     of_card = framework, generation_of(hardware), sizes, hardware, weights
     drafts = "drafts" if has_drafts else "no drafts"
@@ -141,7 +141,7 @@ def kinds_of(
 
 
 def generation_of(hardware: str) -> str:
-    """Of cards by a profile's name; the name itself where it is the only one."""
+    """Generation of a card (Hopper, Blackwell); the profile's own name if it is in none."""
     known = (name for name, cards in _GENERATIONS.items() if hardware in cards)
     return next(known, hardware)
 
@@ -152,10 +152,10 @@ def judged_groups() -> Sequence[JudgedGroup]:
 
 
 def find_framework(name: str) -> Framework:
-    """One of them.
+    """The framework of that name.
 
     Raises:
-        SpecError: there is none of that name.
+        SpecError: there is none.
     """
     known = frameworks()
     if name not in known:
@@ -182,10 +182,10 @@ def served_by(
     *,
     has_drafts: bool = False,
 ) -> ModelledCluster:
-    """A cluster on which a framework serves: its steps and requests take what was measured.
+    """The cluster with the corrections of a framework.
 
-    Of the finest kind that measurements were fitted to. Other models on a card take what is common
-    to a framework on cards of that generation.
+    From the narrowest fitted kind; models without measurements get those of the framework on that
+    generation of cards.
 
     Args:
         framework: None for no known one, which changes nothing.
@@ -204,7 +204,7 @@ def served_by(
 
 
 def with_fitted(profile: Profile, fitted: Fitted) -> Profile:
-    """The profile with laws times a factor, and a time to arrive."""
+    """The profile with step times scaled, and an arrival time."""
     if fitted == Fitted():
         return profile
     of = ", ".join(each for each in fitted.kind if each) or "all measurements"
@@ -215,7 +215,8 @@ def with_fitted(profile: Profile, fitted: Fitted) -> Profile:
         name: replace(law, correction=law.correction + log(fitted.step_factor))
         for name, law in profile.surfaces.items()
     }
-    return replace(profile, surfaces=surfaces, terms={**profile.terms, ARRIVAL_S: arrival})
+    terms = {**profile.terms, ARRIVAL_S: arrival}
+    return replace(profile, surfaces=surfaces, terms=terms, step_factor=fitted.step_factor)
 
 
 # benchmarks/results/2026-11-25-bench_projection-final.json; nothing of it was fitted.
@@ -238,7 +239,7 @@ def judged(
     """Error of projections of the same model, device, number type and way of serving, if known.
 
     A profile that was measured on its machine was judged as such. Others by their device's name,
-    and by the framework whose overheads they have.
+    and by the framework whose corrections they have.
     """
     if _is_measured(profile):
         return CALIBRATED
@@ -271,7 +272,8 @@ def nearest(
 ) -> KnownError | None:
     """How far off the nearest kind was that was judged; the widest where several are as near.
 
-    Nearest in attention, then card, model, overheads of a framework, types, pools and drafts. None
+    Nearest in attention, then card, model, framework or none, which framework, types, pools and
+    drafts. None
     of a profile that was measured on its machine, whose bounds held where it was judged.
     """
     if _is_measured(profile):

@@ -71,7 +71,8 @@ class Profile:
             `all_gather.intra_node`; `cost.laws.device` and `cost.laws.links` say which they use.
         terms: single numbers by name: floors, overheads, contention.
         devices_per_host: that one operating system sees, where a node spans several; 0 if not.
-        framework: whose overheads are among the terms, by name; "" for none that is known.
+        framework: whose corrections its laws and terms have, by name; "" for none.
+        step_factor: of those corrections, that of laws.
         has_nvlink: whether devices of a node reach each other's memory; else over PCIe alone.
     """
 
@@ -83,6 +84,7 @@ class Profile:
     terms: Mapping[str, Term] = field(default_factory=dict)
     devices_per_host: int = 0
     framework: str = ""
+    step_factor: float = 1.0
     has_nvlink: bool = True
 
     def num_hosts(self, num_devices: int) -> int:
