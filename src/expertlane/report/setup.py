@@ -74,10 +74,10 @@ def how_judged(results: Results) -> str:
         which = "the range shown" if nearest.is_own_kind else "bounds are no narrower"
         least = (
             f" Measured tokens/s were {below_above(nearest.output)} of projected (5th to 95th "
-            f"percentile); {which}."
+            f"percentile): {which}."
         )
     return (
-        f"Validated on {counted(judged.num_rows, 'row')} of {judged.what}: "
+        f"Validated on {counted(judged.num_rows, 'row')} ({judged.what}): "
         f"{percent(judged.median_error)} off in the median.{least}"
     )
 
