@@ -28,7 +28,7 @@ from expertlane.results.record import StepsRecord
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.ranges import SKEW_BOUNDS
+from expertlane.spec.ranges import LIKENESS, SKEW_BOUNDS
 from expertlane.spec.workload import Workload
 
 SEQS_PER_DEVICE = (0.5, 2.0, 8.0, 32.0, 128.0)
@@ -116,7 +116,7 @@ def request_of(
     config, dtype = MODELS[model]
     skew = config.usual_skew if skew is None else skew
     workload = Workload(int(SEQS_PER_DEVICE[-1] * num_devices), PROMPT_LEN, OUTPUT_LEN)
-    routing = PowerLawRouting.of(config, skew, num_sampled_layers=2)
+    routing = PowerLawRouting.of(config, skew, num_sampled_layers=2, likeness=LIKENESS)
     payload = "float8" if dtype == "float8" else "model"
     setting = Setting(NumberTypes.asked(dtype), Execution.GRAPH, routing, payload)
     cluster = ModelledCluster(read_profile(hardware.profile), num_devices)
