@@ -20,6 +20,7 @@ QUANTITIES: Mapping[str, Callable[[Times], float | None]] = {
 }
 _COARSER = 5.0  # points that those of a coarser kind weigh together
 _BOUNDS = (0.05, 0.95)
+_QUEUE = 10.0  # times: TTFT so far off is a queue on one side, which says nothing of others
 _DAYS_APART = 7  # at most, where versions are not told
 _CLEAR = 0.1  # difference of two layouts that are told apart
 
@@ -85,7 +86,7 @@ class Bounds:
 
     A kind's own points count one each, and those of all of its framework on that generation of
     cards, and those of all, together as much as `_COARSER` points: where a kind has few, its bounds
-    are those of its like.
+    are those of its like. TTFT that is a queue in one of measured and projected is left out.
 
     Args:
         points: to fit to, each projected by a fit to others.
@@ -103,6 +104,8 @@ class Bounds:
             (_COARSER, self.points),
         ):
             of_own = ratios(what, own)
+            if what == "TTFT":
+                of_own = of_own[(of_own < _QUEUE) & (of_own > 1 / _QUEUE)]
             found.append(of_own)
             one = 1.0 if weight is None else weight / max(len(of_own), 1)
             weights.append(np.full(len(of_own), one))

@@ -163,7 +163,13 @@ class Fit:
                 for key in point.stages:
                     groups[key].append(point)
             for key in sorted(groups, key=len):
-                fit._add(name, key, groups[key])
+                coarser = max(
+                    (each for each in groups if each == key[: len(each)] != key),
+                    key=len,
+                    default=None,
+                )
+                if coarser is None or len(groups[coarser]) > len(groups[key]):
+                    fit._add(name, key, groups[key])
         return fit
 
     def of(self, row: Row) -> Fitted:
@@ -188,7 +194,7 @@ class Fit:
     def _before(self, name: str, key: tuple[str, ...], point: Point) -> Fitted:
         """The kind's numbers, with `name` still as the coarser kind has it."""
         stages = point.stages
-        coarser = stages[: stages.index(key)]
+        coarser = [each for each in stages[: stages.index(key)] if each in self.by_stage]
         known = self.by_stage[coarser[-1]] if coarser else Fitted()
         if name == "step_factor":
             return known

@@ -112,9 +112,9 @@ def compare(
             gb200, gb300, h100, h100pcie, h200, l4, l40s, rtxpro6000, or a TOML file of
             expertlane calibrate).
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
-        framework: A serving framework, with what was measured of its steps and requests: vllm,
-            sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes its
-            --max-num-batched-tokens and --dispatch, unless they are given.
+        framework: Correct step times and TTFT by public measurements of a serving framework:
+            vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes
+            its --max-num-batched-tokens and --dispatch, unless they are given.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or
             p99. Each deployment runs as many sequences as they allow.
@@ -199,9 +199,9 @@ def plan(
         dtype: Type of weights and activations.
         kv_dtype: Type of the KV cache. model: that of hidden states.
         execution: Steps as CUDA graphs, or kernels launched one by one.
-        framework: A serving framework, with what was measured of its steps and requests: vllm,
-            sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes its
-            --max-num-batched-tokens and --dispatch, unless they are given.
+        framework: Correct step times and TTFT by public measurements of a serving framework:
+            vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes
+            its --max-num-batched-tokens and --dispatch, unless they are given.
         mtp: Multi-token prediction: N draft tokens per step.
         mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         out: Folder for results.json, the reports and all else that the command writes. None:
@@ -306,9 +306,9 @@ def simulate(
         dtype: Type of weights and activations.
         kv_dtype: Type of the KV cache. model: that of hidden states.
         execution: Steps as CUDA graphs, or kernels launched one by one.
-        framework: A serving framework, with what was measured of its steps and requests: vllm,
-            sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes its
-            --max-num-batched-tokens and --dispatch, unless they are given.
+        framework: Correct step times and TTFT by public measurements of a serving framework:
+            vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes
+            its --max-num-batched-tokens and --dispatch, unless they are given.
         overlap: Two-batch overlap: one half batch computes while the other communicates; auto:
             where faster for a step's number of tokens, timed at startup.
         num_micro_batches: Micro-batches per pipeline step.

@@ -131,17 +131,19 @@ def test_all_loads_of_a_configuration_are_on_one_side():
 def test_the_fit_finds_what_steps_and_arrivals_took():
     """Steps take 1.3 times what laws give, and requests 50 ms to arrive."""
     rows = [replace(ROW, conc=conc, tpot_s=0.013, ttft_s=0.076) for conc in range(1, 101)]
-    fit = Fit.to([point(row, 0.01, 0.02) for row in rows])
+    others = [replace(ROW, framework="vllm", conc=conc) for conc in range(1, 11)]
+    fit = Fit.to([*(point(row, 0.01, 0.02) for row in rows), *map(point, others)])
     found = fit.of(ROW)
-    assert found.step_factor == pytest.approx(1.3, rel=0.01)
+    assert found.step_factor == pytest.approx(1.3, rel=0.02)
     assert found.arrival_s == pytest.approx(0.05, abs=6e-3)
     assert found.num_points == 100
-    assert found.kind == ("trt", "Hopper", "61x7168x256", "h200", "float8", "no drafts")
-    assert fit.of(replace(ROW, hardware="b200")).kind == ("trt",)
+    # A kind with the points of a coarser one has no numbers of its own.
+    assert found.kind == ("trt",)
+    assert fit.of(replace(ROW, framework="sglang")).kind == ()
     corrected = point(rows[0], 0.01, 0.02, 50.0).corrected(found)
-    assert corrected.played.tpot_s == pytest.approx(0.013, rel=0.01)
+    assert corrected.played.tpot_s == pytest.approx(0.013, rel=0.02)
     assert corrected.played.ttft_s == pytest.approx(0.076, rel=0.1)
-    assert corrected.played.output_tps == pytest.approx(50 / 1.3, rel=0.02)
+    assert corrected.played.output_tps == pytest.approx(50 / 1.3, rel=0.03)
 
 
 def test_few_points_move_a_kind_less():

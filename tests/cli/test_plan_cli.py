@@ -227,3 +227,10 @@ def test_a_preset_is_in_a_type_that_the_devices_have():
     device = replace(cluster.profile.device, flops_per_s={"float32": 1e12})
     own = replace(cluster, profile=replace(cluster.profile, device=device))
     assert found.number_types(None, "model", own).weights == "float32"
+
+
+def test_a_framework_serves_with_an_engine_of_its_own(run):
+    asked = ["plan", "paper-tiny", "--cluster", "h100x2", "--framework", "sglang"]
+    code, _, err = run(*asked, "--engine", "trtllm")
+    assert code == 2
+    assert tells(err, "--engine trtllm: --framework sglang serves with sglang")

@@ -19,10 +19,16 @@ from expertlane.cost.laws.frameworks import (
     nearest,
     served_by,
 )
-from expertlane.cost.laws.profile_file import parse_cluster, read_profile, shipped_profiles
+from expertlane.cost.laws.profile_file import (
+    ModelledCluster,
+    parse_cluster,
+    read_profile,
+    shipped_profiles,
+)
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.records import with_known_errors
 from expertlane.errors import SpecError
+from expertlane.results.hardware import KnownError
 from expertlane.spec.from_hf import from_hf
 from golden.cases import DEEPSEEK
 from plan.requests import MIXED
@@ -51,6 +57,8 @@ def test_a_profile_measured_on_its_machine():
     for model in (LATENT, MIXED):
         assert judged(measured, "bfloat16", model=model) is CALIBRATED
         assert nearest(measured, "bfloat16", model=model) is None
+        with pytest.raises(SpecError, match=telling("--framework trt leave it out")):
+            served_by(ModelledCluster(measured, 8), "trt", model, "bfloat16")
 
 
 @pytest.mark.parametrize("group", judged_groups(), ids=str)
@@ -167,6 +175,19 @@ def test_bounds_of_a_kind_that_was_measured_are_its_own():
     )
     assert wide.bounded_by(known.output).bounds == wide.bounds
     assert not nearest(profile, "nvfp4", model=LATENT).is_own_kind
+
+
+def test_latency_of_a_request_is_bounded_by_its_parts():
+    """By what TTFT and the tokens after it are off, each by its share."""
+    record = PLAN.deployments[0].serving[0]
+    record = replace(record, e2e_s=replace(record.ttft_s, mean=record.ttft_s.mean * 4))
+    known = KnownError("a kind", 12, (0.9, 1.1), (0.8, 1.2), (0.1, 5.0), is_own_kind=True)
+    bounded = record.bounded_by(known)
+    e2e, ttft = bounded.e2e_s.mean, bounded.ttft_s.mean
+    share = 1 / 4
+    assert e2e.low == pytest.approx(e2e.value * (0.1 * share + 0.9 * (1 - share)))
+    assert e2e.high == pytest.approx(e2e.value * (5.0 * share + 1.1 * (1 - share)))
+    assert ttft.high == pytest.approx(5 * ttft.value)
 
 
 def test_a_kind_is_narrowed_part_by_part():

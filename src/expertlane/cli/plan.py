@@ -44,7 +44,7 @@ class _Options:
     )
     engine: EngineName | None = typer.Option(
         None,
-        show_default="any deployment, and the best of each engine",
+        show_default="--framework's, or any deployment, and the best of each engine",
         help="Only what this engine runs: vLLM, SGLang, TensorRT-LLM or expertlane.",
     )
     copies: CopyMethod = copies_option()
@@ -133,7 +133,13 @@ def run(
     experiment = None if folder is None else folder / _EXPERIMENT
     cautions = *found.cautions(setting.types), *stand_ins(devices.profile, setting.types)
     request = PlanRequest.of_load(
-        asked, found.config, devices, Goals.of(load.slos), setting, own.engine, load.seed
+        asked,
+        found.config,
+        devices,
+        Goals.of(load.slos),
+        setting,
+        _engine(own.engine, projection.framework),
+        load.seed,
     )
     with output.progress_on_stderr() as progress:
         fewer = None
@@ -173,6 +179,22 @@ def run(
         return [write_text(experiment, plan.experiment(name, checkpoint, written_by, table))]
 
     return output.Found(results, folder, write_experiment)
+
+
+def _engine(engine: EngineName | None, framework: str | None) -> EngineName | None:
+    """The one that was asked for, or that a framework serves with.
+
+    Raises:
+        UserError: they are not the same.
+    """
+    from expertlane.cost.laws.frameworks import find_framework
+
+    if framework is None:
+        return engine
+    own = find_framework(framework).engine
+    if engine not in (None, own):
+        raise UserError(f"--engine {engine}: --framework {framework} serves with {own}")
+    return own
 
 
 def _setting(

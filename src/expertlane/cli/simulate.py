@@ -297,7 +297,7 @@ def _write_trace(
 
 def _sizes(
     scheduler: _Scheduler, framework: str | None, layout: "Layout", loads: "Sequence[Load]"
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """The scheduler's: what was asked for, else what the loads and a framework ask for."""
     from expertlane.simulate.setup import scheduling_of
 

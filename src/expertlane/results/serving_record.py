@@ -208,8 +208,15 @@ class ServingRecord(Strict):
             # What is served at a rate is what arrives.
             output_tps, total_tps = self.output_tps, self.total_tps
             requests_per_s, goodput = self.requests_per_s, self.goodput
-        (low, high), (first_low, first_high) = known.tpot, known.ttft
-        later = min(low, first_low), max(high, first_high)
+        later = known.tpot
+        ttft = None if self.ttft_s is None else self.ttft_s.mean
+        e2e = None if self.e2e_s is None else self.e2e_s.mean
+        if ttft is not None and e2e is not None:
+            first = min(ttft.value / e2e.value, 1.0)
+            later = (
+                first * known.ttft[0] + (1 - first) * known.tpot[0],
+                first * known.ttft[1] + (1 - first) * known.tpot[1],
+            )
         factors = {"ttft": known.ttft, "tpot": known.tpot, "itl": known.tpot, "e2e": later}
 
         def of(metric: str, summary: Summary | None) -> Summary | None:

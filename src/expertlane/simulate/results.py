@@ -297,7 +297,7 @@ def _assumptions(simulator: Simulator, routing: RoutingChoice) -> tuple[Assumpti
             "step",
             f"{setup.max_num_batched_tokens} tokens, {setup.max_num_seqs} sequences",
             "--max-num-batched-tokens, --max-num-seqs",
-            "at most, per data-parallel rank; chunked prefill together with decodes",
+            _schedule_of(setup),
         ),
         (
             "memory",
@@ -330,6 +330,17 @@ def _assumptions(simulator: Simulator, routing: RoutingChoice) -> tuple[Assumpti
         rows.append(("kernels", f"of {kernels.name}", "", kernels.why))
     rows += _of_pools(setup, cluster) + _of_data_parallelism(simulator) + _of_drafts(setup)
     return tuple(Assumption(name, value, why, change) for name, value, change, why in rows)
+
+
+def _schedule_of(setup: ServingSetup) -> str:
+    """What a step holds."""
+    together = "together with decodes"
+    if setup.phases_apart:
+        together = "in steps of its own, before decodes"
+    waits = ""
+    if setup.prompt_wait_steps and setup.layout.dp > 1:
+        waits = f"; prompts wait up to {setup.prompt_wait_steps} steps until every rank has one"
+    return f"at most, per data-parallel rank; chunked prefill {together}{waits}"
 
 
 def _prompts_of(load: Load) -> str:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from math import gcd
+from typing import Any
 
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.frameworks import find_framework
@@ -28,7 +29,7 @@ class ServingSetup:
         routing: which experts tokens choose.
         max_num_seqs, max_num_batched_tokens: of a data-parallel rank. One of a pool for prompts
             alone holds as many more as a step has tokens for.
-        prompt_wait_steps: as of `Limits`.
+        prompt_wait_steps, phases_apart: as of `Limits`.
         prefill_options: of a pool for prompts alone; None for `options`.
 
     Raises:
@@ -46,6 +47,7 @@ class ServingSetup:
     max_num_batched_tokens: int = 2048
     block_size: int = 16
     prompt_wait_steps: int = 0
+    phases_apart: bool = False
     prefill_options: Options | None = None
 
     def __post_init__(self) -> None:
@@ -93,20 +95,19 @@ class ServingSetup:
 
 def scheduling_of(
     framework: str | None, step_tokens: int | None, max_num_seqs: int
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """What a scheduler may put into a step, as `ServingSetup` has it.
 
     Args:
         framework: one whose defaults are taken; None for ours.
         step_tokens: of a data-parallel rank's step; None for the default.
     """
-    tokens, wait_steps = step_tokens or RANK_STEP_TOKENS, 0
-    if framework:
-        found = find_framework(framework)
-        tokens, wait_steps = step_tokens or found.max_num_batched_tokens, found.prompt_wait_steps
+    found = find_framework(framework) if framework else None
+    tokens = step_tokens or (found.max_num_batched_tokens if found else RANK_STEP_TOKENS)
     return {
         "max_num_batched_tokens": max(tokens, max_num_seqs),
-        "prompt_wait_steps": wait_steps,
+        "prompt_wait_steps": found.prompt_wait_steps if found else 0,
+        "phases_apart": found.phases_apart if found else False,
     }
 
 

@@ -390,6 +390,7 @@ class Simulator:
             max_num_batched_tokens=setup.max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             prompt_wait_steps=0 if role == "decode" else setup.prompt_wait_steps,
+            phases_apart=setup.phases_apart,
             prefix_caching=shares,
         )
         limits = held.fit_cache(wanted, FREE_SHARE * self.cluster.profile.device.memory_bytes)

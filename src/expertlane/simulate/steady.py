@@ -488,6 +488,7 @@ class _Stretch:
         tokens = stretch.num_tokens * (self._mean_steps - 1) / self._decodes
         tokens *= self._multi_token.tokens_per_step
         is_overloaded = self._simulator.load.rate is not None and self._rate is None
+        arrival_s = pools[0].pool.runner.terms.arrival_s  # on its way, which is no queue
         rates = Rates(
             requests_per_s=requests_per_s,
             output_tps=requests_per_s * mean_output,
@@ -495,7 +496,7 @@ class _Stretch:
             tpot_s=tpot_s,
             error=stretch.error,
             num_decoding=float(num_decoding[LIKELY]),
-            num_waiting=float(num_waiting[LIKELY]),
+            num_waiting=max(float((num_waiting - requests_per_s * arrival_s)[LIKELY]), 0.0),
         )
         num_steps = stretch.num_steps / self._simulator.setup.layout.replicas  # of each
         return SteadyState(

@@ -22,6 +22,7 @@ from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.files import CONFIG_BYTES, read_toml
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import EngineName
 from expertlane.spec.ranges import Strict, shown
 from expertlane.spec.tables import build
 
@@ -46,12 +47,15 @@ class Framework(Strict):
     Attributes:
         title: as its makers write it.
         max_num_batched_tokens: of a step and data-parallel rank.
-        prompt_wait_steps: as of `schedule.request.Limits`.
+        prompt_wait_steps, phases_apart: as of `schedule.request.Limits`.
+        engine: that it serves with.
     """
 
     title: str
     max_num_batched_tokens: int
     prompt_wait_steps: int
+    engine: EngineName
+    phases_apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -191,11 +195,16 @@ def served_by(
         framework: None for no known one, which changes nothing.
 
     Raises:
-        SpecError: no such framework.
+        SpecError: no such framework, or a profile that was measured on its machine.
     """
     if framework is None:
         return cluster
     find_framework(framework)
+    if _is_measured(cluster.profile):
+        raise SpecError(
+            f"--framework {framework}: {cluster.profile.name} was measured with what computes "
+            "there, which is not this framework; leave it out"
+        )
     profile, known = cluster.profile, {each.kind: each for each in _file().fitted}
     kinds = kinds_of(framework, profile.name, model, weights, has_drafts=has_drafts)
     fitted = [known[kind] for kind in kinds if kind in known]
