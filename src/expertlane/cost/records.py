@@ -96,21 +96,22 @@ def with_known_errors(results: Results, model: ModelConfig, profile: Profile) ->
 
 def _corrections(profile: Profile) -> Assumption:
     title, arrival = frameworks()[profile.framework].title, profile.terms.get(ARRIVAL_S)
-    said, why = f"{title}: no corrections", "no measurement of it"
+    said = f"{title}: no corrections, for want of measurements"
     if arrival is not None:
-        said = f"{title}: steps × {profile.step_factor:.2f}, {1e3 * arrival.value:.0f} ms to arrive"
-        why = arrival.origin
-    return Assumption("framework", said, why, "--framework")
+        _, _, points = arrival.origin.partition(": ")
+        said = (
+            f"{title}: steps × {profile.step_factor:.2f}, {1e3 * arrival.value:.0f} ms to arrive "
+            f"({points})"
+        )
+    return Assumption("framework", said, change="--framework")
 
 
 def _least_bounds(known: KnownError) -> Assumption:
     said = (
         f"TPOT {below_above(known.tpot)}, tokens/s {below_above(known.output)}, "
-        f"TTFT {below_above(known.ttft)}"
+        f"TTFT {below_above(known.ttft)}: 5th to 95th percentile of measured over projected: "
+        f"{known.what}; ratios of deployments share such errors and keep their own bounds"
     )
-    return Assumption(
-        "bounds" if known.is_own_kind else "least bounds",
-        said if known.is_own_kind else f"at least {said}",
-        f"5th to 95th percentile of measured over projected: {known.what}; ratios of deployments "
-        "share such errors and keep their own bounds",
-    )
+    if known.is_own_kind:
+        return Assumption("bounds", said)
+    return Assumption("least bounds", f"at least {said}")
