@@ -51,8 +51,8 @@ def main() -> int:
     sides = Sides.of(rows)
     found = played_points(rows, sides, asked.jobs)
     points, refused = found.points, found.refused
-    fit = Fit.to([point for point in points if point.is_fitted])
-    to_fit = out_of_sample([point for point in points if point.is_fitted])
+    fit = Fit.to(_to_fit(points))
+    to_fit = out_of_sample(_to_fit(points))
     bounds = Bounds(to_fit)
     judged = [each for each in points if not each.is_fitted]
     corrected = [point.corrected(fit.of(point.row)) for point in judged]

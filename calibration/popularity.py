@@ -13,7 +13,7 @@ used, no throughput. Rows of one narrow kind of requests bound the exponent from
 Popularity also drifts after experts were placed by it. How much (`DRIFT`) follows from the last
 table but one: what is left of the imbalance of DeepSeek-R1's 32 ranks after they were balanced.
 
-Tokens of one prompt choose alike experts. How alike (`LIKENESS`) follows from the last table: one
+Tokens of one prompt choose similar experts. How alike (`LIKENESS`) follows from the last table: one
 document puts 2.24 times the mean on the busiest of 8 chips. Beside it stands what was not used: how
 much of the busiest quarter of a model's experts is another in the next prompt; least, median and
 most of nine models. Published is how much is another in the next 1,000 tokens, of conversations of

@@ -163,12 +163,9 @@ class Fit:
                 for key in point.stages:
                     groups[key].append(point)
             for key in sorted(groups, key=len):
-                coarser = max(
-                    (each for each in groups if each == key[: len(each)] != key),
-                    key=len,
-                    default=None,
-                )
-                if coarser is None or len(groups[coarser]) > len(groups[key]):
+                coarser = [each for each in groups if each == key[: len(each)] != key]
+                # A kind with all points of a coarser one would move by the same error twice.
+                if all(len(groups[each]) > len(groups[key]) for each in coarser):
                     fit._add(name, key, groups[key])
         return fit
 

@@ -10,7 +10,7 @@ they do not say is assumed here, the same for all rows of a benchmark:
   latency, TTFT and TPOT follow outputs of 0.90 × `osl` (0.85 to 0.94 in nine rows of ten). Others
   have the lengths that they name.
 - Requests come as others end (a closed loop of `conc`), ten times `conc` in all.
-- Keys and values are float8 where public scripts say so (`_KV`), and else as the model computes.
+- Keys and values are float8 where public scripts say so (`Row.kv`), and else as the model computes.
 - Clients of TensorRT-LLM see the tokens of 10, 20 or 100 steps at once, as rows without multi-token
   prediction show (ITL over TPOT); with it that ratio tells the tokens of a step.
 - Where pools are apart, a rank decodes at most `Row.decode_seqs` requests at once. The file lacks

@@ -49,7 +49,7 @@ def scheduling_of(row: Row) -> Scheduling:
     polls = row.framework == "sglang" and row.hardware in ("b200", "b300") and not row.is_exact
     return Scheduling(
         row.step_tokens or framework.max_num_batched_tokens,
-        phases_apart=row.framework in ("sglang", "dynamo-sglang"),
+        phases_apart=framework.phases_apart,
         cuts_prompts=not is_trt,
         wait_steps=framework.prompt_wait_steps if row.decode.dp_attention else 0,
         receive_steps=(30 if row.conc >= 16 else 10) if polls else 1,

@@ -234,3 +234,7 @@ def test_a_framework_serves_with_an_engine_of_its_own(run):
     code, _, err = run(*asked, "--engine", "trtllm")
     assert code == 2
     assert tells(err, "--engine trtllm: --framework sglang serves with sglang")
+    code, _, err = run(*asked, "--copies", "balanced")
+    assert code == 2
+    assert tells(err, "--copies balanced is of expertlane alone")
+    assert tells(err, "--framework sglang")

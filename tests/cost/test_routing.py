@@ -82,7 +82,7 @@ def test_the_default_skew_has_bounds_and_one_that_was_asked_for_has_none():
     assert "bounds" not in asked.words
     assert (assumed.source.likeness, asked.source.likeness) == (LIKENESS, 0)
     assert {each.likeness for each in (even, uneven, *assumed.source.redrawn(2))} == {LIKENESS}
-    assert tells(assumed.words, f"one prompt alike correlation {LIKENESS:g}")
+    assert tells(assumed.words, f"one prompt similar correlation {LIKENESS:g}")
     assert "alike" not in asked.words
     np.testing.assert_array_equal(some(asked.source, 100), some(assumed.source, 100))
     ids = np.array([[[0, 1], [2, 3]]], dtype=np.int16)

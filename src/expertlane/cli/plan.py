@@ -4,7 +4,7 @@ import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import typer
 
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
     from expertlane.cost.routing import RoutingChoice
+    from expertlane.plan.candidates import PlanRequest
     from expertlane.plan.commands import ServeTarget
     from expertlane.plan.project import Setting
+    from expertlane.spec.workload import Load
 
 _EXPERIMENT = "experiment.toml"
 _AUTO = "xauto"  # in place of a number of devices
@@ -105,42 +107,20 @@ def run(
 ) -> output.Found:
     """Plan, without a word on standard output."""
     from expertlane.cost.laws.device import stand_ins
-    from expertlane.cost.laws.frameworks import served_by
-    from expertlane.cost.laws.profile_file import parse_cluster
-    from expertlane.cost.routing import choose_routing
-    from expertlane.plan.candidates import Goals, PlanRequest
     from expertlane.plan.results import make_plan
     from expertlane.plan.sizing import smallest_plan
     from expertlane.results.cost import with_costs
     from expertlane.spec.projection import Projection, ProjectionAsked
 
-    found = find_model(own.model, weights=False)
     is_auto = own.cluster.endswith(_AUTO)
     cluster = own.cluster.removesuffix(_AUTO) + "x1" if is_auto else own.cluster
-    devices = parse_cluster(cluster)
-    asked, trace = load.load(found.config), projection.routing_trace
-    routing = choose_routing(found.config, trace, projection.skew, load.seed)
-    setting = _setting(own, projection, drafts, routing, found, devices)
-    devices = served_by(
-        devices,
-        projection.framework,
-        found.config,
-        setting.types.weights,
-        has_drafts=setting.multi_token.num_drafts > 0,
-    )
-    name = output.slug("plan", found.config.name, own.cluster if is_auto else devices)
+    found, asked, routing, request = _question(own, cluster, load, projection, drafts)
+    setting, trace = request.setting, projection.routing_trace
+    name = output.slug("plan", found.config.name, own.cluster if is_auto else request.cluster)
     folder = call.folder(name)
     experiment = None if folder is None else folder / _EXPERIMENT
-    cautions = *found.cautions(setting.types), *stand_ins(devices.profile, setting.types)
-    request = PlanRequest.of_load(
-        asked,
-        found.config,
-        devices,
-        Goals.of(load.slos),
-        setting,
-        _engine(own.engine, projection.framework),
-        load.seed,
-    )
+    stand_in_laws = stand_ins(request.cluster.profile, setting.types)
+    cautions = *found.cautions(setting.types), *stand_in_laws
     with output.progress_on_stderr() as progress:
         fewer = None
         if is_auto:
@@ -181,20 +161,68 @@ def run(
     return output.Found(results, folder, write_experiment)
 
 
-def _engine(engine: EngineName | None, framework: str | None) -> EngineName | None:
+class _Question(NamedTuple):
+    """A plan's question, with what it was read from."""
+
+    found: FoundModel
+    load: "Load"
+    routing: "RoutingChoice"
+    request: "PlanRequest"
+
+
+def _question(
+    own: _Options,
+    cluster: str,
+    load: PlannedLoad,
+    projection: ProjectionOptions,
+    drafts: DraftOptions,
+) -> _Question:
+    """Read the options.
+
+    Raises:
+        UserError: they contradict each other, or name what there is not.
+    """
+    from expertlane.cost.laws.frameworks import served_by
+    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.cost.routing import choose_routing
+    from expertlane.plan.candidates import Goals, PlanRequest
+
+    found = find_model(own.model, weights=False)
+    config, devices = found.config, parse_cluster(cluster)
+    asked = load.load(config)
+    routing = choose_routing(config, projection.routing_trace, projection.skew, load.seed)
+    setting = _setting(own, projection, drafts, routing, found, devices)
+    devices = served_by(
+        devices,
+        projection.framework,
+        config,
+        setting.types.weights,
+        has_drafts=setting.multi_token.num_drafts > 0,
+    )
+    engine, goals = _engine(own, projection.framework), Goals.of(load.slos)
+    request = PlanRequest.of_load(asked, config, devices, goals, setting, engine, load.seed)
+    return _Question(found, asked, routing, request)
+
+
+def _engine(own: _Options, framework: str | None) -> EngineName | None:
     """The one that was asked for, or that a framework serves with.
 
     Raises:
-        UserError: they are not the same.
+        UserError: a framework does not serve with it, or has no balanced copies.
     """
     from expertlane.cost.laws.frameworks import find_framework
 
     if framework is None:
-        return engine
-    own = find_framework(framework).engine
-    if engine not in (None, own):
-        raise UserError(f"--engine {engine}: --framework {framework} serves with {own}")
-    return own
+        return own.engine
+    engine = find_framework(framework).engine
+    if own.engine not in (None, engine):
+        raise UserError(f"--engine {own.engine}: --framework {framework} serves with {engine}")
+    if own.copies != "nearest":
+        raise UserError(
+            f"--copies {own.copies} is of expertlane alone; leave it out with --framework "
+            f"{framework}"
+        )
+    return engine
 
 
 def _setting(

@@ -25,19 +25,21 @@ from expertlane.cli.options import (
 )
 from expertlane.cli.output_options import OutputOptions
 from expertlane.errors import UserError, naming
-from expertlane.spec.deployment import PlacementMethod
+from expertlane.spec.deployment import Options, PlacementMethod
 from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from expertlane.cost.laws.profile_file import ModelledCluster
+    from expertlane.cost.multi_token import MultiToken
+    from expertlane.cost.number_types import NumberTypes
+    from expertlane.cost.routing import Traffic
     from expertlane.results.results import Results
     from expertlane.simulate.row import Row
     from expertlane.simulate.setup import ServingSetup
     from expertlane.simulate.simulator import Outcome, Simulator
     from expertlane.simulate.watch import Precision
-    from expertlane.spec.layout import Layout
     from expertlane.spec.workload import Load
 
 
@@ -199,13 +201,11 @@ def run(
     else:
         found_model = find_model(_needed("MODEL", model), weights=False)
 
-    from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.frameworks import served_by
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.results.cost import with_costs
     from expertlane.simulate.results import simulation
-    from expertlane.simulate.setup import ServingSetup
     from expertlane.simulate.simulator import Simulator
     from expertlane.simulate.watch import Precision
     from expertlane.spec.workload import check_lengths
@@ -216,11 +216,7 @@ def run(
     with naming("--prefill-layout"):
         text = own.prefill_layout
         prefill_layout = None if text is None else found_model.lay_out(text)
-    layout, options = found_model.lay_out(layout_text), deployment.options
-    if options.placement == "load" and all(
-        each is None or each.ep == 1 for each in (layout, prefill_layout)
-    ):
-        options = replace(options, placement="linear")  # every rank has a part of every expert
+    layout = found_model.lay_out(layout_text)
     types = found_model.number_types(projection.dtype, projection.kv_dtype, modelled)
     modelled = served_by(
         modelled,
@@ -231,16 +227,16 @@ def run(
     )
     if row is not None:
         types = replace(types, rounds_inputs=row.options.activations == "float8")
-    setup = ServingSetup(
-        layout=layout,
-        prefill_layout=prefill_layout,
-        options=options,
-        types=types,
-        execution=Execution(projection.execution),
-        routing=routing.source,
-        multi_token=multi_token,
+    setup = _setup(
+        layout,
+        prefill_layout,
+        deployment.options,
+        types,
+        routing.source,
+        multi_token,
+        projection,
         prefill_options=None if row is None else row.prefill_options,
-        **_sizes(scheduler, projection.framework, layout, loads),
+        sizes=_sizes(scheduler, projection.framework, layout, loads),
     )
     for load in loads:
         check_lengths(load, config.max_position_embeddings)
@@ -267,6 +263,43 @@ def run(
         results = with_costs(results, load_options.price)
     traced = folder if own.trace else None
     return output.Found(results, folder, lambda: _write_trace(runs, results, traced))
+
+
+def _setup(
+    layout: Layout,
+    prefill_layout: Layout | None,
+    options: Options,
+    types: "NumberTypes",
+    routing: "Traffic",
+    multi_token: "MultiToken",
+    projection: ProjectionOptions,
+    *,
+    prefill_options: Options | None,
+    sizes: "Mapping[str, Any]",
+) -> "ServingSetup":
+    """The deployment as the simulator takes it.
+
+    Args:
+        sizes: of the scheduler.
+    """
+    from expertlane.cost.laws.execution import Execution
+    from expertlane.simulate.setup import ServingSetup
+
+    if options.placement == "load" and all(
+        each is None or each.ep == 1 for each in (layout, prefill_layout)
+    ):
+        options = replace(options, placement="linear")  # every rank has a part of every expert
+    return ServingSetup(
+        layout=layout,
+        prefill_layout=prefill_layout,
+        options=options,
+        types=types,
+        execution=Execution(projection.execution),
+        routing=routing,
+        multi_token=multi_token,
+        prefill_options=prefill_options,
+        **sizes,
+    )
 
 
 def _needed(name: str, value: str | None) -> str:

@@ -476,7 +476,9 @@ def choose_routing(
                 f", whose logarithm drifts by {skew * source.drift:.2g} after experts are placed"
             )
         if likeness:
-            words += f"; tokens of one prompt choose alike (rank correlation {likeness:g})"
+            words += (
+                f"; tokens of one prompt choose similar experts (rank correlation {likeness:g})"
+            )
         if bounds is not None:
             words += f"; bounds go from exponent {bounds[0]:g} to {bounds[1]:g}"
         if model.routing.n_group > 1:

@@ -239,7 +239,7 @@ class SharedParts:
 
     @property
     def _are_alike(self) -> bool:
-        """Whether tokens of one sequence choose alike experts."""
+        """Whether tokens of one sequence choose similar experts."""
         return any(len(each.fan_out.of_prompts) > 0 for each in self._experts.firsts)
 
     def _sizes(self) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:

@@ -93,7 +93,7 @@ def limits_of(results: Results) -> list[str]:
 
 
 def source_of(results: Results, source: Source) -> str:
-    """`projected, framework trt`."""
+    """Where numbers are from, and the framework that corrects them: `projected, framework trt`."""
     framework = results.cluster.framework if results.cluster is not None else ""
     return f"{source}, framework {framework}" if source == "projected" and framework else source
 

@@ -126,8 +126,8 @@ class KnownError(Strict):
     Attributes:
         what, num_rows: that kind in words, and the number of its rows.
         tpot, output, ttft: of TPOT, of output throughput and of TTFT; low ≤ 1 ≤ high.
-        is_own_kind: whether it is the very kind that was projected, in model, card, types,
-            framework, pools and drafts.
+        is_own_kind: whether model, card, types, framework, pools and drafts are those of the
+            projection.
     """
 
     what: str

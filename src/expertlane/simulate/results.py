@@ -333,7 +333,7 @@ def _assumptions(simulator: Simulator, routing: RoutingChoice) -> tuple[Assumpti
 
 
 def _schedule_of(setup: ServingSetup) -> str:
-    """What a step holds."""
+    """Limits of a step, and when it computes prompts."""
     together = "together with decodes"
     if setup.phases_apart:
         together = "in steps of its own, before decodes"

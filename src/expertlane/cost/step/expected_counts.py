@@ -3,10 +3,10 @@
 Means come from a sample of routed tokens, counted as the engine routes them. The busiest rank of a
 step has more than its share by chance too: of n ranks, about the expected largest of n normal
 variables above the mean (P. Royston, "Expected Normal Order Statistics", Applied Statistics 31,
-1982, gives exact ones; the median of the largest serves here). And it has more since tokens of one
-prompt choose alike experts, where routing is such: as much as in a sample of so many prompts. Both
-are independent, so their squares add up. Experts with any pair are counted as if tokens were
-independent, which is 3 % too many for a prompt of 512 tokens and 256 experts.
+1982, gives exact ones; the median of the largest serves here). Where tokens of
+one prompt choose similar experts, it also has as much more as in a sample of so many prompts. The
+two excesses are independent, so their squares add up. Experts with any pair are counted as if
+tokens were independent, which is 3 % too many for a prompt of 512 tokens and 256 experts.
 """
 
 from collections.abc import Hashable, Sequence
@@ -51,7 +51,7 @@ class ExpectedFanOut:
         even_at, fullest: [sizes]; tokens of a stage, as logarithms, and pairs of the busiest ep
             rank over the mean in steps of so many, where copies are balanced; else none.
         of_prompts: [sizes]; pairs of the busiest ep rank over the mean in steps of 1, 2, 4 … long
-            prompts, where tokens of one choose alike experts; else none.
+            prompts, where tokens of one choose similar experts; else none.
     """
 
     reached: float
@@ -165,7 +165,7 @@ def _fullest_of_parts(
 def _fullest_by_prompts(
     choice: CopyChoice, routing: RoutingSource, layer: int, mesh: StageMesh
 ) -> Floats:
-    """`of_prompts`: means over parts of a sample."""
+    """`of_prompts` of `ExpectedFanOut`, from a sample of prompts."""
     if not routing.likeness:
         return np.zeros(0)
     ep, num, length = mesh.layout.ep, _NUM_PROMPTS, _PROMPT_TOKENS
@@ -249,10 +249,10 @@ def busiest_counts(
 def _with_prompts(
     fan_out: ExpectedFanOut, pairs: Floats, mean: Floats, tokens: Floats, num_new: Ints
 ) -> Floats:
-    """[S]; pairs of the busiest rank, where tokens of a prompt choose alike experts.
+    """[S]; pairs of the busiest rank, where tokens of a prompt choose similar experts.
 
-    Of sequences with n tokens, n (n - 1) of the n² pairs of tokens have two different ones, which
-    alone are alike. The excess of more prompts than were sampled falls with their root.
+    Of sequences with n tokens, n (n - 1) of the n² ordered pairs are of two different tokens; only
+    these are similar. The excess of more prompts than were sampled falls with their root.
 
     Args:
         pairs, mean: [S]; as they would be of independent tokens, of the busiest and on average.
