@@ -179,6 +179,12 @@ def _routing_of(model: str) -> Traffic:
     return choose_routing(model_of(model), None, None, _SEED, num_sampled_layers=1).source
 
 
+@cache
+def _profile_of(hardware: str) -> Profile:
+    """Read once in a process."""
+    return read_profile(hardware)
+
+
 def _price(question: Question) -> Priced:
     """Price the steps of a configuration.
 
@@ -187,7 +193,7 @@ def _price(question: Question) -> Priced:
     """
     row, framework = question.row, find_framework(question.row.framework)
     model = model_of(row.model)
-    profile = read_profile(row.hardware)
+    profile = _profile_of(row.hardware)
     decode = row.decode.layout
     of_rank = -(-row.conc // (decode.replicas * decode.dp))
     setup = ServingSetup(

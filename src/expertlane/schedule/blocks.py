@@ -4,6 +4,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
+import numpy as np
+
 ROOT = b""  # stands for the parent of a sequence's first block
 
 
@@ -24,6 +26,9 @@ def block_digest(parent: bytes, tokens: bytes) -> bytes:
 class BlockManager:
     """Reference counts, free blocks and the prefix cache; every operation is O(1) a block.
 
+    Simulations make one for each step that they price, so nothing here takes time or memory for
+    blocks that no sequence ever held, beside one zeroed array.
+
     A block is *held* while its reference count is above 0. A free block keeps its content: one
     that was registered under a digest can be shared again until it is reused. Blank blocks are
     reused first, then those that hold anything, least recently freed first.
@@ -36,16 +41,21 @@ class BlockManager:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_hits = 0
-        self._ref_counts = [0] * num_blocks
-        self._digests: list[bytes | None] = [None] * num_blocks
+        self._ref_counts = np.zeros(num_blocks, dtype=np.int32)
+        self._digests: dict[int, bytes] = {}
         self._registered: dict[bytes, int] = {}
-        self._blank = list(range(num_blocks - 1, -1, -1))
+        self._blank: list[int] = []  # held before; used from its end
+        self._num_touched = 0  # blocks from here on were never held, and are used after `_blank`
         self._reusable: OrderedDict[int, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:
         """Blocks that can be allocated, cached content included."""
-        return len(self._blank) + len(self._reusable)
+        return self._num_blank + len(self._reusable)
+
+    @property
+    def _num_blank(self) -> int:
+        return len(self._blank) + self.num_blocks - self._num_touched
 
     @property
     def num_used(self) -> int:
@@ -59,7 +69,7 @@ class BlockManager:
 
     def ref_count(self, block: int) -> int:
         """How many sequences hold a block."""
-        return self._ref_counts[block]
+        return int(self._ref_counts[block])
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` positions take."""
@@ -77,8 +87,7 @@ class BlockManager:
 
     def num_needed(self, num_blocks: int, shared: Sequence[int]) -> int:
         """Free blocks that a sequence of `num_blocks` takes if the first ones are `shared`."""
-        num_held = sum(self._ref_counts[block] > 0 for block in shared)
-        return num_blocks - num_held
+        return num_blocks - (int(np.count_nonzero(self._ref_counts[list(shared)])) if shared else 0)
 
     def allocate(self, num_blocks: int, shared: Sequence[int] = ()) -> list[int]:
         """Hold `num_blocks` blocks, of which the first are `shared` and the others are new.
@@ -95,12 +104,19 @@ class BlockManager:
             self._ref_counts[block] += 1
         self.num_hits += len(shared)
         num_new = num_blocks - len(shared)
-        first = max(len(self._blank) - num_new, 0)
-        blank = self._blank[first:][::-1]
-        del self._blank[first:]
-        for block in blank:
-            self._ref_counts[block] = 1
+        blank = self._take_blank(min(num_new, self._num_blank))
+        if blank:
+            self._ref_counts[blank] = 1
         return [*shared, *blank, *(self.append() for _ in range(num_new - len(blank)))]
+
+    def _take_blank(self, num: int) -> list[int]:
+        """So many blank blocks, of which at least as many are left, in the order of their use."""
+        first = max(len(self._blank) - num, 0)
+        taken = self._blank[first:][::-1]
+        del self._blank[first:]
+        begin = self._num_touched
+        self._num_touched += num - len(taken)
+        return [*taken, *range(begin, self._num_touched)]
 
     def append(self) -> int:
         """Hold one new block.
@@ -110,12 +126,11 @@ class BlockManager:
         """
         if self._blank:
             block = self._blank.pop()
+        elif self._num_touched < self.num_blocks:
+            block, self._num_touched = self._num_touched, self._num_touched + 1
         elif self._reusable:
             block, _ = self._reusable.popitem(last=False)
-            digest = self._digests[block]
-            if digest is not None:
-                del self._registered[digest]
-                self._digests[block] = None
+            self._forget(block)
         else:
             raise ValueError(f"all {self.num_blocks} blocks are held")
         self._ref_counts[block] = 1
@@ -130,11 +145,9 @@ class BlockManager:
         Raises:
             ValueError: fewer blocks are blank; nothing is filled.
         """
-        first = len(self._blank) - len(contents)
-        if first < 0:
-            raise ValueError(f"{len(contents)} blocks are filled but {len(self._blank)} are blank")
-        blocks = self._blank[first:]
-        del self._blank[first:]
+        if len(contents) > self._num_blank:
+            raise ValueError(f"{len(contents)} blocks are filled but {self._num_blank} are blank")
+        blocks = self._take_blank(len(contents))[::-1]
         self._reusable.update(dict.fromkeys(blocks))
         for block, digest in zip(blocks, contents, strict=True):
             if digest is not None:
@@ -149,10 +162,12 @@ class BlockManager:
     def forget(self, blocks: Sequence[int]) -> None:
         """Stop sharing held blocks: no later request gets them."""
         for block in blocks:
-            digest = self._digests[block]
-            if digest is not None:
-                del self._registered[digest]
-                self._digests[block] = None
+            self._forget(block)
+
+    def _forget(self, block: int) -> None:
+        digest = self._digests.pop(block, None)
+        if digest is not None:
+            del self._registered[digest]
 
     def free(self, blocks: Sequence[int]) -> None:
         """Let go of a sequence's blocks, in their order in the sequence.
@@ -161,12 +176,17 @@ class BlockManager:
             ValueError: a block is held by nobody.
         """
         # Last block first: a prefix is worth more than what follows, and useless without it.
-        for block in reversed(blocks):
-            if self._ref_counts[block] == 0:
-                raise ValueError(f"block {block} is held by nobody")
-            self._ref_counts[block] -= 1
-            if self._ref_counts[block] == 0:
-                if self._digests[block] is None:
-                    self._blank.append(block)
-                else:
-                    self._reusable[block] = None
+        last_first = np.array(blocks, dtype=np.int64)[::-1]
+        counts = self._ref_counts[last_first]
+        if not counts.all():
+            raise ValueError(f"block {last_first[counts == 0][0]} is held by nobody")
+        self._ref_counts[last_first] = counts - 1
+        let_go: list[int] = last_first[counts == 1].tolist()
+        if not self._digests:
+            self._blank += let_go
+            return
+        for block in let_go:
+            if block in self._digests:
+                self._reusable[block] = None
+            else:
+                self._blank.append(block)
