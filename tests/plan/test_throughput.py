@@ -112,3 +112,18 @@ def test_a_sequence_alone_is_in_one_pool_at_a_time():
     alone = steps(decode_ms=(10.0,), num_seqs=(1,), most_seqs=1)
     served = two_pools(alone, alone, np.full(3, 0.002), workload)
     assert served.tps[1] == pytest.approx([1 / (0.010 + 0.0012)])
+
+
+def test_prompts_that_are_held_back_come_one_to_a_rank():
+    workload = Workload(num_sequences=2**20, prompt_len=100, output_len=10)
+    num_seqs = np.array([8, 40, 800])  # 0.1, 0.5 and 10 prompts of a rank in a step
+    at_once = Arriving.of(num_seqs, 1, 8, np.ones(3), workload)
+    held = Arriving.of(num_seqs, 1, 8, np.ones(3), workload, prompt_wait_steps=5)
+    # In 5 steps 0.5 prompts come to a rank, so every fifth step has prompts on half of the ranks.
+    assert held.share.tolist() == [[0.5, 1.0, 1.0]]
+    assert held.most.tolist() == [[0.2, 0.5, at_once.most[0, 2]]]
+    assert held.held_steps.tolist() == [[2.5, 1.0, 0.0]]
+    assert at_once.held_steps.tolist() == [[0.0, 0.0, 0.0]]
+    assert (held.most <= at_once.most).all()
+    alone = Arriving.of(num_seqs, 8, 1, np.ones(3), workload, prompt_wait_steps=5)
+    assert alone.held_steps.tolist() == [[0.0, 0.0, 0.0]]  # no other rank to wait for

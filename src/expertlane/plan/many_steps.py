@@ -106,6 +106,7 @@ class ManySteps:
         structures: each with one number of sequences at least.
         hows: in which steps are cut.
         terms: of the host.
+        prompt_wait_steps: as of `schedule.request.Limits`.
     """
 
     structures: Sequence[Sized]
@@ -116,6 +117,7 @@ class ManySteps:
     activation_bytes: int
     links: LinkModel
     terms: Terms
+    prompt_wait_steps: int = 0
     _priced: list[tuple[int, Floats]] = field(default_factory=list, init=False)
     _arriving: Arriving | None = field(default=None, init=False)
 
@@ -230,7 +232,9 @@ class ManySteps:
         """Prompts at each number of sequences."""
         if self._arriving is None:
             sizes = self.replicas[self.structure], self.dp[self.structure]
-            self._arriving = Arriving.of(self.num_seqs, *sizes, tokens_per_step, self.workload)
+            self._arriving = Arriving.of(
+                self.num_seqs, *sizes, tokens_per_step, self.workload, self.prompt_wait_steps
+            )
         return self._arriving
 
     def decode(self, how: Pipelining) -> Floats:

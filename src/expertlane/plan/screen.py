@@ -11,6 +11,7 @@ import numpy as np
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.cost.laws.execution import LIKELY, Terms
+from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.multi_token import MultiToken, with_drafting_layer
 from expertlane.cost.step.expected_counts import ExpectedFanOut, sampled_layers
@@ -172,6 +173,8 @@ class Screen:
         self._request, self._are_pools = request, are_pools
         setting, profile = request.setting, request.cluster.profile
         self._profile = profile
+        framework = find_framework(profile.framework) if profile.framework else None
+        self._prompt_wait_steps = 0 if framework is None else framework.prompt_wait_steps
         self._links = LinkModel(profile)
         self._terms = Terms.of(profile, setting.execution)
         self._known = known or Known()
@@ -329,6 +332,7 @@ class Screen:
             request.setting.types.activation_bytes,
             self._links,
             self._terms,
+            self._prompt_wait_steps,
         )
 
     def _results(
@@ -352,6 +356,7 @@ class _Curves:
         goals, self._workload = request.goals, request.workload
         self._num_seqs, self._decode_s = many.num_seqs, many.decode(how)
         self._prefill = prefill = many.prefill(how)
+        self._prompt_wait_steps = many.prompt_wait_steps
         drafts = request.setting.multi_token if many.num_drafts else MultiToken()
         self._tokens_per_step = drafts.tokens_bounds
         at, self._alone_s = many.structure, many.alone_s
@@ -395,6 +400,7 @@ class _Curves:
             self._workload.num_sequences,
             self._alone_s[:, number],
             self._tokens_per_step,
+            self._prompt_wait_steps,
         )
         served = ThroughputCurve(
             num_seqs, self._tps[:, at], self._tpot_s[:, at], self._ttft_s[:, at]

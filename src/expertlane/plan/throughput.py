@@ -127,6 +127,7 @@ class Steps:
             leave some idle.
         alone_s: [3]; what a prompt adds to a replica's steps if no other rank computes any.
         tokens_per_step: [3]; of a decoding sequence, more than one where drafts are accepted.
+        prompt_wait_steps: as of `schedule.request.Limits`.
     """
 
     layout: Layout
@@ -137,6 +138,7 @@ class Steps:
     most_seqs: int
     alone_s: Floats
     tokens_per_step: Floats = field(default_factory=lambda: np.ones(len(BOUNDS)))
+    prompt_wait_steps: int = 0
 
     @property
     def batched_s(self) -> Floats:
@@ -147,7 +149,8 @@ class Steps:
     def arriving(self, workload: Workload) -> "Arriving":
         """Prompts at each number of sequences."""
         sizes = self.layout.replicas, self.layout.dp
-        return Arriving.of(self.num_seqs, *sizes, self.tokens_per_step, workload)
+        tokens, wait_steps = self.tokens_per_step, self.prompt_wait_steps
+        return Arriving.of(self.num_seqs, *sizes, tokens, workload, wait_steps)
 
     @property
     def num_caches(self) -> int:
@@ -242,10 +245,14 @@ class Arriving(NamedTuple):
     Attributes:
         of_rank: of a data-parallel rank in a decode step, on average.
         most: of the rank that has most in a step, on average over steps: all wait for it.
+        share: of data-parallel ranks with a prompt in a step that has any.
+        held_steps: that a prompt waits for those of other ranks.
     """
 
     of_rank: Floats
     most: Floats
+    share: Floats
+    held_steps: Floats
 
     @classmethod
     def of(
@@ -255,18 +262,30 @@ class Arriving(NamedTuple):
         dp: Ints | int,
         tokens_per_step: Floats,
         workload: Workload,
+        prompt_wait_steps: int = 0,
     ) -> "Arriving":
         """Those of P numbers of sequences.
 
+        Prompts that are held back until every rank has one come once in so many steps, one to a
+        rank, or as many as have come when the wait is over.
+
         Args:
             num_seqs, replicas, dp: [P].
+            prompt_wait_steps: as of `schedule.request.Limits`.
         """
         tokens = tokens_per_step[:, None]
         if (tokens == tokens[0]).all():
             tokens = tokens[:1]
         num_ranks: Ints = np.clip(-(-num_seqs // replicas), 1, dp)  # those that have sequences
         of_rank = num_seqs / (replicas * num_ranks * workload.output_len) * tokens
-        return cls(of_rank, _most_of(of_rank, num_ranks))
+        most, share = _most_of(of_rank, num_ranks), np.minimum(of_rank, 1.0)
+        if not prompt_wait_steps:
+            return cls(of_rank, most, share, np.zeros_like(of_rank))
+        gathered = np.clip(prompt_wait_steps * of_rank, of_rank, 1.0)
+        is_held = (of_rank < 1) & (num_ranks > 1)
+        held_steps = np.where(is_held, gathered / of_rank / 2, 0.0)  # mean of first and last
+        most = np.where(is_held, of_rank / gathered, most)
+        return cls(of_rank, most, np.where(is_held, gathered, share), held_steps)
 
 
 _MOST_COUNTED = 12.0  # of a Poisson variable's mean, beyond which it is taken to be normal
@@ -309,13 +328,14 @@ def together(
         num_seqs: [P]; over the whole system.
         decode_s, token_s, batched_s, alone_s: [3, P]; as `Steps` has them.
     """
-    share = np.minimum(arriving.of_rank, 1)
+    share = arriving.share
     prompt_s = share * batched_s + (1 - share) * alone_s
     step_s = decode_s + arriving.most * prompt_s
     tpot_s = token_s * (step_s / decode_s)
     busy = arriving.of_rank * prompt_s / step_s
     wait_s = prompt_s * busy / (2 * (1 - busy))  # M/D/1, a server for each data-parallel rank
-    return (num_seqs / tpot_s)[::-1], tpot_s, step_s + prompt_s + wait_s
+    ttft_s = step_s * (1 + arriving.held_steps) + prompt_s + wait_s
+    return (num_seqs / tpot_s)[::-1], tpot_s, ttft_s
 
 
 def two_pools(
