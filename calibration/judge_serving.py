@@ -200,6 +200,7 @@ def _groups(
             sizes_of(model_of(name)),
             attention_of(model_of(name)),
             (dates[0], dates[-1]) if dates else ("", ""),
+            max(each.row.most_ranks for each in own),
         )
 
 

@@ -204,6 +204,12 @@ class Row:
         return sum(each.layout.world_size for each in pools)
 
     @property
+    def most_ranks(self) -> int:
+        """GPUs of a replica of the larger pool."""
+        pools = filter(None, (self.decode, self.prefill))
+        return max(each.layout.replica_size for each in pools)
+
+    @property
     def load(self) -> Load:
         """The benchmark's closed loop: lengths, and `conc` requests at a time."""
         shortest = 1.0 if self.is_exact else _SHORTEST

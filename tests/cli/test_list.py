@@ -5,6 +5,7 @@ import json
 import pytest
 
 from cli.screen import fits_a_screen, tells
+from expertlane.cost.laws.frameworks import frameworks
 from expertlane.cost.laws.profile_file import shipped_profiles
 from expertlane.plan.candidates import valid_layouts
 from expertlane.spec.model import PRESETS
@@ -19,6 +20,7 @@ LAYOUTS = ("list", "layouts", "paper", "--cluster", "h100x16")
         ("models", list(PRESETS)),
         ("profiles", list(shipped_profiles())),
         ("clusters", [f"{name}xN" for name in shipped_profiles()]),
+        ("frameworks", list(frameworks())),
     ],
 )
 def test_all_of_them_on_a_screen_and_as_json(run, what, names):

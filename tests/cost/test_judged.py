@@ -158,8 +158,10 @@ def test_a_framework_s_steps_take_what_was_measured():
     assert all(0.8 < each < 1.5 for each in factors)
     for name in frameworks():
         assert served_by(cluster, name, LATENT, "float8").profile.framework == name
-    with pytest.raises(SpecError, match=telling("framework ollama")):
+    with pytest.raises(SpecError, match=telling("framework ollama there are sglang, vllm")):
         served_by(cluster, "ollama", LATENT, "float8")
+    with pytest.raises(SpecError, match=telling("trtllm did you mean trt or dynamo-trt")):
+        served_by(cluster, "trtllm", LATENT, "float8")
 
 
 def test_bounds_of_a_kind_that_was_measured_are_its_own():
@@ -175,6 +177,11 @@ def test_bounds_of_a_kind_that_was_measured_are_its_own():
     )
     assert wide.bounded_by(known.output).bounds == wide.bounds
     assert not nearest(profile, "nvfp4", model=LATENT).is_own_kind
+    group = next(each for each in judged_groups() if each.framework == "trt")
+    measured = {"model": LATENT, "num_ranks": group.most_ranks}
+    assert nearest(profile, "float8", **measured).is_own_kind
+    wider = nearest(profile, "float8", model=LATENT, num_ranks=4 * group.most_ranks)
+    assert wider == replace(known, is_own_kind=False)
 
 
 def test_latency_of_a_request_is_bounded_by_its_parts():

@@ -156,6 +156,63 @@ def clusters(print_options: PrintOptions) -> None:
     _show(headline, setting, columns, rows, print_options, [note])
 
 
+@_command
+@takes_groups
+def frameworks(print_options: PrintOptions) -> None:
+    """Serving frameworks, for --framework.
+
+    How they schedule prompts, and on how many public measurements they were judged. Without
+    --framework a projection is of no framework: steps take what the laws of kernels say.
+    """
+    from expertlane.cost.laws import frameworks as known
+    from expertlane.plan.engines import ENGINES
+    from expertlane.report.document import number, text
+    from expertlane.report.numbers import whole
+
+    def rows_of(name: str) -> int:
+        return sum(each.num_rows for each in known.judged_groups() if each.framework == name)
+
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "title": each.title,
+            "engine": each.engine,
+            "max_num_batched_tokens": each.max_num_batched_tokens,
+            "phases_apart": each.phases_apart,
+            "prompt_wait_steps": each.prompt_wait_steps,
+            "num_rows": rows_of(name),
+        }
+        for name, each in known.frameworks().items()
+    ]
+
+    def prompts(row: Mapping[str, Any]) -> str:
+        if row["phases_apart"]:
+            return "in steps of their own"
+        held = row["prompt_wait_steps"]
+        return f"beside decodes, held ≤ {held} steps" if held else "beside decodes"
+
+    columns: list[Column[Mapping[str, Any]]] = [
+        text("framework", lambda row: row["name"]),
+        text("engine", lambda row: ENGINES[row["engine"]].title),
+        number("tokens a step", lambda row: row["max_num_batched_tokens"], whole),
+        text("prompts", prompts),
+        number("rows judged", lambda row: row["num_rows"], whole),
+    ]
+    headline = f"{len(rows)} frameworks: {', '.join(known.frameworks())}."
+    notes = [
+        "Rows judged: public measurements, other than those that corrections were fitted to.",
+        "Held: with data-parallel attention, until every rank has a prompt.",
+    ]
+    _show(
+        headline,
+        "Serving frameworks | corrected by measurements",
+        columns,
+        rows,
+        print_options,
+        notes,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Options:
     panel: ClassVar = Panel.DEPLOYMENT

@@ -64,12 +64,14 @@ def with_known_errors(results: Results, model: ModelConfig, profile: Profile) ->
     def bounded(record: DeploymentRecord) -> DeploymentRecord:
         if record.source != "projected" or record.conditions is None:
             return record
+        pools = filter(None, (record.layout, record.prefill_layout))
         known = nearest(
             profile,
             record.conditions.dtype,
             model=model,
             has_two_pools=record.prefill_layout is not None,
             has_drafts=record.num_drafts > 0,
+            num_ranks=max(each.replica_size for each in pools),
         )
         if known is None:
             return record
@@ -113,5 +115,5 @@ def _least_bounds(known: KnownError) -> Assumption:
         f"{known.what}; ratios of deployments share such errors and keep their own bounds"
     )
     if known.is_own_kind:
-        return Assumption("bounds", said)
+        return Assumption("bounds", f"{said}; at least so with larger replicas")
     return Assumption("least bounds", f"at least {said}")

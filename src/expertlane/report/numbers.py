@@ -11,6 +11,7 @@ Amount = float | Estimate  # an estimate's likely value is what is written
 
 MINUS = "−"
 _MANY = 10_000
+_ROUNDING_S = 1e-12
 _SI = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -40,8 +41,9 @@ def signed(value: float) -> str:
 
 
 def milliseconds(seconds: Amount) -> str:
-    """Seconds as milliseconds, the unit left to the column."""
-    return figures(1e3 * likely(seconds))
+    """Seconds as milliseconds, the unit left to the column; less than a picosecond is rounding."""
+    value = likely(seconds)
+    return figures(1e3 * value if abs(value) >= _ROUNDING_S else 0.0)
 
 
 def duration(seconds: Amount) -> str:

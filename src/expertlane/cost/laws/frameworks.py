@@ -16,7 +16,7 @@ from expertlane.cost.laws.execution import ARRIVAL_S
 from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.laws.times import Basis
-from expertlane.errors import SpecError
+from expertlane.errors import SpecError, did_you_mean
 from expertlane.results.hardware import Judged, KnownError
 from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.files import CONFIG_BYTES, read_toml
@@ -92,6 +92,7 @@ class JudgedGroup(Strict):
         sizes: its layers, hidden size, and experts.
         attention: its kind: with latents, of queries in groups, or such with sinks.
         dates: of the first and the last measurement; "" where they are not told.
+        most_ranks: of a replica, or of one of a pool, that was measured.
     """
 
     hardware: str
@@ -110,6 +111,7 @@ class JudgedGroup(Strict):
     sizes: tuple[int, int, int] = (61, 7168, 256)
     attention: Attention = "latent"
     dates: tuple[str, str] = ("", "")
+    most_ranks: int = 8
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,16 @@ def find_framework(name: str) -> Framework:
     """
     known = frameworks()
     if name not in known:
-        raise SpecError(f"no framework is called {shown(name)}; there are {', '.join(known)}")
+        near = [
+            each
+            for each, framework in known.items()
+            if name.lower() in (framework.engine, framework.title.lower())
+        ]
+        hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
+        hint = f"did you mean {' or '.join(near)}?" if near else hint
+        raise SpecError(
+            f"no framework is called {shown(name)}; {hint} (expertlane list frameworks)"
+        )
     return known[name]
 
 
@@ -278,12 +289,18 @@ def nearest(
     model: ModelConfig,
     has_two_pools: bool = False,
     has_drafts: bool = False,
+    num_ranks: int = 1,
 ) -> KnownError | None:
     """How far off the nearest kind was that was judged; the widest where several are as near.
 
     Nearest in attention, then card, model, framework or none, which framework, types, pools and
-    drafts. None
-    of a profile that was measured on its machine, whose bounds held where it was judged.
+    drafts.
+
+    Args:
+        num_ranks: of a replica; with more than were measured it is not of the kind itself.
+
+    Returns:
+        None for a profile that was measured on its machine, whose bounds held where it was judged.
     """
     if _is_measured(profile):
         return None
@@ -309,6 +326,7 @@ def nearest(
         return None
     one = groups[0]
     is_own_kind = bool(profile.framework) and not any(distance(one)[:-1])
+    is_own_kind &= num_ranks <= one.most_ranks
     return KnownError(
         _what(one), one.num_rows, one.tpot_range, one.output_range, one.ttft_range, is_own_kind
     )
@@ -331,4 +349,6 @@ def _what(group: JudgedGroup) -> str:
     first, last = (each[:7] for each in group.dates)
     months = first if first == last else f"{first} to {last}"
     dates = f", {months}" if months else ""
-    return f"{group.model}, {group.hardware.upper()}, {group.weights}, {pools}{drafts}{by}{dates}"
+    card = group.hardware.upper()
+    size = f"up to {group.most_ranks} GPUs a replica"
+    return f"{group.model}, {card}, {group.weights}, {pools}, {size}{drafts}{by}{dates}"
