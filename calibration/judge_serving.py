@@ -1,4 +1,4 @@
-"""Models as others served them, against benchmarks played on steps that the cost model prices.
+"""Judge projections by public serving benchmarks, replayed on steps that the cost model prices.
 
 python calibration/judge_serving.py FILE…           errors on the half that was not fitted
 python calibration/judge_serving.py FILE… --write   also write frameworks.toml
@@ -41,7 +41,7 @@ from expertlane.cost.laws.frameworks import FILE, Fitted, JudgedGroup, attention
 
 
 def main() -> int:
-    """Price, play, fit and compare."""
+    """Price, replay, fit and compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--write", action="store_true", help="also write frameworks.toml")
@@ -60,7 +60,7 @@ def main() -> int:
     print(f"\n{found.seconds_of_row:.3f} CPU seconds a row.")
     _print("With nothing fitted", judged, bounds)
     _print("With what was fitted to the other half", corrected, bounds)
-    print("\nWith nothing fitted to the kind itself:\n")
+    print("\nFitted to other kinds only:\n")
     print("\n".join(table({"all": _without_own_kind(points)}, bounds.of)))
     print("\nPairs of layouts, neither fitted to its own configuration:\n")
     print("\n".join(of_pairs(pairs([*to_fit, *corrected]), ratio_bounds(pairs(to_fit)))))
@@ -243,7 +243,7 @@ def _print_refused(refused: Sequence[tuple[Row, str]]) -> None:
 
 
 def _print_fitted(fitted: Sequence[Fitted]) -> None:
-    print("\n| kind | points | steps times | arrival |")
+    print("\n| kind | points | step-time factor | arrival delay |")
     print("| --- | ---: | ---: | ---: |")
     for each in fitted:
         kind = ", ".join(each.kind) or "all"

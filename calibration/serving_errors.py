@@ -86,7 +86,7 @@ class Bounds:
 
     A kind's own points count one each, and those of all of its framework on that generation of
     cards, and those of all, together as much as `_COARSER` points: where a kind has few, its bounds
-    are those of its like. TTFT that is a queue in one of measured and projected is left out.
+    are those of similar kinds. TTFT that is a queue in one of measured and projected is left out.
 
     Args:
         points: to fit to, each projected by a fit to others.
@@ -131,7 +131,7 @@ def by(points: Sequence[Point], key: Callable[[Point], Any]) -> dict[str, list[P
 def table(
     groups: Mapping[str, Sequence[Point]], bounds_of: Callable[[str, Point], Ratios]
 ) -> Iterator[str]:
-    """Markdown: a line for each group; errors in percent: median, of their size, its 90th."""
+    """Markdown, a line for each group; errors in percent: median, median absolute, p90."""
     heads = (f"{what}: error, size, p90 | inside" for what in QUANTITIES)
     yield f"| of | rows | points | {' | '.join(heads)} |"
     yield f"| --- | ---: | ---: |{' ---: | --- |' * len(QUANTITIES)}"

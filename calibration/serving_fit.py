@@ -68,7 +68,7 @@ def _hash_of(configuration: Any) -> bytes:
 def acceptances(rows: Sequence[Row]) -> dict[tuple[str, int, int], float]:
     """How often a draft is right, by framework, drafts and output length, from rows to fit to.
 
-    SGLang's rows do not tell; its drafts are taken to be as good as TensorRT-LLM's.
+    SGLang's rows do not record it; its drafts are taken to be as good as TensorRT-LLM's.
     """
     seen: defaultdict[tuple[str, int, int], list[float]] = defaultdict(list)
     for row in rows:
@@ -111,7 +111,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Point:
-    """Repeats of a measurement together, by their medians, and what was played of them.
+    """Repeats of a measurement together, by their medians, and their replay.
 
     Attributes:
         row: the first.
@@ -222,7 +222,7 @@ def out_of_sample(points: Sequence[Point]) -> list[Point]:
 
 
 def write(fitted: Sequence[Fitted], judged: Sequence[JudgedGroup], path: Path) -> None:
-    """The file that expertlane reads."""
+    """Write frameworks.toml."""
     rounded = [
         replace(
             each,

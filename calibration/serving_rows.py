@@ -63,7 +63,7 @@ _FRAMEWORKS = {
 }
 _LIMITS = (1, 3, 4, *(most << place for place in range(2, 12) for most in (2, 3)))
 
-# Sizes that transformers gives a DeepseekV3Config are the model's; these two it leaves out.
+# Sizes are transformers' defaults of DeepseekV3Config; the keys below are as published.
 _MODEL = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "model_type": "deepseek_v3",
@@ -167,7 +167,7 @@ class Row:
         """Number type of keys and values."""
         has_float8 = self.framework in ("trt", "dynamo-trt") or self.model == DEEPSEEK
         has_float8 |= self.model.startswith("MiniMax") and self.hardware != "h200"
-        is_left = self.framework == "sglang" and self.hardware == "h200"  # to the model's
+        is_left = self.framework == "sglang" and self.hardware == "h200"  # at the model's
         return "float8" if has_float8 and not (self.is_exact or is_left) else "bfloat16"
 
     @property
@@ -364,5 +364,5 @@ def _workers(layout: str) -> Iterator[Workers]:
 
 
 def _is_known(row: Row) -> bool:
-    """A few rows have two pools of no workers: their `tp` is all GPUs together."""
+    """False if `tp` is no power of two: of two-pool rows that give all GPUs as `tp`."""
     return row.decode.tp & (row.decode.tp - 1) == 0

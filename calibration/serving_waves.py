@@ -1,4 +1,4 @@
-"""A benchmark played: all its requests, on steps whose times were priced before.
+"""Replays a benchmark: all its requests, on steps whose times were priced before.
 
 A benchmark of ten waves is no steady state: all requests come at once and wait for each other's
 prompts, and end about together. Here every request of all waves is followed, but no step is priced:
@@ -43,7 +43,7 @@ class Scheduling:
 
 
 def scheduling_of(row: Row) -> Scheduling:
-    """As the public scripts say that started the servers, or by default."""
+    """From the public scripts that started the servers, or the defaults."""
     framework, is_trt = find_framework(row.framework), row.framework in ("trt", "dynamo-trt")
     # SGLang's server looked for requests after so many steps on Blackwell.
     polls = row.framework == "sglang" and row.hardware in ("b200", "b300") and not row.is_exact
@@ -135,7 +135,7 @@ class _Waves:
         return request
 
     def _prompts_s(self, num_tokens: int) -> float:
-        """A step of prompts: from nothing over one alone to a full step, in straight lines."""
+        """Prefill step time, piecewise linear in tokens: nothing, one prompt, a full step."""
         alone, alone_s = self._mean_prompt, self._steps.prompt_s
         if num_tokens <= alone or self._room <= alone:
             return alone_s * num_tokens / alone
@@ -144,7 +144,7 @@ class _Waves:
 
 
 def _between(seconds: Mapping[int, float], most: int) -> Floats:
-    """[most + 1]; by number of sequences: between those priced, straight over their square root.
+    """[most + 1]; by number of sequences, linear in its square root between those priced.
 
     A further sequence hits ever fewer experts that others have not. Straight lines over the number
     itself are 2.5 % too low in the median, over its root 0.4 % too high.

@@ -52,7 +52,6 @@ from expertlane.report.document import (
     text,
 )
 from expertlane.report.numbers import counted, milliseconds, signed, times
-from expertlane.report.verdict import ratio
 from expertlane.spec.files import write_text
 from expertlane.spec.ranges import SKEW_BOUNDS
 
@@ -181,9 +180,9 @@ def in_short(cells: Sequence[Cell]) -> str:
     return (
         f"Of {counted(len(compared), 'combination')} of model, link, GPUs and load, EP has more "
         f"tokens/s in {len(of_side['EP'])}, a deployment without it in {len(of_side['no EP'])}; "
-        f"{len(of_side['even'])} are within {SAME - 1:.0%} or depend on the routing. With over "
-        f"without EP, the highest ratio is {times(most.factor or 0)}: {_where(most)}. The lowest "
-        f"is {times(least.factor or 0)}: {_where(least)}."
+        f"{len(of_side['even'])} are within a factor of {SAME:g} or depend on the routing. The "
+        f"highest ratio, with EP over without, is {times(most.factor or 0)}: {_where(most)}. "
+        f"The lowest is {times(least.factor or 0)}: {_where(least)}."
     )
 
 
@@ -208,12 +207,14 @@ def why(region: Sequence[Cell]) -> str:
         cause: steps[0].breakdown_s.get(cause, 0.0) - steps[1].breakdown_s.get(cause, 0.0)
         for cause in causes
     }
-    told = sorted(differences, key=lambda cause: differences[cause], reverse=clearest.side != "EP")
-    reasons = [f"{cause} {signed(differences[cause] * 1e3)} ms" for cause in (told[0], told[-1])]
+    told = sorted(differences, key=differences.__getitem__)
+    least, most = (
+        f"{cause} {signed(differences[cause] * 1e3)} ms" for cause in (told[0], told[-1])
+    )
     sentence = (
         f"At {clearest.num_devices} GPUs and {clearest.seqs_per_device:g} sequences each a decode "
         f"step takes {milliseconds(each_s[0])} ms as {layouts[0]}, {milliseconds(each_s[1])} as "
-        f"{layouts[1]}. Largest reason: {reasons[0]}; largest against: {reasons[1]}"
+        f"{layouts[1]}. With EP: {least} (saves most), {most} (costs most)"
     )
     if steps[0].num_seqs != steps[1].num_seqs:
         sentence += f"; memory holds {steps[0].num_seqs:,} and {steps[1].num_seqs:,} sequences"
@@ -242,7 +243,8 @@ def _span(values: Iterable[float]) -> str:
 def _factors(cells: Sequence[Cell]) -> str:
     found = [each.factor for each in cells if each.factor is not None]
     low, high = min(found), max(found)
-    return times(low) if low == high else f"{ratio(low)} to {times(high)}"
+    first, last = times(low), times(high)
+    return last if first == last else f"{first.removesuffix('×')} to {last}"
 
 
 def measured_parts(judged: Sequence[tuple[Pair, float | None]]) -> tuple[str | Table, ...]:
@@ -267,9 +269,19 @@ def measured_parts(judged: Sequence[tuple[Pair, float | None]]) -> tuple[str | T
         f"{counted(len(judged), 'pair')} of public measurements. The two of a pair were measured "
         "on different days; where those are far apart, with different releases of the framework. "
         f"Of the {len(clear)} pairs that differ by more than {SAME - 1:.0%}, the projection of the "
-        f"same two layouts has the same order in {right}."
+        f"same two layouts has the same order in {right}.{_of_even(told)}"
     )
     return words, Table.of("Output tokens/s with EP over without", columns, judged)
+
+
+def _of_even(told: Sequence[tuple[float, float]]) -> str:
+    even = [found for factor, found in told if _side(factor) == "even"]
+    if not even:
+        return ""
+    return (
+        f" The other {len(even)} were measured within that; of them the projection says "
+        f"{times(min(even))} to {times(max(even))}."
+    )
 
 
 def own_parts() -> tuple[str | Table, ...]:

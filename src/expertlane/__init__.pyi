@@ -113,8 +113,9 @@ def compare(
             expertlane calibrate).
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         framework: Correct step times and TTFT by public measurements of a serving framework:
-            vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes
-            its --max-num-batched-tokens and --dispatch, unless they are given.
+            vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
+            scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
+            are given.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or
             p99. Each deployment runs as many sequences as they allow.
@@ -200,8 +201,9 @@ def plan(
         kv_dtype: Type of the KV cache. model: that of hidden states.
         execution: Steps as CUDA graphs, or kernels launched one by one.
         framework: Correct step times and TTFT by public measurements of a serving framework:
-            vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes
-            its --max-num-batched-tokens and --dispatch, unless they are given.
+            vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
+            scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
+            are given.
         mtp: Multi-token prediction: N draft tokens per step.
         mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         out: Folder for results.json, the reports and all else that the command writes. None:
@@ -307,17 +309,19 @@ def simulate(
         kv_dtype: Type of the KV cache. model: that of hidden states.
         execution: Steps as CUDA graphs, or kernels launched one by one.
         framework: Correct step times and TTFT by public measurements of a serving framework:
-            vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes
-            its --max-num-batched-tokens and --dispatch, unless they are given.
-        overlap: Two-batch overlap: one half batch computes while the other communicates; auto:
-            where faster for a step's number of tokens, timed at startup.
+            vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
+            scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
+            are given.
+        overlap: Two-batch overlap: one half batch computes while the other communicates; auto,
+            on real ranks: where faster for a step's number of tokens, timed at startup.
         num_micro_batches: Micro-batches per pipeline step.
         micro_batch_schedule: drained: the pipeline empties after each step; rotating: it stays
             full.
-        dispatch: How tokens are dispatched to experts: one copy per rank reached, all tokens to
-            all ranks, one copy per node reached, forwarded inside it, one copy per rank
-            reached, in buffers of fixed size; auto: the fastest of the first three for a step's
-            number of tokens, timed at startup.
+        dispatch: How tokens are dispatched to experts: all_to_all: one copy to each rank with a
+            chosen expert; all_gather: all tokens to all ranks; hierarchical: one copy per node,
+            forwarded inside it; static: all_to_all in buffers of fixed size; auto, on real
+            ranks: the fastest of the first three for a step's number of tokens, timed at
+            startup.
         prefill_dispatch: Dispatch form of steps that hold prompts, if different.
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).
@@ -447,15 +451,16 @@ def bench(
         max_num_seqs: Concurrent requests per data-parallel rank.
         max_num_batched_tokens: Tokens per step and data-parallel rank.
         no_prefix_caching: Turn prefix caching off.
-        overlap: Two-batch overlap: one half batch computes while the other communicates; auto:
-            where faster for a step's number of tokens, timed at startup.
+        overlap: Two-batch overlap: one half batch computes while the other communicates; auto,
+            on real ranks: where faster for a step's number of tokens, timed at startup.
         num_micro_batches: Micro-batches per pipeline step.
         micro_batch_schedule: drained: the pipeline empties after each step; rotating: it stays
             full.
-        dispatch: How tokens are dispatched to experts: one copy per rank reached, all tokens to
-            all ranks, one copy per node reached, forwarded inside it, one copy per rank
-            reached, in buffers of fixed size; auto: the fastest of the first three for a step's
-            number of tokens, timed at startup.
+        dispatch: How tokens are dispatched to experts: all_to_all: one copy to each rank with a
+            chosen expert; all_gather: all tokens to all ranks; hierarchical: one copy per node,
+            forwarded inside it; static: all_to_all in buffers of fixed size; auto, on real
+            ranks: the fastest of the first three for a step's number of tokens, timed at
+            startup.
         prefill_dispatch: Dispatch form of steps that hold prompts, if different.
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).

@@ -453,12 +453,14 @@ def test_what_would_change_the_answer_is_said_with_what_is_lost():
     more = Level("sequences", 512, 96.0, 32, 1.2, (32, 8192))
     found = BreakEven(third.name, (skew, more), "drawn experts", 0.64)
     words = said(plan(*rows, third, break_even=found))
-    assert in_order(words, "#1 leads #3 below skew 0.95 above 96 sequences skew 1.2 #3 9.0% more")
+    assert in_order(
+        words, "#1 stays above #3 below skew 0.95 above 96 sequences skew 1.2 #3 9.0% more"
+    )
     assert in_order(words, "with 32 sequences #3 20% more Measure first routing 64%")
     assert "--routing-trace" in words
     level = replace(skew, at=None, over_at_end=0.9)
     words = said(plan(*rows, third, break_even=replace(found, levels=(level,), unsure="")))
-    assert "#1 leads #3 at any skew up to 1.2 (screened)." in words
+    assert "#1 stays above #3 at any skew up to 1.2 (screened)." in words
     assert "Measure first" not in words
     limited = replace(more, over_at_end=None, end=8192, at=1024.0)
     words = said(plan(*rows, third, break_even=replace(found, levels=(limited,))))

@@ -189,7 +189,7 @@ def frameworks(print_options: PrintOptions) -> None:
         if row["phases_apart"]:
             return "in steps of their own"
         held = row["prompt_wait_steps"]
-        return f"beside decodes, held ≤ {held} steps" if held else "beside decodes"
+        return f"with decodes; wait ≤ {held} steps" if held else "with decodes"
 
     columns: list[Column[Mapping[str, Any]]] = [
         text("framework", lambda row: row["name"]),
@@ -200,12 +200,12 @@ def frameworks(print_options: PrintOptions) -> None:
     ]
     headline = f"{len(rows)} frameworks: {', '.join(known.frameworks())}."
     notes = [
-        "Rows judged: public measurements, other than those that corrections were fitted to.",
-        "Held: with data-parallel attention, until every rank has a prompt.",
+        "Rows judged: measurements not fitted to, in kinds of ten and more. dynamo-: two pools.",
+        "Wait: with data-parallel attention, until every rank has a prompt.",
     ]
     _show(
         headline,
-        "Serving frameworks | corrected by measurements",
+        "Serving frameworks | corrections fitted to public measurements",
         columns,
         rows,
         print_options,

@@ -61,8 +61,8 @@ def framework_option() -> Any:
         metavar="NAME",
         show_default="none: no correction",
         help="Correct step times and TTFT by public measurements of a serving framework: vllm, "
-        "sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. simulate also takes its "
-        "--max-num-batched-tokens and --dispatch, unless they are given.",
+        "sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its scheduling and "
+        "tokens per step; plan its engine, simulate its dispatch, unless they are given.",
         rich_help_panel=Panel.MODELLED,
     )
 

@@ -207,8 +207,8 @@ class DeploymentOptions:
     panel: ClassVar = Panel.MORE_DEPLOYMENT
     overlap: Literal["off", "on", "auto"] = typer.Option(
         "off",
-        help="Two-batch overlap: one half batch computes while the other communicates; auto: "
-        "where faster for a step's number of tokens, timed at startup.",
+        help="Two-batch overlap: one half batch computes while the other communicates; auto, on "
+        "real ranks: where faster for a step's number of tokens, timed at startup.",
     )
     num_micro_batches: int = typer.Option(1, metavar="N", help="Micro-batches per pipeline step.")
     micro_batch_schedule: MicroBatchSchedule = typer.Option(
@@ -217,8 +217,9 @@ class DeploymentOptions:
     dispatch: DispatchChoice = typer.Option(
         "all_to_all",
         help="How tokens are dispatched to experts: "
-        + ", ".join(form.sends for form in DISPATCH_FORMS.values())
-        + "; auto: the fastest of the first three for a step's number of tokens, timed at startup.",
+        + "; ".join(f"{name}: {form.sends}" for name, form in DISPATCH_FORMS.items())
+        + "; auto, on real ranks: the fastest of the first three for a step's number of tokens, "
+        "timed at startup.",
     )
     prefill_dispatch: DispatchForm | None = typer.Option(
         None,

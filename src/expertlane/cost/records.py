@@ -1,4 +1,4 @@
-"""What results say of a cluster that was modelled, and of the conditions of a projection."""
+"""Records of the modelled cluster and of the conditions of a projection."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from expertlane.spec.model import ModelConfig
 
 
 def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberTypes) -> Conditions:
-    """The conditions as records have them."""
+    """Experts per token, execution, routing and number types of a projection."""
     return Conditions(top_k, execution.value, routing, types.weights, types.kv)
 
 
@@ -102,8 +102,8 @@ def _corrections(profile: Profile) -> Assumption:
     if arrival is not None:
         _, _, points = arrival.origin.partition(": ")
         said = (
-            f"{title}: steps × {profile.step_factor:.2f}, {1e3 * arrival.value:.0f} ms to arrive "
-            f"({points})"
+            f"{title}: step times × {profile.step_factor:.2f}, arrival delay "
+            f"{1e3 * arrival.value:.0f} ms (fitted to {points})"
         )
     return Assumption("framework", said, change="--framework")
 
@@ -115,5 +115,5 @@ def _least_bounds(known: KnownError) -> Assumption:
         f"{known.what}; ratios of deployments share such errors and keep their own bounds"
     )
     if known.is_own_kind:
-        return Assumption("bounds", f"{said}; at least so with larger replicas")
+        return Assumption("bounds", f"{said}; with larger replicas bounds are at least as wide")
     return Assumption("least bounds", f"at least {said}")

@@ -28,7 +28,7 @@ from expertlane.spec.ranges import DRIFT, LIKENESS, SKEW_BOUNDS, take_option
 NUM_SAMPLED_LAYERS = 2  # of a power law, where a load is served step by step; layers take turns
 _DRAWN_TOGETHER = 1024  # tokens
 _MOST_DRAWN = 16_384  # tokens of a layer before they come again
-# Of these, tokens of a step's prompts together, so that steps differ, and of each at most.
+# The most drawn tokens per step, so that steps differ, and per prompt.
 _TOKENS_OF_STEP, _TOKENS_OF_PROMPT = _MOST_DRAWN // 2, 512
 NUM_EARLIER = 4096  # tokens of a layer that experts are placed by, where they are drawn
 _EVEN_ENOUGH = 1.15  # fullest rank over the mean of earlier tokens; later ones are less even
@@ -57,7 +57,7 @@ class RoutingSource(Protocol):
             first: tokens computed before this step; where sources with an order go on.
             before: [R]; tokens that each rank of the stage had in this step before this part.
             owned: [R]; those it has in this part.
-            num_new: [S]; the same tokens by sequence, in order; None where each is another's.
+            num_new: [S]; the same tokens by sequence, in order; None: each of its own sequence.
 
         Returns:
             [owned.sum(), K] int64; logical experts, rank after rank.
@@ -231,7 +231,7 @@ class PowerLawRouting(Traffic):
         return topk_ids
 
     def _alone(self, sample: int, first: int, num: int) -> Ints:
-        """[num, K]; each of another prompt."""
+        """[num, K]; choices of tokens of different prompts."""
         tokens = self._tokens(sample, min(first + num, _MOST_DRAWN) or 1)
         return tokens[_in_turn(len(tokens), first, num)]
 
@@ -292,7 +292,7 @@ class PowerLawRouting(Traffic):
         return drawn
 
     def _block(self, sample: int, block: int, *, is_earlier: bool = False) -> Ints:
-        """[n, K]; some tokens, `_DRAWN_TOGETHER`."""
+        """[n, K]; choices of a block of `_DRAWN_TOGETHER` tokens."""
         # Words that are left out count as 0, so the last one tells earlier blocks apart.
         rng = np.random.default_rng((self.seed, sample, block + 1, int(is_earlier)))
         return self._chosen(rng, (_DRAWN_TOGETHER,), self._rarity(sample, is_earlier=is_earlier))
@@ -357,7 +357,7 @@ def _close_groups(arrivals: npt.NDArray[np.float32], groups: Routing) -> None:
 
 
 def extremes_of(source: Traffic) -> tuple[Traffic, Traffic] | None:
-    """The most even and the most uneven that an assumed one may be; None of what is not assumed."""
+    """Routing at the low and the high exponent; None unless the exponent is assumed."""
     return source.extremes if isinstance(source, PowerLawRouting) else None
 
 
@@ -390,7 +390,7 @@ class TraceRouting(Traffic):
         return topk_ids
 
     def earlier_load(self, layer: int) -> Ints:
-        """As `Traffic` says; all experts alike where no token came earlier."""
+        """As `Traffic` says; equal where no token came earlier."""
         earlier = self._earlier[self.sample_of(layer)]
         return np.bincount(earlier.ravel(), minlength=self._num_experts)
 
@@ -434,7 +434,7 @@ class RoutingChoice:
     """Where the experts that tokens choose come from.
 
     Args:
-        option: what was asked for, as a user would ask again.
+        option: the command-line option that selects it.
         words: for a list of assumptions.
     """
 
@@ -473,7 +473,8 @@ def choose_routing(
         )
         if skew:
             words += (
-                f", whose logarithm drifts by {skew * source.drift:.2g} after experts are placed"
+                f", whose logarithm changes by {skew * source.drift:.2g} (standard deviation) "
+                "after experts are placed"
             )
         if likeness:
             words += (
@@ -495,12 +496,12 @@ def choose_routing(
     sizes = (read.num_experts, read.num_experts_per_tok)
     if sizes != (model.num_experts, model.num_experts_per_tok):
         raise UserError(
-            f"{trace} is of {sizes[1]} of {sizes[0]} experts per token; {model.name} has "
-            f"{model.num_experts_per_tok} of {model.num_experts}"
+            f"{trace} records top-{sizes[1]} of {sizes[0]} experts; {model.name} has "
+            f"top-{model.num_experts_per_tok} of {model.num_experts}"
         )
     num_earlier = read.num_tokens // 2
     words = (
         f"{read.num_tokens:,} recorded tokens, the last {read.num_tokens - num_earlier:,} repeated "
-        "in a loop; experts are placed by the load of those before alone"
+        "in a loop; experts are placed by the load of the first half only"
     )
     return RoutingChoice(TraceRouting(read, num_earlier), f"--routing-trace {trace}", words)

@@ -45,7 +45,7 @@ def what_would_change(results: Results) -> Iterator[str]:
         ahead = " and ".join(map(_ahead, found.levels))
         ends = [_at_end(each, rival) for each in found.levels if _is_lost(each)]
         lost = f"; {', '.join(ends)}" if ends else ""
-        yield f"#1 leads #{rival} {ahead} (screened){lost}."
+        yield f"#1 stays above #{rival} {ahead} (screened){lost}."
     if found.unsure:
         share = percent(found.unsure_share)
         what = measurement(found.unsure)

@@ -65,7 +65,7 @@ _NO_POOLS: dict[NoPools, str] = {
     "not run": "not what the engine runs",
 }
 _WON_BY: dict[TieBreak, str] = {  # the other tied plans follow by tokens/s
-    "most tokens": "#1 has most",
+    "most tokens": "#1 is highest",
     "farther from the limit": "of those with the most, #1 is farthest below the limit",
 }
 _MOST = 0.5  # of the time
@@ -321,7 +321,7 @@ def _tie(results: Results, shown: Collection[int]) -> str:
     by = _WON_BY[found.tie_break]
     most = "tokens/s" if asked_rate(results) is None else "requests/s"
     apart = f"{percent(found.tie_spread)} apart, within the error of their ratio"
-    return f"{tied} tie for most {most} ({apart}): {by}"
+    return f"{tied} tie for the most {most} ({apart}): {by}"
 
 
 def _ms(seconds: Estimate | None) -> str:

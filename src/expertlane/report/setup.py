@@ -65,20 +65,20 @@ def how_judged(results: Results) -> str:
         if nearest is None:
             return "Not validated: no projection like this was compared with measurements."
         return (
-            f"Not validated itself; in the nearest validated kind ({nearest.what}) measured "
-            f"tokens/s were {below_above(nearest.output)} of projected (5th to 95th percentile), "
-            "and bounds are no narrower."
+            f"Not validated itself; in the nearest validated kind ({nearest.what}) measured over "
+            f"projected tokens/s were {below_above(nearest.output)} (5th to 95th percentile); "
+            "bounds are no narrower."
         )
     least = ""
     if nearest is not None:
-        which = "the range shown" if nearest.is_own_kind else "bounds are no narrower"
+        which = "that is the range shown" if nearest.is_own_kind else "bounds are no narrower"
         least = (
-            f" Measured tokens/s were {below_above(nearest.output)} of projected (5th to 95th "
-            f"percentile): {which}."
+            f" Measured over projected tokens/s of this and similar kinds: "
+            f"{below_above(nearest.output)} (5th to 95th percentile); {which}."
         )
     return (
-        f"Validated on {counted(judged.num_rows, 'row')} ({judged.what}): "
-        f"{percent(judged.median_error)} off in the median.{least}"
+        f"Validated: {percent(judged.median_error)} median error on "
+        f"{counted(judged.num_rows, 'row')} ({judged.what}).{least}"
     )
 
 

@@ -1,7 +1,7 @@
 """A load in its steady state: what plan, simulate and projected comparisons say of a deployment.
 
-A whole load takes as many steps as its outputs have tokens, several times over. Here requests are
-found under way, anywhere along their outputs and with keys and values in place, and are served
+A whole load takes as many steps as its outputs have tokens, several times over. Here requests
+start partway through their outputs, with keys and values in place, and are served
 until enough others have come for them. Where a pool is short (of room in its cache, or of prefill
 for those that decode), requests wait: how many is found from a step's time before, and they have
 waited as long as such a queue lets them.
@@ -30,7 +30,7 @@ _NUM_GUESSES = 4  # iterations for the number of requests that decode, in an ope
 _SAME_RUNNING = 0.01  # relative difference of two numbers of requests that count as equal
 _PROBE_STEPS = 2
 _FULL_STEPS = 5  # of a pool that always has prompts; the first and the last of them do not count
-_FEWEST_PROMPT_TOKENS = 8  # of a prompt that is told from a decode
+_FEWEST_PROMPT_TOKENS = 8  # fewer new tokens count as a decode
 
 
 PrefillRates = dict[tuple[Layout, Options], tuple[float, float]]
@@ -63,7 +63,7 @@ class SteadyState(Outcome):
     """A stretch of a load, with the load's rates.
 
     Attributes:
-        steps_per_token: likely; steps of a replica that decodes, over tokens of a request in them.
+        steps_per_token: likely decode steps per output token of a request.
         prefill_rate: likely prompts a second of a pool for prompts that always has some; 0 without.
         prompt_s: likely seconds that this pool takes for a prompt alone; 0 without.
         num_steps, num_priced: of all pools, in the stretch and before it.
@@ -110,8 +110,8 @@ def steady_state(
 def pools_apart(simulator: Simulator, seed: int, known: PrefillRates | None = None) -> Rates:
     """A closed load on two pools, each taken by itself.
 
-    One decode step represents all, and the prefill pool runs at its largest rate. Of more requests
-    than have a place to decode or are computed before, the others are left out.
+    One decode step represents all, and the prefill pool runs at its largest rate. Requests beyond
+    the decode slots and those in prefill are ignored.
 
     Args:
         known: rates of prefill pools; new ones are added.
@@ -418,7 +418,7 @@ class _Stretch:
         return float(np.sum((begin < ends) & (ends <= end)) / max(end - begin, 1e-9))
 
     def _seconds_of_prompt(self, role: PoolRole) -> float:
-        """Of a prompt that finds the pool at rest."""
+        """Prefill time of one prompt on an idle pool."""
         prompts = self._new_prompts()
         prompt = prompts.draw(ceil(self._load.mean_lens[0]))
         pool, _ = self._alone(role, prompts=prompts)
@@ -511,7 +511,7 @@ class _Stretch:
         )
 
     def _queue(self, waiting: Sequence[ServedRequest[Floats]], requests_per_s: Floats) -> None:
-        """Let those that waited at the start have come one by one, as fast as others went."""
+        """Set due times of requests queued at the start, spaced by the throughput."""
         for number, each in enumerate(reversed(waiting)):
             each.due_s = -(number + 0.5) / requests_per_s
 

@@ -20,7 +20,7 @@ class FormTraits:
     """A dispatch form, as all but its own code sees it; how to add one: `docs/design_decisions.md`.
 
     Attributes:
-        sends: what travels, as the help says it.
+        sends: what travels, in the words of the help.
         by_node: over groups of a node's ranks and across nodes, so every node must hold equally
             many; another form does the same unless several nodes hold several ranks each.
         deepep: the nearest of DeepEP's kernels for decodes; None for what needs no such library.
@@ -37,13 +37,13 @@ class FormTraits:
 
 
 DISPATCH_FORMS: dict[DispatchForm, FormTraits] = {
-    "all_to_all": FormTraits("one copy per rank reached", deepep="low_latency"),
+    "all_to_all": FormTraits("one copy to each rank with a chosen expert", deepep="low_latency"),
     "all_gather": FormTraits("all tokens to all ranks", needs_counts=False),
     "hierarchical": FormTraits(
-        "one copy per node reached, forwarded inside it", deepep="normal", by_node=True
+        "one copy per node, forwarded inside it", deepep="normal", by_node=True
     ),
     "static": FormTraits(
-        "one copy per rank reached, in buffers of fixed size",
+        "all_to_all in buffers of fixed size",
         deepep="low_latency",
         needs_counts=False,
         is_tried=False,

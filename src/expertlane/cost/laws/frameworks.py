@@ -45,10 +45,10 @@ class Framework(Strict):
     """How a framework serves.
 
     Attributes:
-        title: as its makers write it.
-        max_num_batched_tokens: of a step and data-parallel rank.
+        title: name for display.
+        max_num_batched_tokens: tokens per step and data-parallel rank.
         prompt_wait_steps, phases_apart: as of `schedule.request.Limits`.
-        engine: that it serves with.
+        engine: the serving engine.
     """
 
     title: str
@@ -85,7 +85,7 @@ class JudgedGroup(Strict):
         has_two_pools, has_drafts: prefill apart from decode; multi-token prediction.
         framework: whose rows they are, projected with its corrections; "" for rows of all
             frameworks, projected without.
-        tpot, output, ttft: of TPOT, of output throughput, and of TTFT.
+        tpot, output, ttft: median absolute errors of TPOT, output throughput and TTFT.
         tpot_range, output_range, ttft_range: of what was measured over what was projected, the 5th
             and 95th percentile, or 1.
         model: that was measured.
@@ -179,7 +179,7 @@ def find_framework(name: str) -> Framework:
 
 
 def usual_dispatch(layout: Layout, profile: Profile) -> DispatchForm:
-    """How tokens get to experts where a framework is not told.
+    """Default dispatch of the serving frameworks.
 
     Ranks that hold the attention of the same tokens have them already. Data-parallel ranks send
     them to each other's experts over nodes or a rack's NVLink, and gather all on a node of eight.
@@ -203,7 +203,7 @@ def served_by(
     generation of cards.
 
     Args:
-        framework: None for no known one, which changes nothing.
+        framework: None for no correction.
 
     Raises:
         SpecError: no such framework, or a profile that was measured on its machine.
@@ -213,8 +213,8 @@ def served_by(
     find_framework(framework)
     if _is_measured(cluster.profile):
         raise SpecError(
-            f"--framework {framework}: {cluster.profile.name} was measured with what computes "
-            "there, which is not this framework; leave it out"
+            f"--framework {framework}: {cluster.profile.name} was measured with expertlane's own "
+            "engine, to which corrections of a framework do not apply; leave it out"
         )
     profile, known = cluster.profile, {each.kind: each for each in _file().fitted}
     kinds = kinds_of(framework, profile.name, model, weights, has_drafts=has_drafts)
@@ -271,7 +271,7 @@ def judged(
 
 
 def sizes_of(model: ModelConfig) -> tuple[int, int, int]:
-    """Layers, hidden size and experts, by which a model is known again."""
+    """Layers, hidden size and experts, which identify a model."""
     return model.num_hidden_layers, model.hidden_size, model.num_experts
 
 
