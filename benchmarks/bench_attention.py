@@ -24,10 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.ops.build import BASELINE, ONLY_IF_ASKED_FOR, SETS, build
-from expertlane.ops.host import num_cores
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.vector import VectorBackend
+from expertlane.engine.ops.build import BASELINE, ONLY_IF_ASKED_FOR, SETS, build
+from expertlane.engine.ops.host import num_cores
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.vector import VectorBackend
 from expertlane.schedule.plan import Batch
 
 COPIES_BYTES = 200_000_000

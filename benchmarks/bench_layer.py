@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.ops.backend import DTYPES, backend_for
-from expertlane.ops.products import LoopedExperts
+from expertlane.engine.ops.backend import DTYPES, backend_for
+from expertlane.engine.ops.products import LoopedExperts
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 

@@ -22,12 +22,12 @@ from rich.table import Table
 
 from expertlane import __version__
 from expertlane.balance.moves import WHOLE, Move, Part, most_of_a_rank, next_slice
-from expertlane.engine.commands import FinishMoves, StartMoves, TimeOneMove
-from expertlane.engine.local_ranks import LocalRanks
+from expertlane.cost.memory import workload_limits
+from expertlane.engine.elastic.move_pace import MovePace
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.move_pace import MovePace
-from expertlane.engine.pool import RankPool
-from expertlane.memory import workload_limits
+from expertlane.engine.ranks.commands import FinishMoves, StartMoves, TimeOneMove
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from expertlane import LLM, SamplingParams
-from expertlane.ops.backend import backend_of_cpu
-from expertlane.ops.narrow import NarrowWeight
-from expertlane.ops.products import Activation, Expert, PairGroups
-from expertlane.ops.vector import VectorBackend
+from expertlane.engine.ops.backend import backend_of_cpu
+from expertlane.engine.ops.narrow import NarrowWeight
+from expertlane.engine.ops.products import Activation, Expert, PairGroups
+from expertlane.engine.ops.vector import VectorBackend
 from expertlane.spec.deployment import Options
 
 COPIES_BYTES = 200_000_000  # of bfloat16

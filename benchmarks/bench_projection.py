@@ -52,7 +52,7 @@ from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.launch import start_pool
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.schedule.drive import FinishedStep
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.dispatch import DispatchTable

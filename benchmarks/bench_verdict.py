@@ -15,8 +15,8 @@ from collections import Counter
 from statistics import median
 from typing import Any
 
-from expertlane.compare.run import Repeats, run_comparison
-from expertlane.compare.virtual import VirtualSettings
+from expertlane.comparison.run import Repeats, run_comparison
+from expertlane.comparison.virtual import VirtualSettings
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.engine.launch import start_pool
 from expertlane.progress import Silent

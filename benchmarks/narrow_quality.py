@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from expertlane.ops.narrow import NarrowWeight
+from expertlane.engine.ops.narrow import NarrowWeight
 
 DOCS = Path(__file__).parents[1] / "docs"
 LENGTH, BATCH = 128, 8

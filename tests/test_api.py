@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -64,16 +65,11 @@ def test_all_names_are_there():
         expertlane.nothing  # noqa: B018
 
 
-def test_a_package_is_called_as_its_command():
-    code = (
-        "import expertlane.plan.search, expertlane\n"
-        "from expertlane import plan\n"
-        "print(plan is expertlane.plan, plan.search.__name__)\n"
-        "from expertlane import api\n"
-        "from inspect import signature\n"
-        "print(signature(plan) == signature(api.plan), plan.__doc__ == api.plan.__doc__)"
-    )
-    assert in_new_process(code) == "True expertlane.plan.search\nTrue True\n"
+def test_commands_are_plain_functions_and_no_room_has_their_names():
+    for name in ("bench", "compare", "plan", "simulate"):
+        assert getattr(expertlane, name) is getattr(api, name)
+        assert inspect.isfunction(getattr(expertlane, name))
+        assert find_spec(f"expertlane.{name}") is None
 
 
 def is_hidden(option):

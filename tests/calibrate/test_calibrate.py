@@ -31,8 +31,8 @@ from expertlane.cost.step.operation import (
     flops_of,
 )
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.layout import Layout

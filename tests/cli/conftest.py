@@ -8,16 +8,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import expertlane.compare
 import pytest
 
-import expertlane.compare
-import expertlane.compare.machine
+import expertlane.comparison.machine
 import expertlane.engine.launch
 import expertlane.engine.llm  # takes the real `start_pool`, before a fake is in place
 import expertlane.report
 import expertlane.results.file
 from expertlane.cli.main import main
-from expertlane.compare.run import Repeats
+from expertlane.comparison.run import Repeats
 from expertlane.errors import CapacityError
 from expertlane.results.file import write_text
 
@@ -106,8 +106,8 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
         run_comparison=fake.run_comparison,
         Repeats=Repeats,
     )
-    monkeypatch.setattr(expertlane.compare.machine, "check_memory", fake.check_memory)
-    monkeypatch.setattr("expertlane.ops.host.memory_bytes", lambda: (1 << 50, 1 << 50))
+    monkeypatch.setattr(expertlane.comparison.machine, "check_memory", fake.check_memory)
+    monkeypatch.setattr("expertlane.engine.ops.host.memory_bytes", lambda: (1 << 50, 1 << 50))
     monkeypatch.setattr(expertlane.results.file, "to_json", as_json)
     monkeypatch.setattr(expertlane.results.file, "write", write)
 

@@ -14,16 +14,16 @@ from cli.screen import telling, tells
 from distributed.on_ranks import Echo
 from distributed.running import deployment, run_deployment
 from expertlane.balance.placement_file import placements_of
-from expertlane.compare import machine as compare_module
-from expertlane.compare.machine import check_memory, measure_peak
-from expertlane.compare.run import Repeats, run_comparison
-from expertlane.compare.virtual import VirtualSettings
+from expertlane.comparison import machine as compare_module
+from expertlane.comparison.machine import check_memory, measure_peak
+from expertlane.comparison.run import Repeats, run_comparison
+from expertlane.comparison.virtual import VirtualSettings
 from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.memory import PlacedModel, workload_limits
 from expertlane.cost.number_types import NumberTypes
-from expertlane.engine.commands import DescribeMachine
 from expertlane.engine.launch import fit_to_machine
+from expertlane.engine.ranks.commands import DescribeMachine
 from expertlane.errors import CapacityError, UserError
-from expertlane.memory import PlacedModel, workload_limits
 from expertlane.progress import Silent
 from expertlane.report import markdown
 from expertlane.report.compared import run, scaling

@@ -8,7 +8,8 @@ import pytest
 
 from cli.screen import in_order, tells
 from distributed.running import deployment
-from expertlane.compare.run import run_comparison
+from engine.model.families import run_greedy
+from expertlane.comparison.run import run_comparison
 from expertlane.progress import Silent
 from expertlane.report import markdown
 from expertlane.report.sections import report_of
@@ -16,7 +17,6 @@ from expertlane.results.file import read, write
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.workload import Workload
-from model.families import run_greedy
 
 FAMILY = "qwen2_moe"  # windows, a shared expert, and one layer without experts
 WORKLOAD = Workload(num_sequences=5, prompt_len=12, output_len=4, seed=1)

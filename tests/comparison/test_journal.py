@@ -6,8 +6,8 @@ import pytest
 
 from cli.screen import telling, tells
 from distributed.running import deployment
-from expertlane.compare.journal import FILE_NAME
-from expertlane.compare.run import Repeats, run_comparison
+from expertlane.comparison.journal import FILE_NAME
+from expertlane.comparison.run import Repeats, run_comparison
 from expertlane.errors import UserError
 from expertlane.progress import Silent
 from expertlane.spec.experiment import Cluster, Experiment

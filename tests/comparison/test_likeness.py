@@ -8,8 +8,8 @@ import pytest
 
 import example_results
 from cli.screen import tells
-from expertlane.compare.assumptions import measured_assumptions
-from expertlane.compare.likeness import (
+from expertlane.comparison.assumptions import measured_assumptions
+from expertlane.comparison.likeness import (
     BASELINE,
     PAPER_CONTEXT,
     PROPOSAL,
@@ -19,8 +19,8 @@ from expertlane.compare.likeness import (
     likeness,
     step_work,
 )
+from expertlane.cost.memory import workload_limits
 from expertlane.cost.number_types import NumberTypes
-from expertlane.memory import workload_limits
 from expertlane.spec.experiment import Experiment, read_experiment, shipped_experiments
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload

@@ -6,9 +6,9 @@ import pytest
 
 import example_results as example
 from cli.screen import tells
-from expertlane.compare.assumptions import measured_assumptions
-from expertlane.compare.records import measured_record
-from expertlane.memory import workload_limits
+from expertlane.comparison.assumptions import measured_assumptions
+from expertlane.comparison.records import measured_record
+from expertlane.cost.memory import workload_limits
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout

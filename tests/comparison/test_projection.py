@@ -5,14 +5,14 @@ from dataclasses import replace
 import pytest
 
 from cli.screen import telling, tells
-from expertlane.compare.projection import ExperimentProjector, usual_number_type
-from expertlane.compare.virtual import VirtualSettings
+from expertlane.comparison.projection import ExperimentProjector, usual_number_type
+from expertlane.comparison.virtual import VirtualSettings
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import parse_cluster, read_profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.errors import CapacityError, UserError
-from expertlane.plan.project import Projector, Setting, StepSize
+from expertlane.planner.project import Projector, Setting, StepSize
 from expertlane.progress import Silent
 from expertlane.results.record import BEST, EXPERIMENT, FASTEST, SCALING, DeploymentRecord
 from expertlane.results.results import Results

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cli.screen import tells
-from expertlane.compare.serving_benchmark import (
+from expertlane.comparison.serving_benchmark import (
     TimedOutput,
     measure,
     run_loads,

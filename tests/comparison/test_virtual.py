@@ -7,9 +7,9 @@ import pytest
 
 import example_results as example
 from cli.screen import telling
-from compare.test_compare import EXPERIMENT
-from expertlane.compare.likeness import StepWork
-from expertlane.compare.virtual import (
+from comparison.test_compare import EXPERIMENT
+from expertlane.comparison.likeness import StepWork
+from expertlane.comparison.virtual import (
     LinkScale,
     VirtualRuns,
     VirtualSettings,

@@ -31,7 +31,7 @@ from expertlane.errors import SpecError
 from expertlane.results.hardware import KnownError
 from expertlane.spec.from_hf import from_hf
 from golden.cases import DEEPSEEK
-from plan.requests import MIXED
+from planner.requests import MIXED
 
 ROOT = Path(__file__).parents[2]
 LATENT = from_hf(DEEPSEEK, "DeepSeek-V3")

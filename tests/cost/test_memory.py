@@ -5,13 +5,13 @@ import torch
 
 from cost.tiny_models import MODELS
 from expertlane.balance.placement_file import placements_of
-from expertlane.comm.mesh import Meshes, ParallelMesh
+from expertlane.cost.memory import PlacedModel, RankMemory, workload_limits
 from expertlane.cost.number_types import NumberTypes
+from expertlane.engine.comm.mesh import Meshes, ParallelMesh
+from expertlane.engine.model.transformer import TransformerStage
+from expertlane.engine.model.weights import SeededWeights
+from expertlane.engine.ops.backend import backend_for
 from expertlane.errors import CapacityError
-from expertlane.memory import PlacedModel, RankMemory, workload_limits
-from expertlane.model.transformer import TransformerStage
-from expertlane.model.weights import SeededWeights
-from expertlane.ops.backend import backend_for
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

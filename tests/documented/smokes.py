@@ -174,23 +174,23 @@ SMOKES: Mapping[str, Smoke] = {
     ),
     "experiments/ep_map/ep_map.py": Smoke("--out .", r"ep_map\.html"),
     "experiments/ep_map/pairs.py": Smoke("{rows}", r"^h200,trt,fp8,8,1024,1024,16,"),
-    "tests/engine/harm.py": Smoke("runs.jsonl --to 1", r"1 runs, 0 failed"),
+    "tests/engine/ranks/harm.py": Smoke("runs.jsonl --to 1", r"1 runs, 0 failed"),
     "tests/faults/runs.py": Smoke("runs.jsonl --to 1", r"\| moment \| cases \| wrong"),
     "tests/golden/golden.py": Smoke("check balance", r"balance: "),
-    "tests/plan/serving_options.py": Smoke("take vllm", r"takes 0 commands", _no_vllm),
+    "tests/planner/serving_options.py": Smoke("take vllm", r"takes 0 commands", _no_vllm),
     "tests/server/journal_kills.py": Smoke("--kills 1 --part 1 --out kills.jsonl", r"none lost"),
     "tests/server/soak.py": Smoke("--requests 4 --layouts dp=2,ep=2", r"4 of 4 requests"),
 }
 
 # Scripts that tests of their own run.
 COVERED: Mapping[str, str] = {
-    "benchmarks/compile_cuda.py": "tests/ops/cuda/test_compile.py",
+    "benchmarks/compile_cuda.py": "tests/engine/ops/cuda/test_compile.py",
     "benchmarks/gpu.py": "tests/gpu/test_script.py",
     "docs/notebook.py": "tests/test_notebook.py",
     "docs/option_table.py": "tests/test_docs.py",
     "docs/pictures/deployments.py": "tests/test_docs.py",
     "docs/printed.py": "tests/test_docs.py",
-    "experiments/paper/likeness.py": "tests/compare/test_likeness.py",
+    "experiments/paper/likeness.py": "tests/comparison/test_likeness.py",
     "experiments/paper/study.py": "tests/report/test_study.py",
     "experiments/paper/what_it_takes.py": "tests/report/test_what_it_takes.py",
     "tests/distributed/cut_nodes.py": "tests/distributed/test_cut_nodes.py",
@@ -243,7 +243,7 @@ class Stage:
     @cached_property
     def checkpoint(self) -> Path:
         """A tiny Mixtral with a tokenizer and a chat template."""
-        from model.chat_checkpoint import save_chat_checkpoint
+        from engine.model.chat_checkpoint import save_chat_checkpoint
 
         path = self.folder / "my-checkpoint"
         path.mkdir()

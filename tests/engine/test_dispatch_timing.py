@@ -3,11 +3,11 @@
 import pytest
 
 from distributed.running import deployment, run_deployment
+from expertlane.cost.memory import workload_limits
 from expertlane.engine import dispatch_timing
-from expertlane.engine.commands import SetDispatch
 from expertlane.engine.dispatch_timing import middle_mean, still_hopeful
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.memory import workload_limits
+from expertlane.engine.ranks.commands import SetDispatch
 from expertlane.schedule.plan import StepPlan
 from expertlane.spec.dispatch import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout

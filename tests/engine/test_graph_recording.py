@@ -6,8 +6,8 @@ import pytest
 
 from cli.screen import tells
 from expertlane.engine import graph_recording
-from expertlane.engine.commands import RecordGraphs
 from expertlane.engine.graph_recording import forms_of_sizes, record_graphs
+from expertlane.engine.ranks.commands import RecordGraphs
 from expertlane.spec.deployment import GraphLimits
 from expertlane.spec.dispatch import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout

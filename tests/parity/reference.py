@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from expertlane.model.weights import draw
+from expertlane.engine.model.weights import draw
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import EMBEDDING, FINAL_NORM, HEAD, expert_name, layer_name
 

@@ -4,10 +4,10 @@ from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import ModelledCluster, parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
-from expertlane.plan.candidates import Goals, PlanRequest
-from expertlane.plan.project import Setting
-from expertlane.plan.search import OnePool, Search
-from expertlane.plan.simulated import simulated_pool
+from expertlane.planner.candidates import Goals, PlanRequest
+from expertlane.planner.project import Setting
+from expertlane.planner.search import OnePool, Search
+from expertlane.planner.simulated import simulated_pool
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.workload import Workload
 

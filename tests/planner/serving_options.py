@@ -4,8 +4,8 @@ Each is read off its parser, which is run; no GPU is needed. The packages are un
 download vllm --no-deps`, a zip archive) into folders on PYTHONPATH, with what they import
 installed. To record them anew, and to let the same parsers take the commands of plans:
 
-    python -P tests/plan/serving_options.py record vllm sglang vllm-router sglang-router
-    python -P tests/plan/serving_options.py take vllm results/*/results.json
+    python -P tests/planner/serving_options.py record vllm sglang vllm-router sglang-router
+    python -P tests/planner/serving_options.py take vllm results/*/results.json
 """
 
 import argparse

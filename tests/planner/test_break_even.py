@@ -5,12 +5,19 @@ from math import inf, log
 
 import pytest
 
-from expertlane.plan.break_even import Pair, Point, break_even, level_of, rival_of, screened_again
-from expertlane.plan.candidates import Candidate, Goals
-from expertlane.plan.ties import Contender, Ranking, Uncertain, contender, ranked
+from expertlane.planner.break_even import (
+    Pair,
+    Point,
+    break_even,
+    level_of,
+    rival_of,
+    screened_again,
+)
+from expertlane.planner.candidates import Candidate, Goals
+from expertlane.planner.ties import Contender, Ranking, Uncertain, contender, ranked
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from plan.requests import WORKLOAD, planned, search_of
+from planner.requests import WORKLOAD, planned, search_of
 
 
 def points(ahead, *places) -> list[Point]:

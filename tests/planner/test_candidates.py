@@ -1,7 +1,7 @@
 import pytest
 
 from expertlane.balance.placement import Placement
-from expertlane.plan.candidates import Candidate, candidates_of, valid_layouts
+from expertlane.planner.candidates import Candidate, candidates_of, valid_layouts
 from expertlane.spec.deployment import Options
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout

@@ -15,16 +15,16 @@ import expertlane
 from cli.screen import tells
 from expertlane.cli.app import app
 from expertlane.cost.number_types import NumberTypes
-from expertlane.plan.candidates import Candidate
-from expertlane.plan.commands import ServedPool, ServeTarget, engine_commands, longest_request
-from expertlane.plan.engines import ENGINES, Pool
+from expertlane.planner.candidates import Candidate
+from expertlane.planner.commands import ServedPool, ServeTarget, engine_commands, longest_request
+from expertlane.planner.engines import ENGINES, Pool
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DISPATCH_FORMS
 from expertlane.spec.hf_config import Quantization
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
-from plan.serving_options import Parser, of_installed, recorded, words_of
+from planner.serving_options import Parser, of_installed, recorded, words_of
 
 FP8, MXFP4 = Quantization("fp8", "float8"), Quantization("mxfp4", "mxfp4")
 TARGET, TYPES = ServeTarget("/there/mine"), NumberTypes.asked("bfloat16")

@@ -7,15 +7,15 @@ import pytest
 
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.multi_token import MultiToken
-from expertlane.plan.candidates import Goals, PlanRequest, candidates_of
-from expertlane.plan.project import Projector, StepSize
-from expertlane.plan.screen import Screen, fitting
-from expertlane.plan.search import Search
-from expertlane.plan.ties import contender
+from expertlane.planner.candidates import Goals, PlanRequest, candidates_of
+from expertlane.planner.project import Projector, StepSize
+from expertlane.planner.screen import Screen, fitting
+from expertlane.planner.search import Search
+from expertlane.planner.ties import contender
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
-from plan.requests import MIXED, cluster_of, planned, setting_of
+from planner.requests import MIXED, cluster_of, planned, setting_of
 
 DRAFTS = MultiToken(2, 0.8)
 

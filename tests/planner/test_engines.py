@@ -6,19 +6,25 @@ import pytest
 
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.errors import UserError
-from expertlane.plan.by_engine import of_each_engine
-from expertlane.plan.candidates import Candidate, Goals, PlanRequest, candidates_of, valid_layouts
-from expertlane.plan.engines import ENGINES, Pool, engines_on
-from expertlane.plan.screen import fitting
-from expertlane.plan.search import Search
-from expertlane.plan.simulated import simulated_pool
-from expertlane.plan.ties import contender, ranked
-from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
+from expertlane.planner.by_engine import of_each_engine
+from expertlane.planner.candidates import (
+    Candidate,
+    Goals,
+    PlanRequest,
+    candidates_of,
+    valid_layouts,
+)
+from expertlane.planner.engines import ENGINES, Pool, engines_on
+from expertlane.planner.screen import fitting
+from expertlane.planner.search import Search
+from expertlane.planner.simulated import simulated_pool
+from expertlane.planner.ties import contender, ranked
+from expertlane.planner.two_pools import TwoPools, TwoPoolSearch
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
-from plan.requests import MIXED, cluster_of, setting_of
+from planner.requests import MIXED, cluster_of, setting_of
 
 PAPER = PRESETS["paper"]
 MANY = PAPER.with_overrides(

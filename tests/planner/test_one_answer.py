@@ -9,7 +9,7 @@ import pytest
 
 import expertlane
 from expertlane.balance.trace import RoutingTrace, write_trace
-from expertlane.compare.projection import ExperimentProjector
+from expertlane.comparison.projection import ExperimentProjector
 from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.progress import Silent
@@ -132,7 +132,7 @@ def told_at_rate(record):
 @pytest.fixture
 def few_places(monkeypatch):
     """At most 16 sequences of a device, so that simulations are short."""
-    monkeypatch.setattr("expertlane.plan.candidates._MOST_SEQS", 16)
+    monkeypatch.setattr("expertlane.planner.candidates._MOST_SEQS", 16)
 
 
 @pytest.mark.usefixtures("few_places")
@@ -339,7 +339,7 @@ def limit_of(asked, metric, share):
 def test_compare_takes_the_experiment_of_a_plan(case, tmp_path, monkeypatch):
     """Its table says all that was asked for: no option is needed, and no row differs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("expertlane.compare.machine.why_not_here", lambda *_: "for this test")
+    monkeypatch.setattr("expertlane.comparison.machine.why_not_here", lambda *_: "for this test")
     asked = draw(700 + len(case)) | {"batch": 24, "seed": 2}
     match case:
         case "limit":
@@ -387,7 +387,7 @@ def test_compare_takes_the_experiment_of_a_plan(case, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("few_places")
 def test_recorded_requests_at_a_rate_are_fewer_than_sequences(tmp_path, monkeypatch):
-    monkeypatch.setattr("expertlane.compare.machine.why_not_here", lambda *_: "for this test")
+    monkeypatch.setattr("expertlane.comparison.machine.why_not_here", lambda *_: "for this test")
     asked = {"cluster": "h100x2", "requests": recorded_requests(tmp_path), "rate": 1, "skew": 0}
     results = expertlane.plan("paper-small", **asked, out=tmp_path / "planned")
     best = best_of(results)
@@ -398,7 +398,7 @@ def test_recorded_requests_at_a_rate_are_fewer_than_sequences(tmp_path, monkeypa
 
 
 def test_options_take_the_place_of_an_experiments_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("expertlane.compare.machine.why_not_here", lambda *_: "for this test")
+    monkeypatch.setattr("expertlane.comparison.machine.why_not_here", lambda *_: "for this test")
     asked = draw(3) | {"batch": 24, "cluster": "h100x2", "output_len": 20, "skew": 0.5}
     plan(asked, slo=limit_of(asked, "tpot.mean", 0.9), out=tmp_path)
     path = tmp_path / "experiment.toml"

@@ -6,12 +6,12 @@ from math import inf
 import pytest
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.plan.candidates import Goals, PlanRequest
-from expertlane.plan.phases import with_fastest_prefill
-from expertlane.plan.screen import fitting
-from expertlane.plan.search import Search
+from expertlane.planner.candidates import Goals, PlanRequest
+from expertlane.planner.phases import with_fastest_prefill
+from expertlane.planner.screen import fitting
+from expertlane.planner.search import Search
 from expertlane.spec.workload import Workload
-from plan.requests import MIXED, cluster_of, setting_of
+from planner.requests import MIXED, cluster_of, setting_of
 
 
 @pytest.fixture(scope="module")

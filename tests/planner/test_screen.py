@@ -11,25 +11,25 @@ from expertlane.balance.trace import RoutingTrace
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.routing import PowerLawRouting, TraceRouting
 from expertlane.cost.step.expected_counts import sampled_layers
-from expertlane.plan.candidates import (
+from expertlane.planner.candidates import (
     Candidate,
     Goals,
     PlanRequest,
     candidates_of,
     valid_layouts,
 )
-from expertlane.plan.experiment_text import experiment_text
-from expertlane.plan.project import Projector, StepSize
-from expertlane.plan.screen import Screen, fitting
-from expertlane.simulate.setup import ServingSetup
-from expertlane.simulate.simulator import Simulator
+from expertlane.planner.experiment_text import experiment_text
+from expertlane.planner.project import Projector, StepSize
+from expertlane.planner.screen import Screen, fitting
+from expertlane.simulator.setup import ServingSetup
+from expertlane.simulator.simulator import Simulator
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import read_experiment
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import LengthRange, Load, Workload
 from golden.cases import DEEPSEEK
-from plan.requests import MIXED, PAPER, WORKLOAD, cluster_of, setting_of
+from planner.requests import MIXED, PAPER, WORKLOAD, cluster_of, setting_of
 
 
 def screened(model, num_devices, workload=WORKLOAD, **setting):

@@ -6,15 +6,15 @@ import pytest
 
 from cli.screen import telling, tells
 from expertlane.errors import UserError
-from expertlane.plan.candidates import Goals, PlanRequest, family_of
-from expertlane.plan.explanation import best_of_families, gap_to, pareto
-from expertlane.plan.screen import fitting
-from expertlane.plan.simulated import simulated_pool
-from expertlane.plan.ties import contender, ranked
-from expertlane.plan.two_pools import TwoPools, TwoPoolSearch, _prefill_sizes
+from expertlane.planner.candidates import Goals, PlanRequest, family_of
+from expertlane.planner.explanation import best_of_families, gap_to, pareto
+from expertlane.planner.screen import fitting
+from expertlane.planner.simulated import simulated_pool
+from expertlane.planner.ties import contender, ranked
+from expertlane.planner.two_pools import TwoPools, TwoPoolSearch, _prefill_sizes
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
-from plan.requests import MIXED, PAPER, WORKLOAD, cluster_of, planned, search_of, setting_of
+from planner.requests import MIXED, PAPER, WORKLOAD, cluster_of, planned, search_of, setting_of
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_the_best_split_is_found_without_trying_all(num_sequences, prompt_len, m
     monkeypatch.setattr(
         TwoPoolSearch, "_best_simulated", lambda _, pairs, most: NotSimulated(pairs)
     )
-    monkeypatch.setattr("expertlane.plan.two_pools.TwoPools", NotSimulated)
+    monkeypatch.setattr("expertlane.planner.two_pools.TwoPools", NotSimulated)
     search = search_of(MIXED, 64, Workload(num_sequences, prompt_len, 256))
     pools = TwoPoolSearch(search.request, search.known, fitting(search.screen()))
     found = pools.run().pairs[0]

@@ -17,16 +17,16 @@ from expertlane.cost.step.layer import arrival_steps, embedding_steps, head_step
 from expertlane.cost.step.operation import HandOver
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import ExpectedStepList
-from expertlane.plan.candidates import Goals, PlanRequest
-from expertlane.plan.many_steps import Pipelining
-from expertlane.plan.screen import fitting
-from expertlane.plan.search import Search
-from expertlane.plan.stage_times import price
-from expertlane.plan.throughput import step_estimates
+from expertlane.planner.candidates import Goals, PlanRequest
+from expertlane.planner.many_steps import Pipelining
+from expertlane.planner.screen import fitting
+from expertlane.planner.search import Search
+from expertlane.planner.stage_times import price
+from expertlane.planner.throughput import step_estimates
 from expertlane.spec.dispatch import is_by_node_on
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.workload import Workload
-from plan.requests import MIXED, PAPER, cluster_of, setting_of
+from planner.requests import MIXED, PAPER, cluster_of, setting_of
 
 LATENT = from_hf(
     {

@@ -7,21 +7,21 @@ import pytest
 
 from cli.screen import telling
 from expertlane.errors import UserError
-from expertlane.plan.candidates import Goals, family_of
-from expertlane.plan.screen import fitting
-from expertlane.plan.search import OnePool
-from expertlane.plan.simulated import (
+from expertlane.planner.candidates import Goals, family_of
+from expertlane.planner.screen import fitting
+from expertlane.planner.search import OnePool
+from expertlane.planner.simulated import (
     Race,
     simulate,
     simulate_pools,
     simulated_pool,
 )
-from expertlane.plan.throughput import ThroughputCurve
-from expertlane.plan.trials import Trials
-from expertlane.simulate.watch import ROUGH
+from expertlane.planner.throughput import ThroughputCurve
+from expertlane.planner.trials import Trials
+from expertlane.simulator.watch import ROUGH
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
-from plan.requests import search_of
+from planner.requests import search_of
 
 GOALS = Goals()
 

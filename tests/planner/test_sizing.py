@@ -3,7 +3,7 @@
 import pytest
 
 import expertlane
-from expertlane.plan.sizing import cluster_sizes
+from expertlane.planner.sizing import cluster_sizes
 from expertlane.results.record import BEST
 from expertlane.results.serving_record import is_served
 
@@ -42,7 +42,7 @@ def test_the_smallest_cluster_serves_all_and_the_next_smaller_does_not():
 
 
 def test_the_smallest_cluster_for_a_rate_serves_it_and_the_next_smaller_does_not(monkeypatch):
-    monkeypatch.setattr("expertlane.plan.candidates._MOST_SEQS", 16)
+    monkeypatch.setattr("expertlane.planner.candidates._MOST_SEQS", 16)
     asked = {key: value for key, value in ASKED.items() if key != "batch"}
     one = expertlane.plan("paper-small", cluster="h100x1", rate=1, **asked)
     rate = 1.5 * one.deployments[0].serving[0].output_tps.value / ASKED["output_len"]

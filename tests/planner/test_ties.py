@@ -8,17 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlane.plan.candidates import Candidate, Goals
-from expertlane.plan.search import Search
-from expertlane.plan.throughput import ThroughputCurve
-from expertlane.plan.ties import Contender, Uncertain, contender, pools_tps, ranked
-from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
+from expertlane.planner.candidates import Candidate, Goals
+from expertlane.planner.search import Search
+from expertlane.planner.throughput import ThroughputCurve
+from expertlane.planner.ties import Contender, Uncertain, contender, pools_tps, ranked
+from expertlane.planner.two_pools import TwoPools, TwoPoolSearch
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.serving_record import ServingRecord, SLOResult
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.slo import SLO
-from plan.requests import WORKLOAD, planned, search_of
+from planner.requests import WORKLOAD, planned, search_of
 
 DRIVER, GEMM, LINK = ("driver", ()), ("gemm", (7,)), ("link", (20,))
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.screen import tells
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 from expertlane.server import answers, bodies, checks, fields, live, messages, protocol, requests
 from expertlane.server.answers import as_json, json_parts
 from expertlane.server.app import make_app

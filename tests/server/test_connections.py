@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from cli.screen import tells
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 from engine.stub_runner import expected, spell
 from expertlane.server import bodies, protocol
 from expertlane.server.setup import ServerOptions

@@ -10,7 +10,7 @@ from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
 from expertlane.results.metrics import serving_record
-from expertlane.simulate.pools import Pool, run_load
+from expertlane.simulator.pools import Pool, run_load
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import LengthRange, Load, TimedRequest, draw_requests
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.simulate.draws import Prompts
-from expertlane.simulate.simulator import Simulator
-from expertlane.simulate.steady import steady_state
+from expertlane.simulator.draws import Prompts
+from expertlane.simulator.simulator import Simulator
+from expertlane.simulator.steady import steady_state
 from expertlane.spec.workload import LengthRange, Load, SharedPrefixes
-from simulate.test_steady import simulator_of
+from simulator.test_steady import simulator_of
 
 PROMPT, OUTPUT = (1100, 1140), (30, 50)
 CALM = 0.01  # what chance may do to tokens a second

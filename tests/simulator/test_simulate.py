@@ -14,9 +14,9 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import StepSharing
 from expertlane.results.metrics import serving_record
-from expertlane.simulate.setup import ServingSetup
-from expertlane.simulate.simulator import Simulator
-from expertlane.simulate.totals import PhaseTotals
+from expertlane.simulator.setup import ServingSetup
+from expertlane.simulator.simulator import Simulator
+from expertlane.simulator.totals import PhaseTotals
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS

@@ -12,11 +12,11 @@ from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.results.metrics import serving_record
-from expertlane.simulate.draws import Lengths, poisson_quantiles
-from expertlane.simulate.setup import ServingSetup
-from expertlane.simulate.simulator import Simulator
-from expertlane.simulate.steady import steady_state
-from expertlane.simulate.watch import USUAL
+from expertlane.simulator.draws import Lengths, poisson_quantiles
+from expertlane.simulator.setup import ServingSetup
+from expertlane.simulator.simulator import Simulator
+from expertlane.simulator.steady import steady_state
+from expertlane.simulator.watch import USUAL
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS

@@ -3,8 +3,9 @@ import math
 import pytest
 from safetensors import safe_open
 
-from expertlane.model.checkpoint import Checkpoint
-from expertlane.model.checkpoint_names import tensor_locations
+from engine.model.families import FAMILIES
+from expertlane.engine.model.checkpoint import Checkpoint
+from expertlane.engine.model.checkpoint_names import tensor_locations
 from expertlane.spec.model import PRESETS
 from expertlane.spec.tensors import (
     cut_dim,
@@ -14,7 +15,6 @@ from expertlane.spec.tensors import (
     tensor_names,
     tensor_shape,
 )
-from model.families import FAMILIES
 
 
 def test_the_paper_s_model_by_hand():

@@ -11,7 +11,7 @@ pairs, rounded up, unless so many paths are needed that the search is cut off.
 Senders whose way does not get longer give their pairs first: own rank, own node, another node.
 
 R ranks of a stage, E experts, M of them with several copies, C copies at most, T tokens, K = top_k.
-`ops/even_copies.cpp` is equal to this, pair by pair.
+`engine/ops/even_copies.cpp` is equal to this, pair by pair.
 """
 
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import ITEM_BYTES
 from expertlane.cost.step.operation import Kind, flops_of
-from expertlane.engine.measure.points import Point, TransferPoint
+from expertlane.engine.ranks.commands import Point, TransferPoint
 from expertlane.spec.names import Link
 
 Floats = npt.NDArray[np.float64]

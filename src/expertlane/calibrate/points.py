@@ -6,7 +6,7 @@ from itertools import chain, product, zip_longest
 
 from expertlane.cost.laws.roofline import moved_bytes
 from expertlane.cost.step.operation import Kind, TransferKind, flops_of
-from expertlane.engine.measure.points import Point, TransferPoint
+from expertlane.engine.ranks.commands import Point, TransferPoint
 
 _TRANSFERS = (  # the engine has no all-reduce
     TransferKind.ALL_GATHER,

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from expertlane.ops.host import ForeignLoad
+from expertlane.engine.ops.host import ForeignLoad
 
 ResultT = TypeVar("ResultT")
 

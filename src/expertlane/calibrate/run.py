@@ -24,16 +24,16 @@ from expertlane.cost.laws.execution import DRIVER_S, GRAPH_LAUNCH_S, LAUNCH_S
 from expertlane.cost.laws.profile import Device, Profile, Term
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.step.operation import TransferKind
-from expertlane.engine.commands import (
+from expertlane.engine.launch import describe_ranks
+from expertlane.engine.ops.host import num_cores
+from expertlane.engine.ranks.commands import (
     MeasureContention,
     MeasureLaunches,
     MeasureOperations,
     MeasureTransfers,
 )
-from expertlane.engine.launch import describe_ranks
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import UserError
-from expertlane.ops.host import num_cores
 from expertlane.progress import Progress, Silent
 
 Floats = npt.NDArray[np.float64]

@@ -34,7 +34,7 @@ from expertlane.cost.step.kernel_sets import ENGINE, ENGINE_ON_GPUS, KernelSet
 from expertlane.cost.step.operation import Operation, Transfer
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import HandleT, Runner
 from expertlane.schedule.request import Limits

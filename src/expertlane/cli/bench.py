@@ -135,7 +135,7 @@ def _check(
     Raises:
         UserError: it could not be run to its end.
     """
-    from expertlane.engine.torchrun import num_nodes
+    from expertlane.engine.ranks.torchrun import num_nodes
     from expertlane.spec.workload import check_lengths
 
     for load in loads:
@@ -155,9 +155,9 @@ def _measured(
     command: str,
 ) -> "Results":
     """All loads on each layout in turn."""
-    from expertlane.compare.machine import machine_record
-    from expertlane.compare.serving_benchmark import run_loads
-    from expertlane.ops.host import ForeignLoad
+    from expertlane.comparison.machine import machine_record
+    from expertlane.comparison.serving_benchmark import run_loads
+    from expertlane.engine.ops.host import ForeignLoad
     from expertlane.results.cost import with_costs
     from expertlane.results.record import DeploymentRecord
     from expertlane.results.results import Results

@@ -26,8 +26,8 @@ from expertlane.spec.ranges import DEFAULT_REPEAT, shown
 from expertlane.spec.slo import parse_slos
 
 if TYPE_CHECKING:
-    from expertlane.compare.projection import ExperimentProjector
-    from expertlane.compare.virtual import VirtualSettings
+    from expertlane.comparison.projection import ExperimentProjector
+    from expertlane.comparison.virtual import VirtualSettings
     from expertlane.results.results import Results
     from expertlane.results.step_record import StepRecord
     from expertlane.spec.experiment import Experiment
@@ -271,7 +271,7 @@ def _why_only_projected(projection: _Projection) -> str | None:
 
 def _why_not_here(comparisons: list[_Comparison], dtype: str | None) -> str | None:
     """The reason why one of them can't run here, as far as known before ranks start; else None."""
-    from expertlane.compare.machine import why_not_here
+    from expertlane.comparison.machine import why_not_here
 
     reasons = (why_not_here(each.experiment, dtype) for each in comparisons)
     return next(filter(None, reasons), None)
@@ -285,7 +285,7 @@ def _projector(
     Raises:
         UserError: an unknown cluster, or one with too few devices.
     """
-    from expertlane.compare.projection import (
+    from expertlane.comparison.projection import (
         ExperimentProjector,
         ServingConditions,
         usual_number_type,
@@ -294,7 +294,7 @@ def _projector(
     from expertlane.cost.laws.frameworks import served_by
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.plan.candidates import Goals
+    from expertlane.planner.candidates import Goals
     from expertlane.spec.projection import ProjectionAsked
     from expertlane.spec.workload import check_lengths
 
@@ -341,8 +341,8 @@ def _measure(
     Raises:
         CapacityError: one of them does not fit; raised before the first is run.
     """
-    from expertlane.compare.machine import check_memory
-    from expertlane.compare.run import Repeats, run_comparison
+    from expertlane.comparison.machine import check_memory
+    from expertlane.comparison.run import Repeats, run_comparison
     from expertlane.engine.launch import start_pool
     from expertlane.results.chrome_trace import write_traces
 
@@ -403,7 +403,7 @@ def _telling_what_is_kept(folder: Path | None) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        from expertlane.compare.journal import FILE_NAME
+        from expertlane.comparison.journal import FILE_NAME
 
         if folder is not None and (folder / FILE_NAME).exists():
             output.print_message(

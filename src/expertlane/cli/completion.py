@@ -45,7 +45,7 @@ def layouts(ctx: typer.Context, incomplete: str) -> list[str]:
     count = str(ctx.params.get("cluster")).rpartition("x")[2]
     if model not in PRESETS or not count.isdigit():
         return []
-    from expertlane.plan.candidates import MOST_DEVICES, valid_layouts
+    from expertlane.planner.candidates import MOST_DEVICES, valid_layouts
 
     if not 0 < int(count) <= MOST_DEVICES:
         return []

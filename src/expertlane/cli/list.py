@@ -165,7 +165,7 @@ def frameworks(print_options: PrintOptions) -> None:
     --framework a projection is of no framework: steps take what the laws of kernels say.
     """
     from expertlane.cost.laws import frameworks as known
-    from expertlane.plan.engines import ENGINES
+    from expertlane.planner.engines import ENGINES
     from expertlane.report.document import number, text
     from expertlane.report.numbers import whole
 
@@ -237,8 +237,8 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
     """
     from expertlane.balance.placement_file import placements_of
     from expertlane.cost.laws.profile_file import parse_cluster
-    from expertlane.memory import PlacedModel
-    from expertlane.plan.candidates import check_plan_size, valid_layouts
+    from expertlane.cost.memory import PlacedModel
+    from expertlane.planner.candidates import check_plan_size, valid_layouts
     from expertlane.report.document import number, text
     from expertlane.report.numbers import bytes_si, counted, whole
     from expertlane.spec.deployment import Options

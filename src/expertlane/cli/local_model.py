@@ -15,8 +15,8 @@ from expertlane.spec.files import strict_json
 from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
-    from expertlane.engine.commands import RankMachine
     from expertlane.engine.llm import LLM
+    from expertlane.engine.ranks.commands import RankMachine
     from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import TokenLogprobs
 

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
     from expertlane.cost.routing import RoutingChoice
-    from expertlane.plan.candidates import PlanRequest
-    from expertlane.plan.commands import ServeTarget
-    from expertlane.plan.project import Setting
+    from expertlane.planner.candidates import PlanRequest
+    from expertlane.planner.commands import ServeTarget
+    from expertlane.planner.project import Setting
     from expertlane.spec.workload import Load
 
 _EXPERIMENT = "experiment.toml"
@@ -107,8 +107,8 @@ def run(
 ) -> output.Found:
     """Plan, without a word on standard output."""
     from expertlane.cost.laws.device import stand_ins
-    from expertlane.plan.results import make_plan
-    from expertlane.plan.sizing import smallest_plan
+    from expertlane.planner.results import make_plan
+    from expertlane.planner.sizing import smallest_plan
     from expertlane.results.cost import with_costs
     from expertlane.spec.projection import Projection, ProjectionAsked
 
@@ -185,7 +185,7 @@ def _question(
     from expertlane.cost.laws.frameworks import served_by
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.plan.candidates import Goals, PlanRequest
+    from expertlane.planner.candidates import Goals, PlanRequest
 
     found = find_model(own.model, weights=False)
     config, devices = found.config, parse_cluster(cluster)
@@ -239,7 +239,7 @@ def _setting(
         UserError: drafts are asked for of an engine that has none.
     """
     from expertlane.cost.laws.execution import Execution
-    from expertlane.plan.project import Setting
+    from expertlane.planner.project import Setting
 
     multi_token = drafts.multi_token()
     if multi_token.num_drafts and own.engine == "expertlane":
@@ -265,7 +265,7 @@ def _types(types: "NumberTypes") -> dict[str, str]:
 
 def _served(found: FoundModel) -> "ServeTarget":
     """A folder by its absolute path: a relative one could be taken for a hub id."""
-    from expertlane.plan.commands import ServeTarget
+    from expertlane.planner.commands import ServeTarget
 
     if found.folder is None:
         return ServeTarget("MODEL")

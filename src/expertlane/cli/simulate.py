@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from expertlane.cost.number_types import NumberTypes
     from expertlane.cost.routing import Traffic
     from expertlane.results.results import Results
-    from expertlane.simulate.row import Row
-    from expertlane.simulate.setup import ServingSetup
-    from expertlane.simulate.simulator import Outcome, Simulator
-    from expertlane.simulate.watch import Precision
+    from expertlane.simulator.row import Row
+    from expertlane.simulator.setup import ServingSetup
+    from expertlane.simulator.simulator import Outcome, Simulator
+    from expertlane.simulator.watch import Precision
     from expertlane.spec.workload import Load
 
 
@@ -78,7 +78,7 @@ class _Options:
 
     def row(self) -> "Row | None":
         """The one that `--plan` names."""
-        from expertlane.simulate.row import find_row
+        from expertlane.simulator.row import find_row
 
         with naming("--plan"):
             return None if self.plan is None else find_row(self.plan)
@@ -120,7 +120,7 @@ def of_plan(given: "Mapping[str, Any]") -> "dict[str, Any]":
     """
     if given.get("plan") is None:
         return _of_framework(given)
-    from expertlane.simulate.row import find_row
+    from expertlane.simulator.row import find_row
 
     for name in ("model", "layout", "prefill_layout"):
         if given.get(name) is not None:
@@ -205,9 +205,9 @@ def run(
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.results.cost import with_costs
-    from expertlane.simulate.results import simulation
-    from expertlane.simulate.simulator import Simulator
-    from expertlane.simulate.watch import Precision
+    from expertlane.simulator.results import simulation
+    from expertlane.simulator.simulator import Simulator
+    from expertlane.simulator.watch import Precision
     from expertlane.spec.workload import check_lengths
 
     config, seed = found_model.config, load_options.seed
@@ -283,7 +283,7 @@ def _setup(
         sizes: of the scheduler.
     """
     from expertlane.cost.laws.execution import Execution
-    from expertlane.simulate.setup import ServingSetup
+    from expertlane.simulator.setup import ServingSetup
 
     if options.placement == "load" and all(
         each is None or each.ep == 1 for each in (layout, prefill_layout)
@@ -322,7 +322,7 @@ def _write_trace(
         return []
 
     from expertlane.results.chrome_trace import write_traces
-    from expertlane.simulate.results import best_run
+    from expertlane.simulator.results import best_run
 
     simulator, outcome = best_run(runs, results.deployments[0].serving)
     return write_traces({str(simulator.setup.layout): simulator.trace(outcome)}, folder)
@@ -332,7 +332,7 @@ def _sizes(
     scheduler: _Scheduler, framework: str | None, layout: "Layout", loads: "Sequence[Load]"
 ) -> dict[str, Any]:
     """The scheduler's: what was asked for, else what the loads and a framework ask for."""
-    from expertlane.simulate.setup import scheduling_of
+    from expertlane.simulator.setup import scheduling_of
 
     asked = {name: value for name, value in vars(scheduler).items() if value is not None}
     most = max(each.batch or 0 for each in loads)
@@ -350,7 +350,7 @@ def _check(found: FoundModel, setup: "ServingSetup", modelled: "ModelledCluster"
     Raises:
         UserError: a layout does not suit the model or the cluster.
     """
-    from expertlane.simulate.setup import check_fits_cluster
+    from expertlane.simulator.setup import check_fits_cluster
 
     check_fits_cluster(modelled, setup)
     per_node = modelled.profile.ranks_per_node
@@ -362,7 +362,7 @@ def _check(found: FoundModel, setup: "ServingSetup", modelled: "ModelledCluster"
 def _run(
     simulator: "Simulator", seed: int, precision: "Precision", *, cold_start: bool, is_alone: bool
 ) -> "Outcome":
-    from expertlane.simulate.steady import steady_state
+    from expertlane.simulator.steady import steady_state
 
     num_runs, load = simulator.num_runs, simulator.load
     name = "" if is_alone else f"{load}: "

@@ -11,7 +11,7 @@ from expertlane.cli.help import Panel
 from expertlane.errors import UserError
 
 if TYPE_CHECKING:
-    from expertlane.compare.virtual import VirtualSettings
+    from expertlane.comparison.virtual import VirtualSettings
 
 DEFAULT_PROFILE = "h100"
 _NO_LINKS, _MEASURED = "none", "measured"
@@ -72,7 +72,7 @@ class VirtualTimeOptions:
         Raises:
             UserError: no such profile, or a damaged one.
         """
-        from expertlane.compare.virtual import VirtualSettings
+        from expertlane.comparison.virtual import VirtualSettings
         from expertlane.cost.laws.profile_file import read_profile
 
         if self.clock is _Clock.WALL:

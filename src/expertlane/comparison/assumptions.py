@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from expertlane.compare.likeness import (
+from expertlane.comparison.likeness import (
     PAPER_CONTEXT,
     PROPOSAL,
     is_of_the_papers_kind,
@@ -12,9 +12,9 @@ from expertlane.compare.likeness import (
 )
 from expertlane.cost.laws.execution import Execution, kernels_of
 from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.memory import FREE_SHARE, workload_limits
 from expertlane.cost.number_types import NumberTypes
-from expertlane.memory import FREE_SHARE, workload_limits
-from expertlane.plan.project import StepSize
+from expertlane.planner.project import StepSize
 from expertlane.results.hardware import Machine
 from expertlane.results.results import Assumption
 from expertlane.schedule.request import Limits

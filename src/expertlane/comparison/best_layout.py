@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from expertlane.errors import UserError
-from expertlane.plan.candidates import PlanRequest
-from expertlane.plan.results import candidate_record, pareto_records
-from expertlane.plan.screen import ScreenedCandidate, fitting
-from expertlane.plan.search import OnePool, Search
-from expertlane.plan.simulated import simulated_pool
+from expertlane.planner.candidates import PlanRequest
+from expertlane.planner.results import candidate_record, pareto_records
+from expertlane.planner.screen import ScreenedCandidate, fitting
+from expertlane.planner.search import OnePool, Search
+from expertlane.planner.simulated import simulated_pool
 from expertlane.progress import Progress
 from expertlane.results.record import BEST, FASTEST, Conditions, DeploymentRecord
 from expertlane.results.results import PlanSummary

@@ -9,23 +9,23 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.placement_file import placements_of
-from expertlane.compare.journal import Journal, Measurement
-from expertlane.compare.pair import Repeated
-from expertlane.compare.projection import usual_number_type
-from expertlane.compare.records import (
+from expertlane.comparison.journal import Journal, Measurement
+from expertlane.comparison.pair import Repeated
+from expertlane.comparison.projection import usual_number_type
+from expertlane.comparison.records import (
     copy_records,
     measured_record,
     rebalance_records,
     traced_steps,
 )
-from expertlane.compare.virtual import VirtualRuns, VirtualSettings, without_scheduler
+from expertlane.comparison.virtual import VirtualRuns, VirtualSettings, without_scheduler
 from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.virtual import undisturbed, without_each
-from expertlane.engine.commands import HeldBytes
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.commands import HeldBytes
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import ModelError
 from expertlane.progress import Progress
 from expertlane.results.hardware import MachinePeak

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane import __version__
-from expertlane.engine.commands import HeldBytes, RankMachine
-from expertlane.engine.messages import Decoder, MessageError, MessageKind, encode, messages_in
+from expertlane.engine.ranks.commands import HeldBytes, RankMachine
+from expertlane.engine.ranks.messages import Decoder, MessageError, MessageKind, encode, messages_in
 from expertlane.errors import UserError, naming
 from expertlane.results.hardware import MachinePeak
 from expertlane.results.record import CopyRecord, RebalanceRecord

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expertlane.balance.placement_file import check_experiment
-from expertlane.engine.commands import MeasureRates, RankMachine
+from expertlane.cost.memory import workload_limits
 from expertlane.engine.launch import describe_ranks, fit_to_machine
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ops import host
+from expertlane.engine.ranks.commands import MeasureRates, RankMachine
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import CapacityError, UserError, naming
-from expertlane.memory import workload_limits
-from expertlane.ops import host
 from expertlane.results.hardware import Machine, MachinePeak
 from expertlane.schedule.request import Limits
 from expertlane.spec.experiment import Experiment

@@ -6,11 +6,12 @@ from itertools import product
 from typing import Any
 
 from expertlane.balance.placement_file import Placements
-from expertlane.compare.assumptions import projected_assumptions
-from expertlane.compare.best_layout import plan_beside
+from expertlane.comparison.assumptions import projected_assumptions
+from expertlane.comparison.best_layout import plan_beside
 from expertlane.cost.laws.execution import OVERHEAD_S, Execution
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.records import cluster_record, conditions_of, with_known_errors
 from expertlane.cost.routing import (
@@ -21,17 +22,16 @@ from expertlane.cost.routing import (
     placed,
 )
 from expertlane.errors import CapacityError, UserError
-from expertlane.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
-from expertlane.plan.candidates import Goals, PlanRequest, candidates_like
-from expertlane.plan.explanation import time_by_cause
-from expertlane.plan.project import (
+from expertlane.planner.candidates import Goals, PlanRequest, candidates_like
+from expertlane.planner.explanation import time_by_cause
+from expertlane.planner.project import (
     Projector,
     Setting,
     StepSize,
 )
-from expertlane.plan.results import candidate_record
-from expertlane.plan.simulated import evaluated
-from expertlane.plan.ties import Contender, contender
+from expertlane.planner.results import candidate_record
+from expertlane.planner.simulated import evaluated
+from expertlane.planner.ties import Contender, contender
 from expertlane.progress import Progress, each_of
 from expertlane.results.pair import choose_compared
 from expertlane.results.record import (

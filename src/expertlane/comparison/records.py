@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.placement_file import placements_of
-from expertlane.engine.commands import HeldBytes
-from expertlane.engine.copy_switch import CopySwitch
-from expertlane.engine.rebalancing import Rebalance, Rebalancer, StepLoad
+from expertlane.engine.elastic.copy_switch import CopySwitch
+from expertlane.engine.elastic.rebalancing import Rebalance, Rebalancer, StepLoad
+from expertlane.engine.ranks.commands import HeldBytes
 from expertlane.results.record import (
     CopyRecord,
     DeploymentRecord,

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from expertlane.compare.assumptions import measured_assumptions
-from expertlane.compare.deployed import Deployed, Setting
-from expertlane.compare.journal import Journal
-from expertlane.compare.machine import experiment_limits, machine_record, measure_peak
-from expertlane.compare.pair import pair_in_virtual_time, pair_in_wall_time
-from expertlane.compare.virtual import VirtualRuns, VirtualSettings
-from expertlane.engine.commands import RankMachine
+from expertlane.comparison.assumptions import measured_assumptions
+from expertlane.comparison.deployed import Deployed, Setting
+from expertlane.comparison.journal import Journal
+from expertlane.comparison.machine import experiment_limits, machine_record, measure_peak
+from expertlane.comparison.pair import pair_in_virtual_time, pair_in_wall_time
+from expertlane.comparison.virtual import VirtualRuns, VirtualSettings
 from expertlane.engine.launch import describe_ranks
-from expertlane.engine.pool import RankPool
-from expertlane.ops.host import ForeignLoad
+from expertlane.engine.ops.host import ForeignLoad
+from expertlane.engine.ranks.commands import RankMachine
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.progress import Progress
 from expertlane.results.hardware import MachinePeak, VirtualTime
 from expertlane.results.pair import PairRecord, choose_compared

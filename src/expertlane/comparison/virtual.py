@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from expertlane.compare.likeness import (
+from expertlane.comparison.likeness import (
     PROPOSAL,
     StepWork,
     is_of_the_papers_kind,
     own_step_work,
     paper_step_work,
 )
-from expertlane.compare.projection import check_has_law, usual_number_type
+from expertlane.comparison.projection import check_has_law, usual_number_type
 from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.number_types import NumberTypes

@@ -6,7 +6,8 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
-from expertlane.engine.commands import (
+from expertlane.cost.memory import FREE_SHARE, RankMemory, size_text, too_little
+from expertlane.engine.ranks.commands import (
     Deploy,
     DescribeMachine,
     HeldBytes,
@@ -15,9 +16,8 @@ from expertlane.engine.commands import (
     RecordGraphs,
     SetDispatch,
 )
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import CapacityError
-from expertlane.memory import FREE_SHARE, RankMemory, size_text, too_little
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.dispatch import DispatchTable

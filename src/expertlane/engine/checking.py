@@ -3,10 +3,10 @@
 from collections import Counter, defaultdict
 from collections.abc import Collection, Sequence
 
-from expertlane.engine.arrangement import Arranged
-from expertlane.engine.commands import RankOutcome, SumWeights
-from expertlane.engine.losses import Loss
-from expertlane.engine.pool import RankPool
+from expertlane.engine.elastic.arrangement import Arranged
+from expertlane.engine.ranks.commands import RankOutcome, SumWeights
+from expertlane.engine.ranks.losses import Loss
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.results.step_checks import first_found, named
 from expertlane.schedule.plan import StepPlan
 

@@ -6,11 +6,11 @@ from concurrent.futures import Future, wait
 from functools import cached_property, partial
 from typing import Generic, TypeVar
 
-from expertlane.engine.arrangement import Arrangement
+from expertlane.engine.elastic.arrangement import Arrangement
+from expertlane.engine.elastic.recovery import Recovery
+from expertlane.engine.elastic.recovery_record import State
+from expertlane.engine.elastic.resumed import resume
 from expertlane.engine.live_request import LiveRequest, Prompt, RequestMaker
-from expertlane.engine.recovery import Recovery
-from expertlane.engine.recovery_record import State
-from expertlane.engine.resumed import resume
 from expertlane.errors import RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop, FinishedStep
 from expertlane.schedule.plan import HandleT, Runner, StepOutcome

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from expertlane.balance.placement_file import Placements
-from expertlane.engine.arrangement import Arranged, Arrangement
+from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.engine.elastic.recovery import Recovery
+from expertlane.engine.elastic.scaling import Scaling
+from expertlane.engine.elastic.shrinking import Shrinking
 from expertlane.engine.engine import Engine
 from expertlane.engine.launch import (
     check_num_blocks,
@@ -15,10 +18,7 @@ from expertlane.engine.launch import (
     with_blocks,
 )
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
-from expertlane.engine.recovery import Recovery
-from expertlane.engine.scaling import Scaling
-from expertlane.engine.shrinking import Shrinking
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits

@@ -3,8 +3,8 @@
 import time
 from collections.abc import Callable
 
-from expertlane.engine.commands import RecordGraphs
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.commands import RecordGraphs
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.spec.deployment import GraphLimits
 from expertlane.spec.dispatch import DispatchForm, DispatchTable
 from expertlane.spec.layout import Layout

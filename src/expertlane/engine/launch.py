@@ -7,22 +7,22 @@ from functools import partial
 from pathlib import Path
 
 from expertlane.balance.placement_file import Placements, placements_of
+from expertlane.cost.memory import FREE_SHARE, PlacedModel
 from expertlane.cost.number_types import NumberTypes
-from expertlane.engine.commands import DescribeMachine, RankMachine
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.node_ranks import NodeRanks
+from expertlane.engine.model.stored_tensors import StoredTensors
 from expertlane.engine.option_checks import check_options
-from expertlane.engine.pool import RankPool
-from expertlane.engine.rank_environment import check_cpu_isa, check_num_ranks
-from expertlane.engine.torchrun import (
+from expertlane.engine.ranks.commands import DescribeMachine, RankMachine
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.node_ranks import NodeRanks
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.ranks.rank_environment import check_cpu_isa, check_num_ranks
+from expertlane.engine.ranks.torchrun import (
     TorchrunNode,
     become_supervisor,
     end_with_torchrun,
     is_under_torchrun,
 )
 from expertlane.errors import CapacityError, SpecError, UserError
-from expertlane.memory import FREE_SHARE, PlacedModel
-from expertlane.model.stored_tensors import StoredTensors
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.files import fill_closed

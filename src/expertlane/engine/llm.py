@@ -23,8 +23,8 @@ from expertlane.engine.llm_settings import (
     read_tokenizer,
 )
 from expertlane.engine.model_runner import RoutingRecorder
-from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_watch import RankWatch
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.shared_engine import SharedEngine
 from expertlane.errors import RankError, UserError
 from expertlane.schedule.request import Chunk, Limits, RequestOutput

@@ -11,10 +11,15 @@ import numpy.typing as npt
 
 from expertlane.balance.placement_file import check_deployment
 from expertlane.balance.trace import RoutingTrace
-from expertlane.engine.arrangement import Arranged, Arrangement
 from expertlane.engine.cache_size import measured_limits
 from expertlane.engine.checking import Checking
-from expertlane.engine.commands import (
+from expertlane.engine.dispatch_timing import time_dispatch
+from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.engine.elastic.copy_switch import CopySwitch
+from expertlane.engine.elastic.rebalancing import Rebalancer
+from expertlane.engine.graph_recording import record_graphs
+from expertlane.engine.rank_watch import RankWatch
+from expertlane.engine.ranks.commands import (
     CacheInt8,
     Deploy,
     DiscardSteps,
@@ -25,13 +30,8 @@ from expertlane.engine.commands import (
     SetDispatch,
     StageSpec,
 )
-from expertlane.engine.copy_switch import CopySwitch
-from expertlane.engine.dispatch_timing import time_dispatch
-from expertlane.engine.graph_recording import record_graphs
-from expertlane.engine.pool import RankPool
-from expertlane.engine.rank_watch import RankWatch
-from expertlane.engine.rebalancing import Rebalancer
-from expertlane.engine.tickets import Ticket
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.ranks.tickets import Ticket
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan

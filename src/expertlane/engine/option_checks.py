@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from expertlane.engine.commands import RankMachine
+from expertlane.engine.ranks.commands import RankMachine
 from expertlane.errors import UserError
 from expertlane.spec.deployment import INPUTS_OF_SCALE, Options
 from expertlane.spec.hf_config import narrow_scheme, read_config

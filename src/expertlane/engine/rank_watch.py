@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.placement_file import Placements
-from expertlane.comm.progress import Position
-from expertlane.engine.arrangement import Arranged, Arrangement
-from expertlane.engine.commands import ReadTotals
-from expertlane.engine.copy_switch import CopySwitch
-from expertlane.engine.pool import RankPool
-from expertlane.engine.rebalancing import Rebalancer
-from expertlane.engine.tickets import Ticket
+from expertlane.engine.comm.progress import Position
+from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.engine.elastic.copy_switch import CopySwitch
+from expertlane.engine.elastic.rebalancing import Rebalancer
+from expertlane.engine.ranks.commands import ReadTotals
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.ranks.tickets import Ticket
 from expertlane.results.rank_totals import RankTotals
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.plan.candidates import Candidate
-from expertlane.plan.engines import Engine, PairRow, Row, engines_on
-from expertlane.plan.search import Search
-from expertlane.plan.ties import Contender, Ranking, pools_win, ranked
-from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
+from expertlane.planner.candidates import Candidate
+from expertlane.planner.engines import Engine, PairRow, Row, engines_on
+from expertlane.planner.search import Search
+from expertlane.planner.ties import Contender, Ranking, pools_win, ranked
+from expertlane.planner.two_pools import TwoPools, TwoPoolSearch
 from expertlane.results.results import NoPools
 
 _MOST_PAIRS = 2  # pairs of pools simulated for an engine

@@ -6,10 +6,10 @@ from functools import cache, cached_property
 from typing import NamedTuple
 
 from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.memory import BLOCK_SIZE
 from expertlane.cost.step.operation import Floats
 from expertlane.errors import CapacityError, SpecError
-from expertlane.memory import BLOCK_SIZE
-from expertlane.plan.project import Setting
+from expertlane.planner.project import Setting
 from expertlane.results.estimate import Estimate
 from expertlane.results.metrics import ServedRequest, serving_record
 from expertlane.results.serving_record import SLOResult

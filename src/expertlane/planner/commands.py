@@ -1,7 +1,8 @@
 """A deployment as an engine takes it: a command for each node, and the router before servers.
 
 Options and their choices were checked against the argument parsers of the versions in `ENGINES`
-(`tests/plan/test_commands.py`); TensorRT-LLM's are as documented (nvidia.github.io/TensorRT-LLM).
+(`tests/planner/test_commands.py`); TensorRT-LLM's are as documented
+(nvidia.github.io/TensorRT-LLM).
 What a command does not name, as the share of memory for keys and values, is the engine's default;
 all cache prefixes unless told not to, but for SGLang's decode pools, which share none here either.
 """
@@ -11,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 
+from expertlane.cost.memory import FREE_SHARE
 from expertlane.cost.number_types import NumberTypes
-from expertlane.memory import FREE_SHARE
-from expertlane.plan.candidates import Candidate
-from expertlane.plan.engines import Engine, Pool
+from expertlane.planner.candidates import Candidate
+from expertlane.planner.engines import Engine, Pool
 from expertlane.results.record import PoolRole
 from expertlane.results.results import ServeCommand, ServeRole
 from expertlane.spec.deployment import Options

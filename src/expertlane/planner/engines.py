@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, TypeVar
 
 from expertlane.cost.laws.profile import Profile
-from expertlane.plan.candidates import Candidate
+from expertlane.planner.candidates import Candidate
 from expertlane.results.record import PoolRole
 from expertlane.spec.dispatch import DISPATCH_FORMS, DeepEPKernels
 from expertlane.spec.layout import Layout

@@ -6,8 +6,8 @@ from typing import Any
 
 import tomli_w
 
-from expertlane.plan.candidates import Candidate, PlanRequest
-from expertlane.plan.screen import ScreenedCandidate
+from expertlane.planner.candidates import Candidate, PlanRequest
+from expertlane.planner.screen import ScreenedCandidate
 from expertlane.spec.deployment import Options
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.projection import Projection

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.plan.candidates import family_of
-from expertlane.plan.screen import ScreenedCandidate
-from expertlane.plan.search import Finalist
-from expertlane.plan.ties import Contender, Ranking
+from expertlane.planner.candidates import family_of
+from expertlane.planner.screen import ScreenedCandidate
+from expertlane.planner.search import Finalist
+from expertlane.planner.ties import Contender, Ranking
 from expertlane.spec.workload import Workload
 
 

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from expertlane.cost.laws.execution import Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.step.operation import Floats, HandOver, Ints
-from expertlane.plan.stage_times import Points, PricedPoints, Shape
-from expertlane.plan.throughput import Arriving, step_estimates
+from expertlane.planner.stage_times import Points, PricedPoints, Shape
+from expertlane.planner.throughput import Arriving, step_estimates
 from expertlane.spec.deployment import MicroBatchSchedule, Options
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig

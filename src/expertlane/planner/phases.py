@@ -6,9 +6,9 @@ from functools import cache
 from math import inf
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.plan.candidates import Candidate, PlanRequest
-from expertlane.plan.screen import ScreenedCandidate
-from expertlane.plan.throughput import Arriving, one_pool
+from expertlane.planner.candidates import Candidate, PlanRequest
+from expertlane.planner.screen import ScreenedCandidate
+from expertlane.planner.throughput import Arriving, one_pool
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DispatchForm
 

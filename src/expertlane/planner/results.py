@@ -8,25 +8,25 @@ import numpy as np
 
 from expertlane.cost.laws.execution import LIKELY, Execution, kernels_of
 from expertlane.cost.laws.frameworks import find_framework
+from expertlane.cost.memory import FREE_SHARE, RANK_STEP_TOKENS
 from expertlane.cost.multi_token import ACCEPTANCE_UNSURE, MultiToken
 from expertlane.cost.records import cluster_record, conditions_of, with_known_errors
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
-from expertlane.memory import FREE_SHARE, RANK_STEP_TOKENS
-from expertlane.plan.break_even import break_even
-from expertlane.plan.by_engine import EngineChoice, of_each_engine
-from expertlane.plan.candidates import Candidate, PlanRequest
-from expertlane.plan.commands import ServedPool, ServeTarget, engine_commands, longest_request
-from expertlane.plan.engines import Pool
-from expertlane.plan.experiment_text import experiment_text
-from expertlane.plan.explanation import best_of_families, gap_to, pareto
-from expertlane.plan.screen import Known, ScreenedCandidate, fitting
-from expertlane.plan.search import Finalist, OnePool, Search
-from expertlane.plan.simulated import NUM_SIMULATED, serve_at_rate, simulated_pool
-from expertlane.plan.throughput import ThroughputCurve
-from expertlane.plan.ties import Contender, Ranking, contender, pools_tps, pools_win, ranked
-from expertlane.plan.two_pools import TwoPools, TwoPoolSearch
+from expertlane.planner.break_even import break_even
+from expertlane.planner.by_engine import EngineChoice, of_each_engine
+from expertlane.planner.candidates import Candidate, PlanRequest
+from expertlane.planner.commands import ServedPool, ServeTarget, engine_commands, longest_request
+from expertlane.planner.engines import Pool
+from expertlane.planner.experiment_text import experiment_text
+from expertlane.planner.explanation import best_of_families, gap_to, pareto
+from expertlane.planner.screen import Known, ScreenedCandidate, fitting
+from expertlane.planner.search import Finalist, OnePool, Search
+from expertlane.planner.simulated import NUM_SIMULATED, serve_at_rate, simulated_pool
+from expertlane.planner.throughput import ThroughputCurve
+from expertlane.planner.ties import Contender, Ranking, contender, pools_tps, pools_win, ranked
+from expertlane.planner.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress
 from expertlane.results.break_even import BreakEven
 from expertlane.results.estimate import Estimate, Summary

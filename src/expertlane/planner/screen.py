@@ -13,15 +13,15 @@ from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.cost.laws.execution import LIKELY, Terms
 from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.memory import Capacity, PlacedModel, prefill_step_tokens
 from expertlane.cost.multi_token import MultiToken, with_drafting_layer
 from expertlane.cost.step.expected_counts import ExpectedFanOut, sampled_layers
 from expertlane.cost.step.operation import Ints
 from expertlane.cost.step.stage_mesh import StageMesh
-from expertlane.memory import Capacity, PlacedModel, prefill_step_tokens
-from expertlane.plan.candidates import Candidate, Goals, PlanRequest
-from expertlane.plan.many_steps import ManySteps, Pipelining, Sized, joined_points
-from expertlane.plan.stage_times import Shape, SharedParts
-from expertlane.plan.throughput import (
+from expertlane.planner.candidates import Candidate, Goals, PlanRequest
+from expertlane.planner.many_steps import ManySteps, Pipelining, Sized, joined_points
+from expertlane.planner.stage_times import Shape, SharedParts
+from expertlane.planner.throughput import (
     Prompts,
     Steps,
     ThroughputCurve,

@@ -9,21 +9,21 @@ import numpy as np
 
 from expertlane.cost.by_law import ErrorSeconds
 from expertlane.cost.laws.execution import LIKELY
+from expertlane.cost.memory import size_text
 from expertlane.cost.routing import PowerLawRouting, Traffic, extremes_of
 from expertlane.errors import UserError
-from expertlane.memory import size_text
-from expertlane.plan.candidates import (
+from expertlane.planner.candidates import (
     Candidate,
     PlanRequest,
     candidates_of,
     check_plan_size,
     valid_layouts,
 )
-from expertlane.plan.engines import by_library, engines_on, runs_in_any_role
-from expertlane.plan.phases import with_fastest_prefill
-from expertlane.plan.project import Projector, Setting, StepSize
-from expertlane.plan.screen import Known, Screen, Screened, ScreenedCandidate, fitting
-from expertlane.plan.throughput import ThroughputCurve, one_pool
+from expertlane.planner.engines import by_library, engines_on, runs_in_any_role
+from expertlane.planner.phases import with_fastest_prefill
+from expertlane.planner.project import Projector, Setting, StepSize
+from expertlane.planner.screen import Known, Screen, Screened, ScreenedCandidate, fitting
+from expertlane.planner.throughput import ThroughputCurve, one_pool
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.timeline import StepTimeline

@@ -18,18 +18,18 @@ import numpy as np
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
 from expertlane.errors import CapacityError, UserError
-from expertlane.plan.candidates import Candidate, Goals, PlanRequest, family_of
-from expertlane.plan.engines import Engine, engines_on
-from expertlane.plan.screen import Screened, ScreenedCandidate, TooLarge, fitting
-from expertlane.plan.search import Finalist, OnePool, Search
-from expertlane.plan.throughput import ThroughputCurve
-from expertlane.plan.trials import Run, SimulatedCandidate, Trials
+from expertlane.planner.candidates import Candidate, Goals, PlanRequest, family_of
+from expertlane.planner.engines import Engine, engines_on
+from expertlane.planner.screen import Screened, ScreenedCandidate, TooLarge, fitting
+from expertlane.planner.search import Finalist, OnePool, Search
+from expertlane.planner.throughput import ThroughputCurve
+from expertlane.planner.trials import Run, SimulatedCandidate, Trials
 from expertlane.results.serving_record import ServingRecord
-from expertlane.simulate.results import serving_of
-from expertlane.simulate.setup import ServingSetup, scheduling_of
-from expertlane.simulate.simulator import Simulator
-from expertlane.simulate.steady import PrefillRates, pools_apart, steady_state
-from expertlane.simulate.watch import ROUGH, USUAL, Precision
+from expertlane.simulator.results import serving_of
+from expertlane.simulator.setup import ServingSetup, scheduling_of
+from expertlane.simulator.simulator import Simulator
+from expertlane.simulator.steady import PrefillRates, pools_apart, steady_state
+from expertlane.simulator.watch import ROUGH, USUAL, Precision
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Load

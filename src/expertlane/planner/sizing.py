@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 from expertlane.cost.routing import RoutingChoice
 from expertlane.errors import UserError
-from expertlane.plan.candidates import MOST_DEVICES, PlanRequest
-from expertlane.plan.results import Plan, make_plan
-from expertlane.plan.screen import Known, fitting
-from expertlane.plan.search import Search
+from expertlane.planner.candidates import MOST_DEVICES, PlanRequest
+from expertlane.planner.results import Plan, make_plan
+from expertlane.planner.screen import Known, fitting
+from expertlane.planner.search import Search
 from expertlane.progress import Progress
 from expertlane.results.results import ServedLoad
 

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.step.expected_counts import largest_normal
 from expertlane.cost.step.operation import Floats, Ints
-from expertlane.plan.candidates import Goals
-from expertlane.plan.stage_times import COMPUTE, IN_SERIES, LAUNCHES, MOVED, SLOWED
+from expertlane.planner.candidates import Goals
+from expertlane.planner.stage_times import COMPUTE, IN_SERIES, LAUNCHES, MOVED, SLOWED
 from expertlane.results.serving_record import SLOResult
 from expertlane.spec.deployment import MicroBatchSchedule
 from expertlane.spec.layout import Layout

@@ -16,10 +16,10 @@ import numpy as np
 from expertlane.cost.by_law import LawError
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.step.operation import Floats
-from expertlane.plan.candidates import Goals
-from expertlane.plan.search import Finalist
-from expertlane.plan.throughput import Steps, ThroughputCurve, one_pool, two_pools
-from expertlane.plan.two_pools import TwoPools
+from expertlane.planner.candidates import Goals
+from expertlane.planner.search import Finalist
+from expertlane.planner.throughput import Steps, ThroughputCurve, one_pool, two_pools
+from expertlane.planner.two_pools import TwoPools
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import TieBreak
 from expertlane.results.serving_record import ServingRecord, is_served

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from math import ceil, log, sqrt
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.plan.candidates import Goals, PlanRequest
-from expertlane.plan.screen import ScreenedCandidate
-from expertlane.plan.throughput import ThroughputCurve
+from expertlane.planner.candidates import Goals, PlanRequest
+from expertlane.planner.screen import ScreenedCandidate
+from expertlane.planner.throughput import ThroughputCurve
 from expertlane.results.serving_record import KEPT
-from expertlane.simulate.watch import Precision
+from expertlane.simulator.watch import Precision
 
 _MOST_TRIALS = 8  # numbers of sequences to simulate of an option
 _CLOSE = 0.96  # of a number that misses the limits: the most to try next while none meets them

@@ -12,16 +12,16 @@ from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.step.operation import Floats
-from expertlane.plan.candidates import Candidate, Goals, PlanRequest
-from expertlane.plan.engines import engines_on
-from expertlane.plan.screen import Known, ScreenedCandidate, fitting
-from expertlane.plan.search import Finalist, Search
-from expertlane.plan.simulated import divide_alike, serve_at_rate, simulate_pools
-from expertlane.plan.throughput import ThroughputCurve, two_pools
+from expertlane.planner.candidates import Candidate, Goals, PlanRequest
+from expertlane.planner.engines import engines_on
+from expertlane.planner.screen import Known, ScreenedCandidate, fitting
+from expertlane.planner.search import Finalist, Search
+from expertlane.planner.simulated import divide_alike, serve_at_rate, simulate_pools
+from expertlane.planner.throughput import ThroughputCurve, two_pools
 from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
 from expertlane.results.serving_record import KEPT, ServingRecord, is_served
-from expertlane.simulate.steady import PrefillRates
+from expertlane.simulator.steady import PrefillRates
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.names import EngineName, Phase
 

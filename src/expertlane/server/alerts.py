@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
+from expertlane.engine.elastic.recovery import Recovery
+from expertlane.engine.elastic.recovery_record import OVER, Kind
+from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.rank_watch import RankWatch
-from expertlane.engine.recovery import Recovery
-from expertlane.engine.recovery_record import OVER, Kind
-from expertlane.engine.scaling import Scaling
 from expertlane.server.own_metrics import IMBALANCE_S
 from expertlane.spec.names import Stage
 

@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.placement_file import Placements
-from expertlane.comm.progress import NO_LAYER, Position
+from expertlane.engine.comm.progress import NO_LAYER, Position
+from expertlane.engine.elastic.scaling import PREPARING
 from expertlane.engine.rank_watch import Reading
-from expertlane.engine.scaling import PREPARING
 from expertlane.server.alerts import Alert, alerts_of, change_under_way
 from expertlane.server.own_metrics import IMBALANCE_S, WAITING
 from expertlane.spec.names import Stage

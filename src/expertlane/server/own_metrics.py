@@ -12,11 +12,11 @@ from prometheus_client.core import (
     SummaryMetricFamily,
 )
 
-from expertlane.engine.copy_switch import CopySwitch
+from expertlane.engine.elastic.copy_switch import CopySwitch
+from expertlane.engine.elastic.rebalancing import Rebalancer
+from expertlane.engine.elastic.recovery import Recovery
 from expertlane.engine.engine import Engine
 from expertlane.engine.rank_watch import RankWatch, Reading
-from expertlane.engine.rebalancing import Rebalancer
-from expertlane.engine.recovery import Recovery
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.running import RunningTable
 from expertlane.spec.names import Link, Phase, Stage

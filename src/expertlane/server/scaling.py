@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 
-from expertlane.engine.scaling import PREPARING, LayoutChange, Scaling
+from expertlane.engine.elastic.scaling import PREPARING, LayoutChange, Scaling
 from expertlane.errors import CapacityError, UserError
 from expertlane.server.errors import ApiError, bad_field, json_response
 from expertlane.server.fields import Name, Strict

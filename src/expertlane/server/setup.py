@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.engine import Engine
 from expertlane.engine.rank_watch import RankWatch
-from expertlane.engine.scaling import Scaling
 from expertlane.schedule.request import Limits
 from expertlane.server.observed import Observer
 from expertlane.text.chat_template import ChatTemplate

@@ -8,7 +8,7 @@ import numpy as np
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.schedule.blocks import ROOT, block_digest
-from expertlane.simulate.watch import STRATUM, Precision
+from expertlane.simulator.watch import STRATUM, Precision
 from expertlane.spec.workload import Load, SharedPrefixes, TimedRequest
 
 _FEWEST_FIRST = 4  # first tokens of a stretch, where so many are under way

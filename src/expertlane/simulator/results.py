@@ -14,11 +14,11 @@ from expertlane.cost.laws.device import stand_ins
 from expertlane.cost.laws.execution import DRIVER_S, LIKELY, Execution, Terms, kernels_of
 from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.laws.times import Basis
+from expertlane.cost.memory import FREE_SHARE
 from expertlane.cost.multi_token import ACCEPTANCE_UNSURE
 from expertlane.cost.records import cluster_record, conditions_of, with_known_errors
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.kernel_sets import ENGINE
-from expertlane.memory import FREE_SHARE
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.metrics import intervals as intervals_of
 from expertlane.results.metrics import serving_record
@@ -38,9 +38,9 @@ from expertlane.results.serving_record import (
 from expertlane.results.step_record import StepRecord
 from expertlane.results.timeline import timelines_of
 from expertlane.results.traffic import FanOut, TrafficRecord, bytes_by_link
-from expertlane.simulate.setup import ServingSetup
-from expertlane.simulate.simulator import Outcome, SimulatedPool, Simulator
-from expertlane.simulate.totals import PhaseTotals, StepFacts
+from expertlane.simulator.setup import ServingSetup
+from expertlane.simulator.simulator import Outcome, SimulatedPool, Simulator
+from expertlane.simulator.totals import PhaseTotals, StepFacts
 from expertlane.spec.names import ProjectedCause, Traffic
 from expertlane.spec.slo import SLO
 from expertlane.spec.workload import Load

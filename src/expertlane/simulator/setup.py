@@ -7,11 +7,11 @@ from typing import Any
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.memory import RANK_STEP_TOKENS
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import Traffic
 from expertlane.errors import SpecError
-from expertlane.memory import RANK_STEP_TOKENS
 from expertlane.results.record import PoolRole
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DISPATCH_FORMS

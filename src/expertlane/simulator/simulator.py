@@ -12,13 +12,13 @@ from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms, kernels_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.memory import FREE_SHARE, PlacedModel, RankMemory
 from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter, with_drafting_layer
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import Traffic, extremes_of, placed
 from expertlane.cost.runner import CostRunner, PricedStep, StepSharing
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.memory import FREE_SHARE, PlacedModel, RankMemory
 from expertlane.results.metrics import ServedRequest
 from expertlane.results.record import PoolRole
 from expertlane.results.step_record import StepRecord
@@ -26,9 +26,9 @@ from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.simulate.pools import Pool, run_load
-from expertlane.simulate.setup import ServingSetup, check_fits_cluster
-from expertlane.simulate.totals import PoolTotals
+from expertlane.simulator.pools import Pool, run_load
+from expertlane.simulator.setup import ServingSetup, check_fits_cluster
+from expertlane.simulator.totals import PoolTotals
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase

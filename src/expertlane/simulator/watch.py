@@ -18,7 +18,7 @@ from expertlane.cost.runner import PricedStep
 from expertlane.cost.step.operation import Floats
 from expertlane.results.metrics import PERCENTILES, ServedRequest
 from expertlane.results.statistics import half_interval
-from expertlane.simulate.pools import Pool
+from expertlane.simulator.pools import Pool
 from expertlane.spec.slo import SLO
 
 _SETTLING_STEPS = 8

@@ -10,7 +10,7 @@ NumberType = Literal[Dtype, "float8", "nvfp4", "mxfp4", "int4"]
 CacheType = Literal["model", Dtype, "float8"]
 GpuExecution = Literal["graph", "eager"]
 
-# Of instructions that our CPU kernels are compiled for; `ops/build.py` says what each has.
+# Of instructions that our CPU kernels are compiled for; `engine/ops/build.py` says what each has.
 CpuIsa = Literal["baseline", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"]
 
 OnFailure = Literal["replace", "shrink", "stop"]  # of a rank that died, hung or failed

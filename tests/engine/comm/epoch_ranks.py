@@ -27,20 +27,20 @@ import torch
 from torch import Tensor
 
 from distributed.links import use_links
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.collectives import interleave
-from expertlane.comm.epoch import Epoch
-from expertlane.comm.mesh import Meshes, ParallelMesh
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
-from expertlane.comm.region import Region
-from expertlane.comm.transport import EpochEndedError, PeerLostError
-from expertlane.engine import connection
-from expertlane.engine.rank_settings import RankSettings
-from expertlane.engine.rendezvous import Meeting
-from expertlane.engine.store_host import StoreHost
-from expertlane.ops.backend import SHARED_MEMORY, STAGED, Platform, compiled_messages
-from expertlane.ops.cores import Share
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.collectives import interleave
+from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.mesh import Meshes, ParallelMesh
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.comm.region import Region
+from expertlane.engine.comm.transport import EpochEndedError, PeerLostError
+from expertlane.engine.ops.backend import SHARED_MEMORY, STAGED, Platform, compiled_messages
+from expertlane.engine.ops.cores import Share
+from expertlane.engine.ranks import connection
+from expertlane.engine.ranks.rank_settings import RankSettings
+from expertlane.engine.ranks.rendezvous import Meeting
+from expertlane.engine.ranks.store_host import StoreHost
 from expertlane.spec.layout import Layout
 
 KINDS = ("compiled", "uncompiled", "gloo", "nodes", "staged", "native")

@@ -1,5 +1,5 @@
 // Ranks as threads of one process, for a race detector: random exchanges, every byte checked.
-#include "../../src/expertlane/ops/shared_memory.cpp"
+#include "../../../src/expertlane/engine/ops/shared_memory.cpp"
 
 #include <cstdio>
 #include <cstdlib>

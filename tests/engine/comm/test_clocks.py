@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from cli.screen import telling
-from expertlane.comm.clocks import HostClock, StreamClock, clock_for
-from expertlane.comm.collectives import Group, interleave
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
+from expertlane.engine.comm.clocks import HostClock, StreamClock, clock_for
+from expertlane.engine.comm.collectives import Group, interleave
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.recorder import Recorder
 from expertlane.spec.names import Stage, Track
 
 

@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 
 from distributed.on_ranks import Collective, PassOn
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.collectives import Group
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.collectives import Group
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.recorder import Recorder
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
 from records import sent_over as sent

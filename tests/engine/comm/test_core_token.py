@@ -9,15 +9,15 @@ import sys
 
 import pytest
 
-from expertlane.comm import core_token
-from expertlane.comm.core_token import CoreToken
+from expertlane.engine.comm import core_token
+from expertlane.engine.comm.core_token import CoreToken
 
 _SECONDS = 30.0
 
 # Answers "has it" when it has the core; then gives it back at the next line, and says so.
 _RANK = """
 import sys
-from expertlane.comm import core_token
+from expertlane.engine.comm import core_token
 token = core_token.CoreToken(int(sys.argv[1]), int(sys.argv[2]), 2)
 for line in sys.stdin:
     getattr(token, line.strip())()
@@ -117,7 +117,7 @@ def test_two_processes_never_compute_at_once(file, tmp_path):
     code = """
 import os, sys
 from pathlib import Path
-from expertlane.comm import core_token
+from expertlane.engine.comm import core_token
 token, counter = core_token.CoreToken(int(sys.argv[1]), int(sys.argv[2]), 1), Path(sys.argv[3])
 for _ in range(int(sys.argv[4])):
     token.acquire()

@@ -7,10 +7,10 @@ from threading import Timer
 import pytest
 
 from cli.screen import telling
-from expertlane.comm.device import await_event
-from expertlane.comm.epoch import Epoch
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.transport import EpochEndedError, PeerLostError
+from expertlane.engine.comm.device import await_event
+from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.transport import EpochEndedError, PeerLostError
 
 
 class Event:

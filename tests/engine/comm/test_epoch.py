@@ -7,10 +7,10 @@ from datetime import timedelta
 import pytest
 
 from cli.screen import telling
-from expertlane.comm.epoch import Epoch
-from expertlane.comm.file_store import FileStore
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.transport import EpochEndedError
+from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.file_store import FileStore
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.transport import EpochEndedError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no unnamed files")
 

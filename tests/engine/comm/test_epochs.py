@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from comm.epoch_ranks import KINDS, LAST_EPOCH, NUM_RANKS
+from engine.comm.epoch_ranks import KINDS, LAST_EPOCH, NUM_RANKS
 
 _TIMEOUT_S = 120.0  # far below the bound on waits: ranks leave since the epoch has ended
 
@@ -23,7 +23,7 @@ def test_ranks_leave_an_epoch_and_go_on_in_the_next(kind):
     seeds = ["1", "2", "3"]
     ran = subprocess.run(
         [sys.executable, "-m", "comm.epoch_ranks", kind, *seeds],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=_TIMEOUT_S,

@@ -1,6 +1,6 @@
 import pytest
 
-from expertlane.comm.collectives import interleave
+from expertlane.engine.comm.collectives import interleave
 
 
 class FakePending:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from expertlane.comm.mesh import AXES, groups_of_axis
+from expertlane.engine.comm.mesh import AXES, groups_of_axis
 from expertlane.spec.layout import Layout
 
 

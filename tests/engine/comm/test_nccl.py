@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributed import HashStore, PrefixStore
 
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.collectives import Group
-from expertlane.comm.epoch import Epoch
-from expertlane.comm.nccl import NcclLink
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
-from expertlane.comm.torch_link import MANY_BYTES
-from expertlane.comm.torch_transport import Gloo
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.collectives import Group
+from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.nccl import NcclLink
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.comm.torch_link import MANY_BYTES
+from expertlane.engine.comm.torch_transport import Gloo
 from expertlane.spec.names import Stage, Traffic
 
 MOST_RANKS = 4

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from expertlane.comm import operation_log as module
-from expertlane.comm.operation_log import OperationLog
 from expertlane.cost.step.operation import TransferKind
+from expertlane.engine.comm import operation_log as module
+from expertlane.engine.comm.operation_log import OperationLog
 from expertlane.results.step_record import Action
 from expertlane.spec.names import Stage
 

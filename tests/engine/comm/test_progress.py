@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from expertlane.comm.progress import NO_LAYER, ProgressBoard
+from expertlane.engine.comm.progress import NO_LAYER, ProgressBoard
 from expertlane.spec.names import Stage
 
 

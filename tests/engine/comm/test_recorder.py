@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from expertlane.comm import operation_log, step_times
-from expertlane.comm import recorder as module
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
 from expertlane.cost.step.operation import TransferKind
+from expertlane.engine.comm import operation_log, step_times
+from expertlane.engine.comm import recorder as module
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.recorder import Recorder
 from expertlane.results.step_record import Action
 from expertlane.spec.names import Stage, Track, Traffic
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from cli.screen import telling, tells
-from expertlane.comm.epoch import Epoch
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.region import Region
-from expertlane.comm.shared_memory import CompiledEndpoint, SharedTransport
-from expertlane.comm.transport import PeerLostError
-from expertlane.comm.uncompiled import UncompiledEndpoint
-from expertlane.ops.build import BASELINE, BuildError, build
+from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.region import Region
+from expertlane.engine.comm.shared_memory import CompiledEndpoint, SharedTransport
+from expertlane.engine.comm.transport import PeerLostError
+from expertlane.engine.comm.uncompiled import UncompiledEndpoint
+from expertlane.engine.ops.build import BASELINE, BuildError, build
 
 _TIMEOUT_S = 20.0
 

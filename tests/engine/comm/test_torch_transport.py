@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch.distributed import HashStore
 
-from expertlane.comm.epoch import Epoch
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.torch_transport import TorchTransport
+from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.torch_transport import TorchTransport
 
 NUM_RANKS = 3
 RANK = """
 import sys, torch, torch.distributed as dist
-from expertlane.comm.epoch import Epoch
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.torch_transport import TorchTransport
+from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.torch_transport import TorchTransport
 
 rank, size, path = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 device, store, epoch = torch.device("cpu"), dist.FileStore(path, size), Epoch(ProgressBoard(1), 0)

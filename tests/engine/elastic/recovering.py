@@ -8,9 +8,9 @@ from typing import Any
 
 from distributed.running import Inline
 from expertlane import LLM, SamplingParams
-from expertlane.engine.commands import Command
-from expertlane.engine.pool import RankPool
-from expertlane.engine.recovery_record import RecoveryRecord, State
+from expertlane.engine.elastic.recovery_record import RecoveryRecord, State
+from expertlane.engine.ranks.commands import Command
+from expertlane.engine.ranks.pool import RankPool
 
 PROMPTS = [[number + 1, 7, 3 * number + 2, *range(number)] for number in range(6)]
 PARAMS = [

@@ -1,6 +1,6 @@
 """The one holder of members, placements and nodes."""
 
-from expertlane.engine.arrangement import Arranged, Arrangement
+from expertlane.engine.elastic.arrangement import Arranged, Arrangement
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
 

@@ -10,7 +10,7 @@ from distributed.running import Balancing, deployment, run_deployment
 from expertlane import LLM, SamplingParams
 from expertlane.balance.placement_file import check_deployment
 from expertlane.balance.rebalance import CopyDecision
-from expertlane.engine.copy_switch import TRIAL_STEPS, CopySwitch
+from expertlane.engine.elastic.copy_switch import TRIAL_STEPS, CopySwitch
 from expertlane.errors import UserError
 from expertlane.schedule.plan import StepPlan
 from expertlane.spec.deployment import Options

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from cli.stub_llm import MACHINE
+from engine.model.families import save_checkpoint
+from engine.model.quantised import save_mxfp4
 from expertlane.balance.placement import Placement
 from expertlane.engine.launch import placed_model
-from expertlane.model.checkpoint import Checkpoint
-from expertlane.model.checkpoint_weights import CheckpointWeights
-from expertlane.ops.mxfp4 import Mxfp4Weight
+from expertlane.engine.model.checkpoint import Checkpoint
+from expertlane.engine.model.checkpoint_weights import CheckpointWeights
+from expertlane.engine.ops.mxfp4 import Mxfp4Weight
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.tensors import expert_name
-from model.families import save_checkpoint
-from model.quantised import save_mxfp4
 
 DTYPE = torch.bfloat16
 KEEPS = replace(MACHINE, dtype="bfloat16", keeps_narrow=True, keeps_mxfp4=True)

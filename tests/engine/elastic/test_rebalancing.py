@@ -10,11 +10,11 @@ import pytest
 
 from distributed.running import Inline, deployment
 from expertlane.balance.moves import WHOLE
-from expertlane.compare.records import rebalance_records
+from expertlane.comparison.records import rebalance_records
+from expertlane.cost.memory import workload_limits
+from expertlane.engine.elastic.move_pace import MovePace
+from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.move_pace import MovePace
-from expertlane.engine.rebalancing import Rebalancer
-from expertlane.memory import workload_limits
 from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler

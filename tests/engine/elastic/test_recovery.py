@@ -9,14 +9,14 @@ from unittest import mock
 import pytest
 
 from cli.screen import telling, tells
-from engine.processes import wait_until
-from engine.recovering import facts, harmed, move_experts, pids, record_of
+from engine.elastic.recovering import facts, harmed, move_experts, pids, record_of
+from engine.ranks.processes import wait_until
 from expertlane import LLM, SamplingParams
 from expertlane.balance.moves import WHOLE
-from expertlane.engine.commands import Deploy, FinishMoves, Redeploy, RunStep, StartMoves
-from expertlane.engine.move_pace import MovePace
-from expertlane.engine.pool import RankPool
-from expertlane.engine.recovery_record import State
+from expertlane.engine.elastic.move_pace import MovePace
+from expertlane.engine.elastic.recovery_record import State
+from expertlane.engine.ranks.commands import Deploy, FinishMoves, Redeploy, RunStep, StartMoves
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import RankError, UserError
 from expertlane.schedule.request import FinishReason
 from expertlane.spec.deployment import Options

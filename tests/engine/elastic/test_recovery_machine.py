@@ -19,9 +19,9 @@ from hypothesis.stateful import (
 )
 
 from cli.screen import telling, tells
-from expertlane.engine.arrangement import Arranged, Arrangement
-from expertlane.engine.recovery import Recovery
-from expertlane.engine.recovery_record import NEXT, Kind, State
+from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.engine.elastic.recovery import Recovery
+from expertlane.engine.elastic.recovery_record import NEXT, Kind, State
 from expertlane.errors import RankError, RanksLostError, UserError
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.layout import Layout
@@ -470,7 +470,7 @@ def test_a_start_that_never_works():
 
 def test_the_page_draws_the_machine():
     """Its table has every state, and the states that may follow."""
-    page = (Path(__file__).parents[2] / "docs/recovery.md").read_text()
+    page = (Path(__file__).parents[3] / "docs/recovery.md").read_text()
     rows = re.findall(r"^\| `([A-Z]+)` \|[^|]*\| ([^|]*) \|$", page, re.MULTILINE)
     drawn = {name: set(re.findall(r"`([A-Z]+)`", then)) for name, then in rows}
     assert drawn == {state.name: {each.name for each in then} for state, then in NEXT.items()}

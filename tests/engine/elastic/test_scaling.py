@@ -9,11 +9,11 @@ import psutil
 import pytest
 
 from cli.screen import telling
-from engine.recovering import PARAMS, PROMPTS, facts, harmed, move_experts, pids
+from engine.elastic.recovering import PARAMS, PROMPTS, facts, harmed, move_experts, pids
 from expertlane import LLM, SamplingParams
-from expertlane.engine.commands import LeaveCores, Redeploy
-from expertlane.engine.pool import RankPool
-from expertlane.engine.recovery_record import State
+from expertlane.engine.elastic.recovery_record import State
+from expertlane.engine.ranks.commands import LeaveCores, Redeploy
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
 
@@ -167,7 +167,9 @@ def test_without_recovery_it_is_refused():
 
 def test_memory_is_checked(monkeypatch):
     with model("dp=2,ep=2") as llm:
-        monkeypatch.setattr("expertlane.engine.scaling.host.memory_bytes", lambda: (1 << 20, 1))
+        monkeypatch.setattr(
+            "expertlane.engine.elastic.scaling.host.memory_bytes", lambda: (1 << 20, 1)
+        )
         with pytest.raises(UserError, match=r"layout dp=16.*needs .* per rank.*--num-blocks"):
             llm.scale("dp=16,ep=16")
         assert llm._pool.epoch == 0

@@ -3,13 +3,13 @@
 import pytest
 
 from cli.screen import tells
-from engine.processes import wait_until
-from engine.recovering import facts, harmed, move_experts, pids
+from engine.elastic.recovering import facts, harmed, move_experts, pids
+from engine.ranks.processes import wait_until
 from expertlane import LLM
 from expertlane.balance.moves import WHOLE
-from expertlane.engine.commands import Prepare, Redeploy, RunStep
-from expertlane.engine.move_pace import MovePace
-from expertlane.engine.recovery_record import Kind, State
+from expertlane.engine.elastic.move_pace import MovePace
+from expertlane.engine.elastic.recovery_record import Kind, State
+from expertlane.engine.ranks.commands import Prepare, Redeploy, RunStep
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
 from expertlane.spec.members import Members
@@ -145,7 +145,7 @@ def test_without_room_or_a_whole_data_parallel_rank_lost_ranks_are_replaced(monk
     assert tells(capfd.readouterr().err, "data-parallel rank")
     with model("dp=2,ep=2") as llm:
         expected = facts(llm)
-        monkeypatch.setattr("expertlane.engine.shrinking.host.memory_bytes", lambda: (0, 0))
+        monkeypatch.setattr("expertlane.engine.elastic.shrinking.host.memory_bytes", lambda: (0, 0))
         with harmed(1, RunStep, 9):
             assert facts(llm) == expected
         assert llm.engine.recovery.state is State.SERVING

@@ -10,12 +10,12 @@ import psutil
 import pytest
 
 from cli.screen import telling
-from engine.recovering import PARAMS, PROMPTS, facts, pids, record_of
-from engine.test_scaling import model, open_descriptors, tokens
-from expertlane.engine import weights_ahead
-from expertlane.engine.commands import Prepare, Prepared
-from expertlane.engine.pool import RankPool
-from expertlane.engine.weights_ahead import WeightsAhead
+from engine.elastic.recovering import PARAMS, PROMPTS, facts, pids, record_of
+from engine.elastic.test_scaling import model, open_descriptors, tokens
+from expertlane.engine.elastic import weights_ahead
+from expertlane.engine.elastic.weights_ahead import WeightsAhead
+from expertlane.engine.ranks.commands import Prepare, Prepared
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import CapacityError
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

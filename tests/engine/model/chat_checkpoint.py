@@ -5,7 +5,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from model.families import save_checkpoint
+from engine.model.families import save_checkpoint
 
 
 def save_chat_checkpoint(folder: Path, template: str) -> Path:

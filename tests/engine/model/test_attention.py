@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.collectives import interleave
-from expertlane.comm.mesh import Meshes, ParallelMesh
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
-from expertlane.model.attention import Attention, RotaryEmbedding, _rotated_last
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.ops.kv_cache import KVCache
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.collectives import interleave
+from expertlane.engine.comm.mesh import Meshes, ParallelMesh
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.model.attention import Attention, RotaryEmbedding, _rotated_last
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.ops.kv_cache import KVCache
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from schedule.handmade import BLOCK_SIZE, paged_batch

@@ -7,16 +7,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.screen import telling, tells
+from engine.model.families import FAMILIES, load_model, make_model
+from engine.model.quantised import COMPRESSED, save_compressed, save_fp8, save_mxfp4
+from engine.ops.test_staging import Device
+from expertlane.engine.model import checkpoint as checkpoint_module
+from expertlane.engine.model import stored_tensors
+from expertlane.engine.model.checkpoint import Checkpoint
+from expertlane.engine.model.checkpoint_weights import CheckpointWeights
+from expertlane.engine.ops.staging import Staging
 from expertlane.errors import SpecError
-from expertlane.model import checkpoint as checkpoint_module
-from expertlane.model import stored_tensors
-from expertlane.model.checkpoint import Checkpoint
-from expertlane.model.checkpoint_weights import CheckpointWeights
-from expertlane.ops.staging import Staging
 from expertlane.spec.tensors import tensor_names, tensor_shape
-from model.families import FAMILIES, load_model, make_model
-from model.quantised import COMPRESSED, save_compressed, save_fp8, save_mxfp4
-from ops.test_staging import Device
 
 _LAYER = "model.layers.3"
 
@@ -313,7 +313,7 @@ _MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from expertlane.model.checkpoint import Checkpoint
+from expertlane.engine.model.checkpoint import Checkpoint
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -351,7 +351,7 @@ def test_reading_slices_needs_little_more_than_the_slices(rewrite):
         capture_output=True,
         text=True,
         check=True,
-        env={"PYTHONPATH": str(Path(checkpoint_module.__file__).parents[2])},
+        env={"PYTHONPATH": str(Path(checkpoint_module.__file__).parents[3])},
     )
     assert int(done.stdout) < 132 * 1024**2  # 80 mapped, slices of 32 and 16, and small things
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from expertlane.model.checkpoint import with_block_scales
-from expertlane.ops.mxfp4 import Mxfp4Weight
-from model.quantised import fp8_meaning, mxfp4_meaning
+from engine.model.quantised import fp8_meaning, mxfp4_meaning
+from expertlane.engine.model.checkpoint import with_block_scales
+from expertlane.engine.ops.mxfp4 import Mxfp4Weight
 
 
 def _random_fp8(rows, columns):
@@ -81,7 +81,7 @@ def test_mxfp4_against_one_value_at_a_time(num_rows, dtype):
 
 
 def test_mxfp4_in_several_blocks_of_rows(monkeypatch):
-    monkeypatch.setattr("expertlane.ops.mxfp4._VALUES_AT_A_TIME", 100)
+    monkeypatch.setattr("expertlane.engine.ops.mxfp4._VALUES_AT_A_TIME", 100)
     blocks = torch.randint(256, (10, 1, 16), dtype=torch.uint8)
     scales = torch.full((10, 1), 127, dtype=torch.uint8)
     assert torch.equal(

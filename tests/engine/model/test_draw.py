@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.model import draw as draw_module
-from expertlane.model.draw import (
+from expertlane.engine.model import draw as draw_module
+from expertlane.engine.model.draw import (
     draw,
     keep_likeliest,
     probabilities,

@@ -6,8 +6,8 @@ from collections import defaultdict
 import pytest
 import torch
 
+from engine.model.families import FAMILIES, VOCAB_SIZE, load_model, make_model, run_greedy
 from expertlane.spec.from_hf import from_hf
-from model.families import FAMILIES, VOCAB_SIZE, load_model, make_model, run_greedy
 
 
 def _token_ids(num_tokens: int) -> list[int]:

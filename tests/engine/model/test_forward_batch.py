@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from expertlane.model.forward_batch import ForwardBatch
+from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.spec.layout import Layout
 from schedule.handmade import BLOCK_SIZE, paged_batch
 

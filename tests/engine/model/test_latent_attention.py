@@ -4,25 +4,25 @@ import numpy as np
 import pytest
 import torch
 
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.collectives import interleave
-from expertlane.comm.mesh import Meshes, ParallelMesh
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
+from engine.ops.instruction_sets import ARITHMETIC, backend_or_skip
 from expertlane.cost.step.attention_sizes import takes_less_expanded
-from expertlane.model import attention as module
-from expertlane.model import latent_batch
-from expertlane.model.attention import RotaryEmbedding
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.latent_attention import LatentAttention
-from expertlane.model.weights import SeededWeights
-from expertlane.ops.kv_cache import KVCache
-from expertlane.ops.torch_backend import TorchBackend
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.collectives import interleave
+from expertlane.engine.comm.mesh import Meshes, ParallelMesh
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.model import attention as module
+from expertlane.engine.model import latent_batch
+from expertlane.engine.model.attention import RotaryEmbedding
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.latent_attention import LatentAttention
+from expertlane.engine.model.weights import SeededWeights
+from expertlane.engine.ops.kv_cache import KVCache
+from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.model import LatentAttention as Latent
-from ops.instruction_sets import ARITHMETIC, backend_or_skip
 
 CPU, BLOCK_SIZE = torch.device("cpu"), 4
 RANK, NOPE, ROPE, VALUE, HEADS = 32, 12, 4, 16, 3

@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from expertlane.balance.placement import Placement
-from expertlane.comm.clocks import clock_for
-from expertlane.comm.collectives import interleave
-from expertlane.comm.mesh import Meshes, ParallelMesh
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.mlp import DenseBlock
-from expertlane.model.transformer import HeadResult, TransformerStage
-from expertlane.model.weights import SeededWeights
-from expertlane.ops.backend import backend_of_cpu
-from expertlane.ops.vector import VectorBackend
+from expertlane.engine.comm.clocks import clock_for
+from expertlane.engine.comm.collectives import interleave
+from expertlane.engine.comm.mesh import Meshes, ParallelMesh
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.mlp import DenseBlock
+from expertlane.engine.model.transformer import HeadResult, TransformerStage
+from expertlane.engine.model.weights import SeededWeights
+from expertlane.engine.ops.backend import backend_of_cpu
+from expertlane.engine.ops.vector import VectorBackend
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout

@@ -8,8 +8,8 @@ import pytest
 from cli.screen import telling
 from conftest import PoolKeeper
 from distributed.running import deployment, run_deployment
+from expertlane.engine.model.weights import draw
 from expertlane.errors import SpecError
-from expertlane.model.weights import draw
 from expertlane.spec.model import PRESETS, Routing
 from expertlane.spec.workload import Workload
 from parity.contract import check_contract

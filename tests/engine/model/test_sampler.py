@@ -14,8 +14,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from expertlane.model.draw import NO_TOKEN, likeliest, uniform_numbers
-from expertlane.model.sampler import Sampler
+from expertlane.engine.model.draw import NO_TOKEN, likeliest, uniform_numbers
+from expertlane.engine.model.sampler import Sampler
 from expertlane.spec.sampling import SamplingParams, SamplingState
 
 CPU = torch.device("cpu")

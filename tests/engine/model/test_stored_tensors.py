@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 
 from cli.screen import tells
+from expertlane.engine.model.stored_tensors import Shards
 from expertlane.errors import SpecError
-from expertlane.model.stored_tensors import Shards
 
 INDEX = "model.safetensors.index.json"
 

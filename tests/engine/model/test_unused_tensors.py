@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from expertlane.model.checkpoint import Checkpoint
-from model.families import FAMILIES, make_model
-from model.quantised import save_fp8, save_mxfp4
+from engine.model.families import FAMILIES, make_model
+from engine.model.quantised import save_fp8, save_mxfp4
+from expertlane.engine.model.checkpoint import Checkpoint
 
 _VECTOR = torch.zeros(64)
 _PARTS = ("gate", "up", "down")

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from expertlane.model.weights import draw
+from expertlane.engine.model.weights import draw
 from expertlane.spec.model import PRESETS
 from expertlane.spec.tensors import expert_name, layer_name, tensor_shape
 

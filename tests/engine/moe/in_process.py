@@ -6,14 +6,14 @@ from contextlib import nullcontext
 
 import torch
 
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
-from expertlane.moe.dispatch import CopyChooser, RoutedTokens
-from expertlane.moe.forms import make_dispatcher
-from expertlane.moe.payload import Payload
-from expertlane.ops.row_parts import RowParts
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.moe.dispatch import CopyChooser, RoutedTokens
+from expertlane.engine.moe.forms import make_dispatcher
+from expertlane.engine.moe.payload import Payload
+from expertlane.engine.ops.row_parts import RowParts
 from expertlane.spec.layout import Layout
 
 CPU = torch.device("cpu")

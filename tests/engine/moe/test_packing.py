@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from expertlane.moe.payload import bytes_of, columns_of, unpack
-from expertlane.ops.backend import backend_of_cpu
-from expertlane.ops.torch_backend import TorchBackend
+from expertlane.engine.moe.payload import bytes_of, columns_of, unpack
+from expertlane.engine.ops.backend import backend_of_cpu
+from expertlane.engine.ops.torch_backend import TorchBackend
 
 X = torch.tensor([[1.0, 10], [2, 20], [3, 30]])
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
-from expertlane.moe.payload import Payload
+from engine.moe.test_dispatch import run
+from engine.moe.test_dispatch_forms import FORMS, expected
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.moe.payload import Payload
 from expertlane.spec.names import Stage, Traffic
-from moe.test_dispatch import run
-from moe.test_dispatch_forms import FORMS, expected
 from records import sent_over
 
 pytestmark = pytest.mark.numerical

@@ -11,19 +11,19 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cli.screen import telling
+from engine.moe.in_process import CPU, dispatch_and_combine, in_step, ranks_of
+from engine.moe.no_sync import RefusesToWait, Unguarded
+from engine.moe.test_dispatch import ROW_BYTES, A, B, C, own, run
+from engine.moe.test_dispatch_forms import expected, random_inputs
 from expertlane.balance.placement import Placement
-from expertlane.comm import collectives
-from expertlane.moe import dispatch
-from expertlane.moe.dispatch import Dispatcher, RoutedTokens
-from expertlane.ops.backend import backend_for
-from expertlane.ops.products import Activation, Expert, Linear, grouped_mm
-from expertlane.ops.torch_backend import TorchBackend
+from expertlane.engine.comm import collectives
+from expertlane.engine.moe import dispatch
+from expertlane.engine.moe.dispatch import Dispatcher, RoutedTokens
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.products import Activation, Expert, Linear, grouped_mm
+from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Traffic
-from moe.in_process import CPU, dispatch_and_combine, in_step, ranks_of
-from moe.no_sync import RefusesToWait, Unguarded
-from moe.test_dispatch import ROW_BYTES, A, B, C, own, run
-from moe.test_dispatch_forms import expected, random_inputs
 from records import sent_over
 
 pytestmark = pytest.mark.numerical
@@ -34,8 +34,8 @@ LAYOUTS = ("dp=2,ep=2", "dp=4,ep=4", "dp=2,tp=2,ep=2", "dp=4,ep=2", "dp=3,ep=3")
 def backends():
     found = [TorchBackend(), backend_for(CPU)]
     try:
-        from expertlane.ops.cuda.backend import CudaBackend
-        from ops.cuda.near import needs_kernels
+        from engine.ops.cuda.near import needs_kernels
+        from expertlane.engine.ops.cuda.backend import CudaBackend
     except (ImportError, pytest.skip.Exception):
         return found
     return found if needs_kernels.args[0] else [*found, CudaBackend()]
@@ -129,9 +129,9 @@ class Waits(NamedTuple):
 
 def compute_on_fake_gpus(case, monkeypatch):
     """Dispatch, experts and combine of all ranks; the number of operations on the GPU."""
-    launches = pytest.importorskip("expertlane.ops.cuda.launch")
-    from expertlane.ops.cuda.backend import CudaBackend
-    from expertlane.ops.cuda.experts import CudaExperts
+    launches = pytest.importorskip("expertlane.engine.ops.cuda.launch")
+    from expertlane.engine.ops.cuda.backend import CudaBackend
+    from expertlane.engine.ops.cuda.experts import CudaExperts
 
     monkeypatch.setattr(launches, "_run", lambda *_: None)
     ops, dtype = CudaBackend(), torch.bfloat16

@@ -2,10 +2,10 @@
 
 import pytest
 
-from expertlane.ops.build import BASELINE
-from expertlane.ops.cpu import CpuBackend
-from expertlane.ops.vector import VectorBackend
-from ops.instruction_sets import ARITHMETIC, backend_or_skip
+from engine.ops.instruction_sets import ARITHMETIC, backend_or_skip
+from expertlane.engine.ops.build import BASELINE
+from expertlane.engine.ops.cpu import CpuBackend
+from expertlane.engine.ops.vector import VectorBackend
 
 
 @pytest.fixture(params=ARITHMETIC, scope="module")

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 
-from expertlane.ops.build import (
+from expertlane.engine.ops.build import (
     BASELINE,
     ONLY_IF_ASKED_FOR,
     SETS,
@@ -13,8 +13,8 @@ from expertlane.ops.build import (
     InstructionSet,
     build,
 )
-from expertlane.ops.cpu import CpuBackend
-from expertlane.ops.vector import VectorBackend
+from expertlane.engine.ops.cpu import CpuBackend
+from expertlane.engine.ops.vector import VectorBackend
 
 
 def names_here(sets: Iterable[InstructionSet]) -> list[str]:

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.ops.float8 import from_float8, to_float8
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.torch_backend import TorchBackend
+from expertlane.engine.ops.float8 import from_float8, to_float8
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 
 CPU = torch.device("cpu")

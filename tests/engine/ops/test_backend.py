@@ -17,11 +17,11 @@ import torch
 
 import expertlane
 from cli.screen import one_line, telling, tells
-from expertlane.errors import CapacityError, UserError
-from expertlane.ops import backend as module
-from expertlane.ops import build as build_module
-from expertlane.ops.backend import backend_for, backend_of_cpu, choose_platform
-from expertlane.ops.build import (
+from engine.ops.instruction_sets import ARITHMETIC, LACKING
+from expertlane.engine.ops import backend as module
+from expertlane.engine.ops import build as build_module
+from expertlane.engine.ops.backend import backend_for, backend_of_cpu, choose_platform
+from expertlane.engine.ops.build import (
     _ARM,
     _X86,
     BASELINE,
@@ -34,11 +34,11 @@ from expertlane.ops.build import (
     build,
     shipped_name,
 )
-from expertlane.ops.cpu import CpuBackend
-from expertlane.ops.torch_backend import TorchBackend
-from expertlane.ops.vector import VectorBackend
+from expertlane.engine.ops.cpu import CpuBackend
+from expertlane.engine.ops.torch_backend import TorchBackend
+from expertlane.engine.ops.vector import VectorBackend
+from expertlane.errors import CapacityError, UserError
 from expertlane.spec.names import CpuIsa
-from ops.instruction_sets import ARITHMETIC, LACKING
 
 CPU = torch.device("cpu")
 NO_COMPILER = "no C++ compiler: neither g++ nor clang++ is on the PATH, and CXX is unset"

@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.screen import telling
-from expertlane.ops.backend import backend_for
-from expertlane.ops.bookkeeping import inverse, stable_order
-from expertlane.ops.torch_backend import TorchBackend
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.bookkeeping import inverse, stable_order
+from expertlane.engine.ops.torch_backend import TorchBackend
 
 X = torch.tensor([[1.0, 10], [2, 20], [3, 30]])
 TORCH, CHOSEN = TorchBackend(), backend_for(torch.device("cpu"))

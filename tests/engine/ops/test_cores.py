@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from expertlane.engine.ops import cores
+from expertlane.engine.ops.cores import divide, pin, read_nodes, share_of
 from expertlane.errors import UserError
-from expertlane.ops import cores
-from expertlane.ops.cores import divide, pin, read_nodes, share_of
 
 needs_affinity = pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity"), reason="this system pins no process"
@@ -148,7 +148,7 @@ def test_a_system_without_affinity(monkeypatch, tmp_path):
 _PINNED = """
 import os, sys, threading, time
 from pathlib import Path
-from expertlane.ops.cores import pin
+from expertlane.engine.ops.cores import pin
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 is_pinned = pin([int(sys.argv[2])], Path(sys.argv[1]))
 threads = map(int, os.listdir("/proc/self/task"))

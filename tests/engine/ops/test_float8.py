@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.ops.float8 import FLOAT8, from_float8, to_float8
-from expertlane.ops.kv_cache import KVCache
+from expertlane.engine.ops.float8 import FLOAT8, from_float8, to_float8
+from expertlane.engine.ops.kv_cache import KVCache
 
 CPU = torch.device("cpu")
 MAGNITUDES = [  # of e4m3, by its definition

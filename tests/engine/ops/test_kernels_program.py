@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from expertlane.ops import build as module
-from expertlane.ops.build import InstructionSet, arithmetic_sets
-from ops.instruction_sets import ARITHMETIC, backend_or_skip
+from engine.ops.instruction_sets import ARITHMETIC, backend_or_skip
+from expertlane.engine.ops import build as module
+from expertlane.engine.ops.build import InstructionSet, arithmetic_sets
 
 _PATIENCE_S = 1200  # an emulator beside other programs
 pytestmark = [pytest.mark.full, pytest.mark.timeout(2 * _PATIENCE_S)]

@@ -7,11 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.ops.cpu import CpuBackend
-from expertlane.ops.narrow import NarrowExperts, NarrowLinear, NarrowWeight, reordered, side_by_side
-from expertlane.ops.products import Activation, Expert, LoopedExperts, PairGroups
-from expertlane.ops.torch_backend import TorchBackend
-from ops.instruction_sets import ALL_SETS, backend_or_skip
+from engine.ops.instruction_sets import ALL_SETS, backend_or_skip
+from expertlane.engine.ops.cpu import CpuBackend
+from expertlane.engine.ops.narrow import (
+    NarrowExperts,
+    NarrowLinear,
+    NarrowWeight,
+    reordered,
+    side_by_side,
+)
+from expertlane.engine.ops.products import Activation, Expert, LoopedExperts, PairGroups
+from expertlane.engine.ops.torch_backend import TorchBackend
 
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}  # of the largest value
 TYPES = (torch.int8, torch.float8_e4m3fn)

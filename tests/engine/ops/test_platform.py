@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from cli.screen import telling, tells
+from expertlane.engine.ops import backend as module
+from expertlane.engine.ops.backend import backend_of_cpu, choose_platform
+from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.errors import UserError
-from expertlane.ops import backend as module
-from expertlane.ops.backend import backend_of_cpu, choose_platform
-from expertlane.ops.torch_backend import TorchBackend
 
 SHARING = "; EXPERTLANE_TRANSPORT=shared_memory lets ranks share GPUs"
 

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from expertlane.ops import products as module
-from expertlane.ops.backend import backend_for
-from expertlane.ops.products import (
+from expertlane.engine.ops import products as module
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.products import (
     Activation,
     Expert,
     GroupedExperts,
@@ -16,8 +16,8 @@ from expertlane.ops.products import (
     LoopedExperts,
     PairGroups,
 )
-from expertlane.ops.torch_backend import TorchBackend
-from expertlane.ops.transfer import waits_raise
+from expertlane.engine.ops.torch_backend import TorchBackend
+from expertlane.engine.ops.transfer import waits_raise
 
 HIDDEN, INNER = 32, 16
 PLAIN = Activation("silu")

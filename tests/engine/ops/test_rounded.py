@@ -6,14 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.screen import telling
+from engine.ops.instruction_sets import ALL_SETS, backend_or_skip
+from engine.ops.test_narrow import BOUND, assert_near, drawn, rows_of
+from expertlane.engine.ops.float8 import from_float8, to_float8
+from expertlane.engine.ops.narrow import (
+    Float8Inputs,
+    NarrowWeight,
+    reordered,
+    shared_rows,
+    side_by_side,
+)
+from expertlane.engine.ops.products import Activation, Expert, LoopedExperts
+from expertlane.engine.ops.rounded import RoundedLinear, rounded_inputs
+from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.errors import SpecError
-from expertlane.ops.float8 import from_float8, to_float8
-from expertlane.ops.narrow import Float8Inputs, NarrowWeight, reordered, shared_rows, side_by_side
-from expertlane.ops.products import Activation, Expert, LoopedExperts
-from expertlane.ops.rounded import RoundedLinear, rounded_inputs
-from expertlane.ops.torch_backend import TorchBackend
-from ops.instruction_sets import ALL_SETS, backend_or_skip
-from ops.test_narrow import BOUND, assert_near, drawn, rows_of
 
 TORCH = TorchBackend()
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from expertlane.model.draw import draw, keep_likeliest, probabilities, uniform_numbers
-from expertlane.ops.vector import VectorBackend
+from expertlane.engine.model.draw import draw, keep_likeliest, probabilities, uniform_numbers
+from expertlane.engine.ops.vector import VectorBackend
 
 
 @pytest.fixture(scope="module")

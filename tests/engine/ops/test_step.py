@@ -8,16 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.model.draw import NO_TOKEN, likeliest
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.moe_step import CompiledRouter
-from expertlane.ops.narrow import NarrowWeight
-from expertlane.ops.packed import FEW_ROWS
-from expertlane.ops.products import Activation, Expert
-from expertlane.ops.router import Router, RouterParams, route
-from expertlane.ops.step import AttentionWeights
-from expertlane.ops.torch_backend import TorchBackend
-from expertlane.ops.vector import VectorBackend
+from expertlane.engine.model.draw import NO_TOKEN, likeliest
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.moe_step import CompiledRouter
+from expertlane.engine.ops.narrow import NarrowWeight
+from expertlane.engine.ops.packed import FEW_ROWS
+from expertlane.engine.ops.products import Activation, Expert
+from expertlane.engine.ops.router import Router, RouterParams, route
+from expertlane.engine.ops.step import AttentionWeights
+from expertlane.engine.ops.torch_backend import TorchBackend
+from expertlane.engine.ops.vector import VectorBackend
 from expertlane.schedule.plan import Batch
 from expertlane.spec.model import Routing
 

@@ -1,7 +1,7 @@
 """Ranks in this process that can be lost at any moment, behind what a pool of real ones offers."""
 
-from engine.token_stage import TokenStage
-from expertlane.engine.commands import Deploy, HeldBytes, RecordGraphs, Redeploy, RunStep
+from engine.stage.token_stage import TokenStage
+from expertlane.engine.ranks.commands import Deploy, HeldBytes, RecordGraphs, Redeploy, RunStep
 from expertlane.errors import RanksLostError
 from expertlane.spec.members import Members
 

@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 
 from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
-from engine.harmed_ranks import (
+from engine.ranks.harmed_ranks import (
     COMPILED_KINDS,
     UNCOMPILED_KINDS,
     Happened,
@@ -34,12 +34,12 @@ from engine.harmed_ranks import (
     build_harmed_messages,
     install,
 )
-from engine.processes import session_is_gone, wait_until
-from expertlane.engine import fork_server, local_ranks
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.pool import RankPool
+from engine.ranks.processes import session_is_gone, wait_until
+from expertlane.engine.ops.backend import backend_of_cpu
+from expertlane.engine.ranks import fork_server, local_ranks
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import RankError
-from expertlane.ops.backend import backend_of_cpu
 
 TIMEOUT_S = 2.0
 _DEPLOYMENTS: tuple[tuple[str, dict[str, Any]], ...] = (

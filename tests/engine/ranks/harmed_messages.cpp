@@ -74,7 +74,7 @@ inline void* harmed_memcpy(void* to, const void* from, size_t bytes) {
 #define atomic harmed_atomic
 #define memcpy harmed_memcpy
 #define syscall harm::system_call
-#include "../../src/expertlane/ops/shared_memory.cpp"
+#include "../../../src/expertlane/engine/ops/shared_memory.cpp"
 
 // From now on; `delay`: from falling asleep. Before that, the time is put into `happened`.
 extern "C" void harm_at(int32_t kind, int64_t num_before, int64_t delay, int32_t number,

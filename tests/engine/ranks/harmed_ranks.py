@@ -20,10 +20,10 @@ from unittest import mock
 
 import numpy as np
 
-from expertlane.comm import shared_memory
-from expertlane.comm.region import Region
-from expertlane.comm.uncompiled import UncompiledEndpoint
-from expertlane.engine import connection
+from expertlane.engine.comm import shared_memory
+from expertlane.engine.comm.region import Region
+from expertlane.engine.comm.uncompiled import UncompiledEndpoint
+from expertlane.engine.ranks import connection
 
 _SOURCE = Path(__file__).parent / "harmed_messages.cpp"
 _KINDS = ("load", "store", "exchange", "copy", "sleep", "wake")  # as in harmed_messages.cpp, from 1

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 
 import psutil
 
-from expertlane.comm.progress import NO_LAYER, Position, ProgressBoard
-from expertlane.engine.local_ranks import LocalRanks
+from expertlane.engine.comm.progress import NO_LAYER, Position, ProgressBoard
+from expertlane.engine.ranks.local_ranks import LocalRanks
 from forked import command_line
 
 _PATIENCE_S = 120.0  # of what takes seconds on a quiet machine

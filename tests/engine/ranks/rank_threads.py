@@ -13,16 +13,16 @@ from types import SimpleNamespace
 
 import torch
 
-from engine.one_rank import KernelsWithGraphs, compute_with, stage_on
-from expertlane.comm.mesh import Meshes
-from expertlane.comm.nccl import NcclLink
-from expertlane.comm.progress import ProgressBoard
+from engine.ops.cuda.near import DEVICE
+from engine.ops.cuda.replayed import ReplayedGraphs, launched, recorded
+from engine.stage.one_rank import KernelsWithGraphs, compute_with, stage_on
+from expertlane.engine.comm.mesh import Meshes
+from expertlane.engine.comm.nccl import NcclLink
+from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.graph_recording import forms_of_sizes
 from expertlane.engine.model_runner import outcome_of
-from expertlane.moe.dispatch import Dispatcher
-from expertlane.ops.cuda import launch
-from ops.cuda.near import DEVICE
-from ops.cuda.replayed import ReplayedGraphs, launched, recorded
+from expertlane.engine.moe.dispatch import Dispatcher
+from expertlane.engine.ops.cuda import launch
 
 PATIENCE_S = 60
 

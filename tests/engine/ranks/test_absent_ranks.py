@@ -21,7 +21,7 @@ from distributed.recovering import (
     start,
     wait_for,
 )
-from engine.test_recovering_pool import NUM_RANKS, leaves_nothing, start_pool
+from engine.ranks.test_recovering_pool import NUM_RANKS, leaves_nothing, start_pool
 from expertlane.errors import RankError, RanksLostError
 
 TIMEOUT_S = 3.0

@@ -9,9 +9,9 @@ import time
 import pytest
 
 from cli.screen import tells
-from engine.processes import RunningRanks
-from expertlane.engine.rank_environment import MAX_RANKS_PER_CORE
-from expertlane.ops.host import num_cores
+from engine.ranks.processes import RunningRanks
+from expertlane.engine.ops.host import num_cores
+from expertlane.engine.ranks.rank_environment import MAX_RANKS_PER_CORE
 
 EXPERIMENT = """
 name = "long"

@@ -12,12 +12,12 @@ from cli.screen import telling, tells
 from distributed import on_ranks
 from distributed.on_ranks import Echo, Fail, FailWhileOthersWait, Refuse, Stay
 from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
-from engine.processes import OwnRanks
-from expertlane.engine import rank_environment
-from expertlane.engine.inbox import Inbox
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.pool import RankPool
-from expertlane.engine.rank_environment import MAX_RANKS_PER_CORE, check_num_ranks
+from engine.ranks.processes import OwnRanks
+from expertlane.engine.ranks import rank_environment
+from expertlane.engine.ranks.inbox import Inbox
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.ranks.rank_environment import MAX_RANKS_PER_CORE, check_num_ranks
 from expertlane.errors import CapacityError, RankError, UserError
 
 LAYOUTS = ["dp=2,ep=2", "pp=2", pytest.param("tp=2", marks=pytest.mark.full)]

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from engine.harm import Draw, asked_for, lines_of, numbered, read, remaining
-from engine.harmed_ranks import COMPILED_KINDS
+from engine.ranks.harm import Draw, asked_for, lines_of, numbered, read, remaining
+from engine.ranks.harmed_ranks import COMPILED_KINDS
 
 NUM_RUNS, NUM_QUICK, NUM_AT_ONCE = 30, 6, 3
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from engine.token_stage import TokenStage
+from engine.stage.token_stage import TokenStage
 from expertlane.schedule.plan import Batch, RankBatch, RankStep
 from expertlane.schedule.request import Limits
 from expertlane.spec.layout import Layout

@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.screen import telling
-from engine.drawn_runs import OPTIONS, draw_prompt, small_limits
-from engine.fake_ranks import FakePool
-from engine.token_stage import PARAMS
+from engine.elastic.drawn_runs import OPTIONS, draw_prompt, small_limits
+from engine.ranks.fake_ranks import FakePool
+from engine.stage.token_stage import PARAMS
+from expertlane.engine.elastic.recovery import Recovery
+from expertlane.engine.elastic.recovery_record import State
 from expertlane.engine.engine import Engine
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.recovery import Recovery
-from expertlane.engine.recovery_record import State
 from expertlane.errors import RankError
 from expertlane.schedule.request import FinishReason, Limits
 from expertlane.schedule.scheduler import ContinuousScheduler

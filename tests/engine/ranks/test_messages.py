@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.screen import telling
-from expertlane.engine import commands, messages
-from expertlane.engine.commands import Deploy, RankOutcome, RunStep, SetDispatch, result_type
-from expertlane.engine.messages import (
+from expertlane.engine.ranks import commands, messages
+from expertlane.engine.ranks.commands import Deploy, RankOutcome, RunStep, SetDispatch, result_type
+from expertlane.engine.ranks.messages import (
     MAX_MESSAGE_BYTES,
     Channel,
     Decoder,
@@ -28,7 +28,7 @@ from expertlane.engine.messages import (
     encode,
     messages_in,
 )
-from expertlane.engine.stage import HANDLERS
+from expertlane.engine.stage.stage import HANDLERS
 from expertlane.errors import UserError
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.names import Phase

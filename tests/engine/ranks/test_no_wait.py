@@ -12,15 +12,15 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
-from engine.one_rank import stage_of
-from engine.test_decode_graphs import PARAMS, limits_of
-from expertlane.model.decode_graphs import DecodeGraphs
-from expertlane.ops import products, transfer
-from expertlane.ops.cuda import launch
+from engine.ops.cuda.tiny_models import MODELS
+from engine.stage.one_rank import stage_of
+from engine.stage.test_decode_graphs import PARAMS, limits_of
+from expertlane.engine.model.decode_graphs import DecodeGraphs
+from expertlane.engine.ops import products, transfer
+from expertlane.engine.ops.cuda import launch
 from expertlane.schedule.plan import Batch, RankBatch, RankStep
 from expertlane.spec.names import Phase
 from expertlane.spec.sampling import SamplingParams, SamplingState
-from ops.cuda.tiny_models import MODELS
 
 GPU = torch.device("meta")
 # Their results' sizes, or values, are on the host.

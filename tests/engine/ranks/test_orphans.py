@@ -9,13 +9,13 @@ import textwrap
 import psutil
 import pytest
 
-from engine.processes import RunningRanks, wait_until
+from engine.ranks.processes import RunningRanks, wait_until
 
 LAUNCHER = textwrap.dedent(
     """
     import os, sys, threading, time
-    from expertlane.engine.local_ranks import LocalRanks
-    from expertlane.engine.pool import RankPool
+    from expertlane.engine.ranks.local_ranks import LocalRanks
+    from expertlane.engine.ranks.pool import RankPool
 
     def start():
         global pool

@@ -15,8 +15,8 @@ from cli.screen import telling, tells
 from distributed import on_ranks
 from distributed.on_ranks import LOST_AT_START, WAYS, Echo, Exchange, Refuse, Stay
 from distributed.recovering import check_exchange, lose, replace
-from engine.processes import session_is_gone, wait_until
-from expertlane.engine.pool import RankPool
+from engine.ranks.processes import session_is_gone, wait_until
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import RankError, RanksLostError, UserError
 from forked import prepare_forks
 

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from cli.screen import telling, tells
-from engine.processes import wait_until
-from expertlane.engine import acceptor, rendezvous
-from expertlane.engine.acceptor import NodeAcceptor
-from expertlane.engine.rendezvous import (
+from engine.ranks.processes import wait_until
+from expertlane.engine.ranks import acceptor, rendezvous
+from expertlane.engine.ranks.acceptor import NodeAcceptor
+from expertlane.engine.ranks.rendezvous import (
     Claim,
     Meeting,
     Place,

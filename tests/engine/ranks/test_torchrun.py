@@ -4,10 +4,11 @@ import msgspec
 import pytest
 
 from cli.screen import telling, tells
-from expertlane.engine import launch, torchrun
+from expertlane.engine import launch
 from expertlane.engine.launch import start_pool
-from expertlane.engine.rendezvous import Meeting
-from expertlane.engine.torchrun import SupervisorSettings, TorchrunNode, num_nodes
+from expertlane.engine.ranks import torchrun
+from expertlane.engine.ranks.rendezvous import Meeting
+from expertlane.engine.ranks.torchrun import SupervisorSettings, TorchrunNode, num_nodes
 from expertlane.errors import CapacityError, UserError
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")

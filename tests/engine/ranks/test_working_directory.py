@@ -55,7 +55,7 @@ def test_files_named_like_modules(tmp_path, command):
 
 def test_other_processes_look_for_modules_where_this_one_does(tmp_path, monkeypatch):
     """A program may have put folders first on its path."""
-    from expertlane.engine.fork_server import python_command
+    from expertlane.engine.ranks.fork_server import python_command
 
     (tmp_path / "probe.py").write_text("import sys\ndef main():\n    print(sys.path, sys.argv[1:])")
     strange = str(tmp_path / "no\udcff folder 'here'")

@@ -2,17 +2,17 @@
 
 from types import SimpleNamespace
 
+from engine.ops.cuda.tiny_models import USERS
 from expertlane.balance.placement_file import placements_of
-from expertlane.comm.mesh import Meshes
-from expertlane.comm.progress import ProgressBoard
-from expertlane.engine.commands import StageSpec
-from expertlane.engine.deployed_stage import DeployedStage
+from expertlane.engine.comm.mesh import Meshes
+from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.model_runner import outcome_of
-from expertlane.ops.backend import Platform
-from expertlane.ops.cuda.backend import CudaBackend
+from expertlane.engine.ops.backend import Platform
+from expertlane.engine.ops.cuda.backend import CudaBackend
+from expertlane.engine.ranks.commands import StageSpec
+from expertlane.engine.stage.deployed_stage import DeployedStage
 from expertlane.spec.deployment import GraphLimits, Options
 from expertlane.spec.layout import Layout
-from ops.cuda.tiny_models import USERS
 
 
 class KernelsWithGraphs(CudaBackend):

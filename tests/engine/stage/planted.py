@@ -8,12 +8,12 @@ from unittest import mock
 import torch
 
 from expertlane.balance.placement import Placement
-from expertlane.comm.checks import CheckedGroup
-from expertlane.comm.collectives import Pending
-from expertlane.engine.commands import Command
-from expertlane.engine.worker import RankContext
-from expertlane.model.sampled_batch import SampledBatch
-from expertlane.ops.backend import backend_for
+from expertlane.engine.comm.checks import CheckedGroup
+from expertlane.engine.comm.collectives import Pending
+from expertlane.engine.model.sampled_batch import SampledBatch
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ranks.commands import Command
+from expertlane.engine.stage.worker import RankContext
 from expertlane.spec.names import Stage
 
 Patch = tuple[Any, str, Callable[..., Any]]

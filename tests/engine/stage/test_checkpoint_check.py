@@ -3,11 +3,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.screen import telling, tells
+from engine.model.families import save_checkpoint
 from expertlane.engine.launch import check_checkpoint
 from expertlane.engine.llm import LLM
+from expertlane.engine.model.checkpoint import Checkpoint
 from expertlane.errors import SpecError
-from expertlane.model.checkpoint import Checkpoint
-from model.families import save_checkpoint
 
 
 def _with_extra(folder, **tensors):

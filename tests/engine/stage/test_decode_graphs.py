@@ -15,12 +15,15 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from engine.one_rank import OneRank, passed, stage_of
-from expertlane.comm.transport import EpochEndedError
-from expertlane.model import decode_graphs
-from expertlane.model.decode_graphs import DecodeGraphs
-from expertlane.model.padded_batch import NO_SEQS, StaticInputs, padded, places_in
-from expertlane.ops.kv_cache import PagedBatch
+from engine.ops.cuda.near import DEVICE, needs_kernels, triton
+from engine.ops.cuda.replayed import ReplayedGraphs
+from engine.ops.cuda.tiny_models import MODELS
+from engine.stage.one_rank import OneRank, passed, stage_of
+from expertlane.engine.comm.transport import EpochEndedError
+from expertlane.engine.model import decode_graphs
+from expertlane.engine.model.decode_graphs import DecodeGraphs
+from expertlane.engine.model.padded_batch import NO_SEQS, StaticInputs, padded, places_in
+from expertlane.engine.ops.kv_cache import PagedBatch
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import Batch
 from expertlane.schedule.request import Limits, Request
@@ -28,9 +31,6 @@ from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import GraphLimits, Options
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.sampling import SamplingParams
-from ops.cuda.near import DEVICE, needs_kernels, triton
-from ops.cuda.replayed import ReplayedGraphs
-from ops.cuda.tiny_models import MODELS
 
 pytestmark = needs_kernels
 

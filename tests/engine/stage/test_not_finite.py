@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from cli.screen import telling, tells
 from distributed.running import deployment
+from engine.model.families import VOCAB_SIZE
 from engine.stub_runner import StubEngine, expected, run
-from expertlane.compare.run import run_comparison
-from expertlane.compare.serving_benchmark import serve
+from expertlane.comparison.run import run_comparison
+from expertlane.comparison.serving_benchmark import serve
 from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
 from expertlane.errors import ModelError
@@ -25,7 +26,6 @@ from expertlane.spec.experiment import Experiment
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.workload import TimedRequest, Workload
-from model.families import VOCAB_SIZE
 from schedule.paged import check_empty
 
 FAMILY = "qwen2_moe"

@@ -9,7 +9,7 @@ from distributed.on_ranks import local_ranks
 from distributed.running import deployment, run_deployment
 from expertlane.cost.step.operation import TransferKind
 from expertlane.cost.virtual import VirtualClock, VirtualLinks
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.results.step_record import Action
 from expertlane.schedule.drive import step_records
 from expertlane.spec.layout import Layout

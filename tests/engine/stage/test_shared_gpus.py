@@ -8,10 +8,10 @@ import pytest
 from cli.screen import tells
 from cli.stub_llm import MACHINE
 from expertlane.cli.local_model import _platform_text
-from expertlane.compare.machine import _first_on_gpus, machine_record, measure_peak
-from expertlane.engine.commands import RankRates
+from expertlane.comparison.machine import _first_on_gpus, machine_record, measure_peak
+from expertlane.cost.memory import workload_limits
 from expertlane.engine.launch import fit_to_machine
-from expertlane.memory import workload_limits
+from expertlane.engine.ranks.commands import RankRates
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload

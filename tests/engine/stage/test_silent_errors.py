@@ -9,12 +9,12 @@ import pytest
 from cli.screen import telling, tells
 from distributed.on_ranks import local_ranks
 from distributed.running import deployment
-from engine.planted import FlipBit, Plant
-from engine.recovering import facts, record_of
+from engine.elastic.recovering import facts, record_of
+from engine.stage.planted import FlipBit, Plant
 from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import RankError, RanksLostError, UserError
 from expertlane.results.step_checks import Alike, RankChecks, first_found
 from expertlane.schedule.drive import drive

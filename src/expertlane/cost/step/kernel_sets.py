@@ -114,7 +114,7 @@ class KernelSet:
 
 ENGINE = KernelSet("the engine's tensor operations", "the engine's", "as measured on this machine")
 
-# Read off `ops/cuda`, and off torch's operations for what it leaves to them: packing,
+# Read off `engine/ops/cuda`, and off torch's operations for what it leaves to them: packing,
 # norms over the heads of all ranks, the choice of tokens.
 ENGINE_ON_GPUS = KernelSet(
     "the engine's kernels on GPUs",

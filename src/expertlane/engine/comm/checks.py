@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.comm.collectives import Group, Look, Pending
-from expertlane.comm.progress import NO_LAYER
-from expertlane.comm.recorder import Recorder
 from expertlane.cost.step.operation import TransferKind
+from expertlane.engine.comm.collectives import Group, Look, Pending
+from expertlane.engine.comm.progress import NO_LAYER
+from expertlane.engine.comm.recorder import Recorder
 from expertlane.results.step_checks import Alike, Place, RankChecks, Transferred
 from expertlane.spec.names import CheckLevel, CheckPoint, Stage
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from expertlane.comm.device import Event
+from expertlane.engine.comm.device import Event
 
 
 class HostClock:

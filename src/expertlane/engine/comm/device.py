@@ -3,8 +3,8 @@
 import time
 from typing import Protocol
 
-from expertlane.comm.epoch import Epoch
-from expertlane.comm.transport import PeerLostError
+from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.transport import PeerLostError
 
 _SPIN_S = 1e-3  # looks without a pause: most of a step's wait is over by then, or takes far longer
 _NAP_S = 5e-5  # between later ones

@@ -5,8 +5,8 @@ Ranks of one epoch talk to no other: it has memory, process groups and a store o
 
 import os
 
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.transport import EpochEndedError
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.transport import EpochEndedError
 
 LOOK_S = 0.05  # between looks at the board, during a wait for other ranks
 

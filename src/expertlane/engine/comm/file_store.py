@@ -14,7 +14,7 @@ from datetime import timedelta
 
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from expertlane.comm.epoch import Epoch
+from expertlane.engine.comm.epoch import Epoch
 
 _HEAD = struct.Struct("<II")  # bytes of a key, and of its value
 _POLL_S = 0.005

@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from expertlane.comm.epoch import Epoch
-from expertlane.comm.torch_link import MANY_BYTES, Backend, TorchLink, TorchWork, blaming_peers
+from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.torch_link import (
+    MANY_BYTES,
+    Backend,
+    TorchLink,
+    TorchWork,
+    blaming_peers,
+)
 
 _MOST_PADDED = 1.25  # of the rows there are, in a transfer of many bytes; not measured
 _SUMMED = (torch.float16, torch.bfloat16)  # by nccl, where a sum has to cross nodes

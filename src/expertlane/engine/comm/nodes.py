@@ -1,8 +1,8 @@
 """Ranks of several nodes: shared memory for groups within a node, else torch.distributed."""
 
-from expertlane.comm.shared_memory import SharedTransport
-from expertlane.comm.torch_transport import TorchTransport
-from expertlane.comm.transport import Link
+from expertlane.engine.comm.shared_memory import SharedTransport
+from expertlane.engine.comm.torch_transport import TorchTransport
+from expertlane.engine.comm.transport import Link
 
 
 class NodesTransport:

@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.core_token import CoreToken
-from expertlane.comm.meter import Meter
-from expertlane.comm.operation_log import OperationLog
-from expertlane.comm.progress import NO_LAYER, ProgressReporter
-from expertlane.comm.step_counters import StepCounters
-from expertlane.comm.step_times import StepTimes
 from expertlane.cost.step.operation import TransferKind
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.core_token import CoreToken
+from expertlane.engine.comm.meter import Meter
+from expertlane.engine.comm.operation_log import OperationLog
+from expertlane.engine.comm.progress import NO_LAYER, ProgressReporter
+from expertlane.engine.comm.step_counters import StepCounters
+from expertlane.engine.comm.step_times import StepTimes
 from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.names import CheckPoint, Stage
 
 if TYPE_CHECKING:
-    from expertlane.comm.checks import Checks
+    from expertlane.engine.comm.checks import Checks
 
 ResultT = TypeVar("ResultT")
 

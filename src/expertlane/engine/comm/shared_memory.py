@@ -1,7 +1,7 @@
 """Transfers among the ranks of a node through memory that they share.
 
-The protocol (docs/shared_memory.md) is `ops/shared_memory.cpp`; where that could not be compiled,
-`comm/uncompiled.py` follows it over the same memory.
+The protocol (docs/shared_memory.md) is `engine/ops/shared_memory.cpp`; where that could not be
+compiled, `engine/comm/uncompiled.py` follows it over the same memory.
 """
 
 import ctypes
@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expertlane.comm.epoch import LOOK_S, Epoch
-from expertlane.comm.region import Region
-from expertlane.comm.transport import AtOnce, PeerLostError
+from expertlane.engine.comm.epoch import LOOK_S, Epoch
+from expertlane.engine.comm.region import Region
+from expertlane.engine.comm.transport import AtOnce, PeerLostError
+from expertlane.engine.ops.library import function_of
+from expertlane.engine.ops.row_parts import RowParts
 from expertlane.errors import CapacityError
-from expertlane.ops.library import function_of
-from expertlane.ops.row_parts import RowParts
 
 _NONE = -1  # no message, not even an empty one
 
@@ -72,7 +72,7 @@ class CompiledEndpoint:
     """Implements `Endpoint` by our C++.
 
     Args:
-        library: with the functions of `ops/shared_memory.cpp`.
+        library: with the functions of `engine/ops/shared_memory.cpp`.
         num_spins: looks at the memory before a wait sleeps.
     """
 

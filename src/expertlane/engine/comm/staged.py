@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from expertlane.comm.transport import AtOnce, Link, Transport, Work
-from expertlane.ops.row_parts import RowParts
+from expertlane.engine.comm.transport import AtOnce, Link, Transport, Work
+from expertlane.engine.ops.row_parts import RowParts
 
 
 class _StagedWork:

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.comm.meter import Meter
-from expertlane.comm.progress import NO_LAYER
+from expertlane.engine.comm.meter import Meter
+from expertlane.engine.comm.progress import NO_LAYER
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.names import Stage, Traffic
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.progress import NO_LAYER
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.progress import NO_LAYER
 from expertlane.results.step_record import RankEvents
 from expertlane.spec.names import Stage, Track
 

@@ -4,7 +4,7 @@ Nearly everything is built on the uneven all-to-all, because gloo has it uneven,
 asynchronous, and because on few cores it is several times cheaper there than gloo's own all-gather,
 reduce-scatter or all-reduce of the same rows (docs/log.md). Only an all-gather
 of many bytes goes by single sends and receives: an all-to-all would need a copy of the rows for
-every rank. nccl has more of its own (`comm/nccl.py`).
+every rank. nccl has more of its own (`engine/comm/nccl.py`).
 """
 
 import contextlib
@@ -15,9 +15,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from expertlane.comm.epoch import Epoch
-from expertlane.comm.transport import AtOnce, PeerLostError
-from expertlane.ops.row_parts import RowParts
+from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.transport import AtOnce, PeerLostError
+from expertlane.engine.ops.row_parts import RowParts
 
 MANY_BYTES = 256 * 1024  # of a rank's rows in an all-gather
 _TAG, _GATHER_TAG, _PAIRWISE_TAG, ABORT_TAG = range(4)  # keep sends between the same ranks apart

@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-from expertlane.comm.epoch import LOOK_S, Epoch
-from expertlane.comm.nccl import Nccl, NcclLink
-from expertlane.comm.torch_link import ABORT_TAG, Backend, TorchLink, blaming_peers
+from expertlane.engine.comm.epoch import LOOK_S, Epoch
+from expertlane.engine.comm.nccl import Nccl, NcclLink
+from expertlane.engine.comm.torch_link import ABORT_TAG, Backend, TorchLink, blaming_peers
 
 _AT_ONCE = timedelta(milliseconds=1)
 

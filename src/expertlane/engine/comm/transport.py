@@ -6,8 +6,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from expertlane.engine.ops.row_parts import RowParts
 from expertlane.errors import RankError
-from expertlane.ops.row_parts import RowParts
 
 
 class PeerLostError(RankError):

@@ -1,4 +1,4 @@
-"""The protocol of shared memory in Python, for where `ops/shared_memory.cpp` cannot be compiled.
+"""The protocol of `engine/ops/shared_memory.cpp` in Python, for where that cannot be compiled.
 
 A message is described only once the one before it is read. A rank that publishes something writes
 to the others' eventfds, and one that waits polls its own. Python has no memory barriers, but a
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.ops.row_parts import RowParts
+from expertlane.engine.ops.row_parts import RowParts
 
 _NUM_BEGUN, _NUM_PUBLISHED, _FIRST_PIECE, _NUM_PIECES, _PIECE_BYTES, _BLOCK, _NUM_FIELDS = range(7)
 _LINE_WORDS = 8

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from expertlane.balance.moves import WHOLE
-from expertlane.engine.tickets import Ticket
+from expertlane.engine.ranks.tickets import Ticket
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.names import Stage
 

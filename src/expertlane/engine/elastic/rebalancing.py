@@ -35,11 +35,11 @@ from expertlane.balance.rebalance import (
     RebalanceGate,
     propose,
 )
-from expertlane.engine.arrangement import Arranged
-from expertlane.engine.commands import FinishMoves, StartMoves, TimeOneMove
-from expertlane.engine.move_pace import MovePace
-from expertlane.engine.pool import RankPool
-from expertlane.engine.tickets import Ticket
+from expertlane.engine.elastic.arrangement import Arranged
+from expertlane.engine.elastic.move_pace import MovePace
+from expertlane.engine.ranks.commands import FinishMoves, StartMoves, TimeOneMove
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.ranks.tickets import Ticket
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import StepPlan
 from expertlane.spec.names import Phase, Stage

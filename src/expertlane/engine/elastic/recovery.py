@@ -15,9 +15,9 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from expertlane.engine.arrangement import Arranged, Arrangement
-from expertlane.engine.recovery_record import NEXT, Kind, Moment, RecoveryRecord, State
-from expertlane.engine.repeated_losses import RepeatedLosses
+from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.engine.elastic.recovery_record import NEXT, Kind, Moment, RecoveryRecord, State
+from expertlane.engine.elastic.repeated_losses import RepeatedLosses
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import StepPlan

@@ -9,19 +9,19 @@ from typing import Any
 
 from expertlane.balance.kept import keeping_placements
 from expertlane.balance.placement_file import Placements, check_deployment
-from expertlane.engine.arrangement import Arrangement
-from expertlane.engine.commands import HeldBytes, RankMachine
+from expertlane.cost.memory import FREE_SHARE
+from expertlane.engine.elastic.arrangement import Arrangement
+from expertlane.engine.elastic.recovery_record import RecoveryRecord
+from expertlane.engine.elastic.weights_ahead import WeightsAhead
 from expertlane.engine.engine import Engine
 from expertlane.engine.launch import describe_ranks, placed_model, with_blocks
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
-from expertlane.engine.rank_environment import check_num_ranks
-from expertlane.engine.recovery_record import RecoveryRecord
-from expertlane.engine.run_files import MOST_UNCOMPILED
-from expertlane.engine.weights_ahead import WeightsAhead
+from expertlane.engine.ops import host
+from expertlane.engine.ranks.commands import HeldBytes, RankMachine
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.ranks.rank_environment import check_num_ranks
+from expertlane.engine.ranks.run_files import MOST_UNCOMPILED
 from expertlane.errors import CapacityError, UserError
-from expertlane.memory import FREE_SHARE
-from expertlane.ops import host
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.layout import Layout

@@ -8,15 +8,15 @@ from pathlib import Path
 
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.survivors import over_survivors
-from expertlane.engine.arrangement import Arrangement
-from expertlane.engine.commands import Prepare, Prepared
+from expertlane.engine.elastic.arrangement import Arrangement
+from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.launch import with_blocks
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
-from expertlane.engine.scaling import Scaling
-from expertlane.engine.tickets import Ticket
+from expertlane.engine.ops import host
+from expertlane.engine.ranks.commands import Prepare, Prepared
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.ranks.tickets import Ticket
 from expertlane.errors import CapacityError, UserError
-from expertlane.ops import host
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.members import Members

@@ -4,10 +4,10 @@ import time
 from collections.abc import Sequence
 
 from expertlane.balance.placement_file import Placements
-from expertlane.engine.commands import DropPrepared, Prepare, Prepared, StageSpec
-from expertlane.engine.move_pace import HELD_UP
-from expertlane.engine.pool import RankPool
-from expertlane.engine.tickets import Ticket
+from expertlane.engine.elastic.move_pace import HELD_UP
+from expertlane.engine.ranks.commands import DropPrepared, Prepare, Prepared, StageSpec
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.ranks.tickets import Ticket
 from expertlane.errors import CapacityError
 from expertlane.spec.layout import Layout
 

@@ -1,7 +1,7 @@
 """Causal attention over a key/value cache, for the heads one rank holds.
 
-`Attention` is multi-head or grouped-query; that in a latent has `model/latent_attention.py`. Both
-give a partial sum over the tensor-parallel group.
+`Attention` is multi-head or grouped-query; `engine/model/latent_attention.py` has that in a latent.
+Both give a partial sum over the tensor-parallel group.
 """
 
 import math
@@ -9,16 +9,16 @@ import math
 import torch
 from torch import Tensor
 
-from expertlane.comm.collectives import Steps
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.weights import WeightSource, taker_of
-from expertlane.ops.backend import backend_for
-from expertlane.ops.kv_cache import AttentionParams, KVCache
-from expertlane.ops.narrow import reordered, side_by_side
-from expertlane.ops.parts import AttentionCall
-from expertlane.ops.products import HeadsLinear, Linear
-from expertlane.ops.step import AttentionWeights
+from expertlane.engine.comm.collectives import Steps
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.weights import WeightSource, taker_of
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache
+from expertlane.engine.ops.narrow import reordered, side_by_side
+from expertlane.engine.ops.parts import AttentionCall
+from expertlane.engine.ops.products import HeadsLinear, Linear
+from expertlane.engine.ops.step import AttentionWeights
 from expertlane.spec.model import ModelConfig, RopeScaling
 from expertlane.spec.names import Stage
 from expertlane.spec.tensors import layer_name

@@ -7,16 +7,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from expertlane.errors import SpecError
-from expertlane.model.checkpoint_names import TensorLocation
-from expertlane.model.stored_tensors import (
+from expertlane.engine.model.checkpoint_names import TensorLocation
+from expertlane.engine.model.stored_tensors import (
     PLAIN_TYPES,
     VALUES_OF_INT32,
     StoredTensors,
 )
-from expertlane.ops.mxfp4 import Mxfp4Weight
-from expertlane.ops.narrow import NarrowWeight
-from expertlane.ops.staging import STAGED_BYTES, copier_to
+from expertlane.engine.ops.mxfp4 import Mxfp4Weight
+from expertlane.engine.ops.narrow import NarrowWeight
+from expertlane.engine.ops.staging import STAGED_BYTES, copier_to
+from expertlane.errors import SpecError
 from expertlane.spec.hf_config import MXFP4_BLOCK
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import Shape

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from expertlane.model.checkpoint import Checkpoint
-from expertlane.model.int8_cache import Int8Cache
-from expertlane.model.weights import WeightSource
-from expertlane.ops.mxfp4 import Mxfp4Weight
-from expertlane.ops.narrow import NarrowWeight
+from expertlane.engine.model.checkpoint import Checkpoint
+from expertlane.engine.model.int8_cache import Int8Cache
+from expertlane.engine.model.weights import WeightSource
+from expertlane.engine.ops.mxfp4 import Mxfp4Weight
+from expertlane.engine.ops.narrow import NarrowWeight
 from expertlane.spec.deployment import ActivationsType, WeightsType
 from expertlane.spec.tensors import cut_dim, tensor_shape
 

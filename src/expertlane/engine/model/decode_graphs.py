@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertlane.comm.collectives import Steps, interleave
-from expertlane.comm.meter import Sent
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.layers import DecoderLayer
-from expertlane.model.moe_block import MoEBlock, Routed
-from expertlane.model.padded_batch import NO_SEQS, GraphInputs, PaddedBatch
-from expertlane.model.transformer import HeadResult, RunsLayers, TransformerStage
-from expertlane.ops.backend import backend_for
-from expertlane.ops.graphs import Graphs
-from expertlane.ops.kv_cache import KVCache
+from expertlane.engine.comm.collectives import Steps, interleave
+from expertlane.engine.comm.meter import Sent
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.layers import DecoderLayer
+from expertlane.engine.model.moe_block import MoEBlock, Routed
+from expertlane.engine.model.padded_batch import NO_SEQS, GraphInputs, PaddedBatch
+from expertlane.engine.model.transformer import HeadResult, RunsLayers, TransformerStage
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.graphs import Graphs
+from expertlane.engine.ops.kv_cache import KVCache
 from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import GraphLimits
 from expertlane.spec.dispatch import DispatchForm, is_static_on

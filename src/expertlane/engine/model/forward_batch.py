@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from expertlane.cost.step.attention_sizes import pairs_and_positions
-from expertlane.model.latent_batch import LatentParts, latent_parts
-from expertlane.ops.kv_cache import PagedBatch
-from expertlane.ops.transfer import Array, to_device
+from expertlane.engine.model.latent_batch import LatentParts, latent_parts
+from expertlane.engine.ops.kv_cache import PagedBatch
+from expertlane.engine.ops.transfer import Array, to_device
 from expertlane.schedule.plan import Batch
 from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.layout import Coordinates, Layout, partition

@@ -11,10 +11,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from expertlane.engine.model.checkpoint import Checkpoint
+from expertlane.engine.model.stored_tensors import Shards
+from expertlane.engine.ops.narrow import NarrowWeight
 from expertlane.errors import SpecError
-from expertlane.model.checkpoint import Checkpoint
-from expertlane.model.stored_tensors import Shards
-from expertlane.ops.narrow import NarrowWeight
 from expertlane.spec.deployment import INPUTS_OF_SCALE, INT8_FOLDER
 from expertlane.spec.files import write_whole
 from expertlane.spec.tensors import HEAD, Shape, is_matrix, tensor_names, tensor_shape

@@ -8,15 +8,15 @@ made from the latents of all positions.
 import torch
 from torch import Tensor
 
-from expertlane.comm.collectives import Steps
-from expertlane.comm.mesh import ParallelMesh
 from expertlane.cost.step.attention_sizes import pairs_and_positions
-from expertlane.model.attention import PagedHeads, RotaryEmbedding
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.latent_batch import Expanded
-from expertlane.model.weights import WeightSource, taker_of
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.products import HeadsLinear, Linear
+from expertlane.engine.comm.collectives import Steps
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.model.attention import PagedHeads, RotaryEmbedding
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.latent_batch import Expanded
+from expertlane.engine.model.weights import WeightSource, taker_of
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.products import HeadsLinear, Linear
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import layer_name
 

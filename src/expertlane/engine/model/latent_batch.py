@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from expertlane.cost.step.attention_sizes import takes_less_expanded
-from expertlane.ops.kv_cache import PagedBatch
-from expertlane.ops.transfer import to_device
+from expertlane.engine.ops.kv_cache import PagedBatch
+from expertlane.engine.ops.transfer import to_device
 from expertlane.schedule.plan import Batch
 from expertlane.spec.model import LatentAttention
 

@@ -7,18 +7,18 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
-from expertlane.comm.collectives import Steps
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.model.attention import Attention, RotaryEmbedding
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.latent_attention import LatentAttention
-from expertlane.model.mlp import DenseBlock
-from expertlane.model.moe_block import MoEBlock, Routed
-from expertlane.model.weights import WeightSource, taker_of
-from expertlane.ops.backend import backend_for
-from expertlane.ops.kv_cache import KVCache
-from expertlane.ops.layers import LayerParts
-from expertlane.ops.step import AttentionPart
+from expertlane.engine.comm.collectives import Steps
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.model.attention import Attention, RotaryEmbedding
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.latent_attention import LatentAttention
+from expertlane.engine.model.mlp import DenseBlock
+from expertlane.engine.model.moe_block import MoEBlock, Routed
+from expertlane.engine.model.weights import WeightSource, taker_of
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.kv_cache import KVCache
+from expertlane.engine.ops.layers import LayerParts
+from expertlane.engine.ops.step import AttentionPart
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckPoint, Stage
 

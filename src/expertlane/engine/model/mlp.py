@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.comm.collectives import Steps
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.weights import WeightSource, taker_of
-from expertlane.ops.backend import backend_for
-from expertlane.ops.mlp import MlpPart
-from expertlane.ops.products import Activation, Expert, Linear
+from expertlane.engine.comm.collectives import Steps
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.weights import WeightSource, taker_of
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.mlp import MlpPart
+from expertlane.engine.ops.products import Activation, Expert, Linear
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckPoint, Stage

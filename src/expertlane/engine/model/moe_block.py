@@ -9,20 +9,20 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
-from expertlane.comm.collectives import Steps
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.mlp import MLP, activation_of
-from expertlane.model.weights import EXPERT, HeldWeights, WeightSource, taker_of
-from expertlane.moe.dispatch import CopyChooser, RoutedTokens
-from expertlane.moe.forms import make_dispatcher
-from expertlane.moe.payload import Payload
-from expertlane.ops.backend import backend_for
-from expertlane.ops.mlp import MlpPart
-from expertlane.ops.moe_step import LocalExperts
-from expertlane.ops.narrow import Weight
-from expertlane.ops.products import Activation, Expert, Linear
-from expertlane.ops.router import RouterParams
+from expertlane.engine.comm.collectives import Steps
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.mlp import MLP, activation_of
+from expertlane.engine.model.weights import EXPERT, HeldWeights, WeightSource, taker_of
+from expertlane.engine.moe.dispatch import CopyChooser, RoutedTokens
+from expertlane.engine.moe.forms import make_dispatcher
+from expertlane.engine.moe.payload import Payload
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.mlp import MlpPart
+from expertlane.engine.ops.moe_step import LocalExperts
+from expertlane.engine.ops.narrow import Weight
+from expertlane.engine.ops.products import Activation, Expert, Linear
+from expertlane.engine.ops.router import RouterParams
 from expertlane.spec.deployment import PayloadType
 from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.layout import partition

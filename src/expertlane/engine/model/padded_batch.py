@@ -7,10 +7,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.ops.kv_cache import AttentionBounds
-from expertlane.ops.transfer import Array, packed, unpacked
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.ops.kv_cache import AttentionBounds
+from expertlane.engine.ops.transfer import Array, packed, unpacked
 from expertlane.schedule.plan import Batch
 from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.layout import partition

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.model.draw import (
+from expertlane.engine.model.draw import (
     NO_TOKEN,
     draw,
     keep_likeliest,
@@ -20,8 +20,8 @@ from expertlane.model.draw import (
     token_logprobs,
     uniform_numbers,
 )
-from expertlane.ops.backend import backend_for
-from expertlane.ops.transfer import to_device
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.transfer import to_device
 from expertlane.spec.sampling import SamplingParams, SamplingState, TokenLogprobs
 
 _FLOAT32 = torch.finfo(torch.float32)

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.model.draw import likeliest
-from expertlane.model.sampled_batch import ChosenLogprobs, SampledBatch, SampledSequence
+from expertlane.engine.model.draw import likeliest
+from expertlane.engine.model.sampled_batch import ChosenLogprobs, SampledBatch, SampledSequence
 from expertlane.spec.sampling import SamplingState, TokenLogprobs
 
 _CACHED_VALUES = 1 << 18  # logits a CPU works on at a time; several times as fast as on millions

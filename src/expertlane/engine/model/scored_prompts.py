@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.model.draw import token_logprobs
+from expertlane.engine.model.draw import token_logprobs
 from expertlane.schedule.plan import Batch
 from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import SamplingState

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from expertlane.errors import SpecError
-from expertlane.model.checkpoint_names import (
+from expertlane.engine.model.checkpoint_names import (
     TensorLocation,
     is_left_unread,
     tensor_locations,
 )
+from expertlane.errors import SpecError
 from expertlane.spec.files import INDEX_BYTES, check_regular, read_json_object
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import (

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.placement_file import Placements
-from expertlane.comm.collectives import Steps
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.meter import Meter
-from expertlane.model.attention import RotaryEmbedding
-from expertlane.model.draw import NO_TOKEN, likeliest
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.layers import DecoderLayer
-from expertlane.model.moe_block import MoEBlock
-from expertlane.model.scored_prompts import ScoredPrompts
-from expertlane.model.weights import HeldWeights, WeightSource
-from expertlane.ops.backend import backend_for
-from expertlane.ops.kv_cache import KVCache
-from expertlane.ops.layers import LayersPart
-from expertlane.ops.transfer import to_device
+from expertlane.engine.comm.collectives import Steps
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.comm.meter import Meter
+from expertlane.engine.model.attention import RotaryEmbedding
+from expertlane.engine.model.draw import NO_TOKEN, likeliest
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.layers import DecoderLayer
+from expertlane.engine.model.moe_block import MoEBlock
+from expertlane.engine.model.scored_prompts import ScoredPrompts
+from expertlane.engine.model.weights import HeldWeights, WeightSource
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.kv_cache import KVCache
+from expertlane.engine.ops.layers import LayersPart
+from expertlane.engine.ops.transfer import to_device
 from expertlane.spec.deployment import KVCacheType, PayloadType
 from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.layout import partition

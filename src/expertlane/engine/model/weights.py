@@ -19,10 +19,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.ops.backend import backend_for
-from expertlane.ops.float8 import FLOAT8
-from expertlane.ops.mxfp4 import Mxfp4Weight
-from expertlane.ops.narrow import Float8Inputs, NarrowWeight, Weight
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.float8 import FLOAT8
+from expertlane.engine.ops.mxfp4 import Mxfp4Weight
+from expertlane.engine.ops.narrow import Float8Inputs, NarrowWeight, Weight
 from expertlane.spec.deployment import INPUTS_OF_SCALE, ActivationsType, WeightsType
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Origin

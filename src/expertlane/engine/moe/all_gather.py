@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from expertlane.comm.collectives import Steps
-from expertlane.moe.dispatch import Dispatcher, RoutedTokens
-from expertlane.moe.payload import bytes_of, columns_of, unpack
-from expertlane.ops.products import PairGroups
+from expertlane.engine.comm.collectives import Steps
+from expertlane.engine.moe.dispatch import Dispatcher, RoutedTokens
+from expertlane.engine.moe.payload import bytes_of, columns_of, unpack
+from expertlane.engine.ops.products import PairGroups
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from expertlane.comm.collectives import Steps
-from expertlane.moe.dispatch import Dispatcher, RoutedTokens
-from expertlane.moe.payload import bytes_of, columns_of, unpack
-from expertlane.ops.bookkeeping import Outgoing
-from expertlane.ops.products import PairGroups
-from expertlane.ops.row_parts import RowParts
+from expertlane.engine.comm.collectives import Steps
+from expertlane.engine.moe.dispatch import Dispatcher, RoutedTokens
+from expertlane.engine.moe.payload import bytes_of, columns_of, unpack
+from expertlane.engine.ops.bookkeeping import Outgoing
+from expertlane.engine.ops.products import PairGroups
+from expertlane.engine.ops.row_parts import RowParts
 
 _ROWS, _PAIRS = 0, 1
 

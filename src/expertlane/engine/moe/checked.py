@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
-from expertlane.comm.checks import Checks
-from expertlane.comm.collectives import Steps
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.moe.dispatch import Dispatcher, RoutedTokens
-from expertlane.moe.payload import Payload
-from expertlane.ops.products import PairGroups
+from expertlane.engine.comm.checks import Checks
+from expertlane.engine.comm.collectives import Steps
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.moe.dispatch import Dispatcher, RoutedTokens
+from expertlane.engine.moe.payload import Payload
+from expertlane.engine.ops.products import PairGroups
 from expertlane.spec.names import CheckPoint
 
 _WIDTH = 16  # of a row of numbers; kernels may want whole vectors

@@ -17,13 +17,13 @@ from torch import Tensor
 from expertlane.balance.copies import usable_copies
 from expertlane.balance.even_copies import BalancedCopies
 from expertlane.balance.placement import Placement
-from expertlane.comm.collectives import Group, Pending, Steps
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.moe.payload import Payload
-from expertlane.ops.backend import backend_for
-from expertlane.ops.bookkeeping import Outgoing
-from expertlane.ops.graphs import is_recorded
-from expertlane.ops.products import PairGroups
+from expertlane.engine.comm.collectives import Group, Pending, Steps
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.moe.payload import Payload
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.bookkeeping import Outgoing
+from expertlane.engine.ops.graphs import is_recorded
+from expertlane.engine.ops.products import PairGroups
 
 
 class CopyChooser:

@@ -1,14 +1,14 @@
 """The dispatcher of each form."""
 
 from expertlane.balance.placement import Placement
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.moe.all_gather import AllGatherDispatcher
-from expertlane.moe.all_to_all import AllToAllDispatcher
-from expertlane.moe.checked import CheckedDispatcher, TaggedPayload
-from expertlane.moe.dispatch import CopyChooser, Dispatcher, LocalDispatcher
-from expertlane.moe.hierarchical import HierarchicalDispatcher
-from expertlane.moe.payload import Payload
-from expertlane.moe.static import StaticDispatcher
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.moe.all_gather import AllGatherDispatcher
+from expertlane.engine.moe.all_to_all import AllToAllDispatcher
+from expertlane.engine.moe.checked import CheckedDispatcher, TaggedPayload
+from expertlane.engine.moe.dispatch import CopyChooser, Dispatcher, LocalDispatcher
+from expertlane.engine.moe.hierarchical import HierarchicalDispatcher
+from expertlane.engine.moe.payload import Payload
+from expertlane.engine.moe.static import StaticDispatcher
 from expertlane.spec.dispatch import DispatchForm, form_on
 
 _DISPATCHERS: dict[DispatchForm, type[Dispatcher]] = {

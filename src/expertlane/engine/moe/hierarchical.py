@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.comm.collectives import Group, Steps
-from expertlane.moe.dispatch import Dispatcher, RoutedTokens
-from expertlane.moe.payload import bytes_of, columns_of, unpack
-from expertlane.ops.bookkeeping import PeerRows
-from expertlane.ops.products import PairGroups
-from expertlane.ops.row_parts import RowParts
+from expertlane.engine.comm.collectives import Group, Steps
+from expertlane.engine.moe.dispatch import Dispatcher, RoutedTokens
+from expertlane.engine.moe.payload import bytes_of, columns_of, unpack
+from expertlane.engine.ops.bookkeeping import PeerRows
+from expertlane.engine.ops.products import PairGroups
+from expertlane.engine.ops.row_parts import RowParts
 
 
 @dataclass(frozen=True)

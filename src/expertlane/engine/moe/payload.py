@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.comm.recorder import Recorder
 from expertlane.cost.number_types import SCALED_VALUES, PayloadBytes
+from expertlane.engine.comm.recorder import Recorder
 from expertlane.spec.deployment import PayloadType
 
 _FLOAT8 = torch.float8_e4m3fn

@@ -18,9 +18,8 @@ from importlib.util import find_spec
 
 import torch
 
-from expertlane.errors import UserError
-from expertlane.ops.asked_kernels import asked_backend, asked_set
-from expertlane.ops.build import (
+from expertlane.engine.ops.asked_kernels import asked_backend, asked_set
+from expertlane.engine.ops.build import (
     BASELINE,
     ONLY_IF_ASKED_FOR,
     SETS,
@@ -28,9 +27,10 @@ from expertlane.ops.build import (
     InstructionSet,
     build,
 )
-from expertlane.ops.cpu import CpuBackend
-from expertlane.ops.torch_backend import TorchBackend
-from expertlane.ops.vector import VectorBackend
+from expertlane.engine.ops.cpu import CpuBackend
+from expertlane.engine.ops.torch_backend import TorchBackend
+from expertlane.engine.ops.vector import VectorBackend
+from expertlane.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,7 +61,7 @@ def backend_of_cuda(device: torch.device) -> tuple[TorchBackend, str]:
     if find_spec("triton") is None:
         return _TORCH, "Triton is not installed"
     # A CPU does without Triton.
-    from expertlane.ops.cuda.backend import (
+    from expertlane.engine.ops.cuda.backend import (
         CudaBackend,
         multiplies_float8,
         multiplies_narrow,

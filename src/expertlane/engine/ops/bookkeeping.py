@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertlane.balance.even_copies import BalancedCopies
-from expertlane.ops.products import PairGroups
+from expertlane.engine.ops.products import PairGroups
 
 
 @dataclass(frozen=True)

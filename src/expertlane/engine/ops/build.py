@@ -21,8 +21,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TextIO
 
+from expertlane.engine.ops.host import num_cores
 from expertlane.errors import CapacityError, no_room
-from expertlane.ops.host import num_cores
 from expertlane.spec.files import user_cache
 
 _FOLDER = Path(__file__).parent

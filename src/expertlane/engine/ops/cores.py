@@ -14,8 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from expertlane.engine.ops.host import num_cores
 from expertlane.errors import UserError
-from expertlane.ops.host import num_cores
 
 Core = tuple[int, ...]  # its hardware threads, by the system's numbers
 

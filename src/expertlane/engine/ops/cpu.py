@@ -1,6 +1,6 @@
 """Our own C++ on any CPU, for the bookkeeping of dispatch and for sums.
 
-Only `ops/backend.py` chooses it.
+Only `engine/ops/backend.py` chooses it.
 """
 
 import ctypes
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.even_copies import PATHS_OF_RANK, BalancedCopies
-from expertlane.ops.bookkeeping import Outgoing, PeerRows
-from expertlane.ops.library import function_of
-from expertlane.ops.products import PairGroups
-from expertlane.ops.row_parts import RowParts
-from expertlane.ops.torch_backend import TorchBackend
+from expertlane.engine.ops.bookkeeping import Outgoing, PeerRows
+from expertlane.engine.ops.library import function_of
+from expertlane.engine.ops.products import PairGroups
+from expertlane.engine.ops.row_parts import RowParts
+from expertlane.engine.ops.torch_backend import TorchBackend
 
 _SUMMED = (torch.float32, torch.bfloat16)
 

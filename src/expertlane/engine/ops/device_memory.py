@@ -5,7 +5,7 @@ from typing import Protocol
 
 import torch
 
-from expertlane.ops import host
+from expertlane.engine.ops import host
 
 
 class DeviceMemory(Protocol):

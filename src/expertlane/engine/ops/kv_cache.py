@@ -10,9 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.ops.attention_groups import AttentionGroup, attention_groups
-from expertlane.ops.float8 import from_float8, to_float8
-from expertlane.ops.transfer import Array, to_device
+from expertlane.engine.ops.attention_groups import AttentionGroup, attention_groups
+from expertlane.engine.ops.float8 import from_float8, to_float8
+from expertlane.engine.ops.transfer import Array, to_device
 from expertlane.schedule.plan import Batch
 
 

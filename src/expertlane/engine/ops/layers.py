@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from expertlane.ops.kv_cache import KVCache, PagedBatch
-from expertlane.ops.library import function_of
-from expertlane.ops.mlp import MlpPart
-from expertlane.ops.moe_step import LocalExperts
-from expertlane.ops.step import AttentionPart
-from expertlane.ops.structs import SUFFIX, Layer, Progress, address_of
+from expertlane.engine.ops.kv_cache import KVCache, PagedBatch
+from expertlane.engine.ops.library import function_of
+from expertlane.engine.ops.mlp import MlpPart
+from expertlane.engine.ops.moe_step import LocalExperts
+from expertlane.engine.ops.step import AttentionPart
+from expertlane.engine.ops.structs import SUFFIX, Layer, Progress, address_of
 
 
 class LayerParts(NamedTuple):

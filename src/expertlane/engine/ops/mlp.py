@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertlane.ops.library import function_of
-from expertlane.ops.products import Experts
-from expertlane.ops.structs import SUFFIX, ExpertsLayer, Mlp, address_of, most_tokens
+from expertlane.engine.ops.library import function_of
+from expertlane.engine.ops.products import Experts
+from expertlane.engine.ops.structs import SUFFIX, ExpertsLayer, Mlp, address_of, most_tokens
 
 
 class MlpPart:

@@ -50,7 +50,7 @@ void mask_groups(const Router& r, std::vector<Choice>& choices, std::vector<Choi
     }
 }
 
-// As `expertlane.ops.router.route`: scores [experts] hold logits, and are used up.
+// As `expertlane.engine.ops.router.route`: scores [experts] hold logits, and are used up.
 void route_token(const Router& r, float* scores, std::vector<Choice>& choices,
                  std::vector<Choice>& groups, int64_t* ids, float* weights) {
     const bool of_chosen = r.is_softmax && r.renormalise && r.groups == 1 && !r.correction;

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertlane.ops.library import function_of
-from expertlane.ops.packed import LANES
-from expertlane.ops.products import Experts
-from expertlane.ops.router import Norm, Router, RouterParams
-from expertlane.ops.structs import (
+from expertlane.engine.ops.library import function_of
+from expertlane.engine.ops.packed import LANES
+from expertlane.engine.ops.products import Experts
+from expertlane.engine.ops.router import Norm, Router, RouterParams
+from expertlane.engine.ops.structs import (
     MOST_TOKENS,
     SUFFIX,
     ExpertsLayer,

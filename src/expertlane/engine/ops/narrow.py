@@ -14,9 +14,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from expertlane.engine.ops.mxfp4 import Mxfp4Weight
+from expertlane.engine.ops.products import Activation, Expert, Experts, Linear, PairGroups
 from expertlane.errors import SpecError
-from expertlane.ops.mxfp4 import Mxfp4Weight
-from expertlane.ops.products import Activation, Expert, Experts, Linear, PairGroups
 from expertlane.spec.deployment import INPUTS_OF_SCALE
 
 _INT8_MAX = 127
@@ -99,7 +99,7 @@ _WIDENED_AT_A_TIME = 4_194_304
 
 @dataclass(frozen=True, eq=False)
 class Float8Inputs:
-    """A matrix, narrow or widened, whose products take inputs in float8 (`ops/rounded.py`).
+    """A matrix, narrow or widened, whose products take inputs in float8 (`engine/ops/rounded.py`).
 
     Its first input begins a group that shares a scale.
     """
@@ -169,7 +169,7 @@ class ScaledLinear(Linear):
     Attributes:
         weight, scales: in whichever layout it reads them.
         group, first, rows: as of `NarrowWeight`.
-        takes_float8: it rounds its inputs itself, as `ops/rounded.py` does.
+        takes_float8: it rounds its inputs itself, as `engine/ops/rounded.py` does.
     """
 
     scales: Tensor

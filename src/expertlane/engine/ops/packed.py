@@ -1,6 +1,6 @@
 """Products and experts by our own kernels: in bfloat16 with packed weights, in float32 of few rows.
 
-`ops/vector.py` chooses them; shapes as in `ops/products.py`.
+`engine/ops/vector.py` chooses them; shapes as in `engine/ops/products.py`.
 """
 
 import ctypes
@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertlane.ops.products import Activation, Expert, Experts, HeadsLinear, Linear, PairGroups
+from expertlane.engine.ops.products import (
+    Activation,
+    Expert,
+    Experts,
+    HeadsLinear,
+    Linear,
+    PairGroups,
+)
 
 LANES = 16  # outputs of a packed block
 FEW_ROWS = 32  # in float32: with more, torch's own products are faster

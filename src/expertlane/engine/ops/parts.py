@@ -4,7 +4,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from expertlane.ops.kv_cache import KVCache, PagedBatch
+from expertlane.engine.ops.kv_cache import KVCache, PagedBatch
 
 
 class AttentionCall(Protocol):

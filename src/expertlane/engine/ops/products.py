@@ -1,9 +1,9 @@
 """Products with weights that are kept as the device multiplies fastest, and experts made of them.
 
-On a CPU, bfloat16 weights are packed once: for our kernels (`ops/vector.py`), or for oneDNN where
-those are missing. Products of few rows then read memory at most of its bandwidth, which torch's own
-product, packing anew at every call, does not (`docs/log.md`). Elsewhere, and in float32, weights
-stay as they are.
+On a CPU, bfloat16 weights are packed once: for our kernels (`engine/ops/vector.py`), or for oneDNN
+where those are missing. Products of few rows then read memory at most of its bandwidth, which
+torch's own product, packing anew at every call, does not (`docs/log.md`). Elsewhere, and in
+float32, weights stay as they are.
 
 Shapes: R rows, P token-expert pairs grouped by expert, E experts, H = hidden_size.
 """
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.ops.transfer import waits_raise
+from expertlane.engine.ops.transfer import waits_raise
 
 
 class Linear:

@@ -1,9 +1,9 @@
 """Products whose inputs are rounded to float8 (e4m3) with a scale for a token's every 128.
 
 DeepSeek-V3's float8 matrices are made for such inputs (arXiv:2412.19437, section 3.3). Scales are
-powers of two (`ops/float8.py`), as DeepSeek-V3.1's are: then rounded inputs are exact in every type
-that models compute in, so any product can take them and all backends compute one function.
-A token's rounding depends on its own values alone.
+powers of two (`engine/ops/float8.py`), as DeepSeek-V3.1's are: then rounded inputs are exact in
+every type that models compute in, so any product can take them and all backends compute one
+function. A token's rounding depends on its own values alone.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from typing import Self
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.ops.float8 import from_float8, to_float8
-from expertlane.ops.products import Linear
+from expertlane.engine.ops.float8 import from_float8, to_float8
+from expertlane.engine.ops.products import Linear
 from expertlane.spec.deployment import INPUTS_OF_SCALE
 
 

@@ -1,5 +1,5 @@
 // Tokens drawn from scores, a row in one pass: softmax, top-k, top-p, min-p and the draw, as
-// model/draw.py has them for all rows together.
+// engine/model/draw.py has them for all rows together.
 
 #include <memory>
 #include <vector>

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.library import function_of
-from expertlane.ops.packed import LANES
-from expertlane.ops.products import Linear
-from expertlane.ops.structs import (
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.library import function_of
+from expertlane.engine.ops.packed import LANES
+from expertlane.engine.ops.products import Linear
+from expertlane.engine.ops.structs import (
     SUFFIX,
     AttentionLayer,
     HeadLayer,

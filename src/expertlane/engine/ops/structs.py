@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertlane.ops.narrow import NarrowLinear
-from expertlane.ops.packed import FEW_ROWS
-from expertlane.ops.products import Expert, Linear
+from expertlane.engine.ops.narrow import NarrowLinear
+from expertlane.engine.ops.packed import FEW_ROWS
+from expertlane.engine.ops.products import Expert, Linear
 
 MOST_TOKENS = 512  # with more, operations one by one cost no more, and their memory is given back
 POINTER, WHOLE, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float

@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.ops.attention_groups import AttentionGroup
-from expertlane.ops.bookkeeping import Bookkeeping
-from expertlane.ops.graphs import Graphs
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.moe_step import LocalExperts
-from expertlane.ops.narrow import Float8Inputs, Weight
-from expertlane.ops.parts import AttentionCall, MlpCall
-from expertlane.ops.products import (
+from expertlane.engine.ops.attention_groups import AttentionGroup
+from expertlane.engine.ops.bookkeeping import Bookkeeping
+from expertlane.engine.ops.graphs import Graphs
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.moe_step import LocalExperts
+from expertlane.engine.ops.narrow import Float8Inputs, Weight
+from expertlane.engine.ops.parts import AttentionCall, MlpCall
+from expertlane.engine.ops.products import (
     Activation,
     Expert,
     Experts,
@@ -25,10 +25,10 @@ from expertlane.ops.products import (
     LoopedExperts,
     OnednnLinear,
 )
-from expertlane.ops.rounded import RoundedLinear
-from expertlane.ops.router import Router, RouterParams
-from expertlane.ops.row_parts import RowParts
-from expertlane.ops.step import AttentionWeights, HeadPart
+from expertlane.engine.ops.rounded import RoundedLinear
+from expertlane.engine.ops.router import Router, RouterParams
+from expertlane.engine.ops.row_parts import RowParts
+from expertlane.engine.ops.step import AttentionWeights, HeadPart
 
 
 class TorchBackend(Bookkeeping):

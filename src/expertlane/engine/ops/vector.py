@@ -1,6 +1,6 @@
 """Our own arithmetic, for CPUs with vector instructions; torch computes what it does not cover.
 
-Only `ops/backend.py` chooses it.
+Only `engine/ops/backend.py` chooses it.
 """
 
 import ctypes
@@ -12,19 +12,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.ops.cpu import CpuBackend
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.library import function_of
-from expertlane.ops.mlp import MlpPart
-from expertlane.ops.moe_step import CompiledRouter, LocalExperts
-from expertlane.ops.narrow import (
+from expertlane.engine.ops.cpu import CpuBackend
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.library import function_of
+from expertlane.engine.ops.mlp import MlpPart
+from expertlane.engine.ops.moe_step import CompiledRouter, LocalExperts
+from expertlane.engine.ops.narrow import (
     Float8Inputs,
     NarrowExperts,
     NarrowLinear,
     NarrowWeight,
     Weight,
 )
-from expertlane.ops.packed import (
+from expertlane.engine.ops.packed import (
     LANES,
     FewRowsExperts,
     FewRowsLinear,
@@ -32,10 +32,10 @@ from expertlane.ops.packed import (
     PackedHeadsLinear,
     PackedLinear,
 )
-from expertlane.ops.products import Activation, Expert, Experts, HeadsLinear, Linear
-from expertlane.ops.router import Router, RouterParams
-from expertlane.ops.step import AttentionPart, AttentionWeights, HeadPart, attention_part
-from expertlane.ops.structs import address_of
+from expertlane.engine.ops.products import Activation, Expert, Experts, HeadsLinear, Linear
+from expertlane.engine.ops.router import Router, RouterParams
+from expertlane.engine.ops.step import AttentionPart, AttentionWeights, HeadPart, attention_part
+from expertlane.engine.ops.structs import address_of
 
 
 class VectorBackend(CpuBackend):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from expertlane.engine.rendezvous import (
+from expertlane.engine.ranks.rendezvous import (
     CONNECT_TIMEOUT_S,
     HANDSHAKE,
     MAGIC,

@@ -1,6 +1,6 @@
 """What the launcher asks of a rank, each with the type of its answer; importable without torch.
 
-`engine.stage.HANDLERS` has what a rank does for each command.
+`engine/stage/stage.py` (`HANDLERS`) has what a rank does for each command.
 """
 
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from expertlane.balance.moves import Part
 from expertlane.balance.placement_file import Placements
-from expertlane.engine.measure.points import Point, TransferPoint
+from expertlane.cost.step.operation import SIZES, Kind, TransferKind
 from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_checks import RankChecks
 from expertlane.results.step_record import RankRecord
@@ -48,6 +48,39 @@ def result_type(command: type[Command[ResultT]]) -> Any:
     (base,) = command.__orig_bases__  # type: ignore[attr-defined]
     (result,) = get_args(base)
     return result
+
+
+@dataclass(frozen=True)
+class Point:
+    """An operation whose time is measured.
+
+    Attributes:
+        dtype: of weights.
+        sizes: those of its kind, in the order of `SIZES`.
+    """
+
+    kind: Kind
+    dtype: str
+    sizes: tuple[int, ...]
+
+    @property
+    def by_name(self) -> dict[str, int]:
+        """Its sizes by name."""
+        return dict(zip(SIZES[self.kind], self.sizes, strict=True))
+
+
+@dataclass(frozen=True)
+class TransferPoint:
+    """One collective of the first `num_ranks` ranks, or a send from the first to the second.
+
+    Attributes:
+        num_bytes: what a rank sends to each other one, in rows of `row_bytes`.
+    """
+
+    kind: TransferKind
+    num_ranks: int
+    num_bytes: int
+    row_bytes: int = 64
 
 
 @dataclass(frozen=True)

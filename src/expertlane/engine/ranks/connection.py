@@ -6,19 +6,19 @@ import os
 import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from expertlane.comm.epoch import Epoch
-from expertlane.comm.file_store import FileStore
-from expertlane.comm.nodes import NodesTransport
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.region import Region
-from expertlane.comm.shared_memory import CompiledEndpoint, Endpoint, SharedTransport
-from expertlane.comm.staged import StagedTransport
-from expertlane.comm.torch_transport import TorchTransport
-from expertlane.comm.transport import Transport
-from expertlane.comm.uncompiled import UncompiledEndpoint
-from expertlane.engine.rank_settings import RankSettings
-from expertlane.ops.backend import SHARED_MEMORY, Platform, compiled_messages
-from expertlane.ops.cores import Share
+from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.file_store import FileStore
+from expertlane.engine.comm.nodes import NodesTransport
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.region import Region
+from expertlane.engine.comm.shared_memory import CompiledEndpoint, Endpoint, SharedTransport
+from expertlane.engine.comm.staged import StagedTransport
+from expertlane.engine.comm.torch_transport import TorchTransport
+from expertlane.engine.comm.transport import Transport
+from expertlane.engine.comm.uncompiled import UncompiledEndpoint
+from expertlane.engine.ops.backend import SHARED_MEMORY, Platform, compiled_messages
+from expertlane.engine.ops.cores import Share
+from expertlane.engine.ranks.rank_settings import RankSettings
 
 # The launcher's own bound ends a hang; the groups' bound only backs it up, so it is longer.
 _GROUP_TIMEOUT_MARGIN_S = 30.0

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import msgspec
 
-from expertlane.comm.progress import ProgressBoard
-from expertlane.engine.messages import (
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.ranks.messages import (
     Channel,
     Decoder,
     Failure,
@@ -32,22 +32,22 @@ from expertlane.engine.messages import (
     MessageKind,
     encode,
 )
-from expertlane.engine.node_messages import ChangeRanks, Exit, Heartbeat, Nodes, RanksStarted
-from expertlane.engine.processes import (
+from expertlane.engine.ranks.node_messages import ChangeRanks, Exit, Heartbeat, Nodes, RanksStarted
+from expertlane.engine.ranks.processes import (
     end_with_parent,
     import_numpy,
     is_stopped,
     unterminated,
 )
-from expertlane.engine.rank_settings import RankSettings, ServerSettings
-from expertlane.engine.run_files import memory_file, unnamed_file
-from expertlane.engine.store_host import StoreHost
+from expertlane.engine.ranks.rank_settings import RankSettings, ServerSettings
+from expertlane.engine.ranks.run_files import memory_file, unnamed_file
+from expertlane.engine.ranks.store_host import StoreHost
 from expertlane.errors import TerminatedError, no_room
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
-    from expertlane.engine.worker import Handlers
+    from expertlane.engine.stage.worker import Handlers
 
 _POLL_MS = 50
 _PR_SET_PDEATHSIG = 1
@@ -108,7 +108,7 @@ def _become_rank(
     """
     code = 1
     try:
-        from expertlane.engine.worker import run_rank
+        from expertlane.engine.stage.worker import run_rank
 
         _end_with_server(server_pid)
         _show_as(f"expertlane r{settings.rank}")
@@ -368,7 +368,9 @@ def serve(
             None where the launcher sends them.
     """
     if handlers is None:
-        from expertlane.engine.stage import HANDLERS  # torch, and what ranks run, for all ranks
+        from expertlane.engine.stage.stage import (
+            HANDLERS,  # torch, and what ranks run, for all ranks
+        )
 
         handlers = HANDLERS
     server = _Server(settings, handlers, reconnect)

@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.losses import Loss, Losses
-from expertlane.engine.messages import (
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.losses import Loss, Losses
+from expertlane.engine.ranks.messages import (
     Decoder,
     Failure,
     FailureKind,
@@ -18,8 +18,8 @@ from expertlane.engine.messages import (
     MessageKind,
     Ready,
 )
-from expertlane.engine.presence import Presence
-from expertlane.engine.tickets import Ticket, Tickets
+from expertlane.engine.ranks.presence import Presence
+from expertlane.engine.ranks.tickets import Ticket, Tickets
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError, TerminatedError
 
 _POLL_S = 0.5

@@ -11,8 +11,8 @@ from multiprocessing.connection import wait
 
 import msgspec
 
-from expertlane.engine.fork_server import python_command
-from expertlane.engine.messages import (
+from expertlane.engine.ranks.fork_server import python_command
+from expertlane.engine.ranks.messages import (
     Channel,
     Decoder,
     Failure,
@@ -22,13 +22,13 @@ from expertlane.engine.messages import (
     MessageKind,
     encode,
 )
-from expertlane.engine.node import GONE, Node, NodeChange, connections_for, gone, socket_pair
-from expertlane.engine.node_messages import ChangeRanks, Exit, Heartbeat, RanksStarted
-from expertlane.engine.processes import is_stopped
-from expertlane.engine.rank_environment import rank_environment
-from expertlane.engine.rank_settings import RankSettings, ServerSettings
-from expertlane.engine.rendezvous import Meeting, Place
-from expertlane.engine.run_files import RunFiles
+from expertlane.engine.ranks.node import GONE, Node, NodeChange, connections_for, gone, socket_pair
+from expertlane.engine.ranks.node_messages import ChangeRanks, Exit, Heartbeat, RanksStarted
+from expertlane.engine.ranks.processes import is_stopped
+from expertlane.engine.ranks.rank_environment import rank_environment
+from expertlane.engine.ranks.rank_settings import RankSettings, ServerSettings
+from expertlane.engine.ranks.rendezvous import Meeting, Place
+from expertlane.engine.ranks.run_files import RunFiles
 from expertlane.errors import CapacityError, RankError, TerminatedError, UserError, no_room
 from expertlane.spec.names import CpuIsa
 
@@ -66,7 +66,7 @@ class LocalRanks:
         num_ranks: int,
         timeout_s: float,
         dtype: str | None,
-        server_module: str = "expertlane.engine.fork_server",
+        server_module: str = "expertlane.engine.ranks.fork_server",
         *,
         cpu_isa: CpuIsa | None = None,
         meeting: Meeting | None = None,

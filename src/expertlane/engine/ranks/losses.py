@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.messages import (
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.messages import (
     Channel,
     Decoder,
     Failure,
@@ -18,8 +18,8 @@ from expertlane.engine.messages import (
     MessageError,
     MessageKind,
 )
-from expertlane.engine.presence import Presence
-from expertlane.engine.processes import is_stopped
+from expertlane.engine.ranks.presence import Presence
+from expertlane.engine.ranks.processes import is_stopped
 from expertlane.errors import RankError, RanksLostError, UserError
 from expertlane.spec.names import Stage
 

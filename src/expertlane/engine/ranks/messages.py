@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, get_args
 import msgspec
 import numpy as np
 
-from expertlane.comm.progress import Line
+from expertlane.engine.comm.progress import Line
 from expertlane.errors import UserError
 
 ValueT = TypeVar("ValueT")

@@ -6,8 +6,8 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from expertlane.engine.messages import Channel, MessageError, MessageKind, encode
-from expertlane.engine.node_messages import ChangeRanks
+from expertlane.engine.ranks.messages import Channel, MessageError, MessageKind, encode
+from expertlane.engine.ranks.node_messages import ChangeRanks
 from expertlane.errors import CapacityError, no_room
 
 _PING = encode(MessageKind.PING, None)

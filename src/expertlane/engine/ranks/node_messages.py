@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from expertlane.comm.progress import Line
+from expertlane.engine.comm.progress import Line
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from collections.abc import Collection, Container
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from expertlane.engine.acceptor import NodeAcceptor
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.messages import Channel, Decoder, Message, MessageKind, encode
-from expertlane.engine.node import Node
-from expertlane.engine.node_messages import ChangeRanks, Nodes
-from expertlane.engine.rendezvous import LEASE_S, Claim, Meeting, Place, listen
+from expertlane.engine.ranks.acceptor import NodeAcceptor
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.messages import Channel, Decoder, Message, MessageKind, encode
+from expertlane.engine.ranks.node import Node
+from expertlane.engine.ranks.node_messages import ChangeRanks, Nodes
+from expertlane.engine.ranks.rendezvous import LEASE_S, Claim, Meeting, Place, listen
 from expertlane.errors import RankError, RanksLostError
 from expertlane.spec.names import CpuIsa
 
@@ -61,7 +61,7 @@ class NodeRanks(LocalRanks):
         ranks_per_node: int,
         timeout_s: float,
         dtype: str | None,
-        server_module: str = "expertlane.engine.fork_server",
+        server_module: str = "expertlane.engine.ranks.fork_server",
         *,
         cpu_isa: CpuIsa | None = None,
         recovers: bool = False,

@@ -4,13 +4,13 @@ import os
 from collections.abc import Callable, Collection, Sequence
 from typing import NoReturn, TypeVar
 
-from expertlane.comm.progress import Position
-from expertlane.engine.commands import Command
-from expertlane.engine.inbox import Inbox
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.losses import Loss
-from expertlane.engine.messages import ANY_EPOCH, MessageKind, encode
-from expertlane.engine.tickets import Ticket
+from expertlane.engine.comm.progress import Position
+from expertlane.engine.ranks.commands import Command
+from expertlane.engine.ranks.inbox import Inbox
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.losses import Loss
+from expertlane.engine.ranks.messages import ANY_EPOCH, MessageKind, encode
+from expertlane.engine.ranks.tickets import Ticket
 from expertlane.errors import CapacityError, RankError, RanksLostError, TerminatedError
 
 _START_TIMEOUT_S = 120.0  # imports on a cold disk; no rank is in a step yet

@@ -5,8 +5,8 @@ import threading
 
 import torch
 
+from expertlane.engine.ops.cores import Share, allowed_cpus, pin, share_of, unpin
 from expertlane.errors import CapacityError, no_room
-from expertlane.ops.cores import Share, allowed_cpus, pin, share_of, unpin
 
 
 class Cores:

@@ -3,9 +3,9 @@
 import os
 import socket
 
+from expertlane.engine.ops.asked_kernels import asked_backend
+from expertlane.engine.ops.host import num_cores
 from expertlane.errors import CapacityError, UserError
-from expertlane.ops.asked_kernels import asked_backend
-from expertlane.ops.host import num_cores
 from expertlane.spec.names import CpuIsa
 
 MAX_RANKS_PER_CORE = 32

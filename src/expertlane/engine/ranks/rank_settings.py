@@ -3,8 +3,8 @@
 import os
 from dataclasses import dataclass
 
-from expertlane.engine.rendezvous import Meeting, Place
-from expertlane.engine.run_files import RunFiles
+from expertlane.engine.ranks.rendezvous import Meeting, Place
+from expertlane.engine.ranks.run_files import RunFiles
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import os
 import tempfile
 from pathlib import Path
 
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.region import Region
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.region import Region
 from expertlane.errors import CapacityError, no_room
 
 

@@ -9,7 +9,7 @@ import os
 import socket
 from typing import NoReturn
 
-from expertlane.engine.rendezvous import Meeting
+from expertlane.engine.ranks.rendezvous import Meeting
 
 _IS_UP, _MOST_BYTES = b"up", 4096
 

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from expertlane.engine.fork_server import End, python_command, serve
-from expertlane.engine.messages import Channel, Failure, FailureKind, MessageKind, encode
-from expertlane.engine.processes import end_with_parent
-from expertlane.engine.rank_environment import check_num_ranks
-from expertlane.engine.rank_settings import RankSettings, ServerSettings
-from expertlane.engine.rendezvous import Claim, Meeting, Place, connect, new_secret
-from expertlane.engine.run_files import RunFiles
+from expertlane.engine.ranks.fork_server import End, python_command, serve
+from expertlane.engine.ranks.messages import Channel, Failure, FailureKind, MessageKind, encode
+from expertlane.engine.ranks.processes import end_with_parent
+from expertlane.engine.ranks.rank_environment import check_num_ranks
+from expertlane.engine.ranks.rank_settings import RankSettings, ServerSettings
+from expertlane.engine.ranks.rendezvous import Claim, Meeting, Place, connect, new_secret
+from expertlane.engine.ranks.run_files import RunFiles
 from expertlane.errors import RankError, UserError
 
 if TYPE_CHECKING:
-    from expertlane.engine.worker import Handlers
+    from expertlane.engine.stage.worker import Handlers
 
 _RETRY_S = 1.0
 _TRY_S = 3.0  # per attempt to connect
@@ -51,7 +51,7 @@ class SupervisorSettings:
 
 
 def supervisor_command(
-    settings: SupervisorSettings, module: str = "expertlane.engine.supervisor"
+    settings: SupervisorSettings, module: str = "expertlane.engine.ranks.supervisor"
 ) -> list[str]:
     """The command of a supervisor: `main` of a module, which is this one's or calls it."""
     return python_command(module, [msgspec.json.encode(settings).decode()])
@@ -85,7 +85,7 @@ def main(handlers: "Handlers | None" = None) -> None:
 
 def _engine_handlers() -> "Handlers":
     """Import torch and the code of ranks, before the node connects."""
-    from expertlane.engine.stage import HANDLERS
+    from expertlane.engine.stage.stage import HANDLERS
 
     return HANDLERS
 

@@ -5,8 +5,8 @@ from collections import defaultdict, deque
 from collections.abc import Collection, Sequence
 from typing import Any, Generic, TypeVar
 
-from expertlane.engine.commands import Command, result_type
-from expertlane.engine.messages import Decoder, Message, MessageError
+from expertlane.engine.ranks.commands import Command, result_type
+from expertlane.engine.ranks.messages import Decoder, Message, MessageError
 
 ResultT = TypeVar("ResultT")
 NEW_EPOCH = "a new epoch began"

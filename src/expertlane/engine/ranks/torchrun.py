@@ -10,10 +10,10 @@ import sys
 from dataclasses import dataclass
 from typing import NoReturn
 
-from expertlane.engine.processes import end_with_parent
-from expertlane.engine.rank_environment import rank_environment
-from expertlane.engine.rendezvous import Meeting
-from expertlane.engine.supervisor import SupervisorSettings, supervisor_command
+from expertlane.engine.ranks.processes import end_with_parent
+from expertlane.engine.ranks.rank_environment import rank_environment
+from expertlane.engine.ranks.rendezvous import Meeting
+from expertlane.engine.ranks.supervisor import SupervisorSettings, supervisor_command
 from expertlane.errors import CapacityError, UserError
 from expertlane.spec.names import CpuIsa
 

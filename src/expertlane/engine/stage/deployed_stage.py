@@ -8,23 +8,23 @@ from types import MappingProxyType
 import torch
 
 from expertlane.balance.placement_file import Placements
-from expertlane.comm.collectives import Pending, interleave
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.engine.commands import HeldBytes, RankOutcome, StageSpec
-from expertlane.engine.graph_steps import GraphSteps
-from expertlane.engine.migration import Migration
-from expertlane.engine.next_tokens import StepTokens, with_chosen
-from expertlane.engine.preparing import weight_source
-from expertlane.engine.rank_checks import StageChecks, recorder_of
-from expertlane.engine.stage_state import Changes, Left, UncommittedChanges
-from expertlane.engine.worker import RankContext
-from expertlane.model.decode_graphs import decode_graphs
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.padded_batch import PaddedBatch
-from expertlane.model.sampler import Sampler
-from expertlane.model.scored_prompts import ScoredPrompts
-from expertlane.model.transformer import HeadResult, TransformerStage
-from expertlane.model.weights import HeldWeights
+from expertlane.engine.comm.collectives import Pending, interleave
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.model.decode_graphs import decode_graphs
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.padded_batch import PaddedBatch
+from expertlane.engine.model.sampler import Sampler
+from expertlane.engine.model.scored_prompts import ScoredPrompts
+from expertlane.engine.model.transformer import HeadResult, TransformerStage
+from expertlane.engine.model.weights import HeldWeights
+from expertlane.engine.ranks.commands import HeldBytes, RankOutcome, StageSpec
+from expertlane.engine.stage.graph_steps import GraphSteps
+from expertlane.engine.stage.migration import Migration
+from expertlane.engine.stage.next_tokens import StepTokens, with_chosen
+from expertlane.engine.stage.preparing import weight_source
+from expertlane.engine.stage.rank_checks import StageChecks, recorder_of
+from expertlane.engine.stage.stage_state import Changes, Left, UncommittedChanges
+from expertlane.engine.stage.worker import RankContext
 from expertlane.results.rank_totals import RankTotals
 from expertlane.schedule.plan import Batch, RankBatch, RankStep
 from expertlane.spec.deployment import GraphLimits, Options, PayloadType

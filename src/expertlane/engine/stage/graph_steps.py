@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from expertlane.comm.collectives import Pending
-from expertlane.comm.recorder import Recorder
-from expertlane.model.decode_graphs import DecodeGraphs
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.padded_batch import PaddedBatch
-from expertlane.model.transformer import HeadResult, RunsLayers
+from expertlane.engine.comm.collectives import Pending
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.model.decode_graphs import DecodeGraphs
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.padded_batch import PaddedBatch
+from expertlane.engine.model.transformer import HeadResult, RunsLayers
 from expertlane.schedule.plan import Batch, RankBatch
 from expertlane.spec.dispatch import DispatchForm, DispatchMode
 from expertlane.spec.names import Phase, Stage

@@ -16,10 +16,10 @@ from torch import Tensor
 from expertlane.balance.moves import WHOLE, Move, Part
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
-from expertlane.comm.collectives import Pending
-from expertlane.comm.progress import NO_LAYER, ProgressReporter
-from expertlane.model.transformer import TransformerStage
-from expertlane.ops.products import Expert
+from expertlane.engine.comm.collectives import Pending
+from expertlane.engine.comm.progress import NO_LAYER, ProgressReporter
+from expertlane.engine.model.transformer import TransformerStage
+from expertlane.engine.ops.products import Expert
 from expertlane.spec.names import Stage
 
 Arrived = dict[int, dict[int, Expert]]  # by hidden layer and logical expert

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from expertlane.engine.commands import RankOutcome
-from expertlane.model.draw import NO_TOKEN
-from expertlane.model.sampler import Sampled, Sampler
-from expertlane.model.transformer import HeadResult
-from expertlane.ops.transfer import to_host
+from expertlane.engine.model.draw import NO_TOKEN
+from expertlane.engine.model.sampler import Sampled, Sampler
+from expertlane.engine.model.transformer import HeadResult
+from expertlane.engine.ops.transfer import to_host
+from expertlane.engine.ranks.commands import RankOutcome
 from expertlane.schedule.plan import UNKNOWN, Batch
 from expertlane.spec.sampling import TokenLogprobs
 

@@ -9,18 +9,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expertlane.comm.clocks import clock_for
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.progress import NO_LAYER
-from expertlane.comm.recorder import Recorder
-from expertlane.engine.commands import DropPrepared, Prepare, Prepared, StageSpec
-from expertlane.engine.worker import RankContext
-from expertlane.model.checkpoint import Checkpoint
-from expertlane.model.checkpoint_weights import CheckpointWeights
-from expertlane.model.int8_cache import Int8Cache
-from expertlane.model.transformer import StageParts, TransformerStage
-from expertlane.model.weights import HeldWeights, SeededWeights, WeightSource
-from expertlane.ops.backend import Platform
+from expertlane.engine.comm.clocks import clock_for
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.comm.progress import NO_LAYER
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.model.checkpoint import Checkpoint
+from expertlane.engine.model.checkpoint_weights import CheckpointWeights
+from expertlane.engine.model.int8_cache import Int8Cache
+from expertlane.engine.model.transformer import StageParts, TransformerStage
+from expertlane.engine.model.weights import HeldWeights, SeededWeights, WeightSource
+from expertlane.engine.ops.backend import Platform
+from expertlane.engine.ranks.commands import DropPrepared, Prepare, Prepared, StageSpec
+from expertlane.engine.stage.worker import RankContext
 from expertlane.spec.names import Origin, Stage
 
 _NICE = 10  # of a rank that loads while others serve

@@ -7,14 +7,14 @@ import numpy as np
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
-from expertlane.comm.checks import CheckedRecorder, Checks, checksum
-from expertlane.comm.clocks import clock_for
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder
-from expertlane.engine.commands import StageSpec
-from expertlane.engine.worker import RankContext
-from expertlane.model.sampler import Sampler
-from expertlane.model.transformer import TransformerStage
+from expertlane.engine.comm.checks import CheckedRecorder, Checks, checksum
+from expertlane.engine.comm.clocks import clock_for
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.model.sampler import Sampler
+from expertlane.engine.model.transformer import TransformerStage
+from expertlane.engine.ranks.commands import StageSpec
+from expertlane.engine.stage.worker import RankContext
 from expertlane.spec.names import CheckPoint
 
 

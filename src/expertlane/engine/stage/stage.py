@@ -4,8 +4,10 @@ from pathlib import Path
 
 import torch
 
-from expertlane.comm.progress import NO_LAYER
-from expertlane.engine.commands import (
+from expertlane.engine.comm.progress import NO_LAYER
+from expertlane.engine.model.checkpoint import Checkpoint
+from expertlane.engine.model.int8_cache import Int8Cache, write_int8_cache
+from expertlane.engine.ranks.commands import (
     CacheInt8,
     Deploy,
     DescribeMachine,
@@ -32,17 +34,15 @@ from expertlane.engine.commands import (
     SumWeights,
     TimeOneMove,
 )
-from expertlane.engine.deployed_stage import DeployedStage
-from expertlane.engine.measure.machine import describe_machine, measure_rates
-from expertlane.engine.measure.operations import measure_launches, measure_operations
-from expertlane.engine.measure.step_memory import measure_step
-from expertlane.engine.measure.transfers import measure_contention, measure_transfers
-from expertlane.engine.preparing import drop_prepared, prepare
-from expertlane.engine.rank_checks import sum_weights
-from expertlane.engine.weight_copies import Part, WeightCopies
-from expertlane.engine.worker import Handlers, RankContext
-from expertlane.model.checkpoint import Checkpoint
-from expertlane.model.int8_cache import Int8Cache, write_int8_cache
+from expertlane.engine.stage.deployed_stage import DeployedStage
+from expertlane.engine.stage.measure.machine import describe_machine, measure_rates
+from expertlane.engine.stage.measure.operations import measure_launches, measure_operations
+from expertlane.engine.stage.measure.step_memory import measure_step
+from expertlane.engine.stage.measure.transfers import measure_contention, measure_transfers
+from expertlane.engine.stage.preparing import drop_prepared, prepare
+from expertlane.engine.stage.rank_checks import sum_weights
+from expertlane.engine.stage.weight_copies import Part, WeightCopies
+from expertlane.engine.stage.worker import Handlers, RankContext
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DISPATCH_FORMS
 from expertlane.spec.names import Origin, Stage

@@ -4,10 +4,10 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from expertlane.engine.migration import PlacementsBefore
-from expertlane.model.sampler import Sampler, SamplerStep
-from expertlane.model.weights import HeldWeights
-from expertlane.ops.kv_cache import KVCache
+from expertlane.engine.model.sampler import Sampler, SamplerStep
+from expertlane.engine.model.weights import HeldWeights
+from expertlane.engine.ops.kv_cache import KVCache
+from expertlane.engine.stage.migration import PlacementsBefore
 
 
 @dataclass(eq=False)

@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertlane.comm.mesh import groups_of_axis
-from expertlane.comm.transport import Link
-from expertlane.engine.commands import StageSpec
-from expertlane.engine.preparing import parts_of, weight_source
-from expertlane.engine.worker import RankContext
-from expertlane.model.transformer import TransformerStage
-from expertlane.model.weights import EXPERT, HeldWeights
-from expertlane.ops.products import Expert, Linear
+from expertlane.engine.comm.mesh import groups_of_axis
+from expertlane.engine.comm.transport import Link
+from expertlane.engine.model.transformer import TransformerStage
+from expertlane.engine.model.weights import EXPERT, HeldWeights
+from expertlane.engine.ops.products import Expert, Linear
+from expertlane.engine.ranks.commands import StageSpec
+from expertlane.engine.stage.preparing import parts_of, weight_source
+from expertlane.engine.stage.worker import RankContext
 
 
 class Part(IntEnum):

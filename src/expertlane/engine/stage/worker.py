@@ -14,15 +14,17 @@ from multiprocessing.connection import wait
 from operator import or_
 from typing import Any
 
-from expertlane.comm.core_token import CoreToken
-from expertlane.comm.device import Event, await_event
-from expertlane.comm.epoch import Epoch
-from expertlane.comm.mesh import Meshes
-from expertlane.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
-from expertlane.comm.transport import EpochEndedError, PeerLostError
-from expertlane.engine.commands import Command
-from expertlane.engine.connection import bound_s, connect
-from expertlane.engine.messages import (
+from expertlane.engine.comm.core_token import CoreToken
+from expertlane.engine.comm.device import Event, await_event
+from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.mesh import Meshes
+from expertlane.engine.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
+from expertlane.engine.comm.transport import EpochEndedError, PeerLostError
+from expertlane.engine.ops.backend import Platform, choose_platform
+from expertlane.engine.ops.cores import Share
+from expertlane.engine.ranks.commands import Command
+from expertlane.engine.ranks.connection import bound_s, connect
+from expertlane.engine.ranks.messages import (
     ANY_EPOCH,
     Channel,
     Decoder,
@@ -33,12 +35,10 @@ from expertlane.engine.messages import (
     Ready,
     encode,
 )
-from expertlane.engine.processes import is_stopped
-from expertlane.engine.rank_cores import Cores
-from expertlane.engine.rank_settings import RankSettings
+from expertlane.engine.ranks.processes import is_stopped
+from expertlane.engine.ranks.rank_cores import Cores
+from expertlane.engine.ranks.rank_settings import RankSettings
 from expertlane.errors import UserError
-from expertlane.ops.backend import Platform, choose_platform
-from expertlane.ops.cores import Share
 from expertlane.spec.names import Stage
 
 _FAILED_S = 10.0

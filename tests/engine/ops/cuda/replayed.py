@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_flatten
 
-from expertlane.ops.cuda import launch
+from expertlane.engine.ops.cuda import launch
 
 # Whose result's size, or value, the host would wait for.
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "is_nonzero")

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from expertlane.ops.cuda import attention as module
-from expertlane.ops.cuda.attention import attend
-from expertlane.ops.kv_cache import AttentionParams, KVCache
-from expertlane.ops.torch_backend import TorchBackend
-from ops.cuda.near import DEVICE, PRODUCT_DTYPES, assert_near, drawn, needs_kernels, random
-from ops.test_attention import batch_of
+from engine.ops.cuda.near import DEVICE, PRODUCT_DTYPES, assert_near, drawn, needs_kernels, random
+from engine.ops.test_attention import batch_of
+from expertlane.engine.ops.cuda import attention as module
+from expertlane.engine.ops.cuda.attention import attend
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache
+from expertlane.engine.ops.torch_backend import TorchBackend
 
 pytestmark = needs_kernels
 

@@ -11,29 +11,29 @@ from cli.screen import telling
 
 pytest.importorskip("triton")
 
+from engine.model.families import save_checkpoint
+from engine.model.quantised import save_fp8, save_mxfp4
+from engine.ops.cuda.near import DEVICE, needs_kernels
+from engine.ops.cuda.tiny_models import MODELS, USERS
 from expertlane.balance.placement import Placement
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.collectives import interleave
-from expertlane.comm.mesh import Meshes, ParallelMesh
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.collectives import interleave
+from expertlane.engine.comm.mesh import Meshes, ParallelMesh
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.model.checkpoint import Checkpoint
+from expertlane.engine.model.checkpoint_weights import CheckpointWeights
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.transformer import TransformerStage
+from expertlane.engine.model.weights import SeededWeights
+from expertlane.engine.ops import backend as choice
+from expertlane.engine.ops.cuda import backend as module
+from expertlane.engine.ops.cuda.backend import CudaBackend, multiplies_narrow, reads_float8, why_not
+from expertlane.engine.ops.cuda.narrow import CudaNarrowLinear
+from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.errors import UserError
-from expertlane.model.checkpoint import Checkpoint
-from expertlane.model.checkpoint_weights import CheckpointWeights
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.transformer import TransformerStage
-from expertlane.model.weights import SeededWeights
-from expertlane.ops import backend as choice
-from expertlane.ops.cuda import backend as module
-from expertlane.ops.cuda.backend import CudaBackend, multiplies_narrow, reads_float8, why_not
-from expertlane.ops.cuda.narrow import CudaNarrowLinear
-from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
-from model.families import save_checkpoint
-from model.quantised import save_fp8, save_mxfp4
-from ops.cuda.near import DEVICE, needs_kernels
-from ops.cuda.tiny_models import MODELS, USERS
 
 pytestmark = needs_kernels
 

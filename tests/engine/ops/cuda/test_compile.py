@@ -1,4 +1,4 @@
-"""Kernels of ops/cuda compiled ahead of time for GPUs, as they are launched at models' sizes."""
+"""Kernels of engine/ops/cuda compiled ahead of time for GPUs, as launched at models' sizes."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 
 from cli.screen import tells
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 pytest.importorskip("triton")
 
 needs_tools = pytest.mark.skipif(

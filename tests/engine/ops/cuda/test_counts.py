@@ -14,12 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
+from engine.model.families import save_checkpoint
+from engine.model.quantised import COMPRESSED, save_compressed
+from engine.ops.cuda.near import DEVICE, needs_kernels
+from engine.ops.cuda.tiny_models import MODELS, USERS
 from expertlane.balance.placement import Placement
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.collectives import interleave
-from expertlane.comm.mesh import Meshes, ParallelMesh
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.batch_sizes import PartSizes
@@ -27,21 +26,22 @@ from expertlane.cost.step.kernel_sets import ENGINE, ENGINE_ON_GPUS
 from expertlane.cost.step.operation import Operation
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.step.totals import count
-from expertlane.model.checkpoint import Checkpoint
-from expertlane.model.checkpoint_weights import CheckpointWeights
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.transformer import TransformerStage
-from expertlane.model.weights import SeededWeights
-from expertlane.ops.cuda import launch
-from expertlane.ops.cuda.backend import CudaBackend
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.collectives import interleave
+from expertlane.engine.comm.mesh import Meshes, ParallelMesh
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.model.checkpoint import Checkpoint
+from expertlane.engine.model.checkpoint_weights import CheckpointWeights
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.transformer import TransformerStage
+from expertlane.engine.model.weights import SeededWeights
+from expertlane.engine.ops.cuda import launch
+from expertlane.engine.ops.cuda.backend import CudaBackend
 from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
-from model.families import save_checkpoint
-from model.quantised import COMPRESSED, save_compressed
-from ops.cuda.near import DEVICE, needs_kernels
-from ops.cuda.tiny_models import MODELS, USERS
 
 pytestmark = needs_kernels
 

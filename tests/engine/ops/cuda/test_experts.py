@@ -12,13 +12,21 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from expertlane.ops.cuda import grouped
-from expertlane.ops.cuda.experts import CudaExperts, experts_of
-from expertlane.ops.cuda.matrices import Matrices
-from expertlane.ops.cuda.permute import gather_sum, group_pairs
-from expertlane.ops.products import Activation, Expert, Linear, LoopedExperts
-from expertlane.ops.torch_backend import TorchBackend
-from ops.cuda.near import DEVICE, DTYPES, PRODUCT_DTYPES, assert_near, drawn, needs_kernels, random
+from engine.ops.cuda.near import (
+    DEVICE,
+    DTYPES,
+    PRODUCT_DTYPES,
+    assert_near,
+    drawn,
+    needs_kernels,
+    random,
+)
+from expertlane.engine.ops.cuda import grouped
+from expertlane.engine.ops.cuda.experts import CudaExperts, experts_of
+from expertlane.engine.ops.cuda.matrices import Matrices
+from expertlane.engine.ops.cuda.permute import gather_sum, group_pairs
+from expertlane.engine.ops.products import Activation, Expert, Linear, LoopedExperts
+from expertlane.engine.ops.torch_backend import TorchBackend
 
 pytestmark = needs_kernels
 

@@ -11,10 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
-from expertlane.ops.cuda import attention, flash
-from expertlane.ops.kv_cache import AttentionParams, KVCache
-from ops.cuda.near import DEVICE, assert_near, needs_kernels, random
-from ops.test_attention import batch_of
+from engine.ops.cuda.near import DEVICE, assert_near, needs_kernels, random
+from engine.ops.test_attention import batch_of
+from expertlane.engine.ops.cuda import attention, flash
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache
 
 pytestmark = needs_kernels
 

@@ -14,21 +14,7 @@ from cli.screen import telling
 
 pytest.importorskip("triton")
 
-from expertlane.errors import UserError
-from expertlane.ops.cuda import backend as choice
-from expertlane.ops.cuda import grouped as module
-from expertlane.ops.cuda.backend import CudaBackend, multiplies_float8
-from expertlane.ops.cuda.experts import CudaExperts
-from expertlane.ops.cuda.float8_inputs import in_float8
-from expertlane.ops.cuda.matrices import Matrices
-from expertlane.ops.cuda.narrow import CudaNarrowLinear
-from expertlane.ops.cuda.parts import CudaMlp
-from expertlane.ops.float8 import from_float8
-from expertlane.ops.narrow import Float8Inputs, NarrowWeight
-from expertlane.ops.products import Activation, Expert, Linear, LoopedExperts
-from expertlane.ops.rounded import RoundedLinear, rounded_inputs
-from expertlane.ops.torch_backend import TorchBackend
-from ops.cuda.near import (
+from engine.ops.cuda.near import (
     DEVICE,
     PRODUCT_DTYPES,
     ROUNDING,
@@ -37,6 +23,20 @@ from ops.cuda.near import (
     needs_kernels,
     random,
 )
+from expertlane.engine.ops.cuda import backend as choice
+from expertlane.engine.ops.cuda import grouped as module
+from expertlane.engine.ops.cuda.backend import CudaBackend, multiplies_float8
+from expertlane.engine.ops.cuda.experts import CudaExperts
+from expertlane.engine.ops.cuda.float8_inputs import in_float8
+from expertlane.engine.ops.cuda.matrices import Matrices
+from expertlane.engine.ops.cuda.narrow import CudaNarrowLinear
+from expertlane.engine.ops.cuda.parts import CudaMlp
+from expertlane.engine.ops.float8 import from_float8
+from expertlane.engine.ops.narrow import Float8Inputs, NarrowWeight
+from expertlane.engine.ops.products import Activation, Expert, Linear, LoopedExperts
+from expertlane.engine.ops.rounded import RoundedLinear, rounded_inputs
+from expertlane.engine.ops.torch_backend import TorchBackend
+from expertlane.errors import UserError
 
 pytestmark = needs_kernels
 

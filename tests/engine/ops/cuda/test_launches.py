@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from expertlane.comm.transport import EpochEndedError
-from expertlane.ops.cuda import attention, grouped, permute, splits
-from expertlane.ops.cuda.graphs import CudaGraphs
+from expertlane.engine.comm.transport import EpochEndedError
+from expertlane.engine.ops.cuda import attention, grouped, permute, splits
+from expertlane.engine.ops.cuda.graphs import CudaGraphs
 
 GPU = torch.device("cuda", 0)
 

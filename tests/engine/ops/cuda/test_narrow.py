@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from expertlane.ops.cuda import grouped as module
-from expertlane.ops.cuda.experts import CudaExperts
-from expertlane.ops.cuda.narrow import CudaNarrowLinear
-from expertlane.ops.cuda.parts import CudaMlp
-from expertlane.ops.mxfp4 import Mxfp4Weight
-from expertlane.ops.narrow import NarrowWeight
-from expertlane.ops.products import Activation, Expert, Linear, LoopedExperts
-from expertlane.ops.torch_backend import TorchBackend
-from ops.cuda.near import DEVICE, PRODUCT_DTYPES, assert_near, drawn, needs_kernels, random
+from engine.ops.cuda.near import DEVICE, PRODUCT_DTYPES, assert_near, drawn, needs_kernels, random
+from expertlane.engine.ops.cuda import grouped as module
+from expertlane.engine.ops.cuda.experts import CudaExperts
+from expertlane.engine.ops.cuda.narrow import CudaNarrowLinear
+from expertlane.engine.ops.cuda.parts import CudaMlp
+from expertlane.engine.ops.mxfp4 import Mxfp4Weight
+from expertlane.engine.ops.narrow import NarrowWeight
+from expertlane.engine.ops.products import Activation, Expert, Linear, LoopedExperts
+from expertlane.engine.ops.torch_backend import TorchBackend
 
 pytestmark = needs_kernels
 

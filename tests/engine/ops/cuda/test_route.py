@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from expertlane.ops import router as definition
-from expertlane.ops.cuda.route import CudaRouter, route
-from expertlane.ops.router import Router, RouterParams
-from expertlane.ops.torch_backend import TorchBackend
+from engine.ops.cuda.near import DEVICE, assert_near, drawn, needs_kernels, random
+from expertlane.engine.ops import router as definition
+from expertlane.engine.ops.cuda.route import CudaRouter, route
+from expertlane.engine.ops.router import Router, RouterParams
+from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.spec.model import Routing
-from ops.cuda.near import DEVICE, assert_near, drawn, needs_kernels, random
 
 pytestmark = needs_kernels
 

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from expertlane.ops.cuda.activation import activate
-from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
-from expertlane.ops.cuda.rotate import rotate, rotate_and_write, write
-from expertlane.ops.kv_cache import KVCache
-from expertlane.ops.products import Activation
-from expertlane.ops.torch_backend import TorchBackend
-from ops.cuda.near import DEVICE, DTYPES, assert_near, drawn, needs_kernels, random
+from engine.ops.cuda.near import DEVICE, DTYPES, assert_near, drawn, needs_kernels, random
+from expertlane.engine.ops.cuda.activation import activate
+from expertlane.engine.ops.cuda.norm import add_rms_norm, rms_norm
+from expertlane.engine.ops.cuda.rotate import rotate, rotate_and_write, write
+from expertlane.engine.ops.kv_cache import KVCache
+from expertlane.engine.ops.products import Activation
+from expertlane.engine.ops.torch_backend import TorchBackend
 
 pytestmark = needs_kernels
 

@@ -1,7 +1,7 @@
 """One model of each kind, small enough for Triton's interpreter; and who chooses a backend."""
 
-from expertlane.comm import collectives
-from expertlane.model import (
+from expertlane.engine.comm import collectives
+from expertlane.engine.model import (
     attention,
     decode_graphs,
     layers,
@@ -11,7 +11,7 @@ from expertlane.model import (
     transformer,
     weights,
 )
-from expertlane.moe import dispatch
+from expertlane.engine.moe import dispatch
 from expertlane.spec.model import PRESETS, LatentAttention
 
 TINY = PRESETS["paper-tiny"].with_overrides(

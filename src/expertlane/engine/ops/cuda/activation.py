@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.ops.cuda.launch import launch
-from expertlane.ops.products import Activation
+from expertlane.engine.ops.cuda.launch import launch
+from expertlane.engine.ops.products import Activation
 
 _BLOCK = 1024
 

@@ -23,15 +23,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.ops.cuda.float8 import widened
-from expertlane.ops.cuda.launch import launch
-from expertlane.ops.cuda.splits import (
+from expertlane.engine.ops.cuda.float8 import widened
+from expertlane.engine.ops.cuda.launch import launch
+from expertlane.engine.ops.cuda.splits import (
     architecture,
     num_multiprocessors,
     share_of,
     shared_bytes,
 )
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 
 _LOG2_E = 1.4426950408889634
 _LEAST_SPLIT = 256  # positions

@@ -1,6 +1,6 @@
 """Our Triton kernels behind the backend's operations; torch computes what they do not cover.
 
-Only `ops/backend.py` chooses it, where `why_not` finds nothing.
+Only `engine/ops/backend.py` chooses it, where `why_not` finds nothing.
 """
 
 from collections.abc import Sequence
@@ -10,25 +10,25 @@ import torch
 import triton
 from torch import Tensor
 
+from expertlane.engine.ops.cuda.experts import CudaExperts, experts_of
+from expertlane.engine.ops.cuda.flash import attend
+from expertlane.engine.ops.cuda.graphs import CudaGraphs
+from expertlane.engine.ops.cuda.narrow import CudaNarrowLinear
+from expertlane.engine.ops.cuda.norm import add_rms_norm, rms_norm
+from expertlane.engine.ops.cuda.parts import CudaAttention, CudaMlp
+from expertlane.engine.ops.cuda.permute import gather_sum, group_pairs
+from expertlane.engine.ops.cuda.rotate import rotate, write
+from expertlane.engine.ops.cuda.route import CudaRouter
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.mxfp4 import Mxfp4Weight
+from expertlane.engine.ops.narrow import Float8Inputs, NarrowWeight, Weight
+from expertlane.engine.ops.products import Activation, Expert, Experts, Linear, PairGroups
+from expertlane.engine.ops.rounded import rounded_inputs
+from expertlane.engine.ops.router import RouterParams
+from expertlane.engine.ops.row_parts import RowParts
+from expertlane.engine.ops.step import AttentionWeights
+from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.errors import UserError
-from expertlane.ops.cuda.experts import CudaExperts, experts_of
-from expertlane.ops.cuda.flash import attend
-from expertlane.ops.cuda.graphs import CudaGraphs
-from expertlane.ops.cuda.narrow import CudaNarrowLinear
-from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
-from expertlane.ops.cuda.parts import CudaAttention, CudaMlp
-from expertlane.ops.cuda.permute import gather_sum, group_pairs
-from expertlane.ops.cuda.rotate import rotate, write
-from expertlane.ops.cuda.route import CudaRouter
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.mxfp4 import Mxfp4Weight
-from expertlane.ops.narrow import Float8Inputs, NarrowWeight, Weight
-from expertlane.ops.products import Activation, Expert, Experts, Linear, PairGroups
-from expertlane.ops.rounded import rounded_inputs
-from expertlane.ops.router import RouterParams
-from expertlane.ops.row_parts import RowParts
-from expertlane.ops.step import AttentionWeights
-from expertlane.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 
 

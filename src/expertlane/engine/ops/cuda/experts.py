@@ -1,8 +1,8 @@
 """Experts of a GPU: grouped products, from torch where it has them, else ours.
 
 Gates and ups of all experts lie side by side, [E, 2 · inner, H], so that one product gives both.
-Ours permutes nothing in memory (`ops/cuda/grouped.py`); torch's takes rows that are copied in the
-order of experts.
+Ours permutes nothing in memory (`engine/ops/cuda/grouped.py`); torch's takes rows that are copied
+in the order of experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from expertlane.ops.cuda.activation import activate
-from expertlane.ops.cuda.grouped import grouped_product
-from expertlane.ops.cuda.matrices import Matrices, kind_of
-from expertlane.ops.cuda.narrow import CudaNarrowLinear
-from expertlane.ops.products import (
+from expertlane.engine.ops.cuda.activation import activate
+from expertlane.engine.ops.cuda.grouped import grouped_product
+from expertlane.engine.ops.cuda.matrices import Matrices, kind_of
+from expertlane.engine.ops.cuda.narrow import CudaNarrowLinear
+from expertlane.engine.ops.products import (
     Activation,
     Expert,
     Experts,

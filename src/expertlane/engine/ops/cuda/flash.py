@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.ops.cuda import attention
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.cuda import attention
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.schedule.plan import Batch
 
 _LEAST_NEW = 64  # tokens of the longest prompt: shorter ones are bound by memory

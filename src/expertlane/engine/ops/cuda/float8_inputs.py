@@ -1,4 +1,4 @@
-"""Inputs of products rounded to float8 as `ops/rounded.py` rounds them, and products with them.
+"""Products with inputs that are rounded to float8, as `engine/ops/rounded.py` rounds them.
 
 Float8 tensor cores of Hopper keep few bits of their sums. So the products of one group of inputs
 are summed there, and its sum is multiplied by the group's two scales and added up in float32
@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.ops.cuda.float8 import largest_of, rounded, scale_of
-from expertlane.ops.cuda.launch import launch
-from expertlane.ops.float8 import FLOAT8
+from expertlane.engine.ops.cuda.float8 import largest_of, rounded, scale_of
+from expertlane.engine.ops.cuda.launch import launch
+from expertlane.engine.ops.float8 import FLOAT8
 from expertlane.spec.deployment import INPUTS_OF_SCALE
 
 _GROUPS = 8  # of a program

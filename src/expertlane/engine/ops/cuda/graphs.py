@@ -7,7 +7,7 @@ from weakref import WeakSet
 
 import torch
 
-from expertlane.ops.transfer import recorded_event
+from expertlane.engine.ops.transfer import recorded_event
 
 
 class CudaGraphs:

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.ops.cuda.float8_inputs import in_float8, product_in_float8
-from expertlane.ops.cuda.launch import launch
-from expertlane.ops.cuda.matrices import Matrices
-from expertlane.ops.cuda.splits import num_multiprocessors, share_of, stages_within
+from expertlane.engine.ops.cuda.float8_inputs import in_float8, product_in_float8
+from expertlane.engine.ops.cuda.launch import launch
+from expertlane.engine.ops.cuda.matrices import Matrices
+from expertlane.engine.ops.cuda.splits import num_multiprocessors, share_of, stages_within
 from expertlane.spec.deployment import INPUTS_OF_SCALE
 
 _LEAST_STEPS = 4  # of a split

@@ -7,8 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from expertlane.ops.narrow import ScaledLinear, shared_rows
-from expertlane.ops.products import Linear
+from expertlane.engine.ops.narrow import ScaledLinear, shared_rows
+from expertlane.engine.ops.products import Linear
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +20,7 @@ class Matrices:
         scales: [num, out_features, num_groups]; None where values are weights.
         bias: [num, out_features].
         group, first, rows: as of `NarrowWeight`.
-        takes_float8: products round their inputs (`ops/rounded.py`).
+        takes_float8: products round their inputs (`engine/ops/rounded.py`).
     """
 
     weight: Tensor

@@ -6,10 +6,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from expertlane.ops.cuda.grouped import grouped_product
-from expertlane.ops.cuda.matrices import Matrices
-from expertlane.ops.mxfp4 import Mxfp4Weight
-from expertlane.ops.narrow import NarrowWeight, ScaledLinear
+from expertlane.engine.ops.cuda.grouped import grouped_product
+from expertlane.engine.ops.cuda.matrices import Matrices
+from expertlane.engine.ops.mxfp4 import Mxfp4Weight
+from expertlane.engine.ops.narrow import NarrowWeight, ScaledLinear
 from expertlane.spec.hf_config import MXFP4_BLOCK
 
 _LEAST_GROUP = 32  # inputs that a step of a product takes at least

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.ops.cuda.launch import launch
+from expertlane.engine.ops.cuda.launch import launch
 
 _WARP_VALUES = 512  # of a row to a warp: 16 a thread
 

@@ -4,16 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.ops.cuda.activation import activate
-from expertlane.ops.cuda.flash import attend
-from expertlane.ops.cuda.grouped import grouped_product
-from expertlane.ops.cuda.matrices import Matrices, kind_of
-from expertlane.ops.cuda.narrow import CudaNarrowLinear
-from expertlane.ops.cuda.norm import rms_norm
-from expertlane.ops.cuda.rotate import rotate_and_write
-from expertlane.ops.kv_cache import KVCache, PagedBatch
-from expertlane.ops.products import Activation, Expert, Linear
-from expertlane.ops.step import AttentionWeights
+from expertlane.engine.ops.cuda.activation import activate
+from expertlane.engine.ops.cuda.flash import attend
+from expertlane.engine.ops.cuda.grouped import grouped_product
+from expertlane.engine.ops.cuda.matrices import Matrices, kind_of
+from expertlane.engine.ops.cuda.narrow import CudaNarrowLinear
+from expertlane.engine.ops.cuda.norm import rms_norm
+from expertlane.engine.ops.cuda.rotate import rotate_and_write
+from expertlane.engine.ops.kv_cache import KVCache, PagedBatch
+from expertlane.engine.ops.products import Activation, Expert, Linear
+from expertlane.engine.ops.step import AttentionWeights
 
 
 class CudaAttention:

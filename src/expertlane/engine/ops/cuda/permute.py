@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.ops.cuda.launch import launch
-from expertlane.ops.products import PairGroups
+from expertlane.engine.ops.cuda.launch import launch
+from expertlane.engine.ops.products import PairGroups
 
 _TILE = 128  # pairs, each compared with all others of its tile
 _SUM_BLOCK = 1024

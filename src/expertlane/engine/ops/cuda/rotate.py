@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.ops.cuda.float8 import largest_of, rounded, scale_of
-from expertlane.ops.cuda.launch import launch
-from expertlane.ops.kv_cache import KVCache
+from expertlane.engine.ops.cuda.float8 import largest_of, rounded, scale_of
+from expertlane.engine.ops.cuda.launch import launch
+from expertlane.engine.ops.kv_cache import KVCache
 
 _PROGRAM_VALUES = 2048  # of a token's heads
 

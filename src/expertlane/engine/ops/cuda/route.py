@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.ops.cuda.launch import launch
-from expertlane.ops.router import TINY, Router
+from expertlane.engine.ops.cuda.launch import launch
+from expertlane.engine.ops.router import TINY, Router
 from expertlane.spec.model import Routing
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from expertlane.engine.commands import DescribeMachine, MeasureRates, RankMachine, RankRates
-from expertlane.engine.worker import RankContext
-from expertlane.ops.backend import backend_for
-from expertlane.ops.device_memory import memory_of
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.device_memory import memory_of
+from expertlane.engine.ranks.commands import DescribeMachine, MeasureRates, RankMachine, RankRates
+from expertlane.engine.stage.worker import RankContext
 
 _GEMM_SIZE = 1024
 _GPU_GEMM_SIZE = 8192

@@ -10,17 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.comm.clocks import clock_for
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder
 from expertlane.cost.step.operation import Kind
-from expertlane.engine.commands import MeasureLaunches, MeasureOperations
-from expertlane.engine.measure.machine import synchronize
-from expertlane.engine.measure.points import Point
-from expertlane.engine.worker import RankContext
-from expertlane.ops.backend import DTYPES, backend_for
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.products import Activation, Expert, Linear
+from expertlane.engine.comm.clocks import clock_for
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.ops.backend import DTYPES, backend_for
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.products import Activation, Expert, Linear
+from expertlane.engine.ranks.commands import MeasureLaunches, MeasureOperations, Point
+from expertlane.engine.stage.measure.machine import synchronize
+from expertlane.engine.stage.worker import RankContext
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
 

@@ -2,9 +2,9 @@
 
 import torch
 
-from expertlane.engine.commands import MeasureStep
-from expertlane.engine.worker import RankContext
-from expertlane.ops.device_memory import memory_of
+from expertlane.engine.ops.device_memory import memory_of
+from expertlane.engine.ranks.commands import MeasureStep
+from expertlane.engine.stage.worker import RankContext
 
 
 def measure_step(context: RankContext, command: MeasureStep) -> int:

@@ -6,15 +6,14 @@ from statistics import median
 
 import torch
 
-from expertlane.comm.collectives import Group
-from expertlane.comm.mesh import ParallelMesh
 from expertlane.cost.step.operation import TransferKind
-from expertlane.engine.commands import MeasureContention, MeasureTransfers
-from expertlane.engine.measure.machine import synchronize
-from expertlane.engine.measure.operations import barrier, first_ranks
-from expertlane.engine.measure.points import TransferPoint
-from expertlane.engine.worker import RankContext
-from expertlane.ops.backend import backend_for
+from expertlane.engine.comm.collectives import Group
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ranks.commands import MeasureContention, MeasureTransfers, TransferPoint
+from expertlane.engine.stage.measure.machine import synchronize
+from expertlane.engine.stage.measure.operations import barrier, first_ranks
+from expertlane.engine.stage.worker import RankContext
 
 _LEAST, _MOST = 5, 60  # repetitions in a round
 _GPU_BURST = 8  # of them between two waits for a GPU
