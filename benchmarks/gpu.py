@@ -5,7 +5,7 @@ Parts run in the order of what matters most, each a process with a limit of its 
 or is too slow stops no other:
 
 - parity: whole models on the GPU against the reference (tests/gpu, tests/parity)
-- kernels: our Triton kernels, and layers of whole models with them, against torch (tests/engine/ops/cuda)
+- kernels: our Triton kernels, and layers of models with them, against torch (tests/engine/ops/cuda)
 - limits: each kernel's time beside what the card allows (bench_cuda.py)
 - calibrate: `expertlane calibrate`, a profile of the GPU
 - one_rank: one rank of the paper's steps, and batch 1, beside projections (bench_one_rank.py)

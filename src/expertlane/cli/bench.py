@@ -1,7 +1,6 @@
 """`expertlane bench`: put load on a model, and show throughput and latency."""
 
 from dataclasses import dataclass
-from signal import SIGINT
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,7 +9,6 @@ from expertlane.cli import completion, output
 from expertlane.cli.bench_url import UrlOptions, run_url
 from expertlane.cli.load import LoadOptions
 from expertlane.cli.local_model import load_model
-from expertlane.cli.main import INTERRUPTED
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import given, takes_groups
 from expertlane.cli.options import MODEL_HELP, EngineOptions, layout_option
@@ -79,7 +77,7 @@ def bench(
       expertlane bench paper-tiny --json |
           jq '.deployments[].serving[].output_tps.value'
     """
-    call = output_options.call()
+    call = output.Call.typed(output_options.out)
     if at.url is None:
         output.publish(run(own, load, at, engine, call, model), output_options)
         return
@@ -87,7 +85,7 @@ def bench(
     found, signal = run_url(model, at, load, call)
     output.publish(found, output_options)
     if signal is not None:
-        raise typer.Exit(INTERRUPTED - SIGINT + signal)
+        raise typer.Exit(128 + signal)  # as shells have it
 
 
 def run(

@@ -201,7 +201,7 @@ def compare(
       torchrun --nnodes 2 --nproc-per-node 1 … -m expertlane compare
           on two nodes, 8 ranks each
     """
-    found = run(experiment, own, time, launch, projection, output_options.call())
+    found = run(experiment, own, time, launch, projection, output.Call.typed(output_options.out))
     with closing(found):  # its ranks end, whatever printing comes to
         for each in found:
             output.publish(each, output_options)

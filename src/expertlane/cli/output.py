@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
 
-    from expertlane.cli.output_options import (
-        OutputOptions,
-        PrintOptions,
-    )
+    from expertlane.cli.output_options import OutputOptions, PrintOptions
     from expertlane.report.document import Report
     from expertlane.results.results import Results
     from expertlane.results.table import Format
@@ -219,6 +216,11 @@ class Call:
     command: str
     out: Path | None = None
     always_writes: bool = False
+
+    @classmethod
+    def typed(cls, out: Path | None) -> "Call":
+        """This command line."""
+        return cls(command_line(), out, always_writes=True)
 
     def folder(self, name: str) -> Path | None:
         """Where results go; None: nowhere.

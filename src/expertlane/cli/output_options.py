@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal
 import typer
 
 from expertlane.cli.help import Panel
-from expertlane.cli.output import Call, command_line
 from expertlane.errors import UserError
 
 
@@ -74,10 +73,6 @@ class AnswerOptions(PrintOptions):
     """The same, and where files go."""
 
     out: Path | None = out_option("results/NAME, after the command and its subject")
-
-    def call(self) -> Call:
-        """This command line."""
-        return Call(command_line(), self.out, always_writes=True)
 
 
 @dataclass(frozen=True, kw_only=True)

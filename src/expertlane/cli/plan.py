@@ -95,7 +95,9 @@ def plan(
           for other programs
     """
     gc.set_threshold(*_COLLECTED_AFTER)
-    output.publish(run(own, load, projection, drafts, output_options.call()), output_options)
+    output.publish(
+        run(own, load, projection, drafts, output.Call.typed(output_options.out)), output_options
+    )
 
 
 def run(

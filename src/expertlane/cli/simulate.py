@@ -175,7 +175,7 @@ def simulate(
       expertlane simulate --plan results/plan-paper-h100x16/results.json#2
           the second row of a plan again, in detail
     """
-    call = output_options.call()
+    call = output.Call.typed(output_options.out)
     found = run(own, load_options, projection, deployment, drafts, scheduler, call, model)
     output.publish(found, output_options)
 
