@@ -13,11 +13,9 @@ from expertlane.balance.placement_file import check_deployment
 from expertlane.balance.trace import RoutingTrace
 from expertlane.engine.cache_size import measured_limits
 from expertlane.engine.checking import Checking
-from expertlane.engine.dispatch_timing import time_dispatch
 from expertlane.engine.elastic.arrangement import Arranged, Arrangement
 from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalancer
-from expertlane.engine.graph_recording import record_graphs
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.ranks.commands import (
     CacheInt8,
@@ -32,6 +30,7 @@ from expertlane.engine.ranks.commands import (
 )
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.ranks.tickets import Ticket
+from expertlane.engine.warm_up import record_graphs, time_dispatch
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
@@ -149,7 +148,7 @@ class ModelRunner:
         if self.dispatch_table is None:
             modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
             self.dispatch_table = replace(
-                time_dispatch(self, layout, self.limits, modes),
+                time_dispatch(self, self.set_dispatch, layout, self.limits, modes),
                 prefill_form=options.prefill_dispatch,
             )
         self.set_dispatch(self.dispatch_table)

@@ -19,10 +19,10 @@ from engine.stage.one_rank import KernelsWithGraphs, compute_with, stage_on
 from expertlane.engine.comm.mesh import Meshes
 from expertlane.engine.comm.nccl import NcclLink
 from expertlane.engine.comm.progress import ProgressBoard
-from expertlane.engine.graph_recording import forms_of_sizes
 from expertlane.engine.model_runner import outcome_of
 from expertlane.engine.moe.dispatch import Dispatcher
 from expertlane.engine.ops.cuda import launch
+from expertlane.engine.warm_up import forms_of_sizes
 
 PATIENCE_S = 60
 

@@ -1,22 +1,27 @@
-"""What is `auto`, dispatch form or overlap, is timed once on this deployment's own layers."""
+"""Before the first request: `auto` dispatch and overlap timed, decode steps recorded as graphs.
+
+What is `auto` is timed once, on this deployment's own layers; no request waits for a graph.
+"""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import hypot, sqrt
 from statistics import mean, quantiles
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
-from expertlane.schedule.plan import Batch, StepPlan
+from expertlane.engine.ranks.commands import RecordGraphs
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.schedule.plan import Batch, Runner, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.dispatch import DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.deployment import GraphLimits
+from expertlane.spec.dispatch import DispatchForm, DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
+from expertlane.spec.members import Members
 from expertlane.spec.names import Phase
 
-if TYPE_CHECKING:
-    from expertlane.engine.model_runner import ModelRunner
-
+_SetDispatch = Callable[[DispatchTable], None]
 ModeT = TypeVar("ModeT")
 
 SIZES = (1, 4, 16, 64, 256, 1024, 4096)  # tokens of a rank
@@ -27,7 +32,11 @@ _LEAST_ROUNDS, _JUDGED_ROUNDS, _MOST_ROUNDS = 2, 8, 200
 
 
 def time_dispatch(
-    runner: "ModelRunner", layout: Layout, limits: Limits, modes: Sequence[DispatchMode]
+    runner: Runner[Any],
+    set_dispatch: _SetDispatch,
+    layout: Layout,
+    limits: Limits,
+    modes: Sequence[DispatchMode],
 ) -> DispatchTable:
     """Time steps of the first replica in each mode and with several numbers of tokens."""
     if len(modes) == 1:
@@ -38,7 +47,7 @@ def time_dispatch(
         fits = limits.num_blocks * limits.block_size >= num_tokens
         if size > 1 and not (fits and num_tokens <= limits.max_num_batched_tokens):
             break
-        step_s = _step_s(runner, _plan(layout, limits, num_tokens), modes)
+        step_s = _step_s(runner, set_dispatch, _plan(layout, limits, num_tokens), modes)
         rows.append(DispatchRow(size, step_s))
         if min(step_s) > _LONG_STEP_S:
             break
@@ -46,7 +55,10 @@ def time_dispatch(
 
 
 def _step_s(
-    runner: "ModelRunner", plan: StepPlan, modes: Sequence[DispatchMode]
+    runner: Runner[Any],
+    set_dispatch: _SetDispatch,
+    plan: StepPlan,
+    modes: Sequence[DispatchMode],
 ) -> tuple[float, ...]:
     """[num_modes]; seconds of the plan's step in each mode, which take turns.
 
@@ -66,7 +78,7 @@ def _step_s(
             if len(timed) == 1:
                 break
         for mode in timed[:: 1 if number % 2 else -1]:
-            runner.set_dispatch(DispatchTable.fixed(mode.form, mode.overlap))
+            set_dispatch(DispatchTable.fixed(mode.form, mode.overlap))
             submitted_s = time.perf_counter()
             runner.collect(runner.submit(plan))
             if number:
@@ -124,3 +136,53 @@ def _plan(layout: Layout, limits: Limits, num_tokens: int) -> StepPlan:
         for of_rank in tokens
     )
     return StepPlan(0, 0, Phase.PREFILL, (batches,), record=False)
+
+
+_MOST_RECORDING_S = 120.0  # the other sizes are recorded when a step first has one
+
+
+def forms_of_sizes(
+    limits: GraphLimits, table: DispatchTable, layout: Layout
+) -> dict[int, tuple[DispatchForm, ...]]:
+    """The dispatch forms that need graphs, by size, the largest first.
+
+    A step in which a data-parallel rank has few sequences takes the form of the rank that has most,
+    so those of larger sizes count too.
+    """
+    forms: dict[DispatchForm, None] = {}
+    found, sizes = {}, limits.sizes
+    for before, size in zip((*sizes[-2::-1], 0), sizes[::-1], strict=True):
+        for most in range(size, before, -1):
+            mode = table.choose(-(-most // layout.tp), most > 1, Phase.DECODE)
+            if not mode.overlap:
+                forms[mode.form] = None
+        found[size] = (*forms,)
+    return found
+
+
+def record_graphs(
+    pool: RankPool,
+    members: Members,
+    limits: GraphLimits,
+    table: DispatchTable,
+    log: Callable[[str], None],
+) -> None:
+    """Have all ranks record all sizes, one after the other; `log` takes a line.
+
+    Every size is a command of its own: all ranks record in one order, and are watched meanwhile.
+    No size is begun after `_MOST_RECORDING_S`.
+    """
+    began_s, num_sizes = time.monotonic(), 0
+    by_size = forms_of_sizes(limits, table, members.layout)
+    for size, forms in by_size.items():
+        if forms:
+            nums = pool.call(RecordGraphs(size, forms), ranks=members.numbers)
+            num_sizes += any(nums)
+        if time.monotonic() - began_s > _MOST_RECORDING_S:
+            break
+    if num_sizes:
+        some = f"{num_sizes} of {len(by_size)}" if num_sizes < len(by_size) else f"{num_sizes}"
+        log(
+            f"CUDA graphs of decode steps: {some} batch sizes up to {limits.sizes[-1]} sequences, "
+            f"recorded in {time.monotonic() - began_s:.1f} s"
+        )
