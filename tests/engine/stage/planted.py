@@ -8,8 +8,7 @@ from unittest import mock
 import torch
 
 from expertlane.balance.placement import Placement
-from expertlane.engine.comm.checks import CheckedGroup
-from expertlane.engine.comm.collectives import Pending
+from expertlane.engine.comm.collectives import CheckedGroup, Pending
 from expertlane.engine.model.sampled_batch import SampledBatch
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ranks.commands import Command

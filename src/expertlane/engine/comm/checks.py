@@ -1,4 +1,4 @@
-"""A rank's search for silent errors: guards, checksums, and groups that check what they move.
+"""A rank's search for silent errors: guards, checksums, and what its transfers moved.
 
 What a rank sees alone, as a value that is not finite, is a fault. What only shows beside others,
 as a checksum, goes to the launcher with the step's outcome; `results.step_checks` compares.
@@ -14,24 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.cost.step.operation import TransferKind
-from expertlane.engine.comm.collectives import Group, Look, Pending
 from expertlane.engine.comm.progress import NO_LAYER
-from expertlane.engine.comm.recorder import Recorder
 from expertlane.results.step_checks import Alike, Place, RankChecks, Transferred
-from expertlane.spec.names import CheckLevel, CheckPoint, Stage
-
-# What is gathered over a tensor-parallel group, by the stage before.
-_GATHERED = {
-    Stage.ATTENTION: CheckPoint.BEFORE_ATTENTION,
-    Stage.ROUTER: CheckPoint.BEFORE_MLP,
-    Stage.COMBINE: CheckPoint.BEFORE_MLP,
-    Stage.EMBED: CheckPoint.EMBEDDING,
-    Stage.HAND_OVER: CheckPoint.HAND_OVER,
-    Stage.DISPATCH: CheckPoint.DISPATCH,
-    Stage.EXPERTS: CheckPoint.MLP,
-    Stage.HEAD: CheckPoint.HEAD,
-}
+from expertlane.spec.names import CheckLevel, CheckPoint
 
 
 def checksum(tensor: Tensor) -> int:
@@ -166,99 +151,3 @@ def _transferred(ranks: tuple[int, ...], rows: Sequence[tuple[Any, ...]]) -> Tra
     places, *columns = zip(*rows, strict=True)
     numbers, peers, is_sent, sums = map(np.array, columns)
     return Transferred(list(ranks), _places(places), numbers, peers, is_sent, sums)
-
-
-class CheckedRecorder(Recorder):
-    """A recorder that also knows what is checked, and which stage was before.
-
-    Attributes:
-        before: the stage before the present one.
-    """
-
-    checks: Checks
-
-    def __init__(self, checks: Checks, *given: Any) -> None:
-        super().__init__(*given)
-        self.checks = checks
-        self.before = Stage.IDLE
-
-    def enter(self, stage: Stage, layer: int = NO_LAYER) -> None:
-        if stage is not self.stage:
-            self.before = self.stage
-        super().enter(stage, layer)
-
-    def set_micro_batch(self, micro_batch: int) -> None:
-        super().set_micro_batch(micro_batch)
-        self.checks.set_micro_batch(micro_batch)
-
-    def check_finite(self, values: Tensor, point: CheckPoint, layer: int = NO_LAYER) -> None:
-        self.checks.finite(values, point, layer)
-
-    @property
-    def may_wait_at_once(self) -> bool:
-        """As `Recorder`'s; what every transfer moves is looked at between its begin and its end."""
-        return super().may_wait_at_once and not self.checks.is_full
-
-    @property
-    def place(self) -> Place:
-        """Where a transfer of the present stage is."""
-        stage = self.before if self.stage is Stage.COLLECTIVES else self.stage
-        return self.checks.place(_GATHERED.get(stage, CheckPoint.HAND_OVER), self.layer)
-
-
-class CheckedGroup(Group):
-    """A group whose gathered rows are compared among its ranks; and all that it moves, if full."""
-
-    _recorder: CheckedRecorder
-
-    def _look_at(
-        self, kind: TransferKind, rows: Tensor, send: Sequence[int], receive: Sequence[int]
-    ) -> Look | None:
-        checks, place = self._recorder.checks, self._recorder.place
-        is_gathered, number = kind is TransferKind.ALL_GATHER, 0
-        if checks.is_full:
-            sent = [rows] * self.size if is_gathered else torch.split(rows, list(send))
-            number = checks.begin_transfer(self.ranks)
-            checks.moved(self.ranks, number, place, self._of_others(sent), is_sent=True)
-        elif not is_gathered:
-            return None
-
-        def look(received: Tensor) -> None:
-            if is_gathered:
-                checks.alike(self.ranks, checksum(received), place)
-            if checks.is_full:
-                came = self._of_others(torch.split(received, list(receive)))
-                checks.moved(self.ranks, number, place, came, is_sent=False)
-
-        return look
-
-    def send(self, rows: Tensor, to: int) -> Pending | None:
-        checks = self._recorder.checks
-        if checks.is_full and rows.shape[0] and self._recorder.stage is Stage.HAND_OVER:
-            place, number = self._recorder.place, self._number_of(self.rank, to)
-            checks.moved(self.ranks, number, place, [(self.ranks[to], rows)], is_sent=True)
-        return super().send(rows, to)
-
-    def receive(self, rows: Tensor, source: int) -> Pending:
-        checks, pending = self._recorder.checks, super().receive(rows, source)
-        if not (checks.is_full and rows.shape[0] and self._recorder.stage is Stage.HAND_OVER):
-            return pending
-        number = self._number_of(source, self.rank)
-
-        def look(received: Tensor) -> None:
-            parts = [(self.ranks[source], received)]
-            checks.moved(self.ranks, number, self._recorder.place, parts, is_sent=False)
-
-        pending.look = look
-        return pending
-
-    def _number_of(self, source: int, to: int) -> int:
-        """A number for a send; its two ranks count alike, whatever they do with others."""
-        return self._recorder.checks.begin_transfer((self.ranks[source], self.ranks[to]))
-
-    def _of_others(self, parts: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
-        return [
-            (rank, part)
-            for rank, part in zip(self.ranks, parts, strict=True)
-            if rank != self.ranks[self.rank] and part.shape[0]
-        ]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from expertlane.cost.step.operation import TransferKind
+from expertlane.engine.comm.checks import checksum
 from expertlane.engine.comm.meter import links_of
-from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.comm.recorder import CheckedRecorder, Recorder
 from expertlane.engine.comm.transport import AtOnce, Link, Work
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.row_parts import RowParts
@@ -384,3 +385,61 @@ def interleave(computations: Sequence[Steps[ResultT]]) -> list[ResultT]:
         else:
             waiting.append((index, following))
     return [results[index] for index in range(len(computations))]
+
+
+class CheckedGroup(Group):
+    """A group whose gathered rows are compared among its ranks; and all that it moves, if full."""
+
+    _recorder: CheckedRecorder
+
+    def _look_at(
+        self, kind: TransferKind, rows: Tensor, send: Sequence[int], receive: Sequence[int]
+    ) -> Look | None:
+        checks, place = self._recorder.checks, self._recorder.place
+        is_gathered, number = kind is TransferKind.ALL_GATHER, 0
+        if checks.is_full:
+            sent = [rows] * self.size if is_gathered else torch.split(rows, list(send))
+            number = checks.begin_transfer(self.ranks)
+            checks.moved(self.ranks, number, place, self._of_others(sent), is_sent=True)
+        elif not is_gathered:
+            return None
+
+        def look(received: Tensor) -> None:
+            if is_gathered:
+                checks.alike(self.ranks, checksum(received), place)
+            if checks.is_full:
+                came = self._of_others(torch.split(received, list(receive)))
+                checks.moved(self.ranks, number, place, came, is_sent=False)
+
+        return look
+
+    def send(self, rows: Tensor, to: int) -> Pending | None:
+        checks = self._recorder.checks
+        if checks.is_full and rows.shape[0] and self._recorder.stage is Stage.HAND_OVER:
+            place, number = self._recorder.place, self._number_of(self.rank, to)
+            checks.moved(self.ranks, number, place, [(self.ranks[to], rows)], is_sent=True)
+        return super().send(rows, to)
+
+    def receive(self, rows: Tensor, source: int) -> Pending:
+        checks, pending = self._recorder.checks, super().receive(rows, source)
+        if not (checks.is_full and rows.shape[0] and self._recorder.stage is Stage.HAND_OVER):
+            return pending
+        number = self._number_of(source, self.rank)
+
+        def look(received: Tensor) -> None:
+            parts = [(self.ranks[source], received)]
+            checks.moved(self.ranks, number, self._recorder.place, parts, is_sent=False)
+
+        pending.look = look
+        return pending
+
+    def _number_of(self, source: int, to: int) -> int:
+        """A number for a send; its two ranks count alike, whatever they do with others."""
+        return self._recorder.checks.begin_transfer((self.ranks[source], self.ranks[to]))
+
+    def _of_others(self, parts: Sequence[Tensor]) -> list[tuple[int, Tensor]]:
+        return [
+            (rank, part)
+            for rank, part in zip(self.ranks, parts, strict=True)
+            if rank != self.ranks[self.rank] and part.shape[0]
+        ]

@@ -13,9 +13,8 @@ from functools import cached_property
 
 import numpy as np
 
-from expertlane.engine.comm.checks import CheckedGroup, CheckedRecorder
-from expertlane.engine.comm.collectives import Group
-from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.comm.collectives import CheckedGroup, Group
+from expertlane.engine.comm.recorder import CheckedRecorder, Recorder
 from expertlane.engine.comm.transport import Link, Transport
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members

@@ -3,12 +3,13 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from expertlane.cost.step.operation import TransferKind
+from expertlane.engine.comm.checks import Checks
 from expertlane.engine.comm.clocks import HostClock
 from expertlane.engine.comm.core_token import CoreToken
 from expertlane.engine.comm.meter import Meter
@@ -17,13 +18,23 @@ from expertlane.engine.comm.progress import NO_LAYER, ProgressReporter
 from expertlane.engine.comm.step_counters import StepCounters
 from expertlane.engine.comm.step_times import StepTimes
 from expertlane.results.rank_totals import RankTotals
+from expertlane.results.step_checks import Place
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.names import CheckPoint, Stage
 
-if TYPE_CHECKING:
-    from expertlane.engine.comm.checks import Checks
-
 ResultT = TypeVar("ResultT")
+
+# What is gathered over a tensor-parallel group, by the stage before.
+_GATHERED = {
+    Stage.ATTENTION: CheckPoint.BEFORE_ATTENTION,
+    Stage.ROUTER: CheckPoint.BEFORE_MLP,
+    Stage.COMBINE: CheckPoint.BEFORE_MLP,
+    Stage.EMBED: CheckPoint.EMBEDDING,
+    Stage.HAND_OVER: CheckPoint.HAND_OVER,
+    Stage.DISPATCH: CheckPoint.DISPATCH,
+    Stage.EXPERTS: CheckPoint.MLP,
+    Stage.HEAD: CheckPoint.HEAD,
+}
 
 
 class Recorder(StepCounters):
@@ -42,7 +53,7 @@ class Recorder(StepCounters):
         checks: what looks for silent errors; None where nobody does.
     """
 
-    checks: "Checks | None" = None
+    checks: Checks | None = None
 
     def __init__(
         self,
@@ -280,3 +291,41 @@ class Recorder(StepCounters):
             events=self._times.events(is_alone=is_alone) if self._recording_events else None,
             operations=None if self._log is None else self._log.operations(self._world_size),
         )
+
+
+class CheckedRecorder(Recorder):
+    """A recorder that also knows what is checked, and which stage was before.
+
+    Attributes:
+        before: the stage before the present one.
+    """
+
+    checks: Checks
+
+    def __init__(self, checks: Checks, *given: Any) -> None:
+        super().__init__(*given)
+        self.checks = checks
+        self.before = Stage.IDLE
+
+    def enter(self, stage: Stage, layer: int = NO_LAYER) -> None:
+        if stage is not self.stage:
+            self.before = self.stage
+        super().enter(stage, layer)
+
+    def set_micro_batch(self, micro_batch: int) -> None:
+        super().set_micro_batch(micro_batch)
+        self.checks.set_micro_batch(micro_batch)
+
+    def check_finite(self, values: Tensor, point: CheckPoint, layer: int = NO_LAYER) -> None:
+        self.checks.finite(values, point, layer)
+
+    @property
+    def may_wait_at_once(self) -> bool:
+        """As `Recorder`'s; what every transfer moves is looked at between its begin and its end."""
+        return super().may_wait_at_once and not self.checks.is_full
+
+    @property
+    def place(self) -> Place:
+        """Where a transfer of the present stage is."""
+        stage = self.before if self.stage is Stage.COLLECTIVES else self.stage
+        return self.checks.place(_GATHERED.get(stage, CheckPoint.HAND_OVER), self.layer)

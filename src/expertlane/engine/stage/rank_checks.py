@@ -7,10 +7,10 @@ import numpy as np
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
-from expertlane.engine.comm.checks import CheckedRecorder, Checks, checksum
+from expertlane.engine.comm.checks import Checks, checksum
 from expertlane.engine.comm.clocks import clock_for
 from expertlane.engine.comm.mesh import ParallelMesh
-from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.comm.recorder import CheckedRecorder, Recorder
 from expertlane.engine.model.sampler import Sampler
 from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.ranks.commands import StageSpec
