@@ -4,17 +4,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
+from expertlane.engine.async_engine import AsyncEngine
 from expertlane.engine.elastic.recovery import Recovery
 from expertlane.engine.elastic.recovery_record import OVER, Kind
 from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.rank_watch import RankWatch
+from expertlane.server.metrics import Metrics
 from expertlane.server.own_metrics import IMBALANCE_S
+from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.spec.names import Stage
-
-if TYPE_CHECKING:
-    from expertlane.server.service import Service
 
 _FULL, _NEARLY_FULL = 0.95, 0.8
 _UNEVEN = 2.0
@@ -47,7 +47,23 @@ class Alert:
     advice: str
 
 
-def alerts_of(service: "Service", *, is_preempting: bool) -> Iterator[Alert]:
+class Watched(Protocol):
+    """What `/live` reads of a service."""
+
+    model: ServedModel
+    options: ServerOptions
+    metrics: Metrics
+    engine: AsyncEngine
+    is_draining: bool
+    num_open: int
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for their first step, or for blocks that they lost."""
+        ...
+
+
+def alerts_of(service: Watched, *, is_preempting: bool) -> Iterator[Alert]:
     """The present alerts, the worst first.
 
     Args:

@@ -10,6 +10,7 @@ from expertlane.server.bodies import BodyLimit, make_bodies_models
 from expertlane.server.chats import CHATS
 from expertlane.server.completions import COMPLETIONS
 from expertlane.server.errors import ErrorBody, bad_field, install_handlers, json_response
+from expertlane.server.journal.keeper import JournalKeeper
 from expertlane.server.journal.routes import add_journal
 from expertlane.server.live import add_live
 from expertlane.server.metrics import CONTENT_TYPE
@@ -38,7 +39,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(service: Service, *, is_local: bool) -> FastAPI:
+def make_app(service: Service, journal: JournalKeeper | None = None, *, is_local: bool) -> FastAPI:
     """An app that answers for a service.
 
     Args:
@@ -54,14 +55,14 @@ def make_app(service: Service, *, is_local: bool) -> FastAPI:
     )
     make_bodies_models(app)
     install_handlers(app)
-    _add_generation(app, service)
-    add_responses(app, service)
+    _add_generation(app, service, journal)
+    add_responses(app, service, journal)
     _add_tokens(app, service)
     _add_state(app, service)
     add_scaling(app, service)
     add_live(app, service.live)
-    if service.journal is not None:
-        add_journal(app, service, service.journal)
+    if journal is not None:
+        add_journal(app, service, journal)
     # The last one added comes first.
     app.add_middleware(Heads)
     app.add_middleware(BodyLimit)
@@ -78,16 +79,16 @@ def make_app(service: Service, *, is_local: bool) -> FastAPI:
     return app
 
 
-def _add_generation(app: FastAPI, service: Service) -> None:
+def _add_generation(app: FastAPI, service: Service, journal: JournalKeeper | None) -> None:
     @app.post(COMPLETIONS.path, response_class=Response)
     async def complete(request: CompletionRequest) -> Response:
         """Continue prompts."""
-        return Arrival(service, request, COMPLETIONS)
+        return Arrival(service, journal, request, COMPLETIONS)
 
     @app.post(CHATS.path, response_class=Response)
     async def chat(request: ChatRequest) -> Response:
         """Continue a conversation."""
-        return Arrival(service, request, CHATS)
+        return Arrival(service, journal, request, CHATS)
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

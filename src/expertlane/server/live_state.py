@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,10 @@ from expertlane.balance.placement_file import Placements
 from expertlane.engine.comm.progress import NO_LAYER, Position
 from expertlane.engine.elastic.scaling import PREPARING
 from expertlane.engine.rank_watch import Reading
-from expertlane.server.alerts import Alert, alerts_of, change_under_way
+from expertlane.server.alerts import Alert, Watched, alerts_of, change_under_way
 from expertlane.server.own_metrics import IMBALANCE_S, WAITING
 from expertlane.spec.names import Stage
 from expertlane.version import __version__
-
-if TYPE_CHECKING:
-    from expertlane.server.service import Service
 
 _STAGES = [stage for stage in Stage if stage != Stage.SETUP]
 _LATELY_S = 60.0  # the window of percentiles and preemptions
@@ -55,7 +52,7 @@ class Event:
 class LiveState:
     """Of one server; of its loop."""
 
-    service: "Service"
+    service: Watched
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=_MOST_EVENTS))
     _num_events: int = 0
     _seen: dict[str, int] = field(default_factory=dict)

@@ -178,12 +178,13 @@ async def _serve(
 
     service = Service(model, options, check_ranks=check_ranks, on_end=on_end)
     resuming: asyncio.Task[None] | None = None
+    keeper: JournalKeeper | None = None
     if options.journal is not None:
         keeper = service.journal = JournalKeeper(service, options.journal)
         service.metrics.others.append(JournalMetrics(keeper))
         resuming = loop.create_task(keeper.resume())
     config = uvicorn.Config(
-        make_app(service, is_local=is_loopback(str(bound.getsockname()[0]))),
+        make_app(service, keeper, is_local=is_loopback(str(bound.getsockname()[0]))),
         loop="none",
         http=BoundedProtocol,
         ws="none",
@@ -216,8 +217,8 @@ async def _serve(
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
-    if service.journal is not None and running.num_told and service.engine.error is None:
-        service.journal.note_end()
+    if keeper is not None and running.num_told and service.engine.error is None:
+        keeper.note_end()
     if running.num_told > 1:  # the present step is not waited for: whoever has the ranks ends them
         service.engine.stop()
         return service.engine.error or _terminated(last)

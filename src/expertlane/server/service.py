@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from expertlane.engine.async_engine import AsyncEngine, Generation
 from expertlane.errors import UserError
@@ -27,8 +27,14 @@ from expertlane.spec.structured import Structured
 from expertlane.text.grammars import Grammar
 from expertlane.text.tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from expertlane.server.journal.keeper import JournalKeeper
+
+class Journal(Protocol):
+    """Keeps requests so that they outlive this process."""
+
+    def write(self, chunks: list[Chunk]) -> None:
+        """Keep what requests have got, before clients do."""
+        ...
+
 
 _RETRY_S = 1
 _MANY_TOKENS = 4096  # to become text: some milliseconds
@@ -81,7 +87,7 @@ class Service:
             before_chunks=self._note_chunks,
         )
         self.responses = ResponseStore(options.max_stored_responses)
-        self.journal: JournalKeeper | None = None
+        self.journal: Journal | None = None
         self.live = LiveFeed(LiveState(self))
         self._encoder: PromptEncoder | None = None
         if model.tokenizer is not None:
