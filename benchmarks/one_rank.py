@@ -31,8 +31,7 @@ from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import GraphLimits, Options
 from expertlane.spec.dispatch import DispatchForm, is_static_on
 from expertlane.spec.layout import Layout, partition
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.tensors import cut_dim, tensor_shape
+from expertlane.spec.model import ModelConfig, cut_dim, tensor_shape
 
 BLOCK_SIZE, MOST_REPEATS, MOST_S = 16, 50, 0.5
 

@@ -1,5 +1,6 @@
 """Most commands run without any extra; the others name the one that they need."""
 
+import graphlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grimp
 import pytest
 from packaging.utils import canonicalize_name
 
@@ -300,6 +302,15 @@ def test_every_module_has_its_side_of_the_wall():
     assert brought | {"triton"} <= {
         name for each in contracts for name in each.get("protected_modules", ())
     }
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Not even for a type's sake, or inside functions."""
+    graph = grimp.build_graph("expertlane", cache_dir=None)
+    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    assert len(imports) > 300
+    ordered = [*graphlib.TopologicalSorter(imports).static_order()]  # or it names the circle
+    assert ordered.index("expertlane.spec.model") < ordered.index("expertlane.engine.engine")
 
 
 # Modules, two of them new, and a package that each must not import, even inside a function.

@@ -45,8 +45,7 @@ def models(print_options: PrintOptions) -> None:
     from expertlane.report.document import number, text
     from expertlane.report.numbers import whole
     from expertlane.spec.hf_config import FAMILIES
-    from expertlane.spec.model import PRESETS
-    from expertlane.spec.tensors import num_params
+    from expertlane.spec.model import PRESETS, num_params
 
     rows: list[dict[str, Any]] = [
         {

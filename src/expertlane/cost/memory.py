@@ -13,11 +13,11 @@ from expertlane.errors import CapacityError
 from expertlane.results.record import PoolRecord
 from expertlane.schedule.request import Limits
 from expertlane.spec.layout import Coordinates, Layout, part_of, partition
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.tensors import (
+from expertlane.spec.model import (
     EMBEDDING,
     FINAL_NORM,
     HEAD,
+    ModelConfig,
     Shape,
     cut_dim,
     expert_shapes,

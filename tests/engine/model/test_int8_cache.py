@@ -18,7 +18,7 @@ from expertlane.engine.model.checkpoint_weights import CheckpointWeights
 from expertlane.engine.model.int8_cache import FILE, Int8Cache, write_int8_cache
 from expertlane.errors import UserError
 from expertlane.spec.deployment import INT8_FOLDER
-from expertlane.spec.tensors import HEAD, cut_dim, is_matrix, tensor_names, tensor_shape
+from expertlane.spec.model import HEAD, cut_dim, is_matrix, tensor_names, tensor_shape
 
 CPU = torch.device("cpu")
 

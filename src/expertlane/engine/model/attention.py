@@ -19,9 +19,8 @@ from expertlane.engine.ops.narrow import reordered, side_by_side
 from expertlane.engine.ops.parts import AttentionCall
 from expertlane.engine.ops.products import HeadsLinear, Linear
 from expertlane.engine.ops.step import AttentionWeights
-from expertlane.spec.model import ModelConfig, RopeScaling
+from expertlane.spec.model import ModelConfig, RopeScaling, layer_name
 from expertlane.spec.names import Stage
-from expertlane.spec.tensors import layer_name
 
 
 class RotaryEmbedding:

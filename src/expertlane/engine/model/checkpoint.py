@@ -18,8 +18,7 @@ from expertlane.engine.ops.narrow import NarrowWeight
 from expertlane.engine.ops.staging import STAGED_BYTES, copier_to
 from expertlane.errors import SpecError
 from expertlane.spec.hf_config import MXFP4_BLOCK
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.tensors import Shape
+from expertlane.spec.model import ModelConfig, Shape
 
 _HOST = torch.device("cpu")
 
@@ -50,7 +49,7 @@ class Checkpoint(StoredTensors):
         """A logical tensor, or a slice of it, in memory of its own.
 
         Args:
-            name: one of `spec.tensors`.
+            name: one of `spec.model`.
             rows, columns: of the logical shape, in steps of 1; None for all. Vectors have rows.
             dtype: of the result, quantised or not; None for the model's.
 

@@ -11,7 +11,7 @@ from expertlane.engine.model.weights import WeightSource
 from expertlane.engine.ops.mxfp4 import Mxfp4Weight
 from expertlane.engine.ops.narrow import NarrowWeight
 from expertlane.spec.deployment import ActivationsType, WeightsType
-from expertlane.spec.tensors import cut_dim, tensor_shape
+from expertlane.spec.model import cut_dim, tensor_shape
 
 
 class CheckpointWeights(WeightSource):

@@ -17,7 +17,7 @@ from expertlane.engine.ops.narrow import NarrowWeight
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import INPUTS_OF_SCALE, INT8_FOLDER
 from expertlane.spec.files import write_whole
-from expertlane.spec.tensors import HEAD, Shape, is_matrix, tensor_names, tensor_shape
+from expertlane.spec.model import HEAD, Shape, is_matrix, tensor_names, tensor_shape
 
 FILE = "model.safetensors"
 _VERSION = "1"

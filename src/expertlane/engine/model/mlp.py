@@ -14,9 +14,8 @@ from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.mlp import MlpPart
 from expertlane.engine.ops.products import Activation, Expert, Linear
 from expertlane.spec.layout import partition
-from expertlane.spec.model import ModelConfig
+from expertlane.spec.model import ModelConfig, layer_name
 from expertlane.spec.names import CheckPoint, Stage
-from expertlane.spec.tensors import layer_name
 
 
 def activation_of(model: ModelConfig) -> Activation:

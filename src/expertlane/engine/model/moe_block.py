@@ -26,9 +26,8 @@ from expertlane.engine.ops.router import RouterParams
 from expertlane.spec.deployment import PayloadType
 from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.layout import partition
-from expertlane.spec.model import ModelConfig
+from expertlane.spec.model import ModelConfig, expert_name
 from expertlane.spec.names import CheckPoint, Stage
-from expertlane.spec.tensors import expert_name
 
 
 class Routed(NamedTuple):

@@ -30,10 +30,10 @@ from expertlane.spec.hf_config import (
     num_extra_layers,
     read_config,
 )
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.tensors import (
+from expertlane.spec.model import (
     EMBEDDING,
     HEAD,
+    ModelConfig,
     Shape,
     layer_name,
     tensor_names,

@@ -25,10 +25,9 @@ from expertlane.engine.ops.transfer import to_device
 from expertlane.spec.deployment import KVCacheType, PayloadType
 from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.layout import partition
-from expertlane.spec.model import ModelConfig
+from expertlane.spec.model import EMBEDDING, FINAL_NORM, HEAD, ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.prompt_logprobs import PromptPart
-from expertlane.spec.tensors import EMBEDDING, FINAL_NORM, HEAD
 
 # Of a layer where nothing travels, in order.
 _LAYER_STAGES = (Stage.ATTENTION, Stage.ROUTER, Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE)

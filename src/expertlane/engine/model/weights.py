@@ -24,9 +24,8 @@ from expertlane.engine.ops.float8 import FLOAT8
 from expertlane.engine.ops.mxfp4 import Mxfp4Weight
 from expertlane.engine.ops.narrow import Float8Inputs, NarrowWeight, Weight
 from expertlane.spec.deployment import INPUTS_OF_SCALE, ActivationsType, WeightsType
-from expertlane.spec.model import ModelConfig
+from expertlane.spec.model import EMBEDDING, HEAD, ModelConfig, cut_dim, layer_name, tensor_shape
 from expertlane.spec.names import Origin
-from expertlane.spec.tensors import EMBEDDING, HEAD, cut_dim, layer_name, tensor_shape
 
 MadeT = TypeVar("MadeT")
 EXPERT = "expert"  # the key of an expert begins with it, and its number
