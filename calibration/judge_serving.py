@@ -186,7 +186,6 @@ def _groups(
         dates = sorted(each.row.date for each in own if each.row.date)
         has_output = len(sizes["output"]) > 0
         tpot, ttft = (round(float(np.median(sizes[what])), 3) for what in ("TPOT", "TTFT"))
-        low, high = ranges["TPOT"]
         yield JudgedGroup(
             *others,
             num_rows,
@@ -194,7 +193,7 @@ def _groups(
             round(float(np.median(sizes["output"])), 3) if has_output else tpot,
             ttft,
             ranges["TPOT"],
-            ranges["output"] if has_output else (round(1 / high, 3), round(1 / low, 3)),
+            ranges["output"],
             ranges["TTFT"],
             name,
             sizes_of(model_of(name)),

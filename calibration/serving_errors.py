@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from itertools import combinations
 from typing import Any
 
@@ -86,7 +87,9 @@ class Bounds:
 
     A kind's own points count one each, and those of all of its framework on that generation of
     cards, and those of all, together as much as `_COARSER` points: where a kind has few, its bounds
-    are those of similar kinds. TTFT that is a queue in one of measured and projected is left out.
+    are those of similar kinds. A point whose TTFT is a queue in one of measured and projected is
+    left out: its server had fewer places than is known. Output throughput that was not measured
+    follows from TTFT and TPOT, so that no bound contradicts another.
 
     Args:
         points: to fit to, each projected by a fit to others.
@@ -94,22 +97,40 @@ class Bounds:
 
     points: Sequence[Point]
 
+    @cached_property
+    def _known(self) -> Sequence[Point]:
+        """Points without a queue that only one side has."""
+        of_ttft = [(each, each.measured.ttft_s / each.played.ttft_s) for each in self.points]
+        return [each for each, ratio in of_ttft if 1 / _QUEUE < ratio < _QUEUE]
+
     def of(self, what: str, point: Point) -> Ratios:
         """Bounds of one point."""
         coarse, finest = point.stages[2], point.stages[-1]
         found, weights = [], []
         for weight, own in (
-            (None, [each for each in self.points if each.stages[-1] == finest]),
-            (_COARSER, [each for each in self.points if each.stages[2] == coarse]),
-            (_COARSER, self.points),
+            (None, [each for each in self._known if each.stages[-1] == finest]),
+            (_COARSER, [each for each in self._known if each.stages[2] == coarse]),
+            (_COARSER, self._known),
         ):
-            of_own = ratios(what, own)
-            if what == "TTFT":
-                of_own = of_own[(of_own < _QUEUE) & (of_own > 1 / _QUEUE)]
+            of_own = _of_output(own) if what == "output" else ratios(what, own)
             found.append(of_own)
             one = 1.0 if weight is None else weight / max(len(of_own), 1)
             weights.append(np.full(len(of_own), one))
         return _quantiles(np.concatenate(found), np.concatenate(weights))
+
+
+def _of_output(points: Sequence[Point]) -> np.ndarray:
+    """Measured output throughput over projected; from times of requests where it is not known."""
+    found = []
+    for each in points:
+        measured, played = each.measured, each.played
+        if measured.output_tps and played.output_tps:
+            found.append(measured.output_tps / played.output_tps)
+        else:
+            further = each.row.load.mean_lens[1] - 1
+            request_s = (of.ttft_s + further * of.tpot_s for of in (measured, played))
+            found.append(1 / np.divide(*request_s))
+    return np.array(found)
 
 
 def _quantiles(values: np.ndarray, weights: np.ndarray) -> Ratios:

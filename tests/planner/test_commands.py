@@ -39,7 +39,8 @@ ROTATING = Options(num_micro_batches=2, micro_batch_schedule="rotating")
 
 def served(layout, options=None, *, drafts=0, role="both", num_seqs=512):
     candidate = Candidate(Layout.parse(layout), options or Options(), drafts)
-    return ServedPool(Pool(candidate, MODEL, role), num_seqs, 8192, 8)
+    places = candidate.layout.places_of_rank(num_seqs, num_seqs + 1)
+    return ServedPool(Pool(candidate, MODEL, role), places, 8192, 8)
 
 
 def commands(engine, *pools, types=TYPES, target=TARGET, max_len=4096):
@@ -288,7 +289,7 @@ def pools(draw, role):
     )
     layout = Layout(draw(st.sampled_from((1, 3))), draw(st.sampled_from((1, 2))), dp, tp, ep, dcp)
     candidate = Candidate(layout, options, draw(st.sampled_from((0, 1, 3))))
-    return ServedPool(Pool(candidate, MODEL, role), draw(st.integers(1, 9999)), 8192, 8)
+    return ServedPool(Pool(candidate, MODEL, role), draw(st.integers(1, 2500)), 8192, 8)
 
 
 @given(

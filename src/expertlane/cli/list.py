@@ -193,13 +193,13 @@ def frameworks(print_options: PrintOptions) -> None:
     columns: list[Column[Mapping[str, Any]]] = [
         text("framework", lambda row: row["name"]),
         text("engine", lambda row: ENGINES[row["engine"]].title),
-        number("tokens a step", lambda row: row["max_num_batched_tokens"], whole),
+        number("tokens per step", lambda row: row["max_num_batched_tokens"], whole),
         text("prompts", prompts),
         number("rows judged", lambda row: row["num_rows"], whole),
     ]
     headline = f"{len(rows)} frameworks: {', '.join(known.frameworks())}."
     notes = [
-        "Rows judged: measurements not fitted to, in kinds of ten and more. dynamo-: two pools.",
+        "Rows judged: not fitted to, in kinds of ten and more. dynamo-: disaggregated.",
         "Wait: with data-parallel attention, until every rank has a prompt.",
     ]
     _show(

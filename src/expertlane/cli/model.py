@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from expertlane.cost.number_types import NumberTypes
 
 
+_WIDER = 1.1  # times as many bytes as the checkpoint's own are worth a word
+
+
 @dataclass(frozen=True)
 class FoundModel:
     """A model before it is loaded.
@@ -79,7 +82,10 @@ class FoundModel:
         stored = self.quantization.number_type if self.quantization is not None else None
         if stored is not None and (stored == "float8" or stored in known):
             own = stored  # a narrower one is priced wider, with a word
-        types = NumberTypes.asked(dtype or own, kv_dtype)
+        kv: str = kv_dtype
+        if kv == "model" and self.quantization is not None and self.quantization.has_float8_cache:
+            kv = "float8"
+        types = NumberTypes.asked(dtype or own, kv)
         if types.weights not in known:
             raise UserError(
                 f"{cluster.profile.device.name} does not compute in {types.weights}; valid for "
@@ -89,14 +95,19 @@ class FoundModel:
 
     def cautions(self, types: "NumberTypes") -> tuple[str, ...]:
         """A sentence where a checkpoint's weights are narrower than what they are priced as."""
+        from expertlane.cost.number_types import WEIGHT_BYTES
+
         stored = self.quantization
-        if stored is None or stored.number_type in ("float8", types.weights):
+        if stored is None:
             return ()
-        nearer = "" if types.weights == "float8" else "; --dtype float8 comes nearer"
+        priced = WEIGHT_BYTES[types.weights]
+        own = WEIGHT_BYTES.get(stored.number_type or "", 0.0)  # one unknown is narrow
+        if priced < _WIDER * own or (own == 0.0 and priced <= WEIGHT_BYTES["float8"]):
+            return ()
+        nearer = "; --dtype float8 comes nearer" if priced > WEIGHT_BYTES["float8"] else ""
         return (
-            f"The checkpoint's weights are {stored.method} but priced as "
-            f"{types.weights}, for want of a law of narrower ones: their memory and reads come out "
-            f"too large{nearer}.",
+            f"The checkpoint's weights are {stored.method} but priced as {types.weights}: "
+            f"their memory and reads come out too large{nearer}.",
         )
 
 

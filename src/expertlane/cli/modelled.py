@@ -50,7 +50,7 @@ def kv_dtype_option() -> Any:
     return typer.Option(
         "model",
         rich_help_panel=Panel.MODELLED,
-        help="Type of the KV cache. model: that of hidden states.",
+        help="Type of the KV cache. model: the checkpoint's, else that of hidden states.",
     )
 
 

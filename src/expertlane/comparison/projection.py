@@ -176,7 +176,12 @@ class ExperimentProjector:
             }
             | self._question,
             [*rows, *scaling],
-            cluster=cluster_record(self._model, cluster, self._types),
+            cluster=cluster_record(
+                self._model,
+                cluster,
+                self._types,
+                num_ranks=max(each.layout.replica_size for each in experiment.deployments),
+            ),
             assumptions=projected_assumptions(
                 experiment,
                 cluster,

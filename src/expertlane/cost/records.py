@@ -1,6 +1,7 @@
 """Records of the modelled cluster and of the conditions of a projection."""
 
 from dataclasses import replace
+from typing import Any
 
 from expertlane.cost.laws.execution import ARRIVAL_S, Execution
 from expertlane.cost.laws.frameworks import frameworks, judged, nearest
@@ -11,6 +12,7 @@ from expertlane.results.hardware import Cluster, KnownError, below_above
 from expertlane.results.record import Conditions, DeploymentRecord
 from expertlane.results.results import Assumption, EngineBest, Results
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Phase
 
 
 def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberTypes) -> Conditions:
@@ -25,9 +27,20 @@ def cluster_record(
     *,
     has_two_pools: bool = False,
     has_drafts: bool = False,
+    num_ranks: int = 1,
 ) -> Cluster:
-    """The cluster as results have it."""
+    """The cluster as results have it.
+
+    Args:
+        num_ranks: of a replica of what is recommended, or of the largest.
+    """
     profile, device = cluster.profile, cluster.profile.device
+    kind: dict[str, Any] = {
+        "model": model,
+        "has_two_pools": has_two_pools,
+        "has_drafts": has_drafts,
+        "num_ranks": num_ranks,
+    }
     return Cluster(
         name=str(cluster),
         device=device.name,
@@ -37,20 +50,8 @@ def cluster_record(
         memory_bytes_per_s=device.memory_bytes_per_s,
         flops_per_s=device.flops_per_s[types.weights],
         framework=profile.framework,
-        judged=judged(
-            profile,
-            types.weights,
-            model=model,
-            has_two_pools=has_two_pools,
-            has_drafts=has_drafts,
-        ),
-        nearest=nearest(
-            profile,
-            types.weights,
-            model=model,
-            has_two_pools=has_two_pools,
-            has_drafts=has_drafts,
-        ),
+        judged=judged(profile, types.weights, **kind),
+        nearest=nearest(profile, types.weights, **kind),
     )
 
 
@@ -75,7 +76,9 @@ def with_known_errors(results: Results, model: ModelConfig, profile: Profile) ->
         )
         if known is None:
             return record
-        serving = tuple(each.bounded_by(known) for each in record.serving)
+        steps = [each.wall_s for each in record.steps if each.phase is Phase.PREFILL]
+        least_s = min((each.low or each.value for each in steps), default=0.0)
+        serving = tuple(each.bounded_by(known, least_s) for each in record.serving)
         return replace(record, serving=serving)
 
     def of_engine(best: EngineBest) -> EngineBest:

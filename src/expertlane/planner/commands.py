@@ -54,13 +54,13 @@ class ServedPool:
     """A pool of a plan.
 
     Attributes:
-        num_seqs: at once, over all replicas.
+        rank_seqs: places of a data-parallel rank.
         step_tokens: of a data-parallel rank's step at most.
         devices_per_host: of the machines that it is started on.
     """
 
     pool: Pool
-    num_seqs: int
+    rank_seqs: int
     step_tokens: int
     devices_per_host: int
 
@@ -83,11 +83,6 @@ class ServedPool:
     def role(self) -> PoolRole:
         """The pool's."""
         return self.pool.role
-
-    @property
-    def rank_seqs(self) -> int:
-        """Sequences of a data-parallel rank at once."""
-        return ceil(self.num_seqs / (self.layout.replicas * self.layout.dp))
 
     @property
     def rank_tokens(self) -> int:

@@ -104,6 +104,14 @@ class Plan:
         return ServedLoad(num_devices, int(curve.num_seqs[0]), most, is_served(at_rate))
 
     @property
+    def _most_ranks(self) -> int:
+        """Of a replica of the recommended deployment."""
+        pools = self._faster_pools
+        if pools is None:
+            return self.best.layout.replica_size
+        return max(each.candidate.layout.replica_size for each in (pools.prefill, pools.decode))
+
+    @property
     def _faster_pools(self) -> TwoPools | None:
         """Disaggregated pools, if the plan recommends them; else None."""
         pools, workload = self.pools, self.request.workload
@@ -173,6 +181,7 @@ class Plan:
                 types,
                 has_two_pools=self._faster_pools is not None,
                 has_drafts=self.ranking.chosen.finalist.candidate.num_drafts > 0,
+                num_ranks=self._most_ranks,
             ),
             assumptions=_assumptions(request, self.routing),
             cautions=self.cautions,
@@ -220,7 +229,9 @@ class Plan:
             tokens = find_framework(profile.framework).max_num_batched_tokens
         return ServedPool(
             Pool(option.candidate, self.request.model, role),
-            option.num_seqs,
+            option.candidate.layout.places_of_rank(
+                option.num_seqs, self.request.workload.num_sequences
+            ),
             tokens,
             profile.devices_per_host or profile.ranks_per_node,
         )

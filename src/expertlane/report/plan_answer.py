@@ -481,7 +481,10 @@ def how_sure(results: Results) -> Iterator[str]:
     yield how_judged(results)
     nearest = results.projected_for.nearest
     if results.faster_pools is not None and nearest is not None and not nearest.has_two_pools:
-        yield "No such pools were measured."
+        others = "no such pools were measured"
+        if results.projected_for.framework:
+            others += f" with --framework {results.projected_for.framework}"
+        yield f"Of the pools: {others}."
     best = of_role(results, BEST)[0]
     if best.decode is None or best.prefill is None:
         return

@@ -173,13 +173,15 @@ class BlockManager:
         """Let go of a sequence's blocks, in their order in the sequence.
 
         Raises:
-            ValueError: a block is held by nobody.
+            ValueError: a block is held by nobody, or named twice.
         """
         # Last block first: a prefix is worth more than what follows, and useless without it.
         last_first = np.array(blocks, dtype=np.int64)[::-1]
         counts = self._ref_counts[last_first]
         if not counts.all():
             raise ValueError(f"block {last_first[counts == 0][0]} is held by nobody")
+        if len(set(blocks)) != len(blocks):
+            raise ValueError(f"blocks {sorted(blocks)} are not all different")
         self._ref_counts[last_first] = counts - 1
         let_go: list[int] = last_first[counts == 1].tolist()
         if not self._digests:

@@ -238,7 +238,8 @@ class Options(Strict):
         if self.placement_file is not None:
             parts.append("placed by file")
         if self.num_redundant_experts:
-            parts.append(f"{self.num_redundant_experts} redundant experts")
+            num = self.num_redundant_experts
+            parts.append(f"{num} redundant expert{'s' if num > 1 else ''}")
         if self.copies != "nearest":
             parts.append(f"copies {self.copies}")
         if self.cuda_graphs is False:

@@ -67,10 +67,12 @@ class Quantization:
     Attributes:
         method: its `quant_method`.
         number_type: `float8`, `nvfp4`, `mxfp4` or `int4`; None where it is none that is known here.
+        has_float8_cache: ModelOpt's; keys and values are to be kept in float8.
     """
 
     method: str
     number_type: str | None
+    has_float8_cache: bool = False
 
     @property
     def is_narrow(self) -> bool:
@@ -152,9 +154,10 @@ def quantization_of(config: dict[str, Any]) -> Quantization | None:
         )
     names = [method, quantization.get("quant_algo"), quantization.get("format")]
     said = {name.lower() for name in names if isinstance(name, str)}
+    has_float8_cache = quantization.get("kv_cache_quant_algo") == "FP8"
     for number_type, spellings in _NAMES_OF_TYPE.items():
         if said & spellings:
-            return Quantization(method, number_type)
+            return Quantization(method, number_type, has_float8_cache)
     return Quantization(method, "int4" if _is_int4(method, quantization) else None)
 
 

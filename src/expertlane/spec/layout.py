@@ -97,6 +97,20 @@ class Layout(Strict):
         """Ranks in all."""
         return self.replicas * self.replica_size
 
+    def places_of_rank(self, num_seqs: int, num_asked: int) -> int:
+        """Sequences that a data-parallel rank has places for.
+
+        Its share; where all that were asked for run at once, a quarter more. Requests do not end
+        evenly over ranks: with exactly as many places some stay empty while requests wait for one.
+
+        Args:
+            num_seqs: that run at once, over all ranks.
+            num_asked: concurrent requests.
+        """
+        num_ranks = self.replicas * self.dp
+        share = -(-num_seqs // num_ranks)
+        return share if num_seqs < num_asked or num_ranks == 1 else -(-5 * share // 4)
+
     @property
     def etp(self) -> int:
         """Expert tensor parallelism: how many ranks share each expert."""

@@ -140,7 +140,7 @@ def kinds_of(
     has_drafts: bool = False,
 ) -> Sequence[tuple[str, ...]]:
     """Kinds of serving that a deployment belongs to, coarsest first."""
-    sizes = "x".join(map(str, sizes_of(model)))
+    sizes = _shown_sizes(sizes_of(model))
     of_card = framework, generation_of(hardware), sizes, hardware, weights
     drafts = "drafts" if has_drafts else "no drafts"
     return *(of_card[:end] for end in _STAGES), (*of_card, drafts)
@@ -168,7 +168,7 @@ def find_framework(name: str) -> Framework:
         near = [
             each
             for each, framework in known.items()
-            if name.lower() in (framework.engine, framework.title.lower())
+            if name.lower() == framework.engine or name.lower() in framework.title.lower()
         ]
         hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
         hint = f"did you mean {' or '.join(near)}?" if near else hint
@@ -227,8 +227,9 @@ def with_fitted(profile: Profile, fitted: Fitted) -> Profile:
     """The profile with step times scaled, and an arrival time."""
     if fitted == Fitted():
         return profile
-    of = ", ".join(each for each in fitted.kind if each) or "all measurements"
-    origin = f"calibration/judge_serving.py: {fitted.num_points} points of {of}"
+    of = ", ".join(map(_part_of_kind, fitted.kind)) or "all measurements"
+    points = "1 point" if fitted.num_points == 1 else f"{fitted.num_points} points"
+    origin = f"calibration/judge_serving.py: {points} of {of}"
     seconds = fitted.arrival_s
     arrival = Term(seconds, seconds / 2, 2 * seconds, Basis.FITTED, origin)
     surfaces = {
@@ -237,6 +238,12 @@ def with_fitted(profile: Profile, fitted: Fitted) -> Profile:
     }
     terms = {**profile.terms, ARRIVAL_S: arrival}
     return replace(profile, surfaces=surfaces, terms=terms, step_factor=fitted.step_factor)
+
+
+def _part_of_kind(part: str) -> str:
+    """A model's sizes by a name that was judged."""
+    names = {_shown_sizes(each.sizes): each.model for each in judged_groups()}
+    return names.get(part, part)
 
 
 # benchmarks/results/2026-11-25-bench_projection-final.json; nothing of it was fitted.
@@ -255,19 +262,28 @@ def judged(
     model: ModelConfig,
     has_two_pools: bool = False,
     has_drafts: bool = False,
+    num_ranks: int = 1,
 ) -> Judged | None:
     """Error of projections of the same model, device, number type and way of serving, if known.
 
     A profile that was measured on its machine was judged as such. Others by their device's name,
     and by the framework whose corrections they have.
+
+    Args:
+        num_ranks: of a replica; more than were measured are not judged.
     """
     if _is_measured(profile):
         return CALIBRATED
     kind = profile.name, weights, has_two_pools, has_drafts, profile.framework
     for each in judged_groups():
-        if kind == _kind(each) and sizes_of(model) == each.sizes:
+        is_kind = kind == _kind(each) and sizes_of(model) == each.sizes
+        if is_kind and num_ranks <= each.most_ranks:
             return Judged(f"TPOT of {_what(each)}", each.num_rows, each.tpot)
     return None
+
+
+def _shown_sizes(sizes: Sequence[int]) -> str:
+    return "x".join(map(str, sizes))
 
 
 def sizes_of(model: ModelConfig) -> tuple[int, int, int]:

@@ -80,7 +80,7 @@ def _square(
     names: Sequence[str], payload: _Bytes, ranks_per_node: int, sent: Mapping[str, _Bytes]
 ) -> Chart:
     what, borders, cells = "rank", range(ranks_per_node, len(payload), ranks_per_node), payload
-    if len(payload) > _MOST_RANKS:
+    if len(payload) > max(_MOST_RANKS, ranks_per_node):  # more than one node
         what, borders, cells = "node", range(0), between_nodes(payload, ranks_per_node)
     amounts = np.array(cells, dtype=np.float64)
     source, to = np.unravel_index(amounts.argmax(), amounts.shape)
