@@ -8,9 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import expertlane.compare
 import pytest
 
+import expertlane.comparison
 import expertlane.comparison.machine
 import expertlane.engine.launch
 import expertlane.engine.llm  # takes the real `start_pool`, before a fake is in place
@@ -101,7 +101,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
 
     monkeypatch.setattr(expertlane.engine.launch, "start_pool", fake.start_pool)
     install(
-        expertlane.compare,
+        expertlane.comparison,
         "run",
         run_comparison=fake.run_comparison,
         Repeats=Repeats,

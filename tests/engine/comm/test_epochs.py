@@ -22,7 +22,7 @@ def test_ranks_leave_an_epoch_and_go_on_in_the_next(kind):
     """One is killed or stopped, twice with another one late, and once while the epoch begins."""
     seeds = ["1", "2", "3"]
     ran = subprocess.run(
-        [sys.executable, "-m", "comm.epoch_ranks", kind, *seeds],
+        [sys.executable, "-m", "engine.comm.epoch_ranks", kind, *seeds],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,

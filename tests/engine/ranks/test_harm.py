@@ -18,7 +18,7 @@ def runs(request, tmp_path_factory):
         pytest.skip("this system has no unnamed shared memory")
     file = tmp_path_factory.mktemp("harm") / "runs.jsonl"
     command = [
-        "engine.harm",
+        "engine.ranks.harm",
         str(file),
         "--to",
         str(asked_for(request)),

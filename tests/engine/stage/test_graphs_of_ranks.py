@@ -1,7 +1,7 @@
 """Decode steps of several ranks as graphs give what steps without graphs give.
 
 Without a GPU a double records operations and collectives, and does them again
-(`engine.rank_threads`).
+(`engine.ranks.rank_threads`).
 """
 
 from contextlib import closing
