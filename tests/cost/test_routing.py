@@ -301,7 +301,7 @@ def test_half_of_a_trace_is_for_placing(tmp_path):
     chosen = choose_routing(model, tmp_path / "trace.npz", None)
     assert np.flatnonzero(chosen.source.earlier_load(0)).tolist() == [0, 1]
     assert some(chosen.source, 3).tolist() == [[2, 3], [4, 5], [2, 3]]
-    assert tells(chosen.words, "3 recorded last 2 before")
+    assert tells(chosen.words, "3 recorded last 2 first half")
 
 
 @pytest.mark.parametrize(("layout", "ratio"), [("dp=72,ep=72", 0.35), ("dp=8,tp=4,ep=8", 0.9)])

@@ -122,7 +122,10 @@ class Scenario:
             "requests": [(r.output_token_ids, r.finish_reason, r.error) for r in requests],
             "preemptions": [r.num_preemptions for r in requests],
             "logprobs": logprobs,
-            "blocks": [vars(t.blocks) for t in chain.from_iterable(scheduler.tables)],
+            "blocks": [
+                vars(t.blocks) | {"_ref_counts": t.blocks._ref_counts.tolist()}
+                for t in chain.from_iterable(scheduler.tables)
+            ],
             "ranks": [stage.state() for stage in chain.from_iterable(runner.stages)],
             "placements": runner.placement_of_step,
         }
