@@ -33,9 +33,8 @@ from rich.table import Table
 from expertlane import __version__
 from expertlane.balance.placement_file import placements_of
 from expertlane.balance.trace import RoutingTrace
-from expertlane.calibrate.quiet import QuietMeasuring
-from expertlane.calibrate.run import Calibration
-from expertlane.calibrate.timed_phases import (
+from expertlane.calibrate.run import Calibration, QuietMeasuring
+from expertlane.calibrate.steps import (
     BLOCK_SIZE,
     PhaseTimes,
     limits_for,

@@ -12,7 +12,7 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.calibrate import run as calibrate
 from expertlane.calibrate import steps as of_steps
 from expertlane.calibrate.points import GPU_GRID
-from expertlane.calibrate.timed_phases import phase_times
+from expertlane.calibrate.steps import phase_times
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import (
     DRIVER_S,

@@ -14,7 +14,7 @@ from cli.stub_llm import StubLLM
 from engine.model.chat_checkpoint import save_chat_checkpoint
 from expertlane.balance.trace import read_trace
 from expertlane.cli import local_model, model
-from expertlane.cli.sampling import sampling_params
+from expertlane.cli.generate import sampling_params
 from expertlane.errors import UserError
 from expertlane.schedule.request import RequestOutput, not_finite
 from expertlane.spec.model import PRESETS

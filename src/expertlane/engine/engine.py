@@ -9,7 +9,6 @@ from typing import Generic, TypeVar
 from expertlane.engine.elastic.arrangement import Arrangement
 from expertlane.engine.elastic.recovery import Recovery
 from expertlane.engine.elastic.recovery_record import State
-from expertlane.engine.elastic.resumed import resume
 from expertlane.engine.live_request import LiveRequest, Prompt, RequestMaker
 from expertlane.errors import RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop, FinishedStep
@@ -19,8 +18,26 @@ from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.names import Phase
 from expertlane.spec.prompt_logprobs import PromptLogprobs
 from expertlane.spec.sampling import SamplingParams
-from expertlane.text.grammars import Grammars
+from expertlane.text.grammars import Constraint, Grammars
 from expertlane.text.tokenizer import Tokenizer
+
+
+def resume(request: Request, earlier: RequestOutput, constraint: Constraint | None) -> None:
+    """Give a request its earlier output before it is queued; both hold one list.
+
+    Args:
+        constraint: that has taken this output in.
+
+    Raises:
+        UserError: the constraint does not allow that output.
+    """
+    request.output_token_ids = earlier.token_ids
+    request.num_cached_tokens = earlier.num_cached_tokens
+    if constraint is not None:
+        if constraint.error is not None:
+            raise UserError(f"{request.name}: {constraint.error}")
+        request.mask = None if constraint.is_ended else constraint.mask
+
 
 _MASKS_S = 0.005  # that a step may wait for masks; the step before it is under way meanwhile
 ResultT = TypeVar("ResultT")

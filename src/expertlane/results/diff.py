@@ -1,7 +1,7 @@
-"""What changed from one file of results to another: deployment by deployment, load by load."""
+"""Differences of two files of results, by deployment and load, and of what they were made under."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from math import comb, exp, hypot, log
 from typing import Any, Literal
 
@@ -17,9 +17,53 @@ from expertlane.results.record import (
 )
 from expertlane.results.results import FOREIGN_LOAD, Results
 from expertlane.results.serving_record import ServingRecord
-from expertlane.results.settings import different_settings
 from expertlane.results.statistics import LEAST_RUNS, median_interval
 from expertlane.results.table import Row, flat
+
+_MISSING = "—"
+
+
+def different_settings(first: Results, second: Results) -> Iterator[tuple[str, str, str]]:
+    """What was not the same beside the deployments: its name, and what each of the two has."""
+    here, there = _setting(first), _setting(second)
+    for name in [*here, *(each for each in there if each not in here)]:
+        values = [each.get(name, _MISSING) for each in (here, there)]
+        if values[0] != values[1]:
+            yield name, values[0], values[1]
+
+
+_DEPLOYMENTS = ("experiment.deployments", "experiment.scaling", "experiment.name", "traffic")
+_OF_MACHINE = ("cpu_name", "device", "num_cores", "dtype", "kernels", "backend")
+
+
+def _setting(results: Results) -> dict[str, str]:
+    """All that was the same for every deployment, by name."""
+    found = {
+        name.removeprefix("experiment."): value
+        for name, value in _leaves(results.question)
+        if not name.startswith(_DEPLOYMENTS)
+    }
+    found["expertlane"] = results.versions.expertlane
+    found["torch"] = results.versions.torch or _MISSING
+    if results.machine is not None:
+        found |= {f"machine.{each}": str(getattr(results.machine, each)) for each in _OF_MACHINE}
+    if results.cluster is not None:
+        found["cluster"] = results.cluster.name
+    if results.virtual_time is not None:
+        found["links"] = results.virtual_time.links or "none"
+    conditions = {each.conditions for each in results.select("projected")}
+    if len(conditions) == 1 and (only := conditions.pop()) is not None:
+        found |= {name: str(value) for name, value in asdict(only).items()}
+    return found
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _MISSING if value is None else str(value)
+
 
 Verdict = Literal["faster", "slower", "not significant", "identical", "only in A", "only in B"]
 _AS_SCREENED = {FAMILY, PARETO}  # of plans: the same deployments once more, less exactly

@@ -1,6 +1,8 @@
 """What a server serves: one model on its engine, who may come in, and texts as tokens."""
 
 import asyncio
+import re
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,14 +12,12 @@ from expertlane.engine.async_engine import AsyncEngine, Generation
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Chunk
-from expertlane.server.checks import as_field, check_logprobs, check_tokens
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.live import LiveFeed
 from expertlane.server.live_state import LiveState
 from expertlane.server.marks import Marks
 from expertlane.server.messages import Message
 from expertlane.server.metrics import Metrics
-from expertlane.server.prompts import PromptEncoder, TooLongError
 from expertlane.server.requests import ChatRequest, GenerationRequest, SampledRequest
 from expertlane.server.responses.store import ResponseStore
 from expertlane.server.setup import ServedModel, ServerOptions
@@ -25,7 +25,144 @@ from expertlane.server.under_way import UnderWay
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
 from expertlane.text.grammars import Grammar
-from expertlane.text.tokenizer import Tokenizer
+from expertlane.text.tokenizer import LONG_TEXT, Tokenizer
+
+_CHARACTERS = 4  # of a token, in most languages
+_SLACK = 2  # what is cut has some other tokens at its end
+_HUGE = 1_000_000  # characters; a tokenizer takes some hundred bytes for each
+
+
+class TooLongError(UserError):
+    """A text has more tokens than are taken."""
+
+
+class PromptEncoder:
+    """A tokenizer with a bound: it takes about 200 bytes a character, whatever comes of it.
+
+    Args:
+        most: tokens of a text that are of use.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, most: int) -> None:
+        self._tokenizer = tokenizer
+        self._most = most
+        self._longest = tokenizer.longest_token
+        self._huge = asyncio.Semaphore(1)
+
+    async def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool, factor: int = 1
+    ) -> list[list[int]]:
+        """Token ids of texts; many characters hold nobody else up.
+
+        Args:
+            factor: how many times `most` to take.
+
+        Raises:
+            UserError: one has many more tokens than are taken, or is no Unicode.
+        """
+        num_characters = sum(map(len, texts))
+        most = self._most * factor
+        for text in texts:
+            if len(text) > most * self._longest:
+                raise TooLongError(
+                    f"it has {len(text):,} characters; {most:,} tokens, of at most "
+                    f"{self._longest} characters, are taken"
+                )
+        is_unwanted = threading.Event()
+        if num_characters <= LONG_TEXT:
+            return self._encode(texts, add_special_tokens, most, is_unwanted)
+        arguments = texts, add_special_tokens, most, is_unwanted
+        try:
+            if num_characters <= _HUGE:
+                return await asyncio.to_thread(self._encode, *arguments)
+            async with self._huge:
+                return await asyncio.to_thread(self._encode, *arguments)
+        finally:
+            is_unwanted.set()
+
+    def _encode(
+        self,
+        texts: Sequence[str],
+        add_special_tokens: bool,
+        most: int,
+        is_unwanted: threading.Event,
+    ) -> list[list[int]]:
+        found = []
+        for text in texts:
+            if is_unwanted.is_set():
+                break
+            self._check(text, most, is_unwanted)
+            found.append(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return found
+
+    def _check(self, text: str, most: int, is_unwanted: threading.Event) -> None:
+        """Refuse a text by its beginning, in time that does not depend on the rest."""
+        size = max(LONG_TEXT, _CHARACTERS * most)
+        while size < len(text) and not is_unwanted.is_set():
+            beginning = self._tokenizer.encode(text[:size], add_special_tokens=False)
+            if len(beginning) > _SLACK * most:
+                raise TooLongError(
+                    f"it has {len(text):,} characters, the first {size:,} of which are "
+                    f"{len(beginning):,} tokens; at most {most:,} are taken"
+                )
+            size *= 2
+
+
+MOST_LOGPROBS = 2**20  # of a request: some 150 bytes each
+_PROMPT = re.compile(r"prompt(?: (\d+))?(?=:)")
+
+
+def check_tokens(request: GenerationRequest, vocab_size: int) -> None:
+    """Refuse token ids that the model does not have.
+
+    Raises:
+        ApiError: a field has one.
+    """
+    for name, given in (
+        ("stop_token_ids", request.stop_token_ids or ()),
+        ("logit_bias", map(int, request.logit_bias or ())),
+    ):
+        for token_id in given:
+            if token_id >= vocab_size:
+                text = f"{name}: there is no token {token_id}; valid ids: 0 to {vocab_size - 1}"
+                raise bad_field(name, text)
+
+
+def check_logprobs(params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse a request whose log-probabilities would take too much memory.
+
+    Args:
+        params: of every choice of every prompt, in their order.
+
+    Raises:
+        ApiError: it asks for too many.
+    """
+    num_choices = len(params) // len(prompts)
+    num_asked = sum(
+        (each.max_tokens * (each.logprobs + 1) if each.logprobs is not None else 0)
+        + (
+            len(prompts[place // num_choices]) * (each.prompt_logprobs + 1)
+            if each.prompt_logprobs is not None
+            else 0
+        )
+        for place, each in enumerate(params)
+    )
+    if num_asked > MOST_LOGPROBS:
+        text = (
+            f"logprobs: this request may give {num_asked:,} (for each token, and for the likeliest "
+            f"ones in its place); at most {MOST_LOGPROBS:,} are taken"
+        )
+        raise bad_field("logprobs", text)
+
+
+def as_field(message: str, param: str, num_choices: int) -> str:
+    """An engine's message about `prompt`, or `prompt 3`, with the field's name in its place."""
+    found = _PROMPT.match(message)
+    if found is None:
+        return f"{param}: {message}"
+    number = found[1]
+    place = "" if number is None else f"[{(int(number) - 1) // num_choices}]"
+    return f"{param}{place}{message[found.end() :]}"
 
 
 class Journal(Protocol):

@@ -37,10 +37,10 @@ from expertlane.engine.comm.region import Region
 from expertlane.engine.comm.transport import EpochEndedError, PeerLostError
 from expertlane.engine.ops.backend import SHARED_MEMORY, STAGED, Platform, compiled_messages
 from expertlane.engine.ops.cores import Share
-from expertlane.engine.ranks import connection
+from expertlane.engine.ranks.fork_server import StoreHost
 from expertlane.engine.ranks.rank_settings import RankSettings
 from expertlane.engine.ranks.rendezvous import Meeting
-from expertlane.engine.ranks.store_host import StoreHost
+from expertlane.engine.stage import worker
 from expertlane.spec.layout import Layout
 
 KINDS = ("compiled", "uncompiled", "gloo", "nodes", "staged", "native")
@@ -147,7 +147,7 @@ class Rank:
     def _join(self, epoch: int) -> ParallelMesh:
         share, rank = Share(NUM_RANKS, 1, ()), self._settings.rank
         self._meshes.renew(
-            connection.connect(self._settings, self._platform, share, self._board, epoch)
+            worker.connect(self._settings, self._platform, share, self._board, epoch)
         )
         for each in self._harms:
             each.at(rank, epoch, -1, "joining", self._board)
@@ -363,7 +363,7 @@ def main(kind: str, seeds: list[int]) -> None:
         return
     if kind == "native":
         use_links(kind)
-    with mock.patch.object(connection, "compiled_messages", return_value=library):
+    with mock.patch.object(worker, "compiled_messages", return_value=library):
         for seed in seeds:
             named = meeting.of_run(f"test-{seed}") if meeting else None
             print(json.dumps(run(kind, seed, named)), flush=True)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from expertlane.cost.step.operation import TransferKind
-from expertlane.engine.comm import operation_log as module
-from expertlane.engine.comm.operation_log import OperationLog
+from expertlane.engine.comm import recorder as module
+from expertlane.engine.comm.recorder import OperationLog
 from expertlane.results.step_record import Action
 from expertlane.spec.names import Stage
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from expertlane.cost.step.operation import TransferKind
-from expertlane.engine.comm import operation_log, step_times
 from expertlane.engine.comm import recorder as module
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.recorder import Recorder
@@ -50,8 +49,7 @@ def clock(monkeypatch):
         thread_time=lambda: clock.now_s / 2,
         process_time=lambda: clock.now_s * 2,
     )
-    for each in (module, operation_log, step_times):
-        monkeypatch.setattr(each, "time", fake)
+    monkeypatch.setattr(module, "time", fake)
     monkeypatch.setattr(torch, "get_num_threads", lambda: clock.num_threads)
     return clock
 

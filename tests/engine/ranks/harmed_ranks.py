@@ -23,7 +23,7 @@ import numpy as np
 from expertlane.engine.comm import shared_memory
 from expertlane.engine.comm.region import Region
 from expertlane.engine.comm.uncompiled import UncompiledEndpoint
-from expertlane.engine.ranks import connection
+from expertlane.engine.stage import worker
 
 _SOURCE = Path(__file__).parent / "harmed_messages.cpp"
 _KINDS = ("load", "store", "exchange", "copy", "sleep", "wake")  # as in harmed_messages.cpp, from 1
@@ -226,6 +226,6 @@ def install(harm: Harm, happened: Happened, library: Path | None, heap_bytes: in
                 endpoint = _of_compiled(functions, endpoint, moment, happened)
         return make(endpoint, region, first, rank, *rest)
 
-    mock.patch.object(connection, "compiled_messages", return_value=functions).start()
-    mock.patch.object(connection, "Region", partial(Region, heap_bytes=heap_bytes)).start()
-    mock.patch.object(connection, "SharedTransport", transport).start()
+    mock.patch.object(worker, "compiled_messages", return_value=functions).start()
+    mock.patch.object(worker, "Region", partial(Region, heap_bytes=heap_bytes)).start()
+    mock.patch.object(worker, "SharedTransport", transport).start()

@@ -9,9 +9,8 @@ import torch
 from expertlane.engine.model.sampler import Sampler
 from expertlane.engine.model.scored_prompts import ScoredPrompts
 from expertlane.engine.model.transformer import HeadResult
-from expertlane.engine.stage.deployed_stage import DeployedStage
+from expertlane.engine.stage.deployed_stage import DeployedStage, UncommittedChanges
 from expertlane.engine.stage.next_tokens import with_chosen
-from expertlane.engine.stage.stage_state import UncommittedChanges
 from expertlane.spec.members import Members
 from expertlane.spec.sampling import SamplingParams
 from schedule.paged import UNWRITTEN, sequences

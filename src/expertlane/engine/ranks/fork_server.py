@@ -4,6 +4,8 @@ So all ranks share one copy of torch's pages, and the program that starts them n
 guard. The server reports every rank that ends to the launcher. It ends all ranks when the launcher
 has ended, for whatever reason: it watches the connection to it and also its own parent, since a
 process that the launcher has forked may hold the other end of a socket.
+
+It also hosts the store in which the ranks of several nodes meet, in a process of its own.
 """
 
 import contextlib
@@ -41,13 +43,57 @@ from expertlane.engine.ranks.processes import (
 )
 from expertlane.engine.ranks.rank_settings import RankSettings, ServerSettings
 from expertlane.engine.ranks.run_files import memory_file, unnamed_file
-from expertlane.engine.ranks.store_host import StoreHost
 from expertlane.errors import TerminatedError, no_room
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
     from expertlane.engine.stage.worker import Handlers
+from expertlane.engine.ranks.rendezvous import Meeting
+
+_IS_UP, _MOST_BYTES = b"up", 4096
+
+
+class StoreHost:
+    """Ends with this process, and with those that it forks thereafter.
+
+    Raises:
+        RuntimeError: the store cannot be hosted.
+    """
+
+    def __init__(self, meeting: Meeting) -> None:
+        self._connection, theirs = socket.socketpair()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _host(meeting, theirs)
+        theirs.close()
+        answer = self._connection.recv(_MOST_BYTES)
+        if answer != _IS_UP:
+            raise RuntimeError(answer.decode(errors="replace") or "the host of the store has ended")
+
+    def end(self) -> None:
+        """End it, once nothing that was forked from here runs any more."""
+        self._connection.close()
+        with contextlib.suppress(ChildProcessError):  # somebody has seen it end already
+            os.waitpid(self._pid, 0)
+
+
+def _host(meeting: Meeting, connection: socket.socket) -> NoReturn:
+    """Until the other end of the connection is closed."""
+    try:
+        os.setpgid(0, 0)  # torchrun signals its process's group: it is for the server alone
+        os.closerange(3, connection.fileno())  # a launcher waits for the end of those
+        os.closerange(connection.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
+        try:
+            store = meeting.open(as_host=True)
+            connection.sendall(_IS_UP)
+        except RuntimeError as error:
+            connection.sendall(str(error).splitlines()[0].encode()[:_MOST_BYTES])
+        connection.recv(1)
+        del store
+    finally:
+        os._exit(0)
+
 
 _POLL_MS = 50
 _PR_SET_PDEATHSIG = 1

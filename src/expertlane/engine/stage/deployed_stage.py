@@ -1,7 +1,8 @@
-"""A rank's stage of a deployment: built from weights, it runs step plans."""
+"""A rank's stage of a deployment: built from weights, it runs step plans, in part as graphs."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
 
@@ -10,20 +11,20 @@ import torch
 from expertlane.balance.placement_file import Placements
 from expertlane.engine.comm.collectives import Pending, interleave
 from expertlane.engine.comm.mesh import ParallelMesh
-from expertlane.engine.model.decode_graphs import decode_graphs
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.model.decode_graphs import DecodeGraphs, decode_graphs
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.padded_batch import PaddedBatch
-from expertlane.engine.model.sampler import Sampler
+from expertlane.engine.model.sampler import Sampler, SamplerStep
 from expertlane.engine.model.scored_prompts import ScoredPrompts
-from expertlane.engine.model.transformer import HeadResult, TransformerStage
+from expertlane.engine.model.transformer import HeadResult, RunsLayers, TransformerStage
 from expertlane.engine.model.weights import HeldWeights
+from expertlane.engine.ops.kv_cache import KVCache
 from expertlane.engine.ranks.commands import HeldBytes, RankOutcome, StageSpec
-from expertlane.engine.stage.graph_steps import GraphSteps
-from expertlane.engine.stage.migration import Migration
+from expertlane.engine.stage.migration import Migration, PlacementsBefore
 from expertlane.engine.stage.next_tokens import StepTokens, with_chosen
 from expertlane.engine.stage.preparing import weight_source
 from expertlane.engine.stage.rank_checks import StageChecks, recorder_of
-from expertlane.engine.stage.stage_state import Changes, Left, UncommittedChanges
 from expertlane.engine.stage.worker import RankContext
 from expertlane.results.rank_totals import RankTotals
 from expertlane.schedule.plan import Batch, RankBatch, RankStep
@@ -31,6 +32,131 @@ from expertlane.spec.deployment import GraphLimits, Options, PayloadType
 from expertlane.spec.dispatch import DispatchForm, DispatchMode, DispatchTable
 from expertlane.spec.members import Members
 from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
+
+
+@dataclass(eq=False)
+class Changes:
+    """What a step has changed, beside the cache, and how to undo it.
+
+    Attributes:
+        sampled: by the sampler; None but on the last stage.
+        placements: what its placements replaced; None where it has brought none.
+        chosen: its tokens, by sequence id.
+    """
+
+    step: int
+    sampled: SamplerStep | None
+    placements: PlacementsBefore | None
+    chosen: dict[int, int] = field(default_factory=dict)
+
+
+class UncommittedChanges:
+    """What the latest steps have changed, the oldest first, to be committed or undone.
+
+    Args:
+        committed: tokens of the last committed step, by sequence id.
+    """
+
+    def __init__(self, sampler: Sampler, committed: dict[int, int]) -> None:
+        self._sampler, self._committed = sampler, committed
+        self._steps: deque[Changes] = deque()
+
+    @property
+    def tokens(self) -> dict[int, int]:
+        """What the last step has chosen, by sequence id."""
+        return self._steps[-1].chosen if self._steps else self._committed
+
+    def begin(
+        self, step: int, sampled: SamplerStep | None, placements: PlacementsBefore | None
+    ) -> Changes:
+        """Add a step; arguments as of `Changes`."""
+        changes = Changes(step, sampled, placements)
+        self._steps.append(changes)
+        return changes
+
+    def commit_all_but(self, num_latest: int) -> None:
+        """Keep for good what the steps before the latest ones have changed."""
+        while len(self._steps) > num_latest:
+            changes = self._steps.popleft()
+            self._committed = changes.chosen
+            if changes.sampled is not None:
+                self._sampler.commit(changes.sampled)
+
+    def undo(self, steps: Sequence[int]) -> Iterator[PlacementsBefore]:
+        """Undo these of the latest steps, and commit those before them.
+
+        Yields:
+            What is to be brought back by the caller, in this order.
+        """
+        while self._steps and self._steps[-1].step in steps:
+            changes = self._steps.pop()
+            if changes.sampled is not None:
+                self._sampler.undo(changes.sampled)
+            if changes.placements is not None:
+                yield changes.placements
+        self.commit_all_but(0)
+
+
+@dataclass(eq=False)
+class Left:
+    """What a stage passes on to its successor in another layout on the same rank.
+
+    Attributes:
+        caches: None where keys and values are of no use to it; then the sampler is neither.
+    """
+
+    weights: HeldWeights
+    caches: list[KVCache] | None
+    sampler: Sampler
+    tokens: dict[int, int]
+
+
+class GraphSteps:
+    """Chooses what is a graph, by what all ranks of all stages see alike; records, and launches.
+
+    Args:
+        graphs: of the rank's stage.
+    """
+
+    def __init__(self, graphs: DecodeGraphs, recorder: Recorder) -> None:
+        self._graphs, self._recorder = graphs, recorder
+        self._is_plain = self._balances_copies = False
+        self.clear = graphs.clear
+
+    def begin_step(self, phase: Phase | None, *, balances_copies: bool) -> None:
+        """Called once for each step, after the recorder has begun it."""
+        self._is_plain = phase is Phase.DECODE and not self._recorder.is_recording
+        self._balances_copies = balances_copies
+
+    def padded(
+        self, batch: Batch, micro_batch: RankBatch, mode: DispatchMode
+    ) -> PaddedBatch | None:
+        """The batch as the graph of a whole step takes it; None where there is no such graph."""
+        if not self._is_plain or mode.overlap or self._balances_copies:
+            return None
+        if not any(micro_batch.num_tokens) or not self._graphs.takes_steps(mode.form):
+            return None
+        return self._graphs.padded(batch, micro_batch.num_tokens, mode.form)
+
+    def layers_of(self, parts: Sequence[ForwardBatch]) -> RunsLayers | None:
+        """Runs layers with a graph up to each dispatch; None where the step has no such graphs."""
+        if not self._is_plain or len(parts) != 1:
+            return None
+        form = parts[0].dispatch_form
+        return (
+            None if self._graphs.takes_steps(form) else self._graphs.layers_of(parts[0].batch, form)
+        )
+
+    def run(self, part: PaddedBatch, arriving: Pending | None) -> torch.Tensor | HeadResult:
+        """As `DecodeGraphs.run`, once the hidden states of the stage before are there."""
+        arrived = None if arriving is None else arriving.wait()
+        self._recorder.enter(Stage.GRAPH)
+        return self._graphs.run(part, arrived)
+
+    def record(self, size: int, forms: Sequence[DispatchForm]) -> int:
+        """As `DecodeGraphs.record`."""
+        self._recorder.enter(Stage.GRAPH)
+        return self._graphs.record(size, forms)
 
 
 class DeployedStage:

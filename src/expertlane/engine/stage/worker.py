@@ -1,6 +1,8 @@
-"""A rank's main loop: take a command, run it, answer."""
+"""A rank's process: its cores, how it joins an epoch, and its main loop of commands."""
 
 import contextlib
+import errno
+import mmap
 import os
 import select
 import signal
@@ -14,16 +16,30 @@ from multiprocessing.connection import wait
 from operator import or_
 from typing import Any
 
+import torch
+from torch.distributed import Store  # type: ignore[attr-defined]
+
 from expertlane.engine.comm.core_token import CoreToken
 from expertlane.engine.comm.device import Event, await_event
 from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.file_store import FileStore
 from expertlane.engine.comm.mesh import Meshes
+from expertlane.engine.comm.nodes import NodesTransport
 from expertlane.engine.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
-from expertlane.engine.comm.transport import EpochEndedError, PeerLostError
-from expertlane.engine.ops.backend import Platform, choose_platform
-from expertlane.engine.ops.cores import Share
+from expertlane.engine.comm.region import Region
+from expertlane.engine.comm.shared_memory import CompiledEndpoint, Endpoint, SharedTransport
+from expertlane.engine.comm.staged import StagedTransport
+from expertlane.engine.comm.torch_transport import TorchTransport
+from expertlane.engine.comm.transport import EpochEndedError, PeerLostError, Transport
+from expertlane.engine.comm.uncompiled import UncompiledEndpoint
+from expertlane.engine.ops.backend import (
+    SHARED_MEMORY,
+    Platform,
+    choose_platform,
+    compiled_messages,
+)
+from expertlane.engine.ops.cores import Share, allowed_cpus, pin, share_of, unpin
 from expertlane.engine.ranks.commands import Command
-from expertlane.engine.ranks.connection import bound_s, connect
 from expertlane.engine.ranks.messages import (
     ANY_EPOCH,
     Channel,
@@ -36,10 +52,158 @@ from expertlane.engine.ranks.messages import (
     encode,
 )
 from expertlane.engine.ranks.processes import is_stopped
-from expertlane.engine.ranks.rank_cores import Cores
 from expertlane.engine.ranks.rank_settings import RankSettings
-from expertlane.errors import UserError
+from expertlane.errors import CapacityError, UserError, no_room
 from expertlane.spec.names import Stage
+
+# The launcher's own bound ends a hang; the groups' bound only backs it up, so it is longer.
+_GROUP_TIMEOUT_MARGIN_S = 30.0
+_NUM_SPINS = 2000  # looks at shared memory before a wait sleeps
+
+
+def connect(
+    settings: RankSettings, platform: Platform, share: Share, board: ProgressBoard, number: int
+) -> Transport:
+    """Join an epoch; waits for no other rank.
+
+    Args:
+        board: of this rank's node.
+        number: of the epoch; first `settings.epoch`, once: what was inherited is closed then.
+
+    Raises:
+        EpochEndedError: a later one has begun.
+    """
+    hosts = _connect(settings, platform, share, Epoch(board, number))
+    return StagedTransport(hosts, platform.device) if platform.is_staged else hosts
+
+
+def _connect(
+    settings: RankSettings, platform: Platform, share: Share, epoch: Epoch
+) -> SharedTransport | TorchTransport | NodesTransport:
+    shares_memory = platform.transport.startswith(SHARED_MEMORY)
+    if shares_memory and settings.meeting is None:
+        return _share_memory(settings, share, epoch)
+    among_nodes = TorchTransport(
+        torch.device("cpu") if platform.is_staged else platform.device,
+        _open_store(settings, epoch),
+        settings.rank,
+        bound_s(settings),
+        epoch,
+        ranks_per_node=settings.num_local_ranks,
+    )
+    if not shares_memory:
+        return among_nodes
+    in_node = _share_memory(settings, share, epoch)
+    return NodesTransport(in_node, among_nodes, settings.rank, settings.num_local_ranks)
+
+
+def bound_s(settings: RankSettings) -> float:
+    """The bound on a rank's own waits for others."""
+    return settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S
+
+
+def _share_memory(settings: RankSettings, share: Share, epoch: Epoch) -> SharedTransport:
+    region, rank = Region(settings.num_local_ranks), settings.local_rank
+    memory = _map(settings, region, epoch)
+    endpoint: Endpoint
+    if (library := compiled_messages()) is not None:
+        has_core = settings.num_local_ranks <= share.num_cores
+        endpoint = CompiledEndpoint(library, memory, region, rank, _NUM_SPINS if has_core else 0)
+    else:
+        sizes = region.groups_bytes, region.heap_bytes
+        wake_fds = settings.wake_fds[: region.num_ranks]
+        endpoint = UncompiledEndpoint(memory, *sizes, rank, wake_fds)
+    first, own = settings.rank - rank, settings.rank
+    return SharedTransport(endpoint, region, first, own, bound_s(settings), epoch)
+
+
+def _map(settings: RankSettings, region: Region, epoch: Epoch) -> mmap.mmap:
+    if epoch.number == settings.epoch:
+        assert settings.memory_fd is not None, "all ranks have inherited it"
+        descriptor = settings.memory_fd
+    else:
+        descriptor = epoch.open_memory()
+    try:
+        return region.map(descriptor)
+    finally:
+        os.close(descriptor)  # the mapping has one of its own, and goes with it
+
+
+def _open_store(settings: RankSettings, epoch: Epoch) -> Store:
+    if settings.meeting is not None:
+        return settings.meeting.open_for_ranks()
+    descriptor = epoch.open_store() if epoch.number else None
+    if descriptor is None:
+        descriptor = os.open(settings.store_path, os.O_RDWR | os.O_CLOEXEC)
+    return FileStore(descriptor, epoch)
+
+
+class Cores:
+    """Of a rank, as it is forked: pinned to nothing.
+
+    Attributes:
+        share: of the cores that the ranks of this node have.
+        are_taken: whether it computes with that.
+        is_pinned: whether its threads stay on the hardware threads of its share.
+
+    Raises:
+        UserError: as `share_of`.
+    """
+
+    def __init__(self, local_rank: int, num_local_ranks: int) -> None:
+        self._allowed, self._num_threads = allowed_cpus(), torch.get_num_threads()
+        self._held: list[int] = []  # locks that tell other engines
+        self.share: Share = share_of(local_rank, num_local_ranks)
+        self.are_taken = self.is_pinned = False
+
+    def take(self, local_rank: int, num_local_ranks: int) -> None:
+        """Compute with a share of the cores.
+
+        Raises:
+            CapacityError: this user may not start that many threads.
+        """
+        self.leave()
+        self.share = share_of(local_rank, num_local_ranks, allowed=self._allowed)
+        # No more threads than OMP_NUM_THREADS either, which torch took at its import.
+        num_threads = max(1, min(self._num_threads, self.share.num_threads))
+        _check_threads(num_threads - 1)
+        torch.set_num_threads(num_threads)
+        self.is_pinned = pin(self.share.cpus, held=self._held)
+        self.are_taken = True
+
+    def stay_small(self) -> None:
+        """Use one thread, since other ranks use all cores."""
+        torch.set_num_threads(1)
+
+    def leave(self) -> None:
+        """Be pinned to nothing, so that another rank may take what this one has."""
+        self.are_taken = False
+        if self.is_pinned:
+            self.is_pinned = False
+            unpin(self._allowed, self._held)
+
+
+def _check_threads(number: int) -> None:
+    """Start so many threads at once, and end them: OpenMP ends a process that cannot.
+
+    Raises:
+        CapacityError: there is no room for them.
+    """
+    is_over = threading.Event()
+    threads = [threading.Thread(target=is_over.wait) for _ in range(number)]
+    started = []
+    try:
+        for thread in threads:
+            thread.start()
+            started.append(thread)
+    except RuntimeError as error:
+        reason = no_room(OSError(errno.EAGAIN, str(error)))
+        raise CapacityError(f"cannot start {number} threads of a rank: {reason}") from None
+    finally:
+        is_over.set()
+        for thread in started:
+            thread.join()
+
 
 _FAILED_S = 10.0
 _LINGER_S = 3.0  # a server takes less to end its ranks

@@ -1,9 +1,10 @@
 """Requests that outlive connections and this process: accepted, written, resumed, forgotten."""
 
 import asyncio
+import re
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import SystemRandom
 
 from pydantic import ValidationError
@@ -17,14 +18,71 @@ from expertlane.server.completions import COMPLETIONS
 from expertlane.server.endpoint import Endpoint
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.ids import AnswerIds
-from expertlane.server.journal.asked import ID_HEADER, LAST_HEADER, Asked, asked_of, unknown
 from expertlane.server.journal.file import FoundRequest, JournalError, JournalFile
 from expertlane.server.journal.kept import KeptRequest, Watchers
 from expertlane.server.journal.records import Begun, Came, Closed, Left, Record, Suspected
+from expertlane.server.middleware import key_digest
 from expertlane.server.prepared import Prepared
 from expertlane.server.requests import SampledRequest
 from expertlane.server.responses.answer import RESPONSES
 from expertlane.server.service import Service
+
+ID_HEADER, LAST_HEADER = "X-Request-Id", "Last-Event-ID"
+_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
+_EVENT_ID = re.compile(rf"({_ID.pattern}):(\d{{1,9}})")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Which request a client means.
+
+    Attributes:
+        key: SHA-256 of its API key; empty where none is asked for.
+        request_id: None where it names none.
+        after: events that it has; None where it does not say so.
+    """
+
+    key: bytes
+    request_id: str | None
+    after: int | None
+
+
+def asked_of(scope: Scope, request_id: str | None = None, *, has_keys: bool) -> Asked:
+    """What a request's headers say.
+
+    Args:
+        request_id: where it is known from the path.
+        has_keys: whether clients are asked for keys; else all are the same one.
+
+    Raises:
+        ApiError: a header is not valid, or two contradict each other.
+    """
+    headers = {name: value.decode("latin-1").strip() for name, value in scope["headers"]}
+    key = key_digest(scope)[1] if has_keys else b""
+    if request_id is None and (given := headers.get(ID_HEADER.lower().encode())):
+        if _ID.fullmatch(given) is None:
+            text = f"{ID_HEADER} must have 1 to 128 letters, digits, or - . _ ~"
+            raise bad_field(ID_HEADER, text)
+        request_id = given
+    last = headers.get(LAST_HEADER.lower().encode())
+    if not last:
+        return Asked(key, request_id, None)
+    found = _EVENT_ID.fullmatch(last)
+    if found is None or request_id not in (None, found[1]):
+        wanted = "an event's id" if request_id is None else f"the id of an event of {request_id}"
+        raise bad_field(LAST_HEADER, f"{LAST_HEADER} must be {wanted}, as ID:NUMBER")
+    return Asked(key, found[1], int(found[2]))
+
+
+def unknown(request_id: str, param: str) -> ApiError:
+    """The error of a request that is not there, or is another key's."""
+    return ApiError(
+        404,
+        f"{param}: there is no request {request_id}, or it is no longer kept",
+        param=param,
+        code="request_not_found",
+    )
+
 
 _ENDPOINTS = {each.path: each for each in (COMPLETIONS, CHATS, RESPONSES)}
 _COMPACT_BYTES = 64 * 2**20  # beyond twice the size of what is needed: a new file is begun
