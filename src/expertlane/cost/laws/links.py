@@ -23,14 +23,15 @@ Surfaces that are looked for, on the axes `bytes` and `ranks` (of the group) or 
 
 Where several hold, the fastest does: a deployment picks its library. Where none does, times are
 bounds: assumed floors, and shares of the datasheet. `bytes` is what the rank's busiest direction
-has to carry over the link that the surface is named for: (g − 1)/g of the gathered or scattered total in a group of g, twice that
-for an all-reduce, what leaves or enters the rank for an all-to-all. Over nodes, collectives use all
-NICs of a node at once: a rank's share is what enters its node for the group, over the group's ranks
-there. The roofline of a surface is its law's floor and bytes over the link's bandwidth; the floor
-is the sum of the terms `floor_s.<surface>`, `floor_per_peer_s.<surface>` (of each other rank) and
-`floor_per_doubling_s.<surface>` (of nodes), all optional. Below the first knot of `bytes` its time
-holds: that is what an empty message takes. The term `forwarding_bytes_per_s.dispatch` (or
-`.combine`) is the rate inside a node while forwarding.
+has to carry over the link that the surface is named for: (g − 1)/g of the gathered or scattered
+total in a group of g, twice that for an all-reduce, what leaves or enters the rank for an
+all-to-all. Over nodes, collectives use all NICs of a node at once: a rank's share is what enters
+its node for the group, over the group's ranks there. The roofline of a surface is its law's floor
+and bytes over the link's bandwidth; the floor is the sum of the terms `floor_s.<surface>`,
+`floor_per_peer_s.<surface>` (of each other rank) and `floor_per_doubling_s.<surface>` (of nodes),
+all optional. Below the first knot of `bytes` its time holds: that is what an empty message takes.
+The term `forwarding_bytes_per_s.dispatch` (or `.combine`) is the rate inside a node while
+forwarding.
 
 The terms `contention.<kind of transfer>` and `contention.low_latency` are shares by which compute
 slows while such a transfer runs beside it.
