@@ -25,6 +25,7 @@ from expertlane.cli.output_options import OutputOptions
 from expertlane.errors import SpecError, UserError
 from expertlane.report.shown import Results
 from expertlane.results.file import read, write
+from expertlane.spec.layout import Layout
 
 FUNCTIONS = ["compare", "plan", "simulate", "bench"]
 SMALL = {"cluster": "h100x2", "batch": 4, "prompt_len": 8, "output_len": 8}
@@ -56,7 +57,7 @@ def test_all_names_are_there():
         if isinstance(each, ast.ImportFrom)
         for alias in each.names
     }
-    typed |= {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+    typed |= {each.name for each in tree.body if isinstance(each, ast.FunctionDef | ast.ClassDef)}
     assert not {*expertlane.__all__} - typed
     for name in expertlane.__all__:
         assert getattr(expertlane, name) is not None
@@ -103,12 +104,7 @@ def test_the_engine_has_the_defaults_of_the_commands():
         each.name: getattr(each.default, "default", each.default)
         for each in parameters_of(EngineOptions)
     }
-    options = call_with(EngineOptions, values).for_llm()
-    of_llm = inspect.signature(expertlane.LLM).parameters
-    for name, value in options.items():
-        default = of_llm[name].default
-        assert default == value or (name == "options" and default is None), name
-    assert options["options"] == expertlane.Options()
+    assert call_with(EngineOptions, values).config(Layout()) == expertlane.EngineConfig()
 
 
 def test_results_show_themselves(tmp_path):

@@ -10,6 +10,7 @@ from expertlane.version import __version__
 __all__ = [
     "LLM",
     "Difference",
+    "EngineConfig",
     "ExpertlaneError",
     "Options",
     "RankError",
@@ -29,6 +30,7 @@ __all__ = [
 _HOMES = {
     "LLM": "expertlane.engine.llm",
     "Difference": "expertlane.api",
+    "EngineConfig": "expertlane.spec.engine_config",
     "ExpertlaneError": "expertlane.errors",
     "Options": "expertlane.spec.deployment",
     "RankError": "expertlane.errors",

@@ -34,12 +34,8 @@ def load_model(
 
     ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
     with task_on_stderr(f"loading {found.name} on {ranks} ({layout})"):
-        llm = LLM(
-            found.folder or found.name,
-            layout=layout,
-            record_routing=record_routing,
-            **engine.for_llm(),
-        )
+        config = engine.config(layout, record_routing=record_routing)
+        llm = LLM(found.folder or found.name, config)
     if text := _platform_text(llm.machine[0]):
         print_message(text)
     is_narrow = found.quantization is not None and found.quantization.is_narrow

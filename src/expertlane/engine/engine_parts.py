@@ -23,39 +23,31 @@ from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import Deployment
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import CheckLevel, OnFailure
 from expertlane.text.tokenizer import Tokenizer
 
 ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings:
+class EngineInputs:
     """What an engine runs, and how.
 
     Attributes:
         folder: of the checkpoint; None where weights are random.
         placements: of the layout's experts, as of `check_deployment`.
         limits: what is wished, but for the number of blocks.
-        num_blocks, ranks_per_node, on_failure, oversubscribe, check: as of `LLM`.
         on_commit: called with every step; None where nobody looks, nor records routing.
         log: takes a line for each thing that the user should know.
     """
 
     model: ModelConfig
     folder: Path | None
-    deployment: Deployment
+    config: EngineConfig
     placements: Placements
     limits: Limits
-    num_blocks: int | None
-    seed: int
-    ranks_per_node: int
-    on_failure: OnFailure
-    oversubscribe: bool
-    check: CheckLevel
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[int]
     on_commit: Callable[[FinishedStep], None] | None
@@ -74,13 +66,14 @@ class EngineParts:
         RankError: a rank died, hung or failed, and was not replaced.
     """
 
-    def __init__(self, pool: RankPool, settings: EngineSettings) -> None:
-        self._pool, self._settings, log = pool, settings, settings.log
+    def __init__(self, pool: RankPool, inputs: EngineInputs) -> None:
+        self._pool, self._inputs, log = pool, inputs, inputs.log
+        config = inputs.config
         # Of how many ranks nodes are, these say once they are up.
-        given = settings.placements, settings.ranks_per_node
-        self._arranged = Arranged(Arrangement.alike(Members(settings.deployment.layout), *given))
+        given = inputs.placements, config.ranks_per_node
+        self._arranged = Arranged(Arrangement.alike(Members(config.layout), *given))
         self._recovery: Recovery | None = None
-        if settings.on_failure != "stop":
+        if config.on_failure != "stop":
             self._recovery = Recovery(pool, self._arranged, self._redeploy, log)
             pool.on_early_end(log)
         self.machine = tuple(self._start(lambda: describe_ranks(pool)))
@@ -89,19 +82,19 @@ class EngineParts:
         self.limits = self.runner.limits
         self.engine = self._make_engine()
         self.scaling = Scaling(
-            *(pool, self.runner, self.engine, settings.model, settings.deployment),
+            *(pool, self.runner, self.engine, inputs.model, config.deployment),
             *(self.limits, self.machine),
-            ranks_per_node=settings.ranks_per_node,
-            folder=settings.folder,
-            oversubscribe=settings.oversubscribe,
+            ranks_per_node=config.ranks_per_node,
+            folder=inputs.folder,
+            oversubscribe=config.oversubscribe,
         )
         if self._recovery is None:
             return
         self._recovery.settle()
-        if settings.on_failure == "shrink":
+        if config.on_failure == "shrink":
             self._recovery.shrinker = Shrinking(
-                *(pool, self.runner, self.scaling, settings.model, self.limits),
-                folder=settings.folder,
+                *(pool, self.runner, self.scaling, inputs.model, self.limits),
+                folder=inputs.folder,
                 log=log,
             )
 
@@ -116,51 +109,51 @@ class EngineParts:
 
     def _fitting_limits(self) -> Limits:
         """The limits, with as large a cache as there is room for."""
-        settings, wanted = self._settings, self._settings.limits
-        layout, options = settings.deployment.layout, settings.deployment.options
+        inputs, config, wanted = self._inputs, self._inputs.config, self._inputs.limits
+        layout, options = config.layout, config.options
         limits = with_blocks(
-            *(wanted, settings.num_blocks, settings.model, layout),
-            *(settings.placements, self.machine, options, settings.folder),
+            *(wanted, config.num_blocks, inputs.model, layout),
+            *(inputs.placements, self.machine, options, inputs.folder),
         )
-        if self.machine[0].on_gpu and settings.num_blocks is None:
+        if self.machine[0].on_gpu and config.num_blocks is None:
             return replace(wanted, num_blocks=enough_blocks(wanted))  # measured with the model
         return limits
 
     def _load(self) -> ModelRunner:
-        settings = self._settings
+        inputs, config = self._inputs, self._inputs.config
         runner = ModelRunner(
             self._pool,
-            settings.model,
-            settings.deployment,
+            inputs.model,
+            config.deployment,
             self.limits,
-            seed=settings.seed,
-            ranks_per_node=settings.ranks_per_node or self.machine[0].ranks_per_node,
-            checkpoint=settings.folder,
+            seed=config.seed,
+            ranks_per_node=config.ranks_per_node or self.machine[0].ranks_per_node,
+            checkpoint=inputs.folder,
             arranged=self._arranged,
-            check=settings.check,
-            log=settings.log,
+            check=config.check,
+            log=inputs.log,
             measures_memory=self.machine[0].on_gpu,
             records_ahead=True,
         )
-        if settings.num_blocks is not None:
-            check_num_blocks(settings.num_blocks, runner.limits)
+        if config.num_blocks is not None:
+            check_num_blocks(config.num_blocks, runner.limits)
         return runner
 
     def _make_engine(self) -> Engine[Any]:
-        settings = self._settings
+        inputs, config = self._inputs, self._inputs.config
         scheduler = ContinuousScheduler(
-            settings.deployment.layout,
-            settings.deployment.options,
+            config.layout,
+            config.options,
             self.limits,
             lookahead=True,
-            record=settings.deployment.options.rebalance_steps > 0,
-            record_routing=settings.on_commit is not None,
+            record=config.options.rebalance_steps > 0,
+            record_routing=inputs.on_commit is not None,
         )
         return Engine(
             scheduler,
             self.runner,
-            eos_token_ids=settings.eos_token_ids,
-            tokenizer=settings.tokenizer,
-            on_commit=settings.on_commit,
+            eos_token_ids=inputs.eos_token_ids,
+            tokenizer=inputs.tokenizer,
+            on_commit=inputs.on_commit,
             recovery=self._recovery,
         )

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from inspect import Parameter, Signature
 from itertools import count
 from numbers import Integral
 from pathlib import Path
@@ -12,27 +13,24 @@ import numpy as np
 
 from expertlane.balance.placement_file import check_deployment
 from expertlane.balance.trace import RoutingTrace
-from expertlane.engine.engine_parts import EngineParts, EngineSettings
+from expertlane.engine.engine_parts import EngineInputs, EngineParts
 from expertlane.engine.launch import start_pool
 from expertlane.engine.live_request import Prompt
 from expertlane.engine.llm_settings import (
-    as_layout,
-    as_options,
-    check_settings,
-    checked_model_len,
     find_model,
     print_to_stderr,
     read_tokenizer,
+    wanted_limits,
 )
 from expertlane.engine.model_runner import RoutingRecorder
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.shared_engine import SharedEngine
 from expertlane.errors import RankError, UserError
-from expertlane.schedule.request import Chunk, Limits, RequestOutput
-from expertlane.spec.deployment import Deployment, Options
+from expertlane.schedule.request import Chunk, RequestOutput
+from expertlane.spec.engine_config import SETTINGS, EngineConfig, as_layout
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
+from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import shown
 from expertlane.spec.sampling import SamplingParams
 from expertlane.text.chat_template import ChatTemplate
@@ -110,37 +108,8 @@ class LLM:
     Args:
         model: a folder with a checkpoint, a hub id (`org/name`), or the name of a preset, whose
             weights are then random.
-        layout: such as `tp=2,ep=2`; one rank by default.
-        options: how it runs: dispatch, placement, overlap, micro-batches.
-        ranks_per_node: consecutive ranks that count as one node, for `hierarchical` dispatch and
-            the choice of copies; 0 for as many as the launcher knows of.
-        dtype: of weights and activations; the checkpoint's by default, or for one in float16 the
-            machine's choice.
-        max_model_len: positions a sequence may take; the model's by default.
-        num_blocks: of the paged cache, on each data-parallel rank; by default as many as
-            `max_num_seqs` sequences of `max_model_len` can use, or half of the memory beside the
-            weights (all of a GPU's) has room for.
-        block_size: positions a block of the paged cache.
-        max_num_batched_tokens, max_num_seqs: new tokens in a step, and requests that run at once,
-            on each data-parallel rank.
-        prefix_caching: requests with a common prefix share blocks.
-        seed: of random weights.
-        timeout_s: the longest wait for a rank without progress.
-        oversubscribe: allow more local ranks than the machine should run.
-        on_failure: when a rank dies, hangs or fails: `replace` it and lose no request; `shrink`
-            the layout until it is replaced, where that is possible; or `stop` all ranks.
-        rejoin_s: then, where there are several nodes, how long requests wait for one that is lost
-            before all ranks end; 0 to end them at once.
-        cpu_isa: the largest instruction set that kernels on CPUs may use; by default
-            `EXPERTLANE_CPU_ISA`, else the best that the CPU has.
-        ignore_unused_tensors: load a checkpoint with tensors that its `config.json` has no use for,
-            with a warning on stderr.
-        record_routing: keep which experts each token chooses, for `routing_trace`; takes time in
-            every step and memory with every token.
-        check: which silent errors every step is checked for. `light`: NaN and infinite values, and
-            ranks that disagree on replicated values; `full`: also transfers that arrive changed,
-            and tokens not computed once by each of their experts. A rank with an error is lost:
-            see `on_failure`.
+        config: settings, each with its default; see `EngineConfig`.
+        settings: some of them by name, in place of the config's; a layout may be a text.
 
     Attributes:
         engine: requests and steps, for those who bring their own loop; of one thread, while no
@@ -156,93 +125,28 @@ class LLM:
     """
 
     def __init__(
-        self,
-        model: str | Path,
-        *,
-        layout: str | Layout = "tp=1",
-        options: Options | None = None,
-        ranks_per_node: int = 0,
-        dtype: Dtype | None = None,
-        max_model_len: int | None = None,
-        block_size: int = 16,
-        num_blocks: int | None = None,
-        max_num_batched_tokens: int = 2048,
-        max_num_seqs: int = 256,
-        prefix_caching: bool = True,
-        seed: int = 0,
-        timeout_s: float = 60.0,
-        oversubscribe: bool = False,
-        on_failure: OnFailure = "stop",
-        rejoin_s: float = 300.0,
-        cpu_isa: CpuIsa | None = None,
-        ignore_unused_tensors: bool = False,
-        record_routing: bool = False,
-        check: CheckLevel = "off",
+        self, model: str | Path, config: EngineConfig | None = None, **settings: Any
     ) -> None:
-        words = dtype, cpu_isa, on_failure, check
-        check_settings(
-            *words,
-            seed=seed,
-            timeout_s=timeout_s,
-            rejoin_s=rejoin_s,
-            oversubscribe=oversubscribe,
-            ignore_unused_tensors=ignore_unused_tensors,
-            record_routing=record_routing,
-        )
-        deployment = Deployment("llm", as_layout(layout), as_options(options))
-        self.model, self._folder = find_model(model, ignore_unused_tensors)
-        self._routing = RoutingRecorder(self.model) if record_routing else None
+        config = EngineConfig.of(config, **settings)
+        self.model, self._folder = find_model(model, config.ignore_unused_tensors)
+        self._routing = RoutingRecorder(self.model) if config.record_routing else None
         self._numbers = count()
         self._chat_template: ChatTemplate | None = None
         self.tokenizer, eos_token_ids = read_tokenizer(self._folder)
-        limits = Limits(
-            vocab_size=self.model.vocab_size,
-            max_model_len=checked_model_len(self.model, max_model_len),
-            num_blocks=1 if num_blocks is None else num_blocks,
-            block_size=block_size,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_num_seqs=max_num_seqs,
-            prefix_caching=prefix_caching,
-        )
-        settings = EngineSettings(
+        asked = EngineInputs(
             model=self.model,
             folder=self._folder,
-            deployment=deployment,
-            placements=check_deployment(self.model, deployment, ranks_per_node),
-            limits=limits,
-            num_blocks=num_blocks,
-            seed=seed,
-            ranks_per_node=ranks_per_node,
-            on_failure=on_failure,
-            oversubscribe=oversubscribe,
-            check=check,
+            config=config,
+            placements=check_deployment(self.model, config.deployment, config.ranks_per_node),
+            limits=wanted_limits(self.model, config),
             tokenizer=self.tokenizer,
             eos_token_ids=eos_token_ids,
             on_commit=None if self._routing is None else self._routing.add,
             log=print_to_stderr,
         )
-        self._load(settings, timeout_s, rejoin_s, dtype, cpu_isa)
-
-    def _load(
-        self,
-        settings: EngineSettings,
-        timeout_s: float,
-        rejoin_s: float,
-        dtype: Dtype | None,
-        cpu_isa: CpuIsa | None,
-    ) -> None:
-        """Start ranks and an engine on them."""
-        pool = self._pool = _started(
-            settings.deployment.layout,
-            oversubscribe=settings.oversubscribe,
-            recovers=settings.on_failure != "stop",
-            timeout_s=timeout_s,
-            rejoin_s=rejoin_s,
-            dtype=dtype or (self.model.own_dtype if self._folder else None),
-            cpu_isa=cpu_isa,
-        )
+        pool = self._pool = _started(config, self.model.own_dtype if self._folder else None)
         try:
-            parts = EngineParts(pool, settings)
+            parts = EngineParts(pool, asked)
             self.machine, self.limits = parts.machine, parts.limits
             self._runner, self.engine, self.scaling = parts.runner, parts.engine, parts.scaling
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
@@ -433,9 +337,36 @@ class LLM:
         return outputs
 
 
-def _started(layout: Layout, **settings: Any) -> RankPool:
-    """The ranks of a layout, as `start_pool` starts them."""
-    pool = start_pool(layout.world_size, **settings)
+def _started(config: EngineConfig, own_dtype: Dtype | None) -> RankPool:
+    """The ranks of a layout.
+
+    Args:
+        own_dtype: of the checkpoint.
+    """
+    pool = start_pool(
+        config.layout.world_size,
+        oversubscribe=config.oversubscribe,
+        recovers=config.on_failure != "stop",
+        timeout_s=config.timeout_s,
+        rejoin_s=config.rejoin_s,
+        dtype=config.dtype or own_dtype,
+        cpu_isa=config.cpu_isa,
+    )
     if pool is None:  # torchrun has started this process besides one that starts ranks
         raise SystemExit(0)
     return pool
+
+
+def _signature() -> Signature:
+    """The parameters of `LLM` with all settings by name, for `help` and editors."""
+    either, by_name = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
+    settings = (
+        Parameter(name, by_name, default=each.default, annotation=each.type)
+        for name, each in SETTINGS.items()
+    )
+    model = Parameter("model", either, annotation=str | Path)
+    config = Parameter("config", either, default=None, annotation=EngineConfig | None)
+    return Signature([model, config, *settings])
+
+
+LLM.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -1,22 +1,17 @@
-"""Reads and checks the arguments of an `LLM`: model, tokenizer, settings."""
+"""What an `LLM` reads before ranks start: its model, its tokenizer, and the limits asked for."""
 
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import get_args
 
-from expertlane.engine.launch import (
-    check_checkpoint,
-)
-from expertlane.errors import SpecError, UserError
+from expertlane.engine.launch import check_checkpoint
+from expertlane.errors import UserError
+from expertlane.schedule.request import Limits
 from expertlane.spec.checkpoint_folder import resolve_model
-from expertlane.spec.deployment import Options
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.files import as_path
 from expertlane.spec.from_hf import read_model
-from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
-from expertlane.spec.ranges import RANGES, shown, take, take_flag, take_word
 from expertlane.text.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 
 
@@ -56,61 +51,22 @@ def read_tokenizer(folder: Path | None) -> tuple[Tokenizer | None, frozenset[int
     return tokenizer, tokenizer.eos_token_ids
 
 
-def check_settings(
-    dtype: str | None, cpu_isa: str | None, on_failure: str, check: str, **others: float | bool
-) -> None:
-    """Refuse a word that is none of the valid ones, a number out of its range, or no flag.
-
-    Args:
-        others: numbers that have a range, and flags.
+def wanted_limits(model: ModelConfig, config: EngineConfig) -> Limits:
+    """The limits that are asked for; of blocks one where as many as there is room for are.
 
     Raises:
-        UserError: there is one.
+        UserError: a sequence would get more positions than the model takes.
     """
-    for name, value, valid in (("dtype", dtype, Dtype), ("cpu_isa", cpu_isa, CpuIsa)):
-        if value is not None:
-            take_word(name, value, get_args(valid))
-    take_word("on_failure", on_failure, get_args(OnFailure))
-    take_word("check", check, get_args(CheckLevel))
-    for name, other in others.items():
-        take(name, other) if name in RANGES else take_flag(name, other)
-
-
-def checked_model_len(model: ModelConfig, asked: int | None) -> int:
-    """The largest number of positions of a sequence.
-
-    Raises:
-        UserError: more were asked for than the model takes, or none.
-    """
-    limit = model.max_position_embeddings
-    if asked is None:
-        return limit
-    if not 1 <= take("max_model_len", asked) <= limit:
-        raise UserError(f"max_model_len is {asked}; valid for {model.name}: 1 to {limit}")
-    return asked
-
-
-def as_layout(layout: str | Layout) -> Layout:
-    """Parse a layout, unless it is one.
-
-    Raises:
-        SpecError: as `Layout.parse`.
-    """
-    if isinstance(layout, Layout):
-        return layout
-    if not isinstance(layout, str):
-        raise SpecError(f"layout is {shown(layout)}; it must be a text, such as 'tp=2,ep=2'")
-    return Layout.parse(layout)
-
-
-def as_options(options: Options | None) -> Options:
-    """`options`, or the defaults for None.
-
-    Raises:
-        SpecError: they are of another type.
-    """
-    if options is None:
-        return Options()
-    if not isinstance(options, Options):
-        raise SpecError(f"options is {shown(options)}; it must be Options(…), or None")
-    return options
+    longest = model.max_position_embeddings
+    asked = longest if config.max_model_len is None else config.max_model_len
+    if asked > longest:
+        raise UserError(f"max_model_len is {asked}; valid for {model.name}: 1 to {longest}")
+    return Limits(
+        vocab_size=model.vocab_size,
+        max_model_len=asked,
+        num_blocks=1 if config.num_blocks is None else config.num_blocks,
+        block_size=config.block_size,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        prefix_caching=config.prefix_caching,
+    )
