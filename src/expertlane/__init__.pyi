@@ -198,7 +198,7 @@ def plan(
         routing_trace: Routing as recorded by expertlane generate --record-routing.
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         dtype: Type of weights and activations.
-        kv_dtype: Type of the KV cache. model: that of hidden states.
+        kv_dtype: Type of the KV cache. model: the checkpoint's, else that of hidden states.
         execution: Steps as CUDA graphs, or kernels launched one by one.
         framework: Correct step times and TTFT by public measurements of a serving framework:
             vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
@@ -306,7 +306,7 @@ def simulate(
         routing_trace: Routing as recorded by expertlane generate --record-routing.
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         dtype: Type of weights and activations.
-        kv_dtype: Type of the KV cache. model: that of hidden states.
+        kv_dtype: Type of the KV cache. model: the checkpoint's, else that of hidden states.
         execution: Steps as CUDA graphs, or kernels launched one by one.
         framework: Correct step times and TTFT by public measurements of a serving framework:
             vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
