@@ -237,8 +237,8 @@ def test_what_a_framework_corrects_is_told(run):
         for more in ([], ["--full"])
     )
     assert "projected, framework trt" in short
-    assert re.search(r"steps × \d\.\d\d", full)
-    assert "ms to arrive" in full
+    assert re.search(r"times × \d\.\d\d", full)
+    assert "arrival delay" in full
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,11 @@ class PlanRequest:
         return None if self.load is None else self.load.rate
 
     @property
+    def num_asked(self) -> int | None:
+        """Concurrent requests; None where they arrive at a rate."""
+        return None if self.rate is not None else self.workload.num_sequences
+
+    @property
     def prefixes(self) -> SharedPrefixes:
         """Shared prefixes of prompts, in whole blocks of a cache."""
         return NOTHING_SHARED if self.load is None else self.load.shared(BLOCK_SIZE)

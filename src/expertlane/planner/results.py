@@ -229,9 +229,7 @@ class Plan:
             tokens = find_framework(profile.framework).max_num_batched_tokens
         return ServedPool(
             Pool(option.candidate, self.request.model, role),
-            option.candidate.layout.places_of_rank(
-                option.num_seqs, self.request.workload.num_sequences
-            ),
+            option.candidate.layout.places_of_rank(option.num_seqs, self.request.num_asked),
             tokens,
             profile.devices_per_host or profile.ranks_per_node,
         )

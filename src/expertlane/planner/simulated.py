@@ -32,7 +32,7 @@ from expertlane.simulator.steady import PrefillRates, pools_apart, steady_state
 from expertlane.simulator.watch import ROUGH, USUAL, Precision
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.workload import Load, Workload
+from expertlane.spec.workload import Load
 
 NUM_SIMULATED = 12  # options
 _NUM_TOLD = 5  # options that are shown, the best with EP, without, and of each engine among them
@@ -53,7 +53,7 @@ def simulate(
 
     None where not even one request of the longest output fits.
     """
-    return _rates(request, _Served.by(option, request.workload), None, option.num_seqs, precision)
+    return _rates(request, _Served.by(option, request), None, option.num_seqs, precision)
 
 
 def simulate_pools(
@@ -76,9 +76,7 @@ def simulate_pools(
     if not divide_alike(first, decode.candidate.layout):
         return None
     num, precision = batch or request.workload.num_sequences, USUAL if batch else None
-    return _rates(
-        request, _Served.by(decode, request.workload), (first, of_prompts), num, precision, known
-    )
+    return _rates(request, _Served.by(decode, request), (first, of_prompts), num, precision, known)
 
 
 def serve_at_rate(
@@ -93,7 +91,7 @@ def serve_at_rate(
     if prefill is not None:
         of_prompts = prefill.candidate.layout, prefill.candidate.options
     load = request.load_at_rate()
-    simulator = _simulator(request, _Served.by(decode, request.workload), of_prompts, load)
+    simulator = _simulator(request, _Served.by(decode, request), of_prompts, load)
     state = steady_state(simulator, request.workload.seed)
     return serving_of(simulator, state, request.goals.all)
 
@@ -113,9 +111,9 @@ class _Served(NamedTuple):
     max_num_seqs: int
 
     @classmethod
-    def by(cls, option: ScreenedCandidate, workload: Workload) -> "_Served":
+    def by(cls, option: ScreenedCandidate, request: PlanRequest) -> "_Served":
         """An option with places for the number of sequences that it was planned with."""
-        places = option.candidate.layout.places_of_rank(option.num_seqs, workload.num_sequences)
+        places = option.candidate.layout.places_of_rank(option.num_seqs, request.num_asked)
         return cls(*option.candidate, places)
 
 

@@ -111,7 +111,9 @@ class Row:
             "framework": asked.framework,
             "mtp": self.num_drafts,
             "mtp_acceptance": asked.mtp_acceptance if self.num_drafts else None,
-            "max_num_seqs": self.layout.places_of_rank(self.num_seqs, workload["num_sequences"]),
+            "max_num_seqs": self.layout.places_of_rank(
+                self.num_seqs, None if self.rate is not None else workload["num_sequences"]
+            ),
             "price": self.price,
         }
         left_out = {other for name in given for other in _INSTEAD.get(name, ())}

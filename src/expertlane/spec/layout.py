@@ -97,7 +97,7 @@ class Layout(Strict):
         """Ranks in all."""
         return self.replicas * self.replica_size
 
-    def places_of_rank(self, num_seqs: int, num_asked: int) -> int:
+    def places_of_rank(self, num_seqs: int, num_asked: int | None) -> int:
         """Sequences that a data-parallel rank has places for.
 
         Its share; where all that were asked for run at once, a quarter more. Requests do not end
@@ -105,11 +105,12 @@ class Layout(Strict):
 
         Args:
             num_seqs: that run at once, over all ranks.
-            num_asked: concurrent requests.
+            num_asked: concurrent requests; None where they arrive at a rate.
         """
         num_ranks = self.replicas * self.dp
         share = -(-num_seqs // num_ranks)
-        return share if num_seqs < num_asked or num_ranks == 1 else -(-5 * share // 4)
+        all_run = num_asked is not None and num_seqs >= num_asked
+        return -(-5 * share // 4) if all_run and num_ranks > 1 else share
 
     @property
     def etp(self) -> int:
