@@ -1,8 +1,13 @@
-"""Screening, which prices each distinct part once, against every candidate priced by itself."""
+"""The closed form of a step against every candidate priced by itself, and against the replay."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from expertlane.cost.closed_form import price, step_estimates
 from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.routing import placed
@@ -17,14 +22,15 @@ from expertlane.cost.step.layer import arrival_steps, embedding_steps, head_step
 from expertlane.cost.step.operation import HandOver
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import ExpectedStepList
-from expertlane.planner.candidates import Goals, PlanRequest
+from expertlane.planner.candidates import Candidate, Goals, PlanRequest
 from expertlane.planner.many_steps import Pipelining
+from expertlane.planner.project import Projector, StepSize
 from expertlane.planner.screen import fitting
 from expertlane.planner.search import Search
-from expertlane.planner.stage_times import price
-from expertlane.planner.throughput import step_estimates
+from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import is_by_node_on
 from expertlane.spec.from_hf import from_hf
+from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
 from planner.requests import MIXED, PAPER, cluster_of, setting_of
 
@@ -110,3 +116,37 @@ def test_shared_parts_add_up_to_the_same(model, num_devices, sizes, execution):
             size = prompts.num_seqs, prompts.num_new, prompts.num_cached
             exact = step_s(request, each.candidate, *size, how)
             np.testing.assert_allclose(each.steps.prefill_s, exact, rtol=1e-9)
+
+
+@st.composite
+def evenly_routed(draw):
+    """A deployment and a step of it, in which every rank does as much as any other."""
+    model = draw(st.sampled_from((PAPER, MIXED, LATENT)))
+    pp, dp, tp = draw(
+        st.sampled_from(((1, 1, 1), (1, 1, 8), (1, 8, 1), (1, 2, 4), (2, 1, 4), (4, 1, 2)))
+    )
+    ep = draw(st.sampled_from((1, dp * tp)))
+    options = Options(dispatch="all_gather" if dp == 1 else "all_to_all")
+    if pp > 1:
+        schedule = draw(st.sampled_from(("drained", "rotating")))
+        options = replace(options, num_micro_batches=pp, micro_batch_schedule=schedule)
+    num_new, cached, seqs = draw(st.sampled_from(((1, 1000, 512), (1, 77, 256), (512, 0, 64))))
+    execution = draw(st.sampled_from((Execution.GRAPH, Execution.EAGER)))
+    return model, Layout(1, pp, dp, tp, ep), options, (seqs, num_new, cached), execution
+
+
+@given(evenly_routed())
+def test_the_closed_form_is_the_replay_where_routing_is_even(drawn):
+    model, layout, options, (num_seqs, *sizes), execution = drawn
+    setting, cluster = setting_of(model, execution=execution), cluster_of(layout.world_size)
+    workload = Workload(num_seqs, 512, 128)
+    request, how = PlanRequest(model, cluster, workload, Goals(), setting), Pipelining.of(options)
+    of_part = -(-num_seqs // (layout.dp * how.num_parts))
+    found = step_s(request, Candidate(layout, options, 0), of_part, *sizes, how)
+    replayed = Projector(model, layout, options, cluster, setting).step(StepSize(num_seqs, *sizes))
+    # Of all but chance in who is chosen, and the first launches of a pipeline or of eager steps.
+    is_exact = (layout.pp, layout.ep, execution) == (1, 1, Execution.GRAPH)
+    expected = replayed.round_s
+    bounds = (expected.low, expected.value, expected.high)
+    close = {"rtol": 1e-9} if is_exact else {"rtol": 0.05, "atol": 1e-4}
+    np.testing.assert_allclose(found, bounds, **close)

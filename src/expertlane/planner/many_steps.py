@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.cost.closed_form import Points, PricedPoints, Shape, step_estimates
 from expertlane.cost.laws.execution import Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.step.operation import Floats, HandOver, Ints
-from expertlane.planner.stage_times import Points, PricedPoints, Shape
-from expertlane.planner.throughput import Arriving, step_estimates
+from expertlane.planner.throughput import Arriving
 from expertlane.spec.deployment import MicroBatchSchedule, Options
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig

@@ -276,11 +276,13 @@ class Projector:
                 return [(first, 0), (timeline.repeat(cold, next_s), 0)]
             ends[0] = first.end_s
             ran.append((first, 0))
+        planned_s = np.zeros(terms.num_clocks)
         while len(ran) < len(works) * (_ROUNDS if len(works) > 1 else 2):
             for place, work in enumerate(works):
+                planned_s = np.maximum(planned_s, ends[place]) + driver_s  # one driver for all
                 times = timeline.run(
                     work,
-                    ends[place] + driver_s,
+                    planned_s,
                     may_skip=may_skip,
                     alone=alone[id(work)] if as_alone and len(works) > 1 else None,
                 )

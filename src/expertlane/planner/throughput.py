@@ -1,4 +1,4 @@
-"""From micro-batches on stages to steps, and from steps to what a user sees: TPS, TPOT and TTFT.
+"""From steps to what a user sees: TPS, TPOT and TTFT.
 
 Steady state: as soon as one is finished another begins. In one pool prompts come one by one, and
 each holds up the decodes of its replica. In disaggregated pools both run side by side, and the
@@ -9,93 +9,18 @@ tokens from the one that decodes, as in `simulate`: TTFT ends when the first dec
 KV transfer and the wait for a place there are in it, and TPOT is decoding alone.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
+from expertlane.cost.laws.execution import BOUNDS, LIKELY
 from expertlane.cost.step.expected_counts import largest_normal
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.planner.candidates import Goals
-from expertlane.planner.stage_times import COMPUTE, IN_SERIES, LAUNCHES, MOVED, SLOWED
 from expertlane.results.serving_record import SLOResult
-from expertlane.spec.deployment import MicroBatchSchedule
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
-
-_LOW = BOUNDS.index("low")
-
-
-def step_estimates(
-    stages: Sequence[tuple[int, Floats]],
-    hand_over_s: Floats,
-    driver_s: Floats,
-    terms: Terms,
-    schedule: MicroBatchSchedule,
-    num_micro_batches: Ints,
-    overlap: npt.NDArray[np.bool_],
-    num_layers: int,
-) -> Floats:
-    """[3, P]; seconds of steps, low, likely and high, or of a round where micro-batches rotate.
-
-    A drained step of m micro-batches takes the way through all stages and m - 1 times the slowest;
-    a round of m rotating ones takes m times the slowest, or the way through all if that is longer.
-
-    Args:
-        stages: how many are alike, and what a part takes there: [rows, P].
-        hand_over_s: [3, P]; of a part, to the next stage.
-        driver_s: [3, P]; between steps.
-        num_micro_batches: [P]; m.
-        overlap: [P]; whether a micro-batch runs in two halves.
-        num_layers: of the model.
-    """
-    num_stages = sum(num for num, _ in stages)
-    through = hand_over_s * ((1 + overlap) * (num_stages - 1))
-    slowest = np.zeros_like(through)
-    for num, priced in stages:
-        seconds = _micro_batch(priced, terms, overlap, num_layers / num_stages)
-        through, slowest = through + num * seconds, np.maximum(slowest, seconds)
-    total: Floats
-    if schedule == "rotating":
-        total = np.maximum(num_micro_batches * slowest, through) + driver_s
-    else:
-        total = through + (num_micro_batches - 1) * slowest + driver_s
-    return total
-
-
-def _micro_batch(
-    priced: Floats, terms: Terms, overlap: npt.NDArray[np.bool_], layers_of_stage: float
-) -> Floats:
-    """[3, P]; operations and transfers in turn, or two halves side by side; on one stage."""
-    halves = 1 + overlap
-    computing, moving = halves * priced[COMPUTE], halves * priced[MOVED]
-    seconds = computing + moving
-    if overlap.any():
-        # The share that transfers take of computing beside them, mean over transfers.
-        share = halves * priced[SLOWED] / np.maximum(moving[LIKELY], 1e-12)
-        slowed = share * np.minimum(moving[LIKELY], computing[LIKELY])
-        ramp = moving[LIKELY] / halves / max(layers_of_stage, 1)  # the first layer's hides nothing
-        beside = np.maximum(moving[LIKELY], computing[LIKELY] + slowed) + ramp
-        beside = np.minimum(beside, seconds[LIKELY])
-        seconds[LIKELY] = np.where(overlap, beside, seconds[LIKELY])
-        side_by_side = np.maximum(computing[_LOW], moving[_LOW])
-        seconds[_LOW] = np.where(overlap, side_by_side, seconds[_LOW])
-    return _launched(seconds, halves * priced[LAUNCHES], halves * priced[IN_SERIES], terms)
-
-
-def _launched(seconds: Floats, num_kernels: Floats, in_series_s: Floats, terms: Terms) -> Floats:
-    """[3, P]; with what getting the work onto the device takes."""
-    launch_s = terms.launch_s[:, None]
-    match terms.execution:
-        case Execution.EAGER:
-            return np.maximum(seconds, num_kernels * launch_s)
-        case Execution.GRAPH:
-            return seconds + launch_s
-        case Execution.SERIAL:
-            return seconds + in_series_s
 
 
 class Prompts(NamedTuple):
