@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
     *(each for each in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in each.parts),
 ]
 
@@ -76,6 +77,15 @@ def test_documents_name_only_what_exists(path: Path):
     missing = [link for link in links if not (path.parent / link).exists()]
     missing += [name for name in files if not (ROOT / name).exists()]
     assert not missing
+
+
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_of_the_package_that_are_named_exist(name: str):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    files = set(re.findall(r"`([a-z][\w/]*/[\w.]+\.\w+)`", text))
+    package = ROOT / "src" / "expertlane"
+    assert len(files) > 50
+    assert not {each for each in files if not ((ROOT / each).exists() or (package / each).exists())}
 
 
 def test_the_readme_gives_the_make_targets():

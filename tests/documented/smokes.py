@@ -167,6 +167,7 @@ SMOKES: Mapping[str, Smoke] = {
     ),
     "experiments/ep_map/ep_map.py": Smoke("--out .", r"ep_map\.html"),
     "experiments/ep_map/pairs.py": Smoke("{rows}", r"^h200,trt,fp8,8,1024,1024,16,"),
+    "tests/count_files.py": Smoke("token", r"^token: \d+ files$"),
     "tests/engine/ranks/harm.py": Smoke("runs.jsonl --to 1", r"1 runs, 0 failed"),
     "tests/faults/runs.py": Smoke("runs.jsonl --to 1", r"\| moment \| cases \| wrong"),
     "tests/golden/golden.py": Smoke("check balance", r"balance: "),
@@ -186,6 +187,7 @@ COVERED: Mapping[str, str] = {
     "experiments/paper/likeness.py": "tests/comparison/test_likeness.py",
     "experiments/paper/study.py": "tests/report/test_study.py",
     "experiments/paper/what_it_takes.py": "tests/report/test_what_it_takes.py",
+    "tests/api_stub.py": "tests/test_api.py",
     "tests/distributed/cut_nodes.py": "tests/distributed/test_cut_nodes.py",
 }
 

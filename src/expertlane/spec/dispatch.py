@@ -17,7 +17,7 @@ DeepEPKernels = Literal["low_latency", "normal"]
 
 @dataclass(frozen=True)
 class FormTraits:
-    """A dispatch form, as all but its own code sees it; how to add one: `docs/design_decisions.md`.
+    """A dispatch form, as all but its own code sees it; how to add one: `CONTRIBUTING.md`.
 
     Attributes:
         sends: what travels, in the words of the help.
