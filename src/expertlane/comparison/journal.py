@@ -1,6 +1,6 @@
 """What an unfinished comparison has measured so far, in a file: `compare --resume` goes on from it.
 
-The file is messages of `engine.messages`: first whose measurements they are, then one for each. A
+The file is messages of `engine.ranks.messages`: first whose measurements they are, then one for each. A
 last one that was cut off in the middle counts as not measured.
 """
 

@@ -2,7 +2,7 @@
 
 The three clocks of `BOUNDS` have all laws low, all likely and all high. Those that are added here
 have one law low or high and all others likely, so that what two deployments share can cancel
-(`plan.ties`).
+(`planner.ties`).
 
 What is one error, the same wherever it occurs, and so in two deployments at once:
 

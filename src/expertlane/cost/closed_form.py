@@ -137,7 +137,7 @@ class PricedPoints(NamedTuple):
 
 
 class SharedParts:
-    """Prices parts of stages; those of one layout are added up in `plan.screen`.
+    """Prices parts of stages; those of one layout are added up in `planner.screen`.
 
     Args:
         has_drafts: whether any deployment guesses tokens.

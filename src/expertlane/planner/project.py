@@ -1,7 +1,7 @@
 """What a cluster model says of one deployment: steps of given sizes, memory, and why.
 
 Every rank's own counts are priced and replayed on a virtual clock, so this is the model in full,
-where `plan.screen` has one rank stand for all.
+where `planner.screen` has one rank stand for all.
 """
 
 from collections import defaultdict

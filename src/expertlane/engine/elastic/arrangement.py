@@ -53,7 +53,7 @@ class Follower(Protocol):
 class Arranged:
     """The one owner of the arrangement. Methods belong to the thread that has the pool.
 
-    `engine.recovery` decides when it changes, and nobody else changes it.
+    `engine.elastic.recovery` decides when it changes, and nobody else changes it.
 
     Attributes:
         now: that serves, or is about to.

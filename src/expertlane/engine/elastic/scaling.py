@@ -29,7 +29,7 @@ from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Origin
 
-PREPARING = "preparing"  # the state before those of `engine.recovery`
+PREPARING = "preparing"  # the state before those of `engine.elastic.recovery`
 
 
 @dataclass(frozen=True, eq=False)

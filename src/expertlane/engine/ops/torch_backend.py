@@ -110,7 +110,7 @@ class TorchBackend(Bookkeeping):
         seeds: npt.NDArray[np.uint64],
         num_drawn: Tensor,
     ) -> Tensor | None:
-        """Tokens drawn as `model.draw` defines it, in one pass; None where there is no such.
+        """Tokens drawn as `engine.model.draw` defines it, in one pass; None where there is no such.
 
         Args:
             scores: [num_rows, vocab_size] float32.

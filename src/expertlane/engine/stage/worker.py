@@ -218,9 +218,9 @@ class RankContext:
         cores: that it computes on.
         board: of this node.
         meshes: process groups of this epoch; made once, since making them is collective and slow.
-        deployed: what `engine.stage` put here; None before.
+        deployed: what `engine.stage.stage` put here; None before.
         parked: weights of a rank that has no place in a smaller layout, until it has one again.
-        preparation: what `engine.preparing` did; None where no other layout is prepared for.
+        preparation: what `engine.stage.preparing` did; None where no other layout is prepared for.
         epoch: that the rank has joined; -1 before the first.
     """
 
