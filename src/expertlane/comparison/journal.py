@@ -1,7 +1,7 @@
 """What an unfinished comparison has measured so far, in a file: `compare --resume` goes on from it.
 
-The file is messages of `engine.ranks.messages`: first whose measurements they are, then one for each. A
-last one that was cut off in the middle counts as not measured.
+The file is messages of `engine.ranks.messages`: first whose measurements they are, then one for
+each. A last one that was cut off in the middle counts as not measured.
 """
 
 import os

@@ -1,9 +1,10 @@
 """Ranks of several nodes, as the launcher sees them: nodes connect, are lost, and rejoin.
 
 When a node's connection breaks, all of its ranks are lost. The launcher closes what it still has of
-that node, so the node ends its ranks (`engine.ranks.supervisor`), whichever side has noticed first. It
-comes back by a new connection of its supervisor, which has ended its ranks before. A supervisor
-that was started anew takes its place only when no rank of the old one can live (`LEASE_S`).
+that node, so the node ends its ranks (`engine.ranks.supervisor`), whichever side has noticed
+first. It comes back by a new connection of its supervisor, which has ended its ranks before. A
+supervisor that was started anew takes its place only when no rank of the old one can live
+(`LEASE_S`).
 """
 
 import secrets
