@@ -21,15 +21,15 @@ Bools = npt.NDArray[np.bool_]
 
 
 class CopyChoice:
-    """The choice of all ranks of a stage.
+    """The copy of an expert that computes each token-expert pair, for all ranks of a stage.
 
     Args:
-        ep_rank: [R].
+            ep_rank: [R]; the ep coordinate of each rank.
         nodes: [R, ep]; the nodes of the ranks of each rank's `ep` group.
 
     Attributes:
         num_experts: logical ones.
-        is_balanced: ranks choose by the counts of all of them.
+            is_balanced: whether copies are chosen by the pair counts of all ranks.
     """
 
     is_balanced = False
@@ -71,7 +71,7 @@ class CopyChoice:
         return ranks.reshape(topk_ids.shape)
 
     def shared_out(self, topk_ids: Ints, rank: Ints) -> tuple[Ints, int]:
-        """`ep_ranks`, and how many pairs the fullest rank has less than by this choice."""
+        """`ep_ranks`, and the pairs that balancing takes off the fullest rank: here none."""
         return self.ep_ranks(topk_ids, rank), 0
 
     @cached_property

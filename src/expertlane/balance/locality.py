@@ -143,7 +143,7 @@ def _make_best(
 def _bond_drift(
     bonds: npt.NDArray[np.float32], before: Ints, after: Ints, one: int, other: int
 ) -> float:
-    """How a swap's gain by pairs has changed since nodes were as `before`."""
+    """Change of a swap's gain from `bonds` since nodes were as `before`."""
     shifted = np.nonzero(before != after)[0]
     difference = bonds[one, shifted] - bonds[other, shifted]
     toward, away = after[other], after[one]
