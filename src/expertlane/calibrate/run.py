@@ -85,7 +85,7 @@ class QuietMeasuring:
 
 
 def rounds_in_time(most: int, within_s: float) -> Iterator[int]:
-    """Numbers of rounds: one, then as many as there is time for if each takes the longest's."""
+    """Yield round numbers: one, then more while the longest so far still fits in the time left."""
     began_s = ended_s = time.monotonic()
     longest_s = 0.0
     for number in range(most):
@@ -112,7 +112,7 @@ def num_devices() -> int:
 
 @dataclass(eq=False)
 class Measured:
-    """What the rounds gave so far.
+    """Measurements of the rounds so far.
 
     Attributes:
         operations, transfers: [rounds][num_points]; seconds.
@@ -199,7 +199,7 @@ class Calibration:
         progress.advance()
 
     def _operations(self) -> Floats:
-        """[num_points]; the mean over ranks. The first time settles how many there are."""
+        """[num_points]; mean over ranks. The first call settles how many points there are."""
         until = time.monotonic() + _FIRST_SHARE * self._within_s
         found: list[Floats] = []
         for begin in range(0, len(self._points), _AT_ONCE):
@@ -213,7 +213,7 @@ class Calibration:
         return np.concatenate(found)
 
     def _transfers(self) -> Floats:
-        """[num_points]; the mean over the ranks that take part."""
+        """[num_points]; mean over the ranks that take part."""
         points = self._transfer_points
         seconds = self._pool.call(MeasureTransfers(tuple(points), self.grid.point_s))
         return np.array(
@@ -224,7 +224,7 @@ class Calibration:
         )
 
     def _contention(self) -> float:
-        """The median over ranks and sizes."""
+        """The share of compute lost beside transfers: the median over ranks and sizes."""
         shares = self._pool.call(
             MeasureContention(self._num_ranks, self.grid.contended_bytes, self.grid.point_s)
         )
