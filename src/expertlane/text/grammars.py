@@ -53,7 +53,7 @@ class Grammar:
 
 
 class Constraint:
-    """How far one request has come in its grammar.
+    """The state of one request in its grammar.
 
     Attributes:
         mask: of the next token.

@@ -148,7 +148,7 @@ class Tokenizer:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """How byte-level tokenizers write bytes: those that print as they are, others from U+0100."""
+    """Byte of each character with which byte-level tokenizers write bytes (GPT-2's table)."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printed]
     found = {chr(byte): byte for byte in printed}
