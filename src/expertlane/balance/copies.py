@@ -24,12 +24,12 @@ class CopyChoice:
     """The copy of an expert that computes each token-expert pair, for all ranks of a stage.
 
     Args:
-            ep_rank: [R]; the ep coordinate of each rank.
+        ep_rank: [R]; the ep coordinate of each rank.
         nodes: [R, ep]; the nodes of the ranks of each rank's `ep` group.
 
     Attributes:
         num_experts: logical ones.
-            is_balanced: whether copies are chosen by the pair counts of all ranks.
+        is_balanced: whether copies are chosen by the pair counts of all ranks.
     """
 
     is_balanced = False

@@ -35,8 +35,8 @@ class Shares:
         quotas: [R, M, C]; pairs of each rank for each copy of an expert with several.
         fullest_before: pairs of the fullest ep rank, as `CopyChoice` has them.
         fullest: pairs of the fullest ep rank.
-            least: lower bound on `fullest`; equal to it unless the search was cut off.
-            num_paths: paths along which pairs were moved.
+        least: lower bound on `fullest`; equal to it unless the search was cut off.
+        num_paths: paths along which pairs were moved.
     """
 
     quotas: Ints
@@ -57,7 +57,7 @@ class BalancedCopies(CopyChoice):
     Attributes:
         holders: [E, C]; ep ranks that hold a copy, ascending, then others.
         num_held: [E].
-            distance: [R, ep]; from a rank to each of its `ep` group: itself, same node, other node.
+        distance: [R, ep]; from a rank to each of its `ep` group: itself, same node, other node.
         shared: [M]; experts with several copies.
     """
 
@@ -104,7 +104,7 @@ class BalancedCopies(CopyChoice):
         """Share the pairs of a layer.
 
         Args:
-                counts: [R, E]; pairs of each rank's own tokens, by expert.
+            counts: [R, E]; pairs of each rank's own tokens, by expert.
         """
         quotas = self._nearest(counts[:, self.shared])
         of_copies = quotas.sum(axis=0)  # [M, C]
@@ -146,7 +146,7 @@ class _Flow:
     Args:
         loads: [ep]; pairs of each ep rank.
         holders: [M][copies]; ep ranks.
-            pairs: [M][C]; pairs of each copy.
+        pairs: [M][C]; pairs of each copy.
     """
 
     def __init__(self, loads: list[int], holders: list[list[int]], pairs: list[list[int]]) -> None:
@@ -175,8 +175,8 @@ class _Flow:
         """Search breadth-first from the ranks above the target.
 
         Returns:
-            By rank reached: the rank before it, the expert, and its copies that pairs leave and go
-            to (-1 for a rank above the target); and the first rank below the target, if any.
+            By rank reached: the rank before it (-1 for one above the target), the expert, and the
+            copies that pairs leave and go to; and the first rank below the target, if any.
         """
         queue = [rank for rank, load in enumerate(self.loads) if load > target]
         came = dict.fromkeys(queue, (-1, 0, 0, 0))

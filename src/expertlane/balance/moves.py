@@ -32,7 +32,7 @@ class Part:
     """A part of an expert that moves, cut alike on all ranks that have a slice of it.
 
     Attributes:
-            begin, end: its bounds, in units of 1 / `WHOLE` of the expert.
+        begin, end: its bounds, in units of 1 / `WHOLE` of the expert.
     """
 
     move: Move

@@ -112,7 +112,7 @@ def _where_shares_stay_even(fits: Bools, on_node: Ints, copies: Ints, num_nodes:
 
     Args:
         on_node: [num_layers, num_nodes]; copies there already, of `copies` in all.
-            num_nodes: [num_layers]; nodes that the copies belong on; 0 for all.
+        num_nodes: [num_layers]; nodes that the copies belong on; 0 for all.
     """
     num_nodes = np.where(num_nodes, num_nodes, on_node.shape[1])[:, None]
     has_begun = on_node > 0

@@ -63,11 +63,11 @@ class RebalanceGate:
 
     Attributes:
         pair_s: seconds of a rank for each token-expert pair more.
-            expert_bytes: bytes of one expert's weights in one layer.
-            move_s: seconds in which each rank sends and receives one expert, all at once, no stall.
-            stall_s: fixed seconds of every slice, however little it moves.
-            slice_most: weights move in slices, one after a step: the most that a rank sends or
-                receives in one, in units of 1 / `WHOLE` of an expert.
+        expert_bytes: bytes of one expert's weights in one layer.
+        move_s: seconds in which each rank sends and receives one expert, all at once, no stall.
+        stall_s: fixed seconds of every slice, however little it moves.
+        slice_most: weights move in slices, one after a step: the most that a rank sends or
+            receives in one, in units of 1 / `WHOLE` of an expert.
         exposed: the share of these times that steps are held up by.
         num_steps: of the coming window, over which a placement is to pay.
     """
@@ -134,8 +134,8 @@ class Decision:
     """Gain and cost of a rebalance.
 
     Attributes:
-            gain_s: seconds saved over the coming window of `num_steps`.
-            cost_s: seconds that moving `num_bytes` costs.
+        gain_s: seconds saved over the coming window of `num_steps`.
+        cost_s: seconds that moving `num_bytes` costs.
     """
 
     gain_s: float
@@ -219,7 +219,7 @@ class Proposal:
     """New placements, and the decision whether to move to them.
 
     Attributes:
-            then: [num_layers]; the new placements.
+        then: [num_layers]; the new placements.
         before, after: load of the fullest rank over the mean, summed over layers, if tokens came
             evenly from all ranks.
     """
