@@ -31,9 +31,9 @@ class Grid:
         prefill_seqs, prefill_tokens: sequences, and new tokens of each.
         transfer_bytes: to each other rank.
         contended_bytes: of transfers that computing goes on beside.
-            most_flops, most_bytes: limits; no operation that takes more is measured.
-            num_rounds: repetitions of the whole grid.
-            point_s: seconds for the repetitions of one operation in a round.
+        most_flops, most_bytes: limits; no operation that takes more is measured.
+        num_rounds: repetitions of the whole grid.
+        point_s: seconds for the repetitions of one operation in a round.
         step_seqs: sequences of a rank in the small model's steps, which give the overheads.
         step_layers: few and many; of the small model.
     """
