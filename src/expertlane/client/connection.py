@@ -32,7 +32,7 @@ class Url:
     """A server's address.
 
     Attributes:
-            path: prefix before `/v1`.
+        path: prefix before `/v1`.
     """
 
     host: str
@@ -77,8 +77,8 @@ class Answer:
     """The response to a request; times are of `time.perf_counter`.
 
     Attributes:
-            body: the body so far.
-            times_s, ends: arrival time of each part of the body, and its end offset there.
+        body: the body so far.
+        times_s, ends: arrival time of each part of the body, and its end offset there.
     """
 
     status: int = 0

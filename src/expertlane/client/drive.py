@@ -23,7 +23,7 @@ class Sent:
     """A request that was sent, or was to be.
 
     Attributes:
-            number: index in the load.
+        number: index in the load.
         due_s, sent_s, ended_s: on the clock of `time.perf_counter`.
         generated: None where it failed.
     """
@@ -42,10 +42,10 @@ class Driven:
     """Outcome of a load.
 
     Attributes:
-            sent: requests that were answered or failed, as they ended.
+        sent: requests that were answered or failed, as they ended.
         num_unsent: requests that were not sent, or not waited for.
-            why_ended: why the load ended early; empty where it did not.
-            cpu_s, wall_s: CPU time of this process, and duration of the load.
+        why_ended: why the load ended early; empty where it did not.
+        cpu_s, wall_s: CPU time of this process, and duration of the load.
     """
 
     sent: list[Sent] = field(default_factory=list)

@@ -40,9 +40,9 @@ class Generated:
     """Tokens of one request: when they came, and how many.
 
     Attributes:
-            times_s: arrival of each event that brought a token or more.
+        times_s: arrival of each event that brought a token or more.
         num_tokens, num_prompt_tokens: as the server counts them; None where it does not.
-            num_cached_tokens: prompt tokens that the server did not compute.
+        num_cached_tokens: prompt tokens that the server did not compute.
     """
 
     times_s: list[float] = field(default_factory=list)

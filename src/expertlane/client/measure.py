@@ -27,7 +27,7 @@ class Round:
     """One repetition of a load.
 
     Attributes:
-            served: the answered requests; times from the round's start.
+        served: the answered requests; times from the round's start.
         record: of this round alone; None where nothing was answered.
     """
 

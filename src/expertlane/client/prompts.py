@@ -19,7 +19,7 @@ class Vocabulary:
     """Tokens that prompts are drawn from.
 
     Attributes:
-            token_ids: ordinary tokens; prompts are drawn as indices into this.
+        token_ids: ordinary tokens; prompts are drawn as indices into this.
         tokenizer: for prompts that must be text; None where there is none here.
     """
 

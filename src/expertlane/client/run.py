@@ -45,7 +45,7 @@ class Asked:
     Attributes:
         num_warm_up: requests before each load that are not counted; None for a usual number.
         num_rounds: repetitions, each of requests of its own.
-            timeout_s: of one request.
+        timeout_s: of one request.
     """
 
     loads: Sequence[Load]
@@ -65,8 +65,8 @@ class Seen:
     Attributes:
         models: what each server calls the model.
         ratios: of two servers, the first one's over the second one's.
-            why_ended: why measuring ended early; empty where it did not.
-            signal: the signal that ended it.
+        why_ended: why measuring ended early; empty where it did not.
+        signal: the signal that ended it.
     """
 
     records: tuple[DeploymentRecord, ...]
