@@ -49,9 +49,9 @@ class NumberTypes:
     always float32.
 
     Attributes:
-        narrow_head: the output head has one byte too: it was rounded while loading.
-        inputs_of_scale: of a weight of one byte in the engine's memory; None where scales are those
-            of checkpoints.
+        narrow_head: the output head has one byte per weight: it was rounded while loading.
+        inputs_of_scale: inputs that share a scale in weights of one byte, in the engine's memory;
+            None where scales are the checkpoint's.
         rounds_inputs: the engine rounds inputs of float8 matrices to float8 first; times that were
             measured of libraries include that.
 
@@ -163,7 +163,7 @@ class PayloadBytes:
 
     @classmethod
     def of(cls, payload: PayloadType, activation_bytes: int, hidden_size: int) -> "PayloadBytes":
-        """No effect where activations are as narrow already."""
+        """Bytes in a payload type; hidden states as narrow already are sent as they are."""
         item = {"model": activation_bytes, "bfloat16": 2, "float8": 1, "int8": 1}[payload]
         if item >= activation_bytes:
             return cls(hidden_size * activation_bytes, 0, False)

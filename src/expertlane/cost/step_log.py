@@ -1,4 +1,4 @@
-"""What a step's replay says, in the shapes that records and traces want."""
+"""Logs of a replay as the columns, records and events that results and traces need."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,17 +40,17 @@ class LogTable:
 
     @cached_property
     def times(self) -> Ints:
-        """[num_rows]; how many layers went like each row."""
+        """[num_rows]; number of layers that ran like each row."""
         return np.bincount(self.rows, minlength=self._shape[0])
 
     @cached_property
     def blocked_s(self) -> Floats:
-        """The wait for each transfer."""
+        """[num_rows, R]; seconds from `wait` to `end`: of a transfer, the rank's wait for it."""
         return self.column("end") - self.column("wait")
 
     @cached_property
     def wall_s(self) -> Floats:
-        """What each step took of its rank's time."""
+        """[num_rows, R]; wall time of each step on its rank."""
         of_compute = self.column("end") - self.column("begin")
         of_transfer = self.column("start") - self.column("begin") + self.blocked_s
         return np.where(self.is_transfer[:, None], of_transfer, of_compute)

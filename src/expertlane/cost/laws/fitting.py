@@ -25,7 +25,7 @@ class Rows:
 
     Attributes:
         at: by axis, [N]; sizes, positive.
-        roofline_s: [N]; what the correction is to.
+        roofline_s: [N]; the roofline that the correction multiplies.
         seconds: [N]; measured.
         shape: [N]; equal numbers are left out of a fit together.
     """

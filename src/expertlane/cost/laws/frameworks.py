@@ -42,7 +42,7 @@ Ratios = tuple[float, float]  # a low and a high one
 
 @dataclass(frozen=True)
 class Framework(Strict):
-    """How a framework serves.
+    """A serving framework and its scheduling defaults.
 
     Attributes:
         title: name for display.
@@ -64,9 +64,9 @@ class Fitted(Strict):
 
     Attributes:
         kind: as `kinds_of` names it; each part of it narrows the kind.
-        step_factor: of what laws give for a step.
+        step_factor: factor on the times that laws give for a step.
         arrival_s: from when a request is sent until it can be scheduled.
-        num_points: that it was fitted to.
+        num_points: measurements that it was fitted to.
     """
 
     kind: tuple[str, ...] = ()
@@ -92,7 +92,7 @@ class JudgedGroup(Strict):
         sizes: its layers, hidden size, and experts.
         attention: its kind: with latents, of queries in groups, or such with sinks.
         dates: of the first and the last measurement; "" where they are not told.
-        most_ranks: of a replica, or of one of a pool, that was measured.
+        most_ranks: ranks of the largest replica, or pool's replica, that was measured.
     """
 
     hardware: str
@@ -127,7 +127,7 @@ def _file() -> _File:
 
 
 def frameworks() -> Mapping[str, Framework]:
-    """All that are known, by name."""
+    """All known frameworks, by name."""
     return _file().frameworks
 
 
@@ -224,7 +224,7 @@ def served_by(
 
 
 def with_fitted(profile: Profile, fitted: Fitted) -> Profile:
-    """The profile with step times scaled, and an arrival time."""
+    """The profile with laws scaled by `step_factor`, and the fitted arrival time."""
     if fitted == Fitted():
         return profile
     of = ", ".join(map(_part_of_kind, fitted.kind)) or "all measurements"
@@ -292,7 +292,7 @@ def sizes_of(model: ModelConfig) -> tuple[int, int, int]:
 
 
 def attention_of(model: ModelConfig) -> Attention:
-    """Which kind of attention it has."""
+    """Attention with latents, with sinks, or of grouped queries."""
     if model.latent is not None:
         return "latent"
     return "sinks" if model.attention_sinks else "grouped"
@@ -307,7 +307,7 @@ def nearest(
     has_drafts: bool = False,
     num_ranks: int = 1,
 ) -> KnownError | None:
-    """How far off the nearest kind was that was judged; the widest where several are as near.
+    """Known error of the judged kind nearest to this one; the widest of those equally near.
 
     Nearest in attention, then card, model, framework or none, which framework, types, pools and
     drafts.

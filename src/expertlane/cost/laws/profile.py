@@ -62,7 +62,7 @@ class LinkSheet(Strict):
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """What times are modelled with.
+    """A device, its links, and the laws of time of both.
 
     Attributes:
         ranks_per_node: devices of a node, which is an NVLink domain if there is NVLink.
@@ -72,7 +72,7 @@ class Profile:
         terms: single numbers by name: floors, overheads, contention.
         devices_per_host: that one operating system sees, where a node spans several; 0 if not.
         framework: whose corrections its laws and terms have, by name; "" for none.
-        step_factor: of those corrections, that of laws.
+        step_factor: factor that those corrections put on laws.
         has_nvlink: whether devices of a node reach each other's memory; else over PCIe alone.
     """
 

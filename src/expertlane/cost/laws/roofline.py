@@ -55,7 +55,7 @@ def roofline(
 
 
 def moved_bytes(kind: Kind, dtype: str, sizes: Sizes) -> Floats | float:
-    """What an operation reads and writes at least."""
+    """The least bytes that an operation reads and writes."""
     return _WORK[kind](sizes, _item_bytes(kind, dtype))[0]
 
 

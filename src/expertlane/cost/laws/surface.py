@@ -53,7 +53,7 @@ class Surface:
     def times_and_doublings(
         self, roofline_s: Floats, at: Mapping[str, Floats | float]
     ) -> tuple[Times, Floats]:
-        """The same, and by how many doublings sizes lie outside the knots, [R]."""
+        """`times`, and by how many doublings sizes lie outside the knots, [R]."""
         correction, doublings = self.look_up(at)
         seconds = roofline_s * np.exp(correction)
         wider = 1 + _WIDER_PER_DOUBLING * doublings

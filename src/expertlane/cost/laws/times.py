@@ -10,7 +10,7 @@ from expertlane.cost.step.operation import Floats
 
 
 class Basis(IntEnum):
-    """What a modelled number rests on, the firmest first."""
+    """Evidence behind a modelled number, the firmest first."""
 
     MEASURED = 0  # on the machine that is modelled
     FITTED = 1  # to measurements published by others

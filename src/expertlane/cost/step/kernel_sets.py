@@ -14,16 +14,16 @@ from expertlane.spec.layout import Layout
 
 @dataclass(frozen=True)
 class KernelSet:
-    """Numbers of launches, where nothing is captured in a graph, and what kernels do at once.
+    """Numbers of kernel launches outside graphs, and what libraries' kernels do at once.
 
     The default numbers are read off the engine's tensor operations.
 
-    Attributes:
-        name: whose kernels they are.
-        assumed: what a projection assumes with them.
+    name: of the kernels' source.
+        assumed: words for it in a projection's assumptions.
+        why: where its numbers are from, for the table of assumptions.
         why: what there is to know of them, in a line.
         norm, widened_norm: a norm in float32, and in a type that is widened for it.
-        residual: of attention's sum with its input, where no product or norm adds it.
+        residual: attention's sum added to its input, where no product or norm does that.
         rotate, write: rotation of queries and keys; new keys and values to the cache.
         head_norm: of queries and keys, each head by itself.
         squares, scale: the two halves of a norm over the heads of all ranks.
@@ -35,7 +35,7 @@ class KernelSet:
         choose, by_peer, by_expert: copies chosen; rows sorted by peer; pairs sorted by expert.
         share: kernels, one after the other, that share counts of pairs among copies, where that is
             asked for. None of a library is measured: it is taken to search step by step.
-        pack, narrow, widen: rows put together to be sent, and their payload rounded and restored.
+        pack, narrow, widen: packing of rows to send, and rounding and restoring their payload.
         round_inputs: a product's inputs rounded to float8, where that is asked for.
         sum_term, sum_once: of a sum of rows, for every term of a sum, and beside that.
         expert, experts_once: an active expert beside its products, and all of them together.
@@ -108,7 +108,7 @@ class KernelSet:
     normed_bytes: int = 0
 
     def keeps_all(self, layout: Layout, form: DispatchForm) -> bool:
-        """Whether every rank of a stage has the hidden states of all tokens between operations."""
+        """True if every rank of a stage holds all tokens' hidden states between operations."""
         return self.reduces_to_all and layout.dp == 1 and form_on(layout, form) == "all_gather"
 
 

@@ -1,4 +1,4 @@
-"""A step plan as programs: what every pipeline stage does with every part of a micro-batch."""
+"""Programs of a step plan: operations and transfers of every stage for every micro-batch."""
 
 import itertools
 from collections import Counter
@@ -36,7 +36,7 @@ class Section:
     Attributes:
         layer: hidden layer, or `OUTSIDE`.
         steps: layers that do the same share one tuple.
-        counts: how tokens spread over experts; None where there are none.
+        counts: of the layer's dispatch; None for a dense layer.
     """
 
     layer: int
@@ -50,7 +50,7 @@ class StageProgram:
 
     Attributes:
         parts: their layers; run in turn, switching at every transfer, where there are two.
-        hand_over: to the next stage, when all parts are done; None on the last.
+        hand_over: the message to the next stage, sent when all parts are done; None on the last.
     """
 
     mesh: StageMesh
@@ -62,7 +62,7 @@ class StageProgram:
         return itertools.chain.from_iterable(self.parts)
 
     def distinct_steps(self) -> Iterator[tuple[Step, int]]:
-        """Every step that is done, with how often: layers that do the same share theirs."""
+        """Each distinct step with how often it is done: layers that do the same share theirs."""
         shared = {id(section.steps): section.steps for section in self.sections()}
         times = Counter(id(section.steps) for section in self.sections())
         return ((step, times[key]) for key, steps in shared.items() for step in steps)
@@ -89,7 +89,7 @@ class _Part:
 
     Attributes:
         first, before: as `RoutingSource.topk_ids` takes them.
-        record: count what only a record tells, how far tokens spread.
+        record: also count how far tokens spread (`FanOut`), for a record.
     """
 
     form: DispatchForm
@@ -140,7 +140,7 @@ class ProgramBuilder:
         return self._meshes[key]
 
     def _mode(self, micro_batch: tuple[Batch, ...], phase: Phase) -> DispatchMode:
-        """How a micro-batch runs; all ranks choose alike."""
+        """Dispatch form and overlap of a micro-batch; all ranks choose alike."""
         most = max(batch.num_tokens for batch in micro_batch)
         can_split = any(batch.num_seqs > 1 for batch in micro_batch)
         return self.dispatch.choose(-(-most // self.layout.tp), can_split, phase)
@@ -190,7 +190,7 @@ class ProgramBuilder:
 
         Args:
             micro_batches: of each, the dispatch form and its parts: two with overlap.
-            record: count what only a record tells, how far tokens spread.
+            record: also count how far tokens spread (`FanOut`), for a record.
         """
         before = np.zeros(self.layout.stage_size, dtype=np.int64)
         by_micro_batch: list[list[_Part]] = []
@@ -262,7 +262,7 @@ class ProgramBuilder:
         return self._choices[key]
 
     def _drafts(self, mesh: StageMesh, part: _Part) -> Iterator[Section]:
-        """The guesses for the next step, on the last stage: a pass each of a layer and the head.
+        """The drafts for the next step, on the last stage: passes of a layer and the head.
 
         The first takes all tokens of the step, so that the layer has their keys and values.
         """
@@ -283,7 +283,7 @@ class ProgramBuilder:
         mesh: StageMesh,
         part: _Part,
     ) -> Section:
-        """What comes before the layers of a stage, or after them."""
+        """The section before a stage's layers, or after them."""
         out = StepList(mesh, self.types, part.form, self.kernels)
         steps(out, self.model, part.sizes)
         return Section(OUTSIDE, tuple(out.steps))
