@@ -214,7 +214,7 @@ def floor_s(programs: Sequence[StepProgram], device: Device, types: NumberTypes)
     A micro-batch's way through all stages, or all micro-batches on the busiest stage; of each
     stage's busiest rank the larger of bytes read over bandwidth and FLOPs over peak.
 
-    programs: of the steps in flight together.
+    Args:
         programs: of steps in flight together.
     """
     least = np.concatenate(

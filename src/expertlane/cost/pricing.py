@@ -37,7 +37,7 @@ class TimedStep:
     """An operation or a transfer.
 
     Attributes:
-        times: of each rank's own share of it.
+        times: seconds of each rank's own share of it.
         contention: of a transfer, the share of compute that is lost while it is in flight.
         offset: in a block of several layers, how many before its own.
     """
@@ -209,7 +209,7 @@ def transfer_entry(transfer: Transfer, times: Times, contention: float) -> Entry
     """A transfer that costs the ranks nothing but its time.
 
     Args:
-        times: of each rank's own share of it.
+        times: seconds of each rank's own share of it.
         contention: the share of compute that is lost while it is in flight.
     """
     groups = transfer.groups

@@ -164,9 +164,9 @@ class PowerLawRouting(Traffic):
         num_sampled_layers: layers take turns with so many samples.
         groups: those of the router; none by default.
         bounds: low and high `alpha` where it is assumed, not asked for.
-        drift: deviation of the logarithm of popularity since earlier tokens, over `alpha`.
+        drift: standard deviation of log popularity since earlier tokens, over `alpha`.
         likeness: 1 - r, Kendall's rank correlation of the arrival times of two tokens of a prompt;
-            drift: standard deviation of popularity's logarithm since earlier tokens, over `alpha`.
+            0 for independent tokens, below 1.
     """
 
     num_experts: int

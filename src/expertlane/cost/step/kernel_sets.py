@@ -18,10 +18,10 @@ class KernelSet:
 
     The default numbers are read off the engine's tensor operations.
 
-    name: of the kernels' source.
+    Attributes:
+        name: source of the kernels.
         assumed: words for it in a projection's assumptions.
         why: where its numbers are from, for the table of assumptions.
-        why: what there is to know of them, in a line.
         norm, widened_norm: a norm in float32, and in a type that is widened for it.
         residual: attention's sum added to its input, where no product or norm does that.
         rotate, write: rotation of queries and keys; new keys and values to the cache.
