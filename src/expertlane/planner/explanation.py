@@ -1,4 +1,4 @@
-"""What a planner says beside its ranking: kinds of deployment, the Pareto front, and gaps."""
+"""Explanations beside a plan's ranking: kinds of deployment, the Pareto front, and gaps."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from expertlane.spec.workload import Workload
 
 
 def best_of_families(ranking: Ranking) -> dict[str, Contender]:
-    """The first of each family."""
+    """The best contender of each family."""
     best: dict[str, Contender] = {}
     for each in ranking.contenders:
         best.setdefault(family_of(each.finalist.candidate.layout), each)
