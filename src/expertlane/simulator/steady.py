@@ -1,4 +1,4 @@
-"""A load in its steady state: what plan, simulate and projected comparisons say of a deployment.
+"""A load in its steady state, as plan, simulate and projected comparisons report it.
 
 A whole load takes as many steps as its outputs have tokens, several times over. Here requests
 start partway through their outputs, with keys and values in place, and are served
@@ -54,7 +54,7 @@ class SampledRequest(ServedRequest[Floats]):
 
     @property
     def e2e_s(self) -> Floats:
-        """From when it was due to its last token, at its pace."""
+        """Time from when it was due to its last token, at its pace."""
         return self.ttft_s + (self.output_len - 1) * self.pace_s
 
 
@@ -66,7 +66,7 @@ class SteadyState(Outcome):
         steps_per_token: likely decode steps per output token of a request.
         prefill_rate: likely prompts a second of a pool for prompts that always has some; 0 without.
         prompt_s: likely seconds that this pool takes for a prompt alone; 0 without.
-        num_steps, num_priced: of all pools, in the stretch and before it.
+        num_steps, num_priced: steps of all pools, in the stretch and before it.
     """
 
     rates: Rates
@@ -93,8 +93,8 @@ def steady_state(
     there is room for.
 
     Args:
-        with_skew: whether bounds hold those of an assumed routing; each asks for further steps.
-        with_totals: whether steps are added up, to say where their time goes.
+        with_skew: whether bounds include those of an assumed routing; each takes further steps.
+        with_totals: whether steps are added up, to break down their time.
         known: rates of prefill pools; new ones are added.
         advance: called with a number of steps of `precision.most_steps` that are done.
     """
@@ -150,7 +150,7 @@ def step_times(simulator: Simulator, seed: int, num_seqs: Sequence[int]) -> Step
 
 
 def _part_of(simulator: Simulator) -> tuple[Simulator, float]:
-    """One of the independent parts, and the factor from its throughput to that of all."""
+    """One independent part, and the factor from its throughput to that of all."""
     num_parts, load = simulator.setup.num_parts, simulator.load
     if num_parts == 1:
         return simulator, 1.0
@@ -192,7 +192,7 @@ class _Stretch:
     def run(
         self, *, with_skew: bool, with_totals: bool, advance: Callable[[int], None]
     ) -> SteadyState:
-        """Serve the stretch and add it up."""
+        """Serve the stretch and summarise it."""
         num_running = self._num_running()
         watch = Watch(
             self._precision,
@@ -291,11 +291,11 @@ class _Stretch:
         return mean_new / self._mean_steps
 
     def _steps_of_round(self) -> int:
-        """Steps in which each request under way has a token."""
+        """Steps in which each running request gets one token."""
         return self._simulator.setup.layout.replicas * self._num_in_flight
 
     def _spread(self, num_running: int) -> Floats:
-        """[3]; a decode step by each bound's own routing, over one by the likely routing."""
+        """[3]; a decode step with each bound's own routing, over one with the likely routing."""
         if self._simulator.num_runs == 1 or not num_running:
             return np.ones(len(BOUNDS))
 
@@ -376,7 +376,7 @@ class _Stretch:
         return max(1, ranks.num_held(blocks))
 
     def _own_blocks(self, ranks: PoolRanks) -> float:
-        """Mean blocks of a finished request after its shared prefix."""
+        """Mean blocks of a finished request beyond its shared prefix."""
         prompt, output = self._load.mean_lens
         length = prompt if ranks.role == "prefill" else prompt + output - 1
         return length / ranks.limits.block_size - ranks.prefixes.num_blocks
@@ -518,7 +518,7 @@ class _Stretch:
     def _sampled(
         self, served: Sequence[ServedRequest[Floats]], watch: Watch, tpot_s: Floats
     ) -> list[SampledRequest]:
-        """Those whose first token came in the stretch; with another's pace if seen too briefly.
+        """Requests whose first token came in the stretch; ones seen too briefly get another's pace.
 
         Args:
             tpot_s: [3]; mean TPOT of the load, which paces are scaled to.
