@@ -55,26 +55,26 @@ class Machine(Strict):
 
     @property
     def ranks_per_core(self) -> float:
-        """Above 1, ranks take turns."""
+        """Ranks over cores; above 1, ranks take turns."""
         return self.num_ranks / self.num_cores
 
     def is_oversubscribed_by(self, num_ranks: int) -> bool:
-        """Whether so many ranks share cores that each of them needs for its computations."""
+        """True if `num_ranks` ranks share cores that each of them needs to compute."""
         return self.device == "cpu" and num_ranks > self.num_cores
 
     @property
     def is_oversubscribed(self) -> bool:
-        """Whether the largest deployment has more ranks than cores."""
+        """True if the largest deployment's ranks share cores."""
         return self.is_oversubscribed_by(self.num_ranks)
 
 
 @dataclass(frozen=True)
 class LinkSpeed(Strict):
-    """The decode throughput of an experiment's deployments on links of one speed.
+    """Decode throughput of an experiment's deployments on links of one speed.
 
     Attributes:
         scale: factor of the time that the profile gives for transfers; 0: they take no time.
-        tps: of each deployment that decodes, in the experiment's order.
+        tps: tokens/s of each deployment that decodes, in the experiment's order.
     """
 
     scale: float
@@ -83,12 +83,12 @@ class LinkSpeed(Strict):
 
 @dataclass(frozen=True)
 class VirtualTime(Strict):
-    """What virtual time assumes about links.
+    """Assumptions of virtual time about links.
 
     Attributes:
         links: name of the profile of the links; None where transfers take no time.
         scale: factor of the time that the profile gives for transfers.
-        byte_scale: factor of the bytes that were sent, before the profile is applied.
+        byte_scale: factor of the bytes sent, before the profile is applied.
         speeds: decode throughput by the speed of the links.
     """
 
@@ -100,10 +100,10 @@ class VirtualTime(Strict):
 
 @dataclass(frozen=True)
 class Judged(Strict):
-    """How far projections of a kind were off where they were held against measurements.
+    """Error of projections of a kind, as judged against measurements.
 
     Attributes:
-        what: what was projected and measured.
+        what: the projected and measured kind, in words.
         median_error: median size of the difference, as a share of what was measured.
     """
 
@@ -145,13 +145,13 @@ class KnownError(Strict):
 
 @dataclass(frozen=True)
 class Cluster(Strict):
-    """What was modelled; figures are of one device's datasheet.
+    """The modelled cluster; figures are from one device's datasheet.
 
     Attributes:
         name: as `--cluster` takes it.
-        flops_per_s: dense, in the type of weights.
-        framework: whose corrections were taken; "" for none that is known.
-        judged: how far off projections of such a kind were; None where none was judged.
+        flops_per_s: dense peak for the type of weights.
+        framework: framework whose corrections were used; "" for none.
+        judged: errors of projections of this kind; None if it was not judged.
         nearest: errors of the nearest measured kind, which bounds of throughput and latency are no
             narrower than; None where the profile was measured on the machine itself.
     """

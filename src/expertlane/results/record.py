@@ -192,7 +192,7 @@ class PoolRecord(Strict):
 
 @dataclass(frozen=True)
 class HeldRecord(Strict):
-    """What one rank held in memory.
+    """Memory held by one rank.
 
     Attributes:
         num_experts_per_layer: [num_layers]; experts of which it holds all or a part.
@@ -210,7 +210,7 @@ class Bottleneck(Strict):
 
     Attributes:
         share: of the wall time, mean over ranks.
-        sentence: the same for a reader.
+        sentence: cause, share and straggler in words.
     """
 
     phase: Phase
@@ -235,9 +235,9 @@ class RebalanceRecord(Strict):
         gain_s, cost_s: predicted, over as many steps as the decision was taken by.
         num_bytes: of weights to move.
         paid_s: by which the moves held steps up; None where they did not end.
-        predicted_before, predicted_after: load, if tokens came evenly from all ranks.
+        predicted_before, predicted_after: load, if all ranks sent tokens evenly.
         load_before, load_after: as counted; None after where nothing was switched.
-        experts_s_before, experts_s_after: a step.
+        experts_s_before, experts_s_after: seconds a step.
     """
 
     replica: int
@@ -261,8 +261,8 @@ class CopyRecord(Strict):
 
     Attributes:
         step: after which it was taken.
-        num_saved: pairs that the fullest rank of each layer is spared in a step, added up.
-        gain_s, cost_s: of a step: what these pairs take a rank, and what sharing takes it.
+        num_saved: pairs a step that balancing takes off the fullest rank of each layer, summed.
+        gain_s, cost_s: seconds a step: of a rank for these pairs, and of sharing.
         is_on: whether copies are balanced from then on.
     """
 
@@ -277,11 +277,11 @@ class CopyRecord(Strict):
 
 @dataclass(frozen=True)
 class Conditions(Strict):
-    """What a projection takes for granted, and deployments must share to be compared.
+    """Conditions of a projection, which compared deployments must share.
 
     Attributes:
         top_k: experts of a token.
-        execution: `graph`, `eager` or `serial`: how work gets onto the devices.
+        execution: `graph`, `eager` or `serial`: how kernels are launched.
         routing: which experts tokens are taken to choose: `balanced`, `skewed`, or as a user asks
             for it, `--skew 0.8`.
         dtype, kv_dtype: of weights, and of keys and values.
@@ -358,19 +358,19 @@ class DeploymentRecord(Strict):
 
     @property
     def known_layout(self) -> Layout:
-        """`layout`, of a deployment that is no server seen from outside."""
+        """`layout` of a deployment that is not a server seen from outside."""
         assert self.layout is not None, "only such a server has none"
         return self.layout
 
     @property
     def known_options(self) -> Options:
-        """`options`, likewise."""
+        """`options` of a deployment that is not a server seen from outside."""
         assert self.options is not None, "only such a server has none"
         return self.options
 
     @property
     def best_load(self) -> ServingRecord:
-        """As the function has it."""
+        """The load that `best_load` picks of `serving`."""
         return best_load(self.serving)
 
     @property

@@ -1,4 +1,4 @@
-"""All that one command found: the schema of `results.json`, whatever the command."""
+"""Results of any command: the schema of `results.json`."""
 
 import json
 import platform
@@ -62,11 +62,11 @@ class Versions(Strict):
 
 @dataclass(frozen=True)
 class Assumption(Strict):
-    """What numbers take for granted.
+    """An assumption behind numbers.
 
     Attributes:
-        source: the numbers that it is about.
-        change: the option that changes it; empty where nothing does.
+        source: source of the numbers that rest on it.
+        change: option that changes it; empty for none.
     """
 
     name: str
@@ -78,14 +78,14 @@ class Assumption(Strict):
 
 @dataclass(frozen=True)
 class ServeCommand(Strict):
-    """How to start the servers of a pool, or the router before them.
+    """Commands that start the servers of a pool, or the router before them.
 
     Attributes:
         system: the engine, as its makers write it.
         lines: to start one server, one for each of its nodes in order; empty where there is no
             command.
-        note: what differs from the deployment or from line to line, or is left to do; may be empty.
-        num_servers: that are started alike.
+        note: differences from the deployment or between lines, what is left to do; may be empty.
+        num_servers: servers that are started alike.
         checked: the version whose parser takes the command's options; None for unverified.
     """
 
@@ -109,17 +109,17 @@ class ServeCommand(Strict):
 
 @dataclass(frozen=True)
 class EngineBest(Strict):
-    """The best that an engine runs.
+    """The best deployment of an engine.
 
     Attributes:
         engine: as `--engine` takes it.
         title: as its makers write it.
-        version: whose source, or documentation, says what it runs.
+        version: version whose source, or documentation, its limits are from.
         aggregated: None where it runs none that meets the limits.
         pools: disaggregated: both together, that for prefill and that for decode; empty where they
             are not better than `aggregated`.
-        why: what it does where it does not run the plan's choice; empty where it runs it.
-        source: where that is written.
+        why: what it does instead of the plan's choice; empty where it runs that.
+        source: file or page behind `why`.
         commands: to start the better of the two.
     """
 
@@ -140,7 +140,7 @@ class EngineBest(Strict):
 
 @dataclass(frozen=True)
 class ServedLoad(Strict):
-    """How much of a load a plan on some devices serves.
+    """The part of a load that a plan on some devices serves.
 
     Attributes:
         num_served: requests at once within the limits; 0 where none keeps them, or nothing fits.
@@ -157,7 +157,7 @@ class ServedLoad(Strict):
 
 @dataclass(frozen=True)
 class PlanSummary(Strict):
-    """What a search looked at; the deployments that it found are records.
+    """Counts and findings of a search; the deployments that it found are records.
 
     Attributes:
         top_k: of the model that was planned for.
@@ -168,10 +168,10 @@ class PlanSummary(Strict):
         num_tied: of the best, the first so many tie for most tokens a second.
         tie_spread: how far the least of them is below the most tokens a second; a share.
         tie_break: what decided among them; None where one was alone.
-        break_even: what would change the answer; None without a rival.
+        break_even: break-even points of the best and its rival; None without a rival.
         no_two_pools: why there are none: the devices cannot be split for the model, nothing fits,
             none keeps the limits, or the engine runs none.
-        engine: that was asked for; None where any deployment was looked for.
+        engine: the engine asked for; None for any.
         engines: the best of each, or of the one asked for.
         experiment: the file for `expertlane compare` that was written; None if none was.
         fewer_devices: the next smaller cluster, where the smallest that serves all was asked for;
@@ -220,7 +220,7 @@ class WorkloadVerdict(Strict):
 
 @dataclass(frozen=True, repr=False)
 class Results(Strict):
-    """All of one file.
+    """All content of one results file.
 
     Attributes:
         command: how a user repeats it.
@@ -244,13 +244,13 @@ class Results(Strict):
             compared with, on each clock; the best of the others before the first.
         ratios: of two servers that were measured in turns, the first one's numbers over the
             second one's.
-        cautions: what a reader must know of the numbers, in sentences.
+        cautions: cautions for a reader, in sentences.
         plans: a plan's one, or of a comparison's projection one for each top-k.
         context: of a comparison's projection the one that is spoken of: the longest at which all
             sequences fit everywhere, else the shortest.
         workload: of a comparison's projection under usual conditions; None where nothing fits.
         not_measured: why a comparison was projected alone.
-        foreign_cpu_share: of the host's cores, what other processes used while it ran.
+        foreign_cpu_share: share of the host's cores that other processes used meanwhile.
 
     Raises:
         UserError: no deployment, a measured one without a machine, a projected one without a
@@ -317,7 +317,7 @@ class Results(Strict):
         )
 
     def __repr__(self) -> str:
-        """A line: of what, how much and when; the rest is megabytes."""
+        """A line with kind, size and time; the whole would be megabytes."""
         cluster = "" if self.cluster is None else self.cluster.name
         of = ", ".join(filter(None, [self.model_name, cluster]))
         num = len(self.deployments)
@@ -333,7 +333,7 @@ class Results(Strict):
         return str(model.get("name", "") if isinstance(model, dict) else model or "")
 
     def beside(self, projected: "Results") -> "Results":
-        """What was measured, with a projection of the same experiment."""
+        """These measurements with a projection of the same experiment."""
         return replace(
             self,
             question=projected.question | self.question,
@@ -346,7 +346,7 @@ class Results(Strict):
         )
 
     def with_traffic(self) -> "Results":
-        """The same, shown with each deployment's traffic in detail."""
+        """The results, shown with each deployment's traffic in detail."""
         return replace(self, question=self.question | {"traffic": True})
 
     def select(
