@@ -16,10 +16,10 @@ _INDENT = " "  # of what stands under a heading
 
 
 def show_answer(report: Report, console: Console, page: Path | None) -> None:
-    """Print what fits on one screen, no wider than the console, and where the rest is.
+    """Print the answer, no wider than the console, and where the rest is.
 
     Args:
-        page: has it, beside `--full`; None where no page was written.
+        page: the page with the rest, beside `--full`; None where none was written.
     """
     draw_answer(report.answer, console)
     console.print()

@@ -1,4 +1,4 @@
-"""How evenly the experts of every layer were loaded."""
+"""Heatmap of the experts' load in every layer."""
 
 from collections.abc import Mapping, Sequence
 
@@ -24,7 +24,7 @@ _Layer = tuple[int, Sequence[int]]
 
 
 def alike(loads: Mapping[str, _Loads]) -> list[tuple[list[str], _Loads]]:
-    """Each distinct load once, of however many tokens, with the names of all that had it."""
+    """Each distinct load once, whatever its number of tokens, with the names of all that had it."""
     found: list[tuple[list[str], _Loads]] = []
     for name, load in loads.items():
         same = (names for names, other in found if _is_alike(load, other))
@@ -94,13 +94,13 @@ def _of(names: Sequence[str]) -> str:
 
 
 def _ordered(over_mean: npt.NDArray[np.float64], num: int) -> npt.NDArray[np.float64]:
-    """The fullest first, neighbours together: their mean; [num]."""
+    """The fullest first, averaged over neighbours; [num]."""
     descending = np.sort(over_mean)[::-1]
     return np.array([part.mean() for part in np.array_split(descending, num)])
 
 
 def _shade(load: float) -> float:
-    """How strong the colour is: none at an even load, as much at half of it as at twice."""
+    """Strength of a load's colour: none at an even load, the same at half and at twice of it."""
     away = abs(np.log2(max(load, 2.0**-_FULL)))
     return round(_SHADE * min(1.0, float(away) / _FULL), 2)
 
@@ -149,7 +149,7 @@ def _spec(over_mean: Mapping[int, npt.NDArray[np.float64]], is_ordered: bool) ->
 
 
 def _axis(field: str, title: str, places: Sequence[int], has_labels: bool = True) -> Spec:
-    """Labels not closer than there is room for."""
+    """An axis whose labels have enough room."""
     shown = list(places)[:: -(-len(places) // _LABELS)] if has_labels else []
     axis = {"labelAngle": 0, "values": shown, "ticks": False, "domain": False}
     scale = {"paddingInner": 0.04, "paddingOuter": 0}
