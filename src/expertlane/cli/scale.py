@@ -66,7 +66,7 @@ class _Options:
         return None if self.layout is None else str(Layout.parse(self.layout))
 
     def headers(self) -> dict[str, str]:
-        """With the key, if there is one.
+        """The header with the API key, if there is one.
 
         Raises:
             UserError: it is none.
