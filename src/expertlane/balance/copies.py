@@ -39,7 +39,7 @@ class CopyChoice:
         self._ep_rank, self._nodes = ep_rank, nodes
         held = placement.slots().T >= 0  # [E, ep]
         num_held = held.sum(axis=1)
-        self._first: Ints = held.argmax(axis=1)  # of those with one copy the only one
+        self._first: Ints = held.argmax(axis=1)  # the only one, where there is one copy
         self._is_shared: Bools = num_held > 1
         most = int(num_held.max())
         self._holders: Ints = np.argsort(~held, axis=1, kind="stable")[:, :most]  # [E, copies]
@@ -97,7 +97,7 @@ def usable_copies(is_held: Bools, ep_rank: Ints, nodes: Ints) -> Bools:
 
     Args:
         is_held: [E, ep]; whether an ep rank has a copy; some has.
-        ep_rank, nodes: as `CopyChoice` has them.
+        ep_rank, nodes: as in `CopyChoice`.
     """
     is_own = np.arange(is_held.shape[1]) == ep_rank[:, None]  # [R, ep]
     is_near = nodes == np.take_along_axis(nodes, ep_rank[:, None], axis=1)

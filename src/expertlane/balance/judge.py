@@ -22,7 +22,7 @@ class PlacementScore:
     """A placement of one layer, or of all, on a trace.
 
     Attributes:
-        max_over_mean: of rank loads, as `Placement.rank_loads` gives them; for all layers, the sum
+        max_over_mean: fullest over mean of `Placement.rank_loads`; for all layers, the sum
             of their fullest ranks over the sum of their means. 0 without tokens.
         cross_node_copies: copies of tokens sent to another node.
     """

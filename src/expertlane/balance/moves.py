@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from expertlane.balance.placement import Placement
 
-WHOLE = 1 << 20  # what an expert is counted as, in parts of it
+WHOLE = 1 << 20  # parts that a whole expert counts as
 _AHEAD = 512  # parts that are looked at for a slice
 
 

@@ -70,7 +70,7 @@ class ModelPlacement:
 
         Args:
             where: the file it came from, for the message.
-            num_experts, layers: of the model; the indices of its MoE layers.
+            num_experts, layers: the model's experts, and the indices of its MoE layers.
             ep: ranks that will hold it.
             model: its name. Only the last part counts, since a checkpoint's path can be spelled
                 in several ways. None does not compare.

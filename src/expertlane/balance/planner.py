@@ -21,7 +21,7 @@ from expertlane.balance.placement import Placement, partition_slots
 from expertlane.errors import SpecError
 
 _EVEN = 1.003  # max over mean; no more copies are shifted in a layer that is so even
-_EVEN_ENOUGH = 1.005  # the same where crossings can be saved
+_EVEN_ENOUGH = 1.005  # max/mean that is even enough where crossings can be saved
 _NODE_ROUNDS = 150  # bounds; the search ends long before
 _RANK_ROUNDS = 60
 

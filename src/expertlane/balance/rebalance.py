@@ -23,7 +23,7 @@ from expertlane.balance.placement import Placement, rank_loads, total_max_over_m
 from expertlane.balance.planner import plan_placement
 from expertlane.spec.names import Phase
 
-_EVEN = (1.5, 1.2, 1.05)  # how even a placement near the present one is to be; then one anew
+_EVEN = (1.5, 1.2, 1.05)  # wanted max/mean near the present placement; a new one is last
 
 
 class LoadTracker:
@@ -69,7 +69,7 @@ class RebalanceGate:
         slice_most: weights move in slices, one after a step: the most that a rank sends or
             receives in one, in units of 1 / `WHOLE` of an expert.
         exposed: the share of these times that steps are held up by.
-        num_steps: of the coming window, over which a placement is to pay.
+        num_steps: steps of the coming window, over which a placement is to pay.
     """
 
     pair_s: float
