@@ -29,8 +29,8 @@ class Grid:
         latent_heads: (query heads, key_dim, value_dim), for decodes of `latent_seqs`.
         decode_seqs, decode_positions: sequences, and positions of each.
         prefill_seqs, prefill_tokens: sequences, and new tokens of each.
-        transfer_bytes: to each other rank.
-        contended_bytes: of transfers that computing goes on beside.
+        transfer_bytes: bytes to each other rank.
+        contended_bytes: bytes of transfers that computing goes on beside.
         most_flops, most_bytes: limits; no operation that takes more is measured.
         num_rounds: repetitions of the whole grid.
         point_s: seconds for the repetitions of one operation in a round.

@@ -139,7 +139,7 @@ class StepSample:
     """Decode steps of a deployment, with `num_seqs` sequences a data-parallel rank, in one round.
 
     Attributes:
-        num_layers: of the small model.
+        num_layers: layers of the small model.
         step_s: from the end of one to the end of the next, not recorded.
         stage_s: [num_stages]; of its first rank, recorded.
     """
@@ -335,7 +335,7 @@ class _Priced:
 
     Attributes:
         stage_s, num_steps: [num_stages]; of its first rank; operations, not transfers.
-        num_transfers: of a rank.
+        num_transfers: transfers of a rank.
     """
 
     def __init__(self, sample: StepSample, profile: Profile, dtype: str) -> None:
