@@ -20,7 +20,7 @@ from expertlane.spec.names import CacheType, NumberType
 if TYPE_CHECKING:
     from expertlane.report.document import Column
 
-_MOST_ROWS = 24  # of an answer
+_MOST_ROWS = 24  # rows of an answer
 
 app = typer.Typer(cls=Group, rich_markup_mode=None, help="List what a command can be given.")
 

@@ -122,7 +122,7 @@ def slo_option(more: str, **how: Any) -> Any:
     """Latency objectives.
 
     Args:
-        more: what the command does with them.
+        more: further help: the command's use of them.
     """
     return _option(
         metavar="SLO[,SLO…]",
@@ -138,7 +138,7 @@ class LoadOptions:
     """The load, its latency objectives and the price of a GPU-hour; with the defaults of bench.
 
     Attributes:
-        slos: as `--slo` says.
+        slos: see `--slo`.
     """
 
     defaults = MEASURED

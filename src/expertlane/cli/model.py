@@ -52,7 +52,7 @@ class FoundModel:
         """Check what can be known before ranks are started.
 
         Args:
-            is_modelled: as `check_deployment` takes it.
+            is_modelled: see `check_deployment`.
 
         Raises:
             UserError: experts cannot be placed or reached so.

@@ -23,11 +23,11 @@ T = TypeVar("T")
 P = ParamSpec("P")
 PythonFunction = Callable[..., T]
 
-_MOST_VALUES = 10_000  # of a list
-_LARGEST = 1e30  # of numbers that are written out as text
+_MOST_VALUES = 10_000  # values of a list that are written out
+_LARGEST = 1e30  # largest number that is written out as text
 # A number alone, of a field's range: several would be several results.
 _ONE = {"experts_per_token": "num_experts_per_tok"}
-_WIDTH = 92  # of a docstring
+_WIDTH = 92  # columns of a docstring
 _OUT_HELP = (
     "Folder for results.json, the reports and all else that the command writes. None: nothing is "
     "written."

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from expertlane.spec.workload import Load
 
 
-_MAX_NUM_SEQS = 256  # of a data-parallel rank; more where the batch asks for more
+_MAX_NUM_SEQS = 256  # running sequences of a data-parallel rank; more for larger batches
 
 
 @dataclass(frozen=True, kw_only=True)
