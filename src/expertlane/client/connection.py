@@ -189,7 +189,7 @@ class Connections:
     """Connections to one server, kept open between requests; of one event loop.
 
     Args:
-        headers: of every request.
+        headers: headers of every request.
     """
 
     def __init__(self, url: Url, headers: Mapping[str, str]) -> None:

@@ -86,8 +86,8 @@ async def drive(
 
     Args:
         requests: by due time.
-        max_unfinished: of a closed loop; None where they are due at times of their own.
-        timeout_s: how long one may take from when it was sent.
+        max_unfinished: concurrency of a closed loop; None for an open one.
+        timeout_s: seconds that a request may take from when it was sent.
         on_finished: called after each.
     """
     run = _Run(server, stop, timeout_s, on_finished)

@@ -26,8 +26,8 @@ class AnswerError(Exception):
     """An answer that holds no whole generation.
 
     Args:
-        name: what it is counted under.
-        message: what the server says of it.
+        name: kind of error, under which it is counted.
+        message: the server's own message.
     """
 
     def __init__(self, name: str, message: str = "") -> None:
@@ -41,7 +41,7 @@ class Generated:
 
     Attributes:
         times_s: arrival of each event that brought a token or more.
-        num_tokens, num_prompt_tokens: as the server counts them; None where it does not.
+        num_tokens, num_prompt_tokens: the server's counts; None where it gives none.
         num_cached_tokens: prompt tokens that the server did not compute.
     """
 

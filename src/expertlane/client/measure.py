@@ -28,7 +28,7 @@ class Round:
 
     Attributes:
         served: the answered requests; times from the round's start.
-        record: of this round alone; None where nothing was answered.
+        record: record of this round alone; None where nothing was answered.
     """
 
     driven: Driven

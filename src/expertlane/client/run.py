@@ -29,7 +29,7 @@ class Target:
     """A server to be measured.
 
     Attributes:
-        key: of its API; None where it asks for none.
+        key: API key; None for none.
         model: its name there; None for the only one.
     """
 
@@ -45,7 +45,7 @@ class Asked:
     Attributes:
         num_warm_up: requests before each load that are not counted; None for a usual number.
         num_rounds: repetitions, each of requests of its own.
-        timeout_s: of one request.
+        timeout_s: seconds that a request may take.
     """
 
     loads: Sequence[Load]
@@ -63,8 +63,8 @@ class Seen:
     """Measurements, and why they ended if early.
 
     Attributes:
-        models: what each server calls the model.
-        ratios: of two servers, the first one's over the second one's.
+        models: name of the model at each server.
+        ratios: the first of two servers over the second.
         why_ended: why measuring ended early; empty where it did not.
         signal: the signal that ended it.
     """

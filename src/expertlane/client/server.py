@@ -53,9 +53,9 @@ class Server:
     """A model at a URL.
 
     Attributes:
-        software: what the server says it is; may be empty.
+        software: software and version by the server's own account; may be empty.
         max_model_len: None where it does not say.
-        num_extra: tokens that it adds to a prompt: of a chat's template, or a first one.
+        num_extra: tokens that it adds to a prompt: a chat's template, or a first token.
     """
 
     connections: Connections
