@@ -33,7 +33,7 @@ def measured_assumptions(
     """The choices that the paper, or a checkpoint, leaves open, as this experiment makes them.
 
     Args:
-        limits: what each deployment, by its name, was scheduled with.
+        limits: scheduler's limits of each deployment, by its name.
     """
     rows = (
         *_of_model(experiment),

@@ -36,8 +36,8 @@ class Measurement:
         run: index of the repetition; -1 for the run with the same sequences a rank.
         tokens: [num_sequences, output_len].
         held: [world_size]; bytes that each rank had allocated.
-        dispatch: as measured where it is `auto`.
-        rebalances, copies: of this repetition.
+        dispatch: the table as measured, where it is `auto`.
+        rebalances, copies: decisions of this repetition.
     """
 
     role: str

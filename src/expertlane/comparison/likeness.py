@@ -91,7 +91,7 @@ def step_work(
     """One decode step with flat dispatch, in one micro-batch, with uniformly random routing.
 
     Args:
-        layout: of several ranks and one replica.
+        layout: a layout of several ranks and one replica.
         num_seqs: sequences on all ranks together, each with one new token.
         context: positions cached before that token.
     """

@@ -116,7 +116,7 @@ def why_not_here(experiment: Experiment, dtype: str | None) -> str | None:
     """Why an experiment can't run on this machine's CPU, as far as is known before ranks start.
 
     Args:
-        dtype: of weights and activations; None for a CPU's own choice.
+        dtype: number type of weights and activations; None for a CPU's own choice.
 
     Returns:
         With both numbers where memory is short; None where nothing stands against it, and where

@@ -78,7 +78,7 @@ def pair_in_wall_time(
     """The pair, from repetitions that were measured in turns.
 
     Args:
-        names: of the one that the first sentence is about, and of the other.
+        names: the deployment that the first sentence is about, and the other.
         repeated: both deployments' repetitions.
     """
     one, other = repeated
@@ -108,7 +108,7 @@ def pair_in_virtual_time(
     """The pair, from all repetitions together and from all but each.
 
     Args:
-        names: of the one that the first sentence is about, and of the other.
+        names: the deployment that the first sentence is about, and the other.
         steps: all repetitions of each deployment.
         repeated: all but each repetition, of each deployment.
     """

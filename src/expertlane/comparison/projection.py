@@ -147,7 +147,7 @@ def _tps(option: ScreenedCandidate) -> float:
 
 
 CONTEXTS = (1, 128, 1024)  # and the prompt's length
-PREFILL_TOKENS = 512  # of a prompt in a prefill step
+PREFILL_TOKENS = 512  # tokens of a prompt in a prefill step
 _MOST_SCALED = 64
 _BATCH_FACTOR = 4  # from one batch size to the next
 
@@ -232,7 +232,7 @@ class ExperimentProjector:
         if not isinstance(self._served.routing.source, PowerLawRouting):
             self._routings = ("recorded", "balanced")
             self._sources["recorded"] = self._served.routing.source
-        self._usual = self._conditions(self._executions[0], self._routings[0])  # those spoken of
+        self._usual = self._conditions(self._executions[0], self._routings[0])  # in sentences
         prompt_len = experiment.workload.prompt_len
         self._contexts = sorted({each for each in CONTEXTS if each < prompt_len} | {prompt_len})
         self._check()
@@ -252,7 +252,7 @@ class ExperimentProjector:
         """All records, as results of a projection alone.
 
         Args:
-            command: how a user repeats it.
+            command: command line that repeats it.
         """
         experiment, cluster = self._experiment, self._cluster
         rows = self._rows(progress)

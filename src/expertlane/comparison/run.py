@@ -67,7 +67,7 @@ def run_comparison(
     sentence is about (`choose_compared`); then those of scaling, once.
 
     Args:
-        command: how a user repeats it; kept in the results.
+        command: command line that repeats it; kept in the results.
         virtual: also replay what was measured in virtual time; None leaves that out, and lets
             ranks compute whenever the system lets them.
         repeats: None for the default.

@@ -26,7 +26,7 @@ from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause
 
-_NEAR = (0.5, 1.0, 2.0)  # of the scale of links
+_NEAR = (0.5, 1.0, 2.0)  # factors of the scale of links
 _FAR = (0.0, 0.25, 4.0)  # 0: without links
 
 
@@ -156,7 +156,7 @@ class VirtualRuns:
 
     Args:
         num_layers: hidden layers of the model.
-        peak: of this machine, measured.
+        peak: measured peak rates of this machine.
         ranks_per_node: consecutive ranks that share a node.
     """
 
@@ -190,7 +190,7 @@ class VirtualRuns:
 
         Args:
             laws: give the time of computing; None for measured CPU time.
-            factors: of the link scale, for the three times of the clock.
+            factors: factors of the link scale, for the three times of the clock.
         """
         low, likely, high = (self.scale.times * factor for factor in factors)
         links = VirtualLinks(self.settings.links, (low, likely, high), self.scale.byte_scale)
