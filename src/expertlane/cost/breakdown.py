@@ -33,7 +33,7 @@ class Breakdown:
 
     Attributes:
         seconds: from the first step's begin to the last one's end.
-        shares: of that time, mean over ranks; they add up to 1.
+        shares: by cause, shares of that time, mean over ranks; they add up to 1.
         flops_utilisation, bytes_utilisation: FLOPs over the devices' peak, and bytes of weights,
             keys and values read over their memory's bandwidth.
     """

@@ -32,10 +32,10 @@ class ComputeLaws:
     """A profile's laws as the time of computing in the recorded steps of one deployment.
 
     Attributes:
-        builder: of the deployment as it ran: its dispatch table, placements and types.
+        builder: builder for the deployment as it ran: its dispatch table, placements and types.
         plans: of the steps; they asked for `record_operations` and `record_routing`, and no
             sequence asked for more than its likeliest token.
-        profile: of the device that computes.
+        profile: profile of the device that computes.
         types: number types by which its laws are looked up.
     """
 

@@ -28,10 +28,10 @@ from expertlane.spec.model import (
 from expertlane.spec.workload import NOTHING_SHARED, SharedPrefixes, Workload
 
 BLOCK_SIZE = 16
-STEP_TOKENS = 16_384  # of a comparison, over all ranks
+STEP_TOKENS = 16_384  # tokens in a comparison's step, over all ranks
 _FLOAT32_BYTES = 4
-RANK_STEP_TOKENS = 8192  # of a data-parallel rank's prefill step, if nothing else is said
-FREE_SHARE = 0.9  # of a device's memory; the rest is for the framework and what is not counted
+RANK_STEP_TOKENS = 8192  # tokens in a data-parallel rank's prefill step, by default
+FREE_SHARE = 0.9  # share of a device's memory; the rest is for the framework and uncounted memory
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class RankMemory:
 
     Attributes:
         weight_bytes, kv_bytes: held all the time.
-        activation_bytes: of the largest batch.
-        loading_bytes: of the largest matrix while it is drawn, before there is a cache.
+        activation_bytes: activations of the largest batch.
+        loading_bytes: the largest matrix while it is drawn, before there is a cache.
     """
 
     weight_bytes: int
@@ -148,7 +148,7 @@ class PlacedModel:
         """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
 
         Args:
-            free_bytes: of a rank.
+            free_bytes: free bytes of a rank.
             cache_share: of what is left beside weights and activations, how much the cache may
                 take.
 
@@ -183,7 +183,7 @@ class PlacedModel:
 
         Args:
             full_len: positions of a sequence when it is done.
-            num_batched_tokens: of a data-parallel rank's largest step.
+            num_batched_tokens: tokens of a data-parallel rank's largest step.
             prefixes: shared by sequences; the cache holds each once.
         """
         free = FREE_SHARE * device_bytes
@@ -211,7 +211,7 @@ class PlacedModel:
         """Bytes of a layer's weights, scales included.
 
         Args:
-            num_experts: that the rank holds, or holds a slice of.
+            num_experts: experts that the rank holds, or holds a slice of.
         """
         cut = _Cut(self.layout.tp, at.tp_rank, self.layout.etp, at.etp_rank)
         return _layer_bytes(self.model, self.types, cut, is_dense, num_experts)

@@ -12,7 +12,7 @@ from expertlane.spec.hf_config import NarrowType
 
 # Of a value of hidden states, and of keys and values.
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1}
-SCALED_VALUES = 128  # of a float8 payload, values with one float32 scale
+SCALED_VALUES = 128  # values of a float8 payload that share one float32 scale
 # Of a weight with its share of the scales: float8 has a float32 for every 128 × 128 weights, NVFP4
 # a byte for every 16, MXFP4 (OCP Microscaling Formats 1.0) a byte for every 32, INT4 (as Kimi-K2.5
 # has it) a bfloat16 for every 32.

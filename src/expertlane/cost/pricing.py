@@ -53,7 +53,7 @@ class Block:
     """Layers in a row that repeat the same steps in the same times; often a single layer.
 
     Attributes:
-        steps: of a layer, or of a few that differ and repeat together.
+        steps: steps of a layer, or of a few that differ and repeat together.
         layers: hidden layers that each repetition begins with, or `(OUTSIDE,)`; they stand in
             place of the steps' own.
     """
@@ -123,7 +123,7 @@ class Entry(NamedTuple):
         launch_s: [B, 1]; of a host that runs ahead; None where none does.
         overhead_s: [B, 1]; of posting a transfer.
         groups: None of an operation.
-        offset: as a `TimedStep`'s.
+        offset: as in `TimedStep`.
         lost_share, stretch: [B, 1]; of compute beside a transfer: the share that is lost, and how
             many times as long it takes.
         is_included: a transfer that takes no time, since the one before does both.

@@ -48,7 +48,7 @@ class ExecutedStep(NamedTuple):
     """An operation that ran, or a transfer that was posted and waited for.
 
     Attributes:
-        layers, place: of its block, and which of them.
+        layers, place: layers of its block, and its index among them.
         begin: the rank came to it.
         start: it could begin: launched by the host, and of a transfer, posted.
         met: of a transfer, its group's last member had posted and was free; else `start`.
@@ -110,9 +110,9 @@ class RecordedStep(NamedTuple):
     """A computation, the begin of a transfer, or the wait for one, in the order of the ranks.
 
     Attributes:
-        entry: of a computation or of a transfer that begins; None of a wait.
+        entry: entry of a computation or of a transfer that begins; None for a wait.
         layer: hidden layer, or `OUTSIDE`.
-        transfer: which of the micro-batch's transfers; -1 of a computation.
+        transfer: index of the transfer in the micro-batch; -1 for a computation.
     """
 
     entry: Entry | None

@@ -162,7 +162,7 @@ class PowerLawRouting(Traffic):
     Args:
         alpha: 0 for uniform.
         num_sampled_layers: layers take turns with so many samples.
-        groups: those of the router; none by default.
+        groups: groups of the router; none by default.
         bounds: low and high `alpha` where it is assumed, not asked for.
         drift: standard deviation of log popularity since earlier tokens, over `alpha`.
         likeness: 1 - r, Kendall's rank correlation of the arrival times of two tokens of a prompt;

@@ -21,7 +21,7 @@ from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
 from expertlane.spec.names import Phase
 
-_KEPT_RANKS = 1 << 15  # of all steps kept together: what a step takes grows with its ranks
+_KEPT_RANKS = 1 << 15  # ranks of all kept steps together: a step's memory grows with its ranks
 _FEWEST_KEPT = 64
 _SEQS_APART = 64  # numbers of sequences within a 64th of each other share a price
 
@@ -66,7 +66,7 @@ class StepSharing:
     and later ones take those in turn. The steps used least lately are forgotten.
 
     Args:
-        num_ranks: of a replica.
+        num_ranks: ranks of a replica.
         few_positions: cached positions of a rank that take next to no time beside the rest.
         nodes: [dp]; of each data-parallel rank; None where each counts by itself.
     """

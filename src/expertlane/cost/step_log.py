@@ -82,7 +82,7 @@ def stage_seconds(times: StepTimes, num_layers: int, *, count_idle: bool) -> lis
     """Each pipeline stage's seconds.
 
     Args:
-        num_layers: of the model.
+        num_layers: layers of the model.
         count_idle: the time since the last step counts as idle, as in the engine.
     """
     return [
@@ -121,7 +121,7 @@ class Event(NamedTuple):
     Attributes:
         pp_rank: the pipeline stage.
         layer: hidden layer, or `OUTSIDE`.
-        part: which half, where two are interleaved.
+        part: index of the half, where two are interleaved.
         begin_s, end_s: [R].
         flops, num_bytes: [R]; of an operation, and read by it or sent.
     """

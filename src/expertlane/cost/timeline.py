@@ -45,7 +45,7 @@ class Span:
         end: all its parts were done.
         sending, sent: its hidden states began to travel, and were at the next stage; both `end`
             on the last stage.
-        log: what ran in between.
+        log: the steps that ran in between.
     """
 
     begin: Floats
@@ -92,7 +92,7 @@ class Timeline:
 
     Args:
         num_stages: pipeline stages.
-        num_ranks: of each of them.
+        num_ranks: ranks of each stage.
     """
 
     def __init__(self, terms: Terms, num_stages: int, num_ranks: int) -> None:

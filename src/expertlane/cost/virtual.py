@@ -81,7 +81,7 @@ def undisturbed(steps: Sequence[StepRecord]) -> list[StepRecord]:
     of deployments that ran more or less often can be compared.
 
     Args:
-        steps: of one deployment.
+        steps: steps of one deployment.
     """
     runs = sorted({step.run for step in steps})
     following = zip(runs, [*runs[1:], *runs[:1]], strict=True)

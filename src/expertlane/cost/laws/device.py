@@ -23,12 +23,12 @@ from expertlane.cost.step.operation import ATTENTION, SIZES, Floats, Kind
 from expertlane.errors import SpecError
 
 _SAME_WIDTH = {"float16": "bfloat16", "bfloat16": "float16"}
-_WIDER_FOR_TWIN = 1.15  # of a bound, where the law of the other 16-bit type stands in
+_WIDER_FOR_TWIN = 1.15  # bounds widen by this where the law of the other 16-bit type stands in
 # Of a roofline with no measurements: the share of the peak that kernels reach, from worst to best.
 _EFFICIENCY = 0.6
 _LEAST_EFFICIENCY = 0.2
-_KNOWN_DOUBLINGS = 1.0  # of sizes outside a library's law, up to which it may be the faster one
-_OUT_OF_CACHES_S = 1e-4  # of a roofline; so long no operation lives on what caches hold
+_KNOWN_DOUBLINGS = 1.0  # doublings outside a library's law, up to which it may be the faster one
+_OUT_OF_CACHES_S = 1e-4  # a roofline from which on no operation lives on what caches hold
 _WIDE = 2**25  # weights of an expert's matrix, from where on it may fill a device by itself
 
 

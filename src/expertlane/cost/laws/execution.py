@@ -53,7 +53,7 @@ class Terms:
         driver_per_rank_s: for every rank of a replica after the first.
         dp_sync_s: between data-parallel ranks that have a scheduler each, for every doubling of
             them; nothing where all is in series: there one driver plans for all.
-        arrival_s: from when a request is sent until it can be scheduled.
+        arrival_s: time from when a request is sent until it can be scheduled.
         hiding: how well transfers are hidden by what computes beside them: perfectly (low), as is
             likely, not at all (high).
     """

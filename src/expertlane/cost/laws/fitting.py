@@ -94,7 +94,7 @@ def fit_surface(
 
     Args:
         axes: by name, rising knots; the first and last become the rows' extremes.
-        origin: what the rows are; how many they are is added.
+        origin: source of the rows; their number is added.
 
     Returns:
         The law, and the errors of rows left out, as `held_out_errors` has them.

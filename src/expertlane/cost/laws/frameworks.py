@@ -47,7 +47,7 @@ class Framework(Strict):
     Attributes:
         title: name for display.
         max_num_batched_tokens: tokens per step and data-parallel rank.
-        prompt_wait_steps, phases_apart: as of `schedule.request.Limits`.
+        prompt_wait_steps, phases_apart: see `schedule.request.Limits`.
         engine: the serving engine.
     """
 
@@ -63,9 +63,9 @@ class Fitted(Strict):
     """Correction of projections for one kind of serving.
 
     Attributes:
-        kind: as `kinds_of` names it; each part of it narrows the kind.
+        kind: name of the kind in parts, as from `kinds_of`; each part narrows it.
         step_factor: factor on the times that laws give for a step.
-        arrival_s: from when a request is sent until it can be scheduled.
+        arrival_s: time from when a request is sent until it can be scheduled.
         num_points: measurements that it was fitted to.
     """
 
@@ -88,10 +88,10 @@ class JudgedGroup(Strict):
         tpot, output, ttft: median absolute errors of TPOT, output throughput and TTFT.
         tpot_range, output_range, ttft_range: of what was measured over what was projected, the 5th
             and 95th percentile, or 1.
-        model: that was measured.
+        model: the model that was measured.
         sizes: its layers, hidden size, and experts.
         attention: its kind: with latents, of queries in groups, or such with sinks.
-        dates: of the first and the last measurement; "" where they are not told.
+        dates: dates of the first and the last measurement; "" where unknown.
         most_ranks: ranks of the largest replica, or pool's replica, that was measured.
     """
 
@@ -270,7 +270,7 @@ def judged(
     and by the framework whose corrections they have.
 
     Args:
-        num_ranks: of a replica; more than were measured are not judged.
+        num_ranks: ranks of a replica; more than were measured are not judged.
     """
     if _is_measured(profile):
         return CALIBRATED
@@ -313,7 +313,7 @@ def nearest(
     drafts.
 
     Args:
-        num_ranks: of a replica; with more than were measured it is not of the kind itself.
+        num_ranks: ranks of a replica; with more than were measured it is not of the kind itself.
 
     Returns:
         None for a profile that was measured on its machine, whose bounds held where it was judged.

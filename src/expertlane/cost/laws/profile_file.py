@@ -29,7 +29,7 @@ from expertlane.spec.tables import build
 Law = TypeVar("Law", Surface, Term)
 ReadT = TypeVar("ReadT", Device, LinkSheet, Surface, Term)
 
-_PER_LOGARITHM = 1000  # of a table's numbers
+_PER_LOGARITHM = 1000  # numbers of a table are thousandths of a logarithm
 _LARGEST = 20 * _PER_LOGARITHM  # exp(20): no correction is that far from a roofline
 
 

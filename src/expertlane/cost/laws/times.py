@@ -28,7 +28,7 @@ class Times:
 
     Attributes:
         bounds: [3, R]; low ≤ likely ≤ high.
-        basis: of all of them.
+        basis: evidence behind them.
         is_extrapolated: [R]; a size lies outside what the law was fitted to, so bounds are wider.
         wider: the factor by which bounds are wider since the law is another device's or type's.
     """

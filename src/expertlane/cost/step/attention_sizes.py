@@ -39,7 +39,7 @@ def pairs_and_positions(num_new: Ints, num_cached: Ints, window: int | None) -> 
 
     Args:
         num_new, num_cached: [S].
-        window: how many latest positions a token sees; None for all.
+        window: latest positions that a token sees; None for all.
 
     Returns:
         [S] both.

@@ -17,7 +17,7 @@ from expertlane.cost.step.operation import Ints
 from expertlane.schedule.plan import Batch
 from expertlane.spec.model import LatentAttention
 
-_POSITION_BITS = 22  # of a number of positions
+_POSITION_BITS = 22  # bits that a number of positions takes
 _FEW_BLOCKS = 8  # narrower block tables are not kept apart by the engine
 
 
@@ -57,7 +57,7 @@ class PartSizes:
 
         Args:
             sampled: sequences that ask for more than their likeliest token.
-            num_drafts: that come to every decode, beside what the batches have.
+            num_drafts: drafts added to every decode of the batches.
         """
         needs = [
             bool(sampled) and not set(sampled).isdisjoint(batch.yielding_seq_ids)
@@ -91,7 +91,7 @@ class PartSizes:
 
         Args:
             seqs_per_dp_rank: one number, or one for each data-parallel rank.
-            num_drafts: that come to every decode, beside `num_new`.
+            num_drafts: drafts added to every decode's `num_new`.
         """
         dp_rank = np.repeat(np.arange(dp), seqs_per_dp_rank)
         return cls(
@@ -254,7 +254,7 @@ class Scenarios:
         num_seqs, num_new, num_cached: [S]; sequences, and of each the new tokens and the positions
             cached before them. A scenario is all decodes or all prompts.
         stage_seqs: [S]; sequences of all data-parallel ranks, of which some may be idle.
-        num_drafts: as a `PartSizes`', of scenarios that are all decodes.
+        num_drafts: as in `PartSizes`, for scenarios that are all decodes.
         tp, dp: of the layout, or [S] of several; data-parallel ranks without a sequence compute a
             dummy batch of one, if any.
     """

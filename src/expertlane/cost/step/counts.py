@@ -99,7 +99,7 @@ class TokenCounts(DispatchCounts):
         rows_to: [R, ep]; tokens of each rank that reach each ep rank.
         pairs_of_ep_rank: [ep]; pairs that each ep rank computes.
         num_tokens_per_expert: [ep, E]; pairs by ep rank and expert.
-        num_pairs_saved: as of a record.
+        num_pairs_saved: see `results.step_record.RankCounts`.
         fan_out: None unless asked for, and on a stage of one rank.
     """
 

@@ -19,7 +19,7 @@ from expertlane.spec.names import Stage
 
 _ID_BYTES, _WEIGHT_BYTES, _COUNT_BYTES = 4, 4, 8
 _BOOKKEEPING_BYTES = 40  # read and written for a token-expert pair to be put in its place
-_SHARED_BYTES = 24  # of a pair that is counted, given a copy, and counted by peer
+_SHARED_BYTES = 24  # a pair is counted, given a copy, and counted by peer
 
 
 class ExpertSteps:

@@ -30,10 +30,10 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Link
 
-_SAMPLE_TOKENS = 2048  # of a layer
+_SAMPLE_TOKENS = 2048  # tokens sampled of a layer
 _MOST_LAYERS = 4
 _LEAST_TOKENS, _MOST_PARTS = 8, 8
-_NUM_PROMPTS, _PROMPT_TOKENS = 256, 32  # of another sample, where tokens of a prompt are alike
+_NUM_PROMPTS, _PROMPT_TOKENS = 256, 32  # sampled where tokens of a prompt are alike
 
 
 @dataclass(frozen=True, eq=False)

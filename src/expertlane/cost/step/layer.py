@@ -29,7 +29,7 @@ def layer_steps(
 
     Args:
         layer: its number says its window.
-        counts: of its tokens; None for a dense layer.
+        counts: counts of its dispatch; None for a dense layer.
     """
     attention_steps(out, model, model.window_of_layer(layer), part)
     if counts is None:

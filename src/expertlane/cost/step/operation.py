@@ -77,7 +77,7 @@ def flops_of(kind: Kind, sizes: Mapping[str, npt.NDArray[Any] | float]) -> npt.N
     """FLOPs of an operation, a multiply and an add counted as two; whole where its sizes are.
 
     Args:
-        sizes: those that `SIZES` names for the kind.
+        sizes: the sizes that `SIZES` names for the kind.
     """
     if kind is Kind.MEMORY:
         return 0
@@ -96,7 +96,7 @@ class Operation:
     """One computation of every rank of a stage.
 
     Attributes:
-        sizes: those that `SIZES` names for its kind; each [R], or one number for all ranks.
+        sizes: the sizes that `SIZES` names for its kind; each [R], or one number for all ranks.
         flops, weight_bytes, kv_bytes: [R]; counted as the engine counts them, or expected.
         num_kernels: launches where nothing is captured in a graph.
         dtype: number type where it is not that of the weights: the router's is float32.
@@ -128,11 +128,11 @@ class Transfer:
 
     Attributes:
         stage: DISPATCH, COMBINE or COLLECTIVES.
-        groups: of all ranks; or the one rank that stands for all.
+        groups: groups of all ranks; or the one rank that stands for all.
         sent_bytes: [num_kinds_of_traffic, R, R] by source and destination, zero on the diagonals;
             of one rank as `OneOfGroup.load` takes them, [num_kinds_of_traffic, num_links, S].
         num_kernels: launches where nothing is captured in a graph.
-        num_steps_before_wait: how many of the steps that follow run while it is under way.
+        num_steps_before_wait: number of following steps that run while it is in flight.
         syncs_host: the host needs its result, as counts that size what comes next, so it can
             launch nothing beyond it.
     """

@@ -88,7 +88,7 @@ class _Part:
     """A part of a micro-batch, and where its tokens stand in their source of routing.
 
     Attributes:
-        first, before: as `RoutingSource.topk_ids` takes them.
+        first, before: arguments of `RoutingSource.topk_ids`.
         record: also count how far tokens spread (`FanOut`), for a record.
     """
 
@@ -107,9 +107,9 @@ class ProgramBuilder:
     Args:
         placements: [num_hidden_layers]; None for a dense layer.
         dispatch: form and overlap by the number of tokens.
-        copies: which copy of an expert computes a token, in every step.
+        copies: method that picks the copy of an expert for each token, in every step.
         block_size: positions of a block of the paged cache.
-        kernels: those of the engine, or others that are priced in their place.
+        kernels: kernels of the engine, or of others to be priced.
         num_drafts: multi-token prediction: so many tokens are guessed for every decode, by one
             more layer that the last stage holds, and verified in the next step (`multi_token`).
     """
@@ -156,7 +156,7 @@ class ProgramBuilder:
         """The programs of a step.
 
         Args:
-            first_token: tokens computed before, where the routing goes on.
+            first_token: tokens computed before, from which the routing goes on.
             sampled: sequences that ask for more than their likeliest token, at this step.
         """
         by_micro_batch: list[tuple[DispatchForm, list[PartSizes]]] = []
@@ -189,7 +189,7 @@ class ProgramBuilder:
         """The programs of a step of which only sizes are known.
 
         Args:
-            micro_batches: of each, the dispatch form and its parts: two with overlap.
+            micro_batches: dispatch form and parts of each; two parts with overlap.
             record: also count how far tokens spread (`FanOut`), for a record.
         """
         before = np.zeros(self.layout.stage_size, dtype=np.int64)

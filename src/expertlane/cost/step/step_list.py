@@ -36,7 +36,7 @@ class StepWriter(ABC):
         tp_rank, etp_rank: [A]; of the ranks.
 
     Attributes:
-        keeps_all: as of `KernelSet`.
+        keeps_all: see `KernelSet.keeps_all`.
         steps: written so far.
     """
 
@@ -83,7 +83,7 @@ class StepWriter(ABC):
         """A product [m, k] · [k, n]; sizes of all ranks, [A] or one number.
 
         Args:
-            dtype: of the weights, if not that of attention's, or of an MLP's.
+            dtype: number type of the weights, if not that of attention's, or of an MLP's.
         """
         if dtype is None:
             dtype = self.types.of_part("attention" if stage is Stage.ATTENTION else "mlp")
