@@ -37,7 +37,7 @@ _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
     (4, "rotating"),
 )
 
-MOST_DEVICES = 4096  # of a plan
+MOST_DEVICES = 4096  # devices that a plan can be made for
 # Sequences per device, in the search for the most requests/s: without a limit of TPOT, with one.
 _MOST_SEQS, _MOST_LIMITED_SEQS = 512, 4096
 
@@ -187,7 +187,7 @@ class Candidate(NamedTuple):
     """One deployment, not yet named.
 
     Attributes:
-        num_drafts: of multi-token prediction.
+        num_drafts: draft tokens of multi-token prediction.
     """
 
     layout: Layout

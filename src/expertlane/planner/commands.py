@@ -30,7 +30,7 @@ _PORT = 8000  # of the first server on a host
 _ROUTER_PORT = 8080
 _RENDEZVOUS_PORT = 29500
 _BOOTSTRAP_PORT = 8998  # SGLang's default, of prefill servers
-_HEADROOM = 1.5  # of a request over the mean
+_HEADROOM = 1.5  # tokens of a request to accept, over the mean
 _BLOCK = 256  # tokens, to which a longest request is rounded up
 _VLLM_CAPTURED = 512  # sequences that CUDA graphs are recorded for at most, if nothing is said
 _LEAST_BUFFER, _MOST_BUFFER = 128, 1024  # tokens of a rank in DeepEP's low-latency buffers
@@ -107,10 +107,10 @@ class _Asked:
     """Alike servers of a pool, and the model that they load.
 
     Attributes:
-        layout: of one server.
+        layout: layout of one server.
         num_servers: number of alike servers.
         max_len: tokens of a request at most.
-        first_host: of the pool's machines, which are numbered over all pools.
+        first_host: number of the pool's first machine, counted over all pools.
     """
 
     pool: ServedPool

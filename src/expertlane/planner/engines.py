@@ -80,7 +80,7 @@ class Row:
     """A thing that an engine cannot run.
 
     Attributes:
-        says: what the engine does instead, after `it`.
+        says: the engine's behaviour instead, after the word `it`.
         source: file or page, of the engine's version if nothing else is said.
         rules_out: true of a deployment that needs it.
     """
@@ -107,7 +107,7 @@ class Router:
     """A router that spreads requests over an engine's servers.
 
     Attributes:
-        package: of the Python package index.
+        package: its name in the Python package index.
         words: first words of its command.
         pools: its option for disaggregated pools.
     """
@@ -123,7 +123,7 @@ class Engine:
     """An engine, and its limits.
 
     Attributes:
-        title: as its makers write it.
+        title: its name as its makers write it.
         version: version whose source, or documentation, the rows are from.
         is_checked: whether the options of commands were tried on its argument parser.
         router: None where it has none for alike servers.

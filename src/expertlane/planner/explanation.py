@@ -36,7 +36,7 @@ def pareto(options: Sequence[ScreenedCandidate]) -> list[tuple[ScreenedCandidate
 
 _NAMED = 2  # causes
 _MET = "decode delayed by prefill"
-_LEAST = 0.1  # of what grows, for a cause to be named
+_LEAST = 0.1  # share of the growth that a cause needs to be named
 
 
 def time_by_cause(finalist: Finalist, workload: Workload) -> dict[str, float]:

@@ -23,7 +23,7 @@ from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
 
-_LEAST_ADDED = 0.05  # of a prompt by itself, that it adds to a step of decodes
+_LEAST_ADDED = 0.05  # least that a prompt adds to a step of decodes, as a share of its own step
 
 
 class Pipelining(NamedTuple):
@@ -55,7 +55,7 @@ class Sized(NamedTuple):
     Attributes:
         shape: shape of its parts, with its number.
         num_seqs: [N], ascending; sequences of a data-parallel rank to estimate decode steps for.
-        prefill_tokens: of a data-parallel rank's prefill step, at most.
+        prefill_tokens: tokens of a data-parallel rank's prefill step, at most.
         prompt_len: mean tokens of a prompt that are computed, those after a cached prefix.
     """
 

@@ -12,7 +12,7 @@ from expertlane.planner.throughput import Arriving, one_pool
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DispatchForm
 
-_LEAST_GAIN = 0.02  # of prefill: less is not worth a second form
+_LEAST_GAIN = 0.02  # share of prefill saved: less is not worth a second form
 
 
 def with_fastest_prefill(

@@ -43,7 +43,7 @@ class Setting:
     Attributes:
         routing: source of the experts that tokens choose.
         payload: number type in which hidden states are dispatched.
-        copies: which copy of a redundant expert computes a token.
+        copies: method that picks the copy of a redundant expert for a token.
         step_tokens: tokens of a prefill step, as for `memory.prefill_step_tokens`.
         multi_token: drafts of deployments that use multi-token prediction.
     """
@@ -57,7 +57,7 @@ class Setting:
     multi_token: MultiToken = field(default_factory=MultiToken)
 
 
-_ROUNDS = 3  # of rotating micro-batches; the last one counts
+_ROUNDS = 3  # rounds of rotating micro-batches; the last one counts
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class Projector:
     ) -> tuple[Sequence[StepProgram], Sequence[list[list[StageWork]]]]:
         groups = self._groups(size)
         alike: dict[str, tuple[StepProgram, list[list[StageWork]]]] = {}
-        for group in groups:  # of equal sizes one stands for all
+        for group in groups:  # equal sizes share one program
             if str(group) not in alike:
                 program = self._program(group, size, mode)
                 alike[str(group)] = program, self._pricing.work(program)

@@ -54,7 +54,7 @@ from expertlane.spec.names import Phase
 from expertlane.spec.projection import Projection, ProjectionAsked
 
 _NUM_BEST = 8
-_NEARLY = 0.01  # of tokens a second
+_NEARLY = 0.01  # share of tokens/s by which pools may be slower than the best
 _NUM_TIMELINES = 3
 _NUM_PARETO = 12
 
@@ -64,7 +64,7 @@ class Plan:
     """A plan and its question.
 
     Attributes:
-        cautions: what a reader must know of the numbers, in sentences.
+        cautions: cautions for a reader, in sentences.
         search: the search for one pool.
         found: what `search` found.
         ranking: of the finalists, and of the best of other families.
@@ -241,7 +241,7 @@ class Plan:
         Args:
             checkpoint: the model's folder, if it has one.
             comment: a line that begins the file.
-            projection: what was asked for beside the model and the workload.
+            projection: options beside the model and the workload.
         """
         winner = self.ranking.chosen.finalist
         ranked = [each.finalist for each in self.ranking.contenders]
@@ -454,7 +454,7 @@ def serving_at(served: ThroughputCurve, place: int) -> ServingRecord:
     )
 
 
-_Row = tuple[str, str, str]  # what is assumed, its value, the options that change it
+_Row = tuple[str, str, str]  # assumption, its value, the options that change it
 
 _OF_LIBRARIES: tuple[_Row, ...] = (
     ("kernels", "fused as in GPU libraries; flat dispatch without an exchange of counts", ""),

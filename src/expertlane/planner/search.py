@@ -37,7 +37,7 @@ class Finalist(ScreenedCandidate):
     Attributes:
         served: throughput by the formula over steps in full; or as simulated.
         formula: throughput by that formula.
-        option: as screened, at its best number of sequences.
+        option: the screened candidate, at its best number of sequences.
         in_full: steps in full of the phases that it computes.
         by_error: seconds of those steps at the low and high of each law's error, with other experts
             drawn, and with the most even and the most skewed popularity.
@@ -214,7 +214,7 @@ class Search:
         """An option projected in full, at its best number of sequences; it may then miss a limit.
 
         Args:
-            phases: those that it computes; other steps stay as screened.
+            phases: phases that it computes; other steps stay as screened.
         """
         assert option.place is not None, "it meets the limits as screened"
         setting = self.request.setting

@@ -40,10 +40,10 @@ _NUM_TOLD = 5  # options that are shown, the best with EP, without, and of each 
 # searching.
 _GAIN, _TOLD_GAIN, _SOUGHT_GAIN = 0.005, 0.05, 0.1
 _MOST_OF_LAYOUT = 2
-_LEAST_SHARE = 0.5  # of the most tokens/s: options below it get no trial and no row
-_MOST_RANKS = 1024  # of a replica: a step tells what each pair of a stage's ranks exchanges
-_MOST_REPLICAS = 16  # of both pools
-_NUM_NEAREST = 6  # of those that break a limit as screened
+_LEAST_SHARE = 0.5  # of the most tokens/s: options below this share get no trial and no row
+_MOST_RANKS = 1024  # ranks of a replica: a step counts what each pair of a stage's ranks exchanges
+_MOST_REPLICAS = 16  # replicas of both pools together
+_NUM_NEAREST = 6  # options simulated of those that break a limit as screened
 
 
 def simulate(

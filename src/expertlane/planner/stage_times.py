@@ -77,8 +77,8 @@ class Points:
     """P scenarios of some shapes; [P] each.
 
     Attributes:
-        shape: as `SharedParts.add` numbered it.
-        num_seqs, num_new, num_cached, stage_seqs, num_drafts: as `Scenarios` have them.
+        shape: number from `SharedParts.add`.
+        num_seqs, num_new, num_cached, stage_seqs, num_drafts: as in `Scenarios`.
     """
 
     shape: Ints

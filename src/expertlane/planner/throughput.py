@@ -50,7 +50,7 @@ def step_estimates(
         driver_s: [3, P]; seconds between steps.
         num_micro_batches: [P]; m.
         overlap: [P]; whether a micro-batch runs in two halves.
-        num_layers: of the model.
+        num_layers: layers of the model.
     """
     num_stages = sum(num for num, _ in stages)
     through = hand_over_s * ((1 + overlap) * (num_stages - 1))
@@ -245,7 +245,7 @@ class Arriving(NamedTuple):
     Attributes:
         of_rank: mean prompts of a data-parallel rank in a decode step.
         most: mean over steps of the most prompts of any rank: all wait for that one.
-        share: of data-parallel ranks with a prompt in a step that has any.
+        share: share of data-parallel ranks with a prompt, in a step that has any.
         held_steps: steps that a prompt waits for those of other ranks.
     """
 
@@ -276,7 +276,7 @@ class Arriving(NamedTuple):
         tokens = tokens_per_step[:, None]
         if (tokens == tokens[0]).all():
             tokens = tokens[:1]
-        num_ranks: Ints = np.clip(-(-num_seqs // replicas), 1, dp)  # those that have sequences
+        num_ranks: Ints = np.clip(-(-num_seqs // replicas), 1, dp)  # ranks that have sequences
         of_rank = num_seqs / (replicas * num_ranks * workload.output_len) * tokens
         most, share = _most_of(of_rank, num_ranks), np.minimum(of_rank, 1.0)
         if not prompt_wait_steps:
@@ -288,7 +288,7 @@ class Arriving(NamedTuple):
         return cls(of_rank, most, np.where(is_held, gathered, share), held_steps)
 
 
-_MOST_COUNTED = 12.0  # of a Poisson variable's mean, beyond which it is taken to be normal
+_MOST_COUNTED = 12.0  # means of Poisson variables above this are taken to be normal
 _NUM_TERMS = 32
 
 

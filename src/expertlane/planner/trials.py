@@ -17,7 +17,7 @@ from expertlane.simulator.watch import Precision
 
 _MOST_TRIALS = 8  # numbers of sequences to simulate of an option
 _CLOSE = 0.96  # of a number that misses the limits: the most to try next while none meets them
-_AIM = 0.99  # of a limit
+_AIM = 0.99  # share of a limit to aim at
 _FLATTEST, _STEEP = 0.02, 3.0  # slopes of TPOT over sequences, in logarithms; one over a slope
 _APART = 1.05  # least ratio of two numbers of sequences that a slope is taken from
 _NEAR, _STEP = 0.97, 1.1  # of a limit; times as many sequences to try where that is further

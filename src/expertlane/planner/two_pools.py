@@ -25,15 +25,15 @@ from expertlane.simulator.steady import PrefillRates
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.names import EngineName, Phase
 
-_PARTS = 4  # of a cluster of one node, of which some prefill
-_MOST_NODES = 16  # of which any number may prefill
-_MOST_PARTS = 8  # of a cluster of more, each of whole nodes
+_PARTS = 4  # parts that a cluster of one node is cut into
+_MOST_NODES = 16  # up to so many, a cluster may be split at any node
+_MOST_PARTS = 8  # parts that a larger cluster is cut into at most, each of whole nodes
 _MOST_EXHAUSTIVE = 128  # devices, up to which pools take any layout
 _NUM_SHAPES = 48  # for prefill, and for each number of sequences for decode
-_NUM_PREFILL, _NUM_DECODE = 4, 12  # of each pool, the best by themselves are tried together
+_NUM_PREFILL, _NUM_DECODE = 4, 12  # best options of each pool that are combined
 _MOST_TRIED = 6  # pairs that are simulated
 _MOST_WORSE = 2  # splits in a row that are no better, before those further on are left out
-_FEWER = 0.97  # of the sequences that broke a limit, at most, in the next trial
+_FEWER = 0.97  # share of the sequences that broke a limit, at most, in the next trial
 _SLACK = 1.05  # a smaller pool has at most so many times the tokens a second of a larger one
 
 
@@ -393,7 +393,7 @@ def _most_within(option: ScreenedCandidate, goals: Goals, factor: float = 1.0) -
     """Sequences that a pool may decode within the limit of TPOT, one at least.
 
     Args:
-        factor: of a step's time over the formula's.
+        factor: factor of a step's time over the formula's.
     """
     limit = goals.of_means[0] or np.inf
     return max(
