@@ -34,8 +34,8 @@ from expertlane.results.results import Results
 from expertlane.results.serving_record import ServingRecord
 from expertlane.spec.names import Cause, Phase, ProjectedCause
 
-_MOST_LINES, _FEWER_LINES = 16, 8  # of a table; of one that has another below it
-_LETTERS = 22  # of a name, for which there is room on a line
+_MOST_LINES, _FEWER_LINES = 16, 8  # lines of a table; of one with another below it
+_LETTERS = 22  # letters of a name that fit on a line
 _THOUSANDS = 10_000
 _MOST_CAUSES = 6
 

@@ -17,7 +17,7 @@ from expertlane.spec.slo import SLO, LatencyMetric
 
 _MS_PER_S = 1e3
 _NUM_FIRST = 2  # beside the answer
-_LEAST_LOADS = 3  # of a layout; fewer are no curve
+_LEAST_LOADS = 3  # loads of a layout; fewer are no curve
 _MOST_SPREADS = 3  # loads whose latencies are drawn one by one; of more, the best alone
 _LATENCIES: Mapping[str, Callable[[ServingRecord], Summary | None]] = {
     "TPOT": lambda serving: serving.tpot_s,

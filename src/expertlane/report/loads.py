@@ -32,14 +32,14 @@ from expertlane.results.serving_record import (
 
 _GAP = 2  # columns between those of an answer's table
 _LEAST_NAME = 16  # columns for the names of layouts
-NAME_COLUMNS = 36  # of a model's or a file's name
-_MOST_LINES = 16  # of the table's rows
-_FEWER_LINES = 8  # of them, below a setting that takes more lines than usual
+NAME_COLUMNS = 36  # columns of a model's or a file's name
+_MOST_LINES = 16  # rows of the table
+_FEWER_LINES = 8  # rows below a setting that takes more lines than usual
 _SETTING_LINES = 3
-_MOST_SLOS = 3  # that are told, those that are missed first
+_MOST_SLOS = 3  # objectives that are shown, missed ones first
 
 
-Note = tuple[str, str]  # what it is about, and a sentence
+Note = tuple[str, str]  # subject, and a sentence
 
 
 @dataclass(frozen=True, eq=False)

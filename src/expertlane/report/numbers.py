@@ -6,7 +6,7 @@ import textwrap
 from expertlane.results.estimate import Estimate
 
 NONE = "—"
-COLUMNS = 80  # of a line that fits any terminal
+COLUMNS = 80  # columns of a line that fits any terminal
 Amount = float | Estimate  # an estimate's likely value is what is written
 
 MINUS = "−"

@@ -18,7 +18,7 @@ class Evaluated:
     Attributes:
         setting: model and placement, in a line.
         layers, total: before and after, layer by layer and over all.
-        num_tokens: of the trace.
+        num_tokens: tokens of the trace.
         num_nodes: nodes that ranks are on.
         is_own: whether the placement was made from this trace.
     """

@@ -68,8 +68,8 @@ _WON_BY: dict[TieBreak, str] = {  # the other tied plans follow by tokens/s
     "most tokens": "#1 is highest",
     "farther from the limit": "of those with the most, #1 is farthest below the limit",
 }
-_MOST = 0.5  # of the time
-_LINES = 40  # of the answer
+_MOST = 0.5  # share of the time that counts as most
+_LINES = 40  # lines of the answer
 _GAP = 2  # columns between those of a table
 _FEW = 3  # rows: with fewer, what is said of gaps makes room
 _LEAST_ROOM = 8  # for a layout, where the numbers of an odd profile fill the line
@@ -83,7 +83,7 @@ def answer(results: Results) -> Answer:
     no room.
     """
     setting, after = _setting(results), Figure("", _next(results))
-    around = _around(results, (1,))  # what is not in the table is named at length
+    around = _around(results, (1,))  # rows that are not in the table are named at length
     said = *setting_lines(setting), headline(results), *around
     num_taken = sum(map(_num_lines, said)) + len(after.lines)
     num_taken += 5 + len(around)  # blank lines, the table's head, and where the rest is

@@ -28,10 +28,10 @@ from expertlane.results.results import Results
 from expertlane.results.serving_record import ClientRecord, FailureRecord
 from expertlane.results.statistics import LEAST_RUNS
 
-_BUSY = 0.8  # of a core, from where the client may be what is measured
+_BUSY = 0.8  # share of a core, from which on the client may be the bottleneck
 _LATE_S = 0.01
-_OFF = 0.02  # of the tokens that were asked for
-_MANY = 0.01  # of requests that failed
+_OFF = 0.02  # share of the tokens that were asked for
+_MANY = 0.01  # share of requests that failed
 _MOST_ERRORS = 3
 _MOST_RATIOS = 8
 _IN_ANSWER = ("output tokens/s", "goodput", "TTFT median", "TTFT p99", "TPOT median")

@@ -42,10 +42,10 @@ from expertlane.results.results import Results
 from expertlane.results.serving_record import ServingRecord, SLOResult
 from expertlane.spec.names import Phase
 
-_NARROW = 0.05  # of the time; less is not worth a sentence
-_NUM_CAUSES = 2  # of a phase in the answer
+_NARROW = 0.05  # share of the time; less is not worth a sentence
+_NUM_CAUSES = 2  # causes of a phase in the answer
 _FEW = 20  # requests
-_UNSURE = 0.2  # of the time that is extrapolated, from where on a sentence says so
+_UNSURE = 0.2  # extrapolated share of the time, from which on a sentence says so
 
 
 def throughput(results: Results) -> Table:
@@ -419,7 +419,7 @@ def ms_with_bounds(estimate: Estimate) -> str:
     return f"{milliseconds(estimate)} ({low_high_ms(estimate)})"
 
 
-_NEARLY = 0.95  # of the sequences that a pool has room for
+_NEARLY = 0.95  # of the possible sequences: fewer in a decode pool show that prefill feeds it less
 
 
 def _held_back(results: Results, record: DeploymentRecord) -> Iterator[str]:

@@ -20,7 +20,7 @@ from expertlane.results.results import FOREIGN_LOAD, Assumption, Results
 from expertlane.spec.slo import SLO
 from expertlane.spec.tables import build
 
-_NAME_COLUMNS = 36  # of a file's name
+_NAME_COLUMNS = 36  # columns of a file's name
 
 
 def cautions(results: Results) -> Iterator[str]:

@@ -34,7 +34,7 @@ NAMED: tuple[Column[Row], ...] = (
     text("#", lambda row: row.number),
     text("deployment", lambda row: row.name),
 )
-BEYOND = "*"  # of a step whose sequences do not all fit
+BEYOND = "*"  # marks a step whose sequences do not all fit
 _EVEN = 0.05  # less is no difference
 LOWER_OF_TWO = (
     "Each computation takes the lower of its times in two runs, since other programs only add time."

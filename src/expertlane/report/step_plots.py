@@ -16,7 +16,7 @@ from expertlane.spec.names import Phase, Traffic
 
 PHASES = (Phase.DECODE, Phase.PREFILL)
 _US_PER_S = 1e6
-_UNTYPICAL = 0.25  # of the usual time
+_UNTYPICAL = 0.25  # share of the usual time by which an untypical step differs
 Named = Mapping[str, StepsRecord]
 
 

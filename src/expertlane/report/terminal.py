@@ -12,7 +12,7 @@ from expertlane.report.document import Answer, Figure, Report, Table, Words
 from expertlane.report.folding import folded, folded_figure, folded_table
 from expertlane.report.numbers import setting_lines
 
-_INDENT = " "  # of what stands under a heading
+_INDENT = " "  # indent below a heading
 
 
 def show_answer(report: Report, console: Console, page: Path | None) -> None:

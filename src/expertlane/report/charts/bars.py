@@ -12,7 +12,7 @@ from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 
 _LEAST_S = 1e-9  # less is a rounding's rest
-_SEEN = 0.0005  # of a bar's length; less is left out
+_SEEN = 0.0005  # share of a bar's length; less is left out
 _LEAST_ROWS = 3  # two values are a sentence's
 _DIGIT_PX = 7
 

@@ -8,7 +8,7 @@ from expertlane.report.document import Column, Legend
 
 Spec = dict[str, Any]
 
-NARROW, NARROW_PX = "narrow", 330  # what of a plot is otherwise up to that width
+NARROW, NARROW_PX = "narrow", 330  # key of what differs in a spec up to this width
 
 AXIS: Spec = {"format": "~s", "labelOverlap": True}  # `10k`, and no label over another
 

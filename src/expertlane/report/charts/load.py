@@ -10,7 +10,7 @@ from expertlane.report.charts.encoding import Spec, by_name, nominal, quantity
 from expertlane.report.document import Chart, Column, Heading, Legend, Table, number
 from expertlane.report.numbers import counted, percent, times, whole
 
-_SAME = 0.02  # of an even share
+_SAME = 0.02  # in units of an even share; loads that differ by less are one
 _EVEN = 0.05  # of an even share; less is none worth a map
 _MOST_CELLS, _LEAST_COLUMNS = 768, 8  # of a map; of more experts their order is drawn
 _MOST_IN_TABLE = 1024  # cells; of more the table has what matters
@@ -18,7 +18,7 @@ _ROW_PX, _LEAST_ROW_PX, _MOST_PX = 20, 6, 420
 _DIGITS_PX, _SHORT_PX = 26, 16  # of a cell with its value in it, to two digits or one
 _SHADE, _FULL = 0.75, 2.0  # the strongest shade, from twice or half an even share on
 _SWATCHES = ("¼", 0.25), ("½", 0.5), ("1", 1.0), ("2", 2.0), ("4", 4.0)
-_LABELS = 16  # of an axis, at most
+_LABELS = 16  # labels of an axis, at most
 _Loads = Sequence[Sequence[int]]
 _Layer = tuple[int, Sequence[int]]
 
@@ -52,7 +52,7 @@ def load_chart(names: Sequence[str], num_tokens: _Loads) -> Chart | str | None:
     A sentence where the load was even, None where no expert has a token.
 
     Args:
-        names: of the deployments that had this load.
+        names: names of the deployments that had this load.
         num_tokens: [num_layers][num_experts]; token-expert pairs; layers without any are left out.
     """
     layers = [(layer, list(tokens)) for layer, tokens in enumerate(num_tokens) if any(tokens)]

@@ -22,7 +22,7 @@ from expertlane.results.estimate import Estimate
 _HEIGHT_PX = 300
 # Widths that a page draws in, without an axis, and up to which it is the narrower one.
 _WIDTHS_PX, _NARROW_PX = {"wide": 500, "narrow": 275}, 400
-_ROOM = 1.12  # of the largest value
+_ROOM = 1.12  # axis end over the largest value
 _LIMIT_GAP_PX = 4  # between a limit's line and its words
 _USER = "tokens/s per user (1/TPOT)"
 Role = Literal["chosen", "front", "other", "reported"]

@@ -16,11 +16,11 @@ from expertlane.results.traffic import FanOut
 _SIDE_PX = 190
 _MOST_RANKS = 32
 _TWO = 2  # ranks, whose traffic is two numbers
-_NUM_SHADES = 6  # of an amount over the largest
-_SAME = 0.02  # of the largest amount; patterns that differ by less are one
+_NUM_SHADES = 6  # shades of amounts, relative to the largest
+_SAME = 0.02  # share of the largest amount; patterns that differ by less are one
 _LEAST_SHADE = 0.15
 _LONG = 32  # characters, of names over a bar
-_LEAST_SHARE = 0.005  # of tokens
+_LEAST_SHARE = 0.005  # share of tokens
 _Bytes = Sequence[Sequence[int]]
 
 

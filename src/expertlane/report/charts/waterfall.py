@@ -10,7 +10,7 @@ from expertlane.report.document import Chart, Legend, Table, number, text
 from expertlane.report.numbers import figures, signed
 
 _ROOM = 1.18  # of the longest bar, so that lines down to the next cross no value
-_EVEN = 0.01  # of the longer step; less is no difference
+_EVEN = 0.01  # share of the longer step; less is no difference
 
 
 def waterfall_chart(
