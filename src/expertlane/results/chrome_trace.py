@@ -16,7 +16,7 @@ from expertlane.spec.names import Stage, Track
 
 _TRACKS = list(Track)
 _US_PER_S = 1e6
-_DIGITS = 3  # of microseconds
+_DIGITS = 3  # decimals of microseconds
 
 
 def write_traces(traces: Mapping[str, Sequence[StepRecord]], folder: Path) -> list[Path]:

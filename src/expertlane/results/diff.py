@@ -132,7 +132,7 @@ class Difference:
         leading: the source whose changes count.
         changes: changes of that source; `others` are those of the others.
         threshold: the share by which a metric may get worse.
-        foreign_cpu_shares: of the cores, what other processes used while A and B ran.
+        foreign_cpu_shares: shares of the cores used by other processes while A and B ran.
         strict: whether changes that are not trustworthy count as regressions too.
     """
 
@@ -197,7 +197,7 @@ def difference(
     """Compare B with A.
 
     Args:
-        names: how they are called.
+        names: names of the two.
         threshold: the share by which a metric may get worse before it is a regression.
         strict: whether changes that are not trustworthy count as regressions too.
 

@@ -10,10 +10,10 @@ class MachinePeak(Strict):
     """Measured peak rates of the whole machine, all its cores or devices together.
 
     Attributes:
-        gemm_flops_per_s: of a large matrix product in `dtype`.
-        read_bytes_per_s: of reading memory too large for any cache.
-        num_units, unit: how many cores or GPUs the measurement used.
-        dtype: of the matrix product, for example `float32`.
+        gemm_flops_per_s: rate of a large matrix product in `dtype`.
+        read_bytes_per_s: rate of reading memory too large for any cache.
+        num_units, unit: cores or GPUs that the measurement used: number and kind.
+        dtype: number type of the matrix product, for example `float32`.
     """
 
     gemm_flops_per_s: float
@@ -31,11 +31,11 @@ class Machine(Strict):
         device: `cpu`, or the name of the accelerator.
         num_cores: cores the ranks may use, of all hosts.
         num_idle_gpus: GPUs that were not used, because there are fewer than ranks.
-        memory_bytes: of the machine.
-        num_ranks: of the largest deployment.
+        memory_bytes: memory of the machine.
+        num_ranks: ranks of the largest deployment.
         ranks_per_node: consecutive ranks whose traffic counts as inside a node.
-        backend: of the collectives, for example `shared_memory`.
-        dtype: of weights and activations.
+        backend: transport of the collectives, for example `shared_memory`.
+        dtype: number type of weights and activations.
         kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that instruction
             set, else `torch`, with the reason where ours would have been better.
         peak: None where no utilisation is given.
@@ -124,8 +124,8 @@ class KnownError(Strict):
     """Measured over projected in the nearest measured kind: the 5th and 95th percentile.
 
     Attributes:
-        what, num_rows: that kind in words, and the number of its rows.
-        tpot, output, ttft: of TPOT, of output throughput and of TTFT; low ≤ 1 ≤ high.
+        what, num_rows: the measured kind in words, and the number of its rows.
+        tpot, output, ttft: ratios of TPOT, of output throughput and of TTFT; low ≤ 1 ≤ high.
         is_own_kind: whether model, card, types, framework, pools and drafts are those of the
             projection.
     """
@@ -148,7 +148,7 @@ class Cluster(Strict):
     """The modelled cluster; figures are from one device's datasheet.
 
     Attributes:
-        name: as `--cluster` takes it.
+        name: name that `--cluster` takes.
         flops_per_s: dense peak for the type of weights.
         framework: framework whose corrections were used; "" for none.
         judged: errors of projections of this kind; None if it was not judged.

@@ -17,7 +17,7 @@ class PairRecord(Strict):
     Estimates have 90 % intervals (`results.statistics`), or none of too few repetitions.
 
     Attributes:
-        source: of the numbers; the pair is the same for all sources.
+        source: source of the numbers; the pair is the same for all sources.
         name: the deployment that the first sentence is about.
         other: the deployment that it is compared with.
         num_runs: repetitions of each.

@@ -32,7 +32,7 @@ from expertlane.spec.ranges import Strict, Valid
 from expertlane.version import __version__
 
 SCHEMA_VERSION = 9
-FOREIGN_LOAD = 0.05  # of the cores; less is noise
+FOREIGN_LOAD = 0.05  # share of the cores; less is noise
 
 Kind = Literal["comparison", "simulation", "plan", "bench"]
 
@@ -112,15 +112,15 @@ class EngineBest(Strict):
     """The best deployment of an engine.
 
     Attributes:
-        engine: as `--engine` takes it.
-        title: as its makers write it.
+        engine: name that `--engine` takes.
+        title: its name as its makers write it.
         version: version whose source, or documentation, its limits are from.
         aggregated: None where it runs none that meets the limits.
         pools: disaggregated: both together, that for prefill and that for decode; empty where they
             are not better than `aggregated`.
         why: what it does instead of the plan's choice; empty where it runs that.
         source: file or page behind `why`.
-        commands: to start the better of the two.
+        commands: commands that start the better of the two.
     """
 
     engine: EngineName
@@ -160,14 +160,14 @@ class PlanSummary(Strict):
     """Counts and findings of a search; the deployments that it found are records.
 
     Attributes:
-        top_k: of the model that was planned for.
+        top_k: experts per token of the model that was planned for.
         num_candidates, num_too_large, num_over_limits: deployments of one pool.
         num_pool_candidates: disaggregated deployments tried.
         num_simulated, num_open: of one pool, simulated request by request; and not simulated,
             though they may have more tokens a second than the best.
-        num_tied: of the best, the first so many tie for most tokens a second.
-        tie_spread: how far the least of them is below the most tokens a second; a share.
-        tie_break: what decided among them; None where one was alone.
+        num_tied: number of deployments, the best first, that tie for most tokens/s.
+        tie_spread: gap of the least of them to the most tokens/s; a share.
+        tie_break: criterion that decided among them; None where one was alone.
         break_even: break-even points of the best and its rival; None without a rival.
         no_two_pools: why there are none: the devices cannot be split for the model, nothing fits,
             none keeps the limits, or the engine runs none.
@@ -223,7 +223,7 @@ class Results(Strict):
     """All content of one results file.
 
     Attributes:
-        command: how a user repeats it.
+        command: command line that repeats it.
         created: ISO 8601, UTC.
         question: what was asked for. comparison: `experiment` (model, workload, seed, cluster and
             deployments), `skew` of its projection, `projection` as `ProjectionAsked` has it, limits
@@ -237,8 +237,8 @@ class Results(Strict):
             `output_len`, `seed`, and `requests`, the file they are from; `prefix_len` and
             `num_prefixes` where prompts share a prefix. `price`: dollars per device-hour, where one
             was given.
-        machine: where it was measured; None where nothing was.
-        cluster: what was modelled; None where nothing was.
+        machine: the machine that ran; None where nothing was measured.
+        cluster: the modelled cluster; None where nothing was modelled.
         virtual_time: None where nothing is in virtual time.
         pairs: the deployment that a comparison's first sentence is about with each that it is
             compared with, on each clock; the best of the others before the first.
@@ -248,7 +248,7 @@ class Results(Strict):
         plans: a plan's one, or of a comparison's projection one for each top-k.
         context: of a comparison's projection the one that is spoken of: the longest at which all
             sequences fit everywhere, else the shortest.
-        workload: of a comparison's projection under usual conditions; None where nothing fits.
+        workload: verdict of a comparison's projection, usual conditions; None where nothing fits.
         not_measured: why a comparison was projected alone.
         foreign_cpu_share: share of the host's cores that other processes used meanwhile.
 

@@ -56,7 +56,7 @@ class RequestsRecord(Strict):
         numbers: index of each in the load.
         due_s: due time since the round's first request.
         late_s: time from when it was due to when it was sent.
-        prompt_lens, output_lens: tokens, as the server counts them.
+        prompt_lens, output_lens: tokens by the server's counts.
         num_events: events that brought tokens.
     """
 
@@ -144,7 +144,7 @@ class ServingRecord(Strict):
             requests were there at once.
         ttft_s: from a request's due time to its first token; None where a queue would grow without
             end.
-        tpot_s: of each request, the mean time of a token after the first; None where none has two.
+        tpot_s: mean time of a token after the first, of each request; None where none has two.
         num_cached_tokens: prompt tokens that were not computed, as the prefix cache had them.
         itl_s: all times between successive tokens of a request.
         e2e_s: from a request's due time to its last token.

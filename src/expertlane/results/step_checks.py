@@ -17,7 +17,7 @@ class Place(NamedTuple):
     """A place in a step; places compare in the order in which a step reaches them.
 
     Attributes:
-        micro_batch: of the step.
+        micro_batch: micro-batch of the step.
         layer: hidden layer; `OUTSIDE` before the first, past any after the last.
         point: index in `CheckPoint`.
     """

@@ -13,11 +13,11 @@ from expertlane.spec.names import Phase, Stage, Track
 from expertlane.spec.ranges import Strict, Valid
 
 MOST_RANKS = 32
-MOST_EVENTS = 4000  # of a step; what begins later is left out, and said so
+MOST_EVENTS = 4000  # events of a step; later ones are left out, which the plot says
 
 _TRACKS = [track.value for track in Track]
 _US_PER_S = 1e6
-_DIGITS = 1  # of microseconds
+_DIGITS = 1  # decimals of microseconds
 
 
 @dataclass(frozen=True)
