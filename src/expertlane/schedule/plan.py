@@ -168,7 +168,7 @@ class RankStep(_Step):
 
     Attributes:
         micro_batches: [num_micro_batches].
-        admitted, masks: of its own sequences.
+        admitted, masks: for its own sequences.
     """
 
     micro_batches: tuple[RankBatch, ...]

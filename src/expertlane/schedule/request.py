@@ -132,7 +132,7 @@ class Request:
         prompt_token_ids: [prompt_len].
         stop_token_ids: tokens that end the output, end-of-sequence tokens included unless they
             are to be ignored. The token that ends an output is part of it.
-        name: what messages call it; by default `request` and its id.
+        name: its name in messages; by default `request` and its id.
         priority: lower goes first.
         sampling: parameters of sampling; None where the likeliest token is taken.
         sampling_seed: seed of its random numbers.
@@ -145,9 +145,9 @@ class Request:
         error: why it failed, in a line; None where it did not.
         seq_id: the number under which plans carry the request; the order of arrival.
         order: who goes first where not all can; set on arrival and never changed.
-        replica, dp_rank, row: where it runs; chosen anew after a preemption.
-        num_preemptions: how often its blocks were taken away.
-        num_recovered: how often its keys and values were lost with a rank.
+        replica, dp_rank, row: place where it runs; chosen anew after a preemption.
+        num_preemptions: times that its blocks were taken away.
+        num_recovered: times that its keys and values were lost with a rank.
         num_cached_tokens: of its prompt, found in the prefix cache when it first began; None
             before.
         has_cached: whether it uses blocks that other requests computed.
@@ -276,14 +276,14 @@ class RequestOutput:
     Attributes:
         prompt: None where the prompt was given as tokens.
         token_ids: the output, with the token that ended it.
-        text: of the output; without what stopped it, and empty without a tokenizer.
+        text: text of the output; without what stopped it, and empty without a tokenizer.
         logprobs: [len(token_ids)]; empty unless asked for.
         prompt_logprobs: [len(prompt_token_ids)]; None unless asked for. All are there before the
             first token is.
-        num_cached_tokens: of the prompt, found in the prefix cache and not computed.
+        num_cached_tokens: prompt tokens found in the prefix cache and not computed.
         finish_reason: None while it goes on.
         error: why it failed, in a line; None where it did not.
-        num_preemptions: how often its keys and values were dropped and computed again.
+        num_preemptions: times that its keys and values were dropped and computed again.
         arrival_s: when it was added, on `time.perf_counter`; the times below are since then.
         scheduled_s: until the first step with tokens of it began; None before that step has ended.
         token_times_s: [len(token_ids)]; until each token came. Of an output that an earlier process
@@ -331,7 +331,7 @@ class Chunk:
             failed, or its grammar lets nothing follow.
         text: the new text that is certain; may be empty.
         finish_reason: set in a request's last chunk.
-        error: as `RequestOutput.error`.
+        error: as in `RequestOutput`.
     """
 
     request_id: str

@@ -31,7 +31,7 @@ class WaitingRequests:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self.num = 0
-        self._num_blocks = 0  # that they ask for
+        self._num_blocks = 0  # blocks that all of them ask for
         self._heap: list[tuple[tuple[int, int], Request]] = []  # may hold cancelled ones
 
     def add(self, request: Request) -> None:
