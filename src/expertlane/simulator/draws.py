@@ -91,14 +91,14 @@ class Prompts:
     """Token ids of prompts, which matter only for the prefixes that prompts share.
 
     Args:
-        seed: of the prefixes, and of which prompt has which.
+        seed: seed of the prefixes, and of the choice among them.
     """
 
     def __init__(self, shared: SharedPrefixes, vocab_size: int, seed: int) -> None:
         self._shared, self._vocab_size = shared, vocab_size
         self._rng = np.random.default_rng([seed, _OF_PROMPTS])
-        self._heads: dict[int, Ints] = {}  # of prefixes, which are zeros after them
-        self._digests: dict[int, list[bytes]] = {}  # of their blocks
+        self._heads: dict[int, Ints] = {}  # first blocks of prefixes; the rest of a prefix is zeros
+        self._digests: dict[int, list[bytes]] = {}  # digests of their blocks
         self._zeros = np.zeros(0, dtype=np.int64)
 
     def draw(self, num_tokens: int) -> Ints:

@@ -125,7 +125,7 @@ class _Serving:
         self._is_done = is_done
         self._free_s: dict[tuple[int, int], Floats] = {}  # by sender: replica and dp rank
         self._served: list[ServedRequest[Floats]] = []
-        self._moved: set[str] = set()  # of which no client has a token yet
+        self._moved: set[str] = set()  # requests of which no client has a token yet
         self._num_unfinished = 0
         self._last_due_s = 0.0
 

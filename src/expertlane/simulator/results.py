@@ -67,10 +67,10 @@ def simulation(
     """The whole content of `results.json`.
 
     Args:
-        runs: of the same deployment, one for each load.
+        runs: runs of the same deployment, one for each load.
         workload: settings that all loads share.
-        command: how a user repeats it.
-        cautions: what a reader must know of the numbers, in sentences.
+        command: command line that repeats it.
+        cautions: cautions for a reader of the numbers, in sentences.
     """
     simulator, _ = runs[0]
     cluster, setup = simulator.cluster, simulator.setup

@@ -26,7 +26,7 @@ from expertlane.spec.slo import SLO
 from expertlane.spec.tables import build
 
 POOLS = "pools"
-_CHOSEN = "chosen"  # what the plan recommends; of a comparison the first row
+_CHOSEN = "chosen"  # the recommendation of a plan; the first row of a comparison
 # Options that exclude each other: one that is given removes a row's values of the others.
 _LENGTHS = "prompt_len", "output_len"
 _SHARED = "prefix_len", "num_prefixes"
@@ -46,12 +46,12 @@ class Row:
     """A deployment and its load.
 
     Attributes:
-        layout, options: of the pool that decodes, where two serve.
+        layout, options: deployment of the pool that decodes, where two serve.
         num_seqs: sequences that run at once, over the whole system.
         num_asked: concurrent requests asked for.
         rate: requests that arrive a second, of a plan for an open load; None for a closed one.
         slos: limits asked for.
-        cautions: what a reader must know of the model, in sentences.
+        cautions: cautions about the model for a reader, in sentences.
     """
 
     model: ModelConfig

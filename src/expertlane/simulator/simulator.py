@@ -37,8 +37,8 @@ from expertlane.spec.workload import NOTHING_SHARED, Load, SharedPrefixes, draw_
 
 _CONTEXTS_APART = 32  # a step's work is priced for so many different mean contexts
 _MOST_POSITIONS_ALIKE = 64
-_NUM_SAMPLES = 2  # of the routing, drawn for steps that are alike
-_SHARE_ALIKE = 1 / 256  # of reading all weights: reading so many cached positions more is no matter
+_NUM_SAMPLES = 2  # samples of the routing, drawn for steps that are alike
+_SHARE_ALIKE = 1 / 256  # of reading all weights: so many more cached positions do not matter
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ class Rates:
     """Rates and means of a load in its steady state; [3] each: low, likely and high.
 
     Attributes:
-        requests_per_s, output_tps: of all requests together.
+        requests_per_s, output_tps: rates of all requests together.
         ttft_s, tpot_s: means over requests; no TTFT where the queue grows without end.
         error: half of the 90 % interval of tokens a second that the stretch leaves, over them.
         num_decoding, num_waiting: likely requests past their first token, and before it.

@@ -29,7 +29,7 @@ from expertlane.spec.workload import TimedRequest
 _NUM_GUESSES = 4  # iterations for the number of requests that decode, in an open loop
 _SAME_RUNNING = 0.01  # relative difference of two numbers of requests that count as equal
 _PROBE_STEPS = 2
-_FULL_STEPS = 5  # of a pool that always has prompts; the first and the last of them do not count
+_FULL_STEPS = 5  # full steps of a prefill pool; the first and the last do not count
 _FEWEST_PROMPT_TOKENS = 8  # fewer new tokens count as a decode
 
 
@@ -128,8 +128,8 @@ class StepTimes:
         decode_s: by sequences of a replica, of a step in which each has a token.
         beside_s: by some of these numbers, what a prompt of mean length adds to such a step; empty
             where another pool computes prompts.
-        prompt_s: of a step with such a prompt alone.
-        prompts_per_s: of a replica whose steps are always full of prompts.
+        prompt_s: seconds of a step with such a prompt alone.
+        prompts_per_s: rate of a replica whose steps are always full of prompts.
         num_places: sequences that the cache of a replica which decodes has room for.
     """
 
@@ -282,7 +282,7 @@ class _Stretch:
         None too where next to nothing of a prompt is computed.
 
         Args:
-            served: those with a first token tell how much of a prompt the cache has.
+            served: requests; those with a first token tell how much of a prompt the cache has.
         """
         cached = [each.num_cached_tokens for each in served if each.token_times_s]
         mean_new = self._load.mean_lens[0] - sum(cached) / max(len(cached), 1)
@@ -449,7 +449,7 @@ class _Stretch:
         """One replica of a pool at rest, with the steps that are known.
 
         Args:
-            prompts: of earlier requests, to fill the prefix caches; None leaves them empty.
+            prompts: prompts of earlier requests, to fill the prefix caches; None leaves them empty.
         """
         pools = self._single.start(lead, is_snapshot=True)[0]
         found = next(each for each in pools if each.ranks.role == role)

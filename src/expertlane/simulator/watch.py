@@ -23,8 +23,8 @@ from expertlane.spec.slo import SLO
 
 _SETTLING_STEPS = 8
 _SETTLING_SHARE = 0.1  # of the steps that a stretch has at least
-_FEW_STEPS, _FEWEST_ROUNDS = 2, 8  # of a round, the usual; least number of longer rounds
-_NUM_PARTS = 20  # of a stretch, for its regression
+_FEW_STEPS, _FEWEST_ROUNDS = 2, 8  # usual steps of a round; least number of longer rounds
+_NUM_PARTS = 20  # parts of a stretch, for its regression
 STRATUM = 24  # steps
 _MOST_STEPS = 4_000  # where many first tokens are asked for
 _FEWEST_PARTS = 5  # for a regression
