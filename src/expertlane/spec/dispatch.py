@@ -159,7 +159,7 @@ class DispatchTable(Strict):
         Args:
             can_split: whether there is anything to halve; if not, modes with overlap count only
                 where there are no others.
-            phase: of the step; None for one without prompts.
+            phase: phase of the step; None for one without prompts.
         """
         spans = self._spans if can_split else self._unsplit_spans
         index = bisect_left(spans, num_tokens, key=lambda span: span[0])

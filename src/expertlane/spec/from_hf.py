@@ -39,7 +39,7 @@ def from_hf(
 
     Args:
         config: the parsed `config.json`, or `to_dict()` of a configuration object.
-        name: what the model is called in messages; its family's name if None.
+        name: the model's name in messages; its family's name if None.
         weights: whether they will be read; else they may be quantised in any way.
 
     Raises:

@@ -40,7 +40,7 @@ class Family:
             their weights have names of their own, which are not read.
         skew: `usual_skew` of `ModelConfig`, by calibration/popularity.py.
         unread: prefixes of names of tensors that are no part of the language model.
-        defaults: of all fields that are read; those of transformers 5's config classes.
+        defaults: defaults of all fields that are read; those of transformers 5's config classes.
             transformers 4.57 differs in two: DeepSeek-V2's vocab_size was 32000, and a null
             rope_scaling of GPT-OSS meant plain rotary positions.
     """
@@ -299,7 +299,7 @@ class ConfigReader:
     """Typed look-ups in a configuration.
 
     Args:
-        name: what the model is called in messages.
+        name: the model's name in messages.
         defaults: for fields that it leaves out. A null is a value, unless another spelling has one.
     """
 

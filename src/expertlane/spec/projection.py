@@ -47,8 +47,8 @@ class Projection(_OnCluster):
 
     Attributes:
         slo: limits, as `--slo` takes them.
-        dtype: of weights; None for the checkpoint's own.
-        kv_dtype: of keys and values.
+        dtype: number type of weights; None for the checkpoint's own.
+        kv_dtype: number type of keys and values.
         prompt_len, output_len: lengths in place of the workload's, as `--prompt-len` takes them.
         requests: path of recorded requests, whose lengths are taken.
         prefix_len, num_prefixes: shared prefixes, as `--prefix-len` and `--num-prefixes` take them.

@@ -67,7 +67,7 @@ class Valid:
 
     Attributes:
         test: whether a value, which has the field's type, is valid.
-        wanted: what it must be, for a message.
+        wanted: description of valid values, for a message.
     """
 
     test: Callable[[Any], bool]
@@ -258,7 +258,7 @@ def take(name: str, value: object, shown_as: str | None = None) -> Any:
     """`value` as an int or float, checked against the range of a field.
 
     Args:
-        shown_as: what a message calls it; the field's name if None.
+        shown_as: its name in messages; the field's name if None.
 
     Raises:
         SpecError: it is out of its range.
@@ -301,7 +301,7 @@ def take_fields(instance: Any, name: Callable[[str], str] = str) -> None:
     tuple, every item but None is checked.
 
     Args:
-        name: what a message calls a field.
+        name: gives a field's name in messages.
 
     Raises:
         SpecError: one is out of its range, no flag, or none of the words.
@@ -333,7 +333,7 @@ def parse_sizes(what: str, unknown: str, text: str, valid: Sequence[str]) -> dic
     """Read `tp=8,pp=2`: names with whole numbers in their ranges, none twice; perhaps none at all.
 
     Args:
-        what, unknown: what a message calls the whole, and a name that is none of the valid ones.
+        what, unknown: names in messages: of the whole, and of a name that is not valid.
 
     Raises:
         SpecError: it breaks one of these rules.

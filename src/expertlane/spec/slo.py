@@ -43,7 +43,7 @@ def parse_slos(texts: Iterable[str], option: str = "--slo") -> tuple[SLO, ...]:
     """Read `ttft.p95=500ms,tpot.mean=20ms`, each text with one objective or several.
 
     Args:
-        option: what a message calls them.
+        option: the option's name in messages.
 
     Raises:
         UserError: one is malformed, or given twice.

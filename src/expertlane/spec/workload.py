@@ -108,7 +108,7 @@ class LengthRange:
 
 
 _LENGTHS_APART = 0.2  # of a mean, below and above it
-_RARELY = 10  # of an event whose chance is e to the power of minus so much
+_RARELY = 10  # a chance of e to the power of minus so much is small enough
 _HALVINGS = 40  # of an interval, until its ends are the same in all digits that count
 HASH_BLOCK = 512  # tokens that a hash id of a recorded request stands for
 
