@@ -73,7 +73,7 @@ def phase_record(
 
 
 def first_run(steps: Sequence[StepRecord]) -> list[StepRecord]:
-    """Steps of the first repetition, whose counts stand for every repetition's."""
+    """Steps of the first repetition, which every deployment has, so that counts compare."""
     first = min((step.run for step in steps), default=0)
     return [step for step in steps if step.run == first]
 

@@ -19,7 +19,7 @@ class Place(NamedTuple):
     Attributes:
         micro_batch: micro-batch of the step.
         layer: hidden layer; `OUTSIDE` before the first, past any after the last.
-        point: index in `CheckPoint`.
+        point: number of a `CheckPoint`.
     """
 
     micro_batch: int
