@@ -51,7 +51,7 @@ BLOCK_SIZE = 16
 
 
 class PhaseTimes(NamedTuple):
-    """What a batch took.
+    """Prefill and decode seconds of a batch.
 
     Attributes:
         prefill_s: from the first plan to the last prompt token.
@@ -136,10 +136,10 @@ _MODEL = ModelConfig(
 
 @dataclass(frozen=True, eq=False)
 class StepSample:
-    """Decode steps of one deployment with so many sequences a data-parallel rank, in one round.
+    """Decode steps of a deployment, with `num_seqs` sequences a data-parallel rank, in one round.
 
     Attributes:
-        num_layers: of the small model.
+        num_layers: layers of the small model.
         step_s: from the end of one to the end of the next, not recorded.
         stage_s: [num_stages]; of its first rank, recorded.
     """
@@ -152,7 +152,7 @@ class StepSample:
 
 
 def deployments_for(num_ranks: int) -> list[Deployment]:
-    """One rank alone, and all of them in every way of sending; a GPU launches kernel by kernel."""
+    """One rank alone, and all of them with every dispatch form; a GPU launches kernel by kernel."""
     eager = Options(cuda_graphs=False)
     found = [Deployment("one rank", Layout(), eager)]
     if num_ranks > 1:
@@ -191,7 +191,7 @@ def measure_steps(
 
 
 def _models(deployment: Deployment, step_layers: tuple[int, int]) -> list[ModelConfig]:
-    """Several ranks take two, to tell what a transfer adds from what a step adds."""
+    """Models to measure: several ranks take two depths, to tell transfers from steps."""
     if deployment.layout.world_size == 1:
         return [replace(_MODEL, num_hidden_layers=step_layers[1])]
     return [replace(_MODEL, num_hidden_layers=num) for num in step_layers]
@@ -305,7 +305,7 @@ def launch_term(
 
 
 def _num_launches(sample: StepSample, dtype: str) -> int:
-    """Of a decode step of one rank with the engine's kernels on GPUs."""
+    """Kernel launches in a decode step of one rank, with the engine's kernels on GPUs."""
     builder = _builder(sample, NumberTypes.all_of(dtype), kernels=ENGINE_ON_GPUS)
     routing = PowerLawRouting(_MODEL.num_experts, _MODEL.num_experts_per_tok)
     part = PartSizes.even(1, 1, sample.num_seqs, 1, _PROMPT_LEN)
@@ -335,7 +335,7 @@ class _Priced:
 
     Attributes:
         stage_s, num_steps: [num_stages]; of its first rank; operations, not transfers.
-        num_transfers: of a rank.
+        num_transfers: transfers of a rank.
     """
 
     def __init__(self, sample: StepSample, profile: Profile, dtype: str) -> None:

@@ -96,7 +96,7 @@ def run(
     call: output.Call,
     model: _Model = None,
 ) -> output.Found:
-    """Measure, without a word on standard output."""
+    """Measure, and return the results; prints nothing on standard output."""
     if at.url is not None:
         _check_alone(own, engine)
         return run_url(model, at, load, call)[0]
@@ -113,7 +113,7 @@ def run(
 
 
 def _check_alone(own: _Options, engine: EngineOptions) -> None:
-    """Refuse what only a model that runs here can have.
+    """Refuse options that only a model run here can have.
 
     Raises:
         UserError: it is given.
@@ -128,10 +128,10 @@ def _check(
     loads: "list[Load]",
     layouts: list[Layout],
 ) -> None:
-    """What can be known before anything is loaded.
+    """Check all that is known before the model is loaded.
 
     Raises:
-        UserError: it could not be run to its end.
+        UserError: a load could not be run to its end.
     """
     from expertlane.engine.ranks.torchrun import num_nodes
     from expertlane.spec.workload import check_lengths

@@ -49,7 +49,7 @@ class _Clock(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class VirtualTimeOptions:
-    """Whether there is virtual time, and what it assumes."""
+    """Options of virtual time, and of its assumptions."""
 
     panel: ClassVar = Panel.VIRTUAL_TIME
     clock: _Clock | None = typer.Option(
@@ -92,7 +92,7 @@ class VirtualTimeOptions:
             raise UserError("--link-scale needs links; give --links a profile")
 
     def settings(self) -> "VirtualSettings | None":
-        """What virtual time assumes; None for wall time alone.
+        """The assumptions of virtual time; None for wall time alone.
 
         Raises:
             UserError: no such profile, or a damaged one.
@@ -213,11 +213,11 @@ class _Projection:
 
 @dataclass
 class _Comparison:
-    """What to run, and what stands beside it.
+    """An experiment to run, and its projection.
 
     Attributes:
-        folder: of its results, if they are to be written.
-        projection: if asked for.
+        folder: folder for its results; None to write none.
+        projection: its projection, if asked for.
     """
 
     experiment: "Experiment"
@@ -290,7 +290,7 @@ def run(
     projection: _Projection,
     call: output.Call,
 ) -> Generator[output.Found]:
-    """Compare, without a word on standard output: one comparison after the other."""
+    """Compare, one comparison after the other; prints nothing on standard output."""
     from expertlane.balance.placement_file import check_experiment
 
     reason = _why_only_projected(projection)
@@ -474,7 +474,7 @@ def _check_resumable(comparisons: list[_Comparison], virtual: "VirtualSettings |
 
 @contextmanager
 def _telling_what_is_kept(folder: Path | None) -> Iterator[None]:
-    """Say how to go on, where a comparison ends before it is complete."""
+    """Say how to resume, where a comparison ends before it is complete."""
     try:
         yield
     except BaseException:

@@ -1,4 +1,4 @@
-"""What a shell offers for an argument or an option; nothing of it may take long."""
+"""Completions that a shell offers for arguments and options; all must be quick."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import typer
 
 
 def models(incomplete: str) -> list[str]:
-    """Presets; folders are the shell's own."""
+    """Presets; the shell completes folders itself."""
     from expertlane.spec.model import PRESETS
 
     return _beginning(incomplete, PRESETS)

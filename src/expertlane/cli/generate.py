@@ -118,7 +118,7 @@ class SamplingOptions:
 
 
 def sampling_params(folder: Path | None, given: dict[str, Any]) -> "SamplingParams":
-    """What the user asks for, over what the checkpoint recommends.
+    """The user's sampling parameters, over those that the checkpoint recommends.
 
     Args:
         given: by the names of `SamplingParams`; None for what is not given.
@@ -244,7 +244,7 @@ def generate(
 
 
 def _check_options(own: _Options, sampling: SamplingOptions, prompts: list[str] | None) -> None:
-    """Those that need or exclude each other.
+    """Check options that need or exclude each other.
 
     Raises:
         UserError: two do not go together.
@@ -260,10 +260,10 @@ def _check_options(own: _Options, sampling: SamplingOptions, prompts: list[str] 
 
 
 def _structured(own: _Options, found: FoundModel) -> "Structured | None":
-    """What outputs must be.
+    """The constraint on outputs; None without one.
 
     Raises:
-        UserError: two options say it, one is not valid, or there is no tokenizer.
+        UserError: two options give one, one is not valid, or there is no tokenizer.
     """
     from expertlane.spec.structured import Structured
 
@@ -386,11 +386,11 @@ _PROMPT = "> "
 
 
 class Chat:
-    """A conversation with a model, a line a message: what was said, and how to go on.
+    """A conversation with a model, a message a line, and its history.
 
     Args:
-        params: of every answer.
-        system: the message that each conversation begins with.
+        params: sampling parameters of every answer.
+        system: system message of each conversation.
 
     Raises:
         UserError: the model has no tokenizer or no chat template, or it takes no such message.
@@ -411,7 +411,7 @@ class Chat:
         self._render("Hello")  # what a template always refuses, it refuses before anything loads
 
     def hold(self, llm: "LLM") -> "list[RequestOutput]":
-        """Answer messages until there are no more; gives all answers."""
+        """Answer messages until there are no more; returns all answers."""
         for message in _read_messages():
             if message == "/exit":
                 break
@@ -450,7 +450,7 @@ class Chat:
 
 
 def _read_messages() -> Iterator[str]:
-    """Lines that are not blank, each as soon as it is there."""
+    """Lines that are not blank, each as soon as it is read."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):  # some builds of Python lack it

@@ -20,7 +20,7 @@ from expertlane.spec.names import CacheType, NumberType
 if TYPE_CHECKING:
     from expertlane.report.document import Column
 
-_MOST_ROWS = 24  # of an answer
+_MOST_ROWS = 24  # rows of an answer
 
 app = typer.Typer(cls=Group, rich_markup_mode=None, help="List what a command can be given.")
 
@@ -278,7 +278,7 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
 
 
 def _of_all_kinds(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of each set of parallel kinds the first layout, then others, in their order."""
+    """Up to `_MOST_ROWS` layouts, in order: the first of each set of axes, then others."""
     kinds = [tuple(part.split("=")[0] for part in row["layout"].split(",")) for row in rows]
     by_kind = sorted(range(len(rows)), key=lambda place: kinds.index(kinds[place]) != place)
     return [rows[place] for place in sorted(by_kind[:_MOST_ROWS])]

@@ -47,22 +47,22 @@ def _setting(name: str, default: Any = ..., *words: str, is_flag: bool = False, 
 
 
 def timeout_option() -> Any:
-    """How long to wait for ranks."""
+    """`--timeout-s`: the most that ranks are waited for."""
     return _setting("timeout_s", metavar="SECONDS", rich_help_panel=Panel.RANKS)
 
 
 def on_failure_option(default: OnFailure) -> Any:
-    """What a lost rank leads to."""
+    """`--on-failure`: the reaction to a lost rank."""
     return _setting("on_failure", default, rich_help_panel=Panel.RANKS)
 
 
 def rejoin_option() -> Any:
-    """How long to wait for a lost node."""
+    """`--rejoin-s`: the most that a lost node is waited for."""
     return _setting("rejoin_s", metavar="SECONDS", rich_help_panel=Panel.RANKS)
 
 
 def layout_option(default: Any, show_default: bool | str = True) -> Any:
-    """How ranks are arranged."""
+    """`--layout`."""
     return typer.Option(
         default,
         metavar="LAYOUT",
@@ -74,7 +74,7 @@ def layout_option(default: Any, show_default: bool | str = True) -> Any:
 
 
 def ranks_per_node_option(default: Any, show_default: str) -> Any:
-    """Where nodes begin."""
+    """`--ranks-per-node`."""
     return typer.Option(
         default,
         metavar="N",
@@ -84,14 +84,14 @@ def ranks_per_node_option(default: Any, show_default: str) -> Any:
 
 
 def redundant_option() -> Any:
-    """Copies of experts."""
+    """Number of redundant experts."""
     return typer.Option(0, metavar="N", help="Redundant experts per MoE layer, to share load.")
 
 
 def seed_option(
     default: Any, show_default: bool | str = True, panel: Panel = Panel.MORE_WORKLOAD
 ) -> Any:
-    """Random draws."""
+    """Seed of random draws."""
     return typer.Option(
         default,
         metavar="N",
@@ -104,7 +104,7 @@ def seed_option(
 def placement_option(
     default: Any, show_default: bool | str = True, *, is_modelled: bool = False
 ) -> Any:
-    """Which rank holds which experts."""
+    """Placement of experts on ranks."""
     by_load = " load: in each layer by the load of earlier tokens, as if experts were rebalanced."
     return typer.Option(
         default,
@@ -128,12 +128,12 @@ def trace_option() -> Any:
 
 
 def dtype_option(default: str) -> Any:
-    """What ranks compute in."""
+    """`--dtype`: the type that ranks compute in."""
     return _setting("dtype", show_default=default, rich_help_panel=Panel.DEPLOYMENT)
 
 
 def cpu_isa_option() -> Any:
-    """What kernels may use."""
+    """`--cpu-isa`: the instruction set that kernels may use."""
     return _setting(
         "cpu_isa",
         envvar="EXPERTLANE_CPU_ISA",
@@ -143,7 +143,7 @@ def cpu_isa_option() -> Any:
 
 
 def max_model_len_option() -> Any:
-    """How long a sequence gets."""
+    """`--max-model-len`: positions of a sequence at most."""
     return _setting("max_model_len", metavar="N", rich_help_panel=Panel.BATCHING)
 
 
@@ -152,7 +152,7 @@ TOKENS_OF_STEP = sentence_of("max_num_batched_tokens")
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions:
-    """How many requests run at once, in the engine and on a modelled cluster."""
+    """Options of the cache and of requests, in the engine and on a modelled cluster."""
 
     panel: ClassVar = Panel.BATCHING
     block_size: int = _setting("block_size", metavar="N")
@@ -160,14 +160,14 @@ class RequestOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerOptions(RequestOptions):
-    """How much a step holds."""
+    """Options of the scheduler's steps."""
 
     max_num_seqs: int = _setting("max_num_seqs", metavar="N")
     max_num_batched_tokens: int = _setting("max_num_batched_tokens", metavar="N")
 
 
 def copies_option() -> Any:
-    """Which copy of a redundant expert computes a token."""
+    """`--copies`: the choice among copies of a redundant expert."""
     return typer.Option(
         "nearest",
         rich_help_panel=Panel.MORE_DEPLOYMENT,
@@ -179,10 +179,10 @@ def copies_option() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DeploymentOptions:
-    """How a deployment runs, whether on real ranks or on modelled ones.
+    """Options of a deployment, on real ranks or modelled ones.
 
     Attributes:
-        options: the same as `spec` has it.
+        options: these, as `spec.deployment.Options`.
 
     Raises:
         UserError: a value is not valid, or there is no such file.
@@ -252,7 +252,7 @@ class DeploymentOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """How real ranks are started."""
+    """Options of starting real ranks."""
 
     panel: ClassVar = Panel.RANKS
     timeout_s: float = timeout_option()
@@ -353,7 +353,7 @@ def parse_list(name: str, field: str, text: str, example: str) -> list[Any]:
     """The numbers of an option, with commas between.
 
     Args:
-        field: whose range they have.
+        field: the field whose range they have.
 
     Raises:
         UserError: one is none, or out of its range.

@@ -107,7 +107,7 @@ def run(
     drafts: DraftOptions,
     call: output.Call,
 ) -> output.Found:
-    """Plan, without a word on standard output."""
+    """Plan, and return the results; prints nothing on standard output."""
     from expertlane.cost.laws.device import stand_ins
     from expertlane.planner.results import make_plan
     from expertlane.planner.sizing import smallest_plan
@@ -207,7 +207,7 @@ def _question(
 
 
 def _engine(own: _Options, framework: str | None) -> EngineName | None:
-    """The one that was asked for, or that a framework serves with.
+    """The engine asked for, or the one that the framework serves with.
 
     Raises:
         UserError: a framework does not serve with it, or has no balanced copies.
@@ -266,7 +266,7 @@ def _types(types: "NumberTypes") -> dict[str, str]:
 
 
 def _served(found: FoundModel) -> "ServeTarget":
-    """A folder by its absolute path: a relative one could be taken for a hub id."""
+    """The model for engines; a folder by its absolute path, as a relative one could be a hub id."""
     from expertlane.planner.commands import ServeTarget
 
     if found.folder is None:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from expertlane.spec.workload import Load
 
 
-_MAX_NUM_SEQS = 256  # of a data-parallel rank; more where the batch asks for more
+_MAX_NUM_SEQS = 256  # running sequences of a data-parallel rank; more for larger batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class _Options:
     trace: bool = trace_option()
 
     def row(self) -> "Row | None":
-        """The one that `--plan` names."""
+        """The row that `--plan` names; None without it."""
         from expertlane.simulator.row import find_row
 
         with naming("--plan"):
@@ -113,7 +113,7 @@ class _Scheduler(RequestOptions):
 
 
 def of_plan(given: "Mapping[str, Any]") -> "dict[str, Any]":
-    """The options that a row of a plan stands for; without `--plan`, those that a framework has.
+    """Options that a plan's row stands for; without `--plan`, those of the framework.
 
     Raises:
         UserError: there is no such row, or what it is of is given beside it.
@@ -131,7 +131,7 @@ def of_plan(given: "Mapping[str, Any]") -> "dict[str, Any]":
 
 
 def _of_framework(given: "Mapping[str, Any]") -> "dict[str, Any]":
-    """The dispatch that `--framework` does by itself, of each pool; none where one is given."""
+    """Dispatch options that `--framework` implies, of each pool; none where one is given."""
     names = "framework", "cluster", "layout"
     framework, cluster, layout = (given.get(name) for name in names)
     if framework is None or cluster is None or layout is None or given.get("dispatch") is not None:
@@ -190,7 +190,7 @@ def run(
     call: output.Call,
     model: OptionalModel = None,
 ) -> output.Found:
-    """Simulate, without a word on standard output."""
+    """Simulate, and return the results; prints nothing on standard output."""
     loads = load_options.loads()
     multi_token = drafts.multi_token()
     row = own.row()
@@ -280,7 +280,7 @@ def _setup(
     """The deployment as the simulator takes it.
 
     Args:
-        sizes: of the scheduler.
+        sizes: limits of the scheduler.
     """
     from expertlane.cost.laws.execution import Execution
     from expertlane.simulator.setup import ServingSetup
@@ -317,7 +317,7 @@ def _needed(name: str, value: str | None) -> str:
 def _write_trace(
     runs: "Sequence[tuple[Simulator, Outcome]]", results: "Results", folder: Path | None
 ) -> list[Path]:
-    """The steps of the best run, if there is a folder for them; gives the files."""
+    """Write the steps of the best run, if there is a folder for them; return the paths."""
     if folder is None:
         return []
 
@@ -331,7 +331,7 @@ def _write_trace(
 def _sizes(
     scheduler: _Scheduler, framework: str | None, layout: "Layout", loads: "Sequence[Load]"
 ) -> dict[str, Any]:
-    """The scheduler's: what was asked for, else what the loads and a framework ask for."""
+    """Limits of the scheduler: those asked for, else those of the loads and the framework."""
     from expertlane.simulator.setup import scheduling_of
 
     asked = {name: value for name, value in vars(scheduler).items() if value is not None}
@@ -345,7 +345,7 @@ def _sizes(
 
 
 def _check(found: FoundModel, setup: "ServingSetup", modelled: "ModelledCluster") -> None:
-    """Both pools.
+    """Check the layouts of both pools.
 
     Raises:
         UserError: a layout does not suit the model or the cluster.

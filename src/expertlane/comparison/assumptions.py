@@ -33,7 +33,7 @@ def measured_assumptions(
     """The choices that the paper, or a checkpoint, leaves open, as this experiment makes them.
 
     Args:
-        limits: what each deployment, by its name, was scheduled with.
+        limits: scheduler's limits of each deployment, by its name.
     """
     rows = (
         *_of_model(experiment),
@@ -69,7 +69,7 @@ def _of_model(experiment: Experiment) -> list[Assumption]:
 
 
 def _parts(model: ModelConfig) -> str:
-    """What a model is made of, in words."""
+    """The parts of a model, in words."""
     latent, scaling, routing = model.latent, model.rope_scaling, model.routing
     num_windows = sum(window is not None for window in model.sliding_window)
     shared = model.shared_expert_intermediate_size
@@ -186,7 +186,7 @@ def _of_deployments(experiment: Experiment, machine: Machine) -> list[Assumption
 
 
 def _beside_the_paper(experiment: Experiment, machine: Machine) -> list[Assumption]:
-    """How like the paper's a step of a small copy of its model is."""
+    """The likeness of a small copy's step to the paper's."""
     if not is_of_the_papers_kind(experiment):
         return []
     found = likeness(experiment, PROPOSAL, NumberTypes.all_of(machine.dtype))

@@ -63,10 +63,10 @@ _WARM_UP_LEN, _WARM_UP_PART, _WARM_UP_LEAST = 4, 4, 64  # of a prompt; of all se
 
 @dataclass(frozen=True)
 class Setting:
-    """What all deployments of a comparison share.
+    """Conditions that all deployments of a comparison share.
 
     Attributes:
-        virtual: what virtual time is to assume; None where none is made.
+        virtual: assumptions of virtual time; None without virtual time.
         journal: keeps what is measured; None where nothing is written.
     """
 
@@ -81,11 +81,11 @@ class Setting:
 
 @dataclass(eq=False)
 class Deployed:
-    """A deployment, what was measured of it so far, and the records that this makes.
+    """A deployment, its measurements so far, and the records made of them.
 
     Attributes:
         role: why it runs: it is the experiment's own, or a size of scaling.
-        traces: a prefill and a decode step, by the deployment's name and in which time they are.
+        traces: a prefill and a decode step, by the deployment's name and clock.
         link_tps: in virtual time, decode TPS by the scale of links.
         measured_s: seconds that steps took, of all repetitions.
     """
@@ -116,7 +116,7 @@ class Deployed:
 
     @property
     def phase(self) -> Phase:
-        """The one that it is judged by: decode, or prefill where nothing is decoded."""
+        """The phase that it is judged by: decode, or prefill where nothing is decoded."""
         return Phase.DECODE if self._steps[Phase.DECODE] else Phase.PREFILL
 
     def measure(self, *, deploy: bool = True) -> None:
@@ -187,7 +187,7 @@ class Deployed:
             progress.done()
 
     def _restored(self, run: int) -> bool:
-        """Whether an earlier process has measured it, which is then taken."""
+        """Take the repetition's kept measurement, if an earlier process made it; return whether."""
         journal = self.setting.journal
         kept = journal and journal.take(self.role, self.name, run)
         if not kept:
@@ -223,7 +223,7 @@ class Deployed:
         self.setting.progress.advance(len(step.seq_ids))
 
     def steps_of(self, phase: Phase) -> list[StepRecord]:
-        """All that were measured."""
+        """All measured steps of a phase."""
         return self._steps[phase]
 
     def _run(
@@ -273,11 +273,11 @@ class Deployed:
         return np.array([request.output_token_ids for request in requests])
 
     def wall_time(self) -> Repeated:
-        """Each repetition by itself, in wall time."""
+        """The repetitions, each by itself, in wall time."""
         return Repeated.of(speed_of_runs(self.deployment.layout, self._steps[self.phase]))
 
     def without_each(self, runs: VirtualRuns) -> Repeated:
-        """In virtual time, all repetitions but one, for each one (`cost.virtual.without_each`).
+        """The repetitions in virtual time, without each in turn (`cost.virtual.without_each`).
 
         With laws of computing, all repetitions are alike.
         """
@@ -290,7 +290,7 @@ class Deployed:
         return own.without_each(around)
 
     def _replayed(self, runs: VirtualRuns, steps: Sequence[StepRecord]) -> list[StepsRecord]:
-        """Each run by itself."""
+        """Throughput of each run by itself, in virtual time."""
         layout, laws = self.deployment.layout, self._laws()
         found = speed_of_runs(layout, [each.step for each in runs.replay(layout, steps, laws)])
         return found if laws else [*map(without_scheduler, found)]
@@ -307,7 +307,7 @@ class Deployed:
         )
 
     def virtual_record(self, runs: VirtualRuns) -> DeploymentRecord:
-        """The same in virtual time."""
+        """The record of all repetitions together, in virtual time."""
         layout, laws = self.deployment.layout, self._laws()
         measured = [*chain(*self._steps.values())]
         steps = measured if laws else undisturbed(measured)
@@ -334,7 +334,7 @@ class Deployed:
         return replace(found, steps=tuple(phases))
 
     def _laws(self) -> ComputeLaws | None:
-        """What is to say how long computing takes; None for what was measured."""
+        """The laws that give the time of computing; None where measured CPU time does."""
         setting, model = self.setting, self.setting.experiment.model
         virtual, deployment = setting.virtual, self.deployment
         if virtual is None or virtual.compute is None:

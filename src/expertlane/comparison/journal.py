@@ -1,4 +1,4 @@
-"""What an unfinished comparison has measured so far, in a file: `compare --resume` goes on from it.
+"""Journal of an unfinished comparison's measurements: `compare --resume` goes on from it.
 
 The file is messages of `engine.ranks.messages`: first whose measurements they are, then one for
 each. A last one that was cut off in the middle counts as not measured.
@@ -33,11 +33,11 @@ class Measurement:
     """One repetition of a deployment's workload.
 
     Attributes:
-        run: which repetition; -1 for the run with the same sequences a rank.
+        run: index of the repetition; -1 for the run with the same sequences a rank.
         tokens: [num_sequences, output_len].
-        held: [world_size]; what each rank had allocated.
-        dispatch: as measured where it is `auto`.
-        rebalances, copies: of this repetition.
+        held: [world_size]; bytes that each rank had allocated.
+        dispatch: the table as measured, where it is `auto`.
+        rebalances, copies: decisions of this repetition.
     """
 
     role: str
@@ -53,7 +53,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class _Owner:
-    """Whose measurements they are: what must be the same for them to count."""
+    """The version, experiment, checkpoint and machine that measurements belong to."""
 
     version: str
     experiment: str
@@ -62,7 +62,7 @@ class _Owner:
     peak: MachinePeak
 
     def what_differs(self, other: "_Owner") -> str | None:
-        """In a word; None where nothing does. The peak was measured, so it may differ."""
+        """What differs, in a word; None for nothing. The peak is measured, so it may differ."""
         names = {
             "version": "version of expertlane",
             "experiment": "experiment",
@@ -77,7 +77,7 @@ class Journal:
     """Measurements of a comparison, kept as they are made.
 
     Attributes:
-        peak: of the machine, as first measured.
+        peak: peak rates of the machine, as first measured.
         num_kept: measurements that were there already.
     """
 
@@ -119,7 +119,7 @@ class Journal:
         return cls(path, first, kept)
 
     def take(self, role: str, name: str, run: int) -> Measurement | None:
-        """What is kept of a repetition, if it was measured."""
+        """The kept measurement of a repetition; None if it was not made."""
         return self._kept.get((role, name, run))
 
     def add(self, measurement: Measurement) -> None:

@@ -1,4 +1,4 @@
-"""How similar the decode step of a small model is to that of the paper's experiment.
+"""Likeness of a small model's decode step to that of the paper's experiment.
 
 A step is described by the FLOPs of its experts per byte of weights, of dispatch and combine, and
 of keys and values. Two models that agree in all three spend their time in the same places, on
@@ -35,9 +35,9 @@ class FlopsPerByte:
     """FLOPs of a step's experts over bytes, both summed over all ranks.
 
     Attributes:
-        weights: read, of all parts of the model.
-        dispatch: of dispatch and combine, sent to other ranks.
-        keys_and_values: read.
+        weights: over bytes of weights read, of all parts of the model.
+        dispatch: over bytes sent to other ranks in dispatch and combine.
+        keys_and_values: over bytes of keys and values read.
     """
 
     weights: float
@@ -52,7 +52,7 @@ class FlopsPerByte:
 
 @dataclass(frozen=True)
 class StepWork:
-    """FLOPs, bytes and messages that the ranks count in one or more decode steps.
+    """FLOPs, bytes and messages counted by the ranks in one or more decode steps.
 
     Attributes:
         ranks: one entry for each rank and step.
@@ -62,7 +62,7 @@ class StepWork:
 
     @property
     def dispatch_bytes(self) -> int:
-        """Sent to other ranks in dispatch and combine."""
+        """Bytes sent to other ranks in dispatch and combine."""
         sent = (rank.sent_bytes[[Stage.DISPATCH, Stage.COMBINE]] for rank in self.ranks)
         return sum(int(each.sum()) for each in sent)
 
@@ -91,7 +91,7 @@ def step_work(
     """One decode step with flat dispatch, in one micro-batch, with uniformly random routing.
 
     Args:
-        layout: of several ranks and one replica.
+        layout: a layout of several ranks and one replica.
         num_seqs: sequences on all ranks together, each with one new token.
         context: positions cached before that token.
     """
@@ -162,7 +162,7 @@ def likeness(
 
 
 def is_of_the_papers_kind(experiment: Experiment) -> bool:
-    """Whether it runs the paper's proposal on random weights, with as many layers and experts."""
+    """True for the paper's proposal on random weights, with as many layers and experts."""
     paper = read_experiment(shipped_experiments()["paper"]).model
     model = experiment.model
     return (

@@ -24,11 +24,11 @@ def machine_record(
     ranks_per_node: int,
     peak: MachinePeak | None = None,
 ) -> Machine:
-    """Where ranks run.
+    """The machine that ranks run on.
 
     Args:
-        seen: what each of them sees.
-        num_ranks: of the largest deployment.
+        seen: what each rank reports of its machine.
+        num_ranks: ranks of the largest deployment.
         ranks_per_node: consecutive ranks that count as on one node.
     """
     hosts = {each.host: each for each in seen}.values()
@@ -116,7 +116,7 @@ def why_not_here(experiment: Experiment, dtype: str | None) -> str | None:
     """Why an experiment can't run on this machine's CPU, as far as is known before ranks start.
 
     Args:
-        dtype: of weights and activations; None for a CPU's own choice.
+        dtype: number type of weights and activations; None for a CPU's own choice.
 
     Returns:
         With both numbers where memory is short; None where nothing stands against it, and where

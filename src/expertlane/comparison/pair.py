@@ -17,11 +17,11 @@ from expertlane.spec.names import Phase
 
 @dataclass(frozen=True)
 class Repeated:
-    """What repetitions of one deployment say of its throughput and of where time goes.
+    """Throughput and time by cause of one deployment's repetitions.
 
     Attributes:
-        tps: [n]; of each repetition, or without each of them.
-        causes_s: [n]; likewise, seconds of a step by cause.
+        tps: [n]; of each repetition, or of all but each.
+        causes_s: [n]; seconds of a step by cause, of the same repetitions.
     """
 
     tps: tuple[float, ...]
@@ -29,7 +29,7 @@ class Repeated:
 
     @property
     def step_s(self) -> float:
-        """The median of a step."""
+        """Median seconds of a step."""
         return median(sum(each.values()) for each in self.causes_s)
 
     @classmethod
@@ -75,11 +75,11 @@ def pair_in_wall_time(
     phase: Phase,
     repeated: tuple[Repeated, Repeated],
 ) -> PairRecord:
-    """From repetitions that were measured in pairs.
+    """The pair, from repetitions that were measured in turns.
 
     Args:
-        names: of the one that the first sentence is about, and of the other.
-        repeated: each repetition of each.
+        names: the deployment that the first sentence is about, and the other.
+        repeated: both deployments' repetitions.
     """
     one, other = repeated
     return PairRecord(
@@ -105,12 +105,12 @@ def pair_in_virtual_time(
     steps: tuple[StepsRecord, StepsRecord],
     repeated: tuple[Repeated, Repeated],
 ) -> PairRecord:
-    """From all repetitions together, and from all but one.
+    """The pair, from all repetitions together and from all but each.
 
     Args:
-        names: of the one that the first sentence is about, and of the other.
-        steps: all repetitions of each.
-        repeated: without each repetition of each.
+        names: the deployment that the first sentence is about, and the other.
+        steps: all repetitions of each deployment.
+        repeated: all but each repetition, of each deployment.
     """
     (first, second), (one, other) = steps, repeated
     return PairRecord(

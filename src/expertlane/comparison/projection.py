@@ -66,7 +66,7 @@ def plan_beside(
     row_of: Callable[[Deployment], DeploymentRecord],
     progress: Progress,
 ) -> tuple[PlanSummary, list[DeploymentRecord]]:
-    """The fastest decode step at a context, and the most output of the whole workload.
+    """Plan for the fastest decode step at a context, and for the most output of the workload.
 
     Args:
         request: for the whole workload.
@@ -74,7 +74,7 @@ def plan_beside(
         row_of: projects a deployment in full.
 
     Returns:
-        What was looked at; and `own`, the fastest of them in that role, followed by what the
+        The search's summary; and `own`, the fastest of them in that role, followed by what the
         planner adds.
     """
     num_seqs = request.workload.num_sequences
@@ -104,7 +104,7 @@ def plan_beside(
 
 
 class _Screened:
-    """What fits, and how to project it in full."""
+    """Candidates that fit, and the search that projects them in full."""
 
     def __init__(self, search: Search) -> None:
         self.search = search
@@ -147,7 +147,7 @@ def _tps(option: ScreenedCandidate) -> float:
 
 
 CONTEXTS = (1, 128, 1024)  # and the prompt's length
-PREFILL_TOKENS = 512  # of a prompt in a prefill step
+PREFILL_TOKENS = 512  # tokens of a prompt in a prefill step
 _MOST_SCALED = 64
 _BATCH_FACTOR = 4  # from one batch size to the next
 
@@ -155,12 +155,12 @@ _MOST_PLANNED = 96  # devices, up to which a planner's best is shown beside an e
 
 
 def usual_number_type(profile: Profile) -> str:
-    """What the engine's ranks compute in if nobody says otherwise: float16 on GPUs."""
+    """The number type of the engine's ranks by default: float16 on GPUs."""
     return "float32" if OVERHEAD_S in profile.terms else "float16"
 
 
 def check_has_law(deployment: Deployment) -> None:
-    """Refuse weights of a type of which no profile knows how long products take.
+    """Refuse weights in a type for which no profile has a law of products.
 
     Raises:
         UserError: they are rounded to one byte.
@@ -193,10 +193,10 @@ class ExperimentProjector:
     """Projects all deployments of an experiment.
 
     Args:
-        types: of a deployment that does not say otherwise.
+        types: number types of a deployment that does not say otherwise.
         skew: of the power law for skewed routing, the usual one; uniform routing, the best case, is
             projected too. 0 for uniform alone.
-        asked: the options of all that; None where nobody simulates a deployment again.
+        asked: options of the projection; None where nobody simulates a deployment again.
         served: for the whole workload; None for routing by `skew`, without limits. Its execution
             comes first for single steps too, and so does recorded routing.
 
@@ -232,7 +232,7 @@ class ExperimentProjector:
         if not isinstance(self._served.routing.source, PowerLawRouting):
             self._routings = ("recorded", "balanced")
             self._sources["recorded"] = self._served.routing.source
-        self._usual = self._conditions(self._executions[0], self._routings[0])  # those spoken of
+        self._usual = self._conditions(self._executions[0], self._routings[0])  # in sentences
         prompt_len = experiment.workload.prompt_len
         self._contexts = sorted({each for each in CONTEXTS if each < prompt_len} | {prompt_len})
         self._check()
@@ -249,10 +249,10 @@ class ExperimentProjector:
                 )
 
     def run(self, progress: Progress, command: str) -> Results:
-        """Everything, as results of a projection alone.
+        """All records, as results of a projection alone.
 
         Args:
-            command: how a user repeats it.
+            command: command line that repeats it.
         """
         experiment, cluster = self._experiment, self._cluster
         rows = self._rows(progress)
@@ -321,7 +321,7 @@ class ExperimentProjector:
 
     @property
     def _prefill_size(self) -> StepSize:
-        """As many tokens as a comparison's steps have, of prompts half way."""
+        """A prefill step with as many tokens as a comparison's, of prompts half computed."""
         workload = self._experiment.workload
         num_new = min(PREFILL_TOKENS, workload.prompt_len)
         num_seqs = min(workload.num_sequences, max(1, STEP_TOKENS // num_new))
@@ -428,13 +428,13 @@ class ExperimentProjector:
         )
 
     def _placed(self, deployment: Deployment) -> Placements:
-        """[num_hidden_layers]; under the usual conditions, others have as many slots."""
+        """[num_hidden_layers]; placed by the usual routing; other routings have as many slots."""
         routing = self._setting(self._types, self._usual).routing
         per_node = self._cluster.profile.ranks_per_node
         return placed(self._model, deployment.layout, deployment.options, routing, per_node)
 
     def _context(self, rows: list[DeploymentRecord]) -> int:
-        """The longest that all sequences fit with everywhere; else the shortest."""
+        """The longest context at which all sequences fit everywhere; else the shortest."""
         fitting = [
             context
             for context in self._contexts
@@ -443,7 +443,7 @@ class ExperimentProjector:
         return max(fitting, default=self._contexts[0])
 
     def _scaling(self, context: int, progress: Progress) -> list[DeploymentRecord]:
-        """The experiment's sizes, and doublings of them beyond its ranks."""
+        """Decode steps of the experiment's scaling sizes, and of doublings beyond its ranks."""
         family = each_of(_scaling_family(self._experiment), progress, "scaling")
         return [self._scaled(deployment, context) for deployment in family]
 
@@ -472,7 +472,7 @@ class ExperimentProjector:
         return PlanRequest(self._model, self._cluster, workload, Goals(), setting, load=load)
 
     def _serve(self, rows: list[DeploymentRecord], progress: Progress) -> WorkloadVerdict | None:
-        """How each deployment serves the whole workload; the usual conditions come first.
+        """Simulate the whole workload on each deployment; add it to the rows, and compare.
 
         Those that miss a limit are compared only where all do.
         """
@@ -521,7 +521,7 @@ class ExperimentProjector:
 def _verdict(
     rows: Sequence[DeploymentRecord], contenders: Mapping[int, Contender], workload: Workload
 ) -> WorkloadVerdict | None:
-    """The one that is compared, against the others; of those that serve the workload."""
+    """The comparison of those that serve the workload; None without any."""
     places = list(contenders)
     tps = [contenders[place].tps.value for place in places]
     compared = [places[each] for each in choose_compared([rows[p] for p in places], tps)]

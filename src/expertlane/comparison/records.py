@@ -1,4 +1,4 @@
-"""What ranks did, as the record of a deployment."""
+"""Records of deployments, from the steps that ranks measured."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -80,7 +80,7 @@ def measured_record(
 def traced_steps(
     options: Options, measured: Mapping[Phase, Sequence[StepRecord]]
 ) -> list[StepRecord]:
-    """A prefill and a decode step of those with events.
+    """A prefill and a decode step with events, for traces.
 
     Of those with most tokens the one that takes about as long as most did; of micro-batches that
     rotate, as many steps of each as make a round.
@@ -117,7 +117,7 @@ def _typical(
 
 
 def rebalance_records(rebalancer: Rebalancer) -> tuple[RebalanceRecord, ...]:
-    """All decisions of a run, with the loads seen before and after."""
+    """Records of a run's rebalances, with the loads seen before and after."""
     return tuple(_rebalance(each, rebalancer) for each in rebalancer.decisions)
 
 
@@ -149,7 +149,7 @@ def _rebalance(taken: Rebalance, rebalancer: Rebalancer) -> RebalanceRecord:
 
 
 def copy_records(switch: CopySwitch) -> tuple[CopyRecord, ...]:
-    """All decisions of a run."""
+    """Records of a run's decisions to balance copies."""
     return tuple(
         CopyRecord(
             *(each.replica, each.step, each.decision.phase, each.decision.num_saved),

@@ -38,10 +38,10 @@ _OWN_LINKS = (
 
 @dataclass(frozen=True)
 class Repeats:
-    """How often the deployments of the first sentence are measured; others twice at most.
+    """Repetitions of the deployments in the first sentence; others have two at most.
 
     Attributes:
-        num_runs: of each of them.
+        num_runs: repetitions of each of them.
         least_s: repeat until the steps of each of them have taken so long.
     """
 
@@ -67,7 +67,7 @@ def run_comparison(
     sentence is about (`choose_compared`); then those of scaling, once.
 
     Args:
-        command: how a user repeats it; kept in the results.
+        command: command line that repeats it; kept in the results.
         virtual: also replay what was measured in virtual time; None leaves that out, and lets
             ranks compute whenever the system lets them.
         repeats: None for the default.
@@ -119,7 +119,7 @@ def _tell_kept(journal: Journal, progress: Progress) -> None:
 def _virtual_on(
     seen: Sequence[RankMachine], virtual: VirtualSettings | None
 ) -> tuple[VirtualSettings | None, tuple[str, ...]]:
-    """What virtual time is to assume where such ranks compute, and what a reader must know."""
+    """The assumptions of virtual time on such ranks, if it has any, and cautions for a reader."""
     num_hosts = len({each.host for each in seen})
     if virtual is None:
         return None, ()
@@ -132,13 +132,13 @@ def _virtual_on(
 
 @dataclass(eq=False)
 class _Measured:
-    """An experiment's deployments on the ranks, and the records that they make.
+    """An experiment's deployments on the ranks, and their records.
 
     Attributes:
-        own: the experiment's deployments, in its order.
+        own: the experiment's deployments, in order.
         scaling: the layouts of growing size.
         runs: replays in virtual time; None without it.
-        records: all, those in wall time first.
+        records: all records, those in wall time first.
         pairs: the one that the first sentence is about with each of the others, on each clock.
     """
 
@@ -152,7 +152,7 @@ class _Measured:
 
     @classmethod
     def of(cls, setting: Setting, peak: MachinePeak, limits: Mapping[str, Limits]) -> Self:
-        """Nothing is measured yet.
+        """The deployments, with nothing measured yet.
 
         Args:
             limits: by the deployment's name.
@@ -196,7 +196,7 @@ class _Measured:
         )
 
     def traces(self) -> Iterator[tuple[str, list[StepRecord]]]:
-        """Steps of each of the experiment's deployments with what ranks did when, by its name."""
+        """Traced steps of each of the experiment's deployments, by its name."""
         for each in self.own:
             yield from each.traces.items()
 
@@ -207,7 +207,7 @@ class _Measured:
         cautions: tuple[str, ...],
         foreign_cpu_share: float,
     ) -> Results:
-        """All of it, for the report; once it is measured."""
+        """The results, for the report; once all is measured."""
         experiment, peak = self.setting.experiment, self.peak
         limits = {each.name: each.limits for each in (*self.own, *self.scaling)}
         machine = machine_record(seen, experiment.num_ranks, self.setting.ranks_per_node, peak)
@@ -229,7 +229,7 @@ class _Measured:
         )
 
     def _virtual_time(self) -> VirtualTime | None:
-        """What virtual time assumes about links; None without it."""
+        """Virtual time's assumptions about links; None without virtual time."""
         if self.runs is None:
             return None
         return self.runs.summary([each.link_tps for each in self.own if each.link_tps])
@@ -251,13 +251,13 @@ class _Measured:
         )
 
     def _record(self, deployed: Deployed) -> DeploymentRecord:
-        """By the clock that the verdict goes by: virtual time if there is any."""
+        """The record that the verdict uses: in virtual time if there is any."""
         if self.runs is None:
             return deployed.record(self.peak)
         return deployed.virtual_record(self.runs)
 
     def _compared(self, records: Sequence[DeploymentRecord]) -> list[Deployed]:
-        """Those that the first sentence is about; none of a single deployment."""
+        """The deployments that the first sentence is about; empty for a single deployment."""
         phase = self.own[0].phase
         tps = [each.steps_of(phase)[0].tps.value for each in records]
         return [self.own[place] for place in choose_compared(records, tps)]
@@ -265,7 +265,7 @@ class _Measured:
     def _pairs(
         self, compared: Sequence[Deployed], virtual: Mapping[str, DeploymentRecord]
     ) -> Iterator[PairRecord]:
-        """The first with each of the others, on each clock.
+        """The pairs of the first with each of the others, on each clock.
 
         Args:
             virtual: records in virtual time by name; empty without it.
@@ -284,7 +284,7 @@ class _Measured:
 
 
 def _in_turns(deployed: Sequence[Deployed], repeats: Repeats) -> None:
-    """Measure on, each as often as the others: a, b, b, a, a, b: what changes meanwhile hits all.
+    """Measure more, in turns a, b, b, a, a, b: changes of the machine meanwhile affect all alike.
 
     Whatever ran last needs not be deployed again.
     """

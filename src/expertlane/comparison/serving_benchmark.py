@@ -33,14 +33,14 @@ from expertlane.spec.workload import (
 
 @dataclass(frozen=True, eq=False)
 class TimedOutput:
-    """A finished request; `due_s` on the clock of its arrival."""
+    """A finished request; `due_s` is on the clock of its arrival."""
 
     due_s: float
     output: RequestOutput
 
     @property
     def token_times_s(self) -> list[float]:
-        """When each token came, on the same clock."""
+        """The time of each token, on the same clock."""
         return [self.output.arrival_s + each for each in self.output.token_times_s]
 
 
@@ -58,7 +58,7 @@ def serve(
     Args:
         requests: by due time.
         max_unfinished: a request waits while there are so many; then it is due when added.
-        clock: the one that outputs' arrivals are of.
+        clock: the clock that outputs' arrivals are on.
 
     Raises:
         ModelError: the logits of a request are not finite.

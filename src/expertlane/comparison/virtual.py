@@ -26,13 +26,13 @@ from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause
 
-_NEAR = (0.5, 1.0, 2.0)  # of the scale of links
+_NEAR = (0.5, 1.0, 2.0)  # factors of the scale of links
 _FAR = (0.0, 0.25, 4.0)  # 0: without links
 
 
 @dataclass(frozen=True)
 class VirtualSettings:
-    """What the user asked virtual time to assume.
+    """The user's assumptions for virtual time.
 
     Attributes:
         links: the profile of the links; None where transfers take no time.
@@ -152,11 +152,11 @@ def choose_scale(
 
 @dataclass(eq=False)
 class VirtualRuns:
-    """Replays the recorded steps of an experiment's deployments in virtual time.
+    """Replays of the deployments' recorded steps in virtual time.
 
     Args:
         num_layers: hidden layers of the model.
-        peak: of this machine, measured.
+        peak: measured peak rates of this machine.
         ranks_per_node: consecutive ranks that share a node.
     """
 
@@ -175,7 +175,7 @@ class VirtualRuns:
         ranks_per_node: int,
         peak: MachinePeak,
     ) -> "VirtualRuns":
-        """With the scale of links that `choose_scale` gives."""
+        """Replays with the scale of links that `choose_scale` gives."""
         scale = choose_scale(settings, experiment, decodes, peak)
         return cls(settings, experiment.model.num_hidden_layers, ranks_per_node, peak, scale)
 
@@ -190,7 +190,7 @@ class VirtualRuns:
 
         Args:
             laws: give the time of computing; None for measured CPU time.
-            factors: of the link scale, for the three times of the clock.
+            factors: factors of the link scale, for the three times of the clock.
         """
         low, likely, high = (self.scale.times * factor for factor in factors)
         links = VirtualLinks(self.settings.links, (low, likely, high), self.scale.byte_scale)
@@ -286,7 +286,7 @@ class VirtualRuns:
 
 
 def without_scheduler(steps: StepsRecord) -> StepsRecord:
-    """In virtual time, with measured computing, the scheduler takes no time.
+    """The steps without the scheduler, which in virtual time takes none with measured computing.
 
     What is left of a phase when a rank is done, or before it begins, is waiting for other ranks.
     """

@@ -63,11 +63,11 @@ _AnyColumn = npt.NDArray[Any]
 
 
 class Shape(NamedTuple):
-    """What the parts of a stage turn on beside the sequences.
+    """Sizes, beside the sequences, that the parts of a stage depend on.
 
     Attributes:
-        mesh: of the first stage.
-        fan_out: of an MoE layer's tokens.
+        mesh: of the first pipeline stage.
+        fan_out: expected fan-out of an MoE layer's tokens.
     """
 
     mesh: StageMesh
@@ -81,8 +81,8 @@ class Points:
     """P scenarios of some shapes; [P] each.
 
     Attributes:
-        shape: as `SharedParts.add` numbered it.
-        num_seqs, num_new, num_cached, stage_seqs, num_drafts: as `Scenarios` have them.
+        shape: number from `SharedParts.add`.
+        num_seqs, num_new, num_cached, stage_seqs, num_drafts: as in `Scenarios`.
     """
 
     shape: Ints
@@ -93,7 +93,7 @@ class Points:
     num_drafts: Ints
 
     def further(self) -> "Points":
-        """As `Scenarios.further`."""
+        """Points of one more drafting pass, as `Scenarios.further`."""
         one, none = np.ones_like(self.num_new), np.zeros_like(self.num_drafts)
         cached = self.num_cached + self.num_new
         return Points(self.shape, self.num_seqs, one, cached, self.stage_seqs, none)
@@ -118,11 +118,11 @@ class PricedPoints(NamedTuple):
     """Parts of P points, priced: tables over distinct ones, and where each point's stand.
 
     Attributes:
-        dense: by attention's window, [rows, U]; a layer without experts.
-        sparse: by window, [rows, U]; one with experts, but for them.
+        dense: by attention's window, [rows, U]; a layer with a dense MLP.
+        sparse: by window, [rows, U]; an MoE layer without dispatch, experts and combine.
         experts: [rows, V]; dispatch, experts and combine.
         embedding, arrival, head, projection: [rows, U].
-        own, of_experts: [P]; places of U and V.
+        own, of_experts: [P]; each point's index in U and V.
     """
 
     dense: dict[int | None, Floats]
@@ -140,7 +140,7 @@ class SharedParts:
     """Prices parts of stages; those of one layout are added up in `planner.screen`.
 
     Args:
-        has_drafts: whether any deployment guesses tokens.
+        has_drafts: whether any deployment uses multi-token prediction.
     """
 
     def __init__(
@@ -166,7 +166,7 @@ class SharedParts:
         self._has_drafts = has_drafts
 
     def add(self, shape: Shape) -> int:
-        """The number of a shape."""
+        """Register a shape; return its number."""
         layout, fan_out = shape.mesh.layout, shape.fan_out
         keeps_all = self._kernels.keeps_all(layout, shape.form)
         groups = (self._one_of(shape.mesh, size) for size in (layout.tp, layout.dcp))
@@ -243,7 +243,7 @@ class SharedParts:
 
     @property
     def _are_alike(self) -> bool:
-        """Whether tokens of one sequence choose similar experts."""
+        """True if tokens of one sequence choose similar experts."""
         return any(len(each.fan_out.of_prompts) > 0 for each in self._experts.firsts)
 
     def _sizes(self) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
@@ -260,7 +260,7 @@ class SharedParts:
         return tp, sizes[self._experts.of_shape] // tp, keeps_all.astype(np.bool_)
 
     def _one_of(self, mesh: StageMesh, size: int) -> OneOfGroup:
-        """The one that stands for all in groups of so many ranks in a row."""
+        """The rank that stands for all, in groups of `size` consecutive ranks."""
         if (key := (mesh.size, size)) not in self._ones:
             groups = RankGroups(np.arange(mesh.size) // size, mesh.node)
             self._ones[key] = groups.one
@@ -269,7 +269,7 @@ class SharedParts:
     def _own_lists(
         self, columns: Sequence[_AnyColumn]
     ) -> list[tuple[tuple[str, int | None], Ints, ExpectedStepList]]:
-        """Parts but for experts, where they stand among the columns, and their steps."""
+        """Parts without experts: name and window, their indices in the columns, and their steps."""
         model = self._model
         lists: list[tuple[tuple[str, int | None], Ints, ExpectedStepList]] = []
         key, is_normed, is_decode, num_drafts, *sizes = columns
@@ -310,7 +310,7 @@ class SharedParts:
         return lists
 
     def _expert_lists(self, columns: Sequence[_AnyColumn]) -> list[tuple[Ints, ExpectedStepList]]:
-        """Where they stand among the columns, and their steps."""
+        """Indices in the columns of parts with experts, and their steps."""
         lists: list[tuple[Ints, ExpectedStepList]] = []
         if not self._has_experts:
             return lists
@@ -338,7 +338,7 @@ class SharedParts:
 
 
 def _distinct(columns: Sequence[_AnyColumn]) -> tuple[Ints, Ints]:
-    """The first place of each distinct row of columns [P], and which of them each row is, [P]."""
+    """Index of the first of each distinct row of columns [P], and each row's number, [P]."""
     code = np.zeros(len(columns[0]), dtype=np.int64)
     for column in columns:
         values, place = np.unique(column, return_inverse=True)
@@ -348,7 +348,7 @@ def _distinct(columns: Sequence[_AnyColumn]) -> tuple[Ints, Ints]:
 
 
 def _alike(columns: Sequence[_AnyColumn]) -> list[Ints]:
-    """Places of rows that are alike, in groups."""
+    """Indices of equal rows, in groups."""
     firsts, which = _distinct(columns)
     order = np.argsort(which, kind="stable")
     return np.split(order, np.cumsum(np.bincount(which, minlength=len(firsts)))[:-1])
@@ -357,7 +357,7 @@ def _alike(columns: Sequence[_AnyColumn]) -> list[Ints]:
 def price(
     profile: Profile, types: NumberTypes, terms: Terms, lists: Sequence[ExpectedStepList]
 ) -> list[Floats]:
-    """[rows, S] of each list of steps, in order."""
+    """Prices of each list of steps, [rows, S], in order."""
     links = LinkModel(profile)
     times = _operation_times(DeviceModel(profile), types, lists) | _transfer_times(links, lists)
     priced = []
@@ -434,12 +434,12 @@ def step_estimates(
     way through all if that is longer: the driver plans one while the others run.
 
     Args:
-        stages: how many are alike, and what a part takes there: [rows, P].
-        hand_over_s: [3, P]; of a part, to the next stage.
-        driver_s: [3, P]; between steps.
+        stages: number of alike stages, and the price of a part there: [rows, P].
+        hand_over_s: [3, P]; seconds of a part's message to the next stage.
+        driver_s: [3, P]; seconds between steps.
         num_micro_batches: [P]; m.
         overlap: [P]; whether a micro-batch runs in two halves.
-        num_layers: of the model.
+        num_layers: layers of the model.
     """
     num_stages = sum(num for num, _ in stages)
     through = hand_over_s * ((1 + overlap) * (num_stages - 1))
@@ -459,7 +459,7 @@ def step_estimates(
 def _micro_batch(
     priced: Floats, terms: Terms, overlap: npt.NDArray[np.bool_], layers_of_stage: float
 ) -> Floats:
-    """[3, P]; operations and transfers in turn, or two halves side by side; on one stage."""
+    """[3, P]; seconds of a micro-batch on a stage, its halves side by side with overlap."""
     halves = 1 + overlap
     computing, moving = halves * priced[COMPUTE], halves * priced[MOVED]
     seconds = computing + moving
@@ -477,7 +477,7 @@ def _micro_batch(
 
 
 def _launched(seconds: Floats, num_kernels: Floats, in_series_s: Floats, terms: Terms) -> Floats:
-    """[3, P]; with what getting the work onto the device takes."""
+    """[3, P]; seconds with launch overheads, by `Terms.execution`."""
     launch_s = terms.launch_s[:, None]
     match terms.execution:
         case Execution.EAGER:

@@ -1,4 +1,4 @@
-"""How many bytes a rank needs, before anything is allocated."""
+"""Bytes that a rank needs, known before anything is allocated."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -28,10 +28,10 @@ from expertlane.spec.model import (
 from expertlane.spec.workload import NOTHING_SHARED, SharedPrefixes, Workload
 
 BLOCK_SIZE = 16
-STEP_TOKENS = 16_384  # of a comparison, over all ranks
+STEP_TOKENS = 16_384  # tokens in a comparison's step, over all ranks
 _FLOAT32_BYTES = 4
-RANK_STEP_TOKENS = 8192  # of a data-parallel rank's prefill step, if nothing else is said
-FREE_SHARE = 0.9  # of a device's memory; the rest is for the framework and what is not counted
+RANK_STEP_TOKENS = 8192  # tokens in a data-parallel rank's prefill step, by default
+FREE_SHARE = 0.9  # share of a device's memory; the rest is for the framework and uncounted memory
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class RankMemory:
 
     Attributes:
         weight_bytes, kv_bytes: held all the time.
-        activation_bytes: of the largest batch.
-        loading_bytes: of the largest matrix while it is drawn, before there is a cache.
+        activation_bytes: activations of the largest batch.
+        loading_bytes: the largest matrix while it is drawn, before there is a cache.
     """
 
     weight_bytes: int
@@ -57,11 +57,11 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Capacity:
-    """How many sequences the fullest rank can hold.
+    """Sequences that the fullest rank can hold.
 
     Attributes:
-        memory: with one sequence of full length.
-        free_bytes: what a rank may take.
+        memory: of the fullest rank, with one sequence of full length.
+        free_bytes: bytes that a rank may take.
         max_seqs: sequences of full length that a data-parallel rank holds at once; 0 where not
             even weights, activations and one sequence fit.
         num_blocks: blocks of a data-parallel rank's KV cache, not rounded.
@@ -79,7 +79,7 @@ class Capacity:
         return self.max_seqs * self.layout.dp * self.layout.replicas
 
     def record(self) -> PoolRecord:
-        """As records have it; without a number of sequences."""
+        """The record of the pool, without a number of sequences."""
         return PoolRecord(
             weight_bytes=self.memory.weight_bytes,
             activation_bytes=self.memory.activation_bytes,
@@ -102,7 +102,7 @@ class PlacedModel:
     placements: Placements
 
     def rank_memory(self, limits: Limits, rank: int) -> RankMemory:
-        """What a rank holds: weights, the whole cache, and the activations of the largest step.
+        """Bytes of a rank: weights, the whole cache, and the activations of the largest step.
 
         Activations are those of an even routing; the shares of a skewed one are not known before.
         """
@@ -148,7 +148,7 @@ class PlacedModel:
         """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
 
         Args:
-            free_bytes: of a rank.
+            free_bytes: free bytes of a rank.
             cache_share: of what is left beside weights and activations, how much the cache may
                 take.
 
@@ -179,12 +179,12 @@ class PlacedModel:
         num_batched_tokens: int,
         prefixes: SharedPrefixes = NOTHING_SHARED,
     ) -> Capacity:
-        """How many sequences fit on the fullest rank, the first one of the first or the last stage.
+        """Sequences that fit on the fullest rank, the first one of the first or the last stage.
 
         Args:
-            full_len: positions of a sequence in the end.
-            num_batched_tokens: of a data-parallel rank's largest step.
-            prefixes: that sequences share; the cache holds each once.
+            full_len: positions of a sequence when it is done.
+            num_batched_tokens: tokens of a data-parallel rank's largest step.
+            prefixes: shared by sequences; the cache holds each once.
         """
         free = FREE_SHARE * device_bytes
         blocks_per_seq = ceil(full_len / BLOCK_SIZE)
@@ -211,7 +211,7 @@ class PlacedModel:
         """Bytes of a layer's weights, scales included.
 
         Args:
-            num_experts: that the rank holds, or holds a slice of.
+            num_experts: experts that the rank holds, or holds a slice of.
         """
         cut = _Cut(self.layout.tp, at.tp_rank, self.layout.etp, at.etp_rank)
         return _layer_bytes(self.model, self.types, cut, is_dense, num_experts)
@@ -223,7 +223,7 @@ class PlacedModel:
 
 
 class _Cut(NamedTuple):
-    """How a rank's tensors are cut, and its place in both cuts."""
+    """Tensor-parallel and expert-tensor-parallel degree, and a rank's place in both."""
 
     tp: int
     tp_rank: int
@@ -332,7 +332,7 @@ def prefill_step_tokens(workload: Workload, layout: Layout, step_tokens: int | N
 
 
 def too_little(model: ModelConfig, layout: Layout, need: RankMemory, free_bytes: float) -> str:
-    """What is said where not even one sequence fits."""
+    """The error line where not even one sequence fits."""
     return (
         f"{model.name} as {layout} needs {size_text(need.total_bytes)} per rank (weights "
         f"{size_text(need.weight_bytes)}, KV cache of one sequence {size_text(need.kv_bytes)}, "

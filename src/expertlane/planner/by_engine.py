@@ -1,4 +1,4 @@
-"""The best that each engine runs, where it does not run what was chosen."""
+"""The best deployment of each engine, where it does not run the plan's choice."""
 
 from dataclasses import dataclass
 
@@ -15,12 +15,12 @@ _MOST_PAIRS = 2  # pairs of pools simulated for an engine
 
 @dataclass(frozen=True, eq=False)
 class EngineChoice:
-    """The best that an engine runs.
+    """The best deployment that an engine runs.
 
     Attributes:
         aggregated: None where it runs none that meets the limits.
-        pools: disaggregated ones that may be better than `aggregated`.
-        broken: what rules the plan's choice out; None where the engine runs it.
+        pools: disaggregated pools that may be better than `aggregated`.
+        broken: the rule that excludes the plan's choice; None where the engine runs it.
     """
 
     engine: Engine
@@ -35,11 +35,11 @@ def of_each_engine(
     pools: TwoPools | NoPools,
     of_pools: TwoPoolSearch,
 ) -> list[EngineChoice]:
-    """The best of every engine; of the one that was asked for, what was chosen.
+    """The best deployment of every engine, or of the one asked for.
 
     Args:
         search: the search of one pool that found `ranking`.
-        of_pools: by which `pools` were found.
+        of_pools: the search that found `pools`.
     """
     found = pools if isinstance(pools, TwoPools) else None
     workload = search.request.workload
@@ -66,7 +66,7 @@ def _candidates(pools: TwoPools) -> tuple[Candidate, Candidate]:
 
 
 def _may_win(pools: TwoPools, aggregated: Contender | None) -> bool:
-    """Whether the best pools of all have more tokens a second than an engine's best server."""
+    """True if the best pools have more tokens/s than an engine's best aggregated server."""
     tps = float(pools.served.tps[LIKELY, 0])
     return aggregated is None or tps > aggregated.tps.value
 

@@ -1,4 +1,4 @@
-"""What a plan is made for, and every deployment that a model and a number of devices allow."""
+"""The question of a plan, and every deployment that a model and a number of devices allow."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +37,7 @@ _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
     (4, "rotating"),
 )
 
-MOST_DEVICES = 4096  # of a plan
+MOST_DEVICES = 4096  # devices that a plan can be made for
 # Sequences per device, in the search for the most requests/s: without a limit of TPOT, with one.
 _MOST_SEQS, _MOST_LIMITED_SEQS = 512, 4096
 
@@ -47,8 +47,8 @@ class Goals:
     """Limits that a deployment must keep; None for no limit.
 
     Attributes:
-        max_tpot_s, max_ttft_s: of the means.
-        slos: of other statistics.
+        max_tpot_s, max_ttft_s: limits of the means.
+        slos: limits of other statistics.
     """
 
     max_tpot_s: float | None = None
@@ -104,7 +104,7 @@ class Goals:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """Which deployment of a model to choose on a cluster, for what.
+    """The model, cluster, load and limits that a plan is made for.
 
     Attributes:
         workload: in steady state, `num_sequences` at once where they fit; no prompt is read.
@@ -113,7 +113,7 @@ class PlanRequest:
             open loop `workload` has as many sequences as the devices may hold: deployments are
             ranked by the most requests/s that they serve, and the best are then simulated at the
             load's rate.
-        engine: that must be able to run it; None for all that the cluster model has.
+        engine: engine that must be able to run it; None for all that the cluster model has.
     """
 
     model: ModelConfig
@@ -187,7 +187,7 @@ class Candidate(NamedTuple):
     """One deployment, not yet named.
 
     Attributes:
-        num_drafts: of multi-token prediction.
+        num_drafts: draft tokens of multi-token prediction.
     """
 
     layout: Layout
@@ -268,7 +268,7 @@ def candidates_of(
 
 
 def candidates_like(layout: Layout, options: Options, ranks_per_node: int) -> list[Candidate]:
-    """A deployment as it is; one for each form and overlap where those are `auto`."""
+    """The candidate of a deployment; one for each form and overlap where those are `auto`."""
     forms = [options.dispatch]
     if options.dispatch == "auto":
         forms = list(_forms(layout, ranks_per_node))
@@ -282,7 +282,7 @@ def candidates_like(layout: Layout, options: Options, ranks_per_node: int) -> li
 
 @cache
 def _pipelines(pp: int) -> tuple[tuple[int, MicroBatchSchedule], ...]:
-    """The usual ones, and as many steps in flight as stages, which is what engines run."""
+    """Ways to pipeline: the usual ones, and as many steps in flight as stages, as engines run."""
     if pp == 1:
         return _PIPELINES[:1]
     of_stages: tuple[int, MicroBatchSchedule] = (pp, "rotating")
@@ -300,7 +300,7 @@ def _options(
     copies: CopyMethod,
     placement: PlacementMethod,
 ) -> Options:
-    """Those of a candidate; many layouts share them."""
+    """The options of a candidate; cached, since many layouts share them."""
     return Options(
         overlap=overlap,
         num_micro_batches=num_micro_batches,

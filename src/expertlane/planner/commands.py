@@ -30,7 +30,7 @@ _PORT = 8000  # of the first server on a host
 _ROUTER_PORT = 8080
 _RENDEZVOUS_PORT = 29500
 _BOOTSTRAP_PORT = 8998  # SGLang's default, of prefill servers
-_HEADROOM = 1.5  # of a request over the mean
+_HEADROOM = 1.5  # tokens of a request to accept, over the mean
 _BLOCK = 256  # tokens, to which a longest request is rounded up
 _VLLM_CAPTURED = 512  # sequences that CUDA graphs are recorded for at most, if nothing is said
 _LEAST_BUFFER, _MOST_BUFFER = 128, 1024  # tokens of a rank in DeepEP's low-latency buffers
@@ -38,11 +38,11 @@ _LEAST_BUFFER, _MOST_BUFFER = 128, 1024  # tokens of a rank in DeepEP's low-late
 
 @dataclass(frozen=True)
 class ServeTarget:
-    """What an engine shall load.
+    """The model that an engine is to load.
 
     Attributes:
         model: a hub id or a folder.
-        quantization: of its weights as stored; None where they are not quantised.
+        quantization: of the weights as stored; None where they are not quantised.
     """
 
     model: str
@@ -54,9 +54,9 @@ class ServedPool:
     """A pool of a plan.
 
     Attributes:
-        rank_seqs: places of a data-parallel rank.
-        step_tokens: of a data-parallel rank's step at most.
-        devices_per_host: of the machines that it is started on.
+        rank_seqs: running sequences of a data-parallel rank at most.
+        step_tokens: tokens in a data-parallel rank's step at most.
+        devices_per_host: devices of a machine that it is started on.
     """
 
     pool: Pool
@@ -86,7 +86,7 @@ class ServedPool:
 
     @property
     def rank_tokens(self) -> int:
-        """Tokens of a data-parallel rank's step at most; a decode pool has hardly any prompts."""
+        """Tokens in a data-parallel rank's step at most; a decode pool has hardly any prompts."""
         decodes = self.rank_seqs * (1 + self.candidate.num_drafts)
         return max(decodes, _LEAST_BUFFER if self.role == "decode" else self.step_tokens)
 
@@ -104,13 +104,13 @@ def longest_request(load: Load, model: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A pool's servers, and what they are for.
+    """Alike servers of a pool, and the model that they load.
 
     Attributes:
-        layout: of one server.
-        num_servers: that are alike.
-        max_len: tokens of a request.
-        first_host: of the pool's machines, which are numbered over all pools.
+        layout: layout of one server.
+        num_servers: number of alike servers.
+        max_len: tokens of a request at most.
+        first_host: number of the pool's first machine, counted over all pools.
     """
 
     pool: ServedPool
@@ -143,7 +143,7 @@ class _Asked:
 
     @property
     def places(self) -> list[tuple[str, int]]:
-        """The host of each server, and its place there."""
+        """The host of each server, and its index there."""
         places = [divmod(server, self.per_host) for server in range(self.num_servers)]
         return [(f"HOST{self.first_host + host * self.num_hosts}", place) for host, place in places]
 
@@ -153,12 +153,12 @@ class _Draft:
     """A command in the making.
 
     Attributes:
-        words: without what tells nodes apart.
+        words: the words that are the same on all nodes.
         on_node: the further words of a node, by its number.
-        environment: variables that are set for it, likewise.
-        is_once: whether it is started on one node for all.
-        before: a command that writes what it reads.
-        notes: what differs from the deployment, or is left to the reader.
+        environment: variables that are set for it on a node, by its number.
+        is_once: whether it is started on one node for all nodes.
+        before: a command that writes a file it reads.
+        notes: differences from the deployment, and what is left to the reader.
     """
 
     words: list[str]
@@ -172,7 +172,7 @@ class _Draft:
         self.words += map(str, words)
 
     def line(self, node: int) -> str:
-        """The whole of it on one node."""
+        """The whole command on one node."""
         variables = [f"{name}={value}" for name, value in self.environment(node).items()]
         own = [*variables, *self.words, *map(str, self.on_node(node))]
         return " && ".join([*self.before, shlex.join(own)])
@@ -185,7 +185,7 @@ def engine_commands(
     types: NumberTypes,
     max_len: int,
 ) -> list[ServeCommand]:
-    """How to start each pool, and then the router where there are several servers.
+    """Commands to start each pool, then the router where there are several servers.
 
     Args:
         pools: one, or those for prefill and decode; all are run by the engine.
@@ -214,7 +214,7 @@ def engine_commands(
 
 
 def _further_servers(asked: _Asked, engine: Engine) -> str:
-    """How servers after the first one differ."""
+    """A note on how servers after the first one differ."""
     num = asked.num_servers
     if asked.per_host == 1:
         return f"each of the {num} servers on hosts of its own"
@@ -234,7 +234,7 @@ def _further_servers(asked: _Asked, engine: Engine) -> str:
 
 
 def _router(engine: Engine, started: Sequence[_Asked]) -> ServeCommand:
-    """What takes requests and hands them to the servers."""
+    """The command of the router before the servers."""
     role: ServeRole = "router"
     urls = {
         asked.pool.role: [f"{host}:{_PORT + place}" for host, place in asked.places]

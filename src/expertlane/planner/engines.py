@@ -1,4 +1,4 @@
-"""What each engine can run: one row for each thing that it cannot, with where that is written.
+"""Limits of each engine: one row for each thing that it cannot run, with its source.
 
 Rows say how an engine is deployed, which is less than its parser takes: a server whose decode steps
 would run without CUDA graphs is left out too. Versions are those whose source was read; rows of
@@ -52,23 +52,23 @@ class Pool(NamedTuple):
 
     @property
     def all_kernels(self) -> set[DeepEPKernels | None]:
-        """Those of all phases that it computes."""
+        """DeepEP's kernels of all phases that it computes."""
         return {self.kernels(phase) for phase in _PHASES[self.role]}
 
     @property
     def uses_deepep(self) -> bool:
-        """Whether any phase that it computes is dispatched by DeepEP."""
+        """True if any phase that it computes is dispatched by DeepEP."""
         return self.all_kernels != {None}
 
     @property
     def slots_are_even(self) -> bool:
-        """Whether every rank of an ep group holds equally many experts, copies included."""
+        """True if every rank of an ep group holds equally many experts, copies included."""
         copies = self.candidate.options.num_redundant_experts
         return (self.model.num_experts + copies) % self.layout.ep == 0
 
     @property
     def fills_its_pipeline(self) -> bool:
-        """Whether there are as many steps in flight as stages, each with other sequences."""
+        """True if there are as many steps in flight as stages, each with other sequences."""
         options, pp = self.candidate.options, self.layout.pp
         if pp == 1:
             return options.num_micro_batches == 1
@@ -80,9 +80,9 @@ class Row:
     """A thing that an engine cannot run.
 
     Attributes:
-        says: what the engine does instead, after `it`.
+        says: the engine's behaviour instead, after the word `it`.
         source: file or page, of the engine's version if nothing else is said.
-        rules_out: whether a deployment is such a thing.
+        rules_out: true of a deployment that needs it.
     """
 
     says: str
@@ -92,7 +92,7 @@ class Row:
 
 @dataclass(frozen=True)
 class PairRow:
-    """Likewise of disaggregated pools; `rules_out` takes the one for prefill and the other."""
+    """A pair of disaggregated pools that an engine cannot run; the prefill pool comes first."""
 
     says: str
     source: str
@@ -104,12 +104,12 @@ _NO_POOLS = PairRow("has no disaggregated pools", "expertlane/engine", lambda *_
 
 @dataclass(frozen=True)
 class Router:
-    """What spreads requests over an engine's servers.
+    """A router that spreads requests over an engine's servers.
 
     Attributes:
-        package: of the Python package index.
-        words: that begin its command.
-        pools: the option for disaggregated pools.
+        package: its name in the Python package index.
+        words: first words of its command.
+        pools: its option for disaggregated pools.
     """
 
     package: str
@@ -120,13 +120,13 @@ class Router:
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine, and what it cannot run.
+    """An engine, and its limits.
 
     Attributes:
-        title: as its makers write it.
-        version: whose source, or documentation, the rows are from.
-        is_checked: whether its argument parser took the options that commands have.
-        router: None where it has none for servers that are alike.
+        title: its name as its makers write it.
+        version: version whose source, or documentation, the rows are from.
+        is_checked: whether the options of commands were tried on its argument parser.
+        router: None where it has none for alike servers.
         pairs: None where it has no disaggregated pools.
         has_replicas: whether one server holds all replicas.
     """
@@ -148,7 +148,7 @@ class Engine:
         return next((row for row in self.rows if row.rules_out(pool)), None)
 
     def runs(self, candidate: Candidate, model: ModelConfig, role: PoolRole = "both") -> bool:
-        """Whether the engine runs a deployment."""
+        """True if the engine runs a deployment."""
         if role != "both" and self.pairs is None:
             return False
         return self.broken(candidate, model, role) is None
@@ -164,7 +164,7 @@ class Engine:
         return self.broken(*first) or self.broken(*second) or next(of_pair, None)
 
     def joins(self, prefill: Candidate, decode: Candidate, model: ModelConfig) -> bool:
-        """Whether the engine runs both as disaggregated pools, side by side."""
+        """True if the engine runs both as disaggregated pools, side by side."""
         return self.broken_by_pools(prefill, decode, model) is None
 
 
@@ -429,7 +429,7 @@ _WITHOUT_NVLINK = Row(
 
 
 def engines_on(profile: Profile) -> Mapping[EngineName, Engine]:
-    """What each engine runs on a kind of device."""
+    """The engines' limits on a kind of device."""
     if profile.has_nvlink:
         return ENGINES
     return {
@@ -447,7 +447,7 @@ T = TypeVar("T", bound=_Option)
 
 
 def by_library(options: Sequence[T], model: ModelConfig) -> tuple[list[T], list[T]]:
-    """Those that DeepEP dispatches, and the others."""
+    """Options that DeepEP dispatches, and the others."""
     apart: tuple[list[T], list[T]] = ([], [])
     for each in options:
         apart[not Pool(each.candidate, model).uses_deepep].append(each)
@@ -455,5 +455,5 @@ def by_library(options: Sequence[T], model: ModelConfig) -> tuple[list[T], list[
 
 
 def runs_in_any_role(engine: Engine | None, candidate: Candidate, model: ModelConfig) -> bool:
-    """Whether an engine runs a deployment as a server, or as a pool; None runs all."""
+    """True if an engine runs a deployment as a server, or as a pool; None runs all."""
     return engine is None or any(engine.runs(candidate, model, role) for role in _PHASES)

@@ -32,7 +32,7 @@ def experiment_text(
     Args:
         checkpoint: the model's folder; None for a preset, or a model by its sizes.
         comment: a line that begins the file.
-        projection: how the deployments were projected; their numbers of sequences are added.
+        projection: options of the deployments' projection; their numbers of sequences are added.
     """
     workload = request.workload
     if request.rate is not None:  # as many as the largest deployment runs

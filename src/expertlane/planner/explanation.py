@@ -1,4 +1,4 @@
-"""What a planner says beside its ranking: kinds of deployment, the Pareto front, and gaps."""
+"""Explanations beside a plan's ranking: kinds of deployment, the Pareto front, and gaps."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ from expertlane.spec.workload import Workload
 
 
 def best_of_families(ranking: Ranking) -> dict[str, Contender]:
-    """The first of each family."""
+    """The best contender of each family."""
     best: dict[str, Contender] = {}
     for each in ranking.contenders:
         best.setdefault(family_of(each.finalist.candidate.layout), each)
@@ -36,7 +36,7 @@ def pareto(options: Sequence[ScreenedCandidate]) -> list[tuple[ScreenedCandidate
 
 _NAMED = 2  # causes
 _MET = "decode delayed by prefill"
-_LEAST = 0.1  # of what grows, for a cause to be named
+_LEAST = 0.1  # share of the growth that a cause needs to be named
 
 
 def time_by_cause(finalist: Finalist, workload: Workload) -> dict[str, float]:

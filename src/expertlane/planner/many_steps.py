@@ -1,4 +1,4 @@
-"""Steps of many deployments at once, from the times of their parts.
+"""Steps of many deployments at once, added up from the times of their parts.
 
 All are told by arrays: S structures (a layout with a dispatch form, slots for experts and drafts),
 each at some numbers of sequences, F of them in all.
@@ -23,11 +23,11 @@ from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
 
-_LEAST_ADDED = 0.05  # of a prompt by itself, that it adds to a step of decodes
+_LEAST_ADDED = 0.05  # least that a prompt adds to a step of decodes, as a share of its own step
 
 
 class Pipelining(NamedTuple):
-    """How a step is cut.
+    """Micro-batches and overlap of a step.
 
     Attributes:
         overlap: whether a micro-batch runs in two halves.
@@ -39,7 +39,7 @@ class Pipelining(NamedTuple):
 
     @classmethod
     def of(cls, options: Options) -> "Pipelining":
-        """How a deployment with these options is pipelined."""
+        """The pipelining of a deployment with these options."""
         overlap = bool(options.overlap)
         return cls(overlap, options.num_micro_batches, options.micro_batch_schedule)
 
@@ -50,12 +50,12 @@ class Pipelining(NamedTuple):
 
 
 class Sized(NamedTuple):
-    """A structure as its steps turn on it.
+    """The sizes of a structure that its steps depend on.
 
     Attributes:
-        shape: its parts', and its number.
-        num_seqs: [N]; of a data-parallel rank, that decode steps are estimated for, ascending.
-        prefill_tokens: of a data-parallel rank's prefill step, at most.
+        shape: shape of its parts, with its number.
+        num_seqs: [N], ascending; sequences of a data-parallel rank to estimate decode steps for.
+        prefill_tokens: tokens of a data-parallel rank's prefill step, at most.
         prompt_len: mean tokens of a prompt that are computed, those after a cached prefix.
     """
 
@@ -72,7 +72,7 @@ class Prefill:
 
     Attributes:
         seconds: [3, S]; of one step, or of a round of rotating ones.
-        num_seqs, num_new, num_cached, num_steps, length: as `Prompts` have them.
+        num_seqs, num_new, num_cached, num_steps, length: as in `Prompts`.
     """
 
     seconds: Floats
@@ -84,11 +84,11 @@ class Prefill:
 
 
 class _PrefillPart(NamedTuple):
-    """What a prefill step consists of, by structure; [S] each.
+    """Parts of a prefill step, by structure; [S] each.
 
     Attributes:
         part_seqs: sequences of a part.
-        num_micro_batches, overlap: how the step is cut: what holds one prompt is not.
+        num_micro_batches, overlap: how the step is cut; a step of one prompt is not.
         others: `num_seqs`, `num_new`, `num_cached`, `num_steps` and `length` of `Prefill`.
     """
 
@@ -103,10 +103,10 @@ class ManySteps:
     """Steps of structures with equally many pipeline stages and drafts.
 
     Attributes:
-        structures: each with one number of sequences at least.
-        hows: in which steps are cut.
-        terms: of the host.
-        prompt_wait_steps: as of `schedule.request.Limits`.
+        structures: each with at least one number of sequences.
+        hows: ways in which steps are cut.
+        terms: launch and driver terms.
+        prompt_wait_steps: see `schedule.request.Limits`.
     """
 
     structures: Sequence[Sized]
@@ -138,18 +138,18 @@ class ManySteps:
 
     @cached_property
     def num_seqs(self) -> Ints:
-        """[F]; in a decode step, over the whole system."""
+        """[F]; sequences in a decode step, over the whole system."""
         of_all = self._of_rank * (self.replicas * self.dp)[self.structure]
         num_seqs: Ints = np.minimum(of_all, self.workload.num_sequences)
         return num_seqs
 
     def points(self) -> Points:
-        """All parts of all steps, to be priced."""
+        """All parts of all steps, for pricing."""
         whole = _joined(self._all_points)
         return _joined([whole, whole.further()]) if self.num_drafts else whole
 
     def take(self, priced: PricedPoints, first: int) -> None:
-        """Take the times of `points`, which stand from a place on."""
+        """Take the prices of `points`, which begin at `first` in a longer list."""
         num = self._slices[-1].stop
         own, experts = (
             each[first : first + num * (1 + (self.num_drafts > 0))]
@@ -161,7 +161,7 @@ class ManySteps:
         ]
 
     def _kinds_of_stages(self) -> Counter[tuple[int, int, bool, bool]]:
-        """How many stages have such first and last layers, and such ends of the model."""
+        """Number of stages by kind: its layers, and whether it has an end of the model."""
         num_layers, pp = self.model.num_hidden_layers, self._pp
         kinds: dict[object, tuple[int, int, bool, bool]] = {}
         counts: Counter[tuple[int, int, bool, bool]] = Counter()
@@ -183,7 +183,7 @@ class ManySteps:
         experts: Ints,
         num: int,
     ) -> Floats:
-        """[rows, P]; a part on a kind of stage."""
+        """[rows, P]; price of a part on a kind of stage."""
         start, stop, is_first, is_last = kind
         total = priced.embedding * is_first + priced.arrival * (not is_first)
         if is_last:
@@ -203,7 +203,7 @@ class ManySteps:
         return found
 
     def _draft(self, priced: PricedPoints, own: Ints, experts: Ints) -> Floats:
-        """A pass that guesses, but for the head: one more layer, as the last one."""
+        """[rows, P]; price of a drafting pass without head: one more layer, like the last one."""
         is_dense, window = self._kind(self.model.num_hidden_layers - 1)
         layer = (priced.dense if is_dense else priced.sparse)[window] + priced.projection
         found: Floats = layer[:, own]
@@ -211,7 +211,7 @@ class ManySteps:
 
     @cached_property
     def alone_s(self) -> Floats:
-        """[3, S]; as `Steps.alone_s`; a step of prompts and decodes reads weights once."""
+        """[3, S]; see `Steps.alone_s`; a step of prompts and decodes reads weights once."""
         every, none = np.arange(len(self.structures)), np.zeros(len(self.structures))
         prompt_s, token_s = (
             self._estimates(
@@ -284,7 +284,7 @@ class ManySteps:
         )
 
     def _hand_over_s(self, points: Points, structure: Ints) -> Floats:
-        """[3, P]; to the next stage, over the slowest link that any rank uses."""
+        """[3, P]; seconds to the next stage, over the slowest link that any rank uses."""
         if self._pp == 1:
             return np.zeros((3, len(structure)))
         owned = -(-points.num_seqs * points.num_new // self.tp[structure])
@@ -298,14 +298,14 @@ class ManySteps:
 
     @cached_property
     def _slices(self) -> list[slice]:
-        """Where each set of points stands among all."""
+        """Range of each set of points among all."""
         sizes = [len(each.shape) for each in self._all_points]
         ends = np.cumsum(sizes).tolist()
         return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
     @cached_property
     def _decode_points(self) -> dict[int, Points]:
-        """By the number of parts that a batch is cut into."""
+        """Points of decode steps, by the number of parts that a batch is cut into."""
         num_new, context = 1 + self.num_drafts, self.workload.mean_context
         return {
             num: self._points(
@@ -316,7 +316,7 @@ class ManySteps:
 
     @cached_property
     def _alone_points(self) -> tuple[Points, Points]:
-        """A prompt, or a chunk of it, and a decode; one rank has it, and the others nothing."""
+        """Points of a prompt (or chunk) and of a decode on one rank, all others idle."""
         every = np.arange(len(self.structures))
         one, cached = np.ones_like(every), self.workload.prompt_len - self._prompt_len
         chunk = np.minimum(self._prompt_len, self._tokens)
@@ -400,14 +400,14 @@ def _prefill_part(
 
 
 def _joined(parts: Sequence[Points]) -> Points:
-    """Points of one after those of another."""
+    """The points of several, one after the other."""
     return Points(
         *(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Points))
     )
 
 
 def joined_points(many: Sequence[ManySteps]) -> tuple[Points, list[int]]:
-    """The points of all, and where those of each begin."""
+    """The points of all, and where each one's begin."""
     of_each = [each.points() for each in many]
     ends = np.cumsum([len(each.shape) for each in of_each]).tolist()
     return _joined(of_each), [0, *ends[:-1]]

@@ -12,7 +12,7 @@ from expertlane.planner.throughput import Arriving, one_pool
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DispatchForm
 
-_LEAST_GAIN = 0.02  # of prefill: less is not worth a second form
+_LEAST_GAIN = 0.02  # share of prefill saved: less is not worth a second form
 
 
 def with_fastest_prefill(
@@ -39,7 +39,7 @@ def with_fastest_prefill(
 
 
 def _prompt_s(option: ScreenedCandidate) -> float:
-    """Of a prompt by itself and one beside those of all ranks: most are between."""
+    """Key for the fastest prefill: seconds of a lone prompt plus one beside those of all ranks."""
     return float(option.steps.alone_s[LIKELY] + option.steps.batched_s[LIKELY])
 
 
@@ -58,7 +58,7 @@ def prefilled_as(
     """An option with another's prefill.
 
     Args:
-        arriving: of numbers of sequences that are known; more are added.
+        arriving: known `Arriving` by numbers of sequences; new ones are added.
     """
     form = best.candidate.options.dispatch
     assert form != "auto", "candidates name their form"

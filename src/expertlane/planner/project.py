@@ -1,4 +1,4 @@
-"""What a cluster model says of one deployment: steps of given sizes, memory, and why.
+"""Projection of one deployment: steps of given sizes, their memory, and where time goes.
 
 Every rank's own counts are priced and replayed on a virtual clock, so this is the model in full,
 where `planner.screen` has one rank stand for all.
@@ -38,14 +38,14 @@ from expertlane.spec.names import Phase
 
 @dataclass(frozen=True)
 class Setting:
-    """What all deployments of a plan, or a comparison, share.
+    """Conditions that all deployments of a plan or comparison share.
 
     Attributes:
-        routing: which experts tokens choose.
-        payload: in which hidden states are dispatched.
-        copies: which copy of a redundant expert computes a token.
-        step_tokens: of a prefill step, as for `memory.prefill_step_tokens`.
-        multi_token: of deployments that guess; others have no drafts.
+        routing: source of the experts that tokens choose.
+        payload: number type in which hidden states are dispatched.
+        copies: method that picks the copy of a redundant expert for a token.
+        step_tokens: tokens of a prefill step, as for `memory.prefill_step_tokens`.
+        multi_token: drafts of deployments that use multi-token prediction.
     """
 
     types: NumberTypes
@@ -57,7 +57,7 @@ class Setting:
     multi_token: MultiToken = field(default_factory=MultiToken)
 
 
-_ROUNDS = 3  # of rotating micro-batches; the last one counts
+_ROUNDS = 3  # rounds of rotating micro-batches; the last one counts
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class StepSize:
     Attributes:
         num_seqs: sequences that take part.
         num_new, num_cached: new tokens of each, and positions cached before.
-        fits: whether there is memory for it.
+        fits: whether it fits into memory.
     """
 
     num_seqs: int
@@ -80,10 +80,10 @@ class StepSize:
 class Projector:
     """Projects steps of one deployment on one cluster.
 
-    What is `auto` takes the fastest form, with or without overlap, of each size of a step.
+    Where an option is `auto`, each step takes the fastest form, with or without overlap.
 
     Args:
-        num_drafts: of multi-token prediction.
+        num_drafts: draft tokens per step.
     """
 
     def __init__(
@@ -175,12 +175,12 @@ class Projector:
         )
 
     def _tokens_per_step(self, phase: Phase) -> float:
-        """Of a sequence for each new token that its step has."""
+        """Tokens that a sequence yields for each new token of a step."""
         is_drafted = self._num_drafts and phase is Phase.DECODE
         return self._setting.multi_token.tokens_per_step if is_drafted else 1.0
 
     def timeline(self, size: StepSize) -> StepTimeline:
-        """What every rank of a replica does when in such a step, or round."""
+        """Timeline of every rank of a replica in such a step, or round."""
         layout, modes = self._layout, self._modes[size.phase]
         mode, *others = modes
         if others:
@@ -206,7 +206,7 @@ class Projector:
     ) -> tuple[Sequence[StepProgram], Sequence[list[list[StageWork]]]]:
         groups = self._groups(size)
         alike: dict[str, tuple[StepProgram, list[list[StageWork]]]] = {}
-        for group in groups:  # of equal sizes one stands for all
+        for group in groups:  # equal sizes share one program
             if str(group) not in alike:
                 program = self._program(group, size, mode)
                 alike[str(group)] = program, self._pricing.work(program)
@@ -247,7 +247,7 @@ class Projector:
     def _run(
         self, works: Sequence[list[list[StageWork]]], terms: Terms
     ) -> tuple[Floats, Breakdown]:
-        """[B]; seconds of a round in the steady state, and where the likely ones go."""
+        """[B]; seconds of a round in the steady state, and the breakdown of the likely ones."""
         timeline = Timeline(terms, self._layout.pp, self._layout.stage_size)
         table = BreakdownTable(self._device, self._setting.types)
         ran = self._rounds(works, timeline, terms)
@@ -292,6 +292,6 @@ class Projector:
 
 
 def _last_round_s(ran: Sequence[tuple[StepTimes, int]], works: Sequence[object]) -> Floats:
-    """[B]; of steps up to the steady state, each with its group."""
+    """[B]; seconds of the last round, from steps with their groups up to the steady state."""
     seconds: Floats = ran[-1][0].end_s - ran[-1 - len(works)][0].end_s
     return seconds

@@ -54,7 +54,7 @@ from expertlane.spec.names import Phase
 from expertlane.spec.projection import Projection, ProjectionAsked
 
 _NUM_BEST = 8
-_NEARLY = 0.01  # of tokens a second
+_NEARLY = 0.01  # share of tokens/s by which pools may be slower than the best
 _NUM_TIMELINES = 3
 _NUM_PARETO = 12
 
@@ -64,10 +64,10 @@ class Plan:
     """A plan and its question.
 
     Attributes:
-        cautions: what a reader must know of the numbers, in sentences.
-        search: of one pool.
-        found: by it.
-        ranking: of what it found in full, and of the best of other families.
+        cautions: cautions for a reader, in sentences.
+        search: the search for one pool.
+        found: what `search` found.
+        ranking: of the finalists, and of the best of other families.
         pools: the best disaggregated pools, or why there are none.
         num_pool_candidates: disaggregated deployments tried.
         engines: the best of each engine, or of the one that was asked for.
@@ -87,7 +87,7 @@ class Plan:
 
     @property
     def best(self) -> Candidate:
-        """The one of one pool that is chosen."""
+        """The chosen deployment of one pool."""
         return self.ranking.chosen.finalist.candidate
 
     @property
@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def _most_ranks(self) -> int:
-        """Of a replica of the recommended deployment."""
+        """Ranks of the recommended deployment's largest replica."""
         pools = self._faster_pools
         if pools is None:
             return self.best.layout.replica_size
@@ -129,13 +129,12 @@ class Plan:
         fewer: ServedLoad | None = None,
         load: Mapping[str, Any] | None = None,
     ) -> Results:
-        """All that is shown.
+        """The records and summary of the plan.
 
         Args:
-            loaded: what other systems are to load.
+            loaded: the model that other systems load.
             experiment: the path of the file with `experiment`.
-            projection: what was asked for beside request and routing; None where nobody simulates a
-                row again.
+            projection: options beside request and routing; None where nobody simulates a row again.
             load: the lengths that were asked for.
             fewer: the next smaller cluster, where this is the smallest that serves all.
         """
@@ -190,7 +189,7 @@ class Plan:
         return with_known_errors(results, request.model, request.cluster.profile)
 
     def _engine(self, choice: EngineChoice, loaded: ServeTarget) -> EngineBest:
-        """The best of an engine, and how to start the better of its server and its pools."""
+        """An engine's best, with commands for the better of its server and its pools."""
         engine, request = choice.engine, self.request
         aggregated = pools = None
         started: list[tuple[ScreenedCandidate, PoolRole]] = []
@@ -222,7 +221,7 @@ class Plan:
         )
 
     def _served(self, option: ScreenedCandidate, role: PoolRole) -> ServedPool:
-        """A pool as it is started."""
+        """A screened pool with the sizes to start it with."""
         profile = self.request.cluster.profile
         tokens = self.request.setting.step_tokens or RANK_STEP_TOKENS
         if profile.framework:
@@ -242,7 +241,7 @@ class Plan:
         Args:
             checkpoint: the model's folder, if it has one.
             comment: a line that begins the file.
-            projection: what was asked for beside the model and the workload.
+            projection: options beside the model and the workload.
         """
         winner = self.ranking.chosen.finalist
         ranked = [each.finalist for each in self.ranking.contenders]
@@ -373,7 +372,7 @@ def make_plan(
 
 
 def _best_pools(pools: TwoPools | NoPools, engines: Sequence[EngineChoice]) -> TwoPools | NoPools:
-    """Those with most tokens a second; ones that an engine runs where they have nearly as many."""
+    """The pools with most tokens/s; those that an engine runs if they have nearly as many."""
     of_engines = [each.pools for each in engines if isinstance(each.pools, TwoPools)]
     if not isinstance(pools, TwoPools) or not of_engines:
         return pools
@@ -388,7 +387,7 @@ def _best_pools(pools: TwoPools | NoPools, engines: Sequence[EngineChoice]) -> T
 def pareto_records(
     options: Sequence[ScreenedCandidate], num: int, conditions: Conditions, request: PlanRequest
 ) -> list[DeploymentRecord]:
-    """At most so many points of the front, spread over TPOT, as screened."""
+    """Up to `num` points of the Pareto front, spread over TPOT, as screened."""
     front = pareto(options)
     places = np.unique(np.linspace(0, len(front) - 1, num).round().astype(int))
     return [
@@ -455,7 +454,7 @@ def serving_at(served: ThroughputCurve, place: int) -> ServingRecord:
     )
 
 
-_Row = tuple[str, str, str]  # what is assumed, its value, the options that change it
+_Row = tuple[str, str, str]  # assumption, its value, the options that change it
 
 _OF_LIBRARIES: tuple[_Row, ...] = (
     ("kernels", "fused as in GPU libraries; flat dispatch without an exchange of counts", ""),

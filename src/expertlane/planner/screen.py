@@ -57,21 +57,21 @@ class ScreenedCandidate:
 
     @property
     def tps(self) -> float:
-        """Output tokens a second at its best, 0 where it breaks a limit."""
+        """Output tokens/s at its best; 0 where it breaks a limit."""
         return 0.0 if self.place is None else float(self.served.tps[LIKELY, self.place])
 
     @property
     def num_seqs(self) -> int:
-        """Running at once at its best, over the whole system; 0 where it breaks a limit."""
+        """Running sequences at its best, over the whole system; 0 where it breaks a limit."""
         return 0 if self.place is None else int(self.steps.num_seqs[self.place])
 
     @property
     def most_seqs(self) -> int:
-        """That fit, and that the workload has."""
+        """The most sequences that fit and that the workload has."""
         return int(self.steps.num_seqs[-1])
 
     def at(self, num_seqs: int, workload: Workload) -> "ScreenedCandidate":
-        """The same at a number of sequences, between those that were priced."""
+        """The candidate at another number of sequences, interpolated between those priced."""
         steps, known = self.steps, self.steps.num_seqs
         place = int(np.searchsorted(known, num_seqs))
         if place < len(known) and known[place] == num_seqs:
@@ -112,7 +112,7 @@ class ScreenedCandidate:
         return more, float(tps[place] * (tps[place + 1] / tps[place]) ** share)
 
     def nearest(self, goals: Goals) -> "ScreenedCandidate":
-        """The same with the number of sequences that comes nearest to the limits."""
+        """The candidate at the number of sequences that comes nearest to the limits."""
         return replace(self, place=int(self.served.breach(goals).argmin()))
 
 
@@ -145,12 +145,12 @@ _Spread = tuple[int, tuple[Placement, ...], CopyMethod]
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """What screens of one model share, on parts of one cluster.
+    """Results that screens of one model share, on parts of one cluster.
 
     Attributes:
-        fan_outs: by stage, placements of its experts, and the choice of copies.
-        slots: by ranks and redundant experts; a placement with as many as any other has.
-        rooms: of a rank, by all that it turns on but replicas.
+        fan_outs: by size of a stage, placements of its experts, and copy method.
+        slots: by `ep` and redundant experts; a placement of that many slots, linear.
+        rooms: capacity of a rank, by all sizes that it depends on but replicas.
     """
 
     fan_outs: dict[_Spread, ExpectedFanOut] = field(default_factory=dict)
@@ -162,7 +162,7 @@ class Screen:
     """Prices candidates of one model on one cluster.
 
     Args:
-        known: by other screens.
+        known: results of other screens.
         are_pools: candidates are pools, for prefill or for decode. Their sequences share no memory:
             a decode pool gets the keys and values of whole prompts.
     """
@@ -183,10 +183,10 @@ class Screen:
     def run(
         self, candidates: Iterable[Candidate], advance: Callable[[int], None]
     ) -> list[Screened]:
-        """All of them, in order of structure: those with the same steps after each other.
+        """Screen candidates, in order of structure: those with the same steps after each other.
 
         Args:
-            advance: called with a number of candidates that are done.
+            advance: called with a number of candidates when they are done.
         """
         alike: defaultdict[object, list[Candidate]] = defaultdict(list)
         for candidate in candidates:
@@ -254,7 +254,7 @@ class Screen:
         return _Structure(candidates, room, sized)
 
     def _computed_prompt_len(self, room: Capacity) -> int:
-        """Mean tokens of a prompt that are computed, since the cache does not have them."""
+        """Mean tokens of a prompt that are computed, cached prefixes left out."""
         workload, prefixes = self._request.workload, self._request.prefixes
         if not prefixes.num:
             return workload.prompt_len
@@ -272,7 +272,7 @@ class Screen:
     def _room(
         self, layout: Layout, slots: Placement, num_drafts: int, prefill_tokens: int
     ) -> Capacity:
-        """Replicas are alike, and dispatch needs no memory that counts."""
+        """Capacity of a layout, from one replica, as all are alike."""
         known, sizes = self._known.rooms, (layout.pp, layout.dp, layout.tp, layout.ep, layout.dcp)
         prefixes = NOTHING_SHARED if self._are_pools else self._request.prefixes
         key = *sizes, slots.num_slots, num_drafts, prefill_tokens, prefixes
@@ -292,7 +292,7 @@ class Screen:
         return replace(known[key], layout=layout)
 
     def _fan_out(self, mesh: StageMesh, options: Options) -> ExpectedFanOut:
-        """The mean of a few layers, which are placed as in full."""
+        """Mean fan-out of a few layers, placed as in the projection in full."""
         routing, copies = self._request.setting.routing, options.copies
         placements = self._placements(mesh.layout, options)
         known, key = self._known.fan_outs, (mesh.size, tuple(placements), copies)
@@ -306,7 +306,7 @@ class Screen:
         return known[key]
 
     def _placements(self, layout: Layout, options: Options) -> list[Placement]:
-        """Those of a few layers; where experts are placed by load, as in full."""
+        """Placements of a few layers; where experts are placed by load, as in full."""
         num_redundant, per_node = options.num_redundant_experts, self._profile.ranks_per_node
         if options.is_by_load:
             routing = self._request.setting.routing
@@ -338,7 +338,7 @@ class Screen:
     def _results(
         self, many: ManySteps, structures: Sequence[_Structure]
     ) -> list[list[ScreenedCandidate]]:
-        """By structure, its candidates in their order."""
+        """By structure, its screened candidates in their order."""
         curves = {how: _Curves(many, how, self._request) for how in many.hows}
         return [
             [
@@ -350,7 +350,7 @@ class Screen:
 
 
 class _Curves:
-    """How structures that are cut alike serve."""
+    """Throughput of structures that are cut alike."""
 
     def __init__(self, many: ManySteps, how: Pipelining, request: PlanRequest) -> None:
         goals, self._workload = request.goals, request.workload
@@ -381,7 +381,7 @@ class _Curves:
         ]
 
     def option(self, candidate: Candidate, number: int, room: Capacity) -> ScreenedCandidate:
-        """A candidate of a structure."""
+        """The screened candidate of a structure."""
         at = slice(self._ends[number - 1] if number else 0, self._ends[number])
         prefill, num_seqs = self._prefill, self._num_seqs[at]
         prompts = Prompts(
@@ -409,7 +409,7 @@ class _Curves:
 
 
 def _numbers_up_to(most: int) -> Ints:
-    """Descending by halves, at most `_MOST_BATCHES`; returned ascending."""
+    """Numbers of sequences up to `most`: by halves, at most `_MOST_BATCHES`, ascending."""
     numbers: list[int] = []
     while most >= 1 and len(numbers) < _MOST_BATCHES:
         numbers.append(most)

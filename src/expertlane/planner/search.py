@@ -1,4 +1,4 @@
-"""Which deployment serves most tokens a second: all are screened, the best projected in full."""
+"""Search for the deployment with most tokens/s: all are screened, the best projected in full."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -37,8 +37,8 @@ class Finalist(ScreenedCandidate):
     Attributes:
         served: throughput by the formula over steps in full; or as simulated.
         formula: throughput by that formula.
-        option: as screened, at its best number of sequences.
-        in_full: the steps of the phases that it computes.
+        option: the screened candidate, at its best number of sequences.
+        in_full: steps in full of the phases that it computes.
         by_error: seconds of those steps at the low and high of each law's error, with other experts
             drawn, and with the most even and the most skewed popularity.
     """
@@ -59,15 +59,15 @@ class Finalist(ScreenedCandidate):
         return self.in_full[Phase.DECODE]
 
     def simulated(self, served: ThroughputCurve) -> "Finalist":
-        """As simulated; bounds get those of skew in its decode step.
+        """The finalist with simulated throughput, and bounds that include skew in its decode step.
 
         Args:
-            served: by its likely routing.
+            served: throughput simulated with the likely routing.
         """
         return replace(self, served=self.with_skew(served))
 
     def with_skew(self, served: ThroughputCurve) -> ThroughputCurve:
-        """What was simulated with it as the pool that decodes, with bounds of skew."""
+        """Simulated throughput of it as the decode pool, with bounds that include skew."""
         even_s, uneven_s = self.by_error[Phase.DECODE].get((_SKEW, ()), (None, None))
         if even_s is None or uneven_s is None:
             return served
@@ -87,14 +87,14 @@ _NUM_REDRAWN = 2
 
 @dataclass(frozen=True, eq=False)
 class OnePool:
-    """What was found for one pool of all devices.
+    """Search results for one pool of all devices.
 
     Attributes:
-        options: all that fit, in the order of candidates; then those with prefill of their own.
+        options: all candidates that fit, in order; then those with a prefill form of their own.
         finalists: by tokens a second, the best first; all keep the limits.
-        num_candidates, num_too_large: of all, and those that do not fit.
-        num_simulated: request by request.
-        num_open: not simulated, though they may have more tokens a second than the best.
+        num_candidates, num_too_large: number of candidates, and of those that do not fit.
+        num_simulated: options simulated request by request.
+        num_open: options not simulated that may have more tokens/s than the best.
     """
 
     options: Sequence[ScreenedCandidate]
@@ -106,7 +106,7 @@ class OnePool:
 
 
 def _with_skews(step: StepsRecord, likely_s: Sequence[float]) -> StepsRecord:
-    """The step with bounds that also hold the times of the least and of the most skew."""
+    """The step with bounds that include the times at the least and at the most skew."""
     value, (low, wall_s, high) = step.round_s.value, step.wall_s.bounds
     factors = [1.0, *(each / value for each in likely_s)]
     wider = Estimate(wall_s, low * min(factors), high * max(factors))
@@ -114,14 +114,14 @@ def _with_skews(step: StepsRecord, likely_s: Sequence[float]) -> StepsRecord:
 
 
 def unseen(num: int) -> None:
-    """Progress that nobody watches."""
+    """Progress callback that does nothing."""
 
 
 class Search:
     """Plans deployments of a model on a cluster.
 
     Args:
-        known: by other searches on parts of it.
+        known: results of other searches on parts of the cluster.
         are_pools: candidates are pools, for prefill or for decode.
 
     Raises:
@@ -164,11 +164,11 @@ class Search:
         advance: Callable[[int], None] = unseen,
         candidates: Sequence[Candidate] | None = None,
     ) -> list[Screened]:
-        """Candidates by the formula.
+        """Screen candidates by the formula.
 
         Args:
             advance: called with a number of candidates that are done.
-            candidates: some; None for all.
+            candidates: the ones to screen; None for all.
 
         Raises:
             UserError: no layout of so many devices is valid for the model.
@@ -186,7 +186,7 @@ class Search:
         return screen.run(candidates, advance)
 
     def options(self, screened: Sequence[Screened]) -> list[ScreenedCandidate]:
-        """Those that fit, and further ones with prefill of their own; that the engine runs.
+        """Options that fit and that the engine runs, also with a prefill form of their own.
 
         Raises:
             UserError: nothing fits, or nothing that the engine runs.
@@ -214,7 +214,7 @@ class Search:
         """An option projected in full, at its best number of sequences; it may then miss a limit.
 
         Args:
-            phases: those that it computes; other steps stay as screened.
+            phases: phases that it computes; other steps stay as screened.
         """
         assert option.place is not None, "it meets the limits as screened"
         setting = self.request.setting
@@ -253,13 +253,13 @@ class Search:
         return Finalist(**known, formula=served, option=option, in_full=in_full, by_error=by_error)
 
     def timelines(self, finalist: Finalist) -> dict[Phase, StepTimeline]:
-        """What every rank does when, in the steps that it was projected by."""
+        """Timelines of all ranks in the steps that it was projected by."""
         projector, sizes = self._projected(finalist.option, self.request.setting)
         return {phase: projector.timeline(size) for phase, size in sizes.items()}
 
     @cached_property
     def _redrawn(self) -> Sequence[PowerLawRouting]:
-        """Other draws of the experts that tokens choose; none of a trace, which is as it is."""
+        """Other draws of the power-law routing; none of a trace."""
         routing = self.request.setting.routing
         return routing.redrawn(_NUM_REDRAWN) if isinstance(routing, PowerLawRouting) else []
 
@@ -273,7 +273,7 @@ class Search:
     def _projected(
         self, option: ScreenedCandidate, setting: Setting
     ) -> tuple[Projector, dict[Phase, StepSize]]:
-        """What projects it in full, and its steps at its best number of sequences."""
+        """A projector for the option, and its steps at its best number of sequences."""
         request, prompts = self.request, option.steps.prompts
         num, new, cached = option.steps.num_prompts, prompts.num_new, prompts.num_cached
         layout, options, num_drafts = option.candidate
@@ -300,10 +300,10 @@ class Search:
         )
 
     def missed(self, nearest: ScreenedCandidate, served: ThroughputCurve) -> str:
-        """What to say where nothing keeps the limits: which limits, and who comes nearest.
+        """The error text where nothing keeps the limits: which ones, and the nearest deployment.
 
         Args:
-            served: by the nearest; place 0.
+            served: throughput of the nearest; place 0.
         """
         misses: list[str] = []
         keeps: list[str] = []

@@ -40,10 +40,10 @@ _NUM_TOLD = 5  # options that are shown, the best with EP, without, and of each 
 # searching.
 _GAIN, _TOLD_GAIN, _SOUGHT_GAIN = 0.005, 0.05, 0.1
 _MOST_OF_LAYOUT = 2
-_LEAST_SHARE = 0.5  # of the most tokens/s: options below it get no trial and no row
-_MOST_RANKS = 1024  # of a replica: a step tells what each pair of a stage's ranks exchanges
-_MOST_REPLICAS = 16  # of both pools
-_NUM_NEAREST = 6  # of those that break a limit as screened
+_LEAST_SHARE = 0.5  # of the most tokens/s: options below this share get no trial and no row
+_MOST_RANKS = 1024  # ranks of a replica: a step counts what each pair of a stage's ranks exchanges
+_MOST_REPLICAS = 16  # replicas of both pools together
+_NUM_NEAREST = 6  # options simulated of those that break a limit as screened
 
 
 def simulate(
@@ -103,7 +103,7 @@ def divide_alike(prefill: Layout, decode: Layout) -> bool:
 
 
 class _Served(NamedTuple):
-    """A pool that decodes, and sequences of a data-parallel rank at most."""
+    """A decode pool, and the most sequences of a data-parallel rank."""
 
     layout: Layout
     options: Options
@@ -112,7 +112,7 @@ class _Served(NamedTuple):
 
     @classmethod
     def by(cls, option: ScreenedCandidate, request: PlanRequest) -> "_Served":
-        """An option with places for the number of sequences that it was planned with."""
+        """The option, with places for the number of sequences that it was planned with."""
         places = option.candidate.layout.places_of_rank(option.num_seqs, request.num_asked)
         return cls(*option.candidate, places)
 
@@ -193,7 +193,7 @@ class Simulations:
 
 
 class Race:
-    """Simulates the options that may be the best, in order of expected tokens/s.
+    """Simulates options that may be the best, in order of expected tokens/s.
 
     First the best screened of each family, unless it is far behind. Then, in each group (all, with
     EP, without, each engine's), the options that may beat the group's best.
@@ -229,7 +229,7 @@ class Race:
         self._waiting = sorted(able, key=lambda pair: -pair[0])
 
     def result(self) -> Simulations:
-        """All of it."""
+        """The simulations' results."""
         self._start_families()
         self._settle(_anything)
         for group in self._groups:
@@ -429,7 +429,7 @@ def in_full(
 
 
 def too_many_ranks(request: PlanRequest) -> str:
-    """Why none can be simulated."""
+    """The error text where every replica has too many ranks to be simulated."""
     return (
         f"{request.model.name} fits {request.cluster} with replicas of more than {_MOST_RANKS:,} "
         f"ranks alone, and those are not simulated; take float8, shorter sequences or devices with "
@@ -440,7 +440,7 @@ def too_many_ranks(request: PlanRequest) -> str:
 def nearest_simulated(
     options: Sequence[ScreenedCandidate], request: PlanRequest, run: Run
 ) -> list[Trials]:
-    """Those that come nearest to the limits as screened, one of each layout, simulated."""
+    """Simulated trials of the screened options nearest to the limits, one of each layout."""
     goals = request.goals
     breaches = [float(each.served.breach(goals).min()) for each in options]
     nearest: dict[object, ScreenedCandidate] = {}

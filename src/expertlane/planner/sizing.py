@@ -1,4 +1,4 @@
-"""Devices that a load needs: the smallest cluster whose plan serves all of it.
+"""Sizing: the smallest cluster whose plan serves all of a load.
 
 The screened throughput of one pool proposes a number, and plans around it settle it by bisection:
 more devices never serve less.
@@ -25,7 +25,7 @@ class Sized:
     """The smallest cluster's plan.
 
     Attributes:
-        fewer: the next smaller cluster and what it serves; 0 devices where there is none.
+        fewer: the next smaller cluster, with the part of the load it serves; 0 devices for none.
     """
 
     plan: Plan
@@ -117,7 +117,7 @@ class _Sizing:
         return high
 
     def _screened(self, place: int) -> float:
-        """Concurrent requests, or requests/s, within the limits by the formula.
+        """Concurrent requests, or requests/s, within the limits as screened.
 
         -1 where the model does not fit.
         """
@@ -136,7 +136,7 @@ class _Sizing:
         return served.num_served >= self._wanted
 
     def _served(self, place: int) -> ServedLoad:
-        """What the plan on a size serves within the limits."""
+        """The part of the load that the plan on a size serves within the limits."""
         num = self._sizes[place]
         if num not in self._plans:
             try:

@@ -24,12 +24,12 @@ from expertlane.spec.workload import Workload
 
 
 class Prompts(NamedTuple):
-    """What a data-parallel rank computes in a prefill step, or a round of rotating ones.
+    """Prompts in a data-parallel rank's prefill step, or in a round of rotating ones.
 
     Attributes:
         num_seqs: prompts, or one chunk of one in each step in flight.
-        num_new, num_cached: tokens of each, and those before them.
-        num_steps: that a prompt takes.
+        num_new, num_cached: new tokens of each, and cached ones before them.
+        num_steps: steps that a prompt takes.
         length: tokens of a prompt that are computed, in all steps.
     """
 
@@ -48,11 +48,11 @@ class Steps:
         num_seqs: [N]; sequences in a decode step, over the whole system.
         decode_s: [3, N].
         prefill_s: [3]; one step, of `prompts` on each data-parallel rank.
-        most_seqs: that are there at once, over the whole system; fewer than data-parallel ranks
-            leave some idle.
+        most_seqs: sequences that are there at once, over the whole system; fewer than
+            data-parallel ranks leave some idle.
         alone_s: [3]; what a prompt adds to a replica's steps if no other rank computes any.
         tokens_per_step: [3]; of a decoding sequence, more than one where drafts are accepted.
-        prompt_wait_steps: as of `schedule.request.Limits`.
+        prompt_wait_steps: see `schedule.request.Limits`.
     """
 
     layout: Layout
@@ -67,7 +67,7 @@ class Steps:
 
     @property
     def batched_s(self) -> Floats:
-        """[3]; of a prompt where all data-parallel ranks compute as many."""
+        """[3]; seconds of a prompt where all data-parallel ranks compute equally many."""
         seconds: Floats = self.prefill_s * (self.prompts.num_steps / self.prompts.num_seqs)
         return seconds
 
@@ -89,13 +89,13 @@ class Steps:
 
     @property
     def token_s(self) -> Floats:
-        """[3, N]; of decoding, for a token of every sequence."""
+        """[3, N]; seconds of decoding per token of every sequence."""
         seconds: Floats = self.decode_s / self.tokens_per_step[:, None]
         return seconds
 
     @property
     def prefill_tps(self) -> Floats:
-        """[3]; computed prompt tokens/s while nothing is decoded; of the low time first."""
+        """[3]; computed prompt tokens/s while nothing is decoded, at the low time first."""
         tps: Floats = self.num_prompts * self.prompts.num_new / self.prefill_s
         return tps
 
@@ -126,14 +126,14 @@ class ThroughputCurve:
         return int(np.where(keeps, self.tps[LIKELY], -1).argmax()) if keeps.any() else None
 
     def breach(self, goals: Goals) -> Floats:
-        """[N]; by what factor the worst limit is missed; 1 or less where all are kept."""
+        """[N]; factor by which the worst limit is missed; 1 or less where all are kept."""
         if self.slos is None:
             return breach(goals, self.tpot_s, self.ttft_s)
         return np.array([max((each.excess for each in self.slos), default=0.0)])
 
 
 def breach(goals: Goals, tpot_s: Floats, ttft_s: Floats) -> Floats:
-    """[P]; by what factor the worse limit is missed; 1 or less where both are kept.
+    """[P]; factor by which the worse limit is missed; 1 or less where both are kept.
 
     Args:
         tpot_s, ttft_s: [3, P].
@@ -151,7 +151,7 @@ def one_pool(
     """The curve of one pool that computes prompts and decodes.
 
     Args:
-        arriving: as `Steps.arriving` says, where that is known.
+        arriving: from `Steps.arriving`, if already known.
     """
     tps, tpot_s, ttft_s = together(
         steps.num_seqs,
@@ -165,13 +165,13 @@ def one_pool(
 
 
 class Arriving(NamedTuple):
-    """Prompts that come by themselves, one whenever a request ends; [3, P] or [1, P] each.
+    """Prompts that arrive one by one, whenever a request ends; [3, P] or [1, P] each.
 
     Attributes:
-        of_rank: of a data-parallel rank in a decode step, on average.
-        most: of the rank that has most in a step, on average over steps: all wait for it.
-        share: of data-parallel ranks with a prompt in a step that has any.
-        held_steps: that a prompt waits for those of other ranks.
+        of_rank: mean prompts of a data-parallel rank in a decode step.
+        most: mean over steps of the most prompts of any rank: all wait for that one.
+        share: share of data-parallel ranks with a prompt, in a step that has any.
+        held_steps: steps that a prompt waits for those of other ranks.
     """
 
     of_rank: Floats
@@ -189,19 +189,19 @@ class Arriving(NamedTuple):
         workload: Workload,
         prompt_wait_steps: int = 0,
     ) -> "Arriving":
-        """Those of P numbers of sequences.
+        """Arrivals at P numbers of sequences.
 
         Prompts that are held back until every rank has one come once in so many steps, one to a
         rank, or as many as have come when the wait is over.
 
         Args:
             num_seqs, replicas, dp: [P].
-            prompt_wait_steps: as of `schedule.request.Limits`.
+            prompt_wait_steps: see `schedule.request.Limits`.
         """
         tokens = tokens_per_step[:, None]
         if (tokens == tokens[0]).all():
             tokens = tokens[:1]
-        num_ranks: Ints = np.clip(-(-num_seqs // replicas), 1, dp)  # those that have sequences
+        num_ranks: Ints = np.clip(-(-num_seqs // replicas), 1, dp)  # ranks that have sequences
         of_rank = num_seqs / (replicas * num_ranks * workload.output_len) * tokens
         most, share = _most_of(of_rank, num_ranks), np.minimum(of_rank, 1.0)
         if not prompt_wait_steps:
@@ -213,12 +213,12 @@ class Arriving(NamedTuple):
         return cls(of_rank, most, np.where(is_held, gathered, share), held_steps)
 
 
-_MOST_COUNTED = 12.0  # of a Poisson variable's mean, beyond which it is taken to be normal
+_MOST_COUNTED = 12.0  # means of Poisson variables above this are taken to be normal
 _NUM_TERMS = 32
 
 
 def _most_of(mean: Floats, num: Ints) -> Floats:
-    """Of the largest of so many independent Poisson variables, the mean; about, where many."""
+    """Mean of the largest of `num` independent Poisson variables; approximate where large."""
     few = np.minimum(mean, _MOST_COUNTED)
     chance: Floats = np.exp(-few)
     below: Floats = chance.copy()
@@ -251,7 +251,7 @@ def together(
 
     Args:
         num_seqs: [P]; over the whole system.
-        decode_s, token_s, batched_s, alone_s: [3, P]; as `Steps` has them.
+        decode_s, token_s, batched_s, alone_s: [3, P]; as in `Steps`.
     """
     share = arriving.share
     prompt_s = share * batched_s + (1 - share) * alone_s
@@ -269,7 +269,7 @@ def two_pools(
     transfer_s: Floats,
     workload: Workload,
 ) -> ThroughputCurve:
-    """A pool for prompts, and one for the rest.
+    """The curve of a prefill pool and a decode pool.
 
     No more sequences are in both together than the workload has, or than have a place to decode or
     are computed before: while a prompt is computed and travels, its sequence is not decoded.
@@ -302,10 +302,10 @@ _MOST_BUSY = 0.95  # a queue that is never empty has no mean wait; admission kee
 
 
 def _prompt_s(steps: Steps, busy: Floats) -> Floats:
-    """[3, N]; a prompt's own steps and its wait: M/D/1, a server for each data-parallel rank.
+    """[3, N]; seconds of a prompt and its wait: M/D/1, one server for each data-parallel rank.
 
     Args:
-        busy: [3, N]; the share of the time in which prompts are computed.
+        busy: [3, N]; share of time in which prompts are computed.
     """
     own_s = steps.prompts.length * steps.num_caches / steps.prefill_tps[:, None]
     whole: Floats = own_s * busy / (2 * (1 - busy))

@@ -1,4 +1,4 @@
-"""Which plans tie: those whose ratio may be 1, once what both share has cancelled.
+"""Ties of plans: those whose ratio may be 1, once what both share has cancelled.
 
 The bounds of one plan have all laws low together, or all high, and most of that two plans share: a
 slow driver is as slow for both. So each error of a law (`cost.by_law`) is moved to its low and to
@@ -34,7 +34,7 @@ _ACCEPTANCE: LawError = ("acceptance of drafts", ())
 
 @dataclass(frozen=True)
 class Uncertain:
-    """A positive number, and what it becomes at the low and at the high of each error.
+    """A positive number, and its values at the low and at the high of each error.
 
     An error that is not named leaves it as it is.
     """
@@ -43,7 +43,7 @@ class Uncertain:
     by_error: Mapping[LawError, tuple[float, float]]
 
     def scaled(self, factor: float) -> "Uncertain":
-        """So many times as much, with the same errors."""
+        """The number times a factor, with the same errors."""
         by_error = {error: (a * factor, b * factor) for error, (a, b) in self.by_error.items()}
         return Uncertain(self.value * factor, by_error)
 
@@ -79,7 +79,7 @@ class Uncertain:
         return found
 
     def ties(self, other: "Uncertain") -> bool:
-        """Whether the ratio may be 1."""
+        """True if 1 is within the ratio's bounds."""
         low, _, high = self.over(other).bounds
         return low <= 1 <= high
 
@@ -94,10 +94,10 @@ def _log_ratio(moved: float, value: float) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """A plan as it is ranked.
+    """A plan in the ranking.
 
     Attributes:
-        at_rate: how it serves an open load at its rate; None for a closed load.
+        at_rate: record of an open load served at its rate; None for a closed load.
     """
 
     finalist: Finalist
@@ -110,7 +110,7 @@ class Contender:
 
 
 def contender(finalist: Finalist, workload: Workload) -> Contender:
-    """A deployment of one pool: what the formula makes of each error, as simulated."""
+    """A deployment of one pool: simulated tokens/s, moved by each error as the formula says."""
     errors = _errors_of(finalist)
     tps = _uncertain(one_pool(_moved(finalist, errors), workload), errors)
     simulated, formula = finalist.served, finalist.formula
@@ -119,7 +119,7 @@ def contender(finalist: Finalist, workload: Workload) -> Contender:
 
 
 def pools_tps(pools: TwoPools, workload: Workload) -> Uncertain:
-    """Output tokens/s of disaggregated pools: what the formula makes of errors, as simulated."""
+    """Simulated tokens/s of disaggregated pools, moved by each error as the formula says."""
     prefill, decode = pools.prefill, pools.decode
     errors = list(dict.fromkeys([_KV_TRANSFER, *_errors_of(prefill), *_errors_of(decode)]))
     at = np.full(1 + 2 * len(errors), pools.transfer_s[LIKELY])
@@ -181,7 +181,7 @@ class Ranking:
 
     Attributes:
         num_tied: length of the tie for most tokens/s at the front.
-        by: what decided among them; None without a tie.
+        by: criterion that decided among them; None without a tie.
     """
 
     contenders: Sequence[Contender]
@@ -190,7 +190,7 @@ class Ranking:
 
     @property
     def chosen(self) -> Contender:
-        """The first."""
+        """The first contender."""
         return self.contenders[0]
 
     @property
@@ -200,7 +200,7 @@ class Ranking:
 
     @property
     def spread(self) -> float:
-        """How far the least of those that tie is below the most tokens a second; a share."""
+        """Gap of the least of those that tie to the most tokens/s; a share."""
         tps = [each.tps.value for each in self.tied]
         return 1 - min(tps) / max(tps)
 

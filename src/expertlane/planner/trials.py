@@ -1,4 +1,4 @@
-"""An option at several numbers of sequences, simulated until as many as the limits allow are found.
+"""Trials of an option: simulated at several numbers of sequences, up to the most within limits.
 
 The formula proposes a number; what a simulation has beyond the formula corrects it; between one
 that keeps the limits and one that does not lies the next.
@@ -17,7 +17,7 @@ from expertlane.simulator.watch import Precision
 
 _MOST_TRIALS = 8  # numbers of sequences to simulate of an option
 _CLOSE = 0.96  # of a number that misses the limits: the most to try next while none meets them
-_AIM = 0.99  # of a limit
+_AIM = 0.99  # share of a limit to aim at
 _FLATTEST, _STEEP = 0.02, 3.0  # slopes of TPOT over sequences, in logarithms; one over a slope
 _APART = 1.05  # least ratio of two numbers of sequences that a slope is taken from
 _NEAR, _STEP = 0.97, 1.1  # of a limit; times as many sequences to try where that is further
@@ -29,15 +29,15 @@ class SimulatedCandidate(ScreenedCandidate):
     """A candidate that was simulated, at one number of sequences; `place` is 0.
 
     Attributes:
-        served: as simulated.
-        option: as screened.
+        served: throughput as simulated.
+        option: the candidate as screened.
     """
 
     option: ScreenedCandidate
 
     @property
     def num_seqs(self) -> int:
-        """Running at once, over the whole system."""
+        """Sequences that run at once, over the whole system."""
         return self.option.num_seqs
 
     def breach(self, goals: Goals) -> float:
@@ -50,7 +50,7 @@ class SimulatedCandidate(ScreenedCandidate):
 
     @classmethod
     def of(cls, option: ScreenedCandidate, served: ThroughputCurve) -> "SimulatedCandidate":
-        """An option with what its simulation gave."""
+        """A screened option with its simulated throughput."""
         return cls(**vars(option) | {"served": served, "place": 0, "option": option})
 
 
@@ -99,7 +99,7 @@ class Trials:
 
     @property
     def best(self) -> SimulatedCandidate | None:
-        """The one with most tokens/s that meets the limits, else the nearest to them."""
+        """The trial with most tokens/s that meets the limits, else the nearest to them."""
         kept = [each for each in self.found if each.keeps(self._goals)]
         if kept:
             return max(kept, key=lambda each: each.tps)

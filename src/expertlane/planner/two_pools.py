@@ -1,4 +1,4 @@
-"""Prefill and decode on disjoint devices: how to part them, and what each pool should run."""
+"""Prefill and decode on disjoint devices: the split of devices, and each pool's deployment."""
 
 import heapq
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,15 +25,15 @@ from expertlane.simulator.steady import PrefillRates
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.names import EngineName, Phase
 
-_PARTS = 4  # of a cluster of one node, of which some prefill
-_MOST_NODES = 16  # of which any number may prefill
-_MOST_PARTS = 8  # of a cluster of more, each of whole nodes
+_PARTS = 4  # parts that a cluster of one node is cut into
+_MOST_NODES = 16  # up to so many, a cluster may be split at any node
+_MOST_PARTS = 8  # parts that a larger cluster is cut into at most, each of whole nodes
 _MOST_EXHAUSTIVE = 128  # devices, up to which pools take any layout
 _NUM_SHAPES = 48  # for prefill, and for each number of sequences for decode
-_NUM_PREFILL, _NUM_DECODE = 4, 12  # of each pool, the best by themselves are tried together
+_NUM_PREFILL, _NUM_DECODE = 4, 12  # best options of each pool that are combined
 _MOST_TRIED = 6  # pairs that are simulated
 _MOST_WORSE = 2  # splits in a row that are no better, before those further on are left out
-_FEWER = 0.97  # of the sequences that broke a limit, at most, in the next trial
+_FEWER = 0.97  # share of the sequences that broke a limit, at most, in the next trial
 _SLACK = 1.05  # a smaller pool has at most so many times the tokens a second of a larger one
 
 
@@ -42,10 +42,10 @@ class TwoPools:
     """Two deployments side by side, at one number of running sequences.
 
     Attributes:
-        prefill, decode: what each pool runs.
-        transfer_s: [3]; of a prompt's keys and values from one to the other.
-        served: as simulated; place 0.
-        at_rate: how they serve an open load at its rate; None for a closed load.
+        prefill, decode: the deployment of each pool.
+        transfer_s: [3]; seconds of a prompt's KV transfer.
+        served: throughput as simulated; place 0.
+        at_rate: record of an open load served at its rate; None for a closed load.
     """
 
     prefill: Finalist
@@ -57,7 +57,7 @@ class TwoPools:
 
 @dataclass(frozen=True, eq=False)
 class _Pair:
-    """As screened; `decode` at its number of sequences."""
+    """A pair of pools as screened; `decode` at its number of sequences."""
 
     sizes: tuple[int, int]
     prefill: ScreenedCandidate
@@ -69,8 +69,8 @@ class TwoPoolSearch:
     """Plans disaggregated pools on a cluster.
 
     Args:
-        known: by a search for one pool.
-        shapes: found by it; of large clusters, the best replicas of these alone are tried.
+        known: results of a search for one pool.
+        shapes: options of that search; on large clusters only their best replicas are tried.
     """
 
     def __init__(
@@ -156,7 +156,7 @@ class TwoPoolSearch:
         return found
 
     def _likeliest(self, shapes: Sequence[ScreenedCandidate]) -> int:
-        """The place of the split at which both pools are as fast, by those of one pool.
+        """Index of the split with both pools equally fast, estimated from one pool's options.
 
         Args:
             shapes: screened; the middle where there are none.
@@ -167,7 +167,7 @@ class TwoPoolSearch:
         return min(range(len(self._splits)), key=lambda place: abs(self._splits[place][0] - wanted))
 
     def _feed_tps(self, option: ScreenedCandidate) -> float:
-        """Output tokens a second that its prefill is enough for."""
+        """Output tokens/s that its prefill keeps up with."""
         workload = self._request.workload
         prefill_tps = float(option.steps.prefill_tps[LIKELY])
         return prefill_tps / option.steps.prompts.length * workload.output_len
@@ -184,7 +184,7 @@ class TwoPoolSearch:
         advance(1)
 
     def _may_be_better(self, place: int, step: int) -> bool:
-        """Whether a split beside one that was screened may be better than all that were.
+        """True if a split beside a screened one may be better than all screened ones.
 
         Args:
             step: 1 where it has more devices for prefill, so fewer that decode; else -1.
@@ -200,16 +200,16 @@ class TwoPoolSearch:
 
     @property
     def _best_tps(self) -> float:
-        """Of all pairs that were found; 0 where there are none."""
+        """Tokens/s of the best pair so far; 0 without any."""
         return max((pair.tps for pairs in self._found.values() for pair in pairs), default=0.0)
 
     def _pairs_of(self, places: Sequence[int]) -> list[_Pair]:
-        """Of splits that were screened, the best first."""
+        """Pairs of some screened splits, the best first."""
         found = (pair for place in places for pair in self._found[place])
         return sorted(found, key=lambda pair: -pair.tps)
 
     def _has_any(self, size: int) -> bool:
-        """Whether any deployment has so many devices."""
+        """True if any deployment has so many devices."""
         return bool(self._searches[size].candidates)
 
     def best(self, engine: EngineName, most: int) -> TwoPools | NoPools:
@@ -227,7 +227,7 @@ class TwoPoolSearch:
     def _of_roles(
         self, sizes: tuple[int, int], engine: EngineName | None
     ) -> list[list[ScreenedCandidate]]:
-        """What pools of these sizes may run for prefill, and for decode."""
+        """Options of pools of these sizes for prefill, and for decode."""
         options = [self._options[size] for size in sizes]
         if engine is None:
             return options
@@ -338,7 +338,7 @@ class TwoPoolSearch:
         return TwoPools(prefill, decode, transfer_s, decode.with_skew(simulated), at_rate)
 
     def _transfer_s(self, prefill: Layout, decode: Layout) -> Floats:
-        """[3]; of a prompt's keys and values."""
+        """[3]; seconds of a prompt's KV transfer."""
         transfers = KVTransfers(
             self._request.model,
             self._request.setting.types,
@@ -393,7 +393,7 @@ def _most_within(option: ScreenedCandidate, goals: Goals, factor: float = 1.0) -
     """Sequences that a pool may decode within the limit of TPOT, one at least.
 
     Args:
-        factor: of a step's time over what the formula says.
+        factor: factor of a step's time over the formula's.
     """
     limit = goals.of_means[0] or np.inf
     return max(
@@ -402,7 +402,7 @@ def _most_within(option: ScreenedCandidate, goals: Goals, factor: float = 1.0) -
 
 
 def _decode_tps(option: ScreenedCandidate, goals: Goals) -> float:
-    """The most tokens a second of decoding alone within the limit of TPOT."""
+    """The most decoded tokens/s within the limit of TPOT, without prefill."""
     step_s = option.steps.token_s[LIKELY]
     limit = goals.of_means[0] or np.inf
     tps = np.where(step_s <= limit, option.steps.num_seqs / step_s, 0)
@@ -427,7 +427,7 @@ def _best_shapes(screened: Sequence[ScreenedCandidate], goals: Goals) -> list[Ca
 
 
 def _decode_tps_at(halvings: int, option: ScreenedCandidate) -> float:
-    """Tokens a second of decoding alone, the number of sequences halved so many times."""
+    """Decoded tokens/s, without prefill, with the number of sequences halved so many times."""
     place = len(option.steps.num_seqs) - 1 - halvings
     if place < 0:
         return 0.0
@@ -435,7 +435,7 @@ def _decode_tps_at(halvings: int, option: ScreenedCandidate) -> float:
 
 
 def _of_size(candidates: Sequence[Candidate], num_devices: int) -> list[Candidate]:
-    """The same replicas, as many as so many devices hold."""
+    """Candidates with as many of the same replicas as `num_devices` hold exactly."""
     return [
         each._replace(layout=replace(each.layout, replicas=num_devices // size))
         for each in candidates
@@ -444,7 +444,7 @@ def _of_size(candidates: Sequence[Candidate], num_devices: int) -> list[Candidat
 
 
 def _prefill_sizes(num_devices: int, per_node: int) -> set[int]:
-    """How many devices may prefill: whole nodes; of one node, parts."""
+    """Numbers of devices for prefill: whole nodes; parts of one node."""
     if num_devices < 2 * per_node or num_devices % per_node:
         return {part * num_devices // _PARTS for part in range(1, _PARTS)} - {0}
     num_nodes = num_devices // per_node

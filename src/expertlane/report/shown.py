@@ -28,7 +28,7 @@ _WIDTH = 80
 
 
 def answer_text(answer: Answer) -> str:
-    """What a terminal of 80 columns shows."""
+    """The answer as a terminal of 80 columns shows it."""
     stream = io.StringIO()
     console = Console(
         file=stream, width=_WIDTH, color_system=None, markup=False, emoji=False, highlight=False
@@ -80,7 +80,7 @@ def _table(table: Table) -> str:
 
 
 class _Shown:
-    """What has a report: it prints as its answer."""
+    """Something that has a report: it prints as its answer."""
 
     def _report(self) -> Report:
         raise NotImplementedError
@@ -104,7 +104,7 @@ class Page:
     """The page of a report; a notebook shows it in a frame.
 
     Attributes:
-        html: the whole of it, for a browser; works offline.
+        html: the whole page, which works offline.
     """
 
     html: str
@@ -126,7 +126,7 @@ class Results(Schema, _Shown):
 
     @classmethod
     def of(cls, results: Schema) -> "Results":
-        """The same, able to show itself."""
+        """The results, with display in notebooks."""
         return cls(**{each.name: getattr(results, each.name) for each in fields(Schema)})
 
     def _report(self) -> Report:
@@ -174,11 +174,11 @@ class Results(Schema, _Shown):
 
 @dataclass(frozen=True)
 class Difference(diff.Difference, _Shown):
-    """What changed from A to B; `regressions` is empty where nothing that both have got worse."""
+    """Changes from A to B; `regressions` is empty where no common metric got worse."""
 
     @classmethod
     def of(cls, found: diff.Difference) -> "Difference":
-        """The same, able to show itself."""
+        """The difference, with display in notebooks."""
         return cls(**{each.name: getattr(found, each.name) for each in fields(found)})
 
     def _report(self) -> Report:

@@ -30,7 +30,7 @@ class _Flight(NamedTuple):
 
 
 class StepsInFlight:
-    """What each step in flight computes of which table, and how many each replica has.
+    """Steps in flight: the rows and batch of each table, and their number by replica.
 
     Attributes:
         num: [replicas].
@@ -57,12 +57,12 @@ class StepsInFlight:
         return self._flights.pop(plan.step).of_tables
 
     def has_phase(self, replica: int, phase: Phase) -> bool:
-        """Whether a replica has a step of a phase in flight."""
+        """True if a replica has a step of a phase in flight."""
         flights = self._flights.values()
         return any(each.replica == replica and each.phase is phase for each in flights)
 
     def lose(self, kept: Iterable[StepPlan], lost: Iterable[RunningTable]) -> None:
-        """Keep some steps alone, without what they compute of tables that are lost."""
+        """Keep only some steps, without their rows of tables that are lost."""
         gone = set(map(id, lost))
         flights, self._flights = self._flights, {}
         self.num = [0] * len(self.num)
@@ -111,7 +111,7 @@ class ContinuousScheduler:
     Attributes:
         tables: [replicas][dp]; running requests and blocks.
         stepped: the requests that got a token in the step committed last.
-        failed: those that it ended in an error.
+        failed: requests that the step committed last ended in an error.
         num_preemptions, num_recovered: since the start, requests that lost their blocks to others,
             and with a rank.
     """
@@ -164,7 +164,7 @@ class ContinuousScheduler:
 
     @property
     def vocab_size(self) -> int:
-        """Of the model."""
+        """Size of the model's vocabulary."""
         return self._limits.vocab_size
 
     @property
@@ -185,7 +185,7 @@ class ContinuousScheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether any request is waiting or running, or a step in flight."""
+        """True if any request is waiting or running, or any step in flight."""
         return bool(self._requests or self._in_flight)
 
     def add(self, request: Request) -> None:
@@ -276,11 +276,11 @@ class ContinuousScheduler:
         given up; what it was to release, the next one of its replica does.
 
         Args:
-            caches: (replica, data-parallel rank) of each.
-            plans: of all steps in flight, in their order.
+            caches: (replica, data-parallel rank) of each lost cache.
+            plans: plans of all steps in flight, in their order.
 
         Returns:
-            Plans of the steps that are left, and how many requests begin again.
+            The plans that are left, and how many requests begin again.
         """
         lost: list[RunningTable] = []
         for replica, dp_rank in set(caches):
@@ -312,12 +312,12 @@ class ContinuousScheduler:
         Requests whose keys and values are not kept begin again, as if they were preempted.
 
         Args:
-            kept: by (replica, data-parallel rank) of the new layout, what it was in this one.
+            kept: by (replica, data-parallel rank) of the new layout, its place in this one.
                 What was one replica is one then.
             plans: of all steps in flight, in their order; none has a sequence of another rank.
 
         Returns:
-            The same steps in the new layout, and how many requests begin again.
+            The plans in the new layout, and how many requests begin again.
         """
         old = self.tables
         replicas, dp_ranks = range(layout.replicas), range(layout.dp)
@@ -346,7 +346,7 @@ class ContinuousScheduler:
         return moved, num_again
 
     def _give_up_tables(self, old: list[list[RunningTable]]) -> int:
-        """Let requests of tables that are in use no more begin again; gives how many these are."""
+        """Let requests of tables no longer in use begin again; return their number."""
         kept = set(map(id, chain.from_iterable(self.tables)))
         first = self.tables[0][0]
         num_again = 0
@@ -401,7 +401,7 @@ class ContinuousScheduler:
         return plan
 
     def _fill_with_one_phase(self, replica: int, drafts: list[BatchDraft]) -> None:
-        """Prompts as long as there are any to compute, else decodes once all prompts are done."""
+        """Add prompts while there are any to compute, else decodes once all prompts are done."""
         self._add_prompts(replica, drafts)
         if any(draft.num_prefills for draft in drafts):
             return
@@ -435,6 +435,6 @@ class ContinuousScheduler:
         )
 
     def _release(self, request: Request) -> None:
-        """Let the ranks of its replica forget how to sample it."""
+        """Have ranks drop a request's sampling state, with the next step of its replica."""
         if request.sampling is not None:
             self._released[request.replica].append(request.seq_id)

@@ -20,7 +20,7 @@ class Draws:
 
     Attributes:
         rng: random numbers for all but prompts.
-        lengths, prompts: of the load's requests.
+        lengths, prompts: drawn for the load's requests.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class Draws:
     def _steps_left(self, num_running: int) -> Ints:
         """[num_running]; steps until requests under way end, in random order.
 
-        So many end in a step as of many independent ones. The numbers are stratified: any
-        `STRATUM` steps have as nearly as can be the quiet and the crowded ones that they should.
+        As many end in a step as of that many independent requests. The numbers are stratified: any
+        `STRATUM` steps have nearly the right shares of quiet and of crowded ones.
         """
         ended: list[int] = []
         first, size = 1, self._precision.settling_steps
@@ -88,21 +88,21 @@ class Draws:
 
 
 class Prompts:
-    """Token ids of prompts; they matter only for the prefixes that prompts share.
+    """Token ids of prompts, which matter only for the prefixes that prompts share.
 
     Args:
-        seed: of the prefixes, and of which prompt has which.
+        seed: seed of the prefixes, and of the choice among them.
     """
 
     def __init__(self, shared: SharedPrefixes, vocab_size: int, seed: int) -> None:
         self._shared, self._vocab_size = shared, vocab_size
         self._rng = np.random.default_rng([seed, _OF_PROMPTS])
-        self._heads: dict[int, Ints] = {}  # of prefixes, which are zeros after them
-        self._digests: dict[int, list[bytes]] = {}  # of their blocks
+        self._heads: dict[int, Ints] = {}  # first blocks of prefixes; the rest of a prefix is zeros
+        self._digests: dict[int, list[bytes]] = {}  # digests of their blocks
         self._zeros = np.zeros(0, dtype=np.int64)
 
     def draw(self, num_tokens: int) -> Ints:
-        """A prompt of so many tokens; zeros where prompts share no prefix."""
+        """A prompt of `num_tokens`; zeros where prompts share no prefix."""
         shared = self._shared
         if not shared.num:
             if num_tokens > len(self._zeros):
@@ -120,7 +120,7 @@ class Prompts:
         Blocks older than all prefixes are left out: they are reused first, as blank ones are.
 
         Args:
-            of_each: blocks of a sequence that are its own.
+            of_each: blocks of a sequence that it does not share.
         """
         shared, latest_first = self._shared, list[bytes | None]()
         own: list[None] = [None] * round(of_each)
@@ -155,8 +155,8 @@ class Lengths:
     """Lengths of a load's requests, in tokens and in steps.
 
     Attributes:
-        mean_steps: that give a request a token.
-        most_steps: of the longest request, after its first token.
+        mean_steps: mean steps that give a request a token.
+        most_steps: steps of the longest request after its first token.
     """
 
     def __init__(self, load: Load, multi_token: MultiToken) -> None:
@@ -173,20 +173,20 @@ class Lengths:
         self._further = further[self._order]
 
     def draw(self, rng: np.random.Generator, least_steps: int = 0) -> tuple[int, int]:
-        """Lengths of a prompt and of an output that takes so many steps or more after a token."""
+        """Lengths of a prompt and of an output of at least `least_steps` after its first token."""
         first = int(np.searchsorted(self._further, least_steps))
         number = int(self._order[rng.integers(first, len(self._order))])
         low, high = self._prompts[number]
         return int(rng.integers(low, high + 1)), int(self._outputs[number])
 
     def chance_in(self, steps: Ints) -> Floats:
-        """[steps]; chance that a running request ends in each step."""
+        """[steps]; probability that a running request ends in each step."""
         longer = len(self._further) - np.searchsorted(self._further, steps)
         chance: Floats = longer / self._further.sum()
         return chance
 
     def left_of(self, rng: np.random.Generator, num: int) -> Ints:
-        """[num]; steps left of requests under way, evenly spread over what they can be."""
+        """[num]; steps left of running requests, evenly spread over their distribution."""
         chance = np.cumsum(self.chance_in(np.arange(1, self.most_steps + 1)))
         places = (rng.permutation(num) + 0.5) / num
         left: Ints = 1 + np.minimum(np.searchsorted(chance, places), self.most_steps - 1)

@@ -22,7 +22,7 @@ from expertlane.spec.workload import TimedRequest
 
 
 class Stepped(NamedTuple):
-    """A request that got a token, and when that step began and ended: [B] each."""
+    """A request that got a token, and the begin and end of that step: [B] each."""
 
     request: Request
     begin_s: Floats
@@ -30,7 +30,7 @@ class Stepped(NamedTuple):
 
 
 class Pool:
-    """A scheduler and a runner that serve what arrives."""
+    """A scheduler and a runner that serve requests as they arrive."""
 
     def __init__(self, scheduler: ContinuousScheduler, runner: CostRunner) -> None:
         self.scheduler = scheduler
@@ -40,25 +40,25 @@ class Pool:
         self._loop = DriveLoop(scheduler, runner)
 
     def deliver(self, request: Request, at_s: Floats) -> None:
-        """A request arrives at a moment [B]; it is added then, or when the step then ends."""
+        """Deliver a request at a moment [B]; it is added then, or when the step in flight ends."""
         entry = (float(at_s[self.runner.lead]), self._num_arrivals, at_s, request)
         heapq.heappush(self._inbox, entry)
         self._num_arrivals += 1
 
     @property
     def next_s(self) -> float | None:
-        """When something happens next; None if nothing will without a delivery."""
+        """Time of the next event; None if nothing happens without a delivery."""
         if handles := self._loop.next_handles:
             return min(float(handle.finished_s[self.runner.lead]) for handle in handles)
         return self._inbox[0][0] if self._inbox else None
 
     @property
     def num_in_flight(self) -> int:
-        """Steps under way."""
+        """Number of steps in flight."""
         return len(self._loop.uncommitted)
 
     def advance(self) -> list[Stepped]:
-        """Let the next thing happen: requests that got a token then."""
+        """Advance to the next event; return the requests that got a token."""
         stepped: list[Stepped] = []
         finished = self._loop.commit_next()
         if finished is None:
@@ -70,7 +70,7 @@ class Pool:
         return stepped
 
     def submit(self) -> None:
-        """Begin whatever steps can begin now."""
+        """Begin all steps that can begin now."""
         self._loop.submit()
 
     def _take_in(self) -> None:
@@ -89,7 +89,7 @@ def run_load(
     on_finished: Callable[[], None] = lambda: None,
     is_done: Callable[[Sequence[ServedRequest[Floats]]], bool] = lambda served: False,
 ) -> list[ServedRequest[Floats]]:
-    """Serve requests to their whole lengths; gives them in the order of `requests`.
+    """Serve requests to their whole lengths; return them in the order of `requests`.
 
     In two pools, keys and values of a request travel beside the pools' own work when its prompt is
     done, one request after the other from each data-parallel rank; until the decoding pool has room
@@ -100,9 +100,9 @@ def run_load(
     Args:
         requests: by due time.
         max_unfinished: a request waits while there are so many; then it is due when added.
-        apart: the pool of all tokens but the first, and how keys and values get there.
+        apart: the decode pool, and the KV transfers to it.
         on_finished: called for each request that is done.
-        is_done: told after each step what was served so far; true ends the load there.
+        is_done: called after each step with the requests served so far; True ends the load.
     """
     return _Serving(pool, apart, max_unfinished, on_finished, is_done).run(requests)
 
@@ -125,7 +125,7 @@ class _Serving:
         self._is_done = is_done
         self._free_s: dict[tuple[int, int], Floats] = {}  # by sender: replica and dp rank
         self._served: list[ServedRequest[Floats]] = []
-        self._moved: set[str] = set()  # of which no client has a token yet
+        self._moved: set[str] = set()  # requests of which no client has a token yet
         self._num_unfinished = 0
         self._last_due_s = 0.0
 
@@ -148,7 +148,7 @@ class _Serving:
         return self._served
 
     def _fill(self, waiting: Iterator[TimedRequest], now_s: Floats) -> None:
-        """Deliver what there is room for; in an open loop, up to one that is not due yet."""
+        """Deliver requests while there is room; in an open loop, those that are due."""
         most, lead_s = self._max_unfinished, float(now_s[self._prefill.runner.lead])
         while self._last_due_s <= lead_s if most is None else self._num_unfinished < most:
             wanted = next(waiting, None)

@@ -1,4 +1,4 @@
-"""From a simulated load to its record, and what that takes for granted."""
+"""Records of a simulated load, and its assumptions."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -64,13 +64,13 @@ def simulation(
     command: str,
     cautions: Sequence[str] = (),
 ) -> Results:
-    """All of `results.json`.
+    """The whole content of `results.json`.
 
     Args:
-        runs: of the same deployment, one for each load.
-        workload: what all loads share.
-        command: how a user repeats it.
-        cautions: what a reader must know of the numbers, in sentences.
+        runs: runs of the same deployment, one for each load.
+        workload: settings that all loads share.
+        command: command line that repeats it.
+        cautions: cautions for a reader of the numbers, in sentences.
     """
     simulator, _ = runs[0]
     cluster, setup = simulator.cluster, simulator.setup
@@ -107,7 +107,7 @@ def simulation(
 
 
 def best_run(runs: Sequence[Run], serving: Sequence[ServingRecord]) -> Run:
-    """The run of the best load, which alone is told in detail."""
+    """The run of the best load, the only one reported in detail."""
     return runs[serving.index(best_load(serving))]
 
 
@@ -131,7 +131,7 @@ def serving_of(simulator: Simulator, outcome: Outcome, slos: Sequence[SLO] = ())
 
 
 def _with_places(record: ServingRecord, outcome: Outcome) -> ServingRecord:
-    """The record with the wait for a place, of one pool; two pools have places of their own."""
+    """The record with the wait for a place; unchanged for two pools, each with its own."""
     running = outcome.num_parts * outcome.pools[0].totals.most_running
     batch, rate = record.batch, record.requests_per_s
     if len(outcome.pools) > 1 or batch is None or rate is None or running >= batch:
@@ -140,7 +140,7 @@ def _with_places(record: ServingRecord, outcome: Outcome) -> ServingRecord:
 
 
 def steady_record(record: ServingRecord, outcome: Outcome, load: Load) -> ServingRecord:
-    """What a stretch's requests tell, with the rates and means of the load itself."""
+    """A stretch's record, with the rates and means of the load itself."""
     rates = outcome.rates
     assert rates is not None, "of a steady state"
     prompt, output = load.mean_lens
@@ -181,7 +181,7 @@ def steady_record(record: ServingRecord, outcome: Outcome, load: Load) -> Servin
 
 
 def _main_basis(outcome: Outcome) -> str | None:
-    """What most of the time rests on (`Basis`); None where steps were not added up."""
+    """The evidence (`Basis`) of most of the time; None where steps were not added up."""
     if not any(pool.totals.phases for pool in outcome.pools):
         return None
     return list(Basis)[int(_facts(outcome).basis_s.argmax())].label
@@ -281,7 +281,7 @@ def _traffic(totals: PhaseTotals, median: StepRecord) -> TrafficRecord:
 
 
 def _assumptions(simulator: Simulator, routing: RoutingChoice) -> tuple[Assumption, ...]:
-    """The assumptions, in the order in which a reader would ask for them."""
+    """The assumptions, in the order of a reader's questions."""
     setup, cluster, execution = simulator.setup, simulator.cluster, simulator.execution
     rows = [
         (
@@ -339,7 +339,7 @@ def _assumptions(simulator: Simulator, routing: RoutingChoice) -> tuple[Assumpti
 
 
 def _schedule_of(setup: ServingSetup) -> str:
-    """Limits of a step, and when it computes prompts."""
+    """A step's limits, and when it computes prompts."""
     together = "together with decodes"
     if setup.phases_apart:
         together = "in steps of its own, before decodes"

@@ -26,7 +26,7 @@ from expertlane.spec.slo import SLO
 from expertlane.spec.tables import build
 
 POOLS = "pools"
-_CHOSEN = "chosen"  # what the plan recommends; of a comparison the first row
+_CHOSEN = "chosen"  # the recommendation of a plan; the first row of a comparison
 # Options that exclude each other: one that is given removes a row's values of the others.
 _LENGTHS = "prompt_len", "output_len"
 _SHARED = "prefix_len", "num_prefixes"
@@ -43,15 +43,15 @@ _INSTEAD: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A deployment and the load that it was given.
+    """A deployment and its load.
 
     Attributes:
-        layout, options: of the pool that decodes, where two serve.
+        layout, options: deployment of the pool that decodes, where two serve.
         num_seqs: sequences that run at once, over the whole system.
-        num_asked: concurrent requests that were asked for.
+        num_asked: concurrent requests asked for.
         rate: requests that arrive a second, of a plan for an open load; None for a closed one.
-        slos: limits that were asked for.
-        cautions: what a reader must know of the model, in sentences.
+        slos: limits asked for.
+        cautions: cautions about the model for a reader, in sentences.
     """
 
     model: ModelConfig
@@ -73,14 +73,14 @@ class Row:
     cautions: tuple[str, ...]
 
     def _lengths(self) -> dict[str, Any]:
-        """Options for the lengths that were asked for."""
+        """Options for the lengths of the load."""
         if (path := self.load.get("requests")) is not None:
             return {"requests": Path(path)}
         lengths = {name: str(self.load.get(name, self.workload[name])) for name in _LENGTHS}
         return lengths | {name: self.load[name] for name in _SHARED if name in self.load}
 
     def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The options of `simulate` that serve it again, by name.
+        """Options of `simulate`, by name, that serve it again.
 
         Args:
             given: options with other values; they, and options that they exclude, are left out.

@@ -1,4 +1,4 @@
-"""How a model is served on a modelled cluster: its pools, and what each runs with."""
+"""Pools of a model that is served on a modelled cluster, and their settings."""
 
 from dataclasses import dataclass, field, replace
 from math import gcd
@@ -22,15 +22,15 @@ from expertlane.spec.ranges import take_fields
 
 @dataclass(frozen=True)
 class ServingSetup:
-    """How a model is served.
+    """A model's pools and settings.
 
     Attributes:
-        prefill_layout: of a pool for prompts alone, on devices of its own.
-        routing: which experts tokens choose.
+        prefill_layout: layout of a prefill pool, on devices of its own; None without one.
+        routing: source of the experts that tokens choose.
         max_num_seqs, max_num_batched_tokens: of a data-parallel rank. One of a pool for prompts
             alone holds as many more as a step has tokens for.
-        prompt_wait_steps, phases_apart: as of `Limits`.
-        prefill_options: of a pool for prompts alone; None for `options`.
+        prompt_wait_steps, phases_apart: see `Limits`.
+        prefill_options: options of a prefill pool; None for `options`.
 
     Raises:
         SpecError: a size is out of its range.
@@ -55,13 +55,13 @@ class ServingSetup:
 
     @property
     def pools(self) -> dict[PoolRole, Layout]:
-        """The layout of each, the one that prefills first."""
+        """The layout of each pool, the one that prefills first."""
         if self.prefill_layout is None:
             return {"both": self.layout}
         return {"prefill": self.prefill_layout, "decode": self.layout}
 
     def options_of(self, role: PoolRole) -> Options:
-        """What a pool runs with: one that has a phase of its own, with that phase's dispatch."""
+        """Options of a pool; one with a single phase has that phase's dispatch."""
         if role == "both":
             return self.options
         options = self.options
@@ -80,7 +80,7 @@ class ServingSetup:
         return gcd(*(layout.replicas for layout in self.pools.values()))
 
     def part(self, num_parts: int) -> "ServingSetup":
-        """One of so many parts."""
+        """One of `num_parts` equal parts."""
 
         def of(layout: Layout) -> Layout:
             return replace(layout, replicas=layout.replicas // num_parts)
@@ -89,18 +89,18 @@ class ServingSetup:
         return replace(self, layout=of(self.layout), prefill_layout=prefill)
 
     def are_pools_apart(self, ranks_per_node: int) -> bool:
-        """Whether the pools are on different nodes."""
+        """True if the pools are on different nodes."""
         return self.num_devices > ranks_per_node
 
 
 def scheduling_of(
     framework: str | None, step_tokens: int | None, max_num_seqs: int
 ) -> dict[str, Any]:
-    """What a scheduler may put into a step, as `ServingSetup` has it.
+    """Limits of a scheduler's step, as fields of `ServingSetup`.
 
     Args:
-        framework: one whose defaults are taken; None for ours.
-        step_tokens: of a data-parallel rank's step; None for the default.
+        framework: framework whose defaults are taken; None for ours.
+        step_tokens: tokens of a data-parallel rank's step; None for the default.
     """
     found = find_framework(framework) if framework else None
     tokens = step_tokens or (found.max_num_batched_tokens if found else RANK_STEP_TOKENS)

@@ -37,18 +37,18 @@ from expertlane.spec.workload import NOTHING_SHARED, Load, SharedPrefixes, draw_
 
 _CONTEXTS_APART = 32  # a step's work is priced for so many different mean contexts
 _MOST_POSITIONS_ALIKE = 64
-_NUM_SAMPLES = 2  # of the routing, drawn for steps that are alike
-_SHARE_ALIKE = 1 / 256  # of reading all weights: reading so many cached positions more is no matter
+_NUM_SAMPLES = 2  # samples of the routing, drawn for steps that are alike
+_SHARE_ALIKE = 1 / 256  # of reading all weights: so many more cached positions do not matter
 
 
 @dataclass(frozen=True, eq=False)
 class PoolRanks:
-    """Ranks that are to serve together.
+    """Ranks of a pool, with their limits, memory and shared steps.
 
     Attributes:
-        limits: of the scheduler.
-        memory: of the fullest rank, with the whole cache.
-        sharing: [B]; of runs that each bound leads, all the same where routing has no bounds.
+        limits: limits of the scheduler.
+        memory: bytes of the fullest rank, with the whole cache.
+        sharing: [B]; of the run that each bound leads; all the same where routing has no bounds.
         prefixes: that sequences share in the cache; none in a decode pool, which gets the keys and
             values of whole prompts.
     """
@@ -66,7 +66,7 @@ class PoolRanks:
         return self.num_held(ceil(self.limits.max_model_len / self.limits.block_size))
 
     def num_held(self, blocks: float) -> int:
-        """Sequences of so many blocks each, shared ones too, over all ranks."""
+        """Sequences of `blocks` blocks each, shared ones included, that all ranks hold."""
         limits, prefixes = self.limits, self.prefixes
         num = int(prefixes.num_sharing(limits.num_blocks, blocks - prefixes.num_blocks))
         return min(num, limits.max_num_seqs) * self.layout.dp * self.layout.replicas
@@ -74,7 +74,7 @@ class PoolRanks:
 
 @dataclass(frozen=True, eq=False)
 class SimulatedPool:
-    """Ranks that serve together, and what they did."""
+    """A simulated pool, and its totals."""
 
     ranks: PoolRanks
     pool: Pool
@@ -83,10 +83,10 @@ class SimulatedPool:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a load comes to in its steady state; [3] each: low, likely and high.
+    """Rates and means of a load in its steady state; [3] each: low, likely and high.
 
     Attributes:
-        requests_per_s, output_tps: of all requests together.
+        requests_per_s, output_tps: rates of all requests together.
         ttft_s, tpot_s: means over requests; no TTFT where the queue grows without end.
         error: half of the 90 % interval of tokens a second that the stretch leaves, over them.
         num_decoding, num_waiting: likely requests past their first token, and before it.
@@ -101,7 +101,7 @@ class Rates:
     num_waiting: float
 
     def times(self, factor: float) -> "Rates":
-        """Of so many parts together."""
+        """The rates of `factor` such parts together."""
         return replace(
             self,
             requests_per_s=self.requests_per_s * factor,
@@ -113,13 +113,13 @@ class Rates:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """A load that was served, or a stretch of one.
+    """A served load, or a stretch of one.
 
     Attributes:
-        served: [num_requests]; with multi-token prediction a step may give several tokens.
+        served: [num_requests]; with multi-token prediction, a step may give several tokens.
         pools: one, or the one that prefills and the one that decodes.
-        rates: of a steady state; None of a load that begins and ends.
-        num_parts: of the deployment, alike and apart, of which one was simulated.
+        rates: rates of a steady state; None for a load that begins and ends.
+        num_parts: equal, independent parts of the deployment, of which one was simulated.
     """
 
     served: Sequence[ServedRequest[Floats]]
@@ -151,7 +151,7 @@ class Simulator:
         self._pools = [self._ranks(role, layout) for role, layout in setup.pools.items()]
 
     def part(self, num_parts: int) -> "Simulator":
-        """One of so many parts of the deployment, with the largest share of the load."""
+        """One of `num_parts` parts of the deployment, with the largest share of the load."""
         load = self.load
         if load.batch is not None:
             batch = ceil(load.batch / num_parts)
@@ -172,12 +172,12 @@ class Simulator:
 
     @property
     def execution(self) -> Execution:
-        """How work gets onto the devices: a CPU's profile has one way alone."""
+        """How kernels are launched; a CPU's profile has a single way."""
         return self._terms.execution
 
     @property
     def num_runs(self) -> int:
-        """How often the load is served to know the bounds.
+        """Number of runs of the load that its bounds need.
 
         Where requests arrive by themselves, slower steps have more of them wait and run together,
         so that each bound needs a schedule of its own; likewise where a bound has another number of
@@ -229,12 +229,12 @@ class Simulator:
         observe: Callable[[PricedStep], None] | None = None,
         has_begun: Callable[[], bool] | None = None,
     ) -> tuple[tuple[SimulatedPool, ...], tuple[Pool, KVTransfers] | None]:
-        """The pools before any request, and what `run_load` takes of the second.
+        """The pools before any request, and the second one as `run_load` takes it.
 
         Args:
-            is_snapshot: requests under way stand where they are, not where a step a token is.
-            observe: told of the steps of the pool that decodes.
-            has_begun: when steps are added up in the pools' totals; None for never.
+            is_snapshot: running requests are at their true positions, not at one step a token.
+            observe: called with the steps of the decode pool.
+            has_begun: tells when to add up steps in the pools' totals; None for never.
         """
         pools = tuple(
             self._pool(
@@ -412,7 +412,7 @@ class Simulator:
         return PoolRanks(role, layout, limits, memory, sharing, prefixes)
 
     def _scheduled(self, limits: Limits, multi_token: MultiToken) -> Limits:
-        """The scheduler counts a position a step; with more, a cache that is full as early."""
+        """Limits with fewer blocks for drafts: the scheduler counts one position a step."""
         load = self.load
         if not multi_token.num_drafts:
             return limits
@@ -424,7 +424,7 @@ class Simulator:
 
 
 def _by_bound(setup: ServingSetup) -> tuple[Traffic, ...]:
-    """[B]; the same at all where it has no bounds, or no layout has expert parallelism."""
+    """[B]; routing of each bound; all the same if it has no bounds, or no layout has EP."""
     extremes = extremes_of(setup.routing)
     if extremes is None or all(layout.ep == 1 for layout in setup.pools.values()):
         return (setup.routing,) * len(BOUNDS)
@@ -440,7 +440,7 @@ def _nodes_of_caches(layout: Layout, ranks_per_node: int) -> list[int] | None:
 
 
 def moved(step: StepRecord, first_rank: int, begin_s: float) -> StepRecord:
-    """The same step on other ranks, submitted at another time."""
+    """A step moved to other ranks and another time of submission."""
     later_s = begin_s - step.submitted_s
     records = []
     for each in step.records:
@@ -457,7 +457,7 @@ def moved(step: StepRecord, first_rank: int, begin_s: float) -> StepRecord:
 
 
 def merged(of_runs: Sequence[ServedRequest[Floats]]) -> ServedRequest[Floats]:
-    """A request with the times of each bound, from the run that this bound scheduled."""
+    """A request with the times of each bound, each from the run that this bound led."""
     likely = of_runs[LIKELY]
     bounds, num = range(len(BOUNDS)), len(likely.token_times_s)
     times = zip(*(_as_many(each.token_times_s, num) for each in of_runs), strict=True)
@@ -471,6 +471,6 @@ def merged(of_runs: Sequence[ServedRequest[Floats]]) -> ServedRequest[Floats]:
 
 
 def _as_many(times_s: Sequence[Floats], num: int) -> Sequence[Floats]:
-    """So many of them, the first and the last among them; of a run with more or fewer steps."""
+    """`num` of the times, evenly spread, the first and the last included."""
     places = np.linspace(0, len(times_s) - 1, num).round().astype(int)
     return [times_s[place] for place in places.tolist()]

@@ -1,4 +1,4 @@
-"""A load in its steady state: what plan, simulate and projected comparisons say of a deployment.
+"""A load in its steady state, as plan, simulate and projected comparisons report it.
 
 A whole load takes as many steps as its outputs have tokens, several times over. Here requests
 start partway through their outputs, with keys and values in place, and are served
@@ -29,7 +29,7 @@ from expertlane.spec.workload import TimedRequest
 _NUM_GUESSES = 4  # iterations for the number of requests that decode, in an open loop
 _SAME_RUNNING = 0.01  # relative difference of two numbers of requests that count as equal
 _PROBE_STEPS = 2
-_FULL_STEPS = 5  # of a pool that always has prompts; the first and the last of them do not count
+_FULL_STEPS = 5  # full steps of a prefill pool; the first and the last do not count
 _FEWEST_PROMPT_TOKENS = 8  # fewer new tokens count as a decode
 
 
@@ -54,7 +54,7 @@ class SampledRequest(ServedRequest[Floats]):
 
     @property
     def e2e_s(self) -> Floats:
-        """From when it was due to its last token, at its pace."""
+        """Time from when it was due to its last token, at its pace."""
         return self.ttft_s + (self.output_len - 1) * self.pace_s
 
 
@@ -66,7 +66,7 @@ class SteadyState(Outcome):
         steps_per_token: likely decode steps per output token of a request.
         prefill_rate: likely prompts a second of a pool for prompts that always has some; 0 without.
         prompt_s: likely seconds that this pool takes for a prompt alone; 0 without.
-        num_steps, num_priced: of all pools, in the stretch and before it.
+        num_steps, num_priced: steps of all pools, in the stretch and before it.
     """
 
     rates: Rates
@@ -93,8 +93,8 @@ def steady_state(
     there is room for.
 
     Args:
-        with_skew: whether bounds hold those of an assumed routing; each asks for further steps.
-        with_totals: whether steps are added up, to say where their time goes.
+        with_skew: whether bounds include those of an assumed routing; each takes further steps.
+        with_totals: whether steps are added up, to break down their time.
         known: rates of prefill pools; new ones are added.
         advance: called with a number of steps of `precision.most_steps` that are done.
     """
@@ -128,8 +128,8 @@ class StepTimes:
         decode_s: by sequences of a replica, of a step in which each has a token.
         beside_s: by some of these numbers, what a prompt of mean length adds to such a step; empty
             where another pool computes prompts.
-        prompt_s: of a step with such a prompt alone.
-        prompts_per_s: of a replica whose steps are always full of prompts.
+        prompt_s: seconds of a step with such a prompt alone.
+        prompts_per_s: rate of a replica whose steps are always full of prompts.
         num_places: sequences that the cache of a replica which decodes has room for.
     """
 
@@ -150,7 +150,7 @@ def step_times(simulator: Simulator, seed: int, num_seqs: Sequence[int]) -> Step
 
 
 def _part_of(simulator: Simulator) -> tuple[Simulator, float]:
-    """One of the independent parts, and the factor from its throughput to that of all."""
+    """One independent part, and the factor from its throughput to that of all."""
     num_parts, load = simulator.setup.num_parts, simulator.load
     if num_parts == 1:
         return simulator, 1.0
@@ -192,7 +192,7 @@ class _Stretch:
     def run(
         self, *, with_skew: bool, with_totals: bool, advance: Callable[[int], None]
     ) -> SteadyState:
-        """Serve the stretch and add it up."""
+        """Serve the stretch and summarise it."""
         num_running = self._num_running()
         watch = Watch(
             self._precision,
@@ -282,7 +282,7 @@ class _Stretch:
         None too where next to nothing of a prompt is computed.
 
         Args:
-            served: those with a first token tell how much of a prompt the cache has.
+            served: requests; those with a first token tell how much of a prompt the cache has.
         """
         cached = [each.num_cached_tokens for each in served if each.token_times_s]
         mean_new = self._load.mean_lens[0] - sum(cached) / max(len(cached), 1)
@@ -291,11 +291,11 @@ class _Stretch:
         return mean_new / self._mean_steps
 
     def _steps_of_round(self) -> int:
-        """Steps in which each request under way has a token."""
+        """Steps in which each running request gets one token."""
         return self._simulator.setup.layout.replicas * self._num_in_flight
 
     def _spread(self, num_running: int) -> Floats:
-        """[3]; a decode step by each bound's own routing, over one by the likely routing."""
+        """[3]; a decode step with each bound's own routing, over one with the likely routing."""
         if self._simulator.num_runs == 1 or not num_running:
             return np.ones(len(BOUNDS))
 
@@ -376,7 +376,7 @@ class _Stretch:
         return max(1, ranks.num_held(blocks))
 
     def _own_blocks(self, ranks: PoolRanks) -> float:
-        """Mean blocks of a finished request after its shared prefix."""
+        """Mean blocks of a finished request beyond its shared prefix."""
         prompt, output = self._load.mean_lens
         length = prompt if ranks.role == "prefill" else prompt + output - 1
         return length / ranks.limits.block_size - ranks.prefixes.num_blocks
@@ -449,7 +449,7 @@ class _Stretch:
         """One replica of a pool at rest, with the steps that are known.
 
         Args:
-            prompts: of earlier requests, to fill the prefix caches; None leaves them empty.
+            prompts: prompts of earlier requests, to fill the prefix caches; None leaves them empty.
         """
         pools = self._single.start(lead, is_snapshot=True)[0]
         found = next(each for each in pools if each.ranks.role == role)
@@ -518,7 +518,7 @@ class _Stretch:
     def _sampled(
         self, served: Sequence[ServedRequest[Floats]], watch: Watch, tpot_s: Floats
     ) -> list[SampledRequest]:
-        """Those whose first token came in the stretch; with another's pace if seen too briefly.
+        """Requests whose first token came in the stretch; ones seen too briefly get another's pace.
 
         Args:
             tpot_s: [3]; mean TPOT of the load, which paces are scaled to.

@@ -1,4 +1,4 @@
-"""What the steps of a simulated pool were, added up by phase."""
+"""Totals of a simulated pool's steps, by phase."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -24,14 +24,14 @@ _MOST_EXPLAINED = 64  # steps of a phase, about; explaining takes as long as pri
 
 @dataclass(frozen=True, eq=False)
 class StepFacts:
-    """What a priced step, or the sum of several, tells beside its time.
+    """Facts of a priced step, or of several added up, beside its time.
 
     Attributes:
-        floor_s: as `floor_s`.
+        floor_s: see `cost.breakdown.floor_s`.
         basis_s: [num_bases]; likely seconds of operations and transfers, mean over ranks.
-        extrapolated_s: of them, those beyond the sizes that were fitted.
-        sent_bytes: [num_links, num_kinds_of_traffic]; to other ranks.
-        num_tokens_per_expert, rank_pairs: as `expert_loads`.
+        extrapolated_s: part of them that lies outside the sizes that laws were fitted to.
+        sent_bytes: [num_links, num_kinds_of_traffic]; bytes to other ranks.
+        num_tokens_per_expert, rank_pairs: see `cost.step.totals.expert_loads`.
     """
 
     floor_s: float
@@ -62,7 +62,7 @@ class PhaseTotals:
     """Steps of one phase; sums unless it says otherwise.
 
     Attributes:
-        facts: of all steps.
+        facts: of all steps together.
         sample: some steps with their likely seconds, evenly over all.
         step_s: [3] each step: low, likely, high.
         num_tokens, num_seqs: computed, drafts among them, and sequences that took part.
@@ -82,7 +82,7 @@ class PhaseTotals:
     _stride: int = 1
 
     def add(self, plan: StepPlan, seconds: Floats, num_drafts: int) -> None:
-        """One more step, whose facts are in `facts`."""
+        """Add a step, whose facts are in `facts`."""
         batches = plan.batches
         num_tokens = sum(batch.num_tokens for batch in batches)
         if num_drafts:
@@ -96,7 +96,7 @@ class PhaseTotals:
         self.num_seqs += sum(batch.num_seqs for batch in batches)
 
     def _keep(self, plan: StepPlan, likely_s: float) -> None:
-        """Of ever more steps, ever fewer."""
+        """Sample steps evenly: of ever more steps, an ever smaller share."""
         if len(self.step_s) % self._stride == 0:
             self.sample.append((likely_s, plan))
         if len(self.sample) > _MOST_SAMPLED:
@@ -105,12 +105,12 @@ class PhaseTotals:
 
     @property
     def median(self) -> StepPlan:
-        """The step of the sample that takes about as long as the median of all."""
+        """The sampled step that takes about the median time of all."""
         median_s = float(np.median([seconds[LIKELY] for seconds in self.step_s]))
         return min(self.sample, key=lambda each: abs(each[0] - median_s))[1]
 
     def explain(self, table: BreakdownTable) -> None:
-        """Some more steps that follow each other."""
+        """Add the breakdown of consecutive steps."""
         why = table.result()
         self.why_s = self.why_s + why.seconds * np.array(list(why.shares.values()))
         self.explained_s += why.seconds
@@ -119,17 +119,17 @@ class PhaseTotals:
 
 
 class PoolTotals:
-    """Watches the steps of one pool.
+    """Adds up the steps of one pool.
 
-    Where time goes is looked at on the first replica, and of very many steps on some.
+    Time is broken down on the first replica, and of very many steps for some.
 
     Attributes:
-        phases: those that there were any steps of.
-        most_running: sequences that held blocks at once.
+        phases: totals of each phase with any steps.
+        most_running: the most sequences that held blocks at once.
 
     Args:
-        num_running: how many do now.
-        num_drafts: that go through the model with every decode.
+        num_running: returns the sequences that hold blocks now.
+        num_drafts: draft tokens in every decode.
     """
 
     def __init__(
@@ -188,14 +188,14 @@ class PoolTotals:
 
 
 def _phase(plan: StepPlan) -> Phase:
-    """Prefill if it computes any prompt; a sequence that came with its keys and values has none."""
+    """Prefill if the plan computes any prompt; sequences that came with their cache have none."""
     batches = plan.batches
     is_decode = all((batch.num_scheduled_tokens == 1).all() for batch in batches)
     return Phase.DECODE if is_decode else Phase.PREFILL
 
 
 def _seconds(step: PricedStep) -> Floats:
-    """[3]; from when the first rank turned to it until the last one was done."""
+    """[3]; seconds from when the first rank turned to it until the last one was done."""
     begin_s = step.times.spans[0][0].begin.min(axis=1)
     seconds: Floats = step.times.end_s - step.times.origin_s - begin_s
     return seconds

@@ -1,4 +1,4 @@
-"""Watches a stretch of a steady state: when it is long enough, its tokens and its corrected time.
+"""Watching a stretch of a steady state: its length, its tokens, and its corrected time.
 
 A stretch has some prompts more or less than its share, each of which takes time. What the share is
 follows from the load, so the surplus is a control variate (Law and Kelton, Simulation Modeling and
@@ -23,8 +23,8 @@ from expertlane.spec.slo import SLO
 
 _SETTLING_STEPS = 8
 _SETTLING_SHARE = 0.1  # of the steps that a stretch has at least
-_FEW_STEPS, _FEWEST_ROUNDS = 2, 8  # of a round, the usual; least number of longer rounds
-_NUM_PARTS = 20  # of a stretch, for its regression
+_FEW_STEPS, _FEWEST_ROUNDS = 2, 8  # usual steps of a round; least number of longer rounds
+_NUM_PARTS = 20  # parts of a stretch, for its regression
 STRATUM = 24  # steps
 _MOST_STEPS = 4_000  # where many first tokens are asked for
 _FEWEST_PARTS = 5  # for a regression
@@ -32,14 +32,14 @@ _FEWEST_PARTS = 5  # for a regression
 
 @dataclass(frozen=True)
 class Precision:
-    """How precise a stretch must be, and so how long.
+    """Precision wanted of a stretch, and limits of its length.
 
     Attributes:
-        least_steps, most_steps: of the pool that decodes.
+        least_steps, most_steps: steps of the decode pool.
         share: half of the 90 % interval of tokens/s, as a share of them; in a closed loop, and up
             to the usual number of steps.
-        quantile: of TTFT; there must be so many first tokens that one is likely above it.
-        least_first: first tokens, at least.
+        quantile: quantile of TTFT; enough first tokens are needed that one is likely above it.
+        least_first: least number of first tokens.
     """
 
     least_steps: int = 96
@@ -57,7 +57,7 @@ class Precision:
         return replace(precision, most_steps=_MOST_STEPS) if asks_more else precision
 
     def of_rounds(self, num_steps: int) -> "Precision":
-        """Fewer rounds where each has many steps (micro-batches, replicas)."""
+        """The precision with fewer rounds where each has many steps (micro-batches, replicas)."""
         share = _FEW_STEPS / max(num_steps, _FEW_STEPS)
 
         def of(steps: int) -> int:
@@ -72,7 +72,7 @@ class Precision:
 
     @property
     def last_step(self) -> int:
-        """Where a stretch ends at the earliest."""
+        """The first step at which a stretch may end."""
         return self.settling_steps + self.least_steps
 
     @property
@@ -87,7 +87,7 @@ ROUGH = Precision(least_steps=24, most_steps=24, quantile=0.0)
 
 
 class _StepFacts(NamedTuple):
-    """A step of the pool that decodes: its end [3], tokens that it gave, and those of prompts."""
+    """A step of the decode pool: its end [3], its output tokens, and its prompt tokens."""
 
     end_s: Floats
     num_tokens: int
@@ -104,7 +104,7 @@ class _Stretched(NamedTuple):
 
 
 class Watch:
-    """Collects the steps of the pool that decodes, and says when they are enough."""
+    """Collects the steps of the decode pool, and tells when they suffice."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class Watch:
         return self.stretch(share).error <= self._precision.share
 
     def _ended(self, num: int) -> list[_StepFacts]:
-        """So many steps, in the order in which they end."""
+        """The first `num` steps, in the order in which they end."""
         return sorted(self._steps, key=lambda step: float(step.end_s[LIKELY]))[:num]
 
     def has_in(self, request: ServedRequest[Floats]) -> bool:

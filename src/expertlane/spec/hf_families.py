@@ -1,4 +1,4 @@
-"""What each family's `config.json` says of its parts, as its transformers class reads it."""
+"""Parts of each family's `config.json`, read as its transformers class reads them."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -91,13 +91,13 @@ def _attention(fields: ConfigReader, share: float | None = None) -> dict[str, An
 
 
 def _biased_attention(fields: ConfigReader) -> dict[str, Any]:
-    """The same, with biases of all projections or of none."""
+    """Attention with biases of all projections or of none."""
     bias = fields.get(bool, "attention_bias")
     return {**_attention(fields), "qkv_bias": bias, "output_bias": bias}
 
 
 def _has_window(fields: ConfigReader) -> list[bool] | None:
-    """Whether each layer has one, by `layer_types`; None where that is null or missing."""
+    """Whether each layer has a window, by `layer_types`; None where that is null or missing."""
     types = fields.raw("layer_types")
     if types is None:
         return None
@@ -135,7 +135,7 @@ def _mixtral(fields: ConfigReader) -> dict[str, Any]:
 
 
 def _qwen_moe(fields: ConfigReader) -> dict[str, Any]:
-    """Where the Qwens have experts, and how wide they are."""
+    """Layers with experts of the Qwen families, and their widths."""
     mlp_only = fields.integers("mlp_only_layers")
     step = fields.get(int, "decoder_sparse_step")
     layers = range(fields.get(int, "num_hidden_layers"))
@@ -228,14 +228,14 @@ def _dense_and_shared(fields: ConfigReader, dense: Iterable[int]) -> dict[str, A
 
 
 def _first_dense(fields: ConfigReader) -> dict[str, Any]:
-    """The same where it is the first layers."""
+    """MLPs where the first layers have no experts."""
     num_dense = fields.get(int, "first_k_dense_replace")
     num_dense = min(num_dense, fields.get(int, "num_hidden_layers"))
     return _dense_and_shared(fields, range(num_dense))
 
 
 def _deepseek(fields: ConfigReader) -> dict[str, Any]:
-    """What DeepSeek-V2 and V3 have in common: latent attention, dense first layers."""
+    """Parts common to DeepSeek-V2 and V3: latent attention, dense first layers."""
     fields.expect("mlp_bias", False)
     fields.expect("moe_layer_freq", 1)
     return {**_latent(fields), **_first_dense(fields)}

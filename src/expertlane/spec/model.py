@@ -31,7 +31,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class RopeScaling(Strict):
-    """How rotary frequencies are stretched beyond the length a model was trained at.
+    """Scaling of rotary frequencies beyond the length a model was trained at.
 
     `linear` divides all frequencies by `factor`. `llama3` (Llama 3.1) divides those whose
     wavelength exceeds original_max_position_embeddings / low_freq_factor, keeps those under
@@ -65,7 +65,7 @@ class LatentAttention(Strict):
     Attributes:
         q_lora_rank: width of the queries' latent; None where queries have none.
         mscale: the softmax scale is head_dim^-0.5 · mscale².
-        norm_eps: of the norms of the latents; they do not take the model's rms_norm_eps.
+        norm_eps: epsilon of the latents' norms; they do not take the model's rms_norm_eps.
     """
 
     kv_lora_rank: int
@@ -79,7 +79,7 @@ class LatentAttention(Strict):
 
 @dataclass(frozen=True)
 class Routing(Strict):
-    """How a router's logits become choices and weights.
+    """Routing function: from a router's logits to chosen experts and their weights.
 
     Scores are `scoring_func` of the logits over all experts. The choice is the
     `num_experts_per_tok` largest of scores + correction bias, within the best `topk_group` of
@@ -89,11 +89,11 @@ class Routing(Strict):
 
     Attributes:
         router_bias: the logits have a bias.
-        router_skew: how uneven seeded weights make the experts' popularity: their router's bias is
+        router_skew: skew of the experts' popularity under seeded weights: their router's bias is
             -router_skew · ln(1 + place) by the experts' places in an order drawn for each layer, so
             that the load falls about as a power law. Checkpoints have biases of their own.
         correction_bias: a bias for the choice alone exists.
-        group_score: what groups are compared by: their largest, or the sum of their two largest
+        group_score: score of a group: its largest, or the sum of its two largest
             scores + correction bias.
     """
 
@@ -127,12 +127,12 @@ class ModelConfig(Strict):
         rope_interleave: rotary pairs are (2i, 2i + 1), not (i, i + rotary_dim / 2).
         partial_rotary_factor: this share of a head's values, the first ones, is rotated; 1 with
             latent attention, which has its own.
-        attention_multiplier: what attention's dot products are multiplied by; None for the usual,
+        attention_multiplier: factor of attention's dot products; None for the usual,
             see `softmax_scale`.
-        embedding_multiplier: what embeddings are multiplied by.
-        residual_multiplier: what attention's and MLPs' outputs are multiplied by before they are
+        embedding_multiplier: factor of embeddings.
+        residual_multiplier: factor of attention's and MLPs' outputs before they are
             added to the hidden states.
-        logits_scaling: what logits are divided by.
+        logits_scaling: divisor of logits.
         gated_mlp: act(gate(x)) · up(x) goes into the down projection, not act(up(x)).
         swiglu_limit: if given, gate ≤ limit and -limit ≤ up ≤ limit, and (up + 1) · gate ·
             sigmoid(swiglu_alpha · gate) goes into the down projection.
@@ -142,7 +142,7 @@ class ModelConfig(Strict):
             besides its experts; 0 for none.
         shared_expert_gate: its output is multiplied by the sigmoid of a projection to one value.
         tie_word_embeddings: the output head is the embedding.
-        dtype: what the weights are stored in, or are meant for where they are quantised.
+        dtype: number type of the weights as stored, or as meant where they are quantised.
         usual_skew: exponent of Zipf's law that its experts' popularity is taken to follow.
 
     Raises:
@@ -310,7 +310,7 @@ class ModelConfig(Strict):
 
     @property
     def own_dtype(self) -> Dtype | None:
-        """Its weights' type to compute in; None for float16, which few CPUs compute in."""
+        """Number type of its weights for computing; None for float16, which few CPUs compute in."""
         return None if self.dtype == "float16" else self.dtype
 
     @property
@@ -331,14 +331,14 @@ class ModelConfig(Strict):
 
     @property
     def rotary_dim(self) -> int:
-        """How many values of a head are rotated: the first ones, with latent attention the last."""
+        """Rotated values of a head: the first ones, with latent attention the last."""
         if self.latent is not None:
             return self.latent.qk_rope_head_dim
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def softmax_scale(self) -> float:
-        """What attention's dot products are multiplied by."""
+        """Factor of attention's dot products."""
         if self.attention_multiplier is not None:
             return self.attention_multiplier
         mscale = 1.0 if self.latent is None else self.latent.mscale
@@ -346,7 +346,7 @@ class ModelConfig(Strict):
 
     @property
     def hidden_norm_eps(self) -> float:
-        """What norms of hidden states add to the mean of the squares.
+        """Epsilon that norms of hidden states add to the mean of the squares.
 
         Hidden states are kept divided by `residual_multiplier`, so that what is added to them
         needs no factor: x / √(mean(x²) + eps) is the same of x / r with eps / r².
@@ -354,15 +354,15 @@ class ModelConfig(Strict):
         return self.rms_norm_eps / self.residual_multiplier**2
 
     def window_of_layer(self, layer: int) -> int | None:
-        """How many latest positions a token sees in a layer, its own among them; None for all."""
+        """Latest positions that a token of a layer sees, its own included; None for all."""
         return self.sliding_window[layer] if self.sliding_window else None
 
     def is_dense(self, layer: int) -> bool:
-        """Whether a layer has a dense MLP in place of router and experts."""
+        """True if a layer has a dense MLP in place of router and experts."""
         return layer in self.dense_layers
 
     def with_overrides(self, **overrides: Any) -> "ModelConfig":
-        """The same model with some fields replaced."""
+        """The model with some fields replaced."""
         return replace(self, **overrides)
 
 
@@ -385,7 +385,7 @@ _WITHOUT_PRODUCT = {"router", "kv_b", "shared_gate", "sinks"}
 
 
 def is_matrix(name: str) -> bool:
-    """Whether it is the weight of a product, which may be kept in one byte.
+    """True for the weight of a product, which may be kept in one byte.
 
     Routers are not, nor `kv_b`, which is taken apart by heads, nor the gate of a shared expert.
     """

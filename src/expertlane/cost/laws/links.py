@@ -1,4 +1,4 @@
-"""How long transfers take: laws of time over what each rank's links carry.
+"""Laws of transfer times over the bytes that each rank's links carry.
 
 A rank's time is that of its own load; the slowest of a group decides when it ends. Over each kind
 of link counts the larger of what the rank sends and receives, so a hot receiver is slow.
@@ -88,7 +88,7 @@ def term_of(profile: Profile, name: str) -> Term | None:
 def bound_times(
     profile: Profile, law: str, link_bytes: Floats, num_peers: Floats, num_nodes: Floats
 ) -> Times:
-    """A law's seconds, as slow as the slower kind of link.
+    """Seconds of a law that was not measured: floors, and bytes over the slower kind of link.
 
     Args:
         law: `collective.intra_node` and the like; the floor's.
@@ -178,7 +178,7 @@ class LinkModel:
             inside: the hop inside each node.
 
         Returns:
-            Of `between` all of its time; of `inside` what is left exposed: their sum is the whole.
+            All of the time of `between`; of `inside` what is left exposed: their sum is the whole.
             Where no law of it was measured, or one hop has groups of one, each hop on its own.
         """
         first, second = between.load, inside.load
@@ -243,7 +243,7 @@ class LinkModel:
     def _flat_contention(
         self, transfer: Transfer, num_ranks: int
     ) -> tuple[npt.NDArray[np.bool_], Term] | None:
-        """Of an all-to-all of a whole stage over nodes: where its kernels are low-latency ones."""
+        """Ranks of a stage-wide all-to-all over nodes with low-latency kernels; its contention."""
         name = f"{_DISPATCHING.get(transfer.stage)}.low_latency.inter_node"
         law, load = self._profile.surfaces.get(name), transfer.load
         if transfer.kind is not TransferKind.ALL_TO_ALL or law is None:
@@ -305,7 +305,7 @@ class LinkModel:
         return where((inside.seconds > over_nics.seconds) & (near > 0), inside, over_nics)
 
     def _send(self, carried: Floats) -> Times:
-        """Point to point; `carried`: [2, R] by link."""
+        """Times of point-to-point messages; `carried`: [2, R] by link."""
         ranks = np.full(carried.shape[1], 2)
         found = []
         for link, stand_in in ((Link.INTRA_NODE, "all_to_all"), (Link.INTER_NODE, None)):
@@ -339,7 +339,7 @@ def roofline_s(
     ranks: Floats,
     nodes: Floats,
 ) -> Floats:
-    """[R]; the floor of a law and bytes over the link's bandwidth."""
+    """[R]; a law's floor plus bytes over the link's bandwidth."""
     terms = profile.terms
     seconds = link_bytes / profile.link_rate(link)
     for quantity, amount in (
@@ -389,7 +389,7 @@ def _over_all_nics(carried: Floats, load: LinkLoad) -> Floats:
 
 
 def _joined(loads: Sequence[LinkLoad]) -> LinkLoad:
-    """Ranks of one after those of another."""
+    """Loads of several transfers as one, ranks after ranks."""
     parts = ([getattr(load, each.name) for load in loads] for each in fields(LinkLoad))
     return LinkLoad(*(np.concatenate(part, axis=-1) for part in parts))
 
