@@ -137,3 +137,19 @@ def test_json_is_written_in_one_way():
         with pytest.raises(ValueError, match="not JSON compliant"):
             strict_json(value)
     assert strict_json({"a": [1.5, None]}, separators=(",", ":")) == '{"a":[1.5,null]}'
+
+
+def test_docstrings_name_modules_that_exist():
+    """In backticks, `engine.ranks.pool` for example, with or without a name of the module."""
+    package = ROOT / "src" / "expertlane"
+    rooms = {each.name for each in package.iterdir() if each.is_dir()}
+    missing = []
+    for path in package.rglob("*.py"):
+        for name in re.findall(r"`((?:\w+\.)+\w+)`", path.read_text(encoding="utf-8")):
+            parts = name.split(".")
+            if parts[0] not in rooms or parts[-1] in ("json", "md", "html", "toml"):
+                continue
+            ends = [package.joinpath(*parts[:length]) for length in range(len(parts), 1, -1)][:2]
+            if not any(each.is_dir() or each.with_suffix(".py").exists() for each in ends):
+                missing.append(f"{path.relative_to(package)}: {name}")
+    assert not missing

@@ -21,14 +21,14 @@ def experiments(incomplete: str) -> list[str]:
 
 def profiles(incomplete: str) -> list[str]:
     """The profiles that come with expertlane."""
-    from expertlane.cost.laws.profile_file import shipped_profiles
+    from expertlane.cost.laws import shipped_profiles
 
     return _beginning(incomplete, shipped_profiles())
 
 
 def clusters(incomplete: str) -> list[str]:
     """Profiles with usual numbers of devices."""
-    from expertlane.cost.laws.profile_file import shipped_profiles
+    from expertlane.cost.laws import shipped_profiles
 
     sizes = (8, 16, 32, 64)
     return _beginning(

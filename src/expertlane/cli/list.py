@@ -80,7 +80,8 @@ def profiles(print_options: PrintOptions) -> None:
 
     expertlane calibrate writes one of this machine, to be given as a file.
     """
-    from expertlane.cost.laws.profile_file import read_profile, shipped_profiles
+    from expertlane.cost.laws import shipped_profiles
+    from expertlane.cost.laws.profile_file import read_profile
     from expertlane.report.document import number, text
     from expertlane.report.numbers import bytes_si, rate_si
 
@@ -120,7 +121,8 @@ def clusters(print_options: PrintOptions) -> None:
 
     A cluster is a profile, x, and its number of devices: h100x16 for example.
     """
-    from expertlane.cost.laws.profile_file import read_profile, shipped_profiles
+    from expertlane.cost.laws import shipped_profiles
+    from expertlane.cost.laws.profile_file import read_profile
     from expertlane.report.document import number, text
     from expertlane.report.numbers import rate_si
     from expertlane.spec.names import Link

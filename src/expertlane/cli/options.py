@@ -35,7 +35,9 @@ ModelArgument = Annotated[str, _MODEL]
 OptionalModel = Annotated[str | None, _MODEL]
 
 
-def _setting(name: str, default: Any = ..., *words: str, is_flag: bool = False, **more: Any) -> Any:
+def _option_of(
+    name: str, default: Any = ..., *words: str, is_flag: bool = False, **more: Any
+) -> Any:
     """The option of a setting of the engine, with its default and its sentence."""
     setting = SETTINGS[name]
     if setting.metadata["none"]:
@@ -48,17 +50,17 @@ def _setting(name: str, default: Any = ..., *words: str, is_flag: bool = False, 
 
 def timeout_option() -> Any:
     """`--timeout-s`: the most that ranks are waited for."""
-    return _setting("timeout_s", metavar="SECONDS", rich_help_panel=Panel.RANKS)
+    return _option_of("timeout_s", metavar="SECONDS", rich_help_panel=Panel.RANKS)
 
 
 def on_failure_option(default: OnFailure) -> Any:
     """`--on-failure`: the reaction to a lost rank."""
-    return _setting("on_failure", default, rich_help_panel=Panel.RANKS)
+    return _option_of("on_failure", default, rich_help_panel=Panel.RANKS)
 
 
 def rejoin_option() -> Any:
     """`--rejoin-s`: the most that a lost node is waited for."""
-    return _setting("rejoin_s", metavar="SECONDS", rich_help_panel=Panel.RANKS)
+    return _option_of("rejoin_s", metavar="SECONDS", rich_help_panel=Panel.RANKS)
 
 
 def layout_option(default: Any, show_default: bool | str = True) -> Any:
@@ -129,12 +131,12 @@ def trace_option() -> Any:
 
 def dtype_option(default: str) -> Any:
     """`--dtype`: the type that ranks compute in."""
-    return _setting("dtype", show_default=default, rich_help_panel=Panel.DEPLOYMENT)
+    return _option_of("dtype", show_default=default, rich_help_panel=Panel.DEPLOYMENT)
 
 
 def cpu_isa_option() -> Any:
     """`--cpu-isa`: the instruction set that kernels may use."""
-    return _setting(
+    return _option_of(
         "cpu_isa",
         envvar="EXPERTLANE_CPU_ISA",
         show_default="the best that this CPU has",
@@ -144,7 +146,7 @@ def cpu_isa_option() -> Any:
 
 def max_model_len_option() -> Any:
     """`--max-model-len`: positions of a sequence at most."""
-    return _setting("max_model_len", metavar="N", rich_help_panel=Panel.BATCHING)
+    return _option_of("max_model_len", metavar="N", rich_help_panel=Panel.BATCHING)
 
 
 TOKENS_OF_STEP = sentence_of("max_num_batched_tokens")
@@ -155,15 +157,15 @@ class RequestOptions:
     """Options of the cache and of requests, in the engine and on a modelled cluster."""
 
     panel: ClassVar = Panel.BATCHING
-    block_size: int = _setting("block_size", metavar="N")
+    block_size: int = _option_of("block_size", metavar="N")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerOptions(RequestOptions):
     """Options of the scheduler's steps."""
 
-    max_num_seqs: int = _setting("max_num_seqs", metavar="N")
-    max_num_batched_tokens: int = _setting("max_num_batched_tokens", metavar="N")
+    max_num_seqs: int = _option_of("max_num_seqs", metavar="N")
+    max_num_batched_tokens: int = _option_of("max_num_batched_tokens", metavar="N")
 
 
 def copies_option() -> Any:
@@ -256,9 +258,9 @@ class LaunchOptions:
 
     panel: ClassVar = Panel.RANKS
     timeout_s: float = timeout_option()
-    oversubscribe: bool = _setting("oversubscribe", is_flag=True)
+    oversubscribe: bool = _option_of("oversubscribe", is_flag=True)
     cpu_isa: CpuIsa | None = cpu_isa_option()
-    ignore_unused_tensors: bool = _setting("ignore_unused_tensors", is_flag=True)
+    ignore_unused_tensors: bool = _option_of("ignore_unused_tensors", is_flag=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +270,7 @@ class EngineOptions:
     panel: ClassVar = Panel.MORE_DEPLOYMENT
     dtype: Dtype | None = dtype_option("the checkpoint's, else the machine's choice")
     max_model_len: int | None = max_model_len_option()
-    num_blocks: int | None = _setting("num_blocks", metavar="N", rich_help_panel=Panel.BATCHING)
+    num_blocks: int | None = _option_of("num_blocks", metavar="N", rich_help_panel=Panel.BATCHING)
     scheduler: SchedulerOptions
     no_prefix_caching: bool = typer.Option(
         False,
@@ -308,7 +310,7 @@ class EngineOptions:
         help="Rebalance experts at runtime every STEPS steps, where it pays. 0: never.",
     )
     ranks_per_node: int = ranks_per_node_option(0, "0, as started")
-    check: CheckLevel = _setting("check", rich_help_panel=Panel.RANKS)
+    check: CheckLevel = _option_of("check", rich_help_panel=Panel.RANKS)
     launch: LaunchOptions
     on_failure: OnFailure = on_failure_option("stop")
     rejoin_s: float = rejoin_option()

@@ -201,12 +201,12 @@ def _question(
         setting.types.weights,
         has_drafts=setting.multi_token.num_drafts > 0,
     )
-    engine, goals = _engine(own, projection.framework), Goals.of(load.slos)
+    engine, goals = _engine_of_framework(own, projection.framework), Goals.of(load.slos)
     request = PlanRequest.of_load(asked, config, devices, goals, setting, engine, load.seed)
     return _Question(found, asked, routing, request)
 
 
-def _engine(own: _Options, framework: str | None) -> EngineName | None:
+def _engine_of_framework(own: _Options, framework: str | None) -> EngineName | None:
     """The engine asked for, or the one that the framework serves with.
 
     Raises:

@@ -286,7 +286,7 @@ class ModelRunner:
             self._pool.submit(DiscardSteps(steps), ranks=self.members.of_replica(replica))
 
     def abandon(self, plans: Sequence[StepPlan]) -> None:
-        """As of `engine.arrangement.Follower`."""
+        """As of `engine.elastic.arrangement.Follower`."""
         if self.rebalancer is not None:
             self.rebalancer.abandon(plans)
         if self.copy_switch is not None:  # what it decides goes with each step to all ranks

@@ -89,8 +89,8 @@ class Options(Strict):
             later starts.
         placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`; `load`:
             by the load of earlier tokens, hot ones several times, in each layer as
-            `balance.plan_placement` does it. The cluster model has it; an engine comes to it by
-            `rebalance_steps`, or begins with a `placement_file`.
+            `balance.planner.plan_placement` does it. The cluster model has it; an engine comes to
+            it by `rebalance_steps`, or begins with a `placement_file`.
         placement_file: a placement written by `expertlane balance`, in place of these.
         copies: which copy of a redundant expert computes a token: `nearest`: one on the token's own
             rank, else on its node, else any, in turns; `balanced`: in every step tokens are shared

@@ -11,7 +11,7 @@ Surfaces that are looked for, on the axes `bytes` and `ranks` (of the group) or 
   (NVLink's switches add up). `send.intra_node`, `send.inter_node`: point to point (an all-to-all
   of two ranks stands in for the first).
 - `dispatch.low_latency.intra_node`, `combine.low_latency.intra_node` and `….inter_node`: every
-  copy goes straight to the rank of its expert: the flat all-to-all.
+  copy goes straight to the rank of its expert: the form `all_to_all`.
 - `dispatch.two_sided.intra_node`, `dispatch.one_sided.intra_node` and those of `combine`: the same
   over an NVLink domain of many hosts, by kernels that write into other ranks' memory.
 - `dispatch.forwarded.intra_node`, `combine.forwarded.intra_node` and `….inter_node`: a copy for
@@ -228,19 +228,19 @@ class LinkModel:
     def contention(self, transfer: Transfer) -> Term:
         """The share by which compute slows while the transfer runs beside it."""
         load, plain = transfer.load, self._contention(transfer.kind)
-        low_latency = self._flat_contention(transfer, load.group_size.size)
+        low_latency = self._low_latency_contention(transfer, load.group_size.size)
         return low_latency[1] if low_latency is not None and low_latency[0].all() else plain
 
     def contention_of_one(self, transfer: Transfer, num_ranks: int) -> Floats | float:
         """The likely share, [S], of a transfer of the rank that stands for all of a stage's."""
         plain = self._contention(transfer.kind).value
-        low_latency = self._flat_contention(transfer, num_ranks)
+        low_latency = self._low_latency_contention(transfer, num_ranks)
         if low_latency is None:
             return plain
         shares: Floats = np.where(low_latency[0], low_latency[1].value, plain)
         return shares
 
-    def _flat_contention(
+    def _low_latency_contention(
         self, transfer: Transfer, num_ranks: int
     ) -> tuple[npt.NDArray[np.bool_], Term] | None:
         """Ranks of a stage-wide all-to-all over nodes with low-latency kernels; its contention."""

@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
@@ -31,12 +32,6 @@ ReadT = TypeVar("ReadT", Device, LinkSheet, Surface, Term)
 
 _PER_LOGARITHM = 1000  # numbers of a table are thousandths of a logarithm
 _LARGEST = 20 * _PER_LOGARITHM  # exp(20): no correction is that far from a roofline
-
-
-def shipped_profiles() -> dict[str, Path]:
-    """The profiles that come with expertlane, by name."""
-    folder = Path(__file__).parent / "profiles"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def read_profile(name_or_path: str | Path) -> Profile:

@@ -4,6 +4,7 @@ The one description of each form: over counts that are real, sampled or expected
 """
 
 import math
+from typing import assert_never
 
 import numpy as np
 
@@ -60,6 +61,8 @@ class ExpertSteps:
                 self._hierarchical()
             case "static":
                 self._static()
+            case _:
+                assert_never(self._form)
 
     def experts(self) -> None:
         """The experts' products alone, without moving rows."""

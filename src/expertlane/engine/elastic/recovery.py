@@ -98,7 +98,7 @@ _MOST_RECORDS = 1000
 
 
 class EpochPool(Protocol):
-    """What a recovery needs of the ranks' pool; `engine.pool.RankPool` has it."""
+    """What a recovery needs of the ranks' pool; `engine.ranks.pool.RankPool` has it."""
 
     @property
     def present(self) -> frozenset[int]:
@@ -143,7 +143,7 @@ class EpochPool(Protocol):
 
 
 class Shrinker(Protocol):
-    """What a recovery needs to go on in a smaller layout; `engine.shrinking.Shrinking` has it."""
+    """Makes a smaller layout to go on in; implemented by `engine.elastic.shrinking.Shrinking`."""
 
     def smaller(self, members: Members, lost: Collection[int]) -> Members:
         """The members to go on with, without those that are lost.

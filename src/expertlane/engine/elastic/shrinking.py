@@ -26,7 +26,7 @@ _MOST_WAIT_S = 30.0  # before a rank that is lost repeatedly is started again
 
 
 class Shrinking:
-    """Implements `engine.recovery.Shrinker` for one engine, in the thread that has the pool.
+    """Implements `engine.elastic.recovery.Shrinker` for an engine, in the thread that has the pool.
 
     Experts stay where they are; those that only lost ranks had are on others until all members are
     there again, with the placements that they had.
@@ -116,10 +116,10 @@ class Shrinking:
         return Arrangement(members, placements, self._arranged.now.ranks_per_node)
 
     def abandon(self, plans: Sequence[StepPlan]) -> None:
-        """As of `engine.arrangement.Follower`: nothing here depends on steps."""
+        """As of `engine.elastic.arrangement.Follower`: nothing here depends on steps."""
 
     def reshape(self, arrangement: Arrangement) -> None:
-        """As of `engine.arrangement.Follower`."""
+        """As of `engine.elastic.arrangement.Follower`."""
         if arrangement is self._arranged.whole:
             self._prepared.clear()
             self._preparing.clear()
