@@ -65,7 +65,7 @@ def _settle(future: Future[ResultT], make: Callable[[], ResultT]) -> None:
     except BaseException as error:
         future.set_exception(error)
     finally:
-        del future  # as above: errors keep the frames that they went through
+        del future  # or its error would keep this frame, and this epoch's memory
 
 
 class TorchTransport:
