@@ -32,7 +32,7 @@ class JsonCounts:
     """Counts the values and keys of a JSON text as it arrives, without making objects of them.
 
     Attributes:
-        num_values, num_keys: so far; never fewer than a parser finds.
+        num_values, num_keys: counts so far; never fewer than a parser finds.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class BodyLimit:
         self._num_bytes = 0  # of all requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, or refuse."""
+        """Pass a request on, or refuse its body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -78,10 +78,10 @@ class BodyLimit:
             self._num_bytes -= body.num_bytes
 
     def _hold(self, num_bytes: int) -> None:
-        """Reserve room for more bytes.
+        """Reserve memory for more bytes.
 
         Raises:
-            HTTPException: there is none.
+            HTTPException: the bodies of all requests take too much.
         """
         self._num_bytes += num_bytes
         if self._num_bytes > MOST_BYTES_AT_ONCE:
@@ -96,10 +96,10 @@ _TOO_MANY_BYTES = f"the body has more than {MOST_BODY_BYTES:,} bytes"
 
 
 class _BoundedBody:
-    """One request's body.
+    """The body of one request, counted as it arrives.
 
     Attributes:
-        num_bytes: received so far.
+        num_bytes: bytes received so far.
     """
 
     def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:

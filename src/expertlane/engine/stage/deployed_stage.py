@@ -211,7 +211,7 @@ class DeployedStage:
         self._sends: deque[list[Pending]] = deque()
 
     def is_as_at_first(self, spec: StageSpec) -> bool:
-        """Whether it is as `spec` would build it, with no expert moved since."""
+        """Whether the stage is as `spec` would build it, with no expert moved since."""
         return self.spec == spec and self.is_placed(spec.placements)
 
     def is_placed(self, placements: Placements) -> bool:

@@ -17,13 +17,13 @@ _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 def identity(
     model: ModelConfig, folder: Path | None, options: Options, dtype: str | None
 ) -> dict[str, str]:
-    """The facts, by the names that messages use.
+    """The facts that tokens and texts depend on, by the names that messages use.
 
-    The layout is not among them: it moves results by rounding alone.
+    The layout is not among them: it changes results by rounding alone.
 
     Args:
-        folder: of the checkpoint; None where weights are random.
-        dtype: as it was asked for.
+        folder: the checkpoint's folder; None where weights are random.
+        dtype: the number type asked for; None for the default.
     """
     digest = blake2b(repr(replace(model, name="")).encode(), digest_size=8)
     return {

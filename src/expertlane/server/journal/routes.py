@@ -10,7 +10,7 @@ from expertlane.server.service import Service
 
 
 class _Rest(Response):
-    """What is left of an answer."""
+    """The events of a kept answer that a client does not have yet."""
 
     def __init__(self, service: Service, answer: Answer) -> None:
         super().__init__()  # what it calls when it is sent is below
@@ -26,7 +26,7 @@ class _Rest(Response):
 
 
 def add_journal(app: FastAPI, service: Service, keeper: JournalKeeper) -> None:
-    """Let an app answer them."""
+    """Add the routes of kept requests to an app."""
 
     @app.get("/v1/requests/{request_id}/events", response_class=Response)
     async def events(request_id: str, http: Request) -> Response:
