@@ -162,7 +162,7 @@ def start_pool(
         if node.number > 0:
             return None  # the launcher says so
         raise
-    oversubscribe |= node.num_processes > 1  # asked for
+    oversubscribe |= node.num_processes > 1  # torchrun was told to start several
     if node.number > 0:
         become_supervisor(
             *(node, ranks_per_node, timeout_s, dtype),

@@ -68,7 +68,7 @@ class RequestMaker:
         """Token ids of a prompt.
 
         Args:
-            name: what messages call the request.
+            name: the name of the request in messages.
 
         Raises:
             UserError: the prompt is a text, or has stop strings, but there is no tokenizer.

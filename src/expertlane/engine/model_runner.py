@@ -290,7 +290,7 @@ class ModelRunner:
         """Drop decisions about steps to come; see `engine.elastic.arrangement.Follower`."""
         if self.rebalancer is not None:
             self.rebalancer.abandon(plans)
-        if self.copy_switch is not None:  # what it decides goes with each step to all ranks
+        if self.copy_switch is not None:  # its decisions go to all ranks with each step
             for replica in range(self.members.layout.replicas):
                 self.copy_switch.forget(replica)
         self._to_discard.update(plan.step for plan in plans)

@@ -87,10 +87,10 @@ class RankWatch:
         self.stage_of_layer = self._stage_of_layer()
         self.rebalancer, self.copy_switch = rebalancer, copy_switch
         self._pool, self._arranged = pool, arranged
-        self._first = arranged.now  # as it was when these members began
+        self._first = arranged.now  # the arrangement with which these members began
         self._ticket: Ticket[RankTotals] | None = None
-        self._before: dict[int, RankTotals] = {}  # by rank, of processes that were replaced
-        self._copies_before = 0, 0.0  # in other layouts: pairs saved, and seconds
+        self._before: dict[int, RankTotals] = {}  # by process number: totals of earlier processes
+        self._copies_before = 0, 0.0  # pairs saved and seconds spent, in earlier layouts
         self._asked_s = time.monotonic()
         self._latest = pool.call(ReadTotals(), ranks=self.numbers)
         first = self._reading(self._latest)

@@ -35,7 +35,7 @@ class SharedEngine:
         self._turns: deque[int] = deque()  # threads; the first has the engine
         self._leader: int | None = None
         self._followers: list[Callable[[], bool]] = []  # the conditions that others wait for
-        self._errors: list[Exception] = []  # of steps
+        self._errors: list[Exception] = []  # raised by steps
         self._to_cancel: deque[str] = deque()
         self._arrivals: dict[str, deque[Chunk]] = {}  # by request id: chunks not yet yielded
 

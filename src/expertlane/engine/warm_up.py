@@ -44,7 +44,7 @@ def time_dispatch(
         return DispatchTable.fixed(modes[0].form, modes[0].overlap)
     rows = []
     for size in SIZES:
-        num_tokens = size * layout.tp  # of a data-parallel rank
+        num_tokens = size * layout.tp  # of each data-parallel rank
         fits = limits.num_blocks * limits.block_size >= num_tokens
         if size > 1 and not (fits and num_tokens <= limits.max_num_batched_tokens):
             break

@@ -39,7 +39,7 @@ class Alert:
 
     Attributes:
         level: red where requests suffer, amber where they may soon.
-        advice: what to do.
+        advice: the advice to the operator.
     """
 
     level: Literal["red", "amber"]

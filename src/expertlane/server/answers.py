@@ -28,7 +28,7 @@ _EVENTS_HEAD = (
 )
 _DONE = b"data: [DONE]\n\n"
 _MOST_AT_ONCE = 2048  # entries of a whole answer that is made in the loop: some milliseconds
-_ENTRIES = 32  # of a list that are objects at the same time
+_ENTRIES = 32  # entries of a list that are objects at the same time
 _PART_BYTES = 64 * 2**10  # at least, but for the last part
 
 
@@ -127,7 +127,7 @@ class Answer(Response):
         prepared: Prepared,
         request: GenerationRequest | None = None,
     ) -> None:
-        super().__init__()  # what it calls when it is sent is below
+        super().__init__()  # unused: `__call__` sends the answer
         if request is None:
             assert isinstance(prepared.request, GenerationRequest), "no chat is made of it"
             request = prepared.request

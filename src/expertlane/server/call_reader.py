@@ -72,8 +72,8 @@ class CallObject:
         self.name: str | None = None
         self.has_arguments = False
         self._value = JsonValue()
-        self._key: str | None = None  # of the value that comes
-        self._part = ""  # of a key, or of a value
+        self._key: str | None = None  # the key of the value to come
+        self._part = ""  # text so far of a key, or of a value
         self._space = ""  # after a value, or within it
         self._waiting = ""  # arguments before the name
 

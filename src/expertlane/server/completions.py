@@ -24,7 +24,7 @@ class CompletionAnswer(Answer):
         assert isinstance(self._request, CompletionRequest), "it is one"
         self._wants = self._request
         self._echoed = prepared.texts
-        self._offsets: dict[int, TextOffsets] = {}  # of choices with log-probabilities
+        self._offsets: dict[int, TextOffsets] = {}  # by choice, if it has log-probabilities
 
     def _before(self, place: int) -> str:
         return self._echoed[place // self._num_choices] if self._echoed else ""

@@ -116,7 +116,7 @@ def install_handlers(app: FastAPI) -> None:
     async def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status = error.status_code
-        if status == 400:  # of the framework's parser; syntax errors come to `of_validation`
+        if status == 400:  # the framework's parser failed; syntax errors come to `of_validation`
             text = "the body is not JSON: not UTF-8, nested too deeply, or with a huge number"
             return ApiError(400, text, code=_NO_JSON).response()
         text = f"{request.method} {request.url.path}: {error.detail}"

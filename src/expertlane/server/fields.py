@@ -21,14 +21,14 @@ from expertlane.spec.ranges import RANGES, shown
 from expertlane.text.chat_template import OWN_VARIABLES
 
 MOST_STOPS = 64
-MOST_PROMPTS = 2048  # of a request, times its choices
+MOST_PROMPTS = 2048  # prompts of a request, times its choices
 MOST_TOKEN_IDS = 2**31
-MOST_STOP_CHARACTERS = 4096  # of each
+MOST_STOP_CHARACTERS = 4096  # of each stop text
 _MOST_BIASES = 1024
-_MOST_NAME = 512  # characters of what clients call something
-_MOST_FIELDS = 128  # of an object whose fields are known
+_MOST_NAME = 512  # characters of a name
+_MOST_FIELDS = 128  # fields of an object whose fields are known
 MOST_PARTS = 4096  # messages of a chat, parts of a message, and the like
-_MOST_VARIABLES = 64  # of a template
+_MOST_VARIABLES = 64  # variables of a template
 _MOST_OF_OBJECT = 4096  # keys of an object that is any JSON, at its top
 _MOST_METADATA = 16
 _MOST_METADATA_CHARACTERS = 16 * 2**10  # as JSON

@@ -60,7 +60,7 @@ class LiveFeed:
         self._number, self._latest = 0, b""
         self._shown: Sequence[Any] | None = None  # the placements that viewers have
         watch = state.service.model.watch
-        self._members = None if watch is None else watch.members  # that they know
+        self._members = None if watch is None else watch.members  # the ranks that viewers know
         self.num_layouts = 0
         self._changed_at = -_REPEATED  # the frame that brought them
         self._loop = asyncio.get_running_loop()

@@ -13,7 +13,7 @@ from expertlane.spec.prompt_logprobs import PromptLogprobs
 from expertlane.spec.sampling import TokenLogprobs
 from expertlane.text.tokenizer import Tokenizer
 
-_LEAST = -9999.0  # of a token that cannot be: JSON has no infinity
+_LEAST = -9999.0  # of an impossible token: JSON has no infinity
 _KEPT = 4096
 
 

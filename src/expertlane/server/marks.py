@@ -20,7 +20,7 @@ from expertlane.server.call_reader import CallObject, NamedArguments, XmlArgumen
 from expertlane.text.tokenizer import Tokenizer
 
 _NONE = "none"
-_PYTHON_TAG = "<|python_tag|>"  # that Llama may write before a call
+_PYTHON_TAG = "<|python_tag|>"  # Llama may write it before a call
 _BETWEEN_OBJECTS = " \t\r\n[],;"
 _MOST_NAME = 256  # characters of a name and what may be beside it
 _NUMBERED = re.compile(r"^(?:functions\.)?(.*?)(?::\d+)?$", re.DOTALL)
@@ -99,7 +99,7 @@ class MarkedText:
     Args:
         prompt: its end tells whether the answer begins inside reasoning.
         takes_calls: whether tools were offered; else marks of calls are text.
-        schemas: of the tools' parameters, by name.
+        schemas: by tool name, the schema of its parameters.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class MarkedText:
         self._thoughts = marks.thoughts
         self._schemas = schemas or {}
         self._held = ""
-        self._raw = ""  # of a call, before it is known to be one
+        self._raw = ""  # text held while it may be a call
         self._had_calls = False
         self._is_bare = True  # nothing but space was given
         self._drops_space = False  # after a call

@@ -10,7 +10,7 @@ from expertlane.server.errors import bad_field
 from expertlane.server.fields import MOST_PARTS, AnyObject, Known, Name, Strict, Text
 from expertlane.spec.files import parse_json
 
-MOST_CALLS = 1024  # in a message
+MOST_CALLS = 1024  # calls in a message
 
 
 class TextPart(Strict):

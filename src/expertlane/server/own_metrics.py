@@ -21,7 +21,7 @@ from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.running import RunningTable
 from expertlane.spec.names import Link, Phase, Stage
 
-WAITING = "waiting"  # for other ranks; beside the names of stages
+WAITING = "waiting"  # label of time spent waiting for other ranks, like the names of stages
 IMBALANCE_S = 30.0  # over which it is taken
 _PREFIX = "expertlane:"
 

@@ -31,12 +31,12 @@ from expertlane.server.messages import Function, Message, NamedTool, Tool
 from expertlane.server.structured import StructuredRequest
 from expertlane.spec.sampling import SamplingParams
 
-_AS_THEY_ARE = (  # in `SamplingParams`
+_AS_THEY_ARE = (  # fields that `SamplingParams` takes unchanged
     *("temperature", "top_p", "min_p", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("skip_special_tokens", "include_stop_str_in_output"),
 )
-MOST_CHOICES = 128  # of a prompt
+MOST_CHOICES = 128  # choices of a prompt
 MOST_TOOLS = 128
 _COMPLETION_TOKENS = 16  # by default, as in the API
 
@@ -92,7 +92,7 @@ class SampledRequest(Known):
 
     temperature: float | None = number("temperature")
     top_p: float | None = number("top_p")
-    top_k: int | None = number("top_k", -1)  # as 0: all
+    top_k: int | None = number("top_k", -1)  # -1 like 0: all tokens
     min_p: float | None = number("min_p")
     repetition_penalty: float | None = number("repetition_penalty")
     presence_penalty: float | None = number("presence_penalty")

@@ -46,8 +46,8 @@ class BoundedProtocol(HttpToolsProtocol):
     _look_timer: asyncio.TimerHandle | None = None
     _num_head_bytes = 0
     _message = 0  # counts headers and ends of messages; odd inside a body
-    _num_body_bytes = 0  # of its chunks so far, with their sizes and line ends
-    _num_other_bytes = 0  # of the same body: chunk extensions and trailers
+    _num_body_bytes = 0  # bytes of its chunks so far, with their sizes and line ends
+    _num_other_bytes = 0  # bytes of its chunk extensions and trailers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Wait for headers, for a bounded time; refuse one connection too many."""

@@ -16,7 +16,7 @@ from expertlane.server.service import Service, ended
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Origin
 
-_MOST_CHANGES = 20  # that are told of
+_MOST_CHANGES = 20  # changes reported, the latest ones
 _RETRY_S = 1
 _LOOK_S = 0.02  # between checks of the progress of preparing
 

@@ -27,8 +27,8 @@ from expertlane.spec.structured import Structured
 from expertlane.text.grammars import Grammar
 from expertlane.text.tokenizer import LONG_TEXT, Tokenizer
 
-_CHARACTERS = 4  # of a token, in most languages
-_SLACK = 2  # what is cut has some other tokens at its end
+_CHARACTERS = 4  # characters of a token, in most languages
+_SLACK = 2  # a cut text may have other tokens at its end
 _HUGE = 1_000_000  # characters; a tokenizer takes some hundred bytes for each
 
 
@@ -108,7 +108,7 @@ class PromptEncoder:
             size *= 2
 
 
-MOST_LOGPROBS = 2**20  # of a request: some 150 bytes each
+MOST_LOGPROBS = 2**20  # log-probabilities of a request, some 150 bytes each
 _PROMPT = re.compile(r"prompt(?: (\d+))?(?=:)")
 
 
@@ -174,7 +174,7 @@ class Journal(Protocol):
 
 
 _RETRY_S = 1
-_MANY_TOKENS = 4096  # to become text: some milliseconds
+_MANY_TOKENS = 4096  # decoding them takes some milliseconds
 
 
 class Service:

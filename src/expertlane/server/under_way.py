@@ -11,7 +11,7 @@ class UnderWay:
 
     def __init__(self) -> None:
         self._timers: dict[RequestGroup, asyncio.TimerHandle | None] = {}
-        self._ending: Exception | None = None  # what all requests get, once all are ended
+        self._ending: Exception | None = None  # the error with which all requests end
 
     def begin(self, group: RequestGroup, began_s: float, limit_s: float | None) -> None:
         """Start the timer of a group of requests, which runs until `finish`.
@@ -25,7 +25,7 @@ class UnderWay:
             loop = asyncio.get_running_loop()
             timer = loop.call_at(began_s + limit_s, group.end, late(limit_s))
         self._timers[group] = timer
-        if self._ending is not None:  # meanwhile
+        if self._ending is not None:  # the server has ended meanwhile
             group.end(self._ending)
 
     def finish(self, group: RequestGroup) -> None:

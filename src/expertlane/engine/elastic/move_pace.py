@@ -72,7 +72,7 @@ class MovePace:
 
     @property
     def most(self) -> int:
-        """How much of an expert a rank may send or receive beside the next step, of `WHOLE`."""
+        """The part of an expert, of `WHOLE`, that a rank may send or get beside the next step."""
         if not self._steps:
             return WHOLE
         step_s, idle_s = np.median(self._steps, axis=0)

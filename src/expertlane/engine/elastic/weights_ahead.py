@@ -25,7 +25,7 @@ class WeightsAhead:
     that, unless a single matrix or expert takes longer to make.
 
     Args:
-        spec: of the new layout.
+        spec: spec of the stages in the new layout.
         room_bytes: memory for the new weights of each rank that runs steps; it makes the rest
             later.
 

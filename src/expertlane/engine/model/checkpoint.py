@@ -51,7 +51,7 @@ class Checkpoint(StoredTensors):
         Args:
             name: one of `spec.model`.
             rows, columns: ranges of the logical shape with step 1; None for all. Vectors have rows.
-            dtype: of the result, stored quantised or not; None for the model's.
+            dtype: dtype of the result, stored quantised or not; None for the model's.
 
         Returns:
             [len(rows), len(columns)], or [len(rows)] of a vector; contiguous.

@@ -30,7 +30,7 @@ class ForwardBatch:
         is_real: [num_owned]; owned tokens that are no padding; None where none is.
 
     Args:
-        batch: of this data-parallel rank.
+        batch: the batch of this data-parallel rank.
         num_tokens: [dp]; tokens of the same part of every data-parallel rank's batch.
         at: this rank's coordinates.
         block_size: positions in a block of the paged cache.

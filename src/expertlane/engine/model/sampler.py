@@ -79,7 +79,7 @@ class Sampled:
             token_ids: [num].
             seq_ids: [num].
             sequences: [num]; empty where none of them is sampled.
-            logprobs: of those that ask for them.
+            logprobs: log-probabilities of the sequences that ask for them.
         """
         self._parts.append((seq_ids, sequences, logprobs))
         self.tensors.append(token_ids)
@@ -115,7 +115,7 @@ class Sampler:
     The random number for a request's token number i depends on its seed and i alone.
 
     Args:
-        vocab_size: of the model.
+        vocab_size: the model's number of token ids.
         device: device of the logits.
     """
 

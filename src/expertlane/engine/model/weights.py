@@ -79,7 +79,7 @@ class WeightSource(ABC):
 
     Args:
         model: the model whose tensors they are.
-        dtype: of the slices, unless another is asked for.
+        dtype: dtype of the slices, unless another is asked for.
         touch: called after every tensor, to show that work goes on.
         weights: whether matrices are rounded to a narrower type.
         activations: whether matrices stored in float8 get inputs in float8.

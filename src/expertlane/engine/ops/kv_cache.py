@@ -25,7 +25,7 @@ class KVCache:
     of the key, so it is not stored again (`value_dim` 0).
 
     Attributes:
-        dtype: of keys and values as they are written and read.
+        dtype: dtype of keys and values as they are written and read.
         keys, values: as stored: of `dtype`, or uint8 (the bits of float8) if `is_float8`.
         key_scales, value_scales: None unless `is_float8`: [num_blocks, heads, block_size, 1] uint8,
             see `ops.float8`; the last size is 0 where there are no values.

@@ -74,7 +74,7 @@ class LayersPart:
         self._function = function_of(attention.library, name, "pnpppnp")
 
     def is_made_of(self, layers: Sequence[LayerParts | None]) -> bool:
-        """Whether it was made of exactly these calls, so that it need not be made again."""
+        """Whether this call was made of exactly these layers, so that it can be reused."""
         return all(
             other is not None and all(a is b for a, b in zip(own, other, strict=True))
             for own, other in zip(self._made_of, layers, strict=True)

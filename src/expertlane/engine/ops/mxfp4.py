@@ -20,7 +20,7 @@ class Mxfp4Weight:
     Attributes:
         blocks: [out_features, in_features / 2] uint8; two e2m1 values a byte, lower half first.
         scales: [out_features, in_features / 32] uint8; exponents with a bias of 127.
-        dtype: of the weight where it is widened.
+        dtype: dtype of the widened weight.
     """
 
     blocks: Tensor

@@ -32,7 +32,7 @@ class NarrowWeight:
         scales: [out_features, num_groups] float32.
         group: inputs that share a scale; the last group may have fewer.
         first: offset of the first input in its group: not 0 in a slice that begins within one.
-        dtype: of the weight where it is widened.
+        dtype: dtype of the widened weight.
         rows: outputs that share their scales: each `rows` consecutive ones, from the first on.
     """
 
@@ -86,7 +86,7 @@ class NarrowWeight:
         """The matrix [out_features, in_features]: value · scale in float32, then rounded to dtype.
 
         Args:
-            dtype: of the result; the weight's own where it is None.
+            dtype: dtype of the result; None for the weight's own.
         """
         places = torch.arange(self.values.shape[1], device=self.scales.device) + self.first
         dtype = dtype or self.dtype

@@ -84,7 +84,7 @@ class HeadsLinear:
         weight: [num_heads, out_features, in_features]; not kept where it is packed.
 
     Attributes:
-        num_weights, num_bytes: of all matrices.
+        num_weights, num_bytes: weights, and their bytes, in all matrices together.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -198,7 +198,7 @@ class Activation:
     swiglu_alpha: float = 1.702
 
     def is_plain(self, *, is_gated: bool) -> bool:
-        """Whether it is SiLU(gate) · up of a gated MLP, or GELU(up) of one without a gate."""
+        """Whether the activation is plain SiLU(gate) · up; without a gate, plain GELU(up)."""
         plain = "silu" if is_gated else "gelu"
         return self.swiglu_limit is None and self.hidden_act == plain
 

@@ -55,7 +55,7 @@ class AttentionPart:
     """A layer's multi-head or grouped-query attention in one call.
 
     Args:
-        weights: of sizes that `attention_part` accepts.
+        weights: weights of sizes that `attention_part` accepts.
     """
 
     def __init__(self, weights: AttentionWeights, library: ctypes.CDLL, dtype: torch.dtype) -> None:
@@ -140,7 +140,7 @@ def attention_part(
     """A layer's attention as one call; None for sizes that the library does not have.
 
     Args:
-        dtype: of hidden states; the library's products take the weights.
+        dtype: dtype of hidden states; the library's products take the weights.
     """
     hidden = weights.query_key_value.in_features
     if weights.head_dim % LANES or hidden % LANES or not weights.num_heads:

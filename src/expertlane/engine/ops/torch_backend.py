@@ -64,7 +64,7 @@ class TorchBackend(Bookkeeping):
         """An MoE block whose experts are all on this rank, in few calls; None without such calls.
 
         Args:
-            dtype: of hidden states.
+            dtype: dtype of hidden states.
         """
         return None
 
@@ -80,7 +80,7 @@ class TorchBackend(Bookkeeping):
         """An MLP of all tokens in one call; None without such a call.
 
         Args:
-            dtype: of hidden states.
+            dtype: dtype of hidden states.
             norm, scale: made a part of the call, if given; see `MlpPart`.
         """
         return None
@@ -89,7 +89,7 @@ class TorchBackend(Bookkeeping):
         """A layer's attention in one call; None without such a call.
 
         Args:
-            dtype: of hidden states.
+            dtype: dtype of hidden states.
         """
         return None
 
@@ -100,7 +100,7 @@ class TorchBackend(Bookkeeping):
 
         Args:
             norm: weight of the final norm, made a part of the call, if given.
-            dtype: of hidden states.
+            dtype: dtype of hidden states.
         """
         return None
 

@@ -43,7 +43,7 @@ def unpacked(room: Tensor, arrays: Sequence[Array]) -> list[Tensor]:
     """Views of the arrays in the result of `packed`, on any device.
 
     Args:
-        arrays: of the shapes and types that were packed.
+        arrays: arrays of the shapes and types that were packed.
     """
     return [
         room[begin : begin + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
@@ -99,7 +99,7 @@ def parted(whole: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Views of the tensors in the result of `joined`, on any device.
 
     Args:
-        tensors: of the shapes and types that were joined.
+        tensors: tensors of the shapes and types that were joined.
     """
     order, found = _widest_first(tensors), list(tensors)
     pieces = torch.split(whole, [tensors[number].nbytes for number in order])

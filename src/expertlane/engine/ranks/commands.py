@@ -89,7 +89,7 @@ class StageSpec:
 
     Attributes:
         placements: [num_hidden_layers]; the placements of experts at the start.
-        seed: of weights that are drawn.
+        seed: seed of random weights.
         numbers: [world_size]; the process of each rank of the layout; if empty, rank r is process
             r.
         checkpoint: the folder with the weights; None for seeded ones.

@@ -102,7 +102,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class End(Enum):
-    """How a node's part in a run ended."""
+    """The reason why a node's part in a run ended."""
 
     SAID = "said"  # the launcher was done and said so
     TERMINATED = "terminated"  # the node was told to end, as by torchrun or a batch system

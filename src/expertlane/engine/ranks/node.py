@@ -99,7 +99,7 @@ class Node:
 
     @property
     def is_beginning(self) -> bool:
-        """Whether it has not begun the requested epoch yet."""
+        """Whether the node has not begun the requested epoch yet."""
         return any(change.kind is MessageKind.BEGIN_EPOCH for change in self.changes)
 
     def is_starting(self, rank: int) -> bool:

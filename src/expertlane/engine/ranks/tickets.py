@@ -41,7 +41,7 @@ class Ticket(Generic[ResultT]):
 
     @property
     def is_lost(self) -> bool:
-        """Whether it will never be done: a new epoch began, or one of its ranks is gone."""
+        """Whether the call will never be done: a new epoch began, or one of its ranks is gone."""
         return bool(self.why_lost)
 
     @property

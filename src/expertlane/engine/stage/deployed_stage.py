@@ -230,7 +230,7 @@ class DeployedStage:
         """The state for a stage of another layout on this rank; this stage must not run again.
 
         Args:
-            members: of that layout.
+            members: the ranks of that layout.
             discard: steps to undo; see `discard`.
         """
         self.discard(discard)

@@ -10,7 +10,7 @@ from expertlane.spec.model import ModelConfig
 
 _TEXTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _TENSORS = ".safetensors"
-_WHOLE_BYTES = 2**20  # of tensors; of a larger file so many samples are read, spread evenly
+_WHOLE_BYTES = 2**20  # of a tensor file; of a larger one, evenly spread samples are read
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 

@@ -86,11 +86,11 @@ def unknown(request_id: str, param: str) -> ApiError:
 
 _ENDPOINTS = {each.path: each for each in (COMPLETIONS, CHATS, RESPONSES)}
 _COMPACT_BYTES = 64 * 2**20  # beyond twice the size of what is needed: a new file is begun
-_MOST_FINISHED_CHUNKS = 2**18  # of finished answers; beyond, those that nobody reads go
-_MOST_FINISHED_BYTES = 64 * 2**20  # the same
-_MOST_BYTES = 256 * 2**20  # of all requests, without their chunks
-_ROWS = 4096  # of a record
-_DEATHS = 2  # of processes; then the request that they computed is tried alone
+_MOST_FINISHED_CHUNKS = 2**18  # of finished answers; beyond, unread ones are forgotten
+_MOST_FINISHED_BYTES = 64 * 2**20  # memory of finished answers
+_MOST_BYTES = 256 * 2**20  # memory of all requests without their chunks
+_ROWS = 4096  # rows of a record
+_DEATHS = 2  # deaths of processes, after which the request they computed is tried alone
 _ALONE_S, _LOOK_S = 10.0, 0.01  # how long it stays alone after its first new chunk
 
 

@@ -15,9 +15,9 @@ from expertlane.server.prepared import Prepared
 from expertlane.spec.prompt_logprobs import PromptLogprobs, PromptPart
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 
-_CHUNK_BYTES = 200  # in memory, at least
-_TOKEN_BYTES = 36  # of a prompt, in memory
-_LOGPROB_BYTES = 150  # of a likely token, in memory
+_CHUNK_BYTES = 200  # memory of a chunk, at least
+_TOKEN_BYTES = 36  # memory of a prompt token
+_LOGPROB_BYTES = 150  # memory of a likely token
 _AT_ONCE = 256  # chunks that a reading takes before others have their turn
 
 
@@ -39,7 +39,7 @@ class KeptRequest(RequestGroup):
 
     Attributes:
         chunks: [num_chunks]; those of all choices, in the order of their arrival.
-        error: what ended it early; None if nothing did.
+        error: the error that ended it early; None without one.
         is_awaited: whether its client is expected to come back if it leaves.
         num_readings: connections that read it.
         num_events: events of its whole stream; None while their number is not known.

@@ -22,14 +22,14 @@ READ_VERSIONS = (1, 2, VERSION)
 _FRAME = struct.Struct("<III")
 _INVERTED = 2**32 - 1
 
-Logprob = tuple[float, tuple[tuple[int, float], ...]]  # of the token, and of the likeliest ones
+Logprob = tuple[float, tuple[tuple[int, float], ...]]  # the token's, and the likeliest tokens
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True, tag="journal"):
     """The first record of a file.
 
     Attributes:
-        identity: what tokens and texts depend on, by name.
+        identity: the facts that tokens and texts depend on, by name.
     """
 
     version: int

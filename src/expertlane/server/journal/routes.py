@@ -13,7 +13,7 @@ class _Rest(Response):
     """The events of a kept answer that a client does not have yet."""
 
     def __init__(self, service: Service, answer: Answer) -> None:
-        super().__init__()  # what it calls when it is sent is below
+        super().__init__()  # unused: `__call__` sends the answer
         self._service, self._answer = service, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -81,7 +81,7 @@ class ResponseAnswer(ChatAnswer):
                     events += self._items.feed(self._fields(piece), found)
                     self._reason = piece.finish_reason
             except ApiError:
-                yield events  # what came together with it
+                yield events  # events of the chunks that came with the error
                 raise
             yield events
         yield list(self._items.end("incomplete" if self._is_cut else "completed"))

@@ -19,8 +19,8 @@ from expertlane.server.messages import CalledFunction, Function
 from expertlane.server.requests import MOST_TOOLS, ChatRequest, Effort, SampledRequest, Verbosity
 from expertlane.server.structured import Schema
 
-LOGPROBS = "message.output_text.logprobs"  # to be asked for with `include`
-_MOST_LOGPROBS = 2**16  # of a part that an answer had
+LOGPROBS = "message.output_text.logprobs"  # a value of `include`
+_MOST_LOGPROBS = 2**16  # log-probabilities of a part of an earlier answer
 _NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
@@ -28,7 +28,7 @@ _NAMES = {
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
     "verbosity": "text.verbosity",
-}  # of the chat's fields
+}  # by field of a chat request: field of a response request
 _STATUS = ("in_progress", "completed", "incomplete")
 
 

@@ -88,7 +88,7 @@ def _by_flash(query: Tensor, cache: KVCache, batch: PagedBatch, params: Attentio
 def _is_right(
     device: torch.device, dtype: torch.dtype, dim: int, block_size: int, has_window: bool
 ) -> bool:
-    """Whether it runs here and agrees with ours, on a prompt and on a chunk of a later one."""
+    """Whether flash-attn runs here and agrees with ours, on a prompt and on a later chunk."""
     new, computed = np.array([70, 3]), np.array([0, 40])
     num_blocks = -(-(new + computed) // block_size)
     tables = np.full((2, num_blocks.max()), -1, dtype=np.int32)
