@@ -33,13 +33,14 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineInputs:
-    """What an engine runs, and how.
+    """The model, settings and callbacks that an engine is made of.
 
     Attributes:
-        folder: of the checkpoint; None where weights are random.
-        placements: of the layout's experts, as of `check_deployment`.
-        limits: what is wished, but for the number of blocks.
-        on_commit: called with every step; None where nobody looks, nor records routing.
+        folder: the checkpoint's folder; None where weights are random.
+        placements: the layout's expert placements, by layer; see `check_deployment`.
+        limits: the limits asked for; the number of blocks is settled on the machine.
+        on_commit: called with every committed step, whose routing is then recorded; None for
+            neither.
         log: takes a line for each thing that the user should know.
     """
 
@@ -55,11 +56,11 @@ class EngineInputs:
 
 
 class EngineParts:
-    """Loads a model on the ranks of a pool, and puts an engine before it.
+    """Loads a model on the ranks of a pool, and makes an engine that runs it.
 
     Attributes:
-        machine: [num_ranks]; what each rank saw before the model was loaded.
-        limits: what the scheduler keeps to.
+        machine: [num_ranks]; the machine of each rank, described before the model was loaded.
+        limits: the scheduler's limits, with the number of blocks that fit.
 
     Raises:
         UserError: the model does not fit into memory, or there is a mistake that ranks found.
@@ -69,7 +70,7 @@ class EngineParts:
     def __init__(self, pool: RankPool, inputs: EngineInputs) -> None:
         self._pool, self._inputs, log = pool, inputs, inputs.log
         config = inputs.config
-        # Of how many ranks nodes are, these say once they are up.
+        # The ranks tell how many of them a node has, once they are up.
         given = inputs.placements, config.ranks_per_node
         self._arranged = Arranged(Arrangement.alike(Members(config.layout), *given))
         self._recovery: Recovery | None = None
@@ -99,7 +100,7 @@ class EngineParts:
             )
 
     def _start(self, action: Callable[[], ResultT]) -> ResultT:
-        """Do something with ranks that do not serve yet."""
+        """Run an action on ranks that do not serve yet; lost ones are replaced meanwhile."""
         return action() if self._recovery is None else self._recovery.start(action)
 
     def _redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
@@ -108,7 +109,7 @@ class EngineParts:
         self.runner.redeploy(replaced, plans)
 
     def _fitting_limits(self) -> Limits:
-        """The limits, with as large a cache as there is room for."""
+        """The limits with as many blocks as fit; on a GPU only an upper bound, measured later."""
         inputs, config, wanted = self._inputs, self._inputs.config, self._inputs.limits
         layout, options = config.layout, config.options
         limits = with_blocks(

@@ -1,4 +1,4 @@
-"""What happens before a model runs: checks, ranks, and room for its cache."""
+"""Starting ranks, checking options and a checkpoint, and estimating the size of the KV cache."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -42,8 +42,8 @@ def check_options(
     """Refuse options that these ranks, this checkpoint or this layout cannot have.
 
     Args:
-        machines: of the layout's ranks.
-        checkpoint: the folder the weights are in.
+        machines: [world_size]; the machine of each rank.
+        checkpoint: the folder the weights are in; None where they are random.
 
     Raises:
         UserError: CUDA graphs, or a cache of float8, are asked for that these ranks cannot have, or
@@ -91,7 +91,7 @@ def _check_activations(
     machines: Sequence[RankMachine],
     checkpoint: Path | None,
 ) -> None:
-    """Refuse float8 activations that no matrix takes, that ranks cannot have, or would cut."""
+    """Refuse float8 activations: no float8 matrix, no such GPU, or a layout that cuts scales."""
     if options.activations != "float8":
         return
     asked = "activations in float8 (--activations float8, activations='float8')"
@@ -131,16 +131,16 @@ def start_pool(
     recovers: bool = False,
     rejoin_s: float = 0.0,
 ) -> RankPool | None:
-    """Ranks of this machine, or of all nodes where torchrun has started processes.
+    """Start ranks on this machine, or on all nodes where torchrun has started this process.
 
     Args:
-        cpu_isa: the largest instruction set that kernels may use; None as the environment says.
+        cpu_isa: the largest instruction set that kernels may use; None for the environment's.
         recovers: whether other ranks can take the places of lost ones.
-        rejoin_s: then, how long to wait for a node that is lost.
+        rejoin_s: with `recovers`, how long to wait for a node that is lost.
 
     Returns:
-        The pool; None in those processes of torchrun that have nothing to do. The first ones of
-        other nodes do not come back: they become supervisors.
+        The pool; None in those processes of torchrun that have nothing to do. In the first process
+        of each other node this does not return: it becomes a supervisor.
 
     Raises:
         CapacityError: too many local ranks for this machine, or too few processes of torchrun.
@@ -162,7 +162,7 @@ def start_pool(
         if node.number > 0:
             return None  # the launcher says so
         raise
-    oversubscribe |= node.num_processes > 1  # asked for
+    oversubscribe |= node.num_processes > 1  # torchrun was told to start several
     if node.number > 0:
         become_supervisor(
             *(node, ranks_per_node, timeout_s, dtype),
@@ -184,7 +184,7 @@ def start_pool(
 
 
 def describe_ranks(pool: RankPool) -> list[RankMachine]:
-    """What each rank sees of its machine.
+    """[num_ranks]; the machine, device, kernels and transport of each rank.
 
     Raises:
         UserError: they do not all use the same kernels or transport. Experts move between ranks in
@@ -257,7 +257,7 @@ def _listed(names: list[str]) -> str:
 
 
 _PLAIN = Options()
-_CPU_CACHE_SHARE = 0.5  # of what is left beside the weights; other programs live there too
+_CPU_CACHE_SHARE = 0.5  # of the memory beside the weights: other programs need some too
 
 
 def fit_to_machine(
@@ -273,14 +273,15 @@ def fit_to_machine(
     """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
 
     Args:
-        seen: [num_ranks]; those of the layout first.
-        placements: [num_hidden_layers]; linear ones without copies if not given.
-        checkpoint: the folder the weights are in.
-        cpu_cache_share: as `fit_cache`'s `cache_share`, where ranks compute on a CPU.
+        seen: [num_ranks]; the machine of each rank, those of the layout first.
+        placements: [num_hidden_layers]; by default linear ones without copies.
+        checkpoint: the folder the weights are in; None where they are random.
+        cpu_cache_share: the share of the free memory that the cache may take on a CPU; see
+            `PlacedModel.fit_cache`.
 
     Raises:
-        CapacityError: not even one sequence fits; with both numbers.
-        UserError: as of `check_options`.
+        CapacityError: not even one sequence fits; it names the bytes needed and those free.
+        UserError: the options do not suit these ranks; see `check_options`.
     """
     check_options(options, model, layout, seen[: layout.world_size], checkpoint)
 
@@ -303,14 +304,17 @@ def placed_model(
     options: Options = _PLAIN,
     checkpoint: Path | None = None,
 ) -> PlacedModel:
-    """What ranks of such a machine hold of a model; arguments as of `fit_to_machine`."""
+    """The parts of a model on each rank, in the number types of this machine.
+
+    For the arguments see `fit_to_machine`.
+    """
     return PlacedModel(model, layout, _types(machine, layout, options, checkpoint), placements)
 
 
 def _types(
     machine: RankMachine, layout: Layout, options: Options, checkpoint: Path | None
 ) -> NumberTypes:
-    """In what a rank holds weights, hidden states, keys and values."""
+    """The number types of a rank's weights, hidden states, keys and values."""
     if not machine.keeps_narrow:
         return NumberTypes.of_engine(machine.dtype, options)
     config = {} if checkpoint is None else read_config(checkpoint)
@@ -321,7 +325,7 @@ def _types(
 
 
 def enough_blocks(limits: Limits) -> int:
-    """As many as hold all sequences that may run, at full length; or as there may be."""
+    """Blocks for `max_num_seqs` sequences of full length, at most the largest valid number."""
     enough = limits.max_num_seqs * -(-limits.max_model_len // limits.block_size)
     return min(enough, int(RANGES["num_blocks"].high))
 
@@ -336,10 +340,10 @@ def with_blocks(
     options: Options = _PLAIN,
     checkpoint: Path | None = None,
 ) -> Limits:
-    """The limits with `num_blocks`; with None as many as serve, or as there is room for.
+    """The limits with `num_blocks`; with None, with `enough_blocks` or those that fit.
 
     Raises:
-        CapacityError: there is no room for the model and one sequence, or for `num_blocks`.
+        CapacityError: the model and one sequence, or `num_blocks`, do not fit into memory.
     """
     fit = partial(
         fit_to_machine, model, layout, placements=placements, options=options, checkpoint=checkpoint
@@ -356,7 +360,7 @@ def check_num_blocks(num_blocks: int, fitting: Limits) -> None:
     """Refuse more blocks than there is memory for.
 
     Raises:
-        CapacityError: with both numbers.
+        CapacityError: there are; it names both numbers.
     """
     if fitting.num_blocks < num_blocks:
         raise CapacityError(

@@ -1,4 +1,4 @@
-"""The offline face of the engine: a model, laid out over ranks, that continues prompts."""
+"""`LLM`, the offline interface: a model, laid out over ranks, that continues prompts."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +37,8 @@ from expertlane.text.chat_template import ChatTemplate
 
 
 def all_finished(outputs: list[RequestOutput]) -> Callable[[], bool]:
-    """A test whether all outputs are finished, which checks each finished one only once."""
-    num_finished = 0  # of the first ones
+    """A function that tells whether all outputs are finished; looks at each finished one once."""
+    num_finished = 0  # outputs from the front known to be finished
 
     def are_finished() -> bool:
         nonlocal num_finished
@@ -52,10 +52,10 @@ def all_finished(outputs: list[RequestOutput]) -> Callable[[], bool]:
 
 
 def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, or several.
+    """A list of prompts, from one prompt or several.
 
     Raises:
-        UserError: they are of another type.
+        UserError: it is neither a text, a list of token ids, nor a list of those.
     """
     is_array = isinstance(prompts, np.ndarray) and prompts.ndim > 0
     if not is_array and not isinstance(prompts, Sequence):
@@ -71,10 +71,10 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def with_params(
     prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
 ) -> list[tuple[Prompt, SamplingParams]]:
-    """Each prompt with its own parameters.
+    """Pairs of a prompt and its sampling parameters.
 
     Raises:
-        UserError: they are of another type, or not as many as prompts.
+        UserError: prompts or parameters have a wrong type, or there are not as many of both.
     """
     several = as_list(prompts)
     if params is None or isinstance(params, SamplingParams):
@@ -112,12 +112,12 @@ class LLM:
         settings: some of them by name, in place of the config's; a layout may be a text.
 
     Attributes:
-        engine: requests and steps, for those who bring their own loop; of one thread, while no
+        engine: requests and steps, for callers with a loop of their own; for one thread, while no
             other one uses the LLM.
-        limits: what the scheduler keeps to.
-        machine: [num_ranks]; what each rank saw before the model was loaded.
+        limits: the scheduler's limits: positions, sequences, tokens of a step, cache blocks.
+        machine: [num_ranks]; the machine of each rank, described before the model was loaded.
         tokenizer: None where the checkpoint has none.
-        scaling: changes the layout between steps, for those who bring their own loop.
+        scaling: changes the layout between steps, for callers with a loop of their own.
 
     Raises:
         UserError: the model cannot be found, read, laid out so, or does not fit into memory.
@@ -176,17 +176,17 @@ class LLM:
         self._shared.close(self._pool.close)
 
     def check_ranks(self) -> None:
-        """Notice a rank that has ended while no step ran; for those who bring their own loop.
+        """Notice a rank that has ended while no step ran; for callers with a loop of their own.
 
         Raises:
-            RankError: one has, and is not replaced.
+            RankError: a rank has ended, and is not replaced.
         """
         self.engine.guarded(self._pool.check)
         self.engine.grow()
 
     @property
     def layout(self) -> Layout:
-        """Of now; `scale` changes it."""
+        """The present layout; `scale` changes it."""
         return self.scaling.deployment.layout
 
     def scale(self, layout: str | Layout) -> None:
@@ -219,11 +219,11 @@ class LLM:
             self.engine.guarded(self._runner.checking.check_weights)
 
     def watch(self) -> RankWatch:
-        """Begin to count what ranks do; for those who bring their own loop, and show it."""
+        """Begin to read the ranks' totals; for callers with a loop of their own that show them."""
         return self.engine.with_ranks(self._runner.watch)
 
     def on_told_to_end(self, react: Callable[[], None]) -> None:
-        """What to do where another node is told to end by SIGTERM; by default all ends at once.
+        """Set a callback for a SIGTERM on another node; without one, all ranks end at once.
 
         Args:
             react: called from whichever thread waits for ranks; it should see to it that the LLM is
@@ -232,12 +232,13 @@ class LLM:
         self._pool.on_told_to_end(react)
 
     def routing_trace(self) -> RoutingTrace:
-        """Which experts each token chose in each MoE layer, of all steps finished so far.
+        """The experts that each token chose in each MoE layer, in all steps finished so far.
 
-        Prompts and outputs alike; tokens found in the prefix cache were not computed again.
+        It has tokens of prompts and outputs, but none found in the prefix cache: these were not
+        computed again.
 
         Raises:
-            UserError: it was not asked for.
+            UserError: the LLM was made without `record_routing`.
         """
         if self._routing is None:
             raise UserError("routing is not recorded; make the LLM with record_routing=True")
@@ -253,11 +254,11 @@ class LLM:
 
         Args:
             prompts: a text or a list of token ids, or several of either.
-            params: for all, or one a prompt; by default `SamplingParams()`.
+            params: one for all prompts, or one for each; by default `SamplingParams()`.
 
         Returns:
-            One output a prompt, in the prompts' order. One whose logits were NaN or infinite has
-            `finish_reason` "error" and says so in `error`; the others are as ever.
+            One output for each prompt, in their order. One whose logits were NaN or infinite has
+            `finish_reason` "error" and says so in `error`; the others are not affected.
 
         Raises:
             UserError: a prompt can never be served; then none of them is.
@@ -276,11 +277,12 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[tuple[int, Chunk]]:
-        """As `generate`, but yields (place of the prompt, what came) as steps finish.
+        """Continue prompts, and yield (index of the prompt, chunk) as steps finish.
 
-        Requests are queued when the first chunk is asked for, and those that are not finished when
-        the iterator is closed are cancelled. While it is not asked for more, the steps of other
-        calls go on, and what they bring is kept; each iterator is for one thread at a time.
+        Arguments and errors are those of `generate`. Requests are queued when the first chunk is
+        asked for; closing the iterator cancels the unfinished ones. Between chunks, steps of other
+        calls go on, and their chunks for this one are kept. An iterator is for one thread at a
+        time.
         """
         arrived: deque[Chunk] = deque()
         outputs = self._add(prompts, params, arrived)
@@ -302,7 +304,7 @@ class LLM:
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> Iterator[Chunk]:
-        """Continue a conversation by the checkpoint's chat template; yields as `stream` does.
+        """Continue a conversation by the checkpoint's chat template, and yield its chunks.
 
         Args:
             messages: each with `role` and `content`.
@@ -338,10 +340,10 @@ class LLM:
 
 
 def _started(config: EngineConfig, own_dtype: Dtype | None) -> RankPool:
-    """The ranks of a layout.
+    """Start the ranks of a layout.
 
     Args:
-        own_dtype: of the checkpoint.
+        own_dtype: the checkpoint's; used unless the config names another.
     """
     pool = start_pool(
         config.layout.world_size,

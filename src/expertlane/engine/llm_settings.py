@@ -1,4 +1,4 @@
-"""What an `LLM` reads before ranks start: its model, its tokenizer, and the limits asked for."""
+"""The model, the tokenizer and the limits of an `LLM`, found before ranks start."""
 
 import sys
 from contextlib import suppress
@@ -16,10 +16,10 @@ from expertlane.text.tokenizer import TOKENIZER, Tokenizer, configured_eos_token
 
 
 def find_model(model: str | Path, ignore_unused_tensors: bool) -> tuple[ModelConfig, Path | None]:
-    """A preset, or the model of a checkpoint's folder, checked against its files.
+    """The model of a preset, or of a checkpoint checked against its files, and its folder.
 
     Raises:
-        UserError: there is none, or its files do not suit it.
+        UserError: there is no such model, or the checkpoint's files do not suit it.
     """
     if not isinstance(model, str):
         model = str(as_path("model", model))
@@ -52,10 +52,10 @@ def read_tokenizer(folder: Path | None) -> tuple[Tokenizer | None, frozenset[int
 
 
 def wanted_limits(model: ModelConfig, config: EngineConfig) -> Limits:
-    """The limits that are asked for; of blocks one where as many as there is room for are.
+    """The limits that a config asks for, with one block where it leaves their number open.
 
     Raises:
-        UserError: a sequence would get more positions than the model takes.
+        UserError: `max_model_len` is more than the model's positions.
     """
     longest = model.max_position_embeddings
     asked = longest if config.max_model_len is None else config.max_model_len

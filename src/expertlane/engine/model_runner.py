@@ -1,4 +1,4 @@
-"""The runner of real ranks: a deployment's model on a pool, one step plan at a time."""
+"""The runner of real ranks: loads a deployment's model on a pool, and runs its step plans."""
 
 import time
 from collections import Counter, defaultdict
@@ -48,29 +48,29 @@ from expertlane.spec.sampling import TokenLogprobs
 
 
 class Checking:
-    """Looks at the ranks of a pool for silent errors.
+    """Compares steps and weights of a pool's ranks to find silent errors.
 
-    Ranks that may be the cause of one are lost, as dead ones are: of two that differ, both, since
+    Ranks that may have caused one count as lost, like dead ones; where two differ, both do, since
     nothing tells which is right.
 
     Args:
-        arranged: whom the ranks' own numbers in a layout are.
+        arranged: tells which process has which rank of the layout.
 
     Raises:
-        RankError, RanksLostError: from any method, as of the pool; it names ranks and place.
+        RankError, RanksLostError: from any method: ranks are lost; names them and the place.
     """
 
     def __init__(self, pool: RankPool, arranged: Arranged) -> None:
         self._pool, self._arranged = pool, arranged
-        self._sums: dict[str, int] = {}  # of weights as they were loaded
-        self._slices = 0, 0  # tp and etp of these
+        self._sums: dict[str, int] = {}  # checksums of weights as loaded, by name
+        self._slices = 0, 0  # tp and etp of these weights
         self.check_weights()
 
     def check_step(self, plan: StepPlan, outcomes: Sequence[RankOutcome]) -> None:
-        """Hold what the ranks of a replica have found in a step against each other.
+        """Compare the checks that the ranks of a replica have made in a step.
 
         Args:
-            outcomes: [num_ranks]; of the replica.
+            outcomes: [num_ranks]; those of the replica's ranks.
         """
         checks = [outcome.checks for outcome in outcomes if outcome.checks is not None]
         members = self._arranged.now.members
@@ -83,13 +83,14 @@ class Checking:
             self._lose(line, numbers)
 
     def check_weights(self, ranks: Collection[int] | None = None) -> None:
-        """Hold the weights of ranks against each other, and against those that were loaded.
+        """Compare checksums of weights between ranks, and with those taken after loading.
 
         Weights of the same name, such as the copies of an expert, are the same on all ranks that
-        hold them, in all replicas. Where a layout has other slices, what ranks load is right.
+        hold them, in all replicas. After a change of tp or etp the slices are others, and new
+        checksums are taken of all ranks.
 
         Args:
-            ranks: processes; None for all, as when nothing is known yet.
+            ranks: numbers of the processes to look at; None for all.
         """
         members = self._arranged.now.members
         slices = members.layout.tp, members.layout.etp
@@ -137,29 +138,29 @@ class ModelRunner:
 
     Attributes:
         arranged: the processes of the layout, and where experts are in the step planned last.
-        limits: as given, with the cache that there is.
-        held: [world_size]; what each rank has allocated.
-        dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
+        limits: the scheduler's limits, with the number of blocks that the caches have.
+        held: [world_size]; the bytes that each rank has allocated.
+        dispatch_table: the modes timed where `dispatch` or `overlap` is `auto`, else None.
         rebalancer: moves experts between steps; None where they stay.
-        checking: looks for silent errors; None where nobody does.
+        checking: looks for silent errors; None with `check` off.
         copy_switch: decides in which steps copies of experts are balanced; None for in none.
 
     Args:
-        limits: of the scheduler; here, the size of the paged cache.
-        measures_memory: the cache is made as large as there is room for beside the largest step,
-            up to that size.
+        limits: the scheduler's limits; `num_blocks` is the size of the paged KV cache.
+        measures_memory: reduce `num_blocks` to what fits beside the largest step, as measured.
         ranks_per_node: consecutive ranks whose traffic counts as inside a node.
-        seed: of the model's weights, where they come from no checkpoint.
-        checkpoint: the folder the weights are in.
-        dispatch_table: as measured before, for what is `auto`; None to measure it.
-        arranged: that others read and change too; its own by default.
+        seed: seed of random weights, where there is no checkpoint.
+        checkpoint: the folder the weights are in; None for random weights.
+        dispatch_table: modes timed earlier, for `auto`; None to time them now.
+        arranged: shared with others that read and change it; its own by default.
         check: how much ranks look for silent errors.
-        log: takes a line for each thing that is decided.
-        records_ahead: decode steps are recorded as graphs now and after each `redeploy`, where they
-            are to be graphs, not when one first needs it.
+        log: takes a line for each decision.
+        records_ahead: where decode steps are to run as graphs, record these now and after each
+            `redeploy`, instead of when a step first needs one.
 
     Raises:
-        UserError: as `check_deployment`; or int8 weights cannot be kept in the folder.
+        UserError: the deployment does not suit the model (see `check_deployment`), or int8 weights
+            cannot be kept in the checkpoint's folder.
     """
 
     def __init__(
@@ -221,7 +222,7 @@ class ModelRunner:
             )
 
     def _settle_dispatch(self, deployment: Deployment, ranks_per_node: int) -> None:
-        """Time what is `auto`, unless a table was given, and run by the table from now on."""
+        """Time the dispatch modes, unless a table was given, and run by the table from now on."""
         layout, options = deployment.layout, deployment.options
         if self.dispatch_table is None:
             modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
@@ -248,13 +249,13 @@ class ModelRunner:
         return self.arranged.now.members
 
     def watch(self) -> RankWatch:
-        """Begin to count what ranks do, for those who ask while they serve."""
+        """Begin to read the ranks' totals, and return the watch that keeps them."""
         given = self._pool, self.arranged, self._model
         self._watch = RankWatch(*given, self.rebalancer, self.copy_switch)
         return self._watch
 
     def set_dispatch(self, table: DispatchTable) -> None:
-        """Choose how steps run from now on."""
+        """Set the dispatch form and overlap of steps from now on."""
         self._pool.call(SetDispatch(table), ranks=self.members.numbers)
 
     def submit(self, plan: StepPlan) -> StepHandle:
@@ -279,27 +280,27 @@ class ModelRunner:
         """Undo the steps that are not committed, once they have run; they may be submitted again.
 
         Args:
-            plans: all of them.
+            plans: the plans of all such steps.
         """
         for replica in {plan.replica for plan in plans}:
             steps = tuple(plan.step for plan in plans if plan.replica == replica)
             self._pool.submit(DiscardSteps(steps), ranks=self.members.of_replica(replica))
 
     def abandon(self, plans: Sequence[StepPlan]) -> None:
-        """As of `engine.elastic.arrangement.Follower`."""
+        """Drop decisions about steps to come; see `engine.elastic.arrangement.Follower`."""
         if self.rebalancer is not None:
             self.rebalancer.abandon(plans)
-        if self.copy_switch is not None:  # what it decides goes with each step to all ranks
+        if self.copy_switch is not None:  # its decisions go to all ranks with each step
             for replica in range(self.members.layout.replicas):
                 self.copy_switch.forget(replica)
         self._to_discard.update(plan.step for plan in plans)
 
     def redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
-        """Let ranks load what they lack after some were replaced, and go on in a new epoch.
+        """Let ranks load the weights they lack after some were replaced, and begin a new epoch.
 
         Args:
-            replaced: their numbers.
-            plans: as of `abandon`.
+            replaced: process numbers of the replaced ranks.
+            plans: plans of all steps that are not committed.
         """
         self.abandon(plans)
         given, members = self._deploy, self.members
@@ -316,7 +317,7 @@ class ModelRunner:
             )
             commands.append((command, members.of_replica(replica)))
         if others := sorted(self._pool.present.difference(members.numbers)):
-            commands.append((command, others))  # they make groups too
+            commands.append((command, others))  # making process groups takes all ranks
         ticket = self._pool.submit_each(commands)
         self._pool.collect(ticket)
         self.held = [ticket.results[number] for number in members.numbers]
@@ -329,12 +330,12 @@ class ModelRunner:
             self._watch.begin_again(replaced)
 
     def _having_read(self) -> list[int]:
-        """Processes that have loaded weights besides those they kept."""
+        """Numbers of the processes that have loaded weights beside those they kept."""
         each = zip(self.members.numbers, self.held, strict=True)
         return [n for n, held in each if held.bytes_from.get(Origin.KEPT, 0) < held.weight_bytes]
 
     def spec_of(self, arrangement: Arrangement, replica: int = 0) -> StageSpec:
-        """The stages that the ranks of a replica would build in another layout."""
+        """The spec of the stages that the ranks of a replica build in another arrangement."""
         return replace(
             self._deploy.spec,
             layout=arrangement.layout,
@@ -344,9 +345,9 @@ class ModelRunner:
         )
 
     def reshape(self, arrangement: Arrangement) -> None:
-        """As of `Follower`; the next `redeploy` has to be soon.
+        """Change to another arrangement, which ranks get with the next `redeploy`.
 
-        What was timed for `auto` stays, if ranks can run so.
+        Timings for `auto` stay if the new layout has all their modes; else its first mode is used.
         """
         given, layout = self._deploy, arrangement.layout
         self._is_reshaped = True
@@ -366,13 +367,13 @@ class ModelRunner:
             self._watch.reshape(arrangement)
 
     def before_reshape(self) -> None:
-        """Let other ranks take cores; look once more at what is known of the weights."""
+        """Unpin ranks from their CPU cores, for those to come; check all weights once more."""
         self._pool.call(LeaveCores())
         if self.checking is not None:
             self.checking.check_weights()
 
     def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
-        """Wait until one of the steps is finished."""
+        """Wait until one of the steps is finished, and return it."""
         done = self._pool.first_done([handle.ticket for handle in handles])
         handle = next(handle for handle in handles if handle.ticket is done)
         handle.finished_s = time.perf_counter()
@@ -397,7 +398,7 @@ class ModelRunner:
 def outcome_of(
     outcomes: Sequence[RankOutcome], submitted_s: float, finished_s: float
 ) -> StepOutcome:
-    """The ranks' parts of an outcome, in rank order, as one."""
+    """A step's outcome, merged from those of the ranks, given in rank order."""
     token_ids: dict[int, int] = {}
     logprobs: dict[int, TokenLogprobs] = {}
     prompt_logprobs: dict[int, PromptPart] = {}
@@ -421,7 +422,7 @@ def outcome_of(
 
 
 class RoutingRecorder:
-    """Keeps which experts each token of committed steps chose; memory grows with every token.
+    """Keeps the top-k ids of all tokens of committed steps; memory grows with every token.
 
     Raises:
         UserError: the model has no MoE layer.
@@ -430,7 +431,7 @@ class RoutingRecorder:
     def __init__(self, model: ModelConfig) -> None:
         self._model = model
         self._moe_layers = moe_layers(model)
-        # [num_steps]; the step, and by rank of its replica the choices in each layer
+        # [num_steps]; the step, and for each rank of its replica the top-k ids by layer
         self._kept: list[tuple[int, list[dict[int, npt.NDArray[np.int32]]]]] = []
 
     def add(self, finished: FinishedStep) -> None:
@@ -439,7 +440,7 @@ class RoutingRecorder:
         self._kept.append((finished.plan.step, kept))
 
     def trace(self) -> RoutingTrace:
-        """The steps so far.
+        """The routing of the steps so far.
 
         Within a step, tokens stand by the rank of the pipeline stage that owns them, then in the
         order of computation: the same in all layers, since all stages cut a plan's batches alike.
@@ -448,7 +449,7 @@ class RoutingRecorder:
 
 
 def moe_layers(model: ModelConfig) -> list[int]:
-    """The indices of the MoE layers, of which there must be one for routing to be recorded.
+    """The indices of the MoE layers.
 
     Raises:
         UserError: there is none.
@@ -465,7 +466,7 @@ def moe_layers(model: ModelConfig) -> list[int]:
 def _keep_int8(
     pool: RankPool, model: ModelConfig, folder: str | None, log: Callable[[str], None]
 ) -> None:
-    """Have the first rank write the rounded weights, unless they are there."""
+    """Have the first rank write the int8 weights to the checkpoint's folder, if not yet there."""
     if folder is None:
         raise UserError(
             f"cache_int8 (--cache-int8) needs a checkpoint's folder; {model.name} has "

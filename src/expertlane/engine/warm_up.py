@@ -1,6 +1,7 @@
-"""Before the first request: `auto` dispatch and overlap timed, decode steps recorded as graphs.
+"""Warm-up before the first request: timing dispatch modes, and recording decode graphs.
 
-What is `auto` is timed once, on this deployment's own layers; no request waits for a graph.
+Where `dispatch` or `overlap` is `auto`, steps are timed once on this deployment's own layers. All
+graphs are recorded ahead, so that no request waits for one.
 """
 
 import time
@@ -27,7 +28,7 @@ ModeT = TypeVar("ModeT")
 SIZES = (1, 4, 16, 64, 256, 1024, 4096)  # tokens of a rank
 # With these and six modes starting takes half a minute, or one and a half where steps are long.
 _LONG_STEP_S = 0.6  # no larger size is timed: its steps would take four times as long
-_SIZE_S = 5.0  # of a size, after the least rounds
+_SIZE_S = 5.0  # time limit of a size, once it has had the least rounds
 _LEAST_ROUNDS, _JUDGED_ROUNDS, _MOST_ROUNDS = 2, 8, 200
 
 
@@ -38,12 +39,12 @@ def time_dispatch(
     limits: Limits,
     modes: Sequence[DispatchMode],
 ) -> DispatchTable:
-    """Time steps of the first replica in each mode and with several numbers of tokens."""
+    """Time steps of the first replica in each mode, with several numbers of tokens per rank."""
     if len(modes) == 1:
         return DispatchTable.fixed(modes[0].form, modes[0].overlap)
     rows = []
     for size in SIZES:
-        num_tokens = size * layout.tp  # of a data-parallel rank
+        num_tokens = size * layout.tp  # of each data-parallel rank
         fits = limits.num_blocks * limits.block_size >= num_tokens
         if size > 1 and not (fits and num_tokens <= limits.max_num_batched_tokens):
             break
@@ -60,10 +61,10 @@ def _step_s(
     plan: StepPlan,
     modes: Sequence[DispatchMode],
 ) -> tuple[float, ...]:
-    """[num_modes]; seconds of the plan's step in each mode, which take turns.
+    """[num_modes]; seconds of the plan's step in each mode; the modes take turns.
 
-    What cannot be split takes as long with overlap as without. Some modes are soon hopeless and
-    timed no further.
+    A step that cannot be split runs without overlap in both kinds of modes. Modes that are clearly
+    slower are timed no further.
     """
     can_split = any(batch.num_seqs > 1 for batch in plan.micro_batches[0])
     as_run = [mode if can_split else DispatchMode(mode.form) for mode in modes]
@@ -87,9 +88,10 @@ def _step_s(
 
 
 def still_hopeful(seconds: Mapping[ModeT, Sequence[float]]) -> list[ModeT]:
-    """The modes that may yet prove the fastest: within three standard errors of the fastest mean.
+    """The modes whose mean is within three standard errors of the fastest one's.
 
-    All have been timed equally often, eight times or more.
+    Args:
+        seconds: by mode; equally many timings of each, eight or more.
     """
     means = {mode: middle_mean(of) for mode, of in seconds.items()}
     errors = {mode: _standard_error(of) for mode, of in seconds.items()}
@@ -102,21 +104,22 @@ def still_hopeful(seconds: Mapping[ModeT, Sequence[float]]) -> list[ModeT]:
 
 
 def _standard_error(values: Sequence[float]) -> float:
-    """Standard error of a mean, by the middle half, 1.35 standard deviations wide if normal."""
+    """Standard error of a mean; the middle half of normal values is 1.35 deviations wide."""
     low, _, high = quantiles(values, n=4)
     return (high - low) / 1.35 / sqrt(len(values))
 
 
 def middle_mean(values: Sequence[float]) -> float:
-    """The mean of the middle half: a stall does not count, and it scatters less than a median."""
+    """The mean of the middle half: stalls do not count, and it varies less than a median."""
     cut = len(values) // 4
     return mean(sorted(values)[cut : len(values) - cut])
 
 
 def _plan(layout: Layout, limits: Limits, num_tokens: int) -> StepPlan:
-    """A step of different tokens on every data-parallel rank; its outcome is not used.
+    """A step to be timed, with other tokens on every data-parallel rank.
 
-    As many tokens as sequences may run are those of a decode step, more those of prompts.
+    Up to `max_num_seqs` tokens, each is a sequence of its own, as in decode; more are those of
+    prompts.
     """
     most_seqs = min(limits.max_num_seqs, limits.num_blocks)
     length = 1 if num_tokens <= most_seqs else min(-(-num_tokens // 2), limits.max_model_len)
@@ -144,10 +147,10 @@ _MOST_RECORDING_S = 120.0  # the other sizes are recorded when a step first has 
 def forms_of_sizes(
     limits: GraphLimits, table: DispatchTable, layout: Layout
 ) -> dict[int, tuple[DispatchForm, ...]]:
-    """The dispatch forms that need graphs, by size, the largest first.
+    """The dispatch forms that decode graphs need, by batch size, the largest size first.
 
-    A step in which a data-parallel rank has few sequences takes the form of the rank that has most,
-    so those of larger sizes count too.
+    A step takes the form of the data-parallel rank with most sequences, so a graph of few sequences
+    may run in any form of a larger size too.
     """
     forms: dict[DispatchForm, None] = {}
     found, sizes = {}, limits.sizes
@@ -167,10 +170,10 @@ def record_graphs(
     table: DispatchTable,
     log: Callable[[str], None],
 ) -> None:
-    """Have all ranks record all sizes, one after the other; `log` takes a line.
+    """Have all ranks record the decode graphs of all sizes, and log how many.
 
     Every size is a command of its own: all ranks record in one order, and are watched meanwhile.
-    No size is begun after `_MOST_RECORDING_S`.
+    No size is begun after two minutes (`_MOST_RECORDING_S`).
     """
     began_s, num_sizes = time.monotonic(), 0
     by_size = forms_of_sizes(limits, table, members.layout)

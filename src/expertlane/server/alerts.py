@@ -1,4 +1,4 @@
-"""Alerts on `/live`: what the operator of a server should look at."""
+"""Alerts on `/live`: conditions that the operator of a server should look at."""
 
 import time
 from collections.abc import Iterator
@@ -39,7 +39,7 @@ class Alert:
 
     Attributes:
         level: red where requests suffer, amber where they may soon.
-        advice: what to do.
+        advice: the advice to the operator.
     """
 
     level: Literal["red", "amber"]
@@ -48,7 +48,7 @@ class Alert:
 
 
 class Watched(Protocol):
-    """What `/live` reads of a service."""
+    """The part of `Service` that `/live` reads."""
 
     model: ServedModel
     options: ServerOptions
@@ -121,7 +121,7 @@ def alerts_of(service: Watched, *, is_preempting: bool) -> Iterator[Alert]:
 
 
 def change_under_way(recovery: Recovery | None) -> Change | None:
-    """What keeps requests waiting now; None where they run."""
+    """The recovery or layout change that keeps requests waiting; None while they run."""
     if recovery is None or recovery.state in OVER:
         return None
     return _CHANGE_OF[recovery.records[-1].kind]

@@ -161,7 +161,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
-        """To the page that a person wants to see."""
+        """Redirect people to the page `/live`."""
         return RedirectResponse("/live")
 
     @app.get("/v1/models")

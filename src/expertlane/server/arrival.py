@@ -1,4 +1,4 @@
-"""The time from a request's arrival to its answer, which both the client and a limit can end."""
+"""From a request's arrival to its answer, unless the client leaves or a time limit ends it."""
 
 import asyncio
 
@@ -17,7 +17,7 @@ from expertlane.server.under_way import late
 class Arrival(Response):
     """Sends an answer once it is made, unless the client leaves or the time is up before.
 
-    Making it takes as long as tokenizing the prompt.
+    Making it includes tokenizing the prompt.
     """
 
     def __init__(
@@ -27,12 +27,12 @@ class Arrival(Response):
         request: SampledRequest,
         endpoint: Endpoint,
     ) -> None:
-        super().__init__()  # what it calls when it is sent is below
+        super().__init__()  # unused: `__call__` sends another response
         self._journal = journal
         self._service, self._request, self._endpoint = service, request, endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer; for the server."""
+        """Make the answer and send it; called by the HTTP server."""
         service = self._service
         began_s = asyncio.get_running_loop().time()
         limit_s = service.time_limit_s(self._request)

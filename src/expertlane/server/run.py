@@ -1,4 +1,4 @@
-"""A server's life: a socket, the loop, signals, and an end that loses no request."""
+"""Running a server: its socket, event loop and signals, and draining requests at its end."""
 
 import asyncio
 import os
@@ -40,17 +40,17 @@ def most_connections() -> int:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection."""
+    """An HTTP connection, with bounds on the time and size of a request's head."""
 
     _head_timer: asyncio.TimerHandle | None = None
     _look_timer: asyncio.TimerHandle | None = None
     _num_head_bytes = 0
     _message = 0  # counts headers and ends of messages; odd inside a body
-    _num_body_bytes = 0  # of its chunks so far, with their sizes and line ends
-    _num_other_bytes = 0  # of the same body: chunk extensions and trailers
+    _num_body_bytes = 0  # bytes of its chunks so far, with their sizes and line ends
+    _num_other_bytes = 0  # bytes of its chunk extensions and trailers
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for headers, but not for ever."""
+        """Wait for headers, for a bounded time; refuse one connection too many."""
         super().connection_made(transport)
         self._begin_head()
         if len(self.connections) > most_connections():
@@ -64,7 +64,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take more of a request."""
+        """Parse more of a request; refuse large trailers and chunk extensions."""
         message, num_before = self._message, self._num_body_bytes
         super().data_received(data)
         if message % 2 and message == self._message:  # all of it is of one body
@@ -94,7 +94,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Take some of a body."""
+        """Take a part of a body."""
         self._num_body_bytes += len(body) + _CHUNK_BYTES
         super().on_body(body)
 
@@ -141,7 +141,7 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _probe(self, number: int) -> None:
-        """Send what changes nothing, and check soon after if the connection was reset."""
+        """Send bytes without effect, and look soon after whether the connection was reset."""
         if self.transport.is_closing() or self.cycle.response_complete:
             return
         if number % len(_LOOKS_S) == 0:
@@ -210,11 +210,11 @@ def bind(host: str, port: int) -> socket.socket:
 
 @dataclass
 class Running:
-    """A server between its start and its end; for those who start it from other threads.
+    """A running server; lets its owner drain and end it.
 
     Attributes:
-        loop: that it runs in.
-        service: what it serves.
+        loop: the event loop that it runs in.
+        service: the service that it runs.
         num_told: how often it was told to end.
     """
 
@@ -239,7 +239,7 @@ class Running:
             self._drained = self.loop.create_task(self._drain())
 
     def tell_to_drain(self) -> None:
-        """The same from any thread."""
+        """Call `drain` in the server's loop, from any thread."""
         with suppress(RuntimeError):  # the loop is closed: it has ended
             self.loop.call_soon_threadsafe(self.drain)
 
@@ -256,7 +256,7 @@ class Running:
 
 
 class _Server(uvicorn.Server):
-    """Without signal handlers of its own."""
+    """A uvicorn server without signal handlers of its own."""
 
     def __init__(self, config: uvicorn.Config, on_start: Callable[[], None]) -> None:
         super().__init__(config)
@@ -268,7 +268,7 @@ class _Server(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, and say so."""
+        """Listen, and call `on_start`."""
         await super().startup(sockets)
         self._on_start()
 
@@ -303,10 +303,10 @@ def serve(
 
 
 def _check_descriptors() -> None:
-    """Check that the loop, its files and some connections have room.
+    """Check that enough file descriptors are left for the loop, its files and some connections.
 
     Raises:
-        CapacityError: they have not.
+        CapacityError: too few are.
     """
     held: list[int] = []
     try:
@@ -326,7 +326,7 @@ async def _serve(
     on_start: Callable[[Running], None],
     takes_signals: bool,
 ) -> Exception | None:
-    """The same in a loop; gives the error that ended it."""
+    """Serve in the running event loop; returns the error that ended the server, if one did."""
     loop = asyncio.get_running_loop()
 
     def on_end() -> None:

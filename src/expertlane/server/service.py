@@ -1,4 +1,4 @@
-"""What a server serves: one model on its engine, who may come in, and texts as tokens."""
+"""The service of one model: admission of requests, tokenizing, and queueing in the engine."""
 
 import asyncio
 import re
@@ -27,20 +27,20 @@ from expertlane.spec.structured import Structured
 from expertlane.text.grammars import Grammar
 from expertlane.text.tokenizer import LONG_TEXT, Tokenizer
 
-_CHARACTERS = 4  # of a token, in most languages
-_SLACK = 2  # what is cut has some other tokens at its end
+_CHARACTERS = 4  # characters of a token, in most languages
+_SLACK = 2  # a cut text may have other tokens at its end
 _HUGE = 1_000_000  # characters; a tokenizer takes some hundred bytes for each
 
 
 class TooLongError(UserError):
-    """A text has more tokens than are taken."""
+    """A text has more tokens than a prompt may have."""
 
 
 class PromptEncoder:
-    """A tokenizer with a bound: it takes about 200 bytes a character, whatever comes of it.
+    """Tokenizes texts of bounded length, since a tokenizer takes about 200 bytes a character.
 
     Args:
-        most: tokens of a text that are of use.
+        most: tokens that a prompt may have; texts with many more are refused.
     """
 
     def __init__(self, tokenizer: Tokenizer, most: int) -> None:
@@ -52,13 +52,13 @@ class PromptEncoder:
     async def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool, factor: int = 1
     ) -> list[list[int]]:
-        """Token ids of texts; many characters hold nobody else up.
+        """Token ids of texts; long texts do not block the event loop.
 
         Args:
-            factor: how many times `most` to take.
+            factor: multiple of `most` that a text may have.
 
         Raises:
-            UserError: one has many more tokens than are taken, or is no Unicode.
+            UserError: one has many more tokens than it may, or is no Unicode.
         """
         num_characters = sum(map(len, texts))
         most = self._most * factor
@@ -108,7 +108,7 @@ class PromptEncoder:
             size *= 2
 
 
-MOST_LOGPROBS = 2**20  # of a request: some 150 bytes each
+MOST_LOGPROBS = 2**20  # log-probabilities of a request, some 150 bytes each
 _PROMPT = re.compile(r"prompt(?: (\d+))?(?=:)")
 
 
@@ -132,7 +132,7 @@ def check_logprobs(params: Sequence[SamplingParams], prompts: Sequence[Sequence[
     """Refuse a request whose log-probabilities would take too much memory.
 
     Args:
-        params: of every choice of every prompt, in their order.
+        params: sampling parameters of every choice of every prompt, in their order.
 
     Raises:
         ApiError: it asks for too many.
@@ -169,29 +169,29 @@ class Journal(Protocol):
     """Keeps requests so that they outlive this process."""
 
     def write(self, chunks: list[Chunk]) -> None:
-        """Keep what requests have got, before clients do."""
+        """Write the chunks of a step, before clients get them."""
         ...
 
 
 _RETRY_S = 1
-_MANY_TOKENS = 4096  # to become text: some milliseconds
+_MANY_TOKENS = 4096  # decoding them takes some milliseconds
 
 
 class Service:
-    """Takes requests in; of one event loop.
+    """Admits requests, tokenizes them and queues them; used in one event loop.
 
     Args:
-        check_ranks: as `AsyncEngine` takes it.
+        check_ranks: notices ranks that have ended; see `AsyncEngine`.
         on_end: called when the ranks have ended.
 
     Attributes:
-        marks: that the model's template tells it to write.
-        created: seconds since 1970.
-        is_draining: whether no new requests are taken.
+        marks: the marks of reasoning and calls that the chat template has.
+        created: start of the service, in seconds since 1970.
+        is_draining: whether new requests are refused.
         num_open: requests that have no complete answer yet.
-        under_way: requests of the engine that are not finished.
-        responses: those of `/v1/responses` that are kept.
-        journal: what outlives this process; None where nothing does.
+        under_way: unfinished requests of the engine, with their time limits.
+        responses: stored responses of `/v1/responses`.
+        journal: keeps requests beyond this process; None for no journal.
     """
 
     def __init__(
@@ -265,10 +265,10 @@ class Service:
         self.check_queue()
 
     def check_queue(self) -> None:
-        """Refuse a request that would have to wait behind too many.
+        """Refuse a request if too many are waiting.
 
         Raises:
-            ApiError: it would.
+            ApiError: with 429: too many are.
         """
         most = self.options.max_num_queued
         if self.num_queued >= most:
@@ -280,10 +280,10 @@ class Service:
             )
 
     def check_running(self) -> None:
-        """Refuse what comes when the server is ending.
+        """Refuse a request while the server is ending.
 
         Raises:
-            ApiError: it is.
+            ApiError: with 500 if the ranks have ended, 503 if it drains.
         """
         if self.engine.error is not None:
             raise ended(self.engine.error)
@@ -296,10 +296,10 @@ class Service:
             )
 
     def check_model(self, name: str | None) -> None:
-        """Refuse another model.
+        """Refuse a request for another model.
 
         Raises:
-            ApiError: it is not served here.
+            ApiError: with 404: the name is another model's.
         """
         if name not in (None, self.model.name):
             raise ApiError(
@@ -312,7 +312,7 @@ class Service:
     async def encode(
         self, text: str, param: str, *, add_special_tokens: bool | None = None
     ) -> list[int]:
-        """Token ids of a text; a long one does not hold others up.
+        """Token ids of a text; a long one does not block the event loop.
 
         Raises:
             ApiError: there is no tokenizer, or the text is no Unicode.
@@ -328,10 +328,10 @@ class Service:
         add_special_tokens: bool | None = None,
         factor: int = 1,
     ) -> list[list[int]]:
-        """As `encode`, of several texts.
+        """Token ids of several texts; for errors see `encode`.
 
         Args:
-            factor: how many times the longest prompt a text may have tokens for.
+            factor: multiple of the longest prompt that a text may have.
         """
         self.tokenizer(param)
         assert self._encoder is not None, "there is a tokenizer"
@@ -347,7 +347,7 @@ class Service:
     async def decode(
         self, token_ids: Sequence[int], param: str, *, skip_special_tokens: bool = False
     ) -> str:
-        """The text of token ids; many hold nobody else up.
+        """The text of token ids; many do not block the event loop.
 
         Raises:
             ApiError: there is no tokenizer.
@@ -358,13 +358,13 @@ class Service:
         return decode() if len(token_ids) < _MANY_TOKENS else await asyncio.to_thread(decode)
 
     def tokenizer(self, param: str) -> Tokenizer:
-        """The model's.
+        """The model's tokenizer.
 
         Args:
             param: the field that needs it.
 
         Raises:
-            ApiError: it has none.
+            ApiError: the model has none.
         """
         if self.model.tokenizer is None:
             text = f"{param}: {self.model.name} has no tokenizer; use token ids"
@@ -383,7 +383,7 @@ class Service:
         """Token ids of a chat and its text, by the model's template.
 
         Raises:
-            ApiError: there is none, or it refuses the chat.
+            ApiError: there is no template, or it refuses the chat.
         """
         template = self.model.template
         if template is None:
@@ -403,7 +403,7 @@ class Service:
         return tokens, text
 
     def shown_token_ids(self, request: ChatRequest) -> tuple[int, ...]:
-        """Control tokens that its answer's text needs, to be taken apart."""
+        """Control tokens that stay in the answer's text, to find its reasoning and calls."""
         tokenizer = self.model.tokenizer
         needs_them = request.callable_functions or self.marks.thoughts is not None
         if tokenizer is None or not needs_them:
@@ -411,7 +411,7 @@ class Service:
         return self.marks.shown_token_ids(tokenizer)
 
     async def compile(self, structured: Structured, param: str) -> Grammar:
-        """A grammar, compiled beside the loop; while it is kept, requests find it at once.
+        """A grammar, compiled in another thread; while it is cached, requests find it at once.
 
         Raises:
             ApiError: it is not valid, or too costly.
@@ -432,11 +432,11 @@ class Service:
         param: str,
         **more: Any,
     ) -> list[SamplingParams]:
-        """Of every choice of every prompt, in their order.
+        """[num_prompts × num_choices]; sampling parameters, choices of a prompt together.
 
         Args:
             param: the field of the prompts.
-            more: as `GenerationRequest.params` takes them.
+            more: arguments of `GenerationRequest.params`.
 
         Raises:
             ApiError: a prompt or its output would be too long, or fields do not go together.
@@ -463,7 +463,7 @@ class Service:
         """The most output tokens for a prompt of this length.
 
         Raises:
-            ApiError: they have no room.
+            ApiError: the prompt and these tokens are more than `max_model_len`.
         """
         most = self.model.max_model_len
         room, wanted = most - prompt_len, request.wanted_tokens
@@ -483,7 +483,7 @@ class Service:
         return wanted
 
     def time_limit_s(self, request: SampledRequest) -> float | None:
-        """How long a request may take, from its arrival; None for any time."""
+        """Seconds that a request may take from its arrival; None for any time."""
         limits = (request.timeout_s, self.options.request_timeout_s)
         return min((each for each in limits if each is not None), default=None)
 
@@ -495,7 +495,7 @@ class Service:
         param: str,
         began_s: float,
     ) -> Generation:
-        """Queue requests; they are cancelled when their time is over, or the server's.
+        """Queue requests; they are cancelled when their time is up, or the server ends.
 
         Args:
             param: the field of the prompts.
@@ -514,7 +514,7 @@ class Service:
 
     @staticmethod
     def refusal(error: Exception, param: str, num_choices: int) -> ApiError:
-        """The error of a request that the engine does not take in."""
+        """The error of a request that the engine has refused."""
         if isinstance(error, UserError):
             return bad_field(param, as_field(str(error), param, num_choices))
         return ended(error)
@@ -526,5 +526,5 @@ class Service:
 
 
 def ended(error: Exception) -> ApiError:
-    """What a request gets once the engine has ended."""
+    """The error of requests once the engine has ended."""
     return ApiError(500, f"the engine has ended: {error}", code="engine_dead")

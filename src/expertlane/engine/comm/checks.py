@@ -1,7 +1,8 @@
-"""A rank's search for silent errors: guards, checksums, and what its transfers moved.
+"""A rank's search for silent errors: guards, checksums, and records of its transfers.
 
-What a rank sees alone, as a value that is not finite, is a fault. What only shows beside others,
-as a checksum, goes to the launcher with the step's outcome; `results.step_checks` compares.
+An error that a rank sees alone, as a value that is not finite, is a fault. One that only shows in a
+comparison with other ranks, as a checksum, is found by the launcher: checksums go to it with the
+step's outcome, and `results.step_checks` compares them.
 """
 
 import math
@@ -20,7 +21,7 @@ from expertlane.spec.names import CheckLevel, CheckPoint
 
 
 def checksum(tensor: Tensor) -> int:
-    """CRC-32 of a tensor's values, as they lie in memory when they are contiguous."""
+    """CRC-32 of a tensor's values in contiguous order."""
     if not tensor.numel():
         return 0
     whole = tensor.detach().cpu().contiguous()
@@ -29,16 +30,16 @@ def checksum(tensor: Tensor) -> int:
 
 
 class Checks:
-    """What a rank notes of one step after the other.
+    """Faults, checksums, transfers and counts of pairs that a rank records in each step.
 
     Args:
-        level: not `off`.
-        num_experts: logical, of an MoE layer.
-        etp_rank: as `RankChecks`.
-        first_layer: of this pipeline stage.
+        level: any but `off`.
+        num_experts: logical experts of an MoE layer.
+        etp_rank: this rank's; see `RankChecks`.
+        first_layer: the first layer of this pipeline stage.
 
     Attributes:
-        is_full: whether transfers and pairs are checked too.
+        is_full: transfers and pairs are checked too.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class Checks:
         self._pairs: dict[int, np.ndarray] = {}  # by layer: chosen, arrived
 
     def begin_step(self) -> None:
-        """Forget what there is of a step before, which may have come to nothing."""
+        """Clear records left by an earlier step, which may not have been finished."""
         self._micro_batch = 0
         self._places, self._texts, self._pairs = [], [], {}
         self._alike.clear()
@@ -64,22 +65,25 @@ class Checks:
         self._num_moves.clear()
 
     def set_micro_batch(self, micro_batch: int) -> None:
-        """What follows belongs to another micro-batch."""
+        """Record for this micro-batch from now on."""
         self._micro_batch = micro_batch
 
     def place(self, point: CheckPoint, layer: int = NO_LAYER) -> Place:
-        """Of the present micro-batch; what is handed over comes from the layer before."""
+        """The place of a check: micro-batch, layer and point.
+
+        Hidden states handed over from the stage before belong to that stage's last layer.
+        """
         if point is CheckPoint.HAND_OVER:
             layer = self._first_layer - 1
         return Place.of(self._micro_batch, layer, point)
 
     def fault(self, point: CheckPoint, layer: int, text: str) -> None:
-        """Note what is wrong; only the first such place is told."""
+        """Record a fault; of a step's faults only the one at the first place is reported."""
         self._places.append(self.place(point, layer))
         self._texts.append(text)
 
     def finite(self, values: Tensor, point: CheckPoint, layer: int = NO_LAYER) -> None:
-        """Note values that are NaN or infinite."""
+        """Record a fault if values are NaN or infinite."""
         # One pass: a sum of finite values may be infinite, but no other is finite.
         if math.isfinite(values.sum(dtype=torch.float32).item()):
             return
@@ -88,12 +92,12 @@ class Checks:
             self.fault(point, layer, f"{text} not finite")
 
     def alike(self, ranks: Sequence[int], total: int, place: Place) -> None:
-        """Note a checksum that all these ranks should have."""
+        """Record a checksum that should be equal on all these ranks."""
         if len(ranks) > 1:
             self._alike[tuple(ranks)].append((place, total))
 
     def begin_transfer(self, ranks: Sequence[int]) -> int:
-        """A number for a transfer; the same on all ranks of the group."""
+        """The number of the group's next transfer, equal on all its ranks."""
         self._num_moves[tuple(ranks)] += 1
         return self._num_moves[tuple(ranks)]
 
@@ -106,7 +110,13 @@ class Checks:
         *,
         is_sent: bool,
     ) -> None:
-        """Note what was sent to other ranks, or came from them."""
+        """Record checksums of parts sent to other ranks, or received from them.
+
+        Args:
+            ranks: global ranks of the group.
+            number: the transfer's, of `begin_transfer`.
+            parts: pairs of a global rank and the part that it gets or sent.
+        """
         rows = self._moved[tuple(ranks)]
         for peer, part in parts:
             rows.append((place, number, peer, is_sent, checksum(part)))
@@ -117,14 +127,14 @@ class Checks:
         Args:
             chosen: [T, K]; logical experts of this rank's tokens.
             experts: [num_held]; logical experts that this rank holds.
-            arrived: [num_held]; pairs of each that came.
+            arrived: [num_held]; pairs that arrived for each of them.
         """
         counts = self._pairs.setdefault(layer, np.zeros((2, self._num_experts), dtype=np.int64))
         counts[0] += np.bincount(chosen.cpu().numpy().ravel(), minlength=self._num_experts)
         counts[1, list(experts)] += arrived.cpu().numpy()
 
     def end_step(self) -> RankChecks:
-        """All of the step."""
+        """The step's records."""
         order = sorted(range(len(self._places)), key=lambda each: self._places[each])
         pairs = np.array(list(self._pairs.values()), dtype=np.int64)
         counts = pairs.reshape(-1, 2, self._num_experts)

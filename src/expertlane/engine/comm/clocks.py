@@ -1,9 +1,9 @@
 """The clocks of a rank: the host's, and the compute stream's where there is a GPU.
 
 On a GPU the host only queues work, and waiting for a transfer holds up the stream, not the host. So
-stages are timed by events on the stream, which are looked at once, when the step is over: no mark
-waits for the GPU. Between the two marks of a wait the stream did nothing but wait: what a transfer
-takes while the stream computes is no part of it. Not yet run on a GPU (docs/validation.md).
+stages are timed by events on the stream, which are read once, when the step is over: no mark waits
+for the GPU. Between the two marks of a wait the stream did nothing but wait, so the part of a
+transfer that overlaps with computing is not counted. Not yet run on a GPU (docs/validation.md).
 """
 
 import time
@@ -16,7 +16,7 @@ from expertlane.engine.comm.device import Event
 
 
 class HostClock:
-    """Marks moments cheaply and tells the seconds between them later; by the host's clock."""
+    """Takes marks cheaply, and gives the seconds between them later; by the host's clock."""
 
     def restart(self) -> None:
         """Forget all marks so far."""
@@ -34,11 +34,11 @@ class HostClock:
 
 
 class StreamClock(HostClock):
-    """Marks are events on the current CUDA stream, the same ones again after each restart.
+    """A clock whose marks are events on the current CUDA stream, reused after each restart.
 
     Args:
-        wait: until the stream has passed an event.
-        make: an event that is timed; another kind in tests.
+        wait: blocks until the stream has passed an event.
+        make: makes an event with timing; tests give another kind.
     """
 
     def __init__(self, wait: Callable[[Any], None], make: Callable[[], Any] | None = None) -> None:
@@ -53,7 +53,7 @@ class StreamClock(HostClock):
         self._at_s.clear()
 
     def mark(self) -> int:
-        """The number of the moment at which the stream will get here."""
+        """Record an event on the stream; the mark is its number."""
         number = self._num_marks
         if number == len(self._events):
             self._events.append(self._make())
@@ -81,9 +81,9 @@ def _synchronize(event: torch.cuda.Event) -> None:
 
 
 def clock_for(device: torch.device, wait: Callable[[Event], None] | None = None) -> HostClock:
-    """The clock that sees what `device` does.
+    """The clock that times the work of `device`.
 
     Args:
-        wait: until a GPU has passed an event; with a bound, where other ranks can be lost.
+        wait: blocks until a GPU has passed an event; with a bound, where other ranks can be lost.
     """
     return StreamClock(wait or _synchronize) if device.type == "cuda" else HostClock()

@@ -21,11 +21,11 @@ from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.row_parts import RowParts
 from expertlane.spec.names import Stage
 
-Look = Callable[[Tensor], None]  # at what a transfer has brought
-# How many of the rows that go to each rank are no padding; asked only where that is recorded.
+Look = Callable[[Tensor], None]  # inspects the rows that a transfer has brought
+# Rows for each rank without the padding; called only where a step is recorded.
 NumReal = Callable[[], Sequence[int]]
 
-# Of transfers of the others, what waits for another pipeline stage or moves beside steps.
+# Other transfers wait for another pipeline stage, or move beside steps.
 _HIDEABLE = (Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES)
 
 
@@ -33,10 +33,11 @@ class Pending:
     """A transfer in flight. It remembers the stage that began it, for the clock.
 
     Args:
+        finish: makes the result of the rows received; None if they are the result.
         transfer: its number in the recorder's log, if it has one.
 
     Attributes:
-        look: is shown what came, before anything is made of it; None where nobody looks.
+        look: inspects the rows received before `finish` takes them; None without checks.
     """
 
     look: Look | None = None
@@ -59,10 +60,11 @@ class Pending:
         self._posted_ns = monotonic_ns() if is_metered and work is not None else 0
 
     def wait(self) -> Tensor:
-        """Block until the transfer is done and give its result.
+        """Block until the transfer is done, and give its result.
 
         Raises:
-            PeerLostError, EpochEndedError: as of a transport's work.
+            PeerLostError: another rank is gone, sent something else, or did not answer in time.
+            EpochEndedError: a later epoch has begun.
         """
         self._recorder.enter(self._stage, self._layer)
         if self._work is not None:
@@ -86,7 +88,7 @@ class Pending:
         return self._finish(parts)
 
     def let_go(self) -> None:
-        """Block until a send goes on by itself: before a rank waits for its next command."""
+        """Block until a send goes on without this rank, which then waits for its next command."""
         self._recorder.enter(self._stage, self._layer)
         if self._work is not None:
             self._block(self._work.let_go)
@@ -106,7 +108,7 @@ class Group:
 
     Attributes:
         ranks: [size]; global ranks, in group order.
-        nodes: [size]; the node of each of them.
+        nodes: [size]; the node of each rank.
         rank: this rank's place in the group.
     """
 
@@ -127,7 +129,7 @@ class Group:
         self._links = links_of(self.nodes, self.rank)
 
     def renew(self, link: Link | None) -> None:
-        """Go on in another epoch, by that link."""
+        """Use a new epoch's link from now on."""
         self._link = link
 
     def _post(
@@ -139,7 +141,7 @@ class Group:
         num_real: NumReal | None,
         num_padded: int | None = None,
     ) -> int | None:
-        """Count what is about to be sent; `num_padded` is what the link makes of each number."""
+        """Count the rows about to be sent; the link pads each number to `num_padded`, if given."""
         row_bytes, real = rows.shape[1] * rows.itemsize, None
         if num_real is not None and self._recorder.is_recording:
             with self._recorder.uncounted():
@@ -193,18 +195,18 @@ class Group:
     def _look_at(
         self, kind: TransferKind, rows: Tensor, send: Sequence[int], receive: Sequence[int]
     ) -> Look | None:
-        """Look at what is about to be sent; gives what is to be shown what comes."""
+        """Inspect rows about to be sent; gives the function that inspects those received."""
         return None
 
     def empty(
         self, num_rows: int, width: int, like: Tensor, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Room for rows that this group will send once, where its transport takes them from.
+        """A buffer [num_rows, width] for rows that are sent once, in the transport's own memory.
 
-        Nothing may be written there once they are sent.
+        It must not be written to once its rows are sent.
 
         Args:
-            like: of the device, and the dtype if that is None.
+            like: gives the device, and the dtype if that is None.
         """
         if self._link is None:
             return like.new_empty((num_rows, width), dtype=dtype)
@@ -224,12 +226,12 @@ class Group:
         Args:
             rows: [sum(send), width].
             send, receive: [size]; numbers of rows, zeros allowed.
-            metadata_bytes: how many bytes of each row are no hidden state; only counted.
-            finish: makes the result of what came, which may be gone when it returns.
-            num_real: [size]; only counted.
+            metadata_bytes: bytes of each row that are no hidden state; only counted.
+            finish: makes the result of the rows received, whose memory may be reused afterwards.
+            num_real: rows to each rank without padding [size]; only counted.
 
         Returns:
-            [sum(receive), width] when waited for, or what `finish` makes of it.
+            The transfer; its result is [sum(receive), width], or that of `finish`.
         """
         kind = TransferKind.ALL_TO_ALL
         return self._exchange(kind, rows, send, receive, metadata_bytes, finish, num_real)
@@ -241,13 +243,15 @@ class Group:
         metadata_bytes: int = 0,
         num_real: NumReal | None = None,
     ) -> Pending:
-        """Give every rank the rows of all, in rank order; uneven and empty ones too.
+        """Give every rank the rows of all, in rank order; numbers may be uneven or 0.
 
         Args:
             rows: [num_rows_of[self.rank], width].
+            num_rows_of: [size]; rows of each rank.
+            metadata_bytes, num_real: see `all_to_all`.
 
         Returns:
-            [sum(num_rows_of), width] when waited for.
+            The transfer; its result is [sum(num_rows_of), width].
         """
         to_each, kind = [rows.shape[0]] * self.size, TransferKind.ALL_GATHER
         return self._exchange(kind, rows, to_each, num_rows_of, metadata_bytes, None, num_real)
@@ -259,16 +263,18 @@ class Group:
 
         Args:
             rows: [sum(num_rows_of), width].
+            num_rows_of: [size]; rows of the sum that each rank gets.
+            num_real: see `all_to_all`.
 
         Returns:
-            [num_rows_of[self.rank], width] in the dtype of `rows` when waited for.
+            The transfer; its result is [num_rows_of[self.rank], width] in the dtype of `rows`.
         """
         if self._link is None:
             return Pending(self._recorder, None, rows)
         own, kind = [num_rows_of[self.rank]] * self.size, TransferKind.REDUCE_SCATTER
         rows = rows.contiguous()
         native = None
-        if self._recorder.checks is None:  # which look at each rank's rows, not at their sum
+        if self._recorder.checks is None:  # checks need each rank's rows, not their sum
             native = self._link.reduce_scatter(rows, num_rows_of)
         if native is not None:
             work, received = native
@@ -285,7 +291,7 @@ class Group:
         metadata_bytes: int = 0,
         num_real: NumReal | None = None,
     ) -> "Steps[Tensor]":
-        """As `all_gather`, and its result: where there is nothing to do meanwhile, in one call."""
+        """`all_gather` and the wait for its result, in one call if nothing overlaps with it."""
         at_once = self._at_once()
         if at_once is None:
             return (yield self.all_gather(rows, num_rows_of, metadata_bytes, num_real))
@@ -309,7 +315,7 @@ class Group:
         finish: Callable[[RowParts], Tensor] | None = None,
         num_real: NumReal | None = None,
     ) -> "Steps[Tensor]":
-        """As `all_to_all`, and its result: where there is nothing to do meanwhile, in one call."""
+        """`all_to_all` and the wait for its result, in one call if nothing overlaps with it."""
         at_once = self._at_once()
         if at_once is None:
             return (yield self.all_to_all(rows, send, receive, metadata_bytes, finish, num_real))
@@ -320,14 +326,14 @@ class Group:
     def reduced(
         self, rows: Tensor, num_rows_of: Sequence[int], num_real: NumReal | None = None
     ) -> "Steps[Tensor]":
-        """As `reduce_scatter`, and its result: as `gathered`."""
+        """`reduce_scatter` and the wait for its result, in one call if nothing overlaps with it."""
         if self._at_once() is None:
             return (yield self.reduce_scatter(rows, num_rows_of, num_real))
         own = [num_rows_of[self.rank]] * self.size
         return (yield from self.exchanged(rows, num_rows_of, own, 0, self._adder(rows)))
 
     def _at_once(self) -> AtOnce | None:
-        """None where something is to be done meanwhile, or counted, or nothing travels."""
+        """The link's one call; None if work overlaps, the step is counted, or nothing is sent."""
         if self._link is None or not self._recorder.may_wait_at_once:
             return None
         return self._link.at_once
@@ -361,17 +367,17 @@ class Group:
 
 ResultT = TypeVar("ResultT")
 
-# A computation that begins a transfer, yields it where it waits, and is sent its result. One batch
-# is exhausting one such generator; two-batch overlap is interleaving two, so that one computes
-# while the other's tokens travel.
+# A computation as a generator: it yields each transfer that it waits for, and is sent its result.
+# One batch exhausts one generator; two-batch overlap interleaves two, so that one computes while
+# the other's tokens are sent.
 Steps = Generator[Pending, Tensor, ResultT]
 
 
 def interleave(computations: Sequence[Steps[ResultT]]) -> list[ResultT]:
-    """Run all computations to their ends, switching at every wait; results in the given order.
+    """Run computations in turn, each up to its next wait; give their results in order.
 
-    Each is run up to its next wait in turn, so every rank that runs the same computations begins
-    their transfers in the same order, whatever the sizes.
+    The order of turns does not depend on sizes, so all ranks that run the same computations begin
+    their transfers in the same order.
     """
     results: dict[int, ResultT] = {}
     waiting: deque[tuple[int, Pending | None]] = deque((i, None) for i in range(len(computations)))
@@ -388,7 +394,7 @@ def interleave(computations: Sequence[Steps[ResultT]]) -> list[ResultT]:
 
 
 class CheckedGroup(Group):
-    """A group whose gathered rows are compared among its ranks; and all that it moves, if full."""
+    """A group that records checksums of gathered rows; of all its transfers if checks are full."""
 
     _recorder: CheckedRecorder
 
@@ -434,7 +440,7 @@ class CheckedGroup(Group):
         return pending
 
     def _number_of(self, source: int, to: int) -> int:
-        """A number for a send; its two ranks count alike, whatever they do with others."""
+        """The number of a send, counted alike by its two ranks, apart from those to others."""
         return self._recorder.checks.begin_transfer((self.ranks[source], self.ranks[to]))
 
     def _of_others(self, parts: Sequence[Tensor]) -> list[tuple[int, Tensor]]:

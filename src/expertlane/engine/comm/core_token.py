@@ -1,4 +1,7 @@
-"""At most one rank per core computes at a time, so that each is measured without the others."""
+"""A token for each core, so that only one of the ranks that share it computes at a time.
+
+Each is then measured without the others.
+"""
 
 import fcntl
 
@@ -12,7 +15,7 @@ class CoreToken:
     Args:
         file: descriptor of a file that the ranks of a node share.
         local_rank: the rank within its node; ranks are assigned to cores in turn.
-        num_cores: of the node.
+        num_cores: cores of the node.
     """
 
     def __init__(self, file: int, local_rank: int, num_cores: int) -> None:

@@ -1,4 +1,4 @@
-"""Waiting for what a GPU was asked to do: it may itself wait for a rank that is lost."""
+"""Bounded waits for a GPU, whose work may itself wait for a rank that is lost."""
 
 import time
 from typing import Protocol
@@ -6,15 +6,15 @@ from typing import Protocol
 from expertlane.engine.comm.epoch import Epoch
 from expertlane.engine.comm.transport import PeerLostError
 
-_SPIN_S = 1e-3  # looks without a pause: most of a step's wait is over by then, or takes far longer
-_NAP_S = 5e-5  # between later ones
+_SPIN_S = 1e-3  # polls without a pause: a wait is mostly over by then, or takes far longer
+_NAP_S = 5e-5  # between later polls
 
 
 class Event(Protocol):
-    """A place in a stream of work, as `torch.cuda.Event`."""
+    """An event on a stream, as `torch.cuda.Event`."""
 
     def query(self) -> bool:
-        """Whether the stream has passed it; never waits."""
+        """Whether the stream has passed it; does not block."""
         ...
 
 
@@ -22,8 +22,8 @@ def await_event(event: Event, epoch: Epoch, timeout_s: float) -> None:
     """Block the host until the device has passed an event.
 
     Raises:
-        EpochEndedError: a later one has begun, also if the event has passed: kernels of nccl that
-            are aborted end with whatever is there.
+        EpochEndedError: a later epoch has begun, even if the event has passed: nccl's kernels end
+            with any values when they are aborted.
         PeerLostError: it took longer than `timeout_s`.
     """
     began_s = time.monotonic()

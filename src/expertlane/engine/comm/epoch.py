@@ -1,6 +1,7 @@
 """The epoch of a run: 0 at its start, one more after each loss of ranks.
 
-Ranks of one epoch talk to no other: it has memory, process groups and a store of its own.
+Each epoch has shared memory, process groups and a store of its own, so its ranks exchange nothing
+with those of another.
 """
 
 import os
@@ -8,15 +9,16 @@ import os
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.transport import EpochEndedError
 
-LOOK_S = 0.05  # between looks at the board, during a wait for other ranks
+LOOK_S = 0.05  # between polls of the board, during a wait for other ranks
 
 
 class Epoch:
-    """One of them, as a rank that is in it sees it.
+    """An epoch that a rank is in.
 
     Args:
-        board: of this rank's node; the fork server writes there that another one has begun.
-        number: which epoch it is.
+        board: the progress board of this rank's node; the fork server writes there that a later
+            epoch has begun.
+        number: the epoch's.
     """
 
     def __init__(self, board: ProgressBoard, number: int) -> None:
@@ -24,32 +26,32 @@ class Epoch:
 
     @property
     def has_ended(self) -> bool:
-        """Whether a later one has begun."""
+        """Whether a later epoch has begun."""
         return self._board.epoch > self.number
 
     def check(self) -> None:
-        """Go on only in the latest epoch.
+        """Raise if the epoch has ended.
 
         Raises:
-            EpochEndedError: a later one has begun.
+            EpochEndedError: a later epoch has begun.
         """
         if self.has_ended:
             raise EpochEndedError(f"epoch {self.number} has ended")
 
     def open_memory(self) -> int:
-        """A descriptor of the memory that the node's ranks share in this epoch.
+        """Open the memory that the node's ranks share in this epoch; gives its descriptor.
 
         Raises:
-            EpochEndedError: a later one has begun.
+            EpochEndedError: a later epoch has begun.
         """
         files = self._board.files(self.number)
         return self._open(files.server_pid, files.memory_fd)
 
     def open_store(self) -> int | None:
-        """A descriptor of the file in which the node's ranks meet in this epoch; None without.
+        """Open the rendezvous file of the node's ranks; gives its descriptor, None without one.
 
         Raises:
-            EpochEndedError: a later one has begun.
+            EpochEndedError: a later epoch has begun.
         """
         files = self._board.files(self.number)
         return None if files.store_fd < 0 else self._open(files.server_pid, files.store_fd)

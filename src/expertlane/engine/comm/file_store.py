@@ -1,7 +1,7 @@
-"""Where the ranks of one node meet, in a file that they share.
+"""The rendezvous store of one node's ranks, in a file that they share.
 
-torch's own store in a file ends the process if the file is no longer the same when it goes, and
-reads no further after a record that a killed rank has left half written.
+torch's own `FileStore` ends the process if the file has been replaced when the store is destroyed,
+and reads no further after a record that a killed rank has left half written.
 """
 
 import fcntl
@@ -18,14 +18,14 @@ from expertlane.engine.comm.epoch import Epoch
 
 _HEAD = struct.Struct("<II")  # bytes of a key, and of its value
 _POLL_S = 0.005
-_BOUND = timedelta(minutes=5)  # where none is given, as of torch's stores
+_BOUND = timedelta(minutes=5)  # the default of torch's stores
 
 
 class FileStore(Store):
-    """As much of a store as process groups need: keys that are set once, and waited for.
+    """A `Store` with the operations that process groups need: set a key once, wait for it, get it.
 
     Args:
-        descriptor: of the file, opened by this rank alone, and closed with this.
+        descriptor: the file's, opened by this rank alone, and closed with the store.
         epoch: its end ends any wait.
     """
 
@@ -38,21 +38,21 @@ class FileStore(Store):
         self._values: dict[str, bytes] = {}
 
     def set(self, key: str, value: str | bytes) -> None:
-        """Add a key, in one write: others see all of it."""
+        """Add a key and its value, in one write, so that other ranks see all of it or nothing."""
         name, data = key.encode(), value.encode() if isinstance(value, str) else bytes(value)
         os.write(self._descriptor, _HEAD.pack(len(name), len(data)) + name + data)
 
     def get(self, key: str) -> bytes:
-        """Wait for a key."""
+        """Wait for a key, and give its value."""
         self.wait([key])
         return self._values[key]
 
     def wait(self, keys: Sequence[str], timeout: timedelta = _BOUND) -> None:
-        """Until others have set them.
+        """Wait until all keys are set.
 
         Raises:
             EpochEndedError: a later epoch has begun.
-            RuntimeError: they have not, in time.
+            RuntimeError: they were not set within `timeout`.
         """
         deadline_s = time.monotonic() + timeout.total_seconds()
         while not self._values.keys() >= set(keys):
@@ -64,7 +64,7 @@ class FileStore(Store):
             time.sleep(_POLL_S)
 
     def _read(self) -> bool:
-        """Read what is whole and new; gives whether there was any."""
+        """Read new records that are complete; gives whether there were any."""
         data, at = os.pread(self._descriptor, 1 << 20, self._end), 0
         while len(data) - at >= _HEAD.size:
             key_bytes, value_bytes = _HEAD.unpack_from(data, at)

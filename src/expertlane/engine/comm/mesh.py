@@ -1,6 +1,6 @@
 """The groups of ranks that a layout communicates in.
 
-A group is of ranks of the layout; its link is of their processes (`spec.members`).
+A group holds ranks of the layout; its link connects their processes (`spec.members`).
 
 Attention sees a world of (replica, pp, dp, tp), experts see (replica·pp, ep, etp) over the same
 ranks. Many groups of these views have the same ranks (at `ep = dp·tp` the expert-parallel group is
@@ -24,13 +24,14 @@ NODE_AXES = ("ep_inter", "ep_intra")
 
 
 def groups_of_axis(layout: Layout, axis: str, ranks_per_node: int = 1) -> list[list[int]]:
-    """The global ranks of every group of an axis; `stage` is all ranks of a pipeline stage.
+    """Global ranks of every group of an axis of the layout.
 
-    An `ep` group is cut by nodes: `ep_intra` is its ranks on one node, `ep_inter` those with the
-    same place on each node.
+    A `stage` group is all ranks of a pipeline stage. An `ep` group is divided by nodes: an
+    `ep_intra` group is its ranks on one node, an `ep_inter` group those with the same place on each
+    node.
 
     Raises:
-        SpecError: an axis of nodes, and the ranks of `ep` groups lie unevenly on nodes.
+        SpecError: `ep_intra` or `ep_inter` where `ep` groups lie unevenly on nodes.
     """
     dense = np.arange(layout.world_size).reshape(layout.replicas, layout.pp, layout.dp, layout.tp)
     stages = dense.reshape(layout.replicas * layout.pp, layout.stage_size)
@@ -52,10 +53,10 @@ def groups_of_axis(layout: Layout, axis: str, ranks_per_node: int = 1) -> list[l
 
 
 class Meshes:
-    """Groups by their ranks, shared by axes and layouts.
+    """The process groups that were made, by their processes; axes and layouts share them.
 
     Args:
-        transport: None for one rank alone, and before an epoch is joined.
+        transport: None for a single rank, and before an epoch is joined.
     """
 
     def __init__(self, transport: Transport | None = None) -> None:
@@ -63,23 +64,23 @@ class Meshes:
         self._made: set[tuple[int, ...]] = set()
 
     def renew(self, transport: Transport) -> None:
-        """Join another epoch, whose groups are still to be made."""
+        """Join another epoch; its groups must be made anew."""
         self.leave()
         self._transport = transport
 
     def leave(self) -> None:
-        """Leave the epoch: no group is left."""
+        """Leave the epoch, and all its groups."""
         if self._transport is not None:
             self._transport.leave()
         self._transport = None
         self._made.clear()
 
     def make(self, layout: Layout, ranks_per_node: int = 0, members: Members | None = None) -> None:
-        """Make what `layout` needs and is not there yet. Collective over *all* processes.
+        """Make the groups of `layout` that do not exist yet; collective over *all* processes.
 
         Args:
-            ranks_per_node: where axes of nodes are wanted too.
-            members: of the layout; each rank is the process of its number if not given.
+            ranks_per_node: if not 0, groups of the axes of nodes are made too.
+            members: processes of the layout's ranks; by default rank r is process r.
         """
         numbers = (members or Members(layout)).numbers
         for ranks in self._groups(layout, ranks_per_node):
@@ -95,25 +96,25 @@ class Meshes:
                     yield tuple(ranks)
 
     def link(self, numbers: tuple[int, ...]) -> Link:
-        """Of the group of exactly these processes, of which the caller is one."""
+        """The link of the group of exactly these processes, of which the caller is one."""
         assert self._transport is not None, "there are other ranks"
         return self._transport.link(numbers)
 
 
 class ParallelMesh:
-    """One rank's place in a layout and the groups it talks to.
+    """One rank's coordinates in a layout, and its groups.
 
     Args:
         meshes: None for a place whose rank does not communicate yet.
-        rank: of the layout.
-        members: of the layout; each rank is the process of its number if not given.
+        rank: the rank in the layout.
+        members: processes of the layout's ranks; by default rank r is process r.
 
     Attributes:
         at: the rank's coordinates.
-        recorder: counts what its groups send, and what is computed between.
-        tp, ep, etp: groups of the layout's axes.
-        stage: all ranks of the pipeline stage.
-        pp: the ranks that hold the other stages at the same place.
+        recorder: records the transfers of its groups, and the computations between them.
+        tp, ep, etp: the rank's groups of these axes.
+        stage: the group of all ranks of its pipeline stage.
+        pp: the group of the ranks with the same place in every pipeline stage.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class ParallelMesh:
         self.tp, self.pp, self.ep, self.etp, self.stage = map(self._group, AXES)
 
     def renew(self) -> None:
-        """Have all its groups go on in the epoch that `Meshes` has joined and made them in."""
+        """Give all groups their links in the epoch that `Meshes` has joined and made them in."""
         own = vars(self)
         for group in (own[axis] for axis in (*AXES, *NODE_AXES) if axis in own):
             group.renew(self._link(group.ranks))
@@ -153,20 +154,20 @@ class ParallelMesh:
 
     @cached_property
     def ep_inter(self) -> Group:
-        """The ranks of the `ep` group with this one's place on their nodes, if made."""
+        """The group of the `ep` group's ranks with this rank's place on their nodes, if made."""
         return self._group("ep_inter")
 
     @cached_property
     def ep_intra(self) -> Group:
-        """The ranks of the `ep` group on this one's node, if made."""
+        """The group of the `ep` group's ranks on this rank's node, if made."""
         return self._group("ep_intra")
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank embeds tokens."""
+        """Whether this rank is in the first pipeline stage, which embeds tokens."""
         return self.at.pp_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank chooses tokens."""
+        """Whether this rank is in the last pipeline stage, which samples tokens."""
         return self.at.pp_rank == self.layout.pp - 1

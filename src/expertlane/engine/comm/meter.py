@@ -1,7 +1,6 @@
-"""A rank's running totals, cheap enough for every step of a server.
+"""A rank's running totals of time, tokens and bytes, cheap enough for every step of a server.
 
-Unlike a record of a step it does not keep layers from running in one call: C++ adds to the same
-memory.
+Unlike a record of a step they let layers run in one C++ call, which adds to the same memory.
 """
 
 from array import array
@@ -16,7 +15,7 @@ from torch import Tensor
 from expertlane.results.rank_totals import RankTotals
 from expertlane.spec.names import Link, Stage
 
-# Of the memory that C++ adds to: when the present stage began, which it is, nanoseconds by stage.
+# Cells that C++ adds to: the time when the current stage began, the stage, nanoseconds by stage.
 _STAGE, _SPENT = 1, 2
 _OWN = len(Link)  # in place of a link: rows that stay on the rank
 
@@ -24,20 +23,21 @@ Sent = tuple[int, ...]  # bytes by link
 
 
 def links_of(nodes: Sequence[int], rank: int) -> list[int]:
-    """[size]; the link from a place in a group to each, for `Meter.sent`.
+    """The kind of link [size] from one place in a group to each, for `Meter.sent`.
 
     Args:
-        nodes: [size].
+        nodes: [size]; node of each member.
+        rank: the sender's place in the group.
     """
     links = [Link.INTRA_NODE if node == nodes[rank] else Link.INTER_NODE for node in nodes]
     return [_OWN if place == rank else int(link) for place, link in enumerate(links)]
 
 
 class Meter:
-    """Totals since it was made; see `RankTotals`.
+    """Totals since the meter was made; see `RankTotals`.
 
     Attributes:
-        num_steps: to be counted by whoever begins them.
+        num_steps: steps; counted by the recorder.
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
@@ -48,62 +48,65 @@ class Meter:
         self._overlapped = self._exposed = 0
         self._num_pairs_saved, self._copies_s = 0, 0.0
         self._tokens = np.zeros((num_layers, num_experts), dtype=np.int64)
-        # By layer, the experts held now and how many tokens each has had since they are.
+        # By layer: the experts held now, and tokens of each since they are held.
         self._held: dict[int, tuple[Sequence[int], Tensor]] = {}
 
     @property
     def address(self) -> int:
-        """Where C++ finds what it adds to, int64 each."""
+        """Address of the cells that C++ adds to, int64 each."""
         return self._cells.buffer_info()[0]
 
     def enter(self, stage: Stage, now_ns: int) -> None:
-        """Another stage begins."""
+        """End the current stage at `now_ns`, and begin another."""
         cells = self._cells
         cells[2 + cells[1]] += now_ns - cells[0]  # hot: names would cost a third more
         cells[0], cells[1] = now_ns, stage
 
     def waited(self, begun_ns: int) -> None:
-        """A wait for other ranks, in the present stage, has ended."""
+        """Add a wait for other ranks, which ends now, to the current stage."""
         waited_ns = monotonic_ns() - begun_ns
         self._waited[self._cells[_STAGE]] += waited_ns
 
     def transferred(self, posted_ns: int, needed_ns: int) -> None:
-        """What was needed of a transfer since `needed_ns` is there."""
+        """Add a transfer that ends now: hidden until `needed_ns`, exposed from then on."""
         self._overlapped += needed_ns - posted_ns
         self._exposed += monotonic_ns() - needed_ns
 
     def sent(self, links: Sequence[int], num_rows: Sequence[int], row_bytes: int) -> None:
-        """Rows go to the members of a group.
+        """Add rows that are sent to the members of a group.
 
         Args:
-            links: by `links_of`.
-            num_rows: as many.
+            links: [size]; of `links_of`.
+            num_rows: [size].
         """
         sent = self._sent
         for link, num in zip(links, num_rows, strict=True):
             sent[link] += num * row_bytes
 
     def sent_by(self, run: Callable[[], None]) -> Sent:
-        """What a call sends, taken back from the totals: for `add_sent`, each time it is done."""
+        """Bytes that a call sends, by link; they are not added to the totals.
+
+        A graph that records the call adds them with `add_sent` each time it is launched.
+        """
         before, self._sent = self._sent, [0] * len(self._sent)
         run()
         sent, self._sent = tuple(self._sent), before
         return sent
 
     def add_sent(self, sent: Sent) -> None:
-        """A graph was launched in which rows are sent: no Python counts them then."""
+        """Add the bytes that a launched graph sends, as no Python counts them."""
         self._sent = [total + more for total, more in zip(self._sent, sent, strict=True)]
 
     def shared_out(self, num_saved: int, seconds: float) -> None:
-        """A layer's tokens were shared among copies; as of `Recorder.count_copies`."""
+        """Add effect and cost of balancing a layer's copies; see `StepCounters.count_copies`."""
         self._num_pairs_saved += num_saved
         self._copies_s += seconds
 
     def counts(self, layer: int, experts: Sequence[int], device: torch.device) -> Tensor:
-        """[num_held] int64; to be added to, tokens of each expert that the rank holds in a layer.
+        """Counts [num_held] int64 of tokens of each expert held in a layer; callers add to them.
 
         Args:
-            experts: [num_held]; logical. One object as long as they are the same.
+            experts: [num_held]; logical ids. The same object as long as they do not change.
         """
         held = self._held.get(layer)
         if held is None or held[0] is not experts:
@@ -119,7 +122,7 @@ class Meter:
             counts.zero_()
 
     def totals(self) -> RankTotals:
-        """All so far; the present stage too."""
+        """The totals so far, the current stage included."""
         now_ns = monotonic_ns()
         self.enter(Stage(self._cells[_STAGE]), now_ns)
         for layer in self._held:

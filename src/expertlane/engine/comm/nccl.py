@@ -1,10 +1,10 @@
-"""What is nccl's alone: its process group, and its collectives for whole groups.
+"""nccl's process group, and its own collectives for whole groups.
 
 Streams are those of torch's process group, not ours: each group has one of its own, on which a
 transfer begins once the computing stream has come to where it was asked for; a wait has the
 computing stream, not the host, wait for its end. A second stream of ours would add two events to
-each transfer and overlap nothing more. Never run on a GPU (docs/validation.md); what is padded and
-cut is tested on gloo's process group.
+each transfer and overlap nothing more. Never run on a GPU (docs/validation.md); padding is tested
+on gloo's process group.
 """
 
 import contextlib
@@ -26,16 +26,16 @@ from expertlane.engine.comm.torch_link import (
     blaming_peers,
 )
 
-_MOST_PADDED = 1.25  # of the rows there are, in a transfer of many bytes; not measured
-_SUMMED = (torch.float16, torch.bfloat16)  # by nccl, where a sum has to cross nodes
+_MOST_PADDED = 1.25  # padded over real rows, in a transfer of many bytes; not measured
+_SUMMED = (torch.float16, torch.bfloat16)  # summed by nccl across nodes
 
 
 class Nccl:
     """A process group of nccl. Its abort has never run: docs/validation.md.
 
     Args:
-        store: where its ranks meet.
-        place: this rank's, of `size`.
+        store: the rendezvous of its ranks.
+        place: this rank's place in the group, of `size`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Nccl:
     ) -> None:
         from torch.distributed import ProcessGroupNCCL
 
-        # Of a lost rank the epoch tells the others; by default torch would end their processes.
+        # The epoch tells ranks that another is lost; by default torch would end their processes.
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         options = ProcessGroupNCCL.Options()
         options._timeout = timeout
@@ -53,24 +53,24 @@ class Nccl:
 
     @contextlib.contextmanager
     def together(self, works: list[Any]) -> Iterator[None]:
-        """Begin several sends and receives, none of which can be waited for before all are."""
+        """Begin several sends and receives as one; `works` becomes the one wait for all of them."""
         self.group._start_coalescing()
         yield
         works[:] = [self.group._end_coalescing()]
 
     def abort(self) -> None:
-        """End all operations: kernels that wait for other ranks end, with whatever is there."""
+        """Abort all operations: kernels that wait for other ranks end, with any values."""
         self.group.abort()
 
 
 class NcclLink(TorchLink):
-    """A link on which a gather is one collective, and a sum of 16-bit values across nodes too.
+    """A link with nccl's own all-gather, and its reduce-scatter of 16-bit values across nodes.
 
-    Other sums are the group's own: inside a node every rank sends as many bytes either way, and
-    nccl rounds after each rank (docs/design_decisions.md).
+    `Group` computes other sums: inside a node every rank sends as many bytes either way, and nccl
+    rounds after each rank (docs/design_decisions.md).
 
     Args:
-        spans_nodes: not all ranks of the group are on one.
+        spans_nodes: the ranks of the group are on several nodes.
     """
 
     def __init__(
@@ -125,11 +125,11 @@ class NcclLink(TorchLink):
 
 
 class _PaddedGather(TorchWork):
-    """A gather of equal parts, of which only the first rows are anything.
+    """An all-gather of parts padded to equal size; the padding is cut off after the wait.
 
     Args:
-        whole: [size * most, width]; what comes.
-        received: [sum(num_rows_of), width]; to be filled.
+        whole: [size * most, width]; the padded parts received.
+        received: [sum(num_rows_of), width]; filled with their real rows.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class _PaddedGather(TorchWork):
 
 
 def _padded(rows: Tensor, num_rows: int) -> Tensor:
-    """[num_rows, width]; of the last rows nobody reads what they are."""
+    """Rows padded to [num_rows, width] with uninitialized rows."""
     if len(rows) == num_rows:
         return rows
     padded = rows.new_empty(num_rows, rows.shape[1])

@@ -6,12 +6,12 @@ from expertlane.engine.comm.transport import Link
 
 
 class NodesTransport:
-    """Implements `Transport`, choosing one of two transports for each group.
+    """Implements `Transport` by one of two transports for each group.
 
     Args:
-        in_node: for groups within this rank's node.
-        among_nodes: for groups that span nodes.
-        rank: global.
+        in_node: transport of groups within this rank's node.
+        among_nodes: transport of groups that span nodes.
+        rank: global rank.
         ranks_per_node: consecutive ranks that share a node.
     """
 
@@ -22,7 +22,7 @@ class NodesTransport:
         self._rank, self._ranks_per_node = rank, ranks_per_node
 
     def make(self, ranks: tuple[int, ...]) -> None:
-        """Collective over all ranks if the group spans nodes, else over those of its node."""
+        """Make a group; collective over all ranks if it spans nodes, else over its node's ranks."""
         nodes = {rank // self._ranks_per_node for rank in ranks}
         if len(nodes) > 1:
             self._among_nodes.make(ranks)

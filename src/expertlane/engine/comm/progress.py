@@ -1,4 +1,7 @@
-"""Where every rank is, in memory that the launcher can read while a rank hangs or after it died."""
+"""The progress board: each rank's step, layer and stage, in memory that the launcher reads too.
+
+It can be read while a rank hangs, and after it died.
+"""
 
 import ctypes
 import mmap
@@ -12,8 +15,8 @@ _NUM_FIELDS = 6
 _STEP, _LAYER, _STAGE, _WAITING, _COUNTER, _TIME_NS = range(_NUM_FIELDS)
 NO_LAYER = -1
 
-# Before the lines: the latest epoch, its server, and what else it has: of even and of odd epochs
-# apart, so that nothing is written over before the next epoch has begun.
+# Header: the latest epoch, its fork server, and the other fields of `EpochFiles`, for even and odd
+# epochs apart, so that nothing is overwritten before the next epoch has begun.
 _NUM_IN_HEADER = 8
 _EPOCH, _SERVER_PID, _FILES = range(3)
 _NUM_OF_EPOCH = 3
@@ -22,13 +25,12 @@ Line = tuple[int, int, int, int, int, int]  # the fields of a rank
 
 
 class EpochFiles(NamedTuple):
-    """What the ranks of a node share in an epoch, as descriptors of the server that forks them.
+    """Files that the ranks of a node share in an epoch, opened by the server that forks them.
 
     Attributes:
-        memory_fd: of the memory for their messages.
-        store_fd: of the file in which they meet.
-        Both are -1 where there is none.
-        num_ranks: how many share them.
+        memory_fd: descriptor of the memory for their messages; -1 for none.
+        store_fd: descriptor of their rendezvous file; -1 for none.
+        num_ranks: ranks that share them.
     """
 
     server_pid: int
@@ -38,13 +40,13 @@ class EpochFiles(NamedTuple):
 
 
 class Position(NamedTuple):
-    """What a rank was doing when it last reported.
+    """The step, layer and stage that a rank last reported.
 
     Attributes:
         layer: `NO_LAYER` outside any layer.
-        waiting: blocked in a wait for other ranks.
+        waiting: it is blocked in a wait for other ranks.
         counter: rises with every report.
-        time_s: of the last report, on the monotonic clock.
+        time_s: time of the last report, on the monotonic clock.
     """
 
     step: int
@@ -63,10 +65,10 @@ class Position(NamedTuple):
 
 
 class ProgressBoard:
-    """The epoch, and one line a rank, in a file mapped by the launcher and all ranks of its node.
+    """The epoch and a line for each rank, in a file mapped by the launcher and its node's ranks.
 
     Args:
-        num_ranks: that it has room for; of a file that is empty, else it has what it has.
+        num_ranks: lines of a new board; a file that is not empty keeps its own number.
         fd: the file's descriptor. None keeps the board private to this process.
 
     Raises:
@@ -89,37 +91,37 @@ class ProgressBoard:
 
     @property
     def epoch(self) -> int:
-        """The latest one that has begun on this node."""
+        """The latest epoch that has begun on this node."""
         return self._cells[_EPOCH]
 
     @property
     def num_lines(self) -> int:
-        """Ranks that it has room for."""
+        """Number of lines: ranks that the board has room for."""
         return (len(self._cells) - _NUM_IN_HEADER) // _NUM_FIELDS
 
     def begin_epoch(
         self, epoch: int, server_pid: int, memory_fd: int, store_fd: int, num_ranks: int
     ) -> None:
-        """Say that another one begins; before the files of the one before it are closed.
+        """Publish the next epoch; called before the files of the last one are closed.
 
         Args:
             epoch: one more than before.
-            server_pid, memory_fd, store_fd, num_ranks: as in `EpochFiles`.
+            server_pid, memory_fd, store_fd, num_ranks: see `EpochFiles`.
         """
         place = _FILES + _NUM_OF_EPOCH * (epoch % 2)
         self._cells[_SERVER_PID] = server_pid
         for number, value in enumerate((memory_fd, store_fd, num_ranks)):
             self._cells[place + number] = value
-        self._cells[_EPOCH] = epoch  # last: who sees it sees the rest
+        self._cells[_EPOCH] = epoch  # last: whoever reads it can read the rest
 
     def files(self, epoch: int) -> EpochFiles:
-        """Of an epoch, which is not over if it is still the latest one thereafter."""
+        """The files of an epoch; valid only if it is still the latest one after this call."""
         place = _FILES + _NUM_OF_EPOCH * (epoch % 2)
         values = self._cells[place : place + _NUM_OF_EPOCH].tolist()
         return EpochFiles(self._cells[_SERVER_PID], *values)
 
     def position(self, rank: int) -> Position:
-        """What `rank` last reported."""
+        """The last report of `rank`."""
         cells = self._line(rank)
         return Position(
             step=cells[_STEP],
@@ -135,7 +137,7 @@ class ProgressBoard:
         return cast(Line, tuple(self._line(rank).tolist()))
 
     def update(self, rank: int, line: Line) -> None:
-        """Take over the line of a rank of another node; its clock is not ours."""
+        """Copy a line from another node's board, with this node's time, as clocks differ."""
         cells = self._line(rank)
         if line[_COUNTER] != cells[_COUNTER]:
             for field, value in enumerate(line):
@@ -143,7 +145,7 @@ class ProgressBoard:
             cells[_TIME_NS] = time.monotonic_ns()
 
     def reporter(self, rank: int) -> "ProgressReporter":
-        """The line of `rank`, to be written by that rank alone."""
+        """A writer of the line of `rank`, for that rank alone."""
         return ProgressReporter(self._line(rank))
 
     def _line(self, rank: int) -> memoryview:
@@ -157,29 +159,29 @@ class ProgressReporter:
     def __init__(self, cells: memoryview) -> None:
         self._cells = cells
         self.set_step(-1)
-        self.set_waiting(False)  # as the rank that had this line before may have been
+        self.set_waiting(False)  # a lost rank that had this line may have left it set
         self.enter(Stage.SETUP, NO_LAYER)
 
     def set_step(self, step: int) -> None:
-        """Say which step begins; -1 before the first."""
+        """Report the step that begins; -1 before the first."""
         self._cells[_STEP] = step
 
     def enter(self, stage: Stage, layer: int) -> int:
-        """Say which stage of which layer begins; gives the time, in ns of the monotonic clock."""
+        """Report the stage and layer that begin; gives the time, in ns of the monotonic clock."""
         cells = self._cells
         cells[_STAGE] = stage
         cells[_LAYER] = layer
-        cells[_COUNTER] += 1  # as `touch`, without a call of it
+        cells[_COUNTER] += 1  # `touch` inlined: this is hot
         cells[_TIME_NS] = now_ns = time.monotonic_ns()
         return now_ns
 
     def touch(self) -> None:
-        """Say that work goes on."""
+        """Report that work goes on."""
         self._cells[_COUNTER] += 1
         self._cells[_TIME_NS] = time.monotonic_ns()
 
     def addresses(self) -> tuple[int, int, int, int]:
-        """Where layer, stage, counter and time lie, for C++ that does as `enter`; int64 each."""
+        """Addresses of layer, stage, counter and time, int64 each; C++ writes them like `enter`."""
         begin = ctypes.addressof(ctypes.c_int64.from_buffer(self._cells))
         layer, stage, counter, time_ns = (
             begin + 8 * field for field in (_LAYER, _STAGE, _COUNTER, _TIME_NS)
@@ -187,5 +189,5 @@ class ProgressReporter:
         return layer, stage, counter, time_ns
 
     def set_waiting(self, waiting: bool) -> None:
-        """Say whether the rank is blocked in a wait for others."""
+        """Report whether the rank is blocked in a wait for others."""
         self._cells[_WAITING] = waiting

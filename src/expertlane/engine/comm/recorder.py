@@ -1,4 +1,4 @@
-"""The record of a rank's steps: seconds by stage, waits, counts, a timeline, single operations."""
+"""The recorder of a rank's steps: seconds by stage, waits, counts, timeline, single operations."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,21 +23,21 @@ from expertlane.results.step_checks import Place
 from expertlane.results.step_record import Action, RankEvents, RankOperations, RankRecord
 from expertlane.spec.names import CheckPoint, Stage, Track
 
-_LEAST_LOST_S = 20e-6  # of CPU time in a stretch; less is what the marks themselves take
+_LEAST_LOST_S = 20e-6  # of CPU time in a stretch; the marks themselves take less
 _NUM_STAGES = len(Stage)
 _TRACKS = list(Track)
 
 Stretch = tuple[Track, int, float, float]  # track, cell, begin and end in seconds
-# What a wait needs to be drawn: the mark at which what was waited for came, and the thread's CPU
-# seconds before and after.
+# For the timeline of a wait: the mark at which the transfer arrived, and the thread's CPU seconds
+# before and after the wait.
 Arrival = tuple[Any, float, float]
 
 
 class StepTimes:
-    """Marks of a step's clock: one wherever a stage begins, two for each wait within a stage.
+    """Marks of a step's clock: one where each stage begins, two for each wait within a stage.
 
-    An interval is known by its cell: its place in an array of all micro-batches, layers (and one
-    slot for what is of none) and stages.
+    An interval has a cell: its index in an array [micro-batches, layers + 1, stages], whose last
+    layer stands for work outside layers.
     """
 
     def __init__(self, clock: HostClock, num_micro_batches: int, num_layers: int) -> None:
@@ -50,10 +50,10 @@ class StepTimes:
         self._marks: list[Any] = []  # where each interval begins; one more at the end
         self._cpu_marks: list[float] = []
         self._waits: list[tuple[int, Any, Any]] = []  # cell, and marks of its begin and end
-        self._arrivals: list[Arrival] = []  # of each wait, where there are to be events
+        self._arrivals: list[Arrival] = []  # of each wait, if events are recorded
 
     def enter(self, micro_batch: int, layer: int, stage: Stage) -> None:
-        """End the present interval and begin another."""
+        """End the current interval and begin another."""
         slot = self._num_layers if layer == NO_LAYER else layer
         self._cells.append((micro_batch * (self._num_layers + 1) + slot) * _NUM_STAGES + stage)
         self._mark()
@@ -63,12 +63,12 @@ class StepTimes:
         self._cpu_marks.append(time.thread_time())
 
     def waited(self, begin: Any, arrived: Any, begin_cpu_s: float) -> None:
-        """Record a wait that has ended in the present interval.
+        """Record a wait that has ended in the current interval.
 
         Args:
-            begin: its mark.
-            arrived: that of when what was waited for came; None where no events are wanted.
-            begin_cpu_s: the thread's CPU seconds then; for events alone.
+            begin: mark of its begin.
+            arrived: mark at which the transfer arrived; None unless events are recorded.
+            begin_cpu_s: the thread's CPU seconds at its begin; used for events alone.
         """
         self._waits.append((self._cells[-1], begin, self._clock.mark()))
         if arrived is not None:
@@ -80,7 +80,7 @@ class StepTimes:
         self._clock.settle()
 
     def seconds(self) -> list[npt.NDArray[np.float64]]:
-        """Wall time, CPU time of the thread, and the part of wall time in waits, by cell."""
+        """Wall seconds, CPU seconds of the thread, and wall seconds in waits, each by cell."""
         wall_s, cpu_s, blocked_s = found = [np.zeros(self._shape) for _ in range(3)]
         for cell, (begin, end), (cpu_begin_s, cpu_end_s) in self._intervals():
             wall_s.flat[cell] += self._clock.seconds(begin, end)
@@ -90,10 +90,11 @@ class StepTimes:
         return found
 
     def events(self, *, is_alone: bool) -> RankEvents:
-        """Every interval without its waits, every wait, and what of both other ranks took.
+        """The timeline: intervals without their waits, waits, and stretches without the core.
 
         Args:
-            is_alone: whether CPU time that an interval lacks was another rank's on the same core.
+            is_alone: whether wall time of an interval beyond its CPU time was another rank's on the
+                same core.
         """
         kept = [
             row
@@ -116,11 +117,11 @@ class StepTimes:
         )
 
     def _intervals(self) -> Iterator[tuple[int, tuple[Any, Any], tuple[float, float]]]:
-        """Cell, marks and CPU seconds of each, in order and without gaps."""
+        """Cell, marks and CPU seconds of each interval, in order and without gaps."""
         return zip(self._cells, pairwise(self._marks), pairwise(self._cpu_marks), strict=True)
 
     def _stretches(self, is_alone: bool) -> Iterator[Stretch]:
-        """Each moment once, from the step's start; waits lie within an interval of their cell."""
+        """Stretches that cover the step without overlap; waits lie in an interval of their cell."""
         seconds, first = self._clock.seconds, self._marks[0]
         remaining = zip(self._waits, self._arrivals, strict=True)
         following = next(remaining, None)
@@ -147,7 +148,7 @@ class StepTimes:
 def _split(
     track: Track, cell: int, begin_s: float, until_s: float, end_s: float
 ) -> Iterator[Stretch]:
-    """A stretch up to where other ranks had the core, if they had it for long."""
+    """Divide a stretch at `until_s`, where other ranks got the core, if they had it for long."""
     if end_s - until_s < _LEAST_LOST_S:
         yield track, cell, begin_s, end_s
         return
@@ -159,13 +160,13 @@ _KINDS = list(TransferKind)
 
 
 class OperationLog:
-    """The computations, transfers and waits of one rank in one step.
+    """The computations, transfers and waits of one rank in one step, for the replay.
 
     It starts with a computation; between `pause` and `resume` nothing is timed.
 
     Args:
-        stage: of the first computation.
-        layer: of the first computation.
+        stage: stage of the first computation.
+        layer: layer of the first computation.
     """
 
     def __init__(self, stage: Stage, layer: int) -> None:
@@ -176,13 +177,13 @@ class OperationLog:
         self.resume()
 
     def enter(self, stage: Stage, layer: int, micro_batch: int) -> None:
-        """End the present computation and start another one."""
+        """End the current computation and start another."""
         self.pause()
         self._place = (int(stage), layer, micro_batch)
         self.resume()
 
     def pause(self) -> None:
-        """End the present computation; until `resume` nothing is timed."""
+        """End the current computation; until `resume` nothing is timed."""
         if not self._is_paused:
             self._is_paused = True
             self._add(Action.COMPUTE, time.thread_time() - self._since_s, -1)
@@ -197,7 +198,7 @@ class OperationLog:
 
         Args:
             first_rank: the lowest global rank of its group.
-            sent_bytes: [world_size]; to each global rank.
+            sent_bytes: [world_size]; bytes to each global rank.
 
         Returns:
             The transfer's number in this log, which `wait` takes.
@@ -212,7 +213,7 @@ class OperationLog:
         self._add(Action.WAIT, 0.0, transfer)
 
     def arrive(self) -> None:
-        """Record that the rank needs what the previous stage sends, while the log is paused."""
+        """Record that the rank needs the previous stage's output, while the log is paused."""
         self._add(Action.ARRIVE, 0.0, -1)
 
     def _add(self, action: Action, seconds: float, transfer: int) -> None:
@@ -240,7 +241,7 @@ class OperationLog:
 
 ResultT = TypeVar("ResultT")
 
-# What is gathered over a tensor-parallel group, by the stage before.
+# The checkpoint of rows gathered over a tensor-parallel group, by the stage before the gather.
 _GATHERED = {
     Stage.ATTENTION: CheckPoint.BEFORE_ATTENTION,
     Stage.ROUTER: CheckPoint.BEFORE_MLP,
@@ -254,19 +255,19 @@ _GATHERED = {
 
 
 class Recorder(StepCounters):
-    """Splits a rank's time at every change of stage, beside what its call sites count.
+    """Counters that also split a rank's time at every change of stage.
 
     `enter` ends the stage before it; there is always exactly one current stage. Where a plan asks
-    for no record, only the progress line is kept up to date.
+    for no record, only the progress line and the meter, if any, are kept up to date.
 
     Args:
         rank: global rank.
-        world_size: ranks of the layout, replicas too.
+        world_size: ranks of the layout, replicas included.
         token: taken while a step's operations are recorded; None where ranks share no cores.
 
     Attributes:
         is_interleaved: another part of the batch is computed while one waits.
-        checks: what looks for silent errors; None where nobody does.
+        checks: the search for silent errors; None without one.
     """
 
     checks: Checks | None = None
@@ -309,11 +310,12 @@ class Recorder(StepCounters):
         """Start a step's record.
 
         Args:
+            record: keep seconds by stage, and counts.
             count_idle: the time since the last step counts as idle, the wait for the core too.
             record_routing: keep the experts that tokens choose; implies `record`.
-            record_events: keep every stretch of time; implies `record`.
-            record_operations: keep what is to be replayed, one rank a core at a time; implies
-                `record`.
+            record_events: keep the timeline; implies `record`.
+            record_operations: keep the operations for a replay, with one rank at a time on each
+                core; implies `record`.
         """
         self.progress.set_step(step)
         if self.meter is not None:
@@ -341,7 +343,7 @@ class Recorder(StepCounters):
         self.enter(Stage.IDLE)
 
     def set_micro_batch(self, micro_batch: int) -> None:
-        """What follows belongs to another micro-batch; call `enter` next."""
+        """Record for this micro-batch from the next `enter` on."""
         self._micro_batch = micro_batch
 
     def enter(self, stage: Stage, layer: int = NO_LAYER) -> None:
@@ -358,7 +360,7 @@ class Recorder(StepCounters):
             self._times.enter(self._micro_batch, layer, stage)
 
     def begin_wait(self) -> Any:
-        """A wait for other ranks begins; pass what this returns to `end_wait`."""
+        """Begin a wait for other ranks; gives its mark, for `end_wait`."""
         self.progress.set_waiting(True)
         if self._log is not None:
             self._log.pause()
@@ -371,11 +373,11 @@ class Recorder(StepCounters):
         return self._clock.mark() if self.is_recording else None
 
     def end_wait(self, begin: Any, transfer: int | None = None) -> None:
-        """Count the wait since `begin`, and report progress.
+        """End a wait: count the time since `begin`, and report progress.
 
         Args:
-            transfer: the number that `post` gave for what was waited for, if the replay is to
-                wait for it too.
+            transfer: the number that `post` gave for the transfer, if the replay has to wait for it
+                too.
         """
         arrived = self._clock.mark() if self._recording_events else None
         if self.meter is not None:
@@ -392,7 +394,7 @@ class Recorder(StepCounters):
             self._log.resume()
 
     def arrive(self) -> None:
-        """What the pipeline stage before has sent is needed now."""
+        """Record that the output of the previous pipeline stage is needed now."""
         if self._log is not None:
             self._log.pause()
             self._log.arrive()
@@ -400,7 +402,7 @@ class Recorder(StepCounters):
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
-        """What is computed for a record alone is no part of what the replay computes."""
+        """Within this, computations serve the record alone, and are not replayed."""
         if self._log is not None:
             self._log.pause()
         yield
@@ -417,19 +419,20 @@ class Recorder(StepCounters):
         metadata_bytes: int = 0,
         num_real: Sequence[int] | None = None,
     ) -> int | None:
-        """A collective or send of the current stage begins; call `posted` when it is under way.
+        """Record that a collective or send begins; call `posted` when it is under way.
 
-        Rows that stay here do not count.
+        Rows that stay on this rank do not count.
 
         Args:
-            ranks: of its group, global.
-            to: global ranks that rows go to.
-            num_rows: as long as `to`; rows to each of them.
-            row_bytes, metadata_bytes: of a row, and how many of them are no hidden state.
-            num_real: as long as `to`; how many of the rows are no padding; None for all.
+            ranks: global ranks of its group.
+            to: [n]; global ranks that rows go to.
+            num_rows: [n]; rows to each of them.
+            row_bytes: bytes of a row.
+            metadata_bytes: bytes of a row that are no hidden state.
+            num_real: [n]; rows to each without padding; None for all.
 
         Returns:
-            Its number for `end_wait`; None unless operations are recorded.
+            The transfer's number for `end_wait`; None unless operations are recorded.
         """
         if not self.is_recording:
             return None
@@ -444,17 +447,20 @@ class Recorder(StepCounters):
         return self._log.post(kind, min(ranks), sent_bytes)
 
     def posted(self) -> None:
-        """The transfer is under way, and the rank computes on."""
+        """Record that the transfer is under way, and that the rank computes on."""
         if self._log is not None:
             self._log.resume()
 
     @property
     def may_wait_at_once(self) -> bool:
-        """Whether nothing else can be computed while a rank waits, and nothing is counted."""
+        """Whether a transfer can be begun and waited for in one call.
+
+        That is so where nothing overlaps with it, and the step is not recorded.
+        """
         return not (self.is_recording or self.is_interleaved)
 
     def wait_at_once(self, until: Callable[[], ResultT]) -> ResultT:
-        """What a wait in the current stage gives, in a step in which nothing is counted."""
+        """Run a transfer and its wait in the current stage of a step that is not recorded."""
         progress, meter = self.progress, self.meter
         progress.set_waiting(True)
         if meter is None:
@@ -469,13 +475,13 @@ class Recorder(StepCounters):
         return result
 
     def totals(self) -> RankTotals:
-        """Since the first call, which begins them."""
+        """The meter's totals since the first call, which starts the meter."""
         if self.meter is None:
             self.meter = Meter(self._num_layers, self._num_experts)
         return self.meter.totals()
 
     def check_finite(self, values: Tensor, point: CheckPoint, layer: int = NO_LAYER) -> None:
-        """Look for values that are NaN or infinite, where that is asked."""
+        """Check that values are finite; does nothing without checks."""
 
     def end_step(self) -> RankRecord | None:
         """Close the record; None where the plan asked for none."""
@@ -486,7 +492,7 @@ class Recorder(StepCounters):
         record = self._record() if self.is_recording else None
         self._log = None
         self.is_recording = self._recording_routing = self._recording_events = False
-        self.enter(Stage.IDLE, self._last_layer)  # the launcher shall see where it came to
+        self.enter(Stage.IDLE, self._last_layer)  # the launcher can see the layer it reached
         self.layer = NO_LAYER
         self._ended_s = time.perf_counter()
         self._process_cpu_s = time.process_time()
@@ -497,7 +503,7 @@ class Recorder(StepCounters):
         wall_s, cpu_s, blocked_s = self._times.seconds()
         for seconds in (wall_s, blocked_s):
             seconds[0, -1, Stage.IDLE] += self._idle_s
-        # Of a rank with several threads, one waits for the others meanwhile.
+        # With several threads, this one also waits for the others.
         is_alone = self._token is not None and torch.get_num_threads() == 1
         return self._counted(
             wall_s=wall_s,
@@ -510,10 +516,10 @@ class Recorder(StepCounters):
 
 
 class CheckedRecorder(Recorder):
-    """A recorder that also knows what is checked, and which stage was before.
+    """A recorder that checks for silent errors too.
 
     Attributes:
-        before: the stage before the present one.
+        before: the stage before the current one; it tells what a collective gathers.
     """
 
     checks: Checks
@@ -537,11 +543,11 @@ class CheckedRecorder(Recorder):
 
     @property
     def may_wait_at_once(self) -> bool:
-        """As `Recorder`'s; what every transfer moves is looked at between its begin and its end."""
+        """`Recorder.may_wait_at_once`, but never with full checks, which inspect each transfer."""
         return super().may_wait_at_once and not self.checks.is_full
 
     @property
     def place(self) -> Place:
-        """Where a transfer of the present stage is."""
+        """The place of a transfer of the current stage, for checks."""
         stage = self.before if self.stage is Stage.COLLECTIVES else self.stage
         return self.checks.place(_GATHERED.get(stage, CheckPoint.HAND_OVER), self.layer)

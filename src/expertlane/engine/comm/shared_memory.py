@@ -1,4 +1,4 @@
-"""Transfers among the ranks of a node through memory that they share.
+"""The transport of a node's ranks through memory that they share.
 
 The protocol (docs/shared_memory.md) is `engine/ops/shared_memory.cpp`; where that could not be
 compiled, `engine/comm/uncompiled.py` follows it over the same memory.
@@ -30,15 +30,25 @@ class Endpoint(Protocol):
     """A rank's end of the shared memory."""
 
     def group_bytes(self, size: int) -> int:
-        """What a group takes of the groups' memory."""
+        """Bytes of the groups' memory that a group of `size` ranks takes."""
         ...
 
     def open_group(self, number: int, offset: int, place: int, ranks: Sequence[int]) -> Any:
-        """A group; `number` and `offset` into the groups' memory are those of all its ranks."""
+        """Open a group.
+
+        Args:
+            number: the group's; the same on all its ranks.
+            offset: where the group begins in the groups' memory, in bytes; the same on all ranks.
+            place: this rank's place in the group.
+            ranks: [size]; the group's ranks, counted within the node.
+        """
         ...
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Room for rows that are sent once, where they need not be copied if there is any."""
+        """A buffer for rows that are sent once: in the rank's heap if there is room.
+
+        Rows there are sent without a copy.
+        """
         ...
 
     def begin(
@@ -51,20 +61,29 @@ class Endpoint(Protocol):
         *,
         same_for_all: bool,
     ) -> Any:
-        """Begin to exchange rows; numbers of them by place, -1 where there is no message.
+        """Begin to exchange rows.
 
         Args:
-            received: None where `read` is to follow the wait.
+            send, receive: [size]; numbers of rows to and from each place, -1 for no message.
+            received: filled with the rows that come; None if `read` follows the wait.
             same_for_all: all of `rows` goes to every place.
+
+        Returns:
+            The exchange, for `wait` and `read`.
         """
         ...
 
     def read(self, exchange: Any, finish: Callable[[RowParts], Tensor]) -> Tensor:
-        """`finish` of what came, then the end of the exchange."""
+        """The result of `finish` on the rows received; ends the exchange."""
         ...
 
     def wait(self, exchange: Any, timeout_s: float) -> tuple[int, int]:
-        """0 if done, 1 if not yet, 2 if sizes differ; and the place it hangs on, -1 for none."""
+        """Wait for an exchange for a limited time.
+
+        Returns:
+            Its state: 0 if done, 1 if not yet, 2 if a message has another size than expected; and
+            the place that it hangs on, -1 for none.
+        """
         ...
 
 
@@ -72,8 +91,8 @@ class CompiledEndpoint:
     """Implements `Endpoint` by our C++.
 
     Args:
-        library: with the functions of `engine/ops/shared_memory.cpp`.
-        num_spins: looks at the memory before a wait sleeps.
+        library: has the functions of `engine/ops/shared_memory.cpp`.
+        num_spins: polls of the memory before a wait sleeps.
     """
 
     def __init__(
@@ -151,7 +170,7 @@ class CompiledEndpoint:
         *,
         same_for_all: bool,
     ) -> tuple[Any, int]:
-        """`begin`, then `wait`, in one call; gives the exchange, and the state as `wait` does."""
+        """`begin`, then `wait`, in one call; gives the exchange, and its state (see `wait`)."""
         out, back = array("q", send), array("q", receive)
         into = None if received is None else received.data_ptr() or self._pointers.buffer_info()[0]
         state: int = self._library.shared_exchange(
@@ -220,13 +239,14 @@ class _SharedWork:
 
 
 class SharedLink:
-    """Implements `Link`.
+    """Implements `Link` by exchanges of an endpoint.
 
     Args:
         ranks: [size]; global ranks, in group order.
-        place: this rank's in the group.
-        group: all of them.
-        pairs: groups of this rank and each other one, by the other's place; for single messages.
+        place: this rank's place in the group.
+        group: the endpoint's group of all of them.
+        pairs: the endpoint's groups of this rank and one other, by the other's place; for single
+            messages.
     """
 
     def __init__(
@@ -245,7 +265,7 @@ class SharedLink:
 
     @property
     def at_once(self) -> AtOnce | None:
-        """Made anew each time: kept, it would keep this, and the memory, until a collection."""
+        """A bound method, made anew each time: a kept one would be a cycle and keep the memory."""
         return self._at_once if self._is_one_call else None
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
@@ -316,7 +336,7 @@ class SharedLink:
     def _single(
         self, other: int, rows: Tensor, send: int, received: Tensor, receive: int
     ) -> _SharedWork:
-        """A message in one direction, in the group of the two."""
+        """Begin one message between this rank and another, in the group of the two."""
         pair = sorted((self._place, other))
         sizes = [[size if place == other else _NONE for place in pair] for size in (send, receive)]
         exchange = self._endpoint.begin(
@@ -335,10 +355,10 @@ class SharedTransport:
 
     Args:
         endpoint: this rank's.
-        first_rank: the global rank of the node's first.
-        rank: the global one.
+        first_rank: the node's lowest global rank.
+        rank: this rank's global number.
         timeout_s: the bound on any wait.
-        epoch: whose memory it is; its end ends any wait.
+        epoch: the epoch of the memory; its end ends any wait.
     """
 
     def __init__(
@@ -357,7 +377,9 @@ class SharedTransport:
         self._links: dict[tuple[int, ...], SharedLink] = {}
 
     def make(self, ranks: tuple[int, ...]) -> None:
-        """All ranks of the node make the same groups in the same order, so they lie alike.
+        """Make a group; all ranks of the node make all groups in the same order.
+
+        So each group has the same place in memory for all of them.
 
         Raises:
             CapacityError: the groups' memory is full.
@@ -388,5 +410,5 @@ class SharedTransport:
         return self._links[ranks]
 
     def leave(self) -> None:
-        """Let go of all groups; the memory goes with the last link, and the last tensor in it."""
+        """Release all groups; the memory is freed with the last link, and the last tensor in it."""
         self._links.clear()

@@ -1,8 +1,8 @@
-"""Transfers between GPUs through host memory: of ranks that share one, which nccl refuses.
+"""Transfers between GPUs through host memory, for ranks that share a GPU, which nccl refuses.
 
-Rows are copied to the host, exchanged there by a transport of its own, and copied back. The host
-waits for the device before it sends, so nothing is computed meanwhile: this shows that results are
-right, not how fast GPUs are. The copies have never run on a GPU (docs/validation.md).
+Rows are copied to the host, exchanged there by the hosts' transport, and copied back. The host
+waits for the device before it sends, so nothing overlaps: this shows that results are right, not
+how fast GPUs are. The copies have never run on a GPU (docs/validation.md).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,11 +15,11 @@ from expertlane.engine.ops.row_parts import RowParts
 
 
 class _StagedWork:
-    """A transfer between hosts.
+    """A transfer between hosts, and the copy to the device after it.
 
     Args:
-        came: on the host; None of a send.
-        received: on the device, of the same size; to be filled.
+        came: rows received, on the host; None for a send.
+        received: on the device, of the same size; filled with them after the wait.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class _StagedWork:
     def wait(self) -> None:
         self._work.wait()
         if self._came is not None and self._received is not None:
-            # Freed memory of the host is not used again before the copy is over: it is pinned.
+            # Pinned memory: torch does not reuse it before the copy is over.
             self._received.copy_(self._came, non_blocking=True)
             self._came = None
 
@@ -43,7 +43,7 @@ class _StagedWork:
 
 
 class StagedLink:
-    """Implements `Link` for a device by one of hosts."""
+    """Implements `Link` for a device by a link between hosts."""
 
     at_once: AtOnce | None = None
 
@@ -86,7 +86,7 @@ class StagedLink:
         return _StagedWork(self._link.receive(came, source), came, rows)
 
     def _on_host(self, rows: Tensor) -> Tensor:
-        """A copy; the host waits for it, since a transport of hosts sends at once."""
+        """Copy rows to the host and wait, since a transport between hosts sends at once."""
         return self._room(rows).copy_(rows)
 
     def _room(self, like: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class StagedTransport:
     """Implements `Transport` for a device.
 
     Args:
-        hosts: between hosts.
+        hosts: the transport between hosts.
     """
 
     def __init__(self, hosts: Transport, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What a rank counts in a step: operations, bytes sent, and how far its tokens spread."""
+"""A rank's counters of a step: FLOPs, bytes read and sent, tokens of experts, and fan-out."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,15 +17,15 @@ _NUM_STAGES = len(Stage)
 
 
 class StepCounters:
-    """Adds up what the call sites of a step count, under the stage and layer it is in.
+    """Adds up the counts of a step's call sites, by the current stage or layer.
 
     Args:
         rank: global rank.
-        world_size: ranks of the layout, replicas too.
+        world_size: ranks of the layout, replicas included.
 
     Attributes:
         stage, layer: the current ones.
-        is_recording: anything is counted in this step.
+        is_recording: this step is counted.
         meter: running totals, of steps without a record too; None until they are asked for.
     """
 
@@ -58,19 +58,24 @@ class StepCounters:
         self._topk_ids: defaultdict[int, list[Tensor]] = defaultdict(list)  # by layer
 
     def count_compute(self, flops: int, weight_bytes: int, kv_bytes: int = 0) -> None:
-        """Add floating-point operations and bytes read to the current stage."""
+        """Add FLOPs, and bytes read of weights and of the KV cache, to the current stage."""
         if self.is_recording:
             self._flops[self.stage] += flops
             self._weight_bytes[self.stage] += weight_bytes
             self._kv_bytes += kv_bytes
 
     def count_expert_tokens(self, experts: Sequence[int], num_tokens: Sequence[int]) -> None:
-        """Add token-expert pairs of different experts of the current layer."""
+        """Add token-expert pairs of the current layer.
+
+        Args:
+            experts: [n]; logical experts, no expert twice.
+            num_tokens: [n]; pairs of each.
+        """
         if self.is_recording:
             self._tokens[self.layer, list(experts)] += num_tokens
 
     def record_topk_ids(self, topk_ids: Tensor) -> None:
-        """Keep the experts chosen in the current layer, if the plan asks for routing.
+        """Keep the top-k ids of the current layer, if the plan asks for routing.
 
         Args:
             topk_ids: [T, K]; logical experts of this rank's own tokens.
@@ -85,11 +90,11 @@ class StepCounters:
         num_remote_rank_copies: int,
         num_remote_node_copies: int,
     ) -> None:
-        """Add how far one layer's tokens spread.
+        """Add the fan-out of one layer's tokens.
 
         Args:
-            ranks_reached, nodes_reached: [T] whole numbers; how many ranks and nodes hold experts
-                chosen for each token; this one counts where it does too.
+            ranks_reached, nodes_reached: [T] whole numbers; ranks and nodes that each token
+                reaches, this one included if it computes experts of the token.
             num_remote_rank_copies: (token, rank on another node) pairs.
             num_remote_node_copies: (token, other node) pairs.
         """
@@ -101,11 +106,11 @@ class StepCounters:
             self._num_remote_node_copies += num_remote_node_copies
 
     def count_copies(self, num_saved: int, seconds: float) -> None:
-        """Add what sharing one layer's tokens among copies brought and took.
+        """Add effect and cost of balancing one layer's pairs among copies.
 
         Args:
-            num_saved: pairs that the fullest rank is spared.
-            seconds: processor time of this rank.
+            num_saved: pairs that the fullest rank has fewer by it.
+            seconds: CPU time that it took this rank.
         """
         if self.is_recording:
             self._num_pairs_saved += num_saved
@@ -114,11 +119,11 @@ class StepCounters:
             self.meter.shared_out(num_saved, seconds)
 
     def count_payload_error(self, error_squares: float, squares: float) -> None:
-        """Add hidden states that are sent in a narrower type.
+        """Add the rounding error of hidden states that are sent in a narrower type.
 
         Args:
-            error_squares: the sum of the squares of what rounding changed.
-            squares: the sum of the squares of the hidden states.
+            error_squares: sum of the squared errors.
+            squares: sum of the squared hidden states.
         """
         if self.is_recording:
             self._payload_squares += (error_squares, squares)
@@ -131,7 +136,7 @@ class StepCounters:
         metadata_bytes: int,
         num_real: Sequence[int] | None,
     ) -> None:
-        """Add a collective or send; arguments as of `Recorder.post`."""
+        """Add a collective or send; for its arguments see `Recorder.post`."""
         self._num_collectives[self.stage] += 1
         real = num_rows if num_real is None else num_real
         counted = [
@@ -148,7 +153,7 @@ class StepCounters:
                     of_rank[rank] += num * num_bytes
 
     def _counted(self, **times: Any) -> RankRecord:
-        """The record of the step; the rest of its fields are given."""
+        """The record of the step, of these counts and the fields given."""
         sent_bytes = np.zeros((_NUM_STAGES, len(Traffic), self._world_size), dtype=np.int64)
         for (stage, traffic), of_rank in self._sent_bytes.items():
             sent_bytes[stage, traffic] = of_rank

@@ -1,10 +1,10 @@
 """Transfers among the ranks of a group by a process group of `torch.distributed`.
 
-Nearly everything is built on the uneven all-to-all, because gloo has it uneven, empty and
-asynchronous, and because on few cores it is several times cheaper there than gloo's own all-gather,
-reduce-scatter or all-reduce of the same rows (docs/log.md). Only an all-gather
-of many bytes goes by single sends and receives: an all-to-all would need a copy of the rows for
-every rank. nccl has more of its own (`engine/comm/nccl.py`).
+Nearly everything is built on the uneven all-to-all: gloo has it asynchronous and with uneven or
+empty parts, and on few cores it is several times cheaper than gloo's own all-gather, reduce-scatter
+or all-reduce of the same rows (docs/log.md). Only an all-gather of many bytes goes by single sends
+and receives: an all-to-all would need a copy of the rows for every rank. nccl has more collectives
+of its own (`engine/comm/nccl.py`).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ _TAG, _GATHER_TAG, _PAIRWISE_TAG, ABORT_TAG = range(4)  # keep sends between the
 
 @contextlib.contextmanager
 def blaming_peers(epoch: Epoch) -> Iterator[None]:
-    """Turn the backend's errors into `PeerLostError`, or after its end `EpochEndedError`."""
+    """Turn the backend's errors into `PeerLostError`, or `EpochEndedError` if the epoch ended."""
     try:
         yield
     except RuntimeError as error:
@@ -34,21 +34,21 @@ def blaming_peers(epoch: Epoch) -> Iterator[None]:
 
 
 class Backend(Protocol):
-    """A process group, and what the backends of torch do each in their own way."""
+    """A process group of torch, and the operations in which gloo and nccl differ."""
 
     group: Any
 
     def together(self, works: list[Any]) -> AbstractContextManager[None]:
-        """Begin several sends and receives; `works` is what is to be waited for."""
+        """Within this, begin several sends and receives; `works` then holds the waits for them."""
         ...
 
     def abort(self) -> None:
-        """End all operations."""
+        """Abort all operations."""
         ...
 
 
 class TorchWork:
-    """Implements `Work` by those of torch."""
+    """Implements `Work` by torch's works."""
 
     def __init__(
         self,
@@ -70,16 +70,16 @@ class TorchWork:
         return finish(RowParts.of(self._received))
 
     def let_go(self) -> None:
-        """Threads of gloo and nccl see to it."""
+        """Return at once: threads of gloo and nccl go on with the send."""
 
 
 class TorchLink:
-    """Implements `Link`.
+    """Implements `Link` by a process group.
 
     Args:
-        place: this rank's in the group, of `size`.
-        device: of what is sent.
-        over_links: gloo's messages go from node to node, where bytes take longer than calls.
+        place: this rank's place in the group, of `size`.
+        device: device of the rows.
+        over_links: gloo's messages go between nodes, where bytes take longer than calls.
     """
 
     at_once: AtOnce | None = None
@@ -130,7 +130,7 @@ class TorchLink:
         with blaming_peers(self._epoch):
             works = [
                 group.recv([into[place]], place, _PAIRWISE_TAG)
-                for place in reversed(to)  # who sends to this rank first comes first
+                for place in reversed(to)  # the rank that sends to this one first comes first
                 if receive[place]
             ]
             works += [

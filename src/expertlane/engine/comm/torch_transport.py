@@ -1,8 +1,8 @@
-"""The seam to `torch.distributed`: gloo and nccl, by process groups of our own.
+"""The transport by `torch.distributed`: process groups of gloo and nccl that we make ourselves.
 
 There is no default group: each epoch has its groups, made under names of their own, and they are
 aborted when it ends. No operation of torch can be waited for in slices (a wait for one of gloo's
-receives that is over in time closes its connections), so a thread looks for the end of the epoch.
+receives that times out closes its connections), so a thread watches for the end of the epoch.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ class Gloo:
     """A process group of gloo.
 
     Args:
-        store: where its ranks meet.
-        place: this rank's, of `size`.
+        store: the rendezvous of its ranks.
+        place: this rank's place in the group, of `size`.
     """
 
     def __init__(self, store: Store, place: int, size: int, timeout: timedelta) -> None:
@@ -44,13 +44,13 @@ class Gloo:
 
     @contextlib.contextmanager
     def together(self, works: list[Any]) -> Iterator[None]:
-        """Begin several sends and receives."""
+        """Begin several sends and receives, each with a wait of its own."""
         yield
 
     def abort(self) -> None:
-        """End all operations: a receive that is over in time closes its device's connections.
+        """Abort all operations by receives that time out, which close their device's connections.
 
-        One whose connection is broken already fails earlier, and closes none.
+        A receive whose connection is broken already fails earlier, and closes none.
         """
         tags = range(ABORT_TAG, ABORT_TAG + self._num_devices)
         for other, tag in itertools.product(self._others, tags):
@@ -59,22 +59,22 @@ class Gloo:
 
 
 def _settle(future: Future[ResultT], make: Callable[[], ResultT]) -> None:
-    """Give a future what `make` gives, or raises."""
+    """Set a future to the result of `make`, or to the error that it raises."""
     try:
         future.set_result(make())
     except BaseException as error:
         future.set_exception(error)
     finally:
-        del future  # as above: errors keep the frames that they went through
+        del future  # or its error would keep this frame, and this epoch's memory
 
 
 class TorchTransport:
     """Implements `Transport` by a process group for each group.
 
     Args:
-        device: of what is sent; nccl between GPUs, gloo otherwise.
-        store: where the ranks of this epoch meet, and perhaps those of others.
-        rank: the global one.
+        device: device of the rows; nccl between GPUs, gloo otherwise.
+        store: the rendezvous of this epoch's ranks, perhaps also that of other epochs.
+        rank: this rank's global number.
         timeout_s: the bound on any wait.
         epoch: its end ends any wait, and any `make`.
         ranks_per_node: consecutive ranks that share a node.
@@ -100,7 +100,7 @@ class TorchTransport:
         self._watch.start()
 
     def make(self, ranks: tuple[int, ...]) -> None:
-        """The ranks of the group meet; the others only count it."""
+        """Make a group: its ranks meet; the others only count it, for the names of later groups."""
         name = f"epoch-{self._epoch.number}/group-{self._num_groups}"
         self._num_groups += 1
         if self._rank in ranks:
@@ -108,9 +108,9 @@ class TorchTransport:
             self._epoch.check()  # once it is among those that the watch aborts
 
     def _meet(self, store: Store, ranks: tuple[int, ...]) -> Backend:
-        """In another thread, since nothing else ends a wait for who never comes.
+        """Make the process group in another thread, as a wait for a lost rank cannot be ended.
 
-        One that is left alone ends within the bound, or with its rank.
+        A thread that is left behind ends within the bound, or with its rank.
         """
         met: Future[Backend] = Future()
         make: Callable[[], Backend]
@@ -128,7 +128,7 @@ class TorchTransport:
                     except TimeoutError:
                         self._epoch.check()
         finally:
-            del met  # or its error would keep what led here, and so this epoch's memory
+            del met  # or its error would keep the frames that led here, and this epoch's memory
 
     def link(self, ranks: tuple[int, ...]) -> TorchLink:
         backend, place = self._backends[ranks], ranks.index(self._rank)
@@ -151,9 +151,10 @@ class TorchTransport:
                 return
 
     def _abort(self) -> None:
-        """All groups at once: each end waits for what its streams and graphs still have to do.
+        """Abort all groups at the same time: each abort waits for its streams and graphs.
 
-        That may be behind a kernel of another group, which waits for a lost rank until its own end.
+        Their work may be queued behind a kernel of another group, which waits for a lost rank until
+        that group is aborted too.
         """
         ends: list[Future[None]] = []
         for backend in list(self._backends.values()):

@@ -1,4 +1,4 @@
-"""What groups of ranks need of a transport; `torch_transport` and `shared_memory` provide it."""
+"""The interface of transports, which `torch_transport`, `shared_memory` and others implement."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -15,14 +15,14 @@ class PeerLostError(RankError):
 
 
 class EpochEndedError(RankError):
-    """A later epoch has begun: what was under way in this one comes to nothing."""
+    """A later epoch has begun: the transfers and steps of this one are abandoned."""
 
 
 class Work(Protocol):
     """A transfer in flight."""
 
     def wait(self) -> None:
-        """Block until it is done.
+        """Block until the transfer is done.
 
         Raises:
             PeerLostError: another rank is gone, sent something else, or did not answer in time.
@@ -31,20 +31,24 @@ class Work(Protocol):
         ...
 
     def read(self, finish: Callable[[RowParts], Tensor]) -> Tensor:
-        """`finish` of what came, after the wait: it stays where it is until that returns."""
+        """The result of `finish` on the rows received, after the wait.
+
+        The rows stay valid only until `finish` returns.
+        """
         ...
 
     def let_go(self) -> None:
         """Block until a send goes on without this rank, which may do something else for long.
 
         Raises:
-            PeerLostError, EpochEndedError: as `wait`.
+            PeerLostError: another rank is gone, sent something else, or did not answer in time.
+            EpochEndedError: a later epoch has begun.
         """
         ...
 
 
 class AtOnce(Protocol):
-    """Begins a transfer, and waits for it."""
+    """A function that begins a transfer, and waits for it."""
 
     def __call__(
         self,
@@ -55,10 +59,10 @@ class AtOnce(Protocol):
         same_for_all: bool = False,
         finish: Callable[[RowParts], Tensor] | None = None,
     ) -> Tensor:
-        """`all_to_all`, or `all_gather` of what is the same for all.
+        """Do an `all_to_all`, or an `all_gather` if rows are the same for all.
 
         Returns:
-            [sum(receive), width], or what `finish` makes of it.
+            [sum(receive), width], or the result of `finish` on it.
         """
         ...
 
@@ -66,17 +70,16 @@ class AtOnce(Protocol):
 class Link(Protocol):
     """Transfers among the ranks of one group; every rank of it begins them in the same order.
 
-    Rows are contiguous, [num_rows, width]. What is sent must stay as it is until the wait is over.
-
+    Rows are contiguous, [num_rows, width]. Rows sent must not change until the wait is over.
     """
 
     @property
     def at_once(self) -> AtOnce | None:
-        """None where that is no cheaper."""
+        """The call that begins a transfer and waits for it; None where that is no cheaper."""
         ...
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """Room for rows where the transport would have them: to be filled, sent once, let alone."""
+        """A buffer [num_rows, width] in the transport's memory, to be filled and sent once."""
         ...
 
     def all_to_all(
@@ -86,7 +89,7 @@ class Link(Protocol):
         ...
 
     def all_to_all_parts(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Work:
-        """`all_to_all` of what the work's `read` makes something else of."""
+        """`all_to_all` whose rows are read by `Work.read`, where the transport has them."""
         ...
 
     def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> Work:
@@ -94,19 +97,19 @@ class Link(Protocol):
         ...
 
     def padded_to(self, num_rows_of: Sequence[int], row_bytes: int) -> int | None:
-        """How many rows every place sends in a gather, or gets in a sum; None for its own number.
+        """Rows that each place's part is padded to in `all_gather` or `reduce_scatter`.
 
-        Those that a sum of the group's own sends are never padded.
+        None without padding. A sum that `Group` computes by `all_to_all` is never padded.
         """
         ...
 
     def reduce_scatter(
         self, rows: Tensor, num_rows_of: Sequence[int]
     ) -> tuple[Work, Tensor] | None:
-        """Add up the rows of all, and give each place its part; None where the group is to do so.
+        """Add up the rows of all, and give each place its part; None where `Group` has to do so.
 
         Returns:
-            What to wait for, and [num_rows_of[place], width], which is there then.
+            The work, and this place's part [num_rows_of[place], width], valid after its wait.
         """
         ...
 
@@ -120,20 +123,21 @@ class Link(Protocol):
 
 
 class Transport(Protocol):
-    """Makes the links of groups, in one epoch."""
+    """Makes groups and their links, in one epoch."""
 
     def make(self, ranks: tuple[int, ...]) -> None:
-        """Make a group; collective over *all* ranks that may ever talk, in the same order.
+        """Make a group; collective over *all* ranks of the epoch, in the same order.
 
         Raises:
-            PeerLostError, EpochEndedError: as a wait for others.
+            PeerLostError: another rank is gone, or did not come in time.
+            EpochEndedError: a later epoch has begun.
         """
         ...
 
     def link(self, ranks: tuple[int, ...]) -> Link:
-        """Of a group that was made and has the caller in it."""
+        """The link of a group that was made and has the caller in it."""
         ...
 
     def leave(self) -> None:
-        """End what is under way, for others too, and let go of all groups."""
+        """Abort the transfers under way, for other ranks too, and release all groups."""
         ...

@@ -1,8 +1,8 @@
 """The protocol of `engine/ops/shared_memory.cpp` in Python, for where that cannot be compiled.
 
-A message is described only once the one before it is read. A rank that publishes something writes
-to the others' eventfds, and one that waits polls its own. Python has no memory barriers, but a
-system call is one: there is one between a payload and its counter, on both sides.
+A message is described only once the one before it is read. A rank that publishes writes to the
+others' eventfds, and one that waits polls its own. Python has no memory barriers, but a system call
+is one: there is one between a payload and its counter, on both sides.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ Bytes = npt.NDArray[np.uint8]
 
 @dataclass
 class _Outgoing:
-    """A message of this rank; `parts` by place, `block` in its heap once it is described."""
+    """A message of this rank: its parts by place, and its block in the heap once described."""
 
     parts: list[Bytes]
     same_for_all: bool
@@ -71,8 +71,9 @@ class _Group:
 
     Attributes:
         states: [sender, fields]; written by the sender.
-        parts: [sender, place, 2]; offset in a block and bytes, of the message that is described.
-        consumed: [consumer, sender]; pieces that are needed no more, written by the consumer.
+        parts: [sender, place, 2]; offset in the block, and bytes, of each part of the message that
+            is described.
+        consumed: [consumer, sender]; pieces that the consumer has read, written by it.
         lent: the block of the last message, until all have read it.
         num_expected, num_taken: [sender]; messages waited for, and copied out.
     """
@@ -88,16 +89,16 @@ class _Group:
     num_taken: list[int] = field(default_factory=list)
 
     def has_consumed_all(self, end_piece: int) -> bool:
-        """Whether every consumer is past that many pieces of this rank."""
+        """Whether every other rank has read this rank's pieces before number `end_piece`."""
         return bool((np.delete(self.consumed[:, self.place], self.place) >= end_piece).all())
 
 
 class UncompiledEndpoint:
-    """Implements `Endpoint`.
+    """Implements `Endpoint` in Python.
 
     Args:
-        groups_bytes, heap_bytes: as in `Region`.
-        wake_fds: [num_ranks]; eventfds.
+        groups_bytes, heap_bytes: see `Region`.
+        wake_fds: [num_ranks]; the ranks' eventfds.
     """
 
     def __init__(
@@ -187,7 +188,7 @@ class UncompiledEndpoint:
             self._order()
 
     def _order(self) -> None:
-        """A system call that orders memory; what others have published so far is looked at next."""
+        """Order memory by a system call, which also clears this rank's eventfd."""
         with contextlib.suppress(BlockingIOError):  # nothing new
             os.eventfd_read(self._wake_fds[self._rank])
 
@@ -204,7 +205,7 @@ class UncompiledEndpoint:
                     self._copy_out(exchange, incoming)
 
     def _push(self, group: _Group) -> None:
-        """Publish what there is room for, message after message."""
+        """Publish queued messages in order, as far as there is room."""
         while group.queue:
             message = group.queue[0]
             if message.block is None and not self._describe(group, message):
@@ -315,7 +316,7 @@ def _bytes(tensor: Tensor) -> Bytes:
 
 
 def _parts(tensor: Tensor, num_rows: Sequence[int]) -> list[Bytes]:
-    """The bytes of consecutive rows, as views; none for -1."""
+    """Views of the bytes of consecutive rows, by part; empty for -1."""
     width = tensor.shape[1] * tensor.itemsize
     ends = np.cumsum([width * max(num, 0) for num in num_rows])
     return np.split(_bytes(tensor), ends)[: len(num_rows)]

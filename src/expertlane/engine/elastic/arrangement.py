@@ -1,4 +1,4 @@
-"""Which processes are the ranks of a layout, and where its experts are: one holder for all."""
+"""The arrangement of a deployment: the processes of its ranks, and placements of its experts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from expertlane.spec.members import Members
 
 @dataclass(frozen=True)
 class Arrangement:
-    """The processes of a layout, and where its experts are.
+    """The processes of a layout's ranks, and the placements of its experts.
 
     Attributes:
         placements: [replicas][num_hidden_layers].
@@ -25,39 +25,40 @@ class Arrangement:
 
     @classmethod
     def alike(cls, members: Members, placements: Placements, ranks_per_node: int) -> "Arrangement":
-        """Experts at the same places in all replicas."""
+        """An arrangement with the same placements in all replicas."""
         return cls(members, (placements,) * members.layout.replicas, ranks_per_node)
 
     @property
     def layout(self) -> Layout:
-        """Of the members."""
+        """The members' layout."""
         return self.members.layout
 
 
 class Follower(Protocol):
-    """Who keeps something that depends on the arrangement."""
+    """An object whose state depends on the arrangement."""
 
     def abandon(self, plans: Sequence[StepPlan]) -> None:
-        """Give up what is decided for steps to come: ranks go on in a new epoch.
+        """Drop decisions about steps to come, since ranks go on in a new epoch.
 
         Args:
-            plans: of all steps that are not committed; ranks will undo them.
+            plans: plans of all steps that are not committed; ranks will undo them.
         """
         ...
 
     def reshape(self, arrangement: Arrangement) -> None:
-        """Go on in another arrangement, which ranks take with the next `Redeploy`."""
+        """Change to another arrangement, which ranks get with the next `Redeploy`."""
         ...
 
 
 class Arranged:
-    """The one owner of the arrangement. Methods belong to the thread that has the pool.
+    """The owner of the arrangement. Methods belong to the thread that has the pool.
 
-    `engine.elastic.recovery` decides when it changes, and nobody else changes it.
+    Only `engine.elastic.recovery` changes it; rebalancing notes moves of experts.
 
     Attributes:
-        now: that serves, or is about to.
-        whole: when no rank is missing; `now` unless some are, or the layout is being changed.
+        now: the arrangement that serves, or is about to.
+        whole: the arrangement when no rank is missing; `now`, unless ranks are missing or the
+            layout is being changed.
     """
 
     def __init__(self, whole: Arrangement) -> None:
@@ -65,16 +66,16 @@ class Arranged:
         self._followers: list[Follower] = []
 
     def follow(self, follower: Follower) -> None:
-        """Tell it of each change to come, after those that follow already."""
+        """Register a follower, which is told of changes after those that are registered."""
         self._followers.append(follower)
 
     def begin(self, whole: Arrangement) -> None:
-        """Set what the first ranks are to load; nobody follows any more."""
+        """Set the arrangement that the first ranks load, and remove all followers."""
         self.now = self.whole = whole
         self._followers.clear()
 
     def move(self, replica: int, placements: Placements) -> None:
-        """Note that the experts of a replica have moved."""
+        """Set the placements of a replica whose experts have moved."""
         of_replicas = list(self.now.placements)
         of_replicas[replica] = placements
         now, is_whole = replace(self.now, placements=tuple(of_replicas)), self.now is self.whole
@@ -83,16 +84,16 @@ class Arranged:
             self.whole = now
 
     def want(self, whole: Arrangement) -> None:
-        """Set what is to serve when no rank is missing; `change` has to follow."""
+        """Set the arrangement that will serve when no rank is missing; `change` has to follow."""
         self.whole = whole
 
     def abandon(self, plans: Sequence[StepPlan]) -> None:
-        """As of `Follower`, to all; experts are then where they were before these steps."""
+        """Call `Follower.abandon` of all; placements are then those before these steps."""
         for follower in self._followers:
             follower.abandon(plans)
 
     def change(self, now: Arrangement) -> None:
-        """Hand on another arrangement to all that follow, after `abandon`."""
+        """Set another arrangement, and call `Follower.reshape` of all; `abandon` comes before."""
         self.now = now
         for follower in self._followers:
             follower.reshape(now)

@@ -1,8 +1,9 @@
-"""Whether copies of experts are balanced: a trial in each phase of a replica, then what pays.
+"""The decision whether copies of experts are balanced, by a trial in each phase of a replica.
 
-In a trial steps take turns. Those that are balanced tell how many pairs that spares the fullest
-ranks, and what sharing takes; the others, whose ranks differ more, what a pair more costs. After
-it no step is recorded for this; much later, or when experts have moved, there is another trial.
+In a trial every second step is balanced. Balanced steps show how many pairs fewer the fullest ranks
+have, and what balancing costs; the others, whose ranks differ more, show what one more pair costs.
+After the trial no step is recorded for it. Another one follows much later, or when experts have
+moved.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,19 +18,19 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase, Stage
 
 TRIAL_STEPS = 24
-_COLD_STEPS = 4  # of a trial, which do not count
-_KEPT_STEPS = 4096  # of a phase, before it is tried again
+_COLD_STEPS = 4  # first steps of a trial, which do not count
+_KEPT_STEPS = 4096  # steps of a phase before its next trial
 _KEPT_MODES = 256  # more than may be uncommitted
 
 
 @dataclass(eq=False)
 class _Trial:
-    """Steps of one phase and replica.
+    """The trial of one phase of a replica, and its decision.
 
     Attributes:
         num_begun, num_ended: steps since the trial began.
-        num_saved, seconds: of balanced steps; pairs that the fullest ranks were spared, and the
-            processor time of whoever took longest, stage by stage.
+        num_saved: for each balanced step, pairs that the fullest ranks had fewer by it.
+        seconds: for each balanced step, CPU time of the slowest rank of each stage, summed.
     """
 
     num_begun: int = 0
@@ -43,15 +44,15 @@ class _Trial:
 @dataclass(frozen=True)
 class _Mode:
     is_balanced: bool
-    trial: _Trial | None  # that the step is a part of
+    trial: _Trial | None  # of which the step is a part
 
 
 @dataclass(frozen=True)
 class TakenCopyDecision:
-    """A decision, and the steps that it was taken for.
+    """A decision with its replica.
 
     Attributes:
-        step: after which it was taken.
+        step: the step after which it was taken.
     """
 
     replica: int
@@ -60,19 +61,19 @@ class TakenCopyDecision:
 
 
 class CopySwitch:
-    """Told of every step before and after it; decides which are balanced.
+    """Decides which steps balance copies; called before and after every step.
 
     Args:
-        log: takes the line of each decision.
+        log: called with a line for each decision.
 
     Attributes:
-        decisions: all so far, in order.
+        decisions: all decisions so far, in order.
     """
 
     def __init__(self, layout: Layout, log: Callable[[str], None]) -> None:
         self._layout, self._log = layout, log
         self._trials: dict[tuple[int, Phase], _Trial] = {}
-        # A discarded step is seen again, and goes as it went.
+        # A discarded step comes again, and keeps its mode.
         self._modes: dict[tuple[int, int], _Mode] = {}  # of replica and step, the latest
         self.decisions: list[TakenCopyDecision] = []
 
@@ -81,7 +82,7 @@ class CopySwitch:
         return (plan.replica, plan.step) in self._modes
 
     def before_step(self, plan: StepPlan) -> tuple[StepPlan, bool]:
-        """The plan, to be recorded in a trial; and whether copies are balanced in it."""
+        """The plan, with a record if the step is of a trial; and whether copies are balanced."""
         key = plan.replica, plan.step
         mode = self._modes.get(key)
         if mode is None:
@@ -149,22 +150,22 @@ class CopySwitch:
         self._log(f"{whose}step {plan.step}: {trial.decision.line}")
 
     def reshape(self, layout: Layout) -> None:
-        """Try anew in another layout."""
+        """Begin new trials in another layout."""
         self._layout = layout
         self._trials.clear()
 
     def forget(self, replica: int) -> None:
-        """Try anew: experts of a replica have moved, or ranks were replaced.
+        """Begin new trials: experts of a replica have moved, or ranks were replaced.
 
-        Steps that are under way, or run again, stay as they are and count for no trial.
+        Steps that are under way, or run again, keep their modes and count for no trial.
         """
         for phase in Phase:
             self._trials.pop((replica, phase), None)
 
     def saved_s(self, num_pairs: int) -> float:
-        """Seconds that pairs, of the fullest ranks, would have taken, as the trials say."""
+        """Seconds that `num_pairs` more on the fullest ranks would have taken, by the trials."""
         return num_pairs * max((each.decision.pair_s for each in self.decisions), default=0.0)
 
     def latest(self) -> dict[Phase, CopyDecision]:
-        """The last decision of each phase that has one, of any replica."""
+        """The last decision of each phase, of any replica."""
         return {each.decision.phase: each.decision for each in self.decisions}

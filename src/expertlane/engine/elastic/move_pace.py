@@ -1,7 +1,8 @@
-"""How much of an expert moves beside a step: what its links leave time for, at a bounded rate.
+"""The pace of moving experts: how much of an expert is sent beside a step, in a slice.
 
-What a move takes is timed once; what a step takes, and how long its ranks' links rest meanwhile, is
-seen while it runs, and so is how long each slice held steps up.
+A slice fits into the time in which a step leaves its ranks' links idle, and delays the step by a
+bounded share. The seconds of a move are timed once; seconds of steps, their idle links, and the
+delays by slices are measured while steps run.
 """
 
 from collections import deque
@@ -14,8 +15,8 @@ from expertlane.engine.ranks.tickets import Ticket
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.names import Stage
 
-HELD_UP = 0.2  # of a step: by so much a slice may hold it up
-_SEEN = 32  # steps, and slices, that tell
+HELD_UP = 0.2  # share of a step by which a slice may delay it
+_SEEN = 32  # latest steps, and slices, that are taken into account
 _LEAST = 1 / 4096  # of an expert
 _LINKED = [Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES, Stage.HAND_OVER]
 
@@ -24,12 +25,13 @@ class MovePace:
     """The pace of one replica.
 
     Args:
-        move_s: in which every rank sends an expert and receives one, all at once, beside a stall.
-        stall_s: of a slice, however little it moves.
+        move_s: seconds in which every rank sends an expert and receives one, all at once, without
+            the stall.
+        stall_s: seconds that a slice costs, however little it moves.
 
     Attributes:
-        paid_s: by which slices have held steps up so far.
-        num_slices: that have ended.
+        paid_s: seconds by which slices have delayed steps so far.
+        num_slices: slices that have ended.
     """
 
     def __init__(self, move_s: float, stall_s: float) -> None:
@@ -41,10 +43,10 @@ class MovePace:
 
     @classmethod
     def of_trials(cls, timed: Sequence[Sequence[tuple[int, float, float]]]) -> "MovePace":
-        """By the best of some trials.
+        """The pace by the fastest of several trials.
 
         Args:
-            timed: what `TimeOneMove` gave, by trial and rank.
+            timed: the results of `TimeOneMove`, by trial and rank.
         """
         whole_s, stall_s = (
             max(1e-6, min(max(of_rank[which] for of_rank in trial) for trial in timed))
@@ -53,7 +55,7 @@ class MovePace:
         return cls(max(whole_s - stall_s, whole_s / 16), stall_s)
 
     def saw_step(self, records: Sequence[RankRecord]) -> None:
-        """Take in how long a step took, and how long a rank's links rested in it."""
+        """Take in the seconds of a step, and the mean seconds in which a rank's links were idle."""
         wall_s = np.array([record.wall_s.sum(axis=(0, 1)) for record in records])
         spent_s = wall_s.sum(axis=1) - wall_s[:, Stage.IDLE]
         self._steps.append(
@@ -62,7 +64,7 @@ class MovePace:
 
     @property
     def exposed(self) -> float:
-        """By what share of a slice's own time steps were held up; 1 before there was any."""
+        """Delay of steps over the slices' own time; 1 before the first slice has ended."""
         if not self._slices:
             return 1.0
         expected_s, held_up_s = np.sum(self._slices, axis=0)
@@ -70,7 +72,7 @@ class MovePace:
 
     @property
     def most(self) -> int:
-        """Of `WHOLE`: what a rank may send, or receive, beside the next step."""
+        """The part of an expert, of `WHOLE`, that a rank may send or get beside the next step."""
         if not self._steps:
             return WHOLE
         step_s, idle_s = np.median(self._steps, axis=0)
@@ -80,15 +82,20 @@ class MovePace:
         return max(1, int(WHOLE * max(seconds / self.move_s, _LEAST)))
 
     def began(self, share: float, start: Ticket[float], finish: Ticket[float]) -> None:
-        """A slice is on its way, of which the busiest rank has so much of an expert."""
+        """Register a slice that was begun.
+
+        Args:
+            share: the part of an expert that the busiest rank sends or receives, 0 … 1.
+            start, finish: its commands' tickets.
+        """
         self._under_way.append((share, (start, finish)))
 
     def abandon(self) -> None:
-        """Forget the slices under way: their ranks are gone, or have given them up too."""
+        """Forget the slices under way, since their ranks are gone or have dropped them too."""
         self._under_way.clear()
 
     def poll(self) -> bool:
-        """Take in the slices that have ended; whether all have. Never waits."""
+        """Take in the slices that have ended; gives whether all have. Does not wait."""
         while self._under_way:
             share, tickets = self._under_way[0]
             if not all(ticket.is_done for ticket in tickets):

@@ -1,11 +1,11 @@
 """Online rebalancing: an observer of steps that moves experts between them when that pays.
 
-It watches the load of the last steps. Of several new placements, near the present one or wholly
-new, it takes the one that promises to save most time over as many coming steps, less what it costs.
-If that pays, experts are sent a slice after each step, beside the steps themselves and no more than
-they leave time for (`move_pace`). Once all are there every rank switches between two steps.
-Placements are planned in a thread, since that takes seconds for many layers of many experts: no
-step waits for a decision, and none sees half of a placement.
+It measures the load of the last steps. Of several new placements, near the present one or wholly
+new, it takes the one that is expected to save most time over as many coming steps, less its cost.
+If that pays, experts are sent in slices, one beside each step, in the time that steps leave for
+them (`move_pace`). When all have arrived every rank switches between two steps. Placements are
+planned in a thread, since that takes seconds for many layers of many experts: no step waits for a
+decision, and none runs with a part of a placement.
 """
 
 from collections import deque
@@ -49,11 +49,12 @@ _MOST_LOADS = 50_000
 
 @dataclass(frozen=True)
 class StepLoad:
-    """What one step put on the ranks of a replica.
+    """The load of one step on the ranks of a replica.
 
     Attributes:
-        most, mean: token-expert pairs of the fullest rank and of the mean one, summed over layers.
-        experts_s: processor time of the experts of the rank that spent most.
+        most: token-expert pairs of the fullest rank, summed over layers.
+        mean: token-expert pairs of a rank on average, summed over layers.
+        experts_s: CPU time of experts on the rank that spent most.
     """
 
     replica: int
@@ -65,14 +66,14 @@ class StepLoad:
 
 @dataclass(frozen=True)
 class Rebalance:
-    """A decision that was taken.
+    """A decision of the rebalancer, and its outcome.
 
     Attributes:
         step: the step before which it was taken.
         predicted_before, predicted_after: load of the fullest rank over the mean, summed over
             layers, if tokens came evenly from all ranks.
         switched: the step before which the new placements came into use; None if they did not.
-        paid_s: by which the moves have held steps up; None until all of it is known.
+        paid_s: seconds by which the moves have delayed steps; None until all are known.
     """
 
     replica: int
@@ -86,11 +87,13 @@ class Rebalance:
 
 @dataclass(frozen=True)
 class _Switch:
-    """New placements, and what was before.
+    """A switch to new placements, with the state before it.
 
     Attributes:
-        step: that brings them.
-        decision: place of the decision among all.
+        step: the step that brings the new placements.
+        decision: index of the decision among all.
+        placements: the old placements.
+        imbalance_before: mean imbalance before the previous switch; None without one.
     """
 
     step: int
@@ -118,44 +121,48 @@ class _Replica:
         self.waiting: deque[Part] = deque()
         self.under_way: tuple[float, Ticket[float]] | None = None
         self.pace = pace
-        self.paid_before = 0.0  # by the pace, when the present moves were decided
-        self.owed: tuple[float, int] | None = None  # that and a decision, until all is paid
-        self.switches: list[_Switch] = []  # that may not be committed
+        self.paid_before = 0.0  # `pace.paid_s` when the present moves were decided
+        # That and the decision's index, until all slices of a switch have ended.
+        self.owed: tuple[float, int] | None = None
+        self.switches: list[_Switch] = []  # those that may not be committed yet
 
     @property
     def placements(self) -> Placements:
-        """[num_hidden_layers]; where experts are in the step planned last."""
+        """[num_hidden_layers]; the placements of the step that was planned last."""
         return self._arranged.now.placements[self._number]
 
     def move(self, placements: Placements) -> None:
-        """Let experts be there from now on."""
+        """Set the replica's placements."""
         self._arranged.move(self._number, placements)
 
     @property
     def now(self) -> list[Placement]:
-        """[num_moe_layers]."""
+        """[num_moe_layers]; the present placements of MoE layers."""
         return [placed for placed in self.placements if placed is not None]
 
     def with_layers(self, placements: Sequence[Placement]) -> Placements:
-        """[num_hidden_layers] of [num_moe_layers]."""
+        """Placements [num_hidden_layers] from those of MoE layers [num_moe_layers]."""
         by_layer = dict(zip(self.layers, placements, strict=True))
         return tuple(by_layer.get(layer) for layer in range(len(self.placements)))
 
 
 class Rebalancer:
-    """Told of every step before and after it; plans must ask for records.
+    """Decides on moves of experts, and makes them; called before and after every step.
+
+    Plans must ask for records.
 
     Args:
-        arranged: is told of moves. Ranks keep their numbers of slots.
-        num_steps: experts are rebalanced by the load of that many steps, at most that often, if
-            it pays over that many more.
-        log: takes the line of each decision.
-        worth: the placement with most of it is taken; above 0 experts move.
+        arranged: gets the placements after moves. Ranks keep their numbers of slots.
+        num_steps: steps whose load decides, steps between decisions at least, and coming steps over
+            which a move has to pay.
+        log: called with a line for each decision.
+        worth: value of a decision; the placement with the highest is taken, and experts move if it
+            is above 0.
         executor: plans placements; a thread of its own by default.
 
     Attributes:
-        decisions: all so far, in order.
-        loads: of the finished steps, up to the last 50,000.
+        decisions: all decisions so far, in order.
+        loads: loads of the finished steps, up to the last 50,000.
     """
 
     def __init__(
@@ -177,7 +184,7 @@ class Rebalancer:
         self._replicas: list[_Replica] = []
         self.decisions: list[Rebalance] = []
         self.loads: deque[StepLoad] = deque(maxlen=_MOST_LOADS)
-        # A discarded step is seen again, and goes as it went.
+        # A discarded step comes again, and brings the same placements.
         self._begun: WeakKeyDictionary[StepPlan, Placements | None] = WeakKeyDictionary()
         self._finished: WeakSet[StepPlan] = WeakSet()
         layout = arranged.now.layout
@@ -189,9 +196,9 @@ class Rebalancer:
         self.begin_again()
 
     def begin_again(self) -> None:
-        """Continue in another arrangement; drops moves and loads.
+        """Start again in another arrangement, without moves and loads.
 
-        The time of a move stays as it was measured at the start.
+        The seconds of a move stay as measured at the start.
         """
         self._saved_before_s, self._paid_before_s = self.saved_s, self.paid_s
         self._replicas = [
@@ -206,25 +213,25 @@ class Rebalancer:
 
     @property
     def saved_s(self) -> float:
-        """Time of the fullest ranks' experts that the new placements have saved; may be negative.
+        """Seconds of the fullest ranks' experts that new placements have saved; may be negative.
 
-        Each step since a switch counts what its imbalance is under the mean of the window before
-        the switch, at the seconds that a pair more has cost a rank.
+        Each step since a switch saves the pairs by which its imbalance is below the mean of the
+        window before the switch, at the measured seconds of a pair.
         """
         return self._saved_before_s + sum(replica.saved_s for replica in self._replicas)
 
     @property
     def paid_s(self) -> float:
-        """By which moves have held steps up so far, as ranks have timed it."""
+        """Seconds by which moves have delayed steps so far, as measured by ranks."""
         return self._paid_before_s + sum(replica.pace.paid_s for replica in self._replicas)
 
     def loads_of(self, replica: int) -> dict[int, npt.NDArray[np.int64]]:
-        """By hidden layer, [num_experts]; token-expert pairs of the last steps."""
+        """Token-expert pairs [num_experts] of the last steps, by hidden layer."""
         of_replica = self._replicas[replica]
         return dict(zip(of_replica.layers, of_replica.tracker.load(), strict=True))
 
     def before_step(self, plan: StepPlan) -> Placements | None:
-        """Send a slice of experts, or decide; gives the placements that the step is to bring."""
+        """Send a slice of experts, or decide; gives placements that the step brings, or None."""
         if plan not in self._begun:
             self._begun[plan] = self._begin(self._replicas[plan.replica], plan)
         return self._begun[plan]
@@ -243,7 +250,7 @@ class Rebalancer:
         return new
 
     def after_step(self, plan: StepPlan, records: Sequence[RankRecord]) -> None:
-        """Take a finished step's load into account."""
+        """Take the load of a finished step into account."""
         switches = self._replicas[plan.replica].switches
         switches[:] = [each for each in switches if each.step > plan.step]
         if records and plan not in self._finished:
@@ -251,10 +258,12 @@ class Rebalancer:
             self._take(self._replicas[plan.replica], plan, records)
 
     def abandon(self, plans: Sequence[StepPlan]) -> None:
-        """Give up moves, and placements of uncommitted steps; ranks do so too, in a new epoch.
+        """Drop moves, and restore placements that uncommitted steps have replaced.
+
+        Ranks do so too, in a new epoch.
 
         Args:
-            plans: all that are not committed.
+            plans: plans of all steps that are not committed.
         """
         steps = {plan.step for plan in plans}
         for replica in self._replicas:
@@ -324,7 +333,7 @@ class Rebalancer:
         return self._move_on(replica, plan)
 
     def _gate(self, replica: _Replica) -> RebalanceGate:
-        """Costs as measured so far: seconds a pair by the steps' records, moves by a trial."""
+        """The gate with costs measured so far: of pairs by steps' records, of moves by a trial."""
         return RebalanceGate(
             pair_s=replica.pair_cost.pair_s,
             expert_bytes=self._expert_bytes,
@@ -336,7 +345,7 @@ class Rebalancer:
         )
 
     def _move_on(self, replica: _Replica, plan: StepPlan) -> Placements | None:
-        """One slice more; after the last the switch."""
+        """Send the next slice; after the last one switch, and give the new placements."""
         ranks = self._arranged.now.members.of_replica(plan.replica)
         if replica.under_way is not None:
             replica.pace.began(*replica.under_way, self._pool.submit(FinishMoves(), ranks=ranks))
@@ -365,7 +374,7 @@ class Rebalancer:
         return replica.placements
 
     def _note_paid(self, replica: _Replica, plan: StepPlan) -> None:
-        """All slices before a switch have told what they took."""
+        """Note the delay by a decision's moves, once all slices before its switch have ended."""
         assert replica.owed is not None, "asked for after a switch"
         (before_s, place), replica.owed = replica.owed, None
         paid_s, taken = replica.pace.paid_s - before_s, self.decisions[place]

@@ -45,15 +45,15 @@ class RepeatedLosses:
         """Count a loss.
 
         Args:
-            plans: all that are not committed, in their order.
-            replicas: that lost ranks.
+            plans: plans of all steps that are not committed, in order.
+            replicas: replicas that lost ranks.
             most: losses that a request may have.
 
         Returns:
             The newest of the sequences that would have more now, and where it is; None if none
             would. The others ran before it came, so it is the likeliest cause; it is forgotten.
         """
-        struck: dict[int, tuple[int, DpRank]] = {}  # computed before the first step that is lost
+        struck: dict[int, tuple[int, DpRank]] = {}  # tokens computed before the first lost step
         for plan in plans:
             parts = [
                 (dp_rank, batch)
@@ -77,7 +77,7 @@ class RepeatedLosses:
         return newest, struck[newest][1]
 
     def committed(self, plan: StepPlan) -> None:
-        """Forget the losses of requests that a step has brought further; a hot path."""
+        """Forget the losses of requests that a committed step has brought further; a hot path."""
         if not self._found:
             return
         for batch in plan.batches:
@@ -98,7 +98,7 @@ _MOST_RECORDS = 1000
 
 
 class EpochPool(Protocol):
-    """What a recovery needs of the ranks' pool; `engine.ranks.pool.RankPool` has it."""
+    """The part of `engine.ranks.pool.RankPool` that a recovery uses."""
 
     @property
     def present(self) -> frozenset[int]:
@@ -119,17 +119,16 @@ class EpochPool(Protocol):
         replaces: bool = True,
         joining: Collection[int] | None = None,
     ) -> None:
-        """End these ranks for certain, refuse what comes from before, and start others.
+        """End lost ranks for certain, refuse messages of the epoch before, and start new ranks.
 
         Args:
             on_fenced: called when no lost rank is alive any more.
-            num_ranks: how many there are from then on; None for as many as before.
-            replaces: others start; else the numbers are absent from then on.
-            joining: of the processes that were started ahead, those that are of this epoch; None
-                for all.
+            num_ranks: the number of ranks from then on; None for as many as before.
+            replaces: new ranks start; else the lost numbers are absent from then on.
+            joining: processes started ahead that join this epoch; None for all.
 
         Raises:
-            RanksLostError: more were lost meanwhile.
+            RanksLostError: more ranks were lost meanwhile.
         """
         ...
 
@@ -143,25 +142,25 @@ class EpochPool(Protocol):
 
 
 class Shrinker(Protocol):
-    """Makes a smaller layout to go on in; implemented by `engine.elastic.shrinking.Shrinking`."""
+    """Finds smaller layouts for a recovery; `engine.elastic.shrinking.Shrinking` implements it."""
 
     def smaller(self, members: Members, lost: Collection[int]) -> Members:
-        """The members to go on with, without those that are lost.
+        """The members of a smaller layout, without those that are lost.
 
         Raises:
-            UserError: they cannot serve.
+            UserError: the others cannot serve.
         """
         ...
 
     def arrange(self, members: Members) -> Arrangement:
-        """Where experts are on these members, of those of now; moves were abandoned."""
+        """An arrangement of these members, a part of the present ones; moves were abandoned."""
         ...
 
     def is_ready(self, members: Members) -> bool:
         """Whether all members are up, with their weights; starts those that are not.
 
         Raises:
-            RanksLostError: others are lost.
+            RanksLostError: ranks were lost.
         """
         ...
 
@@ -170,19 +169,20 @@ class Recovery:
     """Replaces lost ranks. Methods belong to the thread that has the pool; attributes, to any.
 
     Args:
-        arranged: is changed by the recovery alone.
-        redeploy: lets ranks load what they lack and connect to each other; takes the ranks that
-            were replaced and all steps that they may have to undo.
-        log: takes a line when a recovery begins and when it is over.
+        arranged: the arrangement, which only the recovery changes.
+        redeploy: called with the ranks that were replaced, and the plans of all steps that ranks
+            may have to undo; lets ranks load missing weights and connect to each other.
+        log: called with a line when a recovery begins and when it is over.
 
     Attributes:
-        state: of now.
-        records: of recoveries, also of one under way, the latest last.
-        num_recoveries: that are over and did not end in STOPPED.
-        num_scalings, num_growths: changes of the layout, and ends of a smaller one, that did not.
-        shrunk_at: since when fewer serve, seconds since 1970; None while all do.
-        shrinker: takes a smaller layout where that can be; None where lost ranks are replaced at
-            once. May be set while no recovery is under way.
+        state: the current state.
+        records: records of recoveries, one under way included, the latest last.
+        num_recoveries: recoveries that are over and did not end in STOPPED.
+        num_scalings, num_growths: changes of the layout, and returns from a smaller one, that are
+            over and did not end in STOPPED.
+        shrunk_at: since when fewer ranks serve, in seconds since 1970; None while all do.
+        shrinker: finds smaller layouts; None if lost ranks are replaced at once. May be set while
+            no recovery is under way.
     """
 
     shrinker: Shrinker | None = None
@@ -206,7 +206,7 @@ class Recovery:
         self._num_fruitless = 0
         self._repeated = RepeatedLosses()
         self._to_end: list[int] = []  # sequences that end ranks
-        self._to_cut: set[DpRank] = set()  # where they are in steps
+        self._to_cut: set[DpRank] = set()  # their data-parallel ranks
         self._is_under_way = False
         self._to_fence: frozenset[int] = frozenset()
         self._to_redeploy: frozenset[int] = frozenset()  # lost since they all loaded
@@ -230,7 +230,7 @@ class Recovery:
         """Run an action with ranks that do not serve yet; again from its start after each loss.
 
         Raises:
-            RankError, UserError: as `recover`; or what the action raises.
+            RankError, UserError: see `recover`; or the action raises them.
         """
         return self._until_done(action, None)
 
@@ -238,8 +238,8 @@ class Recovery:
         """Replace lost ranks and start uncommitted steps again; `settle` has to follow.
 
         Returns:
-            Sequences to be ended before other steps are planned: each time that they were computed,
-            ranks were lost. One, or more after an interruption.
+            Sequences to be ended before other steps are planned, since ranks were lost each time
+            that they were computed: none, one, or more after an interruption.
 
         Raises:
             RankError: there were too many losses, or ranks could not be replaced; all were ended.
@@ -259,11 +259,11 @@ class Recovery:
         return ended
 
     def stop_waiting(self) -> None:
-        """From any thread: do not wait any more for a node that is lost; all ranks end instead."""
+        """Stop waiting for lost nodes; their loss then ends all ranks. For any thread."""
         self._pool.stop_waiting()
 
     def _until_done(self, action: Callable[[], ResultT], error: RanksLostError | None) -> ResultT:
-        """Replace what was lost, then act; both again after each further loss."""
+        """Replace lost ranks, then run the action; both again after each further loss."""
         while True:
             try:
                 if error is not None:
@@ -276,10 +276,10 @@ class Recovery:
                 raise
 
     def scale(self, whole: Arrangement, loop: DriveLoop[Any]) -> None:
-        """Go on in another layout, while no step is in flight; `settle` has to follow.
+        """Change to another layout, while no step is in flight; `settle` has to follow.
 
         Raises:
-            RankError, UserError: as `recover`.
+            RankError, UserError: see `recover`.
         """
         self._is_under_way = True
         layouts = self.members.layout, whole.layout
@@ -303,7 +303,7 @@ class Recovery:
 
     @property
     def shares(self) -> str:
-        """How many data-parallel ranks serve, as text."""
+        """A text that says how many data-parallel ranks serve."""
         now, whole = len(self.members.dp_ranks), len(self.whole.dp_ranks)
         return f"{now} of {whole} data-parallel ranks serve"
 
@@ -313,7 +313,7 @@ class Recovery:
         `settle` has to follow, once a step is committed.
 
         Raises:
-            RankError, UserError: as `recover`.
+            RankError, UserError: see `recover`.
         """
         if self.state is not State.SHRUNK:
             return
@@ -358,7 +358,7 @@ class Recovery:
             self._enter(State.LOADING)
 
     def _choose(self) -> Members:
-        """The members of the epoch to come: a part of those of now, or all, lost ones replaced."""
+        """The members of the coming epoch: a part of the present ones, or all with replacements."""
         record = self.records[-1]
         if self.shrinker is None or self._must_replace or record.kind is Kind.SCALING:
             return self.whole
@@ -379,12 +379,12 @@ class Recovery:
         return frozenset(self.whole.numbers) - self._pool.present
 
     def _bring_back(self, loop: DriveLoop[Any]) -> None:
-        """Let ranks load, and begin all steps anew that are not committed."""
+        """Let ranks load missing weights, and submit all uncommitted steps again."""
         plans, before, record = loop.uncommitted, self.members, self.records[-1]
         gone = before.dp_ranks_of(self._to_redeploy) | self._to_cut
         kept = self._target.kept_caches(before)
         kept = {new: old for new, old in kept.items() if old not in gone}
-        # Before another layout is taken on request no step is in flight: `reshape` is enough.
+        # Before a change on request no step is in flight, so `reshape` is enough.
         is_scaling = record.kind is Kind.SCALING
         record.num_requests += loop.lose(
             gone if is_scaling else {*before.dp_ranks} - {*kept.values()}
@@ -408,10 +408,10 @@ class Recovery:
         return self.shrinker.arrange(self._target)
 
     def settle(self, plan: StepPlan | None = None) -> None:
-        """All is as before: a step was committed, nothing was to be done, or all have started.
+        """End a recovery: a step was committed, no step was to be done, or all ranks have started.
 
         Args:
-            plan: of the step; None in the other cases.
+            plan: the committed step's; None in the other cases.
         """
         if plan is None:
             self._repeated.clear()

@@ -1,4 +1,4 @@
-"""The states of a recovery, and what is kept of each one."""
+"""The states of a recovery, and the records of recoveries."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from expertlane.spec.layout import Layout
 
 
 class State(StrEnum):
-    """Where a recovery stands."""
+    """The states of a recovery."""
 
     SERVING = "serving"  # no rank is missing
     SHRUNK = "shrunk"  # the others serve in a smaller layout; lost ranks start meanwhile
@@ -22,7 +22,7 @@ class State(StrEnum):
     STOPPED = "stopped"  # all ranks were ended
 
 
-# From each state, those that may follow. The machine begins with LOADING.
+# The states that may follow each state. The machine begins with LOADING.
 NEXT: Mapping[State, frozenset[State]] = {
     State.SERVING: frozenset({State.FENCING, State.SCALING, State.STOPPED}),
     State.SHRUNK: frozenset({State.FENCING, State.GROWING, State.STOPPED}),
@@ -40,8 +40,8 @@ OVER = frozenset({State.SERVING, State.SHRUNK, State.STOPPED})  # in which a rec
 class Kind(StrEnum):
     """The reason of an interruption."""
 
-    RECOVERY = "recovery"  # some are lost
-    SCALING = "scaling"  # another layout is asked for
+    RECOVERY = "recovery"  # ranks were lost
+    SCALING = "scaling"  # another layout was asked for
     GROWTH = "growth"  # lost ranks are up again
 
 
@@ -50,10 +50,10 @@ class Moment:
     """The begin of a state.
 
     Attributes:
-        time_s: on the monotonic clock.
-        ranks: the loss that led to it; empty but for FENCING, and there if transfers broke without
-            a rank that was the cause.
-        cause: a line; empty likewise.
+        time_s: time on the monotonic clock.
+        ranks: lost ranks that led to it; empty except for FENCING, and there too if transfers broke
+            and no rank was found to be the cause.
+        cause: the loss in a line; empty except for FENCING.
     """
 
     state: State
@@ -69,10 +69,10 @@ class RecoveryRecord:
     Or one change of the layout, from its begin until then, losses in it included.
 
     Attributes:
-        at: when it began, seconds since 1970.
-        layouts: before and after; None where it stays.
-        moments: its states, in order; the last one, of `OVER`, ends it.
-        num_requests: whose keys and values were lost.
+        at: when it began, in seconds since 1970.
+        layouts: the layouts before and after; None if the layout stays.
+        moments: its states, in order; one of `OVER` ends it.
+        num_requests: requests whose keys and values were lost.
     """
 
     at: float
@@ -98,7 +98,7 @@ class RecoveryRecord:
 
     @property
     def total_s(self) -> float:
-        """From its begin to its last moment."""
+        """Seconds from its begin to its last moment."""
         return self.moments[-1].time_s - self.moments[0].time_s
 
     def seconds(self) -> dict[State, float]:

@@ -1,4 +1,4 @@
-"""Changes of the layout while requests run: checks, preparing, and the switch."""
+"""Changes of the layout while requests run: checks, preparation, and the switch."""
 
 import time
 from collections.abc import Sequence
@@ -34,12 +34,12 @@ PREPARING = "preparing"  # the state before those of `engine.elastic.recovery`
 
 @dataclass(frozen=True, eq=False)
 class LayoutChange:
-    """A change that was made.
+    """A change of the layout that was made.
 
     Attributes:
         record: its states; over once a step was committed.
-        held: [world_size]; each rank's weights by source, and its cache.
-        ahead_s: for which ranks prepared weights before the layout changed.
+        held: [world_size]; bytes of each rank's weights, by origin, and of its cache.
+        ahead_s: seconds for which ranks prepared weights before the layout changed.
     """
 
     before: Layout
@@ -49,7 +49,7 @@ class LayoutChange:
     ahead_s: float
 
     def bytes_from(self, origin: Origin) -> int:
-        """Bytes of all ranks' weights from one source."""
+        """Bytes of all ranks' weights of one origin."""
         return sum(each.bytes_from.get(origin, 0) for each in self.held)
 
 
@@ -57,15 +57,15 @@ class Scaling:
     """Changes of the layout of one engine, whose model, options and limits stay.
 
     Args:
-        deployment: whose options stay.
-        ranks_per_node: as of `check_deployment`.
-        folder: of the checkpoint; None where weights are random.
-        machine: [num_ranks]; as the ranks saw it before the model was loaded.
+        deployment: the deployment, whose options stay.
+        machine: [num_ranks]; the machine as ranks saw it before the model was loaded.
+        ranks_per_node: see `check_deployment`.
+        folder: the checkpoint's folder; None where weights are random.
 
     Attributes:
-        machine: [num_ranks]; as the ranks of now see it.
-        changes: all so far, in order. Other threads may copy it.
-        ahead: of a change that was begun by `prepare`; None where none is.
+        machine: [num_ranks]; the machine as the present ranks see it.
+        changes: all changes so far, in order. Other threads may copy it.
+        ahead: the preparation of a change that `prepare` has begun; None without one.
     """
 
     def __init__(
@@ -93,16 +93,16 @@ class Scaling:
 
     @property
     def deployment(self) -> Deployment:
-        """Of now, if no rank is missing."""
+        """The deployment with the present layout, as if no rank were missing."""
         return replace(self._deployment, layout=self._arranged.whole.layout)
 
     def prepare(self, layout: Layout) -> None:
         """Begin a change: ranks start, and make weights, while steps go on.
 
-        `advance` has to follow until all is there, then `scale`; or `give_up`.
+        `advance` has to follow until all is prepared, then `scale`; or `give_up`.
 
         Raises:
-            UserError: as `check`; then nothing has changed.
+            UserError: see `check`; nothing has changed then.
         """
         placements = self.check(layout)
         self.give_up()
@@ -124,17 +124,17 @@ class Scaling:
         self.ahead = WeightsAhead(pool, spec, int(room / len(pool.present)))
 
     def advance(self) -> bool:
-        """Whether all that can be prepared is; to be called between steps.
+        """Go on with preparing, between steps; gives whether all that can be prepared is.
 
         Raises:
             CapacityError: new ranks do not stay alive; the change was given up.
-            RankError: as of a step.
+            RankError: ranks were lost, and could not be replaced.
         """
         if self.ahead is None:
             return True
         recovery = self._engine.recovery
         if recovery is not None and recovery.members != recovery.whole:
-            return False  # lost ranks are to be there again first
+            return False  # lost ranks have to be back first
         advance = partial(self.ahead.advance, is_idle=self._engine.is_idle)
         try:
             return self._engine.with_ranks(advance)
@@ -143,20 +143,20 @@ class Scaling:
             raise
 
     def give_up(self) -> None:
-        """Leave the layout as it is; what was prepared is freed."""
+        """Drop the change, and free the weights that were prepared for it."""
         ahead, self.ahead = self.ahead, None
         if ahead is not None:
             self._engine.with_ranks(ahead.give_up)
 
     def check(self, layout: Layout) -> Placements:
-        """Check another layout as at the start; gives the placement that its experts begin with.
+        """Check another layout, as at the start; gives its first placements.
 
-        Ranks keep the experts that they hold, as far as they have slots for them, unless a file
-        says where experts are.
+        Ranks keep the experts that they hold, as far as they have slots for them, unless a
+        placement file says otherwise.
 
         Raises:
-            UserError: these ranks cannot change, there may not be so many, the model cannot be laid
-                out so, or does not fit into memory.
+            UserError: these ranks cannot change their layout, there may not be so many, the model
+                does not fit the layout, or does not fit into memory.
         """
         if self._engine.recovery is None:
             raise UserError(
@@ -219,10 +219,10 @@ class Scaling:
         return self.machine[0].ranks_per_node if self._pool.is_of_nodes else num_ranks
 
     def scale(self, layout: Layout) -> None:
-        """Go on in another layout; requests keep what they have, and some are computed again.
+        """Change the layout; requests keep their tokens, and some are computed again.
 
         Raises:
-            UserError: as `check`; then nothing has changed.
+            UserError: see `check`; nothing has changed then.
             RankError: ranks were lost, and could not be replaced.
         """
         placements = self.check(layout)

@@ -1,4 +1,4 @@
-"""A smaller layout after a loss, in which the other ranks serve until lost ranks are back."""
+"""Smaller layouts after a loss, in which the other ranks serve until lost ranks are back."""
 
 import time
 from collections import Counter
@@ -22,19 +22,19 @@ from expertlane.schedule.request import Limits
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
 
-_MOST_WAIT_S = 30.0  # before a rank that is lost repeatedly is started again
+_MOST_WAIT_S = 30.0  # the longest wait before a rank that is lost repeatedly starts again
 
 
 class Shrinking:
-    """Implements `engine.elastic.recovery.Shrinker` for an engine, in the thread that has the pool.
+    """Implements `engine.elastic.recovery.Shrinker`, in the thread that has the pool.
 
-    Experts stay where they are; those that only lost ranks had are on others until all members are
-    there again, with the placements that they had.
+    Experts stay where they are; those that only lost ranks had go to others, until all members are
+    back with their former placements.
 
     Args:
-        scaling: knows options and machine.
-        folder: of the checkpoint; None where weights are random.
-        log: takes a line when something cannot be done.
+        scaling: gives options and machine.
+        folder: the checkpoint's folder; None where weights are random.
+        log: called with a line when lost ranks cannot be started.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Shrinking:
         self._start_s = 0.0  # not before
 
     def smaller(self, members: Members, lost: Collection[int]) -> Members:
-        """The members to go on with, without those that are lost.
+        """The members of a smaller layout, without those that are lost.
 
         Raises:
             UserError: no data-parallel rank is left, the form of dispatch needs whole nodes, or the
@@ -69,7 +69,7 @@ class Shrinking:
             return left
         options, machine = self._scaling.deployment.options, self._scaling.machine[0]
         if options.is_by_node:
-            if self._pool.is_of_nodes:  # which are cut by consecutive ranks of a layout
+            if self._pool.is_of_nodes:  # nodes hold consecutive ranks of a layout
                 raise UserError("hierarchical dispatch needs all ranks of each node")
             left.layout.ep_ranks_per_node(self._arranged.now.ranks_per_node)
         whole = self._arranged.whole.layout.world_size
@@ -77,7 +77,7 @@ class Shrinking:
         if not (machine.on_gpu or self._pool.is_of_nodes):
             held = sum(each.weight_bytes + each.kv_bytes for each in self._runner.held)
             free_bytes = host.memory_bytes()[0] + held
-        if not machine.on_gpu:  # what replaces the others is to find as much
+        if not machine.on_gpu:  # ranks that replace lost ones need as much
             per_node = machine.ranks_per_node
             free_bytes *= min(left.layout.world_size, per_node) / min(whole, per_node)
         seen = [replace(machine, free_bytes=int(free_bytes))] * left.layout.world_size
@@ -92,7 +92,7 @@ class Shrinking:
         return left
 
     def _over_survivors(self, left: Members) -> list[Placements]:
-        """[replicas]; placements over the remaining members."""
+        """Placements over the remaining members, [replicas]."""
         found, layout, now = [], left.layout, self._arranged.now
         before = now.members
         rebalancer = self._runner.rebalancer
@@ -111,15 +111,15 @@ class Shrinking:
         return found
 
     def arrange(self, members: Members) -> Arrangement:
-        """Where experts are on these members, of those of now; moves were abandoned."""
+        """An arrangement of these members, a part of the present ones; moves were abandoned."""
         placements = tuple(self._over_survivors(members))
         return Arrangement(members, placements, self._arranged.now.ranks_per_node)
 
     def abandon(self, plans: Sequence[StepPlan]) -> None:
-        """As of `engine.elastic.arrangement.Follower`: nothing here depends on steps."""
+        """Do nothing: no state here depends on steps."""
 
     def reshape(self, arrangement: Arrangement) -> None:
-        """As of `engine.elastic.arrangement.Follower`."""
+        """Forget preparations once the whole arrangement serves again."""
         if arrangement is self._arranged.whole:
             self._prepared.clear()
             self._preparing.clear()
@@ -129,7 +129,7 @@ class Shrinking:
         """Whether all members are up, with their weights; starts those that are not.
 
         Raises:
-            RanksLostError: others are lost.
+            RanksLostError: ranks were lost.
         """
         pool = self._pool
         there = pool.present | pool.ahead

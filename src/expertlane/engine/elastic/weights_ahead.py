@@ -1,4 +1,4 @@
-"""Prepares the weights of a new layout while the present one serves."""
+"""Prepares the weights of a new layout while the present one serves requests."""
 
 import time
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from expertlane.spec.layout import Layout
 
 _SLICE_S = 0.005  # of a rank that runs steps; the part under way is finished
 _IDLE_SLICE_S = 0.1  # without steps; delays a new request by this at most
-_NEW_SLICE_S = 0.5  # of a rank that runs no steps: only to tell how far it is
+_NEW_SLICE_S = 0.5  # of a rank that runs no steps: it then reports its progress
 _MOST_LOST = 3
 _NOTHING = Prepared(0.0, 0, 0.0)
 
@@ -21,16 +21,17 @@ _NOTHING = Prepared(0.0, 0, 0.0)
 class WeightsAhead:
     """Starts additional ranks of a layout, and lets all its ranks make the weights that they lack.
 
-    Ranks that run steps do so in slices between them, by which steps take a fifth longer at most,
-    but for what cannot be cut: one matrix, or expert.
+    Ranks that run steps make them in slices between steps, which take a fifth longer at most by
+    that, unless a single matrix or expert takes longer to make.
 
     Args:
-        spec: of the layout to come.
-        room_bytes: for what each rank that runs steps makes; it makes the rest later.
+        spec: spec of the stages in the new layout.
+        room_bytes: memory for the new weights of each rank that runs steps; it makes the rest
+            later.
 
     Attributes:
-        began_s: on the monotonic clock.
-        prepared: by rank, what it has told last; nothing of one that has not.
+        began_s: when it began, on the monotonic clock.
+        prepared: by rank, its last report; `_NOTHING` before the first.
     """
 
     def __init__(self, pool: RankPool, spec: StageSpec, room_bytes: int) -> None:
@@ -52,12 +53,12 @@ class WeightsAhead:
 
     @property
     def placements(self) -> Placements:
-        """Placements of its experts."""
+        """The placements of the new layout's experts."""
         return self._spec.placements
 
     @property
     def share(self) -> float:
-        """The prepared share of all ranks' layers."""
+        """The share of all ranks' layers that is prepared, 0 … 1."""
         found = sum(each.share for each in self.prepared.values()) / len(self._places)
         return min(found, 1.0)
 
@@ -67,14 +68,14 @@ class WeightsAhead:
         return sum(each.num_bytes for each in self.prepared.values())
 
     def advance(self, *, is_idle: bool) -> bool:
-        """Advance; whether everything is prepared. To be called between steps.
+        """Go on with preparing, between steps; gives whether everything is prepared.
 
         Args:
             is_idle: no steps run.
 
         Raises:
-            CapacityError: new ranks have ended again and again.
-            RankError: as of the pool's methods; a loss of ranks that serve ends nothing here.
+            CapacityError: new ranks have ended repeatedly.
+            RankError: ranks were lost; the preparation can go on after their recovery.
         """
         self._pool.check()
         if self._epoch != self._pool.epoch:  # a rank may have been replaced
@@ -104,7 +105,7 @@ class WeightsAhead:
             if self._slice.is_done:
                 self.prepared |= self._slice.results
                 period_s = max(each.seconds for each in self._slice.results.values()) / HELD_UP
-                # Counted from when the next could have begun, however late it is looked at.
+                # Counted from when the next slice could have begun, however late this is called.
                 due_s = max(self._next_slice_s, self._slice_began_s - period_s)
                 self._next_slice_s = due_s + period_s
             self._slice = None

@@ -1,6 +1,6 @@
 """Causal attention over a key/value cache, for the heads one rank holds.
 
-`Attention` is multi-head or grouped-query; `engine/model/latent_attention.py` has that in a latent.
+`Attention` is multi-head or grouped-query; `engine/model/latent_attention.py` has latent attention.
 Both give a partial sum over the tensor-parallel group.
 """
 
@@ -24,9 +24,9 @@ from expertlane.spec.names import Stage
 
 
 class RotaryEmbedding:
-    """Rotary positions (Su et al. 2021) with the stretchings that checkpoints name.
+    """Rotary position embedding (Su et al. 2021), with the RoPE scaling that checkpoints name.
 
-    The last `rotary_dim` values of queries and keys are turned by their positions. The pairs are
+    The last `rotary_dim` values of queries and keys are rotated by their positions. The pairs are
     (i, i + rotary_dim / 2), or (2i, 2i + 1) where the model interleaves them.
     """
 
@@ -43,7 +43,7 @@ class RotaryEmbedding:
         self._ops = backend_for(device)
 
     def rotate_(self, x: Tensor, batch: ForwardBatch) -> Tensor:
-        """Turn a batch's queries or keys, maybe in place.
+        """Rotate a batch's queries or keys, maybe in place.
 
         Args:
             x: [num_tokens, num_heads, head_dim]; not to be used afterwards.
@@ -58,7 +58,7 @@ class RotaryEmbedding:
 
 
 def rotary_frequencies(model: ModelConfig) -> Tensor:
-    """[rotary_dim / 2] float64; radians a position."""
+    """Rotary frequencies [rotary_dim / 2] float64, in radians a position."""
     dims = torch.arange(0, model.rotary_dim, 2, dtype=torch.float64) / model.rotary_dim
     frequencies = model.rope_theta**-dims
     scaling = model.rope_scaling
@@ -94,7 +94,7 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, rotary_dim: int, theta: flo
 
 
 def _rotated_last(rows: Tensor, head_dim: int, rotary_dim: int) -> Tensor:
-    """[num_heads · head_dim, …] with each head's first `rotary_dim` rows after its others.
+    """Rows [num_heads · head_dim, …] with each head's first `rotary_dim` rows moved to its end.
 
     Backends rotate the last values of a head; dot products do not depend on their order.
     """
@@ -105,10 +105,10 @@ def _rotated_last(rows: Tensor, head_dim: int, rotary_dim: int) -> Tensor:
 
 
 class PagedHeads:
-    """What both kinds share: the rank's heads, what computes, the output, and the counters.
+    """Base of both kinds of attention: the rank's heads, output projection, and counters.
 
     Args:
-        value_dim: of a head's value in the cache.
+        value_dim: width of a head's value in the cache.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class PagedHeads:
         sinks = take("sinks", self._of_heads(1), torch.float32) if model.attention_sinks else None
         window = model.window_of_layer(layer)
         self._params = AttentionParams(value_dim, model.softmax_scale, window, sinks)
-        # A bias is added once, not by every rank of the group whose partial sums are added up.
+        # The output's bias is added by the first rank of the tensor-parallel group alone.
         has_bias = model.output_bias and mesh.at.tp_rank == 0
         inputs = self._of_heads(model.attention_output_size // model.num_attention_heads)
         self._output = source.once(
@@ -142,7 +142,7 @@ class PagedHeads:
         self._linears: list[Linear | HeadsLinear] = [self._output]  # to be counted
 
     def _of_heads(self, width: int) -> range:
-        """Where this rank's heads are, with so many rows or columns each."""
+        """The rows or columns of this rank's heads, `width` for each head."""
         first = self._mesh.at.tp_rank * self._num_heads
         return range(first * width, (first + self._num_heads) * width)
 
@@ -153,10 +153,10 @@ class PagedHeads:
         return own if sinks is None else [*own, sinks]
 
     def part(self, norm: Tensor | None) -> AttentionCall | None:
-        """All of it in one call, where the backend has that.
+        """The whole attention in one call; None without such a call.
 
         Args:
-            norm: the weight of the norm before it, to be a part of it too.
+            norm: weight of the norm before it, made a part of the call, if given.
         """
         return None
 
@@ -169,13 +169,16 @@ class PagedHeads:
         *,
         adds_input: bool,
     ) -> Tensor:
-        """What `part` makes of x, as `forward`; with x added or not."""
+        """Attend by the call `part`, and count it; x is added to the result or not."""
         out = part(x, cache, batch.pages, adds_input=adds_input)
         self._count(batch, cache)
         return out
 
     def _count(self, batch: ForwardBatch, cache: KVCache) -> None:
-        """Linears as 2·m·n·k; attention as 2 × pairs × heads × (key_dim + value_dim)."""
+        """Count FLOPs and bytes.
+
+        Linears have 2·m·n·k FLOPs, attention 2 × pairs × heads × (key_dim + value_dim).
+        """
         recorder = self._mesh.recorder
         if not recorder.is_recording:
             return
@@ -248,13 +251,13 @@ class Attention(PagedHeads):
         return self._num_kv_heads, self._head_dim, self._head_dim
 
     def tensors(self) -> list[Tensor]:
-        """As that of both kinds."""
+        """All weights, for checksums."""
         own = [*super().tensors(), *(self._norms or ())]
         return own if self._head_norms is None else [*own, self._head_norms]
 
     def part(self, norm: Tensor | None) -> AttentionCall | None:
-        """As that of both kinds."""
-        if self._norms is not None:  # over the heads of all ranks, which have to talk
+        """The whole attention in one call; None without such a call."""
+        if self._norms is not None:  # norms over the heads of all ranks need a transfer
             return None
         return self._ops.attention_part(
             AttentionWeights(
@@ -298,7 +301,7 @@ class Attention(PagedHeads):
         return self._output(attended.flatten(1))
 
     def _norm_all_heads(self, query_key: Tensor, norms: tuple[Tensor, Tensor]) -> Steps[Tensor]:
-        """RMS norms of queries and of keys, over the heads of all ranks together."""
+        """RMS norms of queries and of keys, each over the heads of all ranks together."""
         heads = [self._num_heads, self._num_kv_heads]
         query, key = (part.flatten(1).float() for part in torch.split(query_key, heads, dim=1))
         squares = torch.stack(

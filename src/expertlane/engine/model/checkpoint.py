@@ -1,4 +1,4 @@
-"""Reading slices of a Hugging Face checkpoint; nothing else of it is read."""
+"""Reads slices of a Hugging Face checkpoint's tensors, and no more of them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,10 +27,10 @@ Check = Callable[[Tensor], None]
 
 
 class Checkpoint(StoredTensors):
-    """A folder with a `config.json` and safetensors, as tensors of torch.
+    """A checkpoint whose tensors are read with torch.
 
     Args:
-        device: where tensors are wanted; on their way nothing is held whole in the host's memory.
+        device: device of the tensors; large ones pass through the host's memory in pieces.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class Checkpoint(StoredTensors):
 
         Args:
             name: one of `spec.model`.
-            rows, columns: of the logical shape, in steps of 1; None for all. Vectors have rows.
-            dtype: of the result, quantised or not; None for the model's.
+            rows, columns: ranges of the logical shape with step 1; None for all. Vectors have rows.
+            dtype: dtype of the result, stored quantised or not; None for the model's.
 
         Returns:
             [len(rows), len(columns)], or [len(rows)] of a vector; contiguous.
@@ -87,14 +87,14 @@ class Checkpoint(StoredTensors):
         """Copy stored values into `out`, a block of its first dimension at a time.
 
         Args:
-            check: sees each block while it is on the host.
+            check: called with each block while it is on the host.
         """
         shape = self._shards.slice(stored_name).get_shape()
         at = next(i for i, part in enumerate(index) if isinstance(part, slice))
         along = index[at]
         assert isinstance(along, slice)
         step = along.step or 1
-        # Whole rows are counted, about: a slice of their columns touches most of their pages.
+        # Whole rows are counted, roughly: a slice of their columns touches most of their pages.
         row_bytes = step * out.itemsize
         for size in shape[at + 1 :]:
             row_bytes *= size
@@ -116,10 +116,14 @@ class Checkpoint(StoredTensors):
         columns: range | None = None,
         dtype: torch.dtype | None = None,
     ) -> NarrowWeight | None:
-        """A matrix that is stored in one byte, or a slice of it, as `tensor`; None for others.
+        """A matrix that is stored as one-byte values, or a slice of it; None for other matrices.
 
         Args:
-            dtype: that it is widened to.
+            name, rows, columns: see `tensor`.
+            dtype: the type that it is widened to; None for the model's.
+
+        Raises:
+            SpecError: see `tensor`; or values are NaN, or scales not finite.
         """
         stored, shape = self._locate(name)
         if not self._is_narrow(stored):
@@ -132,7 +136,11 @@ class Checkpoint(StoredTensors):
         return self._read_narrow(stored, shape, parts, dtype)
 
     def mxfp4(self, name: str, dtype: torch.dtype) -> Mxfp4Weight | None:
-        """A matrix that is stored in MXFP4, whole; None for others. `dtype` as of `narrow`."""
+        """A whole matrix that is stored in MXFP4; None for other matrices.
+
+        Args:
+            dtype: the type that it is widened to.
+        """
         stored, shape = self._locate(name)
         if not self._is_mxfp4(stored):
             return None
@@ -182,7 +190,7 @@ class Checkpoint(StoredTensors):
         return check
 
     def _unpacked(self, name: str, rows: range, columns: range) -> Tensor:
-        """Values of 8 bits plus 128, four in an int32, the first in its lowest bits."""
+        """int8 values of packed ones: four in an int32, first in the lowest bits, each plus 128."""
         per = VALUES_OF_INT32
         inside = range(columns.start // per, -(-columns.stop // per))
         words = self._empty([len(rows), len(inside)], torch.int32)
@@ -195,7 +203,7 @@ class Checkpoint(StoredTensors):
     def _read_mxfp4(
         self, stored: TensorLocation, shape: Shape, parts: list[range], dtype: torch.dtype
     ) -> Mxfp4Weight:
-        """All blocks that the columns touch."""
+        """Rows of an MXFP4 matrix, with all blocks that the columns touch."""
         rows, columns = parts
         inside = range(columns.start // MXFP4_BLOCK, -(-columns.stop // MXFP4_BLOCK))
         index = _index(replace(stored, transposed=False), [rows, inside], shape[0])
@@ -235,7 +243,7 @@ def with_block_scales(
 
     Args:
         values: [num_rows, num_columns] int8 or float8_e4m3fn; a slice of a matrix.
-        scales: those of the blocks that the slice touches, one a block.
+        scales: one for each block that the slice touches, by rows and columns of blocks.
         block_size: rows and columns of a block.
         first: row and column of the matrix at which the slice begins.
     """

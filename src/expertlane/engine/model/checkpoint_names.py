@@ -1,4 +1,4 @@
-"""Where a family's checkpoints keep each logical tensor."""
+"""Names and layouts of logical tensors in the checkpoints of each family."""
 
 import re
 from collections.abc import Iterable
@@ -38,7 +38,7 @@ _IN_LAYER = {
     "dense.up": "mlp.up_proj.weight",
     "dense.down": "mlp.down_proj.weight",
 }
-# What a family publishes, then what transformers 5 writes if it is not asked for the same.
+# The name that a family publishes, then the one that transformers 5 writes by default.
 _OWN_IN_LAYER: dict[str, dict[str, tuple[str, ...]]] = {
     "mixtral": {"router": ("block_sparse_moe.gate.weight", "mlp.gate.weight")},
     "qwen2_moe": {
@@ -68,7 +68,7 @@ _OWN_IN_LAYER: dict[str, dict[str, tuple[str, ...]]] = {
 _IN_ROW = {("ernie4_5_moe", "correction_bias")}
 _IN_ANY_LAYER = re.compile(r"model\.(?:language_model\.)?layers\.(\d{1,9})\.")
 _OLD_BUFFER = "rotary_emb.inv_freq"
-# Of one-byte caches with a scale for a tensor; ours has one for each key and value of a head.
+# Scales of one-byte caches, one for a tensor; ours has one for each key and value of a head.
 _CACHE_SCALE = re.compile(r"\.self_attn\.(?:\w+\.)?[kv]_scale$")
 _OF_EXPERT = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 _OF_MIXTRAL_EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
@@ -76,15 +76,15 @@ _OF_MIXTRAL_EXPERT = {"gate": "w1", "up": "w3", "down": "w2"}
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """A logical tensor's place in a checkpoint.
+    """The stored tensor that holds a logical tensor, and the part of it.
 
     Attributes:
-        name: of the tensor in the file.
-        expert: its index in the first dimension, where all experts are one tensor.
-        half: gate (0) or up (1), where both are one tensor.
+        name: name of the stored tensor.
+        expert: index in its first dimension, where it holds all experts; else None.
+        half: gate (0) or up (1), where it holds both; else None.
         interleaved: the halves' rows alternate; else one follows the other.
-        transposed: matrices are [in_features, out_features], if they are not quantised.
-        in_row: a vector is the only row of a matrix.
+        transposed: matrices are [in_features, out_features], unless they are quantised.
+        in_row: the logical tensor, a vector, is the only row of a matrix.
     """
 
     name: str
@@ -96,9 +96,9 @@ class TensorLocation:
 
 
 def tensor_locations(family: str, name: str) -> tuple[TensorLocation, ...]:
-    """Where the logical tensor `name` may be, the usual place first.
+    """Locations where the logical tensor `name` may be stored, the usual one first.
 
-    Besides what a family publishes, it may have been saved with all experts of a layer in one
+    Besides the layout that a family publishes, a checkpoint may have all experts of a layer in one
     tensor, as transformers 5 holds them.
     """
     model = "model.language_model" if family == "qwen3_vl_moe" else "model"
@@ -115,11 +115,13 @@ def tensor_locations(family: str, name: str) -> tuple[TensorLocation, ...]:
 
 
 def is_left_unread(stored_name: str, extra_layers: range, unread: Iterable[str] = ()) -> bool:
-    """Whether a tensor is ignored without a warning: by transformers too, or a scale of a cache.
+    """Whether a stored tensor is ignored without a warning.
+
+    Transformers ignores it too, or it is the scale of a one-byte cache.
 
     Args:
         extra_layers: layers for multi-token prediction, after the last one.
-        unread: what names begin with that are no part of the language model.
+        unread: prefixes of names that are no part of the language model.
     """
     if stored_name.startswith(tuple(unread)):
         return True

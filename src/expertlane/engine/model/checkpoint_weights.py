@@ -18,7 +18,7 @@ class CheckpointWeights(WeightSource):
     """A rank's slices of a checkpoint.
 
     Args:
-        cache: has what is to be rounded; None where it is rounded here.
+        cache: matrices rounded to int8 earlier; None if they are rounded here.
     """
 
     def __init__(
@@ -51,5 +51,5 @@ class CheckpointWeights(WeightSource):
 
 
 def _sides(name: str, part: range | None) -> tuple[range | None, range | None]:
-    """Rows and columns of a part along the dimension that layouts cut."""
+    """Rows and columns of a slice in the dimension that layouts divide; None for all."""
     return (None, part) if cut_dim(name) == 1 else (part, None)

@@ -1,11 +1,11 @@
 """Decode steps of a stage as graphs: recorded once for some numbers of sequences, then launched.
 
-A whole step is one graph where its shapes do not turn on the routing; else a graph goes up to each
-dispatch. A batch is padded to the next of these numbers. A sequence of padding has one position in
-a block of the cache that belongs to nobody; no expert computes its token, and nobody reads what
-comes of it.
-All ranks of a stage pad a whole step to the same number, and those of a tensor-parallel group the
-beginnings of layers too: ranks that share a graph's transfers record it at the same time.
+A whole step is one graph where its shapes do not depend on the routing; else each layer has a graph
+that ends at its dispatch. A batch is padded to the next recorded number of sequences. A sequence of
+padding has one position in a scratch block of the cache; no expert computes its token, and its
+results are not read.
+All ranks of a stage pad a whole step to the same number, and so do those of a tensor-parallel group
+for the graphs of layers: ranks that share a graph's transfers record it at the same time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -33,11 +33,11 @@ from expertlane.spec.dispatch import DispatchForm, is_static_on
 class DecodeGraphs:
     """A stage's graphs: recorded ahead, or by the first step of their size.
 
-    The largest is recorded first: the memory of the others is then a part of its.
+    The largest is recorded first, so that the others reuse its memory.
 
     Args:
-        num_blocks: of the cache, the one for padding not among them.
-        records_transfers: whether graphs may have transfers between ranks in them.
+        num_blocks: blocks of the cache, without the scratch block.
+        records_transfers: whether graphs may contain transfers between ranks.
         await_device: waits, with a bound, for an event of the device, which may wait for ranks.
     """
 
@@ -70,15 +70,15 @@ class DecodeGraphs:
         self._launch: dict[tuple[int, DispatchForm | int], Callable[[], None]] = {}
 
     def takes_steps(self, form: DispatchForm) -> bool:
-        """Whether a whole step with that form can be recorded; else beginnings of its layers."""
+        """Whether a whole step with this form of dispatch can be recorded."""
         return self._takes_steps and is_static_on(self.stage.mesh.layout, form)
 
     def clear(self) -> None:
-        """Forget what was recorded: weights, groups or the cache are others."""
+        """Drop all graphs, since weights, groups or the cache have changed."""
         self._launch.clear()
 
     def record(self, size: int, forms: Iterable[DispatchForm]) -> int:
-        """Record what batches padded to a size launch; gives how many graphs that were."""
+        """Record the graphs of batches padded to a size; gives the number of new graphs."""
         num_before = len(self._launch)
         for form in forms:
             if self.takes_steps(form):
@@ -92,11 +92,11 @@ class DecodeGraphs:
     def padded(
         self, batch: Batch, num_tokens: Sequence[int], form: DispatchForm, num_parts: int = 1
     ) -> PaddedBatch | None:
-        """A batch of one token a sequence, as a graph takes it; None where it is too large.
+        """Pad a batch with one token for each sequence; None if it is empty or too large.
 
         Args:
-            num_tokens: [dp]; of every data-parallel rank's batch.
-            num_parts: as of `places_in`.
+            num_tokens: [dp]; tokens of every data-parallel rank's batch.
+            num_parts: see `places_in`.
         """
         assert batch.num_tokens == batch.num_seqs, "every sequence has one new token"
         most = max(num_tokens)
@@ -106,14 +106,14 @@ class DecodeGraphs:
         return PaddedBatch(batch, self._inputs, sizes[0], form, num_parts)
 
     def run(self, part: PaddedBatch, arrived: Tensor | None) -> Tensor | HeadResult:
-        """What `TransformerStage.forward` gives, without logits of other ranks.
+        """Run a whole step: `TransformerStage.forward`, without logits of other ranks.
 
         Args:
-            arrived: hidden states from the stage before; None in the first one.
+            arrived: hidden states from the previous stage; None in the first one.
 
         Returns:
-            Hidden states of all owned tokens, or the head's result of real sequences. Logits are
-            gone with the next step.
+            Hidden states of all owned tokens, or the head's result of real sequences, whose logits
+            the next step overwrites.
         """
         size, form = part.batch.num_seqs, part.dispatch_form
         self._prepare(size, form, form, self._forward)
@@ -128,10 +128,10 @@ class DecodeGraphs:
         return self._rooms["hidden"][: part.num_owned].clone()
 
     def layers_of(self, batch: Batch, form: DispatchForm) -> RunsLayers | None:
-        """Runs the layers for a batch of one token a sequence, up to each dispatch as a graph.
+        """A function that runs the layers of a decode batch, with a graph up to each dispatch.
 
-        Where dispatch asks the host for numbers of rows, it runs between them as usual, on real
-        tokens, which stay with their owners. None where the batch does not suit: each
+        Dispatch, which asks the host for numbers of rows, runs between graphs as usual, on real
+        tokens, which stay with their owners. None where the batch does not fit: each
         tensor-parallel group decides for itself.
         """
         if not self._takes_layers:
@@ -156,7 +156,7 @@ class DecodeGraphs:
         return run
 
     def _begun(self, part: PaddedBatch, layer: DecoderLayer, cache: KVCache) -> Routed | Tensor:
-        """Of real tokens, as `DecoderLayer.begin`; overwritten by the next layer."""
+        """The result of `DecoderLayer.begin` for real tokens; the next layer overwrites it."""
         size, num = part.batch.num_seqs, part.num_real_owned
         begin = partial(self._begin, layer, cache)
         if self._prepare(size, part.dispatch_form, layer.index, begin):
@@ -167,7 +167,7 @@ class DecodeGraphs:
         return Routed(*(self._rooms[f"routed {name}"][:num] for name in Routed._fields))
 
     def _begin(self, layer: DecoderLayer, cache: KVCache, part: PaddedBatch) -> None:
-        """A layer up to its dispatch, as it is recorded."""
+        """Run a layer up to its dispatch; this is recorded."""
         (begun,) = interleave([layer.begin(self._rooms["x"][: part.num_owned], part, cache)])
         if isinstance(begun, Tensor):
             self._keep("begun", begun)
@@ -182,8 +182,8 @@ class DecodeGraphs:
         kind: DispatchForm | int,
         run: Callable[[PaddedBatch], None],
     ) -> bool:
-        """Record what a step needs; says whether there was anything."""
-        # Whole steps alone count for whole steps: ranks differ in beginnings of layers.
+        """Record a step's graph if it is missing; the largest first. Gives whether any was."""
+        # Only graphs of whole steps count for whole steps: ranks may differ in those of layers.
         is_step = isinstance(kind, str)
         is_first = all(isinstance(of, str) != is_step for _, of in self._launch)
         first = (self._sizes[-1],) if is_first else ()
@@ -196,13 +196,13 @@ class DecodeGraphs:
         kind: DispatchForm | int,
         run: Callable[[PaddedBatch], None],
     ) -> bool:
-        """Record what is not there for batches of these sizes; says whether there was anything.
+        """Record the missing graphs for batches of these sizes; gives whether any was missing.
 
-        It runs on padding alone: nothing of a sequence is written over.
+        They are recorded on padding alone, so that no sequence's cache is overwritten.
         """
         missing = [each for each in sizes if (each, kind) not in self._launch]
         for each in sorted(missing, reverse=True):
-            # A batch anew each time: what it keeps from its first layer on is recorded too.
+            # A new batch for each run: values that it caches in its first layer are recorded too.
             batch = partial(PaddedBatch, NO_SEQS, self._inputs, each, form)
             batch().fill()
             self._launch[each, kind] = self._captured(partial(_run_on, batch, run))
@@ -227,7 +227,7 @@ class DecodeGraphs:
         return launch
 
     def _forward(self, part: PaddedBatch) -> None:
-        """A whole step, as it is recorded."""
+        """Run a whole step; this is recorded."""
         stage = self.stage
         if stage.mesh.is_first_stage:
             x = stage.embed(part)
@@ -245,7 +245,7 @@ class DecodeGraphs:
         self._room(name, values)[: len(values)].copy_(values)
 
     def _room(self, name: str, like: Tensor) -> Tensor:
-        """Memory for as many rows as there may be; made before anything is recorded."""
+        """A named buffer for the most rows; made before it is used in a graph."""
         if name not in self._rooms:
             shape = self._sizes[-1], *like.shape[1:]
             self._rooms[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
@@ -265,11 +265,11 @@ def decode_graphs(
     records_transfers: bool,
     await_device: Callable[[Any], None],
 ) -> DecodeGraphs | None:
-    """A stage's; None where its device has none.
+    """The graphs of a stage; None where its backend has none, or `limits` is None.
 
     Args:
-        limits: None where no step is to be recorded.
-        num_blocks, block_size, records_transfers, await_device: as of `DecodeGraphs`.
+        limits: None if no step is to be recorded.
+        num_blocks, block_size, records_transfers, await_device: see `DecodeGraphs`.
     """
     graphs = None if limits is None else backend_for(stage.device).graphs()
     if limits is None or graphs is None:

@@ -1,4 +1,4 @@
-"""From scores to drawn tokens, for many sequences at once; no row depends on the rows around it."""
+"""Drawing tokens from scores, for many sequences at once; each row is independent of the others."""
 
 import numpy as np
 import numpy.typing as npt
@@ -43,7 +43,7 @@ def uniform_numbers(
 def likeliest(logits: Tensor) -> Tensor:
     """The token of the greatest logit, the lowest id of equals; `NO_TOKEN` where it is not finite.
 
-    One NaN or inf in a row is its greatest; -inf may stand beside finite ones.
+    A NaN or inf counts as its row's greatest; -inf may stand beside finite logits.
 
     Args:
         logits: [num_rows, vocab_size].
@@ -57,7 +57,7 @@ def likeliest(logits: Tensor) -> Tensor:
 
 
 def probabilities(scores: Tensor, greatest: Tensor, temperature: Tensor) -> Tensor:
-    """Softmax of scores / temperature; of the differences to the greatest, lest tiny ones overflow.
+    """Softmax of (scores - greatest) / temperature, which does not overflow at tiny temperatures.
 
     Args:
         scores: [num_rows, vocab_size]; some may be -inf.
@@ -73,16 +73,16 @@ def probabilities(scores: Tensor, greatest: Tensor, temperature: Tensor) -> Tens
 def keep_likeliest(
     p: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
 ) -> Tensor:
-    """Apply top-k, then top-p to the share that is left, then min-p; None where nobody asks.
+    """Apply top-k, then top-p to the probability that is left, then min-p; None leaves one out.
 
     Args:
         p: [num_rows, vocab_size] float32; probabilities.
-        top_k: [num_rows, 1] float64; how many to keep, inf for all.
-        top_p: [num_rows, 1] float64; the share of what top-k left, inf for all.
+        top_k: [num_rows, 1] float64; tokens to keep, inf for all.
+        top_p: [num_rows, 1] float64; share to keep of the probability that top-k left, inf for all.
         min_p: [num_rows, 1] float32; the least ratio to the likeliest.
 
     Returns:
-        [num_rows, vocab_size] float32; `p` with 0 for all that is not kept.
+        [num_rows, vocab_size] float32; `p` with 0 for tokens that are not kept.
     """
     if top_k is not None:
         ones = p.new_ones((), dtype=torch.float64).expand_as(p)
@@ -107,7 +107,7 @@ def draw(p: Tensor, uniform: Tensor) -> Tensor:
     Returns:
         [num_rows]; token ids.
     """
-    # Blocks first, then inside one block: adding up one by one is what takes longest.
+    # Blocks first, then inside one block: a cumulative sum of all tokens would take longest.
     num_rows, vocab_size = p.shape
     if vocab_size % _BLOCK:
         p = F.pad(p, (0, -vocab_size % _BLOCK))
@@ -118,7 +118,7 @@ def draw(p: Tensor, uniform: Tensor) -> Tensor:
     block = torch.searchsorted(passed, goal, right=True)
     inside = blocks.take_along_dim(block[:, :, None], 1).squeeze(1).double().cumsum(1)
     goal -= passed.gather(1, block) - sums.gather(1, block)
-    # Rounding must not carry the goal out of the block, nor to a token that cannot be.
+    # Rounding must not carry the goal out of the block, nor to a token of probability 0.
     total = inside[:, -1:]
     goal = goal.clamp(min=0).minimum(total.nextafter(torch.zeros_like(total)))
     return (block * _BLOCK + torch.searchsorted(inside, goal, right=True)).squeeze(1)
@@ -134,8 +134,8 @@ def token_logprobs(
         token_ids: [num_rows].
 
     Returns:
-        Log-probabilities of the given tokens, [num_rows]; ids of the likeliest and their
-        log-probabilities, [num_rows, num_top].
+        Log-probabilities of the given tokens, [num_rows]; ids of the likeliest, and their
+        log-probabilities, both [num_rows, num_top].
     """
     logprobs = logits.log_softmax(1)
     chosen = logprobs.gather(1, token_ids[:, None]).squeeze(1)
@@ -150,13 +150,13 @@ def token_logprobs(
 
 
 def _at_least(p: Tensor, threshold: Tensor) -> Tensor:
-    """`p` with 0 for what is under its row's threshold, [num_rows, 1]."""
+    """`p` with 0 for values below their row's threshold, [num_rows, 1]."""
     kept = torch.empty_like(p)  # not booleans, which torch is several times slower with
     return torch.ge(p, threshold, out=kept).mul_(p)
 
 
 def _threshold(p: Tensor, weights: Tensor, share: Tensor) -> Tensor:
-    """The last probability taken when the greatest are taken until they hold a share of the weight.
+    """The least of the greatest probabilities that together hold a share of their row's weight.
 
     A radix selection, digit by digit from the greatest: the bits of positive numbers order as the
     numbers do. It is several times faster than sorting, however flat the distribution.
@@ -174,7 +174,7 @@ def _threshold(p: Tensor, weights: Tensor, share: Tensor) -> Tensor:
     digits = keys >> shift
     histogram = weights.new_zeros(len(p), _RADIX).scatter_add_(1, digits.long(), weights)
     digit, goal = _digit_of_goal(histogram, share * histogram.cumsum(1)[:, -1:])
-    # The last digit holds what is too unlikely to be drawn, 0 above all: take it whole.
+    # The last digit holds tokens too unlikely to be drawn, mostly zeros: take it whole.
     sought = torch.where(digit == _RADIX - 1, -1, digit).int()
     chosen = torch.eq(digits, sought, out=torch.empty_like(digits)).bool()
     rows = torch.arange(len(p), device=p.device)[:, None].expand_as(p)
@@ -183,7 +183,7 @@ def _threshold(p: Tensor, weights: Tensor, share: Tensor) -> Tensor:
 
 
 def _threshold_of_few(p: Tensor, share: Tensor) -> Tensor:
-    """The threshold with the probabilities as weights, where most of them are 0."""
+    """`_threshold` with the probabilities as weights, most of which are 0."""
     rows = torch.arange(len(p), device=p.device)[:, None].expand_as(p)
     rows, values, weights = _only(p > 0, rows, p, p)
     weights = weights.double()
@@ -193,7 +193,7 @@ def _threshold_of_few(p: Tensor, share: Tensor) -> Tensor:
 
 
 def _only(chosen: Tensor, *columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Some entries of three columns, the last of which are weights."""
+    """The chosen entries of three columns, of which the last holds weights."""
     if chosen.device.type != "cpu":
         return _all_weighted(chosen, *columns)
     places = chosen.nonzero(as_tuple=True)
@@ -202,16 +202,16 @@ def _only(chosen: Tensor, *columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _all_weighted(chosen: Tensor, *columns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """All entries, of which the others weigh nothing.
+    """All entries, those not chosen with weight 0.
 
-    As `_only` where the host would have to wait for the number of the chosen ones.
+    It replaces `_only` on GPUs, where the host would have to wait for the number of entries.
     """
     rows, keys, weights = (column.reshape(-1) for column in columns)
     return rows, keys, weights * chosen.reshape(-1)
 
 
 def _keys(p: Tensor) -> Tensor:
-    """Whole numbers of `_NUM_DIGITS` digits, the least for the greatest; [the same shape] int32."""
+    """int32 keys of `_NUM_DIGITS` digits, in the shape of p; the greatest value has the least."""
     return p.view(torch.int32) ^ _GREATEST_KEY
 
 
@@ -222,8 +222,8 @@ def _select(
 
     Args:
         rows, keys, weights: [num_entries].
-        goal: [num_rows, 1]; the weight that these entries are to reach.
-        selected: [num_rows, 1]; the keys by their higher digits.
+        goal: [num_rows, 1]; the weight that these entries have to reach.
+        selected: [num_rows, 1]; the higher digits of the keys.
 
     Returns:
         [num_rows, 1] float32; the probability of the key.
@@ -241,10 +241,10 @@ def _select(
 
 
 def _digit_of_goal(histogram: Tensor, goal: Tensor) -> tuple[Tensor, Tensor]:
-    """At which digit the weight from 0 up reaches a goal; the last one if it does not.
+    """The digit at which the cumulative weight reaches a goal; the last one if it never does.
 
     Returns:
-        The digit, and what is left of the goal for its own entries: both [num_rows, 1].
+        The digit, and the rest of the goal for its own entries: both [num_rows, 1].
     """
     taken = histogram.cumsum(1)
     digit = torch.searchsorted(taken, goal).clamp_(max=_RADIX - 1)

@@ -1,6 +1,6 @@
-"""One rank's view of a batch: which tokens it owns, where they stand, which finish a sequence.
+"""One rank's view of a batch: the tokens that it owns, their pages, and those that yield a token.
 
-Tokens of a data-parallel rank are cut near-equally over its tensor-parallel ranks; between
+Tokens of a data-parallel rank are divided near-equally over its tensor-parallel ranks; between
 attention and the next attention each token exists on its owner only.
 """
 
@@ -25,18 +25,18 @@ class ForwardBatch:
     """A part of a micro-batch as it runs through the layers of a stage.
 
     Attributes:
-        pages: where its tokens stand in the cache.
-        rotation: cosines and sines of its tokens' positions, once attention has taken them.
-        is_real: [num_owned]; of owned tokens, those that are no padding; None where all are.
+        pages: positions, slots and block tables of its tokens.
+        rotation: cosines and sines of its tokens' positions, once the first layer has made them.
+        is_real: [num_owned]; owned tokens that are no padding; None where none is.
 
     Args:
-        batch: of this data-parallel rank.
-        num_tokens: [dp]; of the same part of every data-parallel rank's batch.
+        batch: the batch of this data-parallel rank.
+        num_tokens: [dp]; tokens of the same part of every data-parallel rank's batch.
         at: this rank's coordinates.
-        block_size: positions a block of the paged cache.
-        dispatch_form, balances_copies: how its tokens travel to experts; the same on all ranks of
-            the stage.
-        crowds: its tokens all go to the same experts, as many of them of the first rank as can be.
+        block_size: positions in a block of the paged cache.
+        dispatch_form, balances_copies: the form of dispatch, and whether it balances copies; the
+            same on all ranks of the stage.
+        crowds: all tokens go to the same experts, as many of them on the first rank as possible.
     """
 
     def __init__(
@@ -72,22 +72,22 @@ class ForwardBatch:
         self._place()
 
     def _place(self) -> None:
-        """Bring it to the device at once, where that is none of the host's."""
+        """Copy the columns to the device at once; nothing on a CPU."""
         if self._device.type != "cpu":
             self._take(to_device(self._columns(), self._device))
 
     def _columns(self) -> list[Array]:
-        """What a step of this rank reads of the batch, to be brought to a GPU together."""
+        """The arrays of the batch that a step on a GPU reads, to be copied there together."""
         return [self._host_token_ids, self._last_of(self._at.tp_rank), *self.pages.columns()]
 
     def _take(self, columns: Sequence[Tensor]) -> None:
-        """Have `_columns` on the device."""
+        """Take the arrays of `_columns` that were copied to the device."""
         self._own_token_ids, self._own_last, *of_pages = columns
         self.pages.take(of_pages)
 
     @property
     def num_owned(self) -> int:
-        """Tokens this rank owns."""
+        """Number of tokens that this rank owns."""
         return self.tokens_of_tp_rank[self._at.tp_rank]
 
     @property
@@ -103,27 +103,27 @@ class ForwardBatch:
         return self.batch.token_ids[own.start : own.stop]
 
     def pairs_and_positions(self, window: int | None) -> tuple[int, int]:
-        """Query-key pairs of one head, and positions of the cache that some new token sees."""
+        """Query-key pairs of one head, and cache positions that at least one new token sees."""
         batch = self.batch
         of_seqs = pairs_and_positions(batch.num_scheduled_tokens, batch.num_computed_tokens, window)
         pairs, positions = (int(each.sum()) for each in of_seqs)
         return pairs, positions
 
     def latent_parts(self, latent: LatentAttention) -> LatentParts:
-        """Which sequences attend in the latent; the same in all layers."""
+        """The sequences that attend in the latent, and those expanded; computed for all layers."""
         if self._latent_parts is None:
             self._latent_parts = latent_parts(self.pages, latent, self._device)
         return self._latent_parts
 
     @property
     def last_tokens(self) -> Tensor:
-        """Which of the owned tokens yield a next one; places among them."""
+        """Indices among the owned tokens of those that yield a next one."""
         if self._own_last is not None:
             return self._own_last
         return torch.from_numpy(self._last_of(self._at.tp_rank))
 
     def _last_of(self, tp_rank: int) -> npt.NDArray[np.int64]:
-        """The same in a tensor-parallel rank's slice."""
+        """Indices, in a tensor-parallel rank's slice, of tokens that yield a next one."""
         last = self._last
         if len(self._slices) > 1:
             own = self._slices[tp_rank]
@@ -131,12 +131,16 @@ class ForwardBatch:
         return last
 
     def owned(self, rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        """[tp]; of ascending tokens of the batch, those in each rank's slice; places in it."""
+        """For each tensor-parallel rank, the given rows in its slice, as indices into it.
+
+        Args:
+            rows: indices of tokens in the batch, ascending.
+        """
         return [
             rows[(rows >= part.start) & (rows < part.stop)] - part.start for part in self._slices
         ]
 
     @property
     def last_tokens_of_tp_rank(self) -> list[int]:
-        """[tp]; how many tokens that yield a next one are in each tensor-parallel rank's slice."""
+        """[tp]; tokens in each tensor-parallel rank's slice that yield a next one."""
         return [len(self._last_of(tp_rank)) for tp_rank in range(len(self._slices))]

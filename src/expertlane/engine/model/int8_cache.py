@@ -1,7 +1,7 @@
 """A checkpoint's matrices rounded to int8, kept in its folder for later starts.
 
-A safetensors file, written whole or not at all. It says what the checkpoint's files were: their
-names, sizes and times of change. Where these are others now, it counts as missing.
+A safetensors file, written whole or not at all. It records names, sizes and modification times of
+the checkpoint's files. If these have changed, it counts as missing.
 """
 
 import json
@@ -26,10 +26,10 @@ _VALUES_AT_A_TIME = 4_194_304
 
 
 class Int8Cache:
-    """The file of a checkpoint, to be read.
+    """Reads the file with a checkpoint's rounded matrices.
 
     Raises:
-        SpecError: there is none that is readable, or it is of other files or of another model.
+        SpecError: there is no readable file, or it was made of other files or of another model.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -44,7 +44,7 @@ class Int8Cache:
 
     @classmethod
     def find(cls, checkpoint: Checkpoint) -> "Int8Cache | None":
-        """None where there is no such file."""
+        """The checkpoint's cache; None if there is no valid one."""
         try:
             return cls(checkpoint)
         except SpecError:
@@ -53,10 +53,10 @@ class Int8Cache:
     def part(
         self, name: str, rows: range | None, columns: range | None, dtype: torch.dtype
     ) -> NarrowWeight:
-        """A matrix, or a slice of it, with the numbers that rounding it gives.
+        """A rounded matrix, or a slice of it; the same numbers as if it were rounded now.
 
         Args:
-            dtype: that it is widened to.
+            dtype: the type that it is widened to.
         """
         num_rows, num_columns = self._shards.slice(name).get_shape()
         rows = range(num_rows) if rows is None else rows
@@ -67,7 +67,7 @@ class Int8Cache:
         return NarrowWeight(values, scales, INPUTS_OF_SCALE, first, dtype)
 
     def _slice(self, name: str, rows: range, columns: range) -> Tensor:
-        """In memory of its own: the file is not to stay mapped."""
+        """A copy of a slice, so that the file need not stay mapped."""
         whole = self._shards.slice(name)
         part: Tensor = whole[rows.start : rows.stop, columns.start : columns.stop].clone()
         # Whole rows are counted: a slice of their columns touches most of their pages.
@@ -79,7 +79,7 @@ def write_int8_cache(checkpoint: Checkpoint, touch: Callable[[], None]) -> None:
     """Round all matrices that are not stored in one byte, and write them.
 
     Args:
-        touch: called after every piece, to say that work goes on.
+        touch: called after every piece, to show that work goes on.
 
     Raises:
         SpecError: a tensor cannot be read.
@@ -116,7 +116,7 @@ def write_int8_cache(checkpoint: Checkpoint, touch: Callable[[], None]) -> None:
 
 
 def _rounded(checkpoint: Checkpoint, name: str, shape: Shape) -> Iterator[NarrowWeight]:
-    """A matrix in pieces of some rows."""
+    """A matrix rounded in pieces of several rows."""
     num_rows = max(1, _VALUES_AT_A_TIME // shape[1])
     for start in range(0, shape[0], num_rows):
         rows = range(start, min(start + num_rows, shape[0]))
@@ -125,7 +125,7 @@ def _rounded(checkpoint: Checkpoint, name: str, shape: Shape) -> Iterator[Narrow
 
 
 def _shapes(checkpoint: Checkpoint) -> dict[str, Shape]:
-    """Values and scales of every matrix that is rounded."""
+    """Shapes of the values and scales of every matrix that is rounded, by name."""
     shapes: dict[str, Shape] = {}
     for name in dict.fromkeys((*tensor_names(checkpoint.model), HEAD)):
         if is_matrix(name) and not checkpoint.is_narrow(name):

@@ -1,8 +1,8 @@
-"""Causal attention whose keys and values come from a short latent, which the cache keeps.
+"""Multi-head latent attention (MLA): keys and values come from a short latent, which is cached.
 
-Queries are taken into the latent's space, so that one common key and value serve all heads
-(DeepSeek-AI 2024); or, for prompts where that takes fewer FLOPs, keys and values of each head are
-made from the latents of all positions.
+Queries are projected into the latent's space, so that one common key and value serve all heads
+(DeepSeek-AI 2024); or, for prompts where that takes fewer FLOPs, the latents of all positions are
+expanded to keys and values of each head.
 """
 
 import torch
@@ -70,7 +70,7 @@ class LatentAttention(PagedHeads):
         self._of_heads_params = AttentionParams(latent.v_head_dim, self._params.scale)
 
     def tensors(self) -> list[Tensor]:
-        """As that of both kinds."""
+        """All weights, for checksums."""
         heads = (self._to_latent, self._from_latent, self._to_keys)
         norms = [self._kv_a_norm, *([] if self._query_a is None else [self._query_a[1]])]
         return [*super().tensors(), *norms, *(each.weight for each in heads)]
@@ -81,7 +81,14 @@ class LatentAttention(PagedHeads):
         return 1, self._latent.kv_lora_rank + self._latent.qk_rope_head_dim, 0
 
     def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
-        """As `Attention.forward`."""
+        """Attend from the batch's new tokens to all positions up to each.
+
+        Args:
+            x: [num_tokens, hidden_size]; all tokens of the data-parallel rank's part.
+
+        Returns:
+            [num_tokens, hidden_size]; a partial sum over the tensor-parallel group.
+        """
         latent, eps = self._latent, self._latent.norm_eps
         hidden = x
         if self._query_a is not None:
@@ -113,7 +120,12 @@ class LatentAttention(PagedHeads):
     def _attend_in_latent(
         self, query: Tensor, key: Tensor, cache: KVCache, pages: PagedBatch
     ) -> Tensor:
-        """[num_tokens, num_heads, v_head_dim] of [num_tokens, num_heads, head_dim]."""
+        """Attend in the latent's space: [num_tokens, num_heads, v_head_dim].
+
+        Args:
+            query: [num_tokens, num_heads, head_dim].
+            key: [num_tokens, 1, rank + rope]; the new tokens' latents.
+        """
         latent = self._latent
         nope, rope = torch.split(query, [latent.qk_nope_head_dim, latent.qk_rope_head_dim], dim=-1)
         query = query.new_empty(*query.shape[:2], key.shape[2])
@@ -126,7 +138,12 @@ class LatentAttention(PagedHeads):
     def _attend_expanded(
         self, query: Tensor, key: Tensor, cache: KVCache, part: Expanded
     ) -> Tensor:
-        """The same, with keys and values of each head."""
+        """Attend with keys and values of each head: [num_tokens, num_heads, v_head_dim].
+
+        Args:
+            query: [num_tokens, num_heads, head_dim].
+            key: [num_tokens, 1, rank + rope]; the new tokens' latents.
+        """
         cache.clear(part.in_cache.begun_blocks)
         key, _ = cache.write(part.in_cache.slots, key, key[..., :0])
         room = KVCache.of(*self._room_for(part.num_positions, query))
@@ -141,7 +158,7 @@ class LatentAttention(PagedHeads):
         )
 
     def _room_for(self, num_positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values to be filled, [num_positions, num_heads, 1, dim]: blocks of one."""
+        """Buffers of keys and values [num_positions, num_heads, 1, dim]: blocks of one position."""
         keys, values = (
             like.new_empty(num_positions, self._num_heads, 1, dim)
             for dim in (self._head_dim, self._latent.v_head_dim)
@@ -157,7 +174,7 @@ class LatentAttention(PagedHeads):
         self._from_latent(for_heads, out=values)
 
     def _count(self, batch: ForwardBatch, cache: KVCache) -> None:
-        """As that of both kinds; a latent is expanded for every position, not for a token."""
+        """Count FLOPs and bytes; latents are expanded for every position, not only new tokens."""
         recorder = self._mesh.recorder
         if not recorder.is_recording:
             return

@@ -1,4 +1,4 @@
-"""Which sequences of a batch attend in the latent, and where the others' keys and values lie."""
+"""A batch divided for latent attention: sequences that attend in the latent, and expanded ones."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,18 +15,18 @@ from expertlane.engine.ops.transfer import to_device
 from expertlane.schedule.plan import Batch
 from expertlane.spec.model import LatentAttention
 
-_MOST_POSITIONS = 8192  # that are expanded together, if several sequences have them
+_MOST_POSITIONS = 8192  # expanded together, unless a single sequence has more
 
 
 @dataclass(frozen=True, eq=False)
 class Expanded:
-    """Sequences whose keys and values are made from the latent for each head.
+    """Sequences whose latents are expanded together to keys and values of each head.
 
     Attributes:
-        tokens: [num]; their new tokens among the batch's.
-        in_cache: where they stand in the cache.
-        in_room: where keys and values stand that are made: blocks of one position, all cached
-            ones first, sequence after sequence, then the new tokens.
+        tokens: [num]; indices of their new tokens in the batch.
+        in_cache: their pages in the cache of latents.
+        in_room: their pages in the buffer of expanded keys and values: blocks of one position,
+            first all cached positions, sequence after sequence, then the new tokens.
     """
 
     tokens: Tensor
@@ -35,17 +35,19 @@ class Expanded:
 
     @cached_property
     def num_positions(self) -> int:
-        """Positions of all sequences."""
+        """Positions of all these sequences, the new ones included."""
         batch = self.in_cache.batch
         return int((batch.num_computed_tokens + batch.num_scheduled_tokens).sum())
 
 
 class LatentParts(NamedTuple):
-    """A batch by how its sequences attend.
+    """A batch divided by how its sequences attend.
 
     Attributes:
         is_expanded: [num_seqs].
-        in_latent: the other sequences; `rest` [num] are their tokens.
+        expanded: the expanded sequences, in parts of bounded size.
+        in_latent: pages of the sequences that attend in the latent.
+        rest: [num]; indices of their new tokens in the batch; empty where none is expanded.
     """
 
     is_expanded: npt.NDArray[np.bool_]
@@ -55,7 +57,7 @@ class LatentParts(NamedTuple):
 
 
 def latent_parts(pages: PagedBatch, latent: LatentAttention, device: torch.device) -> LatentParts:
-    """Prompts are expanded where that takes fewer FLOPs."""
+    """Divide a batch: prompts are expanded where that takes fewer FLOPs."""
     batch, size = pages.batch, pages.block_size
     is_expanded = takes_less_expanded(batch.num_scheduled_tokens, batch.num_computed_tokens, latent)
     lengths = batch.num_scheduled_tokens + batch.num_computed_tokens
@@ -95,7 +97,7 @@ def latent_parts(pages: PagedBatch, latent: LatentAttention, device: torch.devic
 
 
 def _room_tables(batch: Batch) -> npt.NDArray[np.int32]:
-    """[num_seqs, most positions]; where each position's keys and values are made."""
+    """Block tables [num_seqs, most positions] of the buffer of expanded keys and values."""
     cached, new = batch.num_computed_tokens[:, None], batch.num_scheduled_tokens[:, None]
     first_cached, first_new = np.cumsum(cached)[:, None] - cached, np.cumsum(new)[:, None] - new
     positions = np.arange(int((cached + new).max()))

@@ -24,7 +24,7 @@ from expertlane.spec.names import CheckPoint, Stage
 
 
 class DecoderLayer:
-    """Pre-norm attention and MoE or dense block; tokens stay with their owners between layers."""
+    """Pre-norm attention, and an MoE or dense block; tokens stay with their owners in between."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class DecoderLayer:
         self._mesh, self._recorder = mesh, mesh.recorder
         self._ops = backend_for(source.device)
         self._eps = model.hidden_norm_eps
-        # float32, as they are computed in
+        # float32, as norms are computed in it
         take = taker_of(source, index)
         self._attention_norm, mlp_norm = (
             source.once(index, name, partial(take, name, dtype=torch.float32))
@@ -69,7 +69,14 @@ class DecoderLayer:
         return x
 
     def begin(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Routed | Tensor]:
-        """As `forward`, up to where an MoE block dispatches; all of a dense layer."""
+        """Run the layer up to the dispatch of its MoE block, or to its end if it is dense.
+
+        Args:
+            x: [num_owned, hidden_size].
+
+        Returns:
+            The routed tokens; of a dense layer its output [num_owned, hidden_size].
+        """
         x, added = yield from self._attended(x, batch, cache)
         if isinstance(self.block, MoEBlock):
             return self.block.routed(x, batch, added)
@@ -78,7 +85,10 @@ class DecoderLayer:
     def _attended(
         self, x: Tensor, batch: ForwardBatch, cache: KVCache
     ) -> Steps[tuple[Tensor, Tensor | None]]:
-        """As `_attend`; one tensor where two are no less work."""
+        """x and attention's output, which the next norm adds; or their sum, and None.
+
+        They are summed here where the backend gains nothing by adding in the norm.
+        """
         x, added = yield from self._attend(x, batch, cache)
         if added is not None and (self._recorder.checks or not self._ops.adds_with_norm):
             x, added = x + added, None
@@ -88,14 +98,14 @@ class DecoderLayer:
 
     @property
     def parts(self) -> LayerParts | None:
-        """What it is computed in on this rank; None where not all of it is."""
+        """The C++ calls that compute the layer; None where they do not cover all of it."""
         block = self.block.parts
         if block is None or self._mesh.tp.size > 1 or not isinstance(self._part, AttentionPart):
             return None
         return LayerParts(self._part, *block)
 
     def held(self) -> Iterator[tuple[str, list[Tensor]]]:
-        """As `TransformerStage.held`."""
+        """All weights, by a name that is the same on every rank that holds the same ones."""
         name, tp_rank = f"layer {self.index}", self._mesh.at.tp_rank
         yield f"{name}, norm", [self._attention_norm]
         yield f"{name}, attention of tp rank {tp_rank}", self.attention.tensors()
@@ -105,7 +115,7 @@ class DecoderLayer:
     def _attend(
         self, x: Tensor, batch: ForwardBatch, cache: KVCache
     ) -> Steps[tuple[Tensor, Tensor | None]]:
-        """Two parts of a sum, [num_owned, hidden_size] each; or one, and None."""
+        """x and attention's output, [num_owned, hidden_size] each; or their sum, and None."""
         enter, tp = self._recorder.enter, self._mesh.tp
         enter(Stage.ATTENTION, self.index)
         if self._part is not None and tp.size == 1 and self._part.takes(x):

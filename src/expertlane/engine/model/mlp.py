@@ -19,21 +19,21 @@ from expertlane.spec.names import CheckPoint, Stage
 
 
 def activation_of(model: ModelConfig) -> Activation:
-    """The inner function of all the model's MLPs."""
+    """The activation of all the model's MLPs."""
     return Activation(model.hidden_act, model.swiglu_limit, model.swiglu_alpha)
 
 
 class MLP:
     """An MLP that every token takes: a dense layer's, or an MoE layer's shared expert.
 
-    It is cut over the tensor-parallel group, so its tokens are gathered and its partial sums
-    scattered. Its projections are named `layers.N.PREFIX.…`.
+    It is divided over the tensor-parallel group: tokens are gathered, and partial sums are
+    reduce-scattered. Its projections are named `layers.N.PREFIX.…`.
 
     Attributes:
-        tp_rank: whose part it is.
+        tp_rank: the rank whose slice it is.
 
     Args:
-        inner: its whole inner width.
+        inner: its inner width, over all ranks.
         norm: [hidden_size] float32; None where tokens come normed.
         is_scaled: its output is multiplied by the sigmoid of a projection, `shared_gate`.
     """
@@ -73,7 +73,7 @@ class MLP:
         return [*linears.tensors(), *(t for t in (self._scale, self._norm) if t is not None)]
 
     def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
-        """Apply to the tokens this rank owns, [num_owned, hidden_size]."""
+        """Apply the MLP to the tokens that this rank owns, [num_owned, hidden_size]."""
         enter, layer, part = self._recorder.enter, self._layer, self.part
         if self._tp.size == 1 and part is not None and part.takes(x):
             enter(Stage.EXPERTS, layer)
@@ -121,14 +121,22 @@ class DenseBlock:
 
     @property
     def parts(self) -> tuple[None, MlpPart] | None:
-        """The few calls that compute it; None if they do not cover all of it."""
+        """The C++ call that computes the block; None without one."""
         return (None, self.mlp.part) if isinstance(self.mlp.part, MlpPart) else None
 
     def held(self) -> Iterator[tuple[str, list[Tensor]]]:
-        """Its weights by their name in the layer."""
+        """The block's weights, by names within the layer."""
         yield f"MLP of tp rank {self.mlp.tp_rank}", self.mlp.tensors()
 
     def forward(self, x: Tensor, batch: ForwardBatch, added: Tensor | None = None) -> Steps[Tensor]:
-        """Apply to the tokens this rank owns, [num_owned, hidden_size]; `added` belongs to them."""
+        """Apply the block to the tokens that this rank owns.
+
+        Args:
+            x: [num_owned, hidden_size].
+            added: attention's output, still to be added to x; None if it is.
+
+        Returns:
+            [num_owned, hidden_size].
+        """
         x = x if added is None else x + added
         return x + (yield from self.mlp.forward(x, batch))

@@ -34,8 +34,8 @@ class Routed(NamedTuple):
     """Tokens that have passed the router.
 
     Attributes:
-        x: [T, hidden_size]; as they came, with what was added to them.
-        hidden: [T, hidden_size]; normed.
+        x: [T, hidden_size]; the block's input, attention's output included.
+        hidden: [T, hidden_size]; the normed input.
         topk_ids, topk_weights: [T, top_k].
     """
 
@@ -49,9 +49,9 @@ class MoEBlock:
     """Norm, router, dispatch, experts, combine, the shared expert if any; added to the input.
 
     Attributes:
-        placement: which experts each rank holds now.
-        experts: those of this rank.
-        here: all of the block but the shared expert in few calls, if that is all on this rank.
+        placement: the experts that each rank holds now.
+        experts: this rank's experts.
+        here: the block without the shared expert in few calls; None unless all is on this rank.
         shared: the shared expert, if there is one.
     """
 
@@ -109,14 +109,14 @@ class MoEBlock:
 
     @property
     def parts(self) -> tuple[LocalExperts, MlpPart | None] | None:
-        """The few calls that compute it; None if they do not cover all of it."""
+        """The C++ calls that compute the block; None if they do not cover all of it."""
         shared = None if self.shared is None else self.shared.part
         if self.here is None or not (shared is None or isinstance(shared, MlpPart)):
             return None
         return None if self.shared is not None and shared is None else (self.here, shared)
 
     def held(self) -> Iterator[tuple[str, list[Tensor]]]:
-        """Its weights by their name in the layer."""
+        """The block's weights, by names within the layer."""
         params = self._router.params
         own = (params.norm, params.weight, params.bias, params.correction_bias)
         yield "router", [tensor for tensor in own if tensor is not None]
@@ -144,7 +144,7 @@ class MoEBlock:
         """Switch to another placement.
 
         Args:
-            arrived: by logical expert, those that this rank did not hold so far.
+            arrived: experts that this rank did not hold so far, by logical id.
         """
         own = {**arrived, **dict(zip(self._local, self.experts.held, strict=True))}
         held = [own[expert] for expert in placement.experts_of_rank[self._mesh.at.ep_rank]]
@@ -160,11 +160,11 @@ class MoEBlock:
             self.here = self._ops.local_experts(self._router, self.experts, self._dtype)
 
     def _key_of(self, expert: int) -> Hashable:
-        """Which part of which expert this rank would hold."""
+        """The key of this rank's slice of an expert, for `WeightSource.once`."""
         return EXPERT, expert, self._mesh.layout.etp, self._mesh.at.etp_rank
 
     def put_experts(self, held: HeldWeights) -> None:
-        """Hold this rank's experts for the next stage."""
+        """Put this rank's experts into `held`, for the next stage."""
         for expert, made in zip(self._local, self.experts.held, strict=True):
             held.put(self._layer, self._key_of(expert), made, self._expert_bytes)
 
@@ -191,13 +191,21 @@ class MoEBlock:
         )
 
     def forward(self, x: Tensor, batch: ForwardBatch, added: Tensor | None = None) -> Steps[Tensor]:
-        """Apply to the tokens this rank owns, [num_owned, hidden_size]; `added` belongs to them."""
+        """Apply the block to the tokens that this rank owns.
+
+        Args:
+            x: [num_owned, hidden_size].
+            added: attention's output, still to be added to x; None if it is.
+
+        Returns:
+            [num_owned, hidden_size].
+        """
         if self.here is not None and self.here.takes(x) and added is None:
             return (yield from self._compute_here(self.here, x, batch))
         return (yield from self.finish(self.routed(x, batch, added), batch))
 
     def routed(self, x: Tensor, batch: ForwardBatch, added: Tensor | None = None) -> Routed:
-        """Norm and router of the tokens, as `forward` takes them."""
+        """Norm tokens and choose their experts; for the arguments see `forward`."""
         if added is None:
             hidden, topk_ids, topk_weights = self._router(x)
         else:
@@ -211,7 +219,7 @@ class MoEBlock:
         return Routed(x, hidden, topk_ids, topk_weights)
 
     def finish(self, routed: Routed, batch: ForwardBatch) -> Steps[Tensor]:
-        """What is left of `forward`."""
+        """Dispatch, experts, combine and the shared expert: `forward` after the router."""
         recorder, layer = self._recorder, self._layer
         x, hidden, topk_ids, topk_weights = routed
         recorder.record_topk_ids(topk_ids)
@@ -235,13 +243,13 @@ class MoEBlock:
         return x + combined
 
     def _crowded(self, topk_ids: Tensor) -> Tensor:
-        """The same experts for every token, those of the first rank before others."""
+        """The same top-k ids for every token: experts of the first rank before others."""
         held = dict.fromkeys(chain.from_iterable(self.placement.experts_of_rank))
         first = topk_ids.new_tensor(list(held)[: topk_ids.shape[1]])
         return first.repeat(len(topk_ids), 1)
 
     def _compute_here(self, here: LocalExperts, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
-        """The same without communication, in one call per stage."""
+        """`forward` without communication, in one call per stage."""
         recorder, layer, num_tokens = self._recorder, self._layer, x.shape[0]
         work = here.route(x)
         if recorder.is_recording:
@@ -268,13 +276,17 @@ class MoEBlock:
 
     @property
     def metered(self) -> Tensor | None:
-        """[num_held] int64, to be added to: pairs of each expert; None if they are not counted."""
+        """The meter's counts [num_held] int64 of pairs of each expert, to be added to; or None."""
         if self._recorder.meter is None or self._mesh.at.etp_rank > 0:
             return None
         return self._recorder.meter.counts(self._layer, self._local, self._device)
 
     def _count_pairs(self, counts: Callable[[], Tensor]) -> None:
-        """Count the pairs of each expert, [num_held], if counts are recorded."""
+        """Add pairs of each expert to the meter and to the step's record, where there are any.
+
+        Args:
+            counts: gives the pairs of each expert, [num_held].
+        """
         if (metered := self.metered) is not None:
             metered.add_(counts())
         if not self._recorder.is_recording:

@@ -1,4 +1,4 @@
-"""A decode step's batch as a graph takes it: padded, and where the graph finds it."""
+"""Batches of decode steps for graphs: padded to a size, and copied to fixed memory."""
 
 from collections.abc import Sequence
 
@@ -25,11 +25,11 @@ NO_SEQS = Batch(
 
 
 def places_in(size: int, num_seqs: int, num_parts: int = 1) -> npt.NDArray[np.int64]:
-    """[num_seqs]; where sequences stand among `size`, padding behind.
+    """[num_seqs]; each sequence's index in a batch padded to `size`.
 
     Args:
-        num_parts: of the batch and of what it is padded to, each cut alike; padding is then behind
-            each part, and so every sequence stays in its part.
+        num_parts: parts that the batch and the padded batch are divided into; padding ends each
+            part, so that every sequence stays in its part.
     """
     rooms, own = partition(size, num_parts), partition(num_seqs, num_parts)
     places = [room.start + np.arange(len(part)) for room, part in zip(rooms, own, strict=True)]
@@ -37,10 +37,11 @@ def places_in(size: int, num_seqs: int, num_parts: int = 1) -> npt.NDArray[np.in
 
 
 def padded(batch: Batch, places: npt.NDArray[np.int64], size: int, scratch_block: int) -> Batch:
-    """A batch of one token each, with sequences of padding; all of them yield a token.
+    """Pad a batch with one token for each sequence; all sequences yield a token, padding too.
 
     Args:
-        places: by `places_in`.
+        places: [num_seqs]; of `places_in`.
+        scratch_block: the block of all sequences of padding.
     """
 
     def spread(values: Array, of_padding: int) -> Array:
@@ -63,14 +64,14 @@ def padded(batch: Batch, places: npt.NDArray[np.int64], size: int, scratch_block
 
 
 class StaticInputs:
-    """Where a graph finds the columns of a padded batch; filled before it is launched.
+    """Fixed memory from which a graph reads a padded batch; filled before each launch.
 
     Args:
-        columns: of a batch of that size; the last is of block tables.
-        tables: for those; as wide as the longest sequence may be.
+        columns: arrays of a batch of that size; the last one is the block tables.
+        tables: memory for the block tables, as wide as the longest sequence may be.
 
     Attributes:
-        tensors: as `columns`, with block tables of that width.
+        tensors: the memory of each column; block tables have the full width.
     """
 
     def __init__(self, columns: Sequence[Array], tables: Tensor) -> None:
@@ -80,7 +81,7 @@ class StaticInputs:
         self.tensors = [*unpacked(self._fixed, fixed), self._tables]
 
     def fill(self, columns: Sequence[Array]) -> None:
-        """In one transfer; block tables may be narrower, as far as sequences go."""
+        """Copy a batch's columns there in one transfer; its block tables may be narrower."""
         arrived = packed(columns).to(self._fixed.device, non_blocking=True)
         self._fixed.copy_(arrived[: len(self._fixed)])
         tables = unpacked(arrived, columns)[-1]
@@ -88,11 +89,11 @@ class StaticInputs:
 
 
 class GraphInputs:
-    """Where the graphs of a stage find the columns of batches, by their size.
+    """Fixed memory from which the graphs of a stage read batches, for each padded size.
 
     Args:
-        most_seqs, most_blocks: of the largest block tables.
-        scratch_block: of the cache; for sequences of padding.
+        most_seqs, most_blocks: size of the largest block tables.
+        scratch_block: the cache's block for sequences of padding.
     """
 
     def __init__(
@@ -112,20 +113,20 @@ class GraphInputs:
         self._of_size: dict[int, StaticInputs] = {}
 
     def of_size(self, size: int, columns: Sequence[Array]) -> StaticInputs:
-        """The place of batches of a size."""
+        """The memory for batches of a size, made when it is first asked for."""
         if size not in self._of_size:
             self._of_size[size] = StaticInputs(columns, self._tables[:size])
         return self._of_size[size]
 
 
 class PaddedBatch(ForwardBatch):
-    """A decode step's batch with padding, at the places where a graph finds it.
+    """A decode step's batch with padding, in the memory from which a graph reads it.
 
     Attributes:
-        real: without padding.
+        real: the batch without padding.
 
     Args:
-        num_parts: as of `places_in`.
+        num_parts: see `places_in`.
     """
 
     def __init__(
@@ -154,7 +155,7 @@ class PaddedBatch(ForwardBatch):
 
     @property
     def num_real_owned(self) -> int:
-        """Tokens this rank owns that are no padding."""
+        """Number of tokens that this rank owns, padding not counted."""
         return int(self._own_is_real.sum())
 
     def _columns(self) -> list[Array]:
@@ -167,5 +168,5 @@ class PaddedBatch(ForwardBatch):
         self._take(rest)
 
     def fill(self) -> None:
-        """Copy its columns to where the graph reads them."""
+        """Copy its columns to the memory from which the graph reads them."""
         self._inputs.fill(self._columns())

@@ -1,4 +1,4 @@
-"""Sequences that are sampled together, with their parameters side by side."""
+"""Sampling of several sequences together, with their parameters in common tensors."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -29,16 +29,17 @@ _MIN_TOP_P = 1e-9  # keeps one token, as any less would, and is not lost in roun
 
 
 class SampledSequence:
-    """How a sequence is sampled, and what its next token depends on.
+    """Sampling parameters of a sequence, and the state that its next token depends on.
 
     Attributes:
-        num_output_tokens: [1]; so far.
-        repetition: [1, vocab_size]; the penalty of tokens seen, 1 of all others.
-        counts: [1, vocab_size]; how often each token is in the output.
-        num_held: [1]; tokens to come of which none may be one of `stop_token_ids`.
+        num_output_tokens: [1]; output tokens so far.
+        repetition: [1, vocab_size]; the repetition penalty for tokens seen, 1 for all others; or
+            [1, 0] without the penalty.
+        counts: [1, vocab_size]; how often each token is in the output; or [1, 0] if not needed.
+        num_held: [1]; next tokens that may not be one of `stop_token_ids`.
 
-    The penalties are empty if not needed. All four are views of the tensors of the batch it was
-    last in, and so move on with it.
+    All four are views of the tensors of the batch that the sequence was last in, which updates
+    them.
     """
 
     def __init__(self, state: SamplingState, vocab_size: int, device: torch.device) -> None:
@@ -60,7 +61,7 @@ class SampledSequence:
 
 
 class SampledBatch:
-    """The sequences of a step; it may come again with the next one.
+    """The sequences of a step, sampled together; later steps with the same ones reuse it.
 
     Args:
         sequences: [num_seqs]; None for a plain greedy one.
@@ -81,7 +82,7 @@ class SampledBatch:
             self._penalties.append(_OutputPenalty(counted))
         if held := members(lambda params: params.holds_stops):
             self._penalties.append(_HeldStops(held))
-        # Apart by what they need, so that no one waits for what only others need.
+        # In groups by the limits they need, so that none pays for limits of others.
         drawn = [members(partial(_is_drawn, kind=kind, vocab_size=vocab_size)) for kind in _Kind]
         self._draws = [_Draws(group, vocab_size) for group in drawn if group]
         self._all_drawn = sum(map(len, drawn)) == len(sequences)
@@ -90,11 +91,11 @@ class SampledBatch:
     def choose(
         self, logits: Tensor, masks: Mapping[int, npt.NDArray[np.uint8]] | None = None
     ) -> Tensor:
-        """The next tokens, which count as output from now on.
+        """Choose the next tokens, and count them as output.
 
         Args:
-            logits: [num_seqs, vocab_size] float32; left as they are.
-            masks: by row, the tokens that may be chosen, as `plan.StepPlan.masks`.
+            logits: [num_seqs, vocab_size] float32; not changed.
+            masks: by row, the tokens that may be chosen; see `plan.StepPlan.masks`.
 
         Returns:
             [num_seqs]; `NO_TOKEN` where the greatest score is not finite.
@@ -117,11 +118,11 @@ class SampledBatch:
         return token_ids
 
     def logprobs(self, logits: Tensor, token_ids: Tensor) -> "ChosenLogprobs | None":
-        """Log-probabilities of the model's own distribution; None where nobody wants them.
+        """Log-probabilities by the model's own distribution; None if no sequence asks for any.
 
         Args:
             logits: [num_seqs, vocab_size] float32.
-            token_ids: [num_seqs]; the chosen ones.
+            token_ids: [num_seqs]; the chosen tokens.
         """
         members = self._logprobs
         if not members:
@@ -133,11 +134,12 @@ class SampledBatch:
 
 
 class ChosenLogprobs(NamedTuple):
-    """Log-probabilities of chosen tokens and of the likeliest.
+    """Log-probabilities of chosen tokens and of the likeliest, on the device.
 
     Attributes:
-        rows, nums: of those that want them, and how many of the likeliest.
-        columns: as `token_logprobs` gives them, on the device.
+        rows: rows of the sequences that ask for them.
+        nums: how many of the likeliest each asks for.
+        columns: the result of `token_logprobs` for these rows.
     """
 
     rows: list[int]
@@ -147,11 +149,11 @@ class ChosenLogprobs(NamedTuple):
     def read(
         self, token_ids: list[int], arrived: Iterator[Tensor]
     ) -> Iterator[tuple[int, TokenLogprobs]]:
-        """By row; rows of `NO_TOKEN` are passed over.
+        """Pairs of row and log-probabilities; rows with `NO_TOKEN` are left out.
 
         Args:
-            token_ids: [num_seqs]; the chosen ones.
-            arrived: begins with `columns` on the host, which are taken from it.
+            token_ids: [num_seqs]; the chosen tokens.
+            arrived: tensors on the host; the first are `columns`, which are taken from it.
         """
         lists = [next(arrived).tolist() for _ in self.columns]
         for row, num, logprob, ids, values in zip(self.rows, self.nums, *lists, strict=True):
@@ -165,7 +167,7 @@ class _Members:
 
     Attributes:
         numbers: [num_members]; their rows in the batch.
-        rows: the same as an index; a slice where it is the whole batch, which spares copies.
+        rows: `numbers` as an index; a slice if that is the whole batch, which saves copies.
     """
 
     def __init__(
@@ -192,13 +194,13 @@ class _Members:
     def column(
         self, value: Callable[[SamplingParams], float], dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        """A parameter of each: [num_members, 1]."""
+        """A parameter of each member: [num_members, 1]."""
         values = [value(sequence.params) for sequence in self.sequences]
         (column,) = to_device([np.array(values, dtype=np.float64)], self.device)
         return column.to(dtype)[:, None]
 
     def join(self, name: str) -> Tensor:
-        """One tensor from an attribute of each, [num_members, …]; they keep views of it."""
+        """Join an attribute of the members to [num_members, …]; each keeps a view of it."""
         joined = torch.cat([getattr(sequence, name) for sequence in self.sequences])
         for sequence, row in zip(self.sequences, joined[:, None].unbind(), strict=True):
             setattr(sequence, name, row)
@@ -222,11 +224,11 @@ class _LogitBias:
         scores[self._places] += self._values
 
     def count(self, token_ids: Tensor) -> None:
-        """Depends on no token."""
+        """Do nothing: biases do not depend on the output."""
 
 
 class _HeldStops:
-    """Lets no token end an output that is still too short."""
+    """Forbids stop tokens while an output is shorter than `min_tokens`."""
 
     def __init__(self, members: _Members) -> None:
         self._num_held = members.join("num_held")
@@ -241,18 +243,18 @@ class _HeldStops:
         self._places = to_device([np.ascontiguousarray(columns)], members.device)[0].unbind()
 
     def apply(self, scores: Tensor) -> None:
-        """Make them impossible in scores, [num_seqs, vocab_size], in place."""
+        """Set their scores to -inf, [num_seqs, vocab_size], in place."""
         members, *places = self._places
         own = scores[places[0], places[1]]
         scores[places[0], places[1]] = own.masked_fill(self._num_held[members] > 0, -math.inf)
 
     def count(self, token_ids: Tensor) -> None:
-        """One token less to come, whichever it is."""
+        """Count one token more, whichever it is."""
         self._num_held -= 1
 
 
 class _RepetitionPenalty:
-    """Makes tokens of prompt and output less likely, however often they came."""
+    """Makes tokens of prompt and output less likely, however often they occur."""
 
     def __init__(self, members: _Members) -> None:
         self._rows = members.rows
@@ -266,12 +268,12 @@ class _RepetitionPenalty:
         scores[self._rows] = own.clamp(max=0).mul_(self._factors).add_(positive)
 
     def count(self, token_ids: Tensor) -> None:
-        """Take in the chosen tokens, [num_seqs]."""
+        """Add the chosen tokens, [num_seqs], to those seen."""
         self._factors.scatter_(1, token_ids[self._rows][:, None], self._penalty)
 
 
 class _OutputPenalty:
-    """Takes the presence penalty off tokens in the output, the frequency penalty each time."""
+    """Subtracts the presence penalty from tokens in the output, the frequency penalty each time."""
 
     def __init__(self, members: _Members) -> None:
         self._rows = members.rows
@@ -287,26 +289,26 @@ class _OutputPenalty:
         scores[self._rows] -= penalty
 
     def count(self, token_ids: Tensor) -> None:
-        """Take in the chosen tokens, [num_seqs]."""
+        """Add the chosen tokens, [num_seqs], to the counts."""
         self._counts.scatter_add_(1, token_ids[self._rows][:, None], self._one)
 
 
 class _Kind(Enum):
-    """Which tokens may be drawn."""
+    """The limits on the tokens that may be drawn."""
 
-    FREELY = auto()  # all
-    BY_SHARE = auto()  # those of top-p and min-p
-    BY_RANK = auto()  # those of top-k, and of the others too
+    FREELY = auto()  # none
+    BY_SHARE = auto()  # top-p or min-p
+    BY_RANK = auto()  # top-k, perhaps with the others
 
 
 class _Draws:
-    """Sequences whose tokens are drawn."""
+    """Sequences of one kind whose tokens are drawn, with their seeds and limits."""
 
     def __init__(self, members: _Members, vocab_size: int) -> None:
         self.rows, self._ops = members.rows, backend_for(members.device)
         self._seeds = np.array([sequence.seed for sequence in members.sequences], dtype=np.uint64)
         self._num_output_tokens = members.join("num_output_tokens")
-        # What float32 rounds to 0 or to infinity would make NaNs.
+        # A temperature that float32 rounds to 0 or to infinity would make NaNs.
         self._temperature = members.column(
             lambda params: min(max(params.temperature, _FLOAT32.tiny), _FLOAT32.max)
         )
@@ -320,7 +322,7 @@ class _Draws:
             self._min_p = members.column(lambda params: params.min_p)
 
     def choose(self, scores: Tensor) -> Tensor:
-        """Draw from scores, [num_members, vocab_size]; the token ids, [num_members]."""
+        """Draw token ids [num_members] from scores [num_members, vocab_size]."""
         limits = self._top_k, self._top_p, self._min_p
         drawn = self._ops.draw_tokens(
             scores, self._temperature, limits, self._seeds, self._num_output_tokens
@@ -329,7 +331,8 @@ class _Draws:
             return drawn
         greatest = scores.amax(1, keepdim=True)
         is_finite = greatest.isfinite()
-        # Drawn from all the same: the numbers of other rows stay theirs. A GPU is not asked.
+        # Rows that are not finite are drawn from too, so that no row's number changes; on a GPU
+        # they are masked without asking whether there are any.
         if scores.device.type != "cpu" or not is_finite.all():
             scores = scores.masked_fill(~is_finite, 0)
             greatest = greatest.masked_fill(~is_finite, 0)
@@ -342,7 +345,7 @@ class _Draws:
 
 
 def _mask_out(scores: Tensor, masks: Mapping[int, npt.NDArray[np.uint8]]) -> None:
-    """Make all other tokens impossible in scores, [num_seqs, vocab_size], in place."""
+    """Set the scores of tokens outside the masks to -inf, [num_seqs, vocab_size], in place."""
     bits = np.invert(np.stack(list(masks.values())))
     is_out = np.unpackbits(bits, axis=1, count=scores.shape[1], bitorder="little")
     (of_rows,) = to_device([is_out.view(np.bool_)], scores.device)

@@ -1,4 +1,4 @@
-"""Chooses the next tokens of the sequences a rank finishes, each as its request asks."""
+"""Chooses the next tokens of a rank's sequences, by the sampling parameters of each request."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,8 +22,8 @@ class _Admitted:
     """A sequence as it was admitted, and its committed tokens since.
 
     Attributes:
-        sequence: what sampling needs of both, and of tokens that are not committed; made when a
-            token is sampled.
+        sequence: its sampling state, tokens that are not committed included; made when a token is
+            sampled.
     """
 
     state: SamplingState
@@ -31,18 +31,18 @@ class _Admitted:
     sequence: SampledSequence | None = None
 
     def as_committed(self) -> SamplingState:
-        """With the tokens since as output."""
+        """The state at admission, with the committed tokens since added to its output."""
         output = np.concatenate((self.state.output_token_ids, np.array(self.token_ids, np.int64)))
         return replace(self.state, output_token_ids=output)
 
 
 @dataclass(eq=False)
 class SamplerStep:
-    """What a step has changed, and `Sampler.undo` takes back.
+    """The changes of a step, which `Sampler.undo` takes back.
 
     Attributes:
-        before: what was known of sequences that it released or admitted; None of unknown ones.
-        masks: by sequence id, as `plan.StepPlan.masks`.
+        before: earlier states of sequences that it released or admitted; None of unknown ones.
+        masks: by sequence id; see `plan.StepPlan.masks`.
         chosen: sequences, None for those that are not sampled, and their tokens.
     """
 
@@ -52,13 +52,13 @@ class SamplerStep:
 
 
 class Sampled:
-    """Tokens that were chosen, and their log-probabilities, on the device where logits are.
+    """Tokens that were chosen, and their log-probabilities, on the device of the logits.
 
     Args:
-        step: that is to know them, once they are read.
+        step: records the tokens when they are read.
 
     Attributes:
-        tensors: to be brought to the host, and given to `read`.
+        tensors: to be copied to the host, and given to `read`.
     """
 
     def __init__(self, step: SamplerStep) -> None:
@@ -73,10 +73,13 @@ class Sampled:
         sequences: list[_Admitted | None],
         logprobs: ChosenLogprobs | None,
     ) -> None:
-        """Tokens of the next sequences, [num]; no `sequences` where none of them is sampled.
+        """Add the tokens of the next sequences.
 
         Args:
-            logprobs: of some of them.
+            token_ids: [num].
+            seq_ids: [num].
+            sequences: [num]; empty where none of them is sampled.
+            logprobs: log-probabilities of the sequences that ask for them.
         """
         self._parts.append((seq_ids, sequences, logprobs))
         self.tensors.append(token_ids)
@@ -84,10 +87,10 @@ class Sampled:
             self.tensors += logprobs.columns
 
     def read(self, arrived: Iterator[Tensor]) -> tuple[list[int], dict[int, TokenLogprobs]]:
-        """What came of it.
+        """Read the tokens on the host, and record them in the step.
 
         Args:
-            arrived: `tensors` on the host, taken from it.
+            arrived: tensors on the host; the first are `tensors`, which are taken from it.
 
         Returns:
             The token ids, [num_seqs], `NO_TOKEN` where the greatest logit is not finite; and the
@@ -107,29 +110,29 @@ class Sampled:
 
 
 class Sampler:
-    """Samples the sequences it was told of; all others are greedy.
+    """Samples the sequences that were admitted here; all others are greedy.
 
-    The draw of a request's token number i depends on its seed and i alone.
+    The random number for a request's token number i depends on its seed and i alone.
 
     Args:
-        vocab_size: of the model.
-        device: where the logits are.
+        vocab_size: the model's number of token ids.
+        device: device of the logits.
     """
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
         self._admitted: dict[int, _Admitted] = {}
-        # Batches come again step after step. No sequence is in two: the batch has what changes.
+        # Batches recur step after step. No sequence is in two: the batch has its changing state.
         self._batches: dict[tuple[int, ...], tuple[list[_Admitted | None], SampledBatch]] = {}
         self._step = SamplerStep({})
 
     def samples_any(self, seq_ids: Iterable[int]) -> bool:
-        """Whether any of these sequences asks for more than its likeliest token."""
+        """Whether any of these sequences is sampled, not plainly greedy."""
         return not self._admitted.keys().isdisjoint(seq_ids)
 
     def state(self, seq_id: int) -> SamplingState | None:
-        """A sequence as it was admitted; None of a greedy one."""
+        """The state of a sequence at its admission; None of a greedy one."""
         admitted = self._admitted.get(seq_id)
         return None if admitted is None else admitted.state
 
@@ -139,12 +142,12 @@ class Sampler:
         admitted: Mapping[int, SamplingState] | None = None,
         masks: Mapping[int, npt.NDArray[np.uint8]] | None = None,
     ) -> SamplerStep:
-        """Begin a step; it is to be committed, or else undone before all steps before it.
+        """Begin a step, which is later committed in order, or undone, the newest first.
 
         Args:
-            released: sequences to forget first; unknown ones are passed over.
-            admitted: how to sample sequences from now on, whatever was known of them before.
-            masks: by sequence id, which tokens this step may choose, as `plan.StepPlan.masks`.
+            released: sequences to forget first; unknown ones are ignored.
+            admitted: states of sequences to sample from now on; they replace earlier ones.
+            masks: by sequence id, the tokens that this step may choose; see `plan.StepPlan.masks`.
         """
         admitted = admitted or {}
         changed = [*released, *admitted]
@@ -157,14 +160,14 @@ class Sampler:
         return self._step
 
     def commit(self, step: SamplerStep) -> None:
-        """Make the oldest step's choices final."""
+        """Make the tokens of the oldest step final."""
         for sequences, token_ids in step.chosen:
             for admitted, token_id in zip(sequences, token_ids, strict=True):
                 if admitted is not None:
                     admitted.token_ids.append(max(token_id, 0))
 
     def undo(self, step: SamplerStep) -> None:
-        """Be as before the newest step."""
+        """Take back the newest step."""
         for seq_id, before in step.before.items():
             if before is None:
                 self._admitted.pop(seq_id, None)
@@ -175,10 +178,10 @@ class Sampler:
         self._batches.clear()
 
     def checksum(self, seq_ids: Iterable[int], of_tensor: Callable[[Tensor], int]) -> int:
-        """Of what the next tokens of some sequences depend on beside logits.
+        """Checksum of the sampling state of some sequences.
 
         Args:
-            of_tensor: the checksum of a tensor.
+            of_tensor: gives the checksum of a tensor.
         """
         counted: list[Any] = []
         for seq_id in seq_ids:
@@ -191,7 +194,7 @@ class Sampler:
         return crc32(repr(counted).encode())
 
     def sample(self, seq_ids: list[int], logits: Tensor) -> "Sampled":
-        """Choose the next token of each sequence, which is counted as part of its output.
+        """Choose the next token of each sequence, and count it as output.
 
         Args:
             seq_ids: [num_seqs]; none twice.
@@ -209,7 +212,7 @@ class Sampler:
         return sampled
 
     def _masks_of(self, seq_ids: list[int]) -> dict[int, npt.NDArray[np.uint8]]:
-        """By row."""
+        """The step's masks of these sequences, by row."""
         masks = self._step.masks
         if not masks:
             return {}

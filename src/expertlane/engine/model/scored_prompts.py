@@ -1,4 +1,4 @@
-"""Which tokens of a batch are prompt tokens whose log-probabilities are asked for."""
+"""Log-probabilities of prompt tokens: the tokens of a batch that need them, and their values."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ _LOGITS = 1 << 23  # computed at a time, 32 MiB: a prompt of 100,000 tokens has 
 
 @dataclass(frozen=True, eq=False)
 class ScoredPrompts:
-    """Prompt tokens of a batch, each given those before it.
+    """Prompt tokens of a batch whose log-probabilities are asked for, in a part for each sequence.
 
     Attributes:
-        rows: [num_scored], ascending; the tokens of the batch that stand just before them.
+        rows: [num_scored], ascending; index in the batch of the token just before each.
         token_ids: [num_scored].
-        seq_ids: [num_parts]; of each sequence.
-        starts: [num_parts]; the place of its first token in its prompt.
-        borders: [num_parts + 1]; where its tokens begin and end.
+        seq_ids: [num_parts]; the sequence of each part.
+        starts: [num_parts]; position of its first scored token in the prompt.
+        borders: [num_parts + 1]; where each part begins among the scored tokens, and the end.
         num_top_of: [num_parts]; how many of the likeliest tokens each asks for.
     """
 
@@ -41,10 +41,10 @@ class ScoredPrompts:
     def of_batch(
         cls, batch: Batch, state_of: Callable[[int], SamplingState | None]
     ) -> "ScoredPrompts | None":
-        """None where no sequence asks for any.
+        """The scored prompt tokens of a batch; None if no sequence asks for any.
 
         Args:
-            state_of: what is known of a sequence by its id; None if it is plain.
+            state_of: gives the sampling state of a sequence by its id; None of a greedy one.
         """
         rows: list[npt.NDArray[np.int64]] = []
         tokens: list[npt.NDArray[np.int64]] = []
@@ -75,12 +75,12 @@ class ScoredPrompts:
         return cls(np.concatenate(rows), np.concatenate(tokens), seq_ids, starts, borders, nums)
 
     def chunks(self, vocab_size: int) -> "list[slice]":
-        """Of `rows`, as many at a time as there is memory for their logits."""
+        """Slices of `rows`, each as many as a bound on memory for their logits allows."""
         size = max(1, _LOGITS // vocab_size)
         return [slice(start, start + size) for start in range(0, len(self.rows), size)]
 
     def score(self, logits: Tensor, chunk: slice) -> tuple[Tensor, ...]:
-        """What a chunk's logits say of its tokens: columns of a `PromptPart`.
+        """Log-probabilities, ranks and likeliest tokens of a chunk: columns of a `PromptPart`.
 
         Args:
             logits: [num_rows, vocab_size] float32.
@@ -93,7 +93,7 @@ class ScoredPrompts:
         return logprobs.cpu(), ranks.int().cpu(), top_ids.int().cpu(), top.cpu()
 
     def parts(self, scored: list[tuple[Tensor, ...]]) -> dict[int, PromptPart]:
-        """By sequence id, from the columns of all chunks."""
+        """Parts by sequence id, from the columns of all chunks."""
         columns = [torch.cat(column).numpy() for column in zip(*scored, strict=True)]
         logprobs, ranks, top_ids, top = columns
         found = {}

@@ -1,7 +1,7 @@
-"""The tensors that a checkpoint holds, by `config.json` and its files' headers; without torch.
+"""The tensors of a checkpoint, by `config.json` and the headers of its files; without torch.
 
-Its safetensors files, one, or many with an index, are memory-mapped. Pages of a mapped file count
-as memory of whoever reads them, so the mapping is dropped whenever much of it has been read.
+The safetensors files, one, or many with an index, are memory-mapped. Pages of a mapped file count
+as memory of the process that reads them, so a file is unmapped whenever much of it has been read.
 """
 
 import json
@@ -54,13 +54,13 @@ _COMPARED_BYTES = 16 * 1024**2  # at a time
 
 
 class Shards:
-    """The stored tensors of a folder.
+    """The safetensors files of a folder.
 
     Args:
-        framework: library of the arrays that slices are; with numpy nothing here needs torch.
+        framework: the library whose arrays slices are; with numpy nothing here needs torch.
 
     Raises:
-        SpecError: there are none, or the index or a file cannot be read.
+        SpecError: there are no files, or the index or a file cannot be read.
     """
 
     def __init__(self, folder: Path, framework: Literal["pt", "numpy"]) -> None:
@@ -79,7 +79,7 @@ class Shards:
             yield from self._file(file).keys()
 
     def slice(self, stored_name: str) -> Any:
-        """A stored tensor, to be sliced: only what is sliced is read.
+        """A stored tensor, to be sliced; only the slices are read.
 
         Raises:
             SpecError: it is missing, or its file cannot be read.
@@ -93,7 +93,7 @@ class Shards:
             raise SpecError(f"{self._folder / file}: tensor {stored_name} is missing") from None
 
     def tensor(self, stored_name: str) -> Any:
-        """The whole of a stored tensor, which `slice` has found."""
+        """A whole stored tensor, which `slice` has found before."""
         return self._file(self._file_of_tensor[stored_name]).get_tensor(stored_name)
 
     def bytes_of(self, stored_name: str) -> memoryview:
@@ -106,12 +106,12 @@ class Shards:
         return memoryview(mapped)[8 + header_bytes :][begin:end]
 
     def files(self) -> Iterable[Path]:
-        """All of them, and the index where there is one."""
+        """Paths of the files, and of the index, which may not exist."""
         names = set(self._file_of_tensor.values())
         return (self._folder / name for name in (*names, *({_INDEX} - names)))
 
     def metadata(self) -> dict[str, str]:
-        """What a folder's only file says about itself."""
+        """The metadata of a folder's only file."""
         return dict(self._file(_FILE).metadata() or {})
 
     def count_read(self, num_bytes: int) -> None:
@@ -124,7 +124,7 @@ class Shards:
         self._mapped_bytes = 0
 
     def _read_index(self) -> dict[str, str]:
-        """The file of every stored tensor."""
+        """The file name of every stored tensor."""
         path = self._folder / _INDEX
         if (self._folder / _FILE).exists():  # transformers looks for it first
             return dict.fromkeys(self._file(_FILE).keys(), _FILE)
@@ -141,7 +141,7 @@ class Shards:
         return dict(files)
 
     def _file(self, name: str) -> Any:
-        """An open file; others are unmapped first where much of them was read."""
+        """An open file; all files are unmapped first if much of them was read."""
         if self._mapped_bytes > MAX_MAPPED_BYTES:
             self.close()
         if name not in self._open_files:
@@ -157,25 +157,28 @@ class Shards:
 
 
 def _stays_inside(file: str) -> bool:
-    """Judged by the name alone: links are followed, since the hub's cache consists of them."""
+    """Whether a file's name stays inside the folder.
+
+    Links are followed, since the hub's cache consists of them.
+    """
     path = PurePosixPath(file)
     return bool(file) and "\0" not in file and not path.is_absolute() and ".." not in path.parts
 
 
 class StoredTensors:
-    """A folder with a `config.json` and safetensors.
+    """A checkpoint: a folder with a `config.json` and safetensors files.
 
     Args:
-        model: what is to be read; by default what `config.json` describes.
-        framework: library of the arrays that slices of tensors are.
+        model: the model whose tensors are read; by default the one that `config.json` describes.
+        framework: the library whose arrays slices of tensors are.
 
     Attributes:
-        folder: where it is.
-        model: as given or described.
-        scheme: how matrices of one byte are stored; None where there are none.
+        folder: the checkpoint's folder.
+        model: the model given, or described.
+        scheme: the quantisation scheme of one-byte matrices; None where there are none.
 
     Raises:
-        SpecError: no checkpoint is there, or it is of a kind that cannot be read.
+        SpecError: there is no checkpoint, or it is of a kind that cannot be read.
     """
 
     def __init__(
@@ -196,12 +199,12 @@ class StoredTensors:
         """Check that all tensors of the model are there, with their shapes, by the files' headers.
 
         Returns:
-            The stored tensors that the model has no use for, sorted. An output head beside an
-            embedding that it is tied to is not among them, nor is what transformers ignores without
+            Names of stored tensors that the model does not use, sorted. They do not include an
+            output head that is tied to the embedding, nor tensors that transformers ignores without
             a warning.
 
         Raises:
-            SpecError: one is missing or has a wrong shape.
+            SpecError: a tensor is missing or has a wrong shape.
         """
         used: set[str] = set()
         for name in tensor_names(self.model):
@@ -221,16 +224,16 @@ class StoredTensors:
         return sorted(unused)
 
     def files(self) -> Iterable[Path]:
-        """What the folder holds of it."""
+        """Paths of the checkpoint's files that exist."""
         of_shards = (path for path in self._shards.files() if path.exists())
         return (self.folder / "config.json", *of_shards)
 
     def is_narrow(self, name: str) -> bool:
-        """Whether a logical tensor is stored in one byte."""
+        """Whether a logical tensor is stored as one-byte values."""
         return self._is_narrow(self._locate(name)[0])
 
     def has_head_of_its_own(self) -> bool:
-        """Whether `config.json` ties the head to the embedding, but there is another head.
+        """Whether `config.json` ties the head to the embedding, but a different head is stored.
 
         Raises:
             SpecError: the head has another shape than the embedding, or cannot be read.
@@ -250,7 +253,7 @@ class StoredTensors:
         )
 
     def _without_values(self) -> Iterator[str]:
-        """Names of shared experts of no width, which transformers writes all the same."""
+        """Stored names of shared experts of width 0, which transformers writes nevertheless."""
         model = self.model
         if model.shared_expert_intermediate_size:
             return
@@ -272,7 +275,7 @@ class StoredTensors:
         )
 
     def _stored_names(self, stored: TensorLocation) -> list[str]:
-        """A tensor's own name, or those of its quantised form."""
+        """Stored names of a tensor: its own, or those of its quantised form."""
         if self._is_mxfp4(stored):
             return [f"{stored.name}_blocks", f"{stored.name}_scales"]
         if not self._is_narrow(stored):
@@ -280,12 +283,12 @@ class StoredTensors:
         assert self.scheme is not None
         names = [self._values_name(stored), f"{stored.name}{self.scheme.scale}"]
         more = [f"{stored.name}_shape"] if self.scheme.is_packed else []
-        # Scales of activations are not used: inputs are rounded by their own values, or not.
+        # Scales of activations are not used: inputs are scaled by their own values, if rounded.
         more += [stored.name.removesuffix("weight") + each for each in _OF_ACTIVATIONS]
         return names + [name for name in more if name in self._shards]
 
     def _is_narrow(self, stored: TensorLocation) -> bool:
-        """Whether a tensor is stored in one byte."""
+        """Whether a tensor is stored as one-byte values."""
         scheme = self.scheme
         if scheme is None or stored.expert is not None:
             return False
@@ -309,7 +312,7 @@ class StoredTensors:
         return f"{stored.name}_blocks" in self._shards
 
     def _locate(self, name: str) -> tuple[TensorLocation, Shape]:
-        """Where a logical tensor is, and its logical shape; its stored shape has been checked."""
+        """The location and logical shape of a logical tensor; checks its stored shape."""
         locations = tensor_locations(self._family, name)
         if name in (EMBEDDING, HEAD) and self.model.tie_word_embeddings:
             name = EMBEDDING  # one of them is enough
@@ -320,7 +323,7 @@ class StoredTensors:
         there = [each for each in locations if self._is_there(each)]
         if not there:
             raise SpecError(f"{self.folder}: tensor {locations[0].name} is missing")
-        # Of one name, transposed or not, what fits.
+        # Of locations with one name, transposed or not, take the one whose shape fits.
         alike = [each for each in there if each.name == there[0].name][1:]
         fits = (
             each for each in alike if self._shape_in_file(each.name) == self._plain(each, shape)
@@ -343,7 +346,7 @@ class StoredTensors:
         return stored.name in self._shards or self._is_mxfp4(stored) or self._is_narrow(stored)
 
     def _plain(self, stored: TensorLocation, shape: Shape) -> list[int]:
-        """The shape in the file of a tensor that is not quantised."""
+        """The stored shape of a tensor that is not quantised."""
         rows, *columns = shape
         whole = [rows * (1 if stored.half is None else 2), *columns]
         whole = whole[::-1] if stored.transposed else whole

@@ -29,17 +29,17 @@ from expertlane.spec.model import EMBEDDING, FINAL_NORM, HEAD, ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.prompt_logprobs import PromptPart
 
-# Of a layer where nothing travels, in order.
+# Stages of a layer without communication, in order.
 _LAYER_STAGES = (Stage.ATTENTION, Stage.ROUTER, Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE)
 
 
 class HeadResult(NamedTuple):
-    """What the last stage gives for a batch.
+    """The output head's result for a batch.
 
     Attributes:
-        token_ids: [num_seqs]; the likeliest, the same on all tensor-parallel ranks, or `NO_TOKEN`
-            where the greatest logit is not finite; None where more is needed.
-        logits: [num_seqs, num_local_vocab] float32.
+        token_ids: [num_seqs]; the likeliest tokens, the same on all tensor-parallel ranks, or
+            `NO_TOKEN` where the greatest logit is not finite; None where `all_logits` is given.
+        logits: [num_seqs, num_local_vocab] float32; this rank's part of the vocabulary.
         all_logits: [num_seqs, vocab_size] float32; None unless needed.
         prompt_logprobs: by sequence id, where asked for.
     """
@@ -81,7 +81,7 @@ class OutputHead:
 
         Args:
             x: [num_owned, hidden_size].
-            needs_logits: more is asked for than the likeliest token.
+            needs_logits: give logits of the whole vocabulary, not the likeliest tokens.
         """
         enter, tp = self._recorder.enter, self._mesh.tp
         enter(Stage.HEAD)
@@ -127,7 +127,12 @@ class OutputHead:
         return scored.parts(found)
 
     def _normed(self, x: Tensor, own: Tensor, num_of_tp_rank: list[int]) -> Steps[Tensor]:
-        """[num_rows, hidden_size]; rows of all tensor-parallel ranks, `own` of this one's."""
+        """Normed rows [num_rows, hidden_size] of all tensor-parallel ranks; `own` are this rank's.
+
+        Args:
+            own: indices of this rank's rows in x.
+            num_of_tp_rank: [tp]; rows of each rank.
+        """
         recorder, tp = self._recorder, self._mesh.tp
         hidden = self._ops.rms_norm(x[own], self._norm, self._eps)
         if tp.size > 1:
@@ -142,19 +147,19 @@ class OutputHead:
         )
 
     def whole(self, logits: Tensor) -> Steps[Tensor]:
-        """[num_seqs, vocab_size], from every rank's part of the vocabulary."""
+        """Logits [num_seqs, vocab_size], gathered from every rank's part of the vocabulary."""
         recorder, tp = self._recorder, self._mesh.tp
         if tp.size == 1:
             return logits
         recorder.enter(Stage.COLLECTIVES)
-        # The vocabulary is what is cut: it must be the rows.
+        # Ranks hold parts of the vocabulary, so it must be the rows of the gather.
         gathered = yield from tp.gathered(logits.t().contiguous(), self._vocab_of_tp_rank)
         recorder.enter(Stage.HEAD)
         return gathered.t()
 
     @staticmethod
     def _best(logits: Tensor) -> Tensor:
-        """[num_seqs, 2] float64; the greatest of this rank's logits, and where it is."""
+        """[num_seqs, 2] float64; this rank's greatest logit, and its index."""
         if logits.shape[1]:
             value, place = logits.max(dim=-1)
         else:  # more ranks than vocabulary
@@ -165,7 +170,11 @@ class OutputHead:
         return torch.stack([value.double(), place.double()], 1)
 
     def _likeliest(self, candidates: Tensor) -> Steps[Tensor]:
-        """`likeliest` over all ranks' parts, of what is best in this one's."""
+        """The likeliest tokens over all ranks' parts of the vocabulary.
+
+        Args:
+            candidates: [num_seqs, 2] float64; of `_best`.
+        """
         recorder, tp, num_seqs = self._recorder, self._mesh.tp, len(candidates)
         candidates[:, 1] += self._first_token_id
         recorder.enter(Stage.COLLECTIVES)
@@ -182,10 +191,10 @@ RunsLayers = Callable[[Tensor, ForwardBatch], Steps[Tensor]]
 
 
 class StageParts:
-    """Makes the parts of a stage, each of the weights that a source gives.
+    """Makes the parts of a stage from the weights of a source.
 
     Attributes:
-        layers: that the stage has.
+        layers: the stage's layers.
     """
 
     def __init__(
@@ -197,12 +206,12 @@ class StageParts:
         self.layers = mesh.layout.layers_of_stage(model.num_hidden_layers, mesh.at.pp_rank)
 
     def layer(self, layer: int) -> DecoderLayer:
-        """One of `layers`."""
+        """Make one of `layers`."""
         placement = self._placements[layer]
         return DecoderLayer(self._model, layer, placement, self._source, self._mesh, self._rotary)
 
     def embedding(self) -> Tensor | None:
-        """[vocab_size, hidden_size]; None but in the first stage."""
+        """The embedding [vocab_size, hidden_size]; None except in the first stage."""
         if not self._mesh.is_first_stage:
             return None
         # Hidden states are kept divided by the residual multiplier; see `hidden_norm_eps`.
@@ -215,14 +224,14 @@ class StageParts:
         return self._source.once(None, EMBEDDING, embedding)
 
     def head(self) -> OutputHead | None:
-        """None but in the last stage."""
+        """The output head; None except in the last stage."""
         if not self._mesh.is_last_stage:
             return None
         return OutputHead(self._model, self._source, self._mesh)
 
 
 class TransformerStage:
-    """The layers of one pipeline stage on one rank, with embedding or head at the ends."""
+    """The layers of one pipeline stage on one rank, with the embedding or the head at the ends."""
 
     def __init__(
         self,
@@ -255,11 +264,11 @@ class TransformerStage:
         return held
 
     def leave_cache(self) -> list[KVCache]:
-        """Keys and values, for `take_cache` of a stage with the same layers and heads."""
+        """The layers' KV caches, for `take_cache` of a stage with the same layers and heads."""
         return self._caches
 
     def take_cache(self, caches: list[KVCache]) -> None:
-        """Go on with the keys and values of another stage."""
+        """Use the KV caches of another stage."""
         self._part, self._caches = None, caches
 
     def held(self) -> Iterator[tuple[str, list[Tensor]]]:
@@ -273,11 +282,11 @@ class TransformerStage:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes of the key/value cache."""
+        """Bytes of the KV caches."""
         return sum(cache.num_bytes for cache in self._caches)
 
     def set_forms(self, forms: Sequence[DispatchForm], payload: PayloadType) -> None:
-        """Make ready for batches that use these dispatch forms, and no others."""
+        """Prepare for batches that use only these dispatch forms."""
         for block in self.moe_blocks.values():
             block.set_forms(forms, payload)
 
@@ -291,7 +300,7 @@ class TransformerStage:
     def allocate_cache(
         self, num_blocks: int, block_size: int, kv_dtype: KVCacheType = "model"
     ) -> None:
-        """Make room for `num_blocks` blocks of `block_size` positions; forget what was there."""
+        """Allocate empty caches of `num_blocks` blocks of `block_size` positions."""
         self._part, self._caches = None, []
         self._caches = [
             KVCache(
@@ -302,7 +311,7 @@ class TransformerStage:
         ]
 
     def _layers_part(self) -> LayersPart | None:
-        """All layers in one call, where nothing travels between them and no stage is looked at."""
+        """All layers in one call; None with communication, a record, checks, or without the C++."""
         recorder = self.mesh.recorder
         if self.mesh.stage.size > 1 or recorder.is_recording or recorder.checks is not None:
             return None
@@ -326,23 +335,23 @@ class TransformerStage:
 
     @property
     def layers(self) -> Iterable[tuple[DecoderLayer, KVCache]]:
-        """Each with its cache."""
+        """The stage's layers, each with its KV cache."""
         return zip(self._layers, self._caches, strict=True)
 
     def with_all_logits(self, result: HeadResult) -> Steps[HeadResult]:
-        """The head's result of likeliest tokens, with logits of the whole vocabulary instead."""
+        """The head's result, with logits of the whole vocabulary in place of likeliest tokens."""
         assert self._head is not None, "it is the last stage"
         all_logits = yield from self._head.whole(result.logits)
         return result._replace(token_ids=None, all_logits=all_logits)
 
     def embed(self, batch: ForwardBatch) -> Tensor:
-        """First stage only: the hidden states of the owned tokens, [num_owned, hidden_size]."""
+        """Embeddings of the owned tokens, [num_owned, hidden_size]; first stage only."""
         assert self._embedding is not None, "only the first stage holds the embedding"
         self.mesh.recorder.enter(Stage.EMBED)
         return self._embedding.index_select(0, batch.owned_token_ids)
 
     def empty_hidden(self, num_tokens: int) -> Tensor:
-        """Room for hidden states from another stage, [num_tokens, hidden_size]."""
+        """A buffer for hidden states from another stage, [num_tokens, hidden_size]."""
         shape = (num_tokens, self.model.hidden_size)
         return torch.empty(shape, dtype=self._dtype, device=self.device)
 
@@ -358,9 +367,9 @@ class TransformerStage:
 
         Args:
             x: [num_owned, hidden_size].
-            needs_logits: all logits are wanted, not only the likeliest token.
-            scored: prompt tokens whose log-probabilities are wanted too.
-            layers: runs them instead.
+            needs_logits: give logits of the whole vocabulary, not the likeliest tokens.
+            scored: prompt tokens whose log-probabilities are asked for.
+            layers: a function that runs the layers in another way.
 
         Returns:
             Hidden states [num_owned, hidden_size] for the next stage, or the head's result.

@@ -1,9 +1,9 @@
-"""Seeded weights: the same logical tensors whatever the layout.
+"""Sources of a rank's weights, and seeded weights: the same logical tensors in every layout.
 
-A tensor is drawn in blocks along the dimension that parallel layouts cut, each block from a
-counter-based stream of its own (Philox, Salmon et al. 2011) keyed by (seed, name, block). So a rank
-draws little more than its own slice. Matrices have std 1/√fan_in; norm weights are 1 + 0.1·N, so
-that a test notices a norm that is left out, and biases and sinks 0.1·N.
+A seeded tensor is drawn in blocks along the dimension that parallel layouts divide, each block from
+a counter-based stream of its own (Philox, Salmon et al. 2011) keyed by (seed, name, block). So a
+rank draws little more than its own slice. Matrices have std 1/√fan_in; norm weights are 1 + 0.1·N,
+so that a test notices a norm that is left out, and biases and sinks 0.1·N.
 """
 
 import hashlib
@@ -32,21 +32,21 @@ EXPERT = "expert"  # the key of an expert begins with it, and its number
 
 
 class HeldWeights:
-    """What was made of weights, so that a later stage on the same rank need not read them again.
+    """Linears and tensors made of weights, kept so that a later stage need not read them again.
 
-    Whatever it is made for has to keep it too: it is there as long as this is.
+    Parts stay only as long as this object: a stage has to keep references of its own.
     """
 
     def __init__(self) -> None:
-        # By layer (None: of no layer) and key; what was made, and its bytes.
+        # By layer (None: outside layers) and key: the part that was made, and its bytes.
         self._made: dict[int | None, dict[Hashable, tuple[Any, int]]] = {}
 
     def put(self, layer: int | None, key: Hashable, made: Any, num_bytes: int) -> None:
-        """Hold something."""
+        """Keep a part of a layer (None: outside layers) by its key."""
         self._made.setdefault(layer, {})[key] = made, num_bytes
 
     def find(self, layer: int | None, key: Hashable) -> tuple[Any, int] | None:
-        """What was put there, and its bytes."""
+        """A part that was put there, and its bytes; None if there is none."""
         return self._made.get(layer, {}).get(key)
 
     def of_layer(self, layer: int | None) -> dict[Hashable, Any]:
@@ -65,35 +65,36 @@ class HeldWeights:
         return other
 
     def drop(self, layer: int | None) -> None:
-        """Hold nothing of a layer any more."""
+        """Drop all parts of a layer."""
         self._made.pop(layer, None)
 
     def keep_layers(self, layers: range) -> None:
-        """Hold nothing of other layers any more."""
+        """Drop the parts of all other layers."""
         for layer in [each for each in self._made if each is not None and each not in layers]:
             self.drop(layer)
 
 
 class WeightSource(ABC):
-    """Gives slices on the rank's device, and counts them.
+    """Gives slices of weights on the rank's device, and counts them.
 
     Args:
-        model: whose tensors they are.
-        dtype: of the slices, unless another is asked for.
-        touch: called after every tensor, to say that work goes on.
+        model: the model whose tensors they are.
+        dtype: dtype of the slices, unless another is asked for.
+        touch: called after every tensor, to show that work goes on.
         weights: whether matrices are rounded to a narrower type.
-        activations: whether those stored in float8 get inputs in float8.
+        activations: whether matrices stored in float8 get inputs in float8.
 
     Attributes:
-        num_bytes: taken so far.
-        bytes_from: of them, by where they are from.
-        read_s: seconds in which those that were nowhere else were read or drawn.
-        held: what `once` has given.
-        given: what need not be read, of the same weights; sought in this order.
-        is_ahead: nothing is computed with the weights yet; `held` has all that was made.
-        before_make: called before anything is made; it may raise.
-        fill: gives what is made its weights, by layer and key, or None where it has none for it;
-            nothing is read then. None where it is made as it is to be.
+        num_bytes: bytes given so far.
+        bytes_from: those bytes, by origin.
+        read_s: seconds in which weights were read or drawn.
+        held: parts that `once` has given.
+        given: parts made earlier of the same weights, which `once` uses; the first origin that has
+            a part is taken.
+        is_ahead: nothing is computed with the weights yet; `held` gets all parts.
+        before_make: called before a part is made; it may raise.
+        fill: replaces a part by one with weights, by layer and key, or gives None if it has none.
+            Then nothing is read: parts are made empty. None where they are made with weights.
     """
 
     held: HeldWeights
@@ -113,7 +114,7 @@ class WeightSource(ABC):
         self._touch = touch
         self._weights, self._activations = weights, activations
         self._keeps_narrow = backend_for(device).keeps_narrow
-        # Rounding to int8 takes those of four bits as others.
+        # With weights="int8" those of four bits are widened and rounded, as others are.
         self._keeps_mxfp4 = backend_for(device).keeps_mxfp4 and weights == "model"
         self.num_bytes = 0
         self.bytes_from: Counter[Origin] = Counter()
@@ -130,8 +131,9 @@ class WeightSource(ABC):
         """Return a part that is given, or the result of `make`.
 
         Args:
-            key: tells what it is made of: which weights, and which parts of them.
-            holds: for as long as the stage lives.
+            layer: the part's layer; None outside layers.
+            key: names the weights that it is made of, and their slices.
+            holds: keep the part in `held`.
         """
         for origin, given in self.given.items():
             if (found := given.find(layer, key)) is not None:
@@ -167,7 +169,7 @@ class WeightSource(ABC):
     def take(
         self, name: str, part: range | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Tensor `name`, or a part of it along the dimension that layouts cut; contiguous."""
+        """Tensor `name`, or a slice of it in the dimension that layouts divide; contiguous."""
         began_s = time.perf_counter()
         read = self._read if self.fill is None else self._empty
         tensor = read(name, part, dtype or self.dtype).to(self.device)
@@ -175,10 +177,10 @@ class WeightSource(ABC):
         return tensor
 
     def matrix(self, name: str, part: range | None = None) -> Weight:
-        """As `take`, for a product: narrow if it is stored so or rounded, and can be kept so.
+        """Matrix `name`, or a slice of it, for a linear.
 
-        Where what computes on the device cannot keep it so, it is widened: the numbers are the
-        same.
+        It is narrow if it is stored narrow, or rounded. A backend that cannot keep it narrow gets
+        it widened, with the same numbers.
         """
         began_s = time.perf_counter()
         if self._keeps_mxfp4 and (blocks := self._stored_mxfp4(name, part)) is not None:
@@ -202,7 +204,7 @@ class WeightSource(ABC):
         self._touch()
 
     def _rounded(self, name: str, part: range | None) -> NarrowWeight:
-        """Whole groups are read, so that no layout changes a scale."""
+        """A matrix rounded to int8, whole groups at a time, so that no layout changes a scale."""
         if self.fill is not None:
             return self._empty_rounded(name, part)
         if part is None or cut_dim(name) == 0:
@@ -215,14 +217,14 @@ class WeightSource(ABC):
         return NarrowWeight.rounded(whole, self.dtype).columns(inside)
 
     def _empty(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
-        """As `_read`, with any values."""
+        """A tensor, or a slice, of uninitialized values, in the shape that `_read` gives."""
         shape = list(tensor_shape(self._model, name))
         if part is not None:
             shape[cut_dim(name)] = len(part)
         return torch.empty(shape, dtype=dtype, device=self.device)
 
     def _empty_rounded(self, name: str, part: range | None) -> NarrowWeight:
-        """As `_rounded`, with any values."""
+        """A matrix, or a slice, of uninitialized values, in the shapes that `_rounded` gives."""
         values = self._empty(name, part, torch.int8)
         first = part.start % INPUTS_OF_SCALE if part is not None and cut_dim(name) else 0
         num_groups = -(-(first + values.shape[1]) // INPUTS_OF_SCALE)
@@ -230,20 +232,20 @@ class WeightSource(ABC):
         return NarrowWeight(values, scales, INPUTS_OF_SCALE, first, self.dtype)
 
     def _stored_narrow(self, name: str, part: range | None) -> NarrowWeight | None:
-        """A matrix as it is stored, if that is in one byte."""
+        """A matrix, or a slice, as stored, if its values have one byte; else None."""
         return None
 
     def _stored_mxfp4(self, name: str, part: range | None) -> Mxfp4Weight | None:
-        """A matrix as it is stored, if that is in MXFP4 and it is whole."""
+        """A matrix as stored, if that is in MXFP4 and all of it is asked for; else None."""
         return None
 
     @abstractmethod
     def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
-        """What `take` gives, on whichever device is convenient; contiguous."""
+        """Read the result of `take`, on whichever device is convenient; contiguous."""
 
 
 def taker_of(source: WeightSource, layer: int) -> Callable[..., Tensor]:
-    """`WeightSource.take` by the name in a layer."""
+    """`WeightSource.take` for names within a layer."""
 
     def take(part: str, rows: range | None = None, dtype: torch.dtype | None = None) -> Tensor:
         return source.take(layer_name(layer, part), rows, dtype)
@@ -251,16 +253,16 @@ def taker_of(source: WeightSource, layer: int) -> Callable[..., Tensor]:
     return take
 
 
-_BLOCK = 64  # indices of the cut dimension in one stream
+_BLOCK = 64  # indices of the divided dimension in one stream
 
 
 def draw(
     model: ModelConfig, seed: int, name: str, part: range | None = None
 ) -> npt.NDArray[np.float32]:
-    """The logical tensor `name`, float32, of the shape `tensor_shape` gives, or a part of it.
+    """Draw the logical tensor `name` in float32, of the shape `tensor_shape` gives, or a slice.
 
     Args:
-        part: indices of the dimension that layouts cut: input features of `output` and `down`,
+        part: indices of the dimension that layouts divide: input features of `output` and `down`,
             output features of all others; None for all.
     """
     shape = tensor_shape(model, name)
@@ -286,7 +288,7 @@ def draw(
 
 
 def _draw_block(seed: int, name: str, block: int, size: int, rest: int) -> npt.NDArray[np.float32]:
-    """[size, rest]; standard normal."""
+    """Standard normal values [size, rest] of one block."""
     digest = hashlib.blake2b(f"{seed}/{name}/{block}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
     return generator.standard_normal((size, rest), dtype=np.float32)

@@ -1,9 +1,9 @@
-"""All-gather dispatch: every rank of the stage gets all tokens, and takes those of its experts.
+"""All-gather dispatch: every rank of the stage gets all tokens, and computes its own experts.
 
-It needs no counts, since the plan says how many tokens each rank has, and its shapes do not turn
-on the routing. Nor does it need a word more where copies are balanced. Weighted partial sums come
-back by reduce-scatter, in float32 and rank order. With `ep = 1`, where every rank has a part of
-every expert, all forms come down to this one.
+It exchanges no counts, since the plan says how many tokens each rank has, and its shapes do not
+depend on the routing. Balancing copies needs no further exchange either. Weighted partial sums come
+back by reduce-scatter, in float32 and rank order. With `ep = 1`, where every rank has a slice of
+every expert, all forms use this one.
 """
 
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from expertlane.engine.ops.products import PairGroups
 
 @dataclass(frozen=True)
 class Gathered:
-    """The way back of an all-gather.
+    """The handle of an all-gather for `combine`.
 
     Attributes:
-        places: [N, K]; the result of each choice of the stage's N tokens, -1 where it is another
-            rank's.
-        weights: [N, K] float32; the router's.
-        num_of_stage_rank: [dp·tp].
+        places: [N, K]; index of each pair's result, for the stage's N tokens; -1 for pairs of
+            other ranks.
+        weights: [N, K] float32; top-k weights.
+        num_of_stage_rank: [dp·tp]; tokens of each rank of the stage.
     """
 
     places: Tensor
@@ -34,13 +34,13 @@ class Gathered:
 
 
 class AllGatherDispatcher(Dispatcher):
-    """All tokens of the stage to all of its ranks."""
+    """Sends all tokens of the stage to all of its ranks."""
 
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Gathered]]:
         """Gather all tokens of the stage."""
         num_of = tokens.num_of_stage_rank
         is_balanced = self._is_balanced(tokens)
-        # The choices of all ranks come with their tokens, and copies are chosen then.
+        # Balanced copies are chosen after the gather, which brings the top-k ids of all ranks.
         ids = tokens.topk_ids.int() if is_balanced else self._choice.physical_ids(tokens.topk_ids)
         parts = [ids, tokens.topk_weights, *self._payload.encode(tokens.x)]
         columns = columns_of(parts)

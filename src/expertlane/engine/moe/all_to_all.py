@@ -1,9 +1,9 @@
 """Flat all-to-all dispatch: a token is sent once to each rank that computes experts of it.
 
-It goes to the rank's peer at the sender's own etp_rank, and is gathered over the expert
-tensor-parallel group; expert outputs take the same way back, one row for every token-expert pair,
-and are summed at home in float32 in the order of the token's choices. So the sum does not depend on
-which rank computed what.
+Of the ranks that share those experts it goes to the one with the sender's etp_rank, and is then
+gathered over the expert tensor-parallel group. Expert outputs take the same way back, one row for
+every token-expert pair, and the token's own rank sums them in float32 in the order of its top-k
+ids. So the sum does not depend on which rank computed which expert.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ _ROWS, _PAIRS = 0, 1
 
 @dataclass(frozen=True)
 class Exchanged:
-    """The way back of a flat all-to-all.
+    """The handle of a flat all-to-all for `combine`.
 
     Attributes:
-        weights: [T, K] float32; the router's.
-        returns_to_etp_rank: [etp]; how many rows go back to each rank of the etp group.
-        pairs_from: [ep]; of this rank's own, how many came from each ep rank.
-        pairs_to: [ep]; how many pairs this rank sent to each ep rank.
-        places: [T, K]; where what comes back for each pair stands.
+        weights: [T, K] float32; top-k weights.
+        returns_to_etp_rank: [etp]; results that go back to each rank of the etp group.
+        pairs_from: [ep]; pairs that this rank received itself from each ep rank.
+        pairs_to: [ep]; pairs that this rank sent to each ep rank.
+        places: [T, K]; index of each pair's result among those that come back.
     """
 
     weights: Tensor
@@ -43,7 +43,7 @@ class Exchanged:
 
 
 class AllToAllDispatcher(Dispatcher):
-    """A copy of each token to every rank that it reaches."""
+    """Sends a copy of each token to every rank that it reaches."""
 
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Exchanged]]:
         """Send a copy of each token to every rank it reaches."""
@@ -79,7 +79,7 @@ class AllToAllDispatcher(Dispatcher):
     def _leaving(
         self, topk_ids: Tensor, num_of_stage_rank: Sequence[int]
     ) -> tuple[Outgoing, Tensor]:
-        """What leaves for each rank where copies are balanced, and counts of all ranks.
+        """Rows for each rank with balanced copies, and the counts of rows and pairs of all ranks.
 
         Args:
             topk_ids: [N, K] int32; of all tokens of the stage.
@@ -93,7 +93,11 @@ class AllToAllDispatcher(Dispatcher):
     def _send(
         self, packed: Tensor, counts: npt.NDArray[np.int64], metadata_bytes: int
     ) -> Steps[Tensor]:
-        """The packed rows that arrive here."""
+        """Send packed rows, and get those that arrive at this rank.
+
+        Args:
+            counts: [dp·tp, 2, ep]; rows and pairs from each rank of the stage to each ep rank.
+        """
         mesh, at, etp = self._mesh, self._mesh.at, self._mesh.etp.size
         arriving = counts[:, _ROWS, at.ep_rank].reshape(-1, etp)
         packed = yield from mesh.ep.exchanged(
@@ -109,12 +113,12 @@ class AllToAllDispatcher(Dispatcher):
         return packed
 
     def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
-        """Where they are sent from."""
+        """A buffer for results [P, H] in the memory of the group that sends them."""
         group = self._mesh.etp if self._mesh.etp.size > 1 else self._mesh.ep
         return group.empty(num_pairs, rows.shape[1], rows)
 
     def combine(self, sent: Exchanged, results: Tensor) -> Steps[Tensor]:
-        """Return a row for every pair, and sum them at home."""
+        """Return a row for every pair, and sum the rows of each token on its own rank."""
         mesh = self._mesh
         if mesh.etp.size > 1:
             results = yield from mesh.etp.reduced(results, sent.returns_to_etp_rank)

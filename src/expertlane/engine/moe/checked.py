@@ -1,10 +1,10 @@
-"""A dispatch that proves, in every step, that each token-expert pair is computed exactly once.
+"""A dispatch that checks, in every step, that each token-expert pair is computed exactly once.
 
 Each token's hidden states carry a tag: the rank that owns it, its number there, and a checksum.
-Beside the experts' results, a row of whole numbers made of tag and expert takes the same way home,
-where the sum of a token's rows, unweighted, has to be that of the experts it chose. The launcher
-also compares how many pairs of each expert were chosen and arrived, since a result that nobody
-wants would not come home.
+Beside the experts' results, a row of whole numbers made of tag and expert takes the same way back,
+and on the token's own rank the unweighted sum of its rows has to be that of its top-k ids. The
+launcher also compares how many pairs of each expert were chosen and arrived, since the result of a
+pair that nobody chose would not come back.
 """
 
 from dataclasses import replace
@@ -27,15 +27,15 @@ _PRIME = 1021  # numbers stay below it, so that float32 adds them up exactly
 
 
 class TaggedPayload(Payload):
-    """Hidden states with a tag each, in front of what another payload makes of them.
+    """A payload that puts a tag in front of the parts of another payload.
 
     Args:
-        inner: rounds them.
-        rank: global, of the tokens that are sent from here.
+        inner: the payload that rounds hidden states.
+        rank: global rank of this rank, which owns the tokens that it sends.
 
     Attributes:
         arrived: [R, 3] int32; tags of the rows that were decoded last; None once taken.
-        is_changed: [R]; whether they are not as they were sent.
+        is_changed: [R]; whether a row's checksum differs from its tag's.
     """
 
     def __init__(self, inner: Payload, rank: int) -> None:
@@ -44,26 +44,26 @@ class TaggedPayload(Payload):
         self.is_changed: Tensor | None = None
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """As `Payload.encode`, after the tags."""
+        """The tags, then the parts of the inner payload."""
         parts = self._inner.encode(x)
         return [self.tags(parts), *parts]
 
     def decode(self, parts: Any, dtype: torch.dtype) -> Tensor:
-        """As `Payload.decode`; keeps the tags."""
+        """Hidden states decoded by the inner payload; the tags are kept in `arrived`."""
         tags, *rest = parts
         self.arrived = tags.clone()
         self.is_changed = _row_sums(rest) != tags[:, 2]
         return self._inner.decode(rest, dtype)
 
     def tags(self, parts: list[Tensor]) -> Tensor:
-        """[T, 3] int32; rank, number and checksum of each token."""
+        """The tags [T, 3] int32: rank, number and checksum of each token."""
         sums = _row_sums(parts)
         numbers = torch.arange(len(sums), dtype=torch.int32, device=sums.device)
         return torch.stack([torch.full_like(numbers, self._rank), numbers, sums], 1)
 
 
 def _row_sums(parts: list[Tensor]) -> Tensor:
-    """[num_rows] int32; bytes by odd weights, so that no changed byte goes unnoticed."""
+    """Checksums [num_rows] int32: bytes times odd weights, so that any one changed byte shows."""
     total = torch.zeros(len(parts[0]), dtype=torch.int64, device=parts[0].device)
     for part in parts:
         # A clone: of a part with one column, `contiguous` may leave strides that no view takes.
@@ -75,13 +75,13 @@ def _row_sums(parts: list[Tensor]) -> Tensor:
 
 
 class _Sent(NamedTuple):
-    """The way back.
+    """The handle of a checked dispatch for `combine`.
 
     Attributes:
-        inner: of the form that is checked.
+        inner: the handle of the form that is checked.
         layer: hidden layer.
-        numbers: [P, 16]; of each pair that arrived, as results are.
-        expected: [T, 16]; their sums at home.
+        numbers: [P, 16]; the check's row for each pair that arrived, in the order of results.
+        expected: [T, 16]; the sums of the rows that should come back for each token.
     """
 
     inner: Any
@@ -91,10 +91,10 @@ class _Sent(NamedTuple):
 
 
 class CheckedDispatcher(Dispatcher):
-    """Another dispatcher, and proof that it brings each pair there and back once.
+    """Another dispatcher, with a check that each pair is sent and comes back exactly once.
 
     Args:
-        inner: of any form, with this payload.
+        inner: a dispatcher of any form, with this payload.
     """
 
     def __init__(
@@ -109,15 +109,15 @@ class CheckedDispatcher(Dispatcher):
         self._held = placement.experts_of_rank[mesh.at.ep_rank]
 
     def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
-        """As the other's."""
+        """The inner dispatcher's buffer for results."""
         return self._inner.room(num_pairs, rows)
 
     def is_row(self, sent: _Sent) -> Tensor | None:
-        """As the other's."""
+        """Whether each row that arrived is no padding; None where none is."""
         return self._inner.is_row(sent.inner)
 
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, _Sent]]:
-        """As the other's."""
+        """Dispatch tokens by the inner dispatcher, and check the tags of those that arrive."""
         layer = self._mesh.recorder.layer
         own = self._tagged.tags([tokens.x])
         rows, pairs, sent = yield from self._inner.dispatch(tokens)
@@ -138,7 +138,7 @@ class CheckedDispatcher(Dispatcher):
         return rows, pairs, _Sent(sent, layer, numbers, expected)
 
     def combine(self, sent: _Sent, results: Tensor) -> Steps[Tensor]:
-        """As the other's."""
+        """Combine results, then the check's rows, by the inner dispatcher; compare their sums."""
         combined = yield from self._inner.combine(sent.inner, results)
         unweighted = replace(sent.inner, weights=torch.ones_like(sent.inner.weights))
         came = yield from self._inner.combine(unweighted, sent.numbers)
@@ -167,11 +167,11 @@ class CheckedDispatcher(Dispatcher):
 
 
 def _numbers(tags: Tensor, experts: Tensor) -> Tensor:
-    """[P, 16] float32; of each pair.
+    """The check's row [P, 16] float32 of each pair: whole numbers below `_PRIME`.
 
     Args:
-        tags: [P, 3].
-        experts: [P].
+        tags: [P, 3]; tag of each pair's token.
+        experts: [P]; logical expert of each pair.
     """
     rank, token, _ = tags.unbind(1)
     numbers = torch.zeros(len(tags), _WIDTH, dtype=torch.int64, device=tags.device)

@@ -1,7 +1,7 @@
-"""Dispatch: how tokens travel to the ranks of their experts, and results back.
+"""Dispatch and combine: tokens are sent to the ranks of their experts, and results come back.
 
-Every form drops no token, whatever the load. Shapes: T tokens of this rank, K = top_k, R rows at
-the experts' rank, P token-expert pairs there, H = hidden_size.
+No form drops tokens, whatever the load. Shapes: T tokens of this rank, N tokens of the stage,
+K = top_k, R rows that arrive at the experts' rank, P token-expert pairs there, H = hidden_size.
 """
 
 import time
@@ -27,13 +27,13 @@ from expertlane.engine.ops.products import PairGroups
 
 
 class CopyChooser:
-    """Which copy of its expert computes each of a rank's pairs, as `balance.copies` defines it.
+    """Chooses a copy of the expert, a physical id, for each token-expert pair.
 
-    It depends on the batch alone.
+    The choice depends on the batch alone; `balance.copies` and `balance.even_copies` define it.
 
     Attributes:
-        ops: what computes here.
-        num_slots: the most that any rank has; slot s of rank r has the physical id
+        ops: the compute backend.
+        num_slots: the most slots of any rank; slot s of rank r has the physical id
             r · num_slots + s.
     """
 
@@ -65,12 +65,13 @@ class CopyChooser:
         return self._of_stage.is_balanced
 
     def balanced(self, topk_ids: Tensor, num_of_stage_rank: Sequence[int]) -> Tensor:
-        """[N, K] int32; the copies of all tokens of the stage, shared so that all ranks are even.
+        """Physical ids [N, K] int32 for all tokens of the stage, with even loads of ranks.
 
-        As `balance.even_copies` has it.
+        `balance.even_copies` defines the choice.
 
         Args:
             topk_ids: [N, K] int32; logical experts, rank after rank.
+            num_of_stage_rank: [dp·tp]; tokens of each rank of the stage.
         """
         began_s = time.thread_time()
         ids, num_saved = self.ops.balance_copies(
@@ -81,12 +82,12 @@ class CopyChooser:
         return ids
 
     def own_of(self, of_stage: Tensor, num_of_stage_rank: Sequence[int]) -> Tensor:
-        """This rank's rows of those of all ranks of the stage."""
+        """This rank's rows among those of the stage's tokens, rank after rank."""
         first = sum(num_of_stage_rank[: self._offset])
         return of_stage[first : first + num_of_stage_rank[self._offset]]
 
     def physical_ids(self, topk_ids: Tensor) -> Tensor:
-        """[T, K] int32; the copy of each pair of a batch.
+        """Physical ids [T, K] int32 of a batch's pairs; an expert's copies take turns.
 
         Args:
             topk_ids: [T, K] int64; logical experts.
@@ -96,7 +97,11 @@ class CopyChooser:
         return ids
 
     def outgoing(self, topk_ids: Tensor) -> Outgoing:
-        """The same, and what they make for the ranks of the expert-parallel group."""
+        """Physical ids of a batch's pairs, and the rows for each rank of the ep group.
+
+        Args:
+            topk_ids: [T, K] int64; logical experts.
+        """
         leaving = self.ops.outgoing(
             topk_ids, self._table, self._num_copies, self._offset, self.num_slots, self._num_ranks
         )
@@ -123,8 +128,8 @@ class RoutedTokens(NamedTuple):
         x: [T, H].
         topk_ids: [T, K]; logical experts.
         topk_weights: [T, K] float32.
-        num_of_stage_rank: [dp·tp]; how many tokens each rank of the stage has.
-        balances_copies: by the choices of all ranks, which they tell each other.
+        num_of_stage_rank: [dp·tp]; tokens of each rank of the stage.
+        balances_copies: choose copies by the top-k ids of all ranks, which they exchange.
     """
 
     x: Tensor
@@ -134,7 +139,8 @@ class RoutedTokens(NamedTuple):
     balances_copies: bool = False
 
 
-# Pairs for which room is made without a question: results of so many take 0.9 GB in DeepSeek-V3.
+# Pairs whose buffers may have the bound's size, without asking a GPU for their number: results of
+# so many take 0.9 GB in DeepSeek-V3.
 _MOST_UNASKED = 1 << 16
 
 
@@ -156,15 +162,15 @@ class Dispatcher(ABC):
         by_token: Sequence[Tensor] = (),
         tokens: Tensor | None = None,
     ) -> Tensor:
-        """Parts of rows side by side, the hidden states last, where `group` would have them.
+        """Concatenate the parts of rows in the memory from which `group` sends them.
 
         Args:
             by_row: each [num_rows, columns], of any dtype; widest alignment first.
-            by_token: each [num_tokens, columns].
+            by_token: each [num_tokens, columns]; the hidden states last.
             tokens: [num_rows]; the token of each row.
 
         Returns:
-            [num_rows, bytes of a row].
+            [num_rows, bytes of a row] uint8.
         """
         parts = [*((part, None) for part in by_row), *((part, tokens) for part in by_token)]
         width = sum(part.shape[1] * part.itemsize for part, _ in parts)
@@ -173,25 +179,26 @@ class Dispatcher(ABC):
         return packed
 
     def _pairs(self, ids: Tensor, first: int) -> PairGroups:
-        """Pairs of rows that arrived, by local expert; a GPU is not asked how many there are.
+        """Sort the pairs of rows that arrived by local expert; mostly without asking a GPU.
 
         Args:
             ids: [R, K] int32; physical ids.
-            first: the id of the first local expert.
+            first: the physical id of this rank's slot 0.
         """
         most = None if ids.device.type == "cpu" else self._most_pairs(ids)
         return self._ops.group_pairs(ids, first, 1, self._num_local_experts, most)
 
     def _most_pairs(self, ids: Tensor) -> int | None:
-        """A bound of the pairs: no token chooses an expert twice; None where room is dear.
+        """An upper bound of the pairs; None if buffers of that size would take much memory.
 
-        A graph has room for the bound, dear or not: nobody can be asked while it is recorded.
+        No token chooses an expert twice. A graph always gets the bound: the number of pairs cannot
+        be asked for while it is recorded.
         """
         most = ids.shape[0] * min(ids.shape[1], self._num_local_experts)
         return most if most <= _MOST_UNASKED or is_recorded(ids.device) else None
 
     def _tell_all(self, counts: Tensor) -> Pending:
-        """Begin to give every rank of the stage this one's counts, a row of them each."""
+        """Begin to gather the counts of all ranks of the stage, a row for each rank."""
         own, stage = counts.view(1, -1), self._mesh.stage
         return stage.all_gather(own, [1] * stage.size, metadata_bytes=own.nbytes)
 
@@ -199,9 +206,9 @@ class Dispatcher(ABC):
         return tokens.balances_copies and self._choice.has_copies
 
     def _tell_choices(self, tokens: RoutedTokens) -> Pending:
-        """Begin to give every rank of the stage the experts that this one's tokens chose.
+        """Begin to gather the top-k ids of all tokens of the stage.
 
-        In place of counts: all ranks then come to the same copies, rows and counts by themselves.
+        They replace counts: from them all ranks compute the same copies, rows and counts.
         """
         ids, stage = tokens.topk_ids.int(), self._mesh.stage
         row_bytes = ids.shape[1] * ids.itemsize
@@ -212,25 +219,25 @@ class Dispatcher(ABC):
         """Send this rank's tokens and receive those for its experts.
 
         Returns:
-            The rows that arrived, [R, H], perhaps apart; their pairs by local expert; and a handle
-            of the form's own for `combine`.
+            The rows that arrived, [R, H], perhaps not adjacent in memory; their pairs by local
+            expert; and a handle of the form's own for `combine`.
         """
 
     def is_row(self, sent: Any) -> Tensor | None:
-        """[R]; whether a row that arrived is one, and no padding; None where all are."""
+        """Whether each row that arrived, [R], is no padding; None where none is."""
         return None
 
     def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
-        """[P, H] for the results of `rows`, if `combine` would have them somewhere."""
+        """A buffer [P, H] for the results of `rows`, from which `combine` sends them; or None."""
         return None
 
     @abstractmethod
     def combine(self, sent: Any, results: Tensor) -> Steps[Tensor]:
-        """Bring expert outputs home and sum them by the router's weights.
+        """Return expert outputs to the tokens' ranks, and sum them by the top-k weights.
 
         Args:
             sent: the handle that `dispatch` gave.
-            results: [P, H]; in order of row, then choice; partial sums under etp.
+            results: [P, H]; by pair number (row, then choice); partial sums under etp.
 
         Returns:
             [T, H] in the dtype of `results`.
@@ -239,11 +246,11 @@ class Dispatcher(ABC):
 
 @dataclass(frozen=True)
 class Grouped:
-    """The way back where nothing has travelled.
+    """The handle for `combine` where nothing was sent.
 
     Attributes:
-        places: [T, K]; the result of each choice.
-        weights: [T, K] float32; the router's.
+        places: [T, K]; index of each pair's result.
+        weights: [T, K] float32; top-k weights.
     """
 
     places: Tensor
@@ -251,7 +258,7 @@ class Grouped:
 
 
 class LocalDispatcher(Dispatcher):
-    """For one rank that holds all experts and all tokens."""
+    """The dispatcher of a rank that holds all experts and all tokens: nothing is sent."""
 
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Grouped]]:
         """Group tokens by expert."""

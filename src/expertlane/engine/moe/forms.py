@@ -26,7 +26,10 @@ def make_dispatcher(
     choice: CopyChooser,
     payload: Payload,
 ) -> Dispatcher:
-    """The dispatcher of what the form comes down to on the layout, checked where that is asked."""
+    """The dispatcher of a form on the mesh's layout, with checks if they are full.
+
+    The layout may simplify the form (`form_on`).
+    """
     own, checks = form_on(mesh.layout, form), mesh.recorder.checks
     kind = LocalDispatcher if own is None else _DISPATCHERS[own]
     if checks is None or not checks.is_full:

@@ -1,12 +1,12 @@
 """Hierarchical dispatch: a token crosses to another node once, however many ranks it reaches there.
 
 It goes to the rank with the sender's own place on that node, which forwards it to those of the
-node's ranks that compute its experts. Back come partial sums: of a rank to the one that forwarded,
-of a node to the sender; in float32 and rank order. The idea is that of DeepSeek-V3's dispatch
-(arXiv:2412.19437, section 3.2.2): links between nodes are the slower ones.
+node's ranks that compute its experts. Partial sums come back: of each rank to the one that
+forwarded, of each node to the sender; in float32 and rank order. The idea is that of DeepSeek-V3's
+dispatch (arXiv:2412.19437, section 3.2.2): links between nodes are the slower ones.
 
 N nodes with M expert-parallel ranks each. The numbers of tokens that every rank sends to every rank
-and node, exchanged once, tell all sizes of both hops.
+and node are exchanged once, and give all sizes of both hops.
 """
 
 from collections.abc import Sequence
@@ -27,11 +27,11 @@ from expertlane.engine.ops.row_parts import RowParts
 
 @dataclass(frozen=True)
 class _Hop:
-    """The way back over one group.
+    """One hop of a dispatch over a group, for its way back in `combine`.
 
     Attributes:
-        send, receive: [group]; rows that went out and came in.
-        places: [num_tokens, group]; which row a token was in the one for each peer, -1 for none.
+        send, receive: [group]; rows sent to each peer and received from it.
+        places: [num_tokens, group]; the row of each token for each peer, -1 for none.
     """
 
     send: list[int]
@@ -41,13 +41,15 @@ class _Hop:
 
 @dataclass(frozen=True)
 class Forwarded:
-    """The way back of a hierarchical dispatch.
+    """The handle of a hierarchical dispatch for `combine`.
 
     Attributes:
-        inter, intra: the hop between nodes, and the one inside it; None in a node of one rank.
-        places: [R, K]; the result of each choice of the rows that arrived, -1 for other ranks'.
-        weights: [R, K] float32; the router's.
-        rows_of_etp_rank: [etp]; how many of those rows each rank of the etp group took in.
+        inter: the hop between nodes.
+        intra: the hop inside the node; None on nodes with one expert-parallel rank.
+        places: [R, K]; index of each pair's result, for the rows that arrived; -1 for pairs of
+            other ranks.
+        weights: [R, K] float32; top-k weights.
+        rows_of_etp_rank: [etp]; how many of the R rows each rank of the etp group received.
     """
 
     inter: _Hop
@@ -58,7 +60,7 @@ class Forwarded:
 
 
 class HierarchicalDispatcher(Dispatcher):
-    """A copy of each token to every node that it reaches, forwarded inside."""
+    """Sends a copy of each token to every node that it reaches, which is forwarded inside it."""
 
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Forwarded]]:
         """Send one copy of each token to every node it reaches, and forward what arrives."""
@@ -105,10 +107,10 @@ class HierarchicalDispatcher(Dispatcher):
         return self._ops.rows_by_peer(ids, node_slots, self._mesh.ep_inter.size)
 
     def _rows(self, ids: Tensor, num_of_stage_rank: Sequence[int]) -> Tensor:
-        """[dp·tp, N · M + N]; rows of each rank to each rank and node.
+        """Rows [dp·tp, N · M + N] that each rank of the stage sends to each rank and node.
 
         Args:
-            ids: [tokens of the stage, K] int32; the copies of all pairs.
+            ids: [tokens of the stage, K] int32; physical ids of all pairs.
         """
         within, num_slots = self._mesh.ep_intra.size, self._choice.num_slots
         rows = [
@@ -118,9 +120,9 @@ class HierarchicalDispatcher(Dispatcher):
         return torch.cat(rows, dim=1)
 
     def _counts(self, gathered: Tensor) -> tuple[npt.NDArray[np.int64], list[int]]:
-        """Tokens from each rank at this etp_rank to each rank and node: [N, M, N · M + N].
+        """Tokens [N, M, N · M + N] from each rank with this etp_rank to each rank and node.
 
-        And the rows that each rank of the etp group is to take in, [etp].
+        Also the rows [etp] that each rank of the etp group will receive.
         """
         layout, at = self._mesh.layout, self._mesh.at
         counts = gathered.cpu().numpy().reshape(layout.ep, layout.etp, -1)
@@ -146,7 +148,7 @@ class HierarchicalDispatcher(Dispatcher):
         )
 
     def combine(self, sent: Forwarded, results: Tensor) -> Steps[Tensor]:
-        """Sum per rank, then per node, then at home."""
+        """Sum each token's results per rank, then per node, then on its own rank."""
         mesh, ops = self._mesh, self._ops
         hops = [(mesh.ep_inter, sent.inter)]
         if sent.intra is not None:

@@ -1,6 +1,6 @@
-"""Hidden states as they travel to experts: in the model's dtype, or rounded to a narrower one.
+"""The payload of dispatch: hidden states in the model's dtype, or rounded to a narrower one.
 
-Only the way out is narrowed; results come back in the model's dtype, as in DeepSeek-V3
+Only dispatch is narrowed; results come back in the model's dtype, as in DeepSeek-V3
 (arXiv:2412.19437, section 3.3.2), which also scales float8 by blocks of 128 values.
 """
 
@@ -19,10 +19,10 @@ _LARGEST = torch.finfo(_FLOAT8).max
 
 
 class Payload:
-    """Rounds hidden states [num_tokens, hidden_size], and counts by how much.
+    """Rounds hidden states [num_tokens, hidden_size] for dispatch, and counts the rounding error.
 
     Args:
-        kind: no effect where the model's dtype is as narrow already.
+        kind: the type to round to; no effect if the model's dtype is as narrow already.
     """
 
     def __init__(self, kind: PayloadType, recorder: Recorder) -> None:
@@ -30,9 +30,10 @@ class Payload:
         self._recorder = recorder
 
     def encode(self, x: Tensor) -> list[Tensor]:
-        """What travels: the values as the last part, [num_tokens, columns] each; float8 as bytes.
+        """The parts that are sent, [num_tokens, columns] each; the last one holds the values.
 
-        float8 values have a scale for each block: [num_tokens, blocks] float32, before them.
+        float8 values are bytes; before them stands a scale for each block: [num_tokens, blocks]
+        float32.
         """
         if not PayloadBytes.of(self._kind, x.itemsize, x.shape[1]).is_narrowed:
             return [x]
@@ -46,9 +47,10 @@ class Payload:
         return parts
 
     def decode(self, parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """[num_rows, hidden_size] of what `encode` gave for them, perhaps apart.
+        """Hidden states [num_rows, hidden_size] from the parts that `encode` gave.
 
         Args:
+            parts: rows need not be adjacent in memory.
             dtype: the model's.
         """
         if len(parts) == 1:
@@ -59,7 +61,7 @@ class Payload:
 
 
 def _in_blocks(x: Tensor) -> Tensor:
-    """[num_rows, blocks, 128] of [num_rows, columns], zeros after the last."""
+    """x [num_rows, columns] as [num_rows, blocks, 128], padded with zeros."""
     padded = F.pad(x, (0, -x.shape[1] % SCALED_VALUES))
     return padded.view(len(x), padded.shape[1] // SCALED_VALUES, SCALED_VALUES)
 
@@ -77,19 +79,20 @@ Columns = list[tuple[torch.dtype, int]]
 
 
 def columns_of(parts: Sequence[Tensor]) -> Columns:
-    """What `unpack` needs to know of parts [num_rows, columns]."""
+    """The dtype and number of columns of parts [num_rows, columns], for `unpack`."""
     return [(part.dtype, part.shape[1]) for part in parts]
 
 
 def bytes_of(columns: Columns) -> int:
-    """Bytes of a row."""
+    """Bytes of a row with these columns."""
     return sum(num * dtype.itemsize for dtype, num in columns)
 
 
 def unpack(packed: Tensor, columns: Columns) -> list[Tensor]:
-    """The parts that were packed, as views.
+    """Views of the parts in packed rows.
 
     Args:
+        packed: [num_rows, bytes of a row] uint8.
         columns: dtype and number of columns of each part.
     """
     parts, begin = [], 0

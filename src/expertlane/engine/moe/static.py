@@ -1,16 +1,15 @@
-"""Static dispatch: buffers whose sizes the plan alone says, whatever the routing.
+"""Static dispatch: buffers whose sizes depend on the plan alone, not on the routing.
 
-In its expert-parallel group a rank has room for all of its tokens at every other one, so none can
-be dropped. A token goes once to each rank that computes experts of it; its rows stand first in
-their room, and behind them padding, whose ids are -1. So no rank tells numbers of rows, and the
-host waits for none: a CUDA graph can hold all of it.
+A rank sends each rank of its expert-parallel group a buffer with room for all of its tokens, so
+none can be dropped. A token goes once to each rank that computes experts of it; in the buffer real
+rows come first, then padding, whose ids are -1. So ranks exchange no counts, and the host waits for
+none: a CUDA graph can hold all of it.
 
-Partial sums come back, weighted, one for each row that came and in its place; in float32 and rank
-order. With a result for each pair the room for them, and what real ones take, would be several
-times as much.
+Weighted partial sums come back, one for each row and in the row's place; in float32 and rank order.
+With a result for each pair, buffers and real rows would be several times as large.
 
-A transport that sends whole buffers sends as many bytes as an all-gather, and then that is the
-better form; one that sends rows by counts on the device sends fewer.
+A transport that sends whole buffers sends as many bytes as an all-gather, which is the better form
+then; one that sends rows by counts on the device sends fewer.
 """
 
 from collections.abc import Sequence
@@ -28,15 +27,15 @@ from expertlane.engine.ops.row_parts import RowParts
 
 @dataclass(frozen=True)
 class Placed:
-    """The way back of a static dispatch.
+    """The handle of a static dispatch for `combine`.
 
     Attributes:
-        home: [T, ep]; the place of each token's row in the rooms of the ranks, -1 for none.
-        places: [R, K]; the result of each choice of the rows that arrived, -1 for other ranks'
-            and for padding.
-        weights: [R, K] float32; the router's.
-        room_from: [ep]; rows of each rank with this one's etp_rank.
-        room_of_etp_rank: [etp]; rows that each rank of the etp group took in.
+        home: [T, ep]; the row of each token among the buffers for all ranks, -1 for none.
+        places: [R, K]; index of each pair's result, for the rows that arrived; -1 for pairs of
+            other ranks, and for padding.
+        weights: [R, K] float32; top-k weights.
+        room_from: [ep]; rows of the buffer from each rank with this etp_rank.
+        room_of_etp_rank: [etp]; rows, with padding, that each rank of the etp group received.
     """
 
     home: Tensor
@@ -47,10 +46,10 @@ class Placed:
 
 
 class StaticDispatcher(Dispatcher):
-    """A copy of each token to every rank that it reaches, in room for all tokens."""
+    """Sends a copy of each token to every rank that it reaches, in buffers for all tokens."""
 
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Placed]]:
-        """Send a copy of each token to every rank it reaches, and padding."""
+        """Send a copy of each token to every rank it reaches, padded to all tokens."""
         mesh, etp, num_of = self._mesh, self._mesh.etp.size, tokens.num_of_stage_rank
         if self._is_balanced(tokens):
             of_stage = self._choice.balanced((yield self._tell_choices(tokens)), num_of)
@@ -83,11 +82,11 @@ class StaticDispatcher(Dispatcher):
         return rows, pairs, sent
 
     def is_row(self, sent: Placed) -> Tensor:
-        """[R]."""
+        """Whether each row that arrived, [R], is no padding."""
         return (sent.places >= 0).any(1)
 
     def combine(self, sent: Placed, results: Tensor) -> Steps[Tensor]:
-        """Sum per rank, then at home."""
+        """Sum each token's results per rank, then on its own rank."""
         mesh, etp, places = self._mesh, self._mesh.etp, sent.places
         group = etp if etp.size > 1 else mesh.ep
         out = group.empty(places.shape[0], results.shape[1], results)
@@ -115,5 +114,5 @@ class StaticDispatcher(Dispatcher):
 
 
 def _num_real(places: Tensor, room: Sequence[int]) -> list[int]:
-    """How many rows of each part are no padding: they have a place, or an id, [R, K], above -1."""
+    """Rows of each part that are no padding: those with a value above -1 in [R, K]."""
     return [int(part.any(1).sum()) for part in torch.split(places >= 0, list(room))]

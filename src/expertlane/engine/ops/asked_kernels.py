@@ -1,4 +1,4 @@
-"""Kernels that the environment asks for; read without torch, so that launchers refuse early."""
+"""Environment variables that choose kernels; read without torch, so that launchers refuse early."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Sequences of a batch that torch's attention takes as one, padded to one length."""
+"""Groups of a batch's sequences that one call of torch's attention takes, padded to one length."""
 
 from collections.abc import Iterator
 
@@ -16,16 +16,17 @@ class AttentionGroup:
     """Sequences of a batch with equally many new tokens.
 
     Attributes:
-        tokens: their new tokens among the batch's, sequence after sequence.
+        tokens: indices of the group's new tokens in the batch, sequence after sequence.
         num_seqs, num_scheduled: sequences, and new tokens of each.
-        num_positions: the most positions that any of them has, the new ones included.
-        is_fresh: nothing is cached of any, so the new keys and values are all there are.
-        block_tables: [num_seqs, num_blocks_per_seq]; rows are padded with the sequence's
-            own first block: what is masked must not come from another sequence, if ever it is NaN.
+        num_positions: the longest sequence's positions, the new ones included.
+        is_fresh: no sequence has cached positions (and each has several new tokens), so the new
+            keys and values are all that attention reads.
+        block_tables: [num_seqs, num_blocks_per_seq]; rows are padded with the sequence's own first
+            block, since a masked NaN of another sequence would still spread.
 
     Args:
-        seqs: the group's sequences in the batch.
-        first_tokens: [num_seqs]; where each begins among the batch's tokens.
+        seqs: indices of the group's sequences in the batch.
+        first_tokens: [num_seqs]; index of each sequence's first new token in the batch.
     """
 
     def __init__(
@@ -51,11 +52,11 @@ class AttentionGroup:
         self._masks: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
 
     def is_causal(self, window: int | None) -> bool:
-        """Whether plain causality says what each token sees: no mask is needed."""
+        """Whether attention is plainly causal over the new tokens alone, so needs no mask."""
         return self.is_fresh and (window is None or window >= self.num_positions)
 
     def mask(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """What each new token may see, as addends to the logits: 0 or -inf.
+        """The mask of attention: addends to the logits, 0 or -inf.
 
         Args:
             window: how many latest positions a token sees, its own among them; None for all.
@@ -85,15 +86,16 @@ class AttentionGroup:
         return mask[:, None].to(self._device)
 
     def by_head(self, x: Tensor) -> Tensor:
-        """[num_seqs, num_heads, num_scheduled, …] of the group's tokens [num_tokens, heads, …]."""
+        """[num_seqs, num_heads, num_scheduled, …], of the group's tokens [num_tokens, heads, …]."""
         return x.view(self.num_seqs, self.num_scheduled, *x.shape[1:]).transpose(1, 2)
 
 
 def attention_groups(batch: Batch, block_size: int, device: torch.device) -> list[AttentionGroup]:
-    """The batch's sequences in few groups.
+    """Divide the batch's sequences into few groups.
 
-    Those with one new token go by the width of their block tables, to powers of two, so that less
-    than half of what is gathered is padding. Longer chunks go with those of equal lengths.
+    Sequences with one new token are grouped by the width of their block tables, rounded up to a
+    power of two, so that less than half of what is gathered is padding. Those with more are grouped
+    by equal numbers of new and of cached tokens.
     """
     if not batch.num_seqs:
         return []

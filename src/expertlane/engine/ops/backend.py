@@ -2,7 +2,7 @@
 
 `EXPERTLANE_BACKEND` is `cpu` for our own kernels on the CPU, `cuda` for those on GPUs, or `torch`;
 unset, ours if available.
-`EXPERTLANE_CPU_ISA` is the largest instruction set that may be used; unset, the best there is.
+`EXPERTLANE_CPU_ISA` is the largest instruction set that may be used; unset, the CPU's best.
 `EXPERTLANE_TRANSPORT` is `shared_memory` or `gloo`, through the memory of hosts. Set, ranks may
 share GPUs, where there are any. Unset, each needs a GPU of its own, and they talk by nccl; else
 they compute on CPUs, and share memory where a node's ranks can; between nodes it is gloo.
@@ -43,10 +43,11 @@ _LARGEST_KEPT_BYTES = 32 << 20  # glibc's own limit
 
 
 def backend_for(device: torch.device) -> TorchBackend:
-    """What computes on a device; on a CPU, our kernels are compiled if need be.
+    """The compute backend of a device; on a CPU, our kernels are compiled if need be.
 
     Raises:
-        UserError: one of the two variables has a value that is not valid.
+        UserError: `EXPERTLANE_BACKEND` or `EXPERTLANE_CPU_ISA` is not valid, or asks for an
+            instruction set that cannot be had.
     """
     if device.type == "cpu":
         return backend_of_cpu()[0]
@@ -55,7 +56,10 @@ def backend_for(device: torch.device) -> TorchBackend:
 
 @cache
 def backend_of_cuda(device: torch.device) -> tuple[TorchBackend, str]:
-    """Our Triton kernels where they run and agree with torch; else torch, and why, in a line."""
+    """The backend with our Triton kernels, if they run and agree with torch; else torch's.
+
+    With it the reason why it is torch's, in a line; empty where it is ours.
+    """
     if asked_backend() == "torch":
         return _TORCH, "EXPERTLANE_BACKEND=torch"
     if find_spec("triton") is None:
@@ -81,7 +85,7 @@ def backend_of_cuda(device: torch.device) -> tuple[TorchBackend, str]:
 
 @cache
 def backend_of_cpu() -> tuple[TorchBackend, str]:
-    """The best there is; and why it lacks kernels of ours, in a line, empty where it has all."""
+    """The best backend of this CPU, and a line that says why it lacks kernels; empty if none."""
     return _best_of_cpu(build)
 
 
@@ -137,7 +141,7 @@ def _transport_of_hosts(*, shares_memory: bool, several_nodes: bool) -> str:
 
 
 def _allowed_sets() -> tuple[InstructionSet, ...]:
-    """From the smallest on, without the baseline."""
+    """Instruction sets that may be used, smallest first, without the baseline."""
     value, names = asked_set(), [BASELINE.name, *(each.name for each in SETS)]
     if value is None:
         return tuple(each for each in SETS if each not in ONLY_IF_ASKED_FOR)
@@ -149,12 +153,12 @@ def _allowed_sets() -> tuple[InstructionSet, ...]:
 
 
 def _without(reason: str) -> UserError:
-    """What a set that was asked for cannot be had without."""
+    """The error for an instruction set that was asked for and cannot be had."""
     return UserError(f"--cpu-isa (or EXPERTLANE_CPU_ISA) asks for {asked_set()}, but {reason}")
 
 
 def _check_asked(baseline: ctypes.CDLL) -> None:
-    """Refuse a set that this CPU lacks: its user would take another's speed for its own."""
+    """Refuse a set that this CPU lacks: another set's speed would be taken for that set's."""
     names = [BASELINE.name, *(each.name for each in SETS)]
     has = [name for name in names[1:] if baseline.has_instructions(name.encode())]
     if asked_set() in {*names[1:]} - {*has}:
@@ -169,14 +173,14 @@ class Platform:
     """Where a rank computes and how it communicates.
 
     Attributes:
-        transport: begins with `shared_memory`, or with torch.distributed's name of it; the end says
-            so where what GPUs exchange is staged on their hosts.
-        kernels: what computes: on GPUs `torch and expertlane (triton 3.6.0)`; on CPUs `expertlane
-            (avx2)` for our own kernels with the instruction set in parentheses, `torch and
+        transport: begins with `shared_memory`, or with torch.distributed's name of the backend; its
+            end says so where transfers between GPUs are staged on their hosts.
+        kernels: whose kernels compute: on GPUs `torch and expertlane (triton 3.6.0)`; on CPUs
+            `expertlane (avx2)` for our own with the instruction set in parentheses, or `torch and
             expertlane (avx2)` where torch computes products of many rows; else `torch`, with the
             reason where ours would have been better.
-        ranks_on_device: that compute on this rank's GPU.
-        num_idle_gpus: of this node, not used because there are fewer than ranks.
+        ranks_on_device: ranks that share this rank's GPU.
+        num_idle_gpus: GPUs of this node that are not used because there are fewer than ranks.
     """
 
     device: torch.device
@@ -189,7 +193,7 @@ class Platform:
 
     @property
     def is_staged(self) -> bool:
-        """Whether what GPUs exchange goes through the memory of hosts."""
+        """Whether transfers between GPUs go through the memory of hosts."""
         return self.transport.endswith(STAGED)
 
     @property
@@ -207,11 +211,13 @@ def choose_platform(
     several_nodes: bool = False,
     touch: Callable[[], None] | None = None,
 ) -> Platform:
-    """GPUs and float16, with nccl if each rank has one; else the CPU and float32.
+    """Choose device, dtype, transport and kernels of a rank.
+
+    By default GPUs with float16 and nccl if each rank has a GPU; else the CPU with float32.
 
     Args:
         shares_memory: whether the ranks of this node have inherited memory that they share.
-        several_nodes: whether there are ranks on others.
+        several_nodes: whether there are ranks on other nodes.
         touch: called every second while a compiler works.
 
     Raises:
@@ -247,7 +253,7 @@ def _num_gpus() -> int:
 
 
 def _check_cpu(dtype_name: str | None, num_gpus: int) -> None:
-    """Refuse what a CPU lacks."""
+    """Refuse a CPU where Triton's kernels or float16 are asked for."""
     sharing = "; EXPERTLANE_TRANSPORT=shared_memory lets ranks share GPUs" if num_gpus else ""
     if asked_backend() == "cuda":
         raise UserError(

@@ -1,6 +1,6 @@
-"""The bookkeeping of dispatch by torch's operations: which rows go to which peers, and back.
+"""Bookkeeping of dispatch by torch's operations: rows for each peer, and pairs of each expert.
 
-Dispatch has ids of experts. A *physical id* names a slot of a rank; -1 is none. Shapes: T tokens of
+A *physical id* names a slot of a rank, as ep_rank × slots + slot; -1 is none. Shapes: T tokens of
 this rank, R rows, K = top_k ids in each, P token-expert pairs, numbered by row, then choice.
 """
 
@@ -18,12 +18,12 @@ from expertlane.engine.ops.products import PairGroups
 
 @dataclass(frozen=True)
 class PeerRows:
-    """Rows of tokens for peers: one for each peer that a token reaches, by peer, then token.
+    """Rows sent to peers: one for each peer that a token reaches, sorted by peer, then token.
 
     Attributes:
-        counts: [num_peers]; rows for each; behind them may stand padding.
-        tokens: [R]; the token of each row; any of padding, whose ids are -1.
-        ids: [R, K] int32; by what the peer knows its ids, -1 for other peers'.
+        counts: [num_peers]; rows for each peer; a peer's rows may end with padding.
+        tokens: [R]; the token of each row; any token for padding, whose ids are -1.
+        ids: [R, K] int32; ids modulo the divisor, as the peer knows them; -1 for other peers' ids.
         places: [T, num_peers]; the row of each token for each peer, -1 for none.
     """
 
@@ -35,14 +35,15 @@ class PeerRows:
 
 @dataclass(frozen=True)
 class Outgoing:
-    """What leaves for the peers in a flat all-to-all.
+    """Rows and pairs that leave for the peers in a flat all-to-all.
 
     Attributes:
-        ids: [T, K] int32; the copy of each pair.
-        counts: [2 · num_peers]; rows for each peer, then pairs.
-        tokens: [R]; the token of each row; rows are as those of `PeerRows`.
-        ids_there: [R, K] int32; by what the peer knows its ids, -1 for other peers'.
-        places: [T, K]; where each pair stands among all by peer, -1 for none.
+        ids: [T, K] int32; the physical id of each pair.
+        counts: [2 · num_peers]; rows for each peer, then pairs for each peer.
+        tokens: [R]; the token of each row; rows are sorted by peer, then token.
+        ids_there: [R, K] int32; ids modulo the divisor, as the peer knows them; -1 for other
+            peers' ids.
+        places: [T, K]; the index of each pair among all sorted by peer, -1 for none.
     """
 
     ids: Tensor
@@ -53,18 +54,18 @@ class Outgoing:
 
 
 class Bookkeeping:
-    """What backends have of it; `dispatch.cpp` and `even_copies.cpp` do the same."""
+    """The operations, as backends inherit them; `dispatch.cpp` and `even_copies.cpp` match them."""
 
     def choose_copies(
         self, topk_ids: Tensor, table: Tensor, num_copies: Tensor, first: int
     ) -> Tensor:
-        """[T, K] int32; physical ids of logical experts, whose copies take turns in order of pairs.
+        """Physical ids [T, K] int32 of top-k ids; an expert's copies take turns in order of pairs.
 
         Args:
-            topk_ids: [T, K] int64; -1 for none, as it stays.
-            table: [num_experts, most copies] int64; physical ids.
-            num_copies: [num_experts] int64; how many of them are to be used.
-            first: the turn to begin with.
+            topk_ids: [T, K] int64; -1 for none, which stays -1.
+            table: [num_experts, most copies] int64; physical ids of each expert's copies.
+            num_copies: [num_experts] int64; copies of each expert that are used.
+            first: the turn of each expert's first pair: copy `first` modulo its copies.
         """
         assert topk_ids.dtype is torch.int64, "kernels take its memory as it is"
         ids = topk_ids.flatten()
@@ -79,8 +80,8 @@ class Bookkeeping:
         """Rows for the peers id // divisor, which know the ids as id % divisor.
 
         Args:
-            ids: [T, K] int32, rows may be apart; -1 for none.
-            padded: T rows for each peer, so that the host need not ask how many there are.
+            ids: [T, K] int32, -1 for none; rows need not be adjacent in memory.
+            padded: give T rows for each peer, so that the host need not ask for their number.
         """
         num_tokens, on = ids.shape[0], ids.device
         peers = torch.div(ids, divisor, rounding_mode="floor")
@@ -114,19 +115,19 @@ class Bookkeeping:
         divisor: int,
         num_peers: int,
     ) -> Outgoing:
-        """Copies of pairs, and the rows that they make for the peers id // divisor.
+        """Choose copies, and group the tokens' rows and pairs by the peers id // divisor.
 
         Args:
-            topk_ids, table, num_copies, first: as `choose_copies` takes them.
+            topk_ids, table, num_copies, first: see `choose_copies`.
         """
         ids = self.choose_copies(topk_ids, table, num_copies, first)
         return self.leaving(ids, divisor, num_peers)
 
     def leaving(self, ids: Tensor, divisor: int, num_peers: int) -> Outgoing:
-        """The rows that copies make for the peers id // divisor.
+        """Rows and pairs of chosen copies, grouped by the peers id // divisor.
 
         Args:
-            ids: [T, K] int32, contiguous; the copy of each pair, -1 for none.
+            ids: [T, K] int32, contiguous; the physical id of each pair, -1 for none.
         """
         rows = self.rows_by_peer(ids, divisor, num_peers)
         pairs = self.group_pairs(ids, 0, divisor, num_peers, ids.numel())
@@ -137,15 +138,15 @@ class Bookkeeping:
     def balance_copies(
         self, topk_ids: Tensor, num_tokens_of: Sequence[int], copies: BalancedCopies, slots: Tensor
     ) -> tuple[Tensor, int]:
-        """[T, K] int32; physical ids of the logical experts of all ranks' tokens.
+        """Choose copies for all ranks' tokens so that the pairs of ranks are even.
 
         Args:
-            topk_ids: [T, K] int32, rank after rank.
-            num_tokens_of: [num_ranks].
+            topk_ids: [T, K] int32; of all ranks' tokens, rank after rank.
+            num_tokens_of: [num_ranks]; tokens of each rank.
             slots: [num_experts, most copies] int64; physical ids, in the order of `copies.holders`.
 
         Returns:
-            They, and how many pairs the fullest rank is spared by that.
+            Physical ids [T, K] int32, and how many pairs fewer the fullest rank has by that.
         """
         rank = np.arange(len(num_tokens_of)).repeat(num_tokens_of)
         ids = topk_ids.long()
@@ -157,10 +158,11 @@ class Bookkeeping:
     def rows_and_pairs(
         self, ids: Tensor, num_tokens_of: Sequence[int], divisor: int, num_peers: int
     ) -> Tensor:
-        """[num_ranks, 2, num_peers]; rows of each rank for the peers id // divisor, and pairs.
+        """[num_ranks, 2, num_peers]; each rank's rows for the peers id // divisor, and its pairs.
 
         Args:
-            ids: [T, K] int32, rank after rank; none missing.
+            ids: [T, K] int32; physical ids of all ranks' tokens, rank after rank; no -1.
+            num_tokens_of: [num_ranks]; tokens of each rank.
         """
         peers = (ids // divisor).long()
         is_peer = F.one_hot(peers, num_peers).sum(dim=1)  # [T, num_peers]
@@ -171,13 +173,17 @@ class Bookkeeping:
     def fan_out(
         self, ids: Tensor, divisor: int, nodes: Tensor, node: int
     ) -> tuple[Tensor, Tensor, int, int]:
-        """How many ranks and nodes hold some id of a token, [T] each; and all that are elsewhere.
+        """Fan-out: how many ranks and nodes each token reaches.
 
         Args:
-            ids: [T, K] int32; none missing.
+            ids: [T, K] int32; no -1.
             divisor: the rank of an id is id // divisor.
             nodes: [num_ranks] int64; the node of each rank, from 0.
-            node: this rank's own; other nodes and their ranks are elsewhere.
+            node: the node of this rank.
+
+        Returns:
+            Ranks [T] and nodes [T] that each token reaches; then, summed over tokens, the ranks
+            reached on other nodes, and the other nodes reached.
         """
         reached = torch.zeros(len(ids), len(nodes), device=ids.device)
         reached.scatter_(1, (ids // divisor).long(), 1.0)
@@ -189,12 +195,12 @@ class Bookkeeping:
     def group_pairs(
         self, ids: Tensor, first: int, divisor: int, num_groups: int, num_pairs: int | None = None
     ) -> PairGroups:
-        """Pairs by the groups (id - first) // divisor; ids of other groups belong to no pair.
+        """Sort pairs by their groups (id - first) // divisor; ids of other groups make no pair.
 
         Args:
-            ids: [R, K] int32, rows may be apart.
-            num_pairs: P, a bound of how many pairs there are, R · K at most: a GPU need not be
-                asked then. With R · K, ids without a pair are numbered too.
+            ids: [R, K] int32; rows need not be adjacent in memory.
+            num_pairs: P, an upper bound of the number of pairs, R · K at most, so that the host
+                need not ask a GPU for it. With R · K, ids that make no pair are numbered too.
         """
         most = ids.numel()
         groups = torch.div(ids.flatten() - first, divisor, rounding_mode="floor")
@@ -213,12 +219,12 @@ class Bookkeeping:
         return PairGroups(counts, pair // ids.shape[1], order, numbers)
 
     def pack(self, parts: Sequence[tuple[Tensor, Tensor | None]], packed: Tensor) -> None:
-        """Put parts of rows side by side.
+        """Concatenate the bytes of several columns, row by row.
 
         Args:
-            parts: each [num_rows, columns], of any dtype; or [num, columns] and the row of it that
-                each row takes, [num_rows].
-            packed: [num_rows, bytes of all]; to be filled.
+            parts: each [num_rows, columns] of any dtype, and None; or [num, columns] and the index
+                [num_rows] of the row of it that each packed row takes.
+            packed: [num_rows, bytes of all parts] uint8; filled here.
         """
         begin = 0
         for part, rows in parts:
@@ -233,14 +239,14 @@ class Bookkeeping:
 
 
 def inverse(order: Tensor) -> Tensor:
-    """[n]; where each of n things stands in an order of them."""
+    """The inverse [n] of a permutation [n]: the index at which each number stands in `order`."""
     places = torch.empty_like(order)
     places[order] = torch.arange(len(order), device=order.device)
     return places
 
 
 def stable_order(values: Tensor, num_values: int) -> Tensor:
-    """[n]; the order of values [n] that are less than `num_values`, equal ones as they stand."""
+    """Stable argsort [n] of values [n] from 0 to `num_values` - 1."""
     if values.device.type == "cpu":
         narrow = values.numpy().astype(np.min_scalar_type(num_values))  # numpy then sorts by radix
         return torch.from_numpy(np.argsort(narrow, kind="stable"))
@@ -248,7 +254,7 @@ def stable_order(values: Tensor, num_values: int) -> Tensor:
 
 
 def _num_equal_before(ids: Tensor) -> Tensor:
-    """[n]; how many equal ids stand before each."""
+    """[n]; how many earlier ids are equal to each."""
     order = torch.argsort(ids, stable=True)
     ordered, places = ids[order], torch.arange(len(ids), device=ids.device)
     is_first = torch.ones_like(ids, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Libraries of the C++ files: those that came in the wheel, else compiled where first needed.
+"""Libraries of our C++: those that came in the wheel, else compiled where first needed.
 
 Compiled ones stay in the user's cache.
 """
@@ -43,8 +43,8 @@ class InstructionSet:
     one copy, and that could hold instructions that the CPU lacks.
 
     Attributes:
-        flags: of the compiler.
-        link_flags: of the linker. Fast math is not among them: the whole process would flush
+        flags: flags of the compiler.
+        link_flags: flags of the linker. Fast math is not among them: the whole process would flush
             denormals.
     """
 
@@ -91,7 +91,7 @@ _ARM = (_arithmetic("neon"), _arithmetic("neon_bf16", "-march=armv8.2-a+bf16"))
 
 
 def arithmetic_sets(machine: str) -> tuple[InstructionSet, ...]:
-    """Those with arithmetic of an architecture: each has the instructions of those before it."""
+    """Instruction sets of an architecture, smallest first: each includes those before it."""
     return {"x86_64": _X86, "AMD64": _X86, "aarch64": _ARM, "arm64": _ARM}.get(machine, ())
 
 
@@ -104,15 +104,15 @@ class BuildError(Exception):
 
 
 class _CompilerFailed(Exception):
-    """The text says why in one line."""
+    """A compiler failed, now or lately; the text says why in one line."""
 
 
 def _no_touch() -> None:
-    """Nobody waits."""
+    """Do nothing: nobody waits for the compiler."""
 
 
 def build(instructions: InstructionSet, touch: Callable[[], None] = _no_touch) -> ctypes.CDLL:
-    """The library of an instruction set, as shipped, or compiled.
+    """The library of an instruction set: the shipped one, else compiled here.
 
     Ranks that start together wait for the one that compiles; where that failed, they and those who
     start soon afterwards do not try again.
@@ -175,7 +175,7 @@ def _shipped(instructions: InstructionSet) -> ctypes.CDLL | None:
 
 
 def shipped_name(instructions: InstructionSet) -> str:
-    """The file of its library in a wheel: of these very sources and flags."""
+    """The file name of a set's library in a wheel; it changes with sources, headers and flags."""
     return _name(instructions, ())
 
 
@@ -196,7 +196,10 @@ def _reason(error: subprocess.SubprocessError) -> str:
 
 
 def _first_line(output: bytes) -> str:
-    """What a compiler lacked, else its first error, else the first line of its output."""
+    """The line of a compiler's output that says why it failed.
+
+    It is the first that names a resource that ran out, else the first error, else the first line.
+    """
     lines = [line.strip() for line in output.decode(errors="replace").splitlines() if line.strip()]
     for words in ([*_LIMITS, os.strerror(errno.ENOSPC)], ["error"], [""]):
         for line in lines:
@@ -248,7 +251,7 @@ def _compile_unless_failed(
 
     Raises:
         _CompilerFailed: it fails, or did so lately.
-        CapacityError: as `build`.
+        CapacityError: too few processes or descriptors.
     """
     failed = library.with_suffix(".failed")
     with suppress(OSError):  # there is none
@@ -274,13 +277,14 @@ def compile_library(
     *link_flags: str,
     touch: Callable[[], None] = _no_touch,
 ) -> None:
-    """Compile and link one set.
+    """Compile and link the library of an instruction set.
 
     Args:
+        library: the file to write.
         touch: called every second meanwhile.
 
     Raises:
-        CalledProcessError, TimeoutExpired: of the compiler.
+        CalledProcessError, TimeoutExpired: the compiler failed, or took too long.
     """
     sources = [_FOLDER / name for name in instructions.sources]
     made = library.with_suffix(".new")

@@ -1,10 +1,10 @@
-"""Which cores a rank computes on: its share of those that this process may use.
+"""CPU cores of a rank: its share of those that this process may use, and pinning to them.
 
-The ranks of a host divide its cores evenly, each within one NUMA node where that is possible: the
-memory that a rank writes first then is that node's. They are pinned to their shares, except where
-there are more ranks than cores, where a container may use less than its cores (they are others'
-too), and where another engine is pinned to them, outside other containers. `EXPERTLANE_PIN=0` pins
-no rank; `EXPERTLANE_PIN=1` pins also beside other engines.
+The ranks of a host divide its cores evenly, each within one NUMA node where that is possible, so
+that the memory which a rank writes first lies on its own node. Ranks are pinned to their shares,
+except where there are more ranks than cores, where a container's CPU quota is below its cores
+(which others then use too), and where another engine is pinned to them (engines in other containers
+are not seen). `EXPERTLANE_PIN=0` pins no rank; `EXPERTLANE_PIN=1` pins also beside other engines.
 """
 
 import fcntl
@@ -25,12 +25,12 @@ _THREADS = Path("/proc/self/task")
 
 @dataclass(frozen=True)
 class Share:
-    """What a rank computes with.
+    """Cores and threads of a rank.
 
     Attributes:
-        num_cores: of all ranks of this host: hardware threads, or fewer where a container has less.
-        num_threads: of this rank; one a core of its share.
-        cpus: hardware threads to pin it to; none where it is to stay where the system puts it.
+        num_cores: hardware threads of all ranks of this host, or a container's quota if less.
+        num_threads: threads that this rank computes with: one for each core of its share.
+        cpus: hardware threads that the rank is pinned to; empty where it is not pinned.
     """
 
     num_cores: int
@@ -39,7 +39,7 @@ class Share:
 
 
 def allowed_cpus() -> frozenset[int]:
-    """The hardware threads that this process may use, unless the system cannot tell."""
+    """Hardware threads that this process may use; empty where the system cannot tell."""
     return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else ())
 
 
@@ -49,11 +49,11 @@ def share_of(
     system: Path = _SYSTEM,
     allowed: frozenset[int] | None = None,
 ) -> Share:
-    """The share of one of the ranks of this host.
+    """The share of one of this host's ranks.
 
     Args:
-        allowed: hardware threads of all of them; those of this process, which is not pinned yet, if
-            not given.
+        allowed: hardware threads of all ranks together; by default those of this process, which is
+            not pinned yet.
 
     Raises:
         UserError: `EXPERTLANE_PIN` is not valid.
@@ -68,11 +68,12 @@ def share_of(
 
 
 def read_nodes(allowed: Iterable[int], system: Path = _SYSTEM) -> list[list[Core]]:
-    """The cores of each NUMA node, of those hardware threads that may be used.
+    """Usable cores by NUMA node.
 
     Args:
-        system: as `/sys/devices/system`; what is missing there counts as one node, and as one
-            core a hardware thread.
+        allowed: hardware threads that may be used.
+        system: a folder laid out as `/sys/devices/system`. Threads that no node lists count as one
+            node more; a thread whose siblings are not listed is a core of its own.
     """
     cores: dict[int, Core] = {}
     for cpu in sorted(allowed):
@@ -87,7 +88,7 @@ def read_nodes(allowed: Iterable[int], system: Path = _SYSTEM) -> list[list[Core
 
 
 def _read_list(path: Path) -> list[int]:
-    """The numbers of a list such as `0-3,8`; none where there is no such file."""
+    """Numbers in a file with a list such as `0-3,8`; none where there is no such file."""
     try:
         parts = [part.split("-") for part in path.read_text().strip().split(",") if part]
     except OSError:
@@ -96,10 +97,10 @@ def _read_list(path: Path) -> list[int]:
 
 
 def divide(nodes: Sequence[Sequence[Core]], num_ranks: int) -> list[list[Core]]:
-    """The cores of each rank, equally many; none where there are more ranks than cores.
+    """Cores of each rank, equally many; an empty list where there are more ranks than cores.
 
-    Consecutive ranks are neighbours. Where a rank's cores don't fit into nodes, all take the next
-    ones in turn: ranks wait for each other, so an equal number matters more.
+    Consecutive ranks are neighbours. Where the shares do not fit into nodes, ranks take cores in
+    order across nodes: they wait for each other, so equal shares matter more.
     """
     num_each = sum(map(len, nodes)) // num_ranks
     if num_each == 0:
@@ -116,13 +117,13 @@ def divide(nodes: Sequence[Sequence[Core]], num_ranks: int) -> list[list[Core]]:
 
 
 def pin(cpus: Sequence[int], system: Path = _SYSTEM, held: list[int] | None = None) -> bool:
-    """Keep all threads of this process on some hardware threads, now and later ones.
+    """Pin all present and later threads of this process to some hardware threads.
 
     Args:
-        held: gets the descriptors of the locks that say so; `unpin` takes them.
+        held: receives the descriptors of the locks on those threads; `unpin` takes it.
 
     Returns:
-        Whether they are kept there: not where another engine is pinned to one of them.
+        Whether the process is pinned; False where another engine holds one of those threads.
     """
     if not cpus or {*cpus} == os.sched_getaffinity(0):
         return bool(cpus)
@@ -146,10 +147,10 @@ def _move_threads(cpus: Sequence[int]) -> None:
 
 
 def _hold(cpus: Sequence[int], system: Path, held: list[int]) -> bool:
-    """Whether no other process holds one of them; this one does from now on, until it ends.
+    """Lock some hardware threads until this process ends; False if another process holds one.
 
-    A lock on a folder of the system's own needs no file of ours, and every user sees it. Other
-    containers do not: each has folders of its own.
+    The locks are on the system's own folders, which every user sees, so no file of ours is needed.
+    Other containers do not see them: each has folders of its own.
     """
     for cpu in cpus:
         try:

@@ -1,4 +1,4 @@
-"""Our own C++ on any CPU, for the bookkeeping of dispatch and for sums.
+"""The backend with our C++ for any CPU: bookkeeping of dispatch, and sums.
 
 Only `engine/ops/backend.py` chooses it.
 """

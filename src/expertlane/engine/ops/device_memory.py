@@ -1,4 +1,4 @@
-"""Memory of a rank's device: what is free, and the most that work has taken."""
+"""Memory of a rank's device: what is free, and the peak that work has taken."""
 
 from pathlib import Path
 from typing import Protocol
@@ -9,45 +9,48 @@ from expertlane.engine.ops import host
 
 
 class DeviceMemory(Protocol):
-    """Bytes of a device, and of this process on it."""
+    """Free and total memory of a device, and the peak of this process on it."""
 
     def free_and_total(self) -> tuple[int, int]:
-        """What anybody can still allocate, and what there is."""
+        """Bytes that any process can still allocate, and bytes in total."""
         ...
 
     def begin(self) -> None:
-        """Forget the most so far."""
+        """Reset the peak, and measure from now on."""
         ...
 
     def peak_bytes(self) -> int:
-        """The most that this process has taken since, beyond what it had then; it is free again."""
+        """Peak bytes of this process since `begin`, beyond those it had then.
+
+        Memory that work has freed is given back to the device.
+        """
         ...
 
 
 def memory_of(device: torch.device) -> DeviceMemory:
-    """That of a GPU, or of the host."""
+    """The memory of a GPU, or of the host."""
     return GpuMemory(device) if device.type == "cuda" else HostMemory()
 
 
 class GpuMemory:
-    """By the driver's count and that of torch's allocator, which keeps what work has freed."""
+    """A GPU's memory, counted by the driver and by torch's allocator, which keeps freed blocks."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._before = device, 0
 
     def free_and_total(self) -> tuple[int, int]:
-        """As `DeviceMemory`."""
+        """Free and total bytes of the GPU."""
         return torch.cuda.mem_get_info(self._device)
 
     def begin(self) -> None:
-        """As `DeviceMemory`."""
+        """Release cached blocks, and reset the peak of torch's allocator."""
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
         self._before = torch.cuda.memory_reserved(self._device)
 
     def peak_bytes(self) -> int:
-        """As `DeviceMemory`."""
+        """Bytes that torch's allocator has reserved at most since `begin`, beyond those before."""
         torch.cuda.synchronize(self._device)
         num_bytes = torch.cuda.max_memory_reserved(self._device) - self._before
         torch.cuda.empty_cache()
@@ -59,27 +62,27 @@ _RESET_PEAK = "5"  # proc(5), clear_refs
 
 
 class HostMemory:
-    """By the kernel's count of pages that are resident; Linux has it."""
+    """The host's memory, by the kernel's count of resident pages; Linux only."""
 
     def __init__(self) -> None:
         self._before = 0
 
     def free_and_total(self) -> tuple[int, int]:
-        """As `DeviceMemory`."""
+        """Free and total bytes of the host, or of its container."""
         return host.memory_bytes()
 
     def begin(self) -> None:
-        """As `DeviceMemory`."""
+        """Reset the peak of resident memory."""
         (_PROCESS / "clear_refs").write_text(_RESET_PEAK)
         self._before = _status("VmRSS")
 
     def peak_bytes(self) -> int:
-        """As `DeviceMemory`."""
+        """Resident bytes at most since `begin`, beyond those before."""
         return max(0, _status("VmHWM") - self._before)
 
 
 def _status(name: str) -> int:
-    """Bytes of a line of this process's status, which is in KiB."""
+    """Bytes in a line of this process's status, which counts in KiB."""
     for line in (_PROCESS / "status").read_text().splitlines():
         if line.startswith(f"{name}:"):
             return 1024 * int(line.split()[1])

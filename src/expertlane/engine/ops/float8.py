@@ -18,7 +18,7 @@ _EXPONENT_OF_448 = 8
 
 
 def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Round rows.
+    """Round rows to float8.
 
     Args:
         rows: [..., dim]; dim at least 1.
@@ -35,7 +35,7 @@ def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_float8(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows [..., dim] of what `to_float8` gives."""
+    """Widen rows [..., dim] from the values and scales of `to_float8`."""
     return (values.view(FLOAT8).float() * _power(scales.int())).to(dtype)
 
 

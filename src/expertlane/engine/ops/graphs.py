@@ -1,4 +1,4 @@
-"""What a backend needs for operations that are launched together, as a graph."""
+"""The interface of graphs: operations that are recorded once and launched together."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -9,22 +9,25 @@ import torch
 class Graphs(Protocol):
     """Records operations once, and launches them again without the host's work between them.
 
-    Graphs of one of these share memory: what one has computed is gone once another runs, unless it
-    was copied to memory from outside.
+    Graphs of one recorder share memory: a graph's results are gone once another graph runs, unless
+    they were copied to memory from outside.
     """
 
     def capture(self, run: Callable[[], None], until: Callable[[Any], None]) -> Callable[[], None]:
-        """Call `run` once as it is, and once to record it; gives what launches the recorded again.
+        """Call `run` twice: once to execute it, once to record it.
 
-        The record has the memory that operations used, and all values that were on the host.
+        The graph keeps the addresses that operations used, and the values that the host had.
 
         Args:
             until: waits, with a bound, for an event of the stream: the first call may wait for
                 ranks that are lost.
+
+        Returns:
+            A function that launches the recorded operations again.
         """
         ...
 
 
 def is_recorded(device: torch.device) -> bool:
-    """Whether operations of this thread become a part of a graph."""
+    """Whether the current stream is being captured, so that operations are recorded."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

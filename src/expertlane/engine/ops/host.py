@@ -1,4 +1,4 @@
-"""What this host lets the process use; containers' limits count."""
+"""CPU cores and memory that this process may use on its host, with containers' limits."""
 
 import os
 from pathlib import Path
@@ -9,7 +9,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def num_cores() -> int:
-    """Cores this process may use: its affinity, or less where a container's quota is smaller."""
+    """Cores that this process may use: its affinity, or a container's quota if that is smaller."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Microseconds of CPU time, and of the period; the first version of cgroups has two files.
     quota = _read("cpu.max").split() or [
@@ -21,7 +21,7 @@ def num_cores() -> int:
 
 
 def memory_bytes() -> tuple[int, int]:
-    """Free and total bytes of memory, of the host or of the container where that has less."""
+    """Free and total bytes of memory, of the host or of the container if that has less."""
     memory = psutil.virtual_memory()
     limit = _read("memory.max").strip()
     if not limit.isdigit():
@@ -49,7 +49,7 @@ class ForeignLoad:
         return min(1.0, max(0.0, busy - own) / total) if total > 0 else 0.0
 
     def _used(self) -> tuple[float, float, float]:
-        """Seconds of all cores that were busy, that there were, and that we used."""
+        """CPU seconds of all cores since boot: busy, in total, and used by us."""
         times = psutil.cpu_times()
         idle = times.idle + getattr(times, "iowait", 0.0)
         own = 0.0

@@ -1,4 +1,4 @@
-"""Paged keys and values of a data-parallel rank's sequences, and what of them a batch reads."""
+"""The paged KV cache of a data-parallel rank, and the indices with which a batch reads it."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -20,15 +20,15 @@ class KVCache:
     """One layer's cache: blocks of `block_size` positions, [num_blocks, heads, block_size, dim].
 
     In a block each head's keys, and its values, lie side by side: attention reads them in order.
-    A slot is a position's place, block × block_size + offset. With latent attention the one
-    head's key is the latent and the rotated part; its value is the latent, a part of the key, so
-    it is not stored again (`value_dim` 0).
+    A slot is the index of a position in the cache, block × block_size + offset. With latent
+    attention the one head's key is the latent and the rotated part; its value is the latent, a part
+    of the key, so it is not stored again (`value_dim` 0).
 
     Attributes:
-        dtype: in which keys and values come and go.
-        keys, values: as they are stored: uint8, the bits of float8, if `is_float8`.
-        key_scales, value_scales: then, [num_blocks, heads, block_size, 1] uint8, as
-            `ops.float8` has them; no last size where there are no values.
+        dtype: dtype of keys and values as they are written and read.
+        keys, values: as stored: of `dtype`, or uint8 (the bits of float8) if `is_float8`.
+        key_scales, value_scales: None unless `is_float8`: [num_blocks, heads, block_size, 1] uint8,
+            see `ops.float8`; the last size is 0 where there are no values.
     """
 
     key_scales: Tensor | None = None
@@ -58,7 +58,7 @@ class KVCache:
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor) -> Self:
-        """One that lies in given tensors, [num_blocks, heads, block_size, dim]."""
+        """A cache in given tensors [num_blocks, heads, block_size, dim]."""
         cache = cls.__new__(cls)
         cache.keys, cache.values, cache.dtype = keys, values, keys.dtype
         return cache
@@ -76,7 +76,7 @@ class KVCache:
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """Keys and values; and their scales, None unless they are float8."""
+        """Keys, values, and the scales of both, which are None unless the cache is float8."""
         return self.keys, self.values, self.key_scales, self.value_scales
 
     @property
@@ -107,7 +107,7 @@ class KVCache:
             keys, values: [num_tokens, num_local_heads, key_dim or value_dim].
 
         Returns:
-            keys and values as they will be read: rounded where they are stored so.
+            keys and values as they will be read: rounded if the cache is float8.
         """
         places = slots // self.block_size, slots % self.block_size
         return (
@@ -116,7 +116,7 @@ class KVCache:
         )
 
     def keys_at(self, slots: Tensor) -> Tensor:
-        """[num_slots, num_local_heads, key_dim]."""
+        """Keys [num_slots, num_local_heads, key_dim] at some slots."""
         blocks, offsets = slots // self.block_size, slots % self.block_size
         keys = self.keys[blocks, :, offsets]
         if self.key_scales is None:
@@ -153,7 +153,7 @@ class KVCache:
 def _put(
     pages: Tensor, scales: Tensor | None, places: tuple[Tensor, Tensor], rows: Tensor
 ) -> Tensor:
-    """Store rows [num_tokens, heads, dim] at blocks and offsets; gives them as they are stored."""
+    """Store rows [num_tokens, heads, dim] at blocks and offsets; return them as stored."""
     blocks, offsets = places
     if not rows.shape[-1]:
         return rows
@@ -174,13 +174,13 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class AttentionParams(NamedTuple):
-    """What a layer's attention is, whatever the batch.
+    """Parameters of a layer's attention that do not depend on the batch.
 
     Attributes:
-        value_dim: of a head's value; with latent attention, that many first ones of the key.
-        scale: of the logits.
-        window: the latest positions seen; None for all.
-        sinks: [num_heads] float32; logits that take part in the softmax's sum alone.
+        value_dim: width of a head's value; with latent attention, of the key's first part.
+        scale: factor of the logits.
+        window: how many latest positions a token sees; None for all.
+        sinks: [num_heads] float32; logits that count in the softmax's sum alone.
     """
 
     value_dim: int
@@ -190,12 +190,12 @@ class AttentionParams(NamedTuple):
 
 
 class PagedSequences(NamedTuple):
-    """Where sequences' new tokens are, and their blocks; all int64.
+    """Block tables and lengths of a batch's sequences; all int64.
 
     Attributes:
         block_tables: [num_seqs, num_blocks_per_seq].
-        first_tokens: [num_seqs]; where the new tokens of each begin.
-        num_scheduled: [num_seqs]; how many new tokens each has.
+        first_tokens: [num_seqs]; index in the batch of each sequence's first new token.
+        num_scheduled: [num_seqs]; new tokens of each.
         lengths: [num_seqs]; positions of each, the new ones included.
     """
 
@@ -206,11 +206,13 @@ class PagedSequences(NamedTuple):
 
 
 class AttentionBounds(NamedTuple):
-    """What a launch of attention depends on, beside numbers of tokens and of sequences.
+    """Bounds of a batch's sequences that decide the grid of an attention kernel.
+
+    Nothing else does, but for the numbers of tokens and of sequences.
 
     Attributes:
-        most_new: new tokens of a sequence, at most.
-        longest: positions of a sequence, at most, the new ones included.
+        most_new: the most new tokens of a sequence.
+        longest: the most positions of a sequence, the new ones included.
         is_decode: token i is the one new token of sequence i.
     """
 
@@ -220,12 +222,12 @@ class AttentionBounds(NamedTuple):
 
 
 class PagedBatch:
-    """Where a batch's tokens stand in their sequences and in the cache; the same in all layers.
+    """Positions, slots and block tables of a batch's tokens, for attention of all layers.
 
-    Each property is made when it is first asked for: backends need different ones.
+    Each property is computed when it is first asked for: backends need different ones.
 
     Attributes:
-        places: all of it as `ops.step.AttentionPart` takes it, once that has made it.
+        places: the structure that `ops.step.AttentionPart` makes of them and keeps here.
     """
 
     places: Any = None
@@ -234,28 +236,28 @@ class PagedBatch:
         self.batch, self.block_size, self._device = batch, block_size, device
 
     def columns(self) -> list[Array]:
-        """What our kernels on a GPU ask for, for `take`; the widest last."""
+        """The arrays that our kernels on a GPU read, for `take`; the widest last."""
         tables, *of_seqs = self._of_sequences()
         return [self._positions, self._slots, *of_seqs, tables]
 
     def take(self, columns: Sequence[Tensor]) -> None:
-        """Have `columns` on the device."""
+        """Take the arrays of `columns` that were copied to the device."""
         self.positions, self.slots, *of_seqs, tables = columns
         self.sequences = PagedSequences(tables, *of_seqs)
 
     @cached_property
     def positions(self) -> Tensor:
-        """[num_tokens]; the position of each token in its sequence."""
+        """[num_tokens]; each token's position in its sequence."""
         return self._put(self._positions)
 
     @cached_property
     def slots(self) -> Tensor:
-        """[num_tokens]; where the cache keeps each token's keys and values."""
+        """[num_tokens]; the cache's slot for each token's keys and values."""
         return self._put(self._slots)
 
     @cached_property
     def cached_slots(self) -> Tensor:
-        """[num_cached]; where the positions before the new tokens are, sequence after sequence."""
+        """[num_cached]; slots of the positions before the new tokens, sequence after sequence."""
         cached = self.batch.num_computed_tokens
         positions = np.arange(cached.sum()) - np.repeat(np.cumsum(cached) - cached, cached)
         return self._put(
@@ -277,9 +279,9 @@ class PagedBatch:
 
     @cached_property
     def begun_blocks(self) -> Tensor:
-        """Blocks that the batch begins and does not fill.
+        """Blocks that the batch begins and does not fill; they must be zeroed.
 
-        What another sequence left there is masked, but where it was NaN, masked is not enough.
+        Positions left there by another sequence are masked, but a masked NaN would still spread.
         """
         batch, size = self.batch, self.block_size
         ends = batch.num_computed_tokens + batch.num_scheduled_tokens
@@ -300,12 +302,12 @@ class PagedBatch:
 
     @cached_property
     def groups(self) -> list[AttentionGroup]:
-        """The batch's sequences, put together where attention can take them as one."""
+        """The batch's sequences in groups, each of which one call of attention takes."""
         return attention_groups(self.batch, self.block_size, self._device)
 
     @cached_property
     def bounds(self) -> AttentionBounds:
-        """Of this batch's own sizes."""
+        """The bounds of this batch's sequences."""
         batch = self.batch
         if not batch.num_seqs:
             return AttentionBounds(0, 0, is_decode=False)

@@ -1,4 +1,4 @@
-"""Layers one after the other in one call of `layers.cpp`, where nothing travels between them."""
+"""Consecutive layers in one call of `layers.cpp`, where no communication lies between them."""
 
 import ctypes
 from collections.abc import Sequence
@@ -16,11 +16,11 @@ from expertlane.engine.ops.structs import SUFFIX, Layer, Progress, address_of
 
 
 class LayerParts(NamedTuple):
-    """What a layer is computed in.
+    """The C++ calls of a layer.
 
     Attributes:
         experts: None in a dense layer.
-        mlp: of a dense layer, with its norm; or the shared expert, if there is one.
+        mlp: the MLP of a dense layer, with its norm; else the shared expert, if there is one.
     """
 
     attention: AttentionPart
@@ -32,12 +32,13 @@ class LayersPart:
     """A stage's layers, whose attention and MLPs are all on this rank.
 
     Args:
-        caches: of each.
-        first_layer: the number of the first.
-        progress: where the rank's layer, stage, counter and time (ns) are to be kept up to date.
-        stages: the numbers of attention, router, dispatch, experts and combine there.
-        meter: where a `Meter` keeps times, and by layer the pairs of each expert that it counts;
-            None where nobody asks.
+        caches: the KV cache of each layer.
+        first_layer: the number of the first layer.
+        progress: addresses where the rank's layer, stage, counter and time (ns) are kept up to
+            date.
+        stages: numbers that stand for attention, router, dispatch, experts and combine there.
+        meter: the address where a `Meter` keeps times, and its counts of pairs by layer, then
+            expert; None where nothing is measured.
     """
 
     def __init__(
@@ -73,18 +74,18 @@ class LayersPart:
         self._function = function_of(attention.library, name, "pnpppnp")
 
     def is_made_of(self, layers: Sequence[LayerParts | None]) -> bool:
-        """Whether it still does what these do."""
+        """Whether this call was made of exactly these layers, so that it can be reused."""
         return all(
             other is not None and all(a is b for a, b in zip(own, other, strict=True))
             for own, other in zip(self._made_of, layers, strict=True)
         )
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it computes tokens [num_tokens, hidden_size]."""
+        """Whether the call can compute x [num_tokens, hidden_size]."""
         return self._made_of[0].attention.takes(x)
 
     def __call__(self, x: Tensor, batch: PagedBatch) -> Tensor:
-        """[num_tokens, hidden_size] after the last layer, of [num_tokens, hidden_size]."""
+        """Hidden states [num_tokens, hidden_size] after the last layer, of x before the first."""
         placed, out = self._made_of[0].attention.placed(batch), torch.empty_like(x)
         self._function(
             *(ctypes.addressof(self._layers), len(self._layers), placed.address),

@@ -12,12 +12,11 @@ _TYPES: dict[str, Any] = {
 
 
 def function_of(library: ctypes.CDLL, name: str, arguments: str, result: str = "") -> Any:
-    """A function of a library.
+    """A function of a compiled library, with the types of its arguments and result set.
 
     Args:
-        arguments: a letter for the type of each: a pointer, a whole number of 64 or of 32 bits, or
-            a float32: p, n, i, f.
-        result: the letter of its own; none where it gives nothing.
+        arguments: a letter for each argument's type: p (pointer), n (int64), i (int32), f (float).
+        result: the letter of the result's type; empty for void.
     """
     function = getattr(library, name)
     function.argtypes = [_TYPES[letter] for letter in arguments]

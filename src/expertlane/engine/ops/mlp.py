@@ -13,11 +13,11 @@ from expertlane.engine.ops.structs import SUFFIX, ExpertsLayer, Mlp, address_of,
 
 
 class MlpPart:
-    """Norm, if it has one, projections, and the scale, if it has one.
+    """An MLP in one call, with the norm before it and the scale after it, if any.
 
     Args:
-        experts: one, which is the MLP.
-        matrices: where its gate (None without), up and down lie.
+        experts: the MLP, as experts of which there is one.
+        matrices: arrays of addresses of its gate (None without a gate), up and down.
         norm: [hidden_size] float32; None where tokens come normed.
         scale: [1, hidden_size]; the output is multiplied by the sigmoid of this projection.
     """
@@ -41,11 +41,11 @@ class MlpPart:
         self._function = function_of(library, f"mlp_part{SUFFIX[dtype]}", "ppnp")
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it computes tokens [num_tokens, hidden_size]."""
+        """Whether the call can compute x [num_tokens, hidden_size]."""
         return 0 < x.shape[0] <= most_tokens(self._dtype) and x.is_contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[num_tokens, hidden_size]."""
+        """The MLP's output [num_tokens, hidden_size], of x [num_tokens, hidden_size]."""
         out = torch.empty_like(x)
         self._function(self.layer, x.data_ptr(), x.shape[0], out.data_ptr())
         return out

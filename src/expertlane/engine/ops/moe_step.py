@@ -1,4 +1,4 @@
-"""The router, and an MoE block whose experts are all here, as few calls of `moe_step.cpp`."""
+"""The router, and an MoE block whose experts are all on this rank, in few calls of C++."""
 
 import ctypes
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from expertlane.engine.ops.structs import (
 
 
 class CompiledRouter(Router):
-    """One call."""
+    """The norm, the router's product and the choice of experts in one C++ call (`moe_step.cpp`)."""
 
     def __init__(self, params: RouterParams, norm: Norm, library: ctypes.CDLL) -> None:
         super().__init__(params, norm)
@@ -41,11 +41,14 @@ class CompiledRouter(Router):
 
     @staticmethod
     def suits(params: RouterParams) -> bool:
-        """Whether our C++ has it."""
+        """Whether our C++ can read the router's weight: its width and its layout."""
         return params.weight.shape[1] % LANES == 0 and params.weight.is_contiguous()
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `Router`."""
+        """The normed tokens [num_tokens, hidden_size], and their top-k ids and weights.
+
+        Batches of many tokens take the operations of `Router`.
+        """
         num_tokens, top_k = x.shape[0], self.params.top_k
         if x.dtype not in SUFFIX or num_tokens > MOST_TOKENS or not x.is_contiguous():
             return super().__call__(x)
@@ -60,12 +63,13 @@ class CompiledRouter(Router):
 
 
 class LocalExperts:
-    """Router, experts and sums of a layer whose experts are all on this rank.
+    """An MoE block whose experts are all on this rank: router, experts, and weighted sums.
 
-    Its four calls follow one another: `route`, `group`, `compute`, `combine`.
+    It is computed by four calls in turn: `route`, `group`, `compute`, `combine` (`moe_step.cpp`).
+    They share a buffer, `work`.
 
     Args:
-        matrices: where the experts' gates (None without), ups and downs lie.
+        matrices: arrays of addresses of the experts' gates (None without gates), ups and downs.
     """
 
     def __init__(
@@ -89,41 +93,45 @@ class LocalExperts:
         self._combine = function_of(library, f"local_combine{suffix}", "pppnpp")
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it computes tokens [num_tokens, hidden_size]."""
+        """Whether the calls can compute x [num_tokens, hidden_size]."""
         return 0 < x.shape[0] <= most_tokens(self.dtype) and x.is_contiguous()
 
     def route(self, x: Tensor) -> Tensor:
-        """Choose experts of tokens [num_tokens, hidden_size]; what the other calls work on."""
+        """Norm tokens [num_tokens, hidden_size] and choose their experts.
+
+        Returns:
+            The buffer `work` that the other calls take.
+        """
         num_tokens = x.shape[0]
         work = torch.empty(self._bytes(*self.layers, num_tokens), dtype=torch.uint8)
         self._route(*self.layers, x.data_ptr(), num_tokens, work.data_ptr())
         return work
 
     def topk_ids(self, work: Tensor, num_tokens: int) -> Tensor:
-        """[num_tokens, top_k] int64; the experts that `route` has chosen."""
+        """Top-k ids [num_tokens, top_k] int64 that `route` has chosen."""
         return self._whole_numbers(work)[: num_tokens * self._top_k].view(num_tokens, self._top_k)
 
     def normed(self, work: Tensor, x: Tensor) -> Tensor:
-        """[num_tokens, hidden_size]; the normed tokens."""
+        """The normed tokens [num_tokens, hidden_size]."""
         begin = 8 * (3 * x.shape[0] * self._top_k + self._num_experts)
         return work[begin : begin + x.nbytes].view(x.dtype).view(x.shape)
 
     def group(self, work: Tensor, num_tokens: int) -> None:
-        """Put the pairs in the order of their experts."""
+        """Sort the token-expert pairs by expert."""
         self._group(*self.layers, num_tokens, work.data_ptr())
 
     def num_tokens_per_expert(self, work: Tensor, num_tokens: int) -> Tensor:
-        """[num_experts]; after `group`."""
+        """Pairs of each expert [num_experts]; known after `group`."""
         begin = num_tokens * self._top_k
         ends = self._whole_numbers(work)[begin : begin + self._num_experts]
         return ends.diff(prepend=ends.new_zeros(1))
 
     def compute(self, work: Tensor, num_tokens: int) -> None:
-        """Apply experts to their pairs."""
+        """Apply the experts to their pairs."""
         self._compute(*self.layers, num_tokens, work.data_ptr())
 
     def combine(self, work: Tensor, x: Tensor, *, adds_input: bool) -> Tensor:
-        """[num_tokens, hidden_size]; sums of experts' results, with x added or not."""
+        """Weighted sums of the experts' results [num_tokens, hidden_size], with x added or not."""
         out, added = torch.empty_like(x), x.data_ptr() if adds_input else None
         self._combine(*self.layers, added, x.shape[0], work.data_ptr(), out.data_ptr())
         return out

@@ -15,12 +15,12 @@ _VALUES_AT_A_TIME = 4_194_304
 
 @dataclass(frozen=True, eq=False)
 class Mxfp4Weight:
-    """A matrix, or whole blocks of one.
+    """A matrix of MXFP4 values, or a slice of whole blocks of one.
 
     Attributes:
-        blocks: [out_features, in_features / 2] uint8; two e2m1 values, the lower half first.
+        blocks: [out_features, in_features / 2] uint8; two e2m1 values a byte, lower half first.
         scales: [out_features, in_features / 32] uint8; exponents with a bias of 127.
-        dtype: of the weight where it is widened.
+        dtype: dtype of the widened weight.
     """
 
     blocks: Tensor
@@ -29,21 +29,21 @@ class Mxfp4Weight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Outputs and inputs."""
+        """Numbers of outputs and inputs."""
         return self.scales.shape[0], self.scales.shape[1] * MXFP4_BLOCK
 
     @property
     def nbytes(self) -> int:
-        """Of values and scales."""
+        """Bytes of values and scales."""
         return self.blocks.nbytes + self.scales.nbytes
 
     def to(self, device: torch.device) -> Self:
-        """On a device, contiguous."""
+        """The weight on a device, contiguous."""
         blocks, scales = self.blocks.to(device).contiguous(), self.scales.to(device).contiguous()
         return type(self)(blocks, scales, self.dtype)
 
     def widened(self, dtype: torch.dtype | None = None) -> Tensor:
-        """[out_features, in_features]."""
+        """The matrix [out_features, in_features]; of the weight's own dtype where dtype is None."""
         (num_rows, num_blocks), device = self.scales.shape, self.blocks.device
         out = torch.empty(self.shape, dtype=dtype or self.dtype, device=device)
         of_code = torch.tensor(_E2M1, device=device)

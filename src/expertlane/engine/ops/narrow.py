@@ -1,7 +1,7 @@
 """Weights of one byte with scales, and products that widen them as they read them (`narrow.cpp`).
 
-A weight is value · scale, computed in float32. Values are int8, or float8 (e4m3); scales are shared
-by groups of a row's inputs: all of them, or so many.
+A weight is value · scale, computed in float32. Values are int8, or float8 (e4m3); a scale is shared
+by a group of a row's inputs: all of them, or a fixed number.
 """
 
 import ctypes
@@ -25,15 +25,15 @@ _BLOCK = 16  # outputs that are packed together
 
 @dataclass(frozen=True, eq=False)
 class NarrowWeight:
-    """A matrix, or a slice of one.
+    """A matrix of one-byte values with scales, or a slice of one.
 
     Attributes:
         values: [out_features, in_features] int8 or float8_e4m3fn.
         scales: [out_features, num_groups] float32.
-        group: inputs of a group; the last one may have fewer.
-        first: where in its group the first input stands.
-        dtype: of the weight where it is widened.
-        rows: so many outputs at a time, from the first on, have equal scales.
+        group: inputs that share a scale; the last group may have fewer.
+        first: offset of the first input in its group: not 0 in a slice that begins within one.
+        dtype: dtype of the widened weight.
+        rows: outputs that share their scales: each `rows` consecutive ones, from the first on.
     """
 
     values: Tensor
@@ -45,7 +45,7 @@ class NarrowWeight:
 
     @classmethod
     def rounded(cls, weight: Tensor, dtype: torch.dtype) -> Self:
-        """To int8, symmetric: a group's scale is its largest magnitude / 127.
+        """Round a weight to int8, symmetric: a group's scale is its largest magnitude / 127.
 
         Args:
             weight: [out_features, in_features] float32; its first input begins a group.
@@ -61,7 +61,7 @@ class NarrowWeight:
         return cls(whole, scales, INPUTS_OF_SCALE, 0, dtype)
 
     def columns(self, part: range) -> Self:
-        """Some of its inputs."""
+        """The slice of these inputs (columns)."""
         begin, end = self.first + part.start, self.first + part.stop
         groups = slice(begin // self.group, -(-end // self.group))
         first, values = begin % self.group, self.values[:, part.start : part.stop]
@@ -69,21 +69,25 @@ class NarrowWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Outputs and inputs."""
+        """Numbers of outputs and inputs."""
         return self.values.shape[0], self.values.shape[1]
 
     @property
     def nbytes(self) -> int:
-        """Of values and scales."""
+        """Bytes of values and scales."""
         return self.values.nbytes + self.scales.nbytes
 
     def to(self, device: torch.device) -> Self:
-        """On a device, contiguous."""
+        """The weight on a device, contiguous."""
         values, scales = self.values.to(device).contiguous(), self.scales.to(device).contiguous()
         return replace(self, values=values, scales=scales)
 
     def widened(self, dtype: torch.dtype | None = None) -> Tensor:
-        """[out_features, in_features]; value · scale, multiplied in float32, then rounded."""
+        """The matrix [out_features, in_features]: value · scale in float32, then rounded to dtype.
+
+        Args:
+            dtype: dtype of the result; None for the weight's own.
+        """
         places = torch.arange(self.values.shape[1], device=self.scales.device) + self.first
         dtype = dtype or self.dtype
         out = torch.empty(self.values.shape, dtype=dtype, device=self.values.device)
@@ -101,7 +105,7 @@ _WIDENED_AT_A_TIME = 4_194_304
 class Float8Inputs:
     """A matrix, narrow or widened, whose products take inputs in float8 (`engine/ops/rounded.py`).
 
-    Its first input begins a group that shares a scale.
+    Its first input begins a group of inputs that share a scale.
     """
 
     weight: Tensor | NarrowWeight
@@ -113,7 +117,11 @@ Weight = Tensor | NarrowWeight | Mxfp4Weight | Float8Inputs
 def reordered(
     weight: Weight, order: Callable[[Tensor], Tensor]
 ) -> Tensor | NarrowWeight | Float8Inputs:
-    """A matrix with its outputs in another order, which `order` gives the rows of a tensor."""
+    """A matrix with its outputs reordered.
+
+    Args:
+        order: gives a tensor with its rows in the new order.
+    """
     if isinstance(weight, Float8Inputs):
         return replace(weight, weight=_reordered(weight.weight, order))
     return _reordered(weight, order)
@@ -129,7 +137,9 @@ def _reordered(
 
 
 def side_by_side(weights: Sequence[Weight]) -> Tensor | NarrowWeight | Float8Inputs:
-    """The outputs of several matrices in one; widened where they are not narrow alike.
+    """Matrices with the same inputs as one, outputs after outputs.
+
+    It is narrow if all are, with the same groups and type of values; else it is widened.
 
     Raises:
         SpecError: some take inputs in float8, and others do not.
@@ -159,16 +169,16 @@ def _side_by_side(weights: Sequence[Tensor | NarrowWeight | Mxfp4Weight]) -> Ten
 
 
 def shared_rows(rows: int, out_features: Sequence[int]) -> int:
-    """`NarrowWeight.rows` of matrices with so many each, one after the other."""
+    """`NarrowWeight.rows` of concatenated matrices with `out_features` each."""
     return math.gcd(rows, *out_features[:-1])
 
 
 class ScaledLinear(Linear):
-    """A product with a weight whose values are multiplied by scales.
+    """A linear whose weight has scales.
 
     Attributes:
-        weight, scales: in whichever layout it reads them.
-        group, first, rows: as of `NarrowWeight`.
+        weight, scales: in the layout that the product reads.
+        group, first, rows: see `NarrowWeight`.
         takes_float8: it rounds its inputs itself, as `engine/ops/rounded.py` does.
     """
 
@@ -183,7 +193,11 @@ class ScaledLinear(Linear):
         return [self.weight, self.scales, *([] if self.bias is None else [self.bias])]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
-        """As `Linear`'s."""
+        """A copy of this linear with other weights of the same shape, which are not copied.
+
+        Args:
+            tensors: values, scales and bias, as `tensors` gives them.
+        """
         other = copy(self)
         other.weight, other.scales = tensors[:2]
         other.bias = tensors[2] if len(tensors) > 2 else None
@@ -191,7 +205,7 @@ class ScaledLinear(Linear):
 
 
 class NarrowLinear(ScaledLinear):
-    """A narrow weight as our kernel reads it; `weight` holds [n / 16, k, 16] bytes, n padded.
+    """A linear whose narrow weight our C++ kernel reads: [n / 16, k, 16] bytes, n padded.
 
     Args:
         bias: [n] float32.
@@ -213,7 +227,7 @@ class NarrowLinear(ScaledLinear):
         self._function = function
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[num_rows, out_features] of [num_rows, in_features] float32 or bfloat16."""
+        """x · Wᵀ + b [num_rows, out_features], of x [num_rows, in_features] float32 or bfloat16."""
         m, k = x.shape
         out = x.new_empty(m, self.out_features)
         if m:
@@ -228,7 +242,7 @@ class NarrowLinear(ScaledLinear):
 
 
 def _packed(rows: Tensor) -> Tensor:
-    """[n / 16, columns, 16] of [n, columns], n padded with zeros."""
+    """Rows [n, columns] in blocks of 16: [n / 16, columns, 16], n padded with zeros."""
     missing = -len(rows) % _BLOCK
     if missing:
         rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
@@ -236,7 +250,9 @@ def _packed(rows: Tensor) -> Tensor:
 
 
 class NarrowExperts(Experts):
-    """One call of a kernel: SiLU(gate) · up, or GELU(up) without a gate; then down.
+    """Experts with narrow weights in one kernel call.
+
+    It computes SiLU(gate) · up, or GELU(up) without a gate; then down.
 
     Args:
         function: the kernel.
@@ -252,7 +268,7 @@ class NarrowExperts(Experts):
 
     @staticmethod
     def suits(held: Sequence[Expert], activation: Activation) -> bool:
-        """Whether the kernel computes these: all matrices narrow alike, none with a bias."""
+        """Whether the kernel takes these: matrices narrow alike, no biases, a plain activation."""
         parts = [(place, each) for expert in held for place, each in enumerate(expert.linears)]
         last = len(held[0].linears) - 1
         kinds = {
@@ -268,7 +284,7 @@ class NarrowExperts(Experts):
         )
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
-        """[P, H]."""
+        """Results [P, H]; see `Experts`."""
         num_pairs, hidden = len(pairs.rows), rows.shape[1]
         out = rows.new_empty(num_pairs, hidden) if out is None else out
         if num_pairs:
@@ -286,6 +302,6 @@ class NarrowExperts(Experts):
 
 
 def _matrices(linears: Sequence[Linear]) -> Any:
-    """[2 · num_linears]; where values and scales of each lie."""
+    """[2 · num_linears]; addresses of each linear's values and scales."""
     places = [tensor.data_ptr() for each in linears for tensor in each.tensors()[:2]]
     return (ctypes.c_void_p * len(places))(*places)

@@ -1,4 +1,4 @@
-"""Products and experts by our own kernels: in bfloat16 with packed weights, in float32 of few rows.
+"""Linears and experts of our C++ kernels: bfloat16 with packed weights, float32 for few rows.
 
 `engine/ops/vector.py` chooses them; shapes as in `engine/ops/products.py`.
 """
@@ -24,7 +24,7 @@ FEW_ROWS = 32  # in float32: with more, torch's own products are faster
 
 
 class PackedLinear(Linear):
-    """The weight [n, k], k even, as our kernels read it: [n / 16, k / 2, 16, 2], n padded.
+    """A bfloat16 linear; weight [n, k], k even, is packed as [n / 16, k / 2, 16, 2], n padded.
 
     Args:
         bias: [n] float32.
@@ -59,7 +59,7 @@ class PackedLinear(Linear):
 
 
 class PackedHeadsLinear(HeadsLinear):
-    """Matrices side by side, each as `PackedLinear` has it; widths are even.
+    """A matrix for each head, each packed as in `PackedLinear`; in_features is even.
 
     Args:
         function: the kernel.
@@ -84,10 +84,12 @@ class PackedHeadsLinear(HeadsLinear):
 
 
 class PackedExperts(Experts):
-    """One call of a kernel: SiLU(gate) · up, or GELU(up) without a gate; then down.
+    """Experts with packed weights in one kernel call.
+
+    It computes SiLU(gate) · up, or GELU(up) without a gate; then down.
 
     Args:
-        held: of packed weights without biases, their inner width a multiple of 32.
+        held: experts of packed weights without biases, their inner width a multiple of 32.
         function: the kernel.
     """
 
@@ -112,7 +114,7 @@ class PackedExperts(Experts):
 
 
 class FewRowsLinear(Linear):
-    """A weight of float32 as torch has it, and a kernel for so few rows that packing is dear.
+    """A float32 linear, its weight not packed: our kernel for few rows, torch's product for more.
 
     Args:
         function: the kernel.
@@ -135,10 +137,10 @@ class FewRowsLinear(Linear):
 
 
 class FewRowsExperts(Experts):
-    """One call of a kernel where every expert has few pairs.
+    """Experts in one kernel call while every expert has few pairs.
 
     Args:
-        many: for the others; of float32 weights without biases.
+        many: computes larger batches; its weights are float32 without biases.
         function: the kernel.
     """
 
@@ -164,7 +166,7 @@ class FewRowsExperts(Experts):
 
 
 def _matrices(held: Sequence[Expert]) -> tuple[Any, Any, Any]:
-    """Where gates (None without), ups and downs lie."""
+    """Arrays of addresses of gates (None without gates), ups and downs."""
     gates = [expert.gate for expert in held if expert.gate is not None]
     return (
         _pointers(gates) if gates else None,
@@ -174,5 +176,5 @@ def _matrices(held: Sequence[Expert]) -> tuple[Any, Any, Any]:
 
 
 def _pointers(linears: Sequence[Linear]) -> Any:
-    """Where their packed weights lie."""
+    """An array of the addresses of the linears' weights."""
     return (ctypes.c_void_p * len(linears))(*(linear.weight.data_ptr() for linear in linears))

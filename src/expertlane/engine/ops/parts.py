@@ -8,10 +8,10 @@ from expertlane.engine.ops.kv_cache import KVCache, PagedBatch
 
 
 class AttentionCall(Protocol):
-    """A layer's attention, from tokens to its output."""
+    """A layer's attention, from hidden states to the output projection, in one call."""
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it supports tokens [num_tokens, hidden_size]."""
+        """Whether the call can compute x [num_tokens, hidden_size]."""
 
     def __call__(self, x: Tensor, cache: KVCache, batch: PagedBatch, *, adds_input: bool) -> Tensor:
         """Store the tokens' keys and values, and attend.
@@ -26,10 +26,10 @@ class AttentionCall(Protocol):
 
 
 class MlpCall(Protocol):
-    """Norm, if it has one, projections, and the scale, if it has one."""
+    """An MLP of all tokens in one call; with the norm before it and the scale after it, if any."""
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it supports tokens [num_tokens, hidden_size]."""
+        """Whether the call can compute x [num_tokens, hidden_size]."""
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[num_tokens, hidden_size]."""
+        """The MLP's output [num_tokens, hidden_size], of x [num_tokens, hidden_size]."""

@@ -1,4 +1,4 @@
-"""Products with weights that are kept as the device multiplies fastest, and experts made of them.
+"""Linear layers, with weights in the device's fastest layout, and experts made of them.
 
 On a CPU, bfloat16 weights are packed once: for our kernels (`engine/ops/vector.py`), or for oneDNN
 where those are missing. Products of few rows then read memory at most of its bandwidth, which
@@ -31,8 +31,8 @@ class Linear:
         bias: [out_features].
 
     Attributes:
-        weight: as it is kept.
-        is_packed: not as torch's own products take it.
+        weight: in the layout that this product reads.
+        is_packed: the layout is not [out_features, in_features]: torch's products cannot read it.
     """
 
     is_packed = False
@@ -44,12 +44,12 @@ class Linear:
 
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
-        """[out_features, in_features] as it is to be kept."""
+        """The weight [out_features, in_features] in the layout that this product reads."""
         return weight
 
     @property
     def num_weights(self) -> int:
-        """Values of the matrix."""
+        """Number of values in the matrix."""
         return self.out_features * self.in_features
 
     @property
@@ -62,14 +62,18 @@ class Linear:
         return [self.weight] if self.bias is None else [self.weight, self.bias]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
-        """The same product with other weights of the same shape; they are kept, not copied."""
+        """A copy of this linear with other weights of the same shape, which are not copied.
+
+        Args:
+            tensors: weight and bias, as `tensors` gives them.
+        """
         other = copy(self)
         other.weight = tensors[0]
         other.bias = tensors[1] if len(tensors) > 1 else None
         return other
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[num_rows, out_features] of [num_rows, in_features]."""
+        """x · Wᵀ + b [num_rows, out_features], of x [num_rows, in_features]."""
         return F.linear(x, self.weight, self.bias)
 
 
@@ -80,7 +84,7 @@ class HeadsLinear:
         weight: [num_heads, out_features, in_features]; not kept where it is packed.
 
     Attributes:
-        num_weights, num_bytes: of all matrices.
+        num_weights, num_bytes: weights, and their bytes, in all matrices together.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -90,11 +94,11 @@ class HeadsLinear:
 
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
-        """[num_heads, out_features, in_features] as it is to be kept."""
+        """The weight [num_heads, out_features, in_features] in the layout that is read."""
         return weight
 
     def tensors(self) -> list[Tensor]:
-        """Its matrices, as they are kept."""
+        """Its matrices, in the layout that is read."""
         return [self.weight]
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
@@ -106,13 +110,13 @@ class HeadsLinear:
 
 
 class OnednnLinear(Linear):
-    """The weight as oneDNN packs it, which only oneDNN reads: it is sent as torch has it."""
+    """A linear whose weight oneDNN has packed; it is sent unpacked, as only oneDNN reads it."""
 
     is_packed = True
 
     @staticmethod
     def suits(weight: Tensor) -> bool:
-        """Whether this CPU gains by it."""
+        """Whether oneDNN is faster with this weight: bfloat16, on a CPU that multiplies it."""
         return (
             weight.device.type == "cpu"
             and weight.dtype is torch.bfloat16
@@ -132,11 +136,11 @@ class OnednnLinear(Linear):
         return [self.weight.to_dense(), *super().tensors()[1:]]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
-        """The same product with other weights; they are packed, not kept."""
+        """A copy of this linear with other weights, which are packed anew."""
         return super().with_tensors([self.pack(tensors[0]), *tensors[1:]])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[num_rows, out_features] of [num_rows, in_features]; oneDNN refuses no rows."""
+        """x · Wᵀ + b [num_rows, out_features]; without oneDNN for 0 rows, which it refuses."""
         if not len(x):
             return x.new_empty(0, self.out_features)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -147,16 +151,16 @@ class OnednnLinear(Linear):
 
 @dataclass(frozen=True)
 class PairGroups:
-    """Pairs in the order of their groups, stable.
+    """Token-expert pairs sorted by group (stable); a group is an expert, or a peer rank.
 
-    P may be more than there are pairs, where a GPU is not asked for their number: behind the pairs
-    stand rows that there are, and numbers that no pair has; nobody reads results of those.
+    P may exceed the number of pairs, so that the host need not ask a GPU for it. The entries behind
+    the pairs are padding: valid rows, and numbers that no pair has. Their results are not read.
 
     Attributes:
-        counts: [num_groups]; pairs of each.
-        rows: [P]; the row of each pair in that order.
-        order: [P]; the number of each pair in that order, no number twice.
-        numbers: [R, K]; the number of the pair, -1 where there is none.
+        counts: [num_groups]; pairs in each group.
+        rows: [P]; the row of each sorted pair.
+        order: [P]; the number of each sorted pair before sorting; no number twice.
+        numbers: [R, K]; each pair's number, by row, then choice; -1 where there is no pair.
     """
 
     counts: Tensor
@@ -166,17 +170,20 @@ class PairGroups:
 
     @cached_property
     def ends(self) -> Tensor:
-        """[num_groups]; where each group's pairs end."""
+        """[num_groups]; the end of each group among the sorted pairs."""
         return self.counts.cumsum(0)
 
     def given(self, results: Tensor) -> Tensor:
-        """Of results [P, …], those of pairs; the host waits for their number."""
+        """Results [P, …] without the padding; on a GPU the host waits for the number of pairs."""
         if int(self.counts.sum()) == results.shape[0]:
             return results
         return results[self.numbers[self.numbers >= 0]]
 
     def of_pairs(self, values: Tensor) -> Tensor:
-        """[P, …]; of values of the groups, [num_groups, …], each pair's; any behind the pairs."""
+        """[P, …]; for each sorted pair the value of its group, of values [num_groups, …].
+
+        Padding gets any value.
+        """
         places = torch.arange(self.rows.shape[0], device=values.device)
         group = torch.searchsorted(self.ends, places, right=True)
         return values.index_select(0, group.clamp_(max=values.shape[0] - 1))
@@ -184,19 +191,19 @@ class PairGroups:
 
 @dataclass(frozen=True)
 class Activation:
-    """The inner function of an MLP; its attributes are those of `ModelConfig`."""
+    """The activation of an MLP, with the attributes of `ModelConfig`."""
 
     hidden_act: Literal["gelu", "silu"]
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
 
     def is_plain(self, *, is_gated: bool) -> bool:
-        """Whether it is SiLU times up where there is a gate, GELU where there is none."""
+        """Whether the activation is plain SiLU(gate) · up; without a gate, plain GELU(up)."""
         plain = "silu" if is_gated else "gelu"
         return self.swiglu_limit is None and self.hidden_act == plain
 
     def __call__(self, gate: Tensor | None, up: Tensor) -> Tensor:
-        """[num_rows, inner] of gate (None where MLPs are not gated) and up projections."""
+        """Activations [num_rows, inner] of the gate and up projections; no gate: None."""
         if self.swiglu_limit is not None:
             assert gate is not None, "a clamped SwiGLU has a gate"
             gate = gate.clamp(max=self.swiglu_limit)
@@ -226,7 +233,7 @@ class Expert:
         return [linear for linear in (self.gate, self.up, self.down) if linear is not None]
 
     def tensors(self) -> list[Tensor]:
-        """All that another rank needs to compute the same; `with_tensors` takes it."""
+        """The weights and biases, in the form that another rank gives to `with_tensors`."""
         return [tensor for linear in self.linears for tensor in linear.tensors()]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "Expert":
@@ -246,7 +253,7 @@ class Experts(ABC):
     """The MLPs that a rank holds: whole ones, or slices under expert tensor parallelism.
 
     Attributes:
-        held: [E].
+        held: [E]; the physical experts of this rank, by slot.
     """
 
     def __init__(self, held: Sequence[Expert], activation: Activation) -> None:
@@ -257,15 +264,15 @@ class Experts(ABC):
         """Apply each expert to the rows of its pairs.
 
         Args:
-            rows: [R, H]; may be apart.
-            out: what is returned, if given.
+            rows: [R, H]; rows need not be adjacent in memory.
+            out: [P, H]; filled and returned, if given.
 
         Returns:
-            [P, H], in order of row, then choice; partial sums where experts are cut.
+            [P, H] by pair number (row, then choice); partial sums where experts are sliced.
         """
 
     def compute_cost(self, num_tokens_per_expert: Sequence[int]) -> tuple[int, int]:
-        """FLOPs and weight bytes read of one call."""
+        """FLOPs of one call, and the bytes of weights that it reads."""
         linears = self.held[0].linears
         num_weights = sum(linear.num_weights for linear in linears)
         num_used = sum(1 for num_tokens in num_tokens_per_expert if num_tokens)
@@ -274,10 +281,10 @@ class Experts(ABC):
 
 
 class LoopedExperts(Experts):
-    """One expert after the other."""
+    """Experts applied one after the other; the host waits for the counts of their pairs."""
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
-        """[P, H]."""
+        """Results [P, H]; see `Experts`."""
         rows = rows.index_select(0, pairs.rows)
         results = torch.empty_like(rows) if out is None else out
         ends = pairs.ends.tolist()
@@ -293,9 +300,9 @@ class LoopedExperts(Experts):
 class GroupedExperts(Experts):
     """Grouped products of all experts, without a transfer from the device to the host.
 
-    The weights of all experts are put side by side, and each expert's become a part of that. On a
-    CPU a loop is faster with few pairs, since torch goes through experts without tokens too; and
-    with many, since what is between the products stays in the cache.
+    The weights of all experts are stacked, and each expert's become views of the stack. On a CPU a
+    loop is faster with few pairs, since torch goes through experts without tokens too; and with
+    many, since intermediate results then stay in the cache.
     """
 
     def __init__(self, held: Sequence[Expert], activation: Activation) -> None:
@@ -312,7 +319,7 @@ class GroupedExperts(Experts):
 
     @staticmethod
     def suits(held: Sequence[Expert]) -> bool:
-        """Whether torch groups products of these weights."""
+        """Whether torch has a grouped product for these weights: their sizes, device and dtype."""
         linears = [linear for expert in held for linear in expert.linears]
         sizes = {size for each in linears for size in (each.in_features, each.out_features)}
         first = linears[0].weight
@@ -323,7 +330,7 @@ class GroupedExperts(Experts):
         )
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
-        """[P, H]."""
+        """Results [P, H]; see `Experts`."""
         if len(pairs.rows) not in self._pairs:
             return self._loop(rows, pairs, out)
         rows = rows.index_select(0, pairs.rows)
@@ -343,7 +350,7 @@ grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", Non
 
 
 class _Stack:
-    """Products of one shape: weight [E, out_features, in_features], bias [E, out_features]."""
+    """Stacked linears: weight [E, out_features, in_features], bias [E, out_features]."""
 
     def __init__(self, linears: Sequence[Linear]) -> None:
         self._weight = torch.stack([linear.weight for linear in linears])
@@ -362,9 +369,9 @@ class _Stack:
 
 @cache
 def _groups_products(device: torch.device, dtype: torch.dtype) -> bool:
-    """Found by trying: for which devices and types torch has them depends on its version.
+    """Whether torch has grouped products there; tried, as that depends on its version.
 
-    On GPUs it has them in bfloat16 on some; else it reads the ends on the host, and then loops.
+    On some GPUs it has them in bfloat16 alone; otherwise it reads the ends on the host, and loops.
     """
     if grouped_mm is None:
         return False

@@ -1,4 +1,4 @@
-"""Products whose inputs are rounded to float8 (e4m3) with a scale for a token's every 128.
+"""Products whose inputs are rounded to float8 (e4m3), each 128 inputs of a token with a scale.
 
 DeepSeek-V3's float8 matrices are made for such inputs (arXiv:2412.19437, section 3.3). Scales are
 powers of two (`engine/ops/float8.py`), as DeepSeek-V3.1's are: then rounded inputs are exact in
@@ -18,7 +18,7 @@ from expertlane.spec.deployment import INPUTS_OF_SCALE
 
 
 def rounded_inputs(x: Tensor) -> Tensor:
-    """[num_rows, in_features] of the same, each group rounded to float8 and widened again."""
+    """x [num_rows, in_features] with each group of inputs rounded to float8 and widened again."""
     num_rows, num_inputs = x.shape
     missing = -num_inputs % INPUTS_OF_SCALE
     padded = F.pad(x, (0, missing)) if missing else x
@@ -28,10 +28,10 @@ def rounded_inputs(x: Tensor) -> Tensor:
 
 
 class RoundedLinear(Linear):
-    """A product whose inputs are rounded first.
+    """A linear whose inputs are rounded first.
 
     Args:
-        inner: takes the rounded inputs.
+        inner: the linear that multiplies the rounded inputs.
     """
 
     is_packed = True
@@ -43,17 +43,17 @@ class RoundedLinear(Linear):
 
     @property
     def num_bytes(self) -> int:
-        """Of `inner`."""
+        """Bytes of the matrix; scales are not counted."""
         return self.inner.num_bytes
 
     def tensors(self) -> list[Tensor]:
-        """Of `inner`."""
+        """Weight and bias of `inner`."""
         return self.inner.tensors()
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
-        """As `Linear`'s."""
+        """A rounding linear around `inner` with other weights."""
         return type(self)(self.inner.with_tensors(tensors))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[num_rows, out_features] of [num_rows, in_features]."""
+        """x · Wᵀ + b [num_rows, out_features], of x [num_rows, in_features] rounded to float8."""
         return self.inner(rounded_inputs(x))

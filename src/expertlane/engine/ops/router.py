@@ -17,11 +17,11 @@ Norm = Callable[[Tensor, Tensor, float], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class RouterParams:
-    """A layer's router, and the norm of its input.
+    """Weights of a layer's router, and of the norm of its input.
 
     Attributes:
-        norm: [hidden_size] float32; of the root-mean-square norm, with `eps`.
-        weight: [num_experts, hidden_size] float32: near ties must not turn on rounding.
+        norm: [hidden_size] float32; weight of the root-mean-square norm, with `eps`.
+        weight: [num_experts, hidden_size] float32, so that rounding does not decide near ties.
         bias, correction_bias: [num_experts] float32.
     """
 
@@ -38,14 +38,14 @@ class Router:
     """Norms tokens and chooses their experts.
 
     Args:
-        norm: what computes the norm.
+        norm: the backend's `rms_norm`.
     """
 
     def __init__(self, params: RouterParams, norm: Norm) -> None:
         self.params, self._norm = params, norm
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The normed tokens, [num_tokens, hidden_size], and what `route` gives for them.
+        """The normed tokens [num_tokens, hidden_size], and their top-k ids and weights.
 
         Args:
             x: [num_tokens, hidden_size].
@@ -54,13 +54,13 @@ class Router:
         return hidden, *self.choose(hidden)
 
     def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """What `route` gives for normed tokens [num_tokens, hidden_size]."""
+        """Top-k ids and weights [num_tokens, top_k] of normed tokens [num_tokens, hidden_size]."""
         params = self.params
         logits = F.linear(hidden.float(), params.weight, params.bias)
         return self.route(logits)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """What `route` gives for logits [num_tokens, num_experts]."""
+        """Top-k ids and weights [num_tokens, top_k] of logits [num_tokens, num_experts]."""
         params = self.params
         return route(logits, params.top_k, params.routing, params.correction_bias)
 
@@ -92,7 +92,7 @@ def route(
 
 
 def _mask_groups(choice: Tensor, routing: Routing) -> Tensor:
-    """The same scores, -inf outside the best groups."""
+    """Scores of experts in the `topk_group` best groups; -inf for the others."""
     if routing.n_group == 1:
         return choice
     by_group = choice.view(len(choice), routing.n_group, choice.shape[1] // routing.n_group)

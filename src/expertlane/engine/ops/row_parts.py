@@ -1,4 +1,4 @@
-"""Rows from the ranks of a group, in rank order, perhaps where their senders wrote them."""
+"""Rows received from the ranks of a group, in rank order, perhaps left where senders wrote them."""
 
 import ctypes
 from array import array
@@ -13,12 +13,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class RowParts:
-    """[num_rows, width] in parts that each lie in one piece; the rows are numbered through.
+    """A matrix [num_rows, width] in parts of rows, each contiguous; rows count across parts.
 
     Attributes:
-        pointers: [num_parts] int64; where each begins in memory.
-        num_rows: [num_parts].
-        whole: all rows, if they follow one another.
+        pointers: [num_parts] int64; address of each part.
+        num_rows: [num_parts]; rows of each part.
+        whole: the matrix as one tensor, if the parts are adjacent.
     """
 
     pointers: Any
@@ -29,18 +29,14 @@ class RowParts:
 
     @classmethod
     def of(cls, rows: Tensor, num_parts: int = 1) -> Self:
-        """Equal parts of rows that follow one another.
-
-        Args:
-            rows: [num_rows, width], contiguous.
-        """
+        """Divide contiguous rows [num_rows, width] into equal parts."""
         num, begin = rows.shape[0] // num_parts, rows.data_ptr()
         step = num * rows.shape[1] * rows.itemsize
         pointers = array("q", range(begin, begin + num_parts * step, step) if step else [begin])
         return cls(pointers, [num] * len(pointers), rows.shape[1], rows.dtype, rows)
 
     def tensor(self) -> Tensor:
-        """[num_rows, width]; a copy where the parts are apart."""
+        """The matrix [num_rows, width] as one tensor; a copy where the parts are not adjacent."""
         if self.whole is not None:
             return self.whole
         row_bytes = self.width * self.dtype.itemsize

@@ -1,7 +1,7 @@
-"""Values on their way from mapped files to a device, through host memory of a bounded size.
+"""Copies of weights from mapped files to a GPU, through two pinned buffers of a fixed size.
 
-A copy from pageable memory waits for the device. Here two pinned buffers take turns: one is filled
-while what is in the other travels, in the order of the device's stream. Not yet run on a GPU
+A copy from pageable memory waits for the device. Here the two buffers take turns: one is filled
+while the other is copied, in the order of the device's stream. Not yet run on a GPU
 (docs/validation.md).
 """
 
@@ -17,14 +17,14 @@ _NUM_BUFFERS = 2
 
 
 class Event(Protocol):
-    """A mark on a device's stream, as `torch.cuda.Event`."""
+    """An event on a device's stream, as `torch.cuda.Event`."""
 
     def record(self) -> None:
-        """Set it after what was asked of the device so far."""
+        """Record it after all work that the stream has been given so far."""
         ...
 
     def synchronize(self) -> None:
-        """Wait until the device has come to it; not at all if it is not set."""
+        """Wait until the stream has reached it; return at once if it was not recorded."""
         ...
 
 
@@ -37,7 +37,7 @@ class Staging:
     """Copies to a GPU that the host does not wait for.
 
     Args:
-        new_buffer: gives so many bytes that the device can read.
+        new_buffer: makes a buffer of that many bytes, pinned, so that the device can read it.
     """
 
     def __init__(self, new_buffer: Callable[[int], Tensor], new_event: Callable[[], Event]) -> None:
@@ -45,9 +45,9 @@ class Staging:
         self._slots = cycle(slots)
 
     def copy(self, to: Tensor, values: Tensor) -> None:
-        """Fill a tensor of the device with values of the host, of one shape and maybe two types.
+        """Fill a tensor on the device with values of the same shape on the host.
 
-        Types are changed on the device. More than a buffer holds is waited for.
+        A change of dtype happens on the device. The host waits for values larger than a buffer.
         """
         if values.nbytes > STAGED_BYTES:
             to.copy_(values)
@@ -66,7 +66,7 @@ def _pinned(num_bytes: int) -> Tensor:
 
 
 def copier_to(device: torch.device) -> Callable[[Tensor, Tensor], object]:
-    """What fills a tensor of a device with values of the host."""
+    """A function (to, values) that fills a tensor on the device with values on the host."""
     if device.type == "cuda":
         return Staging(_pinned, torch.cuda.Event).copy
     return Tensor.copy_

@@ -1,6 +1,6 @@
-"""Parts of a step as one call each of our C++ (`step.cpp`), where it has what a model needs.
+"""Attention and the output head as one C++ call each (`step.cpp`).
 
-Where it has not, layers go through the operations of the backend one by one.
+Where the C++ lacks what a model needs, layers call the backend's operations one by one.
 """
 
 import ctypes
@@ -28,13 +28,13 @@ from expertlane.engine.ops.structs import (
 
 @dataclass(frozen=True, eq=False)
 class AttentionWeights:
-    """What attention of a layer computes with.
+    """Weights and sizes of a layer's attention on this rank.
 
     Attributes:
         norm: [hidden_size] float32; None where tokens come normed.
         head_norms: [num_heads + num_kv_heads, head_dim] float32.
-        cos, sin: [num_positions, 1, rotary_dim] float32; as `rotate_` takes them.
-        interleave: how rotary pairs stand.
+        cos, sin: [num_positions, 1, rotary_dim] float32; a row is what `rotate_` takes of a token.
+        interleave: rotary pairs are (2i, 2i + 1), not (i, i + rotary_dim / 2).
     """
 
     norm: Tensor | None
@@ -52,10 +52,10 @@ class AttentionWeights:
 
 
 class AttentionPart:
-    """From tokens to attention's output, of multi-head or grouped-query attention.
+    """A layer's multi-head or grouped-query attention in one call.
 
     Args:
-        weights: they suit: see `attention_part`.
+        weights: weights of sizes that `attention_part` accepts.
     """
 
     def __init__(self, weights: AttentionWeights, library: ctypes.CDLL, dtype: torch.dtype) -> None:
@@ -74,7 +74,7 @@ class AttentionPart:
         self._pages: tuple[KVCache, Pages] | None = None
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it computes tokens [num_tokens, hidden_size]."""
+        """Whether the call can compute x [num_tokens, hidden_size]."""
         return 0 < x.shape[0] <= most_tokens(self.dtype) and x.is_contiguous()
 
     def __call__(self, x: Tensor, cache: KVCache, batch: PagedBatch, *, adds_input: bool) -> Tensor:
@@ -99,11 +99,11 @@ class AttentionPart:
 
     @staticmethod
     def pages(cache: KVCache) -> Pages:
-        """Where a layer's cache lies."""
+        """Addresses of a layer's KV cache."""
         return Pages(*map(address_of, cache.parts), cache.block_size)
 
     def placed(self, batch: PagedBatch) -> Tokens:
-        """Where a batch's tokens stand; the same in all layers."""
+        """Rotary angles, slots and block tables of a batch; computed once for all layers."""
         if batch.places is None:
             batch.places = self._placed(batch)
         placed: Tokens = batch.places
@@ -137,10 +137,10 @@ class AttentionPart:
 def attention_part(
     weights: AttentionWeights, library: ctypes.CDLL, dtype: torch.dtype
 ) -> AttentionPart | None:
-    """One call for a layer's attention; None where the library does not have it.
+    """A layer's attention as one call; None for sizes that the library does not have.
 
     Args:
-        dtype: of weights that the library multiplies with.
+        dtype: dtype of hidden states; the library's products take the weights.
     """
     hidden = weights.query_key_value.in_features
     if weights.head_dim % LANES or hidden % LANES or not weights.num_heads:
@@ -169,17 +169,17 @@ class HeadPart:
         self._function = function_of(library, f"head_part{SUFFIX[dtype]}", "pppnppp")
 
     def takes(self, x: Tensor) -> bool:
-        """Whether it computes rows [num_rows, hidden_size]."""
+        """Whether the call can compute rows [num_rows, hidden_size]."""
         return 0 < x.shape[0] <= most_tokens(self._dtype) and x.is_contiguous()
 
     def __call__(
         self, x: Tensor, rows: Tensor | None, token_ids: Tensor | None, best: Tensor | None = None
     ) -> Tensor:
-        """[num_seqs, vocab_size] float32.
+        """Logits [num_seqs, vocab_size] float32.
 
         Args:
             x: [num_rows, hidden_size].
-            rows: [num_seqs]; which rows of x; None for all of them.
+            rows: [num_seqs]; rows of x whose logits are computed; None for all.
             token_ids: [num_seqs] int64, to be filled: `model.draw.likeliest` of the logits.
             best: [num_seqs, 2] float64, to be filled: the greatest logit, NaN if one is, and where
                 it is.

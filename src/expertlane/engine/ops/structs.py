@@ -1,4 +1,4 @@
-"""The structures of `step.h` and `layers.cpp`."""
+"""ctypes structures of `step.h` and `layers.cpp`: weights, batches and addresses for C++ calls."""
 
 import ctypes
 from collections.abc import Sequence
@@ -17,26 +17,26 @@ SUFFIX = {torch.bfloat16: "", torch.float32: "_float"}
 
 
 def address_of(tensor: Tensor | None) -> int | None:
-    """Where it lies in memory."""
+    """The address of a tensor's memory."""
     return None if tensor is None else tensor.data_ptr()
 
 
 def most_tokens(dtype: torch.dtype) -> int:
-    """With more, parts leave tokens to the operations one by one."""
+    """The most tokens of a C++ call; with more, layers call the operations one by one."""
     return FEW_ROWS if dtype is torch.float32 else MOST_TOKENS
 
 
 class Struct(ctypes.Structure):
-    """One of `step.cpp`; what it points to is kept alive by who makes it."""
+    """A structure of our C++; its maker keeps alive the memory that it points to."""
 
     @property
     def address(self) -> int:
-        """Where it lies in memory."""
+        """The address of this structure."""
         return ctypes.addressof(self)
 
 
 class Matrix(Struct):
-    """A product's weight, as its kernel takes it, and bias."""
+    """A linear's weight, in the layout of its kernel, with its scales, if any, and its bias."""
 
     _fields_ = (
         *((name, POINTER) for name in ("weight", "bias", "scales")),
@@ -45,7 +45,7 @@ class Matrix(Struct):
 
     @staticmethod
     def of(linear: Linear) -> "Matrix":
-        """Of a linear layer of our kernels'."""
+        """The structure of a linear that one of our C++ kernels multiplies."""
         weight, bias = linear.weight.data_ptr(), address_of(linear.bias)
         sizes = linear.out_features, linear.in_features
         if not isinstance(linear, NarrowLinear):
@@ -55,7 +55,7 @@ class Matrix(Struct):
 
 
 class AttentionLayer(Struct):
-    """What a layer's attention computes with."""
+    """Weights and sizes of a layer's attention."""
 
     _fields_ = (
         *((name, Matrix) for name in ("query_key_value", "output")),
@@ -67,7 +67,7 @@ class AttentionLayer(Struct):
 
 
 class Tokens(Struct):
-    """Where a batch's tokens stand."""
+    """A batch's rotary angles, slots, block tables and lengths of sequences."""
 
     _fields_ = (
         *((name, POINTER) for name in ("cos", "sin", "slots", "tables")),
@@ -78,7 +78,7 @@ class Tokens(Struct):
 
 
 class Pages(Struct):
-    """Where a layer's cache lies."""
+    """Addresses of a layer's KV cache, and its block size."""
 
     _fields_ = (
         *((name, POINTER) for name in ("keys", "values", "key_scales", "value_scales")),
@@ -87,7 +87,7 @@ class Pages(Struct):
 
 
 class RouterLayer(Struct):
-    """What a layer's router computes with."""
+    """Weights and settings of a layer's router, and of the norm before it."""
 
     _fields_ = (
         *((name, POINTER) for name in ("norm", "weight", "bias", "correction")),
@@ -98,13 +98,13 @@ class RouterLayer(Struct):
 
 
 class HeadLayer(Struct):
-    """What the output head computes with."""
+    """Weights of the output head, and of the final norm."""
 
     _fields_ = (("matrix", Matrix), ("norm", POINTER), ("eps", FLOAT))
 
 
 class ExpertsLayer(Struct):
-    """What a layer's experts compute with."""
+    """Weights and sizes of a layer's experts."""
 
     _fields_ = (
         *((name, POINTER) for name in ("gate", "up", "down")),
@@ -114,10 +114,10 @@ class ExpertsLayer(Struct):
 
     @staticmethod
     def of(held: Sequence[Expert], matrices: Sequence[Any]) -> "ExpertsLayer":
-        """Of experts of our kernels'.
+        """The structure of experts that our C++ kernels compute.
 
         Args:
-            matrices: where their gates (None without), ups and downs lie.
+            matrices: arrays of addresses of their gates (None without gates), ups and downs.
         """
         pointers = (None if each is None else ctypes.addressof(each) for each in matrices)
         up, down = held[0].up, held[0].down
@@ -128,7 +128,7 @@ class ExpertsLayer(Struct):
 
 
 class Mlp(Struct):
-    """What an MLP of all tokens computes with."""
+    """Weights of an MLP of all tokens, with the norm before it and the scale after it, if any."""
 
     _fields_ = (
         *((name, POINTER) for name in ("experts", "norm", "scale")),
@@ -149,7 +149,7 @@ class Layer(Struct):
 
 
 class Progress(Struct):
-    """A rank's line of the progress board, and where its meter keeps times."""
+    """Addresses of a rank's line of the progress board, and of its meter's times."""
 
     _fields_ = (
         *((name, POINTER) for name in ("layer", "stage", "counter", "time_ns", "meter")),

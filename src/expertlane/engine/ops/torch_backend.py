@@ -1,4 +1,4 @@
-"""What a rank computes, by torch's own operations: the reference, and what runs on GPUs."""
+"""The backend of torch's own operations: the reference, and the base of the other backends."""
 
 from collections.abc import Sequence
 
@@ -32,17 +32,17 @@ from expertlane.engine.ops.step import AttentionWeights, HeadPart
 
 
 class TorchBackend(Bookkeeping):
-    """Every operation in which backends differ; others replace what they do better."""
+    """Every operation in which backends differ; the others override what they do faster."""
 
     keeps_narrow = False  # whether products read weights of one byte
-    keeps_mxfp4 = False  # whether they read those of four bits
+    keeps_mxfp4 = False  # whether products read weights of four bits
     reads_float8 = True  # whether attention reads a cache of float8
     multiplies_float8 = True  # whether products take inputs in float8
-    instructions = ""  # what kernels of ours are compiled for, or by
+    instructions = ""  # the instruction set of our kernels, or the version of Triton
     adds_with_norm = False  # whether `add_rms_norm` is less work than a sum and a norm
 
     def linear(self, weight: Weight, bias: Tensor | None = None) -> Linear:
-        """A product with a weight [out_features, in_features], packed where that is faster."""
+        """A linear with weight [out_features, in_features], packed where that is faster."""
         if isinstance(weight, Float8Inputs):
             return RoundedLinear(self.linear(weight.weight, bias))
         if not isinstance(weight, Tensor):
@@ -50,7 +50,7 @@ class TorchBackend(Bookkeeping):
         return (OnednnLinear if OnednnLinear.suits(weight) else Linear)(weight, bias)
 
     def experts(self, held: Sequence[Expert], activation: Activation) -> Experts:
-        """Experts side by side, applied as suits them best."""
+        """A rank's experts, with grouped products if torch has them, else one after the other."""
         suits = GroupedExperts.suits(held)
         return (GroupedExperts if suits else LoopedExperts)(held, activation)
 
@@ -61,10 +61,10 @@ class TorchBackend(Bookkeeping):
     def local_experts(
         self, router: Router, experts: Experts, dtype: torch.dtype
     ) -> LocalExperts | None:
-        """An MoE block whose experts are all here, in few calls; None where there is no such.
+        """An MoE block whose experts are all on this rank, in few calls; None without such calls.
 
         Args:
-            dtype: of hidden states, as of `attention_part` and `head_part`.
+            dtype: dtype of hidden states.
         """
         return None
 
@@ -77,29 +77,35 @@ class TorchBackend(Bookkeeping):
         eps: float,
         scale: Tensor | None,
     ) -> MlpCall | None:
-        """An MLP of all tokens in one call; None where there is no such.
+        """An MLP of all tokens in one call; None without such a call.
 
         Args:
-            norm, scale: to be a part of it too; as `MlpPart` takes them.
+            dtype: dtype of hidden states.
+            norm, scale: made a part of the call, if given; see `MlpPart`.
         """
         return None
 
     def attention_part(self, weights: AttentionWeights, dtype: torch.dtype) -> AttentionCall | None:
-        """A layer's attention in one call; None where there is no such."""
+        """A layer's attention in one call; None without such a call.
+
+        Args:
+            dtype: dtype of hidden states.
+        """
         return None
 
     def head_part(
         self, head: Linear, norm: Tensor | None, eps: float, dtype: torch.dtype
     ) -> HeadPart | None:
-        """The output head in one call; None where there is no such.
+        """The output head in one call; None without such a call.
 
         Args:
-            norm: the weight of the norm before it, to be a part of it too.
+            norm: weight of the final norm, made a part of the call, if given.
+            dtype: dtype of hidden states.
         """
         return None
 
     def graphs(self) -> Graphs | None:
-        """What records operations; None where those of a step ask the host for values."""
+        """The recorder of graphs; None where a step's operations bring values to the host."""
         return None
 
     def draw_tokens(
@@ -110,14 +116,14 @@ class TorchBackend(Bookkeeping):
         seeds: npt.NDArray[np.uint64],
         num_drawn: Tensor,
     ) -> Tensor | None:
-        """Tokens drawn as `engine.model.draw` defines it, in one pass; None where there is no such.
+        """Token ids drawn in one pass, the same ones as by `model.draw`; None without such a call.
 
         Args:
             scores: [num_rows, vocab_size] float32.
             temperature: [num_rows, 1] float32; above 0.
-            limits: top-k, top-p and min-p as `keep_likeliest` takes them.
+            limits: top-k, top-p and min-p, in the form that `keep_likeliest` takes.
             seeds: [num_rows].
-            num_drawn: [num_rows] int64; tokens drawn so far, to be raised by one.
+            num_drawn: [num_rows] int64; tokens drawn so far; raised by one here.
 
         Returns:
             [num_rows]; -1 where the greatest score is not finite.
@@ -125,7 +131,7 @@ class TorchBackend(Bookkeeping):
         return None
 
     def heads_linear(self, weight: Tensor) -> HeadsLinear:
-        """A product with a matrix for each head: weight [num_heads, out_features, in_features]."""
+        """A linear with a matrix for each head: weight [num_heads, out_features, in_features]."""
         return HeadsLinear(weight)
 
     def paged_attention(
@@ -229,13 +235,13 @@ class TorchBackend(Bookkeeping):
         weights: Tensor | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
-        """Sum some rows of `values`, in float32 and in the order given; zero where there are none.
+        """Weighted sums of rows of `values`, in float32 and in the order of `places`.
 
         Args:
             values: [num_values, H].
-            places: [R, M] int64; the rows that go into each sum, -1 for none.
+            places: [R, M] int64; rows of `values` in each sum, -1 for none; a sum of none is 0.
             weights: [R, M] float32; None for ones.
-            out: what is returned, if given.
+            out: [R, H]; filled and returned, if given.
 
         Returns:
             [R, H] in the dtype of `values`.
@@ -251,7 +257,7 @@ class TorchBackend(Bookkeeping):
         return total.to(values.dtype) if out is None else out.copy_(total)
 
     def sum_parts(self, rows: RowParts, num_parts: int) -> Tensor:
-        """[num_rows / num_parts, width]; equal parts added up, in float32 and in order."""
+        """Sum of equal parts of rows [num_rows / num_parts, width], in float32 and in order."""
         whole = rows.tensor()
         parts = whole.view(num_parts, len(whole) // num_parts, rows.width)
         return parts.sum(dim=0, dtype=torch.float32).to(rows.dtype)

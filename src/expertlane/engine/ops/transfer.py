@@ -1,4 +1,4 @@
-"""What a step brings to its device and fetches from it: one transfer each way, without a wait.
+"""Transfers of a step between host and device: one each way, without blocking the host.
 
 On GPUs the host's side is pinned memory, which torch keeps until a transfer from or to it is over.
 Not yet run on a GPU (docs/validation.md).
@@ -22,14 +22,14 @@ Array = npt.NDArray[Any]
 
 
 def to_device(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
-    """Arrays on a device; on a CPU they are not copied."""
+    """Copy arrays to a device in one transfer; on a CPU they are not copied."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
     return unpacked(packed(arrays).to(device, non_blocking=True), arrays)
 
 
 def packed(arrays: Sequence[Array]) -> Tensor:
-    """The bytes of arrays one after the other, in pinned memory where there is a GPU."""
+    """Concatenate the bytes of arrays, in pinned memory where there is a GPU."""
     *begins, num_bytes = _places(arrays)
     room = pinned(num_bytes)
     bytes_of_room = room.numpy()
@@ -40,7 +40,11 @@ def packed(arrays: Sequence[Array]) -> Tensor:
 
 
 def unpacked(room: Tensor, arrays: Sequence[Array]) -> list[Tensor]:
-    """Views of what `packed` has made of arrays of these shapes and types."""
+    """Views of the arrays in the result of `packed`, on any device.
+
+    Args:
+        arrays: arrays of the shapes and types that were packed.
+    """
     return [
         room[begin : begin + array.nbytes].view(_DTYPES[array.dtype]).view(array.shape)
         for array, begin in zip(arrays, _places(arrays), strict=False)
@@ -48,7 +52,7 @@ def unpacked(room: Tensor, arrays: Sequence[Array]) -> list[Tensor]:
 
 
 def _places(arrays: Sequence[Array]) -> list[int]:
-    """Where each begins, and where the last one ends."""
+    """The offset in bytes of each array, and the end of the last one."""
     sizes = (-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays)
     return list(accumulate(sizes, initial=0))
 
@@ -68,10 +72,10 @@ def pinned(num_bytes: int) -> Tensor:
 
 
 def to_host(tensors: Sequence[Tensor], until: Callable[[Any], None]) -> Sequence[Tensor]:
-    """Tensors on the host; on a CPU these ones.
+    """Copy tensors to the host in one transfer; on a CPU they are returned as they are.
 
     Args:
-        until: waits for an event of the stream; not called where nothing travelled.
+        until: waits for an event of the stream; not called where nothing is copied.
     """
     if not tensors or tensors[0].device.type == "cpu":
         return tensors
@@ -84,7 +88,7 @@ def to_host(tensors: Sequence[Tensor], until: Callable[[Any], None]) -> Sequence
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """The bytes of tensors one after the other, those of the widest types first."""
+    """Concatenate the bytes of tensors, those of the widest types first."""
     parts = [tensors[number].contiguous() for number in _widest_first(tensors)]
     # A single value may have any stride, which a view as bytes refuses.
     flat = [part.as_strided((part.numel(),), (1,)) for part in parts]
@@ -92,7 +96,11 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def parted(whole: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Views of what `joined` has made of tensors of these shapes and types."""
+    """Views of the tensors in the result of `joined`, on any device.
+
+    Args:
+        tensors: tensors of the shapes and types that were joined.
+    """
     order, found = _widest_first(tensors), list(tensors)
     pieces = torch.split(whole, [tensors[number].nbytes for number in order])
     for number, piece in zip(order, pieces, strict=True):
@@ -106,7 +114,7 @@ def _widest_first(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def recorded_event() -> Any:
-    """The moment at which the current stream has done what it was given so far."""
+    """An event recorded on the current stream, after all work that it has been given so far."""
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]
     event.record()
     return event
@@ -114,7 +122,7 @@ def recorded_event() -> Any:
 
 @contextmanager
 def waits_raise(device: torch.device) -> Iterator[None]:
-    """Have what makes the host wait for a GPU raise RuntimeError."""
+    """Within this, operations that make the host wait for a GPU raise RuntimeError."""
     if device.type != "cuda":
         yield
         return

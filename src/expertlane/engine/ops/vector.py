@@ -1,4 +1,4 @@
-"""Our own arithmetic, for CPUs with vector instructions; torch computes what it does not cover.
+"""The backend with our C++ arithmetic, for CPUs with vector instructions; torch has the rest.
 
 Only `engine/ops/backend.py` chooses it.
 """
@@ -39,11 +39,11 @@ from expertlane.engine.ops.structs import address_of
 
 
 class VectorBackend(CpuBackend):
-    """Arithmetic too: in bfloat16 (`products.cpp`, `attention.cpp`, `rows.cpp`), and in float32.
+    """Products, attention, norms and rotation in C++, beside `CpuBackend`'s bookkeeping.
 
-    Weights of one byte are widened as they are read (`narrow.cpp`).
-
-    In float32 it has attention too, and products of few rows (`few_rows.cpp`). torch has the rest.
+    bfloat16: `products.cpp`, `attention.cpp`, `rows.cpp`. float32: attention, norms, rotation, and
+    products of few rows (`few_rows.cpp`); torch has those of many. Weights of one byte are widened
+    as they are read (`narrow.cpp`).
 
     Args:
         library: compiled for the instruction set.
@@ -229,17 +229,17 @@ class VectorBackend(CpuBackend):
 def _computes(
     experts: Experts, dtype: torch.dtype
 ) -> TypeGuard[PackedExperts | FewRowsExperts | NarrowExperts]:
-    """Whether kernels of ours apply these to rows of that type."""
+    """Whether our C++ kernels compute these experts for hidden states of that dtype."""
     is_ours = isinstance(experts, PackedExperts | FewRowsExperts | NarrowExperts)
     return is_ours and _multiplies(dtype, experts.held[0].up)
 
 
 def _multiplies(dtype: torch.dtype, *linears: Linear) -> bool:
-    """Whether kernels of ours multiply rows of that type with all of these."""
+    """Whether our C++ kernels multiply hidden states of that dtype with all of these linears."""
     kind = {torch.bfloat16: PackedLinear, torch.float32: FewRowsLinear}.get(dtype)
     return kind is not None and all(type(each) in (kind, NarrowLinear) for each in linears)
 
 
 def _heads_side_by_side(x: Tensor) -> Tensor:
-    """[num_tokens, heads, dim] whose tokens alone may lie apart."""
+    """x [num_tokens, heads, dim] with each token's heads contiguous; copied only if need be."""
     return x if x[0:1].is_contiguous() else x.contiguous()

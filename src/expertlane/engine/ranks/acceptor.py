@@ -1,4 +1,4 @@
-"""Accepts connections of nodes at the launcher and authenticates them."""
+"""Accepts the connections of nodes and their ranks at the launcher, and authenticates them."""
 
 import contextlib
 import secrets
@@ -29,7 +29,7 @@ class _PendingConnection:
 
     Attributes:
         claim: None before its handshake.
-        question: the number of that by which its node's hash is read for it; 0 before.
+        question: the number of the request that reads its node's hash from the store; 0 before.
     """
 
     connection: socket.socket
@@ -45,11 +45,11 @@ class NodeAcceptor:
     """Accepts the connections of nodes, in parallel, so that no other client makes them wait.
 
     Args:
-        listener: not blocking; the acceptor's own from now on.
-        num_nodes: the first one is the launcher's own and does not connect.
-        ranks_per_node: a node has as many connections, and one more.
-        report: called with a line for each connection that is refused, the first ten.
-        ask: called when the hashes should be read from the store, for `tell`.
+        listener: a socket that does not block; the acceptor owns it from now on.
+        num_nodes: nodes of the run; the first one is the launcher's own and does not connect.
+        ranks_per_node: a node has a connection for each of its ranks, and one of its own.
+        report: called with a line for each of the first ten connections that are refused.
+        ask: called when the hashes are to be read from the store, for `tell`.
     """
 
     def __init__(
@@ -78,13 +78,14 @@ class NodeAcceptor:
         """Expect a node's own connection, and none of its ranks.
 
         Args:
-            others_from_s: until then, by the monotonic clock, only who has its secret may come.
+            others_from_s: time on the monotonic clock, before which only a process with the node's
+                known secret is accepted.
         """
         self._nodes[node] = others_from_s
         self._ranks = {claim for claim in self._ranks if claim.node != node}
 
     def expect_ranks(self, claims: Iterable[Claim]) -> None:
-        """Expect these connections too, of a node that has connected."""
+        """Expect the connections of these ranks too, of a node that has connected."""
         self._ranks.update(claims)
 
     @property
@@ -112,7 +113,7 @@ class NodeAcceptor:
         self._selector.unregister(control)
 
     def tell(self, hashes: Sequence[bytes]) -> None:
-        """Take the store's hashes, [num_nodes - 1]: the answer to the oldest request."""
+        """Take the hashes of the store, [num_nodes - 1]: the answer to the oldest request."""
         self._found = dict(enumerate(hashes, 1))
         self._num_told += 1
         for pending in [each for each in self._pending if each.claim]:
@@ -123,7 +124,10 @@ class NodeAcceptor:
         return self._selector.fileno()
 
     def accept_available(self) -> None:
-        """Accept what has come; does not wait. Once a second at least while a node is expected."""
+        """Accept connections that have arrived, without waiting.
+
+        To be called at least once a second while a node is expected.
+        """
         self._accept(0)
         for pending in [each for each in self._pending if each.claim]:
             self._check(pending)
@@ -143,7 +147,7 @@ class NodeAcceptor:
         self._selector.close()
 
     def _accept(self, timeout_s: float, control: int | None = None) -> bool:
-        """Take what comes in that time; gives whether `control` is readable."""
+        """Handle what arrives within `timeout_s`; gives whether `control` is readable."""
         has_news = False
         for key, _ in self._selector.select(timeout_s):
             if key.fileobj is self._listener:
@@ -175,7 +179,7 @@ class NodeAcceptor:
             self._refuse(self._pending[0], "too many connections are pending")
 
     def _receive(self, pending: _PendingConnection) -> None:
-        """Read what has arrived; never more than a handshake has."""
+        """Read bytes that have arrived, but no more than a handshake has."""
         try:
             data = pending.connection.recv(HANDSHAKE.size - len(pending.received))
         except BlockingIOError:
@@ -200,7 +204,7 @@ class NodeAcceptor:
         self._check(pending)
 
     def _check(self, pending: _PendingConnection) -> None:
-        """Accept or refuse it, or leave it pending until the store is read."""
+        """Accept or refuse a connection, or leave it pending until the store is read."""
         assert pending.claim is not None, "its handshake is complete"
         node, shown = pending.claim.node, hash_of(pending.secret)
         is_known = node in self._hashes and secrets.compare_digest(shown, self._hashes[node])
@@ -226,9 +230,9 @@ class NodeAcceptor:
         self._accepted[pending.claim] = pending.connection
 
     def _is_found(self, pending: _PendingConnection, node: int, shown: bytes) -> bool:
-        """Whether the store holds its hash; if it does not, it is refused.
+        """Whether the store holds the hash of the connection's secret; if not, it is refused.
 
-        It has put it there before it came, so what is read from now on decides.
+        A node puts its hash there before it connects, so a read that begins now decides.
         """
         if not pending.question:
             if self._num_asked == self._num_told:  # one at a time
@@ -255,7 +259,7 @@ class NodeAcceptor:
 
 
 def _is_closed(connection: socket.socket) -> bool:
-    """Whether the other end has closed it and sent nothing that is still to be read."""
+    """Whether the other end has closed the connection, and no bytes are left to be read."""
     try:
         return connection.recv(1, socket.MSG_PEEK) == b""
     except BlockingIOError:

@@ -1,6 +1,6 @@
-"""What the launcher asks of a rank, each with the type of its answer; importable without torch.
+"""Commands of the launcher to ranks, each with the type of its answer; importable without torch.
 
-`engine/stage/stage.py` (`HANDLERS`) has what a rank does for each command.
+`engine/stage/stage.py` (`HANDLERS`) has the function that a rank runs for each command.
 """
 
 from dataclasses import dataclass, field
@@ -30,14 +30,12 @@ ResultT = TypeVar("ResultT")
 
 
 class Command(msgspec.Struct, Generic[ResultT], tag=True):
-    """Something a rank does for the launcher.
-
-    The type argument is the type of the answer, by which it is decoded.
+    """A request of the launcher to a rank. The type argument is the type of the answer.
 
     Attributes:
-        needs_epoch: it runs on ranks of the epoch in which it was submitted, and is dropped
-            when another begins. Else any rank takes it, also one that is ahead, and it goes on: it
-            must not talk to other ranks.
+        needs_epoch: it runs on ranks of the epoch in which it was submitted, and is dropped when
+            another begins. Otherwise any rank takes it, also one that is ahead of the epoch, and a
+            new epoch does not end it; then it must not communicate with other ranks.
     """
 
     needs_epoch: ClassVar[bool] = True
@@ -55,8 +53,8 @@ class Point:
     """An operation whose time is measured.
 
     Attributes:
-        dtype: of weights.
-        sizes: those of its kind, in the order of `SIZES`.
+        dtype: type of the weights, or of keys and values.
+        sizes: the sizes of its kind, in the order of `SIZES`.
     """
 
     kind: Kind
@@ -74,7 +72,7 @@ class TransferPoint:
     """One collective of the first `num_ranks` ranks, or a send from the first to the second.
 
     Attributes:
-        num_bytes: what a rank sends to each other one, in rows of `row_bytes`.
+        num_bytes: bytes that a rank sends to each other rank, in rows of `row_bytes`.
     """
 
     kind: TransferKind
@@ -85,14 +83,18 @@ class TransferPoint:
 
 @dataclass(frozen=True)
 class StageSpec:
-    """What decides a rank's weights; a rank that already holds them keeps them.
+    """The model, layout and placements that determine ranks' weights.
+
+    A rank that already holds the weights of a spec keeps them.
 
     Attributes:
-        placements: [num_hidden_layers]; where experts are at first.
-        numbers: [world_size]; the process of each rank of the layout, each its own if empty.
-        checkpoint: the folder the weights are in; None for seeded ones.
-        weights, cache_int8, activations: as in `Options`.
-        check: how much it looks for silent errors.
+        placements: [num_hidden_layers]; the placements of experts at the start.
+        seed: seed of random weights.
+        numbers: [world_size]; the process of each rank of the layout; if empty, rank r is process
+            r.
+        checkpoint: the folder with the weights; None for seeded ones.
+        weights, cache_int8, activations: see `Options`.
+        check: the level of checks for silent errors.
     """
 
     model: ModelConfig
@@ -115,15 +117,15 @@ class StageSpec:
 
 @dataclass(eq=False)
 class RankOutcome:
-    """A rank's part of a step's outcome; sequences only from the last stage.
+    """A rank's part of a step's outcome; only the last stage has sequences.
 
     Attributes:
-        token_ids, logprobs, prompt_logprobs: by sequence id; empty but on the first rank of a
+        token_ids, logprobs, prompt_logprobs: by sequence id; empty except on the first rank of a
             tensor-parallel group.
-        logits: by sequence id, this rank's part of the vocabulary; empty unless asked for.
-        not_finite: sequences that have no next token: their greatest logit is NaN or infinite;
-            empty where `token_ids` is.
-        checks: what it found of silent errors; None where nobody looks.
+        logits: by sequence id, for this rank's part of the vocabulary; empty unless asked for.
+        not_finite: sequences without a next token, as their greatest logit is NaN or infinite;
+            empty on ranks whose `token_ids` is.
+        checks: findings and checksums for silent errors; None without checks.
     """
 
     token_ids: dict[int, int] = field(default_factory=dict)
@@ -137,12 +139,12 @@ class RankOutcome:
 
 @dataclass(frozen=True)
 class HeldBytes:
-    """What a rank has allocated for a deployment.
+    """Memory that a rank has allocated for a deployment.
 
     Attributes:
-        bytes_from: of the weights, those that are from each source.
-        seconds_from: that it took to get them, where it took any.
-        has_graphs: it can launch decode steps as graphs; a block of the cache is for their padding.
+        bytes_from: bytes of weights by their origin.
+        seconds_from: seconds that getting them took, by origin, where it took any.
+        has_graphs: it can launch decode steps as graphs; one more block is for their padding.
     """
 
     weight_bytes: int
@@ -157,9 +159,10 @@ class Prepared:
     """A rank's progress with the weights of a place in another layout.
 
     Attributes:
-        share: of layers, embedding and head; 1 once everything that fits into memory is made.
-        num_bytes: made so far, in addition to the present weights.
-        seconds: that this call took.
+        share: share of layers, embedding and head that is made; 1 once all that fits into memory
+            is.
+        num_bytes: bytes made so far, in addition to the present weights.
+        seconds: seconds that this call took.
     """
 
     share: float
@@ -172,17 +175,16 @@ class RankMachine:
     """A rank's machine, as the rank sees it.
 
     Attributes:
-        cpus: hardware threads that the rank is kept on; none where the system may move it.
-        kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that instruction
-            set, else `torch`, with the reason where ours would have been better.
+        cpus: hardware threads that the rank is pinned to; empty where it is not pinned.
+        kernels: whose kernels compute; see `engine.ops.backend.Platform`.
         free_bytes: memory of its device that can still be allocated.
-        num_idle_gpus: GPUs of its host that are not used, because there are fewer than ranks.
+        num_idle_gpus: GPUs of its host that are not used because there are fewer than ranks.
         keeps_narrow, keeps_mxfp4: weights of one byte, and of MXFP4, stay so in memory; else they
             are widened while loading.
         reads_float8: its attention can read a cache of float8.
         multiplies_float8: its products can take inputs in float8.
-        ranks_on_device: that share its GPU.
-        driver: of its GPU, as the system names it; empty without one.
+        ranks_on_device: ranks that share its GPU.
+        driver: version of its GPU's driver; empty without one.
     """
 
     host: str
@@ -211,13 +213,13 @@ class RankMachine:
         return self.device != "cpu"
 
     def num_sharing(self, world_size: int) -> int:
-        """How many of so many ranks share its device's memory."""
+        """Ranks that share its device's memory if there are `world_size`."""
         return min(world_size, self.ranks_on_device if self.on_gpu else self.ranks_per_node)
 
 
 @dataclass(frozen=True)
 class RankRates:
-    """What a rank can do at best, with its threads."""
+    """A rank's peak rates, with its threads."""
 
     gemm_flops_per_s: float
     read_bytes_per_s: float
@@ -232,7 +234,7 @@ class CacheInt8(Command[bool]):
     """Write a checkpoint's matrices, rounded to int8, into its folder; false if they are there.
 
     Attributes:
-        checkpoint: the folder.
+        checkpoint: the checkpoint's folder.
     """
 
     model: ModelConfig
@@ -243,8 +245,8 @@ class Deploy(Command[HeldBytes]):
     """Build the rank's stage, or keep it if only options changed. Collective over all ranks.
 
     Attributes:
-        num_blocks, block_size: of the paged key/value cache; `block_size` positions a block.
-        graphs: None where no step is to be recorded.
+        num_blocks, block_size: blocks of the KV cache, and positions in a block.
+        graphs: sizes of graphs; None if no step is to be recorded.
     """
 
     spec: StageSpec
@@ -255,21 +257,22 @@ class Deploy(Command[HeldBytes]):
 
 
 class LeaveCores(Command[None]):
-    """Be pinned to no core until another number of ranks shares them."""
+    """Unpin the rank's threads, until the number of ranks that share the cores changes."""
 
 
 class Redeploy(Command[HeldBytes]):
-    """Go on in a new epoch: build what a rank lacks, connect to all others, undo some steps.
+    """Join a new epoch: make missing weights, connect to all others, undo uncommitted steps.
 
-    A rank that has its stage keeps weights and cache; moves of experts under way come to nothing.
-    In another layout it keeps what it has of its new stage, the cache if `Members.kept_caches`.
-    A rank that has no part in it keeps its weights. Collective over all ranks.
+    A rank that has its stage keeps weights and cache; moves of experts under way are dropped. In
+    another layout it keeps the weights that its new stage needs too, and the cache if
+    `Members.kept_caches`. A rank without a place in the layout keeps its weights. Collective over
+    all ranks.
 
     Attributes:
-        spec: with the placements that are committed.
-        num_blocks, block_size, graphs: as in `Deploy`.
-        discard: steps that are not committed, of all replicas; all others are.
-        dispatch_table: None where options say all.
+        spec: with the committed placements.
+        num_blocks, block_size, graphs: see `Deploy`.
+        discard: steps of all replicas that are not committed; all others are.
+        dispatch_table: how steps run; None if the options fix it.
     """
 
     spec: StageSpec
@@ -284,13 +287,13 @@ class Redeploy(Command[HeldBytes]):
 class Prepare(Command[Prepared]):
     """Make the weights that a place of another layout needs and the rank does not have.
 
-    They are held for the `Redeploy` to come. A rank that runs steps meanwhile is given `most_s`; it
-    continues there with the next command. A rank without steps runs at a higher niceness.
+    They are held for the `Redeploy` to come. A rank that runs steps meanwhile is given `most_s`,
+    and goes on with the next command. A rank without steps makes them at a higher niceness.
 
     Attributes:
-        place: layout rank.
-        most_s: seconds after which nothing more is begun; None for all at once.
-        most_bytes: the limit by free memory.
+        place: the rank in the new layout.
+        most_s: seconds after which no further part is begun; None to make all at once.
+        most_bytes: bytes after which no further part is begun; None for no limit.
     """
 
     needs_epoch: ClassVar[bool] = False
@@ -302,25 +305,25 @@ class Prepare(Command[Prepared]):
 
 
 class DropPrepared(Command[None]):
-    """Free what `Prepare` has made."""
+    """Free the weights that `Prepare` has made."""
 
     needs_epoch: ClassVar[bool] = False
 
 
 class SetDispatch(Command[None]):
-    """Choose how steps run from now on: dispatch forms and overlap, by a table."""
+    """Set the dispatch form and overlap of steps from now on, by a table."""
 
     table: DispatchTable
 
 
 class RecordGraphs(Command[int]):
-    """Record decode steps as graphs before one needs them; answers how many graphs that were.
+    """Record decode steps as graphs ahead of use; the answer is the number of new graphs.
 
     Collective over the ranks of a replica.
 
     Attributes:
         size: sequences of a data-parallel rank, padding included.
-        forms: that such steps may have.
+        forms: dispatch forms that such steps may have.
     """
 
     size: int
@@ -331,8 +334,8 @@ class RunStep(Command[RankOutcome]):
     """Execute one step on the rank's stage.
 
     Attributes:
-        placements: [num_hidden_layers]; of experts from this step on; None as they are.
-        balances_copies: tokens are shared among copies of experts by the counts of all ranks.
+        placements: [num_hidden_layers]; new placements from this step on; None for no change.
+        balances_copies: choose copies of experts by the top-k ids of all ranks.
     """
 
     step: RankStep
@@ -341,36 +344,37 @@ class RunStep(Command[RankOutcome]):
 
 
 class DiscardSteps(Command[None]):
-    """Undo these steps, as far as they have run; all others are committed."""
+    """Undo these steps, if they have run; all others are committed."""
 
     steps: tuple[int, ...]
 
 
 class ReadTotals(Command[RankTotals]):
-    """What the rank has done since it was first asked; a rank that is not asked keeps no count."""
+    """Read the rank's running totals, which the first of these commands starts."""
 
 
 class SumWeights(Command[dict[str, int]]):
-    """Checksums of all weights that the rank holds, by names that say the same on all ranks."""
+    """Checksums of all weights that the rank holds, by names that mean the same on all ranks."""
 
 
 class StartMoves(Command[float]):
-    """Start to send and receive parts of experts, `Move.layer` being a hidden layer.
+    """Start to send and receive parts of experts; `Move.layer` is a hidden layer.
 
-    The answer: seconds that it took.
+    The answer is the seconds that this took.
     """
 
     parts: tuple[Part, ...]
 
 
 class FinishMoves(Command[float]):
-    """Wait for the parts that were started; the answer as of `StartMoves`."""
+    """Wait for the parts that `StartMoves` has started; the answer is the seconds that it took."""
 
 
 class TimeOneMove(Command[tuple[int, float, float]]):
-    """Bytes of an expert, and seconds in which each rank sends one to the next of its ep group.
+    """Time a move in which each rank sends an expert to the next rank of its ep group.
 
-    Then seconds for one byte. What arrives is discarded. Collective over the ranks of a replica.
+    The answer is the bytes of an expert, the seconds for it, and the seconds for the smallest part
+    of one. The received weights are discarded. Collective over the ranks of a replica.
     """
 
 
@@ -384,7 +388,7 @@ class MeasureOperations(Command[list[float]]):
     All ranks begin each of them together, since they share the memory's bandwidth.
 
     Attributes:
-        point_s: for an operation's repetitions; it is done once at least.
+        point_s: seconds for an operation's repetitions; it is done once at least.
         num_ranks: the first ranks measure; the others wait.
     """
 
@@ -394,7 +398,7 @@ class MeasureOperations(Command[list[float]]):
 
 
 class MeasureLaunches(Command[tuple[float, float]]):
-    """Seconds the host of a GPU takes to launch a kernel, and a graph of some."""
+    """Seconds that a GPU's host takes to launch a kernel, and a graph of several kernels."""
 
 
 class MeasureTransfers(Command[list[float]]):
@@ -413,7 +417,7 @@ class MeasureContention(Command[list[float]]):
     A product that takes longer than the transfer is timed without and with it.
 
     Attributes:
-        num_ranks: the first ranks take part, 2 or more.
+        num_ranks: number of ranks that take part, the first ones; 2 or more.
         sizes: bytes to each other rank.
     """
 
@@ -423,10 +427,10 @@ class MeasureContention(Command[list[float]]):
 
 
 class MeasureStep(Command[int]):
-    """Run a step once in each way, and say how many bytes it took. Collective over all ranks.
+    """Run a step once with each table; the answer is the bytes that it took at most.
 
-    As many tokens as can be go to the first rank's experts. What the step does to cache and sampler
-    is to be forgotten: another `Deploy` follows.
+    As many tokens as possible go to the first rank's experts. The step spoils cache and sampler,
+    so another `Deploy` follows. Collective over all ranks.
     """
 
     step: RankStep

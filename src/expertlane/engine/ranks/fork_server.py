@@ -1,11 +1,11 @@
-"""Forks the ranks of a node from one process that has imported torch and never computes in it.
+"""Forks the ranks of a node from one process that has imported torch and never computes with it.
 
 So all ranks share one copy of torch's pages, and the program that starts them needs no `__main__`
 guard. The server reports every rank that ends to the launcher. It ends all ranks when the launcher
 has ended, for whatever reason: it watches the connection to it and also its own parent, since a
 process that the launcher has forked may hold the other end of a socket.
 
-It also hosts the store in which the ranks of several nodes meet, in a process of its own.
+It also starts the process that hosts the rendezvous store of several nodes' ranks.
 """
 
 import contextlib
@@ -55,7 +55,9 @@ _IS_UP, _MOST_BYTES = b"up", 4096
 
 
 class StoreHost:
-    """Ends with this process, and with those that it forks thereafter.
+    """A process that hosts the rendezvous store.
+
+    It ends with this process and with those that this one forks afterwards.
 
     Raises:
         RuntimeError: the store cannot be hosted.
@@ -72,17 +74,17 @@ class StoreHost:
             raise RuntimeError(answer.decode(errors="replace") or "the host of the store has ended")
 
     def end(self) -> None:
-        """End it, once nothing that was forked from here runs any more."""
+        """End the host; no process that was forked from here may still run."""
         self._connection.close()
         with contextlib.suppress(ChildProcessError):  # somebody has seen it end already
             os.waitpid(self._pid, 0)
 
 
 def _host(meeting: Meeting, connection: socket.socket) -> NoReturn:
-    """Until the other end of the connection is closed."""
+    """Host the store until the other end of the connection is closed."""
     try:
         os.setpgid(0, 0)  # torchrun signals its process's group: it is for the server alone
-        os.closerange(3, connection.fileno())  # a launcher waits for the end of those
+        os.closerange(3, connection.fileno())  # a launcher waits for the end of these connections
         os.closerange(connection.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         try:
             store = meeting.open(as_host=True)
@@ -100,7 +102,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class End(Enum):
-    """How a node's part in a run ended."""
+    """The reason why a node's part in a run ended."""
 
     SAID = "said"  # the launcher was done and said so
     TERMINATED = "terminated"  # the node was told to end, as by torchrun or a batch system
@@ -111,10 +113,9 @@ Reconnect = Callable[[int, Sequence[int]], list[int]]
 
 
 def python_command(module: str, arguments: Sequence[str]) -> list[str]:
-    """A command that runs `main` of a module in a Python of its own.
+    """A command that runs `main` of a module in a new Python process, with this one's `sys.path`.
 
-    It imports from where this process does. `-P` keeps the working directory off Python's path: a
-    file in it named like a module would be run.
+    `-P` keeps the working directory off that path: a file in it named like a module would be run.
     """
     paths = [path for path in sys.path if isinstance(path, str)]
     code = (
@@ -147,10 +148,10 @@ def _become_rank(
     handlers: "Handlers",
     server_pid: int,
 ) -> NoReturn:
-    """In a process that was just forked: be a rank.
+    """Run a rank in the process that was just forked, and exit.
 
     Args:
-        others: descriptors that are not for this rank.
+        others: descriptors that are not for this rank; they are closed.
     """
     code = 1
     try:
@@ -176,8 +177,8 @@ class _Server:
     """The process that the ranks are forked from.
 
     Args:
-        handlers: what ranks do for each command.
-        reconnect: as of `serve`.
+        handlers: the function that ranks run for each command.
+        reconnect: see `serve`.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class _Server:
         self._store: Store | None = None
 
     def meet(self) -> None:
-        """Tell the other nodes of the run where the launcher is, from its first one."""
+        """Publish the launcher's place to the other nodes; does nothing elsewhere."""
         settings = self._settings
         meeting, launcher = settings.first_rank.meeting, settings.launcher
         if meeting is None or launcher is None:
@@ -284,7 +285,7 @@ class _Server:
         return End.LOST
 
     def _hashes(self) -> list[bytes]:
-        """Of other nodes; none while the store cannot be reached."""
+        """Hashes of the other nodes' secrets; empty ones while the store cannot be reached."""
         meeting = self._first.meeting
         assert meeting is not None, "there are other nodes"
         if self._store is not None:
@@ -347,7 +348,7 @@ class _Server:
             del self._rank_of_pid[pid]
 
     def _renew_files(self, epoch: int) -> None:
-        """Other files for what ranks share in an epoch; no message of an older one is in them."""
+        """Make new files for the epoch, so that none holds messages of an older one."""
         old = [fd for fd in (self._first.memory_fd, self._store_fd) if fd is not None]
         memory_fd = store_fd = -1
         self._first = replace(self._first, epoch=epoch)
@@ -376,7 +377,7 @@ class _Server:
             if pid == 0:
                 return
             if (rank := self._rank_of_pid.pop(pid, None)) is None:
-                continue  # the host of the store: whoever needs it fails, and says so
+                continue  # the host of the store: processes that need it fail, and say so
             report = Exit(rank, os.waitstatus_to_exitcode(status), self._board.line(rank))
             self._control.send(encode(MessageKind.EXIT, report))
 
@@ -409,9 +410,9 @@ def serve(
     """Start the ranks of a node, watch them, replace some, and end them.
 
     Args:
-        handlers: what ranks do for each command; None for the engine's own.
-        reconnect: gives channels to the launcher for ranks that a change of that number starts;
-            None where the launcher sends them.
+        handlers: the function that ranks run for each command; None for the engine's own.
+        reconnect: called with the number of a change and the ranks that it starts; gives their
+            channels to the launcher, as descriptors. None where the launcher sends them.
     """
     if handlers is None:
         from expertlane.engine.stage.stage import (

@@ -1,4 +1,4 @@
-"""Receives what ranks and nodes send to the launcher, and bounds every wait for it."""
+"""Receives messages of ranks and nodes at the launcher, notices losses, and bounds every wait."""
 
 import contextlib
 import select
@@ -37,12 +37,12 @@ class Inbox:
         end: ends all ranks.
 
     Attributes:
-        presence: which ranks there are.
-        tickets: what they have still to answer.
-        epoch: of the ranks that are present.
-        loss: of these ranks, until another epoch begins.
-        waits: for nodes that are lost; where it is told not to, their loss ends all ranks.
-        log: takes a line when a rank that is not of the epoch is gone.
+        presence: the state of each rank number.
+        tickets: commands that ranks have not answered.
+        epoch: the number of the current epoch.
+        loss: the loss of ranks of this epoch, if any, until another epoch begins.
+        waits: whether lost nodes are waited for; if not, their loss ends all ranks.
+        log: called with a line when a rank that is not of the epoch is gone.
     """
 
     def __init__(self, ranks: LocalRanks, timeout_s: float, end: Callable[[], None]) -> None:
@@ -55,14 +55,15 @@ class Inbox:
         self._losses = Losses(ranks, self.presence, timeout_s, self._take_answer)
         self._replaced: frozenset[int] = frozenset()  # while an epoch begins
         self._resumed_s = 0.0  # when this process went on after it was stopped itself, as by Ctrl-Z
-        self._looked_s = 0.0  # at ranks that are early
-        self._started_s: dict[int, float] = {}  # of these: when they were
+        self._looked_s = 0.0  # time of the last check of early ranks
+        self._started_s: dict[int, float] = {}  # start times of early ranks
         self.watch()
 
     def watch(self) -> None:
         """Register all present connections with the poll.
 
-        Kept from one wait to the next: to make the poll one a step costs it a few percent.
+        The poll is kept from one wait to the next: a new one for each step would cost a few percent
+        of it.
         """
         self._poll = select.poll()
         channels = *(node.control for node in self._ranks.nodes), *self._ranks.connected().values()
@@ -81,7 +82,7 @@ class Inbox:
         replaces: bool,
         joining: Collection[int] | None,
     ) -> None:
-        """As `RankPool.begin_epoch`."""
+        """Begin an epoch, and wait until all its ranks are up; see `RankPool.begin_epoch`."""
         lost = self._replaced | frozenset(lost)  # with those of an epoch that has not begun wholly
         change = self.presence.begin_epoch(lost, num_ranks, replaces=replaces, joining=joining)
         self.epoch += 1
@@ -163,7 +164,7 @@ class Inbox:
         return time.monotonic() - max(reported_s, since_s, self._resumed_s)
 
     def _look_at_early(self) -> None:
-        """Detect ranks that hang and are not of the epoch, since no wait covers them."""
+        """Detect early ranks that hang: no wait covers them, as they are not of the epoch."""
         now_s = time.monotonic()
         if not self.presence.early or now_s - self._looked_s < _EARLY_LOOK_S:
             return
@@ -213,7 +214,7 @@ class Inbox:
             self.lose(partial(self._losses.failure, rank, message))
 
     def _is_past(self, message: Message) -> bool:
-        """Whether a failure is only that of a transfer in an older epoch; its rank goes on."""
+        """Whether a failure is a broken transfer of an older epoch; its rank then goes on."""
         if message.epoch == self.epoch:
             return False
         return Decoder(Failure).decode(message).kind is FailureKind.PEER
@@ -246,10 +247,12 @@ class Inbox:
             self.lose(find)
 
     def lose(self, find: Callable[[], Loss]) -> None:
-        """End all ranks for a loss, or raise it until the next epoch; ignored if not of this epoch.
+        """Record a loss and raise it, until the next epoch; without recovery end all ranks.
+
+        Lost ranks that are not of this epoch are only dropped.
 
         Args:
-            find: gives it; what it raises ends all ranks.
+            find: gives the loss; an error that it raises ends all ranks.
         """
         try:
             loss = find()
@@ -272,7 +275,7 @@ class Inbox:
         raise self.loss.error(recovers=True) from None
 
     def _lose_node(self, error: RanksLostError) -> None:
-        """All ranks of a node, whether they are of the epoch or not."""
+        """Lose all ranks of a node, whether they are of the epoch or not."""
         self.watch()  # its connections are closed
         if ranks := error.ranks & (self.presence.present | self.presence.early):
             self.lose(lambda: Loss(ranks, str(error)))
@@ -280,7 +283,7 @@ class Inbox:
             self.log(f"{error}; none of its ranks was in use")
 
     def _drop(self, rank: int, find: Callable[[], Loss]) -> None:
-        """End a rank that is not of the epoch, and say why."""
+        """End a rank that is not of the epoch, and log the reason."""
         try:
             text = find().text
         except MessageError as error:
@@ -313,7 +316,7 @@ class Inbox:
         self.watch()
 
     def fail(self, error: ExpertlaneError) -> NoReturn:
-        """End all ranks."""
+        """End all ranks, and raise the error."""
         with contextlib.suppress(TerminatedError):  # by a batch system, for the same reason
             self._end()
         raise error from None

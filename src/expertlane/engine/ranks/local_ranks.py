@@ -1,4 +1,4 @@
-"""Ranks of this machine: started through the fork server; none is left when they end."""
+"""Ranks of this machine, which a fork server starts; no process is left behind when they end."""
 
 import contextlib
 import os
@@ -40,22 +40,25 @@ _END = encode(MessageKind.END, None)
 class LocalRanks:
     """Ranks of this machine, children of a fork server that this process owns.
 
-    The first node of several is such a one too: `NodeRanks` adds the others.
+    They are also the first node of several: `NodeRanks` adds the others.
 
     Args:
-        cpu_isa: the largest instruction set that kernels may use; None as the environment says.
-        meeting: where the ranks meet those of other nodes; None without.
+        cpu_isa: the largest instruction set that kernels may use; None leaves it to the
+            environment.
+        meeting: the rendezvous with other nodes; None without any.
+        launcher: this process's place, to be published to them; None without any.
         recovers: whether other ranks can take the places of lost ones, by `begin_epoch`.
 
     Attributes:
-        channels: one a rank; closed for those that have no process, or none that has connected.
-        nodes: the launcher's own first.
-        board: where the ranks report their progress.
-        ranks_per_node: how many a node has in this epoch; the only one may have more ahead.
-        pids: of ranks of this node that are up.
-        missing: why nodes could not start ranks ahead of an epoch. The reader removes entries.
-        stopped: ranks whose processes were stopped when their nodes last said so.
-        on_told_to_end: called where a node was told to end; None to end all nodes at once.
+        channels: one for each rank; closed while a rank has no process, or none that has connected.
+        nodes: the nodes, the launcher's own first.
+        board: the progress board of all ranks.
+        ranks_per_node: ranks of each node in this epoch; a single node may have more ahead of it.
+        pids: processes of this node's ranks that are up.
+        missing: by rank, why its node could not start it ahead of an epoch. The reader removes
+            entries.
+        stopped: ranks whose processes were stopped at their nodes' last report.
+        on_told_to_end: called when a node was told to end; None to end all nodes at once.
 
     Raises:
         CapacityError: not enough file descriptors or temporary space for so many ranks.
@@ -158,7 +161,7 @@ class LocalRanks:
         """Have nodes end ranks for certain, and start others; `is_beginning` until they have.
 
         Args:
-            num_ranks: of the epoch; as many as before where there are several nodes.
+            num_ranks: ranks of the epoch; as many as before where there are several nodes.
 
         Raises:
             CapacityError: no descriptors are left.
@@ -174,7 +177,8 @@ class LocalRanks:
         """Have nodes end ranks that are ahead of the next epoch, and start others that will be.
 
         Raises:
-            CapacityError, RankError: as `begin_epoch`.
+            CapacityError: no descriptors are left.
+            RankError: a node is gone, or does not read.
         """
         for node in sorted({*map(self.node_of, (*ends, *starts))}):
             self._change(node, MessageKind.START_RANKS, ends, starts)
@@ -187,7 +191,7 @@ class LocalRanks:
         starts: Collection[int],
         epoch: int = 0,
     ) -> None:
-        """Those of the ranks that are on the node."""
+        """Have one node end and start those of the ranks that are on it."""
         ends, starts = (
             sorted(rank for rank in ranks if self.node_of(rank) == node) for ranks in (ends, starts)
         )
@@ -209,7 +213,7 @@ class LocalRanks:
                 theirs.close()
 
     def _forget(self, ranks: Collection[int]) -> list[Channel]:
-        """Release these numbers; returns the open channels of their old processes."""
+        """Clear these ranks' channels and pids; gives the open channels of their old processes."""
         fenced, channels = [], self.channels
         channels += [self._nobody] * (max(ranks, default=-1) + 1 - len(channels))
         for rank in ranks:
@@ -220,7 +224,7 @@ class LocalRanks:
         return fenced
 
     def _pairs(self, node: int, asked: ChangeRanks) -> list[tuple[socket.socket, socket.socket]]:
-        """Connections for new ranks, in their order, whose other ends its server gets."""
+        """Connections for new ranks, in order; the node's server gets their other ends."""
         return connections_for(asked.starts)
 
     def _connect(self, rank: int, connection: socket.socket) -> None:
@@ -228,7 +232,7 @@ class LocalRanks:
         self._has_connected = True
 
     def connected(self) -> dict[int, Channel]:
-        """Channels of ranks that have a process; of other nodes once that has connected."""
+        """Open channels by rank: of ranks with a process, on other nodes once it has connected."""
         return {r: channel for r, channel in enumerate(self.channels) if channel.fileno() >= 0}
 
     @property
@@ -247,11 +251,11 @@ class LocalRanks:
         return any(node.is_beginning for node in self.nodes)
 
     def acceptor(self) -> int | None:
-        """A descriptor that is readable when ranks of other nodes connect; None if none is to."""
+        """A descriptor that is readable when ranks of other nodes connect; None if none will."""
         return None
 
     def has_connected(self) -> bool:
-        """Whether ranks have come to be connected since the last call; does not wait."""
+        """Whether ranks have connected since the last call; does not wait."""
         had, self._has_connected = self._has_connected, False
         return had
 
@@ -269,10 +273,11 @@ class LocalRanks:
         """Look for a node that is silent.
 
         Args:
+            bound_s: the longest time that a node may take to answer.
             resumed_s: when this process went on after it was stopped itself.
 
         Raises:
-            RankError: it has not answered for so long.
+            RankError: a node has not answered for longer.
         """
         now_s = time.monotonic()
         for number, node in enumerate(self.nodes):
@@ -285,24 +290,24 @@ class LocalRanks:
                 raise self._lost(number, f"{why}: no answer for {own_s:g} s")
 
     def check_nodes_of(self, ranks: Collection[int], bound_s: float) -> None:
-        """Check the nodes of ranks that are silent."""
+        """Check the nodes of ranks that are silent; nothing to do for a single node."""
 
     def read_news(self, ready: Container[int]) -> None:
-        """Read what nodes report, a message each.
+        """Read one message of each node that has sent some.
 
         Args:
-            ready: descriptors; only of these.
+            ready: descriptors that are readable; other nodes are not read.
 
         Raises:
             RankError: a node has ended.
-            TerminatedError, UserError: it could not go on.
+            TerminatedError, UserError: a node could not go on.
         """
         for number, node in enumerate(self.nodes):
             if node.control.fileno() in ready:
                 self._read_node(number)
 
     def _read_node(self, node: int) -> Message | None:
-        """Read one message; gives those that are not about ranks."""
+        """Read and handle one message of a node; gives it back if it is not about ranks."""
         try:
             message = self.nodes[node].control.receive()
             if message.kind is MessageKind.EXIT:
@@ -342,7 +347,7 @@ class LocalRanks:
     def _take_heartbeat(self, node: int, heartbeat: Heartbeat) -> None:
         self.nodes[node].asked_s = None
         if self.nodes[node].changes:
-            return  # it may have been of other ranks
+            return  # it may be about earlier ranks
         ranks = range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
         if len(heartbeat.lines) != len(ranks):
             raise MessageError(f"{len(heartbeat.lines)} lines for {len(ranks)} ranks")
@@ -367,10 +372,10 @@ class LocalRanks:
         return RankError(f"{self.nodes[node].name} {how}; all ranks were ended")
 
     def exit_code(self, rank: int, timeout_s: float) -> int | None:
-        """How a rank ended, negative for a signal; None if its node does not say in time.
+        """A rank's exit code, negative for a signal; None if its node does not report it in time.
 
         Raises:
-            ExpertlaneError: as `read_news`.
+            ExpertlaneError: a node has ended, or could not go on.
         """
         number, until_s = self.node_of(rank), time.monotonic() + timeout_s
         node = self.nodes[number]
@@ -382,10 +387,10 @@ class LocalRanks:
         return self._exit_codes.get(rank)
 
     def close(self, *, failed: bool = False) -> None:
-        """End all ranks and servers; leaves nothing behind here.
+        """End all ranks and servers; leaves no process or file behind here.
 
         Args:
-            failed: whether supervisors are to end with an error.
+            failed: whether supervisors of other nodes end with an error.
         """
         if not failed:
             for node in self.nodes[1:]:

@@ -1,4 +1,4 @@
-"""Which ranks are lost, and why: what an ended, silent or failed rank has to do with the others."""
+"""Finds the ranks that are lost, and the cause, behind an ended, silent or failed rank."""
 
 import contextlib
 import select
@@ -32,9 +32,9 @@ class Loss(NamedTuple):
     """Ranks that are dead, hung or failed.
 
     Attributes:
-        ranks: none where transfers broke and no rank was found to be the cause.
+        ranks: the lost ranks; empty where transfers broke and no rank was found to be the cause.
         text: one line, about one of them.
-        remedy: what the user could do about it, if anything.
+        remedy: advice to the user, if there is any.
         details: the traceback of a bug.
     """
 
@@ -44,7 +44,11 @@ class Loss(NamedTuple):
     details: str = ""
 
     def error(self, *, recovers: bool) -> RankError:
-        """The error for it: where the others stay, or where all ranks were ended."""
+        """The error of the loss.
+
+        Args:
+            recovers: whether the other ranks stay; else all were ended.
+        """
         error = (
             RanksLostError(f"{self.text}{self.remedy}", self.ranks)
             if recovers
@@ -55,11 +59,11 @@ class Loss(NamedTuple):
         return error
 
     def with_others(self, ranks: frozenset[int]) -> "Loss":
-        """These ranks too."""
+        """The loss with these ranks added."""
         return self._replace(ranks=self.ranks | ranks)
 
     def with_ended(self, ranks: frozenset[int]) -> "Loss":
-        """These ranks too, and the text says how many they are."""
+        """The loss with these ranks added, and their number in the text."""
         more = len(ranks - self.ranks)
         also = f"; {more} other rank{'s' * (more > 1)} ended too" if more else ""
         return self.with_others(ranks)._replace(text=f"{self.text}{also}")
@@ -69,9 +73,9 @@ class Losses:
     """Finds which ranks are lost.
 
     Args:
-        presence: only ranks of the epoch can be the cause of another's failure.
-        timeout_s: of the pool.
-        take: takes what is no failure, from a rank, while the cause of one is looked for.
+        presence: gives the ranks of the epoch, as only they can be the cause of another's failure.
+        timeout_s: the pool's.
+        take: takes other messages of ranks that arrive while the cause of a failure is sought.
     """
 
     def __init__(
@@ -90,10 +94,10 @@ class Losses:
         return {r: channel for r, channel in connected.items() if r in self._presence.present}
 
     def failure(self, rank: int, message: Message) -> Loss:
-        """Behind a failure: a broken transfer is only a symptom of another rank's end.
+        """The loss behind a failure: a broken transfer is only a symptom of another rank's end.
 
         Raises:
-            UserError: this rank, or another, found a mistake in what was asked for.
+            UserError: this rank, or another, found a user's mistake.
             ExpertlaneError: a node could not go on.
             MessageError: the message holds no failure.
         """
@@ -135,7 +139,7 @@ class Losses:
         return Loss(frozenset([rank]), text, details=failure.details)
 
     def of_early(self, rank: int, message: Message) -> Loss:
-        """Behind a failure of a rank that is not of the epoch: it is its own cause.
+        """The loss behind a failure of a rank that is not of the epoch, which is its own cause.
 
         Raises:
             MessageError: the message holds no failure.
@@ -146,10 +150,10 @@ class Losses:
         return self._bug(rank, failure)
 
     def death(self, rank: int, wait_s: float = _BLAME_WINDOW_S) -> Loss:
-        """Of a rank whose channel has come to its end.
+        """The loss of a rank whose channel has been closed.
 
         Args:
-            wait_s: how long its node may take to say how.
+            wait_s: how long to wait for its node's report of its exit code.
 
         Raises:
             ExpertlaneError: its node could not go on.
@@ -168,9 +172,14 @@ class Losses:
         return Loss(frozenset([rank]), f"rank {rank} {how} in {self._position(rank)}")
 
     def hang(self, busy: Sequence[int], bound_s: float) -> Loss:
-        """Of ranks that have not answered: those whose processes are stopped.
+        """The loss behind ranks that have made no progress.
 
-        Else one that computes while others wait, else the longest silent.
+        The lost ranks are those whose processes are stopped; else the one that computes while
+        others wait; else the one that has been silent longest.
+
+        Args:
+            busy: ranks that have not answered.
+            bound_s: the time without progress.
 
         Raises:
             ExpertlaneError: a node is silent.

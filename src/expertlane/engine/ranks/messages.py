@@ -26,7 +26,7 @@ _MAGIC = b"XLM2"
 _ALIGNMENT = 64
 _ZEROS = bytes(_ALIGNMENT)
 MAX_MESSAGE_BYTES = 1 << 30
-ANY_EPOCH = (1 << 32) - 1  # of what belongs to none, and is newer than all
+ANY_EPOCH = (1 << 32) - 1  # for messages of no epoch; newer than all
 _WITH_DESCRIPTORS = b"."  # Linux passes none without data
 _MAX_DESCRIPTORS = 200  # of a message; Linux takes 253
 _DTYPES = {np.dtype(name).str: np.dtype(name) for name in ("?", "u1", "<i4", "<i8", "<f4", "<f8")}
@@ -34,7 +34,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class MessageKind(IntEnum):
-    """What a message is for; its number is part of the encoding."""
+    """The kinds of messages; their numbers are part of the encoding."""
 
     COMMAND = 1
     RESULT = 2
@@ -56,20 +56,20 @@ _KINDS = {int(kind): kind for kind in MessageKind}
 
 
 class MessageError(Exception):
-    """The bytes that arrived are no valid message; the text is one line."""
+    """Received bytes are no valid message; the text is one line."""
 
 
 @dataclass(frozen=True)
 class Ready:
-    """A rank is up."""
+    """The message of a rank that is up."""
 
     pid: int
 
 
 class FailureKind(Enum):
-    """Where the cause of a failure lies."""
+    """The cause of a failure."""
 
-    USER = "user"  # a UserError: what was asked for is wrong
+    USER = "user"  # a UserError: the user's mistake
     PEER = "peer"  # a transfer broke: some other rank is the cause
     TERMINATED = "terminated"  # the node was told to end, as by torchrun or a batch system
     BUG = "bug"  # anything else
@@ -82,7 +82,7 @@ class Failure:
     Attributes:
         text: one line.
         details: the traceback of a bug, else empty.
-        line: of a rank; its last one of the `ProgressBoard`.
+        line: a rank's last line of the `ProgressBoard`; None of a node.
     """
 
     kind: FailureKind
@@ -100,7 +100,7 @@ class Message(NamedTuple):
     """A message as it arrived.
 
     Attributes:
-        epoch: that it belongs to; 0 in files.
+        epoch: the epoch that it belongs to; 0 in files.
         body: the encoded value.
         arrays: the arrays that it refers to; writable.
     """
@@ -112,7 +112,7 @@ class Message(NamedTuple):
 
 
 class Decoder(Generic[ValueT]):
-    """Turns messages into values of one type. Arrays are views of the message's memory."""
+    """Decodes messages to values of one type; their arrays are views of the message's memory."""
 
     def __init__(self, of: type[ValueT]) -> None:
         self._decoder = msgspec.msgpack.Decoder(of, dec_hook=self._array)
@@ -121,7 +121,7 @@ class Decoder(Generic[ValueT]):
         self._expected: dict[int, tuple[Any, np.dtype | None]] = {}
 
     def decode(self, message: Message) -> ValueT:
-        """The value.
+        """The value of a message.
 
         Raises:
             MessageError: the message does not hold a value of this type.
@@ -135,7 +135,7 @@ class Decoder(Generic[ValueT]):
             self._arrays = memoryview(b"")
 
     def _array(self, wanted: Any, found: Any) -> np.ndarray:
-        """One array; most of the time of decoding a step plan goes here."""
+        """Decode one array; a hot path, which takes most of the time of decoding a step plan."""
         if id(wanted) not in self._expected:
             self._expected[id(wanted)] = wanted, _dtype_of(wanted)
         expected = self._expected[id(wanted)][1]
@@ -155,7 +155,7 @@ class Decoder(Generic[ValueT]):
 
 
 def _dtype_of(alias: Any) -> np.dtype | None:
-    """The dtype that `NDArray[...]` asks for; None where any will do."""
+    """The dtype of an `NDArray[...]` alias; None if it allows any."""
     arguments = get_args(alias)
     inner = get_args(arguments[1]) if len(arguments) == 2 else ()
     return np.dtype(inner[0]) if inner and isinstance(inner[0], type) else None
@@ -184,10 +184,10 @@ class _Arrays:
 
 
 def encode(kind: MessageKind, value: object, epoch: int = 0) -> bytes:
-    """A whole message.
+    """Encode a whole message.
 
     Args:
-        epoch: that it belongs to; who is in a newer one drops it.
+        epoch: the epoch that it belongs to; receivers in a newer one drop it.
 
     Raises:
         TypeError: something in the value cannot be sent.
@@ -208,7 +208,7 @@ def encode(kind: MessageKind, value: object, epoch: int = 0) -> bytes:
 
 
 def messages_in(content: memoryview) -> Iterator[Message]:
-    """Messages that follow one another, as in a file; the last one is left out if it is cut off.
+    """Consecutive messages, as in a file; the last one is left out if it is cut off.
 
     Raises:
         MessageError: the header of one is wrong, or announces too many bytes.
@@ -222,12 +222,12 @@ def messages_in(content: memoryview) -> Iterator[Message]:
 
 
 class _Header(NamedTuple):
-    """What a message begins with.
+    """The header of a message.
 
     Attributes:
-        body_bytes: of its value.
-        arrays_begin: counted from the end of the header.
-        num_bytes: of all after the header.
+        body_bytes: bytes of its value.
+        arrays_begin: offset of its arrays from the end of the header.
+        num_bytes: bytes of the message after the header.
     """
 
     kind: MessageKind
@@ -258,8 +258,7 @@ class Channel:
     """One side of a connection for messages; owns its socket.
 
     Args:
-        timeout_s: how long the other side may take to read or write what is under way; None for
-            as long as it likes.
+        timeout_s: how long the other side may stop within a message; None for no limit.
     """
 
     def __init__(self, connection: socket.socket, timeout_s: float | None = None) -> None:
@@ -292,18 +291,21 @@ class Channel:
         """Send copies of descriptors to another process of this machine.
 
         Raises:
-            BlockingIOError, OSError: as `send`.
+            BlockingIOError: the other side did not read them in time.
+            OSError: the connection is closed.
         """
         for begin in range(0, len(descriptors), _MAX_DESCRIPTORS):
             part = list(descriptors[begin : begin + _MAX_DESCRIPTORS])
             socket.send_fds(self._socket, [_WITH_DESCRIPTORS], part)
 
     def receive_descriptors(self, number: int) -> list[int]:
-        """Wait for that many, sent together by `send_descriptors`; no program inherits them.
+        """Wait for descriptors that were sent together by `send_descriptors`.
+
+        Programs that this process starts do not inherit them.
 
         Raises:
-            EOFError, OSError: the connection is closed; those that came are closed too.
-            MessageError: others came than were announced.
+            EOFError, OSError: the connection is closed; descriptors that came are closed too.
+            MessageError: another number of them came.
         """
         descriptors: list[int] = []
         try:

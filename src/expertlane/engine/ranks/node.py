@@ -1,4 +1,4 @@
-"""A node as the launcher sees it: its connection, and requests that it has not answered."""
+"""A node at the launcher: its connection, and the requests that it has not answered."""
 
 import contextlib
 import socket
@@ -21,7 +21,7 @@ GONE = "is gone"
 
 
 def gone(error: Exception) -> str:
-    """Describe the loss of a node whose connection broke."""
+    """A text for the loss of a node whose connection broke."""
     why = getattr(error, "strerror", None)
     return f"is gone ({why})" if why else GONE
 
@@ -31,9 +31,9 @@ class NodeChange:
     """Ranks that a node ends and starts.
 
     Attributes:
-        kind: of the message that requests the change.
-        fenced: channels of those that end, open until they are dead: a rank of another node that
-            sees the end of one would end its server.
+        kind: kind of the message that requests the change.
+        fenced: channels of ranks that end, kept open until these are dead: a rank of another node
+            that sees its channel closed would end its server.
     """
 
     kind: MessageKind
@@ -46,11 +46,11 @@ class Node:
 
     Args:
         control: a channel to the fork server of its ranks.
-        name: of that server, as messages show it.
+        name: that server's name in messages.
 
     Attributes:
-        asked_s: when it was pinged, if it has not answered yet.
-        changes: requested and not confirmed yet, in order.
+        asked_s: time of the last ping, if it is not answered yet.
+        changes: changes that are requested and not confirmed yet, in order.
     """
 
     def __init__(self, control: Channel, name: str) -> None:
@@ -62,7 +62,7 @@ class Node:
         """Ping it, unless the last ping is not answered yet.
 
         Raises:
-            OSError: its end is noticed elsewhere.
+            OSError: the connection is closed.
         """
         if self.asked_s is None and self.control.fileno() >= 0:
             self.asked_s = now_s
@@ -72,7 +72,7 @@ class Node:
         """Request a change; the node makes changes in order.
 
         Raises:
-            BlockingIOError, OSError: it does not read, or is gone.
+            BlockingIOError, OSError: the node does not read, or is gone.
         """
         self.changes.append(change)
         self.control.send(encode(change.kind, asked, epoch))
@@ -81,7 +81,7 @@ class Node:
         """Confirm the first pending change; earlier messages of the node were about older ranks.
 
         Raises:
-            MessageError: it was not asked for that.
+            MessageError: no such change was requested.
         """
         if not self.changes or _ANSWERS[self.changes[0].kind] is not kind:
             raise MessageError(f"{kind.name} was not expected")
@@ -91,7 +91,7 @@ class Node:
         return change
 
     def fence(self, channel: Channel) -> None:
-        """Close a channel once a rank that is to end is dead."""
+        """Close a rank's channel, but not before the pending changes have ended the rank."""
         if self.changes:
             self.changes[-1].fenced.append(channel)
         else:
@@ -99,21 +99,21 @@ class Node:
 
     @property
     def is_beginning(self) -> bool:
-        """Whether it has not begun the requested epoch yet."""
+        """Whether the node has not begun the requested epoch yet."""
         return any(change.kind is MessageKind.BEGIN_EPOCH for change in self.changes)
 
     def is_starting(self, rank: int) -> bool:
-        """Whether its messages about a rank may concern an earlier process of that number."""
+        """Whether its messages about a rank may be about an earlier process of that number."""
         return any(rank in change.starts for change in self.changes)
 
     def lose(self) -> None:
-        """Close its connection and drop what it has not answered: it is lost."""
+        """Close the connection of a lost node, and drop its unanswered requests."""
         self.close()
         self.asked_s = None
         self.changes.clear()
 
     def close(self) -> None:
-        """Close its connection, on which its server and ranks end."""
+        """Close the connection, which ends the node's server and ranks."""
         for channel in [self.control, *(each for c in self.changes for each in c.fenced)]:
             channel.close()
 

@@ -10,7 +10,7 @@ class Heartbeat:
     """A node's answer to a ping; the launcher cannot read the progress board of another node.
 
     Attributes:
-        lines: [num_local_ranks]; of its `ProgressBoard`.
+        lines: [num_local_ranks]; the lines of its `ProgressBoard`.
         stopped: global ranks whose processes are stopped.
     """
 
@@ -23,8 +23,8 @@ class Exit:
     """A rank of a node has ended.
 
     Attributes:
-        code: negative for a signal.
-        line: its last one of the node's `ProgressBoard`.
+        code: exit code, negative for a signal.
+        line: the rank's last line of the node's `ProgressBoard`.
     """
 
     rank: int
@@ -34,24 +34,28 @@ class Exit:
 
 @dataclass(frozen=True)
 class Nodes:
-    """The answer to READ_NODES: what other nodes have told the store, as `Meeting.hashes`."""
+    """The answer to READ_NODES: hashes that other nodes have put into the store.
+
+    Attributes:
+        hashes: [num_nodes - 1]; see `Meeting.hashes`.
+    """
 
     hashes: list[bytes]
 
 
 @dataclass(frozen=True)
 class ChangeRanks:
-    """A node is to end ranks for certain, and to start others.
+    """The request to end ranks of a node for certain, and to start others.
 
-    With BEGIN_EPOCH those are of the epoch that begins, the message's own; with START_RANKS they
-    are ahead of the next one. On the launcher's node the descriptors of the new ranks' channels
+    With BEGIN_EPOCH the new ranks are of the epoch that begins, the message's own; with START_RANKS
+    they are for a later one. On the launcher's node the descriptors of the new ranks' channels
     follow, in the order of `starts`.
 
     Attributes:
-        number: of the change, which the new ranks' connections name.
-        ends: global ranks; those of `starts` that have a process end too.
-        starts: global ranks of the node.
-        num_ranks: that the node has in the epoch.
+        number: the change's, which the new ranks' connections claim.
+        ends: global ranks to end; those of `starts` that have a process end too.
+        starts: global ranks of the node to start.
+        num_ranks: ranks of the node in the epoch.
     """
 
     number: int
@@ -66,7 +70,7 @@ class RanksStarted:
 
     Attributes:
         missing: global ranks that could not be started.
-        why: a line, if there are such.
+        why: the reason in a line; empty if none is missing.
     """
 
     missing: list[int]

@@ -1,7 +1,7 @@
-"""Ranks of several nodes, as the launcher sees them: nodes connect, are lost, and rejoin.
+"""Ranks of several nodes at the launcher: nodes connect, are lost, and rejoin.
 
-When a node's connection breaks, all of its ranks are lost. The launcher closes what it still has of
-that node, so the node ends its ranks (`engine.ranks.supervisor`), whichever side has noticed
+When a node's connection breaks, all of its ranks are lost. The launcher closes its connections to
+that node, so the node ends its ranks (`engine/ranks/supervisor.py`), whichever side has noticed
 first. It comes back by a new connection of its supervisor, which has ended its ranks before. A
 supervisor that was started anew takes its place only when no rank of the old one can live
 (`LEASE_S`).
@@ -32,9 +32,9 @@ class _Absence:
     """The state of a lost node.
 
     Attributes:
-        since_s: by the monotonic clock.
-        starts: ranks that it is to start when it is back.
-        epoch: that these are of.
+        since_s: time of its loss, on the monotonic clock.
+        starts: ranks that it will start when it is back.
+        epoch: the epoch of these ranks.
     """
 
     since_s: float
@@ -46,14 +46,14 @@ class NodeRanks(LocalRanks):
     """Ranks of several nodes, in the launcher; the first of them are its own children.
 
     Args:
-        ranks_per_node: on each node.
-        recovers: as of `LocalRanks`.
+        ranks_per_node: ranks of each node.
+        recovers: see `LocalRanks`.
         rejoin_s: how long an epoch waits for a node that is lost; 0 if its loss ends all ranks, as
             it does without `recovers`.
 
     Raises:
         RankError: not all nodes connected in time.
-        UserError: they cannot reach this host by MASTER_ADDR.
+        UserError: nodes cannot reach this host by MASTER_ADDR.
     """
 
     def __init__(
@@ -117,17 +117,20 @@ class NodeRanks(LocalRanks):
 
     @property
     def away(self) -> frozenset[int]:
-        """As of `LocalRanks`."""
+        """Ranks of nodes that are lost; none can be started before its node is back."""
         return frozenset(rank for node in self._away for rank in self._ranks_of(node))
 
     @property
     def awaited(self) -> frozenset[int]:
-        """As of `LocalRanks`."""
+        """Ranks of this epoch that start when their nodes are back."""
         return frozenset(rank for absence in self._away.values() for rank in absence.starts)
 
     @property
     def is_beginning(self) -> bool:
-        """As of `LocalRanks`; a node that is lost may have ranks until its lease is over."""
+        """Whether a node has not ended and started ranks for the epoch yet.
+
+        A lost node may have ranks until its lease is over.
+        """
         until_s = [each.since_s + LEASE_S for each in self._away.values() if each.starts]
         return super().is_beginning or time.monotonic() < max(until_s, default=0.0)
 
@@ -139,7 +142,7 @@ class NodeRanks(LocalRanks):
         starts: Collection[int],
         epoch: int = 0,
     ) -> None:
-        """As of `LocalRanks`; for a lost node, once it is back."""
+        """Have one node end and start ranks; a lost node will when it is back."""
         if node not in self._away:
             try:
                 super()._change(node, kind, ends, starts, epoch)
@@ -152,7 +155,7 @@ class NodeRanks(LocalRanks):
             absence.epoch = epoch
 
     def _pairs(self, node: int, asked: ChangeRanks) -> list[tuple[socket.socket, socket.socket]]:
-        """As of `LocalRanks`, but none for another node's ranks: they connect by themselves."""
+        """Connections for new ranks of this node; ranks of other nodes connect by themselves."""
         if node == 0:
             return super()._pairs(node, asked)
         for rank in asked.ends:
@@ -166,11 +169,11 @@ class NodeRanks(LocalRanks):
         return []
 
     def acceptor(self) -> int | None:
-        """As of `LocalRanks`."""
+        """A descriptor that is readable when nodes or ranks connect; None if none will."""
         return self._acceptor.fileno() if self._acceptor.is_expecting else None
 
     def has_connected(self) -> bool:
-        """As of `LocalRanks`; also whether nodes have."""
+        """Whether ranks or nodes have connected since the last call; does not wait."""
         self._acceptor.accept_available()
         for claim, connection in self._acceptor.take().items():
             rank = claim.node * self.ranks_per_node + claim.place - 1
@@ -178,7 +181,7 @@ class NodeRanks(LocalRanks):
                 self._take_back(claim.node, connection)
             elif self._claims.get(rank) == claim:
                 self._connect(rank, connection)
-            else:  # of one that is to end
+            else:  # the rank is to end
                 self.nodes[claim.node].fence(Channel(connection))
         return super().has_connected()
 
@@ -192,7 +195,7 @@ class NodeRanks(LocalRanks):
             self._change(node, MessageKind.BEGIN_EPOCH, (), absence.starts, absence.epoch)
 
     def _lost(self, node: int, how: str) -> RankError:
-        """As of `LocalRanks`; none of the node's ranks goes on."""
+        """The error for a node that is gone or hangs; all its ranks are lost with it."""
         if node == 0 or not self._rejoin_s:
             return super()._lost(node, how)
         ranks = self._ranks_of(node)
@@ -204,10 +207,12 @@ class NodeRanks(LocalRanks):
         return RanksLostError(f"{self.nodes[node].name} {how}", frozenset(ranks))
 
     def read_news(self, ready: Container[int]) -> None:
-        """As of `LocalRanks`.
+        """Read one message of each node that has sent some.
 
         Raises:
             RanksLostError: a node was lost.
+            RankError: the first node has ended.
+            TerminatedError, UserError: a node could not go on.
         """
         if (lost := self._lost_meanwhile) is not None:
             self._lost_meanwhile = None
@@ -215,10 +220,11 @@ class NodeRanks(LocalRanks):
         super().read_news(ready)
 
     def check_answers(self, bound_s: float, resumed_s: float) -> None:
-        """As of `LocalRanks`.
+        """Look for a node that is silent; see `LocalRanks.check_answers`.
 
         Raises:
-            RankError: or a node was waited for, and has not come back.
+            RanksLostError: a node has not answered for too long.
+            RankError: the first node has not; or a lost node has not come back in time.
         """
         super().check_answers(bound_s, resumed_s)
         for node, absence in self._away.items():
@@ -229,10 +235,10 @@ class NodeRanks(LocalRanks):
                 )
 
     def check_nodes_of(self, ranks: Collection[int], bound_s: float) -> None:
-        """As of `LocalRanks`: one that has not answered for half of the time.
+        """Check the nodes of ranks that are silent.
 
         Raises:
-            RanksLostError: there is one, and its ranks are lost with it.
+            RanksLostError: one has not answered for half of `bound_s`; all its ranks are lost.
         """
         now_s = time.monotonic()
         for node in sorted({*map(self.node_of, ranks)} - {0}):
@@ -241,7 +247,7 @@ class NodeRanks(LocalRanks):
                 raise self._lost(node, f"has not answered for {now_s - asked_s:.1f} s")
 
     def _read_node(self, node: int) -> Message | None:
-        """As of `LocalRanks`."""
+        """Read and handle one message of a node, hashes of other nodes included."""
         message = super()._read_node(node)
         if message is not None and message.kind is MessageKind.NODES and node == 0:
             self._acceptor.tell(Decoder(Nodes).decode(message).hashes)
@@ -253,7 +259,7 @@ class NodeRanks(LocalRanks):
             self.nodes[0].control.send(_READ_NODES)
 
     def close(self, *, failed: bool = False) -> None:
-        """As of `LocalRanks`; also closes the listening socket."""
+        """End all ranks and servers, and close the listening socket."""
         super().close(failed=failed)
         self._acceptor.close()
 

@@ -1,4 +1,4 @@
-"""The launcher's side of all ranks: commands, answers, and an end to every wait."""
+"""The launcher's handle of all ranks: commands and answers, with a bound on every wait."""
 
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -22,12 +22,11 @@ ResultT = TypeVar("ResultT")
 class RankPool:
     """Ranks that stay alive from one deployment to the next.
 
-    No wait is without an end: a rank that dies is noticed at once, and when
-    no rank of a call has reported progress for `timeout_s`, the one that the others wait for is
-    named. Either ends all ranks and raises, unless the ranks recover: then the others stay, and
-    every method raises the same until `begin_epoch`. A number of a rank may be *absent*, without a
-    process, and a process may be started *ahead*, for a later epoch: what becomes of such a one is
-    no loss of this epoch.
+    Every wait has a bound: a rank that dies is noticed at once, and when no rank of a call has
+    reported progress for `timeout_s`, the one that the others wait for is named. Either ends all
+    ranks and raises, unless the ranks recover: then the others stay, and every method raises the
+    same until `begin_epoch`. A rank number may be *absent*, without a process, and a process may be
+    started *ahead*, for a later epoch: the loss of such a process is no loss of this epoch.
 
     Args:
         ranks: started ranks; the pool owns and closes them.
@@ -37,9 +36,9 @@ class RankPool:
         is_closed: whether the ranks are gone.
 
     Raises:
-        RankError: from any method, when a rank died, hung or raised, or a node's fork server.
-        RanksLostError: the same where the others stay; never of a fork server.
-        UserError: from any method, when a rank found a mistake in what was asked for.
+        RankError: from any method: a rank died, hung or raised, or a node's fork server did.
+        RanksLostError: from any method: ranks died, hung or raised, and the others stay.
+        UserError: from any method: a rank found a user's mistake.
     """
 
     def __init__(self, ranks: LocalRanks, timeout_s: float) -> None:
@@ -56,7 +55,7 @@ class RankPool:
             raise
 
     def _start(self) -> None:
-        """Wait until all ranks are up; those that are lost meanwhile are replaced."""
+        """Wait until all ranks are up, and replace those that are lost meanwhile."""
         try:
             self._inbox.wait_until_up(self._start_s)
             return
@@ -79,12 +78,12 @@ class RankPool:
 
     @property
     def epoch(self) -> int:
-        """The number of the epoch, from 0."""
+        """The number of the current epoch, from 0."""
         return self._inbox.epoch
 
     @property
     def num_ranks(self) -> int:
-        """Numbers of this epoch's ranks, those that are absent included."""
+        """Number of this epoch's ranks, absent ones included."""
         return self._presence.num_ranks
 
     @property
@@ -99,7 +98,7 @@ class RankPool:
 
     @property
     def away(self) -> frozenset[int]:
-        """Ranks of nodes that are lost: `start` may not be asked for them."""
+        """Ranks of nodes that are lost; `start` must not be called for them."""
         return self._ranks.away
 
     @property
@@ -117,14 +116,14 @@ class RankPool:
         return self._ranks.pids.get(rank)
 
     def position(self, rank: int) -> Position:
-        """What a rank last reported."""
+        """A rank's last report."""
         return self._ranks.board.position(rank)
 
     def close(self, *, failed: bool = False) -> None:
         """End all ranks; may be called again.
 
         Args:
-            failed: whether torchrun is to see a failure on all nodes.
+            failed: whether supervisors end with an error, so that torchrun sees one on all nodes.
         """
         if not self.is_closed and os.getpid() == self._own_pid:  # not for a process forked from it
             self.is_closed = True
@@ -135,17 +134,17 @@ class RankPool:
                 raise
 
     def stop_waiting(self) -> None:
-        """From any thread: do not wait for lost nodes any more; their loss ends all ranks."""
+        """Stop waiting for lost nodes; their loss then ends all ranks. For any thread."""
         self._inbox.waits = False
 
     @property
     def most_ranks(self) -> int:
-        """That `begin_epoch` may be asked for; those of several nodes stay as many as they are."""
+        """The most ranks that `begin_epoch` can start; on several nodes the number is fixed."""
         return self.num_ranks if self.is_of_nodes else self._ranks.board.num_lines
 
     @property
     def is_of_nodes(self) -> bool:
-        """Whether there are several."""
+        """Whether the ranks are on several nodes."""
         return len(self._ranks.nodes) > 1
 
     def begin_epoch(
@@ -160,23 +159,23 @@ class RankPool:
         """Begin an epoch in which lost ranks are replaced or absent; returns when all are up.
 
         All commands under way are dropped, except those that need no epoch: the other ranks
-        leave them at once where they wait for ranks, else when they are done. No lost rank is alive
-        on return, and messages of lost ranks are refused.
+        abandon them at once where they wait for ranks, else when they are done. No lost rank is
+        alive on return, and messages of lost ranks are refused.
 
         Args:
-            lost: none for a new epoch alone, which parts ranks whose transfers broke. May have
-                numbers that are absent.
+            lost: ranks that are lost, absent ones allowed; empty to begin a new epoch after
+                transfers broke without a lost rank.
             on_fenced: called when no lost rank is alive any more, before others are up.
-            num_ranks: how many there are from then on, up to `most_ranks`: the last ones end, or
-                more start; as many as before if not given.
-            replaces: start ranks for those of `lost` and for further numbers; else they are absent.
-            joining: of `ahead` and `starting`, those that are of this epoch, below `num_ranks`. If
-                not given, all those that are ahead, and with `replaces` those that are starting
-                too. The others stay as they are, also above `num_ranks`.
+            num_ranks: the number of ranks from then on, up to `most_ranks`: the last ones end, or
+                more start; as many as before if None.
+            replaces: start ranks for `lost` and for additional numbers; else they are absent.
+            joining: ranks of `ahead` and `starting`, below `num_ranks`, that join this epoch. If
+                None, all that are ahead join, and with `replaces` all that are starting too. The
+                others stay as they are, also above `num_ranks`.
 
         Raises:
-            RanksLostError: more ranks are lost by now: of all those that are to be replaced.
-            ValueError: one cannot join.
+            RanksLostError: more ranks were lost meanwhile; it names all that are to be replaced.
+            ValueError: a rank of `joining` cannot join.
         """
         self._check_open()
         num = self.num_ranks if num_ranks is None else num_ranks
@@ -186,11 +185,11 @@ class RankPool:
         """Begin to start ranks that are absent, or additional ones; does not wait for them.
 
         They are `starting`, then `ahead`, and take commands that need no epoch. One that is lost is
-        absent again, and `log` takes a line.
+        absent again, and the function of `on_early_end` is called.
 
         Raises:
             CapacityError: no descriptors are left; nothing has begun.
-            ValueError: one has a process, or is none of `most_ranks`.
+            ValueError: a number has a process, or is not below `most_ranks`.
         """
         self._check_usable()
         self._presence.start(ranks, self.most_ranks)
@@ -207,7 +206,7 @@ class RankPool:
         self._inbox.end_early(self._presence.early & frozenset(ranks), "it was ended")
 
     def on_early_end(self, log: Callable[[str], None]) -> None:
-        """Call this, from then on, with a line for each rank ahead that is lost."""
+        """Set the function that is called with a line for each rank ahead that is lost."""
         self._inbox.log = log
 
     def call(
@@ -228,7 +227,7 @@ class RankPool:
         """Begin commands of one type, each on its own ranks, under one ticket.
 
         Raises:
-            ValueError: one of the ranks is absent, or not of the epoch that the commands need.
+            ValueError: a rank is absent, or not of the epoch that the commands need.
         """
         self._check_usable()
         needs_epoch = commands[0][0].needs_epoch
@@ -259,33 +258,33 @@ class RankPool:
             raise RankError("the ranks belong to the process that this one was forked from")
 
     def first_done(self, tickets: Sequence[Ticket[ResultT]]) -> Ticket[ResultT]:
-        """Wait until one of the tickets is done, and give that one.
+        """Wait until one of the tickets is done, and give it.
 
         Raises:
-            RankError: one of them is lost: it will never be done.
+            RankError: a ticket is lost: it will never be done.
         """
         self._inbox.wait_for(tickets)
         return next(ticket for ticket in tickets if ticket.is_done)
 
     def collect(self, ticket: Ticket[ResultT]) -> list[ResultT]:
-        """Wait for a ticket; its results in rank order.
+        """Wait for a ticket, and give its results in rank order.
 
         Raises:
-            RankError: it is lost: it will never be done.
+            RankError: the ticket is lost: it will never be done.
         """
         self._inbox.wait_for([ticket])
         return [ticket.results[rank] for rank in ticket.ranks]
 
     def lose(self, loss: Loss) -> NoReturn:
-        """Treat ranks that answer as lost, for what their answers have shown."""
+        """Treat ranks as lost although they answer, since their answers have shown an error."""
         self._inbox.lose(lambda: loss)
         raise AssertionError("they are ranks of the epoch")
 
     def on_told_to_end(self, react: Callable[[], None]) -> None:
-        """Call this, from then on, where a node is told to end, instead of ending all at once."""
+        """Set the function that is called when a node is told to end; else all end at once."""
         self._ranks.on_told_to_end = react
 
     def check(self) -> None:
-        """Notice what has happened while nothing was asked of the ranks; does not wait."""
+        """Handle messages and losses that have arrived; does not wait."""
         self._inbox.check_whole()
         self._inbox.look()

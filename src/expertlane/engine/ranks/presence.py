@@ -1,4 +1,4 @@
-"""Which process numbers have a process, and which of these are of the epoch."""
+"""Presence of ranks: the rank numbers that have a process, and those of the epoch."""
 
 from collections.abc import Collection
 from typing import NamedTuple
@@ -8,8 +8,8 @@ class Change(NamedTuple):
     """Processes that end and start.
 
     Attributes:
-        ends: numbers whose processes end; they are not replaced.
-        starts: numbers that get a process, in place of the one that they may have.
+        ends: numbers whose processes end and are not replaced.
+        starts: numbers that get a new process; one that they may have ends.
     """
 
     ends: frozenset[int]
@@ -20,10 +20,10 @@ class Presence:
     """The state of each rank number: of this epoch, ahead of it, or without a process.
 
     Attributes:
-        num_ranks: numbers of this epoch, those without a process included.
-        present: of this epoch.
-        early: started outside an epoch, for a later one; `num_ranks` or more, or below it.
-        starting: whose processes are not up yet, of both kinds.
+        num_ranks: how many numbers this epoch has, those without a process included.
+        present: ranks of this epoch.
+        early: ranks started for a later epoch; below `num_ranks` or above.
+        starting: ranks of both kinds whose processes are not up yet.
     """
 
     def __init__(self, num_ranks: int) -> None:
@@ -50,7 +50,7 @@ class Presence:
         replaces: bool = True,
         joining: Collection[int] | None = None,
     ) -> Change:
-        """Begin another epoch; arguments as of `RankPool.begin_epoch`.
+        """Begin another epoch; for the arguments see `RankPool.begin_epoch`.
 
         Raises:
             ValueError: a number cannot join: it has no process ahead, or is not of the epoch.
@@ -77,7 +77,7 @@ class Presence:
         """Register processes that begin to start.
 
         Raises:
-            ValueError: one has a process, or is no number below `most`.
+            ValueError: a number has a process, or is not below `most`.
         """
         taken = self.present | self.early
         if wrong := [rank for rank in ranks if rank in taken or not 0 <= rank < most]:

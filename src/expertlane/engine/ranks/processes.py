@@ -1,4 +1,4 @@
-"""Processes that end with others, are stopped, are not to be told to end, or have no threads."""
+"""Helpers for processes: end with the parent, detect stopped ones, defer SIGTERM, no threads."""
 
 import contextlib
 import importlib
@@ -16,8 +16,8 @@ _NUM_THREADS = "OPENBLAS_NUM_THREADS"
 def import_numpy() -> None:
     """Import numpy without threads, in a process that is forked and never computes itself.
 
-    Where it may start none, OpenBLAS prints five lines and sends SIGINT. A torch that uses OpenBLAS
-    has one of its own, which reads the user's number.
+    Where no thread may be started, OpenBLAS prints five lines and sends SIGINT. A torch that uses
+    OpenBLAS has a copy of its own, which reads the user's setting.
     """
     before = os.environ.get(_NUM_THREADS)
     os.environ[_NUM_THREADS] = "1"
@@ -34,7 +34,7 @@ def end_with_parent(parent: int) -> Callable[[], None]:
     this process ends.
 
     Returns:
-        What ends the watch.
+        A function that ends the watch.
     """
     is_over = threading.Event()
 
@@ -63,7 +63,7 @@ def is_stopped(pid: int) -> bool:
 
 @contextlib.contextmanager
 def unterminated() -> Iterator[None]:
-    """A context in which SIGTERM waits."""
+    """A context in which SIGTERM is deferred."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:
         yield

@@ -1,4 +1,4 @@
-"""The environment of local ranks, and the limit of their number."""
+"""The environment variables of ranks, and the limit of their number on a node."""
 
 import os
 import socket
@@ -16,7 +16,7 @@ def check_num_ranks(num_ranks: int, *, oversubscribe: bool) -> None:
     """Refuse a number of local ranks that is far too large for the cores.
 
     Raises:
-        CapacityError: more than `MAX_RANKS_PER_CORE` a core, and not asked for explicitly.
+        CapacityError: more than `MAX_RANKS_PER_CORE` for each core, without `oversubscribe`.
     """
     limit = MAX_RANKS_PER_CORE * num_cores()
     if num_ranks > limit and not oversubscribe:
@@ -27,10 +27,10 @@ def check_num_ranks(num_ranks: int, *, oversubscribe: bool) -> None:
 
 
 def check_cpu_isa(cpu_isa: CpuIsa | None) -> None:
-    """Refuse a choice of kernels where the environment asks for torch in place of them.
+    """Refuse a choice of our kernels where the environment asks for torch's.
 
     Raises:
-        UserError: both are asked for, or a backend that there is not.
+        UserError: both are asked for, or the environment's backend is not valid.
     """
     if cpu_isa is not None and asked_backend() == "torch":
         raise UserError(
@@ -40,12 +40,12 @@ def check_cpu_isa(cpu_isa: CpuIsa | None) -> None:
 
 
 def rank_environment(cpu_isa: CpuIsa | None, *, on_one_node: bool) -> dict[str, str]:
-    """The environment of ranks.
+    """The environment variables of ranks.
 
-    Kernels are chosen by it, since every process that computes chooses for itself.
-    On one node, gloo goes over loopback, whatever the host's name resolves to. A thread of a
-    parallel kernel waits a short while for the others, then sleeps: libgomp's own default keeps a
-    core spinning for milliseconds, which other processes on it, the launcher first of all, need.
+    They choose the kernels, since every process that computes chooses for itself. On one node, gloo
+    uses loopback, whatever the host's name resolves to. A thread of a parallel kernel spins for the
+    others for a short time, then sleeps: libgomp's default spins for milliseconds, on a core that
+    other processes need, above all the launcher.
     """
     environment = dict(os.environ)
     environment.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)

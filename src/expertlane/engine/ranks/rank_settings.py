@@ -1,4 +1,4 @@
-"""Settings that ranks, and the processes that fork them, get at their start."""
+"""Start settings of ranks, and of the processes that fork them."""
 
 import os
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from expertlane.engine.ranks.run_files import RunFiles
 
 @dataclass(frozen=True)
 class RankSettings:
-    """What a rank gets at its start.
+    """The start settings of a rank.
 
     Attributes:
-        board_fd: of the file with the node's progress board.
-        memory_fd: of the memory that the node's ranks share for their messages; None where the
-            system has none.
-        wake_fds: eventfds for ranks that share it, one for each that there may be.
+        board_fd: descriptor of the node's progress board.
+        memory_fd: descriptor of the memory that the node's ranks share for their messages; None
+            where the system has no such memory.
+        wake_fds: eventfds of the node's ranks, one for each that there may be.
         store_path: the rendezvous file of ranks that are all on this node.
-        meeting: where ranks of several nodes meet; None where all are on this one.
+        meeting: the rendezvous of several nodes; None where all ranks are on this one.
         timeout_s: the bound on any wait for other ranks.
-        epoch: that it is started in; what it inherits belongs to that.
-        is_ahead: it is not of that epoch, but of a later one, and inherits nothing of it.
+        epoch: the epoch in which it is started, to which the inherited files belong.
+        is_ahead: it is not of that epoch, but of a later one, and inherits no files of it.
     """
 
     rank: int
@@ -47,10 +47,10 @@ class RankSettings:
         timeout_s: float,
         dtype: str | None,
     ) -> "RankSettings":
-        """Of the first of a node's ranks, for the first epoch.
+        """Settings of a node's first rank in the first epoch.
 
         Args:
-            num_ranks: of each node.
+            num_ranks: ranks of each node.
         """
         return cls(
             rank=node * num_ranks,
@@ -69,15 +69,16 @@ class RankSettings:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """What the server needs to start the ranks of its node.
+    """The start settings of a node's fork server.
 
     Attributes:
         parent_pid: the server ends with this process; None where its parent does not matter.
-        control_fd: socket to the launcher; its end of file ends everything.
+        control_fd: socket to the launcher; its end of file ends the server and all ranks.
         rank_fds: a socket to the launcher for each rank.
-        store_fd: of the ranks' rendezvous file; None where it has a name.
-        first_rank: settings of the node's first rank; the others' are like them.
-        launcher: to be told to other nodes; None where there are none, and on the others.
+        store_fd: descriptor of the ranks' rendezvous file; None where the file has a name.
+        first_rank: settings of the node's first rank; those of the others follow from them.
+        launcher: the launcher's place, to be published to other nodes; None without any, and on
+            the others.
     """
 
     parent_pid: int | None

@@ -1,4 +1,4 @@
-"""How the nodes of a run find each other: by torchrun's store, or one like it.
+"""The rendezvous of a run's nodes: by torchrun's store, or one like it.
 
 Each node makes a secret, puts its hash into the store that all nodes share, and sends the secret
 itself to the launcher alone, on each of its connections. So read access to the store is not enough
@@ -28,7 +28,7 @@ CONNECT_TIMEOUT_S = 120.0
 _RETRY_S = 0.5
 HANDSHAKE = struct.Struct(f"<8sIII{SECRET_BYTES}s")  # magic, claim, secret
 MAGIC = b"XLNODE04"
-_MEETING, _LAUNCHER = "expertlane", "launcher"  # begins all keys; the key of its place
+_MEETING, _LAUNCHER = "expertlane", "launcher"  # the prefix of all keys; the launcher's place
 # A node whose machine or network is gone says nothing: both ends lose the connection after 10 s
 # without an answer, or up to 2 s more.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 4, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
@@ -42,7 +42,7 @@ class Place(msgspec.Struct, frozen=True):
     """The address at which the launcher listens.
 
     Attributes:
-        run: begins the keys of what this launcher's ranks put into the store.
+        run: prefix of the keys that this launcher's ranks put into the store.
     """
 
     address: str
@@ -55,8 +55,8 @@ class Meeting:
     """The store in which the nodes of a run meet.
 
     Attributes:
-        is_hosted: by torchrun's agent; the first node's fork server hosts it otherwise.
-        run: as of `Place`, for ranks.
+        is_hosted: torchrun's agent hosts the store; otherwise the first node's fork server does.
+        run: see `Place`; empty until `of_run` sets it.
     """
 
     address: str
@@ -66,22 +66,22 @@ class Meeting:
     num_nodes: int
 
     def of_run(self, run: str) -> "Meeting":
-        """The same for the ranks of another launcher."""
+        """The meeting for the ranks of the launcher with this `Place.run`."""
         return replace(self, run=run)
 
     def open(self, *, as_host: bool = False) -> "Store":
-        """The store, as nodes see it; waits until it is there.
+        """The store with the keys of nodes; waits until it can be reached.
 
         Raises:
-            RuntimeError: it is not, in time.
+            RuntimeError: it cannot be reached in time.
         """
         return self._open(_MEETING, as_host=as_host)
 
     def open_for_ranks(self) -> "Store":
-        """The store, as ranks see it.
+        """The store with the keys of this run's ranks; waits until it can be reached.
 
         Raises:
-            RuntimeError: it is not there in time.
+            RuntimeError: it cannot be reached in time.
         """
         return self._open(f"{_MEETING}-{self.run}", as_host=False)
 
@@ -98,11 +98,11 @@ class Meeting:
         return PrefixStore(prefix, store)
 
     def publish(self, store: "Store", launcher: Place) -> None:
-        """Tell the other nodes where the launcher is."""
+        """Put the launcher's place into the store, for the other nodes."""
         store.set(_LAUNCHER, msgspec.json.encode(launcher).decode())
 
     def hashes(self, store: "Store") -> list[bytes]:
-        """The published hashes of the other nodes, [num_nodes - 1]; empty where there is none."""
+        """The published hashes of the other nodes, [num_nodes - 1]; b"" where there is none."""
         keys = [_key(node) for node in range(1, self.num_nodes)]
         return [
             bytes.fromhex(store.get(key).decode()) if store.check([key]) else b"" for key in keys
@@ -111,11 +111,11 @@ class Meeting:
     def join(self, node: int, secret: bytes) -> tuple[Place, socket.socket]:
         """Publish the hash of a node's secret, and connect to the launcher.
 
-        The place that is published may be that of an earlier launcher, for a while.
+        For a while the published place may be an earlier launcher's, so connecting is retried.
 
         Raises:
-            OSError: it cannot be reached in time.
-            RuntimeError: the store cannot.
+            OSError: the launcher cannot be reached in time.
+            RuntimeError: the store cannot be reached in time.
         """
         store, until_s = self.open(), time.monotonic() + CONNECT_TIMEOUT_S
         store.set(_key(node), hash_of(secret).hex())
@@ -134,22 +134,22 @@ def _key(node: int) -> str:
 
 
 def new_secret() -> bytes:
-    """Random bytes, for one node of one run."""
+    """A new random secret, for one node of one run."""
     return secrets.token_bytes(SECRET_BYTES)
 
 
 def hash_of(secret: bytes) -> bytes:
-    """What others may know of a secret: its SHA-256."""
+    """The SHA-256 of a secret, which others may know."""
     return hashlib.sha256(secret).digest()
 
 
 class Claim(NamedTuple):
-    """What a connection claims to be.
+    """The node and rank that a connection claims to be from.
 
     Attributes:
-        node: that it comes from.
-        place: 0 is the node's own, then one for each of its ranks.
-        change: the number of that which has started the rank; 0 of the node's own.
+        node: number of the node.
+        place: 0 for the node's own connection, 1 + local rank for a rank's.
+        change: the number of the change that started the rank; 0 for the node's own.
     """
 
     node: int
@@ -165,11 +165,11 @@ def handshake(claim: Claim, secret: bytes) -> bytes:
 def connect(
     launcher: Place, claim: Claim, secret: bytes, timeout_s: float = CONNECT_TIMEOUT_S
 ) -> socket.socket:
-    """One of a node's connections to the launcher.
+    """Make one of a node's connections to the launcher.
 
     Raises:
         ConnectionRefusedError: no process listens there.
-        OSError: it cannot be reached in time.
+        OSError: the launcher cannot be reached in time.
     """
     place = launcher.address, launcher.port
     connection = socket.create_connection(place, timeout=timeout_s)
@@ -180,7 +180,7 @@ def connect(
 
 
 def set_options(connection: socket.socket, *, keep_alive: bool) -> None:
-    """Messages leave at once; with `keep_alive`, an end that is silent is noticed."""
+    """Send small messages at once; with `keep_alive`, notice a peer that is silently gone."""
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if keep_alive:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -193,10 +193,11 @@ def listen(master_address: str, num_connections: int) -> socket.socket:
     """Listen for nodes at `master_address`, on a port of the system's choice.
 
     Where that name resolves to loopback, as Debian sets up a host's own name, the host's only other
-    address is taken; an address of loopback is taken as it is.
+    address is used; a loopback address itself is used as it is.
 
     Raises:
-        UserError: the address is not one of this host, or there are several to choose from.
+        UserError: the address is not one of this host; or it is loopback, and the host has not
+            exactly one other.
     """
     try:
         found = socket.getaddrinfo(master_address, None, type=socket.SOCK_STREAM)

@@ -1,4 +1,4 @@
-"""Files that the ranks of a node share: unnamed ones in memory, so that none can be left over."""
+"""Files that the ranks of a node share: unnamed ones in memory, so that none is left behind."""
 
 import os
 import tempfile
@@ -13,7 +13,7 @@ def unnamed_file() -> int:
     """A new, empty file in memory, as a descriptor.
 
     Raises:
-        OSError: there are too many.
+        OSError: no descriptors are left.
     """
     if hasattr(os, "memfd_create"):
         return os.memfd_create("expertlane")
@@ -22,7 +22,7 @@ def unnamed_file() -> int:
 
 
 def memory_file(num_local_ranks: int) -> int:
-    """A file for the messages of a node's ranks; what they do not touch takes no memory.
+    """A file for the messages of a node's ranks; pages that are not touched take no memory.
 
     Raises:
         OSError: there is no room.
@@ -36,22 +36,23 @@ def memory_file(num_local_ranks: int) -> int:
     return descriptor
 
 
-# Room for ranks that come later; or for as many as there are at first.
-_MOST_LINES = 1024
-MOST_UNCOMPILED = 64  # that can wake each other
+_MOST_LINES = 1024  # of the board, or as many as ranks at first: with room for later ranks
+MOST_UNCOMPILED = 64  # ranks that can wake each other without compiled code
 
 
 class RunFiles:
-    """Files that the ranks of a node begin with; those in memory have no name and leave nothing.
+    """The files that the ranks of a node start with; in memory they have no name.
 
-    They have room for more ranks, which later epochs may have.
+    The board and eventfds have room for more ranks, which later epochs may have.
 
     Attributes:
-        board: of the run's ranks, in the file `board_fd`; those of this node write to it.
-        memory_fd: of the memory for messages; None where the system has no unnamed shared memory.
-        wake_fds: eventfds, one a local rank; or none.
-        store_path: the rendezvous file of ranks that are all on this node; where it is in memory,
-            they inherit its descriptor.
+        board: progress board of the run's ranks, in the file `board_fd`; ranks of this node write
+            to it.
+        memory_fd: descriptor of the memory for messages; None where the system has no unnamed
+            shared memory.
+        wake_fds: eventfds, one for each local rank that there may be; empty without that memory.
+        store_path: the rendezvous file of ranks that are all on this node; a file in memory is
+            inherited as a descriptor.
 
     Raises:
         CapacityError: there are too few descriptors, or there is no room for them.
@@ -84,20 +85,20 @@ class RunFiles:
         return descriptor
 
     def leave_to_server(self) -> None:
-        """Close what later epochs do not use, once the ranks' server has it."""
+        """Close the files of the first epoch, once the ranks' server has inherited them."""
         for descriptor in (self.memory_fd, self.store_fd):
             if descriptor is not None:
                 self._descriptors.remove(descriptor)
                 os.close(descriptor)
 
     def are_servers(self) -> None:
-        """What epochs renew is closed by the server of this process's ranks."""
+        """Leave the files of the first epoch to the server, which runs in this process."""
         for descriptor in (self.memory_fd, self.store_fd):
             if descriptor is not None:
                 self._descriptors.remove(descriptor)
 
     def close(self) -> None:
-        """Leave nothing behind; the board can still be read."""
+        """Close and remove the files; the board can still be read."""
         while self._descriptors:
             os.close(self._descriptors.pop())
         if self.store_fd is None and self.store_path:

@@ -1,7 +1,7 @@
 """The supervisor of a node after the first: forks its ranks, and rejoins after a lost connection.
 
 It connects to the launcher, which then has it start ranks. When that connection ends, for whatever
-reason, it ends its ranks before anything else. So they are dead by the time it connects again.
+reason, it first ends its ranks, so they are dead when it connects again.
 """
 
 import os
@@ -33,9 +33,10 @@ _TRY_S = 3.0  # per attempt to connect
 
 @dataclass(frozen=True)
 class SupervisorSettings:
-    """What a supervisor needs to start the ranks of its node.
+    """The start settings of a supervisor.
 
     Attributes:
+        num_ranks: ranks of its node.
         parent_pid: it ends with this process; None where its parent does not matter.
         rejoin_s: how long it tries to reach the launcher again; 0 to end with the connection.
     """
@@ -53,7 +54,11 @@ class SupervisorSettings:
 def supervisor_command(
     settings: SupervisorSettings, module: str = "expertlane.engine.ranks.supervisor"
 ) -> list[str]:
-    """The command of a supervisor: `main` of a module, which is this one's or calls it."""
+    """The command that runs a supervisor.
+
+    Args:
+        module: its `main` is run: this module's, or one that calls it.
+    """
     return python_command(module, [msgspec.json.encode(settings).decode()])
 
 
@@ -61,7 +66,7 @@ def main(handlers: "Handlers | None" = None) -> None:
     """Run a supervisor until the launcher is done. The command line holds `SupervisorSettings`.
 
     Args:
-        handlers: as of `serve`.
+        handlers: the function that ranks run for each command; None for the engine's own.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C
     settings = msgspec.json.decode(sys.argv[1], type=SupervisorSettings)
@@ -84,7 +89,7 @@ def main(handlers: "Handlers | None" = None) -> None:
 
 
 def _engine_handlers() -> "Handlers":
-    """Import torch and the code of ranks, before the node connects."""
+    """The engine's handlers; imports torch and the code of ranks, before the node connects."""
     from expertlane.engine.stage.stage import HANDLERS
 
     return HANDLERS
@@ -99,7 +104,7 @@ class _Supervisor:
         self._launcher = Place("", 0)
 
     def join(self) -> socket.socket:
-        """The first connection to the launcher; exits if there is none."""
+        """Make the first connection to the launcher; exit if it cannot be reached."""
         settings, parent = self._settings, self._settings.parent_pid
         end_watch = end_with_parent(parent) if parent is not None else None  # it may wait minutes
         try:
@@ -113,7 +118,7 @@ class _Supervisor:
         return connection
 
     def rejoin(self) -> socket.socket | None:
-        """A new connection after a loss; None if the launcher has ended, or after `rejoin_s`."""
+        """Connect again after a loss; None if the launcher has ended, or after `rejoin_s`."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         settings, parent = self._settings, self._settings.parent_pid
         until_s = time.monotonic() + settings.rejoin_s

@@ -1,4 +1,4 @@
-"""Commands under way: what each rank has not answered yet, in its order."""
+"""Tickets of commands under way, queued for each rank until it answers."""
 
 import time
 from collections import defaultdict, deque
@@ -16,11 +16,13 @@ class Ticket(Generic[ResultT]):
     """A command under way on some ranks.
 
     Args:
-        decoder: of the answers.
-        needs_epoch: it is dropped when another epoch begins.
+        decoder: decodes the answers.
+        needs_epoch: the command is dropped when another epoch begins.
 
     Attributes:
+        results: answers so far, by rank.
         why_lost: why it will never be done; empty as long as it may be.
+        submitted_s: when the command was submitted, on the monotonic clock.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class Ticket(Generic[ResultT]):
 
     @property
     def is_lost(self) -> bool:
-        """Whether it will never be done: an epoch began, or a rank of it is gone."""
+        """Whether the call will never be done: a new epoch began, or one of its ranks is gone."""
         return bool(self.why_lost)
 
     @property
@@ -49,14 +51,14 @@ class Ticket(Generic[ResultT]):
 
 
 class Tickets:
-    """Tickets that some rank has not answered."""
+    """The tickets that ranks have not answered, in order for each rank."""
 
     def __init__(self) -> None:
         self._waiting: defaultdict[int, deque[Ticket[Any]]] = defaultdict(deque)
         self._decoders: dict[type[Command[Any]], Decoder[Any]] = {}
 
     def new(self, command: Command[ResultT], ranks: Sequence[int]) -> Ticket[ResultT]:
-        """Of a command that each of the ranks gets next, or another one of its type."""
+        """A ticket for a command, or others of its type, that each of the ranks gets next."""
         kind = type(command)
         if kind not in self._decoders:
             self._decoders[kind] = Decoder(result_type(kind))
@@ -66,10 +68,10 @@ class Tickets:
         return ticket
 
     def take(self, rank: int, message: Message) -> None:
-        """Take an answer.
+        """Take a rank's answer to its oldest command.
 
         Raises:
-            MessageError: it is of another type, or none is to come.
+            MessageError: it is of another type, or no answer is due.
         """
         if not (waiting := self._waiting[rank]):
             raise MessageError(f"{message.kind.name} was not expected")
@@ -77,7 +79,7 @@ class Tickets:
         waiting.popleft()
 
     def waits_since_s(self, rank: int) -> float | None:
-        """When the rank got its oldest unanswered command; None if there is none."""
+        """When the rank's oldest unanswered command was submitted; None without one."""
         waiting = self._waiting.get(rank)
         return waiting[0].submitted_s if waiting else None
 

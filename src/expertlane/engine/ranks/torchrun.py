@@ -1,6 +1,6 @@
-"""Ranks on nodes where torchrun, or anything that sets its variables, has started processes.
+"""Runs under torchrun, or anything that sets its environment variables on several nodes.
 
-Every process runs the same command. Of each node's, the one with LOCAL_RANK 0 stays. That of the
+Every process runs the same command. On each node only the one with LOCAL_RANK 0 stays. That of the
 first node becomes the launcher; those of the others become *supervisors*: they connect to it and
 fork the ranks of their nodes. Nodes find the launcher through torchrun's own store.
 """
@@ -17,7 +17,7 @@ from expertlane.engine.ranks.supervisor import SupervisorSettings, supervisor_co
 from expertlane.errors import CapacityError, UserError
 from expertlane.spec.names import CpuIsa
 
-_PARENT = os.getppid()  # as early as can be: it may end at any time
+_PARENT = os.getppid()  # as early as possible: it may end at any time
 
 
 def is_under_torchrun() -> bool:
@@ -26,7 +26,7 @@ def is_under_torchrun() -> bool:
 
 
 def num_nodes() -> int:
-    """On how many nodes ranks will run.
+    """The number of nodes of the run.
 
     Raises:
         UserError: torchrun's variables do not fit together.
@@ -36,12 +36,13 @@ def num_nodes() -> int:
 
 @dataclass(frozen=True)
 class TorchrunNode:
-    """This process's node, as torchrun's variables say.
+    """This process's node, by torchrun's environment variables.
 
     Attributes:
-        is_supervisor: whether this process stays; one a node does.
-        num_processes: that torchrun has started on each node.
-        meeting: None where there is one node.
+        number: the node's, from 0.
+        is_supervisor: whether this process stays, as one on each node does.
+        num_processes: processes that torchrun has started on each node.
+        meeting: the rendezvous of the nodes; None for a single node.
 
     Raises:
         UserError: a variable is missing, or they do not fit together.
@@ -55,7 +56,7 @@ class TorchrunNode:
 
     @classmethod
     def from_environment(cls) -> "TorchrunNode":
-        """As the environment says."""
+        """Read torchrun's environment variables."""
         rank, world_size = _number("RANK"), _number("WORLD_SIZE")
         local_rank, num_processes = _number("LOCAL_RANK"), _number("LOCAL_WORLD_SIZE")
         if num_processes < 1 or world_size % num_processes:
@@ -75,10 +76,13 @@ class TorchrunNode:
         return cls(rank // num_processes, local_rank == 0, num_nodes, num_processes, meeting)
 
     def num_ranks(self, needed: int) -> int:
-        """How many ranks each node gets: one a process, or as needed where there is one process.
+        """The ranks of each node: one for each process, or as many as needed if there is one.
+
+        Args:
+            needed: ranks of the run.
 
         Raises:
-            CapacityError: torchrun has started several a node, but too few in all.
+            CapacityError: torchrun has started several processes on each node, but too few.
         """
         if self.num_processes == 1:
             return -(-needed // self.num_nodes)
@@ -99,7 +103,7 @@ def _number(name: str) -> int:
 
 
 def _watched_parent() -> int | None:
-    """torchrun's agent, which outlives its processes unless killed; None for other parents."""
+    """The pid of torchrun's agent, which outlives its processes unless killed; else None."""
     return _PARENT if "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
@@ -121,10 +125,11 @@ def become_supervisor(
 ) -> NoReturn:
     """Replace this process by the supervisor of its node.
 
-    By another program, since ranks are forked from it: nothing that ran here is left there.
+    It is a new program, since ranks are forked from it: no state of this one is left there.
 
     Args:
-        rejoin_s: as of `SupervisorSettings`.
+        num_ranks: ranks of the node.
+        rejoin_s: see `SupervisorSettings`.
     """
     assert node.meeting is not None, "the first node has the launcher"
     parent = _watched_parent()

@@ -1,4 +1,4 @@
-"""A rank's stage of a deployment: built from weights, it runs step plans, in part as graphs."""
+"""A rank's stage of a deployment: it runs step plans, decode steps as graphs where it can."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,12 +36,12 @@ from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
 
 @dataclass(eq=False)
 class Changes:
-    """What a step has changed, beside the cache, and how to undo it.
+    """The changes of a step that can be undone; the cache is not among them.
 
     Attributes:
-        sampled: by the sampler; None but on the last stage.
-        placements: what its placements replaced; None where it has brought none.
-        chosen: its tokens, by sequence id.
+        sampled: the sampler's changes; None except on the last stage.
+        placements: the placements that the step replaced; None if it brought none.
+        chosen: the step's tokens, by sequence id.
     """
 
     step: int
@@ -51,7 +51,7 @@ class Changes:
 
 
 class UncommittedChanges:
-    """What the latest steps have changed, the oldest first, to be committed or undone.
+    """The changes of the latest steps, oldest first, to be committed or undone.
 
     Args:
         committed: tokens of the last committed step, by sequence id.
@@ -63,19 +63,19 @@ class UncommittedChanges:
 
     @property
     def tokens(self) -> dict[int, int]:
-        """What the last step has chosen, by sequence id."""
+        """The tokens of the last step, by sequence id."""
         return self._steps[-1].chosen if self._steps else self._committed
 
     def begin(
         self, step: int, sampled: SamplerStep | None, placements: PlacementsBefore | None
     ) -> Changes:
-        """Add a step; arguments as of `Changes`."""
+        """Add a step; for the arguments see `Changes`."""
         changes = Changes(step, sampled, placements)
         self._steps.append(changes)
         return changes
 
     def commit_all_but(self, num_latest: int) -> None:
-        """Keep for good what the steps before the latest ones have changed."""
+        """Commit all steps but the `num_latest` latest ones."""
         while len(self._steps) > num_latest:
             changes = self._steps.popleft()
             self._committed = changes.chosen
@@ -83,10 +83,10 @@ class UncommittedChanges:
                 self._sampler.commit(changes.sampled)
 
     def undo(self, steps: Sequence[int]) -> Iterator[PlacementsBefore]:
-        """Undo these of the latest steps, and commit those before them.
+        """Undo the latest steps if they are among `steps`, and commit those before them.
 
         Yields:
-            What is to be brought back by the caller, in this order.
+            Replaced placements, which the caller has to restore in this order.
         """
         while self._steps and self._steps[-1].step in steps:
             changes = self._steps.pop()
@@ -99,10 +99,11 @@ class UncommittedChanges:
 
 @dataclass(eq=False)
 class Left:
-    """What a stage passes on to its successor in another layout on the same rank.
+    """The state that a stage leaves to its successor in another layout on the same rank.
 
     Attributes:
-        caches: None where keys and values are of no use to it; then the sampler is neither.
+        caches: the layers' KV caches; None if the successor cannot use them, nor the sampler then.
+        tokens: tokens of the last step, by sequence id.
     """
 
     weights: HeldWeights
@@ -112,10 +113,12 @@ class Left:
 
 
 class GraphSteps:
-    """Chooses what is a graph, by what all ranks of all stages see alike; records, and launches.
+    """Decides which steps run as graphs, records them, and launches them.
+
+    It decides by facts that all ranks of all stages share.
 
     Args:
-        graphs: of the rank's stage.
+        graphs: the graphs of the rank's stage.
     """
 
     def __init__(self, graphs: DecodeGraphs, recorder: Recorder) -> None:
@@ -124,14 +127,14 @@ class GraphSteps:
         self.clear = graphs.clear
 
     def begin_step(self, phase: Phase | None, *, balances_copies: bool) -> None:
-        """Called once for each step, after the recorder has begun it."""
+        """Begin a step, after the recorder has begun it."""
         self._is_plain = phase is Phase.DECODE and not self._recorder.is_recording
         self._balances_copies = balances_copies
 
     def padded(
         self, batch: Batch, micro_batch: RankBatch, mode: DispatchMode
     ) -> PaddedBatch | None:
-        """The batch as the graph of a whole step takes it; None where there is no such graph."""
+        """The batch padded for the graph of a whole step; None if the step has no such graph."""
         if not self._is_plain or mode.overlap or self._balances_copies:
             return None
         if not any(micro_batch.num_tokens) or not self._graphs.takes_steps(mode.form):
@@ -139,7 +142,7 @@ class GraphSteps:
         return self._graphs.padded(batch, micro_batch.num_tokens, mode.form)
 
     def layers_of(self, parts: Sequence[ForwardBatch]) -> RunsLayers | None:
-        """Runs layers with a graph up to each dispatch; None where the step has no such graphs."""
+        """A function that runs layers with a graph up to each dispatch; None without graphs."""
         if not self._is_plain or len(parts) != 1:
             return None
         form = parts[0].dispatch_form
@@ -148,22 +151,22 @@ class GraphSteps:
         )
 
     def run(self, part: PaddedBatch, arriving: Pending | None) -> torch.Tensor | HeadResult:
-        """As `DecodeGraphs.run`, once the hidden states of the stage before are there."""
+        """Run a whole step as a graph, once the previous stage's hidden states have arrived."""
         arrived = None if arriving is None else arriving.wait()
         self._recorder.enter(Stage.GRAPH)
         return self._graphs.run(part, arrived)
 
     def record(self, size: int, forms: Sequence[DispatchForm]) -> int:
-        """As `DecodeGraphs.record`."""
+        """Record the graphs of batches padded to a size; gives the number of new graphs."""
         self._recorder.enter(Stage.GRAPH)
         return self._graphs.record(size, forms)
 
 
 class DeployedStage:
-    """A rank's stage of a deployment, and the order in which it takes micro-batches.
+    """A rank's stage of a deployment, which runs the micro-batches of each step.
 
     Args:
-        given: weights that need not be read; with the seconds that it took to get them.
+        given: weights that need not be read, by origin, with the seconds that getting them took.
     """
 
     _checks: StageChecks | None = None
@@ -208,27 +211,27 @@ class DeployedStage:
         self._sends: deque[list[Pending]] = deque()
 
     def is_as_at_first(self, spec: StageSpec) -> bool:
-        """Whether it is what `spec` builds: experts may have moved since."""
+        """Whether the stage is as `spec` would build it, with no expert moved since."""
         return self.spec == spec and self.is_placed(spec.placements)
 
     def is_placed(self, placements: Placements) -> bool:
-        """Whether experts are so."""
+        """Whether experts have these placements."""
         blocks = self.stage.moe_blocks
         return all(block.placement == placements[layer] for layer, block in blocks.items())
 
     @property
     def held(self) -> HeldBytes:
-        """What it has allocated."""
+        """The memory that it has allocated."""
         stage = self.stage
         held = stage.weight_bytes, stage.kv_bytes, stage.bytes_from, self._seconds_from
         return HeldBytes(*held, has_graphs=self._graphs is not None)
 
     def leave(self, members: Members, discard: Sequence[int]) -> Left:
-        """What a stage of another layout on this rank may use; this one is of no use any more.
+        """The state for a stage of another layout on this rank; this stage must not run again.
 
         Args:
-            members: of that layout.
-            discard: as `discard` takes them.
+            members: the ranks of that layout.
+            discard: steps to undo; see `discard`.
         """
         self.discard(discard)
         at = self._mesh.at
@@ -245,11 +248,13 @@ class DeployedStage:
         graphs: GraphLimits | None = None,
         left: Left | None = None,
     ) -> None:
-        """Begin with an empty cache, unless one is left; what is `auto` is timed first, then set.
+        """Begin with an empty cache, or the one that is left.
+
+        Where the options leave dispatch open (`auto`), `set_dispatch` has to follow.
 
         Args:
-            graphs: None where no step is to be recorded.
-            left: by the stage before it.
+            graphs: sizes of graphs; None if no step is to be recorded.
+            left: state of the stage before.
         """
         self.migration.forget()
         self._payload = options.payload
@@ -267,7 +272,7 @@ class DeployedStage:
         )
         self._graphs = None if recorded is None else GraphSteps(recorded, self._recorder)
         if recorded is not None:
-            self.totals()  # begins them on all ranks at once: graphs add to them
+            self.totals()  # starts the meter on all ranks alike: graphs add to it
         if left is not None and left.caches is not None:
             self._sampler = left.sampler
             self._changes = UncommittedChanges(self._sampler, left.tokens)
@@ -279,19 +284,19 @@ class DeployedStage:
         self.stage.allocate_cache(num_blocks, block_size, options.kv_dtype)
 
     def drop_graphs(self) -> None:
-        """Forget recorded steps: groups, weights or forms change."""
+        """Drop all graphs, since groups, weights or forms change."""
         if self._graphs is not None:
             self._graphs.clear()
 
     def record_graphs(self, size: int, forms: Sequence[DispatchForm]) -> int:
-        """As `DecodeGraphs.record`; 0 without graphs."""
+        """Record the graphs of batches padded to a size; gives the number of new graphs."""
         return 0 if self._graphs is None else self._graphs.record(size, forms)
 
     def rejoin(self, discard: Sequence[int]) -> None:
-        """Go on with the groups of a new epoch, as if these steps had never begun.
+        """Use the groups of a new epoch, and undo steps.
 
         Args:
-            discard: as `discard` takes them.
+            discard: steps to undo; see `discard`.
         """
         self.drop_graphs()
         self._mesh.renew()
@@ -300,7 +305,7 @@ class DeployedStage:
         self.migration.forget()
 
     def set_dispatch(self, table: DispatchTable) -> None:
-        """Choose how steps run from now on."""
+        """Set dispatch form and overlap of steps from now on, by a table."""
         self.drop_graphs()
         self._dispatch = table
         self.stage.set_forms(table.forms, self._payload)
@@ -312,18 +317,18 @@ class DeployedStage:
         *,
         balances_copies: bool = False,
     ) -> RankOutcome:
-        """Take a step's micro-batches through this stage, one after the other.
+        """Run a step's micro-batches through this stage, one after the other.
 
         Args:
-            placements: of experts from this step on; None for those that they have.
-            balances_copies: among copies of experts tokens are shared anew.
+            placements: [num_hidden_layers]; new placements from this step on; None for no change.
+            balances_copies: choose copies of experts by the top-k ids of all ranks.
         """
         self._balances_copies = balances_copies
         self._changes.commit_all_but(step.num_uncommitted)
         before = self._changes.tokens
         changes = self._begin_changes(step, placements)
         self._begin_record(step, balances_copies)
-        # A step that far back was collected before this one was submitted: its sends are through.
+        # A step that far back was collected before this one was submitted: its sends are done.
         while len(self._sends) >= self.spec.layout.pp:
             for send in self._sends.popleft():
                 send.wait()
@@ -342,7 +347,7 @@ class DeployedStage:
                 self._recorder.enter(Stage.HEAD)
                 tokens.choose(seq_ids, result, self._sampler)
                 if step.return_logits:
-                    logits = result.logits.to("cpu", copy=True)  # a graph writes over its own
+                    logits = result.logits.to("cpu", copy=True)  # graphs overwrite their logits
                     outcome.logits |= zip(seq_ids, logits.numpy(), strict=True)
         is_told = self._mesh.at.tp_rank == 0
         look = None if self._checks is None else self._look_at_head
@@ -355,7 +360,7 @@ class DeployedStage:
         return outcome
 
     def _begin_record(self, step: RankStep, balances_copies: bool) -> None:
-        """Let the recorder, and what chooses graphs, know of the step."""
+        """Begin the step in the recorder, and in the choice of graphs."""
         if step.record_operations and torch.get_num_threads() > 1:
             torch.set_num_threads(1)  # the recorder sees one thread's CPU time
         same_phase = step.phase is self._phase
@@ -373,7 +378,7 @@ class DeployedStage:
             self._graphs.begin_step(step.phase, balances_copies=balances_copies)
 
     def run_crowded(self, step: RankStep) -> None:
-        """Take a step through this stage whose tokens all go to the same experts."""
+        """Run a step in which all tokens go to the same experts."""
         self._crowds = True
         try:
             self.run(step)
@@ -382,7 +387,7 @@ class DeployedStage:
 
     def totals(self) -> RankTotals:
         """Totals of the steps since the first call."""
-        with torch.inference_mode():  # in which steps add to what it takes in
+        with torch.inference_mode():  # steps add to its tensors in this mode
             return self._recorder.totals()
 
     def _begin_changes(self, step: RankStep, placements: Placements | None) -> Changes:
@@ -395,10 +400,10 @@ class DeployedStage:
         return self._changes.begin(step.step, sampled, replaced)
 
     def discard(self, steps: Sequence[int]) -> None:
-        """Undo these of the latest steps; those before them are committed.
+        """Undo the latest steps if they are among `steps`, and commit those before them.
 
-        What they wrote to the cache stays: when they run again, in their order, they write it anew
-        before they read it.
+        Their keys and values stay in the cache: when steps run again, in order, they write them
+        anew before they read them.
         """
         for placements in self._changes.undo(steps):
             self.drop_graphs()
@@ -411,12 +416,12 @@ class DeployedStage:
     def _begin_input(
         self, micro_batch: RankBatch, chosen: dict[int, int]
     ) -> tuple[list[ForwardBatch], Pending | None]:
-        """The parts of a micro-batch, and their hidden states on the way from the stage before.
+        """The parts of a micro-batch, and the receive of their hidden states; None if first stage.
 
-        A part without a token on any rank of the stage is left out by all of them.
+        All ranks of the stage leave out a part that has no token on any of them.
 
         Args:
-            chosen: the tokens of the step before.
+            chosen: tokens of the step before, by sequence id.
         """
         mesh = self._mesh
         first = mesh.is_first_stage
@@ -443,7 +448,7 @@ class DeployedStage:
         return parts, None if first else self._hidden_of(parts)
 
     def _hidden_of(self, parts: Sequence[ForwardBatch]) -> Pending | None:
-        """On the way from the stage before; None in the first one."""
+        """Begin to receive hidden states from the previous stage; None in the first one."""
         mesh = self._mesh
         if mesh.is_first_stage:
             return None
@@ -451,7 +456,7 @@ class DeployedStage:
         return mesh.pp.receive(room, mesh.at.pp_rank - 1)
 
     def _choose(self, micro_batch: RankBatch) -> DispatchMode:
-        """Decided by what all ranks of all stages see alike, before the batch is split."""
+        """Choose dispatch form and overlap by facts that all ranks of all stages share."""
         most = max(micro_batch.num_tokens)
         num_owned = -(-most // self.spec.layout.tp)
         return self._dispatch.choose(num_owned, micro_batch.can_split, self._phase)
@@ -459,7 +464,12 @@ class DeployedStage:
     def _run_micro_batch(
         self, parts: list[ForwardBatch], arriving: Pending | None
     ) -> list[tuple[list[int], HeadResult]]:
-        """Sequences that yield a token, and the head's results; none but on the last stage."""
+        """Run a micro-batch, and hand its hidden states to the next stage.
+
+        Returns:
+            For each part, the sequences that yield a token and the head's result; empty except on
+            the last stage.
+        """
         mesh, stage = self._mesh, self.stage
         if parts and isinstance(parts[0], PaddedBatch):
             return self._run_graph(parts[0], arriving)
@@ -492,7 +502,7 @@ class DeployedStage:
     def _run_graph(
         self, part: PaddedBatch, arriving: Pending | None
     ) -> list[tuple[list[int], HeadResult]]:
-        """As `_run_micro_batch`."""
+        """Run a micro-batch as a graph; for the result see `_run_micro_batch`."""
         assert self._graphs is not None, "the batch was padded for it"
         result = self._graphs.run(part, arriving)
         if not isinstance(result, HeadResult):
@@ -511,7 +521,7 @@ class DeployedStage:
                 self._sends[-1].append(send)
 
     def _needs_logits(self, batch: Batch) -> bool:
-        """Whether any sequence asks for more than its likeliest token."""
+        """Whether any sequence that yields a token is sampled, not plainly greedy."""
         return self._sampler.samples_any(batch.yielding_seq_ids)
 
     def _scored(self, part: ForwardBatch) -> ScoredPrompts | None:

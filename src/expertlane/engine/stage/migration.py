@@ -1,9 +1,9 @@
-"""What runs on a rank while experts move: weights travel beside steps, then all are used at once.
+"""Moves of experts on a rank: weights are sent beside steps, then all are used at once.
 
 Transfers go over the `ep` group, between ranks of one etp_rank. Every rank starts and finishes the
-same parts of experts between the same two steps; they go on under the steps between. What arrived
-is used from the step on that brings the new placements. A rank holds it beside what it has until
-then, and what it gives up until that step is committed.
+same parts of experts between the same two steps; the transfers overlap with the steps between.
+Experts that have arrived are used from the step on that brings the new placements. A rank holds
+them beside its own until then, and those that it gives up until that step is committed.
 """
 
 import time
@@ -33,11 +33,11 @@ class _Arriving:
 
 @dataclass(eq=False)
 class PlacementsBefore:
-    """What brings the placements back that others have replaced.
+    """Placements that others have replaced, and the experts needed to restore them.
 
     Attributes:
-        layers: by hidden layer, the placement and the experts held then.
-        arrived: what had arrived for the new ones.
+        layers: by hidden layer, the old placement and the experts held then.
+        arrived: experts that had arrived for the new placements.
     """
 
     layers: dict[int, tuple[Placement, dict[int, Expert]]]
@@ -45,20 +45,20 @@ class PlacementsBefore:
 
 
 class Migration:
-    """Moves of a rank's experts, and the placements that follow from them."""
+    """Sends and receives a rank's experts, and switches to new placements."""
 
     def __init__(self, stage: TransformerStage, progress: ProgressReporter) -> None:
         self._stage = stage
         self._progress = progress
         self._sending: list[Pending] = []
         self._arriving: list[_Arriving] = []
-        # Of experts of which only parts are through, by layer and expert.
+        # By layer and expert: tensors of experts that are sent or received only in part so far.
         self._leaving: dict[tuple[int, int], list[Tensor]] = {}
         self._begun: dict[tuple[int, int], list[Tensor]] = {}
         self._arrived: Arrived = {}  # and not in use yet
 
     def start_moves(self, parts: Sequence[Part]) -> float:
-        """Start to send and receive parts of experts, `Move.layer` being a hidden layer.
+        """Start to send and receive parts of experts; `Move.layer` is a hidden layer.
 
         Returns:
             Seconds that it took.
@@ -87,7 +87,7 @@ class Migration:
         return time.perf_counter() - began_s
 
     def finish_moves(self) -> float:
-        """Wait for what was started.
+        """Wait for the transfers that were started.
 
         Returns:
             Seconds that it took.
@@ -108,12 +108,12 @@ class Migration:
         return time.perf_counter() - began_s
 
     def forget(self) -> None:
-        """Drop what arrived for placements that never came, and what is on its way."""
+        """Drop transfers under way, and experts that arrived for placements not yet in use."""
         self._sending, self._arriving = [], []
         self._leaving, self._begun, self._arrived = {}, {}, {}
 
     def apply_placements(self, placements: Placements) -> PlacementsBefore:
-        """Take new placements, [num_hidden_layers], into use."""
+        """Use new placements, [num_hidden_layers]; gives those that they replace."""
         before = PlacementsBefore({}, self._arrived)
         for layer, block in self._stage.moe_blocks.items():
             placement = placements[layer]
@@ -127,17 +127,17 @@ class Migration:
         return before
 
     def restore(self, before: PlacementsBefore) -> None:
-        """Take the last `apply_placements` back."""
+        """Undo the last `apply_placements`."""
         blocks = self._stage.moe_blocks
         for layer, (placement, held) in before.layers.items():
             blocks[layer].apply_placement(placement, held)
         self._arrived = before.arrived
 
     def time_one_move(self) -> tuple[int, float, float]:
-        """What a move takes, by one in which each rank sends an expert to the next of its ep.
+        """Time a move in which each rank sends an expert to the next rank of its ep group.
 
         Returns:
-            Bytes of an expert, seconds, and seconds of the least part.
+            Bytes of an expert, seconds for it, and seconds for the smallest part of one.
         """
         ep, blocks = self._stage.mesh.ep, list(self._stage.moe_blocks.values())
         if not blocks:
@@ -163,7 +163,7 @@ def _tensors(expert: Expert) -> list[Tensor]:
 
 
 def _pieces(tensors: Sequence[Tensor], part: Part) -> list[Tensor]:
-    """The bytes of a part of an expert's tensors, which follow each other; views."""
+    """Views of the bytes of a part of an expert, whose tensors are taken as concatenated."""
     num_bytes = sum(tensor.nbytes for tensor in tensors)
     begin, end = (each * num_bytes // WHOLE for each in (part.begin, part.end))
     pieces, first = [], 0
@@ -175,13 +175,13 @@ def _pieces(tensors: Sequence[Tensor], part: Part) -> list[Tensor]:
 
 
 def _bytes_of(tensors: Sequence[Tensor], part: Part) -> Tensor:
-    """[1, num_bytes]; a copy; without rows where a part is less than a byte."""
+    """A copy of a part's bytes, [1, num_bytes]; [0, 0] where the part is less than a byte."""
     packed = torch.cat(_pieces(tensors, part))
     return packed.view(int(len(packed) > 0), len(packed))
 
 
 def _put_bytes(tensors: Sequence[Tensor], part: Part, received: Tensor) -> None:
-    """Fill a part in; `received` as `_bytes_of` gives it."""
+    """Fill a part of tensors with received bytes, in the shape of `_bytes_of`."""
     pieces = _pieces(tensors, part)
     arrived = torch.split(received.view(-1), [*map(len, pieces)])
     for piece, bytes_of_piece in zip(pieces, arrived, strict=True):

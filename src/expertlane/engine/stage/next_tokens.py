@@ -1,4 +1,4 @@
-"""The next tokens of a step on a rank: chosen on the device, and brought to the host together."""
+"""The next tokens of a step on a rank: chosen on the device, and copied to the host together."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +17,11 @@ from expertlane.spec.sampling import TokenLogprobs
 
 
 def with_chosen(batch: Batch, chosen: dict[int, int]) -> Batch:
-    """The batch with the tokens that the scheduler did not know: those of the step before."""
+    """Fill in the tokens that the scheduler did not know: those of the step before.
+
+    Args:
+        chosen: tokens of that step, by sequence id.
+    """
     is_unknown = batch.token_ids == UNKNOWN
     if not is_unknown.any():
         return batch
@@ -28,18 +32,19 @@ def with_chosen(batch: Batch, chosen: dict[int, int]) -> Batch:
 
 
 class StepTokens:
-    """Of all parts of a step; chosen on all ranks of a tensor-parallel group alike."""
+    """Chooses the next tokens of a step's parts, alike on all ranks of a tensor-parallel group."""
 
     def __init__(self) -> None:
-        # None for what was sampled where the likeliest were taken.
+        # `Sampled` is None where the likeliest tokens are taken.
         self._parts: list[tuple[list[int], HeadResult, Sampled | None]] = []
-        self._tensors: list[Tensor] = []  # of all parts, to be brought to the host
+        self._tensors: list[Tensor] = []  # of all parts, to be copied to the host
 
     def choose(self, seq_ids: list[int], result: HeadResult, sampler: Sampler) -> None:
-        """Choose those of a part.
+        """Choose the next tokens of a part.
 
         Args:
-            seq_ids: of the sequences that yield one.
+            seq_ids: [num_seqs]; the sequences that yield a token.
+            result: the head's result for them.
         """
         if result.token_ids is not None:
             self._parts.append((seq_ids, result, None))
@@ -56,13 +61,14 @@ class StepTokens:
         look: Callable[[Tensor, dict[int, int]], None] | None,
         until: Callable[[Any], None],
     ) -> dict[int, int]:
-        """Wait for the device; gives all tokens by sequence id, for the next step.
+        """Wait for the device, and give all tokens by sequence id, for the next step.
 
-        Where there is none, the token is 0: a step that is under way goes on with any.
+        A sequence without a next token gets 0: a step that is under way goes on with any token.
 
         Args:
-            outcome: is told; None on all but one rank of a tensor-parallel group.
-            look: is shown each part's logits of this rank, and its tokens; None for nobody.
+            outcome: gets the tokens and log-probabilities; None on all but one rank of a
+                tensor-parallel group.
+            look: called with each part's logits on this rank, and its tokens; None without checks.
             until: waits for an event of the device.
         """
         arrived = iter(to_host(self._tensors, until))

@@ -1,4 +1,4 @@
-"""Makes the weights of a place in another layout, on the rank that is to have it."""
+"""Prepares the weights of a place in another layout, on the rank that will have it."""
 
 import os
 import threading
@@ -27,10 +27,10 @@ _NICE = 10  # of a rank that loads while others serve
 
 
 def weight_source(spec: StageSpec, platform: Platform, touch: Callable[[], None]) -> WeightSource:
-    """The sources of a rank's weights.
+    """The source of a rank's weights: seeded ones, or a checkpoint.
 
     Args:
-        touch: as of `WeightSource`.
+        touch: see `WeightSource`.
     """
     given = platform.dtype, platform.device, touch, spec.weights, spec.activations
     if spec.checkpoint is None:
@@ -41,10 +41,10 @@ def weight_source(spec: StageSpec, platform: Platform, touch: Callable[[], None]
 
 
 def parts_of(context: RankContext, spec: StageSpec, place: int, source: WeightSource) -> StageParts:
-    """The parts of a stage that does not communicate.
+    """The maker of a stage's parts for a place in a layout, without communication.
 
     Args:
-        place: layout rank.
+        place: the rank in the layout.
     """
     model, clock = spec.model, clock_for(context.platform.device)
     sizes = place, model.num_hidden_layers, model.num_experts
@@ -60,7 +60,7 @@ class _SliceEnded(Exception):
 class Preparation:
     """The weights of one place of a layout, made part by part.
 
-    A part that is not finished is begun again, and finds what was made of it.
+    A part that was not finished is begun again, and reuses the weights that were made for it.
     """
 
     def __init__(self, context: RankContext, spec: StageSpec, place: int) -> None:
@@ -82,8 +82,8 @@ class Preparation:
         """Make the parts that are missing.
 
         Args:
-            stage: of this rank, whose weights are not made again.
-            most_s, most_bytes: as of `Prepare`.
+            stage: the rank's present stage, whose weights are reused; None without one.
+            most_s, most_bytes: see `Prepare`.
         """
         began_s = time.perf_counter()
         self._until_s = began_s + (float("inf") if most_s is None else most_s)
@@ -110,12 +110,12 @@ class Preparation:
         self._has_begun = True
 
     def take(self) -> HeldWeights:
-        """All parts made."""
+        """The weights made so far."""
         return self._source.held
 
 
 def prepare(context: RankContext, command: Prepare) -> Prepared:
-    """Make the weights of a place that this rank is to have; uses those that it holds."""
+    """Make the weights of a place that this rank will have, reusing those that it holds."""
     spec, place, given = command.spec, command.place, (command.most_s, command.most_bytes)
     context.progress.enter(Stage.SETUP, NO_LAYER)
     made: Preparation | None = context.preparation
@@ -130,7 +130,7 @@ def prepare(context: RankContext, command: Prepare) -> Prepared:
 
 
 def _beside_others(make: Callable[[], Prepared]) -> Prepared:
-    """Run it in a thread with higher niceness, which a thread cannot lower again."""
+    """Run `make` in a thread with a higher niceness, which a thread cannot lower again."""
     found: list[Prepared | BaseException] = []
 
     def run() -> None:
@@ -152,5 +152,5 @@ def _beside_others(make: Callable[[], Prepared]) -> Prepared:
 
 
 def drop_prepared(context: RankContext, command: DropPrepared) -> None:
-    """Free what was made."""
+    """Free the weights that `prepare` has made."""
     context.preparation = None

@@ -1,4 +1,4 @@
-"""What a rank checks of its stage beside its layers: placements, tokens, sampler, weights."""
+"""A rank's checks of placements, tokens, sampler and weights, beside those of its layers."""
 
 from collections.abc import Mapping
 from zlib import crc32
@@ -19,10 +19,10 @@ from expertlane.spec.names import CheckPoint
 
 
 def recorder_of(context: RankContext, spec: StageSpec, rank: int) -> Recorder:
-    """The recorder of a rank's stage, which looks for silent errors where that is asked.
+    """The recorder of a rank's stage, with checks for silent errors unless they are off.
 
     Args:
-        rank: of the layout.
+        rank: the rank in the layout.
     """
     model, layout = spec.model, spec.layout
     sizes = (
@@ -46,7 +46,7 @@ class StageChecks:
     """Checks of a stage in each step.
 
     Args:
-        checks: what takes note.
+        checks: records faults and checksums.
     """
 
     def __init__(self, checks: Checks, mesh: ParallelMesh) -> None:
@@ -55,7 +55,7 @@ class StageChecks:
         self.end_step = checks.end_step
 
     def begin_step(self, stage: TransformerStage) -> None:
-        """Where experts are has to be alike on all ranks of the stage."""
+        """Begin a step, and record checksums of placements, to be equal on the stage's ranks."""
         self._checks.begin_step()
         ranks, known = self._mesh.stage.ranks, self._placements
         for layer, block in stage.moe_blocks.items():
@@ -66,11 +66,11 @@ class StageChecks:
             self._checks.alike(ranks, known[layer][1], place)
 
     def check_head(self, logits: Tensor, tokens: Mapping[int, int], sampler: Sampler) -> None:
-        """Logits are finite; what was chosen, and what is counted of it, is alike over `tp`.
+        """Check that logits are finite, and that tokens and sampler are equal on the `tp` group.
 
         Args:
             logits: [num_seqs, num_local_vocab].
-            tokens: by sequence id.
+            tokens: chosen tokens by sequence id.
         """
         ranks, checks = self._mesh.tp.ranks, self._checks
         checks.finite(logits, CheckPoint.HEAD)

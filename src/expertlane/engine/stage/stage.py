@@ -1,4 +1,4 @@
-"""What runs on a rank: build its stage of a deployment, then execute step plans with it."""
+"""The handlers of a rank's commands: build its stage of a deployment, and run step plans on it."""
 
 from pathlib import Path
 
@@ -52,7 +52,7 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
     """Build this rank's stage, or keep it if only options changed."""
     spec, options = command.spec, command.options
     if context.deployed is not None:
-        context.deployed.migration.finish_moves()  # buffers must not go while bytes travel
+        context.deployed.migration.finish_moves()  # transfers still use its buffers
     context.progress.enter(Stage.SETUP, NO_LAYER)
     _connect(context, spec, options)
     held = HeldBytes(0, 0)
@@ -76,7 +76,7 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
 
 
 def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
-    """Take part in a new epoch, with the stage that this rank has, or one that it builds."""
+    """Join a new epoch, with the stage that this rank has, or one that it builds."""
     spec, options, members = command.spec, command.options, command.spec.members
     context.progress.enter(Stage.SETUP, NO_LAYER)
     _connect(context, spec, options)
@@ -107,7 +107,7 @@ def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
         if context.parked is not None:
             given = {Origin.KEPT: (context.parked, 0.0), **given}
         context.preparation = context.parked = None
-        # What is of no use any more goes before more is read.
+        # Weights that are no longer needed are freed before more are read.
         deployed = context.deployed = DeployedStage(context, spec, given)
         deployed.start(
             options,
@@ -131,7 +131,7 @@ def _connect(context: RankContext, spec: StageSpec, options: Options) -> None:
 
 
 def cache_int8(context: RankContext, command: CacheInt8) -> bool:
-    """Write the file if it is missing, or of other files; gives whether it was."""
+    """Write the file of int8 matrices if it is missing or out of date; gives whether it was."""
     context.progress.enter(Stage.SETUP, NO_LAYER)
     checkpoint = Checkpoint(Path(command.checkpoint), command.model)
     is_missing = Int8Cache.find(checkpoint) is None
@@ -142,7 +142,7 @@ def cache_int8(context: RankContext, command: CacheInt8) -> bool:
 
 
 def record_graphs(context: RankContext, command: RecordGraphs) -> int:
-    """Record decode steps of a size."""
+    """Record decode steps of a size as graphs; gives the number of new graphs."""
     deployed: DeployedStage = context.deployed
     with torch.inference_mode():
         num_graphs = deployed.record_graphs(command.size, command.forms)

@@ -1,10 +1,11 @@
-"""Weights that a new rank gets from ranks that hold the same, after a loss.
+"""Copies of weights to a new rank, after a loss, from ranks that hold the same ones.
 
 Experts come from ranks with copies of them; attention, embedding, head and shared experts from
-another data-parallel rank. All ranks compute the same schedule. What no rank holds is read.
+another data-parallel rank. All ranks compute the same schedule. Weights that no rank holds are
+read.
 
-It pays where weights are drawn or rounded by the rank itself. What only has to be read comes as
-fast from the page cache (`docs/recovery.md`), and keeps no other rank busy.
+Copying pays where ranks draw or round weights themselves. Weights that only have to be read come as
+fast from the page cache (`docs/recovery.md`), which keeps no other rank busy.
 """
 
 import time
@@ -26,19 +27,19 @@ from expertlane.engine.stage.worker import RankContext
 
 
 class Part(IntEnum):
-    """The part of a rank in copying."""
+    """The role of a rank in copying."""
 
     SENDS = 0  # it has all weights of its place
-    RECEIVES = 1  # it has none
-    MAKES = 2  # it has others, which it still needs until it has made these
+    RECEIVES = 1  # it has no weights
+    MAKES = 2  # it has weights of another place, which it needs until it has made its own
 
 
 class WeightCopies:
-    """Which ranks of a stage send weights, and to which.
+    """The copies of weights among the ranks of a stage: senders and receivers.
 
     Args:
-        rank: of the layout.
-        own: what this one does.
+        rank: the rank in the layout.
+        own: the role of this rank.
     """
 
     def __init__(self, context: RankContext, spec: StageSpec, rank: int, own: Part) -> None:
@@ -67,7 +68,7 @@ class WeightCopies:
         return dict(zip(self._ranks, map(Part, received.view(-1).tolist()), strict=True))
 
     def _source(self, receiver: int, layer: int | None, key: Hashable) -> int | None:
-        """The sender: the holders take turns; None if no rank holds it."""
+        """The rank that sends a part to a receiver; holders take turns. None if there is none."""
         to, turn = self._at[receiver], 0 if layer is None else layer
         if isinstance(key, tuple) and key[0] == EXPERT:
             assert layer is not None, "experts are in layers"
@@ -85,7 +86,7 @@ class WeightCopies:
         return holders[turn % len(holders)] if holders else None
 
     def send(self, stage: TransformerStage) -> None:
-        """Send the parts that this rank is to send."""
+        """Send the parts of which this rank is the sender."""
         if self._link is None or not self._receivers or not self._holders:
             return
         held = stage.held_weights()
@@ -98,7 +99,7 @@ class WeightCopies:
     def _in_order(
         self, held: HeldWeights, layer: int | None, receiver: int
     ) -> Iterator[tuple[Hashable, Any]]:
-        """What may be sent of a layer, in the order in which the receiver's stage makes it."""
+        """Parts of a layer that may be sent, in the order in which the receiver makes them."""
         made = held.of_layer(layer)
         is_expert = {key: isinstance(key, tuple) and key[0] == EXPERT for key in made}
         yield from ((key, each) for key, each in made.items() if not is_expert[key])
@@ -119,7 +120,7 @@ class WeightCopies:
         self._context.progress.touch()
 
     def receive(self) -> tuple[HeldWeights, float]:
-        """The received weights, and the seconds it took."""
+        """Receive weights; gives them and the seconds that it took."""
         began_s, spec, context = time.perf_counter(), self._spec, self._context
         if self._link is None or self._own is not Part.RECEIVES or not self._holders:
             return HeldWeights(), 0.0
@@ -156,12 +157,12 @@ def _pays(context: RankContext, spec: StageSpec) -> bool:
 
 
 def _tensors(made: Any) -> Sequence[Tensor]:
-    """What is sent of it; nothing of what is small, or cannot be put together again."""
+    """The tensors of a part that are sent; none of small parts, or those not made from tensors."""
     if isinstance(made, Expert | Linear):
         return made.tensors()
     return [made] if isinstance(made, Tensor) and made.dim() > 1 else []
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    """[1, num_bytes]; a view."""
+    """A view of a tensor's bytes, [1, num_bytes]."""
     return tensor.view(-1).view(torch.uint8)[None]

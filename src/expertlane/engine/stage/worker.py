@@ -1,4 +1,4 @@
-"""A rank's process: its cores, how it joins an epoch, and its main loop of commands."""
+"""A rank's process: its cores, its connections in an epoch, and its main loop of commands."""
 
 import contextlib
 import errno
@@ -58,20 +58,21 @@ from expertlane.spec.names import Stage
 
 # The launcher's own bound ends a hang; the groups' bound only backs it up, so it is longer.
 _GROUP_TIMEOUT_MARGIN_S = 30.0
-_NUM_SPINS = 2000  # looks at shared memory before a wait sleeps
+_NUM_SPINS = 2000  # polls of shared memory before a wait sleeps
 
 
 def connect(
     settings: RankSettings, platform: Platform, share: Share, board: ProgressBoard, number: int
 ) -> Transport:
-    """Join an epoch; waits for no other rank.
+    """Connect to an epoch's transport; does not wait for other ranks.
 
     Args:
-        board: of this rank's node.
-        number: of the epoch; first `settings.epoch`, once: what was inherited is closed then.
+        board: the progress board of this rank's node.
+        number: the epoch's; `settings.epoch` is possible only once, as its inherited files are
+            closed then.
 
     Raises:
-        EpochEndedError: a later one has begun.
+        EpochEndedError: a later epoch has begun.
     """
     hosts = _connect(settings, platform, share, Epoch(board, number))
     return StagedTransport(hosts, platform.device) if platform.is_staged else hosts
@@ -139,20 +140,20 @@ def _open_store(settings: RankSettings, epoch: Epoch) -> Store:
 
 
 class Cores:
-    """Of a rank, as it is forked: pinned to nothing.
+    """The cores of a rank; a new process is not pinned.
 
     Attributes:
-        share: of the cores that the ranks of this node have.
-        are_taken: whether it computes with that.
-        is_pinned: whether its threads stay on the hardware threads of its share.
+        share: the rank's share of its node's cores.
+        are_taken: whether it computes with that share.
+        is_pinned: whether its threads are pinned to the hardware threads of its share.
 
     Raises:
-        UserError: as `share_of`.
+        UserError: `EXPERTLANE_PIN` is not valid.
     """
 
     def __init__(self, local_rank: int, num_local_ranks: int) -> None:
         self._allowed, self._num_threads = allowed_cpus(), torch.get_num_threads()
-        self._held: list[int] = []  # locks that tell other engines
+        self._held: list[int] = []  # descriptors of the locks that other engines see
         self.share: Share = share_of(local_rank, num_local_ranks)
         self.are_taken = self.is_pinned = False
 
@@ -172,11 +173,11 @@ class Cores:
         self.are_taken = True
 
     def stay_small(self) -> None:
-        """Use one thread, since other ranks use all cores."""
+        """Compute with one thread, since other ranks use all cores."""
         torch.set_num_threads(1)
 
     def leave(self) -> None:
-        """Be pinned to nothing, so that another rank may take what this one has."""
+        """Unpin the rank's threads, so that another rank may take its cores."""
         self.are_taken = False
         if self.is_pinned:
             self.is_pinned = False
@@ -211,17 +212,17 @@ _LINGER_S = 3.0  # a server takes less to end its ranks
 
 @dataclass(eq=False)
 class RankContext:
-    """What lives in a rank between commands.
+    """The state of a rank between commands.
 
     Attributes:
-        settings: as at its start, but for the numbers of ranks.
-        cores: that it computes on.
-        board: of this node.
+        settings: its start settings, with the numbers of ranks of the current epoch.
+        cores: the cores that it computes on.
+        board: the progress board of its node.
         meshes: process groups of this epoch; made once, since making them is collective and slow.
-        deployed: what `engine.stage.stage` put here; None before.
+        deployed: its `DeployedStage`; None without one.
         parked: weights of a rank that has no place in a smaller layout, until it has one again.
-        preparation: what `engine.stage.preparing` did; None where no other layout is prepared for.
-        epoch: that the rank has joined; -1 before the first.
+        preparation: its `Preparation` of another layout; None without one.
+        epoch: the epoch that the rank has joined; -1 before the first.
     """
 
     settings: RankSettings
@@ -237,12 +238,12 @@ class RankContext:
 
     @property
     def share(self) -> Share:
-        """Of the cores that the ranks of its node have."""
+        """The rank's share of its node's cores."""
         return self.cores.share
 
     @property
     def is_pinned(self) -> bool:
-        """Whether its threads stay on the hardware threads of its share."""
+        """Whether its threads are pinned to the hardware threads of its share."""
         return self.cores.is_pinned
 
     @property
@@ -251,10 +252,10 @@ class RankContext:
         return self.settings.rank
 
     def join_epoch(self, epoch: int) -> None:
-        """From now on talk to the ranks of an epoch, and not to those of an older one.
+        """Connect to the ranks of an epoch, and leave the one before.
 
         Raises:
-            EpochEndedError: a later one has begun.
+            EpochEndedError: a later epoch has begun.
         """
         if epoch != self.settings.epoch:
             self._count_ranks(self.board.files(epoch).num_ranks)
@@ -262,11 +263,14 @@ class RankContext:
         self.drop_graphs()
         self.meshes.renew(connected)
         self.epoch = epoch
-        self.progress.set_waiting(False)  # a command that was left may have said that it waits
+        self.progress.set_waiting(False)  # an abandoned command may have left it set
         self.progress.enter(Stage.IDLE, NO_LAYER)
 
     def _count_ranks(self, num_local_ranks: int) -> None:
-        """Share this node with so many; `connect` finds out if this was of an epoch that ended."""
+        """Set the number of the node's ranks, and take a new share of its cores.
+
+        The number may be that of an epoch that has ended; `connect` will find that out.
+        """
         settings, is_same = self.settings, num_local_ranks == self.settings.num_local_ranks
         others = settings.world_size - settings.num_local_ranks
         self.settings = replace(
@@ -276,7 +280,7 @@ class RankContext:
             self.cores.take(settings.local_rank, num_local_ranks)
 
     def drop_graphs(self) -> None:
-        """Before the epoch is left: nccl does not end a group that a graph refers to."""
+        """Drop graphs before an epoch is left: nccl ends no group that a graph refers to."""
         if self.deployed is not None:
             self.deployed.drop_graphs()
 
@@ -284,27 +288,28 @@ class RankContext:
         """Wait for a GPU, which may wait for other ranks.
 
         Raises:
-            EpochEndedError, PeerLostError: as `await_event`.
+            EpochEndedError: a later epoch has begun.
+            PeerLostError: it took too long.
         """
         self.progress.set_waiting(True)
         await_event(event, Epoch(self.board, self.epoch), bound_s(self.settings))
         self.progress.set_waiting(False)
 
     def core_token(self) -> CoreToken | None:
-        """The right to compute on a core of this node; None where ranks have GPUs."""
+        """The token of the core that this rank shares; None on GPUs."""
         settings = self.settings
         if self.platform.device.type != "cpu" or settings.board_fd is None:
             return None
         return CoreToken(settings.board_fd, settings.local_rank, self.share.num_cores)
 
 
-# What a rank does for each command; the answer is of the command's own result type.
+# The function that a rank runs for each command; its result is of the command's result type.
 Handlers = Mapping[type[Command[Any]], Callable[[RankContext, Any], Any]]
 Send = Callable[[MessageKind, object, int], None]
 
 
 def _sender(channel: Channel) -> Send:
-    """Sends messages to the launcher, from several threads too; its end is noticed elsewhere."""
+    """A thread-safe function that sends messages to the launcher; ignores a closed connection."""
     lock = threading.Lock()
 
     def send(kind: MessageKind, value: object, epoch: int) -> None:
@@ -316,12 +321,12 @@ def _sender(channel: Channel) -> Send:
 
 
 def _end_with_launcher(channel: Channel) -> threading.Thread:
-    """End this rank when its server does not although the launcher is gone, or has given it up.
+    """Start a thread that ends this rank if the launcher is gone and the server does not end it.
 
-    A server that is stopped is killed, and so are all its ranks then.
+    A server that is stopped is killed, which ends all its ranks.
 
     Returns:
-        What does it; it ends after the launcher.
+        The thread; it ends after the connection to the launcher.
     """
     server_pid, poll = os.getppid(), select.poll()
     poll.register(channel.fileno(), getattr(select, "POLLRDHUP", select.POLLHUP))
@@ -338,7 +343,7 @@ def _end_with_launcher(channel: Channel) -> threading.Thread:
 
 
 def run_rank(channel: Channel, settings: RankSettings, handlers: Handlers) -> int:
-    """Answer commands until the launcher goes away or one fails; returns the exit code."""
+    """Answer commands until the launcher is gone or a command fails; gives the exit code."""
     if settings.meeting is None:
         return _answer(channel, settings, handlers)
     watch = _end_with_launcher(channel)
@@ -368,7 +373,7 @@ def _answer(channel: Channel, settings: RankSettings, handlers: Handlers) -> int
         failure = Failure(FailureKind.BUG, line, traceback.format_exc())
     failure = replace(failure, line=board.line(settings.rank))
     send(MessageKind.FAILURE, failure, board.epoch)
-    # A rank that has ended looks like the cause to others, so leave it to the launcher.
+    # A rank that ends looks like the cause to others, so let the launcher end it.
     wait([channel.fileno()], _FAILED_S)
     return 1
 
@@ -393,7 +398,7 @@ def _context(
 
 
 def _run_commands(channel: Channel, send: Send, context: RankContext, handlers: Handlers) -> None:
-    """Until the launcher is done, or gone. A command of an epoch that has ended is not answered."""
+    """Run commands until the launcher is gone; those of an epoch that has ended get no answer."""
     commands: Decoder[Command[Any]] = Decoder(reduce(or_, handlers))
     board, ended = context.board, -1  # epochs up to this one came to nothing here
     while (message := _next_message(channel)) is not None:
@@ -419,7 +424,7 @@ def _run_commands(channel: Channel, send: Send, context: RankContext, handlers: 
 
 
 def _next_message(channel: Channel) -> Message | None:
-    """None when the launcher is done, or gone."""
+    """The next message; None when the launcher has ended."""
     try:
         return channel.receive()
     except (EOFError, OSError):

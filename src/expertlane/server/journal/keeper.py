@@ -34,12 +34,12 @@ _EVENT_ID = re.compile(rf"({_ID.pattern}):(\d{{1,9}})")
 
 @dataclass(frozen=True)
 class Asked:
-    """Which request a client means.
+    """The request that a client asks for, by its headers.
 
     Attributes:
         key: SHA-256 of its API key; empty where none is asked for.
-        request_id: None where it names none.
-        after: events that it has; None where it does not say so.
+        request_id: None where the client names none.
+        after: number of events that the client has; None where it does not say.
     """
 
     key: bytes
@@ -48,11 +48,11 @@ class Asked:
 
 
 def asked_of(scope: Scope, request_id: str | None = None, *, has_keys: bool) -> Asked:
-    """What a request's headers say.
+    """The request that a client asks for, from its headers.
 
     Args:
-        request_id: where it is known from the path.
-        has_keys: whether clients are asked for keys; else all are the same one.
+        request_id: its id, where the path has it.
+        has_keys: whether clients are asked for keys; else all count as the same client.
 
     Raises:
         ApiError: a header is not valid, or two contradict each other.
@@ -75,7 +75,7 @@ def asked_of(scope: Scope, request_id: str | None = None, *, has_keys: bool) -> 
 
 
 def unknown(request_id: str, param: str) -> ApiError:
-    """The error of a request that is not there, or is another key's."""
+    """The error for a request that is not kept, or belongs to another key."""
     return ApiError(
         404,
         f"{param}: there is no request {request_id}, or it is no longer kept",
@@ -86,16 +86,16 @@ def unknown(request_id: str, param: str) -> ApiError:
 
 _ENDPOINTS = {each.path: each for each in (COMPLETIONS, CHATS, RESPONSES)}
 _COMPACT_BYTES = 64 * 2**20  # beyond twice the size of what is needed: a new file is begun
-_MOST_FINISHED_CHUNKS = 2**18  # of finished answers; beyond, those that nobody reads go
-_MOST_FINISHED_BYTES = 64 * 2**20  # the same
-_MOST_BYTES = 256 * 2**20  # of all requests, without their chunks
-_ROWS = 4096  # of a record
-_DEATHS = 2  # of processes; then the request that they computed is tried alone
+_MOST_FINISHED_CHUNKS = 2**18  # of finished answers; beyond, unread ones are forgotten
+_MOST_FINISHED_BYTES = 64 * 2**20  # memory of finished answers
+_MOST_BYTES = 256 * 2**20  # memory of all requests without their chunks
+_ROWS = 4096  # rows of a record
+_DEATHS = 2  # deaths of processes, after which the request they computed is tried alone
 _ALONE_S, _LOOK_S = 10.0, 0.01  # how long it stays alone after its first new chunk
 
 
 class JournalKeeper:
-    """The requests of one server's journal; of its event loop.
+    """The requests of one server's journal; used in its event loop.
 
     Attributes:
         requests: by key and id: unfinished ones, and answers that clients may still ask for.
@@ -129,7 +129,7 @@ class JournalKeeper:
 
     @property
     def model_name(self) -> str:
-        """What requests call the model."""
+        """The name by which requests call the model."""
         return self._service.model.name
 
     # Clients.
@@ -169,7 +169,7 @@ class JournalKeeper:
         """A request of a client by its id, and how many events the client has.
 
         Raises:
-            ApiError: there is none.
+            ApiError: the client has no such request.
         """
         asked = asked_of(scope, request_id, has_keys=self._has_keys)
         kept = self.requests.get((asked.key, request_id))
@@ -178,7 +178,7 @@ class JournalKeeper:
         return kept, asked.after or 0
 
     def reconnect(self, kept: KeptRequest, after: int) -> Answer:
-        """An answer that is made again, up to where the client has it."""
+        """An answer that goes on after the events that the client has."""
         self.num_reconnects += 1
         kept.is_awaited = True
         return self._read(kept, after)
@@ -248,7 +248,7 @@ class JournalKeeper:
     # What comes of requests.
 
     def write(self, chunks: list[Chunk]) -> None:
-        """Write what a step brought; a hot path. If it fails, the server ends."""
+        """Write a step's chunks; a hot path. If it fails, the server ends."""
         by_id, rows = self._by_engine_id, []
         for chunk in chunks:
             kept = by_id.get(chunk.request_id)
@@ -258,7 +258,7 @@ class JournalKeeper:
             self._append(Came(rows))
 
     def forget(self, kept: KeptRequest) -> None:
-        """Cancel what is left of a request, and leave it out from now on."""
+        """Cancel a request's unfinished choices, and keep it no longer."""
         self._service.under_way.finish(kept)
         self._leave(kept)
         if (timer := self._timers.pop(kept, None)) is not None:
@@ -347,7 +347,7 @@ class JournalKeeper:
             self._service.engine.fail(error)
 
     def _begin_file(self) -> None:
-        """Begin a new file with what is still needed.
+        """Begin a new file with the records that are still needed.
 
         Raises:
             JournalError: it cannot be written.

@@ -10,10 +10,10 @@ from expertlane.server.service import Service
 
 
 class _Rest(Response):
-    """What is left of an answer."""
+    """The events of a kept answer that a client does not have yet."""
 
     def __init__(self, service: Service, answer: Answer) -> None:
-        super().__init__()  # what it calls when it is sent is below
+        super().__init__()  # unused: `__call__` sends the answer
         self._service, self._answer = service, answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -26,7 +26,7 @@ class _Rest(Response):
 
 
 def add_journal(app: FastAPI, service: Service, keeper: JournalKeeper) -> None:
-    """Let an app answer them."""
+    """Add the routes of kept requests to an app."""
 
     @app.get("/v1/requests/{request_id}/events", response_class=Response)
     async def events(request_id: str, http: Request) -> Response:

@@ -1,4 +1,4 @@
-"""The inner function of MLPs on gate and up projections that lie side by side.
+"""Activations of MLPs, on gate and up projections that lie side by side.
 
 Limit: memory. With I inner values of b bytes a row, 3·I·b bytes are read or written (2·I·b without
 a gate) over the card's bandwidth.
@@ -46,12 +46,11 @@ def _activation_kernel(
 def activate(
     x: Tensor, activation: Activation, *, is_gated: bool, counts: Tensor | None = None
 ) -> Tensor:
-    """[num_rows, inner] of gate and up projections [num_rows, 2 · inner], or of [num_rows, inner].
-
-    Computed in float32, and rounded once.
+    """Activations [num_rows, inner], computed in float32 and rounded once.
 
     Args:
-        counts: [num_groups]; rows behind so many are left out.
+        x: gate and up projections [num_rows, 2 · inner]; without a gate, up's [num_rows, inner].
+        counts: [num_groups]; rows from their sum on are padding, and are left out.
     """
     num_rows, inner = x.shape[0], x.shape[1] // 2 if is_gated else x.shape[1]
     num_groups = 0 if counts is None else counts.shape[0]

@@ -157,7 +157,7 @@ def _attend_positions(
 
 @triton.jit
 def _store_rows(to, place, is_row, rows, first, DIM: tl.constexpr, COLUMNS: tl.constexpr):
-    """[rows, COLUMNS] at those places of [places, DIM], from column `first` on."""
+    """Store rows [rows, COLUMNS] in rows `place` of a matrix [places, DIM], from column `first`."""
     columns = first + tl.arange(0, COLUMNS)
     mask = is_row[:, None] & (columns < DIM)[None, :]
     tl.store(to + place[:, None] * DIM + columns[None, :], rows.to(to.dtype.element_ty), mask=mask)
@@ -165,7 +165,7 @@ def _store_rows(to, place, is_row, rows, first, DIM: tl.constexpr, COLUMNS: tl.c
 
 @triton.jit
 def _columns_of(rows, is_there, first, DIM: tl.constexpr, COLUMNS: tl.constexpr):
-    """[rows, COLUMNS] from column `first` on; zeros where there is none."""
+    """Load [rows, COLUMNS] from column `first` on; zeros where there is no row or column."""
     columns = first + tl.arange(0, COLUMNS)
     mask = is_there[:, None] & (columns < DIM)[None, :]
     return tl.load(rows[:, None] + columns[None, :], mask=mask, other=0)
@@ -246,10 +246,15 @@ class Tile(NamedTuple):
 
     @classmethod
     def of(cls, rows_of_seq: int, dim: int, itemsize: int, *, widens: bool = False) -> "Tile":
-        """For so many query rows of the longest sequence, and the wider of keys and values.
+        """The tile of most batches.
 
         The sums of values, rows · dim float32, lie in registers; keys and values of each stage in
         shared memory. Where they are widened, as float32 first, that takes registers too.
+
+        Args:
+            rows_of_seq: query rows of the sequence with the most new tokens.
+            dim: the wider of keys and values.
+            widens: the cache is float8.
         """
         most = 16 if itemsize == 4 else 32 if dim > 256 else 64 if dim > 128 else 128
         rows = min(most, max(16, triton.next_power_of_2(rows_of_seq)))
@@ -263,9 +268,9 @@ class Tile(NamedTuple):
     def wide(
         cls, rows_of_seq: int, key_dim: int, value_dim: int, itemsize: int, device: torch.device
     ) -> "Tile | None":
-        """For more than 64 rows of 16 bits, of heads of 320 and more; None for others.
+        """The tile for more than 64 query rows of 16 bits with heads of 320 or wider; else None.
 
-        Groups of warps multiply so many rows; sums of 256 values stay in registers. None, too,
+        Groups of warps multiply that many rows; sums of 256 values stay in registers. None, too,
         where queries and two stages do not fit into shared memory.
         """
         if itemsize != 2 or rows_of_seq <= 64 or max(key_dim, value_dim) < 320:
@@ -280,7 +285,7 @@ class Tile(NamedTuple):
 
 
 def _blocks(key_dim: int) -> tuple[int, int]:
-    """Columns of keys as two powers of two, of which the second may be 0."""
+    """A key's width as two powers of two, main and rest; the rest may be 0."""
     main = 1 << (key_dim.bit_length() - 1)
     if main < 16 or key_dim == main:
         return max(16, triton.next_power_of_2(key_dim)), 0
@@ -288,13 +293,13 @@ def _blocks(key_dim: int) -> tuple[int, int]:
 
 
 def _num_splits(num_programs: int, longest: int, device: torch.device) -> int:
-    """The number of splits of positions that gives two programs for each multiprocessor."""
+    """Splits of positions that give each multiprocessor two programs."""
     wanted = 2 * num_multiprocessors(device) // max(1, num_programs)
     return max(1, min(wanted, longest // _LEAST_SPLIT, 64))
 
 
 def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionParams) -> Tensor:
-    """Attention of a batch's new tokens, whose keys and values are in the cache already.
+    """Causal attention of a batch's new tokens, whose keys and values are in the cache already.
 
     Args:
         query: [num_tokens, num_heads, key_dim].

@@ -1,4 +1,4 @@
-"""Our Triton kernels behind the backend's operations; torch computes what they do not cover.
+"""The backend of GPUs: our Triton kernels, and torch for what they do not cover.
 
 Only `engine/ops/backend.py` chooses it, where `why_not` finds nothing.
 """
@@ -33,7 +33,7 @@ from expertlane.schedule.plan import Batch
 
 
 class CudaBackend(TorchBackend):
-    """Attention over pages, norms, rotation, activations and experts of a GPU."""
+    """Paged attention, norms, rotation, routing, sums, MLPs and experts by Triton kernels."""
 
     instructions = f"triton {triton.__version__}"
     adds_with_norm = True
@@ -45,7 +45,7 @@ class CudaBackend(TorchBackend):
         reads_float8: bool = True,
         multiplies_float8: bool = True,
     ) -> None:
-        """With weights of one byte and of four bits kept so, or widened."""
+        """Keep weights of one byte and of four bits narrow, or have them widened."""
         self.keeps_narrow = self.keeps_mxfp4 = keeps_narrow
         self.reads_float8, self.multiplies_float8 = reads_float8, multiplies_float8
 
@@ -129,9 +129,9 @@ class CudaBackend(TorchBackend):
 
 
 def why_not(device: torch.device) -> str:
-    """Why our kernels cannot be used on a device, in a line; empty where they can.
+    """The reason why our kernels cannot be used on a device, in a line; empty where they can.
 
-    A norm and a step of attention are compiled, run, and held against torch's.
+    A norm and a step of attention are compiled, run, and compared with torch's.
     """
     try:
         is_right = _is_right(device)
@@ -142,7 +142,7 @@ def why_not(device: torch.device) -> str:
 
 
 def reads_float8(device: torch.device) -> bool:
-    """Whether attention over a cache of float8 runs here and is right.
+    """Whether attention over a float8 cache runs here and agrees with torch's.
 
     Triton converts from float8 (e4m3) from compute capability 8.9 on.
     """
@@ -153,7 +153,7 @@ def reads_float8(device: torch.device) -> bool:
 
 
 def multiplies_narrow(device: torch.device) -> bool:
-    """Whether products with weights of one byte and of four bits run here and are right.
+    """Whether products with weights of one byte and of four bits run here and agree with torch's.
 
     A card before compute capability 8.9 has no float8.
     """
@@ -182,7 +182,10 @@ def multiplies_narrow(device: torch.device) -> bool:
 
 
 def multiplies_float8(device: torch.device) -> bool:
-    """Whether products of float8 with float8 run here and are right: from 8.9 on."""
+    """Whether products of float8 with float8 run here and agree with torch's.
+
+    Cards have them from compute capability 8.9 on.
+    """
     codes = torch.arange(256, dtype=torch.uint8, device=device).view(2, 128)
     values = codes.where(codes & 0x7F < 0x7F, 0).view(torch.float8_e4m3fn)
     scales = torch.linspace(0.5, 1, 2, device=device)[:, None]
@@ -202,7 +205,7 @@ def _is_right(device: torch.device, *, is_float8: bool = False) -> bool:
 
 
 def _tried(ops: TorchBackend, device: torch.device, is_float8: bool) -> Tensor:
-    """Two decode steps of 16 positions and 17 of them, with normed queries."""
+    """Attention of two sequences in decode, of 16 and 17 positions, with normed queries."""
     batch = Batch(
         seq_ids=np.arange(2),
         num_scheduled_tokens=np.ones(2, dtype=np.int64),

@@ -1,8 +1,8 @@
 """Experts of a GPU: grouped products, from torch where it has them, else ours.
 
 Gates and ups of all experts lie side by side, [E, 2 · inner, H], so that one product gives both.
-Ours permutes nothing in memory (`engine/ops/cuda/grouped.py`); torch's takes rows that are copied
-in the order of experts.
+Ours permutes nothing in memory (`engine/ops/cuda/grouped.py`); torch's needs rows copied in the
+order of experts.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,8 +30,7 @@ _KINDS = (Linear, CudaNarrowLinear)
 class CudaExperts(Experts):
     """Two grouped products and the activation between them, without a transfer to the host.
 
-    Gates and ups, and downs, of all experts are put side by side, and each expert's become a part
-    of that.
+    Gates and ups, and downs, of all experts are stacked; each expert's become views of the stacks.
 
     Args:
         groups: torch's grouped product, [P, N] of [P, K], [E, K, N] and ends [E]; None for ours.
@@ -51,7 +50,7 @@ class CudaExperts(Experts):
 
     @staticmethod
     def suits(held: Sequence[Expert]) -> bool:
-        """Whether a product of ours takes the weights, and all are of one kind."""
+        """Whether our grouped product takes the weights: experts of one kind (`kind_of`)."""
         linears = [linear for expert in held for linear in expert.linears]
         kinds = {
             (linear is expert.down, kind_of(linear)) for expert in held for linear in expert.linears
@@ -59,7 +58,7 @@ class CudaExperts(Experts):
         return len(kinds) == 2 and all(type(each) in _KINDS for each in linears)
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
-        """[P, H]."""
+        """Results [P, H]; see `Experts`."""
         num_pairs = pairs.rows.shape[0]
         if self._groups is None or not num_pairs:
             inner = grouped_product(
@@ -89,5 +88,5 @@ class CudaExperts(Experts):
 
 
 def experts_of(held: Sequence[Expert], activation: Activation) -> CudaExperts:
-    """With torch's grouped products where it has them for these weights, else with ours."""
+    """A rank's experts, with torch's grouped products if it has them for these weights."""
     return CudaExperts(held, activation, grouped_mm if GroupedExperts.suits(held) else None)

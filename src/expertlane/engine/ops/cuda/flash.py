@@ -1,9 +1,9 @@
 """Attention of prompts by FlashAttention 3, where that is installed, through torch's `varlen_attn`.
 
 It reads the cache where it lies: pages of any size, by their strides. FlashAttention 2, which
-`varlen_attn` calls otherwise, takes pages of 256 positions alone. Only prompts are given to it, as
-our kernel has none of Hopper's asynchronous loads and products; and each kind of head is tried once
-against ours.
+`varlen_attn` calls otherwise, takes pages of 256 positions alone. It gets prompts alone: there it
+gains by Hopper's asynchronous loads and products, which our kernel lacks. Each kind of head is
+compared with ours once before it is used.
 """
 
 from functools import cache
@@ -24,7 +24,7 @@ _MOST_DIM = 256
 
 
 def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionParams) -> Tensor:
-    """As `attention.attend`, by whichever of the two suits."""
+    """Causal attention as `attention.attend` computes it, by FlashAttention 3 where that suits."""
     if not _suits(query, cache, batch, params):
         return attention.attend(query, cache, batch, params)
     kind = query.dtype, query.shape[2], cache.block_size, params.window is not None
@@ -34,7 +34,7 @@ def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionPa
 
 
 def _suits(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionParams) -> bool:
-    """Whether FlashAttention has such heads, and these are prompts."""
+    """Whether FlashAttention 3 takes these heads, and the batch has a prompt long enough."""
     dim = query.shape[2]
     return (
         batch.bounds.most_new >= _LEAST_NEW
@@ -50,7 +50,7 @@ def _suits(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionPa
 
 @cache
 def _varlen_attn(device: torch.device) -> Any:
-    """torch's function with FlashAttention 3 behind it; None where there is no such."""
+    """torch's `varlen_attn` with FlashAttention 3 behind it; None where that cannot be had."""
     if device.type != "cuda" or find_spec("flash_attn_interface") is None:
         return None
     try:
@@ -88,7 +88,7 @@ def _by_flash(query: Tensor, cache: KVCache, batch: PagedBatch, params: Attentio
 def _is_right(
     device: torch.device, dtype: torch.dtype, dim: int, block_size: int, has_window: bool
 ) -> bool:
-    """Whether it runs here and agrees with ours, on a prompt and one that goes on."""
+    """Whether flash-attn runs here and agrees with ours, on a prompt and on a later chunk."""
     new, computed = np.array([70, 3]), np.array([0, 40])
     num_blocks = -(-(new + computed) // block_size)
     tables = np.full((2, num_blocks.max()), -1, dtype=np.int32)

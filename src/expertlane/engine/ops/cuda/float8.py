@@ -1,4 +1,4 @@
-"""Rows of values in float8 as `ops.float8` rounds and widens them, inside kernels."""
+"""Rounding of rows to float8 and widening inside kernels, exactly as in `ops.float8`."""
 
 import triton
 import triton.language as tl
@@ -6,20 +6,20 @@ import triton.language as tl
 
 @triton.jit
 def largest_of(rows):
-    """Of each row [rows, columns] or of one row: the bits of its largest magnitude, int32."""
+    """Bits (int32) of the largest magnitude of each row [rows, columns], or of one row."""
     return tl.max(rows.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=-1)
 
 
 @triton.jit
 def scale_of(largest):
-    """Scales as they are stored, int32, of rows with these largest magnitudes."""
+    """Stored scales (int32) of rows, from the bits of their largest magnitudes."""
     scale = tl.maximum(((largest + 0x1FFFFF) >> 23) - 8, 1)
     return tl.where(largest < 0x7F800000, scale, 255)
 
 
 @triton.jit
 def rounded(rows, scales):
-    """The bits of float8 of rows of numbers; scales as `scale_of` gives them.
+    """Bits of rows rounded to float8, with the scales of `scale_of`.
 
     By hand: no GPU before sm_89 converts to float8, and Triton's interpreter rounds otherwise.
     """
@@ -36,6 +36,6 @@ def rounded(rows, scales):
 
 @triton.jit
 def widened(rows, scales):
-    """Float32 of the bits of rows and of scales, both as they are stored."""
+    """Rows in float32, from the stored bits of their values and scales."""
     powers = (scales.to(tl.int32) << 23).to(tl.float32, bitcast=True)
     return rows.to(tl.float8e4nv, bitcast=True).to(tl.float32) * powers

@@ -25,11 +25,11 @@ _GROUPS = 8  # of a program
 
 
 class Float8Rows(NamedTuple):
-    """Rounded rows.
+    """Rows rounded to float8.
 
     Attributes:
         values: [num_rows, in_features] float8.
-        scales: [num_rows, num_groups] uint8, as `ops.float8` has them.
+        scales: [num_rows, num_groups] uint8; exponents, see `ops.float8`.
     """
 
     values: Tensor
@@ -57,10 +57,10 @@ def _round_kernel(
 
 
 def in_float8(x: Tensor, counts: Tensor | None = None) -> Float8Rows:
-    """Round inputs [num_rows, in_features].
+    """Round inputs [num_rows, in_features] to float8.
 
     Args:
-        counts: [any]; rows behind so many are left out.
+        counts: [any]; rows from their sum on are padding, and are left out.
     """
     num_rows, in_features = x.shape
     num_groups = triton.cdiv(in_features, INPUTS_OF_SCALE)
@@ -86,10 +86,10 @@ def product_in_float8(
     WEIGHTS_FIRST: tl.constexpr, IS_ONE: tl.constexpr, IS_SHARED: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLUMNS] float32; over inputs from low to high, in steps within a group of each.
+    """Products [ROWS, COLUMNS] float32 over inputs from low to high; a step lies in one group.
 
-    Columns have one scale for all inputs (IS_ONE), or share each group's (IS_SHARED), or neither,
-    which takes more registers.
+    Columns have one scale for all inputs (IS_ONE), or share each group's scale (IS_SHARED), or
+    neither, which takes more registers.
     """
     depth, place = tl.arange(0, DEPTH), (first_place + tl.arange(0, COLUMNS)).to(tl.int64)
     of_row = of_row[:, None] + depth[None, :]

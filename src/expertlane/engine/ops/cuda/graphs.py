@@ -11,7 +11,7 @@ from expertlane.engine.ops.transfer import recorded_event
 
 
 class CudaGraphs:
-    """As `ops.graphs.Graphs`; captures use one memory pool."""
+    """`ops.graphs.Graphs` as CUDA graphs, which share one memory pool."""
 
     def __init__(self) -> None:
         self._stream = torch.cuda.Stream()
@@ -20,7 +20,11 @@ class CudaGraphs:
         self._failed: list[Any] = []  # torch's allocator of pinned memory goes on asking them
 
     def capture(self, run: Callable[[], None], until: Callable[[Any], None]) -> Callable[[], None]:
-        """As of `Graphs`; the call before lets kernels be compiled and libraries be loaded."""
+        """Call `run` once, which compiles kernels and loads libraries; then capture it.
+
+        Returns:
+            The graph's launch.
+        """
         self._stream.wait_stream(torch.cuda.current_stream())
         try:
             with torch.cuda.stream(self._stream):
@@ -37,10 +41,10 @@ class CudaGraphs:
         return graph.replay
 
     def _record(self, graph: Any, run: Callable[[], None]) -> None:
-        """Raises what `run` raises, also if then the capture's own end fails.
+        """Capture `run`; raise what it raises, also if the end of the capture fails then.
 
-        So it does where a group is aborted between a transfer's begin and the wait for it: a stream
-        is left that nothing joins. Torch then leaves its allocator as if the capture went on.
+        The end fails where a group is aborted between a transfer's begin and the wait for it, which
+        leaves a stream that nothing joins. Torch then leaves its allocator as if still capturing.
         """
         errors: list[Exception] = []
         try:

@@ -6,9 +6,9 @@ where it belongs, so nothing is permuted in memory. Where tiles are too few for 
 split over programs, whose partial sums `_sum_kernel` adds up in order.
 
 Weights of one byte, or of four bits, are widened in registers, unless inputs are in float8 too
-(`float8_inputs.py`). Of one byte they are multiplied as they are, and the sums over a group of
-inputs that share a scale are multiplied by it in float32: no product of a weight and its scale is
-rounded. Of four bits (MXFP4) that product is exact.
+(`float8_inputs.py`). One-byte values are multiplied without their scales, and the sums over a group
+of inputs that share a scale are multiplied by it in float32: no product of a weight and its scale
+is rounded. With four bits (MXFP4) that product is exact.
 
 Limits: in decode memory, the weights of all matrices that have a row over the card's bandwidth; in
 prompts arithmetic, 2 · rows · weights of a matrix over its peak.
@@ -130,7 +130,7 @@ def _plain_product(
     of_row, is_row, weight, place, is_column, low, high, in_features,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, COLUMNS] float32; over inputs from low to high."""
+    """Products [ROWS, COLUMNS] float32 over inputs from low to high; weights have no scales."""
     depth = tl.arange(0, DEPTH)
     of_row = of_row[:, None] + depth[None, :]
     of_column = (weight + place * in_features)[None, :] + depth[:, None]
@@ -149,7 +149,7 @@ def _product_of_groups(
     WEIGHTS_FIRST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """As `_plain_product`, of one-byte weights; every step lies in one group."""
+    """Products [ROWS, COLUMNS] float32 with one-byte weights; every step lies in one group."""
     depth = tl.arange(0, DEPTH)
     of_row = of_row[:, None] + depth[None, :]
     of_column = (weight + place * in_features)[:, None] + depth[None, :]
@@ -174,7 +174,7 @@ def _product_of_blocks(
     WEIGHTS_FIRST: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """As `_plain_product`, of MXFP4 weights; inputs are a multiple of 32."""
+    """Products [ROWS, COLUMNS] float32 with MXFP4 weights; in_features is a multiple of 32."""
     depth, byte, block = tl.arange(0, DEPTH), tl.arange(0, DEPTH // 2), tl.arange(0, DEPTH // 32)
     of_row = of_row[:, None] + depth[None, :]
     of_byte = (weight + place * (in_features // 2))[:, None] + byte[None, :]
@@ -197,9 +197,10 @@ def _product_of_blocks(
 
 @triton.jit
 def _widened(codes, exponents, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
-    """[COLUMNS, DEPTH] float32 of two e2m1 values a byte and powers of two of 32 values each.
+    """MXFP4 weights as float32 [COLUMNS, DEPTH]: two e2m1 values a byte, a power of two for 32.
 
-    An e2m1's bits at the place of float32's exponent and mantissa are its value · 2^-126.
+    An e2m1's bits, put at the lowest of float32's exponent and the highest of its mantissa, are its
+    value · 2^-126.
     """
     code = tl.interleave(codes & 15, codes >> 4).to(tl.uint32)
     value = (((code & 7) << 22) | ((code & 8) << 28)).to(tl.float32, bitcast=True)
@@ -211,7 +212,7 @@ def _widened(codes, exponents, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):
 
 @triton.jit
 def _zeros(WEIGHTS_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums of no products: [COLUMNS, ROWS] where weights are the first operand."""
+    """Zeroed sums [ROWS, COLUMNS]; [COLUMNS, ROWS] where weights are the first operand."""
     if WEIGHTS_FIRST:
         return tl.zeros([COLUMNS, ROWS], tl.float32)
     else:
@@ -244,7 +245,7 @@ class Tile(NamedTuple):
     """The sizes of a program's tile.
 
     Attributes:
-        depth: inputs of a step.
+        depth: inputs in a step of its loop.
     """
 
     rows: int
@@ -255,7 +256,7 @@ class Tile(NamedTuple):
 
     @classmethod
     def of(cls, num_rows: int, matrices: Matrices, itemsize: int) -> "Tile":
-        """For the mean of rows a matrix."""
+        """The tile for the mean number of rows of a matrix, and its kind of weights."""
         if itemsize == 4:  # float32, for parity: multiplied without tensor cores
             return cls(16, 32, 32, 4, 2)
         mean = triton.next_power_of_2(num_rows // max(1, matrices.num))
@@ -279,7 +280,7 @@ class Tile(NamedTuple):
         return cls(rows, 128, 64, 8 if rows == 128 else 4, 4)
 
     def stage_bytes(self, bits: int, itemsize: int) -> int:
-        """Of a stage of its loop: rows, and weights of so many bits."""
+        """Bytes of shared memory of a stage of its loop: rows, and weights of `bits` each."""
         return self.depth * (self.rows * itemsize + self.columns * bits // 8)
 
 
@@ -293,15 +294,15 @@ def grouped_product(
     to_rows: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """x · Wᵀ + b of each row with its matrix.
+    """x · Wᵀ + b of each row with its matrix; rows are sorted by matrix.
 
     Args:
-        x: [num_rows, in_features] by matrix; or [any, in_features] and `from_rows`.
+        x: [num_rows, in_features]; or [any, in_features] and `from_rows`.
         counts: [num]; rows of each matrix. None where there is one matrix.
-        num_rows: at least the sum of counts; results beyond are not written.
-        from_rows: [num_rows]; where each row is in x.
-        to_rows: [num_rows]; where each result goes.
-        out: [num_rows, out_features]; what is returned, if given.
+        num_rows: at least the sum of counts; results beyond that sum are not written.
+        from_rows: [num_rows]; index in x of each row.
+        to_rows: [num_rows]; index in `out` of each result.
+        out: [num_rows, out_features]; filled and returned, if given.
     """
     out = x.new_empty(num_rows, matrices.out_features) if out is None else out
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -336,7 +337,7 @@ def _multiply(
     to_rows: Tensor | None,
     out: Tensor,
 ) -> None:
-    """Products of each split of inputs: `out` is [num_splits · num_rows, out_features]."""
+    """Fill `out` [num_splits · num_rows, out_features] with each split's products."""
     stage_bytes = tile.stage_bytes(matrices.bits, x.itemsize)
     num_tiles = triton.cdiv(num_rows, tile.rows)
     if counts is not None and num_rows:
@@ -372,7 +373,7 @@ def _multiply(
 
 
 def _num_splits(num_rows: int, matrices: Matrices, tile: Tile, device: torch.device) -> int:
-    """Of inputs: as many as give each multiprocessor a program, if rows are spread evenly."""
+    """Splits of inputs that give each multiprocessor a program, if rows are spread evenly."""
     num_tiles = max(min(num_rows, matrices.num), num_rows // tile.rows)
     num_programs = triton.cdiv(matrices.out_features, tile.columns) * num_tiles
     wanted = num_multiprocessors(device) // max(1, num_programs)

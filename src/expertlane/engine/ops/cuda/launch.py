@@ -1,11 +1,11 @@
-"""How kernels are launched."""
+"""The launch of Triton kernels."""
 
 from collections.abc import Sequence
 from typing import Any
 
 
 def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) -> None:
-    """Run a Triton kernel; nothing where a size of the grid is 0.
+    """Run a Triton kernel; do nothing where a size of the grid is 0.
 
     Multiplications and additions are fused, whatever the version of Triton does by default.
     """
@@ -16,5 +16,5 @@ def launch(kernel: Any, grid: Sequence[int], *arguments: Any, **options: Any) ->
 def _run(
     kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], options: dict[str, Any]
 ) -> None:
-    """The launch itself; tests put theirs in its place."""
+    """Launch; tests replace this."""
     kernel[grid](*arguments, **options)

@@ -13,13 +13,14 @@ from expertlane.engine.ops.products import Linear
 
 @dataclass(frozen=True, eq=False)
 class Matrices:
-    """Weights with what belongs to them.
+    """Stacked weights of several matrices, with their scales and biases.
 
     Attributes:
-        weight: [num, out_features, in_features]; of four bits, half as many uint8.
-        scales: [num, out_features, num_groups]; None where values are weights.
+        weight: [num, out_features, in_features]; of MXFP4 [num, out_features, in_features / 2]
+            uint8.
+        scales: [num, out_features, num_groups]; None where weights have none.
         bias: [num, out_features].
-        group, first, rows: as of `NarrowWeight`.
+        group, first, rows: see `NarrowWeight`.
         takes_float8: products round their inputs (`engine/ops/rounded.py`).
     """
 
@@ -33,7 +34,7 @@ class Matrices:
 
     @classmethod
     def one(cls, linear: Linear) -> Self:
-        """A linear's own."""
+        """The matrix of one linear."""
         bias = None if linear.bias is None else linear.bias.unsqueeze(0)
         if not isinstance(linear, ScaledLinear):
             return cls(linear.weight.unsqueeze(0), None, bias)
@@ -42,10 +43,10 @@ class Matrices:
 
     @classmethod
     def of(cls, linears: Sequence[Sequence[Linear]]) -> Self:
-        """Outputs of each matrix's linears one after the other; all are of one `kind_of`.
+        """Stack matrices, each the concatenated outputs of its linears; all of one `kind_of`.
 
-        The linears' weights become parts of that, one after the other, so that little is held
-        twice.
+        The linears' weights become views of the stack, one matrix after the other, so that little
+        is held twice.
         """
         first = linears[0][0]
         biases = [[each.bias for each in own if each.bias is not None] for own in linears]
@@ -60,32 +61,32 @@ class Matrices:
 
     @property
     def num(self) -> int:
-        """Matrices."""
+        """Number of matrices."""
         return self.weight.shape[0]
 
     @property
     def out_features(self) -> int:
-        """Of each."""
+        """Outputs of each matrix."""
         return self.weight.shape[1]
 
     @property
     def in_features(self) -> int:
-        """Of each."""
+        """Inputs of each matrix."""
         return self.weight.shape[2] * (2 if self.bits == 4 else 1)
 
     @property
     def bits(self) -> int:
-        """Of a value."""
+        """Bits of a weight, without its scale."""
         return 4 if self.weight.dtype is torch.uint8 else 8 * self.weight.itemsize
 
     @property
     def num_groups(self) -> int:
-        """Of inputs that share a scale."""
+        """Groups of inputs that share a scale; 0 without scales."""
         return 0 if self.scales is None else self.scales.shape[2]
 
 
 def kind_of(linear: Linear) -> Hashable:
-    """What linears have in common that are put side by side, beside inputs."""
+    """The key that linears must share to be stacked, beside their number of inputs."""
     kind = type(linear), linear.weight.dtype, linear.bias is not None
     if not isinstance(linear, ScaledLinear):
         return kind
@@ -93,7 +94,7 @@ def kind_of(linear: Linear) -> Hashable:
 
 
 def _side_by_side(linears: Sequence[Sequence[Linear]], name: str) -> Tensor:
-    """[num, rows of all, columns] of an attribute, which becomes a part of that."""
+    """Stack an attribute of linears as [num, rows of all, columns]; each becomes a view of it."""
     like: Tensor = getattr(linears[0][0], name)
     if len(linears) == len(linears[0]) == 1:
         return like.unsqueeze(0)
@@ -108,5 +109,5 @@ def _side_by_side(linears: Sequence[Sequence[Linear]], name: str) -> Tensor:
 
 
 def _bytes_if_one(x: Tensor) -> Tensor:
-    """Values of one byte as bytes: not all of torch knows float8."""
+    """x, viewed as bytes if its values are of one byte: not every torch operation knows float8."""
     return x.view(torch.uint8) if x.itemsize == 1 else x

@@ -1,4 +1,4 @@
-"""Weights of one byte, or of four bits, that are kept so on a GPU."""
+"""Linears whose weights of one byte, or of four bits, stay narrow on a GPU."""
 
 from collections.abc import Sequence
 from typing import Self
@@ -16,11 +16,11 @@ _LEAST_GROUP = 32  # inputs that a step of a product takes at least
 
 
 class CudaNarrowLinear(ScaledLinear):
-    """A product that widens the weight as it reads it.
+    """A linear that widens its weight as it reads it.
 
     Args:
-        weight: one that `suits`.
-        takes_float8: inputs are rounded to float8, and multiplied so.
+        weight: one that `suits` accepts.
+        takes_float8: inputs are rounded to float8, and multiplied in float8.
 
     Attributes:
         weight: [out_features, in_features] int8 or float8; of MXFP4 [out_features,
@@ -47,7 +47,7 @@ class CudaNarrowLinear(ScaledLinear):
 
     @staticmethod
     def suits(weight: NarrowWeight | Mxfp4Weight) -> bool:
-        """Whether a product's steps can have one group of inputs each."""
+        """Whether the kernel takes the weight: each of its steps has to lie in one group."""
         if isinstance(weight, Mxfp4Weight):
             return weight.blocks.numel() > 0
         has_one_group = weight.scales.shape[1] == 1
@@ -58,7 +58,7 @@ class CudaNarrowLinear(ScaledLinear):
         return [self.weight.view(torch.uint8), *super().tensors()[1:]]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
-        """As `Linear`'s."""
+        """A copy of this linear with other weights, as `tensors` gives them."""
         return super().with_tensors([tensors[0].view(self.weight.dtype), *tensors[1:]])
 
     @property
@@ -68,5 +68,5 @@ class CudaNarrowLinear(ScaledLinear):
         return self.weight.nbytes + (self.scales.nbytes if is_mxfp4 else 0)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[num_rows, out_features] of [num_rows, in_features]."""
+        """x · Wᵀ + b [num_rows, out_features], of x [num_rows, in_features]."""
         return grouped_product(x, Matrices.one(self), None, x.shape[0])

@@ -1,4 +1,4 @@
-"""Root-mean-square norms of rows, a residual added before or not.
+"""Root-mean-square norms of rows, optionally after a residual is added.
 
 Limit: memory. A row of H values of b bytes is read and written once each, with a residual twice:
 2·H·b or 4·H·b bytes over the card's bandwidth; FLOPs, 4·H a row, never count.
@@ -34,12 +34,12 @@ def _rms_norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `TorchBackend.rms_norm`."""
+    """Root-mean-square norm of x [num_rows, size], as `TorchBackend.rms_norm` defines it."""
     return _norm(x, None, weight, eps)[1]
 
 
 def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `TorchBackend.add_rms_norm`."""
+    """x + added, and its norm, as `TorchBackend.add_rms_norm` defines them."""
     return _norm(x, added, weight, eps)
 
 

@@ -23,11 +23,11 @@ class CudaAttention:
         self._weights = weights
 
     def takes(self, x: Tensor) -> bool:
-        """As `AttentionCall`."""
+        """Whether there are tokens."""
         return x.shape[0] > 0
 
     def __call__(self, x: Tensor, cache: KVCache, batch: PagedBatch, *, adds_input: bool) -> Tensor:
-        """As `AttentionCall`."""
+        """Store the tokens' keys and values, and attend; see `AttentionCall`."""
         own = self._weights
         hidden = x if own.norm is None else rms_norm(x, own.norm, own.eps)
         heads = own.num_heads + 2 * own.num_kv_heads
@@ -51,9 +51,9 @@ class CudaAttention:
 
 
 class CudaMlp:
-    """Gate and up projections as one product, the activation as one kernel.
+    """An MLP whose gate and up projections are one product, and whose activation is one kernel.
 
-    Gate and up weights are put side by side, and each becomes a part of that.
+    Gate and up weights are concatenated, and each becomes a view of the whole.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class CudaMlp:
 
     @staticmethod
     def suits(mlp: Expert) -> bool:
-        """Whether its projections have no biases, and gate and up are of one kind."""
+        """Whether the MLP has no biases, and its gate and up are of one kind (`kind_of`)."""
         kinds = {type(each) for each in mlp.linears}
         return (
             kinds <= {Linear, CudaNarrowLinear}
@@ -80,11 +80,11 @@ class CudaMlp:
         )
 
     def takes(self, x: Tensor) -> bool:
-        """As `MlpCall`."""
+        """Whether there are tokens."""
         return x.shape[0] > 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        """As `MlpCall`."""
+        """The MLP's output [num_tokens, hidden_size], of x [num_tokens, hidden_size]."""
         hidden = x if self._norm is None else rms_norm(x, self._norm, self._eps)
         if self._inner.scales is None:
             inner = F.linear(hidden, self._inner.weight.squeeze(0))

@@ -22,7 +22,7 @@ _SUM_BLOCK = 1024
 
 @triton.jit
 def _group_of(ids, ids_row, pair, num_pairs, first, divisor, num_groups, TOP_K: tl.constexpr):
-    """The group of each pair, the one behind all others where it has none; and whether it has."""
+    """Each pair's group, and whether it has one; without one its group is `num_groups`."""
     is_there = pair < num_pairs
     place = pair // TOP_K
     found = tl.load(ids + place.to(tl.int64) * ids_row + pair % TOP_K, mask=is_there, other=-1)
@@ -81,7 +81,10 @@ def _place_kernel(
 def group_pairs(
     ids: Tensor, first: int, divisor: int, num_groups: int, num_pairs: int | None = None
 ) -> PairGroups:
-    """As `Bookkeeping.group_pairs`; without `num_pairs`, the host waits for that number alone."""
+    """Sort pairs by group, as `Bookkeeping.group_pairs` defines it.
+
+    The host waits only for the number of pairs, and not if `num_pairs` is given.
+    """
     num_rows, top_k = ids.shape
     ids = ids if ids.stride(1) == 1 else ids.contiguous()
     most = num_rows * top_k
@@ -128,7 +131,7 @@ def _gather_sum_kernel(
 def gather_sum(
     values: Tensor, places: Tensor, weights: Tensor | None, out: Tensor | None
 ) -> Tensor:
-    """As `TorchBackend.gather_sum`."""
+    """Weighted sums of rows of `values`, as `TorchBackend.gather_sum` defines them."""
     (num_rows, num), width = places.shape, values.shape[1]
     out = values.new_empty(num_rows, width) if out is None else out
     values, places = (x if x.stride(1) == 1 else x.contiguous() for x in (values, places))

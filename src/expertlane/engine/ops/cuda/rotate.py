@@ -1,4 +1,4 @@
-"""Rotary embedding, with the norms of heads before and the write to the paged cache after.
+"""Rotary embedding, with the norms of heads before it and the write to the paged cache after it.
 
 Limit: memory. A token's queries, keys and values are read once and written once: 2 · (heads + 2 ·
 kv heads) · head_dim · b bytes over the card's bandwidth, and its cosines and sines.
@@ -82,7 +82,7 @@ def _rotate_kernel(
 def _columns_of_pairs(
     half, is_turned, KEPT: tl.constexpr, HALF: tl.constexpr, INTERLEAVE: tl.constexpr
 ):  # fmt: skip
-    """Both columns of each pair: side by side in heads that are turned with INTERLEAVE."""
+    """The two columns of each rotary pair: adjacent if INTERLEAVE, in heads that are rotated."""
     first = KEPT + half
     second = first + HALF
     if INTERLEAVE:
@@ -93,7 +93,7 @@ def _columns_of_pairs(
 
 @triton.jit
 def _normalised(x, scale, norm, is_there, has_norm, dtype):
-    """x · scale · norm where there is a norm; rounded, as by a norm that is its own operation."""
+    """x · scale · norm where there is a norm, rounded as a norm of its own operation would be."""
     x = tl.where(has_norm, x * scale * tl.load(norm, is_there & has_norm, 0.0), x)
     return x.to(dtype).to(tl.float32)
 
@@ -103,7 +103,7 @@ def _store_in_float8(
     to, scales, a, b, c, half, kept, in_cache, in_half, in_kept,
     KEPT: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
-    """As `_store_head`, rounded, and the scales of heads in the cache."""
+    """Round heads to float8, and store them and their scales in the cache."""
     largest = tl.maximum(largest_of(a), tl.maximum(largest_of(b), largest_of(c)))
     scale = scale_of(largest)[:, None]
     tl.store(scales, scale.to(tl.uint8), mask=in_cache)
@@ -164,7 +164,7 @@ def _launch(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
-    """As `TorchBackend.rotate_`; never in place."""
+    """Rotate each head, as `TorchBackend.rotate_` defines it; never in place."""
     return _launch(x, x.shape[1], 0, (None, cos, sin), None, 0.0, None, None, interleave=interleave)
 
 
@@ -183,10 +183,10 @@ def rotate_and_write(
 
     Args:
         query_key_value: [num_tokens, num_heads + 2 · num_kv_heads, head_dim].
-        angles: positions [num_tokens]; cosines and sines of all positions, as
-            `AttentionWeights` has them.
+        angles: positions [num_tokens]; cosines and sines of all positions, those of
+            `AttentionWeights`.
         norms: [num_heads + num_kv_heads, head_dim] float32; None where heads have no norm.
-        slots: [num_tokens]; where the cache keeps each token.
+        slots: [num_tokens]; each token's slot in the cache.
 
     Returns:
         [num_tokens, num_heads, head_dim].
@@ -235,7 +235,7 @@ def _write_row(
 
 
 def write(cache: KVCache, slots: Tensor, key: Tensor, value: Tensor) -> None:
-    """Store new tokens' keys and values, as `KVCache.write` does."""
+    """Store new tokens' keys and values in the cache; see `KVCache.write`."""
     num_tokens, heads, key_dim = key.shape
     value_dim, (keys, values, *scales) = value.shape[2], cache.parts
     key, value = (each if each.stride(2) == 1 else each.contiguous() for each in (key, value))

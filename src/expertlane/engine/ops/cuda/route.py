@@ -1,7 +1,7 @@
-"""The choice of experts as one kernel: what `ops.router.route` defines.
+"""The choice of experts as one kernel; `ops.router.route` defines it.
 
-A program takes one token: its scores lie in registers, and the best one is taken as often as
-experts are chosen. Torch does the same in 3 operations, or 15 where experts have groups.
+A program takes one token: its scores lie in registers, and the best is taken top_k times. Torch
+does the same in 3 operations, or 15 where experts have groups.
 
 Limits: one launch; 4 · num_experts bytes are read for a token.
 """
@@ -69,13 +69,13 @@ def _route_kernel(
 
 @triton.jit
 def _greatest(x):
-    """Of all values of [rows, columns]."""
+    """The greatest value of a matrix [rows, columns]."""
     return tl.max(tl.max(x, axis=1), axis=0)
 
 
 @triton.jit
 def _are_best(choice, BEST: tl.constexpr, TAKES_MAX: tl.constexpr, GROUPS: tl.constexpr):
-    """[GROUPS]; whether a group is among the best, by its greatest score or by its two greatest."""
+    """[GROUPS]; whether a group is among the best, by its greatest score or its two greatest."""
     of_group = tl.max(choice, axis=1)
     if not TAKES_MAX:
         place = tl.arange(0, choice.shape[1])[None, :]
@@ -91,10 +91,10 @@ def _are_best(choice, BEST: tl.constexpr, TAKES_MAX: tl.constexpr, GROUPS: tl.co
 
 
 class CudaRouter(Router):
-    """Chooses experts in one launch behind the product."""
+    """A router that chooses experts in one launch after its product."""
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """As `Router.route`."""
+        """Top-k ids and weights [num_tokens, top_k] of logits [num_tokens, num_experts]."""
         params = self.params
         return route(logits, params.top_k, params.routing, params.correction_bias)
 
@@ -102,9 +102,10 @@ class CudaRouter(Router):
 def route(
     logits: Tensor, top_k: int, routing: Routing, correction_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `ops.router.route`; equal scores by number.
+    """Choose `top_k` experts for each token, as `ops.router.route` defines it.
 
-    Where a logit is no number, weights are none either.
+    Of equal scores the expert with the lower number wins. A token with a NaN among its logits gets
+    weights of NaN.
     """
     num_rows, num_experts = logits.shape
     topk_ids = logits.new_empty(num_rows, top_k, dtype=torch.int64)

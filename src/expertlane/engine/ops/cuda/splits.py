@@ -1,29 +1,29 @@
-"""Work of one result split over programs, so that all of a card's multiprocessors have some."""
+"""Splits of one result's work over programs, so that all of a card's multiprocessors have some."""
 
 import torch
 import triton
 import triton.language as tl
 from triton.runtime.driver import driver
 
-# Of an H100; used where the device cannot be queried.
+# Those of an H100; used where the device cannot be queried.
 _FEW_MULTIPROCESSORS = 132
 _SHARED_BYTES = 227 << 10  # of a program
 
 
 def num_multiprocessors(device: torch.device) -> int:
-    """Of a GPU; of an H100 where there is none."""
+    """Multiprocessors of a GPU; an H100's where there is none."""
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.get_device_properties(device).multi_processor_count
     return _FEW_MULTIPROCESSORS
 
 
 def stages_within(wanted: int, stage_bytes: int, device: torch.device) -> int:
-    """Stages of a loop whose loads fit into shared memory."""
+    """Stages of a loop, `wanted` at most, whose loads fit into shared memory."""
     return max(1, min(wanted, shared_bytes(device) // stage_bytes))
 
 
 def shared_bytes(device: torch.device) -> int:
-    """Shared memory of a program at most; small cards have 99 KiB."""
+    """The most shared memory of a program, in bytes; small cards have 99 KiB."""
     if device.type == "cuda" and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(device)
         return getattr(properties, "shared_memory_per_block_optin", _SHARED_BYTES)

@@ -1,4 +1,4 @@
-"""What a rank sees of the machine it runs on, and what that can do at best."""
+"""Description of a rank's machine, and measurement of its peak rates."""
 
 import contextlib
 import os
@@ -24,7 +24,7 @@ _MEASURE_S = 0.6
 
 
 def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
-    """The rank's device, its memory and its software."""
+    """Describe the rank's device, its memory and its software."""
     chosen = context.platform
     free_bytes, memory_bytes = memory_of(chosen.device).free_and_total()
     ops = backend_for(chosen.device)
@@ -52,7 +52,7 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
 
 
 def _driver() -> str:
-    """The version of NVIDIA's driver; empty where the system does not tell it."""
+    """The version of NVIDIA's driver; empty where it cannot be read."""
     with contextlib.suppress(OSError):
         first = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
         if found := re.search(r"\d+\.\d+(\.\d+)?", first):
@@ -71,10 +71,10 @@ def cpu_name() -> str:
 
 
 def measure_rates(context: RankContext, _: MeasureRates) -> RankRates:
-    """The rates of a large matrix product and of reading memory.
+    """Measure the rates of a large matrix product and of reading memory.
 
-    The best of the repetitions that fit into the time: a peak, not an average. Reading is timed
-    as a float32 matrix-vector product, which no arithmetic holds up.
+    They are those of the fastest repetition: a peak, not an average. Reading is timed as a float32
+    matrix-vector product, which is bound by memory.
     """
     on_gpu = context.platform.device.type == "cuda"
     device, dtype = context.platform.device, context.platform.dtype
@@ -90,13 +90,16 @@ def measure_rates(context: RankContext, _: MeasureRates) -> RankRates:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done what was asked of it."""
+    """Wait until a GPU has done all work queued so far; nothing on a CPU."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def _best_s(context: RankContext, work: Callable[[], object]) -> float:
-    """The least time; of a single CPU thread its CPU time, to which other programs add little."""
+    """The least seconds of a repetition.
+
+    For a single CPU thread CPU time is taken, to which other programs add little.
+    """
     is_alone = context.platform.device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time if is_alone else time.perf_counter
     best, until = float("inf"), time.perf_counter() + _MEASURE_S

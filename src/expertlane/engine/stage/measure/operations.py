@@ -1,4 +1,4 @@
-"""Seconds of single operations, as the engine does them."""
+"""Measurement of single operations, by the kernels that the engine uses."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -34,24 +34,24 @@ _MOST_SETS, _MOST_CACHES = 64, 16  # of weights, and of blocks, used in turn
 
 @dataclass(frozen=True, eq=False)
 class _Bench:
-    """What a rank measures with.
+    """Device and memory of a rank's measurements.
 
     Attributes:
-        cold: [n] values of the model's type, more than caches hold.
+        cold: by dtype, [n] values, more than caches hold.
     """
 
     device: torch.device
     cold: dict[str, Tensor]
 
     def turns(self, shape: tuple[int, ...], dtype: str) -> Iterator[Tensor]:
-        """Views of this shape into the cold values, one after the other for ever."""
+        """Views of a shape into the cold values, in an endless cycle."""
         values, size = self.cold[dtype], int(np.prod(shape))
         starts = range(0, max(1, len(values) - size + 1), max(size, 1))
         return cycle([values[start : start + size].view(shape) for start in starts])
 
 
 def measure_operations(context: RankContext, command: MeasureOperations) -> list[float]:
-    """Seconds of each operation, [num_points]; the median of one round's repetitions."""
+    """Measure seconds of each operation, [num_points]; the median of one round's repetitions."""
     mesh = first_ranks(context, command.num_ranks)
     if mesh is None:
         return []
@@ -71,7 +71,7 @@ def measure_operations(context: RankContext, command: MeasureOperations) -> list
 
 
 def first_ranks(context: RankContext, num_ranks: int) -> ParallelMesh | None:
-    """The groups of the first ranks; None on the others. Collective over all ranks."""
+    """The mesh of the first `num_ranks` ranks; None on the others. Collective over all ranks."""
     layout = Layout(dp=num_ranks)
     context.meshes.make(layout)
     if context.rank >= num_ranks:
@@ -82,14 +82,14 @@ def first_ranks(context: RankContext, num_ranks: int) -> ParallelMesh | None:
 
 
 def barrier(mesh: ParallelMesh, device: torch.device) -> None:
-    """Wait until all ranks are here."""
+    """Wait until all ranks of the mesh have come here."""
     token = torch.zeros(1, 1, device=device)
     mesh.stage.all_gather(token, [1] * mesh.stage.size).wait()
     synchronize(device)
 
 
 def time_s(context: RankContext, work: Callable[[], object], most_s: float) -> float:
-    """The median time of some repetitions."""
+    """Median seconds of repetitions that take `most_s` together, one at least."""
     if context.platform.device.type == "cuda":
         return _gpu_time_s(context, work, most_s)
     work()
@@ -107,7 +107,10 @@ def time_s(context: RankContext, work: Callable[[], object], most_s: float) -> f
 
 
 def _gpu_time_s(context: RankContext, work: Callable[[], object], most_s: float) -> float:
-    """Time of operations queued in bursts, the device held until all are: no launch is in it."""
+    """Median seconds of an operation on a GPU, without its launch.
+
+    Operations are queued in bursts, while a sleep holds the device until all are queued.
+    """
     device, clock = context.platform.device, clock_for(context.platform.device)
     work()  # compiles
     _, once_s = _burst_s(work, 1, device)
@@ -131,7 +134,7 @@ def _gpu_time_s(context: RankContext, work: Callable[[], object], most_s: float)
 
 
 def _burst_s(work: Callable[[], object], num: int, device: torch.device) -> tuple[float, float]:
-    """The host's seconds to queue an operation some times, and until all are done."""
+    """The host's seconds to queue an operation `num` times, and until all are done."""
     synchronize(device)
     began = time.perf_counter()
     for _ in range(num):
@@ -142,7 +145,7 @@ def _burst_s(work: Callable[[], object], num: int, device: torch.device) -> tupl
 
 
 def measure_launches(context: RankContext, command: MeasureLaunches) -> tuple[float, float]:
-    """Seconds the host of a GPU takes to launch a kernel, and a graph of some."""
+    """Measure seconds that a GPU's host takes to launch a kernel, and a graph of several."""
     device = context.platform.device
     x = torch.zeros(16, device=device)
     graph = torch.cuda.CUDAGraph()
@@ -175,7 +178,7 @@ def _gemm(bench: _Bench, point: Point) -> Callable[[], object]:
 
 
 def _linears(bench: _Bench, dtype: str, n: int, k: int) -> Iterator[Linear]:
-    """Products [n, k] whose weights are used in turn."""
+    """Linears [n, k] with cold weights, in an endless cycle."""
     device = bench.device
     first = backend_for(device).linear(torch.zeros(n, k, dtype=DTYPES[dtype], device=device))
     views = bench.turns(tuple(first.tensors()[0].shape), dtype)
@@ -210,7 +213,7 @@ def _experts(bench: _Bench, point: Point) -> Callable[[], object]:
 
 
 def _memory(bench: _Bench, point: Point) -> Callable[[], object]:
-    """A norm of rows: each value is read once and written once."""
+    """An operation bound by memory: a norm, which reads and writes each value once."""
     dtype = DTYPES[point.dtype]
     size = 64
     while size < 1024 and size * size * dtype.itemsize * 8 < point.by_name["bytes"]:
@@ -246,9 +249,10 @@ def _attention(bench: _Bench, point: Point) -> Callable[[], object]:
 def _cache(
     bench: _Bench, point: Point, length: int, key_dim: int, value_dim: int
 ) -> tuple[KVCache, int, int]:
-    """A cache that lies in the cold values where it fits; blocks of a set, and sets in it.
+    """A KV cache, in the cold values if it fits; the blocks of a set, and the number of sets.
 
-    Decoding takes another set of blocks each time; new prompts' keys have just been written.
+    Decoding uses another set of blocks each time. New prompts use one set, as their keys have just
+    been written anyway.
     """
     at, dtype = point.by_name, DTYPES[point.dtype]
     kv_heads, stored_dim = at.get("kv_heads", 1), value_dim if "kv_heads" in at else 0
@@ -273,7 +277,7 @@ def _cache(
 def _batch(
     seqs: int, num_new: int, length: int, first_block: int, device: torch.device
 ) -> PagedBatch:
-    """Equal sequences, with all that is made once for all layers."""
+    """A batch of equal sequences, with the properties that are computed once for all layers."""
     width = -(-length // _BLOCK_SIZE)
     tables = np.arange(seqs * width, dtype=np.int32).reshape(seqs, width) + first_block
     batch = Batch(

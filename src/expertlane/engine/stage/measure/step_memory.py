@@ -1,4 +1,4 @@
-"""How much memory a step of this rank's stage takes."""
+"""Measurement of the memory that a step of a rank's stage takes."""
 
 import torch
 
@@ -8,7 +8,7 @@ from expertlane.engine.stage.worker import RankContext
 
 
 def measure_step(context: RankContext, command: MeasureStep) -> int:
-    """Bytes beyond what the rank had before; the most of all ways to run it."""
+    """Peak bytes of a step, beyond those allocated before; the most over all dispatch tables."""
     deployed, memory = context.deployed, memory_of(context.platform.device)
     memory.begin()
     with torch.inference_mode():

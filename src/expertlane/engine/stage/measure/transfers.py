@@ -1,4 +1,4 @@
-"""Seconds of transfers, as the engine makes them."""
+"""Measurement of transfers, by the groups that the engine uses."""
 
 import time
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from expertlane.engine.stage.measure.operations import barrier, first_ranks
 from expertlane.engine.stage.worker import RankContext
 
 _LEAST, _MOST = 5, 60  # repetitions in a round
-_GPU_BURST = 8  # of them between two waits for a GPU
+_GPU_BURST = 8  # repetitions between two waits for a GPU
 _ROW_BYTES = 64
 
 
 def measure_transfers(context: RankContext, command: MeasureTransfers) -> list[float]:
-    """Seconds of each transfer, [num_points]; 0 on ranks that take no part."""
+    """Measure seconds of each transfer, [num_points]; 0 on ranks that take no part."""
     seconds = []
     for point in command.points:
         mesh = first_ranks(context, point.num_ranks)
@@ -52,7 +52,7 @@ def _measure(
 def _agreed_number(
     group: Group, work: Callable[[], object], point_s: float, device: torch.device
 ) -> int:
-    """Repetitions that fit, the same on all ranks."""
+    """Repetitions that fit into `point_s`; the same on all ranks."""
     began = time.perf_counter()
     work()
     synchronize(device)
@@ -62,7 +62,7 @@ def _agreed_number(
 
 
 def measure_contention(context: RankContext, command: MeasureContention) -> list[float]:
-    """The share of computing that an all-to-all in flight takes away, for each size; 0 … 1."""
+    """Measure the share of computing, 0 … 1, that an all-to-all of each size takes away."""
     mesh = first_ranks(context, command.num_ranks)
     if mesh is None:
         return []
