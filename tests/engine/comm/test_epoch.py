@@ -8,8 +8,8 @@ import pytest
 
 from cli.screen import telling
 from expertlane.engine.comm.epoch import Epoch
-from expertlane.engine.comm.file_store import FileStore
 from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.torch_transport import FileStore
 from expertlane.engine.comm.transport import EpochEndedError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no unnamed files")

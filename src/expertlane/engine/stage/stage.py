@@ -7,6 +7,7 @@ import torch
 from expertlane.engine.comm.progress import NO_LAYER
 from expertlane.engine.model.checkpoint import Checkpoint
 from expertlane.engine.model.int8_cache import Int8Cache, write_int8_cache
+from expertlane.engine.ops.device_memory import memory_of
 from expertlane.engine.ranks.commands import (
     CacheInt8,
     Deploy,
@@ -37,7 +38,6 @@ from expertlane.engine.ranks.commands import (
 from expertlane.engine.stage.deployed_stage import DeployedStage
 from expertlane.engine.stage.measure.machine import describe_machine, measure_rates
 from expertlane.engine.stage.measure.operations import measure_launches, measure_operations
-from expertlane.engine.stage.measure.step_memory import measure_step
 from expertlane.engine.stage.measure.transfers import measure_contention, measure_transfers
 from expertlane.engine.stage.preparing import drop_prepared, prepare
 from expertlane.engine.stage.rank_checks import sum_weights
@@ -46,6 +46,17 @@ from expertlane.engine.stage.worker import Handlers, RankContext
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DISPATCH_FORMS
 from expertlane.spec.names import Origin, Stage
+
+
+def measure_step(context: RankContext, command: MeasureStep) -> int:
+    """Peak bytes of a step, beyond those allocated before; the most over all dispatch tables."""
+    deployed, memory = context.deployed, memory_of(context.platform.device)
+    memory.begin()
+    with torch.inference_mode():
+        for table in command.tables:
+            deployed.set_dispatch(table)
+            deployed.run_crowded(command.step)
+    return memory.peak_bytes()
 
 
 def deploy(context: RankContext, command: Deploy) -> HeldBytes:

@@ -22,14 +22,13 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from expertlane.engine.comm.core_token import CoreToken
 from expertlane.engine.comm.device import Event, await_event
 from expertlane.engine.comm.epoch import Epoch
-from expertlane.engine.comm.file_store import FileStore
 from expertlane.engine.comm.mesh import Meshes
 from expertlane.engine.comm.nodes import NodesTransport
 from expertlane.engine.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
 from expertlane.engine.comm.region import Region
 from expertlane.engine.comm.shared_memory import CompiledEndpoint, Endpoint, SharedTransport
 from expertlane.engine.comm.staged import StagedTransport
-from expertlane.engine.comm.torch_transport import TorchTransport
+from expertlane.engine.comm.torch_transport import FileStore, TorchTransport
 from expertlane.engine.comm.transport import EpochEndedError, PeerLostError, Transport
 from expertlane.engine.comm.uncompiled import UncompiledEndpoint
 from expertlane.engine.ops.backend import (
