@@ -30,7 +30,7 @@ class KernelsHook(BuildHookInterface[Any]):
         if version == "editable" or os.environ.get("EXPERTLANE_WHEEL_KERNELS") != "1":
             return
         sys.path.insert(0, str(Path(self.root) / "src"))
-        from expertlane.ops.build import BASELINE, SETS, compile_library, shipped_name
+        from expertlane.engine.ops.build import BASELINE, SETS, compile_library, shipped_name
 
         compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or "clang++")
         self._folder = tempfile.TemporaryDirectory()
@@ -42,7 +42,8 @@ class KernelsHook(BuildHookInterface[Any]):
             except subprocess.CalledProcessError as error:
                 sys.exit(f"{instructions.name}: {error.stderr.decode()}")
             libraries.append(library)
-            build_data["force_include"][str(library)] = f"expertlane/ops/libraries/{library.name}"
+            shipped = f"expertlane/engine/ops/libraries/{library.name}"
+            build_data["force_include"][str(library)] = shipped
         build_data["pure_python"] = False
         build_data["tag"] = f"py3-none-{platform_tag(libraries)}"
 

@@ -21,8 +21,8 @@ from statistics import median
 
 import httpx
 import psutil
-
 from model.chat_checkpoint import save_chat_checkpoint
+
 from server.hostile import MUCH, TOO_MUCH
 
 QUIET_S, PAUSE_S, LIMIT_S = 2.0, 0.002, 120.0

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from bench_ranks import MeasureCollectives, start_ranks
 
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder
-from expertlane.ops.host import num_cores
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.ops.host import num_cores
 from expertlane.spec.layout import Layout
 
 NUM_BYTES = (256, 4096, 65536, 1 << 20)  # to each other rank

@@ -40,7 +40,7 @@ from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.timeline import Timeline
-from expertlane.ops.backend import backend_for
+from expertlane.engine.ops.backend import backend_for
 from expertlane.spec.deployment import CopyMethod
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS

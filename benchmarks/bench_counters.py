@@ -17,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.engine.local_ranks import LocalRanks
+from expertlane.cost.memory import workload_limits
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
-from expertlane.memory import workload_limits
-from expertlane.ops.host import num_cores
+from expertlane.engine.ops.host import num_cores
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.layout import Layout, partition

@@ -1,4 +1,4 @@
-"""Each kernel of ops/cuda on a GPU beside its limit: bytes over bandwidth, or FLOPs over peak.
+"""Each kernel of engine/ops/cuda on a GPU, and its limit: bytes over bandwidth, or FLOPs over peak.
 
 Bandwidth and peak are those of a large copy and of a large bfloat16 product on the same card in the
 same run. A time is the median of repeated calls by CUDA events, with another buffer written between
@@ -28,17 +28,17 @@ if not torch.cuda.is_available():  # before Triton is imported
 
 from cuda_cases import Kind, equal_sequences
 
-from expertlane.ops.cuda.activation import activate
-from expertlane.ops.cuda.attention import attend
-from expertlane.ops.cuda.experts import CudaExperts
-from expertlane.ops.cuda.narrow import CudaNarrowLinear
-from expertlane.ops.cuda.norm import add_rms_norm
-from expertlane.ops.cuda.permute import gather_sum, group_pairs
-from expertlane.ops.cuda.rotate import rotate_and_write
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.ops.mxfp4 import Mxfp4Weight
-from expertlane.ops.narrow import NarrowWeight
-from expertlane.ops.products import Activation, Expert, Linear, grouped_mm
+from expertlane.engine.ops.cuda.activation import activate
+from expertlane.engine.ops.cuda.attention import attend
+from expertlane.engine.ops.cuda.experts import CudaExperts
+from expertlane.engine.ops.cuda.narrow import CudaNarrowLinear
+from expertlane.engine.ops.cuda.norm import add_rms_norm
+from expertlane.engine.ops.cuda.permute import gather_sum, group_pairs
+from expertlane.engine.ops.cuda.rotate import rotate_and_write
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.mxfp4 import Mxfp4Weight
+from expertlane.engine.ops.narrow import NarrowWeight
+from expertlane.engine.ops.products import Activation, Expert, Linear, grouped_mm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16

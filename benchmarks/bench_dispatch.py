@@ -32,15 +32,15 @@ from torch import Tensor
 
 from expertlane import __version__
 from expertlane.balance.placement import Placement
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.collectives import Group, interleave
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.recorder import Recorder
-from expertlane.comm.transport import Work
-from expertlane.engine.worker import RankContext
-from expertlane.moe.dispatch import CopyChooser, Dispatcher, RoutedTokens
-from expertlane.moe.forms import make_dispatcher
-from expertlane.moe.payload import Payload
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.collectives import Group, interleave
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.comm.transport import Work
+from expertlane.engine.moe.dispatch import CopyChooser, Dispatcher, RoutedTokens
+from expertlane.engine.moe.forms import make_dispatcher
+from expertlane.engine.moe.payload import Payload
+from expertlane.engine.stage.worker import RankContext
 from expertlane.spec.dispatch import DISPATCH_FORMS
 from expertlane.spec.layout import Layout
 

@@ -51,7 +51,7 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.ops.host import num_cores
+from expertlane.engine.ops.host import num_cores
 
 CHECKPOINTS = ("mixtral", "qwen3")
 CONTENDERS = (

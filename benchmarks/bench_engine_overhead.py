@@ -26,7 +26,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from expertlane import __version__
 from expertlane.engine.engine import Engine
-from expertlane.ops.host import num_cores
+from expertlane.engine.ops.host import num_cores
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler

@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from expertlane.compare.run import run_comparison
-from expertlane.compare.virtual import VirtualSettings
+from expertlane.comparison.run import run_comparison
+from expertlane.comparison.virtual import VirtualSettings
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.engine.launch import start_pool
 from expertlane.progress import Silent

@@ -24,7 +24,7 @@ from bench_engine_overhead import VOCAB_SIZE, StubRunner, byte_level_tokenizer
 
 from expertlane import __version__
 from expertlane.engine.engine import Engine
-from expertlane.ops.host import num_cores
+from expertlane.engine.ops.host import num_cores
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler

@@ -26,9 +26,9 @@ import httpx
 import psutil
 import torch
 
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.recorder import Recorder
 from expertlane.engine.llm import LLM
 from expertlane.spec.names import Stage
 from expertlane.spec.sampling import SamplingParams

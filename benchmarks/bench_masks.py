@@ -16,7 +16,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from expertlane.model.sampled_batch import SampledBatch
+from expertlane.engine.model.sampled_batch import SampledBatch
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
 from expertlane.text.grammars import Grammars

@@ -44,9 +44,8 @@ from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step.totals import count
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.model import PRESETS, ModelConfig, num_params
 from expertlane.spec.names import Stage
-from expertlane.spec.tensors import num_params
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = "bfloat16"

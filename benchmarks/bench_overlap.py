@@ -26,11 +26,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.engine.commands import SetDispatch
-from expertlane.engine.dispatch_timing import still_hopeful
 from expertlane.engine.launch import describe_ranks, start_pool
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.commands import SetDispatch
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.warm_up import still_hopeful
 from expertlane.report.compared import hidden_share
 from expertlane.results.step_record import StepRecord
 from expertlane.results.time_shares import stage_time

@@ -25,13 +25,13 @@ from expertlane.cost.laws.execution import LIKELY, Execution
 from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
-from expertlane.plan.candidates import Goals, PlanRequest
-from expertlane.plan.project import Setting
-from expertlane.plan.search import Search
-from expertlane.plan.simulated import Race, simulate, simulated_pool
-from expertlane.plan.trials import Trials
-from expertlane.plan.two_pools import TwoPoolSearch
-from expertlane.simulate.watch import ROUGH, USUAL
+from expertlane.planner.candidates import Goals, PlanRequest
+from expertlane.planner.project import Setting
+from expertlane.planner.search import Search
+from expertlane.planner.simulated import Race, simulate, simulated_pool
+from expertlane.planner.trials import Trials
+from expertlane.planner.two_pools import TwoPoolSearch
+from expertlane.simulator.watch import ROUGH, USUAL
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
 
@@ -156,7 +156,7 @@ def main() -> None:
     whole_s = seconds(lambda: simulated_pool(search, search.screen(), lambda _: None))
     pools_s = seconds(lambda: TwoPoolSearch(request).run())
     help_s = started_s("-m", "expertlane", "plan", "--help")
-    start_s = started_s("-c", "import expertlane.cli.plan, expertlane.plan.results")
+    start_s = started_s("-c", "import expertlane.cli.plan, expertlane.planner.results")
     rows = {
         f"{num_candidates:,} candidates screened": screen_s,
         "the same for 2,000": screen_s * 2000 / num_candidates,

@@ -33,9 +33,8 @@ from rich.table import Table
 from expertlane import __version__
 from expertlane.balance.placement_file import placements_of
 from expertlane.balance.trace import RoutingTrace
-from expertlane.calibrate.quiet import QuietMeasuring
-from expertlane.calibrate.run import Calibration
-from expertlane.calibrate.timed_phases import (
+from expertlane.calibrate.run import Calibration, QuietMeasuring
+from expertlane.calibrate.steps import (
     BLOCK_SIZE,
     PhaseTimes,
     limits_for,
@@ -52,7 +51,7 @@ from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.launch import start_pool
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.schedule.drive import FinishedStep
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.dispatch import DispatchTable

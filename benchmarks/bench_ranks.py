@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from expertlane.engine import fork_server
-from expertlane.engine.commands import Command
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks import fork_server
+from expertlane.engine.ranks.commands import Command
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.pool import RankPool
 
 TIMEOUT_S = 60.0
 
@@ -47,7 +47,7 @@ def main() -> None:
     import bench_dispatch
     import bench_step
 
-    from expertlane.engine.stage import HANDLERS
+    from expertlane.engine.stage.stage import HANDLERS
 
     own: dict[type[Command[Any]], Any] = {
         MeasureCollectives: bench_collectives.measure,

@@ -31,8 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
+from expertlane.engine.elastic.recovery_record import Kind, State
 from expertlane.engine.llm import LLM
-from expertlane.engine.recovery_record import Kind, State
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import OnFailure

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
+from expertlane.engine.elastic.scaling import LayoutChange
 from expertlane.engine.llm import LLM
-from expertlane.engine.scaling import LayoutChange
 from expertlane.schedule.request import Chunk
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Origin

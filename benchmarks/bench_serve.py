@@ -41,7 +41,7 @@ from rich.table import Table
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from expertlane import __version__
-from expertlane.ops.host import num_cores
+from expertlane.engine.ops.host import num_cores
 
 SERVERS = ("ours:tp=1", "vllm:auto", "vllm:0,1")
 STREAMS = (8, 32, 128)

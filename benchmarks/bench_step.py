@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.engine.commands import RunStep
 from expertlane.engine.engine import Engine
 from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.ranks.commands import RunStep
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -57,7 +57,7 @@ def decode_steps(batch_size: int, *, record: bool) -> Iterator[StepPlan]:
 
 def bare_steps(context: Any, command: RunBareSteps) -> list[float]:
     """Runs on the rank."""
-    from expertlane.engine.stage import run_step
+    from expertlane.engine.stage.stage import run_step
 
     seconds = []
     for plan in decode_steps(command.batch_size, record=False):
@@ -69,7 +69,7 @@ def bare_steps(context: Any, command: RunBareSteps) -> list[float]:
 
 def profiled_steps(context: Any, command: ProfileBareSteps) -> dict[str, list[float]]:
     """Runs on the rank: by stage, the median of its seconds, and the mean of the bytes it reads."""
-    from expertlane.engine.stage import run_step
+    from expertlane.engine.stage.stage import run_step
 
     wall_s, num_bytes = [], []
     for plan in decode_steps(command.batch_size, record=True):

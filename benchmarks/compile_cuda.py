@@ -1,4 +1,4 @@
-"""Compile the Triton kernels of ops/cuda ahead of time, without a GPU: registers and spills.
+"""Compile the Triton kernels of engine/ops/cuda ahead of time, without a GPU: registers and spills.
 
 Operations run at models' sizes on tensors that have shapes and no data (`cuda_cases.py`). Each
 kernel that they would launch is compiled instead, with the very arguments of the launch, for the

@@ -1,4 +1,4 @@
-"""Operations of ops/cuda at models' sizes, on tensors with shapes and no data: what is compiled.
+"""Operations of engine/ops/cuda at models' sizes, on tensors without data: what is compiled.
 
 Each runs under a FakeTensorMode, and checks shape, type and device of what it gives.
 """
@@ -10,19 +10,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.ops.cuda import attention, rotate
-from expertlane.ops.cuda.activation import activate
-from expertlane.ops.cuda.experts import CudaExperts
-from expertlane.ops.cuda.narrow import CudaNarrowLinear
-from expertlane.ops.cuda.norm import add_rms_norm, rms_norm
-from expertlane.ops.cuda.parts import CudaAttention, CudaMlp
-from expertlane.ops.cuda.permute import gather_sum, group_pairs
-from expertlane.ops.cuda.route import route
-from expertlane.ops.kv_cache import AttentionParams, KVCache, PagedBatch, PagedSequences
-from expertlane.ops.mxfp4 import Mxfp4Weight
-from expertlane.ops.narrow import NarrowWeight
-from expertlane.ops.products import Activation, Expert, Linear, grouped_mm
-from expertlane.ops.step import AttentionWeights
+from expertlane.engine.ops.cuda import attention, rotate
+from expertlane.engine.ops.cuda.activation import activate
+from expertlane.engine.ops.cuda.experts import CudaExperts
+from expertlane.engine.ops.cuda.narrow import CudaNarrowLinear
+from expertlane.engine.ops.cuda.norm import add_rms_norm, rms_norm
+from expertlane.engine.ops.cuda.parts import CudaAttention, CudaMlp
+from expertlane.engine.ops.cuda.permute import gather_sum, group_pairs
+from expertlane.engine.ops.cuda.route import route
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch, PagedSequences
+from expertlane.engine.ops.mxfp4 import Mxfp4Weight
+from expertlane.engine.ops.narrow import NarrowWeight
+from expertlane.engine.ops.products import Activation, Expert, Linear, grouped_mm
+from expertlane.engine.ops.step import AttentionWeights
 from expertlane.schedule.plan import Batch
 from expertlane.spec.model import Routing
 

@@ -5,12 +5,12 @@ Parts run in the order of what matters most, each a process with a limit of its 
 or is too slow stops no other:
 
 - parity: whole models on the GPU against the reference (tests/gpu, tests/parity)
-- kernels: our Triton kernels, and layers of whole models with them, against torch (tests/ops/cuda)
+- kernels: our Triton kernels, and layers of models with them, against torch (tests/engine/ops/cuda)
 - limits: each kernel's time beside what the card allows (bench_cuda.py)
 - calibrate: `expertlane calibrate`, a profile of the GPU
 - one_rank: one rank of the paper's steps, and batch 1, beside projections (bench_one_rank.py)
 - steps: the engine's steps beside what that profile projects (bench_projection.py)
-- operations: torch's operations on the GPU against float64 (tests/ops)
+- operations: torch's operations on the GPU against float64 (tests/engine/ops)
 - vllm: beside vLLM, where it is installed, in the time that is left (bench_engine.py)
 
 Four files go into benchmarks/results/DATE-gpu-CARD, or --folder: summary.txt (each goal, what was
@@ -99,7 +99,12 @@ PARTS = (
         ("-k", "in_float32 or full_norm or fills"),
     ),
     # Without tests/conftest.py, which needs more than torch.
-    Part("kernels", 55, (*PYTEST, *SPREAD, "--noconftest", "tests/ops/cuda"), ("-k", "no_tokens")),
+    Part(
+        "kernels",
+        55,
+        (*PYTEST, *SPREAD, "--noconftest", "tests/engine/ops/cuda"),
+        ("-k", "no_tokens"),
+    ),
     Part("limits", 45, ("benchmarks/bench_cuda.py", "--json", "{data}"), ("--tiny",)),
     Part(
         "calibrate",
@@ -122,7 +127,12 @@ PARTS = (
     Part(
         "operations",
         15,
-        (*PYTEST, "--noconftest", "tests/ops/test_torch_backend.py", "tests/ops/test_products.py"),
+        (
+            *PYTEST,
+            "--noconftest",
+            "tests/engine/ops/test_torch_backend.py",
+            "tests/engine/ops/test_products.py",
+        ),
         ("-k", "sums"),
     ),
     Part(

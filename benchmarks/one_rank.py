@@ -16,23 +16,22 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.placement_file import placements_of
-from expertlane.comm.clocks import clock_for
-from expertlane.comm.collectives import interleave
-from expertlane.comm.mesh import Meshes, ParallelMesh
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.recorder import Recorder
-from expertlane.model.decode_graphs import decode_graphs
-from expertlane.model.forward_batch import ForwardBatch
-from expertlane.model.transformer import TransformerStage
-from expertlane.model.weights import WeightSource
-from expertlane.ops.row_parts import RowParts
+from expertlane.engine.comm.clocks import clock_for
+from expertlane.engine.comm.collectives import interleave
+from expertlane.engine.comm.mesh import Meshes, ParallelMesh
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.model.decode_graphs import decode_graphs
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.transformer import TransformerStage
+from expertlane.engine.model.weights import WeightSource
+from expertlane.engine.ops.row_parts import RowParts
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import GraphLimits, Options
 from expertlane.spec.dispatch import DispatchForm, is_static_on
 from expertlane.spec.layout import Layout, partition
-from expertlane.spec.model import ModelConfig
-from expertlane.spec.tensors import cut_dim, tensor_shape
+from expertlane.spec.model import ModelConfig, cut_dim, tensor_shape
 
 BLOCK_SIZE, MOST_REPEATS, MOST_S = 16, 50, 0.5
 

@@ -26,8 +26,7 @@ from sheet import Card
 from tables import SOURCE, Array, Part
 
 from expertlane.cost.laws.fitting import Rows, fit_surface, knots_of
-from expertlane.cost.laws.link_bounds import ASSUMED_TERMS
-from expertlane.cost.laws.links import law_times, roofline_s
+from expertlane.cost.laws.links import ASSUMED_TERMS, law_times, roofline_s
 from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis

@@ -16,7 +16,7 @@ from serving_rows import Row
 
 from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.step.operation import Floats
-from expertlane.simulate.steady import StepTimes
+from expertlane.simulator.steady import StepTimes
 
 NUM_WAVES = 10  # requests of a benchmark, over those it keeps open; assumed
 _SEED = 0

@@ -3,6 +3,7 @@
 Type checkers and editors read it; at run time the same signatures are on the functions.
 """
 
+import ast
 import inspect
 import textwrap
 from pathlib import Path
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Literal
 
 from expertlane.api import Difference, Results, diff, load_results
-from expertlane.engine.llm import LLM
+from expertlane.engine.llm import LLM as _LLM
 from expertlane.errors import ExpertlaneError, RankError, UserError
 from expertlane.spec.deployment import Options
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Layout
+from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
 from expertlane.version import __version__
@@ -38,7 +41,30 @@ def stub() -> str:
 
     names = ",\n    ".join(f'"{name}"' for name in expertlane.__all__)
     functions = [getattr(api, name) for name in ("compare", "plan", "simulate", "bench")]
-    return "\n".join([_HEAD, f"__all__ = [\n    {names},\n]", *map(_function, functions)])
+    all_names = f"__all__ = [\n    {names},\n]"
+    return "\n".join([_HEAD, all_names, _llm(), *map(_function, functions)])
+
+
+def _llm() -> str:
+    """`LLM` with the settings of `EngineConfig` by name."""
+    from expertlane.spec import engine_config
+
+    (config,) = (
+        each
+        for each in ast.parse(inspect.getsource(engine_config)).body
+        if isinstance(each, ast.ClassDef)
+    )
+    settings = [each for each in config.body if isinstance(each, ast.AnnAssign)]
+    wider = {"layout": "str | Layout", "options": "Options | None"}
+    listed = "".join(
+        f"        {name}: {wider.get(name, ast.unparse(each.annotation))} = ...,\n"
+        for each in settings
+        for name in [ast.unparse(each.target)]
+    )
+    return (
+        "\nclass LLM(_LLM):\n    def __init__(\n        self,\n        model: str | Path,\n"
+        f"        config: EngineConfig | None = None,\n        *,\n{listed}    ) -> None: ...\n"
+    )
 
 
 def _function(function: object) -> str:

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():  # before anything imports Triton: its kernels
 
 from distributed.on_ranks import local_ranks
 from documented.commands import kept_results
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
 from forked import Forks
@@ -188,6 +188,6 @@ def browser():
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory):
     """One tiny checkpoint per family."""
-    from model.families import Checkpoints
+    from engine.model.families import Checkpoints
 
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))

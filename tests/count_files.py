@@ -19,8 +19,8 @@ from pathlib import Path
 from types import FrameType
 
 import expertlane
-from expertlane.engine import fork_server
-from expertlane.engine.local_ranks import LocalRanks
+from expertlane.engine.ranks import fork_server
+from expertlane.engine.ranks.local_ranks import LocalRanks
 
 PACKAGE = Path(expertlane.__file__).parent
 FOLDER = "COUNT_FILES_IN"  # a variable: where ranks write, and whether they are to count
@@ -77,7 +77,7 @@ class Counter:
 
 def main_of_server() -> None:
     """The fork server of ranks that count what they execute for a command, and after it."""
-    from expertlane.engine.stage import HANDLERS
+    from expertlane.engine.stage.stage import HANDLERS
 
     counter, folder = Counter(), Path(os.environ[FOLDER])
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 
 import example_timelines
-from expertlane.compare.assumptions import measured_assumptions
-from expertlane.compare.records import measured_record
-from expertlane.engine.commands import HeldBytes
-from expertlane.memory import workload_limits
+from expertlane.comparison.assumptions import measured_assumptions
+from expertlane.comparison.records import measured_record
+from expertlane.cost.memory import workload_limits
+from expertlane.engine.ranks.commands import HeldBytes
 from expertlane.results.hardware import Machine, MachinePeak
 from expertlane.results.metrics import num_tokens_per_expert, phase_record
 from expertlane.results.record import EXPERIMENT, SCALING, DeploymentRecord

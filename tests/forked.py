@@ -25,8 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
-from expertlane.engine.fork_server import python_command
-from expertlane.engine.rank_environment import rank_environment
+from expertlane.engine.ranks.fork_server import python_command
+from expertlane.engine.ranks.rank_environment import rank_environment
 
 _TESTS = Path(__file__).parent
 _ROOT = _TESTS.parent
@@ -37,18 +37,18 @@ _IMPORTED = (
     "distributed.on_ranks",
     "distributed.supervisor",
     "expertlane.cli.app",
-    "expertlane.compare.projection",
-    "expertlane.compare.run",
+    "expertlane.comparison.projection",
+    "expertlane.comparison.run",
     "expertlane.engine.llm",
-    "expertlane.engine.stage",
-    "expertlane.plan.results",
-    "expertlane.plan.search",
+    "expertlane.engine.stage.stage",
+    "expertlane.planner.results",
+    "expertlane.planner.search",
     "expertlane.report.html",
     "expertlane.report.markdown",
     "expertlane.report.terminal",
     "expertlane.results.file",
     "expertlane.server.run",
-    "expertlane.simulate.results",
+    "expertlane.simulator.results",
 )
 
 

@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from expertlane.cli.output_options import OutputOptions
 from expertlane.errors import SpecError, UserError
 from expertlane.report.shown import Results
 from expertlane.results.file import read, write
+from expertlane.spec.layout import Layout
 
 FUNCTIONS = ["compare", "plan", "simulate", "bench"]
 SMALL = {"cluster": "h100x2", "batch": 4, "prompt_len": 8, "output_len": 8}
@@ -55,7 +57,7 @@ def test_all_names_are_there():
         if isinstance(each, ast.ImportFrom)
         for alias in each.names
     }
-    typed |= {each.name for each in tree.body if isinstance(each, ast.FunctionDef)}
+    typed |= {each.name for each in tree.body if isinstance(each, ast.FunctionDef | ast.ClassDef)}
     assert not {*expertlane.__all__} - typed
     for name in expertlane.__all__:
         assert getattr(expertlane, name) is not None
@@ -64,16 +66,11 @@ def test_all_names_are_there():
         expertlane.nothing  # noqa: B018
 
 
-def test_a_package_is_called_as_its_command():
-    code = (
-        "import expertlane.plan.search, expertlane\n"
-        "from expertlane import plan\n"
-        "print(plan is expertlane.plan, plan.search.__name__)\n"
-        "from expertlane import api\n"
-        "from inspect import signature\n"
-        "print(signature(plan) == signature(api.plan), plan.__doc__ == api.plan.__doc__)"
-    )
-    assert in_new_process(code) == "True expertlane.plan.search\nTrue True\n"
+def test_commands_are_plain_functions_and_no_room_has_their_names():
+    for name in ("bench", "compare", "plan", "simulate"):
+        assert getattr(expertlane, name) is getattr(api, name)
+        assert inspect.isfunction(getattr(expertlane, name))
+        assert find_spec(f"expertlane.{name}") is None
 
 
 def is_hidden(option):
@@ -107,12 +104,7 @@ def test_the_engine_has_the_defaults_of_the_commands():
         each.name: getattr(each.default, "default", each.default)
         for each in parameters_of(EngineOptions)
     }
-    options = call_with(EngineOptions, values).for_llm()
-    of_llm = inspect.signature(expertlane.LLM).parameters
-    for name, value in options.items():
-        default = of_llm[name].default
-        assert default == value or (name == "options" and default is None), name
-    assert options["options"] == expertlane.Options()
+    assert call_with(EngineOptions, values).config(Layout()) == expertlane.EngineConfig()
 
 
 def test_results_show_themselves(tmp_path):

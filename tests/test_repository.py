@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     ROOT / "README.md",
     ROOT / "CHANGELOG.md",
+    ROOT / "CONTRIBUTING.md",
     *(each for each in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in each.parts),
 ]
 
@@ -78,6 +79,15 @@ def test_documents_name_only_what_exists(path: Path):
     assert not missing
 
 
+@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_files_of_the_package_that_are_named_exist(name: str):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    files = set(re.findall(r"`([a-z][\w/]*/[\w.]+\.\w+)`", text))
+    package = ROOT / "src" / "expertlane"
+    assert len(files) > 50
+    assert not {each for each in files if not ((ROOT / each).exists() or (package / each).exists())}
+
+
 def test_the_readme_gives_the_make_targets():
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
@@ -127,3 +137,19 @@ def test_json_is_written_in_one_way():
         with pytest.raises(ValueError, match="not JSON compliant"):
             strict_json(value)
     assert strict_json({"a": [1.5, None]}, separators=(",", ":")) == '{"a":[1.5,null]}'
+
+
+def test_docstrings_name_modules_that_exist():
+    """In backticks, `engine.ranks.pool` for example, with or without a name of the module."""
+    package = ROOT / "src" / "expertlane"
+    rooms = {each.name for each in package.iterdir() if each.is_dir()}
+    missing = []
+    for path in package.rglob("*.py"):
+        for name in re.findall(r"`((?:\w+\.)+\w+)`", path.read_text(encoding="utf-8")):
+            parts = name.split(".")
+            if parts[0] not in rooms or parts[-1] in ("json", "md", "html", "toml"):
+                continue
+            ends = [package.joinpath(*parts[:length]) for length in range(len(parts), 1, -1)][:2]
+            if not any(each.is_dir() or each.with_suffix(".py").exists() for each in ends):
+                missing.append(f"{path.relative_to(package)}: {name}")
+    assert not missing

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli.screen import tells
-from expertlane.ops.build import BASELINE, SETS, build, shipped_name
+from expertlane.engine.ops.build import BASELINE, SETS, build, shipped_name
 
 ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]

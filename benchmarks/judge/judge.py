@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from rows import Rows, add
 
-from expertlane.compare.run import run_comparison
-from expertlane.compare.virtual import VirtualSettings
+from expertlane.comparison.run import run_comparison
+from expertlane.comparison.virtual import VirtualSettings
 from expertlane.cost.laws.profile_file import read_profile
 from expertlane.engine.launch import start_pool
 from expertlane.errors import UserError

@@ -19,13 +19,12 @@ from dilation import Dilation
 from network import set_links
 from rows import add
 
+from expertlane.cost.memory import workload_limits
 from expertlane.cost.step.operation import TransferKind
-from expertlane.engine.commands import MeasureRates, MeasureTransfers
 from expertlane.engine.launch import start_pool
-from expertlane.engine.measure.points import TransferPoint
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
-from expertlane.memory import workload_limits
+from expertlane.engine.ranks.commands import MeasureRates, MeasureTransfers, TransferPoint
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler

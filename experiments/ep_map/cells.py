@@ -15,15 +15,15 @@ from expertlane.cost.laws.execution import LIKELY, Execution
 from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
-from expertlane.plan.candidates import (
+from expertlane.planner.candidates import (
     Candidate,
     Goals,
     PlanRequest,
     candidates_of,
     valid_layouts,
 )
-from expertlane.plan.project import Projector, Setting, StepSize
-from expertlane.plan.screen import Screen, ScreenedCandidate, fitting
+from expertlane.planner.project import Projector, Setting, StepSize
+from expertlane.planner.screen import Screen, ScreenedCandidate, fitting
 from expertlane.results.record import StepsRecord
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from expertlane.compare.likeness import (
+from expertlane.comparison.likeness import (
     BASELINE,
     PAPER_CONTEXT,
     PROPOSAL,

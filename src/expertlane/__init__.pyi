@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from expertlane.api import Difference, Results, diff, load_results
-from expertlane.engine.llm import LLM
+from expertlane.engine.llm import LLM as _LLM
 from expertlane.errors import ExpertlaneError, RankError, UserError
 from expertlane.spec.deployment import Options
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Layout
+from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
 from expertlane.version import __version__
@@ -20,6 +22,7 @@ Text = str | int | float | Path | Layout | Sequence[int | float | str]
 __all__ = [
     "LLM",
     "Difference",
+    "EngineConfig",
     "ExpertlaneError",
     "Options",
     "RankError",
@@ -35,6 +38,34 @@ __all__ = [
     "plan",
     "simulate",
 ]
+
+class LLM(_LLM):
+    def __init__(
+        self,
+        model: str | Path,
+        config: EngineConfig | None = None,
+        *,
+        layout: str | Layout = ...,
+        options: Options | None = ...,
+        dtype: Dtype | None = ...,
+        max_model_len: int | None = ...,
+        block_size: int = ...,
+        num_blocks: int | None = ...,
+        max_num_seqs: int = ...,
+        max_num_batched_tokens: int = ...,
+        prefix_caching: bool = ...,
+        ranks_per_node: int = ...,
+        seed: int = ...,
+        timeout_s: float = ...,
+        oversubscribe: bool = ...,
+        on_failure: OnFailure = ...,
+        rejoin_s: float = ...,
+        cpu_isa: CpuIsa | None = ...,
+        ignore_unused_tensors: bool = ...,
+        record_routing: bool = ...,
+        check: CheckLevel = ...,
+    ) -> None: ...
+
 
 def compare(
     experiment: Text = 'paper-small',
@@ -100,7 +131,7 @@ def compare(
         link_scale: Transfers take N times as long as on the profile's links.
         compute: Compute times in virtual time: measured, or a profile's cost model for the
             operations that ran.
-        timeout_s: Longest wait for a rank that makes no progress.
+        timeout_s: Longest wait for a rank that makes no progress, in seconds.
         oversubscribe: Allow more than 32 local ranks per core.
         cpu_isa: Largest instruction set that kernels on CPUs may use; amx only if asked for.
         ignore_unused_tensors: Continue, with a warning, if the checkpoint holds tensors that
@@ -446,7 +477,7 @@ def bench(
         request_timeout_s: Time limit of a request, waiting included.
         dtype: Type of weights and activations.
         max_model_len: Longest sequence, in tokens.
-        num_blocks: KV-cache blocks.
+        num_blocks: KV-cache blocks per data-parallel rank.
         block_size: Tokens per KV-cache block.
         max_num_seqs: Concurrent requests per data-parallel rank.
         max_num_batched_tokens: Tokens per step and data-parallel rank.
@@ -485,14 +516,16 @@ def bench(
         check: Check every step for silent errors. light: no NaN or infinite values, and ranks
             agree on replicated values; full: also, transfers arrive unchanged, and each token
             is computed once by each of its experts.
-        timeout_s: Longest wait for a rank that makes no progress.
+        timeout_s: Longest wait for a rank that makes no progress, in seconds.
         oversubscribe: Allow more than 32 local ranks per core.
         cpu_isa: Largest instruction set that kernels on CPUs may use; amx only if asked for.
         ignore_unused_tensors: Continue, with a warning, if the checkpoint holds tensors that
             its config.json does not use.
-        on_failure: When a rank dies or hangs: replace it and lose no request; shrink the layout
-            until it is replaced; or stop all ranks.
-        rejoin_s: On several nodes, with --on-failure replace: how long to wait for a lost node.
+        on_failure: When a rank dies, hangs or fails. replace: a new process takes its place,
+            and no request is lost; shrink: a smaller layout serves until then, where possible;
+            stop: all ranks end.
+        rejoin_s: On several nodes, where lost ranks are replaced: how long to wait for a lost
+            node, in seconds; 0: all ranks end at once.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 

@@ -1,4 +1,4 @@
-"""What `import expertlane` offers beside `LLM`: the commands as functions.
+"""The commands as Python functions: what `import expertlane` offers beside `LLM`.
 
 A function takes the options that its command declares, under the same names with underscores and
 with the same defaults. What is found is returned; it is written only if `out` says where. Progress

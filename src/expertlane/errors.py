@@ -76,7 +76,7 @@ class TerminatedError(ExpertlaneError):
 
 
 def no_room(error: OSError) -> str:
-    """Which limit of the system an error means, and the command that raises it where it is ours."""
+    """The system limit behind an error, with the command that raises it where a user can."""
     import resource
 
     if error.errno == errno.EMFILE:
@@ -89,7 +89,7 @@ def no_room(error: OSError) -> str:
 
 
 def _limit(number: int, command: str, wanted: int) -> str:
-    """How low a limit is, and how to raise it."""
+    """The present limit, and how to raise it."""
     import resource
 
     soft, hard = resource.getrlimit(number)

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from expertlane.balance.copies import CopyChoice, usable_copies
 from expertlane.balance.placement import Placement
-from expertlane.comm.mesh import Meshes, ParallelMesh
 from expertlane.cost.step.counts import count_dispatch
 from expertlane.cost.step.stage_mesh import StageMesh
-from expertlane.moe.dispatch import CopyChooser
-from expertlane.ops.backend import backend_for
-from expertlane.ops.torch_backend import TorchBackend
+from expertlane.engine.comm.mesh import Meshes, ParallelMesh
+from expertlane.engine.moe.dispatch import CopyChooser
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.spec.layout import Layout
 
 # Torch, and our own kernels where they are available.

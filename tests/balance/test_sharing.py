@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from expertlane.balance.packing import EMPTY, Packing
 from expertlane.balance.placement import Placement
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.moe.dispatch import CopyChooser
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.moe.dispatch import CopyChooser
 from expertlane.spec.layout import Layout
 
 SILENT = SimpleNamespace(is_recording=False)

@@ -8,10 +8,10 @@ import pytest
 
 from cost.projected import at_bound
 from expertlane.balance.placement_file import placements_of
-from expertlane.calibrate import quiet
 from expertlane.calibrate import run as calibrate
+from expertlane.calibrate import run as calibrate_run
 from expertlane.calibrate.points import CPU_GRID, GPU_GRID
-from expertlane.calibrate.timed_phases import limits_for, phase_times, run_batch
+from expertlane.calibrate.steps import limits_for, phase_times, run_batch
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.links import LinkModel
@@ -31,8 +31,8 @@ from expertlane.cost.step.operation import (
     flops_of,
 )
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.layout import Layout
@@ -71,7 +71,7 @@ MODEL = PRESETS["paper-tiny"]
 def profile(request, tmp_path_factory):
     """As read from the file that a calibration wrote."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quiet, "_MOST_TRIES", 1)
+        patch.setattr(calibrate_run, "_MOST_TRIES", 1)
         patch.setenv("EXPERTLANE_PIN", "1")  # other tests run beside this one
         with RankPool(LocalRanks(2, 60.0, request.param), 60.0) as pool:
             calibration = calibrate.Calibration(pool, 2, TINY)

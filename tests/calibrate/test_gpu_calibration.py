@@ -12,7 +12,7 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.calibrate import run as calibrate
 from expertlane.calibrate import steps as of_steps
 from expertlane.calibrate.points import GPU_GRID
-from expertlane.calibrate.timed_phases import phase_times
+from expertlane.calibrate.steps import phase_times
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import (
     DRIVER_S,
@@ -33,13 +33,13 @@ from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.kernel_sets import ENGINE_ON_GPUS, GPU_LIBRARIES
 from expertlane.cost.step.operation import Kind
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.engine.commands import (
+from expertlane.engine.ranks.commands import (
     DescribeMachine,
     MeasureLaunches,
     MeasureOperations,
     RankMachine,
 )
-from expertlane.plan.project import Projector, Setting, StepSize
+from expertlane.planner.project import Projector, Setting, StepSize
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig

@@ -20,7 +20,7 @@ from serving_rows import DEEPSEEK, Row, Workers, model_of, read_rows  # noqa: E4
 
 from expertlane.cost.laws.frameworks import Fitted, JudgedGroup, served_by  # noqa: E402
 from expertlane.cost.laws.profile_file import parse_cluster  # noqa: E402
-from expertlane.simulate.steady import StepTimes  # noqa: E402
+from expertlane.simulator.steady import StepTimes  # noqa: E402
 
 HEADER = (
     "hardware,framework,precision,spec_method,disagg,is_multinode,prefill_tp,prefill_ep,"

@@ -4,8 +4,8 @@ from itertools import count
 
 import pytest
 
-from expertlane.calibrate import quiet
-from expertlane.calibrate.quiet import QuietMeasuring, rounds_in_time
+from expertlane.calibrate import run as calibrate_run
+from expertlane.calibrate.run import QuietMeasuring, rounds_in_time
 
 
 @pytest.fixture
@@ -26,8 +26,8 @@ def machine(monkeypatch):
         def share(self):
             return next(machine.shares)
 
-    monkeypatch.setattr(quiet, "ForeignLoad", Foreign)
-    monkeypatch.setattr(quiet.time, "monotonic", lambda: machine.now_s)
+    monkeypatch.setattr(calibrate_run, "ForeignLoad", Foreign)
+    monkeypatch.setattr(calibrate_run.time, "monotonic", lambda: machine.now_s)
     return machine
 
 

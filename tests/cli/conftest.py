@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-import expertlane.compare
-import expertlane.compare.machine
+import expertlane.comparison
+import expertlane.comparison.machine
 import expertlane.engine.launch
 import expertlane.engine.llm  # takes the real `start_pool`, before a fake is in place
 import expertlane.report
 import expertlane.results.file
 from expertlane.cli.main import main
-from expertlane.compare.run import Repeats
+from expertlane.comparison.run import Repeats
 from expertlane.errors import CapacityError
 from expertlane.results.file import write_text
 
@@ -101,13 +101,13 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
 
     monkeypatch.setattr(expertlane.engine.launch, "start_pool", fake.start_pool)
     install(
-        expertlane.compare,
+        expertlane.comparison,
         "run",
         run_comparison=fake.run_comparison,
         Repeats=Repeats,
     )
-    monkeypatch.setattr(expertlane.compare.machine, "check_memory", fake.check_memory)
-    monkeypatch.setattr("expertlane.ops.host.memory_bytes", lambda: (1 << 50, 1 << 50))
+    monkeypatch.setattr(expertlane.comparison.machine, "check_memory", fake.check_memory)
+    monkeypatch.setattr("expertlane.engine.ops.host.memory_bytes", lambda: (1 << 50, 1 << 50))
     monkeypatch.setattr(expertlane.results.file, "to_json", as_json)
     monkeypatch.setattr(expertlane.results.file, "write", write)
 

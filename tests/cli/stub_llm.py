@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from expertlane.balance.trace import RoutingTrace
-from expertlane.engine.commands import RankMachine
 from expertlane.engine.engine import Engine
+from expertlane.engine.ranks.commands import RankMachine
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler

@@ -12,7 +12,7 @@ import pytest
 
 from cli.screen import one_line, tells
 from client.fake_server import answer, error, fakes
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 from expertlane.results.file import read
 
 SHORT = ["--prompt-len", "4", "--output-len", "3", "--num-requests", "6", "--batch", "2"]

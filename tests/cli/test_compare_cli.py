@@ -13,15 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.screen import one_line, refused, tells
-from expertlane.compare.run import Repeats
+from expertlane.comparison.run import Repeats
+from expertlane.engine.model.checkpoint_names import tensor_locations
 from expertlane.errors import CapacityError, RankError
-from expertlane.model.checkpoint_names import tensor_locations
 from expertlane.spec.experiment import read_experiment, shipped_experiments
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import family_of
-from expertlane.spec.model import PRESETS
+from expertlane.spec.model import PRESETS, tensor_names, tensor_shape
 from expertlane.spec.ranges import RANGES
-from expertlane.spec.tensors import tensor_names, tensor_shape
 
 SMALL = read_experiment(shipped_experiments()["paper-small"])
 

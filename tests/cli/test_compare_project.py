@@ -8,7 +8,7 @@ import pytest
 import example_results
 from cli.screen import refused, tells
 from cli.small_checkpoint import checkpoint
-from expertlane.compare import machine
+from expertlane.comparison import machine
 from expertlane.errors import CapacityError
 from expertlane.results.file import read
 from expertlane.results.record import EXPERIMENT, SCALING
@@ -48,9 +48,9 @@ def few_layouts(model, num_devices):
 @pytest.fixture
 def too_small(tmp_path, monkeypatch):
     """A machine whose memory holds none of it, an empty folder, and a planner that tries little."""
-    monkeypatch.setattr("expertlane.plan.search.valid_layouts", few_layouts)
-    monkeypatch.setattr("expertlane.compare.machine._ACCELERATORS", ())
-    monkeypatch.setattr("expertlane.ops.host.memory_bytes", lambda: (10**9, 2 * 10**9))
+    monkeypatch.setattr("expertlane.planner.search.valid_layouts", few_layouts)
+    monkeypatch.setattr("expertlane.comparison.machine._ACCELERATORS", ())
+    monkeypatch.setattr("expertlane.engine.ops.host.memory_bytes", lambda: (10**9, 2 * 10**9))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.chdir(tmp_path)
     Path("short.toml").write_text(SHORT, encoding="utf-8")

@@ -14,7 +14,7 @@ import pytest
 import example_results
 from cli.screen import one_line, tells
 from cli.small_checkpoint import checkpoint
-from expertlane.cost.laws.profile_file import shipped_profiles
+from expertlane.cost.laws import shipped_profiles
 from expertlane.results.file import to_json
 
 EXPERIMENT = """\

@@ -11,15 +11,15 @@ import pytest
 
 from cli.screen import one_line, refused, tells
 from cli.stub_llm import StubLLM
+from engine.model.chat_checkpoint import save_chat_checkpoint
 from expertlane.balance.trace import read_trace
 from expertlane.cli import local_model, model
-from expertlane.cli.sampling import sampling_params
+from expertlane.cli.generate import sampling_params
 from expertlane.errors import UserError
 from expertlane.schedule.request import RequestOutput, not_finite
 from expertlane.spec.model import PRESETS
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 from expertlane.text.tokenizer import Tokenizer
-from model.chat_checkpoint import save_chat_checkpoint
 
 TINY = PRESETS["paper-tiny"]
 TEMPLATE = """\

@@ -10,6 +10,7 @@ from cli.stub_llm import MACHINE, StubLLM
 from expertlane.balance.trace import read_trace
 from expertlane.cli import local_model, model
 from expertlane.spec.deployment import Options
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.hf_config import Quantization
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
@@ -57,16 +58,17 @@ def test_engine_options_are_handed_over(run, stub):
     options += ["--ranks-per-node", "1"]
     assert run("generate", "paper-tiny", "--token-ids", "7", *options)[0] == 0
     assert str(stub.layout) == "dp=2,ep=2"
-    assert stub.options.for_llm() == {
-        "dtype": "bfloat16",
-        "max_model_len": 9,
-        "num_blocks": 8,
-        "block_size": 4,
-        "check": "off",
-        "max_num_seqs": 3,
-        "max_num_batched_tokens": 7,
-        "prefix_caching": False,
-        "options": Options(
+    assert stub.options.config(stub.layout) == EngineConfig(
+        layout=stub.layout,
+        dtype="bfloat16",
+        max_model_len=9,
+        num_blocks=8,
+        block_size=4,
+        check="off",
+        max_num_seqs=3,
+        max_num_batched_tokens=7,
+        prefix_caching=False,
+        options=Options(
             overlap=True,
             num_micro_batches=2,
             micro_batch_schedule="rotating",
@@ -74,14 +76,14 @@ def test_engine_options_are_handed_over(run, stub):
             placement="round_robin",
             num_redundant_experts=4,
         ),
-        "ranks_per_node": 1,
-        "on_failure": "stop",
-        "rejoin_s": 300.0,
-        "timeout_s": 5.0,
-        "oversubscribe": True,
-        "cpu_isa": "avx2",
-        "ignore_unused_tensors": True,
-    }
+        ranks_per_node=1,
+        on_failure="stop",
+        rejoin_s=300.0,
+        timeout_s=5.0,
+        oversubscribe=True,
+        cpu_isa="avx2",
+        ignore_unused_tensors=True,
+    )
     assert not stub.records_routing
 
 
@@ -169,7 +171,7 @@ def test_what_computes_is_said_once(monkeypatch, capsys, kernels, said):
     llm.machine = (replace(MACHINE, kernels=kernels),)
     monkeypatch.setattr("expertlane.engine.llm.LLM", lambda *_, **__: llm)
     found = model.find_model("paper-tiny")
-    engine = SimpleNamespace(for_llm=dict, weights="model")
+    engine = SimpleNamespace(config=lambda *_, **__: None, weights="model")
     assert local_model.load_model(found, Layout(), engine) is llm
     told = capsys.readouterr().err.partition(" s\n")[2]
     assert told.count("\n") == bool(said)
@@ -189,6 +191,8 @@ def test_widened_weights_are_said(monkeypatch, capsys, weights, method, keeps_na
         found = replace(
             found, quantization=Quantization(method, "float8" if method == "fp8" else None)
         )
-    local_model.load_model(found, Layout(), SimpleNamespace(for_llm=dict, weights=weights))
+    local_model.load_model(
+        found, Layout(), SimpleNamespace(config=lambda *_, **__: None, weights=weights)
+    )
     told = capsys.readouterr().err.partition(" s\n")[2]
     assert told == "" if keeps_narrow else tells(told, f"weights widened {MACHINE.dtype}")

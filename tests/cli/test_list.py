@@ -5,9 +5,9 @@ import json
 import pytest
 
 from cli.screen import fits_a_screen, tells
+from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.frameworks import frameworks
-from expertlane.cost.laws.profile_file import shipped_profiles
-from expertlane.plan.candidates import valid_layouts
+from expertlane.planner.candidates import valid_layouts
 from expertlane.spec.model import PRESETS
 
 LAYOUTS = ("list", "layouts", "paper", "--cluster", "h100x16")

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from cli.screen import one_line, tells
-from engine.processes import RunningRanks
+from engine.ranks.processes import RunningRanks
 
 WAIT_S = 60.0
 

@@ -7,10 +7,10 @@ import pytest
 
 from expertlane.cost.laws.execution import BOUNDS
 from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
-from expertlane.plan.project import Projector, StepSize
+from expertlane.planner.project import Projector, StepSize
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from plan.requests import MIXED, setting_of
+from planner.requests import MIXED, setting_of
 
 SIZE = StepSize(64, 1, 600)
 LAYOUT = Layout.parse("dp=2,tp=2,ep=4")

@@ -14,6 +14,7 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.memory import workload_limits
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import GivenRouting
@@ -22,7 +23,6 @@ from expertlane.cost.step.operation import TransferKind
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.virtual import VirtualClock, VirtualLinks
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.memory import workload_limits
 from expertlane.results.step_record import Action
 from expertlane.schedule.drive import FinishedStep, drive, step_records
 from expertlane.schedule.request import Request

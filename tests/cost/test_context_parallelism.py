@@ -10,13 +10,13 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile_file import parse_cluster
+from expertlane.cost.memory import PlacedModel
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Kind, Transfer
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.memory import PlacedModel
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

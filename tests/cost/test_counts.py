@@ -26,8 +26,8 @@ from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.operation import Transfer, TransferKind
 from expertlane.cost.step.program import ProgramBuilder, StepProgram
 from expertlane.cost.step.totals import count
-from expertlane.engine.commands import DescribeMachine, SetDispatch
 from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.ranks.commands import DescribeMachine, SetDispatch
 from expertlane.results.step_record import RankCounts
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, Options

@@ -10,6 +10,7 @@ import pytest
 
 from cli.screen import telling
 from example_plan import PLAN
+from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.frameworks import (
     CALIBRATED,
     frameworks,
@@ -19,19 +20,14 @@ from expertlane.cost.laws.frameworks import (
     nearest,
     served_by,
 )
-from expertlane.cost.laws.profile_file import (
-    ModelledCluster,
-    parse_cluster,
-    read_profile,
-    shipped_profiles,
-)
+from expertlane.cost.laws.profile_file import ModelledCluster, parse_cluster, read_profile
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.records import with_known_errors
 from expertlane.errors import SpecError
 from expertlane.results.hardware import KnownError
 from expertlane.spec.from_hf import from_hf
 from golden.cases import DEEPSEEK
-from plan.requests import MIXED
+from planner.requests import MIXED
 
 ROOT = Path(__file__).parents[2]
 LATENT = from_hf(DEEPSEEK, "DeepSeek-V3")

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from cli.screen import telling, tells
+from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.laws.profile_file import (
     Like,
     parse_cluster,
     read_profile,
-    shipped_profiles,
     to_toml,
     write_profile,
 )

@@ -19,7 +19,7 @@ from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.step.totals import count
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import Options
-from expertlane.spec.dispatch import DISPATCH_FORMS
+from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Stage, Traffic
@@ -147,7 +147,8 @@ def test_sizes_are_those_of_the_kind(family, form):
     layout, model = Layout.parse("dp=2,tp=2,ep=4"), MODELS[family]
     plan = random_plan(np.random.default_rng(0), 2, 2, model.vocab_size, PREFILL + DECODE)
     routing = PowerLawRouting(model.num_experts, model.num_experts_per_tok)
-    made = builder(model, str(layout), ranks_per_node=2)
+    table = DispatchTable.fixed(form)
+    made = builder(model, str(layout), ranks_per_node=2, dispatch=table)
     program = made.build(replace(plan, replica=0), routing)
     for stage in program.stages[0]:
         for step in (step for section in stage.sections() for step in section.steps):

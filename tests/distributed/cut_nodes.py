@@ -22,7 +22,7 @@ from pathlib import Path
 import httpx
 
 from distributed.namespaces import TwoHosts, why_not
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 
 PORT, MASTER_PORT = 8123, 29517
 NUM_CLIENTS, NUM_TOKENS = 6, 60

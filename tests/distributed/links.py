@@ -4,10 +4,10 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from expertlane.comm.nccl import NcclLink
-from expertlane.comm.torch_transport import TorchTransport
-from expertlane.engine import worker
-from expertlane.ops.backend import STAGED, Platform
+from expertlane.engine.comm.nccl import NcclLink
+from expertlane.engine.comm.torch_transport import TorchTransport
+from expertlane.engine.ops.backend import STAGED, Platform
+from expertlane.engine.stage import worker
 
 LINKS = "LINKS_OF_RANKS"  # `staged` or `native`
 

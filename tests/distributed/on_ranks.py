@@ -15,24 +15,25 @@ import numpy as np
 import torch
 
 from distributed.links import LINKS, use_links
-from engine.planted import FlipBit, Plant, flip_bit, plant
+from engine.stage.planted import FlipBit, Plant, flip_bit, plant
 from expertlane.balance.placement import Placement
-from expertlane.comm.clocks import HostClock
-from expertlane.comm.collectives import interleave
-from expertlane.comm.mesh import ParallelMesh
-from expertlane.comm.progress import NO_LAYER
-from expertlane.comm.recorder import Recorder
-from expertlane.engine import fork_server, worker
-from expertlane.engine.commands import Command
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.node_ranks import NodeRanks
-from expertlane.engine.rendezvous import Meeting
-from expertlane.engine.supervisor import SupervisorSettings, supervisor_command
-from expertlane.engine.worker import Handlers, RankContext
+from expertlane.engine.comm.clocks import HostClock
+from expertlane.engine.comm.collectives import interleave
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.comm.progress import NO_LAYER
+from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.moe.dispatch import CopyChooser, RoutedTokens
+from expertlane.engine.moe.forms import make_dispatcher
+from expertlane.engine.moe.payload import Payload
+from expertlane.engine.ranks import fork_server
+from expertlane.engine.ranks.commands import Command
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.node_ranks import NodeRanks
+from expertlane.engine.ranks.rendezvous import Meeting
+from expertlane.engine.ranks.supervisor import SupervisorSettings, supervisor_command
+from expertlane.engine.stage import worker
+from expertlane.engine.stage.worker import Handlers, RankContext
 from expertlane.errors import UserError
-from expertlane.moe.dispatch import CopyChooser, RoutedTokens
-from expertlane.moe.forms import make_dispatcher
-from expertlane.moe.payload import Payload
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.deployment import PayloadType
 from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchForm
@@ -442,7 +443,7 @@ class RanksOnNodes(NodeRanks):
 
 
 def handlers() -> Handlers:
-    from expertlane.engine.stage import HANDLERS
+    from expertlane.engine.stage.stage import HANDLERS
 
     planted = ExitStack()
     return {

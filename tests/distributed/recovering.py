@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from distributed.on_ranks import WAYS, Exchange, ExchangeAmong, Lose, LoseAmong
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 from expertlane.errors import RanksLostError
 
 

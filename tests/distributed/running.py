@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.cost.memory import workload_limits
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
-from expertlane.memory import workload_limits
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Request

@@ -1,7 +1,7 @@
 """A supervisor whose ranks know the tests' commands too."""
 
 from distributed.on_ranks import handlers
-from expertlane.engine import supervisor
+from expertlane.engine.ranks import supervisor
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import pytest
 from distributed.links import LINKS
 from distributed.on_ranks import Describe, local_ranks
 from distributed.running import deployment, run_deployment
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Traffic
 from expertlane.spec.workload import Workload

@@ -13,10 +13,10 @@ import pytest
 from cli.screen import telling, tells
 from distributed.on_ranks import ExchangeAmong, RanksOnNodes, Stay
 from distributed.recovering import check_exchange, replace
-from engine.processes import session_is_gone, wait_until
-from expertlane.engine import node_ranks
-from expertlane.engine.pool import RankPool
-from expertlane.engine.rendezvous import Claim, handshake
+from engine.ranks.processes import session_is_gone, wait_until
+from expertlane.engine.ranks import node_ranks
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.ranks.rendezvous import Claim, handshake
 from expertlane.errors import RankError, RanksLostError
 
 TIMEOUT_S = 5.0  # a node of a busy machine answers by then

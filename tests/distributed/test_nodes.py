@@ -13,9 +13,9 @@ import pytest
 from cli.screen import telling, tells
 from distributed.on_ranks import Echo, FailWhileOthersWait, RanksOnNodes, Stay
 from distributed.running import deployment, run_deployment
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 from expertlane.engine.launch import describe_ranks
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import RankError, TerminatedError, UserError
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload

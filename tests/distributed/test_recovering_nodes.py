@@ -20,16 +20,16 @@ from distributed.recovering import (
 )
 from distributed.test_torchrun import start as start_agent
 from distributed.test_torchrun import torchrun
-from engine.processes import session_is_gone
-from expertlane.engine.pool import RankPool
-from expertlane.engine.rendezvous import Claim, handshake
+from engine.ranks.processes import session_is_gone
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.ranks.rendezvous import Claim, handshake
 from expertlane.errors import RankError, RanksLostError
 
 TIMEOUT_S = 2.5
 PROGRAM = textwrap.dedent(
     """
     import contextlib, os, sys, time, psutil
-    from expertlane.engine.commands import DescribeMachine
+    from expertlane.engine.ranks.commands import DescribeMachine
     from expertlane.engine.launch import start_pool
     from expertlane.errors import RanksLostError
 
@@ -37,7 +37,7 @@ PROGRAM = textwrap.dedent(
         for each in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if each.environ().get("MASTER_PORT") == os.environ["MASTER_PORT"]:
-                    if "from expertlane.engine.supervisor import" in " ".join(each.cmdline()):
+                    if "from expertlane.engine.ranks.supervisor import" in " ".join(each.cmdline()):
                         yield each
 
     with start_pool(4, timeout_s=30.0, dtype="float32", recovers=True) as pool:

@@ -9,8 +9,8 @@ import pytest
 from torch.distributed import PrefixStore, TCPStore
 
 from distributed.test_torchrun import start, torchrun
-from engine.processes import wait_until
-from expertlane.engine.rendezvous import Claim, handshake
+from engine.ranks.processes import wait_until
+from expertlane.engine.ranks.rendezvous import Claim, handshake
 
 EXPERIMENT = """
 name = "two"

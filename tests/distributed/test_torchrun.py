@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from cli.screen import tells
-from engine.processes import RunningRanks, wait_until
+from engine.ranks.processes import RunningRanks, wait_until
 
 EXPERIMENT = """
 name = "four"

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from cli.screen import tells
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 from expertlane.engine.llm import LLM
 from expertlane.spec.sampling import SamplingParams
 

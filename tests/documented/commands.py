@@ -27,7 +27,8 @@ def documents() -> list[Path]:
     """The documents that describe the present."""
     pages = [path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts]
     kept = sorted(path for path in pages if path.name not in HISTORY)
-    return [ROOT / "README.md", *kept, ROOT / "experiments" / "paper" / "README.md"]
+    first = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    return [*first, *kept, ROOT / "experiments" / "paper" / "README.md"]
 
 
 def blocks(text: str) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 
 from documented.commands import ROOT, Command, blocks, named, program_of_readme
 from documented.smokes import LIMIT_S, MORE, Stage, run, run_expertlane
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 from server.killed_front import Front, free_port
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(2 * LIMIT_S)]

@@ -9,7 +9,8 @@ from cli.screen import tells
 from cli.stub_llm import MACHINE
 from distributed.running import deployment
 from expertlane.engine.cache_size import largest_step, measured_limits
-from expertlane.engine.commands import (
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.ranks.commands import (
     Deploy,
     DescribeMachine,
     HeldBytes,
@@ -19,7 +20,6 @@ from expertlane.engine.commands import (
     SetDispatch,
     StageSpec,
 )
-from expertlane.engine.model_runner import ModelRunner
 from expertlane.errors import CapacityError
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.schedule.request import Limits

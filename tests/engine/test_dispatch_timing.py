@@ -3,11 +3,11 @@
 import pytest
 
 from distributed.running import deployment, run_deployment
-from expertlane.engine import dispatch_timing
-from expertlane.engine.commands import SetDispatch
-from expertlane.engine.dispatch_timing import middle_mean, still_hopeful
+from expertlane.cost.memory import workload_limits
+from expertlane.engine import warm_up
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.memory import workload_limits
+from expertlane.engine.ranks.commands import SetDispatch
+from expertlane.engine.warm_up import middle_mean, still_hopeful
 from expertlane.schedule.plan import StepPlan
 from expertlane.spec.dispatch import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
@@ -23,8 +23,8 @@ WORKLOAD = Workload(num_sequences=8, prompt_len=20, output_len=4, seed=3)
 @pytest.fixture(autouse=True)
 def few_rounds(monkeypatch):
     """Also on a busy machine: every size that fits, but no more rounds than need be."""
-    monkeypatch.setattr(dispatch_timing, "_LONG_STEP_S", float("inf"))
-    monkeypatch.setattr(dispatch_timing, "_SIZE_S", 0.0)
+    monkeypatch.setattr(warm_up, "_LONG_STEP_S", float("inf"))
+    monkeypatch.setattr(warm_up, "_SIZE_S", 0.0)
 
 
 @pytest.mark.smoke(1)

@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 
 from cli.screen import tells
-from expertlane.engine import graph_recording
-from expertlane.engine.commands import RecordGraphs
-from expertlane.engine.graph_recording import forms_of_sizes, record_graphs
+from expertlane.engine import warm_up
+from expertlane.engine.ranks.commands import RecordGraphs
+from expertlane.engine.warm_up import forms_of_sizes, record_graphs
 from expertlane.spec.deployment import GraphLimits
 from expertlane.spec.dispatch import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
@@ -72,7 +72,7 @@ def test_ranks_record_the_largest_first_until_it_takes_too_long(
 ):
     pool, members, found = SlowPool(size_s, num_graphs), Members(Layout.parse("dp=2,ep=2")), []
     clock = SimpleNamespace(monotonic=lambda: pool.now_s)
-    monkeypatch.setattr(graph_recording, "time", clock)
+    monkeypatch.setattr(warm_up, "time", clock)
     record_graphs(pool, members, LIMITS, STATIC, found.append)
     assert pool.asked == [RecordGraphs(size, ("static",)) for size in sizes]
     assert len(found) == len(lines)

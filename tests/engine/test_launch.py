@@ -17,22 +17,22 @@ import pytest
 
 from cli.screen import refused, telling, tells
 from cli.stub_llm import MACHINE
-from expertlane.engine import pool as pool_module
-from expertlane.engine.fork_server import _Server
 from expertlane.engine.launch import (
+    check_options,
     describe_ranks,
     fit_to_machine,
     start_pool,
 )
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.messages import Channel, Decoder, Failure, FailureKind
-from expertlane.engine.node import connections_for
-from expertlane.engine.option_checks import check_options
-from expertlane.engine.processes import import_numpy
-from expertlane.engine.rank_cores import Cores
-from expertlane.engine.rank_environment import check_cpu_isa
-from expertlane.engine.rank_settings import RankSettings, ServerSettings
-from expertlane.engine.run_files import RunFiles
+from expertlane.engine.ranks import pool as pool_module
+from expertlane.engine.ranks.fork_server import _Server
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.messages import Channel, Decoder, Failure, FailureKind
+from expertlane.engine.ranks.node import connections_for
+from expertlane.engine.ranks.processes import import_numpy
+from expertlane.engine.ranks.rank_environment import check_cpu_isa
+from expertlane.engine.ranks.rank_settings import RankSettings, ServerSettings
+from expertlane.engine.ranks.run_files import RunFiles
+from expertlane.engine.stage.worker import Cores
 from expertlane.errors import CapacityError, UserError
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
@@ -252,7 +252,7 @@ def test_a_rank_that_may_not_start_its_threads_says_so(monkeypatch, limits):
     """OpenMP would end it without a word of its own."""
     limits(100)
     share = SimpleNamespace(num_threads=4, num_cores=2, cpus=())
-    monkeypatch.setattr("expertlane.engine.rank_cores.share_of", lambda *given, **more: share)
+    monkeypatch.setattr("expertlane.engine.stage.worker.share_of", lambda *given, **more: share)
     cores, start, started = Cores(0, 1), threading.Thread.start, []
     cores._num_threads = 4
 

@@ -8,8 +8,7 @@ import pytest
 import expertlane
 from cli.screen import telling
 from expertlane.engine import llm as llm_module
-from expertlane.engine.llm import LLM
-from expertlane.engine.llm_prompts import as_list
+from expertlane.engine.llm import LLM, as_list
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
 from expertlane.spec.model import PRESETS

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from distributed.running import deployment
+from expertlane.cost.memory import workload_limits
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.memory import workload_limits
 from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler

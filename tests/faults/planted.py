@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
-from expertlane.comm.progress import ProgressBoard, ProgressReporter
-from expertlane.engine import stage
-from expertlane.engine.commands import (
+from expertlane.engine.comm.progress import ProgressBoard, ProgressReporter
+from expertlane.engine.ops import backend
+from expertlane.engine.ranks.commands import (
     Deploy,
     FinishMoves,
     LeaveCores,
@@ -22,7 +22,7 @@ from expertlane.engine.commands import (
     RunStep,
     StartMoves,
 )
-from expertlane.ops import backend
+from expertlane.engine.stage import stage
 from expertlane.spec.names import Phase, Stage
 
 _LOOK_S = 20e-6

@@ -25,13 +25,14 @@ from unittest import mock
 import numpy as np
 
 from distributed.running import Inline
-from engine.harm import ForkedServer, files_and_names, read, remaining
-from engine.processes import session_is_gone, wait_until
-from expertlane.engine import fork_server, local_ranks, model_runner
+from engine.ranks.harm import ForkedServer, files_and_names, read, remaining
+from engine.ranks.processes import session_is_gone, wait_until
+from expertlane.engine import model_runner
+from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.llm import LLM
-from expertlane.engine.rebalancing import Rebalancer
+from expertlane.engine.ops.backend import backend_of_cpu
+from expertlane.engine.ranks import fork_server, local_ranks
 from expertlane.errors import ExpertlaneError, UserError
-from expertlane.ops.backend import backend_of_cpu
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from faults.drained import serve_and_end

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from engine.harm import asked_for, lines_of, numbered
+from engine.ranks.harm import asked_for, lines_of, numbered
 from faults.draws import KINDS, LAYOUTS, MOMENTS, NUM_CASES, TRANSPORTS, draw, places
 
 NUM_RUNS, NUM_QUICK = 30, 2

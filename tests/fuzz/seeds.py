@@ -14,7 +14,7 @@ import example_projection
 import example_results
 import example_simulation
 from cli.small_checkpoint import MIXTRAL
-from expertlane.cost.laws.profile_file import shipped_profiles
+from expertlane.cost.laws import shipped_profiles
 from expertlane.results.file import to_json
 from expertlane.spec.experiment import shipped_experiments
 

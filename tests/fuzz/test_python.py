@@ -17,8 +17,8 @@ import example_pages
 import expertlane
 from expertlane.errors import CapacityError, UserError
 from expertlane.report import html
-from expertlane.report.notebook import answer_html, answer_text
 from expertlane.report.sections import report_of
+from expertlane.report.shown import answer_html, answer_text
 from expertlane.results.file import to_json
 from expertlane.results.table import csv_text, rows_of
 from expertlane.spec.files import strict_json

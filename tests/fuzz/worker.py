@@ -28,17 +28,17 @@ def _import_all() -> None:
     """What commands import when they run, so that no case waits for it."""
     import expertlane.cli.app
     import expertlane.cli.main
-    import expertlane.compare.projection
-    import expertlane.compare.run
+    import expertlane.comparison.projection
+    import expertlane.comparison.run
     import expertlane.engine.launch
     import expertlane.engine.llm
-    import expertlane.plan.results
-    import expertlane.plan.search
+    import expertlane.planner.results
+    import expertlane.planner.search
     import expertlane.report.html
     import expertlane.report.markdown
     import expertlane.report.terminal
     import expertlane.results.file
-    import expertlane.simulate.results
+    import expertlane.simulator.results
 
     expertlane.engine.launch.start_pool = _no_ranks  # type: ignore[assignment]
     expertlane.engine.llm.start_pool = _no_ranks  # type: ignore[assignment]

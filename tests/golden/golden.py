@@ -92,7 +92,7 @@ def _without_place(value: Json, folder: str) -> Json:
 
 
 def _draw_checkpoint(folder: Path) -> None:
-    from model.families import save_checkpoint
+    from engine.model.families import save_checkpoint
 
     if not folder.exists():
         save_checkpoint("deepseek_v3", folder)

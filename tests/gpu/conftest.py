@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.pool import RankPool
-from expertlane.ops import backend
+from expertlane.engine.ops import backend
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.pool import RankPool
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 

@@ -4,11 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from expertlane.model.checkpoint import Checkpoint
+from expertlane.engine.model.checkpoint import Checkpoint
 
 pytest.importorskip("transformers")
 
-from model.families import FAMILIES
+from engine.model.families import FAMILIES
 from parity.against_transformers import check_against_transformers
 from parity.contract import check_contract
 from parity.float8_reference import SIZES, case_of, run

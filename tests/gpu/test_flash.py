@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
 if find_spec("flash_attn_interface") is None:
     pytest.skip("FlashAttention 3 is not installed", allow_module_level=True)
 
-from expertlane.ops.cuda import flash
+from expertlane.engine.ops.cuda import flash
 
 DEVICE = torch.device("cuda", 0)
 

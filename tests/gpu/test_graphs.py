@@ -8,15 +8,15 @@ from one_rank import OneRank
 
 pytest.importorskip("triton")
 
-from engine.one_rank import stage_of
-from engine.test_decode_graphs import difference, limits_of, play, record_all
-from engine.test_no_wait import ASKED, step_of
-from expertlane.comm.transport import EpochEndedError
-from expertlane.ops.cuda.graphs import CudaGraphs
-from expertlane.ops.transfer import waits_raise
+from engine.ops.cuda.tiny_models import MODELS
+from engine.ranks.test_no_wait import ASKED, step_of
+from engine.stage.one_rank import stage_of
+from engine.stage.test_decode_graphs import difference, limits_of, play, record_all
+from expertlane.engine.comm.transport import EpochEndedError
+from expertlane.engine.ops.cuda.graphs import CudaGraphs
+from expertlane.engine.ops.transfer import waits_raise
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingState
-from ops.cuda.tiny_models import MODELS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

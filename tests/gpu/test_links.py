@@ -9,12 +9,12 @@ import torch
 from cli.screen import telling
 from distributed.on_ranks import Collective, Describe, Lose, local_ranks
 from distributed.running import run_deployment
-from expertlane.comm.clocks import clock_for
-from expertlane.comm.device import await_event
-from expertlane.comm.epoch import Epoch
-from expertlane.comm.progress import ProgressBoard
-from expertlane.comm.transport import PeerLostError
-from expertlane.engine.pool import RankPool
+from expertlane.engine.comm.clocks import clock_for
+from expertlane.engine.comm.device import await_event
+from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.transport import PeerLostError
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import RankError
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout

@@ -9,13 +9,13 @@ from one_rank import OneRank
 
 pytest.importorskip("triton")
 
-from engine.one_rank import KernelsWithGraphs, compute_with
-from engine.rank_threads import pairs_of_a_gpu
-from expertlane.moe.dispatch import Dispatcher
+from engine.ops.cuda.near import DEVICE, needs_kernels
+from engine.ops.cuda.replayed import ReplayedGraphs
+from engine.ranks.rank_threads import pairs_of_a_gpu
+from engine.stage.one_rank import KernelsWithGraphs, compute_with
+from expertlane.engine.moe.dispatch import Dispatcher
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
-from ops.cuda.near import DEVICE, needs_kernels
-from ops.cuda.replayed import ReplayedGraphs
 
 pytestmark = needs_kernels
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cli.screen import tells
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 
 ROOT = Path(__file__).parents[2]
 MUST_SHOW = (2, 3, 4, 5)

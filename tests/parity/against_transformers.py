@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from distributed.running import deployment
+from engine.model.families import Greedy, run_greedy
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
-from model.families import Greedy, run_greedy
 from schedule.handmade import BLOCK_SIZE, paged_batch
 
 BOUND = 1e-4

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from distributed.running import Run, deployment, run_deployment
+from engine.model.families import load_model, save_checkpoint
+from engine.model.quantised import COMPRESSED, save_compressed, save_fp8
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.workload import Workload
-from model.families import load_model, save_checkpoint
-from model.quantised import COMPRESSED, save_compressed, save_fp8
 from parity.reference import ReferenceRun, rounded_to_float8
 
 WORKLOAD = Workload(num_sequences=2, prompt_len=1, output_len=2, seed=7)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from expertlane.model.draw import uniform_numbers
+from expertlane.engine.model.draw import uniform_numbers
 from expertlane.spec.sampling import SamplingParams
 from parity.contract import MIN_ROUTER_MARGIN, MIN_TOP2_GAP
 from parity.reference import ReferenceModel, ReferenceRun

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from conftest import PoolKeeper
 from distributed.running import Balancing, Inline, deployment
-from expertlane.engine.commands import SetDispatch
+from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.rebalancing import Rebalancer
+from expertlane.engine.ranks.commands import SetDispatch
 from expertlane.errors import SpecError
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits, Request

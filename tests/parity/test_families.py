@@ -2,8 +2,8 @@
 
 import pytest
 
-from expertlane.model.checkpoint import Checkpoint
-from model.families import FAMILIES
+from engine.model.families import FAMILIES
+from expertlane.engine.model.checkpoint import Checkpoint
 from parity.against_transformers import check_against_transformers
 
 LAYOUTS = (

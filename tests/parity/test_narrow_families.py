@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from expertlane.model.checkpoint import Checkpoint
-from model.families import save_checkpoint
-from model.quantised import Scheme, save_compressed, save_fp8, save_mxfp4
+from engine.model.families import save_checkpoint
+from engine.model.quantised import Scheme, save_compressed, save_fp8, save_mxfp4
+from expertlane.engine.model.checkpoint import Checkpoint
 from parity.against_transformers import check_against_transformers
 from parity.reference import rounded_to_int8
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli.screen import tells
+from engine.model.families import save_checkpoint
 from expertlane.engine.launch import check_checkpoint
-from expertlane.model.checkpoint import Checkpoint
-from model.families import save_checkpoint
+from expertlane.engine.model.checkpoint import Checkpoint
 from parity.against_transformers import check_against_transformers
 
 NUM_STEPS = 6

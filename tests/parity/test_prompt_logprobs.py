@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from engine.model.families import load_model, save_checkpoint
 from expertlane.engine.llm import LLM
 from expertlane.spec.deployment import Options
 from expertlane.spec.sampling import SamplingParams
-from model.families import load_model, save_checkpoint
 
 LENGTHS = (1, 2, 37, 20, 5)
 ASKED = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=3)

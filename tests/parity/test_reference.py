@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from expertlane.model.weights import draw
+from expertlane.engine.model.weights import draw
 from expertlane.spec.model import PRESETS
 from parity.reference import ReferenceModel
 

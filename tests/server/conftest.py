@@ -9,13 +9,13 @@ import httpx
 import openai
 import pytest
 
+from engine.model.chat_checkpoint import save_chat_checkpoint
 from expertlane.engine.llm import LLM
 from expertlane.schedule.request import RequestOutput
 from expertlane.server.setup import ServedModel
 from expertlane.spec.sampling import SamplingParams
 from expertlane.text.chat_template import ChatTemplate
 from expertlane.text.tokenizer import default_sampling
-from model.chat_checkpoint import save_chat_checkpoint
 from server.running import DRAWN, GREEDY, MESSAGES, PATIENCE_S, PROMPTS, ServerInThread, StubServer
 
 TEMPLATE = (

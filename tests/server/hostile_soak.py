@@ -23,9 +23,9 @@ from pathlib import Path
 import httpx
 import numpy as np
 
+from engine.model.chat_checkpoint import save_chat_checkpoint
 from expertlane.engine.llm import LLM
 from expertlane.spec.sampling import SamplingParams
-from model.chat_checkpoint import save_chat_checkpoint
 from server.hostile import COMPLETIONS, TOO_MUCH
 from server.soak import TEMPLATE, serving
 

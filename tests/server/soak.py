@@ -27,9 +27,9 @@ import psutil
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.processes import wait_until
+from engine.model.chat_checkpoint import save_chat_checkpoint
+from engine.ranks.processes import wait_until
 from expertlane.engine.llm import LLM
-from model.chat_checkpoint import save_chat_checkpoint
 from server import soak_serve
 from server.soak_client import SOAK_S, send
 from server.soak_judge import Arbiter, Judge

@@ -5,7 +5,7 @@ from typing import Any
 
 from expertlane.balance.placement_file import Placements
 from expertlane.engine import model_runner
-from expertlane.engine.rebalancing import Rebalancer
+from expertlane.engine.elastic.rebalancing import Rebalancer
 
 SWITCHED = "experts have moved"
 

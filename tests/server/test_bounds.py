@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.screen import tells
-from engine.processes import wait_until
-from expertlane.server import answers, bodies, checks, fields, live, messages, protocol, requests
+from engine.ranks.processes import wait_until
+from expertlane.server import answers, bodies, fields, live, messages, requests, service
+from expertlane.server import run as server_run
 from expertlane.server.answers import as_json, json_parts
 from expertlane.server.app import make_app
 from expertlane.server.bodies import JsonCounts
@@ -74,15 +75,15 @@ def unbounded_in(schema, place, parts, seen) -> Iterator[str]:
 
 
 BOUNDS = {
-    "connections": protocol.MOST_CONNECTIONS,
-    "log-probabilities that a request may give": checks.MOST_LOGPROBS,
+    "connections": server_run.MOST_CONNECTIONS,
+    "log-probabilities that a request may give": service.MOST_LOGPROBS,
     "bytes of a body": bodies.MOST_BODY_BYTES,
     "values in a body": bodies.MOST_VALUES,
     "keys in a body": bodies.MOST_KEYS,
     "bytes of all bodies under way": bodies.MOST_BYTES_AT_ONCE,
-    "bytes of headers": protocol.MOST_HEAD_BYTES,
-    "bytes of trailers and chunk extensions": protocol.MOST_HEAD_BYTES,
-    "seconds for headers": protocol.HEAD_S,
+    "bytes of headers": server_run.MOST_HEAD_BYTES,
+    "bytes of trailers and chunk extensions": server_run.MOST_HEAD_BYTES,
+    "seconds for headers": server_run.HEAD_S,
     "seconds for a body, and bytes per second after that": bodies.LEAST_BYTES_PER_S,
     "fields of an object whose fields are known": fields._MOST_FIELDS,
     "keys at the top of arbitrary JSON": fields._MOST_OF_OBJECT,
@@ -260,7 +261,7 @@ def test_a_journal_keeps_no_more_than_its_bounds(stub_server, monkeypatch, tmp_p
 
 
 def test_connections_are_bounded(stub_server, monkeypatch):
-    monkeypatch.setattr(protocol, "MOST_CONNECTIONS", 3)
+    monkeypatch.setattr(server_run, "MOST_CONNECTIONS", 3)
     server = stub_server()
     address = "127.0.0.1", server.port
     with ExitStack() as stack:
@@ -277,7 +278,7 @@ def test_log_probabilities_of_a_request(stub_server, monkeypatch):
     body |= {"prompt_logprobs": 1}
     num_asked = 2 * 2 * (5 * (3 + 1) + 3 * (1 + 1))
     for most, status in ((num_asked, 200), (num_asked - 1, 400)):
-        monkeypatch.setattr(checks, "MOST_LOGPROBS", most)
+        monkeypatch.setattr(service, "MOST_LOGPROBS", most)
         assert post(server, COMPLETIONS, body).status_code == status
 
 

@@ -9,9 +9,10 @@ import httpx
 import pytest
 
 from cli.screen import tells
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 from engine.stub_runner import expected, spell
-from expertlane.server import bodies, protocol
+from expertlane.server import bodies
+from expertlane.server import run as server_run
 from expertlane.server.setup import ServerOptions
 from server.running import LONG, PATIENCE_S, Stream, is_idle
 
@@ -223,7 +224,7 @@ def test_two_hosts(stub_server, names):
 
 
 def test_slow_headers(stub_server, monkeypatch):
-    monkeypatch.setattr(protocol, "HEAD_S", 0.2)
+    monkeypatch.setattr(server_run, "HEAD_S", 0.2)
     server = stub_server()
     with connect(server) as connection, connect(server) as silent:
         connection.sendall(HEAD)

@@ -13,7 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from promql_parser import MatchOp
 
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 from expertlane.engine.llm import LLM
 from expertlane.server.run import bind
 from expertlane.server.setup import ServedModel

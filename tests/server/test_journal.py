@@ -15,7 +15,7 @@ import pytest
 
 from cli.screen import telling, tells
 from documented.commands import program_of_readme
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 from engine.stub_runner import expected, letters
 from expertlane.errors import UserError
 from expertlane.server.journal import file as journal_file

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from cli.screen import tells
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 from engine.stub_runner import expected, spell
 from expertlane.errors import CapacityError, RankError, TerminatedError
 from expertlane.server.errors import ApiError

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from cli.screen import tells
-from engine.processes import wait_until
-from expertlane.comm.progress import Position
+from engine.ranks.processes import wait_until
+from expertlane.engine.comm.progress import Position
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.report.charts.colours import PALETTE
 from expertlane.server import live

@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import expect
 
 from chromium import NEEDS_CHROMIUM
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 from expertlane.server import live
 from expertlane.server.setup import ServedModel, ServerOptions
 from server.running import PATIENCE_S, ServerInThread

@@ -7,7 +7,7 @@ import threading
 import httpx
 import pytest
 
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 from engine.stub_runner import letters, spell
 from expertlane.server.logs import RequestLog
 from expertlane.server.setup import ServerOptions

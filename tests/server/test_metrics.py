@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from engine.processes import wait_until
+from engine.ranks.processes import wait_until
 from expertlane.server.metrics import Histogram
 from server.running import PATIENCE_S
 

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from cli.screen import telling
-from expertlane.server.prompts import PromptEncoder, TooLongError
+from expertlane.server.service import PromptEncoder, TooLongError
 from expertlane.text.tokenizer import LONG_TEXT
 
 

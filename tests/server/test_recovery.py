@@ -8,11 +8,11 @@ import httpx
 import pytest
 
 from cli.screen import tells
-from engine.processes import wait_until
-from engine.recovering import PARAMS, PROMPTS, harmed, pids
+from engine.elastic.recovering import PARAMS, PROMPTS, harmed, pids
+from engine.ranks.processes import wait_until
 from expertlane import LLM
-from expertlane.engine.commands import RunStep
-from expertlane.engine.recovery_record import State
+from expertlane.engine.elastic.recovery_record import State
+from expertlane.engine.ranks.commands import RunStep
 from expertlane.server.setup import ServedModel, ServerOptions
 from server.running import PATIENCE_S, ServerInThread
 from server.test_live import feed

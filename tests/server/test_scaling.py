@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from cli.screen import tells
-from engine.processes import wait_until
-from engine.recovering import PARAMS, PROMPTS
+from engine.elastic.recovering import PARAMS, PROMPTS
+from engine.ranks.processes import wait_until
 from expertlane import LLM
 from expertlane.cli.main import main
 from expertlane.errors import CapacityError

@@ -9,10 +9,10 @@ import jsonschema
 import openai
 import pytest
 
+from engine.model.chat_checkpoint import save_chat_checkpoint
 from expertlane.engine.llm import LLM
 from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.text.chat_template import ChatTemplate
-from model.chat_checkpoint import save_chat_checkpoint
 from server.drawn_schemas import drawn_schema
 from server.running import PATIENCE_S, ServerInThread
 from server.test_tools import TOOLS, check

@@ -13,9 +13,8 @@ from expertlane.spec.hf_config import (
     quantization_of,
     read_config,
 )
-from expertlane.spec.model import LatentAttention, RopeScaling, Routing
+from expertlane.spec.model import LatentAttention, RopeScaling, Routing, num_params
 from expertlane.spec.ranges import ANY_WHOLE, RANGES
-from expertlane.spec.tensors import num_params
 
 # What these models publish, as transformers 4 wrote it, without what from_hf does not read.
 MIXTRAL = {

@@ -4,9 +4,16 @@ import pytest
 
 from cli.screen import tells
 from expertlane.errors import SpecError
-from expertlane.spec.model import PRESETS, LatentAttention, RopeScaling, Routing
+from expertlane.spec.model import (
+    PRESETS,
+    LatentAttention,
+    RopeScaling,
+    Routing,
+    expert_shapes,
+    layer_shapes,
+    num_params,
+)
 from expertlane.spec.ranges import RANGES
-from expertlane.spec.tensors import expert_shapes, layer_shapes, num_params
 
 TINY = PRESETS["paper-tiny"]
 

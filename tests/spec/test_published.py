@@ -9,7 +9,7 @@ from cli.screen import tells
 from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import family_of, num_extra_layers
-from expertlane.spec.tensors import num_params
+from expertlane.spec.model import num_params
 
 CONFIGS = json.loads(Path(__file__).with_name("published.json").read_text())
 

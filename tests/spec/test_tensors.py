@@ -3,10 +3,11 @@ import math
 import pytest
 from safetensors import safe_open
 
-from expertlane.model.checkpoint import Checkpoint
-from expertlane.model.checkpoint_names import tensor_locations
-from expertlane.spec.model import PRESETS
-from expertlane.spec.tensors import (
+from engine.model.families import FAMILIES
+from expertlane.engine.model.checkpoint import Checkpoint
+from expertlane.engine.model.checkpoint_names import tensor_locations
+from expertlane.spec.model import (
+    PRESETS,
     cut_dim,
     expert_name,
     layer_name,
@@ -14,7 +15,6 @@ from expertlane.spec.tensors import (
     tensor_names,
     tensor_shape,
 )
-from model.families import FAMILIES
 
 
 def test_the_paper_s_model_by_hand():

@@ -21,15 +21,15 @@ Bools = npt.NDArray[np.bool_]
 
 
 class CopyChoice:
-    """The choice of all ranks of a stage.
+    """The copy of an expert that computes each token-expert pair, for all ranks of a stage.
 
     Args:
-        ep_rank: [R].
+        ep_rank: [R]; the ep coordinate of each rank.
         nodes: [R, ep]; the nodes of the ranks of each rank's `ep` group.
 
     Attributes:
         num_experts: logical ones.
-        is_balanced: ranks choose by the counts of all of them.
+        is_balanced: whether copies are chosen by the pair counts of all ranks.
     """
 
     is_balanced = False
@@ -39,7 +39,7 @@ class CopyChoice:
         self._ep_rank, self._nodes = ep_rank, nodes
         held = placement.slots().T >= 0  # [E, ep]
         num_held = held.sum(axis=1)
-        self._first: Ints = held.argmax(axis=1)  # of those with one copy the only one
+        self._first: Ints = held.argmax(axis=1)  # the only one, where there is one copy
         self._is_shared: Bools = num_held > 1
         most = int(num_held.max())
         self._holders: Ints = np.argsort(~held, axis=1, kind="stable")[:, :most]  # [E, copies]
@@ -71,7 +71,7 @@ class CopyChoice:
         return ranks.reshape(topk_ids.shape)
 
     def shared_out(self, topk_ids: Ints, rank: Ints) -> tuple[Ints, int]:
-        """`ep_ranks`, and how many pairs the fullest rank has less than by this choice."""
+        """`ep_ranks`, and the pairs that balancing takes off the fullest rank: here none."""
         return self.ep_ranks(topk_ids, rank), 0
 
     @cached_property
@@ -97,7 +97,7 @@ def usable_copies(is_held: Bools, ep_rank: Ints, nodes: Ints) -> Bools:
 
     Args:
         is_held: [E, ep]; whether an ep rank has a copy; some has.
-        ep_rank, nodes: as `CopyChoice` has them.
+        ep_rank, nodes: as in `CopyChoice`.
     """
     is_own = np.arange(is_held.shape[1]) == ep_rank[:, None]  # [R, ep]
     is_near = nodes == np.take_along_axis(nodes, ep_rank[:, None], axis=1)

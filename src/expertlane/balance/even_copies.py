@@ -11,7 +11,7 @@ pairs, rounded up, unless so many paths are needed that the search is cut off.
 Senders whose way does not get longer give their pairs first: own rank, own node, another node.
 
 R ranks of a stage, E experts, M of them with several copies, C copies at most, T tokens, K = top_k.
-`ops/even_copies.cpp` is equal to this, pair by pair.
+`engine/ops/even_copies.cpp` is equal to this, pair by pair.
 """
 
 from dataclasses import dataclass
@@ -29,14 +29,14 @@ _OWN, _NEAR, _FAR = range(3)
 
 @dataclass(frozen=True, eq=False)
 class Shares:
-    """How the pairs of a layer are shared among copies.
+    """A layer's token-expert pairs, shared among the copies of their experts.
 
     Attributes:
         quotas: [R, M, C]; pairs of each rank for each copy of an expert with several.
         fullest_before: pairs of the fullest ep rank, as `CopyChoice` has them.
         fullest: pairs of the fullest ep rank.
-        least: what no sharing gets under; `fullest` unless the search was cut off.
-        num_paths: along which pairs were moved.
+        least: lower bound on `fullest`; equal to it unless the search was cut off.
+        num_paths: paths along which pairs were moved.
     """
 
     quotas: Ints
@@ -52,12 +52,12 @@ class Shares:
 
 
 class BalancedCopies(CopyChoice):
-    """The choice of all ranks of a stage, by the counts of them all.
+    """Copies chosen by the pair counts of all ranks of a stage, so that the fullest has least.
 
     Attributes:
         holders: [E, C]; ep ranks that hold a copy, ascending, then others.
         num_held: [E].
-        distance: [R, ep]; of a rank from each of its `ep` group: own, same node, other node.
+        distance: [R, ep]; from a rank to each of its `ep` group: itself, same node, other node.
         shared: [M]; experts with several copies.
     """
 
@@ -72,11 +72,11 @@ class BalancedCopies(CopyChoice):
         self.is_balanced = len(self.shared) > 0
 
     def ep_ranks(self, topk_ids: Ints, rank: Ints) -> Ints:
-        """As `CopyChoice`."""
+        """[T, K]; the ep rank that computes each pair, as in `CopyChoice.ep_ranks`."""
         return self.shared_out(topk_ids, rank)[0]
 
     def shared_out(self, topk_ids: Ints, rank: Ints) -> tuple[Ints, int]:
-        """As `CopyChoice`; what the fullest rank is spared by being balanced."""
+        """`ep_ranks`, and the pairs that balancing takes off the fullest rank."""
         if not self.is_balanced:
             return super().ep_ranks(topk_ids, rank), 0
         num_ranks, num_shared = len(self.distance), len(self.shared)
@@ -104,7 +104,7 @@ class BalancedCopies(CopyChoice):
         """Share the pairs of a layer.
 
         Args:
-            counts: [R, E]; of each rank's own tokens.
+            counts: [R, E]; pairs of each rank's own tokens, by expert.
         """
         quotas = self._nearest(counts[:, self.shared])
         of_copies = quotas.sum(axis=0)  # [M, C]
@@ -146,7 +146,7 @@ class _Flow:
     Args:
         loads: [ep]; pairs of each ep rank.
         holders: [M][copies]; ep ranks.
-        pairs: [M][C]; of each copy.
+        pairs: [M][C]; pairs of each copy.
     """
 
     def __init__(self, loads: list[int], holders: list[list[int]], pairs: list[list[int]]) -> None:
@@ -159,7 +159,7 @@ class _Flow:
                 self._of_rank[rank].append((expert, copy))
 
     def run(self) -> int:
-        """Lower the fullest rank; gives what no sharing gets under."""
+        """Lower the fullest rank; return a lower bound on its pairs."""
         loads = self.loads
         target = -(-sum(loads) // len(loads))
         while max(loads) > target and self.num_paths < PATHS_OF_RANK * len(loads):
@@ -172,9 +172,11 @@ class _Flow:
         return target
 
     def _search(self, target: int) -> tuple[dict[int, tuple[int, int, int, int]], int | None]:
-        """By rank that was reached: from which, by which expert, from and to which copy.
+        """Search breadth-first from the ranks above the target.
 
-        And the first reached with fewer pairs than the target, if any.
+        Returns:
+            By rank reached: the rank before it (-1 for one above the target), the expert, and the
+            copies that pairs leave and go to; and the first rank below the target, if any.
         """
         queue = [rank for rank, load in enumerate(self.loads) if load > target]
         came = dict.fromkeys(queue, (-1, 0, 0, 0))
@@ -229,6 +231,6 @@ def _hand_over(quotas: Ints, distance: Ints, change: list[int]) -> None:
 
 
 def copy_choice(method: CopyMethod, placement: Placement, ep_rank: Ints, nodes: Ints) -> CopyChoice:
-    """The choice by a method; the arguments as of `CopyChoice`."""
+    """`BalancedCopies` or `CopyChoice`, by the method's name."""
     kind = BalancedCopies if method == "balanced" else CopyChoice
     return kind(placement, ep_rank, nodes)

@@ -22,7 +22,7 @@ class PlacementScore:
     """A placement of one layer, or of all, on a trace.
 
     Attributes:
-        max_over_mean: of rank loads, as `Placement.rank_loads` gives them; for all layers, the sum
+        max_over_mean: fullest over mean of `Placement.rank_loads`; for all layers, the sum
             of their fullest ranks over the sum of their means. 0 without tokens.
         cross_node_copies: copies of tokens sent to another node.
     """
@@ -100,7 +100,7 @@ def coactivation(topk_ids: npt.NDArray[np.integer], num_experts: int) -> npt.NDA
 
 
 def spread_sources(num_tokens: int, num_nodes: int) -> npt.NDArray[np.int64]:
-    """[num_tokens]; a node for each token, in turn: what to assume where it is not known."""
+    """[num_tokens]; a source node for each token, in turn, where the real ones are unknown."""
     return np.arange(num_tokens) % num_nodes
 
 
@@ -110,7 +110,7 @@ def cross_node_copies(
     ranks_per_node: int,
     source_node: npt.NDArray[np.integer],
 ) -> int:
-    """How many copies of tokens go to another node: one for each remote node a token must reach.
+    """Copies of tokens that cross nodes: one for each remote node that a token must reach.
 
     A pair goes to a copy of its expert on the token's own node where there is one; else the
     copies take turns, so that each gets the same share.

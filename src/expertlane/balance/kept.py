@@ -17,8 +17,8 @@ def keeping_placements(
 
     Args:
         wanted, before: [num_hidden_layers].
-        layout: where rank r is process r.
-        members: of the layout before.
+        layout: the new layout, where rank r is process r.
+        members: members of the layout before.
     """
     now, num_layers = members.layout, len(wanted)
     if layout.etp != now.etp:  # no rank has the part of an expert that it needs

@@ -173,9 +173,9 @@ def _best_swaps(packing: Packing) -> tuple[Floats, tuple[Ints, Ints, Ints, Ints]
 
 
 def _may_swap(packing: Packing, fullest: Ints) -> Bools:
-    """Whether a swap leaves both ranks without an expert twice, and shares as they are.
+    """[num_layers, slot of the fullest rank, other rank, slot of that rank]; valid swaps.
 
-    Never with the rank itself.
+    They leave no rank with an expert twice, and the shares of all copies as they are.
     """
     slots, may_move_to = packing.slots, packing.may_move_to()
     rows = np.arange(len(slots))

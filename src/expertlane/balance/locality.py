@@ -8,7 +8,7 @@ from expertlane.balance.packing import Floats, Ints
 # A pair of experts on one node saves a token a copy only if no third one brought it there before.
 _SHARE_SAVED = 0.5
 _SWAPS_AT_ONCE = 12  # made on one evaluation of all pairs; each must also gain by itself
-_MIN_GAIN = 1e-6  # of the layer's load
+_MIN_GAIN = 1e-6  # share of the layer's load
 
 
 class PhysicalExperts:
@@ -77,7 +77,7 @@ def _gains(experts: PhysicalExperts, node_of: Ints, num_nodes: int) -> npt.NDArr
     """[num_slots, num_slots]; crossings saved if two change places; -inf where they can't."""
     is_on = np.zeros((len(node_of), num_nodes), dtype=np.float32)
     is_on[np.arange(len(node_of)), node_of] = 1.0
-    bond = experts.bonds @ is_on  # of each with all of a node
+    bond = experts.bonds @ is_on  # of each expert, with all experts of a node
     num_there = np.zeros((int(experts.logical.max()) + 1, num_nodes), dtype=np.int64)
     np.add.at(num_there, (experts.logical, node_of), 1)
     num_there = num_there[experts.logical]  # [num_slots, num_nodes]; copies of each one's expert
@@ -143,7 +143,7 @@ def _make_best(
 def _bond_drift(
     bonds: npt.NDArray[np.float32], before: Ints, after: Ints, one: int, other: int
 ) -> float:
-    """How a swap's gain by pairs has changed since nodes were as `before`."""
+    """Change of a swap's gain from `bonds` since nodes were as `before`."""
     shifted = np.nonzero(before != after)[0]
     difference = bonds[one, shifted] - bonds[other, shifted]
     toward, away = after[other], after[one]

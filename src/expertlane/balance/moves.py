@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from expertlane.balance.placement import Placement
 
-WHOLE = 1 << 20  # what an expert is counted as, in parts of it
+WHOLE = 1 << 20  # parts that a whole expert counts as
 _AHEAD = 512  # parts that are looked at for a slice
 
 
@@ -32,7 +32,7 @@ class Part:
     """A part of an expert that moves, cut alike on all ranks that have a slice of it.
 
     Attributes:
-        begin, end: of `WHOLE`.
+        begin, end: its bounds, in units of 1 / `WHOLE` of the expert.
     """
 
     move: Move
@@ -41,7 +41,7 @@ class Part:
 
 
 def between_ranks(needed: Sequence[Move]) -> list[Move]:
-    """Those for which anything travels, in their order."""
+    """Moves from one rank to another; the others only change a slot."""
     return [move for move in needed if move.source != move.rank]
 
 
@@ -74,7 +74,7 @@ def next_slice(waiting: deque[Part], most: int) -> list[Part]:
 
 
 def most_of_a_rank(parts: Sequence[Part]) -> int:
-    """Of `WHOLE`, what the busiest rank sends or receives."""
+    """The most that any rank sends or receives, in units of 1 / `WHOLE` of an expert."""
     sent: Counter[int] = Counter()
     received: Counter[int] = Counter()
     for part in parts:

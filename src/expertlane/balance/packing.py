@@ -1,4 +1,4 @@
-"""How many copies each expert gets, and on which rank each copy goes: greedy, all layers at once.
+"""Number of copies of each expert, and the rank of each copy: greedy, all layers at once.
 
 Layers are packed side by side: every step of a loop is one numpy operation over all of them.
 """
@@ -52,7 +52,7 @@ def num_copies(load: Floats, num_slots: int, valid: Ints) -> Ints:
 
 
 def pack(items: Ints, per_copy: Floats, room: Ints, num_nodes: int = 1) -> Ints:
-    """Heaviest first into the least loaded rank that has room and lacks the expert.
+    """Put copies on ranks: heaviest first, each on the least loaded that has room and lacks it.
 
     This is the longest-processing-time rule (R. L. Graham, 1969) under a count of slots. Where
     there is room, each expert has equally many copies on all nodes that hold it, and as many such
@@ -100,7 +100,7 @@ def pack(items: Ints, per_copy: Floats, room: Ints, num_nodes: int = 1) -> Ints:
 
 
 def nodes_of_copies(num_nodes: int, ranks_per_node: int) -> Ints:
-    """[ep + 1]; the most nodes that can hold equally many of so many copies; 0 for none."""
+    """[ep + 1]; by number of copies, the most nodes that hold equally many; 0 for no copy."""
     counts, nodes = np.arange(num_nodes * ranks_per_node + 1)[:, None], np.arange(1, num_nodes + 1)
     can = (counts % nodes == 0) & (counts // nodes <= ranks_per_node)
     most: Ints = np.where(can, nodes, 0).max(axis=1)
@@ -108,11 +108,11 @@ def nodes_of_copies(num_nodes: int, ranks_per_node: int) -> Ints:
 
 
 def _where_shares_stay_even(fits: Bools, on_node: Ints, copies: Ints, num_nodes: Ints) -> Bools:
-    """[num_layers, num_ranks]; of the ranks that fit those on nodes short of copies, if any.
+    """[num_layers, num_ranks]; ranks of `fits` on nodes short of copies, else all of `fits`.
 
     Args:
         on_node: [num_layers, num_nodes]; copies there already, of `copies` in all.
-        num_nodes: [num_layers]; on so many they belong; 0 for all.
+        num_nodes: [num_layers]; nodes that the copies belong on; 0 for all.
     """
     num_nodes = np.where(num_nodes, num_nodes, on_node.shape[1])[:, None]
     has_begun = on_node > 0
@@ -167,7 +167,7 @@ def _share_per_copy(num_on_node: Ints, sizes: Ints) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Full layers side by side: who holds what, and how full it makes them.
+    """Layers packed side by side: the expert in each slot, and the loads that follow.
 
     Nodes are equal numbers of consecutive ranks. Senders choose copies as the engine's do.
 

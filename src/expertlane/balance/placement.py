@@ -87,7 +87,7 @@ class Placement:
 
     @classmethod
     def of_table(cls, num_experts: int, slots: Ints) -> "Placement":
-        """The placement that a table of slots is.
+        """The placement in a table of slots.
 
         Args:
             slots: [ep, most slots]; experts, then EMPTY.

@@ -70,7 +70,7 @@ class ModelPlacement:
 
         Args:
             where: the file it came from, for the message.
-            num_experts, layers: of the model; the indices of its MoE layers.
+            num_experts, layers: the model's experts, and the indices of its MoE layers.
             ep: ranks that will hold it.
             model: its name. Only the last part counts, since a checkpoint's path can be spelled
                 in several ways. None does not compare.
@@ -119,7 +119,7 @@ class _File(Strict):
 
 
 def write_placement(placement: ModelPlacement, path: Path) -> None:
-    """Write it as JSON, one line a layer.
+    """Write a placement as JSON, one line a layer.
 
     Raises:
         UserError: the folder can't be written to.
@@ -179,7 +179,7 @@ Placements = tuple[Placement | None, ...]
 
 
 def placements_of(model: ModelConfig, layout: Layout, options: Options) -> Placements:
-    """[num_hidden_layers]; None for a dense layer.
+    """[num_hidden_layers]; the placement each layer begins with; None for a dense layer.
 
     A placement by load turns on traffic, which is not known here: `cost.routing.placed` makes it.
 

@@ -21,7 +21,7 @@ from expertlane.balance.placement import Placement, partition_slots
 from expertlane.errors import SpecError
 
 _EVEN = 1.003  # max over mean; no more copies are shifted in a layer that is so even
-_EVEN_ENOUGH = 1.005  # the same where crossings can be saved
+_EVEN_ENOUGH = 1.005  # max/mean that is even enough where crossings can be saved
 _NODE_ROUNDS = 150  # bounds; the search ends long before
 _RANK_ROUNDS = 60
 
@@ -108,13 +108,13 @@ def _balanced(load: Floats, room: Ints, num_nodes: int, even: float | None) -> P
 
 
 def _packed(load: Floats, room: Ints, num_nodes: int, valid: Ints) -> Packing:
-    """Greedily; numbers of copies are valid ones, where slots allow."""
+    """Greedy packing with valid numbers of copies, where slots allow."""
     copies = num_copies(load, int(room[0].sum()), valid)
     return Packing(pack(_items(copies), load / copies, room, num_nodes), load, num_nodes)
 
 
 def _greedy(load: Floats, room: Ints) -> Floats:
-    """[num_layers]; what greedy packing leaves on the fullest rank, all copies taken as alike.
+    """[num_layers]; the fullest rank's load after greedy packing, all copies taken as alike.
 
     With coactivation a rank may have as much, where its copies share evenly.
     """

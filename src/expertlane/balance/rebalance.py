@@ -23,7 +23,7 @@ from expertlane.balance.placement import Placement, rank_loads, total_max_over_m
 from expertlane.balance.planner import plan_placement
 from expertlane.spec.names import Phase
 
-_EVEN = (1.5, 1.2, 1.05)  # how even a placement near the present one is to be; then one anew
+_EVEN = (1.5, 1.2, 1.05)  # wanted max/mean near the present placement; a new one is last
 
 
 class LoadTracker:
@@ -63,13 +63,13 @@ class RebalanceGate:
 
     Attributes:
         pair_s: seconds of a rank for each token-expert pair more.
-        expert_bytes: of one expert's weights in one layer.
-        move_s: in which every rank sends an expert and receives one, all at once, beside a stall.
-        stall_s: of every slice, however little it moves.
-        slice_most: weights move in slices, one after a step: of `WHOLE`, what a rank sends or
-            receives in it at most.
+        expert_bytes: bytes of one expert's weights in one layer.
+        move_s: seconds in which each rank sends and receives one expert, all at once, no stall.
+        stall_s: fixed seconds of every slice, however little it moves.
+        slice_most: weights move in slices, one after a step: the most that a rank sends or
+            receives in one, in units of 1 / `WHOLE` of an expert.
         exposed: the share of these times that steps are held up by.
-        num_steps: of the coming window, over which a placement is to pay.
+        num_steps: steps of the coming window, over which a placement is to pay.
     """
 
     pair_s: float
@@ -103,7 +103,7 @@ class RebalanceGate:
         return seconds * self.exposed
 
     def at_best(self, now: Floats, num_steps_tracked: int) -> "Decision":
-        """All ranks alike, for one expert moved: no placement can bring more, or cost less."""
+        """The best that any placement can bring: all ranks alike, after one expert has moved."""
         even = now.mean(axis=1, keepdims=True)
         return Decision(
             gain_s=self.gain_s(now, even, num_steps_tracked),
@@ -131,11 +131,11 @@ class RebalanceGate:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a rebalance would bring.
+    """Gain and cost of a rebalance.
 
     Attributes:
-        gain_s: saved over the coming window of `num_steps`.
-        cost_s: of moving `num_bytes`.
+        gain_s: seconds saved over the coming window of `num_steps`.
+        cost_s: seconds that moving `num_bytes` costs.
     """
 
     gain_s: float
@@ -145,7 +145,7 @@ class Decision:
 
     @property
     def line(self) -> str:
-        """Both sides, in one line for a log."""
+        """Gain, cost and decision, in one line for a log."""
         return (
             f"rebalance: saves {self.gain_s:.3g} s over the next {self.num_steps} steps, "
             f"costs {self.cost_s:.3g} s ({self.num_bytes / 1e6:.3g} MB to move): "
@@ -181,7 +181,7 @@ class PairCost:
 
 @dataclass(frozen=True)
 class CopyDecision:
-    """What balancing copies brings to a step of a phase, by a trial.
+    """Gain and cost of balancing copies in a step of a phase, from a trial.
 
     Attributes:
         num_saved: pairs that the fullest rank of each layer is spared, all layers together.
@@ -206,7 +206,7 @@ class CopyDecision:
 
     @property
     def line(self) -> str:
-        """Both sides, in one line for a log."""
+        """Gain, cost and decision, in one line for a log."""
         return (
             f"copies: balancing saves {1e3 * self.gain_s:.3g} ms per {self.phase.name.lower()} "
             f"step ({self.num_saved:.3g} pairs fewer on the fullest ranks), costs "
@@ -216,10 +216,10 @@ class CopyDecision:
 
 @dataclass(frozen=True)
 class Proposal:
-    """What a rebalance would be.
+    """New placements, and the decision whether to move to them.
 
     Attributes:
-        then: [num_layers]; the placements that it leads to.
+        then: [num_layers]; the new placements.
         before, after: load of the fullest rank over the mean, summed over layers, if tokens came
             evenly from all ranks.
     """

@@ -93,7 +93,7 @@ class RoutingTrace:
         """The trace of some steps, put in order.
 
         Args:
-            layers: those of which there are choices.
+            layers: layers with choices.
             steps: their numbers, and parts that are joined in the order given: by layer, the
                 choices of some tokens, [num_tokens, num_experts_per_tok].
 

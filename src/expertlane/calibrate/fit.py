@@ -1,4 +1,4 @@
-"""From what ranks measured to a profile's figures, surfaces and floors."""
+"""A profile's figures, surfaces and floors, fitted to what ranks measured."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import ITEM_BYTES
 from expertlane.cost.step.operation import Kind, flops_of
-from expertlane.engine.measure.points import Point, TransferPoint
+from expertlane.engine.ranks.commands import Point, TransferPoint
 from expertlane.spec.names import Link
 
 Floats = npt.NDArray[np.float64]
@@ -35,7 +35,7 @@ _AXES = {
 
 
 def peak_flops_per_s(points: Sequence[Point], seconds: Floats) -> dict[str, float]:
-    """The highest rate at which any product was done, by type.
+    """The highest FLOP/s of any product, by type.
 
     Args:
         seconds: [num_points].
@@ -147,7 +147,7 @@ def link_sheets(
 
 
 def term_of(seconds: Floats, origin: str) -> Term:
-    """A number's median over its repetitions [num_rounds], and where most of them lie."""
+    """The median of a number's repetitions [num_rounds]; bounds are where most of them lie."""
     low, value, high = np.percentile(seconds, (_SPREAD[0], 50, _SPREAD[1])).tolist()
     return Term(value, low, high, Basis.MEASURED, origin)
 

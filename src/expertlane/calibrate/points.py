@@ -1,4 +1,4 @@
-"""What `expertlane calibrate` measures: sizes of operations and transfers."""
+"""Sizes of the operations and transfers that `expertlane calibrate` measures."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -6,7 +6,7 @@ from itertools import chain, product, zip_longest
 
 from expertlane.cost.laws.roofline import moved_bytes
 from expertlane.cost.step.operation import Kind, TransferKind, flops_of
-from expertlane.engine.measure.points import Point, TransferPoint
+from expertlane.engine.ranks.commands import Point, TransferPoint
 
 _TRANSFERS = (  # the engine has no all-reduce
     TransferKind.ALL_GATHER,
@@ -29,11 +29,11 @@ class Grid:
         latent_heads: (query heads, key_dim, value_dim), for decodes of `latent_seqs`.
         decode_seqs, decode_positions: sequences, and positions of each.
         prefill_seqs, prefill_tokens: sequences, and new tokens of each.
-        transfer_bytes: to each other rank.
-        contended_bytes: of transfers that computing goes on beside.
-        most_flops, most_bytes: no operation that takes more is measured.
-        num_rounds: repetitions, in turn with all else.
-        point_s: for the repetitions of one of them in a round.
+        transfer_bytes: bytes to each other rank.
+        contended_bytes: bytes of transfers that computing goes on beside.
+        most_flops, most_bytes: limits; no operation that takes more is measured.
+        num_rounds: repetitions of the whole grid.
+        point_s: seconds for the repetitions of one operation in a round.
         step_seqs: sequences of a rank in the small model's steps, which give the overheads.
         step_layers: few and many; of the small model.
     """

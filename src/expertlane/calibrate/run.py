@@ -2,8 +2,10 @@
 
 import platform
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,27 +20,85 @@ from expertlane.calibrate.fit import (
     transfer_laws,
 )
 from expertlane.calibrate.points import CPU_GRID, GPU_GRID, Grid
-from expertlane.calibrate.quiet import AGAIN_SHARE, QuietMeasuring, rounds_in_time
 from expertlane.calibrate.steps import StepSample, launch_term, measure_steps, overhead_terms
 from expertlane.cost.laws.execution import DRIVER_S, GRAPH_LAUNCH_S, LAUNCH_S
 from expertlane.cost.laws.profile import Device, Profile, Term
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.step.operation import TransferKind
-from expertlane.engine.commands import (
+from expertlane.engine.launch import describe_ranks
+from expertlane.engine.ops.host import ForeignLoad, num_cores
+from expertlane.engine.ranks.commands import (
     MeasureContention,
     MeasureLaunches,
     MeasureOperations,
     MeasureTransfers,
 )
-from expertlane.engine.launch import describe_ranks
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import UserError
-from expertlane.ops.host import num_cores
 from expertlane.progress import Progress, Silent
+
+ResultT = TypeVar("ResultT")
+
+QUIET = 0.05  # share of the cores that other processes may take
+_MOST_TRIES = 2
+AGAIN_SHARE = 0.25  # share of the time for measuring, spent on measuring again
+
+
+class QuietMeasuring:
+    """Measures again what other processes disturbed, a few times each and for so long in all.
+
+    Attributes:
+        again_s: seconds of measuring again.
+        num_kept, num_disturbed: measurements, and those of them that were disturbed every time.
+        foreign_cpu_share: the most that other processes took of all cores during what was kept.
+    """
+
+    def __init__(self, most_again_s: float = 60.0) -> None:
+        self.again_s = 0.0
+        self.num_kept = self.num_disturbed = 0
+        self.foreign_cpu_share = 0.0
+        self._most_again_s = most_again_s
+
+    @property
+    def disturbed_share(self) -> float:
+        """The share of the kept measurements that were disturbed."""
+        return self.num_disturbed / self.num_kept if self.num_kept else 0.0
+
+    def measure(self, measure: Callable[[], ResultT]) -> ResultT:
+        """The measurement that was disturbed least."""
+        tries: list[tuple[ResultT, float]] = []
+        while True:
+            foreign, began_s = ForeignLoad(), time.monotonic()
+            result = measure()
+            took_s = time.monotonic() - began_s
+            tries.append((result, foreign.share()))
+            if len(tries) > 1:
+                self.again_s += took_s
+            is_quiet = tries[-1][1] <= QUIET
+            if is_quiet or len(tries) == _MOST_TRIES or self.again_s + took_s > self._most_again_s:
+                break
+        result, share = min(tries, key=lambda each: each[1])
+        self.num_kept += 1
+        self.num_disturbed += share > QUIET
+        self.foreign_cpu_share = max(self.foreign_cpu_share, share)
+        return result
+
+
+def rounds_in_time(most: int, within_s: float) -> Iterator[int]:
+    """Yield round numbers: one, then more while the longest so far still fits in the time left."""
+    began_s = ended_s = time.monotonic()
+    longest_s = 0.0
+    for number in range(most):
+        if number and ended_s - began_s + longest_s > within_s:
+            return
+        yield number
+        now_s = time.monotonic()
+        longest_s, ended_s = max(longest_s, now_s - ended_s), now_s
+
 
 Floats = npt.NDArray[np.float64]
 
-_FIRST_SHARE = 0.4  # of the time, in which the first round begins with more operations
+_FIRST_SHARE = 0.4  # share of the time within which the first round may begin further operations
 _AT_ONCE = 16  # operations that are measured between two looks at the time
 _PARTS = 3  # of a round, as progress counts them; without transfers 2
 
@@ -52,7 +112,7 @@ def num_devices() -> int:
 
 @dataclass(eq=False)
 class Measured:
-    """What the rounds gave so far.
+    """Measurements of the rounds so far.
 
     Attributes:
         operations, transfers: [rounds][num_points]; seconds.
@@ -77,10 +137,10 @@ class Calibration:
         within_s: for all rounds; where it is short, fewer sizes are measured.
 
     Attributes:
-        machine: what the first rank sees of it.
-        cores: of each rank, where it is pinned to one.
-        quiet: what other processes disturbed.
-        took_s: of all rounds; 0 until they have run.
+        machine: the machine, as the first rank sees it.
+        cores: core of each rank, where ranks are pinned.
+        quiet: repeats measurements that other processes disturbed.
+        took_s: seconds of all rounds; 0 until they have run.
     """
 
     def __init__(
@@ -98,7 +158,7 @@ class Calibration:
         self.grid = grid or (GPU_GRID if self.machine.on_gpu else CPU_GRID)
         self.cores = [each.cpus[0] if each.cpus else None for each in machines]
         self._points = self.grid.points(self.machine.dtype)
-        self._is_settled = False  # how many of them there is time for
+        self._is_settled = False  # set once it is known how many of them there is time for
         self._transfer_points = self.grid.transfers(num_ranks)
         self.measured = Measured()
         self.quiet = QuietMeasuring(AGAIN_SHARE * within_s)
@@ -139,7 +199,7 @@ class Calibration:
         progress.advance()
 
     def _operations(self) -> Floats:
-        """[num_points]; the mean over ranks. The first time settles how many there are."""
+        """[num_points]; mean over ranks. The first call settles how many points there are."""
         until = time.monotonic() + _FIRST_SHARE * self._within_s
         found: list[Floats] = []
         for begin in range(0, len(self._points), _AT_ONCE):
@@ -153,7 +213,7 @@ class Calibration:
         return np.concatenate(found)
 
     def _transfers(self) -> Floats:
-        """[num_points]; the mean over the ranks that take part."""
+        """[num_points]; mean over the ranks that take part."""
         points = self._transfer_points
         seconds = self._pool.call(MeasureTransfers(tuple(points), self.grid.point_s))
         return np.array(
@@ -164,7 +224,7 @@ class Calibration:
         )
 
     def _contention(self) -> float:
-        """The median over ranks and sizes."""
+        """The share of compute lost beside transfers: the median over ranks and sizes."""
         shares = self._pool.call(
             MeasureContention(self._num_ranks, self.grid.contended_bytes, self.grid.point_s)
         )

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.placement_file import placements_of
-from expertlane.calibrate.timed_phases import BLOCK_SIZE, limits_for, phase_times, run_batch
 from expertlane.cost.laws.execution import (
     DRIVER_PER_RANK_S,
     DRIVER_S,
@@ -34,15 +34,85 @@ from expertlane.cost.step.kernel_sets import ENGINE, ENGINE_ON_GPUS, KernelSet
 from expertlane.cost.step.operation import Operation, Transfer
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
-from expertlane.schedule.drive import FinishedStep
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.plan import HandleT, Runner
-from expertlane.schedule.request import Limits
+from expertlane.schedule.request import Limits, Request
+from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase, Stage
+
+Prompts = npt.NDArray[np.int64]
+
+BLOCK_SIZE = 16
+
+
+class PhaseTimes(NamedTuple):
+    """Prefill and decode seconds of a batch.
+
+    Attributes:
+        prefill_s: from the first plan to the last prompt token.
+        decode_s: the median from the end of one decode step to the end of the next.
+    """
+
+    prefill_s: float
+    decode_s: float
+
+
+def limits_for(
+    deployment: Deployment, num_requests: int, num_positions: int, vocab_size: int
+) -> Limits:
+    """Room for all requests of a batch at once; a data-parallel rank's prompts are one step."""
+    num_seqs = -(-num_requests // deployment.layout.dp)
+    return Limits(
+        vocab_size,
+        max_model_len=num_positions,
+        num_blocks=num_seqs * -(-num_positions // BLOCK_SIZE),
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=num_seqs * num_positions,
+        max_num_seqs=num_seqs,
+        prefix_caching=False,
+        phases_apart=True,
+    )
+
+
+def run_batch(
+    runner: Runner[HandleT],
+    deployment: Deployment,
+    limits: Limits,
+    prompts: Prompts,
+    output_len: int,
+    *,
+    record: bool = False,
+    record_routing: bool = False,
+) -> list[FinishedStep]:
+    """All steps of a batch.
+
+    Args:
+        prompts: [num_requests, prompt_len].
+    """
+    scheduler = ContinuousScheduler(
+        deployment.layout, deployment.options, limits, record=record, record_routing=record_routing
+    )
+    for number, prompt in enumerate(prompts):
+        scheduler.add(Request(str(number), prompt, max_tokens=output_len))
+    return list(drive(scheduler, runner))
+
+
+def phase_times(steps: Sequence[FinishedStep]) -> PhaseTimes:
+    """Times of a batch whose phases are apart, and that decodes for two steps or more."""
+    by_phase = {
+        phase: [step.outcome for step in steps if step.plan.phase is phase] for phase in Phase
+    }
+    prefill, decode = by_phase[Phase.PREFILL], by_phase[Phase.DECODE]
+    ends = [max(each.finished_s for each in prefill), *(each.finished_s for each in decode)]
+    return PhaseTimes(
+        prefill_s=ends[0] - prefill[0].submitted_s, decode_s=median(np.diff(ends[1:]).tolist())
+    )
+
 
 Floats = npt.NDArray[np.float64]
 
@@ -66,10 +136,10 @@ _MODEL = ModelConfig(
 
 @dataclass(frozen=True, eq=False)
 class StepSample:
-    """Decode steps of one deployment with so many sequences a data-parallel rank, in one round.
+    """Decode steps of a deployment, with `num_seqs` sequences a data-parallel rank, in one round.
 
     Attributes:
-        num_layers: of the small model.
+        num_layers: layers of the small model.
         step_s: from the end of one to the end of the next, not recorded.
         stage_s: [num_stages]; of its first rank, recorded.
     """
@@ -82,7 +152,7 @@ class StepSample:
 
 
 def deployments_for(num_ranks: int) -> list[Deployment]:
-    """One rank alone, and all of them in every way of sending; a GPU launches kernel by kernel."""
+    """One rank alone, and all of them with every dispatch form; a GPU launches kernel by kernel."""
     eager = Options(cuda_graphs=False)
     found = [Deployment("one rank", Layout(), eager)]
     if num_ranks > 1:
@@ -121,7 +191,7 @@ def measure_steps(
 
 
 def _models(deployment: Deployment, step_layers: tuple[int, int]) -> list[ModelConfig]:
-    """Several ranks take two, to tell what a transfer adds from what a step adds."""
+    """Models to measure: several ranks take two depths, to tell transfers from steps."""
     if deployment.layout.world_size == 1:
         return [replace(_MODEL, num_hidden_layers=step_layers[1])]
     return [replace(_MODEL, num_hidden_layers=num) for num in step_layers]
@@ -235,7 +305,7 @@ def launch_term(
 
 
 def _num_launches(sample: StepSample, dtype: str) -> int:
-    """Of a decode step of one rank with the engine's kernels on GPUs."""
+    """Kernel launches in a decode step of one rank, with the engine's kernels on GPUs."""
     builder = _builder(sample, NumberTypes.all_of(dtype), kernels=ENGINE_ON_GPUS)
     routing = PowerLawRouting(_MODEL.num_experts, _MODEL.num_experts_per_tok)
     part = PartSizes.even(1, 1, sample.num_seqs, 1, _PROMPT_LEN)
@@ -265,7 +335,7 @@ class _Priced:
 
     Attributes:
         stage_s, num_steps: [num_stages]; of its first rank; operations, not transfers.
-        num_transfers: of a rank.
+        num_transfers: transfers of a rank.
     """
 
     def __init__(self, sample: StepSample, profile: Profile, dtype: str) -> None:

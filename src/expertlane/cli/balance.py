@@ -15,7 +15,7 @@ from expertlane.cli.options import (
     ranks_per_node_option,
     redundant_option,
 )
-from expertlane.cli.output import command_line, print_report, print_written, slug
+from expertlane.cli.output import Call, command_line, print_report, print_written, slug
 from expertlane.cli.output_options import AnswerOptions
 from expertlane.cli.streams import may_be_lost
 from expertlane.errors import UserError, naming
@@ -119,7 +119,7 @@ def balance(own: _Options, output_options: AnswerOptions) -> None:
         after = _read(Path(own.placement or ""), read, own.ep_ranks)
         num_redundant = max(each.num_slots for each in after) - read.num_experts
     else:
-        folder = output_options.call().folder(slug("balance", read.model))
+        folder = Call.typed(output_options.out).folder(slug("balance", read.model))
         after = _made(read, own)
         num_redundant = own.num_redundant_experts
     before = _linear(read, own.ep_ranks, num_redundant)

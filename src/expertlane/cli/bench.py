@@ -1,7 +1,6 @@
 """`expertlane bench`: put load on a model, and show throughput and latency."""
 
 from dataclasses import dataclass
-from signal import SIGINT
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,7 +9,6 @@ from expertlane.cli import completion, output
 from expertlane.cli.bench_url import UrlOptions, run_url
 from expertlane.cli.load import LoadOptions
 from expertlane.cli.local_model import load_model
-from expertlane.cli.main import INTERRUPTED
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import given, takes_groups
 from expertlane.cli.options import MODEL_HELP, EngineOptions, layout_option
@@ -79,7 +77,7 @@ def bench(
       expertlane bench paper-tiny --json |
           jq '.deployments[].serving[].output_tps.value'
     """
-    call = output_options.call()
+    call = output.Call.typed(output_options.out)
     if at.url is None:
         output.publish(run(own, load, at, engine, call, model), output_options)
         return
@@ -87,7 +85,7 @@ def bench(
     found, signal = run_url(model, at, load, call)
     output.publish(found, output_options)
     if signal is not None:
-        raise typer.Exit(INTERRUPTED - SIGINT + signal)
+        raise typer.Exit(128 + signal)  # as shells have it
 
 
 def run(
@@ -98,7 +96,7 @@ def run(
     call: output.Call,
     model: _Model = None,
 ) -> output.Found:
-    """Measure, without a word on standard output."""
+    """Measure, and return the results; prints nothing on standard output."""
     if at.url is not None:
         _check_alone(own, engine)
         return run_url(model, at, load, call)[0]
@@ -115,7 +113,7 @@ def run(
 
 
 def _check_alone(own: _Options, engine: EngineOptions) -> None:
-    """Refuse what only a model that runs here can have.
+    """Refuse options that only a model run here can have.
 
     Raises:
         UserError: it is given.
@@ -130,12 +128,12 @@ def _check(
     loads: "list[Load]",
     layouts: list[Layout],
 ) -> None:
-    """What can be known before anything is loaded.
+    """Check all that is known before the model is loaded.
 
     Raises:
-        UserError: it could not be run to its end.
+        UserError: a load could not be run to its end.
     """
-    from expertlane.engine.torchrun import num_nodes
+    from expertlane.engine.ranks.torchrun import num_nodes
     from expertlane.spec.workload import check_lengths
 
     for load in loads:
@@ -155,9 +153,9 @@ def _measured(
     command: str,
 ) -> "Results":
     """All loads on each layout in turn."""
-    from expertlane.compare.machine import machine_record
-    from expertlane.compare.serving_benchmark import run_loads
-    from expertlane.ops.host import ForeignLoad
+    from expertlane.comparison.machine import machine_record
+    from expertlane.comparison.serving_benchmark import run_loads
+    from expertlane.engine.ops.host import ForeignLoad
     from expertlane.results.cost import with_costs
     from expertlane.results.record import DeploymentRecord
     from expertlane.results.results import Results

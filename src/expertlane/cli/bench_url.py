@@ -127,14 +127,14 @@ class UrlOptions:
 
     @property
     def num_rounds(self) -> int:
-        """How often each load is repeated."""
+        """Repetitions of each load."""
         return self.rounds or (1 if self.compare is None else _PAIRED_ROUNDS)
 
 
 def run_url(
     model: str | None, options: UrlOptions, load: LoadOptions, call: output.Call
 ) -> tuple[output.Found, int | None]:
-    """Measure; gives what was found, and the signal that ended it before its time, if any."""
+    """Measure; returns the results, and the signal that ended it early, if any."""
     from expertlane.client.run import Asked, measure
 
     loads = load.loads()

@@ -104,8 +104,8 @@ def calibrate(own: _Options, output_options: _Output) -> None:
 
 
 def _checked(own: _Options, folder: Path) -> Path:
-    """Where to write, once all that can be known before measuring is known to be right."""
-    from expertlane.engine.torchrun import is_under_torchrun
+    """The file to write, after all checks that need no measuring."""
+    from expertlane.engine.ranks.torchrun import is_under_torchrun
 
     if not _NAME.fullmatch(own.name):
         raise UserError(

@@ -18,7 +18,6 @@ from expertlane.cli.modelled import cluster_option, framework_option, skew_optio
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import MODEL_HELP, LaunchOptions, dtype_option, parse_list, trace_option
 from expertlane.cli.output_options import OutputOptions
-from expertlane.cli.virtual_time import DEFAULT_PROFILE, VirtualTimeOptions
 from expertlane.errors import CapacityError, MissingExtraError, UserError, naming, require_extra
 from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.names import Dtype
@@ -26,12 +25,88 @@ from expertlane.spec.ranges import DEFAULT_REPEAT, shown
 from expertlane.spec.slo import parse_slos
 
 if TYPE_CHECKING:
-    from expertlane.compare.projection import ExperimentProjector
-    from expertlane.compare.virtual import VirtualSettings
+    from expertlane.comparison.projection import ExperimentProjector
+    from expertlane.comparison.virtual import VirtualSettings
     from expertlane.results.results import Results
     from expertlane.results.step_record import StepRecord
     from expertlane.spec.experiment import Experiment
     from expertlane.spec.projection import Projection
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from expertlane.comparison.virtual import VirtualSettings
+
+
+DEFAULT_PROFILE = "h100"
+_NO_LINKS, _MEASURED = "none", "measured"
+
+
+class _Clock(StrEnum):
+    VIRTUAL = "virtual"
+    WALL = "wall"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VirtualTimeOptions:
+    """Options of virtual time, and of its assumptions."""
+
+    panel: ClassVar = Panel.VIRTUAL_TIME
+    clock: _Clock | None = typer.Option(
+        None,
+        show_default="virtual for the ranks of one host; wall on several, whose links are real",
+        help="virtual: also replay what was measured with one core per rank and a cluster's "
+        "links (while measuring, ranks that share a core compute one at a time). wall: wall time "
+        "only.",
+    )
+    links: str | None = typer.Option(
+        None,
+        metavar="PROFILE",
+        show_default=DEFAULT_PROFILE,
+        autocompletion=completion.profiles,
+        help="The links of virtual time: a profile as in --cluster, or none, so that transfers "
+        "take no time.",
+    )
+    link_scale: float | None = typer.Option(
+        None,
+        metavar="N",
+        show_default="the ratio of compute speeds, the profile's device over a core here",
+        help="Transfers take N times as long as on the profile's links.",
+    )
+    compute: str = typer.Option(
+        _MEASURED,
+        metavar="PROFILE",
+        autocompletion=completion.profiles,
+        help="Compute times in virtual time: measured, or a profile's cost model for the "
+        "operations that ran.",
+    )
+
+    def __post_init__(self) -> None:
+        given = "--link-scale" if self.link_scale is not None else "--links"
+        is_given = self.links is not None or self.link_scale is not None
+        if self.compute != _MEASURED:
+            given, is_given = "--compute", True
+        if self.clock is _Clock.WALL and is_given:
+            raise UserError(f"{given} needs virtual time; leave out --clock wall")
+        if self.links == _NO_LINKS and self.link_scale is not None:
+            raise UserError("--link-scale needs links; give --links a profile")
+
+    def settings(self) -> "VirtualSettings | None":
+        """The assumptions of virtual time; None for wall time alone.
+
+        Raises:
+            UserError: no such profile, or a damaged one.
+        """
+        from expertlane.comparison.virtual import VirtualSettings
+        from expertlane.cost.laws.profile_file import read_profile
+
+        if self.clock is _Clock.WALL:
+            return None
+        profile = None if self.links == _NO_LINKS else read_profile(self.links or DEFAULT_PROFILE)
+        compute = None if self.compute == _MEASURED else read_profile(self.compute)
+        is_asked = (self.clock, self.links, self.link_scale) != (None, None, None)
+        return VirtualSettings(profile, self.link_scale, compute, is_asked or compute is not None)
+
 
 _DEFAULT_EXPERIMENT = "paper-small"
 
@@ -138,11 +213,11 @@ class _Projection:
 
 @dataclass
 class _Comparison:
-    """What to run, and what stands beside it.
+    """An experiment to run, and its projection.
 
     Attributes:
-        folder: of its results, if they are to be written.
-        projection: if asked for.
+        folder: folder for its results; None to write none.
+        projection: its projection, if asked for.
     """
 
     experiment: "Experiment"
@@ -201,7 +276,7 @@ def compare(
       torchrun --nnodes 2 --nproc-per-node 1 … -m expertlane compare
           on two nodes, 8 ranks each
     """
-    found = run(experiment, own, time, launch, projection, output_options.call())
+    found = run(experiment, own, time, launch, projection, output.Call.typed(output_options.out))
     with closing(found):  # its ranks end, whatever printing comes to
         for each in found:
             output.publish(each, output_options)
@@ -215,7 +290,7 @@ def run(
     projection: _Projection,
     call: output.Call,
 ) -> Generator[output.Found]:
-    """Compare, without a word on standard output: one comparison after the other."""
+    """Compare, one comparison after the other; prints nothing on standard output."""
     from expertlane.balance.placement_file import check_experiment
 
     reason = _why_only_projected(projection)
@@ -271,7 +346,7 @@ def _why_only_projected(projection: _Projection) -> str | None:
 
 def _why_not_here(comparisons: list[_Comparison], dtype: str | None) -> str | None:
     """The reason why one of them can't run here, as far as known before ranks start; else None."""
-    from expertlane.compare.machine import why_not_here
+    from expertlane.comparison.machine import why_not_here
 
     reasons = (why_not_here(each.experiment, dtype) for each in comparisons)
     return next(filter(None, reasons), None)
@@ -285,7 +360,7 @@ def _projector(
     Raises:
         UserError: an unknown cluster, or one with too few devices.
     """
-    from expertlane.compare.projection import (
+    from expertlane.comparison.projection import (
         ExperimentProjector,
         ServingConditions,
         usual_number_type,
@@ -294,7 +369,7 @@ def _projector(
     from expertlane.cost.laws.frameworks import served_by
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.plan.candidates import Goals
+    from expertlane.planner.candidates import Goals
     from expertlane.spec.projection import ProjectionAsked
     from expertlane.spec.workload import check_lengths
 
@@ -341,8 +416,8 @@ def _measure(
     Raises:
         CapacityError: one of them does not fit; raised before the first is run.
     """
-    from expertlane.compare.machine import check_memory
-    from expertlane.compare.run import Repeats, run_comparison
+    from expertlane.comparison.machine import check_memory
+    from expertlane.comparison.run import Repeats, run_comparison
     from expertlane.engine.launch import start_pool
     from expertlane.results.chrome_trace import write_traces
 
@@ -399,11 +474,11 @@ def _check_resumable(comparisons: list[_Comparison], virtual: "VirtualSettings |
 
 @contextmanager
 def _telling_what_is_kept(folder: Path | None) -> Iterator[None]:
-    """Say how to go on, where a comparison ends before it is complete."""
+    """Say how to resume, where a comparison ends before it is complete."""
     try:
         yield
     except BaseException:
-        from expertlane.compare.journal import FILE_NAME
+        from expertlane.comparison.journal import FILE_NAME
 
         if folder is not None and (folder / FILE_NAME).exists():
             output.print_message(

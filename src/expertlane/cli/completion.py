@@ -1,4 +1,4 @@
-"""What a shell offers for an argument or an option; nothing of it may take long."""
+"""Completions that a shell offers for arguments and options; all must be quick."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import typer
 
 
 def models(incomplete: str) -> list[str]:
-    """Presets; folders are the shell's own."""
+    """Presets; the shell completes folders itself."""
     from expertlane.spec.model import PRESETS
 
     return _beginning(incomplete, PRESETS)
@@ -21,14 +21,14 @@ def experiments(incomplete: str) -> list[str]:
 
 def profiles(incomplete: str) -> list[str]:
     """The profiles that come with expertlane."""
-    from expertlane.cost.laws.profile_file import shipped_profiles
+    from expertlane.cost.laws import shipped_profiles
 
     return _beginning(incomplete, shipped_profiles())
 
 
 def clusters(incomplete: str) -> list[str]:
     """Profiles with usual numbers of devices."""
-    from expertlane.cost.laws.profile_file import shipped_profiles
+    from expertlane.cost.laws import shipped_profiles
 
     sizes = (8, 16, 32, 64)
     return _beginning(
@@ -45,7 +45,7 @@ def layouts(ctx: typer.Context, incomplete: str) -> list[str]:
     count = str(ctx.params.get("cluster")).rpartition("x")[2]
     if model not in PRESETS or not count.isdigit():
         return []
-    from expertlane.plan.candidates import MOST_DEVICES, valid_layouts
+    from expertlane.planner.candidates import MOST_DEVICES, valid_layouts
 
     if not 0 < int(count) <= MOST_DEVICES:
         return []

@@ -29,7 +29,6 @@ from expertlane.cli.options import (
 )
 from expertlane.cli.output import check_file, is_first_process, print_json, print_message
 from expertlane.cli.output_options import json_option
-from expertlane.cli.sampling import SamplingOptions, sampling_params
 from expertlane.errors import ModelError, UserError
 from expertlane.spec.files import CONFIG_BYTES, PROMPTS_BYTES, read_stream, read_text
 from expertlane.spec.layout import Layout
@@ -41,6 +40,99 @@ if TYPE_CHECKING:
     from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import SamplingParams
     from expertlane.spec.structured import Structured
+from typing import TYPE_CHECKING, Any
+
+from expertlane.cli.options import seed_option
+
+if TYPE_CHECKING:
+    from expertlane.spec.sampling import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """Options for the fields of `SamplingParams`, under its names; None for what is not given."""
+
+    panel: ClassVar = Panel.MORE_SAMPLING
+    max_tokens: int | None = typer.Option(
+        None,
+        metavar="N",
+        show_default="256",
+        rich_help_panel=Panel.SAMPLING,
+        help="Output tokens at most.",
+    )
+    temperature: float | None = typer.Option(
+        None,
+        metavar="T",
+        show_default="1",
+        rich_help_panel=Panel.SAMPLING,
+        help="0: greedy.",
+    )
+    seed: int | None = seed_option(None, "a new one", Panel.SAMPLING)
+    top_k: int | None = typer.Option(
+        None, metavar="K", show_default="0, all", help="Sample from the K most likely tokens."
+    )
+    top_p: float | None = typer.Option(
+        None,
+        metavar="P",
+        show_default="1",
+        help="Nucleus sampling: the most likely tokens with cumulative probability P.",
+    )
+    min_p: float | None = typer.Option(
+        None,
+        metavar="P",
+        show_default="0",
+        help="Sample from tokens at least P times as likely as the most likely.",
+    )
+    repetition_penalty: float | None = typer.Option(
+        None,
+        metavar="X",
+        show_default="1",
+        help="Above 1: penalises tokens in prompt or output.",
+    )
+    presence_penalty: float | None = typer.Option(
+        None, metavar="X", show_default="0", help="Above 0: penalises tokens in the output."
+    )
+    frequency_penalty: float | None = typer.Option(
+        None,
+        metavar="X",
+        show_default="0",
+        help="Above 0: penalises tokens by their count in the output.",
+    )
+    stop: list[str] | None = typer.Option(None, metavar="TEXT", help="Stop string.")
+    stop_token_ids: list[int] | None = typer.Option(
+        None, "--stop-token-id", metavar="ID", help="Stop token."
+    )
+    ignore_eos: bool = typer.Option(
+        False, "--ignore-eos", help="Continue after an end-of-sequence token."
+    )
+    logprobs: int | None = typer.Option(
+        None,
+        metavar="N",
+        help="With --json: log-probabilities of each token and of the N most likely.",
+    )
+    prompt_logprobs: int | None = typer.Option(
+        None,
+        metavar="N",
+        help="With --json: the same for the tokens of the prompt.",
+    )
+
+
+def sampling_params(folder: Path | None, given: dict[str, Any]) -> "SamplingParams":
+    """The user's sampling parameters, over those that the checkpoint recommends.
+
+    Args:
+        given: by the names of `SamplingParams`; None for what is not given.
+
+    Raises:
+        UserError: a value is not valid.
+    """
+    from expertlane.spec.sampling import SamplingParams
+    from expertlane.text.tokenizer import default_sampling
+
+    recommended = {} if folder is None else default_sampling(folder)
+    return SamplingParams(
+        **recommended | {name: value for name, value in given.items() if value is not None}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +244,7 @@ def generate(
 
 
 def _check_options(own: _Options, sampling: SamplingOptions, prompts: list[str] | None) -> None:
-    """Those that need or exclude each other.
+    """Check options that need or exclude each other.
 
     Raises:
         UserError: two do not go together.
@@ -168,10 +260,10 @@ def _check_options(own: _Options, sampling: SamplingOptions, prompts: list[str] 
 
 
 def _structured(own: _Options, found: FoundModel) -> "Structured | None":
-    """What outputs must be.
+    """The constraint on outputs; None without one.
 
     Raises:
-        UserError: two options say it, one is not valid, or there is no tokenizer.
+        UserError: two options give one, one is not valid, or there is no tokenizer.
     """
     from expertlane.spec.structured import Structured
 
@@ -294,11 +386,11 @@ _PROMPT = "> "
 
 
 class Chat:
-    """A conversation with a model, a line a message: what was said, and how to go on.
+    """A conversation with a model, a message a line, and its history.
 
     Args:
-        params: of every answer.
-        system: the message that each conversation begins with.
+        params: sampling parameters of every answer.
+        system: system message of each conversation.
 
     Raises:
         UserError: the model has no tokenizer or no chat template, or it takes no such message.
@@ -319,7 +411,7 @@ class Chat:
         self._render("Hello")  # what a template always refuses, it refuses before anything loads
 
     def hold(self, llm: "LLM") -> "list[RequestOutput]":
-        """Answer messages until there are no more; gives all answers."""
+        """Answer messages until there are no more; returns all answers."""
         for message in _read_messages():
             if message == "/exit":
                 break
@@ -358,7 +450,7 @@ class Chat:
 
 
 def _read_messages() -> Iterator[str]:
-    """Lines that are not blank, each as soon as it is there."""
+    """Lines that are not blank, each as soon as it is read."""
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):  # some builds of Python lack it

@@ -70,7 +70,7 @@ def spellings(option: Any) -> str:
 
 
 def value_of(parameter: Any) -> str:
-    """What an option or argument takes; empty for a flag."""
+    """The metavar of an option or argument; empty for a flag."""
     return "" if getattr(parameter, "is_flag", False) else parameter.metavar or ""
 
 

@@ -20,7 +20,7 @@ from expertlane.spec.names import CacheType, NumberType
 if TYPE_CHECKING:
     from expertlane.report.document import Column
 
-_MOST_ROWS = 24  # of an answer
+_MOST_ROWS = 24  # rows of an answer
 
 app = typer.Typer(cls=Group, rich_markup_mode=None, help="List what a command can be given.")
 
@@ -45,8 +45,7 @@ def models(print_options: PrintOptions) -> None:
     from expertlane.report.document import number, text
     from expertlane.report.numbers import whole
     from expertlane.spec.hf_config import FAMILIES
-    from expertlane.spec.model import PRESETS
-    from expertlane.spec.tensors import num_params
+    from expertlane.spec.model import PRESETS, num_params
 
     rows: list[dict[str, Any]] = [
         {
@@ -81,7 +80,8 @@ def profiles(print_options: PrintOptions) -> None:
 
     expertlane calibrate writes one of this machine, to be given as a file.
     """
-    from expertlane.cost.laws.profile_file import read_profile, shipped_profiles
+    from expertlane.cost.laws import shipped_profiles
+    from expertlane.cost.laws.profile_file import read_profile
     from expertlane.report.document import number, text
     from expertlane.report.numbers import bytes_si, rate_si
 
@@ -121,7 +121,8 @@ def clusters(print_options: PrintOptions) -> None:
 
     A cluster is a profile, x, and its number of devices: h100x16 for example.
     """
-    from expertlane.cost.laws.profile_file import read_profile, shipped_profiles
+    from expertlane.cost.laws import shipped_profiles
+    from expertlane.cost.laws.profile_file import read_profile
     from expertlane.report.document import number, text
     from expertlane.report.numbers import rate_si
     from expertlane.spec.names import Link
@@ -165,7 +166,7 @@ def frameworks(print_options: PrintOptions) -> None:
     --framework a projection is of no framework: steps take what the laws of kernels say.
     """
     from expertlane.cost.laws import frameworks as known
-    from expertlane.plan.engines import ENGINES
+    from expertlane.planner.engines import ENGINES
     from expertlane.report.document import number, text
     from expertlane.report.numbers import whole
 
@@ -237,8 +238,8 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
     """
     from expertlane.balance.placement_file import placements_of
     from expertlane.cost.laws.profile_file import parse_cluster
-    from expertlane.memory import PlacedModel
-    from expertlane.plan.candidates import check_plan_size, valid_layouts
+    from expertlane.cost.memory import PlacedModel
+    from expertlane.planner.candidates import check_plan_size, valid_layouts
     from expertlane.report.document import number, text
     from expertlane.report.numbers import bytes_si, counted, whole
     from expertlane.spec.deployment import Options
@@ -279,7 +280,7 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
 
 
 def _of_all_kinds(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Of each set of parallel kinds the first layout, then others, in their order."""
+    """Up to `_MOST_ROWS` layouts, in order: the first of each set of axes, then others."""
     kinds = [tuple(part.split("=")[0] for part in row["layout"].split(",")) for row in rows]
     by_kind = sorted(range(len(rows)), key=lambda place: kinds.index(kinds[place]) != place)
     return [rows[place] for place in sorted(by_kind[:_MOST_ROWS])]

@@ -21,13 +21,13 @@ _OPEN_SIZE = 100  # requests of an open loop
 
 @dataclass(frozen=True)
 class Defaults:
-    """The load of a command where nothing is said.
+    """A command's default load.
 
     Attributes:
-        batch: as `--batch` has it.
+        batch: default of `--batch`.
         waves: requests per place of a batch, so that finished ones are replaced.
-        least: requests.
-        burst_from: batches from this one on get one wave: it takes long enough.
+        least: requests at least.
+        burst_from: batches of this size and more get one wave, which takes long enough.
     """
 
     batch: str
@@ -38,14 +38,14 @@ class Defaults:
     burst_from: int | None = None
 
     def num_requests(self, batch: int) -> int:
-        """How many a closed loop gets."""
+        """Requests of a closed loop with this batch."""
         is_burst = self.burst_from is not None and batch >= self.burst_from
         wanted = max(self.least, batch if is_burst else self.waves * batch)
         return min(wanted, int(RANGES["num_requests"].high))
 
     @property
     def of_closed(self) -> str:
-        """The same, in words."""
+        """The default number of requests, in words."""
         least = f", at least {self.least}" if self.least > 1 else ""
         burst = "" if self.burst_from is None else f", from {self.burst_from} on the batch"
         return f"{self.waves} × the batch{least}{burst}"
@@ -122,7 +122,7 @@ def slo_option(more: str, **how: Any) -> Any:
     """Latency objectives.
 
     Args:
-        more: what the command does with them.
+        more: further help: the command's use of them.
     """
     return _option(
         metavar="SLO[,SLO…]",
@@ -138,7 +138,7 @@ class LoadOptions:
     """The load, its latency objectives and the price of a GPU-hour; with the defaults of bench.
 
     Attributes:
-        slos: as `--slo` says.
+        slos: see `--slo`.
     """
 
     defaults = MEASURED

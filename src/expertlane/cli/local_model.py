@@ -15,8 +15,8 @@ from expertlane.spec.files import strict_json
 from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
-    from expertlane.engine.commands import RankMachine
     from expertlane.engine.llm import LLM
+    from expertlane.engine.ranks.commands import RankMachine
     from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import TokenLogprobs
 
@@ -34,12 +34,8 @@ def load_model(
 
     ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size} ranks"
     with task_on_stderr(f"loading {found.name} on {ranks} ({layout})"):
-        llm = LLM(
-            found.folder or found.name,
-            layout=layout,
-            record_routing=record_routing,
-            **engine.for_llm(),
-        )
+        config = engine.config(layout, record_routing=record_routing)
+        llm = LLM(found.folder or found.name, config)
     if text := _platform_text(llm.machine[0]):
         print_message(text)
     is_narrow = found.quantization is not None and found.quantization.is_narrow

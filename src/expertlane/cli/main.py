@@ -99,7 +99,7 @@ def _may_start_threads() -> bool:
 
 
 def _nearest_options(given: str, context: "Any") -> str:
-    """What the user may have meant by an option that there is none of."""
+    """`did you mean …` for an unknown option; empty where none is like it."""
     from expertlane.errors import did_you_mean
 
     options = (each for each in context.command.params if not getattr(each, "hidden", False))

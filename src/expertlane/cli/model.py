@@ -26,9 +26,9 @@ class FoundModel:
     """A model before it is loaded.
 
     Attributes:
-        name: as the user gave it.
-        folder: of the checkpoint; None for a preset.
-        quantization: of the checkpoint's weights; None where they are as computed with.
+        name: name or path, as the user gave it.
+        folder: folder of the checkpoint; None for a preset.
+        quantization: quantisation of the checkpoint's weights; None where there is none.
     """
 
     name: str
@@ -52,7 +52,7 @@ class FoundModel:
         """Check what can be known before ranks are started.
 
         Args:
-            is_modelled: as `check_deployment` takes it.
+            is_modelled: see `check_deployment`.
 
         Raises:
             UserError: experts cannot be placed or reached so.
@@ -65,7 +65,7 @@ class FoundModel:
     def number_types(
         self, dtype: str | None, kv_dtype: CacheType, cluster: "ModelledCluster"
     ) -> "NumberTypes":
-        """What was asked for, else the checkpoint's own.
+        """The number types asked for, else the checkpoint's own.
 
         A preset is in float16, as in the paper, or in what the devices have if they lack it: a
         profile of `expertlane calibrate` has one type.

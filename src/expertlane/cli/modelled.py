@@ -9,6 +9,7 @@ import typer
 from expertlane.cli import completion
 from expertlane.cli.help import Panel
 from expertlane.cli.options import dtype_option
+from expertlane.cost.laws import shipped_profiles
 from expertlane.errors import UserError, naming
 from expertlane.spec.names import CacheType, GpuExecution, NumberType
 from expertlane.spec.ranges import DEFAULT_SKEW
@@ -28,9 +29,8 @@ def cluster_option(default: Any, show_default: bool | str = True, *, more: str =
         metavar="PROFILExN",
         autocompletion=completion.clusters,
         show_default=show_default,
-        help="The modelled cluster: N devices of a profile (a100, a100pcie, a30, b200, b300, "
-        "gb200, gb300, h100, h100pcie, h200, l4, l40s, rtxpro6000, or a TOML file of expertlane "
-        f"calibrate).{more}",
+        help=f"The modelled cluster: N devices of a profile ({', '.join(shipped_profiles())}, or a "
+        f"TOML file of expertlane calibrate).{more}",
     )
 
 

@@ -90,7 +90,7 @@ def _choices(annotation: Any) -> list[str]:
 
 
 def is_group(kind: object) -> bool:
-    """Whether a parameter of this type stands for several options."""
+    """True if a parameter of this type stands for several options."""
     return is_dataclass(kind) and kind is not Call
 
 

@@ -21,6 +21,8 @@ from expertlane.spec.deployment import (
     WeightsType,
 )
 from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchForm
+from expertlane.spec.engine_config import SETTINGS, EngineConfig, sentence_of
+from expertlane.spec.layout import Layout
 from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
 from expertlane.spec.ranges import RANGES, shown
 
@@ -33,38 +35,36 @@ ModelArgument = Annotated[str, _MODEL]
 OptionalModel = Annotated[str | None, _MODEL]
 
 
+def _option_of(
+    name: str, default: Any = ..., *words: str, is_flag: bool = False, **more: Any
+) -> Any:
+    """The option of a setting of the engine, with its default and its sentence."""
+    setting = SETTINGS[name]
+    if setting.metadata["none"]:
+        more = {"show_default": setting.metadata["none"]} | more
+    if is_flag:
+        words = (f"--{name.replace('_', '-')}",)
+    value = setting.default if default is ... else default
+    return typer.Option(value, *words, help=sentence_of(name), **more)
+
+
 def timeout_option() -> Any:
-    """How long to wait for ranks."""
-    return typer.Option(
-        60.0,
-        metavar="SECONDS",
-        rich_help_panel=Panel.RANKS,
-        help="Longest wait for a rank that makes no progress.",
-    )
+    """`--timeout-s`: the most that ranks are waited for."""
+    return _option_of("timeout_s", metavar="SECONDS", rich_help_panel=Panel.RANKS)
 
 
 def on_failure_option(default: OnFailure) -> Any:
-    """What a lost rank leads to."""
-    return typer.Option(
-        default,
-        rich_help_panel=Panel.RANKS,
-        help="When a rank dies or hangs: replace it and lose no request; shrink the layout until "
-        "it is replaced; or stop all ranks.",
-    )
+    """`--on-failure`: the reaction to a lost rank."""
+    return _option_of("on_failure", default, rich_help_panel=Panel.RANKS)
 
 
 def rejoin_option() -> Any:
-    """How long to wait for a lost node."""
-    return typer.Option(
-        300.0,
-        metavar="SECONDS",
-        rich_help_panel=Panel.RANKS,
-        help="On several nodes, with --on-failure replace: how long to wait for a lost node.",
-    )
+    """`--rejoin-s`: the most that a lost node is waited for."""
+    return _option_of("rejoin_s", metavar="SECONDS", rich_help_panel=Panel.RANKS)
 
 
 def layout_option(default: Any, show_default: bool | str = True) -> Any:
-    """How ranks are arranged."""
+    """`--layout`."""
     return typer.Option(
         default,
         metavar="LAYOUT",
@@ -76,7 +76,7 @@ def layout_option(default: Any, show_default: bool | str = True) -> Any:
 
 
 def ranks_per_node_option(default: Any, show_default: str) -> Any:
-    """Where nodes begin."""
+    """`--ranks-per-node`."""
     return typer.Option(
         default,
         metavar="N",
@@ -86,14 +86,14 @@ def ranks_per_node_option(default: Any, show_default: str) -> Any:
 
 
 def redundant_option() -> Any:
-    """Copies of experts."""
+    """Number of redundant experts."""
     return typer.Option(0, metavar="N", help="Redundant experts per MoE layer, to share load.")
 
 
 def seed_option(
     default: Any, show_default: bool | str = True, panel: Panel = Panel.MORE_WORKLOAD
 ) -> Any:
-    """Random draws."""
+    """Seed of random draws."""
     return typer.Option(
         default,
         metavar="N",
@@ -106,7 +106,7 @@ def seed_option(
 def placement_option(
     default: Any, show_default: bool | str = True, *, is_modelled: bool = False
 ) -> Any:
-    """Which rank holds which experts."""
+    """Placement of experts on ranks."""
     by_load = " load: in each layer by the load of earlier tokens, as if experts were rebalanced."
     return typer.Option(
         default,
@@ -130,60 +130,46 @@ def trace_option() -> Any:
 
 
 def dtype_option(default: str) -> Any:
-    """What ranks compute in."""
-    return typer.Option(
-        None,
-        show_default=default,
-        rich_help_panel=Panel.DEPLOYMENT,
-        help="Type of weights and activations.",
-    )
+    """`--dtype`: the type that ranks compute in."""
+    return _option_of("dtype", show_default=default, rich_help_panel=Panel.DEPLOYMENT)
 
 
 def cpu_isa_option() -> Any:
-    """What kernels may use."""
-    return typer.Option(
-        None,
+    """`--cpu-isa`: the instruction set that kernels may use."""
+    return _option_of(
+        "cpu_isa",
         envvar="EXPERTLANE_CPU_ISA",
         show_default="the best that this CPU has",
         rich_help_panel=Panel.RANKS,
-        help="Largest instruction set that kernels on CPUs may use; amx only if asked for.",
     )
 
 
 def max_model_len_option() -> Any:
-    """How long a sequence gets."""
-    return typer.Option(
-        None,
-        metavar="N",
-        show_default="the model's",
-        rich_help_panel=Panel.BATCHING,
-        help="Longest sequence, in tokens.",
-    )
+    """`--max-model-len`: positions of a sequence at most."""
+    return _option_of("max_model_len", metavar="N", rich_help_panel=Panel.BATCHING)
 
 
-TOKENS_OF_STEP = "Tokens per step and data-parallel rank."
+TOKENS_OF_STEP = sentence_of("max_num_batched_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RequestOptions:
-    """How many requests run at once, in the engine and on a modelled cluster."""
+    """Options of the cache and of requests, in the engine and on a modelled cluster."""
 
     panel: ClassVar = Panel.BATCHING
-    block_size: int = typer.Option(16, metavar="N", help="Tokens per KV-cache block.")
+    block_size: int = _option_of("block_size", metavar="N")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerOptions(RequestOptions):
-    """How much a step holds."""
+    """Options of the scheduler's steps."""
 
-    max_num_seqs: int = typer.Option(
-        256, metavar="N", help="Concurrent requests per data-parallel rank."
-    )
-    max_num_batched_tokens: int = typer.Option(2048, metavar="N", help=TOKENS_OF_STEP)
+    max_num_seqs: int = _option_of("max_num_seqs", metavar="N")
+    max_num_batched_tokens: int = _option_of("max_num_batched_tokens", metavar="N")
 
 
 def copies_option() -> Any:
-    """Which copy of a redundant expert computes a token."""
+    """`--copies`: the choice among copies of a redundant expert."""
     return typer.Option(
         "nearest",
         rich_help_panel=Panel.MORE_DEPLOYMENT,
@@ -195,10 +181,10 @@ def copies_option() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class DeploymentOptions:
-    """How a deployment runs, whether on real ranks or on modelled ones.
+    """Options of a deployment, on real ranks or modelled ones.
 
     Attributes:
-        options: the same as `spec` has it.
+        options: these, as `spec.deployment.Options`.
 
     Raises:
         UserError: a value is not valid, or there is no such file.
@@ -268,20 +254,13 @@ class DeploymentOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchOptions:
-    """How real ranks are started."""
+    """Options of starting real ranks."""
 
     panel: ClassVar = Panel.RANKS
     timeout_s: float = timeout_option()
-    oversubscribe: bool = typer.Option(
-        False, "--oversubscribe", help="Allow more than 32 local ranks per core."
-    )
+    oversubscribe: bool = _option_of("oversubscribe", is_flag=True)
     cpu_isa: CpuIsa | None = cpu_isa_option()
-    ignore_unused_tensors: bool = typer.Option(
-        False,
-        "--ignore-unused-tensors",
-        help="Continue, with a warning, if the checkpoint holds tensors that its config.json does "
-        "not use.",
-    )
+    ignore_unused_tensors: bool = _option_of("ignore_unused_tensors", is_flag=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,13 +270,7 @@ class EngineOptions:
     panel: ClassVar = Panel.MORE_DEPLOYMENT
     dtype: Dtype | None = dtype_option("the checkpoint's, else the machine's choice")
     max_model_len: int | None = max_model_len_option()
-    num_blocks: int | None = typer.Option(
-        None,
-        metavar="N",
-        show_default="as many as fit in memory",
-        rich_help_panel=Panel.BATCHING,
-        help="KV-cache blocks.",
-    )
+    num_blocks: int | None = _option_of("num_blocks", metavar="N", rich_help_panel=Panel.BATCHING)
     scheduler: SchedulerOptions
     no_prefix_caching: bool = typer.Option(
         False,
@@ -337,13 +310,7 @@ class EngineOptions:
         help="Rebalance experts at runtime every STEPS steps, where it pays. 0: never.",
     )
     ranks_per_node: int = ranks_per_node_option(0, "0, as started")
-    check: CheckLevel = typer.Option(
-        "off",
-        rich_help_panel=Panel.RANKS,
-        help="Check every step for silent errors. light: no NaN or infinite values, and ranks "
-        "agree on replicated values; full: also, transfers arrive unchanged, and each token is "
-        "computed once by each of its experts.",
-    )
+    check: CheckLevel = _option_of("check", rich_help_panel=Panel.RANKS)
     launch: LaunchOptions
     on_failure: OnFailure = on_failure_option("stop")
     rejoin_s: float = rejoin_option()
@@ -361,28 +328,34 @@ class EngineOptions:
         )
         object.__setattr__(self, "options", options)
 
-    def for_llm(self) -> dict[str, Any]:
-        """The arguments of `LLM`."""
-        return {
-            "dtype": self.dtype,
-            "max_model_len": self.max_model_len,
-            "num_blocks": self.num_blocks,
-            "prefix_caching": not self.no_prefix_caching,
-            "options": self.options,
-            "ranks_per_node": self.ranks_per_node,
-            "check": self.check,
-            "on_failure": self.on_failure,
-            "rejoin_s": self.rejoin_s,
+    def config(self, layout: Layout, *, record_routing: bool = False) -> EngineConfig:
+        """The settings of an engine.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        return EngineConfig(
+            layout=layout,
+            options=self.options,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            num_blocks=self.num_blocks,
+            prefix_caching=not self.no_prefix_caching,
+            ranks_per_node=self.ranks_per_node,
+            check=self.check,
+            on_failure=self.on_failure,
+            rejoin_s=self.rejoin_s,
+            record_routing=record_routing,
             **vars(self.scheduler),
             **vars(self.launch),
-        }
+        )
 
 
 def parse_list(name: str, field: str, text: str, example: str) -> list[Any]:
     """The numbers of an option, with commas between.
 
     Args:
-        field: whose range they have.
+        field: the field whose range they have.
 
     Raises:
         UserError: one is none, or out of its range.

@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
 
-    from expertlane.cli.output_options import (
-        OutputOptions,
-        PrintOptions,
-    )
+    from expertlane.cli.output_options import OutputOptions, PrintOptions
     from expertlane.report.document import Report
     from expertlane.results.results import Results
     from expertlane.results.table import Format
@@ -41,7 +38,7 @@ _TRAILING = re.compile(r" +(?=(?:\x1b\[[0-9;]*m)*$)", re.MULTILINE)
 
 
 def is_first_process() -> bool:
-    """Whether this process prints and writes: under `torchrun` only the first one does."""
+    """True in the process that prints and writes: under `torchrun` only the first one does."""
     return "WORLD_SIZE" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
@@ -208,10 +205,10 @@ def slug(*names: object) -> str:
 
 @dataclass(frozen=True)
 class Call:
-    """Who asked: a command line, or Python.
+    """A call of a command, from the command line or Python.
 
     Attributes:
-        command: how a user repeats it; kept in the results.
+        command: text of the call, to repeat it; kept in the results.
         out: folder for results, if one was asked for.
         always_writes: results go to `results/NAME` where no folder was asked for.
     """
@@ -220,11 +217,16 @@ class Call:
     out: Path | None = None
     always_writes: bool = False
 
+    @classmethod
+    def typed(cls, out: Path | None) -> "Call":
+        """The call that is this command line."""
+        return cls(command_line(), out, always_writes=True)
+
     def folder(self, name: str) -> Path | None:
-        """Where results go; None: nowhere.
+        """The folder for results, checked; None for none.
 
         Raises:
-            UserError: nothing can be written there.
+            UserError: the folder cannot be written to.
         """
         folder = self.out
         if folder is None and self.always_writes:
@@ -236,10 +238,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Found:
-    """What a command found, before it is shown.
+    """Results of a command, before they are shown.
 
     Attributes:
-        folder: where it is to be written; None: nowhere.
+        folder: folder to write them to; None for none.
         also: writes files of the command's own, after the results.
     """
 
@@ -274,8 +276,8 @@ def print_report(
     """Print the answer, or as much as the options ask for.
 
     Args:
-        page: where the rest is, if anywhere; then a closed standard output is no mistake.
-        as_json: what `--json` prints.
+        page: the page with the rest, if any; then a closed standard output is no mistake.
+        as_json: gives the text that `--json` prints.
     """
     from expertlane.report import terminal
 

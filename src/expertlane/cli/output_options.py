@@ -1,4 +1,4 @@
-"""Options of what is printed, and where files go."""
+"""Options of printing, and of files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +7,11 @@ from typing import Any, ClassVar, Literal
 import typer
 
 from expertlane.cli.help import Panel
-from expertlane.cli.output import Call, command_line
 from expertlane.errors import UserError
 
 
 def out_option(default: str) -> Any:
-    """Where files go."""
+    """`--out`: the folder for files."""
     return typer.Option(
         None,
         "--out",
@@ -44,7 +43,7 @@ def export_option() -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class PrintOptions:
-    """How much of the answer is printed.
+    """Options for how much of the answer is printed.
 
     Raises:
         UserError: two forms at once.
@@ -71,21 +70,17 @@ class PrintOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class AnswerOptions(PrintOptions):
-    """The same, and where files go."""
+    """Options of printing, and the folder for files."""
 
     out: Path | None = out_option("results/NAME, after the command and its subject")
-
-    def call(self) -> Call:
-        """This command line."""
-        return Call(command_line(), self.out, always_writes=True)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions(AnswerOptions):
-    """The same for results, which can be exported too.
+    """Options of printing and files, with export of results.
 
     Raises:
-        UserError: also where a library for `--export` is missing.
+        UserError: as in `PrintOptions`, or a library for `--export` is missing.
     """
 
     export: Literal["csv", "parquet"] | None = export_option()

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
     from expertlane.cost.routing import RoutingChoice
-    from expertlane.plan.candidates import PlanRequest
-    from expertlane.plan.commands import ServeTarget
-    from expertlane.plan.project import Setting
+    from expertlane.planner.candidates import PlanRequest
+    from expertlane.planner.commands import ServeTarget
+    from expertlane.planner.project import Setting
     from expertlane.spec.workload import Load
 
 _EXPERIMENT = "experiment.toml"
@@ -95,7 +95,9 @@ def plan(
           for other programs
     """
     gc.set_threshold(*_COLLECTED_AFTER)
-    output.publish(run(own, load, projection, drafts, output_options.call()), output_options)
+    output.publish(
+        run(own, load, projection, drafts, output.Call.typed(output_options.out)), output_options
+    )
 
 
 def run(
@@ -105,10 +107,10 @@ def run(
     drafts: DraftOptions,
     call: output.Call,
 ) -> output.Found:
-    """Plan, without a word on standard output."""
+    """Plan, and return the results; prints nothing on standard output."""
     from expertlane.cost.laws.device import stand_ins
-    from expertlane.plan.results import make_plan
-    from expertlane.plan.sizing import smallest_plan
+    from expertlane.planner.results import make_plan
+    from expertlane.planner.sizing import smallest_plan
     from expertlane.results.cost import with_costs
     from expertlane.spec.projection import Projection, ProjectionAsked
 
@@ -185,7 +187,7 @@ def _question(
     from expertlane.cost.laws.frameworks import served_by
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.plan.candidates import Goals, PlanRequest
+    from expertlane.planner.candidates import Goals, PlanRequest
 
     found = find_model(own.model, weights=False)
     config, devices = found.config, parse_cluster(cluster)
@@ -199,13 +201,13 @@ def _question(
         setting.types.weights,
         has_drafts=setting.multi_token.num_drafts > 0,
     )
-    engine, goals = _engine(own, projection.framework), Goals.of(load.slos)
+    engine, goals = _engine_of_framework(own, projection.framework), Goals.of(load.slos)
     request = PlanRequest.of_load(asked, config, devices, goals, setting, engine, load.seed)
     return _Question(found, asked, routing, request)
 
 
-def _engine(own: _Options, framework: str | None) -> EngineName | None:
-    """The one that was asked for, or that a framework serves with.
+def _engine_of_framework(own: _Options, framework: str | None) -> EngineName | None:
+    """The engine asked for, or the one that the framework serves with.
 
     Raises:
         UserError: a framework does not serve with it, or has no balanced copies.
@@ -239,7 +241,7 @@ def _setting(
         UserError: drafts are asked for of an engine that has none.
     """
     from expertlane.cost.laws.execution import Execution
-    from expertlane.plan.project import Setting
+    from expertlane.planner.project import Setting
 
     multi_token = drafts.multi_token()
     if multi_token.num_drafts and own.engine == "expertlane":
@@ -264,8 +266,8 @@ def _types(types: "NumberTypes") -> dict[str, str]:
 
 
 def _served(found: FoundModel) -> "ServeTarget":
-    """A folder by its absolute path: a relative one could be taken for a hub id."""
-    from expertlane.plan.commands import ServeTarget
+    """The model for engines; a folder by its absolute path, as a relative one could be a hub id."""
+    from expertlane.planner.commands import ServeTarget
 
     if found.folder is None:
         return ServeTarget("MODEL")

@@ -1,4 +1,4 @@
-"""The options of a command as a function of Python takes them: names, types, defaults, help."""
+"""Options of a command as parameters of a Python function: names, types, defaults, help."""
 
 import inspect
 import textwrap
@@ -23,11 +23,11 @@ T = TypeVar("T")
 P = ParamSpec("P")
 PythonFunction = Callable[..., T]
 
-_MOST_VALUES = 10_000  # of a list
-_LARGEST = 1e30  # of numbers that are written out as text
+_MOST_VALUES = 10_000  # values of a list that are written out
+_LARGEST = 1e30  # largest number that is written out as text
 # A number alone, of a field's range: several would be several results.
 _ONE = {"experts_per_token": "num_experts_per_tok"}
-_WIDTH = 92  # of a docstring
+_WIDTH = 92  # columns of a docstring
 _OUT_HELP = (
     "Folder for results.json, the reports and all else that the command writes. None: nothing is "
     "written."
@@ -56,7 +56,7 @@ class PythonOption:
     """One option.
 
     Attributes:
-        kind: its type without None; of what is read as text, `str`.
+        kind: its type without None; `str` for what the command reads as text.
         is_list: whether it may be given several times on the command line.
         takes_none: whether None is a valid value.
         default: `inspect.Parameter.empty` where one has to be given.
@@ -148,8 +148,8 @@ class PythonOptions:
     """All options of a command, and how its function is called.
 
     Attributes:
-        hidden: what the command refuses with a better message than "no such option"; its default
-            is what the command gets.
+        hidden: options that the command refuses with a better message than "no such option"; it
+            gets their defaults.
     """
 
     name: str
@@ -159,7 +159,7 @@ class PythonOptions:
 
     @classmethod
     def of(cls, command: Callable[..., None], run: Callable[..., Any]) -> "PythonOptions":
-        """Of a command, those that its `run` takes, and `out`."""
+        """The options of a command that its `run` takes, and `out`."""
         declared = inspect.signature(command).parameters
         shown_options, hidden = list[PythonOption](), list[PythonOption]()
         for each in parameters_of(run):
@@ -202,7 +202,7 @@ class PythonOptions:
         }
 
     def defaults(self) -> dict[str, Any]:
-        """The values of options that are not given; of those that have to be, none."""
+        """Values of options that are not given; required ones have none."""
         options = (*self.options, *self.hidden)
         return {
             each.name: each.default
@@ -211,7 +211,7 @@ class PythonOptions:
         }
 
     def command(self, values: Mapping[str, Any]) -> str:
-        """The call as a user repeats it: what is not the default."""
+        """The call as Python text, with the values that are not defaults."""
         shown_values = [
             f"{each.name}={_plain(values[each.name])!r}"
             for each in self.options
@@ -274,7 +274,7 @@ def names_itself(function: Callable[P, T]) -> Callable[P, T]:
 
 
 def _info_of(declared: inspect.Parameter) -> tuple[Any, Any, Any]:
-    """What typer knows of an option, its default, and its type."""
+    """Typer's information on an option, its default, and its type."""
     annotation, default = declared.annotation, declared.default
     if get_origin(annotation) is Annotated:
         annotation, info, *_ = get_args(annotation)
@@ -294,7 +294,7 @@ def _is_list(value: Any) -> bool:
 
 
 def _as_text(value: Any) -> str | None:
-    """As the command line has it: several with commas between. None of what has no such text."""
+    """A value as the command line takes it, several with commas between; None without a text."""
     if _is_list(value):
         parts = [_one_as_text(each) for each in value[:_MOST_VALUES]]
         texts = [each for each in parts if each is not None]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 _OVER_S = 10.0  # for a step to be committed after the change, if there are requests
 _LOOK_S = 0.3  # between requests for its progress
 _CONFLICT = 409  # with the state of the server: the call itself was right
-_NUM_RATES = 8  # of which the median and its interval are shown
+_NUM_RATES = 8  # rates measured; their median and its interval are shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class _Options:
         return None if self.layout is None else str(Layout.parse(self.layout))
 
     def headers(self) -> dict[str, str]:
-        """With the key, if there is one.
+        """The header with the API key, if there is one.
 
         Raises:
             UserError: it is none.

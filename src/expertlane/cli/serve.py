@@ -142,7 +142,7 @@ class _Options:
     as_json: bool = json_option()
 
     def api_keys(self) -> tuple[str, ...]:
-        """All that were given, else the one of the environment.
+        """The keys given, else the environment's.
 
         Raises:
             UserError: one is no key, or the file cannot be read or has none.
@@ -307,7 +307,7 @@ def _journal(own: _Options, found: FoundModel, engine: EngineOptions) -> "Journa
 
 
 def _tracing(endpoint: str | None, name: str) -> "Tracing | None":
-    """Traces, where they are asked for; variables alone are no reason to refuse to start."""
+    """Tracing, where it is asked for; environment variables alone do not make the server fail."""
     from expertlane.server.tracing import is_configured, start_tracing
 
     if not is_configured(endpoint) or not is_first_process():
@@ -333,7 +333,7 @@ def _log(own: _Options, name: str, tokenizer: "Tokenizer | None") -> "RequestLog
 
 
 def _of_checkpoint(found: FoundModel) -> "tuple[ChatTemplate | None, dict[str, Any]]":
-    """Its chat template, if it has one, and the sampling that it recommends."""
+    """The checkpoint's chat template, if any, and its recommended sampling."""
     from expertlane.text.chat_template import ChatTemplate
     from expertlane.text.tokenizer import default_sampling
 

@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from expertlane.cost.number_types import NumberTypes
     from expertlane.cost.routing import Traffic
     from expertlane.results.results import Results
-    from expertlane.simulate.row import Row
-    from expertlane.simulate.setup import ServingSetup
-    from expertlane.simulate.simulator import Outcome, Simulator
-    from expertlane.simulate.watch import Precision
+    from expertlane.simulator.row import Row
+    from expertlane.simulator.setup import ServingSetup
+    from expertlane.simulator.simulator import Outcome, Simulator
+    from expertlane.simulator.watch import Precision
     from expertlane.spec.workload import Load
 
 
-_MAX_NUM_SEQS = 256  # of a data-parallel rank; more where the batch asks for more
+_MAX_NUM_SEQS = 256  # running sequences of a data-parallel rank; more for larger batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +77,8 @@ class _Options:
     trace: bool = trace_option()
 
     def row(self) -> "Row | None":
-        """The one that `--plan` names."""
-        from expertlane.simulate.row import find_row
+        """The row that `--plan` names; None without it."""
+        from expertlane.simulator.row import find_row
 
         with naming("--plan"):
             return None if self.plan is None else find_row(self.plan)
@@ -113,14 +113,14 @@ class _Scheduler(RequestOptions):
 
 
 def of_plan(given: "Mapping[str, Any]") -> "dict[str, Any]":
-    """The options that a row of a plan stands for; without `--plan`, those that a framework has.
+    """Options that a plan's row stands for; without `--plan`, those of the framework.
 
     Raises:
         UserError: there is no such row, or what it is of is given beside it.
     """
     if given.get("plan") is None:
         return _of_framework(given)
-    from expertlane.simulate.row import find_row
+    from expertlane.simulator.row import find_row
 
     for name in ("model", "layout", "prefill_layout"):
         if given.get(name) is not None:
@@ -131,7 +131,7 @@ def of_plan(given: "Mapping[str, Any]") -> "dict[str, Any]":
 
 
 def _of_framework(given: "Mapping[str, Any]") -> "dict[str, Any]":
-    """The dispatch that `--framework` does by itself, of each pool; none where one is given."""
+    """Dispatch options that `--framework` implies, of each pool; none where one is given."""
     names = "framework", "cluster", "layout"
     framework, cluster, layout = (given.get(name) for name in names)
     if framework is None or cluster is None or layout is None or given.get("dispatch") is not None:
@@ -175,7 +175,7 @@ def simulate(
       expertlane simulate --plan results/plan-paper-h100x16/results.json#2
           the second row of a plan again, in detail
     """
-    call = output_options.call()
+    call = output.Call.typed(output_options.out)
     found = run(own, load_options, projection, deployment, drafts, scheduler, call, model)
     output.publish(found, output_options)
 
@@ -190,7 +190,7 @@ def run(
     call: output.Call,
     model: OptionalModel = None,
 ) -> output.Found:
-    """Simulate, without a word on standard output."""
+    """Simulate, and return the results; prints nothing on standard output."""
     loads = load_options.loads()
     multi_token = drafts.multi_token()
     row = own.row()
@@ -205,9 +205,9 @@ def run(
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.results.cost import with_costs
-    from expertlane.simulate.results import simulation
-    from expertlane.simulate.simulator import Simulator
-    from expertlane.simulate.watch import Precision
+    from expertlane.simulator.results import simulation
+    from expertlane.simulator.simulator import Simulator
+    from expertlane.simulator.watch import Precision
     from expertlane.spec.workload import check_lengths
 
     config, seed = found_model.config, load_options.seed
@@ -280,10 +280,10 @@ def _setup(
     """The deployment as the simulator takes it.
 
     Args:
-        sizes: of the scheduler.
+        sizes: limits of the scheduler.
     """
     from expertlane.cost.laws.execution import Execution
-    from expertlane.simulate.setup import ServingSetup
+    from expertlane.simulator.setup import ServingSetup
 
     if options.placement == "load" and all(
         each is None or each.ep == 1 for each in (layout, prefill_layout)
@@ -317,12 +317,12 @@ def _needed(name: str, value: str | None) -> str:
 def _write_trace(
     runs: "Sequence[tuple[Simulator, Outcome]]", results: "Results", folder: Path | None
 ) -> list[Path]:
-    """The steps of the best run, if there is a folder for them; gives the files."""
+    """Write the steps of the best run, if there is a folder for them; return the paths."""
     if folder is None:
         return []
 
     from expertlane.results.chrome_trace import write_traces
-    from expertlane.simulate.results import best_run
+    from expertlane.simulator.results import best_run
 
     simulator, outcome = best_run(runs, results.deployments[0].serving)
     return write_traces({str(simulator.setup.layout): simulator.trace(outcome)}, folder)
@@ -331,8 +331,8 @@ def _write_trace(
 def _sizes(
     scheduler: _Scheduler, framework: str | None, layout: "Layout", loads: "Sequence[Load]"
 ) -> dict[str, Any]:
-    """The scheduler's: what was asked for, else what the loads and a framework ask for."""
-    from expertlane.simulate.setup import scheduling_of
+    """Limits of the scheduler: those asked for, else those of the loads and the framework."""
+    from expertlane.simulator.setup import scheduling_of
 
     asked = {name: value for name, value in vars(scheduler).items() if value is not None}
     most = max(each.batch or 0 for each in loads)
@@ -345,12 +345,12 @@ def _sizes(
 
 
 def _check(found: FoundModel, setup: "ServingSetup", modelled: "ModelledCluster") -> None:
-    """Both pools.
+    """Check the layouts of both pools.
 
     Raises:
         UserError: a layout does not suit the model or the cluster.
     """
-    from expertlane.simulate.setup import check_fits_cluster
+    from expertlane.simulator.setup import check_fits_cluster
 
     check_fits_cluster(modelled, setup)
     per_node = modelled.profile.ranks_per_node
@@ -362,7 +362,7 @@ def _check(found: FoundModel, setup: "ServingSetup", modelled: "ModelledCluster"
 def _run(
     simulator: "Simulator", seed: int, precision: "Precision", *, cold_start: bool, is_alone: bool
 ) -> "Outcome":
-    from expertlane.simulate.steady import steady_state
+    from expertlane.simulator.steady import steady_state
 
     num_runs, load = simulator.num_runs, simulator.load
     name = "" if is_alone else f"{load}: "

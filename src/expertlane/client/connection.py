@@ -29,10 +29,10 @@ class ClosedEarly(Exception):
 
 @dataclass(frozen=True)
 class Url:
-    """Where a server is.
+    """A server's address.
 
     Attributes:
-        path: what stands before `/v1`.
+        path: prefix before `/v1`.
     """
 
     host: str
@@ -74,11 +74,11 @@ class Url:
 
 @dataclass(eq=False)
 class Answer:
-    """What came back; times are of `time.perf_counter`.
+    """The response to a request; times are of `time.perf_counter`.
 
     Attributes:
-        body: all of it.
-        times_s, ends: when each part of the body came, and where it ends there.
+        body: the body so far.
+        times_s, ends: arrival time of each part of the body, and its end offset there.
     """
 
     status: int = 0
@@ -127,7 +127,7 @@ class _Connection(asyncio.Protocol):
         return self._is_usable_again and self.is_open
 
     def close(self) -> None:
-        """Also in the middle of an answer."""
+        """Close it, also in the middle of an answer."""
         if self._transport is not None:
             self._transport.abort()
 
@@ -189,7 +189,7 @@ class Connections:
     """Connections to one server, kept open between requests; of one event loop.
 
     Args:
-        headers: of every request.
+        headers: headers of every request.
     """
 
     def __init__(self, url: Url, headers: Mapping[str, str]) -> None:
@@ -226,7 +226,7 @@ class Connections:
         return await self._ask(connection, head, body, answer)
 
     def _kept(self) -> _Connection | None:
-        """The one that was used last; older ones may be closed at any time."""
+        """The connection used last; older ones may be closed by the server at any time."""
         while self._idle:
             kept = self._idle.pop()
             if kept.is_open and time.perf_counter() - kept.idle_since_s < _KEPT_S:
@@ -268,7 +268,7 @@ class Connections:
         return answer
 
     def close(self) -> None:
-        """Close all of them."""
+        """Close all connections."""
         for connection in [*self._idle, *self._busy]:
             connection.close()
         self._idle.clear()

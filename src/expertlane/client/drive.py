@@ -1,4 +1,4 @@
-"""Requests to a server when they are due, and what came of each.
+"""Send requests to a server when they are due, and keep the outcome of each.
 
 All times of a request count from when it was due: one that could only be sent late does not look
 faster. In a closed loop a request is due when it takes the place of another.
@@ -23,7 +23,7 @@ class Sent:
     """A request that was sent, or was to be.
 
     Attributes:
-        number: among the load's.
+        number: index in the load.
         due_s, sent_s, ended_s: on the clock of `time.perf_counter`.
         generated: None where it failed.
     """
@@ -39,13 +39,13 @@ class Sent:
 
 @dataclass(eq=False)
 class Driven:
-    """What came of a load.
+    """Outcome of a load.
 
     Attributes:
-        sent: those that were answered or failed, as they ended.
+        sent: requests that were answered or failed, as they ended.
         num_unsent: requests that were not sent, or not waited for.
-        why_ended: before its time; empty where it was not.
-        cpu_s, wall_s: what this process used, and how long it took.
+        why_ended: why the load ended early; empty where it did not.
+        cpu_s, wall_s: CPU time of this process, and duration of the load.
     """
 
     sent: list[Sent] = field(default_factory=list)
@@ -64,12 +64,12 @@ class Stop:
         self._event = asyncio.Event()
 
     def __call__(self, why: str) -> None:
-        """End it."""
+        """End the load."""
         self.why = self.why or why
         self._event.set()
 
     async def wait(self) -> None:
-        """Until it is told."""
+        """Wait until the load is to end."""
         await self._event.wait()
 
 
@@ -86,8 +86,8 @@ async def drive(
 
     Args:
         requests: by due time.
-        max_unfinished: of a closed loop; None where they are due at times of their own.
-        timeout_s: how long one may take from when it was sent.
+        max_unfinished: concurrency of a closed loop; None for an open one.
+        timeout_s: seconds that a request may take from when it was sent.
         on_finished: called after each.
     """
     run = _Run(server, stop, timeout_s, on_finished)
@@ -120,7 +120,7 @@ class _Run:
         self._num_lost = 0
 
     async def open(self, requests: Sequence[TimedRequest]) -> None:
-        """Each one when it is due, however many are under way."""
+        """Open loop: send each request when it is due, however many are under way."""
         began_s = self.driven.began_s
         async with asyncio.TaskGroup() as group:
             for number, request in enumerate(requests):
@@ -130,7 +130,7 @@ class _Run:
                 group.create_task(self._one(number, request, due_s))
 
     async def closed(self, requests: Sequence[TimedRequest], num: int) -> None:
-        """So many at a time."""
+        """Closed loop: keep `num` requests under way."""
         waiting = deque(enumerate(requests))
 
         async def place() -> None:

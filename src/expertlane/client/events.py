@@ -1,4 +1,4 @@
-"""What an answer's server-sent events hold: when tokens came, how many, and what went wrong.
+"""Answers as server-sent events: when tokens came, how many, and what went wrong.
 
 Bodies are kept as they come and read when they are whole, with one search of each event; of JSON
 only the usage and errors are parsed.
@@ -26,8 +26,8 @@ class AnswerError(Exception):
     """An answer that holds no whole generation.
 
     Args:
-        name: what it is counted under.
-        message: what the server says of it.
+        name: kind of error, under which it is counted.
+        message: the server's own message.
     """
 
     def __init__(self, name: str, message: str = "") -> None:
@@ -37,12 +37,12 @@ class AnswerError(Exception):
 
 @dataclass
 class Generated:
-    """What came of one request.
+    """Tokens of one request: when they came, and how many.
 
     Attributes:
-        times_s: of each event that brought a token or more.
-        num_tokens, num_prompt_tokens: as the server counts them; None where it does not.
-        num_cached_tokens: of the prompt, those that it did not compute.
+        times_s: arrival of each event that brought a token or more.
+        num_tokens, num_prompt_tokens: the server's counts; None where it gives none.
+        num_cached_tokens: prompt tokens that the server did not compute.
     """
 
     times_s: list[float] = field(default_factory=list)
@@ -102,7 +102,7 @@ def _read_events(answer: Answer) -> Generated:
 
 
 def _drop_ends(found: Generated, without_text: list[int], *, is_textless: bool) -> None:
-    """Leave out events at the end that only say why it is one."""
+    """Drop events at the end that carry the finish reason and no token."""
     if found.num_tokens is None and is_textless:
         return
     most = found.num_tokens or 0
@@ -140,7 +140,7 @@ def _decoded(data: bytes) -> dict[str, Any]:
 
 
 def error_message(body: bytes) -> str:
-    """What a server says in a body, as OpenAI's API has it or otherwise; cut, one line."""
+    """The error message in a body, in OpenAI's form or another; one line, cut."""
     found: Any = _decoded(body)
     if isinstance(found, dict):
         found = found.get("error", found)

@@ -1,4 +1,4 @@
-"""From what a client saw to records: of loads in rounds, and of how two servers differ."""
+"""Records of what a client measured: loads in rounds, and the ratio of two servers."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,8 +27,8 @@ class Round:
     """One repetition of a load.
 
     Attributes:
-        served: those that were answered; times from the round's start.
-        record: of this round alone; None where nothing was answered.
+        served: the answered requests; times from the round's start.
+        record: record of this round alone; None where nothing was answered.
     """
 
     driven: Driven
@@ -38,7 +38,7 @@ class Round:
 
     @classmethod
     def of(cls, driven: Driven, slos: Sequence[SLO]) -> "Round":
-        """From what was driven."""
+        """The round of a driven load."""
         answered = sorted(
             (each for each in driven.sent if each.generated is not None),
             key=lambda each: each.due_s,
@@ -169,7 +169,7 @@ def _requests(rounds: Sequence[Round]) -> RequestsRecord:
 def ratios(
     load: Load, rounds: Sequence[Round], others: Sequence[Round], names: tuple[str, str]
 ) -> list[RatioRecord]:
-    """Of one server's numbers over another's, from rounds that were measured in pairs."""
+    """Ratios of one server's metrics to another's, from rounds measured in pairs."""
     pairs = [
         (one.record, other.record)
         for one, other in zip(rounds, others, strict=False)

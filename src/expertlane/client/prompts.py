@@ -19,7 +19,7 @@ class Vocabulary:
     """Tokens that prompts are drawn from.
 
     Attributes:
-        token_ids: ordinary ones; what is drawn are places in it.
+        token_ids: ordinary tokens; prompts are drawn as indices into this.
         tokenizer: for prompts that must be text; None where there is none here.
     """
 
@@ -28,7 +28,7 @@ class Vocabulary:
 
     @classmethod
     def of_folder(cls, folder: Path) -> "Vocabulary":
-        """Of a checkpoint.
+        """The vocabulary of a checkpoint's tokenizer.
 
         Raises:
             UserError: it has no tokenizer that can be read.
@@ -41,7 +41,7 @@ class Vocabulary:
 
     @classmethod
     def of_name(cls, name: str) -> "Vocabulary | None":
-        """Of a model that is known by its name, or is a folder here."""
+        """The vocabulary of a preset, or of a checkpoint's folder; None for other names."""
         if name in PRESETS:
             return cls(range(PRESETS[name].vocab_size))
         folder = Path(name)
@@ -53,11 +53,11 @@ class Vocabulary:
         return len(self.token_ids)
 
     def ids(self, places: Sequence[int]) -> list[int]:
-        """The tokens at places that were drawn."""
+        """The tokens at drawn indices."""
         return [self.token_ids[place] for place in places]
 
     def text(self, places: Sequence[int]) -> str:
-        """A text of as many tokens, or nearly: not every row of tokens is what its text becomes.
+        """A text of as many tokens, or nearly: not every token sequence survives decoding.
 
         Raises:
             UserError: there is no tokenizer.

@@ -29,7 +29,7 @@ class Target:
     """A server to be measured.
 
     Attributes:
-        key: of its API; None where it asks for none.
+        key: API key; None for none.
         model: its name there; None for the only one.
     """
 
@@ -40,12 +40,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Asked:
-    """What is put on servers.
+    """Loads to put on servers, and how.
 
     Attributes:
         num_warm_up: requests before each load that are not counted; None for a usual number.
         num_rounds: repetitions, each of requests of its own.
-        timeout_s: of a request.
+        timeout_s: seconds that a request may take.
     """
 
     loads: Sequence[Load]
@@ -60,13 +60,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Seen:
-    """What was found.
+    """Measurements, and why they ended if early.
 
     Attributes:
-        models: what each server calls the model.
-        ratios: of two servers, the first one's over the second one's.
-        why_ended: before all was done; empty where it was not.
-        signal: that ended it.
+        models: name of the model at each server.
+        ratios: the first of two servers over the second.
+        why_ended: why measuring ended early; empty where it did not.
+        signal: the signal that ended it.
     """
 
     records: tuple[DeploymentRecord, ...]
@@ -89,7 +89,7 @@ def measure(targets: Sequence[Target], asked: Asked, progress: Progress) -> Seen
 
 
 def _allow_connections() -> None:
-    """As many as this process may ever have."""
+    """Raise the limit on file descriptors to the most that this process may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with suppress(OSError, ValueError):

@@ -30,7 +30,7 @@ class Unreachable(ExpertlaneError):
 
 @dataclass(frozen=True)
 class Form:
-    """How requests are put.
+    """API and form of requests that a server takes.
 
     Attributes:
         is_chat: chat completions, else completions.
@@ -53,9 +53,9 @@ class Server:
     """A model at a URL.
 
     Attributes:
-        software: what the server says it is; may be empty.
+        software: software and version by the server's own account; may be empty.
         max_model_len: None where it does not say.
-        num_extra: tokens that it adds to a prompt: of a chat's template, or a first one.
+        num_extra: tokens that it adds to a prompt: a chat's template, or a first token.
     """
 
     connections: Connections
@@ -147,7 +147,7 @@ async def find_server(
 
 
 async def _card(connections: Connections, model: str | None) -> dict[str, Any]:
-    """What the server says of the model."""
+    """The model's entry in the server's `/v1/models`."""
     url = connections.url
     answer = await connections.ask("GET", "/v1/models")
     if answer.status in (401, 403):
@@ -177,7 +177,7 @@ async def _card(connections: Connections, model: str | None) -> dict[str, Any]:
 
 
 async def _json(connections: Connections, method: str, path: str, fields: Any = None) -> Any:
-    """A JSON answer; None where there is no such route."""
+    """The JSON body of an answer with status 200; else None."""
     body = b"" if fields is None else msgspec.json.encode(fields)
     answer = await connections.ask(method, path, body)
     if answer.status != 200:
@@ -211,7 +211,7 @@ async def _vocabulary(connections: Connections, card: dict[str, Any]) -> Vocabul
 
 
 def _forms(*, is_chat: bool, has_tokenizer: bool) -> Iterator[Form]:
-    """How requests may be put, the best first."""
+    """Forms of requests to try, the best first."""
     for ignores_eos, as_tokens in product((True, False), (True, False)):
         if not (as_tokens and is_chat) and (as_tokens or has_tokenizer):
             yield Form(is_chat, as_tokens, ignores_eos)

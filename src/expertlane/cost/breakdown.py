@@ -33,7 +33,7 @@ class Breakdown:
 
     Attributes:
         seconds: from the first step's begin to the last one's end.
-        shares: of that time, mean over ranks; they add up to 1.
+        shares: by cause, shares of that time, mean over ranks; they add up to 1.
         flops_utilisation, bytes_utilisation: FLOPs over the devices' peak, and bytes of weights,
             keys and values read over their memory's bandwidth.
     """
@@ -45,7 +45,7 @@ class Breakdown:
 
 
 class _SpanCauses(NamedTuple):
-    """The causes of a micro-batch's time on a stage; spent_s [num_causes, R]."""
+    """Seconds of a micro-batch's time on a stage by cause, spent_s [num_causes, R]."""
 
     spent_s: Floats
     flops: float
@@ -63,7 +63,7 @@ class BreakdownTable:
 
     Args:
         device: its datasheet.
-        types: that operations compute in; utilisation is of the peak of the weights'.
+        types: number types that operations compute in; utilisation is of the weights' peak.
     """
 
     def __init__(self, device: Device, types: NumberTypes) -> None:
@@ -158,7 +158,7 @@ class BreakdownTable:
             spent[_INDEX[cause]] += times * (blocked_s - imbalance_s)
 
     def _add_operations(self, spent: Floats, span: Span, table: LogTable) -> tuple[float, float]:
-        """FLOPs and bytes read of all ranks."""
+        """Add a span's operations to `spent`; return their FLOPs and bytes read, of all ranks."""
         flops = num_bytes = 0.0
         took_s = table.column("end") - table.column("start")
         for done, of_rank_s, times in zip(span.log.executed, took_s, table.times, strict=True):
@@ -200,7 +200,7 @@ def cause_shares(
 
 
 def _split_idle(spent: list[Floats], idle: list[Floats]) -> None:
-    """The least of all is the driver's; what a stage has above it is bubble; the rest imbalance."""
+    """Split idle time: the least is the engine's, a stage's excess bubble, the rest imbalance."""
     least = min(float(of_stage.min()) for of_stage in idle)
     for of_causes, of_stage in zip(spent, idle, strict=True):
         of_causes[_INDEX[ProjectedCause.ENGINE]] += least
@@ -209,7 +209,7 @@ def _split_idle(spent: list[Floats], idle: list[Floats]) -> None:
 
 
 def floor_s(programs: Sequence[StepProgram], device: Device, types: NumberTypes) -> float:
-    """Seconds that no deployment of this layout can be under.
+    """Lower bound on the seconds of these steps, however their layout is deployed.
 
     A micro-batch's way through all stages, or all micro-batches on the busiest stage; of each
     stage's busiest rank the larger of bytes read over bandwidth and FLOPs over peak.
@@ -238,7 +238,11 @@ def _least_s(program: StageProgram, device: Device, types: NumberTypes) -> float
 
 
 def basis_seconds(works: Sequence[Sequence[Sequence[StageWork]]]) -> tuple[Floats, float]:
-    """[num_bases] likely seconds of operations and transfers, rank mean; extrapolated ones."""
+    """Likely seconds of operations and transfers by basis, [num_bases], mean over ranks.
+
+    Returns:
+        These, and the part of them that is extrapolated.
+    """
     by_basis, outside = np.zeros(len(Basis)), 0.0
     for work in works:
         for stage in (each for of_stage in work for each in of_stage):
@@ -251,12 +255,12 @@ def basis_seconds(works: Sequence[Sequence[Sequence[StageWork]]]) -> tuple[Float
 
 
 def basis_shares(works: Sequence[Sequence[Sequence[StageWork]]]) -> tuple[dict[str, float], float]:
-    """Likely seconds of all operations and transfers, by basis; and the extrapolated part."""
+    """Shares of the likely seconds by basis, and the extrapolated share."""
     return shares_of(*basis_seconds(works))
 
 
 def shares_of(basis_s: Floats, extrapolated_s: float) -> tuple[dict[str, float], float]:
-    """Seconds as shares, by the label of a basis; none that is zero."""
+    """Seconds as shares of their sum, by the label of a basis; zeros left out."""
     total = float(basis_s.sum()) or 1.0
     shares = {basis.label: float(basis_s[basis]) / total for basis in Basis if basis_s[basis]}
     return shares, extrapolated_s / total

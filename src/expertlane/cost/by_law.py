@@ -1,8 +1,8 @@
-"""What the error of each law does to a step: a clock for every law at its low, another at its high.
+"""Errors of single laws in a step's time: two clocks for every error, at its low and at its high.
 
 The three clocks of `BOUNDS` have all laws low, all likely and all high. Those that are added here
 have one law low or high and all others likely, so that what two deployments share can cancel
-(`plan.ties`).
+(`planner.ties`).
 
 What is one error, the same wherever it occurs, and so in two deployments at once:
 
@@ -46,7 +46,7 @@ class ClocksByLaw:
 
     @classmethod
     def of(cls, works: Sequence[_Work], terms: Terms, types: NumberTypes) -> "ClocksByLaw":
-        """For all errors that these steps, and the terms of their execution, have."""
+        """Clocks for all errors that these steps, and the terms of their execution, have."""
         found: dict[LawError, None] = dict.fromkeys([_LAUNCHING, _HIDING])
         for name in _SINGLE_TERMS:
             found[name, ()] = None
@@ -79,7 +79,7 @@ class ClocksByLaw:
         )
 
     def work(self, works: Sequence[_Work]) -> list[list[list[StageWork]]]:
-        """The same steps on all clocks; what was one block is one again."""
+        """The same steps with times on all clocks; blocks that were shared stay shared."""
         blocks: dict[int, Block] = {}
         steps: dict[int, TimedStep] = {}
 
@@ -104,7 +104,7 @@ class ClocksByLaw:
         return [known[id(work)] for work in works]
 
     def seconds(self, on_clocks: Floats) -> ErrorSeconds:
-        """By error, of seconds [B] on all clocks."""
+        """Seconds at the low and the high of each error, from seconds [B] on all clocks."""
         pairs = on_clocks[len(BOUNDS) :].reshape(-1, 2).tolist()
         return {error: (low, high) for error, (low, high) in zip(self.errors, pairs, strict=True)}
 
@@ -113,7 +113,7 @@ class ClocksByLaw:
         return low, low + 1
 
     def _on_clocks(self, bounds: Floats, of_errors: Mapping[LawError, Floats]) -> Floats:
-        """[B, ...] of [3, ...]; likely but on the clocks of its own errors."""
+        """Bounds [3, ...] on all clocks, [B, ...]: likely but on those of its own errors."""
         num = len(BOUNDS) + 2 * len(self.errors)
         spread = np.broadcast_to(bounds[LIKELY], (num, *bounds.shape[1:])).copy()
         spread[: len(BOUNDS)] = bounds
@@ -134,7 +134,7 @@ def _steps_of(stage: StageWork) -> Iterator[TimedStep]:
 def _errors(
     step: Operation | Transfer | None, times: Times, types: NumberTypes
 ) -> dict[LawError, Floats]:
-    """A step's errors, and its bounds [3, R] under each; of a PP transfer without a step."""
+    """A step's errors, and its bounds [3, R] under each; the step of a PP transfer is None."""
     law, sizes = _law_of(step, types)
     low, likely, high = times.bounds
     if times.basis is Basis.BOUND and times.wider == 1:
@@ -152,7 +152,7 @@ def _errors(
 
 
 def _law_of(step: Operation | Transfer | None, types: NumberTypes) -> tuple[str, list[float]]:
-    """The name of a step's law, and the sizes that it is looked up by; the largest of all ranks."""
+    """The name of a step's law, and the sizes it is looked up by, each the largest of all ranks."""
     if step is None:
         return "send", []
     if isinstance(step, Operation):

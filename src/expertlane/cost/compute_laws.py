@@ -29,13 +29,13 @@ assert set(_COUNTED) <= {field.name for field in fields(RankCounts)}
 
 @dataclass(frozen=True, eq=False)
 class ComputeLaws:
-    """How long the steps of one deployment take to compute by the laws of a profile.
+    """A profile's laws as the time of computing in the recorded steps of one deployment.
 
     Attributes:
-        builder: of the deployment as it ran: its dispatch table, placements and types.
+        builder: builder for the deployment as it ran: its dispatch table, placements and types.
         plans: of the steps; they asked for `record_operations` and `record_routing`, and no
             sequence asked for more than its likeliest token.
-        profile: of the device that computes.
+        profile: profile of the device that computes.
         types: number types by which its laws are looked up.
     """
 
@@ -47,7 +47,7 @@ class ComputeLaws:
 
     @property
     def terms(self) -> Terms:
-        """Seconds that launches take, and seconds between steps.
+        """Seconds of launches, and between steps.
 
         Raises:
             UserError: the profile lacks one of them.
@@ -131,7 +131,7 @@ class _Event(NamedTuple):
         )
 
     def is_like(self, other: "_Event") -> bool:
-        """Whether all fields are equal."""
+        """True if all fields are equal."""
         return (
             self[:5] == other[:5]
             and np.array_equal(self.first_ranks, other.first_ranks)

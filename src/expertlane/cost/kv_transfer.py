@@ -10,7 +10,7 @@ from expertlane.spec.model import ModelConfig
 
 
 class KVTransfers:
-    """How long a request's KV transfer takes, from one pool to the other.
+    """Seconds of a request's KV transfer from the prefill pool to the decode pool.
 
     The ranks of the data-parallel rank that prefilled send equal parts of what each pipeline stage
     holds; each rank that will decode gets all that it has to hold, copies of shared heads too, and
@@ -39,13 +39,13 @@ class KVTransfers:
         self._received_bytes = np.repeat(_num_layers(model, decode) * held, decode.tp)
 
     def seconds(self, num_tokens: int) -> Floats:
-        """[B]; of a prompt of so many tokens."""
+        """[B]; seconds to transfer a prompt's keys and values."""
         sent, received = num_tokens * self._sent_bytes, num_tokens * self._received_bytes
         return self._links.kv_transfer(sent, received, self._remote).bounds[:, 0]
 
 
 def _num_layers(model: ModelConfig, layout: Layout) -> Floats:
-    """[pp]."""
+    """[pp]; layers of each stage."""
     layers = [layout.layers_of_stage(model.num_hidden_layers, rank) for rank in range(layout.pp)]
     return np.array([len(each) for each in layers], dtype=np.float64)
 
@@ -61,13 +61,13 @@ def held_kv_width(model: ModelConfig, tp: int) -> int:
 
 
 def held_kv_bytes(model: ModelConfig, types: NumberTypes, tp: int) -> int:
-    """Bytes of those values, with their scales."""
+    """Bytes of the values that `held_kv_width` counts, with their scales."""
     num_rows, dim = _held_rows(model, tp)
     return types.cached_bytes(num_rows * dim, num_rows)
 
 
 def _held_rows(model: ModelConfig, tp: int) -> tuple[int, int]:
-    """Keys and values of heads, and the size of each."""
+    """Number of keys and values (or latents) of a position that a rank holds, and their width."""
     if model.latent is not None:
         return 1, model.latent.kv_lora_rank + model.latent.qk_rope_head_dim
     return 2 * max(1, model.num_kv_heads // tp), model.head_dim

@@ -32,7 +32,7 @@ ACCEPTANCE_UNSURE = 0.1  # an assumption: texts differ about so much
 
 @dataclass(frozen=True)
 class MultiToken:
-    """How many tokens are guessed, and how often a guess is right.
+    """Number of drafts, and the probability that one is accepted.
 
     Raises:
         SpecError: no such number or probability.
@@ -53,7 +53,7 @@ class MultiToken:
         return sum(self.acceptance**place for place in range(self.num_drafts + 1))
 
     def at(self, bound: int) -> "MultiToken":
-        """With the acceptance that a bound of time stands for: the low one for the highest.
+        """The same with the acceptance of a bound of time: the highest with the low one.
 
         Args:
             bound: place in `BOUNDS`.
@@ -72,14 +72,14 @@ class MultiToken:
 
 
 class MultiTokenAdapter:
-    """Moves the positions of plans: they grow by more than the one a step that schedulers know."""
+    """Corrects positions in plans: schedulers count one token a decode, drafts yield more."""
 
     def __init__(self, multi_token: MultiToken) -> None:
         self._extra = multi_token.tokens_per_step - 1
         self._num_decodes: Floats = np.zeros(1024)  # by sequence
 
     def adapt(self, plan: StepPlan) -> StepPlan:
-        """The plan with decodes where they stand."""
+        """The plan with the positions that its decodes have reached."""
         parts = tuple(tuple(map(self._batch, part)) for part in plan.micro_batches)
         return replace(plan, micro_batches=parts)
 
@@ -96,7 +96,7 @@ class MultiTokenAdapter:
 
 
 def further_drafts(sizes: PartSizes, num_before: int) -> PartSizes:
-    """One token of every sequence that yields one, after so many passes."""
+    """Sizes of a further drafting pass: one token of every sequence that yields one."""
     yields = sizes.yields
     return replace(
         sizes,
@@ -109,14 +109,14 @@ def further_drafts(sizes: PartSizes, num_before: int) -> PartSizes:
 
 
 def projection_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
-    """Hidden states and the embeddings of what followed, normed, and made one."""
+    """Norms of hidden states and next tokens' embeddings, and the product that joins both."""
     moved = 6 * out.held(part) * (model.hidden_size * out.types.activation_bytes)
     out.memory(Stage.EMBED, moved, out.kernels.embed + 2 * out.norm_kernels)
     out.gemm(Stage.EMBED, out.held(part), model.hidden_size, 2 * model.hidden_size)
 
 
 def with_drafting_layer(model: ModelConfig, num_drafts: int) -> ModelConfig:
-    """The model whose ranks hold as much as those with the layer that guesses."""
+    """The model with one more layer, as ranks that draft hold it."""
     if not num_drafts:
         return model
     window: Sequence[int | None] = model.sliding_window[-1:]

@@ -12,7 +12,7 @@ from expertlane.spec.hf_config import NarrowType
 
 # Of a value of hidden states, and of keys and values.
 ITEM_BYTES: dict[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "float8": 1, "int8": 1}
-SCALED_VALUES = 128  # of a float8 payload, values with one float32 scale
+SCALED_VALUES = 128  # values of a float8 payload that share one float32 scale
 # Of a weight with its share of the scales: float8 has a float32 for every 128 × 128 weights, NVFP4
 # a byte for every 16, MXFP4 (OCP Microscaling Formats 1.0) a byte for every 32, INT4 (as Kimi-K2.5
 # has it) a bfloat16 for every 32.
@@ -49,9 +49,9 @@ class NumberTypes:
     always float32.
 
     Attributes:
-        narrow_head: the output head has one byte too: it was rounded while loading.
-        inputs_of_scale: of a weight of one byte in the engine's memory; None where scales are those
-            of checkpoints.
+        narrow_head: the output head has one byte per weight: it was rounded while loading.
+        inputs_of_scale: inputs that share a scale in weights of one byte, in the engine's memory;
+            None where scales are the checkpoint's.
         rounds_inputs: the engine rounds inputs of float8 matrices to float8 first; times that were
             measured of libraries include that.
 
@@ -163,7 +163,7 @@ class PayloadBytes:
 
     @classmethod
     def of(cls, payload: PayloadType, activation_bytes: int, hidden_size: int) -> "PayloadBytes":
-        """No effect where activations are as narrow already."""
+        """Bytes in a payload type; hidden states as narrow already are sent as they are."""
         item = {"model": activation_bytes, "bfloat16": 2, "float8": 1, "int8": 1}[payload]
         if item >= activation_bytes:
             return cls(hidden_size * activation_bytes, 0, False)

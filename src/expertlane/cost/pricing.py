@@ -37,7 +37,7 @@ class TimedStep:
     """An operation or a transfer.
 
     Attributes:
-        times: what each rank's own share of it takes.
+        times: seconds of each rank's own share of it.
         contention: of a transfer, the share of compute that is lost while it is in flight.
         offset: in a block of several layers, how many before its own.
     """
@@ -53,7 +53,7 @@ class Block:
     """Layers in a row that repeat the same steps in the same times; often a single layer.
 
     Attributes:
-        steps: of a layer, or of a few that differ and repeat together.
+        steps: steps of a layer, or of a few that differ and repeat together.
         layers: hidden layers that each repetition begins with, or `(OUTSIDE,)`; they stand in
             place of the steps' own.
     """
@@ -64,7 +64,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class StageWork:
-    """What a pipeline stage does for one micro-batch.
+    """Work of a pipeline stage for one micro-batch.
 
     Attributes:
         parts: one, or the halves that two-batch overlap interleaves; none where no rank has
@@ -123,7 +123,7 @@ class Entry(NamedTuple):
         launch_s: [B, 1]; of a host that runs ahead; None where none does.
         overhead_s: [B, 1]; of posting a transfer.
         groups: None of an operation.
-        offset: as a `TimedStep`'s.
+        offset: as in `TimedStep`.
         lost_share, stretch: [B, 1]; of compute beside a transfer: the share that is lost, and how
             many times as long it takes.
         is_included: a transfer that takes no time, since the one before does both.
@@ -149,7 +149,7 @@ class Compiler:
         self._contentions: dict[float, tuple[Floats, Floats]] = {}
 
     def entries(self, block: Block) -> list[Entry]:
-        """The block's steps."""
+        """The entries of a block."""
         known = self._blocks.get(block)
         if known is None:
             known = self._blocks[block] = self._compile(block)
@@ -200,7 +200,7 @@ class Compiler:
 
 
 def _contention(shares: Sequence[float]) -> tuple[Floats, Floats]:
-    """`Entry.lost_share` and `Entry.stretch`."""
+    """`Entry.lost_share` and `Entry.stretch`, from a share on each clock."""
     lost_share = np.array(shares)[:, None]
     return lost_share, 1 / np.maximum(1 - lost_share, _NOTHING_LEFT)
 
@@ -209,7 +209,7 @@ def transfer_entry(transfer: Transfer, times: Times, contention: float) -> Entry
     """A transfer that costs the ranks nothing but its time.
 
     Args:
-        times: what each rank's own share of it takes.
+        times: seconds of each rank's own share of it.
         contention: the share of compute that is lost while it is in flight.
     """
     groups = transfer.groups
@@ -231,18 +231,18 @@ def law_dtype(types: NumberTypes, operation: Operation) -> str:
 
 
 class Links(Protocol):
-    """Says how long transfers take; as `LinkModel` does."""
+    """Source of transfer times, such as `LinkModel`."""
 
     def times(self, transfer: Transfer) -> Times:
         """Seconds of every rank for its own load."""
         ...
 
     def forwarded(self, between: Transfer, inside: Transfer) -> tuple[Times, Times]:
-        """Those of both hops of a hierarchical dispatch or combine."""
+        """Seconds of both hops of a hierarchical dispatch or combine."""
         ...
 
     def hand_over(self, hand_over: HandOver) -> Times:
-        """Those of every rank's message to the next pipeline stage."""
+        """Seconds of every rank's message to the next pipeline stage."""
         ...
 
     def contention(self, transfer: Transfer) -> Term:
@@ -312,9 +312,10 @@ class Pricing:
         return timed
 
     def _look_up_together(self, program: StepProgram) -> None:
-        """Price operations that one law gives in one call for all their sizes: one costs as much.
+        """Price all sizes of operations under a single law in one call, which costs as much as one.
 
-        Those of other laws are priced one by one: which law is the fastest turns on their sizes.
+        Others are priced one by one: which of their laws is the fastest turns on their sizes.
+
         """
         wanted: defaultdict[Hashable, dict[Hashable, Operation]] = defaultdict(dict)
         num_ranks = program.stages[0][0].mesh.size
@@ -340,7 +341,7 @@ class Pricing:
                 self._keep(key, times.part(slice(place * num_ranks, (place + 1) * num_ranks)))
 
     def _key(self, step: Operation, num_ranks: int) -> Hashable:
-        """What an operation's times turn on."""
+        """The kind, number type and sizes of an operation, which its times are cached by."""
         sizes = [
             size.tobytes() if isinstance(size, np.ndarray) else size for size in step.sizes.values()
         ]
@@ -364,7 +365,7 @@ class Pricing:
         return times
 
     def _transfer(self, step: Transfer, known: dict[Hashable, Times]) -> Times:
-        """Of a part's transfers those of tensor-parallel groups are alike in all layers."""
+        """Price a transfer; those of tensor-parallel groups are alike in all layers of a part."""
         if step.stage is not Stage.COLLECTIVES:
             return self._links.times(step)
         key = step.kind, step.groups, step.sent_bytes.tobytes()
@@ -373,7 +374,7 @@ class Pricing:
         return known[key]
 
     def _forwarded(self, steps: Sequence[Step]) -> dict[int, Times]:
-        """Times of pairs of hops, by id."""
+        """Times of both hops of each hierarchical dispatch or combine, by id."""
         times: dict[int, Times] = {}
         transfers = [step for step in steps if isinstance(step, Transfer)]
         for between, inside in forwarding_hops(transfers):

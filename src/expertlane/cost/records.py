@@ -32,7 +32,7 @@ def cluster_record(
     """The cluster as results have it.
 
     Args:
-        num_ranks: of a replica of what is recommended, or of the largest.
+        num_ranks: ranks of a replica of the recommended deployment, or of the largest.
     """
     profile, device = cluster.profile, cluster.profile.device
     kind: dict[str, Any] = {

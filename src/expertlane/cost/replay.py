@@ -20,7 +20,7 @@ _ROUNDING = 1e-9
 
 @dataclass(eq=False)
 class Clocks:
-    """How far the ranks of a stage are; [B, R] each.
+    """Clocks of the ranks of a stage; [B, R] each.
 
     Attributes:
         compute: when the rank is free.
@@ -39,7 +39,7 @@ class Clocks:
         return cls(compute, network, host)
 
     def later(self, seconds: Floats) -> "Clocks":
-        """The same clocks so many seconds later, [B]."""
+        """The clocks moved on by `seconds`, [B]."""
         by = seconds[:, None]
         return Clocks(self.compute + by, self.network + by, self.host + by)
 
@@ -48,7 +48,7 @@ class ExecutedStep(NamedTuple):
     """An operation that ran, or a transfer that was posted and waited for.
 
     Attributes:
-        layers, place: of its block, and which of them.
+        layers, place: layers of its block, and its index among them.
         begin: the rank came to it.
         start: it could begin: launched by the host, and of a transfer, posted.
         met: of a transfer, its group's last member had posted and was free; else `start`.
@@ -79,7 +79,7 @@ class ExecutedStep(NamedTuple):
 
 
 class RepeatedLayers(NamedTuple):
-    """Layers that went like those before: `times` more of the log's `first` to `last`."""
+    """Layers skipped as equal to those before: `times` more of the log's `first` to `last`."""
 
     first: int
     last: int
@@ -88,14 +88,14 @@ class RepeatedLayers(NamedTuple):
 
 @dataclass(eq=False)
 class Log:
-    """What ran, in the order of each rank."""
+    """Steps that ran, in the order of each rank."""
 
     executed: list[ExecutedStep] = field(default_factory=list)
     repeated: list[RepeatedLayers] = field(default_factory=list)
 
 
 class _Place(NamedTuple):
-    """Where a recorded step belongs."""
+    """Place of a recorded step: its part, and its layer in the block."""
 
     part: int
     layers: Sequence[int]
@@ -110,9 +110,9 @@ class RecordedStep(NamedTuple):
     """A computation, the begin of a transfer, or the wait for one, in the order of the ranks.
 
     Attributes:
-        entry: of a computation or of a transfer that begins; None of a wait.
+        entry: entry of a computation or of a transfer that begins; None for a wait.
         layer: hidden layer, or `OUTSIDE`.
-        transfer: which of the micro-batch's transfers; -1 of a computation.
+        transfer: index of the transfer in the micro-batch; -1 for a computation.
     """
 
     entry: Entry | None
@@ -228,7 +228,7 @@ class Replay:
         return self.log
 
     def _launch(self, entry: Entry) -> Floats:
-        """When a step can begin on the rank."""
+        """Time at which a step can begin on the rank; moves the host's clock."""
         clocks = self.clocks
         if entry.launch_s is None:
             return clocks.compute
@@ -258,7 +258,7 @@ class Replay:
         return cursor.executed(entry, begin, posted, met, posted, done, done)
 
     def _pass(self, cursor: _Cursor, entry: Entry) -> None:
-        """A hop that the kernel of the one before has made: nobody posts it, or waits for it."""
+        """Log a hop made by the kernel of the one before: nobody posts it, or waits for it."""
         now = self.clocks.compute
         self.log.executed.append(cursor.executed(entry, now, now, now, now, now, now))
 
@@ -271,7 +271,7 @@ class Replay:
         self.log.executed.append(pending._replace(wait=wait, end=end))
 
     def _skip_layers(self, queue: deque[tuple[_Cursor, ExecutedStep | None]]) -> None:
-        """Where two layers of a block took equally long on every rank, so do the rest of it."""
+        """Skip the rest of a block once two of its layers took equally long on every rank."""
         first = queue[0][0]
         if len(first.layers) < _MIN_REPEATS or not self._period.is_new_layer(first):
             return
@@ -309,9 +309,9 @@ class Replay:
         self._period = _Period()
 
     def _is_in_step(self, step_s: Floats) -> bool:
-        """Whether all that depend on each other go on equally fast, so that they will for ever.
+        """True if all clocks that depend on each other advance equally, and so will for ever.
 
-        Two layers may take equally long while one rank's slack still shrinks. A host may go on
+        Two layers may take equally long while one rank's slack still shrinks. A host may advance
         faster than its device, if the device did not have to wait for it.
         """
         of_device, of_host = step_s[0], step_s[2]
@@ -331,10 +331,10 @@ class Replay:
 
 
 class _Period:
-    """Looks for two layers in a row that took equally long on every rank.
+    """Finds two layers in a row that took equally long on every rank.
 
     Attributes:
-        first, last: of the log, what the last layer added.
+        first, last: range of the log that the last layer added.
     """
 
     def __init__(self) -> None:
@@ -345,7 +345,7 @@ class _Period:
         self._step_s: Floats | None = None
 
     def is_new_layer(self, cursor: _Cursor) -> bool:
-        """Whether the first part has come to another layer."""
+        """True if the first part has come to another layer."""
         layer = (cursor.block, cursor.place)
         is_new, self._layer = layer != self._layer, layer
         return is_new
@@ -353,7 +353,7 @@ class _Period:
     def step(
         self, places: list[tuple[int, int, int, bool]], state: Floats, num_ran: int
     ) -> Floats | None:
-        """What each layer adds to the state, or None as long as layers differ."""
+        """Seconds that each layer adds to every clock of the state; None while layers differ."""
         before, before_s = self._state, self._step_s
         is_alike = places == self._places and before is not None and before.shape == state.shape
         self._places, self._state = places, state

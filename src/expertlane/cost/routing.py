@@ -1,4 +1,4 @@
-"""Sources of the experts that tokens choose: drawn, from a trace, or those of a step that ran.
+"""Routing sources: experts drawn by popularity, taken from a trace, or those of a recorded step.
 
 Traffic, drawn or from a trace, has tokens that came earlier: experts are placed by their load, and
 judged by later tokens.
@@ -45,7 +45,7 @@ class RoutingSource(Protocol):
     likeness: float
 
     def sample_of(self, layer: int) -> Hashable:
-        """Layers with the same sample give all tokens the same choices."""
+        """A hashable key; layers with the same key give all tokens the same choices."""
         ...
 
     def topk_ids(
@@ -54,7 +54,7 @@ class RoutingSource(Protocol):
         """The choices of a part of a micro-batch in one layer.
 
         Args:
-            first: tokens computed before this step; where sources with an order go on.
+            first: tokens computed before this step, from which a source with an order goes on.
             before: [R]; tokens that each rank of the stage had in this step before this part.
             owned: [R]; those it has in this part.
             num_new: [S]; the same tokens by sequence, in order; None: each of its own sequence.
@@ -109,9 +109,9 @@ class Traffic(RoutingSource, ABC):
 
 @cache
 def _full_nodes(layout: Layout, ranks_per_node: int) -> int:
-    """How many ranks of an `ep` group share a node; all, where that makes no difference.
+    """Ranks of an `ep` group per node, or `ep` where node borders make no difference.
 
-    That is where they lie on nodes unevenly, so that no placement suits all groups, and where each
+    That is where groups lie on nodes unevenly, so that no placement suits all, or where each rank
     is on a node of its own.
     """
     try:
@@ -162,9 +162,9 @@ class PowerLawRouting(Traffic):
     Args:
         alpha: 0 for uniform.
         num_sampled_layers: layers take turns with so many samples.
-        groups: those of the router; none by default.
-        bounds: of `alpha`, where it is assumed and nobody asked for it.
-        drift: deviation of the logarithm of popularity since earlier tokens, over `alpha`.
+        groups: groups of the router; none by default.
+        bounds: low and high `alpha` where it is assumed, not asked for.
+        drift: standard deviation of log popularity since earlier tokens, over `alpha`.
         likeness: 1 - r, Kendall's rank correlation of the arrival times of two tokens of a prompt;
             0 for independent tokens, below 1.
     """
@@ -205,7 +205,7 @@ class PowerLawRouting(Traffic):
 
     @cached_property
     def extremes(self) -> "tuple[PowerLawRouting, PowerLawRouting] | None":
-        """With the lowest and the highest exponent; None where it was asked for."""
+        """The routing at the lowest and highest exponent; None where the exponent was asked for."""
         if self.bounds is None:
             return None
         low, high = (replace(self, alpha=each, bounds=None) for each in self.bounds)
@@ -218,7 +218,7 @@ class PowerLawRouting(Traffic):
     def topk_ids(
         self, layer: int, first: int, before: Ints, owned: Ints, num_new: Ints | None = None
     ) -> Ints:
-        """As the protocol says; ranks' tokens follow each other in those drawn."""
+        """The choices of tokens drawn once, taken in turn; ranks' tokens follow each other."""
         sample, first = self.sample_of(layer), first + int(before.sum())
         if not self.likeness or num_new is None or not (is_long := num_new > 1).any():
             return self._alone(sample, first, int(owned.sum()))
@@ -266,7 +266,7 @@ class PowerLawRouting(Traffic):
         return drawn
 
     def earlier_load(self, layer: int) -> Ints:
-        """As `Traffic` says; of another draw, by popularity as it was before it drifted."""
+        """[num_experts]; of another draw, by popularity as it was before it drifted."""
         sample = self.sample_of(layer)
         blocks = range(NUM_EARLIER // _DRAWN_TOGETHER)
         drawn = np.concatenate([self._block(sample, block, is_earlier=True) for block in blocks])
@@ -325,7 +325,7 @@ def _positive_stable(rng: np.random.Generator, index: float, size: tuple[int, ..
 
 
 def _power_of_two(num: int) -> int:
-    """The largest that is no larger than `num`, which is above 0; else 0."""
+    """The largest power of two up to `num`; 0 for 0."""
     return 1 << num.bit_length() >> 1
 
 
@@ -383,23 +383,23 @@ class TraceRouting(Traffic):
     def topk_ids(
         self, layer: int, first: int, before: Ints, owned: Ints, num_new: Ints | None = None
     ) -> Ints:
-        """As the protocol says; ranks' tokens follow each other in the trace."""
+        """The choices of the trace's tokens in turn; ranks' tokens follow each other."""
         tokens = self._topk_ids[self.sample_of(layer)]
         taken = _in_turn(len(tokens), first + int(before.sum()), int(owned.sum()))
         topk_ids: Ints = tokens[taken].astype(np.int64)
         return topk_ids
 
     def earlier_load(self, layer: int) -> Ints:
-        """As `Traffic` says; equal where no token came earlier."""
+        """[num_experts]; all equal where the trace has no earlier tokens."""
         earlier = self._earlier[self.sample_of(layer)]
         return np.bincount(earlier.ravel(), minlength=self._num_experts)
 
 
 class GivenRouting:
-    """What the ranks of a replica chose in a step, as their records have it.
+    """Recorded choices of the ranks of a replica in one step.
 
     Args:
-        of_rank: by rank of the replica, by layer of the rank's stage, [T, K].
+        of_rank: by rank of the replica, by layer of its stage, [T, K].
     """
 
     likeness: float = 0.0
@@ -414,7 +414,7 @@ class GivenRouting:
     def topk_ids(
         self, layer: int, first: int, before: Ints, owned: Ints, num_new: Ints | None = None
     ) -> Ints:
-        """As the protocol says, `first` apart."""
+        """The recorded choices of the part; `first` is ignored."""
         of_ranks = [ids[layer] for ids in self._of_rank if layer in ids]
         slices = zip(of_ranks, before.tolist(), owned.tolist(), strict=True)
         parts = [ids[begin : begin + num] for ids, begin, num in slices]
@@ -422,7 +422,7 @@ class GivenRouting:
 
 
 def _in_turn(num_tokens: int, first: int, num: int) -> slice | Ints:
-    """Which `num` of some tokens come from `first` on, beginning anew after the last."""
+    """Indices of `num` tokens from `first` on, beginning anew after the last."""
     begin = first % num_tokens
     if begin + num <= num_tokens:
         return slice(begin, begin + num)
@@ -431,7 +431,7 @@ def _in_turn(num_tokens: int, first: int, num: int) -> slice | Ints:
 
 @dataclass(frozen=True)
 class RoutingChoice:
-    """Where the experts that tokens choose come from.
+    """A routing source, and the option that selects it.
 
     Args:
         option: the command-line option that selects it.

@@ -21,19 +21,19 @@ from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
 from expertlane.spec.names import Phase
 
-_KEPT_RANKS = 1 << 15  # of all steps kept together: what a step takes grows with its ranks
+_KEPT_RANKS = 1 << 15  # ranks of all kept steps together: a step's memory grows with its ranks
 _FEWEST_KEPT = 64
 _SEQS_APART = 64  # numbers of sequences within a 64th of each other share a price
 
 
 @dataclass(eq=False)
 class KnownWork:
-    """A step as it was counted and priced.
+    """A step, counted and priced.
 
     Attributes:
         work: [num_stages][num_micro_batches].
-        cold_start: how it went when all ranks were at rest before; None if that did not come yet.
-        alone: how its micro-batches go by themselves, as of `Timeline.run`.
+        cold_start: its course when all ranks were at rest before; None before that happened.
+        alone: clocks after its micro-batches run by themselves, for `Timeline.run`.
     """
 
     program: StepProgram
@@ -66,8 +66,8 @@ class StepSharing:
     and later ones take those in turn. The steps used least lately are forgotten.
 
     Args:
-        num_ranks: of a replica.
-        few_positions: of a rank, which take next to no time beside the rest of a step.
+        num_ranks: ranks of a replica.
+        few_positions: cached positions of a rank that take next to no time beside the rest.
         nodes: [dp]; of each data-parallel rank; None where each counts by itself.
     """
 
@@ -104,7 +104,7 @@ class StepSharing:
         return alike.works[alike.num_taken % len(alike.works)]
 
     def _sizes(self, batches: Sequence[Batch]) -> object:
-        """What micro-batches that are alike have in common."""
+        """Key of micro-batches that count as alike."""
         sizes = [self._size(batch) for batch in batches]
         if self._nodes is None:
             return tuple([(*self._decodes([size]), size.chunks) for size in sizes])
@@ -116,7 +116,7 @@ class StepSharing:
         return *self._decodes(sizes), *of_nodes
 
     def _decodes(self, sizes: "Sequence[_BatchSize]") -> tuple[int, ...]:
-        """What decoding sequences of ranks have in common that are alike."""
+        """Key of some ranks' decoding sequences: their number, the most of a rank, positions."""
         counts = [size.num_decodes for size in sizes]
         num_decodes, most = sum(counts), max(counts)
         alike = max(num_decodes * self._context_step, len(sizes) * self._few_positions)
@@ -146,7 +146,7 @@ class StepSharing:
 
 
 def _rounded(num_seqs: int) -> int:
-    """Rounded down, by at most a 64th."""
+    """A number of sequences rounded down, by at most a 64th."""
     return num_seqs - num_seqs % max(num_seqs // _SEQS_APART, 1)
 
 
@@ -173,10 +173,10 @@ class StepHandle:
 
 @dataclass(frozen=True, eq=False)
 class PricedStep:
-    """A step as an observer sees it.
+    """A priced step, for an observer.
 
     Attributes:
-        plan: as the ranks take it; `program` and `work` may be another step's (`StepSharing`).
+        plan: as ranks execute it; `program` and `work` may be another step's (`StepSharing`).
         work: [num_stages][num_micro_batches].
     """
 
@@ -203,11 +203,11 @@ class CostRunner:
     the driver.
 
     Attributes:
-        sharing: of steps that are alike; None to count and price every step for itself.
-        observe: told of every step.
-        multi_token: of multi-token prediction; decode steps then go further than their plans say.
+        sharing: reuses the work of alike steps; None to count and price every step by itself.
+        observe: called with every step.
+        multi_token: adds drafts: decodes then advance further than their plans say.
         lead: place in `BOUNDS`.
-        repeats: whether a micro-batch in flight beside others goes as by itself; nearly so.
+        repeats: micro-batches in flight together run as by themselves, which is nearly exact.
         now_s: [B].
         bounds: by step, when it was submitted and finished: [B] each.
         num_priced: steps that were counted and priced.
@@ -236,7 +236,7 @@ class CostRunner:
         ]
 
     def wait_until(self, due_s: Floats | float) -> None:
-        """Let time pass up to a moment, [B] or one for all; none if it is over."""
+        """Move the clock to a moment, [B] or one for all; no effect if it is past."""
         self.now_s = np.maximum(self.now_s, due_s)
 
     def submit(self, plan: StepPlan) -> StepHandle:

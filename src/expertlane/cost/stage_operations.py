@@ -102,7 +102,7 @@ class StageOperations:
         """Align the operations of the ranks.
 
         Args:
-            records: of all ranks of the stage, in rank order.
+            records: records of all ranks of the stage, in rank order.
 
         Raises:
             ValueError: a rank has no operations, or its transfers differ from the others'.

@@ -1,4 +1,4 @@
-"""What a step's replay says, in the shapes that records and traces want."""
+"""Logs of a replay as the columns, records and events that results and traces need."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,17 +40,17 @@ class LogTable:
 
     @cached_property
     def times(self) -> Ints:
-        """[num_rows]; how many layers went like each row."""
+        """[num_rows]; number of layers that ran like each row."""
         return np.bincount(self.rows, minlength=self._shape[0])
 
     @cached_property
     def blocked_s(self) -> Floats:
-        """The wait for each transfer."""
+        """[num_rows, R]; seconds from `wait` to `end`: of a transfer, the rank's wait for it."""
         return self.column("end") - self.column("wait")
 
     @cached_property
     def wall_s(self) -> Floats:
-        """What each step took of its rank's time."""
+        """[num_rows, R]; wall time of each step on its rank."""
         of_compute = self.column("end") - self.column("begin")
         of_transfer = self.column("start") - self.column("begin") + self.blocked_s
         return np.where(self.is_transfer[:, None], of_transfer, of_compute)
@@ -82,7 +82,7 @@ def stage_seconds(times: StepTimes, num_layers: int, *, count_idle: bool) -> lis
     """Each pipeline stage's seconds.
 
     Args:
-        num_layers: of the model.
+        num_layers: layers of the model.
         count_idle: the time since the last step counts as idle, as in the engine.
     """
     return [
@@ -121,7 +121,7 @@ class Event(NamedTuple):
     Attributes:
         pp_rank: the pipeline stage.
         layer: hidden layer, or `OUTSIDE`.
-        part: which half, where two are interleaved.
+        part: index of the half, where two are interleaved.
         begin_s, end_s: [R].
         flops, num_bytes: [R]; of an operation, and read by it or sent.
     """

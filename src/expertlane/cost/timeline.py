@@ -19,11 +19,11 @@ from expertlane.cost.step.operation import Floats
 
 @dataclass(frozen=True, eq=False)
 class RecordedWork:
-    """What a pipeline stage did for one micro-batch.
+    """Recorded work of a pipeline stage for one micro-batch.
 
     Attributes:
-        before, steps: until it needed what the stage before sends, and from then on.
-        hand_over: as of a `StageWork`.
+        before, steps: steps before it needs the previous stage's hidden states, and after.
+        hand_over: as in `StageWork`.
     """
 
     before: Sequence[RecordedStep]
@@ -45,7 +45,7 @@ class Span:
         end: all its parts were done.
         sending, sent: its hidden states began to travel, and were at the next stage; both `end`
             on the last stage.
-        log: what ran in between.
+        log: the steps that ran in between.
     """
 
     begin: Floats
@@ -65,7 +65,7 @@ class StepTimes:
         spans: [num_stages][num_micro_batches]; their times count from `origin_s`.
         idle_s: [num_stages], [B, R] each; from the end of a rank's step before to this one's
             begin.
-        end_s: [B]; when the last rank was done.
+        end_s: [B]; end of the last rank.
         origin_s: [B].
     """
 
@@ -92,7 +92,7 @@ class Timeline:
 
     Args:
         num_stages: pipeline stages.
-        num_ranks: of each of them.
+        num_ranks: ranks of each stage.
     """
 
     def __init__(self, terms: Terms, num_stages: int, num_ranks: int) -> None:
@@ -148,7 +148,7 @@ class Timeline:
         return StepTimes(spans, idle_s, end_s)
 
     def is_at_rest(self, plan_s: Floats) -> bool:
-        """Whether all ranks have done all they had to do when a plan reaches them, at [B]."""
+        """True if all ranks have finished before a plan reaches them, at [B]."""
         plan = plan_s[:, None]
         return all(
             bool((each <= plan).all())
@@ -157,12 +157,12 @@ class Timeline:
         )
 
     def cold_start(self, work: Sequence[Sequence[Work]]) -> ColdStart:
-        """How a step goes that begins at zero; this timeline stays as it is."""
+        """Run a step that begins at zero with all ranks at rest; this timeline is left as it is."""
         other = Timeline(self._terms, len(self._stages), self._num_ranks)
         return ColdStart(other.run(work, 0.0), other._stages)
 
     def repeat(self, known: ColdStart, plan_s: Floats) -> StepTimes:
-        """Take a step through all stages whose ranks are at rest; as `run` would."""
+        """Run a step whose ranks are at rest by its known cold start; the same result as `run`."""
         idle_s = [plan_s[:, None] - clocks.compute for clocks in self._stages]
         self._stages = [clocks.later(plan_s) for clocks in known.stages]
         return StepTimes(known.times.spans, idle_s, known.times.end_s + plan_s, plan_s)
@@ -170,7 +170,7 @@ class Timeline:
     def _repeated(
         self, clocks: Clocks, work: StageWork, arrival: Floats | None, alone: Clocks
     ) -> Span:
-        """A micro-batch that goes as it does by itself, once all ranks of the stage can begin."""
+        """A micro-batch run as by itself, once all ranks of the stage can begin."""
         begin = clocks.compute
         arrived = begin if arrival is None else np.maximum(begin, arrival)
         launched = arrived

@@ -1,4 +1,4 @@
-"""Virtual time: what ranks did here, replayed as if each had its own core and a cluster's links.
+"""Virtual time: recorded steps replayed as if each rank had its own core and a cluster's links.
 
 A computation takes the CPU time that was measured; a transfer takes the time that the laws of the
 links give for its bytes, times a scale. Ranks do the same operations in the same order however long
@@ -81,7 +81,7 @@ def undisturbed(steps: Sequence[StepRecord]) -> list[StepRecord]:
     of deployments that ran more or less often can be compared.
 
     Args:
-        steps: of one deployment.
+        steps: steps of one deployment.
     """
     runs = sorted({step.run for step in steps})
     following = zip(runs, [*runs[1:], *runs[:1]], strict=True)
@@ -89,10 +89,10 @@ def undisturbed(steps: Sequence[StepRecord]) -> list[StepRecord]:
 
 
 def without_each(steps: Sequence[StepRecord]) -> list[StepRecord]:
-    """What `undisturbed` has in place of two of its runs where one is left out, for each run.
+    """Steps that stand in `undisturbed` when one run is left out, for each run.
 
-    Under the number of the run left out: the run before it, with the lesser times of the run after
-    it.
+    Under the left-out run's number: the run before it, with the lesser times of the run after it.
+
     """
     runs = sorted({step.run for step in steps})
     around = zip(runs, [*runs[-1:], *runs[:-1]], [*runs[1:], *runs[:1]], strict=True)
@@ -104,12 +104,12 @@ def without_each(steps: Sequence[StepRecord]) -> list[StepRecord]:
 
 
 def _least_of(steps: Sequence[StepRecord], others: Mapping[int, Sequence[int]]) -> list[StepRecord]:
-    """The steps of some runs, with the least CPU time of each operation of theirs and others'.
+    """Steps of some runs, each operation with its least CPU time over that run and others.
 
     A step whose operations differ from those of the same step in another run keeps its own times.
 
     Args:
-        others: the other runs, by run; steps of runs that are no keys are left out.
+        others: by run, the other runs; steps of runs that are not keys are left out.
     """
     at_place: dict[tuple[int, int, int], StepRecord] = {}
     place_of: dict[int, tuple[int, int]] = {}
@@ -211,7 +211,7 @@ class VirtualClock:
             self._pricing = self.laws.pricing(self._links)
 
     def replay(self, steps: Sequence[StepRecord]) -> list[Replayed]:
-        """The same steps in virtual time, in the given order; each run starts at 0 s.
+        """The steps in virtual time, in the given order; each run starts at 0 s.
 
         Args:
             steps: in any order; their plans asked for `record_operations`.

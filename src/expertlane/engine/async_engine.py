@@ -1,4 +1,4 @@
-"""The engine for asyncio: one thread runs all steps, and what a step brings comes in one call."""
+"""The engine for asyncio: one thread runs all steps; a step's chunks reach the loop in one call."""
 
 import asyncio
 import threading
@@ -22,12 +22,15 @@ _AT_ONCE = 32  # requests that are queued before the loop has its turn
 
 
 class RequestGroup:
-    """Requests that were asked for together; of one event loop.
+    """Requests that were queued together, such as those of one HTTP request.
+
+    Not thread-safe: but for `begin`, its methods are called in one event loop.
 
     Attributes:
         request_ids: [num_requests].
-        outputs: [num_requests]; they fill while steps run, ahead of what `add` was given.
-        unfinished: ids of those to which something is to come.
+        outputs: [num_requests]; the engine's thread fills them, so they may be ahead of the chunks
+            that `add` has taken in.
+        unfinished: ids of requests whose last chunk has not arrived.
     """
 
     def __init__(self, request_ids: Sequence[str], cancel: Callable[[list[str]], None]) -> None:
@@ -39,30 +42,30 @@ class RequestGroup:
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing is to come; what has come may still have to be taken."""
+        """Whether all last chunks have arrived; `Generation.take` may still have some to give."""
         return not self.unfinished
 
     def begin(self, output: RequestOutput) -> None:
-        """Take in the output of the next request, for the engine; in its thread."""
+        """Add the output of the next request; called in the engine's thread."""
         self.outputs.append(output)
 
     def add(self, chunk: Chunk) -> RequestOutput:
-        """Take a chunk in, for the engine; gives the output that it belongs to."""
+        """Take in a chunk from the engine, and return the output that it belongs to."""
         raise NotImplementedError
 
     def end(self, error: Exception) -> None:
-        """Cancel what is not finished, and let whoever waits for it have the error."""
+        """Cancel the unfinished requests, and raise the error where the group is awaited."""
         raise NotImplementedError
 
     def cancel(self) -> None:
-        """Let the engine end what is not finished, before its next step."""
+        """Have the engine end the unfinished requests, before its next step."""
         if self.unfinished:
             self._cancel(list(self.unfinished))
             self.unfinished.clear()
 
 
 class Generation(RequestGroup):
-    """What requests have brought, for one who takes it."""
+    """The chunks of a group's requests, queued for one consumer."""
 
     def __init__(self, request_ids: Sequence[str], cancel: Callable[[list[str]], None]) -> None:
         super().__init__(request_ids, cancel)
@@ -71,12 +74,12 @@ class Generation(RequestGroup):
         self._waiter: asyncio.Future[None] | None = None
 
     async def take(self) -> list[tuple[int, Chunk]]:
-        """What has come since the last call: places and chunks; waits until there is something.
+        """Wait for chunks, and return (index of the request, chunk) of all since the last call.
 
-        Empty once all requests are finished.
+        Returns an empty list once all requests are finished.
 
         Raises:
-            Exception: the one that ended them.
+            Exception: the error that ended the requests.
         """
         while not self._arrived and self.unfinished and self._error is None:
             self._waiter = asyncio.get_running_loop().create_future()
@@ -88,14 +91,17 @@ class Generation(RequestGroup):
         return arrived
 
     def end(self, error: Exception) -> None:
-        """Cancel what is not finished; whoever takes gets the error. No effect if all is taken."""
+        """Cancel the unfinished requests, and have `take` raise the error.
+
+        Has no effect once all chunks are taken.
+        """
         if self.unfinished or self._arrived:
             self._error = self._error or error
         self.cancel()
         self._wake()
 
     def add(self, chunk: Chunk) -> RequestOutput:
-        """Take a chunk in, for the engine; gives the output that it belongs to."""
+        """Take in a chunk from the engine, and return the output that it belongs to."""
         place = self._places[chunk.request_id]
         self._arrived.append((place, chunk))
         if chunk.finish_reason is not None:
@@ -125,12 +131,12 @@ class AsyncEngine:
     """Runs an engine in a thread of its own, for one event loop.
 
     Args:
-        engine: of this thread alone until `close` has returned.
+        engine: used by no other thread until `close` has returned.
         check_ranks: called once a second while no step runs; raises when a rank has ended.
         on_chunk: called in the loop with every chunk; the last one of a cancelled request says so.
         on_end: called in the loop when the ranks have ended.
-        before_chunks: called in the loop with all that a step has brought, before any of it is
-            given; it may call `fail`, and then nothing is.
+        before_chunks: called in the loop with all chunks of a step, before they are delivered; if
+            it calls `fail`, none is.
 
     Attributes:
         error: what ended the ranks; None while they run.
@@ -153,8 +159,8 @@ class AsyncEngine:
         self._before_chunks = before_chunks
         self._loop = asyncio.get_running_loop()
         self._numbers = count()
-        self._actions: deque[Callable[[], None]] = deque()  # for between two steps
-        self._pending: set[asyncio.Future[None]] = set()  # who wait for these
+        self._actions: deque[Callable[[], None]] = deque()  # run between two steps
+        self._pending: set[asyncio.Future[None]] = set()  # one for each action not yet run
         self._orders: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._live: dict[str, RequestGroup] = {}
         self._asked: dict[RequestGroup, asyncio.Future[None]] = {}
@@ -188,10 +194,10 @@ class AsyncEngine:
         priority: int = 0,
         earlier: Sequence[RequestOutput | None] | None = None,
     ) -> None:
-        """Queue those of a group that are not finished, all of them or none.
+        """Queue a group's unfinished requests, all of them or none.
 
         Args:
-            prompts, params, earlier: [num_unfinished]; as `Engine.add` takes them.
+            prompts, params, earlier: [num_unfinished]; arguments of `Engine.add`.
 
         Raises:
             UserError: one of them can never be served.
@@ -216,10 +222,10 @@ class AsyncEngine:
             self._asked.pop(group, None)
 
     async def between_steps(self, action: Callable[[], None]) -> None:
-        """Have the engine's thread do something while no step runs.
+        """Run an action in the engine's thread, between two steps, and wait for it.
 
         Raises:
-            Exception: what it raises; any but a `UserError` ends the engine.
+            Exception: from the action; any but a `UserError` ends the engine.
         """
         if self.error is not None:
             raise self.error
@@ -243,14 +249,14 @@ class AsyncEngine:
             self._engine.recovery.stop_waiting()
 
     async def close(self) -> None:
-        """As `stop`, and wait for it; what is not finished gets a `RankError`."""
+        """Stop, and wait until the thread has ended; unfinished requests get a `RankError`."""
         self.stop()
         await asyncio.to_thread(self._thread.join)
         if self.error is None:
             self.fail(RankError("the server has ended"))
 
     def cancel(self, request_ids: list[str]) -> None:
-        """Let the engine end requests, before its next step."""
+        """Have the engine end requests, before its next step."""
         self._orders.put(partial(self._cancel_now, request_ids))
 
     # In the engine's thread.
@@ -263,8 +269,8 @@ class AsyncEngine:
                 self._take_orders()
                 while self._actions and not self._is_stopped:
                     self._actions.popleft()()
-                # Also between a step's end and the plan of one to come: what has come until then
-                # is in that plan, and what was cancelled is not.
+                # Also between a step's end and the next plan: requests queued until then are in
+                # that plan, and cancelled ones are not.
                 if chunks := self._engine.step(self._take_orders):
                     self._tell(self._deliver, chunks)
         except Exception as error:
@@ -285,7 +291,7 @@ class AsyncEngine:
             self._check_ranks()
 
     def _take_orders(self) -> None:
-        """Do what was asked for since the last call."""
+        """Run the orders queued since the last call."""
         with suppress(Empty):
             while True:
                 self._take(self._orders.get_nowait())

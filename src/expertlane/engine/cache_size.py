@@ -1,4 +1,4 @@
-"""The size of the cache: what is free beside a step of the largest shape, and beside graphs."""
+"""The KV cache's size: the memory left beside weights, the largest step, and CUDA graphs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -6,7 +6,8 @@ from dataclasses import replace
 import msgspec
 import numpy as np
 
-from expertlane.engine.commands import (
+from expertlane.cost.memory import FREE_SHARE, RankMemory, size_text, too_little
+from expertlane.engine.ranks.commands import (
     Deploy,
     DescribeMachine,
     HeldBytes,
@@ -15,9 +16,8 @@ from expertlane.engine.commands import (
     RecordGraphs,
     SetDispatch,
 )
-from expertlane.engine.pool import RankPool
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import CapacityError
-from expertlane.memory import FREE_SHARE, RankMemory, size_text, too_little
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.dispatch import DispatchTable
@@ -28,10 +28,10 @@ from expertlane.spec.sampling import SamplingParams, SamplingState
 
 
 def largest_step(layout: Layout, limits: Limits, replica: int = 0) -> StepPlan:
-    """As many sequences as may run, which together have as many new tokens as a step may hold.
+    """The prefill step that takes most memory: most sequences, and most new tokens together.
 
-    All positions are in the cache's first block: what is computed matters to nobody. Every sequence
-    is sampled with limits, for which logits are copied and sorted.
+    All positions are in the cache's first block, since the result is not used. Every sequence is
+    sampled with top-k and top-p, for which logits are copied and sorted.
     """
     num_seqs = min(limits.max_num_seqs, limits.max_num_batched_tokens)
     most = min(limits.max_num_batched_tokens, num_seqs * limits.max_model_len)
@@ -71,7 +71,8 @@ def measured_limits(
     their memory does not depend on how many blocks there are.
 
     Raises:
-        CapacityError: not even one sequence of `max_model_len` fits; with both numbers.
+        CapacityError: not even one sequence of `max_model_len` fits; it names the bytes needed and
+            those free.
     """
     layout, spec, numbers = members.layout, deploy.spec, members.numbers
     held = pool.call(msgspec.structs.replace(deploy, num_blocks=1))
@@ -106,18 +107,18 @@ def measured_limits(
 
 
 def _of_graphs(text: str, room: "Room") -> str:
-    """With what graphs take; empty where there are none."""
+    """The text with the size of the graphs put in; empty where there are none."""
     return text.format(size_text(room.graph_bytes)) if room.graph_bytes else ""
 
 
 class Room(msgspec.Struct):
-    """What a rank has taken, and has left for its cache.
+    """The memory that a rank has in use, and what is left for its KV cache.
 
     Attributes:
-        step_bytes: of the largest step on the rank that most tokens reach.
-        graph_bytes: of recorded steps.
-        block_bytes: of a block, in all layers.
-        cache_bytes: negative where not even a step fits.
+        step_bytes: activations of the largest step, on the rank that most tokens reach.
+        graph_bytes: memory of all CUDA graphs.
+        block_bytes: one block of the cache, over all layers.
+        cache_bytes: what is left for the cache; negative where not even a step fits.
     """
 
     weight_bytes: int
@@ -127,7 +128,7 @@ class Room(msgspec.Struct):
     cache_bytes: float
 
     def with_blocks(self, num_blocks: int) -> RankMemory:
-        """In the parts of a memory count."""
+        """The rank's memory with a cache of so many blocks."""
         own_bytes = self.step_bytes + self.graph_bytes
         return RankMemory(self.weight_bytes, num_blocks * self.block_bytes, own_bytes, 0)
 
@@ -135,12 +136,13 @@ class Room(msgspec.Struct):
 def room_of(
     machine: RankMachine, held: HeldBytes, step_bytes: int, graph_bytes: int, layout: Layout
 ) -> Room:
-    """What is left on a rank: its share of what is free, but for a reserve of the whole device.
+    """Memory left for a rank's cache: its share of what is free, less a reserve of the device.
 
     Args:
-        machine: seen once weights are loaded, while no step runs and none is recorded.
-        held: with a cache of one block, which makes room for the others.
-        graph_bytes: of this rank.
+        machine: described once weights are loaded, before steps run or are recorded.
+        held: measured with a cache of one block (two with graphs).
+        step_bytes: activations of the largest step.
+        graph_bytes: memory of this rank's CUDA graphs.
     """
     reserve = (1 - FREE_SHARE) * machine.memory_bytes
     own_bytes = (machine.free_bytes - reserve) / machine.num_sharing(layout.world_size)
@@ -152,13 +154,13 @@ def room_of(
 def _graph_bytes(
     pool: RankPool, deploy: Deploy, members: Members, seen: Sequence[RankMachine]
 ) -> list[int]:
-    """[num_ranks]; what all graphs will take, by how much less is free once two are recorded.
+    """[num_ranks]; memory of all graphs, estimated by recording the two largest.
 
-    The largest size has the memory for values, which all share. The others are taken to need as
-    much for themselves as the second largest.
+    The largest allocates the memory for values, which all graphs share. Each other one is taken to
+    need as much of its own as the second largest.
 
     Args:
-        seen: [num_ranks]; before.
+        seen: [num_ranks]; described before any is recorded.
     """
     assert deploy.graphs is not None, "there are some"
     numbers, sizes = members.numbers, deploy.graphs.sizes
@@ -182,7 +184,7 @@ def _graph_bytes(
 
 
 def _tables(deploy: Deploy) -> tuple[DispatchTable, ...]:
-    """One for each mode that decode steps may run in."""
+    """One dispatch table for each mode that decode steps may run in."""
     options, spec = deploy.options, deploy.spec
     if (table := options.fixed_table) is not None:
         return (table,)
@@ -191,7 +193,7 @@ def _tables(deploy: Deploy) -> tuple[DispatchTable, ...]:
 
 
 def _step_bytes(pool: RankPool, deploy: Deploy, members: Members, limits: Limits) -> Sequence[int]:
-    """Of each rank."""
+    """[world_size]; activations of the largest step on each rank, over all dispatch modes."""
     tables, commands = _tables(deploy), []
     for replica in range(members.layout.replicas):
         plan = largest_step(members.layout, limits, replica)

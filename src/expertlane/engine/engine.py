@@ -1,4 +1,4 @@
-"""Requests in, tokens out: the scheduler and the ranks as one, a step at a time."""
+"""The engine: a scheduler and a runner of ranks, driven one step at a time."""
 
 import time
 from collections.abc import Callable
@@ -6,11 +6,10 @@ from concurrent.futures import Future, wait
 from functools import cached_property, partial
 from typing import Generic, TypeVar
 
-from expertlane.engine.arrangement import Arrangement
+from expertlane.engine.elastic.arrangement import Arrangement
+from expertlane.engine.elastic.recovery import Recovery
+from expertlane.engine.elastic.recovery_record import State
 from expertlane.engine.live_request import LiveRequest, Prompt, RequestMaker
-from expertlane.engine.recovery import Recovery
-from expertlane.engine.recovery_record import State
-from expertlane.engine.resumed import resume
 from expertlane.errors import RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop, FinishedStep
 from expertlane.schedule.plan import HandleT, Runner, StepOutcome
@@ -19,10 +18,28 @@ from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.names import Phase
 from expertlane.spec.prompt_logprobs import PromptLogprobs
 from expertlane.spec.sampling import SamplingParams
-from expertlane.text.grammars import Grammars
+from expertlane.text.grammars import Constraint, Grammars
 from expertlane.text.tokenizer import Tokenizer
 
-_MASKS_S = 0.005  # that a step may wait for masks; the step before it is under way meanwhile
+
+def resume(request: Request, earlier: RequestOutput, constraint: Constraint | None) -> None:
+    """Give a request its earlier output before it is queued; both hold one list.
+
+    Args:
+        constraint: its grammar state after this output; None without structured output.
+
+    Raises:
+        UserError: the constraint does not allow that output.
+    """
+    request.output_token_ids = earlier.token_ids
+    request.num_cached_tokens = earlier.num_cached_tokens
+    if constraint is not None:
+        if constraint.error is not None:
+            raise UserError(f"{request.name}: {constraint.error}")
+        request.mask = None if constraint.is_ended else constraint.mask
+
+
+_MASKS_S = 0.005  # longest wait for masks before a step; the step before it runs meanwhile
 ResultT = TypeVar("ResultT")
 
 
@@ -36,13 +53,12 @@ class Engine(Generic[HandleT]):
     Args:
         eos_token_ids: tokens that end an output unless `ignore_eos`.
         tokenizer: None where prompts are tokens only.
-        on_commit: called with every step.
-        recovery: what to do where ranks are lost; None where that ends the engine.
+        on_commit: called with every committed step; may be set between steps.
+        recovery: replaces lost ranks; None where their loss ends the engine.
 
     Attributes:
         scheduler: its counts may be read from any thread.
-        on_commit: as given; may be set between steps.
-        recovery: as given; its state and records may be read from any thread.
+        recovery: its state and records may be read from any thread.
     """
 
     def __init__(
@@ -64,14 +80,14 @@ class Engine(Generic[HandleT]):
         self._live: dict[str, LiveRequest] = {}
         self._unscheduled: dict[int, LiveRequest] = {}  # by sequence id: in no step so far
         self._scoring: dict[int, RequestOutput] = {}  # by sequence id: with `prompt_logprobs`
-        self._ended: list[Chunk] = []  # by a cancellation, not yet told
+        self._ended: list[Chunk] = []  # last chunks that the next `step` returns
         self._maker = RequestMaker(eos_token_ids, tokenizer)
-        self._masks: dict[Future[None], list[LiveRequest]] = {}  # that are being computed
-        self._complete: dict[str, FinishReason] = {}  # by id, what a constraint has ended
+        self._masks: dict[Future[None], list[LiveRequest]] = {}  # masks being computed
+        self._complete: dict[str, FinishReason] = {}  # by id: requests that a constraint has ended
 
     @cached_property
     def grammars(self) -> Grammars:
-        """For outputs with a structure.
+        """The compiled grammars of structured outputs; made on first use.
 
         Raises:
             UserError: there is no tokenizer.
@@ -82,17 +98,17 @@ class Engine(Generic[HandleT]):
 
     @property
     def num_cached_tokens(self) -> int:
-        """As the scheduler has it."""
+        """Prompt tokens found in the prefix cache, over all requests so far."""
         return self.scheduler.num_cached_tokens
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether `step` has more to give."""
+        """Whether `step` has chunks to return, now or later."""
         return bool(self._live or self._ended)
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing is left to do: no request, and no step that an ended one was in."""
+        """Whether no request is unfinished, no step is under way, and no chunk waits."""
         return not (self._ended or self.scheduler.has_unfinished)
 
     def add(
@@ -110,8 +126,8 @@ class Engine(Generic[HandleT]):
         Args:
             priority: lower goes first.
             name: what messages call it; by default `request` and its id.
-            earlier: an output that it is to go on with, of one token or more, whose seed is the
-                one of `params`; it is what is returned.
+            earlier: an unfinished output to continue, of one token or more, drawn with the seed of
+                `params`; it is the output returned.
 
         Raises:
             UserError: it can never be served, or the id is taken; nothing is queued.
@@ -145,7 +161,7 @@ class Engine(Generic[HandleT]):
         return output
 
     def cancel(self, request_id: str) -> bool:
-        """End a request now, wherever it stands.
+        """End a request now, whether it waits or runs.
 
         Returns:
             False if no unfinished request has this id.
@@ -165,13 +181,13 @@ class Engine(Generic[HandleT]):
         self._ended.append(self._end(live, None, reason))
 
     def scale(self, whole: Arrangement) -> None:
-        """Go on in another layout, once the steps under way are finished.
+        """Change the layout, once the steps under way are finished; needs `recovery`.
 
-        What these bring, the next call of `step` gives. An engine without `recovery` cannot.
+        The next call of `step` returns the chunks of those steps.
 
         Raises:
             UserError: fewer ranks serve than should; nothing has changed.
-            RankError: as `step`.
+            RankError: a rank died, hung or failed, and is not replaced.
         """
         assert self.recovery is not None, "the layout of such an engine stays"
         self.with_ranks(lambda: None)  # ends a recovery that was interrupted
@@ -186,13 +202,13 @@ class Engine(Generic[HandleT]):
     def step(
         self, before_plan: Callable[[], None] = lambda: None, *, plans: bool = True
     ) -> list[Chunk]:
-        """Wait for one step of the ranks, and give what it brought.
+        """Wait for one step of the ranks, and return its chunks.
 
-        The next step is under way before this one's tokens are turned into text.
+        The next step is submitted before this one's tokens are turned into text.
 
         Args:
-            before_plan: called between the two; it may add requests and cancel some.
-            plans: whether steps follow those under way.
+            before_plan: called before the next step is planned; it may add and cancel requests.
+            plans: whether to submit steps after those under way.
 
         Raises:
             RankError: a rank died, hung or failed, and is not replaced.
@@ -207,7 +223,7 @@ class Engine(Generic[HandleT]):
         if self.recovery is not None and (finished or not self.scheduler.has_unfinished):
             self.recovery.settle(finished and finished.plan)
         if finished is None:
-            if self._masks:  # all that is left waits for them
+            if self._masks:  # every request left waits for its mask
                 self._take_masks(None)
             return chunks + self._end_complete()
         if self.on_commit is not None:
@@ -234,7 +250,7 @@ class Engine(Generic[HandleT]):
         """Return from a smaller layout, if the lost ranks are ready.
 
         Raises:
-            RankError: as `step`.
+            RankError: a rank died, hung or failed, and is not replaced.
         """
         recovery = self.recovery
         if recovery is not None and recovery.state is State.SHRUNK:
@@ -243,10 +259,10 @@ class Engine(Generic[HandleT]):
                 recovery.settle()
 
     def guarded(self, action: Callable[[], None]) -> None:
-        """Do what may find that ranks are lost, once; replace them then, where that is wanted.
+        """Run an action once; if it finds that ranks are lost, replace them (with `recovery`).
 
         Raises:
-            RankError: as `step`.
+            RankError: a rank died, hung or failed, and is not replaced.
         """
         try:
             action()
@@ -254,7 +270,7 @@ class Engine(Generic[HandleT]):
             self._recover(error)
 
     def with_ranks(self, action: Callable[[], ResultT]) -> ResultT:
-        """Do what needs ranks; begin it again once those that are lost have been replaced."""
+        """Run an action that needs ranks; after each recovery of lost ones, run it again."""
         if self.recovery is not None and self.recovery.is_interrupted:
             self._recover(RanksLostError("a recovery was interrupted", ()))
         while True:
@@ -277,7 +293,7 @@ class Engine(Generic[HandleT]):
             self.recovery.settle()
 
     def _begin_masks(self, stepped: list[Request]) -> None:
-        """Let masks be computed of the tokens after those that a step brought."""
+        """Start computing token masks for the next step, from the tokens that this one sampled."""
         lives = self._live
         going = [
             lives[request.request_id]
@@ -293,10 +309,10 @@ class Engine(Generic[HandleT]):
             self._masks[self.grammars.advance(tokens)] = going
 
     def _take_masks(self, timeout_s: float | None) -> None:
-        """Give the scheduler the masks that are there; wait for all, so long at most.
+        """Wait for masks, and give the scheduler those that are ready.
 
         Args:
-            timeout_s: None for any time.
+            timeout_s: the longest wait; None to wait for all of them.
         """
         for future in wait(self._masks, timeout_s).done:
             future.result()
@@ -316,9 +332,9 @@ class Engine(Generic[HandleT]):
                     self.scheduler.allow(request, constraint.mask)
 
     def _end_complete(self) -> list[Chunk]:
-        """End what constraints have ended, in a chunk after the last token's.
+        """Finish the requests that a constraint has ended, with a chunk without a token.
 
-        It is never the same chunk: that would go by whether masks are computed in time.
+        It is never the last token's chunk: that would depend on whether masks are ready in time.
         """
         chunks = []
         for request_id, reason in self._complete.items():
@@ -337,7 +353,7 @@ class Engine(Generic[HandleT]):
                     output.num_cached_tokens = live.request.num_cached_tokens or 0
 
     def _take(self, stepped: list[Request], outcome: StepOutcome) -> list[Chunk]:
-        """What a step brought the requests that got a token; a hot loop."""
+        """The chunks of the requests that got a token in a step; a hot loop."""
         chunks, finished_s, lives = [], outcome.finished_s, self._live
         for request in stepped:
             request_id, reason, text = request.request_id, request.finish_reason, ""

@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from expertlane.balance.placement_file import Placements
-from expertlane.engine.arrangement import Arranged, Arrangement
+from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.engine.elastic.recovery import Recovery
+from expertlane.engine.elastic.scaling import Scaling
+from expertlane.engine.elastic.shrinking import Shrinking
 from expertlane.engine.engine import Engine
 from expertlane.engine.launch import (
     check_num_blocks,
@@ -15,47 +18,37 @@ from expertlane.engine.launch import (
     with_blocks,
 )
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.pool import RankPool
-from expertlane.engine.recovery import Recovery
-from expertlane.engine.scaling import Scaling
-from expertlane.engine.shrinking import Shrinking
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import Deployment
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import CheckLevel, OnFailure
 from expertlane.text.tokenizer import Tokenizer
 
 ResultT = TypeVar("ResultT")
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """What an engine runs, and how.
+class EngineInputs:
+    """The model, settings and callbacks that an engine is made of.
 
     Attributes:
-        folder: of the checkpoint; None where weights are random.
-        placements: of the layout's experts, as of `check_deployment`.
-        limits: what is wished, but for the number of blocks.
-        num_blocks, ranks_per_node, on_failure, oversubscribe, check: as of `LLM`.
-        on_commit: called with every step; None where nobody looks, nor records routing.
+        folder: the checkpoint's folder; None where weights are random.
+        placements: the layout's expert placements, by layer; see `check_deployment`.
+        limits: the limits asked for; the number of blocks is settled on the machine.
+        on_commit: called with every committed step, whose routing is then recorded; None for
+            neither.
         log: takes a line for each thing that the user should know.
     """
 
     model: ModelConfig
     folder: Path | None
-    deployment: Deployment
+    config: EngineConfig
     placements: Placements
     limits: Limits
-    num_blocks: int | None
-    seed: int
-    ranks_per_node: int
-    on_failure: OnFailure
-    oversubscribe: bool
-    check: CheckLevel
     tokenizer: Tokenizer | None
     eos_token_ids: frozenset[int]
     on_commit: Callable[[FinishedStep], None] | None
@@ -63,24 +56,25 @@ class EngineSettings:
 
 
 class EngineParts:
-    """Loads a model on the ranks of a pool, and puts an engine before it.
+    """Loads a model on the ranks of a pool, and makes an engine that runs it.
 
     Attributes:
-        machine: [num_ranks]; what each rank saw before the model was loaded.
-        limits: what the scheduler keeps to.
+        machine: [num_ranks]; the machine of each rank, described before the model was loaded.
+        limits: the scheduler's limits, with the number of blocks that fit.
 
     Raises:
         UserError: the model does not fit into memory, or there is a mistake that ranks found.
         RankError: a rank died, hung or failed, and was not replaced.
     """
 
-    def __init__(self, pool: RankPool, settings: EngineSettings) -> None:
-        self._pool, self._settings, log = pool, settings, settings.log
-        # Of how many ranks nodes are, these say once they are up.
-        given = settings.placements, settings.ranks_per_node
-        self._arranged = Arranged(Arrangement.alike(Members(settings.deployment.layout), *given))
+    def __init__(self, pool: RankPool, inputs: EngineInputs) -> None:
+        self._pool, self._inputs, log = pool, inputs, inputs.log
+        config = inputs.config
+        # The ranks tell how many of them a node has, once they are up.
+        given = inputs.placements, config.ranks_per_node
+        self._arranged = Arranged(Arrangement.alike(Members(config.layout), *given))
         self._recovery: Recovery | None = None
-        if settings.on_failure != "stop":
+        if config.on_failure != "stop":
             self._recovery = Recovery(pool, self._arranged, self._redeploy, log)
             pool.on_early_end(log)
         self.machine = tuple(self._start(lambda: describe_ranks(pool)))
@@ -89,24 +83,24 @@ class EngineParts:
         self.limits = self.runner.limits
         self.engine = self._make_engine()
         self.scaling = Scaling(
-            *(pool, self.runner, self.engine, settings.model, settings.deployment),
+            *(pool, self.runner, self.engine, inputs.model, config.deployment),
             *(self.limits, self.machine),
-            ranks_per_node=settings.ranks_per_node,
-            folder=settings.folder,
-            oversubscribe=settings.oversubscribe,
+            ranks_per_node=config.ranks_per_node,
+            folder=inputs.folder,
+            oversubscribe=config.oversubscribe,
         )
         if self._recovery is None:
             return
         self._recovery.settle()
-        if settings.on_failure == "shrink":
+        if config.on_failure == "shrink":
             self._recovery.shrinker = Shrinking(
-                *(pool, self.runner, self.scaling, settings.model, self.limits),
-                folder=settings.folder,
+                *(pool, self.runner, self.scaling, inputs.model, self.limits),
+                folder=inputs.folder,
                 log=log,
             )
 
     def _start(self, action: Callable[[], ResultT]) -> ResultT:
-        """Do something with ranks that do not serve yet."""
+        """Run an action on ranks that do not serve yet; lost ones are replaced meanwhile."""
         return action() if self._recovery is None else self._recovery.start(action)
 
     def _redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
@@ -115,52 +109,52 @@ class EngineParts:
         self.runner.redeploy(replaced, plans)
 
     def _fitting_limits(self) -> Limits:
-        """The limits, with as large a cache as there is room for."""
-        settings, wanted = self._settings, self._settings.limits
-        layout, options = settings.deployment.layout, settings.deployment.options
+        """The limits with as many blocks as fit; on a GPU only an upper bound, measured later."""
+        inputs, config, wanted = self._inputs, self._inputs.config, self._inputs.limits
+        layout, options = config.layout, config.options
         limits = with_blocks(
-            *(wanted, settings.num_blocks, settings.model, layout),
-            *(settings.placements, self.machine, options, settings.folder),
+            *(wanted, config.num_blocks, inputs.model, layout),
+            *(inputs.placements, self.machine, options, inputs.folder),
         )
-        if self.machine[0].on_gpu and settings.num_blocks is None:
+        if self.machine[0].on_gpu and config.num_blocks is None:
             return replace(wanted, num_blocks=enough_blocks(wanted))  # measured with the model
         return limits
 
     def _load(self) -> ModelRunner:
-        settings = self._settings
+        inputs, config = self._inputs, self._inputs.config
         runner = ModelRunner(
             self._pool,
-            settings.model,
-            settings.deployment,
+            inputs.model,
+            config.deployment,
             self.limits,
-            seed=settings.seed,
-            ranks_per_node=settings.ranks_per_node or self.machine[0].ranks_per_node,
-            checkpoint=settings.folder,
+            seed=config.seed,
+            ranks_per_node=config.ranks_per_node or self.machine[0].ranks_per_node,
+            checkpoint=inputs.folder,
             arranged=self._arranged,
-            check=settings.check,
-            log=settings.log,
+            check=config.check,
+            log=inputs.log,
             measures_memory=self.machine[0].on_gpu,
             records_ahead=True,
         )
-        if settings.num_blocks is not None:
-            check_num_blocks(settings.num_blocks, runner.limits)
+        if config.num_blocks is not None:
+            check_num_blocks(config.num_blocks, runner.limits)
         return runner
 
     def _make_engine(self) -> Engine[Any]:
-        settings = self._settings
+        inputs, config = self._inputs, self._inputs.config
         scheduler = ContinuousScheduler(
-            settings.deployment.layout,
-            settings.deployment.options,
+            config.layout,
+            config.options,
             self.limits,
             lookahead=True,
-            record=settings.deployment.options.rebalance_steps > 0,
-            record_routing=settings.on_commit is not None,
+            record=config.options.rebalance_steps > 0,
+            record_routing=inputs.on_commit is not None,
         )
         return Engine(
             scheduler,
             self.runner,
-            eos_token_ids=settings.eos_token_ids,
-            tokenizer=settings.tokenizer,
-            on_commit=settings.on_commit,
+            eos_token_ids=inputs.eos_token_ids,
+            tokenizer=inputs.tokenizer,
+            on_commit=inputs.on_commit,
             recovery=self._recovery,
         )

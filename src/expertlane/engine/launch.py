@@ -1,4 +1,4 @@
-"""What happens before a model runs: checks, ranks, and room for its cache."""
+"""Starting ranks, checking options and a checkpoint, and estimating the size of the KV cache."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -7,30 +7,118 @@ from functools import partial
 from pathlib import Path
 
 from expertlane.balance.placement_file import Placements, placements_of
+from expertlane.cost.memory import FREE_SHARE, PlacedModel
 from expertlane.cost.number_types import NumberTypes
-from expertlane.engine.commands import DescribeMachine, RankMachine
-from expertlane.engine.local_ranks import LocalRanks
-from expertlane.engine.node_ranks import NodeRanks
-from expertlane.engine.option_checks import check_options
-from expertlane.engine.pool import RankPool
-from expertlane.engine.rank_environment import check_cpu_isa, check_num_ranks
-from expertlane.engine.torchrun import (
+from expertlane.engine.model.stored_tensors import StoredTensors
+from expertlane.engine.ranks.commands import DescribeMachine, RankMachine
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.node_ranks import NodeRanks
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.ranks.rank_environment import check_cpu_isa, check_num_ranks
+from expertlane.engine.ranks.torchrun import (
     TorchrunNode,
     become_supervisor,
     end_with_torchrun,
     is_under_torchrun,
 )
 from expertlane.errors import CapacityError, SpecError, UserError
-from expertlane.memory import FREE_SHARE, PlacedModel
-from expertlane.model.stored_tensors import StoredTensors
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Options
+from expertlane.spec.deployment import INPUTS_OF_SCALE, Options
 from expertlane.spec.files import fill_closed
 from expertlane.spec.hf_config import is_mxfp4, narrow_scheme, read_config
-from expertlane.spec.layout import Layout
+from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CpuIsa
 from expertlane.spec.ranges import RANGES
+
+
+def check_options(
+    options: Options,
+    model: ModelConfig,
+    layout: Layout,
+    machines: Sequence[RankMachine],
+    checkpoint: Path | None,
+) -> None:
+    """Refuse options that these ranks, this checkpoint or this layout cannot have.
+
+    Args:
+        machines: [world_size]; the machine of each rank.
+        checkpoint: the folder the weights are in; None where they are random.
+
+    Raises:
+        UserError: CUDA graphs, or a cache of float8, are asked for that these ranks cannot have, or
+            float8 activations that they, the checkpoint or the layout cannot.
+    """
+    _check_graphs(options, machines)
+    _check_cache(options, machines)
+    _check_activations(options, model, layout, machines, checkpoint)
+
+
+def _check_graphs(options: Options, machines: Sequence[RankMachine]) -> None:
+    """Refuse CUDA graphs that were asked for where steps cannot be recorded."""
+    if not options.cuda_graphs:
+        return
+    why_not = ""
+    for machine in machines:
+        if not machine.on_gpu:
+            why_not = "need a GPU for every rank"
+        elif "expertlane" not in machine.kernels:
+            why_not = f"need our GPU kernels, but a rank computes with {machine.kernels}"
+    if why_not:
+        raise UserError(
+            f"CUDA graphs (--cuda-graphs on, cuda_graphs=True) {why_not}; valid here: auto or off "
+            "(in Python None or False; in a file false, or without cuda_graphs)"
+        )
+
+
+def _check_cache(options: Options, machines: Sequence[RankMachine]) -> None:
+    """Refuse a cache of float8 where attention cannot read it."""
+    if options.kv_dtype != "float8":
+        return
+    for machine in machines:
+        if not machine.reads_float8:
+            raise UserError(
+                f"a float8 KV cache (--kv-dtype float8, kv_dtype='float8') needs GPUs whose Triton "
+                f"reads float8, from compute capability 8.9 on; {machine.device} on "
+                f"{machine.host} does not; valid here: model"
+            )
+
+
+def _check_activations(
+    options: Options,
+    model: ModelConfig,
+    layout: Layout,
+    machines: Sequence[RankMachine],
+    checkpoint: Path | None,
+) -> None:
+    """Refuse float8 activations: no float8 matrix, no such GPU, or a layout that cuts scales."""
+    if options.activations != "float8":
+        return
+    asked = "activations in float8 (--activations float8, activations='float8')"
+    scheme = None if checkpoint is None else narrow_scheme(read_config(checkpoint))
+    if scheme is None or scheme.type != "float8":
+        raise UserError(
+            f"{asked} are for matrices stored in float8; {checkpoint or model.name} has none; "
+            "valid here: model"
+        )
+    for machine in machines:
+        if not machine.multiplies_float8:
+            raise UserError(
+                f"{asked} need GPUs whose Triton multiplies float8, from compute capability 8.9 "
+                f"on; {machine.device} on {machine.host} does not; valid here: model"
+            )
+    cut = {
+        "attention's output": (model.attention_output_size, layout.tp),
+        "experts' inner width": (model.moe_intermediate_size, layout.etp),
+        "the shared expert's inner width": (model.shared_expert_intermediate_size, layout.tp),
+        "dense layers' inner width": (model.intermediate_size, layout.tp),
+    }
+    for what, (width, num_parts) in cut.items():
+        if any(part.start % INPUTS_OF_SCALE for part in partition(width, num_parts) if part):
+            raise UserError(
+                f"{asked} have a scale for every {INPUTS_OF_SCALE} inputs, but layout {layout} "
+                f"cuts {what} of {width} in {num_parts}; valid: parts of whole {INPUTS_OF_SCALE}s"
+            )
 
 
 def start_pool(
@@ -43,16 +131,16 @@ def start_pool(
     recovers: bool = False,
     rejoin_s: float = 0.0,
 ) -> RankPool | None:
-    """Ranks of this machine, or of all nodes where torchrun has started processes.
+    """Start ranks on this machine, or on all nodes where torchrun has started this process.
 
     Args:
-        cpu_isa: the largest instruction set that kernels may use; None as the environment says.
+        cpu_isa: the largest instruction set that kernels may use; None for the environment's.
         recovers: whether other ranks can take the places of lost ones.
-        rejoin_s: then, how long to wait for a node that is lost.
+        rejoin_s: with `recovers`, how long to wait for a node that is lost.
 
     Returns:
-        The pool; None in those processes of torchrun that have nothing to do. The first ones of
-        other nodes do not come back: they become supervisors.
+        The pool; None in those processes of torchrun that have nothing to do. In the first process
+        of each other node this does not return: it becomes a supervisor.
 
     Raises:
         CapacityError: too many local ranks for this machine, or too few processes of torchrun.
@@ -74,7 +162,7 @@ def start_pool(
         if node.number > 0:
             return None  # the launcher says so
         raise
-    oversubscribe |= node.num_processes > 1  # asked for
+    oversubscribe |= node.num_processes > 1  # torchrun was told to start several
     if node.number > 0:
         become_supervisor(
             *(node, ranks_per_node, timeout_s, dtype),
@@ -96,7 +184,7 @@ def start_pool(
 
 
 def describe_ranks(pool: RankPool) -> list[RankMachine]:
-    """What each rank sees of its machine.
+    """[num_ranks]; the machine, device, kernels and transport of each rank.
 
     Raises:
         UserError: they do not all use the same kernels or transport. Experts move between ranks in
@@ -169,7 +257,7 @@ def _listed(names: list[str]) -> str:
 
 
 _PLAIN = Options()
-_CPU_CACHE_SHARE = 0.5  # of what is left beside the weights; other programs live there too
+_CPU_CACHE_SHARE = 0.5  # of the memory beside the weights: other programs need some too
 
 
 def fit_to_machine(
@@ -185,14 +273,15 @@ def fit_to_machine(
     """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
 
     Args:
-        seen: [num_ranks]; those of the layout first.
-        placements: [num_hidden_layers]; linear ones without copies if not given.
-        checkpoint: the folder the weights are in.
-        cpu_cache_share: as `fit_cache`'s `cache_share`, where ranks compute on a CPU.
+        seen: [num_ranks]; the machine of each rank, those of the layout first.
+        placements: [num_hidden_layers]; by default linear ones without copies.
+        checkpoint: the folder the weights are in; None where they are random.
+        cpu_cache_share: the share of the free memory that the cache may take on a CPU; see
+            `PlacedModel.fit_cache`.
 
     Raises:
-        CapacityError: not even one sequence fits; with both numbers.
-        UserError: as of `check_options`.
+        CapacityError: not even one sequence fits; it names the bytes needed and those free.
+        UserError: the options do not suit these ranks; see `check_options`.
     """
     check_options(options, model, layout, seen[: layout.world_size], checkpoint)
 
@@ -215,14 +304,17 @@ def placed_model(
     options: Options = _PLAIN,
     checkpoint: Path | None = None,
 ) -> PlacedModel:
-    """What ranks of such a machine hold of a model; arguments as of `fit_to_machine`."""
+    """The parts of a model on each rank, in the number types of this machine.
+
+    For the arguments see `fit_to_machine`.
+    """
     return PlacedModel(model, layout, _types(machine, layout, options, checkpoint), placements)
 
 
 def _types(
     machine: RankMachine, layout: Layout, options: Options, checkpoint: Path | None
 ) -> NumberTypes:
-    """In what a rank holds weights, hidden states, keys and values."""
+    """The number types of a rank's weights, hidden states, keys and values."""
     if not machine.keeps_narrow:
         return NumberTypes.of_engine(machine.dtype, options)
     config = {} if checkpoint is None else read_config(checkpoint)
@@ -233,7 +325,7 @@ def _types(
 
 
 def enough_blocks(limits: Limits) -> int:
-    """As many as hold all sequences that may run, at full length; or as there may be."""
+    """Blocks for `max_num_seqs` sequences of full length, at most the largest valid number."""
     enough = limits.max_num_seqs * -(-limits.max_model_len // limits.block_size)
     return min(enough, int(RANGES["num_blocks"].high))
 
@@ -248,10 +340,10 @@ def with_blocks(
     options: Options = _PLAIN,
     checkpoint: Path | None = None,
 ) -> Limits:
-    """The limits with `num_blocks`; with None as many as serve, or as there is room for.
+    """The limits with `num_blocks`; with None, with `enough_blocks` or those that fit.
 
     Raises:
-        CapacityError: there is no room for the model and one sequence, or for `num_blocks`.
+        CapacityError: the model and one sequence, or `num_blocks`, do not fit into memory.
     """
     fit = partial(
         fit_to_machine, model, layout, placements=placements, options=options, checkpoint=checkpoint
@@ -268,7 +360,7 @@ def check_num_blocks(num_blocks: int, fitting: Limits) -> None:
     """Refuse more blocks than there is memory for.
 
     Raises:
-        CapacityError: with both numbers.
+        CapacityError: there are; it names both numbers.
     """
     if fitting.num_blocks < num_blocks:
         raise CapacityError(

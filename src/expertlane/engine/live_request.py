@@ -1,4 +1,4 @@
-"""A request that is not finished: what it was given, and what it has brought so far."""
+"""Unfinished requests: the scheduler's request, its output so far, and how tokens become text."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,13 +15,14 @@ Prompt = str | Sequence[int]
 
 @dataclass(slots=True, eq=False)
 class LiveRequest:
-    """A request that is not finished; no detokenizer where there is no tokenizer.
+    """A request that is not finished.
 
     Attributes:
-        is_plain: tokens are all that it is given.
-        add_time: takes a token's time since the arrival.
-        includes_stop: the token that ends it is text too.
-        constraint: what its tokens are held to; None where nothing is.
+        detokenizer: None where there is no tokenizer.
+        is_plain: its chunks have neither text nor log-probabilities.
+        add_time: takes each token's seconds since the arrival.
+        includes_stop: whether the token that ends it is part of its text.
+        constraint: the grammar state that masks its tokens; None without structured output.
     """
 
     request: Request
@@ -34,10 +35,11 @@ class LiveRequest:
     constraint: Constraint | None = None
 
     def end(self, token_id: int | None, reason: FinishReason, text: str = "") -> Chunk:
-        """Finish the output; gives its last chunk.
+        """Finish the output, and return its last chunk.
 
         Args:
-            text: of the token.
+            token_id: the last token; None if the request ends without one.
+            text: the text of this token.
         """
         output = self.output
         output.finish_reason = reason
@@ -51,7 +53,7 @@ class LiveRequest:
 
 
 class RequestMaker:
-    """Makes what the scheduler takes of what a user asks for.
+    """Turns prompts and sampling parameters into the scheduler's requests.
 
     Args:
         eos_token_ids: tokens that end an output unless `ignore_eos`.
@@ -66,10 +68,10 @@ class RequestMaker:
         """Token ids of a prompt.
 
         Args:
-            name: what messages call the request.
+            name: the name of the request in messages.
 
         Raises:
-            UserError: it needs a tokenizer, and there is none.
+            UserError: the prompt is a text, or has stop strings, but there is no tokenizer.
         """
         if self._tokenizer is None and params.stop:
             raise UserError(f"{name}: stop strings need a tokenizer; use stop_token_ids instead")
@@ -88,9 +90,9 @@ class RequestMaker:
         priority: int,
         name: str,
     ) -> Request:
-        """A request for the scheduler; one without a seed gets a random one."""
+        """A request for the scheduler; with a random seed if `params` has none."""
         sampling = params.with_valid(stop=())  # texts are not the ranks' matter
-        if constraint is not None:  # what may end an output, its masks say; ranks need no more
+        if constraint is not None:  # its masks say what may end the output
             sampling = sampling.with_valid(structured=None, min_tokens=0)
         seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
         return Request(
@@ -114,7 +116,7 @@ class RequestMaker:
         constraint: Constraint | None,
         output: RequestOutput,
     ) -> LiveRequest:
-        """A request that goes on after its output's tokens."""
+        """A live request, whose detokenizer has read the tokens that its output already has."""
         detokenizer = self._detokenizer(params, output)
         wants_logprobs = params.logprobs is not None
         return LiveRequest(

@@ -1,39 +1,152 @@
-"""The offline face of the engine: a model, laid out over ranks, that continues prompts."""
+"""`LLM`, the offline interface: a model, laid out over ranks, that continues prompts."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
+from inspect import Parameter, Signature
 from itertools import count
+from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from expertlane.balance.placement_file import check_deployment
 from expertlane.balance.trace import RoutingTrace
-from expertlane.engine.engine_parts import EngineParts, EngineSettings
-from expertlane.engine.launch import start_pool
+from expertlane.engine.engine_parts import EngineInputs, EngineParts
+from expertlane.engine.launch import check_checkpoint, start_pool
 from expertlane.engine.live_request import Prompt
-from expertlane.engine.llm_prompts import all_finished, with_params
-from expertlane.engine.llm_settings import (
-    as_layout,
-    as_options,
-    check_settings,
-    checked_model_len,
-    find_model,
-    print_to_stderr,
-    read_tokenizer,
-)
 from expertlane.engine.model_runner import RoutingRecorder
-from expertlane.engine.pool import RankPool
 from expertlane.engine.rank_watch import RankWatch
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.shared_engine import SharedEngine
 from expertlane.errors import RankError, UserError
 from expertlane.schedule.request import Chunk, Limits, RequestOutput
-from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.checkpoint_folder import resolve_model
+from expertlane.spec.engine_config import SETTINGS, EngineConfig, as_layout
+from expertlane.spec.files import as_path
+from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
+from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import shown
 from expertlane.spec.sampling import SamplingParams
 from expertlane.text.chat_template import ChatTemplate
+from expertlane.text.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
+
+
+def find_model(model: str | Path, ignore_unused_tensors: bool) -> tuple[ModelConfig, Path | None]:
+    """The model of a preset, or of a checkpoint checked against its files, and its folder.
+
+    Raises:
+        UserError: there is no such model, or the checkpoint's files do not suit it.
+    """
+    if not isinstance(model, str):
+        model = str(as_path("model", model))
+    if model in PRESETS:
+        return PRESETS[model], None
+    folder = resolve_model(model)
+    checked = check_checkpoint(
+        read_model(folder, model),
+        folder,
+        ignore_unused_tensors=ignore_unused_tensors,
+        log=print_to_stderr,
+    )
+    return checked, folder
+
+
+def print_to_stderr(line: str) -> None:
+    """Print a line on stderr for the user of an `LLM`."""
+    with suppress(OSError, ValueError):  # it cannot be written: requests go on
+        print(line, file=sys.stderr)
+
+
+def read_tokenizer(folder: Path | None) -> tuple[Tokenizer | None, frozenset[int]]:
+    """A checkpoint's tokenizer, if it has one, and the tokens that end a sequence."""
+    if folder is None:
+        return None, frozenset()
+    if not (folder / TOKENIZER).is_file():
+        return None, configured_eos_token_ids(folder)
+    tokenizer = Tokenizer.from_folder(folder)
+    return tokenizer, tokenizer.eos_token_ids
+
+
+def wanted_limits(model: ModelConfig, config: EngineConfig) -> Limits:
+    """The limits that a config asks for, with one block where it leaves their number open.
+
+    Raises:
+        UserError: `max_model_len` is more than the model's positions.
+    """
+    longest = model.max_position_embeddings
+    asked = longest if config.max_model_len is None else config.max_model_len
+    if asked > longest:
+        raise UserError(f"max_model_len is {asked}; valid for {model.name}: 1 to {longest}")
+    return Limits(
+        vocab_size=model.vocab_size,
+        max_model_len=asked,
+        num_blocks=1 if config.num_blocks is None else config.num_blocks,
+        block_size=config.block_size,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        prefix_caching=config.prefix_caching,
+    )
+
+
+def all_finished(outputs: list[RequestOutput]) -> Callable[[], bool]:
+    """A function that tells whether all outputs are finished; looks at each finished one once."""
+    num_finished = 0  # outputs from the front known to be finished
+
+    def are_finished() -> bool:
+        nonlocal num_finished
+        number = num_finished  # several threads may ask at once
+        while number < len(outputs) and outputs[number].finish_reason is not None:
+            number += 1
+        num_finished = number
+        return number == len(outputs)
+
+    return are_finished
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """A list of prompts, from one prompt or several.
+
+    Raises:
+        UserError: it is neither a text, a list of token ids, nor a list of those.
+    """
+    is_array = isinstance(prompts, np.ndarray) and prompts.ndim > 0
+    if not is_array and not isinstance(prompts, Sequence):
+        raise UserError(
+            f"prompts are a {type(prompts).__name__}; give a text, a list of token ids, or a list "
+            "of either"
+        )
+    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral)):
+        return [cast(Prompt, prompts)]
+    return list(cast(Sequence[Prompt], prompts))
+
+
+def with_params(
+    prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Prompt, SamplingParams]]:
+    """Pairs of a prompt and its sampling parameters.
+
+    Raises:
+        UserError: prompts or parameters have a wrong type, or there are not as many of both.
+    """
+    several = as_list(prompts)
+    if params is None or isinstance(params, SamplingParams):
+        params = [params or SamplingParams()] * len(several)
+    is_list = isinstance(params, Sequence)
+    if not is_list or not all(isinstance(each, SamplingParams) for each in params):
+        raise UserError(f"params are {shown(params)}; give SamplingParams, one or a list of them")
+    if len(params) != len(several):
+        raise UserError(
+            f"{len(several)} prompts but {len(params)} sampling parameters; "
+            "give one for all, or one per prompt"
+        )
+    return list(zip(several, params, strict=True))
+
 
 Message = dict[str, str]
 
@@ -53,45 +166,16 @@ class LLM:
     Args:
         model: a folder with a checkpoint, a hub id (`org/name`), or the name of a preset, whose
             weights are then random.
-        layout: such as `tp=2,ep=2`; one rank by default.
-        options: how it runs: dispatch, placement, overlap, micro-batches.
-        ranks_per_node: consecutive ranks that count as one node, for `hierarchical` dispatch and
-            the choice of copies; 0 for as many as the launcher knows of.
-        dtype: of weights and activations; the checkpoint's by default, or for one in float16 the
-            machine's choice.
-        max_model_len: positions a sequence may take; the model's by default.
-        num_blocks: of the paged cache, on each data-parallel rank; by default as many as
-            `max_num_seqs` sequences of `max_model_len` can use, or half of the memory beside the
-            weights (all of a GPU's) has room for.
-        block_size: positions a block of the paged cache.
-        max_num_batched_tokens, max_num_seqs: new tokens in a step, and requests that run at once,
-            on each data-parallel rank.
-        prefix_caching: requests with a common prefix share blocks.
-        seed: of random weights.
-        timeout_s: the longest wait for a rank without progress.
-        oversubscribe: allow more local ranks than the machine should run.
-        on_failure: when a rank dies, hangs or fails: `replace` it and lose no request; `shrink`
-            the layout until it is replaced, where that is possible; or `stop` all ranks.
-        rejoin_s: then, where there are several nodes, how long requests wait for one that is lost
-            before all ranks end; 0 to end them at once.
-        cpu_isa: the largest instruction set that kernels on CPUs may use; by default
-            `EXPERTLANE_CPU_ISA`, else the best that the CPU has.
-        ignore_unused_tensors: load a checkpoint with tensors that its `config.json` has no use for,
-            with a warning on stderr.
-        record_routing: keep which experts each token chooses, for `routing_trace`; takes time in
-            every step and memory with every token.
-        check: which silent errors every step is checked for. `light`: NaN and infinite values, and
-            ranks that disagree on replicated values; `full`: also transfers that arrive changed,
-            and tokens not computed once by each of their experts. A rank with an error is lost:
-            see `on_failure`.
+        config: settings, each with its default; see `EngineConfig`.
+        settings: some of them by name, in place of the config's; a layout may be a text.
 
     Attributes:
-        engine: requests and steps, for those who bring their own loop; of one thread, while no
+        engine: requests and steps, for callers with a loop of their own; for one thread, while no
             other one uses the LLM.
-        limits: what the scheduler keeps to.
-        machine: [num_ranks]; what each rank saw before the model was loaded.
+        limits: the scheduler's limits: positions, sequences, tokens of a step, cache blocks.
+        machine: [num_ranks]; the machine of each rank, described before the model was loaded.
         tokenizer: None where the checkpoint has none.
-        scaling: changes the layout between steps, for those who bring their own loop.
+        scaling: changes the layout between steps, for callers with a loop of their own.
 
     Raises:
         UserError: the model cannot be found, read, laid out so, or does not fit into memory.
@@ -99,93 +183,28 @@ class LLM:
     """
 
     def __init__(
-        self,
-        model: str | Path,
-        *,
-        layout: str | Layout = "tp=1",
-        options: Options | None = None,
-        ranks_per_node: int = 0,
-        dtype: Dtype | None = None,
-        max_model_len: int | None = None,
-        block_size: int = 16,
-        num_blocks: int | None = None,
-        max_num_batched_tokens: int = 2048,
-        max_num_seqs: int = 256,
-        prefix_caching: bool = True,
-        seed: int = 0,
-        timeout_s: float = 60.0,
-        oversubscribe: bool = False,
-        on_failure: OnFailure = "stop",
-        rejoin_s: float = 300.0,
-        cpu_isa: CpuIsa | None = None,
-        ignore_unused_tensors: bool = False,
-        record_routing: bool = False,
-        check: CheckLevel = "off",
+        self, model: str | Path, config: EngineConfig | None = None, **settings: Any
     ) -> None:
-        words = dtype, cpu_isa, on_failure, check
-        check_settings(
-            *words,
-            seed=seed,
-            timeout_s=timeout_s,
-            rejoin_s=rejoin_s,
-            oversubscribe=oversubscribe,
-            ignore_unused_tensors=ignore_unused_tensors,
-            record_routing=record_routing,
-        )
-        deployment = Deployment("llm", as_layout(layout), as_options(options))
-        self.model, self._folder = find_model(model, ignore_unused_tensors)
-        self._routing = RoutingRecorder(self.model) if record_routing else None
+        config = EngineConfig.of(config, **settings)
+        self.model, self._folder = find_model(model, config.ignore_unused_tensors)
+        self._routing = RoutingRecorder(self.model) if config.record_routing else None
         self._numbers = count()
         self._chat_template: ChatTemplate | None = None
         self.tokenizer, eos_token_ids = read_tokenizer(self._folder)
-        limits = Limits(
-            vocab_size=self.model.vocab_size,
-            max_model_len=checked_model_len(self.model, max_model_len),
-            num_blocks=1 if num_blocks is None else num_blocks,
-            block_size=block_size,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_num_seqs=max_num_seqs,
-            prefix_caching=prefix_caching,
-        )
-        settings = EngineSettings(
+        asked = EngineInputs(
             model=self.model,
             folder=self._folder,
-            deployment=deployment,
-            placements=check_deployment(self.model, deployment, ranks_per_node),
-            limits=limits,
-            num_blocks=num_blocks,
-            seed=seed,
-            ranks_per_node=ranks_per_node,
-            on_failure=on_failure,
-            oversubscribe=oversubscribe,
-            check=check,
+            config=config,
+            placements=check_deployment(self.model, config.deployment, config.ranks_per_node),
+            limits=wanted_limits(self.model, config),
             tokenizer=self.tokenizer,
             eos_token_ids=eos_token_ids,
             on_commit=None if self._routing is None else self._routing.add,
             log=print_to_stderr,
         )
-        self._load(settings, timeout_s, rejoin_s, dtype, cpu_isa)
-
-    def _load(
-        self,
-        settings: EngineSettings,
-        timeout_s: float,
-        rejoin_s: float,
-        dtype: Dtype | None,
-        cpu_isa: CpuIsa | None,
-    ) -> None:
-        """Start ranks and an engine on them."""
-        pool = self._pool = _started(
-            settings.deployment.layout,
-            oversubscribe=settings.oversubscribe,
-            recovers=settings.on_failure != "stop",
-            timeout_s=timeout_s,
-            rejoin_s=rejoin_s,
-            dtype=dtype or (self.model.own_dtype if self._folder else None),
-            cpu_isa=cpu_isa,
-        )
+        pool = self._pool = _started(config, self.model.own_dtype if self._folder else None)
         try:
-            parts = EngineParts(pool, settings)
+            parts = EngineParts(pool, asked)
             self.machine, self.limits = parts.machine, parts.limits
             self._runner, self.engine, self.scaling = parts.runner, parts.engine, parts.scaling
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
@@ -215,17 +234,17 @@ class LLM:
         self._shared.close(self._pool.close)
 
     def check_ranks(self) -> None:
-        """Notice a rank that has ended while no step ran; for those who bring their own loop.
+        """Notice a rank that has ended while no step ran; for callers with a loop of their own.
 
         Raises:
-            RankError: one has, and is not replaced.
+            RankError: a rank has ended, and is not replaced.
         """
         self.engine.guarded(self._pool.check)
         self.engine.grow()
 
     @property
     def layout(self) -> Layout:
-        """Of now; `scale` changes it."""
+        """The present layout; `scale` changes it."""
         return self.scaling.deployment.layout
 
     def scale(self, layout: str | Layout) -> None:
@@ -258,11 +277,11 @@ class LLM:
             self.engine.guarded(self._runner.checking.check_weights)
 
     def watch(self) -> RankWatch:
-        """Begin to count what ranks do; for those who bring their own loop, and show it."""
+        """Begin to read the ranks' totals; for callers with a loop of their own that show them."""
         return self.engine.with_ranks(self._runner.watch)
 
     def on_told_to_end(self, react: Callable[[], None]) -> None:
-        """What to do where another node is told to end by SIGTERM; by default all ends at once.
+        """Set a callback for a SIGTERM on another node; without one, all ranks end at once.
 
         Args:
             react: called from whichever thread waits for ranks; it should see to it that the LLM is
@@ -271,12 +290,13 @@ class LLM:
         self._pool.on_told_to_end(react)
 
     def routing_trace(self) -> RoutingTrace:
-        """Which experts each token chose in each MoE layer, of all steps finished so far.
+        """The experts that each token chose in each MoE layer, in all steps finished so far.
 
-        Prompts and outputs alike; tokens found in the prefix cache were not computed again.
+        It has tokens of prompts and outputs, but none found in the prefix cache: these were not
+        computed again.
 
         Raises:
-            UserError: it was not asked for.
+            UserError: the LLM was made without `record_routing`.
         """
         if self._routing is None:
             raise UserError("routing is not recorded; make the LLM with record_routing=True")
@@ -292,11 +312,11 @@ class LLM:
 
         Args:
             prompts: a text or a list of token ids, or several of either.
-            params: for all, or one a prompt; by default `SamplingParams()`.
+            params: one for all prompts, or one for each; by default `SamplingParams()`.
 
         Returns:
-            One output a prompt, in the prompts' order. One whose logits were NaN or infinite has
-            `finish_reason` "error" and says so in `error`; the others are as ever.
+            One output for each prompt, in their order. One whose logits were NaN or infinite has
+            `finish_reason` "error" and says so in `error`; the others are not affected.
 
         Raises:
             UserError: a prompt can never be served; then none of them is.
@@ -315,11 +335,12 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[tuple[int, Chunk]]:
-        """As `generate`, but yields (place of the prompt, what came) as steps finish.
+        """Continue prompts, and yield (index of the prompt, chunk) as steps finish.
 
-        Requests are queued when the first chunk is asked for, and those that are not finished when
-        the iterator is closed are cancelled. While it is not asked for more, the steps of other
-        calls go on, and what they bring is kept; each iterator is for one thread at a time.
+        Arguments and errors are those of `generate`. Requests are queued when the first chunk is
+        asked for; closing the iterator cancels the unfinished ones. Between chunks, steps of other
+        calls go on, and their chunks for this one are kept. An iterator is for one thread at a
+        time.
         """
         arrived: deque[Chunk] = deque()
         outputs = self._add(prompts, params, arrived)
@@ -341,7 +362,7 @@ class LLM:
     def chat(
         self, messages: Sequence[Message], params: SamplingParams | None = None
     ) -> Iterator[Chunk]:
-        """Continue a conversation by the checkpoint's chat template; yields as `stream` does.
+        """Continue a conversation by the checkpoint's chat template, and yield its chunks.
 
         Args:
             messages: each with `role` and `content`.
@@ -376,9 +397,36 @@ class LLM:
         return outputs
 
 
-def _started(layout: Layout, **settings: Any) -> RankPool:
-    """The ranks of a layout, as `start_pool` starts them."""
-    pool = start_pool(layout.world_size, **settings)
+def _started(config: EngineConfig, own_dtype: Dtype | None) -> RankPool:
+    """Start the ranks of a layout.
+
+    Args:
+        own_dtype: the checkpoint's; used unless the config names another.
+    """
+    pool = start_pool(
+        config.layout.world_size,
+        oversubscribe=config.oversubscribe,
+        recovers=config.on_failure != "stop",
+        timeout_s=config.timeout_s,
+        rejoin_s=config.rejoin_s,
+        dtype=config.dtype or own_dtype,
+        cpu_isa=config.cpu_isa,
+    )
     if pool is None:  # torchrun has started this process besides one that starts ranks
         raise SystemExit(0)
     return pool
+
+
+def _signature() -> Signature:
+    """The parameters of `LLM` with all settings by name, for `help` and editors."""
+    either, by_name = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
+    settings = (
+        Parameter(name, by_name, default=each.default, annotation=each.type)
+        for name, each in SETTINGS.items()
+    )
+    model = Parameter("model", either, annotation=str | Path)
+    config = Parameter("config", either, default=None, annotation=EngineConfig | None)
+    return Signature([model, config, *settings])
+
+
+LLM.__signature__ = _signature()  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
-"""The runner of real ranks: a deployment's model on a pool, one step plan at a time."""
+"""The runner of real ranks: loads a deployment's model on a pool, and runs its step plans."""
 
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy.typing as npt
 
 from expertlane.balance.placement_file import check_deployment
 from expertlane.balance.trace import RoutingTrace
-from expertlane.engine.arrangement import Arranged, Arrangement
 from expertlane.engine.cache_size import measured_limits
-from expertlane.engine.checking import Checking
-from expertlane.engine.commands import (
+from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.engine.elastic.copy_switch import CopySwitch
+from expertlane.engine.elastic.rebalancing import Rebalancer
+from expertlane.engine.rank_watch import RankWatch
+from expertlane.engine.ranks.commands import (
     CacheInt8,
     Deploy,
     DiscardSteps,
@@ -24,15 +27,14 @@ from expertlane.engine.commands import (
     RunStep,
     SetDispatch,
     StageSpec,
+    SumWeights,
 )
-from expertlane.engine.copy_switch import CopySwitch
-from expertlane.engine.dispatch_timing import time_dispatch
-from expertlane.engine.graph_recording import record_graphs
-from expertlane.engine.pool import RankPool
-from expertlane.engine.rank_watch import RankWatch
-from expertlane.engine.rebalancing import Rebalancer
-from expertlane.engine.tickets import Ticket
+from expertlane.engine.ranks.losses import Loss
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.ranks.tickets import Ticket
+from expertlane.engine.warm_up import record_graphs, time_dispatch
 from expertlane.errors import UserError
+from expertlane.results.step_checks import first_found, named
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
@@ -43,6 +45,82 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckLevel, Origin, Phase
 from expertlane.spec.prompt_logprobs import PromptPart
 from expertlane.spec.sampling import TokenLogprobs
+
+
+class Checking:
+    """Compares steps and weights of a pool's ranks to find silent errors.
+
+    Ranks that may have caused one count as lost, like dead ones; where two differ, both do, since
+    nothing tells which is right.
+
+    Args:
+        arranged: tells which process has which rank of the layout.
+
+    Raises:
+        RankError, RanksLostError: from any method: ranks are lost; names them and the place.
+    """
+
+    def __init__(self, pool: RankPool, arranged: Arranged) -> None:
+        self._pool, self._arranged = pool, arranged
+        self._sums: dict[str, int] = {}  # checksums of weights as loaded, by name
+        self._slices = 0, 0  # tp and etp of these weights
+        self.check_weights()
+
+    def check_step(self, plan: StepPlan, outcomes: Sequence[RankOutcome]) -> None:
+        """Compare the checks that the ranks of a replica have made in a step.
+
+        Args:
+            outcomes: [num_ranks]; those of the replica's ranks.
+        """
+        checks = [outcome.checks for outcome in outcomes if outcome.checks is not None]
+        members = self._arranged.now.members
+        found = first_found(members.layout.ranks_of_replica(plan.replica), checks)
+        if found is not None:
+            numbers = [members.numbers[rank] for rank in found.ranks]
+            line = found.line(plan.step)
+            if numbers != list(found.ranks):
+                line = f"{line} (in layout {members.layout}; these are {named(numbers)})"
+            self._lose(line, numbers)
+
+    def check_weights(self, ranks: Collection[int] | None = None) -> None:
+        """Compare checksums of weights between ranks, and with those taken after loading.
+
+        Weights of the same name, such as the copies of an expert, are the same on all ranks that
+        hold them, in all replicas. After a change of tp or etp the slices are others, and new
+        checksums are taken of all ranks.
+
+        Args:
+            ranks: numbers of the processes to look at; None for all.
+        """
+        members = self._arranged.now.members
+        slices = members.layout.tp, members.layout.etp
+        if slices != self._slices:
+            self._sums, self._slices = {}, slices
+        if not self._sums:
+            ranks = None
+        all_ranks = {*members.numbers}
+        looked_at = sorted(all_ranks if ranks is None else all_ranks & {*ranks})
+        by_rank = self._pool.call(SumWeights(), ranks=looked_at) if looked_at else []
+        holders: defaultdict[str, dict[int, int]] = defaultdict(dict)
+        for rank, sums in zip(looked_at, by_rank, strict=True):
+            for name, total in sums.items():
+                holders[name][rank] = total
+        for name, of_rank in holders.items():
+            if (loaded := self._sums.get(name)) is not None:
+                wrong = tuple(rank for rank, total in of_rank.items() if total != loaded)
+                if wrong:
+                    self._lose(
+                        f"{named(wrong)}, weights of {name}: changed since they were loaded", wrong
+                    )
+            elif len(set(of_rank.values())) > 1:
+                total, most = Counter(of_rank.values()).most_common(1)[0]
+                others = tuple(rank for rank in of_rank if of_rank[rank] != total)
+                wrong = others if 2 * most > len(of_rank) else tuple(of_rank)
+                self._lose(f"{named(wrong)}, weights of {name}: not the same on all ranks", wrong)
+        self._sums |= {name: next(iter(of_rank.values())) for name, of_rank in holders.items()}
+
+    def _lose(self, line: str, ranks: Collection[int]) -> None:
+        self._pool.lose(Loss(frozenset(ranks), line))
 
 
 @dataclass(eq=False)
@@ -60,29 +138,29 @@ class ModelRunner:
 
     Attributes:
         arranged: the processes of the layout, and where experts are in the step planned last.
-        limits: as given, with the cache that there is.
-        held: [world_size]; what each rank has allocated.
-        dispatch_table: as measured where `dispatch` or `overlap` is `auto`, else None.
+        limits: the scheduler's limits, with the number of blocks that the caches have.
+        held: [world_size]; the bytes that each rank has allocated.
+        dispatch_table: the modes timed where `dispatch` or `overlap` is `auto`, else None.
         rebalancer: moves experts between steps; None where they stay.
-        checking: looks for silent errors; None where nobody does.
+        checking: looks for silent errors; None with `check` off.
         copy_switch: decides in which steps copies of experts are balanced; None for in none.
 
     Args:
-        limits: of the scheduler; here, the size of the paged cache.
-        measures_memory: the cache is made as large as there is room for beside the largest step,
-            up to that size.
+        limits: the scheduler's limits; `num_blocks` is the size of the paged KV cache.
+        measures_memory: reduce `num_blocks` to what fits beside the largest step, as measured.
         ranks_per_node: consecutive ranks whose traffic counts as inside a node.
-        seed: of the model's weights, where they come from no checkpoint.
-        checkpoint: the folder the weights are in.
-        dispatch_table: as measured before, for what is `auto`; None to measure it.
-        arranged: that others read and change too; its own by default.
+        seed: seed of random weights, where there is no checkpoint.
+        checkpoint: the folder the weights are in; None for random weights.
+        dispatch_table: modes timed earlier, for `auto`; None to time them now.
+        arranged: shared with others that read and change it; its own by default.
         check: how much ranks look for silent errors.
-        log: takes a line for each thing that is decided.
-        records_ahead: decode steps are recorded as graphs now and after each `redeploy`, where they
-            are to be graphs, not when one first needs it.
+        log: takes a line for each decision.
+        records_ahead: where decode steps are to run as graphs, record these now and after each
+            `redeploy`, instead of when a step first needs one.
 
     Raises:
-        UserError: as `check_deployment`; or int8 weights cannot be kept in the folder.
+        UserError: the deployment does not suit the model (see `check_deployment`), or int8 weights
+            cannot be kept in the checkpoint's folder.
     """
 
     def __init__(
@@ -144,12 +222,12 @@ class ModelRunner:
             )
 
     def _settle_dispatch(self, deployment: Deployment, ranks_per_node: int) -> None:
-        """Time what is `auto`, unless a table was given, and run by the table from now on."""
+        """Time the dispatch modes, unless a table was given, and run by the table from now on."""
         layout, options = deployment.layout, deployment.options
         if self.dispatch_table is None:
             modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
             self.dispatch_table = replace(
-                time_dispatch(self, layout, self.limits, modes),
+                time_dispatch(self, self.set_dispatch, layout, self.limits, modes),
                 prefill_form=options.prefill_dispatch,
             )
         self.set_dispatch(self.dispatch_table)
@@ -171,13 +249,13 @@ class ModelRunner:
         return self.arranged.now.members
 
     def watch(self) -> RankWatch:
-        """Begin to count what ranks do, for those who ask while they serve."""
+        """Begin to read the ranks' totals, and return the watch that keeps them."""
         given = self._pool, self.arranged, self._model
         self._watch = RankWatch(*given, self.rebalancer, self.copy_switch)
         return self._watch
 
     def set_dispatch(self, table: DispatchTable) -> None:
-        """Choose how steps run from now on."""
+        """Set the dispatch form and overlap of steps from now on."""
         self._pool.call(SetDispatch(table), ranks=self.members.numbers)
 
     def submit(self, plan: StepPlan) -> StepHandle:
@@ -202,27 +280,27 @@ class ModelRunner:
         """Undo the steps that are not committed, once they have run; they may be submitted again.
 
         Args:
-            plans: all of them.
+            plans: the plans of all such steps.
         """
         for replica in {plan.replica for plan in plans}:
             steps = tuple(plan.step for plan in plans if plan.replica == replica)
             self._pool.submit(DiscardSteps(steps), ranks=self.members.of_replica(replica))
 
     def abandon(self, plans: Sequence[StepPlan]) -> None:
-        """As of `engine.arrangement.Follower`."""
+        """Drop decisions about steps to come; see `engine.elastic.arrangement.Follower`."""
         if self.rebalancer is not None:
             self.rebalancer.abandon(plans)
-        if self.copy_switch is not None:  # what it decides goes with each step to all ranks
+        if self.copy_switch is not None:  # its decisions go to all ranks with each step
             for replica in range(self.members.layout.replicas):
                 self.copy_switch.forget(replica)
         self._to_discard.update(plan.step for plan in plans)
 
     def redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
-        """Let ranks load what they lack after some were replaced, and go on in a new epoch.
+        """Let ranks load the weights they lack after some were replaced, and begin a new epoch.
 
         Args:
-            replaced: their numbers.
-            plans: as of `abandon`.
+            replaced: process numbers of the replaced ranks.
+            plans: plans of all steps that are not committed.
         """
         self.abandon(plans)
         given, members = self._deploy, self.members
@@ -239,7 +317,7 @@ class ModelRunner:
             )
             commands.append((command, members.of_replica(replica)))
         if others := sorted(self._pool.present.difference(members.numbers)):
-            commands.append((command, others))  # they make groups too
+            commands.append((command, others))  # making process groups takes all ranks
         ticket = self._pool.submit_each(commands)
         self._pool.collect(ticket)
         self.held = [ticket.results[number] for number in members.numbers]
@@ -252,12 +330,12 @@ class ModelRunner:
             self._watch.begin_again(replaced)
 
     def _having_read(self) -> list[int]:
-        """Processes that have loaded weights besides those they kept."""
+        """Numbers of the processes that have loaded weights beside those they kept."""
         each = zip(self.members.numbers, self.held, strict=True)
         return [n for n, held in each if held.bytes_from.get(Origin.KEPT, 0) < held.weight_bytes]
 
     def spec_of(self, arrangement: Arrangement, replica: int = 0) -> StageSpec:
-        """The stages that the ranks of a replica would build in another layout."""
+        """The spec of the stages that the ranks of a replica build in another arrangement."""
         return replace(
             self._deploy.spec,
             layout=arrangement.layout,
@@ -267,9 +345,9 @@ class ModelRunner:
         )
 
     def reshape(self, arrangement: Arrangement) -> None:
-        """As of `Follower`; the next `redeploy` has to be soon.
+        """Change to another arrangement, which ranks get with the next `redeploy`.
 
-        What was timed for `auto` stays, if ranks can run so.
+        Timings for `auto` stay if the new layout has all their modes; else its first mode is used.
         """
         given, layout = self._deploy, arrangement.layout
         self._is_reshaped = True
@@ -289,13 +367,13 @@ class ModelRunner:
             self._watch.reshape(arrangement)
 
     def before_reshape(self) -> None:
-        """Let other ranks take cores; look once more at what is known of the weights."""
+        """Unpin ranks from their CPU cores, for those to come; check all weights once more."""
         self._pool.call(LeaveCores())
         if self.checking is not None:
             self.checking.check_weights()
 
     def first_done(self, handles: Sequence[StepHandle]) -> StepHandle:
-        """Wait until one of the steps is finished."""
+        """Wait until one of the steps is finished, and return it."""
         done = self._pool.first_done([handle.ticket for handle in handles])
         handle = next(handle for handle in handles if handle.ticket is done)
         handle.finished_s = time.perf_counter()
@@ -320,7 +398,7 @@ class ModelRunner:
 def outcome_of(
     outcomes: Sequence[RankOutcome], submitted_s: float, finished_s: float
 ) -> StepOutcome:
-    """The ranks' parts of an outcome, in rank order, as one."""
+    """A step's outcome, merged from those of the ranks, given in rank order."""
     token_ids: dict[int, int] = {}
     logprobs: dict[int, TokenLogprobs] = {}
     prompt_logprobs: dict[int, PromptPart] = {}
@@ -344,7 +422,7 @@ def outcome_of(
 
 
 class RoutingRecorder:
-    """Keeps which experts each token of committed steps chose; memory grows with every token.
+    """Keeps the top-k ids of all tokens of committed steps; memory grows with every token.
 
     Raises:
         UserError: the model has no MoE layer.
@@ -353,7 +431,7 @@ class RoutingRecorder:
     def __init__(self, model: ModelConfig) -> None:
         self._model = model
         self._moe_layers = moe_layers(model)
-        # [num_steps]; the step, and by rank of its replica the choices in each layer
+        # [num_steps]; the step, and for each rank of its replica the top-k ids by layer
         self._kept: list[tuple[int, list[dict[int, npt.NDArray[np.int32]]]]] = []
 
     def add(self, finished: FinishedStep) -> None:
@@ -362,7 +440,7 @@ class RoutingRecorder:
         self._kept.append((finished.plan.step, kept))
 
     def trace(self) -> RoutingTrace:
-        """The steps so far.
+        """The routing of the steps so far.
 
         Within a step, tokens stand by the rank of the pipeline stage that owns them, then in the
         order of computation: the same in all layers, since all stages cut a plan's batches alike.
@@ -371,7 +449,7 @@ class RoutingRecorder:
 
 
 def moe_layers(model: ModelConfig) -> list[int]:
-    """The indices of the MoE layers, of which there must be one for routing to be recorded.
+    """The indices of the MoE layers.
 
     Raises:
         UserError: there is none.
@@ -388,7 +466,7 @@ def moe_layers(model: ModelConfig) -> list[int]:
 def _keep_int8(
     pool: RankPool, model: ModelConfig, folder: str | None, log: Callable[[str], None]
 ) -> None:
-    """Have the first rank write the rounded weights, unless they are there."""
+    """Have the first rank write the int8 weights to the checkpoint's folder, if not yet there."""
     if folder is None:
         raise UserError(
             f"cache_int8 (--cache-int8) needs a checkpoint's folder; {model.name} has "

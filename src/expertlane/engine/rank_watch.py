@@ -1,4 +1,4 @@
-"""What ranks do while they serve, seen from the launcher: totals, asked for at a bounded rate."""
+"""Totals of serving ranks (time, tokens, bytes), which the launcher reads twice a second."""
 
 import time
 from collections import deque
@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.placement_file import Placements
-from expertlane.comm.progress import Position
-from expertlane.engine.arrangement import Arranged, Arrangement
-from expertlane.engine.commands import ReadTotals
-from expertlane.engine.copy_switch import CopySwitch
-from expertlane.engine.pool import RankPool
-from expertlane.engine.rebalancing import Rebalancer
-from expertlane.engine.tickets import Ticket
+from expertlane.engine.comm.progress import Position
+from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.engine.elastic.copy_switch import CopySwitch
+from expertlane.engine.elastic.rebalancing import Rebalancer
+from expertlane.engine.ranks.commands import ReadTotals
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.ranks.tickets import Ticket
 from expertlane.results.rank_totals import RankTotals
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
@@ -32,16 +32,20 @@ class Reading:
 
     Attributes:
         members: the ranks.
-        time_s: on the monotonic clock.
-        num_steps: [world_size].
-        spent_s, waited_s: [world_size, num_stages].
+        time_s: time of the reading, on the monotonic clock.
+        num_steps: [world_size]; steps that each rank took part in.
+        spent_s, waited_s: [world_size, num_stages]; wall time in each stage of a step, and the
+            part of it spent waiting for other ranks.
         num_tokens: [num_moe_layers, num_experts]; token-expert pairs.
         rank_tokens: [num_moe_layers, world_size]; pairs that each rank computed; zero where
             another rank of its expert tensor-parallel group reports them.
-        link_bytes: [num_links].
-        overlapped_s, exposed_s: as of `RankTotals`, over all ranks.
-        num_pairs_saved: as of `RankTotals`, over all stages.
-        copies_s: the same of the ranks that spent most on it.
+        link_bytes: [num_links]; sent over each kind of link, summed over ranks.
+        overlapped_s, exposed_s: time of transfers that steps overlapped, and the wait for their
+            results, summed over ranks; see `RankTotals`.
+        num_pairs_saved: pairs that balanced copies took from the fullest rank, summed over
+            pipeline stages; see `RankCounts`.
+        copies_s: processor time spent on balancing copies: of the rank of each pipeline stage that
+            spent most, summed over stages.
     """
 
     members: Members
@@ -59,13 +63,14 @@ class Reading:
 
 
 class RankWatch:
-    """Reads the totals of all ranks twice a second; of the thread that has the pool.
+    """Reads the totals of all ranks twice a second; used in the thread that has the pool.
 
     Attributes:
-        layers: the hidden layers that have experts.
-        members: of the readings.
-        stage_of_layer: [num_moe_layers]; the pipeline stage of each of them.
-        readings: of the last two minutes, the latest last; never empty. Other threads may copy it.
+        layers: the indices of the MoE layers.
+        members: the ranks whose totals the readings hold.
+        stage_of_layer: [num_moe_layers]; the pipeline stage of each MoE layer.
+        readings: those of the last two minutes, the latest last; never empty. Other threads may
+            copy it.
     """
 
     def __init__(
@@ -82,10 +87,10 @@ class RankWatch:
         self.stage_of_layer = self._stage_of_layer()
         self.rebalancer, self.copy_switch = rebalancer, copy_switch
         self._pool, self._arranged = pool, arranged
-        self._first = arranged.now  # as it was when these members began
+        self._first = arranged.now  # the arrangement with which these members began
         self._ticket: Ticket[RankTotals] | None = None
-        self._before: dict[int, RankTotals] = {}  # by rank, of processes that were replaced
-        self._copies_before = 0, 0.0  # in other layouts: pairs saved, and seconds
+        self._before: dict[int, RankTotals] = {}  # by process number: totals of earlier processes
+        self._copies_before = 0, 0.0  # pairs saved and seconds spent, in earlier layouts
         self._asked_s = time.monotonic()
         self._latest = pool.call(ReadTotals(), ranks=self.numbers)
         first = self._reading(self._latest)
@@ -102,7 +107,7 @@ class RankWatch:
         return self.members.numbers
 
     def poll(self) -> None:
-        """Take in what ranks have answered, and ask again where it is time; never waits.
+        """Add a reading if all ranks have answered, and ask them again when due; never waits.
 
         Raises:
             RankError: a rank died.
@@ -122,7 +127,7 @@ class RankWatch:
         self._ticket = self._pool.submit(ReadTotals(), ranks=self.numbers)
 
     def begin_again(self, replaced: Collection[int]) -> None:
-        """Ask ranks of a new epoch; processes that are new count only from then on."""
+        """Ask the ranks of a new epoch; to totals of new processes, add those of the replaced."""
         self._ticket = None
         for number, totals in zip(self.numbers, self._latest, strict=True):
             if number in replaced:
@@ -135,9 +140,10 @@ class RankWatch:
         return [next(i for i, own in enumerate(stages) if layer in own) for layer in self.layers]
 
     def reshape(self, arrangement: Arrangement) -> None:
-        """Watch the ranks of another layout, which count anew; those that are gone stay in sums.
+        """Watch the ranks of another layout, which count from zero.
 
-        A process whose number there was before goes on with the counts of that one.
+        Their totals go on from those that the same process numbers had before. Ranks that are gone
+        stay part of the sums over ranks.
         """
         self._ticket = None
         reading = self._reading(self._latest)
@@ -155,7 +161,7 @@ class RankWatch:
 
     @property
     def positions(self) -> list[Position]:
-        """[world_size]; what each rank reported last."""
+        """[world_size]; the position in a step that each rank reported last."""
         return [self._pool.position(number) for number in self.numbers]
 
     @property
@@ -165,19 +171,20 @@ class RankWatch:
         return (now if now.members == self.members else self._first).placements
 
     def since(self, seconds: float) -> Reading:
-        """The latest reading that is so old, else the oldest."""
+        """The latest reading at least `seconds` older than the last one, else the oldest."""
         readings = list(self.readings)
         until_s = readings[-1].time_s - seconds
         return next((each for each in reversed(readings) if each.time_s <= until_s), readings[0])
 
     def imbalance(self, seconds: float) -> dict[int, float]:
-        """By hidden layer, tokens of the fullest rank over the mean of its replica's, lately.
+        """By hidden layer, pairs of the fullest rank over the mean of its expert-parallel group.
 
-        Of several replicas, the worst. Layers that had no tokens are left out.
+        Counts the last `seconds`. Of several replicas, the highest ratio; layers without tokens are
+        left out.
         """
         latest, old = self.readings[-1], self.since(seconds)
         layout = latest.members.layout
-        if old.members != latest.members:  # they have just become others
+        if old.members != latest.members:  # the layout has just changed
             return {}
         found = {}
         for layer, of_rank in zip(self.layers, latest.rank_tokens - old.rank_tokens, strict=True):
@@ -188,7 +195,7 @@ class RankWatch:
         return found
 
     def _of_stages(self, of_ranks: Sequence[int]) -> list[int]:
-        """[replicas x pp]; the most of each stage's ranks."""
+        """[replicas x pp]; the maximum over the ranks of each pipeline stage."""
         size = self.layout.stage_size
         return [max(of_ranks[first : first + size]) for first in range(0, len(of_ranks), size)]
 

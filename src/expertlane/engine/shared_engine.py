@@ -1,4 +1,4 @@
-"""An engine for several threads: of those that wait for steps, one runs them for all."""
+"""An engine shared by threads: of those that wait for steps, one runs them for all."""
 
 import signal
 import threading
@@ -19,12 +19,12 @@ from expertlane.spec.sampling import SamplingParams
 class SharedEngine:
     """Gives threads exclusive use of an engine, in the order in which they ask for it.
 
-    One of the waiting threads is the leader: it runs steps until it has what it waits for, wakes
-    others when they have theirs, and then another leads. Those that add requests or close get the
-    engine between two steps.
+    One of the waiting threads is the leader: it runs steps until its own condition holds, wakes
+    others when theirs do, and then another leads. Threads that add requests or close get the engine
+    between two steps.
 
     Args:
-        is_closed: whether the ranks have been ended.
+        is_closed: tells whether the ranks have been ended.
     """
 
     def __init__(self, engine: Engine[Any], is_closed: Callable[[], bool]) -> None:
@@ -34,8 +34,8 @@ class SharedEngine:
         self._changed = threading.Condition()
         self._turns: deque[int] = deque()  # threads; the first has the engine
         self._leader: int | None = None
-        self._followers: list[Callable[[], bool]] = []  # whether each has what it waits for
-        self._errors: list[Exception] = []  # of steps
+        self._followers: list[Callable[[], bool]] = []  # the conditions that others wait for
+        self._errors: list[Exception] = []  # raised by steps
         self._to_cancel: deque[str] = deque()
         self._arrivals: dict[str, deque[Chunk]] = {}  # by request id: chunks not yet yielded
 
@@ -71,7 +71,7 @@ class SharedEngine:
         """Queue a request.
 
         Args:
-            arrived: gets its chunks, until it is cancelled.
+            arrived: the queue to which its chunks are added, until it is cancelled.
 
         Raises:
             UserError: it can never be served.
@@ -96,7 +96,7 @@ class SharedEngine:
             self._engine.cancel(self._to_cancel.popleft())
 
     def close(self, close: Callable[[], None]) -> None:
-        """Call `close` after the present step; those that wait for more get a `RankError`."""
+        """Call `close` after the present step; threads that still wait get a `RankError`."""
         try:
             if self._turns and self._turns[0] == threading.get_ident():
                 close()  # in a step of this thread
@@ -108,10 +108,10 @@ class SharedEngine:
             raise
 
     def wait(self, is_ready: Callable[[], bool]) -> None:
-        """Run steps, or let another thread run them, until it is ready.
+        """Run steps, or let another thread run them, until a condition holds.
 
         Args:
-            is_ready: called from other threads too.
+            is_ready: the condition; called from other threads too.
 
         Raises:
             RankError: a rank died, hung or failed, or the ranks are gone.
@@ -133,7 +133,7 @@ class SharedEngine:
                     self._changed.notify_all()
 
     def _follow(self, is_ready: Callable[[], bool]) -> None:
-        """Wait until it is ready, or somebody has to lead; raises a leader's error."""
+        """Wait until the condition holds or there is no leader; raises a leader's error."""
         num_errors = len(self._errors)
         self._followers.append(is_ready)
         try:
@@ -144,7 +144,7 @@ class SharedEngine:
             raise copy(self._errors[-1])
 
     def _lead(self, is_ready: Callable[[], bool]) -> None:
-        """Run steps until it is ready or another thread asks for the engine."""
+        """Run steps until the condition holds or another thread asks for the engine."""
         try:
             with self.exclusive():
                 while not is_ready():
@@ -179,7 +179,9 @@ class SharedEngine:
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Callable[[], bool]]:
-    """Only note a Ctrl-C; a second one raises `KeyboardInterrupt` at once. In the main thread.
+    """A context that only notes a first Ctrl-C; a second one raises `KeyboardInterrupt` at once.
+
+    For the main thread.
 
     Yields:
         A function that tells whether there was one.

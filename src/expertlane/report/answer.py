@@ -34,8 +34,8 @@ from expertlane.results.results import Results
 from expertlane.results.serving_record import ServingRecord
 from expertlane.spec.names import Cause, Phase, ProjectedCause
 
-_MOST_LINES, _FEWER_LINES = 16, 8  # of a table; of one that has another below it
-_LETTERS = 22  # of a name, for which there is room on a line
+_MOST_LINES, _FEWER_LINES = 16, 8  # lines of a table; of one with another below it
+_LETTERS = 22  # letters of a name that fit on a line
 _THOUSANDS = 10_000
 _MOST_CAUSES = 6
 
@@ -66,12 +66,12 @@ def comparison_answer(
     wall: Comparison | None,
     modelled: Comparison | None,
 ) -> Answer:
-    """What was measured, then what was projected; one of the two may be missing.
+    """Measured numbers, then projected ones; one of the two may be missing.
 
     Args:
-        name: of the experiment, with what was changed in it.
-        own: on the clock that the verdict goes by.
-        wall: in wall time, where that is another clock.
+        name: name of the experiment, with its changes.
+        own: comparison on the clock of the verdict.
+        wall: comparison in wall time, where that is another clock.
     """
     if own is None:
         assert modelled is not None, "something was measured or projected"
@@ -257,7 +257,7 @@ def _shown(comparison: Comparison, first: Sequence[Row], most: int) -> list[Row]
 
 
 def _shortened(row: Row) -> Row:
-    """Under a name for which there is room on a line, with the number that tells it from others."""
+    """The row under a name short enough for a line, with its number."""
     if len(row.name) <= _LETTERS:
         return row
     name = f"#{row.number} {row.name}"[: _LETTERS - 1] + "…"
@@ -299,7 +299,7 @@ def _largest(row: Row) -> str | None:
 
 
 def compact_of(estimate: Estimate) -> str:
-    """The likely value, as `compact`."""
+    """`compact` of the likely value."""
     return compact(estimate.value)
 
 
@@ -319,7 +319,7 @@ def compact_range(estimate: Estimate) -> str:
 
 
 def _largest_causes(judged: Verdict) -> list[tuple[str, float]]:
-    """In milliseconds, those that there is room for and all others added up."""
+    """Causes in milliseconds, as many as there is room for, and the sum of all others."""
     first = (*judged.reasons[:1], *judged.counter[:1])  # the largest of each kind stay
     others = (*judged.reasons[1:], *judged.counter[1:])
     by_size = sorted(others, key=lambda each: -abs(each[1].value))
@@ -332,7 +332,7 @@ def _largest_causes(judged: Verdict) -> list[tuple[str, float]]:
 
 
 def _why(comparison: Comparison, judged: Verdict) -> Figure | str:
-    """How the one's step differs, in milliseconds: what makes it faster, then what it pays."""
+    """Difference of two steps in milliseconds: what makes one faster, then what it pays."""
     one, other = judged.one, judged.other
     what = "step" if comparison.phase is Phase.DECODE else "prefill"
     title = (

@@ -1,4 +1,4 @@
-"""What would change a plan's answer, in words: break-even points of #1 and its rival."""
+"""Break-even points of a plan's #1 and its rival, in words."""
 
 from collections.abc import Iterator
 
@@ -37,7 +37,7 @@ def rival_of(results: Results) -> int | None:
 
 
 def what_would_change(results: Results) -> Iterator[str]:
-    """Sentences: break-even points, what #1 loses beyond them, and what to measure first."""
+    """Sentences: break-even points, the loss of #1 beyond them, and what to measure first."""
     found, rival = results.plans[0].break_even, rival_of(results)
     if found is None or rival is None:
         return
@@ -73,7 +73,7 @@ def _is_lost(level: Level) -> bool:
 
 
 def _at_end(level: Level, rival: int) -> str:
-    """What #1 loses beyond the break-even point."""
+    """The loss of #1 beyond the break-even point."""
     end = _FIGURES[level.varied].format(level.end)
     where = f"at skew {end}" if level.varied == "skew" else f"with {end} sequences"
     if level.over_at_end is None:

@@ -1,4 +1,4 @@
-"""The answer of `expertlane calibrate`: what one rank of this machine does in a second."""
+"""The answer of `expertlane calibrate`: rates of one rank of this machine."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ _OVERHEADS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Rounds:
-    """How a machine was measured.
+    """Rounds of measuring a machine, and their disturbances.
 
     Attributes:
-        dtype: what its ranks computed in.
+        dtype: number type of the ranks.
         num_rounds, most_rounds: rounds made, and rounds that an idle machine has time for.
         num_kept, num_disturbed: measurements, and those of them that were disturbed every time.
         foreign_cpu_share: the most that other programs took of all cores during what was kept.
@@ -43,10 +43,10 @@ class Rounds:
 
 
 def report_of(profile: Profile, rounds: Rounds, path: Path, command: str, created: str) -> Report:
-    """The answer, and for what there is a law of time.
+    """The answer, and the laws of time that were measured.
 
     Args:
-        path: of the profile's file.
+        path: path of the profile's file.
     """
     machine = f"{profile.ranks_per_node} × {profile.device.name}, {rounds.dtype}"
     setting = f"{profile.name} | {machine} | {rounds}"
@@ -97,7 +97,7 @@ def _overheads(profile: Profile) -> Table:
 
 
 def _trust(rounds: Rounds) -> Iterator[str]:
-    """How far to trust the numbers."""
+    """Sentences on how far to trust the numbers."""
     if not rounds.num_disturbed:
         yield f"No measurement was disturbed by other programs, of {rounds.num_kept:,}."
     else:

@@ -25,11 +25,11 @@ LINK_RANGE = 2.0  # factor by which links may be faster or slower than assumed
 
 @dataclass(frozen=True)
 class Row:
-    """One deployment.
+    """One deployment of a comparison.
 
     Attributes:
-        number: its place in all tables, from 1; None of one that is not the experiment's.
-        step: the step that is spoken of, or all that were measured.
+        number: its place in all tables, from 1; None for one that is not the experiment's.
+        step: the projected step at `Comparison.context`, or all measured ones.
     """
 
     number: int | None
@@ -43,16 +43,16 @@ class Row:
 
     @property
     def label(self) -> str:
-        """With the number that tables have, so that shortened names stay distinct."""
+        """Its name with its number in tables, so that shortened names stay distinct."""
         return f"#{self.number} {self.name}"
 
     def called(self, part: str) -> "Row":
-        """Under the part that it plays."""
+        """The row under the name of its role."""
         return replace(self, record=replace(self.record, name=f"{part}: {self.name}"))
 
     @property
     def tps(self) -> float:
-        """The likely value, or that of all repetitions together."""
+        """The likely TPS, or that of all repetitions together."""
         return self.step.tps.value
 
     @property
@@ -79,7 +79,7 @@ class Row:
 
 
 def step_of(row: Row) -> StepsRecord:
-    """The step that is spoken of."""
+    """`row.step`."""
     return row.step
 
 
@@ -97,7 +97,7 @@ class Overlapped:
 
     @property
     def hidden_s(self) -> float:
-        """How much less of a step is blocked in them with overlap."""
+        """Seconds of a step that overlap keeps from being blocked in them."""
         return max(0.0, self.exposed_s - _exposed_s(self.on))
 
     @property
@@ -125,7 +125,7 @@ class Overlapped:
 
 
 def hidden_share(hidden_s: float, exposed_s: float) -> float | None:
-    """What overlap hides of a step's exposed transfers, 0 to 1; None where there are none."""
+    """Share of a step's exposed transfers that overlap hides, 0 to 1; None without any."""
     return min(1.0, max(0.0, hidden_s / exposed_s)) if exposed_s > 0 else None
 
 
@@ -142,14 +142,14 @@ class Comparison:
     Attributes:
         rows: in the experiment's order.
         conditions: None where real ranks ran.
-        context: of the projected step that is spoken of; None where real ranks ran.
-        contexts: all there are, ascending.
-        num_seqs: of the workload.
+        context: context of `Row.step` if projected; None where real ranks ran.
+        contexts: all projected contexts, ascending.
+        num_seqs: sequences of the workload.
         planned: the fastest step that a planner found, if one was looked for.
         pairs: the deployment that the first sentence is about with each that it is compared with,
             if they were measured in turns.
-        named: the same by their names, where the whole workload was projected.
-        virtual: of virtual time, what it assumes about links.
+        named: their names, where the whole workload was projected.
+        virtual: assumptions of virtual time about links.
     """
 
     source: Source
@@ -178,7 +178,7 @@ class Comparison:
         return tuple(rows[place] for place in places)
 
     def pair_of(self, one: Row, other: Row) -> PairRecord | None:
-        """Record of two that were measured in turns; None otherwise."""
+        """Record of two rows that were measured in turns; None otherwise."""
         names = one.name, other.name
         return next((each for each in self.pairs if (each.name, each.other) == names), None)
 
@@ -194,17 +194,17 @@ class Comparison:
 
     @property
     def is_run(self) -> bool:
-        """Whether real ranks ran, also where times are virtual."""
+        """True if real ranks ran, also where times are virtual."""
         return self.source in RUN
 
     @property
     def clock(self) -> str:
-        """What its times are of, in words."""
+        """The clock of its times, in words."""
         return {"measured": "wall time", "virtual": "virtual time"}.get(self.source, self.source)
 
     @property
     def latency_name(self) -> str:
-        """What the latency is called."""
+        """Name of the latency: TPOT or TTFT."""
         return "TPOT" if self.phase is Phase.DECODE else "TTFT"
 
     @property
@@ -224,7 +224,7 @@ class Comparison:
 
     @property
     def proposals(self) -> list[Row]:
-        """All deployments that are no baselines."""
+        """All deployments that are not baselines."""
         return [row for row in self.rows if not row.record.is_baseline]
 
     @cached_property
@@ -239,12 +239,12 @@ class Comparison:
 
     @property
     def cast(self) -> list[Row]:
-        """The first, the best baseline and the best proposal: those that are spoken of."""
+        """The first, the best baseline and the best proposal, which sentences are about."""
         cast = [self.first, self.best_baseline, self.best_proposal]
         return list({row.number: row for row in cast if row is not None}.values())
 
     def factor(self, row: Row, base: Row) -> float:
-        """TPS over another's; of two that were measured in turns, the ratio in those turns."""
+        """TPS of `row` over `base`; for two measured in turns, their ratio in those turns."""
         if pair := self.pair_of(row, base):
             return pair.ratio.value
         if pair := self.pair_of(base, row):
@@ -253,7 +253,7 @@ class Comparison:
 
     @property
     def overlapped(self) -> list[Overlapped]:
-        """Each two that decode and differ in overlap alone."""
+        """Pairs of deployments that decode and differ in overlap alone."""
         if self.phase is not Phase.DECODE:
             return []
         return [
@@ -277,7 +277,7 @@ class Comparison:
         return step
 
     def fitting(self, row: Row) -> StepsRecord | None:
-        """At the longest context the step of as many as fit, where that is not all."""
+        """The step of as many sequences as fit at the longest context; None where all do."""
         longest = self.contexts[-1]
         if self.at(row, longest).fits:
             return None
@@ -291,7 +291,7 @@ def _fastest(rows: Iterable[Row]) -> Row | None:
 
 
 def run(results: Results, source: Source) -> Comparison | None:
-    """What real ranks did, if they did anything: `measured`, or in `virtual` time."""
+    """The comparison of measured deployments, in wall time (`measured`) or `virtual` time."""
     records = results.select(source, EXPERIMENT)
     if not records:
         return None
@@ -307,7 +307,7 @@ def run(results: Results, source: Source) -> Comparison | None:
 
 
 def projected(results: Results, conditions: Conditions | None = None) -> Comparison | None:
-    """What was projected under some conditions, or under the usual ones; if anything was.
+    """The comparison projected under some conditions, or the usual ones; None without any.
 
     Raises:
         ValueError: a deployment has no step at the context that is spoken of.
@@ -364,15 +364,15 @@ class Size(Row):
 
     @property
     def critical_path_share_tps_per_rank(self) -> float:
-        """The same by CPU time on the critical path; 0 where none was counted."""
+        """TPS of `share` per rank by CPU time on the critical path; 0 where none was counted."""
         path = self.share.critical_path
         return path.tps / self.record.num_ranks if path else 0.0
 
 
 def scaling(results: Results, source: Source) -> list[Size]:
-    """By size; where it was measured, the experiment's own join at sizes that others lack.
+    """Sizes of scaling; measured, with the experiment's own deployments at missing sizes.
 
-    Those of the same family do: layouts that differ in `dp` and `ep` alone, same options.
+    Those are of the same family: layouts that differ in `dp` and `ep` alone, same options.
     """
     records = list(results.select(source, SCALING))
     if source in RUN:
@@ -404,7 +404,7 @@ def stages_at_once(record: DeploymentRecord) -> int:
 
 
 def experts_per_rank(record: DeploymentRecord) -> set[int]:
-    """How many experts of a layer a rank holds all or a part of; several where `ep` is uneven."""
+    """Experts of a layer of which a rank holds all or a part; several where `ep` is uneven."""
     held = (num for rank in record.held for num in rank.num_experts_per_layer)
     return {num for num in held if num}
 
@@ -415,7 +415,7 @@ def part_of_expert(record: DeploymentRecord) -> str:
 
 
 def weight_bytes_of_rank(row: Row) -> float:
-    """Weights that a rank reads in one decode step of every sequence.
+    """Bytes of weights that a rank reads in one decode step of every sequence.
 
     Projected: of the rank that reads most; measured: mean over ranks.
     """

@@ -1,4 +1,4 @@
-"""What changed between two results, as `expertlane diff` shows it."""
+"""The report of `expertlane diff`: changes between two results."""
 
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
@@ -25,7 +25,7 @@ _WORDS: dict[Verdict, str] = {
 
 
 def report_of_difference(found: Difference, command: str, created: str) -> Report:
-    """The whole report: the answer, every change, and what else differs."""
+    """The whole report: the answer, every change, and other differences."""
     shown = [("What changed", found.changes)]
     for source, of_source in groupby(found.others, lambda change: change.source):
         shown.append((f"Also: {_CLOCKS[source]}", tuple(of_source)))
@@ -69,7 +69,7 @@ def headline(found: Difference) -> str:
 
 
 def too_little_in_common(found: Difference) -> str:
-    """How many metrics have no partner."""
+    """The number of metrics without a partner, in words."""
     return (
         f"too little in common for a verdict: {len(found.unpaired)} of "
         f"{counted(len(found.changes), 'metric')} have no partner"
@@ -77,7 +77,7 @@ def too_little_in_common(found: Difference) -> str:
 
 
 def _tables(found: Difference) -> Iterator[Table | str]:
-    """What changed, the most changed first; of the rest, the deployments' names."""
+    """Tables of changes, the largest first; for the rest, names of deployments."""
     for verdict, words in _WORDS.items():
         changes = found.with_verdict(verdict)
         if not changes:
@@ -106,7 +106,7 @@ def _named(found: Difference, changes: Sequence[Change]) -> list[str]:
 
 
 def _that_fit(changes: Sequence[Change]) -> Sequence[Change]:
-    """The first of them, as many as have room; one at least."""
+    """As many changes from the first on as have room; one at least."""
     lines = accumulate(ceil(len(each.deployment) / _NAME_WIDTH) for each in changes)
     return changes[: max(1, sum(each <= _MOST_LINES for each in lines))]
 
@@ -144,13 +144,13 @@ def _interval(ratio: Estimate | None) -> str | None:
 
 
 def _signed(ratio: float) -> str:
-    """`+12%`; of a ratio of 1.12."""
+    """A ratio as a change, `+12%` for 1.12."""
     share = ratio - 1
     return f"{'+' if share > 0 else ''}{percent(share)}"
 
 
 def _notes(found: Difference) -> tuple[str, ...]:
-    """What else differs, and where noise is unknown: a line each."""
+    """Other differences, and where noise is unknown: a line each."""
     notes = []
     if found.settings:
         shown = [f"{name} {a} → {b}" for name, a, b in found.settings[:_MOST_NAMES]]

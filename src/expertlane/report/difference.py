@@ -1,4 +1,4 @@
-"""What makes one deployment's step longer than another's, cause by cause."""
+"""Difference between the steps of two deployments, cause by cause."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ OTHER = "other"
 
 @dataclass(frozen=True)
 class StepDifference:
-    """From the slower to the faster step, in milliseconds: what a waterfall shows.
+    """From the slower to the faster step, in milliseconds, for a waterfall.
 
     Attributes:
         slower_ms, faster_ms: a decode step of every sequence, or the prefill.
-        causes: each with what it adds on the way, negative where the faster step has less of it:
+        causes: each with its milliseconds in the faster step less those in the slower one:
             first what is saved, then what is added, the largest first; `OTHER` last, so that
             they sum to `faster_ms - slower_ms`.
     """
@@ -27,7 +27,7 @@ class StepDifference:
 
 
 def step_difference(slower: Row, faster: Row) -> StepDifference:
-    """How the step of one deployment becomes that of another; both of one source and phase."""
+    """The difference between two deployments' steps; both of one source and phase."""
     slow_s, fast_s = slower.step.breakdown_s, faster.step.breakdown_s
     slower_ms, faster_ms = (1e3 * sum(each.values()) for each in (slow_s, fast_s))
     by_cause = {
@@ -40,7 +40,7 @@ def step_difference(slower: Row, faster: Row) -> StepDifference:
 def difference_of(
     slower_ms: float, faster_ms: float, by_cause: Mapping[str, float]
 ) -> StepDifference:
-    """In the order of a waterfall, small causes added up.
+    """The difference in the order of a waterfall, small causes summed.
 
     Args:
         by_cause: milliseconds of the faster step less those of the slower one, of all causes or

@@ -1,4 +1,4 @@
-"""The shape of a report, whatever it is of and wherever it is shown."""
+"""The structure of a report, whatever its subject and output format."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +24,12 @@ class Heading:
 
 @dataclass(frozen=True)
 class Column(Heading, Generic[T]):
-    """What a table says of each item.
+    """A column of a table, with its value for each item.
 
     Attributes:
-        get: from an item; None is shown as a dash.
-        show: how that is written.
-        source: of the records that it is said of: `measured` is of virtual time too, `wall` of wall
+        get: gets the value of an item; None is shown as a dash.
+        show: formats the value.
+        source: of the records that have it: `measured` is of virtual time too, `wall` of wall
             time alone; None where it is said of all.
     """
 
@@ -43,7 +43,7 @@ class Column(Heading, Generic[T]):
         return NONE if value is None else self.show(value)
 
     def of(self, part: Callable[[U], T | None]) -> "Column[U]":
-        """The same column for something that has such a part; a dash where it has none."""
+        """The same column for items that have a `part`; a dash where it is None."""
 
         def get(whole: U) -> Any:
             found = part(whole)
@@ -88,7 +88,7 @@ class Table:
         items: Iterable[T],
         source: Source | None = None,
     ) -> "Table":
-        """A row for each item; of the columns, those for records of this source."""
+        """A row for each item, with the columns for records of this source."""
         of: set[ColumnSource] = {None, "measured" if source in RUN else source}
         of |= {"wall"} if source == "measured" else set()
         columns = [each for each in columns if each.source in of]
@@ -114,13 +114,13 @@ class Table:
 
     @classmethod
     def facts(cls, rows: Iterable[tuple[str, str]], title: str = "") -> "Table":
-        """What is known, in words: a name and a value each."""
+        """A table of facts, a name and a value each."""
         return cls(title, (Heading("what", False), Heading("value", False)), tuple(rows))
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Lines of characters that stand under each other."""
+    """Lines of characters that are aligned with each other."""
 
     title: str
     lines: tuple[str, ...]
@@ -128,11 +128,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class Legend:
-    """What a colour stands for.
+    """Legend of a colour.
 
     Attributes:
         colour: a variable of the page's style sheet, `--blue`.
-        opacity: of the mark, where a shade of the colour stands for an amount.
+        opacity: opacity of the mark, where a shade of the colour stands for an amount.
     """
 
     label: str
@@ -143,7 +143,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class Stretch:
-    """From when to when something took, in a row of `Lanes`; `lane` counts from the top."""
+    """Begin and duration of something in a row of `Lanes`; `lane` counts from the top."""
 
     row: int
     lane: int
@@ -153,12 +153,12 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Lanes:
-    """What happens when: rows with a few lanes each over one time axis.
+    """Rows with a few lanes each over one time axis.
 
     Attributes:
-        rows: what each is called, from the top.
-        until_us: where the time axis ends.
-        stretches: by what they are, as in the chart's legend.
+        rows: names of the rows, from the top.
+        until_us: end of the time axis.
+        stretches: by kind, as in the chart's legend.
     """
 
     rows: tuple[str, ...]
@@ -172,7 +172,7 @@ class Chart:
     """A plot of a page, with the numbers in it as a table.
 
     Attributes:
-        words: what it shows, for who can't see it.
+        words: description for those who can't see it.
         spec: Vega-Lite, or a timeline; colours may be variables of the page's style sheet.
         table: all that is plotted, or, of very many values, what matters of them.
         note: how to read it; may be empty.
@@ -191,7 +191,7 @@ class Multiples:
     """Small plots of one kind beside each other, all seen at once, each legible at 200 px width.
 
     Attributes:
-        legend: of all of them.
+        legend: legend of all plots.
     """
 
     title: str
@@ -202,7 +202,7 @@ class Multiples:
 
 @dataclass(frozen=True)
 class Timelines:
-    """Plots under each other on one time axis, by what they are called; `open` are seen at once."""
+    """Timelines by name, on one time axis; those in `open` are seen at once."""
 
     title: str
     charts: tuple[tuple[str, Chart], ...]
@@ -247,7 +247,7 @@ class Section:
 
     @property
     def words(self) -> Iterator[Words]:
-        """All words but those of the plots."""
+        """All parts but the plots."""
         for part in self.parts:
             if isinstance(part, Commands):
                 yield from filter(None, (part.title, *part.parts))
@@ -260,7 +260,7 @@ class Chapter:
     """Sections that stand together on a page.
 
     Attributes:
-        name: key that its sections and links have.
+        name: key used by its sections and by links.
         says: its content in a sentence.
         is_box: whether it stands open below the answer, its commands first.
     """
@@ -273,11 +273,11 @@ class Chapter:
 
 @dataclass(frozen=True)
 class Answer:
-    """What fits on one screen.
+    """The answer, which fits on one screen.
 
     Attributes:
-        setting: what was asked, of what, and on which clock: a line.
-        headline: what was found, in a sentence or two.
+        setting: model, question and clock: a line.
+        headline: the finding, in a sentence or two.
         parts: the numbers behind it, and why.
     """
 
@@ -288,12 +288,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is shown of something; unsafe characters of names in its words are escaped.
+    """A whole report; unsafe characters of names in its words are escaped.
 
     Attributes:
-        source: `measured`, `projected`, or what else a reader must know of all numbers.
-        command, created: how it was made, and when (ISO 8601).
-        sections: everything, also what the answer says.
+        source: `measured`, `projected`, or another label for all of its numbers.
+        command, created: the command that made it, and when (ISO 8601).
+        sections: all sections, including what the answer says.
         chapters: chapters of its page, the answer first; empty for a page without.
 
     Raises:
@@ -323,7 +323,7 @@ class Report:
 
 
 def _printable(part: Any) -> Any:
-    """With unsafe characters escaped in all words but those of plots."""
+    """The part with unsafe characters escaped in all words but those of plots."""
     match part:
         case str():
             return printable(part)

@@ -1,4 +1,4 @@
-"""Text in lines and columns of a limited width; no word is broken."""
+"""Folding of text to lines and columns of a limited width; no word is broken."""
 
 import re
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def folded(text: str, width: int) -> list[str]:
 
 
 def folded_figure(line: str, width: int) -> list[str]:
-    """A line of a figure, with its indent on each; of columns, none is parted."""
+    """Lines of a figure's line, each with its indent; columns are not broken."""
     if cell_len(line) <= width:
         return [line]
     indent = " " * (len(line) - len(line.lstrip()))

@@ -52,7 +52,7 @@ def render(report: Report) -> str:
 
 
 def _parted(headline: str) -> tuple[str, str]:
-    """The first sentence, and what follows it."""
+    """A headline's first sentence, and the rest."""
     first, end, rest = headline.partition(". ")
     return (f"{first}.", rest) if end else (headline, "")
 
@@ -70,7 +70,7 @@ def _beside(report: Report) -> list[Words | Plot]:
 
 
 class _Drawn:
-    """What the template needs of each part; every plot and section has an id of its own."""
+    """Template values of each part; every plot and section has an id of its own."""
 
     def __init__(self) -> None:
         self._sections, self._charts = count(1), count(1)
@@ -94,7 +94,7 @@ class _Drawn:
         return vars(chapter) | {"sections": sections}
 
     def part(self, part: Words | Commands | Plot) -> dict[str, Any]:
-        """By the kind that the template tells apart."""
+        """Template values of a part, with the kind that the template branches on."""
         match part:
             case str():
                 return {"kind": "words", "words": part}

@@ -1,4 +1,4 @@
-"""The plots of several loads, of an engine or simulated: how throughput and latency grow."""
+"""Plots of several loads, of an engine or simulated: throughput and latency against load."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import get_args
@@ -17,7 +17,7 @@ from expertlane.spec.slo import SLO, LatencyMetric
 
 _MS_PER_S = 1e3
 _NUM_FIRST = 2  # beside the answer
-_LEAST_LOADS = 3  # of a layout; fewer are no curve
+_LEAST_LOADS = 3  # loads of a layout; fewer are no curve
 _MOST_SPREADS = 3  # loads whose latencies are drawn one by one; of more, the best alone
 _LATENCIES: Mapping[str, Callable[[ServingRecord], Summary | None]] = {
     "TPOT": lambda serving: serving.tpot_s,
@@ -52,7 +52,7 @@ def by_load(results: Results) -> tuple[Section, ...]:
 
 
 def _latencies(by_layout: Mapping[str, Sequence[Served]], best: Served) -> Iterator[Chart]:
-    """Every statistic that has a limit, the one that decides first; of the others medians."""
+    """Charts of every statistic with a limit, the decisive one first; of the others, medians."""
     of_best = by_layout[best.record.name]
     slos = [each.slo for each in best.serving.slos]
     for slo in sorted(slos, key=lambda slo: _tightness(slo, of_best), reverse=True):
@@ -116,14 +116,14 @@ def _statistics_ms(seconds: Summary | None, first: str) -> dict[str, float]:
 
 
 def _tightness(slo: SLO, loads: Sequence[Served]) -> tuple[int, float]:
-    """How many loads miss it, then how near to the limit they come."""
+    """Sort key: number of loads that miss it, then how near to the limit they come."""
     found = [value.value for each in loads if (value := _objective_ms(slo)(each)) is not None]
     limit_ms = _MS_PER_S * slo.limit_s
     return sum(ms > limit_ms for ms in found), max(found, default=0.0) / limit_ms
 
 
 def _objective_ms(slo: SLO) -> Callable[[Served], Estimate | None]:
-    """What an objective's statistic is."""
+    """Function that gets an objective's value of a load."""
 
     def value(each: Served) -> Estimate | None:
         values = (result.value for result in each.serving.slos if result.slo == slo)
@@ -134,7 +134,7 @@ def _objective_ms(slo: SLO) -> Callable[[Served], Estimate | None]:
 
 
 def _load(each: Served) -> float | None:
-    """None of recorded arrivals, which have no size."""
+    """Batch or rate of a load; None for recorded arrivals."""
     return each.serving.rate if each.serving.batch is None else float(each.serving.batch)
 
 
@@ -149,7 +149,7 @@ def _against_load(
     value: Callable[[Served], Estimate | None],
     limit: float | None = None,
 ) -> Chart:
-    """One curve a layout; the title is of the best one's."""
+    """One curve a layout; the title is about the best one."""
     curves = [
         Curve(
             name,
@@ -189,7 +189,7 @@ def _against_load(
 
 
 def _kept(points: Sequence[Point], limit: float, name: str, load: str) -> str:
-    """Up to which load a limit is kept; the limit itself follows in the title."""
+    """The load up to which a limit is kept, in words; the title goes on with the limit."""
     kept = [point.x for point in points if point.y.value <= limit]
     if len(kept) == len(points):
         return f"{name} stays within"
@@ -201,7 +201,7 @@ def _kept(points: Sequence[Point], limit: float, name: str, load: str) -> str:
 def _median_ms(
     get: Callable[[ServingRecord], Summary | None],
 ) -> Callable[[Served], Estimate | None]:
-    """Measured: up to the 95th percentile; projected: from low to high."""
+    """The median; measured: up to the 95th percentile; projected: from low to high."""
 
     def median(each: Served) -> Estimate | None:
         seconds = get(each.serving)
@@ -216,13 +216,13 @@ def _median_ms(
 
 
 def _median_tpot(each: Served) -> Estimate | None:
-    """None where it is unknown, or 0: all tokens of a request came at once."""
+    """The median; None where it is unknown, or 0 since all tokens came at once."""
     median = None if each.serving.tpot_s is None else each.serving.tpot_s.median
     return median if median is not None and min(median.bounds) > 0 else None
 
 
 def _trade(by_layout: Mapping[str, Sequence[Served]], best: Served, unit: str) -> Chart:
-    """What a device gives against what a user sees, load by load."""
+    """A device's throughput against what a user sees, load by load."""
     dots = [
         Dot(
             f"{name}, {each.load}",

@@ -1,4 +1,4 @@
-"""Loads on deployments, of a simulation or a bench: what the answer says of them."""
+"""Answers about loads on deployments, of a simulation or a bench."""
 
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,14 +32,14 @@ from expertlane.results.serving_record import (
 
 _GAP = 2  # columns between those of an answer's table
 _LEAST_NAME = 16  # columns for the names of layouts
-NAME_COLUMNS = 36  # of a model's or a file's name
-_MOST_LINES = 16  # of the table's rows
-_FEWER_LINES = 8  # of them, below a setting that takes more lines than usual
+NAME_COLUMNS = 36  # columns of a model's or a file's name
+_MOST_LINES = 16  # rows of the table
+_FEWER_LINES = 8  # rows below a setting that takes more lines than usual
 _SETTING_LINES = 3
-_MOST_SLOS = 3  # that are told, those that are missed first
+_MOST_SLOS = 3  # objectives that are shown, missed ones first
 
 
-Note = tuple[str, str]  # what it is about, and a sentence
+Note = tuple[str, str]  # subject, and a sentence
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,17 +57,17 @@ class Served:
 
     @property
     def name(self) -> str:
-        """The layout; of a server that does not tell it, where that is."""
+        """The layout; for a server that does not tell it, the record's name."""
         return self.record.name if self.record.layout is None else str(self.record.layout)
 
     @property
     def layout(self) -> str:
-        """The same with blanks, where a line may end."""
+        """`name` with blanks, at which a line may break."""
         return self.name.replace(",", ", ")
 
 
 def load_of(serving: ServingRecord) -> tuple[str, str]:
-    """What kind of load it is, as a heading, and its size."""
+    """The kind of a load as a heading, and its size."""
     if serving.batch is not None:
         return "batch", whole(serving.batch)
     return ("load", "recorded") if serving.rate is None else ("req/s", f"{serving.rate:g}")
@@ -79,7 +79,7 @@ def served(results: Results) -> list[Served]:
 
 
 def whose(results: Results) -> str:
-    """What distinguishes deployments, as a heading."""
+    """Heading of the column that names deployments: server or layout."""
     return "server" if results.deployments[0].layout is None else "layout"
 
 
@@ -90,12 +90,12 @@ def best_of(found: Sequence[Served]) -> Served:
 
 
 def is_on_cpus(results: Results) -> bool:
-    """Whether it was measured on CPUs."""
+    """True if it was measured on CPUs."""
     return results.machine is not None and results.machine.device == "cpu"
 
 
 def is_of_cpus(results: Results) -> bool:
-    """Whether it was measured on CPUs, or is of a profile of them."""
+    """True if it was measured on CPUs, or modelled by a profile of them."""
     cluster = results.cluster
     return is_on_cpus(results) or (
         cluster is not None and cluster.device.startswith("cpu rank of ")
@@ -103,12 +103,12 @@ def is_of_cpus(results: Results) -> bool:
 
 
 def typical_of(results: Results) -> Literal["mean", "median"]:
-    """The statistic that is told first: of what was modelled the mean, as of a plan."""
+    """The statistic shown first: the mean of modelled latencies, as in plans; else the median."""
     return "mean" if results.kind == "simulation" else "median"
 
 
 def device_of(results: Results) -> str:
-    """What throughput is divided by."""
+    """The unit that throughput is divided by."""
     return "rank" if is_of_cpus(results) else "GPU"
 
 
@@ -120,14 +120,14 @@ def answer(
     notes: Sequence[Note],
     lead: str = "",
 ) -> Answer:
-    """What fits on one screen.
+    """The answer, on one screen.
 
     Args:
-        setting: what was served, where.
-        why: what limits the best load, in a sentence; may be empty.
-        parts: more of that.
-        notes: what else must be known.
-        lead: what was found, where that is not the best load.
+        setting: model and place of serving.
+        why: bottleneck of the best load, in a sentence; may be empty.
+        parts: details of `why`.
+        notes: further notes, each under a name.
+        lead: the finding, where that is not the best load.
     """
     workload, found = results.question["workload"], served(results)
     asked = _in_out(workload)
@@ -166,7 +166,7 @@ def places(serving: ServingRecord, num_asked: int, by: str = "") -> str:
     """Requests served at once of a closed load, and their wait for a place; empty if all are.
 
     Args:
-        by: what limits them, with a space before it.
+        by: the limit behind it, with a space before.
     """
     if serving.place_wait_s is None or serving.num_running is None:
         return ""
@@ -215,7 +215,7 @@ def _headline(results: Results) -> str:
 
 
 def _bursts(found: Sequence[Served]) -> str:
-    """Which batches are served at once, with nothing to come after them."""
+    """Batches whose requests all start at once, with none after them; in words."""
     closed = {each.serving.batch: each.serving for each in found if each.serving.batch}
     bursts = [batch for batch, each in closed.items() if each.num_requests == batch]
     if not bursts:
@@ -245,7 +245,7 @@ def _lengths(text: str) -> str:
 
 
 def objectives(served: Served) -> Iterator[Note]:
-    """What became of each objective under one load."""
+    """Each objective under one load, and whether it was met."""
     serving = served.serving
     if serving.good_share is None or serving.goodput is None:
         return
@@ -347,7 +347,7 @@ def _share(share: Estimate) -> str:
 
 
 def _table(results: Results, rows: Sequence[Served]) -> Table:
-    """With as many columns as there is room for."""
+    """The table of loads, with as many columns as there is room for."""
     title = f"Output tokens/s; TPOT and TTFT in ms, {typical_of(results)} and p95"
     title += "; goodput in requests/s" if rows[0].serving.slos else ""
     kept = list(_columns(results, rows))
@@ -370,7 +370,7 @@ def _width(table: Table) -> int:
 def _rows(
     found: Sequence[Served], best: Served, num_layouts: int, most_lines: int
 ) -> tuple[list[Served], int]:
-    """Those that there are lines for, in their order, and how many are left out.
+    """Rows that there are lines for, in their order, and how many are left out.
 
     First the best, then the best of each other deployment, then the best's other loads.
     """

@@ -1,4 +1,4 @@
-"""A square of bytes, source by destination, drawn in characters."""
+"""A matrix of bytes, source by destination, drawn in characters."""
 
 from collections.abc import Sequence
 

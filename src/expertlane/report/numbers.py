@@ -1,4 +1,4 @@
-"""How numbers are written: three significant digits, SI units, a dash where there is none."""
+"""Formats of numbers: three significant digits, SI units, a dash for none."""
 
 import math
 import textwrap
@@ -6,7 +6,7 @@ import textwrap
 from expertlane.results.estimate import Estimate
 
 NONE = "—"
-COLUMNS = 80  # of a line that fits any terminal
+COLUMNS = 80  # columns of a line that fits any terminal
 Amount = float | Estimate  # an estimate's likely value is what is written
 
 MINUS = "−"
@@ -26,7 +26,7 @@ def figures(amount: Amount) -> str:
 
 
 def _with_minus(number: str) -> str:
-    """With the minus sign that is as wide as a plus."""
+    """The number with a minus sign as wide as a plus."""
     return number.replace("-", MINUS)
 
 

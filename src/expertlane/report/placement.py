@@ -16,10 +16,10 @@ class Evaluated:
     """A placement on a trace.
 
     Attributes:
-        setting: what was placed, and where, in a line.
+        setting: model and placement, in a line.
         layers, total: before and after, layer by layer and over all.
-        num_tokens: of the trace.
-        num_nodes: that ranks are on.
+        num_tokens: tokens of the trace.
+        num_nodes: nodes that ranks are on.
         is_own: whether the placement was made from this trace.
     """
 
@@ -95,7 +95,7 @@ def _table(placed: Evaluated, title: str, layers: Sequence[Comparison]) -> Table
 
 
 def _notes(placed: Evaluated) -> list[str]:
-    """What the numbers are of, and how far to trust them."""
+    """Notes on the meaning of the numbers, and how far to trust them."""
     notes = ["Before: experts in order. To move: experts that ranks must fetch."]
     if placed.num_nodes > 1:
         notes.append("Cross-node: copies of tokens sent to other nodes, per token and layer.")

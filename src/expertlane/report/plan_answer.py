@@ -1,4 +1,4 @@
-"""What a plan answers on one screen: what to use, what ties with it, and how accurate that is."""
+"""A plan's answer on one screen: the recommendation, ties, and accuracy."""
 
 import textwrap
 from collections.abc import Collection, Iterator, Sequence
@@ -68,8 +68,8 @@ _WON_BY: dict[TieBreak, str] = {  # the other tied plans follow by tokens/s
     "most tokens": "#1 is highest",
     "farther from the limit": "of those with the most, #1 is farthest below the limit",
 }
-_MOST = 0.5  # of the time
-_LINES = 40  # of the answer
+_MOST = 0.5  # share of the time that counts as most
+_LINES = 40  # lines of the answer
 _GAP = 2  # columns between those of a table
 _FEW = 3  # rows: with fewer, what is said of gaps makes room
 _LEAST_ROOM = 8  # for a layout, where the numbers of an odd profile fill the line
@@ -83,7 +83,7 @@ def answer(results: Results) -> Answer:
     no room.
     """
     setting, after = _setting(results), Figure("", _next(results))
-    around = _around(results, (1,))  # what is not in the table is named at length
+    around = _around(results, (1,))  # rows that are not in the table are named at length
     said = *setting_lines(setting), headline(results), *around
     num_taken = sum(map(_num_lines, said)) + len(after.lines)
     num_taken += 5 + len(around)  # blank lines, the table's head, and where the rest is
@@ -136,7 +136,7 @@ def _num_lines(said: str) -> int:
 
 
 def _fitting(table: Table, num_lines: int, wanted: Collection[int]) -> tuple[int, ...] | None:
-    """The rows, from 1, that so many lines have room for: those wanted, then the first.
+    """Rows, from 1, that fit into `num_lines`: those wanted, then the first.
 
     None where there is no room for those wanted; the first is always among them.
     """
@@ -256,7 +256,7 @@ def _devices(results: Results) -> Iterator[str]:
 
 
 def _amount(fewer: ServedLoad, rate: float | None) -> str:
-    """What a smaller cluster does with the load."""
+    """The part of the load that a smaller cluster serves, in words."""
     verb = "serves" if fewer.num_devices == 1 else "serve"
     if not fewer.num_served:
         return "holds none" if fewer.num_devices == 1 else "hold none"
@@ -268,7 +268,7 @@ def _amount(fewer: ServedLoad, rate: float | None) -> str:
 
 
 def _output(results: Results, record: DeploymentRecord) -> str:
-    """Tokens/s of a deployment; of an open load how it serves that, and the most requests/s."""
+    """Tokens/s of a deployment; for an open load, how it is served, and the most requests/s."""
     if (rate := asked_rate(results)) is None:
         tps = serving(record).output_tps
         return f"{compact(tps)} tokens/s ({_plus_minus(tps)})"
@@ -290,7 +290,7 @@ def _auto_cluster(results: Results) -> str:
 
 
 def _chosen(results: Results, shown: Collection[int] | None) -> str:
-    """What to use, and by what it was chosen."""
+    """The recommendation, and the numbers behind it."""
     best, *others = of_role(results, BEST)
     said = f"Use {named(best)}: {_output(results, best)}"
     pools = results.faster_pools
@@ -429,7 +429,7 @@ def _pools(results: Results) -> str:
 
 
 def _engines(results: Results, shown: Collection[int]) -> str:
-    """Which engines run what was chosen, and what the others run best; empty where all run it.
+    """Engines that run the plan's choice, and what the others run best; empty where all run it.
 
     Args:
         shown: rows of the table, from 1; others are named by their layouts.
@@ -464,7 +464,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def how_ranked(results: Results) -> Iterator[str]:
-    """By which numbers: those of other deployments are of another kind."""
+    """How rows were ranked: numbers of deployments that were only screened differ in kind."""
     found = results.plans[0]
     if not found.num_simulated:
         return
@@ -477,7 +477,7 @@ def how_ranked(results: Results) -> Iterator[str]:
 
 
 def how_sure(results: Results) -> Iterator[str]:
-    """How far off such projections were, and where most of the best one's time is not measured."""
+    """Errors of such projections, and the part of the best one's time that is not measured."""
     yield how_judged(results)
     nearest = results.projected_for.nearest
     if results.faster_pools is not None and nearest is not None and not nearest.has_two_pools:
@@ -506,7 +506,7 @@ def how_sure(results: Results) -> Iterator[str]:
 
 
 def _next(results: Results) -> tuple[str, ...]:
-    """How to go on; lines."""
+    """Lines on how to go on."""
     found, has_pools = results.plans[0], results.faster_pools is not None
     lines = []
     if found.experiment is not None:

@@ -1,4 +1,4 @@
-"""The plots of a plan, and where a comparison lies against one."""
+"""Plots of a plan, and of a comparison against one."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +27,7 @@ _POOLS = "disaggregated"
 
 
 def plan(results: Results) -> tuple[Section, ...]:
-    """Plots of a plan; everything is projected."""
+    """Plots of a plan; all are projected."""
     rows = {f"{number} {named(each)}": each for number, each in explained(results)}
     steps = {
         phase: {name: step for name, each in rows.items() for step in each.steps_of(phase)}
@@ -43,7 +43,7 @@ def plan(results: Results) -> tuple[Section, ...]:
 
 
 def _ranked(results: Results) -> Chart | None:
-    """How fast the best are, in the order in which they are ranked; what to use is emphasised."""
+    """Throughput of the best in their ranking; the recommended one is emphasised."""
     best, pools = results.select("projected", BEST), results.faster_pools
     num_tied = min(results.plans[0].num_tied, len(best))
     layouts = [str(each.layout) for each in best]
@@ -72,7 +72,7 @@ def _lead(best: Sequence[DeploymentRecord], num_tied: int, what: str, *, has_poo
     """Title: how far ahead the best are.
 
     Args:
-        what: they are ranked by, `tokens/s` or `requests/s`.
+        what: ranking unit, `tokens/s` or `requests/s`.
     """
     over = best[num_tied].over_best if num_tied < len(best) else None
     said = (
@@ -86,7 +86,7 @@ def _lead(best: Sequence[DeploymentRecord], num_tied: int, what: str, *, has_poo
 
 
 def _plan_front(results: Results) -> Chart:
-    """The front, what to use, and the best of each kind that is on neither."""
+    """The front, the recommendation, and the best of each kind that is on neither."""
     device = device_of(results)
     best, *_ = results.select("projected", BEST)
     front, pools = results.select("projected", PARETO), results.faster_pools
@@ -158,7 +158,7 @@ def _planned(record: DeploymentRecord, role: Role, label: str = "") -> Dot:
 
 
 def _front_dots(front: Sequence[DeploymentRecord], without: str = "") -> list[Dot]:
-    """The front, each deployment's name at the first of its points alone."""
+    """Dots of the front; each deployment's name only at the first of its points."""
     dots, seen = [], {without}
     for each in sorted(front, key=lambda each: -tpot(each).value):
         name = named(each)

@@ -1,4 +1,4 @@
-"""What a planner found, in tables: the best, kinds of deployment, the Pareto front, their time."""
+"""Tables of a plan: the best, kinds of deployment, the Pareto front, their time."""
 
 import re
 from collections.abc import Sequence
@@ -74,7 +74,7 @@ def best_of_other_kind(results: Results) -> DeploymentRecord | None:
 
 
 def place_of(results: Results, record: DeploymentRecord) -> int | None:
-    """Its row's number, from 1; None where it has none."""
+    """Number of a record's row, from 1; None without one."""
     names = [named(each) for each in rows_of(results)]
     return 1 + names.index(named(record)) if named(record) in names else None
 
@@ -117,7 +117,7 @@ def _differing(ratio: Estimate, name: str) -> str:
 
 
 def serving(record: DeploymentRecord) -> ServingRecord:
-    """How a planned deployment serves."""
+    """Throughput and latency of a planned deployment."""
     return record.serving[0]
 
 
@@ -128,7 +128,7 @@ def asked_rate(results: Results) -> float | None:
 
 
 def as_asked(record: DeploymentRecord) -> ServingRecord:
-    """How it serves the load: an open one at its rate, a closed one as `serving` has it."""
+    """Its record for the load asked for: an open one at its rate, a closed one as `serving`."""
     return record.serving[-1]
 
 
@@ -237,7 +237,7 @@ def _sample(record: DeploymentRecord) -> SampleRecord:
 
 
 def _num_waiting(record: DeploymentRecord) -> float | None:
-    """None where a queue grows without end."""
+    """Waiting requests; None where a queue grows without end."""
     return None if as_asked(record).ttft_s is None else _sample(record).num_waiting
 
 
@@ -272,7 +272,7 @@ def _at_rate(results: Results) -> list[Section]:
 
 
 def how_served(results: Results, record: DeploymentRecord) -> str:
-    """How much of an open load is served, or which limits it misses."""
+    """The part of an open load that is served, or the limits that it misses."""
     found, rate = as_asked(record), asked_rate(results)
     if found.ttft_s is None:
         served = found.requests_per_s
@@ -292,7 +292,7 @@ def _costs(rows: Sequence[DeploymentRecord]) -> list[Column[DeploymentRecord]]:
 
 
 def _families(results: Results) -> Section:
-    """Those that are not among the best."""
+    """The best of each kind, without those among the best."""
     best = {named(each) for each in of_role(results, BEST)}
     rows = [each for each in of_role(results, FAMILY) if named(each) not in best]
     kind: Column[DeploymentRecord] = text("kind", lambda each: each.name)
@@ -310,7 +310,7 @@ def pools_named(prefill: DeploymentRecord, decode: DeploymentRecord) -> str:
 
 
 def engine_best_named(each: EngineBest) -> str:
-    """What an engine runs best; empty where that is nothing."""
+    """The best that an engine runs, in words; empty where it runs none."""
     if each.pools:
         _, prefill, decode = each.pools
         return pools_named(prefill, decode)
@@ -326,7 +326,7 @@ def engines_of(results: Results) -> tuple[EngineBest, ...]:
 
 
 def _engines(results: Results) -> Section:
-    """What each engine runs best, and what keeps it from what was chosen."""
+    """The best of each engine, and why it does not run the plan's choice."""
     heading, engines = "Best of each engine", engines_of(results)
     if results.plans[0].engine is not None or not any(each.why for each in engines):
         return Section(heading, ())
@@ -352,7 +352,7 @@ def _engines(results: Results) -> Section:
 
 
 def _gaps(name: Column[DeploymentRecord], rows: Sequence[DeploymentRecord]) -> list[Table]:
-    """Why what does not tie with #1 is slower."""
+    """Why deployments that do not tie with #1 are slower."""
     ratio: Column[DeploymentRecord] = number("of #1", lambda each: each.over_best, with_bounds)
     why: Column[DeploymentRecord] = text("gap to #1", lambda each: each.why)
     slower = [each for each in rows if each.why]
@@ -430,7 +430,7 @@ def _run_it(results: Results) -> Section:
 
 
 def beside(results: Results, comparison: Comparison) -> Section:
-    """A planner's best against an experiment's own deployments."""
+    """A plan's best against an experiment's own deployments."""
     heading = "Projected: the planner's best"
     if not results.plans:
         return Section(heading, ("Not searched: the cluster has more than 96 devices.",))

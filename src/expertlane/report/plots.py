@@ -1,4 +1,4 @@
-"""The plots of a page: one set, whatever the source; measured and projected never share one."""
+"""The plots of a page, the same set for any source; measured and projected never share one."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -71,7 +71,7 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
 
 
 def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
-    """Steps by the deployment's label; of decoding, the step that is spoken of."""
+    """Steps by the deployment's label; for decoding, those of `Row.step`."""
     of_phase = {
         row.label: row.step if phase is compared.phase else row.record.prefill
         for row in compared.rows
@@ -81,7 +81,7 @@ def _steps(compared: Comparison, phase: Phase) -> dict[str, StepsRecord]:
 
 
 def first(results: Results, compared: Comparison) -> Section:
-    """What a page's first screen shows beside the verdict: how fast all are, and why."""
+    """Plots beside the verdict on the first screen: throughput, and why it differs."""
     judged = judge(compared)
     chart = _served(results, compared) or _throughput(compared, judged)
     charts = [chart] if chart else []
@@ -91,7 +91,7 @@ def first(results: Results, compared: Comparison) -> Section:
 
 
 def _throughput(compared: Comparison, judged: Verdict | None) -> Chart | None:
-    """How fast all deployments are, those that the verdict names in colours of their own."""
+    """Throughput of all deployments, with colours for those that the verdict names."""
     slower, faster = judged.slower_and_faster if judged else (None, None)
     roles = {row.number: role for row, role in ((faster, FASTER), (slower, SLOWER)) if row}
     bars = [Bar(row.name, row.step.tps, roles.get(row.number, "other")) for row in compared.rows]
@@ -110,7 +110,7 @@ def _throughput(compared: Comparison, judged: Verdict | None) -> Chart | None:
 
 
 def _served(results: Results, compared: Comparison) -> Chart | None:
-    """Projected: how fast all deployments serve the whole workload, where that was simulated."""
+    """Projected throughput of all deployments on the whole workload, where that was simulated."""
     if compared.is_run or results.workload is None or not results.workload.over:
         return None
     one, other = compared.compared[:2]
@@ -139,7 +139,7 @@ def _step_difference(compared: Comparison, judged: Verdict) -> Chart:
 
 
 def _prefill(compared: Comparison) -> list[Chart]:
-    """Of a projection, how fast prompts are computed."""
+    """Prefill throughput of a projection."""
     if compared.is_run or compared.phase is Phase.PREFILL:
         return []
     found = {row.name: step for row in compared.rows if (step := row.record.prefill)}
@@ -156,7 +156,7 @@ def _prefill(compared: Comparison) -> list[Chart]:
 
 
 def _overlap(compared: Comparison) -> list[Words | Plot]:
-    """What overlap makes of a step, and why it pays or not; drawn, of the fastest two."""
+    """Effect of overlap on steps, and why it pays or not; drawn for the fastest pair."""
     pairs = compared.overlapped
     if not pairs:
         return []
@@ -175,7 +175,7 @@ def _overlap(compared: Comparison) -> list[Words | Plot]:
 
 
 def _sizes(results: Results, source: Source) -> list[Chart]:
-    """How TPS grows with the number of ranks: of each of them where it was measured."""
+    """TPS by number of ranks; where measured, TPS of each rank."""
     found = scaling(results, source)
     if len(found) <= _TWO:
         return []
@@ -266,7 +266,7 @@ def _latencies(
 
 
 def _growth(name: str, curves: Sequence[Curve], what: str) -> str:
-    """How the latency of one of them changes from the first to the last point."""
+    """Change of one curve's latency from its first to its last point, in words."""
     curve = next((each for each in curves if each.name == name), curves[0])
     first, *_, last = curve.points
     return (

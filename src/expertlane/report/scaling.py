@@ -1,4 +1,4 @@
-"""What parallelism gives: experts at once, communication hidden by overlap, growing sizes."""
+"""Gains of parallelism: experts at once, communication hidden by overlap, growing sizes."""
 
 from collections.abc import Callable, Sequence
 
@@ -76,7 +76,7 @@ def _heading(source: Source, words: str) -> str:
 
 
 def overlap(comparison: Comparison) -> Section:
-    """What overlap hides, of each two deployments that differ in nothing else."""
+    """Communication hidden by overlap, for each two deployments that differ in overlap alone."""
     pairs = comparison.overlapped
     heading = _heading(comparison.source, "Communication hidden by overlap")
     if not pairs:
@@ -117,7 +117,7 @@ def overlap(comparison: Comparison) -> Section:
 
 
 def overlap_sentence(pair: Overlapped) -> str:
-    """Whether overlap pays, and why."""
+    """A sentence: whether overlap pays, and why."""
     name, total_s = pair.on.name, abs(pair.gained_s)
     if pair.hidden is None:
         return f"{name} has nothing to hide."
@@ -168,7 +168,7 @@ def sizes(results: Results, comparison: Comparison) -> Section:
 
 
 def sizes_sentence(found: Sequence[Size], unit: str) -> str:
-    """How TPS of a rank changes from the first to the last size."""
+    """A sentence: change of TPS per rank from the first to the last size."""
     first, last = found[0], found[-1]
 
     def factor(get: Callable[[Size], float]) -> str:
@@ -255,7 +255,7 @@ def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
 
 
 def _beyond(found: Sequence[Size]) -> list[str]:
-    """What does not fit, and where experts are copied."""
+    """Sentences on sizes that do not fit, and where experts are copied."""
     parts = []
     too_large = [each for each in found if not each.step.fits]
     if too_large:

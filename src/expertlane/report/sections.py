@@ -1,4 +1,4 @@
-"""Which sections the report of each kind of results has, in order."""
+"""The sections of each kind of report, in order."""
 
 from collections.abc import Iterable
 from dataclasses import replace
@@ -111,7 +111,7 @@ def report_of(results: Results) -> Report:
 
 
 def _with_sections(chapters: Iterable[Chapter], sections: Iterable[Section]) -> tuple[Chapter, ...]:
-    """The chapters that say something."""
+    """The chapters that have sections."""
     filled = {each.chapter for each in sections if each.parts}
     return tuple(each for each in chapters if each.name in filled)
 
@@ -155,7 +155,7 @@ def _comparison(results: Results) -> _Made:
 
 
 def _run(results: Results, own: Comparison, wall: Comparison) -> list[Section]:
-    """What is shown of real ranks, in virtual time where there is any, and wall time beside it."""
+    """Sections of a run on real ranks: virtual time if there is any, with wall time beside it."""
     long_form = results.question.get("traffic", False)
     is_virtual = own is not wall
     return [

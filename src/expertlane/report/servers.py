@@ -1,4 +1,4 @@
-"""Servers measured from outside: what the answer and the report of `bench --url` say."""
+"""The answer and the report of `bench --url`: servers measured from outside."""
 
 from collections.abc import Iterator, Sequence
 
@@ -28,17 +28,17 @@ from expertlane.results.results import Results
 from expertlane.results.serving_record import ClientRecord, FailureRecord
 from expertlane.results.statistics import LEAST_RUNS
 
-_BUSY = 0.8  # of a core, from where the client may be what is measured
+_BUSY = 0.8  # share of a core, from which on the client may be the bottleneck
 _LATE_S = 0.01
-_OFF = 0.02  # of the tokens that were asked for
-_MANY = 0.01  # of requests that failed
+_OFF = 0.02  # share of the tokens that were asked for
+_MANY = 0.01  # share of requests that failed
 _MOST_ERRORS = 3
 _MOST_RATIOS = 8
 _IN_ANSWER = ("output tokens/s", "goodput", "TTFT median", "TTFT p99", "TPOT median")
 
 
 def server_answer(results: Results) -> Answer:
-    """What each server gave, how two of them differ, and what went wrong."""
+    """The result of each server, the ratio of two, and failures."""
     urls = results.question["urls"]
     found = served(results)
     setting = [shortened(results.question["model"], NAME_COLUMNS), *_called(urls)]
@@ -65,7 +65,7 @@ def _called(urls: Sequence[str]) -> list[str]:
 
 
 def verdict(results: Results) -> str:
-    """Which of two servers is faster at the best load; empty of one server."""
+    """Which of two servers is faster at the best load; empty for one server."""
     load = best_of(served(results)).load
     own = {each.metric: each for each in results.ratios if each.load == load}
     first = own.get("output tokens/s")
@@ -139,7 +139,7 @@ def _failure(failure: FailureRecord) -> str:
 
 
 def _doubts(found: Sequence[Served]) -> Iterator[Note]:
-    """What makes numbers less than they seem; one sentence a kind, of the worst load."""
+    """Notes on what distorts numbers; one sentence a kind, for the worst load."""
     clients = _clients(found)
     ended = [client for _, client in clients if client.why_ended]
     if ended:
@@ -227,7 +227,7 @@ _FAILURES: tuple[Column[tuple[Served, FailureRecord]], ...] = (
 
 
 def of_servers(results: Results) -> tuple[Section, ...]:
-    """All of what a client saw."""
+    """All sections of a client's measurements."""
     found = served(results)
     clients = _clients(found)
     failures = [(each, one) for each, client in clients for one in client.failures]

@@ -1,4 +1,4 @@
-"""Throughput and latency under load, of an engine or of a simulation, and what limits them."""
+"""Throughput and latency under load, of an engine or a simulation, and the bottleneck."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -42,10 +42,10 @@ from expertlane.results.results import Results
 from expertlane.results.serving_record import ServingRecord, SLOResult
 from expertlane.spec.names import Phase
 
-_NARROW = 0.05  # of the time; less is not worth a sentence
-_NUM_CAUSES = 2  # of a phase in the answer
+_NARROW = 0.05  # share of the time; less is not worth a sentence
+_NUM_CAUSES = 2  # causes of a phase in the answer
 _FEW = 20  # requests
-_UNSURE = 0.2  # of the time that is extrapolated, from where on a sentence says so
+_UNSURE = 0.2  # extrapolated share of the time, from which on a sentence says so
 
 
 def throughput(results: Results) -> Table:
@@ -160,7 +160,7 @@ def latency(results: Results) -> Table:
 
 
 def bench(results: Results) -> tuple[Section, ...]:
-    """What a load on an engine gave."""
+    """Sections of loads on an engine."""
     return (
         Section("Verdict", (headline(results), *_scaling(results)), "top", "answer"),
         Section("", tuple(cautions(results)), "top", "sure"),
@@ -199,7 +199,7 @@ def bench_answer(results: Results) -> Answer:
 
 
 def _scaling(results: Results) -> Iterator[str]:
-    """What the largest batch brings over the one before, in the best layout."""
+    """Gain of the largest batch over the one before, in the best layout."""
     loads = [each for each in best_of(served(results)).record.serving if each.batch is not None]
     if len(loads) < 2:
         return
@@ -222,7 +222,7 @@ def _scaling(results: Results) -> Iterator[str]:
 
 
 def phases_of(record: DeploymentRecord) -> list[tuple[str, StepsRecord]]:
-    """The steps of each phase in the pool that is for it, by the phase's name."""
+    """Steps by phase, from the pool for that phase."""
     other = {Phase.PREFILL: "decode", Phase.DECODE: "prefill"}
     return [(str(each.phase), each) for each in record.steps if each.pool != other[each.phase]]
 
@@ -275,7 +275,7 @@ def simulation_answer(results: Results, setting: str) -> Answer:
     """The best load, what limits it, and every load's numbers.
 
     Args:
-        setting: which deployment on which cluster.
+        setting: the deployment and its cluster, in words.
     """
     record = results.deployments[0]
     phases = phases_of(record)
@@ -311,7 +311,7 @@ def _largest_causes(step: StepsRecord) -> str:
 
 
 def _firmness(results: Results, total_s: float) -> str:
-    """How far off such projections were, and what the times rest on."""
+    """Error of such projections, and the evidence behind the times."""
     phases = phases_of(results.deployments[0])
 
     def share(part: Callable[[StepsRecord], float]) -> float:
@@ -330,7 +330,7 @@ _TOLD = (("TTFT mean", "ttft.mean"), ("p95", "ttft.p95"))
 
 
 def _sampling(serving: ServingRecord) -> Iterator[Note]:
-    """How far a longer stretch of the same load might lead from this one."""
+    """Uncertainty of the stretch: how far a longer one of the same load might differ."""
     sample = serving.sample
     if sample is None:
         return
@@ -381,7 +381,7 @@ def _pool_name(record: DeploymentRecord, pool: PoolRecord) -> str:
 
 
 def limits(results: Results) -> Iterator[str]:
-    """What holds the deployment back, and by how much; the main thing first."""
+    """The bottlenecks, with the size of each; the largest first."""
     record = results.deployments[0]
     phases = phases_of(record)
     total_s = sum(step.wall_s.value for _, step in phases)
@@ -415,11 +415,11 @@ def _doubts(results: Results) -> Iterator[str]:
 
 
 def ms_with_bounds(estimate: Estimate) -> str:
-    """`6.40 (3.20–12.8)`, of seconds."""
+    """`6.40 (3.20–12.8)` milliseconds, from seconds."""
     return f"{milliseconds(estimate)} ({low_high_ms(estimate)})"
 
 
-_NEARLY = 0.95  # of the sequences that a pool has room for
+_NEARLY = 0.95  # of the possible sequences: fewer in a decode pool show that prefill feeds it less
 
 
 def _held_back(results: Results, record: DeploymentRecord) -> Iterator[str]:

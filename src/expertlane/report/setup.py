@@ -1,4 +1,4 @@
-"""What every report says of its run: cautions, assumptions, and what was the same for all."""
+"""Cautions, assumptions and setup of a run, which every report has."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,11 +20,11 @@ from expertlane.results.results import FOREIGN_LOAD, Assumption, Results
 from expertlane.spec.slo import SLO
 from expertlane.spec.tables import build
 
-_NAME_COLUMNS = 36  # of a file's name
+_NAME_COLUMNS = 36  # columns of a file's name
 
 
 def cautions(results: Results) -> Iterator[str]:
-    """What a reader must know of the numbers, in sentences."""
+    """Cautions for a reader, in sentences."""
     machine = results.machine
     num_ranks = max((each.num_ranks for each in results.select("measured")), default=0)
     if machine is not None and machine.is_oversubscribed_by(num_ranks):
@@ -50,7 +50,7 @@ def cautions(results: Results) -> Iterator[str]:
 
 
 def foreign_load(results: Results) -> str:
-    """What to do where other processes disturbed the run; empty where they did not."""
+    """Advice where other processes disturbed the run; empty where they did not."""
     share = results.foreign_cpu_share
     if share < FOREIGN_LOAD:
         return ""
@@ -58,7 +58,7 @@ def foreign_load(results: Results) -> str:
 
 
 def how_judged(results: Results) -> str:
-    """How far off projections of this kind were."""
+    """Error of projections of this kind, in words."""
     cluster = results.projected_for
     judged, nearest = cluster.judged, cluster.nearest
     if judged is None:
@@ -83,7 +83,7 @@ def how_judged(results: Results) -> str:
 
 
 def limits_of(results: Results) -> list[str]:
-    """Those that were asked for, `TPOT ≤ 20 ms`."""
+    """Limits that were asked for, such as `TPOT ≤ 20 ms`."""
     others = [str(build(SLO, each, "slos")) for each in results.question.get("slos", ())]
     return others + [
         f"{name} ≤ {1e3 * results.question[key]:g} ms"
@@ -125,7 +125,7 @@ def assumptions(results: Results, source: Source, heading: str = "Assumptions") 
 
 
 def setup(results: Results, heading: str) -> Section:
-    """What all deployments have in common, and how to repeat it."""
+    """Setup that all deployments share, and the command to repeat it."""
     experiment = results.question.get("experiment", results.question)
     versions, records = results.versions, results.deployments
     rows = []
@@ -208,7 +208,7 @@ def _machine(machine: Machine) -> list[tuple[str, str]]:
 
 
 def same_tokens(records: Sequence[DeploymentRecord]) -> str:
-    """Which deployments generated the same tokens, and which of the others round."""
+    """Which deployments generated the same tokens, and which of the others round numbers."""
     first = records[0]
     others = [
         (f"#{number}", _rounded(each))
@@ -235,7 +235,7 @@ def same_tokens(records: Sequence[DeploymentRecord]) -> str:
 
 
 def _rounded(record: DeploymentRecord) -> str:
-    """`weights, keys and values`; empty if nothing is."""
+    """Types that are rounded, `weights, keys and values`; empty for none."""
     sent = any(step.traffic and step.traffic.payload_error for step in record.steps)
     rounded = record.options.rounded if record.options else ()
     return ", ".join((*rounded, *(("hidden states",) if sent else ())))

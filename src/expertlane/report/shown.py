@@ -1,16 +1,22 @@
 """Results and differences that show themselves, for Python and notebooks."""
 
+import io
+import re
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from html import escape
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
+from rich.console import Console
+
 from expertlane.errors import UserError
-from expertlane.report import html
+from expertlane.report import html, terminal
 from expertlane.report.diff import report_of_difference
-from expertlane.report.document import Report
+from expertlane.report.document import Answer, Figure, Report, Table, Words
 from expertlane.report.files import write_reports
-from expertlane.report.notebook import answer_html, answer_text, page_frame
+from expertlane.report.folding import folded_figure
 from expertlane.report.sections import report_of
 from expertlane.results import diff, file, table
 from expertlane.results.results import Results as Schema
@@ -18,9 +24,63 @@ from expertlane.results.table import Format
 from expertlane.spec.files import as_path
 from expertlane.spec.ranges import shown
 
+_WIDTH = 80
+
+
+def answer_text(answer: Answer) -> str:
+    """The answer as a terminal of 80 columns shows it."""
+    stream = io.StringIO()
+    console = Console(
+        file=stream, width=_WIDTH, color_system=None, markup=False, emoji=False, highlight=False
+    )
+    terminal.draw_answer(answer, console)
+    return re.sub(r" +$", "", stream.getvalue(), flags=re.MULTILINE)
+
+
+def answer_html(answer: Answer) -> str:
+    """The answer as a piece of HTML; whatever is in its words is escaped."""
+    parts = "".join(map(_part, answer.parts))
+    return f"<p>{escape(answer.setting)}<br><b>{escape(answer.headline)}</b></p>{parts}"
+
+
+def page_frame(page: str) -> str:
+    """A whole page as a piece of HTML, in a frame that cannot reach what is around it."""
+    return (
+        f'<iframe sandbox="allow-scripts" srcdoc="{escape(page)}" '
+        f'style="width: 100%; height: 700px; border: 0"></iframe>'
+    )
+
+
+def _part(part: Words) -> str:
+    match part:
+        case str():
+            return f"<p>{escape(part)}</p>"
+        case Figure():
+            lines = chain.from_iterable(folded_figure(line, _WIDTH) for line in part.lines)
+            return f"<p>{escape(part.title)}</p><pre>{escape(chr(10).join(lines))}</pre>"
+    return _table(part)
+
+
+def _table(table: Table) -> str:
+    sides = ["right" if column.is_number else "left" for column in table.columns]
+
+    def row(cells: tuple[str, ...], kind: str) -> str:
+        drawn = (
+            f'<{kind} style="text-align: {side}; padding: 0 .6em">{escape(cell)}</{kind}>'
+            for cell, side in zip(cells, sides, strict=True)
+        )
+        return f"<tr>{''.join(drawn)}</tr>"
+
+    headings = tuple(column.heading for column in table.columns)
+    caption = (
+        f'<caption style="text-align: left">{escape(table.title)}</caption>' if table.title else ""
+    )
+    rows = "".join(row(cells, "td") for cells in table.rows)
+    return f"<table>{caption}<thead>{row(headings, 'th')}</thead><tbody>{rows}</tbody></table>"
+
 
 class _Shown:
-    """What has a report: it prints as its answer."""
+    """Something that has a report: it prints as its answer."""
 
     def _report(self) -> Report:
         raise NotImplementedError
@@ -44,7 +104,7 @@ class Page:
     """The page of a report; a notebook shows it in a frame.
 
     Attributes:
-        html: the whole of it, for a browser; works offline.
+        html: the whole page, which works offline.
     """
 
     html: str
@@ -66,7 +126,7 @@ class Results(Schema, _Shown):
 
     @classmethod
     def of(cls, results: Schema) -> "Results":
-        """The same, able to show itself."""
+        """The results, with display in notebooks."""
         return cls(**{each.name: getattr(results, each.name) for each in fields(Schema)})
 
     def _report(self) -> Report:
@@ -114,11 +174,11 @@ class Results(Schema, _Shown):
 
 @dataclass(frozen=True)
 class Difference(diff.Difference, _Shown):
-    """What changed from A to B; `regressions` is empty where nothing that both have got worse."""
+    """Changes from A to B; `regressions` is empty where no common metric got worse."""
 
     @classmethod
     def of(cls, found: diff.Difference) -> "Difference":
-        """The same, able to show itself."""
+        """The difference, with display in notebooks."""
         return cls(**{each.name: getattr(found, each.name) for each in fields(found)})
 
     def _report(self) -> Report:

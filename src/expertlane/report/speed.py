@@ -1,4 +1,4 @@
-"""How fast deployments are: against each other, by context and conditions, by size."""
+"""Speed of deployments: against each other, by context and conditions, by size."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -34,7 +34,7 @@ NAMED: tuple[Column[Row], ...] = (
     text("#", lambda row: row.number),
     text("deployment", lambda row: row.name),
 )
-BEYOND = "*"  # of a step whose sequences do not all fit
+BEYOND = "*"  # marks a step whose sequences do not all fit
 _EVEN = 0.05  # less is no difference
 LOWER_OF_TWO = (
     "Each computation takes the lower of its times in two runs, since other programs only add time."
@@ -42,15 +42,15 @@ LOWER_OF_TWO = (
 
 
 def unit_of(source: Source) -> str:
-    """What a deployment runs on, in words."""
+    """The unit that a deployment runs on, in words."""
     return "rank" if source in RUN else "GPU"
 
 
 def deployments(comparison: Comparison, wall: Comparison | None = None) -> Section:
-    """What ran, and how fast it was.
+    """The deployments, and their speed.
 
     Args:
-        wall: the same in wall time, where `comparison` is in virtual time.
+        wall: the same comparison in wall time, where `comparison` is in virtual time.
     """
     columns: tuple[Column[Row], ...] = (
         *NAMED,
@@ -98,7 +98,7 @@ def speed(comparison: Comparison, rows: Sequence[Row], title: str = "") -> Table
 
 
 def _spread(comparison: Comparison, wall: Comparison | None) -> Table:
-    """How far runs differ; beside it what the same did in wall time."""
+    """Spread of runs, and the same comparison in wall time."""
     in_wall_time = {row.number: row for row in wall.rows} if wall else {}
     columns: tuple[Column[Row], ...] = (
         *NAMED,
@@ -139,12 +139,12 @@ def _holds(row: Row) -> str:
 
 
 def speed_of_links(virtual: VirtualTime, speed: LinkSpeed) -> float | None:
-    """As a factor of what is assumed; None where there are no links."""
+    """Factor on the assumed speed of links; None where transfers take no time."""
     return virtual.scale / speed.scale if speed.scale else None
 
 
 def by_link_speed(results: Results, comparison: Comparison) -> Section:
-    """In virtual time: decode TPS on faster and slower links, and the best proposal's factor."""
+    """Virtual time only: decode TPS on faster and slower links, and the best proposal's factor."""
     virtual = results.virtual_time
     heading = "Link speed (virtual time)"
     if virtual is None or comparison.source != "virtual" or not virtual.speeds:
@@ -167,7 +167,7 @@ def by_link_speed(results: Results, comparison: Comparison) -> Section:
 
 
 def gains(comparison: Comparison) -> Section:
-    """Against the first, and against the best baseline."""
+    """Factors of TPS over the first deployment, and over the best baseline."""
     first, best = comparison.first, comparison.best_baseline
     is_one = best is None or best is first
     also = ", also the best baseline" if best is first else ""
@@ -193,14 +193,14 @@ def _gains(title: str, comparison: Comparison, other: Row) -> Table:
 
 
 def in_words(conditions: Conditions | None) -> str:
-    """`top-2, graph, balanced`."""
+    """Conditions in words: `top-2, graph, balanced`."""
     if conditions is None:
         return ""
     return f"top-{conditions.top_k}, {how_run(conditions)}"
 
 
 def how_run(conditions: Conditions | None) -> str:
-    """`graph, balanced`."""
+    """Execution and routing in words: `graph, balanced`."""
     return "" if conditions is None else f"{conditions.execution}, {conditions.routing}"
 
 
@@ -235,7 +235,7 @@ def by_context(comparison: Comparison) -> Section:
 def _steps(
     comparison: Comparison, what: str, show: Callable[[StepsRecord], str], *, as_fits: bool = True
 ) -> list[Column[Row]]:
-    """A column for each context, and one of what fits at the longest where that is not all."""
+    """A column for each context, and one for what fits at the longest, if not all does."""
     made: list[Column[Row]] = [
         number(f"{what} at {context:,}", partial(comparison.at, context=context), show)
         for context in comparison.contexts
@@ -250,7 +250,7 @@ def _prefill(row: Row) -> Estimate | None:
 
 
 def tpot(step: StepsRecord) -> str:
-    """Milliseconds; marked where the sequences do not fit."""
+    """TPOT in milliseconds; marked where the sequences do not fit."""
     return milliseconds(step.round_s) + ("" if step.fits else BEYOND)
 
 
@@ -297,7 +297,7 @@ def _conditions(
 
 
 def _graph_against_eager(of_all: Sequence[Comparison]) -> list[str]:
-    """How much steps differ, where both are projected."""
+    """Difference of steps with and without CUDA graphs, where both are projected."""
     by_case = {
         (each.conditions.routing, each.conditions.execution): each
         for each in of_all
@@ -357,6 +357,6 @@ def memory(results: Results, comparison: Comparison) -> Section:
 
 
 def _kv_bytes(row: Row, num_seqs: int) -> float:
-    """Data-parallel ranks have sequences of their own."""
+    """Bytes of the cache on a GPU; data-parallel ranks have sequences of their own."""
     num_caches = row.record.known_layout.dp * row.record.known_layout.replicas
     return (row.record.pools[0].sequence_bytes or 0) * num_seqs / num_caches

@@ -1,4 +1,4 @@
-"""What the plots of steps have in common, whatever is compared: causes, ranks, experts, traffic."""
+"""Plots of steps, of any comparison: causes, ranks, experts, traffic."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -16,19 +16,19 @@ from expertlane.spec.names import Phase, Traffic
 
 PHASES = (Phase.DECODE, Phase.PREFILL)
 _US_PER_S = 1e6
-_UNTYPICAL = 0.25  # of the usual time
+_UNTYPICAL = 0.25  # share of the usual time by which an untypical step differs
 Named = Mapping[str, StepsRecord]
 
 
 def plot_section(
     heading: str, parts: Iterable[Words | Plot], chapter: ChapterName = "why"
 ) -> Section:
-    """Among the plots."""
+    """A section among the plots."""
     return Section(heading, tuple(parts), "plots", chapter)
 
 
 def causes(steps: Mapping[Phase, Named]) -> list[Chart]:
-    """A plot a phase: where its steps' time goes."""
+    """A plot a phase of the steps' time by cause."""
     charts = [
         causes_chart(
             of_phase,
@@ -50,7 +50,7 @@ def timelines(
     is_measured: bool = False,
     shares_cores: bool = False,
 ) -> list[Words | Plot]:
-    """A group a phase; the rest as `timelines_chart` takes it."""
+    """A group of timelines a phase; arguments as in `timelines_chart`."""
     drawn: list[Words | Plot] = []
     for phase, of_phase in steps.items():
         found = {
@@ -77,7 +77,7 @@ def timelines(
 def by_rank(
     results: Results, compared: Comparison, steps: Mapping[Phase, Named]
 ) -> list[Words | Plot]:
-    """Of those that are spoken of; the others' are in the trace."""
+    """Timelines of the deployments that sentences are about; the others' are in the trace."""
     cast = [row.label for row in spoken_of(compared, results)]
     of_cast = {
         phase: {name: step for name, step in of_phase.items() if name in cast}
@@ -92,7 +92,7 @@ def by_rank(
     rows = {row.label: row for row in compared.rows}
 
     def typical(phase: Phase, name: str) -> str:
-        """How the step that is drawn compares with those that were measured."""
+        """A note on the drawn step against the measured ones."""
         step, options = steps[phase][name], rows[name].record.known_options
         assert step.timeline is not None, "it is drawn"
         is_round = options.micro_batch_schedule == "rotating" and phase is Phase.DECODE
@@ -129,7 +129,7 @@ _Loads = Mapping[str, Sequence[Sequence[int]]]
 def experts_and_traffic(
     loads: _Loads, steps: Mapping[Phase, Named], per_node: int, of_what: str = "all steps"
 ) -> list[Words | Plot]:
-    """The load of the experts, who sends to whom, and how far tokens spread, each once."""
+    """Load of the experts, traffic between ranks, and fan-out of tokens, each distinct one once."""
     groups = alike(loads)
     if len(groups) == 1 and len(loads) > 1:
         groups = [([f"all {len(loads)} deployments"], groups[0][1])]
@@ -145,5 +145,5 @@ def experts_and_traffic(
 
 
 def fits(step: StepsRecord, between: str = "") -> str:
-    """What is said of a step whose sequences do not fit."""
+    """Words for a step whose sequences do not fit; else empty."""
     return "" if step.fits else f"{between}does not fit"

@@ -12,14 +12,14 @@ from expertlane.report.document import Answer, Figure, Report, Table, Words
 from expertlane.report.folding import folded, folded_figure, folded_table
 from expertlane.report.numbers import setting_lines
 
-_INDENT = " "  # of what stands under a heading
+_INDENT = " "  # indent below a heading
 
 
 def show_answer(report: Report, console: Console, page: Path | None) -> None:
-    """Print what fits on one screen, no wider than the console, and where the rest is.
+    """Print the answer, no wider than the console, and where the rest is.
 
     Args:
-        page: has it, beside `--full`; None where no page was written.
+        page: the page with the rest, beside `--full`; None where none was written.
     """
     draw_answer(report.answer, console)
     console.print()

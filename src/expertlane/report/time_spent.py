@@ -1,4 +1,4 @@
-"""Where the time of steps goes, how near the floor that is, and what it rests on."""
+"""Time of steps by cause, against its floor, and the evidence behind it."""
 
 from collections.abc import Sequence
 
@@ -47,7 +47,7 @@ def causes(
     steps: Sequence[tuple[str, StepsRecord]],
     more: Sequence[Column[StepsRecord]] = (),
 ) -> tuple[Table, ...]:
-    """Shares of the time, steps side by side under their names, and what else is said of them."""
+    """Shares of the time by cause, steps side by side under their names, with further columns."""
     named = dict.fromkeys(cause for _, step in steps for cause in step.breakdown_s)
     facts = [
         _due_to(cause)
@@ -59,7 +59,7 @@ def causes(
 
 
 def bottlenecks(comparison: Comparison, heading: str = "Bottlenecks") -> Section:
-    """Of real ranks: the largest part of each deployment's time, then all parts of all."""
+    """Measured: the largest part of each deployment's time, then all parts."""
     largest: tuple[Column[Row], ...] = (
         *NAMED,
         text("largest part", lambda row: row.record.bottleneck and row.record.bottleneck.sentence),
@@ -97,7 +97,7 @@ def _numbered(comparison: Comparison) -> list[tuple[str, StepsRecord]]:
 
 
 def projected_time(comparison: Comparison) -> Section:
-    """The step that is spoken of, by cause."""
+    """`Row.step` of each deployment by cause."""
     return Section(
         f"Projected: where a decode step's time goes, {comparison.context:,} tokens of context",
         (
@@ -109,7 +109,7 @@ def projected_time(comparison: Comparison) -> Section:
 
 
 def rests_on(results: Results, comparison: Comparison) -> Section:
-    """Projected: the floor, utilisation, and what the numbers rest on."""
+    """Projected: the floor, utilisation, and the evidence behind the numbers."""
     first, last = comparison.context, comparison.contexts[-1]
     columns: tuple[Column[Row], ...] = (
         NAMED[0],
@@ -138,12 +138,12 @@ def rests_on(results: Results, comparison: Comparison) -> Section:
 
 
 def over_floor(step: StepsRecord) -> float | None:
-    """How many times its floor a step takes."""
+    """A step's time over its floor."""
     return step.round_s.value / step.floor_s if step.floor_s else None
 
 
 def firmness(steps: Sequence[StepsRecord]) -> str:
-    """How much of steps' time is extrapolated."""
+    """The extrapolated share of steps' time, in a sentence."""
     shares = [step.extrapolated_share or 0.0 for step in steps]
     low, high = percent(min(shares)), percent(max(shares))
     if max(shares) == 0:

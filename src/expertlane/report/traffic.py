@@ -1,4 +1,4 @@
-"""Work, bytes and load: how far tokens spread, what is hottest, and who keeps others waiting."""
+"""Work and traffic of deployments: bytes, fan-out of tokens, hot spots and stragglers."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -128,7 +128,7 @@ _HOTTEST: tuple[Column[TrafficRecord], ...] = (
 
 
 def hot_spots(comparison: Comparison) -> Section:
-    """The short form: one line a deployment and table."""
+    """Short form: one line a deployment and table."""
     errors = tuple(
         f"#{row.number} sends hidden states as {row.record.known_options.payload}: they change by "
         f"{error_in_words(error)}."
@@ -177,7 +177,7 @@ def _straggler(traffic: TrafficRecord) -> str | None:
 
 
 def details(comparison: Comparison, ranks_per_node: int) -> tuple[Section, ...]:
-    """The long form: a section a deployment, with the matrix of who sent how much to whom."""
+    """Long form: a section a deployment, with the matrix of bytes between ranks."""
     return tuple(
         Section(
             f"Traffic of #{row.number} {row.name}, {comparison.phase}",
@@ -209,7 +209,7 @@ def _by_stage(traffic: TrafficRecord) -> Table:
 
 
 def _facts(traffic: TrafficRecord) -> Iterator[tuple[str, str]]:
-    """What the short form does not say."""
+    """Facts that the short form leaves out."""
     for link in Link:
         yield f"payload per step, {link.label}", _of_steps(traffic, link)
     if traffic.fan_out:
@@ -269,7 +269,7 @@ def _last(traffic: TrafficRecord) -> str:
 def experts_and_traffic(
     record: DeploymentRecord, steps: Sequence[tuple[str, StepsRecord]]
 ) -> Section:
-    """The section of a simulation: bytes per token, and how even the load was."""
+    """Section of a simulation: bytes per token, and balance of the load."""
     facts: list[Column[StepsRecord]] = [
         number(
             "token-expert pairs, max/mean of ranks",

@@ -1,4 +1,4 @@
-"""Which of two deployments is faster, by what factor, with which confidence, and why."""
+"""The verdict on two deployments: which is faster, by what factor, how surely, and why."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,8 +43,8 @@ class Verdict:
     Attributes:
         ratio: TPS of `one` over that of `other`; with a 90 % interval where repetitions allow one,
             on links half to twice as fast as assumed; with bounds where it is projected.
-        num_runs: repetitions of each; None of a projection.
-        steps_s: seconds of a step of each, by the times that the ratio is of.
+        num_runs: repetitions of each; None for a projection.
+        steps_s: seconds of a step of each, on the clock of the ratio.
         reasons, counter: milliseconds of a step of `one` less those of `other` by cause, of the
             causes that differ by more than their noise, or of all where that is not known, and by
             0.5 % of the step: those that make the ratio, and those that go against it; the
@@ -61,7 +61,7 @@ class Verdict:
 
     @property
     def slower_and_faster(self) -> tuple[Row, Row]:
-        """By the ratio of this source, whichever the verdict goes by."""
+        """The two in this order by the ratio, whichever the verdict is about."""
         return (self.other, self.one) if self.ratio.value >= 1 else (self.one, self.other)
 
     @property
@@ -73,12 +73,12 @@ class Verdict:
 
     @property
     def has_interval(self) -> bool:
-        """Whether it is known how sure the ratio is."""
+        """True if the ratio has an interval or bounds."""
         return self.ratio.low is not None
 
     @property
     def is_told_apart(self) -> bool:
-        """Whether the interval of the ratio leaves out 1."""
+        """True if the interval of the ratio leaves out 1."""
         return is_told_apart(self.ratio, 1.0)
 
 
@@ -88,7 +88,7 @@ class Factor:
 
     Attributes:
         other: name of the other in the sentence.
-        ratio: as `Verdict` has it.
+        ratio: as in `Verdict`.
         depends_on_links: true if the ratio is decided for the assumed links, but not for all links
             half to twice as fast.
     """
@@ -188,7 +188,7 @@ def spoken_of(comparison: Comparison, results: Results) -> list[Row]:
 
 
 def _reasons(causes_ms: Mapping[str, Estimate], ratio: Estimate) -> tuple[_Causes, _Causes]:
-    """Those that go the way of the ratio, and the others."""
+    """Causes with the sign of the ratio, and the others."""
     ordered = sorted(causes_ms.items(), key=lambda item: -abs(item[1].value))
     saved, added = (tuple(each for each in ordered if each[1].value * sign > 0) for sign in (-1, 1))
     return (saved, added) if ratio.value >= 1 else (added, saved)
@@ -283,7 +283,7 @@ def _alone(comparison: Comparison, where: str) -> str:
 
 
 def verdict(comparison: Comparison, results: Results) -> tuple[str, ...]:
-    """The paragraphs on top: which is faster, and why; then what else a reader must know of it."""
+    """Paragraphs on top: which is faster and why; then cautions."""
     judged, first = judge(comparison), headline(comparison, results)
     if judged is None:
         return (first,)
@@ -309,12 +309,12 @@ def _clock(comparison: Comparison, results: Results) -> str:
 
 
 def in_wall_time(wall: Comparison, results: Results) -> str:
-    """The same two deployments on this machine as it is, and which clock says what."""
+    """The verdict on the same two in wall time, and which clock answers what."""
     return "" if judge(wall) is None else f"{headline(wall, results)} {which_clock(results)}"
 
 
 def which_clock(results: Results) -> str:
-    """Which clock to believe for which question, where there are two."""
+    """Which clock answers which question, where there are two."""
     virtual, machine = results.virtual_time, results.machine
     if virtual is None or machine is None:
         return ""
@@ -336,7 +336,7 @@ def _links(virtual: VirtualTime) -> str:
 
 
 def _numbers(comparison: Comparison, judged: Verdict) -> str:
-    """Both rates and latencies."""
+    """TPS and latency of both, in words."""
     one, other = judged.one, judged.other
     return (
         f"{figures(one.tps)} against {figures(other.tps)} tok/s; {comparison.latency_name} "
@@ -345,7 +345,7 @@ def _numbers(comparison: Comparison, judged: Verdict) -> str:
 
 
 def why(comparison: Comparison, judged: Verdict) -> str:
-    """How the step of the one differs, each cause with its sign, no more than is sure."""
+    """Difference of the two steps in words, each cause with its sign, no more than is sure."""
     one, other = judged.one, judged.other
     step = "a decode step" if comparison.phase is Phase.DECODE else "the prefill"
     if comparison.context is not None:
@@ -378,7 +378,7 @@ def _listed(causes_ms: Sequence[tuple[str, Estimate]]) -> str:
 
 
 def _by_link_speed(results: Results, comparison: Comparison, judged: Verdict) -> str:
-    """The same two deployments on faster and slower links."""
+    """The two deployments' ratio on faster and slower links, in words."""
     virtual = results.virtual_time
     if virtual is None or not virtual.speeds:
         return ""
@@ -397,7 +397,7 @@ def _by_link_speed(results: Results, comparison: Comparison, judged: Verdict) ->
 
 
 def _by_context(comparison: Comparison, judged: Verdict) -> str:
-    """What the one has over the other from the shortest to the longest context."""
+    """Ratio of the two from the shortest to the longest context, in words."""
     contexts = comparison.contexts
     if len(contexts) < 2:
         return ""
@@ -451,7 +451,7 @@ def _otherwise_routed(results: Results, comparison: Comparison) -> str:
 
 
 def _by_critical_path(judged: Verdict) -> str:
-    """The same two by critical-path CPU time; it may say the contrary."""
+    """The two by critical-path CPU time, which may contradict the verdict."""
     one, other = judged.one, judged.other
     tps, tps_of_other = one.critical_path_tps, other.critical_path_tps
     if not tps or not tps_of_other:
@@ -464,7 +464,7 @@ def _by_critical_path(judged: Verdict) -> str:
 
 
 def rounding(rows: Sequence[Row]) -> Iterator[str]:
-    """One sentence for each that rounds more than others: it is not the same computation."""
+    """A sentence for each that rounds more than the others: its computation differs."""
     rounded = [row.record.options.rounded if row.record.options else () for row in rows]
     for row, numbers in zip(rows, rounded, strict=True):
         if numbers and len(set(rounded)) > 1:

@@ -1,4 +1,4 @@
-"""Checks of results that are read: each kind must have what its reports rely on.
+"""Checks of results read from files: each kind must have the fields that its reports use.
 
 Types and ranges of single fields are checked where the fields are declared. Here are the rules for
 several fields or records together, and for `question`, a table of what was asked for; keys of it
@@ -179,7 +179,7 @@ def _check_roles(results: Results) -> None:
 
 
 def _check_record(results: Results, record: DeploymentRecord) -> None:
-    """Refuse a record that lacks fields which records of its kind and roles have."""
+    """Refuse a record without the fields that records of its kind and roles have."""
     is_compared = results.kind == "comparison"
     is_shown = EXPERIMENT in record.roles and record.source != "reported"
     is_chosen = results.kind == "simulation" or (results.kind == "plan" and BEST in record.roles)

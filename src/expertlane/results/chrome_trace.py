@@ -1,4 +1,4 @@
-"""Steps as a Chrome trace: what every rank did when, to look at in Perfetto or chrome://tracing.
+"""Chrome traces of steps: the time of every rank, for Perfetto or chrome://tracing.
 
 A process for every rank, with a row for each `Track`. Measured steps show a rank's own work on the
 compute row and its waits for others on the network row; modelled ones show the transfers there.
@@ -16,7 +16,7 @@ from expertlane.spec.names import Stage, Track
 
 _TRACKS = list(Track)
 _US_PER_S = 1e6
-_DIGITS = 3  # of microseconds
+_DIGITS = 3  # decimals of microseconds
 
 
 def write_traces(traces: Mapping[str, Sequence[StepRecord]], folder: Path) -> list[Path]:
@@ -62,7 +62,7 @@ def to_json(steps: Sequence[StepRecord]) -> str:
 
 
 def _names(rank: int) -> Iterator[dict[str, Any]]:
-    """What viewers call a rank and its rows, and in which order they stand."""
+    """Metadata events: names of a rank and its rows, and their order."""
     place = {"ph": "M", "pid": rank}
     yield place | {"name": "process_name", "args": {"name": f"rank {rank}"}}
     yield place | {"name": "process_sort_index", "args": {"sort_index": rank}}

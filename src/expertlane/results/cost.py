@@ -1,4 +1,4 @@
-"""What tokens cost, by the price of a device."""
+"""Dollars for a million tokens, by the price of a device."""
 
 from dataclasses import replace
 
@@ -11,13 +11,13 @@ _MILLION, _S_PER_HOUR = 1e6, 3600
 
 
 def with_costs(results: Results, usd_per_hour: float) -> Results:
-    """The same, each load with its dollars for a million tokens.
+    """The results with each load's dollars for a million tokens.
 
     Devices that a deployment leaves idle are not counted. On CPUs, and of a server seen from
     outside, the price is of all that ran.
 
     Args:
-        usd_per_hour: of one device; kept as the question's `price`.
+        usd_per_hour: price of one device; kept as the question's `price`.
     """
 
     def priced(record: DeploymentRecord) -> DeploymentRecord:
@@ -55,7 +55,7 @@ def with_costs(results: Results, usd_per_hour: float) -> Results:
 
 
 def _total_tps(serving: ServingRecord, results: Results) -> Estimate | None:
-    """Of a plan, whose sequences are all alike, by their lengths."""
+    """Total tokens/s; of a plan, from its output by the ratio of lengths, which are all alike."""
     if serving.total_tps is not None or results.kind != "plan":
         return serving.total_tps
     workload: dict[str, int] = results.question["workload"]

@@ -1,7 +1,7 @@
-"""What changed from one file of results to another: deployment by deployment, load by load."""
+"""Differences of two files of results, by deployment and load, and of what they were made under."""
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from math import comb, exp, hypot, log
 from typing import Any, Literal
 
@@ -17,9 +17,53 @@ from expertlane.results.record import (
 )
 from expertlane.results.results import FOREIGN_LOAD, Results
 from expertlane.results.serving_record import ServingRecord
-from expertlane.results.settings import different_settings
 from expertlane.results.statistics import LEAST_RUNS, median_interval
 from expertlane.results.table import Row, flat
+
+_MISSING = "—"
+
+
+def different_settings(first: Results, second: Results) -> Iterator[tuple[str, str, str]]:
+    """Settings that differ, deployments aside: name, and the value in each of the two."""
+    here, there = _setting(first), _setting(second)
+    for name in [*here, *(each for each in there if each not in here)]:
+        values = [each.get(name, _MISSING) for each in (here, there)]
+        if values[0] != values[1]:
+            yield name, values[0], values[1]
+
+
+_DEPLOYMENTS = ("experiment.deployments", "experiment.scaling", "experiment.name", "traffic")
+_OF_MACHINE = ("cpu_name", "device", "num_cores", "dtype", "kernels", "backend")
+
+
+def _setting(results: Results) -> dict[str, str]:
+    """Settings shared by all deployments, by name."""
+    found = {
+        name.removeprefix("experiment."): value
+        for name, value in _leaves(results.question)
+        if not name.startswith(_DEPLOYMENTS)
+    }
+    found["expertlane"] = results.versions.expertlane
+    found["torch"] = results.versions.torch or _MISSING
+    if results.machine is not None:
+        found |= {f"machine.{each}": str(getattr(results.machine, each)) for each in _OF_MACHINE}
+    if results.cluster is not None:
+        found["cluster"] = results.cluster.name
+    if results.virtual_time is not None:
+        found["links"] = results.virtual_time.links or "none"
+    conditions = {each.conditions for each in results.select("projected")}
+    if len(conditions) == 1 and (only := conditions.pop()) is not None:
+        found |= {name: str(value) for name, value in asdict(only).items()}
+    return found
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", _MISSING if value is None else str(value)
+
 
 Verdict = Literal["faster", "slower", "not significant", "identical", "only in A", "only in B"]
 _AS_SCREENED = {FAMILY, PARETO}  # of plans: the same deployments once more, less exactly
@@ -44,8 +88,8 @@ class Change:
     """One metric of one deployment in A and in B.
 
     Attributes:
-        where: of steps the phase, else the load.
-        metric: what is compared, with its unit.
+        where: phase of a step, or the load.
+        metric: name of the metric, with its unit.
         before, after: in A and in B; None where it has none.
         ratio: B over A, with the interval of the ratio where both have one.
         gain: relative change for the better, below 0 for the worse; None where one is missing.
@@ -65,13 +109,13 @@ class Change:
     is_noise_known: bool = True
 
     def row(self) -> Row:
-        """The same as cells of a table."""
+        """The change as cells of a table."""
         return {
             cell: value for name in _ROW for cell, value in flat(name, getattr(self, name)).items()
         }
 
     def is_worse(self, threshold: float) -> bool:
-        """Whether it is slower by more than a share, and by more than the noise that is known."""
+        """True if it is worse by more than `threshold`, and by more than its known noise."""
         return self.verdict == "slower" and self.gain is not None and self.gain < -threshold
 
 
@@ -80,15 +124,15 @@ _ROW = [each.name for each in fields(Change)]
 
 @dataclass(frozen=True)
 class Difference:
-    """All that changed from A to B.
+    """All changes from A to B.
 
     Attributes:
-        names: how A and B are called.
-        settings: what was not the same beside the deployments: its name, and what A and B have.
+        names: names of A and B.
+        settings: settings that differ, deployments aside: name, and values in A and B.
         leading: the source whose changes count.
-        changes: of that source; `others` are those of the others.
+        changes: changes of that source; `others` are those of the others.
         threshold: the share by which a metric may get worse.
-        foreign_cpu_shares: of the cores, what other processes used while A and B ran.
+        foreign_cpu_shares: shares of the cores used by other processes while A and B ran.
         strict: whether changes that are not trustworthy count as regressions too.
     """
 
@@ -104,7 +148,7 @@ class Difference:
 
     @property
     def is_busy(self) -> bool:
-        """Whether other processes may have caused what changed; never of projections."""
+        """True if other processes may have caused changes; never for projections."""
         return self.leading in RUN and max(self.foreign_cpu_shares) >= FOREIGN_LOAD
 
     @property
@@ -114,7 +158,7 @@ class Difference:
 
     @property
     def has_few_pairs(self) -> bool:
-        """Whether most metrics have no partner, so that what the others say is no verdict.
+        """True if most metrics have no partner, so that the others give no verdict.
 
         Of plans the first choices are always compared; the others come and go.
         """
@@ -122,7 +166,7 @@ class Difference:
 
     @property
     def regressions(self) -> tuple[Change, ...]:
-        """What got worse beyond the threshold and its noise, and is trustworthy; worst first.
+        """Changes for the worse beyond threshold and noise that are trustworthy; worst first.
 
         Trustworthy: on a quiet machine, with enough repetitions to know the noise. If `strict`,
         the others count as well.
@@ -131,7 +175,7 @@ class Difference:
 
     @property
     def untrusted(self) -> tuple[Change, ...]:
-        """What got worse beyond the threshold and is no regression, as it is not trustworthy."""
+        """Changes for the worse beyond the threshold that are not trusted, so no regressions."""
         return tuple(each for each in self._worse if not self.strict and not self._is_trusted(each))
 
     @property
@@ -153,7 +197,7 @@ def difference(
     """Compare B with A.
 
     Args:
-        names: how they are called.
+        names: names of the two.
         threshold: the share by which a metric may get worse before it is a regression.
         strict: whether changes that are not trustworthy count as regressions too.
 
@@ -248,7 +292,7 @@ def _record_pairs(first: Results, second: Results) -> Iterator[_Pair]:
 def _pairs(
     first: Sequence[Any], second: Sequence[Any], key: Callable[[Any], Hashable]
 ) -> Iterator[tuple[Any, Any]]:
-    """Those with the same key, in order; a sole one with a sole one whatever their keys."""
+    """Pairs with equal keys, in order; single items are paired whatever their keys."""
     if len(first) == len(second) == 1:
         yield first[0], second[0]
         return
@@ -272,8 +316,8 @@ class _Metric:
     """One metric of a pair.
 
     Attributes:
-        before, after: with bounds that are 90 % intervals or, of fewer than `LEAST_RUNS`
-            repetitions, the range.
+        before, after: bounds are 90 % intervals, or the range for fewer than `LEAST_RUNS`
+            repetitions.
         num_runs: repetitions of each; 1 where nothing was repeated.
     """
 
@@ -285,7 +329,7 @@ class _Metric:
 
 
 def _metrics(first: DeploymentRecord | None, second: DeploymentRecord | None) -> Iterator[_Metric]:
-    """Of requests under load where there are any, else of steps."""
+    """Metrics of requests under load if there are any, else of steps."""
     records = first, second
     key: Callable[[Any], Hashable]
     name: Callable[[Any], str]
@@ -320,7 +364,7 @@ def _load(record: ServingRecord) -> str:
 
 
 def _steps(record: StepsRecord) -> Hashable:
-    """Measured sequences add up over repetitions, projected ones are of one step."""
+    """The key of a step; sequences of measured ones add up over repetitions, so are left out."""
     num_seqs = None if record.context is None else record.num_seqs
     return record.phase, record.pool, record.context, num_seqs
 
@@ -332,7 +376,7 @@ def _where(record: StepsRecord) -> str:
 
 
 def _tps(record: StepsRecord) -> Estimate:
-    """Tokens a second with bounds, of a projection its own."""
+    """Tokens/s with bounds; a projection has its own."""
     runs = record.tps_of_runs
     if record.tps.low is not None or len(runs) < 2:
         return record.tps

@@ -31,7 +31,7 @@ class Estimate(Strict):
 
     @classmethod
     def between(cls, bounds: Iterable[float]) -> "Estimate":
-        """What all terms at their low, likely and high values give, whichever is largest."""
+        """The estimate from all terms at their low, likely and high values, ordered."""
         first, likely, last = map(float, bounds)
         return cls(likely, min(first, likely, last), max(first, likely, last))
 
@@ -47,7 +47,7 @@ class Estimate(Strict):
         return low, self.value, high
 
     def bounded_by(self, factors: tuple[float, float], *, alone: bool = False) -> "Estimate":
-        """With bounds at least at these multiples of the value, below and above it.
+        """The value with bounds at least as wide as these multiples of it.
 
         Args:
             alone: replaces wider bounds too.
@@ -59,23 +59,23 @@ class Estimate(Strict):
         return Estimate(value, min(low, least), max(high, most))
 
     def not_below(self, least: float) -> "Estimate":
-        """With a low bound of at least this, or the value where that is less."""
+        """The estimate with a low bound of at least `least`, or its value where that is less."""
         if self.low is None or self.low >= least:
             return self
         return Estimate(self.value, min(least, self.value), self.high)
 
     def __mul__(self, factor: float) -> "Estimate":
-        """Scaled by a factor above 0."""
+        """The estimate times a factor above 0."""
         low, high = (None if each is None else each * factor for each in (self.low, self.high))
         return Estimate(self.value * factor, low, high)
 
     def __truediv__(self, divisor: float) -> "Estimate":
-        """Divided by a divisor above 0."""
+        """The estimate over a divisor above 0."""
         low, high = (None if each is None else each / divisor for each in (self.low, self.high))
         return Estimate(self.value / divisor, low, high)
 
     def __rtruediv__(self, amount: float) -> "Estimate":
-        """An amount over times, for example: a rate, whose bounds come the other way round."""
+        """An amount over the estimate, with bounds the other way round: a rate from a time."""
         low, high = (None if each is None else amount / each for each in (self.high, self.low))
         return Estimate(amount / self.value, low, high)
 
@@ -90,7 +90,7 @@ Above0 = Annotated[Estimate, Valid(lambda estimate: min(estimate.bounds) > 0, "a
 
 @dataclass(frozen=True)
 class Summary(Strict):
-    """A summary of many values; None what is not known of them."""
+    """Statistics of many values; None for unknown ones."""
 
     mean: Estimate | None = None
     median: Estimate | None = None
@@ -101,7 +101,7 @@ class Summary(Strict):
     def of(cls, values: Sequence[float] | npt.NDArray[np.float64]) -> "Summary | None":
         """Summarise measured values [n], or projected ones [n, 3], at their low, likely and high.
 
-        None of no values.
+        None for no values.
         """
         if not len(values):
             return None
@@ -109,12 +109,12 @@ class Summary(Strict):
         return cls(*map(Estimate.of, (np.mean(values, axis=0), *percentiles)))
 
     def bounded_by(self, factors: tuple[float, float], *, alone: bool = False) -> "Summary":
-        """Each statistic, bounded likewise."""
+        """Each statistic with bounds as in `Estimate.bounded_by`."""
         values = (self.mean, self.median, self.p95, self.p99)
         return Summary(*(each and each.bounded_by(factors, alone=alone) for each in values))
 
     def not_below(self, least: float) -> "Summary":
-        """With low bounds of at least this."""
+        """Each statistic with a low bound of at least `least`."""
         values = (self.mean, self.median, self.p95, self.p99)
         return Summary(*(each and each.not_below(least) for each in values))
 

@@ -48,7 +48,7 @@ def read(path: Path, kind: Kind | None = None) -> Results:
     """Read a `results.json`, or that of a folder.
 
     Args:
-        kind: the only one that is taken; records of other kinds lack some parts. None takes any.
+        kind: the only kind accepted; None accepts any.
 
     Raises:
         UserError: the file is missing or damaged, of no known or another kind or schema version,
@@ -66,7 +66,7 @@ def read(path: Path, kind: Kind | None = None) -> Results:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    """What a results file says, its kind and version checked and nothing else."""
+    """The table of a results file, only its kind and version checked."""
     data = read_json(path, RESULTS_BYTES)
     if not isinstance(data, dict) or "schema_version" not in data:
         raise UserError(f"{path} is not a results file: it has no schema_version")

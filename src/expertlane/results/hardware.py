@@ -10,10 +10,10 @@ class MachinePeak(Strict):
     """Measured peak rates of the whole machine, all its cores or devices together.
 
     Attributes:
-        gemm_flops_per_s: of a large matrix product in `dtype`.
-        read_bytes_per_s: of reading memory too large for any cache.
-        num_units, unit: how many cores or GPUs the measurement used.
-        dtype: of the matrix product, for example `float32`.
+        gemm_flops_per_s: rate of a large matrix product in `dtype`.
+        read_bytes_per_s: rate of reading memory too large for any cache.
+        num_units, unit: cores or GPUs that the measurement used: number and kind.
+        dtype: number type of the matrix product, for example `float32`.
     """
 
     gemm_flops_per_s: float
@@ -31,11 +31,11 @@ class Machine(Strict):
         device: `cpu`, or the name of the accelerator.
         num_cores: cores the ranks may use, of all hosts.
         num_idle_gpus: GPUs that were not used, because there are fewer than ranks.
-        memory_bytes: of the machine.
-        num_ranks: of the largest deployment.
+        memory_bytes: memory of the machine.
+        num_ranks: ranks of the largest deployment.
         ranks_per_node: consecutive ranks whose traffic counts as inside a node.
-        backend: of the collectives, for example `shared_memory`.
-        dtype: of weights and activations.
+        backend: transport of the collectives, for example `shared_memory`.
+        dtype: number type of weights and activations.
         kernels: what computes: `expertlane (avx2)` for our own CPU kernels with that instruction
             set, else `torch`, with the reason where ours would have been better.
         peak: None where no utilisation is given.
@@ -55,26 +55,26 @@ class Machine(Strict):
 
     @property
     def ranks_per_core(self) -> float:
-        """Above 1, ranks take turns."""
+        """Ranks over cores; above 1, ranks take turns."""
         return self.num_ranks / self.num_cores
 
     def is_oversubscribed_by(self, num_ranks: int) -> bool:
-        """Whether so many ranks share cores that each of them needs for its computations."""
+        """True if `num_ranks` ranks share cores that each of them needs to compute."""
         return self.device == "cpu" and num_ranks > self.num_cores
 
     @property
     def is_oversubscribed(self) -> bool:
-        """Whether the largest deployment has more ranks than cores."""
+        """True if the largest deployment's ranks share cores."""
         return self.is_oversubscribed_by(self.num_ranks)
 
 
 @dataclass(frozen=True)
 class LinkSpeed(Strict):
-    """The decode throughput of an experiment's deployments on links of one speed.
+    """Decode throughput of an experiment's deployments on links of one speed.
 
     Attributes:
         scale: factor of the time that the profile gives for transfers; 0: they take no time.
-        tps: of each deployment that decodes, in the experiment's order.
+        tps: tokens/s of each deployment that decodes, in the experiment's order.
     """
 
     scale: float
@@ -83,12 +83,12 @@ class LinkSpeed(Strict):
 
 @dataclass(frozen=True)
 class VirtualTime(Strict):
-    """What virtual time assumes about links.
+    """Assumptions of virtual time about links.
 
     Attributes:
         links: name of the profile of the links; None where transfers take no time.
         scale: factor of the time that the profile gives for transfers.
-        byte_scale: factor of the bytes that were sent, before the profile is applied.
+        byte_scale: factor of the bytes sent, before the profile is applied.
         speeds: decode throughput by the speed of the links.
     """
 
@@ -100,10 +100,10 @@ class VirtualTime(Strict):
 
 @dataclass(frozen=True)
 class Judged(Strict):
-    """How far projections of a kind were off where they were held against measurements.
+    """Error of projections of a kind, as judged against measurements.
 
     Attributes:
-        what: what was projected and measured.
+        what: the projected and measured kind, in words.
         median_error: median size of the difference, as a share of what was measured.
     """
 
@@ -124,8 +124,8 @@ class KnownError(Strict):
     """Measured over projected in the nearest measured kind: the 5th and 95th percentile.
 
     Attributes:
-        what, num_rows: that kind in words, and the number of its rows.
-        tpot, output, ttft: of TPOT, of output throughput and of TTFT; low ≤ 1 ≤ high.
+        what, num_rows: the measured kind in words, and the number of its rows.
+        tpot, output, ttft: ratios of TPOT, of output throughput and of TTFT; low ≤ 1 ≤ high.
         is_own_kind: whether model, card, types, framework, pools and drafts are those of the
             projection.
     """
@@ -145,13 +145,13 @@ class KnownError(Strict):
 
 @dataclass(frozen=True)
 class Cluster(Strict):
-    """What was modelled; figures are of one device's datasheet.
+    """The modelled cluster; figures are from one device's datasheet.
 
     Attributes:
-        name: as `--cluster` takes it.
-        flops_per_s: dense, in the type of weights.
-        framework: whose corrections were taken; "" for none that is known.
-        judged: how far off projections of such a kind were; None where none was judged.
+        name: name that `--cluster` takes.
+        flops_per_s: dense peak for the type of weights.
+        framework: framework whose corrections were used; "" for none.
+        judged: errors of projections of this kind; None if it was not judged.
         nearest: errors of the nearest measured kind, which bounds of throughput and latency are no
             narrower than; None where the profile was measured on the machine itself.
     """

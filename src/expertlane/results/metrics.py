@@ -1,4 +1,4 @@
-"""From finished steps, or the requests of a load, to a record: speed, counts, where time goes."""
+"""Records from finished steps, or from the requests of a load: speed, counts, time by cause."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -73,13 +73,13 @@ def phase_record(
 
 
 def first_run(steps: Sequence[StepRecord]) -> list[StepRecord]:
-    """Those of the first repetition: what is counted of it can be set against any other's."""
+    """Steps of the first repetition, which every deployment has, so that counts compare."""
     first = min((step.run for step in steps), default=0)
     return [step for step in steps if step.run == first]
 
 
 def speed_of_runs(layout: Layout, steps: Sequence[StepRecord]) -> list[StepsRecord]:
-    """Throughput, latency and where the time goes, of each run of one phase by itself."""
+    """Throughput, latency and time by cause, of each run of one phase by itself."""
     found = []
     for run in sorted({step.run for step in steps}):
         of_run = [step for step in steps if step.run == run]
@@ -137,7 +137,7 @@ def latency(steps: Sequence[StepRecord]) -> StepsRecord:
 
 
 def _token_times(steps: Sequence[StepRecord], start_s: float) -> list[list[float]]:
-    """When each sequence began, then when each of its tokens came."""
+    """The begin of each sequence, then the time of each of its tokens."""
     times: defaultdict[int, list[float]] = defaultdict(lambda: [start_s])
     for step in sorted(steps, key=lambda step: step.finished_s):
         for seq in step.seq_ids:
@@ -176,8 +176,8 @@ class ServedRequest(Generic[TimeT]):
     """A request and when its tokens came, all on one clock.
 
     Attributes:
-        due_s: when it arrived; in a closed loop, when there was room for it.
-        token_times_s: of each step that gave it a token or more.
+        due_s: arrival time; in a closed loop, when there was room for it.
+        token_times_s: times of the steps that gave it a token or more.
         num_cached_tokens: prompt tokens found in the prefix cache; simulated requests only.
     """
 
@@ -190,7 +190,7 @@ class ServedRequest(Generic[TimeT]):
 
     @property
     def ttft_s(self) -> TimeT:
-        """From when it was due to its first token, which its prompt's last step computes.
+        """Time from when it was due to its first token, which its prompt's last step computes.
 
         Where another pool decodes, it is sent when the request's first step there begins.
         """
@@ -205,18 +205,18 @@ class ServedRequest(Generic[TimeT]):
 
     @property
     def itl_s(self) -> npt.NDArray[np.float64]:
-        """[n] or [n, 3]; between successive steps that gave it tokens."""
+        """[n] or [n, 3]; times between successive steps that gave it tokens."""
         return np.diff(np.array(self.token_times_s), axis=0)
 
     @property
     def e2e_s(self) -> TimeT:
-        """From when it was due to its last token."""
+        """Time from when it was due to its last token."""
         return self.token_times_s[-1] - self.due_s
 
     def meets(self, slo: SLO) -> Any:
-        """Whether its own latency is within the limit, a bool or [3] of them.
+        """True if its own latency is within the limit, a bool or [3] of them.
 
-        True where it has none: of one token there is no TPOT.
+        True where it has no such latency: one token has no TPOT.
         """
         own: Any = getattr(self, f"{slo.metric}_s")
         if slo.metric == "itl":
@@ -261,7 +261,7 @@ PERCENTILES = {"median": 50, "p90": 90, "p95": 95, "p99": 99}
 
 
 def _statistic(values: Any, statistic: Statistic) -> Any:
-    """Of [n] values a number, of [n, 3] one for each bound."""
+    """A number from [n] values; from [n, 3], one for each bound."""
     if statistic == "mean":
         return np.mean(values, axis=0)
     return np.percentile(values, PERCENTILES[statistic], axis=0)
@@ -273,7 +273,7 @@ def serving_record(
     """Throughput and latency of a load, measured or projected.
 
     Args:
-        num_failed: further requests, none of them good.
+        num_failed: further requests that failed, none of them good.
     """
     due_s = np.array([each.due_s for each in served])
     last_s = np.array([each.token_times_s[-1] for each in served])

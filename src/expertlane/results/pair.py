@@ -17,7 +17,7 @@ class PairRecord(Strict):
     Estimates have 90 % intervals (`results.statistics`), or none of too few repetitions.
 
     Attributes:
-        source: of the numbers; the pair is the same for all sources.
+        source: source of the numbers; the pair is the same for all sources.
         name: the deployment that the first sentence is about.
         other: the deployment that it is compared with.
         num_runs: repetitions of each.
@@ -38,7 +38,7 @@ class PairRecord(Strict):
 
     @property
     def is_significant(self) -> bool:
-        """Whether the interval of the ratio leaves out 1."""
+        """True if the interval of the ratio leaves out 1."""
         return is_told_apart(self.ratio, 1.0)
 
 
@@ -49,7 +49,7 @@ def choose_compared(records: Sequence[DeploymentRecord], tps: Sequence[float]) -
 
     Args:
         records: in the experiment's order.
-        tps: of each.
+        tps: tokens/s of each record.
 
     Returns:
         Empty for a single deployment.

@@ -1,4 +1,4 @@
-"""What a rank has done since it was first asked: totals that grow while it serves."""
+"""Totals of a rank since the first request for them; they grow while it serves."""
 
 from dataclasses import dataclass
 
@@ -11,18 +11,18 @@ class RankTotals:
     """Totals of one rank, E of whose experts have had tokens.
 
     Attributes:
-        num_steps: that it took part in.
+        num_steps: steps that it took part in.
         spent_ns: [num_stages]; wall time, waits included.
         waited_ns: [num_stages]; the part of it spent waiting for other ranks.
         experts: [E]; logical experts that it computed in any layer.
         num_tokens: [num_layers, E]; token-expert pairs that it computed; zero where another rank
             of its expert tensor-parallel group reports them.
-        sent_bytes: [num_links]; sent to other ranks, weights of experts that moved included.
-        overlapped_ns: of transfers within steps and a pipeline stage, from their begin until their
-            result was needed.
-        exposed_ns: of the same, the wait for their result.
-        num_pairs_saved: as of `RankCounts`.
-        copies_ns: processor time of what saved them.
+        sent_bytes: [num_links]; bytes sent to other ranks, weights of moved experts included.
+        overlapped_ns: time of transfers within steps and a pipeline stage, from their begin
+            until their result was needed.
+        exposed_ns: waiting time for the results of these transfers.
+        num_pairs_saved: see `RankCounts`.
+        copies_ns: processor time of sharing pairs among copies.
     """
 
     num_steps: int
@@ -37,13 +37,13 @@ class RankTotals:
     copies_ns: int
 
     def nothing(self) -> "RankTotals":
-        """Of a rank of the same model that has done nothing."""
+        """Totals of an idle rank of the same model."""
         none = self.experts[:0], self.num_tokens[:, :0], np.zeros_like(self.sent_bytes)
         times = np.zeros_like(self.spent_ns), np.zeros_like(self.waited_ns)
         return RankTotals(0, *times, *none, 0, 0, 0, 0)
 
     def __add__(self, other: "RankTotals") -> "RankTotals":
-        """What both have done, as of a rank and the one that it replaced."""
+        """The sum of two totals, as of a rank and the one that it replaced."""
         experts = np.union1d(self.experts, other.experts)
         num_tokens = np.zeros((len(self.num_tokens), len(experts)), dtype=np.int64)
         for each in (self, other):

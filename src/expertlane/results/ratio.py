@@ -1,4 +1,4 @@
-"""How two servers differ that were measured in turns under the same load."""
+"""Ratios of two servers that were measured in turns under the same load."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,9 @@ class RatioRecord(Strict):
     """One metric of one server over another's.
 
     Attributes:
-        name, other: of the deployments.
-        load: as a report calls it.
-        metric: with its statistic.
+        name, other: names of the deployments.
+        load: the load, as in reports.
+        metric: name of the metric and its statistic.
         num_rounds: pairs of rounds.
         ratio: the median over pairs, with its 90 % interval where there are enough.
     """
@@ -30,10 +30,10 @@ class RatioRecord(Strict):
 
     @property
     def is_significant(self) -> bool:
-        """Whether the interval leaves out 1."""
+        """True if the interval leaves out 1."""
         return is_told_apart(self.ratio, 1.0)
 
     @property
     def is_better(self) -> bool:
-        """Whether the first server's is the better one."""
+        """True if the first server's metric is the better one."""
         return (self.ratio.value > 1) == (self.metric in HIGHER_IS_BETTER)

@@ -96,11 +96,11 @@ class StepsRecord(Strict):
         floor_s: of a round or simulated step (mean): bytes of weights, keys and values over memory
             bandwidth or FLOPs over peak, the larger, of the busiest rank: no deployment of this
             layout is faster.
-        flops_utilisation, read_utilisation: of peak FLOP/s and of memory bandwidth.
+        flops_utilisation, read_utilisation: shares of peak FLOP/s and of memory bandwidth.
         flops, weight_bytes, num_collectives: by stage; those where anything was counted.
         kv_bytes: keys and values read.
-        most_weight_bytes: what the rank that reads most weights reads of them in a round.
-        active_expert_share: of the experts of a layer, those with a token in a step; mean.
+        most_weight_bytes: bytes of weights read in a round by the rank that reads most.
+        active_expert_share: share of a layer's experts with a token in a step; mean.
         stage_s: by stage; [num_ranks]; without waiting and bubbles.
         waiting_s, bubble_s: [num_ranks]; for other ranks, and for other pipeline stages.
         basis_shares: of the time of operations and transfers by what it rests on: measured,
@@ -167,10 +167,10 @@ class PoolRecord(Strict):
     """Ranks that serve together: bytes of the fullest, and what they had room for.
 
     Attributes:
-        kv_bytes: of the whole cache as it is laid out.
-        activation_bytes: of the largest step.
+        kv_bytes: bytes of the whole cache as it is laid out.
+        activation_bytes: activations of the largest step.
         sequence_bytes: keys and values of one sequence at its full length.
-        allowed_bytes: what a rank may take of `device_bytes`.
+        allowed_bytes: bytes of `device_bytes` that a rank may take.
         num_resident: sequences of full length that fit at once, over the whole pool; 0 where not
             even the weights fit.
         num_slots_per_rank: experts of a layer, copies included, on a rank.
@@ -192,7 +192,7 @@ class PoolRecord(Strict):
 
 @dataclass(frozen=True)
 class HeldRecord(Strict):
-    """What one rank held in memory.
+    """Memory held by one rank.
 
     Attributes:
         num_experts_per_layer: [num_layers]; experts of which it holds all or a part.
@@ -209,8 +209,8 @@ class Bottleneck(Strict):
     """The largest part of a step, and the rank the others wait for, if one stands out.
 
     Attributes:
-        share: of the wall time, mean over ranks.
-        sentence: the same for a reader.
+        share: share of the wall time, mean over ranks.
+        sentence: cause, share and straggler in words.
     """
 
     phase: Phase
@@ -233,11 +233,11 @@ class RebalanceRecord(Strict):
         switched: the step before which experts were in their new places; None where they stayed,
             or the work ended first.
         gain_s, cost_s: predicted, over as many steps as the decision was taken by.
-        num_bytes: of weights to move.
-        paid_s: by which the moves held steps up; None where they did not end.
-        predicted_before, predicted_after: load, if tokens came evenly from all ranks.
-        load_before, load_after: as counted; None after where nothing was switched.
-        experts_s_before, experts_s_after: a step.
+        num_bytes: bytes of weights to move.
+        paid_s: seconds by which the moves held steps up; None where they did not end.
+        predicted_before, predicted_after: load, if all ranks sent tokens evenly.
+        load_before, load_after: counted loads; after is None where nothing was switched.
+        experts_s_before, experts_s_after: seconds a step.
     """
 
     replica: int
@@ -261,8 +261,8 @@ class CopyRecord(Strict):
 
     Attributes:
         step: after which it was taken.
-        num_saved: pairs that the fullest rank of each layer is spared in a step, added up.
-        gain_s, cost_s: of a step: what these pairs take a rank, and what sharing takes it.
+        num_saved: pairs a step that balancing takes off the fullest rank of each layer, summed.
+        gain_s, cost_s: seconds a step: of a rank for these pairs, and of sharing.
         is_on: whether copies are balanced from then on.
     """
 
@@ -277,14 +277,14 @@ class CopyRecord(Strict):
 
 @dataclass(frozen=True)
 class Conditions(Strict):
-    """What a projection takes for granted, and deployments must share to be compared.
+    """Conditions of a projection, which compared deployments must share.
 
     Attributes:
         top_k: experts of a token.
-        execution: `graph`, `eager` or `serial`: how work gets onto the devices.
+        execution: `graph`, `eager` or `serial`: how kernels are launched.
         routing: which experts tokens are taken to choose: `balanced`, `skewed`, or as a user asks
             for it, `--skew 0.8`.
-        dtype, kv_dtype: of weights, and of keys and values.
+        dtype, kv_dtype: number types of weights, and of keys and values.
     """
 
     top_k: int
@@ -301,7 +301,7 @@ class DeploymentRecord(Strict):
     Attributes:
         layout: of the pool that decodes, where two serve; None of a server that was measured from
             outside, which does not tell it, nor its options.
-        prefill_layout: of the pool that computes prompts; None where `layout` does both.
+        prefill_layout: layout of the pool that computes prompts; None where `layout` does both.
         is_baseline: whether it stands for what an experiment compares against.
         roles: why it is there, of the words above.
         conditions: None unless it was projected.
@@ -313,11 +313,11 @@ class DeploymentRecord(Strict):
             first repetition where there are several.
         rebalances: decisions about moving experts, in its last run.
         copies: decisions about balancing copies of experts, in its last run.
-        dispatch_table: by which `dispatch` or `overlap` was chosen, where it is `auto`.
-        tokens_sha256: of all generated tokens, to compare runs by.
-        why: what makes it slower than the best of a plan; empty where it ties with that.
-        num_drafts: of multi-token prediction, as planned.
-        served_with: of a projected workload, what `options` came to where some are `auto`.
+        dispatch_table: table that chose `dispatch` or `overlap`, where it is `auto`.
+        tokens_sha256: hash of all generated tokens, to compare runs.
+        why: reason that it is slower than the best of a plan; empty where it ties with that.
+        num_drafts: planned draft tokens of multi-token prediction.
+        served_with: options of a projected workload, with `auto` resolved.
         over_best: its output tokens a second over those of the best of a plan, with the bounds that
             are left when the errors that both share have cancelled; None for that.
     """
@@ -358,19 +358,19 @@ class DeploymentRecord(Strict):
 
     @property
     def known_layout(self) -> Layout:
-        """`layout`, of a deployment that is no server seen from outside."""
+        """`layout` of a deployment that is not a server seen from outside."""
         assert self.layout is not None, "only such a server has none"
         return self.layout
 
     @property
     def known_options(self) -> Options:
-        """`options`, likewise."""
+        """`options` of a deployment that is not a server seen from outside."""
         assert self.options is not None, "only such a server has none"
         return self.options
 
     @property
     def best_load(self) -> ServingRecord:
-        """As the function has it."""
+        """The load that `best_load` picks of `serving`."""
         return best_load(self.serving)
 
     @property

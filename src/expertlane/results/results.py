@@ -1,4 +1,4 @@
-"""All that one command found: the schema of `results.json`, whatever the command."""
+"""Results of any command: the schema of `results.json`."""
 
 import json
 import platform
@@ -32,7 +32,7 @@ from expertlane.spec.ranges import Strict, Valid
 from expertlane.version import __version__
 
 SCHEMA_VERSION = 9
-FOREIGN_LOAD = 0.05  # of the cores; less is noise
+FOREIGN_LOAD = 0.05  # share of the cores; less is noise
 
 Kind = Literal["comparison", "simulation", "plan", "bench"]
 
@@ -62,11 +62,11 @@ class Versions(Strict):
 
 @dataclass(frozen=True)
 class Assumption(Strict):
-    """What numbers take for granted.
+    """An assumption behind numbers.
 
     Attributes:
-        source: the numbers that it is about.
-        change: the option that changes it; empty where nothing does.
+        source: source of the numbers that rest on it.
+        change: option that changes it; empty for none.
     """
 
     name: str
@@ -78,14 +78,14 @@ class Assumption(Strict):
 
 @dataclass(frozen=True)
 class ServeCommand(Strict):
-    """How to start the servers of a pool, or the router before them.
+    """Commands that start the servers of a pool, or the router before them.
 
     Attributes:
         system: the engine, as its makers write it.
         lines: to start one server, one for each of its nodes in order; empty where there is no
             command.
-        note: what differs from the deployment or from line to line, or is left to do; may be empty.
-        num_servers: that are started alike.
+        note: differences from the deployment or between lines, what is left to do; may be empty.
+        num_servers: servers that are started alike.
         checked: the version whose parser takes the command's options; None for unverified.
     """
 
@@ -109,18 +109,18 @@ class ServeCommand(Strict):
 
 @dataclass(frozen=True)
 class EngineBest(Strict):
-    """The best that an engine runs.
+    """The best deployment of an engine.
 
     Attributes:
-        engine: as `--engine` takes it.
-        title: as its makers write it.
-        version: whose source, or documentation, says what it runs.
+        engine: name that `--engine` takes.
+        title: its name as its makers write it.
+        version: version whose source, or documentation, its limits are from.
         aggregated: None where it runs none that meets the limits.
         pools: disaggregated: both together, that for prefill and that for decode; empty where they
             are not better than `aggregated`.
-        why: what it does where it does not run the plan's choice; empty where it runs it.
-        source: where that is written.
-        commands: to start the better of the two.
+        why: what it does instead of the plan's choice; empty where it runs that.
+        source: file or page behind `why`.
+        commands: commands that start the better of the two.
     """
 
     engine: EngineName
@@ -140,7 +140,7 @@ class EngineBest(Strict):
 
 @dataclass(frozen=True)
 class ServedLoad(Strict):
-    """How much of a load a plan on some devices serves.
+    """The part of a load that a plan on some devices serves.
 
     Attributes:
         num_served: requests at once within the limits; 0 where none keeps them, or nothing fits.
@@ -157,21 +157,21 @@ class ServedLoad(Strict):
 
 @dataclass(frozen=True)
 class PlanSummary(Strict):
-    """What a search looked at; the deployments that it found are records.
+    """Counts and findings of a search; the deployments that it found are records.
 
     Attributes:
-        top_k: of the model that was planned for.
+        top_k: experts per token of the model that was planned for.
         num_candidates, num_too_large, num_over_limits: deployments of one pool.
         num_pool_candidates: disaggregated deployments tried.
         num_simulated, num_open: of one pool, simulated request by request; and not simulated,
             though they may have more tokens a second than the best.
-        num_tied: of the best, the first so many tie for most tokens a second.
-        tie_spread: how far the least of them is below the most tokens a second; a share.
-        tie_break: what decided among them; None where one was alone.
-        break_even: what would change the answer; None without a rival.
+        num_tied: number of deployments, the best first, that tie for most tokens/s.
+        tie_spread: gap of the least of them to the most tokens/s; a share.
+        tie_break: criterion that decided among them; None where one was alone.
+        break_even: break-even points of the best and its rival; None without a rival.
         no_two_pools: why there are none: the devices cannot be split for the model, nothing fits,
             none keeps the limits, or the engine runs none.
-        engine: that was asked for; None where any deployment was looked for.
+        engine: the engine asked for; None for any.
         engines: the best of each, or of the one asked for.
         experiment: the file for `expertlane compare` that was written; None if none was.
         fewer_devices: the next smaller cluster, where the smallest that serves all was asked for;
@@ -220,10 +220,10 @@ class WorkloadVerdict(Strict):
 
 @dataclass(frozen=True, repr=False)
 class Results(Strict):
-    """All of one file.
+    """All content of one results file.
 
     Attributes:
-        command: how a user repeats it.
+        command: command line that repeats it.
         created: ISO 8601, UTC.
         question: what was asked for. comparison: `experiment` (model, workload, seed, cluster and
             deployments), `skew` of its projection, `projection` as `ProjectionAsked` has it, limits
@@ -237,20 +237,20 @@ class Results(Strict):
             `output_len`, `seed`, and `requests`, the file they are from; `prefix_len` and
             `num_prefixes` where prompts share a prefix. `price`: dollars per device-hour, where one
             was given.
-        machine: where it was measured; None where nothing was.
-        cluster: what was modelled; None where nothing was.
+        machine: the machine that ran; None where nothing was measured.
+        cluster: the modelled cluster; None where nothing was modelled.
         virtual_time: None where nothing is in virtual time.
         pairs: the deployment that a comparison's first sentence is about with each that it is
             compared with, on each clock; the best of the others before the first.
         ratios: of two servers that were measured in turns, the first one's numbers over the
             second one's.
-        cautions: what a reader must know of the numbers, in sentences.
+        cautions: cautions for a reader, in sentences.
         plans: a plan's one, or of a comparison's projection one for each top-k.
         context: of a comparison's projection the one that is spoken of: the longest at which all
             sequences fit everywhere, else the shortest.
-        workload: of a comparison's projection under usual conditions; None where nothing fits.
+        workload: verdict of a comparison's projection, usual conditions; None where nothing fits.
         not_measured: why a comparison was projected alone.
-        foreign_cpu_share: of the host's cores, what other processes used while it ran.
+        foreign_cpu_share: share of the host's cores that other processes used meanwhile.
 
     Raises:
         UserError: no deployment, a measured one without a machine, a projected one without a
@@ -317,7 +317,7 @@ class Results(Strict):
         )
 
     def __repr__(self) -> str:
-        """A line: of what, how much and when; the rest is megabytes."""
+        """A line with kind, size and time; the whole would be megabytes."""
         cluster = "" if self.cluster is None else self.cluster.name
         of = ", ".join(filter(None, [self.model_name, cluster]))
         num = len(self.deployments)
@@ -333,7 +333,7 @@ class Results(Strict):
         return str(model.get("name", "") if isinstance(model, dict) else model or "")
 
     def beside(self, projected: "Results") -> "Results":
-        """What was measured, with a projection of the same experiment."""
+        """These measurements with a projection of the same experiment."""
         return replace(
             self,
             question=projected.question | self.question,
@@ -346,7 +346,7 @@ class Results(Strict):
         )
 
     def with_traffic(self) -> "Results":
-        """The same, shown with each deployment's traffic in detail."""
+        """The results, shown with each deployment's traffic in detail."""
         return replace(self, question=self.question | {"traffic": True})
 
     def select(

@@ -1,4 +1,4 @@
-"""What requests felt under a load: part of a deployment's record."""
+"""Throughput and latency of requests under a load: part of a deployment's record."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,10 +13,10 @@ KEPT = 1.001  # times a limit: values of steady states are equal to that
 
 @dataclass(frozen=True)
 class SLOResult(Strict):
-    """An objective, and what came of it.
+    """An objective, and the value reached.
 
     Attributes:
-        value: of its statistic; None where no request has such a latency.
+        value: value of its statistic; None where no request has such a latency.
     """
 
     slo: SLO
@@ -24,12 +24,12 @@ class SLOResult(Strict):
 
     @property
     def is_met(self) -> bool:
-        """Whether the likely value is within the limit, to 0.1 %."""
+        """True if the likely value is within the limit, to 0.1 %."""
         return self.value is None or self.value.value <= KEPT * self.slo.limit_s
 
     @property
     def excess(self) -> float:
-        """The value over its limit; 0 where there is none."""
+        """The value over its limit; 0 where there is no value."""
         return 0.0 if self.value is None else self.value.value / self.slo.limit_s
 
 
@@ -39,7 +39,7 @@ class FailureRecord(Strict):
 
     Attributes:
         name: `HTTP 429`, `timeout`, `stream ended early`…
-        message: what the first of them was told.
+        message: error text of the first of them.
     """
 
     name: str
@@ -52,12 +52,12 @@ class RequestsRecord(Strict):
     """The requests that a server answered, in the order in which they were due; [num_requests].
 
     Attributes:
-        rounds: the repetition that each was of, from 1.
-        numbers: which of the load's requests.
-        due_s: from the round's first request.
-        late_s: from when it was due to when it was sent.
-        prompt_lens, output_lens: tokens, as the server counts them.
-        num_events: that brought tokens.
+        rounds: repetition of each, from 1.
+        numbers: index of each in the load.
+        due_s: due time since the round's first request.
+        late_s: time from when it was due to when it was sent.
+        prompt_lens, output_lens: tokens by the server's counts.
+        num_events: events that brought tokens.
     """
 
     rounds: tuple[int, ...] = field(repr=False)
@@ -73,19 +73,19 @@ class RequestsRecord(Strict):
 
 @dataclass(frozen=True)
 class ClientRecord(Strict):
-    """What only a client knows of a load that it put on a server.
+    """A client's own numbers of a load that it put on a server.
 
     Attributes:
         num_rounds: repetitions, whose requests are taken together.
         num_failed: requests without a whole answer; they count in no latency, and are never good.
         num_unsent: requests that were not sent or not waited for, as the load was ended.
-        why_ended: before its time; empty where it was not.
-        num_events: that brought tokens; fewer than tokens where one brings several.
+        why_ended: why the load ended early; empty where it did not.
+        num_events: events that brought tokens; fewer than tokens where one brings several.
         num_uncounted: answers whose tokens the server did not count: each event counts as one.
-        late_s: from when requests were due to when they were sent.
+        late_s: time from when requests were due to when they were sent.
         cpu_s: CPU time of the client.
-        cpu_share: of one core, while it ran.
-        asked_prompt_len, asked_output_len: means of what was asked for.
+        cpu_share: share of one core that it used.
+        asked_prompt_len, asked_output_len: mean lengths that were asked for.
     """
 
     num_rounds: int
@@ -144,18 +144,18 @@ class ServingRecord(Strict):
             requests were there at once.
         ttft_s: from a request's due time to its first token; None where a queue would grow without
             end.
-        tpot_s: of each request, the mean time of a token after the first; None where none has two.
+        tpot_s: mean time of a token after the first, of each request; None where none has two.
         num_cached_tokens: prompt tokens that were not computed, as the prefix cache had them.
         itl_s: all times between successive tokens of a request.
         e2e_s: from a request's due time to its last token.
-        transfer_s: of a prompt's keys and values from one pool to the other.
-        basis: what most of it rests on: measured, fitted or bound; None where it was measured here.
+        transfer_s: time of a prompt's KV transfer.
+        basis: evidence for most of it: measured, fitted or bound; None where it was measured here.
         slos: the objectives that were asked for.
         goodput: requests a second that are themselves within the limits of all `slos`; None
             without any.
-        good_share: of the requests, those.
-        client: where a server was measured from outside.
-        sample: where it is of a steady state; None where all requests were served to the last.
+        good_share: share of such requests.
+        client: the client's numbers, where a server was measured from outside.
+        sample: the stretch of a steady state; None where all requests were served to the last.
         usd_per_million_output, usd_per_million_total: dollars for a million output tokens, or
             prompt and output tokens, by the price of devices; None without one.
     """
@@ -190,7 +190,7 @@ class ServingRecord(Strict):
 
     @property
     def keeps_slos(self) -> bool:
-        """Whether all objectives are met."""
+        """True if all objectives are met."""
         return all(each.is_met for each in self.slos)
 
     def bounded_by(self, known: KnownError, least_ttft_s: float = 0.0) -> "ServingRecord":
@@ -199,7 +199,7 @@ class ServingRecord(Strict):
         Exactly that error where the same kind of serving was measured.
 
         Args:
-            least_ttft_s: that a step of prompts takes at best: no TTFT is bounded below it.
+            least_ttft_s: least time of a prefill step: no TTFT is bounded below it.
         """
         alone = known.is_own_kind
         output = (self.output_tps, self.total_tps, self.requests_per_s, self.goodput)

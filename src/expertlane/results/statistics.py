@@ -56,7 +56,7 @@ def median_interval(values: Sequence[float]) -> Estimate:
 
 
 def _place(num: int) -> int | None:
-    """How many values lie outside on each side; None where even all enclose too little."""
+    """Values outside the interval on each side; None where even all enclose too little."""
     outside, place = 0.0, None
     for k in range((num + 1) // 2):
         outside += math.comb(num, k) / 2**num
@@ -87,7 +87,7 @@ def jackknife_interval(value: float, without_one: Sequence[float]) -> Estimate:
 
 
 def jackknife_difference(value: float, without_one: Sequence[float]) -> Estimate:
-    """As `jackknife_interval`, of a number that may be negative: not in logarithms."""
+    """`jackknife_interval` of a number that may be negative: not in logarithms."""
     if len(without_one) < LEAST_RUNS:
         return Estimate(value)
     margin = _margin(without_one)
@@ -103,6 +103,6 @@ def _margin(without_one: Sequence[float]) -> float:
 
 
 def is_told_apart(estimate: Estimate, none: float) -> bool:
-    """Whether its interval, if it has one, leaves out what stands for no difference."""
+    """True if its interval, if any, leaves out `none`, the value of no difference."""
     low, _, high = estimate.bounds
     return estimate.low is not None and not low <= none <= high

@@ -1,4 +1,4 @@
-"""What ranks have found while they looked for silent errors in a step, and the first of it."""
+"""Silent errors found by ranks in a step, and the first of them."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,12 +14,12 @@ OUTSIDE = -1  # the layer of what is in none
 
 
 class Place(NamedTuple):
-    """A place in a step; they compare in the order in which a step comes to them.
+    """A place in a step; places compare in the order in which a step reaches them.
 
     Attributes:
-        micro_batch: of the step.
+        micro_batch: micro-batch of the step.
         layer: hidden layer; `OUTSIDE` before the first, past any after the last.
-        point: of `CheckPoint`.
+        point: number of a `CheckPoint`.
     """
 
     micro_batch: int
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
     @classmethod
     def of(cls, micro_batch: int, layer: int, point: CheckPoint) -> "Place":
-        """The head and what follows it come after all layers."""
+        """The place of a check; the head and what follows come after all layers."""
         is_last = layer == OUTSIDE and point >= CheckPoint.HEAD
         return cls(micro_batch, _AFTER_LAYERS if is_last else layer, point)
 
@@ -44,8 +44,8 @@ class Found(NamedTuple):
     """A silent error.
 
     Attributes:
-        ranks: that may be its cause.
-        text: one line, `{}` being step and place.
+        ranks: possible causes.
+        text: one line, in which `{}` becomes step and place.
     """
 
     place: Place
@@ -53,16 +53,16 @@ class Found(NamedTuple):
     text: str
 
     def line(self, step: int) -> str:
-        """What a user is told."""
+        """The error line for a user."""
         return self.text.replace("{}", f"step {step}, {self.place}")
 
 
 @dataclass(frozen=True, eq=False)
 class Alike:
-    """Checksums of what all ranks of a group hold alike, in the order of the step.
+    """Checksums of values that all ranks of a group must hold alike, in the order of the step.
 
     Attributes:
-        ranks: of the group, global.
+        ranks: global ranks of the group.
         places: [N, 3]; as `Place`.
         sums: [N].
     """
@@ -74,14 +74,14 @@ class Alike:
 
 @dataclass(frozen=True, eq=False)
 class Transferred:
-    """Checksums of what a rank and others of a group have sent each other.
+    """Checksums of transfers between a rank and others of a group.
 
     Attributes:
-        ranks: of the group, global.
+        ranks: global ranks of the group.
         places: [N, 3]; as `Place`.
-        numbers: [N]; of the transfer in the group, in the order in which they began.
+        numbers: [N]; index of the transfer in the group, by its begin.
         peers: [N]; the other rank.
-        is_sent: [N]; by this rank to the other, or from it.
+        is_sent: [N]; sent by this rank; else received.
         sums: [N].
     """
 
@@ -95,13 +95,13 @@ class Transferred:
 
 @dataclass(frozen=True, eq=False)
 class RankChecks:
-    """What one rank has to say of a step.
+    """Findings and checksums of one rank in a step.
 
     Attributes:
-        places, texts: of faults that it has found alone, in their order.
+        places, texts: faults that it found alone, in order.
         alike: by group.
         transferred: by group; empty unless transfers are checked.
-        etp_rank: its place among the ranks that share an expert.
+        etp_rank: its rank among those that share an expert.
         layers: [L]; hidden layers with experts; empty unless pairs are counted.
         chosen: [L, num_experts]; token-expert pairs of tokens that this rank owns.
         arrived: [L, num_experts]; pairs that its experts were given.
@@ -190,7 +190,7 @@ _Transfer = tuple[tuple[int, ...], int, int, int]  # the group, its number, from
 
 
 def _transfers(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Iterator[Found]:
-    """Transfers that arrived as something else than was sent."""
+    """Transfers whose checksums differ between sender and receiver."""
     sent: dict[_Transfer, int] = {}
     came: dict[_Transfer, tuple[int, Place]] = {}
     for rank, own in zip(ranks, checks, strict=True):
@@ -238,6 +238,6 @@ def _pairs(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Iterator[Found
 
 
 def named(ranks: Iterable[int]) -> str:
-    """As in `ranks 0, 1 and 3`."""
+    """Ranks in words: `ranks 0, 1 and 3`."""
     *first, last = map(str, ranks)
     return f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"

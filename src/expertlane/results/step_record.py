@@ -1,4 +1,4 @@
-"""What was measured and counted during one step."""
+"""Measurements and counters of one step."""
 
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -13,10 +13,10 @@ from expertlane.spec.names import Phase
 
 @dataclass(frozen=True, eq=False)
 class RankEvents:
-    """Single stretches of one rank's time in a step, N of them.
+    """Stretches of one rank's time in a step, N of them.
 
     Attributes:
-        start_s: what the times count from, on a clock that ranks of one host share.
+        start_s: origin of the times, on a clock that ranks of one host share.
         track: [N]; places in `list(Track)`.
         stage: [N].
         layer: [N]; hidden layer, -1 outside of any.
@@ -38,7 +38,7 @@ class RankEvents:
 
 
 class Action(IntEnum):
-    """What one entry of `RankOperations` is."""
+    """Kind of an entry of `RankOperations`."""
 
     COMPUTE = 0
     POST = 1  # begin a transfer
@@ -51,13 +51,13 @@ class RankOperations:
     """The operations of one rank in a step, in order: N entries and M transfers.
 
     Attributes:
-        action: [N]; as `Action`.
+        action: [N]; an `Action`.
         stage, layer, micro_batch: [N]; layer -1 outside of any.
         cpu_s: [N]; CPU time of the rank's thread where it computes, else 0.
-        transfer: [N]; which of the M is started or waited for, -1 for none.
+        transfer: [N]; index of the transfer that is started or waited for, -1 for none.
         kind: [M]; place in `list(TransferKind)`.
         first_rank: [M]; the lowest global rank of the group.
-        sent_bytes: [M, world_size]; to each global rank, 0 for this one.
+        sent_bytes: [M, world_size]; bytes to each global rank, 0 for this one.
     """
 
     action: npt.NDArray[np.int64]
@@ -85,9 +85,9 @@ class RankCounts:
         num_collectives: [num_stages]; collectives and point-to-point sends this rank began.
         num_tokens_per_expert: [num_layers, num_experts]; token-expert pairs this rank computed;
             zero where another rank of its expert tensor-parallel group reports them.
-        tokens_by_ranks_reached: [world_size + 1]; how many of its own tokens, summed over layers,
-            had experts on so many ranks.
-        tokens_by_nodes_reached: [world_size + 1]; the same of nodes.
+        tokens_by_ranks_reached: [world_size + 1]; number of its own tokens, summed over layers,
+            with experts on so many ranks.
+        tokens_by_nodes_reached: [world_size + 1]; likewise by nodes.
         num_remote_rank_copies: (token, rank on another node) pairs among them: what crosses nodes
             with one copy a rank.
         num_remote_node_copies: (token, other node) pairs: what crosses with one copy a node.
@@ -128,7 +128,7 @@ class RankRecord(RankCounts):
         topk_ids: by MoE layer of this rank's stage, [num_tokens, num_experts_per_tok] int32; the
             logical experts that its own tokens chose, in the order of computation, which is the
             same in all layers. Empty unless the plan asked for it.
-        events: what it did when; None unless the plan asked for it.
+        events: stretches of its time; None unless the plan asked for them.
         operations: for replay; None unless the plan asked for them.
         transfers_s: [2]; in virtual time, seconds that dispatch and combine were in flight, and
             those of them that the rank waited for; else None.
@@ -148,14 +148,14 @@ class RankRecord(RankCounts):
 
 @dataclass(frozen=True, eq=False)
 class StepRecord:
-    """One finished step as metrics see it.
+    """One finished step, for metrics.
 
     Attributes:
         seq_ids: the sequences that got a new token.
         num_tokens: tokens computed: prompt tokens in a prefill, one a sequence in decoding.
-        submitted_s, finished_s: on the clock of whoever drove the runner.
+        submitted_s, finished_s: on the runner's clock.
         records: one a rank of the replica.
-        run: which repetition of the workload it belongs to.
+        run: repetition of the workload that it belongs to.
         spell: steps of one phase with none of the other in between; counted within a run.
     """
 

@@ -1,4 +1,4 @@
-"""Where the ranks' time goes, what limits a phase, and what it would cost without waiting."""
+"""Time of ranks by cause, the bottleneck of a phase, and its cost without waiting."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -109,7 +109,7 @@ def stage_time(layout: Layout, steps: Sequence[StepRecord]) -> StageTime:
 
 
 def _meeting(layout: Layout, ranks: list[int], stage: Stage) -> list[list[int]]:
-    """Places in `ranks` (of one pipeline stage) of those who meet each other in `stage`."""
+    """Indices in `ranks` (of one pipeline stage), by groups that meet each other in `stage`."""
     if stage is not Stage.COLLECTIVES:
         return [list(range(len(ranks)))]
     groups = defaultdict(list)
@@ -170,7 +170,7 @@ def critical_path(layout: Layout, steps: Sequence[StepRecord]) -> CriticalPath:
 
 
 def _one_run(layout: Layout, steps: Sequence[StepRecord]) -> tuple[float, list[float]]:
-    """The whole of a run, and each step."""
+    """Seconds of a run, and of each step."""
     total_s, step_s = 0.0, []
     for replica in range(layout.replicas):
         free = [0.0] * layout.pp

@@ -1,4 +1,4 @@
-"""What every rank did when in one step: the data of a report's timelines."""
+"""Timelines of every rank in one step: the data of a report's plots."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from expertlane.spec.names import Phase, Stage, Track
 from expertlane.spec.ranges import Strict, Valid
 
 MOST_RANKS = 32
-MOST_EVENTS = 4000  # of a step; what begins later is left out, and said so
+MOST_EVENTS = 4000  # events of a step; later ones are left out, which the plot says
 
 _TRACKS = [track.value for track in Track]
 _US_PER_S = 1e6
-_DIGITS = 1  # of microseconds
+_DIGITS = 1  # decimals of microseconds
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class RankTimeline(Strict):
 
 @dataclass(frozen=True)
 class StepTimeline(Strict):
-    """One step.
+    """Timelines of the ranks in one step.
 
     Attributes:
-        end_us: of the last event, those left out among them.
-        shown_us: until when events are kept; `end_us` where all are.
-        num_ranks: that took part; `ranks` may be some of them, spread evenly.
+        end_us: end of the last event, those left out included.
+        shown_us: time up to which events are kept; `end_us` where all are.
+        num_ranks: ranks that took part; `ranks` may be some of them, spread evenly.
 
     Raises:
         UserError: no rank, or a place that nothing stands at.
@@ -72,7 +72,7 @@ class StepTimeline(Strict):
 
     @property
     def is_cut(self) -> bool:
-        """Whether only its beginning is there."""
+        """True if only its beginning is kept."""
         return self.shown_us < self.end_us
 
     def __post_init__(self) -> None:
@@ -113,7 +113,7 @@ def timeline_of(
     """Events of ranks on one time axis.
 
     Args:
-        events: rank, a number to add to the micro-batches', and what happened then; at least one.
+        events: rank, offset of its micro-batches' numbers, and its events; at least one.
     """
     zero_s = min(each.start_s + float(each.begin_s.min()) for _, _, each in events)
     end_us = _US_PER_S * max(

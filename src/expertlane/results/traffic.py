@@ -1,4 +1,4 @@
-"""Who sent what to whom, how far tokens spread, and where it is hottest.
+"""Traffic between ranks, fan-out of tokens, and hot spots.
 
 Of one deployment, for one phase or for all its steps:
 
@@ -51,12 +51,12 @@ class TrafficBytes(Strict):
 
 @dataclass(frozen=True)
 class FanOut(Strict):
-    """How far tokens spread; a token counts once a layer.
+    """Ranks and nodes that tokens reach; a token counts once a layer.
 
     Attributes:
         tokens_by_ranks_reached, tokens_by_nodes_reached: tokens that reached 0, 1, 2 … ranks or
             nodes, their own among them.
-        experts_per_token: mean.
+        experts_per_token: mean over tokens.
         num_remote_rank_copies: (token, rank on another node) pairs: what crosses nodes where one
             copy goes to every rank.
         num_remote_node_copies: (token, other node) pairs: what has to cross at least.
@@ -81,7 +81,7 @@ class FanOut(Strict):
 
     @property
     def num_saved_copies(self) -> int | None:
-        """What one copy a node keeps off the links between nodes, against one copy a rank."""
+        """Copies that one copy a node keeps off the links between nodes, against one a rank."""
         ranks, nodes = self.num_remote_rank_copies, self.num_remote_node_copies
         return None if ranks is None or nodes is None else ranks - nodes
 
@@ -92,7 +92,7 @@ def _mean_place(counts: Sequence[int]) -> float:
 
 @dataclass(frozen=True)
 class HottestRank(Strict):
-    """`amount`: bytes or token-expert pairs; `over_mean`: 1 is even."""
+    """The rank with the largest `amount`, bytes or token-expert pairs; `over_mean`: 1 is even."""
 
     rank: int
     amount: int
@@ -101,7 +101,7 @@ class HottestRank(Strict):
 
 @dataclass(frozen=True)
 class HottestExpert(Strict):
-    """`share`: of its layer's token-expert pairs."""
+    """The expert with the largest `share` of its layer's token-expert pairs."""
 
     layer: int
     expert: int
@@ -118,10 +118,10 @@ class HottestLayer(Strict):
 
 @dataclass(frozen=True)
 class TrafficRecord(Strict):
-    """Who sent what to whom, and where it was hottest; sums over steps unless it says otherwise.
+    """Bytes between ranks, and where traffic is hottest; sums over steps unless it says otherwise.
 
     Attributes:
-        by_link: to other ranks.
+        by_link: bytes sent to other ranks.
         sent_bytes: by kind of traffic; [source][destination], ranks of the deployment. Simulated:
             payload alone, of the largest step, between the ranks of one replica.
         by_stage: by stage and link; the stages that sent anything.
@@ -133,9 +133,9 @@ class TrafficRecord(Strict):
         busiest: the rank with most token-expert pairs, of those that report any of their expert
             tensor-parallel group; None where there are none.
         expert, layer: None where no expert got a token.
-        num_last_arrivals: [num_ranks]; how often each rank was the last of its pipeline stage to
+        num_last_arrivals: [num_ranks]; times that each rank was the last of its pipeline stage to
             come to a dispatch or a combine.
-        num_meetings: [num_ranks]; how many of those its stage had at which somebody waited.
+        num_meetings: [num_ranks]; meetings of its stage at which any rank waited.
         busiest_over_mean: token-expert pairs of a layer's busiest rank over the mean of ranks; mean
             over layers and steps.
     """
@@ -161,14 +161,14 @@ class TrafficRecord(Strict):
         return max(ranks, key=self.last_share, default=None)
 
     def last_share(self, rank: int) -> float:
-        """At how many of its stage's meetings a rank came last."""
+        """Share of its stage's meetings to which a rank came last."""
         return self.num_last_arrivals[rank] / self.num_meetings[rank]
 
 
 def traffic_record(
     layout: Layout, steps: Sequence[StepRecord], ranks_per_node: int
 ) -> TrafficRecord:
-    """Everything about the traffic of `steps`, of all replicas, in any order.
+    """Traffic of `steps`, of all replicas, in any order.
 
     Raises:
         ValueError: there are no steps, or one of them carries no rank records.
@@ -235,7 +235,7 @@ def bytes_by_link(of_links: _Counts) -> dict[str, TrafficBytes]:
 
 
 def last_arrivals(layout: Layout, steps: Sequence[StepRecord]) -> tuple[_Counts, _Counts]:
-    """How often each rank came last to its pipeline stage's meetings, and how many there were.
+    """Times that each rank came last to its pipeline stage's meetings, and number of meetings.
 
     Last is the rank that was blocked least. A meeting is one (step, micro-batch, layer) of dispatch
     or of combine, of one pipeline stage of one replica, at which somebody waited: where all were
@@ -289,7 +289,7 @@ def _hottest_rank(amounts: _Counts, ranks: Sequence[int]) -> HottestRank | None:
 
 
 def _hottest_expert(num_tokens: _Counts) -> HottestExpert | None:
-    """The one with the largest share of its layer's tokens, however many the layer has."""
+    """The expert with the largest share of its layer's tokens, however few those are."""
     of_layer = num_tokens.sum(axis=1, keepdims=True)
     if not of_layer.any():
         return None

@@ -10,11 +10,11 @@ from expertlane.spec.sampling import SamplingState
 
 
 class BatchDraft:
-    """Takes decodes, then prompts in chunks, as far as the token budget goes.
+    """Collects decodes, then chunks of prompts, up to the token budget.
 
     Attributes:
-        budget: new tokens that there is still room for.
-        admitted: by sequence id, how to sample the requests that begin with this step.
+        budget: new tokens that still fit.
+        admitted: by sequence id, sampling state of the requests that begin with this step.
     """
 
     def __init__(self, table: RunningTable, limits: Limits) -> None:
@@ -40,7 +40,7 @@ class BatchDraft:
 
         Args:
             num_groups: steps that the decodes are spread over, near-equally.
-            holds_masked: leave those with masks out.
+            holds_masked: leave out requests with masks.
 
         Returns:
             Requests preempted, since the decodes needed their blocks.
@@ -108,7 +108,7 @@ class BatchDraft:
         return rows, batch
 
     def masks(self, rows: Rows, batch: Batch) -> dict[int, npt.NDArray[np.uint8]]:
-        """Of the sequences of its batch that yield a token, as `plan.StepPlan.masks`."""
+        """Masks of the sequences that yield a token, by sequence id (`plan.StepPlan.masks`)."""
         table = self.table
         found: dict[int, npt.NDArray[np.uint8]] = {}
         if not table.is_masked.any():

@@ -68,7 +68,7 @@ class BlockManager:
         return len(self._registered)
 
     def ref_count(self, block: int) -> int:
-        """How many sequences hold a block."""
+        """Number of sequences that hold a block."""
         return int(self._ref_counts[block])
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -110,7 +110,7 @@ class BlockManager:
         return [*shared, *blank, *(self.append() for _ in range(num_new - len(blank)))]
 
     def _take_blank(self, num: int) -> list[int]:
-        """So many blank blocks, of which at least as many are left, in the order of their use."""
+        """Take `num` blank blocks, of which there must be enough, in the order of their use."""
         first = max(len(self._blank) - num, 0)
         taken = self._blank[first:][::-1]
         del self._blank[first:]

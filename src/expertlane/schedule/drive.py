@@ -12,7 +12,7 @@ from expertlane.spec.members import DpRank
 
 
 class FinishedStep(NamedTuple):
-    """A plan and what came of it."""
+    """A plan and its outcome."""
 
     plan: StepPlan
     outcome: StepOutcome
@@ -100,7 +100,7 @@ class DriveLoop(Generic[HandleT]):
 
     @property
     def is_idle(self) -> bool:
-        """Whether no step is under way."""
+        """True if no step is in flight."""
         return not self._uncommitted
 
     def commit_next(self) -> FinishedStep | None:
@@ -133,7 +133,7 @@ def drive(scheduler: Scheduler, runner: Runner[HandleT]) -> Iterator[FinishedSte
 
 
 def step_records(steps: Iterable[FinishedStep], run: int = 0) -> Iterator[StepRecord]:
-    """What metrics see of steps; a spell ends where the phase changes."""
+    """Records of steps for metrics; a spell ends where the phase changes."""
     spell, phase = -1, None
     for step in steps:
         if step.plan.phase is not phase:

@@ -1,4 +1,4 @@
-"""What a scheduler hands to a runner, what comes back, and the runner's protocol."""
+"""Plans and outcomes of steps, and the protocols of runner and scheduler."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
@@ -59,7 +59,7 @@ class Batch:
         return seq_ids
 
     def only(self, seqs: npt.NDArray[np.intp]) -> "Batch":
-        """Some of its sequences, in the order given, which is theirs here."""
+        """The batch of some sequences, in the order given."""
         chosen = np.zeros(self.num_seqs, dtype=np.bool_)
         chosen[seqs] = True
         return Batch(
@@ -87,7 +87,7 @@ class Batch:
         ]
 
     def num_tokens_of_halves(self) -> list[int]:
-        """[2]; new tokens of the two batches that `split` gives."""
+        """[2]; new tokens of the two batches that `split` makes."""
         if self.num_tokens == self.num_seqs:  # a decode step has no time to lose
             first = (self.num_tokens + 1) // 2
         else:
@@ -96,7 +96,7 @@ class Batch:
         return [first, self.num_tokens - first]
 
     def _borders(self, num_parts: int) -> tuple[list[int], npt.NDArray[np.int64]]:
-        """Between which sequences to cut, and the first token of each sequence."""
+        """Sequences to cut between, and the first token of each sequence."""
         ends = np.concatenate(([0], np.cumsum(self.num_scheduled_tokens)))
         shares = np.arange(num_parts + 1) * (self.num_tokens / num_parts)
         halfway = (ends[:-1] + ends[1:]) / 2
@@ -105,11 +105,11 @@ class Batch:
 
 @dataclass(frozen=True, eq=False)
 class RankBatch:
-    """A micro-batch as one data-parallel rank gets it: the batches of the others as sizes.
+    """A micro-batch for one data-parallel rank: its own batch, and sizes of the others'.
 
     Attributes:
         num_tokens: [dp]; new tokens of every data-parallel rank.
-        num_tokens_of_halves: [dp][2]; the same if all batches are split in two.
+        num_tokens_of_halves: [dp][2]; new tokens of each if all batches are split in two.
         can_split: whether any of the batches has several sequences.
     """
 
@@ -120,7 +120,7 @@ class RankBatch:
 
     @classmethod
     def of_dp_ranks(cls, batches: Sequence[Batch]) -> "list[RankBatch]":
-        """[dp]; of the batches of all data-parallel ranks."""
+        """[dp]; one for each data-parallel rank's batch."""
         num_tokens = [batch.num_tokens for batch in batches]
         of_halves = [batch.num_tokens_of_halves() for batch in batches]
         can_split = any(batch.num_seqs > 1 for batch in batches)
@@ -129,22 +129,22 @@ class RankBatch:
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """What every rank of a replica is told of a step.
+    """A step, as far as every rank of a replica is told the same.
 
     Attributes:
-        admitted: by sequence id, how to sample the sequences that begin, or begin again, with
-            this step; those that take the likeliest token are not in it.
-        released: earlier such sequences that do not go on; they come before `admitted`.
-        masks: by sequence id, which tokens may come next, of those that yield one and may not take
+        admitted: by sequence id, sampling state of the sequences that begin, or begin again,
+            with this step; not of those that take the likeliest token.
+        released: earlier such sequences that do not go on; dropped before `admitted` is taken.
+        masks: by sequence id, the allowed next tokens of those that yield one and may not take
             any: a bit a token, the lowest of a byte first.
-        num_uncommitted: how many steps of the replica before this one are not committed: all
-            others are, and what they changed is never undone.
+        num_uncommitted: earlier steps of the replica that are not committed: all before them
+            are, and their changes are never undone.
         return_logits: send the logits of every sequence's last token back with the outcome.
-        record: fill in times and counters.
+        record: measure times and counters.
         record_routing: keep the experts that each token chose too; implies `record`.
-        record_events: keep when each rank did what too; implies `record`.
-        record_operations: keep what each rank did, to be replayed; implies `record`. At most one
-            rank a core computes at a time then.
+        record_events: keep every event of a rank with its times; implies `record`.
+        record_operations: keep every operation of a rank, for replay; implies `record`. Then at
+            most one rank a core computes at a time.
     """
 
     step: int
@@ -164,11 +164,11 @@ class _Step:
 
 @dataclass(frozen=True, eq=False)
 class RankStep(_Step):
-    """A step as one data-parallel rank gets it.
+    """A step for one data-parallel rank.
 
     Attributes:
         micro_batches: [num_micro_batches].
-        admitted, masks: of its own sequences.
+        admitted, masks: for its own sequences.
     """
 
     micro_batches: tuple[RankBatch, ...]
@@ -221,10 +221,10 @@ class StepPlan(_Step):
         )
 
     def moved(self, replica: int, dp_ranks: Sequence[int | None]) -> "StepPlan":
-        """The same step in another layout; it has no sequence of a data-parallel rank that goes.
+        """The step in another layout; no data-parallel rank that goes has a sequence in it.
 
         Args:
-            dp_ranks: [dp]; which one each has been, None of one that has nothing to do yet.
+            dp_ranks: [dp]; the former rank of each, None for one that has nothing to do yet.
         """
         if replica == self.replica and list(dp_ranks) == [*range(len(self.micro_batches[0]))]:
             return self
@@ -236,7 +236,7 @@ class StepPlan(_Step):
         return replace(self, replica=replica, micro_batches=parts)
 
     def of_dp_ranks(self) -> list[RankStep]:
-        """[dp]; what each data-parallel rank has to know of it."""
+        """[dp]; the step for each data-parallel rank."""
         parts = [RankBatch.of_dp_ranks(batches) for batches in self.micro_batches]
         steps = []
         for micro_batches in zip(*parts, strict=True):
@@ -251,7 +251,7 @@ class StepPlan(_Step):
 
 
 def micro_batches(batches: Sequence[Batch], num_parts: int) -> tuple[tuple[Batch, ...], ...]:
-    """Cut the batches of all data-parallel ranks into up to so many micro-batches."""
+    """Cut the batches of all data-parallel ranks into up to `num_parts` micro-batches."""
     if num_parts == 1:
         return (tuple(batches),)
     parts = zip(*(batch.split(num_parts) for batch in batches), strict=True)
@@ -262,15 +262,15 @@ def micro_batches(batches: Sequence[Batch], num_parts: int) -> tuple[tuple[Batch
 def without_caches(
     plans: Sequence[StepPlan], caches: Collection[tuple[int, int]]
 ) -> tuple[list[StepPlan], dict[int, tuple[int, ...]]]:
-    """Plans, in their order, without the sequences of some data-parallel ranks.
+    """Plans without the sequences of some data-parallel ranks, in their order.
 
     One that has no others is left out; what it was to release, the next one of its replica does.
 
     Args:
-        caches: (replica, data-parallel rank) of each.
+        caches: (replica, data-parallel rank) of each cache that is lost.
 
     Returns:
-        What is left, and by replica the sequences that no plan of it releases any more.
+        Plans that are left, and by replica the sequences that none of them releases any more.
     """
     kept: list[StepPlan] = []
     to_release: dict[int, tuple[int, ...]] = {}
@@ -288,16 +288,16 @@ def without_caches(
 
 @dataclass(frozen=True, eq=False)
 class StepOutcome:
-    """What a finished step gave.
+    """Outcome of a finished step.
 
     Attributes:
-        token_ids: the next token of every sequence of the plan that yields one, by sequence id.
-        not_finite: sequences that have none instead: their greatest logit is NaN or infinite.
+        token_ids: by sequence id, the next token of every sequence of the plan that yields one.
+        not_finite: sequences without a next token: their greatest logit is NaN or infinite.
         logits: by sequence id, [vocab_size]; empty unless the plan asked for them.
         logprobs: by sequence id, for those that asked for them.
-        prompt_logprobs: by sequence id, of the part of its prompt that was computed.
+        prompt_logprobs: by sequence id, for the part of its prompt that was computed.
         records: one a rank of the replica; empty unless the plan asked for them.
-        submitted_s, finished_s: on the clock of whoever drives the runner.
+        submitted_s, finished_s: on the runner's clock.
     """
 
     token_ids: dict[int, int]
@@ -350,11 +350,11 @@ class Scheduler(Protocol):
         """Let requests begin again whose keys and values are gone.
 
         Args:
-            caches: (replica, data-parallel rank) of each.
-            plans: all that are not committed, in their order.
+            caches: (replica, data-parallel rank) of each lost cache.
+            plans: all uncommitted plans, in their order.
 
         Returns:
-            What is left of the plans, to be submitted again; and how many requests these are.
+            The plans that are left, to be submitted again; and how many requests begin again.
         """
         ...
 
@@ -364,10 +364,10 @@ class Scheduler(Protocol):
         """Go on in another layout.
 
         Args:
-            kept: by (replica, data-parallel rank) whose keys and values are there, what it was.
-            plans: all that are not committed, in their order; without sequences of others.
+            kept: by (replica, data-parallel rank) with its keys and values, its former place.
+            plans: all uncommitted plans, in their order; without sequences of other ranks.
 
         Returns:
-            The plans in the new layout, and how many requests are to be computed again.
+            The plans in the new layout, and how many requests begin again.
         """
         ...

@@ -1,4 +1,4 @@
-"""A request: what was asked for, within which limits, how far it has come, and its output."""
+"""A request: its prompt and parameters, its limits, its progress and its output."""
 
 from array import array
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ from expertlane.spec.sampling import SamplingParams, SamplingState, TokenLogprob
 
 
 class RequestState(StrEnum):
-    """Where a request stands."""
+    """Progress of a request."""
 
     WAITING = "waiting"  # new, or has lost its blocks
     RUNNING = "running"
@@ -74,7 +74,7 @@ class Limits:
         return min(self.max_model_len, self.num_blocks * self.block_size)
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that so many positions take."""
+        """Blocks that `num_tokens` positions take."""
         return -(-num_tokens // self.block_size)
 
     def max_num_tokens(self, request: "Request") -> int:
@@ -126,28 +126,28 @@ class Limits:
 
 
 class Request:
-    """A prompt to be continued.
+    """A prompt to be continued, and how far it has come.
 
     Attributes:
         prompt_token_ids: [prompt_len].
         stop_token_ids: tokens that end the output, end-of-sequence tokens included unless they
             are to be ignored. The token that ends an output is part of it.
-        name: what messages call it; by default `request` and its id.
+        name: its name in messages; by default `request` and its id.
         priority: lower goes first.
-        sampling: how its tokens are chosen; None where the likeliest is taken.
-        sampling_seed: of its random numbers.
+        sampling: parameters of sampling; None where the likeliest token is taken.
+        sampling_seed: seed of its random numbers.
         mask: which tokens may come next, as `plan.StepPlan.masks`; None where all may, or where it
             is not known yet.
         is_masked: whether each of its tokens waits for a mask.
         num_arrived_tokens: of the prompt, how many positions come with keys and values that were
             computed elsewhere; forgotten if it loses its blocks. The last token's never count.
-        output_token_ids: the tokens generated so far.
-        error: why it ended in an error, in a line; None where it did not.
+        output_token_ids: tokens generated so far.
+        error: why it failed, in a line; None where it did not.
         seq_id: the number under which plans carry the request; the order of arrival.
         order: who goes first where not all can; set on arrival and never changed.
-        replica, dp_rank, row: where it runs; chosen anew after a preemption.
-        num_preemptions: how often its blocks were taken away.
-        num_recovered: how often its keys and values were lost with a rank.
+        replica, dp_rank, row: place where it runs; chosen anew after a preemption.
+        num_preemptions: times that its blocks were taken away.
+        num_recovered: times that its keys and values were lost with a rank.
         num_cached_tokens: of its prompt, found in the prefix cache when it first began; None
             before.
         has_cached: whether it uses blocks that other requests computed.
@@ -208,7 +208,7 @@ class Request:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether its prompt has to be computed for log-probabilities, as `SamplingState` says."""
+        """True if its prompt must be computed whole for log-probabilities (`SamplingState`)."""
         params = self.sampling
         return (
             params is not None and params.prompt_logprobs is not None and not self.output_token_ids
@@ -220,7 +220,7 @@ class Request:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     def sampling_state(self) -> SamplingState | None:
-        """What ranks must know to sample its next tokens."""
+        """The state that ranks need to sample its next tokens; None if the likeliest are taken."""
         if self.sampling is None:
             return None
         output = np.array(self.output_token_ids, dtype=np.int64)
@@ -230,7 +230,7 @@ class Request:
         )
 
     def finish(self, reason: FinishReason) -> None:
-        """Take no more tokens."""
+        """End the request."""
         self.state = RequestState.FINISHED
         self.finish_reason = reason
 
@@ -271,19 +271,19 @@ class Request:
 
 @dataclass(eq=False)
 class RequestOutput:
-    """A request and all that came of it.
+    """A request's output so far, with its times.
 
     Attributes:
         prompt: None where the prompt was given as tokens.
         token_ids: the output, with the token that ended it.
-        text: of the output; without what stopped it, and empty without a tokenizer.
+        text: text of the output; without what stopped it, and empty without a tokenizer.
         logprobs: [len(token_ids)]; empty unless asked for.
         prompt_logprobs: [len(prompt_token_ids)]; None unless asked for. All are there before the
             first token is.
-        num_cached_tokens: of the prompt, found in the prefix cache and not computed.
+        num_cached_tokens: prompt tokens found in the prefix cache and not computed.
         finish_reason: None while it goes on.
-        error: why it ended in an error, in a line; None where it did not.
-        num_preemptions: how often its keys and values were dropped and computed again.
+        error: why it failed, in a line; None where it did not.
+        num_preemptions: times that its keys and values were dropped and computed again.
         arrival_s: when it was added, on `time.perf_counter`; the times below are since then.
         scheduled_s: until the first step with tokens of it began; None before that step has ended.
         token_times_s: [len(token_ids)]; until each token came. Of an output that an earlier process
@@ -324,14 +324,14 @@ class RequestOutput:
 
 @dataclass(slots=True)  # not frozen: made once a token, that would take three times as long
 class Chunk:
-    """What a step brought a request.
+    """The part of a request's output that one step brought.
 
     Attributes:
         token_id: the new token; None where the request ended without one: it was cancelled or
             failed, or its grammar lets nothing follow.
         text: the new text that is certain; may be empty.
         finish_reason: set in a request's last chunk.
-        error: as `RequestOutput.error`.
+        error: as in `RequestOutput`.
     """
 
     request_id: str

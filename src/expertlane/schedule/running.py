@@ -67,11 +67,11 @@ class RunningTable:
         return len(self.requests) - len(self._unused)
 
     def has_room(self) -> bool:
-        """Whether one more request may run at all: it takes a row and a block of its own."""
+        """True if a row and a block are free, which one more request takes."""
         return bool(self._unused) and self.num_running < self.blocks.num_free
 
     def empty(self) -> "RunningTable":
-        """One without requests or anything cached, which goes on with the counts of this one."""
+        """An empty table and cache that goes on with the counts of this one."""
         table = RunningTable(self._limits, lookahead=self._lookahead)
         table.num_queried, table.blocks.num_hits = self.num_queried, self.blocks.num_hits
         return table
@@ -94,7 +94,7 @@ class RunningTable:
 
     @property
     def decodes_masked(self) -> bool:
-        """Whether a step in flight decodes a row of a mask."""
+        """True if a step in flight decodes a masked row."""
         return bool(self._decodes_masked.any())
 
     def ready(self, *, holds_masked: bool = False) -> tuple[Rows, Rows]:
@@ -105,7 +105,7 @@ class RunningTable:
         One that waits for its mask may not.
 
         Args:
-            holds_masked: none that lacks one token and has a mask may.
+            holds_masked: leave out masked rows that lack one token.
         """
         num_missing = self.num_tokens - self.num_computed
         is_busy = self.in_flight > 0
@@ -125,7 +125,7 @@ class RunningTable:
         return self.blocks.find(request.digest(index, size) for index in range(num_full))
 
     def has_blocks_for(self, request: Request, cached: Sequence[int]) -> bool:
-        """Whether all tokens so far fit, with one more block for each running request.
+        """True if all tokens so far fit, with one more block for each running request.
 
         That reserve lets all go on for `block_size` steps at least: a request admitted into the
         very last blocks would soon be preempted, and its prompt computed twice.
@@ -135,7 +135,7 @@ class RunningTable:
         return needed + self.num_running <= self.blocks.num_free
 
     def admit(self, request: Request, cached: Sequence[int]) -> int:
-        """Give a request a row and blocks for all its tokens, the `cached` ones first."""
+        """Give a request a row, and blocks for all its tokens, the `cached` ones first."""
         num_tokens = request.num_tokens
         blocks = self.blocks.allocate(self.blocks.blocks_for(num_tokens), cached)
         self.num_queried += num_tokens
@@ -178,7 +178,7 @@ class RunningTable:
         return request
 
     def allow(self, row: int) -> None:
-        """Let a row go on, whose request has the mask of its next token."""
+        """Let a masked row take part in steps: its request has the mask of its next token."""
         self._waits[row] = False
 
     def cancel(self, row: int) -> None:

@@ -1,24 +1,88 @@
 """Continuous batching: one scheduler for all replicas and data-parallel ranks of a layout."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import reduce
 from itertools import chain
 from operator import or_
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import UserError
 from expertlane.schedule.batch_draft import BatchDraft
-from expertlane.schedule.in_flight import StepsInFlight
-from expertlane.schedule.plan import StepOutcome, StepPlan, micro_batches, without_caches
+from expertlane.schedule.plan import Batch, StepOutcome, StepPlan, micro_batches, without_caches
 from expertlane.schedule.request import FinishReason, Limits, Request, RequestState
-from expertlane.schedule.running import RunningTable
+from expertlane.schedule.running import Rows, RunningTable
 from expertlane.schedule.waiting import WaitingRequests
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import DpRank
 from expertlane.spec.names import Phase
+
+
+class _Flight(NamedTuple):
+    """A step in flight: its rows of each table that takes part, and the batch of each."""
+
+    replica: int
+    phase: Phase
+    of_tables: list[tuple[RunningTable, Rows, Batch]]
+
+
+class StepsInFlight:
+    """Steps in flight: the rows and batch of each table, and their number by replica.
+
+    Attributes:
+        num: [replicas].
+    """
+
+    def __init__(self, num_replicas: int) -> None:
+        self.num = [0] * num_replicas
+        self._flights: dict[int, _Flight] = {}  # by step
+
+    def __bool__(self) -> bool:
+        return bool(self._flights)
+
+    def begin(self, plan: StepPlan, of_tables: Iterable[tuple[RunningTable, Rows, Batch]]) -> None:
+        """Add a step that is submitted, on those of the tables whose batch holds anything."""
+        taking_part = [each for each in of_tables if each[2].num_seqs]
+        for table, rows, batch in taking_part:
+            table.begin_step(rows, plan.step, batch)
+        self._flights[plan.step] = _Flight(plan.replica, plan.phase, taking_part)
+        self.num[plan.replica] += 1
+
+    def end(self, plan: StepPlan) -> list[tuple[RunningTable, Rows, Batch]]:
+        """Take out a finished step; gives what it computed."""
+        self.num[plan.replica] -= 1
+        return self._flights.pop(plan.step).of_tables
+
+    def has_phase(self, replica: int, phase: Phase) -> bool:
+        """True if a replica has a step of a phase in flight."""
+        flights = self._flights.values()
+        return any(each.replica == replica and each.phase is phase for each in flights)
+
+    def lose(self, kept: Iterable[StepPlan], lost: Iterable[RunningTable]) -> None:
+        """Keep only some steps, without their rows of tables that are lost."""
+        gone = set(map(id, lost))
+        flights, self._flights = self._flights, {}
+        self.num = [0] * len(self.num)
+        for plan in kept:
+            flight = flights[plan.step]
+            left = [each for each in flight.of_tables if id(each[0]) not in gone]
+            self._flights[plan.step] = flight._replace(of_tables=left)
+            self.num[plan.replica] += 1
+
+    def move(self, num_replicas: int, new_replicas: Mapping[int, int]) -> None:
+        """Give replicas other numbers.
+
+        Args:
+            new_replicas: by the number so far, of each that has steps in flight.
+        """
+        self.num = [0] * num_replicas
+        for step, flight in self._flights.items():
+            replica = new_replicas[flight.replica]
+            self._flights[step] = flight._replace(replica=replica)
+            self.num[replica] += 1
 
 
 class ContinuousScheduler:
@@ -47,7 +111,7 @@ class ContinuousScheduler:
     Attributes:
         tables: [replicas][dp]; running requests and blocks.
         stepped: the requests that got a token in the step committed last.
-        failed: those that it ended in an error.
+        failed: requests that the step committed last ended in an error.
         num_preemptions, num_recovered: since the start, requests that lost their blocks to others,
             and with a rank.
     """
@@ -100,7 +164,7 @@ class ContinuousScheduler:
 
     @property
     def vocab_size(self) -> int:
-        """Of the model."""
+        """Size of the model's vocabulary."""
         return self._limits.vocab_size
 
     @property
@@ -121,7 +185,7 @@ class ContinuousScheduler:
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether any request is waiting or running, or a step in flight."""
+        """True if any request is waiting or running, or any step in flight."""
         return bool(self._requests or self._in_flight)
 
     def add(self, request: Request) -> None:
@@ -212,11 +276,11 @@ class ContinuousScheduler:
         given up; what it was to release, the next one of its replica does.
 
         Args:
-            caches: (replica, data-parallel rank) of each.
-            plans: of all steps in flight, in their order.
+            caches: (replica, data-parallel rank) of each lost cache.
+            plans: plans of all steps in flight, in their order.
 
         Returns:
-            Plans of the steps that are left, and how many requests begin again.
+            The plans that are left, and how many requests begin again.
         """
         lost: list[RunningTable] = []
         for replica, dp_rank in set(caches):
@@ -248,12 +312,12 @@ class ContinuousScheduler:
         Requests whose keys and values are not kept begin again, as if they were preempted.
 
         Args:
-            kept: by (replica, data-parallel rank) of the new layout, what it was in this one.
+            kept: by (replica, data-parallel rank) of the new layout, its place in this one.
                 What was one replica is one then.
             plans: of all steps in flight, in their order; none has a sequence of another rank.
 
         Returns:
-            The same steps in the new layout, and how many requests begin again.
+            The plans in the new layout, and how many requests begin again.
         """
         old = self.tables
         replicas, dp_ranks = range(layout.replicas), range(layout.dp)
@@ -282,7 +346,7 @@ class ContinuousScheduler:
         return moved, num_again
 
     def _give_up_tables(self, old: list[list[RunningTable]]) -> int:
-        """Let requests of tables that are in use no more begin again; gives how many these are."""
+        """Let requests of tables no longer in use begin again; return their number."""
         kept = set(map(id, chain.from_iterable(self.tables)))
         first = self.tables[0][0]
         num_again = 0
@@ -337,7 +401,7 @@ class ContinuousScheduler:
         return plan
 
     def _fill_with_one_phase(self, replica: int, drafts: list[BatchDraft]) -> None:
-        """Prompts as long as there are any to compute, else decodes once all prompts are done."""
+        """Add prompts while there are any to compute, else decodes once all prompts are done."""
         self._add_prompts(replica, drafts)
         if any(draft.num_prefills for draft in drafts):
             return
@@ -371,6 +435,6 @@ class ContinuousScheduler:
         )
 
     def _release(self, request: Request) -> None:
-        """Let the ranks of its replica forget how to sample it."""
+        """Have ranks drop a request's sampling state, with the next step of its replica."""
         if request.sampling is not None:
             self._released[request.replica].append(request.seq_id)

@@ -25,13 +25,13 @@ class WaitingRequests:
     least loaded always may.
 
     Attributes:
-        num: how many there are.
+        num: requests that wait.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self.num = 0
-        self._num_blocks = 0  # that they ask for
+        self._num_blocks = 0  # blocks that all of them ask for
         self._heap: list[tuple[tuple[int, int], Request]] = []  # may hold cancelled ones
 
     def add(self, request: Request) -> None:
@@ -41,7 +41,7 @@ class WaitingRequests:
         self._num_blocks += self._limits.blocks_for(request.num_tokens)
 
     def forget(self, request: Request) -> None:
-        """Count a request no more, which has ended or is admitted."""
+        """Stop counting a request that has ended or is admitted."""
         self.num -= 1
         self._num_blocks -= self._limits.blocks_for(request.num_tokens)
 
@@ -59,8 +59,8 @@ class WaitingRequests:
         Args:
             drafts: [dp]; the step.
             tables: [replicas][dp].
-            num_groups: of requests that take turns.
-            num_steps: planned before this one.
+            num_groups: groups of requests that take turns.
+            num_steps: steps planned before this one.
         """
         if not self._heap or self._waits_for_others(tables, num_steps):
             return
@@ -93,7 +93,7 @@ class WaitingRequests:
                 places.put_back(request.dp_rank)
 
     def _waits_for_others(self, tables: Sequence[Sequence[RunningTable]], num_steps: int) -> bool:
-        """Whether prompts are held back until there is one for every data-parallel rank."""
+        """True while prompts are held back until there is one for every data-parallel rank."""
         most = self._limits.prompt_wait_steps
         if not most or self.num >= sum(map(len, tables)):
             return False
@@ -102,16 +102,16 @@ class WaitingRequests:
         return is_running and num_steps - first.order[0] < most
 
     def _max_num_admitted(self, tables: Sequence[RunningTable], num_groups: int) -> int:
-        """Prompts in one step: with several groups, no step takes more than its part of them."""
+        """The most prompts in one step; with several groups, no step takes more than its part."""
         num_seqs = sum(table.num_running for table in tables) + self.num
         num_rows = sum(len(table.requests) for table in tables)
         return -(-min(num_seqs, num_rows) // num_groups)
 
     def _is_loaded(self, replica: int, held: Sequence[int]) -> bool:
-        """Whether the next waiting request is for another replica.
+        """True if the replica already holds its share of blocks, so another takes the next request.
 
         Args:
-            held: blocks of each.
+            held: blocks held by each replica.
         """
         is_alone = len(held) == 1
         return not is_alone and held[replica] * len(held) >= sum(held) + self._num_blocks
@@ -142,7 +142,7 @@ class _Places:
             heapq.heappush(self._heap, key)
 
     def take(self, request: Request) -> tuple[int, list[int]] | None:
-        """As `_place`; the rank takes no other request until it is put back."""
+        """The rank for a request, with no shared blocks; it takes no other until it is put back."""
         passed = []
         found = None
         while self._heap and found is None:

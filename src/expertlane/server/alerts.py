@@ -1,20 +1,20 @@
-"""Alerts on `/live`: what the operator of a server should look at."""
+"""Alerts on `/live`: conditions that the operator of a server should look at."""
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, Protocol
 
+from expertlane.engine.async_engine import AsyncEngine
+from expertlane.engine.elastic.recovery import Recovery
+from expertlane.engine.elastic.recovery_record import OVER, Kind
+from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.rank_watch import RankWatch
-from expertlane.engine.recovery import Recovery
-from expertlane.engine.recovery_record import OVER, Kind
-from expertlane.engine.scaling import Scaling
+from expertlane.server.metrics import Metrics
 from expertlane.server.own_metrics import IMBALANCE_S
+from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.spec.names import Stage
-
-if TYPE_CHECKING:
-    from expertlane.server.service import Service
 
 _FULL, _NEARLY_FULL = 0.95, 0.8
 _UNEVEN = 2.0
@@ -39,7 +39,7 @@ class Alert:
 
     Attributes:
         level: red where requests suffer, amber where they may soon.
-        advice: what to do.
+        advice: the advice to the operator.
     """
 
     level: Literal["red", "amber"]
@@ -47,7 +47,23 @@ class Alert:
     advice: str
 
 
-def alerts_of(service: "Service", *, is_preempting: bool) -> Iterator[Alert]:
+class Watched(Protocol):
+    """The part of `Service` that `/live` reads."""
+
+    model: ServedModel
+    options: ServerOptions
+    metrics: Metrics
+    engine: AsyncEngine
+    is_draining: bool
+    num_open: int
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that wait for their first step, or for blocks that they lost."""
+        ...
+
+
+def alerts_of(service: Watched, *, is_preempting: bool) -> Iterator[Alert]:
     """The present alerts, the worst first.
 
     Args:
@@ -105,7 +121,7 @@ def alerts_of(service: "Service", *, is_preempting: bool) -> Iterator[Alert]:
 
 
 def change_under_way(recovery: Recovery | None) -> Change | None:
-    """What keeps requests waiting now; None where they run."""
+    """The recovery or layout change that keeps requests waiting; None while they run."""
     if recovery is None or recovery.state in OVER:
         return None
     return _CHANGE_OF[recovery.records[-1].kind]

@@ -28,7 +28,7 @@ _EVENTS_HEAD = (
 )
 _DONE = b"data: [DONE]\n\n"
 _MOST_AT_ONCE = 2048  # entries of a whole answer that is made in the loop: some milliseconds
-_ENTRIES = 32  # of a list that are objects at the same time
+_ENTRIES = 32  # entries of a list that are objects at the same time
 _PART_BYTES = 64 * 2**10  # at least, but for the last part
 
 
@@ -47,42 +47,42 @@ class ClientGone(Exception):
 
 
 class Source(Protocol):
-    """What an answer is made from as it comes: a `Generation`, or something like it."""
+    """The chunks that an answer is made from, as they arrive: a `Generation`, or a `Kept`."""
 
     @property
     def outputs(self) -> Sequence[RequestOutput]:
-        """As `Generation.outputs`."""
+        """[num_prompts × num_choices]; the outputs so far."""
 
     async def take(self) -> list[tuple[int, Chunk]]:
-        """As `Generation.take`."""
+        """Wait for chunks, and return (index of the output, chunk); empty once all are finished."""
 
     def end(self, error: Exception) -> None:
-        """Let `take` raise an error."""
+        """Have `take` raise an error."""
 
 
 class Kept(Source, Protocol):
-    """A source whose chunks stay: the answer can be made again, and a stream goes on in it."""
+    """A source that keeps its chunks, so that the answer can be made again or a stream resumed."""
 
     @property
     def request_id(self) -> str:
-        """By which clients come back to it."""
+        """The id by which clients come back to it."""
 
     def open(self) -> None:
-        """Begin to take; before, nothing is."""
+        """Begin to read; to be called before `take`."""
 
     def close(self) -> None:
-        """Take no more."""
+        """Stop reading."""
 
     def numbered(self, event: bytes) -> bytes:
-        """The next event, with its id; empty where the client has it."""
+        """The next event, with its id; empty if the client already has it."""
 
 
 @dataclass(slots=True)
 class Piece:
-    """What has come of one choice since the last piece.
+    """The new text and tokens of one choice since its last piece.
 
     Attributes:
-        start, stop: of its output tokens.
+        start, stop: the range of its tokens in the output.
     """
 
     place: int
@@ -99,21 +99,21 @@ class Piece:
 
     @property
     def logprobs(self) -> list[TokenLogprobs]:
-        """Of its tokens; empty unless asked for."""
+        """Log-probabilities of its tokens; empty unless asked for."""
         return self.output.logprobs[self.start : self.stop]
 
 
 class Answer(Response):
-    """Generates, and answers with what comes; a closed connection ends both.
+    """Generates text and sends it, whole or as events; a closed connection ends both.
 
-    With `kept` it does not generate, and what it says, event by event, follows from what is there.
+    With `kept` it generates nothing: every event follows from the chunks of that source.
 
     Args:
         request: the body, or the chat that it asks for.
 
     Attributes:
         began_s: when the request arrived, on the loop's clock.
-        kept: what it is made from, where that is not for this answer alone.
+        kept: the source of its chunks, if they outlive this answer; else None.
     """
 
     param: ClassVar[str]  # the field of the prompts
@@ -127,7 +127,7 @@ class Answer(Response):
         prepared: Prepared,
         request: GenerationRequest | None = None,
     ) -> None:
-        super().__init__()  # what it calls when it is sent is below
+        super().__init__()  # unused: `__call__` sends the answer
         if request is None:
             assert isinstance(prepared.request, GenerationRequest), "no chat is made of it"
             request = prepared.request
@@ -204,7 +204,7 @@ class Answer(Response):
         return event if self.kept is None else self.kept.numbered(event)
 
     def _goes_on(self, error: ApiError) -> bool:
-        """Whether an error is of this process alone: a stream of it ends without one."""
+        """Whether a kept answer survives this error, so that its stream ends without one."""
         return self.kept is not None and error.code in LATER
 
     def _generated(self, source: Source) -> Generated:
@@ -217,7 +217,7 @@ class Answer(Response):
         )
 
     async def _whole(self, source: Source) -> Response:
-        """The answer once all of it is there."""
+        """The whole answer, once all choices are finished."""
         while arrived := await taken(source):
             for place, chunk in arrived:
                 self.note(place, chunk)
@@ -235,7 +235,7 @@ class Answer(Response):
         return InParts(json_parts(body), self._is_gone)
 
     def _num_entries(self, piece: Piece) -> int:
-        """About as many lists, objects and tokens as a choice has."""
+        """Approximate number of lists, objects and tokens in a choice."""
         params, num_prompt = self._params[piece.place], len(piece.output.prompt_token_ids)
         num_each = int(bool(self._request.return_token_ids))
         return (
@@ -250,7 +250,7 @@ class Answer(Response):
         return self._watcher is not None and self._watcher.done()
 
     async def _stream(self, source: Source, send: Send, direct: Send) -> None:
-        """Events as they come; a hot loop.
+        """Send events as chunks arrive; a hot loop.
 
         Args:
             direct: sends all but the answer's beginning.
@@ -275,7 +275,7 @@ class Answer(Response):
         await send_part(direct, b"".join(map(self._numbered, end)), is_last=True)
 
     def _pieces(self, source: Source, arrived: list[tuple[int, Chunk]]) -> Iterator[Piece]:
-        """One a choice: what came together is sent together; of what is kept, one a chunk.
+        """A piece for each choice, of all chunks of a step; for a kept answer, one for each chunk.
 
         Raises:
             ApiError: after the pieces that came before it.
@@ -323,7 +323,7 @@ class Answer(Response):
         return self._numbered(event)
 
     def _usage(self, num_more: int = 0) -> dict[str, Any]:
-        """Of what was taken, and of so many tokens more."""
+        """The `usage` object of the tokens taken so far, and of `num_more` others."""
         outputs = () if self._source is None else self._source.outputs
         firsts = outputs[:: self._num_choices]  # others of a prompt share it
         return usage_of(
@@ -335,7 +335,7 @@ class Answer(Response):
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """Of the output tokens, those before the answer itself."""
+        """Output tokens of reasoning, before the answer itself."""
         return 0
 
     def note(self, place: int, chunk: Chunk) -> None:
@@ -349,14 +349,14 @@ class Answer(Response):
         return choice
 
     def more_of_whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """What a whole answer has besides."""
+        """Further fields of a whole answer."""
         return {}
 
     def check(self, piece: Piece) -> None:
-        """Refuse to give what is no answer.
+        """Refuse a piece whose request ended in an error.
 
         Raises:
-            ApiError: the request ended in an error.
+            ApiError: the logits were not finite, or the grammar was too costly.
         """
         if piece.finish_reason is FinishReason.ERROR:
             raise ApiError(500, str(piece.output.error), code="model_error")
@@ -364,27 +364,27 @@ class Answer(Response):
             raise ApiError(400, str(piece.output.error), code="grammar_too_costly")
 
     def choice(self, piece: Piece) -> dict[str, Any]:
-        """A whole choice, as the answer has it; maybe in another thread."""
+        """The object of a whole choice; may be made in another thread."""
         raise NotImplementedError
 
     def delta(self, piece: Piece) -> dict[str, Any]:
-        """What is new of a choice, as a stream has it."""
+        """The object of a piece in a stream."""
         raise NotImplementedError
 
 
 async def _watch(receive: Receive, source: Source) -> None:
-    """Let the source end when the client closes the connection."""
+    """Wait until the client closes the connection, then end the source."""
     while (await receive())["type"] != "http.disconnect":
         pass
     source.end(ClientGone())
 
 
 async def taken(source: Source) -> list[tuple[int, Chunk]]:
-    """What has come.
+    """Wait for the source's next chunks.
 
     Raises:
-        ApiError: what ended it.
-        ClientGone: the client has.
+        ApiError: the request, or the engine, has ended with an error.
+        ClientGone: the client has closed the connection.
     """
     try:
         return await source.take()
@@ -395,10 +395,10 @@ async def taken(source: Source) -> list[tuple[int, Chunk]]:
 
 
 class InParts(Response):
-    """JSON that is made beside the loop and sent as it is made: it is never in memory whole.
+    """JSON that is made in another thread and sent in parts, so that memory never has all of it.
 
     Args:
-        is_gone: true once nobody reads it.
+        is_gone: tells whether the client has left.
     """
 
     def __init__(self, parts: Iterator[bytes], is_gone: Callable[[], bool]) -> None:
@@ -416,7 +416,7 @@ class InParts(Response):
 
 
 async def send_part(send: Send, body: bytes, *, is_last: bool = False) -> None:
-    """A part of a body."""
+    """Send a part of a body."""
     await send({"type": "http.response.body", "body": body, "more_body": not is_last})
 
 
@@ -462,7 +462,7 @@ def _pieces(value: object) -> Iterator[bytes]:
 
 
 def _is_lazy(value: object) -> bool:
-    """Whether an iterator is inside."""
+    """Whether a value is or holds an iterator."""
     if isinstance(value, dict):
         return any(map(_is_lazy, value.values()))
     return isinstance(value, Iterator)

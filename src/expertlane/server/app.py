@@ -2,15 +2,17 @@
 
 from typing import Any
 
-from fastapi import FastAPI, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
+from starlette.types import Receive, Scope, Send
 
+from expertlane.server.answers import Answer
 from expertlane.server.arrival import Arrival
 from expertlane.server.bodies import BodyLimit, make_bodies_models
 from expertlane.server.chats import CHATS
 from expertlane.server.completions import COMPLETIONS
-from expertlane.server.errors import ErrorBody, bad_field, install_handlers, json_response
-from expertlane.server.journal.routes import add_journal
+from expertlane.server.errors import ApiError, ErrorBody, bad_field, install_handlers, json_response
+from expertlane.server.journal.keeper import JournalKeeper
 from expertlane.server.live import add_live
 from expertlane.server.metrics import CONTENT_TYPE
 from expertlane.server.middleware import ApiKeys, Counted, Heads, Hosts
@@ -22,10 +24,71 @@ from expertlane.server.requests import (
     TokenizeRequest,
 )
 from expertlane.server.responses.answer import RESPONSES
-from expertlane.server.responses.routes import add_responses
+from expertlane.server.responses.request import ResponsesRequest
 from expertlane.server.scaling import add_scaling
 from expertlane.server.service import Service
 from expertlane.version import __version__
+
+
+class _Rest(Response):
+    """The events of a kept answer that a client does not have yet."""
+
+    def __init__(self, service: Service, answer: Answer) -> None:
+        super().__init__()  # unused: `__call__` sends the answer
+        self._service, self._answer = service, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; for the server."""
+        self._service.num_open += 1
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self._service.num_open -= 1
+
+
+def add_journal(app: FastAPI, service: Service, keeper: JournalKeeper) -> None:
+    """Add the routes of kept requests to an app."""
+
+    @app.get("/v1/requests/{request_id}/events", response_class=Response)
+    async def events(request_id: str, http: Request) -> Response:
+        """The events of a stream after `Last-Event-ID`, or all; 204 where no more will come."""
+        kept, after = keeper.find(http.scope, request_id)
+        if not kept.prepared.request.stream:
+            text = f"request {request_id} has no events: it was asked for without stream"
+            raise bad_field("request_id", text)
+        if kept.num_events is not None and after >= kept.num_events:
+            return Response(status_code=204)
+        return _Rest(service, keeper.reconnect(kept, after))
+
+    @app.delete("/v1/requests/{request_id}")
+    async def cancel(request_id: str, http: Request) -> Response:
+        """End a request, and forget it."""
+        kept, _ = keeper.find(http.scope, request_id)
+        kept.end(ApiError(410, f"request {request_id} was cancelled", code="cancelled"))
+        keeper.forget(kept)
+        return json_response({"id": request_id, "object": "request", "deleted": True})
+
+
+def add_responses(app: FastAPI, service: Service, journal: JournalKeeper | None) -> None:
+    """Let an app answer them."""
+    store = service.responses
+
+    @app.post(RESPONSES.path, response_class=Response)
+    async def respond(request: ResponsesRequest) -> Response:
+        """Continue a conversation, or begin one; its items, whole or as events."""
+        return Arrival(service, journal, request, RESPONSES)
+
+    @app.get("/v1/responses/{response_id}")
+    async def response(response_id: str) -> Response:
+        """A response that was kept."""
+        return json_response(store.get(response_id, "response_id").body)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str) -> Response:
+        """Forget a response that was kept."""
+        store.delete(response_id, "response_id")
+        return json_response({"id": response_id, "object": "response", "deleted": True})
+
 
 # Of POST: these change nothing.
 _COMPUTED = frozenset(
@@ -38,7 +101,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(service: Service, *, is_local: bool) -> FastAPI:
+def make_app(service: Service, journal: JournalKeeper | None = None, *, is_local: bool) -> FastAPI:
     """An app that answers for a service.
 
     Args:
@@ -54,14 +117,14 @@ def make_app(service: Service, *, is_local: bool) -> FastAPI:
     )
     make_bodies_models(app)
     install_handlers(app)
-    _add_generation(app, service)
-    add_responses(app, service)
+    _add_generation(app, service, journal)
+    add_responses(app, service, journal)
     _add_tokens(app, service)
     _add_state(app, service)
     add_scaling(app, service)
     add_live(app, service.live)
-    if service.journal is not None:
-        add_journal(app, service, service.journal)
+    if journal is not None:
+        add_journal(app, service, journal)
     # The last one added comes first.
     app.add_middleware(Heads)
     app.add_middleware(BodyLimit)
@@ -78,16 +141,16 @@ def make_app(service: Service, *, is_local: bool) -> FastAPI:
     return app
 
 
-def _add_generation(app: FastAPI, service: Service) -> None:
+def _add_generation(app: FastAPI, service: Service, journal: JournalKeeper | None) -> None:
     @app.post(COMPLETIONS.path, response_class=Response)
     async def complete(request: CompletionRequest) -> Response:
         """Continue prompts."""
-        return Arrival(service, request, COMPLETIONS)
+        return Arrival(service, journal, request, COMPLETIONS)
 
     @app.post(CHATS.path, response_class=Response)
     async def chat(request: ChatRequest) -> Response:
         """Continue a conversation."""
-        return Arrival(service, request, CHATS)
+        return Arrival(service, journal, request, CHATS)
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
@@ -160,7 +223,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
-        """To the page that a person wants to see."""
+        """Redirect people to the page `/live`."""
         return RedirectResponse("/live")
 
     @app.get("/v1/models")

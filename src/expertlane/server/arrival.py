@@ -1,4 +1,4 @@
-"""The time from a request's arrival to its answer, which both the client and a limit can end."""
+"""From a request's arrival to its answer, unless the client leaves or a time limit ends it."""
 
 import asyncio
 
@@ -8,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 from expertlane.server.answers import Answer
 from expertlane.server.endpoint import Endpoint
 from expertlane.server.errors import ApiError
+from expertlane.server.journal.keeper import JournalKeeper
 from expertlane.server.requests import SampledRequest
 from expertlane.server.service import Service
 from expertlane.server.under_way import late
@@ -16,15 +17,22 @@ from expertlane.server.under_way import late
 class Arrival(Response):
     """Sends an answer once it is made, unless the client leaves or the time is up before.
 
-    Making it takes as long as tokenizing the prompt.
+    Making it includes tokenizing the prompt.
     """
 
-    def __init__(self, service: Service, request: SampledRequest, endpoint: Endpoint) -> None:
-        super().__init__()  # what it calls when it is sent is below
+    def __init__(
+        self,
+        service: Service,
+        journal: JournalKeeper | None,
+        request: SampledRequest,
+        endpoint: Endpoint,
+    ) -> None:
+        super().__init__()  # unused: `__call__` sends another response
+        self._journal = journal
         self._service, self._request, self._endpoint = service, request, endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer; for the server."""
+        """Make the answer and send it; called by the HTTP server."""
         service = self._service
         began_s = asyncio.get_running_loop().time()
         limit_s = service.time_limit_s(self._request)
@@ -50,8 +58,8 @@ class Arrival(Response):
 
     async def _make(self, scope: Scope, began_s: float) -> Answer:
         service, request, endpoint = self._service, self._request, self._endpoint
-        if service.journal is not None:
-            return await service.journal.answer(scope, request, endpoint, began_s)
+        if self._journal is not None:
+            return await self._journal.answer(scope, request, endpoint, began_s)
         if b"last-event-id" in dict(scope["headers"]):
             text = "Last-Event-ID: this server keeps no journal of requests (--journal)"
             raise ApiError(404, text, param="Last-Event-ID", code="request_not_found")

@@ -17,10 +17,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from expertlane.server.errors import BUSY, TOO_LARGE, TOO_SLOW, ApiError
 
 MOST_BODY_BYTES = 16 * 2**20
-MOST_BYTES_AT_ONCE = 256 * 2**20  # of the bodies of all requests that have no complete answer
+MOST_BYTES_AT_ONCE = 256 * 2**20  # in bodies of all unanswered requests together
 MOST_VALUES = 2**19  # in a body: strings, numbers, lists, objects
-MOST_KEYS = 2**16  # in a body, of all its objects
-BODY_S = 30.0  # for a body to arrive, and the time that it takes at the least rate besides
+MOST_KEYS = 2**16  # in all objects of a body
+BODY_S = 30.0  # for a body to arrive, beside the time that it takes at the least rate
 LEAST_BYTES_PER_S = 10_000
 _SMALL_BYTES = 16 * 2**10  # becomes objects in less than a millisecond
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")  # half of a character, as an escape
@@ -32,7 +32,7 @@ class JsonCounts:
     """Counts the values and keys of a JSON text as it arrives, without making objects of them.
 
     Attributes:
-        num_values, num_keys: so far; never fewer than a parser finds.
+        num_values, num_keys: counts so far; never fewer than a parser finds.
     """
 
     def __init__(self) -> None:
@@ -58,10 +58,10 @@ class BodyLimit:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._num_bytes = 0  # of all requests
+        self._num_bytes = 0  # held by the bodies of all requests
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, or refuse."""
+        """Pass a request on, or refuse its body."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -78,10 +78,10 @@ class BodyLimit:
             self._num_bytes -= body.num_bytes
 
     def _hold(self, num_bytes: int) -> None:
-        """Reserve room for more bytes.
+        """Reserve memory for more bytes.
 
         Raises:
-            HTTPException: there is none.
+            HTTPException: the bodies of all requests take too much.
         """
         self._num_bytes += num_bytes
         if self._num_bytes > MOST_BYTES_AT_ONCE:
@@ -96,10 +96,10 @@ _TOO_MANY_BYTES = f"the body has more than {MOST_BODY_BYTES:,} bytes"
 
 
 class _BoundedBody:
-    """One request's body.
+    """The body of one request, counted as it arrives.
 
     Attributes:
-        num_bytes: received so far.
+        num_bytes: bytes received so far.
     """
 
     def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:

@@ -1,4 +1,4 @@
-"""How families of models mark calls of tools and reasoning: one description each.
+"""The text formats of tool calls and reasoning, one description for each family of models.
 
 Sources: the chat templates of the checkpoints that each names, and OpenAI's description of the
 harmony format (https://cookbook.openai.com/articles/openai-harmony).
@@ -13,7 +13,7 @@ Body = Literal["json", "named", "xml", "harmony"]
 
 @dataclass(frozen=True)
 class CallForm:
-    """How a model writes calls: `section call between call section_end`.
+    """A family's text format of tool calls: `section call between call section_end`.
 
     A call is `begin`, then by its body
     json: `{"name": NAME, ARGUMENTS_KEY: ARGUMENTS}`;
@@ -22,9 +22,9 @@ class CallForm:
     texts stand as they are and all else is JSON; and then `end`.
 
     Attributes:
-        opener: what a call, or the first one, is known by in a text; empty where a text that
-            begins with `{` is a call.
-        next_opener: the same of the others.
+        opener: the mark by which a call, or the first of several, is recognized; empty where a
+            text that begins with `{` is a call.
+        next_opener: the mark of the other calls.
         numbers: names are followed by `:` and the number of the call.
         is_list: the calls are a JSON list.
         cannot_repeat: an answer ends with its call.
@@ -48,19 +48,19 @@ class CallForm:
 
     @property
     def openers(self) -> tuple[str, ...]:
-        """All that a call is known by."""
+        """The marks by which a call is recognized."""
         return tuple(filter(None, dict.fromkeys((self.opener, self.next_opener))))
 
     @property
     def closers(self) -> tuple[str, ...]:
-        """Marks after calls, which are no text."""
+        """The marks after calls, which are dropped from the text."""
         texts = (self.end.strip(), self.section_end.strip(), *self.end.strip("\n`").split())
         return tuple(dict.fromkeys(each for each in texts if len(each) > 1))
 
 
 @dataclass(frozen=True)
 class ThoughtForm:
-    """How a model marks reasoning before its answer."""
+    """The marks around a model's reasoning before its answer."""
 
     begin: str
     end: str
@@ -169,12 +169,12 @@ HARMONY_ANSWER = "<|channel|>final<|message|>"
 
 
 def call_form_of(template: str) -> str | None:
-    """The name of the form whose marks a chat template writes; None of none that is known."""
+    """The name of the call form whose marks a chat template has; None if no known one fits."""
     return next((name for name, does_fit in _evidence(template) if does_fit), None)
 
 
 def _evidence(source: str) -> Iterator[tuple[str, bool]]:
-    """The first that fits counts."""
+    """Names of forms, and whether the template fits each; the first that fits counts."""
     yield "harmony", "<|channel|>" in source and "<|message|>" in source
     has_fence = "```json" in source
     yield "deepseek_v3", "<｜tool▁calls▁begin｜>" in source and has_fence
@@ -192,7 +192,7 @@ def _evidence(source: str) -> Iterator[tuple[str, bool]]:
 
 
 def thought_form_of(template: str) -> str | None:
-    """The name of the form of reasoning that a chat template knows; None of none."""
+    """The name of the reasoning form whose marks a chat template has; None if none fits."""
     if "<|channel|>" in template and "<|message|>" in template:
         return "harmony"
     return next((name for name, form in THOUGHT_FORMS.items() if form.end in template), None)

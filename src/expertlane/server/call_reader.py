@@ -1,4 +1,4 @@
-"""Calls of tools as their text comes: which one, and its arguments piece by piece."""
+"""Readers of tool calls as their text arrives: the name, then the arguments piece by piece."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ _ARGUMENTS = ("arguments", "parameters")
 
 
 class JsonValue:
-    """Finds the end of a JSON object or list as it comes."""
+    """Finds the end of a JSON object or list as its text arrives."""
 
     def __init__(self) -> None:
         self.depth = 0
@@ -38,10 +38,10 @@ class JsonValue:
 
 
 class NamedArguments:
-    """The arguments of a call, an object.
+    """Reads the arguments of a call, a JSON object, after its name.
 
     Attributes:
-        is_begun, is_ended: whether some of it has come, and whether all has.
+        is_begun, is_ended: whether some of the object has arrived, and whether all has.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class NamedArguments:
         self.is_begun = self.is_ended = False
 
     def feed(self, text: str) -> tuple[str, str]:
-        """New text of the arguments, and what comes after them."""
+        """The part of a text that belongs to the arguments, and the rest."""
         self.is_begun = True
         for number, character in enumerate(text, 1):
             self._value.feed(character)
@@ -60,7 +60,7 @@ class NamedArguments:
 
 
 class CallObject:
-    """`{"name": …, "arguments": …}`; the arguments are given as soon as the name is known.
+    """Reads `{"name": …, "arguments": …}`; gives the arguments once the name is known.
 
     Attributes:
         name: None before it is known.
@@ -72,18 +72,18 @@ class CallObject:
         self.name: str | None = None
         self.has_arguments = False
         self._value = JsonValue()
-        self._key: str | None = None  # of the value that comes
-        self._part = ""  # of a key, or of a value
+        self._key: str | None = None  # the key of the value to come
+        self._part = ""  # text so far of a key, or of a value
         self._space = ""  # after a value, or within it
         self._waiting = ""  # arguments before the name
 
     @property
     def is_ended(self) -> bool:
-        """Whether nothing more belongs to it."""
+        """Whether the object has ended."""
         return self._value.is_ended
 
     def feed(self, text: str) -> tuple[str, str]:
-        """New text of the arguments, and what comes after the object."""
+        """The new text of the arguments, and the text after the object."""
         pieces: list[str] = []
         for number, character in enumerate(text, 1):
             self._take(character, pieces)
@@ -139,10 +139,10 @@ def _decoded(text: str) -> str | None:
 
 
 class XmlArguments:
-    """Arguments as JSON, from keys and values that come apart.
+    """Writes arguments as JSON, from keys and values that arrive one by one.
 
     Args:
-        schema: of the tool's parameters; says which values are texts.
+        schema: schema of the tool's parameters; tells which values are texts.
     """
 
     def __init__(self, schema: Mapping[str, Any] | None) -> None:
@@ -153,7 +153,7 @@ class XmlArguments:
         self._held = ""
 
     def begin(self, key: str) -> str:
-        """A key's JSON."""
+        """The JSON of the next key, up to its value."""
         self._is_text = is_text(self._properties.get(key))
         self._held = ""
         self._num_keys += 1
@@ -161,7 +161,7 @@ class XmlArguments:
         return f"{before}{strict_json(key, ensure_ascii=False)}: " + ('"' if self._is_text else "")
 
     def feed(self, text: str, *, is_last: bool = False) -> str:
-        """The JSON of a part of its value; of one that is no text once it is complete."""
+        """The JSON of a part of the key's value; one that is no text is given once complete."""
         if self._is_text:
             return strict_json(text, ensure_ascii=False)[1:-1] + ('"' if is_last else "")
         self._held += text
@@ -174,12 +174,12 @@ class XmlArguments:
         return self._held.strip()
 
     def end(self) -> str:
-        """What closes them."""
+        """The closing brace; `{}` without keys."""
         return "}" if self._num_keys else "{}"
 
 
 def is_text(schema: Any) -> bool:
-    """Whether values of a schema are texts, which stand in XML as they are."""
+    """Whether a schema's values are texts, which XML forms hold without quotes."""
     if not isinstance(schema, Mapping):
         return True
     kind = schema.get("type")

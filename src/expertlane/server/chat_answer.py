@@ -14,7 +14,7 @@ from expertlane.server.usage import ReasoningCount
 
 
 class ChatAnswer(Answer):
-    """Of `/v1/chat/completions`."""
+    """An answer of `/v1/chat/completions`."""
 
     param = "messages"
     prefix, kind, kind_of_chunks = "chatcmpl", "chat.completion", "chat.completion.chunk"
@@ -48,23 +48,23 @@ class ChatAnswer(Answer):
 
     @property
     def num_reasoning_tokens(self) -> int:
-        """Of all choices."""
+        """Reasoning tokens of all choices."""
         return sum(count.num_tokens for count in self._counts)
 
     def note(self, place: int, chunk: Chunk) -> None:
-        """Count it if it is reasoning."""
+        """Count a chunk's token if it is reasoning."""
         if self._counts:
             self._counts[place].feed(chunk)
 
     def more_of_whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
-        """With what is known of the prompt, if it was asked for."""
+        """The field `prompt_logprobs`, if it was asked for."""
         prompt = pieces[0].output.prompt_logprobs
         if self._num_prompt_top is None or prompt is None:
             return {}
         return {"prompt_logprobs": self._texts.of_prompt(prompt, self._num_prompt_top)}
 
     def choice(self, piece: Piece) -> dict[str, Any]:
-        """With the message."""
+        """A choice with its whole message."""
         found = self._fields(piece)
         calls = found.get("tool_calls")
         for call in calls or ():
@@ -74,7 +74,7 @@ class ChatAnswer(Answer):
         return self._choice(piece, {"message": message})
 
     def delta(self, piece: Piece) -> dict[str, Any]:
-        """With what is new; the role comes with the first one."""
+        """A choice with the new parts of its message; the first one has the role."""
         delta = self._fields(piece) or {"content": ""}
         if piece.start == 0:
             delta["role"] = "assistant"
@@ -98,13 +98,13 @@ class ChatAnswer(Answer):
 
 
 class ChatParts:
-    """The fields of a message, from the text of one choice.
+    """Splits the text of one choice into the fields of a message.
 
     Args:
-        id_of: 32 hexadecimal digits for the number of a call.
+        id_of: gives 32 hexadecimal digits for the number of a call.
 
     Attributes:
-        num_calls: of tools, so far.
+        num_calls: tool calls so far.
     """
 
     def __init__(self, text: MarkedText, id_of: Callable[[int], str]) -> None:
@@ -112,7 +112,7 @@ class ChatParts:
         self.num_calls = 0
 
     def feed(self, text: str, *, is_last: bool = False) -> dict[str, Any]:
-        """What is new of each field: `content`, `reasoning_content`, `tool_calls`."""
+        """The new parts of each field: `content`, `reasoning_content`, `tool_calls`."""
         found: dict[str, Any] = {}
         for part in self._text.feed(text, is_last=is_last):
             if part.kind == "name":
@@ -138,7 +138,7 @@ class ChatParts:
         }
 
     def _add_arguments(self, calls: list[dict[str, Any]], text: str) -> None:
-        """To the last call, which may have begun in an earlier delta."""
+        """Add arguments to the last call, which may have begun in an earlier delta."""
         index = self.num_calls - 1
         if not calls or calls[-1]["index"] != index:
             calls.append({"index": index, "function": {"arguments": ""}})

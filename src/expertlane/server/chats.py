@@ -12,7 +12,7 @@ from expertlane.server.tools import structured_chat
 
 
 async def prepare_chat(service: Service, request: ChatRequest) -> Prepared:
-    """A request with its chat as tokens.
+    """Check a request, and tokenize its chat.
 
     Raises:
         ApiError: it can never be served.
@@ -41,10 +41,10 @@ async def prepare_chat(service: Service, request: ChatRequest) -> Prepared:
 
 
 def _variables(service: Service, request: ChatRequest) -> dict[str, Any]:
-    """Of the template.
+    """The variables of the chat template that a request sets.
 
     Raises:
-        ApiError: a field names one that the template does not have.
+        ApiError: a field sets one that the template does not have.
     """
     variables, template = dict(request.chat_template_kwargs or {}), service.model.template
     for name, value in request.named_variables.items():

@@ -24,20 +24,20 @@ class CompletionAnswer(Answer):
         assert isinstance(self._request, CompletionRequest), "it is one"
         self._wants = self._request
         self._echoed = prepared.texts
-        self._offsets: dict[int, TextOffsets] = {}  # of choices with log-probabilities
+        self._offsets: dict[int, TextOffsets] = {}  # by choice, if it has log-probabilities
 
     def _before(self, place: int) -> str:
         return self._echoed[place // self._num_choices] if self._echoed else ""
 
     def check(self, piece: Piece) -> None:
-        """The same, without the token that is computed where none is asked for."""
+        """Refuse an error; drop the one token that is computed with `max_tokens` 0."""
         super().check(piece)
         if self._wants.drops_output:
             piece.stop, piece.text = piece.start, ""
             piece.finish_reason = FinishReason.LENGTH
 
     def choice(self, piece: Piece) -> dict[str, Any]:
-        """With the prompt's text before it, where asked for."""
+        """A choice of text, after the prompt's with `echo`."""
         is_first = piece.start == 0
         choice = {
             "index": piece.place,
@@ -70,7 +70,7 @@ class CompletionAnswer(Answer):
 
 
 async def prepare_completion(service: Service, request: CompletionRequest) -> Prepared:
-    """A request with its prompts as tokens.
+    """Check a request, and tokenize its prompts.
 
     Raises:
         ApiError: it can never be served.

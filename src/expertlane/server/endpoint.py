@@ -1,4 +1,4 @@
-"""A route that generates text: from a body to what its answer is made of, and to the answer."""
+"""Routes that generate text: from a request's body to a prepared request, and to its answer."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from expertlane.server.service import Service
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One of them.
+    """A route that generates text.
 
     Attributes:
-        body: of its requests.
-        prepare: checks a body and makes its prompts tokens; raises an `ApiError`.
-        answer: made of what was prepared; the same for the same.
+        body: the type of its requests' bodies.
+        prepare: checks a body and tokenizes its prompts; raises an `ApiError`.
+        answer: the class of its answers, which depend only on the prepared request and its chunks.
     """
 
     path: str
@@ -32,7 +32,7 @@ class Endpoint:
             began_s: when it arrived, on the loop's clock.
 
         Raises:
-            ApiError: it can never be served, or not now.
+            ApiError: the request can never be served, or not now.
         """
         service.check_admission(request.model)
         answer = self.answer(service, await self.prepare(service, request))

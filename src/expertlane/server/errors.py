@@ -44,13 +44,13 @@ class ErrorBody(BaseModel):
 
 
 class ApiError(Exception):
-    """A request that gets no answer.
+    """An error that the client gets in place of an answer.
 
     Args:
         message: one line, which says what would be valid.
-        param: the field that is wrong, as `messages[0].content`.
-        code: a word for programs.
-        retry_after_s: when another attempt makes sense.
+        param: path of the wrong field, such as `messages[0].content`.
+        code: name of the error, for programs.
+        retry_after_s: seconds after which another attempt makes sense.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The object that the client gets."""
+        """The JSON object that the client gets."""
         message = printable(str(self))
         kind = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
@@ -83,7 +83,7 @@ class ApiError(Exception):
         }
 
     def response(self) -> Response:
-        """The answer."""
+        """The HTTP response of the error."""
         headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
@@ -98,12 +98,12 @@ def json_response(
 
 
 def bad_field(param: str | None, message: str, code: str = "invalid_value") -> ApiError:
-    """A field's value that is wrong."""
+    """The error of a field with a wrong value."""
     return ApiError(400, message, param=param, code=code)
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Let every error of an app, also of its framework, have this form."""
+    """Give every error of an app, also of its framework, the form of `ApiError`."""
 
     async def of_api(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
@@ -116,7 +116,7 @@ def install_handlers(app: FastAPI) -> None:
     async def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status = error.status_code
-        if status == 400:  # of the framework's parser; syntax errors come to `of_validation`
+        if status == 400:  # the framework's parser failed; syntax errors come to `of_validation`
             text = "the body is not JSON: not UTF-8, nested too deeply, or with a huge number"
             return ApiError(400, text, code=_NO_JSON).response()
         text = f"{request.method} {request.url.path}: {error.detail}"
@@ -142,10 +142,10 @@ def install_handlers(app: FastAPI) -> None:
 
 
 def refusal(errors: Sequence[Mapping[str, Any]], content_type: str | None) -> ApiError:
-    """What pydantic found, as one error: of the alternatives of a field, the one that fits most.
+    """The most specific of pydantic's errors: of a field's alternatives, the one that fits best.
 
     Args:
-        content_type: of the request; bodies of another type than JSON are not parsed.
+        content_type: the request's; bodies of another type than JSON are not parsed.
     """
     error = max(errors, key=lambda each: len(each["loc"]))
     kind = error["type"]

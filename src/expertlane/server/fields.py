@@ -1,4 +1,4 @@
-"""Fields of requests: their types and ranges, and what is refused."""
+"""Types of request fields: their ranges, JSON schemas and errors."""
 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar
@@ -21,21 +21,21 @@ from expertlane.spec.ranges import RANGES, shown
 from expertlane.text.chat_template import OWN_VARIABLES
 
 MOST_STOPS = 64
-MOST_PROMPTS = 2048  # of a request, times its choices
+MOST_PROMPTS = 2048  # prompts of a request, times its choices
 MOST_TOKEN_IDS = 2**31
-MOST_STOP_CHARACTERS = 4096  # of each
+MOST_STOP_CHARACTERS = 4096  # of each stop text
 _MOST_BIASES = 1024
-_MOST_NAME = 512  # characters of what clients call something
-_MOST_FIELDS = 128  # of an object whose fields are known
+_MOST_NAME = 512  # characters of a name
+_MOST_FIELDS = 128  # fields of an object whose fields are known
 MOST_PARTS = 4096  # messages of a chat, parts of a message, and the like
-_MOST_VARIABLES = 64  # of a template
+_MOST_VARIABLES = 64  # variables of a template
 _MOST_OF_OBJECT = 4096  # keys of an object that is any JSON, at its top
 _MOST_METADATA = 16
 _MOST_METADATA_CHARACTERS = 16 * 2**10  # as JSON
 
 
 def number(name: str, low: float | None = None) -> Any:
-    """The range of a field, as pydantic has it."""
+    """A pydantic field with the valid range of a setting."""
     allowed = RANGES[name]
     least = allowed.low if low is None else low
     if allowed.is_above:
@@ -83,7 +83,7 @@ def _take_metadata(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _are_tokens(value: object) -> bool:
-    """Whether it is a list of token ids; no Python runs for each of a million."""
+    """Whether a value is a list of token ids; checks a million without a loop in Python."""
     if not isinstance(value, list) or set(map(type, value)) != {int}:
         return False
     return bool(min(value) >= 0 and max(value) < MOST_TOKEN_IDS)
@@ -149,7 +149,7 @@ class Strict(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _bound(cls, given: Any) -> Any:
-        """Each unknown field would be an error of its own."""
+        """Limit the number of fields, since each unknown one would be an error of its own."""
         if isinstance(given, dict) and len(given) > _MOST_FIELDS:
             raise bad_field(None, f"an object has {len(given):,} fields; at most {_MOST_FIELDS}")
         return given
@@ -176,7 +176,7 @@ class Known(Strict):
 
 
 def _is_neutral(value: object, neutral: Iterable[Any]) -> bool:
-    """Whether it is null or one of them; Python's True equals 1, JSON's does not."""
+    """Whether a value is null or among the neutral ones; JSON's true is not 1, as Python's is."""
     same = (each for each in neutral if isinstance(value, bool) == isinstance(each, bool))
     return value is None or value in same
 

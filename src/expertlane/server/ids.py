@@ -7,15 +7,15 @@ from uuid import uuid4
 
 @dataclass(frozen=True)
 class AnswerIds:
-    """Of one answer.
+    """The ids of one answer and its parts.
 
     Attributes:
-        root: 122 random bits, which all its ids follow from.
+        root: 122 random bits, from which all its ids follow.
     """
 
     root: str = field(default_factory=lambda: uuid4().hex)
 
     def of(self, *what: str | int) -> str:
-        """32 hexadecimal digits; alike for alike arguments."""
+        """An id of 32 hexadecimal digits; the same for the same arguments."""
         text = "/".join(map(str, (self.root, *what)))
         return blake2b(text.encode(), digest_size=16).hexdigest()

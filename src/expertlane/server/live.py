@@ -45,12 +45,12 @@ COLOURS = {
 
 
 class LiveFeed:
-    """Makes one frame a second for all viewers; of one event loop.
+    """Makes one frame a second for all viewers; used in one event loop.
 
     Attributes:
         num_viewers: pages that are open.
-        num_layouts: how many layouts there have been.
-        state: what it shows.
+        num_layouts: layouts that there have been.
+        state: the data of the frames.
     """
 
     def __init__(self, state: LiveState) -> None:
@@ -60,7 +60,7 @@ class LiveFeed:
         self._number, self._latest = 0, b""
         self._shown: Sequence[Any] | None = None  # the placements that viewers have
         watch = state.service.model.watch
-        self._members = None if watch is None else watch.members  # that they know
+        self._members = None if watch is None else watch.members  # the ranks that viewers know
         self.num_layouts = 0
         self._changed_at = -_REPEATED  # the frame that brought them
         self._loop = asyncio.get_running_loop()
@@ -99,14 +99,14 @@ class LiveFeed:
         news.set_result(None)
 
     def start(self) -> tuple[int, bytes]:
-        """What a new viewer gets first, and the number of the latest frame, which it includes."""
+        """The first event for a new viewer, and the number of the latest frame, which it covers."""
         self.state.look()
         return self._number, _event(self.state.start())
 
     async def next(self, number: int) -> tuple[int, bytes]:
-        """The latest frame once there is one after `number`, and its number.
+        """Wait for a frame after `number`; returns the latest frame's number and the frame.
 
-        Those that came between are lost: a slow viewer costs no memory.
+        Frames in between are lost, so that a slow viewer costs no memory.
         """
         while self._number <= number and not self.is_closed:
             await asyncio.shield(self._news)
@@ -196,12 +196,12 @@ def add_live(app: FastAPI, feed: LiveFeed) -> None:
 
     @app.get("/live/feed", include_in_schema=False)
     async def live_feed() -> Response:
-        """What the page draws, as server-sent events."""
+        """The frames that the page draws, as server-sent events."""
         return LiveAnswer(feed)
 
 
 def live_page() -> tuple[bytes, str]:
-    """The page, the same for everybody, and the policy that lets nothing else run in it."""
+    """The page, the same for everybody, and its content security policy."""
     style = style_sheet() + _stage_colours() + _asset("report", "page.css")
     style += _asset("server", "live.css")
     script = _asset("server", "live.js")
@@ -221,7 +221,7 @@ def live_page() -> tuple[bytes, str]:
 
 
 def _stage_colours() -> str:
-    """Variables by stage: `--stage-experts` and so on."""
+    """CSS variables with the colour of each stage: `--stage-experts` and so on."""
     rules = "".join(f"--stage-{_slug(name)}:var({colour});" for name, colour in COLOURS.items())
     return f":root{{{rules}}}\n"
 

@@ -1,4 +1,4 @@
-"""The data of `/live`: frames of numbers, and events."""
+"""The data of `/live`: a frame of numbers each second, and events."""
 
 import time
 from base64 import b64encode
@@ -7,22 +7,19 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.placement_file import Placements
-from expertlane.comm.progress import NO_LAYER, Position
+from expertlane.engine.comm.progress import NO_LAYER, Position
+from expertlane.engine.elastic.scaling import PREPARING
 from expertlane.engine.rank_watch import Reading
-from expertlane.engine.scaling import PREPARING
-from expertlane.server.alerts import Alert, alerts_of, change_under_way
+from expertlane.server.alerts import Alert, Watched, alerts_of, change_under_way
 from expertlane.server.own_metrics import IMBALANCE_S, WAITING
 from expertlane.spec.names import Stage
 from expertlane.version import __version__
-
-if TYPE_CHECKING:
-    from expertlane.server.service import Service
 
 _STAGES = [stage for stage in Stage if stage != Stage.SETUP]
 _LATELY_S = 60.0  # the window of percentiles and preemptions
@@ -36,11 +33,11 @@ _MARKED_S = 180.0  # how long the page is told of a recovery; it draws two minut
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened.
+    """An event of the server, such as a preemption.
 
     Attributes:
         number: from 1, in order.
-        at: seconds since 1970.
+        at: time of the event, in seconds since 1970.
     """
 
     number: int
@@ -53,9 +50,9 @@ class Event:
 
 @dataclass
 class LiveState:
-    """Of one server; of its loop."""
+    """The data that the `/live` pages of one server show; used in its event loop."""
 
-    service: "Service"
+    service: Watched
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=_MOST_EVENTS))
     _num_events: int = 0
     _seen: dict[str, int] = field(default_factory=dict)
@@ -65,14 +62,14 @@ class LiveState:
     _speeds: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_KEPT_LOOKS))
 
     def add(self, kind: Any, text: str) -> None:
-        """Note an event."""
+        """Add an event, and report it to `on_event`."""
         self._num_events += 1
         self.events.append(Event(self._num_events, time.time(), kind, text))
         if (on_event := self.service.options.on_event) is not None:
             on_event(kind, text)
 
     def look(self) -> None:
-        """Note what has happened since the last look; to be called once a second."""
+        """Add the events since the last look; to be called once a second."""
         service = self.service
         self._speeds.append((time.time(), service.metrics.num_generation_tokens))
         if more := self._more("preemptions", service.model.engine.scheduler.num_preemptions):
@@ -121,7 +118,7 @@ class LiveState:
             self.add(record.kind.value, record.line)
 
     def start(self) -> dict[str, Any]:
-        """What a page has to know before the first frame."""
+        """The data that a page gets once, before its first frame."""
         service, watch = self.service, self.service.model.watch
         limits = service.model.limits
         facts: dict[str, Any] = {
@@ -174,7 +171,7 @@ class LiveState:
         ]
 
     def frame(self) -> dict[str, Any]:
-        """The numbers of now; what grows is given as a total, so that frames may be lost."""
+        """The present numbers; counters are totals, so that frames may be lost."""
         service, metrics = self.service, self.service.metrics
         scheduler, watch = service.model.engine.scheduler, service.model.watch
         recovery = service.model.engine.recovery
@@ -232,7 +229,7 @@ class LiveState:
         return PREPARING if is_preparing else position.stage.label
 
     def _rebalances(self) -> dict[str, Any] | None:
-        """What the rebalancer has done so far; None without one."""
+        """The rebalancer's decisions and moves so far; None without one."""
         watch = self.service.model.watch
         if watch is None or watch.rebalancer is None:
             return None
@@ -248,7 +245,7 @@ class LiveState:
         }
 
     def _copies(self, reading: Reading) -> dict[str, Any] | None:
-        """What balancing copies has brought so far; None where they are not balanced."""
+        """Pairs and time saved so far by balancing copies; None where they are not balanced."""
         watch = self.service.model.watch
         if watch is None or watch.copy_switch is None:
             return None
@@ -261,7 +258,7 @@ class LiveState:
         }
 
     def _totals(self, reading: Reading) -> dict[str, Any]:
-        """A reading for the page, times in ms."""
+        """A reading of the ranks' totals for the page, times in ms."""
         own_s = (reading.spent_s - reading.waited_s)[:, _STAGES]
         waited_s = reading.waited_s.sum(axis=1, keepdims=True)
         return {
@@ -303,7 +300,7 @@ class LiveState:
         ]
 
     def _dp_ranks(self) -> dict[str, Any] | None:
-        """Of all data-parallel ranks, those that serve; None where lost ranks are not replaced."""
+        """Numbers of data-parallel ranks, serving and all; None if lost ones are not replaced."""
         recovery = self.service.model.engine.recovery
         if recovery is None:
             return None
@@ -311,13 +308,13 @@ class LiveState:
         return {"serving": serving, "all": number, "shrunk_at": recovery.shrunk_at}
 
     def alerts(self) -> Iterator[Alert]:
-        """What somebody should look at, the worst first."""
+        """The present alerts, the worst first."""
         is_preempting = time.monotonic() - self._preempted_s < _LATELY_S
         return alerts_of(self.service, is_preempting=is_preempting)
 
 
 def _percentiles(recent: Iterable[tuple[float, float]]) -> dict[str, Any]:
-    """Seconds by percentile, of those that came in the last minute."""
+    """Percentiles of the seconds observed in the last minute, and their number."""
     since_s = time.perf_counter() - _LATELY_S
     values = sorted(seconds for when_s, seconds in list(recent) if when_s >= since_s)
     found: dict[str, Any] = {"num": len(values)}
@@ -330,12 +327,12 @@ def _percentiles(recent: Iterable[tuple[float, float]]) -> dict[str, Any]:
 
 
 def _whole_numbers(numbers: npt.NDArray[np.int64]) -> str:
-    """As base64 of uint32, which may wrap: pages subtract."""
+    """Base64 of numbers as uint32, which may wrap: pages take differences."""
     return b64encode(numbers.astype("<u4").tobytes()).decode()
 
 
 def _spread(readings: Sequence[Reading], most: int) -> list[Reading]:
-    """At most so many, at near-equal distances in time, the first and the last among them."""
+    """At most `most` readings, near-equally spaced in time, with the first and the last."""
     if len(readings) <= most:
         return list(readings)
     times = [each.time_s for each in readings]

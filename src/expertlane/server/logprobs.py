@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, as the kinds of answers have them.
+"""Log-probabilities of tokens, in the form of each kind of answer.
 
 Long lists are iterators, which become JSON a few entries at a time.
 """
@@ -13,7 +13,7 @@ from expertlane.spec.prompt_logprobs import PromptLogprobs
 from expertlane.spec.sampling import TokenLogprobs
 from expertlane.text.tokenizer import Tokenizer
 
-_LEAST = -9999.0  # of a token that cannot be: JSON has no infinity
+_LEAST = -9999.0  # of an impossible token: JSON has no infinity
 _KEPT = 4096
 
 
@@ -22,7 +22,7 @@ class TokenTexts:
 
     Args:
         tokenizer: None where tokens have no text.
-        as_ids: give `token_id:17` in place of a text, which is exact.
+        as_ids: give `token_id:17` in place of a text; unlike texts, these never coincide.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, *, as_ids: bool) -> None:
@@ -36,13 +36,13 @@ class TokenTexts:
         return self.tokenizer.bytes_of(token_id)
 
     def text(self, token_id: int) -> str:
-        """For people: a part of a character is U+FFFD."""
+        """The token's text for people: a part of a character is U+FFFD."""
         if self._as_ids:
             return f"token_id:{token_id}"
         return self._bytes(token_id).decode(errors="replace")
 
     def _name(self, token_id: int) -> str:
-        """Differs for tokens that do: a part of a character is `bytes:` and its bytes."""
+        """The token's text; for a part of a character, `bytes:` and its bytes."""
         if self._as_ids:
             return f"token_id:{token_id}"
         given = self._bytes(token_id)
@@ -58,10 +58,11 @@ class TokenTexts:
         offsets: "TextOffsets",
         num_top: int,
     ) -> dict[str, Any]:
-        """Lists side by side, one entry a token; the first of a prompt has no log-probability.
+        """The object `logprobs` of `/v1/completions`: parallel lists, one entry for each token.
 
         Args:
-            known: of the same tokens, one sequence after the other.
+            known: log-probabilities of the same tokens, one sequence after the other; None for the
+                first token of a prompt.
         """
         return {
             "tokens": map(self._name, token_ids),
@@ -75,14 +76,17 @@ class TokenTexts:
         }
 
     def _top(self, token: TokenLogprobs, num_top: int) -> dict[str, float]:
-        """The likeliest by text, and the token itself; of equal texts the likeliest counts."""
+        """Log-probabilities by text, of the likeliest tokens and the token itself.
+
+        Of tokens with the same text, the likeliest counts.
+        """
         found: dict[str, float] = {}
         for token_id, logprob in (*token.top[:num_top], (token.token_id, token.logprob)):
             found.setdefault(self._name(token_id), _finite(logprob))
         return found
 
     def of_chat(self, tokens: Iterable[TokenLogprobs]) -> Iterator[dict[str, Any]]:
-        """An object a token."""
+        """The objects of tokens in `logprobs` of `/v1/chat/completions`."""
         return (
             self._entry(each.token_id, each.logprob)
             | {"top_logprobs": [self._entry(*likely) for likely in each.top]}
@@ -94,7 +98,7 @@ class TokenTexts:
         return {"token": self.text(token_id), "logprob": _finite(logprob), "bytes": given}
 
     def of_prompt(self, prompt: PromptLogprobs, num_top: int) -> Iterator[dict[str, Any] | None]:
-        """vLLM's form: by token id, the likeliest and the token itself, with their ranks."""
+        """vLLM's `prompt_logprobs`: for each token, by id, the likeliest and itself, with ranks."""
         return (
             None if each is None else self._ranked(each, int(prompt.ranks[place]), num_top)
             for place, each in enumerate(prompt)
@@ -113,11 +117,11 @@ class TokenTexts:
 
 
 class TextOffsets:
-    """Where tokens that follow each other begin in their text, in characters.
+    """Offsets, in characters, at which consecutive tokens begin in their text.
 
     Args:
-        echoed: what the text begins with. Control tokens have a place in it if they are in it;
-            later text has none of them.
+        echoed: the prompt's text, with which the text begins. A control token takes up characters
+            only if this text holds it; the text after it has none.
     """
 
     def __init__(self, texts: TokenTexts, echoed: str = "") -> None:
@@ -127,7 +131,7 @@ class TextOffsets:
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 
     def take(self, token_id: int) -> int:
-        """Of the next token."""
+        """The offset of the next token."""
         before, tokenizer = self._num, self._texts.tokenizer
         if tokenizer is None:
             return before

@@ -22,11 +22,11 @@ _LEVELS = {"error": "error", "end": "error", "recovery": "warning"}  # of events
 
 
 class RequestLog:
-    """Writes in a thread of its own, so that a reader that is slow holds up no request.
+    """Writes in a thread of its own, so that a slow reader holds up no request.
 
     Args:
-        decode: makes text of a prompt's tokens, which is then written too, as is the output; None
-            to write neither.
+        decode: turns a prompt's token ids into text: prompts and outputs are then written too;
+            None to write neither.
     """
 
     def __init__(
@@ -45,18 +45,18 @@ class RequestLog:
         self._thread.start()
 
     def __call__(self, exchange: Exchange) -> None:
-        """Write a request down."""
+        """Write a request's line."""
         if exchange.path in _QUIET and exchange.method != "POST" and exchange.status < 400:
             return
         facts = self._facts(exchange)
         self._put(facts, "error" if exchange.status >= 500 else "info", _line(facts))
 
     def event(self, kind: str, text: str) -> None:
-        """Write down what happened to the server."""
+        """Write an event of the server."""
         self._put({"event": kind, "text": text}, _LEVELS.get(kind, "info"), f"{kind}: {text}")
 
     def close(self) -> None:
-        """Write what is left, for a bounded time."""
+        """Write the lines still queued, within a bounded time."""
         self._lines.put(None)
         self._thread.join(_CLOSE_S)
 
@@ -132,7 +132,7 @@ class RequestLog:
 
 
 def finish_reason(output: RequestOutput) -> str:
-    """Of an answer that has ended; `abort` where the client went, or its time was over."""
+    """Finish reason of an ended output; `abort` if the client left, or its time was up."""
     reason = output.finish_reason
     return "abort" if reason in (None, FinishReason.CANCELLED) else str(reason)
 
@@ -145,7 +145,7 @@ def _rounded(
 
 
 def _line(facts: dict[str, Any]) -> str:
-    """The same for people."""
+    """A request's line for people."""
     parts = [f"{facts['method']} {facts['path']} {facts['status']} in {facts['duration_s']:.3f} s"]
     if "request_id" in facts:
         parts += [

@@ -20,7 +20,7 @@ from expertlane.server.call_reader import CallObject, NamedArguments, XmlArgumen
 from expertlane.text.tokenizer import Tokenizer
 
 _NONE = "none"
-_PYTHON_TAG = "<|python_tag|>"  # that Llama may write before a call
+_PYTHON_TAG = "<|python_tag|>"  # Llama may write it before a call
 _BETWEEN_OBJECTS = " \t\r\n[],;"
 _MOST_NAME = 256  # characters of a name and what may be beside it
 _NUMBERED = re.compile(r"^(?:functions\.)?(.*?)(?::\d+)?$", re.DOTALL)
@@ -32,7 +32,7 @@ Kind = Literal["content", "reasoning", "name", "arguments"]
 
 @dataclass(frozen=True)
 class Marks:
-    """What a model writes around reasoning and calls; None of what it does not mark."""
+    """The forms in which a model writes reasoning and calls; None for one it does not mark."""
 
     thoughts: ThoughtForm | None = None
     calls: CallForm | None = None
@@ -41,10 +41,10 @@ class Marks:
     def of_template(
         cls, source: str, *, calls: str | None = None, thoughts: str | None = None
     ) -> Self:
-        """Those that a chat template holds, or of other names: keys of the forms, or `none`.
+        """The forms found in a chat template, or those named: keys of the forms, or `none`.
 
         Raises:
-            UserError: there is no form of a name.
+            UserError: no form has such a name.
         """
         call_name = call_form_of(source) if calls is None else calls
         thought_name = thought_form_of(source) if thoughts is None else thoughts
@@ -55,16 +55,16 @@ class Marks:
 
     @property
     def is_harmony(self) -> bool:
-        """Whether all of an answer is in channels."""
+        """Whether the model writes OpenAI's harmony format, with all text in channels."""
         return THOUGHT_FORMS["harmony"] is self.thoughts or CALL_FORMS["harmony"] is self.calls
 
     @property
     def answer_begin(self) -> str:
-        """What stands before an answer's content."""
+        """The marks before an answer's content; empty but for harmony."""
         return HARMONY_ANSWER if self.is_harmony else ""
 
     def shown_token_ids(self, tokenizer: Tokenizer) -> tuple[int, ...]:
-        """Control tokens that are marks, which the text must hold to be taken apart."""
+        """Control tokens among the marks, which detokenized text must keep to be parsed."""
         texts: list[str] = [*HARMONY_MARKS] if self.is_harmony else []
         if self.thoughts is not None:
             texts += [self.thoughts.begin, self.thoughts.end]
@@ -87,19 +87,19 @@ def _form(forms: Mapping[str, Any], name: str | None, option: str) -> Any:
 
 @dataclass(slots=True)
 class Part:
-    """A part of an answer; a call is its name and then its arguments, piece by piece."""
+    """A part of an answer; a call comes as its name, then its arguments piece by piece."""
 
     kind: Kind
     text: str
 
 
 class MarkedText:
-    """Takes an answer apart as its text comes.
+    """Splits an answer into reasoning, content and calls as its text arrives.
 
     Args:
         prompt: its end tells whether the answer begins inside reasoning.
         takes_calls: whether tools were offered; else marks of calls are text.
-        schemas: of the tools' parameters, by name.
+        schemas: by tool name, the schema of its parameters.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class MarkedText:
         self._thoughts = marks.thoughts
         self._schemas = schemas or {}
         self._held = ""
-        self._raw = ""  # of a call, before it is known to be one
+        self._raw = ""  # text held while it may be a call
         self._had_calls = False
         self._is_bare = True  # nothing but space was given
         self._drops_space = False  # after a call
@@ -131,7 +131,7 @@ class MarkedText:
 
     @property
     def kind(self) -> Kind | None:
-        """Of the text to come; None while that is not known."""
+        """The kind of the text to come; None while it is not known."""
         if self._state in (self._in_start, self._in_header):
             return None
         return "reasoning" if self._state == self._in_thoughts else self._kind
@@ -170,7 +170,7 @@ class MarkedText:
         return self._take(len(self._held) - held), ""
 
     def _in_start(self, is_last: bool) -> Iterator[Part]:
-        """It may begin with reasoning."""
+        """At the start, which may be the mark of reasoning."""
         assert self._thoughts is not None, "else it begins with content"
         text, mark = self._held.lstrip(), self._thoughts.begin
         if text.startswith(mark):
@@ -244,7 +244,7 @@ class MarkedText:
             yield from self._give_up()
 
     def _give_up(self) -> Iterator[Part]:
-        """It is no call: text, like any other."""
+        """Treat the text held for a call as content."""
         if self._raw:
             yield Part("content", self._raw)
         self._raw, self._is_bare, self._state = "", False, self._in_content
@@ -266,7 +266,7 @@ class MarkedText:
             self._state = self._in_fence
 
     def _in_fence(self, is_last: bool) -> Iterator[Part]:
-        """What some put around arguments."""
+        """Skip a code fence, which some models write around arguments."""
         text = self._held.lstrip()
         if text.startswith("```"):
             self._held = text.removeprefix("```")
@@ -381,7 +381,7 @@ class MarkedText:
 
 
 def _after(begin: str, openers: Iterable[str]) -> str:
-    """What follows the mark that a call is known by."""
+    """The rest of a call's beginning, after the opener that it starts with."""
     for opener in openers:
         if begin.startswith(opener):
             return begin.removeprefix(opener)
@@ -389,7 +389,7 @@ def _after(begin: str, openers: Iterable[str]) -> str:
 
 
 def _first_of(text: str, marks: Iterable[str]) -> int:
-    """Where the first of some marks is; -1 without any."""
+    """The index of the first of some marks in a text; -1 without any."""
     places = [place for mark in marks if (place := text.find(mark)) >= 0]
     return min(places, default=-1)
 

@@ -10,7 +10,7 @@ from expertlane.server.errors import bad_field
 from expertlane.server.fields import MOST_PARTS, AnyObject, Known, Name, Strict, Text
 from expertlane.spec.files import parse_json
 
-MOST_CALLS = 1024  # in a message
+MOST_CALLS = 1024  # calls in a message
 
 
 class TextPart(Strict):
@@ -36,7 +36,7 @@ class ToolCall(Strict):
     index: int | None = Field(default=None, ge=0, le=MOST_CALLS)
 
     def for_template(self) -> dict[str, Any]:
-        """As templates take it: arguments as an object, where they are one."""
+        """The call as chat templates take it: its arguments parsed, if they are valid JSON."""
         try:
             arguments: Any = parse_json(self.function.arguments)
         except (UserError, JSONDecodeError):
@@ -71,7 +71,7 @@ class Message(Known):
         return self
 
     def for_template(self) -> dict[str, Any]:
-        """As templates take it; parts are joined by line ends."""
+        """The message as chat templates take it; parts of text are joined by line ends."""
         parts = self.content or ""
         text = parts if isinstance(parts, str) else "\n".join(part.text for part in parts)
         more = {

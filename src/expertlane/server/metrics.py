@@ -1,7 +1,7 @@
-"""What the server counts, under the names and in the buckets that dashboards for vLLM query.
+"""The server's metrics, under the names and in the buckets that dashboards for vLLM query.
 
-Counts are kept as plain numbers, since an observation a token must cost little, and become metrics
-of prometheus-client when they are asked for.
+Counts are kept as plain numbers, since one observation for each token must cost little, and become
+metrics of prometheus-client when they are asked for.
 """
 
 from bisect import bisect_left
@@ -66,18 +66,18 @@ class Histogram:
 
 
 class Metrics(Collector):
-    """All counts of one server, with a registry of their own; of one thread but for steps.
+    """The metrics of one server, with their own registry; used in one thread, but for `on_step`.
 
     Args:
-        engine: whose counts are shown as they are.
-        watch: of the ranks; None where there are none.
+        engine: its counts are read whenever metrics are collected.
+        watch: totals of the ranks; None where there are none.
 
     Attributes:
-        own: those that only expertlane has.
-        others: what has metrics besides.
-        recent_ttft, recent_tpot: of the latest requests, when they came, on `time.perf_counter`,
-            and seconds.
-        num_generation_tokens: since the start.
+        own: the metrics that vLLM does not have.
+        others: other collectors of metrics.
+        recent_ttft, recent_tpot: the latest requests' times to first token, and per output token:
+            when each was observed, on `time.perf_counter`, and its seconds.
+        num_generation_tokens: output tokens since the start.
     """
 
     def __init__(
@@ -129,12 +129,12 @@ class Metrics(Collector):
         ProcessCollector(registry=self._registry)
 
     def on_step(self, step: FinishedStep) -> None:
-        """Take a step in; in the engine's thread, which alone changes these counts."""
+        """Count a committed step; called in the engine's thread, which alone changes its counts."""
         self._step_tokens.observe(sum(batch.num_tokens for batch in step.plan.batches))
         self.own.on_step(step)
 
     def on_chunk(self, output: RequestOutput, chunk: Chunk) -> None:
-        """Take in what a step brought a request; a hot path."""
+        """Count a request's chunk; a hot path."""
         if chunk.token_id is not None:
             self.num_generation_tokens += 1
             index, times = self._num_seen.get(chunk.request_id, 0), output.token_times_s
@@ -148,7 +148,7 @@ class Metrics(Collector):
             self._end(output, chunk.finish_reason)
 
     def on_request(self, num_choices: int, max_tokens: int) -> None:
-        """Count what a request asks for."""
+        """Count a request, by its number of choices and its `max_tokens`."""
         self._histograms["request_params_n"].observe(num_choices)
         self._histograms["request_params_max_tokens"].observe(max_tokens)
 
@@ -189,7 +189,7 @@ class Metrics(Collector):
             self.recent_tpot.append((output.arrival_s + times[-1], output.tpot_s))
 
     def text(self) -> bytes:
-        """All metrics, as Prometheus reads them."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry) + self.own.text_of_experts()
 
     def collect(self) -> Iterator[Metric]:
@@ -245,7 +245,7 @@ class Metrics(Collector):
         yield from chain.from_iterable(other.collect() for other in self.others)
 
     def _of_vllm_alone(self) -> Iterator[Metric]:
-        """What dashboards query of things that are always alike here."""
+        """Metrics that vLLM splits by a label, most of whose values are always zero here."""
         waiting = self._scheduler.num_waiting
         for name, text, label, values in (
             (

@@ -16,14 +16,14 @@ _OPEN = frozenset({"/", "/health", "/ping", "/metrics", "/version", "/load", "/l
 _LOCAL_NAME, _ANY = "localhost", "*"
 _PORTS = {"http": 80, "https": 443}
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
-DIRECT_SEND = "expertlane.send"  # in a scope: past what only looks at an answer's beginning
+DIRECT_SEND = "expertlane.send"  # in a scope: sends past middleware that only reads heads
 
 
 class Counted:
-    """Tells the status of every answer.
+    """Reports the status of every answer.
 
     Args:
-        count: gets the method, the route's path and the status.
+        count: called with the method, the route's path and the status.
     """
 
     def __init__(self, app: ASGIApp, count: Callable[[str, str, int], None]) -> None:
@@ -31,7 +31,7 @@ class Counted:
         self._count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on."""
+        """Pass a request on, and report the status of its answer."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -53,7 +53,7 @@ class Heads:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on."""
+        """Pass a request on, HEAD as GET."""
         is_head = scope["type"] == "http" and scope["method"] == "HEAD"
         await self._app({**scope, "method": "GET"} if is_head else scope, receive, send)
 
@@ -67,8 +67,8 @@ class Hosts:
 
     Args:
         allowed: names by which clients reach the server, besides loopback ones; `*` for any.
-        is_local: it listens on the loopback interface alone.
-        has_keys: clients need a key, which no page has.
+        is_local: whether it listens on the loopback interface alone.
+        has_keys: whether clients need a key, which no page has.
         computed: paths whose POST changes nothing.
     """
 
@@ -88,7 +88,7 @@ class Hosts:
         self._computed = computed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, or refuse."""
+        """Pass a request on, or refuse it."""
         if scope["type"] == "http" and (why := self._refusal(scope)) is not None:
             answer = ApiError(403, why, code="host_not_allowed").response()
             await answer(scope, receive, send)
@@ -158,7 +158,7 @@ class ApiKeys:
     """Refuses requests without one of the keys.
 
     Args:
-        keys: none: nobody is asked.
+        keys: the valid keys; if there are none, requests need none.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
@@ -166,7 +166,7 @@ class ApiKeys:
         self._digests = [sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on, or refuse."""
+        """Pass a request on, or refuse it."""
         is_open = scope["type"] != "http" or scope["path"] in _OPEN
         if is_open or not self._digests or self._has_key(scope):
             await self._app(scope, receive, send)
@@ -183,7 +183,7 @@ class ApiKeys:
 
 
 def key_digest(scope: Scope) -> tuple[bytes, bytes]:
-    """The kind of key that a request has, and the SHA-256 of the key."""
+    """The scheme of a request's `Authorization` header, and the SHA-256 of its key."""
     given = dict(scope["headers"]).get(b"authorization", b"")
     kind, _, key = given.partition(b" ")
     return kind, sha256(key.strip()).digest()

@@ -1,4 +1,4 @@
-"""What is known of a request once it is answered, for logs and traces."""
+"""Facts about requests and their answers, for logs and traces."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -15,10 +15,10 @@ _IN_SCOPE = "expertlane.generated"
 
 @dataclass(frozen=True)
 class Generated:
-    """What a request for text has got.
+    """The outputs of a request for text.
 
     Attributes:
-        request_id: as the client got it.
+        request_id: the id that the client got.
         outputs, params: [num_prompts × num_choices].
     """
 
@@ -30,7 +30,7 @@ class Generated:
 
 
 def note(scope: Scope, generated: Generated) -> None:
-    """Let observers know what a request gets."""
+    """Attach the outputs of a request to its scope, where observers find them."""
     scope[_IN_SCOPE] = generated
 
 
@@ -39,11 +39,11 @@ class Exchange:
     """A request, and its answer once that has ended.
 
     Attributes:
-        path: of the route; `none` where there is no such route.
+        path: path of the route; `none` where there is no such route.
         client: the address that it came from.
         status: 499 where the client went before there was an answer.
-        headers: of the request; names in lower case.
-        generated: None where no text was asked for, or none was given.
+        headers: the request's; names in lower case.
+        generated: its outputs; None where no text was asked for, or none was given.
     """
 
     method: str
@@ -66,7 +66,7 @@ class Observed:
         self._app, self._observers = app, observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on."""
+        """Pass a request on, and tell observers once its answer has ended."""
         if scope["type"] != "http" or not self._observers:
             await self._app(scope, receive, send)
             return

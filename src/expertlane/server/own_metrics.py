@@ -1,4 +1,4 @@
-"""What only expertlane counts: where ranks' time goes, and which experts are hot."""
+"""Metrics that vLLM does not have: the ranks' time by stage, links, and tokens by expert."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -12,26 +12,26 @@ from prometheus_client.core import (
     SummaryMetricFamily,
 )
 
-from expertlane.engine.copy_switch import CopySwitch
+from expertlane.engine.elastic.copy_switch import CopySwitch
+from expertlane.engine.elastic.rebalancing import Rebalancer
+from expertlane.engine.elastic.recovery import Recovery
 from expertlane.engine.engine import Engine
 from expertlane.engine.rank_watch import RankWatch, Reading
-from expertlane.engine.rebalancing import Rebalancer
-from expertlane.engine.recovery import Recovery
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.running import RunningTable
 from expertlane.spec.names import Link, Phase, Stage
 
-WAITING = "waiting"  # for other ranks; beside the names of stages
+WAITING = "waiting"  # label of time spent waiting for other ranks, like the names of stages
 IMBALANCE_S = 30.0  # over which it is taken
 _PREFIX = "expertlane:"
 
 
 class OwnMetrics:
-    """Of one server.
+    """The metrics of one server under expertlane's own names.
 
     Args:
-        labels: that every metric has.
-        watch: None where there are no ranks to be watched.
+        labels: labels of every metric.
+        watch: totals of the ranks; None where there are no ranks to be watched.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class OwnMetrics:
         self.num_dummy_steps: Counter[tuple[int, int]] = Counter()
 
     def on_step(self, step: FinishedStep) -> None:
-        """Take a step in; in the engine's thread."""
+        """Count a committed step; called in the engine's thread."""
         plan = step.plan
         self._num_steps[str(plan.replica), plan.phase] += 1
         for dp_rank, batches in enumerate(zip(*plan.micro_batches, strict=True)):
@@ -52,7 +52,7 @@ class OwnMetrics:
                 self.num_dummy_steps[plan.replica, dp_rank] += 1
 
     def _tables(self) -> dict[tuple[int, int], RunningTable]:
-        """By replica and data-parallel rank."""
+        """The tables of running sequences, by replica and data-parallel rank."""
         return {
             (replica, dp_rank): table
             for replica, of_replica in enumerate(self._scheduler.tables)
@@ -60,11 +60,11 @@ class OwnMetrics:
         }
 
     def dummy_steps(self) -> list[int]:
-        """Of each data-parallel rank, replica after replica."""
+        """[replicas x dp]; steps in which a data-parallel rank had no sequence."""
         return [self.num_dummy_steps[place] for place in self._tables()]
 
     def collect(self) -> Iterator[Metric]:
-        """All but those of experts, which are many."""
+        """All metrics but those of experts, which are many; see `text_of_experts`."""
         yield from self._of_scheduler()
         if self._recovery is not None:
             yield from self._of_recovery(self._recovery)
@@ -78,10 +78,10 @@ class OwnMetrics:
             yield from self._of_copies(self.watch.copy_switch, self.watch.readings[-1])
 
     def text_of_experts(self) -> bytes:
-        """`expertlane:expert_tokens_total`, as Prometheus reads it.
+        """`expertlane:expert_tokens_total` in Prometheus's text format.
 
-        With 61 layers of 256 experts these are 15,616 lines: 6 ms of CPU time here, in which
-        requests wait, and 123 by prometheus-client.
+        With 61 layers of 256 experts these are 15,616 lines, which take 6 ms of CPU time here, in
+        which requests wait, and 123 ms with prometheus-client.
         """
         watch = self.watch
         if watch is None or not watch.layers:

@@ -1,4 +1,4 @@
-"""A request whose prompts are tokens: all that its answer follows from, but for what is drawn."""
+"""A request with tokenized prompts: everything that its answer depends on, but for sampling."""
 
 import time
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ from expertlane.text.grammars import Grammar
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request that can be served.
+    """A checked request, ready for the engine.
 
     Attributes:
         request: its body.
-        prompts: [num_prompts].
+        prompts: [num_prompts]; token ids.
         params: [num_prompts × num_choices]; choices of a prompt stand together.
-        texts: [num_prompts]; the prompts' own, where the answer needs them, else empty.
-        grammar: of its outputs; kept, so that the engine finds it.
-        before: messages that a response goes on from.
-        ids: of the answer and its parts.
-        created: seconds since 1970.
+        texts: [num_prompts]; texts of the prompts, where the answer needs them, else empty.
+        grammar: the grammar of its outputs; held, so that the engine finds it compiled.
+        before: messages of the earlier response that it continues.
+        ids: ids of the answer and its parts.
+        created: time of the request, in seconds since 1970.
     """
 
     request: SampledRequest
@@ -37,10 +37,10 @@ class Prepared:
 
     @property
     def num_choices(self) -> int:
-        """Of each prompt."""
+        """Choices of each prompt."""
         return len(self.params) // len(self.prompts)
 
     @property
     def prompts_of_choices(self) -> list[list[int]]:
-        """[num_prompts × num_choices]."""
+        """[num_prompts × num_choices]; the prompt of each choice."""
         return [prompt for prompt in self.prompts for _ in range(self.num_choices)]

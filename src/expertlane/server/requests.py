@@ -1,4 +1,4 @@
-"""What requests may ask for: every field that is known, what it may be, and what it becomes.
+"""Bodies of requests: all known fields, their valid values, and the engine's parameters of them.
 
 A field that is neither here nor in a table of neutral values is refused by its name, as is a value
 that would have an effect that this server lacks. `docs/http_api.md` says which clients were run.
@@ -31,12 +31,12 @@ from expertlane.server.messages import Function, Message, NamedTool, Tool
 from expertlane.server.structured import StructuredRequest
 from expertlane.spec.sampling import SamplingParams
 
-_AS_THEY_ARE = (  # in `SamplingParams`
+_AS_THEY_ARE = (  # fields that `SamplingParams` takes unchanged
     *("temperature", "top_p", "min_p", "min_tokens", "stop", "stop_token_ids", "ignore_eos"),
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("skip_special_tokens", "include_stop_str_in_output"),
 )
-MOST_CHOICES = 128  # of a prompt
+MOST_CHOICES = 128  # choices of a prompt
 MOST_TOOLS = 128
 _COMPLETION_TOKENS = 16  # by default, as in the API
 
@@ -92,7 +92,7 @@ class SampledRequest(Known):
 
     temperature: float | None = number("temperature")
     top_p: float | None = number("top_p")
-    top_k: int | None = number("top_k", -1)  # as 0: all
+    top_k: int | None = number("top_k", -1)  # -1 like 0: all tokens
     min_p: float | None = number("min_p")
     repetition_penalty: float | None = number("repetition_penalty")
     presence_penalty: float | None = number("presence_penalty")
@@ -140,7 +140,7 @@ class GenerationRequest(SampledRequest, StructuredRequest):
 
     @property
     def num_choices(self) -> int:
-        """Of each prompt."""
+        """Choices of each prompt."""
         return self.n or 1
 
     @property
@@ -150,17 +150,17 @@ class GenerationRequest(SampledRequest, StructuredRequest):
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """As `SamplingParams.logprobs`."""
+        """Likely tokens to report with each output token's log-probability; None for neither."""
         return None
 
     @property
     def drops_output(self) -> bool:
-        """Whether only the prompt is of interest."""
+        """Whether only the prompt is evaluated, and no output token returned."""
         return False
 
     @property
     def wanted_prompt_logprobs(self) -> int | None:
-        """As `SamplingParams.prompt_logprobs`."""
+        """Likely tokens to report with each prompt token's log-probability; None for neither."""
         return self.prompt_logprobs
 
     def seed_of(self, choice: int) -> int | None:
@@ -168,11 +168,11 @@ class GenerationRequest(SampledRequest, StructuredRequest):
         return None if self.seed is None else (self.seed + choice) % 2**64
 
     def params(self, recommended: Mapping[str, Any], **more: Any) -> SamplingParams:
-        """How tokens are drawn, but for the seeds of choices after the first.
+        """Sampling parameters of a prompt's first choice; others differ in the seed (`seed_of`).
 
         Args:
-            recommended: by the checkpoint, where the request says nothing.
-            more: fields that come from elsewhere, such as `max_tokens`.
+            recommended: the checkpoint's settings, for fields that the request leaves out.
+            more: parameters that are no fields of the request, such as the settled `max_tokens`.
 
         Raises:
             UserError: two fields do not go together.
@@ -216,25 +216,25 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def drops_output(self) -> bool:
-        """Whether it asks for no token."""
+        """Whether only the prompt is evaluated (`max_tokens` 0)."""
         return self.max_tokens == 0
 
     @property
     def wanted_prompt_logprobs(self) -> int | None:
-        """Under either name: an echo with `logprobs` has those of the prompt too."""
+        """The larger of `prompt_logprobs` and, with `echo`, `logprobs`; None without them."""
         asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
         return max((each for each in asked if each is not None), default=None)
 
     @property
     def wanted_tokens(self) -> int | None:
-        """As the API has it: few where the request says nothing; null for as many as fit."""
+        """`max_tokens`; the API's default if it is absent, None (as many as fit) if it is null."""
         if self.max_tokens is None and "max_tokens" not in self.model_fields_set:
             return _COMPLETION_TOKENS
         return self.max_tokens
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """As asked for."""
+        """The field `logprobs`: likely tokens to report with each output token."""
         return self.logprobs
 
 
@@ -275,7 +275,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def named_variables(self) -> dict[str, str]:
-        """Variables of templates that have fields of their own, where they are given."""
+        """Template variables that the request sets by fields of their own."""
         given = {"reasoning_effort": self.reasoning_effort, "verbosity": self.verbosity}
         return {name: value for name, value in given.items() if value is not None}
 
@@ -291,7 +291,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def callable_functions(self) -> list[Function]:
-        """That the answer may call; empty where it may call none."""
+        """The functions that the answer may call, by `tools` and `tool_choice`."""
         functions = [tool.function for tool in self.tools or ()]
         if isinstance(self.tool_choice, NamedTool):
             name = self.tool_choice.function.name
@@ -300,19 +300,19 @@ class ChatRequest(GenerationRequest):
 
     @property
     def offered_tools(self) -> list[dict[str, Any]] | None:
-        """As templates take them; None where the model may call none."""
+        """The tools for the chat template; None where the model may call none."""
         if not self.tools or self.tool_choice == "none":
             return None
         return [tool.model_dump(exclude_none=True) for tool in self.tools]
 
     @property
     def wanted_tokens(self) -> int | None:
-        """Under either name."""
+        """`max_tokens` or `max_completion_tokens`; None for as many as fit."""
         return self.max_tokens or self.max_completion_tokens
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """As `SamplingParams.logprobs`."""
+        """`top_logprobs` with `logprobs`; None without it."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

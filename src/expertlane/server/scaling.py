@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Response
 
-from expertlane.engine.scaling import PREPARING, LayoutChange, Scaling
+from expertlane.engine.elastic.scaling import PREPARING, LayoutChange, Scaling
 from expertlane.errors import CapacityError, UserError
 from expertlane.server.errors import ApiError, bad_field, json_response
 from expertlane.server.fields import Name, Strict
@@ -16,7 +16,7 @@ from expertlane.server.service import Service, ended
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Origin
 
-_MOST_CHANGES = 20  # that are told of
+_MOST_CHANGES = 20  # changes reported, the latest ones
 _RETRY_S = 1
 _LOOK_S = 0.02  # between checks of the progress of preparing
 
@@ -34,11 +34,11 @@ class ScaleRequest(Strict):
 
 @dataclass(eq=False)
 class _UnderWay:
-    """A change under way.
+    """A change of the layout under way.
 
     Attributes:
-        is_cancelled: it is to be given up.
-        is_switching: the switch has begun: it is too late for that.
+        is_cancelled: whether it is to be given up.
+        is_switching: whether ranks have begun to switch, so that it is too late to cancel.
         over: set once it is made or given up.
     """
 
@@ -49,7 +49,7 @@ class _UnderWay:
 
 
 class _Changer:
-    """Changes the layout of a service, one change at a time; of its event loop."""
+    """Changes the layout of a service, one change at a time; used in its event loop."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -84,7 +84,7 @@ class _Changer:
             raise ended(error) from None
 
     def _check_can_change(self) -> Scaling:
-        """What changes the layout, if a change can begin now.
+        """The model's `Scaling`, if a change of the layout can begin now.
 
         Raises:
             ApiError: with 400, 409, 500 or 503.
@@ -112,7 +112,7 @@ class _Changer:
         return scaling
 
     async def cancel(self) -> None:
-        """Give up the change under way; returns once what it has prepared is freed.
+        """Give up the change under way; returns once the weights prepared for it are freed.
 
         Raises:
             ApiError: with 409: there is none, or it is too late.
@@ -165,13 +165,13 @@ class _Changer:
             raise ApiError(503, str(error), param="layout", code="not_prepared") from None
 
     def _note_end(self, layout: Layout, began_s: float, how: str, why: str = "") -> None:
-        """Log a change that is not made; the engine logs those that are."""
+        """Log a change that was not made; the engine logs those that were."""
         took_s = time.monotonic() - began_s
         text = f"layout change to {layout} {how} after {took_s:.1f} s{why}"
         self._service.live.state.add("scaling", text)
 
     def facts(self) -> dict[str, Any]:
-        """What `GET /scale` says."""
+        """The body of `GET /scale`: the layout, a change under way, and the last changes."""
         service, scaling = self._service, self._service.model.scaling
         recovery = service.model.engine.recovery
         if scaling is None:
@@ -220,7 +220,7 @@ def _facts(change: LayoutChange) -> dict[str, Any]:
 
 
 def preparing(scaling: Scaling | None) -> dict[str, Any] | None:
-    """A change whose ranks make their weights; None where there is none."""
+    """The change for which ranks prepare weights, and its progress; None where there is none."""
     ahead = None if scaling is None else scaling.ahead
     if ahead is None:
         return None
@@ -236,7 +236,7 @@ def preparing(scaling: Scaling | None) -> dict[str, Any] | None:
 
 
 def add_scaling(app: FastAPI, service: Service) -> None:
-    """Add the three routes."""
+    """Add the routes of `/scale`."""
     changer = _Changer(service)
 
     @app.post("/scale")

@@ -1,23 +1,23 @@
-"""What a server serves: one model on its engine, who may come in, and texts as tokens."""
+"""The service of one model: admission of requests, tokenizing, and queueing in the engine."""
 
 import asyncio
+import re
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from expertlane.engine.async_engine import AsyncEngine, Generation
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Chunk
-from expertlane.server.checks import as_field, check_logprobs, check_tokens
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.live import LiveFeed
 from expertlane.server.live_state import LiveState
 from expertlane.server.marks import Marks
 from expertlane.server.messages import Message
 from expertlane.server.metrics import Metrics
-from expertlane.server.prompts import PromptEncoder, TooLongError
 from expertlane.server.requests import ChatRequest, GenerationRequest, SampledRequest
 from expertlane.server.responses.store import ResponseStore
 from expertlane.server.setup import ServedModel, ServerOptions
@@ -25,30 +25,173 @@ from expertlane.server.under_way import UnderWay
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
 from expertlane.text.grammars import Grammar
-from expertlane.text.tokenizer import Tokenizer
+from expertlane.text.tokenizer import LONG_TEXT, Tokenizer
 
-if TYPE_CHECKING:
-    from expertlane.server.journal.keeper import JournalKeeper
+_CHARACTERS = 4  # characters of a token, in most languages
+_SLACK = 2  # a cut text may have other tokens at its end
+_HUGE = 1_000_000  # characters; a tokenizer takes some hundred bytes for each
+
+
+class TooLongError(UserError):
+    """A text has more tokens than a prompt may have."""
+
+
+class PromptEncoder:
+    """Tokenizes texts of bounded length, since a tokenizer takes about 200 bytes a character.
+
+    Args:
+        most: tokens that a prompt may have; texts with many more are refused.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, most: int) -> None:
+        self._tokenizer = tokenizer
+        self._most = most
+        self._longest = tokenizer.longest_token
+        self._huge = asyncio.Semaphore(1)
+
+    async def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool, factor: int = 1
+    ) -> list[list[int]]:
+        """Token ids of texts; long texts do not block the event loop.
+
+        Args:
+            factor: multiple of `most` that a text may have.
+
+        Raises:
+            UserError: one has many more tokens than it may, or is no Unicode.
+        """
+        num_characters = sum(map(len, texts))
+        most = self._most * factor
+        for text in texts:
+            if len(text) > most * self._longest:
+                raise TooLongError(
+                    f"it has {len(text):,} characters; {most:,} tokens, of at most "
+                    f"{self._longest} characters, are taken"
+                )
+        is_unwanted = threading.Event()
+        if num_characters <= LONG_TEXT:
+            return self._encode(texts, add_special_tokens, most, is_unwanted)
+        arguments = texts, add_special_tokens, most, is_unwanted
+        try:
+            if num_characters <= _HUGE:
+                return await asyncio.to_thread(self._encode, *arguments)
+            async with self._huge:
+                return await asyncio.to_thread(self._encode, *arguments)
+        finally:
+            is_unwanted.set()
+
+    def _encode(
+        self,
+        texts: Sequence[str],
+        add_special_tokens: bool,
+        most: int,
+        is_unwanted: threading.Event,
+    ) -> list[list[int]]:
+        found = []
+        for text in texts:
+            if is_unwanted.is_set():
+                break
+            self._check(text, most, is_unwanted)
+            found.append(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return found
+
+    def _check(self, text: str, most: int, is_unwanted: threading.Event) -> None:
+        """Refuse a text by its beginning, in time that does not depend on the rest."""
+        size = max(LONG_TEXT, _CHARACTERS * most)
+        while size < len(text) and not is_unwanted.is_set():
+            beginning = self._tokenizer.encode(text[:size], add_special_tokens=False)
+            if len(beginning) > _SLACK * most:
+                raise TooLongError(
+                    f"it has {len(text):,} characters, the first {size:,} of which are "
+                    f"{len(beginning):,} tokens; at most {most:,} are taken"
+                )
+            size *= 2
+
+
+MOST_LOGPROBS = 2**20  # log-probabilities of a request, some 150 bytes each
+_PROMPT = re.compile(r"prompt(?: (\d+))?(?=:)")
+
+
+def check_tokens(request: GenerationRequest, vocab_size: int) -> None:
+    """Refuse token ids that the model does not have.
+
+    Raises:
+        ApiError: a field has one.
+    """
+    for name, given in (
+        ("stop_token_ids", request.stop_token_ids or ()),
+        ("logit_bias", map(int, request.logit_bias or ())),
+    ):
+        for token_id in given:
+            if token_id >= vocab_size:
+                text = f"{name}: there is no token {token_id}; valid ids: 0 to {vocab_size - 1}"
+                raise bad_field(name, text)
+
+
+def check_logprobs(params: Sequence[SamplingParams], prompts: Sequence[Sequence[int]]) -> None:
+    """Refuse a request whose log-probabilities would take too much memory.
+
+    Args:
+        params: sampling parameters of every choice of every prompt, in their order.
+
+    Raises:
+        ApiError: it asks for too many.
+    """
+    num_choices = len(params) // len(prompts)
+    num_asked = sum(
+        (each.max_tokens * (each.logprobs + 1) if each.logprobs is not None else 0)
+        + (
+            len(prompts[place // num_choices]) * (each.prompt_logprobs + 1)
+            if each.prompt_logprobs is not None
+            else 0
+        )
+        for place, each in enumerate(params)
+    )
+    if num_asked > MOST_LOGPROBS:
+        text = (
+            f"logprobs: this request may give {num_asked:,} (for each token, and for the likeliest "
+            f"ones in its place); at most {MOST_LOGPROBS:,} are taken"
+        )
+        raise bad_field("logprobs", text)
+
+
+def as_field(message: str, param: str, num_choices: int) -> str:
+    """An engine's message about `prompt`, or `prompt 3`, with the field's name in its place."""
+    found = _PROMPT.match(message)
+    if found is None:
+        return f"{param}: {message}"
+    number = found[1]
+    place = "" if number is None else f"[{(int(number) - 1) // num_choices}]"
+    return f"{param}{place}{message[found.end() :]}"
+
+
+class Journal(Protocol):
+    """Keeps requests so that they outlive this process."""
+
+    def write(self, chunks: list[Chunk]) -> None:
+        """Write the chunks of a step, before clients get them."""
+        ...
+
 
 _RETRY_S = 1
-_MANY_TOKENS = 4096  # to become text: some milliseconds
+_MANY_TOKENS = 4096  # decoding them takes some milliseconds
 
 
 class Service:
-    """Takes requests in; of one event loop.
+    """Admits requests, tokenizes them and queues them; used in one event loop.
 
     Args:
-        check_ranks: as `AsyncEngine` takes it.
+        check_ranks: notices ranks that have ended; see `AsyncEngine`.
         on_end: called when the ranks have ended.
 
     Attributes:
-        marks: that the model's template tells it to write.
-        created: seconds since 1970.
-        is_draining: whether no new requests are taken.
+        marks: the marks of reasoning and calls that the chat template has.
+        created: start of the service, in seconds since 1970.
+        is_draining: whether new requests are refused.
         num_open: requests that have no complete answer yet.
-        under_way: requests of the engine that are not finished.
-        responses: those of `/v1/responses` that are kept.
-        journal: what outlives this process; None where nothing does.
+        under_way: unfinished requests of the engine, with their time limits.
+        responses: stored responses of `/v1/responses`.
+        journal: keeps requests beyond this process; None for no journal.
     """
 
     def __init__(
@@ -81,7 +224,7 @@ class Service:
             before_chunks=self._note_chunks,
         )
         self.responses = ResponseStore(options.max_stored_responses)
-        self.journal: JournalKeeper | None = None
+        self.journal: Journal | None = None
         self.live = LiveFeed(LiveState(self))
         self._encoder: PromptEncoder | None = None
         if model.tokenizer is not None:
@@ -122,10 +265,10 @@ class Service:
         self.check_queue()
 
     def check_queue(self) -> None:
-        """Refuse a request that would have to wait behind too many.
+        """Refuse a request if too many are waiting.
 
         Raises:
-            ApiError: it would.
+            ApiError: with 429: too many are.
         """
         most = self.options.max_num_queued
         if self.num_queued >= most:
@@ -137,10 +280,10 @@ class Service:
             )
 
     def check_running(self) -> None:
-        """Refuse what comes when the server is ending.
+        """Refuse a request while the server is ending.
 
         Raises:
-            ApiError: it is.
+            ApiError: with 500 if the ranks have ended, 503 if it drains.
         """
         if self.engine.error is not None:
             raise ended(self.engine.error)
@@ -153,10 +296,10 @@ class Service:
             )
 
     def check_model(self, name: str | None) -> None:
-        """Refuse another model.
+        """Refuse a request for another model.
 
         Raises:
-            ApiError: it is not served here.
+            ApiError: with 404: the name is another model's.
         """
         if name not in (None, self.model.name):
             raise ApiError(
@@ -169,7 +312,7 @@ class Service:
     async def encode(
         self, text: str, param: str, *, add_special_tokens: bool | None = None
     ) -> list[int]:
-        """Token ids of a text; a long one does not hold others up.
+        """Token ids of a text; a long one does not block the event loop.
 
         Raises:
             ApiError: there is no tokenizer, or the text is no Unicode.
@@ -185,10 +328,10 @@ class Service:
         add_special_tokens: bool | None = None,
         factor: int = 1,
     ) -> list[list[int]]:
-        """As `encode`, of several texts.
+        """Token ids of several texts; for errors see `encode`.
 
         Args:
-            factor: how many times the longest prompt a text may have tokens for.
+            factor: multiple of the longest prompt that a text may have.
         """
         self.tokenizer(param)
         assert self._encoder is not None, "there is a tokenizer"
@@ -204,7 +347,7 @@ class Service:
     async def decode(
         self, token_ids: Sequence[int], param: str, *, skip_special_tokens: bool = False
     ) -> str:
-        """The text of token ids; many hold nobody else up.
+        """The text of token ids; many do not block the event loop.
 
         Raises:
             ApiError: there is no tokenizer.
@@ -215,13 +358,13 @@ class Service:
         return decode() if len(token_ids) < _MANY_TOKENS else await asyncio.to_thread(decode)
 
     def tokenizer(self, param: str) -> Tokenizer:
-        """The model's.
+        """The model's tokenizer.
 
         Args:
             param: the field that needs it.
 
         Raises:
-            ApiError: it has none.
+            ApiError: the model has none.
         """
         if self.model.tokenizer is None:
             text = f"{param}: {self.model.name} has no tokenizer; use token ids"
@@ -240,7 +383,7 @@ class Service:
         """Token ids of a chat and its text, by the model's template.
 
         Raises:
-            ApiError: there is none, or it refuses the chat.
+            ApiError: there is no template, or it refuses the chat.
         """
         template = self.model.template
         if template is None:
@@ -260,7 +403,7 @@ class Service:
         return tokens, text
 
     def shown_token_ids(self, request: ChatRequest) -> tuple[int, ...]:
-        """Control tokens that its answer's text needs, to be taken apart."""
+        """Control tokens that stay in the answer's text, to find its reasoning and calls."""
         tokenizer = self.model.tokenizer
         needs_them = request.callable_functions or self.marks.thoughts is not None
         if tokenizer is None or not needs_them:
@@ -268,7 +411,7 @@ class Service:
         return self.marks.shown_token_ids(tokenizer)
 
     async def compile(self, structured: Structured, param: str) -> Grammar:
-        """A grammar, compiled beside the loop; while it is kept, requests find it at once.
+        """A grammar, compiled in another thread; while it is cached, requests find it at once.
 
         Raises:
             ApiError: it is not valid, or too costly.
@@ -289,11 +432,11 @@ class Service:
         param: str,
         **more: Any,
     ) -> list[SamplingParams]:
-        """Of every choice of every prompt, in their order.
+        """[num_prompts × num_choices]; sampling parameters, choices of a prompt together.
 
         Args:
             param: the field of the prompts.
-            more: as `GenerationRequest.params` takes them.
+            more: arguments of `GenerationRequest.params`.
 
         Raises:
             ApiError: a prompt or its output would be too long, or fields do not go together.
@@ -320,7 +463,7 @@ class Service:
         """The most output tokens for a prompt of this length.
 
         Raises:
-            ApiError: they have no room.
+            ApiError: the prompt and these tokens are more than `max_model_len`.
         """
         most = self.model.max_model_len
         room, wanted = most - prompt_len, request.wanted_tokens
@@ -340,7 +483,7 @@ class Service:
         return wanted
 
     def time_limit_s(self, request: SampledRequest) -> float | None:
-        """How long a request may take, from its arrival; None for any time."""
+        """Seconds that a request may take from its arrival; None for any time."""
         limits = (request.timeout_s, self.options.request_timeout_s)
         return min((each for each in limits if each is not None), default=None)
 
@@ -352,7 +495,7 @@ class Service:
         param: str,
         began_s: float,
     ) -> Generation:
-        """Queue requests; they are cancelled when their time is over, or the server's.
+        """Queue requests; they are cancelled when their time is up, or the server ends.
 
         Args:
             param: the field of the prompts.
@@ -371,7 +514,7 @@ class Service:
 
     @staticmethod
     def refusal(error: Exception, param: str, num_choices: int) -> ApiError:
-        """The error of a request that the engine does not take in."""
+        """The error of a request that the engine has refused."""
         if isinstance(error, UserError):
             return bad_field(param, as_field(str(error), param, num_choices))
         return ended(error)
@@ -383,5 +526,5 @@ class Service:
 
 
 def ended(error: Exception) -> ApiError:
-    """What a request gets once the engine has ended."""
+    """The error of requests once the engine has ended."""
     return ApiError(500, f"the engine has ended: {error}", code="engine_dead")

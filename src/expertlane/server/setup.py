@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.engine import Engine
 from expertlane.engine.rank_watch import RankWatch
-from expertlane.engine.scaling import Scaling
 from expertlane.schedule.request import Limits
 from expertlane.server.observed import Observer
 from expertlane.text.chat_template import ChatTemplate
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A loaded model as requests see it.
+    """A loaded model, with its tokenizer and chat template, as requests use it.
 
     Attributes:
-        name: what requests call it.
-        template: None where it cannot chat.
-        recommended: sampling by the checkpoint, where a request says nothing.
-        watch: of the ranks, for metrics and the live page; None where there are none.
-        scaling: changes the layout; None where that stays.
+        name: the name by which requests call it.
+        template: its chat template; None where it has none.
+        recommended: the checkpoint's sampling settings, for fields that a request leaves out.
+        watch: totals of the ranks, for metrics and the live page; None where there are none.
+        scaling: changes the layout; None where it cannot change.
     """
 
     name: str
@@ -48,19 +48,19 @@ class ServerOptions:
     """Settings for requests.
 
     Attributes:
-        api_keys: one of them has to be given; none: nobody is asked.
+        api_keys: keys of which requests must give one; if empty, they need none.
         allowed_hosts: names by which the server is reached, besides loopback ones; `*` for any.
-        max_num_queued: waiting requests, beyond which others are refused.
-        request_timeout_s: the longest that a request may take, waiting included; None: any time.
-        drain_s: how long running requests may go on once the server is told to end.
-        observers: told of every request once it has its answer.
-        on_event: told what happens to the server, by kind and text.
-        max_stored_responses: of `/v1/responses`, kept in memory for later requests.
-        journal: of requests, so that they go on if this process dies; None for none.
-        reconnect_s: how long requests of a journal go on, and finished answers stay, while no
+        max_num_queued: number of waiting requests from which on others are refused.
+        request_timeout_s: the longest that a request may take, waiting included; None for any time.
+        drain_s: seconds that running requests may go on once the server is told to end.
+        observers: called with every request once it has its answer.
+        on_event: called with every event of the server, by kind and text.
+        max_stored_responses: responses of `/v1/responses` kept in memory for later requests.
+        journal: the journal by which requests go on if this process dies; None for none.
+        reconnect_s: seconds that requests of a journal go on, and finished answers stay, while no
             client reads them.
         tool_call_parser, reasoning_parser: names of forms in `call_forms`, or `none`; None for
-            what the chat template tells.
+            the forms whose marks the chat template has.
     """
 
     api_keys: tuple[str, ...] = ()

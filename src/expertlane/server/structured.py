@@ -1,4 +1,4 @@
-"""Fields that say what an output must be, under all the names that clients have for them."""
+"""Fields for structured output, under all the names that clients use."""
 
 from typing import Annotated, Any, Literal
 
@@ -71,10 +71,10 @@ class StructuredRequest(Known):
     grammar: _Grammar | None = None
 
     def structured(self) -> tuple[Structured | None, str]:
-        """What its output must be, and the field that says so.
+        """The structure of the output, and the field that asks for it.
 
         Raises:
-            ApiError: several fields do, or one is not valid.
+            ApiError: several fields ask for one, or one is not valid.
         """
         found = self._asked()
         if len(found) > 1:
@@ -97,7 +97,7 @@ class StructuredRequest(Known):
         return outputs is not None and bool(outputs.disable_any_whitespace)
 
     def _asked(self) -> list[tuple[str, dict[str, Any]]]:
-        """Fields that say what the output must be, with the arguments of `Structured`."""
+        """The fields that ask for a structure, each with its arguments of `Structured`."""
         pairs: list[tuple[str, dict[str, Any]]] = [
             ("guided_json", {"json_schema": self.guided_json}),
             ("guided_regex", {"regex": self.guided_regex}),
@@ -128,7 +128,7 @@ class StructuredRequest(Known):
 
 
 def _schema_of(form: ResponseFormat) -> Schema | None:
-    """None where any text will do."""
+    """The JSON schema of a response format; None for any text."""
     if (form.type == "json_schema") != (form.json_schema is not None):
         text = "response_format: type json_schema needs json_schema, and other types take none"
         raise bad_field("response_format", text)

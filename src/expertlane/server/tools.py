@@ -24,15 +24,14 @@ _NOT_OF_TEXTS = ("pattern", "format", "minLength")
 
 @dataclass(frozen=True)
 class CallRules:
-    """What calls an answer may hold.
+    """The calls and the text that an answer may hold.
 
     Attributes:
-        functions: that may be called.
+        functions: the functions that may be called.
         needs_call: whether the answer must be a call; else it may be text, and calls after it.
-        holds_all: whether all arguments fit their schemas; else those of strict tools do.
+        holds_all: whether all arguments must fit their schemas; else those of strict tools must.
         most_one: whether there may be one call only.
-        content: JSON that the answer is where it is no call; None for any text. It says nothing of
-            calls.
+        content: the JSON that an answer without calls must be; None for any text.
     """
 
     form: CallForm
@@ -48,7 +47,7 @@ class CallRules:
         """The grammar of the answer.
 
         Args:
-            lead, may_lead: as in `Structured`.
+            lead, may_lead: end and beginning of reasoning before the answer; see `Structured`.
 
         Raises:
             UserError: the tools' parameters are too large, or of limits that cannot be kept.
@@ -68,7 +67,7 @@ class CallRules:
 def structured_chat(
     request: ChatRequest, marks: Marks, prompt: str, tokenizer: Tokenizer | None
 ) -> tuple[Structured | None, str]:
-    """What a chat's answer must be, and the field that says so.
+    """The structure of a chat's answer, and the field that asks for it.
 
     Args:
         prompt: the rendered chat.
@@ -110,7 +109,7 @@ def structured_chat(
 
 
 def _lead(marks: Marks, prompt: str) -> tuple[str | None, str | None]:
-    """As in `Structured`, of the reasoning before an answer."""
+    """`lead` and `may_lead` of `Structured`, for the reasoning before an answer."""
     form, end = marks.thoughts, prompt.rstrip()
     if form is None or end.endswith(form.end):
         return None, None
@@ -132,7 +131,7 @@ class _Writer:
         return name
 
     def answer(self) -> str:
-        """The element that stands for all of it."""
+        """The grammar element of the whole answer."""
         asked, form = self._asked, self._form
         calls = self._calls(form.section + form.begin)
         if asked.needs_call:
@@ -151,7 +150,7 @@ class _Writer:
         return self._text_and_calls()
 
     def _text_and_calls(self) -> str:
-        """Any text; once it holds the mark of a call, a call follows."""
+        """Element of any text, in which a call follows the mark of one."""
         form = self._form
         opener = self._text(form.opener)
         self.rules.append(r"TEXT: /(.|\n)*/")
@@ -164,7 +163,7 @@ class _Writer:
         return f"({head} {rest} | TEXT)"
 
     def _calls(self, first: str, name: str = "calls") -> str:
-        """One call or several, of which the first begins otherwise."""
+        """Rule of one call or several, of which the first has its own beginning."""
         form, asked = self._form, self._asked
         body = self._call()
         more = ""
@@ -173,7 +172,7 @@ class _Writer:
         return self._rule(name, self._text(first), body, more, self._text(form.section_end))
 
     def _call(self) -> str:
-        """A call without what begins it; the same rule each time."""
+        """Rule of a call after its beginning; written once."""
         if not any(rule.startswith("call: ") for rule in self.rules):
             numbered = enumerate(self._asked.functions)
             options = [self._of_function(number, each) for number, each in numbered]
@@ -200,7 +199,7 @@ class _Writer:
         return self._rule(name, head, _json(schema), end)
 
     def _keys(self, name: str, schema: Mapping[str, Any]) -> str:
-        """The properties of an object in their order."""
+        """Elements of an object's properties, in their order."""
         form, found = self._form, []
         required = schema.get("required") or ()
         definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
@@ -215,7 +214,7 @@ class _Writer:
         return " ".join(found)
 
     def _value(self, name: str, schema: Any) -> str:
-        """A text as it stands, and what ends it."""
+        """Element of a value that is plain text, and of the mark that ends it."""
         options = schema.get("enum") if isinstance(schema, Mapping) else None
         if options:
             texts = " | ".join(self._text(str(each)) or '""' for each in options)
@@ -228,7 +227,7 @@ class _Writer:
 
 
 def _check_texts(function: Function) -> None:
-    """Refuse to promise what texts between marks cannot be held to.
+    """Refuse limits of a strict tool that cannot be kept for texts between marks.
 
     Raises:
         UserError: a text of a strict tool has one of these limits.

@@ -23,12 +23,12 @@ _INSTALL = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-"
 
 
 def is_configured(endpoint: str | None) -> bool:
-    """Whether anybody wants traces: by the option, or by OpenTelemetry's variables."""
+    """Whether traces are to be exported, by the option or OpenTelemetry's variables."""
     return endpoint is not None or any(os.environ.get(name) for name in _ENDPOINTS)
 
 
 class Tracing:
-    """Makes a span a sequence of each request, once that has ended.
+    """Makes a span for each sequence of a request, once the request has ended.
 
     Args:
         provider: OpenTelemetry's `TracerProvider`; it samples and exports.
@@ -52,7 +52,7 @@ class Tracing:
             self._span(parent, exchange, generated, place, output, params)
 
     def close(self) -> None:
-        """Export what is left."""
+        """Export the spans still queued."""
         self._provider.shutdown()
 
     def _span(
@@ -90,7 +90,7 @@ class Tracing:
 
 
 def attributes_of(output: RequestOutput, params: SamplingParams) -> dict[str, Any]:
-    """What a sequence took, in seconds and tokens; what is not known yet is left out."""
+    """The span attributes of a sequence: parameters, tokens, seconds; without unknown ones."""
     times, scheduled_s = output.token_times_s, output.scheduled_s
     found: dict[str, Any] = {
         "gen_ai.request.temperature": params.temperature,
@@ -114,7 +114,7 @@ def attributes_of(output: RequestOutput, params: SamplingParams) -> dict[str, An
 
 
 def start_tracing(endpoint: str | None, model: str) -> Tracing:
-    """Export spans by OTLP; what `endpoint` leaves open is by OpenTelemetry's variables.
+    """Export spans by OTLP, by `endpoint` and OpenTelemetry's variables.
 
     Raises:
         UserError: OpenTelemetry is not installed, or the protocol is not known.

@@ -1,4 +1,4 @@
-"""Tokens that an answer took, as the API tells them."""
+"""Token counts of an answer, in the API's form."""
 
 from typing import Any
 
@@ -12,8 +12,8 @@ def usage_of(
     """The object `usage`.
 
     Args:
-        num_cached: of the prompt, found in the prefix cache.
-        num_reasoning: of the output, before the answer itself.
+        num_cached: prompt tokens found in the prefix cache.
+        num_reasoning: output tokens before the answer itself.
     """
     return {
         "prompt_tokens": num_prompt,
@@ -28,10 +28,10 @@ class ReasoningCount:
     """Counts the tokens of a choice that are reasoning, marks included.
 
     Args:
-        prompt: as `MarkedText` takes it.
+        prompt: text of the prompt, whose end tells whether the answer begins inside reasoning.
 
     Attributes:
-        num_tokens: so far.
+        num_tokens: reasoning tokens so far.
     """
 
     def __init__(self, marks: Marks, prompt: str) -> None:
@@ -40,7 +40,7 @@ class ReasoningCount:
         self._num_unknown = 0  # tokens so far, while it is not known what they begin
 
     def feed(self, chunk: Chunk) -> None:
-        """Take a token in, or the end."""
+        """Take in a chunk: a token, or the end."""
         was = self._text.kind
         if was not in (None, "reasoning"):
             return

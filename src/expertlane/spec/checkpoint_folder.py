@@ -1,4 +1,4 @@
-"""Where a model's files are: a local folder, or the Hugging Face hub and its cache."""
+"""Folders of models: local ones, or those of the Hugging Face hub and its cache."""
 
 import os
 import re

@@ -34,11 +34,11 @@ _BY = 8
 
 @dataclass(frozen=True)
 class GraphLimits:
-    """What decode steps that are recorded as CUDA graphs have to take at most.
+    """Limits of decode steps that are recorded as CUDA graphs.
 
     Attributes:
-        max_num_seqs: of a data-parallel rank; larger batches than `MOST_IN_GRAPHS` have no graph.
-        max_positions: of a sequence.
+        max_num_seqs: sequences of a data-parallel rank; above `MOST_IN_GRAPHS` there is no graph.
+        max_positions: positions of a sequence.
     """
 
     max_num_seqs: int
@@ -61,7 +61,7 @@ class GraphLimits:
 
 @dataclass(frozen=True)
 class Options(Strict):
-    """How a deployment runs.
+    """Options of a deployment.
 
     Attributes:
         overlap: two-batch overlap: a rank's batch is split in two, and one half computes while
@@ -89,8 +89,8 @@ class Options(Strict):
             later starts.
         placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`; `load`:
             by the load of earlier tokens, hot ones several times, in each layer as
-            `balance.plan_placement` does it. The cluster model has it; an engine comes to it by
-            `rebalance_steps`, or begins with a `placement_file`.
+            `balance.planner.plan_placement` does it. The cluster model has it; an engine comes to
+            it by `rebalance_steps`, or begins with a `placement_file`.
         placement_file: a placement written by `expertlane balance`, in place of these.
         copies: which copy of a redundant expert computes a token: `nearest`: one on the token's own
             rank, else on its node, else any, in turns; `balanced`: in every step tokens are shared
@@ -167,13 +167,13 @@ class Options(Strict):
 
     @property
     def is_by_load(self) -> bool:
-        """Whether experts come to be where their load wants them: placed so, or moved there."""
+        """True if experts are placed by their load, or moved by it."""
         moves = self.rebalance_steps > 0 and self.placement_file is None
         return moves or self.placement == "load"
 
     @property
     def is_timed(self) -> bool:
-        """Whether anything is chosen by a table timed at the start."""
+        """True if the dispatch form or overlap is chosen by a table timed at the start."""
         return "auto" in (self.dispatch, self.overlap)
 
     @property
@@ -185,13 +185,13 @@ class Options(Strict):
 
     @property
     def is_by_node(self) -> bool:
-        """Whether a form was asked for that needs equally many ranks on every node."""
+        """True if a form was asked for that needs equally many ranks on every node."""
         forms = (self.dispatch, self.prefill_dispatch)
         asked = [form for form in forms if form is not None and form != "auto"]
         return any(DISPATCH_FORMS[form].by_node for form in asked)
 
     def of_phase(self, phase: Phase) -> "Options":
-        """What steps of a phase run with: one dispatch form."""
+        """The options of steps of one phase, with its dispatch form."""
         if self.prefill_dispatch is None:
             return self
         form = self.prefill_dispatch if phase is Phase.PREFILL else self.dispatch
@@ -205,7 +205,7 @@ class Options(Strict):
         return tuple(dict.fromkeys((self.dispatch, *prefill)))
 
     def modes(self, layout: Layout, ranks_per_node: int) -> tuple[DispatchMode, ...]:
-        """What steps may take, without overlap first; one rank alone has nothing to overlap."""
+        """Modes that steps may take, without overlap first; one rank has nothing to overlap."""
         overlaps: tuple[bool, ...] = (False, True) if layout.stage_size > 1 else (False,)
         if self.overlap != "auto":
             overlaps = (self.overlap,)
@@ -254,8 +254,8 @@ class Deployment:
     """One way to run the experiment's model.
 
     Attributes:
-        is_baseline: one of those the proposal is held against; factors are given against the
-            best of them too.
+        is_baseline: one of the deployments that the proposal is compared with; factors are given
+            against the best of them too.
 
     Raises:
         SpecError: the name is blank or not one line of text.
@@ -272,5 +272,5 @@ class Deployment:
 
 
 def drafts_text(num_drafts: int) -> str:
-    """`, 2 drafts`, after what else a deployment has; empty without multi-token prediction."""
+    """The suffix `, 2 drafts` of a deployment's name; empty without multi-token prediction."""
     return f", {num_drafts} draft{'' if num_drafts == 1 else 's'}" if num_drafts else ""

@@ -1,4 +1,4 @@
-"""How tokens travel to their experts: the forms, and the table that picks one for a step."""
+"""Dispatch forms of tokens, and the table that picks one for a step."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ DeepEPKernels = Literal["low_latency", "normal"]
 
 @dataclass(frozen=True)
 class FormTraits:
-    """A dispatch form, as all but its own code sees it; how to add one: `docs/design_decisions.md`.
+    """Traits of a dispatch form; how to add one: `CONTRIBUTING.md`.
 
     Attributes:
-        sends: what travels, in the words of the help.
+        sends: its traffic, in the words of the help.
         by_node: over groups of a node's ranks and across nodes, so every node must hold equally
             many; another form does the same unless several nodes hold several ranks each.
         deepep: the nearest of DeepEP's kernels for decodes; None for what needs no such library.
@@ -67,7 +67,7 @@ def dispatch_forms(layout: Layout, ranks_per_node: int) -> tuple[DispatchForm, .
 
 
 def form_on(layout: Layout, form: DispatchForm) -> DispatchForm | None:
-    """What a form comes down to: without expert parallelism every rank needs all tokens.
+    """The form that steps really take; without expert parallelism, every rank needs all tokens.
 
     None where one rank has them all.
     """
@@ -77,13 +77,13 @@ def form_on(layout: Layout, form: DispatchForm) -> DispatchForm | None:
 
 
 def is_by_node_on(layout: Layout, form: DispatchForm) -> bool:
-    """Whether what a form comes down to sends by nodes."""
+    """True if the form that steps really take sends by nodes."""
     own = form_on(layout, form)
     return own is not None and DISPATCH_FORMS[own].by_node
 
 
 def is_static_on(layout: Layout, form: DispatchForm) -> bool:
-    """Whether what a form comes down to has shapes that do not turn on the routing."""
+    """True if the form that steps really take has shapes that do not depend on the routing."""
     own = form_on(layout, form)
     return own is None or not DISPATCH_FORMS[own].needs_counts
 
@@ -93,7 +93,7 @@ class DispatchMode(Strict):
     """One way to run a step.
 
     Attributes:
-        overlap: in two halves, one of which computes while the other's tokens travel.
+        overlap: run in two halves, one of which computes while the other's tokens travel.
     """
 
     form: DispatchForm
@@ -105,11 +105,11 @@ class DispatchMode(Strict):
 
 @dataclass(frozen=True)
 class DispatchRow(Strict):
-    """One number of tokens.
+    """Times of steps with one number of tokens.
 
     Attributes:
-        num_tokens: of the rank that owns most of a stage's, in the whole of a micro-batch.
-        step_s: [num_modes]; the time of a step with so many.
+        num_tokens: tokens of a micro-batch on the rank that owns most of the stage's.
+        step_s: [num_modes]; time of a step with so many tokens.
     """
 
     num_tokens: int
@@ -118,12 +118,12 @@ class DispatchRow(Strict):
 
 @dataclass(frozen=True)
 class DispatchTable(Strict):
-    """Measured once, then only looked up: every rank decides alike.
+    """Times of dispatch modes by number of tokens, measured once: every rank decides alike.
 
     Attributes:
-        modes: what was timed; of equally fast ones the first is taken.
+        modes: the modes that were timed; of equally fast ones the first is taken.
         rows: ascending in tokens, one at least.
-        prefill_form: of steps that hold prompts, in place of the mode's; None for the same.
+        prefill_form: form of steps that hold prompts, in place of the mode's; None for the same.
 
     Raises:
         SpecError: no row, or one that does not have a time for each mode.
@@ -159,7 +159,7 @@ class DispatchTable(Strict):
         Args:
             can_split: whether there is anything to halve; if not, modes with overlap count only
                 where there are no others.
-            phase: of the step; None for one without prompts.
+            phase: phase of the step; None for one without prompts.
         """
         spans = self._spans if can_split else self._unsplit_spans
         index = bisect_left(spans, num_tokens, key=lambda span: span[0])
@@ -176,7 +176,7 @@ class DispatchTable(Strict):
         return tuple(dict.fromkeys((*(mode.form for _, mode in spans), *prefill)))
 
     def __str__(self) -> str:
-        """What is picked up to how many tokens: `all-gather up to 16, then all-to-all`."""
+        """The modes by number of tokens: `all-gather up to 16, then all-to-all`."""
         *before, (_, last) = self._spans
         parts = [f"{mode} up to {num_tokens}" for num_tokens, mode in before]
         parts.append(f"then {last}" if parts else str(last))

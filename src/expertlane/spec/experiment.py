@@ -21,7 +21,7 @@ from expertlane.spec.workload import Workload
 
 @dataclass(frozen=True)
 class Cluster(Strict):
-    """How ranks sit on nodes.
+    """The nodes that ranks sit on.
 
     Attributes:
         ranks_per_node: consecutive ranks that share a node; 0 takes what the launcher knows
@@ -43,9 +43,9 @@ class Experiment:
         deployments: the first one is the baseline that factors are given against.
         scaling: layouts of one family, run beside the deployments, from which the scaling of
             the last deployment is shown.
-        seed: of the model's weights, where they come from no checkpoint.
+        seed: seed of the model's weights, where they come from no checkpoint.
         checkpoint: the folder the weights are in; None for seeded ones.
-        projection: how it is projected; None where the file does not say.
+        projection: options of its projection; None where the file has none.
 
     Raises:
         SpecError: a seed out of its range, no deployment, a name or a scaling size given twice, or
@@ -93,7 +93,7 @@ class Experiment:
         return {name: each for name, each in asdict(self).items() if name != "projection"}
 
     def only(self, names: str) -> "Experiment":
-        """With these deployments alone, and no layouts of scaling.
+        """The experiment with these deployments alone, and no scaling layouts.
 
         Args:
             names: names or numbers from 1, with commas between; names may have commas in them, and

@@ -53,7 +53,7 @@ def write_text(path: Path, text: str) -> Path:
 
 
 def user_cache() -> Path:
-    """Where what took long to make is kept; not made yet.
+    """The folder for results of long computations; not created yet.
 
     XDG_CACHE_HOME counts where it is absolute, as the XDG specification has it.
 
@@ -96,7 +96,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a path is a folder; links are followed.
+    """True if a path is a folder; links are followed.
 
     Raises:
         SpecError: the name is too long.
@@ -254,7 +254,7 @@ def parse_json(text: str, *, lenient: bool = False) -> Any:
 
 
 def read_json_object(path: Path, most_bytes: int, *, lenient: bool = False) -> dict[str, Any]:
-    """As `read_json`, for a file that must hold an object.
+    """The object in a JSON file; `lenient` as for `read_json`.
 
     Raises:
         SpecError: as `read_json`, or it holds something else.
@@ -349,7 +349,7 @@ def fill_closed() -> set[int]:
     process.
 
     Returns:
-        Those that were closed.
+        The descriptors that were closed.
     """
     closed = set()
     for descriptor in range(3):

@@ -39,8 +39,8 @@ def from_hf(
 
     Args:
         config: the parsed `config.json`, or `to_dict()` of a configuration object.
-        name: what the model is called in messages; its family's name if None.
-        weights: whether they are to be read; else they may be quantised in any way.
+        name: the model's name in messages; its family's name if None.
+        weights: whether they will be read; else they may be quantised in any way.
 
     Raises:
         SpecError: an architecture or a feature that is not supported, or a missing or wrong value.
@@ -83,7 +83,7 @@ def read_model(folder: Path, given: str, *, weights: bool = True) -> ModelConfig
 
 
 def _common(fields: ConfigReader) -> dict[str, Any]:
-    """What every family says in the same way."""
+    """Fields that every family has in the same form."""
     eos = fields.raw("eos_token_id")
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
     dtype = fields.raw("dtype", "torch_dtype")

@@ -30,17 +30,17 @@ T = TypeVar("T", int, float, bool, str)
 
 @dataclass(frozen=True)
 class Family:
-    """What a `config.json` says of a family, and what it means where it leaves fields out.
+    """A model family: names of fields in its `config.json`, and their defaults.
 
     Attributes:
         num_experts: names of the field for the number of experts; where a config has several, the
             first counts.
-        num_experts_per_tok: the same for how many of them a token goes to.
+        num_experts_per_tok: likewise for the number of experts that a token goes to.
         wrappers: other architectures whose language model, in `text_config`, is of this family;
             their weights have names of their own, which are not read.
         skew: `usual_skew` of `ModelConfig`, by calibration/popularity.py.
-        unread: what names of tensors begin with that are no part of the language model.
-        defaults: of all fields that are read; those of transformers 5's config classes.
+        unread: prefixes of names of tensors that are no part of the language model.
+        defaults: defaults of all fields that are read; those of transformers 5's config classes.
             transformers 4.57 differs in two: DeepSeek-V2's vocab_size was 32000, and a null
             rope_scaling of GPT-OSS meant plain rotary positions.
     """
@@ -62,12 +62,12 @@ FAMILIES: dict[str, Family] = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a checkpoint's weights are quantised.
+    """Quantisation of a checkpoint's weights.
 
     Attributes:
         method: its `quant_method`.
         number_type: `float8`, `nvfp4`, `mxfp4` or `int4`; None where it is none that is known here.
-        has_float8_cache: ModelOpt's; keys and values are to be kept in float8.
+        has_float8_cache: ModelOpt asks for keys and values in float8.
     """
 
     method: str
@@ -76,7 +76,7 @@ class Quantization:
 
     @property
     def is_narrow(self) -> bool:
-        """Whether weights have one byte, of those that can be read."""
+        """True if weights have one byte in a form that can be read."""
         return self.method in ("compressed-tensors", "fp8")
 
 
@@ -123,7 +123,7 @@ def family_of(config: dict[str, Any]) -> str:
 
 
 def language_model_of(config: dict[str, Any]) -> dict[str, Any]:
-    """A model's configuration, of one with an encoder of images that of its language model.
+    """The language model's part of a configuration, for models with an image encoder too.
 
     `text_config`, and from beside it what transformers reads there: architecture, quantisation,
     stored type, tied head.
@@ -137,7 +137,7 @@ def language_model_of(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def quantization_of(config: dict[str, Any]) -> Quantization | None:
-    """How the weights are quantised, whether they can be read so or not; None where they are not.
+    """The quantisation of the weights, readable or not; None without one.
 
     Raises:
         SpecError: the entry has another form than checkpoints have.
@@ -162,7 +162,7 @@ def quantization_of(config: dict[str, Any]) -> Quantization | None:
 
 
 def _is_int4(method: str, quantization: dict[str, Any]) -> bool:
-    """Whether weights are integers of four bits."""
+    """True if weights are integers of four bits."""
     if method in _WEIGHT_ONLY:
         return quantization.get("bits") == 4
     weights = _weights_of_groups(quantization)
@@ -173,7 +173,7 @@ def _is_int4(method: str, quantization: dict[str, Any]) -> bool:
 
 
 def _weights_of_groups(quantization: dict[str, Any]) -> list[Any]:
-    """What compressed-tensors says of the weights of each group of matrices; None for nothing."""
+    """The `weights` entries of compressed-tensors' groups of matrices; None for missing ones."""
     groups = quantization.get("config_groups")
     schemes = [*groups.values()] if isinstance(groups, dict) else []
     return [each.get("weights") if isinstance(each, dict) else None for each in schemes]
@@ -187,8 +187,8 @@ class NarrowScheme:
     """Weights of one byte, each with a scale that is shared by a block of its matrix.
 
     Attributes:
-        rows, columns: of a block; None for all.
-        scale: what follows the name of a matrix in that of its scales.
+        rows, columns: size of a block; None for the whole dimension.
+        scale: suffix of a matrix's name that names its scales.
         is_packed: four values are one int32, in a tensor named `..._packed`.
     """
 
@@ -200,17 +200,17 @@ class NarrowScheme:
 
 
 def is_mxfp4(config: dict[str, Any]) -> bool:
-    """Whether experts are stored in MXFP4 as GPT-OSS has them.
+    """True if experts are stored in MXFP4 as in GPT-OSS.
 
     Raises:
-        SpecError: as of `quantization_of`.
+        SpecError: as in `quantization_of`.
     """
     found = quantization_of(config)
     return found is not None and found.method == "mxfp4"
 
 
 def narrow_scheme(config: dict[str, Any]) -> NarrowScheme | None:
-    """How matrices of one byte are stored; None where there are none.
+    """The storage of one-byte matrices; None where there are none.
 
     Raises:
         SpecError: the weights are quantised in a way that cannot be read.
@@ -299,7 +299,7 @@ class ConfigReader:
     """Typed look-ups in a configuration.
 
     Args:
-        name: what the model is called in messages.
+        name: the model's name in messages.
         defaults: for fields that it leaves out. A null is a value, unless another spelling has one.
     """
 
@@ -367,7 +367,7 @@ class ConfigReader:
         return value
 
     def _valid(self, kind: type[T], key: str) -> Range | str:
-        """What a value may be, as the end of an error message."""
+        """The valid values of a field, as the end of an error message."""
         if kind in (int, float):
             return RANGES.get(key, ANY_WHOLE if kind is int else ANY_NUMBER)
         return _KIND_NAMES[kind]

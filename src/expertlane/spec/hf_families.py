@@ -1,12 +1,82 @@
-"""What each family's `config.json` says of its parts, as its transformers class reads it."""
+"""Parts of each family's `config.json`, read as its transformers class reads them."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from expertlane.spec.hf_config import ConfigReader
-from expertlane.spec.hf_rope import rope_parameters, rotary, yarn_mscale
 from expertlane.spec.model import LatentAttention, ModelConfig, RopeScaling, Routing
 from expertlane.spec.ranges import shown
+
+
+def rope_parameters(fields: ConfigReader) -> ConfigReader:
+    """The fields of `rope_scaling` (transformers 4) or `rope_parameters` (5); null: the default."""
+    parameters = fields.raw("rope_scaling", "rope_parameters")
+    parameters = fields.defaults["rope_parameters"] if parameters is None else parameters
+    parameters = {} if parameters is None else parameters
+    if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
+        raise fields.error("rope parameters that differ by layer are not supported")
+    return ConfigReader(parameters, fields.name, {"truncate": True})
+
+
+def rotary(fields: ConfigReader, share: float | None = None) -> dict[str, Any]:
+    """Rotary positions.
+
+    Args:
+        share: of a head's values that are rotated where a configuration names none; None where
+            all have to be.
+    """
+    rope, partial = rope_parameters(fields), {}
+    if share is None:
+        for holder in (fields, rope):
+            holder.expect("partial_rotary_factor", 1, 1.0)
+    else:
+        share = fields.get(float, "partial_rotary_factor", default=share)
+        share = rope.get(float, "partial_rotary_factor", default=share)
+        partial = {"partial_rotary_factor": share}
+    theta = rope.optional(float, "rope_theta")
+    theta = fields.get(float, "rope_theta") if theta is None else theta
+    kind = rope.get(str, "rope_type", "type", default="default")
+    if kind in ("default", "dynamic"):  # dynamic differs only beyond max_position_embeddings
+        return {"rope_theta": theta, **partial}
+    max_len = fields.get(int, "max_position_embeddings")
+    trained = rope.get(int, "original_max_position_embeddings", default=max_len)
+    trained = fields.get(int, "original_max_position_embeddings", default=trained)
+    match kind:
+        case "linear":
+            sizes = rope.same(RopeScaling, "factor")
+        case "llama3":
+            sizes = rope.same(RopeScaling, "factor", "low_freq_factor", "high_freq_factor")
+        case "yarn":
+            sizes = _yarn(rope, default_factor=max_len / trained)
+        case _:
+            raise fields.error(
+                f"rope_type {kind!r} is not supported; supported: default, dynamic, linear, "
+                "llama3, yarn"
+            )
+    sizes |= {"rope_type": kind, "original_max_position_embeddings": trained}
+    return {"rope_theta": theta, "rope_scaling": RopeScaling(**sizes), **partial}
+
+
+def _yarn(rope: ConfigReader, default_factor: float) -> dict[str, Any]:
+    factor = rope.get(float, "factor", default=default_factor)
+    mscale, mscale_all_dim = rope.optional(float, "mscale"), rope.optional(float, "mscale_all_dim")
+    if mscale and mscale_all_dim:
+        attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
+    else:
+        attention_factor = yarn_mscale(factor, 1.0)
+    return {
+        "factor": factor,
+        "beta_fast": rope.optional(float, "beta_fast") or 32.0,
+        "beta_slow": rope.optional(float, "beta_slow") or 1.0,
+        "truncate": bool(rope.optional(bool, "truncate")),
+        "attention_factor": rope.get(float, "attention_factor", default=attention_factor),
+    }
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """The growth of attention's logits with the context (Peng et al. 2023, equation 25)."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _attention(fields: ConfigReader, share: float | None = None) -> dict[str, Any]:
@@ -21,13 +91,13 @@ def _attention(fields: ConfigReader, share: float | None = None) -> dict[str, An
 
 
 def _biased_attention(fields: ConfigReader) -> dict[str, Any]:
-    """The same, with biases of all projections or of none."""
+    """Attention with biases of all projections or of none."""
     bias = fields.get(bool, "attention_bias")
     return {**_attention(fields), "qkv_bias": bias, "output_bias": bias}
 
 
 def _has_window(fields: ConfigReader) -> list[bool] | None:
-    """Whether each layer has one, by `layer_types`; None where that is null or missing."""
+    """Whether each layer has a window, by `layer_types`; None where that is null or missing."""
     types = fields.raw("layer_types")
     if types is None:
         return None
@@ -65,7 +135,7 @@ def _mixtral(fields: ConfigReader) -> dict[str, Any]:
 
 
 def _qwen_moe(fields: ConfigReader) -> dict[str, Any]:
-    """Where the Qwens have experts, and how wide they are."""
+    """Layers with experts of the Qwen families, and their widths."""
     mlp_only = fields.integers("mlp_only_layers")
     step = fields.get(int, "decoder_sparse_step")
     layers = range(fields.get(int, "num_hidden_layers"))
@@ -158,14 +228,14 @@ def _dense_and_shared(fields: ConfigReader, dense: Iterable[int]) -> dict[str, A
 
 
 def _first_dense(fields: ConfigReader) -> dict[str, Any]:
-    """The same where it is the first layers."""
+    """MLPs where the first layers have no experts."""
     num_dense = fields.get(int, "first_k_dense_replace")
     num_dense = min(num_dense, fields.get(int, "num_hidden_layers"))
     return _dense_and_shared(fields, range(num_dense))
 
 
 def _deepseek(fields: ConfigReader) -> dict[str, Any]:
-    """What DeepSeek-V2 and V3 have in common: latent attention, dense first layers."""
+    """Parts common to DeepSeek-V2 and V3: latent attention, dense first layers."""
     fields.expect("mlp_bias", False)
     fields.expect("moe_layer_freq", 1)
     return {**_latent(fields), **_first_dense(fields)}

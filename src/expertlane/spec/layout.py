@@ -1,4 +1,4 @@
-"""How ranks are arranged: replicas × pipeline × data × tensor, and experts across them."""
+"""Layouts of ranks: replicas × pipeline × data × tensor, and experts across them."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ _AXES = ("replicas", "pp", "dp", "tp", "ep", "dcp")
 
 
 class Coordinates(NamedTuple):
-    """Where one rank sits in a layout."""
+    """Coordinates of one rank in a layout."""
 
     replica: int
     pp_rank: int
@@ -104,7 +104,7 @@ class Layout(Strict):
         evenly over ranks: with exactly as many places some stay empty while requests wait for one.
 
         Args:
-            num_seqs: that run at once, over all ranks.
+            num_seqs: sequences that run at once, over all ranks.
             num_asked: concurrent requests; None where they arrive at a rate.
         """
         num_ranks = self.replicas * self.dp
@@ -114,17 +114,17 @@ class Layout(Strict):
 
     @property
     def etp(self) -> int:
-        """Expert tensor parallelism: how many ranks share each expert."""
+        """Expert tensor parallelism: ranks that share each expert."""
         return self.stage_size // self.ep
 
     def ep_ranks_per_node(self, ranks_per_node: int) -> int:
-        """How many ranks of an `ep` group share a node, of any group alike.
+        """Ranks of an `ep` group per node, the same for every group.
 
         Args:
             ranks_per_node: consecutive ranks on one node.
 
         Raises:
-            SpecError: not equally many on each node.
+            SpecError: the number differs between nodes.
         """
         size = self.stage_size
         firsts = range(0, self.world_size, size)[: ranks_per_node // gcd(size, ranks_per_node)]
@@ -149,7 +149,7 @@ class Layout(Strict):
         raise AssertionError("some group lies unevenly")
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Where `rank` sits."""
+        """Coordinates of `rank`."""
         replica, in_replica = divmod(rank, self.replica_size)
         pp_rank, in_stage = divmod(in_replica, self.stage_size)
         dp_rank, tp_rank = divmod(in_stage, self.tp)
@@ -174,7 +174,7 @@ class Layout(Strict):
         return part_of(num_hidden_layers, self.pp, pp_rank)
 
     def most_dcp(self, model: ModelConfig) -> int:
-        """How many ranks of a `tp` group hold the same keys and values without `dcp`."""
+        """Ranks of a `tp` group that hold the same keys and values without `dcp`."""
         return self.tp if model.latent is not None else max(1, self.tp // model.num_kv_heads)
 
     def check_model(self, model: ModelConfig) -> None:
@@ -210,10 +210,10 @@ class Layout(Strict):
 
 @cache
 def _on_nodes(stage_size: int, etp: int, first: int, ranks_per_node: int) -> frozenset[int]:
-    """How many ranks of an `ep` group are on a node, of all groups of a stage and all nodes.
+    """Numbers of ranks of an `ep` group on a node, over all groups of a stage and all nodes.
 
     Args:
-        first: the place of the stage's first rank in its node.
+        first: index of the stage's first rank in its node.
     """
     counts: set[int] = set()
     for etp_rank in range(etp):

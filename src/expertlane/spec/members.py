@@ -55,7 +55,7 @@ class Members:
             before: the members until now.
 
         Returns:
-            By (replica, data-parallel rank), what that was before.
+            By (replica, data-parallel rank), its former place.
         """
         if (self.layout.pp, self.layout.tp) != (before.layout.pp, before.layout.tp):
             return {}
@@ -65,7 +65,7 @@ class Members:
 
     @property
     def dp_ranks(self) -> list[DpRank]:
-        """All of them, of all replicas."""
+        """All data-parallel ranks, of all replicas."""
         layout = self.layout
         return [(r, d) for r in range(layout.replicas) for d in range(layout.dp)]
 
@@ -115,7 +115,7 @@ class Members:
 
 
 def _filled(num: int, left: list[int]) -> list[int]:
-    """What is left of `range(num)`: the first ones in their places, the last ones in the gaps."""
+    """The numbers in `left`: those below its length in their places, the others in the gaps."""
     first = [each for each in left if each < len(left)]
     last = [each for each in left if each >= len(left)]
     return [each if each in first else last.pop() for each in range(len(left))]

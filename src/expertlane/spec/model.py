@@ -1,17 +1,37 @@
-"""What a Mixture-of-Experts transformer is made of, under Hugging Face's names."""
+"""A Mixture-of-Experts transformer: its sizes, under Hugging Face's names, and its logical tensors.
 
+Matrices are [out_features, in_features]. In the names, N is a layer and E an expert:
+
+- `embedding`, `final_norm`, `head`;
+- `layers.N.` and, for attention: `attention_norm`; `query`, `key`, `value`, `output`, each with a
+  `…_bias`; `query_norm`, `key_norm`; `sinks`. With latent attention `query` or else `query_a`,
+  `query_a_norm`, `query_b`; then `kv_a`, `kv_a_norm`, `kv_b`, `output`;
+- `layers.N.` and, for the MLP: `moe_norm` in every layer; `router`, `router_bias`,
+  `correction_bias`, `shared_gate`; `experts.E.`, `shared.` or `dense.` with `gate`, `up`, `down`,
+  and for experts `gate_bias`, `up_bias`, `down_bias`.
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from math import prod
 from typing import Any, Literal
 
 from expertlane.errors import SpecError
 from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import DEFAULT_SKEW, MAX_PARAMS, Strict, take_fields
-from expertlane.spec.tensors import num_params
+
+EMBEDDING = "embedding"
+FINAL_NORM = "final_norm"
+HEAD = "head"
+_CUT_BY_INPUT = ("output", "down")
+
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class RopeScaling(Strict):
-    """How rotary frequencies are stretched beyond the length a model was trained at.
+    """Scaling of rotary frequencies beyond the length a model was trained at.
 
     `linear` divides all frequencies by `factor`. `llama3` (Llama 3.1) divides those whose
     wavelength exceeds original_max_position_embeddings / low_freq_factor, keeps those under
@@ -45,7 +65,7 @@ class LatentAttention(Strict):
     Attributes:
         q_lora_rank: width of the queries' latent; None where queries have none.
         mscale: the softmax scale is head_dim^-0.5 · mscale².
-        norm_eps: of the norms of the latents; they do not take the model's rms_norm_eps.
+        norm_eps: epsilon of the latents' norms; they do not take the model's rms_norm_eps.
     """
 
     kv_lora_rank: int
@@ -59,7 +79,7 @@ class LatentAttention(Strict):
 
 @dataclass(frozen=True)
 class Routing(Strict):
-    """How a router's logits become choices and weights.
+    """Routing function: from a router's logits to chosen experts and their weights.
 
     Scores are `scoring_func` of the logits over all experts. The choice is the
     `num_experts_per_tok` largest of scores + correction bias, within the best `topk_group` of
@@ -69,11 +89,11 @@ class Routing(Strict):
 
     Attributes:
         router_bias: the logits have a bias.
-        router_skew: how uneven seeded weights make the experts' popularity: their router's bias is
+        router_skew: skew of the experts' popularity under seeded weights: their router's bias is
             -router_skew · ln(1 + place) by the experts' places in an order drawn for each layer, so
             that the load falls about as a power law. Checkpoints have biases of their own.
         correction_bias: a bias for the choice alone exists.
-        group_score: what groups are compared by: their largest, or the sum of their two largest
+        group_score: score of a group: its largest, or the sum of its two largest
             scores + correction bias.
     """
 
@@ -107,12 +127,12 @@ class ModelConfig(Strict):
         rope_interleave: rotary pairs are (2i, 2i + 1), not (i, i + rotary_dim / 2).
         partial_rotary_factor: this share of a head's values, the first ones, is rotated; 1 with
             latent attention, which has its own.
-        attention_multiplier: what attention's dot products are multiplied by; None for the usual,
+        attention_multiplier: factor of attention's dot products; None for the usual,
             see `softmax_scale`.
-        embedding_multiplier: what embeddings are multiplied by.
-        residual_multiplier: what attention's and MLPs' outputs are multiplied by before they are
+        embedding_multiplier: factor of embeddings.
+        residual_multiplier: factor of attention's and MLPs' outputs before they are
             added to the hidden states.
-        logits_scaling: what logits are divided by.
+        logits_scaling: divisor of logits.
         gated_mlp: act(gate(x)) · up(x) goes into the down projection, not act(up(x)).
         swiglu_limit: if given, gate ≤ limit and -limit ≤ up ≤ limit, and (up + 1) · gate ·
             sigmoid(swiglu_alpha · gate) goes into the down projection.
@@ -122,7 +142,7 @@ class ModelConfig(Strict):
             besides its experts; 0 for none.
         shared_expert_gate: its output is multiplied by the sigmoid of a projection to one value.
         tie_word_embeddings: the output head is the embedding.
-        dtype: what the weights are stored in, or are meant for where they are quantised.
+        dtype: number type of the weights as stored, or as meant where they are quantised.
         usual_skew: exponent of Zipf's law that its experts' popularity is taken to follow.
 
     Raises:
@@ -290,7 +310,7 @@ class ModelConfig(Strict):
 
     @property
     def own_dtype(self) -> Dtype | None:
-        """Its weights' type to compute in; None for float16, which few CPUs compute in."""
+        """Number type of its weights for computing; None for float16, which few CPUs compute in."""
         return None if self.dtype == "float16" else self.dtype
 
     @property
@@ -311,14 +331,14 @@ class ModelConfig(Strict):
 
     @property
     def rotary_dim(self) -> int:
-        """How many values of a head are rotated: the first ones, with latent attention the last."""
+        """Rotated values of a head: the first ones, with latent attention the last."""
         if self.latent is not None:
             return self.latent.qk_rope_head_dim
         return int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def softmax_scale(self) -> float:
-        """What attention's dot products are multiplied by."""
+        """Factor of attention's dot products."""
         if self.attention_multiplier is not None:
             return self.attention_multiplier
         mscale = 1.0 if self.latent is None else self.latent.mscale
@@ -326,7 +346,7 @@ class ModelConfig(Strict):
 
     @property
     def hidden_norm_eps(self) -> float:
-        """What norms of hidden states add to the mean of the squares.
+        """Epsilon that norms of hidden states add to the mean of the squares.
 
         Hidden states are kept divided by `residual_multiplier`, so that what is added to them
         needs no factor: x / √(mean(x²) + eps) is the same of x / r with eps / r².
@@ -334,16 +354,172 @@ class ModelConfig(Strict):
         return self.rms_norm_eps / self.residual_multiplier**2
 
     def window_of_layer(self, layer: int) -> int | None:
-        """How many latest positions a token sees in a layer, its own among them; None for all."""
+        """Latest positions that a token of a layer sees, its own included; None for all."""
         return self.sliding_window[layer] if self.sliding_window else None
 
     def is_dense(self, layer: int) -> bool:
-        """Whether a layer has a dense MLP in place of router and experts."""
+        """True if a layer has a dense MLP in place of router and experts."""
         return layer in self.dense_layers
 
     def with_overrides(self, **overrides: Any) -> "ModelConfig":
-        """The same model with some fields replaced."""
+        """The model with some fields replaced."""
         return replace(self, **overrides)
+
+
+def layer_name(layer: int, part: str) -> str:
+    """The name of a layer's tensor, such as `query` or `shared.gate`."""
+    return f"layers.{layer}.{part}"
+
+
+def expert_name(layer: int, expert: int, part: str) -> str:
+    """The name of an expert's tensor, such as `up` or `up_bias`."""
+    return f"layers.{layer}.experts.{expert}.{part}"
+
+
+def cut_dim(name: str) -> int:
+    """The dimension that layouts cut: input features of `output` and `down`, else the first."""
+    return 1 if name.rsplit(".", 1)[-1] in _CUT_BY_INPUT else 0
+
+
+_WITHOUT_PRODUCT = {"router", "kv_b", "shared_gate", "sinks"}
+
+
+def is_matrix(name: str) -> bool:
+    """True for the weight of a product, which may be kept in one byte.
+
+    Routers are not, nor `kv_b`, which is taken apart by heads, nor the gate of a shared expert.
+    """
+    part = name.rpartition(".")[2]
+    return not (part in _WITHOUT_PRODUCT or name == EMBEDDING or part.endswith(("_norm", "_bias")))
+
+
+def tensor_shape(model: ModelConfig, name: str) -> Shape:
+    """The logical shape of a tensor.
+
+    Raises:
+        KeyError: the model has no tensor of that name.
+    """
+    return _shapes(model)[".".join(word for word in name.split(".") if not word.isdigit())]
+
+
+def tensor_names(model: ModelConfig) -> Iterator[str]:
+    """All tensors of a model, layer by layer; a tied head is none."""
+    yield EMBEDDING
+    of_kinds = [layer_shapes(model, is_dense) for is_dense in (False, True)]
+    expert = expert_shapes(model)
+    for layer in range(model.num_hidden_layers):
+        is_dense = model.is_dense(layer)
+        yield from (layer_name(layer, part) for part in of_kinds[is_dense])
+        for index in range(0 if is_dense else model.num_experts):
+            yield from (expert_name(layer, index, part) for part in expert)
+    yield FINAL_NORM
+    if not model.tie_word_embeddings:
+        yield HEAD
+
+
+def layer_shapes(model: ModelConfig, is_dense: bool) -> dict[str, Shape]:
+    """Shapes of a layer's tensors, its experts aside, by name without the layer."""
+    if is_dense:
+        return _attention_shapes(model) | _mlp_shapes(model, "dense", model.intermediate_size)
+    return _attention_shapes(model) | _moe_shapes(model)
+
+
+def num_params(model: ModelConfig) -> int:
+    """All parameters of a model."""
+
+    def total(shapes: dict[str, Shape]) -> int:
+        return sum(map(prod, shapes.values()))
+
+    num_dense, hidden = len(model.dense_layers), model.hidden_size
+    moe_layer = total(layer_shapes(model, False)) + model.num_experts * total(expert_shapes(model))
+    return (
+        num_dense * total(layer_shapes(model, True))
+        + (model.num_hidden_layers - num_dense) * moe_layer
+        + (1 if model.tie_word_embeddings else 2) * model.vocab_size * hidden
+        + hidden
+    )
+
+
+@lru_cache(maxsize=16)
+def _shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Shapes by name, without the numbers of layer and expert."""
+    in_layers = layer_shapes(model, False) | {
+        f"experts.{part}": shape for part, shape in expert_shapes(model).items()
+    }
+    if model.dense_layers:
+        in_layers |= layer_shapes(model, True)
+    outside = {
+        EMBEDDING: (model.vocab_size, model.hidden_size),
+        FINAL_NORM: (model.hidden_size,),
+        HEAD: (model.vocab_size, model.hidden_size),
+    }
+    return outside | {f"layers.{part}": shape for part, shape in in_layers.items()}
+
+
+def _attention_shapes(model: ModelConfig) -> dict[str, Shape]:
+    hidden, latent = model.hidden_size, model.latent
+    shapes: dict[str, Shape] = {"attention_norm": (hidden,)}
+    if latent is None:
+        widths = {"query": model.attention_size, "key": model.kv_size, "value": model.kv_size}
+        for part, width in widths.items():
+            shapes[part] = (width, hidden)
+            if model.qkv_bias:
+                shapes[f"{part}_bias"] = (width,)
+        if model.qk_norm is not None:
+            per_head = model.qk_norm == "head"
+            shapes["query_norm"] = (model.head_dim if per_head else model.attention_size,)
+            shapes["key_norm"] = (model.head_dim if per_head else model.kv_size,)
+        if model.attention_sinks:
+            shapes["sinks"] = (model.num_attention_heads,)
+    else:
+        rank, kv_rank = latent.q_lora_rank, latent.kv_lora_rank
+        if rank is None:
+            shapes["query"] = (model.attention_size, hidden)
+        else:
+            shapes["query_a"] = (rank, hidden)
+            shapes["query_a_norm"] = (rank,)
+            shapes["query_b"] = (model.attention_size, rank)
+        shapes["kv_a"] = (kv_rank + latent.qk_rope_head_dim, hidden)
+        shapes["kv_a_norm"] = (kv_rank,)
+        width = model.num_attention_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+        shapes["kv_b"] = (width, kv_rank)
+    shapes["output"] = (hidden, model.attention_output_size)
+    if model.output_bias:
+        shapes["output_bias"] = (hidden,)
+    return shapes | {"moe_norm": (hidden,)}
+
+
+def _moe_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Shapes of an MoE layer's tensors, its experts aside."""
+    hidden, num_experts = model.hidden_size, model.num_experts
+    shapes: dict[str, Shape] = {"router": (num_experts, hidden)}
+    if model.routing.router_bias:
+        shapes["router_bias"] = (num_experts,)
+    if model.routing.correction_bias:
+        shapes["correction_bias"] = (num_experts,)
+    if model.shared_expert_intermediate_size:
+        shapes |= _mlp_shapes(model, "shared", model.shared_expert_intermediate_size)
+    if model.shared_expert_gate:
+        shapes["shared_gate"] = (1, hidden)
+    return shapes
+
+
+def _mlp_shapes(model: ModelConfig, prefix: str, inner: int) -> dict[str, Shape]:
+    return {f"{prefix}.{part}": shape for part, shape in _matrices(model, inner).items()}
+
+
+def expert_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Shapes of an expert's tensors, such as `up` or `up_bias`."""
+    shapes = _matrices(model, model.moe_intermediate_size)
+    if model.expert_bias:
+        shapes |= {f"{part}_bias": shape[:1] for part, shape in shapes.items()}
+    return shapes
+
+
+def _matrices(model: ModelConfig, inner: int) -> dict[str, Shape]:
+    hidden = model.hidden_size
+    gate: dict[str, Shape] = {"gate": (inner, hidden)} if model.gated_mlp else {}
+    return gate | {"up": (inner, hidden), "down": (hidden, inner)}
 
 
 _PAPER = ModelConfig(
@@ -362,7 +538,7 @@ _PAPER = ModelConfig(
 PRESETS: dict[str, ModelConfig] = {
     "paper": _PAPER,
     # Heads, experts and vocabulary in the paper's proportions, 1/8 as wide; the hidden states alone
-    # 1/128, for those decide what dispatch sends for what an expert computes (`compare.likeness`).
+    # 1/128: they decide what dispatch sends for what an expert computes (`comparison.likeness`).
     "paper-small": replace(
         _PAPER,
         name="paper-small",

@@ -10,7 +10,7 @@ NumberType = Literal[Dtype, "float8", "nvfp4", "mxfp4", "int4"]
 CacheType = Literal["model", Dtype, "float8"]
 GpuExecution = Literal["graph", "eager"]
 
-# Of instructions that our CPU kernels are compiled for; `ops/build.py` says what each has.
+# Of instructions that our CPU kernels are compiled for; `engine/ops/build.py` says what each has.
 CpuIsa = Literal["baseline", "avx2", "avx512", "avx512_bf16", "amx", "neon", "neon_bf16"]
 
 OnFailure = Literal["replace", "shrink", "stop"]  # of a rank that died, hung or failed
@@ -28,7 +28,7 @@ class _Labelled(IntEnum):
 
 
 class Stage(_Labelled):
-    """What a rank is doing; the index of a column in every per-stage array."""
+    """Stages of a rank's work; the index of a column in every per-stage array."""
 
     IDLE = 0  # waiting for the next plan
     EMBED = 1
@@ -45,7 +45,7 @@ class Stage(_Labelled):
 
 
 class Track(StrEnum):
-    """What of a rank is busy; the rows of a trace."""
+    """Busy resources of a rank; the rows of a trace."""
 
     COMPUTE = "compute"
     NETWORK = "network"
@@ -63,14 +63,14 @@ class Origin(StrEnum):
 
 
 class Phase(StrEnum):
-    """Which half of the work a step does."""
+    """Phase of a request's work that a step does."""
 
     PREFILL = "prefill"
     DECODE = "decode"
 
 
 class Cause(StrEnum):
-    """Where a step's time goes; the rows of every *why* table."""
+    """Causes of a measured step's time; the rows of every *why* table."""
 
     ATTENTION = "attention"
     ROUTER = "router"
@@ -85,14 +85,14 @@ class Cause(StrEnum):
 
 
 class Gap(StrEnum):
-    """What a rank does where it neither computes nor transfers nor waits for another."""
+    """Time in which a rank neither computes nor transfers nor waits for another."""
 
     IDLE = "idle"  # it has nothing to do
     DESCHEDULED = "descheduled"  # it has, but other ranks have the cores
 
 
 class ProjectedCause(StrEnum):
-    """Where a modelled step's time goes.
+    """Causes of a modelled step's time.
 
     Unlike `Cause`, which has what a rank's clock can tell apart: a model knows why an operation
     takes its time, too, and what launches and contention add to it.
@@ -113,7 +113,7 @@ class ProjectedCause(StrEnum):
 
 
 class Traffic(_Labelled):
-    """What a byte on a link is."""
+    """Content of the bytes on a link."""
 
     PAYLOAD = 0  # hidden states
     METADATA = 1  # counts, expert ids, router weights, argmax candidates
@@ -121,7 +121,7 @@ class Traffic(_Labelled):
 
 
 class Link(_Labelled):
-    """Which kind of link a byte crosses."""
+    """Kind of a link."""
 
     INTRA_NODE = 0
     INTER_NODE = 1
@@ -133,7 +133,7 @@ CheckLevel = Literal["off", "light", "full"]
 
 
 class CheckPoint(_Labelled):
-    """Where a step is checked for silent errors, in the order of a layer."""
+    """Places in a step that are checked for silent errors, in the order of a layer."""
 
     PLACEMENT = 0
     EMBEDDING = 1

@@ -1,4 +1,4 @@
-"""How deployments are projected: a command's options, and an experiment's table `[projection]`."""
+"""Options of projections: a command's, and those in an experiment's table `[projection]`."""
 
 import os
 from dataclasses import dataclass, field, replace
@@ -43,12 +43,12 @@ class ProjectionAsked(_OnCluster):
 
 @dataclass(frozen=True, kw_only=True)
 class Projection(_OnCluster):
-    """How an experiment is projected; runs on real ranks ignore it.
+    """Options of an experiment's projection; runs on real ranks ignore them.
 
     Attributes:
         slo: limits, as `--slo` takes them.
-        dtype: of weights; None for the checkpoint's own.
-        kv_dtype: of keys and values.
+        dtype: number type of weights; None for the checkpoint's own.
+        kv_dtype: number type of keys and values.
         prompt_len, output_len: lengths in place of the workload's, as `--prompt-len` takes them.
         requests: path of recorded requests, whose lengths are taken.
         prefix_len, num_prefixes: shared prefixes, as `--prefix-len` and `--num-prefixes` take them.
@@ -127,7 +127,7 @@ class Projection(_OnCluster):
         )
 
     def located(self, base: Path) -> "Projection":
-        """With absolute paths; `base` is where relative ones begin."""
+        """The projection with absolute paths; `base` is where relative ones begin."""
         paths = {
             name: os.path.abspath(base / path)
             for name in _PATHS

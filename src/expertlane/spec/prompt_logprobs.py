@@ -29,11 +29,11 @@ class PromptPart:
 
 
 class PromptLogprobs(Sequence[TokenLogprobs | None]):
-    """[prompt_len]; of every token given those before it, None of the first.
+    """[prompt_len]; log-probability of every token given those before it, None for the first.
 
     Args:
         token_ids: [prompt_len].
-        num_top: how many of the likeliest tokens are reported of each.
+        num_top: likeliest tokens reported for each.
 
     Attributes:
         ranks: [prompt_len]; 1 for the likeliest of the vocabulary, 0 where it is not known yet.
@@ -56,7 +56,7 @@ class PromptLogprobs(Sequence[TokenLogprobs | None]):
         self._top_logprobs[places] = part.top_logprobs
 
     def whole(self) -> PromptPart:
-        """All of them, as `add` takes them."""
+        """All parts as one, in the form that `add` takes."""
         return PromptPart(0, self._logprobs, self.ranks, self._top_ids, self._top_logprobs)
 
     def __len__(self) -> int:

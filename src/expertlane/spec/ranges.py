@@ -63,11 +63,11 @@ class Strict:
 
 @dataclass(frozen=True)
 class Valid:
-    """Beside a field's type (`Annotated`): what a value that is read must be, too.
+    """A check of a field's value beside its type (`Annotated`).
 
     Attributes:
-        test: whether a value is valid; it has the field's type.
-        wanted: what it must be, for a message.
+        test: whether a value, which has the field's type, is valid.
+        wanted: description of valid values, for a message.
     """
 
     test: Callable[[Any], bool]
@@ -100,7 +100,7 @@ Counted = Annotated[int, Valid(lambda number: number > 0, "a whole number above 
 
 @dataclass(frozen=True)
 class Range:
-    """What a number may be.
+    """The valid range of a number.
 
     Attributes:
         low, high: smallest and largest valid number.
@@ -125,7 +125,7 @@ class Range:
         return number
 
     def parse(self, text: str) -> int | float | None:
-        """The number that a text is; None where it is none or out of range."""
+        """The number in a text; None where it is none or out of range."""
         text = text.strip()
         try:
             if not self.is_whole:
@@ -258,7 +258,7 @@ def take(name: str, value: object, shown_as: str | None = None) -> Any:
     """`value` as an int or float, checked against the range of a field.
 
     Args:
-        shown_as: what a message calls it; the field's name if None.
+        shown_as: its name in messages; the field's name if None.
 
     Raises:
         SpecError: it is out of its range.
@@ -267,7 +267,7 @@ def take(name: str, value: object, shown_as: str | None = None) -> Any:
 
 
 def take_option(name: str, value: object) -> Any:
-    """As `take`, for a command's option `--field-name`; None stays None."""
+    """`take` for a command's option `--field-name`; None stays None."""
     field = name.removeprefix("--").replace("-", "_")
     return None if value is None else take(field, value, name)
 
@@ -301,7 +301,7 @@ def take_fields(instance: Any, name: Callable[[str], str] = str) -> None:
     tuple, every item but None is checked.
 
     Args:
-        name: what a message calls a field.
+        name: gives a field's name in messages.
 
     Raises:
         SpecError: one is out of its range, no flag, or none of the words.
@@ -325,7 +325,7 @@ def take_fields(instance: Any, name: Callable[[str], str] = str) -> None:
 
 
 def _is_listed(kind: Any) -> bool:
-    """Whether a field of this type may hold a tuple."""
+    """True if a field of this type may hold a tuple."""
     return any(get_origin(each) is tuple for each in (kind, *get_args(kind)))
 
 
@@ -333,7 +333,7 @@ def parse_sizes(what: str, unknown: str, text: str, valid: Sequence[str]) -> dic
     """Read `tp=8,pp=2`: names with whole numbers in their ranges, none twice; perhaps none at all.
 
     Args:
-        what, unknown: what a message calls the whole, and a name that is none of the valid ones.
+        what, unknown: names in messages: of the whole, and of a name that is not valid.
 
     Raises:
         SpecError: it breaks one of these rules.
@@ -365,7 +365,7 @@ def shown(value: object) -> str:
 
 
 def _beginning(value: Any, depth: int = 0) -> Any:
-    """As much of a value as is shown: it may have millions of parts, one in another too."""
+    """The part of a value that is shown: it may have millions of parts, nested too."""
     if isinstance(value, str | bytes):
         return value[: 2 * SHOWN_LENGTH]
     if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:

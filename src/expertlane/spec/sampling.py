@@ -1,4 +1,4 @@
-"""How the tokens of a request are chosen, and what is reported of a chosen token."""
+"""Sampling parameters and log-probabilities of tokens."""
 
 from collections.abc import Iterable, Mapping
 from copy import copy
@@ -18,7 +18,7 @@ MOST_LISTED = 2**20  # stop strings, or token ids in a list
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What a request asks for.
+    """Sampling parameters of a request.
 
     Each token is chosen in this order: bias, penalties, `structured`, temperature, top-k, top-p,
     min-p, draw.
@@ -106,17 +106,17 @@ class SamplingParams:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken, after penalties."""
+        """True if the likeliest token is taken, after penalties."""
         return self.temperature == 0
 
     @property
     def counts_output(self) -> bool:
-        """Whether it matters how often a token is in the output."""
+        """True if a penalty depends on how often a token is in the output."""
         return self.presence_penalty != 0 or self.frequency_penalty != 0
 
     @property
     def needs_logits(self) -> bool:
-        """Whether more is needed than the argmax of the model's logits."""
+        """True if more is needed than the argmax of the model's logits."""
         return (
             not self.is_greedy
             or self.repetition_penalty != 1
@@ -130,7 +130,7 @@ class SamplingParams:
 
     @property
     def holds_stops(self) -> bool:
-        """Whether tokens that end the output may not be chosen at first."""
+        """True if tokens that end the output may not be chosen at first."""
         return self.min_tokens > 0 and not (self.ignore_eos and not self.stop_token_ids)
 
     def _take_list(self, name: str, items: str) -> None:
@@ -159,7 +159,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, eq=False)
 class SamplingState:
-    """What a rank is told of a request when it is admitted, again after a preemption too.
+    """A request's sampling state, sent to ranks when it is admitted, also after a preemption.
 
     Attributes:
         seed: the request's own, or the one chosen for it.
@@ -176,7 +176,7 @@ class SamplingState:
 
     @property
     def scores_prompt(self) -> bool:
-        """Whether log-probabilities of the prompt are wanted and not there: output follows them."""
+        """True if log-probabilities of the prompt are asked for, and there is no output yet."""
         return self.params.prompt_logprobs is not None and not len(self.output_token_ids)
 
 

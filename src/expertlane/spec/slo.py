@@ -1,4 +1,4 @@
-"""Service level objectives: how long which latency may be."""
+"""Service level objectives: limits of latency statistics."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -30,12 +30,12 @@ class SLO(Strict):
 
     @property
     def limit(self) -> str:
-        """With its unit: `500 ms`, `10 s`."""
+        """The limit with its unit: `500 ms`, `10 s`."""
         return f"{self.limit_s:g} s" if self.limit_s >= 1 else f"{1e3 * self.limit_s:g} ms"
 
     @property
     def name(self) -> str:
-        """As an option has it, without the limit: `ttft.p95`."""
+        """Metric and statistic, as in the option: `ttft.p95`."""
         return f"{self.metric}.{self.statistic}"
 
 
@@ -43,7 +43,7 @@ def parse_slos(texts: Iterable[str], option: str = "--slo") -> tuple[SLO, ...]:
     """Read `ttft.p95=500ms,tpot.mean=20ms`, each text with one objective or several.
 
     Args:
-        option: what a message calls them.
+        option: the option's name in messages.
 
     Raises:
         UserError: one is malformed, or given twice.

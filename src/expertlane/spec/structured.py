@@ -1,4 +1,4 @@
-"""What an output must be: JSON of a schema, a match of a regex or a grammar, one of some texts."""
+"""Constraints on outputs: JSON of a schema, a match of a regex or a grammar, one of some texts."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,19 +21,19 @@ MOST_PROPERTIES = 1000  # in a schema; compiling takes the square of them
 
 @dataclass(frozen=True)
 class Structured:
-    """What an output must be; exactly one of them is given.
+    """A constraint on an output; exactly one of the first four fields is given.
 
     Attributes:
-        json_schema: of a JSON value, as an object, a boolean or JSON text; kept as text.
-        regex: that the whole output matches, in the syntax of Rust's `regex` crate.
+        json_schema: schema of a JSON value, as an object, a boolean or JSON text; kept as text.
+        regex: expression that the whole output matches, in the syntax of Rust's `regex` crate.
         grammar: in llguidance's Lark syntax, or in GBNF (`root ::= …`).
         choice: texts, of which the output is one.
         lead: text that comes before it, such as reasoning, of any kind up to this end; None where
             there is none.
         may_lead: the beginning of such a text, where the output may have one or not; None where it
             has one anyway.
-        prefix: a text that stands before it.
-        is_of_schemas: the grammar is this program's own, around schemas, and may be as large.
+        prefix: text that stands before the constrained part.
+        is_of_schemas: the grammar is this program's own, made of schemas, and may be as large.
         compact: JSON of the schema has no white space but within texts.
 
     Raises:
@@ -78,7 +78,7 @@ class Structured:
 
     @property
     def kind(self) -> str:
-        """Which one is given."""
+        """The name of the constraint that is given."""
         return next(name for name in KINDS if getattr(self, name) is not None)
 
 

@@ -1,4 +1,4 @@
-"""What is to be generated: sequences, prompt and output lengths, and the seed of the prompts."""
+"""Workloads and loads: sequences, prompt and output lengths, and the seed of the prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +35,7 @@ class Workload(Strict):
 
     @property
     def load(self) -> "Load":
-        """The same as a closed loop."""
+        """The workload as a closed loop."""
         prompt, output = (LengthRange(each, each) for each in (self.prompt_len, self.output_len))
         return Load(self.num_sequences, prompt, output, self.num_sequences)
 
@@ -108,7 +108,7 @@ class LengthRange:
 
 
 _LENGTHS_APART = 0.2  # of a mean, below and above it
-_RARELY = 10  # of an event whose chance is e to the power of minus so much
+_RARELY = 10  # a chance of e to the power of minus so much is small enough
 _HALVINGS = 40  # of an interval, until its ends are the same in all digits that count
 HASH_BLOCK = 512  # tokens that a hash id of a recorded request stands for
 
@@ -118,8 +118,8 @@ class RecordedRequest:
     """A request of a file.
 
     Attributes:
-        line: where it stands.
-        due_s: from the first one's arrival.
+        line: number of its line.
+        due_s: seconds after the first one's arrival.
         hash_ids: of each block of `HASH_BLOCK` tokens, the last perhaps shorter; equal ones stand
             for equal tokens. Empty where nothing is known of the prompt.
     """
@@ -132,13 +132,13 @@ class RecordedRequest:
 
     @property
     def max_len(self) -> int:
-        """Positions that it takes."""
+        """Positions that it takes in the cache."""
         return self.prompt_len + self.output_len - 1
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is put on the engine.
+    """A load on the engine.
 
     Attributes:
         batch: concurrency, requests kept unfinished; None in an open loop.
@@ -168,7 +168,7 @@ class Load:
         batch: int | None = None,
         rate: float | None = None,
     ) -> "Load":
-        """The requests of a file, when they arrived unless a batch or a rate is given."""
+        """The requests of a file, at their own arrivals unless a batch or a rate is given."""
         prompt_lens = [each.prompt_len for each in recorded]
         output_lens = [each.output_len for each in recorded]
         return cls(
@@ -207,7 +207,7 @@ class Load:
 
     @property
     def is_closed(self) -> bool:
-        """Whether a request comes when another is done, not at a time of its own."""
+        """True if a request comes when another is done, not at a time of its own."""
         return self.batch is not None
 
     @property
@@ -220,7 +220,7 @@ class Load:
 
     @property
     def varies(self) -> bool:
-        """Whether lengths differ."""
+        """True if lengths differ."""
         ends = self.prompt_len, self.output_len
         return bool(self.recorded) or any(each.low < each.high for each in ends)
 
@@ -328,7 +328,7 @@ class SharedPrefixes:
         """Sequences that a cache of so many blocks holds, each prefix once.
 
         Args:
-            of_each: blocks of a sequence that are its own; more than 0.
+            of_each: blocks of a sequence that it does not share; more than 0.
         """
         low, high = num_blocks / (of_each + self.num_blocks), num_blocks / of_each
         for _ in range(_HALVINGS if self.num else 0):
@@ -341,7 +341,7 @@ class SharedPrefixes:
         """Blocks for all prefixes and nearly all that is freed between two uses of one.
 
         Args:
-            of_each: blocks of a sequence that are its own.
+            of_each: blocks of a sequence that it does not share.
         """
         between = ceil(self.num * (log(self.num) + _RARELY)) if self.num else 0
         return self.num * self.num_blocks + between * of_each
@@ -353,7 +353,7 @@ class SharedPrefixes:
         Tung and Wang, Hierarchical Web Caching Systems, 2002).
 
         Args:
-            of_each: as `num_sharing` has it.
+            of_each: blocks of a sequence that it does not share; more than 0.
         """
         return self.num_distinct(self.num_sharing(num_blocks, of_each)) / max(self.num, 1)
 
@@ -366,7 +366,7 @@ class TimedRequest:
     """A request to come.
 
     Attributes:
-        due_s: from the start; 0 in a closed loop, where it is due as soon as there is room.
+        due_s: seconds from the start; 0 in a closed loop, where it is due when there is room.
         num_arrived: positions of the prompt that come with keys and values; 0 but in a snapshot.
     """
 
@@ -395,7 +395,7 @@ def check_lengths(load: Load, max_positions: int) -> None:
     """Check that all requests of a load can have their whole output.
 
     Args:
-        max_positions: that a sequence can take.
+        max_positions: positions that a sequence can take.
 
     Raises:
         UserError: the longest ones cannot.

@@ -40,7 +40,7 @@ class ChatTemplate:
     Args:
         source: in Jinja's language; untrusted.
         special_tokens: variables for it, such as `bos_token`.
-        name: where it comes from; for error messages.
+        name: its origin, for error messages.
 
     Attributes:
         variables: names that it takes from those who ask, and from its special tokens.
@@ -103,7 +103,7 @@ class ChatTemplate:
         Args:
             messages: each with a `role` and a `content`; the template says which roles it knows.
             add_generation_prompt: end with what begins the model's answer.
-            tools: that the model may call, as the OpenAI API has them.
+            tools: tools that the model may call, in the form of the OpenAI API.
             variables: more of the template's own, such as `enable_thinking`; none of
                 `OWN_VARIABLES`, whose values win.
 

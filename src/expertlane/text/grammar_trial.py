@@ -29,8 +29,8 @@ PACKAGES = ("expertlane", "llguidance")
 STACK_BYTES = 512 * 2**20  # the library recurses from rule to rule; memory is taken as it is used
 _TRIAL_STACK_BYTES = STACK_BYTES // 2  # so what passes has room to spare
 _WALKS = 2
-_STEPS = 4  # of each
-_WALKS_CPU_S = 0.5  # of all steps together: ordinary ones take less than 10 ms each
+_STEPS = 4  # tokens consumed in each walk
+_WALKS_CPU_S = 0.5  # for all steps together: ordinary ones take less than 10 ms each
 
 # Fuel is work that the library counts.
 _LIMITS: dict[str, Any] = {
@@ -106,7 +106,7 @@ class _Trial:
 
     Args:
         source: the tokenizer, as its file has it.
-        vocab_size: of the model.
+        vocab_size: size of the model's vocabulary.
         eos: tokens that end an output.
     """
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Mask = npt.NDArray[np.uint8]
 
 _KEPT = 32  # compiled grammars
-_KEPT_BYTES = 512 * 2**20  # of them all
+_KEPT_BYTES = 512 * 2**20  # bytes of all kept grammars together
 _IN_USE_BYTES = 2 * 2**30  # of grammars in use or kept; beyond that, only small ones are compiled
 _SMALL_BYTES = 2**20
 _END_TOKEN = "<|expertlane end|>"  # of tokenizers that have no end of sequence; never chosen
@@ -43,7 +43,7 @@ class Grammar:
 
     Attributes:
         start: a matcher that has consumed no token; to be copied.
-        mask: of the first token, one bit per token id.
+        mask: mask of the first token, one bit per token id.
         num_bytes: memory that it takes, estimated.
     """
 
@@ -53,13 +53,13 @@ class Grammar:
 
 
 class Constraint:
-    """How far one request has come in its grammar.
+    """The state of one request in its grammar.
 
     Attributes:
-        mask: of the next token.
+        mask: mask of the next token.
         is_ended: whether the output is complete, and nothing can follow.
         error: why no mask can be given; None where one can.
-        num_held: how many of the next tokens may not end the output.
+        num_held: number of next tokens that may not end the output.
     """
 
     def __init__(self, grammar: Grammar, params: SamplingParams, ends: Iterable[int]) -> None:
@@ -95,7 +95,7 @@ class Grammars:
     """Compiles grammars, and computes masks; safe to use from several threads.
 
     Args:
-        vocab_size: of the model.
+        vocab_size: size of the model's vocabulary.
         eos_token_ids: tokens that end an output.
     """
 
@@ -266,7 +266,7 @@ def lead_rules(lead: str, may_lead: str | None, tokenizer: Tokenizer) -> tuple[s
     """The element of a text before an output, in Lark's syntax, and the rules it needs.
 
     Args:
-        lead, may_lead: as in `Structured`.
+        lead, may_lead: see `Structured`.
     """
     end = lark_text(lead, tokenizer)
     element = "lead" if may_lead is None else f"({lark_text(may_lead, tokenizer)} lead)?"

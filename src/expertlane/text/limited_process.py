@@ -35,7 +35,7 @@ _MAX_ERROR_CHARACTERS = 500
 
 @dataclass(frozen=True)
 class Limits:
-    """What a request may take.
+    """Limits on one request.
 
     Attributes:
         cpu_s: CPU time of all threads.

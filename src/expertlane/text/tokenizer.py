@@ -31,11 +31,11 @@ class Tokenizer:
     """A checkpoint's tokenizer.
 
     Args:
-        core: of the library; it neither truncates nor pads from here on.
+        core: the library's tokenizer; it neither truncates nor pads from here on.
         eos_token_ids: tokens that end a generation.
 
     Attributes:
-        eos_token_ids: as given.
+        eos_token_ids: tokens that end a generation.
         special_token_ids: control tokens, which `skip_special_tokens` leaves out.
         byte_tokens: the byte of every token that stands for a raw one, as in `<0x0A>`; empty
             for byte-level tokenizers, whose tokens are all made of bytes.
@@ -148,7 +148,7 @@ class Tokenizer:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """How byte-level tokenizers write bytes: those that print as they are, others from U+0100."""
+    """Byte of each character with which byte-level tokenizers write bytes (GPT-2's table)."""
     printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printed]
     found = {chr(byte): byte for byte in printed}
@@ -201,8 +201,8 @@ class FoundStop:
     """A stop string in a text.
 
     Attributes:
-        end: of the string, in characters of the piece that completed it.
-        size: of the string, in characters.
+        end: end of the string, in characters of the piece that completed it.
+        size: length of the string, in characters.
     """
 
     end: int

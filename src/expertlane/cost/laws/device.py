@@ -23,17 +23,17 @@ from expertlane.cost.step.operation import ATTENTION, SIZES, Floats, Kind
 from expertlane.errors import SpecError
 
 _SAME_WIDTH = {"float16": "bfloat16", "bfloat16": "float16"}
-_WIDER_FOR_TWIN = 1.15  # of a bound, where the law of the other 16-bit type stands in
+_WIDER_FOR_TWIN = 1.15  # bounds widen by this where the law of the other 16-bit type stands in
 # Of a roofline with no measurements: the share of the peak that kernels reach, from worst to best.
 _EFFICIENCY = 0.6
 _LEAST_EFFICIENCY = 0.2
-_KNOWN_DOUBLINGS = 1.0  # of sizes outside a library's law, up to which it may be the faster one
-_OUT_OF_CACHES_S = 1e-4  # of a roofline; so long no operation lives on what caches hold
+_KNOWN_DOUBLINGS = 1.0  # doublings outside a library's law, up to which it may be the faster one
+_OUT_OF_CACHES_S = 1e-4  # a roofline from which on no operation lives on what caches hold
 _WIDE = 2**25  # weights of an expert's matrix, from where on it may fill a device by itself
 
 
 class DeviceModel:
-    """What operations take on the device of a profile."""
+    """Times of operations on the device of a profile."""
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
@@ -74,7 +74,7 @@ class DeviceModel:
         """Experts as products of their mean rows, one after the other, and the activation.
 
         Args:
-            otherwise: where no product of the type was timed.
+            otherwise: times to fall back on where no product of the type was measured.
         """
         surface, floor_s = self._law(Kind.GEMM, dtype)
         if not surface.axes:
@@ -98,7 +98,7 @@ class DeviceModel:
         )
 
     def has_one_law(self, kind: Kind, dtype: str) -> bool:
-        """Whether one law gives all times of an operation, whatever its sizes."""
+        """True if one law gives all times of an operation, whatever its sizes."""
         return kind is not Kind.EXPERTS and not self._others(kind, dtype)
 
     def _others(self, kind: Kind, dtype: str) -> list[Surface]:
@@ -152,7 +152,7 @@ class DeviceModel:
 
 
 def stand_ins(profile: Profile, types: NumberTypes) -> Iterator[str]:
-    """Where times rest on other measurements than a reader would expect, in sentences."""
+    """Sentences on laws by other measurements than a reader would expect."""
     laws, twin = profile.surfaces, _SAME_WIDTH.get(types.activations, "")
     own, other = (f"{Kind.DECODE_ATTENTION}.{dtype}" for dtype in (types.activations, twin))
     if own not in laws and other in laws:
@@ -193,7 +193,7 @@ def _no_faster_than_peak(times: Times, peak_s: Floats) -> Times:
 
 
 def _faster(times: Times, other: Surface, base: Roofline) -> Times:
-    """The times, but another law's where it is faster and knows of such sizes."""
+    """The lesser of the times and another law's, on ranks whose sizes that law knows."""
     found, doublings = other.times_and_doublings(base.seconds, base.at)
     is_faster = (found.seconds < times.seconds) & (doublings <= _KNOWN_DOUBLINGS)
     return where(is_faster, found, times)

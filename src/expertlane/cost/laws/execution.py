@@ -1,4 +1,4 @@
-"""How work gets onto a device, and what each launch and each step costs."""
+"""Launching of kernels on a device, and the single terms of a step's time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,7 +34,7 @@ _ASSUMED_DP_SYNC = Term(
 
 
 class Execution(StrEnum):
-    """What the host does for each operation."""
+    """The host's work for each operation."""
 
     EAGER = "eager"  # launches every kernel, ahead of the device
     GRAPH = "graph"  # launches a micro-batch's kernels at once
@@ -46,14 +46,14 @@ class Terms:
     """The single numbers that a timeline needs, each [B]: of a profile, low, likely and high.
 
     Attributes:
-        launch_s: of a kernel, of a whole graph, or of an operation in series, by `execution`.
+        launch_s: to launch a kernel, a whole graph, or an operation in series, by `execution`.
         driver_s: between steps: scheduling a step and sending it to the ranks.
         in_series: where all is in series, of operations by stage and of transfers, in place of
             `launch_s`; from the profile's terms `overhead_s.<stage>` and `overhead_s.transfer`.
         driver_per_rank_s: for every rank of a replica after the first.
         dp_sync_s: between data-parallel ranks that have a scheduler each, for every doubling of
             them; nothing where all is in series: there one driver plans for all.
-        arrival_s: from when a request is sent until it can be scheduled.
+        arrival_s: time from when a request is sent until it can be scheduled.
         hiding: how well transfers are hidden by what computes beside them: perfectly (low), as is
             likely, not at all (high).
     """
@@ -78,7 +78,7 @@ class Terms:
         return self.driver_s + of_ranks + log2(layout.dp) * self.dp_sync_s
 
     def overhead_s(self, step: Operation | Transfer) -> Floats:
-        """[3]; of a step in series, beside what its law says: the engine's own work around it."""
+        """[3]; overhead of a step in series beyond its law: the engine's own work around it."""
         place = step.stage.label if isinstance(step, Operation) else OF_TRANSFERS
         return self.in_series.get(place, self.launch_s)
 
@@ -126,7 +126,7 @@ class Terms:
 
     @property
     def only_likely(self) -> "Terms":
-        """The likely ones in place of the low and the high."""
+        """The terms with low and high replaced by the likely ones."""
         return Terms(
             execution=self.execution,
             launch_s=_likely(self.launch_s),
@@ -146,7 +146,7 @@ class Terms:
 
 
 def kernels_of(profile: Profile) -> KernelSet:
-    """Whose kernels a profile's laws are of: the engine's, where `expertlane calibrate` made it.
+    """The kernels that a profile's laws are of: the engine's if `expertlane calibrate` made it.
 
     Only that measures what the engine launches; shipped profiles assume it.
     """

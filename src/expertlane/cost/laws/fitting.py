@@ -25,7 +25,7 @@ class Rows:
 
     Attributes:
         at: by axis, [N]; sizes, positive.
-        roofline_s: [N]; what the correction is to.
+        roofline_s: [N]; the roofline that the correction multiplies.
         seconds: [N]; measured.
         shape: [N]; equal numbers are left out of a fit together.
     """
@@ -94,7 +94,7 @@ def fit_surface(
 
     Args:
         axes: by name, rising knots; the first and last become the rows' extremes.
-        origin: what the rows are; how many they are is added.
+        origin: source of the rows; their number is added.
 
     Returns:
         The law, and the errors of rows left out, as `held_out_errors` has them.

@@ -42,12 +42,12 @@ Ratios = tuple[float, float]  # a low and a high one
 
 @dataclass(frozen=True)
 class Framework(Strict):
-    """How a framework serves.
+    """A serving framework and its scheduling defaults.
 
     Attributes:
         title: name for display.
         max_num_batched_tokens: tokens per step and data-parallel rank.
-        prompt_wait_steps, phases_apart: as of `schedule.request.Limits`.
+        prompt_wait_steps, phases_apart: see `schedule.request.Limits`.
         engine: the serving engine.
     """
 
@@ -63,10 +63,10 @@ class Fitted(Strict):
     """Correction of projections for one kind of serving.
 
     Attributes:
-        kind: as `kinds_of` names it; each part of it narrows the kind.
-        step_factor: of what laws give for a step.
-        arrival_s: from when a request is sent until it can be scheduled.
-        num_points: that it was fitted to.
+        kind: name of the kind in parts, as from `kinds_of`; each part narrows it.
+        step_factor: factor on the times that laws give for a step.
+        arrival_s: time from when a request is sent until it can be scheduled.
+        num_points: measurements that it was fitted to.
     """
 
     kind: tuple[str, ...] = ()
@@ -88,11 +88,11 @@ class JudgedGroup(Strict):
         tpot, output, ttft: median absolute errors of TPOT, output throughput and TTFT.
         tpot_range, output_range, ttft_range: of what was measured over what was projected, the 5th
             and 95th percentile, or 1.
-        model: that was measured.
+        model: the model that was measured.
         sizes: its layers, hidden size, and experts.
         attention: its kind: with latents, of queries in groups, or such with sinks.
-        dates: of the first and the last measurement; "" where they are not told.
-        most_ranks: of a replica, or of one of a pool, that was measured.
+        dates: dates of the first and the last measurement; "" where unknown.
+        most_ranks: ranks of the largest replica, or pool's replica, that was measured.
     """
 
     hardware: str
@@ -127,7 +127,7 @@ def _file() -> _File:
 
 
 def frameworks() -> Mapping[str, Framework]:
-    """All that are known, by name."""
+    """All known frameworks, by name."""
     return _file().frameworks
 
 
@@ -224,7 +224,7 @@ def served_by(
 
 
 def with_fitted(profile: Profile, fitted: Fitted) -> Profile:
-    """The profile with step times scaled, and an arrival time."""
+    """The profile with laws scaled by `step_factor`, and the fitted arrival time."""
     if fitted == Fitted():
         return profile
     of = ", ".join(map(_part_of_kind, fitted.kind)) or "all measurements"
@@ -270,7 +270,7 @@ def judged(
     and by the framework whose corrections they have.
 
     Args:
-        num_ranks: of a replica; more than were measured are not judged.
+        num_ranks: ranks of a replica; more than were measured are not judged.
     """
     if _is_measured(profile):
         return CALIBRATED
@@ -292,7 +292,7 @@ def sizes_of(model: ModelConfig) -> tuple[int, int, int]:
 
 
 def attention_of(model: ModelConfig) -> Attention:
-    """Which kind of attention it has."""
+    """Attention with latents, with sinks, or of grouped queries."""
     if model.latent is not None:
         return "latent"
     return "sinks" if model.attention_sinks else "grouped"
@@ -307,13 +307,13 @@ def nearest(
     has_drafts: bool = False,
     num_ranks: int = 1,
 ) -> KnownError | None:
-    """How far off the nearest kind was that was judged; the widest where several are as near.
+    """Known error of the judged kind nearest to this one; the widest of those equally near.
 
     Nearest in attention, then card, model, framework or none, which framework, types, pools and
     drafts.
 
     Args:
-        num_ranks: of a replica; with more than were measured it is not of the kind itself.
+        num_ranks: ranks of a replica; with more than were measured it is not of the kind itself.
 
     Returns:
         None for a profile that was measured on its machine, whose bounds held where it was judged.

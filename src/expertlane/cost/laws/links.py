@@ -1,4 +1,4 @@
-"""How long transfers take: laws of time over what each rank's links carry.
+"""Laws of transfer times over the bytes that each rank's links carry.
 
 A rank's time is that of its own load; the slowest of a group decides when it ends. Over each kind
 of link counts the larger of what the rank sends and receives, so a hot receiver is slow.
@@ -11,7 +11,7 @@ Surfaces that are looked for, on the axes `bytes` and `ranks` (of the group) or 
   (NVLink's switches add up). `send.intra_node`, `send.inter_node`: point to point (an all-to-all
   of two ranks stands in for the first).
 - `dispatch.low_latency.intra_node`, `combine.low_latency.intra_node` and `….inter_node`: every
-  copy goes straight to the rank of its expert: the flat all-to-all.
+  copy goes straight to the rank of its expert: the form `all_to_all`.
 - `dispatch.two_sided.intra_node`, `dispatch.one_sided.intra_node` and those of `combine`: the same
   over an NVLink domain of many hosts, by kernels that write into other ranks' memory.
 - `dispatch.forwarded.intra_node`, `combine.forwarded.intra_node` and `….inter_node`: a copy for
@@ -22,15 +22,16 @@ Surfaces that are looked for, on the axes `bytes` and `ranks` (of the group) or 
   kind, with the bytes over both kinds of link together.
 
 Where several hold, the fastest does: a deployment picks its library. Where none does, times are
-bounds (`link_bounds`). `bytes` is what the rank's busiest direction has to carry over the link that
-the surface is named for: (g − 1)/g of the gathered or scattered total in a group of g, twice that
-for an all-reduce, what leaves or enters the rank for an all-to-all. Over nodes, collectives use all
-NICs of a node at once: a rank's share is what enters its node for the group, over the group's ranks
-there. The roofline of a surface is its law's floor and bytes over the link's bandwidth; the floor
-is the sum of the terms `floor_s.<surface>`, `floor_per_peer_s.<surface>` (of each other rank) and
-`floor_per_doubling_s.<surface>` (of nodes), all optional. Below the first knot of `bytes` its time
-holds: that is what an empty message takes. The term `forwarding_bytes_per_s.dispatch` (or
-`.combine`) is the rate inside a node while forwarding.
+bounds: assumed floors, and shares of the datasheet. `bytes` is what the rank's busiest direction
+has to carry over the link that the surface is named for: (g − 1)/g of the gathered or scattered
+total in a group of g, twice that for an all-reduce, what leaves or enters the rank for an
+all-to-all. Over nodes, collectives use all NICs of a node at once: a rank's share is what enters
+its node for the group, over the group's ranks there. The roofline of a surface is its law's floor
+and bytes over the link's bandwidth; the floor is the sum of the terms `floor_s.<surface>`,
+`floor_per_peer_s.<surface>` (of each other rank) and `floor_per_doubling_s.<surface>` (of nodes),
+all optional. Below the first knot of `bytes` its time holds: that is what an empty message takes.
+The term `forwarding_bytes_per_s.dispatch` (or `.combine`) is the rate inside a node while
+forwarding.
 
 The terms `contention.<kind of transfer>` and `contention.low_latency` are shares by which compute
 slows while such a transfer runs beside it.
@@ -42,7 +43,6 @@ from dataclasses import fields, replace
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.laws.link_bounds import bound_times, term_of
 from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.times import Basis, Times, where
 from expertlane.cost.step.operation import (
@@ -54,6 +54,67 @@ from expertlane.cost.step.operation import (
     TransferKind,
 )
 from expertlane.spec.names import Link, Stage
+
+
+def _assumed(value: float, low: float, high: float, why: str) -> Term:
+    return Term(value, low, high, Basis.BOUND, f"assumption: {why}")
+
+
+ASSUMED_TERMS = {
+    "floor_s.collective.intra_node": _assumed(5e-6, 3e-6, 10e-6, "launch and one exchange"),
+    "floor_per_peer_s.collective.intra_node": _assumed(1e-6, 0.1e-6, 2e-6, "a flag per peer"),
+    "efficiency.collective.intra_node": _assumed(0.65, 0.45, 0.85, "headers, copies, few SMs"),
+    "floor_s.collective.inter_node": _assumed(10e-6, 5e-6, 20e-6, "launch and one message"),
+    "floor_per_doubling_s.collective.inter_node": _assumed(20e-6, 8e-6, 40e-6, "messages in turn"),
+    "efficiency.collective.inter_node": _assumed(0.85, 0.6, 0.95, "headers, congestion"),
+    "floor_s.send.intra_node": _assumed(6e-6, 3e-6, 12e-6, "launch and one exchange"),
+    "efficiency.send.intra_node": _assumed(0.6, 0.4, 0.85, "few SMs copy"),
+    "floor_s.send.inter_node": _assumed(10e-6, 5e-6, 20e-6, "launch and one message"),
+    "efficiency.send.inter_node": _assumed(0.85, 0.6, 0.95, "headers, congestion"),
+    "contention.all_to_all": _assumed(0.15, 0.1, 0.25, "20 of 132 SMs, some memory traffic"),
+    "contention.all_gather": _assumed(0.15, 0.05, 0.25, "16 to 24 channels of 132 SMs"),
+    "contention.reduce_scatter": _assumed(0.15, 0.05, 0.25, "16 to 24 channels of 132 SMs"),
+    "contention.all_reduce": _assumed(0.15, 0.05, 0.25, "16 to 24 channels of 132 SMs"),
+    "contention.send": _assumed(0.03, 0.0, 0.1, "2 to 8 channels of 132 SMs"),
+    "contention.low_latency": _assumed(0.0, 0.0, 0.05, "receive hooks occupy no SM"),
+}
+
+
+def term_of(profile: Profile, name: str) -> Term | None:
+    """The profile's term, else the assumed one; None where there is neither."""
+    return profile.terms.get(name) or ASSUMED_TERMS.get(name)
+
+
+def bound_times(
+    profile: Profile, law: str, link_bytes: Floats, num_peers: Floats, num_nodes: Floats
+) -> Times:
+    """Seconds of a law that was not measured: floors, and bytes over the slower kind of link.
+
+    Args:
+        law: `collective.intra_node` and the like; the floor's.
+        link_bytes: [2, R]; by `Link`.
+        num_peers, num_nodes: [R].
+    """
+    kind = law.split(".")[0]
+    values = []
+    for pick, opposite in (("low", "high"), ("value", "value"), ("high", "low")):
+
+        def read(quantity: str, of_law: str, pick: str = pick) -> float:
+            term = term_of(profile, f"{quantity}.{of_law}")
+            return 0.0 if term is None else float(getattr(term, pick))
+
+        seconds = np.zeros(link_bytes.shape[1])
+        for link in Link:
+            efficiency = read("efficiency", f"{kind}.{link.name.lower()}", opposite)
+            if link_bytes[link].any():
+                rate = profile.link_rate(link) * efficiency
+                seconds = np.maximum(seconds, link_bytes[link] / rate)
+        floor = read("floor_s", law) + read("floor_per_peer_s", law) * num_peers
+        doublings = np.log2(np.maximum(num_nodes, 1))
+        values.append(seconds + floor + read("floor_per_doubling_s", law) * doublings)
+    is_extrapolated = np.zeros(link_bytes.shape[1], dtype=np.bool_)
+    return Times(np.array(values), Basis.BOUND, is_extrapolated)
+
 
 _WIDER_FOR_TWICE_THE_NODES = 1.6
 _INSIDE_NODES = ("low_latency", "forwarded", "two_sided", "one_sided")
@@ -117,7 +178,7 @@ class LinkModel:
             inside: the hop inside each node.
 
         Returns:
-            Of `between` all of its time; of `inside` what is left exposed: their sum is the whole.
+            All of the time of `between`; of `inside` what is left exposed: their sum is the whole.
             Where no law of it was measured, or one hop has groups of one, each hop on its own.
         """
         first, second = between.load, inside.load
@@ -167,22 +228,22 @@ class LinkModel:
     def contention(self, transfer: Transfer) -> Term:
         """The share by which compute slows while the transfer runs beside it."""
         load, plain = transfer.load, self._contention(transfer.kind)
-        low_latency = self._flat_contention(transfer, load.group_size.size)
+        low_latency = self._low_latency_contention(transfer, load.group_size.size)
         return low_latency[1] if low_latency is not None and low_latency[0].all() else plain
 
     def contention_of_one(self, transfer: Transfer, num_ranks: int) -> Floats | float:
         """The likely share, [S], of a transfer of the rank that stands for all of a stage's."""
         plain = self._contention(transfer.kind).value
-        low_latency = self._flat_contention(transfer, num_ranks)
+        low_latency = self._low_latency_contention(transfer, num_ranks)
         if low_latency is None:
             return plain
         shares: Floats = np.where(low_latency[0], low_latency[1].value, plain)
         return shares
 
-    def _flat_contention(
+    def _low_latency_contention(
         self, transfer: Transfer, num_ranks: int
     ) -> tuple[npt.NDArray[np.bool_], Term] | None:
-        """Of an all-to-all of a whole stage over nodes: where its kernels are low-latency ones."""
+        """Ranks of a stage-wide all-to-all over nodes with low-latency kernels; its contention."""
         name = f"{_DISPATCHING.get(transfer.stage)}.low_latency.inter_node"
         law, load = self._profile.surfaces.get(name), transfer.load
         if transfer.kind is not TransferKind.ALL_TO_ALL or law is None:
@@ -244,7 +305,7 @@ class LinkModel:
         return where((inside.seconds > over_nics.seconds) & (near > 0), inside, over_nics)
 
     def _send(self, carried: Floats) -> Times:
-        """Point to point; `carried`: [2, R] by link."""
+        """Times of point-to-point messages; `carried`: [2, R] by link."""
         ranks = np.full(carried.shape[1], 2)
         found = []
         for link, stand_in in ((Link.INTRA_NODE, "all_to_all"), (Link.INTER_NODE, None)):
@@ -278,7 +339,7 @@ def roofline_s(
     ranks: Floats,
     nodes: Floats,
 ) -> Floats:
-    """[R]; the floor of a law and bytes over the link's bandwidth."""
+    """[R]; a law's floor plus bytes over the link's bandwidth."""
     terms = profile.terms
     seconds = link_bytes / profile.link_rate(link)
     for quantity, amount in (
@@ -328,7 +389,7 @@ def _over_all_nics(carried: Floats, load: LinkLoad) -> Floats:
 
 
 def _joined(loads: Sequence[LinkLoad]) -> LinkLoad:
-    """Ranks of one after those of another."""
+    """Loads of several transfers as one, ranks after ranks."""
     parts = ([getattr(load, each.name) for load in loads] for each in fields(LinkLoad))
     return LinkLoad(*(np.concatenate(part, axis=-1) for part in parts))
 

@@ -15,7 +15,7 @@ class Term:
     """One number with its bounds, and where it comes from.
 
     Attributes:
-        basis, origin: as a `Surface`'s.
+        basis, origin: as in `Surface`.
     """
 
     value: float
@@ -34,7 +34,7 @@ class Device(Strict):
         flops_per_s: dense peak of products with weights of a type: `float32`, `float16`,
             `bfloat16`, `float8`, `nvfp4`, `mxfp4`; of a type that is widened as it is read, the
             peak of what it becomes.
-        origin: of these figures.
+        origin: source of these figures.
         float8_attention: the type that attention over a float8 cache computes in: keys and values
             are widened as they are read, or multiplied as they are.
     """
@@ -52,8 +52,8 @@ class LinkSheet(Strict):
     """One kind of link, per device and direction.
 
     Attributes:
-        bytes_per_s: of the datasheet.
-        origin: of the figure.
+        bytes_per_s: rate by the datasheet.
+        origin: source of the figure.
     """
 
     bytes_per_s: float
@@ -62,7 +62,7 @@ class LinkSheet(Strict):
 
 @dataclass(frozen=True, eq=False)
 class Profile:
-    """What times are modelled with.
+    """A device, its links, and the laws of time of both.
 
     Attributes:
         ranks_per_node: devices of a node, which is an NVLink domain if there is NVLink.
@@ -70,9 +70,9 @@ class Profile:
         surfaces: by what they are for and a type or variant: `gemm.bfloat16`,
             `all_gather.intra_node`; `cost.laws.device` and `cost.laws.links` say which they use.
         terms: single numbers by name: floors, overheads, contention.
-        devices_per_host: that one operating system sees, where a node spans several; 0 if not.
+        devices_per_host: devices per operating system, where a node spans several; else 0.
         framework: whose corrections its laws and terms have, by name; "" for none.
-        step_factor: of those corrections, that of laws.
+        step_factor: factor that those corrections put on laws.
         has_nvlink: whether devices of a node reach each other's memory; else over PCIe alone.
     """
 

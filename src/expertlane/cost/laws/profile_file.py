@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
+from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
@@ -29,14 +30,8 @@ from expertlane.spec.tables import build
 Law = TypeVar("Law", Surface, Term)
 ReadT = TypeVar("ReadT", Device, LinkSheet, Surface, Term)
 
-_PER_LOGARITHM = 1000  # of a table's numbers
+_PER_LOGARITHM = 1000  # numbers of a table are thousandths of a logarithm
 _LARGEST = 20 * _PER_LOGARITHM  # exp(20): no correction is that far from a roofline
-
-
-def shipped_profiles() -> dict[str, Path]:
-    """The profiles that come with expertlane, by name."""
-    folder = Path(__file__).parent / "profiles"
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
 def read_profile(name_or_path: str | Path) -> Profile:
@@ -61,7 +56,7 @@ def read_profile(name_or_path: str | Path) -> Profile:
 
 @dataclass(frozen=True)
 class Like(Strict):
-    """Whose laws hold where a profile has none of its own, and by what factor bounds are wider.
+    """Another profile to take missing laws from, and the factor by which their bounds widen.
 
     Attributes:
         without: beginnings of the names of laws that are not taken over: `dispatch` for all whose
@@ -121,7 +116,7 @@ def _surface_text(name: str, surface: Surface) -> str:
 
 
 def _as_table(law: Law) -> dict[str, Any]:
-    """A term, or of a surface what is no array."""
+    """The table of a law in a profile's file, without arrays."""
     keys = ("value", "low", "high") if isinstance(law, Term) else ("low", "high")
     numbers = {key: float(f"{getattr(law, key):.4g}") for key in keys}
     return {**numbers, "basis": law.basis.label, "origin": law.origin}
@@ -192,7 +187,7 @@ def _profile(file: _File) -> Profile:
 
 
 def _check(table: Strict, place: str, range_name: str | None = None) -> None:
-    """Check that texts are not empty, and numbers in the ranges of their keys or of one name."""
+    """Check that texts are not empty, and numbers in range: of `range_name`, else of their keys."""
     for key, value in vars(table).items():
         if value == "":
             raise SpecError(f"{place}{key} is empty; it must be text")

@@ -38,9 +38,9 @@ def roofline(
     """The roofline of an operation.
 
     Args:
-        dtype: of weights; of keys and values for attention.
-        sizes: those that `SIZES` names for the kind; each [R] or one for all.
-        floor_s: what an operation takes beside, however small it is.
+        dtype: number type of the weights; for attention, of keys and values.
+        sizes: the sizes that `SIZES` names for the kind; each [R] or one for all.
+        floor_s: fixed time of an operation, however small it is.
 
     Raises:
         SpecError: the datasheet has no figure for the type.
@@ -55,7 +55,7 @@ def roofline(
 
 
 def moved_bytes(kind: Kind, dtype: str, sizes: Sizes) -> Floats | float:
-    """What an operation reads and writes at least."""
+    """The least bytes that an operation reads and writes."""
     return _WORK[kind](sizes, _item_bytes(kind, dtype))[0]
 
 

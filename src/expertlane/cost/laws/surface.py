@@ -27,8 +27,8 @@ class Surface:
         axes: by name, rising knots, all positive; in the order of the dimensions of `correction`.
         correction: [knots of each axis]; natural logarithms of measured over roofline.
         low, high: factors on a time between which most rows lay that were not fitted.
-        basis: of the times it gives.
-        origin: what it was fitted to: source, version, rows used, rows left out.
+        basis: evidence behind its times.
+        origin: source of the rows it was fitted to: version, rows used, rows left out.
         wider: by what factor `low` and `high` are wider than of the device or type that it was
             fitted to.
     """
@@ -53,7 +53,7 @@ class Surface:
     def times_and_doublings(
         self, roofline_s: Floats, at: Mapping[str, Floats | float]
     ) -> tuple[Times, Floats]:
-        """The same, and by how many doublings sizes lie outside the knots, [R]."""
+        """`times`, and by how many doublings sizes lie outside the knots, [R]."""
         correction, doublings = self.look_up(at)
         seconds = roofline_s * np.exp(correction)
         wider = 1 + _WIDER_PER_DOUBLING * doublings
@@ -118,7 +118,7 @@ def corner_weights(
     """Flat indices and weights of the corners around each point; weights of a point sum to 1.
 
     Args:
-        shape: of the table.
+        shape: shape of the table.
         places, fractions: by dimension; the knot before each point, and how far after it.
     """
     corners: list[tuple[Ints, Floats]] = []

@@ -10,7 +10,7 @@ from expertlane.cost.step.operation import Floats
 
 
 class Basis(IntEnum):
-    """What a modelled number rests on, the firmest first."""
+    """Evidence behind a modelled number, the firmest first."""
 
     MEASURED = 0  # on the machine that is modelled
     FITTED = 1  # to measurements published by others
@@ -28,7 +28,7 @@ class Times:
 
     Attributes:
         bounds: [3, R]; low ≤ likely ≤ high.
-        basis: of all of them.
+        basis: evidence behind them.
         is_extrapolated: [R]; a size lies outside what the law was fitted to, so bounds are wider.
         wider: the factor by which bounds are wider since the law is another device's or type's.
     """

@@ -23,7 +23,7 @@ _SUM_BYTES = 4  # of a head's log-sum-exp, a float32
 def attention_steps(
     out: StepWriter, model: ModelConfig, window: int | None, part: TokenSizes
 ) -> None:
-    """From the hidden states that a rank has to attention's sum for them."""
+    """Attention of a layer: from a rank's hidden states to the group's summed output."""
     hidden_bytes = model.hidden_size * out.types.activation_bytes
     out.by_token(Stage.ATTENTION, part, hidden_bytes, 2, out.norm_kernels)
     out.gather_tokens(part.owned, hidden_bytes)
@@ -110,7 +110,7 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
 def _latent_sizes(
     out: StepWriter, latent: LatentAttention, part: TokenSizes
 ) -> tuple[AttentionSizes, AttentionSizes]:
-    """What attends in the latent, and prompts that have keys and values of each head."""
+    """Sizes of attention in the latent, and of prompts with keys and values expanded per head."""
     if not out.kernels.expands_all:
         return part.latent_attention(latent)
     sizes = part.attention(None)
@@ -125,7 +125,7 @@ def _expanded(
     sizes: AttentionSizes,
     position_bytes: int,
 ) -> None:
-    """Prompts with keys and values of each head, made from the latent of every position."""
+    """Attention of prompts over keys and values of each head, expanded from every latent."""
     width = heads * (latent.qk_nope_head_dim + latent.v_head_dim)
     positions = sizes.prefill_positions
     out.gemm(Stage.ATTENTION, positions, width, latent.kv_lora_rank, dtype=out.types.kept)
@@ -148,13 +148,13 @@ def _core(
     query_bytes: int,
     value_bytes: int,
 ) -> None:
-    """Prefill and decode apart, each where any rank has one.
+    """Prefill and decode attention over the cache, each where any rank has such a sequence.
 
     Several queries of a decode read the cache once, as more heads would.
 
     Args:
-        position_bytes: of a position in the cache.
-        query_bytes, value_bytes: of a token, all heads of the rank: what attends, and is found.
+        position_bytes: bytes of a position in the cache.
+        query_bytes, value_bytes: bytes of a token's queries and outputs, all heads of the rank.
     """
     prefill, decode = Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION
     if "key_dim" in widths:

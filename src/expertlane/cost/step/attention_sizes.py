@@ -1,4 +1,4 @@
-"""What attention reads and computes: sequences, positions, and pairs of a query and a key."""
+"""Sizes of attention: sequences, positions, and query-key pairs."""
 
 from dataclasses import dataclass
 
@@ -11,11 +11,11 @@ from expertlane.spec.model import LatentAttention
 
 @dataclass(frozen=True, eq=False)
 class AttentionSizes:
-    """What attention reads and computes under one window; each [R].
+    """Sizes of attention under one window; each [R].
 
     Attributes:
         decode_seqs: sequences with one new token.
-        decode_positions: positions that those see, which are their query-key pairs too.
+        decode_positions: cached positions that they read, which are their query-key pairs too.
         prefill_seqs, prefill_tokens: the other sequences and their new tokens.
         prefill_pairs, prefill_positions: query-key pairs of one head, and positions seen by any.
         num_decode_groups, num_prefill_groups: calls that the engine makes of each, at most.
@@ -39,7 +39,7 @@ def pairs_and_positions(num_new: Ints, num_cached: Ints, window: int | None) -> 
 
     Args:
         num_new, num_cached: [S].
-        window: how many latest positions a token sees; None for all.
+        window: latest positions that a token sees; None for all.
 
     Returns:
         [S] both.

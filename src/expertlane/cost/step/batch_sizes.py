@@ -1,4 +1,4 @@
-"""How many tokens, sequences and positions the ranks of a stage have in a part of a micro-batch."""
+"""Tokens, sequences and positions of a stage's ranks in a part of a micro-batch."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from expertlane.cost.step.operation import Ints
 from expertlane.schedule.plan import Batch
 from expertlane.spec.model import LatentAttention
 
-_POSITION_BITS = 22  # of a number of positions
+_POSITION_BITS = 22  # bits that a number of positions takes
 _FEW_BLOCKS = 8  # narrower block tables are not kept apart by the engine
 
 
@@ -57,7 +57,7 @@ class PartSizes:
 
         Args:
             sampled: sequences that ask for more than their likeliest token.
-            num_drafts: that come to every decode, beside what the batches have.
+            num_drafts: drafts added to every decode of the batches.
         """
         needs = [
             bool(sampled) and not set(sampled).isdisjoint(batch.yielding_seq_ids)
@@ -91,7 +91,7 @@ class PartSizes:
 
         Args:
             seqs_per_dp_rank: one number, or one for each data-parallel rank.
-            num_drafts: that come to every decode, beside `num_new`.
+            num_drafts: drafts added to every decode's `num_new`.
         """
         dp_rank = np.repeat(np.arange(dp), seqs_per_dp_rank)
         return cls(
@@ -106,7 +106,7 @@ class PartSizes:
         )
 
     def with_dummies(self) -> "PartSizes":
-        """With a token at the first position on every data-parallel rank that has no sequence.
+        """Add a token at the first position on every data-parallel rank that has no sequence.
 
         With drafts it is as many tokens as those of a decode.
         """
@@ -128,16 +128,16 @@ class PartSizes:
         )
 
     def _sum(self, values: npt.NDArray[np.int64 | np.bool_]) -> Ints:
-        """[dp]; of values [S]."""
+        """[dp]; sums of values [S] over each data-parallel rank's sequences."""
         return np.bincount(self.dp_rank, values, self.dp).astype(np.int64)  # exact under 2^53
 
     def _for_ranks(self, of_dp_rank: Ints) -> Ints:
-        """[R]; of [dp]."""
+        """[R]; a value [dp] for each rank of the stage."""
         return of_dp_rank.repeat(self.tp)
 
     @cached_property
     def _tokens(self) -> Ints:
-        """[dp]."""
+        """[dp]; new tokens."""
         return self._sum(self.num_new)
 
     @property
@@ -152,19 +152,19 @@ class PartSizes:
 
     @cached_property
     def owned(self) -> Ints:
-        """[R]; those that a rank owns between attention and the next attention."""
+        """[R]; tokens that a rank owns between attention and the next attention."""
         size, num_longer = np.divmod(self._tokens, self.tp)
         owned: Ints = size[:, None] + (np.arange(self.tp) < num_longer[:, None])
         return owned.ravel()
 
     @cached_property
     def num_yielding(self) -> Ints:
-        """[R]; tokens of a rank's data-parallel rank that a next one is chosen for."""
+        """[R]; tokens of a rank's data-parallel rank that yield a next one."""
         return self._for_ranks(self._sum(self.yields * self._num_queries))
 
     @cached_property
     def owned_yielding(self) -> Ints:
-        """[R]; how many of the tokens that a rank owns yield a next one."""
+        """[R]; tokens that a rank owns that yield a next one."""
         starts = np.cumsum(self._tokens) - self._tokens
         num_queries = self._num_queries[self.yields]
         dp_rank = self.dp_rank[self.yields].repeat(num_queries)
@@ -190,7 +190,7 @@ class PartSizes:
         return self._by_window[window]
 
     def latent_attention(self, latent: LatentAttention) -> tuple[AttentionSizes, AttentionSizes]:
-        """Sizes of what attends in the latent, and of prompts whose keys and values are made."""
+        """Sizes of attention in the latent, and of prompts whose keys and values are expanded."""
         is_expanded = takes_less_expanded(self.num_new, self.num_cached, latent)
         is_expanded &= ~self._is_decode
         in_latent = self._sizes(None, self._is_decode, ~self._is_decode & ~is_expanded)
@@ -198,13 +198,13 @@ class PartSizes:
 
     @cached_property
     def _is_decode(self) -> npt.NDArray[np.bool_]:
-        """[S]."""
+        """[S]; whether a sequence counts as a decode."""
         is_decode: npt.NDArray[np.bool_] = self.num_new == 1 + self.num_drafts
         return is_decode & self.yields if self.num_drafts else is_decode
 
     @cached_property
     def _num_queries(self) -> Ints:
-        """[S]; of its new tokens, those that a next one is chosen for, if it yields any."""
+        """[S]; new tokens that yield a next one, in sequences that yield any."""
         return 1 + self.num_drafts * self._is_decode
 
     def _sizes(
@@ -230,7 +230,7 @@ class PartSizes:
     def _num_groups(
         self, is_decode: npt.NDArray[np.bool_], is_prefill: npt.NDArray[np.bool_]
     ) -> tuple[int, int]:
-        """Calls of attention that the engine makes for decodes and for prompts, at most."""
+        """Attention calls of the engine, at most, for decodes and for prompts."""
         width = np.maximum(self.num_cached // self.block_size + 1, _FEW_BLOCKS)
         bucket = np.ceil(np.log2(width)).astype(np.int64)
         chunk = self.num_new * (1 << _POSITION_BITS) + self.num_cached
@@ -248,13 +248,13 @@ def _most_kinds(dp_rank: Ints, kind: Ints) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Scenarios:
-    """Alike sequences of the data-parallel rank that has most; S scenarios in place of R ranks.
+    """Alike sequences on the data-parallel rank that has most; S scenarios in place of R ranks.
 
     Attributes:
         num_seqs, num_new, num_cached: [S]; sequences, and of each the new tokens and the positions
             cached before them. A scenario is all decodes or all prompts.
         stage_seqs: [S]; sequences of all data-parallel ranks, of which some may be idle.
-        num_drafts: as a `PartSizes`', of scenarios that are all decodes.
+        num_drafts: as in `PartSizes`, for scenarios that are all decodes.
         tp, dp: of the layout, or [S] of several; data-parallel ranks without a sequence compute a
             dummy batch of one, if any.
     """
@@ -268,7 +268,7 @@ class Scenarios:
     dp: int | Ints = 1
 
     def further(self) -> "Scenarios":
-        """One more token of every sequence, with those before it in the cache."""
+        """The scenarios of one more drafting pass: one token each, those before it cached."""
         one = np.ones_like(self.num_new)
         cached = self.num_cached + self.num_new
         return replace(self, num_new=one, num_cached=cached, num_drafts=0)
@@ -280,44 +280,44 @@ class Scenarios:
 
     @property
     def tokens(self) -> Ints:
-        """[S]; of a data-parallel rank."""
+        """[S]; new tokens of a data-parallel rank."""
         return self.num_seqs * self.num_new
 
     @property
     def stage_tokens(self) -> Ints:
-        """[S]; of all data-parallel ranks, dummy batches included."""
+        """[S]; new tokens of all data-parallel ranks, dummy batches included."""
         num_idle: Ints = np.maximum(self.dp - self.stage_seqs, 0)
         return self.stage_seqs * self.num_new + num_idle * (1 + self.num_drafts)
 
     @property
     def owned(self) -> Ints:
-        """[S]; of the rank that owns most."""
+        """[S]; tokens of the rank that owns most."""
         owned: Ints = -(-self.tokens // self.tp)
         return owned
 
     @property
     def num_yielding(self) -> Ints:
-        """[S]."""
+        """[S]; tokens of a data-parallel rank that yield a next one."""
         return self.num_seqs * (1 + self.num_drafts)
 
     @property
     def owned_yielding(self) -> Ints:
-        """[S]; on average."""
+        """[S]; owned tokens that yield a next one, on average, rounded up."""
         owned: Ints = -(-self.num_yielding // self.tp)
         return owned
 
     @property
     def asks_logits(self) -> npt.NDArray[np.bool_]:
-        """[S]; none asks for more than the likeliest token."""
+        """[S]; all False: no sequence asks for more than its likeliest token."""
         return np.zeros(self.size, dtype=np.bool_)
 
     def attention(self, window: int | None) -> AttentionSizes:
-        """As `PartSizes.attention`."""
+        """Sizes under a window; see `PartSizes.attention`."""
         is_decode = self.num_new == 1 + self.num_drafts
         return self._sizes(window, is_decode, ~is_decode)
 
     def latent_attention(self, latent: LatentAttention) -> tuple[AttentionSizes, AttentionSizes]:
-        """As `PartSizes.latent_attention`."""
+        """Sizes in the latent and expanded; see `PartSizes.latent_attention`."""
         is_decode = self.num_new == 1 + self.num_drafts
         is_expanded = takes_less_expanded(self.num_new, self.num_cached, latent) & ~is_decode
         in_latent = self._sizes(None, is_decode, ~is_decode & ~is_expanded)

@@ -1,4 +1,4 @@
-"""How the tokens of a stage spread over the ranks of their experts, in one layer.
+"""Counts of a stage's tokens over the ranks of their experts, in one layer.
 
 All that describes a dispatch form (`cost.step.dispatch`) turns on `DispatchCounts`. There are three
 kinds: *real* counts of what the ranks of a run chose, and *sampled* ones of choices that were drawn
@@ -24,14 +24,14 @@ Exchange = Amounts | RowsByLink
 
 @dataclass(frozen=True, eq=False)
 class NodeCounts:
-    """What hierarchical dispatch turns on beside `DispatchCounts`; [A] each.
+    """Further counts for hierarchical dispatch; [A] each.
 
     Attributes:
         rows_sent: one row for each node that a token of the rank reaches, its own too.
-        rows: those rows within `ep_inter` groups.
-        rows_arriving: those that the rank gets, to be handed on inside its node.
-        rows_forwarded: rows to ep ranks of its node that it hands on, those that stay among them.
-        forwarded: those rows within `ep_intra` groups.
+        rows: rows sent within `ep_inter` groups.
+        rows_arriving: rows that the rank gets, to be forwarded inside its node.
+        rows_forwarded: rows that it forwards to ep ranks of its node, those to itself included.
+        forwarded: rows forwarded within `ep_intra` groups.
     """
 
     rows_sent: Amounts
@@ -43,22 +43,22 @@ class NodeCounts:
 
 @dataclass(frozen=True, eq=False)
 class DispatchCounts:
-    """All that the sizes of dispatch, experts and combine turn on; [A] each.
+    """The counts that sizes of dispatch, experts and combine follow from; [A] each.
 
     A row is a token on its way to an ep rank, one however many of that rank's experts it chose. A
     pair is a token with one of its experts.
 
     Attributes:
         stage_tokens: tokens of all ranks of the stage.
-        rows_sent: rows of the rank's own tokens, those that stay among them.
-        rows, pairs: rows within `ep` groups, and their pairs.
-        rows_arriving, pairs_arriving: those that the rank gets within its `ep` group, before they
-            are gathered over `etp`.
-        room_arriving: rows that the rank would get so if every rank reached it with all its tokens.
-        rows_computed, pairs_computed: those that the rank's experts compute.
-        active_experts: experts of the rank with any pair.
+        rows_sent: rows of the rank's own tokens, those to itself included.
+        rows, pairs: rows sent within `ep` groups, and their pairs.
+        rows_arriving, pairs_arriving: rows and pairs received within the rank's `ep` group, before
+            they are gathered over `etp`.
+        room_arriving: rows received if every rank of the group sent it all of its tokens.
+        rows_computed, pairs_computed: rows and pairs that the rank's experts compute.
+        active_experts: experts of the rank with at least one pair.
         by_node: None unless the form is hierarchical.
-        is_balanced: copies are chosen by the choices of all ranks, which they tell each other.
+        is_balanced: whether copies are chosen by all ranks' choices, which ranks exchange.
     """
 
     stage_tokens: Amounts
@@ -77,10 +77,10 @@ class DispatchCounts:
 
 @dataclass(frozen=True, eq=False)
 class FanOut:
-    """How far tokens spread; the counters of a record.
+    """Ranks and nodes that tokens reach; the counters of a record.
 
     Attributes:
-        by_ranks_reached, by_nodes_reached: [R, ep + 1]; tokens by how many they reach.
+        by_ranks_reached, by_nodes_reached: [R, ep + 1]; number of tokens by how many they reach.
         num_remote_rank_copies: [R]; (token, rank on another node) pairs.
         num_remote_node_copies: [R]; (token, other node) pairs.
     """
@@ -97,9 +97,9 @@ class TokenCounts(DispatchCounts):
 
     Attributes:
         rows_to: [R, ep]; tokens of each rank that reach each ep rank.
-        pairs_of_ep_rank: [ep]; pairs that each computes.
-        num_tokens_per_expert: [ep, E]; the same by expert.
-        num_pairs_saved: as of a record.
+        pairs_of_ep_rank: [ep]; pairs that each ep rank computes.
+        num_tokens_per_expert: [ep, E]; pairs by ep rank and expert.
+        num_pairs_saved: see `results.step_record.RankCounts`.
         fan_out: None unless asked for, and on a stage of one rank.
     """
 
@@ -123,7 +123,7 @@ def count_dispatch(
 
     Args:
         topk_ids: [T, K] int64; logical experts, rank after rank.
-        owned: [R]; how many of the tokens are whose.
+        owned: [R]; tokens that each rank owns.
         by_node: count `by_node`, for the hierarchical form.
         fan_out: count `fan_out`, for a record.
     """
@@ -160,7 +160,7 @@ def count_dispatch(
 
 
 def _arriving(rows: Ints, mesh: StageMesh) -> Ints:
-    """[R]; of rows [R, ep], those that a rank takes in from ranks with its own etp_rank."""
+    """[R]; rows that each rank receives from ranks with its own etp_rank, of those sent [R, ep]."""
     ep = rows.shape[1]
     arriving: Ints = rows.reshape(ep, mesh.layout.etp, ep).sum(axis=0).T.ravel()
     return arriving

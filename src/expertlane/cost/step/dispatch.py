@@ -4,6 +4,7 @@ The one description of each form: over counts that are real, sampled or expected
 """
 
 import math
+from typing import assert_never
 
 import numpy as np
 
@@ -19,11 +20,11 @@ from expertlane.spec.names import Stage
 
 _ID_BYTES, _WEIGHT_BYTES, _COUNT_BYTES = 4, 4, 8
 _BOOKKEEPING_BYTES = 40  # read and written for a token-expert pair to be put in its place
-_SHARED_BYTES = 24  # of a pair that is counted, given a copy, and counted by peer
+_SHARED_BYTES = 24  # a pair is counted, given a copy, and counted by peer
 
 
 class ExpertSteps:
-    """Puts down how a layer's tokens get to their experts and back; all arrays [A]."""
+    """Writes dispatch, experts and combine of a layer; all arrays [A]."""
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class ExpertSteps:
         self._row_bytes = model.hidden_size * out.types.activation_bytes
 
     def put_down(self) -> None:
-        """All of it, the sum at home the last."""
+        """Write all steps, the sum on the tokens' own rank last."""
         match self._form:
             case None:
                 self._local()
@@ -60,6 +61,8 @@ class ExpertSteps:
                 self._hierarchical()
             case "static":
                 self._static()
+            case _:
+                assert_never(self._form)
 
     def experts(self) -> None:
         """The experts' products alone, without moving rows."""
@@ -92,7 +95,7 @@ class ExpertSteps:
         self._sum(owned * self._top_k, owned, self._top_k, is_last=True)
 
     def _in_place(self) -> None:
-        """Where each rank has all tokens: experts take their own, and their sums are added up."""
+        """Each rank has all tokens: its experts take theirs, and partial sums are added up."""
         self.experts()
         self._out.sum_tokens(Stage.COMBINE, "stage", self._owned, self._row_bytes)
         self._out.by_token(Stage.COMBINE, self._part, self._row_bytes, 3)
@@ -191,19 +194,19 @@ class ExpertSteps:
         self._sum(counts.rows_sent, owned, ep, is_last=True)
 
     def _exchange_counts(self, num: int) -> None:
-        """Each rank tells all others `num` numbers; what is packed meanwhile comes after."""
+        """Write an all-gather of `num` counts a rank, with the packing that follows beside it."""
         ones = np.ones_like(self._owned)
         self._out.all_gather(
             Stage.DISPATCH, "stage", ones, 0, num * _COUNT_BYTES, num_steps_before_wait=1
         )
 
     def _tell_choices(self) -> None:
-        """Each rank tells all others its tokens' experts, and shares all among copies."""
+        """Write the exchange of all tokens' experts, and sharing them among copies."""
         self._out.all_gather(Stage.DISPATCH, "stage", self._owned, 0, self._top_k * _ID_BYTES)
         self._share()
 
     def _share(self) -> None:
-        """Each rank shares the tokens of the whole stage among copies of experts."""
+        """Write the sharing of all the stage's pairs among copies, which every rank does."""
         kernels, experts = self._kernels, self._model.num_experts
         pairs = self._counts.stage_tokens * self._top_k
         counts = np.full_like(pairs, self._out.mesh.size * experts * _COUNT_BYTES)
@@ -212,11 +215,11 @@ class ExpertSteps:
             self._out.memory(Stage.DISPATCH, counts)
 
     def _bookkeeping(self, tokens: Amounts, num_kernels: int) -> None:
-        """Pairs of tokens put in order."""
+        """Write bookkeeping of tokens' pairs: choice of copies, sorting."""
         self._move(tokens * (self._top_k * _BOOKKEEPING_BYTES), num_kernels)
 
     def _pack(self, rows: Amounts, metadata: int) -> None:
-        """Rows put together to be sent; encoded first where they are narrowed."""
+        """Write the packing of rows to send; narrowed ones are encoded first."""
         payload, num_kernels = self._payload, self._kernels.pack
         num_bytes = 2 * rows * (payload.values + metadata)
         if payload.is_narrowed:
@@ -226,7 +229,7 @@ class ExpertSteps:
         self._move(num_bytes, num_kernels)
 
     def _arrive(self, rows: Amounts) -> None:
-        """Rows whose pairs are sorted by expert, decoded where they were narrowed."""
+        """Write the sorting of received rows by expert, and the decoding of narrowed ones."""
         num_bytes, num_kernels = rows * (self._top_k * _BOOKKEEPING_BYTES), self._kernels.by_expert
         if self._payload.is_narrowed:
             num_bytes = num_bytes + rows * (self._payload.values + self._row_bytes)
@@ -234,15 +237,15 @@ class ExpertSteps:
         self._move(num_bytes, num_kernels)
 
     def _move(self, num_bytes: Amounts, num_kernels: int) -> None:
-        """Move rows by kernels of their own, unless the library moves them as it sends them."""
+        """Write moving rows, unless the library's own kernels do it as they send."""
         if not self._kernels.kernels_move:
             self._out.memory(Stage.DISPATCH, num_bytes, num_kernels)
 
     def _sum(self, terms: Amounts, sums: Amounts, most: int, *, is_last: bool) -> None:
-        """Rows added up to fewer; with the residual where it is the last of the block.
+        """Write the sums of rows; with the residual where it is the last of the block.
 
         Args:
-            most: terms of a sum.
+            most: largest number of terms of a sum.
         """
         kernels = self._kernels
         if kernels.kernels_move:

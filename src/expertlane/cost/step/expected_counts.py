@@ -30,22 +30,22 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Link
 
-_SAMPLE_TOKENS = 2048  # of a layer
+_SAMPLE_TOKENS = 2048  # tokens sampled of a layer
 _MOST_LAYERS = 4
 _LEAST_TOKENS, _MOST_PARTS = 8, 8
-_NUM_PROMPTS, _PROMPT_TOKENS = 256, 32  # of another sample, where tokens of a prompt are alike
+_NUM_PROMPTS, _PROMPT_TOKENS = 256, 32  # sampled where tokens of a prompt are alike
 
 
 @dataclass(frozen=True, eq=False)
 class ExpectedFanOut:
-    """How far a token of one MoE layer spreads on one stage: `DispatchCounts` for each token.
+    """Expected rows and pairs of a token in one MoE layer, for `DispatchCounts` per token.
 
     Attributes:
-        reached, nodes_reached: rows that it is sent as, to ep ranks and to nodes, its own too.
+        reached, nodes_reached: rows that a token becomes, to ep ranks and to nodes, its own too.
         rows, pairs, node_rows, forwarded: [num_links]; rows sent to other ranks of the groups.
             Those of hierarchical dispatch are 0 where a group lies unevenly on nodes.
         hot: pairs of the busiest ep rank over the mean, in the long run.
-        num_slots: of the busiest rank.
+        num_slots: slots of the busiest rank.
         chosen: [ep, most slots]; how likely a token of the stage has a pair there; the busiest rank
             and each rank's most popular expert first.
         even_at, fullest: [sizes]; tokens of a stage, as logarithms, and pairs of the busiest ep
@@ -137,7 +137,7 @@ class ExpectedFanOut:
 
 
 def _fullest_by_size(choice: CopyChoice, topk_ids: Ints, mesh: StageMesh) -> tuple[Floats, Floats]:
-    """`even_at` and `fullest`: of sizes that double."""
+    """`even_at` and `fullest`, at sizes that double."""
     if not choice.is_balanced:
         return np.zeros(0), np.zeros(0)
     sizes = [len(topk_ids)]
@@ -278,11 +278,12 @@ def _counts(
     hot: Floats,
     by_node: bool,
 ) -> DispatchCounts:
-    """With what follows from the rank's own tokens.
+    """The counts that follow from the rank's own rows and pairs.
 
     Args:
-        own: [S] each; rows and pairs that the rank computes, those that arrive, active experts.
-        hot: [S]; what goes over the rank's links, over the mean.
+        own: [S] each; rows and pairs that the rank computes, rows and pairs that arrive, and active
+            experts.
+        hot: [S]; traffic of the rank's links over the mean.
     """
     rows, pairs, rows_arriving, pairs_arriving, active = own
     owned = part.owned.astype(np.float64)
@@ -324,7 +325,7 @@ def _has_any(chosen: Floats, stage_tokens: Floats) -> Floats:
 
 
 def _busiest_of(mean: Floats, num_ranks: int) -> Floats:
-    """What the busiest of ranks has if each has `mean` things on average, by chance alone."""
+    """The largest of `num_ranks` independent counts with this mean: the excess of chance alone."""
     return mean + largest_normal(num_ranks) * np.sqrt(mean)
 
 
@@ -334,14 +335,14 @@ def largest_normal(num: int) -> float:
 
 
 def _hotness(pairs: Ints, num_pairs: int) -> float:
-    """The sample's largest share over the mean, less what chance alone makes of an even one."""
+    """The sample's largest load over what chance alone gives the busiest rank; 1 at least."""
     mean = num_pairs / len(pairs)
     excess = pairs.max() / _busiest_of(np.array(mean), len(pairs))
     return float(max(1.0, excess))
 
 
 def _is_first(values: Ints) -> npt.NDArray[np.bool_]:
-    """[T, K]; whether a value stands for the first time in its row."""
+    """[T, K]; whether a value occurs for the first time in its row."""
     order = np.argsort(values, axis=1, kind="stable")
     rising = np.take_along_axis(values, order, axis=1)
     is_new = np.ones(values.shape, dtype=np.bool_)

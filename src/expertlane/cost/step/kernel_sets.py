@@ -14,34 +14,34 @@ from expertlane.spec.layout import Layout
 
 @dataclass(frozen=True)
 class KernelSet:
-    """Numbers of launches, where nothing is captured in a graph, and what kernels do at once.
+    """Numbers of kernel launches outside graphs, and what libraries' kernels do at once.
 
     The default numbers are read off the engine's tensor operations.
 
     Attributes:
-        name: whose kernels they are.
-        assumed: what a projection assumes with them.
-        why: what there is to know of them, in a line.
+        name: source of the kernels.
+        assumed: words for it in a projection's assumptions.
+        why: where its numbers are from, for the table of assumptions.
         norm, widened_norm: a norm in float32, and in a type that is widened for it.
-        residual: of attention's sum with its input, where no product or norm adds it.
+        residual: attention's sum added to its input, where no product or norm does that.
         rotate, write: rotation of queries and keys; new keys and values to the cache.
-        head_norm: of queries and keys, each head by itself.
+        head_norm: norm of queries and keys, each head by itself.
         squares, scale: the two halves of a norm over the heads of all ranks.
         decode_group, prefill_group: attention of sequences taken as one: gather, mask, attend.
-        latent: of latent attention, what puts queries and keys together, beside the rotation.
+        latent: joining queries and keys of latent attention, beside the rotation.
         is_grouped: attention is called for each such group, not once for all.
-        activation, gate: of an MLP; of a shared expert's gate.
+        activation, gate: activation of an MLP; a shared expert's gate.
         route, scored_route, grouped_route: top-k of logits; with scores; with groups of experts.
         choose, by_peer, by_expert: copies chosen; rows sorted by peer; pairs sorted by expert.
         share: kernels, one after the other, that share counts of pairs among copies, where that is
             asked for. None of a library is measured: it is taken to search step by step.
-        pack, narrow, widen: rows put together to be sent, and their payload rounded and restored.
+        pack, narrow, widen: packing of rows to send, and rounding and restoring their payload.
         round_inputs: a product's inputs rounded to float8, where that is asked for.
-        sum_term, sum_once: of a sum of rows, for every term of a sum, and beside that.
+        sum_term, sum_once: a sum of rows: for every term, and once.
         expert, experts_once: an active expert beside its products, and all of them together.
-        expert_product: of an active expert.
+        expert_product: each product of an active expert.
         embed, last, argmax, best: at the model's two ends.
-        gathered, reduced: of a collective, what puts rows together and adds them up.
+        gathered, reduced: packing and summing of rows around collectives.
         counts_first: dispatch tells numbers of rows, in a transfer of its own, before it sends any.
             Kernels with buffers of a static size need not, and can be captured in a graph; others
             tell them inside dispatch, in the time that it was measured with.
@@ -108,13 +108,13 @@ class KernelSet:
     normed_bytes: int = 0
 
     def keeps_all(self, layout: Layout, form: DispatchForm) -> bool:
-        """Whether every rank of a stage has the hidden states of all tokens between operations."""
+        """True if every rank of a stage holds all tokens' hidden states between operations."""
         return self.reduces_to_all and layout.dp == 1 and form_on(layout, form) == "all_gather"
 
 
 ENGINE = KernelSet("the engine's tensor operations", "the engine's", "as measured on this machine")
 
-# Read off `ops/cuda`, and off torch's operations for what it leaves to them: packing,
+# Read off `engine/ops/cuda`, and off torch's operations for what it leaves to them: packing,
 # norms over the heads of all ranks, the choice of tokens.
 ENGINE_ON_GPUS = KernelSet(
     "the engine's kernels on GPUs",

@@ -29,7 +29,7 @@ def layer_steps(
 
     Args:
         layer: its number says its window.
-        counts: of its tokens; None for a dense layer.
+        counts: counts of its dispatch; None for a dense layer.
     """
     attention_steps(out, model, model.window_of_layer(layer), part)
     if counts is None:
@@ -44,7 +44,7 @@ def layer_steps(
 
 
 def dense_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
-    """What comes after attention in a dense layer."""
+    """Norm and MLP of a dense layer."""
     _norm_steps(out, model, part)
     mlp_steps(out, model, model.intermediate_size, part)
 
@@ -69,7 +69,7 @@ def expert_steps(
 
 
 def _norm_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
-    """The residual of attention, and the norm before MLP or router."""
+    """The residual of attention, and the norm before an MLP or router."""
     hidden_bytes = model.hidden_size * out.types.activation_bytes
     residual = out.kernels.residual
     num_passes = 2 + 3 * (residual > 0)
@@ -77,7 +77,7 @@ def _norm_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
 
 
 def router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
-    """That norm, and the choice of experts."""
+    """Norm, router and top-k of an MoE layer."""
     _norm_steps(out, model, part)
     routing, routed = model.routing, out.held(part)
     widened = 1 if out.types.activations != _ROUTER_TYPE else 0
@@ -99,20 +99,20 @@ def router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
 
 
 def embedding_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
-    """The hidden states of the tokens each rank has."""
+    """Embedding of each rank's tokens."""
     moved = 2 * out.held(part) * (model.hidden_size * out.types.activation_bytes)
     out.memory(Stage.EMBED, moved, out.kernels.embed)
 
 
 def arrival_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
-    """What ranks got from the stage before, to all of them that need it."""
+    """All-gather of received hidden states over tp, where every rank keeps all tokens."""
     if out.keeps_all:
         hidden_bytes = model.hidden_size * out.types.activation_bytes
         out.all_gather(Stage.COLLECTIVES, "tp", part.owned, hidden_bytes)
 
 
 def head_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
-    """The next tokens of all sequences that yield one."""
+    """Final norm, output head and choice of the next tokens."""
     types = out.types
     hidden_bytes = model.hidden_size * types.activation_bytes
     num_seqs = part.num_yielding

@@ -18,12 +18,12 @@ def mlp_steps(
     is_scaled: bool = False,
     is_summed: bool = True,
 ) -> None:
-    """Gathered over tp, cut in its inner width, scattered; then added to the residual.
+    """An MLP cut over tp in its inner width: gather tokens, sum outputs, add to the residual.
 
     Args:
         inner: the whole inner width.
         is_scaled: the sum is multiplied by a gate of its own.
-        is_summed: over the ranks; else what comes after does that.
+        is_summed: summed over ranks here; else by what comes after.
     """
     item, hidden = out.types.activation_bytes, model.hidden_size
     own = tp_shares(inner, out)

@@ -1,4 +1,4 @@
-"""What a pipeline stage computes and sends in a step, as numbers: operations and transfers.
+"""Operations and transfers of a pipeline stage in a step, as numbers.
 
 All ranks of a stage run the same sequence and differ in sizes alone, so an operation is one entry
 with an array over ranks. R = ranks of the stage, `dp · tp`, in rank order.
@@ -77,7 +77,7 @@ def flops_of(kind: Kind, sizes: Mapping[str, npt.NDArray[Any] | float]) -> npt.N
     """FLOPs of an operation, a multiply and an add counted as two; whole where its sizes are.
 
     Args:
-        sizes: those that `SIZES` names for the kind.
+        sizes: the sizes that `SIZES` names for the kind.
     """
     if kind is Kind.MEMORY:
         return 0
@@ -96,10 +96,10 @@ class Operation:
     """One computation of every rank of a stage.
 
     Attributes:
-        sizes: those that `SIZES` names for its kind; each [R], or one number for all ranks.
+        sizes: the sizes that `SIZES` names for its kind; each [R], or one number for all ranks.
         flops, weight_bytes, kv_bytes: [R]; counted as the engine counts them, or expected.
         num_kernels: launches where nothing is captured in a graph.
-        dtype: of its numbers, where it is not that of the weights: the router's is float32.
+        dtype: number type where it is not that of the weights: the router's is float32.
     """
 
     kind: Kind
@@ -128,11 +128,11 @@ class Transfer:
 
     Attributes:
         stage: DISPATCH, COMBINE or COLLECTIVES.
-        groups: of all ranks; or the one rank that stands for all.
+        groups: groups of all ranks; or the one rank that stands for all.
         sent_bytes: [num_kinds_of_traffic, R, R] by source and destination, zero on the diagonals;
             of one rank as `OneOfGroup.load` takes them, [num_kinds_of_traffic, num_links, S].
         num_kernels: launches where nothing is captured in a graph.
-        num_steps_before_wait: how many of the steps that follow run while it is under way.
+        num_steps_before_wait: number of following steps that run while it is in flight.
         syncs_host: the host needs its result, as counts that size what comes next, so it can
             launch nothing beyond it.
     """
@@ -147,7 +147,7 @@ class Transfer:
 
     @cached_property
     def load(self) -> "LinkLoad":
-        """What every rank sends and receives over each kind of link."""
+        """Bytes that every rank sends and receives over each kind of link."""
         return self.groups.load(self.sent_bytes.sum(axis=0))
 
 
@@ -225,7 +225,7 @@ class RankGroups:
         return OneOfGroup(near, far, int(self.num_nodes[rank]))
 
     def load(self, sent_bytes: Amounts) -> "LinkLoad":
-        """What [R, R] bytes, by source and destination, put on the links."""
+        """The load of bytes [R, R], by source and destination, on the links."""
         near = sent_bytes * self.is_near
         far = sent_bytes - near
         return LinkLoad(
@@ -243,7 +243,7 @@ class OneOfGroup:
 
     Attributes:
         num_near, num_far: other ranks of its group, on its node and on others.
-        num_nodes: that the group is on.
+        num_nodes: nodes that the group is on.
     """
 
     num_near: int
@@ -251,7 +251,7 @@ class OneOfGroup:
     num_nodes: int
 
     def load(self, sent_bytes: Amounts) -> "LinkLoad":
-        """What [num_links, S] bytes put on the links in S scenarios; as many are received."""
+        """The load of bytes [num_links, S] sent, and as many received, in S scenarios."""
         num_bytes, num = sent_bytes.astype(np.float64), sent_bytes.shape[1]
         peers = np.array([self.num_near, self.num_far])
         return LinkLoad(
@@ -283,7 +283,7 @@ class LinkLoad:
 
 @dataclass(frozen=True, eq=False)
 class HandOver:
-    """Hidden states that go to the same place of the next pipeline stage.
+    """Hidden states sent to the same place of the next pipeline stage.
 
     Attributes:
         sent_bytes: [R]; counted, or expected.
@@ -299,10 +299,10 @@ Step = Operation | Transfer
 
 @dataclass(frozen=True, eq=False)
 class RowsByLink:
-    """Rows that one rank sends to others of its group, and as many that it receives.
+    """Rows that a rank sends to others of its group, and as many that it receives.
 
     Attributes:
-        near, far: [S]; on its own node, and on other nodes.
+        near, far: [S]; to ranks of its own node, and of other nodes.
     """
 
     near: Amounts
@@ -310,5 +310,5 @@ class RowsByLink:
 
     @property
     def T(self) -> "RowsByLink":
-        """The same rows on their way back; named as an array's."""
+        """The rows of the reverse exchange; named as an array's transpose."""
         return self

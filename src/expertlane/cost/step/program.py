@@ -1,4 +1,4 @@
-"""A step plan as programs: what every pipeline stage does with every part of a micro-batch."""
+"""Programs of a step plan: operations and transfers of every stage for every micro-batch."""
 
 import itertools
 from collections import Counter
@@ -36,7 +36,7 @@ class Section:
     Attributes:
         layer: hidden layer, or `OUTSIDE`.
         steps: layers that do the same share one tuple.
-        counts: how tokens spread over experts; None where there are none.
+        counts: of the layer's dispatch; None for a dense layer.
     """
 
     layer: int
@@ -50,7 +50,7 @@ class StageProgram:
 
     Attributes:
         parts: their layers; run in turn, switching at every transfer, where there are two.
-        hand_over: to the next stage, when all parts are done; None on the last.
+        hand_over: the message to the next stage, sent when all parts are done; None on the last.
     """
 
     mesh: StageMesh
@@ -62,7 +62,7 @@ class StageProgram:
         return itertools.chain.from_iterable(self.parts)
 
     def distinct_steps(self) -> Iterator[tuple[Step, int]]:
-        """Every step that is done, with how often: layers that do the same share theirs."""
+        """Each distinct step with how often it is done: layers that do the same share theirs."""
         shared = {id(section.steps): section.steps for section in self.sections()}
         times = Counter(id(section.steps) for section in self.sections())
         return ((step, times[key]) for key, steps in shared.items() for step in steps)
@@ -88,8 +88,8 @@ class _Part:
     """A part of a micro-batch, and where its tokens stand in their source of routing.
 
     Attributes:
-        first, before: as `RoutingSource.topk_ids` takes them.
-        record: count what only a record tells, how far tokens spread.
+        first, before: arguments of `RoutingSource.topk_ids`.
+        record: also count how far tokens spread (`FanOut`), for a record.
     """
 
     form: DispatchForm
@@ -107,9 +107,9 @@ class ProgramBuilder:
     Args:
         placements: [num_hidden_layers]; None for a dense layer.
         dispatch: form and overlap by the number of tokens.
-        copies: which copy of an expert computes a token, in every step.
+        copies: method that picks the copy of an expert for each token, in every step.
         block_size: positions of a block of the paged cache.
-        kernels: those of the engine, or others that are priced in their place.
+        kernels: kernels of the engine, or of others to be priced.
         num_drafts: multi-token prediction: so many tokens are guessed for every decode, by one
             more layer that the last stage holds, and verified in the next step (`multi_token`).
     """
@@ -140,7 +140,7 @@ class ProgramBuilder:
         return self._meshes[key]
 
     def _mode(self, micro_batch: tuple[Batch, ...], phase: Phase) -> DispatchMode:
-        """How a micro-batch runs; all ranks choose alike."""
+        """Dispatch form and overlap of a micro-batch; all ranks choose alike."""
         most = max(batch.num_tokens for batch in micro_batch)
         can_split = any(batch.num_seqs > 1 for batch in micro_batch)
         return self.dispatch.choose(-(-most // self.layout.tp), can_split, phase)
@@ -156,7 +156,7 @@ class ProgramBuilder:
         """The programs of a step.
 
         Args:
-            first_token: tokens computed before, where the routing goes on.
+            first_token: tokens computed before, from which the routing goes on.
             sampled: sequences that ask for more than their likeliest token, at this step.
         """
         by_micro_batch: list[tuple[DispatchForm, list[PartSizes]]] = []
@@ -189,8 +189,8 @@ class ProgramBuilder:
         """The programs of a step of which only sizes are known.
 
         Args:
-            micro_batches: of each, the dispatch form and its parts: two with overlap.
-            record: count what only a record tells, how far tokens spread.
+            micro_batches: dispatch form and parts of each; two parts with overlap.
+            record: also count how far tokens spread (`FanOut`), for a record.
         """
         before = np.zeros(self.layout.stage_size, dtype=np.int64)
         by_micro_batch: list[list[_Part]] = []
@@ -262,7 +262,7 @@ class ProgramBuilder:
         return self._choices[key]
 
     def _drafts(self, mesh: StageMesh, part: _Part) -> Iterator[Section]:
-        """The guesses for the next step, on the last stage: a pass each of a layer and the head.
+        """The drafts for the next step, on the last stage: passes of a layer and the head.
 
         The first takes all tokens of the step, so that the layer has their keys and values.
         """
@@ -283,7 +283,7 @@ class ProgramBuilder:
         mesh: StageMesh,
         part: _Part,
     ) -> Section:
-        """What comes before the layers of a stage, or after them."""
+        """The section before a stage's layers, or after them."""
         out = StepList(mesh, self.types, part.form, self.kernels)
         steps(out, self.model, part.sizes)
         return Section(OUTSIDE, tuple(out.steps))

@@ -41,7 +41,7 @@ class StageMesh:
 
     @cached_property
     def node(self) -> Ints:
-        """[R]."""
+        """[R]; each rank's node."""
         node: Ints = (self.first_rank + self._places) // self.ranks_per_node
         return node
 
@@ -79,7 +79,7 @@ class StageMesh:
         return {}
 
     def groups(self, axis: Axis) -> RankGroups:
-        """The groups of an axis."""
+        """The groups of ranks along an axis."""
         if axis not in self._groups:
             self._groups[axis] = RankGroups(self._group(axis), self.node)
         return self._groups[axis]

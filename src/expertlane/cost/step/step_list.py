@@ -1,4 +1,4 @@
-"""Steps of a layer, one after the other, with their counts."""
+"""Writers of a layer's steps: operations and transfers with their counts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -29,15 +29,15 @@ from expertlane.spec.names import Stage
 
 
 class StepWriter(ABC):
-    """Writes operations down; subclasses decide over how many ranks or scenarios.
+    """Writes steps down; subclasses decide over how many ranks or scenarios.
 
     Args:
-        form: as the deployment names it; fewer ranks may come down to another.
+        form: the deployment's dispatch form; on few ranks it may come down to another.
         tp_rank, etp_rank: [A]; of the ranks.
 
     Attributes:
-        keeps_all: as of `KernelSet`.
-        steps: so far.
+        keeps_all: see `KernelSet.keeps_all`.
+        steps: written so far.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class StepWriter(ABC):
         """A product [m, k] · [k, n]; sizes of all ranks, [A] or one number.
 
         Args:
-            dtype: of the weights, if not that of attention's, or of an MLP's.
+            dtype: number type of the weights, if not that of attention's, or of an MLP's.
         """
         if dtype is None:
             dtype = self.types.of_part("attention" if stage is Stage.ATTENTION else "mlp")
@@ -100,7 +100,7 @@ class StepWriter(ABC):
         )
 
     def round_inputs(self, stage: Stage, num_values: Amounts, num_times: int = 1) -> None:
-        """Inputs of float8 matrices to float8, where the engine does that."""
+        """Round inputs of float8 matrices to float8, where the engine does that."""
         if self.types.rounds_inputs:
             num_bytes = num_values * (self.types.activation_bytes + ITEM_BYTES["float8"])
             self.memory(stage, num_bytes, num_times * self.kernels.round_inputs)
@@ -110,7 +110,7 @@ class StepWriter(ABC):
     ) -> None:
         """Passes over the hidden states that a rank has: a norm, or a sum with the residual.
 
-        None over few enough to be normed as they are added up.
+        Leaves out passes over hidden states so few that the all-reduce norms them.
         """
         num_bytes = self.held(part) * row_bytes
         if self.keeps_all:
@@ -123,7 +123,7 @@ class StepWriter(ABC):
         return part.tokens if self.keeps_all else part.owned
 
     def memory(self, stage: Stage, num_bytes: Amounts, num_kernels: int = 1) -> None:
-        """Bytes [A] read and written, with nothing that is counted."""
+        """Bytes [A] read and written, by an operation without FLOPs."""
         self.operation(Kind.MEMORY, stage, {"bytes": num_bytes}, num_kernels=num_kernels)
 
     def operation(
@@ -137,7 +137,7 @@ class StepWriter(ABC):
         num_kernels: int = 1,
         dtype: str | None = None,
     ) -> None:
-        """Any other operation; bytes left out are zeros."""
+        """Write any other operation; bytes left out are zeros."""
         self.steps.append(
             Operation(
                 kind=kind,
@@ -183,24 +183,24 @@ class StepWriter(ABC):
         *,
         room: Amounts | None = None,
     ) -> None:
-        """Every rank gets, and adds up, its `rows` [A] of all of its group; `room` as above."""
+        """Every rank gets the sum of its `rows` [A] over its group; `room` as for `all_gather`."""
         from_all = self.to_all(axis, rows).T
         padding = None if room is None else self.to_all(axis, room - rows).T
         kind = TransferKind.REDUCE_SCATTER
         self._transfer(kind, stage, axis, from_all, payload, padding=padding)
 
     def all_reduce(self, stage: Stage, axis: Axis, rows: Amounts, payload: int) -> None:
-        """All ranks get the sums of all rows; each adds up its `rows` [A] and hands them out."""
+        """Every rank gets the sums of all rows: reduces its `rows` [A], and sends them to all."""
         both_ways = _both_ways(self.to_all(axis, rows))
         self._transfer(TransferKind.ALL_REDUCE, stage, axis, both_ways, payload)
 
     def gather_tokens(self, rows: Amounts, row_bytes: int) -> None:
-        """To each rank of a tensor-parallel group the `rows` [A] that others own."""
+        """Gather the `rows` [A] that each rank of a tensor-parallel group owns to all of it."""
         if not self.keeps_all:
             self.all_gather(Stage.COLLECTIVES, "tp", rows, row_bytes)
 
     def sum_tokens(self, stage: Stage, axis: Axis, rows: Amounts, row_bytes: int) -> None:
-        """Add up hidden states of a group's ranks, each of which owns `rows` [A] of them."""
+        """Sum hidden states over a group, whose ranks own `rows` [A] each."""
         add_up = self.all_reduce if self.keeps_all else self.reduce_scatter
         add_up(stage, axis, rows, row_bytes)
 
@@ -218,8 +218,8 @@ class StepWriter(ABC):
         """Every rank sends rows of its own to each of its group.
 
         Args:
-            room: rows that are sent, of which those beyond `rows` are padding.
-            tells_counts: the host learns from it how many rows came, and waits for that.
+            room: rows that are sent; those beyond `rows` are padding.
+            tells_counts: the host learns numbers of rows from it, and waits for them.
         """
         padding = None if room is None else _beyond(room, rows)
         self._transfer(
@@ -241,7 +241,7 @@ class StepWriter(ABC):
         tells_counts: bool = False,
         padding: Exchange | None = None,
     ) -> None:
-        """Nothing in groups of one rank, as the engine's are left out."""
+        """Write a transfer; none in groups of one rank, as in the engine."""
         groups = self.mesh.groups(axis)
         if groups.is_alone:
             return
@@ -272,7 +272,7 @@ class StepWriter(ABC):
 
 
 class StepList(StepWriter):
-    """What the ranks of a stage do in turn; arrays over ranks."""
+    """Steps of all ranks of a stage; arrays over ranks."""
 
     def __init__(
         self, mesh: StageMesh, types: NumberTypes, form: DispatchForm, kernels: KernelSet = ENGINE
@@ -280,7 +280,7 @@ class StepList(StepWriter):
         super().__init__(mesh, types, kernels, form, mesh.tp_rank, mesh.etp_rank)
 
     def to_all(self, axis: Axis, rows: Amounts) -> Exchange:
-        """[A, 1]."""
+        """[A, 1]; rows of each source, the same to every destination."""
         return rows[:, None]
 
     def _sent(
@@ -292,9 +292,9 @@ class StepList(StepWriter):
 
 
 class ExpectedStepList(StepWriter):
-    """What one rank of a stage that stands for all does in turn; arrays over `size` scenarios.
+    """Steps of one rank that stands for all of a stage; arrays over `size` scenarios.
 
-    It has the longest shares.
+    It has the longest shares: its tp and etp ranks are 0.
     """
 
     def __init__(
@@ -310,7 +310,7 @@ class ExpectedStepList(StepWriter):
         self.size = size
 
     def to_all(self, axis: Axis, rows: Amounts) -> Exchange:
-        """Those of the one rank."""
+        """Rows of the one rank to the others of its group, by link."""
         one = self.mesh.groups(axis).one
         return RowsByLink(rows * one.num_near, rows * one.num_far)
 
@@ -324,14 +324,14 @@ class ExpectedStepList(StepWriter):
 
 
 def _both_ways(rows: Exchange) -> Exchange:
-    """Rows and as many back."""
+    """Twice the rows, or rows and their reverse: there and back."""
     if isinstance(rows, RowsByLink):
         return RowsByLink(2 * rows.near, 2 * rows.far)
     return rows + rows.T
 
 
 def _beyond(room: Exchange, rows: Exchange) -> Exchange:
-    """Room that is left; none where more rows are expected of the busiest rank."""
+    """Padding: room beyond the rows, 0 where the busiest rank is expected to have more."""
     if isinstance(room, RowsByLink):
         assert isinstance(rows, RowsByLink), "of one rank, as the other"
         near, far = room.near - rows.near, room.far - rows.far

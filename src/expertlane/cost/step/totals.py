@@ -1,4 +1,4 @@
-"""Programs added up: what the engine's counters say of the same step."""
+"""Counters of programs, added up as the engine's records have them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from expertlane.spec.names import Link, Stage, Traffic
 
 
 def count(program: StepProgram, num_layers: int, num_experts: int) -> list[RankCounts]:
-    """[ranks of the replica]; what they computed and sent."""
+    """[ranks of the replica]; counters of computing and sending."""
     counts: list[RankCounts] = []
     for of_micro_batches in program.stages:
         counters = _StageCounters(of_micro_batches[0].mesh, num_layers, num_experts)
@@ -104,7 +104,7 @@ class _StageCounters:
 
 
 def expert_loads(program: StepProgram, num_layers: int, num_experts: int) -> tuple[Ints, float]:
-    """Tokens of each expert, [num_layers, num_experts], and how uneven ranks are.
+    """Tokens of each expert, [num_layers, num_experts], and the imbalance of ranks.
 
     Returns:
         The second: pairs of a layer's busiest rank over the mean, mean over layers; 1 where there
@@ -121,7 +121,7 @@ def expert_loads(program: StepProgram, num_layers: int, num_experts: int) -> tup
 
 
 def sent_bytes(program: StepProgram) -> Ints:
-    """[num_links, num_kinds_of_traffic]; what all ranks of a step send to others."""
+    """[num_links, num_kinds_of_traffic]; bytes that all ranks send to others in a step."""
     sent = np.zeros((len(Link), len(Traffic)), dtype=np.int64)
     for stage in program.of_stages():
         is_far = stage.mesh.node[:, None] != stage.mesh.node
@@ -139,7 +139,7 @@ def sent_bytes(program: StepProgram) -> Ints:
 
 
 def most_weight_bytes(programs: Sequence[StepProgram]) -> int:
-    """What the rank that reads most weights reads of them, in all micro-batches."""
+    """Bytes of weights read by the rank that reads most, over all micro-batches."""
     most = 0.0
     for stage in range(len(programs[0].stages)):
         of_rank = np.zeros(programs[0].stages[stage][0].mesh.size)

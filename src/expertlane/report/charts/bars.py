@@ -1,4 +1,4 @@
-"""Bars: how fast each deployment is, and the parts of a step by cause."""
+"""Bar charts: throughput of deployments, and steps by cause."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +12,7 @@ from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 
 _LEAST_S = 1e-9  # less is a rounding's rest
-_SEEN = 0.0005  # of a bar's length; less is left out
+_SEEN = 0.0005  # share of a bar's length; less is left out
 _LEAST_ROWS = 3  # two values are a sentence's
 _DIGIT_PX = 7
 
@@ -22,7 +22,7 @@ class Bar:
     """The bar of one deployment.
 
     Attributes:
-        role: whether it is the faster or the slower one of those that a verdict names.
+        role: `faster` or `slower` for those that a verdict names.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Bar:
 
     @property
     def said(self) -> str:
-        """Its value, and from where to where it may be."""
+        """Its value and range in words."""
         return figures(self.of) + (f" ({low_high(self.of)})" if self.of.low is not None else "")
 
 
@@ -45,8 +45,8 @@ def throughput_chart(
     """One bar a deployment, the fastest first; None of less than three.
 
     Args:
-        between: what the range of a bar is of, for example `slowest and fastest run`.
-        is_ranked: whether the bars stay in the order in which they come.
+        between: meaning of a bar's range, for example `slowest and fastest run`.
+        is_ranked: keep the bars in their given order.
     """
     if len(bars) < _LEAST_ROWS:
         return None
@@ -94,13 +94,13 @@ def throughput_chart(
 def causes_chart(
     steps: Mapping[str, StepsRecord], what: str, *, note: str, as_shares: bool = False
 ) -> Chart | None:
-    """A stacked bar a deployment, its causes in the order in which they are kept.
+    """A stacked bar a deployment, its causes in the order of the steps' breakdown.
 
-    None where all there is to say are two numbers.
+    None where it would show only two numbers.
 
     Args:
-        what: that is drawn, for example `decode step`.
-        as_shares: whether bars are equally long, for steps of which one dwarfs the other.
+        what: the thing drawn, for example `decode step`.
+        as_shares: draw bars equally long, for steps of which one dwarfs the other.
     """
     seconds = {
         name: {cause: s if s > _LEAST_S else 0.0 for cause, s in step.breakdown_s.items()}
@@ -138,8 +138,8 @@ def stacked(
     """Parts end to end, each with its milliseconds where there is room for them.
 
     Args:
-        seconds: by the name of a bar, those of each part.
-        legend: of `causes`, the parts in their order.
+        seconds: seconds of each part, by the name of a bar.
+        legend: the parts, in the order of `causes`.
         as_shares: whether bars are equally long.
     """
     values: list[Spec] = []
@@ -175,7 +175,7 @@ def _due_to(cause: str) -> Column[Mapping[str, float]]:
 
 
 def _most_costly(seconds: Mapping[str, Mapping[str, float]], what: str) -> str:
-    """The largest cause of the slowest one, and its part of the fastest one."""
+    """The largest cause of the slowest step, and its part of the fastest one."""
     slow, fast = (by(seconds, key=lambda name: sum(seconds[name].values())) for by in (max, min))
     cause, share = _top(seconds[slow])
     said = f"Largest part of a {what}: {cause}, {percent(share)}"

@@ -1,4 +1,4 @@
-"""The page's colours, and what each stands for: for a cause and a stage the same in every plot.
+"""Colours of the page; a cause or stage has the same one in every plot.
 
 One hue a family: compute blue, communication orange, waiting grey, overhead purple; its members
 differ in lightness. Any two that meet in a plot differ by 12 or more of CIEDE2000, to all cones and
@@ -87,7 +87,7 @@ _MIDDLE = 0.179  # from which black and white stand out as much
 
 
 def on(colour: str) -> str:
-    """The variable of what words on a cause's colour are written in."""
+    """The CSS variable for text on a cause's colour."""
     return f"--on-{colour.removeprefix('--')}"
 
 
@@ -113,7 +113,7 @@ def _words() -> dict[str, tuple[str, str]]:
 
 
 def _luminance(colour: str) -> float:
-    """Of WCAG 2, from 0 to 1."""
+    """Relative luminance of a colour (WCAG 2), 0 to 1."""
     values = (int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5))
     linear = (v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in values)
     return sum(share * value for share, value in zip(_SHARES, linear, strict=True))

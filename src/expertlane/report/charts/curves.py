@@ -30,7 +30,7 @@ _MOST_LABELS, _LONG = 9, 1e5
 
 @dataclass(frozen=True)
 class Point:
-    """A value at a place, and more to say on hovering."""
+    """A value on both axes, with words shown on hovering."""
 
     x: float
     y: Estimate
@@ -42,11 +42,11 @@ _Named = tuple[str, Point]
 
 @dataclass(frozen=True)
 class Curve:
-    """Points of one name, joined by a line or not.
+    """A named series of points, joined by a line or not.
 
     Attributes:
         role: `front` has a colour of its own, `back` is grey like all of its kind.
-        is_dashed: of a baseline's line.
+        is_dashed: draw the line of a baseline dashed.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis shows."""
+    """An axis: its name and scale."""
 
     name: str
     scale: Literal["linear", "log"] = "linear"
@@ -88,7 +88,7 @@ def curves_chart(
     """Curves over each other, each in front with a colour and a mark of its own.
 
     Args:
-        limit: of `y`, drawn as a dashed line.
+        limit: value of `y`, drawn as a dashed line.
     """
     looks, columns = _looks(curves), _columns(x, y, curves)
     behind = [curve.name for curve in curves if curve.role == "back"]
@@ -109,7 +109,7 @@ def curves_chart(
 
 
 def _looks(curves: Sequence[Curve]) -> list[Legend]:
-    """Colour and mark of each."""
+    """Colour and mark of each curve."""
     in_front = zip(cycle(SERIES), cycle(SHAPES))
     behind = BACKGROUND, "circle"
     return [
@@ -118,7 +118,7 @@ def _looks(curves: Sequence[Curve]) -> list[Legend]:
 
 
 def _columns(x: Axis, y: Axis, curves: Sequence[Curve]) -> dict[str, Column[_Named]]:
-    """What the table has of each point, and hovering shows."""
+    """Columns of the table of points, shown on hovering too."""
     columns: dict[str, Column[_Named]] = {
         "curve": text("deployment", lambda named: named[0]),
         "at": number(x.name, lambda named: f"{named[1].x:,.6g}"),

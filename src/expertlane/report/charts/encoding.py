@@ -1,4 +1,4 @@
-"""Pieces of Vega-Lite that several plots share; shapes as its reference describes them."""
+"""Vega-Lite encodings that several plots share."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -8,7 +8,7 @@ from expertlane.report.document import Column, Legend
 
 Spec = dict[str, Any]
 
-NARROW, NARROW_PX = "narrow", 330  # what of a plot is otherwise up to that width
+NARROW, NARROW_PX = "narrow", 330  # key of what differs in a spec up to this width
 
 AXIS: Spec = {"format": "~s", "labelOverlap": True}  # `10k`, and no label over another
 
@@ -20,12 +20,12 @@ PATHS = {
 
 
 def nominal(field: str, title: str | None = None) -> Spec:
-    """A category, in the order in which it comes."""
+    """Encoding of a category, in the order of the data."""
     return {"field": field, "type": "nominal", "sort": None, "title": title}
 
 
 def quantity(field: str, title: str | None, axis: Spec | None = None, **scale: Any) -> Spec:
-    """A number on an axis."""
+    """Encoding of a number on an axis."""
     more = {"scale": scale, "axis": axis}
     return {"field": field, "type": "quantitative", "title": title} | {
         name: value for name, value in more.items() if value
@@ -33,26 +33,26 @@ def quantity(field: str, title: str | None, axis: Spec | None = None, **scale: A
 
 
 def colour(field: str, legend: Iterable[Legend]) -> Spec:
-    """A colour for each name; the legend is the page's own."""
+    """Encoding of a colour for each name; the legend is the page's own."""
     return {"type": "nominal"} | by_name(field, {each.label: each.colour for each in legend})
 
 
 def by_name(field: str, looks: Mapping[str, Any]) -> Spec:
-    """A look for each name, without a legend."""
+    """Encoding of a look for each name, without a legend."""
     scale = {"domain": list(looks), "range": list(looks.values())}
     return {"field": field, "scale": scale, "legend": None}
 
 
 def cells(columns: Mapping[str, Column[Any]], item: Any) -> Spec:
-    """The fields of a drawn value that its table has as columns."""
+    """Vega fields of an item, from the columns of its table."""
     return {field: column.cell(item) for field, column in columns.items()}
 
 
 def tooltip(**titles: str) -> list[Spec]:
-    """What hovering shows: fields under their titles."""
+    """Encoding of a tooltip: fields under their titles."""
     return [{"field": field, "title": title} for field, title in titles.items()]
 
 
 def tooltip_of(columns: Mapping[str, Column[Any]]) -> list[Spec]:
-    """What hovering shows, where it is what the table has."""
+    """The tooltip that has all columns of a table."""
     return tooltip(**{field: column.heading for field, column in columns.items()})

@@ -1,4 +1,4 @@
-"""Where the names of points go, so that none covers another or a point."""
+"""Placement of points' names, so that none covers another or a point."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ _SIDES = tuple(side for side in product((1, -1, 0), (-1, 0, 1)) if any(side))
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a name is.
+    """Place of a name.
 
     Attributes:
-        left: its left end.
-        middle: of its height.
-        lead: where a line from its point to it ends; None where it stands beside the point.
+        left: left end of the name.
+        middle: middle of its height.
+        lead: end of a line from its point to it; None where it stands beside the point.
     """
 
     left: float
@@ -51,7 +51,7 @@ class _Box:
         )
 
     def lead(self, point: _Place) -> _Place | None:
-        """Where a line from its point ends; None where it stands beside that."""
+        """End of the line from its point; None where it stands beside that."""
         end = self.nearest(point)
         return end if dist(end, point) > 2 * _GAP_PX else None
 
@@ -61,7 +61,7 @@ class _Box:
         return [] if end is None else list(_along([point, end]))
 
     def nearest(self, place: _Place) -> _Place:
-        """The point of it that is nearest to a place."""
+        """The point of the box nearest to a place."""
         x, y = place
         return min(max(x, self.left), self.right), min(max(y, self.top), self.bottom)
 
@@ -75,13 +75,13 @@ def placed(
     size_px: _Place,
     lines: Sequence[Sequence[_Place]] = (),
 ) -> list[Placed | None]:
-    """Where each name is, in pixels; None where there is no room for it.
+    """Place of each name, in pixels; None where there is no room for it.
 
     Args:
         points: in pixels from the upper left; a name for each, the most important first, empty for
             a point without.
-        size_px: width and height of what there is.
-        lines: places that are joined; rather than cross one, a name stands away from its point.
+        size_px: width and height of the plot.
+        lines: joined places; a name moves away from its point rather than cross one.
     """
     taken, named = list(map(_around, points)), list[_Box]()
     joined = [_around(place) for line in lines for place in _along(line)]
@@ -122,7 +122,7 @@ def _around(place: _Place) -> _Box:
 
 
 def _along(line: Sequence[_Place]) -> Iterator[_Place]:
-    """Places on it that are no further from each other than a name is high."""
+    """Places on a line, no further apart than a name is high."""
     for (x, y), (to_x, to_y) in pairwise(line):
         num = 1 + int(hypot(to_x - x, to_y - y) / LINE_PX)
         for place in range(num):

@@ -25,10 +25,10 @@ class Tick:
 
 
 def lanes_svg(lanes: Lanes, colours: Mapping[str, str]) -> Markup:
-    """The `svg` element; a path for everything of one kind, so that thousands stay small.
+    """The `svg` element; one path for all stretches of a kind, to keep thousands small.
 
     Args:
-        colours: a variable of the page's style sheet for each kind.
+        colours: a variable of the page's style sheet, by kind.
     """
     box = f"0 0 {UNITS} {len(lanes.rows) * _row(lanes)}"
     height_px = round(len(lanes.rows) * _row(lanes) * _LANE_PX / _LANE)
@@ -61,13 +61,13 @@ def _row(lanes: Lanes) -> int:
 
 
 def _round_step(least: float) -> float:
-    """The next of 1, 2, 4 (so that its quarters are round too), 10 and so on."""
+    """The next of 1, 2, 4, 10, 20, 40 …; their quarters are round too."""
     whole = 10.0 ** floor(log10(least))
     return next(whole * each for each in (1, 2, 4, 10) if whole * each >= least)
 
 
 def _path(lanes: Lanes, stretches: Iterable[Stretch]) -> str:
-    """Lines as thick as a lane; what is nearer than a pixel is one."""
+    """A path of lines as thick as a lane; gaps under a pixel are closed."""
     by_lane: dict[tuple[int, int], list[list[int]]] = {}
     for each in sorted(stretches, key=lambda each: each.begin_us):
         begin = round(each.begin_us / lanes.until_us * UNITS)

@@ -1,4 +1,4 @@
-"""How evenly the experts of every layer were loaded."""
+"""Heatmap of the experts' load in every layer."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,7 @@ from expertlane.report.charts.encoding import Spec, by_name, nominal, quantity
 from expertlane.report.document import Chart, Column, Heading, Legend, Table, number
 from expertlane.report.numbers import counted, percent, times, whole
 
-_SAME = 0.02  # of an even share
+_SAME = 0.02  # in units of an even share; loads that differ by less are one
 _EVEN = 0.05  # of an even share; less is none worth a map
 _MOST_CELLS, _LEAST_COLUMNS = 768, 8  # of a map; of more experts their order is drawn
 _MOST_IN_TABLE = 1024  # cells; of more the table has what matters
@@ -18,13 +18,13 @@ _ROW_PX, _LEAST_ROW_PX, _MOST_PX = 20, 6, 420
 _DIGITS_PX, _SHORT_PX = 26, 16  # of a cell with its value in it, to two digits or one
 _SHADE, _FULL = 0.75, 2.0  # the strongest shade, from twice or half an even share on
 _SWATCHES = ("¼", 0.25), ("½", 0.5), ("1", 1.0), ("2", 2.0), ("4", 4.0)
-_LABELS = 16  # of an axis, at most
+_LABELS = 16  # labels of an axis, at most
 _Loads = Sequence[Sequence[int]]
 _Layer = tuple[int, Sequence[int]]
 
 
 def alike(loads: Mapping[str, _Loads]) -> list[tuple[list[str], _Loads]]:
-    """Each distinct load once, of however many tokens, with the names of all that had it."""
+    """Each distinct load once, whatever its number of tokens, with the names of all that had it."""
     found: list[tuple[list[str], _Loads]] = []
     for name, load in loads.items():
         same = (names for names, other in found if _is_alike(load, other))
@@ -52,7 +52,7 @@ def load_chart(names: Sequence[str], num_tokens: _Loads) -> Chart | str | None:
     A sentence where the load was even, None where no expert has a token.
 
     Args:
-        names: of the deployments that had this load.
+        names: names of the deployments that had this load.
         num_tokens: [num_layers][num_experts]; token-expert pairs; layers without any are left out.
     """
     layers = [(layer, list(tokens)) for layer, tokens in enumerate(num_tokens) if any(tokens)]
@@ -94,13 +94,13 @@ def _of(names: Sequence[str]) -> str:
 
 
 def _ordered(over_mean: npt.NDArray[np.float64], num: int) -> npt.NDArray[np.float64]:
-    """The fullest first, neighbours together: their mean; [num]."""
+    """The fullest first, averaged over neighbours; [num]."""
     descending = np.sort(over_mean)[::-1]
     return np.array([part.mean() for part in np.array_split(descending, num)])
 
 
 def _shade(load: float) -> float:
-    """How strong the colour is: none at an even load, as much at half of it as at twice."""
+    """Strength of a load's colour: none at an even load, the same at half and at twice of it."""
     away = abs(np.log2(max(load, 2.0**-_FULL)))
     return round(_SHADE * min(1.0, float(away) / _FULL), 2)
 
@@ -149,7 +149,7 @@ def _spec(over_mean: Mapping[int, npt.NDArray[np.float64]], is_ordered: bool) ->
 
 
 def _axis(field: str, title: str, places: Sequence[int], has_labels: bool = True) -> Spec:
-    """Labels not closer than there is room for."""
+    """An axis whose labels have enough room."""
     shown = list(places)[:: -(-len(places) // _LABELS)] if has_labels else []
     axis = {"labelAngle": 0, "values": shown, "ticks": False, "domain": False}
     scale = {"paddingInner": 0.04, "paddingOuter": 0}

@@ -1,4 +1,4 @@
-"""Throughput of a device against the speed that a user sees."""
+"""Plot of a device's throughput against the speed that a user sees."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from expertlane.results.estimate import Estimate
 _HEIGHT_PX = 300
 # Widths that a page draws in, without an axis, and up to which it is the narrower one.
 _WIDTHS_PX, _NARROW_PX = {"wide": 500, "narrow": 275}, 400
-_ROOM = 1.12  # of the largest value
+_ROOM = 1.12  # axis end over the largest value
 _LIMIT_GAP_PX = 4  # between a limit's line and its words
 _USER = "tokens/s per user (1/TPOT)"
 Role = Literal["chosen", "front", "other", "reported"]
@@ -41,10 +41,10 @@ class Dot:
     """One deployment under one load.
 
     Attributes:
-        tpot_s: of every user.
-        device_tps: tokens a second of one device.
-        words: what more there is to say of it.
-        label: what stands beside it; empty for a name that stands there already.
+        tpot_s: TPOT of every user.
+        device_tps: tokens/s of one device.
+        words: further words shown on hovering.
+        label: text beside it; empty where its name stands there already.
     """
 
     name: str
@@ -163,7 +163,7 @@ def _limit_said(limit_s: float) -> str:
 
 
 def _names(across: _Axis, up: _Axis) -> list[Spec]:
-    """Where there is room at each of the two widths."""
+    """Marks of names, where there is room for them at each of two widths."""
     return [
         {
             "transform": [{"filter": f"width {is_wide} {_NARROW_PX} && isValid(datum.{width})"}],
@@ -179,7 +179,7 @@ def _names(across: _Axis, up: _Axis) -> list[Spec]:
 
 
 def _leads(at: Spec) -> list[Spec]:
-    """From a name to its point."""
+    """Lines from names to their points."""
     return [
         {
             "transform": [
@@ -193,7 +193,7 @@ def _leads(at: Spec) -> list[Spec]:
 
 
 def _bounds(across: _Axis, up: _Axis) -> list[Spec]:
-    """From low to high, of what was chosen."""
+    """Bars from low to high of the chosen points."""
     chosen = [{"filter": f"datum.kind === {_LOOKS['chosen'].label!r} && isValid(datum.low)"}]
     mark = {"type": "rule", "color": PROPOSAL, "opacity": 0.6}
     return [
@@ -217,7 +217,7 @@ def _values(
     high: float,
     limits_s: Sequence[float],
 ) -> list[Spec]:
-    """What is drawn, what matters most last and so on top, with where names are at both widths."""
+    """Values of the dots, the most important last and so on top, with places of names."""
     dots = sorted(dots, key=lambda dot: list(_LOOKS).index(dot.role))
     values = [
         cells(columns, dot)

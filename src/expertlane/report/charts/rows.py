@@ -1,4 +1,4 @@
-"""A row for each thing that is compared: its name and its value in words, a bar under them.
+"""Plots in rows: name and value in words, and a bar under them.
 
 Names stand over the bars, not beside them, so that a row is legible on a phone as well.
 """
@@ -19,9 +19,9 @@ def rows_spec(values: Sequence[Spec], layers: Sequence[Spec], num_rows: int) -> 
     """Bars in rows.
 
     Args:
-        values: each with `row`, its name; of each row the first has what is said on the right as
-            `said`, the others none.
-        layers: what is drawn, each with `y` as `in_row` has it.
+        values: each with `row`, its name; the first value of a row has the words on the right as
+            `said`.
+        layers: marks, each with `y` as `in_row` gives it.
     """
     words: Spec = {"baseline": "top", "fontSize": 12, "yOffset": 1}
     named = {"y": _row(bandPosition=0.0)}
@@ -60,17 +60,17 @@ def rows_spec(values: Sequence[Spec], layers: Sequence[Spec], num_rows: int) -> 
 
 
 def down(px: float) -> Spec:
-    """How far below the middle of a row, more where the words before a bar have two lines."""
+    """Offset below the middle of a row, larger where the words before a bar have two lines."""
     return {"expr": f"{px} + said_down / 2"}
 
 
 def in_row() -> Spec:
-    """The row of a value."""
+    """Encoding of a value's row."""
     return {"y": _row()}
 
 
 def bar(**looks: object) -> Spec:
-    """A mark where a row's bar is."""
+    """A mark at a row's bar."""
     return {"type": "bar", "height": BAR_PX, "yOffset": down(_DOWN_PX), **looks}
 
 
@@ -78,9 +78,9 @@ def inside(text: str, middle: str, size: str, most: float, colours: Spec) -> Spe
     """A layer of words within bars, where these have the room.
 
     Args:
-        text, middle, size: fields: what is said, the middle of its bar, and the bar's length.
-        most: where the axis ends.
-        colours: of the words, an encoding.
+        text, middle, size: fields: the words, the middle of their bar, and its length.
+        most: end of the axis.
+        colours: encoding of the words' colour.
     """
     # Of a scale of its own: layers share that of `color`, and words would be as their bars.
     place = {"x": along(middle, None, most), "fill": colours}
@@ -92,7 +92,7 @@ def inside(text: str, middle: str, size: str, most: float, colours: Spec) -> Spe
 
 
 def rule(**looks: object) -> Spec:
-    """A line in the middle of a row's bar."""
+    """A line across a row's bar."""
     return {"type": "rule", "yOffset": down(_DOWN_PX), **looks}
 
 
@@ -102,7 +102,7 @@ def point(**looks: object) -> Spec:
 
 
 def along(field: str, title: str | None, most: float, least: float = 0.0) -> Spec:
-    """Where a value is on the axis that all rows share; values are written, so it has no labels."""
+    """A value on the axis that all rows share, without labels, as values are written out."""
     axis = {"labels": False, "grid": False, "domain": False, "ticks": False, "titlePadding": 2}
     return quantity(field, title, axis, domain=[least, most], nice=False)
 

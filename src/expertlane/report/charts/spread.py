@@ -27,7 +27,7 @@ class Spread:
 
     Attributes:
         ms: milliseconds by statistic: `median`, `mean`, `p95` or `p99`; words name the first.
-        limits_ms: its objectives.
+        limits_ms: limits of its objectives.
     """
 
     name: str
@@ -36,14 +36,14 @@ class Spread:
 
     @property
     def said(self) -> str:
-        """Its first statistic, and its last."""
+        """Its first and its last statistic in words."""
         (_, first), *_, (last_name, last) = self.ms.items()
         more = f", {last_name} {figures(last)}" if len(self.ms) > 1 else ""
         return f"{figures(first)} ms{more}"
 
     @property
     def marks(self) -> list[tuple[str, float]]:
-        """Statistics, then limits."""
+        """Statistics, then limits, each with its value."""
         return [*self.ms.items(), *((_LIMIT, each) for each in self.limits_ms)]
 
 
@@ -51,7 +51,7 @@ _Mark = tuple[Spread, str, float]
 
 
 def spread_chart(title: str, spreads: Sequence[Spread], *, note: str = "") -> Chart:
-    """Statistics of latencies; limits among them."""
+    """Statistics of latencies, with limits among them."""
     marks = [(each, *mark) for each in spreads for mark in each.marks]
     used = {what for _, what, _ in marks}
     looks = [look for look in _LOOKS if look.label in used]
@@ -111,6 +111,6 @@ def _spec(
 
 
 def _ticks(least: float, most: float) -> list[float]:
-    """One, two or five times a power of ten."""
+    """Ticks at one, two or five times a power of ten."""
     places = (tick * 10.0**power for power in range(-6, 9) for tick in _TICKS)
     return [each for each in places if least <= each <= most]

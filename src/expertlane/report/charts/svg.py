@@ -1,4 +1,4 @@
-"""A plot as inline SVG, whose colours are variables of the page's style sheet."""
+"""Plots as inline SVG, with the page's colour variables."""
 
 import re
 import resource
@@ -44,10 +44,10 @@ _REFERENCE = re.compile(r"url\(#([\w-]+)\)")
 
 
 def svg(spec: Spec, name: str, width_px: int) -> Markup:
-    """The plot as it is drawn in a box that wide: marks and escaped words, nothing else.
+    """The SVG of a plot at a width: marks and escaped words, nothing else.
 
     Args:
-        name: begins every id in it.
+        name: prefix of every id in it.
     """
     if not _can_draw():
         return Markup("<p>{}</p>").format(_NOT_DRAWN)
@@ -62,7 +62,7 @@ def svg(spec: Spec, name: str, width_px: int) -> Markup:
 
 
 def _can_draw() -> bool:
-    """V8, in which Vega-Lite runs, aborts the process where it can't reserve address space."""
+    """True if V8 can start: it aborts the process where it can't reserve address space."""
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     return limit == resource.RLIM_INFINITY or limit >= _ADDRESS_SPACE
 
@@ -93,7 +93,7 @@ def _config(width_px: int) -> Spec:
 
 
 def _shown(part: Any, *, is_data: bool = False) -> Any:
-    """With colours as SVG refers to them; unsafe characters of names are escaped."""
+    """The spec with colours as SVG variables, and unsafe characters of names escaped."""
     match part:
         case str():
             is_colour = not is_data and _VARIABLE.fullmatch(part)
@@ -109,7 +109,7 @@ def _shown(part: Any, *, is_data: bool = False) -> Any:
 
 
 def _described(spec: Spec) -> Spec:
-    """With each mark's tooltip as its description, which a drawing without a script keeps."""
+    """The spec with each mark's tooltip as its description, which an SVG without script keeps."""
     made = dict(spec)
     if "layer" in spec:
         made["layer"] = list(map(_described, spec["layer"]))
@@ -125,14 +125,14 @@ def _described(spec: Spec) -> Spec:
 
 
 def _quoted(text: str) -> str:
-    """As a string of Vega's expressions."""
+    """A string literal in Vega's expressions."""
     return (
         "'" + re.sub(r"[\\'\n\r\u2028\u2029]", lambda found: f"\\u{ord(found[0]):04x}", text) + "'"
     )
 
 
 class _Writer:
-    """Writes anew what is drawn, and only that, so that what is in a name stays words."""
+    """Writes a drawing anew from its known elements, so that names stay words."""
 
     def __init__(self, root: Element, name: str) -> None:
         self._root, self._name = root, name
@@ -147,7 +147,7 @@ class _Writer:
         return Markup(f'<svg viewBox="{box}"{size}>{self._inside(self._root)}</svg>')
 
     def _inside(self, element: Element) -> str:
-        """All its parts; marks that look alike and have no title are one path."""
+        """The markup of its parts; marks that look alike and have no title are one path."""
         written: list[str] = []
         paths: dict[tuple[str, str], list[str]] = {}
         for each in element:
@@ -200,18 +200,18 @@ def _most(values: Iterable[str]) -> str:
 
 
 def _tip(element: Element) -> str:
-    """What is said of a mark; axes and legends have descriptions too, that nobody needs."""
+    """The tooltip of a mark; empty for axes and legends, whose descriptions nobody needs."""
     has_role = element.get("role") == "graphics-symbol"
     is_mark = has_role and element.get("aria-roledescription") not in ("axis", "legend", "title")
     return element.get("aria-label", "") if is_mark else ""
 
 
 def _is_frame(element: Element) -> bool:
-    """A box that the library puts around a group, without a colour."""
+    """True for the colourless box that the library puts around a group."""
     is_frame = element.get("class") in ("background", "foreground")
     return is_frame and not {"fill", "stroke"} & element.attrib.keys()
 
 
 def _rounded(text: str) -> str:
-    """Numbers with one decimal: a tenth of a pixel."""
+    """The text with its numbers rounded to a tenth of a pixel."""
     return _NUMBER.sub(lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), text)

@@ -1,4 +1,4 @@
-"""What every rank does when in one step: a row a rank, deployments on one time axis."""
+"""Timelines of every rank in one step: a row a rank, deployments on one time axis."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ _Spans = npt.NDArray[np.float64]  # [N, 2]; from when to when, ascending, none o
 
 @dataclass(frozen=True)
 class _Rank:
-    """What one rank did, by kind; of a model's step what it sent while it computed too."""
+    """Spans of one rank's time by kind; on a model's step, those of hidden transfers too."""
 
     name: str
     spent: dict[str, _Spans]
@@ -38,12 +38,12 @@ def timelines_chart(
     is_measured: bool = False,
     shares_cores: bool = False,
 ) -> Timelines:
-    """One a deployment, all over the same stretch of time.
+    """A timeline a deployment, all over the same stretch of time.
 
     Args:
-        timelines: by deployment, at least one, each with what more there is to say of it.
-        is_measured: in wall time: a rank's network row is then its waiting, else transfers.
-        shares_cores: ranks take turns, so that one that begins late had no core.
+        timelines: by deployment, at least one, each with a note on it.
+        is_measured: measured in wall time: the network row then shows waiting, else transfers.
+        shares_cores: ranks share cores, so that one that begins late was waiting for a core.
     """
     until_us = max(step.shown_us for step, _ in timelines.values())
     charts = []
@@ -56,7 +56,7 @@ def timelines_chart(
 
 
 def _rank(rank: RankTimeline, step: StepTimeline, is_measured: bool, shares_cores: bool) -> _Rank:
-    """Each moment once: computing before transfers, transfers before gaps."""
+    """Each moment counted once: computing before transfers, transfers before gaps."""
     end_us = step.shown_us
     by_kind: dict[tuple[bool, str], list[tuple[float, float]]] = {}
     for track, stage, begin, duration in zip(
@@ -89,7 +89,7 @@ def _rank(rank: RankTimeline, step: StepTimeline, is_measured: bool, shares_core
 
 
 def _kind(track: str, stage: str, is_measured: bool) -> str | None:
-    """What a stretch counts as; None of what is part of no step."""
+    """The kind of a stretch; None for what is no part of a step."""
     cause = _CAUSES.get(stage)
     if track == Track.DESCHEDULED:
         return str(Gap.DESCHEDULED)
@@ -101,7 +101,7 @@ def _kind(track: str, stage: str, is_measured: bool) -> str | None:
 
 
 def _is_pipeline(step: StepTimeline) -> bool:
-    """Whether other stages have the work that a rank has not."""
+    """True if any rank sends or receives between pipeline stages."""
     of_pp = {
         place for place, stage in enumerate(step.stages) if _CAUSES.get(stage) is Cause.HAND_OVER
     }
@@ -116,14 +116,14 @@ _NONE: _Spans = np.zeros((0, 2))
 def _gaps(
     taken: _Spans, arrivals: _Spans, end_us: float, at_ends: tuple[Gap | Cause, Gap | Cause]
 ) -> Iterable[tuple[str, _Spans]]:
-    """What a rank has nothing in.
+    """Spans in which a rank does nothing, by kind.
 
     Between its first and its last event it waits, for the pipeline stage before where that sends
     next.
 
     Args:
-        arrivals: what it has of PP send/recv.
-        at_ends: what the time before its first event and after its last one is.
+        arrivals: its spans of PP send/recv.
+        at_ends: kinds of the time before its first event and after its last one.
     """
     starts_late, ends_early = at_ends
     free = _without(np.array([[0.0, end_us]]), taken)
@@ -140,7 +140,7 @@ def _gaps(
 
 
 def _union(spans: Sequence[tuple[float, float]]) -> _Spans:
-    """The same stretches of time, none over another."""
+    """The union of spans."""
     found: list[list[float]] = []
     for begin, end in sorted(spans):
         if end <= begin:
@@ -157,7 +157,7 @@ def _joined(spans: Iterable[_Spans]) -> _Spans:
 
 
 def _without(spans: _Spans, taken: _Spans) -> _Spans:
-    """What of `spans` is not in `taken`."""
+    """The parts of `spans` outside `taken`."""
     found = []
     for begin, end in spans.tolist():
         at = int(np.searchsorted(taken[:, 1], begin, side="right"))
@@ -170,7 +170,7 @@ def _without(spans: _Spans, taken: _Spans) -> _Spans:
 
 
 def _shared(spans: _Spans, other: _Spans) -> _Spans:
-    """What is in both."""
+    """The intersection of two sets of spans."""
     return _without(spans, _without(spans, other))
 
 
@@ -212,7 +212,7 @@ def _chart(
 
 
 def _finding(shares: Mapping[str, float]) -> str:
-    """How much of the time is computing, and what takes most of the rest."""
+    """Shares of computing and of the largest of the rest, in words."""
     computing = sum(shares.get(kind, 0.0) for kind in _COMPUTING)
     rest = {kind: share for kind, share in shares.items() if kind not in _COMPUTING}
     said = f"computing {percent(computing)}"
@@ -225,7 +225,7 @@ def _finding(shares: Mapping[str, float]) -> str:
 def _lanes(
     ranks: Sequence[_Rank], kinds: Sequence[str], has_hidden: bool, until_us: float
 ) -> Lanes:
-    """Each bin of time as what takes most of it; neighbours of one kind are one."""
+    """Lanes of bins, each of the kind that takes most of it; equal neighbours are merged."""
     edges = np.linspace(0.0, until_us, _NUM_BINS + 1)
     stretches: dict[str, list[Stretch]] = {kind: [] for kind in kinds}
     for row, rank in enumerate(ranks):
@@ -260,7 +260,7 @@ def _most(
 
 
 def _spent_until(spans: _Spans, at: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """How much of them is before each moment."""
+    """Time of the spans before each moment."""
     if not len(spans):
         return np.zeros_like(at)
     lengths = spans[:, 1] - spans[:, 0]

@@ -1,4 +1,4 @@
-"""Who sent how much to whom, and how far tokens spread."""
+"""Heatmaps of traffic between ranks, and bars of how many ranks tokens reach."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -16,11 +16,11 @@ from expertlane.results.traffic import FanOut
 _SIDE_PX = 190
 _MOST_RANKS = 32
 _TWO = 2  # ranks, whose traffic is two numbers
-_NUM_SHADES = 6  # of an amount over the largest
-_SAME = 0.02  # of the largest amount; patterns that differ by less are one
+_NUM_SHADES = 6  # shades of amounts, relative to the largest
+_SAME = 0.02  # share of the largest amount; patterns that differ by less are one
 _LEAST_SHADE = 0.15
 _LONG = 32  # characters, of names over a bar
-_LEAST_SHARE = 0.005  # of tokens
+_LEAST_SHARE = 0.005  # share of tokens
 _Bytes = Sequence[Sequence[int]]
 
 
@@ -33,7 +33,7 @@ def traffic_charts(
 
     Args:
         sent: by deployment, [source][destination] bytes; of more than 32 ranks nodes are drawn.
-        of_what: that was sent, for example `all steps`.
+        of_what: the steps they were sent in, for example `all steps`.
     """
     drawn: list[tuple[list[str], _Bytes]] = []
     said: list[str] = []
@@ -69,7 +69,7 @@ def traffic_charts(
 
 
 def _is_alike(one: _Bytes, other: _Bytes) -> bool:
-    """Whether shares of the largest amount are the same, whatever the amounts."""
+    """True if the shares of the largest amount are the same, whatever the amounts."""
     if len(one) != len(other):
         return False
     shares, its_shares = (np.array(each) / np.max(each) for each in (one, other))
@@ -102,7 +102,7 @@ def _square(
 
 
 def _square_spec(amounts: npt.NDArray[np.float64], what: str, borders: Sequence[int]) -> Spec:
-    """Stretches of a row with the same shade, around whole numbers."""
+    """Squares as runs of equal shade in each row."""
     size = len(amounts)
     levels = np.ceil(_NUM_SHADES * amounts / amounts.max()).astype(int)
     values = [
@@ -147,7 +147,7 @@ def _shade(level: int) -> float:
 
 
 def _runs(levels: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Where equal ones begin and end."""
+    """Runs of equal levels: begin, end, level."""
     begin = 0
     for place in range(1, len(levels) + 1):
         if place == len(levels) or levels[place] != levels[begin]:
@@ -156,9 +156,9 @@ def _runs(levels: Sequence[int]) -> Iterator[tuple[int, int, int]]:
 
 
 def fan_out_chart(phase: str, fan_outs: Mapping[str, FanOut]) -> Chart | str | None:
-    """How many ranks a token reaches: a bar a deployment, those with the same shares together.
+    """Ranks that a token reaches: a bar a deployment, those with the same shares together.
 
-    A sentence where all tokens of each reach as many; None where nothing was counted.
+    A sentence where all tokens of each deployment reach equally many; None without counts.
     """
     alike: dict[tuple[float, ...], list[str]] = {}
     for name, each in fan_outs.items():
@@ -215,7 +215,7 @@ def _at(shares: Sequence[float], place: int) -> float:
 
 
 def _step(at: int, reached: Sequence[int]) -> float:
-    """Shades from light to full, by their order."""
+    """Shade of a step, from light to full, by its order."""
     return round(0.2 + 0.6 * at / max(1, len(reached) - 1), 2)
 
 

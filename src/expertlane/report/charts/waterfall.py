@@ -1,4 +1,4 @@
-"""From one step to another, cause by cause."""
+"""Waterfall from one step to another, cause by cause."""
 
 from itertools import pairwise
 
@@ -10,16 +10,16 @@ from expertlane.report.document import Chart, Legend, Table, number, text
 from expertlane.report.numbers import figures, signed
 
 _ROOM = 1.18  # of the longest bar, so that lines down to the next cross no value
-_EVEN = 0.01  # of the longer step; less is no difference
+_EVEN = 0.01  # share of the longer step; less is no difference
 
 
 def waterfall_chart(
     title: str, from_name: str, to_name: str, difference: StepDifference, *, note: str = ""
 ) -> Chart:
-    """The longer step, what each cause takes off it or adds to it, and what is left.
+    """The longer step, each cause that shortens or lengthens it, and the other step.
 
     Args:
-        from_name, to_name: of the deployments that `difference` calls slower and faster.
+        from_name, to_name: names of the slower and the faster deployment of `difference`.
     """
     rows = _rows(from_name, to_name, difference)
     reached = [value["end"] for value in rows] + [value["begin"] for value in rows]
@@ -64,7 +64,7 @@ def waterfall_chart(
 
 
 def step_title(from_name: str, to_name: str, difference: StepDifference) -> str:
-    """What the difference is made of, in a line."""
+    """The difference and its main causes, in a line."""
     saved_ms = difference.slower_ms - difference.faster_ms
     if abs(saved_ms) < _EVEN * difference.slower_ms or not difference.causes:
         return f"A step of {to_name} takes as long as one of {from_name}"
@@ -78,7 +78,7 @@ def step_title(from_name: str, to_name: str, difference: StepDifference) -> str:
 
 
 def _rows(from_name: str, to_name: str, difference: StepDifference) -> list[Spec]:
-    """Each with where its bar begins and ends, and the row that its end leads to."""
+    """Each bar with its begin and end, and the row that its end leads to."""
     whole = {"begin": 0.0, "kind": from_name, "said": f"{figures(difference.slower_ms)} ms"}
     rows: list[Spec] = [
         {"row": from_name, "end": difference.slower_ms, "ms": difference.slower_ms} | whole

@@ -1,4 +1,4 @@
-"""The files of a journal: one to append to, and a new one whenever that has grown too large."""
+"""The files of a journal: one to append to, replaced by a new one whenever it is too large."""
 
 import fcntl
 import os
@@ -38,7 +38,7 @@ class FoundRequest:
     """A request that an earlier process has left.
 
     Attributes:
-        rows: in the order in which they were written.
+        rows: its chunks, in the order in which they were written.
         suspected: its last `Suspected` record; None if there is none.
         num_rows_before: rows before that record.
         num_deaths: processes in a row that died while they computed it; only the first of them may
@@ -78,7 +78,7 @@ class FoundRequest:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all of its choices have ended."""
+        """Whether all its choices have ended."""
         num_ended = sum(more is not None and more.reason is not None for *_, more in self.rows)
         return num_ended == self.begun.num_choices
 
@@ -92,8 +92,8 @@ class JournalFile:
 
     Attributes:
         found: requests of earlier processes, by number.
-        num_torn_bytes: of an incomplete last record, which is dropped.
-        size: of the current file, in bytes.
+        num_torn_bytes: bytes of an incomplete last record, which is dropped.
+        size: size of the current file, in bytes.
         num_bytes, num_records, num_files, write_s: written since the start, and the time it took.
 
     Raises:
@@ -185,10 +185,10 @@ class JournalFile:
         }
 
     def identify(self, identity: Mapping[str, str]) -> None:
-        """Set what tokens depend on; if there are requests, it must be what it was.
+        """Set the facts that tokens depend on; if there are requests, they must be the same.
 
         Raises:
-            UserError: it differs.
+            UserError: they differ.
         """
         before, self._identity = self._identity, dict(identity)
         if not self.found:

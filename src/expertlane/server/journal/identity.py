@@ -10,20 +10,20 @@ from expertlane.spec.model import ModelConfig
 
 _TEXTS = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _TENSORS = ".safetensors"
-_WHOLE_BYTES = 2**20  # of tensors; of a larger file so many samples are read, spread evenly
+_WHOLE_BYTES = 2**20  # of a tensor file; of a larger one, evenly spread samples are read
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 def identity(
     model: ModelConfig, folder: Path | None, options: Options, dtype: str | None
 ) -> dict[str, str]:
-    """The facts, by the names that messages use.
+    """The facts that tokens and texts depend on, by the names that messages use.
 
-    The layout is not among them: it moves results by rounding alone.
+    The layout is not among them: it changes results by rounding alone.
 
     Args:
-        folder: of the checkpoint; None where weights are random.
-        dtype: as it was asked for.
+        folder: the checkpoint's folder; None where weights are random.
+        dtype: the number type asked for; None for the default.
     """
     digest = blake2b(repr(replace(model, name="")).encode(), digest_size=8)
     return {

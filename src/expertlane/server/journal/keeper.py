@@ -1,9 +1,10 @@
 """Requests that outlive connections and this process: accepted, written, resumed, forgotten."""
 
 import asyncio
+import re
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import SystemRandom
 
 from pydantic import ValidationError
@@ -17,27 +18,84 @@ from expertlane.server.completions import COMPLETIONS
 from expertlane.server.endpoint import Endpoint
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.ids import AnswerIds
-from expertlane.server.journal.asked import ID_HEADER, LAST_HEADER, Asked, asked_of, unknown
 from expertlane.server.journal.file import FoundRequest, JournalError, JournalFile
 from expertlane.server.journal.kept import KeptRequest, Watchers
 from expertlane.server.journal.records import Begun, Came, Closed, Left, Record, Suspected
+from expertlane.server.middleware import key_digest
 from expertlane.server.prepared import Prepared
 from expertlane.server.requests import SampledRequest
 from expertlane.server.responses.answer import RESPONSES
 from expertlane.server.service import Service
 
+ID_HEADER, LAST_HEADER = "X-Request-Id", "Last-Event-ID"
+_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
+_EVENT_ID = re.compile(rf"({_ID.pattern}):(\d{{1,9}})")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The request that a client asks for, by its headers.
+
+    Attributes:
+        key: SHA-256 of its API key; empty where none is asked for.
+        request_id: None where the client names none.
+        after: number of events that the client has; None where it does not say.
+    """
+
+    key: bytes
+    request_id: str | None
+    after: int | None
+
+
+def asked_of(scope: Scope, request_id: str | None = None, *, has_keys: bool) -> Asked:
+    """The request that a client asks for, from its headers.
+
+    Args:
+        request_id: its id, where the path has it.
+        has_keys: whether clients are asked for keys; else all count as the same client.
+
+    Raises:
+        ApiError: a header is not valid, or two contradict each other.
+    """
+    headers = {name: value.decode("latin-1").strip() for name, value in scope["headers"]}
+    key = key_digest(scope)[1] if has_keys else b""
+    if request_id is None and (given := headers.get(ID_HEADER.lower().encode())):
+        if _ID.fullmatch(given) is None:
+            text = f"{ID_HEADER} must have 1 to 128 letters, digits, or - . _ ~"
+            raise bad_field(ID_HEADER, text)
+        request_id = given
+    last = headers.get(LAST_HEADER.lower().encode())
+    if not last:
+        return Asked(key, request_id, None)
+    found = _EVENT_ID.fullmatch(last)
+    if found is None or request_id not in (None, found[1]):
+        wanted = "an event's id" if request_id is None else f"the id of an event of {request_id}"
+        raise bad_field(LAST_HEADER, f"{LAST_HEADER} must be {wanted}, as ID:NUMBER")
+    return Asked(key, found[1], int(found[2]))
+
+
+def unknown(request_id: str, param: str) -> ApiError:
+    """The error for a request that is not kept, or belongs to another key."""
+    return ApiError(
+        404,
+        f"{param}: there is no request {request_id}, or it is no longer kept",
+        param=param,
+        code="request_not_found",
+    )
+
+
 _ENDPOINTS = {each.path: each for each in (COMPLETIONS, CHATS, RESPONSES)}
 _COMPACT_BYTES = 64 * 2**20  # beyond twice the size of what is needed: a new file is begun
-_MOST_FINISHED_CHUNKS = 2**18  # of finished answers; beyond, those that nobody reads go
-_MOST_FINISHED_BYTES = 64 * 2**20  # the same
-_MOST_BYTES = 256 * 2**20  # of all requests, without their chunks
-_ROWS = 4096  # of a record
-_DEATHS = 2  # of processes; then the request that they computed is tried alone
+_MOST_FINISHED_CHUNKS = 2**18  # of finished answers; beyond, unread ones are forgotten
+_MOST_FINISHED_BYTES = 64 * 2**20  # memory of finished answers
+_MOST_BYTES = 256 * 2**20  # memory of all requests without their chunks
+_ROWS = 4096  # rows of a record
+_DEATHS = 2  # deaths of processes, after which the request they computed is tried alone
 _ALONE_S, _LOOK_S = 10.0, 0.01  # how long it stays alone after its first new chunk
 
 
 class JournalKeeper:
-    """The requests of one server's journal; of its event loop.
+    """The requests of one server's journal; used in its event loop.
 
     Attributes:
         requests: by key and id: unfinished ones, and answers that clients may still ask for.
@@ -71,7 +129,7 @@ class JournalKeeper:
 
     @property
     def model_name(self) -> str:
-        """What requests call the model."""
+        """The name by which requests call the model."""
         return self._service.model.name
 
     # Clients.
@@ -111,7 +169,7 @@ class JournalKeeper:
         """A request of a client by its id, and how many events the client has.
 
         Raises:
-            ApiError: there is none.
+            ApiError: the client has no such request.
         """
         asked = asked_of(scope, request_id, has_keys=self._has_keys)
         kept = self.requests.get((asked.key, request_id))
@@ -120,7 +178,7 @@ class JournalKeeper:
         return kept, asked.after or 0
 
     def reconnect(self, kept: KeptRequest, after: int) -> Answer:
-        """An answer that is made again, up to where the client has it."""
+        """An answer that goes on after the events that the client has."""
         self.num_reconnects += 1
         kept.is_awaited = True
         return self._read(kept, after)
@@ -190,7 +248,7 @@ class JournalKeeper:
     # What comes of requests.
 
     def write(self, chunks: list[Chunk]) -> None:
-        """Write what a step brought; a hot path. If it fails, the server ends."""
+        """Write a step's chunks; a hot path. If it fails, the server ends."""
         by_id, rows = self._by_engine_id, []
         for chunk in chunks:
             kept = by_id.get(chunk.request_id)
@@ -200,7 +258,7 @@ class JournalKeeper:
             self._append(Came(rows))
 
     def forget(self, kept: KeptRequest) -> None:
-        """Cancel what is left of a request, and leave it out from now on."""
+        """Cancel a request's unfinished choices, and keep it no longer."""
         self._service.under_way.finish(kept)
         self._leave(kept)
         if (timer := self._timers.pop(kept, None)) is not None:
@@ -289,7 +347,7 @@ class JournalKeeper:
             self._service.engine.fail(error)
 
     def _begin_file(self) -> None:
-        """Begin a new file with what is still needed.
+        """Begin a new file with the records that are still needed.
 
         Raises:
             JournalError: it cannot be written.

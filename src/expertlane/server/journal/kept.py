@@ -1,4 +1,4 @@
-"""A request of the journal: its chunks are kept, and every connection reads them from the first."""
+"""Requests of a journal, which keep their chunks: every connection reads them from the first."""
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +15,9 @@ from expertlane.server.prepared import Prepared
 from expertlane.spec.prompt_logprobs import PromptLogprobs, PromptPart
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 
-_CHUNK_BYTES = 200  # in memory, at least
-_TOKEN_BYTES = 36  # of a prompt, in memory
-_LOGPROB_BYTES = 150  # of a likely token, in memory
+_CHUNK_BYTES = 200  # memory of a chunk, at least
+_TOKEN_BYTES = 36  # memory of a prompt token
+_LOGPROB_BYTES = 150  # memory of a likely token
 _AT_ONCE = 256  # chunks that a reading takes before others have their turn
 
 
@@ -35,16 +35,16 @@ class Watchers:
 
 
 class KeptRequest(RequestGroup):
-    """All choices of one HTTP request; of one event loop.
+    """All choices of one HTTP request, with their chunks; used in one event loop.
 
     Attributes:
-        chunks: [num_chunks]; of all choices, in the order in which they came.
-        error: what ended it early; None if nothing did.
+        chunks: [num_chunks]; those of all choices, in the order of their arrival.
+        error: the error that ended it early; None without one.
         is_awaited: whether its client is expected to come back if it leaves.
         num_readings: connections that read it.
-        num_events: of its whole stream; None while that is not known.
+        num_events: events of its whole stream; None while their number is not known.
         num_begun_bytes: memory that it takes before its first chunk, estimated.
-        suspected: of a request of an earlier process: whether it may have killed that.
+        suspected: its last `Suspected` record, if it comes from an earlier process; else None.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ class KeptRequest(RequestGroup):
         return self.outputs[self.place_of(chunk)]
 
     def end(self, error: Exception) -> None:
-        """Cancel what is not finished; readings get the error after the chunks so far."""
+        """Cancel the unfinished choices; readings get the error after the chunks so far."""
         if not self.is_over:
             self.error = error
             self.cancel()
@@ -162,17 +162,17 @@ class KeptRequest(RequestGroup):
     # To records, and back.
 
     def row(self, chunk: Chunk) -> Row:
-        """The next chunk as the journal has it."""
+        """The journal's row of the next chunk."""
         return self._row(self.place_of(chunk), chunk, self._num_written)
 
     def rows(self) -> Iterator[Row]:
-        """All chunks so far."""
+        """The journal's rows of all chunks so far."""
         num_tokens = [0] * len(self.outputs)
         for chunk in self.chunks:
             yield self._row(self.place_of(chunk), chunk, num_tokens)
 
     def _row(self, place: int, chunk: Chunk, num_tokens: list[int]) -> Row:
-        """A hot path."""
+        """The journal's row of a chunk; a hot path."""
         more, index, token_id = None, num_tokens[place], chunk.token_id
         if chunk.finish_reason is not None or self._wants_logprobs or not index:
             more = self._more(self.outputs[place], chunk, self.prepared.params[place], index)
@@ -248,7 +248,7 @@ def _prompt_logprobs(
 
 
 class Reading:
-    """One connection's way through a kept request; an answer's `Kept`.
+    """The chunks of a kept request, read by one connection; an answer's `Kept`.
 
     Events are numbered from 1; those up to `after` are made, but not given again.
     """
@@ -278,10 +278,10 @@ class Reading:
         self._kept.closed(self)
 
     async def take(self) -> list[tuple[int, Chunk]]:
-        """The next chunks, waiting for them; empty once there are no more.
+        """Wait for chunks, and return (index of the choice, chunk); empty once there are no more.
 
         Raises:
-            Exception: the client has gone, or what ended the request after its last chunk.
+            Exception: the client has gone, or the error that ended the request early.
         """
         kept = self._kept
         while True:
@@ -303,7 +303,7 @@ class Reading:
         return [(kept.place_of(chunk), chunk) for chunk in found]
 
     def end(self, error: Exception) -> None:
-        """Let `take` raise an error; the request itself goes on."""
+        """Have `take` raise an error; the request itself goes on."""
         self._error = error
         self.wake()
 
@@ -313,7 +313,7 @@ class Reading:
             self._waiter.set_result(None)
 
     def numbered(self, event: bytes) -> bytes:
-        """The next event, with its id; empty where the client has it."""
+        """The next event, with its id; empty if the client already has it."""
         self._num_events += 1
         if self._num_events <= self._after:
             return b""

@@ -22,14 +22,14 @@ READ_VERSIONS = (1, 2, VERSION)
 _FRAME = struct.Struct("<III")
 _INVERTED = 2**32 - 1
 
-Logprob = tuple[float, tuple[tuple[int, float], ...]]  # of the token, and of the likeliest ones
+Logprob = tuple[float, tuple[tuple[int, float], ...]]  # the token's, and the likeliest tokens
 
 
 class Header(msgspec.Struct, frozen=True, array_like=True, tag="journal"):
     """The first record of a file.
 
     Attributes:
-        identity: what tokens and texts depend on, by name.
+        identity: the facts that tokens and texts depend on, by name.
     """
 
     version: int
@@ -40,16 +40,17 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
     """A request was accepted.
 
     Attributes:
-        number: of the request in this journal.
+        number: number of the request in this journal.
         key: SHA-256 of the API key that it came with; empty where none is asked for.
-        request_id: by which its client comes back.
+        request_id: the id by which its client comes back.
         is_named: whether the client gave the id.
-        path: of its route.
+        path: path of its route.
         body: JSON of its validated fields.
-        prompts, texts, before, created: as in `Prepared`.
-        shared: params of the choices, as far as they are the same; in older versions all of them.
-        root: of the answer's ids.
-        began: when it came, in seconds since 1970.
+        prompts, texts, before, created: see `Prepared`.
+        shared: one entry, the params that all choices share; in older versions, with `seeds`
+            empty, the params of every choice.
+        root: root of the answer's ids; see `AnswerIds`.
+        began: its arrival, in seconds since 1970.
         seeds, lengths: [num_choices]; each choice's seed, which is always set, and `max_tokens`.
     """
 
@@ -71,11 +72,11 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
 
     @property
     def num_choices(self) -> int:
-        """Of all prompts."""
+        """Choices of all prompts."""
         return len(self.seeds or self.shared)
 
     def params(self) -> list[SamplingParams]:
-        """As in `Prepared`; no seed is left open."""
+        """[num_choices]; sampling parameters of every choice, each with a seed."""
         if not self.seeds:
             return self.shared
         (shared,) = self.shared
@@ -89,9 +90,9 @@ class More(msgspec.Struct, frozen=True, omit_defaults=True):
     """Facts that only some chunks have.
 
     Attributes:
-        reason, error: of a last chunk.
-        logprob: of the token, if asked for.
-        num_cached: of the prompt's tokens; with the first token.
+        reason, error: finish reason and error; in the last chunk.
+        logprob: log-probabilities of the token, if asked for.
+        num_cached: prompt tokens found in the prefix cache; with the first token.
         prompt: arrays of `PromptPart` as bytes, if asked for; with the first token.
     """
 
@@ -121,10 +122,10 @@ class Suspected(msgspec.Struct, frozen=True, array_like=True, tag="suspected"):
     """A request may be what kills the server.
 
     Attributes:
-        number: of the request.
-        num_deaths: as of `FoundRequest`.
-        is_running: the process of this file computes it from here on.
-        is_alone: that process computes nothing else meanwhile.
+        number: number of the request.
+        num_deaths: processes in a row that died while they computed it.
+        is_running: whether the process of this file computes it from here on.
+        is_alone: whether that process computes nothing else meanwhile.
     """
 
     number: int
@@ -174,9 +175,9 @@ def records_of(data: bytes) -> Iterator[tuple[int, Record]]:
 
 
 def _is_torn(data: bytes, at: int) -> bool:
-    """Whether no complete record begins there: the end, part of a record, or bytes never written.
+    """Whether no complete record begins at a byte: it is the end, or the rest was not all written.
 
-    The last is what a file system may leave when the whole machine dies.
+    A file system may leave zeros, never written, when the whole machine dies.
     """
     if len(data) - at < _FRAME.size:
         return True

@@ -23,7 +23,7 @@ from expertlane.server.service import Service
 
 
 class ResponseAnswer(ChatAnswer):
-    """Goes on with a chat."""
+    """An answer of `/v1/responses`."""
 
     param = "input"
 
@@ -65,10 +65,11 @@ class ResponseAnswer(ChatAnswer):
         await send_part(direct, self._bytes([end]), is_last=True)
 
     async def _steps(self, source: Source) -> AsyncIterator[list[Event]]:
-        """What the engine's steps bring.
+        """For each step of the engine, the events of its chunks.
 
         Raises:
-            ApiError, ClientGone: what ended it.
+            ApiError: the request, or the engine, has ended with an error.
+            ClientGone: the client has closed the connection.
         """
         while arrived := await taken(source):
             events: list[Event] = []
@@ -80,7 +81,7 @@ class ResponseAnswer(ChatAnswer):
                     events += self._items.feed(self._fields(piece), found)
                     self._reason = piece.finish_reason
             except ApiError:
-                yield events  # what came together with it
+                yield events  # events of the chunks that came with the error
                 raise
             yield events
         yield list(self._items.end("incomplete" if self._is_cut else "completed"))
@@ -90,7 +91,7 @@ class ResponseAnswer(ChatAnswer):
         return self._reason is FinishReason.LENGTH
 
     def _finished(self) -> dict[str, Any]:
-        """The response in its end; kept if it is to be."""
+        """The finished response; stored if the request asks for it."""
         usage = self._usage()
         details = usage["prompt_tokens_details"] | {"cache_write_tokens": 0}
         body = self._body | {
@@ -122,7 +123,7 @@ class ResponseAnswer(ChatAnswer):
 
 
 def _body(service: Service, prepared: Prepared, request: ResponsesRequest) -> dict[str, Any]:
-    """What a response says of its request."""
+    """The fields of a response before its output, most of them those of its request."""
     params = prepared.params[0]
     tools = request.tools or []
     choice = request.tool_choice or "auto"
@@ -155,7 +156,7 @@ def _body(service: Service, prepared: Prepared, request: ResponsesRequest) -> di
 
 
 async def prepare_response(service: Service, request: ResponsesRequest) -> Prepared:
-    """A request with its chat as tokens.
+    """Check a request, and tokenize its chat.
 
     Raises:
         ApiError: it can never be served.

@@ -11,13 +11,13 @@ _TEXTS = {  # by the name of a message's field: prefix of ids, type of its part,
 
 
 class ResponseItems:
-    """Takes new text and calls in; an item ends when another begins.
+    """Turns new text and calls into items and events; an item ends when another begins.
 
     Args:
-        id_of: 32 hexadecimal digits for the number of an item.
+        id_of: gives 32 hexadecimal digits for the number of an item.
 
     Attributes:
-        items: of the answer, in their order.
+        items: the answer's items so far, in their order.
     """
 
     def __init__(self, id_of: Callable[[int], str]) -> None:
@@ -27,11 +27,11 @@ class ResponseItems:
         self._num_calls = 0
 
     def feed(self, fields: dict[str, Any], logprobs: list[dict[str, Any]]) -> Iterator[Event]:
-        """Events of what is new.
+        """Events of the new parts of a message.
 
         Args:
-            fields: of a message, as `ChatParts.feed` gives them.
-            logprobs: of the tokens that brought it; kept for text of the answer itself.
+            fields: its new parts, from `ChatParts.feed`.
+            logprobs: log-probabilities of their tokens; used for text of the answer itself alone.
         """
         for name, value in fields.items():
             if name == "tool_calls":
@@ -47,7 +47,7 @@ class ResponseItems:
         yield from self._close(status)
 
     def message(self) -> dict[str, Any]:
-        """All of it as one message of a chat."""
+        """All items as one message of a chat."""
         found: dict[str, Any] = {"role": "assistant", "content": ""}
         for item in self.items:
             if item["type"] == "function_call":

@@ -19,8 +19,8 @@ from expertlane.server.messages import CalledFunction, Function
 from expertlane.server.requests import MOST_TOOLS, ChatRequest, Effort, SampledRequest, Verbosity
 from expertlane.server.structured import Schema
 
-LOGPROBS = "message.output_text.logprobs"  # to be asked for with `include`
-_MOST_LOGPROBS = 2**16  # of a part that an answer had
+LOGPROBS = "message.output_text.logprobs"  # a value of `include`
+_MOST_LOGPROBS = 2**16  # log-probabilities of a part of an earlier answer
 _NAMES = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
@@ -28,7 +28,7 @@ _NAMES = {
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
     "verbosity": "text.verbosity",
-}  # of the chat's fields
+}  # by field of a chat request: field of a response request
 _STATUS = ("in_progress", "completed", "incomplete")
 
 
@@ -161,7 +161,7 @@ class ResponseTool(Function):
     type: Literal["function"]
 
     def for_chat(self) -> dict[str, Any]:
-        """As chats have it."""
+        """The tool in the form of `/v1/chat/completions`."""
         return {"type": self.type, "function": self.model_dump(exclude={"type"}, exclude_none=True)}
 
 
@@ -183,7 +183,7 @@ class TextFormat(Known):
     strict: bool | None = None
 
     def for_chat(self) -> dict[str, Any]:
-        """As chats have it."""
+        """The format in the form of `/v1/chat/completions`."""
         schema = self.model_dump(by_alias=True, exclude_none=True, exclude={"type"})
         return {"type": self.type} | ({"json_schema": schema} if schema else {})
 
@@ -246,23 +246,23 @@ class ResponsesRequest(SampledRequest):
 
     @property
     def wants_logprobs(self) -> bool:
-        """Under either name."""
+        """Whether log-probabilities are asked for, by `include` or `top_logprobs`."""
         return LOGPROBS in (self.include or ()) or self.top_logprobs is not None
 
     @property
     def effort(self) -> str | None:
-        """Of reasoning."""
+        """The effort of reasoning that is asked for."""
         return None if self.reasoning is None else self.reasoning.effort
 
     @property
     def format_of_text(self) -> dict[str, Any]:
-        """What the text has to be, as it was given."""
+        """The format of the answer's text, as it was given."""
         if self.text is None or self.text.format is None:
             return {"type": "text"}
         return self.text.format.model_dump(by_alias=True, exclude_none=True)
 
     def messages(self) -> list[dict[str, Any]]:
-        """What is new of the chat, without instructions."""
+        """The messages that `input` adds to the chat, without instructions."""
         if isinstance(self.input, str):
             return [{"role": "user", "content": self.input}]
         messages = _Messages()

@@ -1,4 +1,4 @@
-"""Responses that later requests go on from: in memory, with a bound."""
+"""Stored responses, which later requests continue: in memory, with a bound."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class StoredResponse:
     """A response, and the chat that it ends.
 
     Attributes:
-        body: as the client got it.
-        messages: of the whole chat, without instructions, which do not go on.
+        body: the body that the client got.
+        messages: messages of the whole chat, but for instructions, which do not carry over.
     """
 
     body: dict[str, Any]
@@ -25,10 +25,10 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """The responses used last.
+    """The most recently used responses.
 
     Args:
-        most: how many; 0 to keep none.
+        most: the number to keep; 0 to keep none.
     """
 
     def __init__(self, most: int) -> None:
@@ -38,11 +38,11 @@ class ResponseStore:
 
     @property
     def is_open(self) -> bool:
-        """Whether anything is kept."""
+        """Whether responses are kept at all."""
         return self._most > 0
 
     def put(self, response: StoredResponse) -> None:
-        """Keep a response; those that were used least lately go."""
+        """Keep a response; the least recently used ones are dropped."""
         size = len(msgspec.json.encode((response.body, response.messages)))
         if (known := self._kept.pop(response.body["id"], None)) is not None:
             self._num_bytes -= known[1]
@@ -53,13 +53,13 @@ class ResponseStore:
             self._num_bytes -= size
 
     def get(self, response_id: str, param: str) -> StoredResponse:
-        """One of them.
+        """A response by its id.
 
         Args:
             param: the field that names it.
 
         Raises:
-            ApiError: it is not there, or not any more.
+            ApiError: it is not kept, or no longer.
         """
         if response_id not in self._kept:
             raise ApiError(
@@ -73,10 +73,10 @@ class ResponseStore:
         return self._kept[response_id][0]
 
     def delete(self, response_id: str, param: str) -> None:
-        """Forget one.
+        """Drop a response.
 
         Raises:
-            ApiError: it is not there.
+            ApiError: it is not kept.
         """
         self.get(response_id, param)
         self._num_bytes -= self._kept.pop(response_id)[1]

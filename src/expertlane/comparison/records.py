@@ -1,0 +1,167 @@
+"""Records of deployments, from the steps that ranks measured."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.placement_file import placements_of
+from expertlane.engine.elastic.copy_switch import CopySwitch
+from expertlane.engine.elastic.rebalancing import Rebalance, Rebalancer, StepLoad
+from expertlane.engine.ranks.commands import HeldBytes
+from expertlane.results.record import (
+    CopyRecord,
+    DeploymentRecord,
+    HeldRecord,
+    RebalanceRecord,
+    Source,
+    StepsRecord,
+)
+from expertlane.results.step_record import StepRecord
+from expertlane.results.time_shares import find_bottleneck
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Phase
+
+
+def measured_record(
+    deployment: Deployment,
+    model: ModelConfig,
+    phases: Sequence[StepsRecord],
+    held: Sequence[HeldBytes],
+    tokens: npt.NDArray[np.int64],
+    source: Source = "measured",
+    **parts: Any,
+) -> DeploymentRecord:
+    """A deployment's record.
+
+    Args:
+        phases: prefill, and decode if there was any.
+        held: [num_ranks]; what each rank has allocated.
+        tokens: [num_sequences, output_len]; all generated tokens.
+        parts: further fields of the record.
+
+    Raises:
+        ValueError: `held` is not of the layout's ranks.
+    """
+    layout = deployment.layout
+    if len(held) != layout.world_size:
+        raise ValueError(f"memory of {len(held)} ranks for layout {layout}")
+    placements = placements_of(model, layout, deployment.options)
+
+    def num_experts(rank: int) -> tuple[int, ...]:
+        at = layout.coordinates(rank)
+        own_layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
+        return tuple(
+            len(placed.experts_of_rank[at.ep_rank]) if placed and layer in own_layers else 0
+            for layer, placed in enumerate(placements)
+        )
+
+    return DeploymentRecord(
+        name=deployment.name,
+        layout=layout,
+        options=deployment.options,
+        source=source,
+        is_baseline=deployment.is_baseline,
+        steps=tuple(phases),
+        held=tuple(
+            HeldRecord(rank, num_experts(rank), each.weight_bytes, each.kv_bytes)
+            for rank, each in enumerate(held)
+        ),
+        bottleneck=find_bottleneck(layout, phases[-1]),
+        tokens_sha256=hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(),
+        **parts,
+    )
+
+
+def traced_steps(
+    options: Options, measured: Mapping[Phase, Sequence[StepRecord]]
+) -> list[StepRecord]:
+    """A prefill and a decode step with events, for traces.
+
+    Of those with most tokens the one that takes about as long as most did; of micro-batches that
+    rotate, as many steps of each as make a round.
+    """
+    is_rotating = options.micro_batch_schedule == "rotating"
+    num_kept = options.num_micro_batches if is_rotating else 1
+    kept: list[StepRecord] = []
+    for of_phase in measured.values():
+        traced = [step for step in of_phase if step.records[0].events is not None]
+        if traced:
+            kept += _typical(traced, of_phase, num_kept)
+    return kept
+
+
+def _typical(
+    steps: Sequence[StepRecord], measured: Sequence[StepRecord], num_kept: int
+) -> Sequence[StepRecord]:
+    """`num_kept` steps in a row: of those with most tokens, those nearest to the usual time."""
+    rows = [steps[first : first + num_kept] for first in range(len(steps) - num_kept + 1)]
+    if not rows:
+        return steps
+
+    def num_tokens(row: Sequence[StepRecord]) -> int:
+        return sum(step.num_tokens for step in row)
+
+    def seconds(row: Sequence[StepRecord]) -> float:
+        return row[-1].finished_s - row[0].submitted_s
+
+    full = [row for row in rows if num_tokens(row) == max(map(num_tokens, rows))]
+    usual = [measured[first : first + num_kept] for first in range(len(measured) - num_kept + 1)]
+    alike = [row for row in usual if num_tokens(row) == num_tokens(full[0])] or full
+    usual_s = median(map(seconds, alike))
+    return min(full, key=lambda row: abs(seconds(row) - usual_s))
+
+
+def rebalance_records(rebalancer: Rebalancer) -> tuple[RebalanceRecord, ...]:
+    """Records of a run's rebalances, with the loads seen before and after."""
+    return tuple(_rebalance(each, rebalancer) for each in rebalancer.decisions)
+
+
+def _rebalance(taken: Rebalance, rebalancer: Rebalancer) -> RebalanceRecord:
+    num_steps = taken.decision.num_steps
+    own = [each for each in rebalancer.loads if each.replica == taken.replica]
+    before = [each for each in own if each.step < taken.step][-num_steps:]
+    after: list[StepLoad] = []
+    if taken.switched is not None:
+        later = [each for each in rebalancer.decisions if each.replica == taken.replica]
+        ends = [each.switched or 0 for each in later]
+        until = min((end for end in ends if end > taken.switched), default=own[-1].step + 1)
+        after = [each for each in own if taken.switched <= each.step < until][:num_steps]
+    return RebalanceRecord(
+        replica=taken.replica,
+        step=taken.step,
+        switched=taken.switched,
+        gain_s=taken.decision.gain_s,
+        cost_s=taken.decision.cost_s,
+        num_bytes=taken.decision.num_bytes,
+        predicted_before=taken.predicted_before,
+        predicted_after=taken.predicted_after,
+        load_before=_load(before),
+        load_after=_load(after) if after else None,
+        experts_s_before=_experts_s(before),
+        experts_s_after=_experts_s(after) if after else None,
+        paid_s=taken.paid_s,
+    )
+
+
+def copy_records(switch: CopySwitch) -> tuple[CopyRecord, ...]:
+    """Records of a run's decisions to balance copies."""
+    return tuple(
+        CopyRecord(
+            *(each.replica, each.step, each.decision.phase, each.decision.num_saved),
+            *(each.decision.gain_s, each.decision.cost_s, each.decision.pays),
+        )
+        for each in switch.decisions
+    )
+
+
+def _load(steps: Sequence[StepLoad]) -> float:
+    return sum(each.most for each in steps) / sum(each.mean for each in steps)
+
+
+def _experts_s(steps: Sequence[StepLoad]) -> float:
+    return sum(each.experts_s for each in steps) / len(steps)

@@ -1,0 +1,300 @@
+"""Run an experiment's deployments in turn on the same ranks, and collect what was measured."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from expertlane.comparison.assumptions import measured_assumptions
+from expertlane.comparison.deployed import Deployed, Setting
+from expertlane.comparison.journal import Journal
+from expertlane.comparison.machine import experiment_limits, machine_record, measure_peak
+from expertlane.comparison.pair import pair_in_virtual_time, pair_in_wall_time
+from expertlane.comparison.virtual import VirtualRuns, VirtualSettings
+from expertlane.engine.launch import describe_ranks
+from expertlane.engine.ops.host import ForeignLoad
+from expertlane.engine.ranks.commands import RankMachine
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.progress import Progress
+from expertlane.results.hardware import MachinePeak, VirtualTime
+from expertlane.results.pair import PairRecord, choose_compared
+from expertlane.results.record import EXPERIMENT, SCALING, DeploymentRecord
+from expertlane.results.results import Results
+from expertlane.results.step_record import StepRecord
+from expertlane.schedule.request import Limits
+from expertlane.spec.experiment import Experiment
+from expertlane.spec.names import Phase
+from expertlane.spec.ranges import DEFAULT_REPEAT
+
+_MOST_RUNS = 1_000
+_RUNS_OF_OTHERS = 2
+_NO_VIRTUAL_TIME = "No virtual time: it is built from CPU times, and these ranks compute on GPUs."
+_OWN_LINKS = (
+    "No virtual time: these ranks are on {} hosts with links of their own, so wall time counts. "
+    "--clock virtual models links all the same."
+)
+
+
+@dataclass(frozen=True)
+class Repeats:
+    """Repetitions of the deployments in the first sentence; others have two at most.
+
+    Attributes:
+        num_runs: repetitions of each of them.
+        least_s: repeat until the steps of each of them have taken so long.
+    """
+
+    num_runs: int = DEFAULT_REPEAT
+    least_s: float = 0.0
+
+
+def run_comparison(
+    experiment: Experiment,
+    pool: RankPool,
+    progress: Progress,
+    *,
+    command: str,
+    virtual: VirtualSettings | None = None,
+    repeats: Repeats | None = None,
+    folder: Path | None = None,
+    resume: bool = False,
+    on_trace: Callable[[str, list[StepRecord]], None] | None = None,
+) -> Results:
+    """Measure every deployment of the experiment on the ranks of `pool`.
+
+    Every one twice, the second time in the opposite order; then, in turns, those that the first
+    sentence is about (`choose_compared`); then those of scaling, once.
+
+    Args:
+        command: command line that repeats it; kept in the results.
+        virtual: also replay what was measured in virtual time; None leaves that out, and lets
+            ranks compute whenever the system lets them.
+        repeats: None for the default.
+        folder: where measurements are kept until all are made.
+        resume: go on with those that are kept there.
+        on_trace: gets each deployment's name, and a prefill and a decode step of it with events;
+            the same in virtual time under the name with "virtual" after it.
+
+    Raises:
+        RankError: a rank died, hung or failed.
+        ModelError: the logits of a sequence are not finite.
+        UserError: what is kept in the folder is not this comparison's.
+    """
+    seen = describe_ranks(pool)
+    virtual, cautions = _virtual_on(seen, virtual)
+    peak = _peak(pool, seen, progress)
+    ranks_per_node = experiment.cluster.ranks_per_node or seen[0].ranks_per_node
+    limits = experiment_limits(experiment, seen)
+    foreign, journal = ForeignLoad(), None
+    if folder is not None:
+        journal = Journal.of(folder, experiment, seen, peak, resume=resume)
+        peak = journal.peak  # so that links are scaled as before
+        _tell_kept(journal, progress)
+    setting = Setting(experiment, pool, seen[0].dtype, ranks_per_node, progress, virtual, journal)
+    measured = _Measured.of(setting, peak, limits)
+    with journal or nullcontext():
+        measured.measure(repeats or Repeats())
+    if on_trace is not None:
+        for name, steps in measured.traces():
+            on_trace(name, steps)
+    return measured.results(command, seen, cautions, foreign.share())
+
+
+def _peak(pool: RankPool, seen: Sequence[RankMachine], progress: Progress) -> MachinePeak:
+    progress.task("measuring this machine's peak", 1)
+    peak = measure_peak(pool, seen)
+    progress.advance()
+    progress.done()
+    return peak
+
+
+def _tell_kept(journal: Journal, progress: Progress) -> None:
+    if journal.num_kept:
+        progress.task(f"{journal.num_kept} measurements of the interrupted run", 1)
+        progress.advance()
+        progress.done()
+
+
+def _virtual_on(
+    seen: Sequence[RankMachine], virtual: VirtualSettings | None
+) -> tuple[VirtualSettings | None, tuple[str, ...]]:
+    """The assumptions of virtual time on such ranks, if it has any, and cautions for a reader."""
+    num_hosts = len({each.host for each in seen})
+    if virtual is None:
+        return None, ()
+    if seen[0].on_gpu:
+        return None, (_NO_VIRTUAL_TIME,)
+    if num_hosts > 1 and not virtual.is_asked:
+        return None, (_OWN_LINKS.format(num_hosts),)
+    return virtual, ()
+
+
+@dataclass(eq=False)
+class _Measured:
+    """An experiment's deployments on the ranks, and their records.
+
+    Attributes:
+        own: the experiment's deployments, in order.
+        scaling: the layouts of growing size.
+        runs: replays in virtual time; None without it.
+        records: all records, those in wall time first.
+        pairs: the one that the first sentence is about with each of the others, on each clock.
+    """
+
+    setting: Setting
+    peak: MachinePeak
+    own: list[Deployed]
+    scaling: list[Deployed]
+    runs: VirtualRuns | None = None
+    records: tuple[DeploymentRecord, ...] = ()
+    pairs: tuple[PairRecord, ...] = ()
+
+    @classmethod
+    def of(cls, setting: Setting, peak: MachinePeak, limits: Mapping[str, Limits]) -> Self:
+        """The deployments, with nothing measured yet.
+
+        Args:
+            limits: by the deployment's name.
+        """
+        experiment = setting.experiment
+        own, scaling = (
+            [Deployed(each, setting, limits[each.name], role) for each in deployments]
+            for deployments, role in (
+                (experiment.deployments, EXPERIMENT),
+                (experiment.scaling, SCALING),
+            )
+        )
+        return cls(setting, peak, own, scaling)
+
+    def measure(self, repeats: Repeats) -> None:
+        """Run everything, then make the records."""
+        own, before = self.own, None
+        num_of_others = min(_RUNS_OF_OTHERS, repeats.num_runs)
+        for number in range(num_of_others):
+            for each in own if number % 2 == 0 else reversed(own):
+                each.measure(deploy=each is not before)
+                before = each
+        self.runs = self._virtual_runs()
+        first = {each.name: self._record(each) for each in own}
+        compared = self._compared(list(first.values()))
+        _in_turns(compared or own, repeats)
+        for each in self.scaling:
+            each.measure()
+            each.measure_share()
+        wall = {each.name: each.record(self.peak) for each in own}
+        virtual = first if self.runs else {}
+        for each in own if self.runs else ():
+            if each.num_runs > num_of_others:
+                virtual[each.name] = self._record(each)
+        self.pairs = tuple(self._pairs(compared, virtual))
+        self.records = (
+            *wall.values(),
+            *(each.record(self.peak) for each in self.scaling),
+            *virtual.values(),
+            *(self._record(each) for each in self.scaling if self.runs),
+        )
+
+    def traces(self) -> Iterator[tuple[str, list[StepRecord]]]:
+        """Traced steps of each of the experiment's deployments, by its name."""
+        for each in self.own:
+            yield from each.traces.items()
+
+    def results(
+        self,
+        command: str,
+        seen: Sequence[RankMachine],
+        cautions: tuple[str, ...],
+        foreign_cpu_share: float,
+    ) -> Results:
+        """The results, for the report; once all is measured."""
+        experiment, peak = self.setting.experiment, self.peak
+        limits = {each.name: each.limits for each in (*self.own, *self.scaling)}
+        machine = machine_record(seen, experiment.num_ranks, self.setting.ranks_per_node, peak)
+        return Results.now(
+            "comparison",
+            command,
+            {"experiment": experiment.question},
+            self.records,
+            torch_version=seen[0].torch_version,
+            machine=machine,
+            pairs=self.pairs,
+            virtual_time=self._virtual_time(),
+            assumptions=(
+                *measured_assumptions(experiment, machine, limits),
+                *(self.runs.assumptions() if self.runs else ()),
+            ),
+            cautions=cautions,
+            foreign_cpu_share=foreign_cpu_share,
+        )
+
+    def _virtual_time(self) -> VirtualTime | None:
+        """Virtual time's assumptions about links; None without virtual time."""
+        if self.runs is None:
+            return None
+        return self.runs.summary([each.link_tps for each in self.own if each.link_tps])
+
+    def _virtual_runs(self) -> VirtualRuns | None:
+        setting = self.setting
+        if setting.virtual is None:
+            return None
+        decodes, prefills = (
+            [step for each in self.own for step in each.steps_of(phase)]
+            for phase in (Phase.DECODE, Phase.PREFILL)
+        )
+        return VirtualRuns.of(
+            setting.virtual,
+            setting.experiment,
+            decodes or prefills,
+            setting.ranks_per_node,
+            self.peak,
+        )
+
+    def _record(self, deployed: Deployed) -> DeploymentRecord:
+        """The record that the verdict uses: in virtual time if there is any."""
+        if self.runs is None:
+            return deployed.record(self.peak)
+        return deployed.virtual_record(self.runs)
+
+    def _compared(self, records: Sequence[DeploymentRecord]) -> list[Deployed]:
+        """The deployments that the first sentence is about; empty for a single deployment."""
+        phase = self.own[0].phase
+        tps = [each.steps_of(phase)[0].tps.value for each in records]
+        return [self.own[place] for place in choose_compared(records, tps)]
+
+    def _pairs(
+        self, compared: Sequence[Deployed], virtual: Mapping[str, DeploymentRecord]
+    ) -> Iterator[PairRecord]:
+        """The pairs of the first with each of the others, on each clock.
+
+        Args:
+            virtual: records in virtual time by name; empty without it.
+        """
+        if not compared:
+            return
+        one, *others = compared
+        alone = one.without_each(self.runs) if self.runs else None
+        for other in others:
+            names, phase = (one.name, other.name), one.phase
+            yield pair_in_wall_time(names, phase, (one.wall_time(), other.wall_time()))
+            if self.runs and alone:
+                steps = [virtual[name].steps_of(phase)[0] for name in names]
+                repeated = alone, other.without_each(self.runs)
+                yield pair_in_virtual_time(names, phase, (steps[0], steps[1]), repeated)
+
+
+def _in_turns(deployed: Sequence[Deployed], repeats: Repeats) -> None:
+    """Measure more, in turns a, b, b, a, a, b: changes of the machine meanwhile affect all alike.
+
+    Whatever ran last needs not be deployed again.
+    """
+    before = None
+    for _ in range(_MOST_RUNS):
+        if all(
+            each.num_runs >= repeats.num_runs and each.measured_s >= repeats.least_s
+            for each in deployed
+        ):
+            return
+        for each in deployed if before is not deployed[-1] else reversed(deployed):
+            each.measure(deploy=each is not before)
+            before = each

@@ -1,0 +1,347 @@
+"""Bytes that a rank needs, known before anything is allocated."""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
+from math import ceil, prod
+from typing import NamedTuple
+
+from expertlane.balance.placement_file import Placements
+from expertlane.cost.kv_transfer import held_kv_bytes, held_kv_width
+from expertlane.cost.number_types import NumberTypes, weight_bytes
+from expertlane.errors import CapacityError
+from expertlane.results.record import PoolRecord
+from expertlane.schedule.request import Limits
+from expertlane.spec.layout import Coordinates, Layout, part_of, partition
+from expertlane.spec.model import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    ModelConfig,
+    Shape,
+    cut_dim,
+    expert_shapes,
+    is_matrix,
+    layer_shapes,
+    tensor_shape,
+)
+from expertlane.spec.workload import NOTHING_SHARED, SharedPrefixes, Workload
+
+BLOCK_SIZE = 16
+STEP_TOKENS = 16_384  # tokens in a comparison's step, over all ranks
+_FLOAT32_BYTES = 4
+RANK_STEP_TOKENS = 8192  # tokens in a data-parallel rank's prefill step, by default
+FREE_SHARE = 0.9  # share of a device's memory; the rest is for the framework and uncounted memory
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """Bytes of one rank.
+
+    Attributes:
+        weight_bytes, kv_bytes: held all the time.
+        activation_bytes: activations of the largest batch.
+        loading_bytes: the largest matrix while it is drawn, before there is a cache.
+    """
+
+    weight_bytes: int
+    kv_bytes: int
+    activation_bytes: int
+    loading_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """The most at any one time."""
+        return self.weight_bytes + max(self.kv_bytes + self.activation_bytes, self.loading_bytes)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Sequences that the fullest rank can hold.
+
+    Attributes:
+        memory: of the fullest rank, with one sequence of full length.
+        free_bytes: bytes that a rank may take.
+        max_seqs: sequences of full length that a data-parallel rank holds at once; 0 where not
+            even weights, activations and one sequence fit.
+        num_blocks: blocks of a data-parallel rank's KV cache, not rounded.
+    """
+
+    layout: Layout
+    memory: RankMemory
+    free_bytes: float
+    max_seqs: int
+    num_blocks: float
+
+    @property
+    def num_resident(self) -> int:
+        """Sequences of full length that all ranks hold at once."""
+        return self.max_seqs * self.layout.dp * self.layout.replicas
+
+    def record(self) -> PoolRecord:
+        """The record of the pool, without a number of sequences."""
+        return PoolRecord(
+            weight_bytes=self.memory.weight_bytes,
+            activation_bytes=self.memory.activation_bytes,
+            sequence_bytes=self.memory.kv_bytes,
+            allowed_bytes=int(self.free_bytes),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class PlacedModel:
+    """A model as its ranks hold it.
+
+    Attributes:
+        placements: [num_hidden_layers].
+    """
+
+    model: ModelConfig
+    layout: Layout
+    types: NumberTypes
+    placements: Placements
+
+    def rank_memory(self, limits: Limits, rank: int) -> RankMemory:
+        """Bytes of a rank: weights, the whole cache, and the activations of the largest step.
+
+        Activations are those of an even routing; the shares of a skewed one are not known before.
+        """
+        model, layout, types = self.model, self.layout, self.types
+        at = layout.coordinates(rank)
+        layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
+        of_layer = [
+            len(placed.experts_of_rank[at.ep_rank]) if placed else 0 for placed in self.placements
+        ]
+        inner = len(part_of(model.moe_intermediate_size, layout.etp, at.etp_rank))
+        num_bytes = sum(
+            count * self._layer_bytes(at, is_dense, num_experts)
+            for (is_dense, num_experts), count in Counter(
+                (model.is_dense(layer), of_layer[layer]) for layer in layers
+            ).items()
+        )
+        outside = (EMBEDDING,) * (at.pp_rank == 0)
+        outside += (HEAD, FINAL_NORM) * (at.pp_rank == layout.pp - 1)
+        held = [(name, self._held(at, name, tensor_shape(model, name))) for name in outside]
+        num_bytes += sum(_num_bytes(name, each, types) for name, each in held)
+        largest_matrix = model.hidden_size * max(inner, model.attention_size // layout.tp)
+        largest_matrix = max(largest_matrix, *(prod(map(len, each)) for _, each in held), 0)
+        # Token-expert pairs that reach this rank when routing is even; from the whole stage.
+        num_tokens = limits.max_num_batched_tokens
+        num_pairs_in_stage = layout.dp * num_tokens * model.num_experts_per_tok
+        num_slots = max((placed.num_slots for placed in self.placements if placed), default=1)
+        num_pairs = ceil(num_pairs_in_stage * max(of_layer) / num_slots)
+        kv_width = held_kv_width(model, layout.tp)
+        position_bytes = held_kv_bytes(model, types, layout.tp)
+        # Hidden states, queries, keys and values; the tokens of the experts with their inner layer.
+        num_values = num_tokens * (4 * model.hidden_size + 2 * kv_width)
+        num_values += num_pairs * (2 * model.hidden_size + inner)
+        num_positions = limits.num_blocks * limits.block_size
+        return RankMemory(
+            weight_bytes=num_bytes,
+            kv_bytes=len(layers) * ceil(num_positions / layout.dcp) * position_bytes,
+            activation_bytes=num_values * types.activation_bytes,
+            loading_bytes=largest_matrix * _FLOAT32_BYTES
+            + int(weight_bytes(largest_matrix, types.weights)),
+        )
+
+    def fit_cache(self, limits: Limits, free_bytes: float, cache_share: float = 1.0) -> Limits:
+        """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
+
+        Args:
+            free_bytes: free bytes of a rank.
+            cache_share: of what is left beside weights and activations, how much the cache may
+                take.
+
+        Raises:
+            CapacityError: not even one sequence of `max_model_len` fits; with both numbers.
+        """
+        fewest = min(ceil(limits.max_model_len / limits.block_size), limits.num_blocks)
+        smallest = replace(limits, num_blocks=fewest)
+        num_blocks = limits.num_blocks
+        for rank in range(self.layout.replica_size):  # replicas are alike
+            need = self.rank_memory(smallest, rank)
+            if need.total_bytes > free_bytes:
+                raise CapacityError(too_little(self.model, self.layout, need, free_bytes))
+            of_cache = cache_share * (free_bytes - need.weight_bytes - need.activation_bytes)
+            num_blocks = min(num_blocks, max(fewest, int(of_cache * fewest // need.kv_bytes)))
+        return replace(limits, num_blocks=num_blocks)
+
+    def fullest(self, limits: Limits) -> RankMemory:
+        """The memory of the fullest rank: the first ranks of the stages hold most."""
+        firsts = range(0, self.layout.replica_size, self.layout.stage_size)
+        needs = (self.rank_memory(limits, rank) for rank in firsts)
+        return max(needs, key=lambda need: need.total_bytes)
+
+    def capacity(
+        self,
+        device_bytes: float,
+        full_len: int,
+        num_batched_tokens: int,
+        prefixes: SharedPrefixes = NOTHING_SHARED,
+    ) -> Capacity:
+        """Sequences that fit on the fullest rank, the first one of the first or the last stage.
+
+        Args:
+            full_len: positions of a sequence when it is done.
+            num_batched_tokens: tokens of a data-parallel rank's largest step.
+            prefixes: shared by sequences; the cache holds each once.
+        """
+        free = FREE_SHARE * device_bytes
+        blocks_per_seq = ceil(full_len / BLOCK_SIZE)
+        limits = Limits(
+            vocab_size=self.model.vocab_size,
+            max_model_len=full_len,
+            num_blocks=blocks_per_seq,
+            max_num_batched_tokens=num_batched_tokens,
+        )
+        found = []
+        for rank in dict.fromkeys((0, (self.layout.pp - 1) * self.layout.stage_size)):
+            need = self.rank_memory(limits, rank)
+            cache_bytes = free - need.weight_bytes - need.activation_bytes
+            room = cache_bytes // need.kv_bytes
+            num_blocks = cache_bytes / need.kv_bytes * blocks_per_seq
+            if prefixes.num:
+                room = prefixes.num_sharing(num_blocks, blocks_per_seq - prefixes.num_blocks)
+            fits = need.total_bytes <= free
+            max_seqs = int(room) if fits else 0
+            found.append(Capacity(self.layout, need, free, max_seqs, max(num_blocks, 0.0)))
+        return min(found, key=lambda each: each.max_seqs)
+
+    def _layer_bytes(self, at: Coordinates, is_dense: bool, num_experts: int) -> int:
+        """Bytes of a layer's weights, scales included.
+
+        Args:
+            num_experts: experts that the rank holds, or holds a slice of.
+        """
+        cut = _Cut(self.layout.tp, at.tp_rank, self.layout.etp, at.etp_rank)
+        return _layer_bytes(self.model, self.types, cut, is_dense, num_experts)
+
+    def _held(self, at: Coordinates, name: str, shape: Shape) -> list[range]:
+        """The part of a tensor that a rank holds."""
+        cut = _Cut(self.layout.tp, at.tp_rank, self.layout.etp, at.etp_rank)
+        return _held(self.model, cut, name, shape)
+
+
+class _Cut(NamedTuple):
+    """Tensor-parallel and expert-tensor-parallel degree, and a rank's place in both."""
+
+    tp: int
+    tp_rank: int
+    etp: int
+    etp_rank: int
+
+
+@cache
+def _layer_bytes(
+    model: ModelConfig, types: NumberTypes, cut: _Cut, is_dense: bool, num_experts: int
+) -> int:
+    num_of = dict.fromkeys(shapes := layer_shapes(model, is_dense), 1)
+    if num_experts:
+        parts = expert_shapes(model)
+        experts = {f"experts.{part}": shape for part, shape in parts.items()}
+        shapes, num_of = shapes | experts, num_of | dict.fromkeys(experts, num_experts)
+    return sum(
+        num_of[name] * _num_bytes(name, _held(model, cut, name, shape), types)
+        for name, shape in shapes.items()
+    )
+
+
+def _held(model: ModelConfig, cut: _Cut, name: str, shape: Shape) -> list[range]:
+    """The part of a tensor that a rank holds; key/value heads fewer than `tp` by several."""
+    of_expert, part = name.startswith("experts."), name.rpartition(".")[2]
+    whole = [range(size) for size in shape]
+    if part in _ADDED_ONCE:
+        is_first = (cut.etp_rank if of_expert else cut.tp_rank) == 0
+        return whole if is_first else [range(0)]
+    full = shape[cut_dim(name)]
+    held = range(full)
+    if of_expert:
+        held = part_of(full, cut.etp, cut.etp_rank)
+    elif name == HEAD or name.startswith(("dense.", "shared.")):
+        held = part_of(full, cut.tp, cut.tp_rank)
+    elif part in _OF_QUERIES or (part == "query_norm" and model.qk_norm == "full"):
+        size = full // cut.tp
+        held = range(cut.tp_rank * size, (cut.tp_rank + 1) * size)
+    elif part in _OF_KEYS or (part == "key_norm" and model.qk_norm == "full"):
+        held = range(max(1, model.num_kv_heads // cut.tp) * model.head_dim)
+    whole[cut_dim(name)] = held
+    return whole
+
+
+_WIDE = {
+    *("attention_norm", "moe_norm", "query_a_norm", "kv_a_norm", FINAL_NORM),
+    *("sinks", "router", "router_bias", "correction_bias"),
+}
+_OF_QUERIES = {"query", "query_bias", "query_b", "output", "kv_b", "sinks"}
+_OF_KEYS = {"key", "key_bias", "value", "value_bias"}
+_ADDED_ONCE = {"output_bias", "down_bias"}  # to partial sums, by the first rank
+
+
+def _num_bytes(name: str, held: list[range], types: NumberTypes) -> int:
+    """Bytes of a part of a tensor: norms and routers are float32; only matrices are narrow."""
+    part, num_values = name.rpartition(".")[2], prod(map(len, held))
+    if part in _WIDE:
+        number_type = "float32"
+    elif not is_matrix(name) or (name == HEAD and not types.narrow_head):
+        number_type = types.kept
+    elif types.inputs_of_scale is not None:
+        rows, inputs = held
+        groups = ceil(inputs.stop / types.inputs_of_scale) - inputs.start // types.inputs_of_scale
+        return num_values + (len(rows) * groups * _FLOAT32_BYTES if inputs else 0)
+    elif name.startswith("experts."):
+        number_type = types.of_part("experts")
+    else:
+        is_mlp = name.startswith(("dense.", "shared."))
+        number_type = types.of_part("mlp" if is_mlp else "attention")
+    return int(weight_bytes(num_values, number_type))
+
+
+def workload_limits(workload: Workload, model: ModelConfig, layout: Layout) -> Limits:
+    """A scheduler's sizes for a fixed workload, its whole cache resident.
+
+    Prompts and decodes are kept apart, so that each can be measured; and no prefix is shared, so
+    that every deployment computes every token. All deployments take the same number of tokens in
+    a step, whatever the number of their data-parallel ranks.
+    """
+    num_seqs = len(
+        partition(len(partition(workload.num_sequences, layout.replicas)[0]), layout.dp)[0]
+    )
+    num_blocks = ceil(workload.max_len / BLOCK_SIZE) + 1  # one more: the scheduler's reserve
+    num_tokens = min(STEP_TOKENS // (layout.replicas * layout.dp), num_seqs * workload.prompt_len)
+    return Limits(
+        vocab_size=model.vocab_size,
+        max_model_len=workload.max_len,
+        num_blocks=num_seqs * num_blocks,
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=max(num_tokens, num_seqs),
+        max_num_seqs=num_seqs,
+        prefix_caching=False,
+        phases_apart=True,
+    )
+
+
+def prefill_step_tokens(workload: Workload, layout: Layout, step_tokens: int | None = None) -> int:
+    """New tokens of a data-parallel rank's prefill step: all its prompts, or as many as allowed.
+
+    Args:
+        step_tokens: allowed over the whole system; 8,192 on each data-parallel rank if None.
+    """
+    num_caches = layout.replicas * layout.dp
+    allowed = RANK_STEP_TOKENS if step_tokens is None else max(1, step_tokens // num_caches)
+    return min(allowed, workload.prompt_len * ceil(workload.num_sequences / num_caches))
+
+
+def too_little(model: ModelConfig, layout: Layout, need: RankMemory, free_bytes: float) -> str:
+    """The error line where not even one sequence fits."""
+    return (
+        f"{model.name} as {layout} needs {size_text(need.total_bytes)} per rank (weights "
+        f"{size_text(need.weight_bytes)}, KV cache of one sequence {size_text(need.kv_bytes)}, "
+        f"activations {size_text(need.activation_bytes)}) but {size_text(free_bytes)} of memory "
+        "are free"
+    )
+
+
+def size_text(num_bytes: float) -> str:
+    """Bytes as a person reads them."""
+    unit, name = (10**12, "TB") if num_bytes >= 10**12 else (10**9, "GB")
+    return f"{num_bytes / unit:.3g} {name}"

@@ -1,0 +1,178 @@
+"""A rank's counters of a step: FLOPs, bytes read and sent, tokens of experts, and fan-out."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertlane.engine.comm.meter import Meter
+from expertlane.engine.comm.progress import NO_LAYER
+from expertlane.results.step_record import RankRecord
+from expertlane.spec.names import Stage, Traffic
+
+_NUM_STAGES = len(Stage)
+
+
+class StepCounters:
+    """Adds up the counts of a step's call sites, by the current stage or layer.
+
+    Args:
+        rank: global rank.
+        world_size: ranks of the layout, replicas included.
+
+    Attributes:
+        stage, layer: the current ones.
+        is_recording: this step is counted.
+        meter: running totals, of steps without a record too; None until they are asked for.
+    """
+
+    def __init__(self, rank: int, num_layers: int, num_experts: int, world_size: int) -> None:
+        self._rank = rank
+        self._world_size = world_size
+        self._num_layers = num_layers
+        self._num_experts = num_experts
+        self.stage = Stage.IDLE
+        self.layer = NO_LAYER
+        self.is_recording = self._recording_routing = False
+        self.meter: Meter | None = None
+        self._clear_counts()
+
+    def _clear_counts(self) -> None:
+        self._flops = [0] * _NUM_STAGES
+        self._weight_bytes = [0] * _NUM_STAGES
+        self._num_collectives = [0] * _NUM_STAGES
+        self._kv_bytes = 0
+        self._sent_bytes: defaultdict[tuple[Stage, Traffic], list[int]] = defaultdict(
+            lambda: [0] * self._world_size
+        )
+        self._tokens = np.zeros((self._num_layers, self._num_experts), dtype=np.int64)
+        self._by_ranks_reached, self._by_nodes_reached = np.zeros(
+            (2, self._world_size + 1), dtype=np.int64
+        )
+        self._num_remote_rank_copies = self._num_remote_node_copies = 0
+        self._payload_squares = np.zeros(2)
+        self._num_pairs_saved, self._copies_s = 0, 0.0
+        self._topk_ids: defaultdict[int, list[Tensor]] = defaultdict(list)  # by layer
+
+    def count_compute(self, flops: int, weight_bytes: int, kv_bytes: int = 0) -> None:
+        """Add FLOPs, and bytes read of weights and of the KV cache, to the current stage."""
+        if self.is_recording:
+            self._flops[self.stage] += flops
+            self._weight_bytes[self.stage] += weight_bytes
+            self._kv_bytes += kv_bytes
+
+    def count_expert_tokens(self, experts: Sequence[int], num_tokens: Sequence[int]) -> None:
+        """Add token-expert pairs of the current layer.
+
+        Args:
+            experts: [n]; logical experts, no expert twice.
+            num_tokens: [n]; pairs of each.
+        """
+        if self.is_recording:
+            self._tokens[self.layer, list(experts)] += num_tokens
+
+    def record_topk_ids(self, topk_ids: Tensor) -> None:
+        """Keep the top-k ids of the current layer, if the plan asks for routing.
+
+        Args:
+            topk_ids: [T, K]; logical experts of this rank's own tokens.
+        """
+        if self._recording_routing:
+            self._topk_ids[self.layer].append(topk_ids.to("cpu", torch.int32, copy=True))
+
+    def count_fan_out(
+        self,
+        ranks_reached: Tensor,
+        nodes_reached: Tensor,
+        num_remote_rank_copies: int,
+        num_remote_node_copies: int,
+    ) -> None:
+        """Add the fan-out of one layer's tokens.
+
+        Args:
+            ranks_reached, nodes_reached: [T] whole numbers; ranks and nodes that each token
+                reaches, this one included if it computes experts of the token.
+            num_remote_rank_copies: (token, rank on another node) pairs.
+            num_remote_node_copies: (token, other node) pairs.
+        """
+        if self.is_recording:
+            num = self._world_size + 1
+            self._by_ranks_reached += np.bincount(ranks_reached.cpu().numpy(), minlength=num)
+            self._by_nodes_reached += np.bincount(nodes_reached.cpu().numpy(), minlength=num)
+            self._num_remote_rank_copies += num_remote_rank_copies
+            self._num_remote_node_copies += num_remote_node_copies
+
+    def count_copies(self, num_saved: int, seconds: float) -> None:
+        """Add effect and cost of balancing one layer's pairs among copies.
+
+        Args:
+            num_saved: pairs that the fullest rank has fewer by it.
+            seconds: CPU time that it took this rank.
+        """
+        if self.is_recording:
+            self._num_pairs_saved += num_saved
+            self._copies_s += seconds
+        if self.meter is not None:
+            self.meter.shared_out(num_saved, seconds)
+
+    def count_payload_error(self, error_squares: float, squares: float) -> None:
+        """Add the rounding error of hidden states that are sent in a narrower type.
+
+        Args:
+            error_squares: sum of the squared errors.
+            squares: sum of the squared hidden states.
+        """
+        if self.is_recording:
+            self._payload_squares += (error_squares, squares)
+
+    def _count_sent(
+        self,
+        to: Sequence[int],
+        num_rows: Sequence[int],
+        row_bytes: int,
+        metadata_bytes: int,
+        num_real: Sequence[int] | None,
+    ) -> None:
+        """Add a collective or send; for its arguments see `Recorder.post`."""
+        self._num_collectives[self.stage] += 1
+        real = num_rows if num_real is None else num_real
+        counted = [
+            (Traffic.PAYLOAD, real, row_bytes - metadata_bytes),
+            (Traffic.METADATA, real, metadata_bytes),
+        ]
+        if num_real is not None:
+            padding = [a - b for a, b in zip(num_rows, num_real, strict=True)]
+            counted.append((Traffic.PADDING, padding, row_bytes))
+        for traffic, rows, num_bytes in counted:
+            if num_bytes:
+                of_rank = self._sent_bytes[self.stage, traffic]
+                for rank, num in zip(to, rows, strict=True):
+                    of_rank[rank] += num * num_bytes
+
+    def _counted(self, **times: Any) -> RankRecord:
+        """The record of the step, of these counts and the fields given."""
+        sent_bytes = np.zeros((_NUM_STAGES, len(Traffic), self._world_size), dtype=np.int64)
+        for (stage, traffic), of_rank in self._sent_bytes.items():
+            sent_bytes[stage, traffic] = of_rank
+        sent_bytes[..., self._rank] = 0
+        return RankRecord(
+            rank=self._rank,
+            flops=np.array(self._flops, dtype=np.int64),
+            weight_bytes=np.array(self._weight_bytes, dtype=np.int64),
+            kv_bytes=self._kv_bytes,
+            sent_bytes=sent_bytes,
+            num_collectives=np.array(self._num_collectives, dtype=np.int64),
+            num_tokens_per_expert=self._tokens,
+            tokens_by_ranks_reached=self._by_ranks_reached,
+            tokens_by_nodes_reached=self._by_nodes_reached,
+            num_remote_rank_copies=self._num_remote_rank_copies,
+            num_remote_node_copies=self._num_remote_node_copies,
+            num_pairs_saved=self._num_pairs_saved,
+            copies_s=self._copies_s,
+            payload_squares=self._payload_squares,
+            topk_ids={layer: torch.cat(ids).numpy() for layer, ids in self._topk_ids.items()},
+            **times,
+        )

@@ -1,0 +1,245 @@
+"""Changes of the layout while requests run: checks, preparation, and the switch."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from expertlane.balance.kept import keeping_placements
+from expertlane.balance.placement_file import Placements, check_deployment
+from expertlane.cost.memory import FREE_SHARE
+from expertlane.engine.elastic.arrangement import Arrangement
+from expertlane.engine.elastic.recovery_record import RecoveryRecord
+from expertlane.engine.elastic.weights_ahead import WeightsAhead
+from expertlane.engine.engine import Engine
+from expertlane.engine.launch import describe_ranks, placed_model, with_blocks
+from expertlane.engine.model_runner import ModelRunner
+from expertlane.engine.ops import host
+from expertlane.engine.ranks.commands import HeldBytes, RankMachine
+from expertlane.engine.ranks.pool import RankPool
+from expertlane.engine.ranks.rank_environment import check_num_ranks
+from expertlane.engine.ranks.run_files import MOST_UNCOMPILED
+from expertlane.errors import CapacityError, UserError
+from expertlane.schedule.request import Limits
+from expertlane.spec.deployment import Deployment
+from expertlane.spec.layout import Layout
+from expertlane.spec.members import Members
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Origin
+
+PREPARING = "preparing"  # the state before those of `engine.elastic.recovery`
+
+
+@dataclass(frozen=True, eq=False)
+class LayoutChange:
+    """A change of the layout that was made.
+
+    Attributes:
+        record: its states; over once a step was committed.
+        held: [world_size]; bytes of each rank's weights, by origin, and of its cache.
+        ahead_s: seconds for which ranks prepared weights before the layout changed.
+    """
+
+    before: Layout
+    after: Layout
+    record: RecoveryRecord
+    held: tuple[HeldBytes, ...]
+    ahead_s: float
+
+    def bytes_from(self, origin: Origin) -> int:
+        """Bytes of all ranks' weights of one origin."""
+        return sum(each.bytes_from.get(origin, 0) for each in self.held)
+
+
+class Scaling:
+    """Changes of the layout of one engine, whose model, options and limits stay.
+
+    Args:
+        deployment: the deployment, whose options stay.
+        machine: [num_ranks]; the machine as ranks saw it before the model was loaded.
+        ranks_per_node: see `check_deployment`.
+        folder: the checkpoint's folder; None where weights are random.
+
+    Attributes:
+        machine: [num_ranks]; the machine as the present ranks see it.
+        changes: all changes so far, in order. Other threads may copy it.
+        ahead: the preparation of a change that `prepare` has begun; None without one.
+    """
+
+    def __init__(
+        self,
+        pool: RankPool,
+        runner: ModelRunner,
+        engine: Engine[Any],
+        model: ModelConfig,
+        deployment: Deployment,
+        limits: Limits,
+        machine: Sequence[RankMachine],
+        *,
+        ranks_per_node: int,
+        folder: Path | None,
+        oversubscribe: bool,
+    ) -> None:
+        self._pool, self._runner, self._engine = pool, runner, engine
+        self._model, self._deployment, self._limits = model, deployment, limits
+        self._arranged = runner.arranged
+        self.machine = tuple(machine)
+        self._ranks_per_node, self._folder = ranks_per_node, folder
+        self._oversubscribe = oversubscribe
+        self.changes: list[LayoutChange] = []
+        self.ahead: WeightsAhead | None = None
+
+    @property
+    def deployment(self) -> Deployment:
+        """The deployment with the present layout, as if no rank were missing."""
+        return replace(self._deployment, layout=self._arranged.whole.layout)
+
+    def prepare(self, layout: Layout) -> None:
+        """Begin a change: ranks start, and make weights, while steps go on.
+
+        `advance` has to follow until all is prepared, then `scale`; or `give_up`.
+
+        Raises:
+            UserError: see `check`; nothing has changed then.
+        """
+        placements = self.check(layout)
+        self.give_up()
+        if layout == self.deployment.layout:
+            return
+        pool, deployment = self._pool, replace(self.deployment, layout=layout)
+        placed = placed_model(
+            self._model,
+            layout,
+            placements,
+            self.machine[0],
+            deployment.options,
+            self._folder,
+        )
+        new = [rank for rank in range(layout.world_size) if rank not in pool.present]
+        needed = sum(placed.rank_memory(self._limits, rank).total_bytes for rank in new)
+        room = max(0.0, FREE_SHARE * host.memory_bytes()[0] - needed)
+        spec = self._runner.spec_of(self._arrangement(layout, placements))
+        self.ahead = WeightsAhead(pool, spec, int(room / len(pool.present)))
+
+    def advance(self) -> bool:
+        """Go on with preparing, between steps; gives whether all that can be prepared is.
+
+        Raises:
+            CapacityError: new ranks do not stay alive; the change was given up.
+            RankError: ranks were lost, and could not be replaced.
+        """
+        if self.ahead is None:
+            return True
+        recovery = self._engine.recovery
+        if recovery is not None and recovery.members != recovery.whole:
+            return False  # lost ranks have to be back first
+        advance = partial(self.ahead.advance, is_idle=self._engine.is_idle)
+        try:
+            return self._engine.with_ranks(advance)
+        except CapacityError:
+            self.give_up()
+            raise
+
+    def give_up(self) -> None:
+        """Drop the change, and free the weights that were prepared for it."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None:
+            self._engine.with_ranks(ahead.give_up)
+
+    def check(self, layout: Layout) -> Placements:
+        """Check another layout, as at the start; gives its first placements.
+
+        Ranks keep the experts that they hold, as far as they have slots for them, unless a
+        placement file says otherwise.
+
+        Raises:
+            UserError: these ranks cannot change their layout, there may not be so many, the model
+                does not fit the layout, or does not fit into memory.
+        """
+        if self._engine.recovery is None:
+            raise UserError(
+                "the layout can change only with --on-failure replace or shrink "
+                "(on_failure='replace')"
+            )
+        self._engine.recovery.check_whole()
+        if self.machine[0].on_gpu:
+            raise UserError("the layout can change only on CPUs, not on GPUs")
+        num_ranks, now = layout.world_size, self._pool.num_ranks
+        if num_ranks != now:
+            self._check_num_ranks(layout)
+        deployment = replace(self.deployment, layout=layout)
+        placements = check_deployment(self._model, deployment, self._nodes_of(layout))
+        held = sum(each.weight_bytes + each.kv_bytes for each in self._runner.held)
+        free_bytes = host.memory_bytes()[0] + held
+        seen = [
+            replace(
+                self.machine[0], free_bytes=free_bytes, ranks_per_node=self._per_node(num_ranks)
+            )
+        ] * num_ranks
+        try:
+            with_blocks(
+                *(self._limits, self._limits.num_blocks, self._model, layout, placements, seen),
+                deployment.options,
+                self._folder,
+            )
+        except CapacityError as error:
+            raise CapacityError(
+                f"layout {layout}: {error}; a start with a smaller --num-blocks leaves more room"
+            ) from None
+        if self.deployment.options.placement_file is not None:
+            return placements
+        before = self._arranged.now
+        return keeping_placements(placements, layout, before.placements[0], before.members)
+
+    def _arrangement(self, layout: Layout, placements: Placements) -> Arrangement:
+        return Arrangement.alike(Members(layout), placements, self._nodes_of(layout))
+
+    def _check_num_ranks(self, layout: Layout) -> None:
+        num_ranks, most = layout.world_size, self._pool.most_ranks
+        if self._pool.is_of_nodes:
+            raise UserError(
+                f"layout {layout} has {num_ranks} ranks; on several nodes their number cannot "
+                f"change: {most}"
+            )
+        check_num_ranks(num_ranks, oversubscribe=self._oversubscribe)
+        if "without compiled code" in self.machine[0].backend:
+            most = max(MOST_UNCOMPILED, len(self.machine))
+        if num_ranks > most:
+            raise CapacityError(
+                f"layout {layout} has {num_ranks} ranks; valid here: {most} at most"
+            )
+
+    def _nodes_of(self, layout: Layout) -> int:
+        """Ranks of a layout on one node."""
+        return self._ranks_per_node or self._per_node(layout.world_size)
+
+    def _per_node(self, num_ranks: int) -> int:
+        return self.machine[0].ranks_per_node if self._pool.is_of_nodes else num_ranks
+
+    def scale(self, layout: Layout) -> None:
+        """Change the layout; requests keep their tokens, and some are computed again.
+
+        Raises:
+            UserError: see `check`; nothing has changed then.
+            RankError: ranks were lost, and could not be replaced.
+        """
+        placements = self.check(layout)
+        if self.ahead is not None and self.ahead.layout != layout:
+            self.give_up()
+        if self.ahead is not None:
+            placements = self.ahead.placements  # experts may have moved since
+        if layout == self.deployment.layout:
+            return
+        ahead_s = 0.0 if self.ahead is None else time.monotonic() - self.ahead.began_s
+        before = self.deployment.layout
+        self._engine.with_ranks(self._runner.before_reshape)
+        self._engine.scale(self._arrangement(layout, placements))
+        self.ahead = None
+        recovery = self._engine.recovery
+        assert recovery is not None, "it was checked"
+        self.changes.append(
+            LayoutChange(before, layout, recovery.records[-1], tuple(self._runner.held), ahead_s)
+        )
+        self.machine = tuple(self._engine.with_ranks(partial(describe_ranks, self._pool)))

@@ -1,0 +1,324 @@
+"""Causal attention over a key/value cache, for the heads one rank holds.
+
+`Attention` is multi-head or grouped-query; `engine/model/latent_attention.py` has latent attention.
+Both give a partial sum over the tensor-parallel group.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from expertlane.engine.comm.collectives import Steps
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.weights import WeightSource, taker_of
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache
+from expertlane.engine.ops.narrow import reordered, side_by_side
+from expertlane.engine.ops.parts import AttentionCall
+from expertlane.engine.ops.products import HeadsLinear, Linear
+from expertlane.engine.ops.step import AttentionWeights
+from expertlane.spec.model import ModelConfig, RopeScaling, layer_name
+from expertlane.spec.names import Stage
+
+
+class RotaryEmbedding:
+    """Rotary position embedding (Su et al. 2021), with the RoPE scaling that checkpoints name.
+
+    The last `rotary_dim` values of queries and keys are rotated by their positions. The pairs are
+    (i, i + rotary_dim / 2), or (2i, 2i + 1) where the model interleaves them.
+    """
+
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        positions = torch.arange(model.max_position_embeddings, dtype=torch.float64)
+        angles = positions[:, None] * rotary_frequencies(model)
+        scaling = model.rope_scaling
+        factor = scaling.attention_factor if scaling is not None else 1.0
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        # Both halves of a pair side by side: [positions, 1, rotary_dim].
+        self.cos = torch.cat([cos, cos], dim=1).float().to(device)[:, None]
+        self.sin = torch.cat([-sin, sin], dim=1).float().to(device)[:, None]
+        self.interleave = model.rope_interleave
+        self._ops = backend_for(device)
+
+    def rotate_(self, x: Tensor, batch: ForwardBatch) -> Tensor:
+        """Rotate a batch's queries or keys, maybe in place.
+
+        Args:
+            x: [num_tokens, num_heads, head_dim]; not to be used afterwards.
+        """
+        if batch.rotation is None:  # the same in all layers
+            positions = batch.pages.positions
+            batch.rotation = (
+                self.cos.index_select(0, positions),
+                self.sin.index_select(0, positions),
+            )
+        return self._ops.rotate_(x, *batch.rotation, interleave=self.interleave)
+
+
+def rotary_frequencies(model: ModelConfig) -> Tensor:
+    """Rotary frequencies [rotary_dim / 2] float64, in radians a position."""
+    dims = torch.arange(0, model.rotary_dim, 2, dtype=torch.float64) / model.rotary_dim
+    frequencies = model.rope_theta**-dims
+    scaling = model.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    if scaling.rope_type == "llama3":
+        return _llama3(frequencies, scaling)
+    return _yarn(frequencies, scaling, model.rotary_dim, model.rope_theta)
+
+
+def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divided, 1: left as it is
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+def _yarn(frequencies: Tensor, scaling: RopeScaling, rotary_dim: int, theta: float) -> Tensor:
+    def dim_of(num_turns: float) -> float:
+        length = scaling.original_max_position_embeddings
+        turns = math.log(length / (num_turns * 2 * math.pi))
+        return rotary_dim * turns / (2 * math.log(theta))
+
+    first, last = dim_of(scaling.beta_fast), dim_of(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotary_dim - 1)
+    ramp = torch.arange(len(frequencies), dtype=torch.float64) - first
+    divided = (ramp / max(last - first, 1e-3)).clamp(0, 1)
+    return frequencies * (1 - divided + divided / scaling.factor)
+
+
+def _rotated_last(rows: Tensor, head_dim: int, rotary_dim: int) -> Tensor:
+    """Rows [num_heads · head_dim, …] with each head's first `rotary_dim` rows moved to its end.
+
+    Backends rotate the last values of a head; dot products do not depend on their order.
+    """
+    if rotary_dim == head_dim:
+        return rows
+    by_head = rows.view(-1, head_dim, *rows.shape[1:])
+    return by_head.roll(-rotary_dim, dims=1).view(rows.shape)
+
+
+class PagedHeads:
+    """Base of both kinds of attention: the rank's heads, output projection, and counters.
+
+    Args:
+        value_dim: width of a head's value in the cache.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        source: WeightSource,
+        mesh: ParallelMesh,
+        rotary: RotaryEmbedding,
+        value_dim: int,
+    ) -> None:
+        take = taker_of(source, layer)
+        self._mesh, self._rotary, self._dtype = mesh, rotary, source.dtype
+        self._ops = backend_for(source.device)
+        self._head_dim = model.head_dim
+        self._num_heads = model.num_attention_heads // mesh.layout.tp
+        sinks = take("sinks", self._of_heads(1), torch.float32) if model.attention_sinks else None
+        window = model.window_of_layer(layer)
+        self._params = AttentionParams(value_dim, model.softmax_scale, window, sinks)
+        # The output's bias is added by the first rank of the tensor-parallel group alone.
+        has_bias = model.output_bias and mesh.at.tp_rank == 0
+        inputs = self._of_heads(model.attention_output_size // model.num_attention_heads)
+        self._output = source.once(
+            layer,
+            ("output", inputs, has_bias),
+            lambda: self._ops.linear(
+                source.matrix(layer_name(layer, "output"), inputs),
+                take("output_bias") if has_bias else None,
+            ),
+        )
+        self._linears: list[Linear | HeadsLinear] = [self._output]  # to be counted
+
+    def _of_heads(self, width: int) -> range:
+        """The rows or columns of this rank's heads, `width` for each head."""
+        first = self._mesh.at.tp_rank * self._num_heads
+        return range(first * width, (first + self._num_heads) * width)
+
+    def tensors(self) -> list[Tensor]:
+        """All weights, for checksums."""
+        sinks = self._params.sinks
+        own = [tensor for linear in self._linears for tensor in linear.tensors()]
+        return own if sinks is None else [*own, sinks]
+
+    def part(self, norm: Tensor | None) -> AttentionCall | None:
+        """The whole attention in one call; None without such a call.
+
+        Args:
+            norm: weight of the norm before it, made a part of the call, if given.
+        """
+        return None
+
+    def compute(
+        self,
+        part: AttentionCall,
+        x: Tensor,
+        batch: ForwardBatch,
+        cache: KVCache,
+        *,
+        adds_input: bool,
+    ) -> Tensor:
+        """Attend by the call `part`, and count it; x is added to the result or not."""
+        out = part(x, cache, batch.pages, adds_input=adds_input)
+        self._count(batch, cache)
+        return out
+
+    def _count(self, batch: ForwardBatch, cache: KVCache) -> None:
+        """Count FLOPs and bytes.
+
+        Linears have 2·m·n·k FLOPs, attention 2 × pairs × heads × (key_dim + value_dim).
+        """
+        recorder = self._mesh.recorder
+        if not recorder.is_recording:
+            return
+        num_tokens, window = batch.batch.num_tokens, self._params.window
+        pairs, positions = batch.pairs_and_positions(window)
+        widths = cache.keys.shape[-1] + self._params.value_dim
+        num_weights = sum(each.num_weights for each in self._linears)
+        num_bytes = sum(each.num_bytes for each in self._linears)
+        recorder.count_compute(
+            flops=2 * num_tokens * num_weights + 2 * pairs * self._num_heads * widths,
+            weight_bytes=num_bytes if num_tokens else 0,
+            kv_bytes=cache.position_bytes * positions,
+        )
+
+
+class Attention(PagedHeads):
+    """Multi-head or grouped-query attention; key/value heads fewer than `tp` are replicated."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        source: WeightSource,
+        mesh: ParallelMesh,
+        rotary: RotaryEmbedding,
+    ) -> None:
+        super().__init__(model, layer, source, mesh, rotary, model.head_dim)
+        take, dim, tp = taker_of(source, layer), model.head_dim, mesh.layout.tp
+        self._num_kv_heads = max(1, model.num_kv_heads // tp)
+        self._kv_copies = max(1, tp // model.num_kv_heads)  # ranks that hold the same kv head
+        first_kv = mesh.at.tp_rank // self._kv_copies * self._num_kv_heads
+        heads = self._of_heads(dim)
+        kv_heads = range(first_kv * dim, (first_kv + self._num_kv_heads) * dim)
+        self._eps = model.rms_norm_eps
+        sizes = model.attention_size, model.kv_size  # of queries and keys of all ranks
+        self._sizes = torch.tensor(sizes, device=source.device)
+        parts = {"query": heads, "key": kv_heads, "value": kv_heads}
+
+        def ordered(rows: Tensor) -> Tensor:
+            return _rotated_last(rows, dim, model.rotary_dim)
+
+        def query_key_value() -> Linear:
+            bias = None
+            if model.qkv_bias:
+                biases = [take(f"{part}_bias", rows) for part, rows in parts.items()]
+                bias = torch.cat([*map(ordered, biases[:2]), biases[2]])
+            matrices = [source.matrix(layer_name(layer, part), own) for part, own in parts.items()]
+            if model.rotary_dim < dim:
+                matrices[:2] = [reordered(matrix, ordered) for matrix in matrices[:2]]
+            return self._ops.linear(side_by_side(matrices), bias)
+
+        key = "query_key_value", heads, kv_heads
+        self._query_key_value = source.once(layer, key, query_key_value)
+        self._linears.insert(0, self._query_key_value)
+        self._norms: tuple[Tensor, Tensor] | None = None
+        self._head_norms: Tensor | None = None  # of query and key heads, [heads, head_dim]
+        if model.qk_norm == "full":
+            query_norm, key_norm = take("query_norm", heads), take("key_norm", kv_heads)
+            self._norms = ordered(query_norm), ordered(key_norm)
+        elif model.qk_norm == "head":
+            norms = [ordered(take(part).float()) for part in ("query_norm", "key_norm")]
+            counts = self._num_heads, self._num_kv_heads
+            self._head_norms = torch.cat(
+                [norm.expand(count, dim) for norm, count in zip(norms, counts, strict=True)]
+            )
+
+    @property
+    def cache_dims(self) -> tuple[int, int, int]:
+        """Heads, key_dim and value_dim of the cache."""
+        return self._num_kv_heads, self._head_dim, self._head_dim
+
+    def tensors(self) -> list[Tensor]:
+        """All weights, for checksums."""
+        own = [*super().tensors(), *(self._norms or ())]
+        return own if self._head_norms is None else [*own, self._head_norms]
+
+    def part(self, norm: Tensor | None) -> AttentionCall | None:
+        """The whole attention in one call; None without such a call."""
+        if self._norms is not None:  # norms over the heads of all ranks need a transfer
+            return None
+        return self._ops.attention_part(
+            AttentionWeights(
+                norm=norm,
+                eps=self._eps,
+                query_key_value=self._query_key_value,
+                head_norms=self._head_norms,
+                output=self._output,
+                num_heads=self._num_heads,
+                num_kv_heads=self._num_kv_heads,
+                head_dim=self._head_dim,
+                cos=self._rotary.cos,
+                sin=self._rotary.sin,
+                interleave=self._rotary.interleave,
+                params=self._params,
+            ),
+            self._dtype,
+        )
+
+    def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
+        """Attend from the batch's new tokens to all positions up to each.
+
+        Args:
+            x: [num_tokens, hidden_size]; all tokens of the data-parallel rank's part.
+
+        Returns:
+            [num_tokens, hidden_size].
+        """
+        num_turned = self._num_heads + self._num_kv_heads
+        projected = self._query_key_value(x)
+        heads = projected.view(len(x), num_turned + self._num_kv_heads, self._head_dim)
+        query_key, value = heads[:, :num_turned], heads[:, num_turned:]
+        if self._norms is not None:
+            query_key = yield from self._norm_all_heads(query_key, self._norms)
+        elif self._head_norms is not None:
+            query_key = self._ops.rms_norm_heads_(query_key, self._head_norms, self._eps)
+        query_key = self._rotary.rotate_(query_key, batch)
+        query, key = query_key[:, : self._num_heads], query_key[:, self._num_heads :]
+        attended = self._ops.paged_attention(query, key, value, cache, batch.pages, self._params)
+        self._count(batch, cache)
+        return self._output(attended.flatten(1))
+
+    def _norm_all_heads(self, query_key: Tensor, norms: tuple[Tensor, Tensor]) -> Steps[Tensor]:
+        """RMS norms of queries and of keys, each over the heads of all ranks together."""
+        heads = [self._num_heads, self._num_kv_heads]
+        query, key = (part.flatten(1).float() for part in torch.split(query_key, heads, dim=1))
+        squares = torch.stack(
+            [query.square().sum(dim=1), key.square().sum(dim=1) / self._kv_copies], dim=1
+        )
+        tp = self._mesh.tp
+        if tp.size > 1:
+            recorder = self._mesh.recorder
+            layer = recorder.layer
+            recorder.enter(Stage.COLLECTIVES, layer)
+            width = squares.shape[1] * squares.itemsize
+            gathered = yield from tp.gathered(
+                squares, [len(squares)] * tp.size, metadata_bytes=width
+            )
+            squares = gathered.view(tp.size, -1, 2).sum(dim=0) if len(squares) else squares
+            recorder.enter(Stage.ATTENTION, layer)
+        factors = torch.rsqrt(squares / self._sizes + self._eps)
+        query = query * factors[:, :1] * norms[0].float()
+        key = key * factors[:, 1:] * norms[1].float()
+        return torch.cat([query, key], dim=1).to(query_key.dtype).view(query_key.shape)

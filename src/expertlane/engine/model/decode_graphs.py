@@ -1,0 +1,285 @@
+"""Decode steps of a stage as graphs: recorded once for some numbers of sequences, then launched.
+
+A whole step is one graph where its shapes do not depend on the routing; else each layer has a graph
+that ends at its dispatch. A batch is padded to the next recorded number of sequences. A sequence of
+padding has one position in a scratch block of the cache; no expert computes its token, and its
+results are not read.
+All ranks of a stage pad a whole step to the same number, and so do those of a tensor-parallel group
+for the graphs of layers: ranks that share a graph's transfers record it at the same time.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from expertlane.engine.comm.collectives import Steps, interleave
+from expertlane.engine.comm.meter import Sent
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.layers import DecoderLayer
+from expertlane.engine.model.moe_block import MoEBlock, Routed
+from expertlane.engine.model.padded_batch import NO_SEQS, GraphInputs, PaddedBatch
+from expertlane.engine.model.transformer import HeadResult, RunsLayers, TransformerStage
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.graphs import Graphs
+from expertlane.engine.ops.kv_cache import KVCache
+from expertlane.schedule.plan import Batch
+from expertlane.spec.deployment import GraphLimits
+from expertlane.spec.dispatch import DispatchForm, is_static_on
+
+
+class DecodeGraphs:
+    """A stage's graphs: recorded ahead, or by the first step of their size.
+
+    The largest is recorded first, so that the others reuse its memory.
+
+    Args:
+        num_blocks: blocks of the cache, without the scratch block.
+        records_transfers: whether graphs may contain transfers between ranks.
+        await_device: waits, with a bound, for an event of the device, which may wait for ranks.
+    """
+
+    def __init__(
+        self,
+        stage: TransformerStage,
+        graphs: Graphs,
+        limits: GraphLimits,
+        *,
+        num_blocks: int,
+        block_size: int,
+        records_transfers: bool,
+        await_device: Callable[[Any], None],
+    ) -> None:
+        self.stage, self._graphs = stage, graphs
+        self._await_device = await_device
+        self._takes_steps = records_transfers or stage.mesh.stage.size == 1
+        self._takes_layers = records_transfers or stage.mesh.tp.size == 1
+        self._sizes = limits.sizes
+        self._inputs = GraphInputs(
+            stage.mesh,
+            stage.device,
+            most_seqs=self._sizes[-1],
+            most_blocks=-(-limits.max_positions // block_size),
+            block_size=block_size,
+            scratch_block=num_blocks,
+        )
+        self._rooms: dict[str, Tensor] = {}
+        # By size, and form or layer: whole steps, and beginnings of layers.
+        self._launch: dict[tuple[int, DispatchForm | int], Callable[[], None]] = {}
+
+    def takes_steps(self, form: DispatchForm) -> bool:
+        """Whether a whole step with this form of dispatch can be recorded."""
+        return self._takes_steps and is_static_on(self.stage.mesh.layout, form)
+
+    def clear(self) -> None:
+        """Drop all graphs, since weights, groups or the cache have changed."""
+        self._launch.clear()
+
+    def record(self, size: int, forms: Iterable[DispatchForm]) -> int:
+        """Record the graphs of batches padded to a size; gives the number of new graphs."""
+        num_before = len(self._launch)
+        for form in forms:
+            if self.takes_steps(form):
+                self._record([size], form, form, self._forward)
+            elif self._takes_layers:
+                self._room("x", self.stage.empty_hidden(1))
+                for layer, cache in self.stage.layers:
+                    self._record([size], form, layer.index, partial(self._begin, layer, cache))
+        return len(self._launch) - num_before
+
+    def padded(
+        self, batch: Batch, num_tokens: Sequence[int], form: DispatchForm, num_parts: int = 1
+    ) -> PaddedBatch | None:
+        """Pad a batch with one token for each sequence; None if it is empty or too large.
+
+        Args:
+            num_tokens: [dp]; tokens of every data-parallel rank's batch.
+            num_parts: see `places_in`.
+        """
+        assert batch.num_tokens == batch.num_seqs, "every sequence has one new token"
+        most = max(num_tokens)
+        sizes = [size for size in self._sizes if size >= most]
+        if not sizes or not most:
+            return None
+        return PaddedBatch(batch, self._inputs, sizes[0], form, num_parts)
+
+    def run(self, part: PaddedBatch, arrived: Tensor | None) -> Tensor | HeadResult:
+        """Run a whole step: `TransformerStage.forward`, without logits of other ranks.
+
+        Args:
+            arrived: hidden states from the previous stage; None in the first one.
+
+        Returns:
+            Hidden states of all owned tokens, or the head's result of real sequences, whose logits
+            the next step overwrites.
+        """
+        size, form = part.batch.num_seqs, part.dispatch_form
+        self._prepare(size, form, form, self._forward)
+        if arrived is not None:
+            self._room("arrived", arrived)[: len(arrived)].copy_(arrived)
+        part.fill()
+        self._launch[size, form]()
+        if self.stage.mesh.is_last_stage:
+            num = part.real.num_seqs
+            token_ids = self._rooms["token_ids"][:num].clone()
+            return HeadResult(token_ids, self._rooms["logits"][:num], None)
+        return self._rooms["hidden"][: part.num_owned].clone()
+
+    def layers_of(self, batch: Batch, form: DispatchForm) -> RunsLayers | None:
+        """A function that runs the layers of a decode batch, with a graph up to each dispatch.
+
+        Dispatch, which asks the host for numbers of rows, runs between graphs as usual, on real
+        tokens, which stay with their owners. None where the batch does not fit: each
+        tensor-parallel group decides for itself.
+        """
+        if not self._takes_layers:
+            return None
+        own = [batch.num_seqs] * self.stage.mesh.layout.dp
+        part = self.padded(batch, own, form, self.stage.mesh.tp.size)
+        if part is None:
+            return None
+
+        def run(x: Tensor, real: ForwardBatch) -> Steps[Tensor]:
+            part.fill()
+            for layer, cache in self.stage.layers:
+                self._room("x", x)[: len(x)].copy_(x)
+                begun = self._begun(part, layer, cache)
+                if isinstance(begun, Tensor):
+                    x = begun
+                else:
+                    assert isinstance(layer.block, MoEBlock), "only such a block has a router"
+                    x = yield from layer.block.finish(begun, real)
+            return x
+
+        return run
+
+    def _begun(self, part: PaddedBatch, layer: DecoderLayer, cache: KVCache) -> Routed | Tensor:
+        """The result of `DecoderLayer.begin` for real tokens; the next layer overwrites it."""
+        size, num = part.batch.num_seqs, part.num_real_owned
+        begin = partial(self._begin, layer, cache)
+        if self._prepare(size, part.dispatch_form, layer.index, begin):
+            part.fill()
+        self._launch[size, layer.index]()
+        if not isinstance(layer.block, MoEBlock):
+            return self._rooms["begun"][:num]
+        return Routed(*(self._rooms[f"routed {name}"][:num] for name in Routed._fields))
+
+    def _begin(self, layer: DecoderLayer, cache: KVCache, part: PaddedBatch) -> None:
+        """Run a layer up to its dispatch; this is recorded."""
+        (begun,) = interleave([layer.begin(self._rooms["x"][: part.num_owned], part, cache)])
+        if isinstance(begun, Tensor):
+            self._keep("begun", begun)
+            return
+        for name, values in begun._asdict().items():
+            self._keep(f"routed {name}", values)
+
+    def _prepare(
+        self,
+        size: int,
+        form: DispatchForm,
+        kind: DispatchForm | int,
+        run: Callable[[PaddedBatch], None],
+    ) -> bool:
+        """Record a step's graph if it is missing; the largest first. Gives whether any was."""
+        # Only graphs of whole steps count for whole steps: ranks may differ in those of layers.
+        is_step = isinstance(kind, str)
+        is_first = all(isinstance(of, str) != is_step for _, of in self._launch)
+        first = (self._sizes[-1],) if is_first else ()
+        return self._record({*first, size}, form, kind, run)
+
+    def _record(
+        self,
+        sizes: Iterable[int],
+        form: DispatchForm,
+        kind: DispatchForm | int,
+        run: Callable[[PaddedBatch], None],
+    ) -> bool:
+        """Record the missing graphs for batches of these sizes; gives whether any was missing.
+
+        They are recorded on padding alone, so that no sequence's cache is overwritten.
+        """
+        missing = [each for each in sizes if (each, kind) not in self._launch]
+        for each in sorted(missing, reverse=True):
+            # A new batch for each run: values that it caches in its first layer are recorded too.
+            batch = partial(PaddedBatch, NO_SEQS, self._inputs, each, form)
+            batch().fill()
+            self._launch[each, kind] = self._captured(partial(_run_on, batch, run))
+        return bool(missing)
+
+    def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
+        meter = self.stage.mesh.recorder.meter
+        if meter is None:
+            return self._graphs.capture(run, self._await_device)
+        sent: Sent = ()
+
+        def metered() -> None:
+            nonlocal sent
+            sent = meter.sent_by(run)
+
+        replay = self._graphs.capture(metered, self._await_device)
+
+        def launch() -> None:
+            meter.add_sent(sent)
+            replay()
+
+        return launch
+
+    def _forward(self, part: PaddedBatch) -> None:
+        """Run a whole step; this is recorded."""
+        stage = self.stage
+        if stage.mesh.is_first_stage:
+            x = stage.embed(part)
+        else:
+            x = self._room("arrived", stage.empty_hidden(1))[: part.num_owned]
+        (result,) = interleave([stage.forward(x, part, needs_logits=False)])
+        if isinstance(result, Tensor):
+            self._keep("hidden", result)
+            return
+        assert result.token_ids is not None, "no more was asked for"
+        self._keep("token_ids", result.token_ids)
+        self._keep("logits", result.logits)
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        self._room(name, values)[: len(values)].copy_(values)
+
+    def _room(self, name: str, like: Tensor) -> Tensor:
+        """A named buffer for the most rows; made before it is used in a graph."""
+        if name not in self._rooms:
+            shape = self._sizes[-1], *like.shape[1:]
+            self._rooms[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return self._rooms[name]
+
+
+def _run_on(make: Callable[[], PaddedBatch], run: Callable[[PaddedBatch], None]) -> None:
+    run(make())
+
+
+def decode_graphs(
+    stage: TransformerStage,
+    limits: GraphLimits | None,
+    *,
+    num_blocks: int,
+    block_size: int,
+    records_transfers: bool,
+    await_device: Callable[[Any], None],
+) -> DecodeGraphs | None:
+    """The graphs of a stage; None where its backend has none, or `limits` is None.
+
+    Args:
+        limits: None if no step is to be recorded.
+        num_blocks, block_size, records_transfers, await_device: see `DecodeGraphs`.
+    """
+    graphs = None if limits is None else backend_for(stage.device).graphs()
+    if limits is None or graphs is None:
+        return None
+    return DecodeGraphs(
+        stage,
+        graphs,
+        limits,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        records_transfers=records_transfers,
+        await_device=await_device,
+    )

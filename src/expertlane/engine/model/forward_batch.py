@@ -1,0 +1,146 @@
+"""One rank's view of a batch: the tokens that it owns, their pages, and those that yield a token.
+
+Tokens of a data-parallel rank are divided near-equally over its tensor-parallel ranks; between
+attention and the next attention each token exists on its owner only.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from expertlane.cost.step.attention_sizes import pairs_and_positions
+from expertlane.engine.model.latent_batch import LatentParts, latent_parts
+from expertlane.engine.ops.kv_cache import PagedBatch
+from expertlane.engine.ops.transfer import Array, to_device
+from expertlane.schedule.plan import Batch
+from expertlane.spec.dispatch import DispatchForm
+from expertlane.spec.layout import Coordinates, Layout, partition
+from expertlane.spec.model import LatentAttention
+
+
+class ForwardBatch:
+    """A part of a micro-batch as it runs through the layers of a stage.
+
+    Attributes:
+        pages: positions, slots and block tables of its tokens.
+        rotation: cosines and sines of its tokens' positions, once the first layer has made them.
+        is_real: [num_owned]; owned tokens that are no padding; None where none is.
+
+    Args:
+        batch: the batch of this data-parallel rank.
+        num_tokens: [dp]; tokens of the same part of every data-parallel rank's batch.
+        at: this rank's coordinates.
+        block_size: positions in a block of the paged cache.
+        dispatch_form, balances_copies: the form of dispatch, and whether it balances copies; the
+            same on all ranks of the stage.
+        crowds: all tokens go to the same experts, as many of them on the first rank as possible.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        num_tokens: Sequence[int],
+        layout: Layout,
+        at: Coordinates,
+        device: torch.device,
+        block_size: int,
+        dispatch_form: DispatchForm = "all_to_all",
+        *,
+        balances_copies: bool = False,
+        crowds: bool = False,
+    ) -> None:
+        self.dispatch_form, self.balances_copies = dispatch_form, balances_copies
+        self.crowds = crowds
+        self.batch = batch
+        self.pages = PagedBatch(batch, block_size, device)
+        self._device = device
+        self._at = at
+        self._slices = partition(self.batch.num_tokens, layout.tp)
+        self.tokens_of_tp_rank = [len(part) for part in self._slices]
+        self.tokens_of_stage_rank = [
+            len(part) for of_dp_rank in num_tokens for part in partition(of_dp_rank, layout.tp)
+        ]
+        self.rotation: tuple[Tensor, Tensor] | None = None
+        self._latent_parts: LatentParts | None = None
+        self._last = (np.cumsum(self.batch.num_scheduled_tokens) - 1)[self.batch.yields_token]
+        self._own_token_ids: Tensor | None = None  # on a GPU, and the next too
+        self._own_last: Tensor | None = None
+        self.is_real: Tensor | None = None
+        self._place()
+
+    def _place(self) -> None:
+        """Copy the columns to the device at once; nothing on a CPU."""
+        if self._device.type != "cpu":
+            self._take(to_device(self._columns(), self._device))
+
+    def _columns(self) -> list[Array]:
+        """The arrays of the batch that a step on a GPU reads, to be copied there together."""
+        return [self._host_token_ids, self._last_of(self._at.tp_rank), *self.pages.columns()]
+
+    def _take(self, columns: Sequence[Tensor]) -> None:
+        """Take the arrays of `_columns` that were copied to the device."""
+        self._own_token_ids, self._own_last, *of_pages = columns
+        self.pages.take(of_pages)
+
+    @property
+    def num_owned(self) -> int:
+        """Number of tokens that this rank owns."""
+        return self.tokens_of_tp_rank[self._at.tp_rank]
+
+    @property
+    def owned_token_ids(self) -> Tensor:
+        """[num_owned]; the vocabulary ids of the owned tokens."""
+        if self._own_token_ids is not None:
+            return self._own_token_ids
+        return torch.from_numpy(self._host_token_ids)
+
+    @property
+    def _host_token_ids(self) -> npt.NDArray[np.int64]:
+        own = self._slices[self._at.tp_rank]
+        return self.batch.token_ids[own.start : own.stop]
+
+    def pairs_and_positions(self, window: int | None) -> tuple[int, int]:
+        """Query-key pairs of one head, and cache positions that at least one new token sees."""
+        batch = self.batch
+        of_seqs = pairs_and_positions(batch.num_scheduled_tokens, batch.num_computed_tokens, window)
+        pairs, positions = (int(each.sum()) for each in of_seqs)
+        return pairs, positions
+
+    def latent_parts(self, latent: LatentAttention) -> LatentParts:
+        """The sequences that attend in the latent, and those expanded; computed for all layers."""
+        if self._latent_parts is None:
+            self._latent_parts = latent_parts(self.pages, latent, self._device)
+        return self._latent_parts
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """Indices among the owned tokens of those that yield a next one."""
+        if self._own_last is not None:
+            return self._own_last
+        return torch.from_numpy(self._last_of(self._at.tp_rank))
+
+    def _last_of(self, tp_rank: int) -> npt.NDArray[np.int64]:
+        """Indices, in a tensor-parallel rank's slice, of tokens that yield a next one."""
+        last = self._last
+        if len(self._slices) > 1:
+            own = self._slices[tp_rank]
+            last = last[(last >= own.start) & (last < own.stop)] - own.start
+        return last
+
+    def owned(self, rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """For each tensor-parallel rank, the given rows in its slice, as indices into it.
+
+        Args:
+            rows: indices of tokens in the batch, ascending.
+        """
+        return [
+            rows[(rows >= part.start) & (rows < part.stop)] - part.start for part in self._slices
+        ]
+
+    @property
+    def last_tokens_of_tp_rank(self) -> list[int]:
+        """[tp]; tokens in each tensor-parallel rank's slice that yield a next one."""
+        return [len(self._last_of(tp_rank)) for tp_rank in range(len(self._slices))]

@@ -1,0 +1,298 @@
+"""The MoE block of a layer, as generators that yield where they wait for communication."""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from expertlane.balance.placement import Placement
+from expertlane.engine.comm.collectives import Steps
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.model.forward_batch import ForwardBatch
+from expertlane.engine.model.mlp import MLP, activation_of
+from expertlane.engine.model.weights import EXPERT, HeldWeights, WeightSource, taker_of
+from expertlane.engine.moe.dispatch import CopyChooser, RoutedTokens
+from expertlane.engine.moe.forms import make_dispatcher
+from expertlane.engine.moe.payload import Payload
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.mlp import MlpPart
+from expertlane.engine.ops.moe_step import LocalExperts
+from expertlane.engine.ops.narrow import Weight
+from expertlane.engine.ops.products import Activation, Expert, Linear
+from expertlane.engine.ops.router import RouterParams
+from expertlane.spec.deployment import PayloadType
+from expertlane.spec.dispatch import DispatchForm
+from expertlane.spec.layout import partition
+from expertlane.spec.model import ModelConfig, expert_name
+from expertlane.spec.names import CheckPoint, Stage
+
+
+class Routed(NamedTuple):
+    """Tokens that have passed the router.
+
+    Attributes:
+        x: [T, hidden_size]; the block's input, attention's output included.
+        hidden: [T, hidden_size]; the normed input.
+        topk_ids, topk_weights: [T, top_k].
+    """
+
+    x: Tensor
+    hidden: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+
+
+class MoEBlock:
+    """Norm, router, dispatch, experts, combine, the shared expert if any; added to the input.
+
+    Attributes:
+        placement: the experts that each rank holds now.
+        experts: this rank's experts.
+        here: the block without the shared expert in few calls; None unless all is on this rank.
+        shared: the shared expert, if there is one.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        placement: Placement,
+        source: WeightSource,
+        mesh: ParallelMesh,
+        norm: Tensor,
+    ) -> None:
+        self._layer = layer
+        self._mesh, self._recorder = mesh, mesh.recorder
+        routing = model.routing
+        self._dtype, self._device = source.dtype, source.device
+        self._ops = backend_for(source.device)
+        self._forms: Sequence[DispatchForm] = ("all_to_all",)
+        self._payload = Payload("model", self._recorder)
+        self._place(placement)
+
+        take = partial(taker_of(source, layer), dtype=torch.float32)
+        self._router = source.once(
+            layer,
+            "router",
+            lambda: self._ops.router(
+                RouterParams(
+                    norm=norm,
+                    eps=model.hidden_norm_eps,
+                    weight=take("router"),
+                    bias=take("router_bias") if routing.router_bias else None,
+                    correction_bias=take("correction_bias") if routing.correction_bias else None,
+                    top_k=model.num_experts_per_tok,
+                    routing=routing,
+                )
+            ),
+        )
+        self.shared: MLP | None = None
+        if inner := model.shared_expert_intermediate_size:
+            scaled = model.shared_expert_gate
+            self.shared = MLP(model, layer, source, mesh, "shared", inner, is_scaled=scaled)
+        num_before = source.num_bytes
+        held = [
+            source.once(  # not held: it may move to another rank
+                layer,
+                self._key_of(expert),
+                partial(self._build_expert, model, source, expert),
+                holds=False,
+            )
+            for expert in self._local
+        ]
+        self._expert_bytes = (source.num_bytes - num_before) // max(1, len(held))
+        if not source.is_ahead:  # it copies them side by side
+            self._hold(held, activation_of(model))
+
+    @property
+    def parts(self) -> tuple[LocalExperts, MlpPart | None] | None:
+        """The C++ calls that compute the block; None if they do not cover all of it."""
+        shared = None if self.shared is None else self.shared.part
+        if self.here is None or not (shared is None or isinstance(shared, MlpPart)):
+            return None
+        return None if self.shared is not None and shared is None else (self.here, shared)
+
+    def held(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """The block's weights, by names within the layer."""
+        params = self._router.params
+        own = (params.norm, params.weight, params.bias, params.correction_bias)
+        yield "router", [tensor for tensor in own if tensor is not None]
+        of_etp = f", part {self._mesh.at.etp_rank}" if self._mesh.layout.etp > 1 else ""
+        for expert, held in zip(self._local, self.experts.held, strict=True):
+            yield f"expert {expert}{of_etp}", held.tensors()
+        if self.shared is not None:
+            yield f"shared expert of tp rank {self.shared.tp_rank}", self.shared.tensors()
+
+    def set_forms(self, forms: Sequence[DispatchForm], payload: PayloadType) -> None:
+        """Prepare for batches that use only these dispatch forms."""
+        self._forms, self._payload = forms, Payload(payload, self._recorder)
+        self._place(self.placement)
+
+    def _place(self, placement: Placement) -> None:
+        self.placement = placement
+        self._local = placement.experts_of_rank[self._mesh.at.ep_rank]
+        choice = CopyChooser(self._mesh, placement, self._device)
+        self._dispatchers = {
+            form: make_dispatcher(form, self._mesh, placement, choice, self._payload)
+            for form in self._forms
+        }
+
+    def apply_placement(self, placement: Placement, arrived: Mapping[int, Expert]) -> None:
+        """Switch to another placement.
+
+        Args:
+            arrived: experts that this rank did not hold so far, by logical id.
+        """
+        own = {**arrived, **dict(zip(self._local, self.experts.held, strict=True))}
+        held = [own[expert] for expert in placement.experts_of_rank[self._mesh.at.ep_rank]]
+        self._place(placement)
+        self._hold(held, self.experts.activation)
+
+    def _hold(self, held: Sequence[Expert], activation: Activation) -> None:
+        self.experts = self._ops.experts(held, activation)
+        self.here: LocalExperts | None = None
+        checks = self._recorder.checks
+        in_order = [*self._local] == [*range(len(self._local))]
+        if self._mesh.stage.size == 1 and in_order and not (checks and checks.is_full):
+            self.here = self._ops.local_experts(self._router, self.experts, self._dtype)
+
+    def _key_of(self, expert: int) -> Hashable:
+        """The key of this rank's slice of an expert, for `WeightSource.once`."""
+        return EXPERT, expert, self._mesh.layout.etp, self._mesh.at.etp_rank
+
+    def put_experts(self, held: HeldWeights) -> None:
+        """Put this rank's experts into `held`, for the next stage."""
+        for expert, made in zip(self._local, self.experts.held, strict=True):
+            held.put(self._layer, self._key_of(expert), made, self._expert_bytes)
+
+    def _build_expert(self, model: ModelConfig, source: WeightSource, expert: int) -> Expert:
+        at, ops = self._mesh.at, self._ops
+        inner = partition(model.moe_intermediate_size, self._mesh.layout.etp)[at.etp_rank]
+
+        def take(part: str, rows: range = inner) -> Tensor:
+            return source.take(expert_name(self._layer, expert, part), rows)
+
+        def matrix(part: str) -> Weight:
+            return source.matrix(expert_name(self._layer, expert, part), inner)
+
+        def linear(part: str) -> Linear:
+            return ops.linear(matrix(part), take(f"{part}_bias") if model.expert_bias else None)
+
+        down_bias = None
+        if model.expert_bias and at.etp_rank == 0:
+            down_bias = take("down_bias", range(model.hidden_size))
+        return Expert(
+            gate=linear("gate") if model.gated_mlp else None,
+            up=linear("up"),
+            down=ops.linear(matrix("down"), down_bias),
+        )
+
+    def forward(self, x: Tensor, batch: ForwardBatch, added: Tensor | None = None) -> Steps[Tensor]:
+        """Apply the block to the tokens that this rank owns.
+
+        Args:
+            x: [num_owned, hidden_size].
+            added: attention's output, still to be added to x; None if it is.
+
+        Returns:
+            [num_owned, hidden_size].
+        """
+        if self.here is not None and self.here.takes(x) and added is None:
+            return (yield from self._compute_here(self.here, x, batch))
+        return (yield from self.finish(self.routed(x, batch, added), batch))
+
+    def routed(self, x: Tensor, batch: ForwardBatch, added: Tensor | None = None) -> Routed:
+        """Norm tokens and choose their experts; for the arguments see `forward`."""
+        if added is None:
+            hidden, topk_ids, topk_weights = self._router(x)
+        else:
+            norm = self._router.params.norm, self._router.params.eps
+            x, hidden = self._ops.add_rms_norm(x, added, *norm)
+            topk_ids, topk_weights = self._router.choose(hidden)
+        if batch.crowds:
+            topk_ids = self._crowded(topk_ids)
+        if batch.is_real is not None:
+            topk_ids = topk_ids.where(batch.is_real[:, None], -1)
+        return Routed(x, hidden, topk_ids, topk_weights)
+
+    def finish(self, routed: Routed, batch: ForwardBatch) -> Steps[Tensor]:
+        """Dispatch, experts, combine and the shared expert: `forward` after the router."""
+        recorder, layer = self._recorder, self._layer
+        x, hidden, topk_ids, topk_weights = routed
+        recorder.record_topk_ids(topk_ids)
+        self._count_router(x.shape[0])
+        recorder.check_finite(topk_weights, CheckPoint.ROUTER, layer)
+        recorder.enter(Stage.DISPATCH, layer)
+        dispatcher = self._dispatchers[batch.dispatch_form]
+        num_of_stage_rank, balances = batch.tokens_of_stage_rank, batch.balances_copies
+        tokens = RoutedTokens(hidden, topk_ids, topk_weights, num_of_stage_rank, balances)
+        rows, pairs, sent = yield from dispatcher.dispatch(tokens)
+        recorder.enter(Stage.EXPERTS, layer)
+        results = self.experts(rows, pairs, dispatcher.room(pairs.rows.shape[0], rows))
+        self._count_pairs(lambda: pairs.counts)
+        if recorder.checks is not None:
+            recorder.check_finite(pairs.given(results), CheckPoint.EXPERTS, layer)
+        recorder.enter(Stage.COMBINE, layer)
+        combined = yield from dispatcher.combine(sent, results)
+        recorder.check_finite(combined, CheckPoint.COMBINE, layer)
+        if self.shared is not None:
+            combined = combined + (yield from self.shared.forward(hidden, batch))
+        return x + combined
+
+    def _crowded(self, topk_ids: Tensor) -> Tensor:
+        """The same top-k ids for every token: experts of the first rank before others."""
+        held = dict.fromkeys(chain.from_iterable(self.placement.experts_of_rank))
+        first = topk_ids.new_tensor(list(held)[: topk_ids.shape[1]])
+        return first.repeat(len(topk_ids), 1)
+
+    def _compute_here(self, here: LocalExperts, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
+        """`forward` without communication, in one call per stage."""
+        recorder, layer, num_tokens = self._recorder, self._layer, x.shape[0]
+        work = here.route(x)
+        if recorder.is_recording:
+            recorder.record_topk_ids(here.topk_ids(work, num_tokens))
+            self._count_router(num_tokens)
+        recorder.enter(Stage.DISPATCH, layer)
+        here.group(work, num_tokens)
+        recorder.enter(Stage.EXPERTS, layer)
+        here.compute(work, num_tokens)
+        self._count_pairs(lambda: here.num_tokens_per_expert(work, num_tokens))
+        recorder.enter(Stage.COMBINE, layer)
+        combined = here.combine(work, x, adds_input=self.shared is None)
+        recorder.check_finite(combined, CheckPoint.EXPERTS, layer)
+        if self.shared is None:
+            return combined
+        normed = here.normed(work, x)
+        return x + (combined + (yield from self.shared.forward(normed, batch)))
+
+    def _count_router(self, num_tokens: int) -> None:
+        weight = self._router.params.weight
+        self._recorder.count_compute(
+            2 * num_tokens * weight.numel(), weight.nbytes if num_tokens else 0
+        )
+
+    @property
+    def metered(self) -> Tensor | None:
+        """The meter's counts [num_held] int64 of pairs of each expert, to be added to; or None."""
+        if self._recorder.meter is None or self._mesh.at.etp_rank > 0:
+            return None
+        return self._recorder.meter.counts(self._layer, self._local, self._device)
+
+    def _count_pairs(self, counts: Callable[[], Tensor]) -> None:
+        """Add pairs of each expert to the meter and to the step's record, where there are any.
+
+        Args:
+            counts: gives the pairs of each expert, [num_held].
+        """
+        if (metered := self.metered) is not None:
+            metered.add_(counts())
+        if not self._recorder.is_recording:
+            return
+        with self._recorder.uncounted():
+            num_tokens = counts().tolist()
+            self._recorder.count_compute(*self.experts.compute_cost(num_tokens))
+            if self._mesh.at.etp_rank == 0:
+                self._recorder.count_expert_tokens(self._local, num_tokens)

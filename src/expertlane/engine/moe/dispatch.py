@@ -1,0 +1,273 @@
+"""Dispatch and combine: tokens are sent to the ranks of their experts, and results come back.
+
+No form drops tokens, whatever the load. Shapes: T tokens of this rank, N tokens of the stage,
+K = top_k, R rows that arrive at the experts' rank, P token-expert pairs there, H = hidden_size.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertlane.balance.copies import usable_copies
+from expertlane.balance.even_copies import BalancedCopies
+from expertlane.balance.placement import Placement
+from expertlane.engine.comm.collectives import Group, Pending, Steps
+from expertlane.engine.comm.mesh import ParallelMesh
+from expertlane.engine.moe.payload import Payload
+from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.bookkeeping import Outgoing
+from expertlane.engine.ops.graphs import is_recorded
+from expertlane.engine.ops.products import PairGroups
+
+
+class CopyChooser:
+    """Chooses a copy of the expert, a physical id, for each token-expert pair.
+
+    The choice depends on the batch alone; `balance.copies` and `balance.even_copies` define it.
+
+    Attributes:
+        ops: the compute backend.
+        num_slots: the most slots of any rank; slot s of rank r has the physical id
+            r · num_slots + s.
+    """
+
+    def __init__(self, mesh: ParallelMesh, placement: Placement, device: torch.device) -> None:
+        self.ops = backend_for(device)
+        ep_rank, nodes = mesh.ep.rank, mesh.ep.nodes
+        is_held = placement.slots().T >= 0
+        usable = usable_copies(is_held, np.array([ep_rank]), np.array([nodes]))[0]
+        num_copies = usable.sum(axis=1)
+        ranks = np.argsort(~usable, axis=1, kind="stable")[:, : num_copies.max()]
+        ranks = np.where(np.arange(ranks.shape[1]) < num_copies[:, None], ranks, ranks[:, :1])
+        self.num_slots = max(map(len, placement.experts_of_rank))
+        slots = placement.slots()[ranks, np.arange(placement.num_experts)[:, None]]
+        self._table = torch.from_numpy(ranks * self.num_slots + slots).to(device)
+        self._num_copies = torch.from_numpy(num_copies).to(device)
+        self._offset, self._num_ranks = mesh.stage.rank, mesh.ep.size
+        self._recorder = mesh.recorder
+        node_ids = sorted(set(nodes))
+        self._own_node = node_ids.index(nodes[ep_rank])
+        self._nodes = torch.tensor([node_ids.index(node) for node in nodes], device=device)
+        self._of_stage = _copies_of_stage(mesh, placement)
+        of_holders = placement.slots()[self._of_stage.holders.T, np.arange(placement.num_experts)].T
+        slot_ids = self._of_stage.holders * self.num_slots + of_holders
+        self._slot_ids = torch.from_numpy(np.ascontiguousarray(slot_ids)).to(device)
+
+    @property
+    def has_copies(self) -> bool:
+        """Whether any expert has several copies."""
+        return self._of_stage.is_balanced
+
+    def balanced(self, topk_ids: Tensor, num_of_stage_rank: Sequence[int]) -> Tensor:
+        """Physical ids [N, K] int32 for all tokens of the stage, with even loads of ranks.
+
+        `balance.even_copies` defines the choice.
+
+        Args:
+            topk_ids: [N, K] int32; logical experts, rank after rank.
+            num_of_stage_rank: [dp·tp]; tokens of each rank of the stage.
+        """
+        began_s = time.thread_time()
+        ids, num_saved = self.ops.balance_copies(
+            topk_ids, num_of_stage_rank, self._of_stage, self._slot_ids
+        )
+        self._recorder.count_copies(num_saved, time.thread_time() - began_s)
+        self._count_fan_out(self.own_of(ids, num_of_stage_rank))
+        return ids
+
+    def own_of(self, of_stage: Tensor, num_of_stage_rank: Sequence[int]) -> Tensor:
+        """This rank's rows among those of the stage's tokens, rank after rank."""
+        first = sum(num_of_stage_rank[: self._offset])
+        return of_stage[first : first + num_of_stage_rank[self._offset]]
+
+    def physical_ids(self, topk_ids: Tensor) -> Tensor:
+        """Physical ids [T, K] int32 of a batch's pairs; an expert's copies take turns.
+
+        Args:
+            topk_ids: [T, K] int64; logical experts.
+        """
+        ids = self.ops.choose_copies(topk_ids, self._table, self._num_copies, self._offset)
+        self._count_fan_out(ids)
+        return ids
+
+    def outgoing(self, topk_ids: Tensor) -> Outgoing:
+        """Physical ids of a batch's pairs, and the rows for each rank of the ep group.
+
+        Args:
+            topk_ids: [T, K] int64; logical experts.
+        """
+        leaving = self.ops.outgoing(
+            topk_ids, self._table, self._num_copies, self._offset, self.num_slots, self._num_ranks
+        )
+        self._count_fan_out(leaving.ids)
+        return leaving
+
+    def _count_fan_out(self, ids: Tensor) -> None:
+        if self._recorder.is_recording:
+            with self._recorder.uncounted():
+                counts = self.ops.fan_out(ids, self.num_slots, self._nodes, self._own_node)
+                self._recorder.count_fan_out(*counts)
+
+
+def _copies_of_stage(mesh: ParallelMesh, placement: Placement) -> BalancedCopies:
+    ep, etp = mesh.ep.size, mesh.etp.size
+    ep_rank, etp_rank = np.divmod(np.arange(mesh.stage.size), etp)
+    return BalancedCopies(placement, ep_rank, np.reshape(mesh.stage.nodes, (ep, etp)).T[etp_rank])
+
+
+class RoutedTokens(NamedTuple):
+    """A rank's tokens, and the experts that each goes to.
+
+    Attributes:
+        x: [T, H].
+        topk_ids: [T, K]; logical experts.
+        topk_weights: [T, K] float32.
+        num_of_stage_rank: [dp·tp]; tokens of each rank of the stage.
+        balances_copies: choose copies by the top-k ids of all ranks, which they exchange.
+    """
+
+    x: Tensor
+    topk_ids: Tensor
+    topk_weights: Tensor
+    num_of_stage_rank: Sequence[int]
+    balances_copies: bool = False
+
+
+# Pairs whose buffers may have the bound's size, without asking a GPU for their number: results of
+# so many take 0.9 GB in DeepSeek-V3.
+_MOST_UNASKED = 1 << 16
+
+
+class Dispatcher(ABC):
+    """Dispatch and combine of one form, on one rank."""
+
+    def __init__(
+        self, mesh: ParallelMesh, placement: Placement, choice: CopyChooser, payload: Payload
+    ) -> None:
+        self._mesh = mesh
+        self._payload = payload
+        self._choice, self._ops = choice, choice.ops
+        self._num_local_experts = len(placement.experts_of_rank[mesh.at.ep_rank])
+
+    def _pack(
+        self,
+        group: Group,
+        by_row: Sequence[Tensor],
+        by_token: Sequence[Tensor] = (),
+        tokens: Tensor | None = None,
+    ) -> Tensor:
+        """Concatenate the parts of rows in the memory from which `group` sends them.
+
+        Args:
+            by_row: each [num_rows, columns], of any dtype; widest alignment first.
+            by_token: each [num_tokens, columns]; the hidden states last.
+            tokens: [num_rows]; the token of each row.
+
+        Returns:
+            [num_rows, bytes of a row] uint8.
+        """
+        parts = [*((part, None) for part in by_row), *((part, tokens) for part in by_token)]
+        width = sum(part.shape[1] * part.itemsize for part, _ in parts)
+        packed = group.empty(by_row[0].shape[0], width, by_row[0], torch.uint8)
+        self._ops.pack(parts, packed)
+        return packed
+
+    def _pairs(self, ids: Tensor, first: int) -> PairGroups:
+        """Sort the pairs of rows that arrived by local expert; mostly without asking a GPU.
+
+        Args:
+            ids: [R, K] int32; physical ids.
+            first: the physical id of this rank's slot 0.
+        """
+        most = None if ids.device.type == "cpu" else self._most_pairs(ids)
+        return self._ops.group_pairs(ids, first, 1, self._num_local_experts, most)
+
+    def _most_pairs(self, ids: Tensor) -> int | None:
+        """An upper bound of the pairs; None if buffers of that size would take much memory.
+
+        No token chooses an expert twice. A graph always gets the bound: the number of pairs cannot
+        be asked for while it is recorded.
+        """
+        most = ids.shape[0] * min(ids.shape[1], self._num_local_experts)
+        return most if most <= _MOST_UNASKED or is_recorded(ids.device) else None
+
+    def _tell_all(self, counts: Tensor) -> Pending:
+        """Begin to gather the counts of all ranks of the stage, a row for each rank."""
+        own, stage = counts.view(1, -1), self._mesh.stage
+        return stage.all_gather(own, [1] * stage.size, metadata_bytes=own.nbytes)
+
+    def _is_balanced(self, tokens: RoutedTokens) -> bool:
+        return tokens.balances_copies and self._choice.has_copies
+
+    def _tell_choices(self, tokens: RoutedTokens) -> Pending:
+        """Begin to gather the top-k ids of all tokens of the stage.
+
+        They replace counts: from them all ranks compute the same copies, rows and counts.
+        """
+        ids, stage = tokens.topk_ids.int(), self._mesh.stage
+        row_bytes = ids.shape[1] * ids.itemsize
+        return stage.all_gather(ids, tokens.num_of_stage_rank, metadata_bytes=row_bytes)
+
+    @abstractmethod
+    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Any]]:
+        """Send this rank's tokens and receive those for its experts.
+
+        Returns:
+            The rows that arrived, [R, H], perhaps not adjacent in memory; their pairs by local
+            expert; and a handle of the form's own for `combine`.
+        """
+
+    def is_row(self, sent: Any) -> Tensor | None:
+        """Whether each row that arrived, [R], is no padding; None where none is."""
+        return None
+
+    def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
+        """A buffer [P, H] for the results of `rows`, from which `combine` sends them; or None."""
+        return None
+
+    @abstractmethod
+    def combine(self, sent: Any, results: Tensor) -> Steps[Tensor]:
+        """Return expert outputs to the tokens' ranks, and sum them by the top-k weights.
+
+        Args:
+            sent: the handle that `dispatch` gave.
+            results: [P, H]; by pair number (row, then choice); partial sums under etp.
+
+        Returns:
+            [T, H] in the dtype of `results`.
+        """
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """The handle for `combine` where nothing was sent.
+
+    Attributes:
+        places: [T, K]; index of each pair's result.
+        weights: [T, K] float32; top-k weights.
+    """
+
+    places: Tensor
+    weights: Tensor
+
+
+class LocalDispatcher(Dispatcher):
+    """The dispatcher of a rank that holds all experts and all tokens: nothing is sent."""
+
+    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Grouped]]:
+        """Group tokens by expert."""
+        ids = tokens.topk_ids.int()
+        pairs = self._ops.group_pairs(ids, 0, 1, self._num_local_experts, ids.numel())
+        return tokens.x, pairs, Grouped(pairs.numbers, tokens.topk_weights)
+        yield  # a generator like the others, though it never waits
+
+    def combine(self, sent: Grouped, results: Tensor) -> Steps[Tensor]:
+        """Sum the outputs of each token's experts."""
+        return self._ops.gather_sum(results, sent.places, sent.weights)
+        yield

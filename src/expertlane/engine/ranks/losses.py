@@ -1,0 +1,216 @@
+"""Finds the ranks that are lost, and the cause, behind an ended, silent or failed rank."""
+
+import contextlib
+import select
+import signal
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from typing import NamedTuple
+
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.messages import (
+    Channel,
+    Decoder,
+    Failure,
+    FailureKind,
+    Message,
+    MessageError,
+    MessageKind,
+)
+from expertlane.engine.ranks.presence import Presence
+from expertlane.engine.ranks.processes import is_stopped
+from expertlane.errors import RankError, RanksLostError, UserError
+from expertlane.spec.names import Stage
+
+_POLL_S = 0.5
+_BLAME_WINDOW_S = 2.0  # how long to look for the cause after a symptom was reported
+_FAILURE_WAIT_S = 0.5  # for a user's mistake that another rank has found
+
+
+class Loss(NamedTuple):
+    """Ranks that are dead, hung or failed.
+
+    Attributes:
+        ranks: the lost ranks; empty where transfers broke and no rank was found to be the cause.
+        text: one line, about one of them.
+        remedy: advice to the user, if there is any.
+        details: the traceback of a bug.
+    """
+
+    ranks: frozenset[int]
+    text: str
+    remedy: str = ""
+    details: str = ""
+
+    def error(self, *, recovers: bool) -> RankError:
+        """The error of the loss.
+
+        Args:
+            recovers: whether the other ranks stay; else all were ended.
+        """
+        error = (
+            RanksLostError(f"{self.text}{self.remedy}", self.ranks)
+            if recovers
+            else RankError(f"{self.text}; all ranks were ended{self.remedy}")
+        )
+        if self.details:
+            error.add_note(self.details)
+        return error
+
+    def with_others(self, ranks: frozenset[int]) -> "Loss":
+        """The loss with these ranks added."""
+        return self._replace(ranks=self.ranks | ranks)
+
+    def with_ended(self, ranks: frozenset[int]) -> "Loss":
+        """The loss with these ranks added, and their number in the text."""
+        more = len(ranks - self.ranks)
+        also = f"; {more} other rank{'s' * (more > 1)} ended too" if more else ""
+        return self.with_others(ranks)._replace(text=f"{self.text}{also}")
+
+
+class Losses:
+    """Finds which ranks are lost.
+
+    Args:
+        presence: gives the ranks of the epoch, as only they can be the cause of another's failure.
+        timeout_s: the pool's.
+        take: takes other messages of ranks that arrive while the cause of a failure is sought.
+    """
+
+    def __init__(
+        self,
+        ranks: LocalRanks,
+        presence: Presence,
+        timeout_s: float,
+        take: Callable[[int, Message], None],
+    ) -> None:
+        self._ranks, self._presence = ranks, presence
+        self._timeout_s, self._take = timeout_s, take
+
+    def _connected(self) -> dict[int, Channel]:
+        """Channels of ranks of the epoch."""
+        connected = self._ranks.connected()
+        return {r: channel for r, channel in connected.items() if r in self._presence.present}
+
+    def failure(self, rank: int, message: Message) -> Loss:
+        """The loss behind a failure: a broken transfer is only a symptom of another rank's end.
+
+        Raises:
+            UserError: this rank, or another, found a user's mistake.
+            ExpertlaneError: a node could not go on.
+            MessageError: the message holds no failure.
+        """
+        failure = self._read(rank, message)
+        bug = self._bug(rank, failure) if failure.kind is FailureKind.BUG else None
+        until = time.monotonic() + (_FAILURE_WAIT_S if bug else _BLAME_WINDOW_S)
+        others = {r: channel for r, channel in self._connected().items() if r != rank}
+        while others and time.monotonic() < until:
+            ready = wait([channel.fileno() for channel in others.values()], _POLL_S)
+            for other in [r for r, channel in others.items() if channel.fileno() in ready]:
+                try:
+                    message = others[other].receive()
+                except (EOFError, OSError, MessageError):
+                    return self.death(other).with_others(bug.ranks if bug else frozenset())
+                if message.kind is not MessageKind.FAILURE:
+                    with contextlib.suppress(MessageError):
+                        self._take(other, message)
+                    continue
+                also = self._read(other, message)
+                if also.kind is FailureKind.BUG:
+                    if bug is None:
+                        return self._bug(other, also)
+                    bug = bug.with_others(frozenset([other]))
+                del others[other]
+        return bug or Loss(
+            frozenset(), f"rank {rank} lost its peers in {self._position(rank)}: {failure.text}"
+        )
+
+    def _read(self, rank: int, message: Message) -> Failure:
+        failure = Decoder(Failure).decode(message)
+        if failure.line is not None:
+            self._ranks.board.update(rank, failure.line)
+        if failure.kind is FailureKind.USER:
+            raise UserError(failure.text)
+        return failure
+
+    def _bug(self, rank: int, failure: Failure) -> Loss:
+        text = f"rank {rank} failed in {self._position(rank)}: {failure.text}"
+        return Loss(frozenset([rank]), text, details=failure.details)
+
+    def of_early(self, rank: int, message: Message) -> Loss:
+        """The loss behind a failure of a rank that is not of the epoch, which is its own cause.
+
+        Raises:
+            MessageError: the message holds no failure.
+        """
+        failure = Decoder(Failure).decode(message)
+        if failure.line is not None:
+            self._ranks.board.update(rank, failure.line)
+        return self._bug(rank, failure)
+
+    def death(self, rank: int, wait_s: float = _BLAME_WINDOW_S) -> Loss:
+        """The loss of a rank whose channel has been closed.
+
+        Args:
+            wait_s: how long to wait for its node's report of its exit code.
+
+        Raises:
+            ExpertlaneError: its node could not go on.
+        """
+        code = self._ranks.exit_code(rank, wait_s)
+        if rank in self._ranks.missing:
+            how = f"could not be started ({self._ranks.missing[rank]})"
+        elif code is None:
+            how = "is gone"
+        elif code == -signal.SIGKILL:
+            how = "was killed by SIGKILL (by someone, or by the system for lack of memory)"
+        elif code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        else:
+            how = f"ended with exit code {code}"
+        return Loss(frozenset([rank]), f"rank {rank} {how} in {self._position(rank)}")
+
+    def hang(self, busy: Sequence[int], bound_s: float) -> Loss:
+        """The loss behind ranks that have made no progress.
+
+        The lost ranks are those whose processes are stopped; else the one that computes while
+        others wait; else the one that has been silent longest.
+
+        Args:
+            busy: ranks that have not answered.
+            bound_s: the time without progress.
+
+        Raises:
+            ExpertlaneError: a node is silent.
+        """
+        self._ranks.check_nodes_of(busy, bound_s)
+        stopped = [rank for rank in busy if self._is_stopped(rank)]
+
+        def order(rank: int) -> tuple[bool, float]:
+            position = self._ranks.board.position(rank)
+            return position.waiting or position.stage is Stage.IDLE, position.time_s
+
+        rank = stopped[0] if stopped else min(busy, key=order)
+        why = " (its process is stopped)" if stopped else ""
+        can_wait_longer = not stopped and bound_s == self._timeout_s
+        return Loss(
+            frozenset(stopped or [rank]),
+            f"rank {rank} hung in {self._position(rank)}{why}: no progress for {bound_s:g} s",
+            "; if it was only slow, raise --timeout-s" if can_wait_longer else "",
+        )
+
+    def _is_stopped(self, rank: int) -> bool:
+        pid = self._ranks.pids.get(rank)
+        return rank in self._ranks.stopped if pid is None else is_stopped(pid)
+
+    def ended(self) -> frozenset[int]:
+        """Ranks of the epoch that have ended by now, as far as can be seen at once."""
+        poll, rank_of = select.poll(), {}
+        for rank, channel in self._connected().items():
+            poll.register(channel.fileno(), getattr(select, "POLLRDHUP", select.POLLHUP))
+            rank_of[channel.fileno()] = rank
+        return frozenset(rank_of[descriptor] for descriptor, _ in poll.poll(0))
+
+    def _position(self, rank: int) -> str:
+        return str(self._ranks.board.position(rank))

@@ -1,0 +1,268 @@
+"""Ranks of several nodes at the launcher: nodes connect, are lost, and rejoin.
+
+When a node's connection breaks, all of its ranks are lost. The launcher closes its connections to
+that node, so the node ends its ranks (`engine/ranks/supervisor.py`), whichever side has noticed
+first. It comes back by a new connection of its supervisor, which has ended its ranks before. A
+supervisor that was started anew takes its place only when no rank of the old one can live
+(`LEASE_S`).
+"""
+
+import secrets
+import socket
+import sys
+import time
+from collections.abc import Collection, Container
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+from expertlane.engine.ranks.acceptor import NodeAcceptor
+from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.messages import Channel, Decoder, Message, MessageKind, encode
+from expertlane.engine.ranks.node import Node
+from expertlane.engine.ranks.node_messages import ChangeRanks, Nodes
+from expertlane.engine.ranks.rendezvous import LEASE_S, Claim, Meeting, Place, listen
+from expertlane.errors import RankError, RanksLostError
+from expertlane.spec.names import CpuIsa
+
+_READ_NODES = encode(MessageKind.READ_NODES, None)
+
+
+@dataclass(eq=False)
+class _Absence:
+    """The state of a lost node.
+
+    Attributes:
+        since_s: time of its loss, on the monotonic clock.
+        starts: ranks that it will start when it is back.
+        epoch: the epoch of these ranks.
+    """
+
+    since_s: float
+    starts: Collection[int] = ()
+    epoch: int = 0
+
+
+class NodeRanks(LocalRanks):
+    """Ranks of several nodes, in the launcher; the first of them are its own children.
+
+    Args:
+        ranks_per_node: ranks of each node.
+        recovers: see `LocalRanks`.
+        rejoin_s: how long an epoch waits for a node that is lost; 0 if its loss ends all ranks, as
+            it does without `recovers`.
+
+    Raises:
+        RankError: not all nodes connected in time.
+        UserError: nodes cannot reach this host by MASTER_ADDR.
+    """
+
+    def __init__(
+        self,
+        meeting: Meeting,
+        ranks_per_node: int,
+        timeout_s: float,
+        dtype: str | None,
+        server_module: str = "expertlane.engine.ranks.fork_server",
+        *,
+        cpu_isa: CpuIsa | None = None,
+        recovers: bool = False,
+        rejoin_s: float = 0.0,
+    ) -> None:
+        self._rejoin_s = rejoin_s if recovers else 0.0
+        self._away: dict[int, _Absence] = {}
+        self._lost_meanwhile: RanksLostError | None = None
+        self._claims: dict[int, Claim] = {}  # by rank, of its process
+        listener = listen(meeting.address, meeting.num_nodes * (1 + ranks_per_node))
+        address, port = listener.getsockname()[:2]
+        launcher = Place(address, port, secrets.token_hex(8))
+        self._acceptor = NodeAcceptor(
+            listener, meeting.num_nodes, ranks_per_node, _report, self._ask_for_hashes
+        )
+        with ExitStack() as on_failure:
+            on_failure.callback(self._acceptor.close)
+            super().__init__(
+                ranks_per_node,
+                timeout_s,
+                dtype,
+                server_module,
+                cpu_isa=cpu_isa,
+                meeting=meeting.of_run(launcher.run),
+                launcher=launcher,
+                recovers=recovers,
+            )
+            on_failure.pop_all()
+        try:
+            self._wait_for_nodes(meeting.num_nodes)
+        except BaseException:
+            self.close(failed=True)
+            raise
+
+    def _wait_for_nodes(self, num_nodes: int) -> None:
+        """Wait until all nodes have connected; then they start their ranks."""
+        for node in range(1, num_nodes):
+            self._acceptor.expect_node(node)
+        self._acceptor.accept_nodes(self.nodes[0].control.fileno(), lambda: self._read_node(0))
+        accepted = {claim.node: made for claim, made in self._acceptor.take().items()}
+        for node in range(1, num_nodes):
+            self.nodes.append(self._node(node, accepted[node]))
+        for node in range(1, num_nodes):
+            self._change(node, MessageKind.BEGIN_EPOCH, (), self._ranks_of(node))
+
+    def _node(self, node: int, connection: socket.socket) -> Node:
+        name = f"the supervisor of node {node} ({connection.getpeername()[0]})"
+        return Node(Channel(connection, self._timeout_s), name)
+
+    def _ranks_of(self, node: int) -> range:
+        return range(node * self.ranks_per_node, (node + 1) * self.ranks_per_node)
+
+    @property
+    def away(self) -> frozenset[int]:
+        """Ranks of nodes that are lost; none can be started before its node is back."""
+        return frozenset(rank for node in self._away for rank in self._ranks_of(node))
+
+    @property
+    def awaited(self) -> frozenset[int]:
+        """Ranks of this epoch that start when their nodes are back."""
+        return frozenset(rank for absence in self._away.values() for rank in absence.starts)
+
+    @property
+    def is_beginning(self) -> bool:
+        """Whether a node has not ended and started ranks for the epoch yet.
+
+        A lost node may have ranks until its lease is over.
+        """
+        until_s = [each.since_s + LEASE_S for each in self._away.values() if each.starts]
+        return super().is_beginning or time.monotonic() < max(until_s, default=0.0)
+
+    def _change(
+        self,
+        node: int,
+        kind: MessageKind,
+        ends: Collection[int],
+        starts: Collection[int],
+        epoch: int = 0,
+    ) -> None:
+        """Have one node end and start ranks; a lost node will when it is back."""
+        if node not in self._away:
+            try:
+                super()._change(node, kind, ends, starts, epoch)
+                return
+            except RanksLostError as error:
+                self._lost_meanwhile = error  # raised once the other nodes know of the change
+        if kind is MessageKind.BEGIN_EPOCH:
+            absence = self._away[node]
+            absence.starts = sorted(rank for rank in starts if self.node_of(rank) == node)
+            absence.epoch = epoch
+
+    def _pairs(self, node: int, asked: ChangeRanks) -> list[tuple[socket.socket, socket.socket]]:
+        """Connections for new ranks of this node; ranks of other nodes connect by themselves."""
+        if node == 0:
+            return super()._pairs(node, asked)
+        for rank in asked.ends:
+            self._claims.pop(rank, None)
+        for rank in asked.starts:
+            self.board.reporter(rank)  # the old line is that of an earlier process
+        first = node * self.ranks_per_node
+        claims = {rank: Claim(node, 1 + rank - first, asked.number) for rank in asked.starts}
+        self._claims.update(claims)
+        self._acceptor.expect_ranks(claims.values())
+        return []
+
+    def acceptor(self) -> int | None:
+        """A descriptor that is readable when nodes or ranks connect; None if none will."""
+        return self._acceptor.fileno() if self._acceptor.is_expecting else None
+
+    def has_connected(self) -> bool:
+        """Whether ranks or nodes have connected since the last call; does not wait."""
+        self._acceptor.accept_available()
+        for claim, connection in self._acceptor.take().items():
+            rank = claim.node * self.ranks_per_node + claim.place - 1
+            if claim.place == 0:
+                self._take_back(claim.node, connection)
+            elif self._claims.get(rank) == claim:
+                self._connect(rank, connection)
+            else:  # the rank is to end
+                self.nodes[claim.node].fence(Channel(connection))
+        return super().has_connected()
+
+    def _take_back(self, node: int, connection: socket.socket) -> None:
+        absence = self._away.pop(node)
+        self.nodes[node] = self._node(node, connection)
+        away_s = time.monotonic() - absence.since_s
+        _report(f"{self.nodes[node].name} is back after {away_s:.1f} s")
+        self._has_connected = True
+        if absence.starts:
+            self._change(node, MessageKind.BEGIN_EPOCH, (), absence.starts, absence.epoch)
+
+    def _lost(self, node: int, how: str) -> RankError:
+        """The error for a node that is gone or hangs; all its ranks are lost with it."""
+        if node == 0 or not self._rejoin_s:
+            return super()._lost(node, how)
+        ranks = self._ranks_of(node)
+        self._away[node] = _Absence(time.monotonic())
+        self.nodes[node].lose()
+        for channel in self._forget(ranks):
+            channel.close()
+        self._acceptor.expect_node(node, time.monotonic() + LEASE_S)
+        return RanksLostError(f"{self.nodes[node].name} {how}", frozenset(ranks))
+
+    def read_news(self, ready: Container[int]) -> None:
+        """Read one message of each node that has sent some.
+
+        Raises:
+            RanksLostError: a node was lost.
+            RankError: the first node has ended.
+            TerminatedError, UserError: a node could not go on.
+        """
+        if (lost := self._lost_meanwhile) is not None:
+            self._lost_meanwhile = None
+            raise lost
+        super().read_news(ready)
+
+    def check_answers(self, bound_s: float, resumed_s: float) -> None:
+        """Look for a node that is silent; see `LocalRanks.check_answers`.
+
+        Raises:
+            RanksLostError: a node has not answered for too long.
+            RankError: the first node has not; or a lost node has not come back in time.
+        """
+        super().check_answers(bound_s, resumed_s)
+        for node, absence in self._away.items():
+            if absence.starts and time.monotonic() - absence.since_s > self._rejoin_s:
+                raise RankError(
+                    f"{self.nodes[node].name} did not come back within {self._rejoin_s:g} s; all "
+                    "ranks were ended"
+                )
+
+    def check_nodes_of(self, ranks: Collection[int], bound_s: float) -> None:
+        """Check the nodes of ranks that are silent.
+
+        Raises:
+            RanksLostError: one has not answered for half of `bound_s`; all its ranks are lost.
+        """
+        now_s = time.monotonic()
+        for node in sorted({*map(self.node_of, ranks)} - {0}):
+            asked_s = self.nodes[node].asked_s
+            if self._rejoin_s and asked_s is not None and now_s - asked_s > bound_s / 2:
+                raise self._lost(node, f"has not answered for {now_s - asked_s:.1f} s")
+
+    def _read_node(self, node: int) -> Message | None:
+        """Read and handle one message of a node, hashes of other nodes included."""
+        message = super()._read_node(node)
+        if message is not None and message.kind is MessageKind.NODES and node == 0:
+            self._acceptor.tell(Decoder(Nodes).decode(message).hashes)
+            return None
+        return message
+
+    def _ask_for_hashes(self) -> None:
+        with suppress(OSError):  # its end is noticed elsewhere
+            self.nodes[0].control.send(_READ_NODES)
+
+    def close(self, *, failed: bool = False) -> None:
+        """End all ranks and servers, and close the listening socket."""
+        super().close(failed=failed)
+        self._acceptor.close()
+
+
+def _report(line: str) -> None:
+    print(f"expertlane: {line}", file=sys.stderr, flush=True)

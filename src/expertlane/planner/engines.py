@@ -1,0 +1,459 @@
+"""Limits of each engine: one row for each thing that it cannot run, with its source.
+
+Rows say how an engine is deployed, which is less than its parser takes: a server whose decode steps
+would run without CUDA graphs is left out too. Versions are those whose source was read; rows of
+TensorRT-LLM are by its documentation.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol, TypeVar
+
+from expertlane.cost.laws.profile import Profile
+from expertlane.planner.candidates import Candidate
+from expertlane.results.record import PoolRole
+from expertlane.spec.dispatch import DISPATCH_FORMS, DeepEPKernels
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import EngineName, Phase
+from expertlane.version import __version__
+
+_PHASES: dict[PoolRole, tuple[Phase, ...]] = {
+    "both": (Phase.PREFILL, Phase.DECODE),
+    "prefill": (Phase.PREFILL,),
+    "decode": (Phase.DECODE,),
+}
+_MOST_NORMAL = 8 * 20  # ranks: DeepEP's NUM_MAX_NVL_PEERS × NUM_MAX_RDMA_PEERS
+
+
+class Pool(NamedTuple):
+    """A deployment in its role: `both` where one server computes prompts and decodes."""
+
+    candidate: Candidate
+    model: ModelConfig
+    role: PoolRole = "both"
+
+    @property
+    def layout(self) -> Layout:
+        """The candidate's."""
+        return self.candidate.layout
+
+    def kernels(self, phase: Phase) -> DeepEPKernels | None:
+        """DeepEP's kernels that come nearest; None without expert parallelism or DeepEP.
+
+        Prompts have more tokens than low-latency kernels have buffers for.
+        """
+        form = self.candidate.options.of_phase(phase).dispatch
+        assert form != "auto", "a candidate has one form for each phase"
+        if self.layout.ep == 1:
+            return None
+        kernels = DISPATCH_FORMS[form].deepep
+        return "normal" if kernels and phase is Phase.PREFILL else kernels
+
+    @property
+    def all_kernels(self) -> set[DeepEPKernels | None]:
+        """DeepEP's kernels of all phases that it computes."""
+        return {self.kernels(phase) for phase in _PHASES[self.role]}
+
+    @property
+    def uses_deepep(self) -> bool:
+        """True if any phase that it computes is dispatched by DeepEP."""
+        return self.all_kernels != {None}
+
+    @property
+    def slots_are_even(self) -> bool:
+        """True if every rank of an ep group holds equally many experts, copies included."""
+        copies = self.candidate.options.num_redundant_experts
+        return (self.model.num_experts + copies) % self.layout.ep == 0
+
+    @property
+    def fills_its_pipeline(self) -> bool:
+        """True if there are as many steps in flight as stages, each with other sequences."""
+        options, pp = self.candidate.options, self.layout.pp
+        if pp == 1:
+            return options.num_micro_batches == 1
+        return options.num_micro_batches == pp and options.micro_batch_schedule == "rotating"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A thing that an engine cannot run.
+
+    Attributes:
+        says: the engine's behaviour instead, after the word `it`.
+        source: file or page, of the engine's version if nothing else is said.
+        rules_out: true of a deployment that needs it.
+    """
+
+    says: str
+    source: str
+    rules_out: Callable[[Pool], bool]
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """A pair of disaggregated pools that an engine cannot run; the prefill pool comes first."""
+
+    says: str
+    source: str
+    rules_out: Callable[[Pool, Pool], bool]
+
+
+_NO_POOLS = PairRow("has no disaggregated pools", "expertlane/engine", lambda *_: True)
+
+
+@dataclass(frozen=True)
+class Router:
+    """A router that spreads requests over an engine's servers.
+
+    Attributes:
+        package: its name in the Python package index.
+        words: first words of its command.
+        pools: its option for disaggregated pools.
+    """
+
+    package: str
+    version: str
+    words: tuple[str, ...]
+    pools: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine, and its limits.
+
+    Attributes:
+        title: its name as its makers write it.
+        version: version whose source, or documentation, the rows are from.
+        is_checked: whether the options of commands were tried on its argument parser.
+        router: None where it has none for alike servers.
+        pairs: None where it has no disaggregated pools.
+        has_replicas: whether one server holds all replicas.
+    """
+
+    name: EngineName
+    title: str
+    version: str
+    is_checked: bool
+    rows: tuple[Row, ...]
+    pairs: tuple[PairRow, ...] | None = ()
+    router: Router | None = None
+    has_replicas: bool = False
+
+    def broken(
+        self, candidate: Candidate, model: ModelConfig, role: PoolRole = "both"
+    ) -> Row | None:
+        """The first row that rules a deployment out; None where the engine runs it."""
+        pool = Pool(candidate, model, role)
+        return next((row for row in self.rows if row.rules_out(pool)), None)
+
+    def runs(self, candidate: Candidate, model: ModelConfig, role: PoolRole = "both") -> bool:
+        """True if the engine runs a deployment."""
+        if role != "both" and self.pairs is None:
+            return False
+        return self.broken(candidate, model, role) is None
+
+    def broken_by_pools(
+        self, prefill: Candidate, decode: Candidate, model: ModelConfig
+    ) -> Row | PairRow | None:
+        """The first row that rules disaggregated pools out; None where the engine runs both."""
+        if self.pairs is None:
+            return _NO_POOLS
+        first, second = Pool(prefill, model, "prefill"), Pool(decode, model, "decode")
+        of_pair = (row for row in self.pairs if row.rules_out(first, second))
+        return self.broken(*first) or self.broken(*second) or next(of_pair, None)
+
+    def joins(self, prefill: Candidate, decode: Candidate, model: ModelConfig) -> bool:
+        """True if the engine runs both as disaggregated pools, side by side."""
+        return self.broken_by_pools(prefill, decode, model) is None
+
+
+_DEEPEP = (
+    Row(
+        "dispatches by DeepEP, which needs equally many experts on each rank",
+        "DeepEP, csrc/deep_ep.cpp: num_experts % num_ranks",
+        lambda pool: pool.uses_deepep and not pool.slots_are_even,
+    ),
+    Row(
+        f"dispatches by DeepEP, whose normal kernels reach {_MOST_NORMAL} ranks",
+        "DeepEP, csrc/kernels/configs.cuh: NUM_MAX_NVL_PEERS, NUM_MAX_RDMA_PEERS",
+        lambda pool: "normal" in pool.all_kernels and pool.layout.ep > _MOST_NORMAL,
+    ),
+)
+
+
+def _needs_even_copies(pool: Pool) -> bool:
+    has_copies = pool.candidate.options.num_redundant_experts > 0
+    return has_copies and (pool.layout.ep == 1 or not pool.slots_are_even)
+
+
+def _balances_copies(pool: Pool) -> bool:
+    return pool.candidate.options.copies != "nearest"
+
+
+_COPIES = "picks a copy of an expert by the token, not by the load of the step"
+
+VLLM = Engine(
+    "vllm",
+    "vLLM",
+    "0.33.0",
+    True,
+    (
+        Row(
+            "spreads experts over all dp × tp ranks of a stage, or shards each over them",
+            "config/parallel.py: enable_expert_parallel",
+            lambda pool: pool.layout.ep not in (1, pool.layout.stage_size),
+        ),
+        Row(
+            "keeps as many batches in flight as it has stages",
+            "config/vllm.py: max_concurrent_batches",
+            lambda pool: not pool.fills_its_pipeline,
+        ),
+        Row(
+            "has no all-to-all with one data-parallel rank: tp ranks hold all of its tokens",
+            "config/parallel.py: use_all2all",
+            lambda pool: pool.layout.dp == 1 and pool.uses_deepep,
+        ),
+        Row(
+            "dispatches by all-gather where it computes prompts and decodes: DeepEP's low-latency "
+            "kernels need buffers for all tokens of a step, its other kernels run no CUDA graphs",
+            "model_executor/layers/fused_moe/all2all_utils.py: max_num_tokens_per_dp_rank; "
+            "config/compilation.py: deepep_high_throughput",
+            lambda pool: pool.role == "both" and pool.uses_deepep,
+        ),
+        Row(
+            "runs no CUDA graphs with DeepEP's high-throughput kernels, and so no decode pool",
+            "config/compilation.py: deepep_high_throughput",
+            lambda pool: pool.role == "decode" and pool.kernels(Phase.DECODE) == "normal",
+        ),
+        Row(
+            "overlaps two batches with DeepEP alone, without pipeline, drafts or dcp",
+            "config/vllm.py: use_ubatching, _get_dbo_unsupported_features",
+            lambda pool: (
+                bool(pool.candidate.options.overlap)
+                and (
+                    not pool.uses_deepep
+                    or pool.layout.pp > 1
+                    or pool.layout.dcp > 1
+                    or pool.candidate.num_drafts > 0
+                )
+            ),
+        ),
+        Row(
+            "has redundant experts only where experts are spread, equally many on each rank",
+            "model_executor/layers/fused_moe/layer.py: enable_eplb",
+            _needs_even_copies,
+        ),
+        Row(
+            _COPIES,
+            "model_executor/layers/fused_moe/router/base_router.py: logical_replica_count",
+            _balances_copies,
+        ),
+        Row(
+            "takes keys and values from a prefill pool without pipeline stages alone",
+            "distributed/kv_transfer/kv_connector/v1/nixl/base_worker.py: pp_size",
+            lambda pool: pool.role == "decode" and pool.layout.pp > 1,
+        ),
+        Row(
+            "transfers keys and values that all tp ranks share, or none; shared ones of MLA alone",
+            "config/vllm.py: NixlConnector",
+            lambda pool: (
+                pool.role != "both"
+                and pool.layout.dcp > 1
+                and (pool.layout.dcp != pool.layout.tp or pool.model.latent is None)
+            ),
+        ),
+        *_DEEPEP,
+    ),
+    (
+        PairRow(
+            "transfers keys and values where one pool's tp divides the other's",
+            "distributed/kv_transfer/kv_connector/utils.py: tp_ratio",
+            lambda prefill, decode: (
+                max(prefill.layout.tp, decode.layout.tp) % min(prefill.layout.tp, decode.layout.tp)
+                != 0
+            ),
+        ),
+    ),
+    Router("vllm-router", "0.1.17", ("vllm-router",), "--vllm-pd-disaggregation"),
+)
+
+SGLANG = Engine(
+    "sglang",
+    "SGLang",
+    "0.5.23",
+    True,
+    (
+        Row(
+            "spreads experts over all ranks of a stage where DeepEP dispatches",
+            "srt/arg_groups/overrides.py: _a2a_ep_size",
+            lambda pool: pool.uses_deepep and pool.layout.etp > 1,
+        ),
+        Row(
+            "keeps as many micro-batches in flight as it has stages",
+            "srt/managers/scheduler_pp_mixin.py: pp_loop_size",
+            lambda pool: not pool.fills_its_pipeline,
+        ),
+        Row(
+            "dispatches prompts and decodes both by DeepEP, or neither",
+            "srt/arg_groups/fields/exec_.py: moe_a2a_backend, deepep_mode",
+            lambda pool: (
+                pool.role == "both"
+                and len(pool.all_kernels - {None}) == 1
+                and None in pool.all_kernels
+            ),
+        ),
+        Row(
+            "runs no CUDA graphs where DeepEP's normal kernels dispatch decodes",
+            "srt/arg_groups/moe_hook.py: handle_a2a_moe",
+            lambda pool: pool.role != "prefill" and pool.kernels(Phase.DECODE) == "normal",
+        ),
+        Row(
+            "overlaps two batches with DeepEP alone, and not in a pipeline",
+            "srt/arg_groups/validation_hook.py: check_two_batch_overlap; its issue 12427",
+            lambda pool: (
+                bool(pool.candidate.options.overlap)
+                and (not pool.uses_deepep or pool.layout.pp > 1)
+            ),
+        ),
+        Row(
+            "spreads experts, and their copies, equally many on each rank",
+            "srt/eplb/expert_location.py: num_physical_experts % ep_size",
+            lambda pool: not pool.slots_are_even or _needs_even_copies(pool),
+        ),
+        Row(_COPIES, "srt/arg_groups/fields/exec_.py: ep_dispatch_algorithm", _balances_copies),
+        Row(
+            "drafts without a pipeline, or in prefill pools",
+            "srt/arg_groups/validation_hook.py: check_pipeline_parallel_compat",
+            lambda pool: (
+                pool.role != "prefill" and pool.layout.pp > 1 and pool.candidate.num_drafts > 0
+            ),
+        ),
+        *_DEEPEP,
+    ),
+    (
+        PairRow(
+            "transfers keys and values to as many stages as they come from, or to one",
+            "srt/disaggregation/common/conn.py: pp_size",
+            lambda prefill, decode: decode.layout.pp not in (1, prefill.layout.pp),
+        ),
+        PairRow(
+            "shares out positions in a prefill pool only as its decode pool does",
+            "srt/arg_groups/pd_disaggregation_hook.py: dcp_size",
+            lambda prefill, decode: prefill.layout.dcp not in (1, decode.layout.dcp),
+        ),
+    ),
+    Router(
+        "sglang-router",
+        "0.3.2",
+        ("python", "-m", "sglang_router.launch_router"),
+        "--pd-disaggregation",
+    ),
+)
+
+TRTLLM = Engine(
+    "trtllm",
+    "TensorRT-LLM",
+    "1.2",
+    False,
+    (
+        Row(
+            "has attention that is tensor parallel, or data parallel over all ranks",
+            "features/parallel-strategy: enable_attention_dp",
+            lambda pool: pool.layout.dp > 1 and pool.layout.tp > 1,
+        ),
+        Row(
+            "keeps as many micro-batches in flight as it has stages",
+            "_torch/pyexecutor/py_executor.py: num_micro_batches",
+            lambda pool: not pool.fills_its_pipeline,
+        ),
+        Row(
+            "dispatches tokens where attention is data parallel; else every rank has them all",
+            "features/parallel-strategy: mixture of experts",
+            lambda pool: pool.layout.dp == 1 and pool.uses_deepep,
+        ),
+        Row(
+            "has no two-batch overlap",
+            "features/feature-combination-matrix",
+            lambda pool: bool(pool.candidate.options.overlap),
+        ),
+        Row(
+            "drafts without a pipeline",
+            "features/feature-combination-matrix: speculative decoding, pipeline parallelism",
+            lambda pool: pool.layout.pp > 1 and pool.candidate.num_drafts > 0,
+        ),
+        Row(
+            "shares out positions (Helix) in decode pools on Blackwell with MLA, not yet here",
+            "features/helix",
+            lambda pool: pool.layout.dcp > 1,
+        ),
+        Row(
+            "has redundant experts with data-parallel attention alone, equally many on each rank",
+            "examples/wide_ep/ep_load_balancer: num_slots",
+            lambda pool: (
+                _needs_even_copies(pool)
+                or (pool.candidate.options.num_redundant_experts > 0 and pool.layout.dp == 1)
+            ),
+        ),
+        Row(_COPIES, "examples/wide_ep/ep_load_balancer", _balances_copies),
+    ),
+)
+
+EXPERTLANE = Engine(
+    "expertlane",
+    "expertlane",
+    __version__,
+    True,
+    (
+        Row(
+            "shares out no positions over tp ranks",
+            "expertlane/spec/layout.py: dcp",
+            lambda pool: pool.layout.dcp > 1,
+        ),
+        Row(
+            "has no drafts",
+            "expertlane/engine",
+            lambda pool: pool.candidate.num_drafts > 0,
+        ),
+    ),
+    None,
+    has_replicas=True,
+)
+
+ENGINES: dict[EngineName, Engine] = {each.name: each for each in (VLLM, SGLANG, TRTLLM, EXPERTLANE)}
+_WITHOUT_NVLINK = Row(
+    "dispatches by kernels that need NVLink inside a node, which these cards lack",
+    "DeepEP, README.md: requirements",
+    lambda pool: pool.uses_deepep,
+)
+
+
+def engines_on(profile: Profile) -> Mapping[EngineName, Engine]:
+    """The engines' limits on a kind of device."""
+    if profile.has_nvlink:
+        return ENGINES
+    return {
+        name: each if each is EXPERTLANE else replace(each, rows=(*each.rows, _WITHOUT_NVLINK))
+        for name, each in ENGINES.items()
+    }
+
+
+class _Option(Protocol):
+    @property
+    def candidate(self) -> Candidate: ...
+
+
+T = TypeVar("T", bound=_Option)
+
+
+def by_library(options: Sequence[T], model: ModelConfig) -> tuple[list[T], list[T]]:
+    """Options that DeepEP dispatches, and the others."""
+    apart: tuple[list[T], list[T]] = ([], [])
+    for each in options:
+        apart[not Pool(each.candidate, model).uses_deepep].append(each)
+    return apart
+
+
+def runs_in_any_role(engine: Engine | None, candidate: Candidate, model: ModelConfig) -> bool:
+    """True if an engine runs a deployment as a server, or as a pool; None runs all."""
+    return engine is None or any(engine.runs(candidate, model, role) for role in _PHASES)

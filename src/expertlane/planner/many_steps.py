@@ -1,0 +1,413 @@
+"""Steps of many deployments at once, added up from the times of their parts.
+
+All are told by arrays: S structures (a layout with a dispatch form, slots for experts and drafts),
+each at some numbers of sequences, F of them in all.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.closed_form import Points, PricedPoints, Shape, step_estimates
+from expertlane.cost.laws.execution import Terms
+from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.step.operation import Floats, HandOver, Ints
+from expertlane.planner.throughput import Arriving
+from expertlane.spec.deployment import MicroBatchSchedule, Options
+from expertlane.spec.layout import Layout, partition
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.workload import Workload
+
+_LEAST_ADDED = 0.05  # least that a prompt adds to a step of decodes, as a share of its own step
+
+
+class Pipelining(NamedTuple):
+    """Micro-batches and overlap of a step.
+
+    Attributes:
+        overlap: whether a micro-batch runs in two halves.
+    """
+
+    overlap: bool = False
+    num_micro_batches: int = 1
+    schedule: MicroBatchSchedule = "drained"
+
+    @classmethod
+    def of(cls, options: Options) -> "Pipelining":
+        """The pipelining of a deployment with these options."""
+        overlap = bool(options.overlap)
+        return cls(overlap, options.num_micro_batches, options.micro_batch_schedule)
+
+    @property
+    def num_parts(self) -> int:
+        """Parts that a data-parallel rank's batch is cut into."""
+        return self.num_micro_batches * (1 + self.overlap)
+
+
+class Sized(NamedTuple):
+    """The sizes of a structure that its steps depend on.
+
+    Attributes:
+        shape: shape of its parts, with its number.
+        num_seqs: [N], ascending; sequences of a data-parallel rank to estimate decode steps for.
+        prefill_tokens: tokens of a data-parallel rank's prefill step, at most.
+        prompt_len: mean tokens of a prompt that are computed, those after a cached prefix.
+    """
+
+    layout: Layout
+    shape: tuple[int, Shape]
+    num_seqs: Ints
+    prefill_tokens: int
+    prompt_len: int
+
+
+@dataclass(frozen=True, eq=False)
+class Prefill:
+    """Prefill steps of S structures that are cut alike; [S] each.
+
+    Attributes:
+        seconds: [3, S]; of one step, or of a round of rotating ones.
+        num_seqs, num_new, num_cached, num_steps, length: as in `Prompts`.
+    """
+
+    seconds: Floats
+    num_seqs: Ints
+    num_new: Ints
+    num_cached: Ints
+    num_steps: Ints
+    length: Ints
+
+
+class _PrefillPart(NamedTuple):
+    """Parts of a prefill step, by structure; [S] each.
+
+    Attributes:
+        part_seqs: sequences of a part.
+        num_micro_batches, overlap: how the step is cut; a step of one prompt is not.
+        others: `num_seqs`, `num_new`, `num_cached`, `num_steps` and `length` of `Prefill`.
+    """
+
+    part_seqs: Ints
+    num_micro_batches: Ints
+    overlap: npt.NDArray[np.bool_]
+    others: tuple[Ints, Ints, Ints, Ints, Ints]
+
+
+@dataclass(eq=False)
+class ManySteps:
+    """Steps of structures with equally many pipeline stages and drafts.
+
+    Attributes:
+        structures: each with at least one number of sequences.
+        hows: ways in which steps are cut.
+        terms: launch and driver terms.
+        prompt_wait_steps: see `schedule.request.Limits`.
+    """
+
+    structures: Sequence[Sized]
+    hows: Sequence[Pipelining]
+    model: ModelConfig
+    workload: Workload
+    num_drafts: int
+    activation_bytes: int
+    links: LinkModel
+    terms: Terms
+    prompt_wait_steps: int = 0
+    _priced: list[tuple[int, Floats]] = field(default_factory=list, init=False)
+    _arriving: Arriving | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        layouts = [each.layout for each in self.structures]
+        sizes = [(each.replicas, each.dp, each.tp, each.replica_size) for each in layouts]
+        self.replicas, self.dp, self.tp, replica_size = np.array(sizes).T
+        self._shape = np.array([each.shape[0] for each in self.structures])
+        self._pp = layouts[0].pp
+        per_node = self.structures[0].shape[1].mesh.ranks_per_node
+        self._is_remote = replica_size > per_node  # some rank's next stage is on another node
+        self.num_sizes = np.array([len(each.num_seqs) for each in self.structures])
+        self.structure = np.arange(len(layouts)).repeat(self.num_sizes)  # [F]
+        self._of_rank = np.concatenate([each.num_seqs for each in self.structures])
+        self._tokens = np.array([each.prefill_tokens for each in self.structures])
+        self._prompt_len = np.array([each.prompt_len for each in self.structures])
+        self._driver_s = np.stack([self.terms.step_s(each) for each in layouts], axis=1)
+
+    @cached_property
+    def num_seqs(self) -> Ints:
+        """[F]; sequences in a decode step, over the whole system."""
+        of_all = self._of_rank * (self.replicas * self.dp)[self.structure]
+        num_seqs: Ints = np.minimum(of_all, self.workload.num_sequences)
+        return num_seqs
+
+    def points(self) -> Points:
+        """All parts of all steps, for pricing."""
+        whole = _joined(self._all_points)
+        return _joined([whole, whole.further()]) if self.num_drafts else whole
+
+    def take(self, priced: PricedPoints, first: int) -> None:
+        """Take the prices of `points`, which begin at `first` in a longer list."""
+        num = self._slices[-1].stop
+        own, experts = (
+            each[first : first + num * (1 + (self.num_drafts > 0))]
+            for each in (priced.own, priced.of_experts)
+        )
+        self._priced = [
+            (times, self._stage(priced, kind, own, experts, num))
+            for kind, times in self._kinds_of_stages().items()
+        ]
+
+    def _kinds_of_stages(self) -> Counter[tuple[int, int, bool, bool]]:
+        """Number of stages by kind: its layers, and whether it has an end of the model."""
+        num_layers, pp = self.model.num_hidden_layers, self._pp
+        kinds: dict[object, tuple[int, int, bool, bool]] = {}
+        counts: Counter[tuple[int, int, bool, bool]] = Counter()
+        for pp_rank, layers in enumerate(partition(num_layers, pp)):
+            ends = pp_rank == 0, pp_rank == pp - 1
+            of_layers = Counter(map(self._kind, layers))
+            key = frozenset(of_layers.items()), *ends
+            counts[kinds.setdefault(key, (layers.start, layers.stop, *ends))] += 1
+        return counts
+
+    def _kind(self, layer: int) -> tuple[bool, int | None]:
+        return self.model.is_dense(layer), self.model.window_of_layer(layer)
+
+    def _stage(
+        self,
+        priced: PricedPoints,
+        kind: tuple[int, int, bool, bool],
+        own: Ints,
+        experts: Ints,
+        num: int,
+    ) -> Floats:
+        """[rows, P]; price of a part on a kind of stage."""
+        start, stop, is_first, is_last = kind
+        total = priced.embedding * is_first + priced.arrival * (not is_first)
+        if is_last:
+            total = total + priced.head
+        num_sparse = 0
+        for (is_dense, window), times in Counter(map(self._kind, range(start, stop))).items():
+            total = total + times * (priced.dense if is_dense else priced.sparse)[window]
+            num_sparse += times * (not is_dense)
+        found: Floats = total[:, own[:num]]
+        if num_sparse:
+            found = found + num_sparse * priced.experts[:, experts[:num]]
+        if is_last and self.num_drafts:
+            head = priced.head[:, own[num:]]
+            first = self._draft(priced, own[:num], experts[:num]) + head
+            later = self._draft(priced, own[num:], experts[num:]) + head
+            found = found + first + (self.num_drafts - 1) * later
+        return found
+
+    def _draft(self, priced: PricedPoints, own: Ints, experts: Ints) -> Floats:
+        """[rows, P]; price of a drafting pass without head: one more layer, like the last one."""
+        is_dense, window = self._kind(self.model.num_hidden_layers - 1)
+        layer = (priced.dense if is_dense else priced.sparse)[window] + priced.projection
+        found: Floats = layer[:, own]
+        return found if is_dense else found + priced.experts[:, experts]
+
+    @cached_property
+    def alone_s(self) -> Floats:
+        """[3, S]; see `Steps.alone_s`; a step of prompts and decodes reads weights once."""
+        every, none = np.arange(len(self.structures)), np.zeros(len(self.structures))
+        prompt_s, token_s = (
+            self._estimates(
+                self._slices[-2 + place],
+                points,
+                every,
+                "drained",
+                1 + none.astype(np.int64),
+                none.astype(np.bool_),
+            )
+            for place, points in enumerate(self._alone_points)
+        )
+        num_steps = -(-self._prompt_len // self._alone_points[0].num_new)
+        more_s: Floats = np.maximum(prompt_s - token_s, _LEAST_ADDED * prompt_s) * num_steps
+        return more_s
+
+    def arriving(self, tokens_per_step: Floats) -> Arriving:
+        """Prompts at each number of sequences."""
+        if self._arriving is None:
+            sizes = self.replicas[self.structure], self.dp[self.structure]
+            self._arriving = Arriving.of(
+                self.num_seqs, *sizes, tokens_per_step, self.workload, self.prompt_wait_steps
+            )
+        return self._arriving
+
+    def decode(self, how: Pipelining) -> Floats:
+        """[3, F]; seconds of decode steps."""
+        at = self._slices[list(self._decode_points).index(how.num_parts)]
+        num = len(self._of_rank)
+        return self._estimates(
+            at,
+            self._decode_points[how.num_parts],
+            self.structure,
+            how.schedule,
+            np.full(num, how.num_micro_batches),
+            np.full(num, how.overlap),
+        )
+
+    def prefill(self, how: Pipelining) -> Prefill:
+        """Prefill steps."""
+        place, part = list(self._prefill_points).index(how), self._prefill_parts[how]
+        seconds = self._estimates(
+            self._slices[len(self._decode_points) + place],
+            self._prefill_points[how],
+            np.arange(len(self.structures)),
+            how.schedule,
+            part.num_micro_batches,
+            part.overlap,
+        )
+        return Prefill(seconds, *part.others)
+
+    def _estimates(
+        self,
+        at: slice,
+        points: Points,
+        structure: Ints,
+        schedule: MicroBatchSchedule,
+        num_micro_batches: Ints,
+        overlap: npt.NDArray[np.bool_],
+    ) -> Floats:
+        return step_estimates(
+            [(times, priced[:, at]) for times, priced in self._priced],
+            self._hand_over_s(points, structure),
+            self._driver_s[:, structure],
+            self.terms,
+            schedule,
+            num_micro_batches,
+            overlap,
+            self.model.num_hidden_layers,
+        )
+
+    def _hand_over_s(self, points: Points, structure: Ints) -> Floats:
+        """[3, P]; seconds to the next stage, over the slowest link that any rank uses."""
+        if self._pp == 1:
+            return np.zeros((3, len(structure)))
+        owned = -(-points.num_seqs * points.num_new // self.tp[structure])
+        num_bytes = owned * (self.model.hidden_size * self.activation_bytes)
+        return self.links.hand_over(HandOver(num_bytes, self._is_remote[structure])).bounds
+
+    @property
+    def _all_points(self) -> list[Points]:
+        of_steps = *self._decode_points.values(), *self._prefill_points.values()
+        return [*of_steps, *self._alone_points]
+
+    @cached_property
+    def _slices(self) -> list[slice]:
+        """Range of each set of points among all."""
+        sizes = [len(each.shape) for each in self._all_points]
+        ends = np.cumsum(sizes).tolist()
+        return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+    @cached_property
+    def _decode_points(self) -> dict[int, Points]:
+        """Points of decode steps, by the number of parts that a batch is cut into."""
+        num_new, context = 1 + self.num_drafts, self.workload.mean_context
+        return {
+            num: self._points(
+                self.structure, -(-self._of_rank // num), num_new, context, self.num_drafts
+            )
+            for num in dict.fromkeys(how.num_parts for how in self.hows)
+        }
+
+    @cached_property
+    def _alone_points(self) -> tuple[Points, Points]:
+        """Points of a prompt (or chunk) and of a decode on one rank, all others idle."""
+        every = np.arange(len(self.structures))
+        one, cached = np.ones_like(every), self.workload.prompt_len - self._prompt_len
+        chunk = np.minimum(self._prompt_len, self._tokens)
+        points = (
+            self._points(every, one, chunk, cached + (self._prompt_len - chunk) // 2, 0),
+            self._points(
+                every, one, 1 + self.num_drafts, self.workload.mean_context, self.num_drafts
+            ),
+        )
+        prompt, token = (replace(each, stage_seqs=one) for each in points)
+        return prompt, token
+
+    @cached_property
+    def _prefill_points(self) -> dict[Pipelining, Points]:
+        every = np.arange(len(self.structures))
+        return {
+            how: self._points(every, part.part_seqs, part.others[1], part.others[2], 0)
+            for how, part in self._prefill_parts.items()
+        }
+
+    def _points(
+        self,
+        structure: Ints,
+        num_seqs: Ints,
+        num_new: Ints | int,
+        num_cached: Ints | int,
+        num_drafts: int,
+    ) -> Points:
+        fullest = -(-self.workload.num_sequences // self.replicas)  # a replica's sequences
+        stage_seqs = np.minimum(num_seqs * self.dp[structure], fullest[structure])
+        new, cached, drafts = (
+            np.broadcast_to(np.asarray(each, dtype=np.int64), num_seqs.shape)
+            for each in (num_new, num_cached, num_drafts)
+        )
+        return Points(self._shape[structure], num_seqs, new, cached, stage_seqs, drafts)
+
+    @cached_property
+    def _prefill_parts(self) -> dict[Pipelining, _PrefillPart]:
+        last = np.cumsum(self.num_sizes) - 1
+        most_running = self._of_rank[last]
+        lengths = self._prompt_len, self.workload.prompt_len - self._prompt_len
+        return {
+            how: _prefill_part(how, *lengths, self._tokens, most_running)
+            for how in dict.fromkeys(self.hows)
+        }
+
+
+def _prefill_part(
+    how: Pipelining, prompt_len: Ints, cached: Ints, most_tokens: Ints, num_running: Ints
+) -> _PrefillPart:
+    """A part of a prefill step, how the step is cut, and the whole of it.
+
+    Steps are cut between sequences: what holds one prompt, or a chunk of one, is not. Rotating
+    micro-batches are whole steps, in flight together, of prompts that may run at once.
+
+    Args:
+        prompt_len, cached: [S]; tokens of a prompt that are computed, and found in the cache.
+    """
+    is_rotating = how.schedule == "rotating"
+    rotating = np.minimum(how.num_micro_batches, num_running)
+    in_flight = rotating if is_rotating else np.ones_like(rotating)
+    seqs = np.minimum(most_tokens // prompt_len, num_running // in_flight)
+    is_one = seqs < 2
+    chunk = np.minimum(prompt_len, most_tokens)
+    num_new = np.where(is_one, chunk, prompt_len)
+    num_cached = cached + np.where(is_one, (prompt_len - chunk) // 2, 0)  # mean over its chunks
+    num_parts = (1 + how.overlap) if is_rotating else how.num_parts
+    is_cut = ~is_one & (num_parts <= seqs)
+    parts = np.where(is_cut, num_parts, 1)
+    part_seqs = np.where(is_one, 1, -(-seqs // parts))
+    num_micro_batches = in_flight if is_rotating else np.where(is_cut, how.num_micro_batches, 1)
+    whole = np.minimum(part_seqs * parts * in_flight, num_running)
+    others = (
+        np.where(is_one, in_flight, whole),
+        num_new,
+        num_cached,
+        np.where(is_one, -(-prompt_len // chunk), 1),
+        prompt_len,
+    )
+    return _PrefillPart(part_seqs, num_micro_batches, is_cut & how.overlap, others)
+
+
+def _joined(parts: Sequence[Points]) -> Points:
+    """The points of several, one after the other."""
+    return Points(
+        *(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Points))
+    )
+
+
+def joined_points(many: Sequence[ManySteps]) -> tuple[Points, list[int]]:
+    """The points of all, and where each one's begin."""
+    of_each = [each.points() for each in many]
+    ends = np.cumsum([len(each.shape) for each in of_each]).tolist()
+    return _joined(of_each), [0, *ends[:-1]]

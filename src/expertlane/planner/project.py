@@ -1,0 +1,297 @@
+"""Projection of one deployment: steps of given sizes, their memory, and where time goes.
+
+Every rank's own counts are priced and replayed on a virtual clock, so this is the model in full,
+where `planner.screen` has one rank stand for all.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from expertlane.cost.breakdown import Breakdown, BreakdownTable, basis_shares, floor_s
+from expertlane.cost.by_law import ClocksByLaw, ErrorSeconds
+from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms, kernels_of
+from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.multi_token import MultiToken
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.pricing import Pricing, StageWork
+from expertlane.cost.replay import Clocks
+from expertlane.cost.routing import Traffic, placed
+from expertlane.cost.step.batch_sizes import PartSizes
+from expertlane.cost.step.operation import Floats
+from expertlane.cost.step.program import ProgramBuilder, StepProgram
+from expertlane.cost.step.totals import most_weight_bytes
+from expertlane.cost.step_log import rank_events
+from expertlane.cost.timeline import StepTimes, Timeline
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import StepsRecord
+from expertlane.results.step_record import RankEvents
+from expertlane.results.timeline import StepTimeline, timeline_of
+from expertlane.spec.deployment import CopyMethod, Options, PayloadType
+from expertlane.spec.dispatch import DispatchMode
+from expertlane.spec.layout import Layout, partition
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Phase
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Conditions that all deployments of a plan or comparison share.
+
+    Attributes:
+        routing: source of the experts that tokens choose.
+        payload: number type in which hidden states are dispatched.
+        copies: method that picks the copy of a redundant expert for a token.
+        step_tokens: tokens of a prefill step, as for `memory.prefill_step_tokens`.
+        multi_token: drafts of deployments that use multi-token prediction.
+    """
+
+    types: NumberTypes
+    execution: Execution
+    routing: Traffic
+    payload: PayloadType = "model"
+    step_tokens: int | None = None
+    copies: CopyMethod = "nearest"
+    multi_token: MultiToken = field(default_factory=MultiToken)
+
+
+_ROUNDS = 3  # rounds of rotating micro-batches; the last one counts
+
+
+@dataclass(frozen=True)
+class StepSize:
+    """A step of alike sequences, over the whole system.
+
+    Attributes:
+        num_seqs: sequences that take part.
+        num_new, num_cached: new tokens of each, and positions cached before.
+        fits: whether it fits into memory.
+    """
+
+    num_seqs: int
+    num_new: int
+    num_cached: int
+    fits: bool = True
+    phase: Phase = Phase.DECODE
+
+
+class Projector:
+    """Projects steps of one deployment on one cluster.
+
+    Where an option is `auto`, each step takes the fastest form, with or without overlap.
+
+    Args:
+        num_drafts: draft tokens per step.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layout: Layout,
+        options: Options,
+        cluster: ModelledCluster,
+        setting: Setting,
+        num_drafts: int = 0,
+    ) -> None:
+        ranks_per_node = cluster.profile.ranks_per_node
+        self._modes = {
+            phase: options.of_phase(phase).modes(layout, ranks_per_node) for phase in Phase
+        }
+        self._num_drafts = num_drafts
+        self._layout = layout
+        self._options = options
+        self._setting = setting
+        self._device = cluster.profile.device
+        self._terms = Terms.of(cluster.profile, setting.execution)
+        self._pricing = Pricing(cluster.profile, setting.types)
+        self._builder = ProgramBuilder(
+            model,
+            layout,
+            placed(model, layout, options, setting.routing, ranks_per_node),
+            types=setting.types,
+            payload=options.payload,
+            copies=options.copies,
+            ranks_per_node=ranks_per_node,
+            kernels=kernels_of(cluster.profile),
+            num_drafts=num_drafts,
+        )
+
+    def step(self, size: StepSize) -> StepsRecord:
+        """One step; of rotating micro-batches, a round."""
+        steps = (self._step(*self._priced(size, mode), size) for mode in self._modes[size.phase])
+        return min(steps, key=lambda step: step.round_s.value)
+
+    def step_by_error(self, size: StepSize) -> tuple[StepsRecord, ErrorSeconds]:
+        """One step of a deployment with a single mode, and its seconds under each law's error."""
+        (mode,) = self._modes[size.phase]
+        programs, works = self._priced(size, mode)
+        clocks = ClocksByLaw.of(works, self._terms, self._setting.types)
+        run = self._run(clocks.work(works), clocks.terms(self._terms))
+        return self._step(programs, works, size, run), clocks.seconds(run[0])
+
+    def likely_s(self, size: StepSize) -> float:
+        """Likely seconds of one step, or round, of a deployment with a single mode.
+
+        Rotating micro-batches are taken as independent, nearly so: use it for ratios of such times.
+        """
+        (mode,) = self._modes[size.phase]
+        _, works = self._priced(size, mode)
+        timeline = Timeline(self._terms, self._layout.pp, self._layout.stage_size)
+        ran = self._rounds(works, timeline, self._terms, as_alone=True)
+        return float(_last_round_s(ran, works)[LIKELY])
+
+    def _step(
+        self,
+        programs: Sequence[StepProgram],
+        works: Sequence[list[list[StageWork]]],
+        size: StepSize,
+        run: tuple[Floats, Breakdown] | None = None,
+    ) -> StepsRecord:
+        seconds, breakdown = run or self._run(works, self._terms)
+        num_tokens = size.num_seqs * size.num_new
+        by_basis, extrapolated = basis_shares(works)
+        wall_s = Estimate.between(seconds[: len(BOUNDS)])
+        return StepsRecord(
+            phase=size.phase,
+            context=size.num_cached,
+            num_steps=1,
+            num_rounds=1,
+            num_tokens=num_tokens,
+            num_seqs=size.num_seqs,
+            wall_s=wall_s,
+            tps=num_tokens * self._tokens_per_step(size.phase) / wall_s,
+            breakdown_s={
+                str(cause): wall_s.value * share for cause, share in breakdown.shares.items()
+            },
+            floor_s=floor_s(programs, self._device, self._setting.types),
+            flops_utilisation=float(breakdown.flops_utilisation),
+            read_utilisation=float(breakdown.bytes_utilisation),
+            basis_shares=by_basis,
+            extrapolated_share=extrapolated,
+            most_weight_bytes=most_weight_bytes(programs),
+            fits=size.fits,
+        )
+
+    def _tokens_per_step(self, phase: Phase) -> float:
+        """Tokens that a sequence yields for each new token of a step."""
+        is_drafted = self._num_drafts and phase is Phase.DECODE
+        return self._setting.multi_token.tokens_per_step if is_drafted else 1.0
+
+    def timeline(self, size: StepSize) -> StepTimeline:
+        """Timeline of every rank of a replica in such a step, or round."""
+        layout, modes = self._layout, self._modes[size.phase]
+        mode, *others = modes
+        if others:
+            mode = min(
+                modes,
+                key=lambda each: self._step(*self._priced(size, each), size).round_s.value,
+            )
+        _, works = self._priced(size, mode)
+        timeline = Timeline(self._terms, layout.pp, layout.stage_size)
+        events: list[tuple[int, int, RankEvents]] = []
+        ran = self._rounds(works, timeline, self._terms, may_skip=False)
+        for times, place in ran[-len(works) :]:
+            events += [
+                (pp_rank * layout.stage_size + of_stage, place, of_rank)
+                for (pp_rank, of_stage), of_rank in rank_events(times).items()
+                if len(of_rank.begin_s)
+            ]
+        num_tokens = size.num_seqs * size.num_new
+        return timeline_of(events, num_tokens=num_tokens, num_seqs=size.num_seqs)
+
+    def _priced(
+        self, size: StepSize, mode: DispatchMode
+    ) -> tuple[Sequence[StepProgram], Sequence[list[list[StageWork]]]]:
+        groups = self._groups(size)
+        alike: dict[str, tuple[StepProgram, list[list[StageWork]]]] = {}
+        for group in groups:  # equal sizes share one program
+            if str(group) not in alike:
+                program = self._program(group, size, mode)
+                alike[str(group)] = program, self._pricing.work(program)
+        programs, works = zip(*(alike[str(group)] for group in groups), strict=True)
+        return programs, works
+
+    def _groups(self, size: StepSize) -> list[list[list[int]]]:
+        """[steps in flight][micro-batches][dp]; sequences of the fullest replica."""
+        layout, options = self._layout, self._options
+        of_replica = len(partition(size.num_seqs, layout.replicas)[0])
+        of_rank = [len(part) for part in partition(of_replica, layout.dp)]
+        m = options.num_micro_batches
+        cut = [[len(partition(num, m)[place]) for num in of_rank] for place in range(m)]
+        if options.micro_batch_schedule == "rotating":
+            return [[part] for part in cut if any(part)]
+        return [[part for part in cut if any(part)]]
+
+    def _program(
+        self, micro_batches: list[list[int]], size: StepSize, mode: DispatchMode
+    ) -> StepProgram:
+        cut = [(mode.form, self._halves(each, size, mode.overlap)) for each in micro_batches]
+        return self._builder.build_sized(cut, self._setting.routing)
+
+    def _halves(self, num_seqs: list[int], size: StepSize, overlap: bool) -> list[PartSizes]:
+        num_parts = 2 if overlap and max(num_seqs) > 1 else 1
+        halves = [
+            [len(partition(num, num_parts)[place]) for num in num_seqs]
+            for place in range(num_parts)
+        ]
+        layout = self._layout
+        drafts = self._num_drafts if size.phase is Phase.DECODE else 0
+        return [
+            PartSizes.even(layout.dp, layout.tp, half, size.num_new, size.num_cached, drafts)
+            for half in halves
+            if any(half)
+        ]
+
+    def _run(
+        self, works: Sequence[list[list[StageWork]]], terms: Terms
+    ) -> tuple[Floats, Breakdown]:
+        """[B]; seconds of a round in the steady state, and the breakdown of the likely ones."""
+        timeline = Timeline(terms, self._layout.pp, self._layout.stage_size)
+        table = BreakdownTable(self._device, self._setting.types)
+        ran = self._rounds(works, timeline, terms)
+        for times, _ in ran[-len(works) :]:
+            table.add(times)
+        return _last_round_s(ran, works), table.result()
+
+    def _rounds(
+        self,
+        works: Sequence[list[list[StageWork]]],
+        timeline: Timeline,
+        terms: Terms,
+        *,
+        may_skip: bool = True,
+        as_alone: bool = False,
+    ) -> list[tuple[StepTimes, int]]:
+        """Steps up to the steady state, each with its group; the last round is in it."""
+        alone: defaultdict[int, dict[tuple[int, int], Clocks]] = defaultdict(dict)
+        driver_s = terms.step_s(self._layout)
+        ends: Floats = np.zeros((len(works), terms.num_clocks))  # of each group's last step
+        ran = []
+        if len(works) == 1 and may_skip:
+            cold = timeline.cold_start(works[0])
+            first = timeline.repeat(cold, driver_s)
+            if timeline.is_at_rest(next_s := first.end_s + driver_s):
+                return [(first, 0), (timeline.repeat(cold, next_s), 0)]
+            ends[0] = first.end_s
+            ran.append((first, 0))
+        planned_s = np.zeros(terms.num_clocks)
+        while len(ran) < len(works) * (_ROUNDS if len(works) > 1 else 2):
+            for place, work in enumerate(works):
+                planned_s = np.maximum(planned_s, ends[place]) + driver_s  # one driver for all
+                times = timeline.run(
+                    work,
+                    planned_s,
+                    may_skip=may_skip,
+                    alone=alone[id(work)] if as_alone and len(works) > 1 else None,
+                )
+                ends[place] = times.end_s
+                ran.append((times, place))
+        return ran
+
+
+def _last_round_s(ran: Sequence[tuple[StepTimes, int]], works: Sequence[object]) -> Floats:
+    """[B]; seconds of the last round, from steps with their groups up to the steady state."""
+    seconds: Floats = ran[-1][0].end_s - ran[-1 - len(works)][0].end_s
+    return seconds

@@ -1,0 +1,250 @@
+"""Ties of plans: those whose ratio may be 1, once what both share has cancelled.
+
+The bounds of one plan have all laws low together, or all high, and most of that two plans share: a
+slow driver is as slow for both. So each error of a law (`cost.by_law`) is moved to its low and to
+its high for both plans at once, and the ratio with it; likewise other experts are drawn for both.
+Errors are taken as independent: the ratio's logarithm goes as far down as the root of the sum of
+squares of all that lower it, and as far up likewise.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import exp, hypot, inf, isfinite, log
+
+import numpy as np
+
+from expertlane.cost.by_law import LawError
+from expertlane.cost.laws.execution import LIKELY
+from expertlane.cost.step.operation import Floats
+from expertlane.planner.candidates import Goals
+from expertlane.planner.search import Finalist
+from expertlane.planner.throughput import Steps, ThroughputCurve, one_pool, two_pools
+from expertlane.planner.two_pools import TwoPools
+from expertlane.results.estimate import Estimate
+from expertlane.results.record import TieBreak
+from expertlane.results.serving_record import ServingRecord, is_served
+from expertlane.spec.names import Phase
+from expertlane.spec.workload import Workload
+
+_LEVEL = 0.995  # of the most tokens/s: closer ones are equal within the simulation's error
+_NEAR = 0.5  # of a limit: with less of it used, it decides nothing
+_KV_TRANSFER: LawError = ("KV transfer", ())
+_ACCEPTANCE: LawError = ("acceptance of drafts", ())
+
+
+@dataclass(frozen=True)
+class Uncertain:
+    """A positive number, and its values at the low and at the high of each error.
+
+    An error that is not named leaves it as it is.
+    """
+
+    value: float
+    by_error: Mapping[LawError, tuple[float, float]]
+
+    def scaled(self, factor: float) -> "Uncertain":
+        """The number times a factor, with the same errors."""
+        by_error = {error: (a * factor, b * factor) for error, (a, b) in self.by_error.items()}
+        return Uncertain(self.value * factor, by_error)
+
+    def over(self, other: "Uncertain") -> Estimate:
+        """The ratio, with the bounds that are left when what both share has cancelled."""
+        if not (isfinite(self.value) and isfinite(other.value)):
+            ratio = 1.0 if self.value == other.value else self.value / other.value
+            return Estimate(ratio, ratio, ratio)
+        down = up = 0.0
+        for low, high in self._apart(other).values():
+            down, up = hypot(down, low), hypot(up, high)
+        ratio = self.value / other.value
+        return Estimate(ratio, ratio * exp(-down), ratio * exp(up))
+
+    def shares(self, other: "Uncertain") -> dict[str, float]:
+        """Each law's share of the ratio's squared uncertainty, over all of its sizes."""
+        squares: dict[str, float] = {}
+        for (name, _), (low, high) in self._apart(other).items():
+            squares[name] = squares.get(name, 0.0) + low**2 + high**2
+        total = sum(squares.values())
+        return {name: each / total for name, each in squares.items()} if 0 < total < inf else {}
+
+    def _apart(self, other: "Uncertain") -> dict[LawError, tuple[float, float]]:
+        """By error, how far it moves the ratio's logarithm down and up; 0 or more."""
+        found = {}
+        for error in {**self.by_error, **other.by_error}:
+            mine, others = (each.by_error.get(error, (each.value,) * 2) for each in (self, other))
+            moved = [
+                _difference(_log_ratio(a, self.value), _log_ratio(b, other.value))
+                for a, b in zip(mine, others, strict=True)
+            ]
+            found[error] = -min(*moved, 0.0), max(*moved, 0.0)
+        return found
+
+    def ties(self, other: "Uncertain") -> bool:
+        """True if 1 is within the ratio's bounds."""
+        low, _, high = self.over(other).bounds
+        return low <= 1 <= high
+
+
+def _difference(mine: float, others: float) -> float:
+    return 0.0 if mine == others else mine - others  # also where both are without end
+
+
+def _log_ratio(moved: float, value: float) -> float:
+    return log(moved / value) if isfinite(moved) else inf
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """A plan in the ranking.
+
+    Attributes:
+        at_rate: record of an open load served at its rate; None for a closed load.
+    """
+
+    finalist: Finalist
+    tps: Uncertain
+    at_rate: ServingRecord | None = None
+
+    def taken(self, goals: Goals) -> float:
+        """Share of the tightest limit that is used; 0 without limits."""
+        return float(self.finalist.served.breach(goals)[0])
+
+
+def contender(finalist: Finalist, workload: Workload) -> Contender:
+    """A deployment of one pool: simulated tokens/s, moved by each error as the formula says."""
+    errors = _errors_of(finalist)
+    tps = _uncertain(one_pool(_moved(finalist, errors), workload), errors)
+    simulated, formula = finalist.served, finalist.formula
+    factor = float(simulated.tps[LIKELY, 0] / formula.tps[LIKELY, 0])
+    return Contender(finalist, tps.scaled(factor))
+
+
+def pools_tps(pools: TwoPools, workload: Workload) -> Uncertain:
+    """Simulated tokens/s of disaggregated pools, moved by each error as the formula says."""
+    prefill, decode = pools.prefill, pools.decode
+    errors = list(dict.fromkeys([_KV_TRANSFER, *_errors_of(prefill), *_errors_of(decode)]))
+    at = np.full(1 + 2 * len(errors), pools.transfer_s[LIKELY])
+    at[1], at[2] = pools.transfer_s[0], pools.transfer_s[-1]
+    served = two_pools(_moved(prefill, errors), _moved(decode, errors), at, workload)
+    formula = _uncertain(served, errors)
+    return formula.scaled(float(pools.served.tps[LIKELY, 0]) / formula.value)
+
+
+def pools_win(pools: TwoPools, chosen: Contender, workload: Workload) -> bool:
+    """True if disaggregated pools are better than the best of one pool.
+
+    They have more tokens/s beyond the errors, or only they serve an open load at its rate.
+    """
+    if is_served(pools.at_rate) != is_served(chosen.at_rate):
+        return is_served(pools.at_rate)
+    return pools_tps(pools, workload).over(chosen.tps).bounds[0] > 1
+
+
+def _errors_of(finalist: Finalist) -> list[LawError]:
+    drafts = [_ACCEPTANCE] * (finalist.candidate.num_drafts > 0)
+    of_phases = [finalist.by_error.get(phase, {}) for phase in (Phase.DECODE, Phase.PREFILL)]
+    return list(dict.fromkeys([*drafts, *(error for each in of_phases for error in each)]))
+
+
+def _moved(finalist: Finalist, errors: Sequence[LawError]) -> Steps:
+    """The steps at their likely times, then at the low and the high of each error."""
+
+    def times(phase: Phase, likely_s: float) -> Floats:
+        of_phase = finalist.by_error.get(phase, {})
+        moved = [each for error in errors for each in of_phase.get(error, (likely_s, likely_s))]
+        return np.array([likely_s, *moved])
+
+    steps = finalist.steps
+    prefill_s = times(Phase.PREFILL, float(steps.prefill_s[LIKELY]))
+    tokens = np.full(1 + 2 * len(errors), steps.tokens_per_step[LIKELY])
+    if _ACCEPTANCE in errors:
+        place = 1 + 2 * errors.index(_ACCEPTANCE)
+        tokens[place], tokens[place + 1] = steps.tokens_per_step[[0, -1]]
+    return replace(
+        steps,
+        tokens_per_step=tokens,
+        decode_s=times(Phase.DECODE, float(steps.decode_s[LIKELY, 0]))[:, None],
+        prefill_s=prefill_s,
+        alone_s=prefill_s * (steps.alone_s[LIKELY] / steps.prefill_s[LIKELY]),
+    )
+
+
+def _uncertain(served: ThroughputCurve, errors: Sequence[LawError]) -> Uncertain:
+    """Tokens/s of the steps of `_moved`."""
+    value, *moved = served.tps[::-1, 0].tolist()  # throughput is in reverse order of times
+    pairs = zip(moved[::2], moved[1::2], strict=True)
+    return Uncertain(value, dict(zip(errors, pairs, strict=True)))
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """Plans in order, the chosen one first.
+
+    Attributes:
+        num_tied: length of the tie for most tokens/s at the front.
+        by: criterion that decided among them; None without a tie.
+    """
+
+    contenders: Sequence[Contender]
+    num_tied: int
+    by: TieBreak | None
+
+    @property
+    def chosen(self) -> Contender:
+        """The first contender."""
+        return self.contenders[0]
+
+    @property
+    def tied(self) -> Sequence[Contender]:
+        """The plans that tie; the chosen one alone without a tie."""
+        return self.contenders[: self.num_tied]
+
+    @property
+    def spread(self) -> float:
+        """Gap of the least of those that tie to the most tokens/s; a share."""
+        tps = [each.tps.value for each in self.tied]
+        return 1 - min(tps) / max(tps)
+
+
+def ranked(contenders: Sequence[Contender], goals: Goals) -> Ranking:
+    """Plans that tie for most tokens/s, then the others; each group by tokens/s.
+
+    A plan is in the tie if no other has significantly more: one with errors of its own may tie
+    with the first and still be significantly slower than the second. Most tokens/s decide in the
+    tie; where a limit is near, the plan farthest below it of those with as many. The chosen plan
+    is never behind another in both.
+
+    Plans that do not serve an open load at its rate come last.
+    """
+    serving = [each for each in contenders if is_served(each.at_rate)]
+    if 0 < len(serving) < len(contenders):
+        found = ranked(serving, goals)
+        rest = sorted(set(contenders) - set(serving), key=lambda each: -each.tps.value)
+        return replace(found, contenders=[*found.contenders, *rest])
+    by_tps = sorted(contenders, key=lambda each: -each.tps.value)
+    tied = [
+        each for each in by_tps if all(other.tps.over(each.tps).bounds[0] <= 1 for other in by_tps)
+    ]
+    others = [each for each in by_tps if each not in tied]
+    if len(tied) == 1:
+        return Ranking([*tied, *others], 1, None)
+    chosen = _chosen(tied, by_tps, goals)
+    by: TieBreak = "most tokens" if chosen is tied[0] else "farther from the limit"
+    tied.remove(chosen)
+    return Ranking([chosen, *tied, *others], 1 + len(tied), by)
+
+
+def _chosen(tied: Sequence[Contender], all_: Sequence[Contender], goals: Goals) -> Contender:
+    """The plan to recommend of those that tie, which are in order of tokens/s."""
+    first = tied[0]
+    if first.taken(goals) < _NEAR:
+        return first
+    level = [
+        each
+        for each in tied
+        if each.tps.value >= _LEVEL * first.tps.value
+        and not any(
+            other.tps.value > each.tps.value and other.taken(goals) < each.taken(goals)
+            for other in all_
+        )
+    ]
+    return min(level, key=lambda each: each.taken(goals))

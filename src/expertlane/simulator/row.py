@@ -1,0 +1,249 @@
+"""A row of a plan or a projected comparison, read from its results to be simulated again."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from expertlane.errors import UserError, naming
+from expertlane.results import file
+from expertlane.results.record import (
+    BEST,
+    DECODE_POOL,
+    EXPERIMENT,
+    PREFILL_POOL,
+    TWO_POOLS,
+    DeploymentRecord,
+)
+from expertlane.results.results import Results
+from expertlane.spec.deployment import Options
+from expertlane.spec.layout import Layout
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.projection import ProjectionAsked
+from expertlane.spec.ranges import shown
+from expertlane.spec.slo import SLO
+from expertlane.spec.tables import build
+
+POOLS = "pools"
+_CHOSEN = "chosen"  # the recommendation of a plan; the first row of a comparison
+# Options that exclude each other: one that is given removes a row's values of the others.
+_LENGTHS = "prompt_len", "output_len"
+_SHARED = "prefix_len", "num_prefixes"
+_INSTEAD: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys((*_LENGTHS, *_SHARED), ("requests",)),
+    "requests": (*_LENGTHS, *_SHARED),
+    "batch": ("rate",),
+    "rate": ("batch",),
+    "skew": ("routing_trace",),
+    "routing_trace": ("skew",),
+    "mtp": ("mtp_acceptance",),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A deployment and its load.
+
+    Attributes:
+        layout, options: deployment of the pool that decodes, where two serve.
+        num_seqs: sequences that run at once, over the whole system.
+        num_asked: concurrent requests asked for.
+        rate: requests that arrive a second, of a plan for an open load; None for a closed one.
+        slos: limits asked for.
+        cautions: cautions about the model for a reader, in sentences.
+    """
+
+    model: ModelConfig
+    layout: Layout
+    options: Options
+    prefill_layout: Layout | None
+    prefill_options: Options | None
+    num_drafts: int
+    num_seqs: int
+    num_asked: int
+    rate: float | None
+    dtype: str
+    kv_dtype: str
+    asked: ProjectionAsked
+    workload: Mapping[str, Any]
+    load: Mapping[str, Any]
+    slos: tuple[SLO, ...]
+    price: float | None
+    cautions: tuple[str, ...]
+
+    def _lengths(self) -> dict[str, Any]:
+        """Options for the lengths of the load."""
+        if (path := self.load.get("requests")) is not None:
+            return {"requests": Path(path)}
+        lengths = {name: str(self.load.get(name, self.workload[name])) for name in _LENGTHS}
+        return lengths | {name: self.load[name] for name in _SHARED if name in self.load}
+
+    def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of `simulate`, by name, that serve it again.
+
+        Args:
+            given: options with other values; they, and options that they exclude, are left out.
+        """
+        options, asked, workload = self.options, self.asked, self.workload
+        values: dict[str, Any] = {
+            "layout": str(self.layout),
+            "prefill_layout": None if self.prefill_layout is None else str(self.prefill_layout),
+            "cluster": asked.cluster,
+            "overlap": "on" if options.overlap else "off",
+            "num_micro_batches": options.num_micro_batches,
+            "micro_batch_schedule": options.micro_batch_schedule,
+            "dispatch": options.dispatch,
+            "prefill_dispatch": options.prefill_dispatch,
+            "payload": options.payload,
+            "placement": options.placement_file or _method(options),
+            "num_redundant_experts": options.num_redundant_experts,
+            "copies": options.copies,
+            "batch": str(self.num_asked) if self.rate is None else None,
+            "rate": None if self.rate is None else f"{self.rate:g}",
+            **self._lengths(),
+            "seed": workload.get("seed", 0),
+            "skew": asked.skew,
+            "routing_trace": None if asked.routing_trace is None else Path(asked.routing_trace),
+            "dtype": self.dtype,
+            "kv_dtype": self.kv_dtype,
+            "execution": asked.execution,
+            "framework": asked.framework,
+            "mtp": self.num_drafts,
+            "mtp_acceptance": asked.mtp_acceptance if self.num_drafts else None,
+            "max_num_seqs": self.layout.places_of_rank(
+                self.num_seqs, None if self.rate is not None else workload["num_sequences"]
+            ),
+            "price": self.price,
+        }
+        left_out = {other for name in given for other in _INSTEAD.get(name, ())}
+        if self.num_seqs >= workload["num_sequences"] and {"batch", "rate"} & set(given):
+            left_out.add("max_num_seqs")  # all requests ran, so it is no limit
+        return {name: each for name, each in values.items() if name not in {*given, *left_out}}
+
+
+def find_row(text: str) -> Row:
+    """Read `results.json#2`, a row of the results of a plan or a projected comparison.
+
+    After `#` stands the row's number, `pools` for disaggregated ones, or the name of an engine for
+    the best that it runs; without, what the plan recommends, or a comparison's first row.
+
+    Raises:
+        UserError: the file cannot be read or is of another kind, or it has no such row.
+    """
+    name, row = _split(text)
+    results = file.read(Path(name))
+    with naming(name):
+        return _row(results, row)
+
+
+def _split(text: str) -> tuple[str, str]:
+    name, mark, row = text.rpartition("#")
+    if not mark or os.path.exists(text) or not name:
+        return text, _CHOSEN
+    return name, row
+
+
+def _row(results: Results, row: str) -> Row:
+    question = results.question
+    if results.kind == "plan":
+        record, prefill, decode = _of_plan(results, row)
+        model, workload = question["model"], question["workload"]
+    elif results.kind == "comparison" and results.select("projected", EXPERIMENT):
+        record, prefill, decode = _of_comparison(results, row), None, None
+        model, workload = (question["experiment"][name] for name in ("model", "workload"))
+    else:
+        raise UserError(
+            f"it has results of a {results.kind} without projected rows; --plan takes those of "
+            "plan or compare --project"
+        )
+    asked = question.get("projection")
+    if asked is None or record.conditions is None:
+        raise UserError("it lacks the options of its projection; repeat the command that wrote it")
+    decoding, conditions = decode or record, record.conditions
+    running = decoding.serving[0].num_running
+    if running is None:
+        raise UserError(f"row {row} lacks the number of sequences that run at once")
+    load = question.get("load") or {}
+    return Row(
+        build(ModelConfig, model, "question.model"),
+        record.known_layout,
+        decoding.served_with or decoding.known_options,
+        record.prefill_layout,
+        None if prefill is None else prefill.known_options,
+        decoding.num_drafts,
+        running,
+        running if decode is None else record.serving[0].num_running or running,
+        load.get("rate"),
+        conditions.dtype,
+        conditions.kv_dtype,
+        build(ProjectionAsked, asked, "question.projection"),
+        workload,
+        load,
+        _limits(question),
+        question.get("price"),
+        results.cautions,
+    )
+
+
+def _method(options: Options) -> str:
+    """Placement option; experts that move while requests run count as placed by load."""
+    return "load" if options.is_by_load else options.placement
+
+
+_Parts = tuple[DeploymentRecord, DeploymentRecord | None, DeploymentRecord | None]
+
+
+def _of_plan(results: Results, row: str) -> _Parts:
+    """A row's record; for disaggregated pools also those of prefill and of decode."""
+    if row == _CHOSEN:
+        row = "1" if results.faster_pools is None else POOLS
+    if row == POOLS:
+        pools = [
+            each
+            for role in (TWO_POOLS, PREFILL_POOL, DECODE_POOL)
+            for each in results.select("projected", role)
+        ]
+        if not pools:
+            raise UserError("the plan has no disaggregated pools")
+        return _three(pools)
+    engines = {each.engine: each for each in results.plans[0].engines}
+    if (engine := next((each for name, each in engines.items() if name == row), None)) is not None:
+        if engine.best is None:
+            raise UserError(f"{engine.title} runs no deployment that meets the limits")
+        return _three(engine.pools) if engine.pools else (engine.best, None, None)
+    words = [*([POOLS] if results.select("projected", TWO_POOLS) else []), *engines]
+    return _numbered(results.select("projected", BEST), row, words), None, None
+
+
+def _three(pools: Sequence[DeploymentRecord]) -> _Parts:
+    together, prefill, decode = pools
+    return together, prefill, decode
+
+
+def _of_comparison(results: Results, row: str) -> DeploymentRecord:
+    usual, row = results.conditions[0], "1" if row == _CHOSEN else row
+    record = _numbered(results.select("projected", EXPERIMENT, usual), row, [])
+    if not record.serving:
+        raise UserError(f"{record.name!r} does not fit, so it was not simulated")
+    return record
+
+
+def _numbered(rows: Sequence[DeploymentRecord], row: str, words: Sequence[str]) -> DeploymentRecord:
+    number = int(row) if row.isascii() and row.isdigit() and len(row) < 10 else 0
+    if not 1 <= number <= len(rows):
+        numbers = f"#1 to #{len(rows)}" if len(rows) > 1 else "#1"
+        valid = ", ".join([numbers, *(f"#{word}" for word in words)])
+        raise UserError(f"there is no row {shown(row)}; valid: {valid}")
+    return rows[number - 1]
+
+
+def _limits(question: Mapping[str, Any]) -> tuple[SLO, ...]:
+    """Limits that a plan was made for; empty for a comparison."""
+    means = {"max_tpot_s": SLO("tpot", "mean", 1.0), "max_ttft_s": SLO("ttft", "mean", 1.0)}
+    found = [
+        replace(slo, limit_s=question[key])
+        for key, slo in means.items()
+        if question.get(key) is not None
+    ]
+    return *found, *(build(SLO, each, "question.slos") for each in question.get("slos", ()))

@@ -1,0 +1,234 @@
+"""Watching a stretch of a steady state: its length, its tokens, and its corrected time.
+
+A stretch has some prompts more or less than its share, each of which takes time. What the share is
+follows from the load, so the surplus is a control variate (Law and Kelton, Simulation Modeling and
+Analysis, section 11.4): its effect on the time, by regression over parts of the stretch, is taken
+out.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import ceil, log
+from typing import NamedTuple
+
+import numpy as np
+
+from expertlane.cost.laws.execution import BOUNDS, LIKELY
+from expertlane.cost.runner import PricedStep
+from expertlane.cost.step.operation import Floats
+from expertlane.results.metrics import PERCENTILES, ServedRequest
+from expertlane.results.statistics import half_interval
+from expertlane.simulator.pools import Pool
+from expertlane.spec.slo import SLO
+
+_SETTLING_STEPS = 8
+_SETTLING_SHARE = 0.1  # of the steps that a stretch has at least
+_FEW_STEPS, _FEWEST_ROUNDS = 2, 8  # usual steps of a round; least number of longer rounds
+_NUM_PARTS = 20  # parts of a stretch, for its regression
+STRATUM = 24  # steps
+_MOST_STEPS = 4_000  # where many first tokens are asked for
+_FEWEST_PARTS = 5  # for a regression
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Precision wanted of a stretch, and limits of its length.
+
+    Attributes:
+        least_steps, most_steps: steps of the decode pool.
+        share: half of the 90 % interval of tokens/s, as a share of them; in a closed loop, and up
+            to the usual number of steps.
+        quantile: quantile of TTFT; enough first tokens are needed that one is likely above it.
+        least_first: least number of first tokens.
+    """
+
+    least_steps: int = 96
+    most_steps: int = 288
+    share: float = 0.015
+    quantile: float = 0.95
+    least_first: int = 0
+
+    @classmethod
+    def of(cls, slos: Sequence[SLO], num_requests: int | None = None) -> "Precision":
+        """Enough for the objectives' statistics, and at least `num_requests` first tokens."""
+        shares = [PERCENTILES[each.statistic] / 100 for each in slos if each.statistic != "mean"]
+        precision = cls(quantile=max([cls.quantile, *shares]), least_first=num_requests or 0)
+        asks_more = precision.num_first > cls().num_first
+        return replace(precision, most_steps=_MOST_STEPS) if asks_more else precision
+
+    def of_rounds(self, num_steps: int) -> "Precision":
+        """The precision with fewer rounds where each has many steps (micro-batches, replicas)."""
+        share = _FEW_STEPS / max(num_steps, _FEW_STEPS)
+
+        def of(steps: int) -> int:
+            return min(max(_FEWEST_ROUNDS, ceil(share * steps)), steps)
+
+        return replace(self, least_steps=of(self.least_steps), most_steps=of(self.most_steps))
+
+    @property
+    def settling_steps(self) -> int:
+        """Steps before the stretch."""
+        return max(_SETTLING_STEPS, round(_SETTLING_SHARE * self.least_steps))
+
+    @property
+    def last_step(self) -> int:
+        """The first step at which a stretch may end."""
+        return self.settling_steps + self.least_steps
+
+    @property
+    def num_first(self) -> int:
+        """First tokens, one of which is above the quantile in 95 of 100 cases."""
+        of_quantile = ceil(log(0.05) / log(self.quantile)) if self.quantile else 1
+        return max(of_quantile, self.least_first)
+
+
+USUAL = Precision()
+ROUGH = Precision(least_steps=24, most_steps=24, quantile=0.0)
+
+
+class _StepFacts(NamedTuple):
+    """A step of the decode pool: its end [3], its output tokens, and its prompt tokens."""
+
+    end_s: Floats
+    num_tokens: int
+    num_prompt_tokens: int
+
+
+class _Stretched(NamedTuple):
+    """A stretch corrected for its surplus of prompts: seconds [3], tokens, steps, and the error."""
+
+    seconds: Floats
+    num_tokens: float
+    num_steps: int
+    error: float
+
+
+class Watch:
+    """Collects the steps of the decode pool, and tells when they suffice."""
+
+    def __init__(
+        self,
+        precision: Precision,
+        num_running: int,
+        steps_of_round: int,
+        prompt_share: Callable[[Sequence[ServedRequest[Floats]]], float | None],
+        advance: Callable[[int], None],
+        *,
+        is_open: bool,
+    ) -> None:
+        self._prompt_share, self._is_open = prompt_share, is_open
+        self.num_running = num_running
+        self._advance, self._num_told = advance, 0
+        self._steps_of_round = steps_of_round
+        self.decode: Pool | None = None
+        self.begin_s = self.end_s = np.zeros(len(BOUNDS))
+        self.has_begun = False
+        self._precision = precision
+        self._steps: list[_StepFacts] = []
+        self._num_before = self._num_checked = 0
+
+    def observe(self, step: PricedStep) -> None:
+        """Take in a step when it begins."""
+        num_tokens = num_prompt_tokens = 0
+        for batch in step.plan.batches:
+            num_tokens += int(np.count_nonzero(batch.yields_token))
+            if batch.num_tokens > batch.num_seqs:
+                new = batch.num_scheduled_tokens
+                num_prompt_tokens += int(new[new > 1].sum())
+        self._steps.append(_StepFacts(step.times.end_s, num_tokens, num_prompt_tokens))
+
+    def is_done(self, served: Sequence[ServedRequest[Floats]]) -> bool:
+        """True once there are enough steps and first tokens."""
+        assert self.decode is not None
+        num_done = len(self._steps) - self.decode.num_in_flight
+        if not self.has_begun:
+            if num_done >= self._precision.settling_steps * self._steps_of_round:
+                self.has_begun, self._num_before = True, num_done
+                self.begin_s = self._ended(num_done)[-1].end_s
+            return False
+        num = (num_done - self._num_before) // self._steps_of_round
+        if num < self._precision.least_steps or num < self._num_checked:
+            return False
+        self._num_checked = num + max(num // 8, 1)
+        self._advance(num - self._num_told)
+        self._num_told = num
+        self.end_s = self._ended(num_done)[-1].end_s
+        num_first = sum(map(self.has_in, served[self.num_running :]))
+        if num_first < (1 if num < _MOST_STEPS else 0):
+            return False
+        if num >= self._precision.most_steps:
+            return True
+        if num_first < self._precision.num_first:
+            return False
+        if self._is_open or num >= USUAL.most_steps:
+            return True
+        share = self._prompt_share(served[self.num_running :])
+        return self.stretch(share).error <= self._precision.share
+
+    def _ended(self, num: int) -> list[_StepFacts]:
+        """The first `num` steps, in the order in which they end."""
+        return sorted(self._steps, key=lambda step: float(step.end_s[LIKELY]))[:num]
+
+    def has_in(self, request: ServedRequest[Floats]) -> bool:
+        """True if a request has its first token in the stretch."""
+        times = request.token_times_s
+        return bool(times) and self.begin_s[LIKELY] < times[0][LIKELY] <= self.end_s[LIKELY]
+
+    def waited_s(self, served: Sequence[ServedRequest[Floats]]) -> Floats:
+        """[3]; seconds that all requests waited for first tokens within the stretch."""
+        waited = np.zeros(len(BOUNDS))
+        for each in served[self.num_running :]:
+            until = each.token_times_s[0] if each.token_times_s else self.end_s
+            inside = np.minimum(until, self.end_s) - np.maximum(each.due_s, self.begin_s)
+            waited += np.maximum(inside, 0.0)
+        return waited
+
+    def num_decoding(self, served: Sequence[ServedRequest[Floats]]) -> Floats:
+        """[3]; requests between their first and last token, on average."""
+        spent = np.zeros(len(BOUNDS))
+        for number, each in enumerate(served):
+            if not each.token_times_s:
+                continue
+            first = self.begin_s if number < self.num_running else each.token_times_s[0]
+            ended = len(each.token_times_s) == each.output_len
+            last = each.token_times_s[-1] if ended else self.end_s
+            inside = np.minimum(last, self.end_s) - np.maximum(first, self.begin_s)
+            spent += np.maximum(inside, 0.0)
+        return spent / (self.end_s - self.begin_s)
+
+    def num_steps_of_request(self, served: Sequence[ServedRequest[Floats]]) -> int:
+        """The most steps that a request had a token in."""
+        return max((len(each.token_times_s) for each in served), default=0)
+
+    def stretch(self, prompt_share: float | None) -> _Stretched:
+        """The stretch with as many tokens of prompts as it should have.
+
+        Args:
+            prompt_share: computed prompt tokens per token given, in the steady state; None if
+                unknown.
+        """
+        steps = [
+            step
+            for step in self._steps
+            if self.begin_s[LIKELY] < step.end_s[LIKELY] <= self.end_s[LIKELY]
+        ]
+        steps.sort(key=lambda step: float(step.end_s[LIKELY]))
+        ends = np.array([self.begin_s, *(step.end_s for step in steps)])
+        counts = np.array([step[1:] for step in steps], dtype=np.float64)
+        edges = np.unique(np.linspace(0, len(steps), _NUM_PARTS + 1).round().astype(int))
+        seconds = np.diff(ends[edges], axis=0)
+        tokens, prompts = np.add.reduceat(counts, edges[:-1], axis=0).T
+        columns = [tokens]
+        if prompt_share is not None and len(tokens) > _FEWEST_PARTS:
+            surplus = prompts - prompt_share * tokens
+            if np.ptp(surplus) > 0:
+                columns.append(surplus)
+        design = np.stack(columns, axis=1)
+        factors = np.linalg.lstsq(design, seconds, rcond=None)[0]
+        left = seconds[:, LIKELY] - design @ factors[:, LIKELY]
+        whole_s = seconds.sum(axis=0)
+        if len(columns) > 1:
+            whole_s = whole_s - np.maximum(factors[1], 0.0) * columns[1].sum()
+        of_strata = [part.sum() for part in np.array_split(left, max(len(steps) // STRATUM, 2))]
+        error = half_interval(of_strata) * len(of_strata) / float(whole_s[LIKELY])
+        return _Stretched(whole_s, float(tokens.sum()), len(steps), error)

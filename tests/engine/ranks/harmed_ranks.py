@@ -1,0 +1,231 @@
+"""Ranks of which one dies or stops at a drawn access to the memory that they share.
+
+What a rank does between two accesses no other rank can see, so these are all moments that differ.
+"""
+
+import ctypes
+import mmap
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from expertlane.engine.comm import shared_memory
+from expertlane.engine.comm.region import Region
+from expertlane.engine.comm.uncompiled import UncompiledEndpoint
+from expertlane.engine.stage import worker
+
+_SOURCE = Path(__file__).parent / "harmed_messages.cpp"
+_KINDS = ("load", "store", "exchange", "copy", "sleep", "wake")  # as in harmed_messages.cpp, from 1
+BEFORE, AFTER = "before", "after"  # the exchange
+COMPILED_KINDS = (BEFORE, *_KINDS, AFTER)
+UNCOMPILED_KINDS = tuple(kind for kind in COMPILED_KINDS if kind != "exchange")
+_NUM_EXCHANGES = 200  # after so many more, any moment will do: a rank may never sleep, or wake one
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What happens to a rank, and when.
+
+    Attributes:
+        number: of the signal that it sends itself.
+        exchange: during which of its exchanges, or the first thereafter that has such a moment.
+        kind: of access, one of `COMPILED_KINDS` or `UNCOMPILED_KINDS`; in a copy, half is done.
+        num_before: accesses of that kind in that exchange that are left alone.
+        delay_us: for `sleep`, how long after it fell asleep.
+    """
+
+    rank: int
+    number: int
+    exchange: int
+    kind: str
+    num_before: int
+    delay_us: int
+
+
+class Happened:
+    """What became of it, in memory that a rank shares with whoever forked it.
+
+    Attributes:
+        time_ns: when harm was done, on the monotonic clock; 0 if it was not.
+        is_late: 1 if the rank came to no such moment, so that another one had to do.
+    """
+
+    def __init__(self) -> None:
+        memory = mmap.mmap(-1, mmap.PAGESIZE)
+        self.time_ns = ctypes.c_int64.from_buffer(memory)
+        self.is_late = ctypes.c_int64.from_buffer(memory, 8)
+
+
+class Moment:
+    """Counts accesses, and does harm at the one that was drawn."""
+
+    def __init__(self, harm: Harm, happened: Happened) -> None:
+        self.harm, self._happened = harm, happened
+        self._num_left: int | None = None
+
+    def arm(self) -> None:
+        """Count from now on."""
+        if self._num_left is None:
+            self._num_left = self.harm.num_before
+
+    def is_due(self, kind: str) -> bool:
+        """Whether it is to happen at this access."""
+        if kind != self.harm.kind or self._num_left is None:
+            return False
+        self._num_left -= 1
+        return self._num_left == -1
+
+    def at(self, kind: str) -> None:
+        """An access is about to happen."""
+        if self.is_due(kind):
+            self.happen()
+
+    def happen(self) -> None:
+        """Do it."""
+        self._happened.time_ns.value = time.monotonic_ns()
+        signal.raise_signal(self.harm.number)
+
+    def happen_late(self) -> None:
+        """Do it, though at another moment."""
+        self._happened.is_late.value = 1
+        self.happen()
+
+    def happen_asleep(self) -> None:
+        """Do it while this rank sleeps, or soon after."""
+
+        def happen() -> None:
+            time.sleep(self.harm.delay_us / 1e6)
+            self._happened.time_ns.value = time.monotonic_ns()
+            os.kill(os.getpid(), self.harm.number)
+
+        threading.Thread(target=happen, daemon=True).start()
+
+
+class HarmedEndpoint:
+    """Implements `Endpoint`: another one, during one of whose exchanges it happens.
+
+    Args:
+        arm: begins to count accesses.
+    """
+
+    def __init__(self, endpoint: Any, moment: Moment, arm: Any) -> None:
+        self._endpoint, self._moment, self._arm = endpoint, moment, arm
+        self._num_begun = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._endpoint, name)
+
+    def begin(self, *args: Any, **kwargs: Any) -> Any:
+        self._num_begun += 1
+        if self._num_begun == self._moment.harm.exchange:
+            self._arm()
+        elif self._num_begun > self._moment.harm.exchange + _NUM_EXCHANGES:
+            self._moment.happen_late()
+        self._moment.at(BEFORE)
+        return self._endpoint.begin(*args, **kwargs)
+
+    def wait(self, exchange: Any, timeout_s: float) -> tuple[int, int]:
+        waited: tuple[int, int] = self._endpoint.wait(exchange, timeout_s)
+        self._moment.at(AFTER)
+        return waited
+
+
+def build_harmed_messages(folder: Path) -> Path | None:
+    """The library of `harmed_messages.cpp`; None where there is no compiler."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        return None
+    library = folder / "harmed_messages.so"
+    command = [*shlex.split(compiler), "-O2", "-std=c++17", "-fPIC", "-shared", "-pthread"]
+    subprocess.run([*command, str(_SOURCE), "-o", str(library)], check=True)
+    return library
+
+
+def _of_compiled(library: ctypes.CDLL, endpoint: Any, moment: Moment, happened: Happened) -> Any:
+    harm, number = moment.harm, ctypes.c_int64
+
+    def arm() -> None:
+        moment.arm()
+        if harm.kind in _KINDS:
+            library.harm_at(
+                *(1 + _KINDS.index(harm.kind), number(harm.num_before), number(harm.delay_us)),
+                *(harm.number, ctypes.byref(happened.time_ns)),
+            )
+
+    return HarmedEndpoint(endpoint, moment, arm)
+
+
+def _of_uncompiled(endpoint: UncompiledEndpoint, moment: Moment) -> HarmedEndpoint:
+    class Watched(np.ndarray):  # type: ignore[type-arg]
+        """Shared words, or bytes of heaps; so are parts of them."""
+
+        def __getitem__(self, key: Any) -> Any:
+            moment.at("load" if self.itemsize == 8 else "copy")
+            return super().__getitem__(key)
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            if self.itemsize == 8:
+                moment.at("store")
+            elif moment.is_due("copy"):
+                into = super().__getitem__(key)
+                into[: len(into) // 2] = value[: len(into) // 2]
+                moment.happen()
+            super().__setitem__(key, value)
+
+    class Poll:
+        def __init__(self, poll: Any) -> None:
+            self._poll = poll
+
+        def poll(self, timeout_ms: float) -> Any:
+            if moment.is_due("sleep"):
+                moment.happen_asleep()
+            return self._poll.poll(timeout_ms)
+
+    wake = endpoint._wake
+
+    def wake_in_turn(group: Any, places: Any) -> None:
+        for place in places:
+            moment.at("wake")
+            wake(group, [place])
+
+    endpoint._groups, endpoint._heaps = (
+        endpoint._groups.view(Watched),
+        endpoint._heaps.view(Watched),
+    )
+    endpoint._poll, endpoint._wake = Poll(endpoint._poll), wake_in_turn  # type: ignore
+    return HarmedEndpoint(endpoint, moment, moment.arm)
+
+
+def install(harm: Harm, happened: Happened, library: Path | None, heap_bytes: int) -> None:
+    """Have the ranks that this process will fork be such ranks.
+
+    Args:
+        library: of `harmed_messages.cpp`; None for the uncompiled protocol.
+        heap_bytes: for the messages of each rank; fewer make pieces of them.
+    """
+    functions = None if library is None else ctypes.CDLL(str(library))
+    moment = Moment(harm, happened)
+    make = shared_memory.SharedTransport
+
+    def transport(endpoint: Any, region: Region, first: int, rank: int, *rest: Any) -> Any:
+        if rank == harm.rank:
+            if functions is None:
+                endpoint = _of_uncompiled(endpoint, moment)
+            else:
+                endpoint = _of_compiled(functions, endpoint, moment, happened)
+        return make(endpoint, region, first, rank, *rest)
+
+    mock.patch.object(worker, "compiled_messages", return_value=functions).start()
+    mock.patch.object(worker, "Region", partial(Region, heap_bytes=heap_bytes)).start()
+    mock.patch.object(worker, "SharedTransport", transport).start()

@@ -1,0 +1,58 @@
+"""Small requests to a planner."""
+
+from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.profile_file import ModelledCluster, parse_cluster
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.routing import PowerLawRouting
+from expertlane.planner.candidates import Goals, PlanRequest
+from expertlane.planner.project import Setting
+from expertlane.planner.search import OnePool, Search
+from expertlane.planner.simulated import simulated_pool
+from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.workload import Workload
+
+PAPER = PRESETS["paper"]
+WORKLOAD = Workload(num_sequences=64, prompt_len=512, output_len=128)
+MIXED = PAPER.with_overrides(
+    name="mixed",
+    num_hidden_layers=5,
+    hidden_size=2048,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    head_dim=128,
+    num_experts=32,
+    num_experts_per_tok=4,
+    moe_intermediate_size=1024,
+    gated_mlp=True,
+    dense_layers=(0,),
+    intermediate_size=8192,
+    shared_expert_intermediate_size=1024,
+    sliding_window=(None, 128, None, 128, None),
+)
+
+
+def setting_of(
+    model: ModelConfig, dtype: str = "bfloat16", execution: Execution = Execution.GRAPH, skew=0.0
+) -> Setting:
+    routing = PowerLawRouting.of(model, skew, num_sampled_layers=2)
+    return Setting(NumberTypes.asked(dtype), execution, routing)
+
+
+def cluster_of(num_devices: int, profile: str = "h100") -> ModelledCluster:
+    return parse_cluster(f"{profile}x{num_devices}")
+
+
+def search_of(
+    model: ModelConfig = MIXED,
+    num_devices: int = 4,
+    workload: Workload = WORKLOAD,
+    goals: Goals | None = None,
+    **setting,
+) -> Search:
+    cluster, setting = cluster_of(num_devices), setting_of(model, **setting)
+    return Search(PlanRequest(model, cluster, workload, goals or Goals(), setting))
+
+
+def planned(search: Search) -> OnePool:
+    """The best of one pool, simulated."""
+    return simulated_pool(search, search.screen(), lambda _: None)

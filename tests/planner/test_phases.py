@@ -1,0 +1,77 @@
+"""A dispatch form for each phase of one pool."""
+
+from dataclasses import replace
+from math import inf
+
+import pytest
+
+from expertlane.cost.laws.execution import LIKELY
+from expertlane.planner.candidates import Goals, PlanRequest
+from expertlane.planner.phases import with_fastest_prefill
+from expertlane.planner.screen import fitting
+from expertlane.planner.search import Search
+from expertlane.spec.workload import Workload
+from planner.requests import MIXED, cluster_of, setting_of
+
+
+@pytest.fixture(scope="module")
+def request_of():
+    workload = Workload(num_sequences=64, prompt_len=2048, output_len=128)
+    return PlanRequest(MIXED, cluster_of(16), workload, Goals(), setting_of(MIXED))
+
+
+@pytest.fixture(scope="module")
+def screened(request_of):
+    return fitting(Search(request_of).screen())
+
+
+def alike(option):
+    options = option.candidate.options
+    return option.candidate._replace(
+        options=replace(options, dispatch="all_to_all", prefill_dispatch=None)
+    )
+
+
+def prompt_s(option):
+    """Of a prompt by itself and one beside those of all ranks."""
+    return option.steps.alone_s[LIKELY] + option.steps.batched_s[LIKELY]
+
+
+def test_prefill_is_as_fast_as_with_the_best_form(screened, request_of):
+    found = with_fastest_prefill(screened, request_of)
+    fastest, of_candidate = {}, {each.candidate: each for each in screened}
+    for each in screened:
+        fastest[alike(each)] = min(fastest.get(alike(each), inf), prompt_s(each))
+    assert 0 < len(found) < len(screened)
+    for after in found:
+        options = replace(after.candidate.options, prefill_dispatch=None)
+        before = of_candidate[after.candidate._replace(options=options)]
+        assert after.steps.decode_s is before.steps.decode_s
+        assert prompt_s(after) == fastest[alike(after)]
+        assert prompt_s(before) > 1.02 * prompt_s(after)
+        assert after.tps >= before.tps
+
+
+def test_some_prefill_with_another_form_and_say_so(screened, request_of):
+    for each in with_fastest_prefill(screened, request_of):
+        assert "in prefill" in str(each.candidate)
+        assert each.candidate.layout.ep > 1
+
+
+def test_in_full_each_phase_has_its_form(screened, request_of):
+    search = Search(request_of)
+    option = max(
+        (each for each in with_fastest_prefill(screened, request_of) if each.place is not None),
+        key=lambda each: each.tps,
+    )
+    whole = search.finish(option)
+    options = option.candidate.options
+    of_forms = [
+        search.finish(
+            replace(option, candidate=option.candidate._replace(options=options.of_phase(phase)))
+        )
+        for phase in (whole.prefill.phase, whole.decode.phase)
+    ]
+    assert whole.prefill.wall_s == of_forms[0].prefill.wall_s
+    assert whole.decode.wall_s == of_forms[1].decode.wall_s
+    assert whole.prefill.wall_s.value < of_forms[1].prefill.wall_s.value
