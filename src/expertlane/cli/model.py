@@ -106,8 +106,8 @@ class FoundModel:
             return ()
         nearer = "; --dtype float8 comes nearer" if priced > WEIGHT_BYTES["float8"] else ""
         return (
-            f"The checkpoint's weights are {stored.method} but priced as {types.weights}: "
-            f"their memory and reads come out too large{nearer}.",
+            f"The checkpoint's weights are {stored.number_type or stored.method} but priced as "
+            f"{types.weights}: their memory and reads come out too large{nearer}.",
         )
 
 

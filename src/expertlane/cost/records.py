@@ -12,7 +12,6 @@ from expertlane.results.hardware import Cluster, KnownError, below_above
 from expertlane.results.record import Conditions, DeploymentRecord
 from expertlane.results.results import Assumption, EngineBest, Results
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import Phase
 
 
 def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberTypes) -> Conditions:
@@ -76,9 +75,7 @@ def with_known_errors(results: Results, model: ModelConfig, profile: Profile) ->
         )
         if known is None:
             return record
-        steps = [each.wall_s for each in record.steps if each.phase is Phase.PREFILL]
-        least_s = min((each.low or each.value for each in steps), default=0.0)
-        serving = tuple(each.bounded_by(known, least_s) for each in record.serving)
+        serving = tuple(each.bounded_by(known) for each in record.serving)
         return replace(record, serving=serving)
 
     def of_engine(best: EngineBest) -> EngineBest:

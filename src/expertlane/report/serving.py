@@ -282,10 +282,11 @@ def simulation_answer(results: Results, setting: str) -> Answer:
     total_s = sum(step.wall_s.value for _, step in phases)
     name, step = max(phases, key=lambda named: named[1].wall_s.value)
     cause, share = step.largest
-    why = (
-        f"{name.capitalize()} takes {percent(step.wall_s.value / total_s)} of the steps' time; it "
-        f"is limited by {cause} ({percent(share)})."
-    )
+    limited = f"is limited by {cause} ({percent(share)})."
+    why = f"{name.capitalize()} {limited}"
+    if len({each.pool for _, each in phases}) == 1:  # pools run side by side
+        taken = percent(step.wall_s.value / total_s)
+        why = f"{name.capitalize()} takes {taken} of the steps' time; it {limited}"
     columns: tuple[Column[tuple[str, StepsRecord]], ...] = (
         text("step", lambda named: named[0]),
         number("ms", lambda named: named[1].round_s, milliseconds),

@@ -58,12 +58,6 @@ class Estimate(Strict):
             return Estimate(value, least, most)
         return Estimate(value, min(low, least), max(high, most))
 
-    def not_below(self, least: float) -> "Estimate":
-        """The estimate with a low bound of at least `least`, or its value where that is less."""
-        if self.low is None or self.low >= least:
-            return self
-        return Estimate(self.value, min(least, self.value), self.high)
-
     def __mul__(self, factor: float) -> "Estimate":
         """The estimate times a factor above 0."""
         low, high = (None if each is None else each * factor for each in (self.low, self.high))
@@ -112,11 +106,6 @@ class Summary(Strict):
         """Each statistic with bounds as in `Estimate.bounded_by`."""
         values = (self.mean, self.median, self.p95, self.p99)
         return Summary(*(each and each.bounded_by(factors, alone=alone) for each in values))
-
-    def not_below(self, least: float) -> "Summary":
-        """Each statistic with a low bound of at least `least`."""
-        values = (self.mean, self.median, self.p95, self.p99)
-        return Summary(*(each and each.not_below(least) for each in values))
 
 
 def _is_above_0(summary: Summary) -> bool:

@@ -193,13 +193,10 @@ class ServingRecord(Strict):
         """True if all objectives are met."""
         return all(each.is_met for each in self.slos)
 
-    def bounded_by(self, known: KnownError, least_ttft_s: float = 0.0) -> "ServingRecord":
+    def bounded_by(self, known: KnownError) -> "ServingRecord":
         """The record with bounds of at least the known error of such projections.
 
         Exactly that error where the same kind of serving was measured.
-
-        Args:
-            least_ttft_s: least time of a prefill step: no TTFT is bounded below it.
         """
         alone = known.is_own_kind
         output = (self.output_tps, self.total_tps, self.requests_per_s, self.goodput)
@@ -231,7 +228,7 @@ class ServingRecord(Strict):
             total_tps=total_tps,
             requests_per_s=requests_per_s,
             goodput=goodput,
-            ttft_s=(ttft_s := of("ttft", self.ttft_s)) and ttft_s.not_below(least_ttft_s),
+            ttft_s=of("ttft", self.ttft_s),
             tpot_s=of("tpot", self.tpot_s),
             itl_s=of("itl", self.itl_s),
             e2e_s=of("e2e", self.e2e_s),
