@@ -306,15 +306,9 @@ class ModelRunner:
         given, members = self._deploy, self.members
         commands: list[tuple[Redeploy, Sequence[int]]] = []
         for replica, placements in enumerate(self.arranged.now.placements):
-            command = Redeploy(
-                replace(given.spec, placements=placements),
-                given.options,
-                given.num_blocks,
-                given.block_size,
-                tuple(sorted(self._to_discard)),
-                self.dispatch_table,
-                given.graphs,
-            )
+            spec = replace(given.spec, placements=placements)
+            deploy = msgspec.structs.replace(given, spec=spec)
+            command = Redeploy(deploy, tuple(sorted(self._to_discard)), self.dispatch_table)
             commands.append((command, members.of_replica(replica)))
         if others := sorted(self._pool.present.difference(members.numbers)):
             commands.append((command, others))  # making process groups takes all ranks

@@ -155,7 +155,7 @@ class FakePool:
         """Run a command on a rank; perhaps not, or not to its end, or without an answer."""
         assert rank in self.present, "it has no process"
         if isinstance(command, Redeploy):
-            self.members = command.spec.members
+            self.members = command.deploy.spec.members
         replica = self._replica_of(rank)
         is_spared = isinstance(command, RecordGraphs) and self._rng.random() < 0.95  # of so many
         if not is_spared and self._may_lose() and rank not in self._lost | self._stuck:
@@ -212,16 +212,16 @@ class FakePool:
         return outcome
 
     def _redeploy(self, rank, command):
-        before, members = self.stages[rank], command.spec.members
+        before, members = self.stages[rank], command.deploy.spec.members
         if before is not None and before.spec.members == members:
             before.rejoin(command.discard)
-            if before.migration.now == command.spec.placements:
+            if before.migration.now == command.deploy.spec.placements:
                 return
             assert self.has_shrunk
         left = before and before.leave(members, command.discard)
         self.stages[rank] = None
         if members.rank_of(rank) is not None:
-            self._build(rank, placements=command.spec.placements)
+            self._build(rank, placements=command.deploy.spec.placements)
             if left is not None:
                 self.stages[rank].take(left)
 

@@ -269,19 +269,14 @@ class Redeploy(Command[HeldBytes]):
     all ranks.
 
     Attributes:
-        spec: with the committed placements.
-        num_blocks, block_size, graphs: see `Deploy`.
+        deploy: how a rank without its stage builds it; its spec has the committed placements.
         discard: steps of all replicas that are not committed; all others are.
         dispatch_table: how steps run; None if the options fix it.
     """
 
-    spec: StageSpec
-    options: Options
-    num_blocks: int
-    block_size: int
+    deploy: Deploy
     discard: tuple[int, ...]
     dispatch_table: DispatchTable | None = None
-    graphs: GraphLimits | None = None
 
 
 class Prepare(Command[Prepared]):

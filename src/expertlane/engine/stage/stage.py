@@ -88,9 +88,10 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
 
 def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
     """Join a new epoch, with the stage that this rank has, or one that it builds."""
-    spec, options, members = command.spec, command.options, command.spec.members
+    deploy, spec = command.deploy, command.deploy.spec
+    members = spec.members
     context.progress.enter(Stage.SETUP, NO_LAYER)
-    _connect(context, spec, options)
+    _connect(context, spec, deploy.options)
     before: DeployedStage | None = context.deployed
     has_stage = False
     if before is not None and before.spec.members == members:
@@ -121,10 +122,10 @@ def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
         # Weights that are no longer needed are freed before more are read.
         deployed = context.deployed = DeployedStage(context, spec, given)
         deployed.start(
-            options,
-            num_blocks=command.num_blocks,
-            block_size=command.block_size,
-            graphs=command.graphs,
+            deploy.options,
+            num_blocks=deploy.num_blocks,
+            block_size=deploy.block_size,
+            graphs=deploy.graphs,
             left=left,
         )
         if command.dispatch_table is not None:
