@@ -6,7 +6,7 @@ of several layouts, transformers, vLLM at one and two ranks. They take turns at 
 order rotating from round to round, all with the same prompts of random ids, new in each round; a
 turn begins when the machine is idle. All run bfloat16 (transformers also float32) and greedy, past
 any end token, with no prefix caching. With --cpu-isa no contender uses instructions beyond a set,
-and the machine is measured so too (engine_peers/instruction_limit.py).
+and the machine is measured so too (engine_peers/contender.py).
 
 A decode sample is 32·batch / (t33 − t1), where tN is the time of a batch from prompts of 32 token
 ids to N new ids each; a prefill sample is 512·8 / t1, or 32·32 / t1. The best of ours and the best
@@ -44,8 +44,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from engine_peers import instruction_limit
-from engine_peers.contender import Contender, ContenderError, start
+from engine_peers.contender import (
+    INSTRUCTION_SETS,
+    Contender,
+    ContenderError,
+    instruction_limit,
+    start,
+)
 from engine_peers.roof import DECODE_TOKENS, POINTS, ModelShape, Point, goal, roof
 from rich.console import Console
 from rich.table import Table
@@ -194,7 +199,7 @@ def run_rounds(
 def measure_machine(options: argparse.Namespace) -> dict[str, float]:
     wait_until_idle(options.max_wait)
     command = [sys.executable, str(PEERS_FOLDER / "measure_machine.py"), str(num_cores())]
-    limited = os.environ | instruction_limit.environment(options.cpu_isa)
+    limited = os.environ | instruction_limit(options.cpu_isa)
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=limited)
     rates: dict[str, float] = json.loads(done.stdout)
     return rates
@@ -329,7 +334,7 @@ def run_checkpoint(name: str, options: argparse.Namespace) -> dict[str, object]:
 def add_machine_arguments(parser: argparse.ArgumentParser, folder: str) -> None:
     """What benchmarks beside peers have in common."""
     parser.add_argument(
-        "--cpu-isa", choices=instruction_limit.SETS, help="for all contenders (default: no limit)"
+        "--cpu-isa", choices=INSTRUCTION_SETS, help="for all contenders (default: no limit)"
     )
     parser.add_argument(
         "--max-wait", type=float, default=15.0, help="seconds to wait for an idle machine"

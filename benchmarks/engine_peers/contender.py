@@ -12,11 +12,36 @@ from types import TracebackType
 from typing import Any, Self
 
 import psutil
-from engine_peers import instruction_limit
 
 LOAD_TIMEOUT_S = 600.0
 RUN_TIMEOUT_S = 300.0
 MIN_FREE_BYTES = 6e9  # a contender that loads takes 1 to 4 GB, and nothing may be paged out
+
+
+# For oneDNN, MKL and torch's own kernels; vLLM's are chosen by what torch says of the CPU.
+_LIMITS = {
+    "avx2": ("AVX2", "AVX2", "avx2"),
+    "avx512": ("AVX512_CORE", "AVX512", "avx512"),
+    "avx512_bf16": ("AVX512_CORE_BF16", "AVX512", "avx512"),
+    "amx": ("AVX512_CORE_AMX", "AVX512", "avx512"),
+}
+INSTRUCTION_SETS = tuple(_LIMITS)
+_HIDDEN = Path(__file__).parent / "hidden_instructions"  # its sitecustomize.py
+
+
+def instruction_limit(cpu_isa: str | None) -> dict[str, str]:
+    """Variables that keep a process from instructions beyond this set, though the CPU has them."""
+    if cpu_isa is None:
+        return {}
+    onednn, mkl, aten = _LIMITS[cpu_isa]
+    paths = [str(_HIDDEN), os.environ.get("PYTHONPATH", "")]
+    return {
+        "EXPERTLANE_CPU_ISA": cpu_isa,
+        "ONEDNN_MAX_CPU_ISA": onednn,
+        "MKL_ENABLE_INSTRUCTIONS": mkl,
+        "ATEN_CPU_CAPABILITY": aten,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
 
 
 class ContenderError(Exception):
@@ -24,7 +49,7 @@ class ContenderError(Exception):
 
 
 class Contender:
-    """A child that speaks the protocol of `serving.py`.
+    """A child that speaks the protocol of `child.py`.
 
     Args:
         name: for tables and the name of its log.
@@ -146,7 +171,7 @@ def start(
     here = Path(__file__).parent
     kind, _, option = name.partition(":")
     python, environment = Path(sys.executable), {"HF_HUB_OFFLINE": "1"}
-    environment |= instruction_limit.environment(cpu_isa)
+    environment |= instruction_limit(cpu_isa)
     if kind == "vllm":
         if vllm_python is None:
             raise ContenderError(f"{name}: no --vllm-python")
@@ -154,8 +179,7 @@ def start(
         environment |= vllm_environment(vllm_python, checkpoint, num_cores, int(option))
     if kind == "ours":
         environment["EXPERTLANE_PIN"] = "1"  # other layouts' ranks are there too, but idle
-    script = here / f"run_{kind}.py"
-    command = [str(python), str(script), str(checkpoint), option]
+    command = [str(python), str(here / "child.py"), kind, str(checkpoint), option]
     if kind == "transformers":
         command.append(str(num_cores))
     log = checkpoint.parent / f"{checkpoint.name}-{name.replace(':', '-').replace(',', '-')}.log"

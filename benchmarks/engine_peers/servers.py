@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-from engine_peers import instruction_limit
-from engine_peers.contender import ContenderError, vllm_environment
+from engine_peers.contender import ContenderError, instruction_limit, vllm_environment
 
 NAME = "served"
 START_TIMEOUT_S = 600.0
@@ -90,7 +89,7 @@ def serving(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = dict(os.environ) | {"HF_HUB_OFFLINE": "1"}
-    environment |= instruction_limit.environment(cpu_isa)
+    environment |= instruction_limit(cpu_isa)
     environment.pop("OMP_NUM_THREADS", None)
     if kind == "vllm":
         if vllm_python is None:

@@ -1,30 +1,16 @@
-import importlib.util
-from pathlib import Path
-from types import ModuleType
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from balance import greedy_yardstick as yardstick
+from balance import routing_traces
 from cli.screen import telling
 from expertlane.balance.judge import coactivation, cross_node_copies, spread_sources
 from expertlane.balance.placement import Placement
 from expertlane.balance.planner import plan_placement
 from expertlane.errors import SpecError
 from expertlane.spec.layout import partition
-
-
-def benchmark(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-yardstick = benchmark("greedy_yardstick")
-routing_traces = benchmark("routing_traces")
 
 
 @st.composite

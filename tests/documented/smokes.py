@@ -3,9 +3,7 @@
 In arguments, `{…}` stands for a file of `Stage`: a checkpoint, results, a profile, public rows.
 """
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -55,18 +53,6 @@ def _no_vllm() -> str | None:
     return None if find_spec("vllm") else "vLLM is not installed"
 
 
-def _no_links() -> str | None:
-    """The reason why links and slow cores cannot be emulated here, if there is one."""
-    if os.geteuid() != 0:
-        return "not root, so no namespaces, qdiscs and quotas"
-    if not Path("/sys/fs/cgroup/cpu/cpu.shares").exists():
-        return "no CPU controller of cgroup v1, whose quotas are needed"
-    missing = [name for name in ("ip", "tc", "nsenter") if shutil.which(name) is None]
-    if missing:
-        return f"{missing[0]} is missing: install iproute2 and util-linux"
-    return None if Path("/dev/net/tun").exists() else "no /dev/net/tun"
-
-
 _MEASURED = "benchmarks/results"
 
 
@@ -88,20 +74,6 @@ class Smoke:
 
 
 SMOKES: Mapping[str, Smoke] = {
-    "benchmarks/bench_balance.py": Smoke(
-        "--experts 64 --ranks 16 --seeds 1", r'"num_crossing_points": \d\d'
-    ),
-    "benchmarks/bench_bounds.py": Smoke(
-        "--only 'a long name' --rounds 1", r'"request": "a long name"'
-    ),
-    "benchmarks/bench_check.py": Smoke(
-        "--rounds 1 --model paper-tiny --json dp=2,ep=2", r'"dp=2,ep=2": \{"prefill light wall"'
-    ),
-    "benchmarks/bench_collectives.py": Smoke(
-        "--ranks 2 --bytes 256", r'"benchmark": "collectives".*"gloo wall"'
-    ),
-    "benchmarks/bench_copies.py": Smoke("--ranks 8 --steps 1", r'"benchmark": "copies"'),
-    "benchmarks/bench_counters.py": Smoke("2", r'"benchmark": "counters"'),
     "benchmarks/bench_cuda.py": Smoke("--tiny", r"norm, 3 rows: 1536 bytes"),
     "benchmarks/bench_dispatch.py": Smoke("--ranks 2 --tokens 16", r'"benchmark": "dispatch"'),
     "benchmarks/bench_engine.py": Smoke(
@@ -109,45 +81,18 @@ SMOKES: Mapping[str, Smoke] = {
         "--contenders ours:tp=1 transformers:eager",
         r"goal reached at \d of 1 points",
     ),
-    "benchmarks/bench_engine_overhead.py": Smoke("20", r'"benchmark": "engine_overhead"'),
-    "benchmarks/bench_factor.py": Smoke(
-        "--batches 16 --skews 0 --plot factor.svg", r"x best baseline \d"
-    ),
-    "benchmarks/bench_journal.py": Smoke(
-        "--streams 2 --rounds 1 --journal .", r'"benchmark": "journal"'
-    ),
     "benchmarks/bench_kernels.py": Smoke("1", r'"benchmark": "kernels"'),
-    "benchmarks/bench_kills.py": Smoke(
-        "--minutes 0.2 --every-s 3 --rate 2", r"left: no process, no file"
-    ),
-    "benchmarks/bench_live.py": Smoke("tp=1 1", r"ranks that count, tp=1: CPU time"),
-    "benchmarks/bench_masks.py": Smoke(
-        "--vocab-size 400 --tokens 20 --rows 1", r"use on a rank, 1 rows: \d"
-    ),
     "benchmarks/bench_one_rank.py": Smoke("--rehearse", r"projected by h100: \d"),
-    "benchmarks/bench_overlap.py": Smoke(
-        "--hidden 64 --tokens 1 --point-s 1", r'"benchmark": "overlap"'
-    ),
     "benchmarks/bench_plan.py": Smoke("--devices 8", r"candidates screened"),
     "benchmarks/bench_projection.py": Smoke(
         "--ranks 1 --hidden 64 --layers 1 --experts 2 --rounds 1 --profile {profile}",
         r"both: median error",
     ),
     "benchmarks/bench_recovery.py": Smoke("dp=2,ep=2 --runs 1", r'"benchmark": "recovery"'),
-    "benchmarks/bench_scale.py": Smoke(
-        "dp=2,ep=2 tp=2 --seconds 1 --picture scale.svg", r'"benchmark": "scale"'
-    ),
     "benchmarks/bench_serve.py": Smoke(
         "--streams 1 --rounds 1 --prompt-len 4 --output-len 4 --requests-per-stream 1 "
         "--max-wait 0 --folder .",
         r'"benchmark": "serve"',
-    ),
-    "benchmarks/bench_step.py": Smoke("{checkpoint} 1", r'"benchmark": "step"'),
-    "benchmarks/judge/judge.py": Smoke(
-        "{truth} --beside {root}/benchmarks/results/2026-11-26-judge", r"\d of 1 within 15%"
-    ),
-    "benchmarks/judge/measure.py": Smoke(
-        "--cases 'ep2 undilated' --out .", r'"benchmark": "judge"', _no_links
     ),
     "calibration/aiconfigurator.py": Smoke("{served}", r"\| all \|  \| one pool \| 1 ", _no_tables),
     "calibration/fastest.py": Smoke("h200", r"\| h200 \| float8 \|", _no_tables),
@@ -195,12 +140,7 @@ COVERED: Mapping[str, str] = {
 PARTS: Mapping[str, str] = {
     "benchmarks/engine_peers/make_checkpoint.py": "benchmarks/bench_engine.py",
     "benchmarks/engine_peers/measure_machine.py": "benchmarks/bench_engine.py",
-    "benchmarks/engine_peers/run_ours.py": "benchmarks/bench_engine.py",
-    "benchmarks/engine_peers/run_transformers.py": "benchmarks/bench_engine.py",
-    "benchmarks/engine_peers/run_vllm.py": "benchmarks/bench_engine.py",
-    "benchmarks/judge/dilation.py": "benchmarks/judge/measure.py",
-    "benchmarks/judge/forwarder.py": "benchmarks/judge/measure.py",
-    "benchmarks/judge/on_ranks.py": "benchmarks/judge/measure.py",
+    "benchmarks/engine_peers/child.py": "benchmarks/bench_engine.py",
 }
 
 # Options added to README's commands so that they take seconds, by the command as written.
@@ -280,17 +220,6 @@ class Stage:
         """A made-up measurement in the columns of aiconfigurator's."""
         path = self.folder / "served.csv"
         path.write_text("\n".join(SERVED) + "\n")
-        return path
-
-    @cached_property
-    def truth(self) -> Path:
-        """One case of those that were measured on links once, as a folder of measure.py."""
-        kept, path = ROOT / _MEASURED / "2026-11-26-judge", self.folder / "truth"
-        truth = json.loads((kept / "truth.json").read_text())
-        truth["cases"] = truth["cases"][:1]
-        path.mkdir()
-        (path / "truth.json").write_text(json.dumps(truth))
-        shutil.copy(kept / truth["cases"][0]["profile"], path)
         return path
 
 
