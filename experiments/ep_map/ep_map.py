@@ -285,7 +285,7 @@ def _of_even(told: Sequence[tuple[float, float]]) -> str:
 
 
 def own_parts() -> tuple[str | Table, ...]:
-    """What benchmarks/bench_factor.py measured, where its results are beside this."""
+    """What bench_factor.py (docs/log.md) measured, where its results are beside this."""
     if not OWN.exists():
         return ()
     columns = (

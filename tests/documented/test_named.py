@@ -31,7 +31,7 @@ def of_kind(kind: str) -> list[Command]:
 def test_the_documents_are_read_as_a_shell_would_read_them():
     text = (
         "Run `make check`, `PYTHONPATH=src:tests python -m faults.runs FILE` or "
-        "`benchmarks/bench_step.py CHECKPOINT`, not `makeshift` or `expertlane`.\n"
+        "`benchmarks/bench_engine.py CHECKPOINT`, not `makeshift` or `expertlane`.\n"
         "```bash\n$ .venv/bin/expertlane serve tiny \\\n    --port 1 &   # it stays\n"
         "expertlane list models && expertlane plan a | head\n```\n"
         "```text\nexpertlane plan b\n```\n"
@@ -42,7 +42,7 @@ def test_the_documents_are_read_as_a_shell_would_read_them():
         Command("expertlane", "plan", ("a",)),
         Command("make", "check", ()),
         Command("script", "tests/faults/runs.py", ("FILE",)),
-        Command("script", "benchmarks/bench_step.py", ("CHECKPOINT",)),
+        Command("script", "benchmarks/bench_engine.py", ("CHECKPOINT",)),
     ]
     assert Command.of("torchrun --nnodes 2 -m expertlane compare a.toml") == Command(
         "expertlane", "compare", ("a.toml",)
