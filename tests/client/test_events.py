@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from client.fake_server import DONE, event, text, usage
-from expertlane.client.connection import Answer, Url
-from expertlane.client.events import AnswerError, read_answer
+from expertlane.client.connection import Answer, AnswerError, Url, read_answer
 from expertlane.errors import UserError
 
 

@@ -3,8 +3,8 @@
 import httpx
 
 from expertlane.client.connection import Url
-from expertlane.client.prompts import Vocabulary
 from expertlane.client.run import Asked, Target, measure
+from expertlane.client.server import Vocabulary
 from expertlane.progress import Silent
 from expertlane.server.setup import ServerOptions
 from expertlane.spec.workload import LengthRange, Load

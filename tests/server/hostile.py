@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from expertlane.server import fields, messages
+from expertlane.server import fields
 from expertlane.server.bodies import MOST_VALUES as NUM_MANY
 
 COMPLETIONS, CHATS, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
@@ -96,7 +96,7 @@ TOO_MUCH: dict[str, tuple[str, Callable[[], Any], int]] = {
     "calls": (
         CHATS,
         lambda: {
-            "messages": [{"role": "assistant", "tool_calls": [CALL] * (messages.MOST_CALLS + 1)}]
+            "messages": [{"role": "assistant", "tool_calls": [CALL] * (fields.MOST_CALLS + 1)}]
         },
         400,
     ),

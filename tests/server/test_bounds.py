@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from cli.screen import tells
 from engine.ranks.processes import wait_until
-from expertlane.server import answers, bodies, fields, live, messages, requests, service
+from expertlane.server import answers, bodies, fields, live, requests, service
 from expertlane.server import run as server_run
 from expertlane.server.answers import as_json, json_parts
 from expertlane.server.app import make_app
@@ -89,7 +89,7 @@ BOUNDS = {
     "keys at the top of arbitrary JSON": fields._MOST_OF_OBJECT,
     "characters of an id or a name": fields._MOST_NAME,
     "messages, parts of a message, items": fields.MOST_PARTS,
-    "calls in a message": messages.MOST_CALLS,
+    "calls in a message": fields.MOST_CALLS,
     "tools": requests.MOST_TOOLS,
     "pairs of metadata": fields._MOST_METADATA,
     "characters of metadata": fields._MOST_METADATA_CHARACTERS,

@@ -135,7 +135,7 @@ def test_every_metric_of_ours_that_counts_is_shown():
     shown = {
         each.name for query in PANELS.values() for each in selectors(promql_parser.parse(query))
     }
-    source = Path(__file__).parents[2] / "src" / "expertlane" / "server" / "own_metrics.py"
+    source = Path(__file__).parents[2] / "src" / "expertlane" / "server" / "metrics.py"
     names = re.findall(r'_(?:counter|gauge)\(\s*"(\w+)"', source.read_text())
     assert {f"expertlane:{name}" for name in names} - {"expertlane:requests_running"} <= {
         name.removesuffix("_total") for name in shown

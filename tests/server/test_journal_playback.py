@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 
 from engine.stub_runner import StubEngine, letters
 from expertlane.schedule.request import Chunk, FinishReason
-from expertlane.server.chats import CHATS
-from expertlane.server.completions import COMPLETIONS
+from expertlane.server.answers import Prepared
+from expertlane.server.completions import CHATS, COMPLETIONS
+from expertlane.server.journal.file import Begun, Came, Record, framed, records_of
 from expertlane.server.journal.kept import KeptRequest, Watchers
-from expertlane.server.journal.records import Begun, Came, Record, framed, records_of
-from expertlane.server.prepared import Prepared
-from expertlane.server.responses.answer import RESPONSES
+from expertlane.server.responses import RESPONSES
 from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.spec.prompt_logprobs import PromptLogprobs, PromptPart
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs

@@ -132,7 +132,7 @@ class TestSpans:
         from opentelemetry.sdk.trace.export import SimpleSpanProcessor
         from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-        from expertlane.server.tracing import Tracing
+        from expertlane.server.logs import Tracing
 
         exporter, provider = InMemorySpanExporter(), sdk.TracerProvider()
         provider.add_span_processor(SimpleSpanProcessor(exporter))

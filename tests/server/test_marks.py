@@ -12,11 +12,10 @@ from cli.screen import telling
 from engine.stub_runner import StubEngine, letters
 from expertlane.errors import UserError
 from expertlane.schedule.request import FinishReason, RequestOutput
-from expertlane.server.answers import Piece
+from expertlane.server.answers import Piece, Prepared
 from expertlane.server.call_forms import CALL_FORMS, THOUGHT_FORMS
-from expertlane.server.chat_answer import ChatAnswer, ChatParts
+from expertlane.server.completions import ChatAnswer, ChatParts
 from expertlane.server.marks import MarkedText, Marks
-from expertlane.server.prepared import Prepared
 from expertlane.server.requests import ChatRequest
 from expertlane.server.setup import ServedModel
 from expertlane.text.chat_template import ChatTemplate

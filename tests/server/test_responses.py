@@ -7,11 +7,11 @@ import pytest
 
 from cli.screen import telling
 from expertlane.server.call_forms import CALL_FORMS, THOUGHT_FORMS
-from expertlane.server.chat_answer import ChatParts
+from expertlane.server.completions import ChatParts
 from expertlane.server.marks import MarkedText, Marks
-from expertlane.server.responses.items import ResponseItems
-from expertlane.server.responses.request import ResponsesRequest
-from expertlane.server.responses.store import ResponseStore, StoredResponse
+from expertlane.server.response_requests import ResponsesRequest
+from expertlane.server.responses import ResponseItems
+from expertlane.server.service import ResponseStore, StoredResponse
 from server.running import MESSAGES
 
 ASKED = {"model": "tiny", "temperature": 0, "max_output_tokens": 12}

@@ -14,7 +14,7 @@ from expertlane.server.requests import (
     DetokenizeRequest,
     TokenizeRequest,
 )
-from expertlane.server.responses.request import ResponsesRequest
+from expertlane.server.response_requests import ResponsesRequest
 from server.running import PATIENCE_S
 
 NUM_ROUTES = 18

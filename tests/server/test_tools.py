@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from cli.screen import telling
 from expertlane.server.call_forms import CALL_FORMS, HARMONY_MARKS, THOUGHT_FORMS
-from expertlane.server.chat_answer import ChatParts
+from expertlane.server.completions import ChatParts
 from expertlane.server.errors import ApiError
 from expertlane.server.marks import MarkedText, Marks
 from expertlane.server.requests import ChatRequest

@@ -16,8 +16,8 @@ from expertlane.spec.files import strict_json
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import MOST_LITERAL_CHARACTERS, Structured
 from expertlane.text import grammars
+from expertlane.text.grammar_trial import for_library
 from expertlane.text.grammars import Grammars
-from expertlane.text.json_schemas import for_library
 from expertlane.text.tokenizer import Tokenizer
 
 SPARE = 40  # tokens that the model has and the tokenizer lacks

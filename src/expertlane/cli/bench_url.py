@@ -15,8 +15,8 @@ from expertlane.cli.option_groups import given
 from expertlane.errors import UserError, naming
 
 if TYPE_CHECKING:
-    from expertlane.client.prompts import Vocabulary
     from expertlane.client.run import Asked, Seen, Target
+    from expertlane.client.server import Vocabulary
     from expertlane.results.results import Results
 
 _PAIRED_ROUNDS = 5  # for an interval
@@ -118,7 +118,7 @@ class UrlOptions:
         Raises:
             UserError: there is none that can be read.
         """
-        from expertlane.client.prompts import Vocabulary
+        from expertlane.client.server import Vocabulary
 
         if self.tokenizer is not None:
             with naming("--tokenizer"):

@@ -228,8 +228,7 @@ async def _ask(
     """
     import msgspec
 
-    from expertlane.client.connection import ClosedEarly, ConnectionFailed
-    from expertlane.client.events import error_message
+    from expertlane.client.connection import ClosedEarly, ConnectionFailed, error_message
     from expertlane.client.server import Unreachable
 
     url = connections.url

@@ -32,10 +32,9 @@ from expertlane.spec.names import OnFailure
 
 if TYPE_CHECKING:
     from expertlane.server.journal.file import JournalFile
-    from expertlane.server.logs import RequestLog
+    from expertlane.server.logs import RequestLog, Tracing
     from expertlane.server.run import Running
     from expertlane.server.setup import ServedModel, ServerOptions
-    from expertlane.server.tracing import Tracing
     from expertlane.text.chat_template import ChatTemplate
     from expertlane.text.tokenizer import Tokenizer
 
@@ -274,8 +273,7 @@ def _journal(own: _Options, found: FoundModel, engine: EngineOptions) -> "Journa
     Raises:
         UserError: they are not, or the folder cannot be used.
     """
-    from expertlane.server.journal.file import JournalFile
-    from expertlane.server.journal.identity import identity
+    from expertlane.server.journal.file import JournalFile, identity
 
     if own.journal is None or not is_first_process():
         return None
@@ -308,7 +306,7 @@ def _journal(own: _Options, found: FoundModel, engine: EngineOptions) -> "Journa
 
 def _tracing(endpoint: str | None, name: str) -> "Tracing | None":
     """Tracing, where it is asked for; environment variables alone do not make the server fail."""
-    from expertlane.server.tracing import is_configured, start_tracing
+    from expertlane.server.logs import is_configured, start_tracing
 
     if not is_configured(endpoint) or not is_first_process():
         return None

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 import uvloop
 
 from expertlane.client.connection import Connections, Url
-from expertlane.client.drive import Driven, Stop, drive
-from expertlane.client.measure import Round, load_record, ratios
-from expertlane.client.prompts import Vocabulary
-from expertlane.client.server import Server, find_server
+from expertlane.client.measure import Driven, Round, Stop, drive, load_record, ratios
+from expertlane.client.server import Server, Vocabulary, find_server
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.progress import Progress
 from expertlane.results.ratio import RatioRecord

@@ -122,8 +122,8 @@ def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
             "of either"
         )
     if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], Integral)):
-        return [cast(Prompt, prompts)]
-    return list(cast(Sequence[Prompt], prompts))
+        return [cast("Prompt", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
 
 
 def with_params(

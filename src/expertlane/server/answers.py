@@ -1,10 +1,13 @@
-"""Answers to requests for text: whole, or as server-sent events, one write a step."""
+"""Answers to requests for text, from what is prepared: whole, or as server-sent events."""
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import islice
 from typing import Any, ClassVar, Protocol
+from uuid import uuid4
 
 import msgspec
 from fastapi import Response
@@ -14,13 +17,12 @@ from expertlane.engine.async_engine import Generation
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.server.errors import JSON, LATER, ApiError
 from expertlane.server.logprobs import TokenTexts
+from expertlane.server.logs import Generated, note
 from expertlane.server.middleware import DIRECT_SEND
-from expertlane.server.observed import Generated, note
-from expertlane.server.prepared import Prepared
-from expertlane.server.requests import GenerationRequest
+from expertlane.server.requests import GenerationRequest, SampledRequest
 from expertlane.server.service import Service
-from expertlane.server.usage import usage_of
-from expertlane.spec.sampling import TokenLogprobs
+from expertlane.spec.sampling import SamplingParams, TokenLogprobs
+from expertlane.text.grammars import Grammar
 
 _EVENTS_HEAD = (
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -30,6 +32,57 @@ _DONE = b"data: [DONE]\n\n"
 _MOST_AT_ONCE = 2048  # entries of a whole answer that is made in the loop: some milliseconds
 _ENTRIES = 32  # entries of a list that are objects at the same time
 _PART_BYTES = 64 * 2**10  # at least, but for the last part
+
+
+@dataclass(frozen=True)
+class AnswerIds:
+    """The ids of one answer and its parts.
+
+    Attributes:
+        root: 122 random bits, from which all its ids follow.
+    """
+
+    root: str = field(default_factory=lambda: uuid4().hex)
+
+    def of(self, *what: str | int) -> str:
+        """An id of 32 hexadecimal digits; the same for the same arguments."""
+        text = "/".join(map(str, (self.root, *what)))
+        return blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked request, ready for the engine.
+
+    Attributes:
+        request: its body.
+        prompts: [num_prompts]; token ids.
+        params: [num_prompts × num_choices]; choices of a prompt stand together.
+        texts: [num_prompts]; texts of the prompts, where the answer needs them, else empty.
+        grammar: the grammar of its outputs; held, so that the engine finds it compiled.
+        before: messages of the earlier response that it continues.
+        ids: ids of the answer and its parts.
+        created: time of the request, in seconds since 1970.
+    """
+
+    request: SampledRequest
+    prompts: Sequence[list[int]]
+    params: Sequence[SamplingParams]
+    texts: Sequence[str] = ()
+    grammar: Grammar | None = None
+    before: Sequence[dict[str, Any]] = ()
+    ids: AnswerIds = field(default_factory=AnswerIds)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def num_choices(self) -> int:
+        """Choices of each prompt."""
+        return len(self.params) // len(self.prompts)
+
+    @property
+    def prompts_of_choices(self) -> list[list[int]]:
+        """[num_prompts × num_choices]; the prompt of each choice."""
+        return [prompt for prompt in self.prompts for _ in range(self.num_choices)]
 
 
 def _listed(value: object) -> list[Any]:
@@ -326,12 +379,15 @@ class Answer(Response):
         """The `usage` object of the tokens taken so far, and of `num_more` others."""
         outputs = () if self._source is None else self._source.outputs
         firsts = outputs[:: self._num_choices]  # others of a prompt share it
-        return usage_of(
-            sum(map(len, self._prompts)),
-            sum(output.num_cached_tokens for output in firsts),
-            sum(self._num_taken) + num_more,
-            self.num_reasoning_tokens,
-        )
+        num_prompt, num_output = sum(map(len, self._prompts)), sum(self._num_taken) + num_more
+        num_cached = sum(output.num_cached_tokens for output in firsts)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": num_prompt + num_output,
+            "prompt_tokens_details": {"cached_tokens": num_cached},
+            "completion_tokens_details": {"reasoning_tokens": self.num_reasoning_tokens},
+        }
 
     @property
     def num_reasoning_tokens(self) -> int:
@@ -392,6 +448,36 @@ async def taken(source: Source) -> list[tuple[int, Chunk]]:
         raise
     except Exception as error:
         raise ApiError(500, f"the engine has ended: {error}", code="engine_dead") from None
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A route that generates text.
+
+    Attributes:
+        body: the type of its requests' bodies.
+        prepare: checks a body and tokenizes its prompts; raises an `ApiError`.
+        answer: the class of its answers, which depend only on the prepared request and its chunks.
+    """
+
+    path: str
+    body: type[SampledRequest]
+    prepare: Callable[[Service, Any], Awaitable[Prepared]]
+    answer: type[Answer]
+
+    async def make(self, service: Service, request: SampledRequest, began_s: float) -> Answer:
+        """An answer to a request.
+
+        Args:
+            began_s: when it arrived, on the loop's clock.
+
+        Raises:
+            ApiError: the request can never be served, or not now.
+        """
+        service.check_admission(request.model)
+        answer = self.answer(service, await self.prepare(service, request))
+        answer.began_s = began_s
+        return answer
 
 
 class InParts(Response):

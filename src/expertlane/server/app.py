@@ -1,94 +1,33 @@
-"""The HTTP interface: routes, and what stands before all of them."""
+"""The HTTP interface: routes, the middleware before them, and requests until their answers."""
 
+import asyncio
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
 from starlette.types import Receive, Scope, Send
 
-from expertlane.server.answers import Answer
-from expertlane.server.arrival import Arrival
+from expertlane.server.answers import Answer, Endpoint
 from expertlane.server.bodies import BodyLimit, make_bodies_models
-from expertlane.server.chats import CHATS
-from expertlane.server.completions import COMPLETIONS
+from expertlane.server.completions import CHATS, COMPLETIONS
 from expertlane.server.errors import ApiError, ErrorBody, bad_field, install_handlers, json_response
 from expertlane.server.journal.keeper import JournalKeeper
 from expertlane.server.live import add_live
+from expertlane.server.logs import Observed
 from expertlane.server.metrics import CONTENT_TYPE
 from expertlane.server.middleware import ApiKeys, Counted, Heads, Hosts
-from expertlane.server.observed import Observed
 from expertlane.server.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    SampledRequest,
     TokenizeRequest,
 )
-from expertlane.server.responses.answer import RESPONSES
-from expertlane.server.responses.request import ResponsesRequest
+from expertlane.server.response_requests import ResponsesRequest
+from expertlane.server.responses import RESPONSES
 from expertlane.server.scaling import add_scaling
-from expertlane.server.service import Service
+from expertlane.server.service import Service, late
 from expertlane.version import __version__
-
-
-class _Rest(Response):
-    """The events of a kept answer that a client does not have yet."""
-
-    def __init__(self, service: Service, answer: Answer) -> None:
-        super().__init__()  # unused: `__call__` sends the answer
-        self._service, self._answer = service, answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer; for the server."""
-        self._service.num_open += 1
-        try:
-            await self._answer(scope, receive, send)
-        finally:
-            self._service.num_open -= 1
-
-
-def add_journal(app: FastAPI, service: Service, keeper: JournalKeeper) -> None:
-    """Add the routes of kept requests to an app."""
-
-    @app.get("/v1/requests/{request_id}/events", response_class=Response)
-    async def events(request_id: str, http: Request) -> Response:
-        """The events of a stream after `Last-Event-ID`, or all; 204 where no more will come."""
-        kept, after = keeper.find(http.scope, request_id)
-        if not kept.prepared.request.stream:
-            text = f"request {request_id} has no events: it was asked for without stream"
-            raise bad_field("request_id", text)
-        if kept.num_events is not None and after >= kept.num_events:
-            return Response(status_code=204)
-        return _Rest(service, keeper.reconnect(kept, after))
-
-    @app.delete("/v1/requests/{request_id}")
-    async def cancel(request_id: str, http: Request) -> Response:
-        """End a request, and forget it."""
-        kept, _ = keeper.find(http.scope, request_id)
-        kept.end(ApiError(410, f"request {request_id} was cancelled", code="cancelled"))
-        keeper.forget(kept)
-        return json_response({"id": request_id, "object": "request", "deleted": True})
-
-
-def add_responses(app: FastAPI, service: Service, journal: JournalKeeper | None) -> None:
-    """Let an app answer them."""
-    store = service.responses
-
-    @app.post(RESPONSES.path, response_class=Response)
-    async def respond(request: ResponsesRequest) -> Response:
-        """Continue a conversation, or begin one; its items, whole or as events."""
-        return Arrival(service, journal, request, RESPONSES)
-
-    @app.get("/v1/responses/{response_id}")
-    async def response(response_id: str) -> Response:
-        """A response that was kept."""
-        return json_response(store.get(response_id, "response_id").body)
-
-    @app.delete("/v1/responses/{response_id}")
-    async def delete(response_id: str) -> Response:
-        """Forget a response that was kept."""
-        store.delete(response_id, "response_id")
-        return json_response({"id": response_id, "object": "response", "deleted": True})
-
 
 # Of POST: these change nothing.
 _COMPUTED = frozenset(
@@ -260,3 +199,120 @@ def _add_state(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         """For Prometheus."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+
+class Arrival(Response):
+    """Sends an answer once it is made, unless the client leaves or the time is up before.
+
+    Making it includes tokenizing the prompt.
+    """
+
+    def __init__(
+        self,
+        service: Service,
+        journal: JournalKeeper | None,
+        request: SampledRequest,
+        endpoint: Endpoint,
+    ) -> None:
+        super().__init__()  # unused: `__call__` sends another response
+        self._journal = journal
+        self._service, self._request, self._endpoint = service, request, endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Make the answer and send it; called by the HTTP server."""
+        service = self._service
+        began_s = asyncio.get_running_loop().time()
+        limit_s = service.time_limit_s(self._request)
+        service.num_open += 1
+        making = asyncio.ensure_future(self._make(scope, began_s))
+        leaving = asyncio.ensure_future(_leaves(receive))
+        try:
+            await asyncio.wait(
+                {making, leaving}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
+            )
+            if making.done():
+                answer = making.result()
+            elif leaving.done():
+                return
+            else:
+                raise late(limit_s)
+            leaving.cancel()
+            await answer(scope, receive, send)
+        finally:
+            service.num_open -= 1
+            making.cancel()
+            leaving.cancel()
+
+    async def _make(self, scope: Scope, began_s: float) -> Answer:
+        service, request, endpoint = self._service, self._request, self._endpoint
+        if self._journal is not None:
+            return await self._journal.answer(scope, request, endpoint, began_s)
+        if b"last-event-id" in dict(scope["headers"]):
+            text = "Last-Event-ID: this server keeps no journal of requests (--journal)"
+            raise ApiError(404, text, param="Last-Event-ID", code="request_not_found")
+        return await endpoint.make(service, request, began_s)
+
+
+async def _leaves(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Rest(Response):
+    """The events of a kept answer that a client does not have yet."""
+
+    def __init__(self, service: Service, answer: Answer) -> None:
+        super().__init__()  # unused: `__call__` sends the answer
+        self._service, self._answer = service, answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer; for the server."""
+        self._service.num_open += 1
+        try:
+            await self._answer(scope, receive, send)
+        finally:
+            self._service.num_open -= 1
+
+
+def add_journal(app: FastAPI, service: Service, keeper: JournalKeeper) -> None:
+    """Add the routes of kept requests to an app."""
+
+    @app.get("/v1/requests/{request_id}/events", response_class=Response)
+    async def events(request_id: str, http: Request) -> Response:
+        """The events of a stream after `Last-Event-ID`, or all; 204 where no more will come."""
+        kept, after = keeper.find(http.scope, request_id)
+        if not kept.prepared.request.stream:
+            text = f"request {request_id} has no events: it was asked for without stream"
+            raise bad_field("request_id", text)
+        if kept.num_events is not None and after >= kept.num_events:
+            return Response(status_code=204)
+        return _Rest(service, keeper.reconnect(kept, after))
+
+    @app.delete("/v1/requests/{request_id}")
+    async def cancel(request_id: str, http: Request) -> Response:
+        """End a request, and forget it."""
+        kept, _ = keeper.find(http.scope, request_id)
+        kept.end(ApiError(410, f"request {request_id} was cancelled", code="cancelled"))
+        keeper.forget(kept)
+        return json_response({"id": request_id, "object": "request", "deleted": True})
+
+
+def add_responses(app: FastAPI, service: Service, journal: JournalKeeper | None) -> None:
+    """Let an app answer them."""
+    store = service.responses
+
+    @app.post(RESPONSES.path, response_class=Response)
+    async def respond(request: ResponsesRequest) -> Response:
+        """Continue a conversation, or begin one; its items, whole or as events."""
+        return Arrival(service, journal, request, RESPONSES)
+
+    @app.get("/v1/responses/{response_id}")
+    async def response(response_id: str) -> Response:
+        """A response that was kept."""
+        return json_response(store.get(response_id, "response_id").body)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str) -> Response:
+        """Forget a response that was kept."""
+        store.delete(response_id, "response_id")
+        return json_response({"id": response_id, "object": "response", "deleted": True})

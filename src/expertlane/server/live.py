@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 from expertlane.report.charts.colours import OF_CAUSE, OF_GAP, style_sheet
 from expertlane.server.errors import ApiError
 from expertlane.server.live_state import LiveState
-from expertlane.server.own_metrics import WAITING
+from expertlane.server.metrics import WAITING
 from expertlane.spec.names import Cause, Gap, Stage
 
 MOST_VIEWERS = 32

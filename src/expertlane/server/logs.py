@@ -1,17 +1,117 @@
-"""A line a request on stderr: JSON for machines, or text; without prompts unless asked for."""
+"""Requests and their answers as observers see them: log lines, and OpenTelemetry spans.
 
+Lines go to stderr, as JSON for machines or as text, without prompts unless asked for. Names and
+attributes of spans are those of vLLM's `SpanAttributes`; those of usage and of requests are of
+OpenTelemetry's semantic conventions for generative AI.
+"""
+
+import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from queue import Empty, SimpleQueue
 from typing import Any, Literal, TextIO
+from urllib.parse import urlsplit
 
 import msgspec
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from expertlane.errors import UserError
 from expertlane.printable import printable
 from expertlane.schedule.request import FinishReason, RequestOutput
-from expertlane.server.observed import Exchange, Generated
+from expertlane.spec.sampling import SamplingParams
+from expertlane.version import __version__
+
+_IN_SCOPE = "expertlane.generated"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The outputs of a request for text.
+
+    Attributes:
+        request_id: the id that the client got.
+        outputs, params: [num_prompts × num_choices].
+    """
+
+    request_id: str
+    outputs: Sequence[RequestOutput]
+    params: Sequence[SamplingParams]
+    num_choices: int
+    is_stream: bool
+
+
+def note(scope: Scope, generated: Generated) -> None:
+    """Attach the outputs of a request to its scope, where observers find them."""
+    scope[_IN_SCOPE] = generated
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A request, and its answer once that has ended.
+
+    Attributes:
+        path: path of the route; `none` where there is no such route.
+        client: the address that it came from.
+        status: 499 where the client went before there was an answer.
+        headers: the request's; names in lower case.
+        generated: its outputs; None where no text was asked for, or none was given.
+    """
+
+    method: str
+    path: str
+    client: str
+    status: int
+    seconds: float
+    headers: dict[str, str] = field(repr=False)
+    generated: Generated | None
+
+
+Observer = Callable[[Exchange], None]
+_CLIENT_GONE = 499
+
+
+class Observed:
+    """Tells observers of every request, once it has its answer."""
+
+    def __init__(self, app: ASGIApp, observers: Sequence[Observer]) -> None:
+        self._app, self._observers = app, observers
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and tell observers once its answer has ended."""
+        if scope["type"] != "http" or not self._observers:
+            await self._app(scope, receive, send)
+            return
+        status, began_s = _CLIENT_GONE, time.perf_counter()
+
+        async def noting_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting_send)
+        finally:
+            exchange = Exchange(
+                method=scope["method"],
+                path=getattr(scope.get("route"), "path", "none"),
+                client=(scope.get("client") or ("",))[0],
+                status=status,
+                seconds=time.perf_counter() - began_s,
+                headers=_text_of(scope["headers"]),
+                generated=scope.get(_IN_SCOPE),
+            )
+            for observe in self._observers:
+                observe(exchange)
+
+
+def _text_of(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, Any]:
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
+
 
 # Asked for often, by probes, Prometheus and pages; written down only where they fail.
 _QUIET = frozenset({"/health", "/ping", "/metrics", "/load", "/live", "/scale"})
@@ -160,3 +260,139 @@ def _line(facts: dict[str, Any]) -> str:
         ]
         parts += [f"{name} {facts[name]!r}" for name in ("prompts", "outputs") if name in facts]
     return ", ".join(part for part in parts if part)
+
+
+SPAN = "llm_request"
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+_PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+_INSTALL = "pip install opentelemetry-sdk opentelemetry-exporter-otlp-proto-"
+
+
+def is_configured(endpoint: str | None) -> bool:
+    """Whether traces are to be exported, by the option or OpenTelemetry's variables."""
+    return endpoint is not None or any(os.environ.get(name) for name in _ENDPOINTS)
+
+
+class Tracing:
+    """Makes a span for each sequence of a request, once the request has ended.
+
+    Args:
+        provider: OpenTelemetry's `TracerProvider`; it samples and exports.
+    """
+
+    def __init__(self, provider: Any, model: str) -> None:
+        self._provider, self._model = provider, model
+        self._tracer = provider.get_tracer("expertlane", __version__)
+
+    def __call__(self, exchange: Exchange) -> None:
+        """Trace a request for text; others have no spans."""
+        generated = exchange.generated
+        if generated is None:
+            return
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        parent = TraceContextTextMapPropagator().extract(exchange.headers)
+        for place, (output, params) in enumerate(
+            zip(generated.outputs, generated.params, strict=True)
+        ):
+            self._span(parent, exchange, generated, place, output, params)
+
+    def close(self) -> None:
+        """Export the spans still queued."""
+        self._provider.shutdown()
+
+    def _span(
+        self,
+        parent: Any,
+        exchange: Exchange,
+        generated: Generated,
+        place: int,
+        output: RequestOutput,
+        params: SamplingParams,
+    ) -> None:
+        from opentelemetry.trace import SpanKind, Status, StatusCode
+
+        offset_ns = time.time_ns() - time.perf_counter_ns()
+        ended_s = time.perf_counter()
+        if output.e2e_s is not None:
+            ended_s = output.arrival_s + output.e2e_s
+        several = f"-{place}" if len(generated.outputs) > 1 else ""
+        attributes = {
+            "gen_ai.response.model": self._model,
+            "gen_ai.request.id": f"{generated.request_id}{several}",
+            "gen_ai.request.n": generated.num_choices,
+            "http.response.status_code": exchange.status,
+        } | attributes_of(output, params)
+        span = self._tracer.start_span(
+            SPAN,
+            context=parent,
+            kind=SpanKind.SERVER,
+            attributes=attributes,
+            start_time=int(1e9 * output.arrival_s) + offset_ns,
+        )
+        if output.finish_reason is FinishReason.ERROR or exchange.status >= 500:
+            span.set_status(Status(StatusCode.ERROR, output.error))
+        span.end(int(1e9 * ended_s) + offset_ns)
+
+
+def attributes_of(output: RequestOutput, params: SamplingParams) -> dict[str, Any]:
+    """The span attributes of a sequence: parameters, tokens, seconds; without unknown ones."""
+    times, scheduled_s = output.token_times_s, output.scheduled_s
+    found: dict[str, Any] = {
+        "gen_ai.request.temperature": params.temperature,
+        "gen_ai.request.top_p": params.top_p,
+        "gen_ai.request.top_k": params.top_k,
+        "gen_ai.request.max_tokens": params.max_tokens,
+        "gen_ai.usage.prompt_tokens": len(output.prompt_token_ids),
+        "gen_ai.usage.completion_tokens": len(output.token_ids),
+        "gen_ai.usage.cached_tokens": output.num_cached_tokens,
+        "gen_ai.response.finish_reasons": [finish_reason(output)],
+        "gen_ai.latency.time_in_queue": scheduled_s,
+        "gen_ai.latency.time_to_first_token": output.ttft_s,
+    }
+    if times:
+        found["gen_ai.latency.e2e"] = times[-1]
+        found["gen_ai.latency.time_in_model_decode"] = times[-1] - times[0]
+        if scheduled_s is not None:
+            found["gen_ai.latency.time_in_model_prefill"] = times[0] - scheduled_s
+            found["gen_ai.latency.time_in_model_inference"] = times[-1] - scheduled_s
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def start_tracing(endpoint: str | None, model: str) -> Tracing:
+    """Export spans by OTLP, by `endpoint` and OpenTelemetry's variables.
+
+    Raises:
+        UserError: OpenTelemetry is not installed, or the protocol is not known.
+    """
+    protocol = next((os.environ[name] for name in _PROTOCOLS if os.environ.get(name)), "")
+    protocol = protocol or "http/protobuf"
+    if protocol not in ("http/protobuf", "grpc"):
+        raise UserError(f"{_PROTOCOLS[1]} is {protocol!r}; valid: http/protobuf, grpc")
+    try:
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        exporter = _exporter(endpoint, protocol)
+    except ImportError as error:
+        kind = "grpc" if protocol == "grpc" else "http"
+        raise UserError(
+            f"traces need {error.name}, which is not installed: {_INSTALL}{kind}"
+        ) from None
+    named = {} if os.environ.get("OTEL_SERVICE_NAME") else {SERVICE_NAME: "expertlane"}
+    provider = TracerProvider(resource=Resource.create(named))
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return Tracing(provider, model)
+
+
+def _exporter(endpoint: str | None, protocol: str) -> Any:
+    if protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter as Grpc
+
+        return Grpc(endpoint=endpoint)
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter as Http
+
+    if endpoint is not None and urlsplit(endpoint).path in ("", "/"):
+        endpoint = endpoint.rstrip("/") + "/v1/traces"
+    return Http(endpoint=endpoint)

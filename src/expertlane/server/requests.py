@@ -16,19 +16,22 @@ from expertlane.server.fields import (
     MOST_PROMPTS,
     MOST_STOPS,
     Bias,
+    Function,
     Known,
+    Message,
     Metadata,
     Name,
+    NamedTool,
     Prompts,
     Stop,
     Strict,
+    StructuredRequest,
     TemplateVariables,
     Text,
     TokenId,
+    Tool,
     number,
 )
-from expertlane.server.messages import Function, Message, NamedTool, Tool
-from expertlane.server.structured import StructuredRequest
 from expertlane.spec.sampling import SamplingParams
 
 _AS_THEY_ARE = (  # fields that `SamplingParams` takes unchanged

@@ -17,8 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from expertlane.errors import CapacityError, TerminatedError, UserError, no_room
 from expertlane.server.app import make_app
 from expertlane.server.errors import JSON, ApiError
-from expertlane.server.journal.keeper import JournalKeeper
-from expertlane.server.journal.metrics import JournalMetrics
+from expertlane.server.journal.keeper import JournalKeeper, JournalMetrics
 from expertlane.server.middleware import is_loopback
 from expertlane.server.service import Service
 from expertlane.server.setup import ServedModel, ServerOptions

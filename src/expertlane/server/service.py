@@ -1,111 +1,34 @@
-"""The service of one model: admission of requests, tokenizing, and queueing in the engine."""
+"""The service of one model: admission of requests, tokenizing, queueing and time limits."""
 
 import asyncio
 import re
-import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-from expertlane.engine.async_engine import AsyncEngine, Generation
+import msgspec
+
+from expertlane.engine.async_engine import AsyncEngine, Generation, RequestGroup
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Chunk
 from expertlane.server.errors import ApiError, bad_field
+from expertlane.server.fields import Message
 from expertlane.server.live import LiveFeed
 from expertlane.server.live_state import LiveState
 from expertlane.server.marks import Marks
-from expertlane.server.messages import Message
 from expertlane.server.metrics import Metrics
 from expertlane.server.requests import ChatRequest, GenerationRequest, SampledRequest
-from expertlane.server.responses.store import ResponseStore
-from expertlane.server.setup import ServedModel, ServerOptions
-from expertlane.server.under_way import UnderWay
+from expertlane.server.setup import PromptEncoder, ServedModel, ServerOptions, TooLongError
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.structured import Structured
 from expertlane.text.grammars import Grammar
-from expertlane.text.tokenizer import LONG_TEXT, Tokenizer
+from expertlane.text.tokenizer import Tokenizer
 
-_CHARACTERS = 4  # characters of a token, in most languages
-_SLACK = 2  # a cut text may have other tokens at its end
-_HUGE = 1_000_000  # characters; a tokenizer takes some hundred bytes for each
-
-
-class TooLongError(UserError):
-    """A text has more tokens than a prompt may have."""
-
-
-class PromptEncoder:
-    """Tokenizes texts of bounded length, since a tokenizer takes about 200 bytes a character.
-
-    Args:
-        most: tokens that a prompt may have; texts with many more are refused.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, most: int) -> None:
-        self._tokenizer = tokenizer
-        self._most = most
-        self._longest = tokenizer.longest_token
-        self._huge = asyncio.Semaphore(1)
-
-    async def encode(
-        self, texts: Sequence[str], *, add_special_tokens: bool, factor: int = 1
-    ) -> list[list[int]]:
-        """Token ids of texts; long texts do not block the event loop.
-
-        Args:
-            factor: multiple of `most` that a text may have.
-
-        Raises:
-            UserError: one has many more tokens than it may, or is no Unicode.
-        """
-        num_characters = sum(map(len, texts))
-        most = self._most * factor
-        for text in texts:
-            if len(text) > most * self._longest:
-                raise TooLongError(
-                    f"it has {len(text):,} characters; {most:,} tokens, of at most "
-                    f"{self._longest} characters, are taken"
-                )
-        is_unwanted = threading.Event()
-        if num_characters <= LONG_TEXT:
-            return self._encode(texts, add_special_tokens, most, is_unwanted)
-        arguments = texts, add_special_tokens, most, is_unwanted
-        try:
-            if num_characters <= _HUGE:
-                return await asyncio.to_thread(self._encode, *arguments)
-            async with self._huge:
-                return await asyncio.to_thread(self._encode, *arguments)
-        finally:
-            is_unwanted.set()
-
-    def _encode(
-        self,
-        texts: Sequence[str],
-        add_special_tokens: bool,
-        most: int,
-        is_unwanted: threading.Event,
-    ) -> list[list[int]]:
-        found = []
-        for text in texts:
-            if is_unwanted.is_set():
-                break
-            self._check(text, most, is_unwanted)
-            found.append(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
-        return found
-
-    def _check(self, text: str, most: int, is_unwanted: threading.Event) -> None:
-        """Refuse a text by its beginning, in time that does not depend on the rest."""
-        size = max(LONG_TEXT, _CHARACTERS * most)
-        while size < len(text) and not is_unwanted.is_set():
-            beginning = self._tokenizer.encode(text[:size], add_special_tokens=False)
-            if len(beginning) > _SLACK * most:
-                raise TooLongError(
-                    f"it has {len(text):,} characters, the first {size:,} of which are "
-                    f"{len(beginning):,} tokens; at most {most:,} are taken"
-                )
-            size *= 2
+_MOST_BYTES = 256 * 2**20
 
 
 MOST_LOGPROBS = 2**20  # log-probabilities of a request, some 150 bytes each
@@ -528,3 +451,115 @@ class Service:
 def ended(error: Exception) -> ApiError:
     """The error of requests once the engine has ended."""
     return ApiError(500, f"the engine has ended: {error}", code="engine_dead")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredResponse:
+    """A response, and the chat that it ends.
+
+    Attributes:
+        body: the body that the client got.
+        messages: messages of the whole chat, but for instructions, which do not carry over.
+    """
+
+    body: dict[str, Any]
+    messages: list[dict[str, Any]]
+
+
+class ResponseStore:
+    """The most recently used responses.
+
+    Args:
+        most: the number to keep; 0 to keep none.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._kept: OrderedDict[str, tuple[StoredResponse, int]] = OrderedDict()
+        self._num_bytes = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether responses are kept at all."""
+        return self._most > 0
+
+    def put(self, response: StoredResponse) -> None:
+        """Keep a response; the least recently used ones are dropped."""
+        size = len(msgspec.json.encode((response.body, response.messages)))
+        if (known := self._kept.pop(response.body["id"], None)) is not None:
+            self._num_bytes -= known[1]
+        self._kept[response.body["id"]] = response, size
+        self._num_bytes += size
+        while self._kept and (len(self._kept) > self._most or self._num_bytes > _MOST_BYTES):
+            _, (_, size) = self._kept.popitem(last=False)
+            self._num_bytes -= size
+
+    def get(self, response_id: str, param: str) -> StoredResponse:
+        """A response by its id.
+
+        Args:
+            param: the field that names it.
+
+        Raises:
+            ApiError: it is not kept, or no longer.
+        """
+        if response_id not in self._kept:
+            raise ApiError(
+                404,
+                f"{param}: there is no response {response_id!r}; the last {self._most} are kept, "
+                "without those with store: false",
+                param=param,
+                code="response_not_found",
+            )
+        self._kept.move_to_end(response_id)
+        return self._kept[response_id][0]
+
+    def delete(self, response_id: str, param: str) -> None:
+        """Drop a response.
+
+        Raises:
+            ApiError: it is not kept.
+        """
+        self.get(response_id, param)
+        self._num_bytes -= self._kept.pop(response_id)[1]
+
+
+class UnderWay:
+    """The unfinished requests of one server and their timers; used in its event loop."""
+
+    def __init__(self) -> None:
+        self._timers: dict[RequestGroup, asyncio.TimerHandle | None] = {}
+        self._ending: Exception | None = None  # the error with which all requests end
+
+    def begin(self, group: RequestGroup, began_s: float, limit_s: float | None) -> None:
+        """Start the timer of a group of requests, which runs until `finish`.
+
+        Args:
+            began_s: arrival of the requests, on the loop's clock.
+            limit_s: seconds that they may take; None for any time.
+        """
+        timer = None
+        if limit_s is not None:
+            loop = asyncio.get_running_loop()
+            timer = loop.call_at(began_s + limit_s, group.end, late(limit_s))
+        self._timers[group] = timer
+        if self._ending is not None:  # the server has ended meanwhile
+            group.end(self._ending)
+
+    def finish(self, group: RequestGroup) -> None:
+        """Cancel a group's unfinished requests, and its timer."""
+        group.cancel()
+        timer = self._timers.pop(group, None)
+        if timer is not None:
+            timer.cancel()
+
+    def end(self, error: Exception) -> None:
+        """Cancel all requests, and any that begin later; clients get the error."""
+        self._ending = error
+        for group in list(self._timers):
+            group.end(error)
+
+
+def late(limit_s: float | None) -> ApiError:
+    """The error of a request whose time is up."""
+    return ApiError(504, f"not finished within {limit_s:g} s", code="timeout")

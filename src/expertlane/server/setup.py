@@ -1,19 +1,20 @@
-"""The model of a server, and its settings for requests."""
+"""The model of a server, the tokenizing of its prompts, and settings for requests."""
 
-from collections.abc import Callable, Mapping
+import asyncio
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.engine import Engine
 from expertlane.engine.rank_watch import RankWatch
+from expertlane.errors import UserError
 from expertlane.schedule.request import Limits
-from expertlane.server.observed import Observer
+from expertlane.server.journal.file import JournalFile
+from expertlane.server.logs import Observer
 from expertlane.text.chat_template import ChatTemplate
-from expertlane.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from expertlane.server.journal.file import JournalFile
+from expertlane.text.tokenizer import LONG_TEXT, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,88 @@ class ServerOptions:
     observers: tuple[Observer, ...] = ()
     on_event: Callable[[str, str], None] | None = None
     max_stored_responses: int = 1000
-    journal: "JournalFile | None" = None
+    journal: JournalFile | None = None
     reconnect_s: float = 60.0
     tool_call_parser: str | None = None
     reasoning_parser: str | None = None
+
+
+_CHARACTERS = 4  # characters of a token, in most languages
+_SLACK = 2  # a cut text may have other tokens at its end
+_HUGE = 1_000_000  # characters; a tokenizer takes some hundred bytes for each
+
+
+class TooLongError(UserError):
+    """A text has more tokens than a prompt may have."""
+
+
+class PromptEncoder:
+    """Tokenizes texts of bounded length, since a tokenizer takes about 200 bytes a character.
+
+    Args:
+        most: tokens that a prompt may have; texts with many more are refused.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, most: int) -> None:
+        self._tokenizer = tokenizer
+        self._most = most
+        self._longest = tokenizer.longest_token
+        self._huge = asyncio.Semaphore(1)
+
+    async def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool, factor: int = 1
+    ) -> list[list[int]]:
+        """Token ids of texts; long texts do not block the event loop.
+
+        Args:
+            factor: multiple of `most` that a text may have.
+
+        Raises:
+            UserError: one has many more tokens than it may, or is no Unicode.
+        """
+        num_characters = sum(map(len, texts))
+        most = self._most * factor
+        for text in texts:
+            if len(text) > most * self._longest:
+                raise TooLongError(
+                    f"it has {len(text):,} characters; {most:,} tokens, of at most "
+                    f"{self._longest} characters, are taken"
+                )
+        is_unwanted = threading.Event()
+        if num_characters <= LONG_TEXT:
+            return self._encode(texts, add_special_tokens, most, is_unwanted)
+        arguments = texts, add_special_tokens, most, is_unwanted
+        try:
+            if num_characters <= _HUGE:
+                return await asyncio.to_thread(self._encode, *arguments)
+            async with self._huge:
+                return await asyncio.to_thread(self._encode, *arguments)
+        finally:
+            is_unwanted.set()
+
+    def _encode(
+        self,
+        texts: Sequence[str],
+        add_special_tokens: bool,
+        most: int,
+        is_unwanted: threading.Event,
+    ) -> list[list[int]]:
+        found = []
+        for text in texts:
+            if is_unwanted.is_set():
+                break
+            self._check(text, most, is_unwanted)
+            found.append(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+        return found
+
+    def _check(self, text: str, most: int, is_unwanted: threading.Event) -> None:
+        """Refuse a text by its beginning, in time that does not depend on the rest."""
+        size = max(LONG_TEXT, _CHARACTERS * most)
+        while size < len(text) and not is_unwanted.is_set():
+            beginning = self._tokenizer.encode(text[:size], add_special_tokens=False)
+            if len(beginning) > _SLACK * most:
+                raise TooLongError(
+                    f"it has {len(text):,} characters, the first {size:,} of which are "
+                    f"{len(beginning):,} tokens; at most {most:,} are taken"
+                )
+            size *= 2

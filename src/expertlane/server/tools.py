@@ -6,15 +6,14 @@ from typing import Any
 
 from expertlane.errors import UserError
 from expertlane.server.call_forms import HARMONY_ANSWER, CallForm
-from expertlane.server.call_reader import is_text
 from expertlane.server.errors import bad_field
-from expertlane.server.marks import Marks
-from expertlane.server.messages import Function, NamedTool
+from expertlane.server.fields import Function, NamedTool
+from expertlane.server.marks import Marks, is_text
 from expertlane.server.requests import ChatRequest
 from expertlane.spec.files import parse_json, strict_json
 from expertlane.spec.structured import Structured
+from expertlane.text.grammar_trial import for_library
 from expertlane.text.grammars import lark_text, lead_rules
-from expertlane.text.json_schemas import for_library
 from expertlane.text.tokenizer import Tokenizer
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}

@@ -134,7 +134,7 @@ class ProgressBoard:
 
     def line(self, rank: int) -> Line:
         """The raw line of `rank`, for `update` on the launcher's board."""
-        return cast(Line, tuple(self._line(rank).tolist()))
+        return cast("Line", tuple(self._line(rank).tolist()))
 
     def update(self, rank: int, line: Line) -> None:
         """Copy a line from another node's board, with this node's time, as clocks differ."""

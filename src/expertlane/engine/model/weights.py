@@ -140,7 +140,7 @@ class WeightSource(ABC):
                 self.num_bytes += found[1]
                 self.bytes_from[origin] += found[1]
                 if self.is_ahead:
-                    return cast(MadeT, found[0])
+                    return cast("MadeT", found[0])
                 break
         else:
             self.before_make()
@@ -154,7 +154,7 @@ class WeightSource(ABC):
             found = made, self.num_bytes - num_before
         if holds or self.is_ahead:
             self.held.put(layer, key, *found)
-        return cast(MadeT, found[0])
+        return cast("MadeT", found[0])
 
     def keep_layers(self, layers: range) -> None:
         """Drop the given parts of all other layers."""

@@ -7,25 +7,35 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import SystemRandom
 
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 from pydantic import ValidationError
 from starlette.types import Scope
 
 from expertlane.errors import UserError
 from expertlane.schedule.request import Chunk, FinishReason
-from expertlane.server.answers import Answer
-from expertlane.server.chats import CHATS
-from expertlane.server.completions import COMPLETIONS
-from expertlane.server.endpoint import Endpoint
+from expertlane.server.answers import Answer, AnswerIds, Endpoint, Prepared
+from expertlane.server.completions import CHATS, COMPLETIONS
 from expertlane.server.errors import ApiError, bad_field
-from expertlane.server.ids import AnswerIds
-from expertlane.server.journal.file import FoundRequest, JournalError, JournalFile
+from expertlane.server.journal.file import (
+    Begun,
+    Came,
+    Closed,
+    FoundRequest,
+    JournalError,
+    JournalFile,
+    Left,
+    Record,
+    Suspected,
+)
 from expertlane.server.journal.kept import KeptRequest, Watchers
-from expertlane.server.journal.records import Begun, Came, Closed, Left, Record, Suspected
 from expertlane.server.middleware import key_digest
-from expertlane.server.prepared import Prepared
 from expertlane.server.requests import SampledRequest
-from expertlane.server.responses.answer import RESPONSES
+from expertlane.server.responses import RESPONSES
 from expertlane.server.service import Service
+
+_PREFIX = "expertlane:journal_"
+
 
 ID_HEADER, LAST_HEADER = "X-Request-Id", "Last-Event-ID"
 _ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
@@ -494,3 +504,48 @@ def _check_same(kept: KeptRequest, request: SampledRequest, endpoint: Endpoint) 
             param=ID_HEADER,
             code="request_id_in_use",
         )
+
+
+class JournalMetrics(Collector):
+    """The metrics of one server's journal."""
+
+    def __init__(self, keeper: JournalKeeper) -> None:
+        self._keeper = keeper
+        self._labels = {"model_name": keeper.model_name}
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics; called by the registry."""
+        keeper, file = self._keeper, self._keeper.file
+        for name, text, total in (
+            ("bytes", "Bytes written to the journal", file.num_bytes),
+            ("records", "Records written to the journal", file.num_records),
+            ("write_seconds", "Time of these writes, encoding included", file.write_s),
+            ("files", "Files begun: at the start, and when one has grown", file.num_files),
+            ("resumed", "Requests of an earlier process that continued", keeper.num_resumed),
+            (
+                *("reconnects", "Connections to a request that was there already"),
+                keeper.num_reconnects,
+            ),
+            (
+                *("abandoned", "Requests ended because no client came back"),
+                keeper.num_abandoned,
+            ),
+        ):
+            counter = CounterMetricFamily(f"{_PREFIX}{name}", text, labels=[*self._labels])
+            counter.add_metric([*self._labels.values()], total)
+            yield counter
+        num_finished = sum(kept.is_over for kept in keeper.requests.values())
+        gauge = GaugeMetricFamily(
+            f"{_PREFIX}requests", "Requests in the journal", labels=[*self._labels, "state"]
+        )
+        for state, number in (
+            ("unfinished", len(keeper.requests) - num_finished),
+            ("finished", num_finished),
+        ):
+            gauge.add_metric([*self._labels.values(), state], number)
+        yield gauge
+        size = GaugeMetricFamily(
+            f"{_PREFIX}file_bytes", "Size of the current file", labels=[*self._labels]
+        )
+        size.add_metric([*self._labels.values()], file.size)
+        yield size

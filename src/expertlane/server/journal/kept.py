@@ -8,10 +8,9 @@ import numpy as np
 
 from expertlane.engine.async_engine import RequestGroup
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
-from expertlane.server.endpoint import Endpoint
+from expertlane.server.answers import Endpoint, Prepared
 from expertlane.server.errors import LATER, ApiError
-from expertlane.server.journal.records import Begun, More, Row, Suspected
-from expertlane.server.prepared import Prepared
+from expertlane.server.journal.file import Begun, More, Row, Suspected
 from expertlane.spec.prompt_logprobs import PromptLogprobs, PromptPart
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 

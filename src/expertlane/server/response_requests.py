@@ -8,16 +8,17 @@ from pydantic import Field, ValidationError, model_validator
 from expertlane.server.errors import ApiError, bad_field, refusal
 from expertlane.server.fields import (
     MOST_PARTS,
+    CalledFunction,
+    Function,
     Known,
     Name,
+    Schema,
     Strict,
     TemplateVariables,
     Text,
     number,
 )
-from expertlane.server.messages import CalledFunction, Function
 from expertlane.server.requests import MOST_TOOLS, ChatRequest, Effort, SampledRequest, Verbosity
-from expertlane.server.structured import Schema
 
 LOGPROBS = "message.output_text.logprobs"  # a value of `include`
 _MOST_LOGPROBS = 2**16  # log-probabilities of a part of an earlier answer
