@@ -1,8 +1,10 @@
-"""What ranks hold: against an obvious definition, and against what the engine reads."""
+"""What ranks hold: against an obvious definition, and what the engine reads; what they keep."""
 
+from collections import Counter
 from functools import cache
-from itertools import product
+from itertools import chain, product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from cost.test_memory import mesh_of_place
 from cost.tiny_models import MODELS
-from expertlane.balance.holding import Holding, Slices
+from expertlane.balance.holding import Holding, Slices, keeping, over_survivors
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import placements_of
 from expertlane.engine.model.transformer import TransformerStage
@@ -150,3 +152,87 @@ def test_ranks_that_share_a_key_value_head_hold_the_same_one():
     model = MODELS["windows"]  # 4 query heads, 2 of keys and values
     found = [Slices(tp=4, tp_rank=rank).kv_heads(model) for rank in range(4)]
     assert found == [range(0, 1), range(0, 1), range(1, 2), range(1, 2)]
+
+
+@given(st.data(), st.integers(1, 24), st.booleans())
+def test_slots_and_copies_stay(data, num_experts, is_linear):
+    def placement():
+        ep = data.draw(st.integers(1, 10))
+        most = max(0, num_experts * (ep - 1))
+        make = Placement.linear if is_linear else Placement.round_robin
+        return make(num_experts, ep, data.draw(st.integers(0, min(most, num_experts))))
+
+    before, wanted = placement(), placement()
+    held = [before.experts_of_rank[rank] if rank < before.ep else () for rank in range(wanted.ep)]
+    found = keeping(wanted, held)
+    assert [*map(len, found.experts_of_rank)] == [*map(len, wanted.experts_of_rank)]
+    copies = [Counter(chain(*each.experts_of_rank)) for each in (found, wanted)]
+    assert copies[0] == copies[1]
+    if wanted.num_slots == num_experts == before.num_slots and wanted.ep >= before.ep:
+        for own, has in zip(found.experts_of_rank, held, strict=True):
+            assert not has or set(own) <= set(has) or len(has) < len(own)
+    if before == wanted:
+        assert [set(own) for own in found.experts_of_rank] == [set(has) for has in held]
+
+
+def test_new_ranks_take_what_others_give_up():
+    wanted, before = Placement.linear(16, 4), Placement.linear(16, 2)
+    found = keeping(wanted, [*before.experts_of_rank, (), ()])
+    assert found.experts_of_rank == ((0, 1, 2, 3), (8, 9, 10, 11), (4, 6, 12, 14), (5, 7, 13, 15))
+
+
+def test_lost_experts_go_to_the_emptiest_rank():
+    linear = Placement.linear(8, 4)
+    assert over_survivors(linear, [3, 1, 2]).experts_of_rank == ((6, 7, 0), (2, 3, 1), (4, 5))
+    heavy = np.array([9, 1, 5, 5, 1, 1, 1, 1])
+    assert over_survivors(linear, [3, 1, 2], heavy).experts_of_rank == (
+        (6, 7, 0),
+        (2, 3),
+        (4, 5, 1),
+    )
+    copies = Placement.linear(4, 2, 4)  # each rank holds all
+    assert over_survivors(copies, [1]).experts_of_rank == (copies.experts_of_rank[1],)
+
+
+@st.composite
+def placements(draw):
+    ep = draw(st.integers(1, 6))
+    num_experts = draw(st.integers(1, 16))
+    holders = draw(
+        st.lists(
+            st.frozensets(st.integers(0, ep - 1), min_size=1),
+            min_size=num_experts,
+            max_size=num_experts,
+        )
+    )
+    held = [[e for e, ranks in enumerate(holders) if rank in ranks] for rank in range(ep)]
+    return Placement(num_experts, tuple(tuple(rank) or (0,) for rank in held))
+
+
+@given(placements(), st.data())
+def test_all_stays_and_every_expert_is_somewhere(placement, data):
+    ranks = data.draw(st.lists(st.integers(0, placement.ep - 1), min_size=1, unique=True))
+    load = data.draw(
+        st.none()
+        | st.lists(
+            st.integers(0, 100),
+            min_size=placement.num_experts,
+            max_size=placement.num_experts,
+        ).map(np.array)
+    )
+    left = over_survivors(placement, ranks, load)  # a Placement has every expert somewhere
+    had = set()
+    for rank, experts in zip(ranks, left.experts_of_rank, strict=True):
+        before = placement.experts_of_rank[rank]
+        assert experts[: len(before)] == before or len(ranks) == 1
+        had |= set(before)
+    new = [
+        e
+        for r, es in zip(ranks, left.experts_of_rank, strict=True)
+        for e in es
+        if e not in placement.experts_of_rank[r]
+    ]
+    assert sorted(new) == sorted(set(range(placement.num_experts)) - had)
+    sizes = [len(placement.experts_of_rank[rank]) for rank in ranks]
+    fullest = max(map(len, left.experts_of_rank))
+    assert fullest <= max(max(sizes), -(-(sum(sizes) + len(new)) // len(ranks)))

@@ -3,12 +3,20 @@
 `Holding` is computed for a rank when asked; whoever needs to know which weights a rank has asks it.
 Bytes are `cost.memory`'s. Which experts a rank holds is the placement's matter; all else follows
 from the layout (`Layout`).
+
+When the layout changes, ranks go on with what they hold: `keeping` gives a placement for more or
+fewer ranks in which experts stay where they can, `over_survivors` one for those left after a loss.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
 from expertlane.spec.layout import Coordinates, Layout, part_of
 from expertlane.spec.members import Members
@@ -170,3 +178,96 @@ class Holding:
                 for part, rows in of_expert.items():
                     held[expert_name(layer, expert, part)] = rows
         return {name: rows for name, rows in held.items() if rows}
+
+
+def keeping_placements(before: Mapping[int, Holding], wanted: Mapping[int, Holding]) -> Placements:
+    """Placements for another layout in which processes keep the experts that they hold.
+
+    They are `keeping` of each layer, by the ranks of the first replica.
+
+    Args:
+        before, wanted: by the number of a process; what it holds, and is to hold.
+    """
+    replica = {number: own for number, own in wanted.items() if not own.at.replica}
+    found = list(next(iter(replica.values())).placements)
+    etps = {own.slices.etp for own in (*before.values(), *replica.values())}
+    if len(etps) > 1:  # no rank has the part of an expert that it needs
+        return tuple(found)
+    for layer, placement in enumerate(found):
+        if placement is None:
+            continue
+        held: list[Sequence[int]] = [()] * placement.ep
+        for number, own in replica.items():
+            was = before.get(number)
+            if was is None or layer not in own.layers:
+                continue
+            if own.at.etp_rank == was.at.etp_rank == 0:
+                held[own.at.ep_rank] = was.experts(layer)
+        found[layer] = keeping(placement, held)
+    return tuple(found)
+
+
+def keeping(wanted: Placement, held: Sequence[Sequence[int]]) -> Placement:
+    """A placement with the same numbers of slots and copies, in which ranks keep what they can.
+
+    What no rank keeps goes where there is room, in order. The wanted one where copies of an expert
+    would meet on a rank.
+
+    Args:
+        held: [ep]; experts that each rank has now, in order; none of a new one.
+    """
+    num_left = np.bincount(np.concatenate(wanted.experts_of_rank), minlength=wanted.num_experts)
+    room = [len(experts) for experts in wanted.experts_of_rank]
+    kept: list[list[int]] = [[] for _ in room]
+    for own, has, num in zip(kept, held, room, strict=True):
+        for expert in has:
+            if num_left[expert] and len(own) < num:
+                own.append(expert)
+                num_left[expert] -= 1
+    # The most numerous first: they have the fewest ranks left.
+    for expert in np.argsort(-num_left, kind="stable").tolist():
+        free = [r for r, own in enumerate(kept) if len(own) < room[r] and expert not in own]
+        free.sort(key=lambda rank: len(kept[rank]) - room[rank])
+        if len(free) < num_left[expert]:
+            return wanted
+        for rank in free[: num_left[expert]]:
+            kept[rank].append(expert)
+    return Placement(wanted.num_experts, tuple(tuple(sorted(own)) for own in kept))
+
+
+def over_survivors(
+    placement: Placement,
+    survivors: Sequence[int],
+    load: npt.NDArray[np.number] | None = None,
+) -> Placement:
+    """The placement over some of its ranks: every expert that they hold keeps its slot.
+
+    A rank that is left alone has all in their order, which computes in fewest calls.
+
+    An expert that none of them holds gets one slot more, the heaviest first, on the rank with the
+    least load of those that then hold no more than the fullest rank has to. So where every expert
+    has a copy left, nothing moves.
+
+    Args:
+        survivors: [ep of the new placement]; which rank each was.
+        load: [num_experts]; all alike if not given.
+    """
+    held = [list(placement.experts_of_rank[rank]) for rank in survivors]
+    left = set().union(*held)
+    missing = [expert for expert in range(placement.num_experts) if expert not in left]
+    weights = np.ones(placement.num_experts)
+    if load is not None and load.any():
+        weights = np.asarray(load, dtype=np.float64)
+    num_copies = np.bincount([e for rank in held for e in rank], minlength=placement.num_experts)
+    loads = [sum(weights[e] / num_copies[e] for e in rank) for rank in held]
+    most = max(max(map(len, held)), -(-(sum(map(len, held)) + len(missing)) // len(held)))
+    for expert in sorted(missing, key=lambda expert: (-weights[expert], expert)):
+        rank = min(
+            (rank for rank in range(len(held)) if len(held[rank]) < most),
+            key=lambda rank: (loads[rank], len(held[rank]), rank),
+        )
+        held[rank].append(expert)
+        loads[rank] += weights[expert]
+    if len(held) == 1:
+        held = [sorted(held[0])]
+    return Placement(placement.num_experts, tuple(map(tuple, held)))
