@@ -44,15 +44,18 @@ class NoGroups(Meshes):
         return None
 
 
+def mesh_of_place(layout, rank) -> ParallelMesh:
+    """The mesh of a rank that is built and never talks."""
+    return ParallelMesh(layout, NoGroups(), rank, 8, SimpleNamespace(checks=None))
+
+
 def held_by_engine(model, layout, rank, dtype, options) -> TransformerStage:
     """What the engine builds for a rank, with one position of cache."""
-    recorder = SimpleNamespace(checks=None)
-    mesh = ParallelMesh(layout, NoGroups(), rank, 8, recorder)
     source = SeededWeights(
         model, 0, getattr(torch, dtype), torch.device("cpu"), lambda: None, options.weights
     )
     placements = placements_of(model, layout, Options())
-    stage = TransformerStage(model, placements, source, mesh)
+    stage = TransformerStage(model, placements, source, mesh_of_place(layout, rank))
     stage.allocate_cache(1, 1, options.kv_dtype)
     return stage
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.balance.holding import Holding
 from expertlane.balance.placement_file import placements_of
 from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalance, Rebalancer, StepLoad
@@ -53,12 +54,8 @@ def measured_record(
     placements = placements_of(model, layout, deployment.options)
 
     def num_experts(rank: int) -> tuple[int, ...]:
-        at = layout.coordinates(rank)
-        own_layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
-        return tuple(
-            len(placed.experts_of_rank[at.ep_rank]) if placed and layer in own_layers else 0
-            for layer, placed in enumerate(placements)
-        )
+        experts = Holding(model, layout, rank, placements).experts
+        return tuple(len(experts(layer)) for layer in range(model.num_hidden_layers))
 
     return DeploymentRecord(
         name=deployment.name,

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from expertlane.balance.holding import Slices
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.operation import Floats
@@ -70,4 +71,4 @@ def _held_rows(model: ModelConfig, tp: int) -> tuple[int, int]:
     """Number of keys and values (or latents) of a position that a rank holds, and their width."""
     if model.latent is not None:
         return 1, model.latent.kv_lora_rank + model.latent.qk_rope_head_dim
-    return 2 * max(1, model.num_kv_heads // tp), model.head_dim
+    return 2 * len(Slices(tp).kv_heads(model)), model.head_dim

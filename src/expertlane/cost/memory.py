@@ -4,24 +4,24 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil, prod
-from typing import NamedTuple
 
+from expertlane.balance.holding import Holding, Slices
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.kv_transfer import held_kv_bytes, held_kv_width
 from expertlane.cost.number_types import NumberTypes, weight_bytes
 from expertlane.errors import CapacityError
 from expertlane.results.record import PoolRecord
 from expertlane.schedule.request import Limits
-from expertlane.spec.layout import Coordinates, Layout, part_of, partition
+from expertlane.spec.layout import Layout, part_of, partition
 from expertlane.spec.model import (
-    EMBEDDING,
     FINAL_NORM,
     HEAD,
     ModelConfig,
-    Shape,
     cut_dim,
+    expert_name,
     expert_shapes,
     is_matrix,
+    layer_name,
     layer_shapes,
     tensor_shape,
 )
@@ -107,24 +107,25 @@ class PlacedModel:
         Activations are those of an even routing; the shares of a skewed one are not known before.
         """
         model, layout, types = self.model, self.layout, self.types
-        at = layout.coordinates(rank)
-        layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
+        holding = Holding(model, layout, rank, self.placements)
+        own, layers = holding.slices, holding.layers
         of_layer = [
-            len(placed.experts_of_rank[at.ep_rank]) if placed else 0 for placed in self.placements
+            len(placed.experts_of_rank[holding.at.ep_rank]) if placed else 0
+            for placed in self.placements
         ]
-        inner = len(part_of(model.moe_intermediate_size, layout.etp, at.etp_rank))
+        inner = len(part_of(model.moe_intermediate_size, own.etp, own.etp_rank))
         num_bytes = sum(
-            count * self._layer_bytes(at, is_dense, num_experts)
+            count * _layer_bytes(model, types, own, is_dense, num_experts)
             for (is_dense, num_experts), count in Counter(
                 (model.is_dense(layer), of_layer[layer]) for layer in layers
             ).items()
         )
-        outside = (EMBEDDING,) * (at.pp_rank == 0)
-        outside += (HEAD, FINAL_NORM) * (at.pp_rank == layout.pp - 1)
-        held = [(name, self._held(at, name, tensor_shape(model, name))) for name in outside]
-        num_bytes += sum(_num_bytes(name, each, types) for name, each in held)
+        outside = {name: _held(model, own, name) for name in holding.outside_layers}
+        num_bytes += sum(_num_bytes(name, each, types) for name, each in outside.items())
         largest_matrix = model.hidden_size * max(inner, model.attention_size // layout.tp)
-        largest_matrix = max(largest_matrix, *(prod(map(len, each)) for _, each in held), 0)
+        largest_matrix = max(
+            largest_matrix, *(prod(map(len, each)) for each in outside.values()), 0
+        )
         # Token-expert pairs that reach this rank when routing is even; from the whole stage.
         num_tokens = limits.max_num_batched_tokens
         num_pairs_in_stage = layout.dp * num_tokens * model.num_experts_per_tok
@@ -207,74 +208,35 @@ class PlacedModel:
             found.append(Capacity(self.layout, need, free, max_seqs, max(num_blocks, 0.0)))
         return min(found, key=lambda each: each.max_seqs)
 
-    def _layer_bytes(self, at: Coordinates, is_dense: bool, num_experts: int) -> int:
-        """Bytes of a layer's weights, scales included.
-
-        Args:
-            num_experts: experts that the rank holds, or holds a slice of.
-        """
-        cut = _Cut(self.layout.tp, at.tp_rank, self.layout.etp, at.etp_rank)
-        return _layer_bytes(self.model, self.types, cut, is_dense, num_experts)
-
-    def _held(self, at: Coordinates, name: str, shape: Shape) -> list[range]:
-        """The part of a tensor that a rank holds."""
-        cut = _Cut(self.layout.tp, at.tp_rank, self.layout.etp, at.etp_rank)
-        return _held(self.model, cut, name, shape)
-
-
-class _Cut(NamedTuple):
-    """Tensor-parallel and expert-tensor-parallel degree, and a rank's place in both."""
-
-    tp: int
-    tp_rank: int
-    etp: int
-    etp_rank: int
-
 
 @cache
 def _layer_bytes(
-    model: ModelConfig, types: NumberTypes, cut: _Cut, is_dense: bool, num_experts: int
+    model: ModelConfig, types: NumberTypes, own: Slices, is_dense: bool, num_experts: int
 ) -> int:
-    num_of = dict.fromkeys(shapes := layer_shapes(model, is_dense), 1)
+    """Bytes of a rank's part of a layer's weights, scales included.
+
+    Args:
+        num_experts: experts that the rank holds, or holds a slice of.
+    """
+    num_of = {layer_name(0, part): 1 for part in layer_shapes(model, is_dense)}
     if num_experts:
-        parts = expert_shapes(model)
-        experts = {f"experts.{part}": shape for part, shape in parts.items()}
-        shapes, num_of = shapes | experts, num_of | dict.fromkeys(experts, num_experts)
+        num_of |= {expert_name(0, 0, part): num_experts for part in expert_shapes(model)}
     return sum(
-        num_of[name] * _num_bytes(name, _held(model, cut, name, shape), types)
-        for name, shape in shapes.items()
+        num * _num_bytes(name, _held(model, own, name), types) for name, num in num_of.items()
     )
 
 
-def _held(model: ModelConfig, cut: _Cut, name: str, shape: Shape) -> list[range]:
-    """The part of a tensor that a rank holds; key/value heads fewer than `tp` by several."""
-    of_expert, part = name.startswith("experts."), name.rpartition(".")[2]
-    whole = [range(size) for size in shape]
-    if part in _ADDED_ONCE:
-        is_first = (cut.etp_rank if of_expert else cut.tp_rank) == 0
-        return whole if is_first else [range(0)]
-    full = shape[cut_dim(name)]
-    held = range(full)
-    if of_expert:
-        held = part_of(full, cut.etp, cut.etp_rank)
-    elif name == HEAD or name.startswith(("dense.", "shared.")):
-        held = part_of(full, cut.tp, cut.tp_rank)
-    elif part in _OF_QUERIES or (part == "query_norm" and model.qk_norm == "full"):
-        size = full // cut.tp
-        held = range(cut.tp_rank * size, (cut.tp_rank + 1) * size)
-    elif part in _OF_KEYS or (part == "key_norm" and model.qk_norm == "full"):
-        held = range(max(1, model.num_kv_heads // cut.tp) * model.head_dim)
-    whole[cut_dim(name)] = held
-    return whole
+def _held(model: ModelConfig, own: Slices, name: str) -> list[range]:
+    """The part of a tensor that a rank holds, by dimension."""
+    held = [range(size) for size in tensor_shape(model, name)]
+    held[cut_dim(name)] = own.of_tensor(model, name)
+    return held
 
 
 _WIDE = {
     *("attention_norm", "moe_norm", "query_a_norm", "kv_a_norm", FINAL_NORM),
     *("sinks", "router", "router_bias", "correction_bias"),
 }
-_OF_QUERIES = {"query", "query_bias", "query_b", "output", "kv_b", "sinks"}
-_OF_KEYS = {"key", "key_bias", "value", "value_bias"}
-_ADDED_ONCE = {"output_bias", "down_bias"}  # to partial sums, by the first rank
 
 
 def _num_bytes(name: str, held: list[range], types: NumberTypes) -> int:
@@ -288,10 +250,10 @@ def _num_bytes(name: str, held: list[range], types: NumberTypes) -> int:
         rows, inputs = held
         groups = ceil(inputs.stop / types.inputs_of_scale) - inputs.start // types.inputs_of_scale
         return num_values + (len(rows) * groups * _FLOAT32_BYTES if inputs else 0)
-    elif name.startswith("experts."):
+    elif ".experts." in name:
         number_type = types.of_part("experts")
     else:
-        is_mlp = name.startswith(("dense.", "shared."))
+        is_mlp = ".dense." in name or ".shared." in name
         number_type = types.of_part("mlp" if is_mlp else "attention")
     return int(weight_bytes(num_values, number_type))
 

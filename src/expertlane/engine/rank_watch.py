@@ -68,7 +68,6 @@ class RankWatch:
     Attributes:
         layers: the indices of the MoE layers.
         members: the ranks whose totals the readings hold.
-        stage_of_layer: [num_moe_layers]; the pipeline stage of each MoE layer.
         readings: those of the last two minutes, the latest last; never empty. Other threads may
             copy it.
     """
@@ -84,7 +83,6 @@ class RankWatch:
         self.members, self.num_experts = arranged.now.members, model.num_experts
         self.layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
         self._num_layers = model.num_hidden_layers
-        self.stage_of_layer = self._stage_of_layer()
         self.rebalancer, self.copy_switch = rebalancer, copy_switch
         self._pool, self._arranged = pool, arranged
         self._first = arranged.now  # the arrangement with which these members began
@@ -100,6 +98,12 @@ class RankWatch:
     def layout(self) -> Layout:
         """The present layout."""
         return self.members.layout
+
+    @property
+    def stage_of_layer(self) -> list[int]:
+        """[num_moe_layers]; the pipeline stage of each MoE layer."""
+        stages = self.layout.stage_of_layers(self._num_layers)
+        return [stages[layer] for layer in self.layers]
 
     @property
     def numbers(self) -> tuple[int, ...]:
@@ -134,11 +138,6 @@ class RankWatch:
                 self._before[number] = totals
         self._ask()
 
-    def _stage_of_layer(self) -> list[int]:
-        layout = self.layout
-        stages = [layout.layers_of_stage(self._num_layers, i) for i in range(layout.pp)]
-        return [next(i for i, own in enumerate(stages) if layer in own) for layer in self.layers]
-
     def reshape(self, arrangement: Arrangement) -> None:
         """Watch the ranks of another layout, which count from zero.
 
@@ -152,7 +151,6 @@ class RankWatch:
             self._before[number] = replace(totals, num_pairs_saved=0, copies_ns=0)
         none = self._latest[0].nothing()
         self.members, self._first = arrangement.members, arrangement
-        self.stage_of_layer = self._stage_of_layer()
         self._latest = [self._before.get(number, none) for number in self.numbers]
         self.readings = deque([self._reading(self._latest)], maxlen=self.readings.maxlen)
 

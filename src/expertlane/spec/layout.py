@@ -173,6 +173,11 @@ class Layout(Strict):
         """The layers a pipeline stage holds; near-equal."""
         return part_of(num_hidden_layers, self.pp, pp_rank)
 
+    def stage_of_layers(self, num_hidden_layers: int) -> list[int]:
+        """[num_hidden_layers]; the pipeline stage of each layer."""
+        stages = range(self.pp)
+        return [i for i in stages for _ in self.layers_of_stage(num_hidden_layers, i)]
+
     def most_dcp(self, model: ModelConfig) -> int:
         """Ranks of a `tp` group that hold the same keys and values without `dcp`."""
         return self.tp if model.latent is not None else max(1, self.tp // model.num_kv_heads)

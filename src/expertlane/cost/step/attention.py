@@ -8,6 +8,7 @@ all-to-all). A chunk of a prompt gathers the positions that came before it.
 
 from dataclasses import replace
 
+from expertlane.balance.holding import Slices
 from expertlane.cost.step.attention_sizes import AttentionSizes
 from expertlane.cost.step.batch_sizes import TokenSizes
 from expertlane.cost.step.kernel_sets import KernelSet
@@ -37,8 +38,8 @@ def attention_steps(
 def _grouped_query(
     out: StepWriter, model: ModelConfig, window: int | None, part: TokenSizes
 ) -> None:
-    tp, dim, item = out.mesh.layout.tp, model.head_dim, out.types.activation_bytes
-    heads, kv_heads = model.num_attention_heads // tp, max(1, model.num_kv_heads // tp)
+    own, dim, item = Slices(out.mesh.layout.tp), model.head_dim, out.types.activation_bytes
+    heads, kv_heads = len(own.heads(model)), len(own.kv_heads(model))
     width = (heads + 2 * kv_heads) * dim
     out.gemm(Stage.ATTENTION, part.tokens, width, model.hidden_size)
     turned_bytes = part.tokens * ((heads + kv_heads) * dim * item)
@@ -66,7 +67,7 @@ def _grouped_query(
 
 def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: TokenSizes) -> None:
     types, tokens = out.types, part.tokens
-    item, heads = types.activation_bytes, model.num_attention_heads // out.mesh.layout.tp
+    item, heads = types.activation_bytes, len(Slices(out.mesh.layout.tp).heads(model))
     rank, rope = latent.kv_lora_rank, latent.qk_rope_head_dim
     query_in, key_width = model.hidden_size, rank + rope
     if latent.q_lora_rank is not None:

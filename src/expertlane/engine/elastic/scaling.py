@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expertlane.balance.kept import keeping_placements
+from expertlane.balance.holding import Holding, keeping_placements
 from expertlane.balance.placement_file import Placements, check_deployment
 from expertlane.cost.memory import FREE_SHARE
 from expertlane.engine.elastic.arrangement import Arrangement
@@ -190,8 +190,11 @@ class Scaling:
             ) from None
         if self.deployment.options.placement_file is not None:
             return placements
-        before = self._arranged.now
-        return keeping_placements(placements, layout, before.placements[0], before.members)
+        before, holdings = self._arranged.now, partial(Holding.of_members, self._model)
+        return keeping_placements(
+            holdings(before.members, before.placements),
+            holdings(Members(layout), (placements,) * layout.replicas),
+        )
 
     def _arrangement(self, layout: Layout, placements: Placements) -> Arrangement:
         return Arrangement.alike(Members(layout), placements, self._nodes_of(layout))

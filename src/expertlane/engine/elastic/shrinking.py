@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from expertlane.balance.holding import over_survivors
 from expertlane.balance.placement_file import Placements
-from expertlane.balance.survivors import over_survivors
 from expertlane.engine.elastic.arrangement import Arrangement
 from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.launch import with_blocks

@@ -6,6 +6,7 @@ from zlib import crc32
 import numpy as np
 from torch import Tensor
 
+from expertlane.balance.holding import Holding
 from expertlane.balance.placement import Placement
 from expertlane.engine.comm.checks import Checks, checksum
 from expertlane.engine.comm.clocks import clock_for
@@ -36,9 +37,8 @@ def recorder_of(context: RankContext, spec: StageSpec, rank: int) -> Recorder:
     )
     if spec.check == "off":
         return Recorder(*sizes)
-    at = layout.coordinates(rank)
-    layers = layout.layers_of_stage(model.num_hidden_layers, at.pp_rank)
-    checks = Checks(spec.check, model.num_experts, at.etp_rank, layers.start)
+    own = Holding(model, layout, rank, spec.placements)
+    checks = Checks(spec.check, model.num_experts, own.at.etp_rank, own.layers.start)
     return CheckedRecorder(checks, *sizes)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertlane.balance.holding import Holding
 from expertlane.engine.comm.mesh import groups_of_axis
 from expertlane.engine.comm.transport import Link
 from expertlane.engine.model.transformer import TransformerStage
@@ -55,10 +56,9 @@ class WeightCopies:
         self._receivers = [each for each, part in parts.items() if part is Part.RECEIVES]
         self._holders = [each for each, part in parts.items() if part is Part.SENDS]
         self._own = own
-        self._at = {each: spec.layout.coordinates(each) for each in self._ranks}
-        num_layers, at = spec.model.num_hidden_layers, self._at[rank]
-        layers = spec.layout.layers_of_stage(num_layers, at.pp_rank)
-        self._layers: list[int | None] = [*layers, None]
+        sizes = spec.model, spec.layout
+        self._held = {each: Holding(*sizes, each, spec.placements) for each in self._ranks}
+        self._layers: list[int | None] = [*self._held[rank].layers, None]
 
     def _ask_all(self, link: Link, own: Part) -> dict[int, Part]:
         size = len(self._ranks)
@@ -69,20 +69,17 @@ class WeightCopies:
 
     def _source(self, receiver: int, layer: int | None, key: Hashable) -> int | None:
         """The rank that sends a part to a receiver; holders take turns. None if there is none."""
-        to, turn = self._at[receiver], 0 if layer is None else layer
+        held, to, turn = self._held, self._held[receiver].at, 0 if layer is None else layer
         if isinstance(key, tuple) and key[0] == EXPERT:
             assert layer is not None, "experts are in layers"
-            placement = self._spec.placements[layer]
-            assert placement is not None, "an MoE layer has a placement"
             turn += key[1]
             holders = [
                 each
                 for each in self._holders
-                if self._at[each].etp_rank == to.etp_rank
-                and key[1] in placement.experts_of_rank[self._at[each].ep_rank]
+                if held[each].at.etp_rank == to.etp_rank and key[1] in held[each].experts(layer)
             ]
         else:
-            holders = [each for each in self._holders if self._at[each].tp_rank == to.tp_rank]
+            holders = [each for each in self._holders if held[each].at.tp_rank == to.tp_rank]
         return holders[turn % len(holders)] if holders else None
 
     def send(self, stage: TransformerStage) -> None:
@@ -103,13 +100,11 @@ class WeightCopies:
         made = held.of_layer(layer)
         is_expert = {key: isinstance(key, tuple) and key[0] == EXPERT for key in made}
         yield from ((key, each) for key, each in made.items() if not is_expert[key])
-        placement = None if layer is None else self._spec.placements[layer]
-        if placement is not None:
-            layout, at = self._spec.layout, self._at[receiver]
-            for expert in placement.experts_of_rank[at.ep_rank]:
-                key = EXPERT, expert, layout.etp, at.etp_rank
-                if key in made:
-                    yield key, made[key]
+        to = self._held[receiver]
+        for expert in () if layer is None else to.experts(layer):
+            key = EXPERT, expert, to.slices.etp, to.slices.etp_rank
+            if key in made:
+                yield key, made[key]
 
     def _send(self, made: Any, receiver: int) -> None:
         assert self._link is not None, "there are other ranks"

@@ -1,0 +1,273 @@
+"""What each rank holds of a model: layers, heads, experts, and its slice of every tensor.
+
+`Holding` is computed for a rank when asked; whoever needs to know which weights a rank has asks it.
+Bytes are `cost.memory`'s. Which experts a rank holds is the placement's matter; all else follows
+from the layout (`Layout`).
+
+When the layout changes, ranks go on with what they hold: `keeping` gives a placement for more or
+fewer ranks in which experts stay where they can, `over_survivors` one for those left after a loss.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.balance.placement import Placement
+from expertlane.balance.placement_file import Placements
+from expertlane.spec.layout import Coordinates, Layout, part_of
+from expertlane.spec.members import Members
+from expertlane.spec.model import (
+    EMBEDDING,
+    FINAL_NORM,
+    HEAD,
+    ModelConfig,
+    cut_dim,
+    expert_name,
+    expert_shapes,
+    layer_name,
+    layer_shapes,
+    tensor_shape,
+)
+
+_OF_QUERIES = {"query", "query_bias", "query_b", "output", "kv_b", "sinks"}
+_OF_KEYS = {"key", "key_bias", "value", "value_bias"}
+_ADDED_ONCE = {"output_bias", "down_bias"}  # to partial sums, by the first rank
+
+
+class Slices(NamedTuple):
+    """A rank's place in tensor and in expert tensor parallelism: which slice of a tensor it holds.
+
+    Ranks with equal ones hold equal slices.
+    """
+
+    tp: int = 1
+    tp_rank: int = 0
+    etp: int = 1
+    etp_rank: int = 0
+
+    @classmethod
+    def of(cls, layout: Layout, at: Coordinates) -> "Slices":
+        """The slices at a place of a layout."""
+        return cls(layout.tp, at.tp_rank, layout.etp, at.etp_rank)
+
+    def heads(self, model: ModelConfig) -> range:
+        """The query heads."""
+        num = model.num_attention_heads // self.tp
+        return range(self.tp_rank * num, (self.tp_rank + 1) * num)
+
+    def kv_heads(self, model: ModelConfig) -> range:
+        """The key/value heads in the cache; a latent counts as one, which all ranks hold.
+
+        Of heads fewer than `tp`, consecutive ranks hold the same one.
+        """
+        if model.latent is not None:
+            return range(1)
+        num, copies = max(1, model.num_kv_heads // self.tp), max(1, self.tp // model.num_kv_heads)
+        first = self.tp_rank // copies * num
+        return range(first, first + num)
+
+    def of_tensor(self, model: ModelConfig, name: str) -> range:
+        """The slice of a tensor, in the dimension `cut_dim`; all of it if no layout cuts it.
+
+        Empty where another rank has it: biases that are added once, and more ranks than rows.
+
+        Args:
+            name: numbers of layer and expert do not matter and may be left out.
+        """
+        size = tensor_shape(model, name)[cut_dim(name)]
+        of_expert, part = "experts" in name.split("."), name.rpartition(".")[2]
+        if part in _ADDED_ONCE:
+            is_first = (self.etp_rank if of_expert else self.tp_rank) == 0
+            return range(size if is_first else 0)
+        if of_expert:
+            return part_of(size, self.etp, self.etp_rank)
+        if name == HEAD or ".dense." in name or ".shared." in name:
+            return part_of(size, self.tp, self.tp_rank)
+        is_norm_of_all = model.qk_norm == "full"
+        if part in _OF_QUERIES or (part == "query_norm" and is_norm_of_all):
+            heads, width = self.heads(model), size // model.num_attention_heads
+        elif part in _OF_KEYS or (part == "key_norm" and is_norm_of_all):
+            heads, width = self.kv_heads(model), model.head_dim
+        else:
+            return range(size)
+        return range(heads.start * width, heads.stop * width)
+
+
+@dataclass(frozen=True, eq=False)
+class Holding:
+    """What a rank holds of a model.
+
+    Attributes:
+        rank: in the layout.
+        placements: [num_hidden_layers]; of the rank's replica.
+    """
+
+    model: ModelConfig
+    layout: Layout
+    rank: int
+    placements: Placements
+
+    @classmethod
+    def of_members(
+        cls, model: ModelConfig, members: Members, placements: tuple[Placements, ...]
+    ) -> dict[int, "Holding"]:
+        """What each process holds, by its number, in the order of ranks.
+
+        Args:
+            placements: [replicas][num_hidden_layers].
+        """
+        layout = members.layout
+        return {
+            number: cls(model, layout, rank, placements[rank // layout.replica_size])
+            for rank, number in enumerate(members.numbers)
+        }
+
+    @cached_property
+    def at(self) -> Coordinates:
+        """The rank's coordinates."""
+        return self.layout.coordinates(self.rank)
+
+    @cached_property
+    def slices(self) -> Slices:
+        """Which slice of each tensor the rank holds."""
+        return Slices.of(self.layout, self.at)
+
+    @cached_property
+    def layers(self) -> range:
+        """The layers of the rank's pipeline stage."""
+        return self.layout.layers_of_stage(self.model.num_hidden_layers, self.at.pp_rank)
+
+    @property
+    def outside_layers(self) -> tuple[str, ...]:
+        """Names of the tensors outside layers: of the first stage, and of the last.
+
+        The head is its own tensor, also where it has the embedding's weights.
+        """
+        first, last = self.at.pp_rank == 0, self.at.pp_rank == self.layout.pp - 1
+        return (EMBEDDING,) * first + (FINAL_NORM, HEAD) * last
+
+    def experts(self, layer: int) -> tuple[int, ...]:
+        """The logical expert in each of the rank's slots of a layer; none of another stage's."""
+        placement = self.placements[layer]
+        if placement is None or layer not in self.layers:
+            return ()
+        return placement.experts_of_rank[self.at.ep_rank]
+
+    def tensors(self) -> dict[str, range]:
+        """All tensors of which the rank holds a part, and `Slices.of_tensor` of each."""
+        model, own = self.model, self.slices
+        held = {name: own.of_tensor(model, name) for name in self.outside_layers}
+        of_kind = {
+            is_dense: {
+                part: own.of_tensor(model, layer_name(0, part))
+                for part in layer_shapes(model, is_dense)
+            }
+            for is_dense in {model.is_dense(layer) for layer in self.layers}
+        }
+        of_expert = {
+            part: own.of_tensor(model, expert_name(0, 0, part)) for part in expert_shapes(model)
+        }
+        for layer in self.layers:
+            for part, rows in of_kind[model.is_dense(layer)].items():
+                held[layer_name(layer, part)] = rows
+            for expert in self.experts(layer):
+                for part, rows in of_expert.items():
+                    held[expert_name(layer, expert, part)] = rows
+        return {name: rows for name, rows in held.items() if rows}
+
+
+def keeping_placements(before: Mapping[int, Holding], wanted: Mapping[int, Holding]) -> Placements:
+    """Placements for another layout in which processes keep the experts that they hold.
+
+    They are `keeping` of each layer, by the ranks of the first replica.
+
+    Args:
+        before, wanted: by the number of a process; what it holds, and is to hold.
+    """
+    replica = {number: own for number, own in wanted.items() if not own.at.replica}
+    found = list(next(iter(replica.values())).placements)
+    etps = {own.slices.etp for own in (*before.values(), *replica.values())}
+    if len(etps) > 1:  # no rank has the part of an expert that it needs
+        return tuple(found)
+    for layer, placement in enumerate(found):
+        if placement is None:
+            continue
+        held: list[Sequence[int]] = [()] * placement.ep
+        for number, own in replica.items():
+            was = before.get(number)
+            if was is None or layer not in own.layers:
+                continue
+            if own.at.etp_rank == was.at.etp_rank == 0:
+                held[own.at.ep_rank] = was.experts(layer)
+        found[layer] = keeping(placement, held)
+    return tuple(found)
+
+
+def keeping(wanted: Placement, held: Sequence[Sequence[int]]) -> Placement:
+    """A placement with the same numbers of slots and copies, in which ranks keep what they can.
+
+    What no rank keeps goes where there is room, in order. The wanted one where copies of an expert
+    would meet on a rank.
+
+    Args:
+        held: [ep]; experts that each rank has now, in order; none of a new one.
+    """
+    num_left = np.bincount(np.concatenate(wanted.experts_of_rank), minlength=wanted.num_experts)
+    room = [len(experts) for experts in wanted.experts_of_rank]
+    kept: list[list[int]] = [[] for _ in room]
+    for own, has, num in zip(kept, held, room, strict=True):
+        for expert in has:
+            if num_left[expert] and len(own) < num:
+                own.append(expert)
+                num_left[expert] -= 1
+    # The most numerous first: they have the fewest ranks left.
+    for expert in np.argsort(-num_left, kind="stable").tolist():
+        free = [r for r, own in enumerate(kept) if len(own) < room[r] and expert not in own]
+        free.sort(key=lambda rank: len(kept[rank]) - room[rank])
+        if len(free) < num_left[expert]:
+            return wanted
+        for rank in free[: num_left[expert]]:
+            kept[rank].append(expert)
+    return Placement(wanted.num_experts, tuple(tuple(sorted(own)) for own in kept))
+
+
+def over_survivors(
+    placement: Placement,
+    survivors: Sequence[int],
+    load: npt.NDArray[np.number] | None = None,
+) -> Placement:
+    """The placement over some of its ranks: every expert that they hold keeps its slot.
+
+    A rank that is left alone has all in their order, which computes in fewest calls.
+
+    An expert that none of them holds gets one slot more, the heaviest first, on the rank with the
+    least load of those that then hold no more than the fullest rank has to. So where every expert
+    has a copy left, nothing moves.
+
+    Args:
+        survivors: [ep of the new placement]; which rank each was.
+        load: [num_experts]; all alike if not given.
+    """
+    held = [list(placement.experts_of_rank[rank]) for rank in survivors]
+    left = set().union(*held)
+    missing = [expert for expert in range(placement.num_experts) if expert not in left]
+    weights = np.ones(placement.num_experts)
+    if load is not None and load.any():
+        weights = np.asarray(load, dtype=np.float64)
+    num_copies = np.bincount([e for rank in held for e in rank], minlength=placement.num_experts)
+    loads = [sum(weights[e] / num_copies[e] for e in rank) for rank in held]
+    most = max(max(map(len, held)), -(-(sum(map(len, held)) + len(missing)) // len(held)))
+    for expert in sorted(missing, key=lambda expert: (-weights[expert], expert)):
+        rank = min(
+            (rank for rank in range(len(held)) if len(held[rank]) < most),
+            key=lambda rank: (loads[rank], len(held[rank]), rank),
+        )
+        held[rank].append(expert)
+        loads[rank] += weights[expert]
+    if len(held) == 1:
+        held = [sorted(held[0])]
+    return Placement(placement.num_experts, tuple(map(tuple, held)))
