@@ -6,7 +6,7 @@ them; `copied` sends what lies elsewhere and was written before. A time is the m
 after the other, of the slowest rank; `cpu` is the processor time of all ranks' calls, shared out
 over the cores, which other programs on the machine disturb less. The bound: all bytes written and
 read once at the memory bandwidth of a copy that all cores make, plus two context switches a rank,
-shared out over the cores. gloo, shared memory, and shared memory without compiled code take turns.
+shared out over the cores. gloo and shared memory take turns.
 Prints a table, then one JSON line.
 
     python benchmarks/bench_collectives.py [--ranks 2 16] [--bytes 256 65536] [--transports shared]
@@ -36,7 +36,6 @@ SECONDS, MOST_CALLS = 1.0, 200
 TRANSPORTS = {
     "gloo": {"EXPERTLANE_TRANSPORT": "gloo"},
     "shared": {"EXPERTLANE_TRANSPORT": "shared_memory"},
-    "uncompiled": {"EXPERTLANE_TRANSPORT": "shared_memory", "EXPERTLANE_BACKEND": "torch"},
 }
 
 
