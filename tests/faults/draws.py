@@ -14,7 +14,7 @@ from faults.planted import KINDS, Fault
 
 NUM_CASES = 312
 NUM_LAYERS = 4  # of the model
-TRANSPORTS = ("shared_memory", "uncompiled", "gloo")
+TRANSPORTS = ("shared_memory", "gloo")
 _COPIES = {"num_redundant_experts": 4}
 _MOVES = {"rebalance_steps": 3}
 # Layout, options; `_MOVES` have their experts moved all the time.

@@ -12,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 from expertlane.engine.comm.progress import ProgressBoard, ProgressReporter
-from expertlane.engine.ops import backend
 from expertlane.engine.ranks.commands import (
     Deploy,
     FinishMoves,
@@ -175,12 +174,10 @@ def install(faults: Sequence[Fault], happened: Happened, transport: str) -> None
     """Have the ranks that this process will fork be such ranks.
 
     Args:
-        transport: `shared_memory`, `uncompiled` or `gloo`.
+        transport: `shared_memory` or `gloo`.
     """
     if transport == "gloo":
         os.environ["EXPERTLANE_TRANSPORT"] = "gloo"
-    if transport == "uncompiled":
-        mock.patch.object(backend, "compiled_messages", return_value=None).start()
     traps = [_Trap(number, fault, happened) for number, fault in enumerate(faults)]
     server_pid = os.getpid()  # it writes lines of ranks that it starts, and is none
     reporter_of = ProgressBoard.reporter

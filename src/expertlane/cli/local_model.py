@@ -51,6 +51,7 @@ def _platform_text(machine: "RankMachine") -> str:
     text = f"computing with {kernels}" if "(" in kernels else ""
     if kernels.startswith("torch ("):
         text += "; expertlane's own kernels are faster"
+        text += "; messages between ranks go by gloo" * (machine.backend == "gloo")
     if machine.ranks_on_device > 1:
         text = text or f"computing with {kernels}"
         text += f"; {machine.ranks_on_device} ranks share a GPU ({machine.backend})"

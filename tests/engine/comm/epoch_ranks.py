@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -43,7 +42,7 @@ from expertlane.engine.ranks.rendezvous import Meeting
 from expertlane.engine.stage import worker
 from expertlane.spec.layout import Layout
 
-KINDS = ("compiled", "uncompiled", "gloo", "nodes", "staged", "native")
+KINDS = ("shared_memory", "gloo", "nodes", "staged", "native")
 NUM_RANKS = 4
 LAYOUT = Layout.parse("dp=4,ep=4")
 LAST_EPOCH, NUM_STEPS = 3, 24
@@ -231,7 +230,6 @@ class Servers:
         num_nodes = meeting.num_nodes if meeting else 1
         self._per_node = NUM_RANKS // num_nodes
         self._meeting, self._harms = meeting, harms
-        self._wake_fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(self._per_node)]
         self._board_fds = [os.memfd_create("board") for _ in range(num_nodes)]
         self._boards = [ProgressBoard(NUM_RANKS, fd) for fd in self._board_fds]
         self._files = self._new_files()
@@ -258,7 +256,6 @@ class Servers:
                 num_local_ranks=self._per_node,
                 board_fd=self._board_fds[node],
                 memory_fd=memory_fd,
-                wake_fds=self._wake_fds,
                 store_path=f"/proc/self/fd/{store_fd}",
                 meeting=self._meeting,
                 timeout_s=_BOUND_S,
@@ -321,7 +318,7 @@ class Servers:
         os.close(self._writing)
         with os.fdopen(self._reading) as reports:
             lines = [json.loads(line) for line in reports]
-        for fd in [*self._board_fds, *self._wake_fds, *(fd for f in self._files for fd in f)]:
+        for fd in [*self._board_fds, *(fd for f in self._files for fd in f)]:
             os.close(fd)
         return list(codes.values()), lines
 
@@ -357,16 +354,15 @@ def main(kind: str, seeds: list[int]) -> None:
             port = free.getsockname()[1]
         meeting = Meeting("127.0.0.1", port, False, "test", 2)
         host = StoreHost(meeting)
-    library = compiled_messages() if kind in ("compiled", "nodes", "staged") else None
-    if kind == "compiled" and library is None:
-        print(json.dumps({"skipped": "our C++ cannot be compiled here"}))
+    library, why_not = compiled_messages()
+    if kind in ("shared_memory", "nodes", "staged") and library is None:
+        print(json.dumps({"skipped": why_not}))
         return
     if kind == "native":
         use_links(kind)
-    with mock.patch.object(worker, "compiled_messages", return_value=library):
-        for seed in seeds:
-            named = meeting.of_run(f"test-{seed}") if meeting else None
-            print(json.dumps(run(kind, seed, named)), flush=True)
+    for seed in seeds:
+        named = meeting.of_run(f"test-{seed}") if meeting else None
+        print(json.dumps(run(kind, seed, named)), flush=True)
     if host is not None:
         host.end()
 

@@ -1,7 +1,6 @@
 """Ranks are threads here: each has an end of its own, and calls of compiled code let others run."""
 
 import mmap
-import os
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Event
 
@@ -13,43 +12,29 @@ from cli.screen import telling, tells
 from expertlane.engine.comm.epoch import Epoch
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.region import Region
-from expertlane.engine.comm.shared_memory import CompiledEndpoint, SharedTransport
+from expertlane.engine.comm.shared_memory import Endpoint, SharedTransport
 from expertlane.engine.comm.transport import PeerLostError
-from expertlane.engine.comm.uncompiled import UncompiledEndpoint
 from expertlane.engine.ops.build import BASELINE, BuildError, build
 
 _TIMEOUT_S = 20.0
 
 
-def library():
+@pytest.fixture
+def transports():
+    """Makes a transport for each of some ranks that share memory."""
     try:
-        return build(BASELINE)
+        functions = build(BASELINE)
     except BuildError as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture(params=["compiled", "uncompiled"])
-def transports(request):
-    """Makes a transport for each of some ranks that share memory."""
-    opened: list[int] = []
 
     def make(num_ranks, timeout_s=_TIMEOUT_S, **sizes):
         region = Region(num_ranks, **sizes)
         memory = mmap.mmap(-1, region.num_bytes)
-        if request.param == "compiled":
-            functions = library()
-            ends = [CompiledEndpoint(functions, memory, region, r, 0) for r in range(num_ranks)]
-        else:
-            fds = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(num_ranks)]
-            opened.extend(fds)
-            size = region.groups_bytes, region.heap_bytes
-            ends = [UncompiledEndpoint(memory, *size, rank, fds) for rank in range(num_ranks)]
+        ends = [Endpoint(functions, memory, region, rank, 0) for rank in range(num_ranks)]
         epoch = Epoch(ProgressBoard(1), 0)
         return [SharedTransport(e, region, 0, r, timeout_s, epoch) for r, e in enumerate(ends)]
 
-    yield make
-    for fd in opened:
-        os.close(fd)
+    return make
 
 
 def on_all(transports, groups, function):
@@ -274,14 +259,12 @@ def test_a_wait_ends_and_names_who_is_missing(transports):
 
 
 def test_a_transfer_that_is_waited_for_at_once(transports):
-    """One call, where compiled: uneven rows, the same ones for all, and what is made of them."""
+    """One call: uneven rows, the same ones for all, and what is made of them."""
     everyone = (0, 1, 2)
     send = [[1, 2, 0], [0, 0, 0], [2, 1, 0]]
 
     def run(rank, links):
         at_once = links[everyone].at_once
-        if at_once is None:
-            return None
         rows = torch.arange(3, dtype=torch.float32)[: sum(send[rank]), None] + 10.0 * rank
         receive = [send[source][rank] for source in everyone]
         found = [at_once(rows, send[rank], receive)]
@@ -289,18 +272,17 @@ def test_a_transfer_that_is_waited_for_at_once(transports):
         found.append(at_once(rows[:1], [len(rows[:1])] * 3, [1, 0, 1], same_for_all=True))
         return [each.ravel().tolist() for each in found]
 
-    found = on_all(transports(3), [everyone], run)
-    if found != [None] * 3:
-        assert [each[0] for each in found] == [[0, 20, 21], [1, 2, 22], []]
-        assert [each[1] for each in found] == [[1, 21, 22], [2, 3, 23], []]
-        assert [each[2] for each in found] == [[0, 20]] * 3
+    plain, one_more, same_for_all = zip(*on_all(transports(3), [everyone], run), strict=True)
+    assert plain == ([0, 20, 21], [1, 2, 22], [])
+    assert one_more == ([1, 21, 22], [2, 3, 23], [])
+    assert same_for_all == ([0, 20],) * 3
 
 
 @pytest.mark.parametrize(("receive", "message"), [(1, "1 s rank"), (2, "sent another")])
 def test_a_wait_at_once_ends_and_names_who_is_missing(transports, receive, message):
     def run(rank, links):
         at_once = links[(0, 1)].at_once
-        if at_once is None or (rank and receive == 1):
+        if rank and receive == 1:
             return None
         rows = torch.zeros(1, 1)
         with pytest.raises(PeerLostError, match=telling(message)):

@@ -20,7 +20,12 @@ from cli.screen import one_line, telling, tells
 from engine.ops.instruction_sets import ARITHMETIC, LACKING
 from expertlane.engine.ops import backend as module
 from expertlane.engine.ops import build as build_module
-from expertlane.engine.ops.backend import backend_for, backend_of_cpu, choose_platform
+from expertlane.engine.ops.backend import (
+    backend_for,
+    backend_of_cpu,
+    choose_platform,
+    compiled_messages,
+)
 from expertlane.engine.ops.build import (
     _ARM,
     _X86,
@@ -52,11 +57,13 @@ needs_compiler = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def anew(monkeypatch):
     """Each test chooses for itself."""
-    for variable in ("EXPERTLANE_BACKEND", "EXPERTLANE_CPU_ISA"):
+    for variable in ("EXPERTLANE_BACKEND", "EXPERTLANE_CPU_ISA", "EXPERTLANE_TRANSPORT"):
         monkeypatch.delenv(variable, raising=False)
     backend_of_cpu.cache_clear()
+    compiled_messages.cache_clear()
     yield
     backend_of_cpu.cache_clear()
+    compiled_messages.cache_clear()
 
 
 def failing_compiler(folder: Path, says: str) -> str:
@@ -76,7 +83,9 @@ def test_any_cpu_has_the_bookkeeping():
 def test_torch_alone(monkeypatch):
     monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
     assert type(backend_for(CPU)) is TorchBackend
-    assert choose_platform(0, 1, "bfloat16").kernels == "torch (EXPERTLANE_BACKEND=torch)"
+    platform = choose_platform(0, 1, "bfloat16", shares_memory=True)
+    assert platform.kernels == "torch (EXPERTLANE_BACKEND=torch)"
+    assert platform.transport == ("shared_memory" if compiled_messages()[0] else "gloo")
 
 
 @needs_compiler
@@ -230,7 +239,13 @@ def test_no_library(monkeypatch, tmp_path, without):
     assert type(backend_for(CPU)) is TorchBackend
     assert reason in backend_of_cpu()[1]
     for dtype in ("float32", "bfloat16"):
-        assert choose_platform(0, 1, dtype).kernels == f"torch ({backend_of_cpu()[1]})"
+        platform = choose_platform(0, 1, dtype, shares_memory=True)
+        assert platform.kernels == f"torch ({backend_of_cpu()[1]})"
+        assert platform.transport == "gloo"
+    monkeypatch.setenv("EXPERTLANE_TRANSPORT", "shared_memory")
+    with pytest.raises(UserError, match=re.escape(reason)):
+        choose_platform(0, 1, "float32", shares_memory=True)
+    monkeypatch.delenv("EXPERTLANE_TRANSPORT")
     monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
     backend_of_cpu.cache_clear()
     for dtype in ("float32", "bfloat16"):
@@ -298,12 +313,12 @@ def test_a_command_ends_in_one_line(variables, message):
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16"])
 def test_a_command_goes_on_without_a_compiler(tmp_path, dtype):
-    ended = run(
-        ["generate", "paper-tiny", "--token-ids", "1,2", "--max-tokens", "2", "--dtype", dtype],
-        PATH=str(tmp_path),
-        CXX="",
-    )
+    """Its ranks exchange messages by gloo, and one line says so."""
+    command = ["generate", "paper-tiny", "--layout", "dp=2,ep=2", "--dtype", dtype]
+    ended = run([*command, "--token-ids", "1,2", "--max-tokens", "2"], PATH=str(tmp_path), CXX="")
     assert (ended.returncode, ended.stdout.count(",")) == (0, 1), ended.stderr
+    (line,) = [each for each in ended.stderr.splitlines() if NO_COMPILER in each]
+    assert tells(line, "torch gloo")
 
 
 SMALL = InstructionSet("small", ("instructions.cpp",))  # compiled in a moment

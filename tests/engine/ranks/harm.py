@@ -27,8 +27,7 @@ import pytest
 
 from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
 from engine.ranks.harmed_ranks import (
-    COMPILED_KINDS,
-    UNCOMPILED_KINDS,
+    ALL_KINDS,
     Happened,
     Harm,
     build_harmed_messages,
@@ -74,7 +73,6 @@ class Draw:
     """
 
     deployment: int
-    is_compiled: bool
     heap_bytes: int
     harm: Harm
 
@@ -84,26 +82,23 @@ class Draw:
         random = np.random.default_rng([34, number])  # the first 18 hold all kinds
         chosen = int(random.integers(len(_DEPLOYMENTS)))
         num_ranks = deployment(_DEPLOYMENTS[chosen][0]).layout.world_size
-        is_compiled = bool(random.integers(2))
-        kinds = COMPILED_KINDS if is_compiled else UNCOMPILED_KINDS
         harm = Harm(
             rank=int(random.integers(num_ranks)),
             number=int(random.choice([signal.SIGKILL, signal.SIGSTOP])),
             exchange=int(random.integers(1, 120)),
-            kind=str(random.choice(kinds)),
+            kind=str(random.choice(ALL_KINDS)),
             num_before=int(random.integers(12)),
             delay_us=int(random.integers(3000)),
         )
-        return Draw(chosen, is_compiled, int(random.choice(_HEAPS)), harm)
+        return Draw(chosen, int(random.choice(_HEAPS)), harm)
 
     def __str__(self) -> str:
         layout, options = _DEPLOYMENTS[self.deployment]
         named = [layout, *(f"{name}={value}" for name, value in options.items())]
         harm = self.harm
         name = signal.Signals(harm.number).name
-        protocol = "compiled" if self.is_compiled else "uncompiled"
         return (
-            f"{name} to rank {harm.rank} of {' '.join(named)}, {protocol}, heap {self.heap_bytes}: "
+            f"{name} to rank {harm.rank} of {' '.join(named)}, heap {self.heap_bytes}: "
             f"exchange {harm.exchange}, {harm.kind} {harm.num_before}"
         )
 
@@ -194,10 +189,9 @@ class Outcome(NamedTuple):
     is_late: bool = False
 
 
-def run(draw: Draw, library: Path | None) -> Outcome:
+def run(draw: Draw, library: Path) -> Outcome:
     """Run a draw."""
     harm, happened, before = draw.harm, Happened(), files_and_names()
-    library = library if draw.is_compiled else None
     prepare = partial(install, harm, happened, library, draw.heap_bytes)
     line, position, server_pid = _until_it_ends(draw, prepare)
     if not happened.time_ns.value:
@@ -279,7 +273,7 @@ def run_each(numbers: Sequence[int], library: Path | None, file: Path) -> None:
     for number in numbers:
         draw = Draw.of(number)
         line: dict[str, object] = {"number": number, "what": str(draw)}
-        if draw.is_compiled and library is None:
+        if library is None:
             line["skipped"] = "no C++ compiler"
         else:
             line |= run(draw, library)._asdict()

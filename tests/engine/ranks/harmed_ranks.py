@@ -18,18 +18,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
-
 from expertlane.engine.comm import shared_memory
 from expertlane.engine.comm.region import Region
-from expertlane.engine.comm.uncompiled import UncompiledEndpoint
 from expertlane.engine.stage import worker
 
 _SOURCE = Path(__file__).parent / "harmed_messages.cpp"
 _KINDS = ("load", "store", "exchange", "copy", "sleep", "wake")  # as in harmed_messages.cpp, from 1
 BEFORE, AFTER = "before", "after"  # the exchange
-COMPILED_KINDS = (BEFORE, *_KINDS, AFTER)
-UNCOMPILED_KINDS = tuple(kind for kind in COMPILED_KINDS if kind != "exchange")
+ALL_KINDS = (BEFORE, *_KINDS, AFTER)
 _NUM_EXCHANGES = 200  # after so many more, any moment will do: a rank may never sleep, or wake one
 
 
@@ -40,7 +36,7 @@ class Harm:
     Attributes:
         number: of the signal that it sends itself.
         exchange: during which of its exchanges, or the first thereafter that has such a moment.
-        kind: of access, one of `COMPILED_KINDS` or `UNCOMPILED_KINDS`; in a copy, half is done.
+        kind: of access, one of `ALL_KINDS`; in a copy, half is done.
         num_before: accesses of that kind in that exchange that are left alone.
         delay_us: for `sleep`, how long after it fell asleep.
     """
@@ -113,7 +109,7 @@ class Moment:
 
 
 class HarmedEndpoint:
-    """Implements `Endpoint`: another one, during one of whose exchanges it happens.
+    """An endpoint during one of whose exchanges it happens.
 
     Args:
         arm: begins to count accesses.
@@ -127,13 +123,22 @@ class HarmedEndpoint:
         return getattr(self._endpoint, name)
 
     def begin(self, *args: Any, **kwargs: Any) -> Any:
+        self._count()
+        return self._endpoint.begin(*args, **kwargs)
+
+    def exchange(self, *args: Any, **kwargs: Any) -> Any:
+        self._count()
+        exchanged = self._endpoint.exchange(*args, **kwargs)
+        self._moment.at(AFTER)
+        return exchanged
+
+    def _count(self) -> None:
         self._num_begun += 1
         if self._num_begun == self._moment.harm.exchange:
             self._arm()
         elif self._num_begun > self._moment.harm.exchange + _NUM_EXCHANGES:
             self._moment.happen_late()
         self._moment.at(BEFORE)
-        return self._endpoint.begin(*args, **kwargs)
 
     def wait(self, exchange: Any, timeout_s: float) -> tuple[int, int]:
         waited: tuple[int, int] = self._endpoint.wait(exchange, timeout_s)
@@ -152,7 +157,7 @@ def build_harmed_messages(folder: Path) -> Path | None:
     return library
 
 
-def _of_compiled(library: ctypes.CDLL, endpoint: Any, moment: Moment, happened: Happened) -> Any:
+def _harmed(library: ctypes.CDLL, endpoint: Any, moment: Moment, happened: Happened) -> Any:
     harm, number = moment.harm, ctypes.c_int64
 
     def arm() -> None:
@@ -166,66 +171,22 @@ def _of_compiled(library: ctypes.CDLL, endpoint: Any, moment: Moment, happened: 
     return HarmedEndpoint(endpoint, moment, arm)
 
 
-def _of_uncompiled(endpoint: UncompiledEndpoint, moment: Moment) -> HarmedEndpoint:
-    class Watched(np.ndarray):  # type: ignore[type-arg]
-        """Shared words, or bytes of heaps; so are parts of them."""
-
-        def __getitem__(self, key: Any) -> Any:
-            moment.at("load" if self.itemsize == 8 else "copy")
-            return super().__getitem__(key)
-
-        def __setitem__(self, key: Any, value: Any) -> None:
-            if self.itemsize == 8:
-                moment.at("store")
-            elif moment.is_due("copy"):
-                into = super().__getitem__(key)
-                into[: len(into) // 2] = value[: len(into) // 2]
-                moment.happen()
-            super().__setitem__(key, value)
-
-    class Poll:
-        def __init__(self, poll: Any) -> None:
-            self._poll = poll
-
-        def poll(self, timeout_ms: float) -> Any:
-            if moment.is_due("sleep"):
-                moment.happen_asleep()
-            return self._poll.poll(timeout_ms)
-
-    wake = endpoint._wake
-
-    def wake_in_turn(group: Any, places: Any) -> None:
-        for place in places:
-            moment.at("wake")
-            wake(group, [place])
-
-    endpoint._groups, endpoint._heaps = (
-        endpoint._groups.view(Watched),
-        endpoint._heaps.view(Watched),
-    )
-    endpoint._poll, endpoint._wake = Poll(endpoint._poll), wake_in_turn  # type: ignore
-    return HarmedEndpoint(endpoint, moment, moment.arm)
-
-
-def install(harm: Harm, happened: Happened, library: Path | None, heap_bytes: int) -> None:
+def install(harm: Harm, happened: Happened, library: Path, heap_bytes: int) -> None:
     """Have the ranks that this process will fork be such ranks.
 
     Args:
-        library: of `harmed_messages.cpp`; None for the uncompiled protocol.
+        library: of `harmed_messages.cpp`.
         heap_bytes: for the messages of each rank; fewer make pieces of them.
     """
-    functions = None if library is None else ctypes.CDLL(str(library))
+    functions = ctypes.CDLL(str(library))
     moment = Moment(harm, happened)
     make = shared_memory.SharedTransport
 
     def transport(endpoint: Any, region: Region, first: int, rank: int, *rest: Any) -> Any:
         if rank == harm.rank:
-            if functions is None:
-                endpoint = _of_uncompiled(endpoint, moment)
-            else:
-                endpoint = _of_compiled(functions, endpoint, moment, happened)
+            endpoint = _harmed(functions, endpoint, moment, happened)
         return make(endpoint, region, first, rank, *rest)
 
-    mock.patch.object(worker, "compiled_messages", return_value=functions).start()
+    mock.patch.object(worker, "compiled_messages", return_value=(functions, "")).start()
     mock.patch.object(worker, "Region", partial(Region, heap_bytes=heap_bytes)).start()
     mock.patch.object(worker, "SharedTransport", transport).start()

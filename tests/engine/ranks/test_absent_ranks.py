@@ -27,12 +27,11 @@ from expertlane.errors import RankError, RanksLostError
 TIMEOUT_S = 3.0
 TRANSPORTS = {
     "shared_memory": {},
-    "uncompiled": {"EXPERTLANE_BACKEND": "torch"},
     "gloo": {"EXPERTLANE_TRANSPORT": "gloo"},
 }
 IN_EVERY_WAY = pytest.mark.parametrize(
     ("pool", "way"),
-    [*(("shared_memory", way) for way in WAYS), ("uncompiled", "kill"), ("gloo", "raise")],
+    [*(("shared_memory", way) for way in WAYS), ("gloo", "raise")],
     indirect=["pool"],
     scope="module",  # else a test takes the pool down, since "way" is its own
 )

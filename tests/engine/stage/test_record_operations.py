@@ -131,7 +131,6 @@ def test_next_to_all_a_rank_computes_is_in_its_operations(pools):
     ids=lambda each: "=".join(*each.items()),
 )
 def test_on_any_backend_and_transport(monkeypatch, environment):
-    """The first also has no compiled transport, as where there is no compiler."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with RankPool(local_ranks(4, 60.0), 60.0) as pool:

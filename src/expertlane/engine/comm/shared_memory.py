@@ -1,7 +1,7 @@
 """The transport of a node's ranks through memory that they share.
 
-The protocol (docs/shared_memory.md) is `engine/ops/shared_memory.cpp`; where that could not be
-compiled, `engine/comm/uncompiled.py` follows it over the same memory.
+The protocol (docs/shared_memory.md) is `engine/ops/shared_memory.cpp`; where that cannot be
+compiled, gloo is the transport.
 """
 
 import ctypes
@@ -11,14 +11,14 @@ import time
 import weakref
 from array import array
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from expertlane.engine.comm.epoch import LOOK_S, Epoch
 from expertlane.engine.comm.region import Region
-from expertlane.engine.comm.transport import AtOnce, PeerLostError
+from expertlane.engine.comm.transport import PeerLostError
 from expertlane.engine.ops.library import function_of
 from expertlane.engine.ops.row_parts import RowParts
 from expertlane.errors import CapacityError
@@ -26,69 +26,8 @@ from expertlane.errors import CapacityError
 _NONE = -1  # no message, not even an empty one
 
 
-class Endpoint(Protocol):
-    """A rank's end of the shared memory."""
-
-    def group_bytes(self, size: int) -> int:
-        """Bytes of the groups' memory that a group of `size` ranks takes."""
-        ...
-
-    def open_group(self, number: int, offset: int, place: int, ranks: Sequence[int]) -> Any:
-        """Open a group.
-
-        Args:
-            number: the group's; the same on all its ranks.
-            offset: where the group begins in the groups' memory, in bytes; the same on all ranks.
-            place: this rank's place in the group.
-            ranks: [size]; the group's ranks, counted within the node.
-        """
-        ...
-
-    def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        """A buffer for rows that are sent once: in the rank's heap if there is room.
-
-        Rows there are sent without a copy.
-        """
-        ...
-
-    def begin(
-        self,
-        group: Any,
-        rows: Tensor,
-        send: Sequence[int],
-        received: Tensor | None,
-        receive: Sequence[int],
-        *,
-        same_for_all: bool,
-    ) -> Any:
-        """Begin to exchange rows.
-
-        Args:
-            send, receive: [size]; numbers of rows to and from each place, -1 for no message.
-            received: filled with the rows that come; None if `read` follows the wait.
-            same_for_all: all of `rows` goes to every place.
-
-        Returns:
-            The exchange, for `wait` and `read`.
-        """
-        ...
-
-    def read(self, exchange: Any, finish: Callable[[RowParts], Tensor]) -> Tensor:
-        """The result of `finish` on the rows received; ends the exchange."""
-        ...
-
-    def wait(self, exchange: Any, timeout_s: float) -> tuple[int, int]:
-        """Wait for an exchange for a limited time.
-
-        Returns:
-            Its state: 0 if done, 1 if not yet, 2 if a message has another size than expected; and
-            the place that it hangs on, -1 for none.
-        """
-        ...
-
-
-class CompiledEndpoint:
-    """Implements `Endpoint` by our C++.
+class Endpoint:
+    """A rank's end of the shared memory.
 
     Args:
         library: has the functions of `engine/ops/shared_memory.cpp`.
@@ -125,9 +64,18 @@ class CompiledEndpoint:
         self._heap_by_type: dict[torch.dtype, Tensor] = {}
 
     def group_bytes(self, size: int) -> int:
+        """Bytes of the groups' memory that a group of `size` ranks takes."""
         return int(self._library.shared_group_bytes(size))
 
     def open_group(self, number: int, offset: int, place: int, ranks: Sequence[int]) -> Any:
+        """Open a group.
+
+        Args:
+            number: the group's; the same on all its ranks.
+            offset: where the group begins in the groups' memory, in bytes; the same on all ranks.
+            place: this rank's place in the group.
+            ranks: [size]; the group's ranks, counted within the node.
+        """
         local = array("q", ranks)
         return self._library.shared_group(
             self._endpoint, number, offset, len(ranks), place, local.buffer_info()[0]
@@ -143,6 +91,16 @@ class CompiledEndpoint:
         *,
         same_for_all: bool,
     ) -> Any:
+        """Begin to exchange rows.
+
+        Args:
+            send, receive: [size]; numbers of rows to and from each place, -1 for no message.
+            received: filled with the rows that come; None if `read` follows the wait.
+            same_for_all: all of `rows` goes to every place.
+
+        Returns:
+            The exchange, for `wait` and `read`.
+        """
         out, back = array("q", send), array("q", receive)
         # Of no rows there may be no memory, and None would mean that they are read in place.
         into = None if received is None else received.data_ptr() or self._pointers.buffer_info()[0]
@@ -154,6 +112,12 @@ class CompiledEndpoint:
         return exchange
 
     def wait(self, exchange: Any, timeout_s: float) -> tuple[int, int]:
+        """Wait for an exchange for a limited time.
+
+        Returns:
+            Its state: 0 if done, 1 if not yet, 2 if a message has another size than expected; and
+            the place that it hangs on, -1 for none.
+        """
         state = self._library.shared_wait(exchange, int(timeout_s * 1e9), *self._results)
         if state == 0 and self._in_use[exchange][1] is not None:
             del self._in_use[exchange]
@@ -184,6 +148,10 @@ class CompiledEndpoint:
         return exchange, state
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+        """A buffer for rows that are sent once: in the rank's heap if there is room.
+
+        Rows there are sent without a copy.
+        """
         num_bytes = num_rows * width * dtype.itemsize
         offset = self._library.shared_room(self._endpoint, num_bytes) if num_bytes else -1
         if offset < 0:
@@ -194,6 +162,7 @@ class CompiledEndpoint:
         return heap.as_strided((num_rows, width), (width, 1), offset // dtype.itemsize)
 
     def read(self, exchange: Any, finish: Callable[[RowParts], Tensor]) -> Tensor:
+        """The result of `finish` on the rows received; ends the exchange."""
         rows, _, receive = self._in_use[exchange]
         result = finish(RowParts(self._pointers, receive, rows.shape[1], rows.dtype))
         self._library.shared_end(exchange)
@@ -261,17 +230,12 @@ class SharedLink:
     ) -> None:
         self._endpoint, self._ranks, self._place = endpoint, ranks, place
         self._group, self._pairs, self._timeout_s = group, pairs, timeout_s
-        self._epoch, self._is_one_call = epoch, isinstance(endpoint, CompiledEndpoint)
-
-    @property
-    def at_once(self) -> AtOnce | None:
-        """A bound method, made anew each time: a kept one would be a cycle and keep the memory."""
-        return self._at_once if self._is_one_call else None
+        self._epoch = epoch
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         return self._endpoint.empty(num_rows, width, dtype)
 
-    def _at_once(
+    def at_once(
         self,
         rows: Tensor,
         send: Sequence[int],
@@ -280,10 +244,8 @@ class SharedLink:
         same_for_all: bool = False,
         finish: Callable[[RowParts], Tensor] | None = None,
     ) -> Tensor:
-        endpoint = self._endpoint
-        assert isinstance(endpoint, CompiledEndpoint), "it is one call"
         received = None if finish else rows.new_empty((sum(receive), rows.shape[1]))
-        exchange, state = endpoint.exchange(
+        exchange, state = self._endpoint.exchange(
             *(self._group, rows, send, received, receive, min(LOOK_S, self._timeout_s)),
             same_for_all=same_for_all,
         )
@@ -292,7 +254,7 @@ class SharedLink:
         if received is not None:
             return received
         assert finish is not None, "or there is room"
-        return endpoint.read(exchange, finish)
+        return self._endpoint.read(exchange, finish)
 
     def all_to_all(
         self, rows: Tensor, send: Sequence[int], received: Tensor, receive: Sequence[int]

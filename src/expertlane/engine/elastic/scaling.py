@@ -20,7 +20,6 @@ from expertlane.engine.ops import host
 from expertlane.engine.ranks.commands import HeldBytes, RankMachine
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.ranks.rank_environment import check_num_ranks
-from expertlane.engine.ranks.run_files import MOST_UNCOMPILED
 from expertlane.errors import CapacityError, UserError
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment
@@ -207,8 +206,6 @@ class Scaling:
                 f"change: {most}"
             )
         check_num_ranks(num_ranks, oversubscribe=self._oversubscribe)
-        if "without compiled code" in self.machine[0].backend:
-            most = max(MOST_UNCOMPILED, len(self.machine))
         if num_ranks > most:
             raise CapacityError(
                 f"layout {layout} has {num_ranks} ranks; valid here: {most} at most"

@@ -5,7 +5,8 @@ unset, ours if available.
 `EXPERTLANE_CPU_ISA` is the largest instruction set that may be used; unset, the CPU's best.
 `EXPERTLANE_TRANSPORT` is `shared_memory` or `gloo`, through the memory of hosts. Set, ranks may
 share GPUs, where there are any. Unset, each needs a GPU of its own, and they talk by nccl; else
-they compute on CPUs, and share memory where a node's ranks can; between nodes it is gloo.
+they compute on CPUs, and share memory where a node's ranks can and our C++ is available, whatever
+computes; otherwise, and between nodes, it is gloo.
 """
 
 import contextlib
@@ -115,10 +116,16 @@ def _best_of_cpu(build: Callable[[InstructionSet], ctypes.CDLL]) -> tuple[TorchB
     return CpuBackend(baseline), why_not
 
 
-def compiled_messages() -> ctypes.CDLL | None:
-    """The library of `shared_memory.cpp`; None where our C++ is not available, or not wanted."""
+@cache
+def compiled_messages() -> tuple[ctypes.CDLL | None, str]:
+    """The library of `shared_memory.cpp`, or None and a line that says why there is none."""
     backend, _ = backend_of_cpu()
-    return backend.baseline if isinstance(backend, CpuBackend) else None
+    if isinstance(backend, CpuBackend):
+        return backend.baseline, ""
+    try:
+        return build(BASELINE), ""
+    except BuildError as error:
+        return None, str(error)
 
 
 def _wanted_transport() -> str | None:
@@ -128,7 +135,9 @@ def _wanted_transport() -> str | None:
     return value
 
 
-def _transport_of_hosts(*, shares_memory: bool, several_nodes: bool) -> str:
+def _transport_of_hosts(
+    *, shares_memory: bool, several_nodes: bool, touch: Callable[[], None] | None
+) -> str:
     value = _wanted_transport()
     if value == "shared_memory" and not shares_memory:
         raise UserError(
@@ -136,8 +145,18 @@ def _transport_of_hosts(*, shares_memory: bool, several_nodes: bool) -> str:
         )
     if value == "gloo" or not shares_memory:
         return "gloo"
-    name = SHARED_MEMORY if compiled_messages() else f"{SHARED_MEMORY} (without compiled code)"
-    return f"{name}, gloo between nodes" if several_nodes else name
+    if touch is not None and asked_backend() == "torch":  # else it is compiled by now
+        with contextlib.suppress(BuildError):
+            build(BASELINE, touch)
+    library, why_not = compiled_messages()
+    if library is None and value == "shared_memory":
+        raise UserError(
+            f"EXPERTLANE_TRANSPORT=shared_memory, but its C++ is not available: {why_not}; "
+            f"valid here: gloo"
+        )
+    if library is None:
+        return "gloo"
+    return f"{SHARED_MEMORY}, gloo between nodes" if several_nodes else SHARED_MEMORY
 
 
 def _allowed_sets() -> tuple[InstructionSet, ...]:
@@ -234,7 +253,9 @@ def choose_platform(
         # Compile kernels if need be: a rank is only said to be up afterwards, so no step waits.
         if touch is not None:
             _best_of_cpu(partial(build, touch=touch))
-        transport = _transport_of_hosts(shares_memory=shares_memory, several_nodes=several_nodes)
+        transport = _transport_of_hosts(
+            shares_memory=shares_memory, several_nodes=several_nodes, touch=touch
+        )
     if on_gpu:
         transport += STAGED if through_hosts else ""
         device = torch.device("cuda", local_rank % num_gpus)

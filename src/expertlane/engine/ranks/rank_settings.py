@@ -15,7 +15,6 @@ class RankSettings:
         board_fd: descriptor of the node's progress board.
         memory_fd: descriptor of the memory that the node's ranks share for their messages; None
             where the system has no such memory.
-        wake_fds: eventfds of the node's ranks, one for each that there may be.
         store_path: the rendezvous file of ranks that are all on this node.
         meeting: the rendezvous of several nodes; None where all ranks are on this one.
         timeout_s: the bound on any wait for other ranks.
@@ -29,7 +28,6 @@ class RankSettings:
     num_local_ranks: int
     board_fd: int
     memory_fd: int | None
-    wake_fds: list[int]
     store_path: str
     meeting: Meeting | None
     timeout_s: float
@@ -59,7 +57,6 @@ class RankSettings:
             num_local_ranks=num_ranks,
             board_fd=files.board_fd,
             memory_fd=files.memory_fd,
-            wake_fds=files.wake_fds,
             store_path=files.store_path,
             meeting=meeting,
             timeout_s=timeout_s,
@@ -91,7 +88,7 @@ class ServerSettings:
     def descriptors(self) -> list[int]:
         """All file descriptors that the server inherits from the launcher."""
         first = self.first_rank
-        own = [self.control_fd, *self.rank_fds, *first.wake_fds, first.board_fd]
+        own = [self.control_fd, *self.rank_fds, first.board_fd]
         shared = first.memory_fd, self.store_fd
         return own + [descriptor for descriptor in shared if descriptor is not None]
 

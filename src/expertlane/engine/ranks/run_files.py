@@ -37,20 +37,18 @@ def memory_file(num_local_ranks: int) -> int:
 
 
 _MOST_LINES = 1024  # of the board, or as many as ranks at first: with room for later ranks
-MOST_UNCOMPILED = 64  # ranks that can wake each other without compiled code
 
 
 class RunFiles:
     """The files that the ranks of a node start with; in memory they have no name.
 
-    The board and eventfds have room for more ranks, which later epochs may have.
+    The board has room for more ranks, which later epochs may have.
 
     Attributes:
         board: progress board of the run's ranks, in the file `board_fd`; ranks of this node write
             to it.
         memory_fd: descriptor of the memory for messages; None where the system has no unnamed
             shared memory.
-        wake_fds: eventfds, one for each local rank that there may be; empty without that memory.
         store_path: the rendezvous file of ranks that are all on this node; a file in memory is
             inherited as a descriptor.
 
@@ -62,7 +60,6 @@ class RunFiles:
         self._descriptors: list[int] = []
         self.store_fd: int | None = None
         self.memory_fd: int | None = None
-        self.wake_fds: list[int] = []
         self.store_path = ""
         try:
             self.board_fd = self._own(unnamed_file())
@@ -71,8 +68,6 @@ class RunFiles:
                 self.store_fd = self._own(unnamed_file())
                 self.store_path = f"/proc/self/fd/{self.store_fd}"
                 self.memory_fd = self._own(memory_file(num_local_ranks))
-                for _ in range(max(num_local_ranks, MOST_UNCOMPILED)):
-                    self.wake_fds.append(self._own(os.eventfd(0, os.EFD_NONBLOCK)))
             else:
                 descriptor, self.store_path = tempfile.mkstemp(prefix="expertlane-")
                 os.close(descriptor)

@@ -26,11 +26,10 @@ from expertlane.engine.comm.mesh import Meshes
 from expertlane.engine.comm.nodes import NodesTransport
 from expertlane.engine.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
 from expertlane.engine.comm.region import Region
-from expertlane.engine.comm.shared_memory import CompiledEndpoint, Endpoint, SharedTransport
+from expertlane.engine.comm.shared_memory import Endpoint, SharedTransport
 from expertlane.engine.comm.staged import StagedTransport
 from expertlane.engine.comm.torch_transport import FileStore, TorchTransport
 from expertlane.engine.comm.transport import EpochEndedError, PeerLostError, Transport
-from expertlane.engine.comm.uncompiled import UncompiledEndpoint
 from expertlane.engine.ops.backend import (
     SHARED_MEMORY,
     Platform,
@@ -105,14 +104,10 @@ def bound_s(settings: RankSettings) -> float:
 def _share_memory(settings: RankSettings, share: Share, epoch: Epoch) -> SharedTransport:
     region, rank = Region(settings.num_local_ranks), settings.local_rank
     memory = _map(settings, region, epoch)
-    endpoint: Endpoint
-    if (library := compiled_messages()) is not None:
-        has_core = settings.num_local_ranks <= share.num_cores
-        endpoint = CompiledEndpoint(library, memory, region, rank, _NUM_SPINS if has_core else 0)
-    else:
-        sizes = region.groups_bytes, region.heap_bytes
-        wake_fds = settings.wake_fds[: region.num_ranks]
-        endpoint = UncompiledEndpoint(memory, *sizes, rank, wake_fds)
+    library, _ = compiled_messages()
+    assert library is not None, "else the transport is gloo"
+    has_core = settings.num_local_ranks <= share.num_cores
+    endpoint = Endpoint(library, memory, region, rank, _NUM_SPINS if has_core else 0)
     first, own = settings.rank - rank, settings.rank
     return SharedTransport(endpoint, region, first, own, bound_s(settings), epoch)
 
