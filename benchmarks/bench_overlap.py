@@ -32,8 +32,8 @@ from expertlane.engine.ranks.commands import SetDispatch
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.warm_up import still_hopeful
 from expertlane.report.compared import hidden_share
+from expertlane.results.metrics import stage_time
 from expertlane.results.step_record import StepRecord
-from expertlane.results.time_shares import stage_time
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, Options
