@@ -11,9 +11,9 @@ from cost.projected import DRIVER_S, MODEL, PROFILE, TYPES, at_bound, make_runne
 from expertlane.cost.breakdown import BreakdownTable
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution
 from expertlane.cost.runner import MADE_UP_TOKEN, KnownWork, StepSharing
-from expertlane.results.chrome_trace import to_json
 from expertlane.results.hardware import MachinePeak
 from expertlane.results.metrics import latency, phase_record
+from expertlane.results.timeline import trace_text
 from expertlane.schedule.drive import drive, step_records
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -251,7 +251,7 @@ def test_more_launches_take_longer():
 
 def test_a_projected_trace_has_the_rows_of_a_measured_one():
     _, steps = project("dp=2,ep=2", Options(overlap=True), flags={"record_events": True})
-    events = json.loads(to_json(list(step_records(steps))))["traceEvents"]
+    events = json.loads(trace_text(list(step_records(steps))))["traceEvents"]
     rows = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert rows == {"compute", "network", "copy", "descheduled"}
     for rank in range(2):

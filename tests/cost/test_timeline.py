@@ -18,7 +18,7 @@ from expertlane.cost.step.operation import OUTSIDE
 from expertlane.cost.step_log import stage_seconds
 from expertlane.cost.timeline import Timeline
 from expertlane.errors import UserError
-from expertlane.results.time_shares import stage_time
+from expertlane.results.metrics import stage_time
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Stage
 from records import rank_record, step_record

@@ -19,8 +19,7 @@ from expertlane.report.sections import report_of
 from expertlane.report.verdict import judge
 from expertlane.results.estimate import Estimate
 from expertlane.results.hardware import VirtualTime
-from expertlane.results.pair import PairRecord
-from expertlane.results.record import EXPERIMENT
+from expertlane.results.record import EXPERIMENT, PairRecord
 from expertlane.results.results import Results, WorkloadVerdict
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout

@@ -14,8 +14,8 @@ from example_simulation import SIMULATION
 from expertlane.report import terminal
 from expertlane.report.loads import best_of, served
 from expertlane.report.sections import report_of
-from expertlane.results.cost import with_costs
 from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.results import with_costs
 from expertlane.results.serving_record import SLOResult
 from expertlane.spec.layout import Layout
 from expertlane.spec.slo import parse_slos

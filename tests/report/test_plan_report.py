@@ -23,8 +23,6 @@ from expertlane.report.document import Figure
 from expertlane.report.plan_answer import answer, headline, how_sure, verdict
 from expertlane.report.planning import named
 from expertlane.report.sections import report_of
-from expertlane.results.break_even import BreakEven, Level
-from expertlane.results.cost import with_costs
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.hardware import Judged
 from expertlane.results.record import (
@@ -36,7 +34,14 @@ from expertlane.results.record import (
     DeploymentRecord,
     StepsRecord,
 )
-from expertlane.results.results import EngineBest, Results, ServeCommand
+from expertlane.results.results import (
+    BreakEven,
+    EngineBest,
+    Level,
+    Results,
+    ServeCommand,
+    with_costs,
+)
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase

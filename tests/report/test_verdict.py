@@ -10,8 +10,7 @@ from expertlane.report.setup import cautions
 from expertlane.report.verdict import Factor, in_wall_time, sentence, verdict
 from expertlane.results.estimate import Estimate
 from expertlane.results.hardware import LinkSpeed, VirtualTime
-from expertlane.results.pair import PairRecord
-from expertlane.results.record import EXPERIMENT
+from expertlane.results.record import EXPERIMENT, PairRecord
 from expertlane.results.results import Results
 from expertlane.spec.names import Cause, Phase
 

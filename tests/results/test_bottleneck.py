@@ -1,7 +1,7 @@
 from cli.screen import in_order
 from expertlane.results.estimate import Estimate
+from expertlane.results.metrics import find_bottleneck
 from expertlane.results.record import StepsRecord
-from expertlane.results.time_shares import find_bottleneck
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Phase
 

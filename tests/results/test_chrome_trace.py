@@ -7,8 +7,8 @@ import pytest
 
 from cli.screen import telling
 from expertlane.errors import UserError
-from expertlane.results.chrome_trace import to_json, write_traces
 from expertlane.results.step_record import RankEvents
+from expertlane.results.timeline import trace_text, write_traces
 from expertlane.spec.names import Phase, Stage, Track
 from records import rank_record, step_record
 
@@ -37,7 +37,7 @@ def steps():
 
 
 def test_a_process_for_every_rank_and_a_row_for_every_track(steps):
-    trace = json.loads(to_json(steps))
+    trace = json.loads(trace_text(steps))
     named = {
         (event["pid"], event.get("tid")): event["args"]["name"]
         for event in trace["traceEvents"]
@@ -52,7 +52,7 @@ def test_a_process_for_every_rank_and_a_row_for_every_track(steps):
 
 
 def test_events_in_microseconds_from_the_first(steps):
-    events = [e for e in json.loads(to_json(steps))["traceEvents"] if e["ph"] == "X"]
+    events = [e for e in json.loads(trace_text(steps))["traceEvents"] if e["ph"] == "X"]
     place = [(e["pid"], e["tid"], e["name"], e["ts"], e["dur"]) for e in events]
     assert place == [
         (0, COMPUTE, "attention", 0.0, 5e5),
@@ -71,12 +71,12 @@ def test_events_in_microseconds_from_the_first(steps):
 
 
 def test_without_events_a_trace_is_empty():
-    assert json.loads(to_json([step_record(0, 1, [0], [rank_record(0)])]))["traceEvents"] == []
+    assert json.loads(trace_text([step_record(0, 1, [0], [rank_record(0)])]))["traceEvents"] == []
 
 
 def test_a_file_is_whole_or_not_there(tmp_path, steps, monkeypatch):
     (path,) = write_traces({"EP 2": steps}, tmp_path / "sub")
-    assert path.read_text(encoding="utf-8") == to_json(steps)
+    assert path.read_text(encoding="utf-8") == trace_text(steps)
     assert [each.name for each in path.parent.iterdir()] == ["trace-EP-2.json"]
     with pytest.raises(UserError, match=r"cannot write .*: File exists"):
         write_traces({"EP 2": steps}, path)

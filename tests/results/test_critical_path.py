@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from expertlane.results.time_shares import critical_path
+from expertlane.results.metrics import critical_path
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 from records import rank_record, step_record

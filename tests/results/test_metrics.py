@@ -4,8 +4,7 @@ import pytest
 
 from cli.screen import telling
 from expertlane.results.hardware import MachinePeak
-from expertlane.results.metrics import latency, num_tokens_per_expert, phase_record
-from expertlane.results.time_shares import find_bottleneck
+from expertlane.results.metrics import find_bottleneck, latency, num_tokens_per_expert, phase_record
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Phase, Stage, Traffic
 from records import rank_record, step_record

@@ -15,7 +15,7 @@ from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.file import read, write
 from expertlane.results.record import EXPERIMENT, SCALING, Conditions
 
-MODULES = ("estimate", "record", "results", "metrics", "time_shares", "traffic", "file")
+MODULES = ("estimate", "record", "results", "metrics", "traffic", "file")
 
 
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)

@@ -8,9 +8,9 @@ import pytest
 import example_plan
 import example_serving
 import example_simulation
-from expertlane.results.cost import with_costs
 from expertlane.results.estimate import Estimate
 from expertlane.results.metrics import ServedRequest, serving_record
+from expertlane.results.results import with_costs
 from expertlane.results.serving_record import best_load
 from expertlane.spec.slo import SLO, parse_slos
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlane.results.estimate import Estimate
-from expertlane.results.statistics import (
+from expertlane.results.estimate import (
     LEAST_RUNS,
+    Estimate,
     is_told_apart,
     jackknife_difference,
     jackknife_interval,

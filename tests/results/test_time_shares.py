@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from expertlane.results.time_shares import stage_time
+from expertlane.results.metrics import stage_time
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Stage
 from records import rank_record, step_record

@@ -156,9 +156,8 @@ def _measured(
     from expertlane.comparison.machine import machine_record
     from expertlane.comparison.serving_benchmark import run_loads
     from expertlane.engine.ops.host import ForeignLoad
-    from expertlane.results.cost import with_costs
     from expertlane.results.record import DeploymentRecord
-    from expertlane.results.results import Results
+    from expertlane.results.results import Results, with_costs
 
     records = []
     foreign_cpu_share = 0.0

@@ -163,8 +163,7 @@ def run_url(
 def _results(
     seen: "Seen", asked: "Asked", load: LoadOptions, urls: list[str], command: str
 ) -> "Results":
-    from expertlane.results.cost import with_costs
-    from expertlane.results.results import Results
+    from expertlane.results.results import Results, with_costs
 
     results = Results.now(
         "bench",

@@ -419,7 +419,7 @@ def _measure(
     from expertlane.comparison.machine import check_memory
     from expertlane.comparison.run import Repeats, run_comparison
     from expertlane.engine.launch import start_pool
-    from expertlane.results.chrome_trace import write_traces
+    from expertlane.results.timeline import write_traces
 
     num_ranks = max(each.experiment.num_ranks for each in comparisons)
     with output.task_on_stderr(f"starting {num_ranks} ranks"):

@@ -111,7 +111,7 @@ def run(
     from expertlane.cost.laws.device import stand_ins
     from expertlane.planner.results import make_plan
     from expertlane.planner.sizing import smallest_plan
-    from expertlane.results.cost import with_costs
+    from expertlane.results.results import with_costs
     from expertlane.spec.projection import Projection, ProjectionAsked
 
     is_auto = own.cluster.endswith(_AUTO)

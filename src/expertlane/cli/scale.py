@@ -199,7 +199,7 @@ async def _show(
 
 async def _rate(connections: "Connections", seconds: float) -> dict[str, float] | None:
     """Tokens per second of the whole server, with an interval; None if `seconds` is 0."""
-    from expertlane.results.statistics import median_interval
+    from expertlane.results.estimate import median_interval
 
     if not seconds:
         return None

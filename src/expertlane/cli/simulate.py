@@ -204,7 +204,7 @@ def run(
     from expertlane.cost.laws.frameworks import served_by
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.results.cost import with_costs
+    from expertlane.results.results import with_costs
     from expertlane.simulator.results import simulation
     from expertlane.simulator.simulator import Simulator
     from expertlane.simulator.watch import Precision
@@ -321,7 +321,7 @@ def _write_trace(
     if folder is None:
         return []
 
-    from expertlane.results.chrome_trace import write_traces
+    from expertlane.results.timeline import write_traces
     from expertlane.simulator.results import best_run
 
     simulator, outcome = best_run(runs, results.deployments[0].serving)

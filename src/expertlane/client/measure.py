@@ -15,16 +15,15 @@ import numpy as np
 
 from expertlane.client.connection import Answer, AnswerError, Generated
 from expertlane.client.server import Server
-from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.estimate import Estimate, Summary, median_interval, ratio_interval
 from expertlane.results.metrics import ServedRequest, serving_record
-from expertlane.results.ratio import RatioRecord
+from expertlane.results.record import RatioRecord
 from expertlane.results.serving_record import (
     ClientRecord,
     FailureRecord,
     RequestsRecord,
     ServingRecord,
 )
-from expertlane.results.statistics import median_interval, ratio_interval
 from expertlane.spec.slo import SLO
 from expertlane.spec.workload import Load, TimedRequest
 

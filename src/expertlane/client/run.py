@@ -14,8 +14,7 @@ from expertlane.client.measure import Driven, Round, Stop, drive, load_record, r
 from expertlane.client.server import Server, Vocabulary, find_server
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.progress import Progress
-from expertlane.results.ratio import RatioRecord
-from expertlane.results.record import DeploymentRecord
+from expertlane.results.record import DeploymentRecord, RatioRecord
 from expertlane.spec.slo import SLO
 from expertlane.spec.workload import Load, check_lengths, draw_requests, warm_up_of
 

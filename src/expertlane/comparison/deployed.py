@@ -28,6 +28,7 @@ from expertlane.engine.ranks.commands import HeldBytes
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import ModelError
 from expertlane.progress import Progress
+from expertlane.results.estimate import LEAST_RUNS, jackknife_interval, median_interval
 from expertlane.results.hardware import MachinePeak
 from expertlane.results.metrics import (
     first_run,
@@ -44,7 +45,6 @@ from expertlane.results.record import (
     Source,
     StepsRecord,
 )
-from expertlane.results.statistics import LEAST_RUNS, jackknife_interval, median_interval
 from expertlane.results.step_record import StepRecord
 from expertlane.results.timeline import timelines_of
 from expertlane.schedule.drive import FinishedStep, drive, step_records

@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from expertlane.results.pair import PairRecord
-from expertlane.results.record import StepsRecord
-from expertlane.results.statistics import (
+from expertlane.results.estimate import (
     jackknife_difference,
     jackknife_interval,
     median_interval,
     ratio_interval,
 )
+from expertlane.results.record import PairRecord, StepsRecord
 from expertlane.spec.names import Phase
 
 

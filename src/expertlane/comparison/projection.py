@@ -34,7 +34,6 @@ from expertlane.planner.search import OnePool, Search
 from expertlane.planner.simulated import evaluated, simulated_pool
 from expertlane.planner.ties import Contender, contender
 from expertlane.progress import Progress, each_of
-from expertlane.results.pair import choose_compared
 from expertlane.results.record import (
     BEST,
     EXPERIMENT,
@@ -44,6 +43,7 @@ from expertlane.results.record import (
     DeploymentRecord,
     PoolRecord,
     StepsRecord,
+    choose_compared,
 )
 from expertlane.results.results import PlanSummary, Results, WorkloadVerdict
 from expertlane.results.serving_record import KEPT

@@ -13,6 +13,7 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalance, Rebalancer, StepLoad
 from expertlane.engine.ranks.commands import HeldBytes
+from expertlane.results.metrics import find_bottleneck
 from expertlane.results.record import (
     CopyRecord,
     DeploymentRecord,
@@ -22,7 +23,6 @@ from expertlane.results.record import (
     StepsRecord,
 )
 from expertlane.results.step_record import StepRecord
-from expertlane.results.time_shares import find_bottleneck
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase

@@ -18,8 +18,13 @@ from expertlane.engine.ranks.commands import RankMachine
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.progress import Progress
 from expertlane.results.hardware import MachinePeak, VirtualTime
-from expertlane.results.pair import PairRecord, choose_compared
-from expertlane.results.record import EXPERIMENT, SCALING, DeploymentRecord
+from expertlane.results.record import (
+    EXPERIMENT,
+    SCALING,
+    DeploymentRecord,
+    PairRecord,
+    choose_compared,
+)
 from expertlane.results.results import Results
 from expertlane.results.step_record import StepRecord
 from expertlane.schedule.request import Limits

@@ -59,7 +59,7 @@ class BreakdownTable:
     memory; its time is split between weights and keys and values by their bytes. A transfer that
     is waited for is imbalance until its group's last member has posted it, and exposed from then
     on. Of a wait for the stage before, what the hidden states travel is PP transfer and the rest
-    bubble. The time between steps is split as in `results.time_shares`.
+    bubble. The time between steps is split as in `results.metrics`.
 
     Args:
         device: its datasheet.

@@ -16,7 +16,7 @@ from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.ranks.commands import ReadTotals
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.ranks.tickets import Ticket
-from expertlane.results.rank_totals import RankTotals
+from expertlane.results.step_record import RankTotals
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
 from expertlane.spec.model import ModelConfig

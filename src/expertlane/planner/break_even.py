@@ -16,7 +16,7 @@ from expertlane.planner.phases import prefilled_as
 from expertlane.planner.screen import Known, Screen, ScreenedCandidate, fitting
 from expertlane.planner.search import Finalist, unseen
 from expertlane.planner.ties import Contender, Ranking
-from expertlane.results.break_even import BreakEven, Level, Varied
+from expertlane.results.results import BreakEven, Level, Varied
 
 _SKEWS = 0.0, 0.4, 0.8, 1.2  # beside the one asked for; public traces have up to 1.3
 _LOADS = 1 / 16, 1 / 4, 1, 4, 16  # times the sequences asked for

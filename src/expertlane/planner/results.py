@@ -28,7 +28,6 @@ from expertlane.planner.throughput import ThroughputCurve
 from expertlane.planner.ties import Contender, Ranking, contender, pools_tps, pools_win, ranked
 from expertlane.planner.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress
-from expertlane.results.break_even import BreakEven
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
     BEST,
@@ -43,6 +42,7 @@ from expertlane.results.record import (
 )
 from expertlane.results.results import (
     Assumption,
+    BreakEven,
     EngineBest,
     NoPools,
     PlanSummary,

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 from expertlane.report.numbers import percent
 from expertlane.report.planning import rows_of
-from expertlane.results.break_even import Level
-from expertlane.results.results import Results
+from expertlane.results.results import Level, Results
 
 _FIGURES = {"skew": "{:.2g}", "sequences": "{:,.0f}"}
 _LEAST = 0.01  # gain in tokens/s that is worth a sentence

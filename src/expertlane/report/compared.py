@@ -6,7 +6,6 @@ from functools import cached_property
 
 from expertlane.results.estimate import Estimate
 from expertlane.results.hardware import VirtualTime
-from expertlane.results.pair import PairRecord, choose_compared
 from expertlane.results.record import (
     EXPERIMENT,
     FASTEST,
@@ -14,8 +13,10 @@ from expertlane.results.record import (
     SCALING,
     Conditions,
     DeploymentRecord,
+    PairRecord,
     Source,
     StepsRecord,
+    choose_compared,
 )
 from expertlane.results.results import Results
 from expertlane.spec.names import Cause, Phase, ProjectedCause

@@ -23,10 +23,10 @@ from expertlane.report.numbers import (
 )
 from expertlane.report.serving import by_load
 from expertlane.report.setup import cautions
-from expertlane.results.ratio import RatioRecord
+from expertlane.results.estimate import LEAST_RUNS
+from expertlane.results.record import RatioRecord
 from expertlane.results.results import Results
 from expertlane.results.serving_record import ClientRecord, FailureRecord
-from expertlane.results.statistics import LEAST_RUNS
 
 _BUSY = 0.8  # share of a core, from which on the client may be the bottleneck
 _LATE_S = 0.01

@@ -24,10 +24,9 @@ from expertlane.report.numbers import (
     times,
 )
 from expertlane.report.speed import speed_of_links
-from expertlane.results.estimate import Estimate
+from expertlane.results.estimate import Estimate, is_told_apart
 from expertlane.results.hardware import VirtualTime
 from expertlane.results.results import Results
-from expertlane.results.statistics import is_told_apart
 from expertlane.spec.names import Phase
 
 _Causes = tuple[tuple[str, Estimate], ...]

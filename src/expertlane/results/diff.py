@@ -6,7 +6,7 @@ from math import comb, exp, hypot, log
 from typing import Any, Literal
 
 from expertlane.errors import UserError
-from expertlane.results.estimate import Estimate
+from expertlane.results.estimate import LEAST_RUNS, Estimate, median_interval
 from expertlane.results.record import (
     FAMILY,
     PARETO,
@@ -17,7 +17,6 @@ from expertlane.results.record import (
 )
 from expertlane.results.results import FOREIGN_LOAD, Results
 from expertlane.results.serving_record import ServingRecord
-from expertlane.results.statistics import LEAST_RUNS, median_interval
 from expertlane.results.table import Row, flat
 
 _MISSING = "—"

@@ -1,18 +1,29 @@
-"""`results.json` of every kind: written whole or not at all, and read back strictly."""
+"""`results.json` of every kind: written whole or not at all, and read back strictly.
+
+Types and ranges of single fields are checked where the fields are declared. Here are the rules for
+several fields or records together, and for `question`, a table of what was asked for; keys of it
+that no report uses are not checked.
+"""
 
 import re
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, ClassVar, get_args
 
 import msgspec
 import numpy as np
 
 from expertlane.errors import UserError, naming
-from expertlane.results.checks import check, check_numbers
+from expertlane.results.record import BEST, EXPERIMENT, PARETO, DeploymentRecord
 from expertlane.results.results import SCHEMA_VERSION, Kind, Results
 from expertlane.spec.files import RESULTS_BYTES, is_folder, read_json, strict_json, write_text
-from expertlane.spec.ranges import shown
+from expertlane.spec.names import Phase
+from expertlane.spec.projection import ProjectionAsked
+from expertlane.spec.ranges import Strict, Valid, shown, take_fields
+from expertlane.spec.slo import SLO
 from expertlane.spec.tables import build
+from expertlane.spec.workload import LengthRange, Workload
 
 FILE_NAME = "results.json"
 
@@ -81,3 +92,206 @@ def _load(path: Path) -> dict[str, Any]:
             f"expertlane reads {SCHEMA_VERSION}: repeat the command that wrote it{again}"
         )
     return data
+
+
+def _is_length(text: str) -> bool:
+    return LengthRange.parse("prompt_len", text) is not None
+
+
+_Length = Annotated[str, Valid(_is_length, "a length, such as '32', or two, '4:8'")]
+_Positive = Annotated[float, Valid(lambda number: number > 0, "above 0")]
+_Count = Annotated[int, Valid(lambda number: number >= 0, "0 or more")]
+_Urls = Annotated[tuple[str, ...], Valid(lambda urls: 0 < len(urls) <= 2, "a list of one or two")]
+
+
+class _Part(Strict):
+    """A table that may have other keys too."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "ignore", "strict": True}
+
+
+@dataclass(frozen=True)
+class _Model(_Part):
+    name: str
+    num_experts_per_tok: int | None = None
+    max_position_embeddings: int | None = None
+
+
+@dataclass(frozen=True)
+class _Experiment(_Part):
+    name: str
+    model: _Model
+    workload: Workload
+    seed: int | None = None
+    checkpoint: str | None = None
+
+
+@dataclass(frozen=True)
+class _Lengths(_Part):
+    prompt_len: _Length
+    output_len: _Length
+    requests: str | None
+    seed: int | None = None
+    rate: _Positive | None = None
+    prefix_len: _Count = 0
+    num_prefixes: _Count = 1
+
+
+@dataclass(frozen=True)
+class _Serving(_Part):
+    max_num_seqs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Question(Strict):
+    price: float | None = None
+
+    def __post_init__(self) -> None:
+        take_fields(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfComparison(_Question):
+    experiment: _Experiment
+    skew: float | None = None
+    projection: ProjectionAsked | None = None
+    load: _Lengths | None = None
+    max_tpot_s: _Positive | None = None
+    max_ttft_s: _Positive | None = None
+    slos: tuple[SLO, ...] = ()
+    traffic: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfPlan(_Question):
+    model: _Model
+    workload: Workload
+    load: _Lengths | None = None
+    projection: ProjectionAsked | None = None
+    max_tpot_s: _Positive | None = None
+    max_ttft_s: _Positive | None = None
+    slos: tuple[SLO, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfSimulation(_Question):
+    model: _Model
+    workload: _Lengths
+    serving: _Serving
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfBench(_Question):
+    model: str
+    workload: _Lengths
+    ranks_per_node: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfServers(_Question):
+    model: str
+    workload: _Lengths
+    urls: _Urls
+    endpoint: str
+    rounds: int
+
+
+_KINDS: dict[str, type[_Question]] = {
+    "comparison": _OfComparison,
+    "plan": _OfPlan,
+    "simulation": _OfSimulation,
+    "bench": _OfBench,
+}
+
+
+# Beyond, ratios and products of a few numbers would not be finite.
+_LEAST, _MOST = 1e-60, 1e30
+
+
+def check_numbers(data: Any) -> None:
+    """Refuse numbers of a file that are too large or too small to calculate with.
+
+    Raises:
+        UserError: there is one; one line names its place.
+    """
+    waiting = [("", data)]
+    while waiting:
+        place, value = waiting.pop()
+        if isinstance(value, dict):
+            waiting += [(f"{place}.{key}", each) for key, each in value.items()]
+        elif isinstance(value, list):
+            waiting += [(f"{place}.{number}", each) for number, each in enumerate(value)]
+        elif isinstance(value, int | float) and value and not _LEAST <= abs(value) <= _MOST:
+            raise UserError(
+                f"{place[1:]} is {shown(value)}; numbers must be 0, or from {_LEAST:g} to "
+                f"{_MOST:g} in size"
+            )
+
+
+def check(results: Results) -> None:
+    """Refuse results that lack what the reports of their kind rely on.
+
+    Raises:
+        UserError: something is missing; one line names the place.
+    """
+    question = results.question
+    build(_OfServers if "urls" in question else _KINDS[results.kind], question, "question")
+    _check_roles(results)
+    for place, record in enumerate(results.deployments):
+        with naming(f"deployments.{place}"):
+            _check_record(results, record)
+    _check_projections(results)
+
+
+def _check_roles(results: Results) -> None:
+    needed = {"comparison": EXPERIMENT, "plan": BEST}.get(results.kind)
+    own = [each for each in results.deployments if each.source != "reported"]
+    if needed is not None and not any(needed in each.roles for each in own):
+        raise UserError(f"deployments: none has the role {needed!r}")
+    if results.kind == "plan" and not results.plans:
+        raise UserError("plans is empty; a plan has one or more")
+
+
+def _check_record(results: Results, record: DeploymentRecord) -> None:
+    """Refuse a record without the fields that records of its kind and roles have."""
+    is_compared = results.kind == "comparison"
+    is_shown = EXPERIMENT in record.roles and record.source != "reported"
+    is_chosen = results.kind == "simulation" or (results.kind == "plan" and BEST in record.roles)
+    needed = {
+        "layout": "urls" not in results.question,
+        "options": "urls" not in results.question,
+        "serving": not is_compared or PARETO in record.roles,
+        "steps": is_shown or is_chosen,
+        "pools": is_chosen or (is_shown and record.source == "projected"),
+    }
+    for name, is_needed in needed.items():
+        if is_needed and not getattr(record, name):
+            raise UserError(f"{name} is missing or empty; {record.name} needs it")
+    if record.source != "projected":
+        return
+    for place, step in enumerate(record.steps):
+        if not step.breakdown_s:
+            raise UserError(f"steps.{place}.breakdown_s is empty; it must have seconds by cause")
+    for place, load in enumerate(() if results.kind == "simulation" else record.serving):
+        tpot = None if load.tpot_s is None else load.tpot_s.mean
+        if tpot is None or min(*tpot.bounds, *load.output_tps.bounds) <= 0:
+            raise UserError(f"serving.{place}: output_tps and tpot_s.mean must be above 0")
+
+
+def _check_projections(results: Results) -> None:
+    """Refuse a comparison whose deployments were not all projected under the same conditions."""
+    groups = [results.select("projected", EXPERIMENT, each) for each in results.conditions]
+    for records in groups:
+        if [each.name for each in records] != [each.name for each in groups[0]]:
+            raise UserError("deployments must be the same under all conditions, in the same order")
+        decodes = records[0].steps_of(Phase.DECODE)
+        at_context = (step.num_seqs for step in decodes if step.context == results.context)
+        num_seqs = next(at_context, None)
+        if num_seqs is None or results.context is None:
+            raise UserError(f"context is {results.context}; {records[0].name} has no step there")
+        for record, step in product(records, decodes):
+            if record.decode_of(step.context or 0, num_seqs) is None:
+                raise UserError(
+                    f"deployments: {record.name} has no decode step of {num_seqs:,} sequences at "
+                    f"context {step.context}"
+                )

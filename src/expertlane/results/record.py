@@ -2,14 +2,16 @@
 
 Every number is of the record's one `source`. What a source cannot say is None or empty.
 Dictionaries are keyed by the words of `spec.names`: causes, the labels of stages and of links.
+Two deployments that were measured in turns have a `PairRecord`, two servers a `RatioRecord`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 import numpy as np
 
-from expertlane.results.estimate import Above0, Estimate, Summary, SummaryAbove0
+from expertlane.results.estimate import Above0, Estimate, Summary, SummaryAbove0, is_told_apart
 from expertlane.results.serving_record import ServingRecord, best_load
 from expertlane.results.timeline import StepTimeline
 from expertlane.results.traffic import TrafficRecord
@@ -408,3 +410,90 @@ class DeploymentRecord(Strict):
         mean = of_layers.mean(axis=-1)
         ratio = np.divide(of_layers.max(axis=-1), mean, out=np.zeros_like(mean), where=mean > 0)
         return tuple(ratio.tolist())
+
+
+@dataclass(frozen=True)
+class PairRecord(Strict):
+    """Difference of two deployments that were measured in turns.
+
+    Estimates have 90 % intervals, or none of too few repetitions.
+
+    Attributes:
+        source: source of the numbers; the pair is the same for all sources.
+        name: the deployment that the first sentence is about.
+        other: the deployment that it is compared with.
+        num_runs: repetitions of each.
+        ratio: TPS of `name` over that of `other`.
+        step_s, other_step_s: seconds of a step of each.
+        causes_s: by cause, the seconds of a step of `name` less those of `other`.
+    """
+
+    source: Source
+    name: str
+    other: str
+    phase: Phase
+    num_runs: int
+    ratio: Estimate
+    step_s: float
+    other_step_s: float
+    causes_s: dict[str, Estimate] = field(default_factory=dict)
+
+    @property
+    def is_significant(self) -> bool:
+        """True if the interval of the ratio leaves out 1."""
+        return is_told_apart(self.ratio, 1.0)
+
+
+def choose_compared(records: Sequence[DeploymentRecord], tps: Sequence[float]) -> tuple[int, ...]:
+    """Indices of the best proposal, the best baseline, and the first deployment if it is neither.
+
+    Where all are of one kind: of the fastest, the next fastest, and the first.
+
+    Args:
+        records: in the experiment's order.
+        tps: tokens/s of each record.
+
+    Returns:
+        Empty for a single deployment.
+    """
+    if len(records) < 2:
+        return ()
+    by_tps = sorted(range(len(records)), key=lambda place: -tps[place])
+    proposals = [place for place in by_tps if not records[place].is_baseline]
+    baselines = [place for place in by_tps if records[place].is_baseline]
+    best = (proposals or baselines)[0]
+    rival = (baselines if proposals and baselines else by_tps[1:])[0]
+    return tuple(dict.fromkeys((best, rival, *([0] if best else []))))
+
+
+HIGHER_IS_BETTER = frozenset({"output tokens/s", "goodput"})
+
+
+@dataclass(frozen=True)
+class RatioRecord(Strict):
+    """One metric of one server over another's.
+
+    Attributes:
+        name, other: names of the deployments.
+        load: the load, as in reports.
+        metric: name of the metric and its statistic.
+        num_rounds: pairs of rounds.
+        ratio: the median over pairs, with its 90 % interval where there are enough.
+    """
+
+    name: str
+    other: str
+    load: str
+    metric: str
+    num_rounds: int
+    ratio: Estimate
+
+    @property
+    def is_significant(self) -> bool:
+        """True if the interval leaves out 1."""
+        return is_told_apart(self.ratio, 1.0)
+
+    @property
+    def is_better(self) -> bool:
+        """True if the first server's metric is the better one."""
+        return (self.ratio.value > 1) == (self.metric in HIGHER_IS_BETTER)

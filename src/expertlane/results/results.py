@@ -10,22 +10,23 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 from expertlane.errors import UserError
-from expertlane.results.break_even import BreakEven
 from expertlane.results.estimate import Estimate
 from expertlane.results.hardware import Cluster, Machine, VirtualTime
-from expertlane.results.pair import PairRecord
-from expertlane.results.ratio import RatioRecord
 from expertlane.results.record import (
     BEST,
+    DECODE_POOL,
     EXPERIMENT,
+    PREFILL_POOL,
     TWO_POOLS,
     Conditions,
     DeploymentRecord,
+    PairRecord,
     PoolRole,
+    RatioRecord,
     Source,
     TieBreak,
 )
-from expertlane.results.serving_record import is_served
+from expertlane.results.serving_record import ServingRecord, is_served
 from expertlane.spec.files import strict_json
 from expertlane.spec.names import EngineName
 from expertlane.spec.ranges import Strict, Valid
@@ -33,6 +34,7 @@ from expertlane.version import __version__
 
 SCHEMA_VERSION = 9
 FOREIGN_LOAD = 0.05  # share of the cores; less is noise
+_MILLION, _S_PER_HOUR = 1e6, 3600
 
 Kind = Literal["comparison", "simulation", "plan", "bench"]
 
@@ -136,6 +138,47 @@ class EngineBest(Strict):
     def best(self) -> DeploymentRecord | None:
         """The pools together, or the aggregated."""
         return self.pools[0] if self.pools else self.aggregated
+
+
+Varied = Literal["skew", "sequences"]
+
+
+@dataclass(frozen=True)
+class Level(Strict):
+    """Break-even point of #1 and its rival in one variable.
+
+    Attributes:
+        asked: value that the plan was made for.
+        at: value nearest to `asked` at which both have equal tokens/s; None without one.
+        end: value tried at which the rival does best, beyond `at` if there is one.
+        over_at_end: tokens/s of the rival over those of #1 at `end`; None where #1 misses the
+            limits there.
+        tried: the least and the largest value.
+    """
+
+    varied: Varied
+    asked: float
+    at: float | None
+    end: float
+    over_at_end: float | None
+    tried: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class BreakEven(Strict):
+    """Break-even points of #1 and the best of another kind.
+
+    Attributes:
+        rival: name of the rival.
+        levels: break-even points, one per variable.
+        unsure: law or routing whose error makes most of the ratio's uncertainty; empty without any.
+        unsure_share: its share of the squared uncertainty.
+    """
+
+    rival: str
+    levels: tuple[Level, ...]
+    unsure: str = ""
+    unsure_share: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -401,3 +444,55 @@ class Results(Strict):
 
 def _plain(value: Any) -> Any:
     return asdict(value) if hasattr(value, "__dataclass_fields__") else value
+
+
+def with_costs(results: Results, usd_per_hour: float) -> Results:
+    """The results with each load's dollars for a million tokens.
+
+    Devices that a deployment leaves idle are not counted. On CPUs, and of a server seen from
+    outside, the price is of all that ran.
+
+    Args:
+        usd_per_hour: price of one device; kept as the question's `price`.
+    """
+
+    def priced(record: DeploymentRecord) -> DeploymentRecord:
+        if record.roles and {*record.roles} <= {PREFILL_POOL, DECODE_POOL}:
+            return record  # one of two pools: a token's price is that of both
+        is_cpu = results.machine is not None and results.machine.device == "cpu"
+        usd_per_s = usd_per_hour / _S_PER_HOUR * (1 if is_cpu else record.num_ranks or 1)
+
+        def cost(tps: Estimate | None) -> Estimate | None:
+            return None if tps is None else _MILLION * usd_per_s / tps
+
+        serving = tuple(
+            replace(
+                each,
+                usd_per_million_output=cost(each.output_tps),
+                usd_per_million_total=cost(_total_tps(each, results)),
+            )
+            for each in record.serving
+        )
+        return replace(record, serving=serving)
+
+    def of_engine(best: EngineBest) -> EngineBest:
+        aggregated = None if best.aggregated is None else priced(best.aggregated)
+        return replace(best, aggregated=aggregated, pools=tuple(map(priced, best.pools)))
+
+    def of_plan(plan: PlanSummary) -> PlanSummary:
+        return replace(plan, engines=tuple(map(of_engine, plan.engines)))
+
+    return replace(
+        results,
+        question=results.question | {"price": usd_per_hour},
+        deployments=tuple(map(priced, results.deployments)),
+        plans=tuple(map(of_plan, results.plans)),
+    )
+
+
+def _total_tps(serving: ServingRecord, results: Results) -> Estimate | None:
+    """Total tokens/s; of a plan, from its output by the ratio of lengths, which are all alike."""
+    if serving.total_tps is not None or results.kind != "plan":
+        return serving.total_tps
+    workload: dict[str, int] = results.question["workload"]
+    return serving.output_tps * (1 + workload["prompt_len"] / workload["output_len"])

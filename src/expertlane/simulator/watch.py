@@ -16,8 +16,8 @@ import numpy as np
 from expertlane.cost.laws.execution import BOUNDS, LIKELY
 from expertlane.cost.runner import PricedStep
 from expertlane.cost.step.operation import Floats
+from expertlane.results.estimate import half_interval
 from expertlane.results.metrics import PERCENTILES, ServedRequest
-from expertlane.results.statistics import half_interval
 from expertlane.simulator.pools import Pool
 from expertlane.spec.slo import SLO
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.results.rank_totals import RankTotals
+from expertlane.results.step_record import RankTotals
 from expertlane.spec.names import Link, Stage
 
 # Cells that C++ adds to: the time when the current stage began, the stage, nanoseconds by stage.

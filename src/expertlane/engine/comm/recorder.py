@@ -18,9 +18,14 @@ from expertlane.engine.comm.core_token import CoreToken
 from expertlane.engine.comm.meter import Meter
 from expertlane.engine.comm.progress import NO_LAYER, ProgressReporter
 from expertlane.engine.comm.step_counters import StepCounters
-from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_checks import Place
-from expertlane.results.step_record import Action, RankEvents, RankOperations, RankRecord
+from expertlane.results.step_record import (
+    Action,
+    RankEvents,
+    RankOperations,
+    RankRecord,
+    RankTotals,
+)
 from expertlane.spec.names import CheckPoint, Stage, Track
 
 _LEAST_LOST_S = 20e-6  # of CPU time in a stretch; the marks themselves take less

@@ -13,9 +13,8 @@ import numpy.typing as npt
 from expertlane.balance.moves import Part
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.step.operation import SIZES, Kind, TransferKind
-from expertlane.results.rank_totals import RankTotals
 from expertlane.results.step_checks import RankChecks
-from expertlane.results.step_record import RankRecord
+from expertlane.results.step_record import RankRecord, RankTotals
 from expertlane.schedule.plan import RankStep
 from expertlane.spec.deployment import ActivationsType, GraphLimits, Options, WeightsType
 from expertlane.spec.dispatch import DispatchForm, DispatchTable

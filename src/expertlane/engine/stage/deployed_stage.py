@@ -26,7 +26,7 @@ from expertlane.engine.stage.next_tokens import StepTokens, with_chosen
 from expertlane.engine.stage.preparing import weight_source
 from expertlane.engine.stage.rank_checks import StageChecks, recorder_of
 from expertlane.engine.stage.worker import RankContext
-from expertlane.results.rank_totals import RankTotals
+from expertlane.results.step_record import RankTotals
 from expertlane.schedule.plan import Batch, RankBatch, RankStep
 from expertlane.spec.deployment import GraphLimits, Options, PayloadType
 from expertlane.spec.dispatch import DispatchForm, DispatchMode, DispatchTable

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from expertlane.report.charts.colours import OF_CAUSE, OF_GAP
 from expertlane.report.document import Chart, Heading, Lanes, Legend, Stretch, Table, Timelines
 from expertlane.report.numbers import counted, milliseconds, percent
-from expertlane.results.time_shares import CAUSE_OF_STAGE
+from expertlane.results.metrics import CAUSE_OF_STAGE
 from expertlane.results.timeline import RankTimeline, StepTimeline
 from expertlane.spec.names import Cause, Gap, Track
 
