@@ -26,7 +26,7 @@ from expertlane.cost.laws.profile_file import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.planner.candidates import Goals, PlanRequest
-from expertlane.planner.project import Setting
+from expertlane.cost.projector import Setting
 from expertlane.planner.search import Search
 from expertlane.planner.simulated import Race, simulate, simulated_pool
 from expertlane.planner.trials import Trials

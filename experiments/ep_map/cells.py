@@ -22,7 +22,7 @@ from expertlane.planner.candidates import (
     candidates_of,
     valid_layouts,
 )
-from expertlane.planner.project import Projector, Setting, StepSize
+from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.planner.screen import Screen, ScreenedCandidate, fitting
 from expertlane.results.record import StepsRecord
 from expertlane.spec.from_hf import from_hf

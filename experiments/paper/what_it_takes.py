@@ -30,7 +30,7 @@ from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Kind, Operation
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.errors import UserError
-from expertlane.planner.project import Projector, Setting, StepSize
+from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.report import markdown
 from expertlane.report.document import Answer, Heading, Report, Section, Table, number, text
 from expertlane.report.numbers import low_high_ms, milliseconds, times

@@ -39,7 +39,7 @@ from expertlane.engine.ranks.commands import (
     MeasureOperations,
     RankMachine,
 )
-from expertlane.planner.project import Projector, Setting, StepSize
+from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig

@@ -7,7 +7,7 @@ import pytest
 
 from expertlane.cost.laws.execution import BOUNDS
 from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
-from expertlane.planner.project import Projector, StepSize
+from expertlane.cost.projector import Projector, StepSize
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from planner.requests import MIXED, setting_of

@@ -5,7 +5,7 @@ from expertlane.cost.laws.profile_file import ModelledCluster, parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.planner.candidates import Goals, PlanRequest
-from expertlane.planner.project import Setting
+from expertlane.cost.projector import Setting
 from expertlane.planner.search import OnePool, Search
 from expertlane.planner.simulated import simulated_pool
 from expertlane.spec.model import PRESETS, ModelConfig

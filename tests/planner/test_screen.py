@@ -19,7 +19,7 @@ from expertlane.planner.candidates import (
     valid_layouts,
 )
 from expertlane.planner.experiment_text import experiment_text
-from expertlane.planner.project import Projector, StepSize
+from expertlane.cost.projector import Projector, StepSize
 from expertlane.planner.screen import Screen, fitting
 from expertlane.simulator.setup import ServingSetup
 from expertlane.simulator.simulator import Simulator

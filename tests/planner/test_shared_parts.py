@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlane.cost.closed_form import price, step_estimates
+from expertlane.cost.shared_parts import price, step_estimates
 from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.routing import placed
@@ -23,8 +23,8 @@ from expertlane.cost.step.operation import HandOver
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import ExpectedStepList
 from expertlane.planner.candidates import Candidate, Goals, PlanRequest
-from expertlane.planner.many_steps import Pipelining
-from expertlane.planner.project import Projector, StepSize
+from expertlane.cost.closed_form import Pipelining
+from expertlane.cost.projector import Projector, StepSize
 from expertlane.planner.screen import fitting
 from expertlane.planner.search import Search
 from expertlane.spec.deployment import Options

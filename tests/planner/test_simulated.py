@@ -16,7 +16,7 @@ from expertlane.planner.simulated import (
     simulate_pools,
     simulated_pool,
 )
-from expertlane.planner.throughput import ThroughputCurve
+from expertlane.cost.throughput import ThroughputCurve
 from expertlane.planner.trials import Trials
 from expertlane.simulator.watch import ROUGH
 from expertlane.spec.layout import Layout

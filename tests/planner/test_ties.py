@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from expertlane.planner.candidates import Candidate, Goals
 from expertlane.planner.search import Search
-from expertlane.planner.throughput import ThroughputCurve
+from expertlane.cost.throughput import ThroughputCurve
 from expertlane.planner.ties import Contender, Uncertain, contender, pools_tps, ranked
 from expertlane.planner.two_pools import TwoPools, TwoPoolSearch
 from expertlane.results.estimate import Estimate, Summary

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from expertlane.cost.routing import RoutingChoice
     from expertlane.planner.candidates import PlanRequest
     from expertlane.planner.commands import ServeTarget
-    from expertlane.planner.project import Setting
+    from expertlane.cost.projector import Setting
     from expertlane.spec.workload import Load
 
 _EXPERIMENT = "experiment.toml"
@@ -241,7 +241,7 @@ def _setting(
         UserError: drafts are asked for of an engine that has none.
     """
     from expertlane.cost.laws.execution import Execution
-    from expertlane.planner.project import Setting
+    from expertlane.cost.projector import Setting
 
     multi_token = drafts.multi_token()
     if multi_token.num_drafts and own.engine == "expertlane":

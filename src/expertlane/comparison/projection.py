@@ -23,7 +23,7 @@ from expertlane.cost.routing import (
 from expertlane.errors import CapacityError, UserError
 from expertlane.planner.candidates import Goals, PlanRequest, candidates_like
 from expertlane.planner.explanation import time_by_cause
-from expertlane.planner.project import (
+from expertlane.cost.projector import (
     Projector,
     Setting,
     StepSize,

@@ -9,7 +9,7 @@ from expertlane.cost.laws.profile_file import ModelledCluster
 from expertlane.cost.memory import BLOCK_SIZE
 from expertlane.cost.step.operation import Floats
 from expertlane.errors import CapacityError, SpecError
-from expertlane.planner.project import Setting
+from expertlane.cost.projector import Setting
 from expertlane.results.estimate import Estimate
 from expertlane.results.metrics import ServedRequest, serving_record
 from expertlane.results.serving_record import SLOResult

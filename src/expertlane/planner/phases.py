@@ -8,7 +8,7 @@ from math import inf
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.screen import ScreenedCandidate
-from expertlane.planner.throughput import Arriving, one_pool
+from expertlane.cost.throughput import Arriving, one_pool
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DispatchForm
 

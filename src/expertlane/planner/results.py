@@ -24,7 +24,7 @@ from expertlane.planner.explanation import best_of_families, gap_to, pareto
 from expertlane.planner.screen import Known, ScreenedCandidate, fitting
 from expertlane.planner.search import Finalist, OnePool, Search
 from expertlane.planner.simulated import NUM_SIMULATED, serve_at_rate, simulated_pool
-from expertlane.planner.throughput import ThroughputCurve
+from expertlane.cost.throughput import ThroughputCurve
 from expertlane.planner.ties import Contender, Ranking, contender, pools_tps, pools_win, ranked
 from expertlane.planner.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress

@@ -10,7 +10,7 @@ import numpy as np
 
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements, placements_of
-from expertlane.cost.closed_form import Shape, SharedParts
+from expertlane.cost.shared_parts import Shape, SharedParts
 from expertlane.cost.laws.execution import LIKELY, Terms
 from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.laws.links import LinkModel
@@ -20,8 +20,8 @@ from expertlane.cost.step.expected_counts import ExpectedFanOut, sampled_layers
 from expertlane.cost.step.operation import Ints
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.planner.candidates import Candidate, Goals, PlanRequest
-from expertlane.planner.many_steps import ManySteps, Pipelining, Sized, joined_points
-from expertlane.planner.throughput import (
+from expertlane.cost.closed_form import ManySteps, Pipelining, Sized, joined_points
+from expertlane.cost.throughput import (
     Prompts,
     Steps,
     ThroughputCurve,

@@ -21,9 +21,9 @@ from expertlane.planner.candidates import (
 )
 from expertlane.planner.engines import by_library, engines_on, runs_in_any_role
 from expertlane.planner.phases import with_fastest_prefill
-from expertlane.planner.project import Projector, Setting, StepSize
+from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.planner.screen import Known, Screen, Screened, ScreenedCandidate, fitting
-from expertlane.planner.throughput import ThroughputCurve, one_pool
+from expertlane.cost.throughput import ThroughputCurve, one_pool
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.timeline import StepTimeline

@@ -22,7 +22,7 @@ from expertlane.planner.candidates import Candidate, Goals, PlanRequest, family_
 from expertlane.planner.engines import Engine, engines_on
 from expertlane.planner.screen import Screened, ScreenedCandidate, TooLarge, fitting
 from expertlane.planner.search import Finalist, OnePool, Search
-from expertlane.planner.throughput import ThroughputCurve
+from expertlane.cost.throughput import ThroughputCurve
 from expertlane.planner.trials import Run, SimulatedCandidate, Trials
 from expertlane.results.serving_record import ServingRecord
 from expertlane.simulator.results import serving_of

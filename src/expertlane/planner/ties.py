@@ -18,7 +18,7 @@ from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.step.operation import Floats
 from expertlane.planner.candidates import Goals
 from expertlane.planner.search import Finalist
-from expertlane.planner.throughput import Steps, ThroughputCurve, one_pool, two_pools
+from expertlane.cost.throughput import Steps, ThroughputCurve, one_pool, two_pools
 from expertlane.planner.two_pools import TwoPools
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import TieBreak

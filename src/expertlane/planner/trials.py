@@ -11,7 +11,7 @@ from math import ceil, log, sqrt
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.planner.candidates import Goals, PlanRequest
 from expertlane.planner.screen import ScreenedCandidate
-from expertlane.planner.throughput import ThroughputCurve
+from expertlane.cost.throughput import ThroughputCurve
 from expertlane.results.serving_record import KEPT
 from expertlane.simulator.watch import Precision
 
