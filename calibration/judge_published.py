@@ -24,9 +24,9 @@ import numpy as np
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
 from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting, choose_routing
 from expertlane.errors import SpecError
-from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.results.record import StepsRecord
 from expertlane.spec.deployment import Options, PlacementMethod
 from expertlane.spec.dispatch import DispatchForm

@@ -5,15 +5,10 @@ from dataclasses import replace
 import pytest
 
 from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.throughput import Goals
 from expertlane.errors import UserError
 from expertlane.planner.by_engine import of_each_engine
-from expertlane.planner.candidates import (
-    Candidate,
-    Goals,
-    PlanRequest,
-    candidates_of,
-    valid_layouts,
-)
+from expertlane.planner.candidates import Candidate, PlanRequest, candidates_of, valid_layouts
 from expertlane.planner.engines import ENGINES, Pool, engines_on
 from expertlane.planner.screen import fitting
 from expertlane.planner.search import Search

@@ -6,7 +6,8 @@ from math import inf
 import pytest
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.planner.candidates import Goals, PlanRequest
+from expertlane.cost.throughput import Goals
+from expertlane.planner.candidates import PlanRequest
 from expertlane.planner.phases import with_fastest_prefill
 from expertlane.planner.screen import fitting
 from expertlane.planner.search import Search

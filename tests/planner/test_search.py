@@ -5,8 +5,9 @@ from typing import NamedTuple
 import pytest
 
 from cli.screen import telling, tells
+from expertlane.cost.throughput import Goals
 from expertlane.errors import UserError
-from expertlane.planner.candidates import Goals, PlanRequest, family_of
+from expertlane.planner.candidates import PlanRequest, family_of
 from expertlane.planner.explanation import best_of_families, gap_to, pareto
 from expertlane.planner.screen import fitting
 from expertlane.planner.simulated import simulated_pool

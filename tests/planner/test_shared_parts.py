@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlane.cost.shared_parts import price, step_estimates
+from expertlane.cost.closed_form import Pipelining, step_estimates
 from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.projector import Projector, StepSize
 from expertlane.cost.routing import placed
+from expertlane.cost.shared_parts import price
 from expertlane.cost.step.batch_sizes import Scenarios
 from expertlane.cost.step.expected_counts import (
     ExpectedFanOut,
@@ -22,9 +24,8 @@ from expertlane.cost.step.layer import arrival_steps, embedding_steps, head_step
 from expertlane.cost.step.operation import HandOver
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import ExpectedStepList
-from expertlane.planner.candidates import Candidate, Goals, PlanRequest
-from expertlane.cost.closed_form import Pipelining
-from expertlane.cost.projector import Projector, StepSize
+from expertlane.cost.throughput import Goals
+from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.screen import fitting
 from expertlane.planner.search import Search
 from expertlane.spec.deployment import Options

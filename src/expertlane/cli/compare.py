@@ -369,7 +369,7 @@ def _projector(
     from expertlane.cost.laws.frameworks import served_by
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.planner.candidates import Goals
+    from expertlane.cost.throughput import Goals
     from expertlane.spec.projection import ProjectionAsked
     from expertlane.spec.workload import check_lengths
 

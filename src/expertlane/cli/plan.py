@@ -24,10 +24,10 @@ from expertlane.spec.names import EngineName
 if TYPE_CHECKING:
     from expertlane.cost.laws.profile_file import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
+    from expertlane.cost.projector import Setting
     from expertlane.cost.routing import RoutingChoice
     from expertlane.planner.candidates import PlanRequest
     from expertlane.planner.commands import ServeTarget
-    from expertlane.cost.projector import Setting
     from expertlane.spec.workload import Load
 
 _EXPERIMENT = "experiment.toml"
@@ -187,7 +187,8 @@ def _question(
     from expertlane.cost.laws.frameworks import served_by
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.planner.candidates import Goals, PlanRequest
+    from expertlane.cost.throughput import Goals
+    from expertlane.planner.candidates import PlanRequest
 
     found = find_model(own.model, weights=False)
     config, devices = found.config, parse_cluster(cluster)

@@ -1,4 +1,7 @@
-"""Steps of many deployments at once, added up from the times of their parts.
+"""The closed form of a step: its time without a clock, for many deployments at once.
+
+It is what the replay (`cost/replay.py`) gives where routing is even. Times of parts
+(`cost/shared_parts.py`) are added up: layers to stages, stages to micro-batches, those to steps.
 
 All are told by arrays: S structures (a layout with a dispatch form, slots for experts and drafts),
 each at some numbers of sequences, F of them in all.
@@ -13,9 +16,18 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.shared_parts import Points, PricedPoints, Shape, step_estimates
-from expertlane.cost.laws.execution import Terms
+from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.shared_parts import (
+    COMPUTE,
+    IN_SERIES,
+    LAUNCHES,
+    MOVED,
+    SLOWED,
+    Points,
+    PricedPoints,
+    Shape,
+)
 from expertlane.cost.step.operation import Floats, HandOver, Ints
 from expertlane.cost.throughput import Arriving
 from expertlane.spec.deployment import MicroBatchSchedule, Options
@@ -23,6 +35,7 @@ from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import Workload
 
+_LOW = BOUNDS.index("low")
 _LEAST_ADDED = 0.05  # least that a prompt adds to a step of decodes, as a share of its own step
 
 
@@ -411,3 +424,74 @@ def joined_points(many: Sequence[ManySteps]) -> tuple[Points, list[int]]:
     of_each = [each.points() for each in many]
     ends = np.cumsum([len(each.shape) for each in of_each]).tolist()
     return _joined(of_each), [0, *ends[:-1]]
+
+
+def step_estimates(
+    stages: Sequence[tuple[int, Floats]],
+    hand_over_s: Floats,
+    driver_s: Floats,
+    terms: Terms,
+    schedule: MicroBatchSchedule,
+    num_micro_batches: Ints,
+    overlap: npt.NDArray[np.bool_],
+    num_layers: int,
+) -> Floats:
+    """[3, P]; seconds of steps, low, likely and high, or of a round where micro-batches rotate.
+
+    A drained step of m micro-batches takes the way through all stages and m - 1 times the slowest,
+    after the driver. A round of m rotating ones takes m times the slowest, or the driver and the
+    way through all if that is longer: the driver plans one while the others run.
+
+    Args:
+        stages: number of alike stages, and the price of a part there: [rows, P].
+        hand_over_s: [3, P]; seconds of a part's message to the next stage.
+        driver_s: [3, P]; seconds between steps.
+        num_micro_batches: [P]; m.
+        overlap: [P]; whether a micro-batch runs in two halves.
+        num_layers: layers of the model.
+    """
+    num_stages = sum(num for num, _ in stages)
+    through = hand_over_s * ((1 + overlap) * (num_stages - 1))
+    slowest = np.zeros_like(through)
+    for num, priced in stages:
+        seconds = _micro_batch(priced, terms, overlap, num_layers / num_stages)
+        through, slowest = through + num * seconds, np.maximum(slowest, seconds)
+    total: Floats
+    if schedule == "rotating":
+        of_one = np.maximum(through + driver_s, num_micro_batches * driver_s)
+        total = np.maximum(num_micro_batches * slowest, of_one)
+    else:
+        total = through + (num_micro_batches - 1) * slowest + driver_s
+    return total
+
+
+def _micro_batch(
+    priced: Floats, terms: Terms, overlap: npt.NDArray[np.bool_], layers_of_stage: float
+) -> Floats:
+    """[3, P]; seconds of a micro-batch on a stage, its halves side by side with overlap."""
+    halves = 1 + overlap
+    computing, moving = halves * priced[COMPUTE], halves * priced[MOVED]
+    seconds = computing + moving
+    if overlap.any():
+        # The share that transfers take of computing beside them, mean over transfers.
+        share = halves * priced[SLOWED] / np.maximum(moving[LIKELY], 1e-12)
+        slowed = share * np.minimum(moving[LIKELY], computing[LIKELY])
+        ramp = moving[LIKELY] / halves / max(layers_of_stage, 1)  # the first layer's hides nothing
+        beside = np.maximum(moving[LIKELY], computing[LIKELY] + slowed) + ramp
+        beside = np.minimum(beside, seconds[LIKELY])
+        seconds[LIKELY] = np.where(overlap, beside, seconds[LIKELY])
+        side_by_side = np.maximum(computing[_LOW], moving[_LOW])
+        seconds[_LOW] = np.where(overlap, side_by_side, seconds[_LOW])
+    return _launched(seconds, halves * priced[LAUNCHES], halves * priced[IN_SERIES], terms)
+
+
+def _launched(seconds: Floats, num_kernels: Floats, in_series_s: Floats, terms: Terms) -> Floats:
+    """[3, P]; seconds with launch overheads, by `Terms.execution`."""
+    launch_s = terms.launch_s[:, None]
+    match terms.execution:
+        case Execution.EAGER:
+            return np.maximum(seconds, num_kernels * launch_s)
+        case Execution.GRAPH:
+            return seconds + launch_s
+        case Execution.SERIAL:
+            return seconds + in_series_s

@@ -1,7 +1,7 @@
 """Projection of one deployment: steps of given sizes, their memory, and where time goes.
 
 Every rank's own counts are priced and replayed on a virtual clock, so this is the model in full,
-where `planner.screen` has one rank stand for all.
+where the closed form has one rank stand for all.
 """
 
 from collections import defaultdict

@@ -1,7 +1,4 @@
-"""The closed form of a step: its time without a clock, over many scenarios at once.
-
-It is what the replay (`cost/replay.py`) gives where routing is even. Each distinct part of a step
-is priced once.
+"""Prices of the parts of steps, over many scenarios at once: each distinct part is priced once.
 
 A scenario is a number of alike sequences; one rank of the stage stands for all. A part turns on few
 of a layout's sizes: attention, MLPs and the two ends of the model on the tensor-parallel group and
@@ -18,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.cost.laws.device import DeviceModel
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms, kernels_of
+from expertlane.cost.laws.execution import LIKELY, Execution, Terms, kernels_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Times
@@ -49,7 +46,7 @@ from expertlane.cost.step.operation import (
 )
 from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import ExpectedStepList
-from expertlane.spec.deployment import MicroBatchSchedule, PayloadType
+from expertlane.spec.deployment import PayloadType
 from expertlane.spec.dispatch import DispatchForm, is_by_node_on
 from expertlane.spec.model import ModelConfig
 
@@ -57,7 +54,6 @@ from expertlane.spec.model import ModelConfig
 # computing beside them, launches, and three bounds of the engine's own work where all is in series.
 COMPUTE, MOVED, IN_SERIES = slice(0, 3), slice(3, 6), slice(8, 11)
 SLOWED, LAUNCHES = 6, 7
-_LOW = BOUNDS.index("low")
 _NUM_ROWS = 11
 _AnyColumn = npt.NDArray[Any]
 
@@ -137,7 +133,7 @@ class PricedPoints(NamedTuple):
 
 
 class SharedParts:
-    """Prices parts of stages; those of one layout are added up in `planner.screen`.
+    """Prices parts of stages; those of one layout are added up in `cost.closed_form`.
 
     Args:
         has_drafts: whether any deployment uses multi-token prediction.
@@ -415,74 +411,3 @@ def _transfer_times(links: LinkModel, lists: Sequence[ExpectedStepList]) -> dict
         for between, inside in forwarding_hops(of_list):
             found[id(between)], found[id(inside)] = links.forwarded(between, inside)
     return found
-
-
-def step_estimates(
-    stages: Sequence[tuple[int, Floats]],
-    hand_over_s: Floats,
-    driver_s: Floats,
-    terms: Terms,
-    schedule: MicroBatchSchedule,
-    num_micro_batches: Ints,
-    overlap: npt.NDArray[np.bool_],
-    num_layers: int,
-) -> Floats:
-    """[3, P]; seconds of steps, low, likely and high, or of a round where micro-batches rotate.
-
-    A drained step of m micro-batches takes the way through all stages and m - 1 times the slowest,
-    after the driver. A round of m rotating ones takes m times the slowest, or the driver and the
-    way through all if that is longer: the driver plans one while the others run.
-
-    Args:
-        stages: number of alike stages, and the price of a part there: [rows, P].
-        hand_over_s: [3, P]; seconds of a part's message to the next stage.
-        driver_s: [3, P]; seconds between steps.
-        num_micro_batches: [P]; m.
-        overlap: [P]; whether a micro-batch runs in two halves.
-        num_layers: layers of the model.
-    """
-    num_stages = sum(num for num, _ in stages)
-    through = hand_over_s * ((1 + overlap) * (num_stages - 1))
-    slowest = np.zeros_like(through)
-    for num, priced in stages:
-        seconds = _micro_batch(priced, terms, overlap, num_layers / num_stages)
-        through, slowest = through + num * seconds, np.maximum(slowest, seconds)
-    total: Floats
-    if schedule == "rotating":
-        of_one = np.maximum(through + driver_s, num_micro_batches * driver_s)
-        total = np.maximum(num_micro_batches * slowest, of_one)
-    else:
-        total = through + (num_micro_batches - 1) * slowest + driver_s
-    return total
-
-
-def _micro_batch(
-    priced: Floats, terms: Terms, overlap: npt.NDArray[np.bool_], layers_of_stage: float
-) -> Floats:
-    """[3, P]; seconds of a micro-batch on a stage, its halves side by side with overlap."""
-    halves = 1 + overlap
-    computing, moving = halves * priced[COMPUTE], halves * priced[MOVED]
-    seconds = computing + moving
-    if overlap.any():
-        # The share that transfers take of computing beside them, mean over transfers.
-        share = halves * priced[SLOWED] / np.maximum(moving[LIKELY], 1e-12)
-        slowed = share * np.minimum(moving[LIKELY], computing[LIKELY])
-        ramp = moving[LIKELY] / halves / max(layers_of_stage, 1)  # the first layer's hides nothing
-        beside = np.maximum(moving[LIKELY], computing[LIKELY] + slowed) + ramp
-        beside = np.minimum(beside, seconds[LIKELY])
-        seconds[LIKELY] = np.where(overlap, beside, seconds[LIKELY])
-        side_by_side = np.maximum(computing[_LOW], moving[_LOW])
-        seconds[_LOW] = np.where(overlap, side_by_side, seconds[_LOW])
-    return _launched(seconds, halves * priced[LAUNCHES], halves * priced[IN_SERIES], terms)
-
-
-def _launched(seconds: Floats, num_kernels: Floats, in_series_s: Floats, terms: Terms) -> Floats:
-    """[3, P]; seconds with launch overheads, by `Terms.execution`."""
-    launch_s = terms.launch_s[:, None]
-    match terms.execution:
-        case Execution.EAGER:
-            return np.maximum(seconds, num_kernels * launch_s)
-        case Execution.GRAPH:
-            return seconds + launch_s
-        case Execution.SERIAL:
-            return seconds + in_series_s

@@ -6,9 +6,9 @@ from functools import cache
 from math import inf
 
 from expertlane.cost.laws.execution import LIKELY
+from expertlane.cost.throughput import Arriving, one_pool
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.screen import ScreenedCandidate
-from expertlane.cost.throughput import Arriving, one_pool
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DispatchForm
 

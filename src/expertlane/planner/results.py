@@ -14,6 +14,7 @@ from expertlane.cost.records import cluster_record, conditions_of, with_known_er
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
+from expertlane.cost.throughput import ThroughputCurve
 from expertlane.planner.break_even import break_even
 from expertlane.planner.by_engine import EngineChoice, of_each_engine
 from expertlane.planner.candidates import Candidate, PlanRequest
@@ -24,7 +25,6 @@ from expertlane.planner.explanation import best_of_families, gap_to, pareto
 from expertlane.planner.screen import Known, ScreenedCandidate, fitting
 from expertlane.planner.search import Finalist, OnePool, Search
 from expertlane.planner.simulated import NUM_SIMULATED, serve_at_rate, simulated_pool
-from expertlane.cost.throughput import ThroughputCurve
 from expertlane.planner.ties import Contender, Ranking, contender, pools_tps, pools_win, ranked
 from expertlane.planner.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress

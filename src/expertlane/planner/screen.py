@@ -10,18 +10,18 @@ import numpy as np
 
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements, placements_of
-from expertlane.cost.shared_parts import Shape, SharedParts
+from expertlane.cost.closed_form import ManySteps, Pipelining, Sized, joined_points
 from expertlane.cost.laws.execution import LIKELY, Terms
 from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.memory import Capacity, PlacedModel, prefill_step_tokens
 from expertlane.cost.multi_token import MultiToken, with_drafting_layer
+from expertlane.cost.shared_parts import Shape, SharedParts
 from expertlane.cost.step.expected_counts import ExpectedFanOut, sampled_layers
 from expertlane.cost.step.operation import Ints
 from expertlane.cost.step.stage_mesh import StageMesh
-from expertlane.planner.candidates import Candidate, Goals, PlanRequest
-from expertlane.cost.closed_form import ManySteps, Pipelining, Sized, joined_points
 from expertlane.cost.throughput import (
+    Goals,
     Prompts,
     Steps,
     ThroughputCurve,
@@ -29,6 +29,7 @@ from expertlane.cost.throughput import (
     one_pool,
     together,
 )
+from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.spec.deployment import CopyMethod, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import NOTHING_SHARED, Workload

@@ -16,9 +16,8 @@ import numpy as np
 from expertlane.cost.by_law import LawError
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.step.operation import Floats
-from expertlane.planner.candidates import Goals
+from expertlane.cost.throughput import Goals, Steps, ThroughputCurve, one_pool, two_pools
 from expertlane.planner.search import Finalist
-from expertlane.cost.throughput import Steps, ThroughputCurve, one_pool, two_pools
 from expertlane.planner.two_pools import TwoPools
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import TieBreak
