@@ -31,14 +31,14 @@ from expertlane.balance.placement import Placement
 from expertlane.balance.planner import plan_placement
 from expertlane.balance.trace import RoutingTrace
 from expertlane.cost.laws.execution import LIKELY, Execution, Terms
-from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.laws.profile import read_profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import TraceRouting
 from expertlane.cost.step.batch_sizes import PartSizes
+from expertlane.cost.step.counts import StageMesh
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.timeline import Timeline
 from expertlane.engine.ops.backend import backend_for
 from expertlane.spec.deployment import CopyMethod

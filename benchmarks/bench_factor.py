@@ -18,7 +18,7 @@ from typing import Any
 
 from expertlane.comparison.run import run_comparison
 from expertlane.comparison.virtual import VirtualSettings
-from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.laws.profile import read_profile
 from expertlane.engine.launch import start_pool
 from expertlane.progress import Silent
 from expertlane.report.compared import run

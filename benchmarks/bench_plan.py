@@ -22,7 +22,7 @@ from dataclasses import replace
 from functools import partial
 
 from expertlane.cost.laws.execution import LIKELY, Execution
-from expertlane.cost.laws.profile_file import parse_cluster
+from expertlane.cost.laws.profile import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.projector import Setting
 from expertlane.cost.routing import PowerLawRouting

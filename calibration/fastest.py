@@ -19,7 +19,7 @@ from sheet import CARDS, Card
 from tables import MissingTablesError, Part, read
 
 from expertlane.cost.laws.device import DeviceModel
-from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.laws.profile import read_profile
 from expertlane.cost.step.operation import Kind
 
 _SIZE = ("num_tokens", "hidden_size", "inter_size", "topk", "num_experts")

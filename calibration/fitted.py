@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from quality import Quality
 
 from expertlane.cost.laws.profile import Term
-from expertlane.cost.laws.surface import Surface
+from expertlane.cost.laws.times import Surface
 
 
 @dataclass(frozen=True, eq=False)

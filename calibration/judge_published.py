@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
+from expertlane.cost.laws.profile import ModelledCluster, read_profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting, choose_routing

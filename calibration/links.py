@@ -28,8 +28,7 @@ from tables import SOURCE, Array, Part
 from expertlane.cost.laws.fitting import Rows, fit_surface, knots_of
 from expertlane.cost.laws.links import ASSUMED_TERMS, law_times, roofline_s
 from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.laws.surface import Surface
-from expertlane.cost.laws.times import Basis
+from expertlane.cost.laws.times import Basis, Surface
 from expertlane.spec.names import Link
 
 _SMOOTHNESS = 0.03

@@ -1,4 +1,4 @@
-"""Whether a law that is off for one size is off for others too: what `cost/by_law.py` rests on.
+"""Whether a law that is off for one size is off for others too: what `cost/projector.py` rests on.
 
 python calibration/scatter.py     correlation of residuals by how many doublings sizes are apart
 
@@ -14,8 +14,7 @@ from laws import laws_of
 from sheet import CARDS
 from tables import MissingTablesError, Part, read
 
-from expertlane.cost.laws.profile import Profile
-from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.laws.profile import Profile, read_profile
 
 _APART = (0.5, 1.0, 2.0, 4.0, 20.0)  # doublings, of the size that differs most
 _NUM_PAIRS = 3_000_000

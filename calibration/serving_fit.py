@@ -20,12 +20,7 @@ import numpy as np
 import tomli_w
 from serving_rows import Row, model_of
 
-from expertlane.cost.laws.frameworks import (
-    Fitted,
-    JudgedGroup,
-    frameworks,
-    kinds_of,
-)
+from expertlane.cost.laws.frameworks import Fitted, JudgedGroup, frameworks, kinds_of
 
 _SHRINKING = 4.0  # points that weigh as much as what coarser stages say
 _NUMBERS = ("step_factor", "arrival_s")  # found in this order

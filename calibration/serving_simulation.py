@@ -23,15 +23,13 @@ from serving_rows import Row, model_of
 import expertlane
 from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.frameworks import find_framework
-from expertlane.cost.laws.profile import Profile
-from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
+from expertlane.cost.laws.profile import ModelledCluster, Profile, read_profile
 from expertlane.cost.memory import FREE_SHARE
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import Traffic, choose_routing
 from expertlane.errors import CapacityError, UserError
-from expertlane.simulator.setup import ServingSetup
-from expertlane.simulator.simulator import Simulator
+from expertlane.simulator.simulator import ServingSetup, Simulator
 from expertlane.simulator.steady import StepTimes, step_times
 
 _PRICED = Path("build/judge_steps.jsonl")

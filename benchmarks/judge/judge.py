@@ -32,7 +32,7 @@ from rows import Rows, add
 
 from expertlane.comparison.run import run_comparison
 from expertlane.comparison.virtual import VirtualSettings
-from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.laws.profile import read_profile
 from expertlane.engine.launch import start_pool
 from expertlane.errors import UserError
 from expertlane.progress import Silent

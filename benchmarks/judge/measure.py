@@ -47,8 +47,7 @@ from rich.table import Table
 from rows import Rows, add
 
 from expertlane import __version__
-from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
-from expertlane.cost.laws.profile_file import write_profile
+from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term, write_profile
 from expertlane.cost.laws.times import Basis
 from expertlane.errors import UserError
 from expertlane.spec.names import Link

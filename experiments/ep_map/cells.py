@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from expertlane.cost.laws.execution import LIKELY, Execution
-from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
+from expertlane.cost.laws.profile import ModelledCluster, read_profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting

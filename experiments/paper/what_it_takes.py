@@ -18,10 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from expertlane.balance.placement_file import placements_of
+from expertlane.cost.laws.device import roofline
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile import LinkSheet, Profile
-from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
-from expertlane.cost.laws.roofline import roofline
+from expertlane.cost.laws.profile import LinkSheet, ModelledCluster, Profile, read_profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing, TimedStep, law_dtype
 from expertlane.cost.projector import Projector, Setting, StepSize

@@ -23,8 +23,7 @@ from expertlane.cost.laws.execution import (
     Terms,
     kernels_of,
 )
-from expertlane.cost.laws.profile import Term
-from expertlane.cost.laws.profile_file import ModelledCluster, read_profile, write_profile
+from expertlane.cost.laws.profile import ModelledCluster, Term, read_profile, write_profile
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing

@@ -19,7 +19,7 @@ from serving_fit import Fit, Point, Times  # noqa: E402
 from serving_rows import DEEPSEEK, Row, Workers, model_of, read_rows  # noqa: E402
 
 from expertlane.cost.laws.frameworks import Fitted, JudgedGroup, served_by  # noqa: E402
-from expertlane.cost.laws.profile_file import parse_cluster  # noqa: E402
+from expertlane.cost.laws.profile import parse_cluster  # noqa: E402
 from expertlane.simulator.steady import StepTimes  # noqa: E402
 
 HEADER = (

@@ -8,7 +8,7 @@ from cli.screen import telling, tells
 from expertlane.comparison.projection import ExperimentProjector, usual_number_type
 from expertlane.comparison.virtual import VirtualSettings
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile_file import parse_cluster, read_profile
+from expertlane.cost.laws.profile import parse_cluster, read_profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting

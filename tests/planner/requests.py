@@ -1,7 +1,7 @@
 """Small requests to a planner."""
 
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile_file import ModelledCluster, parse_cluster
+from expertlane.cost.laws.profile import ModelledCluster, parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.projector import Setting
 from expertlane.cost.routing import PowerLawRouting

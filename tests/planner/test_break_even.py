@@ -15,7 +15,7 @@ from expertlane.planner.break_even import (
     screened_again,
 )
 from expertlane.planner.candidates import Candidate
-from expertlane.planner.ties import Contender, Ranking, Uncertain, contender, ranked
+from expertlane.planner.ranking import Contender, Ranking, Uncertain, contender, ranked
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from planner.requests import WORKLOAD, planned, search_of

@@ -11,12 +11,7 @@ from expertlane.errors import UserError
 from expertlane.planner.candidates import family_of
 from expertlane.planner.screen import fitting
 from expertlane.planner.search import OnePool
-from expertlane.planner.simulated import (
-    Race,
-    simulate,
-    simulate_pools,
-    simulated_pool,
-)
+from expertlane.planner.simulated import Race, simulate, simulate_pools, simulated_pool
 from expertlane.planner.trials import Trials
 from expertlane.simulator.watch import ROUGH
 from expertlane.spec.layout import Layout

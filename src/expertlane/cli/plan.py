@@ -22,7 +22,7 @@ from expertlane.spec.files import write_text
 from expertlane.spec.names import EngineName
 
 if TYPE_CHECKING:
-    from expertlane.cost.laws.profile_file import ModelledCluster
+    from expertlane.cost.laws.profile import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
     from expertlane.cost.projector import Setting
     from expertlane.cost.routing import RoutingChoice
@@ -185,7 +185,7 @@ def _question(
         UserError: they contradict each other, or name what there is not.
     """
     from expertlane.cost.laws.frameworks import served_by
-    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.cost.laws.profile import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.cost.throughput import Goals
     from expertlane.planner.candidates import PlanRequest

@@ -11,7 +11,7 @@ from expertlane.comparison.likeness import (
     likeness,
 )
 from expertlane.cost.laws.execution import Execution, kernels_of
-from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.laws.profile import ModelledCluster
 from expertlane.cost.memory import FREE_SHARE, workload_limits
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.projector import StepSize

@@ -24,6 +24,7 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import forwarding_hops, law_dtype
 from expertlane.cost.step.attention import attention_steps
 from expertlane.cost.step.batch_sizes import Scenarios
+from expertlane.cost.step.counts import StageMesh
 from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts
 from expertlane.cost.step.layer import (
     arrival_steps,
@@ -44,7 +45,6 @@ from expertlane.cost.step.operation import (
     RankGroups,
     Transfer,
 )
-from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import ExpectedStepList
 from expertlane.spec.deployment import PayloadType
 from expertlane.spec.dispatch import DispatchForm, is_by_node_on

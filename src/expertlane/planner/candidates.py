@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
-from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.laws.profile import ModelledCluster
 from expertlane.cost.memory import BLOCK_SIZE
 from expertlane.cost.projector import Setting
 from expertlane.cost.throughput import Goals

@@ -8,9 +8,9 @@ from itertools import islice, product
 
 import numpy as np
 
-from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.memory import KVTransfers
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.throughput import Goals, ThroughputCurve, two_pools
 from expertlane.planner.candidates import Candidate, PlanRequest
