@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from cleaning import group_numbers, without_spikes
 from quality import Quality
-from tables import SOURCE, Array, Columns, Part, Table, read
+from tables import SOURCE, Array, Columns, Part, Table, group_numbers, read, without_spikes
 
 from expertlane.cost.laws.device import DeviceModel, roofline
 from expertlane.cost.laws.fitting import Rows, fit_surface

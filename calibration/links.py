@@ -17,11 +17,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from deepep import COUNTS, far_sources_of_laws
-from fitted import Fitted
-from links_tables import sources_of_laws
-from loads import Loads, Source, read_loads
-from quality import Quality
+from links_tables import COUNTS, Loads, Source, far_sources_of_laws, read_loads, sources_of_laws
+from quality import Fitted, Quality
 from sheet import Card
 from tables import SOURCE, Array, Part
 
