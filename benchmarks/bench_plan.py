@@ -22,11 +22,12 @@ from dataclasses import replace
 from functools import partial
 
 from expertlane.cost.laws.execution import LIKELY, Execution
-from expertlane.cost.laws.profile_file import parse_cluster
+from expertlane.cost.laws.profile import parse_cluster
 from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.projector import Setting
 from expertlane.cost.routing import PowerLawRouting
-from expertlane.planner.candidates import Goals, PlanRequest
-from expertlane.planner.project import Setting
+from expertlane.cost.throughput import Goals
+from expertlane.planner.candidates import PlanRequest
 from expertlane.planner.search import Search
 from expertlane.planner.simulated import Race, simulate, simulated_pool
 from expertlane.planner.trials import Trials

@@ -42,8 +42,7 @@ from expertlane.calibrate.steps import (
     run_batch,
 )
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms, kernels_of
-from expertlane.cost.laws.profile import Profile
-from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.laws.profile import Profile, read_profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import TraceRouting

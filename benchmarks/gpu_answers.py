@@ -47,7 +47,7 @@ class Answer:
 def sheet_of(card: str, limits: Mapping[str, Any]) -> tuple[float, float]:
     """Bytes and bfloat16 FLOPs a second of a card."""
     from expertlane.cost.laws import shipped_profiles
-    from expertlane.cost.laws.profile_file import read_profile
+    from expertlane.cost.laws.profile import read_profile
 
     names = [name for name in shipped_profiles() if name.upper() in card.upper()]
     if not names:

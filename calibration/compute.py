@@ -8,16 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from cleaning import group_numbers, without_spikes
 from quality import Quality
-from tables import SOURCE, Array, Columns, Part, Table, read
+from tables import SOURCE, Array, Columns, Part, Table, group_numbers, read, without_spikes
 
-from expertlane.cost.laws.device import DeviceModel
+from expertlane.cost.laws.device import DeviceModel, roofline
 from expertlane.cost.laws.fitting import Rows, fit_surface
 from expertlane.cost.laws.profile import Profile
-from expertlane.cost.laws.roofline import roofline
-from expertlane.cost.laws.surface import Surface
-from expertlane.cost.laws.times import Basis
+from expertlane.cost.laws.times import Basis, Surface
 from expertlane.cost.step.operation import Kind
 
 Sizes = Mapping[str, Array | float]

@@ -18,8 +18,7 @@ from quality import Quality, markdown, side_by_side
 from sheet import CARDS, Card
 from tables import MissingTablesError, Part
 
-from expertlane.cost.laws.profile import Profile
-from expertlane.cost.laws.profile_file import write_profile
+from expertlane.cost.laws.profile import Profile, write_profile
 
 _PROFILES = Path(__file__).parent.parent / "src/expertlane/cost/laws/profiles"
 

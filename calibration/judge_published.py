@@ -1,33 +1,27 @@
 """Whole deployments as others measured them, against the model: nothing of this was fitted.
 
-python calibration/judge_published.py             DeepSeek-V3, from write-ups; what EPLB brings
-python calibration/judge_published.py --silicon   the MoE rows on H100 of silicon_sample.csv
+python calibration/judge_published.py      DeepSeek-V3, from write-ups; what EPLB brings
 
-Both print Markdown. Models are read from the configurations that aiconfigurator-core brings.
+Prints Markdown. The model is read from the configurations that aiconfigurator-core brings.
 
 Left out: 2,200 tokens/s per H200 with wide EP (vLLM, 2025-12-17; llm-d 0.3, 2025-10-10), since
 neither says in words on how many GPUs, with which batch, or of which lengths.
 """
 
-import argparse
-import csv
 import importlib.util
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
+from expertlane.cost.laws.profile import ModelledCluster, read_profile
 from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting, choose_routing
-from expertlane.errors import SpecError
-from expertlane.planner.project import Projector, Setting, StepSize
-from expertlane.results.record import StepsRecord
 from expertlane.spec.deployment import Options, PlacementMethod
 from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.from_hf import from_hf
@@ -182,28 +176,14 @@ GAINS = (
 
 def main() -> int:
     """Project and compare."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--silicon", action="store_true", help="the rows of silicon_sample.csv")
     spec = importlib.util.find_spec("aiconfigurator_core")
     if spec is None or spec.origin is None:
         print("install the tables first: pip install '.[calibration]'", file=sys.stderr)
         return 2
-    package = Path(spec.origin).parent
-    if parser.parse_args().silicon:
-        _judge_silicon(package)
-    else:
-        _judge_published(package)
+    name = "deepseek-ai/DeepSeek-V3"
+    path = Path(spec.origin).parent / "model_configs" / f"{name.replace('/', '--')}_config.json"
+    _judge(from_hf(json.loads(path.read_text(encoding="utf-8")), name))
     return 0
-
-
-def model_of(package: Path, name: str) -> ModelConfig:
-    """The model of a configuration.
-
-    Raises:
-        SpecError: expertlane does not know its architecture.
-    """
-    path = package / "model_configs" / f"{name.replace('/', '--')}_config.json"
-    return from_hf(json.loads(path.read_text(encoding="utf-8")), name)
 
 
 def projected(each: Published, model: ModelConfig) -> Bounds:
@@ -244,8 +224,7 @@ def _tps(each: Published, model: ModelConfig, routing: PowerLawRouting) -> Bound
     return low, likely, high
 
 
-def _judge_published(package: Path) -> None:
-    model = model_of(package, "deepseek-ai/DeepSeek-V3")
+def _judge(model: ModelConfig) -> None:
     errors, num_inside = [], 0
     for source in dict.fromkeys(each.source for each in PUBLISHED):
         print(f"\nSource: {source}.\n")
@@ -272,83 +251,6 @@ def _judge_published(package: Path) -> None:
     for of in GAINS:
         least, likely, most = gain(of, model)
         print(f"| {of.name} | {of.times:.2f} | {likely:.2f} | {least:.2f} | {most:.2f} |")
-
-
-def _judge_silicon(package: Path) -> None:
-    """Medians by model and mode; a row's batch is taken as that of one data-parallel rank."""
-    errors: defaultdict[tuple[str, str, str], list[float]] = defaultdict(list)
-    left_out: defaultdict[str, int] = defaultdict(int)
-    with (package / "systems" / "silicon_sample.csv").open(encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["system"].startswith("h100")]
-    for row in rows:
-        try:
-            model = model_of(package, row["model_path"])
-        except (SpecError, OSError) as error:
-            left_out[f"{row['model_path']}: {type(error).__name__}"] += 1
-            continue
-        if row["precision"] != "fp8":
-            left_out[f"{row['model_path']}: {row['precision'] or 'no precision'}"] += 1
-            continue
-        for what, projected, measured in _of_row(model, row):
-            errors[row["model_path"], row["mode"], what].append(projected / measured - 1)
-    print("| model | mode | of | rows | median error | absolute | p90 |")
-    print("| --- | --- | --- | ---: | ---: | ---: | ---: |")
-    for (name, mode, what), found in sorted(errors.items()):
-        size = np.abs(found)
-        print(
-            f"| {name} | {mode} | {what} | {len(found)} | {np.median(found):+.0%} | "
-            f"{np.median(size):.0%} | {np.quantile(size, 0.9):.0%} |"
-        )
-    told = ", ".join(f"{count} of {name}" for name, count in sorted(left_out.items()))
-    print(f"\nLeft out: {told}.")
-
-
-def _of_row(model: ModelConfig, row: dict[str, str]) -> Iterator[tuple[str, float, float]]:
-    """TPOT and TTFT, projected and measured, ms."""
-    isl, osl = int(row["isl"]), int(row["osl"])
-    prefix = {"agg": ("", ""), "disagg": ("prefill_", "decode_")}[row["mode"]]
-    prefill = _step(model, row, prefix[0], StepSize(0, isl, 0))
-    decode = _step(model, row, prefix[1], StepSize(0, 1, isl + osl // 2))
-    if decode is not None and row["silicon_tpot_ms"]:
-        step_s = decode.round_s.value
-        if row["mode"] == "agg" and prefill is not None:
-            # Others' prompts between the steps: each sequence's share of prefill a token.
-            step_s += decode.num_tokens * isl / osl / prefill.tps.value
-        yield "TPOT", 1e3 * step_s, float(row["silicon_tpot_ms"])
-    if prefill is not None and row["silicon_ttft_ms"] and row["mode"] == "disagg":
-        yield "TTFT", 1e3 * prefill.round_s.value, float(row["silicon_ttft_ms"])
-
-
-def _step(
-    model: ModelConfig, row: dict[str, str], prefix: str, size: StepSize
-) -> StepsRecord | None:
-    """None where the row's sizes are no layout of ours."""
-
-    def number(name: str) -> int:
-        return int(float(row[prefix + name] or 1))
-
-    batch = number("batch_size")
-    if prefix == "" and size.num_new > 1:
-        batch = 1  # prompts come one by one as others end
-    try:
-        layout = Layout(
-            pp=number("pp_size"),
-            dp=number("attention_dp_size"),
-            tp=number("tp_size"),
-            ep=number("moe_ep_size"),
-        )
-        layout.check_model(model)
-    except SpecError:
-        return None
-    spans = layout.stage_size > _PER_NODE
-    form: DispatchForm = "all_gather"
-    if spans and layout.ep > 1:
-        form = "hierarchical" if size.num_new > 1 else "all_to_all"
-    routing = PowerLawRouting.of(model, 0.0, num_sampled_layers=2)
-    setting = Setting(NumberTypes.asked("float8"), Execution.GRAPH, routing, "float8")
-    cluster = ModelledCluster(read_profile("h100"), layout.world_size)
-    projector = Projector(model, layout, Options(dispatch=form), cluster, setting)
-    return projector.step(StepSize(batch * layout.dp, size.num_new, size.num_cached))
 
 
 if __name__ == "__main__":

@@ -19,23 +19,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from serving_errors import (
+from serving_fit import (
     FEWEST,
     QUANTITIES,
     Bounds,
     Errors,
+    Fit,
+    Point,
     Ratios,
+    Sides,
+    Times,
+    acceptances,
     by,
     of_pairs,
+    out_of_sample,
     pairs,
     ratio_bounds,
     ratios,
     table,
+    tokens_per_step,
+    write,
 )
-from serving_fit import Fit, Point, Sides, Times, acceptances, out_of_sample, tokens_per_step, write
+from serving_replay import Priced, play, price, scheduling_of
 from serving_rows import Row, model_of, read_rows
-from serving_simulation import Priced, price
-from serving_waves import play, scheduling_of
 
 from expertlane.cost.laws.frameworks import FILE, Fitted, JudgedGroup, attention_of, sizes_of
 

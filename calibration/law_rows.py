@@ -1,11 +1,115 @@
-"""Tables as rows of laws: which columns are the sizes that each kind is looked up by."""
+"""Tables as rows of laws: which columns are the sizes that each kind is looked up by.
 
-from collections.abc import Mapping
+Laws interpolate between knots, by kernel; first and last knots become the tables' extremes.
+
+Where routing is skewed, aiconfigurator draws the experts' loads from a power law (between 1 and 0.8
+of the tokens), scales them to the pairs there are, and times the rank with the most. Which loads it
+drew is not in its tables, so this draws some of its own and takes the mean. An expert's time then
+follows from the law of balanced routing at that rank's pairs and experts with any.
+"""
+
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from compute import Sizes, Source
-from skew import busiest_rank
+from sheet import Generation
 from tables import Array, Columns, Table
+
+_NUM_DRAWS = 16
+_SEED = 0
+_MOST_OF_TOKENS = 0.8
+
+
+def busiest_rank(columns: Columns) -> tuple[Array, Array]:
+    """Pairs, and experts with any, on the busiest rank; [N] each."""
+    names = ("num_tokens", "topk", "num_experts", "moe_ep_size", "alpha")
+    cases = np.stack([columns[name] for name in names], axis=1)
+    distinct, which = np.unique(cases, axis=0, return_inverse=True)
+    random = np.random.default_rng(_SEED)
+    busiest = np.array([_busiest(*case, random) for case in distinct.tolist()])
+    return busiest[which.reshape(-1), 0], busiest[which.reshape(-1), 1]
+
+
+def _busiest(
+    tokens: float,
+    topk: float,
+    experts: float,
+    ranks: float,
+    alpha: float,
+    random: np.random.Generator,
+) -> tuple[float, float]:
+    pairs = tokens * topk
+    least, most = (1.0, tokens * _MOST_OF_TOKENS) if pairs > experts else (0.01, 2.0)
+    power = 1 - alpha
+    uniform = random.random((_NUM_DRAWS, int(experts)))
+    drawn = ((most**power - least**power) * uniform + least**power) ** (1 / power)
+    counts = np.minimum(np.rint(drawn / drawn.sum(axis=1, keepdims=True) * pairs), tokens)
+    by_rank = counts.reshape(_NUM_DRAWS, int(ranks), -1)
+    load = by_rank.sum(axis=2)
+    rank = load.argmax(axis=1)
+    draw = np.arange(_NUM_DRAWS)
+    active = (by_rank[draw, rank] > 0).sum(axis=1)
+    return max(load[draw, rank].mean(), 1.0), max(active.mean(), 1.0)
+
+
+Axes = Mapping[str, Sequence[float]]
+
+_KEYS_PER_QUERY = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
+_QUERY_HEADS = (16, 128, 1024, 8192, 65536, 524288, 8388608)
+_POSITIONS = (2, 64, 256, 1024, 4096, 16384, 131072)
+_WIDTHS = (32, 128, 512, 1024, 2048, 4096, 8192, 16384, 65536)
+_COMMON: dict[str, Axes] = {
+    "gemm": {
+        "m": (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4352, 32768),
+        "n": _WIDTHS,
+        "k": _WIDTHS,
+    },
+    "experts": {
+        "pairs_per_expert": (1, 2, 8, 32, 128, 512, 4096),
+        "active": (1, 4, 16, 64, 512),
+        "hidden": (2048, 4096, 7168),
+        "inner": (16, 128, 512, 1024, 4096, 16384),
+    },
+    "latent_decode": {
+        "positions_per_seq": _POSITIONS,
+        "seqs": (1, 4, 16, 64, 256, 1024),
+        "heads": (1, 4, 16, 64, 128),
+        "key_dim": (576,),
+    },
+}
+# Where a cache's bandwidth ends, and how wide heads are that were timed.
+_HOPPERS_BYTES = (1e2, 1e5, 1e6, 3e6, 1e7, 3e7, 4e7, 5e7, 1e9)
+_BYTES = (1e2, 1e5, 1e6, 3e6, 1e7, 3e7, 6e7, 1e8, 1.5e8, 1e9)
+_HEAD_DIMS = (64, 128, 256, 512)
+
+
+def axes_of(generation: Generation) -> dict[str, Axes]:
+    """By kernel, the knots of each axis."""
+    is_hopper, is_blackwell = (
+        generation is each for each in (Generation.HOPPER, Generation.BLACKWELL)
+    )
+    return {
+        **_COMMON,
+        "memory": {"bytes": _HOPPERS_BYTES if is_hopper else _BYTES},
+        "prefill": {
+            "keys_per_query": _KEYS_PER_QUERY,
+            "query_heads": _QUERY_HEADS,
+            "group": (1, 4, 16, 64),
+            "head_dim": _HEAD_DIMS if is_blackwell else _HEAD_DIMS[:-1],
+        },
+        "decode": {
+            "positions_per_seq": _POSITIONS,
+            "seq_kv_heads": (1, 8, 64, 256, 1024, 4096, 16384),
+            "group": (1, 4, 8, 16, 64),
+            "head_dim": _HEAD_DIMS,
+        },
+        "latent_prefill": {
+            "keys_per_query": _KEYS_PER_QUERY,
+            "query_heads": _QUERY_HEADS,
+            "key_dim": (192, 576) if is_hopper else (192,),
+        },
+    }
+
 
 ATTENTION = "{}/attention/{}/{}_attention_perf.parquet"
 _HEADS = ("num_heads", "num_key_value_heads", "head_dim")

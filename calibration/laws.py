@@ -3,12 +3,11 @@
 from collections.abc import Callable
 
 from compute import Law, Source, fit_law
-from fitted import Fitted
-from knots import axes_of
 from law_rows import (
     ATTENTION,
     LATENT,
     WIDENED,
+    axes_of,
     decode_rows,
     expert_rows,
     gemm_rows,
@@ -18,6 +17,7 @@ from law_rows import (
     scaling_rows,
 )
 from laws_of_others import laws_of_others
+from quality import Fitted
 from sheet import Card, Generation
 
 from expertlane.cost.step.operation import Kind

@@ -5,10 +5,10 @@ RTX PRO 6000. What a table lacks is taken over from the H100, as a bound.
 from collections.abc import Mapping, Sequence
 
 from compute import Law, Source
-from knots import axes_of
 from law_rows import (
     ATTENTION,
     WIDENED,
+    axes_of,
     decode_rows,
     expert_rows,
     gemm_rows,

@@ -17,19 +17,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-from deepep import COUNTS, far_sources_of_laws
-from fitted import Fitted
-from links_tables import sources_of_laws
-from loads import Loads, Source, read_loads
-from quality import Quality
+from links_tables import COUNTS, Loads, Source, far_sources_of_laws, read_loads, sources_of_laws
+from quality import Fitted, Quality
 from sheet import Card
 from tables import SOURCE, Array, Part
 
 from expertlane.cost.laws.fitting import Rows, fit_surface, knots_of
 from expertlane.cost.laws.links import ASSUMED_TERMS, law_times, roofline_s
 from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.laws.surface import Surface
-from expertlane.cost.laws.times import Basis
+from expertlane.cost.laws.times import Basis, Surface
 from expertlane.spec.names import Link
 
 _SMOOTHNESS = 0.03

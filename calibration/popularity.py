@@ -32,7 +32,7 @@ from itertools import pairwise
 from statistics import median
 
 import numpy as np
-from skew import busiest_rank
+from law_rows import busiest_rank
 from tables import Array
 
 from expertlane.cost.routing import PowerLawRouting

@@ -1,10 +1,13 @@
-"""How well laws fit, as rows of a table for readers."""
+"""How well laws fit, as rows of a table for readers, and what a fit gives to the profile."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+from expertlane.cost.laws.profile import Term
+from expertlane.cost.laws.times import Surface
 
 Array = npt.NDArray[np.float64]
 
@@ -73,3 +76,12 @@ def _percent(errors: Array) -> list[str]:
         return ["", ""]
     relative = np.abs(np.expm1(-errors))
     return [f"{100 * np.median(relative):.1f} %", f"{100 * np.percentile(relative, 90):.1f} %"]
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """Laws, and how well they fit."""
+
+    surfaces: dict[str, Surface] = field(default_factory=dict)
+    terms: dict[str, Term] = field(default_factory=dict)
+    qualities: list[Quality] = field(default_factory=list)

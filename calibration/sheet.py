@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
-from expertlane.cost.laws.profile_file import Like
+from expertlane.cost.laws.profile import Device, Like, LinkSheet, Profile, Term
 from expertlane.cost.laws.times import Basis
 from expertlane.spec.names import Link
 

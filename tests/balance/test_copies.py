@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from expertlane.balance.copies import CopyChoice, usable_copies
 from expertlane.balance.placement import Placement
-from expertlane.cost.step.counts import count_dispatch
-from expertlane.cost.step.stage_mesh import StageMesh
+from expertlane.cost.step.counts import StageMesh, count_dispatch
 from expertlane.engine.comm.mesh import Meshes, ParallelMesh
 from expertlane.engine.moe.dispatch import CopyChooser
 from expertlane.engine.ops.backend import backend_for

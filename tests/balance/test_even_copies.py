@@ -10,8 +10,7 @@ from balance.test_copies import BACKENDS, NAMES, NoGroups, stages
 from expertlane.balance.copies import CopyChoice
 from expertlane.balance.even_copies import BalancedCopies
 from expertlane.balance.placement import Placement
-from expertlane.cost.step.counts import count_dispatch
-from expertlane.cost.step.stage_mesh import StageMesh
+from expertlane.cost.step.counts import StageMesh, count_dispatch
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.moe.dispatch import CopyChooser
 from expertlane.spec.layout import Layout

@@ -15,7 +15,7 @@ from expertlane.calibrate.steps import limits_for, phase_times, run_batch
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile_file import read_profile, write_profile
+from expertlane.cost.laws.profile import read_profile, write_profile
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing

@@ -23,11 +23,11 @@ from expertlane.cost.laws.execution import (
     Terms,
     kernels_of,
 )
-from expertlane.cost.laws.profile import Term
-from expertlane.cost.laws.profile_file import ModelledCluster, read_profile, write_profile
+from expertlane.cost.laws.profile import ModelledCluster, Term, read_profile, write_profile
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
+from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.kernel_sets import ENGINE_ON_GPUS, GPU_LIBRARIES
@@ -39,7 +39,6 @@ from expertlane.engine.ranks.commands import (
     MeasureOperations,
     RankMachine,
 )
-from expertlane.planner.project import Projector, Setting, StepSize
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig

@@ -12,14 +12,13 @@ from hypothesis.strategies import integers, tuples
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "calibration"))
 
-import serving_errors  # noqa: E402
 import serving_fit  # noqa: E402
-import serving_waves  # noqa: E402
+import serving_replay  # noqa: E402
 from serving_fit import Fit, Point, Times  # noqa: E402
 from serving_rows import DEEPSEEK, Row, Workers, model_of, read_rows  # noqa: E402
 
 from expertlane.cost.laws.frameworks import Fitted, JudgedGroup, served_by  # noqa: E402
-from expertlane.cost.laws.profile_file import parse_cluster  # noqa: E402
+from expertlane.cost.laws.profile import parse_cluster  # noqa: E402
 from expertlane.simulator.steady import StepTimes  # noqa: E402
 
 HEADER = (
@@ -177,14 +176,14 @@ def test_acceptance_gives_the_tokens_that_were_seen():
 
 def test_errors_and_bounds():
     points = [point(tpot_s=0.01 * share) for share in (0.9, 1.0, 1.1, 1.5)]
-    errors = serving_errors.Errors.of("TPOT", points, lambda what, each: (0.8, 1.2))
+    errors = serving_fit.Errors.of("TPOT", points, lambda what, each: (0.8, 1.2))
     assert errors.signed == pytest.approx(0.05)
     assert errors.size == pytest.approx(0.1)
     assert errors.inside == 0.75
-    lines = "\n".join(serving_errors.table({"h200": points}, lambda what, each: (0.8, 1.2)))
+    lines = "\n".join(serving_fit.table({"h200": points}, lambda what, each: (0.8, 1.2)))
     assert "| h200 | 4 | 4 | +5, 10, 38 | 75% in −20%/+20% | +0, 0, 0 | 100% in " in lines
     listed = [replace(each, measured=replace(each.measured, output_tps=None)) for each in points]
-    (*_, line) = serving_errors.table({"all": listed}, lambda what, each: (1, 1))
+    (*_, line) = serving_fit.table({"all": listed}, lambda what, each: (1, 1))
     assert line.startswith("| all | 4 | 4 | +5, 10, 38 | 25% in −0%/+0% |  |  | +0, 0, 0 |")
 
 
@@ -192,7 +191,7 @@ def test_bounds_of_a_kind_are_its_own_where_it_has_many_points():
     """Measured over projected, 0.5 to 1.5 of a kind with many points, 1 of all others."""
     spread = [point(tpot_s=0.01 / share) for share in np.linspace(0.5, 1.5, 201)]
     even = [point(replace(ROW, hardware="b200", framework="sglang")) for _ in range(50)]
-    bounds = serving_errors.Bounds([*spread, *even])
+    bounds = serving_fit.Bounds([*spread, *even])
     assert bounds.of("TPOT", spread[0]) == pytest.approx((0.55, 1.45), abs=0.05)
     low, high = bounds.of("TPOT", even[0])
     assert 0.8 < low <= 1 <= high < 1.2
@@ -210,17 +209,17 @@ def test_pairs_count_where_versions_or_days_are_near():
         point(replace(ROW, decode=other, tpot_s=0.02, date="2026-03-05"), 0.015),
         point(replace(ROW, decode=other, conc=8)),
     ]
-    found = serving_errors.pairs(points)
+    found = serving_fit.pairs(points)
     assert [each.counts for each in found] == [True, False]  # of one load; layouts that differ
     assert found[0].measured == pytest.approx(0.5)
     assert found[0].projected == pytest.approx(2 / 3)
-    half_width = serving_errors.ratio_bounds(found)
+    half_width = serving_fit.ratio_bounds(found)
     assert np.exp(half_width) == pytest.approx(4 / 3)
-    lines = "\n".join(serving_errors.of_pairs(found, 0.1))
+    lines = "\n".join(serving_fit.of_pairs(found, 0.1))
     assert "2 pairs, of which 1 count" in lines
     assert "0 of them the other way round" in lines
     wrong = [replace(each, projected=1 / each.projected) for each in found]
-    assert "1 of them the other way round" in "\n".join(serving_errors.of_pairs(wrong, 0.1))
+    assert "1 of them the other way round" in "\n".join(serving_fit.of_pairs(wrong, 0.1))
 
 
 def test_what_is_written_is_read(tmp_path, monkeypatch):
@@ -254,7 +253,7 @@ def play(row=ROW, *, decode_s=1.0, prompt_s=1e-9, per_s=1e9, places=99, beside=0
     rules = {"step_tokens": 10, **rules}
     row = replace(row, isl=10, osl=10, is_exact=True)
     steps = StepTimes({1: decode_s}, {1: beside}, prompt_s, per_s, places)
-    return serving_waves.play(row, steps, serving_waves.Scheduling(**rules))
+    return serving_replay.play(row, steps, serving_replay.Scheduling(**rules))
 
 
 APART = replace(ROW, prefill=Workers(1, 1, False, 1), decode=Workers(1, 1, False, 1))
@@ -338,8 +337,8 @@ def test_what_has_no_place_waits_for_its_first_token(num_places, over, outputs):
     """Little's law: so many wait on average."""
     row = replace(ROW, isl=10, osl=100, conc=num_places + over, is_exact=True)
     steps = StepTimes({1: 1.0}, {1: 0.0}, 1e-9, 1e9, num_places)
-    rules = serving_waves.Scheduling(step_tokens=10**6)
-    seen = serving_waves.play(row, steps, rules)
+    rules = serving_replay.Scheduling(step_tokens=10**6)
+    seen = serving_replay.play(row, steps, rules)
     waiting = seen.ttft_s.sum() / seen.total_s
     assert waiting == pytest.approx(over, rel=0.35, abs=1)
     assert seen.total_s >= 0.95 * len(seen.ttft_s) * 99 / num_places

@@ -10,7 +10,7 @@ from cli.small_checkpoint import checkpoint
 from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.cli.model import find_model
 from expertlane.cost.laws import shipped_profiles
-from expertlane.cost.laws.profile_file import parse_cluster
+from expertlane.cost.laws.profile import parse_cluster
 from expertlane.results.record import BEST, TWO_POOLS
 from expertlane.results.results import Results
 from expertlane.spec.experiment import read_experiment

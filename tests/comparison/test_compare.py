@@ -18,7 +18,7 @@ from expertlane.comparison import machine as compare_module
 from expertlane.comparison.machine import check_memory, measure_peak
 from expertlane.comparison.run import Repeats, run_comparison
 from expertlane.comparison.virtual import VirtualSettings
-from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.laws.profile import read_profile
 from expertlane.cost.memory import PlacedModel, workload_limits
 from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.launch import fit_to_machine

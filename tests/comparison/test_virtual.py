@@ -16,7 +16,7 @@ from expertlane.comparison.virtual import (
     choose_scale,
     compute_ratio,
 )
-from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.laws.profile import read_profile
 from expertlane.errors import UserError
 from expertlane.results.hardware import MachinePeak
 from expertlane.spec.experiment import read_experiment, shipped_experiments

@@ -17,8 +17,7 @@ from expertlane.cost.step.operation import (
     Transfer,
     TransferKind,
 )
-from expertlane.cost.step_log import events
-from expertlane.cost.timeline import StepTimes, Timeline
+from expertlane.cost.timeline import StepTimes, Timeline, events
 from expertlane.spec.names import Stage, Traffic
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from expertlane.cost.laws.execution import BOUNDS
-from expertlane.cost.laws.profile_file import ModelledCluster, read_profile
-from expertlane.planner.project import Projector, StepSize
+from expertlane.cost.laws.profile import ModelledCluster, read_profile
+from expertlane.cost.projector import Projector, StepSize
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from planner.requests import MIXED, setting_of

@@ -13,7 +13,7 @@ from cost.tiny_models import MODELS
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.laws.execution import Execution, Terms
-from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.laws.profile import read_profile
 from expertlane.cost.memory import workload_limits
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing

@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 
 from cost.tiny_models import MODELS
 from expertlane.balance.placement_file import placements_of
-from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile_file import parse_cluster
-from expertlane.cost.memory import PlacedModel
+from expertlane.cost.laws.profile import parse_cluster
+from expertlane.cost.memory import KVTransfers, PlacedModel
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes

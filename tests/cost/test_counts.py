@@ -8,15 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from cost.plans import (
-    BLOCK_SIZE,
-    CHUNKS,
-    DECODE,
-    MAX_POSITIONS,
-    MAX_SEQS,
-    PREFILL,
-    random_plan,
-)
+from cost.plans import BLOCK_SIZE, CHUNKS, DECODE, MAX_POSITIONS, MAX_SEQS, PREFILL, random_plan
 from cost.tiny_models import MODELS
 from distributed.running import Balancing
 from expertlane.balance.placement_file import placements_of
@@ -24,8 +16,7 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.operation import Transfer, TransferKind
-from expertlane.cost.step.program import ProgramBuilder, StepProgram
-from expertlane.cost.step.totals import count
+from expertlane.cost.step.program import ProgramBuilder, StepProgram, count
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.commands import DescribeMachine, SetDispatch
 from expertlane.results.step_record import RankCounts

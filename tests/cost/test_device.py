@@ -8,10 +8,8 @@ import pytest
 from cli.screen import telling, tells
 from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.device import DeviceModel, stand_ins
-from expertlane.cost.laws.profile import Device, Profile, Term
-from expertlane.cost.laws.profile_file import read_profile
-from expertlane.cost.laws.surface import Surface
-from expertlane.cost.laws.times import Basis
+from expertlane.cost.laws.profile import Device, Profile, Term, read_profile
+from expertlane.cost.laws.times import Basis, Surface
 from expertlane.cost.number_types import ITEM_BYTES, NumberTypes
 from expertlane.cost.step.operation import ATTENTION, SIZES, Kind
 from expertlane.errors import SpecError

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from expertlane.cost.laws.device import DeviceModel
-from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.laws.profile import read_profile
 from expertlane.cost.step.operation import Kind
 from expertlane.spec.deployment import MOST_IN_GRAPHS, GraphLimits
 

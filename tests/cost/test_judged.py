@@ -20,7 +20,7 @@ from expertlane.cost.laws.frameworks import (
     nearest,
     served_by,
 )
-from expertlane.cost.laws.profile_file import ModelledCluster, parse_cluster, read_profile
+from expertlane.cost.laws.profile import ModelledCluster, parse_cluster, read_profile
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.records import with_known_errors
 from expertlane.errors import SpecError

@@ -6,10 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expertlane.cost.laws.links import LinkModel, law_times
-from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
-from expertlane.cost.laws.profile_file import read_profile
-from expertlane.cost.laws.surface import Surface
-from expertlane.cost.laws.times import Basis
+from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term, read_profile
+from expertlane.cost.laws.times import Basis, Surface
 from expertlane.cost.step.operation import HandOver, RankGroups, Transfer, TransferKind
 from expertlane.spec.names import Link, Stage
 

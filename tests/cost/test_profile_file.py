@@ -8,16 +8,18 @@ import pytest
 from cli.screen import telling, tells
 from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
-from expertlane.cost.laws.profile_file import (
+from expertlane.cost.laws.profile import (
+    Device,
     Like,
+    LinkSheet,
+    Profile,
+    Term,
     parse_cluster,
     read_profile,
     to_toml,
     write_profile,
 )
-from expertlane.cost.laws.surface import Surface
-from expertlane.cost.laws.times import Basis
+from expertlane.cost.laws.times import Basis, Surface
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.names import Link
 

@@ -15,8 +15,7 @@ from expertlane.cost.routing import GivenRouting, PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import OUTSIDE, SIZES, Kind, Operation, Transfer, TransferKind
-from expertlane.cost.step.program import ProgramBuilder
-from expertlane.cost.step.totals import count
+from expertlane.cost.step.program import ProgramBuilder, count
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchTable

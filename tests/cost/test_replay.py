@@ -9,8 +9,7 @@ from cost.made_up import compute, halves, one_stage, send, terms
 from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.pricing import Block, StageWork, blocks_of
 from expertlane.cost.step.operation import OUTSIDE
-from expertlane.cost.step_log import stage_seconds
-from expertlane.cost.timeline import Timeline
+from expertlane.cost.timeline import Timeline, stage_seconds
 
 
 def test_layers_that_repeat_are_not_run_one_by_one():

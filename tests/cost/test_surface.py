@@ -5,8 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlane.cost.laws.surface import Surface, corner_weights, logs_of, places
-from expertlane.cost.laws.times import Basis
+from expertlane.cost.laws.times import Basis, Surface, corner_weights, logs_of, places
 
 _TWO = {"m": (1.0, 4.0, 16.0), "n": (10.0, 1000.0)}
 _TABLE = np.log([[1.0, 4.0], [2.0, 8.0], [2.0, 32.0]])

@@ -15,8 +15,7 @@ from expertlane.cost.laws.profile import Device, Profile, Term
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.pricing import StageWork
 from expertlane.cost.step.operation import OUTSIDE
-from expertlane.cost.step_log import stage_seconds
-from expertlane.cost.timeline import Timeline
+from expertlane.cost.timeline import Timeline, stage_seconds
 from expertlane.errors import UserError
 from expertlane.results.metrics import stage_time
 from expertlane.spec.layout import Layout

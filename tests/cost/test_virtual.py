@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 from cli.screen import telling
 from cost.by_hand import LINKS, NUM_LAYERS, logs, records_of
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.laws.profile import read_profile
 from expertlane.cost.step.operation import RankGroups, Transfer, TransferKind
-from expertlane.cost.virtual import (
-    VirtualClock,
-    VirtualLinks,
-    undisturbed,
-    without_each,
-)
+from expertlane.cost.virtual import VirtualClock, VirtualLinks, undisturbed, without_each
 from expertlane.results.step_record import Action
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage, Track

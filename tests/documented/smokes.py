@@ -95,13 +95,11 @@ SMOKES: Mapping[str, Smoke] = {
         r'"benchmark": "serve"',
     ),
     "calibration/aiconfigurator.py": Smoke("{served}", r"\| all \|  \| one pool \| 1 ", _no_tables),
-    "calibration/fastest.py": Smoke("h200", r"\| h200 \| float8 \|", _no_tables),
     "calibration/fit.py": Smoke("h200 --output .", r"", _no_tables),
     "calibration/judge_published.py": Smoke("", r"\| decode EP72", _no_tables),
     "calibration/beside.py": Smoke("{served} {rows} --jobs 1", r"\| all \| 1 \|", _no_tables),
     "calibration/judge_serving.py": Smoke("{rows} --jobs 1", r"\| all \| 3 \| 3 \|"),
     "calibration/popularity.py": Smoke("mixtral", r"^mixtral: 0\.17$"),
-    "calibration/scatter.py": Smoke("", r"`latent_decode\.float8`", _no_tables),
     "docs/pictures/live.py": Smoke("6", r"", _no_chromium, beside=True),
     "docs/pictures/recovery.py": Smoke(
         f"{{root}}/{_MEASURED}/2026-11-26-bench_recovery.json", r"", beside=True

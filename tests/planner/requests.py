@@ -1,11 +1,12 @@
 """Small requests to a planner."""
 
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile_file import ModelledCluster, parse_cluster
+from expertlane.cost.laws.profile import ModelledCluster, parse_cluster
 from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.projector import Setting
 from expertlane.cost.routing import PowerLawRouting
-from expertlane.planner.candidates import Goals, PlanRequest
-from expertlane.planner.project import Setting
+from expertlane.cost.throughput import Goals
+from expertlane.planner.candidates import PlanRequest
 from expertlane.planner.search import OnePool, Search
 from expertlane.planner.simulated import simulated_pool
 from expertlane.spec.model import PRESETS, ModelConfig

@@ -5,6 +5,7 @@ from math import inf, log
 
 import pytest
 
+from expertlane.cost.throughput import Goals
 from expertlane.planner.break_even import (
     Pair,
     Point,
@@ -13,8 +14,8 @@ from expertlane.planner.break_even import (
     rival_of,
     screened_again,
 )
-from expertlane.planner.candidates import Candidate, Goals
-from expertlane.planner.ties import Contender, Ranking, Uncertain, contender, ranked
+from expertlane.planner.candidates import Candidate
+from expertlane.planner.ranking import Contender, Ranking, Uncertain, contender, ranked
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from planner.requests import WORKLOAD, planned, search_of

@@ -7,11 +7,12 @@ import pytest
 
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.multi_token import MultiToken
-from expertlane.planner.candidates import Goals, PlanRequest, candidates_of
-from expertlane.planner.project import Projector, StepSize
+from expertlane.cost.projector import Projector, StepSize
+from expertlane.cost.throughput import Goals
+from expertlane.planner.candidates import PlanRequest, candidates_of
+from expertlane.planner.ranking import contender
 from expertlane.planner.screen import Screen, fitting
 from expertlane.planner.search import Search
-from expertlane.planner.ties import contender
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload

@@ -4,21 +4,16 @@ from dataclasses import replace
 
 import pytest
 
-from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.laws.profile import read_profile
+from expertlane.cost.throughput import Goals
 from expertlane.errors import UserError
-from expertlane.planner.by_engine import of_each_engine
-from expertlane.planner.candidates import (
-    Candidate,
-    Goals,
-    PlanRequest,
-    candidates_of,
-    valid_layouts,
-)
+from expertlane.planner.candidates import Candidate, PlanRequest, candidates_of, valid_layouts
 from expertlane.planner.engines import ENGINES, Pool, engines_on
+from expertlane.planner.ranking import contender, ranked
+from expertlane.planner.results import of_each_engine
 from expertlane.planner.screen import fitting
 from expertlane.planner.search import Search
 from expertlane.planner.simulated import simulated_pool
-from expertlane.planner.ties import contender, ranked
 from expertlane.planner.two_pools import TwoPools, TwoPoolSearch
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

@@ -10,7 +10,7 @@ import pytest
 import expertlane
 from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.comparison.projection import ExperimentProjector
-from expertlane.cost.laws.profile_file import parse_cluster
+from expertlane.cost.laws.profile import parse_cluster
 from expertlane.cost.number_types import NumberTypes
 from expertlane.progress import Silent
 from expertlane.report.shown import Results

@@ -6,9 +6,9 @@ from math import inf
 import pytest
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.planner.candidates import Goals, PlanRequest
-from expertlane.planner.phases import with_fastest_prefill
-from expertlane.planner.screen import fitting
+from expertlane.cost.throughput import Goals
+from expertlane.planner.candidates import PlanRequest
+from expertlane.planner.screen import fitting, with_fastest_prefill
 from expertlane.planner.search import Search
 from expertlane.spec.workload import Workload
 from planner.requests import MIXED, cluster_of, setting_of

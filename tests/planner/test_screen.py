@@ -9,20 +9,14 @@ from expertlane.balance.placement_file import check_experiment
 from expertlane.balance.planner import plan_placement
 from expertlane.balance.trace import RoutingTrace
 from expertlane.cost.laws.execution import Execution
+from expertlane.cost.projector import Projector, StepSize
 from expertlane.cost.routing import PowerLawRouting, TraceRouting
 from expertlane.cost.step.expected_counts import sampled_layers
-from expertlane.planner.candidates import (
-    Candidate,
-    Goals,
-    PlanRequest,
-    candidates_of,
-    valid_layouts,
-)
-from expertlane.planner.experiment_text import experiment_text
-from expertlane.planner.project import Projector, StepSize
+from expertlane.cost.throughput import Goals
+from expertlane.planner.candidates import Candidate, PlanRequest, candidates_of, valid_layouts
+from expertlane.planner.records import experiment_text
 from expertlane.planner.screen import Screen, fitting
-from expertlane.simulator.setup import ServingSetup
-from expertlane.simulator.simulator import Simulator
+from expertlane.simulator.simulator import ServingSetup, Simulator
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import read_experiment
 from expertlane.spec.from_hf import from_hf

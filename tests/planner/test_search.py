@@ -5,12 +5,12 @@ from typing import NamedTuple
 import pytest
 
 from cli.screen import telling, tells
+from expertlane.cost.throughput import Goals
 from expertlane.errors import UserError
-from expertlane.planner.candidates import Goals, PlanRequest, family_of
-from expertlane.planner.explanation import best_of_families, gap_to, pareto
+from expertlane.planner.candidates import PlanRequest, family_of
+from expertlane.planner.ranking import best_of_families, contender, gap_to, pareto, ranked
 from expertlane.planner.screen import fitting
 from expertlane.planner.simulated import simulated_pool
-from expertlane.planner.ties import contender, ranked
 from expertlane.planner.two_pools import TwoPools, TwoPoolSearch, _prefill_sizes
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload

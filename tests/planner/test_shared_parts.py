@@ -7,24 +7,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlane.cost.closed_form import price, step_estimates
+from expertlane.cost.closed_form import Pipelining, step_estimates
 from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.projector import Projector, StepSize
 from expertlane.cost.routing import placed
+from expertlane.cost.shared_parts import price
 from expertlane.cost.step.batch_sizes import Scenarios
-from expertlane.cost.step.expected_counts import (
-    ExpectedFanOut,
-    busiest_counts,
-    sampled_layers,
-)
+from expertlane.cost.step.counts import StageMesh
+from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts, sampled_layers
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.layer import arrival_steps, embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import HandOver
-from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.cost.step.step_list import ExpectedStepList
-from expertlane.planner.candidates import Candidate, Goals, PlanRequest
-from expertlane.planner.many_steps import Pipelining
-from expertlane.planner.project import Projector, StepSize
+from expertlane.cost.throughput import Goals
+from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.screen import fitting
 from expertlane.planner.search import Search
 from expertlane.spec.deployment import Options

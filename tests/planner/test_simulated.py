@@ -6,17 +6,12 @@ import numpy as np
 import pytest
 
 from cli.screen import telling
+from expertlane.cost.throughput import Goals, ThroughputCurve
 from expertlane.errors import UserError
-from expertlane.planner.candidates import Goals, family_of
+from expertlane.planner.candidates import family_of
 from expertlane.planner.screen import fitting
 from expertlane.planner.search import OnePool
-from expertlane.planner.simulated import (
-    Race,
-    simulate,
-    simulate_pools,
-    simulated_pool,
-)
-from expertlane.planner.throughput import ThroughputCurve
+from expertlane.planner.simulated import Race, simulate, simulate_pools, simulated_pool
 from expertlane.planner.trials import Trials
 from expertlane.simulator.watch import ROUGH
 from expertlane.spec.layout import Layout

@@ -5,8 +5,7 @@ from math import exp, factorial
 import numpy as np
 import pytest
 
-from expertlane.planner.candidates import Goals
-from expertlane.planner.throughput import Arriving, Prompts, Steps, one_pool, two_pools
+from expertlane.cost.throughput import Arriving, Goals, Prompts, Steps, one_pool, two_pools
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
 

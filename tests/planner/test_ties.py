@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlane.planner.candidates import Candidate, Goals
+from expertlane.cost.throughput import Goals, ThroughputCurve
+from expertlane.planner.candidates import Candidate
+from expertlane.planner.ranking import Contender, Uncertain, contender, pools_tps, ranked
 from expertlane.planner.search import Search
-from expertlane.planner.throughput import ThroughputCurve
-from expertlane.planner.ties import Contender, Uncertain, contender, pools_tps, ranked
 from expertlane.planner.two_pools import TwoPools, TwoPoolSearch
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.serving_record import ServingRecord, SLOResult

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from cli.screen import fits_a_screen, tells
-from expertlane.cost.laws.profile_file import read_profile
+from expertlane.cost.laws.profile import read_profile
 from expertlane.report import terminal
 from expertlane.report.calibration import Rounds, report_of
 

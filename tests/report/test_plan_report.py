@@ -14,9 +14,8 @@ from rich.console import Console
 from cli.screen import in_order, tells
 from example_plan import PLAN, planned
 from example_projection import step
-from expertlane.planner.candidates import Goals
-from expertlane.planner.throughput import ThroughputCurve
-from expertlane.planner.ties import Contender, Uncertain, ranked
+from expertlane.cost.throughput import Goals, ThroughputCurve
+from expertlane.planner.ranking import Contender, Uncertain, ranked
 from expertlane.report import planning, terminal
 from expertlane.report.break_even import measurement
 from expertlane.report.document import Figure

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.simulator.draws import Prompts
 from expertlane.simulator.simulator import Simulator
 from expertlane.simulator.steady import steady_state
+from expertlane.simulator.watch import Prompts
 from expertlane.spec.workload import LengthRange, Load, SharedPrefixes
 from simulator.test_steady import simulator_of
 

@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile_file import parse_cluster
+from expertlane.cost.laws.profile import parse_cluster
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import StepSharing
 from expertlane.results.metrics import serving_record
-from expertlane.simulator.setup import ServingSetup
-from expertlane.simulator.simulator import Simulator
-from expertlane.simulator.totals import PhaseTotals
+from expertlane.simulator.pools import PhaseTotals
+from expertlane.simulator.simulator import ServingSetup, Simulator
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS

@@ -7,16 +7,14 @@ import pytest
 
 import expertlane
 from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile_file import parse_cluster
+from expertlane.cost.laws.profile import parse_cluster
 from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.results.metrics import serving_record
-from expertlane.simulator.draws import Lengths, poisson_quantiles
-from expertlane.simulator.setup import ServingSetup
-from expertlane.simulator.simulator import Simulator
+from expertlane.simulator.simulator import ServingSetup, Simulator
 from expertlane.simulator.steady import steady_state
-from expertlane.simulator.watch import USUAL
+from expertlane.simulator.watch import USUAL, Lengths, poisson_quantiles
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS

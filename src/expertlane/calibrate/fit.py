@@ -7,12 +7,11 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.cost.laws.device import roofline
 from expertlane.cost.laws.fitting import Rows, fit_surface, knots_of
 from expertlane.cost.laws.links import roofline_s
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
-from expertlane.cost.laws.roofline import roofline
-from expertlane.cost.laws.surface import Surface
-from expertlane.cost.laws.times import Basis
+from expertlane.cost.laws.times import Basis, Surface
 from expertlane.cost.number_types import ITEM_BYTES
 from expertlane.cost.step.operation import Kind, flops_of
 from expertlane.engine.ranks.commands import Point, TransferPoint

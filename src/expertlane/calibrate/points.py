@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product, zip_longest
 
-from expertlane.cost.laws.roofline import moved_bytes
+from expertlane.cost.laws.device import moved_bytes
 from expertlane.cost.step.operation import Kind, TransferKind, flops_of
 from expertlane.engine.ranks.commands import Point, TransferPoint
 

@@ -23,7 +23,7 @@ from expertlane.calibrate.points import CPU_GRID, GPU_GRID, Grid
 from expertlane.calibrate.steps import StepSample, launch_term, measure_steps, overhead_terms
 from expertlane.cost.laws.execution import DRIVER_S, GRAPH_LAUNCH_S, LAUNCH_S
 from expertlane.cost.laws.profile import Device, Profile, Term
-from expertlane.cost.laws.surface import Surface
+from expertlane.cost.laws.times import Surface
 from expertlane.cost.step.operation import TransferKind
 from expertlane.engine.launch import describe_ranks
 from expertlane.engine.ops.host import ForeignLoad, num_cores

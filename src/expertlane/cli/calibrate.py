@@ -78,7 +78,7 @@ def calibrate(own: _Options, output_options: _Output) -> None:
           one rank alone; for other programs
     """
     path = _checked(own, output_options.out or Path())
-    from expertlane.cost.laws.profile_file import write_profile
+    from expertlane.cost.laws.profile import write_profile
     from expertlane.report.calibration import Rounds, report_of
 
     calibration, profile = _measure(own)

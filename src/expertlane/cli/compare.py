@@ -98,7 +98,7 @@ class VirtualTimeOptions:
             UserError: no such profile, or a damaged one.
         """
         from expertlane.comparison.virtual import VirtualSettings
-        from expertlane.cost.laws.profile_file import read_profile
+        from expertlane.cost.laws.profile import read_profile
 
         if self.clock is _Clock.WALL:
             return None
@@ -367,9 +367,9 @@ def _projector(
     )
     from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.frameworks import served_by
-    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.cost.laws.profile import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.planner.candidates import Goals
+    from expertlane.cost.throughput import Goals
     from expertlane.spec.projection import ProjectionAsked
     from expertlane.spec.workload import check_lengths
 

@@ -81,7 +81,7 @@ def profiles(print_options: PrintOptions) -> None:
     expertlane calibrate writes one of this machine, to be given as a file.
     """
     from expertlane.cost.laws import shipped_profiles
-    from expertlane.cost.laws.profile_file import read_profile
+    from expertlane.cost.laws.profile import read_profile
     from expertlane.report.document import number, text
     from expertlane.report.numbers import bytes_si, rate_si
 
@@ -122,7 +122,7 @@ def clusters(print_options: PrintOptions) -> None:
     A cluster is a profile, x, and its number of devices: h100x16 for example.
     """
     from expertlane.cost.laws import shipped_profiles
-    from expertlane.cost.laws.profile_file import read_profile
+    from expertlane.cost.laws.profile import read_profile
     from expertlane.report.document import number, text
     from expertlane.report.numbers import rate_si
     from expertlane.spec.names import Link
@@ -237,7 +237,7 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
       expertlane list layouts ./my-checkpoint --cluster h100x8 --dtype float8
     """
     from expertlane.balance.placement_file import placements_of
-    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.cost.laws.profile import parse_cluster
     from expertlane.cost.memory import PlacedModel
     from expertlane.planner.candidates import check_plan_size, valid_layouts
     from expertlane.report.document import number, text

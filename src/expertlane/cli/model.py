@@ -14,7 +14,7 @@ from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.names import CacheType
 
 if TYPE_CHECKING:
-    from expertlane.cost.laws.profile_file import ModelledCluster
+    from expertlane.cost.laws.profile import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
 
 

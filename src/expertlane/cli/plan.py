@@ -22,12 +22,12 @@ from expertlane.spec.files import write_text
 from expertlane.spec.names import EngineName
 
 if TYPE_CHECKING:
-    from expertlane.cost.laws.profile_file import ModelledCluster
+    from expertlane.cost.laws.profile import ModelledCluster
     from expertlane.cost.number_types import NumberTypes
+    from expertlane.cost.projector import Setting
     from expertlane.cost.routing import RoutingChoice
     from expertlane.planner.candidates import PlanRequest
     from expertlane.planner.commands import ServeTarget
-    from expertlane.planner.project import Setting
     from expertlane.spec.workload import Load
 
 _EXPERIMENT = "experiment.toml"
@@ -185,9 +185,10 @@ def _question(
         UserError: they contradict each other, or name what there is not.
     """
     from expertlane.cost.laws.frameworks import served_by
-    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.cost.laws.profile import parse_cluster
     from expertlane.cost.routing import choose_routing
-    from expertlane.planner.candidates import Goals, PlanRequest
+    from expertlane.cost.throughput import Goals
+    from expertlane.planner.candidates import PlanRequest
 
     found = find_model(own.model, weights=False)
     config, devices = found.config, parse_cluster(cluster)
@@ -241,7 +242,7 @@ def _setting(
         UserError: drafts are asked for of an engine that has none.
     """
     from expertlane.cost.laws.execution import Execution
-    from expertlane.planner.project import Setting
+    from expertlane.cost.projector import Setting
 
     multi_token = drafts.multi_token()
     if multi_token.num_drafts and own.engine == "expertlane":

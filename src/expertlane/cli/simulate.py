@@ -31,14 +31,13 @@ from expertlane.spec.layout import Layout
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from expertlane.cost.laws.profile_file import ModelledCluster
+    from expertlane.cost.laws.profile import ModelledCluster
     from expertlane.cost.multi_token import MultiToken
     from expertlane.cost.number_types import NumberTypes
     from expertlane.cost.routing import Traffic
     from expertlane.results.results import Results
     from expertlane.simulator.row import Row
-    from expertlane.simulator.setup import ServingSetup
-    from expertlane.simulator.simulator import Outcome, Simulator
+    from expertlane.simulator.simulator import Outcome, ServingSetup, Simulator
     from expertlane.simulator.watch import Precision
     from expertlane.spec.workload import Load
 
@@ -137,7 +136,7 @@ def _of_framework(given: "Mapping[str, Any]") -> "dict[str, Any]":
     if framework is None or cluster is None or layout is None or given.get("dispatch") is not None:
         return {}
     from expertlane.cost.laws.frameworks import usual_dispatch
-    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.cost.laws.profile import parse_cluster
 
     profile, of_prompts = parse_cluster(cluster).profile, given.get("prefill_layout")
     found: dict[str, Any] = {"dispatch": usual_dispatch(Layout.parse(layout), profile)}
@@ -202,7 +201,7 @@ def run(
         found_model = find_model(_needed("MODEL", model), weights=False)
 
     from expertlane.cost.laws.frameworks import served_by
-    from expertlane.cost.laws.profile_file import parse_cluster
+    from expertlane.cost.laws.profile import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.results.results import with_costs
     from expertlane.simulator.results import simulation
@@ -283,7 +282,7 @@ def _setup(
         sizes: limits of the scheduler.
     """
     from expertlane.cost.laws.execution import Execution
-    from expertlane.simulator.setup import ServingSetup
+    from expertlane.simulator.simulator import ServingSetup
 
     if options.placement == "load" and all(
         each is None or each.ep == 1 for each in (layout, prefill_layout)
@@ -332,7 +331,7 @@ def _sizes(
     scheduler: _Scheduler, framework: str | None, layout: "Layout", loads: "Sequence[Load]"
 ) -> dict[str, Any]:
     """Limits of the scheduler: those asked for, else those of the loads and the framework."""
-    from expertlane.simulator.setup import scheduling_of
+    from expertlane.simulator.simulator import scheduling_of
 
     asked = {name: value for name, value in vars(scheduler).items() if value is not None}
     most = max(each.batch or 0 for each in loads)
@@ -350,7 +349,7 @@ def _check(found: FoundModel, setup: "ServingSetup", modelled: "ModelledCluster"
     Raises:
         UserError: a layout does not suit the model or the cluster.
     """
-    from expertlane.simulator.setup import check_fits_cluster
+    from expertlane.simulator.simulator import check_fits_cluster
 
     check_fits_cluster(modelled, setup)
     per_node = modelled.profile.ranks_per_node

@@ -11,10 +11,10 @@ from expertlane.comparison.likeness import (
     likeness,
 )
 from expertlane.cost.laws.execution import Execution, kernels_of
-from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.laws.profile import ModelledCluster
 from expertlane.cost.memory import FREE_SHARE, workload_limits
 from expertlane.cost.number_types import NumberTypes
-from expertlane.planner.project import StepSize
+from expertlane.cost.projector import StepSize
 from expertlane.results.hardware import Machine
 from expertlane.results.results import Assumption
 from expertlane.schedule.request import Limits

@@ -14,8 +14,7 @@ from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.program import ProgramBuilder
-from expertlane.cost.step.totals import count
+from expertlane.cost.step.program import ProgramBuilder, count
 from expertlane.results.step_record import RankCounts
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import Experiment, read_experiment, shipped_experiments

@@ -8,10 +8,14 @@ from typing import Any
 from expertlane.balance.placement_file import Placements
 from expertlane.comparison.assumptions import projected_assumptions
 from expertlane.cost.laws.execution import OVERHEAD_S, Execution
-from expertlane.cost.laws.profile import Profile
-from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.laws.profile import ModelledCluster, Profile
 from expertlane.cost.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.projector import (
+    Projector,
+    Setting,
+    StepSize,
+)
 from expertlane.cost.records import cluster_record, conditions_of, with_known_errors
 from expertlane.cost.routing import (
     PowerLawRouting,
@@ -20,19 +24,14 @@ from expertlane.cost.routing import (
     choose_routing,
     placed,
 )
+from expertlane.cost.throughput import Goals
 from expertlane.errors import CapacityError, UserError
-from expertlane.planner.candidates import Goals, PlanRequest, candidates_like
-from expertlane.planner.explanation import time_by_cause
-from expertlane.planner.project import (
-    Projector,
-    Setting,
-    StepSize,
-)
-from expertlane.planner.results import candidate_record, pareto_records
+from expertlane.planner.candidates import PlanRequest, candidates_like
+from expertlane.planner.ranking import Contender, contender, time_by_cause
+from expertlane.planner.records import candidate_record, pareto_records
 from expertlane.planner.screen import ScreenedCandidate, fitting
 from expertlane.planner.search import OnePool, Search
 from expertlane.planner.simulated import evaluated, simulated_pool
-from expertlane.planner.ties import Contender, contender
 from expertlane.progress import Progress, each_of
 from expertlane.results.record import (
     BEST,

@@ -14,8 +14,7 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import StageWork, law_dtype
 from expertlane.cost.step.operation import Floats, Operation
 from expertlane.cost.step.program import StageProgram, StepProgram
-from expertlane.cost.step_log import LogTable
-from expertlane.cost.timeline import Span, StepTimes
+from expertlane.cost.timeline import LogTable, Span, StepTimes
 from expertlane.spec.names import ProjectedCause, Stage
 
 _CAUSES = list(ProjectedCause)

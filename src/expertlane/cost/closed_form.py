@@ -1,420 +1,429 @@
-"""The closed form of a step: its time without a clock, over many scenarios at once.
+"""The closed form of a step: its time without a clock, for many deployments at once.
 
-It is what the replay (`cost/replay.py`) gives where routing is even. Each distinct part of a step
-is priced once.
+It is what the replay (`cost/replay.py`) gives where routing is even. Times of parts
+(`cost/shared_parts.py`) are added up: layers to stages, stages to micro-batches, those to steps.
 
-A scenario is a number of alike sequences; one rank of the stage stands for all. A part turns on few
-of a layout's sizes: attention, MLPs and the two ends of the model on the tensor-parallel group and
-its sequences; dispatch, experts and combine on the stage, its experts and the tokens that a rank
-owns. So layouts share their parts, and their number grows far more slowly than that of layouts.
+All are told by arrays: S structures (a layout with a dispatch form, slots for experts and drafts),
+each at some numbers of sequences, F of them in all.
 """
 
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.laws.device import DeviceModel
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms, kernels_of
+from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile import Profile
-from expertlane.cost.laws.times import Times
-from expertlane.cost.multi_token import projection_steps
-from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.pricing import forwarding_hops, law_dtype
-from expertlane.cost.step.attention import attention_steps
-from expertlane.cost.step.batch_sizes import Scenarios
-from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts
-from expertlane.cost.step.layer import (
-    arrival_steps,
-    dense_steps,
-    embedding_steps,
-    expert_steps,
-    head_steps,
-    router_steps,
-    shared_expert_steps,
+from expertlane.cost.shared_parts import (
+    COMPUTE,
+    IN_SERIES,
+    LAUNCHES,
+    MOVED,
+    SLOWED,
+    Points,
+    PricedPoints,
+    Shape,
 )
-from expertlane.cost.step.operation import (
-    SIZES,
-    Floats,
-    Ints,
-    Kind,
-    OneOfGroup,
-    Operation,
-    RankGroups,
-    Transfer,
-)
-from expertlane.cost.step.stage_mesh import StageMesh
-from expertlane.cost.step.step_list import ExpectedStepList
-from expertlane.spec.deployment import MicroBatchSchedule, PayloadType
-from expertlane.spec.dispatch import DispatchForm, is_by_node_on
+from expertlane.cost.step.operation import Floats, HandOver, Ints
+from expertlane.cost.throughput import Arriving
+from expertlane.spec.deployment import MicroBatchSchedule, Options
+from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
+from expertlane.spec.workload import Workload
 
-# Rows of what is added up: three bounds of computing, of transfers, what all transfers would cost
-# computing beside them, launches, and three bounds of the engine's own work where all is in series.
-COMPUTE, MOVED, IN_SERIES = slice(0, 3), slice(3, 6), slice(8, 11)
-SLOWED, LAUNCHES = 6, 7
 _LOW = BOUNDS.index("low")
-_NUM_ROWS = 11
-_AnyColumn = npt.NDArray[Any]
+_LEAST_ADDED = 0.05  # least that a prompt adds to a step of decodes, as a share of its own step
 
 
-class Shape(NamedTuple):
-    """Sizes, beside the sequences, that the parts of a stage depend on.
+class Pipelining(NamedTuple):
+    """Micro-batches and overlap of a step.
 
     Attributes:
-        mesh: of the first pipeline stage.
-        fan_out: expected fan-out of an MoE layer's tokens.
+        overlap: whether a micro-batch runs in two halves.
     """
 
-    mesh: StageMesh
-    fan_out: ExpectedFanOut
-    form: DispatchForm
-    payload: PayloadType
+    overlap: bool = False
+    num_micro_batches: int = 1
+    schedule: MicroBatchSchedule = "drained"
+
+    @classmethod
+    def of(cls, options: Options) -> "Pipelining":
+        """The pipelining of a deployment with these options."""
+        overlap = bool(options.overlap)
+        return cls(overlap, options.num_micro_batches, options.micro_batch_schedule)
+
+    @property
+    def num_parts(self) -> int:
+        """Parts that a data-parallel rank's batch is cut into."""
+        return self.num_micro_batches * (1 + self.overlap)
+
+
+class Sized(NamedTuple):
+    """The sizes of a structure that its steps depend on.
+
+    Attributes:
+        shape: shape of its parts, with its number.
+        num_seqs: [N], ascending; sequences of a data-parallel rank to estimate decode steps for.
+        prefill_tokens: tokens of a data-parallel rank's prefill step, at most.
+        prompt_len: mean tokens of a prompt that are computed, those after a cached prefix.
+    """
+
+    layout: Layout
+    shape: tuple[int, Shape]
+    num_seqs: Ints
+    prefill_tokens: int
+    prompt_len: int
 
 
 @dataclass(frozen=True, eq=False)
-class Points:
-    """P scenarios of some shapes; [P] each.
+class Prefill:
+    """Prefill steps of S structures that are cut alike; [S] each.
 
     Attributes:
-        shape: number from `SharedParts.add`.
-        num_seqs, num_new, num_cached, stage_seqs, num_drafts: as in `Scenarios`.
+        seconds: [3, S]; of one step, or of a round of rotating ones.
+        num_seqs, num_new, num_cached, num_steps, length: as in `Prompts`.
     """
 
-    shape: Ints
+    seconds: Floats
     num_seqs: Ints
     num_new: Ints
     num_cached: Ints
-    stage_seqs: Ints
-    num_drafts: Ints
+    num_steps: Ints
+    length: Ints
 
-    def further(self) -> "Points":
-        """Points of one more drafting pass, as `Scenarios.further`."""
-        one, none = np.ones_like(self.num_new), np.zeros_like(self.num_drafts)
-        cached = self.num_cached + self.num_new
-        return Points(self.shape, self.num_seqs, one, cached, self.stage_seqs, none)
+
+class _PrefillPart(NamedTuple):
+    """Parts of a prefill step, by structure; [S] each.
+
+    Attributes:
+        part_seqs: sequences of a part.
+        num_micro_batches, overlap: how the step is cut; a step of one prompt is not.
+        others: `num_seqs`, `num_new`, `num_cached`, `num_steps` and `length` of `Prefill`.
+    """
+
+    part_seqs: Ints
+    num_micro_batches: Ints
+    overlap: npt.NDArray[np.bool_]
+    others: tuple[Ints, Ints, Ints, Ints, Ints]
 
 
 @dataclass(eq=False)
-class _Column:
-    """Shapes by the key of those that share a kind of parts; a key's first stands for it."""
-
-    number_of: dict[object, int] = field(default_factory=dict)
-    firsts: list[Shape] = field(default_factory=list)
-    of_shape: list[int] = field(default_factory=list)
-
-    def add(self, key: object, shape: Shape) -> None:
-        number = self.number_of.setdefault(key, len(self.firsts))
-        if number == len(self.firsts):
-            self.firsts.append(shape)
-        self.of_shape.append(number)
-
-
-class PricedPoints(NamedTuple):
-    """Parts of P points, priced: tables over distinct ones, and where each point's stand.
+class ManySteps:
+    """Steps of structures with equally many pipeline stages and drafts.
 
     Attributes:
-        dense: by attention's window, [rows, U]; a layer with a dense MLP.
-        sparse: by window, [rows, U]; an MoE layer without dispatch, experts and combine.
-        experts: [rows, V]; dispatch, experts and combine.
-        embedding, arrival, head, projection: [rows, U].
-        own, of_experts: [P]; each point's index in U and V.
+        structures: each with at least one number of sequences.
+        hows: ways in which steps are cut.
+        terms: launch and driver terms.
+        prompt_wait_steps: see `schedule.request.Limits`.
     """
 
-    dense: dict[int | None, Floats]
-    sparse: dict[int | None, Floats]
-    experts: Floats
-    embedding: Floats
-    arrival: Floats
-    head: Floats
-    projection: Floats
-    own: Ints
-    of_experts: Ints
+    structures: Sequence[Sized]
+    hows: Sequence[Pipelining]
+    model: ModelConfig
+    workload: Workload
+    num_drafts: int
+    activation_bytes: int
+    links: LinkModel
+    terms: Terms
+    prompt_wait_steps: int = 0
+    _priced: list[tuple[int, Floats]] = field(default_factory=list, init=False)
+    _arriving: Arriving | None = field(default=None, init=False)
 
+    def __post_init__(self) -> None:
+        layouts = [each.layout for each in self.structures]
+        sizes = [(each.replicas, each.dp, each.tp, each.replica_size) for each in layouts]
+        self.replicas, self.dp, self.tp, replica_size = np.array(sizes).T
+        self._shape = np.array([each.shape[0] for each in self.structures])
+        self._pp = layouts[0].pp
+        per_node = self.structures[0].shape[1].mesh.ranks_per_node
+        self._is_remote = replica_size > per_node  # some rank's next stage is on another node
+        self.num_sizes = np.array([len(each.num_seqs) for each in self.structures])
+        self.structure = np.arange(len(layouts)).repeat(self.num_sizes)  # [F]
+        self._of_rank = np.concatenate([each.num_seqs for each in self.structures])
+        self._tokens = np.array([each.prefill_tokens for each in self.structures])
+        self._prompt_len = np.array([each.prompt_len for each in self.structures])
+        self._driver_s = np.stack([self.terms.step_s(each) for each in layouts], axis=1)
 
-class SharedParts:
-    """Prices parts of stages; those of one layout are added up in `planner.screen`.
+    @cached_property
+    def num_seqs(self) -> Ints:
+        """[F]; sequences in a decode step, over the whole system."""
+        of_all = self._of_rank * (self.replicas * self.dp)[self.structure]
+        num_seqs: Ints = np.minimum(of_all, self.workload.num_sequences)
+        return num_seqs
 
-    Args:
-        has_drafts: whether any deployment uses multi-token prediction.
-    """
+    def points(self) -> Points:
+        """All parts of all steps, for pricing."""
+        whole = _joined(self._all_points)
+        return _joined([whole, whole.further()]) if self.num_drafts else whole
 
-    def __init__(
+    def take(self, priced: PricedPoints, first: int) -> None:
+        """Take the prices of `points`, which begin at `first` in a longer list."""
+        num = self._slices[-1].stop
+        own, experts = (
+            each[first : first + num * (1 + (self.num_drafts > 0))]
+            for each in (priced.own, priced.of_experts)
+        )
+        self._priced = [
+            (times, self._stage(priced, kind, own, experts, num))
+            for kind, times in self._kinds_of_stages().items()
+        ]
+
+    def _kinds_of_stages(self) -> Counter[tuple[int, int, bool, bool]]:
+        """Number of stages by kind: its layers, and whether it has an end of the model."""
+        num_layers, pp = self.model.num_hidden_layers, self._pp
+        kinds: dict[object, tuple[int, int, bool, bool]] = {}
+        counts: Counter[tuple[int, int, bool, bool]] = Counter()
+        for pp_rank, layers in enumerate(partition(num_layers, pp)):
+            ends = pp_rank == 0, pp_rank == pp - 1
+            of_layers = Counter(map(self._kind, layers))
+            key = frozenset(of_layers.items()), *ends
+            counts[kinds.setdefault(key, (layers.start, layers.stop, *ends))] += 1
+        return counts
+
+    def _kind(self, layer: int) -> tuple[bool, int | None]:
+        return self.model.is_dense(layer), self.model.window_of_layer(layer)
+
+    def _stage(
         self,
-        model: ModelConfig,
-        types: NumberTypes,
-        profile: Profile,
-        terms: Terms,
-        *,
-        has_drafts: bool = False,
-    ) -> None:
-        self._model, self._types = model, types
-        self._profile, self._terms = profile, terms
-        self._kernels = kernels_of(profile)
-        self._row_bytes = model.hidden_size * types.activation_bytes
-        self._own, self._experts = _Column(), _Column()
-        self._ones: dict[tuple[int, int], OneOfGroup] = {}
-        self._num_shapes = 0
-        layers = range(model.num_hidden_layers)
-        self._windows = list(dict.fromkeys(map(model.window_of_layer, layers)))
-        self._has_dense = any(map(model.is_dense, layers))
-        self._has_experts = not all(map(model.is_dense, layers))
-        self._has_drafts = has_drafts
+        priced: PricedPoints,
+        kind: tuple[int, int, bool, bool],
+        own: Ints,
+        experts: Ints,
+        num: int,
+    ) -> Floats:
+        """[rows, P]; price of a part on a kind of stage."""
+        start, stop, is_first, is_last = kind
+        total = priced.embedding * is_first + priced.arrival * (not is_first)
+        if is_last:
+            total = total + priced.head
+        num_sparse = 0
+        for (is_dense, window), times in Counter(map(self._kind, range(start, stop))).items():
+            total = total + times * (priced.dense if is_dense else priced.sparse)[window]
+            num_sparse += times * (not is_dense)
+        found: Floats = total[:, own[:num]]
+        if num_sparse:
+            found = found + num_sparse * priced.experts[:, experts[:num]]
+        if is_last and self.num_drafts:
+            head = priced.head[:, own[num:]]
+            first = self._draft(priced, own[:num], experts[:num]) + head
+            later = self._draft(priced, own[num:], experts[num:]) + head
+            found = found + first + (self.num_drafts - 1) * later
+        return found
 
-    def add(self, shape: Shape) -> int:
-        """Register a shape; return its number."""
-        layout, fan_out = shape.mesh.layout, shape.fan_out
-        keeps_all = self._kernels.keeps_all(layout, shape.form)
-        groups = (self._one_of(shape.mesh, size) for size in (layout.tp, layout.dcp))
-        self._own.add((layout.tp, layout.dcp, keeps_all, *groups), shape)
-        sizes = layout.ep, layout.stage_size
-        self._experts.add((*sizes, shape.form, shape.payload, keeps_all, fan_out), shape)
-        self._num_shapes += 1
-        return self._num_shapes - 1
+    def _draft(self, priced: PricedPoints, own: Ints, experts: Ints) -> Floats:
+        """[rows, P]; price of a drafting pass without head: one more layer, like the last one."""
+        is_dense, window = self._kind(self.model.num_hidden_layers - 1)
+        layer = (priced.dense if is_dense else priced.sparse)[window] + priced.projection
+        found: Floats = layer[:, own]
+        return found if is_dense else found + priced.experts[:, experts]
 
-    def price(self, points: Points) -> PricedPoints:
-        """All parts of all points."""
-        own_key = np.array(self._own.of_shape)[points.shape]
-        experts_key = np.array(self._experts.of_shape)[points.shape]
-        tp, dp, does_keep = self._sizes()
-        keeps_all = does_keep[points.shape]
-        scenarios = Scenarios(
-            tp[points.shape],
-            points.num_seqs,
-            points.num_new,
-            points.num_cached,
-            points.stage_seqs,
-            points.num_drafts,
-            dp[points.shape],
+    @cached_property
+    def alone_s(self) -> Floats:
+        """[3, S]; see `Steps.alone_s`; a step of prompts and decodes reads weights once."""
+        every, none = np.arange(len(self.structures)), np.zeros(len(self.structures))
+        prompt_s, token_s = (
+            self._estimates(
+                self._slices[-2 + place],
+                points,
+                every,
+                "drained",
+                1 + none.astype(np.int64),
+                none.astype(np.bool_),
+            )
+            for place, points in enumerate(self._alone_points)
         )
-        is_normed = keeps_all & (scenarios.tokens * self._row_bytes <= self._kernels.normed_bytes)
-        of_own: list[_AnyColumn] = [
-            own_key,
-            is_normed,
-            points.num_new == 1 + points.num_drafts,
-            points.num_drafts,
-            points.num_seqs,
-            points.num_new,
-            points.num_cached,
-        ]
-        firsts, own = _distinct(of_own)
-        rows = np.where(keeps_all, scenarios.tokens, scenarios.owned)
-        length = points.num_new if self._are_alike else np.ones_like(points.num_new)
-        of_experts: list[_AnyColumn] = [
-            experts_key,
-            is_normed,
-            rows,
-            scenarios.stage_tokens,
-            length,
-        ]
-        lists = self._own_lists([each[firsts] for each in of_own])
-        chosen, places = _distinct(of_experts)
-        experts = self._expert_lists([each[chosen] for each in of_experts])
-        names = list(dict.fromkeys(name for name, _, _ in lists))
-        priced = price(
-            self._profile,
-            self._types,
-            self._terms,
-            [steps for _, _, steps in lists] + [steps for _, steps in experts],
+        num_steps = -(-self._prompt_len // self._alone_points[0].num_new)
+        more_s: Floats = np.maximum(prompt_s - token_s, _LEAST_ADDED * prompt_s) * num_steps
+        return more_s
+
+    def arriving(self, tokens_per_step: Floats) -> Arriving:
+        """Prompts at each number of sequences."""
+        if self._arriving is None:
+            sizes = self.replicas[self.structure], self.dp[self.structure]
+            self._arriving = Arriving.of(
+                self.num_seqs, *sizes, tokens_per_step, self.workload, self.prompt_wait_steps
+            )
+        return self._arriving
+
+    def decode(self, how: Pipelining) -> Floats:
+        """[3, F]; seconds of decode steps."""
+        at = self._slices[list(self._decode_points).index(how.num_parts)]
+        num = len(self._of_rank)
+        return self._estimates(
+            at,
+            self._decode_points[how.num_parts],
+            self.structure,
+            how.schedule,
+            np.full(num, how.num_micro_batches),
+            np.full(num, how.overlap),
         )
-        nothing = np.zeros((_NUM_ROWS, len(firsts)))
-        tables = defaultdict(lambda: nothing) | {name: nothing.copy() for name in names}
-        for (name, at, _), times in zip(lists, priced, strict=False):
-            tables[name][:, at] = times
-        of_all = np.zeros((_NUM_ROWS, len(chosen)))
-        for (at, _), times in zip(experts, priced[len(lists) :], strict=True):
-            of_all[:, at] = times
-        attention = {window: tables["attention", window] for window in self._windows}
-        return PricedPoints(
-            dense={key: each + tables["dense", None] for key, each in attention.items()},
-            sparse={key: each + tables["router", None] for key, each in attention.items()},
-            experts=of_all,
-            embedding=tables["embedding", None],
-            arrival=tables["arrival", None],
-            head=tables["head", None],
-            projection=tables["projection", None],
-            own=own,
-            of_experts=places,
+
+    def prefill(self, how: Pipelining) -> Prefill:
+        """Prefill steps."""
+        place, part = list(self._prefill_points).index(how), self._prefill_parts[how]
+        seconds = self._estimates(
+            self._slices[len(self._decode_points) + place],
+            self._prefill_points[how],
+            np.arange(len(self.structures)),
+            how.schedule,
+            part.num_micro_batches,
+            part.overlap,
         )
+        return Prefill(seconds, *part.others)
+
+    def _estimates(
+        self,
+        at: slice,
+        points: Points,
+        structure: Ints,
+        schedule: MicroBatchSchedule,
+        num_micro_batches: Ints,
+        overlap: npt.NDArray[np.bool_],
+    ) -> Floats:
+        return step_estimates(
+            [(times, priced[:, at]) for times, priced in self._priced],
+            self._hand_over_s(points, structure),
+            self._driver_s[:, structure],
+            self.terms,
+            schedule,
+            num_micro_batches,
+            overlap,
+            self.model.num_hidden_layers,
+        )
+
+    def _hand_over_s(self, points: Points, structure: Ints) -> Floats:
+        """[3, P]; seconds to the next stage, over the slowest link that any rank uses."""
+        if self._pp == 1:
+            return np.zeros((3, len(structure)))
+        owned = -(-points.num_seqs * points.num_new // self.tp[structure])
+        num_bytes = owned * (self.model.hidden_size * self.activation_bytes)
+        return self.links.hand_over(HandOver(num_bytes, self._is_remote[structure])).bounds
 
     @property
-    def _are_alike(self) -> bool:
-        """True if tokens of one sequence choose similar experts."""
-        return any(len(each.fan_out.of_prompts) > 0 for each in self._experts.firsts)
+    def _all_points(self) -> list[Points]:
+        of_steps = *self._decode_points.values(), *self._prefill_points.values()
+        return [*of_steps, *self._alone_points]
 
-    def _sizes(self) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
-        """`tp`, `dp`, and whether ranks keep all tokens, by shape."""
-        of_own = [
-            (
-                each.mesh.layout.tp,
-                self._kernels.keeps_all(each.mesh.layout, each.form),
+    @cached_property
+    def _slices(self) -> list[slice]:
+        """Range of each set of points among all."""
+        sizes = [len(each.shape) for each in self._all_points]
+        ends = np.cumsum(sizes).tolist()
+        return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+    @cached_property
+    def _decode_points(self) -> dict[int, Points]:
+        """Points of decode steps, by the number of parts that a batch is cut into."""
+        num_new, context = 1 + self.num_drafts, self.workload.mean_context
+        return {
+            num: self._points(
+                self.structure, -(-self._of_rank // num), num_new, context, self.num_drafts
             )
-            for each in self._own.firsts
-        ]
-        tp, keeps_all = np.array(of_own)[self._own.of_shape].T
-        sizes = np.array([each.mesh.size for each in self._experts.firsts])
-        return tp, sizes[self._experts.of_shape] // tp, keeps_all.astype(np.bool_)
-
-    def _one_of(self, mesh: StageMesh, size: int) -> OneOfGroup:
-        """The rank that stands for all, in groups of `size` consecutive ranks."""
-        if (key := (mesh.size, size)) not in self._ones:
-            groups = RankGroups(np.arange(mesh.size) // size, mesh.node)
-            self._ones[key] = groups.one
-        return self._ones[key]
-
-    def _own_lists(
-        self, columns: Sequence[_AnyColumn]
-    ) -> list[tuple[tuple[str, int | None], Ints, ExpectedStepList]]:
-        """Parts without experts: name and window, their indices in the columns, and their steps."""
-        model = self._model
-        lists: list[tuple[tuple[str, int | None], Ints, ExpectedStepList]] = []
-        key, is_normed, is_decode, num_drafts, *sizes = columns
-        for at in _alike((key, is_normed, is_decode, num_drafts)):
-            shape = self._own.firsts[key[at[0]]]
-            num_seqs, num_new, num_cached = (each[at] for each in sizes)
-            part = Scenarios(
-                shape.mesh.layout.tp,
-                num_seqs,
-                num_new,
-                num_cached,
-                num_seqs,
-                int(num_drafts[at[0]]),
-            )
-
-            def begin(
-                name: str,
-                window: int | None = None,
-                shape: Shape = shape,
-                at: Ints = at,
-            ) -> ExpectedStepList:
-                lists.append(((name, window), at, self._begun(shape, len(at))))
-                return lists[-1][-1]
-
-            for window in self._windows:
-                attention_steps(begin("attention", window), model, window, part)
-            if self._has_dense:
-                dense_steps(begin("dense"), model, part)
-            if self._has_experts:
-                router = begin("router")
-                router_steps(router, model, part)
-                shared_expert_steps(router, model, part)
-            embedding_steps(begin("embedding"), model, part)
-            arrival_steps(begin("arrival"), model, part)
-            head_steps(begin("head"), model, part)
-            if self._has_drafts:
-                projection_steps(begin("projection"), model, part)
-        return lists
-
-    def _expert_lists(self, columns: Sequence[_AnyColumn]) -> list[tuple[Ints, ExpectedStepList]]:
-        """Indices in the columns of parts with experts, and their steps."""
-        lists: list[tuple[Ints, ExpectedStepList]] = []
-        if not self._has_experts:
-            return lists
-        key, is_normed, rows, stage_tokens, length = columns
-        for at in _alike((key, is_normed)):
-            shape = self._experts.firsts[key[at[0]]]
-            layout, steps = shape.mesh.layout, self._begun(shape, len(at))
-            one = np.ones_like(rows[at])
-            tp = layout.tp if steps.keeps_all else 1  # else rows are those that a rank owns
-            part = Scenarios(tp, rows[at], one, one, stage_tokens[at])
-            counts = busiest_counts(
-                shape.fan_out,
-                part,
-                layout,
-                self._model.num_experts_per_tok,
-                by_node=is_by_node_on(layout, shape.form),
-                num_new=length[at],
-            )
-            expert_steps(steps, self._model, part, counts, shape.payload)
-            lists.append((at, steps))
-        return lists
-
-    def _begun(self, shape: Shape, size: int) -> ExpectedStepList:
-        return ExpectedStepList(shape.mesh, size, self._types, shape.form, self._kernels)
-
-
-def _distinct(columns: Sequence[_AnyColumn]) -> tuple[Ints, Ints]:
-    """Index of the first of each distinct row of columns [P], and each row's number, [P]."""
-    code = np.zeros(len(columns[0]), dtype=np.int64)
-    for column in columns:
-        values, place = np.unique(column, return_inverse=True)
-        _, code = np.unique(code * len(values) + place, return_inverse=True)
-    _, firsts, which = np.unique(code, return_index=True, return_inverse=True)
-    return firsts, which
-
-
-def _alike(columns: Sequence[_AnyColumn]) -> list[Ints]:
-    """Indices of equal rows, in groups."""
-    firsts, which = _distinct(columns)
-    order = np.argsort(which, kind="stable")
-    return np.split(order, np.cumsum(np.bincount(which, minlength=len(firsts)))[:-1])
-
-
-def price(
-    profile: Profile, types: NumberTypes, terms: Terms, lists: Sequence[ExpectedStepList]
-) -> list[Floats]:
-    """Prices of each list of steps, [rows, S], in order."""
-    links = LinkModel(profile)
-    times = _operation_times(DeviceModel(profile), types, lists) | _transfer_times(links, lists)
-    priced = []
-    for of_list in lists:
-        total = np.zeros((_NUM_ROWS, of_list.size))
-        for step in of_list.steps:
-            seconds = times[id(step)].bounds
-            if isinstance(step, Operation):
-                total[COMPUTE] += seconds
-            else:
-                total[MOVED] += seconds
-                share = links.contention_of_one(step, of_list.mesh.size)
-                total[SLOWED] += seconds[LIKELY] * share
-            total[LAUNCHES] += step.num_kernels
-            if terms.execution is Execution.SERIAL:
-                total[IN_SERIES] += terms.overhead_s(step)[:, None]
-        priced.append(total)
-    return priced
-
-
-def _operation_times(
-    device: DeviceModel, types: NumberTypes, lists: Sequence[ExpectedStepList]
-) -> dict[int, Times]:
-    """Times by the id of an operation; the operations of one law are priced at once."""
-    alike: defaultdict[tuple[Kind, str], list[tuple[Operation, int]]] = defaultdict(list)
-    for of_list in lists:
-        for step in of_list.steps:
-            if isinstance(step, Operation):
-                alike[step.kind, law_dtype(types, step)].append((step, of_list.size))
-    found = {}
-    for (kind, dtype), operations in alike.items():
-        sizes = {
-            name: np.concatenate([_of_all(each.sizes[name], n) for each, n in operations])
-            for name in SIZES[kind]
+            for num in dict.fromkeys(how.num_parts for how in self.hows)
         }
-        whole = device.times(kind, dtype, sizes)
-        end = 0
-        for operation, num in operations:
-            begin, end = end, end + num
-            found[id(operation)] = whole.part(slice(begin, end))
-    return found
+
+    @cached_property
+    def _alone_points(self) -> tuple[Points, Points]:
+        """Points of a prompt (or chunk) and of a decode on one rank, all others idle."""
+        every = np.arange(len(self.structures))
+        one, cached = np.ones_like(every), self.workload.prompt_len - self._prompt_len
+        chunk = np.minimum(self._prompt_len, self._tokens)
+        points = (
+            self._points(every, one, chunk, cached + (self._prompt_len - chunk) // 2, 0),
+            self._points(
+                every, one, 1 + self.num_drafts, self.workload.mean_context, self.num_drafts
+            ),
+        )
+        prompt, token = (replace(each, stage_seqs=one) for each in points)
+        return prompt, token
+
+    @cached_property
+    def _prefill_points(self) -> dict[Pipelining, Points]:
+        every = np.arange(len(self.structures))
+        return {
+            how: self._points(every, part.part_seqs, part.others[1], part.others[2], 0)
+            for how, part in self._prefill_parts.items()
+        }
+
+    def _points(
+        self,
+        structure: Ints,
+        num_seqs: Ints,
+        num_new: Ints | int,
+        num_cached: Ints | int,
+        num_drafts: int,
+    ) -> Points:
+        fullest = -(-self.workload.num_sequences // self.replicas)  # a replica's sequences
+        stage_seqs = np.minimum(num_seqs * self.dp[structure], fullest[structure])
+        new, cached, drafts = (
+            np.broadcast_to(np.asarray(each, dtype=np.int64), num_seqs.shape)
+            for each in (num_new, num_cached, num_drafts)
+        )
+        return Points(self._shape[structure], num_seqs, new, cached, stage_seqs, drafts)
+
+    @cached_property
+    def _prefill_parts(self) -> dict[Pipelining, _PrefillPart]:
+        last = np.cumsum(self.num_sizes) - 1
+        most_running = self._of_rank[last]
+        lengths = self._prompt_len, self.workload.prompt_len - self._prompt_len
+        return {
+            how: _prefill_part(how, *lengths, self._tokens, most_running)
+            for how in dict.fromkeys(self.hows)
+        }
 
 
-def _of_all(size: Floats | float, num: int) -> Floats:
-    return size if isinstance(size, np.ndarray) and len(size) == num else np.full(num, size)
+def _prefill_part(
+    how: Pipelining, prompt_len: Ints, cached: Ints, most_tokens: Ints, num_running: Ints
+) -> _PrefillPart:
+    """A part of a prefill step, how the step is cut, and the whole of it.
+
+    Steps are cut between sequences: what holds one prompt, or a chunk of one, is not. Rotating
+    micro-batches are whole steps, in flight together, of prompts that may run at once.
+
+    Args:
+        prompt_len, cached: [S]; tokens of a prompt that are computed, and found in the cache.
+    """
+    is_rotating = how.schedule == "rotating"
+    rotating = np.minimum(how.num_micro_batches, num_running)
+    in_flight = rotating if is_rotating else np.ones_like(rotating)
+    seqs = np.minimum(most_tokens // prompt_len, num_running // in_flight)
+    is_one = seqs < 2
+    chunk = np.minimum(prompt_len, most_tokens)
+    num_new = np.where(is_one, chunk, prompt_len)
+    num_cached = cached + np.where(is_one, (prompt_len - chunk) // 2, 0)  # mean over its chunks
+    num_parts = (1 + how.overlap) if is_rotating else how.num_parts
+    is_cut = ~is_one & (num_parts <= seqs)
+    parts = np.where(is_cut, num_parts, 1)
+    part_seqs = np.where(is_one, 1, -(-seqs // parts))
+    num_micro_batches = in_flight if is_rotating else np.where(is_cut, how.num_micro_batches, 1)
+    whole = np.minimum(part_seqs * parts * in_flight, num_running)
+    others = (
+        np.where(is_one, in_flight, whole),
+        num_new,
+        num_cached,
+        np.where(is_one, -(-prompt_len // chunk), 1),
+        prompt_len,
+    )
+    return _PrefillPart(part_seqs, num_micro_batches, is_cut & how.overlap, others)
 
 
-def _transfer_times(links: LinkModel, lists: Sequence[ExpectedStepList]) -> dict[int, Times]:
-    """Times by the id of a transfer; both hops of a hierarchical dispatch together."""
-    by_list = [[step for step in of_list.steps if isinstance(step, Transfer)] for of_list in lists]
-    transfers = [transfer for of_list in by_list for transfer in of_list]
-    times = links.times_of(transfers)
-    found = {id(transfer): each for transfer, each in zip(transfers, times, strict=True)}
-    for of_list in by_list:
-        for between, inside in forwarding_hops(of_list):
-            found[id(between)], found[id(inside)] = links.forwarded(between, inside)
-    return found
+def _joined(parts: Sequence[Points]) -> Points:
+    """The points of several, one after the other."""
+    return Points(
+        *(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Points))
+    )
+
+
+def joined_points(many: Sequence[ManySteps]) -> tuple[Points, list[int]]:
+    """The points of all, and where each one's begin."""
+    of_each = [each.points() for each in many]
+    ends = np.cumsum([len(each.shape) for each in of_each]).tolist()
+    return _joined(of_each), [0, *ends[:-1]]
 
 
 def step_estimates(

@@ -5,8 +5,7 @@ from typing import Any
 
 from expertlane.cost.laws.execution import ARRIVAL_S, Execution
 from expertlane.cost.laws.frameworks import frameworks, judged, nearest
-from expertlane.cost.laws.profile import Profile
-from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.laws.profile import ModelledCluster, Profile
 from expertlane.cost.number_types import NumberTypes
 from expertlane.results.hardware import Cluster, KnownError, below_above
 from expertlane.results.record import Conditions, DeploymentRecord

@@ -13,10 +13,8 @@ from expertlane.cost.pricing import Pricing, StageWork
 from expertlane.cost.replay import Clocks
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.operation import Floats
-from expertlane.cost.step.program import ProgramBuilder, StepProgram
-from expertlane.cost.step.totals import count
-from expertlane.cost.step_log import rank_events, stage_seconds
-from expertlane.cost.timeline import ColdStart, StepTimes, Timeline
+from expertlane.cost.step.program import ProgramBuilder, StepProgram, count
+from expertlane.cost.timeline import ColdStart, StepTimes, Timeline, rank_events, stage_seconds
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan
 from expertlane.spec.names import Phase

@@ -15,14 +15,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertlane.cost.compute_laws import ComputeLaws
+from expertlane.cost.compute_laws import ComputeLaws, Item, StageOperations
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.times import Basis, Times
 from expertlane.cost.pricing import Entry, forwarding_hops, transfer_entry
 from expertlane.cost.replay import RecordedStep
-from expertlane.cost.stage_operations import Item, StageOperations
 from expertlane.cost.step.operation import (
     Floats,
     HandOver,
@@ -32,8 +31,15 @@ from expertlane.cost.step.operation import (
     RankGroups,
     Transfer,
 )
-from expertlane.cost.step_log import rank_events, stage_seconds, transfer_seconds
-from expertlane.cost.timeline import RecordedWork, StepTimes, Timeline, Work
+from expertlane.cost.timeline import (
+    RecordedWork,
+    StepTimes,
+    Timeline,
+    Work,
+    rank_events,
+    stage_seconds,
+    transfer_seconds,
+)
 from expertlane.results.step_record import (
     Action,
     RankOperations,

@@ -12,10 +12,9 @@ from math import exp, inf, isfinite, log
 
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.planner.candidates import Candidate, PlanRequest, family_of
-from expertlane.planner.phases import prefilled_as
-from expertlane.planner.screen import Known, Screen, ScreenedCandidate, fitting
+from expertlane.planner.ranking import Contender, Ranking
+from expertlane.planner.screen import Known, Screen, ScreenedCandidate, fitting, prefilled_as
 from expertlane.planner.search import Finalist, unseen
-from expertlane.planner.ties import Contender, Ranking
 from expertlane.results.results import BreakEven, Level, Varied
 
 _SKEWS = 0.0, 0.4, 0.8, 1.2  # beside the one asked for; public traces have up to 1.3

@@ -1,18 +1,15 @@
 """The question of a plan, and every deployment that a model and a number of devices allow."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from typing import NamedTuple
 
-from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.laws.profile import ModelledCluster
 from expertlane.cost.memory import BLOCK_SIZE
-from expertlane.cost.step.operation import Floats
+from expertlane.cost.projector import Setting
+from expertlane.cost.throughput import Goals
 from expertlane.errors import CapacityError, SpecError
-from expertlane.planner.project import Setting
-from expertlane.results.estimate import Estimate
-from expertlane.results.metrics import ServedRequest, serving_record
-from expertlane.results.serving_record import SLOResult
 from expertlane.spec.deployment import (
     CopyMethod,
     MicroBatchSchedule,
@@ -26,7 +23,6 @@ from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import EngineName
 from expertlane.spec.ranges import MAX_TOKENS_OF_A_RUN, RANGES
-from expertlane.spec.slo import SLO
 from expertlane.spec.workload import NOTHING_SHARED, Load, SharedPrefixes, Workload
 
 _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
@@ -40,66 +36,6 @@ _PIPELINES: tuple[tuple[int, MicroBatchSchedule], ...] = (
 MOST_DEVICES = 4096  # devices that a plan can be made for
 # Sequences per device, in the search for the most requests/s: without a limit of TPOT, with one.
 _MOST_SEQS, _MOST_LIMITED_SEQS = 512, 4096
-
-
-@dataclass(frozen=True)
-class Goals:
-    """Limits that a deployment must keep; None for no limit.
-
-    Attributes:
-        max_tpot_s, max_ttft_s: limits of the means.
-        slos: limits of other statistics.
-    """
-
-    max_tpot_s: float | None = None
-    max_ttft_s: float | None = None
-    slos: tuple[SLO, ...] = ()
-
-    @classmethod
-    def of(cls, slos: Iterable[SLO]) -> "Goals":
-        """The limits that were asked for."""
-        means = {"tpot.mean": "max_tpot_s", "ttft.mean": "max_ttft_s"}
-        named: dict[str, float] = {}
-        others = []
-        for slo in slos:
-            if slo.name in means:
-                name = means[slo.name]
-                named[name] = min(slo.limit_s, named.get(name, slo.limit_s))
-            else:
-                others.append(slo)
-        return cls(**named, slos=tuple(others))
-
-    @property
-    def all(self) -> tuple[SLO, ...]:
-        """Every limit as an objective."""
-        tpot, ttft = self.max_tpot_s, self.max_ttft_s
-        of_means = [] if tpot is None else [SLO("tpot", "mean", tpot)]
-        of_means += [] if ttft is None else [SLO("ttft", "mean", ttft)]
-        return *of_means, *self.slos
-
-    @cached_property
-    def of_means(self) -> "tuple[float | None, float | None]":
-        """Limits of mean TPOT and TTFT for a formula that knows means: none may be above them."""
-        tpot = [each.limit_s for each in self.slos if each.metric in ("tpot", "itl")]
-        ttft = [each.limit_s for each in self.slos if each.metric == "ttft"]
-        tpot += [] if self.max_tpot_s is None else [self.max_tpot_s]
-        ttft += [] if self.max_ttft_s is None else [self.max_ttft_s]
-        return min(tpot, default=None), min(ttft, default=None)
-
-    def results(
-        self, tpot_s: Floats, ttft_s: Floats, served: Sequence[ServedRequest[Floats]]
-    ) -> tuple[SLOResult, ...]:
-        """Each limit, with the value that was reached.
-
-        Args:
-            tpot_s, ttft_s: [3]; means.
-            served: a sample.
-        """
-        means = {"tpot": tpot_s, "ttft": ttft_s}
-        of_means = self.all[: len(self.all) - len(self.slos)]
-        found = [SLOResult(each, Estimate.between(means[each.metric])) for each in of_means]
-        others = serving_record(served, self.slos).slos if self.slos else ()
-        return *found, *others
 
 
 @dataclass(frozen=True)

@@ -4,36 +4,43 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from expertlane.cost.laws.execution import LIKELY, Execution, kernels_of
+from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.frameworks import find_framework
-from expertlane.cost.memory import FREE_SHARE, RANK_STEP_TOKENS
-from expertlane.cost.multi_token import ACCEPTANCE_UNSURE, MultiToken
+from expertlane.cost.memory import RANK_STEP_TOKENS
 from expertlane.cost.records import cluster_record, conditions_of, with_known_errors
 from expertlane.cost.routing import RoutingChoice
-from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
-from expertlane.cost.step.operation import Floats
 from expertlane.planner.break_even import break_even
-from expertlane.planner.by_engine import EngineChoice, of_each_engine
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.commands import ServedPool, ServeTarget, engine_commands, longest_request
-from expertlane.planner.engines import Pool
-from expertlane.planner.experiment_text import experiment_text
-from expertlane.planner.explanation import best_of_families, gap_to, pareto
+from expertlane.planner.engines import Engine, PairRow, Pool, Row, engines_on
+from expertlane.planner.ranking import (
+    Contender,
+    Ranking,
+    best_of_families,
+    contender,
+    gap_to,
+    pools_tps,
+    pools_win,
+    ranked,
+)
+from expertlane.planner.records import (
+    candidate_record,
+    experiment_text,
+    pareto_records,
+    plan_assumptions,
+    serving_at,
+    with_wait,
+)
 from expertlane.planner.screen import Known, ScreenedCandidate, fitting
 from expertlane.planner.search import Finalist, OnePool, Search
 from expertlane.planner.simulated import NUM_SIMULATED, serve_at_rate, simulated_pool
-from expertlane.planner.throughput import ThroughputCurve
-from expertlane.planner.ties import Contender, Ranking, contender, pools_tps, pools_win, ranked
 from expertlane.planner.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress
-from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     BEST,
     DECODE_POOL,
     FAMILY,
-    PARETO,
     PREFILL_POOL,
     TWO_POOLS,
     Conditions,
@@ -41,7 +48,6 @@ from expertlane.results.record import (
     PoolRole,
 )
 from expertlane.results.results import (
-    Assumption,
     BreakEven,
     EngineBest,
     NoPools,
@@ -49,9 +55,90 @@ from expertlane.results.results import (
     Results,
     ServedLoad,
 )
-from expertlane.results.serving_record import ServingRecord, is_served, with_places
+from expertlane.results.serving_record import is_served
 from expertlane.spec.names import Phase
 from expertlane.spec.projection import Projection, ProjectionAsked
+
+_MOST_PAIRS = 2  # pairs of pools simulated for an engine
+
+
+@dataclass(frozen=True, eq=False)
+class EngineChoice:
+    """The best deployment that an engine runs.
+
+    Attributes:
+        aggregated: None where it runs none that meets the limits.
+        pools: disaggregated pools that may be better than `aggregated`.
+        broken: the rule that excludes the plan's choice; None where the engine runs it.
+    """
+
+    engine: Engine
+    aggregated: Contender | None
+    pools: TwoPools | None = None
+    broken: Row | PairRow | None = None
+
+
+def of_each_engine(
+    search: Search,
+    ranking: Ranking,
+    pools: TwoPools | NoPools,
+    of_pools: TwoPoolSearch,
+) -> list[EngineChoice]:
+    """The best deployment of every engine, or of the one asked for.
+
+    Args:
+        search: the search of one pool that found `ranking`.
+        of_pools: the search that found `pools`.
+    """
+    found = pools if isinstance(pools, TwoPools) else None
+    workload = search.request.workload
+    is_split = found is not None and pools_win(found, ranking.chosen, workload)
+    engines = engines_on(search.request.cluster.profile)
+    if search.request.engine is not None:
+        return [EngineChoice(engines[search.request.engine], ranking.chosen, found)]
+    choices = []
+    for engine in engines.values():
+        aggregated = _aggregated(engine, search, ranking)
+        own_pools = None
+        if found is not None and _may_win(found, aggregated):
+            own_pools = _pools(engine, found, of_pools, search)
+        if is_split and found is not None:
+            row = engine.broken_by_pools(*_candidates(found), search.request.model)
+        else:
+            row = engine.broken(ranking.chosen.finalist.candidate, search.request.model)
+        choices.append(EngineChoice(engine, aggregated, own_pools, row))
+    return choices
+
+
+def _candidates(pools: TwoPools) -> tuple[Candidate, Candidate]:
+    return pools.prefill.candidate, pools.decode.candidate
+
+
+def _may_win(pools: TwoPools, aggregated: Contender | None) -> bool:
+    """True if the best pools have more tokens/s than an engine's best aggregated server."""
+    tps = float(pools.served.tps[LIKELY, 0])
+    return aggregated is None or tps > aggregated.tps.value
+
+
+def _pools(
+    engine: Engine, found: TwoPools, of_pools: TwoPoolSearch, search: Search
+) -> TwoPools | None:
+    if engine.joins(*_candidates(found), search.request.model):
+        return found
+    own = of_pools.best(engine.name, _MOST_PAIRS)
+    return own if isinstance(own, TwoPools) else None
+
+
+def _aggregated(engine: Engine, search: Search, ranking: Ranking) -> Contender | None:
+    """The chosen one where the engine runs it; else the best of those that it runs."""
+    model = search.request.model
+    if engine.runs(ranking.chosen.finalist.candidate, model):
+        return ranking.chosen
+    contenders = [
+        each for each in ranking.contenders if engine.runs(each.finalist.candidate, model)
+    ]
+    return ranked(contenders, search.request.goals).chosen if contenders else None
+
 
 _NUM_BEST = 8
 _NEARLY = 0.01  # share of tokens/s by which pools may be slower than the best
@@ -182,7 +269,7 @@ class Plan:
                 has_drafts=self.ranking.chosen.finalist.candidate.num_drafts > 0,
                 num_ranks=self._most_ranks,
             ),
-            assumptions=_assumptions(request, self.routing),
+            assumptions=plan_assumptions(request, self.routing),
             cautions=self.cautions,
             plans=(summary,),
         )
@@ -301,7 +388,7 @@ class Plan:
         """Disaggregated pools: both together, and each by itself."""
         prefill = self._in_full(found.prefill, PREFILL_POOL)
         decode = self._in_full(found.decode, DECODE_POOL)
-        serving = _with_wait(serving_at(found.served, 0), self.request)
+        serving = with_wait(serving_at(found.served, 0), self.request)
         serving = replace(serving, transfer_s=Estimate.between(found.transfer_s))
         tps = pools_tps(found, self.request.workload)
         together = DeploymentRecord(
@@ -382,183 +469,3 @@ def _best_pools(pools: TwoPools | NoPools, engines: Sequence[EngineChoice]) -> T
 
     run = max(of_engines, key=tps)
     return run if tps(run) >= (1 - _NEARLY) * tps(pools) else pools
-
-
-def pareto_records(
-    options: Sequence[ScreenedCandidate], num: int, conditions: Conditions, request: PlanRequest
-) -> list[DeploymentRecord]:
-    """Up to `num` points of the Pareto front, spread over TPOT, as screened."""
-    front = pareto(options)
-    places = np.unique(np.linspace(0, len(front) - 1, num).round().astype(int))
-    return [
-        candidate_record(option, place, PARETO, conditions, request)
-        for option, place in (front[each] for each in places)
-    ]
-
-
-def candidate_record(
-    candidate: ScreenedCandidate,
-    place: int,
-    role: str,
-    conditions: Conditions,
-    request: PlanRequest,
-) -> DeploymentRecord:
-    """The record at one of the numbers of sequences that were screened, or projected in full."""
-    layout, options, num_drafts = candidate.candidate
-    serving = _serving_of(candidate, place, role, request)
-    memory = replace(candidate.capacity.record(), num_resident=candidate.capacity.num_resident)
-    prefill_tps = Estimate.between(candidate.steps.prefill_tps)
-    return DeploymentRecord(
-        name=str(candidate.candidate),
-        layout=layout,
-        options=options,
-        source="projected",
-        roles=(role,),
-        conditions=conditions,
-        pools=(memory,),
-        serving=(replace(serving, prefill_tps=prefill_tps),),
-        num_drafts=num_drafts,
-    )
-
-
-def _serving_of(
-    candidate: ScreenedCandidate, place: int, role: str, request: PlanRequest
-) -> ServingRecord:
-    """Serving record with the wait for a place; one of two pools has places of its own."""
-    serving = serving_at(candidate.served, place)
-    if role in (PREFILL_POOL, DECODE_POOL):
-        return serving
-    return _with_wait(serving, request)
-
-
-def _with_wait(serving: ServingRecord, request: PlanRequest) -> ServingRecord:
-    """The record of a closed load with the wait for a place."""
-    if serving.num_running is None or request.rate is not None:
-        return serving
-    requests_per_s = serving.output_tps / request.workload.output_len
-    num_asked = request.workload.num_sequences
-    return with_places(serving, serving.num_running, num_asked, requests_per_s)
-
-
-def serving_at(served: ThroughputCurve, place: int) -> ServingRecord:
-    """Throughput and latency at one number of sequences; times are means."""
-
-    def mean(bounds: Floats) -> Summary | None:
-        return Summary(mean=Estimate.between(bounds)) if np.isfinite(bounds).all() else None
-
-    return ServingRecord(
-        output_tps=Estimate.between(served.tps[:, place]),
-        num_running=int(served.num_seqs[place]),
-        ttft_s=mean(served.ttft_s[:, place]),
-        tpot_s=mean(served.tpot_s[:, place]),
-    )
-
-
-_Row = tuple[str, str, str]  # assumption, its value, the options that change it
-
-_OF_LIBRARIES: tuple[_Row, ...] = (
-    ("kernels", "fused as in GPU libraries; flat dispatch without an exchange of counts", ""),
-    (
-        "data-parallel ranks",
-        "each has a scheduler, which agree before every step; idle ones compute a dummy batch",
-        "",
-    ),
-)
-_OF_LATENCY: tuple[_Row, ...] = (
-    (
-        "TPOT",
-        "mean; aggregated: other requests' prefills between decode steps included; "
-        "disaggregated: decoding alone",
-        "",
-    ),
-    (
-        "TTFT",
-        "mean, with waits; aggregated: to the end of the prompt's last step; disaggregated: to "
-        "the first decode step, KV transfer included",
-        "",
-    ),
-)
-_OF_BOUNDS: _Row = (
-    "bounds",
-    "all laws low together or high together: wider than independent errors; of ratios, "
-    "what is left once shared errors cancel, the rest independent",
-    "",
-)
-
-
-def _assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumption, ...]:
-    """The assumptions, the weightiest first."""
-    workload, profile, setting = request.workload, request.cluster.profile, request.setting
-    num, is_graph = workload.num_sequences, setting.execution is Execution.GRAPH
-    kernels = kernels_of(profile)
-    rows = (
-        (
-            "workload",
-            f"steady state at concurrency {num:,}, as far as memory allows: "
-            f"{workload.prompt_len:,} prompt + {workload.output_len:,} output tokens",
-            "--batch, --prompt-len, --output-len",
-        ),
-        *_of_prefixes(request),
-        (
-            "ranking",
-            "the few that may be the best are simulated request by request on one replica; a "
-            "static formula screens all, and gives the Pareto front",
-            "",
-        ),
-        ("outputs", request.load_at(num).outputs, "--output-len"),
-        ("routing", routing.words, "--routing-trace, --skew"),
-        (
-            "placement of experts",
-            "by the load of earlier tokens, in each layer; judged by later ones",
-            "",
-        ),
-        ("types", f"weights in {setting.types}", "--dtype, --kv-dtype"),
-        (
-            "execution",
-            "steps captured as CUDA graphs" if is_graph else "kernels launched one by one",
-            "--execution",
-        ),
-        *(_OF_LIBRARIES if kernels is GPU_LIBRARIES else [("kernels", kernels.assumed, "")]),
-        *_of_drafts(setting.multi_token),
-        *_OF_LATENCY,
-        (
-            "memory",
-            f"{FREE_SHARE:.0%} of a device's {profile.device.memory_bytes / 1e9:.0f} "
-            "GB; full-length sequences in the KV cache",
-            "",
-        ),
-        ("profile", f"{profile.name}: {profile.device.origin}", "--cluster"),
-        _OF_BOUNDS,
-    )
-    return tuple(Assumption(name, value, change=change) for name, value, change in rows)
-
-
-def _of_prefixes(request: PlanRequest) -> list[_Row]:
-    load, prefixes = request.load, request.prefixes
-    if load is None or not prefixes.num:
-        return []
-    return [
-        (
-            "shared prefixes",
-            f"{load.num_prefixes:,} of {load.prefix_len:,} tokens, equally likely; each "
-            f"data-parallel rank caches {prefixes.num_tokens:,} tokens of each, in whole blocks, "
-            "and evicts the least recently used first; a decode pool gets the keys and values of "
-            "whole prompts",
-            "--prefix-len, --num-prefixes",
-        )
-    ]
-
-
-def _of_drafts(drafts: MultiToken) -> list[_Row]:
-    if not drafts.num_drafts:
-        return []
-    fewest, _, most = sorted(drafts.tokens_bounds.tolist())
-    return [
-        (
-            "multi-token prediction",
-            f"each deployment with {drafts.num_drafts} drafts and without; "
-            f"{drafts.acceptance:g} ± {ACCEPTANCE_UNSURE:g} accepted: "
-            f"{drafts.tokens_per_step:.3g} tokens per step ({fewest:.3g} to {most:.3g})",
-            "--mtp, --mtp-acceptance",
-        )
-    ]

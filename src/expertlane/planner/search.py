@@ -7,10 +7,11 @@ from typing import get_args
 
 import numpy as np
 
-from expertlane.cost.by_law import ErrorSeconds
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.memory import size_text
+from expertlane.cost.projector import ErrorSeconds, Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting, Traffic, extremes_of
+from expertlane.cost.throughput import ThroughputCurve, one_pool
 from expertlane.errors import UserError
 from expertlane.planner.candidates import (
     Candidate,
@@ -20,10 +21,14 @@ from expertlane.planner.candidates import (
     valid_layouts,
 )
 from expertlane.planner.engines import by_library, engines_on, runs_in_any_role
-from expertlane.planner.phases import with_fastest_prefill
-from expertlane.planner.project import Projector, Setting, StepSize
-from expertlane.planner.screen import Known, Screen, Screened, ScreenedCandidate, fitting
-from expertlane.planner.throughput import ThroughputCurve, one_pool
+from expertlane.planner.screen import (
+    Known,
+    Screen,
+    Screened,
+    ScreenedCandidate,
+    fitting,
+    with_fastest_prefill,
+)
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.timeline import StepTimeline

@@ -15,19 +15,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.laws.profile import ModelledCluster
 from expertlane.cost.multi_token import MultiToken
+from expertlane.cost.throughput import Goals, ThroughputCurve
 from expertlane.errors import CapacityError, UserError
-from expertlane.planner.candidates import Candidate, Goals, PlanRequest, family_of
+from expertlane.planner.candidates import Candidate, PlanRequest, family_of
 from expertlane.planner.engines import Engine, engines_on
 from expertlane.planner.screen import Screened, ScreenedCandidate, TooLarge, fitting
 from expertlane.planner.search import Finalist, OnePool, Search
-from expertlane.planner.throughput import ThroughputCurve
 from expertlane.planner.trials import Run, SimulatedCandidate, Trials
 from expertlane.results.serving_record import ServingRecord
 from expertlane.simulator.results import serving_of
-from expertlane.simulator.setup import ServingSetup, scheduling_of
-from expertlane.simulator.simulator import Simulator
+from expertlane.simulator.simulator import ServingSetup, Simulator, scheduling_of
 from expertlane.simulator.steady import PrefillRates, pools_apart, steady_state
 from expertlane.simulator.watch import ROUGH, USUAL, Precision
 from expertlane.spec.deployment import Options

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from math import ceil, log, sqrt
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.planner.candidates import Goals, PlanRequest
+from expertlane.cost.throughput import Goals, ThroughputCurve
+from expertlane.planner.candidates import PlanRequest
 from expertlane.planner.screen import ScreenedCandidate
-from expertlane.planner.throughput import ThroughputCurve
 from expertlane.results.serving_record import KEPT
 from expertlane.simulator.watch import Precision
 

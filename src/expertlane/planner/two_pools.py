@@ -8,16 +8,16 @@ from itertools import islice, product
 
 import numpy as np
 
-from expertlane.cost.kv_transfer import KVTransfers
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.memory import KVTransfers
 from expertlane.cost.step.operation import Floats
-from expertlane.planner.candidates import Candidate, Goals, PlanRequest
+from expertlane.cost.throughput import Goals, ThroughputCurve, two_pools
+from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.engines import engines_on
 from expertlane.planner.screen import Known, ScreenedCandidate, fitting
 from expertlane.planner.search import Finalist, Search
 from expertlane.planner.simulated import divide_alike, serve_at_rate, simulate_pools
-from expertlane.planner.throughput import ThroughputCurve, two_pools
 from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
 from expertlane.results.serving_record import KEPT, ServingRecord, is_served

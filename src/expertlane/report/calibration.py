@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.laws.surface import Surface
+from expertlane.cost.laws.times import Surface
 from expertlane.report.document import Answer, Column, Report, Section, Table, Words, number, text
 from expertlane.report.numbers import figures, percent, rate_si
 

@@ -12,7 +12,7 @@ import numpy as np
 from expertlane.cost.breakdown import shares_of
 from expertlane.cost.laws.device import stand_ins
 from expertlane.cost.laws.execution import DRIVER_S, LIKELY, Execution, Terms, kernels_of
-from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.laws.profile import ModelledCluster
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.memory import FREE_SHARE
 from expertlane.cost.multi_token import ACCEPTANCE_UNSURE
@@ -22,25 +22,14 @@ from expertlane.cost.step.kernel_sets import ENGINE
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.metrics import intervals as intervals_of
 from expertlane.results.metrics import serving_record
-from expertlane.results.record import (
-    DeploymentRecord,
-    PoolRecord,
-    PoolRole,
-    StepsRecord,
-)
+from expertlane.results.record import DeploymentRecord, PoolRecord, PoolRole, StepsRecord
 from expertlane.results.results import Assumption, Results
-from expertlane.results.serving_record import (
-    SampleRecord,
-    ServingRecord,
-    best_load,
-    with_places,
-)
+from expertlane.results.serving_record import SampleRecord, ServingRecord, best_load, with_places
 from expertlane.results.step_record import StepRecord
 from expertlane.results.timeline import timelines_of
 from expertlane.results.traffic import FanOut, TrafficRecord, bytes_by_link
-from expertlane.simulator.setup import ServingSetup
-from expertlane.simulator.simulator import Outcome, SimulatedPool, Simulator
-from expertlane.simulator.totals import PhaseTotals, StepFacts
+from expertlane.simulator.pools import PhaseTotals, StepFacts
+from expertlane.simulator.simulator import Outcome, ServingSetup, SimulatedPool, Simulator
 from expertlane.spec.names import ProjectedCause, Traffic
 from expertlane.spec.slo import SLO
 from expertlane.spec.workload import Load

@@ -18,10 +18,9 @@ from expertlane.cost.laws.execution import BOUNDS, LIKELY
 from expertlane.cost.step.operation import Floats
 from expertlane.results.metrics import ServedRequest
 from expertlane.results.record import PoolRole
-from expertlane.simulator.draws import Draws, Prompts
 from expertlane.simulator.pools import Pool, run_load
 from expertlane.simulator.simulator import Outcome, PoolRanks, Rates, SimulatedPool, Simulator
-from expertlane.simulator.watch import ROUGH, USUAL, Precision, Watch
+from expertlane.simulator.watch import ROUGH, USUAL, Draws, Precision, Prompts, Watch
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import TimedRequest

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from engine.ops.instruction_sets import ARITHMETIC, backend_or_skip
-from expertlane.cost.step.attention_sizes import takes_less_expanded
+from expertlane.cost.step.batch_sizes import takes_less_expanded
 from expertlane.engine.comm.clocks import HostClock
 from expertlane.engine.comm.collectives import interleave
 from expertlane.engine.comm.mesh import Meshes, ParallelMesh

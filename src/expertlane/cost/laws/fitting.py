@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.laws.surface import Surface, corner_weights, interpolate, logs_of, places
-from expertlane.cost.laws.times import Basis
+from expertlane.cost.laws.times import Basis, Surface, corner_weights, interpolate, logs_of, places
 from expertlane.cost.step.operation import Floats, Ints
 
 _HUBER = 1.5  # of the residuals' robust deviation, from where on a row weighs less

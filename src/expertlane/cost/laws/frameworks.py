@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from expertlane.cost.laws.execution import ARRIVAL_S
-from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.laws.profile_file import ModelledCluster
+from expertlane.cost.laws.profile import ModelledCluster, Profile, Term
 from expertlane.cost.laws.times import Basis
 from expertlane.errors import SpecError, did_you_mean
 from expertlane.results.hardware import Judged, KnownError

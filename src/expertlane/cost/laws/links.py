@@ -45,14 +45,7 @@ import numpy.typing as npt
 
 from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.times import Basis, Times, where
-from expertlane.cost.step.operation import (
-    Floats,
-    HandOver,
-    Ints,
-    LinkLoad,
-    Transfer,
-    TransferKind,
-)
+from expertlane.cost.step.operation import Floats, HandOver, Ints, LinkLoad, Transfer, TransferKind
 from expertlane.spec.names import Link, Stage
 
 

@@ -1,13 +1,29 @@
-"""A cluster as the cost model knows it: datasheet figures and laws of time, in one TOML file."""
+"""A cluster as the cost model knows it: datasheet figures and laws of time, in one TOML file.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+Shipped profiles and a user's are read strictly. A surface's table is a string of whole numbers,
+thousandths of a logarithm, one line for every knot of all axes but the last. `like` takes the laws
+of another shipped profile over to this one's datasheet where it has none of its own, as bounds and
+wider; but for those that its `without` names.
+"""
 
-from expertlane.cost.laws.surface import Surface
-from expertlane.cost.laws.times import Basis
-from expertlane.errors import SpecError
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from expertlane.cost.laws import shipped_profiles
+from expertlane.cost.laws.times import Basis, Surface
+from expertlane.cost.number_types import ITEM_BYTES, WEIGHT_BYTES
+from expertlane.errors import SpecError, naming
+from expertlane.spec.files import CONFIG_BYTES, read_toml, write_text
 from expertlane.spec.names import Link
-from expertlane.spec.ranges import Strict
+from expertlane.spec.ranges import RANGES, Strict, shown
+from expertlane.spec.tables import build
 
 
 @dataclass(frozen=True)
@@ -103,3 +119,314 @@ class Profile:
                 f"profile {self.name} has no links.{link.name.lower()}, which this layout needs"
             )
         return sheet.bytes_per_s
+
+
+Law = TypeVar("Law", Surface, Term)
+ReadT = TypeVar("ReadT", Device, LinkSheet, Surface, Term)
+
+_PER_LOGARITHM = 1000  # numbers of a table are thousandths of a logarithm
+_LARGEST = 20 * _PER_LOGARITHM  # exp(20): no correction is that far from a roofline
+
+
+def read_profile(name_or_path: str | Path) -> Profile:
+    """Read a shipped profile by name, or a file.
+
+    Raises:
+        SpecError: there is none, or the file breaks a rule; one line that names file and key.
+    """
+    given = str(name_or_path)
+    is_name = Path(given).name == given and not given.endswith(".toml")
+    shipped = shipped_profiles()
+    if is_name and given not in shipped:
+        raise SpecError(
+            f"no cluster profile is called {given}; "
+            f"there are {', '.join(shipped)}, or give a file that ends in .toml"
+        )
+    path = shipped[given] if is_name else Path(given)
+    data = read_toml(path, CONFIG_BYTES)
+    with naming(path):
+        return _profile(build(_File, data))
+
+
+@dataclass(frozen=True)
+class Like(Strict):
+    """Another profile to take missing laws from, and the factor by which their bounds widen.
+
+    Attributes:
+        without: beginnings of the names of laws that are not taken over: `dispatch` for all whose
+            first word it is.
+    """
+
+    profile: str
+    wider: float
+    without: tuple[str, ...] = ()
+
+
+def write_profile(profile: Profile, path: Path, like: Like | None = None) -> Path:
+    """Write a profile whole or not at all; return its path.
+
+    Raises:
+        UserError: its folder can't be written to.
+    """
+    return write_text(path, to_toml(profile, like))
+
+
+def to_toml(profile: Profile, like: Like | None = None) -> str:
+    """The text of a profile's file."""
+    import tomli_w  # not needed to read
+
+    hosts = {"devices_per_host": profile.devices_per_host} if profile.devices_per_host else {}
+    nvlink = {} if profile.has_nvlink else {"has_nvlink": False}
+    data = {
+        "name": profile.name,
+        "ranks_per_node": profile.ranks_per_node,
+        **hosts,
+        **nvlink,
+        **({} if like is None else {"like": {k: v for k, v in asdict(like).items() if v}}),
+        "device": asdict(profile.device),
+        "links": {link.name.lower(): asdict(sheet) for link, sheet in profile.links.items()},
+        "terms": {name: _as_table(term) for name, term in profile.terms.items()},
+    }
+    text = tomli_w.dumps(data, indent=0)
+    return text + "".join(_surface_text(*each) for each in profile.surfaces.items())
+
+
+def _surface_text(name: str, surface: Surface) -> str:
+    """A surface's part of the file; by hand, for axes and tables on one line a row."""
+    import tomli_w
+
+    head = tomli_w.dumps(_as_table(surface))
+    axes = ", ".join(
+        f"{axis} = [{', '.join(f'{knot:.6g}' for knot in knots)}]"
+        for axis, knots in surface.axes.items()
+    )
+    rounded = np.rint(np.asarray(surface.correction) * _PER_LOGARITHM).astype(np.int64)
+    rows = rounded.reshape(-1, rounded.shape[-1] if rounded.ndim else 1)
+    table = "\n".join(" ".join(map(str, row)) for row in rows.tolist())
+    return (
+        f'\n[surfaces."{name}"]\n{head}axes = {{ {axes} }}\n'
+        f'correction_thousandths = """\n{table}"""\n'
+    )
+
+
+def _as_table(law: Law) -> dict[str, Any]:
+    """The table of a law in a profile's file, without arrays."""
+    keys = ("value", "low", "high") if isinstance(law, Term) else ("low", "high")
+    numbers = {key: float(f"{getattr(law, key):.4g}") for key in keys}
+    return {**numbers, "basis": law.basis.label, "origin": law.origin}
+
+
+@dataclass(frozen=True)
+class _Law(Strict):
+    low: float
+    high: float
+    basis: Literal["measured", "fitted", "bound"]
+    origin: str
+
+
+@dataclass(frozen=True)
+class TermTable(_Law):
+    """A term as files have it."""
+
+    value: float
+
+
+@dataclass(frozen=True)
+class _Surface(_Law):
+    axes: dict[str, tuple[float, ...]]
+    correction_thousandths: str
+
+
+@dataclass(frozen=True)
+class _File(Strict):
+    name: str
+    device: Device
+    ranks_per_node: int
+    links: dict[str, LinkSheet] = field(default_factory=dict)
+    surfaces: dict[str, _Surface] = field(default_factory=dict)
+    terms: dict[str, TermTable] = field(default_factory=dict)
+    devices_per_host: int = 0
+    has_nvlink: bool = True
+    like: Like | None = None
+
+
+def _profile(file: _File) -> Profile:
+    RANGES["num_devices"].take("ranks_per_node", file.ranks_per_node)
+    RANGES["ranks_per_node"].take("devices_per_host", file.devices_per_host)
+    _check(file, "")
+    _check(file.device, "device.")
+    for dtype, flops_per_s in file.device.flops_per_s.items():
+        if dtype not in WEIGHT_BYTES:
+            raise SpecError(f"device.flops_per_s.{dtype} is an unknown key")
+        RANGES["flops_per_s"].take(f"device.flops_per_s.{dtype}", flops_per_s)
+    if file.device.float8_attention not in ITEM_BYTES:
+        raise SpecError(
+            f"device.float8_attention is {shown(file.device.float8_attention)}; it must be one of "
+            f"{', '.join(ITEM_BYTES)}"
+        )
+    own = Profile(
+        name=file.name,
+        device=file.device,
+        ranks_per_node=file.ranks_per_node,
+        links=_links(file.links),
+        surfaces={name: _surface(each, f"surfaces.{name}") for name, each in file.surfaces.items()},
+        terms={name: read_term(each, f"terms.{name}") for name, each in file.terms.items()},
+        devices_per_host=file.devices_per_host,
+        has_nvlink=file.has_nvlink,
+    )
+    if file.like is None:
+        return own
+    _check(file.like, "like.")
+    return _with_laws_of(own, file.like)
+
+
+def _check(table: Strict, place: str, range_name: str | None = None) -> None:
+    """Check that texts are not empty, and numbers in range: of `range_name`, else of their keys."""
+    for key, value in vars(table).items():
+        if value == "":
+            raise SpecError(f"{place}{key} is empty; it must be text")
+        if isinstance(value, float):
+            RANGES[range_name or key].take(f"{place}{key}", value)
+
+
+def _with_laws_of(own: Profile, like: Like) -> Profile:
+    """`own` with the laws of another where it has none of its own."""
+    name, wider = like.profile, like.wider
+    if name == own.name:
+        raise SpecError("like.profile is this profile itself")
+    other = read_profile(name)
+    for begin in like.without:
+        if not any(_begins(key, (begin,)) for key in other.surfaces):
+            raise SpecError(f"like.without: no law of {name} is called {shown(begin)}")
+
+    def widened(laws: Mapping[str, Law], origin: str) -> dict[str, Law]:
+        return {
+            key: replace(
+                law,
+                low=law.low / wider,
+                high=law.high * wider,
+                basis=Basis.BOUND,
+                origin=f"{origin}: {law.origin}",
+            )
+            for key, law in laws.items()
+        }
+
+    # Of an operation that has a law of its own, another library's is no hole.
+    of_other = {
+        key: replace(law, wider=law.wider * wider)
+        for key, law in other.surfaces.items()
+        if key.rpartition(".")[0] not in own.surfaces and not _begins(key, like.without)
+    }
+    surfaces = widened(of_other, f"as {name}, over this datasheet's roofline")
+    # Floors of a law belong to its surface.
+    of_others = {
+        key: term
+        for key, term in other.terms.items()
+        if key.partition(".")[2] not in own.surfaces
+        and not _begins(key.partition(".")[2], like.without)
+    }
+    terms = widened(of_others, f"as {name}")
+    return replace(own, surfaces={**surfaces, **own.surfaces}, terms={**terms, **own.terms})
+
+
+def _begins(law: str, names: Sequence[str]) -> bool:
+    return any(f"{law}.".startswith(f"{name}.") for name in names)
+
+
+def _links(sheets: Mapping[str, LinkSheet]) -> dict[Link, LinkSheet]:
+    known = {link.name.lower(): link for link in Link}
+    for name, sheet in sheets.items():
+        if name not in known:
+            raise SpecError(f"links.{name} must be one of {', '.join(known)}")
+        _check(sheet, f"links.{name}.")
+    return {known[name]: sheet for name, sheet in sheets.items()}
+
+
+def read_term(law: TermTable, place: str) -> Term:
+    """A term of a file, checked.
+
+    Args:
+        place: the key that an error names.
+
+    Raises:
+        SpecError: a number is out of its range, or low and high are not around the value.
+    """
+    _check(law, f"{place}.", "term")
+    if not law.low <= law.value <= law.high:
+        raise SpecError(
+            f"{place}.value must lie between low and high: {law.low:g}, {law.value:g}, {law.high:g}"
+        )
+    return Term(law.value, law.low, law.high, Basis[law.basis.upper()], law.origin)
+
+
+def _surface(law: _Surface, place: str) -> Surface:
+    _check(law, f"{place}.", "correction")
+    if not law.low <= 1 <= law.high:
+        raise SpecError(
+            f"{place}.low and high must lie on both sides of 1: {law.low:g}, {law.high:g}"
+        )
+    for name, knots in law.axes.items():
+        if not knots:
+            raise SpecError(f"{place}.axes.{name} is empty; it must be a list of knots")
+        for knot in knots:
+            RANGES["knot"].take(f"{place}.axes.{name}", knot, "holds")
+        if any(b <= a for a, b in pairwise(knots)):
+            raise SpecError(f"{place}.axes.{name} must rise")
+    shape = tuple(map(len, law.axes.values()))
+    thousandths = _numbers(law.correction_thousandths, shape, f"{place}.correction_thousandths")
+    return Surface(
+        law.axes,
+        thousandths / _PER_LOGARITHM,
+        law.low,
+        law.high,
+        Basis[law.basis.upper()],
+        law.origin,
+    )
+
+
+def _numbers(text: str, shape: tuple[int, ...], place: str) -> np.ndarray[Any, Any]:
+    try:
+        numbers = np.array([int(word) for word in text.split()], dtype=np.float64)
+    except ValueError as error:
+        raise SpecError(f"{place} must hold whole numbers: {error}") from None
+    if len(numbers) != math.prod(shape):
+        raise SpecError(f"{place} has {len(numbers)} numbers; the axes need {math.prod(shape)}")
+    if np.abs(numbers).max(initial=0) > _LARGEST:
+        raise SpecError(f"{place} has a number beyond ±{_LARGEST}")
+    return numbers.reshape(shape)
+
+
+_NAMED = re.compile(r"(?P<profile>.+)x(?P<count>[0-9]{1,7})")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelledCluster:
+    """Devices of one kind on nodes of `profile.ranks_per_node`; the last node may hold fewer."""
+
+    profile: Profile
+    num_devices: int
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that hold a device."""
+        return -(-self.num_devices // self.profile.ranks_per_node)
+
+    def __str__(self) -> str:
+        return f"{self.profile.name}x{self.num_devices}"
+
+
+def parse_cluster(text: str) -> ModelledCluster:
+    """Read `h100x16`, or `mine.tomlx2` for a profile that `expertlane calibrate` wrote.
+
+    Raises:
+        SpecError: not of this form, no device, an unknown profile, or a damaged file.
+    """
+    found = _NAMED.fullmatch(text.strip())
+    count = None if found is None else RANGES["num_devices"].parse(found["count"])
+    if found is None or count is None:
+        raise SpecError(
+            f"cluster {shown(text)} is not PROFILExCOUNT, for example h100x16 (COUNT: "
+            f"{RANGES['num_devices']}); profiles: "
+            f"{', '.join(shipped_profiles())}, or a TOML file of expertlane calibrate"
+        )
+    return ModelledCluster(read_profile(found["profile"]), int(count))

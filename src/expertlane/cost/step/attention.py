@@ -9,8 +9,7 @@ all-to-all). A chunk of a prompt gathers the positions that came before it.
 from dataclasses import replace
 
 from expertlane.balance.holding import Slices
-from expertlane.cost.step.attention_sizes import AttentionSizes
-from expertlane.cost.step.batch_sizes import TokenSizes
+from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
 from expertlane.cost.step.kernel_sets import KernelSet
 from expertlane.cost.step.operation import Ints, Kind
 from expertlane.cost.step.step_list import StepWriter

@@ -21,9 +21,8 @@ from expertlane.balance.even_copies import copy_choice
 from expertlane.balance.placement import Placement
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.batch_sizes import Scenarios
-from expertlane.cost.step.counts import DispatchCounts, NodeCounts
+from expertlane.cost.step.counts import DispatchCounts, NodeCounts, StageMesh
 from expertlane.cost.step.operation import Floats, Ints, RowsByLink
-from expertlane.cost.step.stage_mesh import StageMesh
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import CopyMethod
 from expertlane.spec.layout import Layout

@@ -7,7 +7,7 @@ import numpy as np
 
 from expertlane.cost.number_types import ITEM_BYTES, NumberTypes, weight_bytes
 from expertlane.cost.step.batch_sizes import TokenSizes
-from expertlane.cost.step.counts import Exchange
+from expertlane.cost.step.counts import Axis, Exchange, StageMesh
 from expertlane.cost.step.kernel_sets import ENGINE, KernelSet
 from expertlane.cost.step.operation import (
     Amounts,
@@ -23,7 +23,6 @@ from expertlane.cost.step.operation import (
     TransferKind,
     flops_of,
 )
-from expertlane.cost.step.stage_mesh import Axis, StageMesh
 from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.names import Stage
 

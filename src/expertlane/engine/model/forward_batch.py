@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.cost.step.attention_sizes import pairs_and_positions
+from expertlane.cost.step.batch_sizes import pairs_and_positions
 from expertlane.engine.model.latent_batch import LatentParts, latent_parts
 from expertlane.engine.ops.kv_cache import PagedBatch
 from expertlane.engine.ops.transfer import Array, to_device

@@ -8,7 +8,7 @@ expanded to keys and values of each head.
 import torch
 from torch import Tensor
 
-from expertlane.cost.step.attention_sizes import pairs_and_positions
+from expertlane.cost.step.batch_sizes import pairs_and_positions
 from expertlane.engine.comm.collectives import Steps
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.model.attention import PagedHeads, RotaryEmbedding

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.cost.step.attention_sizes import takes_less_expanded
+from expertlane.cost.step.batch_sizes import takes_less_expanded
 from expertlane.engine.ops.kv_cache import PagedBatch
 from expertlane.engine.ops.transfer import to_device
 from expertlane.schedule.plan import Batch

@@ -24,8 +24,7 @@ from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.kernel_sets import ENGINE, ENGINE_ON_GPUS
 from expertlane.cost.step.operation import Operation
-from expertlane.cost.step.program import ProgramBuilder
-from expertlane.cost.step.totals import count
+from expertlane.cost.step.program import ProgramBuilder, count
 from expertlane.engine.comm.clocks import HostClock
 from expertlane.engine.comm.collectives import interleave
 from expertlane.engine.comm.mesh import Meshes, ParallelMesh

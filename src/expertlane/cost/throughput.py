@@ -9,7 +9,9 @@ tokens from the one that decodes, as in `simulate`: TTFT ends when the first dec
 KV transfer and the wait for a place there are in it, and TPOT is decoding alone.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -17,9 +19,11 @@ import numpy as np
 from expertlane.cost.laws.execution import BOUNDS, LIKELY
 from expertlane.cost.step.expected_counts import largest_normal
 from expertlane.cost.step.operation import Floats, Ints
-from expertlane.planner.candidates import Goals
+from expertlane.results.estimate import Estimate
+from expertlane.results.metrics import ServedRequest, serving_record
 from expertlane.results.serving_record import SLOResult
 from expertlane.spec.layout import Layout
+from expertlane.spec.slo import SLO
 from expertlane.spec.workload import Workload
 
 
@@ -98,6 +102,66 @@ class Steps:
         """[3]; computed prompt tokens/s while nothing is decoded, at the low time first."""
         tps: Floats = self.num_prompts * self.prompts.num_new / self.prefill_s
         return tps
+
+
+@dataclass(frozen=True)
+class Goals:
+    """Limits that a deployment must keep; None for no limit.
+
+    Attributes:
+        max_tpot_s, max_ttft_s: limits of the means.
+        slos: limits of other statistics.
+    """
+
+    max_tpot_s: float | None = None
+    max_ttft_s: float | None = None
+    slos: tuple[SLO, ...] = ()
+
+    @classmethod
+    def of(cls, slos: Iterable[SLO]) -> "Goals":
+        """The limits that were asked for."""
+        means = {"tpot.mean": "max_tpot_s", "ttft.mean": "max_ttft_s"}
+        named: dict[str, float] = {}
+        others = []
+        for slo in slos:
+            if slo.name in means:
+                name = means[slo.name]
+                named[name] = min(slo.limit_s, named.get(name, slo.limit_s))
+            else:
+                others.append(slo)
+        return cls(**named, slos=tuple(others))
+
+    @property
+    def all(self) -> tuple[SLO, ...]:
+        """Every limit as an objective."""
+        tpot, ttft = self.max_tpot_s, self.max_ttft_s
+        of_means = [] if tpot is None else [SLO("tpot", "mean", tpot)]
+        of_means += [] if ttft is None else [SLO("ttft", "mean", ttft)]
+        return *of_means, *self.slos
+
+    @cached_property
+    def of_means(self) -> "tuple[float | None, float | None]":
+        """Limits of mean TPOT and TTFT for a formula that knows means: none may be above them."""
+        tpot = [each.limit_s for each in self.slos if each.metric in ("tpot", "itl")]
+        ttft = [each.limit_s for each in self.slos if each.metric == "ttft"]
+        tpot += [] if self.max_tpot_s is None else [self.max_tpot_s]
+        ttft += [] if self.max_ttft_s is None else [self.max_ttft_s]
+        return min(tpot, default=None), min(ttft, default=None)
+
+    def results(
+        self, tpot_s: Floats, ttft_s: Floats, served: Sequence[ServedRequest[Floats]]
+    ) -> tuple[SLOResult, ...]:
+        """Each limit, with the value that was reached.
+
+        Args:
+            tpot_s, ttft_s: [3]; means.
+            served: a sample.
+        """
+        means = {"tpot": tpot_s, "ttft": ttft_s}
+        of_means = self.all[: len(self.all) - len(self.slos)]
+        found = [SLOResult(each, Estimate.between(means[each.metric])) for each in of_means]
+        others = serving_record(served, self.slos).slos if self.slos else ()
+        return *found, *others
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,413 @@
+"""Prices of the parts of steps, over many scenarios at once: each distinct part is priced once.
+
+A scenario is a number of alike sequences; one rank of the stage stands for all. A part turns on few
+of a layout's sizes: attention, MLPs and the two ends of the model on the tensor-parallel group and
+its sequences; dispatch, experts and combine on the stage, its experts and the tokens that a rank
+owns. So layouts share their parts, and their number grows far more slowly than that of layouts.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.cost.laws.device import DeviceModel
+from expertlane.cost.laws.execution import LIKELY, Execution, Terms, kernels_of
+from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.laws.profile import Profile
+from expertlane.cost.laws.times import Times
+from expertlane.cost.multi_token import projection_steps
+from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.pricing import forwarding_hops, law_dtype
+from expertlane.cost.step.attention import attention_steps
+from expertlane.cost.step.batch_sizes import Scenarios
+from expertlane.cost.step.counts import StageMesh
+from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts
+from expertlane.cost.step.layer import (
+    arrival_steps,
+    dense_steps,
+    embedding_steps,
+    expert_steps,
+    head_steps,
+    router_steps,
+    shared_expert_steps,
+)
+from expertlane.cost.step.operation import (
+    SIZES,
+    Floats,
+    Ints,
+    Kind,
+    OneOfGroup,
+    Operation,
+    RankGroups,
+    Transfer,
+)
+from expertlane.cost.step.step_list import ExpectedStepList
+from expertlane.spec.deployment import PayloadType
+from expertlane.spec.dispatch import DispatchForm, is_by_node_on
+from expertlane.spec.model import ModelConfig
+
+# Rows of what is added up: three bounds of computing, of transfers, what all transfers would cost
+# computing beside them, launches, and three bounds of the engine's own work where all is in series.
+COMPUTE, MOVED, IN_SERIES = slice(0, 3), slice(3, 6), slice(8, 11)
+SLOWED, LAUNCHES = 6, 7
+_NUM_ROWS = 11
+_AnyColumn = npt.NDArray[Any]
+
+
+class Shape(NamedTuple):
+    """Sizes, beside the sequences, that the parts of a stage depend on.
+
+    Attributes:
+        mesh: of the first pipeline stage.
+        fan_out: expected fan-out of an MoE layer's tokens.
+    """
+
+    mesh: StageMesh
+    fan_out: ExpectedFanOut
+    form: DispatchForm
+    payload: PayloadType
+
+
+@dataclass(frozen=True, eq=False)
+class Points:
+    """P scenarios of some shapes; [P] each.
+
+    Attributes:
+        shape: number from `SharedParts.add`.
+        num_seqs, num_new, num_cached, stage_seqs, num_drafts: as in `Scenarios`.
+    """
+
+    shape: Ints
+    num_seqs: Ints
+    num_new: Ints
+    num_cached: Ints
+    stage_seqs: Ints
+    num_drafts: Ints
+
+    def further(self) -> "Points":
+        """Points of one more drafting pass, as `Scenarios.further`."""
+        one, none = np.ones_like(self.num_new), np.zeros_like(self.num_drafts)
+        cached = self.num_cached + self.num_new
+        return Points(self.shape, self.num_seqs, one, cached, self.stage_seqs, none)
+
+
+@dataclass(eq=False)
+class _Column:
+    """Shapes by the key of those that share a kind of parts; a key's first stands for it."""
+
+    number_of: dict[object, int] = field(default_factory=dict)
+    firsts: list[Shape] = field(default_factory=list)
+    of_shape: list[int] = field(default_factory=list)
+
+    def add(self, key: object, shape: Shape) -> None:
+        number = self.number_of.setdefault(key, len(self.firsts))
+        if number == len(self.firsts):
+            self.firsts.append(shape)
+        self.of_shape.append(number)
+
+
+class PricedPoints(NamedTuple):
+    """Parts of P points, priced: tables over distinct ones, and where each point's stand.
+
+    Attributes:
+        dense: by attention's window, [rows, U]; a layer with a dense MLP.
+        sparse: by window, [rows, U]; an MoE layer without dispatch, experts and combine.
+        experts: [rows, V]; dispatch, experts and combine.
+        embedding, arrival, head, projection: [rows, U].
+        own, of_experts: [P]; each point's index in U and V.
+    """
+
+    dense: dict[int | None, Floats]
+    sparse: dict[int | None, Floats]
+    experts: Floats
+    embedding: Floats
+    arrival: Floats
+    head: Floats
+    projection: Floats
+    own: Ints
+    of_experts: Ints
+
+
+class SharedParts:
+    """Prices parts of stages; those of one layout are added up in `cost.closed_form`.
+
+    Args:
+        has_drafts: whether any deployment uses multi-token prediction.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        types: NumberTypes,
+        profile: Profile,
+        terms: Terms,
+        *,
+        has_drafts: bool = False,
+    ) -> None:
+        self._model, self._types = model, types
+        self._profile, self._terms = profile, terms
+        self._kernels = kernels_of(profile)
+        self._row_bytes = model.hidden_size * types.activation_bytes
+        self._own, self._experts = _Column(), _Column()
+        self._ones: dict[tuple[int, int], OneOfGroup] = {}
+        self._num_shapes = 0
+        layers = range(model.num_hidden_layers)
+        self._windows = list(dict.fromkeys(map(model.window_of_layer, layers)))
+        self._has_dense = any(map(model.is_dense, layers))
+        self._has_experts = not all(map(model.is_dense, layers))
+        self._has_drafts = has_drafts
+
+    def add(self, shape: Shape) -> int:
+        """Register a shape; return its number."""
+        layout, fan_out = shape.mesh.layout, shape.fan_out
+        keeps_all = self._kernels.keeps_all(layout, shape.form)
+        groups = (self._one_of(shape.mesh, size) for size in (layout.tp, layout.dcp))
+        self._own.add((layout.tp, layout.dcp, keeps_all, *groups), shape)
+        sizes = layout.ep, layout.stage_size
+        self._experts.add((*sizes, shape.form, shape.payload, keeps_all, fan_out), shape)
+        self._num_shapes += 1
+        return self._num_shapes - 1
+
+    def price(self, points: Points) -> PricedPoints:
+        """All parts of all points."""
+        own_key = np.array(self._own.of_shape)[points.shape]
+        experts_key = np.array(self._experts.of_shape)[points.shape]
+        tp, dp, does_keep = self._sizes()
+        keeps_all = does_keep[points.shape]
+        scenarios = Scenarios(
+            tp[points.shape],
+            points.num_seqs,
+            points.num_new,
+            points.num_cached,
+            points.stage_seqs,
+            points.num_drafts,
+            dp[points.shape],
+        )
+        is_normed = keeps_all & (scenarios.tokens * self._row_bytes <= self._kernels.normed_bytes)
+        of_own: list[_AnyColumn] = [
+            own_key,
+            is_normed,
+            points.num_new == 1 + points.num_drafts,
+            points.num_drafts,
+            points.num_seqs,
+            points.num_new,
+            points.num_cached,
+        ]
+        firsts, own = _distinct(of_own)
+        rows = np.where(keeps_all, scenarios.tokens, scenarios.owned)
+        length = points.num_new if self._are_alike else np.ones_like(points.num_new)
+        of_experts: list[_AnyColumn] = [
+            experts_key,
+            is_normed,
+            rows,
+            scenarios.stage_tokens,
+            length,
+        ]
+        lists = self._own_lists([each[firsts] for each in of_own])
+        chosen, places = _distinct(of_experts)
+        experts = self._expert_lists([each[chosen] for each in of_experts])
+        names = list(dict.fromkeys(name for name, _, _ in lists))
+        priced = price(
+            self._profile,
+            self._types,
+            self._terms,
+            [steps for _, _, steps in lists] + [steps for _, steps in experts],
+        )
+        nothing = np.zeros((_NUM_ROWS, len(firsts)))
+        tables = defaultdict(lambda: nothing) | {name: nothing.copy() for name in names}
+        for (name, at, _), times in zip(lists, priced, strict=False):
+            tables[name][:, at] = times
+        of_all = np.zeros((_NUM_ROWS, len(chosen)))
+        for (at, _), times in zip(experts, priced[len(lists) :], strict=True):
+            of_all[:, at] = times
+        attention = {window: tables["attention", window] for window in self._windows}
+        return PricedPoints(
+            dense={key: each + tables["dense", None] for key, each in attention.items()},
+            sparse={key: each + tables["router", None] for key, each in attention.items()},
+            experts=of_all,
+            embedding=tables["embedding", None],
+            arrival=tables["arrival", None],
+            head=tables["head", None],
+            projection=tables["projection", None],
+            own=own,
+            of_experts=places,
+        )
+
+    @property
+    def _are_alike(self) -> bool:
+        """True if tokens of one sequence choose similar experts."""
+        return any(len(each.fan_out.of_prompts) > 0 for each in self._experts.firsts)
+
+    def _sizes(self) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
+        """`tp`, `dp`, and whether ranks keep all tokens, by shape."""
+        of_own = [
+            (
+                each.mesh.layout.tp,
+                self._kernels.keeps_all(each.mesh.layout, each.form),
+            )
+            for each in self._own.firsts
+        ]
+        tp, keeps_all = np.array(of_own)[self._own.of_shape].T
+        sizes = np.array([each.mesh.size for each in self._experts.firsts])
+        return tp, sizes[self._experts.of_shape] // tp, keeps_all.astype(np.bool_)
+
+    def _one_of(self, mesh: StageMesh, size: int) -> OneOfGroup:
+        """The rank that stands for all, in groups of `size` consecutive ranks."""
+        if (key := (mesh.size, size)) not in self._ones:
+            groups = RankGroups(np.arange(mesh.size) // size, mesh.node)
+            self._ones[key] = groups.one
+        return self._ones[key]
+
+    def _own_lists(
+        self, columns: Sequence[_AnyColumn]
+    ) -> list[tuple[tuple[str, int | None], Ints, ExpectedStepList]]:
+        """Parts without experts: name and window, their indices in the columns, and their steps."""
+        model = self._model
+        lists: list[tuple[tuple[str, int | None], Ints, ExpectedStepList]] = []
+        key, is_normed, is_decode, num_drafts, *sizes = columns
+        for at in _alike((key, is_normed, is_decode, num_drafts)):
+            shape = self._own.firsts[key[at[0]]]
+            num_seqs, num_new, num_cached = (each[at] for each in sizes)
+            part = Scenarios(
+                shape.mesh.layout.tp,
+                num_seqs,
+                num_new,
+                num_cached,
+                num_seqs,
+                int(num_drafts[at[0]]),
+            )
+
+            def begin(
+                name: str,
+                window: int | None = None,
+                shape: Shape = shape,
+                at: Ints = at,
+            ) -> ExpectedStepList:
+                lists.append(((name, window), at, self._begun(shape, len(at))))
+                return lists[-1][-1]
+
+            for window in self._windows:
+                attention_steps(begin("attention", window), model, window, part)
+            if self._has_dense:
+                dense_steps(begin("dense"), model, part)
+            if self._has_experts:
+                router = begin("router")
+                router_steps(router, model, part)
+                shared_expert_steps(router, model, part)
+            embedding_steps(begin("embedding"), model, part)
+            arrival_steps(begin("arrival"), model, part)
+            head_steps(begin("head"), model, part)
+            if self._has_drafts:
+                projection_steps(begin("projection"), model, part)
+        return lists
+
+    def _expert_lists(self, columns: Sequence[_AnyColumn]) -> list[tuple[Ints, ExpectedStepList]]:
+        """Indices in the columns of parts with experts, and their steps."""
+        lists: list[tuple[Ints, ExpectedStepList]] = []
+        if not self._has_experts:
+            return lists
+        key, is_normed, rows, stage_tokens, length = columns
+        for at in _alike((key, is_normed)):
+            shape = self._experts.firsts[key[at[0]]]
+            layout, steps = shape.mesh.layout, self._begun(shape, len(at))
+            one = np.ones_like(rows[at])
+            tp = layout.tp if steps.keeps_all else 1  # else rows are those that a rank owns
+            part = Scenarios(tp, rows[at], one, one, stage_tokens[at])
+            counts = busiest_counts(
+                shape.fan_out,
+                part,
+                layout,
+                self._model.num_experts_per_tok,
+                by_node=is_by_node_on(layout, shape.form),
+                num_new=length[at],
+            )
+            expert_steps(steps, self._model, part, counts, shape.payload)
+            lists.append((at, steps))
+        return lists
+
+    def _begun(self, shape: Shape, size: int) -> ExpectedStepList:
+        return ExpectedStepList(shape.mesh, size, self._types, shape.form, self._kernels)
+
+
+def _distinct(columns: Sequence[_AnyColumn]) -> tuple[Ints, Ints]:
+    """Index of the first of each distinct row of columns [P], and each row's number, [P]."""
+    code = np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        values, place = np.unique(column, return_inverse=True)
+        _, code = np.unique(code * len(values) + place, return_inverse=True)
+    _, firsts, which = np.unique(code, return_index=True, return_inverse=True)
+    return firsts, which
+
+
+def _alike(columns: Sequence[_AnyColumn]) -> list[Ints]:
+    """Indices of equal rows, in groups."""
+    firsts, which = _distinct(columns)
+    order = np.argsort(which, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(which, minlength=len(firsts)))[:-1])
+
+
+def price(
+    profile: Profile, types: NumberTypes, terms: Terms, lists: Sequence[ExpectedStepList]
+) -> list[Floats]:
+    """Prices of each list of steps, [rows, S], in order."""
+    links = LinkModel(profile)
+    times = _operation_times(DeviceModel(profile), types, lists) | _transfer_times(links, lists)
+    priced = []
+    for of_list in lists:
+        total = np.zeros((_NUM_ROWS, of_list.size))
+        for step in of_list.steps:
+            seconds = times[id(step)].bounds
+            if isinstance(step, Operation):
+                total[COMPUTE] += seconds
+            else:
+                total[MOVED] += seconds
+                share = links.contention_of_one(step, of_list.mesh.size)
+                total[SLOWED] += seconds[LIKELY] * share
+            total[LAUNCHES] += step.num_kernels
+            if terms.execution is Execution.SERIAL:
+                total[IN_SERIES] += terms.overhead_s(step)[:, None]
+        priced.append(total)
+    return priced
+
+
+def _operation_times(
+    device: DeviceModel, types: NumberTypes, lists: Sequence[ExpectedStepList]
+) -> dict[int, Times]:
+    """Times by the id of an operation; the operations of one law are priced at once."""
+    alike: defaultdict[tuple[Kind, str], list[tuple[Operation, int]]] = defaultdict(list)
+    for of_list in lists:
+        for step in of_list.steps:
+            if isinstance(step, Operation):
+                alike[step.kind, law_dtype(types, step)].append((step, of_list.size))
+    found = {}
+    for (kind, dtype), operations in alike.items():
+        sizes = {
+            name: np.concatenate([_of_all(each.sizes[name], n) for each, n in operations])
+            for name in SIZES[kind]
+        }
+        whole = device.times(kind, dtype, sizes)
+        end = 0
+        for operation, num in operations:
+            begin, end = end, end + num
+            found[id(operation)] = whole.part(slice(begin, end))
+    return found
+
+
+def _of_all(size: Floats | float, num: int) -> Floats:
+    return size if isinstance(size, np.ndarray) and len(size) == num else np.full(num, size)
+
+
+def _transfer_times(links: LinkModel, lists: Sequence[ExpectedStepList]) -> dict[int, Times]:
+    """Times by the id of a transfer; both hops of a hierarchical dispatch together."""
+    by_list = [[step for step in of_list.steps if isinstance(step, Transfer)] for of_list in lists]
+    transfers = [transfer for of_list in by_list for transfer in of_list]
+    times = links.times_of(transfers)
+    found = {id(transfer): each for transfer, each in zip(transfers, times, strict=True)}
+    for of_list in by_list:
+        for between, inside in forwarding_hops(of_list):
+            found[id(between)], found[id(inside)] = links.forwarded(between, inside)
+    return found
