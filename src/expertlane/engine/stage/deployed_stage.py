@@ -12,12 +12,11 @@ from expertlane.balance.placement_file import Placements
 from expertlane.engine.comm.collectives import Pending, interleave
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.comm.recorder import Recorder
-from expertlane.engine.model.decode_graphs import DecodeGraphs, decode_graphs
+from expertlane.engine.model.decode_graphs import DecodeGraphs, PaddedBatch, decode_graphs
 from expertlane.engine.model.forward_batch import ForwardBatch
-from expertlane.engine.model.padded_batch import PaddedBatch
+from expertlane.engine.model.head import HeadResult, ScoredPrompts
 from expertlane.engine.model.sampler import Sampler, SamplerStep
-from expertlane.engine.model.scored_prompts import ScoredPrompts
-from expertlane.engine.model.transformer import HeadResult, RunsLayers, TransformerStage
+from expertlane.engine.model.transformer import RunsLayers, TransformerStage
 from expertlane.engine.model.weights import HeldWeights
 from expertlane.engine.ops.kv_cache import KVCache
 from expertlane.engine.ranks.commands import HeldBytes, RankOutcome, StageSpec
