@@ -143,8 +143,8 @@ class DenseBlock:
         """The block's weights, by names within the layer."""
         yield f"MLP of tp rank {self.mlp.tp_rank}", self.mlp.tensors()
 
-    def forward(self, x: Tensor, batch: ForwardBatch, added: Tensor | None = None) -> Steps[Tensor]:
-        """Apply the block to the tokens that this rank owns.
+    def begin(self, x: Tensor, batch: ForwardBatch, added: Tensor | None) -> Steps[Tensor]:
+        """Apply the block to the tokens that this rank owns: to its end, as it dispatches nothing.
 
         Args:
             x: [num_owned, hidden_size].
@@ -170,6 +170,18 @@ class Routed(NamedTuple):
     hidden: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
+
+
+class RoutedHere(NamedTuple):
+    """Tokens that `LocalExperts.route` has routed.
+
+    Attributes:
+        x: [T, hidden_size]; the block's input.
+        work: the buffer that the other calls of `LocalExperts` take.
+    """
+
+    x: Tensor
+    work: Tensor
 
 
 class MoEBlock:
@@ -317,22 +329,17 @@ class MoEBlock:
             down=ops.linear(matrix("down"), down_bias),
         )
 
-    def forward(self, x: Tensor, batch: ForwardBatch, added: Tensor | None = None) -> Steps[Tensor]:
-        """Apply the block to the tokens that this rank owns.
+    def begin(
+        self, x: Tensor, batch: ForwardBatch, added: Tensor | None
+    ) -> Steps[Routed | RoutedHere]:
+        """Norm the tokens that this rank owns, and choose their experts.
 
         Args:
             x: [num_owned, hidden_size].
             added: attention's output, still to be added to x; None if it is.
-
-        Returns:
-            [num_owned, hidden_size].
         """
         if self.here is not None and self.here.takes(x) and added is None:
-            return (yield from self._compute_here(self.here, x, batch))
-        return (yield from self.finish(self.routed(x, batch, added), batch))
-
-    def routed(self, x: Tensor, batch: ForwardBatch, added: Tensor | None = None) -> Routed:
-        """Norm tokens and choose their experts; for the arguments see `forward`."""
+            return RoutedHere(x, self.here.route(x))
         if added is None:
             hidden, topk_ids, topk_weights = self._router(x)
         else:
@@ -344,9 +351,12 @@ class MoEBlock:
         if batch.is_real is not None:
             topk_ids = topk_ids.where(batch.is_real[:, None], -1)
         return Routed(x, hidden, topk_ids, topk_weights)
+        yield  # a generator like the dense block's, though it never waits
 
-    def finish(self, routed: Routed, batch: ForwardBatch) -> Steps[Tensor]:
-        """Dispatch, experts, combine and the shared expert: `forward` after the router."""
+    def finish(self, routed: Routed | RoutedHere, batch: ForwardBatch) -> Steps[Tensor]:
+        """Dispatch, experts, combine and the shared expert: [num_owned, hidden_size]."""
+        if isinstance(routed, RoutedHere):
+            return (yield from self._finish_here(*routed, batch))
         recorder, layer = self._recorder, self._layer
         x, hidden, topk_ids, topk_weights = routed
         recorder.record_topk_ids(topk_ids)
@@ -375,10 +385,10 @@ class MoEBlock:
         first = topk_ids.new_tensor(list(held)[: topk_ids.shape[1]])
         return first.repeat(len(topk_ids), 1)
 
-    def _compute_here(self, here: LocalExperts, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
-        """`forward` without communication, in one call per stage."""
-        recorder, layer, num_tokens = self._recorder, self._layer, x.shape[0]
-        work = here.route(x)
+    def _finish_here(self, x: Tensor, work: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
+        """`finish` without communication, in one call per stage."""
+        recorder, layer, num_tokens, here = self._recorder, self._layer, x.shape[0], self.here
+        assert here is not None, "it has routed the tokens"
         if recorder.is_recording:
             recorder.record_topk_ids(here.topk_ids(work, num_tokens))
             self._count_router(num_tokens)

@@ -17,13 +17,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.engine.comm.collectives import Steps, interleave
+from expertlane.engine.comm.collectives import interleave
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.comm.meter import Sent
 from expertlane.engine.model.blocks import MoEBlock, Routed
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.head import HeadResult
-from expertlane.engine.model.transformer import DecoderLayer, RunsLayers, TransformerStage
+from expertlane.engine.model.transformer import BeginsLayer, DecoderLayer, TransformerStage
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.graphs import Graphs
 from expertlane.engine.ops.kv_cache import AttentionBounds, KVCache
@@ -142,6 +142,7 @@ class PaddedBatch(ForwardBatch):
 
     Attributes:
         real: the batch without padding.
+        is_filled: whether its columns are in the memory from which the graph reads them.
 
     Args:
         num_parts: see `places_in`.
@@ -155,7 +156,7 @@ class PaddedBatch(ForwardBatch):
         form: DispatchForm,
         num_parts: int = 1,
     ) -> None:
-        self.real, self._room = real, inputs
+        self.real, self._room, self.is_filled = real, inputs, False
         mesh, layout = inputs.mesh, inputs.mesh.layout
         places = places_in(size, real.num_seqs, num_parts)
         self._is_real = np.zeros(size, dtype=np.bool_)
@@ -188,6 +189,7 @@ class PaddedBatch(ForwardBatch):
     def fill(self) -> None:
         """Copy its columns to the memory from which the graph reads them."""
         self._inputs.fill(self._columns())
+        self.is_filled = True
 
 
 class DecodeGraphs:
@@ -287,8 +289,8 @@ class DecodeGraphs:
             return HeadResult(token_ids, self._rooms["logits"][:num], None)
         return self._rooms["hidden"][: part.num_owned].clone()
 
-    def layers_of(self, batch: Batch, form: DispatchForm) -> RunsLayers | None:
-        """A function that runs the layers of a decode batch, with a graph up to each dispatch.
+    def beginning_of(self, batch: Batch, form: DispatchForm) -> BeginsLayer | None:
+        """A function that begins the layers of a decode batch, with a graph up to each dispatch.
 
         Dispatch, which asks the host for numbers of rows, runs between graphs as usual, on real
         tokens, which stay with their owners. None where the batch does not fit: each
@@ -301,25 +303,17 @@ class DecodeGraphs:
         if part is None:
             return None
 
-        def run(x: Tensor, real: ForwardBatch) -> Steps[Tensor]:
-            part.fill()
-            for layer, cache in self.stage.layers:
-                self._room("x", x)[: len(x)].copy_(x)
-                begun = self._begun(part, layer, cache)
-                if isinstance(begun, Tensor):
-                    x = begun
-                else:
-                    assert isinstance(layer.block, MoEBlock), "only such a block has a router"
-                    x = yield from layer.block.finish(begun, real)
-            return x
+        return partial(self._begun, part)
 
-        return run
-
-    def _begun(self, part: PaddedBatch, layer: DecoderLayer, cache: KVCache) -> Routed | Tensor:
+    def _begun(
+        self, part: PaddedBatch, layer: DecoderLayer, cache: KVCache, x: Tensor
+    ) -> Routed | Tensor:
         """The result of `DecoderLayer.begin` for real tokens; the next layer overwrites it."""
         size, num = part.batch.num_seqs, part.num_real_owned
+        self._room("x", x)[: len(x)].copy_(x)
         begin = partial(self._begin, layer, cache)
-        if self._prepare(size, part.dispatch_form, layer.index, begin):
+        is_new = self._prepare(size, part.dispatch_form, layer.index, begin)
+        if is_new or not part.is_filled:
             part.fill()
         self._launch[size, layer.index]()
         if not isinstance(layer.block, MoEBlock):
@@ -332,6 +326,7 @@ class DecodeGraphs:
         if isinstance(begun, Tensor):
             self._keep("begun", begun)
             return
+        assert isinstance(begun, Routed), "a rank with all experts records whole steps"
         for name, values in begun._asdict().items():
             self._keep(f"routed {name}", values)
 

@@ -12,7 +12,7 @@ from expertlane.engine.comm.collectives import Steps
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.comm.meter import Meter
 from expertlane.engine.model.attention import Attention, RotaryEmbedding
-from expertlane.engine.model.blocks import DenseBlock, MoEBlock, Routed
+from expertlane.engine.model.blocks import DenseBlock, MoEBlock, Routed, RoutedHere
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.head import HeadResult, OutputHead, ScoredPrompts
 from expertlane.engine.model.latent_attention import LatentAttention
@@ -26,9 +26,15 @@ from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.model import EMBEDDING, ModelConfig
 from expertlane.spec.names import CheckPoint, Stage
 
+Begun = Routed | RoutedHere | Tensor
+
 
 class DecoderLayer:
-    """Pre-norm attention, and an MoE or dense block; tokens stay with their owners in between."""
+    """Pre-norm attention, and an MoE or dense block; tokens stay with their owners in between.
+
+    `begin` and `finish` compute it operation by operation, in any layout. `parts` are what one
+    call, `LayersPart`, computes whole, where nothing travels.
+    """
 
     def __init__(
         self,
@@ -58,47 +64,30 @@ class DecoderLayer:
         else:
             self.block = MoEBlock(model, index, placement, source, mesh, mlp_norm)
 
-    def forward(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Tensor]:
-        """Run the layer on the tokens this rank owns.
-
-        Args:
-            x: [num_owned, hidden_size].
-
-        Returns:
-            [num_owned, hidden_size].
-        """
-        x, added = yield from self._attended(x, batch, cache)
-        x = yield from self.block.forward(x, batch, added)
-        self._recorder.check_finite(x, CheckPoint.AFTER_MLP, self.index)
-        return x
-
-    def begin(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Routed | Tensor]:
+    def begin(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Begun]:
         """Run the layer up to the dispatch of its MoE block, or to its end if it is dense.
 
         Args:
-            x: [num_owned, hidden_size].
+            x: [num_owned, hidden_size]; the tokens that this rank owns.
 
         Returns:
             The routed tokens; of a dense layer its output [num_owned, hidden_size].
         """
-        x, added = yield from self._attended(x, batch, cache)
-        if isinstance(self.block, MoEBlock):
-            return self.block.routed(x, batch, added)
-        return (yield from self.block.forward(x, batch, added))
-
-    def _attended(
-        self, x: Tensor, batch: ForwardBatch, cache: KVCache
-    ) -> Steps[tuple[Tensor, Tensor | None]]:
-        """x and attention's output, which the next norm adds; or their sum, and None.
-
-        They are summed here where the backend gains nothing by adding in the norm.
-        """
         x, added = yield from self._attend(x, batch, cache)
+        # The next norm adds them, except where the backend gains nothing by it.
         if added is not None and (self._recorder.checks or not self._ops.adds_with_norm):
             x, added = x + added, None
         self._recorder.check_finite(x, CheckPoint.AFTER_ATTENTION, self.index)
         self._recorder.enter(Stage.ROUTER, self.index)
-        return x, added
+        return (yield from self.block.begin(x, batch, added))
+
+    def finish(self, begun: Begun, batch: ForwardBatch) -> Steps[Tensor]:
+        """Run the rest of the layer on what `begin` gave: [num_owned, hidden_size]."""
+        if not isinstance(begun, Tensor):
+            assert isinstance(self.block, MoEBlock), "only such a block has a router"
+            begun = yield from self.block.finish(begun, batch)
+        self._recorder.check_finite(begun, CheckPoint.AFTER_MLP, self.index)
+        return begun
 
     @property
     def parts(self) -> LayerParts | None:
@@ -144,7 +133,7 @@ class DecoderLayer:
 _LAYER_STAGES = (Stage.ATTENTION, Stage.ROUTER, Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE)
 
 
-RunsLayers = Callable[[Tensor, ForwardBatch], Steps[Tensor]]
+BeginsLayer = Callable[[DecoderLayer, KVCache, Tensor], Begun]
 
 
 class StageParts:
@@ -318,7 +307,7 @@ class TransformerStage:
         batch: ForwardBatch,
         needs_logits: bool,
         scored: ScoredPrompts | None = None,
-        layers: RunsLayers | None = None,
+        begin: BeginsLayer | None = None,
     ) -> Steps[Tensor | HeadResult]:
         """Run a batch through the stage's layers, and the head on the last stage.
 
@@ -326,19 +315,22 @@ class TransformerStage:
             x: [num_owned, hidden_size].
             needs_logits: give logits of the whole vocabulary, not the likeliest tokens.
             scored: prompt tokens whose log-probabilities are asked for.
-            layers: a function that runs the layers in another way.
+            begin: does what `DecoderLayer.begin` would, by a graph.
 
         Returns:
             Hidden states [num_owned, hidden_size] for the next stage, or the head's result.
         """
-        if layers is not None:
-            x = yield from layers(x, batch)
-        elif (part := self._layers_part()) is not None and part.takes(x):
+        part = None if begin is not None else self._layers_part()
+        if part is not None and part.takes(x):
             x = part(x, batch.pages)
             self.mesh.recorder.enter(Stage.COMBINE, self._layers[-1].index)
         else:
             for layer, cache in self.layers:
-                x = yield from layer.forward(x, batch, cache)
+                if begin is None:
+                    begun = yield from layer.begin(x, batch, cache)
+                else:
+                    begun = begin(layer, cache, x)
+                x = yield from layer.finish(begun, batch)
         if self._head is None:
             return x
         result = yield from self._head.forward(x, batch, needs_logits)
