@@ -37,9 +37,8 @@ from expertlane.engine.comm.collectives import Group, interleave
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.comm.recorder import Recorder
 from expertlane.engine.comm.transport import Work
-from expertlane.engine.moe.dispatch import CopyChooser, Dispatcher, RoutedTokens
+from expertlane.engine.moe.dispatch import CopyChooser, Dispatcher, Payload, RoutedTokens
 from expertlane.engine.moe.forms import make_dispatcher
-from expertlane.engine.moe.payload import Payload
 from expertlane.engine.stage.worker import RankContext
 from expertlane.spec.dispatch import DISPATCH_FORMS
 from expertlane.spec.layout import Layout

@@ -118,7 +118,7 @@ OTHER_JSON = {
     "experiment.py",
     "file.py",
     "fork_server.py",
-    "int8_cache.py",
+    "checkpoint.py",
     "limited_process.py",
     "tables.py",
     "chat_sandbox.py",

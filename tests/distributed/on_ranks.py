@@ -22,9 +22,8 @@ from expertlane.engine.comm.collectives import interleave
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.comm.progress import NO_LAYER
 from expertlane.engine.comm.recorder import Recorder
-from expertlane.engine.moe.dispatch import CopyChooser, RoutedTokens
+from expertlane.engine.moe.dispatch import CopyChooser, Payload, RoutedTokens
 from expertlane.engine.moe.forms import make_dispatcher
-from expertlane.engine.moe.payload import Payload
 from expertlane.engine.ranks import fork_server
 from expertlane.engine.ranks.commands import Command
 from expertlane.engine.ranks.local_ranks import LocalRanks

@@ -4,7 +4,6 @@ import pytest
 
 from cli.stub_llm import MACHINE
 from engine.stub_runner import VOCAB_SIZE, StubRunner
-from expertlane.engine import engine_parts
 from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
 from expertlane.spec.model import PRESETS
@@ -42,7 +41,7 @@ def stub_llm(monkeypatch):
     model = PRESETS["paper-tiny"].with_overrides(vocab_size=VOCAB_SIZE)
     monkeypatch.setitem(PRESETS, "stub", model)
     monkeypatch.setattr(llm_module, "start_pool", lambda num_ranks, **kwargs: StubPool())
-    monkeypatch.setattr(engine_parts, "ModelRunner", make_runner)
+    monkeypatch.setattr(llm_module, "ModelRunner", make_runner)
     with LLM("stub", num_blocks=40, block_size=4, max_num_seqs=4) as llm:
         (llm.runner,) = runners
         yield llm

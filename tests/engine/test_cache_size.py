@@ -8,7 +8,6 @@ import pytest
 from cli.screen import tells
 from cli.stub_llm import MACHINE
 from distributed.running import deployment
-from expertlane.engine.cache_size import largest_step, measured_limits
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.commands import (
     Deploy,
@@ -20,6 +19,7 @@ from expertlane.engine.ranks.commands import (
     SetDispatch,
     StageSpec,
 )
+from expertlane.engine.warm_up import largest_step, measured_limits
 from expertlane.errors import CapacityError
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.schedule.request import Limits

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.conftest import StubPool, stub_runner
-from expertlane.engine import engine_parts, launch
+from expertlane.engine import launch
 from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
 from expertlane.errors import UserError
@@ -23,7 +23,7 @@ def stub(monkeypatch):
         return stub_runner(limits, deployment, **kwargs)
 
     monkeypatch.setattr(llm_module, "start_pool", lambda num_ranks, **kwargs: StubPool())
-    monkeypatch.setattr(engine_parts, "ModelRunner", make_runner)
+    monkeypatch.setattr(llm_module, "ModelRunner", make_runner)
     return found
 
 

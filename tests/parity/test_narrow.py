@@ -8,7 +8,7 @@ import pytest
 
 from cli.screen import telling
 from distributed.running import deployment, run_deployment
-from expertlane.engine.model.int8_cache import FILE
+from expertlane.engine.model.checkpoint import FILE
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.deployment import INT8_FOLDER, Options
 from expertlane.spec.from_hf import read_model

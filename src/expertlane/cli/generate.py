@@ -35,7 +35,7 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.ranges import shown
 
 if TYPE_CHECKING:
-    from expertlane.engine.live_request import Prompt
+    from expertlane.engine.engine import Prompt
     from expertlane.engine.llm import LLM
     from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import SamplingParams

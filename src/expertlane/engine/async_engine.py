@@ -11,8 +11,7 @@ from itertools import count
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from expertlane.engine.engine import Engine
-from expertlane.engine.live_request import Prompt
+from expertlane.engine.engine import Engine, Prompt
 from expertlane.errors import RankError, UserError
 from expertlane.schedule.request import Chunk, RequestOutput
 from expertlane.spec.sampling import SamplingParams

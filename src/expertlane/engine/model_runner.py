@@ -12,7 +12,6 @@ import numpy.typing as npt
 
 from expertlane.balance.placement_file import check_deployment
 from expertlane.balance.trace import RoutingTrace
-from expertlane.engine.cache_size import measured_limits
 from expertlane.engine.elastic.arrangement import Arranged, Arrangement
 from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalancer
@@ -32,7 +31,7 @@ from expertlane.engine.ranks.commands import (
 from expertlane.engine.ranks.losses import Loss
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.ranks.tickets import Ticket
-from expertlane.engine.warm_up import record_graphs, time_dispatch
+from expertlane.engine.warm_up import measured_limits, record_graphs, time_dispatch
 from expertlane.errors import UserError
 from expertlane.results.step_checks import first_found, named
 from expertlane.schedule.drive import FinishedStep

@@ -9,8 +9,7 @@ from copy import copy
 from types import FrameType
 from typing import Any
 
-from expertlane.engine.engine import Engine
-from expertlane.engine.live_request import Prompt
+from expertlane.engine.engine import Engine, Prompt
 from expertlane.errors import RankError
 from expertlane.schedule.request import Chunk, RequestOutput
 from expertlane.spec.sampling import SamplingParams

@@ -11,7 +11,7 @@ from engine.model.quantised import save_mxfp4
 from expertlane.balance.placement import Placement
 from expertlane.engine.launch import placed_model
 from expertlane.engine.model.checkpoint import Checkpoint
-from expertlane.engine.model.checkpoint_weights import CheckpointWeights
+from expertlane.engine.model.weights import CheckpointWeights
 from expertlane.engine.ops.mxfp4 import Mxfp4Weight
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options

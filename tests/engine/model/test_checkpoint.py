@@ -13,7 +13,7 @@ from engine.ops.test_staging import Device
 from expertlane.engine.model import checkpoint as checkpoint_module
 from expertlane.engine.model import stored_tensors
 from expertlane.engine.model.checkpoint import Checkpoint
-from expertlane.engine.model.checkpoint_weights import CheckpointWeights
+from expertlane.engine.model.weights import CheckpointWeights
 from expertlane.engine.ops.staging import Staging
 from expertlane.errors import SpecError
 from expertlane.spec.model import tensor_names, tensor_shape

@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 from cli.screen import telling
 from engine.model.families import FAMILIES, save_checkpoint
 from engine.model.quantised import save_fp8
-from expertlane.engine.model import int8_cache as module
-from expertlane.engine.model.checkpoint import Checkpoint
-from expertlane.engine.model.checkpoint_weights import CheckpointWeights
-from expertlane.engine.model.int8_cache import FILE, Int8Cache, write_int8_cache
+from expertlane.engine.model import checkpoint as module
+from expertlane.engine.model.checkpoint import FILE, Checkpoint, Int8Cache, write_int8_cache
+from expertlane.engine.model.weights import CheckpointWeights
 from expertlane.errors import UserError
 from expertlane.spec.deployment import INT8_FOLDER
 from expertlane.spec.model import HEAD, cut_dim, is_matrix, tensor_names, tensor_shape

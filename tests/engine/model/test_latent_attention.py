@@ -12,7 +12,7 @@ from expertlane.engine.comm.mesh import Meshes, ParallelMesh
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.recorder import Recorder
 from expertlane.engine.model import attention as module
-from expertlane.engine.model import latent_batch
+from expertlane.engine.model import forward_batch
 from expertlane.engine.model.attention import RotaryEmbedding
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.latent_attention import LatentAttention
@@ -144,7 +144,7 @@ def expected(source, x, computed, held=None):
     ],
 )
 def test_expanded_or_in_the_latent(backend, monkeypatch, dtype, sequences):
-    monkeypatch.setattr(latent_batch, "_MOST_POSITIONS", 80)  # several rooms
+    monkeypatch.setattr(forward_batch, "_MOST_POSITIONS", 80)  # several rooms
     attention, source = attention_of(dtype)
     generator = torch.Generator().manual_seed(3)
     hidden = [torch.randn(sum(each), 48, generator=generator).to(dtype) for each in sequences]
@@ -158,7 +158,7 @@ def test_expanded_or_in_the_latent(backend, monkeypatch, dtype, sequences):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_float8_cache(backend, monkeypatch, dtype):
     """Expanded or not, tokens see the rounded latents that are in the cache."""
-    monkeypatch.setattr(latent_batch, "_MOST_POSITIONS", 80)
+    monkeypatch.setattr(forward_batch, "_MOST_POSITIONS", 80)
     attention, source = attention_of(dtype)
     generator = torch.Generator().manual_seed(3)
     sequences = [SHORT_CHUNK, PROMPT, DECODE, LONG_CHUNK]

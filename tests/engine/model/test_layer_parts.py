@@ -15,9 +15,10 @@ from expertlane.engine.comm.collectives import interleave
 from expertlane.engine.comm.mesh import Meshes, ParallelMesh
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.model.blocks import DenseBlock
 from expertlane.engine.model.forward_batch import ForwardBatch
-from expertlane.engine.model.mlp import DenseBlock
-from expertlane.engine.model.transformer import HeadResult, TransformerStage
+from expertlane.engine.model.head import HeadResult
+from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.model.weights import SeededWeights
 from expertlane.engine.ops.backend import backend_of_cpu
 from expertlane.engine.ops.vector import VectorBackend

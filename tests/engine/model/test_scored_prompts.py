@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from expertlane.engine.model.scored_prompts import ScoredPrompts
+from expertlane.engine.model.head import ScoredPrompts
 from expertlane.schedule.plan import Batch
 from expertlane.spec.sampling import SamplingParams, SamplingState
 

@@ -10,9 +10,8 @@ from expertlane.engine.comm.clocks import HostClock
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.recorder import Recorder
-from expertlane.engine.moe.dispatch import CopyChooser, RoutedTokens
+from expertlane.engine.moe.dispatch import CopyChooser, Payload, RoutedTokens
 from expertlane.engine.moe.forms import make_dispatcher
-from expertlane.engine.moe.payload import Payload
 from expertlane.engine.ops.row_parts import RowParts
 from expertlane.spec.layout import Layout
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from expertlane.engine.moe.payload import bytes_of, columns_of, unpack
+from expertlane.engine.moe.dispatch import bytes_of, columns_of, unpack
 from expertlane.engine.ops.backend import backend_of_cpu
 from expertlane.engine.ops.torch_backend import TorchBackend
 

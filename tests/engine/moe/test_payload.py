@@ -9,7 +9,7 @@ from engine.moe.test_dispatch_forms import FORMS, expected
 from expertlane.engine.comm.clocks import HostClock
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.recorder import Recorder
-from expertlane.engine.moe.payload import Payload
+from expertlane.engine.moe.dispatch import Payload
 from expertlane.spec.names import Stage, Traffic
 from records import sent_over
 

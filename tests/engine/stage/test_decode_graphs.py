@@ -21,8 +21,13 @@ from engine.ops.cuda.tiny_models import MODELS
 from engine.stage.one_rank import OneRank, passed, stage_of
 from expertlane.engine.comm.transport import EpochEndedError
 from expertlane.engine.model import decode_graphs
-from expertlane.engine.model.decode_graphs import DecodeGraphs
-from expertlane.engine.model.padded_batch import NO_SEQS, StaticInputs, padded, places_in
+from expertlane.engine.model.decode_graphs import (
+    NO_SEQS,
+    DecodeGraphs,
+    StaticInputs,
+    padded,
+    places_in,
+)
 from expertlane.engine.ops.kv_cache import PagedBatch
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import Batch

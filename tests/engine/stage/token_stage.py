@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from expertlane.engine.model.head import HeadResult, ScoredPrompts
 from expertlane.engine.model.sampler import Sampler
-from expertlane.engine.model.scored_prompts import ScoredPrompts
-from expertlane.engine.model.transformer import HeadResult
 from expertlane.engine.stage.deployed_stage import DeployedStage, UncommittedChanges
 from expertlane.engine.stage.next_tokens import with_chosen
 from expertlane.spec.members import Members

@@ -12,8 +12,7 @@ from expertlane.cost.step.batch_sizes import pairs_and_positions
 from expertlane.engine.comm.collectives import Steps
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.model.attention import PagedHeads, RotaryEmbedding
-from expertlane.engine.model.forward_batch import ForwardBatch
-from expertlane.engine.model.latent_batch import Expanded
+from expertlane.engine.model.forward_batch import Expanded, ForwardBatch
 from expertlane.engine.model.weights import WeightSource, taker_of
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.engine.ops.products import HeadsLinear, Linear

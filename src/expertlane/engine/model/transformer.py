@@ -1,193 +1,139 @@
-"""The part of a transformer that one rank holds: its stage's layers, heads and experts."""
+"""The part of a transformer that one rank holds: a decoder layer, and a pipeline stage of them."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
 from expertlane.engine.comm.collectives import Steps
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.comm.meter import Meter
-from expertlane.engine.model.attention import RotaryEmbedding
-from expertlane.engine.model.draw import NO_TOKEN, likeliest
+from expertlane.engine.model.attention import Attention, RotaryEmbedding
+from expertlane.engine.model.blocks import DenseBlock, MoEBlock, Routed, RoutedHere
 from expertlane.engine.model.forward_batch import ForwardBatch
-from expertlane.engine.model.layers import DecoderLayer
-from expertlane.engine.model.moe_block import MoEBlock
-from expertlane.engine.model.scored_prompts import ScoredPrompts
-from expertlane.engine.model.weights import HeldWeights, WeightSource
+from expertlane.engine.model.head import HeadResult, OutputHead, ScoredPrompts
+from expertlane.engine.model.latent_attention import LatentAttention
+from expertlane.engine.model.weights import HeldWeights, WeightSource, taker_of
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.kv_cache import KVCache
-from expertlane.engine.ops.layers import LayersPart
-from expertlane.engine.ops.transfer import to_device
+from expertlane.engine.ops.layers import LayerParts, LayersPart
+from expertlane.engine.ops.step import AttentionPart
 from expertlane.spec.deployment import KVCacheType, PayloadType
 from expertlane.spec.dispatch import DispatchForm
-from expertlane.spec.layout import partition
-from expertlane.spec.model import EMBEDDING, FINAL_NORM, HEAD, ModelConfig
-from expertlane.spec.names import Stage
-from expertlane.spec.prompt_logprobs import PromptPart
+from expertlane.spec.model import EMBEDDING, ModelConfig
+from expertlane.spec.names import CheckPoint, Stage
+
+Begun = Routed | RoutedHere | Tensor
+
+
+class DecoderLayer:
+    """Pre-norm attention, and an MoE or dense block; tokens stay with their owners in between.
+
+    `begin` and `finish` compute it operation by operation, in any layout. `parts` are what one
+    call, `LayersPart`, computes whole, where nothing travels.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        index: int,
+        placement: Placement | None,
+        source: WeightSource,
+        mesh: ParallelMesh,
+        rotary: RotaryEmbedding,
+    ) -> None:
+        self.index = index
+        self._mesh, self._recorder = mesh, mesh.recorder
+        self._ops = backend_for(source.device)
+        self._eps = model.hidden_norm_eps
+        # float32, as norms are computed in it
+        take = taker_of(source, index)
+        self._attention_norm, mlp_norm = (
+            source.once(index, name, partial(take, name, dtype=torch.float32))
+            for name in ("attention_norm", "moe_norm")
+        )
+        heads = Attention if model.latent is None else LatentAttention
+        self.attention = heads(model, index, source, mesh, rotary)
+        self._part = self.attention.part(None if mesh.tp.size > 1 else self._attention_norm)
+        self.block: MoEBlock | DenseBlock
+        if placement is None:
+            self.block = DenseBlock(model, index, source, mesh, mlp_norm)
+        else:
+            self.block = MoEBlock(model, index, placement, source, mesh, mlp_norm)
+
+    def begin(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Begun]:
+        """Run the layer up to the dispatch of its MoE block, or to its end if it is dense.
+
+        Args:
+            x: [num_owned, hidden_size]; the tokens that this rank owns.
+
+        Returns:
+            The routed tokens; of a dense layer its output [num_owned, hidden_size].
+        """
+        x, added = yield from self._attend(x, batch, cache)
+        # The next norm adds them, except where the backend gains nothing by it.
+        if added is not None and (self._recorder.checks or not self._ops.adds_with_norm):
+            x, added = x + added, None
+        self._recorder.check_finite(x, CheckPoint.AFTER_ATTENTION, self.index)
+        self._recorder.enter(Stage.ROUTER, self.index)
+        return (yield from self.block.begin(x, batch, added))
+
+    def finish(self, begun: Begun, batch: ForwardBatch) -> Steps[Tensor]:
+        """Run the rest of the layer on what `begin` gave: [num_owned, hidden_size]."""
+        if not isinstance(begun, Tensor):
+            assert isinstance(self.block, MoEBlock), "only such a block has a router"
+            begun = yield from self.block.finish(begun, batch)
+        self._recorder.check_finite(begun, CheckPoint.AFTER_MLP, self.index)
+        return begun
+
+    @property
+    def parts(self) -> LayerParts | None:
+        """The C++ calls that compute the layer; None where they do not cover all of it."""
+        block = self.block.parts
+        if block is None or self._mesh.tp.size > 1 or not isinstance(self._part, AttentionPart):
+            return None
+        return LayerParts(self._part, *block)
+
+    def held(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """All weights, by a name that is the same on every rank that holds the same ones."""
+        name, tp_rank = f"layer {self.index}", self._mesh.at.tp_rank
+        yield f"{name}, norm", [self._attention_norm]
+        yield f"{name}, attention of tp rank {tp_rank}", self.attention.tensors()
+        for part, tensors in self.block.held():
+            yield f"{name}, {part}", tensors
+
+    def _attend(
+        self, x: Tensor, batch: ForwardBatch, cache: KVCache
+    ) -> Steps[tuple[Tensor, Tensor | None]]:
+        """x and attention's output, [num_owned, hidden_size] each; or their sum, and None."""
+        enter, tp = self._recorder.enter, self._mesh.tp
+        enter(Stage.ATTENTION, self.index)
+        if self._part is not None and tp.size == 1 and self._part.takes(x):
+            return self.attention.compute(self._part, x, batch, cache, adds_input=True), None
+        hidden = self._ops.rms_norm(x, self._attention_norm, self._eps)
+        if tp.size > 1:
+            enter(Stage.COLLECTIVES, self.index)
+            hidden = yield from tp.gathered(hidden, batch.tokens_of_tp_rank)
+            enter(Stage.ATTENTION, self.index)
+        if self._part is not None and tp.size > 1 and self._part.takes(hidden):
+            hidden = self.attention.compute(self._part, hidden, batch, cache, adds_input=False)
+        else:
+            hidden = yield from self.attention.forward(hidden, batch, cache)
+        if tp.size > 1:
+            self._recorder.check_finite(hidden, CheckPoint.ATTENTION, self.index)
+            enter(Stage.COLLECTIVES, self.index)
+            hidden = yield from tp.reduced(hidden, batch.tokens_of_tp_rank)
+        return x, hidden
+
 
 # Stages of a layer without communication, in order.
 _LAYER_STAGES = (Stage.ATTENTION, Stage.ROUTER, Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE)
 
 
-class HeadResult(NamedTuple):
-    """The output head's result for a batch.
-
-    Attributes:
-        token_ids: [num_seqs]; the likeliest tokens, the same on all tensor-parallel ranks, or
-            `NO_TOKEN` where the greatest logit is not finite; None where `all_logits` is given.
-        logits: [num_seqs, num_local_vocab] float32; this rank's part of the vocabulary.
-        all_logits: [num_seqs, vocab_size] float32; None unless needed.
-        prompt_logprobs: by sequence id, where asked for.
-    """
-
-    token_ids: Tensor | None
-    logits: Tensor
-    all_logits: Tensor | None
-    prompt_logprobs: Mapping[int, PromptPart] = MappingProxyType({})
-
-
-class OutputHead:
-    """Final norm, a rank's rows of the output head, and the choice of the likeliest token."""
-
-    def __init__(self, model: ModelConfig, source: WeightSource, mesh: ParallelMesh) -> None:
-        parts = partition(model.vocab_size, mesh.layout.tp)
-        own = parts[mesh.at.tp_rank]
-        self._vocab_of_tp_rank = [len(part) for part in parts]
-        self._first_token_id = own.start
-        self._mesh, self._recorder = mesh, mesh.recorder
-        self._ops = backend_for(source.device)
-        self._eps = model.hidden_norm_eps
-        self._norm = source.once(
-            None,
-            FINAL_NORM,
-            lambda: source.take(FINAL_NORM, dtype=torch.float32) / model.logits_scaling,
-        )
-        self._head = source.once(
-            None, (HEAD, own), lambda: self._ops.linear(source.matrix(HEAD, own))
-        )
-        in_part = self._norm if mesh.tp.size == 1 else None
-        self._part = self._ops.head_part(self._head, in_part, self._eps, source.dtype)
-
-    def tensors(self) -> list[Tensor]:
-        """All weights, for checksums."""
-        return [self._norm, *self._head.tensors()]
-
-    def forward(self, x: Tensor, batch: ForwardBatch, needs_logits: bool) -> Steps[HeadResult]:
-        """The next token of every sequence of the batch that yields one.
-
-        Args:
-            x: [num_owned, hidden_size].
-            needs_logits: give logits of the whole vocabulary, not the likeliest tokens.
-        """
-        enter, tp = self._recorder.enter, self._mesh.tp
-        enter(Stage.HEAD)
-        last = batch.last_tokens
-        if tp.size == 1 and self._part is not None and self._part.takes(x):
-            token_ids = None if needs_logits else last.new_empty(len(last))
-            logits = self._part(x, last, token_ids)
-            self._count(len(last))
-            return HeadResult(token_ids, logits, logits if needs_logits else None)
-        hidden = yield from self._normed(x, last, batch.last_tokens_of_tp_rank)
-        best: Tensor | None = None
-        if tp.size > 1 and self._part is not None and self._part.takes(hidden):
-            best = torch.empty(len(hidden), 2, dtype=torch.float64)
-            logits = self._part(hidden, None, None, best)
-        else:
-            logits = self._head(hidden).float()
-        self._count(len(hidden))
-        if needs_logits:
-            return HeadResult(None, logits, (yield from self.whole(logits)))
-        if tp.size == 1:
-            return HeadResult(likeliest(logits), logits, None)
-        best = self._best(logits) if best is None else best
-        token_ids = yield from self._likeliest(best)
-        return HeadResult(token_ids, logits, None)
-
-    def score(
-        self, x: Tensor, batch: ForwardBatch, scored: ScoredPrompts
-    ) -> Steps[dict[int, PromptPart]]:
-        """Log-probabilities of prompt tokens by sequence id, alike on all tensor-parallel ranks.
-
-        Args:
-            x: [num_owned, hidden_size].
-        """
-        found = []
-        self._recorder.enter(Stage.HEAD)
-        for chunk in scored.chunks(sum(self._vocab_of_tp_rank)):
-            of_tp_rank = batch.owned(scored.rows[chunk])
-            (own,) = to_device([of_tp_rank[self._mesh.at.tp_rank]], x.device)
-            hidden = yield from self._normed(x, own, list(map(len, of_tp_rank)))
-            logits = self._head(hidden).float()
-            self._count(len(hidden))
-            found.append(scored.score((yield from self.whole(logits)), chunk))
-        return scored.parts(found)
-
-    def _normed(self, x: Tensor, own: Tensor, num_of_tp_rank: list[int]) -> Steps[Tensor]:
-        """Normed rows [num_rows, hidden_size] of all tensor-parallel ranks; `own` are this rank's.
-
-        Args:
-            own: indices of this rank's rows in x.
-            num_of_tp_rank: [tp]; rows of each rank.
-        """
-        recorder, tp = self._recorder, self._mesh.tp
-        hidden = self._ops.rms_norm(x[own], self._norm, self._eps)
-        if tp.size > 1:
-            recorder.enter(Stage.COLLECTIVES)
-            hidden = yield from tp.gathered(hidden, num_of_tp_rank)
-            recorder.enter(Stage.HEAD)
-        return hidden
-
-    def _count(self, num_seqs: int) -> None:
-        self._recorder.count_compute(
-            2 * num_seqs * self._head.num_weights, self._head.num_bytes if num_seqs else 0
-        )
-
-    def whole(self, logits: Tensor) -> Steps[Tensor]:
-        """Logits [num_seqs, vocab_size], gathered from every rank's part of the vocabulary."""
-        recorder, tp = self._recorder, self._mesh.tp
-        if tp.size == 1:
-            return logits
-        recorder.enter(Stage.COLLECTIVES)
-        # Ranks hold parts of the vocabulary, so it must be the rows of the gather.
-        gathered = yield from tp.gathered(logits.t().contiguous(), self._vocab_of_tp_rank)
-        recorder.enter(Stage.HEAD)
-        return gathered.t()
-
-    @staticmethod
-    def _best(logits: Tensor) -> Tensor:
-        """[num_seqs, 2] float64; this rank's greatest logit, and its index."""
-        if logits.shape[1]:
-            value, place = logits.max(dim=-1)
-        else:  # more ranks than vocabulary
-            value, place = (
-                logits.new_full((len(logits),), -torch.inf),
-                logits.new_zeros(len(logits)),
-            )
-        return torch.stack([value.double(), place.double()], 1)
-
-    def _likeliest(self, candidates: Tensor) -> Steps[Tensor]:
-        """The likeliest tokens over all ranks' parts of the vocabulary.
-
-        Args:
-            candidates: [num_seqs, 2] float64; of `_best`.
-        """
-        recorder, tp, num_seqs = self._recorder, self._mesh.tp, len(candidates)
-        candidates[:, 1] += self._first_token_id
-        recorder.enter(Stage.COLLECTIVES)
-        width = candidates.shape[1] * candidates.itemsize
-        gathered = yield from tp.gathered(candidates, [num_seqs] * tp.size, metadata_bytes=width)
-        recorder.enter(Stage.HEAD)
-        by_rank = gathered.view(tp.size, num_seqs, 2)
-        best = by_rank[:, :, 0].argmax(dim=0)  # the first of equals: the lowest token id
-        value, token_id = by_rank[best, torch.arange(num_seqs, device=best.device)].unbind(1)
-        return token_id.where(value.isfinite(), NO_TOKEN).long()
-
-
-RunsLayers = Callable[[Tensor, ForwardBatch], Steps[Tensor]]
+BeginsLayer = Callable[[DecoderLayer, KVCache, Tensor], Begun]
 
 
 class StageParts:
@@ -361,7 +307,7 @@ class TransformerStage:
         batch: ForwardBatch,
         needs_logits: bool,
         scored: ScoredPrompts | None = None,
-        layers: RunsLayers | None = None,
+        begin: BeginsLayer | None = None,
     ) -> Steps[Tensor | HeadResult]:
         """Run a batch through the stage's layers, and the head on the last stage.
 
@@ -369,19 +315,22 @@ class TransformerStage:
             x: [num_owned, hidden_size].
             needs_logits: give logits of the whole vocabulary, not the likeliest tokens.
             scored: prompt tokens whose log-probabilities are asked for.
-            layers: a function that runs the layers in another way.
+            begin: does what `DecoderLayer.begin` would, by a graph.
 
         Returns:
             Hidden states [num_owned, hidden_size] for the next stage, or the head's result.
         """
-        if layers is not None:
-            x = yield from layers(x, batch)
-        elif (part := self._layers_part()) is not None and part.takes(x):
+        part = None if begin is not None else self._layers_part()
+        if part is not None and part.takes(x):
             x = part(x, batch.pages)
             self.mesh.recorder.enter(Stage.COMBINE, self._layers[-1].index)
         else:
             for layer, cache in self.layers:
-                x = yield from layer.forward(x, batch, cache)
+                if begin is None:
+                    begun = yield from layer.begin(x, batch, cache)
+                else:
+                    begun = begin(layer, cache, x)
+                x = yield from layer.finish(begun, batch)
         if self._head is None:
             return x
         result = yield from self._head.forward(x, batch, needs_logits)

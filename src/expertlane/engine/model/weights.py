@@ -1,4 +1,4 @@
-"""Sources of a rank's weights, and seeded weights: the same logical tensors in every layout.
+"""Sources of a rank's weights, seeded or a checkpoint: the same logical tensors in every layout.
 
 A seeded tensor is drawn in blocks along the dimension that parallel layouts divide, each block from
 a counter-based stream of its own (Philox, Salmon et al. 2011) keyed by (seed, name, block). So a
@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from expertlane.engine.model.checkpoint import Checkpoint, Int8Cache
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.float8 import FLOAT8
 from expertlane.engine.ops.mxfp4 import Mxfp4Weight
@@ -315,3 +316,44 @@ class SeededWeights(WeightSource):
             name = EMBEDDING
         drawn = draw(self._model, self._seed, name, part)
         return torch.from_numpy(drawn).to(self.device, dtype).contiguous()
+
+
+class CheckpointWeights(WeightSource):
+    """A rank's slices of a checkpoint.
+
+    Args:
+        cache: matrices rounded to int8 earlier; None if they are rounded here.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        touch: Callable[[], None],
+        weights: WeightsType = "model",
+        activations: ActivationsType = "model",
+        cache: Int8Cache | None = None,
+    ) -> None:
+        super().__init__(checkpoint.model, dtype, device, touch, weights, activations)
+        self._checkpoint, self._cache = checkpoint, cache
+
+    def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
+        return self._checkpoint.tensor(name, *_sides(name, part), dtype)
+
+    def _rounded(self, name: str, part: range | None) -> NarrowWeight:
+        if self._cache is None:
+            return super()._rounded(name, part)
+        return self._cache.part(name, *_sides(name, part), self.dtype)
+
+    def _stored_narrow(self, name: str, part: range | None) -> NarrowWeight | None:
+        return self._checkpoint.narrow(name, *_sides(name, part), self.dtype)
+
+    def _stored_mxfp4(self, name: str, part: range | None) -> Mxfp4Weight | None:
+        is_whole = part is None or len(part) == tensor_shape(self._model, name)[cut_dim(name)]
+        return self._checkpoint.mxfp4(name, self.dtype) if is_whole else None
+
+
+def _sides(name: str, part: range | None) -> tuple[range | None, range | None]:
+    """Rows and columns of a slice in the dimension that layouts divide; None for all."""
+    return (None, part) if cut_dim(name) == 1 else (part, None)

@@ -14,8 +14,7 @@ import numpy.typing as npt
 from torch import Tensor
 
 from expertlane.engine.comm.collectives import Steps
-from expertlane.engine.moe.dispatch import Dispatcher, RoutedTokens
-from expertlane.engine.moe.payload import bytes_of, columns_of, unpack
+from expertlane.engine.moe.dispatch import Dispatcher, RoutedTokens, bytes_of, columns_of, unpack
 from expertlane.engine.ops.bookkeeping import Outgoing
 from expertlane.engine.ops.products import PairGroups
 from expertlane.engine.ops.row_parts import RowParts

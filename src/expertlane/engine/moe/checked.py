@@ -17,8 +17,7 @@ from expertlane.balance.placement import Placement
 from expertlane.engine.comm.checks import Checks
 from expertlane.engine.comm.collectives import Steps
 from expertlane.engine.comm.mesh import ParallelMesh
-from expertlane.engine.moe.dispatch import Dispatcher, RoutedTokens
-from expertlane.engine.moe.payload import Payload
+from expertlane.engine.moe.dispatch import Dispatcher, Payload, RoutedTokens
 from expertlane.engine.ops.products import PairGroups
 from expertlane.spec.names import CheckPoint
 

@@ -2,13 +2,11 @@
 
 from expertlane.balance.placement import Placement
 from expertlane.engine.comm.mesh import ParallelMesh
-from expertlane.engine.moe.all_gather import AllGatherDispatcher
 from expertlane.engine.moe.all_to_all import AllToAllDispatcher
 from expertlane.engine.moe.checked import CheckedDispatcher, TaggedPayload
-from expertlane.engine.moe.dispatch import CopyChooser, Dispatcher, LocalDispatcher
+from expertlane.engine.moe.dispatch import CopyChooser, Dispatcher, LocalDispatcher, Payload
 from expertlane.engine.moe.hierarchical import HierarchicalDispatcher
-from expertlane.engine.moe.payload import Payload
-from expertlane.engine.moe.static import StaticDispatcher
+from expertlane.engine.moe.static import AllGatherDispatcher, StaticDispatcher
 from expertlane.spec.dispatch import DispatchForm, form_on
 
 _DISPATCHERS: dict[DispatchForm, type[Dispatcher]] = {

@@ -12,12 +12,11 @@ from expertlane.balance.placement_file import Placements
 from expertlane.engine.comm.collectives import Pending, interleave
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.comm.recorder import Recorder
-from expertlane.engine.model.decode_graphs import DecodeGraphs, decode_graphs
+from expertlane.engine.model.decode_graphs import DecodeGraphs, PaddedBatch, decode_graphs
 from expertlane.engine.model.forward_batch import ForwardBatch
-from expertlane.engine.model.padded_batch import PaddedBatch
+from expertlane.engine.model.head import HeadResult, ScoredPrompts
 from expertlane.engine.model.sampler import Sampler, SamplerStep
-from expertlane.engine.model.scored_prompts import ScoredPrompts
-from expertlane.engine.model.transformer import HeadResult, RunsLayers, TransformerStage
+from expertlane.engine.model.transformer import BeginsLayer, TransformerStage
 from expertlane.engine.model.weights import HeldWeights
 from expertlane.engine.ops.kv_cache import KVCache
 from expertlane.engine.ranks.commands import HeldBytes, RankOutcome, StageSpec
@@ -141,14 +140,14 @@ class GraphSteps:
             return None
         return self._graphs.padded(batch, micro_batch.num_tokens, mode.form)
 
-    def layers_of(self, parts: Sequence[ForwardBatch]) -> RunsLayers | None:
-        """A function that runs layers with a graph up to each dispatch; None without graphs."""
+    def beginning_of(self, parts: Sequence[ForwardBatch]) -> BeginsLayer | None:
+        """A function that begins layers by a graph up to each dispatch; None without graphs."""
         if not self._is_plain or len(parts) != 1:
             return None
         form = parts[0].dispatch_form
-        return (
-            None if self._graphs.takes_steps(form) else self._graphs.layers_of(parts[0].batch, form)
-        )
+        if self._graphs.takes_steps(form):
+            return None
+        return self._graphs.beginning_of(parts[0].batch, form)
 
     def run(self, part: PaddedBatch, arriving: Pending | None) -> torch.Tensor | HeadResult:
         """Run a whole step as a graph, once the previous stage's hidden states have arrived."""
@@ -484,10 +483,10 @@ class DeployedStage:
         for x in inputs:
             self._recorder.check_finite(x, point)
         self._recorder.is_interleaved = len(parts) > 1
-        layers = None if self._graphs is None else self._graphs.layers_of(parts)
+        begin = None if self._graphs is None else self._graphs.beginning_of(parts)
         results = interleave(
             [
-                stage.forward(x, part, self._needs_logits(part.batch), self._scored(part), layers)
+                stage.forward(x, part, self._needs_logits(part.batch), self._scored(part), begin)
                 for x, part in zip(inputs, parts, strict=True)
             ]
         )

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from expertlane.engine.model.draw import NO_TOKEN
+from expertlane.engine.model.head import HeadResult
 from expertlane.engine.model.sampler import Sampled, Sampler
-from expertlane.engine.model.transformer import HeadResult
 from expertlane.engine.ops.transfer import to_host
 from expertlane.engine.ranks.commands import RankOutcome
 from expertlane.schedule.plan import UNKNOWN, Batch

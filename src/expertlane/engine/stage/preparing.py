@@ -13,11 +13,14 @@ from expertlane.engine.comm.clocks import clock_for
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.comm.progress import NO_LAYER
 from expertlane.engine.comm.recorder import Recorder
-from expertlane.engine.model.checkpoint import Checkpoint
-from expertlane.engine.model.checkpoint_weights import CheckpointWeights
-from expertlane.engine.model.int8_cache import Int8Cache
+from expertlane.engine.model.checkpoint import Checkpoint, Int8Cache
 from expertlane.engine.model.transformer import StageParts, TransformerStage
-from expertlane.engine.model.weights import HeldWeights, SeededWeights, WeightSource
+from expertlane.engine.model.weights import (
+    CheckpointWeights,
+    HeldWeights,
+    SeededWeights,
+    WeightSource,
+)
 from expertlane.engine.ops.backend import Platform
 from expertlane.engine.ranks.commands import DropPrepared, Prepare, Prepared, StageSpec
 from expertlane.engine.stage.worker import RankContext

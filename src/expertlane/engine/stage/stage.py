@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 
 from expertlane.engine.comm.progress import NO_LAYER
-from expertlane.engine.model.checkpoint import Checkpoint
-from expertlane.engine.model.int8_cache import Int8Cache, write_int8_cache
+from expertlane.engine.model.checkpoint import Checkpoint, Int8Cache, write_int8_cache
 from expertlane.engine.ops.device_memory import memory_of
 from expertlane.engine.ranks.commands import (
     CacheInt8,

@@ -31,10 +31,9 @@ from expertlane.engine.comm.mesh import Meshes, ParallelMesh
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.recorder import Recorder
 from expertlane.engine.model.checkpoint import Checkpoint
-from expertlane.engine.model.checkpoint_weights import CheckpointWeights
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.transformer import TransformerStage
-from expertlane.engine.model.weights import SeededWeights
+from expertlane.engine.model.weights import CheckpointWeights, SeededWeights
 from expertlane.engine.ops.cuda import launch
 from expertlane.engine.ops.cuda.backend import CudaBackend
 from expertlane.schedule.plan import Batch

@@ -3,10 +3,9 @@
 from expertlane.engine.comm import collectives
 from expertlane.engine.model import (
     attention,
+    blocks,
     decode_graphs,
-    layers,
-    mlp,
-    moe_block,
+    head,
     sampled_batch,
     transformer,
     weights,
@@ -55,12 +54,11 @@ MODELS = {
 # Where a backend is chosen.
 USERS = (
     attention,
+    blocks,
     collectives,
     decode_graphs,
     dispatch,
-    layers,
-    mlp,
-    moe_block,
+    head,
     sampled_batch,
     transformer,
     weights,

@@ -1,4 +1,8 @@
-"""The MoE block of a layer, as generators that yield where they wait for communication."""
+"""The blocks after attention, as generators that yield where they wait for communication.
+
+An MLP that every token takes (a dense layer's, or the shared expert), the dense block, and the MoE
+block.
+"""
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import partial
@@ -6,17 +10,16 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from expertlane.balance.placement import Placement
 from expertlane.engine.comm.collectives import Steps
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.model.forward_batch import ForwardBatch
-from expertlane.engine.model.mlp import MLP, activation_of
 from expertlane.engine.model.weights import EXPERT, HeldWeights, WeightSource, taker_of
-from expertlane.engine.moe.dispatch import CopyChooser, RoutedTokens
+from expertlane.engine.moe.dispatch import CopyChooser, Payload, RoutedTokens
 from expertlane.engine.moe.forms import make_dispatcher
-from expertlane.engine.moe.payload import Payload
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.mlp import MlpPart
 from expertlane.engine.ops.moe_step import LocalExperts
@@ -26,8 +29,132 @@ from expertlane.engine.ops.router import RouterParams
 from expertlane.spec.deployment import PayloadType
 from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.layout import partition
-from expertlane.spec.model import ModelConfig, expert_name
+from expertlane.spec.model import ModelConfig, expert_name, layer_name
 from expertlane.spec.names import CheckPoint, Stage
+
+
+def activation_of(model: ModelConfig) -> Activation:
+    """The activation of all the model's MLPs."""
+    return Activation(model.hidden_act, model.swiglu_limit, model.swiglu_alpha)
+
+
+class MLP:
+    """An MLP that every token takes: a dense layer's, or an MoE layer's shared expert.
+
+    It is divided over the tensor-parallel group: tokens are gathered, and partial sums are
+    reduce-scattered. Its projections are named `layers.N.PREFIX.…`.
+
+    Attributes:
+        tp_rank: the rank whose slice it is.
+
+    Args:
+        inner: its inner width, over all ranks.
+        norm: [hidden_size] float32; None where tokens come normed.
+        is_scaled: its output is multiplied by the sigmoid of a projection, `shared_gate`.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        source: WeightSource,
+        mesh: ParallelMesh,
+        prefix: str,
+        inner: int,
+        *,
+        norm: Tensor | None = None,
+        is_scaled: bool = False,
+    ) -> None:
+        ops = self._ops = backend_for(source.device)
+        part = partition(inner, mesh.layout.tp)[mesh.at.tp_rank]
+
+        def linear(matrix: str) -> Linear:
+            name = layer_name(layer, f"{prefix}.{matrix}")
+            return source.once(layer, (name, part), lambda: ops.linear(source.matrix(name, part)))
+
+        self._gate = linear("gate") if model.gated_mlp else None
+        self._up, self._down = linear("up"), linear("down")
+        self._scale = taker_of(source, layer)("shared_gate") if is_scaled else None
+        self._activation = activation_of(model)
+        self._tp, self._recorder, self.tp_rank = mesh.tp, mesh.recorder, mesh.at.tp_rank
+        self._layer, self._norm, self._eps = layer, norm, model.hidden_norm_eps
+        around = (norm, self._eps, self._scale) if mesh.tp.size == 1 else (None, self._eps, None)
+        linears = Expert(gate=self._gate, up=self._up, down=self._down)
+        self.part = ops.mlp_part(linears, self._activation, source.dtype, *around)
+
+    def tensors(self) -> list[Tensor]:
+        """All weights, for checksums."""
+        linears = Expert(gate=self._gate, up=self._up, down=self._down)
+        return [*linears.tensors(), *(t for t in (self._scale, self._norm) if t is not None)]
+
+    def forward(self, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
+        """Apply the MLP to the tokens that this rank owns, [num_owned, hidden_size]."""
+        enter, layer, part = self._recorder.enter, self._layer, self.part
+        if self._tp.size == 1 and part is not None and part.takes(x):
+            enter(Stage.EXPERTS, layer)
+            self._count(x)
+            return part(x)
+        if self._norm is not None:
+            x = self._ops.rms_norm(x, self._norm, self._eps)
+        rows = x
+        if self._tp.size > 1:
+            enter(Stage.COLLECTIVES, layer)
+            rows = yield from self._tp.gathered(x, batch.tokens_of_tp_rank)
+        enter(Stage.EXPERTS, layer)
+        if self._tp.size > 1 and part is not None and part.takes(rows):
+            out = part(rows)
+        else:
+            gate = None if self._gate is None else self._gate(rows)
+            out = self._down(self._activation(gate, self._up(rows)))
+        self._count(rows)
+        if self._tp.size > 1:
+            self._recorder.check_finite(out, CheckPoint.MLP, layer)
+            enter(Stage.COLLECTIVES, layer)
+            out = yield from self._tp.reduced(out, batch.tokens_of_tp_rank)
+        if self._scale is not None:
+            out = out * torch.sigmoid(F.linear(x, self._scale))
+        return out
+
+    def _count(self, rows: Tensor) -> None:
+        num_weights = (2 if self._gate is None else 3) * self._up.num_weights
+        num_bytes = (1 if self._gate is None else 2) * self._up.num_bytes + self._down.num_bytes
+        self._recorder.count_compute(2 * len(rows) * num_weights, num_bytes if len(rows) else 0)
+
+
+class DenseBlock:
+    """A norm and an MLP, whose output is added to its input."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        layer: int,
+        source: WeightSource,
+        mesh: ParallelMesh,
+        norm: Tensor,
+    ) -> None:
+        self.mlp = MLP(model, layer, source, mesh, "dense", model.intermediate_size, norm=norm)
+
+    @property
+    def parts(self) -> tuple[None, MlpPart] | None:
+        """The C++ call that computes the block; None without one."""
+        return (None, self.mlp.part) if isinstance(self.mlp.part, MlpPart) else None
+
+    def held(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """The block's weights, by names within the layer."""
+        yield f"MLP of tp rank {self.mlp.tp_rank}", self.mlp.tensors()
+
+    def begin(self, x: Tensor, batch: ForwardBatch, added: Tensor | None) -> Steps[Tensor]:
+        """Apply the block to the tokens that this rank owns: to its end, as it dispatches nothing.
+
+        Args:
+            x: [num_owned, hidden_size].
+            added: attention's output, still to be added to x; None if it is.
+
+        Returns:
+            [num_owned, hidden_size].
+        """
+        x = x if added is None else x + added
+        return x + (yield from self.mlp.forward(x, batch))
 
 
 class Routed(NamedTuple):
@@ -43,6 +170,18 @@ class Routed(NamedTuple):
     hidden: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
+
+
+class RoutedHere(NamedTuple):
+    """Tokens that `LocalExperts.route` has routed.
+
+    Attributes:
+        x: [T, hidden_size]; the block's input.
+        work: the buffer that the other calls of `LocalExperts` take.
+    """
+
+    x: Tensor
+    work: Tensor
 
 
 class MoEBlock:
@@ -190,22 +329,17 @@ class MoEBlock:
             down=ops.linear(matrix("down"), down_bias),
         )
 
-    def forward(self, x: Tensor, batch: ForwardBatch, added: Tensor | None = None) -> Steps[Tensor]:
-        """Apply the block to the tokens that this rank owns.
+    def begin(
+        self, x: Tensor, batch: ForwardBatch, added: Tensor | None
+    ) -> Steps[Routed | RoutedHere]:
+        """Norm the tokens that this rank owns, and choose their experts.
 
         Args:
             x: [num_owned, hidden_size].
             added: attention's output, still to be added to x; None if it is.
-
-        Returns:
-            [num_owned, hidden_size].
         """
         if self.here is not None and self.here.takes(x) and added is None:
-            return (yield from self._compute_here(self.here, x, batch))
-        return (yield from self.finish(self.routed(x, batch, added), batch))
-
-    def routed(self, x: Tensor, batch: ForwardBatch, added: Tensor | None = None) -> Routed:
-        """Norm tokens and choose their experts; for the arguments see `forward`."""
+            return RoutedHere(x, self.here.route(x))
         if added is None:
             hidden, topk_ids, topk_weights = self._router(x)
         else:
@@ -217,9 +351,12 @@ class MoEBlock:
         if batch.is_real is not None:
             topk_ids = topk_ids.where(batch.is_real[:, None], -1)
         return Routed(x, hidden, topk_ids, topk_weights)
+        yield  # a generator like the dense block's, though it never waits
 
-    def finish(self, routed: Routed, batch: ForwardBatch) -> Steps[Tensor]:
-        """Dispatch, experts, combine and the shared expert: `forward` after the router."""
+    def finish(self, routed: Routed | RoutedHere, batch: ForwardBatch) -> Steps[Tensor]:
+        """Dispatch, experts, combine and the shared expert: [num_owned, hidden_size]."""
+        if isinstance(routed, RoutedHere):
+            return (yield from self._finish_here(*routed, batch))
         recorder, layer = self._recorder, self._layer
         x, hidden, topk_ids, topk_weights = routed
         recorder.record_topk_ids(topk_ids)
@@ -248,10 +385,10 @@ class MoEBlock:
         first = topk_ids.new_tensor(list(held)[: topk_ids.shape[1]])
         return first.repeat(len(topk_ids), 1)
 
-    def _compute_here(self, here: LocalExperts, x: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
-        """`forward` without communication, in one call per stage."""
-        recorder, layer, num_tokens = self._recorder, self._layer, x.shape[0]
-        work = here.route(x)
+    def _finish_here(self, x: Tensor, work: Tensor, batch: ForwardBatch) -> Steps[Tensor]:
+        """`finish` without communication, in one call per stage."""
+        recorder, layer, num_tokens, here = self._recorder, self._layer, x.shape[0], self.here
+        assert here is not None, "it has routed the tokens"
         if recorder.is_recording:
             recorder.record_topk_ids(here.topk_ids(work, num_tokens))
             self._count_router(num_tokens)
