@@ -6,7 +6,7 @@ from concurrent.futures import Future, wait
 from functools import cached_property, partial
 from typing import Generic, TypeVar
 
-from expertlane.engine.elastic.arrangement import Arrangement
+from expertlane.balance.transition import Arrangement
 from expertlane.engine.elastic.recovery import Recovery
 from expertlane.engine.elastic.recovery_record import State
 from expertlane.engine.live_request import LiveRequest, Prompt, RequestMaker

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from expertlane.balance.placement_file import Placements
-from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.balance.transition import Arrangement
+from expertlane.engine.elastic.arrangement import Arranged
 from expertlane.engine.elastic.recovery import Recovery
 from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.elastic.shrinking import Shrinking

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from expertlane.balance.placement_file import check_deployment
 from expertlane.balance.trace import RoutingTrace
+from expertlane.balance.transition import Arrangement
 from expertlane.engine.cache_size import measured_limits
-from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.engine.elastic.arrangement import Arranged
 from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.rank_watch import RankWatch

@@ -9,8 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.placement_file import Placements
+from expertlane.balance.transition import Arrangement
 from expertlane.engine.comm.progress import Position
-from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.engine.elastic.arrangement import Arranged
 from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.ranks.commands import ReadTotals

@@ -1,6 +1,7 @@
 """The one holder of members, placements and nodes."""
 
-from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.balance.transition import Arrangement
+from expertlane.engine.elastic.arrangement import Arranged
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
 

@@ -19,7 +19,8 @@ from hypothesis.stateful import (
 )
 
 from cli.screen import telling, tells
-from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.balance.transition import Arrangement
+from expertlane.engine.elastic.arrangement import Arranged
 from expertlane.engine.elastic.recovery import Recovery
 from expertlane.engine.elastic.recovery_record import NEXT, Kind, State
 from expertlane.errors import RankError, RanksLostError, UserError

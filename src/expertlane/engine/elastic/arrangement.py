@@ -1,37 +1,12 @@
-"""The arrangement of a deployment: the processes of its ranks, and placements of its experts."""
+"""The owner of a deployment's arrangement, and those whose state depends on it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 from expertlane.balance.placement_file import Placements
+from expertlane.balance.transition import Arrangement
 from expertlane.schedule.plan import StepPlan
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
-
-
-@dataclass(frozen=True)
-class Arrangement:
-    """The processes of a layout's ranks, and the placements of its experts.
-
-    Attributes:
-        placements: [replicas][num_hidden_layers].
-        ranks_per_node: consecutive processes whose traffic counts as inside a node.
-    """
-
-    members: Members
-    placements: tuple[Placements, ...]
-    ranks_per_node: int
-
-    @classmethod
-    def alike(cls, members: Members, placements: Placements, ranks_per_node: int) -> "Arrangement":
-        """An arrangement with the same placements in all replicas."""
-        return cls(members, (placements,) * members.layout.replicas, ranks_per_node)
-
-    @property
-    def layout(self) -> Layout:
-        """The members' layout."""
-        return self.members.layout
 
 
 class Follower(Protocol):

@@ -207,11 +207,6 @@ class Rebalancer:
         ]
 
     @property
-    def _ep_per_node(self) -> int:
-        now = self._arranged.now
-        return max(1, min(now.ranks_per_node // now.layout.etp, now.layout.ep))
-
-    @property
     def saved_s(self) -> float:
         """Seconds of the fullest ranks' experts that new placements have saved; may be negative.
 
@@ -311,7 +306,7 @@ class Rebalancer:
             tracker.load(),
             tracker.num_steps,
             replica.now,
-            self._ep_per_node,
+            self._arranged.now.ep_per_node,
             replica.gate,
             self._worth,
         )
@@ -326,7 +321,7 @@ class Rebalancer:
         if self._worth(decision) <= 0 or then == now:
             return None
         replica.next, replica.paid_before = replica.with_layers(then), replica.pace.paid_s
-        crossing = between_ranks(moves(now, then, self._ep_per_node))
+        crossing = between_ranks(moves(now, then, self._arranged.now.ep_per_node))
         replica.waiting = deque(
             Part(replace(move, layer=replica.layers[move.layer])) for move in crossing
         )

@@ -15,7 +15,8 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.balance.transition import Arrangement
+from expertlane.engine.elastic.arrangement import Arranged
 from expertlane.engine.elastic.recovery_record import NEXT, Kind, Moment, RecoveryRecord, State
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop

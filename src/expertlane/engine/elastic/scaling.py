@@ -9,8 +9,8 @@ from typing import Any
 
 from expertlane.balance.kept import keeping_placements
 from expertlane.balance.placement_file import Placements, check_deployment
+from expertlane.balance.transition import Arrangement
 from expertlane.cost.memory import FREE_SHARE
-from expertlane.engine.elastic.arrangement import Arrangement
 from expertlane.engine.elastic.recovery_record import RecoveryRecord
 from expertlane.engine.elastic.weights_ahead import WeightsAhead
 from expertlane.engine.engine import Engine

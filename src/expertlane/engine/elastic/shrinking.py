@@ -8,7 +8,7 @@ from pathlib import Path
 
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.survivors import over_survivors
-from expertlane.engine.elastic.arrangement import Arrangement
+from expertlane.balance.transition import Arrangement
 from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.launch import with_blocks
 from expertlane.engine.model_runner import ModelRunner
