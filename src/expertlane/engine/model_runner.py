@@ -30,9 +30,9 @@ from expertlane.engine.ranks.commands import (
     StageSpec,
     SumWeights,
 )
+from expertlane.engine.ranks.inbox import Ticket
 from expertlane.engine.ranks.losses import Loss
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.engine.ranks.tickets import Ticket
 from expertlane.engine.warm_up import record_graphs, time_dispatch
 from expertlane.errors import UserError
 from expertlane.results.step_checks import first_found, named

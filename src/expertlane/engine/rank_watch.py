@@ -15,8 +15,8 @@ from expertlane.engine.elastic.arrangement import Arranged
 from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.ranks.commands import ReadTotals
+from expertlane.engine.ranks.inbox import Ticket
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.engine.ranks.tickets import Ticket
 from expertlane.results.rank_totals import RankTotals
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members
