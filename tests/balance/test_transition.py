@@ -150,7 +150,7 @@ def test_every_rank_ends_with_what_it_needs_and_nothing_that_lives_is_lost(data)
     has = {
         number: before.parts_of(number) if number in alive else frozenset() for number in range(10)
     }
-    has |= {each: has[each] | parts for each, parts in beside.items() if each in alive}
+    has |= {each: has[each] | parts for each, parts in beside.items()}
     for number in range(10):
         own = change.of(number)
         needs = after.parts_of(number)

@@ -116,7 +116,7 @@ def moves(
     now: Sequence[Placement],
     then: Sequence[Placement],
     ranks_per_node: int,
-    living: Sequence[Collection[int]] | None = None,
+    living: Collection[int] | None = None,
 ) -> list[Move]:
     """The copies that turn `now` into `then`, layer by layer, rank by rank.
 
@@ -127,13 +127,13 @@ def moves(
     Args:
         now, then: [num_layers].
         ranks_per_node: consecutive ranks that share a node.
-        living: [num_layers]; ranks that still hold their experts; None for all.
+        living: ranks that still hold their experts; None for all.
     """
     num_sent = [0] * (now[0].ep if now else 0)
     found = []
     for layer, (before, after) in enumerate(zip(now, then, strict=True)):
         holders = before.ranks_of_experts()
-        live = range(before.ep) if living is None else living[layer]
+        live = range(before.ep) if living is None else living
         if len(live) < before.ep:
             holders = [[rank for rank in ranks if rank in live] for ranks in holders]
         for rank, experts in enumerate(after.experts_of_rank):

@@ -110,10 +110,10 @@ class Transition:
     """What happens between two arrangements. Each process's part is computed when asked for.
 
     Args:
-        alive: processes that live; others are lost, or new. A new process may have the number of
-            a lost one.
-        beside: parts that living processes hold beside those of their place in `before`: made
-            ahead, or of a place that they had earlier.
+        alive: processes that live and have what their place in `before` holds; others are lost,
+            or new. A new process may have the number of a lost one.
+        beside: parts that processes hold beside those of their place in `before`: made ahead, or
+            of a place that they had earlier.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Transition:
     ) -> None:
         self.before, self.after = before, after
         self._alive, self._beside = frozenset(alive), beside or {}
-        self._sources: dict[tuple[int, int], dict[tuple[int | None, int, int], int]] = {}
+        self._sources: dict[tuple[int, int, int], dict[tuple[int | None, int, int], int]] = {}
 
     @property
     def lost(self) -> frozenset[int]:
@@ -153,16 +153,16 @@ class Transition:
 
     def of(self, number: int) -> Change:
         """The change of one process."""
-        has: frozenset[Part] = frozenset()
+        has = frozenset(self._beside.get(number, ()))
         if number in self._alive:
-            has = self.before.parts_of(number).union(self._beside.get(number, ()))
+            has |= self.before.parts_of(number)
         needs = self.after.parts_of(number)
         lacks = needs - has
-        found = {part: self._sender(part, number) for part in lacks}
+        found = {part: self.sender(part, number) for part in lacks}
         receives = {part: sender for part, sender in found.items() if sender is not None}
         return Change(has & needs, receives, lacks - receives.keys(), has - needs)
 
-    def _sender(self, part: Part, number: int) -> int | None:
+    def sender(self, part: Part, number: int) -> int | None:
         """The process that sends a part to another; None if no process of its stage can."""
         if self.before.members != self.after.members:
             return None
@@ -170,7 +170,7 @@ class Transition:
         at = layout.coordinates(members.numbers.index(number))
         stage = _stage(members, at.replica, at.pp_rank)
         if part.kind is PartKind.EXPERT:
-            sources = self._expert_sources(at.replica, at.etp_rank)
+            sources = self._expert_sources(at.replica, at.pp_rank, at.etp_rank)
             source = sources.get((part.layer, part.expert, at.ep_rank))
             return None if source is None else stage[source * layout.etp + at.etp_rank]
         if part.kind is PartKind.SLICE:
@@ -179,28 +179,27 @@ class Transition:
         return senders[(part.layer or 0) % len(senders)] if senders else None
 
     def _expert_sources(
-        self, replica: int, etp_rank: int
+        self, replica: int, pp_rank: int, etp_rank: int
     ) -> dict[tuple[int | None, int, int], int]:
         """The ep rank that sends, by layer, expert, and the ep rank that lacks it."""
-        if (replica, etp_rank) not in self._sources:
+        key = replica, pp_rank, etp_rank
+        if key not in self._sources:
             layout, after = self.after.layout, self.after.placements[replica]
-            layers = [layer for layer, placed in enumerate(after) if placed is not None]
-            living: list[set[int]] = []  # of each of these layers
-            for pp_rank in range(layout.pp):
-                own = _stage(self.after.members, replica, pp_rank)[etp_rank :: layout.etp]
-                of_stage = layout.layers_of_stage(len(after), pp_rank)
-                alive = {ep_rank for ep_rank, each in enumerate(own) if each in self._alive}
-                living += [alive] * sum(layer in of_stage for layer in layers)
-            needed = moves(
-                [placed for placed in self.before.placements[replica] if placed is not None],
-                [placed for placed in after if placed is not None],
-                self.after.ep_per_node,
-                living,
-            )
-            self._sources[replica, etp_rank] = {
-                (layers[move.layer], move.expert, move.rank): move.source for move in needed
+            then = {
+                layer: placed
+                for layer in layout.layers_of_stage(len(after), pp_rank)
+                if (placed := after[layer]) is not None
             }
-        return self._sources[replica, etp_rank]
+            before = self.before.placements[replica]
+            now = [placed for layer in then if (placed := before[layer]) is not None]
+            of_slice = _stage(self.after.members, replica, pp_rank)[etp_rank :: layout.etp]
+            living = [ep_rank for ep_rank, each in enumerate(of_slice) if each in self._alive]
+            layers = [*then]
+            self._sources[key] = {
+                (layers[move.layer], move.expert, move.rank): move.source
+                for move in moves(now, [*then.values()], self.after.ep_per_node, living)
+            }
+        return self._sources[key]
 
 
 def _stage(members: Members, replica: int, pp_rank: int) -> tuple[int, ...]:

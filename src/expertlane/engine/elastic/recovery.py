@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from expertlane.balance.transition import Arrangement
+from expertlane.balance.transition import Arrangement, Transition
 from expertlane.engine.elastic.arrangement import Arranged
 from expertlane.engine.elastic.recovery_record import NEXT, Kind, Moment, RecoveryRecord, State
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError, UserError
@@ -382,20 +382,21 @@ class Recovery:
     def _bring_back(self, loop: DriveLoop[Any]) -> None:
         """Let ranks load missing weights, and submit all uncommitted steps again."""
         plans, before, record = loop.uncommitted, self.members, self.records[-1]
-        gone = before.dp_ranks_of(self._to_redeploy) | self._to_cut
-        kept = self._target.kept_caches(before)
-        kept = {new: old for new, old in kept.items() if old not in gone}
-        # Before a change on request no step is in flight, so `reshape` is enough.
-        is_scaling = record.kind is Kind.SCALING
-        record.num_requests += loop.lose(
-            gone if is_scaling else {*before.dp_ranks} - {*kept.values()}
-        )
-        self._to_cut.clear()
-        arranged = self._arranged
+        arranged, alive = self._arranged, {*before.numbers} - self._to_redeploy
         is_other = self._target == self.whole and arranged.now is not arranged.whole
-        if is_other or self._target != before:
-            self._arranged.abandon(plans)
-            self._arranged.change(self._arrangement())
+        is_other = is_other or self._target != before
+        if is_other:
+            arranged.abandon(plans)
+        after = self._arrangement() if is_other else arranged.now
+        change = Transition(arranged.now, after, alive)
+        kept = {new: old for new, old in change.caches.items() if old not in self._to_cut}
+        begin_again = {*before.dp_ranks} - {*kept.values()}
+        if record.kind is Kind.SCALING:  # no step was in flight, so `reshape` is enough
+            begin_again = before.dp_ranks_of(change.lost) | self._to_cut
+        record.num_requests += loop.lose(begin_again)
+        self._to_cut.clear()
+        if is_other:
+            arranged.change(after)
             record.num_requests += loop.reshape(self._target.layout, kept)
         self._redeploy(self._to_redeploy & {*self.members.numbers}, plans)
         self._to_redeploy = frozenset()
