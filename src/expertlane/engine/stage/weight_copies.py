@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertlane.balance.transition import Arrangement, Part, PartKind, Transition
 from expertlane.engine.comm.mesh import groups_of_axis
 from expertlane.engine.comm.transport import Link
 from expertlane.engine.model.transformer import TransformerStage
@@ -24,10 +25,11 @@ from expertlane.engine.ops.products import Expert, Linear
 from expertlane.engine.ranks.commands import StageSpec
 from expertlane.engine.stage.preparing import parts_of, weight_source
 from expertlane.engine.stage.worker import RankContext
+from expertlane.spec.model import EMBEDDING
 
 
-class Part(IntEnum):
-    """The role of a rank in copying."""
+class Role(IntEnum):
+    """What a rank does in copying."""
 
     SENDS = 0  # it has all weights of its place
     RECEIVES = 1  # it has no weights
@@ -42,48 +44,46 @@ class WeightCopies:
         own: the role of this rank.
     """
 
-    def __init__(self, context: RankContext, spec: StageSpec, rank: int, own: Part) -> None:
+    def __init__(self, context: RankContext, spec: StageSpec, rank: int, own: Role) -> None:
         self._context, self._spec, self._rank = context, spec, rank
         groups = groups_of_axis(spec.layout, "stage")
         self._ranks = next(ranks for ranks in groups if rank in ranks)
         self._link: Link | None = None
-        parts: dict[int, Part] = {}
+        roles: dict[int, Role] = {}
         if _pays(context, spec) and len(self._ranks) > 1:
             numbers = tuple(spec.members.numbers[each] for each in self._ranks)
             self._link = context.meshes.link(numbers)
-            parts = self._ask_all(self._link, own)
-        self._receivers = [each for each, part in parts.items() if part is Part.RECEIVES]
-        self._holders = [each for each, part in parts.items() if part is Part.SENDS]
+            roles = self._ask_all(self._link, own)
+        self._receivers = [each for each, role in roles.items() if role is Role.RECEIVES]
+        self._holders = [each for each, role in roles.items() if role is Role.SENDS]
         self._own = own
-        self._at = {each: spec.layout.coordinates(each) for each in self._ranks}
-        num_layers, at = spec.model.num_hidden_layers, self._at[rank]
+        place = Arrangement.alike(spec.members, spec.placements, spec.ranks_per_node)
+        holders = [spec.members.numbers[each] for each in self._holders]
+        self._transition = Transition(place, place, holders)
+        num_layers, at = spec.model.num_hidden_layers, spec.layout.coordinates(rank)
         layers = spec.layout.layers_of_stage(num_layers, at.pp_rank)
         self._layers: list[int | None] = [*layers, None]
 
-    def _ask_all(self, link: Link, own: Part) -> dict[int, Part]:
+    def _ask_all(self, link: Link, own: Role) -> dict[int, Role]:
         size = len(self._ranks)
         told = torch.full((1, 1), own, dtype=torch.uint8)
         received = torch.empty((size, 1), dtype=torch.uint8)
         link.all_gather(told, received, [1] * size).wait()
-        return dict(zip(self._ranks, map(Part, received.view(-1).tolist()), strict=True))
+        return dict(zip(self._ranks, map(Role, received.view(-1).tolist()), strict=True))
 
     def _source(self, receiver: int, layer: int | None, key: Hashable) -> int | None:
-        """The rank that sends a part to a receiver; holders take turns. None if there is none."""
-        to, turn = self._at[receiver], 0 if layer is None else layer
+        """The rank that sends weights to a receiver; None if there is none."""
+        layout, members = self._spec.layout, self._spec.members
         if isinstance(key, tuple) and key[0] == EXPERT:
-            assert layer is not None, "experts are in layers"
-            placement = self._spec.placements[layer]
-            assert placement is not None, "an MoE layer has a placement"
-            turn += key[1]
-            holders = [
-                each
-                for each in self._holders
-                if self._at[each].etp_rank == to.etp_rank
-                and key[1] in placement.experts_of_rank[self._at[each].ep_rank]
-            ]
+            _, expert, etp, etp_rank = key
+            part = Part(layer, PartKind.EXPERT, (etp, etp_rank), expert)
+        elif key == EMBEDDING:
+            part = Part(layer, PartKind.EMBEDDING)
         else:
-            holders = [each for each in self._holders if self._at[each].tp_rank == to.tp_rank]
-        return holders[turn % len(holders)] if holders else None
+            cut = layout.tp, layout.coordinates(receiver).tp_rank
+            part = Part(layer, PartKind.SLICE, cut)
+        sender = self._transition.sender(part, members.numbers[receiver])
+        return None if sender is None else members.rank_of(sender)
 
     def send(self, stage: TransformerStage) -> None:
         """Send the parts of which this rank is the sender."""
@@ -105,7 +105,8 @@ class WeightCopies:
         yield from ((key, each) for key, each in made.items() if not is_expert[key])
         placement = None if layer is None else self._spec.placements[layer]
         if placement is not None:
-            layout, at = self._spec.layout, self._at[receiver]
+            layout = self._spec.layout
+            at = layout.coordinates(receiver)
             for expert in placement.experts_of_rank[at.ep_rank]:
                 key = EXPERT, expert, layout.etp, at.etp_rank
                 if key in made:
@@ -122,7 +123,7 @@ class WeightCopies:
     def receive(self) -> tuple[HeldWeights, float]:
         """Receive weights; gives them and the seconds that it took."""
         began_s, spec, context = time.perf_counter(), self._spec, self._context
-        if self._link is None or self._own is not Part.RECEIVES or not self._holders:
+        if self._link is None or self._own is not Role.RECEIVES or not self._holders:
             return HeldWeights(), 0.0
         source = weight_source(spec, context.platform, context.progress.touch)
         source.is_ahead, source.fill = True, self._fill
