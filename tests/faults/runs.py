@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -25,6 +26,7 @@ from unittest import mock
 import numpy as np
 
 from distributed.running import Inline
+from engine.elastic.shadow import found as shadow_lines
 from engine.ranks.harm import ForkedServer, files_and_names, read, remaining
 from engine.ranks.processes import session_is_gone, wait_until
 from expertlane.engine import model_runner
@@ -185,7 +187,7 @@ def started(case: Draw, prepare: Any) -> Iterator[tuple[LLM, Any]]:
 def undisturbed(layout: Layout, options: Options, dtype: str) -> Served:
     """What the requests bring when nothing happens."""
     case, nothing = Draw(0, "", layout, options, "shared_memory", (), dtype), Happened(0)
-    with started(case, partial(install, (), nothing, case.transport)) as (llm, _):
+    with started(case, partial(install, (), nothing, case.transport, Path(os.devnull))) as (llm, _):
         return serve(llm, case, nothing)
 
 
@@ -230,9 +232,9 @@ def pauses(case: Draw, served: Served, happened: Happened) -> dict[str, float | 
     return {name: round(max(each), 3) if each else None for name, each in found.items()}
 
 
-def _serve_case(case: Draw, happened: Happened) -> tuple[Served, dict[str, Any], int]:
+def _serve_case(case: Draw, happened: Happened, shadow: Path) -> tuple[Served, dict[str, Any], int]:
     """What the requests of a case bring, how it recovered, and the process that forked ranks."""
-    prepare = partial(install, case.faults, happened, case.transport)
+    prepare = partial(install, case.faults, happened, case.transport, shadow)
     with started(case, prepare) as (llm, server):
         wrong: list[str] = []
         if case.moment == "drain":
@@ -260,12 +262,15 @@ def run(case: Draw) -> dict[str, Any]:
     wanted = undisturbed(case.layout, case.options, case.dtype)
     before, happened = files_and_names(), Happened(len(case.faults))
     began_s = time.monotonic()
-    try:
-        served, found, server_pid = _serve_case(case, happened)
-    except ExpertlaneError as error:
-        return {"wrong": [f"{type(error).__name__}: {error}"]}
+    with tempfile.TemporaryDirectory() as folder:
+        shadow = Path(folder) / "shadow.jsonl"
+        try:
+            served, found, server_pid = _serve_case(case, happened, shadow)
+        except ExpertlaneError as error:
+            return {"wrong": [f"{type(error).__name__}: {error}"]}
+        differences, found["parts"] = shadow_lines(shadow)
     wrong, found["left_out"] = compare(case, served, wanted)
-    wrong += found.pop("wrong")
+    wrong += found.pop("wrong") + differences
     found["num_tokens"] = sum(map(len, served.tokens))
     if case.target is None and case.moment != "drain":
         found["pauses"] = pauses(case, served, happened)
