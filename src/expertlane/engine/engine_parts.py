@@ -7,8 +7,7 @@ from typing import Any, TypeVar
 
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.transition import Arrangement
-from expertlane.engine.elastic.arrangement import Arranged
-from expertlane.engine.elastic.recovery import Recovery
+from expertlane.engine.elastic.recovery import Arranged, Recovery
 from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.elastic.shrinking import Shrinking
 from expertlane.engine.engine import Engine

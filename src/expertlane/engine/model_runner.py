@@ -14,9 +14,9 @@ from expertlane.balance.placement_file import check_deployment
 from expertlane.balance.trace import RoutingTrace
 from expertlane.balance.transition import Arrangement
 from expertlane.engine.cache_size import measured_limits
-from expertlane.engine.elastic.arrangement import Arranged
 from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalancer
+from expertlane.engine.elastic.recovery import Arranged
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.ranks.commands import (
     CacheInt8,
@@ -288,7 +288,7 @@ class ModelRunner:
             self._pool.submit(DiscardSteps(steps), ranks=self.members.of_replica(replica))
 
     def abandon(self, plans: Sequence[StepPlan]) -> None:
-        """Drop decisions about steps to come; see `engine.elastic.arrangement.Follower`."""
+        """Drop decisions about steps to come; see `engine.elastic.recovery.Follower`."""
         if self.rebalancer is not None:
             self.rebalancer.abandon(plans)
         if self.copy_switch is not None:  # its decisions go to all ranks with each step

@@ -11,9 +11,9 @@ import numpy.typing as npt
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.transition import Arrangement
 from expertlane.engine.comm.progress import Position
-from expertlane.engine.elastic.arrangement import Arranged
 from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalancer
+from expertlane.engine.elastic.recovery import Arranged
 from expertlane.engine.ranks.commands import ReadTotals
 from expertlane.engine.ranks.inbox import Ticket
 from expertlane.engine.ranks.pool import RankPool

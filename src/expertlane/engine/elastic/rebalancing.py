@@ -35,7 +35,7 @@ from expertlane.balance.rebalance import (
     RebalanceGate,
     propose,
 )
-from expertlane.engine.elastic.arrangement import Arranged
+from expertlane.engine.elastic.recovery import Arranged
 from expertlane.engine.ranks.commands import FinishMoves, StartMoves, TimeOneMove
 from expertlane.engine.ranks.inbox import Ticket
 from expertlane.engine.ranks.pool import RankPool
