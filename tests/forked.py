@@ -26,7 +26,7 @@ from pathlib import Path
 from unittest import mock
 
 from expertlane.engine.ranks.fork_server import python_command
-from expertlane.engine.ranks.rank_environment import rank_environment
+from expertlane.engine.ranks.rank_settings import rank_environment
 
 _TESTS = Path(__file__).parent
 _ROOT = _TESTS.parent

@@ -25,13 +25,15 @@ from expertlane.engine.launch import (
 )
 from expertlane.engine.ranks import pool as pool_module
 from expertlane.engine.ranks.fork_server import _Server
-from expertlane.engine.ranks.local_ranks import LocalRanks
+from expertlane.engine.ranks.local_ranks import LocalRanks, connections_for
 from expertlane.engine.ranks.messages import Channel, Decoder, Failure, FailureKind
-from expertlane.engine.ranks.node import connections_for
 from expertlane.engine.ranks.processes import import_numpy
-from expertlane.engine.ranks.rank_environment import check_cpu_isa
-from expertlane.engine.ranks.rank_settings import RankSettings, ServerSettings
-from expertlane.engine.ranks.run_files import RunFiles
+from expertlane.engine.ranks.rank_settings import (
+    RankSettings,
+    RunFiles,
+    ServerSettings,
+    check_cpu_isa,
+)
 from expertlane.engine.stage.worker import Cores
 from expertlane.errors import CapacityError, UserError
 from expertlane.schedule.request import Limits

@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from engine.elastic.shadow import watch_ranks
 from expertlane.engine.comm.progress import ProgressBoard, ProgressReporter
 from expertlane.engine.ranks.commands import (
     Deploy,
@@ -170,12 +172,14 @@ class _Reporter(ProgressReporter):
         return now_ns
 
 
-def install(faults: Sequence[Fault], happened: Happened, transport: str) -> None:
+def install(faults: Sequence[Fault], happened: Happened, transport: str, shadow: Path) -> None:
     """Have the ranks that this process will fork be such ranks.
 
     Args:
         transport: `shared_memory` or `gloo`.
+        shadow: the file of `watch_ranks`.
     """
+    watch_ranks(shadow)
     if transport == "gloo":
         os.environ["EXPERTLANE_TRANSPORT"] = "gloo"
     traps = [_Trap(number, fault, happened) for number, fault in enumerate(faults)]

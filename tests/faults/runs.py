@@ -4,7 +4,6 @@ As a command, `python -m faults.runs FILE --to 300`: adds a line to FILE for eac
 where FILE ends, then prints a table.
 """
 
-import argparse
 import contextlib
 import gc
 import itertools
@@ -12,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -25,13 +25,20 @@ from unittest import mock
 import numpy as np
 
 from distributed.running import Inline
-from engine.ranks.harm import ForkedServer, files_and_names, read, remaining
+from engine.elastic.shadow import found as shadow_lines
+from engine.ranks.harm import (
+    ForkedServer,
+    arguments_of,
+    files_and_names,
+    in_workers,
+    read,
+    remaining,
+)
 from engine.ranks.processes import session_is_gone, wait_until
 from expertlane.engine import model_runner
 from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.llm import LLM
-from expertlane.engine.ops.backend import backend_of_cpu
-from expertlane.engine.ranks import fork_server, local_ranks
+from expertlane.engine.ranks import local_ranks
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -185,7 +192,7 @@ def started(case: Draw, prepare: Any) -> Iterator[tuple[LLM, Any]]:
 def undisturbed(layout: Layout, options: Options, dtype: str) -> Served:
     """What the requests bring when nothing happens."""
     case, nothing = Draw(0, "", layout, options, "shared_memory", (), dtype), Happened(0)
-    with started(case, partial(install, (), nothing, case.transport)) as (llm, _):
+    with started(case, partial(install, (), nothing, case.transport, Path(os.devnull))) as (llm, _):
         return serve(llm, case, nothing)
 
 
@@ -230,9 +237,9 @@ def pauses(case: Draw, served: Served, happened: Happened) -> dict[str, float | 
     return {name: round(max(each), 3) if each else None for name, each in found.items()}
 
 
-def _serve_case(case: Draw, happened: Happened) -> tuple[Served, dict[str, Any], int]:
+def _serve_case(case: Draw, happened: Happened, shadow: Path) -> tuple[Served, dict[str, Any], int]:
     """What the requests of a case bring, how it recovered, and the process that forked ranks."""
-    prepare = partial(install, case.faults, happened, case.transport)
+    prepare = partial(install, case.faults, happened, case.transport, shadow)
     with started(case, prepare) as (llm, server):
         wrong: list[str] = []
         if case.moment == "drain":
@@ -260,12 +267,15 @@ def run(case: Draw) -> dict[str, Any]:
     wanted = undisturbed(case.layout, case.options, case.dtype)
     before, happened = files_and_names(), Happened(len(case.faults))
     began_s = time.monotonic()
-    try:
-        served, found, server_pid = _serve_case(case, happened)
-    except ExpertlaneError as error:
-        return {"wrong": [f"{type(error).__name__}: {error}"]}
+    with tempfile.TemporaryDirectory() as folder:
+        shadow = Path(folder) / "shadow.jsonl"
+        try:
+            served, found, server_pid = _serve_case(case, happened, shadow)
+        except ExpertlaneError as error:
+            return {"wrong": [f"{type(error).__name__}: {error}"]}
+        differences, found["parts"] = shadow_lines(shadow)
     wrong, found["left_out"] = compare(case, served, wanted)
-    wrong += found.pop("wrong")
+    wrong += found.pop("wrong") + differences
     found["num_tokens"] = sum(map(len, served.tokens))
     if case.target is None and case.moment != "drain":
         found["pauses"] = pauses(case, served, happened)
@@ -316,37 +326,19 @@ def table(lines: Sequence[dict[str, Any]], by: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path, help="takes a line for each case that has ended")
-    parser.add_argument("--from", type=int, default=0, dest="first", help="number of the first")
-    parser.add_argument("--to", type=int, default=NUM_CASES, dest="end", help="one past the last's")
+    parser = arguments_of(__doc__, NUM_CASES)
     parser.add_argument("--moment", help="only cases whose moment begins so")
-    parser.add_argument("--at-once", type=int, default=2, help="cases under way at a time")
     arguments = parser.parse_args()
-    backend_of_cpu()  # loads our kernels, once for all ranks
     numbers = remaining(arguments.file, arguments.first, arguments.end)
     if arguments.moment is not None:
         numbers = [each for each in numbers if draw(each).moment.startswith(arguments.moment)]
-    workers, own_pid = [], os.getpid()
-    for worker in range(arguments.at_once):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                fork_server._end_with_server(own_pid)
-                run_each(numbers[worker :: arguments.at_once], arguments.file)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            os._exit(code)
-        workers.append(pid)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in workers]
+    has_run = in_workers(numbers, arguments.at_once, partial(run_each, file=arguments.file))
     lines = read(arguments.file)
     failed = [line for line in lines if line["wrong"]]
     print(table(lines, "kind"), table(lines, "moment"), sep="\n\n")
     for line in failed:
         print(f"{line['number']}: {line['what']}: {'; '.join(line['wrong'])}")
-    sys.exit(1 if failed or any(codes) else 0)
+    sys.exit(1 if failed or not has_run else 0)
 
 
 if __name__ == "__main__":

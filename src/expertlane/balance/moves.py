@@ -1,7 +1,7 @@
 """From one placement to the next: which experts move, from where, and which stay put."""
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from expertlane.balance.placement import Placement
@@ -112,24 +112,34 @@ def _keep_slots_of_rank(old: tuple[int, ...], new: tuple[int, ...]) -> tuple[int
     return tuple(next(others) if expert is None else expert for expert in slots)
 
 
-def moves(now: Sequence[Placement], then: Sequence[Placement], ranks_per_node: int) -> list[Move]:
+def moves(
+    now: Sequence[Placement],
+    then: Sequence[Placement],
+    ranks_per_node: int,
+    living: Collection[int] | None = None,
+) -> list[Move]:
     """The copies that turn `now` into `then`, layer by layer, rank by rank.
 
     A copy comes from its own rank if the expert is there in another slot, else from a holder on
-    the same node, else from any; among several from the one that has sent least so far.
+    the same node, else from any; among several from the one that has sent least so far. An expert
+    that no living rank holds is left out.
 
     Args:
         now, then: [num_layers].
         ranks_per_node: consecutive ranks that share a node.
+        living: ranks that still hold their experts; None for all.
     """
     num_sent = [0] * (now[0].ep if now else 0)
     found = []
     for layer, (before, after) in enumerate(zip(now, then, strict=True)):
         holders = before.ranks_of_experts()
+        live = range(before.ep) if living is None else living
+        if len(live) < before.ep:
+            holders = [[rank for rank in ranks if rank in live] for ranks in holders]
         for rank, experts in enumerate(after.experts_of_rank):
-            old = before.experts_of_rank[rank]
+            old = before.experts_of_rank[rank] if rank in live else ()
             for slot, expert in enumerate(experts):
-                if slot < len(old) and old[slot] == expert:
+                if not holders[expert] or (slot < len(old) and old[slot] == expert):
                     continue
                 node = rank // ranks_per_node
                 source = min(

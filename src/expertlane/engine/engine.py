@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from random import SystemRandom
 from typing import Generic, TypeVar
 
-from expertlane.engine.elastic.arrangement import Arrangement
+from expertlane.balance.transition import Arrangement
 from expertlane.engine.elastic.recovery import Recovery
 from expertlane.engine.elastic.recovery_record import State
 from expertlane.errors import RanksLostError, UserError

@@ -14,7 +14,7 @@ from expertlane.engine.ranks.commands import DescribeMachine, RankMachine
 from expertlane.engine.ranks.local_ranks import LocalRanks
 from expertlane.engine.ranks.node_ranks import NodeRanks
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.engine.ranks.rank_environment import check_cpu_isa, check_num_ranks
+from expertlane.engine.ranks.rank_settings import check_cpu_isa, check_num_ranks
 from expertlane.engine.ranks.torchrun import (
     TorchrunNode,
     become_supervisor,

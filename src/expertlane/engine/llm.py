@@ -20,8 +20,8 @@ import numpy as np
 
 from expertlane.balance.placement_file import Placements, check_deployment
 from expertlane.balance.trace import RoutingTrace
-from expertlane.engine.elastic.arrangement import Arranged, Arrangement
-from expertlane.engine.elastic.recovery import Recovery
+from expertlane.balance.transition import Arrangement
+from expertlane.engine.elastic.recovery import Arranged, Recovery
 from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.elastic.shrinking import Shrinking
 from expertlane.engine.engine import Engine, Prompt

@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from expertlane.balance.placement_file import check_deployment
 from expertlane.balance.trace import RoutingTrace
-from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.balance.transition import Arrangement
 from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalancer
+from expertlane.engine.elastic.recovery import Arranged
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.ranks.commands import (
     CacheInt8,
@@ -28,9 +29,9 @@ from expertlane.engine.ranks.commands import (
     StageSpec,
     SumWeights,
 )
+from expertlane.engine.ranks.inbox import Ticket
 from expertlane.engine.ranks.losses import Loss
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.engine.ranks.tickets import Ticket
 from expertlane.engine.warm_up import measured_limits, record_graphs, time_dispatch
 from expertlane.errors import UserError
 from expertlane.results.step_checks import first_found, named
@@ -286,7 +287,7 @@ class ModelRunner:
             self._pool.submit(DiscardSteps(steps), ranks=self.members.of_replica(replica))
 
     def abandon(self, plans: Sequence[StepPlan]) -> None:
-        """Drop decisions about steps to come; see `engine.elastic.arrangement.Follower`."""
+        """Drop decisions about steps to come; see `engine.elastic.recovery.Follower`."""
         if self.rebalancer is not None:
             self.rebalancer.abandon(plans)
         if self.copy_switch is not None:  # its decisions go to all ranks with each step

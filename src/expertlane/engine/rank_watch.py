@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.placement_file import Placements
+from expertlane.balance.transition import Arrangement
 from expertlane.engine.comm.progress import Position
-from expertlane.engine.elastic.arrangement import Arranged, Arrangement
 from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalancer
+from expertlane.engine.elastic.recovery import Arranged
 from expertlane.engine.ranks.commands import ReadTotals
+from expertlane.engine.ranks.inbox import Ticket
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.engine.ranks.tickets import Ticket
 from expertlane.results.step_record import RankTotals
 from expertlane.spec.layout import Layout
 from expertlane.spec.members import Members

@@ -12,8 +12,7 @@ from distributed.running import Inline, deployment
 from expertlane.balance.moves import WHOLE
 from expertlane.comparison.records import rebalance_records
 from expertlane.cost.memory import workload_limits
-from expertlane.engine.elastic.move_pace import MovePace
-from expertlane.engine.elastic.rebalancing import Rebalancer
+from expertlane.engine.elastic.rebalancing import MovePace, Rebalancer
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Request

@@ -13,7 +13,7 @@ from engine.elastic.recovering import facts, harmed, move_experts, pids, record_
 from engine.ranks.processes import wait_until
 from expertlane import LLM, SamplingParams
 from expertlane.balance.moves import WHOLE
-from expertlane.engine.elastic.move_pace import MovePace
+from expertlane.engine.elastic.rebalancing import MovePace
 from expertlane.engine.elastic.recovery_record import State
 from expertlane.engine.ranks.commands import Deploy, FinishMoves, Redeploy, RunStep, StartMoves
 from expertlane.engine.ranks.pool import RankPool

@@ -12,8 +12,8 @@ import pytest
 from cli.screen import telling
 from engine.elastic.recovering import PARAMS, PROMPTS, facts, pids, record_of
 from engine.elastic.test_scaling import model, open_descriptors, tokens
-from expertlane.engine.elastic import weights_ahead
-from expertlane.engine.elastic.weights_ahead import WeightsAhead
+from expertlane.engine.elastic import scaling
+from expertlane.engine.elastic.scaling import WeightsAhead
 from expertlane.engine.ranks.commands import Prepare, Prepared
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import CapacityError
@@ -81,7 +81,7 @@ def test_no_rank_reads_in_the_pause(settings, layouts, checkpoints):
 
 def test_the_share_counts_new_ranks_from_the_start(monkeypatch):
     """They tell how far they are while they load, and nothing of one that has told nothing."""
-    monkeypatch.setattr(weights_ahead, "_NEW_SLICE_S", 0.0)  # a part each
+    monkeypatch.setattr(scaling, "_NEW_SLICE_S", 0.0)  # a part each
     with model("dp=1") as llm:
         llm.scaling.prepare(Layout.parse("dp=3,ep=3"))
         ahead, seen = llm.scaling.ahead, []
@@ -100,7 +100,7 @@ def test_the_share_counts_new_ranks_from_the_start(monkeypatch):
 def test_slices_take_a_fifth_of_the_time_however_often_one_looks(monkeypatch, look_s):
     """One slice a look at most; of looks that come often enough, a fifth of the time in all."""
     now_s, slices, slice_s = [0.0], [], 0.005
-    monkeypatch.setattr(weights_ahead.time, "monotonic", lambda: now_s[0])
+    monkeypatch.setattr(scaling.time, "monotonic", lambda: now_s[0])
 
     class Slice(SimpleNamespace):
         is_lost = False

@@ -20,7 +20,7 @@ class FakeTicket:
 
 
 class FakePool:
-    """Runs every command at once, on a `TokenStage` a rank; implements `recovery.EpochPool` too.
+    """Runs every command at once, on a `TokenStage` a rank; also what `Recovery` uses.
 
     Whatever happens to real ranks may happen here: one is lost before, in or after a command, or
     between commands; the others of its replica then stop in the middle of a step, or do not begin
@@ -100,7 +100,7 @@ class FakePool:
     def close(self, *, failed=False):
         self.is_closed = True
 
-    # What `recovery.EpochPool` has, beside that.
+    # What `Recovery` uses beside that.
 
     def begin_epoch(self, lost, on_fenced, num_ranks, *, replaces=True, joining=None):
         self.epoch += 1

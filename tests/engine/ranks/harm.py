@@ -1,6 +1,6 @@
 """Runs in which a drawn rank dies or stops at a drawn moment of an exchange.
 
-As a command: `python -m engine.harm FILE --to 1000`. It goes on where FILE ends.
+As a command: `python -m engine.ranks.harm FILE --to 1000`. It goes on where FILE ends.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -281,35 +281,50 @@ def run_each(numbers: Sequence[int], library: Path | None, file: Path) -> None:
             lines.write(json.dumps(line) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path, help="takes a line for each run that has ended")
-    parser.add_argument("--from", type=int, default=0, dest="first", help="number of the first run")
-    parser.add_argument("--to", type=int, default=1000, dest="end", help="one more than the last's")
-    parser.add_argument("--at-once", type=int, default=2, help="runs under way at a time")
-    arguments = parser.parse_args()
+def arguments_of(doc: str | None, end: int) -> argparse.ArgumentParser:
+    """The arguments of a command that runs numbered cases and adds a line to a file after each."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("file", type=Path, help="takes a line for each case that has ended")
+    parser.add_argument("--from", type=int, default=0, dest="first", help="number of the first")
+    parser.add_argument("--to", type=int, default=end, dest="end", help="one past the last's")
+    parser.add_argument("--at-once", type=int, default=2, help="cases under way at a time")
+    return parser
+
+
+def in_workers(numbers: Sequence[int], at_once: int, run_each: Callable[..., None]) -> bool:
+    """Have processes run a part of the numbers each; gives whether all ended well."""
     backend_of_cpu()  # loads our kernels, once for all ranks
-    numbers = remaining(arguments.file, arguments.first, arguments.end)
+    workers, own_pid = [], os.getpid()
+    for worker in range(at_once):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                fork_server._end_with_server(own_pid)
+                run_each(numbers[worker::at_once])
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            os._exit(code)
+        workers.append(pid)
+    statuses = [os.waitpid(pid, 0)[1] for pid in workers]
+    return not any(statuses)
+
+
+def main() -> None:
+    arguments = arguments_of(__doc__, 1000).parse_args()
+    file = arguments.file
+    numbers = remaining(file, arguments.first, arguments.end)
     with tempfile.TemporaryDirectory() as folder:
         library = build_harmed_messages(Path(folder))
-        workers, own_pid = [], os.getpid()
-        for worker in range(arguments.at_once):
-            pid = os.fork()
-            if pid == 0:
-                try:
-                    fork_server._end_with_server(own_pid)
-                    run_each(numbers[worker :: arguments.at_once], library, arguments.file)
-                except BaseException:
-                    traceback.print_exc()
-                    os._exit(1)
-                os._exit(0)
-            workers.append(pid)
-        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in workers]
-    failed = [each for each in read(arguments.file) if each.get("wrong")]
-    print(f"{len(read(arguments.file))} runs, {len(failed)} failed")
+        has_run = in_workers(
+            numbers, arguments.at_once, lambda numbers: run_each(numbers, library, file)
+        )
+    failed = [each for each in read(file) if each.get("wrong")]
+    print(f"{len(read(file))} runs, {len(failed)} failed")
     for each in failed:
         print(f"{each['number']}: {each['what']}: {'; '.join(each['wrong'])}")
-    sys.exit(1 if failed or any(codes) else 0)
+    sys.exit(1 if failed or not has_run else 0)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 from cli.screen import tells
 from engine.ranks.processes import RunningRanks
 from expertlane.engine.ops.host import num_cores
-from expertlane.engine.ranks.rank_environment import MAX_RANKS_PER_CORE
+from expertlane.engine.ranks.rank_settings import MAX_RANKS_PER_CORE
 
 EXPERIMENT = """
 name = "long"

@@ -13,11 +13,11 @@ from distributed import on_ranks
 from distributed.on_ranks import Echo, Fail, FailWhileOthersWait, Refuse, Stay
 from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
 from engine.ranks.processes import OwnRanks
-from expertlane.engine.ranks import rank_environment
+from expertlane.engine.ranks import rank_settings
 from expertlane.engine.ranks.inbox import Inbox
 from expertlane.engine.ranks.local_ranks import LocalRanks
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.engine.ranks.rank_environment import MAX_RANKS_PER_CORE, check_num_ranks
+from expertlane.engine.ranks.rank_settings import MAX_RANKS_PER_CORE, check_num_ranks
 from expertlane.errors import CapacityError, RankError, UserError
 
 LAYOUTS = ["dp=2,ep=2", "pp=2", pytest.param("tp=2", marks=pytest.mark.full)]
@@ -251,7 +251,7 @@ def test_calls(kept_pool):
 
 
 def test_too_many_ranks_are_refused(monkeypatch):
-    monkeypatch.setattr(rank_environment, "num_cores", lambda: 2)
+    monkeypatch.setattr(rank_settings, "num_cores", lambda: 2)
     limit = 2 * MAX_RANKS_PER_CORE
     check_num_ranks(limit, oversubscribe=False)
     check_num_ranks(limit + 1, oversubscribe=True)

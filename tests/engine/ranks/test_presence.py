@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.screen import telling
-from expertlane.engine.ranks.presence import Presence
+from expertlane.engine.ranks.losses import Presence
 
 MOST = 8
 ranks = st.sets(st.integers(0, MOST - 1), max_size=4)

@@ -12,8 +12,8 @@ import pytest
 
 from cli.screen import telling, tells
 from engine.ranks.processes import wait_until
-from expertlane.engine.ranks import acceptor, rendezvous
-from expertlane.engine.ranks.acceptor import NodeAcceptor
+from expertlane.engine.ranks import node_ranks, rendezvous
+from expertlane.engine.ranks.node_ranks import NodeAcceptor
 from expertlane.engine.ranks.rendezvous import (
     Claim,
     Meeting,
@@ -161,7 +161,7 @@ def test_silent_strangers_do_not_make_nodes_wait(launcher):
 
 
 def test_a_silent_stranger_is_refused_in_time(launcher, monkeypatch):
-    monkeypatch.setattr(acceptor, "_HANDSHAKE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(node_ranks, "_HANDSHAKE_TIMEOUT_S", 0.2)
     stranger = launcher.connect()
     assert is_refused(stranger)
     launcher.connect_all()
@@ -277,7 +277,7 @@ def test_ranks_are_those_of_their_change(launcher):
 
 
 def test_a_crowd_of_strangers_pushes_out_no_node_that_is_connected(launcher, monkeypatch):
-    monkeypatch.setattr(acceptor, "_MAX_PENDING", 4)
+    monkeypatch.setattr(node_ranks, "_MAX_PENDING", 4)
     launcher.tell_hashes()
     launcher.connect_node(1)
     assert wait_until(lambda: (1, 0, 0) in launcher.acceptor._accepted)
@@ -290,7 +290,7 @@ def test_a_crowd_of_strangers_pushes_out_no_node_that_is_connected(launcher, mon
 
 
 def test_nodes_that_do_not_connect(monkeypatch):
-    monkeypatch.setattr(acceptor, "CONNECT_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(node_ranks, "CONNECT_TIMEOUT_S", 0.3)
     ours, theirs = socket.socketpair()
     line = telling("nodes [1, 2] connect 0.3 s")
     with listen("127.0.0.1", 3) as listener, ours, theirs:

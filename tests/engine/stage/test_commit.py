@@ -12,8 +12,7 @@ from distributed.running import Inline, deployment
 from engine.elastic.drawn_runs import OPTIONS, draw_prompt, small_limits
 from engine.stage.token_stage import PARAMS, TokenStage
 from expertlane.balance.moves import WHOLE
-from expertlane.engine.elastic.move_pace import MovePace
-from expertlane.engine.elastic.rebalancing import Rebalancer
+from expertlane.engine.elastic.rebalancing import MovePace, Rebalancer
 from expertlane.engine.model_runner import ModelRunner, outcome_of
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.request import Limits, Request

@@ -1,4 +1,4 @@
-"""Recovery from lost ranks: a state machine, and what happens on each transition.
+"""Recovery from lost ranks: a state machine, what happens on each transition, and the arrangement.
 
 A loss may come in any state, in the midst of a recovery too. Lost ranks are killed for certain and
 replaced by new processes; the others keep their weights and caches. Requests whose keys and values
@@ -12,15 +12,88 @@ the new processes start meanwhile, and the layout grows back once they have thei
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from expertlane.engine.elastic.arrangement import Arranged, Arrangement
+from expertlane.balance.placement_file import Placements
+from expertlane.balance.transition import Arrangement, Transition
 from expertlane.engine.elastic.recovery_record import NEXT, Kind, Moment, RecoveryRecord, State
+from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import StepPlan
 from expertlane.spec.members import DpRank, Members
+
+ResultT = TypeVar("ResultT")
+
+_MOST_FRUITLESS = 3  # epochs in a row without a committed step
+_MOST_RECORDS = 1000
+
+
+class Follower(Protocol):
+    """An object whose state depends on the arrangement."""
+
+    def abandon(self, plans: Sequence[StepPlan]) -> None:
+        """Drop decisions about steps to come, since ranks go on in a new epoch.
+
+        Args:
+            plans: plans of all steps that are not committed; ranks will undo them.
+        """
+        ...
+
+    def reshape(self, arrangement: Arrangement) -> None:
+        """Change to another arrangement, which ranks get with the next `Redeploy`."""
+        ...
+
+
+class Arranged:
+    """The owner of the arrangement. Methods belong to the thread that has the pool.
+
+    Only `Recovery` changes it; rebalancing notes moves of experts.
+
+    Attributes:
+        now: the arrangement that serves, or is about to.
+        whole: the arrangement when no rank is missing; `now`, unless ranks are missing or the
+            layout is being changed.
+    """
+
+    def __init__(self, whole: Arrangement) -> None:
+        self.now = self.whole = whole
+        self._followers: list[Follower] = []
+
+    def follow(self, follower: Follower) -> None:
+        """Register a follower, which is told of changes after those that are registered."""
+        self._followers.append(follower)
+
+    def begin(self, whole: Arrangement) -> None:
+        """Set the arrangement that the first ranks load, and remove all followers."""
+        self.now = self.whole = whole
+        self._followers.clear()
+
+    def move(self, replica: int, placements: Placements) -> None:
+        """Set the placements of a replica whose experts have moved."""
+        of_replicas = list(self.now.placements)
+        of_replicas[replica] = placements
+        now, is_whole = replace(self.now, placements=tuple(of_replicas)), self.now is self.whole
+        self.now = now
+        if is_whole:
+            self.whole = now
+
+    def want(self, whole: Arrangement) -> None:
+        """Set the arrangement that will serve when no rank is missing; `change` has to follow."""
+        self.whole = whole
+
+    def abandon(self, plans: Sequence[StepPlan]) -> None:
+        """Call `Follower.abandon` of all; placements are then those before these steps."""
+        for follower in self._followers:
+            follower.abandon(plans)
+
+    def change(self, now: Arrangement) -> None:
+        """Set another arrangement, and call `Follower.reshape` of all; `abandon` comes before."""
+        self.now = now
+        for follower in self._followers:
+            follower.reshape(now)
 
 
 class RepeatedLosses:
@@ -91,56 +164,6 @@ class RepeatedLosses:
         self._found.clear()
 
 
-ResultT = TypeVar("ResultT")
-
-_MOST_FRUITLESS = 3  # epochs in a row without a committed step
-_MOST_RECORDS = 1000
-
-
-class EpochPool(Protocol):
-    """The part of `engine.ranks.pool.RankPool` that a recovery uses."""
-
-    @property
-    def present(self) -> frozenset[int]:
-        """Ranks of this epoch."""
-        ...
-
-    @property
-    def ahead(self) -> frozenset[int]:
-        """Ranks that are up, for a later epoch."""
-        ...
-
-    def begin_epoch(
-        self,
-        lost: Collection[int],
-        on_fenced: Callable[[], None],
-        num_ranks: int | None,
-        *,
-        replaces: bool = True,
-        joining: Collection[int] | None = None,
-    ) -> None:
-        """End lost ranks for certain, refuse messages of the epoch before, and start new ranks.
-
-        Args:
-            on_fenced: called when no lost rank is alive any more.
-            num_ranks: the number of ranks from then on; None for as many as before.
-            replaces: new ranks start; else the lost numbers are absent from then on.
-            joining: processes started ahead that join this epoch; None for all.
-
-        Raises:
-            RanksLostError: more ranks were lost meanwhile.
-        """
-        ...
-
-    def stop_waiting(self) -> None:
-        """Stop waiting for lost nodes."""
-        ...
-
-    def close(self, *, failed: bool) -> None:
-        """End all ranks."""
-        ...
-
-
 class Shrinker(Protocol):
     """Finds smaller layouts for a recovery; `engine.elastic.shrinking.Shrinking` implements it."""
 
@@ -189,7 +212,7 @@ class Recovery:
 
     def __init__(
         self,
-        pool: EpochPool,
+        pool: RankPool,
         arranged: Arranged,
         redeploy: Callable[[frozenset[int], Sequence[StepPlan]], None],
         log: Callable[[str], None] = lambda line: None,
@@ -381,20 +404,21 @@ class Recovery:
     def _bring_back(self, loop: DriveLoop[Any]) -> None:
         """Let ranks load missing weights, and submit all uncommitted steps again."""
         plans, before, record = loop.uncommitted, self.members, self.records[-1]
-        gone = before.dp_ranks_of(self._to_redeploy) | self._to_cut
-        kept = self._target.kept_caches(before)
-        kept = {new: old for new, old in kept.items() if old not in gone}
-        # Before a change on request no step is in flight, so `reshape` is enough.
-        is_scaling = record.kind is Kind.SCALING
-        record.num_requests += loop.lose(
-            gone if is_scaling else {*before.dp_ranks} - {*kept.values()}
-        )
-        self._to_cut.clear()
-        arranged = self._arranged
+        arranged, alive = self._arranged, {*before.numbers} - self._to_redeploy
         is_other = self._target == self.whole and arranged.now is not arranged.whole
-        if is_other or self._target != before:
-            self._arranged.abandon(plans)
-            self._arranged.change(self._arrangement())
+        is_other = is_other or self._target != before
+        if is_other:
+            arranged.abandon(plans)
+        after = self._arrangement() if is_other else arranged.now
+        change = Transition(arranged.now, after, alive)
+        kept = {new: old for new, old in change.caches.items() if old not in self._to_cut}
+        begin_again = {*before.dp_ranks} - {*kept.values()}
+        if record.kind is Kind.SCALING:  # no step was in flight, so `reshape` is enough
+            begin_again = before.dp_ranks_of(change.lost) | self._to_cut
+        record.num_requests += loop.lose(begin_again)
+        self._to_cut.clear()
+        if is_other:
+            arranged.change(after)
             record.num_requests += loop.reshape(self._target.layout, kept)
         self._redeploy(self._to_redeploy & {*self.members.numbers}, plans)
         self._to_redeploy = frozenset()

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from expertlane.balance.holding import over_survivors
 from expertlane.balance.placement_file import Placements
-from expertlane.engine.elastic.arrangement import Arrangement
+from expertlane.balance.transition import Arrangement
 from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.launch import with_blocks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ops import host
 from expertlane.engine.ranks.commands import Prepare, Prepared
+from expertlane.engine.ranks.inbox import Ticket
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.engine.ranks.tickets import Ticket
 from expertlane.errors import CapacityError, UserError
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits

@@ -26,23 +26,31 @@ import msgspec
 
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.ranks.messages import (
+    ChangeRanks,
     Channel,
     Decoder,
+    Exit,
     Failure,
     FailureKind,
+    Heartbeat,
     Message,
     MessageKind,
+    Nodes,
+    RanksStarted,
     encode,
 )
-from expertlane.engine.ranks.node_messages import ChangeRanks, Exit, Heartbeat, Nodes, RanksStarted
 from expertlane.engine.ranks.processes import (
     end_with_parent,
     import_numpy,
     is_stopped,
     unterminated,
 )
-from expertlane.engine.ranks.rank_settings import RankSettings, ServerSettings
-from expertlane.engine.ranks.run_files import memory_file, unnamed_file
+from expertlane.engine.ranks.rank_settings import (
+    RankSettings,
+    ServerSettings,
+    memory_file,
+    unnamed_file,
+)
 from expertlane.errors import TerminatedError, no_room
 
 if TYPE_CHECKING:

@@ -6,11 +6,10 @@ from typing import NoReturn, TypeVar
 
 from expertlane.engine.comm.progress import Position
 from expertlane.engine.ranks.commands import Command
-from expertlane.engine.ranks.inbox import Inbox
+from expertlane.engine.ranks.inbox import Inbox, Ticket
 from expertlane.engine.ranks.local_ranks import LocalRanks
 from expertlane.engine.ranks.losses import Loss
 from expertlane.engine.ranks.messages import ANY_EPOCH, MessageKind, encode
-from expertlane.engine.ranks.tickets import Ticket
 from expertlane.errors import CapacityError, RankError, RanksLostError, TerminatedError
 
 _START_TIMEOUT_S = 120.0  # imports on a cold disk; no rank is in a step yet

@@ -1,10 +1,159 @@
-"""Start settings of ranks, and of the processes that fork them."""
+"""What ranks start with: environment, shared files, and settings; those of their fork server, too.
+
+Shared files are unnamed ones in memory, so that none is left behind.
+"""
 
 import os
+import socket
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 
+from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.region import Region
+from expertlane.engine.ops.asked_kernels import asked_backend
+from expertlane.engine.ops.host import num_cores
 from expertlane.engine.ranks.rendezvous import Meeting, Place
-from expertlane.engine.ranks.run_files import RunFiles
+from expertlane.errors import CapacityError, UserError, no_room
+from expertlane.spec.names import CpuIsa
+
+MAX_RANKS_PER_CORE = 32
+_SPIN_COUNT = "10000"  # some 0.2 ms
+_MOST_LINES = 1024  # of the board, or as many as ranks at first: with room for later ranks
+
+
+def check_num_ranks(num_ranks: int, *, oversubscribe: bool) -> None:
+    """Refuse a number of local ranks that is far too large for the cores.
+
+    Raises:
+        CapacityError: more than `MAX_RANKS_PER_CORE` for each core, without `oversubscribe`.
+    """
+    limit = MAX_RANKS_PER_CORE * num_cores()
+    if num_ranks > limit and not oversubscribe:
+        raise CapacityError(
+            f"{num_ranks} ranks are more than {MAX_RANKS_PER_CORE} × {num_cores()} cores; "
+            f"use at most {limit}, or start with --oversubscribe"
+        )
+
+
+def check_cpu_isa(cpu_isa: CpuIsa | None) -> None:
+    """Refuse a choice of our kernels where the environment asks for torch's.
+
+    Raises:
+        UserError: both are asked for, or the environment's backend is not valid.
+    """
+    if cpu_isa is not None and asked_backend() == "torch":
+        raise UserError(
+            f"--cpu-isa (or EXPERTLANE_CPU_ISA) {cpu_isa} is for kernels that "
+            "EXPERTLANE_BACKEND=torch leaves out; give one of the two"
+        )
+
+
+def rank_environment(cpu_isa: CpuIsa | None, *, on_one_node: bool) -> dict[str, str]:
+    """The environment variables of ranks.
+
+    They choose the kernels, since every process that computes chooses for itself. On one node, gloo
+    uses loopback, whatever the host's name resolves to. A thread of a parallel kernel spins for the
+    others for a short time, then sleeps: libgomp's default spins for milliseconds, on a core that
+    other processes need, above all the launcher.
+    """
+    environment = dict(os.environ)
+    environment.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
+    if cpu_isa is not None:
+        environment["EXPERTLANE_CPU_ISA"] = cpu_isa
+    interfaces = {name for _, name in socket.if_nameindex()} if on_one_node else ()
+    for loopback in ("lo", "lo0"):
+        if loopback in interfaces:
+            environment.setdefault("GLOO_SOCKET_IFNAME", loopback)
+    return environment
+
+
+def unnamed_file() -> int:
+    """A new, empty file in memory, as a descriptor.
+
+    Raises:
+        OSError: no descriptors are left.
+    """
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("expertlane")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def memory_file(num_local_ranks: int) -> int:
+    """A file for the messages of a node's ranks; pages that are not touched take no memory.
+
+    Raises:
+        OSError: there is no room.
+    """
+    descriptor = unnamed_file()
+    try:
+        os.ftruncate(descriptor, Region(num_local_ranks).num_bytes)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+class RunFiles:
+    """The files that the ranks of a node start with; in memory they have no name.
+
+    The board has room for more ranks, which later epochs may have.
+
+    Attributes:
+        board: progress board of the run's ranks, in the file `board_fd`; ranks of this node write
+            to it.
+        memory_fd: descriptor of the memory for messages; None where the system has no unnamed
+            shared memory.
+        store_path: the rendezvous file of ranks that are all on this node; a file in memory is
+            inherited as a descriptor.
+
+    Raises:
+        CapacityError: there are too few descriptors, or there is no room for them.
+    """
+
+    def __init__(self, world_size: int, num_local_ranks: int) -> None:
+        self._descriptors: list[int] = []
+        self.store_fd: int | None = None
+        self.memory_fd: int | None = None
+        self.store_path = ""
+        try:
+            self.board_fd = self._own(unnamed_file())
+            self.board = ProgressBoard(max(world_size, _MOST_LINES), self.board_fd)
+            if hasattr(os, "memfd_create"):
+                self.store_fd = self._own(unnamed_file())
+                self.store_path = f"/proc/self/fd/{self.store_fd}"
+                self.memory_fd = self._own(memory_file(num_local_ranks))
+            else:
+                descriptor, self.store_path = tempfile.mkstemp(prefix="expertlane-")
+                os.close(descriptor)
+        except OSError as error:
+            self.close()
+            raise CapacityError(f"cannot start the ranks: {no_room(error)}") from None
+
+    def _own(self, descriptor: int) -> int:
+        self._descriptors.append(descriptor)
+        return descriptor
+
+    def leave_to_server(self) -> None:
+        """Close the files of the first epoch, once the ranks' server has inherited them."""
+        for descriptor in (self.memory_fd, self.store_fd):
+            if descriptor is not None:
+                self._descriptors.remove(descriptor)
+                os.close(descriptor)
+
+    def are_servers(self) -> None:
+        """Leave the files of the first epoch to the server, which runs in this process."""
+        for descriptor in (self.memory_fd, self.store_fd):
+            if descriptor is not None:
+                self._descriptors.remove(descriptor)
+
+    def close(self) -> None:
+        """Close and remove the files; the board can still be read."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+        if self.store_fd is None and self.store_path:
+            Path(self.store_path).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

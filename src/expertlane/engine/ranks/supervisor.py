@@ -18,10 +18,13 @@ import msgspec
 from expertlane.engine.ranks.fork_server import End, python_command, serve
 from expertlane.engine.ranks.messages import Channel, Failure, FailureKind, MessageKind, encode
 from expertlane.engine.ranks.processes import end_with_parent
-from expertlane.engine.ranks.rank_environment import check_num_ranks
-from expertlane.engine.ranks.rank_settings import RankSettings, ServerSettings
+from expertlane.engine.ranks.rank_settings import (
+    RankSettings,
+    RunFiles,
+    ServerSettings,
+    check_num_ranks,
+)
 from expertlane.engine.ranks.rendezvous import Claim, Meeting, Place, connect, new_secret
-from expertlane.engine.ranks.run_files import RunFiles
 from expertlane.errors import RankError, UserError
 
 if TYPE_CHECKING:

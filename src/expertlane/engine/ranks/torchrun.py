@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from expertlane.engine.ranks.processes import end_with_parent
-from expertlane.engine.ranks.rank_environment import rank_environment
+from expertlane.engine.ranks.rank_settings import rank_environment
 from expertlane.engine.ranks.rendezvous import Meeting
 from expertlane.engine.ranks.supervisor import SupervisorSettings, supervisor_command
 from expertlane.errors import CapacityError, UserError

@@ -40,7 +40,7 @@ from expertlane.engine.stage.measure.operations import measure_launches, measure
 from expertlane.engine.stage.measure.transfers import measure_contention, measure_transfers
 from expertlane.engine.stage.preparing import drop_prepared, prepare
 from expertlane.engine.stage.rank_checks import sum_weights
-from expertlane.engine.stage.weight_copies import Part, WeightCopies
+from expertlane.engine.stage.weight_copies import Role, WeightCopies
 from expertlane.engine.stage.worker import Handlers, RankContext
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DISPATCH_FORMS
@@ -97,10 +97,10 @@ def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
         before.rejoin(command.discard)
         has_stage = before.is_placed(spec.placements)
     rank = members.rank_of(context.rank)
-    part = Part.SENDS if has_stage else Part.RECEIVES
+    role = Role.SENDS if has_stage else Role.RECEIVES
     if not has_stage and (before is not None or context.preparation is not None):
-        part = Part.MAKES
-    copies = None if rank is None else WeightCopies(context, spec, rank, part)
+        role = Role.MAKES
+    copies = None if rank is None else WeightCopies(context, spec, rank, role)
     if before is not None and has_stage:
         if copies is not None:
             copies.send(before.stage)

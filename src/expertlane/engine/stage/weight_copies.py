@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.holding import Holding
+from expertlane.balance.transition import Arrangement, Part, PartKind, Transition
 from expertlane.engine.comm.mesh import groups_of_axis
 from expertlane.engine.comm.transport import Link
 from expertlane.engine.model.transformer import TransformerStage
@@ -25,10 +26,11 @@ from expertlane.engine.ops.products import Expert, Linear
 from expertlane.engine.ranks.commands import StageSpec
 from expertlane.engine.stage.preparing import parts_of, weight_source
 from expertlane.engine.stage.worker import RankContext
+from expertlane.spec.model import EMBEDDING
 
 
-class Part(IntEnum):
-    """The role of a rank in copying."""
+class Role(IntEnum):
+    """What a rank does in copying."""
 
     SENDS = 0  # it has all weights of its place
     RECEIVES = 1  # it has no weights
@@ -43,44 +45,47 @@ class WeightCopies:
         own: the role of this rank.
     """
 
-    def __init__(self, context: RankContext, spec: StageSpec, rank: int, own: Part) -> None:
+    def __init__(self, context: RankContext, spec: StageSpec, rank: int, own: Role) -> None:
         self._context, self._spec, self._rank = context, spec, rank
         groups = groups_of_axis(spec.layout, "stage")
         self._ranks = next(ranks for ranks in groups if rank in ranks)
         self._link: Link | None = None
-        parts: dict[int, Part] = {}
+        roles: dict[int, Role] = {}
         if _pays(context, spec) and len(self._ranks) > 1:
             numbers = tuple(spec.members.numbers[each] for each in self._ranks)
             self._link = context.meshes.link(numbers)
-            parts = self._ask_all(self._link, own)
-        self._receivers = [each for each, part in parts.items() if part is Part.RECEIVES]
-        self._holders = [each for each, part in parts.items() if part is Part.SENDS]
+            roles = self._ask_all(self._link, own)
+        self._receivers = [each for each, role in roles.items() if role is Role.RECEIVES]
+        self._holders = [each for each, role in roles.items() if role is Role.SENDS]
         self._own = own
-        sizes = spec.model, spec.layout
-        self._held = {each: Holding(*sizes, each, spec.placements) for each in self._ranks}
-        self._layers: list[int | None] = [*self._held[rank].layers, None]
+        place = Arrangement.alike(spec.members, spec.placements, spec.ranks_per_node)
+        holders = [spec.members.numbers[each] for each in self._holders]
+        self._transition = Transition(place, place, holders)
+        self._layers: list[int | None] = [*self._holding(rank).layers, None]
 
-    def _ask_all(self, link: Link, own: Part) -> dict[int, Part]:
+    def _holding(self, rank: int) -> Holding:
+        return Holding(self._spec.model, self._spec.layout, rank, self._spec.placements)
+
+    def _ask_all(self, link: Link, own: Role) -> dict[int, Role]:
         size = len(self._ranks)
         told = torch.full((1, 1), own, dtype=torch.uint8)
         received = torch.empty((size, 1), dtype=torch.uint8)
         link.all_gather(told, received, [1] * size).wait()
-        return dict(zip(self._ranks, map(Part, received.view(-1).tolist()), strict=True))
+        return dict(zip(self._ranks, map(Role, received.view(-1).tolist()), strict=True))
 
     def _source(self, receiver: int, layer: int | None, key: Hashable) -> int | None:
-        """The rank that sends a part to a receiver; holders take turns. None if there is none."""
-        held, to, turn = self._held, self._held[receiver].at, 0 if layer is None else layer
+        """The rank that sends weights to a receiver; None if there is none."""
+        layout, members = self._spec.layout, self._spec.members
         if isinstance(key, tuple) and key[0] == EXPERT:
-            assert layer is not None, "experts are in layers"
-            turn += key[1]
-            holders = [
-                each
-                for each in self._holders
-                if held[each].at.etp_rank == to.etp_rank and key[1] in held[each].experts(layer)
-            ]
+            _, expert, etp, etp_rank = key
+            part = Part(layer, PartKind.EXPERT, (etp, etp_rank), expert)
+        elif key == EMBEDDING:
+            part = Part(layer, PartKind.EMBEDDING)
         else:
-            holders = [each for each in self._holders if held[each].at.tp_rank == to.tp_rank]
-        return holders[turn % len(holders)] if holders else None
+            cut = layout.tp, layout.coordinates(receiver).tp_rank
+            part = Part(layer, PartKind.SLICE, cut)
+        sender = self._transition.sender(part, members.numbers[receiver])
+        return None if sender is None else members.rank_of(sender)
 
     def send(self, stage: TransformerStage) -> None:
         """Send the parts of which this rank is the sender."""
@@ -100,7 +105,7 @@ class WeightCopies:
         made = held.of_layer(layer)
         is_expert = {key: isinstance(key, tuple) and key[0] == EXPERT for key in made}
         yield from ((key, each) for key, each in made.items() if not is_expert[key])
-        to = self._held[receiver]
+        to = self._holding(receiver)
         for expert in () if layer is None else to.experts(layer):
             key = EXPERT, expert, to.slices.etp, to.slices.etp_rank
             if key in made:
@@ -117,7 +122,7 @@ class WeightCopies:
     def receive(self) -> tuple[HeldWeights, float]:
         """Receive weights; gives them and the seconds that it took."""
         began_s, spec, context = time.perf_counter(), self._spec, self._context
-        if self._link is None or self._own is not Part.RECEIVES or not self._holders:
+        if self._link is None or self._own is not Role.RECEIVES or not self._holders:
             return HeldWeights(), 0.0
         source = weight_source(spec, context.platform, context.progress.touch)
         source.is_ahead, source.fill = True, self._fill
