@@ -17,8 +17,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from expertlane.engine.model.sampled_batch import SampledBatch
-from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.structured import Structured
+from expertlane.spec.sampling import SamplingParams, Structured
 from expertlane.text.grammars import Grammars
 from expertlane.text.tokenizer import Tokenizer
 

@@ -29,9 +29,9 @@ from expertlane.engine.ranks.commands import RunStep
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
+from expertlane.spec.hf_config import resolve_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase, Stage
 from expertlane.spec.sampling import SamplingParams

@@ -18,10 +18,9 @@ from expertlane.results import file
 from expertlane.results.record import BEST, EXPERIMENT, TWO_POOLS
 from expertlane.results.serving_record import is_served
 from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.experiment import Experiment
+from expertlane.spec.experiment import Experiment, ProjectionAsked
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
-from expertlane.spec.projection import ProjectionAsked
 from expertlane.spec.workload import Workload
 
 _SKEWS = 0.0, 0.8

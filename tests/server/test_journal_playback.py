@@ -19,8 +19,7 @@ from expertlane.server.journal.records import Begun, Came, Record, framed, recor
 from expertlane.server.prepared import Prepared
 from expertlane.server.responses.answer import RESPONSES
 from expertlane.server.setup import ServedModel, ServerOptions
-from expertlane.spec.prompt_logprobs import PromptLogprobs, PromptPart
-from expertlane.spec.sampling import SamplingParams, TokenLogprobs
+from expertlane.spec.sampling import PromptLogprobs, PromptPart, SamplingParams, TokenLogprobs
 from expertlane.text.chat_template import ChatTemplate
 from server.running import ServerInThread
 

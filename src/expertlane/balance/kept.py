@@ -6,8 +6,7 @@ import numpy as np
 
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 
 
 def keeping_placements(

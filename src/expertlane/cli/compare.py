@@ -19,7 +19,7 @@ from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import MODEL_HELP, LaunchOptions, dtype_option, parse_list, trace_option
 from expertlane.cli.output_options import OutputOptions
 from expertlane.errors import CapacityError, MissingExtraError, UserError, naming, require_extra
-from expertlane.spec.checkpoint_folder import resolve_model
+from expertlane.spec.hf_config import resolve_model
 from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import DEFAULT_REPEAT, shown
 from expertlane.spec.slo import parse_slos
@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from expertlane.comparison.virtual import VirtualSettings
     from expertlane.results.results import Results
     from expertlane.results.step_record import StepRecord
-    from expertlane.spec.experiment import Experiment
-    from expertlane.spec.projection import Projection
+    from expertlane.spec.experiment import Experiment, Projection
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -198,7 +197,7 @@ class _Projection:
 
     def applied_to(self, experiment: "Experiment", dtype: str | None) -> "Projection":
         """The experiment's `[projection]`, or the default, changed by the options given."""
-        from expertlane.spec.projection import Projection
+        from expertlane.spec.experiment import Projection
 
         given = self.given | ({} if dtype is None else {"dtype": dtype})
         if (own := experiment.projection) is None:
@@ -370,7 +369,7 @@ def _projector(
     from expertlane.cost.laws.profile_file import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.planner.candidates import Goals
-    from expertlane.spec.projection import ProjectionAsked
+    from expertlane.spec.experiment import ProjectionAsked
     from expertlane.spec.workload import check_lengths
 
     asked = options.applied_to(experiment, dtype)

@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from expertlane.engine.live_request import Prompt
     from expertlane.engine.llm import LLM
     from expertlane.schedule.request import RequestOutput
-    from expertlane.spec.sampling import SamplingParams
-    from expertlane.spec.structured import Structured
+    from expertlane.spec.sampling import SamplingParams, Structured
 from typing import TYPE_CHECKING, Any
 
 from expertlane.cli.options import seed_option
@@ -265,7 +264,7 @@ def _structured(own: _Options, found: FoundModel) -> "Structured | None":
     Raises:
         UserError: two options give one, one is not valid, or there is no tokenizer.
     """
-    from expertlane.spec.structured import Structured
+    from expertlane.spec.sampling import Structured
 
     if own.compact_json and own.json_schema is None:
         raise UserError("--compact-json needs --json-schema")

@@ -112,7 +112,7 @@ def run(
     from expertlane.planner.results import make_plan
     from expertlane.planner.sizing import smallest_plan
     from expertlane.results.cost import with_costs
-    from expertlane.spec.projection import Projection, ProjectionAsked
+    from expertlane.spec.experiment import Projection, ProjectionAsked
 
     is_auto = own.cluster.endswith(_AUTO)
     cluster = own.cluster.removesuffix(_AUTO) + "x1" if is_auto else own.cluster

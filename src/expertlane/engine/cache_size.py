@@ -21,8 +21,7 @@ from expertlane.errors import CapacityError
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.dispatch import DispatchTable
-from expertlane.spec.layout import Layout, partition
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members, partition
 from expertlane.spec.names import Phase
 from expertlane.spec.sampling import SamplingParams, SamplingState
 

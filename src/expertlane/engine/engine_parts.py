@@ -24,7 +24,7 @@ from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.engine_config import EngineConfig
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Members
 from expertlane.spec.model import ModelConfig
 from expertlane.text.tokenizer import Tokenizer
 

@@ -24,10 +24,10 @@ from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.shared_engine import SharedEngine
 from expertlane.errors import RankError, UserError
 from expertlane.schedule.request import Chunk, Limits, RequestOutput
-from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.engine_config import SETTINGS, EngineConfig, as_layout
 from expertlane.spec.files import as_path
 from expertlane.spec.from_hf import read_model
+from expertlane.spec.hf_config import resolve_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.names import Dtype

@@ -17,8 +17,7 @@ from expertlane.engine.ranks.commands import ReadTotals
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.ranks.tickets import Ticket
 from expertlane.results.rank_totals import RankTotals
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Link, Stage
 

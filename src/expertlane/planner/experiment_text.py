@@ -9,8 +9,8 @@ import tomli_w
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.screen import ScreenedCandidate
 from expertlane.spec.deployment import Options
+from expertlane.spec.experiment import Projection
 from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.projection import Projection
 from expertlane.spec.workload import Workload
 
 _REBALANCE_STEPS = 64  # often enough for a comparison, whose runs are short

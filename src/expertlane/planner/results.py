@@ -50,8 +50,8 @@ from expertlane.results.results import (
     ServedLoad,
 )
 from expertlane.results.serving_record import ServingRecord, is_served, with_places
+from expertlane.spec.experiment import Projection, ProjectionAsked
 from expertlane.spec.names import Phase
-from expertlane.spec.projection import Projection, ProjectionAsked
 
 _NUM_BEST = 8
 _NEARLY = 0.01  # share of tokens/s by which pools may be slower than the best

@@ -12,11 +12,11 @@ from typing import Annotated, Any, ClassVar
 from expertlane.errors import UserError, naming
 from expertlane.results.record import BEST, EXPERIMENT, PARETO, DeploymentRecord
 from expertlane.results.results import Results
+from expertlane.spec.experiment import ProjectionAsked
+from expertlane.spec.files import build
 from expertlane.spec.names import Phase
-from expertlane.spec.projection import ProjectionAsked
 from expertlane.spec.ranges import Strict, Valid, shown, take_fields
 from expertlane.spec.slo import SLO
-from expertlane.spec.tables import build
 from expertlane.spec.workload import LengthRange, Workload
 
 

@@ -10,9 +10,15 @@ import numpy as np
 from expertlane.errors import UserError, naming
 from expertlane.results.checks import check, check_numbers
 from expertlane.results.results import SCHEMA_VERSION, Kind, Results
-from expertlane.spec.files import RESULTS_BYTES, is_folder, read_json, strict_json, write_text
+from expertlane.spec.files import (
+    RESULTS_BYTES,
+    build,
+    is_folder,
+    read_json,
+    strict_json,
+    write_text,
+)
 from expertlane.spec.ranges import shown
-from expertlane.spec.tables import build
 
 FILE_NAME = "results.json"
 

@@ -22,8 +22,7 @@ from expertlane.server.requests import ChatRequest, GenerationRequest, SampledRe
 from expertlane.server.responses.store import ResponseStore
 from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.server.under_way import UnderWay
-from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.structured import Structured
+from expertlane.spec.sampling import SamplingParams, Structured
 from expertlane.text.grammars import Grammar
 from expertlane.text.tokenizer import LONG_TEXT, Tokenizer
 

@@ -7,7 +7,7 @@ from pydantic import Field
 from expertlane.errors import UserError
 from expertlane.server.errors import bad_field
 from expertlane.server.fields import AnyObject, Known, Strict, Text
-from expertlane.spec.structured import (
+from expertlane.spec.sampling import (
     MOST_CHOICE_CHARACTERS,
     MOST_CHOICES,
     MOST_GRAMMAR_CHARACTERS,

@@ -12,7 +12,7 @@ from expertlane.server.marks import Marks
 from expertlane.server.messages import Function, NamedTool
 from expertlane.server.requests import ChatRequest
 from expertlane.spec.files import parse_json, strict_json
-from expertlane.spec.structured import Structured
+from expertlane.spec.sampling import Structured
 from expertlane.text.grammars import lark_text, lead_rules
 from expertlane.text.json_schemas import for_library
 from expertlane.text.tokenizer import Tokenizer

@@ -1,8 +1,7 @@
 """The one holder of members, placements and nodes."""
 
 from expertlane.engine.elastic.arrangement import Arranged, Arrangement
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 
 WHOLE = Arrangement.alike(Members(Layout.parse("replicas=2,dp=2,ep=2")), ("at first",), 2)
 SMALLER = Arrangement.alike(WHOLE.members.without({1}), ("on fewer",), 2)

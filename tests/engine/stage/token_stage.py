@@ -11,7 +11,7 @@ from expertlane.engine.model.scored_prompts import ScoredPrompts
 from expertlane.engine.model.transformer import HeadResult
 from expertlane.engine.stage.deployed_stage import DeployedStage, UncommittedChanges
 from expertlane.engine.stage.next_tokens import with_chosen
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Members
 from expertlane.spec.sampling import SamplingParams
 from schedule.paged import UNWRITTEN, sequences
 

@@ -22,10 +22,9 @@ from expertlane.cost.laws.surface import Surface
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import ITEM_BYTES, WEIGHT_BYTES
 from expertlane.errors import SpecError, naming
-from expertlane.spec.files import CONFIG_BYTES, read_toml, write_text
+from expertlane.spec.files import CONFIG_BYTES, build, read_toml, write_text
 from expertlane.spec.names import Link
 from expertlane.spec.ranges import RANGES, Strict, shown
-from expertlane.spec.tables import build
 
 Law = TypeVar("Law", Surface, Term)
 ReadT = TypeVar("ReadT", Device, LinkSheet, Surface, Term)

@@ -6,8 +6,7 @@ from typing import Protocol
 
 from expertlane.balance.placement_file import Placements
 from expertlane.schedule.plan import StepPlan
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from expertlane.engine.elastic.recovery_record import NEXT, Kind, Moment, Recove
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import StepPlan
-from expertlane.spec.members import DpRank, Members
+from expertlane.spec.layout import DpRank, Members
 
 
 class RepeatedLosses:

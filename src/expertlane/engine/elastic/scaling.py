@@ -24,8 +24,7 @@ from expertlane.engine.ranks.run_files import MOST_UNCOMPILED
 from expertlane.errors import CapacityError, UserError
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Origin
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from expertlane.engine.model.draw import token_logprobs
 from expertlane.schedule.plan import Batch
-from expertlane.spec.prompt_logprobs import PromptPart
-from expertlane.spec.sampling import SamplingState
+from expertlane.spec.sampling import PromptPart, SamplingState
 
 _LOGITS = 1 << 23  # computed at a time, 32 MiB: a prompt of 100,000 tokens has too many for memory
 

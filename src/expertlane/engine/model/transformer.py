@@ -27,7 +27,7 @@ from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.layout import partition
 from expertlane.spec.model import EMBEDDING, FINAL_NORM, HEAD, ModelConfig
 from expertlane.spec.names import Stage
-from expertlane.spec.prompt_logprobs import PromptPart
+from expertlane.spec.sampling import PromptPart
 
 # Stages of a layer without communication, in order.
 _LAYER_STAGES = (Stage.ATTENTION, Stage.ROUTER, Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE)

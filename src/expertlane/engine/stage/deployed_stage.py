@@ -30,7 +30,7 @@ from expertlane.results.rank_totals import RankTotals
 from expertlane.schedule.plan import Batch, RankBatch, RankStep
 from expertlane.spec.deployment import GraphLimits, Options, PayloadType
 from expertlane.spec.dispatch import DispatchForm, DispatchMode, DispatchTable
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Members
 from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
 
 

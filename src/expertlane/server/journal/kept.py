@@ -12,8 +12,7 @@ from expertlane.server.endpoint import Endpoint
 from expertlane.server.errors import LATER, ApiError
 from expertlane.server.journal.records import Begun, More, Row, Suspected
 from expertlane.server.prepared import Prepared
-from expertlane.spec.prompt_logprobs import PromptLogprobs, PromptPart
-from expertlane.spec.sampling import SamplingParams, TokenLogprobs
+from expertlane.spec.sampling import PromptLogprobs, PromptPart, SamplingParams, TokenLogprobs
 
 _CHUNK_BYTES = 200  # memory of a chunk, at least
 _TOKEN_BYTES = 36  # memory of a prompt token
