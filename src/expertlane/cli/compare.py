@@ -4,20 +4,32 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from expertlane.cli import completion, output
+from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.load import slo_option
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.modelled import cluster_option, framework_option, skew_option
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import MODEL_HELP, LaunchOptions, dtype_option, parse_list, trace_option
-from expertlane.cli.output_options import OutputOptions
+from expertlane.cli.options import (
+    MODEL_HELP,
+    LaunchOptions,
+    cluster_option,
+    dtype_option,
+    framework_option,
+    known_experiments,
+    known_models,
+    known_profiles,
+    parse_list,
+    skew_option,
+    trace_option,
+)
+from expertlane.cli.output import OutputOptions
 from expertlane.errors import CapacityError, MissingExtraError, UserError, naming, require_extra
 from expertlane.spec.hf_config import resolve_model
 from expertlane.spec.names import Dtype
@@ -30,12 +42,6 @@ if TYPE_CHECKING:
     from expertlane.results.results import Results
     from expertlane.results.step_record import StepRecord
     from expertlane.spec.experiment import Experiment, Projection
-from enum import StrEnum
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from expertlane.comparison.virtual import VirtualSettings
-
 
 DEFAULT_PROFILE = "h100"
 _NO_LINKS, _MEASURED = "none", "measured"
@@ -62,7 +68,7 @@ class VirtualTimeOptions:
         None,
         metavar="PROFILE",
         show_default=DEFAULT_PROFILE,
-        autocompletion=completion.profiles,
+        autocompletion=known_profiles,
         help="The links of virtual time: a profile as in --cluster, or none, so that transfers "
         "take no time.",
     )
@@ -75,7 +81,7 @@ class VirtualTimeOptions:
     compute: str = typer.Option(
         _MEASURED,
         metavar="PROFILE",
-        autocompletion=completion.profiles,
+        autocompletion=known_profiles,
         help="Compute times in virtual time: measured, or a profile's cost model for the "
         "operations that ran.",
     )
@@ -117,7 +123,7 @@ class _Options:
         None,
         metavar="MODEL",
         show_default="the experiment's",
-        autocompletion=completion.models,
+        autocompletion=known_models,
         help=MODEL_HELP,
     )
     experts_per_token: str | None = typer.Option(
@@ -231,7 +237,7 @@ def compare(
         str,
         typer.Argument(
             metavar="EXPERIMENT",
-            autocompletion=completion.experiments,
+            autocompletion=known_experiments,
             help="A TOML file, or the name of an experiment that comes with expertlane: "
             "paper-small (laptop), paper-small-skewed (the same model, some experts in demand, "
             "load balanced), paper (full size).",

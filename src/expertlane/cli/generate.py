@@ -6,12 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
 from expertlane.cli.help import Panel
-from expertlane.cli.local_model import (
+from expertlane.cli.model import (
+    FoundModel,
+    find_model,
     load_model,
     output_json,
     output_text,
@@ -19,16 +21,21 @@ from expertlane.cli.local_model import (
     print_text,
     stream_output,
 )
-from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     EngineOptions,
     ModelArgument,
     layout_option,
     parse_list,
+    seed_option,
 )
-from expertlane.cli.output import check_file, is_first_process, print_json, print_message
-from expertlane.cli.output_options import json_option
+from expertlane.cli.output import (
+    check_file,
+    is_first_process,
+    json_option,
+    print_json,
+    print_message,
+)
 from expertlane.errors import ModelError, UserError
 from expertlane.spec.files import CONFIG_BYTES, PROMPTS_BYTES, read_stream, read_text
 from expertlane.spec.layout import Layout
@@ -39,12 +46,6 @@ if TYPE_CHECKING:
     from expertlane.engine.llm import LLM
     from expertlane.schedule.request import RequestOutput
     from expertlane.spec.sampling import SamplingParams, Structured
-from typing import TYPE_CHECKING, Any
-
-from expertlane.cli.options import seed_option
-
-if TYPE_CHECKING:
-    from expertlane.spec.sampling import SamplingParams
 
 
 @dataclass(frozen=True, kw_only=True)
