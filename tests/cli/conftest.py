@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import expertlane.comparison
-import expertlane.comparison.machine
+import expertlane.comparison.run
 import expertlane.engine.launch
 import expertlane.engine.llm  # takes the real `start_pool`, before a fake is in place
 import expertlane.report
@@ -106,7 +106,7 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
         run_comparison=fake.run_comparison,
         Repeats=Repeats,
     )
-    monkeypatch.setattr(expertlane.comparison.machine, "check_memory", fake.check_memory)
+    monkeypatch.setattr(expertlane.comparison.run, "check_memory", fake.check_memory)
     monkeypatch.setattr("expertlane.engine.ops.host.memory_bytes", lambda: (1 << 50, 1 << 50))
     monkeypatch.setattr(expertlane.results.file, "to_json", as_json)
     monkeypatch.setattr(expertlane.results.file, "write", write)

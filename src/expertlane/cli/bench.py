@@ -276,7 +276,7 @@ def _measured(
     command: str,
 ) -> "Results":
     """All loads on each layout in turn."""
-    from expertlane.comparison.machine import machine_record
+    from expertlane.comparison.run import machine_record
     from expertlane.comparison.serving_benchmark import run_loads
     from expertlane.engine.ops.host import ForeignLoad
     from expertlane.results.cost import with_costs

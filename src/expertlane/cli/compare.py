@@ -351,7 +351,7 @@ def _why_only_projected(projection: _Projection) -> str | None:
 
 def _why_not_here(comparisons: list[_Comparison], dtype: str | None) -> str | None:
     """The reason why one of them can't run here, as far as known before ranks start; else None."""
-    from expertlane.comparison.machine import why_not_here
+    from expertlane.comparison.run import why_not_here
 
     reasons = (why_not_here(each.experiment, dtype) for each in comparisons)
     return next(filter(None, reasons), None)
@@ -421,8 +421,7 @@ def _measure(
     Raises:
         CapacityError: one of them does not fit; raised before the first is run.
     """
-    from expertlane.comparison.machine import check_memory
-    from expertlane.comparison.run import Repeats, run_comparison
+    from expertlane.comparison.run import Repeats, check_memory, run_comparison
     from expertlane.engine.launch import start_pool
     from expertlane.results.chrome_trace import write_traces
 
