@@ -13,7 +13,7 @@ from cli.screen import one_line, refused, tells
 from cli.stub_llm import StubLLM
 from engine.model.chat_checkpoint import save_chat_checkpoint
 from expertlane.balance.trace import read_trace
-from expertlane.cli import model
+from expertlane.cli import local_model, model
 from expertlane.cli.generate import sampling_params
 from expertlane.errors import UserError
 from expertlane.schedule.request import RequestOutput, not_finite
@@ -153,7 +153,7 @@ def test_a_closed_pipe_ends_it_quietly():
 def test_one_text_appears_as_it_comes(run, stub, checkpoint, monkeypatch):
     stub(checkpoint)
     pieces = []
-    monkeypatch.setattr(model, "print_text", pieces.append)
+    monkeypatch.setattr(local_model, "print_text", pieces.append)
     code, _, err = run("generate", str(checkpoint), "ab", "--max-tokens", "3")
 
     assert code == 0
@@ -192,11 +192,11 @@ def test_a_terminal_obeys_nothing_that_a_model_writes(monkeypatch):
     text = "a\tb\n\x1b]0;title\x07\x9b31m\r\u202eלא\u202c\x7f"
     shown = Terminal()
     monkeypatch.setattr(sys, "stdout", shown)
-    model.print_text(text)
+    local_model.print_text(text)
     assert shown.getvalue() == ("a\tb\n\\x1b]0;title\\x07\\x9b31m\\r\\u202eלא\\u202c\\x7f")
     piped = io.StringIO()
     monkeypatch.setattr(sys, "stdout", piped)
-    model.print_text(text)
+    local_model.print_text(text)
     assert piped.getvalue() == text
 
 
@@ -311,7 +311,7 @@ def test_logits_that_are_not_finite_end_one_request_of_many(run, stub):
 def test_a_token_that_the_model_rules_out_has_no_log_probability():
     ended = RequestOutput("1", None, [1], 0.0)
     ended.logprobs = [TokenLogprobs(3, -0.5, ((3, -0.5), (4, -math.inf)))]
-    found = json.loads(model.output_json(ended), parse_constant=pytest.fail)
+    found = json.loads(local_model.output_json(ended), parse_constant=pytest.fail)
     assert found["logprobs"] == [{"token_id": 3, "logprob": -0.5, "top": [[3, -0.5], [4, None]]}]
 
 

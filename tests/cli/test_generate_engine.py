@@ -8,7 +8,7 @@ import pytest
 from cli.screen import refused, tells
 from cli.stub_llm import MACHINE, StubLLM
 from expertlane.balance.trace import read_trace
-from expertlane.cli import model
+from expertlane.cli import local_model, model
 from expertlane.spec.deployment import Options
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.hf_config import Quantization
@@ -172,7 +172,7 @@ def test_what_computes_is_said_once(monkeypatch, capsys, kernels, said):
     monkeypatch.setattr("expertlane.engine.llm.LLM", lambda *_, **__: llm)
     found = model.find_model("paper-tiny")
     engine = SimpleNamespace(config=lambda *_, **__: None, weights="model")
-    assert model.load_model(found, Layout(), engine) is llm
+    assert local_model.load_model(found, Layout(), engine) is llm
     told = capsys.readouterr().err.partition(" s\n")[2]
     assert told.count("\n") == bool(said)
     assert tells(told, said)
@@ -191,7 +191,7 @@ def test_widened_weights_are_said(monkeypatch, capsys, weights, method, keeps_na
         found = replace(
             found, quantization=Quantization(method, "float8" if method == "fp8" else None)
         )
-    model.load_model(
+    local_model.load_model(
         found, Layout(), SimpleNamespace(config=lambda *_, **__: None, weights=weights)
     )
     told = capsys.readouterr().err.partition(" s\n")[2]

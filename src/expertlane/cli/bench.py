@@ -10,7 +10,8 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.load import LoadOptions
-from expertlane.cli.model import FoundModel, find_model, load_model
+from expertlane.cli.local_model import load_model
+from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import given, takes_groups
 from expertlane.cli.options import (
     API_KEY,

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import typer
 
 from expertlane.cli.help import Panel
-from expertlane.cli.model import (
-    FoundModel,
-    find_model,
+from expertlane.cli.local_model import (
     load_model,
     output_json,
     output_text,
@@ -21,6 +19,7 @@ from expertlane.cli.model import (
     print_text,
     stream_output,
 )
+from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     EngineOptions,

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import typer
 
 from expertlane.cli.help import Panel
-from expertlane.cli.model import FoundModel, find_model, load_model
+from expertlane.cli.local_model import load_model
+from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     API_KEY,
