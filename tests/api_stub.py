@@ -26,7 +26,7 @@ from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
 from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.structured import Structured
+from expertlane.spec.sampling import Structured
 from expertlane.version import __version__
 
 # What the command line reads as text, or what that stands for: `batch=[32, 64]`.

@@ -20,7 +20,7 @@ from expertlane.cli.option_groups import (
     parameters_of,
 )
 from expertlane.cli.options import EngineOptions
-from expertlane.cli.output_options import OutputOptions
+from expertlane.cli.output import OutputOptions
 from expertlane.errors import SpecError, UserError
 from expertlane.report.shown import Results
 from expertlane.results.file import read, write

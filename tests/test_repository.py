@@ -120,7 +120,6 @@ OTHER_JSON = {
     "fork_server.py",
     "checkpoint.py",
     "limited_process.py",
-    "tables.py",
     "chat_sandbox.py",
 }
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-from expertlane.comparison.likeness import (
+from expertlane.comparison.assumptions import (
     BASELINE,
     PAPER_CONTEXT,
     PROPOSAL,

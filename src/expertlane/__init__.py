@@ -36,7 +36,7 @@ _HOMES = {
     "RankError": "expertlane.errors",
     "Results": "expertlane.api",
     "SamplingParams": "expertlane.spec.sampling",
-    "Structured": "expertlane.spec.structured",
+    "Structured": "expertlane.spec.sampling",
     "UserError": "expertlane.errors",
     "bench": "expertlane.api",
     "compare": "expertlane.api",

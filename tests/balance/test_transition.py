@@ -9,8 +9,7 @@ from expertlane.balance.moves import moves
 from expertlane.balance.placement import Placement
 from expertlane.balance.transition import Arrangement, PartKind, Transition
 from expertlane.errors import SpecError
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 
 NUM_EXPERTS, NUM_LAYERS = 6, 3  # the first layer is dense
 LAYOUTS = [

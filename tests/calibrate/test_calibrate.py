@@ -9,8 +9,7 @@ import pytest
 from cost.projected import at_bound
 from expertlane.balance.placement_file import placements_of
 from expertlane.calibrate import run as calibrate
-from expertlane.calibrate import run as calibrate_run
-from expertlane.calibrate.points import CPU_GRID, GPU_GRID
+from expertlane.calibrate.run import CPU_GRID, GPU_GRID
 from expertlane.calibrate.steps import limits_for, phase_times, run_batch
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import Execution, Terms
@@ -71,7 +70,7 @@ MODEL = PRESETS["paper-tiny"]
 def profile(request, tmp_path_factory):
     """As read from the file that a calibration wrote."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate_run, "_MOST_TRIES", 1)
+        patch.setattr(calibrate, "_MOST_TRIES", 1)
         patch.setenv("EXPERTLANE_PIN", "1")  # other tests run beside this one
         with RankPool(LocalRanks(2, 60.0, request.param), 60.0) as pool:
             calibration = calibrate.Calibration(pool, 2, TINY)

@@ -11,7 +11,7 @@ import pytest
 from expertlane.balance.placement_file import placements_of
 from expertlane.calibrate import run as calibrate
 from expertlane.calibrate import steps as of_steps
-from expertlane.calibrate.points import GPU_GRID
+from expertlane.calibrate.run import GPU_GRID
 from expertlane.calibrate.steps import phase_times
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import (

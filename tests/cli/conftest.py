@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 import expertlane.comparison
-import expertlane.comparison.machine
+import expertlane.comparison.run
 import expertlane.engine.launch
 import expertlane.engine.llm  # takes the real `start_pool`, before a fake is in place
 import expertlane.report
 import expertlane.results.file
 from expertlane.cli.main import main
-from expertlane.comparison.run import Repeats
+from expertlane.comparison.run import Repeats, why_not_here
 from expertlane.errors import CapacityError
 from expertlane.results.file import write_text
 
@@ -105,8 +105,9 @@ def comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeCompariso
         "run",
         run_comparison=fake.run_comparison,
         Repeats=Repeats,
+        check_memory=fake.check_memory,
+        why_not_here=why_not_here,
     )
-    monkeypatch.setattr(expertlane.comparison.machine, "check_memory", fake.check_memory)
     monkeypatch.setattr("expertlane.engine.ops.host.memory_bytes", lambda: (1 << 50, 1 << 50))
     monkeypatch.setattr(expertlane.results.file, "to_json", as_json)
     monkeypatch.setattr(expertlane.results.file, "write", write)

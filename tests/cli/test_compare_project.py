@@ -8,7 +8,7 @@ import pytest
 import example_results
 from cli.screen import refused, tells
 from cli.small_checkpoint import checkpoint
-from expertlane.comparison import machine
+from expertlane.comparison import run as machine
 from expertlane.errors import CapacityError
 from expertlane.results.file import read
 from expertlane.results.record import EXPERIMENT, SCALING
@@ -49,7 +49,7 @@ def few_layouts(model, num_devices):
 def too_small(tmp_path, monkeypatch):
     """A machine whose memory holds none of it, an empty folder, and a planner that tries little."""
     monkeypatch.setattr("expertlane.planner.search.valid_layouts", few_layouts)
-    monkeypatch.setattr("expertlane.comparison.machine._ACCELERATORS", ())
+    monkeypatch.setattr("expertlane.comparison.run._ACCELERATORS", ())
     monkeypatch.setattr("expertlane.engine.ops.host.memory_bytes", lambda: (10**9, 2 * 10**9))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.chdir(tmp_path)

@@ -13,8 +13,7 @@ import pytest
 
 import example_pages
 from cli.screen import one_line
-from expertlane.cli.output import print_json, stdout_console
-from expertlane.cli.streams import guard_streams
+from expertlane.cli.output import guard_streams, print_json, stdout_console
 from expertlane.results.file import write
 
 PYTHON = shlex.quote(sys.executable)
@@ -255,7 +254,7 @@ def test_names_are_no_markup(monkeypatch):
 def test_a_line_on_stderr_does_not_wait_for_the_end(tmp_path, unbuffered):
     path = tmp_path / "errors"
     code = (
-        "import sys; from expertlane.cli.streams import guard_streams; guard_streams(); "
+        "import sys; from expertlane.cli.output import guard_streams; guard_streams(); "
         "print('a line', file=sys.stderr); print(open(sys.argv[1]).read())"
     )
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}

@@ -8,8 +8,7 @@ import pytest
 
 import example_results
 from cli.screen import tells
-from expertlane.comparison.assumptions import measured_assumptions
-from expertlane.comparison.likeness import (
+from expertlane.comparison.assumptions import (
     BASELINE,
     PAPER_CONTEXT,
     PROPOSAL,
@@ -17,6 +16,7 @@ from expertlane.comparison.likeness import (
     flops_per_byte,
     is_of_the_papers_kind,
     likeness,
+    measured_assumptions,
     step_work,
 )
 from expertlane.cost.memory import workload_limits

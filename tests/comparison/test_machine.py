@@ -4,7 +4,7 @@ import pytest
 
 from cli.screen import telling, tells
 from expertlane.balance.placement_file import check_experiment
-from expertlane.comparison.machine import why_not_here
+from expertlane.comparison.run import why_not_here
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Cluster, Experiment, read_experiment, shipped_experiments
@@ -57,7 +57,7 @@ def test_an_experiment_that_can_be():
 
 def test_what_a_machine_lacks_is_known_before_ranks_are_started(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr("expertlane.comparison.machine._ACCELERATORS", ())
+    monkeypatch.setattr("expertlane.comparison.run._ACCELERATORS", ())
     monkeypatch.setattr("expertlane.engine.ops.host.memory_bytes", lambda: (10**9, 2 * 10**9))
     paper = read_experiment(shipped_experiments()["paper"])
     line = why_not_here(paper, None)

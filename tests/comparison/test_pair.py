@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import example_results as example
-from expertlane.comparison.pair import Repeated, pair_in_virtual_time, pair_in_wall_time
+from expertlane.comparison.records import Repeated, pair_in_virtual_time, pair_in_wall_time
 from expertlane.results.record import choose_compared
 from expertlane.spec.names import Cause, Phase
 

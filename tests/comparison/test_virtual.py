@@ -8,7 +8,7 @@ import pytest
 import example_results as example
 from cli.screen import telling
 from comparison.test_compare import EXPERIMENT
-from expertlane.comparison.likeness import StepWork
+from expertlane.comparison.assumptions import StepWork
 from expertlane.comparison.virtual import (
     LinkScale,
     VirtualRuns,

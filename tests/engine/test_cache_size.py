@@ -24,8 +24,7 @@ from expertlane.errors import CapacityError
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import GraphLimits, Options
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from engine.stub_runner import StubEngine, expected, letters, of_request, run, spell
 from expertlane.schedule.request import Chunk, FinishReason
 from expertlane.spec.deployment import Options
-from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.structured import Structured
+from expertlane.spec.sampling import SamplingParams, Structured
 from schedule.paged import check_empty
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5)

@@ -10,8 +10,7 @@ from expertlane.engine.ranks.commands import RecordGraphs
 from expertlane.engine.warm_up import forms_of_sizes, record_graphs
 from expertlane.spec.deployment import GraphLimits
 from expertlane.spec.dispatch import DispatchMode, DispatchRow, DispatchTable
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 
 LIMITS = GraphLimits(8, 24)
 STATIC = DispatchTable.fixed("static")

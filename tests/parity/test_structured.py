@@ -19,8 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from engine.model.chat_checkpoint import save_chat_checkpoint
 from engine.model.families import load_model
 from expertlane.engine.llm import LLM
-from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.structured import Structured
+from expertlane.spec.sampling import SamplingParams, Structured
 from parity.against_transformers import BOUND
 
 NUM_CASES, MOST_TOKENS = 80, 24

@@ -18,10 +18,9 @@ from expertlane.results import file
 from expertlane.results.record import BEST, EXPERIMENT, TWO_POOLS
 from expertlane.results.serving_record import is_served
 from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.experiment import Experiment
+from expertlane.spec.experiment import Experiment, ProjectionAsked
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
-from expertlane.spec.projection import ProjectionAsked
 from expertlane.spec.workload import Workload
 
 _SKEWS = 0.0, 0.8
@@ -339,7 +338,7 @@ def limit_of(asked, metric, share):
 def test_compare_takes_the_experiment_of_a_plan(case, tmp_path, monkeypatch):
     """Its table says all that was asked for: no option is needed, and no row differs."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("expertlane.comparison.machine.why_not_here", lambda *_: "for this test")
+    monkeypatch.setattr("expertlane.comparison.run.why_not_here", lambda *_: "for this test")
     asked = draw(700 + len(case)) | {"batch": 24, "seed": 2}
     match case:
         case "limit":
@@ -387,7 +386,7 @@ def test_compare_takes_the_experiment_of_a_plan(case, tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("few_places")
 def test_recorded_requests_at_a_rate_are_fewer_than_sequences(tmp_path, monkeypatch):
-    monkeypatch.setattr("expertlane.comparison.machine.why_not_here", lambda *_: "for this test")
+    monkeypatch.setattr("expertlane.comparison.run.why_not_here", lambda *_: "for this test")
     asked = {"cluster": "h100x2", "requests": recorded_requests(tmp_path), "rate": 1, "skew": 0}
     results = expertlane.plan("paper-small", **asked, out=tmp_path / "planned")
     best = best_of(results)
@@ -398,7 +397,7 @@ def test_recorded_requests_at_a_rate_are_fewer_than_sequences(tmp_path, monkeypa
 
 
 def test_options_take_the_place_of_an_experiments_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("expertlane.comparison.machine.why_not_here", lambda *_: "for this test")
+    monkeypatch.setattr("expertlane.comparison.run.why_not_here", lambda *_: "for this test")
     asked = draw(3) | {"batch": 24, "cluster": "h100x2", "output_len": 20, "skew": 0.5}
     plan(asked, slo=limit_of(asked, "tpot.mean", 0.9), out=tmp_path)
     path = tmp_path / "experiment.toml"

@@ -28,7 +28,7 @@ import torch
 
 from engine.model.chat_checkpoint import save_chat_checkpoint
 from expertlane.engine.llm import LLM
-from expertlane.spec.structured import Structured
+from expertlane.spec.sampling import Structured
 from server.killed_front import Front, free_port
 from server.soak import TEMPLATE
 from server.soak_client import SOAK_S, Came

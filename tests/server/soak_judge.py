@@ -13,8 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.structured import Structured
+from expertlane.spec.sampling import SamplingParams, Structured
 from expertlane.text.tokenizer import IncrementalDetokenizer, Tokenizer
 from parity.contract import MAX_EXCLUDED_SHARE, MIN_ROUTER_MARGIN, MIN_TOP2_GAP
 from server.soak_client import Came, Choice

@@ -12,8 +12,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from expertlane.engine.llm import LLM
 from expertlane.schedule.request import RequestOutput
-from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.structured import Structured
+from expertlane.spec.sampling import SamplingParams, Structured
 from expertlane.text.chat_template import ChatTemplate
 
 BAD = 0.05  # share

@@ -26,7 +26,7 @@ from expertlane.server.bodies import JsonCounts
 from expertlane.server.journal import keeper
 from expertlane.server.journal.file import JournalFile
 from expertlane.server.setup import ServerOptions
-from expertlane.spec import structured
+from expertlane.spec import sampling
 from server.hostile import CHATS, COMPLETIONS, TOO_MUCH
 from server.running import LONG, PATIENCE_S, is_idle
 
@@ -99,14 +99,14 @@ BOUNDS = {
     "stop strings, stop tokens": fields.MOST_STOPS,
     "characters of a stop string": fields.MOST_STOP_CHARACTERS,
     "tokens with a bias": fields._MOST_BIASES,
-    "characters of a JSON schema": structured.MOST_SCHEMA_CHARACTERS,
-    "properties of a JSON schema": structured.MOST_PROPERTIES,
-    "characters of one text in a JSON schema": structured.MOST_LITERAL_CHARACTERS,
-    "depth of a JSON schema": structured.MOST_DEPTH,
-    "characters of a regex": structured.MOST_REGEX_CHARACTERS,
-    "characters of a grammar": structured.MOST_GRAMMAR_CHARACTERS,
-    "choices of an output": structured.MOST_CHOICES,
-    "characters of these choices": structured.MOST_CHOICE_CHARACTERS,
+    "characters of a JSON schema": sampling.MOST_SCHEMA_CHARACTERS,
+    "properties of a JSON schema": sampling.MOST_PROPERTIES,
+    "characters of one text in a JSON schema": sampling.MOST_LITERAL_CHARACTERS,
+    "depth of a JSON schema": sampling.MOST_DEPTH,
+    "characters of a regex": sampling.MOST_REGEX_CHARACTERS,
+    "characters of a grammar": sampling.MOST_GRAMMAR_CHARACTERS,
+    "choices of an output": sampling.MOST_CHOICES,
+    "characters of these choices": sampling.MOST_CHOICE_CHARACTERS,
     "bytes of a journal's requests in memory, without their outputs": keeper._MOST_BYTES,
     "bytes of a journal's finished answers": keeper._MOST_FINISHED_BYTES,
     "events of a journal's finished answers": keeper._MOST_FINISHED_CHUNKS,

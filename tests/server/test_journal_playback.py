@@ -18,8 +18,7 @@ from expertlane.server.journal.file import Begun, Came, Record, framed, records_
 from expertlane.server.journal.kept import KeptRequest, Watchers
 from expertlane.server.responses import RESPONSES
 from expertlane.server.setup import ServedModel, ServerOptions
-from expertlane.spec.prompt_logprobs import PromptLogprobs, PromptPart
-from expertlane.spec.sampling import SamplingParams, TokenLogprobs
+from expertlane.spec.sampling import PromptLogprobs, PromptPart, SamplingParams, TokenLogprobs
 from expertlane.text.chat_template import ChatTemplate
 from server.running import ServerInThread
 

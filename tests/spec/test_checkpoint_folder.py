@@ -13,7 +13,7 @@ import pytest
 
 from cli.screen import tells
 from expertlane.errors import UserError
-from expertlane.spec.checkpoint_folder import resolve_model
+from expertlane.spec.hf_config import resolve_model
 
 NOWHERE = "http://127.0.0.1:9"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -92,7 +92,7 @@ PROGRAM = """
 import sys
 import expertlane.text.chat_template
 import expertlane.text.tokenizer
-from expertlane.spec.checkpoint_folder import resolve_model
+from expertlane.spec.hf_config import resolve_model
 from expertlane.errors import UserError
 
 assert "huggingface_hub" not in sys.modules

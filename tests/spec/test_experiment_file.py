@@ -9,13 +9,13 @@ from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import (
     Cluster,
     Experiment,
+    Projection,
     find_experiment,
     read_experiment,
     shipped_experiments,
 )
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
-from expertlane.spec.projection import Projection
 from expertlane.spec.workload import Workload
 
 SMALLEST = """\

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 
 from cli.screen import telling
 from expertlane.errors import SpecError
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 
 LAYOUTS = [
     *("tp=1", "tp=4", "dp=4,ep=4", "dp=4,ep=2", "dp=4,ep=1", "dp=2,tp=2,ep=4", "dp=3,tp=2,ep=3"),

@@ -4,8 +4,7 @@ import pytest
 
 from cli.screen import telling
 from expertlane.errors import UserError
-from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.structured import MOST_CHOICES, MOST_DEPTH, Structured
+from expertlane.spec.sampling import MOST_CHOICES, MOST_DEPTH, SamplingParams, Structured
 
 
 def nested(depth):

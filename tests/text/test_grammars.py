@@ -13,8 +13,7 @@ from cli.screen import telling
 from engine.stub_runner import letters
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
-from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.structured import MOST_LITERAL_CHARACTERS, Structured
+from expertlane.spec.sampling import MOST_LITERAL_CHARACTERS, SamplingParams, Structured
 from expertlane.text import grammars
 from expertlane.text.grammar_trial import for_library
 from expertlane.text.grammars import Grammars

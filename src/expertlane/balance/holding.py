@@ -18,8 +18,7 @@ import numpy.typing as npt
 
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
-from expertlane.spec.layout import Coordinates, Layout, part_of
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Coordinates, Layout, Members, part_of
 from expertlane.spec.model import (
     EMBEDDING,
     FINAL_NORM,

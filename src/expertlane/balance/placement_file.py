@@ -8,11 +8,10 @@ from expertlane.balance.placement import Placement
 from expertlane.errors import SpecError, UserError, naming
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
-from expertlane.spec.files import CONFIG_BYTES, read_json, strict_json, write_text
+from expertlane.spec.files import CONFIG_BYTES, build, read_json, strict_json, write_text
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.ranges import Strict, shown, take, take_fields
-from expertlane.spec.tables import build
 
 SCHEMA_VERSION = 1
 

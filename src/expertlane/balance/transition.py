@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 from expertlane.balance.moves import moves
 from expertlane.balance.placement_file import Placements
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import DpRank, Members
+from expertlane.spec.layout import DpRank, Layout, Members
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.placement_file import placements_of
+from expertlane.calibrate.fit import Floats, term_of
 from expertlane.cost.laws.execution import (
     DRIVER_PER_RANK_S,
     DRIVER_S,
@@ -24,7 +25,6 @@ from expertlane.cost.laws.execution import (
     Terms,
 )
 from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.laws.times import Basis
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import PowerLawRouting
@@ -114,10 +114,7 @@ def phase_times(steps: Sequence[FinishedStep]) -> PhaseTimes:
     )
 
 
-Floats = npt.NDArray[np.float64]
-
 _PROMPT_LEN, _OUTPUT_LEN = 48, 16
-_SPREAD = 10, 90  # percentiles of the rounds that are a term's bounds
 _MODEL = ModelConfig(
     name="calibrate",
     num_hidden_layers=1,
@@ -244,8 +241,10 @@ def overhead_terms(
     spread = [_solve(samples, priced) for samples in rounds]
     terms = {}
     for name, value in likely.items():
-        low, high = np.percentile([each[name] for each in spread], _SPREAD).tolist()
-        terms[name] = Term(value, min(low, value), max(high, value), Basis.MEASURED, origin)
+        found = term_of(np.array([each[name] for each in spread]), origin)
+        terms[name] = replace(
+            found, value=value, low=min(found.low, value), high=max(found.high, value)
+        )
     return terms
 
 
@@ -300,8 +299,8 @@ def launch_term(
         found.append(
             min(float(each.stage_s[busy].sum()) / _num_launches(each, dtype) for each in alone)
         )
-    low, likely, high = np.percentile(found, (_SPREAD[0], 50, _SPREAD[1])).tolist()
-    return Term(likely, min(low, float(np.median(least_s))), high, Basis.MEASURED, origin)
+    term = term_of(np.array(found), origin)
+    return replace(term, low=min(term.low, float(np.median(least_s))))
 
 
 def _num_launches(sample: StepSample, dtype: str) -> int:

@@ -15,9 +15,15 @@ from expertlane.cli.options import (
     ranks_per_node_option,
     redundant_option,
 )
-from expertlane.cli.output import Call, command_line, print_report, print_written, slug
-from expertlane.cli.output_options import AnswerOptions
-from expertlane.cli.streams import may_be_lost
+from expertlane.cli.output import (
+    AnswerOptions,
+    Call,
+    command_line,
+    may_be_lost,
+    print_report,
+    print_written,
+    slug,
+)
 from expertlane.errors import UserError, naming
 from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import take

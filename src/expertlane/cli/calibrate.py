@@ -12,7 +12,7 @@ from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import cpu_isa_option, dtype_option, timeout_option
-from expertlane.cli.output_options import (
+from expertlane.cli.output import (
     AnswerOptions,
     out_option,
 )

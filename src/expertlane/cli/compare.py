@@ -4,22 +4,34 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
-from expertlane.cli import completion, output
+from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.load import slo_option
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.modelled import cluster_option, framework_option, skew_option
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import MODEL_HELP, LaunchOptions, dtype_option, parse_list, trace_option
-from expertlane.cli.output_options import OutputOptions
+from expertlane.cli.options import (
+    MODEL_HELP,
+    LaunchOptions,
+    cluster_option,
+    dtype_option,
+    framework_option,
+    known_experiments,
+    known_models,
+    known_profiles,
+    parse_list,
+    skew_option,
+    trace_option,
+)
+from expertlane.cli.output import OutputOptions
 from expertlane.errors import CapacityError, MissingExtraError, UserError, naming, require_extra
-from expertlane.spec.checkpoint_folder import resolve_model
+from expertlane.spec.hf_config import resolve_model
 from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import DEFAULT_REPEAT, shown
 from expertlane.spec.slo import parse_slos
@@ -29,14 +41,7 @@ if TYPE_CHECKING:
     from expertlane.comparison.virtual import VirtualSettings
     from expertlane.results.results import Results
     from expertlane.results.step_record import StepRecord
-    from expertlane.spec.experiment import Experiment
-    from expertlane.spec.projection import Projection
-from enum import StrEnum
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from expertlane.comparison.virtual import VirtualSettings
-
+    from expertlane.spec.experiment import Experiment, Projection
 
 DEFAULT_PROFILE = "h100"
 _NO_LINKS, _MEASURED = "none", "measured"
@@ -63,7 +68,7 @@ class VirtualTimeOptions:
         None,
         metavar="PROFILE",
         show_default=DEFAULT_PROFILE,
-        autocompletion=completion.profiles,
+        autocompletion=known_profiles,
         help="The links of virtual time: a profile as in --cluster, or none, so that transfers "
         "take no time.",
     )
@@ -76,7 +81,7 @@ class VirtualTimeOptions:
     compute: str = typer.Option(
         _MEASURED,
         metavar="PROFILE",
-        autocompletion=completion.profiles,
+        autocompletion=known_profiles,
         help="Compute times in virtual time: measured, or a profile's cost model for the "
         "operations that ran.",
     )
@@ -118,7 +123,7 @@ class _Options:
         None,
         metavar="MODEL",
         show_default="the experiment's",
-        autocompletion=completion.models,
+        autocompletion=known_models,
         help=MODEL_HELP,
     )
     experts_per_token: str | None = typer.Option(
@@ -198,7 +203,7 @@ class _Projection:
 
     def applied_to(self, experiment: "Experiment", dtype: str | None) -> "Projection":
         """The experiment's `[projection]`, or the default, changed by the options given."""
-        from expertlane.spec.projection import Projection
+        from expertlane.spec.experiment import Projection
 
         given = self.given | ({} if dtype is None else {"dtype": dtype})
         if (own := experiment.projection) is None:
@@ -232,7 +237,7 @@ def compare(
         str,
         typer.Argument(
             metavar="EXPERIMENT",
-            autocompletion=completion.experiments,
+            autocompletion=known_experiments,
             help="A TOML file, or the name of an experiment that comes with expertlane: "
             "paper-small (laptop), paper-small-skewed (the same model, some experts in demand, "
             "load balanced), paper (full size).",
@@ -346,7 +351,7 @@ def _why_only_projected(projection: _Projection) -> str | None:
 
 def _why_not_here(comparisons: list[_Comparison], dtype: str | None) -> str | None:
     """The reason why one of them can't run here, as far as known before ranks start; else None."""
-    from expertlane.comparison.machine import why_not_here
+    from expertlane.comparison.run import why_not_here
 
     reasons = (why_not_here(each.experiment, dtype) for each in comparisons)
     return next(filter(None, reasons), None)
@@ -370,7 +375,7 @@ def _projector(
     from expertlane.cost.laws.profile import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.cost.throughput import Goals
-    from expertlane.spec.projection import ProjectionAsked
+    from expertlane.spec.experiment import ProjectionAsked
     from expertlane.spec.workload import check_lengths
 
     asked = options.applied_to(experiment, dtype)
@@ -416,8 +421,7 @@ def _measure(
     Raises:
         CapacityError: one of them does not fit; raised before the first is run.
     """
-    from expertlane.comparison.machine import check_memory
-    from expertlane.comparison.run import Repeats, run_comparison
+    from expertlane.comparison.run import Repeats, check_memory, run_comparison
     from expertlane.engine.launch import start_pool
     from expertlane.results.timeline import write_traces
 

@@ -10,7 +10,7 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.output_options import (
+from expertlane.cli.output import (
     OutputOptions,
     export_option,
     out_option,

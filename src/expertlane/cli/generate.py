@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -26,9 +26,15 @@ from expertlane.cli.options import (
     ModelArgument,
     layout_option,
     parse_list,
+    seed_option,
 )
-from expertlane.cli.output import check_file, is_first_process, print_json, print_message
-from expertlane.cli.output_options import json_option
+from expertlane.cli.output import (
+    check_file,
+    is_first_process,
+    json_option,
+    print_json,
+    print_message,
+)
 from expertlane.errors import ModelError, UserError
 from expertlane.spec.files import CONFIG_BYTES, PROMPTS_BYTES, read_stream, read_text
 from expertlane.spec.layout import Layout
@@ -38,14 +44,7 @@ if TYPE_CHECKING:
     from expertlane.engine.engine import Prompt
     from expertlane.engine.llm import LLM
     from expertlane.schedule.request import RequestOutput
-    from expertlane.spec.sampling import SamplingParams
-    from expertlane.spec.structured import Structured
-from typing import TYPE_CHECKING, Any
-
-from expertlane.cli.options import seed_option
-
-if TYPE_CHECKING:
-    from expertlane.spec.sampling import SamplingParams
+    from expertlane.spec.sampling import SamplingParams, Structured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -265,7 +264,7 @@ def _structured(own: _Options, found: FoundModel) -> "Structured | None":
     Raises:
         UserError: two options give one, one is not valid, or there is no tokenizer.
     """
-    from expertlane.spec.structured import Structured
+    from expertlane.spec.sampling import Structured
 
     if own.compact_json and own.json_schema is None:
         raise UserError("--compact-json needs --json-schema")

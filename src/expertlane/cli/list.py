@@ -10,10 +10,15 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Command, Group, Panel
 from expertlane.cli.model import find_model
-from expertlane.cli.modelled import cluster_option, kv_dtype_option
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import ModelArgument, dtype_option, max_model_len_option
-from expertlane.cli.output_options import PrintOptions
+from expertlane.cli.options import (
+    ModelArgument,
+    cluster_option,
+    dtype_option,
+    kv_dtype_option,
+    max_model_len_option,
+)
+from expertlane.cli.output import PrintOptions
 from expertlane.spec.files import strict_json
 from expertlane.spec.names import CacheType, NumberType
 

@@ -31,7 +31,7 @@ def main() -> "NoReturn":
     code 1, or 141 without a message where the reader of a pipe has ended.
     """
     _set_signal_handlers(_exit_at_once)  # nothing has started yet
-    from expertlane.cli.streams import StandardOutputError, guard_streams
+    from expertlane.cli.output import StandardOutputError, guard_streams
 
     guard_streams()
     code = _run()
@@ -130,7 +130,7 @@ def _raise(number: int, frame: "FrameType | None") -> "Never":
 
 def _report(error: "ExpertlaneError") -> int:
     """Print the error that ended the command; returns its exit code."""
-    from expertlane.cli.streams import StandardOutputError
+    from expertlane.cli.output import StandardOutputError
     from expertlane.printable import printable
 
     if isinstance(error, StandardOutputError) and error.is_reader_gone:

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from expertlane.errors import UserError, require_extra
-from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
-from expertlane.spec.hf_config import Quantization, quantization_of, read_config
+from expertlane.spec.hf_config import Quantization, quantization_of, read_config, resolve_model
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.names import CacheType

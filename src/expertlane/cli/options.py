@@ -1,14 +1,20 @@
-"""Options of the commands, and the groups of them that commands share."""
+"""Options of the commands, and the groups of them that commands share.
+
+In this order: what a shell completes; options of models, layouts and engines; of modelled
+clusters; API keys.
+"""
 
 import os
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
-from expertlane.cli import completion
 from expertlane.cli.help import Panel
-from expertlane.errors import UserError
+from expertlane.cost.laws import shipped_profiles
+from expertlane.errors import UserError, naming
 from expertlane.spec.deployment import (
     ActivationsType,
     CopyMethod,
@@ -22,15 +28,75 @@ from expertlane.spec.deployment import (
 )
 from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchForm
 from expertlane.spec.engine_config import SETTINGS, EngineConfig, sentence_of
+from expertlane.spec.files import read_text
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
-from expertlane.spec.ranges import RANGES, shown
+from expertlane.spec.names import (
+    CacheType,
+    CheckLevel,
+    CpuIsa,
+    Dtype,
+    GpuExecution,
+    NumberType,
+    OnFailure,
+)
+from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown
+
+if TYPE_CHECKING:
+    from expertlane.cost.multi_token import MultiToken
+
+
+def known_models(incomplete: str) -> list[str]:
+    """Presets; the shell completes folders itself."""
+    from expertlane.spec.model import PRESETS
+
+    return _beginning(incomplete, PRESETS)
+
+
+def known_experiments(incomplete: str) -> list[str]:
+    """The experiments that come with expertlane."""
+    from expertlane.spec.experiment import shipped_experiments
+
+    return _beginning(incomplete, shipped_experiments())
+
+
+def known_profiles(incomplete: str) -> list[str]:
+    """The profiles that come with expertlane."""
+    return _beginning(incomplete, shipped_profiles())
+
+
+def known_clusters(incomplete: str) -> list[str]:
+    """Profiles with usual numbers of devices."""
+    sizes = (8, 16, 32, 64)
+    return _beginning(
+        incomplete, (f"{name}x{size}" for name in shipped_profiles() for size in sizes)
+    )
+
+
+def known_layouts(ctx: typer.Context, incomplete: str) -> list[str]:
+    """The valid layouts of a preset on the cluster, where both are given before."""
+    from expertlane.spec.model import PRESETS
+
+    # An option without its value yet ends the parsing before arguments have their names.
+    model = ctx.params.get("model") or next(iter(ctx.args), "")
+    count = str(ctx.params.get("cluster")).rpartition("x")[2]
+    if model not in PRESETS or not count.isdigit():
+        return []
+    from expertlane.planner.candidates import MOST_DEVICES, valid_layouts
+
+    if not 0 < int(count) <= MOST_DEVICES:
+        return []
+    return _beginning(incomplete, map(str, valid_layouts(PRESETS[model], int(count))))
+
+
+def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith(incomplete)]
+
 
 MODEL_HELP = (
     "A checkpoint folder, a hub id (org/name), or a preset with random weights: "
     "paper-tiny, paper-small, paper."
 )
-_MODEL: Any = typer.Argument(metavar="MODEL", autocompletion=completion.models, help=MODEL_HELP)
+_MODEL: Any = typer.Argument(metavar="MODEL", autocompletion=known_models, help=MODEL_HELP)
 ModelArgument = Annotated[str, _MODEL]
 OptionalModel = Annotated[str | None, _MODEL]
 
@@ -58,18 +124,13 @@ def on_failure_option(default: OnFailure) -> Any:
     return _option_of("on_failure", default, rich_help_panel=Panel.RANKS)
 
 
-def rejoin_option() -> Any:
-    """`--rejoin-s`: the most that a lost node is waited for."""
-    return _option_of("rejoin_s", metavar="SECONDS", rich_help_panel=Panel.RANKS)
-
-
 def layout_option(default: Any, show_default: bool | str = True) -> Any:
     """`--layout`."""
     return typer.Option(
         default,
         metavar="LAYOUT",
         show_default=show_default,
-        autocompletion=completion.layouts,
+        autocompletion=known_layouts,
         rich_help_panel=Panel.DEPLOYMENT,
         help="How ranks are arranged: dp=2,ep=2 for example.",
     )
@@ -147,6 +208,12 @@ def cpu_isa_option() -> Any:
 def max_model_len_option() -> Any:
     """`--max-model-len`: positions of a sequence at most."""
     return _option_of("max_model_len", metavar="N", rich_help_panel=Panel.BATCHING)
+
+
+def fields_of(kind: Any, *groups: Any) -> dict[str, Any]:
+    """The values of groups of options that are fields of a dataclass, by name."""
+    names = {each.name for each in fields(kind)}
+    return {name: each for group in groups for name, each in vars(group).items() if name in names}
 
 
 TOKENS_OF_STEP = sentence_of("max_num_batched_tokens")
@@ -237,19 +304,11 @@ class DeploymentOptions:
                 f"--num-redundant-experts is {num_redundant}, but {self.placement} says which "
                 "copies there are"
             )
-        where: dict[str, Any] = {"placement" if is_method else "placement_file": self.placement}
-        options = Options(
-            overlap="auto" if self.overlap == "auto" else self.overlap == "on",
-            num_micro_batches=self.num_micro_batches,
-            micro_batch_schedule=self.micro_batch_schedule,
-            dispatch=self.dispatch,
-            prefill_dispatch=self.prefill_dispatch,
-            payload=self.payload,
-            num_redundant_experts=num_redundant,
-            copies=self.copies,
-            **where,
-        )
-        object.__setattr__(self, "options", options)
+        given = fields_of(Options, self)
+        given["overlap"] = "auto" if self.overlap == "auto" else self.overlap == "on"
+        if not is_method:
+            given["placement_file"] = given.pop("placement")
+        object.__setattr__(self, "options", Options(**given))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,20 +372,13 @@ class EngineOptions:
     check: CheckLevel = _option_of("check", rich_help_panel=Panel.RANKS)
     launch: LaunchOptions
     on_failure: OnFailure = on_failure_option("stop")
-    rejoin_s: float = rejoin_option()
+    rejoin_s: float = _option_of("rejoin_s", metavar="SECONDS", rich_help_panel=Panel.RANKS)
     options: Options = field(init=False)
 
     def __post_init__(self) -> None:
-        options = replace(
-            self.deployment.options,
-            weights=self.weights,
-            activations=self.activations,
-            kv_dtype=self.kv_dtype,
-            cache_int8=self.cache_int8,
-            cuda_graphs=None if self.cuda_graphs == "auto" else self.cuda_graphs == "on",
-            rebalance_steps=self.rebalance_steps,
-        )
-        object.__setattr__(self, "options", options)
+        given = fields_of(Options, self)
+        given["cuda_graphs"] = None if self.cuda_graphs == "auto" else self.cuda_graphs == "on"
+        object.__setattr__(self, "options", replace(self.deployment.options, **given))
 
     def config(self, layout: Layout, *, record_routing: bool = False) -> EngineConfig:
         """The settings of an engine.
@@ -336,19 +388,107 @@ class EngineOptions:
         """
         return EngineConfig(
             layout=layout,
-            options=self.options,
-            dtype=self.dtype,
-            max_model_len=self.max_model_len,
-            num_blocks=self.num_blocks,
             prefix_caching=not self.no_prefix_caching,
-            ranks_per_node=self.ranks_per_node,
-            check=self.check,
-            on_failure=self.on_failure,
-            rejoin_s=self.rejoin_s,
             record_routing=record_routing,
-            **vars(self.scheduler),
-            **vars(self.launch),
+            **fields_of(EngineConfig, self, self.scheduler, self.launch),
         )
+
+
+def cluster_option(default: Any, show_default: bool | str = True, *, more: str = "") -> Any:
+    """A modelled cluster.
+
+    Args:
+        more: further help.
+    """
+    return typer.Option(
+        default,
+        metavar="PROFILExN",
+        autocompletion=known_clusters,
+        show_default=show_default,
+        help=f"The modelled cluster: N devices of a profile ({', '.join(shipped_profiles())}, or a "
+        f"TOML file of expertlane calibrate).{more}",
+    )
+
+
+def skew_option() -> Any:
+    """The skew of routing, if there is no trace."""
+    return typer.Option(
+        None,
+        metavar="ALPHA",
+        show_default=f"as published of the model's family, else {DEFAULT_SKEW:g}",
+        rich_help_panel=Panel.MODELLED,
+        help="Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.",
+    )
+
+
+def kv_dtype_option() -> Any:
+    """The type of the KV cache."""
+    return typer.Option(
+        "model",
+        rich_help_panel=Panel.MODELLED,
+        help="Type of the KV cache. model: the checkpoint's, else that of hidden states.",
+    )
+
+
+def framework_option() -> Any:
+    """The serving framework that a projection is of."""
+    return typer.Option(
+        None,
+        metavar="NAME",
+        show_default="none: no correction",
+        help="Correct step times and TTFT by public measurements of a serving framework: vllm, "
+        "sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its scheduling and "
+        "tokens per step; plan its engine, simulate its dispatch, unless they are given.",
+        rich_help_panel=Panel.MODELLED,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftOptions:
+    """Multi-token prediction on a modelled cluster."""
+
+    panel: ClassVar = Panel.MORE_DEPLOYMENT
+    mtp: int = typer.Option(0, metavar="N", help="Multi-token prediction: N draft tokens per step.")
+    mtp_acceptance: float | None = typer.Option(
+        None, metavar="P", help="Acceptance rate of drafts, 0 to 1; needed with --mtp."
+    )
+
+    def multi_token(self) -> "MultiToken":
+        """The number of draft tokens and their acceptance rate.
+
+        Raises:
+            UserError: one without the other, or no such number.
+        """
+        from expertlane.cost.multi_token import MultiToken
+
+        acceptance = self.mtp_acceptance
+        if (acceptance is None) == (self.mtp > 0):
+            raise UserError(
+                f"--mtp is {self.mtp} and --mtp-acceptance "
+                + ("not given" if acceptance is None else f"{acceptance:g}")
+                + "; give both, 1 or more tokens and a share from 0 to 1, or neither"
+            )
+        with naming("--mtp"):
+            return MultiToken(self.mtp, acceptance or 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionOptions:
+    """Settings of a modelled cluster that its profile does not contain."""
+
+    panel: ClassVar = Panel.MODELLED
+    routing_trace: Path | None = typer.Option(
+        None,
+        metavar="FILE",
+        help="Routing as recorded by expertlane generate --record-routing.",
+    )
+    skew: float | None = skew_option()
+    dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
+    kv_dtype: CacheType = kv_dtype_option()
+    execution: GpuExecution = typer.Option(
+        "graph", help="Steps as CUDA graphs, or kernels launched one by one."
+    )
+    framework: str | None = framework_option()
 
 
 def parse_list(name: str, field: str, text: str, example: str) -> list[Any]:
@@ -368,3 +508,32 @@ def parse_list(name: str, field: str, text: str, example: str) -> list[Any]:
             f"{example}"
         )
     return numbers
+
+
+API_KEY = "EXPERTLANE_API_KEY"
+_MOST_BYTES = 2**16
+
+
+def key_lines(path: Path) -> dict[str, str]:
+    """The keys of a file, one a line, by where they stand.
+
+    Raises:
+        UserError: it cannot be read, or has none.
+    """
+    with naming("--api-key-file"):
+        lines = read_text(path, _MOST_BYTES).splitlines()
+    keys = {f"{path}, line {number}": line.strip() for number, line in enumerate(lines, 1)}
+    keys = {where: key for where, key in keys.items() if key}
+    if not keys:
+        raise UserError(f"--api-key-file: {path} has no key; give one a line")
+    return keys
+
+
+def check_key(key: str, where: str) -> None:
+    """Refuse what no header can carry.
+
+    Raises:
+        UserError: it is no word of printable ASCII.
+    """
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(f"{where} is no API key: it must be one word of printable ASCII")

@@ -1,9 +1,17 @@
-"""Output of commands: streams and progress, results and their files."""
+"""Output of commands: standard streams, how much is printed, progress, results and their files.
 
+A stream may be closed, full, without a reader, or unable to encode a character.
+"""
+
+import codecs
+import errno
+import io
 import json
 import os
 import re
+import select
 import shlex
+import signal
 import stat
 import sys
 import tempfile
@@ -13,22 +21,216 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO
 
-from expertlane.cli.streams import may_be_lost
-from expertlane.errors import UserError
+import typer
+
+from expertlane.cli.help import Panel
+from expertlane.errors import ExpertlaneError, UserError
 from expertlane.printable import printable, printable_json
 from expertlane.progress import Progress, Silent
-from expertlane.spec.files import strict_json
+from expertlane.spec.files import fill_closed, strict_json
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress as RichProgress
+    from typing_extensions import Buffer
 
-    from expertlane.cli.output_options import OutputOptions, PrintOptions
     from expertlane.report.document import Report
     from expertlane.results.results import Results
     from expertlane.results.table import Format
+
+
+_REPLACE = "expertlane.replace"
+# Characters of tables and sentences, for a terminal that has ASCII alone; others become `?`.
+_ASCII = str.maketrans("×–—−·…µ“”‘’≤≥─═│", "x---..u\"\"''<>-=|")
+
+
+class StandardOutputError(ExpertlaneError):
+    """Standard output cannot be written to.
+
+    Attributes:
+        is_reader_gone: the other end of the pipe is closed, as with `| head`: no mistake.
+        is_closed: there was none when this process started, as with `>&-`.
+    """
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"cannot write to standard output: {error.strerror}")
+        self.is_reader_gone = error.errno == errno.EPIPE
+        self.is_closed = error.errno == errno.EBADF
+        if self.is_reader_gone:
+            self.exit_code = 128 + signal.SIGPIPE  # as of a program that the signal ends
+
+
+def guard_streams() -> None:
+    """Make writing to stdout fail by `StandardOutputError` alone, and to stderr not at all.
+
+    A closed stdin or stderr becomes /dev/null; a closed stdout takes nothing. Streams that a caller
+    has replaced stay.
+    """
+    codecs.register_error(_REPLACE, _replacement)
+    closed = fill_closed()
+    if sys.stdin is None:
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115 (for as long as the process)
+    if sys.stdout is sys.__stdout__:
+        kind = _ClosedOutput if 1 in closed else _Output
+        sys.stdout = _text(sys.stdout, kind(1, "w", closefd=False))
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _text(sys.stderr, _Errors(2, "w", closefd=False))
+
+
+@contextmanager
+def may_be_lost() -> Iterator[None]:
+    """Output that files have too, or that nobody needs: without standard output it is left out.
+
+    Raises:
+        StandardOutputError: it cannot be written although standard output is open.
+    """
+    try:
+        yield
+    except StandardOutputError as error:
+        if not error.is_closed:
+            raise
+
+
+def _text(before: TextIO | None, raw: io.FileIO) -> io.TextIOWrapper:
+    """Like the stream before, but it replaces characters that it cannot encode."""
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=getattr(before, "encoding", "utf-8"),
+        errors=_REPLACE,
+        # With PYTHONUNBUFFERED text is written through, here only as far as the buffer.
+        line_buffering=any(
+            getattr(before, each, False) for each in ("line_buffering", "write_through")
+        ),
+    )
+
+
+class _Output(io.FileIO):
+    """Fails once, and then discards what is still in buffers, so that nothing fails at exit."""
+
+    _has_failed = False
+
+    def write(self, data: "Buffer", /) -> int:
+        if self._has_failed:
+            return memoryview(data).nbytes
+        try:
+            while (num_bytes := super().write(data)) is None:  # non-blocking, and full
+                select.select([], [self], [])
+        except OSError as error:
+            self._has_failed = True
+            raise StandardOutputError(error) from None
+        return num_bytes
+
+
+class _ClosedOutput(_Output):
+    """Fails as if its descriptor were still closed."""
+
+    def write(self, data: "Buffer", /) -> int:
+        if self._has_failed:
+            return memoryview(data).nbytes
+        self._has_failed = True
+        raise StandardOutputError(OSError(errno.EBADF, "it is closed"))
+
+
+class _Errors(io.FileIO):
+    """Discards what cannot be written: no command depends on its messages."""
+
+    def write(self, data: "Buffer", /) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return memoryview(data).nbytes
+
+
+def _replacement(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lost = error.object[error.start : error.end].translate(_ASCII)
+    return "".join(each if each.isascii() else "?" for each in lost), error.end
+
+
+def out_option(default: str) -> Any:
+    """`--out`: the folder for files."""
+    return typer.Option(
+        None,
+        "--out",
+        "-o",
+        metavar="DIR",
+        show_default=default,
+        rich_help_panel=Panel.OUTPUT,
+        help="Folder that files are written to.",
+    )
+
+
+def json_option() -> Any:
+    """JSON for other programs."""
+    return typer.Option(
+        False, "--json", rich_help_panel=Panel.OUTPUT, help="Print JSON instead of text."
+    )
+
+
+def export_option() -> Any:
+    """A flat table beside the other files."""
+    return typer.Option(
+        None,
+        "--export",
+        rich_help_panel=Panel.MORE_OUTPUT,
+        help="Also write a flat table for other programs, a row for each deployment and phase or "
+        "load. parquet needs pyarrow.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrintOptions:
+    """Options for how much of the answer is printed.
+
+    Raises:
+        UserError: two forms at once.
+    """
+
+    panel: ClassVar = Panel.OUTPUT
+    full: bool = typer.Option(False, "--full", help="Print all tables.")
+    quiet: bool = typer.Option(False, "--quiet", "-q", help="Print one line.")
+    as_json: bool = json_option()
+
+    def __post_init__(self) -> None:
+        given = [
+            name
+            for name, is_given in (
+                ("--full", self.full),
+                ("--quiet", self.quiet),
+                ("--json", self.as_json),
+            )
+            if is_given
+        ]
+        if len(given) > 1:
+            raise UserError(f"{' and '.join(given)} exclude each other; give one")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(PrintOptions):
+    """Options of printing, and the folder for files."""
+
+    out: Path | None = out_option("results/NAME, after the command and its subject")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(AnswerOptions):
+    """Options of printing and files, with export of results.
+
+    Raises:
+        UserError: as in `PrintOptions`, or a library for `--export` is missing.
+    """
+
+    export: Literal["csv", "parquet"] | None = export_option()
+
+    def __post_init__(self) -> None:
+        from expertlane.results.table import check_format  # numpy, not for the help of commands
+
+        check_format(self.export)
+        super().__post_init__()
+
 
 TERMINAL_WIDTH = 120  # columns at most; a narrower terminal keeps its own width
 LEAST_WIDTH, MOST_WIDTH = 40, 1_000  # whatever COLUMNS says
@@ -250,7 +452,7 @@ class Found:
     also: Callable[[], Sequence[Path]] = tuple
 
 
-def publish(found: Found, options: "OutputOptions") -> None:
+def publish(found: Found, options: OutputOptions) -> None:
     """Print results, write them and their reports, and say on stderr what was written.
 
     Args:
@@ -271,7 +473,7 @@ def publish(found: Found, options: "OutputOptions") -> None:
 
 
 def print_report(
-    report: "Report", options: "PrintOptions", page: Path | None, as_json: Callable[[], str]
+    report: "Report", options: PrintOptions, page: Path | None, as_json: Callable[[], str]
 ) -> None:
     """Print the answer, or as much as the options ask for.
 

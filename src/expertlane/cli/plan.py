@@ -12,10 +12,15 @@ from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.load import PlannedLoad
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.modelled import DraftOptions, ProjectionOptions, cluster_option
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import ModelArgument, copies_option
-from expertlane.cli.output_options import OutputOptions
+from expertlane.cli.options import (
+    DraftOptions,
+    ModelArgument,
+    ProjectionOptions,
+    cluster_option,
+    copies_option,
+)
+from expertlane.cli.output import OutputOptions
 from expertlane.errors import UserError
 from expertlane.spec.deployment import CopyMethod, PayloadType
 from expertlane.spec.files import write_text
@@ -112,7 +117,7 @@ def run(
     from expertlane.planner.results import make_plan
     from expertlane.planner.sizing import smallest_plan
     from expertlane.results.results import with_costs
-    from expertlane.spec.projection import Projection, ProjectionAsked
+    from expertlane.spec.experiment import Projection, ProjectionAsked
 
     is_auto = own.cluster.endswith(_AUTO)
     cluster = own.cluster.removesuffix(_AUTO) + "x1" if is_auto else own.cluster

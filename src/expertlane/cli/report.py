@@ -10,14 +10,12 @@ import typer
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.output import (
     Found,
+    OutputOptions,
     check_folder,
+    out_option,
     print_report,
     print_written,
     write_beside,
-)
-from expertlane.cli.output_options import (
-    OutputOptions,
-    out_option,
 )
 
 

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from expertlane.cli import output
-from expertlane.cli.api_keys import API_KEY, check_key, key_lines
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import layout_option
-from expertlane.cli.output_options import PrintOptions
+from expertlane.cli.options import API_KEY, check_key, key_lines, layout_option
+from expertlane.cli.output import PrintOptions
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.spec.files import strict_json
 from expertlane.spec.layout import Layout

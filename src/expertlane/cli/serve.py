@@ -11,20 +11,27 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import typer
 
-from expertlane.cli.api_keys import API_KEY, check_key, key_lines
 from expertlane.cli.help import Panel
 from expertlane.cli.local_model import load_model
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
+    API_KEY,
     EngineOptions,
     ModelArgument,
+    check_key,
+    fields_of,
+    key_lines,
     layout_option,
     on_failure_option,
 )
-from expertlane.cli.output import is_first_process, print_json, print_message
-from expertlane.cli.output_options import json_option
-from expertlane.cli.streams import may_be_lost
+from expertlane.cli.output import (
+    is_first_process,
+    json_option,
+    may_be_lost,
+    print_json,
+    print_message,
+)
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
 from expertlane.spec.layout import Layout
@@ -183,19 +190,15 @@ class _Options:
         """The options as the server takes them."""
         from expertlane.server.setup import ServerOptions
 
+        given = fields_of(ServerOptions, self)
+        if self.reconnect_s is None:
+            del given["reconnect_s"]  # its own default
         return ServerOptions(
             api_keys=keys,
             allowed_hosts=tuple(self.allowed_host or ()),
-            max_num_queued=self.max_num_queued,
-            request_timeout_s=self.request_timeout_s,
-            drain_s=self.drain_s,
             observers=tuple(each for each in (log, tracing) if each is not None),
             on_event=None if log is None else log.event,
-            max_stored_responses=self.max_stored_responses,
-            tool_call_parser=self.tool_call_parser,
-            reasoning_parser=self.reasoning_parser,
-            journal=journal,
-            **({} if self.reconnect_s is None else {"reconnect_s": self.reconnect_s}),
+            **given | {"journal": journal},
         )
 
 

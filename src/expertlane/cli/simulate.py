@@ -12,18 +12,20 @@ from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.load import SimulatedLoad
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.modelled import DraftOptions, ProjectionOptions, cluster_option
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     TOKENS_OF_STEP,
     DeploymentOptions,
+    DraftOptions,
     OptionalModel,
+    ProjectionOptions,
     RequestOptions,
+    cluster_option,
     layout_option,
     placement_option,
     trace_option,
 )
-from expertlane.cli.output_options import OutputOptions
+from expertlane.cli.output import OutputOptions
 from expertlane.errors import UserError, naming
 from expertlane.spec.deployment import Options, PlacementMethod
 from expertlane.spec.layout import Layout

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from expertlane.balance.placement_file import placements_of
 from expertlane.comparison.journal import Journal, Measurement
-from expertlane.comparison.pair import Repeated
 from expertlane.comparison.projection import usual_number_type
 from expertlane.comparison.records import (
+    Repeated,
     copy_records,
     measured_record,
     rebalance_records,

@@ -47,10 +47,9 @@ from expertlane.results.record import (
 from expertlane.results.results import PlanSummary, Results, WorkloadVerdict
 from expertlane.results.serving_record import KEPT
 from expertlane.spec.deployment import Deployment
-from expertlane.spec.experiment import Experiment
+from expertlane.spec.experiment import Experiment, ProjectionAsked
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
-from expertlane.spec.projection import ProjectionAsked
 from expertlane.spec.workload import Load, Workload
 
 _NUM_PARETO = 24

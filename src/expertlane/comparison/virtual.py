@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from expertlane.comparison.likeness import (
+from expertlane.comparison.assumptions import (
     PROPOSAL,
     StepWork,
     is_of_the_papers_kind,

@@ -20,8 +20,7 @@ from expertlane.schedule.plan import HandleT, Runner, StepOutcome
 from expertlane.schedule.request import Chunk, FinishReason, Request, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.names import Phase
-from expertlane.spec.prompt_logprobs import PromptLogprobs
-from expertlane.spec.sampling import SamplingParams
+from expertlane.spec.sampling import PromptLogprobs, SamplingParams
 from expertlane.text.grammars import Constraint, Grammars
 from expertlane.text.tokenizer import IncrementalDetokenizer, Tokenizer
 

@@ -42,12 +42,11 @@ from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Chunk, Limits, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.checkpoint_folder import resolve_model
 from expertlane.spec.engine_config import SETTINGS, EngineConfig, as_layout
 from expertlane.spec.files import as_path
 from expertlane.spec.from_hf import read_model
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.hf_config import resolve_model
+from expertlane.spec.layout import Layout, Members
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import shown

@@ -40,11 +40,10 @@ from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import INT8_FOLDER, Deployment, GraphLimits
 from expertlane.spec.dispatch import DispatchTable
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckLevel, Origin, Phase
-from expertlane.spec.prompt_logprobs import PromptPart
-from expertlane.spec.sampling import TokenLogprobs
+from expertlane.spec.sampling import PromptPart, TokenLogprobs
 
 
 class Checking:

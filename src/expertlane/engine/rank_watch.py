@@ -18,8 +18,7 @@ from expertlane.engine.ranks.commands import ReadTotals
 from expertlane.engine.ranks.inbox import Ticket
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.results.step_record import RankTotals
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Link, Stage
 

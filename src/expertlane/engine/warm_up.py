@@ -31,8 +31,7 @@ from expertlane.schedule.plan import Batch, Runner, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import GraphLimits
 from expertlane.spec.dispatch import DispatchForm, DispatchMode, DispatchRow, DispatchTable
-from expertlane.spec.layout import Layout, partition
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members, partition
 from expertlane.spec.names import Phase
 from expertlane.spec.sampling import SamplingParams, SamplingState
 

@@ -28,8 +28,8 @@ from expertlane.results.record import (
 from expertlane.results.results import Assumption
 from expertlane.results.serving_record import ServingRecord, with_places
 from expertlane.spec.deployment import Options
+from expertlane.spec.experiment import Projection
 from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.projection import Projection
 from expertlane.spec.workload import Workload
 
 

@@ -56,8 +56,8 @@ from expertlane.results.results import (
     ServedLoad,
 )
 from expertlane.results.serving_record import is_served
+from expertlane.spec.experiment import Projection, ProjectionAsked
 from expertlane.spec.names import Phase
-from expertlane.spec.projection import Projection, ProjectionAsked
 
 _MOST_PAIRS = 2  # pairs of pools simulated for an engine
 

@@ -17,12 +17,18 @@ import numpy as np
 from expertlane.errors import UserError, naming
 from expertlane.results.record import BEST, EXPERIMENT, PARETO, DeploymentRecord
 from expertlane.results.results import SCHEMA_VERSION, Kind, Results
-from expertlane.spec.files import RESULTS_BYTES, is_folder, read_json, strict_json, write_text
+from expertlane.spec.experiment import ProjectionAsked
+from expertlane.spec.files import (
+    RESULTS_BYTES,
+    build,
+    is_folder,
+    read_json,
+    strict_json,
+    write_text,
+)
 from expertlane.spec.names import Phase
-from expertlane.spec.projection import ProjectionAsked
 from expertlane.spec.ranges import Strict, Valid, shown, take_fields
 from expertlane.spec.slo import SLO
-from expertlane.spec.tables import build
 from expertlane.spec.workload import LengthRange, Workload
 
 FILE_NAME = "results.json"

@@ -7,8 +7,7 @@ from expertlane.errors import ModelError
 from expertlane.results.step_record import StepRecord
 from expertlane.schedule.plan import HandleT, Runner, Scheduler, StepOutcome, StepPlan
 from expertlane.schedule.request import not_finite
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import DpRank
+from expertlane.spec.layout import DpRank, Layout
 
 
 class FinishedStep(NamedTuple):

@@ -9,11 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.results.step_record import RankRecord
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import DpRank
+from expertlane.spec.layout import DpRank, Layout
 from expertlane.spec.names import Phase
-from expertlane.spec.prompt_logprobs import PromptPart
-from expertlane.spec.sampling import SamplingState, TokenLogprobs
+from expertlane.spec.sampling import PromptPart, SamplingState, TokenLogprobs
 
 HandleT = TypeVar("HandleT")
 

@@ -10,9 +10,8 @@ import numpy.typing as npt
 
 from expertlane.errors import UserError
 from expertlane.schedule.blocks import ROOT, block_digest
-from expertlane.spec.prompt_logprobs import PromptLogprobs
 from expertlane.spec.ranges import RANGES, take, take_fields
-from expertlane.spec.sampling import SamplingParams, SamplingState, TokenLogprobs
+from expertlane.spec.sampling import PromptLogprobs, SamplingParams, SamplingState, TokenLogprobs
 
 
 class RequestState(StrEnum):

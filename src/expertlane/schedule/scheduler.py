@@ -16,8 +16,7 @@ from expertlane.schedule.request import FinishReason, Limits, Request, RequestSt
 from expertlane.schedule.running import Rows, RunningTable
 from expertlane.schedule.waiting import WaitingRequests
 from expertlane.spec.deployment import Options
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import DpRank
+from expertlane.spec.layout import DpRank, Layout
 from expertlane.spec.names import Phase
 
 

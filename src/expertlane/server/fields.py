@@ -24,7 +24,7 @@ from expertlane.server.bodies import MOST_BODY_BYTES, MOST_VALUES
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.spec.files import parse_json, strict_json
 from expertlane.spec.ranges import RANGES, shown
-from expertlane.spec.structured import (
+from expertlane.spec.sampling import (
     MOST_CHOICE_CHARACTERS,
     MOST_CHOICES,
     MOST_GRAMMAR_CHARACTERS,

@@ -9,8 +9,7 @@ from functools import lru_cache
 from itertools import chain
 from typing import Any
 
-from expertlane.spec.prompt_logprobs import PromptLogprobs
-from expertlane.spec.sampling import TokenLogprobs
+from expertlane.spec.sampling import PromptLogprobs, TokenLogprobs
 from expertlane.text.tokenizer import Tokenizer
 
 _LEAST = -9999.0  # of an impossible token: JSON has no infinity

@@ -23,8 +23,7 @@ from expertlane.server.marks import Marks
 from expertlane.server.metrics import Metrics
 from expertlane.server.requests import ChatRequest, GenerationRequest, SampledRequest
 from expertlane.server.setup import PromptEncoder, ServedModel, ServerOptions, TooLongError
-from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.structured import Structured
+from expertlane.spec.sampling import SamplingParams, Structured
 from expertlane.text.grammars import Grammar
 from expertlane.text.tokenizer import Tokenizer
 

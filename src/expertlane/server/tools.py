@@ -11,7 +11,7 @@ from expertlane.server.fields import Function, NamedTool
 from expertlane.server.marks import Marks, is_text
 from expertlane.server.requests import ChatRequest
 from expertlane.spec.files import parse_json, strict_json
-from expertlane.spec.structured import Structured
+from expertlane.spec.sampling import Structured
 from expertlane.text.grammar_trial import for_library
 from expertlane.text.grammars import lark_text, lead_rules
 from expertlane.text.tokenizer import Tokenizer

@@ -18,12 +18,12 @@ from expertlane.results.record import (
 )
 from expertlane.results.results import Results
 from expertlane.spec.deployment import Options
+from expertlane.spec.experiment import ProjectionAsked
+from expertlane.spec.files import build
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.projection import ProjectionAsked
 from expertlane.spec.ranges import shown
 from expertlane.spec.slo import SLO
-from expertlane.spec.tables import build
 
 POOLS = "pools"
 _CHOSEN = "chosen"  # the recommendation of a plan; the first row of a comparison

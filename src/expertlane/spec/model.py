@@ -538,7 +538,7 @@ _PAPER = ModelConfig(
 PRESETS: dict[str, ModelConfig] = {
     "paper": _PAPER,
     # Heads, experts and vocabulary in the paper's proportions, 1/8 as wide; the hidden states alone
-    # 1/128: they decide what dispatch sends for what an expert computes (`comparison.likeness`).
+    # 1/128: they decide what dispatch sends for what an expert computes (`comparison.assumptions`).
     "paper-small": replace(
         _PAPER,
         name="paper-small",

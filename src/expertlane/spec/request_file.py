@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from expertlane.errors import SpecError, UserError
-from expertlane.spec.files import parse_json, read_lines
+from expertlane.spec.files import parse_json, read_lines, shown_json
 from expertlane.spec.ranges import RANGES, shown
-from expertlane.spec.tables import shown_json
 from expertlane.spec.workload import HASH_BLOCK, RecordedRequest
 
 _MOST_LINE_BYTES = 2**20

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from expertlane.errors import UserError
 from expertlane.spec.files import parse_json, strict_json
-from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.structured import Structured
+from expertlane.spec.sampling import SamplingParams, Structured
 from expertlane.text.grammar_trial import (
     LIMITS,
     PACKAGES,

@@ -24,8 +24,7 @@ from expertlane.engine.elastic.recovery import Arranged, Recovery
 from expertlane.engine.elastic.recovery_record import NEXT, Kind, State
 from expertlane.errors import RankError, RanksLostError, UserError
 from expertlane.schedule.plan import Batch, StepPlan
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 from expertlane.spec.names import Phase
 
 LAYOUT = Layout.parse("replicas=2,pp=2,dp=2,tp=2,ep=4")

@@ -8,8 +8,7 @@ from engine.model.chat_checkpoint import save_chat_checkpoint
 from engine.stub_runner import StubEngine, expected, letters, run
 from expertlane.engine.llm import LLM
 from expertlane.schedule.request import FinishReason, RequestOutput
-from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.structured import Structured
+from expertlane.spec.sampling import SamplingParams, Structured
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 DRAWN = SamplingParams(temperature=1.0, seed=3, max_tokens=24, ignore_eos=True)

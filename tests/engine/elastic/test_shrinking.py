@@ -12,7 +12,7 @@ from expertlane.engine.elastic.recovery_record import Kind, State
 from expertlane.engine.ranks.commands import Prepare, Redeploy, RunStep
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Members
 from expertlane.spec.names import Origin
 
 SETTINGS = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "max_num_seqs": 4}

@@ -3,7 +3,7 @@
 from engine.stage.token_stage import TokenStage
 from expertlane.engine.ranks.commands import Deploy, HeldBytes, RecordGraphs, Redeploy, RunStep
 from expertlane.errors import RanksLostError
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Members
 
 
 class _CutOffError(Exception):

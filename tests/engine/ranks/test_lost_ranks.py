@@ -20,11 +20,9 @@ from expertlane.errors import RankError
 from expertlane.schedule.request import FinishReason, Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, GraphLimits, Options
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 from expertlane.spec.model import PRESETS
-from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.structured import Structured
+from expertlane.spec.sampling import SamplingParams, Structured
 from expertlane.text.tokenizer import Tokenizer
 from schedule.paged import check_empty, check_tables
 from text.test_grammars import byte_level

@@ -18,12 +18,11 @@ from expertlane.cost.laws.times import Basis
 from expertlane.errors import SpecError, did_you_mean
 from expertlane.results.hardware import Judged, KnownError
 from expertlane.spec.dispatch import DispatchForm
-from expertlane.spec.files import CONFIG_BYTES, read_toml
+from expertlane.spec.files import CONFIG_BYTES, build, read_toml
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import EngineName
 from expertlane.spec.ranges import Strict, shown
-from expertlane.spec.tables import build
 
 FILE = Path(__file__).with_name("frameworks.toml")
 

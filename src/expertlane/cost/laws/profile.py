@@ -20,10 +20,9 @@ from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.times import Basis, Surface
 from expertlane.cost.number_types import ITEM_BYTES, WEIGHT_BYTES
 from expertlane.errors import SpecError, naming
-from expertlane.spec.files import CONFIG_BYTES, read_toml, write_text
+from expertlane.spec.files import CONFIG_BYTES, build, read_toml, write_text
 from expertlane.spec.names import Link
 from expertlane.spec.ranges import RANGES, Strict, shown
-from expertlane.spec.tables import build
 
 
 @dataclass(frozen=True)

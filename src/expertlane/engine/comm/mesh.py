@@ -16,8 +16,7 @@ import numpy as np
 from expertlane.engine.comm.collectives import CheckedGroup, Group
 from expertlane.engine.comm.recorder import CheckedRecorder, Recorder
 from expertlane.engine.comm.transport import Link, Transport
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 
 AXES = ("tp", "pp", "ep", "etp", "stage")
 NODE_AXES = ("ep_inter", "ep_intra")

@@ -23,7 +23,7 @@ from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError, UserError
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import StepPlan
-from expertlane.spec.members import DpRank, Members
+from expertlane.spec.layout import DpRank, Members
 
 ResultT = TypeVar("ResultT")
 

@@ -31,8 +31,7 @@ from expertlane.engine.ranks.rank_settings import check_num_ranks
 from expertlane.errors import CapacityError, UserError
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Origin
 

@@ -19,7 +19,7 @@ from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import CapacityError, UserError
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Members
 from expertlane.spec.model import ModelConfig
 
 _MOST_WAIT_S = 30.0  # the longest wait before a rank that is lost repeatedly starts again

@@ -22,8 +22,7 @@ from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import partition
 from expertlane.spec.model import FINAL_NORM, HEAD, ModelConfig
 from expertlane.spec.names import Stage
-from expertlane.spec.prompt_logprobs import PromptPart
-from expertlane.spec.sampling import SamplingState
+from expertlane.spec.sampling import PromptPart, SamplingState
 
 _LOGITS = 1 << 23  # computed at a time, 32 MiB: a prompt of 100,000 tokens has too many for memory
 

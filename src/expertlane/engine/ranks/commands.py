@@ -18,12 +18,10 @@ from expertlane.results.step_record import RankRecord, RankTotals
 from expertlane.schedule.plan import RankStep
 from expertlane.spec.deployment import ActivationsType, GraphLimits, Options, WeightsType
 from expertlane.spec.dispatch import DispatchForm, DispatchTable
-from expertlane.spec.layout import Layout
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Layout, Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckLevel, Origin
-from expertlane.spec.prompt_logprobs import PromptPart
-from expertlane.spec.sampling import TokenLogprobs
+from expertlane.spec.sampling import PromptPart, TokenLogprobs
 
 ResultT = TypeVar("ResultT")
 

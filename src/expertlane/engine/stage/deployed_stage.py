@@ -29,7 +29,7 @@ from expertlane.results.step_record import RankTotals
 from expertlane.schedule.plan import Batch, RankBatch, RankStep
 from expertlane.spec.deployment import GraphLimits, Options, PayloadType
 from expertlane.spec.dispatch import DispatchForm, DispatchMode, DispatchTable
-from expertlane.spec.members import Members
+from expertlane.spec.layout import Members
 from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
 
 

@@ -11,8 +11,7 @@ from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.server.answers import Endpoint, Prepared
 from expertlane.server.errors import LATER, ApiError
 from expertlane.server.journal.file import Begun, More, Row, Suspected
-from expertlane.spec.prompt_logprobs import PromptLogprobs, PromptPart
-from expertlane.spec.sampling import SamplingParams, TokenLogprobs
+from expertlane.spec.sampling import PromptLogprobs, PromptPart, SamplingParams, TokenLogprobs
 
 _CHUNK_BYTES = 200  # memory of a chunk, at least
 _TOKEN_BYTES = 36  # memory of a prompt token
