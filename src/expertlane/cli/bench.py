@@ -27,8 +27,8 @@ from expertlane.errors import UserError, naming
 from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
-    from expertlane.client.prompts import Vocabulary
     from expertlane.client.run import Asked, Seen, Target
+    from expertlane.client.server import Vocabulary
     from expertlane.results.results import Results
     from expertlane.spec.workload import Load
 
@@ -132,7 +132,7 @@ class UrlOptions:
         Raises:
             UserError: there is none that can be read.
         """
-        from expertlane.client.prompts import Vocabulary
+        from expertlane.client.server import Vocabulary
 
         if self.tokenizer is not None:
             with naming("--tokenizer"):
