@@ -121,6 +121,7 @@ def made(
     of_pairs = over(projected_factor, measured)
     cells = [cell for of_cluster in found for cell in of_cluster]
     regions = [region for each in panels(cells) for region in regions_of(each)]
+    regions = [region for region in regions if region[0].side != "even"]
     whys = list(over(why, regions))
     judged = list(zip(measured, of_pairs, strict=True))
     charts = [chart(each, measured) for each in panels(cells)]
@@ -128,7 +129,7 @@ def made(
     sections = (
         Section(
             "In short, projected",
-            (headline, HOW, Multiples("", tuple(charts), legend=legend())),
+            (HOW, Multiples("", tuple(charts), legend=legend())),
             "top",
         ),
         Section("Each region and why, projected", (_regions(regions, whys),), "tables"),
@@ -194,8 +195,8 @@ def _where(cell: Cell) -> str:
 
 
 def why(region: Sequence[Cell]) -> str:
-    """One sentence: the decode steps of the clearest cell, and what differs most in them."""
-    clearest = region[0] if region[0].side != "even" else region[len(region) // 2]
+    """The decode steps of the clearest cell, and what EP saves and costs most in them."""
+    clearest = region[0]
     steps = decode_steps(clearest)
     assert steps is not None, "both sides fit"
     assert clearest.with_ep is not None, "both sides fit"
@@ -208,17 +209,15 @@ def why(region: Sequence[Cell]) -> str:
         for cause in causes
     }
     told = sorted(differences, key=differences.__getitem__)
-    least, most = (
-        f"{cause} {signed(differences[cause] * 1e3)} ms" for cause in (told[0], told[-1])
-    )
+    least, most = (f"{cause} {signed(differences[cause] * 1e3)}" for cause in (told[0], told[-1]))
     sentence = (
-        f"At {clearest.num_devices} GPUs and {clearest.seqs_per_device:g} sequences each a decode "
-        f"step takes {milliseconds(each_s[0])} ms as {layouts[0]}, {milliseconds(each_s[1])} as "
-        f"{layouts[1]}. With EP: {least} (saves most), {most} (costs most)"
+        f"{clearest.num_devices} GPUs, {clearest.seqs_per_device:g} each: "
+        f"{milliseconds(each_s[0])} ms as {layouts[0]}, {milliseconds(each_s[1])} as {layouts[1]}; "
+        f"{least}, {most}"
     )
     if steps[0].num_seqs != steps[1].num_seqs:
         sentence += f"; memory holds {steps[0].num_seqs:,} and {steps[1].num_seqs:,} sequences"
-    return f"{sentence}."
+    return sentence
 
 
 def _regions(regions: Sequence[Sequence[Cell]], whys: Sequence[str]) -> Table:
@@ -230,7 +229,7 @@ def _regions(regions: Sequence[Sequence[Cell]], whys: Sequence[str]) -> Table:
         text("GPUs", lambda row: _span(each.num_devices for each in row[0])),
         text("sequences per GPU", lambda row: _span(each.seqs_per_device for each in row[0])),
         text("with over without EP", lambda row: _factors(row[0])),
-        text("why", lambda row: row[1]),
+        text("a decode step with and without EP; what EP saves and costs most", lambda row: row[1]),
     )
     return Table.of("", columns, rows)
 

@@ -1,6 +1,6 @@
 """The groups of ranks that a layout communicates in.
 
-A group holds ranks of the layout; its link connects their processes (`spec.members`).
+A group holds ranks of the layout; its link connects their processes (`spec.layout`).
 
 Attention sees a world of (replica, pp, dp, tp), experts see (replica·pp, ep, etp) over the same
 ranks. Many groups of these views have the same ranks (at `ep = dp·tp` the expert-parallel group is
