@@ -7,8 +7,7 @@ import pytest
 
 from cli.screen import tells
 from cli.stub_llm import MACHINE
-from distributed.running import deployment
-from expertlane.engine.model_runner import ModelRunner
+from distributed.running import deployment, runner_on
 from expertlane.engine.ranks.commands import (
     Deploy,
     DescribeMachine,
@@ -187,9 +186,7 @@ def test_on_ranks_of_this_host(pools):
     plan = StepPlan(0, 0, Phase.PREFILL, (batches,), return_logits=True)
 
     def logits(**flags):
-        runner = ModelRunner(
-            *(pool, TINY, made, limits), seed=0, ranks_per_node=8, log=lines.append, **flags
-        )
+        runner = runner_on(*(pool, TINY, made, limits), log=lines.append, **flags)
         assert runner.limits == limits
         assert all(each.kv_bytes == runner.held[0].kv_bytes for each in runner.held)
         return runner.collect(runner.submit(plan)).logits
@@ -199,7 +196,7 @@ def test_on_ranks_of_this_host(pools):
     for seq in (0, 1):
         np.testing.assert_array_equal(plain[seq], after[seq])
 
-    runner = ModelRunner(pool, TINY, made, limits, seed=0, ranks_per_node=8)
+    runner = runner_on(pool, TINY, made, limits)
     numbers = runner.members.numbers
     pool.call(ReadTotals(), ranks=numbers)
     steps = largest_step(made.layout, limits).of_dp_ranks()

@@ -3,8 +3,8 @@
 import pytest
 
 from engine.conftest import StubPool, stub_runner
-from expertlane.engine import launch
 from expertlane.engine import llm as llm_module
+from expertlane.engine.launch import LoadPlan
 from expertlane.engine.llm import LLM
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
@@ -15,34 +15,24 @@ GREEDY = SamplingParams(temperature=0, max_tokens=5)
 
 @pytest.fixture
 def stub(monkeypatch):
-    """No ranks are started; gives what their runner was made of, besides the model."""
-    found = {}
-
-    def make_runner(pool, model, deployment, limits, **kwargs):
-        found.update(kwargs, options=deployment.options)
-        return stub_runner(limits, deployment, **kwargs)
-
-    monkeypatch.setattr(llm_module, "start_pool", lambda num_ranks, **kwargs: StubPool())
-    monkeypatch.setattr(llm_module, "ModelRunner", make_runner)
-    return found
+    """No ranks are started."""
+    monkeypatch.setattr(llm_module, "start_pool", lambda config: StubPool())
+    monkeypatch.setattr(llm_module, "ModelRunner", stub_runner)
 
 
 def test_they_reach_the_memory_plan_the_ranks_and_the_scheduler(monkeypatch, stub):
-    fit = launch.fit_to_machine
-
-    def fitting(*args, placements, **more):
-        stub["placements"] = placements
-        return fit(*args, placements=placements, **more)
-
-    monkeypatch.setattr(launch, "fit_to_machine", fitting)
+    plans, fit = [], LoadPlan.fit
+    monkeypatch.setattr(
+        LoadPlan, "fit", lambda plan, *given: plans.append(plan) or fit(plan, *given)
+    )
     options = Options(num_redundant_experts=2, num_micro_batches=2)
     settings = {"num_blocks": 8, "layout": "dp=2,ep=2", "options": options}
     with LLM("paper-tiny", ranks_per_node=3, **settings) as llm:
-        assert [placed.num_slots for placed in stub["placements"]] == [18] * 4
-        assert (stub["options"], stub["ranks_per_node"]) == (options, 3)
+        assert [placed.num_slots for placed in plans[0].placements] == [18] * 4
+        assert (llm._runner.config.options, llm._runner.config.ranks_per_node) == (options, 3)
         assert llm.engine.scheduler._num_micro_batches == 2
-    with LLM("paper-tiny", **settings):
-        assert stub["ranks_per_node"] == 1  # as the rank saw it
+    with LLM("paper-tiny", **settings) as llm:
+        assert llm._runner.config.ranks_per_node == 1  # as the rank saw it
 
 
 def test_fewer_blocks_fit_beside_more_experts(stub):

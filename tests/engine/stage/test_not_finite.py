@@ -54,8 +54,8 @@ def kept_ranks(pools):
     """What each `LLM` gets in place of ranks of its own, and does not end."""
 
     class Kept:
-        def __init__(self, num_ranks, *, dtype, **_):
-            self._pool = pools.pool(num_ranks, dtype)
+        def __init__(self, config):
+            self._pool = pools.pool(config.layout.world_size, config.dtype)
 
         def __getattr__(self, name):
             return getattr(self._pool, name)

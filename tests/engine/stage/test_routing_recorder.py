@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from cli.screen import telling
-from distributed.running import deployment
+from distributed.running import deployment, runner_on
 from expertlane.balance.trace import read_trace, write_trace
-from expertlane.engine.model_runner import ModelRunner, RoutingRecorder
+from expertlane.engine.model_runner import RoutingRecorder
 from expertlane.errors import UserError
 from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.plan import StepOutcome
@@ -35,8 +35,8 @@ PROMPTS = [
 def record(pools, model, chosen, limits=LIMITS):
     """The trace, and the finished steps."""
     recorder = RoutingRecorder(model)
-    runner = ModelRunner(
-        pools.pool(chosen.layout.world_size), model, chosen, limits, seed=0, ranks_per_node=2
+    runner = runner_on(
+        pools.pool(chosen.layout.world_size), model, chosen, limits, ranks_per_node=2
     )
     scheduler = ContinuousScheduler(
         chosen.layout, chosen.options, limits, record=False, record_routing=True

@@ -246,7 +246,7 @@ class Placed:
 
 
 class StaticDispatcher(Dispatcher):
-    """Sends a copy of each token to every rank that it reaches, in buffers with room for all tokens.
+    """Sends a copy of each token to every rank that it reaches, in buffers for all tokens.
 
     So none can be dropped, ranks exchange no counts, and the host waits for none: a CUDA graph can
     hold all of it. In a buffer real rows come first, then padding, whose ids are -1. Weighted
