@@ -52,6 +52,7 @@ from expertlane.engine.launch import start_pool
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.schedule.drive import FinishedStep
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.dispatch import DispatchTable
 from expertlane.spec.engine_config import EngineConfig

@@ -31,6 +31,7 @@ from expertlane.cli.options import (
 )
 from expertlane.cli.output import OutputOptions
 from expertlane.errors import CapacityError, MissingExtraError, UserError, naming, require_extra
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.hf_config import resolve_model
 from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import DEFAULT_REPEAT, shown
@@ -41,8 +42,7 @@ if TYPE_CHECKING:
     from expertlane.comparison.virtual import VirtualSettings
     from expertlane.results.results import Results
     from expertlane.results.step_record import StepRecord
-    from expertlane.spec.engine_config import EngineConfig
-from expertlane.spec.experiment import Experiment, Projection
+    from expertlane.spec.experiment import Experiment, Projection
 
 DEFAULT_PROFILE = "h100"
 _NO_LINKS, _MEASURED = "none", "measured"
