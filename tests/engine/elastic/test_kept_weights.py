@@ -41,7 +41,9 @@ def weight_bytes(folder, machine, layout="tp=1", options=None):
 
 def experts_of(folder, *, keeps_mxfp4):
     checkpoint = Checkpoint(folder)
-    source = CheckpointWeights(checkpoint, DTYPE, torch.device("cpu"), lambda: None)
+    source = CheckpointWeights(
+        checkpoint.model, DTYPE, torch.device("cpu"), lambda: None, checkpoint=checkpoint
+    )
     source._keeps_mxfp4 = keeps_mxfp4  # whatever computes here
     names = [
         expert_name(layer, expert, part)

@@ -219,9 +219,8 @@ def test_mxfp4(checkpoints, tmp_path):
 
 def test_weights_for_a_rank(checkpoints):
     checkpoint, touches = Checkpoint(checkpoints.folder("gpt_oss")), []
-    source = CheckpointWeights(
-        checkpoint, torch.bfloat16, torch.device("cpu"), lambda: touches.append(1)
-    )
+    given = checkpoint.model, torch.bfloat16, torch.device("cpu"), lambda: touches.append(1)
+    source = CheckpointWeights(*given, checkpoint=checkpoint)
     name = "layers.0.experts.2.down"
     down = source.take(name, range(8, 24))  # input features
     assert (down.shape, down.dtype) == ((64, 16), torch.bfloat16)
