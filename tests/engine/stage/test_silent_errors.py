@@ -15,7 +15,7 @@ from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.errors import RankError, RanksLostError, UserError
+from expertlane.errors import RankError, RanksLostError
 from expertlane.results.step_checks import Alike, RankChecks, first_found
 from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Limits, Request
@@ -240,11 +240,6 @@ def test_ranks_that_compute_something_wrong_are_replaced(monkeypatch, layout, le
         assert tells(record.line, "rank 1 weights layer 0 expert 9")
         assert facts(llm) == expected
         assert llm.engine.recovery.num_recoveries == 2
-
-
-def test_the_level_is_checked():
-    with pytest.raises(UserError, match=telling("check all off light full")):
-        LLM("paper-tiny", check="all")
 
 
 def alike(sums, point=CheckPoint.BEFORE_ATTENTION):
