@@ -73,6 +73,9 @@ def test_routing_is_there_if_asked_for(stub):
     assert (trace.layers, trace.num_tokens) == ((0, 1, 2, 3), 0)
 
 
+THREE_A_NODE = {"ranks_per_node": 3}
+
+
 @pytest.fixture
 def no_ranks(monkeypatch):
     """Ranks cannot be started."""
@@ -87,7 +90,7 @@ def no_ranks(monkeypatch):
         ({"options": Options(placement_file="no/file")}, "no/file No such file"),
         ({"options": Options(placement_file="a\0b")}, "embedded null byte"),
         (
-            dict(layout="dp=4,ep=4", ranks_per_node=3, options=Options(dispatch="hierarchical")),
+            {"layout": "dp=4,ep=4", "options": Options(dispatch="hierarchical")} | THREE_A_NODE,
             "ep=4 ranks node nodes 3 1",
         ),
         (
