@@ -52,8 +52,10 @@ from expertlane.engine.launch import start_pool
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.schedule.drive import FinishedStep
+from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.dispatch import DispatchTable
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase, Stage
@@ -128,7 +130,7 @@ def measure_round(
         largest[case.deployment] = most
     for deployment, most in largest.items():
         limits = limits_of(most, model)
-        runner = ModelRunner(pool, model, deployment, limits, seed=0, ranks_per_node=NUM_RANKS)
+        runner = runner_of(pool, model, deployment, limits)
         own = [case for case in cases if case.deployment is deployment]
         quiet = QuietMeasuring()
         found = quiet.measure(partial(measure, runner, own, model))
@@ -136,6 +138,15 @@ def measure_round(
             times[case].append(seconds)
         shares.append(quiet.foreign_cpu_share)
     return max(shares)
+
+
+def runner_of(
+    pool: RankPool, model: ModelConfig, deployment: Deployment, limits: Limits
+) -> ModelRunner:
+    config = EngineConfig(
+        layout=deployment.layout, options=deployment.options, ranks_per_node=NUM_RANKS
+    )
+    return ModelRunner(pool, model, config, limits)
 
 
 def measure(runner: ModelRunner, cases: list[Case], model: ModelConfig) -> list[PhaseTimes]:
@@ -153,7 +164,7 @@ def trace_of(pool: RankPool, case: Case, model: ModelConfig) -> RoutingTrace:
     """The experts that the requests' tokens choose, whatever the deployment."""
     alone = case._replace(deployment=DEPLOYMENTS[0])
     limits = limits_of(alone, model)
-    runner = ModelRunner(pool, model, alone.deployment, limits, seed=0, ranks_per_node=NUM_RANKS)
+    runner = runner_of(pool, model, alone.deployment, limits)
     steps = steps_of(runner, alone, model, record_routing=True)
     records = [step.outcome.records[0] for step in steps]
     layers = tuple(range(model.num_hidden_layers))
@@ -231,9 +242,7 @@ def stages_of(
     pool: RankPool, model: ModelConfig, case: Case, profile: Profile, trace: RoutingTrace
 ) -> dict[str, dict[str, list[float]]]:
     """By phase and stage, milliseconds of the first rank's steps: measured, then projected."""
-    runner = ModelRunner(
-        pool, model, case.deployment, limits_of(case, model), seed=0, ranks_per_node=NUM_RANKS
-    )
+    runner = runner_of(pool, model, case.deployment, limits_of(case, model))
     steps_of(runner, case, model)
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for source in (runner, cost_runner(case, model, profile, trace)):
@@ -342,7 +351,7 @@ def main() -> None:
     chosen = [each for each in DEPLOYMENTS if each.layout.world_size <= asked.ranks]
     cases = [Case(each, *load) for each in chosen for load in loads]
     times: dict[Case, list[PhaseTimes]] = defaultdict(list)
-    with start_pool(asked.ranks, timeout_s=60.0, dtype=DTYPE) as pool:
+    with start_pool(EngineConfig(dtype=DTYPE), asked.ranks) as pool:
         calibration, share = Calibration(pool, asked.ranks), 0.0
         with Progress(transient=True) as progress:
             task = progress.add_task("rounds", total=2 * asked.rounds)

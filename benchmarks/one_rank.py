@@ -21,7 +21,7 @@ from expertlane.engine.comm.collectives import interleave
 from expertlane.engine.comm.mesh import Meshes, ParallelMesh
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.recorder import Recorder
-from expertlane.engine.model.decode_graphs import decode_graphs
+from expertlane.engine.model.decode_graphs import DecodeGraphs
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.model.weights import WeightSource
@@ -251,7 +251,7 @@ class OneRank:
         batch = self._batch(num_seqs, num_computed, 1)
         num_blocks = batch.block_tables.size
         self.stage.allocate_cache(num_blocks + 1, BLOCK_SIZE)  # one for sequences of padding
-        graphs = decode_graphs(
+        graphs = DecodeGraphs.of(
             self.stage,
             GraphLimits(num_seqs, num_computed + 1),
             num_blocks=num_blocks,

@@ -20,6 +20,7 @@ from expertlane.cli.main import main
 from expertlane.comparison.run import Repeats, why_not_here
 from expertlane.errors import CapacityError
 from expertlane.results.file import write_text
+from expertlane.spec.engine_config import EngineConfig
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -43,8 +44,11 @@ class FakeComparison:
         self.too_large: CapacityError | None = None
         self.is_follower = False
 
-    def start_pool(self, num_ranks: int, **options: Any) -> Any:
-        self.pools.append({"num_ranks": num_ranks} | options)
+    def start_pool(self, config: EngineConfig, num_ranks: int) -> Any:
+        asked = "timeout_s", "dtype", "oversubscribe", "cpu_isa"
+        self.pools.append(
+            {"num_ranks": num_ranks} | {name: getattr(config, name) for name in asked}
+        )
         return None if self.is_follower else contextlib.nullcontext()
 
     def check_memory(self, experiment: Any, pool: Any) -> None:

@@ -14,13 +14,12 @@ from cli.screen import telling, tells
 from distributed.on_ranks import Echo
 from distributed.running import deployment, run_deployment
 from expertlane.balance.placement_file import placements_of
-from expertlane.comparison import run as compare_module
 from expertlane.comparison.run import Repeats, check_memory, measure_peak, run_comparison
 from expertlane.comparison.virtual import VirtualSettings
 from expertlane.cost.laws.profile import read_profile
 from expertlane.cost.memory import PlacedModel, workload_limits
 from expertlane.cost.number_types import NumberTypes
-from expertlane.engine.launch import fit_to_machine
+from expertlane.engine.launch import LoadPlan
 from expertlane.engine.ranks.commands import DescribeMachine
 from expertlane.errors import CapacityError, UserError
 from expertlane.progress import Silent
@@ -287,10 +286,9 @@ def test_progress_is_told_of_every_deployment(compared):
 
 @pytest.mark.full
 def test_a_cache_that_does_not_hold_the_workload(results, pools, monkeypatch):
-    def smaller(*args, **kwargs):
-        return replace(fit_to_machine(*args, **kwargs), num_blocks=3)
-
-    monkeypatch.setattr(compare_module, "fit_to_machine", smaller)
+    fit = LoadPlan.fit
+    smaller = lambda plan, *given: replace(fit(plan, *given), num_blocks=3)  # noqa: E731
+    monkeypatch.setattr(LoadPlan, "fit", smaller)
     experiment = replace(EXPERIMENT, deployments=EXPERIMENT.deployments[:1], scaling=())
     in_waves = run_comparison(experiment, pools.pool(4), Silent(), command="")
     found = {each.name: each.value for each in in_waves.assumptions}

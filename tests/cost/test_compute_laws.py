@@ -10,6 +10,7 @@ import pytest
 from cli.screen import telling
 from cost.projected import DRIVER_S, PROFILE
 from cost.tiny_models import MODELS
+from distributed.running import runner_on
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.laws.execution import Execution, Terms
@@ -22,7 +23,6 @@ from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.operation import TransferKind
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.virtual import VirtualClock, VirtualLinks
-from expertlane.engine.model_runner import ModelRunner
 from expertlane.results.step_record import Action
 from expertlane.schedule.drive import FinishedStep, drive, step_records
 from expertlane.schedule.request import Request
@@ -70,7 +70,7 @@ class Ran:
         layout, options, model = Layout.parse(layout), Options(**options), MODELS[model]
         limits = workload_limits(WORKLOAD, model, layout)
         made = Deployment("case", layout, options)
-        runner = ModelRunner(pool, model, made, limits, seed=0, ranks_per_node=RANKS_PER_NODE)
+        runner = runner_on(pool, model, made, limits, ranks_per_node=RANKS_PER_NODE)
         builder = ProgramBuilder(
             model,
             layout,

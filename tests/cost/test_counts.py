@@ -10,14 +10,13 @@ import pytest
 
 from cost.plans import BLOCK_SIZE, CHUNKS, DECODE, MAX_POSITIONS, MAX_SEQS, PREFILL, random_plan
 from cost.tiny_models import MODELS
-from distributed.running import Balancing
+from distributed.running import Balancing, runner_on
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.operation import Transfer, TransferKind
 from expertlane.cost.step.program import ProgramBuilder, StepProgram, count
-from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.commands import DescribeMachine, SetDispatch
 from expertlane.results.step_record import RankCounts
 from expertlane.schedule.request import Limits
@@ -80,8 +79,8 @@ class Counting:
             model.vocab_size, MAX_POSITIONS, MAX_SEQS * MAX_POSITIONS // BLOCK_SIZE, BLOCK_SIZE
         )
         deployment = Deployment("case", layout, options)
-        self._runner = ModelRunner(
-            pool, model, deployment, limits, seed=0, ranks_per_node=case.ranks_per_node
+        self._runner = runner_on(
+            pool, model, deployment, limits, ranks_per_node=case.ranks_per_node
         )
         if options.copies == "balanced":
             self._runner.copy_switch = Balancing()

@@ -52,7 +52,7 @@ def mesh_of_place(layout, rank) -> ParallelMesh:
 def held_by_engine(model, layout, rank, dtype, options) -> TransformerStage:
     """What the engine builds for a rank, with one position of cache."""
     source = SeededWeights(
-        model, 0, getattr(torch, dtype), torch.device("cpu"), lambda: None, options.weights
+        model, getattr(torch, dtype), torch.device("cpu"), lambda: None, options.weights
     )
     placements = placements_of(model, layout, Options())
     stage = TransformerStage(model, placements, source, mesh_of_place(layout, rank))

@@ -14,11 +14,13 @@ from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.plan import StepOutcome, StepPlan
-from expertlane.schedule.request import Request
+from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.names import CheckLevel
 from expertlane.spec.workload import Workload
 
 LONG_MODEL = PRESETS["paper-tiny"].with_overrides(max_position_embeddings=5000)
@@ -41,6 +43,28 @@ class Run(NamedTuple):
 def deployment(layout: str, **options: object) -> Deployment:
     """A deployment named after its layout."""
     return Deployment(layout, Layout.parse(layout), Options(**options))  # type: ignore[arg-type]
+
+
+def runner_on(
+    pool: RankPool,
+    model: ModelConfig,
+    deployment: Deployment,
+    limits: Limits,
+    *,
+    ranks_per_node: int = 8,
+    seed: int = 0,
+    check: CheckLevel = "off",
+    **given: object,
+) -> ModelRunner:
+    """The runner of a deployment."""
+    config = EngineConfig(
+        layout=deployment.layout,
+        options=deployment.options,
+        ranks_per_node=ranks_per_node,
+        seed=seed,
+        check=check,
+    )
+    return ModelRunner(pool, model, config, limits, **given)  # type: ignore[arg-type]
 
 
 class Inline(Executor):
@@ -73,7 +97,7 @@ def run_deployment(
         flags: what the plans ask for, as `ContinuousScheduler` takes it.
     """
     limits = workload_limits(workload, model, deployment.layout)
-    runner = ModelRunner(
+    runner = runner_on(
         *(pool, model, deployment, limits),
         seed=seed,
         ranks_per_node=ranks_per_node,

@@ -32,6 +32,7 @@ PROGRAM = textwrap.dedent(
     from expertlane.engine.ranks.commands import DescribeMachine
     from expertlane.engine.launch import start_pool
     from expertlane.errors import RanksLostError
+    from expertlane.spec.engine_config import EngineConfig
 
     def supervisors():
         for each in psutil.process_iter():
@@ -40,7 +41,8 @@ PROGRAM = textwrap.dedent(
                     if "from expertlane.engine.ranks.supervisor import" in " ".join(each.cmdline()):
                         yield each
 
-    with start_pool(4, timeout_s=30.0, dtype="float32", recovers=True) as pool:
+    config = EngineConfig(timeout_s=30.0, dtype="float32", on_failure="replace", rejoin_s=0.0)
+    with start_pool(config, 4) as pool:
         for number in range(3):
             ranks = [rank for each in supervisors() for rank in each.children()]
             ranks[number % 2].kill()

@@ -21,10 +21,10 @@ class StubPool:
         self.is_closed = True
 
 
-def stub_runner(limits, deployment, *, arranged, **kwargs):
+def stub_runner(pool, model, config, limits, *, arranged, **kwargs):
     """In place of a `ModelRunner`, for an `LLM`."""
-    runner = StubRunner(limits, deployment.layout, lookahead=True)
-    runner.limits, runner.arranged = limits, arranged
+    runner = StubRunner(limits, config.layout, lookahead=True)
+    runner.config, runner.limits, runner.arranged = config, limits, arranged
     return runner
 
 
@@ -34,13 +34,13 @@ def stub_llm(monkeypatch):
 
     runners = []
 
-    def make_runner(pool, model, deployment, limits, **kwargs):
-        runners.append(stub_runner(limits, deployment, **kwargs))
+    def make_runner(*args, **kwargs):
+        runners.append(stub_runner(*args, **kwargs))
         return runners[-1]
 
     model = PRESETS["paper-tiny"].with_overrides(vocab_size=VOCAB_SIZE)
     monkeypatch.setitem(PRESETS, "stub", model)
-    monkeypatch.setattr(llm_module, "start_pool", lambda num_ranks, **kwargs: StubPool())
+    monkeypatch.setattr(llm_module, "start_pool", lambda config: StubPool())
     monkeypatch.setattr(llm_module, "ModelRunner", make_runner)
     with LLM("stub", num_blocks=40, block_size=4, max_num_seqs=4) as llm:
         (llm.runner,) = runners

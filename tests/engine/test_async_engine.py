@@ -58,17 +58,6 @@ def test_requests_at_once():
     run(use)
 
 
-def test_places_of_several_prompts():
-    async def use(engine, stub, chunks):
-        generation = await engine.generate([[1], [2], [3]], [GREEDY] * 3)
-        by_place = {0: [], 1: [], 2: []}
-        for place, chunk in await taken(generation):
-            by_place[place].append(chunk.token_id)
-        assert by_place == {i: expected([i + 1], 6) for i in range(3)}
-
-    run(use)
-
-
 def test_a_mistake_queues_none():
     async def use(engine, stub, chunks):
         with pytest.raises(UserError, match="prompt 2: token id 26"):

@@ -7,8 +7,7 @@ import pytest
 
 from cli.screen import tells
 from cli.stub_llm import MACHINE
-from distributed.running import deployment
-from expertlane.engine.model_runner import ModelRunner
+from distributed.running import deployment, runner_on
 from expertlane.engine.ranks.commands import (
     Deploy,
     DescribeMachine,
@@ -87,46 +86,30 @@ def measured(pool, layout, limits=LIMITS, options=OPTIONS):
     return found, lines
 
 
-def test_what_is_left_of_nine_tenths_beside_the_step():
-    """Free 68 GB less a reserve of 8 GB and a step of 2.55 GB: 57.45 GB."""
-    found, (line,) = measured(MadeUp([68], [2.55]), "tp=1")
-    assert found == replace(LIMITS, num_blocks=574)
-    assert tells(line, "memory rank weights 10 GB KV cache 57.4 574 blocks 2.55 free 8.05 80")
+GRAPHS = {"graph_gb": [0.5, 0.1]}  # sizes 1, 2, 4, 8, 12: 0.5 GB, and four times 0.1 GB
 
 
-def test_no_more_than_is_wanted():
-    found, _ = measured(MadeUp([68], [2.55]), "tp=1", replace(LIMITS, num_blocks=300))
-    assert found.num_blocks == 300
-
-
-def test_the_fullest_rank_decides_and_the_largest_step_counts_for_all():
-    """60 - 8 - 5 GB on the second rank."""
-    found, _ = measured(MadeUp([68, 60], [5, 1]), "dp=2,ep=2")
-    assert found.num_blocks == 470
-
-
-def test_ranks_that_share_a_device():
-    """(68 - 8) GB / 2 - 2 GB."""
-    found, _ = measured(MadeUp([68, 68], [2, 1], ranks_on_device=2), "dp=2,ep=2")
-    assert found.num_blocks == 280
-
-
-def test_memory_of_graphs():
-    """Sizes 1, 2, 4, 8, 12: 0.5 GB, and four times 0.1 GB; 68 - 8 - 2.55 - 0.9 GB are left."""
-    pool = MadeUp([68], [2.55], graph_gb=[0.5, 0.1])
-    found, (line,) = measured(pool, "tp=1")
-    assert found == replace(LIMITS, num_blocks=564)  # 565 less the block for padding
-    assert tells(
-        line, "memory rank weights 10 GB KV cache 56.4 564 blocks 2.55 CUDA 0.9 free 8.15 80"
-    )
+@pytest.mark.parametrize(
+    ("free_gb", "step_gb", "given", "limits", "num_blocks"),
+    [
+        ([68], [2.55], {}, {}, 574),  # 68 GB less a reserve of 8 and a step of 2.55: 57.45 GB
+        ([68], [2.55], {}, {"num_blocks": 300}, 300),
+        ([68, 60], [5, 1], {}, {}, 470),  # 60 - 8 - 5 GB: the fullest rank, the largest step
+        ([68, 68], [2, 1], {"ranks_on_device": 2}, {}, 280),  # (68 - 8) / 2 - 2 GB
+        ([68], [2.55], GRAPHS, {}, 564),  # 0.9 GB less, and a block for padding
+        ([68, 68], [2, 1], GRAPHS | {"ranks_on_device": 2}, {}, 274),  # half of 0.9 GB each
+        ([68], [2.55], {"graph_gb": [0.5]}, {"max_num_seqs": 1}, 568),
+    ],
+)
+def test_what_is_left_beside_weights_step_and_graphs(free_gb, step_gb, given, limits, num_blocks):
+    pool = MadeUp(free_gb, step_gb, **given)
+    layout = "tp=1" if len(free_gb) == 1 else "dp=2,ep=2"
+    found, (line,) = measured(pool, layout, replace(LIMITS, **limits))
+    assert found == replace(LIMITS, **limits | {"num_blocks": num_blocks})
+    assert tells(line, f"memory rank weights 10 GB KV cache {num_blocks} blocks")
     sizes = [each.size for each in pool.recorded if isinstance(each, RecordGraphs)]
-    assert sizes == [12, 8]
-
-
-def test_memory_of_graphs_on_a_device_that_is_shared():
-    """Half of 0.5 GB, and of 0.1 GB, each: (68 - 8) GB / 2 - 2 - 0.45 GB."""
-    pool = MadeUp([68, 68], [2, 1], graph_gb=[0.5, 0.1], ranks_on_device=2)
-    assert measured(pool, "dp=2,ep=2")[0].num_blocks == 274
+    most = limits.get("max_num_seqs", 12)
+    assert sizes == [most, 8][: len(given.get("graph_gb", ()))]
 
 
 def test_memory_of_graphs_of_several_forms():
@@ -139,12 +122,6 @@ def test_memory_of_graphs_of_several_forms():
     assert len(modes) >= num_forms
     num_sizes = 5 * len([mode for mode in modes if not mode.overlap])
     assert found.num_blocks == int((68 - 8 - 2.55 - 0.5 - 0.1 * (num_sizes - 1)) / 0.1) - 1
-
-
-def test_one_size_of_graphs():
-    limits = replace(LIMITS, max_num_seqs=1)
-    pool = MadeUp([68], [2.55], graph_gb=[0.5])
-    assert measured(pool, "tp=1", limits)[0].num_blocks == 568
 
 
 def test_too_little_memory_for_graphs():
@@ -187,9 +164,7 @@ def test_on_ranks_of_this_host(pools):
     plan = StepPlan(0, 0, Phase.PREFILL, (batches,), return_logits=True)
 
     def logits(**flags):
-        runner = ModelRunner(
-            *(pool, TINY, made, limits), seed=0, ranks_per_node=8, log=lines.append, **flags
-        )
+        runner = runner_on(*(pool, TINY, made, limits), log=lines.append, **flags)
         assert runner.limits == limits
         assert all(each.kv_bytes == runner.held[0].kv_bytes for each in runner.held)
         return runner.collect(runner.submit(plan)).logits
@@ -199,7 +174,7 @@ def test_on_ranks_of_this_host(pools):
     for seq in (0, 1):
         np.testing.assert_array_equal(plain[seq], after[seq])
 
-    runner = ModelRunner(pool, TINY, made, limits, seed=0, ranks_per_node=8)
+    runner = runner_on(pool, TINY, made, limits)
     numbers = runner.members.numbers
     pool.call(ReadTotals(), ranks=numbers)
     steps = largest_step(made.layout, limits).of_dp_ranks()

@@ -2,10 +2,9 @@
 
 import pytest
 
-from distributed.running import deployment, run_deployment
+from distributed.running import deployment, run_deployment, runner_on
 from expertlane.cost.memory import workload_limits
 from expertlane.engine import warm_up
-from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.commands import SetDispatch
 from expertlane.engine.warm_up import middle_mean, still_hopeful
 from expertlane.schedule.plan import StepPlan
@@ -52,7 +51,7 @@ def runner_of(pools, layout, **options):
         pools.pool(chosen.layout.world_size),
         workload_limits(WORKLOAD, TINY, chosen.layout),
     )
-    return ModelRunner(pool, TINY, chosen, limits, seed=0, ranks_per_node=2)
+    return runner_on(pool, TINY, chosen, limits, ranks_per_node=2)
 
 
 def test_the_table_has_what_fits(pools):

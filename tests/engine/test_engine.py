@@ -1,4 +1,4 @@
-"""Requests through the engine, on a runner without a model: outputs, ends, refusals."""
+"""Requests through the engine, on a runner without a model: outputs, ends, cancels, refusals."""
 
 from concurrent.futures import Future
 from dataclasses import replace
@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cli.screen import tells
 from engine.stub_runner import StubEngine, expected, letters, of_request, run, spell
+from expertlane.errors import UserError
 from expertlane.schedule.request import Chunk, FinishReason
 from expertlane.spec.deployment import Options
 from expertlane.spec.sampling import SamplingParams, Structured
@@ -19,12 +21,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=5)
 SAMPLED = SamplingParams(seed=3, max_tokens=5)
 PROMPT = [7, 4, 11, 11, 14]
 OUTPUT = expected(PROMPT, 12)
-
-
-def test_an_engine_without_requests():
-    engine = StubEngine()
-    assert not engine.has_unfinished
-    assert engine.step() == []
 
 
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED])
@@ -52,25 +48,6 @@ def test_one_token_has_no_time_per_token():
     output = engine.add("a", PROMPT, replace(GREEDY, max_tokens=1))
     assert engine.step() == [Chunk("a", OUTPUT[0], "", FinishReason.LENGTH)]
     assert output.tpot_s is None
-
-
-def test_requests_of_all_lengths_together():
-    engine = StubEngine(max_num_batched_tokens=7, max_num_seqs=3)
-    outputs = {
-        f"{number}": engine.add(
-            f"{number}", list(range(number + 1)), replace(GREEDY, max_tokens=1 + number * 3 % 5)
-        )
-        for number in range(10)
-    }
-    chunks = run(engine)
-    for number, output in enumerate(outputs.values()):
-        tokens = expected(range(number + 1), 1 + number * 3 % 5)
-        assert output.token_ids == tokens
-        own = of_request(chunks, str(number))
-        assert [chunk.token_id for chunk in own] == tokens
-        assert [chunk.finish_reason for chunk in own[:-1]] == [None] * (len(tokens) - 1)
-        assert own[-1].finish_reason is output.finish_reason is FinishReason.LENGTH
-        assert len(output.token_times_s) == len(tokens)
 
 
 def test_preempted_requests_are_as_if_they_were_not():
@@ -126,14 +103,6 @@ def test_logprobs_for_those_that_asked():
     assert none.logprobs == []
 
 
-def test_priorities_go_first_and_equals_in_their_order():
-    engine = StubEngine(max_num_seqs=1)
-    for name, priority in {"a": 1, "b": 0, "c": 1, "d": -1, "e": 0}.items():
-        engine.add(name, PROMPT, replace(GREEDY, max_tokens=2), priority=priority)
-    ended = [chunk.request_id for chunk in run(engine) if chunk.finish_reason]
-    assert ended == ["d", "b", "e", "a", "c"]
-
-
 class TestText:
     """Prompts and stop strings, with a tokenizer whose tokens are letters."""
 
@@ -173,21 +142,6 @@ class TestText:
             assert engine.step() == []
         check_empty(engine.scheduler)
         assert engine.runner.num_steps == 3 + lookahead
-
-    def test_a_stop_string_that_comes_with_the_last_token(self):
-        engine = StubEngine(tokenizer=letters())
-        output = engine.add("a", "hello", replace(GREEDY, max_tokens=4, stop=spell(OUTPUT[2:4])))
-        run(engine)
-        assert output.finish_reason is FinishReason.STOP
-        assert output.text == spell(OUTPUT[:2])
-
-    def test_half_a_stop_string_is_text_in_the_end(self):
-        engine = StubEngine(tokenizer=letters())
-        output = engine.add("a", "hello", replace(GREEDY, stop=spell(OUTPUT[4:7])))
-        chunks = run(engine)
-        assert output.finish_reason is FinishReason.LENGTH
-        assert output.text == spell(OUTPUT[:5])
-        assert "".join(chunk.text for chunk in chunks) == output.text
 
     def test_the_token_that_stops_has_no_text(self):
         engine = StubEngine(tokenizer=letters())
@@ -258,6 +212,149 @@ def test_steps_that_end_in_any_order(
     run(engine)
     for output, tokens in asked.values():
         assert output.token_ids == tokens
+
+
+class TestCancel:
+    """Another request runs beside it, to the same tokens as ever."""
+
+    @pytest.fixture
+    def lookahead(self):
+        return True
+
+    @pytest.fixture
+    def engine(self, lookahead):
+        return StubEngine(lookahead=lookahead)
+
+    @pytest.fixture
+    def other(self, engine):
+        return engine.add("other", PROMPT, replace(GREEDY, max_tokens=12))
+
+    def test_before_its_first_step(self, engine, other):
+        output = engine.add("a", [1, 2], GREEDY)
+        assert engine.cancel("a")
+        assert output.finish_reason is FinishReason.CANCELLED
+        chunks = run(engine)
+        assert of_request(chunks, "a") == [Chunk("a", None, "", FinishReason.CANCELLED)]
+        assert chunks[0].request_id == "a"  # told with the next step
+        assert output.token_ids == []
+        assert other.token_ids == OUTPUT
+
+    def test_while_it_waits_for_a_row(self):
+        engine = StubEngine(max_num_seqs=1)
+        other = engine.add("other", PROMPT, replace(GREEDY, max_tokens=12))
+        output = engine.add("a", [1, 2], GREEDY)
+        engine.step()
+        assert engine.scheduler.num_waiting == 1
+        assert engine.cancel("a")
+        assert engine.scheduler.num_waiting == 0
+        run(engine)
+        assert output.token_ids == []
+        assert other.token_ids == OUTPUT
+
+    @pytest.mark.parametrize("lookahead", [False, True])
+    def test_in_flight(self, engine, other, lookahead):
+        output = engine.add("a", [1, 2], GREEDY)
+        engine.step()
+        engine.step()
+        assert engine.cancel("a")
+        chunks = []
+        for _ in range(1 + lookahead):  # steps that it was already in: ranks still write its blocks
+            assert engine.scheduler.num_running == 2
+            chunks += engine.step()
+        assert engine.scheduler.num_running == 1
+        assert of_request(chunks, "a") == [Chunk("a", None, "", FinishReason.CANCELLED)]
+        assert of_request(run(engine), "a") == []
+        assert output.token_ids == expected([1, 2], 2)
+        assert len(output.token_times_s) == 2
+        assert other.token_ids == OUTPUT
+
+    def test_running_but_not_in_flight(self):
+        engine = StubEngine(options=Options(False, 2, "rotating"))  # they take turns
+        other = engine.add("other", [3], replace(GREEDY, max_tokens=12))
+        output = engine.add("a", [1], GREEDY)
+        while not output.token_ids:
+            engine.step()
+        while engine.scheduler.tables[0][0].in_flight[1]:
+            engine.step()
+        assert engine.scheduler.num_running == 2
+        used = engine.num_blocks_used()
+        assert engine.cancel("a")
+        assert engine.num_blocks_used() == used - 1
+        num_tokens = len(output.token_ids)
+        run(engine)
+        assert output.token_ids == expected([1], num_tokens)
+        assert other.token_ids == expected([3], 12)
+
+    def test_after_it_has_finished(self, engine, other):
+        output = engine.add("a", [1, 2], replace(GREEDY, max_tokens=1))
+        engine.step()
+        assert not engine.cancel("a")
+        assert output.finish_reason is FinishReason.LENGTH
+        assert of_request(run(engine), "a") == []
+        assert other.token_ids == OUTPUT
+
+    def test_its_id_may_be_used_again_at_once(self, engine, other):
+        engine.add("a", [1, 2], SAMPLED)
+        engine.step()
+        engine.cancel("a")
+        again = engine.add("a", [3, 4], SAMPLED)
+        run(engine)
+        assert again.token_ids == expected([3, 4], 5)
+        assert other.token_ids == OUTPUT
+
+
+# Prompt, sampling parameters, what the message says; the engine has a request "there" already.
+BAD_REQUESTS = {
+    "empty": ([], {}, "a prompt empty 1"),
+    "too long": ([1] * 65, {}, "a prompt 65 64 1"),
+    "unknown token": ([1, 26, 2], {}, "a token 26 0 25"),
+    "negative token": ([1, -1], {}, "a token -1 0 25"),
+    "enormous token": ([2**63], {}, "a token 9223372036854775808 0 25"),
+    "fractions": ([1.5], {}, "a prompt list whole numbers"),
+    "nested": ([[1, 2], [3]], {}, "a prompt list whole numbers"),
+    "text": ("hello", {}, "a text tokenizer ids"),
+    "stop strings": (PROMPT, {"stop": "x"}, "a stop tokenizer stop_token_ids"),
+    "max_tokens": (PROMPT, {"max_tokens": -5}, "max_tokens -5 1"),
+    "more than the cache": ([1] * 61, {}, "a prompt 61 15 60"),
+    "duplicate": (PROMPT, {}, "there id"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_REQUESTS)
+def test_a_bad_request_is_refused_in_one_line_and_changes_nothing(kind):
+    prompt, changes, words = BAD_REQUESTS[kind]
+    name = "there" if kind == "duplicate" else "a"
+    engine = StubEngine(num_blocks=15)
+    good = [engine.add(str(i), PROMPT[i:], replace(SAMPLED, max_tokens=12)) for i in range(3)]
+    good.append(engine.add("there", PROMPT[3:], replace(SAMPLED, max_tokens=12)))
+
+    def state():
+        scheduler = engine.scheduler
+        return scheduler.num_waiting, scheduler.num_running, engine.num_blocks_used()
+
+    for _ in range(4):  # before, between and after steps
+        before = state()
+        with pytest.raises(UserError) as caught:
+            engine.add(name, prompt, replace(GREEDY, **changes))
+        assert tells(str(caught.value), words)
+        assert "\n" not in str(caught.value)
+        assert state() == before
+        engine.step()
+    chunks = run(engine)
+    assert {chunk.request_id for chunk in chunks} == {output.request_id for output in good}
+    for i, output in enumerate(good):
+        assert output.token_ids == expected(PROMPT[i:], 12)
+    again = engine.add(name, PROMPT, GREEDY)  # the id is free
+    run(engine)
+    assert again.token_ids == OUTPUT[:5]
+
+
+def test_a_prompt_is_copied():
+    engine, prompt = StubEngine(), np.array(PROMPT)
+    output = engine.add("a", prompt, GREEDY)
+    prompt[:] = 0
+    run(engine)
+    assert output.token_ids == OUTPUT[:5]
 
 
 class CountingGrammars:

@@ -17,12 +17,7 @@ import pytest
 
 from cli.screen import refused, telling, tells
 from cli.stub_llm import MACHINE
-from expertlane.engine.launch import (
-    check_options,
-    describe_ranks,
-    fit_to_machine,
-    start_pool,
-)
+from expertlane.engine.launch import LoadPlan, describe_ranks, start_pool
 from expertlane.engine.ranks import pool as pool_module
 from expertlane.engine.ranks.fork_server import _Server
 from expertlane.engine.ranks.local_ranks import LocalRanks, connections_for
@@ -38,10 +33,16 @@ from expertlane.engine.stage.worker import Cores
 from expertlane.errors import CapacityError, UserError
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 
 TINY = PRESETS["paper-tiny"]
+LIMITS = Limits(TINY.vocab_size, 64, 64, 16)
+
+
+def plan(layout="tp=1", model=TINY, checkpoint=None, **options):
+    return LoadPlan(model, Layout.parse(layout), Options(**options), [], checkpoint)
 
 
 def pool_of(*kernels, transports=()):
@@ -88,7 +89,7 @@ def test_a_start_that_waits_for_a_compiler_is_no_hang(monkeypatch, tmp_path):
     monkeypatch.setenv("EXPERTLANE_CPU_ISA", "")
     monkeypatch.setattr(pool_module, "_START_TIMEOUT_S", 12.0)  # imports take some seconds
     began_s = time.monotonic()
-    with start_pool(2, timeout_s=12.0) as pool:
+    with start_pool(EngineConfig(timeout_s=12.0), 2) as pool:
         assert time.monotonic() - began_s > 20
         for machine in describe_ranks(pool):
             assert tells(machine.kernels, "failed exit code 1")
@@ -101,7 +102,7 @@ GPU_RANK = {"on_gpu": True, "kernels": "torch and expertlane (triton 3.9.0)", "b
 def test_kernels_are_not_chosen_where_torch_replaces_them(monkeypatch):
     monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
     with pytest.raises(UserError) as caught:
-        start_pool(1, timeout_s=1.0, cpu_isa="amx")
+        start_pool(EngineConfig(cpu_isa="amx"))
     assert tells(str(caught.value), "--cpu-isa EXPERTLANE_CPU_ISA amx EXPERTLANE_BACKEND=torch")
     check_cpu_isa(None)
     monkeypatch.setenv("EXPERTLANE_BACKEND", "cpu")
@@ -121,25 +122,20 @@ def test_kernels_are_not_chosen_where_torch_replaces_them(monkeypatch):
 def test_graphs_that_cannot_be_are_refused_if_asked_for(rank, reason):
     machines = [SimpleNamespace(**GPU_RANK), SimpleNamespace(**rank)]
     with pytest.raises(UserError) as refused:
-        check_options(Options(cuda_graphs=True), TINY, Layout(), machines, None)
+        plan(cuda_graphs=True).check_options(machines)
     assert tells(str(refused.value), f"--cuda-graphs cuda_graphs=True {reason} auto off None False")
-    check_options(Options(), TINY, Layout(), machines, None)
-    check_options(Options(cuda_graphs=False), TINY, Layout(), machines, None)
-    check_options(
-        Options(cuda_graphs=True), TINY, Layout(), [SimpleNamespace(**GPU_RANK)] * 2, None
-    )
+    plan().check_options(machines)
+    plan(cuda_graphs=False).check_options(machines)
+    plan(cuda_graphs=True).check_options([SimpleNamespace(**GPU_RANK)] * 2)
 
 
 def test_a_float8_cache_that_a_gpu_cannot_read_is_refused():
     older = replace(MACHINE, device="NVIDIA A100", reads_float8=False)
-    limits, layout = Limits(TINY.vocab_size, 64, 64, 16), Layout.parse("dp=2,ep=2")
     with pytest.raises(UserError) as refused:
-        fit_to_machine(
-            *(TINY, layout, limits, [MACHINE, older]), options=Options(kv_dtype="float8")
-        )
+        plan("dp=2,ep=2", kv_dtype="float8").fit(LIMITS, [MACHINE, older])
     assert tells(str(refused.value), "float8 KV --kv-dtype kv_dtype 8.9 NVIDIA A100 model")
-    check_options(Options(), TINY, Layout(), [MACHINE, older], None)
-    check_options(Options(kv_dtype="float8"), TINY, Layout(), [MACHINE], None)
+    plan().check_options([MACHINE, older])
+    plan(kv_dtype="float8").check_options([MACHINE])
 
 
 def stored_in_float8(folder):
@@ -149,7 +145,7 @@ def stored_in_float8(folder):
 
 
 def test_float8_activations_that_cannot_be_are_refused(tmp_path):
-    options, stored = Options(activations="float8"), stored_in_float8(tmp_path)
+    stored = stored_in_float8(tmp_path)
     asked = "--activations activations='float8'"
     older = replace(MACHINE, device="NVIDIA A100", multiplies_float8=False)
     wide = TINY.with_overrides(moe_intermediate_size=384)
@@ -165,9 +161,9 @@ def test_float8_activations_that_cannot_be_are_refused(tmp_path):
         ),
     ):
         with pytest.raises(UserError) as refused:
-            check_options(options, model, Layout.parse(layout), [machine], folder)
+            plan(layout, model, folder, activations="float8").check_options([machine])
         assert tells(str(refused.value), f"{asked} {why}")
-    check_options(options, wide, Layout.parse("dp=3"), [MACHINE], stored)
+    plan("dp=3", wide, stored, activations="float8").check_options([MACHINE])
     with pytest.raises(UserError, match=telling("float8 weights int8")):
         Options(activations="float8", weights="int8")
 

@@ -140,15 +140,6 @@ def test_a_stream_that_is_not_asked_keeps_nobody(slow_llm, threads):
     check_idle(slow_llm)
 
 
-def test_a_closed_stream_leaves_others(slow_llm, threads):
-    other = threads.start(generate, slow_llm, 1, 40)
-    closed = slow_llm.stream([prompt_of(0)], GREEDY)
-    next(closed)
-    closed.close()
-    assert other() == expected(prompt_of(1), 40)
-    check_idle(slow_llm)
-
-
 def test_a_stream_that_is_collected_in_the_middle_of_a_step(slow_llm):
     """As garbage, in the thread that takes the step: it must not wait for itself."""
     left = [slow_llm.stream([prompt_of(0)], replace(GREEDY, max_tokens=50))]
@@ -246,17 +237,3 @@ class TestRanks:
             errors = [result() for result in results]
             assert {type(error) for error in errors} == {RankError}
             assert any("rank 1 " in str(error) and "SIGKILL" in str(error) for error in errors)
-
-    def test_closed_while_threads_wait(self, threads):
-        llm = LLM("paper-tiny", dtype="float32")
-        results = [
-            threads.start(llm.generate, [[1]] * 2000, replace(GREEDY, max_tokens=60))
-            for _ in range(3)
-        ]
-        wait_until(lambda: llm.engine.has_unfinished)
-        time.sleep(0.2)
-        llm.close()
-        errors = [result() for result in results]
-        assert [(type(error), str(error)[: len(GONE)]) for error in errors] == [
-            (RankError, GONE)
-        ] * 3

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from distributed.running import deployment
+from distributed.running import deployment, runner_on
 from expertlane.cost.memory import workload_limits
-from expertlane.engine.model_runner import ModelRunner
 from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -48,7 +47,7 @@ def test_totals_are_what_records_say(pools, layout, options):
     chosen = deployment(layout, **options)
     pool = pools.pool(chosen.layout.world_size)
     limits = workload_limits(WORKLOAD, TINY, chosen.layout)
-    runner = ModelRunner(pool, TINY, chosen, limits, seed=0, ranks_per_node=RANKS_PER_NODE)
+    runner = runner_on(pool, TINY, chosen, limits, ranks_per_node=RANKS_PER_NODE)
     watch = runner.watch()
     first = watch.readings[-1]
     assert not first.num_tokens.any()
@@ -89,6 +88,6 @@ def test_a_rank_that_is_not_asked_keeps_no_count(pools):
     chosen = deployment("dp=2,ep=2")
     pool = pools.pool(2)
     limits = workload_limits(WORKLOAD, TINY, chosen.layout)
-    runner = ModelRunner(pool, TINY, chosen, limits, seed=1, ranks_per_node=RANKS_PER_NODE)
+    runner = runner_on(pool, TINY, chosen, limits, seed=1, ranks_per_node=RANKS_PER_NODE)
     steps(runner, chosen, limits, record=False)
     assert not runner.watch().readings[-1].num_tokens.any()

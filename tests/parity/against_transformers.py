@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from distributed.running import deployment
+from distributed.running import deployment, runner_on
 from engine.model.families import Greedy, run_greedy
-from expertlane.engine.model_runner import ModelRunner
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.model import ModelConfig
@@ -63,13 +62,11 @@ def check_against_transformers(
     runs = greedy_runs(plain or folder, num_steps)
     chosen = deployment(layout, **options)
     limits = Limits(model.vocab_size, MAX_LEN, len(runs) * (MAX_LEN // BLOCK_SIZE), BLOCK_SIZE)
-    runner = ModelRunner(
+    runner = runner_on(
         pools.pool(chosen.layout.world_size),
         model,
         chosen,
         limits,
-        seed=0,
-        ranks_per_node=8,
         checkpoint=folder,
     )
     lengths = [len(prompt) for prompt, _ in runs]

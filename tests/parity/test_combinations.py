@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import PoolKeeper
-from distributed.running import Balancing, Inline, deployment
+from distributed.running import Balancing, Inline, deployment, runner_on
 from expertlane.engine.elastic.rebalancing import Rebalancer
-from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.commands import SetDispatch
 from expertlane.errors import SpecError
 from expertlane.schedule.plan import StepOutcome, StepPlan
@@ -190,9 +189,8 @@ class Combination:
         )
         self.layout, self.dispatch = layout, chosen.options.dispatch
         ranks = pool.pool(chosen.layout.world_size)
-        self.runner = ModelRunner(
+        self.runner = runner_on(
             *(ranks, TINY, chosen, limits),
-            seed=0,
             ranks_per_node=case.ranks_per_node,
             check=case.check,
         )

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from distributed.running import deployment
-from expertlane.engine.model_runner import ModelRunner
+from distributed.running import deployment, runner_on
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.spec.layout import Layout
@@ -43,9 +42,7 @@ def run_steps(pools, references, layout, steps, overlap=False):
     chosen = deployment(layout, overlap=overlap)
     dp = chosen.layout.dp
     limits = Limits(TINY.vocab_size, MAX_LEN, NUM_SLOTS * MAX_LEN // BLOCK_SIZE, BLOCK_SIZE)
-    runner = ModelRunner(
-        pools.pool(chosen.layout.world_size), TINY, chosen, limits, seed=0, ranks_per_node=8
-    )
+    runner = runner_on(pools.pool(chosen.layout.world_size), TINY, chosen, limits)
     reference = references.model(TINY, 0)
     num_checked = 0
     for number, micro_batches in enumerate(steps):

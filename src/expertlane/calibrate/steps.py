@@ -41,6 +41,7 @@ from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.dispatch import DispatchTable
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase, Stage
@@ -169,8 +170,11 @@ def measure_steps(
     samples = []
     for deployment in deployments_for(num_ranks):
         limits = _limits(deployment, max(step_seqs))
+        config = EngineConfig(
+            layout=deployment.layout, options=deployment.options, ranks_per_node=num_ranks
+        )
         for model, num_seqs in product(_models(deployment, step_layers), step_seqs):
-            runner = ModelRunner(pool, model, deployment, limits, seed=0, ranks_per_node=num_ranks)
+            runner = ModelRunner(pool, model, config, limits)
             _run(runner, deployment, num_seqs)  # warms up
             step_s = phase_times(_run(runner, deployment, num_seqs)).decode_s
             recorded = _decodes(_run(runner, deployment, num_seqs, record=True))

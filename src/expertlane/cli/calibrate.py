@@ -17,6 +17,7 @@ from expertlane.cli.output import (
     out_option,
 )
 from expertlane.errors import UserError
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.files import strict_json
 from expertlane.spec.names import CpuIsa, Dtype
 
@@ -124,7 +125,8 @@ def _measure(own: _Options) -> "tuple[Calibration, Profile]":
     from expertlane.engine.launch import start_pool
 
     num_ranks = own.ranks or num_devices()
-    pool = start_pool(num_ranks, timeout_s=own.timeout_s, dtype=own.dtype, cpu_isa=own.cpu_isa)
+    config = EngineConfig(timeout_s=own.timeout_s, dtype=own.dtype, cpu_isa=own.cpu_isa)
+    pool = start_pool(config, num_ranks)
     assert pool is not None, "not under torchrun"
     with pool:
         calibration = Calibration(pool, num_ranks, within_s=own.within)

@@ -31,6 +31,7 @@ from expertlane.cli.options import (
 )
 from expertlane.cli.output import OutputOptions
 from expertlane.errors import CapacityError, MissingExtraError, UserError, naming, require_extra
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.hf_config import resolve_model
 from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import DEFAULT_REPEAT, shown
@@ -349,7 +350,7 @@ def _why_only_projected(projection: _Projection) -> str | None:
     return None
 
 
-def _why_not_here(comparisons: list[_Comparison], dtype: str | None) -> str | None:
+def _why_not_here(comparisons: list[_Comparison], dtype: Dtype | None) -> str | None:
     """The reason why one of them can't run here, as far as known before ranks start; else None."""
     from expertlane.comparison.run import why_not_here
 
@@ -414,7 +415,7 @@ def _measure(
     command: str,
     virtual: "VirtualSettings | None",
     launch: LaunchOptions,
-    dtype: str | None,
+    dtype: Dtype | None,
 ) -> Iterator[output.Found]:
     """Run all on the same ranks.
 
@@ -427,13 +428,13 @@ def _measure(
 
     num_ranks = max(each.experiment.num_ranks for each in comparisons)
     with output.task_on_stderr(f"starting {num_ranks} ranks"):
-        pool = start_pool(
-            num_ranks,
-            timeout_s=launch.timeout_s,
+        config = EngineConfig(
             dtype=dtype,
+            timeout_s=launch.timeout_s,
             oversubscribe=launch.oversubscribe,
             cpu_isa=launch.cpu_isa,
         )
+        pool = start_pool(config, num_ranks)
     if pool is None:  # torchrun started this process beside the one that starts ranks
         return
     with pool:
@@ -563,7 +564,7 @@ def _without_num_running(experiment: "Experiment") -> "Projection | None":
     return None if own is None else replace(own, num_running={})
 
 
-def _dtype_of(comparisons: list[_Comparison], dtype: Dtype | None) -> str | None:
+def _dtype_of(comparisons: list[_Comparison], dtype: Dtype | None) -> Dtype | None:
     """`--dtype`, else a checkpoint's own type, else None for the machine's choice."""
     first = comparisons[0].experiment  # they differ in experts per token alone
     return dtype or (first.model.own_dtype if first.checkpoint else None)

@@ -53,6 +53,7 @@ from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.dispatch import DispatchTable
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
@@ -153,13 +154,14 @@ class Deployed:
     def _deploy(self) -> None:
         setting = self.setting
         experiment, workload = setting.experiment, setting.experiment.workload
-        self._runner = ModelRunner(
-            setting.pool,
-            experiment.model,
-            self.deployment,
-            self.limits,
+        config = EngineConfig(
+            layout=self.deployment.layout,
+            options=self.deployment.options,
             seed=experiment.seed,
             ranks_per_node=setting.ranks_per_node,
+        )
+        self._runner = ModelRunner(
+            *(setting.pool, experiment.model, config, self.limits),
             checkpoint=Path(experiment.checkpoint) if experiment.checkpoint else None,
             dispatch_table=self._dispatch,
         )

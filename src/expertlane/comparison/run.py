@@ -17,7 +17,7 @@ from expertlane.comparison.journal import Journal
 from expertlane.comparison.records import pair_in_virtual_time, pair_in_wall_time
 from expertlane.comparison.virtual import VirtualRuns, VirtualSettings
 from expertlane.cost.memory import workload_limits
-from expertlane.engine.launch import describe_ranks, fit_to_machine
+from expertlane.engine.launch import LoadPlan, describe_ranks
 from expertlane.engine.ops import host
 from expertlane.engine.ops.host import ForeignLoad
 from expertlane.engine.ranks.commands import MeasureRates, RankMachine
@@ -369,16 +369,15 @@ def experiment_limits(experiment: Experiment, seen: Sequence[RankMachine]) -> di
         CapacityError: not even one sequence fits, with both numbers.
     """
     model, limits = experiment.model, {}
+    checkpoint = Path(experiment.checkpoint) if experiment.checkpoint else None
     all_placements = check_experiment(experiment, seen[0].ranks_per_node)
     deployments = experiment.deployments + experiment.scaling
     for each, placements in zip(deployments, all_placements, strict=True):
         wanted = workload_limits(experiment.workload, model, each.layout)
         with naming(f"deployment {each.name!r}"):
             try:
-                limits[each.name] = fit_to_machine(
-                    *(model, each.layout, wanted, seen, 1.0, placements, each.options),
-                    Path(experiment.checkpoint) if experiment.checkpoint else None,
-                )
+                plan = LoadPlan(model, each.layout, each.options, placements, checkpoint)
+                limits[each.name] = plan.fit(wanted, seen)
             except CapacityError as error:
                 raise CapacityError(f"{error}; use a smaller model or shorter sequences") from None
     return limits

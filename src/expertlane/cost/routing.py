@@ -133,7 +133,7 @@ def placed(
     """
     if not options.is_by_load:
         return placements_of(model, layout, options)
-    layers = [layer for layer in range(model.num_hidden_layers) if not model.is_dense(layer)]
+    layers = model.moe_layers
     made = traffic.placements(layers, layout, options.num_redundant_experts, ranks_per_node)
     of_layer = dict(zip(layers, made, strict=True))
     return tuple(map(of_layer.get, range(model.num_hidden_layers)))

@@ -2,11 +2,10 @@
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from expertlane.balance.placement_file import Placements, placements_of
+from expertlane.balance.placement_file import Placements
 from expertlane.cost.memory import FREE_SHARE, PlacedModel
 from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.model.stored_tensors import StoredTensors
@@ -24,119 +23,21 @@ from expertlane.engine.ranks.torchrun import (
 from expertlane.errors import CapacityError, SpecError, UserError
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import INPUTS_OF_SCALE, Options
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.files import fill_closed
 from expertlane.spec.hf_config import is_mxfp4, narrow_scheme, read_config
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import CpuIsa
 from expertlane.spec.ranges import RANGES
 
 
-def check_options(
-    options: Options,
-    model: ModelConfig,
-    layout: Layout,
-    machines: Sequence[RankMachine],
-    checkpoint: Path | None,
-) -> None:
-    """Refuse options that these ranks, this checkpoint or this layout cannot have.
-
-    Args:
-        machines: [world_size]; the machine of each rank.
-        checkpoint: the folder the weights are in; None where they are random.
-
-    Raises:
-        UserError: CUDA graphs, or a cache of float8, are asked for that these ranks cannot have, or
-            float8 activations that they, the checkpoint or the layout cannot.
-    """
-    _check_graphs(options, machines)
-    _check_cache(options, machines)
-    _check_activations(options, model, layout, machines, checkpoint)
-
-
-def _check_graphs(options: Options, machines: Sequence[RankMachine]) -> None:
-    """Refuse CUDA graphs that were asked for where steps cannot be recorded."""
-    if not options.cuda_graphs:
-        return
-    why_not = ""
-    for machine in machines:
-        if not machine.on_gpu:
-            why_not = "need a GPU for every rank"
-        elif "expertlane" not in machine.kernels:
-            why_not = f"need our GPU kernels, but a rank computes with {machine.kernels}"
-    if why_not:
-        raise UserError(
-            f"CUDA graphs (--cuda-graphs on, cuda_graphs=True) {why_not}; valid here: auto or off "
-            "(in Python None or False; in a file false, or without cuda_graphs)"
-        )
-
-
-def _check_cache(options: Options, machines: Sequence[RankMachine]) -> None:
-    """Refuse a cache of float8 where attention cannot read it."""
-    if options.kv_dtype != "float8":
-        return
-    for machine in machines:
-        if not machine.reads_float8:
-            raise UserError(
-                f"a float8 KV cache (--kv-dtype float8, kv_dtype='float8') needs GPUs whose Triton "
-                f"reads float8, from compute capability 8.9 on; {machine.device} on "
-                f"{machine.host} does not; valid here: model"
-            )
-
-
-def _check_activations(
-    options: Options,
-    model: ModelConfig,
-    layout: Layout,
-    machines: Sequence[RankMachine],
-    checkpoint: Path | None,
-) -> None:
-    """Refuse float8 activations: no float8 matrix, no such GPU, or a layout that cuts scales."""
-    if options.activations != "float8":
-        return
-    asked = "activations in float8 (--activations float8, activations='float8')"
-    scheme = None if checkpoint is None else narrow_scheme(read_config(checkpoint))
-    if scheme is None or scheme.type != "float8":
-        raise UserError(
-            f"{asked} are for matrices stored in float8; {checkpoint or model.name} has none; "
-            "valid here: model"
-        )
-    for machine in machines:
-        if not machine.multiplies_float8:
-            raise UserError(
-                f"{asked} need GPUs whose Triton multiplies float8, from compute capability 8.9 "
-                f"on; {machine.device} on {machine.host} does not; valid here: model"
-            )
-    cut = {
-        "attention's output": (model.attention_output_size, layout.tp),
-        "experts' inner width": (model.moe_intermediate_size, layout.etp),
-        "the shared expert's inner width": (model.shared_expert_intermediate_size, layout.tp),
-        "dense layers' inner width": (model.intermediate_size, layout.tp),
-    }
-    for what, (width, num_parts) in cut.items():
-        if any(part.start % INPUTS_OF_SCALE for part in partition(width, num_parts) if part):
-            raise UserError(
-                f"{asked} have a scale for every {INPUTS_OF_SCALE} inputs, but layout {layout} "
-                f"cuts {what} of {width} in {num_parts}; valid: parts of whole {INPUTS_OF_SCALE}s"
-            )
-
-
-def start_pool(
-    num_ranks: int,
-    *,
-    timeout_s: float,
-    dtype: str | None = None,
-    oversubscribe: bool = False,
-    cpu_isa: CpuIsa | None = None,
-    recovers: bool = False,
-    rejoin_s: float = 0.0,
-) -> RankPool | None:
+def start_pool(config: EngineConfig, num_ranks: int | None = None) -> RankPool | None:
     """Start ranks on this machine, or on all nodes where torchrun has started this process.
 
     Args:
-        cpu_isa: the largest instruction set that kernels may use; None for the environment's.
-        recovers: whether other ranks can take the places of lost ones.
-        rejoin_s: with `recovers`, how long to wait for a node that is lost.
+        config: what is asked of ranks: bounds, number type, instruction set, what to do about lost
+            ones.
+        num_ranks: None for those of its layout.
 
     Returns:
         The pool; None in those processes of torchrun that have nothing to do. In the first process
@@ -147,12 +48,19 @@ def start_pool(
         RankError: the ranks did not start.
         UserError: torchrun's variables do not fit together, or `cpu_isa` and `EXPERTLANE_BACKEND`.
     """
+    num_ranks = config.layout.world_size if num_ranks is None else num_ranks
+    given, cpu_isa = (config.timeout_s, config.dtype), config.cpu_isa
+    oversubscribe, recovers = config.oversubscribe, config.on_failure != "stop"
     check_cpu_isa(cpu_isa)
     fill_closed()  # a fork server writes to standard error, and inherits files by number
-    local = partial(LocalRanks, cpu_isa=cpu_isa, recovers=recovers)
+
+    def local_pool(num: int) -> RankPool:
+        check_num_ranks(num, oversubscribe=oversubscribe)
+        ranks = LocalRanks(num, *given, cpu_isa=cpu_isa, recovers=recovers)
+        return RankPool(ranks, config.timeout_s)
+
     if not is_under_torchrun():
-        check_num_ranks(num_ranks, oversubscribe=oversubscribe)
-        return RankPool(local(num_ranks, timeout_s, dtype), timeout_s)
+        return local_pool(num_ranks)
     node = TorchrunNode.from_environment()
     if not node.is_supervisor:
         return None
@@ -165,22 +73,22 @@ def start_pool(
     oversubscribe |= node.num_processes > 1  # torchrun was told to start several
     if node.number > 0:
         become_supervisor(
-            *(node, ranks_per_node, timeout_s, dtype),
+            *(node, ranks_per_node, *given),
             oversubscribe=oversubscribe,
             cpu_isa=cpu_isa,
-            rejoin_s=rejoin_s if recovers else 0.0,
+            rejoin_s=config.rejoin_s if recovers else 0.0,
         )
     end_with_torchrun()
-    check_num_ranks(ranks_per_node, oversubscribe=oversubscribe)
     if node.meeting is None:
-        return RankPool(local(ranks_per_node, timeout_s, dtype), timeout_s)
+        return local_pool(ranks_per_node)
+    check_num_ranks(ranks_per_node, oversubscribe=oversubscribe)
     ranks = NodeRanks(
-        *(node.meeting, ranks_per_node, timeout_s, dtype),
+        *(node.meeting, ranks_per_node, *given),
         cpu_isa=cpu_isa,
         recovers=recovers,
-        rejoin_s=rejoin_s,
+        rejoin_s=config.rejoin_s,
     )
-    return RankPool(ranks, timeout_s)
+    return RankPool(ranks, config.timeout_s)
 
 
 def describe_ranks(pool: RankPool) -> list[RankMachine]:
@@ -256,104 +164,98 @@ def _listed(names: list[str]) -> str:
     return f"{kind} {shown}" + (f" and {num_more} more" if num_more > 0 else "")
 
 
-_PLAIN = Options()
 _CPU_CACHE_SHARE = 0.5  # of the memory beside the weights: other programs need some too
 
 
-def fit_to_machine(
-    model: ModelConfig,
-    layout: Layout,
-    limits: Limits,
-    seen: Sequence[RankMachine],
-    cpu_cache_share: float = 1.0,
-    placements: Placements | None = None,
-    options: Options = _PLAIN,
-    checkpoint: Path | None = None,
-) -> Limits:
-    """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
+@dataclass(frozen=True)
+class LoadPlan:
+    """What ranks are to load: a model, cut by a layout and placed, in its options' number types.
 
-    Args:
-        seen: [num_ranks]; the machine of each rank, those of the layout first.
-        placements: [num_hidden_layers]; by default linear ones without copies.
+    Attributes:
+        placements: [num_hidden_layers].
         checkpoint: the folder the weights are in; None where they are random.
-        cpu_cache_share: the share of the free memory that the cache may take on a CPU; see
-            `PlacedModel.fit_cache`.
-
-    Raises:
-        CapacityError: not even one sequence fits; it names the bytes needed and those free.
-        UserError: the options do not suit these ranks; see `check_options`.
     """
-    check_options(options, model, layout, seen[: layout.world_size], checkpoint)
 
-    def own_bytes(of_rank: RankMachine) -> float:
-        return of_rank.free_bytes / of_rank.num_sharing(layout.world_size)
+    model: ModelConfig
+    layout: Layout
+    options: Options
+    placements: Placements
+    checkpoint: Path | None = None
 
-    tightest = min(seen[: layout.world_size], key=own_bytes)
-    free_bytes = FREE_SHARE * own_bytes(tightest)
-    share = 1.0 if tightest.on_gpu else cpu_cache_share
-    placements = placements or placements_of(model, layout, _PLAIN)
-    placed = placed_model(model, layout, placements, tightest, options, checkpoint)
-    return placed.fit_cache(limits, free_bytes, share)
+    def check_options(self, machines: Sequence[RankMachine]) -> None:
+        """Refuse options that these ranks, this checkpoint or this layout cannot have.
 
+        Args:
+            machines: [world_size]; the machine of each rank.
 
-def placed_model(
-    model: ModelConfig,
-    layout: Layout,
-    placements: Placements,
-    machine: RankMachine,
-    options: Options = _PLAIN,
-    checkpoint: Path | None = None,
-) -> PlacedModel:
-    """The parts of a model on each rank, in the number types of this machine.
+        Raises:
+            UserError: CUDA graphs, or a cache of float8, are asked for that these ranks cannot
+                have, or float8 activations that they, the checkpoint or the layout cannot.
+        """
+        _check_graphs(self.options, machines)
+        _check_cache(self.options, machines)
+        _check_activations(self, machines)
 
-    For the arguments see `fit_to_machine`.
-    """
-    return PlacedModel(model, layout, _types(machine, layout, options, checkpoint), placements)
+    def placed(self, machine: RankMachine) -> PlacedModel:
+        """The parts of the model on each rank, in the number types of this machine."""
+        return PlacedModel(self.model, self.layout, self._types(machine), self.placements)
 
+    def _types(self, machine: RankMachine) -> NumberTypes:
+        """The number types of a rank's weights, hidden states, keys and values."""
+        if not machine.keeps_narrow:
+            return NumberTypes.of_engine(machine.dtype, self.options)
+        config = {} if self.checkpoint is None else read_config(self.checkpoint)
+        if machine.keeps_mxfp4 and is_mxfp4(config) and self.layout.etp == 1:  # cut: widened
+            return NumberTypes.kept_as(machine.dtype, self.options, "mxfp4")
+        scheme = narrow_scheme(config)
+        kept = None if scheme is None else scheme.type
+        return NumberTypes.kept_as(machine.dtype, self.options, kept)
 
-def _types(
-    machine: RankMachine, layout: Layout, options: Options, checkpoint: Path | None
-) -> NumberTypes:
-    """The number types of a rank's weights, hidden states, keys and values."""
-    if not machine.keeps_narrow:
-        return NumberTypes.of_engine(machine.dtype, options)
-    config = {} if checkpoint is None else read_config(checkpoint)
-    if machine.keeps_mxfp4 and is_mxfp4(config) and layout.etp == 1:  # cut experts are widened
-        return NumberTypes.kept_as(machine.dtype, options, "mxfp4")
-    scheme = narrow_scheme(config)
-    return NumberTypes.kept_as(machine.dtype, options, None if scheme is None else scheme.type)
+    def fit(
+        self, limits: Limits, seen: Sequence[RankMachine], cpu_cache_share: float = 1.0
+    ) -> Limits:
+        """The limits with as many blocks, up to `num_blocks`, as every rank has room for.
 
+        Args:
+            seen: [num_ranks]; the machine of each rank, those of the layout first.
+            cpu_cache_share: the share of the free memory that the cache may take on a CPU; see
+                `PlacedModel.fit_cache`.
 
-def enough_blocks(limits: Limits) -> int:
-    """Blocks for `max_num_seqs` sequences of full length, at most the largest valid number."""
-    enough = limits.max_num_seqs * -(-limits.max_model_len // limits.block_size)
-    return min(enough, int(RANGES["num_blocks"].high))
+        Raises:
+            CapacityError: not even one sequence fits; it names the bytes needed and those free.
+            UserError: the options do not suit these ranks; see `check_options`.
+        """
+        seen = seen[: self.layout.world_size]
+        self.check_options(seen)
 
+        def own_bytes(of_rank: RankMachine) -> float:
+            return of_rank.free_bytes / of_rank.num_sharing(self.layout.world_size)
 
-def with_blocks(
-    wanted: Limits,
-    num_blocks: int | None,
-    model: ModelConfig,
-    layout: Layout,
-    placements: Placements,
-    seen: Sequence[RankMachine],
-    options: Options = _PLAIN,
-    checkpoint: Path | None = None,
-) -> Limits:
-    """The limits with `num_blocks`; with None, with `enough_blocks` or those that fit.
+        tightest = min(seen, key=own_bytes)
+        share = 1.0 if tightest.on_gpu else cpu_cache_share
+        return self.placed(tightest).fit_cache(limits, FREE_SHARE * own_bytes(tightest), share)
 
-    Raises:
-        CapacityError: the model and one sequence, or `num_blocks`, do not fit into memory.
-    """
-    fit = partial(
-        fit_to_machine, model, layout, placements=placements, options=options, checkpoint=checkpoint
-    )
-    if num_blocks is None:
-        wanted = replace(wanted, num_blocks=enough_blocks(wanted))
-        return fit(wanted, seen, _CPU_CACHE_SHARE)
-    fitting = fit(wanted, seen, 1.0)
-    check_num_blocks(num_blocks, fitting)
-    return fitting
+    def with_blocks(
+        self, wanted: Limits, num_blocks: int | None, seen: Sequence[RankMachine]
+    ) -> Limits:
+        """The limits with `num_blocks`; with None, blocks for `max_num_seqs` sequences, or less.
+
+        Those are as many as fit on CPUs; on GPUs an upper bound, since more is measured later.
+
+        Args:
+            wanted: its number of blocks counts where `num_blocks` is given.
+
+        Raises:
+            CapacityError: the model and one sequence, or `num_blocks`, do not fit into memory.
+        """
+        if num_blocks is not None:
+            fitting = self.fit(wanted, seen)
+            check_num_blocks(num_blocks, fitting)
+            return fitting
+        enough = wanted.max_num_seqs * wanted.blocks_for(wanted.max_model_len)
+        wanted = replace(wanted, num_blocks=min(enough, int(RANGES["num_blocks"].high)))
+        fitting = self.fit(wanted, seen, _CPU_CACHE_SHARE)
+        return wanted if seen[0].on_gpu else fitting
 
 
 def check_num_blocks(num_blocks: int, fitting: Limits) -> None:
@@ -366,3 +268,65 @@ def check_num_blocks(num_blocks: int, fitting: Limits) -> None:
         raise CapacityError(
             f"num_blocks is {num_blocks} but there is memory for {fitting.num_blocks}"
         )
+
+
+def _check_graphs(options: Options, machines: Sequence[RankMachine]) -> None:
+    """Refuse CUDA graphs that were asked for where steps cannot be recorded."""
+    if not options.cuda_graphs:
+        return
+    why_not = ""
+    for machine in machines:
+        if not machine.on_gpu:
+            why_not = "need a GPU for every rank"
+        elif "expertlane" not in machine.kernels:
+            why_not = f"need our GPU kernels, but a rank computes with {machine.kernels}"
+    if why_not:
+        raise UserError(
+            f"CUDA graphs (--cuda-graphs on, cuda_graphs=True) {why_not}; valid here: auto or off "
+            "(in Python None or False; in a file false, or without cuda_graphs)"
+        )
+
+
+def _check_cache(options: Options, machines: Sequence[RankMachine]) -> None:
+    """Refuse a cache of float8 where attention cannot read it."""
+    if options.kv_dtype != "float8":
+        return
+    for machine in machines:
+        if not machine.reads_float8:
+            raise UserError(
+                f"a float8 KV cache (--kv-dtype float8, kv_dtype='float8') needs GPUs whose Triton "
+                f"reads float8, from compute capability 8.9 on; {machine.device} on "
+                f"{machine.host} does not; valid here: model"
+            )
+
+
+def _check_activations(plan: LoadPlan, machines: Sequence[RankMachine]) -> None:
+    """Refuse float8 activations: no float8 matrix, no such GPU, or a layout that cuts scales."""
+    model, layout, checkpoint = plan.model, plan.layout, plan.checkpoint
+    if plan.options.activations != "float8":
+        return
+    asked = "activations in float8 (--activations float8, activations='float8')"
+    scheme = None if checkpoint is None else narrow_scheme(read_config(checkpoint))
+    if scheme is None or scheme.type != "float8":
+        raise UserError(
+            f"{asked} are for matrices stored in float8; {checkpoint or model.name} has none; "
+            "valid here: model"
+        )
+    for machine in machines:
+        if not machine.multiplies_float8:
+            raise UserError(
+                f"{asked} need GPUs whose Triton multiplies float8, from compute capability 8.9 "
+                f"on; {machine.device} on {machine.host} does not; valid here: model"
+            )
+    cut = {
+        "attention's output": (model.attention_output_size, layout.tp),
+        "experts' inner width": (model.moe_intermediate_size, layout.etp),
+        "the shared expert's inner width": (model.shared_expert_intermediate_size, layout.tp),
+        "dense layers' inner width": (model.intermediate_size, layout.tp),
+    }
+    for what, (width, num_parts) in cut.items():
+        if any(part.start % INPUTS_OF_SCALE for part in partition(width, num_parts) if part):
+            raise UserError(
+                f"{asked} have a scale for every {INPUTS_OF_SCALE} inputs, but layout {layout} "
+                f"cuts {what} of {width} in {num_parts}; valid: parts of whole {INPUTS_OF_SCALE}s"
+            )

@@ -26,12 +26,11 @@ from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.elastic.shrinking import Shrinking
 from expertlane.engine.engine import Engine, Prompt
 from expertlane.engine.launch import (
+    LoadPlan,
     check_checkpoint,
     check_num_blocks,
     describe_ranks,
-    enough_blocks,
     start_pool,
-    with_blocks,
 )
 from expertlane.engine.model_runner import ModelRunner, RoutingRecorder
 from expertlane.engine.rank_watch import RankWatch
@@ -48,7 +47,6 @@ from expertlane.spec.from_hf import read_model
 from expertlane.spec.hf_config import resolve_model
 from expertlane.spec.layout import Layout, Members
 from expertlane.spec.model import PRESETS, ModelConfig
-from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import shown
 from expertlane.spec.sampling import SamplingParams
 from expertlane.text.chat_template import ChatTemplate
@@ -57,19 +55,25 @@ from expertlane.text.tokenizer import TOKENIZER, Tokenizer, configured_eos_token
 ResultT = TypeVar("ResultT")
 
 
-@dataclass(frozen=True, kw_only=True)
-class EngineInputs:
-    """The model, settings and callbacks that an engine is made of.
+@dataclass(eq=False)
+class EngineParts:
+    """Loads a model on the ranks of a pool, and makes an engine that runs it.
 
     Attributes:
         folder: the checkpoint's folder; None where weights are random.
         placements: the layout's expert placements, by layer; see `check_deployment`.
-        limits: the limits asked for; the number of blocks is settled on the machine.
+        limits: those asked for, then the scheduler's, with the number of blocks that fit.
         on_commit: called with every committed step, whose routing is then recorded; None for
             neither.
         log: takes a line for each thing that the user should know.
+        machine: [num_ranks]; the machine of each rank, described before the model was loaded.
+
+    Raises:
+        UserError: the model does not fit into memory, or there is a mistake that ranks found.
+        RankError: a rank died, hung or failed, and was not replaced.
     """
 
+    pool: RankPool
     model: ModelConfig
     folder: Path | None
     config: EngineConfig
@@ -80,39 +84,26 @@ class EngineInputs:
     on_commit: Callable[[FinishedStep], None] | None
     log: Callable[[str], None]
 
-
-class EngineParts:
-    """Loads a model on the ranks of a pool, and makes an engine that runs it.
-
-    Attributes:
-        machine: [num_ranks]; the machine of each rank, described before the model was loaded.
-        limits: the scheduler's limits, with the number of blocks that fit.
-
-    Raises:
-        UserError: the model does not fit into memory, or there is a mistake that ranks found.
-        RankError: a rank died, hung or failed, and was not replaced.
-    """
-
-    def __init__(self, pool: RankPool, inputs: EngineInputs) -> None:
-        self._pool, self._inputs, log = pool, inputs, inputs.log
-        config = inputs.config
+    def __post_init__(self) -> None:
+        pool, config = self.pool, self.config
         # The ranks tell how many of them a node has, once they are up.
-        given = inputs.placements, config.ranks_per_node
+        given = self.placements, config.ranks_per_node
         self._arranged = Arranged(Arrangement.alike(Members(config.layout), *given))
         self._recovery: Recovery | None = None
         if config.on_failure != "stop":
-            self._recovery = Recovery(pool, self._arranged, self._redeploy, log)
-            pool.on_early_end(log)
+            self._recovery = Recovery(pool, self._arranged, self._redeploy, self.log)
+            pool.on_early_end(self.log)
         self.machine = tuple(self._start(lambda: describe_ranks(pool)))
-        self.limits = self._fitting_limits()
+        plan = LoadPlan(self.model, config.layout, config.options, self.placements, self.folder)
+        self.limits = plan.with_blocks(self.limits, config.num_blocks, self.machine)
         self.runner = self._start(self._load)
         self.limits = self.runner.limits
         self.engine = self._make_engine()
         self.scaling = Scaling(
-            *(pool, self.runner, self.engine, inputs.model, config.deployment),
+            *(pool, self.runner, self.engine, self.model, config.deployment),
             *(self.limits, self.machine),
             ranks_per_node=config.ranks_per_node,
-            folder=inputs.folder,
+            folder=self.folder,
             oversubscribe=config.oversubscribe,
         )
         if self._recovery is None:
@@ -120,9 +111,9 @@ class EngineParts:
         self._recovery.settle()
         if config.on_failure == "shrink":
             self._recovery.shrinker = Shrinking(
-                *(pool, self.runner, self.scaling, inputs.model, self.limits),
-                folder=inputs.folder,
-                log=log,
+                *(pool, self.runner, self.scaling, self.model, self.limits),
+                folder=self.folder,
+                log=self.log,
             )
 
     def _start(self, action: Callable[[], ResultT]) -> ResultT:
@@ -130,36 +121,19 @@ class EngineParts:
         return action() if self._recovery is None else self._recovery.start(action)
 
     def _redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
-        if any(self._pool.pid(rank) is None for rank in replaced):
-            describe_ranks(self._pool)  # a node that has come back may be another machine
+        if any(self.pool.pid(rank) is None for rank in replaced):
+            describe_ranks(self.pool)  # a node that has come back may be another machine
         self.runner.redeploy(replaced, plans)
 
-    def _fitting_limits(self) -> Limits:
-        """The limits with as many blocks as fit; on a GPU only an upper bound, measured later."""
-        inputs, config, wanted = self._inputs, self._inputs.config, self._inputs.limits
-        layout, options = config.layout, config.options
-        limits = with_blocks(
-            *(wanted, config.num_blocks, inputs.model, layout),
-            *(inputs.placements, self.machine, options, inputs.folder),
-        )
-        if self.machine[0].on_gpu and config.num_blocks is None:
-            return replace(wanted, num_blocks=enough_blocks(wanted))  # measured with the model
-        return limits
-
     def _load(self) -> ModelRunner:
-        inputs, config = self._inputs, self._inputs.config
+        config, machine = self.config, self.machine[0]
+        per_node = config.ranks_per_node or machine.ranks_per_node
         runner = ModelRunner(
-            self._pool,
-            inputs.model,
-            config.deployment,
-            self.limits,
-            seed=config.seed,
-            ranks_per_node=config.ranks_per_node or self.machine[0].ranks_per_node,
-            checkpoint=inputs.folder,
+            *(self.pool, self.model, replace(config, ranks_per_node=per_node), self.limits),
+            checkpoint=self.folder,
             arranged=self._arranged,
-            check=config.check,
-            log=inputs.log,
-            measures_memory=self.machine[0].on_gpu,
+            log=self.log,
+            measures_memory=machine.on_gpu,
             records_ahead=True,
         )
         if config.num_blocks is not None:
@@ -167,21 +141,19 @@ class EngineParts:
         return runner
 
     def _make_engine(self) -> Engine[Any]:
-        inputs, config = self._inputs, self._inputs.config
+        options = self.config.options
         scheduler = ContinuousScheduler(
-            config.layout,
-            config.options,
-            self.limits,
+            *(self.config.layout, options, self.limits),
             lookahead=True,
-            record=config.options.rebalance_steps > 0,
-            record_routing=inputs.on_commit is not None,
+            record=options.rebalance_steps > 0,
+            record_routing=self.on_commit is not None,
         )
         return Engine(
             scheduler,
             self.runner,
-            eos_token_ids=inputs.eos_token_ids,
-            tokenizer=inputs.tokenizer,
-            on_commit=inputs.on_commit,
+            eos_token_ids=self.eos_token_ids,
+            tokenizer=self.tokenizer,
+            on_commit=self.on_commit,
             recovery=self._recovery,
         )
 
@@ -340,20 +312,20 @@ class LLM:
         self._numbers = count()
         self._chat_template: ChatTemplate | None = None
         self.tokenizer, eos_token_ids = read_tokenizer(self._folder)
-        asked = EngineInputs(
-            model=self.model,
-            folder=self._folder,
-            config=config,
-            placements=check_deployment(self.model, config.deployment, config.ranks_per_node),
-            limits=wanted_limits(self.model, config),
-            tokenizer=self.tokenizer,
-            eos_token_ids=eos_token_ids,
-            on_commit=None if self._routing is None else self._routing.add,
-            log=print_to_stderr,
-        )
-        pool = self._pool = _started(config, self.model.own_dtype if self._folder else None)
+        placements = check_deployment(self.model, config.deployment, config.ranks_per_node)
+        limits = wanted_limits(self.model, config)
+        own_dtype = self.model.own_dtype if self._folder else None
+        started = start_pool(replace(config, dtype=config.dtype or own_dtype))
+        if started is None:  # torchrun has started this process besides one that starts ranks
+            raise SystemExit(0)
+        pool = self._pool = started
         try:
-            parts = EngineParts(pool, asked)
+            parts = EngineParts(
+                *(pool, self.model, self._folder, config, placements, limits),
+                *(self.tokenizer, eos_token_ids),
+                on_commit=None if self._routing is None else self._routing.add,
+                log=print_to_stderr,
+            )
             self.machine, self.limits = parts.machine, parts.limits
             self._runner, self.engine, self.scaling = parts.runner, parts.engine, parts.scaling
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
@@ -544,26 +516,6 @@ class LLM:
             self._cancel(outputs)
             raise
         return outputs
-
-
-def _started(config: EngineConfig, own_dtype: Dtype | None) -> RankPool:
-    """Start the ranks of a layout.
-
-    Args:
-        own_dtype: the checkpoint's; used unless the config names another.
-    """
-    pool = start_pool(
-        config.layout.world_size,
-        oversubscribe=config.oversubscribe,
-        recovers=config.on_failure != "stop",
-        timeout_s=config.timeout_s,
-        rejoin_s=config.rejoin_s,
-        dtype=config.dtype or own_dtype,
-        cpu_isa=config.cpu_isa,
-    )
-    if pool is None:  # torchrun has started this process besides one that starts ranks
-        raise SystemExit(0)
-    return pool
 
 
 def _signature() -> Signature:

@@ -38,11 +38,12 @@ from expertlane.results.step_checks import first_found, named
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import INT8_FOLDER, Deployment, GraphLimits
+from expertlane.spec.deployment import INT8_FOLDER, GraphLimits
 from expertlane.spec.dispatch import DispatchTable
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Members
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import CheckLevel, Origin, Phase
+from expertlane.spec.names import Origin, Phase
 from expertlane.spec.sampling import PromptPart, TokenLogprobs
 
 
@@ -145,14 +146,12 @@ class ModelRunner:
         copy_switch: decides in which steps copies of experts are balanced; None for in none.
 
     Args:
+        config: its layout, options, seed, level of checks, and ranks per node (not 0).
         limits: the scheduler's limits; `num_blocks` is the size of the paged KV cache.
         measures_memory: reduce `num_blocks` to what fits beside the largest step, as measured.
-        ranks_per_node: consecutive ranks whose traffic counts as inside a node.
-        seed: seed of random weights, where there is no checkpoint.
         checkpoint: the folder the weights are in; None for random weights.
         dispatch_table: modes timed earlier, for `auto`; None to time them now.
         arranged: shared with others that read and change it; its own by default.
-        check: how much ranks look for silent errors.
         log: takes a line for each decision.
         records_ahead: where decode steps are to run as graphs, record these now and after each
             `redeploy`, instead of when a step first needs one.
@@ -166,30 +165,32 @@ class ModelRunner:
         self,
         pool: RankPool,
         model: ModelConfig,
-        deployment: Deployment,
+        config: EngineConfig,
         limits: Limits,
         *,
-        seed: int,
-        ranks_per_node: int,
         checkpoint: Path | None = None,
         dispatch_table: DispatchTable | None = None,
         arranged: Arranged | None = None,
-        check: CheckLevel = "off",
         log: Callable[[str], None] = lambda line: None,
         measures_memory: bool = False,
         records_ahead: bool = False,
     ) -> None:
         self._pool, self._log, self._records_ahead = pool, log, records_ahead
-        layout = deployment.layout
-        options = deployment.options
-        placements = check_deployment(model, deployment, ranks_per_node)
+        layout, options = config.layout, config.options
+        ranks_per_node = config.ranks_per_node
+        placements = check_deployment(model, config.deployment, ranks_per_node)
         whole = Arrangement.alike(Members(layout), placements, ranks_per_node)
         self.arranged = arranged or Arranged(whole)
         self.arranged.begin(whole)
         self.arranged.follow(self)
         folder = str(checkpoint) if checkpoint else None
-        kept = options.weights, options.cache_int8, options.activations
-        spec = StageSpec(model, layout, placements, seed, ranks_per_node, folder, *kept, check)
+        spec = StageSpec(
+            *(model, layout, placements, config.seed, ranks_per_node, folder),
+            weights=options.weights,
+            cache_int8=options.cache_int8,
+            activations=options.activations,
+            check=config.check,
+        )
         graphs = None
         if options.cuda_graphs is not False:
             graphs = GraphLimits(limits.max_num_seqs, limits.max_model_len)
@@ -202,7 +203,7 @@ class ModelRunner:
         self.limits = limits
         held = pool.call(self._deploy)
         self.held = held[: layout.world_size]
-        self.checking = None if check == "off" else Checking(pool, self.arranged)
+        self.checking = None if config.check == "off" else Checking(pool, self.arranged)
         self._model = model
         self.dispatch_table = dispatch_table
         self.rebalancer: Rebalancer | None = None
@@ -211,7 +212,7 @@ class ModelRunner:
         self._is_reshaped = False  # since the last `redeploy`
         self._to_discard: set[int] = set()  # steps, by some ranks
         if options.is_timed:
-            self._settle_dispatch(deployment, ranks_per_node)
+            self._settle_dispatch()
         self._record_graphs()
         if options.copies == "balanced":
             self.copy_switch = CopySwitch(layout, log)
@@ -220,13 +221,13 @@ class ModelRunner:
                 pool, self.arranged, num_steps=options.rebalance_steps, log=log
             )
 
-    def _settle_dispatch(self, deployment: Deployment, ranks_per_node: int) -> None:
+    def _settle_dispatch(self) -> None:
         """Time the dispatch modes, unless a table was given, and run by the table from now on."""
-        layout, options = deployment.layout, deployment.options
         if self.dispatch_table is None:
-            modes = options.of_phase(Phase.DECODE).modes(layout, ranks_per_node)
+            options, spec = self._deploy.options, self._deploy.spec
+            modes = options.of_phase(Phase.DECODE).modes(spec.layout, spec.ranks_per_node)
             self.dispatch_table = replace(
-                time_dispatch(self, self.set_dispatch, layout, self.limits, modes),
+                time_dispatch(self, self.set_dispatch, spec.layout, self.limits, modes),
                 prefill_form=options.prefill_dispatch,
             )
         self.set_dispatch(self.dispatch_table)
@@ -423,7 +424,12 @@ class RoutingRecorder:
 
     def __init__(self, model: ModelConfig) -> None:
         self._model = model
-        self._moe_layers = moe_layers(model)
+        self._moe_layers = model.moe_layers
+        if not self._moe_layers:
+            raise UserError(
+                f"{model.name} has no routing to record: all its {model.num_hidden_layers} layers "
+                "are dense"
+            )
         # [num_steps]; the step, and for each rank of its replica the top-k ids by layer
         self._kept: list[tuple[int, list[dict[int, npt.NDArray[np.int32]]]]] = []
 
@@ -439,21 +445,6 @@ class RoutingRecorder:
         order of computation: the same in all layers, since all stages cut a plan's batches alike.
         """
         return RoutingTrace.of_steps(self._model, self._moe_layers, self._kept)
-
-
-def moe_layers(model: ModelConfig) -> list[int]:
-    """The indices of the MoE layers.
-
-    Raises:
-        UserError: there is none.
-    """
-    layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
-    if not layers:
-        raise UserError(
-            f"{model.name} has no routing to record: all its {model.num_hidden_layers} layers are "
-            "dense"
-        )
-    return layers
 
 
 def _keep_int8(

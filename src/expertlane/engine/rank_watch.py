@@ -81,7 +81,7 @@ class RankWatch:
         copy_switch: CopySwitch | None = None,
     ) -> None:
         self.members, self.num_experts = arranged.now.members, model.num_experts
-        self.layers = [i for i in range(model.num_hidden_layers) if not model.is_dense(i)]
+        self.layers = model.moe_layers
         self._num_layers = model.num_hidden_layers
         self.rebalancer, self.copy_switch = rebalancer, copy_switch
         self._pool, self._arranged = pool, arranged

@@ -357,6 +357,11 @@ class ModelConfig(Strict):
         """Latest positions that a token of a layer sees, its own included; None for all."""
         return self.sliding_window[layer] if self.sliding_window else None
 
+    @property
+    def moe_layers(self) -> list[int]:
+        """The layers with experts."""
+        return [layer for layer in range(self.num_hidden_layers) if not self.is_dense(layer)]
+
     def is_dense(self, layer: int) -> bool:
         """True if a layer has a dense MLP in place of router and experts."""
         return layer in self.dense_layers

@@ -9,7 +9,7 @@ from cli.stub_llm import MACHINE
 from engine.model.families import save_checkpoint
 from engine.model.quantised import save_mxfp4
 from expertlane.balance.placement import Placement
-from expertlane.engine.launch import placed_model
+from expertlane.engine.launch import LoadPlan
 from expertlane.engine.model.checkpoint import Checkpoint
 from expertlane.engine.model.weights import CheckpointWeights
 from expertlane.engine.ops.mxfp4 import Mxfp4Weight
@@ -34,13 +34,16 @@ def weight_bytes(folder, machine, layout="tp=1", options=None):
     """Of rank 0."""
     model, layout = Checkpoint(folder).model, Layout.parse(layout)
     placements = [Placement.linear(model.num_experts, layout.ep)] * model.num_hidden_layers
-    placed = placed_model(model, layout, placements, machine, options or Options(), folder)
+    plan = LoadPlan(model, layout, options or Options(), placements, folder)
+    placed = plan.placed(machine)
     return placed.rank_memory(Limits(8, 1, 1, 1, 16), 0).weight_bytes
 
 
 def experts_of(folder, *, keeps_mxfp4):
     checkpoint = Checkpoint(folder)
-    source = CheckpointWeights(checkpoint, DTYPE, torch.device("cpu"), lambda: None)
+    source = CheckpointWeights(
+        checkpoint.model, DTYPE, torch.device("cpu"), lambda: None, checkpoint=checkpoint
+    )
     source._keeps_mxfp4 = keeps_mxfp4  # whatever computes here
     names = [
         expert_name(layer, expert, part)

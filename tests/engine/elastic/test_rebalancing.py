@@ -8,12 +8,11 @@ from threading import Event
 import numpy as np
 import pytest
 
-from distributed.running import Inline, deployment
+from distributed.running import Inline, deployment, runner_on
 from expertlane.balance.moves import WHOLE
 from expertlane.comparison.records import rebalance_records
 from expertlane.cost.memory import workload_limits
 from expertlane.engine.elastic.rebalancing import MovePace, Rebalancer
-from expertlane.engine.model_runner import ModelRunner
 from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -30,7 +29,7 @@ def run(pools, chosen, worth=None, num_steps=4, model=TINY, executor=INLINE):
     """Tokens by sequence, and the rebalancer; without `worth` nothing is rebalanced."""
     pool = pools.pool(chosen.layout.world_size)
     limits = workload_limits(WORKLOAD, model, chosen.layout)
-    runner = ModelRunner(pool, model, chosen, limits, seed=0, ranks_per_node=2)
+    runner = runner_on(pool, model, chosen, limits, ranks_per_node=2)
     lines = []
     if worth is not None:
         runner.rebalancer = Rebalancer(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli.screen import telling, tells
+from cli.screen import tells
 from engine.model.families import FAMILIES, load_model, make_model
 from engine.model.quantised import COMPRESSED, save_compressed, save_fp8, save_mxfp4
 from engine.ops.test_staging import Device
@@ -78,11 +78,13 @@ def test_other_ways_to_save(checkpoints, tmp_path, family):
     model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 2
     _assert_same_tensors(expected, Checkpoint(tmp_path / "sharded"))
+    assert Checkpoint(tmp_path / "sharded").check() == expected.check() == []
     model.save_pretrained(tmp_path / "fused", save_original_format=False)
     assert any(
         ".experts.gate_up_proj" in k for k in load_file(tmp_path / "fused/model.safetensors")
     )
     _assert_same_tensors(expected, Checkpoint(tmp_path / "fused"))
+    assert Checkpoint(tmp_path / "fused").check() == []
 
 
 def test_experts_of_qwen3_vl_as_they_are_published(checkpoints, rewrite):
@@ -105,13 +107,6 @@ def test_experts_of_qwen3_vl_as_they_are_published(checkpoints, rewrite):
             for index, expert in enumerate(experts):
                 stored[f"{prefix}.{index}.{part}_proj.weight"] = expert.contiguous()
     _assert_same_tensors(Checkpoint(expected), Checkpoint(rewrite("qwen3_vl_moe", stored)))
-
-
-def test_experts_of_qwen3_vl_of_no_shape_that_fits(rewrite):
-    name = "model.language_model.layers.0.mlp.experts.down_proj"
-    folder = rewrite("qwen3_vl_moe", {name: torch.zeros(8, 24, 65)})
-    with pytest.raises(SpecError, match=telling("down_proj [8, 24, 65] config.json")):
-        Checkpoint(folder).tensor("layers.0.experts.0.down")
 
 
 def test_large_reads_in_small_blocks(checkpoints, monkeypatch):
@@ -138,12 +133,8 @@ def test_stored_types(checkpoints, tmp_path, dtype):
         assert torch.equal(checkpoint.tensor(name, dtype=torch.float32), narrow.float())
 
 
-def test_a_tied_head_is_the_embedding(checkpoints):
-    checkpoint = Checkpoint(checkpoints.folder("qwen3_moe"))
-    assert torch.equal(checkpoint.tensor("head", range(5, 9)), checkpoint.tensor("embedding")[5:9])
-
-
 def _assert_slices_of_meaning(quantised, plain):
+    assert quantised.check() == []
     for name in tensor_names(quantised.model):
         whole = plain.tensor(name)
         assert torch.equal(quantised.tensor(name, dtype=torch.float32), whole), name
@@ -169,7 +160,6 @@ def test_compressed_tensors(checkpoints, tmp_path, kind):
     source = checkpoints.folder("deepseek_v3")
     save_compressed(source, tmp_path / "narrow", tmp_path / "plain", COMPRESSED[kind])
     narrow, plain = Checkpoint(tmp_path / "narrow"), Checkpoint(tmp_path / "plain")
-    assert narrow.check() == []
     _assert_slices_of_meaning(narrow, plain)
     name = "layers.0.query_a"
     kept = narrow.narrow(name, range(3, 20), range(5, 40), torch.float32)
@@ -219,9 +209,8 @@ def test_mxfp4(checkpoints, tmp_path):
 
 def test_weights_for_a_rank(checkpoints):
     checkpoint, touches = Checkpoint(checkpoints.folder("gpt_oss")), []
-    source = CheckpointWeights(
-        checkpoint, torch.bfloat16, torch.device("cpu"), lambda: touches.append(1)
-    )
+    given = checkpoint.model, torch.bfloat16, torch.device("cpu"), lambda: touches.append(1)
+    source = CheckpointWeights(*given, checkpoint=checkpoint)
     name = "layers.0.experts.2.down"
     down = source.take(name, range(8, 24))  # input features
     assert (down.shape, down.dtype) == ((64, 16), torch.bfloat16)
@@ -281,12 +270,6 @@ def test_stored_types_that_cannot_be_read(rewrite):
         "mixtral", {stored.replace("mlp", "block_sparse_moe"): torch.zeros(8, 64).int()}
     )
     assert tells(_error(folder, "layers.3.router"), "block_sparse_moe.gate.weight I32 F32 BF16 F16")
-
-
-def test_fp8_without_block_size(rewrite):
-    stored = f"{_LAYER}.self_attn.o_proj.weight"
-    folder = rewrite("mixtral", {stored: torch.zeros(64, 64).to(torch.float8_e4m3fn)})
-    assert tells(_error(folder, "layers.3.output"), f"{stored} F8_E4M3")
 
 
 def test_fp8_without_scales(rewrite):

@@ -50,7 +50,7 @@ def backend(request, monkeypatch):
 def attention_of(dtype):
     recorder = Recorder(0, 1, 1, ProgressBoard(1).reporter(0), HostClock(), world_size=1)
     mesh = ParallelMesh(Layout(), Meshes(), 0, 1, recorder)
-    source = SeededWeights(MODEL, 0, dtype, CPU, lambda: None)
+    source = SeededWeights(MODEL, dtype, CPU, lambda: None)
     return LatentAttention(MODEL, 0, source, mesh, RotaryEmbedding(MODEL, CPU)), source
 
 

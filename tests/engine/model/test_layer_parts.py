@@ -46,7 +46,7 @@ class Small:
             None if model.is_dense(layer) else Placement.linear(model.num_experts, 1)
             for layer in range(num_layers)
         ]
-        source = SeededWeights(model, 0, dtype, CPU, lambda: None)
+        source = SeededWeights(model, dtype, CPU, lambda: None)
         self.stage = TransformerStage(model, placements, source, mesh)
         self.stage.set_forms(("all_to_all",), "model")
 

@@ -142,16 +142,6 @@ def test_a_sequence_does_not_feel_the_batch_around_it(data, several, vocab_size)
         assert logprobs[seq_id] == alone[seq_id][1][: len(found)]
 
 
-def test_batches_that_come_again_after_others_of_their_sequences():
-    asked = SamplingParams(repetition_penalty=1.5, frequency_penalty=0.5, logprobs=1)
-    params = {0: asked, 1: asked}
-    batches = [[0, 1], [0], [0, 1], [1], [1], [1, 0], [0, 1], [0]]
-    tokens, logprobs = generate(20, params, batches)
-    for seq_id in params:
-        alone = generate(20, {seq_id: asked}, [[seq_id]] * 6)
-        assert (tokens[seq_id], logprobs[seq_id]) == (alone[0][seq_id], alone[1][seq_id])
-
-
 def test_a_large_batch_over_a_large_vocabulary_samples_as_its_rows_do():
     vocab_size = 40_000  # the batch is worked on in several pieces
     asked = [
@@ -245,17 +235,6 @@ def test_steps_that_are_undone_and_taken_again_choose_the_same(asked, data):
             number += 1
 
 
-def test_the_same_seed_draws_the_same_and_another_does_not():
-    sampler = Sampler(1000, CPU)
-    for seq_id, seed in enumerate((1, 1, 2)):
-        sampler.begin_step(admitted={seq_id: state(SamplingParams(), seed=seed)})
-    logits = torch.zeros(3, 1000)
-    drawn = np.array([sample(sampler, [0, 1, 2], logits)[0] for _ in range(10)])
-    assert (drawn[:, 0] == drawn[:, 1]).all()
-    assert (drawn[:, 0] != drawn[:, 2]).any()
-    assert len(set(drawn[:, 0])) > 5
-
-
 @pytest.mark.parametrize(
     "asked",
     [
@@ -271,35 +250,6 @@ def test_the_same_seed_draws_the_same_and_another_does_not():
 def test_limits_at_which_drawing_is_greedy(asked):
     params = {0: SamplingParams(**asked)}
     assert generate(500, params, [[0]] * 20) == generate(500, {}, [[0]] * 20)
-
-
-@pytest.mark.parametrize("asked", [{"temperature": 1e9}, {"top_k": 9}, {"top_p": 1 - 1e-16}])
-def test_limits_at_which_every_token_can_be_drawn(asked):
-    sampler = Sampler(4, CPU)
-    sampler.begin_step(admitted={0: state(SamplingParams(**asked))})
-    logits = torch.tensor([[0.1, 0.2, 0.0, -0.3]])
-    assert {sample(sampler, [0], logits)[0][0] for _ in range(60)} == {0, 1, 2, 3}
-
-
-def test_presence_and_frequency_penalties_by_hand():
-    sampler = Sampler(3, CPU)
-    asked = SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.25)
-    sampler.begin_step(admitted={0: state(asked, prompt=[0, 0, 0])})
-    # The prompt costs nothing; a first time costs 0.75, each more 0.25. So token 0 scores 1, .25,
-    # .25, 0, -.25, -.5 and token 1 scores .5, .5, -.25, -.25, -.25, -.25.
-    chosen = [sample(sampler, [0], torch.tensor([[1.0, 0.5, -9.0]]))[0][0] for _ in range(6)]
-    assert chosen == [0, 1, 0, 0, 0, 1]
-
-
-def test_repetition_penalty_by_hand():
-    sampler = Sampler(4, CPU)
-    sampler.begin_step(
-        admitted={0: state(SamplingParams(temperature=0, repetition_penalty=2), prompt=[1, 3])}
-    )
-    logits = torch.tensor([[1.0, 1.9, 0.9, -math.inf]])  # token 1 counts 0.95 from the start
-    assert [sample(sampler, [0], logits)[0][0] for _ in range(3)] == [0, 1, 1]
-    negative = torch.tensor([[-1.0, -0.6, -1.1, -9.0]])  # seen: 0, 1 and 3, at -2, -1.2 and -18
-    assert sample(sampler, [0], negative)[0] == [2]
 
 
 @pytest.mark.parametrize("penalty", [1e-6, 1e6])
@@ -330,25 +280,6 @@ def test_log_probabilities_are_the_model_s_own():
     assert logprobs[10].top == ((1, expected[1]), (3, expected[3]))
     assert (logprobs[12].token_id, logprobs[12].top) == (1, ())
     assert [token_id for token_id, _ in logprobs[13].top] == [1, 3, 2, 0]
-
-
-def test_sequences_come_and_go():
-    sampler = Sampler(10, CPU)
-    assert not sampler.samples_any([1])
-    sampler.begin_step(admitted={1: state(SamplingParams())})
-    sampler.begin_step(admitted={2: state(SamplingParams())})
-    assert sampler.samples_any([1])
-    greedy = torch.arange(10.0)[None].expand(2, 10) * 0.01
-    drawn = [sample(sampler, [1, 2], greedy)[0] for _ in range(5)]
-    sampler.begin_step(released=[1, 77])
-    assert not sampler.samples_any([1])
-    assert sampler.samples_any([2])
-    assert [sample(sampler, [1, 2], greedy)[0][0] for _ in range(5)] == [9] * 5
-    sampler.begin_step(admitted={1: state(SamplingParams())})
-    assert [sample(sampler, [1, 2], greedy)[0][0] for _ in range(5)] == [a for a, _ in drawn]
-    sampler.begin_step(released=[1, 2])
-    assert not sampler.samples_any([2])
-    assert sample(sampler, [1, 2], greedy) == ([9, 9], {})
 
 
 @pytest.mark.parametrize("admitted", [False, True])
@@ -433,17 +364,6 @@ def test_a_bias_is_added_before_all_else(temperature):
     assert tokens[1] == [3] * 20
     plain, _ = generate(11, {}, [[1, 2]] * 20)
     assert tokens[2] == plain[2]
-
-
-def test_a_bias_of_little_changes_what_penalties_see():
-    def of(*bias):
-        return SamplingParams(temperature=0, repetition_penalty=2.0, logit_bias=bias)
-
-    logits = torch.tensor([[1.0, -1.0, 0.8]])
-    for bias, expected in (((), 0), (((0, 0.5),), 0), (((0, -0.3),), 2)):
-        sampler = Sampler(3, CPU)
-        sampler.begin_step(admitted={1: state(of(*bias), prompt=[1])})
-        assert sample(sampler, [1], logits)[0] == [expected]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

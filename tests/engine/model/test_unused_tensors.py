@@ -6,8 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.model.families import FAMILIES, make_model
-from engine.model.quantised import save_fp8, save_mxfp4
 from expertlane.engine.model.checkpoint import Checkpoint
 
 _VECTOR = torch.zeros(64)
@@ -16,23 +14,6 @@ _PARTS = ("gate", "up", "down")
 
 def _unused(folder):
     return Checkpoint(folder).check()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_nothing_of_what_transformers_writes(checkpoints, tmp_path, family):
-    assert _unused(checkpoints.folder(family)) == []
-    model = make_model(family)
-    model.save_pretrained(tmp_path / "sharded", max_shard_size="200KB")
-    assert _unused(tmp_path / "sharded") == []
-    model.save_pretrained(tmp_path / "fused", save_original_format=False)
-    assert _unused(tmp_path / "fused") == []
-
-
-def test_nothing_of_quantised_weights(checkpoints, tmp_path):
-    save_fp8(checkpoints.folder("deepseek_v3"), tmp_path / "fp8", tmp_path / "plain", (16, 12))
-    assert _unused(tmp_path / "fp8") == []
-    save_mxfp4(checkpoints.folder("gpt_oss"), tmp_path / "mxfp4", tmp_path / "plain4")
-    assert _unused(tmp_path / "mxfp4") == []
 
 
 @pytest.mark.parametrize(

@@ -89,62 +89,6 @@ def test_bytes_between_nodes_by_hand(pools):
         assert result.combined.tolist() == [[1 * factor, 10 * factor]]
 
 
-def test_no_token_anywhere(pools):
-    for result in run(pools, "dp=3,ep=3", 4, [own()] * 3):
-        assert result.rows.shape == (0, 2)
-        assert result.combined.shape == (0, 2)
-        assert sum(result.num_tokens_per_expert) == 0
-        assert sent(result.dispatch, Traffic.PAYLOAD) == sent(result.combine, Traffic.PAYLOAD) == 0
-
-
-@pytest.mark.parametrize("top_k", [1, 2])
-@pytest.mark.parametrize("layout", ["tp=1", "dp=2", "dp=2,ep=2", "tp=2", "dp=2,tp=2,ep=2"])
-def test_one_token_of_one_rank(pools, layout, top_k):
-    size = Layout.parse(layout).world_size
-    inputs = [own([A], [[2, 1][:top_k]], top_k=top_k), *[own(top_k=top_k)] * (size - 1)]
-    results = run(pools, layout, 4, inputs)
-    factor = [3, 2.5][top_k - 1]
-    assert results[0].combined.tolist() == [[1 * factor, 10 * factor]]
-    assert all(result.combined.shape == (0, 2) for result in results[1:])
-
-
-def test_all_tokens_to_one_expert(pools):
-    inputs = [own([A, B], [[3], [3]], top_k=1), own([C], [[3]], top_k=1), own([D], [[3]], top_k=1)]
-    results = run(pools, "dp=3,ep=3", 4, inputs)  # experts 0 and 1, 2, 3
-    assert [result.num_tokens_per_expert for result in results] == [[0, 0], [0], [4]]
-    assert results[2].rows.tolist() == [A, B, C, D]
-    assert results[0].combined.tolist() == [[4, 40], [8, 80]]
-    assert results[1].combined.tolist() == [[12, 120]]
-    assert results[2].combined.tolist() == [[16, 160]]
-
-
-def test_every_token_to_every_expert(pools):
-    inputs = [own([A], [[2, 0, 1]], top_k=3), own([B], [[0, 1, 2]], top_k=3)]
-    zero, one = run(pools, "dp=2,ep=2", 3, inputs)
-    assert zero.num_tokens_per_expert == [2, 2]
-    assert zero.rows.tolist() == [A, B, A, B]
-    assert one.num_tokens_per_expert == [2]
-    np.testing.assert_allclose(zero.combined, [[2, 20]], rtol=1e-6)
-    np.testing.assert_allclose(one.combined, [[4, 40]], rtol=1e-6)
-
-
-def test_experts_cut_over_two_ranks(pools):
-    # No expert parallelism: both ranks compute a half of every expert for all tokens.
-    inputs = [own([A, B], [[0], [1]], top_k=1), own([C], [[1]], top_k=1)]
-    zero, one = run(pools, "dp=2", 2, inputs)
-    for result in (zero, one):
-        assert result.rows.tolist() == [A, B, C]
-        assert result.num_tokens_per_expert == [1, 2]
-    assert zero.combined.tolist() == [[1, 10], [4, 40]]
-    assert one.combined.tolist() == [[6, 60]]
-    # No counts to exchange: how many tokens each rank has is in the plan.
-    assert sent(zero.dispatch, Traffic.METADATA) == 2 * (4 + 4)  # id and weight
-    assert sent(zero.dispatch, Traffic.PAYLOAD) == 2 * ROW_BYTES
-    # Partial sums of c's pair go to rank 1, those of a's and b's to rank 0.
-    assert sent(zero.combine, Traffic.PAYLOAD) == 1 * ROW_BYTES
-    assert sent(one.combine, Traffic.PAYLOAD) == 2 * ROW_BYTES
-
-
 def test_experts_spread_and_cut(pools):
     # Ranks 0 and 1 hold halves of expert 0, ranks 2 and 3 halves of expert 1.
     inputs = [

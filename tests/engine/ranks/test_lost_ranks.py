@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.screen import telling
+from distributed.running import runner_on
 from engine.elastic.drawn_runs import OPTIONS, draw_prompt, small_limits
 from engine.ranks.fake_ranks import FakePool
 from engine.stage.token_stage import PARAMS
 from expertlane.engine.elastic.recovery import Recovery
 from expertlane.engine.elastic.recovery_record import State
 from expertlane.engine.engine import Engine
-from expertlane.engine.model_runner import ModelRunner
 from expertlane.errors import RankError
 from expertlane.schedule.request import FinishReason, Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -112,7 +112,7 @@ class Scenario:
         deployment = Deployment("a", self.layout, self.options)
         pool = FakePool(self.layout, self.limits, self_rng, 0.0, most_losses=most_losses)
         given, records = (pool, MODEL, deployment, self.limits), self.seed % 4 == 0
-        runner = ModelRunner(*given, seed=0, ranks_per_node=1, records_ahead=records)
+        runner = runner_on(*given, ranks_per_node=1, records_ahead=records)
         runner.rebalancer = NumberedRebalancer(runner.arranged)
         scheduler = ContinuousScheduler(
             self.layout, self.options, self.limits, lookahead=self.layout.pp == 1

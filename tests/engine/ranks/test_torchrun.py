@@ -10,6 +10,7 @@ from expertlane.engine.ranks import torchrun
 from expertlane.engine.ranks.rendezvous import Meeting
 from expertlane.engine.ranks.torchrun import SupervisorSettings, TorchrunNode, num_nodes
 from expertlane.errors import CapacityError, UserError
+from expertlane.spec.engine_config import EngineConfig
 
 _NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _OTHERS = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE")
@@ -75,16 +76,16 @@ def test_how_many_ranks_a_node_gets(place, numbers, needed, num_ranks):
 def test_too_few_processes(place):
     place(0, 4, 0, 2)
     with pytest.raises(CapacityError) as refused:
-        start_pool(5, timeout_s=1.0)
+        start_pool(EngineConfig(timeout_s=1.0), 5)
     assert tells(str(refused.value), "5 ranks 4 processes node")
     place(2, 4, 0, 2)
-    assert start_pool(5, timeout_s=1.0) is None  # the first node's says so
+    assert start_pool(EngineConfig(timeout_s=1.0), 5) is None  # the first node's says so
 
 
 def test_other_numbers_of_processes_on_nodes(place):
     place(0, 5, 0, 2)
     with pytest.raises(UserError, match=telling("2 5 node")):
-        start_pool(2, timeout_s=1.0)
+        start_pool(EngineConfig(timeout_s=1.0), 2)
 
 
 @pytest.mark.parametrize("name", ["LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"])
@@ -92,18 +93,18 @@ def test_a_variable_that_is_missing(place, monkeypatch, name):
     place(0, 2, 0, 1)
     monkeypatch.delenv(name)
     with pytest.raises(UserError, match=telling(f"{name} torchrun")):
-        start_pool(2, timeout_s=1.0)
+        start_pool(EngineConfig(timeout_s=1.0), 2)
 
 
 def test_more_ranks_than_the_machine_should_run(place):
     with pytest.raises(CapacityError, match=telling("10000 ranks cores")):
-        start_pool(10_000, timeout_s=1.0)
+        start_pool(EngineConfig(timeout_s=1.0), 10_000)
 
 
 def test_all_processes_but_the_first_of_a_node_leave(place):
     for rank in (1, 3):
         place(rank, 4, 1, 2)
-        assert start_pool(4, timeout_s=1.0) is None
+        assert start_pool(EngineConfig(timeout_s=1.0), 4) is None
 
 
 class _Replaced(Exception):
@@ -125,7 +126,7 @@ def test_the_first_process_of_another_node_becomes_its_supervisor(
     monkeypatch.setattr(torchrun.os, "execve", execve)
     monkeypatch.setattr(torchrun.os, "dup2", lambda *fds: duplicated.append(fds))
     with pytest.raises(_Replaced):
-        start_pool(6, timeout_s=7.0, dtype="bfloat16", cpu_isa="avx2")
+        start_pool(EngineConfig(timeout_s=7.0, dtype="bfloat16", cpu_isa="avx2"), 6)
     settings = msgspec.json.decode(seen["command"][-1], type=SupervisorSettings)
     meeting = TorchrunNode.from_environment().meeting
     assert settings == SupervisorSettings(
@@ -140,5 +141,5 @@ def test_the_launcher_of_one_node_starts_local_ranks(place, monkeypatch):
     asked = []
     monkeypatch.setattr(launch, "LocalRanks", lambda *args, **named: asked.append((*args, named)))
     monkeypatch.setattr(launch, "RankPool", lambda ranks, timeout_s: "pool")
-    assert start_pool(2, timeout_s=1.0, cpu_isa="avx2") == "pool"
+    assert start_pool(EngineConfig(timeout_s=1.0, cpu_isa="avx2"), 2) == "pool"
     assert asked == [(2, 1.0, None, {"cpu_isa": "avx2", "recovers": False})]

@@ -9,7 +9,7 @@ from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.model_runner import outcome_of
 from expertlane.engine.ops.backend import Platform
 from expertlane.engine.ops.cuda.backend import CudaBackend
-from expertlane.engine.ranks.commands import StageSpec
+from expertlane.engine.ranks.commands import Deploy, StageSpec
 from expertlane.engine.stage.deployed_stage import DeployedStage
 from expertlane.spec.deployment import GraphLimits, Options
 from expertlane.spec.layout import Layout
@@ -76,12 +76,8 @@ def stage_on(
     placements = placements_of(model, layout, options)
     spec = StageSpec(model, layout, placements, 0, layout.world_size)
     stage = DeployedStage(context, spec)
-    stage.start(
-        options,
-        num_blocks=limits.num_blocks,
-        block_size=limits.block_size,
-        graphs=GraphLimits(limits.max_num_seqs, limits.max_model_len),
-    )
+    graphs = GraphLimits(limits.max_num_seqs, limits.max_model_len)
+    stage.start(Deploy(spec, options, limits.num_blocks, limits.block_size, graphs))
     return stage
 
 

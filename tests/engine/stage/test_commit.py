@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributed.running import Inline, deployment
+from distributed.running import Inline, deployment, runner_on
 from engine.elastic.drawn_runs import OPTIONS, draw_prompt, small_limits
 from engine.stage.token_stage import PARAMS, TokenStage
 from expertlane.balance.moves import WHOLE
 from expertlane.engine.elastic.rebalancing import MovePace, Rebalancer
-from expertlane.engine.model_runner import ModelRunner, outcome_of
+from expertlane.engine.model_runner import outcome_of
 from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -207,7 +207,7 @@ LIMITS = Limits(MODEL.vocab_size, 64, num_blocks=24, block_size=4, max_num_seqs=
 def run_on_ranks(pools, chosen, discard_at, *, rebalance):
     """Output tokens, and what ran them; after some commits all that is in flight runs again."""
     pool, layout = pools.pool(chosen.layout.world_size), chosen.layout
-    runner = ModelRunner(pool, MODEL, chosen, LIMITS, seed=0, ranks_per_node=2)
+    runner = runner_on(pool, MODEL, chosen, LIMITS, ranks_per_node=2)
     if rebalance:
         runner.rebalancer = Rebalancer(
             pool,

@@ -210,8 +210,7 @@ def test_all_ranks_record_the_same_whole_steps(recorded, kind, expected, monkeyp
     graphs._sizes, graphs._launch = [1, 2, 4], dict.fromkeys(recorded)
     graphs._graphs = SimpleNamespace(capture=lambda run, until: run)
     graphs._inputs = graphs._await_device = None
-    recorder = SimpleNamespace(meter=None)
-    graphs.stage = SimpleNamespace(mesh=SimpleNamespace(recorder=recorder))
+    graphs._recorder = SimpleNamespace(meter=None)
     given = 2, "all_gather", kind, lambda padded: None
     assert graphs._prepare(*given)
     assert made == expected

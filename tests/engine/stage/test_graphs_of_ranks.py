@@ -198,7 +198,7 @@ def have_forms(few, many):
 
 
 def has_graphs(stage):
-    return stage._graphs is not None and len(stage._graphs._graphs._launch) > 0
+    return stage._graphs is not None and len(stage._graphs._launch) > 0
 
 
 @full

@@ -9,23 +9,20 @@ from unittest import mock
 import pytest
 from safetensors.torch import load_file, save_file
 
-from cli.screen import telling, tells
 from distributed.running import deployment
 from engine.model.families import VOCAB_SIZE
 from engine.stub_runner import StubEngine, expected, run
 from expertlane.comparison.run import run_comparison
-from expertlane.comparison.serving_benchmark import serve
 from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
 from expertlane.errors import ModelError
 from expertlane.progress import Silent
-from expertlane.schedule.drive import drive
-from expertlane.schedule.request import FinishReason, Request, RequestOutput
+from expertlane.schedule.request import FinishReason, RequestOutput
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.workload import TimedRequest, Workload
+from expertlane.spec.workload import Workload
 from schedule.paged import check_empty
 
 FAMILY = "qwen2_moe"
@@ -54,8 +51,8 @@ def kept_ranks(pools):
     """What each `LLM` gets in place of ranks of its own, and does not end."""
 
     class Kept:
-        def __init__(self, num_ranks, *, dtype, **_):
-            self._pool = pools.pool(num_ranks, dtype)
+        def __init__(self, config):
+            self._pool = pools.pool(config.layout.world_size, config.dtype)
 
         def __getattr__(self, name):
             return getattr(self._pool, name)
@@ -228,22 +225,6 @@ class TestScheduling:
         run(engine)
         assert bad.finish_reason is FinishReason.CANCELLED
         assert good.token_ids == until_poison([*range(9), 11], 30)
-
-    def test_a_drive_ends_with_one_line(self):
-        engine = StubEngine()
-        engine.runner.poison = POISON
-        for number, prompt in enumerate([[1], [2, POISON], [3]]):
-            engine.scheduler.add(Request(str(number), prompt, max_tokens=3))
-        with pytest.raises(ModelError) as caught:
-            list(drive(engine.scheduler, engine.runner))
-        assert tells(str(caught.value), "sequence 2 logits NaN infinite step 0 dtype")
-
-    def test_a_benchmark_ends_with_one_line(self):
-        engine = StubEngine()
-        engine.runner.poison = POISON
-        requests = [TimedRequest(prompt, 2, 0.0) for prompt in ([1], [POISON])]
-        with pytest.raises(ModelError, match=telling("request 1 token logits NaN")):
-            serve(engine, requests)
 
 
 @pytest.mark.parametrize("layout", ["tp=2", "pp=2"])

@@ -7,11 +7,13 @@ import pytest
 
 from cli.screen import tells
 from cli.stub_llm import MACHINE
+from expertlane.balance.placement_file import placements_of
 from expertlane.cli.local_model import _platform_text
 from expertlane.comparison.run import _first_on_gpus, machine_record, measure_peak
 from expertlane.cost.memory import workload_limits
-from expertlane.engine.launch import fit_to_machine
+from expertlane.engine.launch import LoadPlan
 from expertlane.engine.ranks.commands import RankRates
+from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
@@ -64,7 +66,8 @@ def test_ranks_share_the_memory_of_their_gpu_for_the_cache(num_ranks):
     limits = replace(workload_limits(workload, model, layout), num_blocks=1 << 25)
 
     def blocks(seen):
-        return fit_to_machine(model, layout, limits, seen).num_blocks
+        plan = LoadPlan(model, layout, Options(), placements_of(model, layout, Options()))
+        return plan.fit(limits, seen).num_blocks
 
     alone = [replace(each, free_bytes=10**9) for each in ranks(*[1] * num_ranks)]
     shared = [replace(each, free_bytes=num_ranks * 10**9) for each in ranks(num_ranks)]

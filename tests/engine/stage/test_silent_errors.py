@@ -8,14 +8,14 @@ import pytest
 
 from cli.screen import telling, tells
 from distributed.on_ranks import local_ranks
-from distributed.running import deployment
+from distributed.running import deployment, runner_on
 from engine.elastic.recovering import facts, record_of
 from engine.stage.planted import FlipBit, Plant
 from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.errors import RankError, RanksLostError, UserError
+from expertlane.errors import RankError, RanksLostError
 from expertlane.results.step_checks import Alike, RankChecks, first_found
 from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Limits, Request
@@ -50,9 +50,7 @@ class Deployed:
     def __init__(self, pools, layout, level, dtype="float32", **options):
         self.chosen = deployment(layout, **options)
         self.pool = Lenient(pools.pool(self.chosen.layout.world_size, dtype))
-        self.runner = ModelRunner(
-            self.pool, TINY, self.chosen, LIMITS, seed=0, ranks_per_node=2, check=level
-        )
+        self.runner = runner_on(self.pool, TINY, self.chosen, LIMITS, ranks_per_node=2, check=level)
 
     def run(self, params=GREEDY):
         layout = self.chosen.layout
@@ -221,8 +219,9 @@ def test_an_error_ends_the_ranks(monkeypatch):
     ],
 )
 def test_ranks_that_compute_something_wrong_are_replaced(monkeypatch, layout, level, kind, lost):
-    def start(num_ranks, *, timeout_s, dtype, recovers, **rest):
-        return RankPool(local_ranks(num_ranks, timeout_s, dtype, recovers=recovers), timeout_s)
+    def start(config):
+        given = config.layout.world_size, config.timeout_s, config.dtype
+        return RankPool(local_ranks(*given, recovers=True), config.timeout_s)
 
     monkeypatch.setattr(llm_module, "start_pool", start)
     given = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "max_num_seqs": 4}
@@ -241,11 +240,6 @@ def test_ranks_that_compute_something_wrong_are_replaced(monkeypatch, layout, le
         assert tells(record.line, "rank 1 weights layer 0 expert 9")
         assert facts(llm) == expected
         assert llm.engine.recovery.num_recoveries == 2
-
-
-def test_the_level_is_checked():
-    with pytest.raises(UserError, match=telling("check all off light full")):
-        LLM("paper-tiny", check="all")
 
 
 def alike(sums, point=CheckPoint.BEFORE_ATTENTION):

@@ -8,8 +8,7 @@ import torch
 
 from expertlane.engine.model.head import HeadResult, ScoredPrompts
 from expertlane.engine.model.sampler import Sampler
-from expertlane.engine.stage.deployed_stage import DeployedStage, UncommittedChanges
-from expertlane.engine.stage.next_tokens import with_chosen
+from expertlane.engine.stage.deployed_stage import DeployedStage, UncommittedChanges, with_chosen
 from expertlane.spec.layout import Members
 from expertlane.spec.sampling import SamplingParams
 from schedule.paged import UNWRITTEN, sequences

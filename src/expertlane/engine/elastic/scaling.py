@@ -14,7 +14,7 @@ from expertlane.cost.memory import FREE_SHARE
 from expertlane.engine.elastic.rebalancing import HELD_UP
 from expertlane.engine.elastic.recovery_record import RecoveryRecord
 from expertlane.engine.engine import Engine
-from expertlane.engine.launch import describe_ranks, placed_model, with_blocks
+from expertlane.engine.launch import LoadPlan, describe_ranks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ops import host
 from expertlane.engine.ranks.commands import (
@@ -252,15 +252,8 @@ class Scaling:
         self.give_up()
         if layout == self.deployment.layout:
             return
-        pool, deployment = self._pool, replace(self.deployment, layout=layout)
-        placed = placed_model(
-            self._model,
-            layout,
-            placements,
-            self.machine[0],
-            deployment.options,
-            self._folder,
-        )
+        pool = self._pool
+        placed = self._plan(layout, placements).placed(self.machine[0])
         new = [rank for rank in range(layout.world_size) if rank not in pool.present]
         needed = sum(placed.rank_memory(self._limits, rank).total_bytes for rank in new)
         room = max(0.0, FREE_SHARE * host.memory_bytes()[0] - needed)
@@ -323,11 +316,8 @@ class Scaling:
             )
         ] * num_ranks
         try:
-            with_blocks(
-                *(self._limits, self._limits.num_blocks, self._model, layout, placements, seen),
-                deployment.options,
-                self._folder,
-            )
+            plan = self._plan(layout, placements)
+            plan.with_blocks(self._limits, self._limits.num_blocks, seen)
         except CapacityError as error:
             raise CapacityError(
                 f"layout {layout}: {error}; a start with a smaller --num-blocks leaves more room"
@@ -339,6 +329,10 @@ class Scaling:
             holdings(before.members, before.placements),
             holdings(Members(layout), (placements,) * layout.replicas),
         )
+
+    def _plan(self, layout: Layout, placements: Placements) -> LoadPlan:
+        options = self._deployment.options
+        return LoadPlan(self._model, layout, options, placements, self._folder)
 
     def _arrangement(self, layout: Layout, placements: Placements) -> Arrangement:
         return Arrangement.alike(Members(layout), placements, self._nodes_of(layout))

@@ -10,7 +10,7 @@ from expertlane.balance.holding import over_survivors
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.transition import Arrangement
 from expertlane.engine.elastic.scaling import Scaling
-from expertlane.engine.launch import with_blocks
+from expertlane.engine.launch import LoadPlan
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ops import host
 from expertlane.engine.ranks.commands import Prepare, Prepared
@@ -83,10 +83,8 @@ class Shrinking:
         seen = [replace(machine, free_bytes=int(free_bytes))] * left.layout.world_size
         try:
             for placements in self._over_survivors(left):
-                with_blocks(
-                    *(self._limits, self._limits.num_blocks, self._model, left.layout),
-                    *(placements, seen, options, self._folder),
-                )
+                plan = LoadPlan(self._model, left.layout, options, placements, self._folder)
+                plan.with_blocks(self._limits, self._limits.num_blocks, seen)
         except CapacityError as error:
             raise CapacityError(f"layout {left.layout}: {error}") from None
         return left

@@ -131,13 +131,9 @@ class PagedHeads:
         # The output's bias is added by the first rank of the tensor-parallel group alone.
         has_bias = model.output_bias and mesh.at.tp_rank == 0
         inputs = self._of_heads(model.attention_output_size // model.num_attention_heads)
-        self._output = source.once(
-            layer,
-            ("output", inputs, has_bias),
-            lambda: self._ops.linear(
-                source.matrix(layer_name(layer, "output"), inputs),
-                take("output_bias") if has_bias else None,
-            ),
+        self._output = source.linear(
+            *(layer, layer_name(layer, "output"), inputs),
+            lambda: take("output_bias") if has_bias else None,
         )
         self._linears: list[Linear | HeadsLinear] = [self._output]  # to be counted
 

@@ -69,8 +69,7 @@ class MLP:
         part = partition(inner, mesh.layout.tp)[mesh.at.tp_rank]
 
         def linear(matrix: str) -> Linear:
-            name = layer_name(layer, f"{prefix}.{matrix}")
-            return source.once(layer, (name, part), lambda: ops.linear(source.matrix(name, part)))
+            return source.linear(layer, layer_name(layer, f"{prefix}.{matrix}"), part)
 
         self._gate = linear("gate") if model.gated_mlp else None
         self._up, self._down = linear("up"), linear("down")

@@ -28,10 +28,11 @@ from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.graphs import Graphs
 from expertlane.engine.ops.kv_cache import AttentionBounds, KVCache
 from expertlane.engine.ops.transfer import Array, packed, unpacked
-from expertlane.schedule.plan import Batch
+from expertlane.schedule.plan import Batch, RankBatch
 from expertlane.spec.deployment import GraphLimits
-from expertlane.spec.dispatch import DispatchForm, is_static_on
+from expertlane.spec.dispatch import DispatchForm, DispatchMode, is_static_on
 from expertlane.spec.layout import partition
+from expertlane.spec.names import Phase, Stage
 
 _PADDING = -1  # in place of a sequence's id
 _NOTHING = np.empty(0, dtype=np.int64)
@@ -193,9 +194,10 @@ class PaddedBatch(ForwardBatch):
 
 
 class DecodeGraphs:
-    """A stage's graphs: recorded ahead, or by the first step of their size.
+    """A stage's graphs, and the choice of steps that run as such, by facts that all ranks share.
 
-    The largest is recorded first, so that the others reuse its memory.
+    Graphs are recorded ahead, or by the first step of their size; the largest first, so that the
+    others reuse its memory.
 
     Args:
         num_blocks: blocks of the cache, without the scratch block.
@@ -215,7 +217,8 @@ class DecodeGraphs:
         await_device: Callable[[Any], None],
     ) -> None:
         self.stage, self._graphs = stage, graphs
-        self._await_device = await_device
+        self._recorder, self._await_device = stage.mesh.recorder, await_device
+        self._is_plain = self._balances_copies = False
         self._takes_steps = records_transfers or stage.mesh.stage.size == 1
         self._takes_layers = records_transfers or stage.mesh.tp.size == 1
         self._sizes = limits.sizes
@@ -231,6 +234,19 @@ class DecodeGraphs:
         # By size, and form or layer: whole steps, and beginnings of layers.
         self._launch: dict[tuple[int, DispatchForm | int], Callable[[], None]] = {}
 
+    @classmethod
+    def of(
+        cls, stage: TransformerStage, limits: GraphLimits | None, **given: Any
+    ) -> "DecodeGraphs | None":
+        """The graphs of a stage; None where its backend has none, or `limits` is None."""
+        graphs = None if limits is None else backend_for(stage.device).graphs()
+        return None if limits is None or graphs is None else cls(stage, graphs, limits, **given)
+
+    def begin_step(self, phase: Phase | None, *, balances_copies: bool) -> None:
+        """Begin a step, after the recorder has begun it."""
+        self._is_plain = phase is Phase.DECODE and not self._recorder.is_recording
+        self._balances_copies = balances_copies
+
     def takes_steps(self, form: DispatchForm) -> bool:
         """Whether a whole step with this form of dispatch can be recorded."""
         return self._takes_steps and is_static_on(self.stage.mesh.layout, form)
@@ -241,6 +257,7 @@ class DecodeGraphs:
 
     def record(self, size: int, forms: Iterable[DispatchForm]) -> int:
         """Record the graphs of batches padded to a size; gives the number of new graphs."""
+        self._recorder.enter(Stage.GRAPH)
         num_before = len(self._launch)
         for form in forms:
             if self.takes_steps(form):
@@ -250,6 +267,16 @@ class DecodeGraphs:
                 for layer, cache in self.stage.layers:
                     self._record([size], form, layer.index, partial(self._begin, layer, cache))
         return len(self._launch) - num_before
+
+    def padded_step(
+        self, batch: Batch, micro_batch: RankBatch, mode: DispatchMode
+    ) -> PaddedBatch | None:
+        """The batch padded for the graph of a whole step; None if the step has no such graph."""
+        if not self._is_plain or mode.overlap or self._balances_copies:
+            return None
+        if not any(micro_batch.num_tokens) or not self.takes_steps(mode.form):
+            return None
+        return self.padded(batch, micro_batch.num_tokens, mode.form)
 
     def padded(
         self, batch: Batch, num_tokens: Sequence[int], form: DispatchForm, num_parts: int = 1
@@ -277,6 +304,7 @@ class DecodeGraphs:
             Hidden states of all owned tokens, or the head's result of real sequences, whose logits
             the next step overwrites.
         """
+        self._recorder.enter(Stage.GRAPH)
         size, form = part.batch.num_seqs, part.dispatch_form
         self._prepare(size, form, form, self._forward)
         if arrived is not None:
@@ -289,21 +317,21 @@ class DecodeGraphs:
             return HeadResult(token_ids, self._rooms["logits"][:num], None)
         return self._rooms["hidden"][: part.num_owned].clone()
 
-    def beginning_of(self, batch: Batch, form: DispatchForm) -> BeginsLayer | None:
+    def beginning_of(self, parts: Sequence[ForwardBatch]) -> BeginsLayer | None:
         """A function that begins the layers of a decode batch, with a graph up to each dispatch.
 
         Dispatch, which asks the host for numbers of rows, runs between graphs as usual, on real
         tokens, which stay with their owners. None where the batch does not fit: each
         tensor-parallel group decides for itself.
         """
-        if not self._takes_layers:
+        if not (self._is_plain and self._takes_layers and len(parts) == 1):
+            return None
+        batch, form = parts[0].batch, parts[0].dispatch_form
+        if self.takes_steps(form):
             return None
         own = [batch.num_seqs] * self.stage.mesh.layout.dp
         part = self.padded(batch, own, form, self.stage.mesh.tp.size)
-        if part is None:
-            return None
-
-        return partial(self._begun, part)
+        return None if part is None else partial(self._begun, part)
 
     def _begun(
         self, part: PaddedBatch, layer: DecoderLayer, cache: KVCache, x: Tensor
@@ -364,7 +392,7 @@ class DecodeGraphs:
         return bool(missing)
 
     def _captured(self, run: Callable[[], None]) -> Callable[[], None]:
-        meter = self.stage.mesh.recorder.meter
+        meter = self._recorder.meter
         if meter is None:
             return self._graphs.capture(run, self._await_device)
         sent: Sent = ()
@@ -409,32 +437,3 @@ class DecodeGraphs:
 
 def _run_on(make: Callable[[], PaddedBatch], run: Callable[[PaddedBatch], None]) -> None:
     run(make())
-
-
-def decode_graphs(
-    stage: TransformerStage,
-    limits: GraphLimits | None,
-    *,
-    num_blocks: int,
-    block_size: int,
-    records_transfers: bool,
-    await_device: Callable[[Any], None],
-) -> DecodeGraphs | None:
-    """The graphs of a stage; None where its backend has none, or `limits` is None.
-
-    Args:
-        limits: None if no step is to be recorded.
-        num_blocks, block_size, records_transfers, await_device: see `DecodeGraphs`.
-    """
-    graphs = None if limits is None else backend_for(stage.device).graphs()
-    if limits is None or graphs is None:
-        return None
-    return DecodeGraphs(
-        stage,
-        graphs,
-        limits,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        records_transfers=records_transfers,
-        await_device=await_device,
-    )

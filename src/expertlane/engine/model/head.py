@@ -153,9 +153,7 @@ class OutputHead:
             FINAL_NORM,
             lambda: source.take(FINAL_NORM, dtype=torch.float32) / model.logits_scaling,
         )
-        self._head = source.once(
-            None, (HEAD, own), lambda: self._ops.linear(source.matrix(HEAD, own))
-        )
+        self._head = source.linear(None, HEAD, own)
         in_part = self._norm if mesh.tp.size == 1 else None
         self._part = self._ops.head_part(self._head, in_part, self._eps, source.dtype)
 
@@ -220,13 +218,16 @@ class OutputHead:
             own: indices of this rank's rows in x.
             num_of_tp_rank: [tp]; rows of each rank.
         """
-        recorder, tp = self._recorder, self._mesh.tp
         hidden = self._ops.rms_norm(x[own], self._norm, self._eps)
-        if tp.size > 1:
-            recorder.enter(Stage.COLLECTIVES)
-            hidden = yield from tp.gathered(hidden, num_of_tp_rank)
-            recorder.enter(Stage.HEAD)
+        if self._mesh.tp.size > 1:
+            hidden = yield from self._gathered(hidden, num_of_tp_rank)
         return hidden
+
+    def _gathered(self, rows: Tensor, num_of: list[int], metadata_bytes: int = 0) -> Steps[Tensor]:
+        self._recorder.enter(Stage.COLLECTIVES)
+        gathered = yield from self._mesh.tp.gathered(rows, num_of, metadata_bytes=metadata_bytes)
+        self._recorder.enter(Stage.HEAD)
+        return gathered
 
     def _count(self, num_seqs: int) -> None:
         self._recorder.count_compute(
@@ -235,14 +236,11 @@ class OutputHead:
 
     def whole(self, logits: Tensor) -> Steps[Tensor]:
         """Logits [num_seqs, vocab_size], gathered from every rank's part of the vocabulary."""
-        recorder, tp = self._recorder, self._mesh.tp
-        if tp.size == 1:
+        if self._mesh.tp.size == 1:
             return logits
-        recorder.enter(Stage.COLLECTIVES)
         # Ranks hold parts of the vocabulary, so it must be the rows of the gather.
-        gathered = yield from tp.gathered(logits.t().contiguous(), self._vocab_of_tp_rank)
-        recorder.enter(Stage.HEAD)
-        return gathered.t()
+        own = logits.t().contiguous()
+        return (yield from self._gathered(own, self._vocab_of_tp_rank)).t()
 
     @staticmethod
     def _best(logits: Tensor) -> Tensor:
@@ -250,10 +248,8 @@ class OutputHead:
         if logits.shape[1]:
             value, place = logits.max(dim=-1)
         else:  # more ranks than vocabulary
-            value, place = (
-                logits.new_full((len(logits),), -torch.inf),
-                logits.new_zeros(len(logits)),
-            )
+            place = logits.new_zeros(len(logits))
+            value = place - torch.inf
         return torch.stack([value.double(), place.double()], 1)
 
     def _likeliest(self, candidates: Tensor) -> Steps[Tensor]:
@@ -262,13 +258,11 @@ class OutputHead:
         Args:
             candidates: [num_seqs, 2] float64; of `_best`.
         """
-        recorder, tp, num_seqs = self._recorder, self._mesh.tp, len(candidates)
+        size, num_seqs = self._mesh.tp.size, len(candidates)
         candidates[:, 1] += self._first_token_id
-        recorder.enter(Stage.COLLECTIVES)
         width = candidates.shape[1] * candidates.itemsize
-        gathered = yield from tp.gathered(candidates, [num_seqs] * tp.size, metadata_bytes=width)
-        recorder.enter(Stage.HEAD)
-        by_rank = gathered.view(tp.size, num_seqs, 2)
+        gathered = yield from self._gathered(candidates, [num_seqs] * size, width)
+        by_rank = gathered.view(size, num_seqs, 2)
         best = by_rank[:, :, 0].argmax(dim=0)  # the first of equals: the lowest token id
         value, token_id = by_rank[best, torch.arange(num_seqs, device=best.device)].unbind(1)
         return token_id.where(value.isfinite(), NO_TOKEN).long()

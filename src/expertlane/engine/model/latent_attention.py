@@ -36,11 +36,7 @@ class LatentAttention(PagedHeads):
         take, ops, num_heads = taker_of(source, layer), self._ops, self._num_heads
 
         def linear(part: str, rows: range | None = None) -> Linear:
-            return source.once(
-                layer,
-                (part, rows),
-                lambda: ops.linear(source.matrix(layer_name(layer, part), rows)),
-            )
+            return source.linear(layer, layer_name(layer, part), rows)
 
         self._latent = latent
         self._query_a: tuple[Linear, Tensor] | None = None

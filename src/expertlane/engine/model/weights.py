@@ -12,6 +12,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.float8 import FLOAT8
 from expertlane.engine.ops.mxfp4 import Mxfp4Weight
 from expertlane.engine.ops.narrow import Float8Inputs, NarrowWeight, Weight
+from expertlane.engine.ops.products import Linear
 from expertlane.spec.deployment import INPUTS_OF_SCALE, ActivationsType, WeightsType
 from expertlane.spec.model import EMBEDDING, HEAD, ModelConfig, cut_dim, layer_name, tensor_shape
 from expertlane.spec.names import Origin
@@ -75,17 +77,20 @@ class HeldWeights:
             self.drop(layer)
 
 
+def _nothing() -> None:
+    pass
+
+
+@dataclass(eq=False)
 class WeightSource(ABC):
     """Gives slices of weights on the rank's device, and counts them.
 
-    Args:
+    Attributes:
         model: the model whose tensors they are.
         dtype: dtype of the slices, unless another is asked for.
         touch: called after every tensor, to show that work goes on.
         weights: whether matrices are rounded to a narrower type.
         activations: whether matrices stored in float8 get inputs in float8.
-
-    Attributes:
         num_bytes: bytes given so far.
         bytes_from: those bytes, by origin.
         read_s: seconds in which weights were read or drawn.
@@ -98,33 +103,26 @@ class WeightSource(ABC):
             Then nothing is read: parts are made empty. None where they are made with weights.
     """
 
-    held: HeldWeights
+    model: ModelConfig
+    dtype: torch.dtype
+    device: torch.device
+    touch: Callable[[], None]
+    weights: WeightsType = "model"
+    activations: ActivationsType = "model"
+    num_bytes: int = field(default=0, init=False)
+    bytes_from: Counter[Origin] = field(default_factory=Counter, init=False)
+    read_s: float = field(default=0.0, init=False)
+    held: HeldWeights = field(default_factory=HeldWeights, init=False)
+    given: dict[Origin, HeldWeights] = field(default_factory=dict, init=False)
+    is_ahead: bool = field(default=False, init=False)
+    before_make: Callable[[], None] = field(default_factory=lambda: _nothing, init=False)
+    fill: Callable[[int | None, Hashable, Any], Any] | None = field(default=None, init=False)
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        dtype: torch.dtype,
-        device: torch.device,
-        touch: Callable[[], None],
-        weights: WeightsType = "model",
-        activations: ActivationsType = "model",
-    ) -> None:
-        self._model = model
-        self.dtype = dtype
-        self.device = device
-        self._touch = touch
-        self._weights, self._activations = weights, activations
-        self._keeps_narrow = backend_for(device).keeps_narrow
+    def __post_init__(self) -> None:
+        self._ops = backend_for(self.device)
+        self._keeps_narrow = self._ops.keeps_narrow
         # With weights="int8" those of four bits are widened and rounded, as others are.
-        self._keeps_mxfp4 = backend_for(device).keeps_mxfp4 and weights == "model"
-        self.num_bytes = 0
-        self.bytes_from: Counter[Origin] = Counter()
-        self.read_s = 0.0
-        self.held = HeldWeights()
-        self.given: dict[Origin, HeldWeights] = {}
-        self.is_ahead = False
-        self.before_make: Callable[[], None] = lambda: None
-        self.fill: Callable[[int | None, Hashable, Any], Any] | None = None
+        self._keeps_mxfp4 = self._ops.keeps_mxfp4 and self.weights == "model"
 
     def once(
         self, layer: int | None, key: Hashable, make: Callable[[], MadeT], *, holds: bool = True
@@ -188,21 +186,35 @@ class WeightSource(ABC):
             self._was_read(blocks.nbytes, began_s)
             return blocks.to(self.device)
         narrow = self._stored_narrow(name, part)
-        if narrow is None and self._weights == "int8":
+        if narrow is None and self.weights == "int8":
             narrow = self._rounded(name, part)
         if narrow is None:
             return self.take(name, part)
         narrow = narrow.to(self.device)
         weight = narrow if self._keeps_narrow else narrow.widened()
         self._was_read(weight.nbytes, began_s)
-        takes_float8 = self._activations == "float8" and narrow.values.dtype is FLOAT8
+        takes_float8 = self.activations == "float8" and narrow.values.dtype is FLOAT8
         return Float8Inputs(weight) if takes_float8 else weight
+
+    def linear(
+        self,
+        layer: int | None,
+        name: str,
+        part: range | None = None,
+        bias: Callable[[], Tensor | None] = lambda: None,
+    ) -> Linear:
+        """The linear of matrix `name`, or of a slice of it; made once."""
+
+        def make() -> Linear:
+            return self._ops.linear(self.matrix(name, part), bias())
+
+        return self.once(layer, (name, part), make)
 
     def _was_read(self, num_bytes: int, began_s: float) -> None:
         self.num_bytes += num_bytes
         self.bytes_from[Origin.READ] += num_bytes
         self.read_s += time.perf_counter() - began_s
-        self._touch()
+        self.touch()
 
     def _rounded(self, name: str, part: range | None) -> NarrowWeight:
         """A matrix rounded to int8, whole groups at a time, so that no layout changes a scale."""
@@ -212,14 +224,14 @@ class WeightSource(ABC):
             return NarrowWeight.rounded(self._read(name, part, torch.float32), self.dtype)
         size = INPUTS_OF_SCALE
         begin, end = part.start // size * size, -(-part.stop // size) * size
-        end = min(end, tensor_shape(self._model, name)[1])
+        end = min(end, tensor_shape(self.model, name)[1])
         whole = self._read(name, range(begin, end), torch.float32)
         inside = range(part.start - begin, part.stop - begin)
         return NarrowWeight.rounded(whole, self.dtype).columns(inside)
 
     def _empty(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
         """A tensor, or a slice, of uninitialized values, in the shape that `_read` gives."""
-        shape = list(tensor_shape(self._model, name))
+        shape = list(tensor_shape(self.model, name))
         if part is not None:
             shape[cut_dim(name)] = len(part)
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -295,63 +307,44 @@ def _draw_block(seed: int, name: str, block: int, size: int, rest: int) -> npt.N
     return generator.standard_normal((size, rest), dtype=np.float32)
 
 
+@dataclass(eq=False)
 class SeededWeights(WeightSource):
     """A rank's slices of the seeded tensors."""
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        seed: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        touch: Callable[[], None],
-        weights: WeightsType = "model",
-        activations: ActivationsType = "model",
-    ) -> None:
-        super().__init__(model, dtype, device, touch, weights, activations)
-        self._seed = seed
+    seed: int = 0
 
     def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
-        if name == HEAD and self._model.tie_word_embeddings:
+        if name == HEAD and self.model.tie_word_embeddings:
             name = EMBEDDING
-        drawn = draw(self._model, self._seed, name, part)
+        drawn = draw(self.model, self.seed, name, part)
         return torch.from_numpy(drawn).to(self.device, dtype).contiguous()
 
 
+@dataclass(eq=False, kw_only=True)
 class CheckpointWeights(WeightSource):
     """A rank's slices of a checkpoint.
 
-    Args:
+    Attributes:
         cache: matrices rounded to int8 earlier; None if they are rounded here.
     """
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        dtype: torch.dtype,
-        device: torch.device,
-        touch: Callable[[], None],
-        weights: WeightsType = "model",
-        activations: ActivationsType = "model",
-        cache: Int8Cache | None = None,
-    ) -> None:
-        super().__init__(checkpoint.model, dtype, device, touch, weights, activations)
-        self._checkpoint, self._cache = checkpoint, cache
+    checkpoint: Checkpoint
+    cache: Int8Cache | None = None
 
     def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
-        return self._checkpoint.tensor(name, *_sides(name, part), dtype)
+        return self.checkpoint.tensor(name, *_sides(name, part), dtype)
 
     def _rounded(self, name: str, part: range | None) -> NarrowWeight:
-        if self._cache is None:
+        if self.cache is None:
             return super()._rounded(name, part)
-        return self._cache.part(name, *_sides(name, part), self.dtype)
+        return self.cache.part(name, *_sides(name, part), self.dtype)
 
     def _stored_narrow(self, name: str, part: range | None) -> NarrowWeight | None:
-        return self._checkpoint.narrow(name, *_sides(name, part), self.dtype)
+        return self.checkpoint.narrow(name, *_sides(name, part), self.dtype)
 
     def _stored_mxfp4(self, name: str, part: range | None) -> Mxfp4Weight | None:
-        is_whole = part is None or len(part) == tensor_shape(self._model, name)[cut_dim(name)]
-        return self._checkpoint.mxfp4(name, self.dtype) if is_whole else None
+        is_whole = part is None or len(part) == tensor_shape(self.model, name)[cut_dim(name)]
+        return self.checkpoint.mxfp4(name, self.dtype) if is_whole else None
 
 
 def _sides(name: str, part: range | None) -> tuple[range | None, range | None]:

@@ -11,7 +11,6 @@ narrowed; results come back in the model's dtype, as in DeepSeek-V3 (arXiv:2412.
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -337,32 +336,3 @@ class Dispatcher(ABC):
         Returns:
             [T, H] in the dtype of `results`.
         """
-
-
-@dataclass(frozen=True)
-class Grouped:
-    """The handle for `combine` where nothing was sent.
-
-    Attributes:
-        places: [T, K]; index of each pair's result.
-        weights: [T, K] float32; top-k weights.
-    """
-
-    places: Tensor
-    weights: Tensor
-
-
-class LocalDispatcher(Dispatcher):
-    """The dispatcher of a rank that holds all experts and all tokens: nothing is sent."""
-
-    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Grouped]]:
-        """Group tokens by expert."""
-        ids = tokens.topk_ids.int()
-        pairs = self._ops.group_pairs(ids, 0, 1, self._num_local_experts, ids.numel())
-        return tokens.x, pairs, Grouped(pairs.numbers, tokens.topk_weights)
-        yield  # a generator like the others, though it never waits
-
-    def combine(self, sent: Grouped, results: Tensor) -> Steps[Tensor]:
-        """Sum the outputs of each token's experts."""
-        return self._ops.gather_sum(results, sent.places, sent.weights)
-        yield

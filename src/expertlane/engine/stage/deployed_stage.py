@@ -1,36 +1,121 @@
 """A rank's stage of a deployment: it runs step plans, decode steps as graphs where it can."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from expertlane.balance.placement_file import Placements
 from expertlane.engine.comm.collectives import Pending, interleave
 from expertlane.engine.comm.mesh import ParallelMesh
-from expertlane.engine.comm.recorder import Recorder
-from expertlane.engine.model.decode_graphs import DecodeGraphs, PaddedBatch, decode_graphs
+from expertlane.engine.model.decode_graphs import DecodeGraphs, PaddedBatch
+from expertlane.engine.model.draw import NO_TOKEN
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.head import HeadResult, ScoredPrompts
-from expertlane.engine.model.sampler import Sampler, SamplerStep
-from expertlane.engine.model.transformer import BeginsLayer, TransformerStage
+from expertlane.engine.model.sampler import Sampled, Sampler, SamplerStep
+from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.model.weights import HeldWeights
 from expertlane.engine.ops.kv_cache import KVCache
-from expertlane.engine.ranks.commands import HeldBytes, RankOutcome, StageSpec
+from expertlane.engine.ops.transfer import to_host
+from expertlane.engine.ranks.commands import Deploy, HeldBytes, RankOutcome, StageSpec
 from expertlane.engine.stage.migration import Migration, PlacementsBefore
-from expertlane.engine.stage.next_tokens import StepTokens, with_chosen
 from expertlane.engine.stage.preparing import weight_source
 from expertlane.engine.stage.rank_checks import StageChecks, recorder_of
 from expertlane.engine.stage.worker import RankContext
 from expertlane.results.step_record import RankTotals
-from expertlane.schedule.plan import Batch, RankBatch, RankStep
-from expertlane.spec.deployment import GraphLimits, Options, PayloadType
+from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
+from expertlane.spec.deployment import PayloadType
 from expertlane.spec.dispatch import DispatchForm, DispatchMode, DispatchTable
 from expertlane.spec.layout import Members
 from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
+from expertlane.spec.sampling import TokenLogprobs
+
+
+def with_chosen(batch: Batch, chosen: dict[int, int]) -> Batch:
+    """Fill in the tokens that the scheduler did not know: those of the step before.
+
+    Args:
+        chosen: tokens of that step, by sequence id.
+    """
+    is_unknown = batch.token_ids == UNKNOWN
+    if not is_unknown.any():
+        return batch
+    token_ids = batch.token_ids.copy()
+    seq_ids = np.repeat(batch.seq_ids, batch.num_scheduled_tokens)[is_unknown]
+    token_ids[is_unknown] = [chosen[seq] for seq in seq_ids.tolist()]
+    return replace(batch, token_ids=token_ids)
+
+
+class StepTokens:
+    """Chooses the next tokens of a step's parts, alike on all ranks of a tensor-parallel group."""
+
+    def __init__(self) -> None:
+        # `Sampled` is None where the likeliest tokens are taken.
+        self._parts: list[tuple[list[int], HeadResult, Sampled | None]] = []
+        self._tensors: list[Tensor] = []  # of all parts, to be copied to the host
+
+    def choose(self, seq_ids: list[int], result: HeadResult, sampler: Sampler) -> None:
+        """Choose the next tokens of a part.
+
+        Args:
+            seq_ids: [num_seqs]; the sequences that yield a token.
+            result: the head's result for them.
+        """
+        if result.token_ids is not None:
+            self._parts.append((seq_ids, result, None))
+            self._tensors.append(result.token_ids)
+            return
+        assert result.all_logits is not None, "one of both is given"
+        sampled = sampler.sample(seq_ids, result.all_logits)
+        self._parts.append((seq_ids, result, sampled))
+        self._tensors += sampled.tensors
+
+    def fetch(
+        self,
+        outcome: RankOutcome | None,
+        look: Callable[[Tensor, dict[int, int]], None] | None,
+        until: Callable[[Any], None],
+    ) -> dict[int, int]:
+        """Wait for the device, and give all tokens by sequence id, for the next step.
+
+        A sequence without a next token gets 0: a step that is under way goes on with any token.
+
+        Args:
+            outcome: gets the tokens and log-probabilities; None on all but one rank of a
+                tensor-parallel group.
+            look: called with each part's logits on this rank, and its tokens; None without checks.
+            until: waits for an event of the device.
+        """
+        arrived = iter(to_host(self._tensors, until))
+        of_all: dict[int, int] = {}
+        for seq_ids, result, sampled in self._parts:
+            logprobs: dict[int, TokenLogprobs] = {}
+            if sampled is None:
+                chosen = next(arrived).tolist()
+            else:
+                chosen, logprobs = sampled.read(arrived)
+            tokens = dict(zip(seq_ids, chosen, strict=True))
+            if look is not None:
+                look(result.logits, tokens)
+            of_all |= tokens
+            if outcome is not None:
+                outcome.token_ids |= tokens
+                outcome.logprobs |= logprobs
+                outcome.prompt_logprobs |= result.prompt_logprobs
+            if NO_TOKEN in chosen:
+                failed = [seq for seq, token in tokens.items() if token == NO_TOKEN]
+                of_all |= dict.fromkeys(failed, 0)
+                if outcome is not None:
+                    outcome.not_finite += failed
+                    for seq in failed:
+                        del outcome.token_ids[seq]
+        return of_all
 
 
 @dataclass(eq=False)
@@ -111,56 +196,6 @@ class Left:
     tokens: dict[int, int]
 
 
-class GraphSteps:
-    """Decides which steps run as graphs, records them, and launches them.
-
-    It decides by facts that all ranks of all stages share.
-
-    Args:
-        graphs: the graphs of the rank's stage.
-    """
-
-    def __init__(self, graphs: DecodeGraphs, recorder: Recorder) -> None:
-        self._graphs, self._recorder = graphs, recorder
-        self._is_plain = self._balances_copies = False
-        self.clear = graphs.clear
-
-    def begin_step(self, phase: Phase | None, *, balances_copies: bool) -> None:
-        """Begin a step, after the recorder has begun it."""
-        self._is_plain = phase is Phase.DECODE and not self._recorder.is_recording
-        self._balances_copies = balances_copies
-
-    def padded(
-        self, batch: Batch, micro_batch: RankBatch, mode: DispatchMode
-    ) -> PaddedBatch | None:
-        """The batch padded for the graph of a whole step; None if the step has no such graph."""
-        if not self._is_plain or mode.overlap or self._balances_copies:
-            return None
-        if not any(micro_batch.num_tokens) or not self._graphs.takes_steps(mode.form):
-            return None
-        return self._graphs.padded(batch, micro_batch.num_tokens, mode.form)
-
-    def beginning_of(self, parts: Sequence[ForwardBatch]) -> BeginsLayer | None:
-        """A function that begins layers by a graph up to each dispatch; None without graphs."""
-        if not self._is_plain or len(parts) != 1:
-            return None
-        form = parts[0].dispatch_form
-        if self._graphs.takes_steps(form):
-            return None
-        return self._graphs.beginning_of(parts[0].batch, form)
-
-    def run(self, part: PaddedBatch, arriving: Pending | None) -> torch.Tensor | HeadResult:
-        """Run a whole step as a graph, once the previous stage's hidden states have arrived."""
-        arrived = None if arriving is None else arriving.wait()
-        self._recorder.enter(Stage.GRAPH)
-        return self._graphs.run(part, arrived)
-
-    def record(self, size: int, forms: Sequence[DispatchForm]) -> int:
-        """Record the graphs of batches padded to a size; gives the number of new graphs."""
-        self._recorder.enter(Stage.GRAPH)
-        return self._graphs.record(size, forms)
-
-
 class DeployedStage:
     """A rank's stage of a deployment, which runs the micro-batches of each step.
 
@@ -169,7 +204,7 @@ class DeployedStage:
     """
 
     _checks: StageChecks | None = None
-    _graphs: GraphSteps | None = None
+    _graphs: DecodeGraphs | None = None
     _is_over_nccl = False
 
     def __init__(
@@ -238,39 +273,30 @@ class DeployedStage:
         caches = self.stage.leave_cache() if (at.replica, at.dp_rank) in kept else None
         return Left(self.stage.held_weights(), caches, self._sampler, self._changes.tokens)
 
-    def start(
-        self,
-        options: Options,
-        *,
-        num_blocks: int,
-        block_size: int,
-        graphs: GraphLimits | None = None,
-        left: Left | None = None,
-    ) -> None:
+    def start(self, deploy: Deploy, left: Left | None = None) -> None:
         """Begin with an empty cache, or the one that is left.
 
         Where the options leave dispatch open (`auto`), `set_dispatch` has to follow.
 
         Args:
-            graphs: sizes of graphs; None if no step is to be recorded.
             left: state of the stage before.
         """
+        options, num_blocks = deploy.options, deploy.num_blocks
         self.migration.forget()
         self._payload = options.payload
         if (table := options.fixed_table) is not None:
             self.set_dispatch(table)
-        self._block_size = block_size
+        self._block_size = deploy.block_size
         self._phase = None
-        recorded = decode_graphs(
+        self._graphs = DecodeGraphs.of(
             self.stage,
-            graphs if self._checks is None else None,
+            deploy.graphs if self._checks is None else None,
             num_blocks=num_blocks,
-            block_size=block_size,
+            block_size=deploy.block_size,
             records_transfers=self._is_over_nccl,
             await_device=self._await_device,
         )
-        self._graphs = None if recorded is None else GraphSteps(recorded, self._recorder)
-        if recorded is not None:
+        if self._graphs is not None:
             self.totals()  # starts the meter on all ranks alike: graphs add to it
         if left is not None and left.caches is not None:
             self._sampler = left.sampler
@@ -280,7 +306,7 @@ class DeployedStage:
         self._sampler = Sampler(self.spec.model.vocab_size, self._device)
         self._changes = UncommittedChanges(self._sampler, {})
         num_blocks += self._graphs is not None  # one for padding
-        self.stage.allocate_cache(num_blocks, block_size, options.kv_dtype)
+        self.stage.allocate_cache(num_blocks, deploy.block_size, options.kv_dtype)
 
     def drop_graphs(self) -> None:
         """Drop all graphs, since groups, weights or forms change."""
@@ -428,7 +454,7 @@ class DeployedStage:
         mode = self._choose(micro_batch)
         own, sizes = [with_chosen(micro_batch.own, chosen)], [micro_batch.num_tokens]
         if self._graphs is not None:
-            padded = self._graphs.padded(own[0], micro_batch, mode)
+            padded = self._graphs.padded_step(own[0], micro_batch, mode)
             if padded is not None:
                 return [padded], self._hidden_of([padded])
         if mode.overlap:
@@ -503,7 +529,7 @@ class DeployedStage:
     ) -> list[tuple[list[int], HeadResult]]:
         """Run a micro-batch as a graph; for the result see `_run_micro_batch`."""
         assert self._graphs is not None, "the batch was padded for it"
-        result = self._graphs.run(part, arriving)
+        result = self._graphs.run(part, None if arriving is None else arriving.wait())
         if not isinstance(result, HeadResult):
             self._hand_over([result])
             return []

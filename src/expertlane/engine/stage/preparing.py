@@ -35,12 +35,13 @@ def weight_source(spec: StageSpec, platform: Platform, touch: Callable[[], None]
     Args:
         touch: see `WeightSource`.
     """
-    given = platform.dtype, platform.device, touch, spec.weights, spec.activations
+    of_rank = platform.dtype, platform.device, touch
+    given = spec.model, *of_rank, spec.weights, spec.activations
     if spec.checkpoint is None:
-        return SeededWeights(spec.model, spec.seed, *given)
+        return SeededWeights(*given, spec.seed)
     checkpoint = Checkpoint(Path(spec.checkpoint), spec.model, platform.device)
     cache = Int8Cache.find(checkpoint) if spec.cache_int8 else None
-    return CheckpointWeights(checkpoint, *given, cache=cache)
+    return CheckpointWeights(*given, checkpoint=checkpoint, cache=cache)
 
 
 def parts_of(context: RankContext, spec: StageSpec, place: int, source: WeightSource) -> StageParts:

@@ -29,7 +29,6 @@ from expertlane.engine.ranks.commands import (
     Redeploy,
     RunStep,
     SetDispatch,
-    StageSpec,
     StartMoves,
     SumWeights,
     TimeOneMove,
@@ -42,7 +41,6 @@ from expertlane.engine.stage.preparing import drop_prepared, prepare
 from expertlane.engine.stage.rank_checks import sum_weights
 from expertlane.engine.stage.weight_copies import Role, WeightCopies
 from expertlane.engine.stage.worker import Handlers, RankContext
-from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DISPATCH_FORMS
 from expertlane.spec.names import Origin, Stage
 
@@ -60,11 +58,11 @@ def measure_step(context: RankContext, command: MeasureStep) -> int:
 
 def deploy(context: RankContext, command: Deploy) -> HeldBytes:
     """Build this rank's stage, or keep it if only options changed."""
-    spec, options = command.spec, command.options
+    spec = command.spec
     if context.deployed is not None:
         context.deployed.migration.finish_moves()  # transfers still use its buffers
     context.progress.enter(Stage.SETUP, NO_LAYER)
-    _connect(context, spec, options)
+    _connect(context, command)
     held = HeldBytes(0, 0)
     if context.rank >= spec.layout.world_size:
         context.deployed = None
@@ -74,12 +72,7 @@ def deploy(context: RankContext, command: Deploy) -> HeldBytes:
             context.deployed = DeployedStage(context, spec)
         else:
             context.deployed.rejoin(())  # another epoch may have begun
-        context.deployed.start(
-            options,
-            num_blocks=command.num_blocks,
-            block_size=command.block_size,
-            graphs=command.graphs,
-        )
+        context.deployed.start(command)
         held = context.deployed.held
     context.progress.enter(Stage.IDLE, NO_LAYER)
     return held
@@ -90,7 +83,7 @@ def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
     deploy, spec = command.deploy, command.deploy.spec
     members = spec.members
     context.progress.enter(Stage.SETUP, NO_LAYER)
-    _connect(context, spec, deploy.options)
+    _connect(context, deploy)
     before: DeployedStage | None = context.deployed
     has_stage = False
     if before is not None and before.spec.members == members:
@@ -120,13 +113,7 @@ def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
         context.preparation = context.parked = None
         # Weights that are no longer needed are freed before more are read.
         deployed = context.deployed = DeployedStage(context, spec, given)
-        deployed.start(
-            deploy.options,
-            num_blocks=deploy.num_blocks,
-            block_size=deploy.block_size,
-            graphs=deploy.graphs,
-            left=left,
-        )
+        deployed.start(deploy, left)
         if command.dispatch_table is not None:
             deployed.set_dispatch(command.dispatch_table)
         held = deployed.held
@@ -134,9 +121,10 @@ def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
     return held
 
 
-def _connect(context: RankContext, spec: StageSpec, options: Options) -> None:
+def _connect(context: RankContext, deploy: Deploy) -> None:
     """Make the groups of a deployment; collective over all ranks."""
-    forms = options.forms(spec.layout, spec.ranks_per_node)
+    spec = deploy.spec
+    forms = deploy.options.forms(spec.layout, spec.ranks_per_node)
     by_node = any(DISPATCH_FORMS[form].by_node for form in forms)
     context.meshes.make(spec.layout, spec.ranks_per_node if by_node else 0, spec.members)
 

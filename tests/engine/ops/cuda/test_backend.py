@@ -38,7 +38,7 @@ pytestmark = needs_kernels
 
 
 def seeded(model, weights="model"):
-    return lambda: SeededWeights(model, 0, torch.float32, DEVICE, lambda: None, weights)
+    return lambda: SeededWeights(model, torch.float32, DEVICE, lambda: None, weights)
 
 
 def logits_of(model, ops, monkeypatch, source=None) -> torch.Tensor:
@@ -119,7 +119,9 @@ def test_models_stored_narrow(kind, kept, tmp_path, monkeypatch):
         save_mxfp4(source, stored, plain)
 
     def source_of(folder):
-        return lambda: CheckpointWeights(Checkpoint(folder), torch.float32, DEVICE, lambda: None)
+        checkpoint = Checkpoint(folder)
+        given = checkpoint.model, torch.float32, DEVICE, lambda: None
+        return lambda: CheckpointWeights(*given, checkpoint=checkpoint)
 
     model = Checkpoint(stored).model
     expected = logits_of(model, TorchBackend(), monkeypatch, source_of(plain))
