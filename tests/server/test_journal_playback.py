@@ -83,8 +83,9 @@ def kept_of(kind, rows=None, *, is_stream=True):
     )
     (_, begun) = next(records_of(framed(begun)))  # it goes through bytes
     request = endpoint.body.model_validate_json(begun.body)
-    prepared = Prepared(request, begun.prompts, begun.params(), begun.texts, created=5)
-    prepared = Prepared(**vars(prepared) | {"ids": type(prepared.ids)(begun.root)})
+    prepared = Prepared(
+        request, begun.prompts, begun.params(), begun.texts, created=5, root=begun.root
+    )
     kept = KeptRequest(begun, prepared, endpoint, lambda ids: None, lambda kept: None)
     if rows is not None:
         kept.recall(rows)

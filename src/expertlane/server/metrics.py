@@ -434,10 +434,12 @@ class OwnMetrics:
             ),
         ):
             yield self._counter(name, text, total)
-        text = "Data-parallel ranks, of all replicas, "
-        serving, whole = recovery.members.dp_ranks, recovery.whole.dp_ranks
-        yield self._gauge("dp_ranks_serving", f"{text}that serve", len(serving))
-        yield self._gauge("dp_ranks_all", f"{text}when none is lost", len(whole))
+        for name, which, members in (
+            ("serving", "that serve", recovery.members),
+            ("all", "when none is lost", recovery.whole),
+        ):
+            text = f"Data-parallel ranks, of all replicas, {which}"
+            yield self._gauge(f"dp_ranks_{name}", text, len(members.dp_ranks))
 
     def _of_ranks(self, watch: RankWatch) -> Iterator[Metric]:
         reading = watch.readings[-1]
