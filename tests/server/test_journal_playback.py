@@ -15,7 +15,7 @@ from expertlane.schedule.request import Chunk, FinishReason
 from expertlane.server.answers import Prepared
 from expertlane.server.completions import CHATS, COMPLETIONS
 from expertlane.server.journal.file import Begun, Came, Record, framed, records_of
-from expertlane.server.journal.kept import KeptRequest, Watchers
+from expertlane.server.journal.kept import KeptRequest
 from expertlane.server.responses import RESPONSES
 from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.spec.sampling import PromptLogprobs, PromptPart, SamplingParams, TokenLogprobs
@@ -83,9 +83,10 @@ def kept_of(kind, rows=None, *, is_stream=True):
     )
     (_, begun) = next(records_of(framed(begun)))  # it goes through bytes
     request = endpoint.body.model_validate_json(begun.body)
-    prepared = Prepared(request, begun.prompts, begun.params(), begun.texts, created=5)
-    prepared = Prepared(**vars(prepared) | {"ids": type(prepared.ids)(begun.root)})
-    kept = KeptRequest(begun, prepared, endpoint, Watchers(lambda ids: None, lambda kept: None))
+    prepared = Prepared(
+        request, begun.prompts, begun.params(), begun.texts, created=5, root=begun.root
+    )
+    kept = KeptRequest(begun, prepared, endpoint, lambda ids: None, lambda kept: None)
     if rows is not None:
         kept.recall(rows)
     return kept

@@ -17,8 +17,8 @@ from expertlane.engine.async_engine import Generation
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.server.errors import JSON, LATER, ApiError
 from expertlane.server.logprobs import TokenTexts
-from expertlane.server.logs import Generated, note
-from expertlane.server.middleware import DIRECT_SEND
+from expertlane.server.logs import GENERATED, Generated
+from expertlane.server.middleware import DIRECT_SEND, client_left
 from expertlane.server.requests import GenerationRequest, SampledRequest
 from expertlane.server.service import Service
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
@@ -35,22 +35,6 @@ _PART_BYTES = 64 * 2**10  # at least, but for the last part
 
 
 @dataclass(frozen=True)
-class AnswerIds:
-    """The ids of one answer and its parts.
-
-    Attributes:
-        root: 122 random bits, from which all its ids follow.
-    """
-
-    root: str = field(default_factory=lambda: uuid4().hex)
-
-    def of(self, *what: str | int) -> str:
-        """An id of 32 hexadecimal digits; the same for the same arguments."""
-        text = "/".join(map(str, (self.root, *what)))
-        return blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-@dataclass(frozen=True)
 class Prepared:
     """A checked request, ready for the engine.
 
@@ -61,7 +45,7 @@ class Prepared:
         texts: [num_prompts]; texts of the prompts, where the answer needs them, else empty.
         grammar: the grammar of its outputs; held, so that the engine finds it compiled.
         before: messages of the earlier response that it continues.
-        ids: ids of the answer and its parts.
+        root: 122 random bits, from which the ids of the answer and its parts follow.
         created: time of the request, in seconds since 1970.
     """
 
@@ -71,8 +55,13 @@ class Prepared:
     texts: Sequence[str] = ()
     grammar: Grammar | None = None
     before: Sequence[dict[str, Any]] = ()
-    ids: AnswerIds = field(default_factory=AnswerIds)
+    root: str = field(default_factory=lambda: uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def id_of(self, *what: str | int) -> str:
+        """An id of 32 hexadecimal digits for a part of the answer, always the same."""
+        text = "/".join(map(str, (self.root, *what)))
+        return blake2b(text.encode(), digest_size=16).hexdigest()
 
     @property
     def num_choices(self) -> int:
@@ -188,7 +177,6 @@ class Answer(Response):
         self._prepared = prepared
         self._request = request
         self._num_choices = request.num_choices
-        self._prompts = prepared.prompts
         self._params = prepared.params
         self._texts = TokenTexts(
             service.model.tokenizer, as_ids=bool(request.return_tokens_as_token_ids)
@@ -197,7 +185,7 @@ class Answer(Response):
         self._is_usage_asked = options is not None and bool(options.include_usage)
         self._is_usage_everywhere = options is not None and bool(options.continuous_usage_stats)
         self._head = {
-            "id": f"{self.prefix}-{prepared.ids.root}",
+            "id": f"{self.prefix}-{prepared.root}",
             "object": self.kind_of_chunks if request.stream else self.kind,
             "created": prepared.created,
             "model": service.model.name,
@@ -223,7 +211,10 @@ class Answer(Response):
                     *(self.param, self.began_s),
                 )
             self._source = source
-            note(scope, self._generated(source))
+            scope[GENERATED] = Generated(
+                *(str(self._head["id"]), source.outputs, self._params),
+                *(self._num_choices, bool(self._request.stream)),
+            )
             self._watcher = asyncio.create_task(_watch(receive, source))
             if self._request.stream:
                 # A task of its own is woken without the middlewares around this one.
@@ -259,15 +250,6 @@ class Answer(Response):
     def _goes_on(self, error: ApiError) -> bool:
         """Whether a kept answer survives this error, so that its stream ends without one."""
         return self.kept is not None and error.code in LATER
-
-    def _generated(self, source: Source) -> Generated:
-        return Generated(
-            str(self._head["id"]),
-            source.outputs,
-            self._params,
-            self._num_choices,
-            bool(self._request.stream),
-        )
 
     async def _whole(self, source: Source) -> Response:
         """The whole answer, once all choices are finished."""
@@ -379,7 +361,10 @@ class Answer(Response):
         """The `usage` object of the tokens taken so far, and of `num_more` others."""
         outputs = () if self._source is None else self._source.outputs
         firsts = outputs[:: self._num_choices]  # others of a prompt share it
-        num_prompt, num_output = sum(map(len, self._prompts)), sum(self._num_taken) + num_more
+        num_prompt, num_output = (
+            sum(map(len, self._prepared.prompts)),
+            sum(self._num_taken) + num_more,
+        )
         num_cached = sum(output.num_cached_tokens for output in firsts)
         return {
             "prompt_tokens": num_prompt,
@@ -401,7 +386,9 @@ class Answer(Response):
         if self._request.return_token_ids:
             choice["token_ids"] = piece.token_ids
             if piece.start == 0:
-                choice["prompt_token_ids"] = self._prompts[piece.place // self._num_choices]
+                choice["prompt_token_ids"] = self._prepared.prompts[
+                    piece.place // self._num_choices
+                ]
         return choice
 
     def more_of_whole(self, pieces: Sequence[Piece]) -> dict[str, Any]:
@@ -430,8 +417,7 @@ class Answer(Response):
 
 async def _watch(receive: Receive, source: Source) -> None:
     """Wait until the client closes the connection, then end the source."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    await client_left(receive)
     source.end(ClientGone())
 
 

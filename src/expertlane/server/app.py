@@ -1,6 +1,7 @@
 """The HTTP interface: routes, the middleware before them, and requests until their answers."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -13,9 +14,8 @@ from expertlane.server.completions import CHATS, COMPLETIONS
 from expertlane.server.errors import ApiError, ErrorBody, bad_field, install_handlers, json_response
 from expertlane.server.journal.keeper import JournalKeeper
 from expertlane.server.live import add_live
-from expertlane.server.logs import Observed
 from expertlane.server.metrics import CONTENT_TYPE
-from expertlane.server.middleware import ApiKeys, Counted, Heads, Hosts
+from expertlane.server.middleware import ApiKeys, Heads, Hosts, Observed, client_left
 from expertlane.server.requests import (
     ChatRequest,
     CompletionRequest,
@@ -57,13 +57,12 @@ def make_app(service: Service, journal: JournalKeeper | None = None, *, is_local
     make_bodies_models(app)
     install_handlers(app)
     _add_generation(app, service, journal)
-    add_responses(app, service, journal)
     _add_tokens(app, service)
     _add_state(app, service)
     add_scaling(app, service)
     add_live(app, service.live)
     if journal is not None:
-        add_journal(app, service, journal)
+        _add_journal(app, service, journal)
     # The last one added comes first.
     app.add_middleware(Heads)
     app.add_middleware(BodyLimit)
@@ -75,21 +74,38 @@ def make_app(service: Service, journal: JournalKeeper | None = None, *, is_local
         has_keys=bool(options.api_keys),
         computed=_COMPUTED,
     )
-    app.add_middleware(Counted, count=service.metrics.on_response)
-    app.add_middleware(Observed, observers=options.observers)
+    app.add_middleware(Observed, count=service.metrics.on_response, observers=options.observers)
     return app
 
 
 def _add_generation(app: FastAPI, service: Service, journal: JournalKeeper | None) -> None:
+    store = service.responses
+
     @app.post(COMPLETIONS.path, response_class=Response)
     async def complete(request: CompletionRequest) -> Response:
         """Continue prompts."""
-        return Arrival(service, journal, request, COMPLETIONS)
+        return _arrival(service, journal, request, COMPLETIONS)
 
     @app.post(CHATS.path, response_class=Response)
     async def chat(request: ChatRequest) -> Response:
         """Continue a conversation."""
-        return Arrival(service, journal, request, CHATS)
+        return _arrival(service, journal, request, CHATS)
+
+    @app.post(RESPONSES.path, response_class=Response)
+    async def respond(request: ResponsesRequest) -> Response:
+        """Continue a conversation, or begin one; its items, whole or as events."""
+        return _arrival(service, journal, request, RESPONSES)
+
+    @app.get("/v1/responses/{response_id}")
+    async def response(response_id: str) -> Response:
+        """A response that was kept."""
+        return json_response(store.get(response_id, "response_id").body)
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(response_id: str) -> Response:
+        """Forget a response that was kept."""
+        store.delete(response_id, "response_id")
+        return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
@@ -205,76 +221,59 @@ class Arrival(Response):
     """Sends an answer once it is made, unless the client leaves or the time is up before.
 
     Making it includes tokenizing the prompt.
+
+    Args:
+        make: makes the answer, from the request's scope and its arrival on the loop's clock.
     """
 
     def __init__(
         self,
         service: Service,
-        journal: JournalKeeper | None,
-        request: SampledRequest,
-        endpoint: Endpoint,
+        make: Callable[[Scope, float], Awaitable[Answer]],
+        limit_s: float | None = None,
     ) -> None:
         super().__init__()  # unused: `__call__` sends another response
-        self._journal = journal
-        self._service, self._request, self._endpoint = service, request, endpoint
+        self._service, self._make, self._limit_s = service, make, limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Make the answer and send it; called by the HTTP server."""
-        service = self._service
         began_s = asyncio.get_running_loop().time()
-        limit_s = service.time_limit_s(self._request)
-        service.num_open += 1
+        self._service.num_open += 1
         making = asyncio.ensure_future(self._make(scope, began_s))
-        leaving = asyncio.ensure_future(_leaves(receive))
+        leaving = asyncio.ensure_future(client_left(receive))
         try:
             await asyncio.wait(
-                {making, leaving}, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED
+                {making, leaving}, timeout=self._limit_s, return_when=asyncio.FIRST_COMPLETED
             )
             if making.done():
                 answer = making.result()
             elif leaving.done():
                 return
             else:
-                raise late(limit_s)
+                raise late(self._limit_s)
             leaving.cancel()
             await answer(scope, receive, send)
         finally:
-            service.num_open -= 1
+            self._service.num_open -= 1
             making.cancel()
             leaving.cancel()
 
-    async def _make(self, scope: Scope, began_s: float) -> Answer:
-        service, request, endpoint = self._service, self._request, self._endpoint
-        if self._journal is not None:
-            return await self._journal.answer(scope, request, endpoint, began_s)
+
+def _arrival(
+    service: Service, journal: JournalKeeper | None, request: SampledRequest, endpoint: Endpoint
+) -> Arrival:
+    async def make(scope: Scope, began_s: float) -> Answer:
+        if journal is not None:
+            return await journal.answer(scope, request, endpoint, began_s)
         if b"last-event-id" in dict(scope["headers"]):
             text = "Last-Event-ID: this server keeps no journal of requests (--journal)"
             raise ApiError(404, text, param="Last-Event-ID", code="request_not_found")
         return await endpoint.make(service, request, began_s)
 
-
-async def _leaves(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    return Arrival(service, make, service.time_limit_s(request))
 
 
-class _Rest(Response):
-    """The events of a kept answer that a client does not have yet."""
-
-    def __init__(self, service: Service, answer: Answer) -> None:
-        super().__init__()  # unused: `__call__` sends the answer
-        self._service, self._answer = service, answer
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer; for the server."""
-        self._service.num_open += 1
-        try:
-            await self._answer(scope, receive, send)
-        finally:
-            self._service.num_open -= 1
-
-
-def add_journal(app: FastAPI, service: Service, keeper: JournalKeeper) -> None:
+def _add_journal(app: FastAPI, service: Service, keeper: JournalKeeper) -> None:
     """Add the routes of kept requests to an app."""
 
     @app.get("/v1/requests/{request_id}/events", response_class=Response)
@@ -286,7 +285,12 @@ def add_journal(app: FastAPI, service: Service, keeper: JournalKeeper) -> None:
             raise bad_field("request_id", text)
         if kept.num_events is not None and after >= kept.num_events:
             return Response(status_code=204)
-        return _Rest(service, keeper.reconnect(kept, after))
+        answer = keeper.reconnect(kept, after)
+
+        async def rest(scope: Scope, began_s: float) -> Answer:
+            return answer
+
+        return Arrival(service, rest)
 
     @app.delete("/v1/requests/{request_id}")
     async def cancel(request_id: str, http: Request) -> Response:
@@ -295,24 +299,3 @@ def add_journal(app: FastAPI, service: Service, keeper: JournalKeeper) -> None:
         kept.end(ApiError(410, f"request {request_id} was cancelled", code="cancelled"))
         keeper.forget(kept)
         return json_response({"id": request_id, "object": "request", "deleted": True})
-
-
-def add_responses(app: FastAPI, service: Service, journal: JournalKeeper | None) -> None:
-    """Let an app answer them."""
-    store = service.responses
-
-    @app.post(RESPONSES.path, response_class=Response)
-    async def respond(request: ResponsesRequest) -> Response:
-        """Continue a conversation, or begin one; its items, whole or as events."""
-        return Arrival(service, journal, request, RESPONSES)
-
-    @app.get("/v1/responses/{response_id}")
-    async def response(response_id: str) -> Response:
-        """A response that was kept."""
-        return json_response(store.get(response_id, "response_id").body)
-
-    @app.delete("/v1/responses/{response_id}")
-    async def delete(response_id: str) -> Response:
-        """Forget a response that was kept."""
-        store.delete(response_id, "response_id")
-        return json_response({"id": response_id, "object": "response", "deleted": True})

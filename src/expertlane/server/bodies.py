@@ -8,13 +8,21 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI, HTTPException, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from expertlane.server.errors import BUSY, TOO_LARGE, TOO_SLOW, ApiError
+from expertlane.server.errors import (
+    BUSY,
+    JSON,
+    NO_JSON,
+    TOO_LARGE,
+    TOO_SLOW,
+    ApiError,
+    no_object,
+    validated,
+)
 
 MOST_BODY_BYTES = 16 * 2**20
 MOST_BYTES_AT_ONCE = 256 * 2**20  # in bodies of all unanswered requests together
@@ -62,9 +70,6 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse its body."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if told.isdigit() and int(told[:20]) > MOST_BODY_BYTES:
             answer = ApiError(TOO_LARGE, _TOO_MANY_BYTES, code="body_too_large").response()
@@ -164,11 +169,16 @@ class BodyRoute(APIRoute):
         async def handle_model(request: Request) -> Response:
             body = await _read(request)
             kind = request.headers.get("content-type", "").lower()
-            if len(body) <= _SMALL_BYTES or "json" not in kind:
-                return await handle(_ReadRequest(request, bytes(body)))
-            async with request.app.state.one_body:  # one at a time: each takes memory
-                made = await asyncio.to_thread(_made, model, body)
-            return await handle(_MadeRequest(request, b"{}", made))
+            if "json" not in kind:
+                raise no_object(f", with Content-Type: {JSON}")
+            if not body:
+                raise no_object()
+            if len(body) <= _SMALL_BYTES:
+                made = _made(model, body)
+            else:
+                async with request.app.state.one_body:  # one at a time: each takes memory
+                    made = await asyncio.to_thread(_made, model, body)
+            return await handle(_MadeRequest(request, made))
 
         return handle_model
 
@@ -188,23 +198,12 @@ async def _read(request: Request) -> bytearray:
     return body
 
 
-class _ReadRequest(Request):
-    """A request whose body has been read."""
-
-    def __init__(self, request: Request, body: bytes) -> None:
-        super().__init__(request.scope, request.receive, request._send)
-        self._body: bytes = body
-
-    async def json(self) -> Any:
-        """The body's value; for the framework."""
-        return _parsed(self._body)
-
-
-class _MadeRequest(_ReadRequest):
+class _MadeRequest(Request):
     """A request whose body has been validated: it is a model."""
 
-    def __init__(self, request: Request, body: bytes, made: BaseModel) -> None:
-        super().__init__(request, body)
+    def __init__(self, request: Request, made: BaseModel) -> None:
+        super().__init__(request.scope, request.receive, request._send)
+        self._body = b"{}"  # for the framework, which asks for its value
         self._made = made
 
     async def json(self) -> BaseModel:
@@ -233,19 +232,11 @@ def _made(model: type[BaseModel], body: bytearray) -> BaseModel:
     """The model that a body describes.
 
     Raises:
-        RequestValidationError: it is not JSON, or not valid; in the framework's form.
-        ApiError: a validator of ours refuses it.
+        ApiError: it is not JSON, or not valid.
     """
     try:
         value = _parsed(body)
     except (ValueError, RecursionError) as error:  # both libraries raise kinds of ValueError
         text = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        found = {"type": "json_invalid", "loc": ("body",), "msg": text, "ctx": {"error": text}}
-        raise RequestValidationError([found]) from None
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        wrong = error.errors(include_url=False, include_input=False)
-        raise RequestValidationError(
-            [each | {"loc": ("body", *each["loc"])} for each in wrong]
-        ) from None
+        raise ApiError(400, f"the body is not valid JSON: {text}", code=NO_JSON) from None
+    return validated(model, value)

@@ -125,7 +125,7 @@ class ChatAnswer(Answer):
             self._parts = [
                 ChatParts(
                     MarkedText(service.marks, text, takes_calls=bool(functions), schemas=schemas),
-                    partial(prepared.ids.of, "call", choice),
+                    partial(prepared.id_of, "call", choice),
                 )
                 for choice in range(len(params))
             ]

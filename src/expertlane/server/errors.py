@@ -2,12 +2,11 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from expertlane.errors import UserError
@@ -24,8 +23,10 @@ _CODES = {
     BUSY: "busy",
 }
 _PYDANTIC = re.compile(r"^\w+ should(?= )")  # Input, String, List…
-_NO_JSON = "invalid_json"
+NO_JSON = "invalid_json"
 _MOST = 500  # characters of a message
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class ErrorFacts(BaseModel):
@@ -109,16 +110,9 @@ def install_handlers(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return error.response()
 
-    async def of_validation(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        return refusal(error.errors(), request.headers.get("content-type")).response()
-
     async def of_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         status = error.status_code
-        if status == 400:  # the framework's parser failed; syntax errors come to `of_validation`
-            text = "the body is not JSON: not UTF-8, nested too deeply, or with a huge number"
-            return ApiError(400, text, code=_NO_JSON).response()
         text = f"{request.method} {request.url.path}: {error.detail}"
         answer = ApiError(status, text, code=_CODES.get(status)).response()
         answer.headers.update(error.headers or {})
@@ -135,35 +129,41 @@ def install_handlers(app: FastAPI) -> None:
         return answer
 
     app.add_exception_handler(ApiError, of_api)
-    app.add_exception_handler(RequestValidationError, of_validation)
     app.add_exception_handler(HTTPException, of_http)
     app.add_exception_handler(UserError, of_mistake)
     app.add_exception_handler(Exception, of_bug)
 
 
-def refusal(errors: Sequence[Mapping[str, Any]], content_type: str | None) -> ApiError:
-    """The most specific of pydantic's errors: of a field's alternatives, the one that fits best.
+def validated(model: type[Model], value: object) -> Model:
+    """A value as a model.
 
-    Args:
-        content_type: the request's; bodies of another type than JSON are not parsed.
+    Raises:
+        ApiError: it is not valid.
     """
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise _refusal(error.errors(include_url=False, include_input=False)) from None
+
+
+def _refusal(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """The most specific of pydantic's errors: of a field's alternatives, the one that fits best."""
     error = max(errors, key=lambda each: len(each["loc"]))
     kind = error["type"]
-    if kind == "json_invalid":
-        reason = error.get("ctx", {}).get("error", "invalid")
-        return ApiError(400, f"the body is not valid JSON: {reason}", code=_NO_JSON)
-    param = _param(error["loc"][1:], is_unknown=kind == "extra_forbidden")
+    param = _param(error["loc"], is_unknown=kind == "extra_forbidden")
     if param is None:
-        text = "the body must be a JSON object"
-        if "json" not in (content_type or "").lower():
-            text += f", with Content-Type: {JSON}"
-        return ApiError(400, text, code=_NO_JSON)
+        return no_object()
     if kind == "extra_forbidden":
         return bad_field(param, f"unknown field {param}", "unknown_parameter")
     if kind == "missing":
         return bad_field(param, f"{param} is missing", "missing_required_parameter")
     message = _PYDANTIC.sub("it must", error["msg"].removeprefix("Value error, "))
     return bad_field(param, f"{param}: {message}")
+
+
+def no_object(hint: str = "") -> ApiError:
+    """The error of a body that is no JSON object."""
+    return ApiError(400, f"the body must be a JSON object{hint}", code=NO_JSON)
 
 
 def _param(location: Sequence[str | int], *, is_unknown: bool) -> str | None:

@@ -16,6 +16,7 @@ from expertlane.report.charts.colours import OF_CAUSE, OF_GAP, style_sheet
 from expertlane.server.errors import ApiError
 from expertlane.server.live_state import LiveState
 from expertlane.server.metrics import WAITING
+from expertlane.server.middleware import client_left
 from expertlane.spec.names import Cause, Gap, Stage
 
 MOST_VIEWERS = 32
@@ -139,7 +140,7 @@ class LiveAnswer(Response):
             return
         feed.num_viewers += 1
         stream = asyncio.create_task(self._stream(send))
-        gone = asyncio.create_task(_gone(receive))
+        gone = asyncio.create_task(client_left(receive))
         try:
             await asyncio.wait({stream, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -168,11 +169,6 @@ class LiveAnswer(Response):
 async def _send_part(send: Send, body: bytes) -> None:
     async with asyncio.timeout(_STUCK_S):
         await send({"type": "http.response.body", "body": body, "more_body": True})
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _event(body: object) -> bytes:

@@ -17,7 +17,6 @@ from typing import Any, Literal, TextIO
 from urllib.parse import urlsplit
 
 import msgspec
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expertlane.errors import UserError
 from expertlane.printable import printable
@@ -25,7 +24,7 @@ from expertlane.schedule.request import FinishReason, RequestOutput
 from expertlane.spec.sampling import SamplingParams
 from expertlane.version import __version__
 
-_IN_SCOPE = "expertlane.generated"
+GENERATED = "expertlane.generated"  # in a scope: the outputs of a request
 
 
 @dataclass(frozen=True)
@@ -44,11 +43,6 @@ class Generated:
     is_stream: bool
 
 
-def note(scope: Scope, generated: Generated) -> None:
-    """Attach the outputs of a request to its scope, where observers find them."""
-    scope[_IN_SCOPE] = generated
-
-
 @dataclass(frozen=True)
 class Exchange:
     """A request, and its answer once that has ended.
@@ -57,7 +51,6 @@ class Exchange:
         path: path of the route; `none` where there is no such route.
         client: the address that it came from.
         status: 499 where the client went before there was an answer.
-        headers: the request's; names in lower case.
         generated: its outputs; None where no text was asked for, or none was given.
     """
 
@@ -66,51 +59,16 @@ class Exchange:
     client: str
     status: int
     seconds: float
-    headers: dict[str, str] = field(repr=False)
+    raw_headers: Sequence[tuple[bytes, bytes]] = field(repr=False)
     generated: Generated | None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The request's headers; names in lower case."""
+        return {name.decode("latin-1"): value.decode("latin-1") for name, value in self.raw_headers}
 
 
 Observer = Callable[[Exchange], None]
-_CLIENT_GONE = 499
-
-
-class Observed:
-    """Tells observers of every request, once it has its answer."""
-
-    def __init__(self, app: ASGIApp, observers: Sequence[Observer]) -> None:
-        self._app, self._observers = app, observers
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and tell observers once its answer has ended."""
-        if scope["type"] != "http" or not self._observers:
-            await self._app(scope, receive, send)
-            return
-        status, began_s = _CLIENT_GONE, time.perf_counter()
-
-        async def noting_send(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, noting_send)
-        finally:
-            exchange = Exchange(
-                method=scope["method"],
-                path=getattr(scope.get("route"), "path", "none"),
-                client=(scope.get("client") or ("",))[0],
-                status=status,
-                seconds=time.perf_counter() - began_s,
-                headers=_text_of(scope["headers"]),
-                generated=scope.get(_IN_SCOPE),
-            )
-            for observe in self._observers:
-                observe(exchange)
-
-
-def _text_of(headers: Sequence[tuple[bytes, bytes]]) -> dict[str, Any]:
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in headers}
 
 
 # Asked for often, by probes, Prometheus and pages; written down only where they fail.

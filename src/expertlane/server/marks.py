@@ -124,7 +124,7 @@ class MarkedText:
         self._is_bare = True  # nothing but space was given
         self._drops_space = False  # after a call
         self._object = CallObject()
-        self._named = NamedArguments()
+        self._named = JsonValue()
         self._xml = XmlArguments(None)
         self._kind: Kind = "content"
         self._state: Callable[[bool], Iterator[Part]] = self._in_content
@@ -243,7 +243,7 @@ class MarkedText:
                 self._xml = XmlArguments(self._schemas.get(name))
                 self._state = self._in_keys
             else:
-                self._named = NamedArguments()
+                self._named = JsonValue()
                 self._state = self._in_named
         elif is_last or place >= 0 or len(text) > _MOST_NAME:
             yield from self._give_up()
@@ -406,23 +406,33 @@ def _overlap(text: str, mark: str) -> int:
 
 
 class JsonValue:
-    """Finds the end of a JSON object or list as its text arrives."""
+    """Finds the end of a JSON object or list as its text arrives.
+
+    Attributes:
+        is_begun, is_ended: whether some of it has arrived, and whether all has.
+    """
 
     def __init__(self) -> None:
         self.depth = 0
-        self.in_string = False
-        self.is_ended = False
+        self.in_string = self.is_begun = self.is_ended = False
         self._escaped = False
 
-    def feed(self, character: str) -> None:
+    def feed(self, text: str) -> tuple[str, str]:
+        """The part of a text that belongs to the value, and the rest."""
+        for number, character in enumerate(text, 1):
+            self.take(character)
+            if self.is_ended:
+                return text[:number], text[number:]
+        return text, ""
+
+    def take(self, character: str) -> None:
         """Take one more character in."""
-        if self.in_string:
-            if self._escaped:
-                self._escaped = False
-            elif character == "\\":
-                self._escaped = True
-            elif character == '"':
-                self.in_string = False
+        self.is_begun = True
+        if self._escaped:
+            self._escaped = False
+        elif self.in_string:
+            self._escaped = character == "\\"
+            self.in_string = character != '"'
         elif character == '"':
             self.in_string = True
         elif character in "{[":
@@ -430,28 +440,6 @@ class JsonValue:
         elif character in "}]":
             self.depth -= 1
             self.is_ended = self.depth <= 0
-
-
-class NamedArguments:
-    """Reads the arguments of a call, a JSON object, after its name.
-
-    Attributes:
-        is_begun, is_ended: whether some of the object has arrived, and whether all has.
-    """
-
-    def __init__(self) -> None:
-        self._value = JsonValue()
-        self.is_begun = self.is_ended = False
-
-    def feed(self, text: str) -> tuple[str, str]:
-        """The part of a text that belongs to the arguments, and the rest."""
-        self.is_begun = True
-        for number, character in enumerate(text, 1):
-            self._value.feed(character)
-            if self._value.is_ended:
-                self.is_ended = True
-                return text[:number], text[number:]
-        return text, ""
 
 
 class CallObject:
@@ -497,7 +485,7 @@ class CallObject:
     def _take(self, character: str, pieces: list[str]) -> None:
         value = self._value
         was_inside, was_string = value.depth, value.in_string
-        value.feed(character)
+        value.take(character)
         if was_inside == 0:
             return
         is_mark = was_inside == 1 and not was_string

@@ -7,8 +7,9 @@ metrics of prometheus-client when they are asked for.
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, chain, count
-from typing import Any
+from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -58,6 +59,30 @@ _REASONS = {
     FinishReason.ERROR: "error",
     FinishReason.GRAMMAR: "error",
 }
+
+
+Kind = Literal["counter", "gauge"]
+# One number, or several by the value of one label, or by the values of several.
+Values = float | Mapping[Any, float]
+
+
+def family(
+    kind: Kind, name: str, text: str, common: Mapping[str, str], values: Values, *labels: str
+) -> Metric:
+    """A metric of prometheus-client.
+
+    Args:
+        common: labels with their values, the same in all samples.
+        labels: names of the labels that tell its samples apart.
+    """
+    kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+    found: CounterMetricFamily | GaugeMetricFamily = kinds[kind](
+        name, text, labels=[*common, *labels]
+    )
+    for key, value in (values if isinstance(values, Mapping) else {(): values}).items():
+        own = key if isinstance(key, tuple) else (key,)
+        found.add_metric([*common.values(), *map(str, own)], value)
+    return found
 
 
 class Histogram:
@@ -206,115 +231,80 @@ class Metrics(Collector):
         """All metrics; for the registry."""
         scheduler, limits = self._scheduler, self._limits
         tables = list(chain.from_iterable(scheduler.tables))
-        num_blocks = limits.num_blocks * len(tables)
         num_used = sum(table.blocks.num_used for table in tables)
-        for name, text, value in (
-            ("num_requests_running", "Requests that hold blocks", scheduler.num_running),
-            ("num_requests_waiting", "Requests that wait for blocks", scheduler.num_waiting),
-            ("kv_cache_usage_perc", "Share of cache blocks in use", num_used / num_blocks),
-        ):
-            yield self._gauge(name, text, value)
-        for name, text, total in (
-            ("prompt_tokens", "Prompt tokens of ended requests", self._num_prompt_tokens),
-            (
-                "prompt_tokens_cached",
-                "Of these, found in the prefix cache",
-                self._num_cached_tokens,
-            ),
-            ("generation_tokens", "Output tokens", self.num_generation_tokens),
-            (
-                "num_preemptions",
-                "Preemptions: requests lost their blocks",
-                scheduler.num_preemptions,
-            ),
-            (
-                "prefix_cache_queries",
-                "Tokens looked up in the prefix cache",
-                sum(table.num_queried for table in tables),
-            ),
-            ("prefix_cache_hits", "Of these, found there", scheduler.num_cached_tokens),
-        ):
-            yield self._counter(name, text, total)
-        ended = CounterMetricFamily(
-            "vllm:request_success", "Requests that ended", labels=[*self._labels, "finished_reason"]
-        )
-        for reason, number in self._ended.items():
-            ended.add_metric([*self._labels.values(), reason], number)
-        yield ended
-        yield from self._of_vllm_alone()
-        yield self._cache_config()
-        for name, histogram in self._histograms.items():
-            yield self._histogram(name, histogram)
-        answers = CounterMetricFamily(
-            "http_requests", "HTTP responses", labels=["method", "handler", "status"]
-        )
-        for labels, number in list(self._responses.items()):
-            answers.add_metric(labels, number)
-        yield answers
-        yield from self.own.collect()
-        yield from chain.from_iterable(other.collect() for other in self.others)
-
-    def _of_vllm_alone(self) -> Iterator[Metric]:
-        """Metrics that vLLM splits by a label, most of whose values are always zero here."""
-        waiting = self._scheduler.num_waiting
-        for name, text, label, values in (
-            (
-                *("num_requests_waiting_by_reason", "Waiting requests, by reason", "reason"),
-                {"capacity": waiting, "deferred": 0},
-            ),
-            (
-                *("engine_sleep_state", "1 for the state that the engine is in", "sleep_state"),
-                {"awake": 1, "weights_offloaded": 0, "discard_all": 0},
-            ),
-        ):
-            gauge = GaugeMetricFamily(f"vllm:{name}", text, labels=[*self._labels, label])
-            for each, value in values.items():
-                gauge.add_metric([*self._labels.values(), each], value)
-            yield gauge
-        sources = CounterMetricFamily(
-            "vllm:prompt_tokens_by_source",
-            "Prompt tokens of ended requests, by where their keys and values came from",
-            labels=[*self._labels, "source"],
-        )
-        for source, total in (
-            ("local_compute", self._num_prompt_tokens - self._num_cached_tokens),
-            ("local_cache_hit", self._num_cached_tokens),
-            ("external_kv_transfer", 0),
-        ):
-            sources.add_metric([*self._labels.values(), source], total)
-        yield sources
-
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(f"vllm:{name}", text, labels=[*self._labels])
-        family.add_metric([*self._labels.values()], value)
-        return family
-
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(f"vllm:{name}", text, labels=[*self._labels])
-        family.add_metric([*self._labels.values()], value)
-        return family
-
-    def _cache_config(self) -> Metric:
-        limits = self._limits
+        num_prompt, num_cached = self._num_prompt_tokens, self._num_cached_tokens
         facts = {
             "block_size": limits.block_size,
             "num_gpu_blocks": limits.num_blocks,
             "enable_prefix_caching": limits.prefix_caching,
         }
-        labels = self._labels | {name: str(value) for name, value in facts.items()}
-        family = GaugeMetricFamily(
-            "vllm:cache_config_info", "Size of a rank's KV cache", labels=[*labels]
+        gauge, counter = partial(self._family, "gauge"), partial(self._family, "counter")
+        yield gauge("num_requests_running", "Requests that hold blocks", scheduler.num_running)
+        yield gauge("num_requests_waiting", "Requests that wait for blocks", scheduler.num_waiting)
+        yield gauge(
+            "kv_cache_usage_perc",
+            "Share of cache blocks in use",
+            num_used / (limits.num_blocks * len(tables)),
         )
-        family.add_metric([*labels.values()], 1)
-        return family
+        yield counter("prompt_tokens", "Prompt tokens of ended requests", num_prompt)
+        yield counter("prompt_tokens_cached", "Of these, found in the prefix cache", num_cached)
+        yield counter("generation_tokens", "Output tokens", self.num_generation_tokens)
+        yield counter(
+            "num_preemptions", "Preemptions: requests lost their blocks", scheduler.num_preemptions
+        )
+        yield counter(
+            "prefix_cache_queries",
+            "Tokens looked up in the prefix cache",
+            sum(table.num_queried for table in tables),
+        )
+        yield counter("prefix_cache_hits", "Of these, found there", scheduler.num_cached_tokens)
+        yield counter("request_success", "Requests that ended", self._ended, "finished_reason")
+        # vLLM splits these by a label, most of whose values are always zero here.
+        yield gauge(
+            "num_requests_waiting_by_reason",
+            "Waiting requests, by reason",
+            {"capacity": scheduler.num_waiting, "deferred": 0},
+            "reason",
+        )
+        yield gauge(
+            "engine_sleep_state",
+            "1 for the state that the engine is in",
+            {"awake": 1, "weights_offloaded": 0, "discard_all": 0},
+            "sleep_state",
+        )
+        yield counter(
+            "prompt_tokens_by_source",
+            "Prompt tokens of ended requests, by where their keys and values came from",
+            {
+                "local_compute": num_prompt - num_cached,
+                "local_cache_hit": num_cached,
+                "external_kv_transfer": 0,
+            },
+            "source",
+        )
+        yield gauge(
+            *("cache_config_info", "Size of a rank's KV cache"),
+            {tuple(map(str, facts.values())): 1},
+            *facts,
+        )
+        for name, histogram in self._histograms.items():
+            yield self._histogram(name, histogram)
+        yield family(
+            *("counter", "http_requests", "HTTP responses", {}, dict(self._responses)),
+            *("method", "handler", "status"),
+        )
+        yield from self.own.collect()
+        yield from chain.from_iterable(other.collect() for other in self.others)
+
+    def _family(self, kind: Kind, name: str, text: str, values: Values, *labels: str) -> Metric:
+        return family(kind, f"vllm:{name}", text, self._labels, values, *labels)
 
     def _histogram(self, name: str, histogram: Histogram) -> Metric:
-        family = HistogramMetricFamily(f"vllm:{name}", histogram.text, labels=[*self._labels])
+        found = HistogramMetricFamily(f"vllm:{name}", histogram.text, labels=[*self._labels])
         bounds = [*map(str, map(float, histogram.bounds)), "+Inf"]
-        totals = accumulate(histogram.counts)
-        buckets = list(zip(bounds, totals, strict=True))
-        family.add_metric([*self._labels.values()], buckets, histogram.sum)
-        return family
+        buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
+        found.add_metric([*self._labels.values()], buckets, histogram.sum)
+        return found
 
 
 def _one_two_five(most: int) -> list[int]:
@@ -374,7 +364,6 @@ class OwnMetrics:
         if self.watch is None:
             return
         yield from self._of_ranks(self.watch)
-        yield from self._of_links(self.watch)
         if self.watch.rebalancer is not None:
             yield from self._of_rebalancer(self.watch.rebalancer)
         if self.watch.copy_switch is not None:
@@ -401,44 +390,41 @@ class OwnMetrics:
         return ("\n".join(lines) + "\n").encode()
 
     def _of_scheduler(self) -> Iterator[Metric]:
-        steps = self._counter("steps", "Steps of a replica", "replica", "phase")
-        for labels, number in list(self._num_steps.items()):
-            self._add(steps, labels, number)
-        yield steps
-        dummy = self._counter(
+        tables = self._tables()
+        yield self._counter(
+            "steps", "Steps of a replica", dict(self._num_steps), "replica", "phase"
+        )
+        yield self._counter(
             "dummy_steps",
             "Steps that a data-parallel rank took part in without a token of its own",
+            {place: self.num_dummy_steps[place] for place in tables},
             *("replica", "dp_rank"),
         )
-        running = self._gauge(
-            "requests_running", "Requests that hold blocks of a rank", "replica", "dp_rank"
+        yield self._gauge(
+            "requests_running",
+            "Requests that hold blocks of a rank",
+            {place: table.num_running for place, table in tables.items()},
+            *("replica", "dp_rank"),
         )
-        used = self._gauge(
-            "kv_cache_usage_ratio", "Share of a rank's cache blocks in use", "replica", "dp_rank"
+        yield self._gauge(
+            "kv_cache_usage_ratio",
+            "Share of a rank's cache blocks in use",
+            {
+                place: table.blocks.num_used / (table.blocks.num_used + table.blocks.num_free)
+                for place, table in tables.items()
+            },
+            *("replica", "dp_rank"),
         )
-        for (replica, dp_rank), table in self._tables().items():
-            labels = str(replica), str(dp_rank)
-            self._add(dummy, labels, self.num_dummy_steps[replica, dp_rank])
-            self._add(running, labels, table.num_running)
-            blocks = table.blocks
-            self._add(used, labels, blocks.num_used / (blocks.num_used + blocks.num_free))
-        yield from (dummy, running, used)
 
     def _of_recovery(self, recovery: Recovery) -> Iterator[Metric]:
         for name, text, total in (
+            ("recoveries", "Recoveries: lost ranks were replaced", recovery.num_recoveries),
             (
-                "recoveries",
-                "Recoveries: lost ranks were replaced",
-                recovery.num_recoveries,
-            ),
-            (
-                "growths",
-                "Ends of a smaller layout after a loss: all ranks serve again",
+                *("growths", "Ends of a smaller layout after a loss: all ranks serve again"),
                 recovery.num_growths,
             ),
             (
-                "layout_changes",
-                "Changes of the layout while requests ran",
+                *("layout_changes", "Changes of the layout while requests ran"),
                 recovery.num_scalings,
             ),
             (
@@ -447,16 +433,13 @@ class OwnMetrics:
                 self._scheduler.num_recovered,
             ),
         ):
-            family = self._counter(name, text)
-            self._add(family, [], total)
-            yield family
-        for name, text, members in (
-            ("serving", "Data-parallel ranks, of all replicas, that serve", recovery.members),
-            ("all", "Data-parallel ranks, of all replicas, when none is lost", recovery.whole),
+            yield self._counter(name, text, total)
+        for name, which, members in (
+            ("serving", "that serve", recovery.members),
+            ("all", "when none is lost", recovery.whole),
         ):
-            gauge = self._gauge(f"dp_ranks_{name}", text)
-            self._add(gauge, [], len(members.dp_ranks))
-            yield gauge
+            text = f"Data-parallel ranks, of all replicas, {which}"
+            yield self._gauge(f"dp_ranks_{name}", text, len(members.dp_ranks))
 
     def _of_ranks(self, watch: RankWatch) -> Iterator[Metric]:
         reading = watch.readings[-1]
@@ -477,92 +460,77 @@ class OwnMetrics:
                 labels = [*self._labels.values(), str(process), stage]
                 seconds.add_metric(labels, number, float(total_s))
         yield seconds
-        imbalance = self._gauge(
+        yield self._gauge(
             "imbalance",
             f"Tokens of a layer's fullest rank over the mean, in the last {IMBALANCE_S:.0f} s",
+            watch.imbalance(IMBALANCE_S),
             "layer",
         )
-        for layer, ratio in watch.imbalance(IMBALANCE_S).items():
-            self._add(imbalance, [str(layer)], ratio)
-        yield imbalance
-
-    def _of_links(self, watch: RankWatch) -> Iterator[Metric]:
-        reading = watch.readings[-1]
-        sent = self._counter("link_bytes", "Bytes that ranks sent each other", "link")
-        for link, number in zip(Link, reading.link_bytes.tolist(), strict=True):
-            self._add(sent, [link.label], number)
-        yield sent
-        transfers = self._counter(
+        sent = zip(Link, reading.link_bytes.tolist(), strict=True)
+        yield self._counter(
+            "link_bytes",
+            "Bytes that ranks sent each other",
+            {link.label: number for link, number in sent},
+            "link",
+        )
+        yield self._counter(
             "transfer_seconds",
             "Time of dispatch, combine and TP collectives: overlapped with computing, or exposed",
+            {"overlapped": reading.overlapped_s, "exposed": reading.exposed_s},
             "part",
         )
-        self._add(transfers, ["overlapped"], reading.overlapped_s)
-        self._add(transfers, ["exposed"], reading.exposed_s)
-        yield transfers
 
     def _of_rebalancer(self, rebalancer: Rebalancer) -> Iterator[Metric]:
         decisions = list(rebalancer.decisions)
-        moved = [each for each in decisions if each.switched is not None]
-        taken = self._counter("rebalance_decisions", "Decisions of the rebalancer", "outcome")
-        self._add(taken, ["moved"], len(moved))
-        self._add(taken, ["stayed"], len(decisions) - len(moved))
-        yield taken
+        moved = [each.decision for each in decisions if each.switched is not None]
+        yield self._counter(
+            "rebalance_decisions",
+            "Decisions of the rebalancer",
+            {"moved": len(moved), "stayed": len(decisions) - len(moved)},
+            "outcome",
+        )
         for name, text, total in (
-            ("bytes", "Weights moved", sum(each.decision.num_bytes for each in moved)),
+            ("bytes", "Weights moved", sum(each.num_bytes for each in moved)),
             (
                 "cost_seconds",
                 "Time to move them, as estimated from a timed move",
-                sum(each.decision.cost_s for each in moved),
+                sum(each.cost_s for each in moved),
             ),
             (
                 "expected_gain_seconds",
                 "Predicted savings of these moves, within the window that was decided for",
-                sum(each.decision.gain_s for each in moved),
+                sum(each.gain_s for each in moved),
             ),
+            ("paid_seconds", "Time by which moves have delayed steps", rebalancer.paid_s),
         ):
-            family = self._counter(f"rebalance_{name}", text)
-            self._add(family, [], total)
-            yield family
-        paid = self._counter("rebalance_paid_seconds", "Time by which moves have delayed steps")
-        self._add(paid, [], rebalancer.paid_s)
-        yield paid
-        saved = self._gauge(
+            yield self._counter(f"rebalance_{name}", text, total)
+        yield self._gauge(
             "rebalance_saved_seconds",
             "Time saved so far in the fullest ranks' experts, against the placement before; may "
             "fall",
+            rebalancer.saved_s,
         )
-        self._add(saved, [], rebalancer.saved_s)
-        yield saved
 
     def _of_copies(self, switch: CopySwitch, reading: Reading) -> Iterator[Metric]:
-        balanced = self._gauge("copies_balanced", "Whether copies are balanced in a phase", "phase")
         latest = switch.latest()
-        for phase in Phase:
-            self._add(balanced, [phase], phase in latest and latest[phase].pays)
-        yield balanced
-        saved = self._gauge(
-            "copies_saved_seconds", "Time saved in the fullest ranks' experts by balanced copies"
+        yield self._gauge(
+            "copies_balanced",
+            "Whether copies are balanced in a phase",
+            {phase: phase in latest and latest[phase].pays for phase in Phase},
+            "phase",
         )
-        self._add(saved, [], switch.saved_s(reading.num_pairs_saved))
-        yield saved
-        paid = self._counter("copies_paid_seconds", "CPU time of balancing copies")
-        self._add(paid, [], reading.copies_s)
-        yield paid
+        yield self._gauge(
+            "copies_saved_seconds",
+            "Time saved in the fullest ranks' experts by balanced copies",
+            switch.saved_s(reading.num_pairs_saved),
+        )
+        yield self._counter("copies_paid_seconds", "CPU time of balancing copies", reading.copies_s)
 
-    def _counter(self, name: str, text: str, *labels: str) -> CounterMetricFamily:
-        return CounterMetricFamily(f"{_PREFIX}{name}", text, labels=[*self._labels, *labels])
+    def _counter(self, name: str, text: str, values: Values, *labels: str) -> Metric:
+        return family("counter", f"{_PREFIX}{name}", text, self._labels, values, *labels)
 
-    def _gauge(self, name: str, text: str, *labels: str) -> GaugeMetricFamily:
-        return GaugeMetricFamily(f"{_PREFIX}{name}", text, labels=[*self._labels, *labels])
-
-    def _add(
-        self,
-        family: CounterMetricFamily | GaugeMetricFamily,
-        labels: list[str] | tuple[str, ...],
-        value: float,
-    ) -> None:
-        family.add_metric([*chain(self._labels.values(), labels)], value)
+    def _gauge(self, name: str, text: str, values: Values, *labels: str) -> Metric:
+        return family("gauge", f"{_PREFIX}{name}", text, self._labels, values, *labels)
 
 
 def _escaped(value: str) -> str:

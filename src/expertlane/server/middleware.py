@@ -1,6 +1,7 @@
-"""Middleware of every request: counting, and checks of hosts and keys."""
+"""Middleware of every request: counting and observing, and checks of hosts and keys."""
 
 import hmac
+import time
 from collections.abc import Callable, Collection, Sequence
 from hashlib import sha256
 from ipaddress import ip_address
@@ -9,6 +10,7 @@ from urllib.parse import urlsplit
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from expertlane.server.errors import ApiError
+from expertlane.server.logs import GENERATED, Exchange, Observer
 
 # For probes and Prometheus; they hold numbers only. The page at /live is the same for everybody: it
 # asks for a key, which what it shows needs.
@@ -16,34 +18,56 @@ _OPEN = frozenset({"/", "/health", "/ping", "/metrics", "/version", "/load", "/l
 _LOCAL_NAME, _ANY = "localhost", "*"
 _PORTS = {"http": 80, "https": 443}
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
+_CLIENT_GONE = 499
 DIRECT_SEND = "expertlane.send"  # in a scope: sends past middleware that only reads heads
 
 
-class Counted:
-    """Reports the status of every answer.
+class Observed:
+    """Counts every answer when it begins, and tells observers of it once it has ended.
 
     Args:
         count: called with the method, the route's path and the status.
     """
 
-    def __init__(self, app: ASGIApp, count: Callable[[str, str, int], None]) -> None:
-        self._app = app
-        self._count = count
+    def __init__(
+        self,
+        app: ASGIApp,
+        count: Callable[[str, str, int], None],
+        observers: Sequence[Observer],
+    ) -> None:
+        self._app, self._count, self._observers = app, count, observers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, and report the status of its answer."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        """Pass a request on, and report its answer."""
+        status, began_s = _CLIENT_GONE, time.perf_counter()
 
-        async def counting_send(message: Message) -> None:
+        async def noting_send(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
-                route = getattr(scope.get("route"), "path", "none")  # no path that clients make up
-                self._count(scope["method"], route, message["status"])
+                status = message["status"]
+                self._count(scope["method"], _route(scope), status)
             await send(message)
 
         scope[DIRECT_SEND] = send
-        await self._app(scope, receive, counting_send)
+        try:
+            await self._app(scope, receive, noting_send)
+        finally:
+            exchange = Exchange(
+                method=scope["method"],
+                path=_route(scope),
+                client=(scope.get("client") or ("",))[0],
+                status=status,
+                seconds=time.perf_counter() - began_s,
+                raw_headers=scope["headers"],
+                generated=scope.get(GENERATED),
+            )
+            for observe in self._observers:
+                observe(exchange)
+
+
+def _route(scope: Scope) -> str:
+    """The route's path, not one that clients make up."""
+    return str(getattr(scope.get("route"), "path", "none"))
 
 
 class Heads:
@@ -54,7 +78,7 @@ class Heads:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, HEAD as GET."""
-        is_head = scope["type"] == "http" and scope["method"] == "HEAD"
+        is_head = scope["method"] == "HEAD"
         await self._app({**scope, "method": "GET"} if is_head else scope, receive, send)
 
 
@@ -89,7 +113,7 @@ class Hosts:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        if scope["type"] == "http" and (why := self._refusal(scope)) is not None:
+        if (why := self._refusal(scope)) is not None:
             answer = ApiError(403, why, code="host_not_allowed").response()
             await answer(scope, receive, send)
             return
@@ -167,8 +191,7 @@ class ApiKeys:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        is_open = scope["type"] != "http" or scope["path"] in _OPEN
-        if is_open or not self._digests or self._has_key(scope):
+        if scope["path"] in _OPEN or not self._digests or self._has_key(scope):
             await self._app(scope, receive, send)
             return
         text = "give a valid API key: Authorization: Bearer KEY"
@@ -187,3 +210,9 @@ def key_digest(scope: Scope) -> tuple[bytes, bytes]:
     given = dict(scope["headers"]).get(b"authorization", b"")
     kind, _, key = given.partition(b" ")
     return kind, sha256(key.strip()).digest()
+
+
+async def client_left(receive: Receive) -> None:
+    """Wait until the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

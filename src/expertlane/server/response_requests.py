@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from expertlane.server.errors import ApiError, bad_field, refusal
+from expertlane.server.errors import ApiError, bad_field, validated
 from expertlane.server.fields import (
     MOST_PARTS,
     CalledFunction,
@@ -301,10 +301,7 @@ class ResponsesRequest(SampledRequest):
             "chat_template_kwargs": self.chat_template_kwargs,
         }
         try:
-            return ChatRequest.model_validate(given)
-        except ValidationError as error:
-            located = [each | {"loc": ("body", *each["loc"])} for each in error.errors()]
-            raise renamed(refusal(located, "json")) from None
+            return validated(ChatRequest, given)
         except ApiError as error:
             raise renamed(error) from None
 

@@ -32,7 +32,7 @@ class ResponseAnswer(ChatAnswer):
         request = prepared.request
         assert isinstance(request, ResponsesRequest), "it is of this route"
         super().__init__(service, prepared, request.as_chat(prepared.before))
-        self._items = ResponseItems(partial(prepared.ids.of, "item"))
+        self._items = ResponseItems(partial(prepared.id_of, "item"))
         self._reason: FinishReason | None = None
         self._num_events = 0
         self._is_stored = request.store is not False and service.responses.is_open
@@ -129,7 +129,7 @@ def _body(service: Service, prepared: Prepared, request: ResponsesRequest) -> di
     tools = request.tools or []
     choice = request.tool_choice or "auto"
     return {
-        "id": f"resp_{prepared.ids.root}",
+        "id": f"resp_{prepared.root}",
         "object": "response",
         "background": False,
         "error": None,

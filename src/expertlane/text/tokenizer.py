@@ -5,11 +5,10 @@ import os
 import re
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import tokenizers
 
@@ -196,14 +195,8 @@ class TokenBytes:
         return text.encode()
 
 
-@dataclass(frozen=True)
-class FoundStop:
-    """A stop string in a text.
-
-    Attributes:
-        end: end of the string, in characters of the piece that completed it.
-        size: length of the string, in characters.
-    """
+class FoundStop(NamedTuple):
+    """A stop string in a text: its end in the piece that completed it, and its length."""
 
     end: int
     size: int

@@ -57,7 +57,7 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
         prompts, texts, before, created: see `Prepared`.
         shared: one entry, the params that all choices share; in older versions, with `seeds`
             empty, the params of every choice.
-        root: root of the answer's ids; see `AnswerIds`.
+        root: root of the answer's ids; see `Prepared`.
         began: its arrival, in seconds since 1970.
         seeds, lengths: [num_choices]; each choice's seed, which is always set, and `max_tokens`.
     """

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from random import SystemRandom
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 from pydantic import ValidationError
 from starlette.types import Scope
 
 from expertlane.errors import UserError
 from expertlane.schedule.request import Chunk, FinishReason
-from expertlane.server.answers import Answer, AnswerIds, Endpoint, Prepared
+from expertlane.server.answers import Answer, Endpoint, Prepared
 from expertlane.server.completions import CHATS, COMPLETIONS
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.journal.file import (
@@ -28,7 +28,8 @@ from expertlane.server.journal.file import (
     Record,
     Suspected,
 )
-from expertlane.server.journal.kept import KeptRequest, Watchers
+from expertlane.server.journal.kept import KeptRequest
+from expertlane.server.metrics import family
 from expertlane.server.middleware import key_digest
 from expertlane.server.requests import SampledRequest
 from expertlane.server.responses import RESPONSES
@@ -125,7 +126,6 @@ class JournalKeeper:
         self._num_finished_chunks = self._num_finished_bytes = self._num_begun_bytes = 0
         self._loop = asyncio.get_running_loop()
         self._seeds = SystemRandom()
-        self._watchers = Watchers(service.engine.cancel, self._look_at)
         self._number = max(file.found, default=0)
         self._are_tried = asyncio.Event()  # all that may have ended an earlier process
         for found in file.found.values():
@@ -221,7 +221,7 @@ class JournalKeeper:
         begun = Begun(
             self._number,
             asked.key,
-            asked.request_id or prepared.ids.root,
+            asked.request_id or prepared.root,
             asked.request_id is not None,
             endpoint.path,
             _body(request),
@@ -229,14 +229,14 @@ class JournalKeeper:
             params[:1],
             list(prepared.texts),
             list(prepared.before),
-            prepared.ids.root,
+            prepared.root,
             prepared.created,
             time.time() - (self._loop.time() - began_s),
             [each.seed or 0 for each in params],
             [each.max_tokens for each in params],
         )
         self._append(begun)
-        kept = KeptRequest(begun, prepared, endpoint, self._watchers)
+        kept = self._kept(begun, prepared, endpoint)
         self._add(kept)
         try:
             await service.engine.begin(
@@ -250,6 +250,10 @@ class JournalKeeper:
             raise service.refusal(error, param, prepared.num_choices) from None
         self._watch_over(kept, began_s)
         return kept
+
+    def _kept(self, begun: Begun, prepared: Prepared, endpoint: Endpoint) -> KeptRequest:
+        cancel = self._service.engine.cancel
+        return KeptRequest(begun, prepared, endpoint, cancel, self._look_at)
 
     def _watch_over(self, kept: KeptRequest, began_s: float) -> None:
         limit_s = self._service.time_limit_s(kept.prepared.request)
@@ -404,10 +408,10 @@ class JournalKeeper:
             begun.params(),
             begun.texts,
             before=begun.before,
-            ids=AnswerIds(begun.root),
+            root=begun.root,
             created=begun.created,
         )
-        kept = KeptRequest(begun, prepared, endpoint, self._watchers)
+        kept = self._kept(begun, prepared, endpoint)
         kept.recall(found.rows)
         kept.suspected = Suspected(begun.number, found.num_deaths, False, False)
         kept.is_awaited = True
@@ -526,26 +530,12 @@ class JournalMetrics(Collector):
                 *("reconnects", "Connections to a request that was there already"),
                 keeper.num_reconnects,
             ),
-            (
-                *("abandoned", "Requests ended because no client came back"),
-                keeper.num_abandoned,
-            ),
+            ("abandoned", "Requests ended because no client came back", keeper.num_abandoned),
         ):
-            counter = CounterMetricFamily(f"{_PREFIX}{name}", text, labels=[*self._labels])
-            counter.add_metric([*self._labels.values()], total)
-            yield counter
+            yield family("counter", f"{_PREFIX}{name}", text, self._labels, total)
         num_finished = sum(kept.is_over for kept in keeper.requests.values())
-        gauge = GaugeMetricFamily(
-            f"{_PREFIX}requests", "Requests in the journal", labels=[*self._labels, "state"]
-        )
-        for state, number in (
-            ("unfinished", len(keeper.requests) - num_finished),
-            ("finished", num_finished),
-        ):
-            gauge.add_metric([*self._labels.values(), state], number)
-        yield gauge
-        size = GaugeMetricFamily(
-            f"{_PREFIX}file_bytes", "Size of the current file", labels=[*self._labels]
-        )
-        size.add_metric([*self._labels.values()], file.size)
-        yield size
+        states = {"unfinished": len(keeper.requests) - num_finished, "finished": num_finished}
+        text = "Requests in the journal"
+        yield family("gauge", f"{_PREFIX}requests", text, self._labels, states, "state")
+        text = "Size of the current file"
+        yield family("gauge", f"{_PREFIX}file_bytes", text, self._labels, file.size)

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,21 +18,12 @@ _LOGPROB_BYTES = 150  # memory of a likely token
 _AT_ONCE = 256  # chunks that a reading takes before others have their turn
 
 
-@dataclass(frozen=True, eq=False)
-class Watchers:
-    """Callbacks of a request.
-
-    Attributes:
-        cancel: ends requests in the engine, by their ids there.
-        on_change: called when a connection begins or ends reading it, and when it is over.
-    """
-
-    cancel: Callable[[list[str]], None]
-    on_change: Callable[["KeptRequest"], None]
-
-
 class KeptRequest(RequestGroup):
     """All choices of one HTTP request, with their chunks; used in one event loop.
+
+    Args:
+        cancel: ends requests in the engine, by their ids there.
+        on_change: called when a connection begins or ends reading it, and when it is over.
 
     Attributes:
         chunks: [num_chunks]; those of all choices, in the order of their arrival.
@@ -46,10 +36,15 @@ class KeptRequest(RequestGroup):
     """
 
     def __init__(
-        self, begun: Begun, prepared: Prepared, endpoint: Endpoint, watchers: Watchers
+        self,
+        begun: Begun,
+        prepared: Prepared,
+        endpoint: Endpoint,
+        cancel: Callable[[list[str]], None],
+        on_change: Callable[["KeptRequest"], None],
     ) -> None:
         places = range(len(prepared.params))
-        super().__init__([f"{begun.number}-{place}" for place in places], watchers.cancel)
+        super().__init__([f"{begun.number}-{place}" for place in places], cancel)
         self.begun, self.prepared, self.endpoint = begun, prepared, endpoint
         self.outputs = [
             RequestOutput(request_id, None, prompt, 0.0)
@@ -69,7 +64,7 @@ class KeptRequest(RequestGroup):
             + sum(map(len, begun.texts))
             + sum(map(len, begun.prompts)) * _TOKEN_BYTES
         )
-        self._watchers = watchers
+        self._on_change = on_change
         self._num_open = len(places)  # choices whose last chunk has not come
         self._num_written = [0] * len(places)  # tokens
         self._wants_logprobs = any(each.logprobs is not None for each in prepared.params)
@@ -110,7 +105,7 @@ class KeptRequest(RequestGroup):
         if reason is not None:
             self.unfinished.pop(chunk.request_id, None)
             if not self.unfinished:
-                self._watchers.on_change(self)
+                self._on_change(self)
         return self.outputs[self.place_of(chunk)]
 
     def end(self, error: Exception) -> None:
@@ -120,7 +115,7 @@ class KeptRequest(RequestGroup):
             self.cancel()
             for reading in self._readings:
                 reading.wake()
-            self._watchers.on_change(self)
+            self._on_change(self)
 
     @property
     def is_interrupted(self) -> bool:
@@ -140,13 +135,13 @@ class KeptRequest(RequestGroup):
         """Note that a connection reads."""
         self.num_readings += 1
         self._readings.add(reading)
-        self._watchers.on_change(self)
+        self._on_change(self)
 
     def closed(self, reading: "Reading") -> None:
         """Note that it reads no more."""
         self.num_readings -= 1
         self._readings.discard(reading)
-        self._watchers.on_change(self)
+        self._on_change(self)
 
     def place_of(self, chunk: Chunk) -> int:
         """The place of the choice that a chunk belongs to."""
