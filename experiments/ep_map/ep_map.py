@@ -38,8 +38,7 @@ from cells import (
 
 from expertlane.report import html, markdown
 from expertlane.report.charts.colours import style_sheet
-from expertlane.report.charts.encoding import NARROW_PX, Spec, nominal
-from expertlane.report.charts.svg import SMALL_PX, svg
+from expertlane.report.charts.svg import NARROW_PX, SMALL_PX, Spec, nominal, svg
 from expertlane.report.document import (
     Answer,
     Chart,

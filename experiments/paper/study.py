@@ -47,10 +47,9 @@ from expertlane.report.numbers import (
     whole,
     with_bounds,
 )
-from expertlane.report.plan_plots import front_chart
+from expertlane.report.plots import front_chart
 from expertlane.report.scaling import sizes_sentence
-from expertlane.report.speed import NAMED, in_words, unit_of
-from expertlane.report.time_spent import communication_share
+from expertlane.report.speed import NAMED, communication_share, in_words, unit_of
 from expertlane.results.estimate import Estimate
 from expertlane.results.file import read
 from expertlane.results.results import Results

@@ -6,11 +6,18 @@ import example_pages
 import example_results
 from cli.screen import in_order, tells
 from example_results import EXPERT, OVERLAP, ROTATING, TENSOR
-from expertlane.report.charts.bars import FASTER, SLOWER, Bar, causes_chart, throughput_chart
-from expertlane.report.charts.rows import ROW_PX
+from expertlane.report.charts.bars import (
+    FASTER,
+    ROW_PX,
+    SLOWER,
+    Bar,
+    causes_chart,
+    step_title,
+    throughput_chart,
+    waterfall_chart,
+)
 from expertlane.report.charts.svg import svg
-from expertlane.report.charts.waterfall import step_title, waterfall_chart
-from expertlane.report.difference import StepDifference
+from expertlane.report.compared import StepDifference
 from expertlane.report.document import Chart, Section
 from expertlane.report.sections import report_of
 from expertlane.results.estimate import Estimate

@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 import example_pages
 import example_results
 from chromium import NEEDS_CHROMIUM
-from expertlane.report.charts.lanes import UNITS
+from expertlane.report.charts.timeline import UNITS
 from expertlane.report.document import Lanes
 from expertlane.report.numbers import figures, milliseconds
 from expertlane.report.sections import report_of

@@ -3,8 +3,7 @@ from dataclasses import replace
 import pytest
 
 import example_results as example
-from expertlane.report.compared import run
-from expertlane.report.difference import OTHER, step_difference
+from expertlane.report.compared import OTHER, run, step_difference
 from expertlane.spec.names import Cause
 
 

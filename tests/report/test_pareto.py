@@ -7,10 +7,9 @@ import pytest
 from cli.screen import tells
 from example_plan import EXPERT, PLAN, planned
 from example_serving import POINT, RECORD, RESULTS, SPREAD
-from expertlane.report.charts.labels import placed
-from expertlane.report.charts.pareto import Dot, pareto_chart
+from expertlane.report.charts.pareto import Dot, pareto_chart, placed
 from expertlane.report.load_plots import by_load
-from expertlane.report.plan_plots import plan
+from expertlane.report.plots import plan
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import (
     BEST,

@@ -17,9 +17,8 @@ from example_projection import step
 from expertlane.cost.throughput import Goals, ThroughputCurve
 from expertlane.planner.ranking import Contender, Uncertain, ranked
 from expertlane.report import planning, terminal
-from expertlane.report.break_even import measurement
 from expertlane.report.document import Figure
-from expertlane.report.plan_answer import answer, headline, how_sure, verdict
+from expertlane.report.plan_answer import answer, headline, how_sure, measurement, verdict
 from expertlane.report.planning import named
 from expertlane.report.sections import report_of
 from expertlane.results.estimate import Estimate, Summary

@@ -15,9 +15,9 @@ import example_serving
 from cli.screen import in_order, tells
 from expertlane.report import markdown, terminal
 from expertlane.report.document import Figure, Heading, Report, Section, Table
-from expertlane.report.folding import folded, folded_figure, folded_table
 from expertlane.report.sections import report_of
 from expertlane.report.setup import same_tokens, setup
+from expertlane.report.terminal import folded, folded_figure, folded_table
 from expertlane.results.record import RebalanceRecord
 from expertlane.results.results import Results
 from expertlane.spec.deployment import Deployment, Options

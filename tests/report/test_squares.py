@@ -4,8 +4,7 @@ import pytest
 
 from cli.screen import in_order, tells
 from expertlane.report.charts.colours import ABOVE, BELOW
-from expertlane.report.charts.load import alike, load_chart
-from expertlane.report.charts.traffic import fan_out_chart, traffic_charts
+from expertlane.report.charts.squares import alike, fan_out_chart, load_chart, traffic_charts
 from expertlane.results.traffic import FanOut
 
 MARKUP = '</script><b title="x">&'

@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from expertlane.report.charts.lanes import UNITS, lanes_svg, ticks
 from expertlane.report.charts.svg import svg
+from expertlane.report.charts.timeline import UNITS, lanes_svg, ticks
 from expertlane.report.document import Lanes, Stretch
 
 

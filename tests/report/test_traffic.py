@@ -8,9 +8,9 @@ from rich.cells import cell_len
 import example_results as example
 from cli.screen import in_order, tells
 from expertlane.report import markdown
+from expertlane.report.charts.squares import matrix
 from expertlane.report.compared import run
 from expertlane.report.document import Figure, Table
-from expertlane.report.matrix import matrix
 from expertlane.report.sections import report_of
 from expertlane.report.traffic import details, hot_spots
 from expertlane.spec.deployment import Deployment

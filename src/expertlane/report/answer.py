@@ -4,8 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from expertlane.report.compared import Comparison, Row
-from expertlane.report.difference import OTHER, difference_of
+from expertlane.report.compared import OTHER, Comparison, Row, difference_of
 from expertlane.report.document import Answer, Column, Figure, Table, Words, number, text
 from expertlane.report.loads import lengths_of
 from expertlane.report.numbers import (

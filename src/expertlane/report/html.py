@@ -10,9 +10,8 @@ from markupsafe import Markup
 
 from expertlane import __version__
 from expertlane.report.charts.colours import style_sheet
-from expertlane.report.charts.encoding import NARROW_PX
-from expertlane.report.charts.lanes import lanes_svg, ticks
-from expertlane.report.charts.svg import SMALL_PX, WIDE_PX, svg
+from expertlane.report.charts.svg import NARROW_PX, SMALL_PX, WIDE_PX, svg
+from expertlane.report.charts.timeline import lanes_svg, ticks
 from expertlane.report.document import (
     Chapter,
     Chart,

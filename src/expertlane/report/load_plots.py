@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import get_args
 
+from expertlane.report.charts.bars import Spread, spread_chart
 from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
 from expertlane.report.charts.pareto import Dot, pareto_chart
-from expertlane.report.charts.spread import Spread, spread_chart
 from expertlane.report.document import Chart, Section
 from expertlane.report.loads import Served, best_of, served, typical_of
 from expertlane.report.numbers import figures, times

@@ -19,7 +19,7 @@ from expertlane.report.numbers import (
     with_bounds,
 )
 from expertlane.report.serving import ms_with_bounds
-from expertlane.report.time_spent import FACTS, HOW_TO_READ_FACTS, causes
+from expertlane.report.speed import FACTS, HOW_TO_READ_FACTS, causes
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
     BEST,

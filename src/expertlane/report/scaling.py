@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from expertlane.report.compared import (
+    OTHER,
     Comparison,
     Overlapped,
     Row,
@@ -12,10 +13,10 @@ from expertlane.report.compared import (
     part_of_expert,
     scaling,
     stages_at_once,
+    step_difference,
     step_of,
     weight_bytes_of_rank,
 )
-from expertlane.report.difference import OTHER, step_difference
 from expertlane.report.document import Column, ColumnSource, Section, Table, Words, number, text
 from expertlane.report.numbers import (
     NONE,

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import replace
 
-from expertlane.report import load_plots, plan_answer, plan_plots, planning, plots, servers, serving
+from expertlane.report import load_plots, plan_answer, planning, plots, servers, serving
 from expertlane.report.answer import comparison_answer
 from expertlane.report.compared import Comparison, Row, projected, run
 from expertlane.report.document import Answer, Chapter, ChapterName, Report, Section
@@ -12,16 +12,19 @@ from expertlane.report.numbers import shortened
 from expertlane.report.scaling import overlap, parallelism, sizes
 from expertlane.report.setup import assumptions, cautions, setup
 from expertlane.report.speed import (
+    bottlenecks,
     by_conditions,
     by_context,
     by_link_speed,
     deployments,
+    firmness,
     gains,
     in_words,
     memory,
+    projected_time,
+    rests_on,
     speed,
 )
-from expertlane.report.time_spent import bottlenecks, firmness, projected_time, rests_on
 from expertlane.report.traffic import (
     copies,
     details,
@@ -243,7 +246,7 @@ def _plan(results: Results) -> _Made:
     asked = f"{results.question['model']['name']} on {results.projected_for.name}"
     sections = (
         *plan_answer.verdict(results),
-        *plan_plots.plan(results),
+        *plots.plan(results),
         *planning.plan(results),
         *_of("sure", assumptions(results, "projected")),
     )

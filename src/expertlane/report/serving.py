@@ -31,7 +31,7 @@ from expertlane.report.numbers import (
     whole,
 )
 from expertlane.report.setup import cautions, how_judged
-from expertlane.report.time_spent import FACTS, HOW_TO_READ_FACTS, IN_ALL, causes, over_floor
+from expertlane.report.speed import FACTS, HOW_TO_READ_FACTS, IN_ALL, causes, over_floor
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.record import (
     DeploymentRecord,

@@ -16,8 +16,8 @@ from expertlane.report import html, terminal
 from expertlane.report.diff import report_of_difference
 from expertlane.report.document import Answer, Figure, Report, Table, Words
 from expertlane.report.files import write_reports
-from expertlane.report.folding import folded_figure
 from expertlane.report.sections import report_of
+from expertlane.report.terminal import folded_figure
 from expertlane.results import diff, file, table
 from expertlane.results.results import Results as Schema
 from expertlane.results.table import Format

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from expertlane.report.charts.squares import matrix
 from expertlane.report.compared import Comparison, Row, step_of
 from expertlane.report.document import Column, Heading, Section, Table, number, text
-from expertlane.report.matrix import matrix
 from expertlane.report.numbers import (
     NONE,
     bytes_si,
@@ -13,8 +13,7 @@ from expertlane.report.numbers import (
     percent,
     times,
 )
-from expertlane.report.speed import NAMED
-from expertlane.report.time_spent import UTILISATION
+from expertlane.report.speed import NAMED, UTILISATION
 from expertlane.report.verdict import error_in_words
 from expertlane.results.record import (
     CopyRecord,

@@ -6,12 +6,14 @@ from itertools import pairwise
 from operator import itemgetter
 from typing import Literal
 
-from expertlane.report.compared import Comparison, Row, projected
-from expertlane.report.difference import (
+from expertlane.report.compared import (
     LEAST_SHARE,
     OTHER,
+    Comparison,
+    Row,
     StepDifference,
     difference_of,
+    projected,
     step_difference,
 )
 from expertlane.report.numbers import (

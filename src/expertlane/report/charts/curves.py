@@ -10,7 +10,7 @@ from expertlane.report.charts.colours import (
     SERIES,
     SHAPES,
 )
-from expertlane.report.charts.encoding import (
+from expertlane.report.charts.svg import (
     AXIS,
     Spec,
     by_name,

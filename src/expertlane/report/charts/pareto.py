@@ -1,11 +1,15 @@
 """Plot of a device's throughput against the speed that a user sees."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import chain, pairwise, product
+from math import dist, hypot
+from typing import Literal, NamedTuple
+
+import numpy as np
 
 from expertlane.report.charts.colours import OTHERS, PROPOSAL, REPORTED, REPORTED_SHAPE, RIVAL
-from expertlane.report.charts.encoding import (
+from expertlane.report.charts.svg import (
     PATHS,
     Spec,
     by_name,
@@ -14,7 +18,6 @@ from expertlane.report.charts.encoding import (
     quantity,
     tooltip_of,
 )
-from expertlane.report.charts.labels import CHARACTER_PX, LINE_PX, placed
 from expertlane.report.document import Chart, Column, Legend, Table, number, text
 from expertlane.report.numbers import NONE, counted, figures, low_high
 from expertlane.results.estimate import Estimate
@@ -101,8 +104,8 @@ def _spec(
     per_device: str,
     max_tpot_s: float | None,
 ) -> Spec:
-    limits = [] if max_tpot_s is None else [max_tpot_s]
-    far = _ROOM * max([*(1.0 / each for each in limits), *(dot.user_tps.value for dot in dots)])
+    limit = [] if max_tpot_s is None else [1.0 / max_tpot_s]
+    far = _ROOM * max(*limit, *(dot.user_tps.value for dot in dots), 0.0)
     high = _ROOM * max(dot.device_tps.value for dot in dots)
 
     def across(field: str) -> Spec:
@@ -112,27 +115,29 @@ def _spec(
         return quantity(field, per_device, {"format": "~s"}, domain=[0, high], nice=False)
 
     at = {"x": across("x"), "y": up("y")}
+    widths = (("wide", f"width > {_NARROW_PX}"), ("narrow", f"width <= {_NARROW_PX}"))
+    leads, names = zip(*(_names(*each, across, up) for each in widths), strict=True)
     size = by_name("kind", {each.label: _SIZES.get(each.label, 60) for each in looks})
     shape = by_name("kind", {each.label: PATHS.get(each.shape, each.shape) for each in looks})
     return {
-        "data": {"values": _values(dots, columns, far, high, limits)},
+        "data": {"values": _values(dots, columns, far, high, max_tpot_s)},
         "height": _HEIGHT_PX,
         "layer": [
-            *([_limit(limits, across)] if limits else []),
+            *([] if max_tpot_s is None else [_limit(max_tpot_s, across)]),
             {
                 "transform": [{"filter": f"datum.kind === {_LOOKS['front'].label!r}"}],
                 "mark": {"type": "line", "strokeWidth": 1.5, "color": RIVAL},
                 "encoding": at,
             },
             *_bounds(across, up),
-            *_leads(at),
+            *leads,
             {
                 "mark": {"type": "point", "filled": True, "opacity": 1},
                 "encoding": at
                 | {"color": colour("kind", looks), "shape": shape, "size": size}
                 | {"tooltip": tooltip_of(columns)},
             },
-            *_names(across, up),
+            *names,
         ],
     }
 
@@ -140,18 +145,18 @@ def _spec(
 _Axis = Callable[[str], Spec]
 
 
-def _limit(limits_s: Sequence[float], across: _Axis) -> Spec:
-    """A dashed line at each TPOT that users are promised."""
+def _limit(limit_s: float, across: _Axis) -> Spec:
+    """A dashed line at the TPOT that users are promised."""
+    words = {"type": "text", "align": "left", "baseline": "top", "dy": 2, "dx": _LIMIT_GAP_PX}
     return {
-        "data": {"values": [{"x": 1.0 / each, "said": _limit_said(each)} for each in limits_s]},
+        "data": {"values": [{"x": 1.0 / limit_s, "said": _limit_said(limit_s)}]},
         "layer": [
             {
                 "mark": {"type": "rule", "strokeDash": [5, 4], "color": "--ink"},
                 "encoding": {"x": across("x")},
             },
             {
-                "mark": {"type": "text", "align": "left", "baseline": "top", "dy": 2}
-                | {"dx": _LIMIT_GAP_PX},
+                "mark": words,
                 "encoding": {"x": across("x"), "y": {"value": 0}, "text": {"field": "said"}},
             },
         ],
@@ -162,51 +167,46 @@ def _limit_said(limit_s: float) -> str:
     return f"TPOT ≤ {1e3 * limit_s:g} ms"
 
 
-def _names(across: _Axis, up: _Axis) -> list[Spec]:
-    """Marks of names, where there is room for them at each of two widths."""
-    return [
-        {
-            "transform": [{"filter": f"width {is_wide} {_NARROW_PX} && isValid(datum.{width})"}],
-            "mark": {"type": "text", "align": "left", "baseline": "middle"},
-            "encoding": {
-                "x": across(f"{width}.x"),
-                "y": up(f"{width}.y"),
-                "text": {"field": "label"},
-            },
-        }
-        for width, is_wide in (("wide", ">"), ("narrow", "<="))
-    ]
+def _names(field: str, test: str, across: _Axis, up: _Axis) -> tuple[Spec, Spec]:
+    """Lines from names to their points, and the names, where there is room for them.
 
+    Args:
+        field: places of names at a width, `wide` or `narrow`.
+        test: true at that width.
+    """
 
-def _leads(at: Spec) -> list[Spec]:
-    """Lines from names to their points."""
-    return [
+    def where(field: str) -> list[Spec]:
+        return [{"filter": f"{test} && isValid(datum.{field})"}]
+
+    lead, x, y = f"{field}Lead", across(f"{field}.x"), up(f"{field}.y")
+    ends = {"x2": {"field": f"{lead}.x"}, "y2": {"field": f"{lead}.y"}}
+    return (
         {
-            "transform": [
-                {"filter": f"width {is_wide} {_NARROW_PX} && isValid(datum.{width}Lead)"}
-            ],
+            "transform": where(lead),
             "mark": {"type": "rule", "color": "--muted", "strokeWidth": 0.7},
-            "encoding": at | {"x2": {"field": f"{width}Lead.x"}, "y2": {"field": f"{width}Lead.y"}},
-        }
-        for width, is_wide in (("wide", ">"), ("narrow", "<="))
-    ]
+            "encoding": {"x": across("x"), "y": up("y")} | ends,
+        },
+        {
+            "transform": where(field),
+            "mark": {"type": "text", "align": "left", "baseline": "middle"},
+            "encoding": {"x": x, "y": y, "text": {"field": "label"}},
+        },
+    )
 
 
 def _bounds(across: _Axis, up: _Axis) -> list[Spec]:
     """Bars from low to high of the chosen points."""
-    chosen = [{"filter": f"datum.kind === {_LOOKS['chosen'].label!r} && isValid(datum.low)"}]
-    mark = {"type": "rule", "color": PROPOSAL, "opacity": 0.6}
+    chosen = f"datum.kind === {_LOOKS['chosen'].label!r} && isValid(datum.low)"
     return [
         {
-            "transform": chosen,
-            "mark": mark,
-            "encoding": {"x": across("slow"), "x2": {"field": "fast"}, "y": up("y")},
-        },
-        {
-            "transform": chosen,
-            "mark": mark,
-            "encoding": {"x": across("x"), "y": up("low"), "y2": {"field": "high"}},
-        },
+            "transform": [{"filter": chosen}],
+            "mark": {"type": "rule", "color": PROPOSAL, "opacity": 0.6},
+            "encoding": at,
+        }
+        for at in (
+            {"x": across("slow"), "x2": {"field": "fast"}, "y": up("y")},
+            {"x": across("x"), "y": up("low"), "y2": {"field": "high"}},
+        )
     ]
 
 
@@ -215,7 +215,7 @@ def _values(
     columns: dict[str, Column[Dot]],
     far: float,
     high: float,
-    limits_s: Sequence[float],
+    limit_s: float | None,
 ) -> list[Spec]:
     """Values of the dots, the most important last and so on top, with places of names."""
     dots = sorted(dots, key=lambda dot: list(_LOOKS).index(dot.role))
@@ -229,32 +229,157 @@ def _values(
         for dot in dots
     ]
     for name, width_px in _WIDTHS_PX.items():
-        points = [
-            (width_px * value["x"] / far, _HEIGHT_PX * (1 - value["y"] / high)) for value in values
-        ]
-        lines = [[at for at, dot in zip(points, dots, strict=True) if dot.role == "front"]]
-        for each in limits_s:
-            x = width_px / each / far
-            end = x + _LIMIT_GAP_PX + CHARACTER_PX * len(_limit_said(each))
+
+        def px(x: float, y: float, width_px: int = width_px) -> _Place:
+            return width_px * x / far, _HEIGHT_PX * (1 - y / high)
+
+        def at(place: _Place, width_px: int = width_px) -> Spec:
+            return {"x": place[0] / width_px * far, "y": (1 - place[1] / _HEIGHT_PX) * high}
+
+        points = [px(value["x"], value["y"]) for value in values]
+        lines = [[point for point, dot in zip(points, dots, strict=True) if dot.role == "front"]]
+        if limit_s is not None:
+            x, _ = px(1 / limit_s, 0.0)
+            end = x + _LIMIT_GAP_PX + CHARACTER_PX * len(_limit_said(limit_s))
             lines += [(x, 0.0), (x, float(_HEIGHT_PX))], [(x, LINE_PX / 2), (end, LINE_PX / 2)]
-        for value, dot, (x, y) in zip(values, dots, points, strict=True):
+        for each, dot, (x, y) in zip(values, dots, points, strict=True):
             if dot.role == "chosen":
-                ends = value["slow"], value["fast"], value["high"], value["low"]
-                slow, fast = (width_px * each / far for each in ends[:2])
-                high_px, low_px = (_HEIGHT_PX * (1 - each / high) for each in ends[2:])
+                slow, fast = (px(each[end], 0.0)[0] for end in ("slow", "fast"))
+                high_px, low_px = (px(0.0, each[end])[1] for end in ("high", "low"))
                 lines += [(slow, y), (fast, y)], [(x, high_px), (x, low_px)]
-        names = [dot.label for dot in dots]
-        found = placed(points, names, (width_px, _HEIGHT_PX), lines)
+        found = placed(points, [dot.label for dot in dots], (width_px, _HEIGHT_PX), lines)
         for value, place in zip(values, found, strict=True):
             if place is not None:
-                value[name] = {
-                    "x": place.left / width_px * far,
-                    "y": (1 - place.middle / _HEIGHT_PX) * high,
-                }
+                value[name] = at((place.left, place.middle))
                 if place.lead is not None:
-                    x, y = place.lead
-                    value[f"{name}Lead"] = {
-                        "x": x / width_px * far,
-                        "y": (1 - y / _HEIGHT_PX) * high,
-                    }
+                    value[f"{name}Lead"] = at(place.lead)
     return values[::-1]
+
+
+_Place = tuple[float, float]
+CHARACTER_PX, LINE_PX = 6.2, 14.0
+_GAP_PX, _POINT_PX = 7.0, 4.0
+_STEP_PX = 10.0  # between places further away that are tried
+# Which side of its point a name stands on, tried in this order: right of it, left, in the middle;
+# above, at its height, below.
+_SIDES = tuple(side for side in product((1, -1, 0), (-1, 0, 1)) if any(side))
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Place of a name.
+
+    Attributes:
+        left: left end of the name.
+        middle: middle of its height.
+        lead: end of a line from its point to it; None where it stands beside the point.
+    """
+
+    left: float
+    middle: float
+    lead: _Place | None
+
+
+class _Box(NamedTuple):
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def is_within(self, size_px: _Place) -> bool:
+        width, height = size_px
+        return self.left >= 0 and self.top >= 0 and self.right <= width and self.bottom <= height
+
+    def meets(self, other: "_Box") -> bool:
+        return (
+            self.left < other.right
+            and other.left < self.right
+            and self.top < other.bottom
+            and other.top < self.bottom
+        )
+
+    def lead(self, point: _Place) -> _Place | None:
+        """End of the line from its point; None where it stands beside that."""
+        end = self.nearest(point)
+        return end if dist(end, point) > 2 * _GAP_PX else None
+
+    def path_from(self, point: _Place) -> list[_Place]:
+        """Places on the line from its point."""
+        end = self.lead(point)
+        return [] if end is None else list(_along([point, end]))
+
+    def nearest(self, place: _Place) -> _Place:
+        """The point of the box nearest to a place."""
+        x, y = place
+        return min(max(x, self.left), self.right), min(max(y, self.top), self.bottom)
+
+    def is_free(self, taken: Iterable["_Box"]) -> bool:
+        return not any(map(self.meets, taken))
+
+
+def placed(
+    points: Sequence[_Place],
+    names: Sequence[str],
+    size_px: _Place,
+    lines: Sequence[Sequence[_Place]] = (),
+) -> list[Placed | None]:
+    """Place of each name, in pixels; None where there is no room for it.
+
+    Args:
+        points: in pixels from the upper left; a name for each, the most important first, empty for
+            a point without.
+        size_px: width and height of the plot.
+        lines: joined places; a name moves away from its point rather than cross one.
+    """
+    taken, named = list(map(_around, points)), list[_Box]()
+    joined = [_around(place) for line in lines for place in _along(line)]
+    found: list[Placed | None] = []
+    for point, name in zip(points, names, strict=True):
+        beside = [_box(point, side, name) for side in _SIDES] if name else []
+        further = _further(point, name, size_px) if name else []
+        free = (
+            box
+            for box in chain(beside, further)
+            if box.is_within(size_px)
+            and box.is_free([*taken, *joined, *named])
+            and all(each.is_free(named) for each in map(_around, box.path_from(point)))
+        )
+        box = next(free, None)
+        if box is None:
+            found.append(None)
+            continue
+        named.append(box)
+        joined += map(_around, box.path_from(point))
+        found.append(Placed(box.left, (box.top + box.bottom) / 2, box.lead(point)))
+    return found
+
+
+def _further(point: _Place, name: str, size_px: _Place) -> list[_Box]:
+    """Places for a name anywhere right of its point or above it, the nearest first."""
+    (x, _), (width, height) = point, size_px
+    size = CHARACTER_PX * len(name)
+    lefts = np.arange(max(0.0, x - size), width - size, _STEP_PX).tolist()
+    tops = np.arange(0.0, height - LINE_PX, _STEP_PX).tolist()
+    boxes = [_Box(left, top, left + size, top + LINE_PX) for left in lefts for top in tops]
+    return sorted(boxes, key=lambda box: dist(box.nearest(point), point))
+
+
+def _around(place: _Place) -> _Box:
+    x, y = place
+    return _Box(x - _POINT_PX, y - _POINT_PX, x + _POINT_PX, y + _POINT_PX)
+
+
+def _along(line: Sequence[_Place]) -> Iterator[_Place]:
+    """Places on a line, no further apart than a name is high."""
+    for (x, y), (to_x, to_y) in pairwise(line):
+        num = 1 + int(hypot(to_x - x, to_y - y) / LINE_PX)
+        for place in range(num):
+            yield x + (to_x - x) * place / num, y + (to_y - y) * place / num
+
+
+def _box(point: _Place, side: tuple[int, int], name: str) -> _Box:
+    across, down = side
+    width = CHARACTER_PX * len(name)
+    left = point[0] + {1: _GAP_PX, 0: -width / 2, -1: -width - _GAP_PX}[across]
+    middle = point[1] + down * (LINE_PX / 2 + (_GAP_PX if across == 0 else _POINT_PX))
+    return _Box(left, middle - LINE_PX / 2, left + width, middle + LINE_PX / 2)

@@ -2,7 +2,7 @@
 
 import re
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 from xml.etree.ElementTree import Element, fromstring
@@ -10,7 +10,60 @@ from xml.etree.ElementTree import Element, fromstring
 from markupsafe import Markup
 
 from expertlane.printable import printable
-from expertlane.report.charts.encoding import NARROW, NARROW_PX, Spec
+from expertlane.report.charts.colours import REPORTED_SHAPE
+from expertlane.report.document import Column, Legend
+
+Spec = dict[str, Any]
+
+NARROW, NARROW_PX = "narrow", 330  # key of what differs in a spec up to this width
+
+AXIS: Spec = {"format": "~s", "labelOverlap": True}  # `10k`, and no label over another
+
+# Marks that the library has no name for, in a square from -1 to 1.
+PATHS = {
+    REPORTED_SHAPE: "M0,-1L0.26,-0.33L0.97,-0.3L0.42,0.13L0.6,0.82L0,0.43L-0.6,0.82L-0.42,0.13"
+    "L-0.97,-0.3L-0.26,-0.33Z"
+}
+
+
+def nominal(field: str, title: str | None = None) -> Spec:
+    """Encoding of a category, in the order of the data."""
+    return {"field": field, "type": "nominal", "sort": None, "title": title}
+
+
+def quantity(field: str, title: str | None, axis: Spec | None = None, **scale: Any) -> Spec:
+    """Encoding of a number on an axis."""
+    more = {"scale": scale, "axis": axis}
+    return {"field": field, "type": "quantitative", "title": title} | {
+        name: value for name, value in more.items() if value
+    }
+
+
+def colour(field: str, legend: Iterable[Legend]) -> Spec:
+    """Encoding of a colour for each name; the legend is the page's own."""
+    return {"type": "nominal"} | by_name(field, {each.label: each.colour for each in legend})
+
+
+def by_name(field: str, looks: Mapping[str, Any]) -> Spec:
+    """Encoding of a look for each name, without a legend."""
+    scale = {"domain": list(looks), "range": list(looks.values())}
+    return {"field": field, "scale": scale, "legend": None}
+
+
+def cells(columns: Mapping[str, Column[Any]], item: Any) -> Spec:
+    """Vega fields of an item, from the columns of its table."""
+    return {field: column.cell(item) for field, column in columns.items()}
+
+
+def tooltip(**titles: str) -> list[Spec]:
+    """Encoding of a tooltip: fields under their titles."""
+    return [{"field": field, "title": title} for field, title in titles.items()]
+
+
+def tooltip_of(columns: Mapping[str, Column[Any]]) -> list[Spec]:
+    """The tooltip that has all columns of a table."""
+    return tooltip(**{field: column.heading for field, column in columns.items()})
+
 
 WIDE_PX, SMALL_PX = 560, 220  # the page shows the one that fits; NARROW_PX on a phone
 _FONT_PX, _NARROW_FONT_PX = 12, 11
@@ -18,26 +71,14 @@ _ADDRESS_SPACE = 96 << 30  # 40 GiB were too little, 80 enough
 _NOT_DRAWN = "Not drawn: this needs 96 GiB of address space, and ulimit -v allows less."
 _MOST_NAMED = 160  # marks with a title of their own; of more they would be half of the page
 _TIP = "tip"
-_RECT = "rect mark"
+# What is kept of a drawing: shapes, words and looks, nothing that could load or run.
+_TAGS = {"clipPath", "defs", "g", "line", "linearGradient", "path", "stop", "text"}
 _KEPT = {
-    "clipPath": {"id"},
-    "defs": set(),
-    "g": {"clip-path", "fill", "opacity", "transform"},
-    "line": {"x2", "y2"},
-    "linearGradient": {"id", "x1", "x2", "y1", "y2"},
-    "path": {"d"},
-    "stop": {"offset", "stop-color"},
-    "text": {"font-size", "font-style", "font-weight", "text-anchor"},
+    *("clip-path", "d", "fill", "fill-opacity", "font-size", "font-style", "font-weight", "id"),
+    *("offset", "opacity", "stop-color", "stroke", "stroke-dasharray", "stroke-opacity"),
+    *("stroke-width", "text-anchor", "transform", "x1", "x2", "y1", "y2"),
 }
-_LOOKS = {
-    *("clip-path", "fill", "fill-opacity", "opacity", "stroke", "stroke-dasharray"),
-    *("stroke-opacity", "stroke-width", "transform"),
-}
-_PLACES = {"d", "transform", "x2", "y2"}
-_DEFAULTS = {
-    *(("opacity", "1"), ("stroke-width", "1"), ("text-anchor", "start")),
-    *(("transform", "translate(0,0)"), ("stroke-dasharray", "1,0")),
-}
+_PLACES = ("d", "transform", "x2", "y2")
 _VARIABLE = re.compile(r"--[a-z][a-z0-9-]*")
 _NUMBER = re.compile(r"-?\d+\.\d+(?:e[-+]?\d+)?|-?\d+e[-+]?\d+")
 _REFERENCE = re.compile(r"url\(#([\w-]+)\)")
@@ -57,8 +98,12 @@ def svg(spec: Spec, name: str, width_px: int) -> Markup:
     spec = {key: each for key, each in spec.items() if key != NARROW} | narrow
     shown = _shown(_described(spec))
     shown |= {"width": width_px, "autosize": {"type": "fit-x", "contains": "padding"}}
-    drawn = vl_convert.vegalite_to_svg(shown, config=_config(width_px), allowed_base_urls=[])
-    return _Writer(fromstring(drawn), name).whole()
+    drawn = fromstring(
+        vl_convert.vegalite_to_svg(shown, config=_config(width_px), allowed_base_urls=[])
+    )
+    has_titles = sum(bool(_tip(each)) for each in drawn.iter()) <= _MOST_NAMED
+    inside = _inside(drawn, name, has_titles)
+    return Markup(f'<svg viewBox="{escape(drawn.attrib["viewBox"])}" fill="none">{inside}</svg>')
 
 
 def _can_draw() -> bool:
@@ -131,72 +176,52 @@ def _quoted(text: str) -> str:
     )
 
 
-class _Writer:
-    """Writes a drawing anew from its known elements, so that names stay words."""
-
-    def __init__(self, root: Element, name: str) -> None:
-        self._root, self._name = root, name
-        self._font_px = _most(each.get("font-size", "") for each in root.iter())
-        tips = [each for each in root.iter() if _tip(each)]
-        self._has_titles = len(tips) <= _MOST_NAMED
-
-    def whole(self) -> Markup:
-        """The `svg` element."""
-        box = escape(self._root.attrib["viewBox"])
-        size = f' font-size="{escape(self._font_px)}"' if self._font_px else ""
-        return Markup(f'<svg viewBox="{box}"{size}>{self._inside(self._root)}</svg>')
-
-    def _inside(self, element: Element) -> str:
-        """The markup of its parts; marks that look alike and have no title are one path."""
-        written: list[str] = []
-        paths: dict[tuple[str, str], list[str]] = {}
-        for each in element:
-            look = self._attributes(each, without="d")
-            if each.get("aria-roledescription") == _RECT and not self._has_titles:
-                paths.setdefault(("path", look), []).append(_rounded(each.get("d", "")))
-            else:
-                written.append(self._one(each))
-        merged = [f'<path{look} d="{escape("".join(d))}"/>' for (_, look), d in paths.items()]
-        return "".join([*merged, *written])
-
-    def _one(self, element: Element) -> str:
-        tag = element.tag.rpartition("}")[2]
-        if tag not in _KEPT or element.get("display") == "none":
-            return ""
-        if tag == "path" and (not element.get("d") or _is_frame(element)):
-            return ""
-        attributes, inside = self._attributes(element), self._inside(element)
-        if tag == "g" and not (attributes and inside):
-            return inside
-        words = escape(element.text or "", quote=False) if tag == "text" else ""
-        tip = _tip(element)
-        if tip and self._has_titles:
-            inside += f"<title>{escape(tip, quote=False)}</title>"
-        return f"<{tag}{attributes}>{words}{inside}</{tag}>"
-
-    def _attributes(self, element: Element, without: str = "") -> str:
-        tag = element.tag.rpartition("}")[2]
-        written = ""
-        for key, value in element.attrib.items():
-            is_kept = key in _KEPT.get(tag, ()) or key in _LOOKS
-            if not is_kept or key == without or (key, value) in _DEFAULTS:
-                continue
-            if key == "font-size" and value == self._font_px:
-                continue
-            if key == "id":
-                value = f"{self._name}-{value}"
-            elif key in _PLACES:
-                value = _rounded(value)
-            value = _REFERENCE.sub(rf"url(#{self._name}-\1)", value)
-            written += f' {key}="{escape(value)}"'
-        if element.get("aria-roledescription") == _RECT:  # no seam between two that touch
-            written += ' shape-rendering="crispEdges"'
-        return written
+def _inside(element: Element, name: str, has_titles: bool) -> str:
+    """The markup of an element's parts; of many marks those that look alike are one path."""
+    written: list[str] = []
+    paths: dict[str, str] = {}
+    for each in element:
+        if _is_square(each) and not has_titles:
+            look = _attributes(each, name, without="d")
+            paths[look] = paths.get(look, "") + _rounded(each.get("d", ""))
+        else:
+            written.append(_written(each, name, has_titles))
+    return "".join(f'<path{look} d="{escape(d)}"/>' for look, d in paths.items()) + "".join(written)
 
 
-def _most(values: Iterable[str]) -> str:
-    counted = [each for each in values if each]
-    return max(counted, key=counted.count, default="")
+def _written(element: Element, name: str, has_titles: bool) -> str:
+    """An element with what is kept of it."""
+    tag = element.tag.rpartition("}")[2]
+    is_frame = element.get("class") in ("background", "foreground") and not element.get("stroke")
+    if tag not in _TAGS or element.get("display") == "none" or (tag == "path" and is_frame):
+        return ""
+    attributes, inside = _attributes(element, name), _inside(element, name, has_titles)
+    if tag == "g" and not (attributes and inside):
+        return inside
+    if tag == "text":
+        inside += escape(element.text or "", quote=False)
+    if has_titles and (tip := _tip(element)):
+        inside += f"<title>{escape(tip, quote=False)}</title>"
+    return f"<{tag}{attributes}>{inside}</{tag}>"
+
+
+def _attributes(element: Element, name: str, without: str = "") -> str:
+    kept = {
+        key: _rounded(value) if key in _PLACES else value
+        for key, value in element.items()
+        if key in _KEPT
+    }
+    kept.pop(without, None)
+    if "id" in kept:
+        kept["id"] = f"{name}-{kept['id']}"
+    if _is_square(element):
+        kept["shape-rendering"] = "crispEdges"  # no seam between two that touch
+    written = (f' {key}="{escape(value)}"' for key, value in kept.items())
+    return _REFERENCE.sub(rf"url(#{name}-\1)", "".join(written))
+
+
+def _is_square(element: Element) -> bool:
+    return element.get("aria-roledescription") == "rect mark"
 
 
 def _tip(element: Element) -> str:
@@ -204,12 +229,6 @@ def _tip(element: Element) -> str:
     has_role = element.get("role") == "graphics-symbol"
     is_mark = has_role and element.get("aria-roledescription") not in ("axis", "legend", "title")
     return element.get("aria-label", "") if is_mark else ""
-
-
-def _is_frame(element: Element) -> bool:
-    """True for the colourless box that the library puts around a group."""
-    is_frame = element.get("class") in ("background", "foreground")
-    return is_frame and not {"fill", "stroke"} & element.attrib.keys()
 
 
 def _rounded(text: str) -> str:

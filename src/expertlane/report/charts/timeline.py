@@ -1,10 +1,16 @@
-"""Timelines of every rank in one step: a row a rank, deployments on one time axis."""
+"""Timelines of every rank in one step: a row a rank, deployments on one time axis.
+
+The SVG is as wide as its place: time is stretched, rows are not.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from math import floor, log10
 
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup, escape
 
 from expertlane.report.charts.colours import OF_CAUSE, OF_GAP
 from expertlane.report.document import Chart, Heading, Lanes, Legend, Stretch, Table, Timelines
@@ -19,16 +25,35 @@ _LEAST_HIDDEN = 0.01  # of the time; less in the second lane is none
 _US_PER_S = 1e6
 _COMPUTING = tuple(str(each) for each in (Cause.ATTENTION, Cause.ROUTER, Cause.EXPERTS, Cause.HEAD))
 _COLOURS = OF_CAUSE | OF_GAP
-_Spans = npt.NDArray[np.float64]  # [N, 2]; from when to when, ascending, none over another
+_CAUSES = {stage.label: cause for stage, cause in CAUSE_OF_STAGE.items()}
+_PP = str(Cause.HAND_OVER)
+_Mask = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Rank:
-    """Spans of one rank's time by kind; on a model's step, those of hidden transfers too."""
+    """What one rank's time was spent on.
+
+    Attributes:
+        edges_us: [N + 1]; ends of N stretches, in each of which nothing begins or ends.
+        spent: by kind, [N]; whether a stretch is of it.
+        hidden: likewise; on a model's step, transfers hidden by computing.
+    """
 
     name: str
-    spent: dict[str, _Spans]
-    hidden: dict[str, _Spans]
+    edges_us: npt.NDArray[np.float64]
+    spent: dict[str, _Mask]
+    hidden: dict[str, _Mask]
+
+    def until_us(self, mask: _Mask, at: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Time of the mask's stretches before each moment."""
+        spent = np.concatenate([[0.0], np.cumsum(np.diff(self.edges_us) * mask)])
+        until: npt.NDArray[np.float64] = np.interp(at, self.edges_us, spent)
+        return until
+
+    def us(self, mask: _Mask | None) -> float:
+        """Length of the mask's stretches."""
+        return 0.0 if mask is None else float((np.diff(self.edges_us) * mask).sum())
 
 
 def timelines_chart(
@@ -57,35 +82,40 @@ def timelines_chart(
 
 def _rank(rank: RankTimeline, step: StepTimeline, is_measured: bool, shares_cores: bool) -> _Rank:
     """Each moment counted once: computing before transfers, transfers before gaps."""
-    end_us = step.shown_us
-    by_kind: dict[tuple[bool, str], list[tuple[float, float]]] = {}
+    spans: dict[tuple[bool, str], list[tuple[float, float]]] = {}
     for track, stage, begin, duration in zip(
         rank.track, rank.stage, rank.begin_us, rank.duration_us, strict=True
     ):
-        kind = _kind(step.tracks[track], step.stages[stage], is_measured)
-        if kind is not None:
-            is_network = step.tracks[track] == Track.NETWORK
-            ends = (begin, min(begin + duration, end_us))
-            by_kind.setdefault((is_network, kind), []).append(ends)
-    spans = {key: _union(of_kind) for key, of_kind in by_kind.items()}
-    computed = {kind: each for (is_network, kind), each in spans.items() if not is_network}
-    sent = {kind: each for (is_network, kind), each in spans.items() if is_network}
-    busy = _joined(computed.values())
-    spent, taken = dict(computed), busy
-    for kind, each in sent.items():
-        own = _without(each, taken)
-        spent[kind] = _joined([spent.get(kind, _NONE), own])
-        taken = _joined([taken, own])
-    starts_late: Gap | Cause = Gap.DESCHEDULED if is_measured and shares_cores else Gap.IDLE
-    ends_early: Gap | Cause = Gap.IDLE
-    if _is_pipeline(step):
-        ends_early = Cause.PIPELINE_BUBBLE
-        starts_late = starts_late if starts_late is Gap.DESCHEDULED else Cause.PIPELINE_BUBBLE
-    arrivals = _joined([computed.get(_PP, _NONE), sent.get(_PP, _NONE)])
-    for kind, gap in _gaps(taken, arrivals, end_us, (starts_late, ends_early)):
-        spent[kind] = _joined([spent.get(kind, _NONE), gap])
-    hidden = {} if is_measured else {kind: _shared(each, busy) for kind, each in sent.items()}
-    return _Rank(str(rank.rank), spent, hidden)
+        kind, end = _kind(step.tracks[track], step.stages[stage], is_measured), begin + duration
+        if kind is not None and min(end, step.shown_us) > begin:
+            key = step.tracks[track] == Track.NETWORK, kind
+            spans.setdefault(key, []).append((begin, min(end, step.shown_us)))
+    ends = [end for of_kind in spans.values() for span in of_kind for end in span]
+    edges = np.unique([0.0, step.shown_us, *ends])
+    masks = {key: _mask(np.array(of_kind), edges) for key, of_kind in spans.items()}
+    spent = {kind: mask for (is_network, kind), mask in masks.items() if not is_network}
+    sent = {kind: mask for (is_network, kind), mask in masks.items() if is_network}
+    none = np.zeros(len(edges) - 1, dtype=bool)
+    arrivals = spent.get(_PP, none) | sent.get(_PP, none)
+    busy = np.any([none, *spent.values()], axis=0)
+    taken = busy
+    for kind, mask in sent.items():
+        spent[kind] = spent.get(kind, none) | (mask & ~taken)
+        taken = taken | mask
+    is_late = is_measured and shares_cores
+    for gap, mask in _gaps(taken, arrivals, _is_pipeline(step), is_late):
+        spent[str(gap)] = spent.get(str(gap), none) | mask
+    hidden = {} if is_measured else {kind: mask & busy for kind, mask in sent.items()}
+    return _Rank(str(rank.rank), edges, spent, hidden)
+
+
+def _mask(spans: npt.NDArray[np.float64], edges: npt.NDArray[np.float64]) -> _Mask:
+    """[N]; whether any of the spans [M, 2] is over each stretch between two of its ends."""
+    num_open = np.zeros(len(edges), dtype=np.int64)
+    np.add.at(num_open, np.searchsorted(edges, spans[:, 0]), 1)
+    np.add.at(num_open, np.searchsorted(edges, spans[:, 1]), -1)
+    is_open: _Mask = np.cumsum(num_open)[:-1] > 0
+    return is_open
 
 
 def _kind(track: str, stage: str, is_measured: bool) -> str | None:
@@ -108,89 +138,46 @@ def _is_pipeline(step: StepTimeline) -> bool:
     return any(not of_pp.isdisjoint(rank.stage) for rank in step.ranks)
 
 
-_CAUSES = {stage.label: cause for stage, cause in CAUSE_OF_STAGE.items()}
-_PP = str(Cause.HAND_OVER)
-_NONE: _Spans = np.zeros((0, 2))
-
-
 def _gaps(
-    taken: _Spans, arrivals: _Spans, end_us: float, at_ends: tuple[Gap | Cause, Gap | Cause]
-) -> Iterable[tuple[str, _Spans]]:
-    """Spans in which a rank does nothing, by kind.
+    taken: _Mask, arrivals: _Mask, is_pipeline: bool, is_late: bool
+) -> Iterable[tuple[Gap | Cause, _Mask]]:
+    """The stretches in which a rank does nothing, by kind.
 
     Between its first and its last event it waits, for the pipeline stage before where that sends
     next.
 
     Args:
-        arrivals: its spans of PP send/recv.
-        at_ends: kinds of the time before its first event and after its last one.
+        arrivals: its stretches of PP send/recv.
+        is_late: whether a rank that begins late was waiting for a core.
     """
-    starts_late, ends_early = at_ends
-    free = _without(np.array([[0.0, end_us]]), taken)
-    if not len(taken):
-        return [(str(Gap.IDLE), free)]
-    is_before, is_after = free[:, 1] <= taken[0, 0], free[:, 0] >= taken[-1, 1]
-    is_bubble = np.isin(free[:, 1], arrivals[:, 0]) & ~is_before
+    if not taken.any():
+        return [(Gap.IDLE, ~taken)]
+    places, busy = np.arange(len(taken)), np.flatnonzero(taken)
+    is_before, is_after = places < busy[0], places > busy[-1]
+    following = busy[np.minimum(np.searchsorted(busy, places), len(busy) - 1)]
+    is_inside = ~taken & ~is_before & ~is_after
+    at_end: Gap | Cause = Cause.PIPELINE_BUBBLE if is_pipeline else Gap.IDLE
     return (
-        (str(starts_late), free[is_before]),
-        (str(ends_early), free[is_after]),
-        (str(Cause.PIPELINE_BUBBLE), free[is_bubble]),
-        (str(Cause.WAITING), free[~is_before & ~is_after & ~is_bubble]),
+        (Gap.DESCHEDULED if is_late else at_end, is_before),
+        (at_end, is_after),
+        (Cause.PIPELINE_BUBBLE, is_inside & arrivals[following]),
+        (Cause.WAITING, is_inside & ~arrivals[following]),
     )
-
-
-def _union(spans: Sequence[tuple[float, float]]) -> _Spans:
-    """The union of spans."""
-    found: list[list[float]] = []
-    for begin, end in sorted(spans):
-        if end <= begin:
-            continue
-        if found and begin <= found[-1][1]:
-            found[-1][1] = max(found[-1][1], end)
-        else:
-            found.append([begin, end])
-    return np.array(found).reshape(-1, 2)
-
-
-def _joined(spans: Iterable[_Spans]) -> _Spans:
-    return _union([(begin, end) for each in spans for begin, end in each.tolist()])
-
-
-def _without(spans: _Spans, taken: _Spans) -> _Spans:
-    """The parts of `spans` outside `taken`."""
-    found = []
-    for begin, end in spans.tolist():
-        at = int(np.searchsorted(taken[:, 1], begin, side="right"))
-        while at < len(taken) and taken[at, 0] < end:
-            found.append((begin, float(taken[at, 0])))
-            begin = float(taken[at, 1])
-            at += 1
-        found.append((begin, end))
-    return _union([each for each in found if each[1] > each[0]])
-
-
-def _shared(spans: _Spans, other: _Spans) -> _Spans:
-    """The intersection of two sets of spans."""
-    return _without(spans, _without(spans, other))
-
-
-def _length_us(spans: _Spans) -> float:
-    return float((spans[:, 1] - spans[:, 0]).sum())
 
 
 def _chart(
     name: str, step: StepTimeline, ranks: Sequence[_Rank], until_us: float, note: str
 ) -> Chart:
     spent_us = {
-        kind: [_length_us(rank.spent.get(kind, _NONE)) for rank in ranks]
+        kind: [rank.us(rank.spent.get(kind)) for rank in ranks]
         for kind in _COLOURS
         if any(kind in rank.spent or kind in rank.hidden for rank in ranks)
     }
     shares = {kind: float(np.mean(each)) / step.shown_us for kind, each in spent_us.items()}
     said = (f"{kind} {percent(each)}" for kind, each in shares.items())
-    hidden = sum(_length_us(each) for rank in ranks for each in rank.hidden.values())
+    hidden = sum(rank.us(mask) for rank in ranks for mask in rank.hidden.values())
     has_hidden = hidden > _LEAST_HIDDEN * step.shown_us * len(ranks)
-    in_lower = {kind for rank in ranks for kind, each in rank.hidden.items() if len(each)}
+    in_lower = {kind for rank in ranks for kind, mask in rank.hidden.items() if mask.any()}
     kinds = [kind for kind, each in spent_us.items() if sum(each) > 0 or kind in in_lower]
     lower = " The lower half of a row: transfers that computing hides." if has_hidden else ""
     return Chart(
@@ -222,52 +209,6 @@ def _finding(shares: Mapping[str, float]) -> str:
     return f"{said}, {most} {percent(rest[most])}"
 
 
-def _lanes(
-    ranks: Sequence[_Rank], kinds: Sequence[str], has_hidden: bool, until_us: float
-) -> Lanes:
-    """Lanes of bins, each of the kind that takes most of it; equal neighbours are merged."""
-    edges = np.linspace(0.0, until_us, _NUM_BINS + 1)
-    stretches: dict[str, list[Stretch]] = {kind: [] for kind in kinds}
-    for row, rank in enumerate(ranks):
-        for lane, spans in enumerate([rank.spent, rank.hidden][: 1 + has_hidden]):
-            for kind, begin, end in _most(spans, edges):
-                stretches[kind].append(Stretch(row, lane, edges[begin], edges[end] - edges[begin]))
-    return Lanes(
-        tuple(rank.name for rank in ranks),
-        1 + has_hidden,
-        until_us,
-        {kind: tuple(each) for kind, each in stretches.items()},
-    )
-
-
-def _most(
-    spans: Mapping[str, _Spans], edges: npt.NDArray[np.float64]
-) -> list[tuple[str, int, int]]:
-    """Kinds with the first of their bins and the one after the last; none where most is empty."""
-    kinds = list(spans)
-    width = edges[1] - edges[0]
-    in_bins = np.array([np.diff(_spent_until(spans[kind], edges)) for kind in kinds])
-    empty = width - in_bins.sum(axis=0) if kinds else np.full(len(edges) - 1, width)
-    places = np.vstack([*in_bins, empty]).argmax(axis=0)
-    found = []
-    begin = 0
-    for at in range(1, len(places) + 1):
-        if at == len(places) or places[at] != places[begin]:
-            if places[begin] < len(kinds):
-                found.append((kinds[places[begin]], begin, at))
-            begin = at
-    return found
-
-
-def _spent_until(spans: _Spans, at: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Time of the spans before each moment."""
-    if not len(spans):
-        return np.zeros_like(at)
-    lengths = spans[:, 1] - spans[:, 0]
-    ends = np.cumsum(lengths)
-    return np.interp(at, spans.ravel(), np.stack([ends - lengths, ends], axis=1).ravel())
-
-
 def _extent(step: StepTimeline) -> str:
     whole = f"{milliseconds(step.end_us / _US_PER_S)} ms"
     if not step.is_cut:
@@ -282,3 +223,100 @@ def _note(step: StepTimeline) -> str:
     if step.is_cut:
         notes.append(f"Drawn, and in the table: {_extent(step)}.")
     return " ".join(notes)
+
+
+def _lanes(
+    ranks: Sequence[_Rank], kinds: Sequence[str], has_hidden: bool, until_us: float
+) -> Lanes:
+    """Lanes of bins, each of the kind that takes most of it; equal neighbours are merged."""
+    edges = np.linspace(0.0, until_us, _NUM_BINS + 1)
+    stretches: dict[str, list[Stretch]] = {kind: [] for kind in kinds}
+    for row, rank in enumerate(ranks):
+        for lane, masks in enumerate([rank.spent, rank.hidden][: 1 + has_hidden]):
+            in_bins = [np.diff(rank.until_us(mask, edges)) for mask in masks.values()]
+            empty = np.diff(edges) - np.sum(in_bins, axis=0)
+            end = 0
+            for place, run in groupby(np.vstack([*in_bins, empty]).argmax(axis=0).tolist()):
+                begin, end = end, end + len(list(run))
+                if place < len(masks):
+                    stretch = Stretch(row, lane, edges[begin], edges[end] - edges[begin])
+                    stretches[list(masks)[place]].append(stretch)
+    return Lanes(
+        tuple(rank.name for rank in ranks),
+        1 + has_hidden,
+        until_us,
+        {kind: tuple(each) for kind, each in stretches.items()},
+    )
+
+
+UNITS = 8192  # along the time axis: a pixel each where it is drawn largest
+_LANE, _GAP = 8, 4  # of a row's height
+_LANE_PX = 7
+_NUM_TICKS, _FINER = 5, 4  # the finer ones are seen where the axis is stretched
+_US_PER_MS = 1e3
+
+
+def lanes_svg(lanes: Lanes, colours: Mapping[str, str]) -> Markup:
+    """The `svg` element; one path for all stretches of a kind, to keep thousands small.
+
+    Args:
+        colours: a variable of the page's style sheet, by kind.
+    """
+    height = len(lanes.rows) * _row(lanes)
+    paths = "".join(
+        f'<path stroke="var({escape(colours[kind])})" d="{_path(lanes, stretches)}">'
+        f"<title>{escape(kind)}</title></path>"
+        for kind, stretches in lanes.stretches.items()
+    )
+    return Markup(
+        f'<svg viewBox="0 0 {UNITS} {height}" preserveAspectRatio="none" fill="none" '
+        f'height="{round(height * _LANE_PX / _LANE)}" '
+        f'stroke-width="{_LANE}" data-rows="{escape(" ".join(lanes.rows))}" '
+        f'data-until-ms="{lanes.until_us / _US_PER_MS:g}">{paths}</svg>'
+    )
+
+
+def _row(lanes: Lanes) -> int:
+    return _LANE * lanes.num_lanes + _GAP
+
+
+def _path(lanes: Lanes, stretches: Iterable[Stretch]) -> str:
+    """A path of lines as thick as a lane; gaps under a pixel are closed."""
+    by_lane: dict[tuple[int, int], list[list[int]]] = {}
+    for each in sorted(stretches, key=lambda each: each.begin_us):
+        begin = round(each.begin_us / lanes.until_us * UNITS)
+        end = max(begin + 1, round((each.begin_us + each.duration_us) / lanes.until_us * UNITS))
+        drawn = by_lane.setdefault((each.row, each.lane), [])
+        if drawn and begin <= drawn[-1][1] + 1:
+            drawn[-1][1] = max(drawn[-1][1], end)
+        else:
+            drawn.append([begin, end])
+    return "".join(
+        f"M{begin} {row * _row(lanes) + lane * _LANE + (_LANE + _GAP) // 2}h{end - begin}"
+        for (row, lane), drawn in sorted(by_lane.items())
+        for begin, end in drawn
+    )
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A label under the time axis, `at` from 0 to 1."""
+
+    at: float
+    label: str
+    is_fine: bool
+
+
+def ticks(lanes: Lanes) -> list[Tick]:
+    """Round numbers of milliseconds along the axis."""
+    until_ms = lanes.until_us / _US_PER_MS
+    least = until_ms / _NUM_TICKS
+    whole = 10.0 ** floor(log10(least))
+    # The next of 1, 2, 4, 10, 20, 40 …; their quarters are round too.
+    step_ms = next(whole * each for each in (1, 2, 4, 10) if whole * each >= least)
+    num = floor(until_ms / step_ms * _FINER + 1e-9)
+    return [
+        Tick(at, f"{at * until_ms:.6g}", place % _FINER != 0)
+        for place in range(num + 1)
+        if (at := place * step_ms / _FINER / until_ms) <= 1
+    ]

@@ -1,0 +1,424 @@
+"""Squares: the load of experts in every layer, and bytes between ranks, drawn and in characters.
+
+Bars show how many ranks tokens reach.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from expertlane.report.charts.bars import stacked
+from expertlane.report.charts.colours import ABOVE, BELOW
+from expertlane.report.charts.svg import Spec, by_name, nominal, quantity
+from expertlane.report.document import (
+    Chart,
+    Column,
+    Figure,
+    Heading,
+    Legend,
+    Multiples,
+    Table,
+    number,
+)
+from expertlane.report.numbers import bytes_si, counted, figures, percent, times, whole
+from expertlane.results.traffic import FanOut
+
+_SAME = 0.02  # in units of an even share, or of the most bytes; what differs by less is one
+_SHADED: Spec = quantity("shade", None) | {"scale": None, "legend": None}
+_Floats = npt.NDArray[np.float64]
+T = TypeVar("T")
+
+
+def _distinct(given: Mapping[str, T], scaled: Callable[[T], _Floats]) -> list[tuple[list[str], T]]:
+    """Each distinct one once, whatever its scale, with the names of all that are like it."""
+    found: list[tuple[list[str], T]] = []
+    for name, each in given.items():
+        for names, other in found:
+            one, another = scaled(each), scaled(other)
+            if one.shape == another.shape and np.all(np.abs(one - another) <= _SAME):
+                names.append(name)
+                break
+        else:
+            found.append(([name], each))
+    return found
+
+
+_EVEN = 0.05  # of an even share; less is none worth a map
+_MOST_CELLS, _LEAST_COLUMNS = 768, 8  # of a map; of more experts their order is drawn
+_MOST_IN_TABLE = 1024  # cells; of more the table has what matters
+_ROW_PX, _LEAST_ROW_PX, _MOST_PX = 20, 6, 420
+_DIGITS_PX, _SHORT_PX = 26, 16  # of a cell with its value in it, to two digits or one
+_SHADE, _FULL = 0.75, 2.0  # the strongest shade, from twice or half an even share on
+_SWATCHES = ("¼", 0.25), ("½", 0.5), ("1", 1.0), ("2", 2.0), ("4", 4.0)
+_LABELS = 16  # labels of an axis, at most
+_Loads = Sequence[Sequence[int]]
+_Layer = tuple[int, Sequence[int]]
+
+
+def alike(loads: Mapping[str, _Loads]) -> list[tuple[list[str], _Loads]]:
+    """Each distinct load once, whatever its number of tokens, with the names of all that had it."""
+
+    def over_mean(load: _Loads) -> _Floats:
+        tokens = np.array(load, dtype=np.float64)
+        ratio: _Floats = tokens / np.maximum(tokens.mean(-1, keepdims=True), 1e-9)
+        return ratio
+
+    return _distinct(loads, over_mean)
+
+
+def load_chart(names: Sequence[str], num_tokens: _Loads) -> Chart | str | None:
+    """Layers down, experts across; 1 is an expert's even share of its layer.
+
+    A sentence where the load was even, None where no expert has a token.
+
+    Args:
+        names: names of the deployments that had this load.
+        num_tokens: [num_layers][num_experts]; token-expert pairs; layers without any are left out.
+    """
+    layers = [(layer, list(tokens)) for layer, tokens in enumerate(num_tokens) if any(tokens)]
+    if not layers:
+        return None
+    of = ", ".join(names)
+    over_mean = {layer: np.array(tokens) / np.mean(tokens) for layer, tokens in layers}
+    fullest = max(over_mean, key=lambda layer: over_mean[layer].max())
+    expert, most = int(over_mean[fullest].argmax()), float(over_mean[fullest].max())
+    if most <= 1 + _EVEN:
+        return f"Expert load is balanced: none of {of} has more than {times(most)} the mean load."
+    finding = f"Expert {expert} of layer {fullest} gets {times(most)} the mean load"
+    if len(over_mean[fullest]) * len(layers) <= 2:
+        return f"{finding}, in {of}."
+    mean = float(np.mean([each.max() for each in over_mean.values()]))
+    num_columns = max(_LEAST_COLUMNS, _MOST_CELLS // len(layers))
+    is_ordered = len(over_mean[fullest]) > num_columns
+    if is_ordered:
+        over_mean = {layer: _ordered(each, num_columns) for layer, each in over_mean.items()}
+    return Chart(
+        f"{finding}, the most loaded of an average layer {times(mean)}",
+        f"A square for each expert of {counted(len(layers), 'layer')} of {of}, with its "
+        f"load over its layer's mean. {finding}.",
+        _load_spec(over_mean, is_ordered),
+        _load_table(layers),
+        legend=[
+            Legend(f"{label}×", BELOW if load < 1 else ABOVE, opacity=_load_shade(load))
+            for label, load in _SWATCHES
+        ],
+        note=f"{of}. Token-expert pairs over the mean of the layer's experts; 1 is even."
+        + (" Experts of each layer side by side, the most loaded first." if is_ordered else ""),
+    )
+
+
+def _ordered(over_mean: _Floats, num: int) -> _Floats:
+    """The fullest first, averaged over neighbours; [num]."""
+    descending = np.sort(over_mean)[::-1]
+    return np.array([part.mean() for part in np.array_split(descending, num)])
+
+
+def _load_shade(load: float) -> float:
+    """Strength of a load's colour: none at an even load, the same at half and at twice of it."""
+    away = abs(np.log2(max(load, 2.0**-_FULL)))
+    return round(_SHADE * min(1.0, float(away) / _FULL), 2)
+
+
+def _load_spec(over_mean: Mapping[int, _Floats], is_ordered: bool) -> Spec:
+    num_columns = len(next(iter(over_mean.values())))
+    values = [
+        {
+            "layer": layer,
+            "expert": expert,
+            "load": round(float(load), 4),
+            "side": "below" if load < 1 else "above",
+            "shade": _load_shade(load),
+            "said": f"{load:.2f}",
+            "short": f"{load:.1f}",
+        }
+        for layer, loads in over_mean.items()
+        for expert, load in enumerate(loads)
+    ]
+    row_px = max(_LEAST_ROW_PX, min(_ROW_PX, _MOST_PX // len(over_mean)))
+    title = "experts, the most loaded first" if is_ordered else "expert"
+    at = {
+        "x": _axis("expert", title, [] if is_ordered else range(num_columns)),
+        "y": _axis("layer", "layer", list(over_mean)),
+    }
+    sides = by_name("side", {"below": BELOW, "above": ABOVE})
+    squares: Spec = {
+        "mark": {"type": "rect"},
+        "encoding": at | {"color": {"type": "nominal"} | sides, "fillOpacity": _SHADED},
+    }
+    room = f"width / {num_columns}"
+    said: list[Spec] = [
+        {
+            "transform": [{"filter": test}],
+            "mark": {"type": "text", "fontSize": 10, "color": "--ink"},
+            "encoding": at | {"text": {"field": field}},
+        }
+        for field, test in (
+            ("said", f"{room} >= {_DIGITS_PX}"),
+            ("short", f"{room} >= {_SHORT_PX} && {room} < {_DIGITS_PX}"),
+        )
+    ]
+    layers = [squares, *(said if row_px == _ROW_PX else [])]
+    return {"data": {"values": values}, "height": row_px * len(over_mean), "layer": layers}
+
+
+def _axis(field: str, title: str, labels: Sequence[int]) -> Spec:
+    """An axis with as many of the labels as have room."""
+    shown = list(labels)[:: -(-len(labels) // _LABELS) or 1]
+    axis = {"labelAngle": 0, "values": shown, "ticks": False, "domain": False}
+    scale = {"paddingInner": 0.04, "paddingOuter": 0}
+    return nominal(field, title) | {"axis": axis, "sort": "ascending", "scale": scale}
+
+
+def _load_table(layers: Sequence[_Layer]) -> Table:
+    num_experts = len(layers[0][1])
+    if len(layers) * num_experts > _MOST_IN_TABLE:
+        fullest: tuple[Column[_Layer], ...] = (
+            number("layer", lambda each: each[0]),
+            number("expert", lambda each: max(range(num_experts), key=each[1].__getitem__)),
+            number("share", lambda each: max(each[1]) / sum(each[1]), percent),
+            number("over the mean", lambda each: max(each[1]) * num_experts / sum(each[1]), times),
+        )
+        return Table.of("The most loaded expert of each layer", fullest, layers)
+    columns = ["layer", *(f"expert {expert}" for expert in range(num_experts))]
+    rows = tuple((str(layer), *map(whole, tokens)) for layer, tokens in layers)
+    return Table("Token-expert pairs", tuple(map(Heading, columns)), rows)
+
+
+_SIDE_PX = 190
+_MOST_RANKS = 32
+_TWO = 2  # ranks, whose traffic is two numbers
+_NUM_SHADES = 6  # shades of amounts, relative to the largest
+_LEAST_SHADE = 0.15
+_Bytes = Sequence[Sequence[int]]
+
+
+def traffic_charts(
+    phase: str, sent: Mapping[str, _Bytes], ranks_per_node: int, of_what: str
+) -> list[Multiples | str]:
+    """Small squares, each distinct pattern once: sources down, destinations across.
+
+    Empty where nothing is sent; a sentence where there are two ranks.
+
+    Args:
+        sent: by deployment, [source][destination] bytes; of more than 32 ranks nodes are drawn.
+        of_what: the steps they were sent in, for example `all steps`.
+    """
+    sent = {name: each for name, each in sent.items() if any(map(any, each))}
+    two = {name: each for name, each in sent.items() if len(each) <= _TWO}
+    squares = {name: each for name, each in sent.items() if name not in two}
+    said = [
+        f"{name}: rank 0 sends {bytes_si(to)} to rank 1, which sends {bytes_si(back)}."
+        for name, ((_, to), (back, _)) in two.items()
+    ]
+    if not squares:
+        return [*said]
+    drawn = _distinct(squares, lambda each: np.array(each) / np.max(each))
+    legend = [
+        Legend(f"{percent(level / _NUM_SHADES)} of the largest", ABOVE, opacity=_shade(level))
+        for level in (1, _NUM_SHADES // 2, _NUM_SHADES)
+    ]
+    title = f"Traffic matrix, {phase}"
+    if len(squares) > 1:
+        patterns = counted(len(drawn), "traffic pattern")
+        title = f"{len(squares)} deployments have {patterns} in {phase}"
+    charts = tuple(_square(names, payload, ranks_per_node, sent) for names, payload in drawn)
+    note = (
+        f"Payload bytes of {of_what}: from rank (row) to rank (column). Lines: node boundaries. "
+        "Deployments with the same pattern share a matrix."
+    )
+    return [Multiples(title, charts, note, legend), *said]
+
+
+def _square(
+    names: Sequence[str], payload: _Bytes, ranks_per_node: int, sent: Mapping[str, _Bytes]
+) -> Chart:
+    what, borders, cells = "rank", range(ranks_per_node, len(payload), ranks_per_node), payload
+    if len(payload) > max(_MOST_RANKS, ranks_per_node):  # more than one node
+        what, borders, cells = "node", range(0), _between_nodes(payload, ranks_per_node)
+    amounts = np.array(cells, dtype=np.float64)
+    source, to = np.unravel_index(amounts.argmax(), amounts.shape)
+    share = percent(float((amounts[~np.eye(len(cells), dtype=bool)] > 0).mean()))
+    most = f"most, {bytes_si(amounts.max())}, from {what} {source} to {to}"
+    totals = (f"{name} {bytes_si(np.sum(sent[name]))}" for name in names)
+    return Chart(
+        ", ".join(names),
+        f"{share} of the pairs of {what}s send; {most}. Total: {', '.join(totals)}.",
+        _square_spec(amounts, what, borders),
+        Table(
+            f"from {what} (row) to {what} (column)",
+            tuple(map(Heading, ["from", *(f"to {place}" for place in range(len(cells)))])),
+            tuple((str(place), *map(bytes_si, row)) for place, row in enumerate(cells)),
+        ),
+        note=f"{share} of the pairs send; {most}.",
+    )
+
+
+def _square_spec(amounts: _Floats, what: str, borders: Sequence[int]) -> Spec:
+    """Squares as runs of equal shade in each row."""
+    size = len(amounts)
+    values = []
+    for row, levels in enumerate(np.ceil(_NUM_SHADES * amounts / amounts.max()).astype(int)):
+        right = -0.5
+        for level, run in groupby(levels.tolist()):
+            left, right = right, right + len(list(run))
+            if level:
+                place = {"top": row - 0.5, "bottom": row + 0.5, "left": left, "right": right}
+                values.append(place | {"shade": _shade(level)})
+    labels = list(range(0, size, max(1, size // 4)))
+    axis = {"values": labels, "grid": False, "ticks": False, "format": "d"}
+    span = {"domain": [-0.5, size - 0.5], "nice": False}
+
+    def x(field: str) -> Spec:
+        return {"x": quantity(field, f"to {what}", axis, **span)}
+
+    def y(field: str) -> Spec:
+        return {"y": quantity(field, f"from {what}", axis, reverse=True, **span)}
+
+    squares: Spec = {
+        "mark": {"type": "rect", "color": ABOVE},
+        "encoding": x("left")
+        | y("top")
+        | {"x2": {"field": "right"}, "y2": {"field": "bottom"}, "fillOpacity": _SHADED},
+    }
+    rules: list[Spec] = [
+        {
+            "data": {"values": [{"at": border - 0.5} for border in borders]},
+            "mark": {"type": "rule", "color": "--ink", "strokeWidth": 1},
+            "encoding": side("at"),
+        }
+        for side in (x, y)
+        if borders
+    ]
+    return {"data": {"values": values}, "height": _SIDE_PX, "layer": [squares, *rules]}
+
+
+def _shade(level: int) -> float:
+    return round(_LEAST_SHADE + (1 - _LEAST_SHADE) * level / _NUM_SHADES, 2)
+
+
+_LONG = 32  # characters, of names over a bar
+_LEAST_SHARE = 0.005  # share of tokens
+
+
+def fan_out_chart(phase: str, fan_outs: Mapping[str, FanOut]) -> Chart | str | None:
+    """Ranks that a token reaches: a bar a deployment, those with the same shares together.
+
+    A sentence where all tokens of each deployment reach equally many; None without counts.
+    """
+    by_shares: dict[tuple[float, ...], list[str]] = {}
+    for name, each in fan_outs.items():
+        tokens = each.tokens_by_ranks_reached
+        if any(tokens):
+            by_shares.setdefault(tuple(num / sum(tokens) for num in tokens), []).append(name)
+    if not by_shares:
+        return None
+    most = max(map(len, by_shares))
+    shares = {
+        _together(names): [*each, *[0.0] * (most - len(each))] for each, names in by_shares.items()
+    }
+    means = {name: figures(float(np.dot(range(most), each))) for name, each in shares.items()}
+    in_mean = "; ".join(f"{name} {mean}" for name, mean in means.items())
+    if all(max(each) == 1.0 for each in shares.values()):
+        if len(means) == 1:
+            return f"Every {phase} token reaches {in_mean.rpartition(' ')[2]} ranks."
+        return f"Every {phase} token reaches as many ranks as the others: {in_mean}."
+    reached = [
+        place for place in range(most) if any(s[place] > _LEAST_SHARE for s in shares.values())
+    ]
+    shade = {
+        place: round(0.2 + 0.6 * at / max(1, len(reached) - 1), 2)
+        for at, place in enumerate(reached)
+    }
+    rows: dict[str, tuple[str, list[Spec]]] = {
+        name: (
+            f"{means[name]} on average",
+            [{"size": each[p], "shown": percent(each[p]), "shade": shade[p]} for p in reached],
+        )
+        for name, each in shares.items()
+    }
+    looks, words = {"fillOpacity": _SHADED}, {"value": "--ink"}
+    widest = max(shares, key=lambda name: float(means[name]))
+    return Chart(
+        f"A {phase} token of {widest} reaches {means[widest]} ranks on average",
+        f"Shares of {phase} tokens by how many ranks they reach. On average: {in_mean}.",
+        stacked(rows, {"color": ABOVE}, looks, words, "share of tokens", most=1.0),
+        Table(
+            "Shares of tokens by ranks reached",
+            (Heading("deployment", False), *map(Heading, ["mean", *map(str, reached)])),
+            tuple(
+                (name, means[name], *(percent(each[place]) for place in reached))
+                for name, each in shares.items()
+            ),
+        ),
+        legend=[Legend(counted(place, "rank"), ABOVE, opacity=shade[place]) for place in reached],
+        note="A token counts once per layer; its own rank counts if it holds one of its experts.",
+    )
+
+
+def _together(names: Sequence[str]) -> str:
+    """All names, or of many their numbers."""
+    joined = ", ".join(names)
+    is_short = len(joined) <= _LONG or not all(name.startswith("#") for name in names)
+    return joined if is_short else ", ".join(name.partition(" ")[0] for name in names)
+
+
+_NUM_DRAWN = 16  # with cells of 4 characters it fits 80 columns
+_CELL, _LABEL = 4, 3
+_UNITS = ((1.0, "B"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB"))
+
+
+def matrix(payload_bytes: _Bytes, ranks_per_node: int) -> str | Figure:
+    """Bytes in characters: between ranks, or nodes where ranks are many; else one sentence.
+
+    Args:
+        payload_bytes: [source][destination], global ranks.
+    """
+    num_ranks = len(payload_bytes)
+    num_nodes = -(-num_ranks // ranks_per_node)
+    if num_ranks == 1:
+        return "One rank: no traffic."
+    if num_ranks <= _NUM_DRAWN:
+        return _drawn("rank", payload_bytes, ranks_per_node if ranks_per_node > 1 else num_ranks)
+    if num_nodes > _NUM_DRAWN:
+        return f"{num_nodes} nodes are too many to draw: the matrix is in results.json."
+    return _drawn("node", _between_nodes(payload_bytes, ranks_per_node), num_nodes)
+
+
+def _between_nodes(payload_bytes: _Bytes, ranks_per_node: int) -> list[list[int]]:
+    """[source node][destination node], from [source][destination] of ranks."""
+    firsts = np.arange(0, len(payload_bytes), ranks_per_node)
+    of_senders = np.add.reduceat(np.array(payload_bytes), firsts, axis=0)
+    cells: list[list[int]] = np.add.reduceat(of_senders, firsts, axis=1).tolist()
+    return cells
+
+
+def _drawn(what: str, cells: _Bytes, num_together: int) -> Figure:
+    """`num_together`: places between two borders."""
+    size, largest = len(cells), max(map(max, cells))
+    # The smallest unit in which the largest has at most three digits.
+    scale, unit = next((each for each in _UNITS if largest / each[0] < 999.5), _UNITS[-1])
+
+    def line(label: str, cells: Sequence[str], border: str = "│") -> str:
+        parts = [cell.rjust(_CELL) for cell in cells]
+        groups = [parts[at : at + num_together] for at in range(0, size, num_together)]
+        return label.rjust(_LABEL) + border.join(map("".join, groups))
+
+    lines = [line("", [str(place) for place in range(size)])]
+    for place, row in enumerate(cells):
+        if place and place % num_together == 0:
+            lines.append(line("─" * _LABEL, ["─" * _CELL] * size, "┼"))
+        lines.append(line(str(place), [_cell(value / scale) for value in row]))
+    who = f"from {what} (row) to {what} (column)"
+    return Figure(f"Payload in {unit}, one repetition: {who}", tuple(lines))
+
+
+def _cell(value: float) -> str:
+    """A value in at most three characters."""
+    if value == 0:
+        return "·"
+    if value < 0.05:
+        return "<.1"
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
