@@ -30,13 +30,13 @@ class KernelsHook(BuildHookInterface[Any]):
         if version == "editable" or os.environ.get("EXPERTLANE_WHEEL_KERNELS") != "1":
             return
         sys.path.insert(0, str(Path(self.root) / "src"))
-        from expertlane.engine.ops.build import BASELINE, SETS, compile_library, shipped_name
+        from expertlane.engine.ops.build import BASELINE, SETS, compile_library, library_name
 
         compiler = shlex.split(os.environ.get("CXX") or shutil.which("g++") or "clang++")
         self._folder = tempfile.TemporaryDirectory()
         libraries = []
         for instructions in (BASELINE, *SETS):
-            library = Path(self._folder.name) / shipped_name(instructions)
+            library = Path(self._folder.name) / library_name(instructions)
             try:
                 compile_library(compiler, instructions, library, "-s")
             except subprocess.CalledProcessError as error:

@@ -30,14 +30,12 @@ from cuda_cases import Kind, equal_sequences
 
 from expertlane.engine.ops.cuda.activation import activate
 from expertlane.engine.ops.cuda.attention import attend
-from expertlane.engine.ops.cuda.experts import CudaExperts
-from expertlane.engine.ops.cuda.narrow import CudaNarrowLinear
 from expertlane.engine.ops.cuda.norm import add_rms_norm
+from expertlane.engine.ops.cuda.parts import CudaExperts, CudaNarrowLinear
 from expertlane.engine.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.engine.ops.cuda.rotate import rotate_and_write
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.engine.ops.mxfp4 import Mxfp4Weight
-from expertlane.engine.ops.narrow import NarrowWeight
+from expertlane.engine.ops.narrow import Mxfp4Weight, NarrowWeight
 from expertlane.engine.ops.products import Activation, Expert, Linear, grouped_mm
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

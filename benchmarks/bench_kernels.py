@@ -29,10 +29,10 @@ from rich.table import Table
 from expertlane import __version__
 from expertlane.engine.ops import build as build_module
 from expertlane.engine.ops.build import BASELINE, ONLY_IF_ASKED_FOR, SETS, InstructionSet, build
+from expertlane.engine.ops.cpu import VectorBackend
 from expertlane.engine.ops.host import num_cores
 from expertlane.engine.ops.products import Activation, Expert, Experts, OnednnLinear, PairGroups
 from expertlane.engine.ops.torch_backend import TorchBackend
-from expertlane.engine.ops.vector import VectorBackend
 
 COPIES_BYTES = 120_000_000
 MEASURE_S = 0.3

@@ -12,17 +12,14 @@ from torch import Tensor
 
 from expertlane.engine.ops.cuda import attention, rotate
 from expertlane.engine.ops.cuda.activation import activate
-from expertlane.engine.ops.cuda.experts import CudaExperts
-from expertlane.engine.ops.cuda.narrow import CudaNarrowLinear
 from expertlane.engine.ops.cuda.norm import add_rms_norm, rms_norm
-from expertlane.engine.ops.cuda.parts import CudaAttention, CudaMlp
+from expertlane.engine.ops.cuda.parts import CudaAttention, CudaExperts, CudaMlp, CudaNarrowLinear
 from expertlane.engine.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.engine.ops.cuda.route import route
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch, PagedSequences
-from expertlane.engine.ops.mxfp4 import Mxfp4Weight
-from expertlane.engine.ops.narrow import NarrowWeight
+from expertlane.engine.ops.narrow import Mxfp4Weight, NarrowWeight
 from expertlane.engine.ops.products import Activation, Expert, Linear, grouped_mm
-from expertlane.engine.ops.step import AttentionWeights
+from expertlane.engine.ops.step import AttentionWeights, MlpWeights
 from expertlane.schedule.plan import Batch
 from expertlane.spec.model import Routing
 
@@ -239,7 +236,7 @@ def parts(
     gate, up, down = (linear(*each, kind) for each in ((inner, hidden),) * 2 + ((hidden, inner),))
     dense = Expert(gate=gate, up=up, down=down)
     scale = torch.empty(1, hidden, dtype=torch.bfloat16, device=CUDA)
-    mlp = CudaMlp(dense, Activation("silu"), floats(hidden), 1e-6, scale)
+    mlp = CudaMlp(MlpWeights(dense, Activation("silu"), floats(hidden), 1e-6, scale))
     _expect(mlp(x), (num_tokens, hidden), torch.bfloat16)
 
 

@@ -25,7 +25,7 @@ from expertlane.engine.model.decode_graphs import DecodeGraphs
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.model.weights import WeightSource
-from expertlane.engine.ops.row_parts import RowParts
+from expertlane.engine.ops.bookkeeping import RowParts
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import GraphLimits, Options

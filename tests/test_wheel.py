@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cli.screen import tells
-from expertlane.engine.ops.build import BASELINE, SETS, build, shipped_name
+from expertlane.engine.ops.build import BASELINE, SETS, build, library_name
 
 ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
@@ -71,7 +71,7 @@ def test_a_wheel_with_kernels_needs_no_compiler(tmp_path):
     wheel = make_wheel(tmp_path / "dist", EXPERTLANE_WHEEL_KERNELS="1")
     with zipfile.ZipFile(wheel) as file:
         shipped = {Path(name).name for name in file.namelist() if "/ops/libraries/" in name}
-    assert shipped == {shipped_name(each) for each in (BASELINE, *SETS)}
+    assert shipped == {library_name(each) for each in (BASELINE, *SETS)}
     assert "-py3-none-manylinux_2_" in wheel.name
     installed = Installed(wheel, tmp_path)
     for each in SETS:

@@ -13,8 +13,7 @@ from engine.ranks.test_no_wait import ASKED, step_of
 from engine.stage.one_rank import stage_of
 from engine.stage.test_decode_graphs import difference, limits_of, play, record_all
 from expertlane.engine.comm.transport import EpochEndedError
-from expertlane.engine.ops.cuda.graphs import CudaGraphs
-from expertlane.engine.ops.transfer import waits_raise
+from expertlane.engine.ops.device import CudaGraphs, waits_raise
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingState
 

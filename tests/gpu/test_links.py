@@ -10,8 +10,7 @@ from cli.screen import telling
 from distributed.on_ranks import Collective, Describe, Lose, local_ranks
 from distributed.running import run_deployment
 from expertlane.engine.comm.clocks import clock_for
-from expertlane.engine.comm.device import await_event
-from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.epoch import Epoch, await_event
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.transport import PeerLostError
 from expertlane.engine.ranks.pool import RankPool

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from expertlane import LLM, Options, SamplingParams
-from expertlane.engine.ops.device_memory import memory_of
-from expertlane.engine.ops.staging import STAGED_BYTES, copier_to
+from expertlane.engine.ops.device import STAGED_BYTES, copier_to, memory_of
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 

@@ -7,7 +7,7 @@ import torch
 from engine.moe.in_process import dispatch_and_combine
 from engine.moe.test_dispatch_forms import expected, random_inputs
 from expertlane.balance.placement import Placement
-from expertlane.engine.ops.transfer import waits_raise
+from expertlane.engine.ops.device import waits_raise
 from expertlane.spec.layout import Layout
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -30,12 +30,11 @@ from expertlane.engine.comm.clocks import HostClock
 from expertlane.engine.comm.collectives import interleave
 from expertlane.engine.comm.epoch import Epoch
 from expertlane.engine.comm.mesh import Meshes, ParallelMesh
-from expertlane.engine.comm.progress import ProgressBoard
+from expertlane.engine.comm.progress import ProgressBoard, Region
 from expertlane.engine.comm.recorder import Recorder
-from expertlane.engine.comm.region import Region
 from expertlane.engine.comm.transport import EpochEndedError, PeerLostError
 from expertlane.engine.ops.backend import SHARED_MEMORY, STAGED, Platform, compiled_messages
-from expertlane.engine.ops.cores import Share
+from expertlane.engine.ops.host import Share
 from expertlane.engine.ranks.fork_server import StoreHost
 from expertlane.engine.ranks.rank_settings import RankSettings
 from expertlane.engine.ranks.rendezvous import Meeting

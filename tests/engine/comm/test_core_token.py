@@ -9,16 +9,16 @@ import sys
 
 import pytest
 
-from expertlane.engine.comm import core_token
-from expertlane.engine.comm.core_token import CoreToken
+from expertlane.engine.comm import clocks
+from expertlane.engine.comm.clocks import CoreToken
 
 _SECONDS = 30.0
 
 # Answers "has it" when it has the core; then gives it back at the next line, and says so.
 _RANK = """
 import sys
-from expertlane.engine.comm import core_token
-token = core_token.CoreToken(int(sys.argv[1]), int(sys.argv[2]), 2)
+from expertlane.engine.comm import clocks
+token = clocks.CoreToken(int(sys.argv[1]), int(sys.argv[2]), 2)
 for line in sys.stdin:
     getattr(token, line.strip())()
     print(line.strip(), flush=True)
@@ -117,8 +117,8 @@ def test_two_processes_never_compute_at_once(file, tmp_path):
     code = """
 import os, sys
 from pathlib import Path
-from expertlane.engine.comm import core_token
-token, counter = core_token.CoreToken(int(sys.argv[1]), int(sys.argv[2]), 1), Path(sys.argv[3])
+from expertlane.engine.comm import clocks
+token, counter = clocks.CoreToken(int(sys.argv[1]), int(sys.argv[2]), 1), Path(sys.argv[3])
 for _ in range(int(sys.argv[4])):
     token.acquire()
     number = int(counter.read_text())
@@ -145,7 +145,7 @@ for _ in range(int(sys.argv[4])):
 def test_ranks_take_turns_with_the_cores_that_there_are(file, monkeypatch):
     locked = []
     monkeypatch.setattr(
-        core_token.fcntl, "lockf", lambda fd, how, num, core: locked.append((fd, num, core))
+        clocks.fcntl, "lockf", lambda fd, how, num, core: locked.append((fd, num, core))
     )
     for local_rank in range(5):
         CoreToken(file, local_rank, 3).acquire()

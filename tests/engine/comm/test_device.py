@@ -7,8 +7,7 @@ from threading import Timer
 import pytest
 
 from cli.screen import telling
-from expertlane.engine.comm.device import await_event
-from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.epoch import Epoch, await_event
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.transport import EpochEndedError, PeerLostError
 

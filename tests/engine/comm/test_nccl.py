@@ -20,10 +20,9 @@ from torch.distributed import HashStore, PrefixStore
 from expertlane.engine.comm.clocks import HostClock
 from expertlane.engine.comm.collectives import Group
 from expertlane.engine.comm.epoch import Epoch
-from expertlane.engine.comm.nccl import NcclLink
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.recorder import Recorder
-from expertlane.engine.comm.torch_link import MANY_BYTES
+from expertlane.engine.comm.torch_link import MANY_BYTES, NcclLink
 from expertlane.engine.comm.torch_transport import Gloo
 from expertlane.spec.names import Stage, Traffic
 

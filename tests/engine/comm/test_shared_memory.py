@@ -10,8 +10,7 @@ import torch
 
 from cli.screen import telling, tells
 from expertlane.engine.comm.epoch import Epoch
-from expertlane.engine.comm.progress import ProgressBoard
-from expertlane.engine.comm.region import Region
+from expertlane.engine.comm.progress import ProgressBoard, Region
 from expertlane.engine.comm.shared_memory import Endpoint, SharedTransport
 from expertlane.engine.comm.transport import PeerLostError
 from expertlane.engine.ops.build import BASELINE, BuildError, build

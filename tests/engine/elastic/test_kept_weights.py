@@ -12,7 +12,7 @@ from expertlane.balance.placement import Placement
 from expertlane.engine.launch import LoadPlan
 from expertlane.engine.model.checkpoint import Checkpoint
 from expertlane.engine.model.weights import CheckpointWeights
-from expertlane.engine.ops.mxfp4 import Mxfp4Weight
+from expertlane.engine.ops.narrow import Mxfp4Weight
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

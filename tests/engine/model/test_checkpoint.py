@@ -14,7 +14,7 @@ from expertlane.engine.model import checkpoint as checkpoint_module
 from expertlane.engine.model import stored_tensors
 from expertlane.engine.model.checkpoint import Checkpoint
 from expertlane.engine.model.weights import CheckpointWeights
-from expertlane.engine.ops.staging import Staging
+from expertlane.engine.ops.device import Staging
 from expertlane.errors import SpecError
 from expertlane.spec.model import tensor_names, tensor_shape
 

@@ -21,7 +21,7 @@ from expertlane.engine.model.head import HeadResult
 from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.model.weights import SeededWeights
 from expertlane.engine.ops.backend import backend_of_cpu
-from expertlane.engine.ops.vector import VectorBackend
+from expertlane.engine.ops.cpu import VectorBackend
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout

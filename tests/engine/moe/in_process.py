@@ -12,7 +12,7 @@ from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.recorder import Recorder
 from expertlane.engine.moe.dispatch import CopyChooser, Payload, RoutedTokens
 from expertlane.engine.moe.forms import make_dispatcher
-from expertlane.engine.ops.row_parts import RowParts
+from expertlane.engine.ops.bookkeeping import RowParts
 from expertlane.spec.layout import Layout
 
 CPU = torch.device("cpu")

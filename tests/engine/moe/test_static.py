@@ -131,7 +131,7 @@ def compute_on_fake_gpus(case, monkeypatch):
     """Dispatch, experts and combine of all ranks; the number of operations on the GPU."""
     launches = pytest.importorskip("expertlane.engine.ops.cuda.launch")
     from expertlane.engine.ops.cuda.backend import CudaBackend
-    from expertlane.engine.ops.cuda.experts import CudaExperts
+    from expertlane.engine.ops.cuda.parts import CudaExperts
 
     monkeypatch.setattr(launches, "_run", lambda *_: None)
     ops, dtype = CudaBackend(), torch.bfloat16

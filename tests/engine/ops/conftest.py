@@ -4,8 +4,7 @@ import pytest
 
 from engine.ops.instruction_sets import ARITHMETIC, backend_or_skip
 from expertlane.engine.ops.build import BASELINE
-from expertlane.engine.ops.cpu import CpuBackend
-from expertlane.engine.ops.vector import VectorBackend
+from expertlane.engine.ops.cpu import CpuBackend, VectorBackend
 
 
 @pytest.fixture(params=ARITHMETIC, scope="module")

@@ -13,8 +13,7 @@ from expertlane.engine.ops.build import (
     InstructionSet,
     build,
 )
-from expertlane.engine.ops.cpu import CpuBackend
-from expertlane.engine.ops.vector import VectorBackend
+from expertlane.engine.ops.cpu import CpuBackend, VectorBackend
 
 
 def names_here(sets: Iterable[InstructionSet]) -> list[str]:

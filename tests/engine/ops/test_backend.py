@@ -37,11 +37,10 @@ from expertlane.engine.ops.build import (
     _CompilerFailed,
     _library,
     build,
-    shipped_name,
+    library_name,
 )
-from expertlane.engine.ops.cpu import CpuBackend
+from expertlane.engine.ops.cpu import CpuBackend, VectorBackend
 from expertlane.engine.ops.torch_backend import TorchBackend
-from expertlane.engine.ops.vector import VectorBackend
 from expertlane.errors import CapacityError, UserError
 from expertlane.spec.names import CpuIsa
 
@@ -264,7 +263,7 @@ def test_the_variables_are_read_in_one_place():
     package = Path(expertlane.__file__).parent
     reads = re.compile(r"(environ\b|getenv).*EXPERTLANE_(BACKEND|CPU_ISA)")
     found = [path.name for path in package.rglob("*.py") if reads.search(path.read_text())]
-    assert found == ["asked_kernels.py"]
+    assert found == ["host.py"]
 
 
 @pytest.mark.parametrize(
@@ -477,7 +476,7 @@ def test_what_the_wheel_brought_is_taken_before_a_compiler_is(monkeypatch, tmp_p
     built = Path(build(BASELINE)._name)
     monkeypatch.setattr(build_module, "SHIPPED", tmp_path)
     monkeypatch.setenv("CXX", "/bin/false")
-    shipped = tmp_path / shipped_name(BASELINE)
+    shipped = tmp_path / library_name(BASELINE)
     shutil.copy(built, shipped)
     assert build(BASELINE)._name == str(shipped)
 
@@ -485,7 +484,7 @@ def test_what_the_wheel_brought_is_taken_before_a_compiler_is(monkeypatch, tmp_p
 @needs_compiler
 def test_what_the_wheel_brought_for_another_system_is_compiled_here(monkeypatch, tmp_path):
     monkeypatch.setattr(build_module, "SHIPPED", tmp_path)
-    (tmp_path / shipped_name(BASELINE)).write_bytes(b"of another system")
+    (tmp_path / library_name(BASELINE)).write_bytes(b"of another system")
     assert Path(build(BASELINE)._name).parent != tmp_path
     monkeypatch.setenv("CXX", "/bin/false")
     with pytest.raises(BuildError, match="/bin/false failed"):

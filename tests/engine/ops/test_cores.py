@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlane.engine.ops import cores
-from expertlane.engine.ops.cores import divide, pin, read_nodes, share_of
+from expertlane.engine.ops import host
+from expertlane.engine.ops.host import divide, pin, read_nodes, share_of
 from expertlane.errors import UserError
 
 needs_affinity = pytest.mark.skipif(
@@ -109,29 +109,29 @@ def eight(monkeypatch, tmp_path):
     siblings = {cpu: f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}" for cpu in range(8)}
     monkeypatch.delenv("EXPERTLANE_PIN", raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr(cores, "num_cores", lambda: 8)
+    monkeypatch.setattr(host, "num_cores", lambda: 8)
     return machine(tmp_path, ["0-3", "4-7"], siblings)
 
 
 def test_a_rank_gets_a_thread_a_core_and_all_hardware_threads_of_it(eight):
-    assert share_of(0, 1, eight) == cores.Share(8, 4, tuple(range(8)))
-    assert share_of(1, 2, eight) == cores.Share(8, 2, (4, 5, 6, 7))
-    assert share_of(3, 4, eight) == cores.Share(8, 1, (6, 7))
+    assert share_of(0, 1, eight) == host.Share(8, 4, tuple(range(8)))
+    assert share_of(1, 2, eight) == host.Share(8, 2, (4, 5, 6, 7))
+    assert share_of(3, 4, eight) == host.Share(8, 1, (6, 7))
 
 
 def test_more_ranks_than_cores_stay_where_they_are_put(eight):
-    assert share_of(4, 5, eight) == cores.Share(8, 1, ())
+    assert share_of(4, 5, eight) == host.Share(8, 1, ())
 
 
 def test_cores_of_a_container_with_a_quota_are_others_too(eight, monkeypatch):
-    monkeypatch.setattr(cores, "num_cores", lambda: 3)
-    assert share_of(0, 1, eight) == cores.Share(3, 3, ())
-    assert share_of(1, 2, eight) == cores.Share(3, 1, ())
+    monkeypatch.setattr(host, "num_cores", lambda: 3)
+    assert share_of(0, 1, eight) == host.Share(3, 3, ())
+    assert share_of(1, 2, eight) == host.Share(3, 1, ())
 
 
 def test_pinning_can_be_switched_off(eight, monkeypatch):
     monkeypatch.setenv("EXPERTLANE_PIN", "0")
-    assert share_of(1, 2, eight) == cores.Share(8, 2, ())
+    assert share_of(1, 2, eight) == host.Share(8, 2, ())
     monkeypatch.setenv("EXPERTLANE_PIN", "no")
     with pytest.raises(UserError, match="EXPERTLANE_PIN is 'no'; valid: 0, 1"):
         share_of(1, 2, eight)
@@ -139,8 +139,8 @@ def test_pinning_can_be_switched_off(eight, monkeypatch):
 
 def test_a_system_without_affinity(monkeypatch, tmp_path):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
-    monkeypatch.setattr(cores, "num_cores", lambda: 4)
-    assert share_of(1, 2, tmp_path) == cores.Share(4, 2, ())
+    monkeypatch.setattr(host, "num_cores", lambda: 4)
+    assert share_of(1, 2, tmp_path) == host.Share(4, 2, ())
     assert not pin(())
 
 
@@ -148,7 +148,7 @@ def test_a_system_without_affinity(monkeypatch, tmp_path):
 _PINNED = """
 import os, sys, threading, time
 from pathlib import Path
-from expertlane.engine.ops.cores import pin
+from expertlane.engine.ops.host import pin
 threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
 is_pinned = pin([int(sys.argv[2])], Path(sys.argv[1]))
 threads = map(int, os.listdir("/proc/self/task"))

@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from expertlane.engine.ops.bookkeeping import RowParts
+from expertlane.engine.ops.cpu import VectorBackend
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.engine.ops.packed import PackedLinear
 from expertlane.engine.ops.products import Activation, Expert, PairGroups
-from expertlane.engine.ops.row_parts import RowParts
 from expertlane.engine.ops.torch_backend import TorchBackend
-from expertlane.engine.ops.vector import VectorBackend
 from expertlane.schedule.plan import Batch
 
 TORCH, CPU = TorchBackend(), torch.device("cpu")

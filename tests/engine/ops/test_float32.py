@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from expertlane.engine.ops.bookkeeping import RowParts
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.engine.ops.packed import FewRowsLinear
 from expertlane.engine.ops.products import Activation, Expert, PairGroups
-from expertlane.engine.ops.row_parts import RowParts
 from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 

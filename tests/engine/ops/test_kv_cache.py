@@ -1,6 +1,6 @@
 import torch
 
-from expertlane.engine.ops.attention_groups import attention_groups
+from expertlane.engine.ops.kv_cache import attention_groups
 from schedule.handmade import BLOCK_SIZE, paged_batch
 
 CPU = torch.device("cpu")

@@ -9,13 +9,8 @@ from hypothesis import strategies as st
 
 from engine.ops.instruction_sets import ALL_SETS, backend_or_skip
 from expertlane.engine.ops.cpu import CpuBackend
-from expertlane.engine.ops.narrow import (
-    NarrowExperts,
-    NarrowLinear,
-    NarrowWeight,
-    reordered,
-    side_by_side,
-)
+from expertlane.engine.ops.narrow import NarrowWeight, reordered, side_by_side
+from expertlane.engine.ops.packed import NarrowExperts, NarrowLinear
 from expertlane.engine.ops.products import Activation, Expert, LoopedExperts, PairGroups
 from expertlane.engine.ops.torch_backend import TorchBackend
 

@@ -8,6 +8,7 @@ import torch
 
 from expertlane.engine.ops import products as module
 from expertlane.engine.ops.backend import backend_for
+from expertlane.engine.ops.device import waits_raise
 from expertlane.engine.ops.products import (
     Activation,
     Expert,
@@ -17,7 +18,6 @@ from expertlane.engine.ops.products import (
     PairGroups,
 )
 from expertlane.engine.ops.torch_backend import TorchBackend
-from expertlane.engine.ops.transfer import waits_raise
 
 HIDDEN, INNER = 32, 16
 PLAIN = Activation("silu")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cli.screen import telling
 from engine.ops.instruction_sets import ALL_SETS, backend_or_skip
 from engine.ops.test_narrow import BOUND, assert_near, drawn, rows_of
-from expertlane.engine.ops.float8 import from_float8, to_float8
+from expertlane.engine.ops.float8 import RoundedLinear, from_float8, rounded_inputs, to_float8
 from expertlane.engine.ops.narrow import (
     Float8Inputs,
     NarrowWeight,
@@ -17,7 +17,6 @@ from expertlane.engine.ops.narrow import (
     side_by_side,
 )
 from expertlane.engine.ops.products import Activation, Expert, LoopedExperts
-from expertlane.engine.ops.rounded import RoundedLinear, rounded_inputs
 from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.errors import SpecError
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from expertlane.engine.model.draw import draw, keep_likeliest, probabilities, uniform_numbers
-from expertlane.engine.ops.vector import VectorBackend
+from expertlane.engine.ops.cpu import VectorBackend
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expertlane.engine.ops.staging import STAGED_BYTES, Staging, copier_to
+from expertlane.engine.ops.device import STAGED_BYTES, Staging, copier_to
 
 
 class Device:

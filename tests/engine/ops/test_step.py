@@ -9,15 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertlane.engine.model.draw import NO_TOKEN, likeliest
+from expertlane.engine.ops.cpu import VectorBackend
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.engine.ops.moe_step import CompiledRouter
 from expertlane.engine.ops.narrow import NarrowWeight
 from expertlane.engine.ops.packed import FEW_ROWS
 from expertlane.engine.ops.products import Activation, Expert
 from expertlane.engine.ops.router import Router, RouterParams, route
-from expertlane.engine.ops.step import AttentionWeights
+from expertlane.engine.ops.step import AttentionWeights, MlpWeights
 from expertlane.engine.ops.torch_backend import TorchBackend
-from expertlane.engine.ops.vector import VectorBackend
 from expertlane.schedule.plan import Batch
 from expertlane.spec.model import Routing
 
@@ -181,7 +181,7 @@ def test_an_mlp_of_all_tokens(ours, num_tokens: int, sizes, flags):
         activation = Activation("silu" if is_gated else "gelu")
         norm = 1 + random(hidden, seed=11) / 8 if has_norm else None
         scale = (random(1, hidden, seed=12) / hidden**0.5).to(dtype) if has_scale else None
-        part = ours.mlp_part(mlp, activation, dtype, norm, 1e-5, scale)
+        part = ours.mlp_part(MlpWeights(mlp, activation, norm, 1e-5, scale), dtype)
         x = random(num_tokens, hidden, seed=13, dtype=dtype)
         assert part is not None
         assert part.takes(x)
@@ -198,19 +198,19 @@ def test_which_mlps_ours_compute(ours):
     """No rows, too many, rows apart; other activations, biases, and widths of bfloat16."""
     for dtype, most in ((torch.float32, FEW_ROWS), (torch.bfloat16, 512)):
         (mlp,) = held_experts(ours, 1, 32, 32, dtype, is_gated=True)
-        part = ours.mlp_part(mlp, Activation("silu"), dtype, None, 0.0, None)
+        part = ours.mlp_part(MlpWeights(mlp, Activation("silu")), dtype)
         taken = {num: part.takes(torch.empty(num, 32, dtype=dtype)) for num in (0, 1, most)}
         assert taken == {0: False, 1: True, most: True}
         assert not part.takes(torch.empty(most + 1, 32, dtype=dtype))
         assert not part.takes(torch.empty(2, 64, dtype=dtype)[:, :32])
         for other in (Activation("gelu"), Activation("silu", swiglu_limit=7.0)):
-            assert ours.mlp_part(mlp, other, dtype, None, 0.0, None) is None
+            assert ours.mlp_part(MlpWeights(mlp, other), dtype) is None
         (odd,) = held_experts(ours, 1, 24, 32, dtype, is_gated=True)
-        assert ours.mlp_part(odd, Activation("silu"), dtype, None, 0.0, None) is None
+        assert ours.mlp_part(MlpWeights(odd, Activation("silu")), dtype) is None
     (thin,) = held_experts(ours, 1, 32, 24, torch.bfloat16, is_gated=True)
-    assert ours.mlp_part(thin, Activation("silu"), torch.bfloat16, None, 0.0, None) is None
+    assert ours.mlp_part(MlpWeights(thin, Activation("silu")), torch.bfloat16) is None
     (mlp,) = held_experts(TorchBackend(), 1, 32, 32, torch.float32, is_gated=True)
-    assert TorchBackend().mlp_part(mlp, Activation("silu"), torch.float32, None, 0, None) is None
+    assert TorchBackend().mlp_part(MlpWeights(mlp, Activation("silu")), torch.float32) is None
 
 
 def test_which_blocks_ours_compute(ours):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.engine.ops.transfer import joined, packed, parted, to_device, to_host, unpacked
+from expertlane.engine.ops.device import joined, packed, parted, to_device, to_host, unpacked
 
 SHAPES = st.one_of(
     st.tuples(st.integers(0, 5)), st.tuples(st.integers(0, 3), st.integers(0, 4)), st.just(())

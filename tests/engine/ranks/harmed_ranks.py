@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 from expertlane.engine.comm import shared_memory
-from expertlane.engine.comm.region import Region
+from expertlane.engine.comm.progress import Region
 from expertlane.engine.stage import worker
 
 _SOURCE = Path(__file__).parent / "harmed_messages.cpp"

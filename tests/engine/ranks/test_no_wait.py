@@ -16,7 +16,7 @@ from engine.ops.cuda.tiny_models import MODELS
 from engine.stage.one_rank import stage_of
 from engine.stage.test_decode_graphs import PARAMS, limits_of
 from expertlane.engine.model.decode_graphs import DecodeGraphs
-from expertlane.engine.ops import products, transfer
+from expertlane.engine.ops import device, products
 from expertlane.engine.ops.cuda import launch
 from expertlane.schedule.plan import Batch, RankBatch, RankStep
 from expertlane.spec.names import Phase
@@ -42,7 +42,7 @@ class NoWaits(TorchDispatchMode):
     """Refuses what makes the host wait for "meta".
 
     Attributes:
-        pinned: what `transfer.pinned` has given.
+        pinned: what `device.pinned` has given.
         num_transfers: between host and device.
     """
 
@@ -90,14 +90,14 @@ def no_waits(monkeypatch):
         mode.pinned.append(torch.zeros(num_bytes, dtype=torch.uint8))
         return mode.pinned[-1]
 
-    monkeypatch.setattr(transfer, "pinned", pinned)
-    monkeypatch.setattr(transfer, "recorded_event", lambda: "an event")
+    monkeypatch.setattr(device, "pinned", pinned)
+    monkeypatch.setattr(device, "recorded_event", lambda: "an event")
     monkeypatch.setattr(launch, "_run", lambda *_: None)
     return mode
 
 
 class OneGraph:
-    """As `ops.graphs.Graphs`: of a graph only the launch is left."""
+    """As `CudaGraphs`: of a graph only the launch is left."""
 
     num_recorded = num_launched = 0
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from expertlane.engine.llm import LLM
-from expertlane.engine.ops.cores import read_nodes
+from expertlane.engine.ops.host import read_nodes
 from expertlane.spec.sampling import SamplingParams
 
 TASKS = Path("/proc")

@@ -1,4 +1,4 @@
-"""The clocks of a rank: the host's, and the compute stream's where there is a GPU.
+"""The clocks of a rank: the host's, or the compute stream's on a GPU; and the token for its core.
 
 On a GPU the host only queues work, and waiting for a transfer holds up the stream, not the host. So
 stages are timed by events on the stream, which are read once, when the step is over: no mark waits
@@ -6,13 +6,14 @@ for the GPU. Between the two marks of a wait the stream did nothing but wait, so
 transfer that overlaps with computing is not counted. Not yet run on a GPU (docs/validation.md).
 """
 
+import fcntl
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from expertlane.engine.comm.device import Event
+from expertlane.engine.comm.epoch import Event
 
 
 class HostClock:
@@ -87,3 +88,33 @@ def clock_for(device: torch.device, wait: Callable[[Event], None] | None = None)
         wait: blocks until a GPU has passed an event; with a bound, where other ranks can be lost.
     """
     return StreamClock(wait or _synchronize) if device.type == "cuda" else HostClock()
+
+
+class CoreToken:
+    """The right to compute on a core, held by one of the ranks that share it at a time.
+
+    It is a lock on one byte of a file that all of them have open: the kernel releases it when its
+    owner dies. A rank must release it before it blocks.
+
+    Args:
+        file: descriptor of a file that the ranks of a node share.
+        local_rank: the rank within its node; ranks are assigned to cores in turn.
+        num_cores: cores of the node.
+    """
+
+    def __init__(self, file: int, local_rank: int, num_cores: int) -> None:
+        self._file = file
+        self._core = local_rank % num_cores
+        self._is_held = False
+
+    def acquire(self) -> None:
+        """Wait for the core; no effect if this rank holds it."""
+        if not self._is_held:
+            fcntl.lockf(self._file, fcntl.LOCK_EX, 1, self._core)
+            self._is_held = True
+
+    def release(self) -> None:
+        """Let another rank have the core; no effect if this rank does not hold it."""
+        if self._is_held:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._core)
+            self._is_held = False

@@ -1,7 +1,7 @@
 """The collectives of a group of ranks, on the link that its transport gives it.
 
 Every sum is ours, in float32 and in rank order, so a result does not depend on the transport. Only
-where 16-bit values are added up across nodes of GPUs, nccl does it (`engine/comm/nccl.py`).
+where 16-bit values are added up across nodes of GPUs, nccl does it (`engine/comm/torch_link.py`).
 """
 
 from collections import deque
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from expertlane.cost.step.operation import TransferKind
 from expertlane.engine.comm.checks import checksum
-from expertlane.engine.comm.meter import links_of
+from expertlane.engine.comm.counters import links_of
 from expertlane.engine.comm.recorder import CheckedRecorder, Recorder
 from expertlane.engine.comm.transport import AtOnce, Link, Work
 from expertlane.engine.ops.backend import backend_for
-from expertlane.engine.ops.row_parts import RowParts
+from expertlane.engine.ops.bookkeeping import RowParts
 from expertlane.spec.names import Stage
 
 Look = Callable[[Tensor], None]  # inspects the rows that a transfer has brought

@@ -13,11 +13,9 @@ from torch import Tensor
 
 from expertlane.cost.step.operation import TransferKind
 from expertlane.engine.comm.checks import Checks
-from expertlane.engine.comm.clocks import HostClock
-from expertlane.engine.comm.core_token import CoreToken
-from expertlane.engine.comm.meter import Meter
+from expertlane.engine.comm.clocks import CoreToken, HostClock
+from expertlane.engine.comm.counters import Meter, StepCounters
 from expertlane.engine.comm.progress import NO_LAYER, ProgressReporter
-from expertlane.engine.comm.step_counters import StepCounters
 from expertlane.results.step_checks import Place
 from expertlane.results.step_record import (
     Action,

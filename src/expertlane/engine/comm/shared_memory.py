@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from expertlane.engine.comm.epoch import LOOK_S, Epoch
-from expertlane.engine.comm.region import Region
-from expertlane.engine.comm.transport import PeerLostError
-from expertlane.engine.ops.library import function_of
-from expertlane.engine.ops.row_parts import RowParts
+from expertlane.engine.comm.progress import Region
+from expertlane.engine.comm.transport import Link, PeerLostError, Work
+from expertlane.engine.ops.bookkeeping import RowParts
 from expertlane.errors import CapacityError
 
 _NONE = -1  # no message, not even an empty one
@@ -38,18 +37,6 @@ class Endpoint:
         self, library: ctypes.CDLL, memory: mmap.mmap, region: Region, rank: int, num_spins: int
     ) -> None:
         self._library, self._memory = library, memory  # mapped as long as this lives
-        for name, arguments, result in (
-            ("shared_group_bytes", "n", "n"),
-            ("shared_open", "pnnnnn", "p"),
-            ("shared_close", "p", ""),
-            ("shared_group", "pnnnnp", "p"),
-            ("shared_room", "pn", "n"),
-            ("shared_begin", "pnppipp", "p"),
-            ("shared_wait", "pnpp", "i"),
-            ("shared_end", "p", ""),
-            ("shared_exchange", "pnppippnppp", "i"),
-        ):
-            function_of(library, name, arguments, result)
         base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         sizes = region.num_ranks, region.groups_bytes, region.heap_bytes
         self._endpoint = library.shared_open(base, *sizes, rank, num_spins)
@@ -170,17 +157,12 @@ class Endpoint:
         return result
 
 
-class _SharedWork:
-    def __init__(
-        self,
-        endpoint: Endpoint,
-        exchange: Any,
-        ranks: Sequence[int],
-        timeout_s: float,
-        epoch: Epoch,
-    ) -> None:
-        self._endpoint, self._exchange = endpoint, exchange
-        self._ranks, self._timeout_s, self._epoch = ranks, timeout_s, epoch
+class _SharedWork(Work):
+    """An exchange among `ranks`."""
+
+    def __init__(self, link: "SharedLink", exchange: Any, ranks: Sequence[int]) -> None:
+        self._endpoint, self._exchange, self._ranks = link.endpoint, exchange, ranks
+        self._timeout_s, self._epoch = link.timeout_s, link.epoch
         self._is_done = False
 
     def let_go(self) -> None:
@@ -207,8 +189,8 @@ class _SharedWork:
         self._is_done = True
 
 
-class SharedLink:
-    """Implements `Link` by exchanges of an endpoint.
+class SharedLink(Link):
+    """A link by exchanges of an endpoint.
 
     Args:
         ranks: [size]; global ranks, in group order.
@@ -228,12 +210,12 @@ class SharedLink:
         timeout_s: float,
         epoch: Epoch,
     ) -> None:
-        self._endpoint, self._ranks, self._place = endpoint, ranks, place
-        self._group, self._pairs, self._timeout_s = group, pairs, timeout_s
-        self._epoch = epoch
+        self.endpoint, self._ranks, self._place = endpoint, ranks, place
+        self._group, self._pairs = group, pairs
+        self.timeout_s, self.epoch = timeout_s, epoch
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
-        return self._endpoint.empty(num_rows, width, dtype)
+        return self.endpoint.empty(num_rows, width, dtype)
 
     def at_once(
         self,
@@ -245,49 +227,44 @@ class SharedLink:
         finish: Callable[[RowParts], Tensor] | None = None,
     ) -> Tensor:
         received = None if finish else rows.new_empty((sum(receive), rows.shape[1]))
-        exchange, state = self._endpoint.exchange(
-            *(self._group, rows, send, received, receive, min(LOOK_S, self._timeout_s)),
+        exchange, state = self.endpoint.exchange(
+            *(self._group, rows, send, received, receive, min(LOOK_S, self.timeout_s)),
             same_for_all=same_for_all,
         )
         if state:
-            self._work(exchange).wait()
+            _SharedWork(self, exchange, self._ranks).wait()
         if received is not None:
             return received
         assert finish is not None, "or there is room"
-        return self._endpoint.read(exchange, finish)
+        return self.endpoint.read(exchange, finish)
 
     def all_to_all(
         self, rows: Tensor, send: Sequence[int], received: Tensor, receive: Sequence[int]
     ) -> _SharedWork:
-        return self._exchange(rows, send, received, receive)
+        return self._begin(rows, send, received, receive)
 
     def all_to_all_parts(
         self, rows: Tensor, send: Sequence[int], receive: Sequence[int]
     ) -> _SharedWork:
-        return self._exchange(rows, send, None, receive)
-
-    def _exchange(
-        self, rows: Tensor, send: Sequence[int], received: Tensor | None, receive: Sequence[int]
-    ) -> _SharedWork:
-        exchange = self._endpoint.begin(
-            self._group, rows, send, received, receive, same_for_all=False
-        )
-        return self._work(exchange)
+        return self._begin(rows, send, None, receive)
 
     def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> _SharedWork:
         send = [rows.shape[0]] * len(self._ranks)
-        exchange = self._endpoint.begin(
-            self._group, rows, send, received, num_rows_of, same_for_all=True
+        return self._begin(rows, send, received, num_rows_of, same_for_all=True)
+
+    def _begin(
+        self,
+        rows: Tensor,
+        send: Sequence[int],
+        received: Tensor | None,
+        receive: Sequence[int],
+        *,
+        same_for_all: bool = False,
+    ) -> _SharedWork:
+        exchange = self.endpoint.begin(
+            self._group, rows, send, received, receive, same_for_all=same_for_all
         )
-        return self._work(exchange)
-
-    def padded_to(self, num_rows_of: Sequence[int], row_bytes: int) -> int | None:
-        return None
-
-    def reduce_scatter(
-        self, rows: Tensor, num_rows_of: Sequence[int]
-    ) -> tuple[_SharedWork, Tensor] | None:
-        return None
+        return _SharedWork(self, exchange, self._ranks)
 
     def send(self, rows: Tensor, to: int) -> _SharedWork:
         return self._single(to, rows, len(rows), rows, _NONE)
@@ -301,15 +278,10 @@ class SharedLink:
         """Begin one message between this rank and another, in the group of the two."""
         pair = sorted((self._place, other))
         sizes = [[size if place == other else _NONE for place in pair] for size in (send, receive)]
-        exchange = self._endpoint.begin(
+        exchange = self.endpoint.begin(
             self._pairs[other], rows, sizes[0], received, sizes[1], same_for_all=True
         )
-        ranks = [self._ranks[place] for place in pair]
-        return self._work(exchange, ranks)
-
-    def _work(self, exchange: Any, ranks: Sequence[int] | None = None) -> _SharedWork:
-        ranks = self._ranks if ranks is None else ranks
-        return _SharedWork(self._endpoint, exchange, ranks, self._timeout_s, self._epoch)
+        return _SharedWork(self, exchange, [self._ranks[place] for place in pair])
 
 
 class SharedTransport:

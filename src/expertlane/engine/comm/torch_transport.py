@@ -5,26 +5,30 @@ aborted when it ends. No operation of torch can be waited for in slices (a wait 
 receives that times out closes its connections), so a thread watches for the end of the epoch.
 """
 
-import contextlib
 import fcntl
-import itertools
 import os
 import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from expertlane.engine.comm.epoch import LOOK_S, Epoch
-from expertlane.engine.comm.nccl import Nccl, NcclLink
-from expertlane.engine.comm.torch_link import ABORT_TAG, Backend, TorchLink, blaming_peers
+from expertlane.engine.comm.torch_link import (
+    Backend,
+    Gloo,
+    Nccl,
+    NcclLink,
+    TorchLink,
+    blaming_peers,
+)
 
 _HEAD = struct.Struct("<II")  # bytes of a key, and of its value
 _POLL_S = 0.005
@@ -88,40 +92,7 @@ class FileStore(Store):
         return at > 0
 
 
-_AT_ONCE = timedelta(milliseconds=1)
-
 ResultT = TypeVar("ResultT")
-
-
-class Gloo:
-    """A process group of gloo.
-
-    Args:
-        store: the rendezvous of its ranks.
-        place: this rank's place in the group, of `size`.
-    """
-
-    def __init__(self, store: Store, place: int, size: int, timeout: timedelta) -> None:
-        from torch.distributed import ProcessGroupGloo
-
-        self.group: Any = ProcessGroupGloo(store, place, size, timeout)
-        self._others = [other for other in range(size) if other != place]
-        self._num_devices = os.environ.get("GLOO_SOCKET_IFNAME", "").count(",") + 1
-
-    @contextlib.contextmanager
-    def together(self, works: list[Any]) -> Iterator[None]:
-        """Begin several sends and receives, each with a wait of its own."""
-        yield
-
-    def abort(self) -> None:
-        """Abort all operations by receives that time out, which close their device's connections.
-
-        A receive whose connection is broken already fails earlier, and closes none.
-        """
-        tags = range(ABORT_TAG, ABORT_TAG + self._num_devices)
-        for other, tag in itertools.product(self._others, tags):
-            with contextlib.suppress(RuntimeError):
-                self.group.recv([torch.empty(1)], other, tag).wait(_AT_ONCE)
 
 
 def _settle(future: Future[ResultT], make: Callable[[], ResultT]) -> None:
@@ -198,11 +169,9 @@ class TorchTransport:
 
     def link(self, ranks: tuple[int, ...]) -> TorchLink:
         backend, place = self._backends[ranks], ranks.index(self._rank)
-        common = backend, place, len(ranks), self._device, self._epoch
         spans_nodes = len({rank // self._ranks_per_node for rank in ranks}) > 1
-        if isinstance(backend, Nccl):
-            return NcclLink(*common, spans_nodes=spans_nodes)
-        return TorchLink(*common, over_links=spans_nodes)
+        kind = NcclLink if isinstance(backend, Nccl) else TorchLink
+        return kind(backend, place, len(ranks), self._device, self._epoch, spans_nodes=spans_nodes)
 
     def leave(self) -> None:
         self._is_left.set()

@@ -1,4 +1,4 @@
-"""The interface of transports, which `torch_transport`, `shared_memory` and others implement."""
+"""The interface of transports: see `torch_transport`, `shared_memory` and `composed`."""
 
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from expertlane.engine.ops.row_parts import RowParts
+from expertlane.engine.ops.bookkeeping import RowParts
 from expertlane.errors import RankError
 
 
@@ -19,7 +19,13 @@ class EpochEndedError(RankError):
 
 
 class Work(Protocol):
-    """A transfer in flight."""
+    """A transfer in flight.
+
+    Attributes:
+        received: filled with the rows that come, after the wait; None where none are to be read.
+    """
+
+    received: Tensor | None = None
 
     def wait(self) -> None:
         """Block until the transfer is done.
@@ -35,7 +41,8 @@ class Work(Protocol):
 
         The rows stay valid only until `finish` returns.
         """
-        ...
+        assert self.received is not None, "rows came, and in one piece"
+        return finish(RowParts.of(self.received))
 
     def let_go(self) -> None:
         """Block until a send goes on without this rank, which may do something else for long.
@@ -76,7 +83,7 @@ class Link(Protocol):
     @property
     def at_once(self) -> AtOnce | None:
         """The call that begins a transfer and waits for it; None where that is no cheaper."""
-        ...
+        return None
 
     def empty(self, num_rows: int, width: int, dtype: torch.dtype) -> Tensor:
         """A buffer [num_rows, width] in the transport's memory, to be filled and sent once."""
@@ -90,7 +97,7 @@ class Link(Protocol):
 
     def all_to_all_parts(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> Work:
         """`all_to_all` whose rows are read by `Work.read`, where the transport has them."""
-        ...
+        return self.all_to_all(rows, send, rows.new_empty(sum(receive), rows.shape[1]), receive)
 
     def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> Work:
         """Send all rows to every place, and fill `received` in the order of places."""
@@ -101,7 +108,7 @@ class Link(Protocol):
 
         None without padding. A sum that `Group` computes by `all_to_all` is never padded.
         """
-        ...
+        return None
 
     def reduce_scatter(
         self, rows: Tensor, num_rows_of: Sequence[int]
@@ -111,7 +118,7 @@ class Link(Protocol):
         Returns:
             The work, and this place's part [num_rows_of[place], width], valid after its wait.
         """
-        ...
+        return None
 
     def send(self, rows: Tensor, to: int) -> Work:
         """Send all rows to one place."""

@@ -16,9 +16,8 @@ from expertlane.engine.model.weights import WeightSource, taker_of
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache
 from expertlane.engine.ops.narrow import reordered, side_by_side
-from expertlane.engine.ops.parts import AttentionCall
 from expertlane.engine.ops.products import HeadsLinear, Linear
-from expertlane.engine.ops.step import AttentionWeights
+from expertlane.engine.ops.step import AttentionCall, AttentionWeights
 from expertlane.spec.model import ModelConfig, RopeScaling, layer_name
 from expertlane.spec.names import Stage
 

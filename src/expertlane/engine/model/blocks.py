@@ -21,11 +21,11 @@ from expertlane.engine.model.weights import EXPERT, HeldWeights, WeightSource, t
 from expertlane.engine.moe.dispatch import CopyChooser, Payload, RoutedTokens
 from expertlane.engine.moe.forms import make_dispatcher
 from expertlane.engine.ops.backend import backend_for
-from expertlane.engine.ops.mlp import MlpPart
 from expertlane.engine.ops.moe_step import LocalExperts
 from expertlane.engine.ops.narrow import Weight
 from expertlane.engine.ops.products import Activation, Expert, Linear
 from expertlane.engine.ops.router import RouterParams
+from expertlane.engine.ops.step import MlpPart, MlpWeights
 from expertlane.spec.deployment import PayloadType
 from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.layout import partition
@@ -79,7 +79,7 @@ class MLP:
         self._layer, self._norm, self._eps = layer, norm, model.hidden_norm_eps
         around = (norm, self._eps, self._scale) if mesh.tp.size == 1 else (None, self._eps, None)
         linears = Expert(gate=self._gate, up=self._up, down=self._down)
-        self.part = ops.mlp_part(linears, self._activation, source.dtype, *around)
+        self.part = ops.mlp_part(MlpWeights(linears, self._activation, *around), source.dtype)
 
     def tensors(self) -> list[Tensor]:
         """All weights, for checksums."""

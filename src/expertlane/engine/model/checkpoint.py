@@ -21,9 +21,8 @@ from expertlane.engine.model.stored_tensors import (
     Shards,
     StoredTensors,
 )
-from expertlane.engine.ops.mxfp4 import Mxfp4Weight
-from expertlane.engine.ops.narrow import NarrowWeight
-from expertlane.engine.ops.staging import STAGED_BYTES, copier_to
+from expertlane.engine.ops.device import STAGED_BYTES, copier_to
+from expertlane.engine.ops.narrow import Mxfp4Weight, NarrowWeight
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import INPUTS_OF_SCALE, INT8_FOLDER
 from expertlane.spec.files import write_whole

@@ -18,16 +18,15 @@ import torch
 from torch import Tensor
 
 from expertlane.engine.comm.collectives import interleave
+from expertlane.engine.comm.counters import Sent
 from expertlane.engine.comm.mesh import ParallelMesh
-from expertlane.engine.comm.meter import Sent
 from expertlane.engine.model.blocks import MoEBlock, Routed
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.head import HeadResult
 from expertlane.engine.model.transformer import BeginsLayer, DecoderLayer, TransformerStage
 from expertlane.engine.ops.backend import backend_for
-from expertlane.engine.ops.graphs import Graphs
+from expertlane.engine.ops.device import Array, CudaGraphs, packed, unpacked
 from expertlane.engine.ops.kv_cache import AttentionBounds, KVCache
-from expertlane.engine.ops.transfer import Array, packed, unpacked
 from expertlane.schedule.plan import Batch, RankBatch
 from expertlane.spec.deployment import GraphLimits
 from expertlane.spec.dispatch import DispatchForm, DispatchMode, is_static_on
@@ -208,7 +207,7 @@ class DecodeGraphs:
     def __init__(
         self,
         stage: TransformerStage,
-        graphs: Graphs,
+        graphs: CudaGraphs,
         limits: GraphLimits,
         *,
         num_blocks: int,

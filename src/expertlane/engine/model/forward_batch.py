@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from expertlane.cost.step.batch_sizes import pairs_and_positions, takes_less_expanded
+from expertlane.engine.ops.device import Array, to_device
 from expertlane.engine.ops.kv_cache import PagedBatch
-from expertlane.engine.ops.transfer import Array, to_device
 from expertlane.schedule.plan import Batch
 from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.layout import Coordinates, Layout, partition

@@ -17,7 +17,7 @@ from expertlane.engine.model.draw import NO_TOKEN, likeliest, token_logprobs
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.weights import WeightSource
 from expertlane.engine.ops.backend import backend_for
-from expertlane.engine.ops.transfer import to_device
+from expertlane.engine.ops.device import to_device
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import partition
 from expertlane.spec.model import FINAL_NORM, HEAD, ModelConfig

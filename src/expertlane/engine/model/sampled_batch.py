@@ -21,7 +21,7 @@ from expertlane.engine.model.draw import (
     uniform_numbers,
 )
 from expertlane.engine.ops.backend import backend_for
-from expertlane.engine.ops.transfer import to_device
+from expertlane.engine.ops.device import to_device
 from expertlane.spec.sampling import SamplingParams, SamplingState, TokenLogprobs
 
 _FLOAT32 = torch.finfo(torch.float32)

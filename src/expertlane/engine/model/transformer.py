@@ -9,8 +9,8 @@ from torch import Tensor
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
 from expertlane.engine.comm.collectives import Steps
+from expertlane.engine.comm.counters import Meter
 from expertlane.engine.comm.mesh import ParallelMesh
-from expertlane.engine.comm.meter import Meter
 from expertlane.engine.model.attention import Attention, RotaryEmbedding
 from expertlane.engine.model.blocks import DenseBlock, MoEBlock, Routed, RoutedHere
 from expertlane.engine.model.forward_batch import ForwardBatch
@@ -19,8 +19,7 @@ from expertlane.engine.model.latent_attention import LatentAttention
 from expertlane.engine.model.weights import HeldWeights, WeightSource, taker_of
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.kv_cache import KVCache
-from expertlane.engine.ops.layers import LayerParts, LayersPart
-from expertlane.engine.ops.step import AttentionPart
+from expertlane.engine.ops.step import AttentionPart, LayerParts, LayersPart
 from expertlane.spec.deployment import KVCacheType, PayloadType
 from expertlane.spec.dispatch import DispatchForm
 from expertlane.spec.model import EMBEDDING, ModelConfig

@@ -23,8 +23,7 @@ from torch import Tensor
 from expertlane.engine.model.checkpoint import Checkpoint, Int8Cache
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.float8 import FLOAT8
-from expertlane.engine.ops.mxfp4 import Mxfp4Weight
-from expertlane.engine.ops.narrow import Float8Inputs, NarrowWeight, Weight
+from expertlane.engine.ops.narrow import Float8Inputs, Mxfp4Weight, NarrowWeight, Weight
 from expertlane.engine.ops.products import Linear
 from expertlane.spec.deployment import INPUTS_OF_SCALE, ActivationsType, WeightsType
 from expertlane.spec.model import EMBEDDING, HEAD, ModelConfig, cut_dim, layer_name, tensor_shape

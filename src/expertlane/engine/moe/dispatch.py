@@ -27,7 +27,7 @@ from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.comm.recorder import Recorder
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.bookkeeping import Outgoing
-from expertlane.engine.ops.graphs import is_recorded
+from expertlane.engine.ops.device import is_recorded
 from expertlane.engine.ops.products import PairGroups
 from expertlane.spec.deployment import PayloadType
 

@@ -24,9 +24,8 @@ from expertlane.engine.moe.dispatch import (
     columns_of,
     unpack,
 )
-from expertlane.engine.ops.bookkeeping import Outgoing, PeerRows
+from expertlane.engine.ops.bookkeeping import Outgoing, PeerRows, RowParts
 from expertlane.engine.ops.products import PairGroups
-from expertlane.engine.ops.row_parts import RowParts
 from expertlane.spec.dispatch import DispatchForm, form_on
 
 _ROWS, _PAIRS = 0, 1

@@ -11,7 +11,6 @@ computes; otherwise, and between nodes, it is gloo.
 
 import contextlib
 import ctypes
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -19,7 +18,6 @@ from importlib.util import find_spec
 
 import torch
 
-from expertlane.engine.ops.asked_kernels import asked_backend, asked_set
 from expertlane.engine.ops.build import (
     BASELINE,
     ONLY_IF_ASKED_FOR,
@@ -28,9 +26,9 @@ from expertlane.engine.ops.build import (
     InstructionSet,
     build,
 )
-from expertlane.engine.ops.cpu import CpuBackend
+from expertlane.engine.ops.cpu import CpuBackend, VectorBackend
+from expertlane.engine.ops.host import asked_backend, asked_set, asked_transport
 from expertlane.engine.ops.torch_backend import TorchBackend
-from expertlane.engine.ops.vector import VectorBackend
 from expertlane.errors import UserError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -128,17 +126,10 @@ def compiled_messages() -> tuple[ctypes.CDLL | None, str]:
         return None, str(error)
 
 
-def _wanted_transport() -> str | None:
-    value = os.environ.get("EXPERTLANE_TRANSPORT") or None
-    if value not in (None, "shared_memory", "gloo"):
-        raise UserError(f"EXPERTLANE_TRANSPORT is {value!r}; valid: shared_memory, gloo")
-    return value
-
-
 def _transport_of_hosts(
     *, shares_memory: bool, several_nodes: bool, touch: Callable[[], None] | None
 ) -> str:
-    value = _wanted_transport()
+    value = asked_transport()
     if value == "shared_memory" and not shares_memory:
         raise UserError(
             "EXPERTLANE_TRANSPORT=shared_memory, but these ranks share no memory; valid here: gloo"
@@ -244,7 +235,7 @@ def choose_platform(
             kernels or the transport that the user demands are not available.
     """
     num_gpus = 0 if asked_backend() == "cpu" else _num_gpus()
-    through_hosts = _wanted_transport() is not None
+    through_hosts = asked_transport() is not None
     on_gpu = num_gpus > 0 and (through_hosts or num_gpus >= num_local_ranks)
     if not on_gpu:
         _check_cpu(dtype_name, num_gpus)

@@ -1,6 +1,6 @@
 """Libraries of our C++: those that came in the wheel, else compiled where first needed.
 
-Compiled ones stay in the user's cache.
+Compiled ones stay in the user's cache. The types of all their functions stand in one table here.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from expertlane.engine.ops.host import num_cores
 from expertlane.errors import CapacityError, no_room
@@ -61,20 +61,8 @@ BASELINE = InstructionSet(
 
 
 def _arithmetic(name: str, *flags: str) -> InstructionSet:
-    names = (
-        "attention",
-        "few_rows",
-        "layers",
-        "mlp",
-        "moe_step",
-        "narrow",
-        "products",
-        "rows",
-        "sampling",
-        "step",
-        "sums",
-    )
-    sources = tuple(f"{each}.cpp" for each in names)
+    names = "attention few_rows layers mlp moe_step narrow products rows sampling step sums"
+    sources = tuple(f"{each}.cpp" for each in names.split())
     return InstructionSet(name, sources, (*flags, "-fopenmp", "-ffp-contract=fast"), ("-fopenmp",))
 
 
@@ -97,6 +85,78 @@ def arithmetic_sets(machine: str) -> tuple[InstructionSet, ...]:
 
 SETS = arithmetic_sets(platform.machine())
 ONLY_IF_ASKED_FOR = (AMX,)  # it has never run
+
+
+# Of every function a letter for each argument's type, and for its result's, if it has one: p
+# (pointer), n (int64), i (int32), f (float). What exists for float32 too has `_float` in its name.
+_SIGNATURES = {
+    # dispatch.cpp, even_copies.cpp, instructions.cpp, sums.cpp
+    "choose_copies": "pnpnpnnp",
+    "rows_by_peer": "pnnninipppp n",
+    "group_pairs": "pnnniinnppppp n",
+    "outgoing": "pnnpnpnninppppp n",
+    "leaving": "pnninpppp n",
+    "balance_copies": "ppnnnnnppppnpp",
+    "rows_and_pairs": "ppnninp",
+    "fan_out": "pnninpnppp",
+    "pack_rows": "pnnnpppp",
+    "has_instructions": "p i",
+    "gather_sum": "ippnppnnnp",
+    "sum_parts": "ipnnp",
+    # shared_memory.cpp
+    "shared_group_bytes": "n n",
+    "shared_open": "pnnnnn p",
+    "shared_close": "p",
+    "shared_group": "pnnnnp p",
+    "shared_room": "pn n",
+    "shared_begin": "pnppipp p",
+    "shared_wait": "pnpp i",
+    "shared_end": "p",
+    "shared_exchange": "pnppippnppp i",
+    # products.cpp, few_rows.cpp, narrow.cpp
+    "linear": "pnnpnnpp",
+    "heads_linear": "pnnnpnnnpnn",
+    "experts": "pnpppnpppnnpp",
+    "few_rows_linear": "pnnpnnpp",
+    "few_rows_experts": "pnpppnpppnnpp",
+    "narrow_linear": "iipnnppnnnnpp",
+    "narrow_experts": "iipnpppnpppnnnnnp",
+    # attention.cpp, rows.cpp, sampling.cpp
+    "attention": "pnpnpnpnpppppnpppnnnnnnfnpp",
+    "rotate": "pnnnnnppn",
+    "rms_norm": "pnnnnpfpn",
+    "draw_tokens": "pnnppppppp",
+    # step.cpp, mlp.cpp, moe_step.cpp, layers.cpp
+    "attention_part": "ppppnnp",
+    "place_tokens": "pppnnnnppnppppp",
+    "head_part": "pppnppp",
+    "mlp_part": "ppnp",
+    "router_part": "ppnppp",
+    "local_bytes": "ppn n",
+    "local_route": "pppnp",
+    "local_group": "ppnp",
+    "local_experts": "ppnp",
+    "local_combine": "pppnpp",
+    "layers_part": "pnpppnp",
+}
+_TYPES: dict[str, Any] = {
+    "p": ctypes.c_void_p,
+    "n": ctypes.c_int64,
+    "i": ctypes.c_int32,
+    "f": ctypes.c_float,
+}
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """Load a library; those of its functions that `_SIGNATURES` names get their types."""
+    library = ctypes.CDLL(str(path))
+    for name, signature in _SIGNATURES.items():
+        arguments, _, result = signature.partition(" ")
+        for function in (getattr(library, f"{name}{dtype}", None) for dtype in ("", "_float")):
+            if function is not None:
+                function.argtypes = [_TYPES[letter] for letter in arguments]
+                function.restype = _TYPES[result] if result else None
+    return library
 
 
 class BuildError(Exception):
@@ -135,10 +195,10 @@ def build(instructions: InstructionSet, touch: Callable[[], None] = _no_touch) -
         compiler = shlex.split(found)  # it may have options, or a prefix such as ccache
         library = _library(compiler, instructions, touch)
         try:
-            return ctypes.CDLL(str(library))
+            return _loaded(library)
         except OSError:  # damaged since it was compiled
             library.unlink(missing_ok=True)
-            return ctypes.CDLL(str(_library(compiler, instructions, touch)))
+            return _loaded(_library(compiler, instructions, touch))
     except _CompilerFailed as error:
         reason = str(error)
     except subprocess.SubprocessError as error:
@@ -167,19 +227,19 @@ def _check_room(reason: str) -> None:
 
 
 def _shipped(instructions: InstructionSet) -> ctypes.CDLL | None:
-    path = SHIPPED / shipped_name(instructions)
+    path = SHIPPED / library_name(instructions)
     try:
-        return ctypes.CDLL(str(path)) if path.exists() else None
+        return _loaded(path) if path.exists() else None
     except OSError:  # a system that lacks a library of its own, as one without glibc does
         return None
 
 
-def shipped_name(instructions: InstructionSet) -> str:
-    """The file name of a set's library in a wheel; it changes with sources, headers and flags."""
-    return _name(instructions, ())
+def library_name(instructions: InstructionSet, *compiler: bytes) -> str:
+    """The file name of a set's library; it changes with sources, headers, flags and compiler.
 
-
-def _name(instructions: InstructionSet, compiler: tuple[bytes, ...]) -> str:
+    Args:
+        compiler: what tells it from others; nothing for the library in a wheel.
+    """
     sources = (_FOLDER / name for name in instructions.sources)
     flags = (*_COMPILE, *instructions.flags, *instructions.link_flags)
     contents = (path.read_bytes() for path in (*sources, *_HEADERS))
@@ -221,7 +281,7 @@ def _library(
         raise BuildError(
             f"compiled kernels cannot be kept in {folder}: {error.strerror}; set XDG_CACHE_HOME"
         ) from None
-    library = folder / _name(instructions, (version, *map(str.encode, compiler)))
+    library = folder / library_name(instructions, version, *map(str.encode, compiler))
     with (folder / "build.lock").open("w") as lock:
         _take(lock, touch)
         if not library.exists():

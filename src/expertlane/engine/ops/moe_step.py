@@ -1,23 +1,19 @@
 """The router, and an MoE block whose experts are all on this rank, in few calls of C++."""
 
 import ctypes
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from expertlane.engine.ops.library import function_of
-from expertlane.engine.ops.packed import LANES
-from expertlane.engine.ops.products import Experts
+from expertlane.engine.ops.packed import LANES, CompiledExperts
 from expertlane.engine.ops.router import Norm, Router, RouterParams
 from expertlane.engine.ops.structs import (
     MOST_TOKENS,
     SUFFIX,
     ExpertsLayer,
+    Part,
     RouterLayer,
     address_of,
-    most_tokens,
 )
 
 
@@ -35,8 +31,7 @@ class CompiledRouter(Router):
             *(routing.group_score == "top2_sum", params.eps, routing.routed_scaling_factor),
         )
         self._functions = {
-            dtype: function_of(library, f"router_part{suffix}", "ppnppp")
-            for dtype, suffix in SUFFIX.items()
+            dtype: getattr(library, f"router_part{suffix}") for dtype, suffix in SUFFIX.items()
         }
 
     @staticmethod
@@ -62,39 +57,28 @@ class CompiledRouter(Router):
         return hidden, topk_ids, topk_weights
 
 
-class LocalExperts:
+class LocalExperts(Part):
     """An MoE block whose experts are all on this rank: router, experts, and weighted sums.
 
     It is computed by four calls in turn: `route`, `group`, `compute`, `combine` (`moe_step.cpp`).
     They share a buffer, `work`.
-
-    Args:
-        matrices: arrays of addresses of the experts' gates (None without gates), ups and downs.
     """
 
     def __init__(
         self,
         router: CompiledRouter,
-        experts: Experts,
-        matrices: Sequence[Any],
+        experts: CompiledExperts,
         library: ctypes.CDLL,
         dtype: torch.dtype,
     ) -> None:
-        self._kept, self.library = (router, experts, matrices), library
-        self.dtype, self._top_k = dtype, router.params.top_k
-        self._experts = ExpertsLayer.of(experts.held, matrices)
-        self._num_experts = len(experts.held)
+        super().__init__("local_experts", library, dtype)
+        self._kept, self._experts = (router, experts), ExpertsLayer.of(experts)
+        self._top_k, self._num_experts = router.params.top_k, len(experts.held)
         self.layers = router.layer.address, self._experts.address
-        suffix = SUFFIX[dtype]
-        self._bytes = function_of(library, f"local_bytes{suffix}", "ppn", "n")
-        self._route = function_of(library, f"local_route{suffix}", "pppnp")
-        self._group = function_of(library, "local_group", "ppnp")
-        self._compute = function_of(library, f"local_experts{suffix}", "ppnp")
-        self._combine = function_of(library, f"local_combine{suffix}", "pppnpp")
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether the calls can compute x [num_tokens, hidden_size]."""
-        return 0 < x.shape[0] <= most_tokens(self.dtype) and x.is_contiguous()
+        self._bytes, self._route, self._combine = (
+            getattr(library, f"local_{name}{SUFFIX[dtype]}")
+            for name in ("bytes", "route", "combine")
+        )
 
     def route(self, x: Tensor) -> Tensor:
         """Norm tokens [num_tokens, hidden_size] and choose their experts.
@@ -118,7 +102,7 @@ class LocalExperts:
 
     def group(self, work: Tensor, num_tokens: int) -> None:
         """Sort the token-expert pairs by expert."""
-        self._group(*self.layers, num_tokens, work.data_ptr())
+        self.library.local_group(*self.layers, num_tokens, work.data_ptr())
 
     def num_tokens_per_expert(self, work: Tensor, num_tokens: int) -> Tensor:
         """Pairs of each expert [num_experts]; known after `group`."""
@@ -128,7 +112,7 @@ class LocalExperts:
 
     def compute(self, work: Tensor, num_tokens: int) -> None:
         """Apply the experts to their pairs."""
-        self._compute(*self.layers, num_tokens, work.data_ptr())
+        self._function(*self.layers, num_tokens, work.data_ptr())
 
     def combine(self, work: Tensor, x: Tensor, *, adds_input: bool) -> Tensor:
         """Weighted sums of the experts' results [num_tokens, hidden_size], with x added or not."""

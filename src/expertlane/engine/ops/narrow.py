@@ -1,26 +1,24 @@
-"""Weights of one byte with scales, and products that widen them as they read them (`narrow.cpp`).
+"""Weights of one byte or of four bits, with scales.
 
-A weight is value · scale, computed in float32. Values are int8, or float8 (e4m3); a scale is shared
-by a group of a row's inputs: all of them, or a fixed number.
+A weight of one byte is value · scale, computed in float32. Values are int8, or float8 (e4m3); a
+scale is shared by a group of a row's inputs: all of them, or a fixed number. Of weights of four
+bits, scales are powers of two (OCP Microscaling Formats, version 1.0).
 """
 
-import ctypes
 import math
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from expertlane.engine.ops.mxfp4 import Mxfp4Weight
-from expertlane.engine.ops.products import Activation, Expert, Experts, Linear, PairGroups
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import INPUTS_OF_SCALE
+from expertlane.spec.hf_config import MXFP4_BLOCK
 
 _INT8_MAX = 127
-_BLOCK = 16  # outputs that are packed together
+_VALUES_AT_A_TIME = 4_194_304  # widened
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,19 +89,65 @@ class NarrowWeight:
         places = torch.arange(self.values.shape[1], device=self.scales.device) + self.first
         dtype = dtype or self.dtype
         out = torch.empty(self.values.shape, dtype=dtype, device=self.values.device)
-        groups, step = places // self.group, max(1, _WIDENED_AT_A_TIME // max(1, len(places)))
+        groups, step = places // self.group, max(1, _VALUES_AT_A_TIME // max(1, len(places)))
         for start in range(0, len(out), step):
             rows = slice(start, start + step)
             out[rows] = self.values[rows].float() * self.scales[rows][:, groups]
         return out
 
 
-_WIDENED_AT_A_TIME = 4_194_304
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_E8M0_BIAS = 127
+
+
+@dataclass(frozen=True, eq=False)
+class Mxfp4Weight:
+    """A matrix of MXFP4 values, or a slice of whole blocks of one.
+
+    Attributes:
+        blocks: [out_features, in_features / 2] uint8; two e2m1 values a byte, lower half first.
+        scales: [out_features, in_features / 32] uint8; exponents with a bias of 127.
+        dtype: dtype of the widened weight.
+    """
+
+    blocks: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers of outputs and inputs."""
+        return self.scales.shape[0], self.scales.shape[1] * MXFP4_BLOCK
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.blocks.nbytes + self.scales.nbytes
+
+    def to(self, device: torch.device) -> Self:
+        """The weight on a device, contiguous."""
+        blocks, scales = self.blocks.to(device).contiguous(), self.scales.to(device).contiguous()
+        return type(self)(blocks, scales, self.dtype)
+
+    def widened(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix [out_features, in_features]; of the weight's own dtype where dtype is None."""
+        (num_rows, num_blocks), device = self.scales.shape, self.blocks.device
+        out = torch.empty(self.shape, dtype=dtype or self.dtype, device=device)
+        of_code = torch.tensor(_E2M1, device=device)
+        step = max(1, _VALUES_AT_A_TIME // max(1, out.shape[1]))
+        for start in range(0, num_rows, step):
+            blocks = self.blocks[start : start + step]
+            codes = torch.stack([blocks & 0x0F, blocks >> 4], dim=-1).view(
+                len(blocks), num_blocks, MXFP4_BLOCK
+            )
+            exponents = self.scales[start : start + step].int()[:, :, None] - _E8M0_BIAS
+            out[start : start + step] = torch.ldexp(of_code[codes.int()], exponents).flatten(1)
+        return out
 
 
 @dataclass(frozen=True, eq=False)
 class Float8Inputs:
-    """A matrix, narrow or widened, whose products take inputs in float8 (`engine/ops/rounded.py`).
+    """A matrix, narrow or widened, whose products take inputs in float8 (`engine/ops/float8.py`).
 
     Its first input begins a group of inputs that share a scale.
     """
@@ -171,137 +215,3 @@ def _side_by_side(weights: Sequence[Tensor | NarrowWeight | Mxfp4Weight]) -> Ten
 def shared_rows(rows: int, out_features: Sequence[int]) -> int:
     """`NarrowWeight.rows` of concatenated matrices with `out_features` each."""
     return math.gcd(rows, *out_features[:-1])
-
-
-class ScaledLinear(Linear):
-    """A linear whose weight has scales.
-
-    Attributes:
-        weight, scales: in the layout that the product reads.
-        group, first, rows: see `NarrowWeight`.
-        takes_float8: it rounds its inputs itself, as `engine/ops/rounded.py` does.
-    """
-
-    scales: Tensor
-    group: int
-    first: int
-    rows = 1
-    takes_float8 = False
-
-    def tensors(self) -> list[Tensor]:
-        """Values, scales and bias."""
-        return [self.weight, self.scales, *([] if self.bias is None else [self.bias])]
-
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
-        """A copy of this linear with other weights of the same shape, which are not copied.
-
-        Args:
-            tensors: values, scales and bias, as `tensors` gives them.
-        """
-        other = copy(self)
-        other.weight, other.scales = tensors[:2]
-        other.bias = tensors[2] if len(tensors) > 2 else None
-        return other
-
-
-class NarrowLinear(ScaledLinear):
-    """A linear whose narrow weight our C++ kernel reads: [n / 16, k, 16] bytes, n padded.
-
-    Args:
-        bias: [n] float32.
-        function: the kernel.
-
-    Attributes:
-        scales: [n / 16, num_groups, 16] float32, n padded.
-    """
-
-    is_packed = True
-
-    def __init__(self, weight: NarrowWeight, bias: Tensor | None, function: Any) -> None:
-        self.out_features, self.in_features = weight.values.shape
-        self.itemsize = weight.values.itemsize
-        self.weight, self.scales = _packed(weight.values.view(torch.uint8)), _packed(weight.scales)
-        self.bias = bias
-        self.group, self.first = weight.group, weight.first
-        self.is_float8 = weight.values.dtype is not torch.int8
-        self._function = function
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x · Wᵀ + b [num_rows, out_features], of x [num_rows, in_features] float32 or bfloat16."""
-        m, k = x.shape
-        out = x.new_empty(m, self.out_features)
-        if m:
-            x = x if x.stride(1) == 1 else x.contiguous()
-            self._function(
-                *(self.is_float8, x.dtype is torch.bfloat16, x.data_ptr(), x.stride(0), m),
-                *(self.weight.data_ptr(), self.scales.data_ptr(), self.out_features, k),
-                *(self.group, self.first, None if self.bias is None else self.bias.data_ptr()),
-                out.data_ptr(),
-            )
-        return out
-
-
-def _packed(rows: Tensor) -> Tensor:
-    """Rows [n, columns] in blocks of 16: [n / 16, columns, 16], n padded with zeros."""
-    missing = -len(rows) % _BLOCK
-    if missing:
-        rows = torch.cat([rows, rows.new_zeros(missing, rows.shape[1])])
-    return rows.view(-1, _BLOCK, rows.shape[1]).transpose(1, 2).contiguous()
-
-
-class NarrowExperts(Experts):
-    """Experts with narrow weights in one kernel call.
-
-    It computes SiLU(gate) · up, or GELU(up) without a gate; then down.
-
-    Args:
-        function: the kernel.
-    """
-
-    def __init__(self, held: Sequence[Expert], activation: Activation, function: Any) -> None:
-        super().__init__(held, activation)  # whose weights stay alive
-        self._function = function
-        *gates, ups, downs = (
-            _matrices(linears) for linears in zip(*(each.linears for each in held), strict=True)
-        )
-        self.matrices = (gates[0] if gates else None, ups, downs)
-
-    @staticmethod
-    def suits(held: Sequence[Expert], activation: Activation) -> bool:
-        """Whether the kernel takes these: matrices narrow alike, no biases, a plain activation."""
-        parts = [(place, each) for expert in held for place, each in enumerate(expert.linears)]
-        last = len(held[0].linears) - 1
-        kinds = {
-            (place == last, each.is_float8, each.group, each.first)
-            for place, each in parts
-            if isinstance(each, NarrowLinear) and each.bias is None
-        }
-        return (
-            all(isinstance(each, NarrowLinear) and each.bias is None for _, each in parts)
-            and len(kinds) == 2
-            and len({is_float8 for _, is_float8, _, _ in kinds}) == 1
-            and activation.is_plain(is_gated=held[0].gate is not None)
-        )
-
-    def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
-        """Results [P, H]; see `Experts`."""
-        num_pairs, hidden = len(pairs.rows), rows.shape[1]
-        out = rows.new_empty(num_pairs, hidden) if out is None else out
-        if num_pairs:
-            rows = rows if rows.stride(1) == 1 else rows.contiguous()
-            ends, up, down = pairs.counts.cumsum(0), self.held[0].up, self.held[0].down
-            assert isinstance(up, NarrowLinear)
-            assert isinstance(down, NarrowLinear)
-            self._function(
-                *(up.is_float8, rows.dtype is torch.bfloat16, rows.data_ptr(), rows.stride(0)),
-                *(pairs.rows.data_ptr(), pairs.order.data_ptr(), ends.data_ptr(), len(ends)),
-                *(*self.matrices, hidden, up.out_features, up.group, down.group, down.first),
-                out.data_ptr(),
-            )
-        return out
-
-
-def _matrices(linears: Sequence[Linear]) -> Any:
-    """[2 · num_linears]; addresses of each linear's values and scales."""
-    places = [tensor.data_ptr() for each in linears for tensor in each.tensors()[:2]]
-    return (ctypes.c_void_p * len(places))(*places)

@@ -1,6 +1,8 @@
-"""Linears and experts of our C++ kernels: bfloat16 with packed weights, float32 for few rows.
+"""Linears and experts of our C++ kernels.
 
-`engine/ops/vector.py` chooses them; shapes as in `engine/ops/products.py`.
+Of bfloat16 with packed weights, of float32 for few rows, and with weights of one byte, which are
+widened as they are read (`narrow.cpp`). `engine/ops/cpu.py` chooses them; shapes as in
+`engine/ops/products.py`.
 """
 
 import ctypes
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertlane.engine.ops.narrow import NarrowWeight
 from expertlane.engine.ops.products import (
     Activation,
     Expert,
@@ -17,10 +20,22 @@ from expertlane.engine.ops.products import (
     HeadsLinear,
     Linear,
     PairGroups,
+    ScaledLinear,
 )
 
 LANES = 16  # outputs of a packed block
 FEW_ROWS = 32  # in float32: with more, torch's own products are faster
+
+
+def _whole_blocks(rows: Tensor) -> Tensor:
+    """Rows [n, columns], n padded with zeros to whole blocks."""
+    missing = -len(rows) % LANES
+    return torch.cat([rows, rows.new_zeros(missing, rows.shape[1])]) if missing else rows
+
+
+def _blocks(rows: Tensor) -> Tensor:
+    """Rows [n, columns] in blocks: [n / 16, columns, 16], n padded with zeros."""
+    return _whole_blocks(rows).view(-1, LANES, rows.shape[1]).transpose(1, 2).contiguous()
 
 
 class PackedLinear(Linear):
@@ -28,32 +43,83 @@ class PackedLinear(Linear):
 
     Args:
         bias: [n] float32.
-        function: the kernel.
+        kernel: the C++ function.
     """
 
     is_packed = True
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, function: Any) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, kernel: Any) -> None:
         super().__init__(weight, bias)
-        self._function = function
+        self._kernel = kernel
 
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
-        n, k = weight.shape
-        missing = -n % LANES
-        if missing:
-            weight = torch.cat([weight, weight.new_zeros(missing, k)])
-        return weight.view(-1, LANES, k // 2, 2).transpose(1, 2).contiguous()
+        pairs = weight.shape[1] // 2
+        return _whole_blocks(weight).view(-1, LANES, pairs, 2).transpose(1, 2).contiguous()
 
     def __call__(self, x: Tensor) -> Tensor:
         m, k = x.shape
         out = x.new_empty(m, self.out_features)
         if m:
             x = x if x.stride(1) == 1 else x.contiguous()
-            shift = None if self.bias is None else self.bias.data_ptr()
-            self._function(
+            self._kernel(
                 *(x.data_ptr(), x.stride(0), m, self.weight.data_ptr(), self.out_features, k),
-                *(shift, out.data_ptr()),
+                *(None if self.bias is None else self.bias.data_ptr(), out.data_ptr()),
+            )
+        return out
+
+
+class FewRowsLinear(PackedLinear):
+    """A float32 linear, not packed: our kernel for few rows, torch's product for more."""
+
+    is_packed = False
+    pack = staticmethod(Linear.pack)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        m, k = x.shape
+        if not 0 < m <= FEW_ROWS or x.stride(1) != 1 or x.dtype is not torch.float32:
+            return Linear.__call__(self, x)
+        out = x.new_empty(m, self.out_features)
+        self._kernel(
+            *(x.data_ptr(), x.stride(0), m, self.weight.data_ptr(), self.out_features, k),
+            *(None if self.bias is None else self.bias.data_ptr(), out.data_ptr()),
+        )
+        return out
+
+
+class NarrowLinear(ScaledLinear):
+    """A linear whose narrow weight our C++ reads: [n / 16, k, 16] bytes, n padded.
+
+    Args:
+        bias: [n] float32.
+        kernel: the C++ function.
+
+    Attributes:
+        scales: [n / 16, num_groups, 16] float32, n padded.
+    """
+
+    is_packed = True
+
+    def __init__(self, weight: NarrowWeight, bias: Tensor | None, kernel: Any) -> None:
+        self.out_features, self.in_features = weight.values.shape
+        self.itemsize = weight.values.itemsize
+        self.weight, self.scales = _blocks(weight.values.view(torch.uint8)), _blocks(weight.scales)
+        self.bias = bias
+        self.group, self.first = weight.group, weight.first
+        self.is_float8 = weight.values.dtype is not torch.int8
+        self._kernel = kernel
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x · Wᵀ + b [num_rows, out_features], of x [num_rows, in_features] float32 or bfloat16."""
+        m, k = x.shape
+        out = x.new_empty(m, self.out_features)
+        if m:
+            x = x if x.stride(1) == 1 else x.contiguous()
+            self._kernel(
+                *(self.is_float8, x.dtype is torch.bfloat16, x.data_ptr(), x.stride(0), m),
+                *(self.weight.data_ptr(), self.scales.data_ptr(), self.out_features, k),
+                *(self.group, self.first, None if self.bias is None else self.bias.data_ptr()),
+                out.data_ptr(),
             )
         return out
 
@@ -62,12 +128,12 @@ class PackedHeadsLinear(HeadsLinear):
     """A matrix for each head, each packed as in `PackedLinear`; in_features is even.
 
     Args:
-        function: the kernel.
+        kernel: the C++ function.
     """
 
-    def __init__(self, weight: Tensor, function: Any) -> None:
+    def __init__(self, weight: Tensor, kernel: Any) -> None:
         super().__init__(weight)
-        self._function = function
+        self._kernel = kernel
 
     @staticmethod
     def pack(weight: Tensor) -> Tensor:
@@ -75,7 +141,7 @@ class PackedHeadsLinear(HeadsLinear):
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
         assert x.stride(2) == out.stride(2) == 1, "values of a head lie side by side"
-        self._function(
+        self._kernel(
             *(x.data_ptr(), x.stride(0), x.stride(1), x.shape[0], self.weight.data_ptr()),
             *(self.num_heads, self.out_features, self.in_features),
             *(out.data_ptr(), out.stride(0), out.stride(1)),
@@ -83,29 +149,36 @@ class PackedHeadsLinear(HeadsLinear):
         return out
 
 
-class PackedExperts(Experts):
-    """Experts with packed weights in one kernel call.
-
-    It computes SiLU(gate) · up, or GELU(up) without a gate; then down.
+class CompiledExperts(Experts):
+    """Experts in one call: SiLU(gate) · up, or GELU(up) without a gate; then down.
 
     Args:
-        held: experts of packed weights without biases, their inner width a multiple of 32.
-        function: the kernel.
+        held: experts whose linears have no biases, and are all read by one kernel.
+        kernel: the C++ function.
+
+    Attributes:
+        matrices: arrays of addresses of gates (None without gates), ups and downs, each with its
+            scales, if it has any.
     """
 
-    def __init__(self, held: Sequence[Expert], activation: Activation, function: Any) -> None:
+    def __init__(self, held: Sequence[Expert], activation: Activation, kernel: Any) -> None:
         super().__init__(held, activation)  # whose weights stay alive
-        self._function = function
-        self._inner = held[0].up.out_features
-        self.matrices = _matrices(held)
+        self._kernel, self._inner = kernel, held[0].up.out_features
+        *gates, ups, downs = (
+            _addresses(linears) for linears in zip(*(each.linears for each in held), strict=True)
+        )
+        self.matrices = (gates[0] if gates else None, ups, downs)
+
+
+class PackedExperts(CompiledExperts):
+    """Experts of `PackedLinear`; their inner width is a multiple of 32."""
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
         num_pairs, hidden = pairs.rows.shape[0], rows.shape[1]
         out = rows.new_empty(num_pairs, hidden) if out is None else out
-        scratch = rows.new_empty(num_pairs, self._inner)
         if num_pairs:
-            ends = pairs.ends
-            self._function(
+            scratch, ends = rows.new_empty(num_pairs, self._inner), pairs.ends
+            self._kernel(
                 *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
                 *(pairs.order.data_ptr(), ends.data_ptr(), ends.shape[0], *self.matrices),
                 *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
@@ -113,68 +186,62 @@ class PackedExperts(Experts):
         return out
 
 
-class FewRowsLinear(Linear):
-    """A float32 linear, its weight not packed: our kernel for few rows, torch's product for more.
+class FewRowsExperts(PackedExperts):
+    """Experts of `FewRowsLinear`, in one call while every expert has few pairs.
 
     Args:
-        function: the kernel.
+        many: computes larger batches.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, function: Any) -> None:
-        super().__init__(weight, bias)
-        self._function = function
-
-    def __call__(self, x: Tensor) -> Tensor:
-        m, k = x.shape
-        if not 0 < m <= FEW_ROWS or x.stride(1) != 1 or x.dtype is not torch.float32:
-            return super().__call__(x)
-        out = x.new_empty(m, self.out_features)
-        self._function(
-            *(x.data_ptr(), x.stride(0), m, self.weight.data_ptr(), self.out_features, k),
-            *(None if self.bias is None else self.bias.data_ptr(), out.data_ptr()),
-        )
-        return out
-
-
-class FewRowsExperts(Experts):
-    """Experts in one kernel call while every expert has few pairs.
-
-    Args:
-        many: computes larger batches; its weights are float32 without biases.
-        function: the kernel.
-    """
-
-    def __init__(self, many: Experts, function: Any) -> None:
-        super().__init__(many.held, many.activation)
-        self._many, self._function = many, function
-        self._inner = self.held[0].up.out_features
-        self.matrices = _matrices(self.held)
+    def __init__(self, many: Experts, kernel: Any) -> None:
+        super().__init__(many.held, many.activation, kernel)
+        self._many = many
 
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
-        num_pairs, hidden = pairs.rows.shape[0], rows.shape[1]
+        num_pairs = pairs.rows.shape[0]
         most = int(pairs.counts.max()) if num_pairs > FEW_ROWS else num_pairs
         if not 0 < most <= FEW_ROWS or rows.stride(1) != 1:
             return self._many(rows, pairs, out)
+        return super().__call__(rows, pairs, out)
+
+
+class NarrowExperts(CompiledExperts):
+    """Experts of `NarrowLinear`."""
+
+    @staticmethod
+    def suits(held: Sequence[Expert]) -> bool:
+        """Whether gates and ups have scales for the same inputs, and downs, too."""
+
+        def kinds(linears: Sequence[Linear]) -> set[tuple[bool, int, int]]:
+            narrow = [each for each in linears if isinstance(each, NarrowLinear)]
+            return {(each.is_float8, each.group, each.first) for each in narrow}
+
+        inner = kinds([linear for expert in held for linear in expert.linears[:-1]])
+        down = kinds([expert.down for expert in held])
+        return len(inner) == len(down) == 1 and inner.pop()[0] == down.pop()[0]
+
+    def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
+        num_pairs, hidden = len(pairs.rows), rows.shape[1]
         out = rows.new_empty(num_pairs, hidden) if out is None else out
-        scratch, ends = rows.new_empty(num_pairs, self._inner), pairs.ends
-        self._function(
-            *(rows.data_ptr(), rows.stride(0), pairs.rows.data_ptr()),
-            *(pairs.order.data_ptr(), ends.data_ptr(), len(self.held), *self.matrices),
-            *(hidden, self._inner, scratch.data_ptr(), out.data_ptr()),
-        )
+        if num_pairs:
+            rows = rows if rows.stride(1) == 1 else rows.contiguous()
+            ends, up, down = pairs.ends, self.held[0].up, self.held[0].down
+            assert isinstance(up, NarrowLinear)
+            assert isinstance(down, NarrowLinear)
+            self._kernel(
+                *(up.is_float8, rows.dtype is torch.bfloat16, rows.data_ptr(), rows.stride(0)),
+                *(pairs.rows.data_ptr(), pairs.order.data_ptr(), ends.data_ptr(), len(ends)),
+                *(*self.matrices, hidden, self._inner, up.group, down.group, down.first),
+                out.data_ptr(),
+            )
         return out
 
 
-def _matrices(held: Sequence[Expert]) -> tuple[Any, Any, Any]:
-    """Arrays of addresses of gates (None without gates), ups and downs."""
-    gates = [expert.gate for expert in held if expert.gate is not None]
-    return (
-        _pointers(gates) if gates else None,
-        _pointers([expert.up for expert in held]),
-        _pointers([expert.down for expert in held]),
-    )
-
-
-def _pointers(linears: Sequence[Linear]) -> Any:
-    """An array of the addresses of the linears' weights."""
-    return (ctypes.c_void_p * len(linears))(*(linear.weight.data_ptr() for linear in linears))
+def _addresses(linears: Sequence[Linear]) -> Any:
+    """An array of the addresses of the linears' weights, each followed by that of its scales."""
+    places = [
+        tensor.data_ptr()
+        for each in linears
+        for tensor in each.tensors()[: 2 if isinstance(each, ScaledLinear) else 1]
+    ]
+    return (ctypes.c_void_p * len(places))(*places)

@@ -1,6 +1,6 @@
 """Linear layers, with weights in the device's fastest layout, and experts made of them.
 
-On a CPU, bfloat16 weights are packed once: for our kernels (`engine/ops/vector.py`), or for oneDNN
+On a CPU, bfloat16 weights are packed once: for our kernels (`engine/ops/packed.py`), or for oneDNN
 where those are missing. Products of few rows then read memory at most of its bandwidth, which
 torch's own product, packing anew at every call, does not (`docs/log.md`). Elsewhere, and in
 float32, weights stay as they are.
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.engine.ops.transfer import waits_raise
+from expertlane.engine.ops.device import waits_raise
 
 
 class Linear:
@@ -107,6 +107,33 @@ class HeadsLinear:
         Tokens and heads of both may lie apart.
         """
         return out.copy_(torch.einsum("thk,hnk->thn", x, self.weight))
+
+
+class ScaledLinear(Linear):
+    """A linear whose weight has scales.
+
+    Attributes:
+        weight, scales: in the layout that the product reads.
+        group, first, rows: see `NarrowWeight`.
+        takes_float8: it rounds its inputs itself, as `engine/ops/float8.py` does.
+    """
+
+    scales: Tensor
+    group: int
+    first: int
+    rows = 1
+    takes_float8 = False
+
+    def tensors(self) -> list[Tensor]:
+        """Values, scales and bias."""
+        weight, *bias = super().tensors()
+        return [weight, self.scales, *bias]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> Self:
+        """A copy of this linear with other values, scales and bias, which are not copied."""
+        other = super().with_tensors([tensors[0], *tensors[2:]])
+        other.scales = tensors[1]
+        return other
 
 
 class OnednnLinear(Linear):

@@ -1,28 +1,34 @@
-"""Attention and the output head as one C++ call each (`step.cpp`).
+"""Attention, MLPs, the output head and whole layers as one C++ call each.
 
-Where the C++ lacks what a model needs, layers call the backend's operations one by one.
+Where the C++ (`step.cpp`, `mlp.cpp`, `layers.cpp`) lacks what a model needs, layers call the
+backend's operations one by one.
 """
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.engine.ops.library import function_of
-from expertlane.engine.ops.packed import LANES
-from expertlane.engine.ops.products import Linear
+from expertlane.engine.ops.moe_step import LocalExperts
+from expertlane.engine.ops.packed import CompiledExperts
+from expertlane.engine.ops.products import Activation, Expert, Linear
 from expertlane.engine.ops.structs import (
-    SUFFIX,
     AttentionLayer,
+    ExpertsLayer,
     HeadLayer,
+    Layer,
     Matrix,
+    Mlp,
     Pages,
+    Part,
+    Progress,
     Tokens,
     address_of,
-    most_tokens,
 )
 
 
@@ -51,31 +57,12 @@ class AttentionWeights:
     params: AttentionParams
 
 
-class AttentionPart:
-    """A layer's multi-head or grouped-query attention in one call.
-
-    Args:
-        weights: weights of sizes that `attention_part` accepts.
-    """
-
-    def __init__(self, weights: AttentionWeights, library: ctypes.CDLL, dtype: torch.dtype) -> None:
-        self._weights = weights  # kept alive
-        self.library, self.dtype = library, dtype
-        params = weights.params
-        self._layer = AttentionLayer(
-            *(Matrix.of(weights.query_key_value), Matrix.of(weights.output)),
-            *(address_of(each) for each in (weights.norm, weights.head_norms, params.sinks)),
-            *(weights.num_heads, weights.num_kv_heads, weights.head_dim, weights.cos.shape[-1]),
-            *(weights.interleave, params.window or 0, weights.eps, params.scale),
-        )
-        self.layer = self._layer.address
-        self._function = function_of(library, f"attention_part{SUFFIX[dtype]}", "ppppnnp")
-        self._place = function_of(library, "place_tokens", "pppnnnnppnppppp")
-        self._pages: tuple[KVCache, Pages] | None = None
+class AttentionCall(Protocol):
+    """A layer's attention, from hidden states to the output projection, in one call."""
 
     def takes(self, x: Tensor) -> bool:
         """Whether the call can compute x [num_tokens, hidden_size]."""
-        return 0 < x.shape[0] <= most_tokens(self.dtype) and x.is_contiguous()
+        ...
 
     def __call__(self, x: Tensor, cache: KVCache, batch: PagedBatch, *, adds_input: bool) -> Tensor:
         """Store the tokens' keys and values, and attend.
@@ -87,6 +74,31 @@ class AttentionPart:
         Returns:
             [num_tokens, hidden_size].
         """
+        ...
+
+
+class AttentionPart(Part):
+    """A layer's multi-head or grouped-query attention in one call.
+
+    Args:
+        weights: linears that our C++ multiplies, and heads of a multiple of 16.
+    """
+
+    def __init__(self, weights: AttentionWeights, library: ctypes.CDLL, dtype: torch.dtype) -> None:
+        super().__init__("attention_part", library, dtype)
+        self._weights = weights  # kept alive
+        params = weights.params
+        self._layer = AttentionLayer(
+            *(Matrix.of(weights.query_key_value), Matrix.of(weights.output)),
+            *(address_of(each) for each in (weights.norm, weights.head_norms, params.sinks)),
+            *(weights.num_heads, weights.num_kv_heads, weights.head_dim, weights.cos.shape[-1]),
+            *(weights.interleave, params.window or 0, weights.eps, params.scale),
+        )
+        self.layer = self._layer.address
+        self._pages: tuple[KVCache, Pages] | None = None
+
+    def __call__(self, x: Tensor, cache: KVCache, batch: PagedBatch, *, adds_input: bool) -> Tensor:
+        """Store the tokens' keys and values, and attend; see `AttentionCall`."""
         if self._pages is None or self._pages[0] is not cache:
             self._pages = cache, self.pages(cache)
         placed = self.placed(batch)
@@ -123,7 +135,7 @@ class AttentionPart:
         wide = numbers.data_ptr()
         first = wide + 8 * num_seqs * width
         lengths, slots, cos = first + 8 * num_seqs, first + 16 * num_seqs, turns.data_ptr()
-        self._place(
+        self.library.place_tokens(
             *(computed, scheduled, tables, width, num_seqs, num_tokens, paged.block_size),
             *(weights.cos.data_ptr(), weights.sin.data_ptr(), dim),
             *(wide, first, lengths, slots, cos),
@@ -134,21 +146,61 @@ class AttentionPart:
         return placed
 
 
-def attention_part(
-    weights: AttentionWeights, library: ctypes.CDLL, dtype: torch.dtype
-) -> AttentionPart | None:
-    """A layer's attention as one call; None for sizes that the library does not have.
+class MlpWeights(NamedTuple):
+    """An MLP that every token takes.
+
+    Attributes:
+        norm: [hidden_size] float32, with `eps`; None where tokens come normed.
+        scale: [1, hidden_size]; the output is multiplied by the sigmoid of this projection.
+    """
+
+    mlp: Expert
+    activation: Activation
+    norm: Tensor | None = None
+    eps: float = 0.0
+    scale: Tensor | None = None
+
+
+class MlpCall(Protocol):
+    """An MLP of all tokens in one call; with the norm before it and the scale after it, if any."""
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether the call can compute x [num_tokens, hidden_size]."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The MLP's output [num_tokens, hidden_size], of x [num_tokens, hidden_size]."""
+        ...
+
+
+class MlpPart(Part):
+    """An MLP in one call, with the norm before it and the scale after it, if any.
 
     Args:
-        dtype: dtype of hidden states; the library's products take the weights.
+        experts: the MLP, as experts of which there is one.
     """
-    hidden = weights.query_key_value.in_features
-    if weights.head_dim % LANES or hidden % LANES or not weights.num_heads:
-        return None
-    return AttentionPart(weights, library, dtype)
+
+    def __init__(
+        self,
+        experts: CompiledExperts,
+        weights: MlpWeights,
+        library: ctypes.CDLL,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__("mlp_part", library, dtype)
+        self._kept, self._experts = (experts, weights), ExpertsLayer.of(experts)
+        pointers = self._experts.address, address_of(weights.norm), address_of(weights.scale)
+        self._mlp = Mlp(*pointers, weights.mlp.up.in_features, weights.eps)
+        self.layer = self._mlp.address
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The MLP's output [num_tokens, hidden_size], of x [num_tokens, hidden_size]."""
+        out = torch.empty_like(x)
+        self._function(self.layer, x.data_ptr(), x.shape[0], out.data_ptr())
+        return out
 
 
-class HeadPart:
+class HeadPart(Part):
     """Final norm, output head, and the choice of the likeliest token.
 
     Args:
@@ -163,14 +215,9 @@ class HeadPart:
         library: ctypes.CDLL,
         dtype: torch.dtype,
     ) -> None:
-        self._kept = head, norm
-        self._dtype, self._vocab_size = dtype, head.out_features
+        super().__init__("head_part", library, dtype)
+        self._kept, self._vocab_size = (head, norm), head.out_features
         self._head = HeadLayer(Matrix.of(head), address_of(norm), eps)
-        self._function = function_of(library, f"head_part{SUFFIX[dtype]}", "pppnppp")
-
-    def takes(self, x: Tensor) -> bool:
-        """Whether the call can compute rows [num_rows, hidden_size]."""
-        return 0 < x.shape[0] <= most_tokens(self._dtype) and x.is_contiguous()
 
     def __call__(
         self, x: Tensor, rows: Tensor | None, token_ids: Tensor | None, best: Tensor | None = None
@@ -191,3 +238,77 @@ class HeadPart:
             *(address_of(token_ids), address_of(best)),
         )
         return logits
+
+
+class LayerParts(NamedTuple):
+    """The C++ calls of a layer.
+
+    Attributes:
+        experts: None in a dense layer.
+        mlp: the MLP of a dense layer, with its norm; else the shared expert, if there is one.
+    """
+
+    attention: AttentionPart
+    experts: LocalExperts | None
+    mlp: MlpPart | None
+
+
+class LayersPart(Part):
+    """A stage's layers, whose attention and MLPs are all on this rank.
+
+    Args:
+        caches: the KV cache of each layer.
+        first_layer: the number of the first layer.
+        progress: addresses where the rank's layer, stage, counter and time (ns) are kept up to
+            date.
+        stages: numbers that stand for attention, router, dispatch, experts and combine there.
+        meter: the address where a `Meter` keeps times, and its counts of pairs by layer, then
+            expert; None where nothing is measured.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerParts],
+        caches: Sequence[KVCache],
+        first_layer: int,
+        progress: Sequence[int],
+        stages: Sequence[int],
+        meter: tuple[int, Sequence[Tensor | None]] | None = None,
+    ) -> None:
+        self._attention = layers[0].attention
+        super().__init__("layers_part", self._attention.library, self._attention.dtype)
+        self._made_of, self._caches = list(layers), list(caches)
+        self._counts: Sequence[Tensor | None]
+        address, self._counts = (None, [None] * len(layers)) if meter is None else meter
+        self._progress = Progress(*progress, address, (ctypes.c_int64 * len(stages))(*stages))
+        self._layers = (Layer * len(layers))(
+            *(
+                Layer(
+                    attention.layer,
+                    *((None, None) if experts is None else experts.layers),
+                    None if mlp is None else mlp.layer,
+                    attention.pages(cache),
+                    first_layer + number,
+                    address_of(counts),
+                )
+                for number, ((attention, experts, mlp), cache, counts) in enumerate(
+                    zip(layers, caches, self._counts, strict=True)
+                )
+            )
+        )
+
+    def is_made_of(self, layers: Sequence[LayerParts | None]) -> bool:
+        """Whether this call was made of exactly these layers, so that it can be reused."""
+        return all(
+            other is not None and all(a is b for a, b in zip(own, other, strict=True))
+            for own, other in zip(self._made_of, layers, strict=True)
+        )
+
+    def __call__(self, x: Tensor, batch: PagedBatch) -> Tensor:
+        """Hidden states [num_tokens, hidden_size] after the last layer, of x before the first."""
+        placed, out = self._attention.placed(batch), torch.empty_like(x)
+        self._function(
+            *(ctypes.addressof(self._layers), len(self._layers), placed.address),
+            *(self._progress.address, x.data_ptr(), x.shape[0], out.data_ptr()),
+        )
+        return out

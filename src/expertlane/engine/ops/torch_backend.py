@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.engine.ops.attention_groups import AttentionGroup
-from expertlane.engine.ops.bookkeeping import Bookkeeping
-from expertlane.engine.ops.graphs import Graphs
-from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.bookkeeping import Bookkeeping, RowParts
+from expertlane.engine.ops.device import CudaGraphs
+from expertlane.engine.ops.float8 import RoundedLinear
+from expertlane.engine.ops.kv_cache import AttentionGroup, AttentionParams, KVCache, PagedBatch
 from expertlane.engine.ops.moe_step import LocalExperts
 from expertlane.engine.ops.narrow import Float8Inputs, Weight
-from expertlane.engine.ops.parts import AttentionCall, MlpCall
 from expertlane.engine.ops.products import (
     Activation,
     Expert,
@@ -25,10 +24,14 @@ from expertlane.engine.ops.products import (
     LoopedExperts,
     OnednnLinear,
 )
-from expertlane.engine.ops.rounded import RoundedLinear
 from expertlane.engine.ops.router import Router, RouterParams
-from expertlane.engine.ops.row_parts import RowParts
-from expertlane.engine.ops.step import AttentionWeights, HeadPart
+from expertlane.engine.ops.step import (
+    AttentionCall,
+    AttentionWeights,
+    HeadPart,
+    MlpCall,
+    MlpWeights,
+)
 
 
 class TorchBackend(Bookkeeping):
@@ -68,20 +71,11 @@ class TorchBackend(Bookkeeping):
         """
         return None
 
-    def mlp_part(
-        self,
-        mlp: Expert,
-        activation: Activation,
-        dtype: torch.dtype,
-        norm: Tensor | None,
-        eps: float,
-        scale: Tensor | None,
-    ) -> MlpCall | None:
+    def mlp_part(self, weights: MlpWeights, dtype: torch.dtype) -> MlpCall | None:
         """An MLP of all tokens in one call; None without such a call.
 
         Args:
             dtype: dtype of hidden states.
-            norm, scale: made a part of the call, if given; see `MlpPart`.
         """
         return None
 
@@ -104,7 +98,7 @@ class TorchBackend(Bookkeeping):
         """
         return None
 
-    def graphs(self) -> Graphs | None:
+    def graphs(self) -> CudaGraphs | None:
         """The recorder of graphs; None where a step's operations bring values to the host."""
         return None
 

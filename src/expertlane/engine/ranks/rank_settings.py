@@ -9,10 +9,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertlane.engine.comm.progress import ProgressBoard
-from expertlane.engine.comm.region import Region
-from expertlane.engine.ops.asked_kernels import asked_backend
-from expertlane.engine.ops.host import num_cores
+from expertlane.engine.comm.progress import ProgressBoard, Region
+from expertlane.engine.ops.host import asked_backend, num_cores
 from expertlane.engine.ranks.rendezvous import Meeting, Place
 from expertlane.errors import CapacityError, UserError, no_room
 from expertlane.spec.names import CpuIsa

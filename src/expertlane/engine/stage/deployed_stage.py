@@ -21,8 +21,8 @@ from expertlane.engine.model.head import HeadResult, ScoredPrompts
 from expertlane.engine.model.sampler import Sampled, Sampler, SamplerStep
 from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.model.weights import HeldWeights
+from expertlane.engine.ops.device import to_host
 from expertlane.engine.ops.kv_cache import KVCache
-from expertlane.engine.ops.transfer import to_host
 from expertlane.engine.ranks.commands import Deploy, HeldBytes, RankOutcome, StageSpec
 from expertlane.engine.stage.migration import Migration, PlacementsBefore
 from expertlane.engine.stage.preparing import weight_source

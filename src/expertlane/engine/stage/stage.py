@@ -6,7 +6,7 @@ import torch
 
 from expertlane.engine.comm.progress import NO_LAYER
 from expertlane.engine.model.checkpoint import Checkpoint, Int8Cache, write_int8_cache
-from expertlane.engine.ops.device_memory import memory_of
+from expertlane.engine.ops.device import memory_of
 from expertlane.engine.ranks.commands import (
     CacheInt8,
     Deploy,

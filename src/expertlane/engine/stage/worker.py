@@ -19,15 +19,12 @@ from typing import Any
 import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from expertlane.engine.comm.core_token import CoreToken
-from expertlane.engine.comm.device import Event, await_event
-from expertlane.engine.comm.epoch import Epoch
+from expertlane.engine.comm.clocks import CoreToken
+from expertlane.engine.comm.composed import NodesTransport, StagedTransport
+from expertlane.engine.comm.epoch import Epoch, Event, await_event
 from expertlane.engine.comm.mesh import Meshes
-from expertlane.engine.comm.nodes import NodesTransport
-from expertlane.engine.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
-from expertlane.engine.comm.region import Region
+from expertlane.engine.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter, Region
 from expertlane.engine.comm.shared_memory import Endpoint, SharedTransport
-from expertlane.engine.comm.staged import StagedTransport
 from expertlane.engine.comm.torch_transport import FileStore, TorchTransport
 from expertlane.engine.comm.transport import EpochEndedError, PeerLostError, Transport
 from expertlane.engine.ops.backend import (
@@ -36,7 +33,7 @@ from expertlane.engine.ops.backend import (
     choose_platform,
     compiled_messages,
 )
-from expertlane.engine.ops.cores import Share, allowed_cpus, pin, share_of, unpin
+from expertlane.engine.ops.host import Share, allowed_cpus, pin, share_of, unpin
 from expertlane.engine.ranks.commands import Command
 from expertlane.engine.ranks.messages import (
     ANY_EPOCH,

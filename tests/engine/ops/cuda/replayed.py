@@ -27,7 +27,7 @@ PASSED = SimpleNamespace(query=lambda: True, synchronize=lambda: None)
 
 
 class ReplayedGraphs:
-    """As `ops.graphs.Graphs`.
+    """As `CudaGraphs`.
 
     Attributes:
         num_recorded, num_replayed: graphs so far, and launches of them.

@@ -28,7 +28,7 @@ from expertlane.engine.model.weights import CheckpointWeights, SeededWeights
 from expertlane.engine.ops import backend as choice
 from expertlane.engine.ops.cuda import backend as module
 from expertlane.engine.ops.cuda.backend import CudaBackend, multiplies_narrow, reads_float8, why_not
-from expertlane.engine.ops.cuda.narrow import CudaNarrowLinear
+from expertlane.engine.ops.cuda.parts import CudaNarrowLinear
 from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.errors import UserError
 from expertlane.schedule.plan import Batch

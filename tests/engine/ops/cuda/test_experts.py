@@ -22,8 +22,9 @@ from engine.ops.cuda.near import (
     random,
 )
 from expertlane.engine.ops.cuda import grouped
-from expertlane.engine.ops.cuda.experts import CudaExperts, experts_of
+from expertlane.engine.ops.cuda.backend import CudaBackend
 from expertlane.engine.ops.cuda.matrices import Matrices
+from expertlane.engine.ops.cuda.parts import CudaExperts
 from expertlane.engine.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.engine.ops.products import Activation, Expert, Linear, LoopedExperts
 from expertlane.engine.ops.torch_backend import TorchBackend
@@ -130,7 +131,7 @@ def test_experts(ids, sizes, kind, dtype):
     assert ours(rows, pairs, out) is out
     after = [tensor for each in ours.held for tensor in each.tensors()]
     assert all(map(torch.equal, before, after))
-    by_torch = experts_of(held, activation)
+    by_torch = CudaBackend().experts(held, activation)
     assert_near(by_torch(rows, pairs), expected, steps=6)
     # With room for more, the rows of which poison nothing.
     rows[(given_ids < 0)[:, 0]] = torch.nan

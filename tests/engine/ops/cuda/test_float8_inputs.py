@@ -26,15 +26,13 @@ from engine.ops.cuda.near import (
 from expertlane.engine.ops.cuda import backend as choice
 from expertlane.engine.ops.cuda import grouped as module
 from expertlane.engine.ops.cuda.backend import CudaBackend, multiplies_float8
-from expertlane.engine.ops.cuda.experts import CudaExperts
-from expertlane.engine.ops.cuda.float8_inputs import in_float8
+from expertlane.engine.ops.cuda.float8 import in_float8
 from expertlane.engine.ops.cuda.matrices import Matrices
-from expertlane.engine.ops.cuda.narrow import CudaNarrowLinear
-from expertlane.engine.ops.cuda.parts import CudaMlp
-from expertlane.engine.ops.float8 import from_float8
+from expertlane.engine.ops.cuda.parts import CudaExperts, CudaMlp, CudaNarrowLinear
+from expertlane.engine.ops.float8 import RoundedLinear, from_float8, rounded_inputs
 from expertlane.engine.ops.narrow import Float8Inputs, NarrowWeight
 from expertlane.engine.ops.products import Activation, Expert, Linear, LoopedExperts
-from expertlane.engine.ops.rounded import RoundedLinear, rounded_inputs
+from expertlane.engine.ops.step import MlpWeights
 from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.errors import UserError
 
@@ -179,7 +177,7 @@ def test_mlps_and_what_is_put_side_by_side():
     own = Expert(up=up, down=down, gate=gate)
     assert CudaMlp.suits(own)
     x = random(torch.float32, 3, 64)
-    mlp = CudaMlp(own, Activation("silu"), None, 1e-5, None)
+    mlp = CudaMlp(MlpWeights(own, Activation("silu")))
     expected = wide_down(Activation("silu")(wide_gate(x), wide_up(x)))
     assert_near(mlp(x), expected, steps=64)
     matrices = Matrices.of([[up, gate]])

@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("triton")
 
 from expertlane.engine.comm.transport import EpochEndedError
-from expertlane.engine.ops.cuda import attention, grouped, permute, splits
-from expertlane.engine.ops.cuda.graphs import CudaGraphs
+from expertlane.engine.ops.cuda import attention, grouped, launch, permute
+from expertlane.engine.ops.device import CudaGraphs
 
 GPU = torch.device("cuda", 0)
 
@@ -40,7 +40,7 @@ def test_stages_fit_into_a_cards_shared_memory(shared_kib, num_stages, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     tile = grouped.Tile(16, 128, 128, 4, 4)
-    assert splits.stages_within(tile.num_stages, tile.stage_bytes(16, 2), GPU) == num_stages
+    assert launch.stages_within(tile.num_stages, tile.stage_bytes(16, 2), GPU) == num_stages
 
 
 class Stream:

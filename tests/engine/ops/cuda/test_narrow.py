@@ -14,12 +14,10 @@ pytest.importorskip("triton")
 
 from engine.ops.cuda.near import DEVICE, PRODUCT_DTYPES, assert_near, drawn, needs_kernels, random
 from expertlane.engine.ops.cuda import grouped as module
-from expertlane.engine.ops.cuda.experts import CudaExperts
-from expertlane.engine.ops.cuda.narrow import CudaNarrowLinear
-from expertlane.engine.ops.cuda.parts import CudaMlp
-from expertlane.engine.ops.mxfp4 import Mxfp4Weight
-from expertlane.engine.ops.narrow import NarrowWeight
+from expertlane.engine.ops.cuda.parts import CudaExperts, CudaMlp, CudaNarrowLinear
+from expertlane.engine.ops.narrow import Mxfp4Weight, NarrowWeight
 from expertlane.engine.ops.products import Activation, Expert, Linear, LoopedExperts
+from expertlane.engine.ops.step import MlpWeights
 from expertlane.engine.ops.torch_backend import TorchBackend
 
 pytestmark = needs_kernels
@@ -165,7 +163,7 @@ def test_mlps(kind, num_tokens):
     assert CudaMlp.suits(own)
     x = random(torch.float32, num_tokens, 64)
     expected, found = (
-        CudaMlp(mlp, Activation("silu"), norm, 1e-5, scale)(x) for mlp in (wide, own)
+        CudaMlp(MlpWeights(mlp, Activation("silu"), norm, 1e-5, scale))(x) for mlp in (wide, own)
     )
     assert_near(found, expected, steps=8)
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.engine.ops.cuda.launch import launch
+from expertlane.engine.ops.cuda.launch import is_padding, launch
 from expertlane.engine.ops.products import Activation
 
 _BLOCK = 1024
@@ -18,12 +18,11 @@ _BLOCK = 1024
 def _activation_kernel(
     x, counts, out, x_stride, inner, num_groups, limit, alpha,
     IS_GATED: tl.constexpr, IS_CLAMPED: tl.constexpr, IS_GELU: tl.constexpr,
-    HAS_COUNTS: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    if HAS_COUNTS:
-        group = tl.arange(0, GROUPS)
-        if row >= tl.sum(tl.load(counts + group, mask=group < num_groups, other=0), axis=0):
+    if counts is not None:  # noqa: SIM102 - of constants alone
+        if is_padding(row, counts, num_groups, GROUPS):
             return
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_there = columns < inner
@@ -65,7 +64,6 @@ def activate(
         IS_GATED=is_gated,
         IS_CLAMPED=is_clamped,
         IS_GELU=activation.hidden_act == "gelu" and not is_clamped,
-        HAS_COUNTS=counts is not None,
         GROUPS=triton.next_power_of_2(max(1, num_groups)),
         BLOCK=block,
         num_warps=max(1, block // 256),

@@ -24,9 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from expertlane.engine.ops.cuda.float8 import widened
-from expertlane.engine.ops.cuda.launch import launch
-from expertlane.engine.ops.cuda.splits import (
+from expertlane.engine.ops.cuda.launch import (
+    adjacent,
     architecture,
+    launch,
     num_multiprocessors,
     share_of,
     shared_bytes,
@@ -45,8 +46,8 @@ def _attention_kernel(
     query_token, query_head, key_block, key_head, value_block, value_head,
     table_width, num_seqs, num_tokens, window, scale,
     GROUP: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HAS_SINKS: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_DECODE: tl.constexpr,
-    IS_SPLIT: tl.constexpr, VALUES_IN_KEYS: tl.constexpr, IS_FLOAT8: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, IS_DECODE: tl.constexpr,
+    IS_SPLIT: tl.constexpr, VALUES_IN_KEYS: tl.constexpr,
     ROWS: tl.constexpr, POSITIONS: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, VALUE_PARTS: tl.constexpr,
 ):  # fmt: skip
@@ -73,10 +74,10 @@ def _attention_kernel(
     query_rest = _columns_of(of_row, is_row, MAIN, KEY_DIM, REST) if REST > 0 else query_main
     greatest = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    if HAS_SINKS and not IS_SPLIT:
+    if sinks is not None and not IS_SPLIT:
         greatest = tl.load(sinks + head, mask=is_row, other=0.0) * 1.4426950408889634
         total += 1.0
-    if IS_FLOAT8:
+    if key_scales is not None:
         key_scales += kv_head * BLOCK_SIZE
         value_scales += kv_head * BLOCK_SIZE
     sum_of_values, greatest, total = _attend_positions(
@@ -84,7 +85,7 @@ def _attention_kernel(
         keys + kv_head * key_head, values + kv_head * value_head, key_scales, value_scales,
         tables + seq.to(tl.int64) * table_width, key_block, value_block,
         num_kv_heads * BLOCK_SIZE, begin, end, window, scale, column,
-        KEY_DIM, VALUE_DIM, BLOCK_SIZE, HAS_WINDOW, VALUES_IN_KEYS, IS_FLOAT8,
+        KEY_DIM, VALUE_DIM, BLOCK_SIZE, HAS_WINDOW, VALUES_IN_KEYS,
         ROWS, POSITIONS, MAIN, REST, VALUE_BLOCK,
     )  # fmt: skip
 
@@ -106,7 +107,7 @@ def _attend_positions(
     query_main, query_rest, own, greatest, total, keys, values, key_scales, value_scales,
     table, key_block, value_block, scale_block, begin, end, window, scale, column,
     KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HAS_WINDOW: tl.constexpr, VALUES_IN_KEYS: tl.constexpr, IS_FLOAT8: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, VALUES_IN_KEYS: tl.constexpr,
     ROWS: tl.constexpr, POSITIONS: tl.constexpr,
     MAIN: tl.constexpr, REST: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -123,13 +124,13 @@ def _attend_positions(
         key = keys + block * key_block + offset * KEY_DIM
         of_scales = block * scale_block + offset
         key_main = _columns_of(key, is_there, 0, KEY_DIM, MAIN)
-        if IS_FLOAT8:
+        if key_scales is not None:
             key_scale = tl.load(key_scales + of_scales, is_there, 1)[:, None]
             key_main = widened(key_main, key_scale).to(query_main.dtype)
         logits = tl.dot(query_main, tl.trans(key_main), input_precision="ieee")
         if REST > 0:
             key_rest = _columns_of(key, is_there, MAIN, KEY_DIM, REST)
-            if IS_FLOAT8:
+            if key_scales is not None:
                 key_rest = widened(key_rest, key_scale).to(query_main.dtype)
             logits = tl.dot(query_rest, tl.trans(key_rest), logits, input_precision="ieee")
         is_seen = is_there[None, :] & (position[None, :] <= own[:, None])
@@ -141,14 +142,14 @@ def _attend_positions(
         if not VALUES_IN_KEYS:
             of_value = values + block * value_block + offset * VALUE_DIM
             value = _columns_of(of_value, is_there, column, VALUE_DIM, VALUE_BLOCK)
-            if IS_FLOAT8:
+            if key_scales is not None:
                 value_scale = tl.load(value_scales + of_scales, is_there, 1)[:, None]
                 value = widened(value, value_scale).to(query_main.dtype)
         elif VALUE_BLOCK == MAIN and VALUE_DIM <= MAIN:  # so no other program has some of them
             value = key_main
         else:
             value = _columns_of(key, is_there, column, VALUE_DIM, VALUE_BLOCK)
-            if IS_FLOAT8:
+            if key_scales is not None:
                 value = widened(value, key_scale).to(query_main.dtype)
         scaled = sum_of_values * shrunk[:, None]
         sum_of_values = tl.dot(weights.to(value.dtype), value, scaled, input_precision="ieee")
@@ -205,7 +206,7 @@ def _place_of_tile(
 @triton.jit(do_not_specialize=["num_splits", "num_rows"])
 def _combine_kernel(
     partial, maxima, sums, sinks, out, num_splits, num_rows,
-    NUM_HEADS: tl.constexpr, HAS_SINKS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     VALUE_DIM: tl.constexpr, VALUE_BLOCK: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -213,12 +214,12 @@ def _combine_kernel(
     places = splits.to(tl.int64) * num_rows + row
     greatest = tl.load(maxima + places, mask=splits < num_splits, other=-float("inf"))
     base = tl.max(greatest, axis=0)
-    if HAS_SINKS:
+    if sinks is not None:
         sink = tl.load(sinks + row % NUM_HEADS) * 1.4426950408889634
         base = tl.maximum(base, sink)
     parts = tl.load(sums + places, mask=splits < num_splits, other=0.0)
     total = tl.sum(tl.exp2(greatest - base) * parts, axis=0)
-    if HAS_SINKS:
+    if sinks is not None:
         total += tl.exp2(sink - base)
     result = tl.zeros([VALUE_BLOCK], tl.float32)
     for split in range(num_splits):
@@ -328,7 +329,7 @@ def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionPa
     parts = _room_for_parts(out, num_splits)
     main, rest = _blocks(key_dim)
     value_block = max(16, triton.next_power_of_2(triton.cdiv(value_dim, tile.value_parts)))
-    query = query if query.stride(2) == 1 else query.contiguous()
+    query = adjacent(query)
     launch(
         _attention_kernel,
         (num_tiles, num_heads_parts, num_splits),
@@ -340,12 +341,10 @@ def attend(query: Tensor, cache: KVCache, batch: PagedBatch, params: AttentionPa
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
         BLOCK_SIZE=cache.block_size,
-        HAS_SINKS=params.sinks is not None,
         HAS_WINDOW=params.window is not None,
         IS_DECODE=bounds.is_decode,
         IS_SPLIT=num_splits > 1,
         VALUES_IN_KEYS=cache.values.shape[-1] == 0,
-        IS_FLOAT8=is_float8,
         ROWS=tile.rows,
         POSITIONS=tile.positions,
         MAIN=main,
@@ -370,7 +369,6 @@ def _add_up(parts: tuple[Tensor, Tensor, Tensor], sinks: Tensor | None, out: Ten
         (num_rows,),
         *(*parts, sinks, out, num_splits, num_rows),
         NUM_HEADS=num_heads,
-        HAS_SINKS=sinks is not None,
         VALUE_DIM=value_dim,
         VALUE_BLOCK=value_block,
         SPLITS=triton.next_power_of_2(num_splits),

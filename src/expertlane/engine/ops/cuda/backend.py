@@ -10,23 +10,28 @@ import torch
 import triton
 from torch import Tensor
 
-from expertlane.engine.ops.cuda.experts import CudaExperts, experts_of
+from expertlane.engine.ops.bookkeeping import RowParts
 from expertlane.engine.ops.cuda.flash import attend
-from expertlane.engine.ops.cuda.graphs import CudaGraphs
-from expertlane.engine.ops.cuda.narrow import CudaNarrowLinear
 from expertlane.engine.ops.cuda.norm import add_rms_norm, rms_norm
-from expertlane.engine.ops.cuda.parts import CudaAttention, CudaMlp
+from expertlane.engine.ops.cuda.parts import CudaAttention, CudaExperts, CudaMlp, CudaNarrowLinear
 from expertlane.engine.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.engine.ops.cuda.rotate import rotate, write
 from expertlane.engine.ops.cuda.route import CudaRouter
+from expertlane.engine.ops.device import CudaGraphs
+from expertlane.engine.ops.float8 import rounded_inputs
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.engine.ops.mxfp4 import Mxfp4Weight
-from expertlane.engine.ops.narrow import Float8Inputs, NarrowWeight, Weight
-from expertlane.engine.ops.products import Activation, Expert, Experts, Linear, PairGroups
-from expertlane.engine.ops.rounded import rounded_inputs
+from expertlane.engine.ops.narrow import Float8Inputs, Mxfp4Weight, NarrowWeight, Weight
+from expertlane.engine.ops.products import (
+    Activation,
+    Expert,
+    Experts,
+    GroupedExperts,
+    Linear,
+    PairGroups,
+    grouped_mm,
+)
 from expertlane.engine.ops.router import RouterParams
-from expertlane.engine.ops.row_parts import RowParts
-from expertlane.engine.ops.step import AttentionWeights
+from expertlane.engine.ops.step import AttentionWeights, MlpWeights
 from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.errors import UserError
 from expertlane.schedule.plan import Batch
@@ -65,7 +70,8 @@ class CudaBackend(TorchBackend):
     def experts(self, held: Sequence[Expert], activation: Activation) -> Experts:
         if not CudaExperts.suits(held):
             return super().experts(held, activation)
-        return experts_of(held, activation)
+        groups = grouped_mm if GroupedExperts.suits(held) else None
+        return CudaExperts(held, activation, groups)
 
     def router(self, params: RouterParams) -> CudaRouter:
         return CudaRouter(params, self.rms_norm)
@@ -91,18 +97,8 @@ class CudaBackend(TorchBackend):
     def attention_part(self, weights: AttentionWeights, dtype: torch.dtype) -> CudaAttention:
         return CudaAttention(weights)
 
-    def mlp_part(
-        self,
-        mlp: Expert,
-        activation: Activation,
-        dtype: torch.dtype,
-        norm: Tensor | None,
-        eps: float,
-        scale: Tensor | None,
-    ) -> CudaMlp | None:
-        if not CudaMlp.suits(mlp):
-            return None
-        return CudaMlp(mlp, activation, norm, eps, scale)
+    def mlp_part(self, weights: MlpWeights, dtype: torch.dtype) -> CudaMlp | None:
+        return CudaMlp(weights) if CudaMlp.suits(weights.mlp) else None
 
     def paged_attention(
         self,

@@ -6,7 +6,7 @@ where it belongs, so nothing is permuted in memory. Where tiles are too few for 
 split over programs, whose partial sums `_sum_kernel` adds up in order.
 
 Weights of one byte, or of four bits, are widened in registers, unless inputs are in float8 too
-(`float8_inputs.py`). One-byte values are multiplied without their scales, and the sums over a group
+(`float8.py`). One-byte values are multiplied without their scales, and the sums over a group
 of inputs that share a scale are multiplied by it in float32: no product of a weight and its scale
 is rounded. With four bits (MXFP4) that product is exact.
 
@@ -22,10 +22,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.engine.ops.cuda.float8_inputs import in_float8, product_in_float8
-from expertlane.engine.ops.cuda.launch import launch
+from expertlane.engine.ops.cuda.float8 import in_float8, product_in_float8
+from expertlane.engine.ops.cuda.launch import (
+    adjacent,
+    is_padding,
+    launch,
+    num_multiprocessors,
+    share_of,
+    stages_within,
+)
 from expertlane.engine.ops.cuda.matrices import Matrices
-from expertlane.engine.ops.cuda.splits import num_multiprocessors, share_of, stages_within
 from expertlane.spec.deployment import INPUTS_OF_SCALE
 
 _LEAST_STEPS = 4  # of a split
@@ -38,22 +44,20 @@ def _grouped_kernel(
     x, x_scales, weight, scales, bias, counts, from_rows, to_rows, out,
     x_row, out_row, out_split, num_rows, num_matrices, out_features, in_features,
     num_groups, group, first, low,
-    HAS_COUNTS: tl.constexpr, BITS: tl.constexpr, INPUTS: tl.constexpr, IS_ONE: tl.constexpr,
-    IS_SHARED: tl.constexpr, HAS_BIAS: tl.constexpr,
-    IS_GATHERED: tl.constexpr, IS_SCATTERED: tl.constexpr, IS_SPLIT: tl.constexpr,
-    WEIGHTS_FIRST: tl.constexpr, MATRICES: tl.constexpr,
+    BITS: tl.constexpr, INPUTS: tl.constexpr, IS_ONE: tl.constexpr, IS_SHARED: tl.constexpr,
+    IS_SPLIT: tl.constexpr, WEIGHTS_FIRST: tl.constexpr, MATRICES: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     tile, of_columns = _tiles_of_program(ROWS)
     matrix, begin, end = 0, tile * ROWS, num_rows
-    if HAS_COUNTS:
+    if counts is not None:
         matrix, begin, end = _place_of_tile(tile, counts, num_matrices, MATRICES, ROWS)
     if begin >= end:
         return
     pair = begin + tl.arange(0, ROWS)
     is_pair = pair < end
     row = pair.to(tl.int64)
-    if IS_GATHERED:
+    if from_rows is not None:
         row = tl.load(from_rows + pair, mask=is_pair, other=0)
     column = of_columns * COLUMNS + tl.arange(0, COLUMNS)
     is_column = column < out_features
@@ -85,11 +89,11 @@ def _grouped_kernel(
             of_row, is_pair, weight, place, is_column, low, high, in_features,
             ROWS, COLUMNS, DEPTH,
         )  # fmt: skip
-    if HAS_BIAS:
+    if bias is not None:
         shift = tl.load(bias + place, mask=is_column, other=0.0).to(tl.float32)
         total += tl.where(split == 0, shift, 0.0)[None, :]
     to = pair.to(tl.int64)
-    if IS_SCATTERED:
+    if to_rows is not None:
         to = tl.load(to_rows + pair, mask=is_pair, other=0)
     to = out + split.to(tl.int64) * out_split + to[:, None] * out_row + column[None, :]
     tl.store(to, total.to(out.dtype.element_ty), mask=is_pair[:, None] & is_column[None, :])
@@ -222,13 +226,11 @@ def _zeros(WEIGHTS_FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexp
 @triton.jit(do_not_specialize=["num_splits", "num_rows"])
 def _sum_kernel(
     partial, counts, to_rows, out, num_splits, num_rows, num_matrices, out_row, width,
-    HAS_COUNTS: tl.constexpr, IS_SCATTERED: tl.constexpr,
     MATRICES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    if HAS_COUNTS:
-        numbers = tl.arange(0, MATRICES)
-        if row >= tl.sum(tl.load(counts + numbers, mask=numbers < num_matrices, other=0), axis=0):
+    if counts is not None:  # noqa: SIM102 - of constants alone
+        if is_padding(row, counts, num_matrices, MATRICES):
             return
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
@@ -236,7 +238,7 @@ def _sum_kernel(
         of_row = partial + (split * num_rows + row) * width
         total += tl.load(of_row + columns, mask=columns < width, other=0.0)
     to = row
-    if IS_SCATTERED:
+    if to_rows is not None:
         to = tl.load(to_rows + row)
     tl.store(out + to * out_row + columns, total.to(out.dtype.element_ty), mask=columns < width)
 
@@ -305,7 +307,7 @@ def grouped_product(
         out: [num_rows, out_features]; filled and returned, if given.
     """
     out = x.new_empty(num_rows, matrices.out_features) if out is None else out
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = adjacent(x)
     tile = Tile.of(num_rows, matrices, x.itemsize)
     num_splits = _num_splits(num_rows, matrices, tile, x.device)
     if num_splits == 1:
@@ -318,8 +320,6 @@ def grouped_product(
         (num_rows, triton.cdiv(matrices.out_features, _SUM_BLOCK)),
         *(sums, counts, to_rows, out, num_splits, num_rows, matrices.num),
         *(out.stride(0), matrices.out_features),
-        HAS_COUNTS=counts is not None,
-        IS_SCATTERED=to_rows is not None,
         MATRICES=triton.next_power_of_2(matrices.num),
         BLOCK=_SUM_BLOCK,
     )
@@ -353,14 +353,10 @@ def _multiply(
         *(num_rows, matrices.num, matrices.out_features, matrices.in_features),
         *(matrices.num_groups, matrices.group, matrices.first),
         -(matrices.first % tile.depth),  # so that a step has one group
-        HAS_COUNTS=counts is not None,
         BITS=matrices.bits,
         INPUTS=INPUTS_OF_SCALE if matrices.takes_float8 else 0,
         IS_ONE=matrices.num_groups == 1,
         IS_SHARED=matrices.num_groups > 1 and matrices.rows % tile.columns == 0,
-        HAS_BIAS=matrices.bias is not None,
-        IS_GATHERED=from_rows is not None,
-        IS_SCATTERED=to_rows is not None,
         IS_SPLIT=num_splits > 1,
         WEIGHTS_FIRST=(tile.rows >= 64) != matrices.takes_float8,  # else registers spill
         MATRICES=triton.next_power_of_2(matrices.num),

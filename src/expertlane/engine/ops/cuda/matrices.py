@@ -7,8 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from expertlane.engine.ops.narrow import ScaledLinear, shared_rows
-from expertlane.engine.ops.products import Linear
+from expertlane.engine.ops.narrow import shared_rows
+from expertlane.engine.ops.products import Linear, ScaledLinear
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class Matrices:
         scales: [num, out_features, num_groups]; None where weights have none.
         bias: [num, out_features].
         group, first, rows: see `NarrowWeight`.
-        takes_float8: products round their inputs (`engine/ops/rounded.py`).
+        takes_float8: products round their inputs (`engine/ops/float8.py`).
     """
 
     weight: Tensor

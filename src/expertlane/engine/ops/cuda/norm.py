@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.engine.ops.cuda.launch import launch
+from expertlane.engine.ops.cuda.launch import adjacent, launch
 
 _WARP_VALUES = 512  # of a row to a warp: 16 a thread
 
@@ -17,13 +17,13 @@ _WARP_VALUES = 512  # of a row to a warp: 16 a thread
 @triton.jit
 def _rms_norm_kernel(
     x, added, weight, total, out, x_stride, added_stride, size, eps,
-    HAS_ADDED: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     is_there = columns < size
     values = tl.load(x + row * x_stride + columns, mask=is_there, other=0.0).to(tl.float32)
-    if HAS_ADDED:
+    if added is not None:
         other = tl.load(added + row * added_stride + columns, mask=is_there, other=0.0)
         rounded = (values + other.to(tl.float32)).to(total.dtype.element_ty)
         tl.store(total + row * size + columns, rounded, mask=is_there)
@@ -45,18 +45,17 @@ def add_rms_norm(x: Tensor, added: Tensor, weight: Tensor, eps: float) -> tuple[
 
 def _norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     num_rows, size = x.shape
-    x = x if x.stride(1) == 1 else x.contiguous()
+    x = adjacent(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = x
     if added is not None:
-        added, total = added if added.stride(1) == 1 else added.contiguous(), torch.empty_like(out)
+        added, total = adjacent(added), torch.empty_like(out)
     block = triton.next_power_of_2(size)
     launch(
         _rms_norm_kernel,
         (num_rows,),
         *(x, added, weight, total, out, x.stride(0)),
         *(0 if added is None else added.stride(0), size, eps),
-        HAS_ADDED=added is not None,
         BLOCK=block,
         num_warps=min(16, max(1, block // _WARP_VALUES)),
     )

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.engine.ops.cuda.launch import launch
+from expertlane.engine.ops.cuda.launch import adjacent, launch
 from expertlane.engine.ops.products import PairGroups
 
 _TILE = 128  # pairs, each compared with all others of its tile
@@ -86,7 +86,7 @@ def group_pairs(
     The host waits only for the number of pairs, and not if `num_pairs` is given.
     """
     num_rows, top_k = ids.shape
-    ids = ids if ids.stride(1) == 1 else ids.contiguous()
+    ids = adjacent(ids)
     most = num_rows * top_k
     num_tiles, groups = triton.cdiv(most, _TILE), min(128, triton.next_power_of_2(num_groups + 1))
     counts = ids.new_empty(num_groups + 1, num_tiles, dtype=torch.int32)
@@ -112,7 +112,7 @@ def group_pairs(
 @triton.jit
 def _gather_sum_kernel(
     values, places, weights, out, value_row, places_row, weights_row, out_row, width,
-    NUM: tl.constexpr, HAS_WEIGHTS: tl.constexpr, BLOCK: tl.constexpr,
+    NUM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -122,7 +122,7 @@ def _gather_sum_kernel(
         if place >= 0:
             found = tl.load(values + place * value_row + columns, mask=columns < width, other=0.0)
             found = found.to(tl.float32)
-            if HAS_WEIGHTS:
+            if weights is not None:
                 found *= tl.load(weights + row * weights_row + number)
             total += found
     tl.store(out + row * out_row + columns, total.to(out.dtype.element_ty), mask=columns < width)
@@ -134,8 +134,8 @@ def gather_sum(
     """Weighted sums of rows of `values`, as `TorchBackend.gather_sum` defines them."""
     (num_rows, num), width = places.shape, values.shape[1]
     out = values.new_empty(num_rows, width) if out is None else out
-    values, places = (x if x.stride(1) == 1 else x.contiguous() for x in (values, places))
-    weights = weights if weights is None or weights.stride(1) == 1 else weights.contiguous()
+    values, places = adjacent(values), adjacent(places)
+    weights = None if weights is None else adjacent(weights)
     block = min(_SUM_BLOCK, triton.next_power_of_2(max(16, width)))
     launch(
         _gather_sum_kernel,
@@ -143,7 +143,6 @@ def gather_sum(
         *(values, places, weights, out, values.stride(0), places.stride(0)),
         *(0 if weights is None else weights.stride(0), out.stride(0), width),
         NUM=num,
-        HAS_WEIGHTS=weights is not None,
         BLOCK=block,
         num_warps=max(1, block // 256),
     )

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from expertlane.engine.ops.cuda.float8 import largest_of, rounded, scale_of
-from expertlane.engine.ops.cuda.launch import launch
+from expertlane.engine.ops.cuda.launch import adjacent, launch
 from expertlane.engine.ops.kv_cache import KVCache
 
 _PROGRAM_VALUES = 2048  # of a token's heads
@@ -21,9 +21,7 @@ def _rotate_kernel(
     x_token, x_head, key_block, key_head, value_block, value_head, block_size,
     num_heads, num_kv_heads, eps,
     HEAD_DIM: tl.constexpr, ROTARY_DIM: tl.constexpr, INTERLEAVE: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, HAS_NORMS: tl.constexpr, HAS_CACHE: tl.constexpr,
-    IS_FLOAT8: tl.constexpr, HEADS: tl.constexpr,
-    KEPT_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
+    HEADS: tl.constexpr, KEPT_BLOCK: tl.constexpr, HALF_BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Heads are rows: queries, then keys, then values, which are neither normalised nor rotated.
     token = tl.program_id(0).to(tl.int64)
@@ -39,7 +37,7 @@ def _rotate_kernel(
     a = tl.load(row + first, mask=in_half, other=0.0).to(tl.float32)
     b = tl.load(row + second, mask=in_half, other=0.0).to(tl.float32)
     c = tl.load(row + kept, mask=in_kept, other=0.0).to(tl.float32)
-    if HAS_NORMS:
+    if norms is not None:
         squares = tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1) + tl.sum(c * c, axis=1)
         scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
         norm, has_norm = norms + head[:, None] * HEAD_DIM, is_value[:, None] == 0
@@ -47,7 +45,7 @@ def _rotate_kernel(
         a = _normalised(a, scale, norm + first, in_half, has_norm, dtype)
         b = _normalised(b, scale, norm + second, in_half, has_norm, dtype)
         c = _normalised(c, scale, norm + kept, in_kept, has_norm, dtype)
-    position = tl.load(positions + token).to(tl.int64) if HAS_POSITIONS else token
+    position = tl.load(positions + token).to(tl.int64) if positions is not None else token
     angle = position * ROTARY_DIM + half
     cos_a = tl.load(cos + angle, mask=half < HALF, other=0.0)
     sin_b = tl.load(sin + angle + HALF, mask=half < HALF, other=0.0)  # the first half is negative
@@ -57,14 +55,14 @@ def _rotate_kernel(
     b = tl.where(is_value[:, None], b, turned_b).to(dtype)
     c = c.to(dtype)
     to = out + (token * num_heads + head[:, None]) * HEAD_DIM
-    if HAS_CACHE:
+    if slots is not None:
         slot = tl.load(slots + token)
         block, offset = slot // block_size, slot % block_size
         of_cache = tl.where(is_value, head - num_heads - num_kv_heads, head - num_heads)
         key = keys + block * key_block + of_cache[:, None] * key_head + offset * HEAD_DIM
         value = values + block * value_block + of_cache[:, None] * value_head + offset * HEAD_DIM
         stored = tl.where(is_value[:, None], value, key)
-        if IS_FLOAT8:
+        if key_scales is not None:
             in_cache = (is_head & (is_query == 0))[:, None]
             place = (block * num_kv_heads + of_cache) * block_size + offset
             scales = tl.where(is_value, value_scales + place, key_scales + place)[:, None]
@@ -136,7 +134,7 @@ def _launch(
     positions, cos, sin = angles
     rotary_dim = cos.shape[-1]
     out = x.new_empty(num_tokens, num_heads, dim)
-    x = x if x.stride(2) == 1 else x.contiguous()
+    x = adjacent(x)
     kept, half = (triton.next_power_of_2(max(1, n)) for n in (dim - rotary_dim, rotary_dim // 2))
     heads = max(1, _PROGRAM_VALUES // triton.next_power_of_2(dim))
     heads = min(triton.next_power_of_2(max(1, total)), heads)
@@ -151,10 +149,6 @@ def _launch(
         HEAD_DIM=dim,
         ROTARY_DIM=rotary_dim,
         INTERLEAVE=interleave,
-        HAS_POSITIONS=positions is not None,
-        HAS_NORMS=norms is not None,
-        HAS_CACHE=cache is not None,
-        IS_FLOAT8=scales[0] is not None,
         HEADS=heads,
         KEPT_BLOCK=kept,
         HALF_BLOCK=half,
@@ -203,7 +197,7 @@ def _write_kernel(
     key, value, slots, keys, values, key_scales, value_scales,
     key_token, key_from_head, value_token, value_from_head,
     key_block, key_head, value_block, value_head, block_size,
-    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, IS_FLOAT8: tl.constexpr,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     KEY_BLOCK: tl.constexpr, VALUE_BLOCK: tl.constexpr,
 ):  # fmt: skip
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -212,21 +206,19 @@ def _write_kernel(
     place = (block * tl.num_programs(1) + head) * block_size + offset  # of the row's scale
     row = key + token * key_token + head * key_from_head
     to = keys + block * key_block + head * key_head + offset * KEY_DIM
-    _write_row(row, to, key_scales, place, KEY_DIM, KEY_BLOCK, IS_FLOAT8)
+    _write_row(row, to, key_scales, place, KEY_DIM, KEY_BLOCK)
     if VALUE_DIM > 0:
         row = value + token * value_token + head * value_from_head
         to = values + block * value_block + head * value_head + offset * VALUE_DIM
-        _write_row(row, to, value_scales, place, VALUE_DIM, VALUE_BLOCK, IS_FLOAT8)
+        _write_row(row, to, value_scales, place, VALUE_DIM, VALUE_BLOCK)
 
 
 @triton.jit
-def _write_row(
-    row, to, scales, place, DIM: tl.constexpr, BLOCK: tl.constexpr, IS_FLOAT8: tl.constexpr
-):  # fmt: skip
+def _write_row(row, to, scales, place, DIM: tl.constexpr, BLOCK: tl.constexpr):
     columns = tl.arange(0, BLOCK)
     is_there = columns < DIM
     values = tl.load(row + columns, is_there, 0.0)
-    if IS_FLOAT8:
+    if scales is not None:
         scale = scale_of(largest_of(values))
         tl.store(scales + place, scale.to(tl.uint8))
         tl.store(to + columns, rounded(values, scale), is_there)
@@ -238,7 +230,7 @@ def write(cache: KVCache, slots: Tensor, key: Tensor, value: Tensor) -> None:
     """Store new tokens' keys and values in the cache; see `KVCache.write`."""
     num_tokens, heads, key_dim = key.shape
     value_dim, (keys, values, *scales) = value.shape[2], cache.parts
-    key, value = (each if each.stride(2) == 1 else each.contiguous() for each in (key, value))
+    key, value = adjacent(key), adjacent(value)
     launch(
         _write_kernel,
         (num_tokens, heads),
@@ -246,7 +238,6 @@ def write(cache: KVCache, slots: Tensor, key: Tensor, value: Tensor) -> None:
         *(*keys.stride()[:2], *values.stride()[:2], cache.block_size),
         KEY_DIM=key_dim,
         VALUE_DIM=value_dim,
-        IS_FLOAT8=scales[0] is not None,
         KEY_BLOCK=triton.next_power_of_2(key_dim),
         VALUE_BLOCK=triton.next_power_of_2(max(1, value_dim)),
         num_warps=1 if key_dim <= 256 else 2,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from expertlane.engine.ops.backend import backend_for
-from expertlane.engine.ops.device_memory import memory_of
+from expertlane.engine.ops.device import memory_of
 from expertlane.engine.ranks.commands import DescribeMachine, MeasureRates, RankMachine, RankRates
 from expertlane.engine.stage.worker import RankContext
 

@@ -1,20 +1,54 @@
-"""Transfers between GPUs through host memory, for ranks that share a GPU, which nccl refuses.
+"""Transports made of others: of several nodes, and of GPUs whose hosts exchange their rows.
 
-Rows are copied to the host, exchanged there by the hosts' transport, and copied back. The host
-waits for the device before it sends, so nothing overlaps: this shows that results are right, not
-how fast GPUs are. The copies have never run on a GPU (docs/validation.md).
+Ranks that share a GPU, which nccl refuses, have their rows copied to the host, exchanged there, and
+copied back. The host waits for the device before it sends, so nothing overlaps: this shows that
+results are right, not how fast GPUs are. The copies have never run on a GPU (docs/validation.md).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from expertlane.engine.comm.transport import AtOnce, Link, Transport, Work
-from expertlane.engine.ops.row_parts import RowParts
+from expertlane.engine.comm.shared_memory import SharedTransport
+from expertlane.engine.comm.torch_transport import TorchTransport
+from expertlane.engine.comm.transport import Link, Transport, Work
 
 
-class _StagedWork:
+class NodesTransport:
+    """Implements `Transport` by one of two transports for each group.
+
+    Args:
+        in_node: transport of groups within this rank's node.
+        among_nodes: transport of groups that span nodes.
+        rank: global rank.
+        ranks_per_node: consecutive ranks that share a node.
+    """
+
+    def __init__(
+        self, in_node: SharedTransport, among_nodes: TorchTransport, rank: int, ranks_per_node: int
+    ) -> None:
+        self._in_node, self._among_nodes = in_node, among_nodes
+        self._rank, self._ranks_per_node = rank, ranks_per_node
+
+    def make(self, ranks: tuple[int, ...]) -> None:
+        """Make a group; collective over all ranks if it spans nodes, else over its node's ranks."""
+        nodes = {rank // self._ranks_per_node for rank in ranks}
+        if len(nodes) > 1:
+            self._among_nodes.make(ranks)
+        elif self._rank // self._ranks_per_node in nodes:
+            self._in_node.make(ranks)
+
+    def link(self, ranks: tuple[int, ...]) -> Link:
+        is_in_node = len({rank // self._ranks_per_node for rank in ranks}) == 1
+        return self._in_node.link(ranks) if is_in_node else self._among_nodes.link(ranks)
+
+    def leave(self) -> None:
+        self._in_node.leave()
+        self._among_nodes.leave()
+
+
+class _StagedWork(Work):
     """A transfer between hosts, and the copy to the device after it.
 
     Args:
@@ -25,27 +59,21 @@ class _StagedWork:
     def __init__(
         self, work: Work, came: Tensor | None = None, received: Tensor | None = None
     ) -> None:
-        self._work, self._came, self._received = work, came, received
+        self._work, self._came, self.received = work, came, received
 
     def wait(self) -> None:
         self._work.wait()
-        if self._came is not None and self._received is not None:
+        if self._came is not None and self.received is not None:
             # Pinned memory: torch does not reuse it before the copy is over.
-            self._received.copy_(self._came, non_blocking=True)
+            self.received.copy_(self._came, non_blocking=True)
             self._came = None
-
-    def read(self, finish: Callable[[RowParts], Tensor]) -> Tensor:
-        assert self._received is not None, "it is no send"
-        return finish(RowParts.of(self._received))
 
     def let_go(self) -> None:
         self._work.let_go()
 
 
-class StagedLink:
-    """Implements `Link` for a device by a link between hosts."""
-
-    at_once: AtOnce | None = None
+class StagedLink(Link):
+    """A link for a device by a link between hosts."""
 
     def __init__(self, link: Link, device: torch.device) -> None:
         self._link, self._device = link, device
@@ -60,23 +88,10 @@ class StagedLink:
         work = self._link.all_to_all(self._on_host(rows), send, came, receive)
         return _StagedWork(work, came, received)
 
-    def all_to_all_parts(
-        self, rows: Tensor, send: Sequence[int], receive: Sequence[int]
-    ) -> _StagedWork:
-        return self.all_to_all(rows, send, rows.new_empty(sum(receive), rows.shape[1]), receive)
-
     def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> _StagedWork:
         came = self._room(received)
         work = self._link.all_gather(self._on_host(rows), came, num_rows_of)
         return _StagedWork(work, came, received)
-
-    def padded_to(self, num_rows_of: Sequence[int], row_bytes: int) -> int | None:
-        return None
-
-    def reduce_scatter(
-        self, rows: Tensor, num_rows_of: Sequence[int]
-    ) -> tuple[_StagedWork, Tensor] | None:
-        return None
 
     def send(self, rows: Tensor, to: int) -> _StagedWork:
         return _StagedWork(self._link.send(self._on_host(rows), to))
