@@ -40,7 +40,7 @@ from expertlane.simulator.simulator import ServingSetup, Simulator
 from expertlane.simulator.steady import StepTimes, step_times
 
 _PRICED = Path("build/judge_steps.jsonl")
-_MODELLED = ("cost", "simulate", "schedule", "balance", "spec", "memory.py")
+_MODELLED = ("cost", "simulator", "schedule", "balance", "spec")
 _NOT_PRICED = ("frameworks", "records")  # files that prices do not depend on
 _ACCEPTED = 0.7  # of drafts; what a step takes hardly depends on it
 _SEED = 0
@@ -67,7 +67,7 @@ class Priced:
 
     @property
     def steps(self) -> StepTimes:
-        """The step times that `serving_waves.play` takes."""
+        """The step times that `play` takes."""
         return StepTimes(
             self.decode_s, self.beside_s, self.prompt_s, self.prompts_per_s, self.num_places
         )
@@ -101,8 +101,7 @@ def _model_digest() -> str:
     """Hash of all code and data that prices depend on."""
     root, digest = Path(expertlane.__file__).parent, hashlib.sha256()
     for name in _MODELLED:
-        paths = sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name]
-        for path in paths:
+        for path in sorted((root / name).rglob("*")):
             if path.suffix in (".py", ".toml", ".json") and path.stem not in _NOT_PRICED:
                 digest.update(path.read_bytes())
     digest.update(Path(__file__).read_bytes())
@@ -225,7 +224,6 @@ def _price(question: Question) -> Priced:
 
 
 NUM_WAVES = 10  # requests of a benchmark, over those it keeps open; assumed
-_SEED = 0
 _OTHER_STEP = 1000  # how much a step with prompts counts towards receiving new requests
 
 

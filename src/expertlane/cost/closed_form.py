@@ -29,7 +29,7 @@ from expertlane.cost.shared_parts import (
     Shape,
 )
 from expertlane.cost.step.operation import Floats, HandOver, Ints
-from expertlane.cost.throughput import Arriving
+from expertlane.cost.throughput import Arriving, Prompts
 from expertlane.spec.deployment import MicroBatchSchedule, Options
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
@@ -79,36 +79,18 @@ class Sized(NamedTuple):
     prompt_len: int
 
 
-@dataclass(frozen=True, eq=False)
-class Prefill:
-    """Prefill steps of S structures that are cut alike; [S] each.
-
-    Attributes:
-        seconds: [3, S]; of one step, or of a round of rotating ones.
-        num_seqs, num_new, num_cached, num_steps, length: as in `Prompts`.
-    """
-
-    seconds: Floats
-    num_seqs: Ints
-    num_new: Ints
-    num_cached: Ints
-    num_steps: Ints
-    length: Ints
-
-
 class _PrefillPart(NamedTuple):
     """Parts of a prefill step, by structure; [S] each.
 
     Attributes:
         part_seqs: sequences of a part.
         num_micro_batches, overlap: how the step is cut; a step of one prompt is not.
-        others: `num_seqs`, `num_new`, `num_cached`, `num_steps` and `length` of `Prefill`.
     """
 
     part_seqs: Ints
     num_micro_batches: Ints
     overlap: npt.NDArray[np.bool_]
-    others: tuple[Ints, Ints, Ints, Ints, Ints]
+    prompts: Prompts[Ints]
 
 
 @dataclass(eq=False)
@@ -263,8 +245,8 @@ class ManySteps:
             np.full(num, how.overlap),
         )
 
-    def prefill(self, how: Pipelining) -> Prefill:
-        """Prefill steps."""
+    def prefill(self, how: Pipelining) -> tuple[Floats, Prompts[Ints]]:
+        """Seconds of prefill steps, [3, S], and their prompts; of a round of rotating ones."""
         place, part = list(self._prefill_points).index(how), self._prefill_parts[how]
         seconds = self._estimates(
             self._slices[len(self._decode_points) + place],
@@ -274,7 +256,7 @@ class ManySteps:
             part.num_micro_batches,
             part.overlap,
         )
-        return Prefill(seconds, *part.others)
+        return seconds, part.prompts
 
     def _estimates(
         self,
@@ -346,7 +328,9 @@ class ManySteps:
     def _prefill_points(self) -> dict[Pipelining, Points]:
         every = np.arange(len(self.structures))
         return {
-            how: self._points(every, part.part_seqs, part.others[1], part.others[2], 0)
+            how: self._points(
+                every, part.part_seqs, part.prompts.num_new, part.prompts.num_cached, 0
+            )
             for how, part in self._prefill_parts.items()
         }
 
@@ -402,14 +386,10 @@ def _prefill_part(
     part_seqs = np.where(is_one, 1, -(-seqs // parts))
     num_micro_batches = in_flight if is_rotating else np.where(is_cut, how.num_micro_batches, 1)
     whole = np.minimum(part_seqs * parts * in_flight, num_running)
-    others = (
-        np.where(is_one, in_flight, whole),
-        num_new,
-        num_cached,
-        np.where(is_one, -(-prompt_len // chunk), 1),
-        prompt_len,
-    )
-    return _PrefillPart(part_seqs, num_micro_batches, is_cut & how.overlap, others)
+    num_steps = np.where(is_one, -(-prompt_len // chunk), 1)
+    num_seqs = np.where(is_one, in_flight, whole)
+    prompts = Prompts(num_seqs, num_new, num_cached, num_steps, prompt_len)
+    return _PrefillPart(part_seqs, num_micro_batches, is_cut & how.overlap, prompts)
 
 
 def _joined(parts: Sequence[Points]) -> Points:

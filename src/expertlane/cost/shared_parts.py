@@ -18,10 +18,9 @@ from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import LIKELY, Execution, Terms, kernels_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import Profile
-from expertlane.cost.laws.times import Times
 from expertlane.cost.multi_token import projection_steps
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.pricing import forwarding_hops, law_dtype
+from expertlane.cost.pricing import forwarded_times, operation_times
 from expertlane.cost.step.attention import attention_steps
 from expertlane.cost.step.batch_sizes import Scenarios
 from expertlane.cost.step.counts import StageMesh
@@ -36,10 +35,8 @@ from expertlane.cost.step.layer import (
     shared_expert_steps,
 )
 from expertlane.cost.step.operation import (
-    SIZES,
     Floats,
     Ints,
-    Kind,
     OneOfGroup,
     Operation,
     RankGroups,
@@ -355,9 +352,16 @@ def price(
 ) -> list[Floats]:
     """Prices of each list of steps, [rows, S], in order."""
     links = LinkModel(profile)
-    times = _operation_times(DeviceModel(profile), types, lists) | _transfer_times(links, lists)
+    steps = [(step, each.size) for each in lists for step in each.steps]
+    operations = [(step, size) for step, size in steps if isinstance(step, Operation)]
+    transfers = [step for step, _ in steps if isinstance(step, Transfer)]
+    of_operations = operation_times(DeviceModel(profile), types, operations)
+    times = {id(step): each for (step, _), each in zip(operations, of_operations, strict=True)}
+    times |= zip(map(id, transfers), links.times_of(transfers), strict=True)
     priced = []
     for of_list in lists:
+        moved = [step for step in of_list.steps if isinstance(step, Transfer)]
+        times |= forwarded_times(links, moved)
         total = np.zeros((_NUM_ROWS, of_list.size))
         for step in of_list.steps:
             seconds = times[id(step)].bounds
@@ -365,49 +369,9 @@ def price(
                 total[COMPUTE] += seconds
             else:
                 total[MOVED] += seconds
-                share = links.contention_of_one(step, of_list.mesh.size)
-                total[SLOWED] += seconds[LIKELY] * share
+                total[SLOWED] += seconds[LIKELY] * links.contention(step, of_list.mesh.size)
             total[LAUNCHES] += step.num_kernels
             if terms.execution is Execution.SERIAL:
                 total[IN_SERIES] += terms.overhead_s(step)[:, None]
         priced.append(total)
     return priced
-
-
-def _operation_times(
-    device: DeviceModel, types: NumberTypes, lists: Sequence[ExpectedStepList]
-) -> dict[int, Times]:
-    """Times by the id of an operation; the operations of one law are priced at once."""
-    alike: defaultdict[tuple[Kind, str], list[tuple[Operation, int]]] = defaultdict(list)
-    for of_list in lists:
-        for step in of_list.steps:
-            if isinstance(step, Operation):
-                alike[step.kind, law_dtype(types, step)].append((step, of_list.size))
-    found = {}
-    for (kind, dtype), operations in alike.items():
-        sizes = {
-            name: np.concatenate([_of_all(each.sizes[name], n) for each, n in operations])
-            for name in SIZES[kind]
-        }
-        whole = device.times(kind, dtype, sizes)
-        end = 0
-        for operation, num in operations:
-            begin, end = end, end + num
-            found[id(operation)] = whole.part(slice(begin, end))
-    return found
-
-
-def _of_all(size: Floats | float, num: int) -> Floats:
-    return size if isinstance(size, np.ndarray) and len(size) == num else np.full(num, size)
-
-
-def _transfer_times(links: LinkModel, lists: Sequence[ExpectedStepList]) -> dict[int, Times]:
-    """Times by the id of a transfer; both hops of a hierarchical dispatch together."""
-    by_list = [[step for step in of_list.steps if isinstance(step, Transfer)] for of_list in lists]
-    transfers = [transfer for of_list in by_list for transfer in of_list]
-    times = links.times_of(transfers)
-    found = {id(transfer): each for transfer, each in zip(transfers, times, strict=True)}
-    for of_list in by_list:
-        for between, inside in forwarding_hops(of_list):
-            found[id(between)], found[id(inside)] = links.forwarded(between, inside)
-    return found

@@ -41,7 +41,6 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.times import Basis, Times, where
@@ -218,38 +217,29 @@ class LinkModel:
         carried[link] = max(sent_bytes.max(initial=0), received_bytes.max(initial=0))
         return where(carried.sum(axis=0) > 0, self._send(carried), _nothing(1))
 
-    def contention(self, transfer: Transfer) -> Term:
-        """The share by which compute slows while the transfer runs beside it."""
-        load, plain = transfer.load, self._contention(transfer.kind)
-        low_latency = self._low_latency_contention(transfer, load.group_size.size)
-        return low_latency[1] if low_latency is not None and low_latency[0].all() else plain
+    def contention(self, transfer: Transfer, num_ranks: int) -> Floats | float:
+        """Share by which compute slows beside the transfer: [A], or one number for all.
 
-    def contention_of_one(self, transfer: Transfer, num_ranks: int) -> Floats | float:
-        """The likely share, [S], of a transfer of the rank that stands for all of a stage's."""
-        plain = self._contention(transfer.kind).value
-        low_latency = self._low_latency_contention(transfer, num_ranks)
-        if low_latency is None:
-            return plain
-        shares: Floats = np.where(low_latency[0], low_latency[1].value, plain)
-        return shares
+        Low-latency kernels, of all-to-alls over nodes among all ranks of a stage, have their own.
 
-    def _low_latency_contention(
-        self, transfer: Transfer, num_ranks: int
-    ) -> tuple[npt.NDArray[np.bool_], Term] | None:
-        """Ranks of a stage-wide all-to-all over nodes with low-latency kernels; its contention."""
+        Args:
+            num_ranks: ranks of the stage.
+        """
+        plain = self._contention(transfer.kind)
         name = f"{_DISPATCHING.get(transfer.stage)}.low_latency.inter_node"
         law, load = self._profile.surfaces.get(name), transfer.load
         if transfer.kind is not TransferKind.ALL_TO_ALL or law is None:
-            return None
+            return plain
         if not ((load.num_nodes > 1).any() and (load.group_size == num_ranks).all()):
-            return None
+            return plain
         nic = np.maximum(load.out_bytes, load.in_bytes)[Link.INTER_NODE]
-        return nic <= law.axes["bytes"][-1], self._contention("low_latency")
+        is_low_latency = nic <= law.axes["bytes"][-1]
+        return np.where(is_low_latency, self._contention("low_latency"), plain)
 
-    def _contention(self, name: str) -> Term:
+    def _contention(self, name: str) -> float:
         term = term_of(self._profile, f"contention.{name}")
         assert term is not None
-        return term
+        return term.value
 
     def _inside(self, kind: TransferKind, stage: Stage, load: LinkLoad, carried: Floats) -> Times:
         """Groups inside one node."""
