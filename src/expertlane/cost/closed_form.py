@@ -348,7 +348,8 @@ class ManySteps:
             np.broadcast_to(np.asarray(each, dtype=np.int64), num_seqs.shape)
             for each in (num_new, num_cached, num_drafts)
         )
-        return Points(self._shape[structure], num_seqs, new, cached, stage_seqs, drafts)
+        tp, dp, shape = (each[structure] for each in (self.tp, self.dp, self._shape))
+        return Points(tp, num_seqs, new, cached, stage_seqs, drafts, dp, shape=shape)
 
     @cached_property
     def _prefill_parts(self) -> dict[Pipelining, _PrefillPart]:
@@ -394,8 +395,9 @@ def _prefill_part(
 
 def _joined(parts: Sequence[Points]) -> Points:
     """The points of several, one after the other."""
+    names = [each.name for each in fields(Points)]
     return Points(
-        *(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Points))
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     )
 
 

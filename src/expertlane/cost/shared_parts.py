@@ -70,26 +70,14 @@ class Shape(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Points:
-    """P scenarios of some shapes; [P] each.
+class Points(Scenarios):
+    """P scenarios of some shapes; all attributes are [P].
 
     Attributes:
         shape: number from `SharedParts.add`.
-        num_seqs, num_new, num_cached, stage_seqs, num_drafts: as in `Scenarios`.
     """
 
-    shape: Ints
-    num_seqs: Ints
-    num_new: Ints
-    num_cached: Ints
-    stage_seqs: Ints
-    num_drafts: Ints
-
-    def further(self) -> "Points":
-        """Points of one more drafting pass, as `Scenarios.further`."""
-        one, none = np.ones_like(self.num_new), np.zeros_like(self.num_drafts)
-        cached = self.num_cached + self.num_new
-        return Points(self.shape, self.num_seqs, one, cached, self.stage_seqs, none)
+    shape: Ints = field(kw_only=True)
 
 
 @dataclass(eq=False)
@@ -151,7 +139,7 @@ class SharedParts:
         self._row_bytes = model.hidden_size * types.activation_bytes
         self._own, self._experts = _Column(), _Column()
         self._ones: dict[tuple[int, int], OneOfGroup] = {}
-        self._num_shapes = 0
+        self._keeps_all: list[bool] = []  # by shape
         layers = range(model.num_hidden_layers)
         self._windows = list(dict.fromkeys(map(model.window_of_layer, layers)))
         self._has_dense = any(map(model.is_dense, layers))
@@ -166,25 +154,15 @@ class SharedParts:
         self._own.add((layout.tp, layout.dcp, keeps_all, *groups), shape)
         sizes = layout.ep, layout.stage_size
         self._experts.add((*sizes, shape.form, shape.payload, keeps_all, fan_out), shape)
-        self._num_shapes += 1
-        return self._num_shapes - 1
+        self._keeps_all.append(keeps_all)
+        return len(self._keeps_all) - 1
 
     def price(self, points: Points) -> PricedPoints:
         """All parts of all points."""
         own_key = np.array(self._own.of_shape)[points.shape]
         experts_key = np.array(self._experts.of_shape)[points.shape]
-        tp, dp, does_keep = self._sizes()
-        keeps_all = does_keep[points.shape]
-        scenarios = Scenarios(
-            tp[points.shape],
-            points.num_seqs,
-            points.num_new,
-            points.num_cached,
-            points.stage_seqs,
-            points.num_drafts,
-            dp[points.shape],
-        )
-        is_normed = keeps_all & (scenarios.tokens * self._row_bytes <= self._kernels.normed_bytes)
+        keeps_all = np.array(self._keeps_all)[points.shape]
+        is_normed = keeps_all & (points.tokens * self._row_bytes <= self._kernels.normed_bytes)
         of_own: list[_AnyColumn] = [
             own_key,
             is_normed,
@@ -195,13 +173,13 @@ class SharedParts:
             points.num_cached,
         ]
         firsts, own = _distinct(of_own)
-        rows = np.where(keeps_all, scenarios.tokens, scenarios.owned)
+        rows = np.where(keeps_all, points.tokens, points.owned)
         length = points.num_new if self._are_alike else np.ones_like(points.num_new)
         of_experts: list[_AnyColumn] = [
             experts_key,
             is_normed,
             rows,
-            scenarios.stage_tokens,
+            points.stage_tokens,
             length,
         ]
         lists = self._own_lists([each[firsts] for each in of_own])
@@ -238,19 +216,6 @@ class SharedParts:
     def _are_alike(self) -> bool:
         """True if tokens of one sequence choose similar experts."""
         return any(len(each.fan_out.of_prompts) > 0 for each in self._experts.firsts)
-
-    def _sizes(self) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
-        """`tp`, `dp`, and whether ranks keep all tokens, by shape."""
-        of_own = [
-            (
-                each.mesh.layout.tp,
-                self._kernels.keeps_all(each.mesh.layout, each.form),
-            )
-            for each in self._own.firsts
-        ]
-        tp, keeps_all = np.array(of_own)[self._own.of_shape].T
-        sizes = np.array([each.mesh.size for each in self._experts.firsts])
-        return tp, sizes[self._experts.of_shape] // tp, keeps_all.astype(np.bool_)
 
     def _one_of(self, mesh: StageMesh, size: int) -> OneOfGroup:
         """The rank that stands for all, in groups of `size` consecutive ranks."""
