@@ -406,18 +406,20 @@ def rank_events(times: StepTimes) -> dict[tuple[int, int], RankEvents]:
 
 def _of_rank(of_stage: list[Event], place: int, begin_s: float, start_s: float) -> RankEvents:
     kept = [each for each in of_stage if each.end_s[place] > each.begin_s[place]]
-
-    def ints(values: list[int]) -> Ints:
-        return np.array(values, dtype=np.int64)
-
-    return RankEvents(
-        start_s=start_s,
-        track=ints([_TRACKS.index(each.track) for each in kept]),
-        stage=ints([each.stage for each in kept]),
-        layer=ints([each.layer for each in kept]),
-        micro_batch=ints([each.micro_batch for each in kept]),
-        begin_s=np.array([each.begin_s[place] for each in kept]) - begin_s,
-        end_s=np.array([each.end_s[place] for each in kept]) - begin_s,
-        flops=ints([int(each.flops[place]) for each in kept]),
-        num_bytes=ints([int(each.num_bytes[place]) for each in kept]),
+    counts = [
+        (
+            _TRACKS.index(each.track),
+            each.stage,
+            each.layer,
+            each.micro_batch,
+            int(each.flops[place]),
+            int(each.num_bytes[place]),
+        )
+        for each in kept
+    ]
+    track, stage, layer, micro_batch, flops, num_bytes = (
+        np.array(counts, dtype=np.int64).reshape(-1, 6).T
     )
+    moments = np.array([(each.begin_s[place], each.end_s[place]) for each in kept])
+    begins_s, ends_s = moments.reshape(-1, 2).T - begin_s
+    return RankEvents(start_s, track, stage, layer, micro_batch, begins_s, ends_s, flops, num_bytes)

@@ -19,7 +19,7 @@ from expertlane.cost.compute_laws import ComputeLaws, Item, StageOperations
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Terms
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import Profile
-from expertlane.cost.laws.times import Basis, Times
+from expertlane.cost.laws.times import Times, no_time
 from expertlane.cost.pricing import Entry, forwarded_times, transfer_entry
 from expertlane.cost.replay import RecordedStep
 from expertlane.cost.step.operation import (
@@ -158,7 +158,7 @@ class _ScaledLinks:
 
     def times(self, transfer: Transfer) -> Times:
         if self._model is None:
-            return _no_time(len(transfer.load.group_size))
+            return no_time(len(transfer.load.group_size))
         return self._scaled(self._model.times(self._larger(transfer)))
 
     def forwarded(self, between: Transfer, inside: Transfer) -> tuple[Times, Times]:
@@ -169,7 +169,7 @@ class _ScaledLinks:
 
     def hand_over(self, hand_over: HandOver) -> Times:
         if self._model is None:
-            return _no_time(len(hand_over.sent_bytes))
+            return no_time(len(hand_over.sent_bytes))
         sent_bytes: Floats = hand_over.sent_bytes * np.float64(self._byte_scale)
         return self._scaled(self._model.hand_over(replace(hand_over, sent_bytes=sent_bytes)))
 
@@ -186,11 +186,6 @@ class _ScaledLinks:
 
     def _scaled(self, times: Times) -> Times:
         return replace(times, bounds=self._scales * times.seconds)
-
-
-def _no_time(num_ranks: int) -> Times:
-    none = np.zeros((len(BOUNDS), num_ranks))
-    return Times(none, Basis.MEASURED, np.zeros(num_ranks, dtype=np.bool_))
 
 
 @dataclass(eq=False)

@@ -69,6 +69,11 @@ class Times:
         return Times(self.bounds[:, ranks], self.basis, is_extrapolated, self.wider)
 
 
+def no_time(num_ranks: int) -> Times:
+    """Of what takes none, [R] zeros."""
+    return Times(np.zeros((3, num_ranks)), Basis.MEASURED, np.zeros(num_ranks, dtype=np.bool_))
+
+
 def where(first: npt.NDArray[np.bool_], a: Times, b: Times) -> Times:
     """`a` on the ranks of `first`, `b` on the others."""
     if first.all():
