@@ -77,6 +77,7 @@ class Points(Scenarios):
         shape: number from `SharedParts.add`.
     """
 
+    num_drafts: Ints
     shape: Ints = field(kw_only=True)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -331,7 +331,7 @@ class Scenarios:
     num_drafts: int | Ints = 0
     dp: int | Ints = 1
 
-    def further(self) -> "Scenarios":
+    def further(self) -> Self:
         """The scenarios of one more drafting pass: one token each, those before it cached."""
         one = np.ones_like(self.num_new)
         cached = self.num_cached + self.num_new
