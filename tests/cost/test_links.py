@@ -80,11 +80,6 @@ def test_inside_a_node_floor_and_bytes() -> None:
     assert not times.is_extrapolated.any()
 
 
-def test_no_bytes_take_the_floor() -> None:
-    times = LinkModel(profile()).times(transfer(TransferKind.ALL_GATHER, evenly(4, 0), [0] * 4))
-    assert times.seconds == pytest.approx([10e-6] * 4, rel=1e-3)
-
-
 def test_floor_grows_with_peers_and_nodes() -> None:
     made = profile()
     terms = {

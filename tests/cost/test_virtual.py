@@ -146,13 +146,6 @@ def test_a_rank_without_tokens(is_empty):
     assert step.records[1].blocked_s.sum() == (1.0 if is_empty else 9.0)
 
 
-def test_ranks_that_do_nothing():
-    ranks = logs(2)
-    for rank in ranks:
-        rank.compute(0.0)
-    assert end_s("dp=2,ep=2", ranks) == 0.0
-
-
 def halves(ranks, *, bytes_sent, before=4.0, after=4.0):
     """Two interleaved halves of one exchange each."""
     for rank in ranks:
@@ -167,22 +160,12 @@ def halves(ranks, *, bytes_sent, before=4.0, after=4.0):
     return ranks
 
 
-def test_overlap_hides_a_short_transfer():
-    assert end_s("dp=2,ep=2", halves(logs(2), bytes_sent=2)) == 16.0  # 3 s each, all hidden
-    assert end_s("dp=2,ep=2", halves(logs(2), bytes_sent=3)) == 16.0
-
-
 def test_overlap_hides_part_of_a_long_transfer():
     # 6 s each: from 4 to 10 and, behind it, from 10 to 16.
     step = replay("dp=2,ep=2", halves(logs(2), bytes_sent=5))
     assert step.finished_s == 20.0
     assert step.records[0].blocked_s.sum() == 2 + 2
     assert step.records[0].transfers_s.tolist() == [12.0, 4.0]
-
-
-def test_overlap_hides_nothing_where_nothing_computes_beside():
-    ranks = halves(logs(2), bytes_sent=5, before=0.0, after=0.0)
-    assert end_s("dp=2,ep=2", ranks) == 6 + 6
 
 
 @settings(max_examples=100, deadline=None)
