@@ -384,28 +384,25 @@ def transfer(first_ranks, half, stage):
 
 @pytest.mark.parametrize("num_halves", [1, 2])
 @pytest.mark.parametrize(
-    ("stage", "hops"), [(Stage.DISPATCH, (BETWEEN, INSIDE)), (Stage.COMBINE, (INSIDE, BETWEEN))]
+    ("stage", "hops"),
+    [
+        (Stage.DISPATCH, (BETWEEN, INSIDE)),
+        (Stage.COMBINE, (INSIDE, BETWEEN)),
+        (Stage.DISPATCH, (ALL,)),
+    ],
 )
 def test_both_hops_of_a_half_are_priced_together(num_halves, stage, hops):
+    """And flat dispatch is no hop of another half's."""
     profile = read_profile("h100")
     model = LinkModel(profile)
     expected = 0.0
     for half in range(num_halves):
-        pair = model.forwarded(transfer(BETWEEN, half, stage), transfer(INSIDE, half, stage))
-        expected += sum(each.seconds.max() for each in pair)
+        pair = [transfer(hop, half, stage) for hop in (BETWEEN, INSIDE)]
+        flat = [model.times(transfer(ALL, half, stage))]
+        expected += sum(
+            each.seconds.max() for each in (flat if len(hops) == 1 else model.forwarded(*pair))
+        )
     found = end_s("dp=4,ep=4", two_nodes(num_halves, stage, hops), links=profile, ranks_per_node=2)
-    assert found == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("num_halves", [1, 2])
-def test_flat_dispatch_is_no_hop_of_another_half_s(num_halves):
-    profile = read_profile("h100")
-    model = LinkModel(profile)
-    stage = Stage.DISPATCH
-    expected = sum(
-        model.times(transfer(ALL, half, stage)).seconds.max() for half in range(num_halves)
-    )
-    found = end_s("dp=4,ep=4", two_nodes(num_halves, stage, [ALL]), links=profile, ranks_per_node=2)
     assert found == pytest.approx(expected)
 
 
