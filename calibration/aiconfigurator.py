@@ -1,40 +1,33 @@
 """What NVIDIA's aiconfigurator-core 0.12 itself projects of deployments that others measured.
 
-python calibration/aiconfigurator.py FILE        its errors of TPOT and TTFT
-python calibration/aiconfigurator.py FILE --step-tokens 8192    of prompts, in a step of one pool
+`beside.py` asks it. Rows have the columns of aiconfigurator-core's `silicon_sample.csv`, and
+`split_layout` and `split_concurrency`. Nothing is fitted: each row is asked of the package as
+`estimate` of its command line asks (aiconfigurator 0.12, `cli/api.py`, which the package does not
+bring), with the defaults of that command. Types of numbers are those of the row's columns; where
+the package refuses them, those that it finds in the checkpoint, if they are of the row's precision.
+Tables are of the row's version where the package lets it be asked for, and else of its version by
+default.
 
-FILE: rows in the columns of aiconfigurator-core's `silicon_sample.csv`, and `split_layout` and
-`split_concurrency`. Nothing is fitted: each row is asked of the package as `estimate` of its
-command line asks (aiconfigurator 0.12, `cli/api.py`, which the package does not bring), with the
-defaults of that command. Types of numbers are those of the row's columns; where the package refuses
-them, those that it finds in the checkpoint, if they are of the row's precision. Tables are of the
-row's version where the package lets it be asked for, and else of its version by default.
-
-- One pool: `run_agg`, with one prompt's tokens in each mixed step, unless others are asked for.
+- One pool: `run_agg`, with one prompt's tokens in each mixed step.
 - Two pools: `run_static` of a worker that prefills and of one that decodes, in its command's
   scales; TTFT is a worker's time for its batch of prompts (the row's, or 1), in its command's
   factor. Requests of the load are shared out evenly to ranks that decode.
 
-Prints Markdown. Answers stay in build/aiconfigurator.jsonl; delete it where the package changes.
+Answers stay in build/aiconfigurator.jsonl; delete it where the package changes.
 """
 
-import argparse
 import csv
-import importlib.util
 import json
 import logging
 import math
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 _ANSWERS = Path("build/aiconfigurator.jsonl")
 # As aiconfigurator 0.12 has them in its command `estimate`: of times, and of TTFT after that.
@@ -97,12 +90,8 @@ class _Served:
     experts: str
 
 
-def predict(row: Mapping[str, str], step_tokens: int | None = None) -> Prediction:
-    """The package's prediction of a row, or why it has none.
-
-    Args:
-        step_tokens: of prompts in each mixed step of one pool, at most; its default is one prompt.
-    """
+def predict(row: Mapping[str, str]) -> Prediction:
+    """The package's prediction of a row, or why it has none."""
     begin = time.process_time()
     served = _Served(row["system"], row["backend"], "", row["model_path"], "", "")
     try:
@@ -110,18 +99,18 @@ def predict(row: Mapping[str, str], step_tokens: int | None = None) -> Predictio
         served = replace(served, version=version)
         is_own = _precision(served.model) == row["precision"]
         types = {"gemm": row["gemm_quant_mode"], "experts": row["moe_quant_mode"]}
-        found = _of_types(row, replace(served, **types), step_tokens)
+        found = _of_types(row, replace(served, **types))
         if found.refused and is_own:
-            found = replace(_of_types(row, served, step_tokens), types="checkpoint")
+            found = replace(_of_types(row, served), types="checkpoint")
     except Refused as error:
         found = Prediction(version=served.version, refused=str(error))
     return replace(found, seconds=time.process_time() - begin)
 
 
-def _of_types(row: Mapping[str, str], served: _Served, step_tokens: int | None) -> Prediction:
+def _of_types(row: Mapping[str, str], served: _Served) -> Prediction:
     """The prediction with these types of numbers, or why there is none."""
     try:
-        ttft_ms, tpot_ms = _projected_ms(row, served, step_tokens)
+        ttft_ms, tpot_ms = _projected_ms(row, served)
     except (Refused, ValueError, RuntimeError, LookupError) as error:
         package = Path(_sdk("common").__file__).parents[1]
         reason = " ".join(str(error).split()).replace(f"{package}/", "")
@@ -129,9 +118,7 @@ def _of_types(row: Mapping[str, str], served: _Served, step_tokens: int | None) 
     return Prediction(ttft_ms / 1e3, tpot_ms / 1e3, served.version)
 
 
-def _projected_ms(
-    row: Mapping[str, str], served: _Served, step_tokens: int | None
-) -> tuple[float, float]:
+def _projected_ms(row: Mapping[str, str], served: _Served) -> tuple[float, float]:
     """TTFT and TPOT.
 
     Raises:
@@ -141,8 +128,7 @@ def _projected_ms(
     lengths = {"isl": int(row["isl"]), "osl": int(row["osl"])}
     if len(pools) == 1:
         batch = pools[0].requests_of_rank(requests)
-        step = min(step_tokens or lengths["isl"], lengths["isl"] * batch)
-        return _in_one_pool(served, pools[0], lengths, (batch, step))
+        return _in_one_pool(served, pools[0], lengths, batch)
     prompts = int(row["prefill_batch_size"] or 1)
     return _in_two_pools(served, pools, lengths, (prompts, requests))
 
@@ -186,20 +172,19 @@ def pools_of(layout: str) -> list[Workers]:
 
 
 def _in_one_pool(
-    served: _Served, pool: Workers, lengths: Mapping[str, int], step: tuple[int, int]
+    served: _Served, pool: Workers, lengths: Mapping[str, int], batch: int
 ) -> tuple[float, float]:
     """TTFT and TPOT in milliseconds, of prompts and generated tokens in the same steps.
 
     Args:
-        step: requests of a rank, and tokens of prompts in a mixed step.
+        batch: requests of a rank.
     """
     model, database = _model(served, pool, "agg")
-    batch, tokens = step
     summary = _backend(served).run_agg(
         model,
         database,
         _sdk("config").RuntimeConfig(batch_size=batch, **lengths),
-        ctx_tokens=tokens,
+        ctx_tokens=lengths["isl"],
         decode_tokens_per_iteration=1.0,
     )
     # Keys and values beyond the room for them only warn here, as in its command.
@@ -362,82 +347,29 @@ def _sdk(name: str) -> Any:
     return import_module(f"aiconfigurator_core.sdk.{name}")
 
 
-def main() -> int:
-    """Predict, write and compare."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--step-tokens", type=int, help="of prompts in one pool's mixed steps")
-    asked = parser.parse_args()
-    if importlib.util.find_spec("aiconfigurator_core") is None:
-        print("install the tables first: pip install '.[calibration]'", file=sys.stderr)
-        return 2
-    rows = read(asked.file)
-    print("\n".join(table(rows, answers(rows, asked.step_tokens))))
-    return 0
-
-
 def read(path: Path) -> list[dict[str, str]]:
     """Rows of the list."""
     with path.open(encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
-def answers(rows: Sequence[Mapping[str, str]], step_tokens: int | None = None) -> list[Prediction]:
+def answers(rows: Sequence[Mapping[str, str]]) -> list[Prediction]:
     """[rows]; from the file where they are in it, what is new is added to it at once."""
-    known: dict[tuple[str, int | None], Prediction] = {}
+    known: dict[str, Prediction] = {}
     if _ANSWERS.exists():
         for line in _ANSWERS.read_text(encoding="utf-8").splitlines():
             fields = json.loads(line)
-            key = fields.pop("id"), fields.pop("step_tokens")
-            known[key] = Prediction(**fields)
+            known[fields.pop("id")] = Prediction(**fields)
     _ANSWERS.parent.mkdir(exist_ok=True)
     found = []
     with _ANSWERS.open("a", encoding="utf-8") as file:
         for place, row in enumerate(rows, 1):
-            answer = known.get((row["id"], step_tokens))
+            answer = known.get(row["id"])
             if answer is None:
-                answer = predict(row, step_tokens)
-                key = {"id": row["id"], "step_tokens": step_tokens}
-                file.write(json.dumps({**key, **asdict(answer)}) + "\n")
+                answer = predict(row)
+                file.write(json.dumps({"id": row["id"], **asdict(answer)}) + "\n")
                 file.flush()
                 print(f"\r{place} of {len(rows)} rows ", end="", file=sys.stderr)
             found.append(answer)
     print(file=sys.stderr)
     return found
-
-
-def table(rows: Sequence[Mapping[str, str]], found: Sequence[Prediction]) -> list[str]:
-    """Lines of Markdown: errors are projected over measured − 1, in the median."""
-    groups: defaultdict[tuple[str, ...], list[tuple[Mapping[str, str], Prediction]]]
-    groups = defaultdict(list)
-    for row, each in zip(rows, found, strict=True):
-        card = row["system"].removesuffix("_sxm")
-        groups[row["split_family"], card, row["backend"]].append((row, each))
-        groups["all", "", "one pool" if row["mode"] == "agg" else "two pools"].append((row, each))
-    lines = [
-        "| model | card | backend | rows | refused | TPOT, median | absolute | TTFT, median "
-        "| absolute |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for group, pairs in sorted(groups.items(), key=lambda item: (item[0][0] == "all", item[0])):
-        refused = sum(bool(each.refused) for _, each in pairs)
-        cells = [*group, str(len(pairs) - refused), str(refused), *_errors(pairs)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
-
-
-def _errors(pairs: Sequence[tuple[Mapping[str, str], Prediction]]) -> list[str]:
-    """Of TPOT and TTFT: the median, and the median of sizes."""
-    cells = []
-    for what in ("tpot", "ttft"):
-        values = [(row[f"silicon_{what}_ms"], getattr(each, f"{what}_s")) for row, each in pairs]
-        errors = np.array([1e3 * x / float(ms) - 1 for ms, x in values if x is not None])
-        if not errors.size:
-            cells += ["", ""]
-            continue
-        cells += [f"{np.median(errors):+.0%}", f"{np.median(np.abs(errors)):.0%}"]
-    return cells
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -133,6 +133,7 @@ def played_points(rows: Sequence[Row], sides: Sides, jobs: int) -> Played:
 def _played(row: Row, priced: Priced, tokens: float) -> tuple[Times, float]:
     """What a row's client sees, and seconds of CPU that this took."""
     begin = time.process_time()
+    assert priced.steps is not None, "refused rows are not played"
     seen = play(row, priced.steps, scheduling_of(row), tokens)
     average = np.mean if row.has_means else np.median
     replicas = row.decode.num if row.prefill is None else 1

@@ -1,6 +1,9 @@
-"""Which tables the laws of computation are fitted to, and over which knots."""
+"""Which tables the laws of computation are fitted to, and over which knots.
 
-from collections.abc import Callable
+What a card's tables lack is taken over from another card's, as a bound (`sheet.CARDS`).
+"""
+
+from collections.abc import Mapping, Sequence
 
 from compute import Law, Source, fit_law
 from law_rows import (
@@ -16,7 +19,6 @@ from law_rows import (
     prefill_rows,
     scaling_rows,
 )
-from laws_of_others import laws_of_others
 from quality import Fitted
 from sheet import Card, Generation
 
@@ -24,193 +26,171 @@ from expertlane.cost.step.operation import Kind
 
 _TRTLLM = "trtllm/1.3.0rc20"
 _VLLM, _SGLANG = "vllm/0.24.0", "sglang/0.5.14"
-# What vLLM chooses; on Blackwell another kernel computes the fewest prompts.
-_ATTENTION_KERNELS = {
-    Generation.HOPPER: ("vllm_flash_attn_fa3",),
-    Generation.BLACKWELL: ("vllm_flashinfer_trtllmprefill", "vllm_flashinfer_trtllmdecode"),
-}
-_ATTENTION_NAMES = {
-    Generation.HOPPER: "FlashAttention 3",
-    Generation.BLACKWELL: "TensorRT-LLM's kernels in FlashInfer",
-}
-# Decode on Hopper is SGLang's: of vLLM's kernels the one for heads of 512 takes 2 µs a sequence and
-# kv head however short contexts are, and no layer of more than 8 kv heads was timed.
-_HOPPERS_DECODE = ("fa3", "triton")  # Triton for heads of 512 alone
-
-
-def _attention_rows(kernels: tuple[str, ...], cache: str) -> dict[str, object]:
-    return {"kernel_source": kernels, "window_size": 0, "kv_cache_dtype": cache}
-
-
-def _prefill(card: Card, cache: str) -> Source:
-    path = ATTENTION.format(card.folder, _VLLM, "context")
-    return prefill_rows(path, _attention_rows(_ATTENTION_KERNELS[card.generation], cache))
-
-
-def _decode(card: Card, cache: str) -> Source:
-    engine, kernels = _VLLM, _ATTENTION_KERNELS[card.generation]
-    if card.generation is Generation.HOPPER:
-        engine, kernels = _SGLANG, _HOPPERS_DECODE
-    path = ATTENTION.format(card.folder, engine, "generation")
-    return decode_rows(path, _attention_rows(kernels, cache))
-
-
-def _latent_decode(card: Card, cache: str) -> Source:
-    return latent_decode_rows(f"{card.folder}/mla/{_TRTLLM}/generation_mla_perf.parquet", cache)
-
-
-def _latent_prefills(card: Card, cache: str) -> tuple[Source, ...]:
-    """In the latent too where a framework does so: none on Blackwell, by the tables' times."""
-    path = f"{card.folder}/mla/{{}}/context_mla_perf.parquet"
-    widened = latent_prefill_rows(path.format(_TRTLLM), cache, WIDENED)
-    if card.generation is Generation.BLACKWELL:
-        return (widened,)
-    return latent_prefill_rows(path.format("sglang/0.5.14"), cache, LATENT), widened
-
-
+_LINEAR = "torch.nn.functional.linear (cuBLAS)"
+_BY_BLOCK = "TensorRT-LLM, scales by block"
+# Kernels of experts.
+_CUTLASS, _TRITON = "moe_torch_flow_cutlass", "sglang_fused_moe_triton"
+_MARLIN, _FLASHINFER = "sglang_marlin_moe", "sglang_flashinfer_trtllm_moe"
+_OF_CUTLASS = "CUTLASS grouped GEMM with routing around"
+_OF_TRITON = "SGLang's fused kernel in Triton with routing around"
+_OF_MARLIN = "Marlin's grouped GEMM with routing around, scales by 32, balanced"
+_OF_FLASHINFER = "TensorRT-LLM's grouped GEMM in FlashInfer"
+# By a cache's type, its name in the tables and what is said of it.
+_CACHES = (("bfloat16", "bfloat16", ""), ("float8", "fp8", ", float8 cache"))
+# Ranks that the experts were spread over. Beyond 64, time goes to tokens of other ranks, which a
+# dispatch does not bring. In the tables of Triton and Marlin it always does: of 8,192 tokens an
+# eighth of the experts takes 0.2 to 1.0 times as long as all of them, and 0.13 in those of CUTLASS.
+_OF_ONE_RANK, _UP_TO_64 = (1,), (1, 2, 4, 8, 16, 32, 64)
+# Columns by which rows are left out together: of all models, of one or two, or of one alone.
+_BY_MODEL = ("hidden_size", "inter_size", "topk", "num_experts")
+_BY_LAYOUT, _BY_CUT = ("num_experts", "moe_tp_size", "moe_ep_size"), ("moe_tp_size", "moe_ep_size")
+# Of models with gated experts; the tables of Triton have others too.
+_GATED = (512, 704, 768, 1024, 1536, 2048, 2560, 3072, 8192, 14336, 16384)
 # Sizes of the experts of DeepSeek-V3, cut by tensor parallelism; Kimi-K2's are the same.
 _OF_DEEPSEEK = {"hidden": (7168,), "inner": (16, 64, 128, 256, 512, 1024, 2048)}
-# Beyond, time goes to tokens of other ranks, which a dispatch does not bring.
-_UP_TO_64 = (1, 2, 4, 8, 16, 32, 64)
 
 
-def _trtllm_experts(card: Card, kernel: str, dtype: str) -> Source:
-    where = {"kernel_source": kernel, "moe_dtype": dtype, "moe_ep_size": _UP_TO_64}
-    path = f"{card.folder}/moe/{_TRTLLM}/moe_perf.parquet"
-    if "mxfp4" in dtype:  # of two models alone, gpt-oss, so whole layouts of them are left out
-        return expert_rows(path, where, ("num_experts", "moe_tp_size", "moe_ep_size"))
-    return expert_rows(path, where)
+def fit_computation(card: Card, with_judging: bool) -> Fitted:
+    """All laws of computation of a card."""
+    fitted = Fitted()
+    for law in laws_of(card):
+        surface, quality = fit_law(law, card.sheet, with_judging)
+        fitted.surfaces[law.name] = surface
+        fitted.qualities.append(quality)
+    return fitted
 
 
-def _laws_of_products(card: Card) -> list[Law]:
-    axes, is_hopper = axes_of(card.generation), card.generation is Generation.HOPPER
-    grouped = "CUTLASS" if is_hopper else "DeepGEMM"
-    of_trtllm = f"{card.folder}/gemm/{_TRTLLM}/gemm_perf.parquet"
-    of_vllm = f"{card.folder}/gemm/vllm/0.24.0/gemm_perf.parquet"
-    gemms = [
-        (
-            "bfloat16",
-            gemm_rows(of_vllm, {"gemm_dtype": "bfloat16"}),
-            "torch.nn.functional.linear (cuBLAS)",
-        ),
-        (
-            "float8",
-            gemm_rows(of_trtllm, {"gemm_dtype": "fp8_block"}),
-            "TensorRT-LLM, scales by block",
-        ),
-    ]
-    cutlass, by_block = "moe_torch_flow_cutlass", "scales by block, balanced"
-    experts = [
-        ("bfloat16", cutlass, "bfloat16", "CUTLASS grouped GEMM with routing around, balanced", ""),
-        (
-            "float8",
-            cutlass if is_hopper else "deepgemm",
-            "fp8_block",
-            f"{grouped} grouped GEMM with routing around, {by_block}",
-            "",
-        ),
-        (
-            "mxfp4",
-            "moe_torch_flow",
-            "w4a16_mxfp4" if is_hopper else "w4a8_mxfp4_mxfp8",
-            f"TensorRT-LLM, {'bfloat16' if is_hopper else 'mxfp8'} activations, balanced",
-            "",
-        ),
-    ]
-    if not is_hopper:
-        where = {"gemm_dtype": "nvfp4"}
-        gemms.append(("nvfp4", gemm_rows(of_trtllm, where), "TensorRT-LLM, scales by 16"))
-        what = "grouped GEMM with routing around, scales by 16, balanced"
-        experts.append(("nvfp4", cutlass, "nvfp4", f"CUTLASS {what}", ""))
-        if card.has_min_latency:
-            kernel = "moe_torch_flow_min_latency"
-            experts.append(("nvfp4", kernel, "nvfp4", f"TensorRT-LLM's own {what}", "min_latency"))
-    return [
-        *(Law(Kind.GEMM, dtype, (rows,), axes["gemm"], what) for dtype, rows, what in gemms),
-        *(
-            Law(
-                Kind.EXPERTS,
-                dtype,
-                (_trtllm_experts(card, kernel, rows),),
-                axes["experts"],
-                what,
-                smoothness=1.0,
-                library=library,
-            )
-            for dtype, kernel, rows, what, library in experts
-        ),
-        *(_triton(card) if is_hopper else _flashinfer(card)),
-        _int4(card),
-        _deepgemm(card),
-    ]
+def laws_of(card: Card) -> list[Law]:
+    """Of all kinds and types that its tables have."""
+    match card.generation:
+        case Generation.HOPPER:
+            return [*_hopper(card), _memory(card), *_serving_attention(card)]
+        case Generation.BLACKWELL:
+            return [*_blackwell(card), _memory(card), *_serving_attention(card)]
+        case Generation.AMPERE:
+            return [*_ampere(card), *_latent(card, "1.0.0")]
+        case Generation.ADA:
+            laws = [*_ada(card), *_attention_with_windows(card), *_latent(card, "1.0.0")]
+        case Generation.RTX_BLACKWELL:
+            laws = [*_rtx_blackwell(card), *_attention_with_windows(card)]
+            laws += _latent(card, "1.3.0rc20")
+    return [*laws, _memory(card)]
 
 
-def _flashinfer(card: Card) -> list[Law]:
-    """What SGLang and vLLM run on Blackwell; far faster for few tokens than the others."""
-    kernel = {"kernel_source": "sglang_flashinfer_trtllm_moe", "moe_ep_size": _UP_TO_64}
-    path = f"{card.folder}/moe/sglang/0.5.14/moe_perf.parquet"
-    return [
-        Law(
-            Kind.EXPERTS,
-            dtype,
-            (expert_rows(path, {**kernel, "moe_dtype": rows}),),
-            axes_of(card.generation)["experts"],
-            f"TensorRT-LLM's grouped GEMM in FlashInfer with routing around, {scales}, balanced",
-            smoothness=1.0,
-            library="flashinfer",
-        )
-        for dtype, rows, scales in (
-            ("float8", "fp8_block", "scales by block"),
-            ("nvfp4", "nvfp4", "scales by 16"),
-        )
-    ]
+def _gemm(card: Card, dtype: str, engine: str, rows: str, what: str) -> Law:
+    path = f"{card.folder}/gemm/{engine}/gemm_perf.parquet"
+    source = gemm_rows(path, {"gemm_dtype": rows})
+    return Law(Kind.GEMM, dtype, (source,), axes_of(card.generation)["gemm"], what)
 
 
-def _triton(card: Card) -> list[Law]:
-    """What SGLang and vLLM run on Hopper; faster for few tokens than the others.
+def _experts(
+    card: Card,
+    dtype: str,
+    table: tuple[str, str, str],
+    what: str,
+    *,
+    library: str = "",
+    smoothness: float = 1.0,
+    shape: tuple[str, ...] = _BY_MODEL,
+    axes: Mapping[str, Sequence[float]] | None = None,
+    **where: object,
+) -> Law:
+    """Of an engine's table of experts, a kernel, and the type as it is called there.
+
+    Args:
+        where: further columns with the values of the rows that are meant.
+    """
+    engine, kernel, rows = table
+    path = f"{card.folder}/moe/{engine}/moe_perf.parquet"
+    of_kernel = {"kernel_source": kernel, "moe_dtype": rows, "moe_ep_size": _UP_TO_64}
+    return Law(
+        Kind.EXPERTS,
+        dtype,
+        (expert_rows(path, {**of_kernel, **where}, shape),),
+        {**axes_of(card.generation)["experts"], **(axes or {})},
+        what,
+        smoothness,
+        library,
+    )
+
+
+def _memory(card: Card) -> Law:
+    path = f"{card.folder}/quantize/{_TRTLLM}/scale_matrix_perf.parquet"
+    what = "rows read as bfloat16 and written as float8, small ones from the cache"
+    axes = axes_of(card.generation)["memory"]
+    return Law(Kind.MEMORY, "bfloat16", (scaling_rows(path),), axes, what)
+
+
+def _hopper(card: Card) -> list[Law]:
+    """Products and experts; SGLang and vLLM run Triton's, faster for few tokens than the others.
 
     DeepSeek's sizes, for which it was tuned, have a law of their own too: with those of all models
     TP 8 at 64 tokens would take 1.8 times as long as it was timed.
     """
-    path = f"{card.folder}/moe/sglang/0.5.14/moe_perf.parquet"
-    where: dict[str, object] = {
-        "kernel_source": "sglang_fused_moe_triton",
-        "moe_ep_size": _UP_TO_64,
-        "moe_dtype": "fp8_block",
-    }
+    cutlass, triton = f"{_OF_CUTLASS}, ", f"{_OF_TRITON}, scales by block, balanced"
+    of_triton = _SGLANG, _TRITON, "fp8_block"
     deepseek = {"hidden_size": 7168, "inter_size": 2048, "num_experts": 256, "topk": 8}
-    axes = axes_of(card.generation)["experts"]
-    what = "SGLang's fused kernel in Triton with routing around, scales by block, balanced"
-    all_rows = expert_rows(path, where)
-    rows = expert_rows(path, {**where, **deepseek}, shape=("moe_tp_size", "moe_ep_size"))
+    by_block = f"{cutlass}scales by block, balanced"
+    of_mxfp4 = "TensorRT-LLM, bfloat16 activations, balanced"
+    mxfp4 = _TRTLLM, "moe_torch_flow", "w4a16_mxfp4"
     return [
-        Law(Kind.EXPERTS, "float8", (all_rows,), axes, what, smoothness=1.0, library="triton"),
-        Law(
-            Kind.EXPERTS,
+        _gemm(card, "bfloat16", _VLLM, "bfloat16", _LINEAR),
+        _gemm(card, "float8", _TRTLLM, "fp8_block", _BY_BLOCK),
+        _experts(card, "bfloat16", (_TRTLLM, _CUTLASS, "bfloat16"), f"{cutlass}balanced"),
+        _experts(card, "float8", (_TRTLLM, _CUTLASS, "fp8_block"), by_block),
+        _experts(card, "mxfp4", mxfp4, of_mxfp4, shape=_BY_LAYOUT),
+        _experts(card, "float8", of_triton, triton, library="triton"),
+        _experts(
+            card,
             "float8",
-            (rows,),
-            {**axes, **_OF_DEEPSEEK},
-            f"{what}; DeepSeek-V3's sizes",
+            of_triton,
+            f"{triton}; DeepSeek-V3's sizes",
             library="triton_deepseek",
+            smoothness=0.3,
+            shape=_BY_CUT,
+            axes=_OF_DEEPSEEK,
+            **deepseek,
         ),
+        _int4(card, _MARLIN, "Marlin's grouped GEMM with routing around"),
+        _deepgemm(card),
     ]
 
 
-def _int4(card: Card) -> Law:
+def _blackwell(card: Card) -> list[Law]:
+    """Products and experts; SGLang and vLLM run FlashInfer's, far faster for few tokens."""
+    by_16 = "grouped GEMM with routing around, scales by 16, balanced"
+    by_block = "DeepGEMM grouped GEMM with routing around, scales by block, balanced"
+    mxfp4 = _TRTLLM, "moe_torch_flow", "w4a8_mxfp4_mxfp8"
+    laws = [
+        _gemm(card, "bfloat16", _VLLM, "bfloat16", _LINEAR),
+        _gemm(card, "float8", _TRTLLM, "fp8_block", _BY_BLOCK),
+        _gemm(card, "nvfp4", _TRTLLM, "nvfp4", "TensorRT-LLM, scales by 16"),
+        _experts(card, "bfloat16", (_TRTLLM, _CUTLASS, "bfloat16"), f"{_OF_CUTLASS}, balanced"),
+        _experts(card, "float8", (_TRTLLM, "deepgemm", "fp8_block"), by_block),
+        _experts(
+            card, "mxfp4", mxfp4, "TensorRT-LLM, mxfp8 activations, balanced", shape=_BY_LAYOUT
+        ),
+        _experts(card, "nvfp4", (_TRTLLM, _CUTLASS, "nvfp4"), f"CUTLASS {by_16}"),
+    ]
+    if card.has_min_latency:
+        few = _TRTLLM, "moe_torch_flow_min_latency", "nvfp4"
+        what = f"TensorRT-LLM's own {by_16}"
+        laws.append(_experts(card, "nvfp4", few, what, library="min_latency"))
+    for dtype, rows, scales in (("float8", "fp8_block", "by block"), ("nvfp4", "nvfp4", "by 16")):
+        what = f"{_OF_FLASHINFER} with routing around, scales {scales}, balanced"
+        laws.append(_experts(card, dtype, (_SGLANG, _FLASHINFER, rows), what, library="flashinfer"))
+    return [
+        *laws,
+        _int4(card, _FLASHINFER, f"{_OF_FLASHINFER} with routing around"),
+        _deepgemm(card),
+    ]
+
+
+def _int4(card: Card, kernel: str, what: str, **where: object) -> Law:
     """Weights of four bits that are widened as they are read; timed for Kimi-K2's sizes alone."""
-    kernel, what = "sglang_flashinfer_trtllm_moe", "TensorRT-LLM's grouped GEMM in FlashInfer"
-    if card.generation is Generation.HOPPER:
-        kernel, what = "sglang_marlin_moe", "Marlin's grouped GEMM"
-    path = f"{card.folder}/moe/sglang/0.5.14/moe_perf.parquet"
-    where = {"kernel_source": kernel, "moe_dtype": "int4_wo", "moe_ep_size": _UP_TO_64}
-    return Law(
-        Kind.EXPERTS,
-        "int4",
-        (expert_rows(path, where, ("moe_tp_size", "moe_ep_size")),),
-        {**axes_of(card.generation)["experts"], **_OF_DEEPSEEK},
-        f"{what} with routing around, scales by 32, balanced; Kimi-K2's sizes",
-        smoothness=1.0,
-    )
+    what = f"{what}, scales by 32, balanced; Kimi-K2's sizes"
+    table = _SGLANG, kernel, "int4_wo"
+    return _experts(card, "int4", table, what, shape=_BY_CUT, axes=_OF_DEEPSEEK, **where)
 
 
 def _deepgemm(card: Card) -> Law:
@@ -226,46 +206,168 @@ def _deepgemm(card: Card) -> Law:
     )
 
 
-def laws_of(card: Card) -> list[Law]:
-    """Of all kinds and types that its tables have."""
-    if card.generation not in _ATTENTION_KERNELS:
-        return laws_of_others(card)
-    axes = axes_of(card.generation)
-    kernels, is_hopper = _ATTENTION_NAMES[card.generation], card.generation is Generation.HOPPER
-    of_decode = f"{kernels}, SGLang's in Triton for heads of 512" if is_hopper else kernels
-    in_latent = "key_dim 576 in the latent (FlashAttention 3), " if is_hopper else ""
-    scaling = f"{card.folder}/quantize/{_TRTLLM}/scale_matrix_perf.parquet"
-    moved = "rows read as bfloat16 and written as float8, small ones from the cache"
-    laws = [
-        *_laws_of_products(card),
-        Law(Kind.MEMORY, "bfloat16", (scaling_rows(scaling),), axes["memory"], moved),
-    ]
-    of_attention: list[tuple[Kind, str, str, Callable[[Card, str], Source | tuple[Source, ...]]]]
-    of_attention = [
-        (Kind.PREFILL_ATTENTION, "prefill", kernels, _prefill),
-        (Kind.DECODE_ATTENTION, "decode", of_decode, _decode),
-        (
-            Kind.LATENT_PREFILL,
-            "latent_prefill",
-            f"{in_latent}key_dim 192 with widened keys and values (TensorRT-LLM)",
-            _latent_prefills,
+def _ampere(card: Card) -> list[Law]:
+    engine, vllm = "sglang/0.5.10", "vllm/0.14.0"
+    alone = {"moe_ep_size": _OF_ONE_RANK, "inter_size": _GATED}
+    triton = engine, _TRITON, "bfloat16"
+    return [
+        _gemm(card, "bfloat16", vllm, "bfloat16", _LINEAR),
+        _experts(card, "bfloat16", triton, f"{_OF_TRITON}, balanced", **alone),
+        _experts(card, "int4", (engine, _MARLIN, "int4_wo"), _OF_MARLIN, **alone),
+        *_attention(
+            card,
+            "bfloat16",
+            vllm,
+            {"kernel_source": "vllm_flash_attn"},
+            "FlashAttention 2, heads of 128",
         ),
-        (Kind.LATENT_DECODE, "latent_decode", "TensorRT-LLM, in the latent", _latent_decode),
     ]
-    for kind, name, what, rows_of in of_attention:
-        for dtype, cache in (("bfloat16", "bfloat16"), ("float8", "fp8")):
-            rows = rows_of(card, cache)
-            sources = rows if isinstance(rows, tuple) else (rows,)
-            suffix = "" if dtype == "bfloat16" else ", float8 cache"
-            laws.append(Law(kind, dtype, sources, axes[name], what + suffix))
+
+
+def _ada(card: Card) -> list[Law]:
+    vllm = _VLLM, "vllm_fp8moe_triton_tritonexperts", "fp8_block"
+    alone = {"moe_ep_size": _OF_ONE_RANK}
+    return [
+        _gemm(card, "bfloat16", _VLLM, "bfloat16", _LINEAR),
+        _gemm(card, "float8", _TRTLLM, "fp8_block", _BY_BLOCK),
+        _experts(
+            card,
+            "bfloat16",
+            (_TRTLLM, _CUTLASS, "bfloat16"),
+            f"{_OF_CUTLASS}, balanced",
+            inter_size=_GATED,
+        ),
+        _experts(
+            card,
+            "float8",
+            vllm,
+            "vLLM's fused kernel in Triton with routing around, scales by block, balanced",
+            inter_size=_GATED,
+            **alone,
+        ),
+        _experts(
+            card,
+            "mxfp4",
+            (_SGLANG, _TRITON, "w4a16_mxfp4"),
+            f"{_OF_TRITON}, bfloat16 activations, balanced; gpt-oss's sizes",
+            shape=_BY_LAYOUT,
+            **alone,
+        ),
+        _int4(card, _MARLIN, "Marlin's grouped GEMM with routing around", **alone),
+    ]
+
+
+def _rtx_blackwell(card: Card) -> list[Law]:
+    alone = {"moe_ep_size": _OF_ONE_RANK}
+    return [
+        _gemm(card, "bfloat16", _VLLM, "bfloat16", _LINEAR),
+        _gemm(card, "float8", _TRTLLM, "fp8_block", _BY_BLOCK),
+        _gemm(card, "nvfp4", _TRTLLM, "nvfp4", "TensorRT-LLM, scales by 16"),
+        _experts(
+            card,
+            "bfloat16",
+            (_TRTLLM, _CUTLASS, "bfloat16"),
+            f"{_OF_CUTLASS}, balanced",
+            inter_size=_GATED,
+        ),
+        _experts(
+            card,
+            "float8",
+            (_SGLANG, _TRITON, "fp8_block"),
+            f"{_OF_TRITON}, scales by block, balanced",
+            inter_size=_GATED,
+            **alone,
+        ),
+        _experts(
+            card,
+            "nvfp4",
+            (_TRTLLM, _CUTLASS, "nvfp4"),
+            f"{_OF_CUTLASS}, scales by 16, balanced",
+            inter_size=_GATED,
+        ),
+        _experts(
+            card,
+            "mxfp4",
+            (_TRTLLM, _CUTLASS, "w4a8_mxfp4_mxfp8"),
+            f"{_OF_CUTLASS}, mxfp8 activations, balanced",
+            shape=_BY_LAYOUT,
+        ),
+        _int4(card, _MARLIN, "Marlin's grouped GEMM with routing around", **alone),
+    ]
+
+
+def _attention(
+    card: Card,
+    dtype: str,
+    engine: str,
+    where: Mapping[str, object],
+    what: str,
+    decode: tuple[str, Mapping[str, object], str] | None = None,
+) -> list[Law]:
+    """Attention of prompts, and of tokens, where `decode` says otherwise, by the same kernels."""
+    axes = axes_of(card.generation)
+    of_tokens, of_decode, decode_what = decode or (engine, where, what)
+    prefill = prefill_rows(ATTENTION.format(card.folder, engine, "context"), where)
+    tokens = decode_rows(ATTENTION.format(card.folder, of_tokens, "generation"), of_decode)
+    return [
+        Law(Kind.PREFILL_ATTENTION, dtype, (prefill,), axes["prefill"], what),
+        Law(Kind.DECODE_ATTENTION, dtype, (tokens,), axes["decode"], decode_what),
+    ]
+
+
+def _of_kernels(kernels: tuple[str, ...], cache: str) -> dict[str, object]:
+    return {"kernel_source": kernels, "window_size": 0, "kv_cache_dtype": cache}
+
+
+def _serving_attention(card: Card) -> list[Law]:
+    """What vLLM chooses; on Blackwell another kernel computes the fewest prompts.
+
+    Decode on Hopper is SGLang's: of vLLM's kernels the one for heads of 512 takes 2 µs a sequence
+    and kv head however short contexts are, and no layer of more than 8 kv heads was timed.
+    """
+    laws = []
+    for dtype, cache, suffix in _CACHES:
+        if card.generation is Generation.HOPPER:
+            what = "FlashAttention 3"
+            kernels = _of_kernels(("vllm_flash_attn_fa3",), cache)
+            of_decode = _of_kernels(("fa3", "triton"), cache)  # Triton for heads of 512 alone
+            decode_what = f"{what}, SGLang's in Triton for heads of 512{suffix}"
+            decode = _SGLANG, of_decode, decode_what
+            laws += _attention(card, dtype, _VLLM, kernels, f"{what}{suffix}", decode)
+        else:
+            of_blackwell = ("vllm_flashinfer_trtllmprefill", "vllm_flashinfer_trtllmdecode")
+            what = f"TensorRT-LLM's kernels in FlashInfer{suffix}"
+            laws += _attention(card, dtype, _VLLM, _of_kernels(of_blackwell, cache), what)
+    laws += _latent(card, "1.3.0rc20")
+    return sorted(laws, key=lambda law: list(Kind).index(law.kind))
+
+
+def _attention_with_windows(card: Card) -> list[Law]:
+    """vLLM's kernels, by the cache's type; rows of whole contexts."""
+    wide = _of_kernels(("vllm_flash_attn_fa2",), "bfloat16")
+    narrow = _of_kernels(("vllm_flashinfer_fiprefill", "vllm_flashinfer_fidecode"), "fp8")
+    return [
+        *_attention(card, "bfloat16", _VLLM, wide, "FlashAttention 2"),
+        *_attention(card, "float8", _VLLM, narrow, "FlashInfer, float8 cache"),
+    ]
+
+
+def _latent(card: Card, version: str) -> list[Law]:
+    """TensorRT-LLM's; prompts in the latent too where a framework does so: on Hopper."""
+    path, axes = f"{card.folder}/mla/trtllm/{version}", axes_of(card.generation)
+    laws = []
+    for dtype, cache, suffix in _CACHES:
+        what = f"key_dim 192 with widened keys and values (TensorRT-LLM){suffix}"
+        widened = latent_prefill_rows(f"{path}/context_mla_perf.parquet", cache, WIDENED)
+        sources: tuple[Source, ...] = (widened,)
+        if card.generation is Generation.HOPPER:
+            of_sglang = f"{card.folder}/mla/{_SGLANG}/context_mla_perf.parquet"
+            sources = latent_prefill_rows(of_sglang, cache, LATENT), widened
+            what = f"key_dim 576 in the latent (FlashAttention 3), {what}"
+        decode = latent_decode_rows(f"{path}/generation_mla_perf.parquet", cache)
+        in_latent = f"TensorRT-LLM, in the latent{suffix}"
+        laws += [
+            Law(Kind.LATENT_PREFILL, dtype, sources, axes["latent_prefill"], what),
+            Law(Kind.LATENT_DECODE, dtype, (decode,), axes["latent_decode"], in_latent),
+        ]
     return laws
-
-
-def fit_computation(card: Card, with_judging: bool) -> Fitted:
-    """All laws of computation of a card."""
-    fitted = Fitted()
-    for law in laws_of(card):
-        surface, quality = fit_law(law, card.sheet, with_judging)
-        fitted.surfaces[law.name] = surface
-        fitted.qualities.append(quality)
-    return fitted

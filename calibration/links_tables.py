@@ -241,16 +241,14 @@ def _num_distinct(places: np.ndarray[Any, np.dtype[np.int64]]) -> float:
 _RANKS = {"two_sided": (2, 4, 8, 16, 32, 64), "one_sided": (2, 4, 8, 16, 32)}
 _KERNELS = {"two_sided": "NVLinkTwoSided", "one_sided": "NVLinkOneSided"}
 _DTYPES = {"two_sided": ("bfloat16", "fp8", "nvfp4"), "one_sided": ("nvfp4",)}
-_HIDDEN, _TOP_K, _NUM_EXPERTS = 7168, 8, 256
-_COMBINED_BYTES = 2 * _HIDDEN
-_ROW_BYTES = {"bfloat16": 2 * _HIDDEN, "fp8": _HIDDEN, "nvfp4": _HIDDEN // 2 + _HIDDEN // 16}
+_ITEM_BYTES = {"bfloat16": 2.0, "fp8": 1.0, "nvfp4": 1 / 2 + 1 / 16}
 
 
 def exchange_sources(card: Card) -> dict[str, list[Source]]:
     """By law, what it is fitted to."""
     return {
         f"{stage}.{variant}.intra_node": [
-            _source(card, stage, variant, dtype, ranks)
+            _exchange_source(card, stage, variant, dtype, ranks)
             for dtype in (dtypes if stage == "dispatch" else dtypes[:1])
             for ranks in _RANKS[variant]
         ]
@@ -265,24 +263,24 @@ def ranks_reached(ranks: int) -> float:
     return ranks * (1 - math.comb(elsewhere, _TOP_K) / math.comb(_NUM_EXPERTS, _TOP_K))
 
 
-def _source(card: Card, stage: str, variant: str, dtype: str, ranks: int) -> Source:
-    rows, row_bytes = ranks_reached(ranks), _ROW_BYTES[dtype]
+def _exchange_source(card: Card, stage: str, variant: str, dtype: str, ranks: int) -> Source:
+    rows, row_bytes = ranks_reached(ranks), _HIDDEN * _ITEM_BYTES[dtype]
     if stage == "combine":
-        rows, row_bytes = _TOP_K, _COMBINED_BYTES
+        rows, row_bytes = _TOP_K, _ROW_BYTES["combine"]
     near_bytes = rows * row_bytes * (ranks - 1) / ranks
-    table = partial(_table, card, variant, dtype, ranks)
+    table = partial(_exchange_table, card, variant, dtype, ranks)
     has_counts = stage == "dispatch" and variant == "two_sided"
     return Source(
         table(stage),
         size="num_tokens",
         ranks=ranks,
         nodes=1,
-        bytes_of=_of_tokens(near_bytes),
+        bytes_of=lambda tokens: (0 * tokens, tokens * near_bytes),
         added=table("prepare") if has_counts else None,
     )
 
 
-def _table(card: Card, variant: str, dtype: str, ranks: int, stage: str) -> Table:
+def _exchange_table(card: Card, variant: str, dtype: str, ranks: int, stage: str) -> Table:
     return Table(
         f"{card.folder}/comm/trtllm/1.3.0rc10/trtllm_alltoall_perf.parquet",
         {
@@ -293,10 +291,6 @@ def _table(card: Card, variant: str, dtype: str, ranks: int, stage: str) -> Tabl
         },
         lambda columns: columns["num_tokens"],
     )
-
-
-def _of_tokens(near_bytes: float) -> Callable[[Array], tuple[Array, Array]]:
-    return lambda tokens: (0 * tokens, tokens * near_bytes)
 
 
 _COLLECTIVES = {

@@ -21,8 +21,7 @@ some 900 one after the other: 42, 50 and 64 %, so a little more where none goes 
 
 aiconfigurator draws loads, not experts, from a power law, so its exponents are not ours: of the
 density x^-1.01 of loads between 1 and 0.8 of the tokens, the busiest fifth of 256 experts has most
-of the load, which is more than it says to have seen. What it has seen is a row here, and what it
-draws is another.
+of the load, which is more than it says to have seen. What it has seen is a row here.
 """
 
 import argparse
@@ -32,7 +31,6 @@ from itertools import pairwise
 from statistics import median
 
 import numpy as np
-from law_rows import busiest_rank
 from tables import Array
 
 from expertlane.cost.routing import PowerLawRouting
@@ -225,13 +223,6 @@ def main() -> None:
     print(f"\n\nMedian over models: {median(_by_model(found).values()):.2f}")
     if families:
         return
-    for alpha in (1.01, 1.2):
-        drawn = _drawn_by_aiconfigurator(alpha)
-        same = Published("", "", 256, 8, "", busiest_of_ranks(8), drawn, "")
-        print(
-            f"aiconfigurator draws loads of density x^-{alpha}: busiest of 8 ranks {drawn:.3g} "
-            f"times the mean, exponent {exponent_of(same):.2f}"
-        )
     exponent = next(of for each, of in found if each.source == _TRT)
     left = [_left_after_balancing(exponent, float(drift)) for drift in _DRIFTS]
     print("\n| drift | busiest of 32 ranks after balancing, over the mean |\n| ---: | ---: |")
@@ -352,12 +343,6 @@ def _mean(published: Published, exponent: float) -> float:
         for layer in range(_NUM_LAYERS)
     )
     return float(np.mean([published.statistic(each.astype(np.float64)) for each in loads]))
-
-
-def _drawn_by_aiconfigurator(alpha: float) -> float:
-    sizes = {"num_tokens": 4096, "topk": 8, "num_experts": 256, "moe_ep_size": 8, "alpha": alpha}
-    pairs, _ = busiest_rank({name: np.array([value]) for name, value in sizes.items()})
-    return float(pairs[0]) / (sizes["num_tokens"] * sizes["topk"] / sizes["moe_ep_size"])
 
 
 if __name__ == "__main__":

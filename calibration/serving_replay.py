@@ -16,7 +16,7 @@ import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import count, takewhile
 from math import ceil, inf
@@ -40,7 +40,7 @@ from expertlane.simulator.simulator import ServingSetup, Simulator
 from expertlane.simulator.steady import StepTimes, step_times
 
 _PRICED = Path("build/judge_steps.jsonl")
-_MODELLED = ("cost", "simulate", "schedule", "balance", "spec", "memory.py")
+_MODELLED = ("cost", "simulator", "schedule", "balance", "spec")
 _NOT_PRICED = ("frameworks", "records")  # files that prices do not depend on
 _ACCEPTED = 0.7  # of drafts; what a step takes hardly depends on it
 _SEED = 0
@@ -53,24 +53,14 @@ class Priced:
     """What steps of a configuration take.
 
     Attributes:
+        steps: None where it is refused.
         seconds: of CPU that pricing took.
-        refused: why there is none; all else is 0 then.
+        refused: why there is none.
     """
 
-    decode_s: Mapping[int, float] = field(default_factory=dict)
-    beside_s: Mapping[int, float] = field(default_factory=dict)
-    prompt_s: float = 0.0
-    prompts_per_s: float = 0.0
-    num_places: int = 0
+    steps: StepTimes | None = None
     seconds: float = 0.0
     refused: str = ""
-
-    @property
-    def steps(self) -> StepTimes:
-        """The step times that `serving_waves.play` takes."""
-        return StepTimes(
-            self.decode_s, self.beside_s, self.prompt_s, self.prompts_per_s, self.num_places
-        )
 
 
 @dataclass(frozen=True)
@@ -101,8 +91,7 @@ def _model_digest() -> str:
     """Hash of all code and data that prices depend on."""
     root, digest = Path(expertlane.__file__).parent, hashlib.sha256()
     for name in _MODELLED:
-        paths = sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name]
-        for path in paths:
+        for path in sorted((root / name).rglob("*")):
             if path.suffix in (".py", ".toml", ".json") and path.stem not in _NOT_PRICED:
                 digest.update(path.read_bytes())
     digest.update(Path(__file__).read_bytes())
@@ -147,8 +136,10 @@ def _read() -> dict[str, Priced]:
     for line in _PRICED.read_text(encoding="utf-8").splitlines():
         fields = json.loads(line)
         key = fields.pop("key")
-        for name in ("decode_s", "beside_s"):
-            fields[name] = {int(num): seconds for num, seconds in fields[name].items()}
+        if (steps := fields["steps"]) is not None:
+            for name in ("decode_s", "beside_s"):
+                steps[name] = {int(num): seconds for num, seconds in steps[name].items()}
+            fields["steps"] = StepTimes(**steps)
         found[key] = Priced(**fields)
     return found
 
@@ -172,7 +163,7 @@ def _answer(asked: tuple[str, Question]) -> tuple[str, Priced]:
     key, question = asked
     begin = time.process_time()
     try:
-        answer = _price(question)
+        answer = Priced(_price(question))
     except UserError as error:
         answer = Priced(refused=str(error))
     return key, replace(answer, seconds=time.process_time() - begin)
@@ -190,7 +181,7 @@ def _profile_of(hardware: str) -> Profile:
     return read_profile(hardware)
 
 
-def _price(question: Question) -> Priced:
+def _price(question: Question) -> StepTimes:
     """Price the steps of a configuration.
 
     Raises:
@@ -221,11 +212,10 @@ def _price(question: Question) -> Priced:
     except CapacityError:  # it ran, so its server was allowed more
         memory = profile.device.memory_bytes * _LARGEST_SHARE / FREE_SHARE
         ready = simulator(replace(profile, device=replace(profile.device, memory_bytes=memory)))
-    return Priced(**vars(step_times(ready, _SEED, question.loads)))
+    return step_times(ready, _SEED, question.loads)
 
 
 NUM_WAVES = 10  # requests of a benchmark, over those it keeps open; assumed
-_SEED = 0
 _OTHER_STEP = 1000  # how much a step with prompts counts towards receiving new requests
 
 

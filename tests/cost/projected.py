@@ -42,16 +42,23 @@ PROFILE = Profile(
 )
 
 
+def builder_of(layout, model=MODEL, options=None, **more):
+    """A builder of programs, with the engine's kernels and linear placements unless told."""
+    layout = Layout.parse(layout) if isinstance(layout, str) else layout
+    placements = placements_of(model, layout, options or Options())
+    return ProgramBuilder(model, layout, placements, **{"types": TYPES} | more)
+
+
+def program_of(layout, part, model=MODEL, form="all_to_all", **more):
+    """The program of a step of which only sizes are known."""
+    routing = PowerLawRouting(model.num_experts, model.num_experts_per_tok, num_sampled_layers=1)
+    return builder_of(layout, model, **more).build_sized([(form, [part])], routing)
+
+
 def make_runner(layout="tp=1", options=None, execution=Execution.GRAPH, **flags):
-    layout, options = Layout.parse(layout), options or Options()
-    builder = ProgramBuilder(
-        MODEL,
-        layout,
-        placements_of(MODEL, layout, options),
-        types=TYPES,
-        dispatch=DispatchTable.fixed(options.dispatch, bool(options.overlap)),
-        ranks_per_node=4,
-    )
+    options = options or Options()
+    dispatch = DispatchTable.fixed(options.dispatch, bool(options.overlap))
+    builder = builder_of(layout, MODEL, options, dispatch=dispatch, ranks_per_node=4)
     return CostRunner(
         builder,
         PowerLawRouting(MODEL.num_experts, MODEL.num_experts_per_tok),

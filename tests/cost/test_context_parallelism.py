@@ -5,17 +5,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cost.projected import program_of
 from cost.tiny_models import MODELS
 from expertlane.balance.placement_file import placements_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import parse_cluster
 from expertlane.cost.memory import KVTransfers, PlacedModel
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Kind, Transfer
-from expertlane.cost.step.program import ProgramBuilder
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -27,10 +26,7 @@ MULTI_QUERY = MODELS["plain"].with_overrides(num_attention_heads=4, num_key_valu
 
 
 def layer_steps(model, layout, part):
-    placements = placements_of(model, layout, Options())
-    builder = ProgramBuilder(model, layout, placements, types=TYPES, kernels=GPU_LIBRARIES)
-    routing = PowerLawRouting(model.num_experts, model.num_experts_per_tok)
-    program = builder.build_sized([("all_to_all", [part])], routing)
+    program = program_of(layout, part, model, kernels=GPU_LIBRARIES)
     sections = program.stages[0][0].parts[0]
     return next(each.steps for each in sections if each.layer == 0)
 

@@ -7,15 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cost.projected import MODEL, PROFILE, TYPES, term
-from expertlane.balance.placement_file import placements_of
+from cost.projected import MODEL, PROFILE, program_of, term
 from expertlane.cost.laws.execution import LIKELY, Execution, Terms
-from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes, Scenarios
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.operation import Kind
-from expertlane.cost.step.program import ProgramBuilder
-from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 
 
@@ -41,27 +37,21 @@ def test_every_rank_has_a_token(num_seqs, tp, num_drafts):
     assert positions.tolist() == alone
 
 
-def program_of(kernels, num_seqs):
-    layout = Layout(dp=len(num_seqs), ep=len(num_seqs))
-    placements = placements_of(MODEL, layout, Options())
-    builder = ProgramBuilder(MODEL, layout, placements, types=TYPES, kernels=kernels)
-    part = PartSizes.even(layout.dp, 1, num_seqs, 1, 10)
-    routing = PowerLawRouting(MODEL.num_experts, MODEL.num_experts_per_tok)
-    return builder.build_sized([("all_to_all", [part])], routing)
-
-
-def pairs(program):
+def pairs(kernels, num_seqs):
     """Token-expert pairs of all ranks, in the first layer."""
+    num = len(num_seqs)
+    part = PartSizes.even(num, 1, num_seqs, 1, 10)
+    program = program_of(Layout(dp=num, ep=num), part, kernels=kernels)
     (steps,) = [section.steps for section in program.stages[0][0].parts[0] if section.layer == 0]
     return sum(int(step.sizes["pairs"].sum()) for step in steps if step.kind is Kind.EXPERTS)
 
 
 def test_dummy_batches_go_to_experts_as_others_do():
     top_k = MODEL.num_experts_per_tok
-    assert pairs(program_of(GPU_LIBRARIES, [2, 0, 0, 1])) == 5 * top_k
-    assert pairs(program_of(ENGINE, [2, 0, 0, 1])) == 3 * top_k
+    assert pairs(GPU_LIBRARIES, [2, 0, 0, 1]) == 5 * top_k
+    assert pairs(ENGINE, [2, 0, 0, 1]) == 3 * top_k
     for kernels in (ENGINE, GPU_LIBRARIES):
-        assert pairs(program_of(kernels, [2, 1, 1, 1])) == 5 * top_k
+        assert pairs(kernels, [2, 1, 1, 1]) == 5 * top_k
 
 
 def test_one_rank_that_stands_for_all_knows_of_idle_ones():

@@ -217,6 +217,7 @@ LIKE_PROMPTS = (
 )
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("case", LIKE_PROMPTS)
 def test_prompts_whose_tokens_are_alike(case):
     """Over many draws, the mean is that of independent tokens, and the busiest rank as replayed."""

@@ -5,16 +5,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cost.projected import MODEL, TYPES, make_scheduler
-from expertlane.balance.placement_file import placements_of
+from cost.projected import MODEL, builder_of, make_scheduler
 from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter, further_drafts
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.program import ProgramBuilder
 from expertlane.errors import SpecError
 from expertlane.schedule.plan import Batch
-from expertlane.spec.deployment import Options
-from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 
 
@@ -53,12 +49,11 @@ def test_further_passes_take_one_token_of_each_that_goes_on():
 
 
 def test_a_program_has_a_pass_for_each_draft():
-    layout = Layout.parse("pp=2,dp=2,ep=2")
+    layout = "pp=2,dp=2,ep=2"
 
     def heads(num_drafts):
-        placements = placements_of(MODEL, layout, Options())
-        builder = ProgramBuilder(MODEL, layout, placements, types=TYPES, num_drafts=num_drafts)
-        scheduler = make_scheduler("pp=2,dp=2,ep=2", num_requests=4)
+        builder = builder_of(layout, num_drafts=num_drafts)
+        scheduler = make_scheduler(layout, num_requests=4)
         plan = scheduler.next_plan()
         assert plan is not None
         routing = PowerLawRouting(MODEL.num_experts, MODEL.num_experts_per_tok)

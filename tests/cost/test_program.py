@@ -5,19 +5,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cli.screen import telling
+from cost import projected
 from cost.plans import DECODE, PREFILL, random_plan
 from cost.tiny_models import MODELS
-from expertlane.balance.placement import Placement
-from expertlane.balance.placement_file import placements_of
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import GivenRouting, PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import OUTSIDE, SIZES, Kind, Operation, Transfer, TransferKind
-from expertlane.cost.step.program import ProgramBuilder, count
-from expertlane.errors import SpecError
-from expertlane.spec.deployment import Options
+from expertlane.cost.step.program import count
 from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
@@ -39,9 +35,7 @@ FLOAT32 = NumberTypes.all_of("float32")
 
 
 def builder(model=MODEL, layout="dp=2,ep=2", types=FLOAT32, **more):
-    parsed = Layout.parse(layout)
-    options = Options(num_redundant_experts=more.pop("redundant", 0))
-    return ProgramBuilder(model, parsed, placements_of(model, parsed, options), types=types, **more)
+    return projected.builder_of(layout, model, types=types, **more)
 
 
 def given(topk_ids):
@@ -93,8 +87,7 @@ def test_by_hand():
 def program_of(form="all_to_all", layout="dp=2,ep=2", model=MODEL, **more):
     parsed = Layout.parse(layout)
     part = PartSizes.even(parsed.dp, parsed.tp, 4, num_cached=10)
-    routing = PowerLawRouting(model.num_experts, model.num_experts_per_tok, num_sampled_layers=1)
-    return builder(model, layout, **more).build_sized([(form, [part])], routing)
+    return projected.program_of(layout, part, model, form, **{"types": FLOAT32} | more)
 
 
 def names(section):
@@ -130,15 +123,6 @@ def test_order_of_a_layer():
     assert names(head) == [("head", "memory"), ("head", "gemm"), ("head", "memory")]
 
 
-def test_tensor_parallel_layers_gather_and_scatter():
-    (program,) = program_of(layout="tp=2,ep=2").stages[0]
-    transfers = [
-        (step.stage, step.kind) for step in program.parts[0][1].steps if isinstance(step, Transfer)
-    ]
-    assert transfers[0] == (Stage.COLLECTIVES, TransferKind.ALL_GATHER)
-    assert transfers[1] == (Stage.COLLECTIVES, TransferKind.REDUCE_SCATTER)
-
-
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("form", DISPATCH_FORMS)
 def test_sizes_are_those_of_the_kind(family, form):
@@ -163,18 +147,6 @@ def test_sizes_are_those_of_the_kind(family, form):
                 assert not step.sent_bytes.diagonal(axis1=1, axis2=2).any()
 
 
-def test_flops_follow_from_sizes():
-    for section in program_of(layout="dp=2,tp=2,ep=2").stages[0][0].parts[0]:
-        for step in section.steps:
-            if isinstance(step, Operation) and step.kind is Kind.GEMM:
-                m, n, k = (step.sizes[name] for name in "mnk")
-                np.testing.assert_array_equal(step.flops, 2 * np.multiply(m, n) * k)
-            if isinstance(step, Operation) and step.kind is Kind.EXPERTS:
-                of_pair = np.multiply(step.sizes["inner"], step.sizes["hidden"])
-                flops = 2 * step.sizes["pairs"] * of_pair * step.sizes["matrices"]
-                np.testing.assert_array_equal(step.flops, flops)
-
-
 def test_layers_that_do_the_same_share_steps():
     """94 layers of one kind and one sample are built once; the program names each."""
     model = MODEL.with_overrides(num_hidden_layers=94, dense_layers=(0, 1), intermediate_size=16)
@@ -186,16 +158,6 @@ def test_layers_that_do_the_same_share_steps():
 def test_windows_keep_layers_apart():
     sections = program_of(model=MODELS["windows"]).stages[0][0].parts[0]
     assert len({id(section.steps) for section in sections}) == 5
-
-
-def test_other_placements():
-    placements = (Placement(4, ((2, 3), (0, 1))),) * 2
-    made = ProgramBuilder(MODEL, Layout.parse("dp=2,ep=2"), placements, types=FLOAT32)
-    part = PartSizes.even(2, 1, 1)
-    program = made.build_sized([("all_to_all", [part])], given([[[0, 1]], [[0, 1]]]))
-    zero, one = count(program, 2, 4)
-    assert zero.flops[Stage.EXPERTS] == 0
-    assert one.num_tokens_per_expert[0].tolist() == [2, 2, 0, 0]
 
 
 def test_float8_weights():
@@ -314,13 +276,6 @@ def test_hand_over_between_nodes():
     assert last.hand_over is None
     assert [section.layer for section in first.parts[0]] == [OUTSIDE, 0]
     assert [section.layer for section in last.parts[0]] == [1, OUTSIDE]
-
-
-def test_types_that_are_none():
-    with pytest.raises(SpecError, match=telling("weights int2")):
-        NumberTypes("int2")
-    with pytest.raises(SpecError, match="float8"):
-        NumberTypes.all_of("float8")
 
 
 def test_links_of_a_transfer():

@@ -30,16 +30,6 @@ def some(source, num, first=0, layer=0):
     return source.topk_ids(layer, first, NOTHING, np.array([num, 0]))
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.5])
-def test_no_expert_twice(alpha):
-    ids = some(PowerLawRouting(16, 5, alpha), 3000)
-    assert ids.shape == (3000, 5)
-    assert ids.dtype == np.int64
-    assert (np.diff(np.sort(ids, axis=1), axis=1) > 0).all()
-    assert ids.min() == 0
-    assert ids.max() == 15
-
-
 def popularity(source):
     """[num_experts]; the weights that the experts of layer 0 are drawn by, 1 in all."""
     weights = 1 / source._rarity(0)

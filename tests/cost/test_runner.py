@@ -96,16 +96,6 @@ def test_bounds(layout, options):
     assert walls[LIKELY] == pytest.approx(latency(list(step_records(steps))).wall_s.value)
 
 
-def test_memory_bounds_admission():
-    # 8 blocks of 4 hold two sequences of 5 + 3 tokens with a block in reserve for each.
-    _, steps = project("tp=1", Options(), num_requests=6, num_blocks=8)
-    decodes = [plan for plan, _ in steps if plan.phase is Phase.DECODE]
-    prefills = [plan for plan, _ in steps if plan.phase is Phase.PREFILL]
-    assert max(batch.num_seqs for plan in decodes for (batch,) in plan.micro_batches) <= 3
-    assert len(prefills) >= 2
-    assert sum(len(outcome.token_ids) for _, outcome in steps) == 6 * 3
-
-
 def test_records_only_where_asked_for():
     _, steps = project("tp=2", Options(), flags={"record": False})
     assert all(outcome.records == () for _, outcome in steps)
@@ -219,15 +209,6 @@ def test_a_step_from_rest_goes_as_it_would_at_its_own_time(layout, options, exec
         assert its.shares == pytest.approx(mine.shares, abs=1e-9)
 
 
-def test_breakdowns_of_observed_steps():
-    tables = Breakdowns()
-    project("dp=2,ep=2", Options(), runner_flags={"observe": tables.observe})
-    for phase in Phase:
-        table = tables.of_phase[phase].result()
-        assert sum(table.shares.values()) == pytest.approx(1.0)
-        assert 0 < table.bytes_utilisation < 1
-
-
 def test_time_passes_until_a_moment():
     runner = make_runner()
     runner.wait_until(2.0)
@@ -235,18 +216,6 @@ def test_time_passes_until_a_moment():
     assert runner.now_s.tolist() == [2.0] * 3
     runner.wait_until(np.array([1.0, 3.0, 4.0]))
     assert runner.now_s.tolist() == [2.0, 3.0, 4.0]
-
-
-def test_more_launches_take_longer():
-    ends = {}
-    for num_kernels_s in (1e-6, 1e-3):
-        runner = make_runner()
-        runner.terms = replace(runner.terms, launch_s=np.full(3, num_kernels_s))
-        for replica in runner._replicas:
-            replica.timeline._terms = runner.terms
-        steps = list(drive(make_scheduler(num_requests=1), runner))
-        ends[num_kernels_s] = steps[-1].outcome.finished_s
-    assert ends[1e-3] > ends[1e-6] + 2.5e-3  # three steps
 
 
 def test_a_projected_trace_has_the_rows_of_a_measured_one():

@@ -94,7 +94,6 @@ SMOKES: Mapping[str, Smoke] = {
         "--max-wait 0 --folder .",
         r'"benchmark": "serve"',
     ),
-    "calibration/aiconfigurator.py": Smoke("{served}", r"\| all \|  \| one pool \| 1 ", _no_tables),
     "calibration/fit.py": Smoke("h200 --output .", r"", _no_tables),
     "calibration/judge_published.py": Smoke("", r"\| decode EP72", _no_tables),
     "calibration/beside.py": Smoke("{served} {rows} --jobs 1", r"\| all \| 1 \|", _no_tables),

@@ -29,7 +29,7 @@ from expertlane.cost.shared_parts import (
     Shape,
 )
 from expertlane.cost.step.operation import Floats, HandOver, Ints
-from expertlane.cost.throughput import Arriving
+from expertlane.cost.throughput import Arriving, Prompts
 from expertlane.spec.deployment import MicroBatchSchedule, Options
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
@@ -79,36 +79,18 @@ class Sized(NamedTuple):
     prompt_len: int
 
 
-@dataclass(frozen=True, eq=False)
-class Prefill:
-    """Prefill steps of S structures that are cut alike; [S] each.
-
-    Attributes:
-        seconds: [3, S]; of one step, or of a round of rotating ones.
-        num_seqs, num_new, num_cached, num_steps, length: as in `Prompts`.
-    """
-
-    seconds: Floats
-    num_seqs: Ints
-    num_new: Ints
-    num_cached: Ints
-    num_steps: Ints
-    length: Ints
-
-
 class _PrefillPart(NamedTuple):
     """Parts of a prefill step, by structure; [S] each.
 
     Attributes:
         part_seqs: sequences of a part.
         num_micro_batches, overlap: how the step is cut; a step of one prompt is not.
-        others: `num_seqs`, `num_new`, `num_cached`, `num_steps` and `length` of `Prefill`.
     """
 
     part_seqs: Ints
     num_micro_batches: Ints
     overlap: npt.NDArray[np.bool_]
-    others: tuple[Ints, Ints, Ints, Ints, Ints]
+    prompts: Prompts[Ints]
 
 
 @dataclass(eq=False)
@@ -158,12 +140,12 @@ class ManySteps:
 
     def points(self) -> Points:
         """All parts of all steps, for pricing."""
-        whole = _joined(self._all_points)
+        whole = _joined([*self._points.values()])
         return _joined([whole, whole.further()]) if self.num_drafts else whole
 
     def take(self, priced: PricedPoints, first: int) -> None:
         """Take the prices of `points`, which begin at `first` in a longer list."""
-        num = self._slices[-1].stop
+        num = self._slices["token"].stop
         own, experts = (
             each[first : first + num * (1 + (self.num_drafts > 0))]
             for each in (priced.own, priced.of_experts)
@@ -225,19 +207,12 @@ class ManySteps:
     @cached_property
     def alone_s(self) -> Floats:
         """[3, S]; see `Steps.alone_s`; a step of prompts and decodes reads weights once."""
-        every, none = np.arange(len(self.structures)), np.zeros(len(self.structures))
+        one = np.ones(len(self.structures), dtype=np.int64)
         prompt_s, token_s = (
-            self._estimates(
-                self._slices[-2 + place],
-                points,
-                every,
-                "drained",
-                1 + none.astype(np.int64),
-                none.astype(np.bool_),
-            )
-            for place, points in enumerate(self._alone_points)
+            self._estimates(of, "drained", one, np.zeros(len(one), dtype=np.bool_))
+            for of in ("prompt", "token")
         )
-        num_steps = -(-self._prompt_len // self._alone_points[0].num_new)
+        num_steps = -(-self._prompt_len // self._points["prompt"].num_new)
         more_s: Floats = np.maximum(prompt_s - token_s, _LEAST_ADDED * prompt_s) * num_steps
         return more_s
 
@@ -252,39 +227,27 @@ class ManySteps:
 
     def decode(self, how: Pipelining) -> Floats:
         """[3, F]; seconds of decode steps."""
-        at = self._slices[list(self._decode_points).index(how.num_parts)]
         num = len(self._of_rank)
-        return self._estimates(
-            at,
-            self._decode_points[how.num_parts],
-            self.structure,
-            how.schedule,
-            np.full(num, how.num_micro_batches),
-            np.full(num, how.overlap),
-        )
+        cut = np.full(num, how.num_micro_batches), np.full(num, how.overlap)
+        return self._estimates(how.num_parts, how.schedule, *cut)
 
-    def prefill(self, how: Pipelining) -> Prefill:
-        """Prefill steps."""
-        place, part = list(self._prefill_points).index(how), self._prefill_parts[how]
-        seconds = self._estimates(
-            self._slices[len(self._decode_points) + place],
-            self._prefill_points[how],
-            np.arange(len(self.structures)),
-            how.schedule,
-            part.num_micro_batches,
-            part.overlap,
-        )
-        return Prefill(seconds, *part.others)
+    def prefill(self, how: Pipelining) -> tuple[Floats, Prompts[Ints]]:
+        """Seconds of prefill steps, [3, S], and their prompts; of a round of rotating ones."""
+        part = self._prefill_parts[how]
+        seconds = self._estimates(how, how.schedule, part.num_micro_batches, part.overlap)
+        return seconds, part.prompts
 
     def _estimates(
         self,
-        at: slice,
-        points: Points,
-        structure: Ints,
+        of: object,
         schedule: MicroBatchSchedule,
         num_micro_batches: Ints,
         overlap: npt.NDArray[np.bool_],
     ) -> Floats:
+        """Seconds of steps whose parts have their points under a key."""
+        at, points = self._slices[of], self._points[of]
+        is_decode = isinstance(of, int)
+        structure = self.structure if is_decode else np.arange(len(self.structures))
         return step_estimates(
             [(times, priced[:, at]) for times, priced in self._priced],
             self._hand_over_s(points, structure),
@@ -304,67 +267,50 @@ class ManySteps:
         num_bytes = owned * (self.model.hidden_size * self.activation_bytes)
         return self.links.hand_over(HandOver(num_bytes, self._is_remote[structure])).bounds
 
-    @property
-    def _all_points(self) -> list[Points]:
-        of_steps = *self._decode_points.values(), *self._prefill_points.values()
-        return [*of_steps, *self._alone_points]
-
     @cached_property
-    def _slices(self) -> list[slice]:
+    def _slices(self) -> dict[object, slice]:
         """Range of each set of points among all."""
-        sizes = [len(each.shape) for each in self._all_points]
+        sizes = [len(each.shape) for each in self._points.values()]
         ends = np.cumsum(sizes).tolist()
-        return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        slices = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        return dict(zip(self._points, slices, strict=True))
 
     @cached_property
-    def _decode_points(self) -> dict[int, Points]:
-        """Points of decode steps, by the number of parts that a batch is cut into."""
-        num_new, context = 1 + self.num_drafts, self.workload.mean_context
-        return {
-            num: self._points(
-                self.structure, -(-self._of_rank // num), num_new, context, self.num_drafts
-            )
-            for num in dict.fromkeys(how.num_parts for how in self.hows)
-        }
+    def _points(self) -> dict[object, Points]:
+        """Points of decode steps, by the parts that a batch is cut into; of prefill steps, by how.
 
-    @cached_property
-    def _alone_points(self) -> tuple[Points, Points]:
-        """Points of a prompt (or chunk) and of a decode on one rank, all others idle."""
-        every = np.arange(len(self.structures))
-        one, cached = np.ones_like(every), self.workload.prompt_len - self._prompt_len
-        chunk = np.minimum(self._prompt_len, self._tokens)
-        points = (
-            self._points(every, one, chunk, cached + (self._prompt_len - chunk) // 2, 0),
-            self._points(
-                every, one, 1 + self.num_drafts, self.workload.mean_context, self.num_drafts
-            ),
-        )
-        prompt, token = (replace(each, stage_seqs=one) for each in points)
-        return prompt, token
+        And of a prompt (or a chunk of one) and of a token on one rank, all others idle.
+        """
+        every, of_token = np.arange(len(self.structures)), (1 + self.num_drafts, self.num_drafts)
+        context, found = self.workload.mean_context, dict[object, Points]()
+        for num in dict.fromkeys(how.num_parts for how in self.hows):
+            seqs = -(-self._of_rank // num)
+            found[num] = self._points_of(self.structure, seqs, of_token, context)
+        for how, part in self._prefill_parts.items():
+            new, cached = part.prompts.num_new, part.prompts.num_cached
+            found[how] = self._points_of(every, part.part_seqs, (new, 0), cached)
+        one, chunk = np.ones_like(every), np.minimum(self._prompt_len, self._tokens)
+        cached = self.workload.prompt_len - self._prompt_len + (self._prompt_len - chunk) // 2
+        found["prompt"] = self._points_of(every, one, (chunk, 0), cached)
+        found["token"] = self._points_of(every, one, of_token, context)
+        alone = {of: replace(found[of], stage_seqs=one) for of in ("prompt", "token")}
+        return found | alone
 
-    @cached_property
-    def _prefill_points(self) -> dict[Pipelining, Points]:
-        every = np.arange(len(self.structures))
-        return {
-            how: self._points(every, part.part_seqs, part.others[1], part.others[2], 0)
-            for how, part in self._prefill_parts.items()
-        }
-
-    def _points(
+    def _points_of(
         self,
         structure: Ints,
         num_seqs: Ints,
-        num_new: Ints | int,
+        new_and_drafts: tuple[Ints | int, int],
         num_cached: Ints | int,
-        num_drafts: int,
     ) -> Points:
         fullest = -(-self.workload.num_sequences // self.replicas)  # a replica's sequences
         stage_seqs = np.minimum(num_seqs * self.dp[structure], fullest[structure])
         new, cached, drafts = (
             np.broadcast_to(np.asarray(each, dtype=np.int64), num_seqs.shape)
-            for each in (num_new, num_cached, num_drafts)
+            for each in (new_and_drafts[0], num_cached, new_and_drafts[1])
         )
-        return Points(self._shape[structure], num_seqs, new, cached, stage_seqs, drafts)
+        tp, dp, shape = (each[structure] for each in (self.tp, self.dp, self._shape))
+        return Points(tp, num_seqs, new, cached, stage_seqs, drafts, dp, shape=shape)
 
     @cached_property
     def _prefill_parts(self) -> dict[Pipelining, _PrefillPart]:
@@ -402,20 +348,17 @@ def _prefill_part(
     part_seqs = np.where(is_one, 1, -(-seqs // parts))
     num_micro_batches = in_flight if is_rotating else np.where(is_cut, how.num_micro_batches, 1)
     whole = np.minimum(part_seqs * parts * in_flight, num_running)
-    others = (
-        np.where(is_one, in_flight, whole),
-        num_new,
-        num_cached,
-        np.where(is_one, -(-prompt_len // chunk), 1),
-        prompt_len,
-    )
-    return _PrefillPart(part_seqs, num_micro_batches, is_cut & how.overlap, others)
+    num_steps = np.where(is_one, -(-prompt_len // chunk), 1)
+    num_seqs = np.where(is_one, in_flight, whole)
+    prompts = Prompts(num_seqs, num_new, num_cached, num_steps, prompt_len)
+    return _PrefillPart(part_seqs, num_micro_batches, is_cut & how.overlap, prompts)
 
 
 def _joined(parts: Sequence[Points]) -> Points:
     """The points of several, one after the other."""
+    names = [each.name for each in fields(Points)]
     return Points(
-        *(np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(Points))
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
     )
 
 

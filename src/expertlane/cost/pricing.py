@@ -1,9 +1,8 @@
 """From a step's program to work with times: what the device and the links say of each step."""
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -12,13 +11,15 @@ import numpy as np
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile import Profile, Term
+from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Times
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.operation import (
     ATTENTION,
+    SIZES,
     Floats,
     HandOver,
+    Kind,
     OneOfGroup,
     Operation,
     RankGroups,
@@ -245,9 +246,38 @@ class Links(Protocol):
         """Seconds of every rank's message to the next pipeline stage."""
         ...
 
-    def contention(self, transfer: Transfer) -> Term:
-        """The share of compute that is lost beside a transfer."""
+    def contention(self, transfer: Transfer, num_ranks: int) -> Floats | float:
+        """The share of compute that is lost beside a transfer of a stage's ranks."""
         ...
+
+
+def operation_times(
+    device: DeviceModel, types: NumberTypes, operations: Sequence[tuple[Operation, int]]
+) -> list[Times]:
+    """Times of operations of so many ranks or scenarios; those of one law in one call."""
+    alike: defaultdict[tuple[Kind, str], list[int]] = defaultdict(list)
+    for place, (operation, _) in enumerate(operations):
+        alike[operation.kind, law_dtype(types, operation)].append(place)
+    found: dict[int, Times] = {}
+    for (kind, dtype), places in alike.items():
+        own = [operations[place] for place in places]
+        sizes = {
+            name: np.concatenate([np.broadcast_to(each.sizes[name], (num,)) for each, num in own])
+            for name in SIZES[kind]
+        }
+        times = device.times(kind, dtype, sizes)
+        ends = np.cumsum([num for _, num in own]).tolist()
+        for place, begin, end in zip(places, [0, *ends[:-1]], ends, strict=True):
+            found[place] = times.part(slice(begin, end))
+    return [found[place] for place in range(len(operations))]
+
+
+def forwarded_times(links: Links, transfers: Sequence[Transfer]) -> dict[int, Times]:
+    """Times of both hops of each hierarchical dispatch or combine of a layer, by id."""
+    times: dict[int, Times] = {}
+    for between, inside in _forwarding_hops(transfers):
+        times[id(between)], times[id(inside)] = links.forwarded(between, inside)
+    return times
 
 
 class Pricing:
@@ -278,11 +308,11 @@ class Pricing:
 
     def work(self, program: StepProgram) -> list[list[StageWork]]:
         """[num_stages][num_micro_batches]."""
-        self._look_up_together(program)
+        times = self._operations(program)
         return [
             [
                 StageWork(
-                    [self._part(part, stage.mesh.size) for part in stage.parts],
+                    [self._part(part, times) for part in stage.parts],
                     None if stage.hand_over is None else self._links.hand_over(stage.hand_over),
                 )
                 for stage in of_micro_batches
@@ -290,55 +320,55 @@ class Pricing:
             for of_micro_batches in program.stages
         ]
 
-    def _part(self, part: Sequence[Section], num_ranks: int) -> list[Block]:
+    def _part(self, part: Sequence[Section], operations: Mapping[int, Times]) -> list[Block]:
         priced: dict[int, Sequence[TimedStep]] = {}
         transfers: dict[Hashable, Times] = {}
         for section in part:
             if id(section.steps) not in priced:
-                priced[id(section.steps)] = self._section(section, num_ranks, transfers)
+                priced[id(section.steps)] = self._section(section, operations, transfers)
         return blocks_of([(each.layer, priced[id(each.steps)]) for each in part])
 
     def _section(
-        self, section: Section, num_ranks: int, transfers: dict[Hashable, Times]
+        self, section: Section, operations: Mapping[int, Times], known: dict[Hashable, Times]
     ) -> list[TimedStep]:
-        forwarded = self._forwarded(section.steps)
-        timed = []
+        links, timed = self._links, []
+        transfers = [step for step in section.steps if isinstance(step, Transfer)]
+        forwarded = forwarded_times(links, transfers)
         for step in section.steps:
             if isinstance(step, Operation):
-                timed.append(TimedStep(step, self._operation(step, num_ranks)))
+                timed.append(TimedStep(step, operations[id(step)]))
             else:
-                times = forwarded.get(id(step)) or self._transfer(step, transfers)
-                timed.append(TimedStep(step, times, self._links.contention(step).value))
+                times = forwarded.get(id(step)) or self._transfer(step, known)
+                share = links.contention(step, len(step.load.group_size))
+                timed.append(TimedStep(step, times, float(np.max(share))))
         return timed
 
-    def _look_up_together(self, program: StepProgram) -> None:
-        """Price all sizes of operations under a single law in one call, which costs as much as one.
+    def _operations(self, program: StepProgram) -> dict[int, Times]:
+        """Times by the id of an operation; new ones under a single law are priced together.
 
         Others are priced one by one: which of their laws is the fastest turns on their sizes.
-
         """
-        wanted: defaultdict[Hashable, dict[Hashable, Operation]] = defaultdict(dict)
         num_ranks = program.stages[0][0].mesh.size
         sections = {id(each.steps): each for of in program.of_stages() for each in of.sections()}
-        for step in chain.from_iterable(each.steps for each in sections.values()):
-            if isinstance(step, Operation):
-                key = self._key(step, num_ranks)
-                if key not in self._known:
-                    wanted[step.kind, law_dtype(self.types, step)][key] = step
-        for alike in wanted.values():
-            steps = list(alike.values())
-            kind, dtype = steps[0].kind, law_dtype(self.types, steps[0])
-            if len(steps) == 1 or not self._device.has_one_law(kind, dtype):
-                continue
-            sizes = {
-                name: np.concatenate(
-                    [np.broadcast_to(each.sizes[name], (num_ranks,)) for each in steps]
-                )
-                for name in steps[0].sizes
-            }
-            times = self._device.times(kind, dtype, sizes)
-            for place, key in enumerate(alike):
-                self._keep(key, times.part(slice(place * num_ranks, (place + 1) * num_ranks)))
+        keys = {
+            id(step): (self._key(step, num_ranks), step)
+            for each in sections.values()
+            for step in each.steps
+            if isinstance(step, Operation)
+        }
+        calls: defaultdict[Hashable, dict[Hashable, Operation]] = defaultdict(dict)
+        for key, step in keys.values():
+            if key not in self._known:
+                has_one_law = self._device.has_one_law(step.kind, law_dtype(self.types, step))
+                calls[None if has_one_law else key][key] = step
+        for of_call in calls.values():
+            steps = [(step, num_ranks) for step in of_call.values()]
+            priced = operation_times(self._device, self.types, steps)
+            self._known.update(zip(of_call, map(self._bounded, priced), strict=True))
+        found = {number: self._known[key] for number, (key, _) in keys.items()}
+        while len(self._known) > _MOST_KNOWN:
+            self._known.popitem(last=False)
+        return found
 
     def _key(self, step: Operation, num_ranks: int) -> Hashable:
         """The kind, number type and sizes of an operation, which its times are cached by."""
@@ -347,22 +377,10 @@ class Pricing:
         ]
         return step.kind, law_dtype(self.types, step), num_ranks, *step.sizes, *sizes
 
-    def _operation(self, step: Operation, num_ranks: int) -> Times:
-        key = self._key(step, num_ranks)
-        times = self._known.get(key)
-        if times is None:
-            times = self._device.times(step.kind, law_dtype(self.types, step), step.sizes)
-            times = self._keep(key, times.of_ranks(num_ranks))
-        return times
-
-    def _keep(self, key: Hashable, times: Times) -> Times:
-        """Remember an operation's times."""
-        if self._only_likely:
-            times = replace(times, bounds=np.broadcast_to(times.seconds, times.bounds.shape))
-        self._known[key] = times
-        if len(self._known) > _MOST_KNOWN:
-            self._known.popitem(last=False)
-        return times
+    def _bounded(self, times: Times) -> Times:
+        if not self._only_likely:
+            return times
+        return replace(times, bounds=np.broadcast_to(times.seconds, times.bounds.shape))
 
     def _transfer(self, step: Transfer, known: dict[Hashable, Times]) -> Times:
         """Price a transfer; those of tensor-parallel groups are alike in all layers of a part."""
@@ -373,16 +391,8 @@ class Pricing:
             known[key] = self._links.times(step)
         return known[key]
 
-    def _forwarded(self, steps: Sequence[Step]) -> dict[int, Times]:
-        """Times of both hops of each hierarchical dispatch or combine, by id."""
-        times: dict[int, Times] = {}
-        transfers = [step for step in steps if isinstance(step, Transfer)]
-        for between, inside in forwarding_hops(transfers):
-            times[id(between)], times[id(inside)] = self._links.forwarded(between, inside)
-        return times
 
-
-def forwarding_hops(transfers: Sequence[Transfer]) -> Iterator[tuple[Transfer, Transfer]]:
+def _forwarding_hops(transfers: Sequence[Transfer]) -> Iterator[tuple[Transfer, Transfer]]:
     """Pairs of all-to-alls in one stage of a layer: the one over nodes, the one inside them.
 
     Halves that are interleaved each have such a pair, and begin theirs in the same order.

@@ -52,8 +52,8 @@ from expertlane.spec.names import Phase
 LawError = tuple[str, tuple[int, ...]]  # the law, and the sizes where it is of alike sizes alone
 ErrorSeconds = Mapping[LawError, tuple[float, float]]  # at the error's low and its high
 
-_LAUNCHING, _HIDING = ("launches", ()), ("hiding of transfers", ())
-_SINGLE_TERMS = ("driver_s", "driver_per_rank_s", "dp_sync_s")
+_HIDING = "hiding of transfers", ()
+_SINGLE_TERMS = ("launch_s", "driver_s", "driver_per_rank_s", "dp_sync_s")
 _HIGH = BOUNDS.index("high")
 _Work = Sequence[Sequence[StageWork]]  # [num_stages][num_micro_batches]
 
@@ -68,10 +68,8 @@ class ClocksByLaw:
     @classmethod
     def of(cls, works: Sequence[_Work], terms: Terms, types: NumberTypes) -> "ClocksByLaw":
         """Clocks for all errors that these steps, and the terms of their execution, have."""
-        found: dict[LawError, None] = dict.fromkeys([_LAUNCHING, _HIDING])
-        for name in _SINGLE_TERMS:
-            found[name, ()] = None
-        found |= dict.fromkeys((place, ()) for place in terms.in_series)
+        found: dict[LawError, None] = {_HIDING: None}
+        found |= dict.fromkeys((name, ()) for name in (*_SINGLE_TERMS, *terms.in_series))
         for stage in (each for work in works for of_stage in work for each in of_stage):
             for timed in _steps_of(stage):
                 found |= dict.fromkeys(_errors(timed.step, timed.times, types))
@@ -84,20 +82,12 @@ class ClocksByLaw:
         hiding = [*BOUNDS, *[BOUNDS[LIKELY]] * (2 * len(self.errors))]
         low, high = self._clocks(_HIDING)
         hiding[low], hiding[high] = BOUNDS[0], BOUNDS[_HIGH]
-        return Terms(
-            execution=terms.execution,
-            launch_s=self._on_clocks(terms.launch_s, {_LAUNCHING: terms.launch_s}),
-            in_series={
-                place: self._on_clocks(each, {(place, ()): each})
-                for place, each in terms.in_series.items()
-            },
-            hiding=hiding,
-            **{
-                name: self._on_clocks(each, {(name, ()): each})
-                for name in _SINGLE_TERMS
-                for each in (getattr(terms, name),)
-            },
-        )
+
+        def on_clocks(name: str, bounds: Floats) -> Floats:
+            error: LawError = name, ()
+            return self._on_clocks(bounds, {error: bounds} if error in self.errors else {})
+
+        return terms.changed(on_clocks, hiding)
 
     def work(self, works: Sequence[_Work]) -> list[list[list[StageWork]]]:
         """The same steps with times on all clocks; blocks that were shared stay shared."""

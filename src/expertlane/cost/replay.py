@@ -43,6 +43,15 @@ class Clocks:
         by = seconds[:, None]
         return Clocks(self.compute + by, self.network + by, self.host + by)
 
+    def add(self, work: "Clocks") -> None:
+        """Go on by work whose clocks began at 0, once all ranks can begin."""
+        start = self.compute.max(axis=1, keepdims=True)
+        self.compute = start + work.compute
+        self.network, self.host = (
+            np.maximum(now, np.where(its > 0, start, 0.0) + its)
+            for now, its in ((self.network, work.network), (self.host, work.host))
+        )
+
 
 class ExecutedStep(NamedTuple):
     """An operation that ran, or a transfer that was posted and waited for.

@@ -178,8 +178,7 @@ class PowerLawRouting(Traffic):
     bounds: tuple[float, float] | None = None
     drift: float = DRIFT
     likeness: float = 0.0
-    _drawn: dict[int, Ints] = field(default_factory=dict, init=False)
-    _prompts: dict[tuple[int, int], Ints] = field(default_factory=dict, init=False)
+    _drawn: dict[tuple[int, int], Ints] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -232,7 +231,7 @@ class PowerLawRouting(Traffic):
 
     def _alone(self, sample: int, first: int, num: int) -> Ints:
         """[num, K]; choices of tokens of different prompts."""
-        tokens = self._tokens(sample, min(first + num, _MOST_DRAWN) or 1)
+        tokens = self._prompts(sample, 1, min(first + num, _MOST_DRAWN) or 1)[:, 0]
         return tokens[_in_turn(len(tokens), first, num)]
 
     def _of_prompts(self, sample: int, first: int, num_new: Ints) -> Ints:
@@ -243,26 +242,21 @@ class PowerLawRouting(Traffic):
         num = _power_of_two(min(_TOKENS_OF_PROMPT, _TOKENS_OF_STEP // len(num_new)))
         num = max(min(num, 2 * _power_of_two(int(num_new.max()) - 1)), 2)
         before, most = round(first * len(num_new) / int(num_new.sum())), _MOST_DRAWN // num
-        drawn = self._drawn_prompts(sample, num, min(before + len(num_new), most))
+        drawn = self._prompts(sample, num, min(before + len(num_new), most))
         prompt = np.arange(before, before + len(num_new)) % most
         place = np.arange(num_new.sum()) - (np.cumsum(num_new) - num_new).repeat(num_new)
         place = prompt.repeat(num_new) * num + place % num
         of_prompts: Ints = drawn.reshape(-1, self.top_k)[place]
         return of_prompts
 
-    def _drawn_prompts(self, sample: int, num: int, at_least: int) -> Ints:
+    def _prompts(self, sample: int, num: int, at_least: int) -> Ints:
         """[n, num, K]; `num` tokens of each of the prompts drawn so far, at least so many."""
-        drawn = self._prompts.get((sample, num), np.empty((0, num, self.top_k), dtype=np.int64))
+        drawn = self._drawn.get((sample, num), np.empty((0, num, self.top_k), dtype=np.int64))
         together = max(_DRAWN_TOGETHER // num, 1)
-        blocks = [drawn]
-        for block in range(len(drawn) // together, -(-at_least // together)):
-            # The last word, 2 or more, tells these from blocks of independent tokens.
-            rng = np.random.default_rng((self.seed, sample, block + 1, num))
-            own = _positive_stable(rng, 1 - self.likeness, (together, 1, self.num_experts))
-            rarity = self._rarity(sample) ** (1 / (1 - self.likeness)) / own
-            blocks.append(self._chosen(rng, (together, num), rarity))
-        if len(blocks) > 1:
-            self._prompts[sample, num] = drawn = np.concatenate(blocks)
+        missing = range(len(drawn) // together, -(-at_least // together))
+        if missing:
+            blocks = [self._block(sample, block, num) for block in missing]
+            self._drawn[sample, num] = drawn = np.concatenate([drawn, *blocks])
         return drawn
 
     def earlier_load(self, layer: int) -> Ints:
@@ -272,7 +266,7 @@ class PowerLawRouting(Traffic):
         drawn = np.concatenate([self._block(sample, block, is_earlier=True) for block in blocks])
         return np.bincount(drawn.ravel(), minlength=self.num_experts)
 
-    def _rarity(self, sample: int, *, is_earlier: bool = False) -> Floats:
+    def _rarity(self, sample: int, is_earlier: bool = False) -> Floats:
         """[num_experts]; the inverse of the weights."""
         places = np.random.default_rng((self.seed, sample)).permutation(self.num_experts)
         rarity: Floats = np.power(1.0 + places, self.alpha, dtype=np.float64)
@@ -281,21 +275,16 @@ class PowerLawRouting(Traffic):
             rarity *= np.exp(self.alpha * self.drift * rng.standard_normal(self.num_experts))
         return rarity
 
-    def _tokens(self, sample: int, at_least: int) -> Ints:
-        """[n, K]; those drawn so far, at least so many."""
-        drawn = self._drawn.get(sample, np.empty((0, self.top_k), dtype=np.int64))
-        blocks = [drawn]
-        wanted = range(len(drawn) // _DRAWN_TOGETHER, -(-at_least // _DRAWN_TOGETHER))
-        blocks += [self._block(sample, block) for block in wanted]
-        if len(blocks) > 1:
-            self._drawn[sample] = drawn = np.concatenate(blocks)
-        return drawn
-
-    def _block(self, sample: int, block: int, *, is_earlier: bool = False) -> Ints:
-        """[n, K]; choices of a block of `_DRAWN_TOGETHER` tokens."""
-        # Words that are left out count as 0, so the last one tells earlier blocks apart.
-        rng = np.random.default_rng((self.seed, sample, block + 1, int(is_earlier)))
-        return self._chosen(rng, (_DRAWN_TOGETHER,), self._rarity(sample, is_earlier=is_earlier))
+    def _block(self, sample: int, block: int, num: int = 1, *, is_earlier: bool = False) -> Ints:
+        """[n, num, K]; choices of a block of prompts, `num` tokens of each."""
+        # The last word tells blocks apart: 0, of earlier tokens 1, of alike ones 2 or more.
+        kind = num if num > 1 else int(is_earlier)
+        rng = np.random.default_rng((self.seed, sample, block + 1, kind))
+        together, rarity = max(_DRAWN_TOGETHER // num, 1), self._rarity(sample, is_earlier)
+        if num > 1:
+            own = _positive_stable(rng, 1 - self.likeness, (together, 1, self.num_experts))
+            rarity = rarity ** (1 / (1 - self.likeness)) / own
+        return self._chosen(rng, (together, num), rarity)
 
     def _chosen(self, rng: np.random.Generator, size: tuple[int, ...], rarity: Floats) -> Ints:
         """[*size, K]; the choices of so many tokens.

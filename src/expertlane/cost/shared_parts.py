@@ -18,10 +18,9 @@ from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import LIKELY, Execution, Terms, kernels_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import Profile
-from expertlane.cost.laws.times import Times
 from expertlane.cost.multi_token import projection_steps
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.pricing import forwarding_hops, law_dtype
+from expertlane.cost.pricing import forwarded_times, operation_times
 from expertlane.cost.step.attention import attention_steps
 from expertlane.cost.step.batch_sizes import Scenarios
 from expertlane.cost.step.counts import StageMesh
@@ -36,10 +35,8 @@ from expertlane.cost.step.layer import (
     shared_expert_steps,
 )
 from expertlane.cost.step.operation import (
-    SIZES,
     Floats,
     Ints,
-    Kind,
     OneOfGroup,
     Operation,
     RankGroups,
@@ -73,26 +70,15 @@ class Shape(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Points:
-    """P scenarios of some shapes; [P] each.
+class Points(Scenarios):
+    """P scenarios of some shapes; all attributes are [P].
 
     Attributes:
         shape: number from `SharedParts.add`.
-        num_seqs, num_new, num_cached, stage_seqs, num_drafts: as in `Scenarios`.
     """
 
-    shape: Ints
-    num_seqs: Ints
-    num_new: Ints
-    num_cached: Ints
-    stage_seqs: Ints
     num_drafts: Ints
-
-    def further(self) -> "Points":
-        """Points of one more drafting pass, as `Scenarios.further`."""
-        one, none = np.ones_like(self.num_new), np.zeros_like(self.num_drafts)
-        cached = self.num_cached + self.num_new
-        return Points(self.shape, self.num_seqs, one, cached, self.stage_seqs, none)
+    shape: Ints = field(kw_only=True)
 
 
 @dataclass(eq=False)
@@ -154,7 +140,7 @@ class SharedParts:
         self._row_bytes = model.hidden_size * types.activation_bytes
         self._own, self._experts = _Column(), _Column()
         self._ones: dict[tuple[int, int], OneOfGroup] = {}
-        self._num_shapes = 0
+        self._keeps_all: list[bool] = []  # by shape
         layers = range(model.num_hidden_layers)
         self._windows = list(dict.fromkeys(map(model.window_of_layer, layers)))
         self._has_dense = any(map(model.is_dense, layers))
@@ -169,25 +155,15 @@ class SharedParts:
         self._own.add((layout.tp, layout.dcp, keeps_all, *groups), shape)
         sizes = layout.ep, layout.stage_size
         self._experts.add((*sizes, shape.form, shape.payload, keeps_all, fan_out), shape)
-        self._num_shapes += 1
-        return self._num_shapes - 1
+        self._keeps_all.append(keeps_all)
+        return len(self._keeps_all) - 1
 
     def price(self, points: Points) -> PricedPoints:
         """All parts of all points."""
         own_key = np.array(self._own.of_shape)[points.shape]
         experts_key = np.array(self._experts.of_shape)[points.shape]
-        tp, dp, does_keep = self._sizes()
-        keeps_all = does_keep[points.shape]
-        scenarios = Scenarios(
-            tp[points.shape],
-            points.num_seqs,
-            points.num_new,
-            points.num_cached,
-            points.stage_seqs,
-            points.num_drafts,
-            dp[points.shape],
-        )
-        is_normed = keeps_all & (scenarios.tokens * self._row_bytes <= self._kernels.normed_bytes)
+        keeps_all = np.array(self._keeps_all)[points.shape]
+        is_normed = keeps_all & (points.tokens * self._row_bytes <= self._kernels.normed_bytes)
         of_own: list[_AnyColumn] = [
             own_key,
             is_normed,
@@ -198,13 +174,13 @@ class SharedParts:
             points.num_cached,
         ]
         firsts, own = _distinct(of_own)
-        rows = np.where(keeps_all, scenarios.tokens, scenarios.owned)
+        rows = np.where(keeps_all, points.tokens, points.owned)
         length = points.num_new if self._are_alike else np.ones_like(points.num_new)
         of_experts: list[_AnyColumn] = [
             experts_key,
             is_normed,
             rows,
-            scenarios.stage_tokens,
+            points.stage_tokens,
             length,
         ]
         lists = self._own_lists([each[firsts] for each in of_own])
@@ -241,19 +217,6 @@ class SharedParts:
     def _are_alike(self) -> bool:
         """True if tokens of one sequence choose similar experts."""
         return any(len(each.fan_out.of_prompts) > 0 for each in self._experts.firsts)
-
-    def _sizes(self) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
-        """`tp`, `dp`, and whether ranks keep all tokens, by shape."""
-        of_own = [
-            (
-                each.mesh.layout.tp,
-                self._kernels.keeps_all(each.mesh.layout, each.form),
-            )
-            for each in self._own.firsts
-        ]
-        tp, keeps_all = np.array(of_own)[self._own.of_shape].T
-        sizes = np.array([each.mesh.size for each in self._experts.firsts])
-        return tp, sizes[self._experts.of_shape] // tp, keeps_all.astype(np.bool_)
 
     def _one_of(self, mesh: StageMesh, size: int) -> OneOfGroup:
         """The rank that stands for all, in groups of `size` consecutive ranks."""
@@ -355,9 +318,16 @@ def price(
 ) -> list[Floats]:
     """Prices of each list of steps, [rows, S], in order."""
     links = LinkModel(profile)
-    times = _operation_times(DeviceModel(profile), types, lists) | _transfer_times(links, lists)
+    steps = [(step, each.size) for each in lists for step in each.steps]
+    operations = [(step, size) for step, size in steps if isinstance(step, Operation)]
+    transfers = [step for step, _ in steps if isinstance(step, Transfer)]
+    of_operations = operation_times(DeviceModel(profile), types, operations)
+    times = {id(step): each for (step, _), each in zip(operations, of_operations, strict=True)}
+    times |= zip(map(id, transfers), links.times_of(transfers), strict=True)
     priced = []
     for of_list in lists:
+        moved = [step for step in of_list.steps if isinstance(step, Transfer)]
+        times |= forwarded_times(links, moved)
         total = np.zeros((_NUM_ROWS, of_list.size))
         for step in of_list.steps:
             seconds = times[id(step)].bounds
@@ -365,49 +335,9 @@ def price(
                 total[COMPUTE] += seconds
             else:
                 total[MOVED] += seconds
-                share = links.contention_of_one(step, of_list.mesh.size)
-                total[SLOWED] += seconds[LIKELY] * share
+                total[SLOWED] += seconds[LIKELY] * links.contention(step, of_list.mesh.size)
             total[LAUNCHES] += step.num_kernels
             if terms.execution is Execution.SERIAL:
                 total[IN_SERIES] += terms.overhead_s(step)[:, None]
         priced.append(total)
     return priced
-
-
-def _operation_times(
-    device: DeviceModel, types: NumberTypes, lists: Sequence[ExpectedStepList]
-) -> dict[int, Times]:
-    """Times by the id of an operation; the operations of one law are priced at once."""
-    alike: defaultdict[tuple[Kind, str], list[tuple[Operation, int]]] = defaultdict(list)
-    for of_list in lists:
-        for step in of_list.steps:
-            if isinstance(step, Operation):
-                alike[step.kind, law_dtype(types, step)].append((step, of_list.size))
-    found = {}
-    for (kind, dtype), operations in alike.items():
-        sizes = {
-            name: np.concatenate([_of_all(each.sizes[name], n) for each, n in operations])
-            for name in SIZES[kind]
-        }
-        whole = device.times(kind, dtype, sizes)
-        end = 0
-        for operation, num in operations:
-            begin, end = end, end + num
-            found[id(operation)] = whole.part(slice(begin, end))
-    return found
-
-
-def _of_all(size: Floats | float, num: int) -> Floats:
-    return size if isinstance(size, np.ndarray) and len(size) == num else np.full(num, size)
-
-
-def _transfer_times(links: LinkModel, lists: Sequence[ExpectedStepList]) -> dict[int, Times]:
-    """Times by the id of a transfer; both hops of a hierarchical dispatch together."""
-    by_list = [[step for step in of_list.steps if isinstance(step, Transfer)] for of_list in lists]
-    transfers = [transfer for of_list in by_list for transfer in of_list]
-    times = links.times_of(transfers)
-    found = {id(transfer): each for transfer, each in zip(transfers, times, strict=True)}
-    for of_list in by_list:
-        for between, inside in forwarding_hops(of_list):
-            found[id(between)], found[id(inside)] = links.forwarded(between, inside)
-    return found

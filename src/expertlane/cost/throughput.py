@@ -12,7 +12,7 @@ KV transfer and the wait for a place there are in it, and TPOT is decoding alone
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -26,22 +26,24 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.slo import SLO
 from expertlane.spec.workload import Workload
 
+Number = TypeVar("Number", int, Ints)
 
-class Prompts(NamedTuple):
+
+class Prompts(NamedTuple, Generic[Number]):
     """Prompts in a data-parallel rank's prefill step, or in a round of rotating ones.
 
-    Attributes:
+    Attributes, numbers or arrays of them:
         num_seqs: prompts, or one chunk of one in each step in flight.
         num_new, num_cached: new tokens of each, and cached ones before them.
         num_steps: steps that a prompt takes.
         length: tokens of a prompt that are computed, in all steps.
     """
 
-    num_seqs: int
-    num_new: int
-    num_cached: int
-    num_steps: int
-    length: int
+    num_seqs: Number
+    num_new: Number
+    num_cached: Number
+    num_steps: Number
+    length: Number
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +65,7 @@ class Steps:
     num_seqs: Ints
     decode_s: Floats
     prefill_s: Floats
-    prompts: Prompts
+    prompts: Prompts[int]
     most_seqs: int
     alone_s: Floats
     tokens_per_step: Floats = field(default_factory=lambda: np.ones(len(BOUNDS)))

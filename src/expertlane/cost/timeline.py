@@ -140,15 +140,15 @@ class Timeline:
             arrivals = [span.sent for span in spans[-1]] if spans else [None] * len(of_stage)
             of_spans = []
             for number, (each, arrival) in enumerate(zip(of_stage, arrivals, strict=True)):
-                if alone is None or isinstance(each, RecordedWork):
-                    replay = Replay(compiler, clocks, may_skip=may_skip)
-                    of_spans.append(self._micro_batch(clocks, each, arrival, replay))
-                    continue
-                key = stage, number
-                if key not in alone:
-                    alone[key] = Clocks.zero(self._terms.num_clocks, self._num_ranks)
-                    Replay(compiler, alone[key]).run(each.parts)
-                of_spans.append(self._repeated(clocks, each, arrival, alone[key]))
+                known = None
+                if alone is not None and isinstance(each, StageWork):
+                    known = alone.get((stage, number))
+                    if known is None:
+                        known = Clocks.zero(self._terms.num_clocks, self._num_ranks)
+                        Replay(compiler, known).run(each.parts)
+                        alone[stage, number] = known
+                replay = Replay(compiler, clocks, may_skip=may_skip)
+                of_spans.append(self._micro_batch(clocks, each, arrival, replay, known))
             spans.append(of_spans)
         end_s = np.max([clocks.compute.max(axis=1) for clocks in self._stages], axis=0)
         return StepTimes(spans, idle_s, end_s)
@@ -173,32 +173,15 @@ class Timeline:
         self._stages = [clocks.later(plan_s) for clocks in known.stages]
         return StepTimes(known.times.spans, idle_s, known.times.end_s + plan_s, plan_s)
 
-    def _repeated(
-        self, clocks: Clocks, work: StageWork, arrival: Floats | None, alone: Clocks
-    ) -> Span:
-        """A micro-batch run as by itself, once all ranks of the stage can begin."""
-        begin = clocks.compute
-        arrived = begin if arrival is None else np.maximum(begin, arrival)
-        launched = arrived
-        if self._terms.execution is Execution.GRAPH:
-            clocks.host = clocks.host + self._terms.launch_s[:, None]
-            launched = np.maximum(arrived, clocks.host)
-        start = launched.max(axis=1, keepdims=True)
-        end = sending = sent = clocks.compute = start + alone.compute
-        clocks.network = np.maximum(
-            clocks.network, np.where(alone.network > 0, start, 0.0) + alone.network
-        )
-        clocks.host = np.maximum(clocks.host, np.where(alone.host > 0, start, 0.0) + alone.host)
-        if work.hand_over is None:
-            clocks.host = np.maximum(clocks.host, end)
-        else:
-            sending = np.maximum(end, clocks.network)
-            sent = clocks.network = sending + work.hand_over.bounds
-        return Span(begin, arrived, launched, end, sending, sent, Log())
-
     def _micro_batch(
-        self, clocks: Clocks, work: Work, arrival: Floats | None, replay: Replay
+        self,
+        clocks: Clocks,
+        work: Work,
+        arrival: Floats | None,
+        replay: Replay,
+        alone: Clocks | None,
     ) -> Span:
+        """A micro-batch on a stage; as by itself where `alone` says how it goes then."""
         if isinstance(work, RecordedWork):
             replay.run_recorded(work.before)
         begin = clocks.compute
@@ -210,8 +193,11 @@ class Timeline:
         launched = clocks.compute
         if isinstance(work, RecordedWork):
             log = replay.run_recorded(work.steps)
-        else:
+        elif alone is None:
             log = replay.run(work.parts)
+        else:
+            clocks.add(alone)
+            log = Log()
         end = sending = sent = clocks.compute
         if work.hand_over is None:
             clocks.host = np.maximum(clocks.host, end)  # it reads the tokens
@@ -420,18 +406,20 @@ def rank_events(times: StepTimes) -> dict[tuple[int, int], RankEvents]:
 
 def _of_rank(of_stage: list[Event], place: int, begin_s: float, start_s: float) -> RankEvents:
     kept = [each for each in of_stage if each.end_s[place] > each.begin_s[place]]
-
-    def ints(values: list[int]) -> Ints:
-        return np.array(values, dtype=np.int64)
-
-    return RankEvents(
-        start_s=start_s,
-        track=ints([_TRACKS.index(each.track) for each in kept]),
-        stage=ints([each.stage for each in kept]),
-        layer=ints([each.layer for each in kept]),
-        micro_batch=ints([each.micro_batch for each in kept]),
-        begin_s=np.array([each.begin_s[place] for each in kept]) - begin_s,
-        end_s=np.array([each.end_s[place] for each in kept]) - begin_s,
-        flops=ints([int(each.flops[place]) for each in kept]),
-        num_bytes=ints([int(each.num_bytes[place]) for each in kept]),
+    counts = [
+        (
+            _TRACKS.index(each.track),
+            each.stage,
+            each.layer,
+            each.micro_batch,
+            int(each.flops[place]),
+            int(each.num_bytes[place]),
+        )
+        for each in kept
+    ]
+    track, stage, layer, micro_batch, flops, num_bytes = (
+        np.array(counts, dtype=np.int64).reshape(-1, 6).T
     )
+    moments = np.array([(each.begin_s[place], each.end_s[place]) for each in kept])
+    begins_s, ends_s = moments.reshape(-1, 2).T - begin_s
+    return RankEvents(start_s, track, stage, layer, micro_batch, begins_s, ends_s, flops, num_bytes)

@@ -18,9 +18,9 @@ import numpy as np
 from expertlane.cost.compute_laws import ComputeLaws, Item, StageOperations
 from expertlane.cost.laws.execution import BOUNDS, LIKELY, Terms
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.laws.times import Basis, Times
-from expertlane.cost.pricing import Entry, forwarding_hops, transfer_entry
+from expertlane.cost.laws.profile import Profile
+from expertlane.cost.laws.times import Times, no_time
+from expertlane.cost.pricing import Entry, forwarded_times, transfer_entry
 from expertlane.cost.replay import RecordedStep
 from expertlane.cost.step.operation import (
     Floats,
@@ -158,7 +158,7 @@ class _ScaledLinks:
 
     def times(self, transfer: Transfer) -> Times:
         if self._model is None:
-            return _no_time(len(transfer.load.group_size))
+            return no_time(len(transfer.load.group_size))
         return self._scaled(self._model.times(self._larger(transfer)))
 
     def forwarded(self, between: Transfer, inside: Transfer) -> tuple[Times, Times]:
@@ -169,14 +169,14 @@ class _ScaledLinks:
 
     def hand_over(self, hand_over: HandOver) -> Times:
         if self._model is None:
-            return _no_time(len(hand_over.sent_bytes))
+            return no_time(len(hand_over.sent_bytes))
         sent_bytes: Floats = hand_over.sent_bytes * np.float64(self._byte_scale)
         return self._scaled(self._model.hand_over(replace(hand_over, sent_bytes=sent_bytes)))
 
-    def contention(self, transfer: Transfer) -> Term:
+    def contention(self, transfer: Transfer, num_ranks: int) -> Floats | float:
         if self._model is None:
-            return Term(0.0, 0.0, 0.0, Basis.MEASURED, "no links")
-        return self._model.contention(self._larger(transfer))
+            return 0.0
+        return self._model.contention(self._larger(transfer), num_ranks)
 
     def _larger(self, transfer: Transfer) -> Transfer:
         if self._byte_scale == 1:
@@ -186,11 +186,6 @@ class _ScaledLinks:
 
     def _scaled(self, times: Times) -> Times:
         return replace(times, bounds=self._scales * times.seconds)
-
-
-def _no_time(num_ranks: int) -> Times:
-    none = np.zeros((len(BOUNDS), num_ranks))
-    return Times(none, Basis.MEASURED, np.zeros(num_ranks, dtype=np.bool_))
 
 
 @dataclass(eq=False)
@@ -332,13 +327,12 @@ class VirtualClock:
         for item, transfer in zip(stage.posts, transfers, strict=True):
             by_layer[item.micro_batch, item.layer].append(transfer)
         for of_layer in by_layer.values():
-            for between, inside in forwarding_hops(of_layer):
-                forwarded[id(between)], forwarded[id(inside)] = links.forwarded(between, inside)
+            forwarded |= forwarded_times(links, of_layer)
         return [
             transfer_entry(
                 each,
                 forwarded.get(id(each)) or links.times(each),
-                links.contention(each).value,
+                float(np.max(links.contention(each, len(stage.ranks)))),
             )
             for each in transfers
         ]

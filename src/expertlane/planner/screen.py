@@ -359,12 +359,12 @@ class _Curves:
     def __init__(self, many: ManySteps, how: Pipelining, request: PlanRequest) -> None:
         goals, self._workload = request.goals, request.workload
         self._num_seqs, self._decode_s = many.num_seqs, many.decode(how)
-        self._prefill = prefill = many.prefill(how)
+        self._prefill_s, self._prompts = many.prefill(how)
         self._prompt_wait_steps = many.prompt_wait_steps
         drafts = request.setting.multi_token if many.num_drafts else MultiToken()
         self._tokens_per_step = drafts.tokens_bounds
         at, self._alone_s = many.structure, many.alone_s
-        batched_s = prefill.seconds * (prefill.num_steps / prefill.num_seqs)
+        batched_s = self._prefill_s * (self._prompts.num_steps / self._prompts.num_seqs)
         self._tps, self._tpot_s, self._ttft_s = together(
             self._num_seqs,
             self._decode_s,
@@ -387,20 +387,13 @@ class _Curves:
     def option(self, candidate: Candidate, number: int, room: Capacity) -> ScreenedCandidate:
         """The screened candidate of a structure."""
         at = slice(self._ends[number - 1] if number else 0, self._ends[number])
-        prefill, num_seqs = self._prefill, self._num_seqs[at]
-        prompts = Prompts(
-            int(prefill.num_seqs[number]),
-            int(prefill.num_new[number]),
-            int(prefill.num_cached[number]),
-            int(prefill.num_steps[number]),
-            int(prefill.length[number]),
-        )
+        num_seqs = self._num_seqs[at]
         steps = Steps(
             candidate.layout,
             num_seqs,
             self._decode_s[:, at],
-            prefill.seconds[:, number],
-            prompts,
+            self._prefill_s[:, number],
+            Prompts(*(int(each[number]) for each in self._prompts)),
             self._workload.num_sequences,
             self._alone_s[:, number],
             self._tokens_per_step,

@@ -1,7 +1,7 @@
 """Launching of kernels on a device, and the single terms of a step's time."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from math import log2
 
@@ -124,19 +124,25 @@ class Terms:
             arrival_s=known.get(ARRIVAL_S, none),
         )
 
+    def changed(self, change: Callable[[str, Floats], Floats], hiding: Sequence[str]) -> "Terms":
+        """The terms on other clocks.
+
+        Args:
+            change: makes a term's seconds of those there are; by its name, or place in series.
+        """
+        names = [each.name for each in fields(self) if each.name.endswith("_s")]
+        return Terms(
+            execution=self.execution,
+            in_series={place: change(place, each) for place, each in self.in_series.items()},
+            hiding=hiding,
+            **{name: change(name, getattr(self, name)) for name in names},
+        )
+
     @property
     def only_likely(self) -> "Terms":
         """The terms with low and high replaced by the likely ones."""
-        return Terms(
-            execution=self.execution,
-            launch_s=_likely(self.launch_s),
-            driver_s=_likely(self.driver_s),
-            in_series={place: _likely(each) for place, each in self.in_series.items()},
-            driver_per_rank_s=_likely(self.driver_per_rank_s),
-            dp_sync_s=_likely(self.dp_sync_s),
-            arrival_s=_likely(self.arrival_s),
-            hiding=[BOUNDS[LIKELY]] * len(BOUNDS),
-        )
+        hiding = [BOUNDS[LIKELY]] * len(BOUNDS)
+        return self.changed(lambda _, each: np.full(len(BOUNDS), each[LIKELY]), hiding)
 
     @classmethod
     def free(cls) -> "Terms":
@@ -155,7 +161,3 @@ def kernels_of(profile: Profile) -> KernelSet:
     launch = profile.terms.get(LAUNCH_S)
     is_measured = launch is not None and launch.basis is Basis.MEASURED
     return ENGINE_ON_GPUS if is_measured else GPU_LIBRARIES
-
-
-def _likely(bounds: Floats) -> Floats:
-    return np.full(len(BOUNDS), bounds[LIKELY])

@@ -39,12 +39,12 @@ slows while such a transfer runs beside it.
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.laws.times import Basis, Times, where
+from expertlane.cost.laws.times import Basis, Times, no_time, where
 from expertlane.cost.step.operation import Floats, HandOver, Ints, LinkLoad, Transfer, TransferKind
 from expertlane.spec.names import Link, Stage
 
@@ -120,6 +120,7 @@ class LinkModel:
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
+        self._law_times = partial(law_times, profile)
 
     def times(self, transfer: Transfer) -> Times:
         """Seconds of every rank for its own load; 0 in groups of one."""
@@ -144,11 +145,11 @@ class LinkModel:
         carried = np.maximum(load.out_bytes, load.in_bytes)
         if kind is TransferKind.SEND:
             is_sending = carried.sum(axis=0) > 0
-            return where(is_sending, self._send(carried), _nothing(len(is_sending)))
+            return where(is_sending, self._send(carried), no_time(len(is_sending)))
         in_group = load.group_size > 1
         if not in_group.any():
-            return _nothing(len(in_group))
-        together = self._surface_times(
+            return no_time(len(in_group))
+        together = self._law_times(
             f"{kind}.all_links", carried.sum(axis=0), load.group_size, load.num_nodes
         )
         if together is None:
@@ -161,7 +162,7 @@ class LinkModel:
                 inside = self._inside(kind, stage, load, carried)
                 across = self._across(kind, stage, load, carried)
                 together = where(spans, across, inside)
-        return where(in_group, together, _nothing(len(in_group)))
+        return where(in_group, together, no_time(len(in_group)))
 
     def forwarded(self, between: Transfer, inside: Transfer) -> tuple[Times, Times]:
         """Both hops of a hierarchical dispatch or combine, if forwarding begins as copies arrive.
@@ -185,10 +186,10 @@ class LinkModel:
         near = np.maximum(second.out_bytes, second.in_bytes)[Link.INTRA_NODE]
         rate = term_of(self._profile, f"forwarding_bytes_per_s.{name}")
         share = 0.0 if rate is None else self._profile.link_rate(Link.INTER_NODE) / rate.value
-        whole = self._surface_times(
+        whole = self._law_times(
             surface, np.maximum(nic, near * share), first.group_size, first.num_nodes
         )
-        alone = self._surface_times(surface, nic, first.group_size, first.num_nodes)
+        alone = self._law_times(surface, nic, first.group_size, first.num_nodes)
         if whole is None or alone is None:
             return apart
         low, likely, high = np.maximum(whole.bounds - alone.bounds, 0)
@@ -200,7 +201,7 @@ class LinkModel:
         """Seconds of every rank's message to the next pipeline stage; 0 where it has none."""
         sent = hand_over.sent_bytes.astype(np.float64)
         carried = np.where([~hand_over.is_remote, hand_over.is_remote], sent, 0.0)
-        return where(sent > 0, self._send(carried), _nothing(len(sent)))
+        return where(sent > 0, self._send(carried), no_time(len(sent)))
 
     def kv_transfer(self, sent_bytes: Floats, received_bytes: Floats, remote: bool = True) -> Times:
         """Keys and values from one pool's ranks to another's, all at once, as one message each.
@@ -216,40 +217,31 @@ class LinkModel:
         carried = np.zeros((len(Link), 1))
         link = Link.INTER_NODE if remote else Link.INTRA_NODE
         carried[link] = max(sent_bytes.max(initial=0), received_bytes.max(initial=0))
-        return where(carried.sum(axis=0) > 0, self._send(carried), _nothing(1))
+        return where(carried.sum(axis=0) > 0, self._send(carried), no_time(1))
 
-    def contention(self, transfer: Transfer) -> Term:
-        """The share by which compute slows while the transfer runs beside it."""
-        load, plain = transfer.load, self._contention(transfer.kind)
-        low_latency = self._low_latency_contention(transfer, load.group_size.size)
-        return low_latency[1] if low_latency is not None and low_latency[0].all() else plain
+    def contention(self, transfer: Transfer, num_ranks: int) -> Floats | float:
+        """Share by which compute slows beside the transfer: [A], or one number for all.
 
-    def contention_of_one(self, transfer: Transfer, num_ranks: int) -> Floats | float:
-        """The likely share, [S], of a transfer of the rank that stands for all of a stage's."""
-        plain = self._contention(transfer.kind).value
-        low_latency = self._low_latency_contention(transfer, num_ranks)
-        if low_latency is None:
-            return plain
-        shares: Floats = np.where(low_latency[0], low_latency[1].value, plain)
-        return shares
+        Low-latency kernels, of all-to-alls over nodes among all ranks of a stage, have their own.
 
-    def _low_latency_contention(
-        self, transfer: Transfer, num_ranks: int
-    ) -> tuple[npt.NDArray[np.bool_], Term] | None:
-        """Ranks of a stage-wide all-to-all over nodes with low-latency kernels; its contention."""
+        Args:
+            num_ranks: ranks of the stage.
+        """
+        plain = self._contention(transfer.kind)
         name = f"{_DISPATCHING.get(transfer.stage)}.low_latency.inter_node"
         law, load = self._profile.surfaces.get(name), transfer.load
         if transfer.kind is not TransferKind.ALL_TO_ALL or law is None:
-            return None
+            return plain
         if not ((load.num_nodes > 1).any() and (load.group_size == num_ranks).all()):
-            return None
+            return plain
         nic = np.maximum(load.out_bytes, load.in_bytes)[Link.INTER_NODE]
-        return nic <= law.axes["bytes"][-1], self._contention("low_latency")
+        is_low_latency = nic <= law.axes["bytes"][-1]
+        return np.where(is_low_latency, self._contention("low_latency"), plain)
 
-    def _contention(self, name: str) -> Term:
+    def _contention(self, name: str) -> float:
         term = term_of(self._profile, f"contention.{name}")
         assert term is not None
-        return term
+        return term.value
 
     def _inside(self, kind: TransferKind, stage: Stage, load: LinkLoad, carried: Floats) -> Times:
         """Groups inside one node."""
@@ -258,7 +250,7 @@ class LinkModel:
             name = _DISPATCHING[stage]
             names += [f"{name}.{variant}.intra_node" for variant in _INSIDE_NODES]
         near = carried[Link.INTRA_NODE]
-        found = [self._surface_times(name, near, load.group_size, load.num_nodes) for name in names]
+        found = [self._law_times(name, near, load.group_size, load.num_nodes) for name in names]
         known = [each for each in found if each is not None]
         if not known:
             peers = load.num_peers[Link.INTRA_NODE].astype(np.float64)
@@ -278,7 +270,7 @@ class LinkModel:
         if kind is TransferKind.ALL_TO_ALL and stage in _DISPATCHING:
             law = f"{_DISPATCHING[stage]}.low_latency.inter_node"
         nic, near = carried[Link.INTER_NODE], carried[Link.INTRA_NODE]
-        over_nics = self._surface_times(law, nic, load.group_size, load.num_nodes)
+        over_nics = self._law_times(law, nic, load.group_size, load.num_nodes)
         if over_nics is None:
             return bound_times(
                 self._profile,
@@ -287,7 +279,7 @@ class LinkModel:
                 (load.group_size - 1).astype(np.float64),
                 load.num_nodes.astype(np.float64),
             )
-        inside = self._surface_times(
+        inside = self._law_times(
             law.replace("inter_node", "intra_node"),
             near,
             load.num_peers[Link.INTRA_NODE] + 1,
@@ -305,7 +297,7 @@ class LinkModel:
             suffix = link.name.lower()
             names = ["send.all_links", f"send.{suffix}"]
             names += [f"{stand_in}.{suffix}"] if stand_in else []
-            known = (self._surface_times(name, carried[link], ranks, ranks) for name in names)
+            known = (self._law_times(name, carried[link], ranks, ranks) for name in names)
             times = next((each for each in known if each is not None), None)
             if times is None:
                 only = np.zeros_like(carried)
@@ -316,12 +308,6 @@ class LinkModel:
         over_nic = found[1].seconds * (carried[Link.INTER_NODE] > 0)
         inside = found[0].seconds * (carried[Link.INTRA_NODE] > 0)
         return where(over_nic > inside, found[1], found[0])
-
-    def _surface_times(
-        self, name: str, link_bytes: Floats, ranks: Ints, nodes: Ints
-    ) -> Times | None:
-        """[R]; None where the profile has no such surface."""
-        return law_times(self._profile, name, link_bytes, ranks, nodes)
 
 
 def roofline_s(
@@ -385,7 +371,3 @@ def _joined(loads: Sequence[LinkLoad]) -> LinkLoad:
     """Loads of several transfers as one, ranks after ranks."""
     parts = ([getattr(load, each.name) for load in loads] for each in fields(LinkLoad))
     return LinkLoad(*(np.concatenate(part, axis=-1) for part in parts))
-
-
-def _nothing(num_ranks: int) -> Times:
-    return Times(np.zeros((3, num_ranks)), Basis.MEASURED, np.zeros(num_ranks, dtype=np.bool_))

@@ -121,7 +121,6 @@ class Profile:
 
 
 Law = TypeVar("Law", Surface, Term)
-ReadT = TypeVar("ReadT", Device, LinkSheet, Surface, Term)
 
 _PER_LOGARITHM = 1000  # numbers of a table are thousandths of a logarithm
 _LARGEST = 20 * _PER_LOGARITHM  # exp(20): no correction is that far from a roofline
@@ -224,9 +223,7 @@ class _Law(Strict):
 
 
 @dataclass(frozen=True)
-class TermTable(_Law):
-    """A term as files have it."""
-
+class _Term(_Law):
     value: float
 
 
@@ -243,7 +240,7 @@ class _File(Strict):
     ranks_per_node: int
     links: dict[str, LinkSheet] = field(default_factory=dict)
     surfaces: dict[str, _Surface] = field(default_factory=dict)
-    terms: dict[str, TermTable] = field(default_factory=dict)
+    terms: dict[str, _Term] = field(default_factory=dict)
     devices_per_host: int = 0
     has_nvlink: bool = True
     like: Like | None = None
@@ -269,7 +266,7 @@ def _profile(file: _File) -> Profile:
         ranks_per_node=file.ranks_per_node,
         links=_links(file.links),
         surfaces={name: _surface(each, f"surfaces.{name}") for name, each in file.surfaces.items()},
-        terms={name: read_term(each, f"terms.{name}") for name, each in file.terms.items()},
+        terms={name: _term(each, f"terms.{name}") for name, each in file.terms.items()},
         devices_per_host=file.devices_per_host,
         has_nvlink=file.has_nvlink,
     )
@@ -341,15 +338,7 @@ def _links(sheets: Mapping[str, LinkSheet]) -> dict[Link, LinkSheet]:
     return {known[name]: sheet for name, sheet in sheets.items()}
 
 
-def read_term(law: TermTable, place: str) -> Term:
-    """A term of a file, checked.
-
-    Args:
-        place: the key that an error names.
-
-    Raises:
-        SpecError: a number is out of its range, or low and high are not around the value.
-    """
+def _term(law: _Term, place: str) -> Term:
     _check(law, f"{place}.", "term")
     if not law.low <= law.value <= law.high:
         raise SpecError(

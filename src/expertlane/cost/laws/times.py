@@ -68,14 +68,10 @@ class Times:
         is_extrapolated = self.is_extrapolated[ranks]
         return Times(self.bounds[:, ranks], self.basis, is_extrapolated, self.wider)
 
-    def of_ranks(self, num_ranks: int) -> "Times":
-        """[R] also where all ranks have the same sizes."""
-        return Times(
-            np.broadcast_to(self.bounds.reshape(3, -1), (3, num_ranks)),
-            self.basis,
-            np.broadcast_to(self.is_extrapolated, (num_ranks,)),
-            self.wider,
-        )
+
+def no_time(num_ranks: int) -> Times:
+    """Of what takes none, [R] zeros."""
+    return Times(np.zeros((3, num_ranks)), Basis.MEASURED, np.zeros(num_ranks, dtype=np.bool_))
 
 
 def where(first: npt.NDArray[np.bool_], a: Times, b: Times) -> Times:
@@ -133,7 +129,7 @@ class Surface:
         self, roofline_s: Floats, at: Mapping[str, Floats | float]
     ) -> tuple[Times, Floats]:
         """`times`, and by how many doublings sizes lie outside the knots, [R]."""
-        correction, doublings = self.look_up(at)
+        correction, doublings = interpolate(self.correction, self._knots, at)
         seconds = roofline_s * np.exp(correction)
         wider = 1 + _WIDER_PER_DOUBLING * doublings
         times = Times(
@@ -143,10 +139,6 @@ class Surface:
             self.wider,
         )
         return times, doublings
-
-    def look_up(self, at: Mapping[str, Floats | float]) -> tuple[Floats, Floats]:
-        """The correction, and by how many doublings sizes lie outside the knots; [R] each."""
-        return interpolate(self.correction, self._knots, at)
 
     @cached_property
     def _knots(self) -> Knots:

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -318,7 +318,7 @@ class Scenarios:
         num_seqs, num_new, num_cached: [S]; sequences, and of each the new tokens and the positions
             cached before them. A scenario is all decodes or all prompts.
         stage_seqs: [S]; sequences of all data-parallel ranks, of which some may be idle.
-        num_drafts: as in `PartSizes`, for scenarios that are all decodes.
+        num_drafts: as in `PartSizes`; one for all, or [S].
         tp, dp: of the layout, or [S] of several; data-parallel ranks without a sequence compute a
             dummy batch of one, if any.
     """
@@ -331,11 +331,11 @@ class Scenarios:
     num_drafts: int | Ints = 0
     dp: int | Ints = 1
 
-    def further(self) -> "Scenarios":
+    def further(self) -> Self:
         """The scenarios of one more drafting pass: one token each, those before it cached."""
         one = np.ones_like(self.num_new)
         cached = self.num_cached + self.num_new
-        return replace(self, num_new=one, num_cached=cached, num_drafts=0)
+        return replace(self, num_new=one, num_cached=cached, num_drafts=0 * self.num_drafts)
 
     @property
     def size(self) -> int:

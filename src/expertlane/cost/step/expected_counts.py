@@ -14,20 +14,25 @@ from dataclasses import dataclass, fields
 from statistics import NormalDist
 
 import numpy as np
-import numpy.typing as npt
 
 from expertlane.balance.copies import CopyChoice
 from expertlane.balance.even_copies import copy_choice
 from expertlane.balance.placement import Placement
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.batch_sizes import Scenarios
-from expertlane.cost.step.counts import DispatchCounts, NodeCounts, StageMesh
+from expertlane.cost.step.counts import (
+    Axis,
+    DispatchCounts,
+    Exchange,
+    NodeCounts,
+    StageMesh,
+    count_dispatch,
+)
 from expertlane.cost.step.operation import Floats, Ints, RowsByLink
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import CopyMethod
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import Link
 
 _SAMPLE_TOKENS = 2048  # tokens sampled of a layer
 _MOST_LAYERS = 4
@@ -76,41 +81,36 @@ class ExpectedFanOut:
         copies: CopyMethod = "nearest",
     ) -> "ExpectedFanOut":
         """Count a sample of a layer's tokens, equally many on each rank."""
-        layout, ep = mesh.layout, placement.ep
         owned = np.full(mesh.size, max(1, _SAMPLE_TOKENS // mesh.size))
         topk_ids = routing.topk_ids(layer, 0, np.zeros_like(owned), owned)
-        num_tokens, rank = len(topk_ids), np.arange(mesh.size).repeat(owned)
+        num_tokens = len(topk_ids)
         choice = copy_choice(copies, placement, mesh.ep_rank, mesh.nodes_of_ep_group)
-        to = choice.ep_ranks(topk_ids, rank)
-        own = mesh.ep_rank[rank][:, None]
-        is_near = mesh.node[to * layout.etp + mesh.etp_rank[rank][:, None]]
-        is_near = is_near == mesh.node[rank][:, None]
-        is_row = _is_first(to)
+        counts = count_dispatch(topk_ids, owned, choice, mesh, by_node=_lies_evenly(mesh))
 
-        def by_link(moved: npt.NDArray[np.bool_]) -> Floats:
-            to_others = moved & (to != own)
-            return np.array([(to_others & is_near).sum(), (to_others & ~is_near).sum()])
+        def by_link(axis: Axis, rows: Exchange) -> Floats:
+            """[num_links]; of a token, to other ranks of a group."""
+            assert isinstance(rows, np.ndarray), "of all ranks"
+            groups = mesh.groups(axis)
+            to_others = rows * groups.is_peer
+            near = (to_others * groups.is_near).sum()
+            return np.array([near, to_others.sum() - near]) / num_tokens
 
-        nodes_reached, node_rows, forwarded = 0, np.zeros(2), np.zeros(2)
-        if _lies_evenly(mesh):
-            node, size = to // mesh.ep_per_node, mesh.ep_per_node
-            is_node_row = _is_first(node)
-            nodes_reached = int(is_node_row.sum())
-            node_rows[Link.INTER_NODE] = (is_node_row & (node != own // size)).sum()
-            forwarded[Link.INTRA_NODE] = (is_row & (to % size != own % size)).sum()
-        pairs_of_rank = np.bincount(to.ravel(), minlength=ep)
-        at = to * placement.num_experts + topk_ids
-        per_expert = np.bincount(at.ravel(), minlength=ep * placement.num_experts)
-        per_expert = per_expert.reshape(ep, -1)[np.argsort(-pairs_of_rank, kind="stable")]
+        nodes_reached, node_rows, forwarded = 0.0, np.zeros(2), np.zeros(2)
+        if counts.by_node is not None:
+            nodes_reached = counts.by_node.rows_sent.sum() / num_tokens
+            node_rows = by_link("ep_inter", counts.by_node.rows)
+            forwarded = by_link("ep_intra", counts.by_node.forwarded)
+        pairs_of_rank = counts.pairs_of_ep_rank
+        per_expert = counts.num_tokens_per_expert[np.argsort(-pairs_of_rank, kind="stable")]
         num_slots = [len(experts) for experts in placement.experts_of_rank]
         even_at, fullest = _fullest_by_size(choice, topk_ids, mesh)
         return cls(
-            reached=is_row.sum() / num_tokens,
-            nodes_reached=nodes_reached / num_tokens,
-            rows=by_link(is_row) / num_tokens,
-            pairs=by_link(np.ones_like(is_row)) / num_tokens,
-            node_rows=node_rows / num_tokens,
-            forwarded=forwarded / num_tokens,
+            reached=counts.rows_sent.sum() / num_tokens,
+            nodes_reached=nodes_reached,
+            rows=by_link("ep", counts.rows),
+            pairs=by_link("ep", counts.pairs),
+            node_rows=node_rows,
+            forwarded=forwarded,
             hot=_hotness(pairs_of_rank, topk_ids.size),
             num_slots=num_slots[int(pairs_of_rank.argmax())],
             chosen=-np.sort(-per_expert, axis=1)[:, : max(num_slots)] / num_tokens,
@@ -338,17 +338,6 @@ def _hotness(pairs: Ints, num_pairs: int) -> float:
     mean = num_pairs / len(pairs)
     excess = pairs.max() / _busiest_of(np.array(mean), len(pairs))
     return float(max(1.0, excess))
-
-
-def _is_first(values: Ints) -> npt.NDArray[np.bool_]:
-    """[T, K]; whether a value occurs for the first time in its row."""
-    order = np.argsort(values, axis=1, kind="stable")
-    rising = np.take_along_axis(values, order, axis=1)
-    is_new = np.ones(values.shape, dtype=np.bool_)
-    is_new[:, 1:] = rising[:, 1:] != rising[:, :-1]
-    is_first = np.empty_like(is_new)
-    np.put_along_axis(is_first, order, is_new, axis=1)
-    return is_first
 
 
 def _lies_evenly(mesh: StageMesh) -> bool:
