@@ -43,7 +43,6 @@ class Served:
     greedy: list[RequestOutput]
     drawn: list[RequestOutput]
     chat: RequestOutput
-    plain_chat: RequestOutput
 
 
 def _chat(llm: LLM, params: SamplingParams) -> RequestOutput:
@@ -60,7 +59,6 @@ def served(chatty: Path) -> Iterator[Served]:
         greedy = llm.generate([*PROMPTS], GREEDY)
         drawn = llm.generate([*PROMPTS], DRAWN)
         chat = _chat(llm, replace(GREEDY, logprobs=3))
-        plain_chat = _chat(llm, replace(DRAWN, logprobs=None))
         template = ChatTemplate.from_folder(chatty)
         model = ServedModel(
             *("tiny", llm.engine, llm.limits, llm.tokenizer, template),
@@ -69,12 +67,10 @@ def served(chatty: Path) -> Iterator[Served]:
         server = ServerInThread(model, check_ranks=llm.check_ranks)
         try:
             with (
-                openai.OpenAI(
-                    base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE_S
-                ) as client,
+                server.openai() as client,
                 httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http,
             ):
-                yield Served(server, client, http, greedy, drawn, chat, plain_chat)
+                yield Served(server, client, http, greedy, drawn, chat)
         finally:
             server.stop()
         assert server.error is None

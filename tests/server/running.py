@@ -7,6 +7,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx
+import openai
+
 from engine.stub_runner import StubEngine, letters
 from expertlane.server.run import Running, bind, serve
 from expertlane.server.setup import ServedModel, ServerOptions
@@ -71,6 +74,23 @@ class ServerInThread:
         assert self.running is not None
         return self.running.service
 
+    def post(self, body: Any, path: str = "/v1/completions", **headers: Any) -> httpx.Response:
+        """Send a body: a value, or what is JSON already."""
+        how = "content" if isinstance(body, str | bytes) else "json"
+        given = {"Content-Type": "application/json"} | headers
+        url = f"{self.url}{path}"
+        return httpx.post(url, headers=given, timeout=PATIENCE_S, **{how: body})
+
+    def ask(self, **more: Any) -> httpx.Response:
+        """Ask for a completion, `LONG` but for what is given."""
+        return self.post(LONG | more)
+
+    def openai(self) -> openai.OpenAI:
+        """A client of the openai package."""
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE_S
+        )
+
     def tell_to_end(self) -> None:
         assert self.running is not None
         self.running.loop.call_soon_threadsafe(self.running.end)
@@ -121,6 +141,12 @@ class StubServer(ServerInThread):
     def stop(self) -> None:
         self.gate.set()
         super().stop()
+
+
+def events_in(text: str | bytes) -> list[Any]:
+    """The JSON of each event in a stream, or in a part of it."""
+    text = text.decode() if isinstance(text, bytes) else text
+    return [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: {")]
 
 
 def is_idle(server):

@@ -18,7 +18,7 @@ from expertlane.engine.llm import LLM
 from expertlane.server.run import bind
 from expertlane.server.setup import ServedModel
 from expertlane.spec.deployment import Options
-from server.running import PATIENCE_S, ServerInThread
+from server.running import ServerInThread
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "expertlane.json").read_text())
@@ -60,9 +60,8 @@ def rebalanced(chatty):
 
 
 def ask(server):
-    body = {"prompt": [[1, 2, 3], [1, 2, 3, 4] * 5], "max_tokens": 12, "temperature": 0}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S)
-    assert answer.status_code == 200
+    prompts = [[1, 2, 3], [1, 2, 3, 4] * 5]
+    assert server.ask(prompt=prompts, max_tokens=12).status_code == 200
 
 
 def scraped(server):

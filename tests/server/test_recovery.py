@@ -14,7 +14,7 @@ from expertlane import LLM
 from expertlane.engine.elastic.recovery_record import State
 from expertlane.engine.ranks.commands import RunStep
 from expertlane.server.setup import ServedModel, ServerOptions
-from server.running import PATIENCE_S, ServerInThread
+from server.running import ServerInThread
 from server.test_live import feed
 from server.test_metrics import scrape
 
@@ -57,7 +57,7 @@ def complete(server, number):
         },
         "presence_penalty": params.presence_penalty,
     }
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S)
+    answer = server.post(body)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["token_ids"]
 

@@ -6,7 +6,6 @@ import re
 
 import httpx
 import jsonschema
-import openai
 import pytest
 
 from engine.model.chat_checkpoint import save_chat_checkpoint
@@ -146,9 +145,7 @@ def test_compact_json(structured):
 
 
 def test_a_stream_and_a_stop_string(structured):
-    with openai.OpenAI(
-        base_url=f"{structured.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE_S
-    ) as client:
+    with structured.openai() as client:
         chunks = client.completions.create(
             model="tiny", prompt="a", stream=True, extra_body={"regex": "a{3}b{3}c{3}"}
         )
@@ -170,9 +167,7 @@ def test_a_model_that_the_client_parses(structured):
         is_tall: bool
         kind: int | None
 
-    with openai.OpenAI(
-        base_url=f"{structured.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE_S
-    ) as client:
+    with structured.openai() as client:
         answer = client.beta.chat.completions.parse(
             model="tiny",
             messages=MESSAGES,
@@ -189,9 +184,7 @@ def test_a_model_that_the_client_parses(structured):
 def test_calls_of_tools_in_deltas(structured, choice):
     if choice != "required":
         choice = {"type": "function", "function": {"name": choice}}
-    with openai.OpenAI(
-        base_url=f"{structured.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE_S
-    ) as client:
+    with structured.openai() as client:
         asked = {"model": "tiny", "messages": MESSAGES, "tools": TOOLS, "tool_choice": choice}
         asked |= {"seed": 3, "max_tokens": 4000, "parallel_tool_calls": False}
         whole = client.chat.completions.create(**asked).choices[0]
