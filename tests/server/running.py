@@ -4,13 +4,16 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import httpx
 import openai
 
+from engine.ranks.processes import wait_until
 from engine.stub_runner import StubEngine, letters
+from expertlane.engine.llm import LLM
 from expertlane.server.run import Running, bind, serve
 from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.spec.sampling import SamplingParams
@@ -105,6 +108,25 @@ class ServerInThread:
         self.join()
 
 
+@contextmanager
+def serving(
+    llm: LLM, *given: Any, options: ServerOptions | None = None, **more: Any
+) -> Iterator[Any]:
+    """A server of an LLM's ranks, which must end without an error.
+
+    Args:
+        given, more: further arguments of `ServedModel`.
+    """
+    model = ServedModel("tiny", llm.engine, llm.limits, *given, **more)
+    server: Any = ServerInThread(model, options, check_ranks=llm.check_ranks)
+    server.llm = llm
+    try:
+        yield server
+    finally:
+        server.stop()
+    assert server.error is None
+
+
 class StubServer(ServerInThread):
     """A server of a `StubEngine`, whose steps can be held up.
 
@@ -151,6 +173,14 @@ def events_in(text: str | bytes) -> list[Any]:
 
 def is_idle(server):
     return server.engine.is_idle and server.engine.num_blocks_used() == 0
+
+
+def held(server, **more):
+    """A stream whose request runs, while the gate is closed."""
+    server.gate.clear()
+    connection = Stream(server, **more)
+    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    return connection
 
 
 class Stream:

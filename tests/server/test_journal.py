@@ -22,7 +22,7 @@ from expertlane.server.journal import file as journal_file
 from expertlane.server.journal import keeper
 from expertlane.server.journal.file import JournalError, JournalFile
 from expertlane.server.setup import ServerOptions
-from server.running import LONG, PATIENCE_S, Stream, is_idle
+from server.running import LONG, PATIENCE_S, Stream, held, is_idle
 
 STREAM = LONG | {"stream": True, "return_token_ids": True}
 NAMED = {"X-Request-Id": "mine"}
@@ -167,9 +167,7 @@ def test_an_answer_without_stream_is_given_once_more(journaled):
 def test_without_a_name_a_closed_connection_ends_it(journaled):
     """Its client did not say that it comes back; the id in a stream is for a dead server."""
     server = journaled()
-    server.gate.clear()
-    connection = Stream(server)
-    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection = held(server)
     connection.close()
     assert wait_until(lambda: not server.service.journal.requests)
     server.gate.set()

@@ -17,15 +17,13 @@ from expertlane.server.errors import ApiError
 from expertlane.server.requests import CompletionRequest
 from expertlane.server.run import bind, serve
 from expertlane.server.setup import ServerOptions
-from server.running import LONG, PATIENCE_S, Stream, events_in, is_idle
+from server.running import LONG, PATIENCE_S, Stream, events_in, held, is_idle
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_closed_connection_frees_its_blocks(stub_server, stream):
     server = stub_server()
-    server.gate.clear()
-    connection = Stream(server, stream=stream)
-    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection = held(server, stream=stream)
     num_steps = server.engine.runner.num_steps
     connection.close()
     assert wait_until(lambda: server.service.num_open == 0)
@@ -115,9 +113,7 @@ def test_a_deadline_in_a_stream(stub_server):
     connection = Stream(server, timeout_s=0.3, max_tokens=1)
     connection.read_until(b"[DONE]")
     connection.close()
-    server.gate.clear()
-    connection = Stream(server, timeout_s=0.3)
-    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection = held(server, timeout_s=0.3)
     threading.Timer(0.6, server.gate.set).start()
     end = connection.read_until(b"[DONE]")
     connection.close()
@@ -126,9 +122,7 @@ def test_a_deadline_in_a_stream(stub_server):
 
 def test_draining(stub_server):
     server = stub_server()
-    server.gate.clear()
-    connection = Stream(server, return_token_ids=True)
-    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection = held(server, return_token_ids=True)
     server.tell_to_end()
     assert wait_until(lambda: server.service.is_draining)
     refused = server.ask()
@@ -148,9 +142,7 @@ def test_draining(stub_server):
 
 def test_draining_has_a_bound(stub_server):
     server = stub_server(ServerOptions(drain_s=0.1))
-    server.gate.clear()
-    connection = Stream(server)
-    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection = held(server)
     server.tell_to_end()
     assert b'"code":"ended"' in connection.read_until(b"[DONE]")
     connection.close()
@@ -161,9 +153,7 @@ def test_draining_has_a_bound(stub_server):
 
 def test_told_twice_it_ends_at_once(stub_server):
     server = stub_server()
-    server.gate.clear()
-    connection = Stream(server)
-    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection = held(server)
     server.tell_to_end()
     server.tell_to_end()
     assert b'"code":"ended"' in connection.read_until(b"[DONE]")

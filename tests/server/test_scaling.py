@@ -15,9 +15,9 @@ from engine.ranks.processes import wait_until
 from expertlane import LLM
 from expertlane.cli.main import main
 from expertlane.errors import CapacityError
-from expertlane.server.setup import ServedModel, ServerOptions
+from expertlane.server.setup import ServerOptions
 from expertlane.spec.names import Stage
-from server.running import PATIENCE_S, ServerInThread
+from server.running import PATIENCE_S, serving
 from server.test_live import feed
 from server.test_metrics import scrape
 from server.test_recovery import complete
@@ -30,12 +30,9 @@ def server():
     settings = {"dtype": "float32", "on_failure": "replace", "oversubscribe": True}
     with LLM("paper-tiny", layout="dp=2,ep=2", **settings) as llm:
         expected = [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
-        model = ServedModel("tiny", llm.engine, llm.limits, watch=llm.watch(), scaling=llm.scaling)
-        server = ServerInThread(model, ServerOptions(), check_ranks=llm.check_ranks)
-        server.llm, server.expected = llm, expected
-        yield server
-        server.stop()
-        assert server.error is None
+        with serving(llm, watch=llm.watch(), scaling=llm.scaling) as server:
+            server.expected = expected
+            yield server
 
 
 def scale(server, layout, **more):

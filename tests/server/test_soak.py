@@ -23,11 +23,6 @@ def check(chatty, tmp_path, layout, dtype, number, part):
 
 
 @pytest.mark.full
-def test_200_requests(chatty, tmp_path):
-    check(chatty, tmp_path, "dp=2,ep=2", "float32", 200, 100)
-
-
-@pytest.mark.full
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_500_requests(chatty, tmp_path, layout):
     assert check(chatty, tmp_path, layout, "float32", 500, 100)["preemptions"] > 0
@@ -44,11 +39,6 @@ def check_kills(folder, parts):
     print("\n".join(table(done)))
     assert sum(kill.resumed for part in done for kill in part.kills) >= 2 * sum(parts)
     assert all(part.counts["reconnects"] for part in done)
-
-
-@pytest.mark.full
-def test_two_kills(chatty):
-    check_kills(chatty, [2])
 
 
 @pytest.mark.full
