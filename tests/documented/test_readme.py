@@ -18,7 +18,7 @@ import pytest
 from documented.commands import ROOT, Command, blocks, named, program_of_readme
 from documented.smokes import LIMIT_S, MORE, Stage, run, run_expertlane
 from engine.ranks.processes import wait_until
-from server.killed_front import Front, free_port
+from server.front import KEPT, Front, free_port
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(2 * LIMIT_S)]
 
@@ -160,7 +160,8 @@ def test_the_client_of_a_server_that_is_killed_gets_all_of_it_once(folder: Path,
     url = f"http://127.0.0.1:{port}"
     code = program_of_readme("Last-Event-ID").replace("http://127.0.0.1:8000", url)
     code = code.replace("str(uuid.uuid4())", "'mine'").replace("True}", "True, 'ignore_eos': True}")
-    front = Front(folder / "my-checkpoint", tmp_path / "journal", tmp_path / "log", port)
+    options = ("--dtype", "float32", "--journal", str(tmp_path / "journal"), *KEPT)
+    front = Front(folder / "my-checkpoint", tmp_path / "log", *options, port=port)
     front.start()
     try:
         printed, err = tmp_path / "printed", tmp_path / "err"

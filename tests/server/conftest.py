@@ -12,11 +12,19 @@ import pytest
 from engine.model.chat_checkpoint import save_chat_checkpoint
 from expertlane.engine.llm import LLM
 from expertlane.schedule.request import RequestOutput
-from expertlane.server.setup import ServedModel
 from expertlane.spec.sampling import SamplingParams
 from expertlane.text.chat_template import ChatTemplate
 from expertlane.text.tokenizer import default_sampling
-from server.running import DRAWN, GREEDY, MESSAGES, PATIENCE_S, PROMPTS, ServerInThread, StubServer
+from server.running import (
+    DRAWN,
+    GREEDY,
+    MESSAGES,
+    PATIENCE_S,
+    PROMPTS,
+    ServerInThread,
+    StubServer,
+    serving,
+)
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -43,7 +51,6 @@ class Served:
     greedy: list[RequestOutput]
     drawn: list[RequestOutput]
     chat: RequestOutput
-    plain_chat: RequestOutput
 
 
 def _chat(llm: LLM, params: SamplingParams) -> RequestOutput:
@@ -60,24 +67,14 @@ def served(chatty: Path) -> Iterator[Served]:
         greedy = llm.generate([*PROMPTS], GREEDY)
         drawn = llm.generate([*PROMPTS], DRAWN)
         chat = _chat(llm, replace(GREEDY, logprobs=3))
-        plain_chat = _chat(llm, replace(DRAWN, logprobs=None))
         template = ChatTemplate.from_folder(chatty)
-        model = ServedModel(
-            *("tiny", llm.engine, llm.limits, llm.tokenizer, template),
-            *(default_sampling(chatty), llm.watch()),
-        )
-        server = ServerInThread(model, check_ranks=llm.check_ranks)
-        try:
-            with (
-                openai.OpenAI(
-                    base_url=f"{server.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE_S
-                ) as client,
-                httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http,
-            ):
-                yield Served(server, client, http, greedy, drawn, chat, plain_chat)
-        finally:
-            server.stop()
-        assert server.error is None
+        given = llm.tokenizer, template, default_sampling(chatty), llm.watch()
+        with (
+            serving(llm, *given) as server,
+            server.openai() as client,
+            httpx.Client(base_url=server.url, timeout=PATIENCE_S) as http,
+        ):
+            yield Served(server, client, http, greedy, drawn, chat)
 
 
 @pytest.fixture

@@ -102,19 +102,3 @@ TOO_MUCH: dict[str, tuple[str, Callable[[], Any], int]] = {
     ),
     "tools": (CHATS, lambda: CHAT | {"tools": [TOOL] * 129}, 400),
 }
-
-# Requests that are served, of which each has many choices or a large answer.
-MUCH: dict[str, tuple[str, Callable[[], Any], int]] = {
-    "2,048 prompts": (COMPLETIONS, lambda: {"prompt": ["a"] * 2048, "max_tokens": 2}, 200),
-    "128 choices": (COMPLETIONS, lambda: {"prompt": "a", "n": 128, "max_tokens": 50}, 200),
-    "log-probabilities of 240 prompts": (
-        COMPLETIONS,
-        lambda: {"prompt": ["a" * 200] * 240, "max_tokens": 1, "prompt_logprobs": 20},
-        200,
-    ),
-    "log-probabilities of a long output": (
-        CHATS,
-        lambda: CHAT | {"max_tokens": 200, "logprobs": True, "top_logprobs": 20, "n": 32},
-        200,
-    ),
-}

@@ -3,10 +3,9 @@
 Between two kills of it a rank is killed too: while it serves, perhaps right before it is killed
 itself, or while it starts. Eight clients ask for completions, chats and responses, mostly streams.
 Every event has to have the next number, whichever process sends it. When all is answered, what came
-is held against `LLM.generate` on one rank in float32. A part is some kills and the requests
-meanwhile; parts that are in --out are not run again. From the repository's root:
+is held against `LLM.generate` on one rank in float32. From the repository's root:
 
-    PYTHONPATH=src:tests python -m server.journal_kills --kills 50 --out kills.jsonl
+    PYTHONPATH=src:tests python -m server.journal_kills --kills 50
 """
 
 import argparse
@@ -18,7 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ import torch
 from engine.model.chat_checkpoint import save_chat_checkpoint
 from expertlane.engine.llm import LLM
 from expertlane.spec.sampling import Structured
-from server.killed_front import Front, free_port
+from server.front import KEPT, Front, free_port
 from server.soak import TEMPLATE
 from server.soak_client import SOAK_S, Came
 from server.soak_judge import Arbiter, Judge
@@ -224,10 +223,8 @@ class Kill:
 class Part:
     """Some kills, and what came of the requests meanwhile."""
 
-    number: int
     kills: list[Kill]
-    counts: dict[str, int]
-    seconds: float
+    counts: Counter[str]
 
 
 async def load(front: Front, url: str, seed: int, number: int, num_kills: int) -> tuple[Any, ...]:
@@ -297,9 +294,10 @@ def run_part(folder: Path, seed: int, number: int, num_kills: int) -> Part:
     Raises:
         AssertionError: a client lost something, had it twice, or had something else.
     """
-    began_s, port = time.monotonic(), free_port()
+    port = free_port()
     with tempfile.TemporaryDirectory() as temporary:
-        front = Front(folder, Path(temporary) / "journal", Path(temporary) / "log", port)
+        options = ("--dtype", "float32", "--journal", str(Path(temporary) / "journal"), *KEPT)
+        front = Front(folder, Path(temporary) / "log", *options, port=port)
         front.start()
         url = f"http://127.0.0.1:{port}"
         try:
@@ -310,8 +308,7 @@ def run_part(folder: Path, seed: int, number: int, num_kills: int) -> Part:
             raise
         front.end()
     assert not client.wrong, "\n".join(client.wrong)
-    counts = client.counts + judged(folder, list(asked_of.values()), client.answers)
-    return Part(number, kills, dict(counts), time.monotonic() - began_s)
+    return Part(kills, client.counts + judged(folder, list(asked_of.values()), client.answers))
 
 
 def judged(folder: Path, asked: list[Asked], answers: dict[int, Came]) -> Counter[str]:
@@ -332,28 +329,21 @@ def judged(folder: Path, asked: list[Asked], answers: dict[int, Came]) -> Counte
 def table(parts: list[Part]) -> Iterator[str]:
     """What a reader wants to know, in lines."""
     kills = [kill for part in parts for kill in part.kills]
-    counts: Counter[str] = Counter()
-    for part in parts:
-        counts.update(part.counts)
-    yield f"{len(kills)} kills of the front, {sum(k.resumed for k in kills)} requests went on"
     ranks = Counter(kill.rank for kill in kills)
+    yield f"{len(kills)} kills of the front, {sum(k.resumed for k in kills)} requests went on"
     yield (
         f"  ranks killed: {ranks['serving']} serving, {ranks['starting']} starting; "
         f"{sum(kill.recoveries for kill in kills)} recoveries before a kill"
     )
-    for name, number in sorted(counts.items()):
+    for name, number in sorted(sum((part.counts for part in parts), Counter()).items()):
         yield f"  {name:24} {number:8,}"
     further = [kill.further_s for kill in kills if kill.further_s is not None]
     for name, values in (
         ("ready again", [kill.ready_s for kill in kills]),
         ("first further event", further),
-        ("from ready to that", [k.further_s - k.ready_s for k in kills if k.further_s]),
     ):
         if values:
-            yield (
-                f"  {name:24} p50 {statistics.median(values):6.2f} s, max {max(values):6.2f} s"
-                f"  ({len(values)} kills)"
-            )
+            yield f"  {name:24} p50 {statistics.median(values):6.2f} s, max {max(values):6.2f} s"
     yield "  none lost, none twice"
 
 
@@ -362,25 +352,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--part", type=int, default=PART, help="kills at a time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="parts that are done, a JSON line each")
     options = parser.parse_args()
     torch.set_num_threads(1)
     parts: list[Part] = []
-    if options.out is not None and options.out.exists():
-        for line in options.out.read_text().splitlines():
-            facts = json.loads(line)
-            parts.append(Part(**facts | {"kills": [Kill(**each) for each in facts["kills"]]}))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "tiny"
         folder.mkdir()
         save_chat_checkpoint(folder, TEMPLATE)
-        while (left := options.kills - sum(len(part.kills) for part in parts)) > 0:
-            parts.append(run_part(folder, options.seed, len(parts), min(left, options.part)))
-            if options.out is not None:
-                with options.out.open("a") as out:
-                    out.write(json.dumps(asdict(parts[-1])) + "\n")
+        for begin in range(0, options.kills, PART):
+            num_kills = min(PART, options.kills - begin)
+            parts.append(run_part(folder, options.seed, len(parts), num_kills))
             print("\n".join(table(parts)), flush=True)
 
 

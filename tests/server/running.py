@@ -4,10 +4,16 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import httpx
+import openai
+
+from engine.ranks.processes import wait_until
 from engine.stub_runner import StubEngine, letters
+from expertlane.engine.llm import LLM
 from expertlane.server.run import Running, bind, serve
 from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.spec.sampling import SamplingParams
@@ -71,6 +77,23 @@ class ServerInThread:
         assert self.running is not None
         return self.running.service
 
+    def post(self, body: Any, path: str = "/v1/completions", **headers: Any) -> httpx.Response:
+        """Send a body: a value, or what is JSON already."""
+        how = "content" if isinstance(body, str | bytes) else "json"
+        given = {"Content-Type": "application/json"} | headers
+        url = f"{self.url}{path}"
+        return httpx.post(url, headers=given, timeout=PATIENCE_S, **{how: body})
+
+    def ask(self, **more: Any) -> httpx.Response:
+        """Ask for a completion, `LONG` but for what is given."""
+        return self.post(LONG | more)
+
+    def openai(self) -> openai.OpenAI:
+        """A client of the openai package."""
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key="any", max_retries=0, timeout=PATIENCE_S
+        )
+
     def tell_to_end(self) -> None:
         assert self.running is not None
         self.running.loop.call_soon_threadsafe(self.running.end)
@@ -83,6 +106,25 @@ class ServerInThread:
         if self.thread.is_alive():
             self.tell_to_end()
         self.join()
+
+
+@contextmanager
+def serving(
+    llm: LLM, *given: Any, options: ServerOptions | None = None, **more: Any
+) -> Iterator[Any]:
+    """A server of an LLM's ranks, which must end without an error.
+
+    Args:
+        given, more: further arguments of `ServedModel`.
+    """
+    model = ServedModel("tiny", llm.engine, llm.limits, *given, **more)
+    server: Any = ServerInThread(model, options, check_ranks=llm.check_ranks)
+    server.llm = llm
+    try:
+        yield server
+    finally:
+        server.stop()
+    assert server.error is None
 
 
 class StubServer(ServerInThread):
@@ -123,8 +165,22 @@ class StubServer(ServerInThread):
         super().stop()
 
 
+def events_in(text: str | bytes) -> list[Any]:
+    """The JSON of each event in a stream, or in a part of it."""
+    text = text.decode() if isinstance(text, bytes) else text
+    return [json.loads(line[6:]) for line in text.split("\n") if line.startswith("data: {")]
+
+
 def is_idle(server):
     return server.engine.is_idle and server.engine.num_blocks_used() == 0
+
+
+def held(server, **more):
+    """A stream whose request runs, while the gate is closed."""
+    server.gate.clear()
+    connection = Stream(server, **more)
+    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    return connection
 
 
 class Stream:

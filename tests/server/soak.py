@@ -10,9 +10,6 @@ repository's root:
 
 import argparse
 import asyncio
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -23,7 +20,6 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import psutil
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -31,6 +27,7 @@ from engine.model.chat_checkpoint import save_chat_checkpoint
 from engine.ranks.processes import wait_until
 from expertlane.engine.llm import LLM
 from server import soak_serve
+from server.front import Front
 from server.soak_client import SOAK_S, send
 from server.soak_judge import Arbiter, Judge
 from server.soak_requests import Asked, Right, draw, right_answers
@@ -59,12 +56,8 @@ MOST_GROWTH_BYTES = 8_000_000  # of a process
 Metrics = dict[str, float]  # by name and labels
 
 
-@dataclass
-class Server:
-    """`expertlane serve` in a process of its own."""
-
-    url: str
-    process: psutil.Process
+class Server(Front):
+    """A server whose memory and metrics are read."""
 
     def resident(self) -> dict[str, int]:
         """Bytes by process: the front, then all that it has started."""
@@ -93,33 +86,22 @@ def _own_labels(labels: dict[str, str]) -> list[str]:
 
 
 @contextmanager
-def serving(
-    folder: Path, layout: str, dtype: str, options: Sequence[str], log: Path
-) -> Iterator[Server]:
-    """A server, ended as a user ends it.
+def serving(folder: Path, layout: str, dtype: str, log: Path) -> Iterator[Server]:
+    """A server that rebalances eagerly, ended as a user ends it.
 
     Raises:
         AssertionError: it did not start, or did not end well.
     """
-    program = str(Path(soak_serve.__file__))
-    command = [sys.executable, "-P", program, "serve", str(folder), "--layout", layout]
-    command += ["--dtype", dtype, "--port", "0", "--json", "--served-model-name", "tiny", *options]
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
-    ):
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line, log.read_text()
-            facts = json.loads(line)
-            yield Server(facts["url"].removesuffix("/v1"), psutil.Process(process.pid))
-            process.terminate()
-            assert process.wait(SOAK_S) == 0, log.read_text()
-        finally:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
+    options = ("--dtype", dtype, *COMMON, *LAYOUTS[layout])
+    program = [str(Path(soak_serve.__file__))]
+    server = Server(folder, log, *options, layout=layout, program=program)
+    server.start()
+    try:
+        yield server
+    except BaseException:
+        server.kill()
+        raise
+    server.end()
 
 
 @dataclass
@@ -229,7 +211,7 @@ def soak(
     is_exact = dtype == "float32"
     with (
         LLM(folder, dtype="float32", num_blocks=4096) as llm,
-        serving(folder, layout, dtype, (*COMMON, *LAYOUTS[layout]), log) as server,
+        serving(folder, layout, dtype, log) as server,
     ):
         arbiter = Arbiter(folder) if is_exact else None
         judge = Judge(llm.tokenizer, llm.tokenizer.eos_token_ids, arbiter)

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
-import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +27,7 @@ from expertlane.server.journal.file import JournalFile
 from expertlane.server.setup import ServerOptions
 from expertlane.spec import sampling
 from server.hostile import CHATS, COMPLETIONS, TOO_MUCH
-from server.running import LONG, PATIENCE_S, is_idle
+from server.running import LONG, is_idle
 
 ROOT = Path(__file__).parents[2]
 
@@ -157,21 +156,15 @@ def test_values_and_keys_are_counted_in_any_pieces(value, cuts):
     assert num_values <= counts.num_values <= 2 * num_values
 
 
-def post(server, path, body):
-    content = body if isinstance(body, bytes | str) else json.dumps(body)
-    headers = {"Content-Type": "application/json"}
-    return httpx.post(f"{server.url}{path}", content=content, headers=headers, timeout=PATIENCE_S)
-
-
 @pytest.mark.parametrize("name", TOO_MUCH)
 def test_too_much_is_refused(stub_server, name):
     server = stub_server(max_model_len=4096, num_blocks=2**12)
     path, make, status = TOO_MUCH[name]
-    answer = post(server, path, make())
+    answer = server.post(make(), path)
     assert answer.status_code == status, answer.text
     assert len(answer.text) < 2000
     assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
-    assert post(server, COMPLETIONS, LONG).status_code == 200
+    assert server.post(LONG).status_code == 200
     assert is_idle(server)
 
 
@@ -188,7 +181,7 @@ def test_too_much_is_refused(stub_server, name):
 )
 def test_as_much_as_is_taken(stub_server, body):
     server = stub_server(max_model_len=4096, num_blocks=2**12)
-    answer = post(server, COMPLETIONS, body)
+    answer = server.post(body)
     assert answer.status_code == 200, answer.text
 
 
@@ -209,7 +202,7 @@ def test_as_much_as_is_taken(stub_server, body):
 )
 def test_bodies_of_all_sizes_are_refused_alike(stub_server, size, text, code, word):
     server = stub_server()
-    answer = post(server, COMPLETIONS, (text + " " * size).encode("latin-1"))
+    answer = server.post((text + " " * size).encode("latin-1"))
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
     assert code is None or (error["code"] == code and tells(error["message"], word))
@@ -219,7 +212,7 @@ def test_bodies_of_all_sizes_are_refused_alike(stub_server, size, text, code, wo
 def test_bodies_of_all_sizes_are_taken_alike(stub_server, size):
     server = stub_server()
     text = '{"prompt": [1], "max_tokens": 1, "user": "\\ud83d\\ude00 \\\\ud800 \\u00e9 \xe9"}'
-    assert post(server, COMPLETIONS, (text + " " * size).encode()).status_code == 200
+    assert server.post((text + " " * size).encode()).status_code == 200
 
 
 @pytest.mark.parametrize("field", ["metadata", "tools"])
@@ -229,7 +222,7 @@ def test_half_a_character_in_a_response(served, field):
         "tools": [{"type": "function", "name": "f", "parameters": {"a": "\ud800"}}],
     }
     body = {"input": "a", "max_output_tokens": 1, field: values[field]}
-    answer = post(served.server, "/v1/responses", body)
+    answer = served.server.post(json.dumps(body), "/v1/responses")
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_json")
 
 
@@ -241,8 +234,7 @@ def test_a_journal_keeps_no_more_than_its_bounds(stub_server, monkeypatch, tmp_p
 
     def ask(number):
         body = LONG | {"user": "u" * 400, "max_tokens": 1}
-        headers = {"X-Request-Id": f"{number}"}
-        return httpx.post(f"{server.url}{COMPLETIONS}", json=body, headers=headers)
+        return server.post(body, **{"X-Request-Id": f"{number}"})
 
     monkeypatch.setattr(keeper, "_MOST_FINISHED_BYTES", 3000)
     for number in range(1, 10):
@@ -269,7 +261,7 @@ def test_connections_are_bounded(stub_server, monkeypatch):
         assert connections[-1].recv(4096).startswith(b"HTTP/1.1 503 ")
         connections[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert connections[0].recv(4096).startswith(b"HTTP/1.1 200 ")
-    assert post(server, COMPLETIONS, LONG).status_code == 200
+    assert server.post(LONG).status_code == 200
 
 
 def test_log_probabilities_of_a_request(stub_server, monkeypatch):
@@ -279,7 +271,7 @@ def test_log_probabilities_of_a_request(stub_server, monkeypatch):
     num_asked = 2 * 2 * (5 * (3 + 1) + 3 * (1 + 1))
     for most, status in ((num_asked, 200), (num_asked - 1, 400)):
         monkeypatch.setattr(service, "MOST_LOGPROBS", most)
-        assert post(server, COMPLETIONS, body).status_code == status
+        assert server.post(body).status_code == status
 
 
 def test_bodies_of_all_requests_together(stub_server, monkeypatch):
@@ -287,15 +279,15 @@ def test_bodies_of_all_requests_together(stub_server, monkeypatch):
     server = stub_server()
     server.gate.clear()
     body = LONG | {"user": "a" * 500}
-    first = threading.Thread(target=post, args=(server, COMPLETIONS, body))
+    first = threading.Thread(target=server.post, args=(body,))
     first.start()
     assert wait_until(lambda: server.service.num_open == 1)
-    refused = post(server, COMPLETIONS, body)
+    refused = server.post(body)
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "busy")
     assert refused.headers["Retry-After"] == "1"
     server.gate.set()
     first.join()
-    assert post(server, COMPLETIONS, body).status_code == 200
+    assert server.post(body).status_code == 200
 
 
 def test_parts_of_an_answer_are_made_as_they_are_needed():
@@ -343,7 +335,7 @@ def test_large_answers_are_as_small_ones(served, monkeypatch, path, body):
     server, found = served.server, []
     for most in (answers._MOST_AT_ONCE, 0):
         monkeypatch.setattr(answers, "_MOST_AT_ONCE", most)
-        answer = post(server, path, body)
+        answer = server.post(body, path)
         assert answer.status_code == 200, answer.text
         assert ("content-length" in answer.headers) == (most > 0)
         found.append(answer.json() | {"id": "", "created": 0})
@@ -359,10 +351,7 @@ def test_a_request_of_many_choices_is_written_once(stub_server, tmp_path):
     body |= {"stop": ["a" * 4000] * 8, "logit_bias": {f"{n}": 1.0 for n in range(20)}}
     for more in ({}, {"seed": 2**63 - 1}):
         before = file.num_bytes
-        headers = {"X-Request-Id": f"many{len(more)}"}
-        answer = httpx.post(
-            f"{server.url}{COMPLETIONS}", json=body | more, headers=headers, timeout=PATIENCE_S
-        )
+        answer = server.post(body | more, **{"X-Request-Id": f"many{len(more)}"})
         assert answer.status_code == 200, answer.text
         assert len(answer.json()["choices"]) == most
         assert file.num_bytes - before < 10**6

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.running import DRAWN, MESSAGES
+from server.running import MESSAGES
 
 ASKED = {"model": "tiny", "messages": [*MESSAGES], "temperature": 0}
 
@@ -33,14 +33,6 @@ def test_the_accumulated_stream_of_the_client(served):
         final = stream.get_final_completion()
     assert final.choices[0].message.content == text[: text.index(stop)]
     assert final.choices[0].finish_reason == "stop"
-
-
-def test_drawn_tokens(served):
-    answer = served.client.chat.completions.create(
-        **ASKED | {"temperature": DRAWN.temperature, "top_p": DRAWN.top_p, "seed": DRAWN.seed},
-        max_tokens=DRAWN.max_tokens,
-    )
-    assert answer.choices[0].message.content == served.plain_chat.text
 
 
 def test_logprobs(served):

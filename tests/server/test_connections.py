@@ -14,7 +14,7 @@ from engine.stub_runner import expected, spell
 from expertlane.server import bodies
 from expertlane.server import run as server_run
 from expertlane.server.setup import ServerOptions
-from server.running import LONG, PATIENCE_S, Stream, is_idle
+from server.running import LONG, PATIENCE_S, Stream, events_in, held, is_idle
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -65,8 +65,7 @@ def test_a_half_closed_client_gets_its_stream(stub_server):
     threading.Timer(0.3, server.gate.set).start()
     events = connection.read_until(b"[DONE]")
     connection.close()
-    found = [json.loads(line[6:]) for line in events.split(b"\n") if line.startswith(b"data: {")]
-    text = "".join(event["choices"][0]["text"] for event in found)
+    text = "".join(event["choices"][0]["text"] for event in events_in(events))
     assert text == spell(expected(LONG["prompt"], LONG["max_tokens"]))
     assert b"\n:\n" in events  # by which the server saw that the client is there
 
@@ -74,9 +73,7 @@ def test_a_half_closed_client_gets_its_stream(stub_server):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_half_closes_and_goes_frees_its_blocks(stub_server, stream):
     server = stub_server()
-    server.gate.clear()
-    connection = Stream(server, stream=stream)
-    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection = held(server, stream=stream)
     if stream:
         connection.read_until(b"text/event-stream")
     connection.socket.shutdown(socket.SHUT_WR)
@@ -215,6 +212,13 @@ def test_a_page_of_another_site_is_refused(
         assert answer.json()["error"]["code"] == "host_not_allowed"
 
 
+def test_no_other_site_may_ask(stub_server):
+    headers = {"Origin": "http://other", "Access-Control-Request-Method": "POST"}
+    answer = httpx.options(f"{stub_server().url}/v1/completions", headers=headers)
+    assert answer.status_code == 405
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
 @pytest.mark.parametrize("names", ["evil.example localhost", "localhost localhost"])
 def test_two_hosts(stub_server, names):
     hosts = "".join(f"Host: {name}\r\n" for name in names.split())
@@ -265,8 +269,6 @@ def test_a_client_that_goes_while_its_text_becomes_tokens(stub_server, monkeypat
     assert server.service.num_open == 1
     connection.close()
     assert wait_until(lambda: server.service.num_open == 0)
-    body = LONG | {"prompt": "a" * 30_000, "timeout_s": 0.1}
-    late = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S)
-    assert late.status_code == 504
+    assert server.ask(prompt="a" * 30_000, timeout_s=0.1).status_code == 504
     go_on.set()
     assert is_idle(server)

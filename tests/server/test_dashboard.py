@@ -16,9 +16,8 @@ from promql_parser import MatchOp
 from engine.ranks.processes import wait_until
 from expertlane.engine.llm import LLM
 from expertlane.server.run import bind
-from expertlane.server.setup import ServedModel
 from expertlane.spec.deployment import Options
-from server.running import PATIENCE_S, ServerInThread
+from server.running import serving
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 DASHBOARD = json.loads((DEPLOY / "grafana" / "expertlane.json").read_text())
@@ -47,22 +46,19 @@ def rebalanced(chatty):
     """A server whose experts move, which has answered requests."""
     options = Options(rebalance_steps=4, num_redundant_experts=2, copies="balanced")
     settings = {"dtype": "float32", "num_blocks": 32, "on_failure": "replace"}
-    with LLM(chatty, layout="dp=2,ep=2", options=options, **settings) as llm:
-        model = ServedModel("tiny", llm.engine, llm.limits, llm.tokenizer, watch=llm.watch())
-        server = ServerInThread(model, check_ranks=llm.check_ranks)
-        try:
-            ask(server)
-            rebalancer = model.watch.rebalancer
-            assert wait_until(lambda: ask(server) or rebalancer.decisions)
-            yield server
-        finally:
-            server.stop()
+    with (
+        LLM(chatty, layout="dp=2,ep=2", options=options, **settings) as llm,
+        serving(llm, llm.tokenizer, watch=llm.watch()) as server,
+    ):
+        ask(server)
+        rebalancer = server.service.model.watch.rebalancer
+        assert wait_until(lambda: ask(server) or rebalancer.decisions)
+        yield server
 
 
 def ask(server):
-    body = {"prompt": [[1, 2, 3], [1, 2, 3, 4] * 5], "max_tokens": 12, "temperature": 0}
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S)
-    assert answer.status_code == 200
+    prompts = [[1, 2, 3], [1, 2, 3, 4] * 5]
+    assert server.ask(prompt=prompts, max_tokens=12).status_code == 200
 
 
 def scraped(server):

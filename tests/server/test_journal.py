@@ -22,7 +22,7 @@ from expertlane.server.journal import file as journal_file
 from expertlane.server.journal import keeper
 from expertlane.server.journal.file import JournalError, JournalFile
 from expertlane.server.setup import ServerOptions
-from server.running import LONG, PATIENCE_S, Stream, is_idle
+from server.running import LONG, PATIENCE_S, Stream, held, is_idle
 
 STREAM = LONG | {"stream": True, "return_token_ids": True}
 NAMED = {"X-Request-Id": "mine"}
@@ -55,10 +55,6 @@ def events_of(text):
         if "data" in fields:
             found.append((fields.get("id"), fields["data"]))
     return found
-
-
-def post(server, body, path="/v1/completions", **headers):
-    return httpx.post(f"{server.url}{path}", json=body, headers=headers, timeout=PATIENCE_S)
 
 
 def rest(server, request_id, after=None):
@@ -102,7 +98,7 @@ def test_a_stream_goes_on_after_the_server_is_killed(journaled):
     server, came = begun(journaled)
     after = journaled(after=server.folder)
     assert wait_until(lambda: is_idle(after))  # it needs no client
-    answer = post(after, STREAM, **NAMED, **{"Last-Event-ID": "mine:7"})
+    answer = after.post(STREAM, **NAMED, **{"Last-Event-ID": "mine:7"})
     assert tokens_of(came + answer.text) == expected([1, 2, 3], 50)
     assert answer.headers["X-Request-Id"] == "mine"
     ids = [each for each, _ in events_of(came + answer.text)]
@@ -137,7 +133,7 @@ def test_the_client_in_the_readme_gets_every_token_once(journaled):
 def test_a_client_comes_back_to_a_server_that_lives(journaled):
     server, came = begun(journaled)
     with ThreadPoolExecutor(2) as pool:
-        asked = pool.submit(post, server, STREAM, **NAMED, **{"Last-Event-ID": "mine:7"})
+        asked = pool.submit(server.post, STREAM, **NAMED, **{"Last-Event-ID": "mine:7"})
         other = pool.submit(rest, server, "mine")
         assert wait_until(lambda: server.service.num_open == 2)
         server.gate.set()
@@ -154,31 +150,29 @@ def test_an_answer_without_stream_is_given_once_more(journaled):
     server.gate.clear()
     body = LONG | {"n": 2, "logprobs": 1}
     with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(post, server, body, **NAMED) for _ in range(2)]
+        both = [pool.submit(server.post, body, **NAMED) for _ in range(2)]
         assert wait_until(lambda: server.service.num_open == 2)
         server.gate.set()
         first, second = (each.result() for each in both)
-    assert first.json() == second.json() == post(server, body, **NAMED).json()
+    assert first.json() == second.json() == server.post(body, **NAMED).json()
     assert server.engine.runner.num_steps <= 52
-    refused = post(server, body | {"seed": 1}, **NAMED)
+    refused = server.post(body | {"seed": 1}, **NAMED)
     assert (refused.status_code, refused.json()["error"]["param"]) == (409, "X-Request-Id")
     assert rest(server, "mine").json()["error"]["param"] == "request_id"
     after = journaled(after=server.folder)
-    assert post(after, body, **NAMED).json() == first.json()
+    assert after.post(body, **NAMED).json() == first.json()
     assert after.engine.runner.num_steps == 0
 
 
 def test_without_a_name_a_closed_connection_ends_it(journaled):
     """Its client did not say that it comes back; the id in a stream is for a dead server."""
     server = journaled()
-    server.gate.clear()
-    connection = Stream(server)
-    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection = held(server)
     connection.close()
     assert wait_until(lambda: not server.service.journal.requests)
     server.gate.set()
     assert wait_until(lambda: is_idle(server))
-    assert post(server, LONG).status_code == 200  # not a stream: nothing is kept of it
+    assert server.post(LONG).status_code == 200  # not a stream: nothing is kept of it
     assert not server.service.journal.requests
     server, _ = begun(journaled, headers={})
     server.gate.set()
@@ -199,8 +193,8 @@ def test_a_clock_that_is_set_back_and_forth(journaled, monkeypatch, seed):
     monkeypatch.setattr(time, "time", lambda: real() + draw.uniform(-3e6, 3e6))
     server, came = begun(journaled, num_events=draw.randrange(1, 9), request_timeout_s=60)
     with ThreadPoolExecutor(2) as pool:
-        limited = [pool.submit(post, server, LONG | {"timeout_s": 50}) for _ in range(2)]
-        other = pool.submit(post, server, STREAM, **{"X-Request-Id": "other"})
+        limited = [pool.submit(server.post, LONG | {"timeout_s": 50}) for _ in range(2)]
+        other = pool.submit(server.post, STREAM, **{"X-Request-Id": "other"})
         assert wait_until(lambda: server.service.num_open >= 2)
         shutil.copytree(server.folder, server.folder.with_name("left"))
         server.gate.set()
@@ -212,7 +206,7 @@ def test_a_clock_that_is_set_back_and_forth(journaled, monkeypatch, seed):
     after = journaled(after=server.folder.with_name("left"))
     last = len(events_of(came)) if came.endswith("\n\n") else 0
     headers = {"Last-Event-ID": f"mine:{last}"} if last else {}
-    more = post(after, STREAM, **NAMED, **headers).text
+    more = after.post(STREAM, **NAMED, **headers).text
     assert tokens_of((came if last else "") + more) == expected([1, 2, 3], 50)
 
 
@@ -222,7 +216,7 @@ def test_who_does_not_come_back(journaled):
     server.gate.set()
     assert wait_until(lambda: is_idle(server))
     assert server.service.journal.num_abandoned == 1
-    gone = post(server, STREAM, **NAMED, **{"Last-Event-ID": "mine:7"})
+    gone = server.post(STREAM, **NAMED, **{"Last-Event-ID": "mine:7"})
     assert (gone.status_code, gone.json()["error"]["param"]) == (404, "Last-Event-ID")
     assert tells(gone.json()["error"]["message"], "request mine")
     assert rest(server, "mine").json()["error"]["param"] == "request_id"
@@ -247,12 +241,12 @@ def test_a_request_that_is_deleted(journaled):
 def test_keys_do_not_see_each_other(journaled):
     server = journaled(api_keys=("one", "other"))
     one, other = ({"Authorization": f"Bearer {key}"} for key in ("one", "other"))
-    assert post(server, STREAM, **NAMED, **one).status_code == 200
+    assert server.post(STREAM, **NAMED, **one).status_code == 200
     url = f"{server.url}/v1/requests/mine/events"
     assert httpx.get(url, headers=one).status_code == 200
     assert httpx.get(url, headers=other).status_code == 404
     assert httpx.get(url).status_code == 401
-    mine = post(server, STREAM | {"prompt": [4]}, **NAMED, **other)  # an id of their own
+    mine = server.post(STREAM | {"prompt": [4]}, **NAMED, **other)  # an id of their own
     assert tokens_of(mine.text) == expected([4], 50)
     after = journaled(after=server.folder, api_keys=("one", "other"))
     url = f"{after.url}/v1/requests/mine/events"
@@ -272,12 +266,12 @@ def test_keys_do_not_see_each_other(journaled):
     ],
 )
 def test_headers_that_are_wrong(journaled, headers, param):
-    refused = post(journaled(), STREAM, **headers)
+    refused = journaled().post(STREAM, **headers)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
 def test_without_a_journal_nothing_is_continued(stub_server):
-    refused = post(stub_server(), STREAM, **{"Last-Event-ID": "mine:7"})
+    refused = stub_server().post(STREAM, **{"Last-Event-ID": "mine:7"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (404, "Last-Event-ID")
     assert "--journal" in refused.json()["error"]["message"]
 
@@ -297,7 +291,7 @@ def test_told_to_end_it_leaves_the_rest_to_the_next(journaled):
     server = journaled(drain_s=0.1)
     server.step_s = 0.02
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(post, server, STREAM, **NAMED)
+        asked = pool.submit(server.post, STREAM, **NAMED)
         assert wait_until(lambda: server.engine.scheduler.num_running == 1)
         server.tell_to_end()
         came = asked.result().text
@@ -331,7 +325,7 @@ def test_a_request_that_kills_every_server_is_set_aside_and_no_other(journaled):
         assert wait_until(lambda: running(second) == {"pill", "other", "third"})
         third = journaled(after=second.folder, is_held=True)
         assert wait_until(lambda: running(third) == {"pill"})
-        waiting = pool.submit(post, third, LONG)  # a new one is not mixed with it
+        waiting = pool.submit(third.post, LONG)  # a new one is not mixed with it
         assert wait_until(lambda: third.service.num_open == 1)
         fourth = journaled(after=third.folder)
         assert wait_until(lambda: is_idle(fourth) and fourth.service.journal._are_tried.is_set())
@@ -346,8 +340,8 @@ def test_a_request_that_kills_every_server_is_set_aside_and_no_other(journaled):
         error, done = (data for _, data in events_of(rest(server, "pill").text))
         assert tells(json.loads(error)["error"]["message"], "died twice alone")
         assert done == "[DONE]"
-        assert post(server, STREAM, **{"X-Request-Id": "pill"}).text.count("data: ") == 2
-        assert post(server, LONG).status_code == 200
+        assert server.post(STREAM, **{"X-Request-Id": "pill"}).text.count("data: ") == 2
+        assert server.post(LONG).status_code == 200
 
 
 def test_suspects_whose_clients_stay_away_keep_nobody_waiting(journaled):
@@ -367,7 +361,7 @@ def test_suspects_whose_clients_stay_away_keep_nobody_waiting(journaled):
         assert wait_until(lambda: keeper.num_abandoned == 2)
         for server in (first, second, third):
             server.gate.set()
-    assert post(third, LONG).status_code == 200
+    assert third.post(LONG).status_code == 200
     assert tokens_of(rest(third, "one").text) == expected([1, 2, 3], 50)
     assert keeper.num_resumed == 1
     assert {name for _, name in journaled(after=third.folder).service.journal.requests} == {"one"}
@@ -393,7 +387,7 @@ def test_a_server_that_is_told_to_end_blames_no_request(journaled):
     server = journaled(drain_s=0.1)
     server.step_s = 0.02
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(post, server, STREAM, **NAMED)
+        pool.submit(server.post, STREAM, **NAMED)
         assert wait_until(lambda: running(server) == {"mine"})
         server.tell_to_end()
     server.join()
@@ -486,7 +480,7 @@ def test_a_full_disk_ends_the_server(journaled, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(journal_file.os, "write", full)
-        came = post(server, STREAM, **NAMED).text
+        came = server.post(STREAM, **NAMED).text
         server.join()
     assert isinstance(server.error, JournalError)
     assert tells(str(server.error), f"--journal {server.folder} No space left")

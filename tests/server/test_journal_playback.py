@@ -20,7 +20,7 @@ from expertlane.server.responses import RESPONSES
 from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.spec.sampling import PromptLogprobs, PromptPart, SamplingParams, TokenLogprobs
 from expertlane.text.chat_template import ChatTemplate
-from server.running import ServerInThread
+from server.running import ServerInThread, events_in
 
 SAID = (
     "<think>why é</think>so it is: "
@@ -204,10 +204,7 @@ def test_an_end_without_a_token_may_come_together_with_the_last_one(
     assert found == events(False)
     assert b"so it" in found
     if kind != "response" and reason is FinishReason.STOP:
-        deltas = [
-            json.loads(line[6:]) for line in found.splitlines() if line.startswith(b"data: {")
-        ]
-        choices = [choice for delta in deltas for choice in delta["choices"]]
+        choices = [choice for delta in events_in(found) for choice in delta["choices"]]
         reasons = [choice["finish_reason"] for choice in choices]
         num_ends = len(ASKED[kind][2]) * ASKED[kind][1].get("n", 1)
         assert reasons == [None] * 2 * num_ends + ["stop"] * num_ends
@@ -240,12 +237,8 @@ def test_calls_and_reasoning_are_there(service):
     """What the marks say, and ids that stay."""
     kept = kept_of("chat")
     say(kept, [SAID[i : i + 3] for i in range(0, len(SAID), 3)])
-    deltas = [
-        json.loads(line[6:])["choices"]
-        for line in played(service, kept).decode().split("\n")
-        if line.startswith("data: {")
-    ]
-    deltas = [choices[0]["delta"] for choices in deltas if choices]
+    events = events_in(played(service, kept))
+    deltas = [event["choices"][0]["delta"] for event in events if event["choices"]]
     assert "".join(each.get("reasoning_content") or "" for each in deltas) == "why é"
     ids = [call["id"] for each in deltas for call in each.get("tool_calls", ()) if "id" in call]
     assert len(set(ids)) == 2

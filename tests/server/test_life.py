@@ -1,7 +1,6 @@
 """From arrival to end: closed connections, full queues, deadlines, draining, ranks that die."""
 
 import asyncio
-import json
 import os
 import resource
 import threading
@@ -18,19 +17,13 @@ from expertlane.server.errors import ApiError
 from expertlane.server.requests import CompletionRequest
 from expertlane.server.run import bind, serve
 from expertlane.server.setup import ServerOptions
-from server.running import LONG, PATIENCE_S, Stream, is_idle
-
-
-def post(server, **more):
-    return httpx.post(f"{server.url}/v1/completions", json=LONG | more, timeout=PATIENCE_S)
+from server.running import LONG, PATIENCE_S, Stream, events_in, held, is_idle
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_closed_connection_frees_its_blocks(stub_server, stream):
     server = stub_server()
-    server.gate.clear()
-    connection = Stream(server, stream=stream)
-    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection = held(server, stream=stream)
     num_steps = server.engine.runner.num_steps
     connection.close()
     assert wait_until(lambda: server.service.num_open == 0)
@@ -46,7 +39,7 @@ def test_a_closed_connection_disturbs_no_other(stub_server):
     server = stub_server()
     server.step_s = 0.02
     with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(post, server, prompt=[4, 5], return_token_ids=True)
+        other = pool.submit(server.ask, prompt=[4, 5], return_token_ids=True)
         connection = Stream(server)
         assert wait_until(lambda: server.engine.scheduler.num_running == 2)
         connection.close()
@@ -60,11 +53,11 @@ def test_a_full_queue(stub_server):
     server = stub_server(ServerOptions(max_num_queued=2), max_num_seqs=1)
     server.gate.clear()
     with ThreadPoolExecutor(3) as pool:
-        running = pool.submit(post, server)
+        running = pool.submit(server.ask)
         assert wait_until(lambda: server.engine.scheduler.num_running == 1)
-        waiting = [pool.submit(post, server) for _ in range(2)]
+        waiting = [pool.submit(server.ask) for _ in range(2)]
         assert wait_until(lambda: server.service.num_queued == 2)
-        refused = post(server)
+        refused = server.ask()
         server.gate.set()
         answers = [each.result().status_code for each in (running, *waiting)]
     assert answers == [200, 200, 200]
@@ -72,7 +65,7 @@ def test_a_full_queue(stub_server):
     assert refused.headers["Retry-After"] == "1"
     assert refused.json()["error"]["code"] == "queue_full"
     assert refused.json()["error"]["type"] == "rate_limit_error"
-    assert post(server).status_code == 200
+    assert server.ask().status_code == 200
 
 
 def test_a_burst_does_not_pass_a_full_queue(stub_server):
@@ -108,7 +101,7 @@ def test_a_deadline(stub_server, options, more):
     server = stub_server(options)
     server.gate.clear()
     threading.Timer(0.4, server.gate.set).start()
-    answer = post(server, **more)
+    answer = server.ask(**more)
     assert answer.status_code == 504
     assert answer.json()["error"]["code"] == "timeout"
     server.gate.set()
@@ -120,9 +113,7 @@ def test_a_deadline_in_a_stream(stub_server):
     connection = Stream(server, timeout_s=0.3, max_tokens=1)
     connection.read_until(b"[DONE]")
     connection.close()
-    server.gate.clear()
-    connection = Stream(server, timeout_s=0.3)
-    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection = held(server, timeout_s=0.3)
     threading.Timer(0.6, server.gate.set).start()
     end = connection.read_until(b"[DONE]")
     connection.close()
@@ -131,12 +122,10 @@ def test_a_deadline_in_a_stream(stub_server):
 
 def test_draining(stub_server):
     server = stub_server()
-    server.gate.clear()
-    connection = Stream(server, return_token_ids=True)
-    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection = held(server, return_token_ids=True)
     server.tell_to_end()
     assert wait_until(lambda: server.service.is_draining)
-    refused = post(server)
+    refused = server.ask()
     health = httpx.get(f"{server.url}/health")
     server.gate.set()
     found = connection.read_until(b"[DONE]")
@@ -146,17 +135,14 @@ def test_draining(stub_server):
     assert refused.status_code == health.status_code == 503
     assert refused.headers["Retry-After"] == "1"
     assert refused.json()["error"]["code"] == "draining"
-    events = [json.loads(line[6:]) for line in found.split(b"\n") if line.startswith(b"data: {")]
-    text = "".join(event["choices"][0]["text"] for event in events)
+    text = "".join(event["choices"][0]["text"] for event in events_in(found))
     assert text == spell(expected([1, 2, 3], 50))
     assert server.engine.num_blocks_used() == 0
 
 
 def test_draining_has_a_bound(stub_server):
     server = stub_server(ServerOptions(drain_s=0.1))
-    server.gate.clear()
-    connection = Stream(server)
-    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection = held(server)
     server.tell_to_end()
     assert b'"code":"ended"' in connection.read_until(b"[DONE]")
     connection.close()
@@ -167,9 +153,7 @@ def test_draining_has_a_bound(stub_server):
 
 def test_told_twice_it_ends_at_once(stub_server):
     server = stub_server()
-    server.gate.clear()
-    connection = Stream(server)
-    assert wait_until(lambda: server.engine.scheduler.num_running == 1)
+    connection = held(server)
     server.tell_to_end()
     server.tell_to_end()
     assert b'"code":"ended"' in connection.read_until(b"[DONE]")
@@ -199,15 +183,15 @@ def test_ranks_that_die_end_all(stub_server, stream):
 def test_a_request_without_logits_fails_alone(stub_server):
     server = stub_server()
     server.engine.runner.poison = 3
-    assert post(server).status_code == 500
-    answer = post(server, prompt=[4, 5], max_tokens=1)
+    assert server.ask().status_code == 500
+    answer = server.ask(prompt=[4, 5], max_tokens=1)
     assert answer.status_code == 200
 
 
 def test_a_slow_reader_holds_nobody_up(stub_server):
     server = stub_server()
     connection = Stream(server, n=8)
-    assert post(server, prompt=[4]).status_code == 200
+    assert server.ask(prompt=[4]).status_code == 200
     assert connection.read_until(b"[DONE]").count(b'"finish_reason":"length"') == 8
     connection.close()
 
@@ -227,16 +211,8 @@ def test_keys(stub_server):
         answer = httpx.get(url, headers=headers)
         assert answer.status_code == 401
         assert answer.json()["error"]["code"] == "invalid_api_key"
-    assert post(server).status_code == 401
+    assert server.ask().status_code == 401
     assert httpx.get(f"{server.url}/health").status_code == 200
-
-
-def test_no_other_site_may_ask(stub_server):
-    server = stub_server()
-    headers = {"Origin": "http://other", "Access-Control-Request-Method": "POST"}
-    answer = httpx.options(f"{server.url}/v1/completions", headers=headers)
-    assert answer.status_code == 405
-    assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
 def test_a_server_without_descriptors_does_not_start(stub_server):

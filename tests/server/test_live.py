@@ -41,12 +41,6 @@ def feed(server, **headers):
         yield (json.loads(line.removeprefix("data: ")) for line in lines)
 
 
-def post(server, **body):
-    given = {"prompt": [1, 2, 3], "temperature": 0} | body
-    answer = httpx.post(f"{server.url}/v1/completions", json=given, timeout=PATIENCE_S)
-    assert answer.status_code == 200
-
-
 def numbers(text, *shape):
     return np.frombuffer(b64decode(text), dtype="<u4").reshape(shape)
 
@@ -79,7 +73,7 @@ def test_lanes_and_the_scale_are_told_apart_by_everybody(scheme, seen_by):
 
 def test_frames_say_what_the_clients_did(stub_server):
     server = stub_server(layout="dp=2")
-    post(server, max_tokens=5)
+    server.ask(max_tokens=5)
     with feed(server) as frames:
         start = next(frames)
         assert start["kind"] == "start"
@@ -210,7 +204,7 @@ def test_a_silent_rank_is_red_and_a_full_one_amber(served, monkeypatch):
 def test_a_full_queue_is_red_and_preemptions_are_events(stub_server):
     server = stub_server(ServerOptions(max_num_queued=2), num_blocks=8, max_model_len=32)
     prompts = [[i] * 4 for i in range(4)]
-    post(server, prompt=prompts, max_tokens=25)
+    server.ask(prompt=prompts, max_tokens=25)
     assert server.engine.scheduler.num_preemptions > 0
     state = server.service.live.state
     assert wait_until(lambda: any(each.kind == "preemption" for each in state.events))

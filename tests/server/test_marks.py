@@ -2,8 +2,6 @@
 
 from itertools import pairwise
 
-import httpx
-import openai
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +17,7 @@ from expertlane.server.marks import MarkedText, Marks
 from expertlane.server.requests import ChatRequest
 from expertlane.server.setup import ServedModel
 from expertlane.text.chat_template import ChatTemplate
-from server.running import PATIENCE_S, ServerInThread
+from server.running import ServerInThread
 
 BOTH = Marks(THOUGHT_FORMS["think"], CALL_FORMS["hermes"])
 CALL = '<tool_call>\n{"name": "look", "arguments": {"at": "ö"}}\n</tool_call>'
@@ -235,7 +233,7 @@ def test_tools_and_calls_reach_the_template(server):
         },
         {"role": "tool", "tool_call_id": "1", "content": "c"},
     ]
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as client:
+    with server.openai() as client:
         answer = client.chat.completions.create(
             model="stub", messages=messages, tools=[TOOL], tool_choice="auto", max_tokens=1
         )
@@ -248,7 +246,7 @@ def test_tools_and_calls_reach_the_template(server):
 
 def test_tools_of_a_model_without_are_refused(served):
     body = {"messages": [{"role": "user", "content": "a"}], "tools": [TOOL]}
-    answer = httpx.post(f"{served.server.url}/v1/chat/completions", json=body, timeout=PATIENCE_S)
+    answer = served.server.post(body, "/v1/chat/completions")
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "tools"
 

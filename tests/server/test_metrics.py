@@ -11,7 +11,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from engine.ranks.processes import wait_until
 from expertlane.server.metrics import Histogram
-from server.running import PATIENCE_S
 
 GAUGES = {
     "num_requests_running",
@@ -62,13 +61,6 @@ def scrape(server):
     return values, types
 
 
-def post(server, **body):
-    url = f"{server.url}/v1/completions"
-    answer = httpx.post(url, json={"temperature": 0} | body, timeout=PATIENCE_S)
-    assert answer.status_code == 200
-    return answer.json()
-
-
 def test_the_names_are_those_of_dashboards(stub_server):
     _, types = scrape(stub_server())
     assert {f"vllm:{name}" for name in GAUGES} <= types["gauge"]
@@ -79,8 +71,8 @@ def test_the_names_are_those_of_dashboards(stub_server):
 def test_the_numbers_are_those_of_the_clients(stub_server):
     server = stub_server()
     used = [
-        post(server, prompt=[1, 2, 3], max_tokens=5)["usage"],
-        post(server, prompt=[[4], [5, 6]], max_tokens=7, n=2)["usage"],
+        server.ask(prompt=[1, 2, 3], max_tokens=5).json()["usage"],
+        server.ask(prompt=[[4], [5, 6]], max_tokens=7, n=2).json()["usage"],
     ]
     assert wait_until(lambda: server.engine.is_idle)
     values, _ = scrape(server)
@@ -103,7 +95,7 @@ def test_the_numbers_are_those_of_the_clients(stub_server):
 def test_prompt_tokens_by_source(stub_server):
     server = stub_server()
     for _ in range(2):
-        post(server, prompt=list(range(10)), max_tokens=2)  # two full blocks of four are shared
+        server.ask(prompt=list(range(10)), max_tokens=2)  # two full blocks of four are shared
     assert wait_until(lambda: server.engine.is_idle)
     values, _ = scrape(server)
     assert values["vllm:prompt_tokens_cached_total",] == 8
@@ -114,7 +106,7 @@ def test_prompt_tokens_by_source(stub_server):
 
 def test_dummy_steps_are_those_of_ranks_without_a_token(stub_server):
     server = stub_server(layout="dp=3")
-    post(server, prompt=[1, 2], max_tokens=6)
+    server.ask(prompt=[1, 2], max_tokens=6)
     assert wait_until(lambda: server.engine.is_idle)
     values, _ = scrape(server)
     counts = [values["expertlane:dummy_steps_total", "0", str(dp)] for dp in range(3)]
@@ -127,7 +119,7 @@ def test_running_and_waiting_requests(stub_server):
     server = stub_server(max_num_seqs=1)
     server.gate.clear()
     with ThreadPoolExecutor(1) as pool:
-        posted = pool.submit(post, server, prompt=[[1, 2], [3, 4]], max_tokens=9)
+        posted = pool.submit(server.ask, prompt=[[1, 2], [3, 4]], max_tokens=9)
         assert wait_until(lambda: server.engine.scheduler.num_waiting == 1)
         values, _ = scrape(server)
         load = httpx.get(f"{server.url}/load").json()
@@ -141,7 +133,7 @@ def test_running_and_waiting_requests(stub_server):
 
 def test_two_servers_share_nothing(stub_server):
     first, second = stub_server(), stub_server()
-    post(first, prompt=[1], max_tokens=3)
+    first.ask(prompt=[1], max_tokens=3)
     assert scrape(second)[0]["vllm:generation_tokens_total",] == 0
 
 

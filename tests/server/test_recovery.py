@@ -13,8 +13,8 @@ from engine.ranks.processes import wait_until
 from expertlane import LLM
 from expertlane.engine.elastic.recovery_record import State
 from expertlane.engine.ranks.commands import RunStep
-from expertlane.server.setup import ServedModel, ServerOptions
-from server.running import PATIENCE_S, ServerInThread
+from expertlane.server.setup import ServerOptions
+from server.running import serving
 from server.test_live import feed
 from server.test_metrics import scrape
 
@@ -35,14 +35,11 @@ def server(events, on_failure):
     settings = {"dtype": "float32", "num_blocks": 64, "on_failure": on_failure}
     with LLM("paper-tiny", layout="dp=2,ep=2", **settings) as llm:
         expected = [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
-        given = {"watch": llm.watch(), "scaling": llm.scaling}
-        model = ServedModel("tiny", llm.engine, llm.limits, **given)
         options = ServerOptions(on_event=lambda *event: events.append(event))
-        server = ServerInThread(model, options, check_ranks=llm.check_ranks)
-        server.llm, server.expected = llm, expected
-        yield server
-        server.stop()
-        assert server.error is None
+        more = {"watch": llm.watch(), "scaling": llm.scaling}
+        with serving(llm, options=options, **more) as server:
+            server.expected = expected
+            yield server
 
 
 def complete(server, number):
@@ -57,7 +54,7 @@ def complete(server, number):
         },
         "presence_penalty": params.presence_penalty,
     }
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S)
+    answer = server.post(body)
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["token_ids"]
 

@@ -15,9 +15,9 @@ from engine.ranks.processes import wait_until
 from expertlane import LLM
 from expertlane.cli.main import main
 from expertlane.errors import CapacityError
-from expertlane.server.setup import ServedModel, ServerOptions
+from expertlane.server.setup import ServerOptions
 from expertlane.spec.names import Stage
-from server.running import PATIENCE_S, ServerInThread
+from server.running import PATIENCE_S, serving
 from server.test_live import feed
 from server.test_metrics import scrape
 from server.test_recovery import complete
@@ -30,23 +30,20 @@ def server():
     settings = {"dtype": "float32", "on_failure": "replace", "oversubscribe": True}
     with LLM("paper-tiny", layout="dp=2,ep=2", **settings) as llm:
         expected = [output.token_ids for output in llm.generate(PROMPTS, PARAMS)]
-        model = ServedModel("tiny", llm.engine, llm.limits, watch=llm.watch(), scaling=llm.scaling)
-        server = ServerInThread(model, ServerOptions(), check_ranks=llm.check_ranks)
-        server.llm, server.expected = llm, expected
-        yield server
-        server.stop()
-        assert server.error is None
+        with serving(llm, watch=llm.watch(), scaling=llm.scaling) as server:
+            server.expected = expected
+            yield server
 
 
-def post(server, body, **more):
-    return httpx.post(f"{server.url}/scale", json=body, timeout=PATIENCE_S, **more)
+def scale(server, layout, **more):
+    return server.post({"layout": layout} | more, "/scale")
 
 
 def test_it_changes_under_clients(server):
     with feed(server) as frames, ThreadPoolExecutor(len(PROMPTS)) as clients:
         before = scrape(server)[0]
         found = [clients.submit(complete, server, number) for number in range(len(PROMPTS))]
-        answer = post(server, {"layout": "dp=3,ep=3"})
+        answer = scale(server, "dp=3,ep=3")
         assert answer.status_code == 200, answer.text
         assert answer.json()["num_ranks"] == 3
         assert [each.result() for each in found] == server.expected
@@ -84,13 +81,13 @@ def test_one_at_a_time(server):
 
     def advance_and_ask():
         if not held:
-            held.append(post(server, {"layout": "tp=1"}))
+            held.append(scale(server, "tp=1"))
             held.append(httpx.get(f"{server.url}/scale").json())
             held.append(list(server.service.live.state.alerts()))
         return advance()
 
     scaling.advance = advance_and_ask
-    assert post(server, {"layout": "tp=2"}).status_code == 200
+    assert scale(server, "tp=2").status_code == 200
     refused, facts, alerts = held
     assert refused.status_code == 409
     assert refused.json()["error"]["code"] == "scaling"
@@ -134,7 +131,7 @@ def test_a_change_is_cancelled(server, prepares_for_ever):
     pids = list(map(server.llm._pool.pid, range(2)))
     assert code_of(cancel(server)) == (409, "not_scaling")
     with ThreadPoolExecutor(3) as clients:
-        changing = clients.submit(post, server, {"layout": "dp=3,ep=3"})
+        changing = clients.submit(scale, server, "dp=3,ep=3")
         tokens = clients.submit(complete, server, 0)
         assert wait_until(lambda: 2 in server.llm._pool.ahead, seconds=PATIENCE_S)
         cancelled = clients.submit(cancel, server).result()
@@ -150,28 +147,28 @@ def test_a_change_is_cancelled(server, prepares_for_ever):
     assert list(map(server.llm._pool.pid, range(2))) == pids
     assert {*prepares_for_ever} == {"preparing"}
     del server.llm.scaling.advance
-    assert post(server, {"layout": "dp=3,ep=3"}).status_code == 200
+    assert scale(server, "dp=3,ep=3").status_code == 200
     assert complete(server, 0) == server.expected[0]
 
 
 def test_it_is_too_late_to_cancel(server):
     scaling, answers = server.llm.scaling, []
-    scale = scaling.scale
+    switch = scaling.scale
 
     def scale_and_cancel(layout):
         answers.append(cancel(server))
-        scale(layout)
+        switch(layout)
 
     scaling.scale = scale_and_cancel
-    assert post(server, {"layout": "tp=2"}).json()["layout"] == "tp=2"
+    assert scale(server, "tp=2").json()["layout"] == "tp=2"
     assert code_of(answers[0]) == (409, "too_late")
     assert code_of(cancel(server)) == (409, "not_scaling")
 
 
 def test_a_dry_run_changes_nothing(server):
-    answer = post(server, {"layout": "tp=2", "dry_run": True})
+    answer = scale(server, "tp=2", dry_run=True)
     assert (answer.status_code, answer.json()["layout"]) == (200, "dp=2,ep=2")
-    assert code_of(post(server, {"layout": "pp=100", "dry_run": True}))[0] == 400
+    assert code_of(scale(server, "pp=100", dry_run=True))[0] == 400
     assert answer.json()["changes"] == []
     assert server.llm.scaling.ahead is None
 
@@ -184,7 +181,7 @@ def test_ranks_that_cannot_be_prepared(server):
         raise CapacityError("new ranks ended 3 times")
 
     scaling.advance = fail
-    answer = post(server, {"layout": "dp=3,ep=3"})
+    answer = scale(server, "dp=3,ep=3")
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "not_prepared")
     del scaling.advance
     facts = httpx.get(f"{server.url}/scale").json()
@@ -205,7 +202,7 @@ def test_ranks_that_cannot_be_prepared(server):
     ],
 )
 def test_what_is_refused(server, body, message):
-    answer = post(server, body)
+    answer = server.post(body, "/scale")
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert tells(error["message"], message)
@@ -215,9 +212,9 @@ def test_what_is_refused(server, body, message):
 
 def test_without_ranks_it_cannot(stub_server):
     server = stub_server(options=ServerOptions(api_keys=("secret",)))
-    assert post(server, {"layout": "tp=1"}).status_code == 401
+    assert scale(server, "tp=1").status_code == 401
     assert httpx.get(f"{server.url}/scale").status_code == 401
-    answer = post(server, {"layout": "tp=1"}, headers=KEY)
+    answer = server.post({"layout": "tp=1"}, "/scale", **KEY)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "not_scalable")
     assert not httpx.get(f"{server.url}/scale", headers=KEY).json()["can_scale"]
 
@@ -274,7 +271,7 @@ def test_the_command_cancels(server, prepares_for_ever, monkeypatch, capsys):
     assert run(monkeypatch, server.url, "--cancel") == 1
     assert tells(capsys.readouterr().err, "no change layout")
     with ThreadPoolExecutor(1) as clients:
-        changing = clients.submit(post, server, {"layout": "tp=2"})
+        changing = clients.submit(scale, server, "tp=2")
         assert wait_until(lambda: prepares_for_ever, seconds=PATIENCE_S)
         assert run(monkeypatch, server.url, "--cancel") == 0
         assert code_of(changing.result()) == (409, "cancelled")

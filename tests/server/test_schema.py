@@ -61,16 +61,12 @@ def draw(described, num_examples):
 
 
 @pytest.mark.full
-def test_some_requests(described):
-    assert {200, 400} <= draw(described, 5).keys()
-
-
-@pytest.mark.full
 @pytest.mark.timeout(3600)
 def test_many_requests(described):
     found = draw(described, 230)
     print(found)
     assert found.total() >= 2000
+    assert {200, 400} <= found.keys()
 
 
 @pytest.mark.parametrize(

@@ -225,15 +225,6 @@ def test_a_replacement_character_of_the_vocabulary_is_not_lost() -> None:
     assert in_pieces(tokenizer, tokenizer.encode("the"), tokens)[0] == "\ufffd\ufffd\n\ufffd"
 
 
-def test_an_incomplete_character_is_replaced_at_the_end() -> None:
-    for kind in ("byte_level", "llama"):
-        tokenizer = TOKENIZERS[kind]
-        tokens = tokenizer.encode("the 龘")
-        detokenizer = IncrementalDetokenizer(tokenizer, tokens[:-3])
-        assert [detokenizer.append(token_id) for token_id in tokens[-3:-1]] == ["", ""]
-        assert detokenizer.finish() == "\ufffd"
-
-
 def test_the_first_space_is_kept_after_a_prompt_alone() -> None:
     for kind in ("metaspace", "llama"):
         tokenizer = TOKENIZERS[kind]
@@ -253,27 +244,6 @@ def test_a_beginning_of_a_stop_string_is_held_back() -> None:
     assert detokenizer.append(letters["!"]) == ""
     assert detokenizer.stopped
     assert detokenizer.append(letters["x"]) == detokenizer.finish() == ""
-
-
-@pytest.mark.parametrize(
-    ("stop", "expected"),
-    [(("e", "the"), "a "), (("the", "h"), "a t"), (("ox", "fox"), "a the "), (("x",), "a the fo")],
-)
-def test_the_stop_string_that_is_complete_first(stop: tuple[str, ...], expected: str) -> None:
-    tokenizer = TOKENIZERS["byte_level"]
-    tokens = tokenizer.encode("a the fox")
-    assert len(tokens) == 3
-    got, detokenizer = in_pieces(tokenizer, [], tokens, stop)
-    assert detokenizer.stopped
-    assert got == expected
-
-
-def test_what_was_held_back_comes_at_the_end() -> None:
-    tokenizer = TOKENIZERS["byte_level"]
-    detokenizer = IncrementalDetokenizer(tokenizer, [], stop=("END",))
-    pieces = [detokenizer.append(tokenizer.encode(letter)[0]) for letter in "xEN"]
-    assert (pieces, detokenizer.finish()) == (["x", "", ""], "EN")
-    assert not detokenizer.stopped
 
 
 def test_no_token() -> None:

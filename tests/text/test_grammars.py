@@ -81,20 +81,9 @@ def walk(grammars, tokenizer, text, **params):
     return constraint
 
 
-_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_OTHERS = [each for each in range(256) if each not in _PRINTABLE]
-_BYTES = {chr(each): each for each in _PRINTABLE}  # of GPT-2's letters for them
-_BYTES |= {chr(256 + place): each for place, each in enumerate(_OTHERS)}
-
-
 def bytes_of(tokenizer, token):
-    """Of a token of text; empty for others."""
-    name = tokenizer.name(token)
-    if name is None or token in tokenizer.special_token_ids:
-        return b""
-    if tokenizer.byte_tokens:
-        return tokenizer.byte_tokens.get(token) or name.replace("▁", " ").encode()
-    return bytes(_BYTES[each] for each in name)
+    """The bytes of a token of text; empty for others."""
+    return b"" if token in tokenizer.special_token_ids else tokenizer.bytes_of(token)
 
 
 SCHEMA = {

@@ -296,25 +296,16 @@ def _mean(values: Sequence[int]) -> float:
 
 def _requests(rounds: Sequence[Round]) -> RequestsRecord:
     rows = [
-        (number, sent, served)
+        (
+            *(number, sent.number),
+            *(round(served.due_s, 6), round(sent.sent_s - sent.due_s, 6)),
+            *(round(served.ttft_s, 6), round(served.e2e_s, 6)),
+            *(served.prompt_len, served.output_len, len(served.token_times_s)),
+        )
         for number, each in enumerate(rounds, 1)
         for sent, served in zip(each.answered, each.served, strict=True)
     ]
-
-    def column(get: Callable[[Any, Any], Any]) -> tuple[Any, ...]:
-        return tuple(get(sent, served) for _, sent, served in rows)
-
-    return RequestsRecord(
-        tuple(number for number, _, _ in rows),
-        column(lambda sent, served: sent.number),
-        column(lambda sent, served: round(served.due_s, 6)),
-        column(lambda sent, served: round(sent.sent_s - sent.due_s, 6)),
-        column(lambda sent, served: round(served.ttft_s, 6)),
-        column(lambda sent, served: round(served.e2e_s, 6)),
-        column(lambda sent, served: served.prompt_len),
-        column(lambda sent, served: served.output_len),
-        column(lambda sent, served: len(served.token_times_s)),
-    )
+    return RequestsRecord(*zip(*rows, strict=True))
 
 
 def ratios(
@@ -327,8 +318,8 @@ def ratios(
         if one.record is not None and other.record is not None
     ]
     found = []
-    for name, get in _METRICS.items():
-        values = [(get(one), get(other)) for one, other in pairs]
+    for name, path in _METRICS.items():
+        values = [(_value(one, path), _value(other, path)) for one, other in pairs]
         known = [(a, b) for a, b in values if a is not None and b is not None and a > 0 and b > 0]
         if known and len(known) == len(pairs):
             ratio = ratio_interval(*zip(*known, strict=True))
@@ -336,28 +327,19 @@ def ratios(
     return found
 
 
-def _of(latency: str, statistic: str) -> Callable[[ServingRecord], float | None]:
-    def get(record: ServingRecord) -> float | None:
-        found = getattr(getattr(record, f"{latency}_s"), statistic, None)
-        return None if found is None else float(found.value)
-
-    return get
-
-
-def _rate(name: str) -> Callable[[ServingRecord], float | None]:
-    def get(record: ServingRecord) -> float | None:
-        found = getattr(record, name)
-        return None if found is None else float(found.value)
-
-    return get
+def _value(record: ServingRecord, path: str) -> float | None:
+    found: Any = record
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return None if found is None else float(found.value)
 
 
-_METRICS: dict[str, Callable[[ServingRecord], float | None]] = {
-    "output tokens/s": _rate("output_tps"),
-    "goodput": _rate("goodput"),
-    "TTFT median": _of("ttft", "median"),
-    "TTFT p99": _of("ttft", "p99"),
-    "TPOT median": _of("tpot", "median"),
-    "ITL p99": _of("itl", "p99"),
-    "E2E median": _of("e2e", "median"),
+_METRICS = {  # by name: where a record has it
+    "output tokens/s": "output_tps",
+    "goodput": "goodput",
+    "TTFT median": "ttft_s.median",
+    "TTFT p99": "ttft_s.p99",
+    "TPOT median": "tpot_s.median",
+    "ITL p99": "itl_s.p99",
+    "E2E median": "e2e_s.median",
 }

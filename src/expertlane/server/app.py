@@ -83,27 +83,27 @@ def _add_generation(app: FastAPI, service: Service, journal: JournalKeeper | Non
 
     @app.post(COMPLETIONS.path, response_class=Response)
     async def complete(request: CompletionRequest) -> Response:
-        """Continue prompts."""
+        """Continue one or more prompts; whole, or as server-sent events."""
         return _arrival(service, journal, request, COMPLETIONS)
 
     @app.post(CHATS.path, response_class=Response)
     async def chat(request: ChatRequest) -> Response:
-        """Continue a conversation."""
+        """Answer in a conversation; whole, or as server-sent events."""
         return _arrival(service, journal, request, CHATS)
 
     @app.post(RESPONSES.path, response_class=Response)
     async def respond(request: ResponsesRequest) -> Response:
-        """Continue a conversation, or begin one; its items, whole or as events."""
+        """Answer in a conversation by items: text, reasoning, tool calls; whole, or as events."""
         return _arrival(service, journal, request, RESPONSES)
 
     @app.get("/v1/responses/{response_id}")
     async def response(response_id: str) -> Response:
-        """A response that was kept."""
+        """A stored response, by its id."""
         return json_response(store.get(response_id, "response_id").body)
 
     @app.delete("/v1/responses/{response_id}")
     async def delete(response_id: str) -> Response:
-        """Forget a response that was kept."""
+        """Delete a stored response."""
         store.delete(response_id, "response_id")
         return json_response({"id": response_id, "object": "response", "deleted": True})
 
@@ -115,7 +115,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
         service.check_model(request.model)
         tokenizer = service.tokenizer("prompt")
         if request.messages is None:
-            (tokens,) = await service.encode_all(
+            (tokens,) = await service.encode(
                 [request.prompt or ""],
                 "prompt",
                 add_special_tokens=request.add_special_tokens,
@@ -140,7 +140,7 @@ def _add_tokens(app: FastAPI, service: Service) -> None:
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> Response:
-        """What evaluations must know to use `/tokenize` in place of a tokenizer of their own."""
+        """Special tokens and chat template, for evaluations that use `/tokenize`."""
         tokenizer, template = service.tokenizer("tokenizer"), service.model.template
         eos = [tokenizer.name(each) for each in sorted(tokenizer.eos_token_ids)]
         own = {"eos_token": eos[0] if eos else None, "bos_token": None, "pad_token": None}
@@ -183,17 +183,17 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        """The one model."""
+        """The list of models: the one that is served."""
         return json_response({"object": "list", "data": [model_card()]})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        """The same, by its name."""
+        """The model with this name; 404 if another is served."""
         service.check_model(name)
         return json_response(model_card())
 
     async def health() -> Response:
-        """Empty, with 200 while requests are taken."""
+        """Status 200 and an empty body while the server takes requests, else an error."""
         service.check_running()
         return Response()
 
@@ -203,17 +203,17 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/version")
     async def version() -> Response:
-        """Of expertlane."""
+        """The version of expertlane."""
         return json_response({"version": __version__})
 
     @app.get("/load")
     async def load() -> Response:
-        """Requests that have no complete answer yet."""
+        """The number of requests that have no complete answer yet."""
         return json_response({"server_load": service.num_open})
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Metrics in Prometheus's text format."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
 
@@ -278,7 +278,7 @@ def _add_journal(app: FastAPI, service: Service, keeper: JournalKeeper) -> None:
 
     @app.get("/v1/requests/{request_id}/events", response_class=Response)
     async def events(request_id: str, http: Request) -> Response:
-        """The events of a stream after `Last-Event-ID`, or all; 204 where no more will come."""
+        """The events of a kept stream after `Last-Event-ID`, or all; 204 when there are no more."""
         kept, after = keeper.find(http.scope, request_id)
         if not kept.prepared.request.stream:
             text = f"request {request_id} has no events: it was asked for without stream"
@@ -294,7 +294,7 @@ def _add_journal(app: FastAPI, service: Service, keeper: JournalKeeper) -> None:
 
     @app.delete("/v1/requests/{request_id}")
     async def cancel(request_id: str, http: Request) -> Response:
-        """End a request, and forget it."""
+        """Cancel a request of the journal, and delete what is kept of it."""
         kept, _ = keeper.find(http.scope, request_id)
         kept.end(ApiError(410, f"request {request_id} was cancelled", code="cancelled"))
         keeper.forget(kept)

@@ -81,7 +81,7 @@ async def prepare_completion(service: Service, request: CompletionRequest) -> Pr
     encoded: Iterator[list[int]] = iter(())
     if texts:
         encoded = iter(
-            await service.encode_all(texts, "prompt", add_special_tokens=request.add_special_tokens)
+            await service.encode(texts, "prompt", add_special_tokens=request.add_special_tokens)
         )
     prompts = [next(encoded) if isinstance(each, str) else each for each in request.prompt]
     structured, field = request.structured()

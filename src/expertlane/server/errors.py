@@ -30,7 +30,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class ErrorFacts(BaseModel):
-    """What is wrong."""
+    """The message of an error, its type, the field that is wrong, and a code for programs."""
 
     message: str
     type: str

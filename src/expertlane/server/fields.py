@@ -205,21 +205,21 @@ MOST_CALLS = 1024  # calls in a message
 
 
 class TextPart(Strict):
-    """A part of a message."""
+    """A text that is a part of a message."""
 
     type: Literal["text"]
     text: Text
 
 
 class CalledFunction(Strict):
-    """What a model has called, with its arguments as JSON."""
+    """The name of the function that a model has called, and its arguments as JSON."""
 
     name: Name
     arguments: Text
 
 
 class ToolCall(Strict):
-    """A call that an answer held."""
+    """A tool call of an earlier answer."""
 
     id: Name
     type: Literal["function"] = "function"
@@ -276,7 +276,7 @@ class Message(Known):
 
 
 class Function(Strict):
-    """A tool that a model may call."""
+    """A function that the model may call; `parameters` is a JSON schema."""
 
     name: str = Field(max_length=64, pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: Text | None = None
@@ -285,20 +285,20 @@ class Function(Strict):
 
 
 class NamedFunction(Strict):
-    """The tool that has to be called."""
+    """The name of the function that the model has to call."""
 
     name: Name
 
 
 class NamedTool(Strict):
-    """The same, as a request has it."""
+    """The tool that the model has to call."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
 class Tool(Strict):
-    """The same, as a request has it."""
+    """A tool that the model may call."""
 
     type: Literal["function"]
     function: Function
@@ -316,7 +316,7 @@ _Choice = Annotated[
 
 
 class JsonSchema(Strict):
-    """A schema by name, as the API has it. `strict` changes nothing: all are held to it."""
+    """A JSON schema for the output. `strict` changes nothing: every output fits the schema."""
 
     name: str = Field(max_length=64, pattern=r"^[A-Za-z0-9_-]{1,64}$")
     description: Text | None = None
@@ -325,14 +325,14 @@ class JsonSchema(Strict):
 
 
 class ResponseFormat(Strict):
-    """What the API has for it."""
+    """The form of the output: any text, a JSON object, or JSON that fits a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
 
 class StructuredOutputs(Strict):
-    """What vLLM has for it; one of them."""
+    """The form of the output, in vLLM's field; one of json, regex, choice, grammar, json_object."""
 
     json_: Schema | _SchemaText | None = Field(default=None, alias="json")
     regex: _Regex | None = None
@@ -346,8 +346,18 @@ class StructuredOutputs(Strict):
     structural_tag: None = None
 
 
+_STRUCTURES = {  # by field that asks for one: the argument of `Structured`
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "regex": "regex",
+    "grammar": "grammar",
+}
+
+
 class StructuredRequest(Known):
-    """A request whose output may have to be something."""
+    """A request whose output may be held to a schema, a regex, a choice or a grammar."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -387,12 +397,7 @@ class StructuredRequest(Known):
     def _asked(self) -> list[tuple[str, dict[str, Any]]]:
         """The fields that ask for a structure, each with its arguments of `Structured`."""
         pairs: list[tuple[str, dict[str, Any]]] = [
-            ("guided_json", {"json_schema": self.guided_json}),
-            ("guided_regex", {"regex": self.guided_regex}),
-            ("guided_choice", {"choice": self.guided_choice}),
-            ("guided_grammar", {"grammar": self.guided_grammar}),
-            ("regex", {"regex": self.regex}),
-            ("grammar", {"grammar": self.grammar}),
+            (name, {kind: getattr(self, name)}) for name, kind in _STRUCTURES.items()
         ]
         if (outputs := self.structured_outputs) is not None:
             given = {

@@ -83,7 +83,7 @@ Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_PARTS, f
 
 
 class StreamOptions(Strict):
-    """What a stream holds besides the text."""
+    """Token counts to send in a stream."""
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
@@ -91,7 +91,7 @@ class StreamOptions(Strict):
 
 
 class SampledRequest(Known):
-    """What all requests for text have in common."""
+    """Sampling, ends and limits of a request for text."""
 
     temperature: float | None = number("temperature")
     top_p: float | None = number("top_p")
@@ -124,7 +124,7 @@ class SampledRequest(Known):
 
 
 class GenerationRequest(SampledRequest, StructuredRequest):
-    """What completions and chats have in common."""
+    """Fields of completions and chats."""
 
     n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
     max_tokens: int | None = number("max_tokens")
@@ -196,7 +196,7 @@ class GenerationRequest(SampledRequest, StructuredRequest):
 
 
 class CompletionRequest(GenerationRequest):
-    """The body of `/v1/completions`."""
+    """The body of `/v1/completions`: prompts to continue."""
 
     neutral = _NEUTRAL_OF_COMPLETIONS
     prompt: Prompts
@@ -247,7 +247,7 @@ USUAL_VERBOSITY = "medium"  # has no effect on a template that knows no other
 
 
 class ChatRequest(GenerationRequest):
-    """The body of `/v1/chat/completions`."""
+    """The body of `/v1/chat/completions`: a conversation to continue."""
 
     neutral = _NEUTRAL_OF_CHAT
     messages: Messages
@@ -320,7 +320,7 @@ class ChatRequest(GenerationRequest):
 
 
 class TokenizeRequest(Known):
-    """The body of `/tokenize`: a text or a chat."""
+    """The body of `/tokenize`: a text or a chat to turn into token ids."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "tools": ([],),
@@ -342,6 +342,6 @@ class TokenizeRequest(Known):
 
 
 class DetokenizeRequest(Known):
-    """The body of `/detokenize`."""
+    """The body of `/detokenize`: token ids to turn into text."""
 
     tokens: Annotated[list[TokenId], Field(max_length=MOST_VALUES, fail_fast=True)]

@@ -34,7 +34,7 @@ _STATUS = ("in_progress", "completed", "incomplete")
 
 
 class ContentPart(Known):
-    """A part of a message's text, given or from an answer."""
+    """A text that is a part of a message, given or from an answer."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"annotations": ([],), "model": ()}
     type: Literal["input_text", "output_text", "text"]
@@ -59,7 +59,7 @@ class _Item(Known):
 
 
 class MessageItem(_Item):
-    """A message, by whoever."""
+    """A message of the conversation."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
@@ -78,7 +78,7 @@ class MessageItem(_Item):
 
 
 class ReasoningText(Strict):
-    """A part of what a model thought."""
+    """A part of a model's reasoning."""
 
     type: Literal["reasoning_text", "summary_text"]
     text: Text
@@ -88,7 +88,7 @@ ReasoningTexts = Annotated[list[ReasoningText], Field(max_length=MOST_PARTS, fai
 
 
 class ReasoningItem(_Item):
-    """What a model thought before it answered."""
+    """The model's reasoning before an earlier answer."""
 
     neutral = dict(_Item.neutral) | {"encrypted_content": ()}
     type: Literal["reasoning"]
@@ -103,7 +103,7 @@ class ReasoningItem(_Item):
 
 
 class CallItem(_Item):
-    """A call that an answer held."""
+    """A tool call of an earlier answer."""
 
     type: Literal["function_call"]
     call_id: Name
@@ -117,7 +117,7 @@ class CallItem(_Item):
 
 
 class CallOutputItem(_Item):
-    """What came of a call."""
+    """The result of a tool call."""
 
     type: Literal["function_call_output"]
     call_id: Name
@@ -157,7 +157,7 @@ Item = MessageItem | ReasoningItem | CallItem | CallOutputItem
 
 
 class ResponseTool(Function):
-    """A tool that a model may call."""
+    """A function that the model may call; `parameters` is a JSON schema."""
 
     type: Literal["function"]
 
@@ -167,14 +167,14 @@ class ResponseTool(Function):
 
 
 class NamedTool(Strict):
-    """The one tool that is to be called."""
+    """The function that the model has to call."""
 
     type: Literal["function"]
     name: Name
 
 
 class TextFormat(Known):
-    """What the text has to be."""
+    """The form of the answer: any text, a JSON object, or JSON that fits a schema."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"model": ()}
     type: Literal["text", "json_object", "json_schema"]
@@ -190,7 +190,7 @@ class TextFormat(Known):
 
 
 class TextOptions(Known):
-    """Of the text in an answer."""
+    """The form and the verbosity of the answer's text."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {"model": ()}
     format: TextFormat | None = None
@@ -198,7 +198,7 @@ class TextOptions(Known):
 
 
 class ReasoningOptions(Known):
-    """Of what a model thinks before it answers."""
+    """How much the model reasons before it answers."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "generate_summary": (),
@@ -209,7 +209,7 @@ class ReasoningOptions(Known):
 
 
 class ResponsesRequest(SampledRequest):
-    """The body of `/v1/responses`."""
+    """The body of `/v1/responses`: a conversation to begin or to continue."""
 
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "background": (False,),

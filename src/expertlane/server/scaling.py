@@ -22,7 +22,7 @@ _LOOK_S = 0.02  # between checks of the progress of preparing
 
 
 class ScaleRequest(Strict):
-    """The body of `/scale`.
+    """The body of `/scale`: the layout to change to.
 
     Attributes:
         dry_run: only check the layout.

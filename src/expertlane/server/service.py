@@ -232,17 +232,6 @@ class Service:
             )
 
     async def encode(
-        self, text: str, param: str, *, add_special_tokens: bool | None = None
-    ) -> list[int]:
-        """Token ids of a text; a long one does not block the event loop.
-
-        Raises:
-            ApiError: there is no tokenizer, or the text is no Unicode.
-        """
-        (tokens,) = await self.encode_all([text], param, add_special_tokens=add_special_tokens)
-        return tokens
-
-    async def encode_all(
         self,
         texts: Sequence[str],
         param: str,
@@ -250,10 +239,13 @@ class Service:
         add_special_tokens: bool | None = None,
         factor: int = 1,
     ) -> list[list[int]]:
-        """Token ids of several texts; for errors see `encode`.
+        """Token ids of texts; long ones do not block the event loop.
 
         Args:
             factor: multiple of the longest prompt that a text may have.
+
+        Raises:
+            ApiError: there is no tokenizer, or a text is too long or no Unicode.
         """
         self.tokenizer(param)
         assert self._encoder is not None, "there is a tokenizer"
@@ -321,7 +313,9 @@ class Service:
             )
         except UserError as error:
             raise bad_field("messages", f"messages: {error}") from None
-        tokens = await self.encode(text, "messages", add_special_tokens=bool(add_special_tokens))
+        (tokens,) = await self.encode(
+            [text], "messages", add_special_tokens=bool(add_special_tokens)
+        )
         return tokens, text
 
     def shown_token_ids(self, request: ChatRequest) -> tuple[int, ...]:
