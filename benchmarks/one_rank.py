@@ -21,11 +21,11 @@ from expertlane.engine.comm.collectives import interleave
 from expertlane.engine.comm.mesh import Meshes, ParallelMesh
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.comm.transport import Link, Work
 from expertlane.engine.model.decode_graphs import DecodeGraphs
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.model.weights import WeightSource
-from expertlane.engine.ops.bookkeeping import RowParts
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import GraphLimits, Options
@@ -88,22 +88,19 @@ class InTurn:
         return self._ids[num_tokens]
 
 
-class _Done:
+class _Done(Work):
     """A transfer that is over as soon as it begins."""
 
     def __init__(self, received: Tensor) -> None:
-        self._received = received
+        self.received = received
 
     def wait(self) -> None:
         """Nothing to wait for."""
 
     let_go = wait
 
-    def read(self, finish: Callable[[RowParts], Tensor]) -> Tensor:
-        return finish(RowParts.of(self._received))
 
-
-class AloneLink:
+class AloneLink(Link):
     """Transfers of a group of which only this rank is there.
 
     Args:
@@ -112,8 +109,6 @@ class AloneLink:
     Attributes:
         copied_bytes: in place of what would have come from other ranks.
     """
-
-    at_once = None
 
     def __init__(self, place: int, size: int, device: torch.device) -> None:
         self._place, self._size, self._device = place, size, device
@@ -131,19 +126,9 @@ class AloneLink:
         first = sum(send[: self._place])
         return self._fill(rows[first : first + send[self._place]], received, receive)
 
-    def all_to_all_parts(self, rows: Tensor, send: Sequence[int], receive: Sequence[int]) -> _Done:
-        """As `Link`."""
-        return self.all_to_all(rows, send, rows.new_empty(sum(receive), rows.shape[1]), receive)
-
     def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> _Done:
         """As `Link`: every place has the rows of this one."""
         return self._fill(rows, received, num_rows_of)
-
-    def padded_to(self, num_rows_of: Sequence[int], row_bytes: int) -> None:
-        """Nothing is padded."""
-
-    def reduce_scatter(self, rows: Tensor, num_rows_of: Sequence[int]) -> None:
-        """The group adds up what came, in kernels of the engine's."""
 
     def _fill(self, own: Tensor, received: Tensor, receive: Sequence[int]) -> _Done:
         """Everyone sends what this rank sends itself, from the start again where that is fewer."""

@@ -2,10 +2,6 @@ import numpy as np
 import pytest
 
 from distributed.on_ranks import Collective, PassOn
-from expertlane.engine.comm.clocks import HostClock
-from expertlane.engine.comm.collectives import Group
-from expertlane.engine.comm.progress import ProgressBoard
-from expertlane.engine.comm.recorder import Recorder
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Stage, Traffic
 from records import sent_over as sent
@@ -111,12 +107,6 @@ def test_a_group_of_one_sends_nothing(pools, method, rest):
     assert [result.ravel().tolist() for result in results] == [[1, 2]]
     record = next(iter(records))
     assert record.num_collectives.sum() == record.sent_bytes.sum() == 0
-
-
-def test_a_group_knows_its_ranks_and_their_nodes():
-    recorder = Recorder(5, 1, 1, ProgressBoard(6).reporter(5), HostClock(), world_size=10)
-    group = Group(None, [3, 5, 8, 9], 5, 4, recorder)
-    assert (group.ranks, group.nodes, group.rank) == ([3, 5, 8, 9], [0, 1, 2, 2], 1)
 
 
 def test_links_between_nodes_are_counted_apart(pools):

@@ -93,14 +93,6 @@ def test_one_of_two_on_a_core(file, ranks):
     assert is_free(file, 0)
 
 
-def test_a_rank_of_another_core_does_not_wait(file, ranks):
-    first, other = ranks(0), ranks(1)
-    first.does("acquire")
-    other.does("acquire")
-    assert not is_free(file, 0)
-    assert not is_free(file, 1)
-
-
 def test_it_is_freed_when_its_owner_is_killed(file, ranks):
     first, second = ranks(0), ranks(2)
     first.does("acquire")
@@ -108,38 +100,6 @@ def test_it_is_freed_when_its_owner_is_killed(file, ranks):
     assert not is_free(file, 0)
     first.process.send_signal(signal.SIGKILL)
     second.hears("acquire")
-
-
-def test_two_processes_never_compute_at_once(file, tmp_path):
-    """Each adds to a number in a file in two moves that another would spoil."""
-    counter, num_turns = tmp_path / "counter", 300
-    counter.write_text("0")
-    code = """
-import os, sys
-from pathlib import Path
-from expertlane.engine.comm import clocks
-token, counter = clocks.CoreToken(int(sys.argv[1]), int(sys.argv[2]), 1), Path(sys.argv[3])
-for _ in range(int(sys.argv[4])):
-    token.acquire()
-    number = int(counter.read_text())
-    os.sched_yield()
-    counter.write_text(str(number + 1))
-    token.release()
-"""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code, str(file), str(rank), str(counter), str(num_turns)],
-            pass_fds=[file],
-        )
-        for rank in range(3)
-    ]
-    try:
-        assert [process.wait(_SECONDS) for process in processes] == [0] * 3
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait(_SECONDS)
-    assert counter.read_text() == str(3 * num_turns)
 
 
 def test_ranks_take_turns_with_the_cores_that_there_are(file, monkeypatch):

@@ -35,16 +35,6 @@ def test_a_position_reads_well(step, layer, stage, text):
     assert str(board.position(0)) == text
 
 
-def test_ranks_do_not_touch_each_other():
-    board = ProgressBoard(3)
-    board.reporter(1).enter(Stage.EXPERTS, 2)
-    assert [board.position(rank).stage for rank in range(3)] == [
-        Stage.SETUP,
-        Stage.EXPERTS,
-        Stage.SETUP,
-    ]
-
-
 def test_every_report_counts_and_is_timed():
     board = ProgressBoard(1)
     reporter = board.reporter(0)
@@ -71,18 +61,6 @@ def test_a_board_is_shared_through_its_file(fd):
     rank.enter(Stage.COMBINE, 1)
     assert str(launcher.position(1)) == "step 4, layer 1, stage combine"
     assert launcher.position(0).stage is Stage.SETUP
-
-
-def test_opening_a_board_changes_nothing(fd):
-    launcher = ProgressBoard(1, fd)
-    launcher.reporter(0).enter(Stage.EXPERTS, 2)
-    assert ProgressBoard(1, fd).position(0).layer == 2
-
-
-def test_a_private_board_is_nobody_else_s():
-    one, other = ProgressBoard(1), ProgressBoard(1)
-    one.reporter(0).enter(Stage.HEAD, NO_LAYER)
-    assert other.position(0).stage is Stage.SETUP
 
 
 def test_an_epoch_has_its_files_until_the_next_but_one(fd):

@@ -10,6 +10,7 @@ from expertlane.engine.comm.clocks import HostClock
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.recorder import Recorder
+from expertlane.engine.comm.transport import Link
 from expertlane.engine.moe.dispatch import CopyChooser, Payload, RoutedTokens
 from expertlane.engine.moe.forms import make_dispatcher
 from expertlane.engine.ops.bookkeeping import RowParts
@@ -31,10 +32,8 @@ class Board:
         return BoardLink(self, ranks, ranks.index(self.rank))
 
 
-class BoardLink:
-    """Implements `Link`."""
-
-    at_once = None
+class BoardLink(Link):
+    """As a transport's."""
 
     def __init__(self, board, ranks, place):
         self.board, self.ranks, self.place = board, ranks, place
@@ -49,15 +48,6 @@ class BoardLink:
         sent = self.board.sent[self.ranks, self.board.num_begun[self.ranks, self.place]]
         sent[self.place] = rows.clone(), list(send)
         return BoardWork(self, sent, received, list(receive))
-
-    def all_to_all_parts(self, rows, send, receive):
-        return self.all_to_all(rows, send, rows.new_empty(sum(receive), rows.shape[1]), receive)
-
-    def padded_to(self, num_rows_of, row_bytes):
-        return None
-
-    def reduce_scatter(self, rows, num_rows_of):
-        return None
 
     def all_gather(self, rows, received, num_rows_of):
         size = len(self.ranks)

@@ -15,9 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-import expertlane
-from cli.screen import one_line, telling, tells
-from engine.ops.instruction_sets import ARITHMETIC, LACKING
+from cli.screen import telling, tells
 from expertlane.engine.ops import backend as module
 from expertlane.engine.ops import build as build_module
 from expertlane.engine.ops.backend import (
@@ -39,7 +37,7 @@ from expertlane.engine.ops.build import (
     build,
     library_name,
 )
-from expertlane.engine.ops.cpu import CpuBackend, VectorBackend
+from expertlane.engine.ops.cpu import CpuBackend
 from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.errors import CapacityError, UserError
 from expertlane.spec.names import CpuIsa
@@ -71,12 +69,6 @@ def failing_compiler(folder: Path, says: str) -> str:
     script.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "{says}" >&2\nexit 1\n')
     script.chmod(0o755)
     return str(script)
-
-
-@needs_compiler
-def test_any_cpu_has_the_bookkeeping():
-    assert isinstance(backend_for(CPU), CpuBackend)
-    assert isinstance(backend_for(CPU), VectorBackend) == (not backend_of_cpu()[1])
 
 
 def test_torch_alone(monkeypatch):
@@ -170,15 +162,6 @@ def test_the_best_of_the_allowed_sets_is_chosen(monkeypatch, num_sets, limit):
 
 
 @needs_compiler
-def test_tests_are_made_for_each_set_of_this_cpu():
-    """The largest one is what is used; those that it lacks are named here, once."""
-    expected = "torch (" if ARITHMETIC == ["none"] else f"expertlane ({ARITHMETIC[-1]})"
-    assert choose_platform(0, 1, "bfloat16").kernels.startswith(expected)
-    if LACKING:
-        pytest.skip(f"this CPU lacks {', '.join(LACKING)}: no test of their kernels is made")
-
-
-@needs_compiler
 def test_a_compiler_that_lacks_a_set(monkeypatch):
     """The next smaller one serves."""
     if not build(BASELINE).has_instructions(b"avx512"):
@@ -259,13 +242,6 @@ def test_another_device_needs_no_kernels(monkeypatch):
     assert type(backend_for(torch.device("meta"))) is TorchBackend
 
 
-def test_the_variables_are_read_in_one_place():
-    package = Path(expertlane.__file__).parent
-    reads = re.compile(r"(environ\b|getenv).*EXPERTLANE_(BACKEND|CPU_ISA)")
-    found = [path.name for path in package.rglob("*.py") if reads.search(path.read_text())]
-    assert found == ["host.py"]
-
-
 @pytest.mark.parametrize(
     ("variable", "value", "message"),
     [
@@ -291,23 +267,6 @@ def run(arguments: list[str], **variables: str) -> subprocess.CompletedProcess[s
         text=True,
         timeout=120,
     )
-
-
-@pytest.mark.smoke(1)
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"EXPERTLANE_BACKEND": "x"}, "EXPERTLANE_BACKEND x cpu cuda torch"),
-        (
-            {"EXPERTLANE_BACKEND": "cpu", "CXX": "/bin/false"},
-            "EXPERTLANE_BACKEND=cpu /bin/false failed exit code 1",
-        ),
-    ],
-)
-def test_a_command_ends_in_one_line(variables, message):
-    ended = run(["generate", "paper-tiny", "--token-ids", "1,2", "--max-tokens", "2"], **variables)
-    assert (ended.returncode, ended.stdout) == (2, "")
-    assert one_line(ended.stderr, message)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16"])

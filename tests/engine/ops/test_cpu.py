@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,12 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertlane.engine.ops.bookkeeping import RowParts
-from expertlane.engine.ops.cpu import VectorBackend
-from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.engine.ops.packed import PackedLinear
 from expertlane.engine.ops.products import Activation, Expert, PairGroups
 from expertlane.engine.ops.torch_backend import TorchBackend
-from expertlane.schedule.plan import Batch
 
 TORCH, CPU = TorchBackend(), torch.device("cpu")
 
@@ -153,102 +149,6 @@ def test_experts(kernels, counts: list[int], hidden: int, inner: int, is_gated: 
         expected.append(h.bfloat16().float() @ down[expert].float().t())
         start = end
     assert_near(ours[result_of_pair], torch.cat(expected), steps=3)
-
-
-def paged(lengths: list[int], scheduled: list[int], block_size: int, seed: int) -> PagedBatch:
-    """Blocks in random order; unused entries of the tables are as good as any."""
-    width = -(-max(lengths) // block_size)
-    blocks = np.random.default_rng(seed).permutation(len(lengths) * width)
-    batch = Batch(
-        seq_ids=np.arange(len(lengths)),
-        num_scheduled_tokens=np.array(scheduled),
-        num_computed_tokens=np.array(lengths) - scheduled,
-        token_ids=np.zeros(sum(scheduled), dtype=np.int64),
-        block_tables=blocks.reshape(len(lengths), width).astype(np.int32),
-        yields_token=np.ones(len(lengths), dtype=np.bool_),
-    )
-    return PagedBatch(batch, block_size, CPU)
-
-
-def attend(
-    kernels: VectorBackend,
-    query: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    batch: PagedBatch,
-    **options: object,
-) -> torch.Tensor:
-    """Over a cache that holds the new tokens' keys and values already."""
-    new = (x.flatten(0, 1)[batch.slots] for x in (keys, values))
-    cache = KVCache(1, 1, 1, 1, 1, torch.bfloat16, CPU)
-    cache.keys, cache.values = (x.transpose(1, 2).contiguous() for x in (keys, values))
-    return kernels.paged_attention(query, *new, cache, batch, AttentionParams(**options))
-
-
-@settings(derandomize=True, deadline=None, max_examples=60)
-@given(
-    st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=5),
-    st.sampled_from([1, 3, 16]),
-    st.sampled_from([(4, 4), (4, 2), (6, 1)]),
-    st.sampled_from([(32, 32), (64, 48), (96, None)]),
-    st.sampled_from([None, 1, 7, 64]),
-    st.booleans(),
-)
-def test_attention(kernels, sequences, block_size, heads, dims, window, has_sinks):
-    """Sequences are (positions computed before, new tokens): decodes, prompts and chunks mixed."""
-    (num_heads, num_kv_heads), (key_dim, value_dim) = heads, dims
-    lengths = [computed + new for computed, new in sequences]
-    batch = paged(lengths, [new for _, new in sequences], block_size, seed=len(sequences))
-    tables = batch.sequences.block_tables
-    num_blocks = tables.numel()
-    keys = random(num_blocks, block_size, num_kv_heads, key_dim, seed=1)
-    is_latent = value_dim is None
-    value_dim = 64 if is_latent else value_dim
-    values = random(num_blocks, block_size, num_kv_heads, value_dim, seed=2)
-    all_values = keys[..., :value_dim] if is_latent else values
-    wide = random(len(batch.slots), num_heads + 1, key_dim, seed=3)
-    query, scale = wide[:, :num_heads], key_dim**-0.5
-    sinks = torch.linspace(-1, 2, num_heads) if has_sinks else None
-    ours = attend(
-        kernels,
-        query,
-        keys,
-        values[..., :0] if is_latent else values,
-        batch,
-        value_dim=value_dim,
-        scale=scale,
-        window=window,
-        sinks=sinks,
-    )
-    expected = torch.empty(len(query), num_heads, value_dim)
-    for seq, (computed, new) in enumerate(sequences):
-        slots = [(int(tables[seq, p // block_size]), p % block_size) for p in range(computed + new)]
-        held = [torch.stack([x[b, o] for b, o in slots]).float() for x in (keys, all_values)]
-        for i in range(new):
-            own = computed + i
-            first = 0 if window is None else max(0, own + 1 - window)
-            token = int(batch.sequences.first_tokens[seq]) + i
-            for head in range(num_heads):
-                kv = head * num_kv_heads // num_heads
-                k, v = (x[first : own + 1, kv] for x in held)
-                logits = k @ query[token, head].float() * scale
-                if sinks is not None:
-                    logits = torch.cat([logits, sinks[head : head + 1]])
-                weights = logits.softmax(0)[: len(k)]
-                expected[token, head] = weights @ v
-    assert_near(ours, expected, steps=3)
-
-
-def test_attention_forgets_what_its_threads_had_before(kernels):
-    """A long sequence, then a short one, in the same memory."""
-    keys, values = (random(9, 16, 2, 32, seed=seed) for seed in (1, 2))
-    long, short = (paged([n], [n], 16, seed=0) for n in (140, 3))
-    query = random(140, 2, 32)
-
-    options = {"value_dim": 32, "scale": 0.2, "window": None, "sinks": None}
-    alone = attend(kernels, query[:3], keys, values, short, **options)
-    attend(kernels, query, keys, values, long, **options)
-    assert torch.equal(attend(kernels, query[:3], keys, values, short, **options), alone)
 
 
 @pytest.mark.parametrize("interleave", [False, True])

@@ -5,11 +5,9 @@ import pytest
 import torch
 
 from expertlane.engine.ops.bookkeeping import RowParts
-from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.engine.ops.packed import FewRowsLinear
 from expertlane.engine.ops.products import Activation, Expert, PairGroups
 from expertlane.engine.ops.torch_backend import TorchBackend
-from expertlane.schedule.plan import Batch
 
 TORCH, CPU = TorchBackend(), torch.device("cpu")
 
@@ -64,43 +62,6 @@ def test_experts_with_few_pairs(kernels, counts, is_gated, hidden, inner):
     out = torch.full((num, hidden), torch.nan)
     assert ours(x, pairs, out) is out
     assert_near(out, theirs(x, pairs))
-
-
-@pytest.mark.parametrize("has_sinks", [False, True])
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize(
-    ("heads", "dims"), [((4, 2), (16, 16)), ((4, 4), (48, 32)), ((6, 1), (64, None))]
-)
-@pytest.mark.parametrize("scheduled", [[1, 1, 1], [1, 3, 2], []])
-def test_attention(kernels, heads, dims, window, has_sinks, scheduled):
-    """One new token a sequence is ours; with more, or without a sequence, it is torch's."""
-    (num_heads, num_kv_heads), (key_dim, value_dim) = heads, dims
-    num, lengths = len(scheduled), np.array([1, 9, 23][: len(scheduled)]) + scheduled
-    batch = Batch(
-        seq_ids=np.arange(num),
-        num_scheduled_tokens=np.array(scheduled, dtype=np.int64),
-        num_computed_tokens=(lengths - scheduled).astype(np.int64),
-        token_ids=np.zeros(sum(scheduled), dtype=np.int64),
-        block_tables=np.random.default_rng(0).permutation(num * 4).reshape(num, 4).astype(np.int32),
-        yields_token=np.ones(num, dtype=np.bool_),
-    )
-    params = AttentionParams(
-        value_dim or 16, 0.3, window, torch.linspace(-1, 2, num_heads) if has_sinks else None
-    )
-    tokens = sum(scheduled)
-    query = random(tokens, num_heads, key_dim, seed=1)
-    key = random(tokens, num_kv_heads, key_dim, seed=2)
-    value = random(tokens, num_kv_heads, value_dim or 0, seed=3)
-    found = []
-    for ops in (kernels, TORCH):
-        cache = KVCache(1, 1, 1, 1, 1, torch.float32, CPU)
-        cache.keys = random(12, num_kv_heads, 8, key_dim, seed=4)
-        cache.values = random(12, num_kv_heads, 8, value_dim or 0, seed=5)
-        paged = PagedBatch(batch, 8, CPU)
-        found.append(ops.paged_attention(query.clone(), key, value, cache, paged, params))
-    assert found[0].shape == found[1].shape
-    if tokens:
-        assert_near(*found)
 
 
 def test_norms_and_rotation(kernels):

@@ -13,10 +13,6 @@ def groups_of(*parts, max_len=16):
     return attention_groups(paged_batch(parts, max_len=max_len), BLOCK_SIZE, CPU)
 
 
-def test_no_sequence_makes_no_group():
-    assert groups_of() == []
-
-
 def test_prompts_of_one_length_are_one_causal_group():
     (group,) = groups_of((0, 3), (0, 3))
     assert (group.num_seqs, group.num_scheduled, group.num_positions) == (2, 3, 3)
@@ -35,19 +31,6 @@ def test_decodes_of_unequal_lengths_are_one_masked_group():
     assert group.mask(None, torch.float32)[:, 0, 0].tolist() == expected
     windowed = [[NO, NO, NO, 0, 0, NO, NO], [NO] * 5 + [0, 0], [0, NO, NO, NO, NO, NO, NO]]
     assert group.mask(2, torch.float32)[:, 0, 0].tolist() == windowed
-
-
-def test_decodes_of_one_length_need_no_mask():
-    (group,) = groups_of((4, 1), (4, 1))
-    assert group.mask(None, torch.float32) is None
-    assert group.mask(5, torch.float32) is None
-    assert group.mask(2, torch.float32).tolist() == [[[[NO, NO, NO, 0, 0]]]]
-
-
-def test_a_chunk_sees_what_was_computed_before():
-    (group,) = groups_of((2, 2))
-    assert not group.is_fresh
-    assert group.mask(None, torch.float32).tolist() == [[[[0, 0, 0, NO], [0, 0, 0, 0]]]]
 
 
 def test_prompts_chunks_and_decodes_are_apart_and_keep_their_tokens():

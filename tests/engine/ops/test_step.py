@@ -1,16 +1,15 @@
 """Parts of a layer in one call against the same operations one by one, on each instruction set."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.ops.test_attention import batch_of
 from expertlane.engine.model.draw import NO_TOKEN, likeliest
 from expertlane.engine.ops.cpu import VectorBackend
-from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache
 from expertlane.engine.ops.moe_step import CompiledRouter
 from expertlane.engine.ops.narrow import NarrowWeight
 from expertlane.engine.ops.packed import FEW_ROWS
@@ -18,7 +17,6 @@ from expertlane.engine.ops.products import Activation, Expert
 from expertlane.engine.ops.router import Router, RouterParams, route
 from expertlane.engine.ops.step import AttentionWeights, MlpWeights
 from expertlane.engine.ops.torch_backend import TorchBackend
-from expertlane.schedule.plan import Batch
 from expertlane.spec.model import Routing
 
 CPU = torch.device("cpu")
@@ -194,55 +192,28 @@ def test_an_mlp_of_all_tokens(ours, num_tokens: int, sizes, flags):
         assert (found.double() - expected).abs().max() <= 2 * ERRORS[dtype] * expected.abs().max()
 
 
-def test_which_mlps_ours_compute(ours):
-    """No rows, too many, rows apart; other activations, biases, and widths of bfloat16."""
-    for dtype, most in ((torch.float32, FEW_ROWS), (torch.bfloat16, 512)):
-        (mlp,) = held_experts(ours, 1, 32, 32, dtype, is_gated=True)
-        part = ours.mlp_part(MlpWeights(mlp, Activation("silu")), dtype)
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, FEW_ROWS), (torch.bfloat16, 512)])
+def test_which_mlps_and_blocks_ours_compute(ours, dtype, most):
+    """No rows, too many, rows apart; other activations, and widths of bfloat16."""
+    router = ours.router(router_params(4, 2, Routing(), hidden=32))
+
+    def parts(ops: TorchBackend, activation: Activation, hidden: int = 32, inner: int = 32):
+        held = held_experts(ops, 4, hidden, inner, dtype, is_gated=True)
+        here = ops.local_experts(router, ops.experts(held, activation), dtype)
+        return ops.mlp_part(MlpWeights(held[0], activation), dtype), here
+
+    for part in parts(ours, Activation("silu")):
+        assert part is not None
         taken = {num: part.takes(torch.empty(num, 32, dtype=dtype)) for num in (0, 1, most)}
         assert taken == {0: False, 1: True, most: True}
         assert not part.takes(torch.empty(most + 1, 32, dtype=dtype))
         assert not part.takes(torch.empty(2, 64, dtype=dtype)[:, :32])
-        for other in (Activation("gelu"), Activation("silu", swiglu_limit=7.0)):
-            assert ours.mlp_part(MlpWeights(mlp, other), dtype) is None
-        (odd,) = held_experts(ours, 1, 24, 32, dtype, is_gated=True)
-        assert ours.mlp_part(MlpWeights(odd, Activation("silu")), dtype) is None
-    (thin,) = held_experts(ours, 1, 32, 24, torch.bfloat16, is_gated=True)
-    assert ours.mlp_part(MlpWeights(thin, Activation("silu")), torch.bfloat16) is None
-    (mlp,) = held_experts(TorchBackend(), 1, 32, 32, torch.float32, is_gated=True)
-    assert TorchBackend().mlp_part(MlpWeights(mlp, Activation("silu")), torch.float32) is None
-
-
-def test_which_blocks_ours_compute(ours):
-    """No rows, too many, rows apart, and experts with biases go the general way."""
-    params = router_params(4, 2, Routing(), hidden=32)
-    for dtype, most in ((torch.float32, FEW_ROWS), (torch.bfloat16, 512)):
-        held = held_experts(ours, 4, 32, 32, dtype, is_gated=True)
-        here = ours.local_experts(
-            ours.router(params), ours.experts(held, Activation("silu")), dtype
-        )
-        assert here is not None
-        taken = {num: here.takes(torch.empty(num, 32, dtype=dtype)) for num in (0, 1, most)}
-        assert taken == {0: False, 1: True, most: True}
-        assert not here.takes(torch.empty(most + 1, 32, dtype=dtype))
-        assert not here.takes(torch.empty(2, 64, dtype=dtype)[:, :32])
-        clamped = ours.experts(held, Activation("silu", swiglu_limit=7.0))
-        assert ours.local_experts(ours.router(params), clamped, dtype) is None
-    assert TorchBackend().local_experts(ours.router(params), clamped, dtype) is None
-
-
-def batch_of(lengths: Sequence[int], scheduled: Sequence[int], block_size: int) -> PagedBatch:
-    width = -(-max(lengths) // block_size)
-    blocks = np.random.default_rng(0).permutation(len(lengths) * width)
-    batch = Batch(
-        seq_ids=np.arange(len(lengths)),
-        num_scheduled_tokens=np.array(scheduled),
-        num_computed_tokens=np.array(lengths) - scheduled,
-        token_ids=np.zeros(sum(scheduled), dtype=np.int64),
-        block_tables=blocks.reshape(len(lengths), width).astype(np.int32),
-        yields_token=np.ones(len(lengths), dtype=np.bool_),
-    )
-    return PagedBatch(batch, block_size, CPU)
+    for other in (Activation("gelu"), Activation("silu", swiglu_limit=7.0)):
+        assert parts(ours, other) == (None, None)
+    assert parts(ours, Activation("silu"), hidden=24)[0] is None
+    if dtype is torch.bfloat16:
+        assert parts(ours, Activation("silu"), inner=24) == (None, None)
+    assert parts(TorchBackend(), Activation("silu")) == (None, None)
 
 
 @settings(derandomize=True, deadline=None, max_examples=40)
@@ -264,7 +235,9 @@ def test_attention(ours, lengths, new, heads, rotary_dim, interleave, window, fl
         angles = random(40, 1, rotary_dim // 2, seed=8)
         cos, sin = (torch.cat(each, dim=2) for each in ([angles.cos()] * 2, [-angles.sin()] * 2))
         sin[..., rotary_dim // 2 :] *= -1
-        batch = batch_of(lengths, scheduled, block_size=4)
+        batch = batch_of(
+            [(length - new, new) for length, new in zip(lengths, scheduled, strict=True)], 4
+        )
         num_tokens, num_all = sum(scheduled), num_heads + 2 * num_kv_heads
         bias = random(num_all * dim, seed=1) if has_bias else None
         projection = random(num_all * dim, hidden, seed=2) / hidden**0.5
@@ -299,8 +272,8 @@ def test_attention(ours, lengths, new, heads, rotary_dim, interleave, window, fl
         num_blocks = int(batch.sequences.block_tables.max()) + 1
         sizes = num_blocks, 4, num_kv_heads, dim, dim, dtype, CPU
         caches = [KVCache(*sizes, is_float8=is_float8) for _ in range(2)]
-        before = (random(4 * num_blocks, num_kv_heads, dim, seed=seed) for seed in (10, 11))
-        keys, values = (each.to(dtype) for each in before)
+        held = (random(4 * num_blocks, num_kv_heads, dim, seed=seed) for seed in (10, 11))
+        keys, values = (each.to(dtype) for each in held)
         for each in caches:
             each.write(torch.arange(4 * num_blocks), keys, values)
 

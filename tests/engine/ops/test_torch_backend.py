@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from engine.ops.test_attention import batch_of
 from expertlane.engine.ops.bookkeeping import RowParts
-from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
+from expertlane.engine.ops.kv_cache import AttentionParams, KVCache
 from expertlane.engine.ops.products import Activation, Expert, PairGroups
 from expertlane.engine.ops.torch_backend import TorchBackend
-from expertlane.schedule.plan import Batch
 
 OPS = TorchBackend()
 STEPS = {torch.float32: 2.0**-20, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -98,22 +98,6 @@ def test_experts(random, device, counts, has_bias, is_gated):
         gate = apply(x, *parts["gate"]) if is_gated else None
         expected = apply(activation(gate, apply(x, *parts["up"])), *parts["down"])
         assert_near(found[given[pair]][None], expected, steps=8)
-
-
-def batch_of(sequences: list[tuple[int, int]], block_size: int, device: torch.device) -> PagedBatch:
-    """Sequences are (positions computed before, new tokens); blocks in falling order."""
-    computed, new = np.array(sequences).T
-    width = -(-int((computed + new).max()) // block_size)
-    tables = np.arange(len(sequences) * width, dtype=np.int32)[::-1]
-    batch = Batch(
-        seq_ids=np.arange(len(sequences)),
-        num_scheduled_tokens=new,
-        num_computed_tokens=computed,
-        token_ids=np.zeros(new.sum(), dtype=np.int64),
-        block_tables=tables.reshape(len(sequences), width),
-        yields_token=np.ones(len(sequences), dtype=np.bool_),
-    )
-    return PagedBatch(batch, block_size, device)
 
 
 @pytest.mark.parametrize(

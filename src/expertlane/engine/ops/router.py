@@ -15,56 +15,6 @@ TINY = 1e-20  # keeps a sum of vanishing scores from dividing by zero
 Norm = Callable[[Tensor, Tensor, float], Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class RouterParams:
-    """Weights of a layer's router, and of the norm of its input.
-
-    Attributes:
-        norm: [hidden_size] float32; weight of the root-mean-square norm, with `eps`.
-        weight: [num_experts, hidden_size] float32, so that rounding does not decide near ties.
-        bias, correction_bias: [num_experts] float32.
-    """
-
-    norm: Tensor
-    eps: float
-    weight: Tensor
-    bias: Tensor | None
-    correction_bias: Tensor | None
-    top_k: int
-    routing: Routing
-
-
-class Router:
-    """Norms tokens and chooses their experts.
-
-    Args:
-        norm: the backend's `rms_norm`.
-    """
-
-    def __init__(self, params: RouterParams, norm: Norm) -> None:
-        self.params, self._norm = params, norm
-
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The normed tokens [num_tokens, hidden_size], and their top-k ids and weights.
-
-        Args:
-            x: [num_tokens, hidden_size].
-        """
-        hidden = self._norm(x, self.params.norm, self.params.eps)
-        return hidden, *self.choose(hidden)
-
-    def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Top-k ids and weights [num_tokens, top_k] of normed tokens [num_tokens, hidden_size]."""
-        params = self.params
-        logits = F.linear(hidden.float(), params.weight, params.bias)
-        return self.route(logits)
-
-    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Top-k ids and weights [num_tokens, top_k] of logits [num_tokens, num_experts]."""
-        params = self.params
-        return route(logits, params.top_k, params.routing, params.correction_bias)
-
-
 def route(
     logits: Tensor, top_k: int, routing: Routing, correction_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -103,3 +53,50 @@ def _mask_groups(choice: Tensor, routing: Routing) -> Tensor:
     best = group_scores.topk(routing.topk_group, dim=-1).indices
     is_best = torch.zeros_like(group_scores, dtype=torch.bool).scatter_(1, best, True)
     return by_group.masked_fill(~is_best[:, :, None], -torch.inf).flatten(1)
+
+
+@dataclass(frozen=True, eq=False)
+class RouterParams:
+    """Weights of a layer's router, and of the norm of its input.
+
+    Attributes:
+        norm: [hidden_size] float32; weight of the root-mean-square norm, with `eps`.
+        weight: [num_experts, hidden_size] float32, so that rounding does not decide near ties.
+        bias, correction_bias: [num_experts] float32.
+    """
+
+    norm: Tensor
+    eps: float
+    weight: Tensor
+    bias: Tensor | None
+    correction_bias: Tensor | None
+    top_k: int
+    routing: Routing
+
+
+class Router:
+    """Norms tokens and chooses their experts.
+
+    Args:
+        norm: the backend's `rms_norm`.
+    """
+
+    route = staticmethod(route)
+
+    def __init__(self, params: RouterParams, norm: Norm) -> None:
+        self.params, self._norm = params, norm
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The normed tokens [num_tokens, hidden_size], and their top-k ids and weights.
+
+        Args:
+            x: [num_tokens, hidden_size].
+        """
+        hidden = self._norm(x, self.params.norm, self.params.eps)
+        return hidden, *self.choose(hidden)
+
+    def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Top-k ids and weights [num_tokens, top_k] of normed tokens [num_tokens, hidden_size]."""
+        params = self.params
+        logits = F.linear(hidden.float(), params.weight, params.bias)
+        return self.route(logits, params.top_k, params.routing, params.correction_bias)

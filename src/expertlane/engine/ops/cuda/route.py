@@ -90,15 +90,6 @@ def _are_best(choice, BEST: tl.constexpr, TAKES_MAX: tl.constexpr, GROUPS: tl.co
     return is_best
 
 
-class CudaRouter(Router):
-    """A router that chooses experts in one launch after its product."""
-
-    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Top-k ids and weights [num_tokens, top_k] of logits [num_tokens, num_experts]."""
-        params = self.params
-        return route(logits, params.top_k, params.routing, params.correction_bias)
-
-
 def route(
     logits: Tensor, top_k: int, routing: Routing, correction_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -137,3 +128,9 @@ def route(
         num_warps=max(1, min(4, lanes // 64)),
     )
     return topk_ids, topk_weights
+
+
+class CudaRouter(Router):
+    """A router that chooses experts in one launch after its product."""
+
+    route = staticmethod(route)
