@@ -93,12 +93,6 @@ def test_overlap(run, stub, given, overlap):
     assert stub.options.options == Options(overlap=overlap)
 
 
-def test_overlap_is_on_off_or_auto(run, stub):
-    code, _, err = run(*ONE_TOKEN, "--overlap", "true")
-    assert code == 2
-    assert tells(" ".join(err.split()), "true off on auto")
-
-
 def test_a_placement_file_is_handed_over(run, stub, tmp_path):
     (tmp_path / "placed").touch()
     assert run(*ONE_TOKEN, "--placement", str(tmp_path / "placed"))[0] == 0

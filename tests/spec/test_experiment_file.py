@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import pytest
@@ -384,24 +383,6 @@ def test_a_missing_file(tmp_path: Path):
     with pytest.raises(SpecError) as caught:
         read_experiment(path)
     assert tells(str(caught.value), f"{path} No such file")
-
-
-def test_a_folder(tmp_path: Path):
-    with pytest.raises(SpecError) as caught:
-        read_experiment(tmp_path)
-    assert tells(str(caught.value), f"{tmp_path} folder")
-
-
-def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(path: Path, flags: int) -> int:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(os, "open", refuse)
-    path = tmp_path / "mine.toml"
-    path.write_text(SMALLEST)
-    with pytest.raises(SpecError) as caught:
-        read_experiment(path)
-    assert str(caught.value) == f"cannot read {path}: Permission denied"
 
 
 def test_find_takes_a_path_or_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
