@@ -152,7 +152,7 @@ def test_a_preset_is_in_a_type_that_the_devices_have():
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "float8", ""),
         ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float8", ""),
         ({"quant_method": "mxfp4"}, "mxfp4", ""),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "bfloat16", "modelopt bfloat16"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "bfloat16", "nvfp4 bfloat16"),
         ({"quant_method": "awq", "bits": 4}, "int4", ""),
         ({"quant_method": "awq"}, "bfloat16", "awq priced bfloat16"),
     ],

@@ -463,7 +463,5 @@ class Calibration:
 
 def _with(profile: Profile, surfaces: dict[str, Surface], terms: dict[str, Term]) -> Profile:
     return replace(
-        profile,
-        surfaces={**profile.surfaces, **surfaces},
-        terms={**profile.terms, **terms},
+        profile, surfaces={**profile.surfaces, **surfaces}, terms={**profile.terms, **terms}
     )

@@ -10,11 +10,7 @@ import typer
 
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import (
-    placement_option,
-    ranks_per_node_option,
-    redundant_option,
-)
+from expertlane.cli.options import placement_option, ranks_per_node_option, redundant_option
 from expertlane.cli.output import (
     AnswerOptions,
     Call,
@@ -43,17 +39,13 @@ class _Options:
         metavar="ROUTING_TRACE", help="What expertlane generate --record-routing wrote."
     )
     ep_ranks: int = typer.Option(
-        ...,
-        "--ep",
-        metavar="N",
-        help="Expert-parallel ranks; ranks that share a sharded expert count as one.",
+        ..., "--ep", help="Expert-parallel ranks; ranks that share a sharded expert count as one."
     )
     ranks_per_node: int | None = ranks_per_node_option(None, "all on one node")
     num_redundant_experts: int = redundant_option()
     placement: str | None = placement_option(None, "one that balances the trace, written")
     no_coactivation: bool = typer.Option(
         False,
-        "--no-coactivation",
         rich_help_panel=Panel.MORE_DEPLOYMENT,
         help="Balance load only; ignore which experts are chosen together.",
     )

@@ -12,10 +12,7 @@ from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import cpu_isa_option, dtype_option, timeout_option
-from expertlane.cli.output import (
-    AnswerOptions,
-    out_option,
-)
+from expertlane.cli.output import AnswerOptions, out_option
 from expertlane.errors import UserError
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.files import strict_json
@@ -33,10 +30,7 @@ class _Options:
     panel: ClassVar = Panel.DEPLOYMENT
     name: str = typer.Argument("this-machine", metavar="NAME", help="Name of the profile.")
     ranks: int | None = typer.Option(
-        None,
-        metavar="N",
-        show_default="as many as GPUs, else cores",
-        help="Ranks that measure, all at once.",
+        None, show_default="as many as GPUs, else cores", help="Ranks that measure, all at once."
     )
     dtype: Dtype | None = dtype_option("the machine's choice")
     within: float = typer.Option(

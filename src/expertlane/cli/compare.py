@@ -141,25 +141,20 @@ class _Options:
     )
     repeat: int = typer.Option(
         DEFAULT_REPEAT,
-        metavar="N",
         help="How often the deployments of the answer's first sentence are measured; the others "
         "twice at most. Fewer than 5 give no intervals.",
     )
     min_time: float = typer.Option(
-        0.0,
-        metavar="SECONDS",
-        help="Measure each of those deployments for at least this long.",
+        0.0, metavar="SECONDS", help="Measure each of those deployments for at least this long."
     )
     resume: bool = typer.Option(
         False,
-        "--resume",
         rich_help_panel=Panel.MORE_WORKLOAD,
         help="Go on with a comparison that was interrupted: what it measured is kept in the folder "
         "of its results until it is complete.",
     )
     traffic: bool = typer.Option(
         False,
-        "--traffic",
         rich_help_panel=Panel.MORE_OUTPUT,
         help="Also show for each deployment: traffic matrix, fan-out of tokens, hottest ranks "
         "and experts, and the straggler.",
@@ -173,7 +168,6 @@ class _Projection:
     panel: ClassVar = Panel.PROJECTION
     project: bool = typer.Option(
         False,
-        "--project",
         help="Also project the same deployments on a modelled cluster, in separate tables; "
         "where this machine is too small to run them, only project. An experiment's table "
         "[projection] has values for the options below; those given take precedence.",

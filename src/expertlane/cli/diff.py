@@ -10,11 +10,7 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.output import (
-    OutputOptions,
-    export_option,
-    out_option,
-)
+from expertlane.cli.output import OutputOptions, export_option, out_option
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json, write_text
 
@@ -35,7 +31,6 @@ class _Options:
     )
     strict: bool = typer.Option(
         False,
-        "--strict",
         rich_help_panel=Panel.OUTPUT,
         help="Also count changes of a busy machine or of unknown noise.",
     )

@@ -190,7 +190,7 @@ class PrintOptions:
     """
 
     panel: ClassVar = Panel.OUTPUT
-    full: bool = typer.Option(False, "--full", help="Print all tables.")
+    full: bool = typer.Option(False, help="Print all tables.")
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Print one line.")
     as_json: bool = json_option()
 

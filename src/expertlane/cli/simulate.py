@@ -70,7 +70,6 @@ class _Options:
     )
     cold_start: bool = typer.Option(
         False,
-        "--cold-start",
         rich_help_panel=Panel.MORE_WORKLOAD,
         help="Begin idle, with all of --batch at once, and end with the last of --num-requests. "
         "Otherwise the load is in its steady state: one request begins as another ends.",
@@ -104,12 +103,11 @@ class _Deployment(DeploymentOptions):
 class _Scheduler(RequestOptions):
     max_num_seqs: int | None = typer.Option(
         None,
-        metavar="N",
         show_default=f"{_MAX_NUM_SEQS}, or as many as --batch asks for",
         help="Concurrent requests per data-parallel rank.",
     )
     max_num_batched_tokens: int | None = typer.Option(
-        None, metavar="N", show_default="8192, or --framework's", help=TOKENS_OF_STEP
+        None, show_default="8192, or --framework's", help=TOKENS_OF_STEP
     )
 
 
@@ -220,11 +218,7 @@ def run(
     layout = found_model.lay_out(layout_text)
     types = found_model.number_types(projection.dtype, projection.kv_dtype, modelled)
     modelled = served_by(
-        modelled,
-        projection.framework,
-        config,
-        types.weights,
-        has_drafts=multi_token.num_drafts > 0,
+        modelled, projection.framework, config, types.weights, has_drafts=multi_token.num_drafts > 0
     )
     if row is not None:
         types = replace(types, rounds_inputs=row.options.activations == "float8")

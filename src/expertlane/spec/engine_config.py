@@ -30,9 +30,7 @@ class EngineConfig:
         Options(), "How it runs: dispatch, placement, overlap, micro-batches, number types."
     )
     dtype: Dtype | None = _setting(
-        None,
-        "Type of weights and activations.",
-        "the checkpoint's, else the machine's choice",
+        None, "Type of weights and activations.", "the checkpoint's, else the machine's choice"
     )
     max_model_len: int | None = _setting(None, "Longest sequence, in tokens.", "the model's")
     block_size: int = _setting(16, "Tokens per KV-cache block.")
