@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from expertlane.comparison.serving_benchmark import TimedOutput, measure, run_loads, serve
-from expertlane.progress import Silent
+from expertlane.progress import Progress
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.spec.layout import Layout
@@ -194,7 +194,7 @@ def test_each_point_is_warmed_up_with_prompts_of_its_own():
     llm = StubLLM(PRESETS["paper-tiny"])
     told = []
 
-    class Told(Silent):
+    class Told(Progress):
         def task(self, description, total):
             told.append((description, total))
 
