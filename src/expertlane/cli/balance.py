@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,6 +15,7 @@ from expertlane.cli.output import (
     Call,
     command_line,
     may_be_lost,
+    now,
     print_report,
     print_written,
     slug,
@@ -126,7 +126,7 @@ def balance(own: _Options, output_options: AnswerOptions) -> None:
         layers = dict(zip(read.layers, after, strict=True))
         write_placement(ModelPlacement(read.model, read.num_experts, layers), folder / _FILE)
     placed = _evaluated(read, before, after, own)
-    report = report_of(placed, command_line(), datetime.now(UTC).isoformat(timespec="seconds"))
+    report = report_of(placed, command_line(), now())
     with nullcontext() if folder is None else may_be_lost():
         print_report(report, output_options, None, lambda: _json(read, after, placed, own))
     if folder is not None:

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -78,7 +77,7 @@ def calibrate(own: _Options, output_options: _Output) -> None:
 
     calibration, profile = _measure(own)
     write_profile(profile, path)
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+    created = output.now()
     quiet = calibration.quiet
     rounds = Rounds(
         dtype=calibration.machine.dtype,

@@ -21,6 +21,7 @@ from expertlane.cli.options import (
     LaunchOptions,
     cluster_option,
     dtype_option,
+    fields_of,
     framework_option,
     known_experiments,
     known_models,
@@ -188,12 +189,9 @@ class _Projection:
     @property
     def given(self) -> dict[str, Any]:
         """Options that were given; they take precedence over an experiment's `[projection]`."""
-        values = {
-            "cluster": self.cluster,
-            "skew": self.skew,
-            "framework": self.framework,
-            "slo": ",".join(self.slo) if self.slo else None,
-        }
+        from expertlane.spec.experiment import Projection
+
+        values = fields_of(Projection, self) | {"slo": ",".join(self.slo or ()) or None}
         return {name: value for name, value in values.items() if value is not None}
 
     def applied_to(self, experiment: "Experiment", dtype: str | None) -> "Projection":
@@ -392,13 +390,7 @@ def _projector(
     served = ServingConditions(
         routing, Goals.of(asked.slos), load, Execution(asked.execution), asked.num_running
     )
-    on_cluster = ProjectionAsked(
-        cluster=asked.cluster,
-        framework=asked.framework,
-        skew=skew,
-        routing_trace=trace,
-        execution=asked.execution,
-    )
+    on_cluster = ProjectionAsked(**fields_of(ProjectionAsked, asked))
     skew = model.usual_skew if skew is None else skew
     return ExperimentProjector(experiment, cluster, types, skew, on_cluster, served)
 

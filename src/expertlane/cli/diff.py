@@ -1,7 +1,6 @@
 """`expertlane diff`: two results, deployment by deployment."""
 
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -89,7 +88,7 @@ def diff(
     if folder is not None:
         output.check_folder(folder)
     names = str(first), str(second)
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+    created = output.now()
     results = read(first), read(second)
     found = difference(*results, names, own.threshold / 100, own.strict)
     report = report_of_difference(found, output.command_line(), created)

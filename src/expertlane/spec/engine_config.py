@@ -4,13 +4,13 @@
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, get_args
+from typing import Any
 
 from expertlane.errors import SpecError, did_you_mean
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
-from expertlane.spec.ranges import shown, take_fields, take_word
+from expertlane.spec.ranges import shown, take_fields
 
 
 def _setting(default: Any, sentence: str, none: str = "") -> Any:
@@ -81,9 +81,6 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", Dtype), ("cpu_isa", CpuIsa)):
-            if getattr(self, name) is not None:
-                take_word(name, getattr(self, name), get_args(known))
         take_fields(self)
 
     @classmethod
