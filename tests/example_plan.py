@@ -6,13 +6,7 @@ import example_timelines
 from example_projection import CONDITIONS, step
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.hardware import Cluster
-from expertlane.results.record import (
-    BEST,
-    FAMILY,
-    PARETO,
-    DeploymentRecord,
-    PoolRecord,
-)
+from expertlane.results.record import BEST, FAMILY, PARETO, DeploymentRecord, PoolRecord
 from expertlane.results.results import (
     Assumption,
     EngineBest,

@@ -192,8 +192,7 @@ def results(
 def usual() -> Results:
     """Two baselines, the proposal without and with overlap, and one more size for scaling."""
     return results(
-        [(TENSOR, 0.4), (ROTATING, 0.32), (EXPERT, 0.16), (OVERLAP, 0.12)],
-        scaling=[(SMALL, 0.2)],
+        [(TENSOR, 0.4), (ROTATING, 0.32), (EXPERT, 0.16), (OVERLAP, 0.12)], scaling=[(SMALL, 0.2)]
     )
 
 

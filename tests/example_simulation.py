@@ -3,12 +3,7 @@
 import example_timelines
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.hardware import Cluster
-from expertlane.results.record import (
-    Conditions,
-    DeploymentRecord,
-    PoolRecord,
-    StepsRecord,
-)
+from expertlane.results.record import Conditions, DeploymentRecord, PoolRecord, StepsRecord
 from expertlane.results.results import Assumption, Results, Versions
 from expertlane.results.serving_record import ServingRecord
 from expertlane.results.traffic import FanOut, TrafficBytes, TrafficRecord
@@ -87,12 +82,7 @@ SIMULATION = Results(
     versions=Versions("0", "3", "2"),
     question={
         "model": {"name": "paper", "sliding_window": []},
-        "workload": {
-            "prompt_len": "32",
-            "output_len": "4:8",
-            "seed": 0,
-            "requests": None,
-        },
+        "workload": {"prompt_len": "32", "output_len": "4:8", "seed": 0, "requests": None},
         "serving": {
             "max_num_seqs": 256,
             "max_num_batched_tokens": 2048,

@@ -77,10 +77,7 @@ def rank_record(
 
 
 def sent_over(
-    record: RankRecord,
-    traffic: Traffic,
-    link: Link = Link.INTRA_NODE,
-    ranks_per_node: int = 8,
+    record: RankRecord, traffic: Traffic, link: Link = Link.INTRA_NODE, ranks_per_node: int = 8
 ) -> int:
     """Bytes a rank sent in all stages over one kind of link."""
     own_node = record.rank // ranks_per_node

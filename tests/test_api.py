@@ -15,10 +15,7 @@ from api_stub import STUB, stub
 from cli.screen import telling, tells
 from expertlane import api
 from expertlane.cli.app import app
-from expertlane.cli.option_groups import (
-    call_with,
-    parameters_of,
-)
+from expertlane.cli.option_groups import call_with, parameters_of
 from expertlane.cli.options import EngineOptions
 from expertlane.cli.output import OutputOptions
 from expertlane.errors import SpecError, UserError
@@ -139,11 +136,7 @@ def test_html_of_a_notebook_is_escaped():
     hostile = "<script>alert(1)</script>\"'&"
     record = replace(results.deployments[0], name=hostile)
     shown = Results.of(
-        replace(
-            results,
-            deployments=(record,),
-            question=results.question | {"model": hostile},
-        )
+        replace(results, deployments=(record,), question=results.question | {"model": hostile})
     )
     assert "<script" not in shown._repr_html_()
     assert "&lt;script" in shown._repr_html_()

@@ -148,8 +148,7 @@ LEADER_WORKER_SET = _object(
                 "enum": ["Default", "RecreateGroupOnPodRestart", "RecreateGroupAfterStart", "None"]
             },
             subGroupPolicy=_object(
-                subGroupPolicyType={"enum": ["LeaderWorker", "LeaderExcluded"]},
-                subGroupSize=_COUNT,
+                subGroupPolicyType={"enum": ["LeaderWorker", "LeaderExcluded"]}, subGroupSize=_COUNT
             ),
             volumeClaimTemplates={"type": "array"},
             persistentVolumeClaimRetentionPolicy={"type": "object"},

@@ -41,27 +41,3 @@ def check(output: str) -> None:
 @pytest.mark.full
 def test_it_runs_where_it_is_installed(tmp_path):
     check(run(tmp_path))
-
-
-@pytest.mark.full
-def test_it_runs_from_a_wheel(tmp_path):
-    """A wheel holds every file that the package needs."""
-    pytest.importorskip("hatchling", reason="hatchling is not installed")
-    from hatchling.builders.wheel import WheelBuilder
-
-    (wheel,) = WheelBuilder(str(ROOT)).build(directory=str(tmp_path / "dist"))
-    home, folder = tmp_path / "home", tmp_path / "work"
-    folder.mkdir()
-    subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, home], check=True, timeout=60)
-    where = subprocess.run(
-        [sys.executable, "-c", "import expertlane; print(expertlane.__file__)"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(home)},
-    )
-    assert where.stdout.strip() == str(home / "expertlane" / "__init__.py")
-    assert (home / "expertlane" / "__init__.pyi").is_file()
-    check(run(folder, PYTHONPATH=str(home)))

@@ -1,38 +1,22 @@
 """How a long command says how far it is, without knowing where that is shown."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 T = TypeVar("T")
 
 
-class Progress(Protocol):
-    """Told of one task after the other: `task`, some `advance`, `done`."""
+class Progress:
+    """Told of one task after the other: `task`, some `advance`, `done`. This one tells nobody."""
 
     def task(self, description: str, total: int) -> None:
         """Begin a task of `total` parts."""
-        ...
 
     def advance(self, amount: int = 1) -> None:
         """One more part of the task is finished."""
-        ...
 
     def done(self) -> None:
         """The task is finished."""
-        ...
-
-
-class Silent:
-    """Progress that nobody watches."""
-
-    def task(self, description: str, total: int) -> None:
-        """Say nothing."""
-
-    def advance(self, amount: int = 1) -> None:
-        """Say nothing."""
-
-    def done(self) -> None:
-        """Say nothing."""
 
 
 def each_of(items: Sequence[T], progress: Progress, description: str) -> Iterator[T]:

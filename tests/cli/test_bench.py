@@ -100,12 +100,7 @@ def test_a_rate_and_its_table(run, stub):
         word
         for word in out.partition("Latency")[2].split()
         if word in ("TTFT", "TPOT", "ITL", "E2E")
-    ] == [
-        "TTFT",
-        "TPOT",
-        "ITL",
-        "E2E",
-    ] * 2
+    ] == ["TTFT", "TPOT", "ITL", "E2E"] * 2
     assert stub == ["tp=1"]
 
 
@@ -115,15 +110,6 @@ def test_the_default_is_a_sweep(run, stub):
     points = json.loads(out)["deployments"][0]["serving"]
     assert [(each["batch"], each["num_requests"]) for each in points] == [(1, 2), (8, 16), (32, 64)]
     assert all(each["num_output_tokens"] == 32 * each["num_requests"] for each in points)
-
-
-def test_a_load_without_a_second_wave_is_called_a_burst(run, stub):
-    code, out, _ = run("bench", "paper-tiny", "--batch", "8,64", "--prompt-len", "4")
-    assert code == 0
-    assert tells(" ".join(out.split()), "burst 64")
-    code, out, _ = run("bench", "paper-tiny", "--batch", "8", "--num-requests", "8")
-    assert code == 0
-    assert "out, burst | measured" in " ".join(out.split())
 
 
 def test_fewer_requests_than_the_usual_batches(run, stub):
@@ -178,77 +164,6 @@ def test_recorded_requests_share_what_their_hashes_say(run, stub, tmp_path):
     assert (point["batch"], point["rate"]) == (None, None)
 
 
-def test_more_requests_than_the_batch(run, stub):
-    code, out, _ = run("bench", "paper-tiny", "--batch", "2", "--num-requests", "5", "--json")
-    assert code == 0
-    (point,) = json.loads(out)["deployments"][0]["serving"]
-    assert (point["batch"], point["num_requests"], point["prefill_tps"]) == (2, 5, None)
-
-
-MISTAKES = {
-    "unknown model": (["no/such/model/here"], "model no/such/model/here"),
-    "layout": (["paper-tiny", "--layout", "tp=1", "--layout", "tp=3"], "layout tp=3"),
-    "both": (["paper-tiny", "--batch", "1", "--rate", "1"], "--batch --rate"),
-    "batch": (
-        ["paper-tiny", "--batch", "1,0"],
-        "--batch 1,0 1",
-    ),
-    "no batch": (["paper-tiny", "--batch", "1,"], "--batch 1"),
-    "rate": (["paper-tiny", "--rate", "nan"], "--rate nan 0.001"),
-    "no rate": (["paper-tiny", "--rate", "0"], "--rate 0 0.001"),
-    "no number": (["paper-tiny", "--rate", "fast"], "--rate fast 0.001"),
-    "requests": (["paper-tiny", "--num-requests", "0"], "--num-requests 0"),
-    "few requests": (
-        ["paper-tiny", "--num-requests", "4", "--batch", "1,8"],
-        "--num-requests 4 --batch 8",
-    ),
-    "range": (["paper-tiny", "--prompt-len", "9:8"], "--prompt-len 9:8"),
-    "ranges": (["paper-tiny", "--output-len", "1:2:3"], "--output-len 1:2:3"),
-    "no length": (["paper-tiny", "--output-len", "0"], "--output-len 0"),
-    "half a range": (["paper-tiny", "--output-len", ":2"], "--output-len :2"),
-    "too long": (
-        ["paper-tiny", "--prompt-len", "1:60", "--output-len", "6"],
-        "60 6 tokens 65 positions 64",
-    ),
-    "no placement": (
-        ["paper-tiny", "--placement", "even"],
-        "--placement even round_robin",
-    ),
-    "copies": (
-        ["paper-tiny", "--layout", "dp=2,ep=2", "--layout", "tp=1", "--num-redundant-experts", "3"],
-        "19 experts 1 rank 16",
-    ),
-    "fewer copies": (
-        ["paper-tiny", "--num-redundant-experts", "-1"],
-        "--num-redundant-experts -1 0 4,096",
-    ),
-    "nodes": (
-        [
-            "paper-tiny",
-            "--layout",
-            "dp=4,ep=4",
-            "--ranks-per-node",
-            "3",
-            "--dispatch",
-            "hierarchical",
-        ],
-        "dp=4,ep=4 dispatch ep=4 ranks node",
-    ),
-    "no nodes": (["paper-tiny", "--ranks-per-node", "-1"], "--ranks-per-node -1"),
-    "micro-batches": (["paper-tiny", "--num-micro-batches", "0"], "--num-micro-batches 0"),
-    "seed": (["paper-tiny", "--seed", "-1"], "--seed -1 0"),
-    "timeout": (["paper-tiny", "--timeout-s", "0"], "--timeout-s 0.0"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "line"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_line_before_anything_is_loaded(run, stub, arguments, line):
-    code, out, err = run("bench", *arguments)
-    assert (code, out, stub) == (2, "", [])
-    assert one_line(err, line)
-    assert err.count("\n") == 1
-
-
 def placement_file(folder, layers=4, ep=2):
     """Of a model of 16 experts a layer."""
     path = folder / "placement.json"
@@ -269,25 +184,6 @@ def test_options_are_written_down(run, stub, tmp_path):
     assert record["options"]["placement_file"] == str(tmp_path / "placement.json")
 
 
-def test_a_placement_of_something_else(run, stub, tmp_path):
-    def error(*options):
-        code, _, err = run("bench", "paper-tiny", *options)
-        assert (code, stub, err.count("\n")) == (2, [], 1)
-        return err.removeprefix("expertlane: error: ").removesuffix("\n")
-
-    path = placement_file(tmp_path)
-    both = ["--layout", "dp=2,ep=2", "--layout", "tp=1"]
-    assert tells(error("--placement", path, *both), f"{path} 2 ranks 1")
-    assert tells(
-        error("--placement", path, "--num-redundant-experts", "2"),
-        f"--num-redundant-experts 2 {path}",
-    )
-    placement_file(tmp_path, layers=3, ep=1)
-    assert tells(error("--placement", path), f"{path} 3 layers 4 lacks layer")
-    (tmp_path / "placement.json").write_text("{")
-    assert error("--placement", path).startswith(f"{path} is not JSON")
-
-
 def test_a_cache_that_is_too_small(run, stub):
     code, out, err = run("bench", "paper-tiny", "--num-blocks", "3", "--prompt-len", "48")
     assert (code, out) == (2, "")
@@ -295,14 +191,6 @@ def test_a_cache_that_is_too_small(run, stub):
     code, out, err = run("bench", "paper-tiny", "--num-blocks", "3", "--output-len", "20")
     assert (code, out) == (2, "")
     assert "take 51 positions; valid: 48 at most\n" in err
-
-
-def test_results_cannot_go_below_a_file(run, stub, tmp_path):
-    (tmp_path / "taken").touch()
-    code, _, err = run("bench", "paper-tiny", "--out", str(tmp_path / "taken" / "here"))
-    assert code == 2
-    assert tells(err, f"{tmp_path / 'taken'} folder")
-    assert stub == []
 
 
 def test_one_layout_a_run_on_several_nodes(run, stub, monkeypatch):

@@ -139,14 +139,8 @@ MISTAKES = {
     "engine too": (["--url", "{url}", "--num-blocks", "9"], "--num-blocks"),
     "gone": (["--url", "http://127.0.0.1:1"], "http://127.0.0.1:1 connection"),
     "model": (["other", "--url", "{url}"], "{url} other paper-tiny"),
-    "no key": (
-        ["--url", "{url}", "--api-key-file", "none"],
-        "--api-key-file none",
-    ),
-    "keys": (
-        ["--url", "{url}", "--api-key-file", "a", "--api-key-file", "b"],
-        "--api-key-file 2",
-    ),
+    "no key": (["--url", "{url}", "--api-key-file", "none"], "--api-key-file none"),
+    "keys": (["--url", "{url}", "--api-key-file", "a", "--api-key-file", "b"], "--api-key-file 2"),
     "rounds": (["--url", "{url}", "--rounds", "0"], "--rounds 0 1"),
     "chat": (["--url", "{url}", *CHAT], "text model's folder"),
     "prefix": (

@@ -1,30 +1,9 @@
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from cli.screen import refused, tells
-
-MISTAKES = [
-    (["--ranks", "0"], "--ranks 0 1 1,024"),
-    (
-        ["my/laptop"],
-        "NAME my/laptop 64 digits",
-    ),
-    (["--timeout-s", "0"], "--timeout-s 0.0 0 1,000,000"),
-    (["folder"], "folder.toml folder"),
-    (["--out", "file"], "file folder"),
-    (["--full", "--json"], "--full --json"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "line"), MISTAKES)
-def test_mistakes_get_one_line(run, arguments, line, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("folder.toml").mkdir()
-    Path("file").touch()
-    assert refused(run("calibrate", *arguments), line)
+from cli.screen import tells
 
 
 def test_it_starts_its_own_ranks(run, monkeypatch):

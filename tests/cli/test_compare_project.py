@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import example_results
-from cli.screen import refused, tells
+from cli.screen import tells
 from cli.small_checkpoint import checkpoint
 from expertlane.comparison import run as machine
 from expertlane.errors import CapacityError
@@ -137,40 +137,3 @@ def test_the_papers_experiment_at_full_size(too_small, run):
     contexts = {step.context for step in first.steps_of(Phase.DECODE)}
     assert contexts == {1, 128, 1024, 10_000}
     assert [each.layout.ep for each in results.select("projected", SCALING)][-1] == 64
-
-
-def test_without_the_option_it_is_an_error_as_before(too_small, comparison, run):
-    comparison.too_large = CapacityError("too large")
-    code, out, err = run("compare", "short.toml")
-    assert (code, out) == (2, "")
-    assert err.splitlines()[-1] == "expertlane: error: too large"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (
-            ["--project", "--cluster", "h100"],
-            "h100 PROFILExCOUNT h100x16 COUNT 1 1,000,000 a100 b200 b300 gb200 gb300 h200 TOML",
-        ),
-        (
-            ["--project", "--cluster", "h100x8"],
-            "TP 8 × PP 2 16 h100x8 h100x16",
-        ),
-        (["--cluster", "h100x16"], "--cluster --project"),
-        (["--skew", "2"], "--skew --project"),
-        (["--project", "--skew", "-1"], "--skew -1.0 0 10"),
-        (["--project", "--skew", "nan"], "--skew nan 0 10"),
-    ],
-)
-def test_a_mistake_is_told_before_anything_runs(too_small, run, arguments, line):
-    before = sorted(Path.cwd().iterdir())
-    assert refused(run("compare", "short.toml", *arguments), line)
-    assert sorted(Path.cwd().iterdir()) == before
-
-
-def test_an_unknown_profile(too_small, run):
-    code, out, err = run("compare", "short.toml", "--project", "--cluster", "h900x16")
-    assert (code, out) == (2, "")
-    assert len(err.splitlines()) == 1
-    assert "h900" in err

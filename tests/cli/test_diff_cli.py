@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 import example_pages
-from cli.screen import one_line, refused, tells
+from cli.screen import one_line, tells
 from expertlane.results.file import write
 from expertlane.results.results import Results
 
@@ -98,23 +98,6 @@ def test_other_forms(run, pair, tmp_path):
     assert (there / "diff.csv").read_text("utf-8").startswith("deployment,source,where,metric,")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "line"),
-    [
-        (["a", "none"], "none No such file"),
-        (["a", "p"], "a bench p plan"),
-        (["a", "a", "--threshold", "-1"], "--threshold -1.0 0 1,000"),
-        (["a", "a", "--export", "csv"], "--export --out folder"),
-        (["a", "a", "--json", "--full"], "--full --json"),
-    ],
-)
-def test_mistakes(run, tmp_path, monkeypatch, arguments, line):
-    monkeypatch.chdir(tmp_path)
-    write(example_pages.serving(), tmp_path / "a")
-    write(example_pages.KINDS["plan"](), tmp_path / "p")
-    assert refused(run("diff", *arguments), line)
-
-
 def test_numbers_that_make_no_sense_are_refused(run, pair):
     paths = pair(slower(example_pages.serving(), 1e-300), slower(example_pages.serving(), 1e300))
     code, out, err = run("diff", *paths)
@@ -176,13 +159,6 @@ def test_a_busy_machine_or_unknown_noise_is_no_regression_unless_strict(run, pai
     assert "Busy machine" not in run("diff", *pair(results, results))[1]
 
 
-def test_what_changed_is_named_with_its_load(run, pair):
-    results = example_pages.serving()
-    out = " ".join(run("diff", *pair(results, slower(results, 0.5)))[1].split())
-    (record,) = results.deployments
-    assert f"Identical: {record.name} batch 1 (TTFT ms, TPOT ms)" in out
-
-
 def test_little_in_common_is_no_verdict(run, pair, tmp_path):
     """Of three loads each, one is the same: the exit code is not that of an unchanged result."""
     first = example_pages.serving()
@@ -206,14 +182,3 @@ def test_little_in_common_is_no_verdict(run, pair, tmp_path):
     code, out, _ = run("diff", *pair(first, replace(first, deployments=(fewer,))), "--quiet")
     assert code == 0
     assert tells(out, "6 identical 3")
-
-
-def test_loads_that_differ_are_named(run, pair):
-    first = example_pages.serving()
-    (record,) = first.deployments
-    loads = [replace(each, batch=each.batch + 100) for each in record.serving]
-    second = replace(first, deployments=(replace(record, serving=tuple(loads)),))
-    code, _, err = run("diff", *pair(first, second))
-    assert code == 2
-    assert "at batch 1" in err
-    assert "at batch 101" in err

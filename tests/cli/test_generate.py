@@ -200,14 +200,6 @@ def test_a_terminal_obeys_nothing_that_a_model_writes(monkeypatch):
     assert piped.getvalue() == text
 
 
-def test_routing_of_a_chat(run, stub, checkpoint, type_in, tmp_path):
-    stub(checkpoint)
-    type_in("a\n")
-    code, _, _ = chat(run, checkpoint, "--record-routing", str(tmp_path / "routing.npz"))
-    assert code == 0
-    assert read_trace(tmp_path / "routing.npz").model == str(checkpoint)
-
-
 def test_sampling_is_the_users_then_the_checkpoints_then_the_default(tmp_path):
     assert sampling_params(None, {"top_k": None, "seed": 3}) == SamplingParams(seed=3)
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.5, "top_k": 7}')
@@ -219,66 +211,6 @@ def test_sampling_is_the_users_then_the_checkpoints_then_the_default(tmp_path):
     with pytest.raises(UserError, match="top_p is 3"):
         sampling_params(tmp_path, {})
     assert sampling_params(tmp_path, {"top_p": 1.0}).is_greedy
-
-
-IDS = ["--token-ids", "1"]
-MISTAKES = {
-    "unknown model": (["no/such/model/here", *IDS], "no/such/model/here"),
-    "no layout": (["paper-tiny", *IDS, "--layout", "tp2"], "tp2 unknown"),
-    "layout": (["paper-tiny", *IDS, "--layout", "tp=3"], "tp=3 divide"),
-    "NaN": (["paper-tiny", *IDS, "--temperature", "nan"], "--temperature nan"),
-    "top-p": (["paper-tiny", *IDS, "--top-p", "0"], "--top-p 0.0"),
-    "max-tokens": (["paper-tiny", *IDS, "--max-tokens", "-1"], "--max-tokens -1"),
-    "redundant": (
-        ["paper-tiny", *IDS, "--num-redundant-experts", "-1"],
-        "--num-redundant-experts -1",
-    ),
-    "rebalance": (
-        ["paper-tiny", *IDS, "--rebalance-steps", "-1"],
-        "--rebalance-steps -1",
-    ),
-    "dtype": (
-        ["paper-tiny", *IDS, "--dtype", "float7"],
-        "--dtype float7 float32 bfloat16 float16",
-    ),
-    "empty stop": (["paper-tiny", *IDS, "--stop", ""], "--stop empty string"),
-    "stop": (["paper-tiny", *IDS, "--stop", "a"], "--stop tokenizer"),
-    "stop token": (
-        ["paper-tiny", *IDS, "--stop-token-id", "257"],
-        "--stop-token-id 257 tokens 256",
-    ),
-    "no token": (["paper-tiny", *IDS, "--stop-token-id", "-1"], "--stop-token-id -1"),
-    "timeout": (["paper-tiny", *IDS, "--timeout-s", "nan"], "--timeout-s nan"),
-    "no prompt": (["paper-tiny"], "prompt --file --token-ids"),
-    "text": (["paper-tiny", "Hi"], "tokenizer --token-ids"),
-    "no ids": (["paper-tiny", "--token-ids", "1,,2"], "--token-ids 1,,2"),
-    "empty ids": (["paper-tiny", "--token-ids", ""], "--token-ids"),
-    "unknown id": (["paper-tiny", "--token-ids", "1,257"], "prompt 1 257"),
-    "too long": (
-        ["paper-tiny", *IDS, "--token-ids", ",".join("1" * 65)],
-        "prompt 2 65 tokens 64 1",
-    ),
-    "no file": (["paper-tiny", "--file", "none"], "none No such file"),
-    "logprobs": (["paper-tiny", *IDS, "--logprobs", "1"], "--logprobs --json"),
-    "system": (["paper-tiny", *IDS, "--system", "a"], "--system --chat"),
-    "regex": (["paper-tiny", *IDS, "--regex", "a"], "--regex tokenizer"),
-    "compact": (["paper-tiny", *IDS, "--compact-json"], "--compact-json --json-schema"),
-    "two forms": (
-        ["paper-tiny", *IDS, "--regex", "a", "--json-schema", "b"],
-        "--json-schema --regex",
-    ),
-    "chat with": (["paper-tiny", *IDS, "--chat"], "--chat reads"),
-    "chat": (["paper-tiny", "--chat"], "paper-tiny tokenizer chat"),
-}
-
-
-@pytest.mark.parametrize(("arguments", "line"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_line(run, stub, arguments, line):
-    stub()
-    code, out, err = run("generate", *arguments)
-    assert (code, out) == (2, "")
-    assert one_line(err, line)
-    assert err.count("\n") == 1
 
 
 NOT_FINITE = not_finite(step=0)
@@ -316,11 +248,7 @@ def test_a_token_that_the_model_rules_out_has_no_log_probability():
 
 
 @pytest.mark.parametrize(
-    ("given", "line"),
-    [
-        (b"\n \n", "standard input prompt"),
-        (b"ab\xff", "standard input 2 utf-8"),
-    ],
+    ("given", "line"), [(b"\n \n", "standard input prompt"), (b"ab\xff", "standard input 2 utf-8")]
 )
 def test_standard_input_without_prompts(run, stub, monkeypatch, given, line):
     stub()
@@ -448,22 +376,3 @@ def test_a_template_that_refuses_does_so_before_anything_is_loaded(
     code, _, err = chat(run, folder, "--system", "Be brief.")
     assert code == 2
     assert err.endswith("chat_template.jinja: No system.\n")
-
-
-def test_help_imports_nothing_heavy(run):
-    code = """
-import sys
-from expertlane.cli.main import main
-try:
-    main()
-finally:
-    print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
-"""
-    for command in ("generate", "bench"):
-        finished = subprocess.run(
-            [sys.executable, "-c", code, command, "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert not set(finished.stderr.split()) & {"torch", "numpy", "rich", "tokenizers", "jinja2"}

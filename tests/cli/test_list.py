@@ -54,23 +54,6 @@ def test_layouts_that_are_valid_and_what_they_hold(run):
     assert shorter[0]["num_sequences"] > held[0]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (("paper", "--cluster", "h100x9999"), "4,096"),
-        (("paper", "--cluster", "none"), "PROFILExCOUNT"),
-        (("paper", "--cluster", "a100x8", "--dtype", "float8"), "float8"),
-        (("paper", "--cluster", "h100x8", "--max-model-len", "0"), "--max-model-len 0"),
-        (("paper",), "--cluster"),
-    ],
-)
-def test_mistakes_are_one_line(run, arguments, words):
-    code, out, err = run("list", "layouts", *arguments)
-    assert (code, out) == (2, "")
-    assert tells(err, words)
-    assert err.count("\n") == 1
-
-
 def test_alone_it_prints_its_help(run):
     code, out, err = run("list")
     assert (code, err) == (0, "")

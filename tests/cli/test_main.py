@@ -68,10 +68,7 @@ def test_an_unknown_command_is_one_line(run):
     assert len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(
-    ("rank", "num_lines"),
-    [("0", 1), ("1", 0)],
-)
+@pytest.mark.parametrize(("rank", "num_lines"), [("0", 1), ("1", 0)])
 def test_under_torchrun_only_rank_0_tells_of_a_mistake(
     comparison, run, monkeypatch, rank, num_lines
 ):
@@ -92,9 +89,7 @@ def test_under_torchrun_every_rank_tells_of_a_dead_one(comparison, run, monkeypa
 def test_an_error_moves_no_cursor(comparison, run):
     comparison.error = CapacityError("\x1b]0;title\x07\u202ename\x9b2J")
     err = run("compare")[2]
-    assert err.splitlines()[1:] == [
-        "expertlane: error: \\x1b]0;title\\x07\\u202ename\\x9b2J",
-    ]
+    assert err.splitlines()[1:] == ["expertlane: error: \\x1b]0;title\\x07\\u202ename\\x9b2J"]
     comparison.calls.clear()
     comparison.error = RankError("rank 3 failed")
     comparison.error.add_note("Traceback:\n\tit was \x1b[31mme")

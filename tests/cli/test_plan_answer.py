@@ -5,7 +5,6 @@ import re
 
 import pytest
 
-from cli.screen import one_line
 from cli.small_checkpoint import checkpoint
 
 ASKED = ("--cluster", "h100x2", "--batch", "8", "--prompt-len", "16", "--output-len", "16")
@@ -59,15 +58,6 @@ def test_rows_that_words_name_are_in_the_table(run, tmp_path, monkeypatch, asked
     assert re.findall(r"\b(?:dp|tp|pp|ep|replicas)=\d+", words) == []  # #N in their place
 
 
-@pytest.mark.full
-def test_the_one_line_is_the_headline(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, out, err = run("plan", "paper-tiny", *ASKED, "--quiet")
-    assert code == 0, err
-    assert out.startswith("Use ")
-    assert len(out.splitlines()) == 1
-
-
 @pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("lengths", "said"),
@@ -83,20 +73,3 @@ def test_default_lengths_are_cut_to_what_the_model_has(run, tmp_path, monkeypatc
     code, out, err = run("plan", "paper-small", "--cluster", "h100x2", "--batch", "8", *lengths)
     assert code == 0, err
     assert said in out
-
-
-def test_lengths_that_do_not_fit_are_called_as_the_command_has_them(run):
-    code, out, err = run("plan", "paper-small", "--cluster", "h100x2", "--prompt-len", "2000")
-    assert (code, out) == (2, "")
-    assert one_line(
-        err, "2000 256 tokens 2255 positions paper-small 1024 --prompt-len --output-len 769"
-    )
-
-
-def test_a_type_that_the_devices_lack_is_one_line_before_anything_runs(run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    code, out, err = run(
-        "plan", "paper-tiny", "--cluster", "a100x4", *ASKED[2:], "--dtype", "float8"
-    )
-    assert (code, out) == (2, "")
-    assert one_line(err, "NVIDIA A100 SXM 80 GB float8 --dtype a100x4 float32 float16 bfloat16")

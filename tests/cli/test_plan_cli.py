@@ -104,31 +104,6 @@ def test_a_node_of_every_profile(run, here, name):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    ("quantization", "weights", "caution"),
-    [
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "float8", ""),
-        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float8", ""),
-        ({"quant_method": "mxfp4"}, "mxfp4", ""),
-        (
-            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-            "bfloat16",
-            "modelopt bfloat16",
-        ),
-        ({"quant_method": "awq", "bits": 4}, "int4", ""),
-    ],
-)
-def test_quantised_checkpoints(run, here, quantization, weights, caution):
-    checkpoint(here / "mine", quantization_config=quantization)
-    asked = ("plan", "./mine", "--cluster", "h100x2", *WORKLOAD, "--full")
-    code, out, err = run(*asked)
-    assert code == 0, err
-    assert f"weights in {weights}" in flat(out)
-    assert tells(flat(out), caution)
-    assert ("priced as" in flat(out)) == bool(caution)
-
-
-@pytest.mark.full
 def test_a_trace_says_which_experts_tokens_choose(run, here):
     rng = np.random.default_rng(0)
     ids = np.argsort(rng.random((4, 256, 16)), axis=2)[..., :2].astype(np.int16)
@@ -139,57 +114,6 @@ def test_a_trace_says_which_experts_tokens_choose(run, here):
     assert code == 0, err
     assert "256 recorded tokens" in " ".join(out.split())
     assert tells(run(*asked, "--skew", "1")[2], "--routing-trace --skew")
-
-
-@pytest.mark.parametrize(
-    ("words", "line"),
-    [
-        (("paper-tiny", "--cluster", "h999x16"), "h999"),
-        (("paper-tiny", "--cluster", "h100"), "h100 PROFILExCOUNT"),
-        (("paper-tiny", "--cluster", "h100x0"), "h100x0 PROFILExCOUNT"),
-        (("paper-tiny", "--cluster", "h100x999999"), "4,096"),
-        (("paper-tiny", "--slo", "tpot.mean=0ms"), "limit 0"),
-        (("paper-tiny", "--price", "0"), "--price 0.0 0"),
-        (("paper-tiny", "--engine", "vlm"), "vlm vllm sglang trtllm expertlane"),
-        (("paper-tiny", "--engine", "vllm", "--copies", "balanced"), "--copies balanced vllm"),
-        (("paper-tiny", "--prompt-len", "x"), "--prompt-len x"),
-        (("paper-tiny", "--prompt-len", "0"), "--prompt-len 0"),
-        (("paper-tiny", "--prompt-len", "16:8"), "--prompt-len 16:8"),
-        (("paper-tiny", "--output-len", "1"), "--output-len 1 2 simulate"),
-        (("paper-tiny", "--batch", "0"), "--batch 0 1"),
-        (("paper-tiny", "--batch", "4,8"), "--batch 4,8"),
-        (("paper-tiny", "--rate", "2,5"), "--rate 2,5 simulate"),
-        (("paper-tiny", "--rate", "5", "--batch", "2"), "--batch --rate exclude"),
-        (("paper-tiny", "--num-requests", "5"), "--num-requests simulate"),
-        (("paper-tiny", "--requests", "x.csv"), "--prompt-len --requests exclude"),
-        (("paper-tiny", "--prompt-len", "9999"), "positions paper-tiny 64"),
-        (("paper-tiny", "--skew", "-1"), "--skew -1.0 0 10"),
-        (("paper-tiny", "--routing-trace", "none.npz"), "none.npz"),
-        (("./nowhere",), "nowhere"),
-    ],
-)
-def test_mistakes_are_one_line(run, here, words, line):
-    model, *rest = words
-    given = rest[::2]
-    small = [
-        word
-        for option, number in zip(WORKLOAD[::2], WORKLOAD[1::2], strict=True)
-        for word in (option, number)
-        if option not in given
-    ]
-    code, out, err = run("plan", model, *rest, *small)
-    assert (code, out) == (2, "")
-    assert tells(err, line)
-    assert len(err.splitlines()) == 1
-    assert not (here / "results").exists()
-
-
-def test_a_folder_without_a_configuration_is_one_line(run, here):
-    (here / "empty").mkdir()
-    code, out, err = run("plan", "./empty", *WORKLOAD)
-    assert (code, out) == (2, "")
-    assert "config.json" in err
-    assert len(err.splitlines()) == 1
 
 
 def test_a_limit_that_nothing_keeps_names_the_nearest(run, here):
@@ -214,14 +138,6 @@ def test_an_engine_is_the_only_one(run, here):
     assert engine["why"] == ""
 
 
-def test_what_an_engine_lacks_is_one_line(run, here):
-    drafts = ("--mtp", "2", "--mtp-acceptance", "0.8")
-    code, out, err = run(*TINY, *WORKLOAD, "--engine", "expertlane", *drafts)
-    assert (code, out) == (2, "")
-    assert tells(err, "--mtp expertlane drafts")
-    assert len(err.splitlines()) == 1
-
-
 def test_a_preset_is_in_a_type_that_the_devices_have():
     found, cluster = find_model("paper-small", weights=False), parse_cluster("h100x2")
     assert found.number_types(None, "model", cluster).weights == "float16"
@@ -230,12 +146,23 @@ def test_a_preset_is_in_a_type_that_the_devices_have():
     assert found.number_types(None, "model", own).weights == "float32"
 
 
-def test_a_framework_serves_with_an_engine_of_its_own(run):
-    asked = ["plan", "paper-tiny", "--cluster", "h100x2", "--framework", "sglang"]
-    code, _, err = run(*asked, "--engine", "trtllm")
-    assert code == 2
-    assert tells(err, "--engine trtllm: --framework sglang serves with sglang")
-    code, _, err = run(*asked, "--copies", "balanced")
-    assert code == 2
-    assert tells(err, "--copies balanced is of expertlane alone")
-    assert tells(err, "--framework sglang")
+@pytest.mark.parametrize(
+    ("quantization", "weights", "caution"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "float8", ""),
+        ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float8", ""),
+        ({"quant_method": "mxfp4"}, "mxfp4", ""),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "bfloat16", "nvfp4 bfloat16"),
+        ({"quant_method": "awq", "bits": 4}, "int4", ""),
+        ({"quant_method": "awq"}, "bfloat16", "awq priced bfloat16"),
+    ],
+)
+def test_quantised_checkpoints_are_priced_in_their_type_or_with_a_caution(
+    here, quantization, weights, caution
+):
+    checkpoint(here / "mine", quantization_config=quantization)
+    found = find_model("./mine", weights=False)
+    types = found.number_types(None, "model", parse_cluster("h100x2"))
+    assert types.weights == weights
+    assert len(found.cautions(types)) == bool(caution)
+    assert tells(" ".join(found.cautions(types)), caution)

@@ -102,24 +102,3 @@ def test_a_port_that_is_taken_is_noticed_before_anything_is_loaded(run):
         code, out, err = run("serve", "paper-tiny", "--port", str(port))
     assert (code, out) == (2, "")
     assert one_line(err, f"127.0.0.1 {port} Address already in use")
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("--port", "65536"), "--port 65536 0 65,535"),
-        (("--host", "no.such.host.invalid"), "--host no.such.host.invalid"),
-        (("--max-num-queued", "0"), "--max-num-queued 0 1"),
-        (("--request-timeout-s", "0"), "--request-timeout-s 0.0 0"),
-        (("--drain-s", "-1"), "--drain-s -1.0 0"),
-        (("--api-key", ""), "--api-key 1 API"),
-        (("--api-key-file", "/dev/null/none"), "--api-key-file"),
-        (("--layout", "dp=3,ep=2"), "layout"),
-        (["--reconnect-s", "5"], "--reconnect-s --journal DIR"),
-        (["--log-prompts"], "--log-prompts --log-format"),
-    ],
-)
-def test_mistakes(run, options, words):
-    code, out, err = run("serve", "paper-tiny", *options)
-    assert (code, out) == (2, "")
-    assert one_line(err, words), err

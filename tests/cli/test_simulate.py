@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from cli.screen import tells
-from cli.small_checkpoint import checkpoint
 from expertlane.results.file import read
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase
@@ -197,18 +196,6 @@ def test_routing_is_skewed_unless_a_user_says_otherwise(run):
 
 @pytest.mark.smoke(1)
 @pytest.mark.parametrize(
-    ("method", "weights", "caution"),
-    [("fp8", "float8", False), ("mxfp4", "mxfp4", False), ("awq", "bfloat16", True)],
-)
-def test_quantised_checkpoints(run, tmp_path, method, weights, caution):
-    checkpoint(tmp_path / "mine", quantization_config={"quant_method": method})
-    found = as_json(run, "--layout", "dp=2,ep=2", *EP16[2:], *LOAD, model=str(tmp_path / "mine"))
-    assert found["deployments"][0]["conditions"]["dtype"] == weights
-    assert ("priced as bfloat16" in " ".join(found["cautions"])) == caution
-
-
-@pytest.mark.smoke(1)
-@pytest.mark.parametrize(
     ("dtype", "kv", "said"),
     [
         ([], [], ["float16 gets the same times"]),
@@ -311,21 +298,6 @@ def test_replicas_send_among_themselves(run, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
 
 
-@pytest.mark.smoke(1)
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["--dispatch", "hierarchical", "--overlap", "on", "--num-redundant-experts", "16"],
-        ["--dtype", "float8", "--kv-dtype", "float8", "--execution", "eager"],
-        ["--skew", "0.9", "--payload", "float8", "--placement", "round_robin"],
-    ],
-    ids=" ".join,
-)
-def test_options_of_a_deployment(run, options):
-    found = as_json(run, *EP16, *LOAD, *options)
-    assert found["deployments"][0]["serving"][0]["output_tps"]["value"] > 0
-
-
 def test_experts_are_placed_by_load_unless_a_user_says_otherwise(run):
     asked = [*EP16, "--batch", "512", "--prompt-len", "32", "--output-len", "4", "--skew", "1.2"]
     asked += ["--num-redundant-experts", "16", "--num-requests", "512"]
@@ -349,15 +321,6 @@ def test_without_expert_parallelism_nothing_is_placed(run):
 
 
 @pytest.mark.full
-def test_skewed_routing_loads_ranks_unevenly(run):
-    even, skewed = (
-        as_json(run, *EP16, *LOAD, "--skew", skew)["deployments"][0]["num_tokens_per_expert"]
-        for skew in ("0", "1.5")
-    )
-    assert max(map(max, skewed)) > max(map(max, even))
-
-
-@pytest.mark.full
 def test_sequences_that_wait_for_room(run):
     out, _ = simulate(run, *EP16[:2], "--cluster", "h100x16", *LOAD, "--max-num-seqs", "1")
     assert "limited by --max" not in out  # one on each of 16 ranks is enough for 8
@@ -366,68 +329,11 @@ def test_sequences_that_wait_for_room(run):
     assert tells(" ".join(out.split()), "Serves 3 of 8 at once, limited by --max-num-seqs; 5 wait")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "parts"),
-    [
-        (["--cluster", "z9x16"], ["z9", "h100"]),
-        (["--cluster", "h100"], ["PROFILExCOUNT", "h100x16"]),
-        (["--cluster", "h100x8"], ["dp=16,ep=16", " 16 ", "h100x8"]),
-        (
-            ["--prefill-layout", "tp=2"],
-            ["tp=2 ", "dp=16,ep=16", " 18 ", "h100x16"],
-        ),
-        (["--layout", "dp=16,ep=3"], ["ep=3", "valid ep"]),
-        (
-            ["--layout", "dp=8,ep=8", "--dispatch", "hierarchical"],
-            ["ep=8", "one node", "all_to_all"],
-        ),
-        (["--rate", "2", "--batch", "4"], ["--batch", "--rate"]),
-        (["--batch", "0"], ["--batch is '0'", "1 to"]),
-        (["--batch", "9", "--num-requests", "8"], ["--num-requests", " 8", "--batch", " 9"]),
-        (["--slo", "ttft.p95=5"], ["--slo is 'ttft.p95=5'", "ms"]),
-        (["--requests", "none.csv"], ["--requests", "none.csv"]),
-        (["--requests", "x", "--prompt-len", "8"], ["--prompt-len", "--requests"]),
-        (["--dispatch", "auto"], ["--dispatch auto"]),
-        (["--overlap", "auto"], ["--overlap auto"]),
-        (["--prompt-len", "60", "--output-len", "8"], ["67 positions", "valid: 64"]),
-        (["--mtp", "1"], ["--mtp is 1", "not given"]),
-        (["--mtp-acceptance", "0.5"], ["--mtp is 0"]),
-        (["--mtp", "1", "--mtp-acceptance", "1.5"], ["--mtp-acceptance is 1.5", "0 to 1"]),
-        (["--mtp", "99", "--mtp-acceptance", "0.5"], ["99 drafts", "0 to 16"]),
-        (["--skew", "11"], ["--skew is 11", "0 to 10"]),
-        (["--routing-trace", "no.npz"], ["no.npz"]),
-        (["--block-size", "0"], ["--block-size is 0", "1 to 65,536"]),
-        (["--max-num-seqs", "0"], ["--max-num-seqs is 0", "1 to 1,048,576"]),
-        (["--seed", "-1"], ["--seed is -1"]),
-        (["--cluster", "a100x16", "--dtype", "float8"], ["float8", "bfloat16"]),
-        (["--num-redundant-experts", "999"], ["240", "redundant"]),
-    ],
-    ids=lambda given: " ".join(given) if isinstance(given[0], str) else "",
-)
-def test_mistakes_get_one_line(run, tmp_path, arguments, parts):
-    used = [*EP16, *arguments, "--out", str(tmp_path / "out")]
-    if "--cluster" in arguments or "--layout" in arguments:  # the last one given counts
-        used = [*arguments, *EP16, *arguments, "--out", str(tmp_path / "out")]
-    if not {"--prompt-len", "--batch", "--rate", "--requests"} & set(arguments):
-        used = [*LOAD, *used]
-    code, out, err = run("simulate", "paper-tiny", *used)
-    assert (code, out) == (2, "")
-    (line,) = err.splitlines()
-    assert all(part in line for part in parts), line
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_mistake_of_the_prefill_pool_is_told_as_its_own(run):
     pools = ("--layout", "dp=8,ep=8", "--prefill-layout", "tp=8", "--cluster", "h100x16")
     code, _, err = run("simulate", "paper", *pools, "--num-redundant-experts", "3")
     assert code == 2
     assert tells(err, "--prefill-layout 19 experts 1 rank")
-
-
-def test_a_folder_without_a_configuration(run, tmp_path):
-    code, _, err = run("simulate", str(tmp_path), *EP16)
-    assert code == 2
-    assert tells(err, "config.json")
 
 
 def test_a_model_that_does_not_fit(run):

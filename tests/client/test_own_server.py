@@ -5,7 +5,7 @@ import httpx
 from expertlane.client.connection import Url
 from expertlane.client.run import Asked, Target, measure
 from expertlane.client.server import Vocabulary
-from expertlane.progress import Silent
+from expertlane.progress import Progress
 from expertlane.server.setup import ServerOptions
 from expertlane.spec.workload import LengthRange, Load
 from server.running import StubServer
@@ -23,7 +23,7 @@ def test_tokens_are_those_of_the_server() -> None:
     try:
         load = Load(20, LengthRange(2, 9), LengthRange(1, 7), batch=4)
         asked = Asked([load], 3, tokenizer=Vocabulary(range(26)), num_warm_up=0)
-        found = measure([Target(Url.parse(server.url), KEY)], asked, Silent())
+        found = measure([Target(Url.parse(server.url), KEY)], asked, Progress())
         (record,) = found.records
         (serving,) = record.serving
         client = serving.client

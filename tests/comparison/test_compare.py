@@ -22,7 +22,7 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.engine.launch import LoadPlan
 from expertlane.engine.ranks.commands import DescribeMachine
 from expertlane.errors import CapacityError, UserError
-from expertlane.progress import Silent
+from expertlane.progress import Progress
 from expertlane.report import markdown
 from expertlane.report.compared import run, scaling
 from expertlane.report.sections import report_of
@@ -290,7 +290,7 @@ def test_a_cache_that_does_not_hold_the_workload(results, pools, monkeypatch):
     smaller = lambda plan, *given: replace(fit(plan, *given), num_blocks=3)  # noqa: E731
     monkeypatch.setattr(LoadPlan, "fit", smaller)
     experiment = replace(EXPERIMENT, deployments=EXPERIMENT.deployments[:1], scaling=())
-    in_waves = run_comparison(experiment, pools.pool(4), Silent(), command="")
+    in_waves = run_comparison(experiment, pools.pool(4), Progress(), command="")
     found = {each.name: each.value for each in in_waves.assumptions}
     assert found["KV cache"] == "tp=2,pp=2: 48 of 288 tokens"
     assert tells(found["context"], "cache")
@@ -306,7 +306,7 @@ def test_nothing_to_decode(pools):
         deployments=EXPERIMENT.deployments[:3],
         scaling=(),
     )
-    results = run_comparison(experiment, pools.pool(4), Silent(), command="")
+    results = run_comparison(experiment, pools.pool(4), Progress(), command="")
     assert [each.decode for each in results.deployments] == [None] * 3
     num_tokens = [each.prefill.num_tokens for each in results.deployments]
     assert all(num in (2, DEFAULT_REPEAT) for num in num_tokens)
@@ -362,7 +362,7 @@ def test_computing_by_a_profiles_laws(pools):
         scaling=(),
     )
     found = run_comparison(
-        experiment, pools.pool(4), Silent(), command="", virtual=VirtualSettings(h100, None, h100)
+        experiment, pools.pool(4), Progress(), command="", virtual=VirtualSettings(h100, None, h100)
     )
     assert found.virtual_time.scale == 1
     values = {each.name: each.value for each in found.assumptions if each.source == "virtual"}
@@ -378,7 +378,7 @@ def test_too_few_repetitions_have_no_interval(pools, repeats, num_runs):
     found = run_comparison(
         experiment,
         pools.pool(4),
-        Silent(),
+        Progress(),
         command="",
         virtual=VirtualSettings(None),
         repeats=repeats,
@@ -394,7 +394,7 @@ def test_too_few_repetitions_have_no_interval(pools, repeats, num_runs):
 def test_it_repeats_until_steps_took_so_long(pools):
     experiment = replace(EXPERIMENT, deployments=EXPERIMENT.deployments[2:3], scaling=())
     found = run_comparison(
-        experiment, pools.pool(4), Silent(), command="", repeats=Repeats(3, least_s=1.0)
+        experiment, pools.pool(4), Progress(), command="", repeats=Repeats(3, least_s=1.0)
     )
     (only,) = found.deployments
     assert found.pairs == ()
@@ -414,7 +414,7 @@ def test_virtual_time_where_nothing_is_decoded(pools):
     experiment = replace(EXPERIMENT, workload=workload, scaling=())
     h100 = read_profile("h100")
     found = run_comparison(
-        experiment, pools.pool(4), Silent(), command="", virtual=VirtualSettings(h100)
+        experiment, pools.pool(4), Progress(), command="", virtual=VirtualSettings(h100)
     )
     assert found.virtual_time.speeds == ()
     assert all(each.prefill.wall_s.value > 0 for each in found.select("virtual"))

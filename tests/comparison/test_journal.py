@@ -9,7 +9,7 @@ from distributed.running import deployment
 from expertlane.comparison.journal import FILE_NAME
 from expertlane.comparison.run import Repeats, run_comparison
 from expertlane.errors import UserError
-from expertlane.progress import Silent
+from expertlane.progress import Progress
 from expertlane.spec.experiment import Cluster, Experiment
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
@@ -30,7 +30,7 @@ class Interrupted(Exception):
     pass
 
 
-class Ending(Silent):
+class Ending(Progress):
     """Ends the comparison when a measurement begins."""
 
     def __init__(self, last):

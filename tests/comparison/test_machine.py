@@ -27,10 +27,7 @@ def experiment(layout, options, *, hidden_size=PRESETS["paper-tiny"].hidden_size
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            {"layout": "tp=2", "options": Options(rebalance_steps=4)},
-            "rebalance_steps 4 tp=2 ep=1",
-        ),
+        ({"layout": "tp=2", "options": Options(rebalance_steps=4)}, "rebalance_steps 4 tp=2 ep=1"),
         (
             {"layout": "dp=2,ep=2", "options": Options(payload="float8"), "hidden_size": 30},
             "float8 hidden_size 4 30",

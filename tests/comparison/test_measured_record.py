@@ -9,7 +9,7 @@ from cli.screen import tells
 from expertlane.comparison.assumptions import measured_assumptions
 from expertlane.comparison.records import measured_record
 from expertlane.cost.memory import workload_limits
-from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 
@@ -64,12 +64,6 @@ def test_assumptions_name_the_experiments_own_numbers() -> None:
     assert found["baseline"] == "pp=2,tp=8"
 
 
-def test_assumptions_when_the_cache_holds_everything() -> None:
-    found = {each.name: each.value for each in example.usual().assumptions}
-    assert tells(found["context"], "4 prompt 3 output 16 resident")
-    assert "KV cache" not in found
-
-
 def test_assumptions_when_a_cache_is_too_small() -> None:
     experiment = Experiment(
         "example", example.MODEL, example.WORKLOAD, (example.TENSOR, example.EXPERT)
@@ -88,8 +82,3 @@ def test_assumptions_when_a_cache_is_too_small() -> None:
     rows = measured_assumptions(experiment, example.machine(), limits)
     found = {each.name: each.value for each in rows}
     assert found["KV cache"] == ("TP 8 × PP 2: 48 of 512 tokens; EP 16: 256 of 512 tokens")
-
-
-def test_rotating_options_are_kept() -> None:
-    result = example.record(example.ROTATING, 0.5)
-    assert result.options == Options(num_micro_batches=2, micro_batch_schedule="rotating")

@@ -13,7 +13,7 @@ from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.errors import CapacityError, UserError
-from expertlane.progress import Silent
+from expertlane.progress import Progress
 from expertlane.results.record import BEST, EXPERIMENT, FASTEST, SCALING, DeploymentRecord
 from expertlane.results.results import Results
 from expertlane.spec.deployment import Deployment, Options
@@ -37,7 +37,7 @@ SMALL = Experiment(
 
 
 def project(experiment: Experiment, cluster: str) -> Results:
-    return ExperimentProjector(experiment, parse_cluster(cluster), FLOAT16, 1.0).run(Silent(), "")
+    return ExperimentProjector(experiment, parse_cluster(cluster), FLOAT16, 1.0).run(Progress(), "")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_experts_that_move_are_where_the_load_wants_them():
         moving = Deployment(name, EXPERT.layout, options)
         experiment = replace(SMALL, deployments=(moving,), scaling=())
         projector = ExperimentProjector(experiment, parse_cluster("h100x4"), FLOAT16, 1.2)
-        seconds[name] = projector._rows(Silent())[0].prefill.wall_s.value
+        seconds[name] = projector._rows(Progress())[0].prefill.wall_s.value
     assert seconds["moving"] < seconds["in order"]
 
 
@@ -154,7 +154,7 @@ def test_the_planner_gives_activations_as_much_room_as_the_memory_table():
     cluster = parse_cluster("h200x4")
     workload = Workload(num_sequences=1024, prompt_len=10_000, output_len=4)
     experiment = replace(SMALL, model=PRESETS["paper"], workload=workload, scaling=())
-    found = ExperimentProjector(experiment, cluster, FLOAT16, 1.0).run(Silent(), "")
+    found = ExperimentProjector(experiment, cluster, FLOAT16, 1.0).run(Progress(), "")
     own = {each.name: each for each in usual(found) if each.serving}
     assert {"tensor", "expert"} <= own.keys()
     for each in own.values():
@@ -163,7 +163,7 @@ def test_the_planner_gives_activations_as_much_room_as_the_memory_table():
 
 def test_a_cluster_too_large_to_plan_for_is_projected_without_the_planner():
     alone = replace(SMALL, deployments=(EXPERT,), scaling=())
-    found = ExperimentProjector(alone, parse_cluster("h100x4000"), FLOAT16, 1.0).run(Silent(), "")
+    found = ExperimentProjector(alone, parse_cluster("h100x4000"), FLOAT16, 1.0).run(Progress(), "")
     assert found.plans == ()
     assert found.deployments
 
@@ -197,7 +197,7 @@ def test_sequences_that_do_not_fit_are_projected_both_ways():
     experiment = replace(SMALL, model=model, workload=workload, deployments=(EXPERT,), scaling=())
     cluster = parse_cluster("h200x4")
     projector = ExperimentProjector(experiment, cluster, FLOAT16, 1.0)
-    row = projector._rows(Silent())[0]
+    row = projector._rows(Progress())[0]
     late = [step for step in row.steps if step.context == 10_000]
     assert [step.fits for step in late] == [False, True]
     assert late[0].num_tokens == 1024

@@ -3,25 +3,12 @@
 import numpy as np
 import pytest
 
-from cli.screen import tells
-from expertlane.comparison.serving_benchmark import (
-    TimedOutput,
-    measure,
-    run_loads,
-    serve,
-)
-from expertlane.errors import UserError
-from expertlane.progress import Silent
+from expertlane.comparison.serving_benchmark import TimedOutput, measure, run_loads, serve
+from expertlane.progress import Progress
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.spec.layout import Layout
-from expertlane.spec.workload import (
-    LengthRange,
-    Load,
-    TimedRequest,
-    check_lengths,
-    draw_requests,
-)
+from expertlane.spec.workload import LengthRange, Load, TimedRequest, draw_requests
 
 FOUR = LengthRange(4, 4)
 
@@ -100,12 +87,7 @@ def test_a_closed_loop_keeps_as_many_unfinished():
     assert engine.slept == []
     # 102: both have one, the third comes; 104: its first; 105: second and third end; 107: the last
     assert [each.due_s for each in served] == [100, 100, 102, 105]
-    assert [each.token_times_s for each in served] == [
-        [102],
-        [102, 104, 105],
-        [104, 105],
-        [107],
-    ]
+    assert [each.token_times_s for each in served] == [[102], [102, 104, 105], [104, 105], [107]]
 
 
 def test_an_open_loop_adds_what_is_due_and_sleeps_when_idle():
@@ -205,14 +187,6 @@ def test_equal_seeds_draw_equally_and_others_do_not():
     assert [each.due_s for each in draw_requests(load, 1000, [1])] == [0.0] * 4
 
 
-def test_lengths_must_fit():
-    load = Load(1, LengthRange(1, 60), LengthRange(1, 5), batch=1)
-    check_lengths(load, 64)  # the last token is never fed back
-    with pytest.raises(UserError) as caught:
-        check_lengths(load, 63)
-    assert tells(str(caught.value), "60 5 tokens 64 positions 63")
-
-
 def test_each_point_is_warmed_up_with_prompts_of_its_own():
     from cli.stub_llm import StubLLM
     from expertlane.spec.model import PRESETS
@@ -220,7 +194,7 @@ def test_each_point_is_warmed_up_with_prompts_of_its_own():
     llm = StubLLM(PRESETS["paper-tiny"])
     told = []
 
-    class Told(Silent):
+    class Told(Progress):
         def task(self, description, total):
             told.append((description, total))
 

@@ -12,7 +12,7 @@ from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.comparison.projection import ExperimentProjector
 from expertlane.cost.laws.profile import parse_cluster
 from expertlane.cost.number_types import NumberTypes
-from expertlane.progress import Silent
+from expertlane.progress import Progress
 from expertlane.report.shown import Results
 from expertlane.results import file
 from expertlane.results.record import BEST, EXPERIMENT, TWO_POOLS
@@ -245,7 +245,7 @@ def test_a_row_of_a_comparison_is_what_compare_says(tmp_path):
     experiment = Experiment("two", PRESETS["paper-small"], Workload(24, 100, 12), deployments)
     cluster, types = parse_cluster("h100x2"), NumberTypes.all_of("float16")
     asked = ProjectionAsked(cluster="h100x2", skew=0.8)
-    results = ExperimentProjector(experiment, cluster, types, 0.8, asked).run(Silent(), "")
+    results = ExperimentProjector(experiment, cluster, types, 0.8, asked).run(Progress(), "")
     file.write(results, tmp_path)
     rows = results.select("projected", EXPERIMENT, results.conditions[0])
     for place, row in enumerate(rows, 1):
@@ -299,7 +299,7 @@ def test_compare_says_of_two_rows_what_plan_says(seed):
     experiment = Experiment("rows", model, workload, deployments)
     types = NumberTypes.all_of("float16")
     cluster = parse_cluster(asked["cluster"])
-    projected = ExperimentProjector(experiment, cluster, types, asked["skew"]).run(Silent(), "")
+    projected = ExperimentProjector(experiment, cluster, types, asked["skew"]).run(Progress(), "")
     for place, row in enumerate(rows):
         mine = next(each for each in projected.deployments if each.name == f"row {place}")
         assert told(mine) == pytest.approx(told(row), rel=_SAME)

@@ -140,18 +140,9 @@ def test_a_missing_folder_and_one_without_a_configuration(error_of, tmp_path: Pa
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        (
-            {"architectures": ["LlamaForCausalLM"]},
-            "[model] LlamaForCausalLM mixtral",
-        ),
-        (
-            {"num_attention_heads": None},
-            "[model] small moe num_attention_heads null",
-        ),
-        (
-            {"max_position_embeddings": 8},
-            "prompt 8 3 tokens 10 positions",
-        ),
+        ({"architectures": ["LlamaForCausalLM"]}, "[model] LlamaForCausalLM mixtral"),
+        ({"num_attention_heads": None}, "[model] small moe num_attention_heads null"),
+        ({"max_position_embeddings": 8}, "prompt 8 3 tokens 10 positions"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_run_so(error_of, folder: Path, config: dict, line: str):
@@ -163,16 +154,8 @@ def test_a_checkpoint_that_cannot_be_run_so(error_of, folder: Path, config: dict
     ("old", "new", "line"),
     [
         ('"models/small moe"', "3", "[model] checkpoint 3 string"),
-        (
-            "[workload]",
-            "num_experts_per_tok = 9\n[workload]",
-            "num_experts_per_tok 9 8 experts",
-        ),
-        (
-            "[workload]",
-            "num_experts_per_tok = 1.5\n[workload]",
-            "[model] num_experts_per_tok 1.5",
-        ),
+        ("[workload]", "num_experts_per_tok = 9\n[workload]", "num_experts_per_tok 9 8 experts"),
+        ("[workload]", "num_experts_per_tok = 1.5\n[workload]", "[model] num_experts_per_tok 1.5"),
     ],
 )
 def test_wrong_values(error_of, folder: Path, old: str, new: str, line: str):

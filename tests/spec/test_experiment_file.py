@@ -1,4 +1,3 @@
-import os
 from pathlib import Path
 
 import pytest
@@ -136,193 +135,116 @@ max_position_embeddings = 32
 
 
 UNKNOWN_KEYS = {
+    ('name = "mine"', 'nmae = "mine"'): "unknown nearest name",
+    ("[workload]", "[worklod]"): "unknown nearest",
+    ("preset =", "prest ="): "unknown [model] nearest preset",
+    ("prompt_len", "promt_len"): "unknown promt_len [workload] nearest prompt_len",
     (
-        'name = "mine"',
-        'nmae = "mine"',
-    ): "unknown key 'nmae' in the top level; the nearest is 'name'",
-    ("[workload]", "[worklod]"): (
-        "unknown key 'worklod' in the top level; the nearest is 'workload'"
-    ),
-    ("preset =", "prest ="): "unknown key 'prest' in [model]; the nearest is 'preset'",
+        "[[deployments]]",
+        "[cluster]\nranks_a_node = 8\n[[deployments]]",
+    ): "unknown ranks_a_node [cluster] nearest ranks_per_node",
+    ("layout =", "layuot ="): "unknown [[deployments]] 1 nearest layout",
     (
-        "prompt_len",
-        "promt_len",
-    ): "unknown key 'promt_len' in [workload]; the nearest is 'prompt_len'",
-    ("[[deployments]]", "[cluster]\nranks_a_node = 8\n[[deployments]]"): (
-        "unknown key 'ranks_a_node' in [cluster]; the nearest is 'ranks_per_node'"
-    ),
-    ("layout =", "layuot ="): (
-        "unknown key 'layuot' in [[deployments]] 1; the nearest is 'layout'"
-    ),
-    ('layout = "tp=1"', 'layout = "tp=1"\nmicro_batches = 2'): (
-        "unknown key 'micro_batches' in [[deployments]] 1; the nearest is 'num_micro_batches'"
-    ),
-    ('layout = "tp=1"', 'layout = "tp=1"\n[[scaling]]\nname = "s"\nbaseline = true'): (
-        "unknown key 'baseline' in [[scaling]] 1; "
-        "valid: name, layout, overlap, num_micro_batches, micro_batch_schedule, dispatch, "
-        "prefill_dispatch, payload, weights, activations, kv_dtype, cache_int8, placement, "
-        "placement_file, num_redundant_experts, copies, rebalance_steps, cuda_graphs"
-    ),
+        'layout = "tp=1"',
+        'layout = "tp=1"\nmicro_batches = 2',
+    ): "unknown micro_batches [[deployments]] 1 nearest",
+    (
+        'layout = "tp=1"',
+        'layout = "tp=1"\n[[scaling]]\nname = "s"\nbaseline = true',
+    ): "unknown baseline [[scaling]] 1 name layout overlap",
 }
 
 WRONG_VALUES = {
-    ("num_sequences = 4", 'num_sequences = "4"'): (
-        '[workload]: num_sequences is "4"; it must be a whole number'
-    ),
-    ("num_sequences = 4", "num_sequences = 4.0"): (
-        "[workload]: num_sequences is 4.0; it must be a whole number"
-    ),
-    ("num_sequences = 4", "num_sequences = true"): (
-        "[workload]: num_sequences is true; it must be a whole number"
-    ),
-    ("num_sequences = 4", "num_sequences = 0"): (
-        "workload: num_sequences is 0; it must be a whole number, 1 to 1,048,576"
-    ),
-    ("prompt_len = 8", "prompt_len = 63"): (
-        "workload: a prompt of 63 and 3 output tokens take 65 positions but paper-tiny has 64; "
-        "valid prompt_len at this output_len: 1 to 62"
-    ),
-    ("output_len = 3\n", ""): "[workload]: output_len is missing",
-    ("prompt_len = 8\noutput_len = 3\n", ""): "[workload]: prompt_len, output_len are missing",
-    ('name = "mine"\n', ""): "name is missing",
-    ('"mine"', "3"): "name is 3; it must be a string",
-    ('"mine"', "2020-01-01"): 'name is "2020-01-01"; it must be a string',
-    ('"mine"', '"../mine"'): (
-        'name is "../mine"; it names the folder of results, so it must be letters and digits, '
-        "with . _ - between them"
-    ),
-    ('"mine"', '"mine"\nseed = 1.5'): "seed is 1.5; it must be a whole number",
-    ('preset = "paper-tiny"', "preset = 3"): "[model]: preset is 3; it must be a string",
-    ('"paper-tiny"', '"paper-tny"'): (
-        "[model]: unknown preset 'paper-tny'; the nearest is 'paper-tiny'"
-    ),
-    ('"paper-tiny"', '"paper-tiny"\nrope_theta = nan'): (
-        "model paper-tiny: rope_theta is nan; it must be a number above 1, at most 1e+12"
-    ),
-    ('"paper-tiny"', '"paper-tiny"\nrope_theta = "x"'): (
-        '[model]: rope_theta is "x"; it must be a number'
-    ),
-    ('preset = "paper-tiny"', 'name = "x"'): (
-        "[model]: num_hidden_layers, hidden_size, num_attention_heads, head_dim, num_experts, "
-        "num_experts_per_tok, moe_intermediate_size, vocab_size, max_position_embeddings "
-        "are missing"
-    ),
-    ('name = "one"\n', ""): "[[deployments]] 1: name is missing",
-    ('"one"', '""'): ("[[deployments]] 1: a deployment's name is ''; it must be one line of text"),
-    ('"one"', '"a\\nb"'): (
-        "[[deployments]] 1: a deployment's name is 'a\\nb'; it must be one line of text"
-    ),
-    ('layout = "tp=1"\n', ""): "[[deployments]] 1: layout is missing",
-    ('"tp=1"', "1"): "[[deployments]] 1: layout is 1; it must be a string",
-    ('"tp=1"', '"dp=4,ep=3"'): (
-        "[[deployments]] 1: layout dp=4,ep=3: ep=3 does not divide dp × tp = 4; valid ep: 1, 2, 4"
-    ),
-    ('"tp=1"', '"tp=5"'): (
-        "deployment 'one': layout tp=5: tp=5 does not divide the 16 attention heads of paper-tiny; "
-        "valid tp: 1, 2, 4, 8, 16"
-    ),
-    ('"tp=1"', '"tp=1"\noverlap = 1'): (
-        "[[deployments]] 1: overlap is 1; it must be true or false or 'auto'"
-    ),
-    ('"tp=1"', '"tp=1"\noverlap = "on"'): (
-        "[[deployments]] 1: overlap is \"on\"; it must be true or false or 'auto'"
-    ),
-    ('"tp=1"', '"tp=1"\nnum_micro_batches = 0'): (
-        "[[deployments]] 1: num_micro_batches is 0; it must be a whole number, 1 to 1,024"
-    ),
-    ('"tp=1"', '"tp=1"\nmicro_batch_schedule = "drain"'): (
-        "[[deployments]] 1: micro_batch_schedule is \"drain\"; it must be 'drained' or 'rotating'"
-    ),
-    ('"tp=1"', '"tp=1"\nplacement_file = ""'): (
-        '[[deployments]] 1: placement_file is ""; it must be a path'
-    ),
-    ('"tp=1"', '"tp=1"\nplacement_file = "a\\u0000b"'): (
-        '[[deployments]] 1: placement_file is "a\\u0000b"; it must be a path'
-    ),
-    ('"tp=1"', '"tp=1"\nbaseline = false'): (
-        "[[deployments]] 1: baseline is false, but the first deployment is always one"
-    ),
-    ('"tp=1"', '"tp=1"\n[[deployments]]\nname = "one"\nlayout = "tp=2"'): (
-        "experiment mine: two deployments are named 'one'"
-    ),
-    ('"tp=1"', '"tp=1"\n[[deployments]]\nname = "two"'): "[[deployments]] 2: layout is missing",
-    ('"tp=1"', '"tp=1"\n[[scaling]]\nname = "two"'): "[[scaling]] 1: layout is missing",
-    ("[[deployments]]", "[deployments]"): (
-        'deployments is {"name": "one", "layout": "tp=1"}; it must be one or more tables, '
-        "[[deployments]]"
-    ),
-    ('[[deployments]]\nname = "one"\nlayout = "tp=1"\n', ""): (
-        "experiment mine has no deployment; add a [[deployments]] table"
-    ),
-    ('[model]\npreset = "paper-tiny"\n', ""): "the table [model] is missing",
-    ('name = "mine"\n', 'name = "mine"\ncluster = 8\n'): (
-        "cluster is 8; it must be a table, [cluster]"
-    ),
+    ("num_sequences = 4", 'num_sequences = "4"'): "[workload] num_sequences 4 whole number",
+    ("num_sequences = 4", "num_sequences = 4.0"): "[workload] num_sequences 4.0 whole number",
+    ("num_sequences = 4", "num_sequences = true"): "[workload] num_sequences true whole number",
+    ("num_sequences = 4", "num_sequences = 0"): "num_sequences 0 whole number 1",
+    ("prompt_len = 8", "prompt_len = 63"): "63 3 65 64 prompt_len output_len 1 62",
+    ("output_len = 3\n", ""): "[workload] output_len missing",
+    ("prompt_len = 8\noutput_len = 3\n", ""): "[workload] prompt_len output_len missing",
+    ('name = "mine"\n', ""): "name missing",
+    ('"mine"', "3"): "name 3 string",
+    ('"mine"', "2020-01-01"): "name 2020-01-01 string",
+    ('"mine"', '"../mine"'): "name mine folder letters _",
+    ('"mine"', '"mine"\nseed = 1.5'): "seed 1.5 whole number",
+    ('preset = "paper-tiny"', "preset = 3"): "[model] preset 3 string",
+    ('"paper-tiny"', '"paper-tny"'): "[model] unknown preset nearest",
+    ('"paper-tiny"', '"paper-tiny"\nrope_theta = nan'): "rope_theta number 1 1e 12",
+    ('"paper-tiny"', '"paper-tiny"\nrope_theta = "x"'): "[model] rope_theta number",
+    (
+        'preset = "paper-tiny"',
+        'name = "x"',
+    ): "[model] num_hidden_layers hidden_size num_attention_heads",
+    ('name = "one"\n', ""): "[[deployments]] 1 name missing",
+    ('"one"', '""'): "[[deployments]] 1 deployment name one",
+    ('"one"', '"a\\nb"'): "[[deployments]] 1 deployment name one",
+    ('layout = "tp=1"\n', ""): "[[deployments]] 1 layout missing",
+    ('"tp=1"', "1"): "[[deployments]] 1 layout string",
+    ('"tp=1"', '"dp=4,ep=3"'): "[[deployments]] 1 layout 4 3 × 2",
+    ('"tp=1"', '"tp=5"'): "deployment one layout 5 16 1 2 4 8",
+    ('"tp=1"', '"tp=1"\noverlap = 1'): "[[deployments]] 1 overlap true false auto",
+    ('"tp=1"', '"tp=1"\noverlap = "on"'): "[[deployments]] 1 overlap true false auto",
+    (
+        '"tp=1"',
+        '"tp=1"\nnum_micro_batches = 0',
+    ): "[[deployments]] 1 num_micro_batches 0 whole number",
+    (
+        '"tp=1"',
+        '"tp=1"\nmicro_batch_schedule = "drain"',
+    ): "[[deployments]] 1 micro_batch_schedule drained rotating",
+    ('"tp=1"', '"tp=1"\nplacement_file = ""'): "[[deployments]] 1 placement_file path",
+    (
+        '"tp=1"',
+        '"tp=1"\nplacement_file = "a\\u0000b"',
+    ): "[[deployments]] 1 placement_file u0000b path",
+    ('"tp=1"', '"tp=1"\nbaseline = false'): "[[deployments]] 1 baseline false deployment one",
+    ('"tp=1"', '"tp=1"\n[[deployments]]\nname = "one"\nlayout = "tp=2"'): "mine one",
+    ('"tp=1"', '"tp=1"\n[[deployments]]\nname = "two"'): "[[deployments]] 2 layout missing",
+    ('"tp=1"', '"tp=1"\n[[scaling]]\nname = "two"'): "[[scaling]] 1 layout missing",
+    ("[[deployments]]", "[deployments]"): "name one layout 1 [[deployments]]",
+    (
+        '[[deployments]]\nname = "one"\nlayout = "tp=1"\n',
+        "",
+    ): "mine deployment [[deployments]] table",
+    ('[model]\npreset = "paper-tiny"\n', ""): "table [model] missing",
+    ('name = "mine"\n', 'name = "mine"\ncluster = 8\n'): "cluster 8 table [cluster]",
 }
 
 _PROJECTION = '[projection]\ncluster = "h100x2"\n'
 WRONG_PROJECTIONS = {
-    "[projection]\n": "[projection]: cluster is missing",
-    f"{_PROJECTION}speed = 1": (
-        "unknown key 'speed' in [projection]; valid: cluster, framework, skew, routing_trace, "
-        "execution, slo, dtype, kv_dtype, prompt_len, output_len, requests, prefix_len, "
-        "num_prefixes, num_running"
-    ),
-    f"{_PROJECTION}skew = 11.5": "projection: skew is 11.5; it must be a number, 0 to 10",
-    f'{_PROJECTION}skew = "0.5"': '[projection]: skew is "0.5"; it must be a number',
-    f'{_PROJECTION}skew = 1\nrouting_trace = "x"': (
-        "projection: skew and routing_trace exclude each other"
-    ),
-    f'{_PROJECTION}execution = "serial"': (
-        "[projection]: execution is \"serial\"; it must be 'graph' or 'eager'"
-    ),
-    f'{_PROJECTION}slo = "tpot=20ms"': (
-        "projection: slo is 'tpot=20ms': of which statistic? write tpot.mean=20ms, or .median, "
-        ".p90, .p95, .p99"
-    ),
-    f'{_PROJECTION}prompt_len = "9:3"': (
-        "projection: prompt_len is '9:3'; it must be a whole number, 1 to 16,777,216, or two, the "
-        'lower one first: "32:512"'
-    ),
-    f"{_PROJECTION}prompt_len = 9": "[projection]: prompt_len is 9; it must be a string",
-    f'{_PROJECTION}prompt_len = "9"\nrequests = "x"': (
-        "projection: requests has lengths; leave out prompt_len, output_len and prefix_len"
-    ),
-    f"{_PROJECTION}num_running = {{ two = 3 }}": (
-        "unknown key 'two' in [projection.num_running]; valid: one"
-    ),
-    f"{_PROJECTION}num_running = {{ one = 0 }}": (
-        "projection: num_running of 'one' is 0; it must be a whole number, 1 to 1,048,576"
-    ),
-    f'{_PROJECTION}num_running = {{ one = "x" }}': (
-        '[projection]: num_running.one is "x"; it must be a whole number'
-    ),
+    "[projection]\n": "[projection] cluster missing",
+    f"{_PROJECTION}speed = 1": "unknown [projection] cluster routing_trace kv_dtype",
+    f"{_PROJECTION}skew = 11.5": "projection 11.5 number 0 10",
+    f'{_PROJECTION}skew = "0.5"': "[projection] 0.5 number",
+    f'{_PROJECTION}skew = 1\nrouting_trace = "x"': "projection routing_trace exclude",
+    f'{_PROJECTION}execution = "serial"': "[projection] graph eager",
+    f'{_PROJECTION}slo = "tpot=20ms"': "projection 20ms statistic p90 p95 p99",
+    f'{_PROJECTION}prompt_len = "9:3"': "projection prompt_len 9 3 whole number 1 one 32 512",
+    f"{_PROJECTION}prompt_len = 9": "[projection] prompt_len 9 string",
+    f'{_PROJECTION}prompt_len = "9"\nrequests = "x"': "projection prompt_len output_len prefix_len",
+    f"{_PROJECTION}num_running = {{ two = 3 }}": "unknown projection.num_running one",
+    f"{_PROJECTION}num_running = {{ one = 0 }}": "projection num_running one 0 whole number 1",
+    f'{_PROJECTION}num_running = {{ one = "x" }}': "[projection] num_running.one whole number",
 }
 
 MALFORMED = {
-    ('name = "mine"', "name = mine"): "malformed TOML: Invalid value (at line 1, column 8)",
-    ("[model]", "[model"): (
-        "malformed TOML: Expected ']' at the end of a table declaration (at line 2, column 7)"
-    ),
-    ('layout = "tp=1"\n', "layout ="): (
-        "malformed TOML: Invalid value (at line 10, column 9, the end of the file)"
-    ),
-    ("prompt_len = 8", "num_sequences = 8"): (
-        "malformed TOML: Cannot overwrite a value (at line 6, column 18)"
-    ),
+    ('name = "mine"', "name = mine"): "malformed TOML 1 8",
+    ("[model]", "[model"): "malformed TOML end table 2 7",
+    ('layout = "tp=1"\n', "layout ="): "malformed TOML 10 9 end",
+    ("prompt_len = 8", "num_sequences = 8"): "malformed TOML 6 18",
 }
 
 
-@pytest.mark.parametrize(("change", "line"), (UNKNOWN_KEYS | WRONG_VALUES | MALFORMED).items())
-def test_a_mistake_gets_one_clear_line(error_of, change: tuple[str, str], line: str):
+@pytest.mark.parametrize(("change", "words"), (UNKNOWN_KEYS | WRONG_VALUES | MALFORMED).items())
+def test_a_mistake_gets_one_clear_line(error_of, change: tuple[str, str], words: str):
     old, new = change
     assert old in SMALLEST
-    assert error_of(SMALLEST.replace(old, new, 1)) == line
+    assert tells(error_of(SMALLEST.replace(old, new, 1)), words)
 
 
-@pytest.mark.parametrize(("table", "line"), WRONG_PROJECTIONS.items())
-def test_a_mistake_in_how_it_is_projected_gets_one_line(error_of, table: str, line: str):
-    assert error_of(f"{SMALLEST}{table}\n") == line
+@pytest.mark.parametrize(("table", "words"), WRONG_PROJECTIONS.items())
+def test_a_mistake_in_how_it_is_projected_gets_one_line(error_of, table: str, words: str):
+    assert tells(error_of(f"{SMALLEST}{table}\n"), words)
 
 
 def test_how_it_is_projected(tmp_path: Path):
@@ -384,24 +306,6 @@ def test_a_missing_file(tmp_path: Path):
     with pytest.raises(SpecError) as caught:
         read_experiment(path)
     assert tells(str(caught.value), f"{path} No such file")
-
-
-def test_a_folder(tmp_path: Path):
-    with pytest.raises(SpecError) as caught:
-        read_experiment(tmp_path)
-    assert tells(str(caught.value), f"{tmp_path} folder")
-
-
-def test_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(path: Path, flags: int) -> int:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(os, "open", refuse)
-    path = tmp_path / "mine.toml"
-    path.write_text(SMALLEST)
-    with pytest.raises(SpecError) as caught:
-        read_experiment(path)
-    assert str(caught.value) == f"cannot read {path}: Permission denied"
 
 
 def test_find_takes_a_path_or_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

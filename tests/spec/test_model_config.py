@@ -13,7 +13,6 @@ from expertlane.spec.model import (
     layer_shapes,
     num_params,
 )
-from expertlane.spec.ranges import RANGES
 
 TINY = PRESETS["paper-tiny"]
 
@@ -79,42 +78,6 @@ def test_one_of_everything_is_a_model():
     assert num_params(model) == 16 + 4 + 2 + 4 + 6
 
 
-@pytest.mark.parametrize(
-    "field",
-    [
-        "num_hidden_layers",
-        "hidden_size",
-        "num_attention_heads",
-        "head_dim",
-        "num_experts",
-        "num_experts_per_tok",
-        "moe_intermediate_size",
-        "vocab_size",
-        "max_position_embeddings",
-        "rope_theta",
-        "rms_norm_eps",
-    ],
-)
-@pytest.mark.parametrize("value", [0, -2, math.nan])
-def test_sizes_must_be_positive(field, value):
-    with pytest.raises(SpecError) as error:
-        TINY.with_overrides(**{field: value})
-    assert tells(str(error.value), f"paper-tiny {field} {value} {RANGES[field]}")
-
-
-def test_more_experts_per_token_than_experts():
-    with pytest.raises(SpecError) as error:
-        TINY.with_overrides(num_experts_per_tok=17)
-    assert tells(str(error.value), "paper-tiny num_experts_per_tok 17 16")
-    TINY.with_overrides(num_experts_per_tok=16)
-
-
-def test_rotary_positions_need_an_even_head():
-    with pytest.raises(SpecError) as error:
-        TINY.with_overrides(head_dim=5)
-    assert tells(str(error.value), "paper-tiny head_dim 5 even")
-
-
 def test_the_defaults_are_the_paper_s_model():
     assert (TINY.num_kv_heads, TINY.kv_size, TINY.attention_output_size) == (16, 64, 64)
     assert (TINY.rotary_dim, TINY.softmax_scale) == (4, 0.5)
@@ -177,20 +140,11 @@ _LATENT = LatentAttention(5, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=
         ({"num_key_value_heads": 3}, "num_key_value_heads 3 divide 16"),
         ({"num_key_value_heads": 0}, "num_key_value_heads 0 1"),
         ({"sliding_window": (4, None)}, "sliding_window 2"),
-        (
-            {"sliding_window": (4, None, 0, 1)},
-            "sliding_window 0",
-        ),
-        (
-            {"rope_scaling": RopeScaling("linear", math.nan, 8)},
-            "rope_scaling factor nan",
-        ),
+        ({"sliding_window": (4, None, 0, 1)}, "sliding_window 0"),
+        ({"rope_scaling": RopeScaling("linear", math.nan, 8)}, "rope_scaling factor nan"),
         ({"latent": _LATENT, "head_dim": 6}, "head_dim 6 latent"),
         ({"latent": _LATENT, "qkv_bias": True}, "latent qkv_bias qk_norm"),
-        (
-            {"latent": LatentAttention(5, 1, 3, 3)},
-            "qk_rope_head_dim 3 rotary positions",
-        ),
+        ({"latent": LatentAttention(5, 1, 3, 3)}, "qk_rope_head_dim 3 rotary positions"),
         ({"latent": LatentAttention(5, 2, 2, 0)}, "latent v_head_dim 0"),
         ({"latent": LatentAttention(5, 2, 2, 3, 0)}, "latent q_lora_rank 0"),
         ({"routing": Routing(n_group=3)}, "n_group 3 divide 16 experts"),
@@ -205,10 +159,7 @@ _LATENT = LatentAttention(5, qk_nope_head_dim=2, qk_rope_head_dim=2, v_head_dim=
             "n_group 16 experts 2",
         ),
         ({"dense_layers": (1, 0)}, "dense_layers 1 0 layer"),
-        (
-            {"dense_layers": (4,)},
-            "dense_layers 4 layer 0 3",
-        ),
+        ({"dense_layers": (4,)}, "dense_layers 4 layer 0 3"),
         ({"dense_layers": (0,)}, "intermediate_size 0 dense layers"),
         ({"shared_expert_intermediate_size": -1}, "shared_expert_intermediate_size -1"),
         ({"swiglu_limit": 7.0}, "swiglu_limit 7 gated_mlp true"),

@@ -59,10 +59,7 @@ BAD = {
     "no time": ('{"timestamp": true, "input_length": 1, "output_length": 1}', "timestamp true"),
     "past": ('{"timestamp": -1, "input_length": 1, "output_length": 1}', "timestamp -1"),
     "endless": ('{"timestamp": 1e999, "input_length": 1}', "1e999 large"),
-    "no length": (
-        '{"timestamp": 0, "input_length": 0, "output_length": 1}',
-        "1 input_length 0",
-    ),
+    "no length": ('{"timestamp": 0, "input_length": 0, "output_length": 1}', "1 input_length 0"),
     "no whole one": (
         '{"timestamp": 0, "input_length": 1, "output_length": 1.5}',
         "1 output_length 1.5",

@@ -6,7 +6,6 @@ import pytest
 
 from cli.screen import telling, tells
 from expertlane.errors import UserError
-from expertlane.spec.ranges import RANGES
 from expertlane.spec.sampling import SamplingParams
 
 NAN, INF = float("nan"), float("inf")
@@ -36,29 +35,6 @@ def test_plain_greedy_needs_no_logits(asked, needs_logits):
     params = SamplingParams(**({"temperature": 0} | asked))
     assert params.needs_logits is needs_logits
     assert params.is_greedy is ("temperature" not in asked)
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("temperature", [-0.1, NAN, INF, "1", None, True, 10**30]),
-        ("top_p", [0, -0.5, 1.01, NAN, INF, None, [0.5]]),
-        ("min_p", [-0.01, 1.01, NAN, None]),
-        ("repetition_penalty", [0, -1, NAN, INF, None]),
-        ("presence_penalty", [-2.1, 2.1, NAN, INF, "0"]),
-        ("frequency_penalty", [-2.1, 2.1, NAN, INF, "0"]),
-        ("top_k", [-1, 0.5, 3.0, NAN, True, "3", None]),
-        ("max_tokens", [0, -5, 2.0, NAN, True, None]),
-        ("min_tokens", [-1, 2.0, NAN, True, None]),
-        ("seed", [-1, 2**64, 1.0, True, "1"]),
-        ("logprobs", [-1, 21, 1.0, True]),
-    ],
-)
-def test_a_number_out_of_its_range_is_refused_in_one_line(name, values):
-    for value in values:
-        with pytest.raises(UserError) as refused:
-            SamplingParams(**{name: value})
-        assert tells(str(refused.value), f"{name} {value!r} {RANGES[name]}")
 
 
 def test_a_number_of_many_digits_is_not_written_out():
@@ -99,21 +75,6 @@ def test_a_bad_value_in_a_list_is_named(name, values, line):
     with pytest.raises(UserError) as refused:
         SamplingParams(**{name: values})
     assert tells(str(refused.value), f"{name} {line}")
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [
-        {"temperature": 0, "top_p": 1, "min_p": 0, "top_k": 0, "logprobs": 0},
-        {"temperature": 1e9, "top_p": 1e-9, "min_p": 1, "top_k": 2**31 - 1, "logprobs": 20},
-        {"presence_penalty": -2, "frequency_penalty": 2, "repetition_penalty": 1e-6},
-        {"seed": 0, "max_tokens": 1},
-        {"seed": 2**64 - 1, "max_tokens": 2**31 - 1},
-    ],
-)
-def test_values_at_the_limits_are_taken(asked):
-    params = SamplingParams(**asked)
-    assert {name: getattr(params, name) for name in asked} == asked
 
 
 def test_values_are_kept_in_one_form():

@@ -40,10 +40,7 @@ def test_a_schema_is_kept_as_text():
         ({"json_schema": "[" * 100_000}, "json_schema JSON"),
         ({"json_schema": {"const": "x" * 300_000}}, "300,000 16,384"),
         ({"json_schema": {"enum": ["x" * 16_000 + str(n) for n in range(20)]}}, "262,144"),
-        (
-            {"json_schema": {"properties": {str(i): {} for i in range(1001)}}},
-            "1,001",
-        ),
+        ({"json_schema": {"properties": {str(i): {} for i in range(1001)}}}, "1,001"),
         ({"grammar": "a" * 9000}, "grammar 9,000 8,192"),
         ({"regex": "a", "compact": True}, "compact json_schema regex"),
         ({"json_schema": {}, "compact": 1}, "compact 1 true false"),

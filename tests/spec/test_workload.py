@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from cli.screen import telling, tells
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.model import PRESETS
-from expertlane.spec.ranges import RANGES
 from expertlane.spec.workload import LengthRange, Load, Workload, draw_requests
 
 TINY = PRESETS["paper-tiny"]  # 64 positions
@@ -15,22 +14,6 @@ TINY = PRESETS["paper-tiny"]  # 64 positions
 def test_the_last_output_token_takes_no_position():
     assert Workload(1, prompt_len=10, output_len=1).max_len == 10
     assert Workload(1, prompt_len=10, output_len=5).max_len == 14
-
-
-@pytest.mark.parametrize("field", ["num_sequences", "prompt_len", "output_len"])
-@pytest.mark.parametrize("value", [0, -3])
-def test_counts_under_one(field, value):
-    sizes = {"num_sequences": 1, "prompt_len": 1, "output_len": 1} | {field: value}
-    with pytest.raises(SpecError) as error:
-        Workload(**sizes)
-    assert tells(str(error.value), f"{field} {value} {RANGES[field]}")
-
-
-@pytest.mark.parametrize("seed", [-1, 2**64])
-def test_seeds_out_of_range(seed):
-    with pytest.raises(SpecError) as error:
-        Workload(1, 1, 1, seed=seed)
-    assert tells(str(error.value), f"{seed} {RANGES['seed']}")
 
 
 def test_the_largest_seed_can_be_drawn_from():
@@ -45,26 +28,10 @@ def test_workloads_that_just_fit(prompt_len, output_len):
 @pytest.mark.parametrize(
     ("prompt_len", "output_len", "message"),
     [
-        (
-            65,
-            1,
-            "prompt 65 1 tokens positions 64 prompt_len output_len",
-        ),
-        (
-            60,
-            17,
-            "prompt 60 17 tokens 76 positions 64 prompt_len output_len 1 48",
-        ),
-        (
-            2,
-            64,
-            "prompt 2 64 tokens 65 positions prompt_len output_len 1",
-        ),
-        (
-            1,
-            100,
-            "prompt 1 100 tokens positions 64 output_len",
-        ),
+        (65, 1, "prompt 65 1 tokens positions 64 prompt_len output_len"),
+        (60, 17, "prompt 60 17 tokens 76 positions 64 prompt_len output_len 1 48"),
+        (2, 64, "prompt 2 64 tokens 65 positions prompt_len output_len 1"),
+        (1, 100, "prompt 1 100 tokens positions 64 output_len"),
     ],
 )
 def test_workloads_that_do_not_fit(prompt_len, output_len, message):

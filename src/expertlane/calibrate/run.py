@@ -41,7 +41,7 @@ from expertlane.engine.ranks.commands import (
 )
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import UserError
-from expertlane.progress import Progress, Silent
+from expertlane.progress import Progress
 
 _TRANSFERS = (  # the engine has no all-reduce
     TransferKind.ALL_GATHER,
@@ -336,7 +336,7 @@ class Calibration:
 
     def run(self, progress: Progress | None = None) -> None:
         """All rounds, or as many as there is time for on a machine that others keep busy."""
-        progress = progress or Silent()
+        progress = progress or Progress()
         parts = _PARTS if self._num_ranks > 1 else 2
         progress.task("measuring", parts * self.grid.num_rounds)
         began_s = time.monotonic()
@@ -347,7 +347,7 @@ class Calibration:
 
     def measure_round(self, progress: Progress | None = None) -> None:
         """Everything once; what other processes disturbed is measured again, within bounds."""
-        progress = progress or Silent()
+        progress = progress or Progress()
         found = self.measured
         found.operations.append(self.quiet.measure(self._operations))
         progress.advance()
@@ -463,7 +463,5 @@ class Calibration:
 
 def _with(profile: Profile, surfaces: dict[str, Surface], terms: dict[str, Term]) -> Profile:
     return replace(
-        profile,
-        surfaces={**profile.surfaces, **surfaces},
-        terms={**profile.terms, **terms},
+        profile, surfaces={**profile.surfaces, **surfaces}, terms={**profile.terms, **terms}
     )

@@ -2,7 +2,6 @@
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -10,16 +9,13 @@ import typer
 
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import (
-    placement_option,
-    ranks_per_node_option,
-    redundant_option,
-)
+from expertlane.cli.options import placement_option, ranks_per_node_option, redundant_option
 from expertlane.cli.output import (
     AnswerOptions,
     Call,
     command_line,
     may_be_lost,
+    now,
     print_report,
     print_written,
     slug,
@@ -43,17 +39,13 @@ class _Options:
         metavar="ROUTING_TRACE", help="What expertlane generate --record-routing wrote."
     )
     ep_ranks: int = typer.Option(
-        ...,
-        "--ep",
-        metavar="N",
-        help="Expert-parallel ranks; ranks that share a sharded expert count as one.",
+        ..., "--ep", help="Expert-parallel ranks; ranks that share a sharded expert count as one."
     )
     ranks_per_node: int | None = ranks_per_node_option(None, "all on one node")
     num_redundant_experts: int = redundant_option()
     placement: str | None = placement_option(None, "one that balances the trace, written")
     no_coactivation: bool = typer.Option(
         False,
-        "--no-coactivation",
         rich_help_panel=Panel.MORE_DEPLOYMENT,
         help="Balance load only; ignore which experts are chosen together.",
     )
@@ -134,7 +126,7 @@ def balance(own: _Options, output_options: AnswerOptions) -> None:
         layers = dict(zip(read.layers, after, strict=True))
         write_placement(ModelPlacement(read.model, read.num_experts, layers), folder / _FILE)
     placed = _evaluated(read, before, after, own)
-    report = report_of(placed, command_line(), datetime.now(UTC).isoformat(timespec="seconds"))
+    report = report_of(placed, command_line(), now())
     with nullcontext() if folder is None else may_be_lost():
         print_report(report, output_options, None, lambda: _json(read, after, placed, own))
     if folder is not None:

@@ -52,7 +52,6 @@ class UrlOptions:
     )
     rounds: int | None = typer.Option(
         None,
-        metavar="N",
         show_default=f"1; with --compare {_PAIRED_ROUNDS}",
         help="Rounds, each with its own requests; 5 or more give an interval.",
     )
@@ -73,7 +72,6 @@ class UrlOptions:
     )
     num_warm_up: int | None = typer.Option(
         None,
-        metavar="N",
         show_default="the batch; in an open loop 8",
         help="Warm-up requests before each load, which are not counted.",
     )
@@ -247,10 +245,7 @@ def _check_alone(own: _Options, engine: EngineOptions) -> None:
 
 
 def _check(
-    found: FoundModel,
-    engine: EngineOptions,
-    loads: "list[Load]",
-    layouts: list[Layout],
+    found: FoundModel, engine: EngineOptions, loads: "list[Load]", layouts: list[Layout]
 ) -> None:
     """Check all that is known before the model is loaded.
 

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -12,10 +11,7 @@ from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import cpu_isa_option, dtype_option, timeout_option
-from expertlane.cli.output import (
-    AnswerOptions,
-    out_option,
-)
+from expertlane.cli.output import AnswerOptions, out_option
 from expertlane.errors import UserError
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.files import strict_json
@@ -33,10 +29,7 @@ class _Options:
     panel: ClassVar = Panel.DEPLOYMENT
     name: str = typer.Argument("this-machine", metavar="NAME", help="Name of the profile.")
     ranks: int | None = typer.Option(
-        None,
-        metavar="N",
-        show_default="as many as GPUs, else cores",
-        help="Ranks that measure, all at once.",
+        None, show_default="as many as GPUs, else cores", help="Ranks that measure, all at once."
     )
     dtype: Dtype | None = dtype_option("the machine's choice")
     within: float = typer.Option(
@@ -84,7 +77,7 @@ def calibrate(own: _Options, output_options: _Output) -> None:
 
     calibration, profile = _measure(own)
     write_profile(profile, path)
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+    created = output.now()
     quiet = calibration.quiet
     rounds = Rounds(
         dtype=calibration.machine.dtype,

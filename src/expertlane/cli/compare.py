@@ -21,6 +21,7 @@ from expertlane.cli.options import (
     LaunchOptions,
     cluster_option,
     dtype_option,
+    fields_of,
     framework_option,
     known_experiments,
     known_models,
@@ -141,25 +142,20 @@ class _Options:
     )
     repeat: int = typer.Option(
         DEFAULT_REPEAT,
-        metavar="N",
         help="How often the deployments of the answer's first sentence are measured; the others "
         "twice at most. Fewer than 5 give no intervals.",
     )
     min_time: float = typer.Option(
-        0.0,
-        metavar="SECONDS",
-        help="Measure each of those deployments for at least this long.",
+        0.0, metavar="SECONDS", help="Measure each of those deployments for at least this long."
     )
     resume: bool = typer.Option(
         False,
-        "--resume",
         rich_help_panel=Panel.MORE_WORKLOAD,
         help="Go on with a comparison that was interrupted: what it measured is kept in the folder "
         "of its results until it is complete.",
     )
     traffic: bool = typer.Option(
         False,
-        "--traffic",
         rich_help_panel=Panel.MORE_OUTPUT,
         help="Also show for each deployment: traffic matrix, fan-out of tokens, hottest ranks "
         "and experts, and the straggler.",
@@ -173,7 +169,6 @@ class _Projection:
     panel: ClassVar = Panel.PROJECTION
     project: bool = typer.Option(
         False,
-        "--project",
         help="Also project the same deployments on a modelled cluster, in separate tables; "
         "where this machine is too small to run them, only project. An experiment's table "
         "[projection] has values for the options below; those given take precedence.",
@@ -194,12 +189,9 @@ class _Projection:
     @property
     def given(self) -> dict[str, Any]:
         """Options that were given; they take precedence over an experiment's `[projection]`."""
-        values = {
-            "cluster": self.cluster,
-            "skew": self.skew,
-            "framework": self.framework,
-            "slo": ",".join(self.slo) if self.slo else None,
-        }
+        from expertlane.spec.experiment import Projection
+
+        values = fields_of(Projection, self) | {"slo": ",".join(self.slo or ()) or None}
         return {name: value for name, value in values.items() if value is not None}
 
     def applied_to(self, experiment: "Experiment", dtype: str | None) -> "Projection":
@@ -398,13 +390,7 @@ def _projector(
     served = ServingConditions(
         routing, Goals.of(asked.slos), load, Execution(asked.execution), asked.num_running
     )
-    on_cluster = ProjectionAsked(
-        cluster=asked.cluster,
-        framework=asked.framework,
-        skew=skew,
-        routing_trace=trace,
-        execution=asked.execution,
-    )
+    on_cluster = ProjectionAsked(**fields_of(ProjectionAsked, asked))
     skew = model.usual_skew if skew is None else skew
     return ExperimentProjector(experiment, cluster, types, skew, on_cluster, served)
 

@@ -1,7 +1,6 @@
 """`expertlane diff`: two results, deployment by deployment."""
 
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,11 +9,7 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.output import (
-    OutputOptions,
-    export_option,
-    out_option,
-)
+from expertlane.cli.output import OutputOptions, export_option, out_option
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json, write_text
 
@@ -35,7 +30,6 @@ class _Options:
     )
     strict: bool = typer.Option(
         False,
-        "--strict",
         rich_help_panel=Panel.OUTPUT,
         help="Also count changes of a busy machine or of unknown noise.",
     )
@@ -94,7 +88,7 @@ def diff(
     if folder is not None:
         output.check_folder(folder)
     names = str(first), str(second)
-    created = datetime.now(UTC).isoformat(timespec="seconds")
+    created = output.now()
     results = read(first), read(second)
     found = difference(*results, names, own.threshold / 100, own.strict)
     report = report_of_difference(found, output.command_line(), created)

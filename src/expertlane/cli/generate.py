@@ -53,18 +53,10 @@ class SamplingOptions:
 
     panel: ClassVar = Panel.MORE_SAMPLING
     max_tokens: int | None = typer.Option(
-        None,
-        metavar="N",
-        show_default="256",
-        rich_help_panel=Panel.SAMPLING,
-        help="Output tokens at most.",
+        None, show_default="256", rich_help_panel=Panel.SAMPLING, help="Output tokens at most."
     )
     temperature: float | None = typer.Option(
-        None,
-        metavar="T",
-        show_default="1",
-        rich_help_panel=Panel.SAMPLING,
-        help="0: greedy.",
+        None, metavar="T", show_default="1", rich_help_panel=Panel.SAMPLING, help="0: greedy."
     )
     seed: int | None = seed_option(None, "a new one", Panel.SAMPLING)
     top_k: int | None = typer.Option(
@@ -83,10 +75,7 @@ class SamplingOptions:
         help="Sample from tokens at least P times as likely as the most likely.",
     )
     repetition_penalty: float | None = typer.Option(
-        None,
-        metavar="X",
-        show_default="1",
-        help="Above 1: penalises tokens in prompt or output.",
+        None, metavar="X", show_default="1", help="Above 1: penalises tokens in prompt or output."
     )
     presence_penalty: float | None = typer.Option(
         None, metavar="X", show_default="0", help="Above 0: penalises tokens in the output."
@@ -101,18 +90,12 @@ class SamplingOptions:
     stop_token_ids: list[int] | None = typer.Option(
         None, "--stop-token-id", metavar="ID", help="Stop token."
     )
-    ignore_eos: bool = typer.Option(
-        False, "--ignore-eos", help="Continue after an end-of-sequence token."
-    )
+    ignore_eos: bool = typer.Option(False, help="Continue after an end-of-sequence token.")
     logprobs: int | None = typer.Option(
-        None,
-        metavar="N",
-        help="With --json: log-probabilities of each token and of the N most likely.",
+        None, help="With --json: log-probabilities of each token and of the N most likely."
     )
     prompt_logprobs: int | None = typer.Option(
-        None,
-        metavar="N",
-        help="With --json: the same for the tokens of the prompt.",
+        None, help="With --json: the same for the tokens of the prompt."
     )
 
 
@@ -142,9 +125,7 @@ class _Options:
         None, metavar="ID[,ID…]", help="A prompt as token ids."
     )
     chat: bool = typer.Option(
-        False,
-        "--chat",
-        help="A conversation, one message per line, with the model's chat template.",
+        False, help="A conversation, one message per line, with the model's chat template."
     )
     system: str | None = typer.Option(
         None, metavar="TEXT", help="The conversation's system message."
@@ -157,7 +138,6 @@ class _Options:
     )
     compact_json: bool = typer.Option(
         False,
-        "--compact-json",
         rich_help_panel=Panel.MORE_SAMPLING,
         help="With --json-schema: no spaces or line ends between the parts of the JSON, so fewer "
         "tokens.",

@@ -1,8 +1,9 @@
 """`expertlane list`: what a command can be given."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
@@ -47,35 +48,28 @@ def models(print_options: PrintOptions) -> None:
 
     Presets have random weights. Any other MODEL is a checkpoint's folder or a hub id (org/name).
     """
-    from expertlane.report.document import number, text
+    from expertlane.report.document import number
     from expertlane.report.numbers import whole
     from expertlane.spec.hf_config import FAMILIES
     from expertlane.spec.model import PRESETS, num_params
 
-    rows: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "num_parameters": num_params(model),
-            "num_hidden_layers": model.num_hidden_layers,
-            "num_experts": model.num_experts,
-            "num_experts_per_tok": model.num_experts_per_tok,
-            "hidden_size": model.hidden_size,
-            "max_position_embeddings": model.max_position_embeddings,
-        }
-        for name, model in PRESETS.items()
+    columns = [
+        number("parameters", _of("num_parameters"), lambda of: f"{of / 1e6:,.1f} M"),
+        number("layers", _of("num_hidden_layers")),
+        number("experts", _of("num_experts")),
+        number("top-k", _of("num_experts_per_tok")),
+        number("hidden", _of("hidden_size"), whole),
+        number("tokens at most", _of("max_position_embeddings"), whole),
     ]
-    columns: list[Column[Mapping[str, Any]]] = [
-        text("preset", lambda row: row["name"]),
-        number("parameters", lambda row: row["num_parameters"] / 1e6, lambda of: f"{of:,.1f} M"),
-        number("layers", lambda row: row["num_hidden_layers"]),
-        number("experts", lambda row: row["num_experts"]),
-        number("top-k", lambda row: row["num_experts_per_tok"]),
-        number("hidden", lambda row: row["hidden_size"], whole),
-        number("tokens at most", lambda row: row["max_position_embeddings"], whole),
+    sizes = "num_hidden_layers num_experts num_experts_per_tok hidden_size max_position_embeddings"
+    rows = [
+        {"name": name, "num_parameters": num_params(model)}
+        | {size: getattr(model, size) for size in sizes.split()}
+        for name, model in PRESETS.items()
     ]
     families = f"Families of checkpoints: {', '.join(FAMILIES)}."
     headline = f"{len(rows)} presets: {', '.join(PRESETS)}."
-    _show(headline, "Models | random weights", columns, rows, print_options, [families])
+    _show(headline, "Models | random weights", "preset", columns, rows, print_options, [families])
 
 
 @_command
@@ -90,7 +84,8 @@ def profiles(print_options: PrintOptions) -> None:
     from expertlane.report.document import number, text
     from expertlane.report.numbers import bytes_si, rate_si
 
-    rows: list[dict[str, Any]] = [
+    devices = {name: read_profile(name).device for name in shipped_profiles()}
+    rows = [
         {
             "name": name,
             "device": device.name,
@@ -98,25 +93,20 @@ def profiles(print_options: PrintOptions) -> None:
             "memory_bytes_per_s": device.memory_bytes_per_s,
             "flops_per_s": dict(device.flops_per_s),
         }
-        for name in shipped_profiles()
-        for device in [read_profile(name).device]
+        for name, device in devices.items()
     ]
-
-    def peak(dtype: str) -> Any:
-        return lambda row: row["flops_per_s"].get(dtype)
-
-    def flops(of: float) -> str:
-        return rate_si(of, "FLOP")
-
-    columns: list[Column[Mapping[str, Any]]] = [
-        text("profile", lambda row: row["name"]),
+    columns = [
         text("device", lambda row: row["device"].removeprefix("NVIDIA ")),
-        number("memory", lambda row: row["memory_bytes"], bytes_si),
-        number("bandwidth", lambda row: row["memory_bytes_per_s"], lambda of: rate_si(of, "B")),
-        *(number(dtype, peak(dtype), flops) for dtype in ("bfloat16", "float8", "nvfp4")),
+        number("memory", _of("memory_bytes"), bytes_si),
+        number("bandwidth", _of("memory_bytes_per_s"), partial(rate_si, unit="B")),
+        *(
+            number(dtype, _of("flops_per_s", dtype), partial(rate_si, unit="FLOP"))
+            for dtype in ("bfloat16", "float8", "nvfp4")
+        ),
     ]
-    headline = f"{len(rows)} profiles: {', '.join(shipped_profiles())}."
-    _show(headline, "Devices | dense rates of their datasheets", columns, rows, print_options)
+    headline = f"{len(rows)} profiles: {', '.join(devices)}."
+    setting = "Devices | dense rates of their datasheets"
+    _show(headline, setting, "profile", columns, rows, print_options)
 
 
 @_command
@@ -128,11 +118,11 @@ def clusters(print_options: PrintOptions) -> None:
     """
     from expertlane.cost.laws import shipped_profiles
     from expertlane.cost.laws.profile import read_profile
-    from expertlane.report.document import number, text
+    from expertlane.report.document import number
     from expertlane.report.numbers import rate_si
-    from expertlane.spec.names import Link
 
-    rows: list[dict[str, Any]] = [
+    found = {name: read_profile(name) for name in shipped_profiles()}
+    rows = [
         {
             "name": f"{name}xN",
             "devices_per_node": profile.ranks_per_node,
@@ -140,26 +130,18 @@ def clusters(print_options: PrintOptions) -> None:
                 link.name.lower(): sheet.bytes_per_s for link, sheet in profile.links.items()
             },
         }
-        for name in shipped_profiles()
-        for profile in [read_profile(name)]
+        for name, profile in found.items()
     ]
-
-    def rate(link: Link) -> Any:
-        return lambda row: row["link_bytes_per_s"].get(link.name.lower())
-
-    def per_second(of: float) -> str:
-        return rate_si(of, "B")
-
-    columns: list[Column[Mapping[str, Any]]] = [
-        text("cluster", lambda row: row["name"]),
-        number("devices per node", lambda row: row["devices_per_node"]),
-        number("inside a node", rate(Link.INTRA_NODE), per_second),
-        number("between nodes", rate(Link.INTER_NODE), per_second),
+    per_second = partial(rate_si, unit="B")
+    columns = [
+        number("devices per node", _of("devices_per_node")),
+        number("inside a node", _of("link_bytes_per_s", "intra_node"), per_second),
+        number("between nodes", _of("link_bytes_per_s", "inter_node"), per_second),
     ]
     note = "Or of a profile that expertlane calibrate wrote: laptop.tomlx2."
-    headline = f"N devices of a profile: {', '.join(row['name'] for row in rows)}."
+    headline = f"N devices of a profile: {', '.join(f'{name}xN' for name in found)}."
     setting = "Clusters | rates of links per device and direction"
-    _show(headline, setting, columns, rows, print_options, [note])
+    _show(headline, setting, "cluster", columns, rows, print_options, [note])
 
 
 @_command
@@ -175,19 +157,14 @@ def frameworks(print_options: PrintOptions) -> None:
     from expertlane.report.document import number, text
     from expertlane.report.numbers import whole
 
-    def rows_of(name: str) -> int:
-        return sum(each.num_rows for each in known.judged_groups() if each.framework == name)
-
-    rows: list[dict[str, Any]] = [
-        {
-            "name": name,
-            "title": each.title,
-            "engine": each.engine,
-            "max_num_batched_tokens": each.max_num_batched_tokens,
-            "phases_apart": each.phases_apart,
-            "prompt_wait_steps": each.prompt_wait_steps,
-            "num_rows": rows_of(name),
-        }
+    num_rows = Counter[str]()
+    for each in known.judged_groups():
+        num_rows[each.framework] += each.num_rows
+    listed = "title engine max_num_batched_tokens phases_apart prompt_wait_steps"
+    rows = [
+        {"name": name}
+        | {field: getattr(each, field) for field in listed.split()}
+        | {"num_rows": num_rows[name]}
         for name, each in known.frameworks().items()
     ]
 
@@ -197,26 +174,19 @@ def frameworks(print_options: PrintOptions) -> None:
         held = row["prompt_wait_steps"]
         return f"with decodes; wait ≤ {held} steps" if held else "with decodes"
 
-    columns: list[Column[Mapping[str, Any]]] = [
-        text("framework", lambda row: row["name"]),
+    columns = [
         text("engine", lambda row: ENGINES[row["engine"]].title),
-        number("tokens per step", lambda row: row["max_num_batched_tokens"], whole),
+        number("tokens per step", _of("max_num_batched_tokens"), whole),
         text("prompts", prompts),
-        number("rows judged", lambda row: row["num_rows"], whole),
+        number("rows judged", _of("num_rows"), whole),
     ]
     headline = f"{len(rows)} frameworks: {', '.join(known.frameworks())}."
+    setting = "Serving frameworks | corrections fitted to public measurements"
     notes = [
         "Rows judged: not fitted to, in kinds of ten and more. dynamo-: disaggregated.",
         "Wait: with data-parallel attention, until every rank has a prompt.",
     ]
-    _show(
-        headline,
-        "Serving frameworks | corrections fitted to public measurements",
-        columns,
-        rows,
-        print_options,
-        notes,
-    )
+    _show(headline, setting, "framework", columns, rows, print_options, notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +215,7 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
     from expertlane.cost.laws.profile import parse_cluster
     from expertlane.cost.memory import PlacedModel
     from expertlane.planner.candidates import check_plan_size, valid_layouts
-    from expertlane.report.document import number, text
+    from expertlane.report.document import number
     from expertlane.report.numbers import bytes_si, counted, whole
     from expertlane.spec.deployment import Options
 
@@ -269,10 +239,9 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
         )
     rows.sort(key=lambda row: (-row["num_sequences"], row["weight_bytes"]))
     shown = _of_all_kinds(rows)
-    columns: list[Column[Mapping[str, Any]]] = [
-        text("layout", lambda row: row["layout"]),
-        number("weights per rank", lambda row: row["weight_bytes"], bytes_si),
-        number("KV per sequence", lambda row: row["sequence_bytes"], bytes_si),
+    columns = [
+        number("weights per rank", _of("weight_bytes"), bytes_si),
+        number("KV per sequence", _of("sequence_bytes"), bytes_si),
         number("sequences", lambda row: row["num_sequences"] if row["fits"] else None, whole),
     ]
     num_fitting = sum(row["fits"] for row in rows)
@@ -281,7 +250,7 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
         f"{full_len:,} tokens"
     )
     headline = f"{counted(len(rows), 'valid layout')} on all devices; {num_fitting} fit in memory."
-    _show(headline, setting, columns, rows, print_options, found.cautions(types), shown)
+    _show(headline, setting, "layout", columns, rows, print_options, found.cautions(types), shown)
 
 
 def _of_all_kinds(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -291,9 +260,21 @@ def _of_all_kinds(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [rows[place] for place in sorted(by_kind[:_MOST_ROWS])]
 
 
+def _of(*keys: str) -> Any:
+    """What gets a row's entry, or an entry of that, for a column."""
+
+    def get(entry: Any) -> Any:
+        for key in keys:
+            entry = entry.get(key)
+        return entry
+
+    return get
+
+
 def _show(
     headline: str,
     setting: str,
+    heading: str,
     columns: "Sequence[Column[Mapping[str, Any]]]",
     rows: Sequence[Mapping[str, Any]],
     options: PrintOptions,
@@ -303,10 +284,14 @@ def _show(
     """Print a list.
 
     Args:
+        heading: of the first column, which has the names of the rows: their first entry.
+        columns: the others.
         shown: rows of an answer; by default the first.
     """
     from expertlane.report import terminal
-    from expertlane.report.document import Answer, Report, Section, Table
+    from expertlane.report.document import Answer, Report, Section, Table, text
+
+    columns = [text(heading, lambda row: next(iter(row.values()))), *columns]
 
     first = Table.of("", columns, rows[:_MOST_ROWS] if shown is None else shown)
     num_left_out = len(rows) - len(first.rows)
@@ -316,7 +301,7 @@ def _show(
         answer=Answer(setting, headline, (first, *omitted, *notes)),
         source="",
         command=output.command_line(),
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=output.now(),
         sections=(Section(headline, (setting, Table.of("", columns, rows), *notes)),),
     )
     is_all = len(rows) <= _MOST_ROWS and not (options.full or options.quiet or options.as_json)

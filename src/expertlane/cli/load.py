@@ -71,17 +71,8 @@ def _length(of: str, default: int, metavar: str = _RANGE) -> Any:
     return _option(metavar=metavar, show_default=str(default), help=f"Tokens per {of}.{more}")
 
 
-def _rate(**how: Any) -> Any:
-    return _option(
-        metavar="R[,R…]",
-        help="Open loop instead of --batch: Poisson arrivals, R requests per second.",
-        **how,
-    )
-
-
 def _num_requests(defaults: Defaults, **how: Any) -> Any:
     return _option(
-        metavar="N",
         rich_help_panel=Panel.MORE_WORKLOAD,
         show_default=f"{defaults.of_closed}; with --rate {_OPEN_SIZE}; of --requests all",
         help="Requests per batch size or rate; of --requests, the first N.",
@@ -95,26 +86,6 @@ def _requests(taken: str = "With --batch or --rate only the lengths are taken.")
         rich_help_panel=Panel.MORE_WORKLOAD,
         help="Recorded requests, with their lengths and arrival times: Mooncake's JSON lines or "
         f"Azure's CSV of LLM inference. {taken}",
-    )
-
-
-def _prefix_len(**how: Any) -> Any:
-    return _option(
-        metavar="N",
-        show_default="0",
-        rich_help_panel=Panel.MORE_WORKLOAD,
-        help="Length of the prefix that prompts share; part of --prompt-len.",
-        **how,
-    )
-
-
-def _num_prefixes(**how: Any) -> Any:
-    return _option(
-        metavar="N",
-        show_default="1",
-        rich_help_panel=Panel.MORE_WORKLOAD,
-        help="Number of different shared prefixes; each prompt has one of them.",
-        **how,
     )
 
 
@@ -144,13 +115,24 @@ class LoadOptions:
     defaults = MEASURED
     panel: ClassVar = Panel.WORKLOAD
     batch: str | None = _batch(MEASURED.batch)
-    rate: str | None = _rate()
+    rate: str | None = _option(
+        metavar="R[,R…]",
+        help="Open loop instead of --batch: Poisson arrivals, R requests per second.",
+    )
     num_requests: int | None = _num_requests(MEASURED)
     prompt_len: str | None = _length("prompt", MEASURED.prompt_len)
     output_len: str | None = _length("output", MEASURED.output_len)
     requests: Path | None = _requests()
-    prefix_len: int | None = _prefix_len()
-    num_prefixes: int | None = _num_prefixes()
+    prefix_len: int | None = _option(
+        show_default="0",
+        rich_help_panel=Panel.MORE_WORKLOAD,
+        help="Length of the prefix that prompts share; part of --prompt-len.",
+    )
+    num_prefixes: int | None = _option(
+        show_default="1",
+        rich_help_panel=Panel.MORE_WORKLOAD,
+        help="Number of different shared prefixes; each prompt has one of them.",
+    )
     seed: int = seed_option(0)
     slo: list[str] | None = slo_option("Goodput counts requests within all limits.")
     price: float | None = _option(

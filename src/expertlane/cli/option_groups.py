@@ -73,9 +73,17 @@ def parameters_of(taker: Any) -> list[inspect.Parameter]:
         if isinstance(each.default, OptionInfo):
             panel = each.default.rich_help_panel or getattr(taker, "panel", None)
             each.default.rich_help_panel = panel
-            each.default.metavar = each.default.metavar or "|".join(_choices(each.annotation))
+            each.default.metavar = each.default.metavar or _metavar_of(each.annotation)
+            if each.annotation is bool and not each.default.param_decls:
+                each.default.param_decls = (_spelling(each),)  # without its `--no-`
         found.append(each.replace(kind=inspect.Parameter.KEYWORD_ONLY))
     return found
+
+
+def _metavar_of(annotation: Any) -> str:
+    """The words to choose from; N for a whole number."""
+    is_whole = annotation is int or int in get_args(annotation)
+    return "N" if is_whole else "|".join(_choices(annotation))
 
 
 def _choices(annotation: Any) -> list[str]:

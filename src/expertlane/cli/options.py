@@ -101,17 +101,13 @@ ModelArgument = Annotated[str, _MODEL]
 OptionalModel = Annotated[str | None, _MODEL]
 
 
-def _option_of(
-    name: str, default: Any = ..., *words: str, is_flag: bool = False, **more: Any
-) -> Any:
+def _option_of(name: str, default: Any = ..., **more: Any) -> Any:
     """The option of a setting of the engine, with its default and its sentence."""
     setting = SETTINGS[name]
     if setting.metadata["none"]:
         more = {"show_default": setting.metadata["none"]} | more
-    if is_flag:
-        words = (f"--{name.replace('_', '-')}",)
     value = setting.default if default is ... else default
-    return typer.Option(value, *words, help=sentence_of(name), **more)
+    return typer.Option(value, help=sentence_of(name), **more)
 
 
 def timeout_option() -> Any:
@@ -140,7 +136,6 @@ def ranks_per_node_option(default: Any, show_default: str) -> Any:
     """`--ranks-per-node`."""
     return typer.Option(
         default,
-        metavar="N",
         show_default=show_default,
         help="Consecutive ranks that count as one node.",
     )
@@ -148,7 +143,7 @@ def ranks_per_node_option(default: Any, show_default: str) -> Any:
 
 def redundant_option() -> Any:
     """Number of redundant experts."""
-    return typer.Option(0, metavar="N", help="Redundant experts per MoE layer, to share load.")
+    return typer.Option(0, help="Redundant experts per MoE layer, to share load.")
 
 
 def seed_option(
@@ -157,7 +152,6 @@ def seed_option(
     """Seed of random draws."""
     return typer.Option(
         default,
-        metavar="N",
         show_default=show_default,
         rich_help_panel=panel,
         help="Seed of all random draws; reproducible for equal seeds.",
@@ -207,7 +201,7 @@ def cpu_isa_option() -> Any:
 
 def max_model_len_option() -> Any:
     """`--max-model-len`: positions of a sequence at most."""
-    return _option_of("max_model_len", metavar="N", rich_help_panel=Panel.BATCHING)
+    return _option_of("max_model_len", rich_help_panel=Panel.BATCHING)
 
 
 def fields_of(kind: Any, *groups: Any) -> dict[str, Any]:
@@ -224,15 +218,15 @@ class RequestOptions:
     """Options of the cache and of requests, in the engine and on a modelled cluster."""
 
     panel: ClassVar = Panel.BATCHING
-    block_size: int = _option_of("block_size", metavar="N")
+    block_size: int = _option_of("block_size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SchedulerOptions(RequestOptions):
     """Options of the scheduler's steps."""
 
-    max_num_seqs: int = _option_of("max_num_seqs", metavar="N")
-    max_num_batched_tokens: int = _option_of("max_num_batched_tokens", metavar="N")
+    max_num_seqs: int = _option_of("max_num_seqs")
+    max_num_batched_tokens: int = _option_of("max_num_batched_tokens")
 
 
 def copies_option() -> Any:
@@ -263,7 +257,7 @@ class DeploymentOptions:
         help="Two-batch overlap: one half batch computes while the other communicates; auto, on "
         "real ranks: where faster for a step's number of tokens, timed at startup.",
     )
-    num_micro_batches: int = typer.Option(1, metavar="N", help="Micro-batches per pipeline step.")
+    num_micro_batches: int = typer.Option(1, help="Micro-batches per pipeline step.")
     micro_batch_schedule: MicroBatchSchedule = typer.Option(
         "drained", help="drained: the pipeline empties after each step; rotating: it stays full."
     )
@@ -317,9 +311,9 @@ class LaunchOptions:
 
     panel: ClassVar = Panel.RANKS
     timeout_s: float = timeout_option()
-    oversubscribe: bool = _option_of("oversubscribe", is_flag=True)
+    oversubscribe: bool = _option_of("oversubscribe")
     cpu_isa: CpuIsa | None = cpu_isa_option()
-    ignore_unused_tensors: bool = _option_of("ignore_unused_tensors", is_flag=True)
+    ignore_unused_tensors: bool = _option_of("ignore_unused_tensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,13 +323,10 @@ class EngineOptions:
     panel: ClassVar = Panel.MORE_DEPLOYMENT
     dtype: Dtype | None = dtype_option("the checkpoint's, else the machine's choice")
     max_model_len: int | None = max_model_len_option()
-    num_blocks: int | None = _option_of("num_blocks", metavar="N", rich_help_panel=Panel.BATCHING)
+    num_blocks: int | None = _option_of("num_blocks", rich_help_panel=Panel.BATCHING)
     scheduler: SchedulerOptions
     no_prefix_caching: bool = typer.Option(
-        False,
-        "--no-prefix-caching",
-        rich_help_panel=Panel.BATCHING,
-        help="Turn prefix caching off.",
+        False, rich_help_panel=Panel.BATCHING, help="Turn prefix caching off."
     )
     deployment: DeploymentOptions
     weights: WeightsType = typer.Option(
@@ -349,12 +340,10 @@ class EngineOptions:
         "for a token's every 128, so that GPUs multiply in float8; slower on CPUs.",
     )
     kv_dtype: KVCacheType = typer.Option(
-        "model",
-        help="Type of the KV cache. float8 takes half or less, and rounds keys and values.",
+        "model", help="Type of the KV cache. float8 takes half or less, and rounds keys and values."
     )
     cache_int8: bool = typer.Option(
         False,
-        "--cache-int8",
         help="With --weights int8: keep the rounded weights in the checkpoint's folder, for later "
         "starts.",
     )
@@ -448,7 +437,7 @@ class DraftOptions:
     """Multi-token prediction on a modelled cluster."""
 
     panel: ClassVar = Panel.MORE_DEPLOYMENT
-    mtp: int = typer.Option(0, metavar="N", help="Multi-token prediction: N draft tokens per step.")
+    mtp: int = typer.Option(0, help="Multi-token prediction: N draft tokens per step.")
     mtp_acceptance: float | None = typer.Option(
         None, metavar="P", help="Acceptance rate of drafts, 0 to 1; needed with --mtp."
     )
@@ -478,9 +467,7 @@ class ProjectionOptions:
 
     panel: ClassVar = Panel.MODELLED
     routing_trace: Path | None = typer.Option(
-        None,
-        metavar="FILE",
-        help="Routing as recorded by expertlane generate --record-routing.",
+        None, metavar="FILE", help="Routing as recorded by expertlane generate --record-routing."
     )
     skew: float | None = skew_option()
     dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO
@@ -28,7 +29,7 @@ import typer
 from expertlane.cli.help import Panel
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.printable import printable, printable_json
-from expertlane.progress import Progress, Silent
+from expertlane.progress import Progress
 from expertlane.spec.files import fill_closed, strict_json
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ class PrintOptions:
     """
 
     panel: ClassVar = Panel.OUTPUT
-    full: bool = typer.Option(False, "--full", help="Print all tables.")
+    full: bool = typer.Option(False, help="Print all tables.")
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Print one line.")
     as_json: bool = json_option()
 
@@ -283,6 +284,11 @@ def print_json(text: str) -> None:
     sys.stdout.flush()
 
 
+def now() -> str:
+    """The time, as reports say when they were made."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
 def command_line() -> str:
     """The command as a user typed it; bytes of a name that are not UTF-8 become U+FFFD."""
     line = shlex.join(["expertlane", *sys.argv[1:]])
@@ -342,7 +348,7 @@ def check_file(path: Path) -> None:
 def progress_on_stderr() -> Iterator[Progress]:
     """Progress as a bar on a terminal, as a line per finished task elsewhere."""
     if not is_first_process():
-        yield Silent()
+        yield Progress()
     elif not sys.stderr.isatty():
         yield _Lines(sys.stderr)
     else:
@@ -372,7 +378,7 @@ def task_on_stderr(description: str, total: int = 1) -> Iterator[Callable[..., N
         progress.done()
 
 
-class _Lines(Silent):
+class _Lines(Progress):
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
@@ -385,7 +391,7 @@ class _Lines(Silent):
         print(f"{self._description}: done in {elapsed_s:.1f} s", file=self._stream, flush=True)
 
 
-class _Bars:
+class _Bars(Progress):
     def __init__(self, bars: "RichProgress") -> None:
         self._bars = bars
 

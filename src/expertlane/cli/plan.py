@@ -4,7 +4,7 @@ import gc
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import typer
 
@@ -19,6 +19,7 @@ from expertlane.cli.options import (
     ProjectionOptions,
     cluster_option,
     copies_option,
+    fields_of,
 )
 from expertlane.cli.output import OutputOptions
 from expertlane.errors import UserError
@@ -136,20 +137,15 @@ def run(
             cluster = f"{own.cluster.removesuffix(_AUTO)}x{plan.request.cluster.num_devices}"
         else:
             plan = make_plan(request, routing, progress, cautions)
-    on_cluster: dict[str, Any] = {
+    on_cluster = fields_of(ProjectionAsked, projection) | {
         "cluster": cluster,
-        "framework": projection.framework,
-        "skew": projection.skew,
         "routing_trace": None if trace is None else str(trace),
-        "execution": projection.execution,
     }
     results = plan.results(
         command=call.command,
         loaded=_served(found),
         experiment=None if experiment is None else str(experiment),
-        projection=ProjectionAsked(
-            **on_cluster, mtp=drafts.mtp, mtp_acceptance=drafts.mtp_acceptance
-        ),
+        projection=ProjectionAsked(**on_cluster | fields_of(ProjectionAsked, drafts)),
         fewer=fewer,
         load=load.question(asked),
     )

@@ -35,10 +35,7 @@ _NUM_RATES = 8  # rates measured; their median and its interval are shown
 class _Options:
     layout: str | None = layout_option(None)
     cancel: bool = typer.Option(
-        False,
-        "--cancel",
-        rich_help_panel=Panel.SERVER,
-        help="Give up the change that is being prepared.",
+        False, rich_help_panel=Panel.SERVER, help="Give up the change that is being prepared."
     )
     watch_s: float = typer.Option(
         4.0,

@@ -53,7 +53,7 @@ class _Options:
     panel: ClassVar = Panel.SERVER
     layout: str = layout_option("tp=1")
     host: str = typer.Option("127.0.0.1", metavar="NAME", help="Address to listen on.")
-    port: int = typer.Option(8000, metavar="N", help="Port to listen on. 0: any free one.")
+    port: int = typer.Option(8000, help="Port to listen on. 0: any free one.")
     served_model_name: str | None = typer.Option(
         None, metavar="NAME", show_default="MODEL", help="Model name that requests use."
     )
@@ -77,7 +77,7 @@ class _Options:
         rich_help_panel=Panel.MORE_SERVER,
     )
     max_num_queued: int = typer.Option(
-        4096, metavar="N", help="Waiting requests at most; further ones get status 429."
+        4096, help="Waiting requests at most; further ones get status 429."
     )
     request_timeout_s: float | None = typer.Option(
         None,
@@ -110,10 +110,7 @@ class _Options:
         rich_help_panel=Panel.MORE_SERVER,
     )
     log_prompts: bool = typer.Option(
-        False,
-        "--log-prompts",
-        help="Include prompts and outputs in these lines.",
-        rich_help_panel=Panel.MORE_SERVER,
+        False, help="Include prompts and outputs in these lines.", rich_help_panel=Panel.MORE_SERVER
     )
     otlp_endpoint: str | None = typer.Option(
         None,
@@ -125,7 +122,6 @@ class _Options:
     )
     max_stored_responses: int = typer.Option(
         1000,
-        metavar="N",
         help="Responses of /v1/responses to store for previous_response_id. 0: none.",
         rich_help_panel=Panel.MORE_SERVER,
     )

@@ -27,16 +27,13 @@ from expertlane.cli.options import (
 )
 from expertlane.cli.output import OutputOptions
 from expertlane.errors import UserError, naming
-from expertlane.spec.deployment import Options, PlacementMethod
+from expertlane.spec.deployment import PlacementMethod
 from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from expertlane.cost.laws.profile import ModelledCluster
-    from expertlane.cost.multi_token import MultiToken
-    from expertlane.cost.number_types import NumberTypes
-    from expertlane.cost.routing import Traffic
     from expertlane.results.results import Results
     from expertlane.simulator.row import Row
     from expertlane.simulator.simulator import Outcome, ServingSetup, Simulator
@@ -70,7 +67,6 @@ class _Options:
     )
     cold_start: bool = typer.Option(
         False,
-        "--cold-start",
         rich_help_panel=Panel.MORE_WORKLOAD,
         help="Begin idle, with all of --batch at once, and end with the last of --num-requests. "
         "Otherwise the load is in its steady state: one request begins as another ends.",
@@ -104,12 +100,11 @@ class _Deployment(DeploymentOptions):
 class _Scheduler(RequestOptions):
     max_num_seqs: int | None = typer.Option(
         None,
-        metavar="N",
         show_default=f"{_MAX_NUM_SEQS}, or as many as --batch asks for",
         help="Concurrent requests per data-parallel rank.",
     )
     max_num_batched_tokens: int | None = typer.Option(
-        None, metavar="N", show_default="8192, or --framework's", help=TOKENS_OF_STEP
+        None, show_default="8192, or --framework's", help=TOKENS_OF_STEP
     )
 
 
@@ -202,12 +197,13 @@ def run(
     else:
         found_model = find_model(_needed("MODEL", model), weights=False)
 
+    from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.frameworks import served_by
     from expertlane.cost.laws.profile import parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.results.results import with_costs
     from expertlane.simulator.results import simulation
-    from expertlane.simulator.simulator import Simulator
+    from expertlane.simulator.simulator import ServingSetup, Simulator
     from expertlane.simulator.watch import Precision
     from expertlane.spec.workload import check_lengths
 
@@ -220,24 +216,23 @@ def run(
     layout = found_model.lay_out(layout_text)
     types = found_model.number_types(projection.dtype, projection.kv_dtype, modelled)
     modelled = served_by(
-        modelled,
-        projection.framework,
-        config,
-        types.weights,
-        has_drafts=multi_token.num_drafts > 0,
+        modelled, projection.framework, config, types.weights, has_drafts=multi_token.num_drafts > 0
     )
     if row is not None:
         types = replace(types, rounds_inputs=row.options.activations == "float8")
-    setup = _setup(
-        layout,
-        prefill_layout,
-        deployment.options,
-        types,
-        routing.source,
-        multi_token,
-        projection,
+    options = deployment.options
+    if options.placement == "load" and layout.ep == getattr(prefill_layout, "ep", 1) == 1:
+        options = replace(options, placement="linear")  # every rank has a part of every expert
+    setup = ServingSetup(
+        layout=layout,
+        prefill_layout=prefill_layout,
+        options=options,
+        types=types,
+        execution=Execution(projection.execution),
+        routing=routing.source,
+        multi_token=multi_token,
         prefill_options=None if row is None else row.prefill_options,
-        sizes=_sizes(scheduler, projection.framework, layout, loads),
+        **_sizes(scheduler, projection.framework, layout, loads),
     )
     for load in loads:
         check_lengths(load, config.max_position_embeddings)
@@ -264,43 +259,6 @@ def run(
         results = with_costs(results, load_options.price)
     traced = folder if own.trace else None
     return output.Found(results, folder, lambda: _write_trace(runs, results, traced))
-
-
-def _setup(
-    layout: Layout,
-    prefill_layout: Layout | None,
-    options: Options,
-    types: "NumberTypes",
-    routing: "Traffic",
-    multi_token: "MultiToken",
-    projection: ProjectionOptions,
-    *,
-    prefill_options: Options | None,
-    sizes: "Mapping[str, Any]",
-) -> "ServingSetup":
-    """The deployment as the simulator takes it.
-
-    Args:
-        sizes: limits of the scheduler.
-    """
-    from expertlane.cost.laws.execution import Execution
-    from expertlane.simulator.simulator import ServingSetup
-
-    if options.placement == "load" and all(
-        each is None or each.ep == 1 for each in (layout, prefill_layout)
-    ):
-        options = replace(options, placement="linear")  # every rank has a part of every expert
-    return ServingSetup(
-        layout=layout,
-        prefill_layout=prefill_layout,
-        options=options,
-        types=types,
-        execution=Execution(projection.execution),
-        routing=routing,
-        multi_token=multi_token,
-        prefill_options=prefill_options,
-        **sizes,
-    )
 
 
 def _needed(name: str, value: str | None) -> str:

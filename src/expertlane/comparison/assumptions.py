@@ -264,9 +264,7 @@ def projected_assumptions(
             "as large as a measured comparison's, half-way through a prompt",
         ),
         Assumption(
-            "memory",
-            f"{FREE_SHARE:.0%} of a device's may be used",
-            "the rest is the framework's",
+            "memory", f"{FREE_SHARE:.0%} of a device's may be used", "the rest is the framework's"
         ),
         *_of_types(types, experiment.model),
     ]

@@ -11,19 +11,9 @@ from expertlane.cost.laws.execution import OVERHEAD_S, Execution
 from expertlane.cost.laws.profile import ModelledCluster, Profile
 from expertlane.cost.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.projector import (
-    Projector,
-    Setting,
-    StepSize,
-)
+from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.records import cluster_record, conditions_of, with_known_errors
-from expertlane.cost.routing import (
-    PowerLawRouting,
-    RoutingChoice,
-    Traffic,
-    choose_routing,
-    placed,
-)
+from expertlane.cost.routing import PowerLawRouting, RoutingChoice, Traffic, choose_routing, placed
 from expertlane.cost.throughput import Goals
 from expertlane.errors import CapacityError, UserError
 from expertlane.planner.candidates import PlanRequest, candidates_like
@@ -262,11 +252,7 @@ class ExperimentProjector:
         results = Results.now(
             "comparison",
             command,
-            {
-                "experiment": experiment.question,
-                "skew": self._skew,
-                "projection": self._asked,
-            }
+            {"experiment": experiment.question, "skew": self._skew, "projection": self._asked}
             | self._question,
             [*rows, *scaling],
             cluster=cluster_record(
@@ -302,10 +288,7 @@ class ExperimentProjector:
                 "requests": None if asked is None else asked.requests,
             }
             if load.prefix_len:
-                found["load"] |= {
-                    "prefix_len": load.prefix_len,
-                    "num_prefixes": load.num_prefixes,
-                }
+                found["load"] |= {"prefix_len": load.prefix_len, "num_prefixes": load.num_prefixes}
         return found
 
     @property

@@ -228,9 +228,7 @@ class Repeated:
 
 
 def pair_in_wall_time(
-    names: tuple[str, str],
-    phase: Phase,
-    repeated: tuple[Repeated, Repeated],
+    names: tuple[str, str], phase: Phase, repeated: tuple[Repeated, Repeated]
 ) -> PairRecord:
     """The pair, from repetitions that were measured in turns.
 

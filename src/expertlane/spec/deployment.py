@@ -13,7 +13,7 @@ from expertlane.spec.dispatch import (
 )
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
-from expertlane.spec.ranges import Strict, shown, take_fields, take_flag, take_word
+from expertlane.spec.ranges import Strict, shown, take_fields
 
 MicroBatchSchedule = Literal["drained", "rotating"]
 DispatchChoice = Literal[DispatchForm, "auto"]
@@ -124,8 +124,6 @@ class Options(Strict):
 
     def __post_init__(self) -> None:
         take_fields(self)
-        if self.cuda_graphs is not None:
-            take_flag("cuda_graphs", self.cuda_graphs)
         if not isinstance(self.placement_file, str | None):
             raise SpecError(f"placement_file is {shown(self.placement_file)}; it must be a path")
         if self.cache_int8 and self.weights != "int8":
@@ -147,13 +145,11 @@ class Options(Strict):
             )
         if not isinstance(self.overlap, bool | str) or self.overlap not in (True, False, "auto"):
             raise SpecError(f"overlap is {shown(self.overlap)}; it must be true, false or 'auto'")
-        if self.prefill_dispatch is not None:
-            take_word("prefill_dispatch", self.prefill_dispatch, tuple(DISPATCH_FORMS))
-            if self.dispatch == "auto":
-                raise SpecError(
-                    f"prefill_dispatch is {self.prefill_dispatch}, but dispatch is auto, which "
-                    "picks a form for every step; give one of them"
-                )
+        if self.prefill_dispatch is not None and self.dispatch == "auto":
+            raise SpecError(
+                f"prefill_dispatch is {self.prefill_dispatch}, but dispatch is auto, which picks a "
+                "form for every step; give one of them"
+            )
 
     @property
     def rounded(self) -> tuple[str, ...]:
@@ -213,40 +209,31 @@ class Options(Strict):
         return tuple(DispatchMode(form, overlap) for overlap in overlaps for form in forms)
 
     def __str__(self) -> str:
-        parts = []
-        if self.num_micro_batches > 1:
-            parts.append(f"{self.num_micro_batches} micro-batches {self.micro_batch_schedule}")
-        if self.overlap:
-            parts.append("auto overlap" if self.overlap == "auto" else "overlap")
-        if self.dispatch != "all_to_all":
-            name = "auto dispatch" if self.dispatch == "auto" else self.dispatch
-            parts.append(name.replace("_", "-"))
-        if self.prefill_dispatch not in (None, self.dispatch):
-            parts.append(f"{self.prefill_dispatch} in prefill".replace("_", "-"))
-        if self.payload != "model":
-            parts.append(f"payload {self.payload}")
-        if self.weights != "model":
-            parts.append(f"{self.weights} weights")
-        if self.activations != "model":
-            parts.append(f"{self.activations} activations")
-        if self.kv_dtype != "model":
-            parts.append(f"{self.kv_dtype} KV cache")
-        if self.placement == "load":
-            parts.append("placed by load")
-        elif self.placement != "linear":
-            parts.append(self.placement.replace("_", "-"))
-        if self.placement_file is not None:
-            parts.append("placed by file")
-        if self.num_redundant_experts:
-            num = self.num_redundant_experts
-            parts.append(f"{num} redundant expert{'s' if num > 1 else ''}")
-        if self.copies != "nearest":
-            parts.append(f"copies {self.copies}")
-        if self.cuda_graphs is False:
-            parts.append("no CUDA graphs")
-        if self.rebalance_steps:
-            parts.append(f"rebalanced every {self.rebalance_steps} steps")
-        return ", ".join(parts) or "plain"
+        num_parts, num = self.num_micro_batches, self.num_redundant_experts
+        is_auto = self.dispatch == "auto"
+        prefill = self.prefill_dispatch if self.prefill_dispatch != self.dispatch else None
+        placement = "placed by load" if self.placement == "load" else _hyphened(self.placement)
+        parts = {
+            f"{num_parts} micro-batches {self.micro_batch_schedule}": num_parts > 1,
+            "auto overlap" if self.overlap == "auto" else "overlap": bool(self.overlap),
+            "auto dispatch" if is_auto else _hyphened(self.dispatch): self.dispatch != "all_to_all",
+            f"{_hyphened(prefill or '')} in prefill": prefill is not None,
+            f"payload {self.payload}": self.payload != "model",
+            f"{self.weights} weights": self.weights != "model",
+            f"{self.activations} activations": self.activations != "model",
+            f"{self.kv_dtype} KV cache": self.kv_dtype != "model",
+            placement: self.placement != "linear",
+            "placed by file": self.placement_file is not None,
+            f"{num} redundant expert{'s' if num > 1 else ''}": num > 0,
+            f"copies {self.copies}": self.copies != "nearest",
+            "no CUDA graphs": self.cuda_graphs is False,
+            f"rebalanced every {self.rebalance_steps} steps": self.rebalance_steps > 0,
+        }
+        return ", ".join(part for part, is_there in parts.items() if is_there) or "plain"
+
+
+def _hyphened(name: str) -> str:
+    return name.replace("_", "-")
 
 
 @dataclass(frozen=True)

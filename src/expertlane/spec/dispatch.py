@@ -143,10 +143,7 @@ class DispatchTable(Strict):
 
     @classmethod
     def fixed(
-        cls,
-        form: DispatchForm,
-        overlap: bool = False,
-        prefill_form: DispatchForm | None = None,
+        cls, form: DispatchForm, overlap: bool = False, prefill_form: DispatchForm | None = None
     ) -> "DispatchTable":
         """A table that always chooses this mode, for prompts perhaps another form."""
         return cls((DispatchMode(form, overlap),), (DispatchRow(1, (0.0,)),), prefill_form)

@@ -4,13 +4,13 @@
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, get_args
+from typing import Any
 
 from expertlane.errors import SpecError, did_you_mean
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import CheckLevel, CpuIsa, Dtype, OnFailure
-from expertlane.spec.ranges import shown, take_fields, take_word
+from expertlane.spec.ranges import shown, take_fields
 
 
 def _setting(default: Any, sentence: str, none: str = "") -> Any:
@@ -30,9 +30,7 @@ class EngineConfig:
         Options(), "How it runs: dispatch, placement, overlap, micro-batches, number types."
     )
     dtype: Dtype | None = _setting(
-        None,
-        "Type of weights and activations.",
-        "the checkpoint's, else the machine's choice",
+        None, "Type of weights and activations.", "the checkpoint's, else the machine's choice"
     )
     max_model_len: int | None = _setting(None, "Longest sequence, in tokens.", "the model's")
     block_size: int = _setting(16, "Tokens per KV-cache block.")
@@ -83,9 +81,6 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        for name, known in (("dtype", Dtype), ("cpu_isa", CpuIsa)):
-            if getattr(self, name) is not None:
-                take_word(name, getattr(self, name), get_args(known))
         take_fields(self)
 
     @classmethod

@@ -305,11 +305,7 @@ def _latent(fields: ConfigReader) -> dict[str, Any]:
         q_lora_rank=fields.optional(int, "q_lora_rank"),
         mscale=yarn_mscale(scaling.factor, all_dim) if scaling and all_dim else 1.0,
     )
-    return {
-        **rope,
-        "head_dim": latent.qk_nope_head_dim + latent.qk_rope_head_dim,
-        "latent": latent,
-    }
+    return {**rope, "head_dim": latent.qk_nope_head_dim + latent.qk_rope_head_dim, "latent": latent}
 
 
 def _dense_and_shared(fields: ConfigReader, dense: Iterable[int]) -> dict[str, Any]:

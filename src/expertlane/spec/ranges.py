@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
 from numbers import Integral, Real
-from types import NoneType
-from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from expertlane.errors import SpecError, UserError
 
@@ -308,14 +308,18 @@ def take_fields(instance: Any, name: Callable[[str], str] = str) -> None:
     """
     for field in fields(instance):
         value, called = getattr(instance, field.name), name(field.name)
-        if get_origin(field.type) is Literal:
-            take_word(called, value, get_args(field.type))
-        elif field.type is bool:
+        kinds = _kinds(field.type)
+        if value is None and NoneType in kinds:
+            continue
+        words = [word for kind in kinds if get_origin(kind) is Literal for word in get_args(kind)]
+        if words and bool not in kinds:
+            take_word(called, value, words)
+        elif bool in kinds and not words:
             take_flag(called, value)
-        if field.name not in RANGES or (value is None and NoneType in get_args(field.type)):
+        if field.name not in RANGES:
             continue
         allowed = RANGES[field.name]
-        if isinstance(value, tuple) and _is_listed(field.type):
+        if isinstance(value, tuple) and any(get_origin(kind) is tuple for kind in kinds):
             taken: object = tuple(
                 None if item is None else allowed.take(called, item, "holds") for item in value
             )
@@ -324,9 +328,9 @@ def take_fields(instance: Any, name: Callable[[str], str] = str) -> None:
         object.__setattr__(instance, field.name, taken)
 
 
-def _is_listed(kind: Any) -> bool:
-    """True if a field of this type may hold a tuple."""
-    return any(get_origin(each) is tuple for each in (kind, *get_args(kind)))
+def _kinds(kind: Any) -> tuple[Any, ...]:
+    """The types of a union; else the type alone."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def parse_sizes(what: str, unknown: str, text: str, valid: Sequence[str]) -> dict[str, int]:

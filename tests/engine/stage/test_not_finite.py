@@ -16,7 +16,7 @@ from expertlane.comparison.run import run_comparison
 from expertlane.engine import llm as llm_module
 from expertlane.engine.llm import LLM
 from expertlane.errors import ModelError
-from expertlane.progress import Silent
+from expertlane.progress import Progress
 from expertlane.schedule.request import FinishReason, RequestOutput
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import Experiment
@@ -239,7 +239,7 @@ def test_a_comparison_ends_with_one_line(poisoned, pools, layout):
         checkpoint=folder,
     )
     with pytest.raises(ModelError) as caught:
-        run_comparison(experiment, pools.pool(2), Silent(), command="")
+        run_comparison(experiment, pools.pool(2), Progress(), command="")
     line = str(caught.value)
     assert line.startswith("deployment 'mine': sequence ")
     assert "\n" not in line
