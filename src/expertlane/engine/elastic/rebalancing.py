@@ -17,15 +17,15 @@ from weakref import WeakKeyDictionary, WeakSet
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.moves import (
+from expertlane.balance.placement import (
     WHOLE,
     Part,
+    Placement,
     between_ranks,
     most_of_a_rank,
     moves,
     next_slice,
 )
-from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.rebalance import (
     Decision,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from expertlane.balance.even_copies import PATHS_OF_RANK, BalancedCopies
+from expertlane.balance.copies import PATHS_OF_RANK, BalancedCopies
 from expertlane.engine.ops.bookkeeping import Outgoing, PeerRows
 from expertlane.engine.ops.library import function_of
 from expertlane.engine.ops.products import PairGroups

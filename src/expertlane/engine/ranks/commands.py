@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.moves import Part
+from expertlane.balance.placement import Part
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.step.operation import SIZES, Kind, TransferKind
 from expertlane.results.step_checks import RankChecks
