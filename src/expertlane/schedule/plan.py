@@ -1,6 +1,6 @@
-"""Plans and outcomes of steps, and the protocols of runner and scheduler."""
+"""Plans and outcomes of steps, and the protocol of what runs them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.results.step_record import RankRecord
-from expertlane.spec.layout import DpRank, Layout
 from expertlane.spec.names import Phase
 from expertlane.spec.sampling import PromptPart, SamplingState, TokenLogprobs
 
@@ -324,48 +323,4 @@ class Runner(Protocol[HandleT]):
 
     def collect(self, handle: HandleT) -> StepOutcome:
         """Wait for a step and take its outcome; each handle is collected once."""
-        ...
-
-
-class Scheduler(Protocol):
-    """Decides what runs next.
-
-    Only a commit gives requests their tokens, ends them and frees their blocks. It waits for
-    nothing, so nothing that happens to ranks can leave it half done.
-    """
-
-    def next_plan(self) -> StepPlan | None:
-        """The next step to submit, or None while nothing more may be in flight or all is done."""
-        ...
-
-    def commit(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        """Take in the tokens of a finished step."""
-        ...
-
-    def lose(
-        self, caches: Collection[tuple[int, int]], plans: Sequence[StepPlan]
-    ) -> tuple[list[StepPlan], int]:
-        """Let requests begin again whose keys and values are gone.
-
-        Args:
-            caches: (replica, data-parallel rank) of each lost cache.
-            plans: all uncommitted plans, in their order.
-
-        Returns:
-            The plans that are left, to be submitted again; and how many requests begin again.
-        """
-        ...
-
-    def reshape(
-        self, layout: Layout, kept: Mapping[DpRank, DpRank], plans: Sequence[StepPlan]
-    ) -> tuple[list[StepPlan], int]:
-        """Go on in another layout.
-
-        Args:
-            kept: by (replica, data-parallel rank) with its keys and values, its former place.
-            plans: all uncommitted plans, in their order; without sequences of other ranks.
-
-        Returns:
-            The plans in the new layout, and how many requests begin again.
-        """
         ...

@@ -10,11 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import UserError
-from expertlane.schedule.batch_draft import BatchDraft
+from expertlane.schedule.admission import BatchDraft, WaitingRequests
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan, micro_batches, without_caches
 from expertlane.schedule.request import FinishReason, Limits, Request, RequestState
 from expertlane.schedule.running import Rows, RunningTable
-from expertlane.schedule.waiting import WaitingRequests
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import DpRank, Layout
 from expertlane.spec.names import Phase
@@ -85,7 +84,10 @@ class StepsInFlight:
 
 
 class ContinuousScheduler:
-    """Puts steps together as requests come and go; implements `schedule.plan.Scheduler`.
+    """Puts steps together as requests come and go.
+
+    Only a commit gives requests their tokens, ends them and frees their blocks. It waits for
+    nothing, so nothing that happens to ranks can leave it half done.
 
     A step computes, on every data-parallel rank, one token of each request in decoding, then
     chunks of the running prompts, then of waiting ones (`WaitingRequests` has their order), up to
