@@ -54,7 +54,9 @@ def candidate_record(
 ) -> DeploymentRecord:
     """The record at one of the numbers of sequences that were screened, or projected in full."""
     layout, options, num_drafts = candidate.candidate
-    serving = _serving_of(candidate, place, role, request)
+    serving = serving_at(candidate.served, place)
+    if role not in (PREFILL_POOL, DECODE_POOL):  # each of two pools has places of its own
+        serving = with_wait(serving, request)
     memory = replace(candidate.capacity.record(), num_resident=candidate.capacity.num_resident)
     prefill_tps = Estimate.between(candidate.steps.prefill_tps)
     return DeploymentRecord(
@@ -68,16 +70,6 @@ def candidate_record(
         serving=(replace(serving, prefill_tps=prefill_tps),),
         num_drafts=num_drafts,
     )
-
-
-def _serving_of(
-    candidate: ScreenedCandidate, place: int, role: str, request: PlanRequest
-) -> ServingRecord:
-    """Serving record with the wait for a place; one of two pools has places of its own."""
-    serving = serving_at(candidate.served, place)
-    if role in (PREFILL_POOL, DECODE_POOL):
-        return serving
-    return with_wait(serving, request)
 
 
 def with_wait(serving: ServingRecord, request: PlanRequest) -> ServingRecord:
