@@ -105,26 +105,6 @@ _OF_LIBRARIES: tuple[_Row, ...] = (
         "",
     ),
 )
-_OF_LATENCY: tuple[_Row, ...] = (
-    (
-        "TPOT",
-        "mean; aggregated: other requests' prefills between decode steps included; "
-        "disaggregated: decoding alone",
-        "",
-    ),
-    (
-        "TTFT",
-        "mean, with waits; aggregated: to the end of the prompt's last step; disaggregated: to "
-        "the first decode step, KV transfer included",
-        "",
-    ),
-)
-_OF_BOUNDS: _Row = (
-    "bounds",
-    "all laws low together or high together: wider than independent errors; of ratios, "
-    "what is left once shared errors cancel, the rest independent",
-    "",
-)
 
 
 def plan_assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assumption, ...]:
@@ -161,7 +141,18 @@ def plan_assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assu
         ),
         *(_OF_LIBRARIES if kernels is GPU_LIBRARIES else [("kernels", kernels.assumed, "")]),
         *_of_drafts(setting.multi_token),
-        *_OF_LATENCY,
+        (
+            "TPOT",
+            "mean; aggregated: other requests' prefills between decode steps included; "
+            "disaggregated: decoding alone",
+            "",
+        ),
+        (
+            "TTFT",
+            "mean, with waits; aggregated: to the end of the prompt's last step; disaggregated: "
+            "to the first decode step, KV transfer included",
+            "",
+        ),
         (
             "memory",
             f"{FREE_SHARE:.0%} of a device's {profile.device.memory_bytes / 1e9:.0f} "
@@ -169,7 +160,12 @@ def plan_assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assu
             "",
         ),
         ("profile", f"{profile.name}: {profile.device.origin}", "--cluster"),
-        _OF_BOUNDS,
+        (
+            "bounds",
+            "all laws low together or high together: wider than independent errors; of ratios, "
+            "what is left once shared errors cancel, the rest independent",
+            "",
+        ),
     )
     return tuple(Assumption(name, value, change=change) for name, value, change in rows)
 

@@ -59,29 +59,26 @@ class Batch:
         """The batch of some sequences, in the order given."""
         chosen = np.zeros(self.num_seqs, dtype=np.bool_)
         chosen[seqs] = True
-        return Batch(
-            self.seq_ids[chosen],
-            self.num_scheduled_tokens[chosen],
-            self.num_computed_tokens[chosen],
-            self.token_ids[np.repeat(chosen, self.num_scheduled_tokens)],
-            self.block_tables[chosen],
-            self.yields_token[chosen],
-        )
+        return self._part(chosen, np.repeat(chosen, self.num_scheduled_tokens))
 
     def split(self, num_parts: int) -> list["Batch"]:
         """Cut into `num_parts` batches at sequence borders, near-equal in tokens."""
         borders, ends = self._borders(num_parts)
         return [
-            Batch(
-                self.seq_ids[start:stop],
-                self.num_scheduled_tokens[start:stop],
-                self.num_computed_tokens[start:stop],
-                self.token_ids[ends[start] : ends[stop]],
-                self.block_tables[start:stop],
-                self.yields_token[start:stop],
-            )
+            self._part(slice(start, stop), slice(ends[start], ends[stop]))
             for start, stop in pairwise(borders)
         ]
+
+    def _part(self, seqs: Any, tokens: Any) -> "Batch":
+        """Some sequences and their new tokens, by slices or masks."""
+        return Batch(
+            self.seq_ids[seqs],
+            self.num_scheduled_tokens[seqs],
+            self.num_computed_tokens[seqs],
+            self.token_ids[tokens],
+            self.block_tables[seqs],
+            self.yields_token[seqs],
+        )
 
     def num_tokens_of_halves(self) -> list[int]:
         """[2]; new tokens of the two batches that `split` makes."""

@@ -109,6 +109,9 @@ class ContinuousScheduler:
     to `pp` a replica over disjoint requests, each with 1/`num_micro_batches` of the decodes; those
     that waited longest go first, so the groups even out as requests come and go.
 
+    Args:
+        flags: fields of every `StepPlan`: `return_logits`, `record` and those that begin so.
+
     Attributes:
         tables: [replicas][dp]; running requests and blocks.
         stepped: the requests that got a token in the step committed last.
@@ -124,11 +127,7 @@ class ContinuousScheduler:
         limits: Limits,
         *,
         lookahead: bool = False,
-        return_logits: bool = False,
-        record: bool = True,
-        record_routing: bool = False,
-        record_events: bool = False,
-        record_operations: bool = False,
+        **flags: bool,
     ) -> None:
         self._options, self._wants_lookahead = options, lookahead
         self._lay_out(layout)
@@ -140,13 +139,7 @@ class ContinuousScheduler:
         self.failed: list[Request] = []
         self.num_preemptions = self.num_recovered = 0
         self._limits = limits
-        self._flags = {
-            "return_logits": return_logits,
-            "record": record,
-            "record_routing": record_routing,
-            "record_events": record_events,
-            "record_operations": record_operations,
-        }
+        self._flags = flags
         self._in_flight = StepsInFlight(layout.replicas)
         self._released: list[list[int]] = [[] for _ in range(layout.replicas)]
         self._requests: dict[str, Request] = {}
