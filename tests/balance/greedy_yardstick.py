@@ -70,14 +70,6 @@ def can_run(num_experts: int, ep: int, num_slots: int, num_groups: int, num_node
     )
 
 
-def slot_max_over_mean(plan: list[list[int]], load: Floats) -> float:
-    """Of rank loads, a copy taken as 1/copies of its expert, copies on one rank counted each."""
-    flat = [expert for rank in plan for expert in rank]
-    per_copy = load / np.maximum(np.bincount(flat, minlength=len(load)), 1)
-    loads = np.array([per_copy[rank].sum() for rank in plan])
-    return float(loads.max() / loads.mean()) if loads.mean() else 0.0
-
-
 def sender_max_over_mean(plan: list[list[int]], load: Floats, ranks_per_node: int) -> float:
     """Of rank loads as the engine's senders choose copies, tokens spread evenly over ranks.
 

@@ -2,34 +2,23 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.balance.judge import coactivation, cross_node_copies, spread_sources
 from expertlane.balance.placement import Placement
 from expertlane.balance.planner import plan_placement
+from expertlane.balance.trace import coactivation, cross_node_copies
 
-PLACEMENT = Placement(4, ((0,), (1,), (2,), (3, 0)))  # two ranks a node
 
-
-def crossings(ids, source, placement=PLACEMENT, ranks_per_node=2):
+def crossings(ids, source, placement, ranks_per_node=1):
     return cross_node_copies(np.array(ids), placement, ranks_per_node, np.array(source))
-
-
-def test_by_hand():
-    assert crossings([[0, 1]], [0]) == 0
-    assert crossings([[0, 1]], [1]) == 1  # 0 has a copy there
-    assert crossings([[2, 3]], [0]) == 1  # one copy of the token for both
-    assert crossings([[1, 2]], [0]) == 1
-    assert crossings([[0, 1], [2, 3], [1, 2]], [1, 0, 0]) == 3
-    assert crossings(np.zeros((0, 2), dtype=np.int16), np.zeros(0, dtype=np.int64)) == 0
 
 
 def test_copies_take_turns():
     placement = Placement(2, ((0,), (0,), (1,)))
     ids = [[0, 1]] * 4  # from node 2 to nodes 0, 1, 0, 1
-    assert crossings(ids, [2] * 4, placement, 1) == 4
+    assert crossings(ids, [2] * 4, placement) == 4
     placement = Placement(3, ((0,), (0, 1), (2,)))
     # 1 is on node 1; 0 goes to node 0, then 1: two nodes, then one.
-    assert crossings([[0, 1]], [2], placement, 1) == 2
-    assert crossings([[0, 1]] * 2, [2, 2], placement, 1) == 3
+    assert crossings([[0, 1]], [2], placement) == 2
+    assert crossings([[0, 1]] * 2, [2, 2], placement) == 3
 
 
 def by_token(ids, placement, ranks_per_node, source_node):
@@ -68,7 +57,3 @@ def test_coactivation_by_hand():
     ids = np.array([[0, 1], [1, 0], [2, 0]], dtype=np.int16)
     np.testing.assert_array_equal(coactivation(ids, 3), [[0, 2, 1], [2, 0, 0], [1, 0, 0]])
     assert not coactivation(ids[:0], 3).any()
-
-
-def test_sources_in_turn():
-    np.testing.assert_array_equal(spread_sources(5, 2), [0, 1, 0, 1, 0])

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.screen import telling
-from expertlane.balance.placement import Placement
+from expertlane.balance.placement import Placement, max_over_mean
 from expertlane.errors import SpecError
 from expertlane.spec.layout import partition
 
@@ -88,3 +88,9 @@ def test_more_experts_than_slots(num_experts, shown):
 def test_too_many_copies(make):
     with pytest.raises(SpecError, match=telling("9 experts 2 ranks 4")):
         make(4, 2, 5)
+
+
+def test_imbalance_is_the_fullest_over_the_mean_layer_by_layer():
+    num_tokens = np.array([[8, 0, 0, 0], [6, 2, 6, 2], [5, 5, 5, 5], [0, 0, 0, 0]])
+    np.testing.assert_array_equal(max_over_mean(num_tokens), [4.0, 1.5, 1.0, 0.0])
+    assert max_over_mean(np.zeros((0, 4), dtype=np.int64)).shape == (0,)

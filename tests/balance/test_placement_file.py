@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 
@@ -39,6 +38,8 @@ def test_written_and_read_back(tmp_path):
     assert read_placement(path) == PLACEMENT
     assert list(read_placement(path).layers) == [1, 4]
     assert [each.name for each in path.parent.iterdir()] == ["placement.json"]
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # a byte order mark is passed over
+    assert read_placement(path) == PLACEMENT
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path):
@@ -60,38 +61,24 @@ def one_layer(*experts_of_rank, layer=1):
     [
         ("", "JSON 1"),
         ("{", "JSON"),
-        ("[" * 100_000, "nested 100"),
         ("[]", "schema_version placement file"),
         ("{}", "schema_version placement file"),
         (changed(schema_version=2), "schema_version 2 reads 1"),
         (changed(schema_version=True), "schema_version True reads 1"),
-        (changed(schema_version=1.0), "schema_version 1.0 reads 1"),
         (changed(extra=1), "unknown extra schema_version"),
         (json.dumps({"schema_version": 1}), "num_experts layers missing"),
-        (changed(model=1), "model 1 string"),
         (changed(model="a\nb"), "model one line"),
-        (changed(model="\ud800"), "string Unicode"),
-        (changed(num_experts=True), "num_experts true"),
         (changed(num_experts=2), "layer 1 rank 0 expert 2"),
         (changed(num_experts=4), "layer 1 4 experts 3 slots 2 ranks"),
         (changed(num_experts=10**9), "num_experts 1000000000 1"),
         (changed(num_experts=-(10**9)), "num_experts -1000000000"),
-        (changed(num_experts=0).replace("0", "9" * 5000, 1), "5,000 digits"),
-        (changed(num_experts="x" * 99), f"num_experts {'x' * 59}"),
         (changed(ep=0), "ep 0 1 1,000,000"),
         (changed(ep=3), "layer 1 2 ranks 3"),
-        (changed(layers={}), "layers {} list"),
         (changed(layers=[]), "no layer"),
-        (
-            changed(layers=[1]),
-            "layers.0 1 JSON object",
-        ),
         (changed(layers=[{}]), "layers.0.layer layers.0.experts_of_rank missing"),
         (changed(layers=VALID["layers"][:1] * 2), "layer 1 twice"),
         (one_layer([0], [1, 2], layer=-1), "layer -1 0 1,023"),
-        (one_layer([0], [1, 2], layer="1"), "layers.0.layer 1"),
         (one_layer([0], [1.5, 2]), "layers.0.experts_of_rank.1.0 1.5"),
-        (one_layer([0], 1), "layers.0.experts_of_rank.1 1 list"),
         (one_layer([0], [1, 0]), "layer 1 rank expert 2"),
         (one_layer([0, 0], [1, 2]), "layer 1 rank 0 expert twice"),
     ],
@@ -105,26 +92,6 @@ def test_a_damaged_file_gives_one_line_that_names_it(tmp_path, text, message):
     assert line.startswith(str(path))
     assert tells(line, message)
     assert "\n" not in line
-
-
-def test_no_file_and_no_text(tmp_path):
-    with pytest.raises(UserError, match=telling("none.json No such file")):
-        read_placement(tmp_path / "none.json")
-    path = tmp_path / "binary.json"
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"binary\.json: byte 0 is not UTF-8"):
-        read_placement(path)
-
-
-def test_a_byte_order_mark_is_passed_over(tmp_path):
-    path = tmp_path / "placement.json"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(VALID).encode())
-    assert read_placement(path) == PLACEMENT
-
-
-def test_a_path_that_is_none():
-    with pytest.raises(UserError, match=telling("embedded null byte")):
-        read_placement(Path("a\0b"))
 
 
 @pytest.mark.parametrize("model", [None, "a/model", "/checkpoints/model/", "model"])

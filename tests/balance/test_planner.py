@@ -4,11 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balance import greedy_yardstick as yardstick
-from balance import routing_traces
 from cli.screen import telling
-from expertlane.balance.judge import coactivation, cross_node_copies, spread_sources
-from expertlane.balance.placement import Placement
 from expertlane.balance.planner import plan_placement
+from expertlane.balance.trace import coactivation, cross_node_copies, spread_sources
 from expertlane.errors import SpecError
 from expertlane.spec.layout import partition
 
@@ -153,41 +151,6 @@ def test_experts_chosen_together_meet_on_a_node():
     crossings = [cross_node_copies(ids, plan[0], 4, source) for plan in (plain, local)]
     assert crossings[1] < 0.8 * crossings[0]
     assert maxima(local, load, 4)[0] <= 1.005 * maxima(plain, load, 4)[0]
-
-
-def test_made_up_traces_on_many_ranks():
-    trace = routing_traces.routing_trace(
-        num_layers=2,
-        num_experts=64,
-        num_experts_per_tok=4,
-        num_tokens=4000,
-        skew=1.0,
-        seed=1,
-        num_topics=8,
-    )
-    seen, held_out = routing_traces.halves(trace)
-    together = [coactivation(ids, 64) for ids in seen.topk_ids]
-    plain, local = (plan_placement(seen.load(), 32, 8, 64, known) for known in (None, together))
-    source = spread_sources(held_out.num_tokens, 4)
-    crossings = [
-        sum(
-            cross_node_copies(ids, each, 8, source)
-            for ids, each in zip(held_out.topk_ids, plan, strict=True)
-        )
-        for plan in (plain, local)
-    ]
-    greedy = sum(
-        cross_node_copies(ids, Placement(64, tuple(tuple(set(rank)) for rank in plan)), 8, source)
-        for ids, plan in zip(
-            held_out.topk_ids,
-            (yardstick.global_plan(load, 32, 128) for load in seen.load().astype(float)),
-            strict=True,
-        )
-    )
-    assert crossings[1] < 0.95 * crossings[0]
-    assert crossings[1] < 0.65 * greedy
-    even = np.maximum(maxima(plain, seen.load(), 8), 1.005 * seen.load().sum(axis=1) / 32)
-    assert (maxima(local, seen.load(), 8) <= even * (1 + 1e-6)).all()
 
 
 def test_no_load_no_layer_one_of_each():

@@ -1,36 +1,25 @@
 """Loads of ranks against the engine's own choice among copies."""
 
 from math import lcm
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from balance.test_copies import BACKENDS, chosen_by_ranks
 from expertlane.balance.packing import EMPTY, Packing
 from expertlane.balance.placement import Placement
-from expertlane.engine.comm.mesh import ParallelMesh
-from expertlane.engine.moe.dispatch import CopyChooser
 from expertlane.spec.layout import Layout
-
-SILENT = SimpleNamespace(is_recording=False)
-NO_GROUPS = SimpleNamespace(link=lambda ranks: None)
 
 
 def chosen_loads(layout, ranks_per_node, placement, num_pairs):
     """[ep]; pairs that the choice of every rank sends to each, `num_pairs` [num_experts] a rank."""
-    rng = np.random.default_rng(0)
-    loads = np.zeros(layout.ep)
     ids = np.repeat(np.arange(placement.num_experts), num_pairs)
-    for rank in range(layout.world_size):
-        mesh = ParallelMesh(layout, NO_GROUPS, rank, ranks_per_node, SILENT)
-        choice = CopyChooser(mesh, placement, torch.device("cpu"))
-        batch = torch.from_numpy(rng.permutation(ids))[:, None]
-        ranks = choice.physical_ids(batch).flatten() // choice.num_slots
-        loads += np.bincount(ranks, minlength=layout.ep)
-    return loads
+    of_all = np.tile(np.random.default_rng(0).permutation(ids), layout.world_size)[:, None]
+    owned = np.full(layout.world_size, len(ids))
+    ranks = chosen_by_ranks(BACKENDS[0], layout, ranks_per_node, placement, owned, of_all)
+    return np.bincount(ranks.ravel(), minlength=layout.ep)
 
 
 @st.composite
@@ -55,13 +44,6 @@ def test_as_the_engine_chooses(placement, ep_per_node, etp, seed):
     np.testing.assert_allclose(placement.rank_loads(load, ep_per_node), loads)
 
 
-def test_as_the_engine_chooses_in_any_batch():
-    placement = Placement(4, ((0, 1), (0, 2), (0, 3), (3, 1)))
-    num_pairs = np.array([4001, 1003, 499, 2010])
-    loads = chosen_loads(Layout(dp=4, ep=4), 2, placement, num_pairs)
-    np.testing.assert_allclose(placement.rank_loads(4 * num_pairs, 2), loads, rtol=1e-3)
-
-
 @pytest.mark.parametrize(
     ("ranks_per_node", "loads"),
     [
@@ -79,14 +61,6 @@ def test_by_hand(ranks_per_node, loads):
     placement = Placement(4, ((0,), (0,), (0,), (1,), (2,), (3,)))
     np.testing.assert_allclose(placement.rank_loads([18, 4, 0, 2], ranks_per_node), loads)
     assert not placement.rank_loads(np.zeros(4), ranks_per_node).any()
-
-
-def test_nodes_of_unlike_size_by_hand():
-    placement = Placement(1, ((0,), (0,), (0,)))
-    np.testing.assert_allclose(placement.rank_loads([6], 2), [2, 2, 2])
-    placement = Placement(2, ((0,), (1,), (0,)))
-    # Rank 1 sends to its node's copy.
-    np.testing.assert_allclose(placement.rank_loads([6, 1], 2), [4, 1, 2])
 
 
 @st.composite

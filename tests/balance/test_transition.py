@@ -5,8 +5,7 @@ from dataclasses import astuple, replace
 from hypothesis import given
 from hypothesis import strategies as st
 
-from expertlane.balance.moves import moves
-from expertlane.balance.placement import Placement
+from expertlane.balance.placement import Placement, moves
 from expertlane.balance.transition import Arrangement, PartKind, Transition
 from expertlane.errors import SpecError
 from expertlane.spec.layout import Layout, Members

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cost.tiny_models import MODELS
-from expertlane.balance.even_copies import copy_choice
+from expertlane.balance.copies import copy_choice
 from expertlane.balance.placement import Placement
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import GivenRouting, PowerLawRouting

@@ -13,6 +13,8 @@ import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -81,35 +83,25 @@ def _vllm() -> argparse.ArgumentParser:
     return make_arg_parser(FlexibleArgumentParser())
 
 
-def _sglang() -> argparse.ArgumentParser:
-    from sglang.srt.server_args import ServerArgs
-
+def _of_class(module: str, name: str, **more: bool) -> argparse.ArgumentParser:
+    """The parser that a class of arguments fills."""
     parser = argparse.ArgumentParser()
-    ServerArgs.add_cli_args(parser)
-    return parser
-
-
-def _vllm_router() -> argparse.ArgumentParser:
-    from vllm_router.router_args import RouterArgs
-
-    parser = argparse.ArgumentParser()
-    RouterArgs.add_cli_args(parser, use_router_prefix=False)
-    return parser
-
-
-def _sglang_router() -> argparse.ArgumentParser:
-    from sglang_router.router_args import RouterArgs
-
-    parser = argparse.ArgumentParser()
-    RouterArgs.add_cli_args(parser, use_router_prefix=False)
+    getattr(import_module(module), name).add_cli_args(parser, **more)
     return parser
 
 
 PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "vllm": _vllm,
-    "sglang": _sglang,
-    "vllm-router": _vllm_router,
-    "sglang-router": _sglang_router,
+    "sglang": partial(_of_class, "sglang.srt.server_args", "ServerArgs"),
+    **{
+        name: partial(
+            _of_class,
+            f"{name.replace('-', '_')}.router_args",
+            "RouterArgs",
+            use_router_prefix=False,
+        )
+        for name in ("vllm-router", "sglang-router")
+    },
 }
 _CHOICES_OF = (  # that commands name
     *("--all2all-backend", "--moe-a2a-backend", "--deepep-mode", "--kv-cache-dtype", "--dtype"),

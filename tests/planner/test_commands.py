@@ -17,7 +17,7 @@ from expertlane.cli.app import app
 from expertlane.cost.number_types import NumberTypes
 from expertlane.planner.candidates import Candidate
 from expertlane.planner.commands import ServedPool, ServeTarget, engine_commands, longest_request
-from expertlane.planner.engines import ENGINES, Pool
+from expertlane.planner.engines import ENGINES
 from expertlane.spec.deployment import Options
 from expertlane.spec.dispatch import DISPATCH_FORMS
 from expertlane.spec.hf_config import Quantization
@@ -37,10 +37,15 @@ GATHERED = Options(dispatch="all_gather")
 ROTATING = Options(num_micro_batches=2, micro_batch_schedule="rotating")
 
 
+def pool_of(candidate, role, rank_seqs):
+    sizes = {"rank_seqs": rank_seqs, "step_tokens": 8192, "devices_per_host": 8}
+    return ServedPool(candidate, MODEL, role, **sizes)
+
+
 def served(layout, options=None, *, drafts=0, role="both", num_seqs=512):
     candidate = Candidate(Layout.parse(layout), options or Options(), drafts)
     places = candidate.layout.places_of_rank(num_seqs, num_seqs + 1)
-    return ServedPool(Pool(candidate, MODEL, role), places, 8192, 8)
+    return pool_of(candidate, role, places)
 
 
 def commands(engine, *pools, types=TYPES, target=TARGET, max_len=4096):
@@ -103,7 +108,7 @@ PREFILL_APART = Options(dispatch="all_to_all", prefill_dispatch="hierarchical")
 )
 def test_kernels_of_each_phase(options, role, vllm, sglang):
     pool = served("dp=16,ep=16", options, role=role)
-    assert ENGINES["vllm"].runs(*pool.pool) == (vllm is not None)
+    assert ENGINES["vllm"].runs(pool.candidate, MODEL, role) == (vllm is not None)
     if vllm is not None:
         given = parsed(commands("vllm", pool)[0].lines[0])
         assert given["all2all_backend"] == vllm
@@ -289,7 +294,7 @@ def pools(draw, role):
     )
     layout = Layout(draw(st.sampled_from((1, 3))), draw(st.sampled_from((1, 2))), dp, tp, ep, dcp)
     candidate = Candidate(layout, options, draw(st.sampled_from((0, 1, 3))))
-    return ServedPool(Pool(candidate, MODEL, role), draw(st.integers(1, 2500)), 8192, 8)
+    return pool_of(candidate, role, draw(st.integers(1, 2500)))
 
 
 @given(
@@ -300,7 +305,7 @@ def pools(draw, role):
 )
 def test_parsers_take_whatever_is_written(some, stored, weights, name):
     engine, candidates = ENGINES[name], [each.candidate for each in some]
-    runs = engine.runs(*some[0].pool) if len(some) == 1 else engine.joins(*candidates, MODEL)
+    runs = engine.runs(candidates[0], MODEL) if len(some) == 1 else engine.joins(*candidates, MODEL)
     if not runs:
         return
     types, target = NumberTypes.asked(weights), ServeTarget("org/model", stored)

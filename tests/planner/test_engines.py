@@ -196,39 +196,36 @@ def test_an_engine_that_runs_nothing_says_so():
         search.options(mixed)
 
 
-def test_the_best_of_each_engine_is_what_it_runs():
-    search = Search(request_for())
+def best_of_engines(engine=None, pools=None):
+    """The ranking of one pool, and the best of each engine beside some disaggregated pools."""
+    search = Search(request_for(engine))
     screened = search.screen()
     found = simulated_pool(search, screened, lambda _: None)
-    workload, goals = search.request.workload, search.request.goals
-    ranking = ranked([contender(each, workload) for each in found.finalists], goals)
+    contenders = [contender(each, search.request.workload) for each in found.finalists]
+    ranking = ranked(contenders, search.request.goals)
     of_pools = TwoPoolSearch(search.request, search.known, fitting(screened))
-    pools = of_pools.run()
-    choices = of_each_engine(search, ranking, pools, of_pools)
+    return ranking, of_each_engine(search, ranking, pools or of_pools.run(), of_pools)
+
+
+def test_the_best_of_each_engine_is_what_it_runs():
+    ranking, choices = best_of_engines()
     assert [each.engine.name for each in choices] == list(ALL)
+    chosen = ranking.chosen.finalist.candidate
     for each in choices:
         best = each.aggregated
         assert best is not None
         assert each.engine.runs(best.finalist.candidate, MIXED)
         assert best.tps.value <= ranking.chosen.tps.value
-        chosen = ranking.chosen.finalist.candidate
         if each.engine.runs(chosen, MIXED):
             assert best is ranking.chosen
         if each.pools is not None:
-            assert each.engine.joins(
-                each.pools.prefill.candidate, each.pools.decode.candidate, MIXED
-            )
+            pools = each.pools.prefill.candidate, each.pools.decode.candidate
+            assert each.engine.joins(*pools, MIXED)
 
 
 @pytest.mark.full
 def test_what_was_asked_for_is_the_only_one():
-    search = Search(request_for("sglang"))
-    screened = search.screen()
-    found = simulated_pool(search, screened, lambda _: None)
-    workload, goals = search.request.workload, search.request.goals
-    ranking = ranked([contender(each, workload) for each in found.finalists], goals)
-    of_pools = TwoPoolSearch(search.request, search.known, fitting(screened))
-    (choice,) = of_each_engine(search, ranking, "over limits", of_pools)
+    ranking, (choice,) = best_of_engines("sglang", "over limits")
     assert choice.engine.name == "sglang"
     assert choice.aggregated is ranking.chosen
     assert choice.broken is None

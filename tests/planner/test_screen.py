@@ -160,10 +160,3 @@ def test_layers_of_one_sample_stand_once():
     assert sampled_layers(PAPER, routing) == [0, 1, 2]
     dense_first = MIXED  # its first layer has no experts
     assert sampled_layers(dense_first, PowerLawRouting(32, 4, num_sampled_layers=1)) == [1]
-
-
-def test_what_does_not_fit_has_no_estimate():
-    huge = PAPER.with_overrides(num_hidden_layers=32)
-    found, _, _ = screened(huge, 4)
-    assert all(each.decode is None for each in found if each.candidate.layout.replicas == 4)
-    assert all(each.capacity.max_seqs == 0 for each in found if each.decode is None)

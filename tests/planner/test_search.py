@@ -1,4 +1,3 @@
-import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,35 +62,6 @@ def test_gaps_of_what_does_not_tie_are_explained(ranking):
     assert slower
     for each in slower:
         assert gap_to(ranking.chosen, each, WORKLOAD).startswith("µs per token: ")
-
-
-@pytest.mark.full
-def test_a_tighter_limit_never_serves_more():
-    free = planned(search_of()).finalists[0]
-    limit = 0.9 * free.served.tpot_s[1, 0]
-    kept = planned(search_of(goals=Goals(max_tpot_s=limit))).finalists[0]
-    assert kept.tps <= free.tps
-    assert kept.served.tpot_s[1, 0] <= limit
-
-
-@pytest.mark.full
-def test_what_breaks_a_limit_when_simulated_has_fewer_sequences():
-    workload = Workload(1024, 4000, 64)
-    found = planned(search_of(PAPER, 16, workload, Goals(max_tpot_s=0.09), dtype="float16"))
-    assert len(found.finalists) > 3
-    for each in found.finalists:
-        assert each.served.tpot_s[1, 0] <= 0.09
-
-
-@pytest.mark.full
-def test_the_nearest_is_projected_in_full():
-    best = min(planned(search_of()).finalists, key=lambda each: each.served.tpot_s[1, 0])
-    with pytest.raises(UserError, match=telling("misses TPOT limit")) as e:
-        planned(search_of(goals=Goals(max_tpot_s=1e-6, max_ttft_s=1e-6)))
-    assert " and the TTFT limit of 0.001 ms with " in str(e.value)
-    missed = float(re.search(r"TPOT limit of 0.001 ms with ([\d.]+) ms", str(e.value))[1])
-    kept = planned(search_of(goals=Goals(max_tpot_s=1.001 * missed / 1e3)))
-    assert kept.finalists[0].served.tpot_s[1, 0] <= best.served.tpot_s[1, 0]
 
 
 def test_a_limit_that_nothing_keeps_names_the_nearest():

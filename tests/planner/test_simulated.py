@@ -5,13 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cli.screen import telling
 from expertlane.cost.throughput import Goals, ThroughputCurve
-from expertlane.errors import UserError
 from expertlane.planner.candidates import family_of
 from expertlane.planner.screen import fitting
-from expertlane.planner.search import OnePool
-from expertlane.planner.simulated import Race, simulate, simulate_pools, simulated_pool
+from expertlane.planner.simulated import Race, simulate, simulate_pools
 from expertlane.planner.trials import Trials
 from expertlane.simulator.watch import ROUGH
 from expertlane.spec.layout import Layout
@@ -146,24 +143,6 @@ def test_prompts_hold_up_data_parallel_ranks():
         assert (np.diff(served.tps[:, 0]) >= 0).all()
         ratios[name] = served.tps[1, 0] / option.tps
     assert all(0.7 < ratio < 1.4 for ratio in ratios.values()), ratios
-
-
-@pytest.mark.full
-def test_a_plan_ranks_by_what_was_simulated():
-    search = search_of(num_devices=4)
-    found = simulated_pool(search, search.screen(), lambda _: None)
-    assert isinstance(found, OnePool)
-    assert 0 < len(found.finalists) <= found.num_simulated
-    tps = [each.tps for each in found.finalists]
-    assert tps == sorted(tps, reverse=True)
-    again = simulate(found.finalists[0].option, request=search.request)
-    assert again.tps[1, 0] == found.finalists[0].tps  # the same seed
-
-
-def test_nothing_keeps_an_impossible_limit_when_simulated():
-    search = search_of(num_devices=4, goals=Goals(max_tpot_s=1e-6))
-    with pytest.raises(UserError, match=telling("h100x4 nearest")):
-        simulated_pool(search, search.screen(), lambda _: None)
 
 
 def test_pools_with_replicas_that_divide_alike_are_simulated_in_part():

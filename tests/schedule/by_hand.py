@@ -1,12 +1,10 @@
 """What tests that go step by step have in common."""
 
-from expertlane.schedule.drive import drive
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from schedule.paged import PagedRunner, check_empty, continuation
 
 VOCAB_SIZE = 100
 
@@ -49,20 +47,6 @@ def step(scheduler: ContinuousScheduler, token: int = 7) -> StepPlan:
     plan = scheduler.next_plan()
     answer(scheduler, plan, token)
     return plan
-
-
-def until_done(scheduler: ContinuousScheduler, limits: Limits, *requests: Request) -> PagedRunner:
-    """Run with the fake model, and check every token."""
-    runner = PagedRunner(scheduler, limits)
-    for each in requests:
-        runner.add(each)
-    for _ in drive(scheduler, runner):
-        pass
-    check_empty(scheduler)
-    for each in requests:
-        expected = continuation(each.prompt_token_ids.tolist(), each.max_tokens, VOCAB_SIZE)
-        assert each.output_token_ids == expected
-    return runner
 
 
 def scheduled(plan: StepPlan) -> list[list[dict[int, int]]]:

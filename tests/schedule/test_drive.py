@@ -70,17 +70,6 @@ def test_the_order_of_events():
     ]
 
 
-def test_one_step():
-    log: list[str] = []
-    assert [f.plan.step for f in drive(LoggingScheduler([0], 1, log), LastFirstRunner(log))] == [0]
-
-
-def test_no_step_touches_no_runner():
-    log: list[str] = []
-    assert list(drive(LoggingScheduler([], 1, log), LastFirstRunner(log))) == []
-    assert log == []
-
-
 def test_a_runner_s_error_comes_through():
     class BrokenRunner(LastFirstRunner):
         def collect(self, handle: str) -> StepOutcome:

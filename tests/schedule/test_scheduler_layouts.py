@@ -1,7 +1,7 @@
 """Replicas, data-parallel ranks, micro-batches and steps in flight by hand."""
 
 from expertlane.spec.names import Phase
-from schedule.by_hand import add, answer, make, make_limits, request, scheduled, step, until_done
+from schedule.by_hand import add, answer, make, request, scheduled, step
 from schedule.paged import seqs_of
 
 
@@ -36,20 +36,6 @@ def test_a_prompt_goes_where_its_prefix_is_known():
     assert scheduled(step(scheduler)) == [[{0: 2}, {1: 9}]]
     add(scheduler, request("c", 9))
     assert scheduled(step(scheduler)) == [[{}, {2: 1}]]
-
-
-def test_a_preempted_request_may_go_on_elsewhere():
-    # Rank 0 gets "a" and "c", rank 1 gets "b", which is done early.
-    scheduler = make("dp=2", num_blocks=4, block_size=2)
-    limits = make_limits(num_blocks=4, block_size=2)
-    requests = [
-        request("a", 2, max_tokens=7, first=10),
-        request("b", 4, max_tokens=1, first=20),
-        request("c", 2, max_tokens=7, first=30),
-        request("d", 2, max_tokens=7, first=40),
-    ]
-    until_done(scheduler, limits, *requests)
-    assert scheduler.num_preemptions > 0
 
 
 def test_replicas_share_the_requests():

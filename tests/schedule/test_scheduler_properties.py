@@ -126,10 +126,13 @@ class Run:
             check_tables(self.scheduler, self.limits)
 
     def to_the_end(self) -> None:
+        """Serve all; every promise is then checked."""
         while self.to_come or self.scheduler.has_unfinished:
             self.turn()
             assert len(self.runner.plans) <= self.max_num_steps, "a request starves"
         check_empty(self.scheduler)
+        self.check_outputs()
+        self.check_order()
 
     def expected(self, request: Request) -> list[int]:
         """What it must have generated: until a stop token, its length, or the end of its room."""
@@ -166,15 +169,24 @@ class Run:
             assert steps == sorted(steps)
 
 
+random_traffic = given(layouts, all_options, limits, traffics, st.integers(0, 2**32 - 1))
+
+
 @settings(derandomize=True, deadline=None, max_examples=100)
-@given(layouts, all_options, limits, traffics, st.integers(0, 2**32 - 1))
+@random_traffic
 def test_every_promise_on_random_traffic(layout, options, limits, traffic, seed):
     run = Run(layout, options, limits, traffic, seed)
     run.to_the_end()
-    run.check_outputs()
-    run.check_order()
     most = layout.pp if options.micro_batch_schedule == "rotating" else 1
     assert all(num <= most for num in run.runner.most_in_flight.values())
+
+
+@pytest.mark.full
+@pytest.mark.timeout(3600)
+@settings(derandomize=True, deadline=None, max_examples=3000)
+@random_traffic
+def test_every_promise_on_much_random_traffic(layout, options, limits, traffic, seed):
+    Run(layout, options, limits, traffic, seed).to_the_end()
 
 
 @pytest.mark.full
@@ -189,8 +201,6 @@ def test_every_promise_on_random_traffic(layout, options, limits, traffic, seed)
 def test_every_promise_with_a_step_planned_ahead(layout, options, limits, traffic, seed):
     run = Run(layout, options, limits, traffic, seed, lookahead=True)
     run.to_the_end()
-    run.check_outputs()
-    run.check_order()
     assert all(num <= 2 for num in run.runner.most_in_flight.values())
 
 
@@ -199,7 +209,6 @@ def test_decodes_are_planned_ahead_of_their_tokens():
     traffic = Traffic(8, 1.0, 6, 12, 1, share_prefix=False, cancel_rate=0.0)
     run = Run(Layout(), Options(), limits, traffic, 0, lookahead=True)
     run.to_the_end()
-    run.check_outputs()
     fed = np.concatenate([plan.micro_batches[0][0].token_ids for plan in run.runner.plans])
     assert (fed == UNKNOWN).sum() > 20
 
@@ -214,17 +223,6 @@ def test_lookahead_needs_a_stage_that_learns_of_its_tokens():
         assert plans.count(None) == 3 - most
         scheduler.lose([(0, 0)], [plan for plan in plans if plan])
         scheduler.reshape(Layout(), {})
-
-
-@pytest.mark.full
-@pytest.mark.timeout(3600)
-@settings(derandomize=True, deadline=None, max_examples=3000)
-@given(layouts, all_options, limits, traffics, st.integers(0, 2**32 - 1))
-def test_every_promise_on_much_random_traffic(layout, options, limits, traffic, seed):
-    run = Run(layout, options, limits, traffic, seed)
-    run.to_the_end()
-    run.check_outputs()
-    run.check_order()
 
 
 @pytest.mark.full
@@ -246,8 +244,6 @@ def test_a_cache_far_too_small_changes_no_token(dp, pp, rotating, prefix_caching
     traffic = Traffic(24, 1.0, 3, 15, 1, share_prefix=False, cancel_rate=0.0)
     run = Run(Layout(dp=dp, pp=pp), options, tight, traffic, seed)
     run.to_the_end()
-    run.check_outputs()
-    run.check_order()
     assert run.scheduler.num_preemptions > 0
     assert run.scheduler.num_preemptions == sum(r.num_preemptions for r in run.requests)
 
@@ -269,8 +265,6 @@ def test_what_is_still_in_flight_is_not_shared(pp, num_groups, block_size, budge
     traffic = Traffic(20, 0.8, 12, 8, 1, share_prefix=True, cancel_rate=0.05)
     run = Run(Layout(pp=pp), options, limits, traffic, seed)
     run.to_the_end()
-    run.check_outputs()
-    run.check_order()
     assert run.runner.most_in_flight[0] >= 2
     assert run.scheduler.tables[0][0].blocks.num_hits > 0
 

@@ -7,41 +7,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile import parse_cluster
 from expertlane.cost.multi_token import MultiToken
-from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import StepSharing
 from expertlane.results.metrics import serving_record
 from expertlane.simulator.pools import PhaseTotals
-from expertlane.simulator.simulator import ServingSetup, Simulator
 from expertlane.spec.deployment import Options
-from expertlane.spec.layout import Layout
-from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Stage, Traffic
-from expertlane.spec.workload import LengthRange, Load
-
-MODEL = PRESETS["paper-tiny"]
-
-
-ROUTING = PowerLawRouting(MODEL.num_experts, MODEL.num_experts_per_tok)
+from simulator import setups
+from simulator.setups import ROUTING
 
 
-def simulator_of(
-    layout, prefill_layout=None, *, rate=None, num_requests=8, routing=ROUTING, **more
-):
-    setup = ServingSetup(
-        layout=Layout.parse(layout),
-        prefill_layout=None if prefill_layout is None else Layout.parse(prefill_layout),
-        types=NumberTypes(),
-        execution=Execution.GRAPH,
-        routing=routing,
-        **{"options": Options(), **more},
-    )
+def simulator_of(*layouts, rate=None, num_requests=8, **more):
     batch = None if rate else 8
-    load = Load(num_requests, LengthRange(4, 16), LengthRange(2, 6), batch, rate)
-    return Simulator(MODEL, parse_cluster("h100x8"), setup, load)
+    return setups.simulator_of(layouts, batch, num_requests, (4, 16), (2, 6), rate=rate, **more)
 
 
 @pytest.mark.parametrize("pools", [("pp=2,tp=2",), ("pp=2,tp=2", "tp=2"), ("dp=4,ep=4",)], ids=str)

@@ -1,43 +1,17 @@
 """A short stretch of a closed load says what the whole load comes to."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 import expertlane
-from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile import parse_cluster
 from expertlane.cost.multi_token import MultiToken
-from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.routing import PowerLawRouting
 from expertlane.results.metrics import serving_record
-from expertlane.simulator.simulator import ServingSetup, Simulator
 from expertlane.simulator.steady import steady_state
 from expertlane.simulator.watch import USUAL, Lengths, poisson_quantiles
-from expertlane.spec.deployment import Options
-from expertlane.spec.layout import Layout
-from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import LengthRange, Load
+from simulator.setups import simulator_of
 
-MODEL = PRESETS["paper-tiny"]
 NO_DRAFTS = MultiToken()
-
-
-def simulator_of(layouts, batch, num_requests, prompt, output, multi_token=NO_DRAFTS, **sizes):
-    *prefill, decode = map(Layout.parse, layouts)
-    setup = ServingSetup(
-        layout=decode,
-        prefill_layout=prefill[0] if prefill else None,
-        options=Options(),
-        types=NumberTypes(),
-        execution=Execution.GRAPH,
-        routing=PowerLawRouting(MODEL.num_experts, MODEL.num_experts_per_tok),
-        multi_token=multi_token,
-        **sizes,
-    )
-    load = Load(num_requests, LengthRange(*prompt), LengthRange(*output), batch)
-    return Simulator(MODEL, parse_cluster("h100x8"), setup, load)
 
 
 @pytest.mark.full
@@ -51,9 +25,11 @@ def simulator_of(layouts, batch, num_requests, prompt, output, multi_token=NO_DR
     ],
 )
 def test_as_the_whole_load(layouts, batch, prompt, output, multi_token):
-    whole = simulator_of(layouts, batch, 40 * batch, prompt, output, multi_token)
+    whole = simulator_of(layouts, batch, 40 * batch, prompt, output, multi_token=multi_token)
     served = serving_record(whole.run(0).served, ())
-    found = steady_state(simulator_of(layouts, batch, batch, prompt, output, multi_token), 0)
+    found = steady_state(
+        simulator_of(layouts, batch, batch, prompt, output, multi_token=multi_token), 0
+    )
     rates = found.rates
     assert rates.tpot_s[1] == pytest.approx(served.tpot_s.mean.value, rel=0.05)
     assert rates.ttft_s[1] == pytest.approx(served.ttft_s.mean.value, rel=0.35)
@@ -74,7 +50,8 @@ def test_two_pools_have_the_pace_of_their_requests():
 def test_a_short_stretch_is_cheap():
     whole = simulator_of(("tp=2",), 64, 640, (40, 50), (900, 1000))
     found = steady_state(whole, 0)
-    assert found.num_steps <= 1.25 * USUAL.most_steps
+    num_steps = sum(len(each.pool.runner.bounds) for each in found.pools)
+    assert num_steps <= 1.25 * USUAL.most_steps
 
 
 @pytest.mark.parametrize("output", [(1, 1), (2, 2), (300, 300)])
@@ -117,23 +94,14 @@ def test_what_arrives_late_waits_as_long():
     assert after.ttft_s - before.ttft_s == pytest.approx([0.1, 0.2, 0.3], abs=0.02)
 
 
-def open_loop(rate, layouts=("tp=2",)):
-    simulator = simulator_of(layouts, None, 100, (40, 50), (90, 110))
-    return steady_state(
-        Simulator(
-            simulator.model,
-            simulator.cluster,
-            simulator.setup,
-            replace(simulator.load, rate=rate),
-        ),
-        0,
-    ).rates
-
-
 def test_an_open_loop_serves_what_arrives_until_it_cannot():
     most = steady_state(simulator_of(("tp=2",), 256, 256, (40, 50), (90, 110)), 0).rates
     capacity = most.requests_per_s[1]
-    calm, busy, over = (open_loop(share * capacity) for share in (0.1, 0.6, 1.5))
+    asked = ("tp=2",), None, 100, (40, 50), (90, 110)
+    calm, busy, over = (
+        steady_state(simulator_of(*asked, rate=share * capacity), 0).rates
+        for share in (0.1, 0.6, 1.5)
+    )
     for rates, share in ((calm, 0.1), (busy, 0.6)):
         assert rates.requests_per_s == pytest.approx([share * capacity] * 3)
         in_system = rates.requests_per_s[1] * (rates.ttft_s[1] + 99 * rates.tpot_s[1])
@@ -169,9 +137,3 @@ def test_seeds_agree_within_the_error_that_is_told(layout):
     ]
     tps = [each.output_tps[1] for each in found]
     assert max(tps) / min(tps) - 1 <= 2 * max(max(each.error for each in found), 0.005)
-
-
-def test_a_replica_takes_one_step_a_token():
-    for layouts in (("tp=2",), ("replicas=4",), ("tp=2", "replicas=3,dp=2")):
-        found = steady_state(simulator_of(layouts, 12, 12, (8, 8), (200, 200)), 0)
-        assert found.steps_per_token == pytest.approx(1, rel=0.15), layouts

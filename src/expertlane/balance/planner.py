@@ -6,8 +6,13 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.local_search import MIN_GAIN, lower_maximum, search_copies
-from expertlane.balance.locality import PhysicalExperts, swap_between_nodes
+from expertlane.balance.local_search import (
+    MIN_GAIN,
+    PhysicalExperts,
+    lower_maximum,
+    search_copies,
+    swap_between_nodes,
+)
 from expertlane.balance.packing import (
     EMPTY,
     Floats,

@@ -8,18 +8,20 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.local_search import lower_maximum, search_copies
-from expertlane.balance.moves import (
+from expertlane.balance.packing import EMPTY, Floats, Ints, Packing
+from expertlane.balance.placement import (
     WHOLE,
     Move,
     Part,
+    Placement,
     between_ranks,
     keep_slots,
     most_of_a_rank,
     moves,
     next_slice,
+    rank_loads,
+    total_max_over_mean,
 )
-from expertlane.balance.packing import EMPTY, Floats, Ints, Packing
-from expertlane.balance.placement import Placement, rank_loads, total_max_over_mean
 from expertlane.balance.planner import plan_placement
 from expertlane.spec.names import Phase
 

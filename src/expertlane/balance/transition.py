@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
-from expertlane.balance.moves import Move, between_ranks, moves
+from expertlane.balance.placement import Move, between_ranks, moves
 from expertlane.balance.placement_file import Placements
 from expertlane.spec.layout import DpRank, Layout, Members
 

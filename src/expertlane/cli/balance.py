@@ -99,7 +99,7 @@ def balance(own: _Options, output_options: AnswerOptions) -> None:
       expertlane balance routing.npz --ep 16 --json | jq '.total.after'
           for other programs
     """
-    from expertlane.balance.moves import keep_slots
+    from expertlane.balance.placement import keep_slots
     from expertlane.balance.placement_file import ModelPlacement, write_placement
     from expertlane.balance.trace import read_trace
     from expertlane.report.placement import report_of
@@ -134,9 +134,9 @@ def balance(own: _Options, output_options: AnswerOptions) -> None:
 
 
 def _made(trace: "RoutingTrace", own: _Options) -> "list[Placement]":
-    from expertlane.balance.judge import coactivation
     from expertlane.balance.placement import Placement
     from expertlane.balance.planner import plan_placement
+    from expertlane.balance.trace import coactivation
 
     num_experts, num_layers = trace.num_experts, len(trace.layers)
     redundant = own.num_redundant_experts
@@ -170,7 +170,7 @@ def _read(path: Path, trace: "RoutingTrace", ranks: int) -> "list[Placement]":
 def _evaluated(
     trace: "RoutingTrace", before: "list[Placement]", after: "list[Placement]", own: _Options
 ) -> "Evaluated":
-    from expertlane.balance.judge import compare
+    from expertlane.balance.trace import compare
     from expertlane.report.numbers import counted
     from expertlane.report.placement import Evaluated
 

@@ -7,7 +7,7 @@ simulation had beyond the formula is taken to be the same there.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import exp, inf, isfinite, log
 
 from expertlane.cost.routing import PowerLawRouting
@@ -16,6 +16,7 @@ from expertlane.planner.ranking import Contender, Ranking
 from expertlane.planner.screen import Known, Screen, ScreenedCandidate, fitting, prefilled_as
 from expertlane.planner.search import Finalist, unseen
 from expertlane.results.results import BreakEven, Level, Varied
+from expertlane.spec.names import Phase
 
 _SKEWS = 0.0, 0.4, 0.8, 1.2  # beside the one asked for; public traces have up to 1.3
 _LOADS = 1 / 16, 1 / 4, 1, 4, 16  # times the sequences asked for
@@ -118,20 +119,14 @@ def screened_again(
     candidates: Sequence[Candidate], request: PlanRequest, known: Known
 ) -> list[ScreenedCandidate | None]:
     """Candidates screened for another request on the same cluster; None for what does not fit."""
-    decodes, prompts = (
-        [
-            each._replace(options=replace(each.options, prefill_dispatch=None, dispatch=form))
-            for each, form in zip(candidates, forms, strict=True)
-        ]
-        for forms in (
-            [each.options.dispatch for each in candidates],
-            [each.options.prefill_dispatch or each.options.dispatch for each in candidates],
-        )
-    )
-    all_ = dict.fromkeys([*decodes, *prompts])
-    of = {each.candidate: each for each in fitting(Screen(request, known).run(all_, unseen))}
+    forms = [  # each phase's, as if it were that of both
+        [each._replace(options=each.options.of_phase(phase)) for each in candidates]
+        for phase in (Phase.DECODE, Phase.PREFILL)
+    ]
+    screened = Screen(request, known).run(dict.fromkeys(chain(*forms)), unseen)
+    of = {each.candidate: each for each in fitting(screened)}
     found: list[ScreenedCandidate | None] = []
-    for decode, prompt in zip(decodes, prompts, strict=True):
+    for decode, prompt in zip(*forms, strict=True):
         option, best = of.get(decode), of.get(prompt)
         if option is not None and best is not None and decode != prompt:
             option = prefilled_as(option, best, request, {})

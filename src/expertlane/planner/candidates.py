@@ -15,7 +15,6 @@ from expertlane.spec.deployment import (
     MicroBatchSchedule,
     Options,
     PayloadType,
-    PlacementMethod,
     drafts_text,
 )
 from expertlane.spec.dispatch import DispatchForm, dispatch_forms
@@ -189,14 +188,14 @@ def candidates_of(
             for num_micro_batches, schedule in _pipelines(layout.pp):
                 for overlap in (False, True) if layout.stage_size > 1 else (False,):
                     options = _options(
-                        overlap,
-                        num_micro_batches,
-                        schedule,
-                        form,
-                        payload if layout.ep > 1 else "model",
-                        num_redundant,
-                        copies if num_redundant else "nearest",
-                        "load" if layout.ep > 1 else "linear",
+                        overlap=overlap,
+                        num_micro_batches=num_micro_batches,
+                        micro_batch_schedule=schedule,
+                        dispatch=form,
+                        payload=payload if layout.ep > 1 else "model",
+                        num_redundant_experts=num_redundant,
+                        copies=copies if num_redundant else "nearest",
+                        placement="load" if layout.ep > 1 else "linear",
                     )
                     yield Candidate(layout, options)
                     if num_drafts:
@@ -225,28 +224,7 @@ def _pipelines(pp: int) -> tuple[tuple[int, MicroBatchSchedule], ...]:
     return _PIPELINES if of_stages in _PIPELINES else (*_PIPELINES, of_stages)
 
 
-@cache
-def _options(
-    overlap: bool,
-    num_micro_batches: int,
-    schedule: MicroBatchSchedule,
-    form: DispatchForm,
-    payload: PayloadType,
-    num_redundant: int,
-    copies: CopyMethod,
-    placement: PlacementMethod,
-) -> Options:
-    """The options of a candidate; cached, since many layouts share them."""
-    return Options(
-        overlap=overlap,
-        num_micro_batches=num_micro_batches,
-        micro_batch_schedule=schedule,
-        dispatch=form,
-        payload=payload,
-        num_redundant_experts=num_redundant,
-        copies=copies,
-        placement=placement,
-    )
+_options = cache(Options)  # many layouts share them
 
 
 def family_of(layout: Layout) -> str:

@@ -9,14 +9,12 @@ all cache prefixes unless told not to, but for SGLang's decode pools, which shar
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from math import ceil
 
 from expertlane.cost.memory import FREE_SHARE
 from expertlane.cost.number_types import NumberTypes
-from expertlane.planner.candidates import Candidate
 from expertlane.planner.engines import Engine, Pool
-from expertlane.results.record import PoolRole
 from expertlane.results.results import ServeCommand, ServeRole
 from expertlane.spec.deployment import Options
 from expertlane.spec.files import strict_json
@@ -50,8 +48,8 @@ class ServeTarget:
 
 
 @dataclass(frozen=True)
-class ServedPool:
-    """A pool of a plan.
+class ServedPool(Pool):
+    """A pool of a plan, with the sizes to start it with.
 
     Attributes:
         rank_seqs: running sequences of a data-parallel rank at most.
@@ -59,30 +57,15 @@ class ServedPool:
         devices_per_host: devices of a machine that it is started on.
     """
 
-    pool: Pool
+    _: KW_ONLY
     rank_seqs: int
     step_tokens: int
     devices_per_host: int
 
     @property
-    def candidate(self) -> Candidate:
-        """The pool's."""
-        return self.pool.candidate
-
-    @property
-    def layout(self) -> Layout:
-        """The candidate's."""
-        return self.candidate.layout
-
-    @property
     def options(self) -> Options:
         """The candidate's."""
         return self.candidate.options
-
-    @property
-    def role(self) -> PoolRole:
-        """The pool's."""
-        return self.pool.role
 
     @property
     def rank_tokens(self) -> int:
@@ -171,6 +154,12 @@ class _Draft:
     def add(self, *words: object) -> None:
         self.words += map(str, words)
 
+    def add_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Add the options whose size is not 1."""
+        for name, size in sizes.items():
+            if size > 1:
+                self.add(name, size)
+
     def line(self, node: int) -> str:
         """The whole command on one node."""
         variables = [f"{name}={value}" for name, value in self.environment(node).items()]
@@ -200,6 +189,7 @@ def engine_commands(
         first_host = sum(each.all_hosts for each in started)
         asked = _Asked(pool, layout, num_servers, served, types, max_len, first_host)
         draft = _WRITERS[engine.name](asked)
+        draft.notes += _weight_notes(asked, engine)
         if num_servers > 1:
             draft.notes.append(_further_servers(asked, engine))
         nodes = range(1 if draft.is_once else asked.num_hosts)
@@ -274,12 +264,13 @@ def _instances(urls: Sequence[str]) -> dict[str, object]:
 def _vllm(asked: _Asked) -> _Draft:
     pool, layout = asked.pool, asked.layout
     draft = _Draft(["vllm", "serve", asked.served.model, "--tensor-parallel-size", str(layout.tp)])
-    if layout.dp > 1:
-        draft.add("--data-parallel-size", layout.dp)
-    if layout.pp > 1:
-        draft.add("--pipeline-parallel-size", layout.pp)
-    if layout.dcp > 1:
-        draft.add("--decode-context-parallel-size", layout.dcp)
+    draft.add_sizes(
+        {
+            "--data-parallel-size": layout.dp,
+            "--pipeline-parallel-size": layout.pp,
+            "--decode-context-parallel-size": layout.dcp,
+        }
+    )
     if layout.ep > 1:
         _vllm_experts(draft, pool)
     if num_drafts := pool.candidate.num_drafts:
@@ -303,7 +294,6 @@ def _vllm(asked: _Asked) -> _Draft:
     if asked.types.kv == "float8":
         draft.add("--kv-cache-dtype", "fp8")
     draft.add("--port", _PORT)
-    draft.notes += _kept_weights(asked)
     if asked.num_hosts > 1:
         draft.add("--nnodes", asked.num_hosts, "--master-addr", asked.host)
         draft.on_node = lambda node: ("--node-rank", node, *(["--headless"] if node else []))
@@ -319,7 +309,7 @@ _VLLM_BACKENDS = {
 
 def _vllm_experts(draft: _Draft, pool: ServedPool) -> None:
     """One backend serves all phases that the pool computes."""
-    (kernels,) = pool.pool.all_kernels
+    (kernels,) = pool.all_kernels
     draft.add("--enable-expert-parallel", "--all2all-backend", _VLLM_BACKENDS[kernels])
     if num_redundant := pool.options.num_redundant_experts:
         config = strict_json({"num_redundant_experts": num_redundant})
@@ -337,9 +327,12 @@ def _weights(asked: _Asked) -> list[str]:
     return ["--quantization", "fp8"] if types.weights == "float8" and not stored else []
 
 
-def _kept_weights(asked: _Asked) -> list[str]:
+def _weight_notes(asked: _Asked, engine: Engine) -> list[str]:
     types, stored = asked.types, asked.served.quantization
-    if stored is None and types.weights in ("nvfp4", "mxfp4", "int4"):
+    as_stored = {"nvfp4", "mxfp4", "int4"}
+    if engine.name not in ("vllm", "sglang"):
+        as_stored.add("float8")
+    if stored is None and types.weights in as_stored:
         return [f"it needs a checkpoint quantised to {types.weights}"]
     if stored is None or stored.number_type == types.weights:
         return []
@@ -350,14 +343,15 @@ def _sglang(asked: _Asked) -> _Draft:
     pool, layout, num_drafts = asked.pool, asked.layout, asked.pool.candidate.num_drafts
     draft = _Draft(["python", "-m", "sglang.launch_server", "--model-path", asked.served.model])
     draft.add("--tp-size", layout.stage_size)  # its tp is all ranks; attention's is tp / dp
-    if layout.dp > 1:
-        draft.add("--attn-dp-size", layout.dp)
-    if layout.pp > 1:
-        draft.add("--pp-size", layout.pp)
-    if layout.dcp > 1:
-        draft.add("--dcp-size", layout.dcp)
+    draft.add_sizes(
+        {
+            "--attn-dp-size": layout.dp,
+            "--pp-size": layout.pp,
+            "--dcp-size": layout.dcp,
+            "--ep-size": layout.ep,
+        }
+    )
     if layout.ep > 1:
-        draft.add("--ep-size", layout.ep)
         _sglang_experts(draft, pool)
     if num_drafts:
         draft.add("--speculative-algorithm", "NEXTN", "--speculative-num-steps", num_drafts)
@@ -378,7 +372,6 @@ def _sglang(asked: _Asked) -> _Draft:
     if asked.types.kv == "float8":
         draft.add("--kv-cache-dtype", "fp8_e4m3")
     draft.add("--host", "0.0.0.0", "--port", _PORT)
-    draft.notes += _kept_weights(asked)
     if asked.num_hosts > 1:
         draft.add("--nnodes", asked.num_hosts)
         draft.add("--dist-init-addr", f"{asked.host}:{_RENDEZVOUS_PORT}")
@@ -388,7 +381,7 @@ def _sglang(asked: _Asked) -> _Draft:
 
 def _sglang_experts(draft: _Draft, pool: ServedPool) -> None:
     """DeepEP's mode may differ by phase: `auto` is normal in prefill, low latency in decode."""
-    layout, kernels = pool.layout, pool.pool.all_kernels
+    layout, kernels = pool.layout, pool.all_kernels
     if kernels != {None}:
         mode = "auto" if len(kernels) > 1 else next(iter(kernels))
         draft.add("--moe-a2a-backend", "deepep", "--deepep-mode", mode)
@@ -442,7 +435,7 @@ def _trtllm(asked: _Asked) -> _Draft:
     draft.add("--host", "0.0.0.0", "--port", _PORT)
     if num_redundant := pool.options.num_redundant_experts:
         slots = {
-            "num_slots": pool.pool.model.num_experts + num_redundant,
+            "num_slots": pool.model.num_experts + num_redundant,
             "layer_updates_per_iter": 2,
         }
         draft.before.append(_written(slots, "moe_load_balancer.yaml"))
@@ -454,9 +447,6 @@ def _trtllm(asked: _Asked) -> _Draft:
         draft.notes.append(f"once, over {asked.num_hosts} hosts; under Slurm srun for mpirun")
     if layout.ep > 1:
         draft.notes.append("it chooses how to dispatch by itself")
-    draft.notes += _kept_weights(asked)
-    if types.weights == "float8" and asked.served.quantization is None:
-        draft.notes.append("it needs a checkpoint quantised to float8")
     return draft
 
 
@@ -490,9 +480,6 @@ def _expertlane(asked: _Asked) -> _Draft:
     if types.kv == "float8":
         draft.add("--kv-dtype", "float8")
     draft.add("--host", "0.0.0.0", "--port", _PORT)
-    draft.notes += _kept_weights(asked)
-    if types.weights == "float8" and asked.served.quantization is None:
-        draft.notes.append("it needs a checkpoint quantised to float8")
     if asked.num_hosts > 1:
         words = draft.words
         draft.words = ["torchrun", "--nnodes", str(asked.num_hosts), "--nproc-per-node", "1"]

@@ -5,9 +5,9 @@ would run without CUDA graphs is left out too. Versions are those whose source w
 TensorRT-LLM are by its documentation.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeVar
+from itertools import chain
 
 from expertlane.cost.laws.profile import Profile
 from expertlane.planner.candidates import Candidate
@@ -26,7 +26,8 @@ _PHASES: dict[PoolRole, tuple[Phase, ...]] = {
 _MOST_NORMAL = 8 * 20  # ranks: DeepEP's NUM_MAX_NVL_PEERS × NUM_MAX_RDMA_PEERS
 
 
-class Pool(NamedTuple):
+@dataclass(frozen=True)
+class Pool:
     """A deployment in its role: `both` where one server computes prompts and decodes."""
 
     candidate: Candidate
@@ -82,24 +83,15 @@ class Row:
     Attributes:
         says: the engine's behaviour instead, after the word `it`.
         source: file or page, of the engine's version if nothing else is said.
-        rules_out: true of a deployment that needs it.
+        rules_out: true of a deployment that needs it: a pool, or those for prefill and decode.
     """
 
     says: str
     source: str
-    rules_out: Callable[[Pool], bool]
+    rules_out: Callable[..., bool]
 
 
-@dataclass(frozen=True)
-class PairRow:
-    """A pair of disaggregated pools that an engine cannot run; the prefill pool comes first."""
-
-    says: str
-    source: str
-    rules_out: Callable[[Pool, Pool], bool]
-
-
-_NO_POOLS = PairRow("has no disaggregated pools", "expertlane/engine", lambda *_: True)
+_NO_POOLS = Row("has no disaggregated pools", "expertlane/engine", lambda *_: True)
 
 
 @dataclass(frozen=True)
@@ -127,7 +119,7 @@ class Engine:
         version: version whose source, or documentation, the rows are from.
         is_checked: whether the options of commands were tried on its argument parser.
         router: None where it has none for alike servers.
-        pairs: None where it has no disaggregated pools.
+        pairs: of two pools side by side; None where it has no disaggregated pools.
         has_replicas: whether one server holds all replicas.
     """
 
@@ -136,7 +128,7 @@ class Engine:
     version: str
     is_checked: bool
     rows: tuple[Row, ...]
-    pairs: tuple[PairRow, ...] | None = ()
+    pairs: tuple[Row, ...] | None = ()
     router: Router | None = None
     has_replicas: bool = False
 
@@ -153,15 +145,20 @@ class Engine:
             return False
         return self.broken(candidate, model, role) is None
 
+    def runs_in_any_role(self, candidate: Candidate, model: ModelConfig) -> bool:
+        """True if the engine runs a deployment as a server, or as a pool."""
+        return any(self.runs(candidate, model, role) for role in _PHASES)
+
     def broken_by_pools(
         self, prefill: Candidate, decode: Candidate, model: ModelConfig
-    ) -> Row | PairRow | None:
+    ) -> Row | None:
         """The first row that rules disaggregated pools out; None where the engine runs both."""
         if self.pairs is None:
             return _NO_POOLS
-        first, second = Pool(prefill, model, "prefill"), Pool(decode, model, "decode")
-        of_pair = (row for row in self.pairs if row.rules_out(first, second))
-        return self.broken(*first) or self.broken(*second) or next(of_pair, None)
+        both = Pool(prefill, model, "prefill"), Pool(decode, model, "decode")
+        of_each = (row for pool in both for row in self.rows if row.rules_out(pool))
+        of_pair = (row for row in self.pairs if row.rules_out(*both))
+        return next(chain(of_each, of_pair), None)
 
     def joins(self, prefill: Candidate, decode: Candidate, model: ModelConfig) -> bool:
         """True if the engine runs both as disaggregated pools, side by side."""
@@ -266,7 +263,7 @@ VLLM = Engine(
         *_DEEPEP,
     ),
     (
-        PairRow(
+        Row(
             "transfers keys and values where one pool's tp divides the other's",
             "distributed/kv_transfer/kv_connector/utils.py: tp_ratio",
             lambda prefill, decode: (
@@ -332,12 +329,12 @@ SGLANG = Engine(
         *_DEEPEP,
     ),
     (
-        PairRow(
+        Row(
             "transfers keys and values to as many stages as they come from, or to one",
             "srt/disaggregation/common/conn.py: pp_size",
             lambda prefill, decode: decode.layout.pp not in (1, prefill.layout.pp),
         ),
-        PairRow(
+        Row(
             "shares out positions in a prefill pool only as its decode pool does",
             "srt/arg_groups/pd_disaggregation_hook.py: dcp_size",
             lambda prefill, decode: prefill.layout.dcp not in (1, decode.layout.dcp),
@@ -436,24 +433,3 @@ def engines_on(profile: Profile) -> Mapping[EngineName, Engine]:
         name: each if each is EXPERTLANE else replace(each, rows=(*each.rows, _WITHOUT_NVLINK))
         for name, each in ENGINES.items()
     }
-
-
-class _Option(Protocol):
-    @property
-    def candidate(self) -> Candidate: ...
-
-
-T = TypeVar("T", bound=_Option)
-
-
-def by_library(options: Sequence[T], model: ModelConfig) -> tuple[list[T], list[T]]:
-    """Options that DeepEP dispatches, and the others."""
-    apart: tuple[list[T], list[T]] = ([], [])
-    for each in options:
-        apart[not Pool(each.candidate, model).uses_deepep].append(each)
-    return apart
-
-
-def runs_in_any_role(engine: Engine | None, candidate: Candidate, model: ModelConfig) -> bool:
-    """True if an engine runs a deployment as a server, or as a pool; None runs all."""
-    return engine is None or any(engine.runs(candidate, model, role) for role in _PHASES)

@@ -82,11 +82,6 @@ class Uncertain:
             found[error] = -min(*moved, 0.0), max(*moved, 0.0)
         return found
 
-    def ties(self, other: "Uncertain") -> bool:
-        """True if 1 is within the ratio's bounds."""
-        low, _, high = self.over(other).bounds
-        return low <= 1 <= high
-
 
 def _difference(mine: float, others: float) -> float:
     return 0.0 if mine == others else mine - others  # also where both are without end

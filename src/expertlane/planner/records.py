@@ -54,7 +54,9 @@ def candidate_record(
 ) -> DeploymentRecord:
     """The record at one of the numbers of sequences that were screened, or projected in full."""
     layout, options, num_drafts = candidate.candidate
-    serving = _serving_of(candidate, place, role, request)
+    serving = serving_at(candidate.served, place)
+    if role not in (PREFILL_POOL, DECODE_POOL):  # each of two pools has places of its own
+        serving = with_wait(serving, request)
     memory = replace(candidate.capacity.record(), num_resident=candidate.capacity.num_resident)
     prefill_tps = Estimate.between(candidate.steps.prefill_tps)
     return DeploymentRecord(
@@ -68,16 +70,6 @@ def candidate_record(
         serving=(replace(serving, prefill_tps=prefill_tps),),
         num_drafts=num_drafts,
     )
-
-
-def _serving_of(
-    candidate: ScreenedCandidate, place: int, role: str, request: PlanRequest
-) -> ServingRecord:
-    """Serving record with the wait for a place; one of two pools has places of its own."""
-    serving = serving_at(candidate.served, place)
-    if role in (PREFILL_POOL, DECODE_POOL):
-        return serving
-    return with_wait(serving, request)
 
 
 def with_wait(serving: ServingRecord, request: PlanRequest) -> ServingRecord:
@@ -112,26 +104,6 @@ _OF_LIBRARIES: tuple[_Row, ...] = (
         "each has a scheduler, which agree before every step; idle ones compute a dummy batch",
         "",
     ),
-)
-_OF_LATENCY: tuple[_Row, ...] = (
-    (
-        "TPOT",
-        "mean; aggregated: other requests' prefills between decode steps included; "
-        "disaggregated: decoding alone",
-        "",
-    ),
-    (
-        "TTFT",
-        "mean, with waits; aggregated: to the end of the prompt's last step; disaggregated: to "
-        "the first decode step, KV transfer included",
-        "",
-    ),
-)
-_OF_BOUNDS: _Row = (
-    "bounds",
-    "all laws low together or high together: wider than independent errors; of ratios, "
-    "what is left once shared errors cancel, the rest independent",
-    "",
 )
 
 
@@ -169,7 +141,18 @@ def plan_assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assu
         ),
         *(_OF_LIBRARIES if kernels is GPU_LIBRARIES else [("kernels", kernels.assumed, "")]),
         *_of_drafts(setting.multi_token),
-        *_OF_LATENCY,
+        (
+            "TPOT",
+            "mean; aggregated: other requests' prefills between decode steps included; "
+            "disaggregated: decoding alone",
+            "",
+        ),
+        (
+            "TTFT",
+            "mean, with waits; aggregated: to the end of the prompt's last step; disaggregated: "
+            "to the first decode step, KV transfer included",
+            "",
+        ),
         (
             "memory",
             f"{FREE_SHARE:.0%} of a device's {profile.device.memory_bytes / 1e9:.0f} "
@@ -177,7 +160,12 @@ def plan_assumptions(request: PlanRequest, routing: RoutingChoice) -> tuple[Assu
             "",
         ),
         ("profile", f"{profile.name}: {profile.device.origin}", "--cluster"),
-        _OF_BOUNDS,
+        (
+            "bounds",
+            "all laws low together or high together: wider than independent errors; of ratios, "
+            "what is left once shared errors cancel, the rest independent",
+            "",
+        ),
     )
     return tuple(Assumption(name, value, change=change) for name, value, change in rows)
 

@@ -12,7 +12,7 @@ from expertlane.cost.routing import RoutingChoice
 from expertlane.planner.break_even import break_even
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.commands import ServedPool, ServeTarget, engine_commands, longest_request
-from expertlane.planner.engines import Engine, PairRow, Pool, Row, engines_on
+from expertlane.planner.engines import Engine, Row, engines_on
 from expertlane.planner.ranking import (
     Contender,
     Ranking,
@@ -75,7 +75,7 @@ class EngineChoice:
     engine: Engine
     aggregated: Contender | None
     pools: TwoPools | None = None
-    broken: Row | PairRow | None = None
+    broken: Row | None = None
 
 
 def of_each_engine(
@@ -314,10 +314,14 @@ class Plan:
         if profile.framework:
             tokens = find_framework(profile.framework).max_num_batched_tokens
         return ServedPool(
-            Pool(option.candidate, self.request.model, role),
-            option.candidate.layout.places_of_rank(option.num_seqs, self.request.num_asked),
-            tokens,
-            profile.devices_per_host or profile.ranks_per_node,
+            option.candidate,
+            self.request.model,
+            role,
+            rank_seqs=option.candidate.layout.places_of_rank(
+                option.num_seqs, self.request.num_asked
+            ),
+            step_tokens=tokens,
+            devices_per_host=profile.devices_per_host or profile.ranks_per_node,
         )
 
     def experiment(

@@ -20,7 +20,7 @@ from expertlane.planner.candidates import (
     check_plan_size,
     valid_layouts,
 )
-from expertlane.planner.engines import by_library, engines_on, runs_in_any_role
+from expertlane.planner.engines import Pool, engines_on
 from expertlane.planner.screen import (
     Known,
     Screen,
@@ -161,7 +161,7 @@ class Search:
                 self.request.setting.multi_token.num_drafts,
                 self.request.setting.copies,
             )
-            if runs_in_any_role(engine, candidate, self.request.model)
+            if engine is None or engine.runs_in_any_role(candidate, self.request.model)
         ]
 
     def screen(
@@ -200,8 +200,11 @@ class Search:
         if not options:
             raise UserError(self._too_large(screened))
         # Prompts of an engine may be dispatched as fast only by the library of its decodes.
+        by_deepep: dict[bool, list[ScreenedCandidate]] = {True: [], False: []}
+        for each in options:
+            by_deepep[Pool(each.candidate, self.request.model).uses_deepep].append(each)
         further: dict[Candidate, ScreenedCandidate] = {}
-        for some in (options, *by_library(options, self.request.model)):
+        for some in (options, *by_deepep.values()):
             further |= {each.candidate: each for each in with_fastest_prefill(some, self.request)}
         options += further.values()
         if self.request.engine is None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import gcd
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,13 +22,12 @@ from expertlane.planner.candidates import Candidate, PlanRequest, family_of
 from expertlane.planner.engines import Engine, engines_on
 from expertlane.planner.screen import Screened, ScreenedCandidate, TooLarge, fitting
 from expertlane.planner.search import Finalist, OnePool, Search
-from expertlane.planner.trials import Run, SimulatedCandidate, Trials
+from expertlane.planner.trials import Ratios, Run, SimulatedCandidate, Trials
 from expertlane.results.serving_record import ServingRecord
 from expertlane.simulator.results import serving_of
 from expertlane.simulator.simulator import ServingSetup, Simulator, scheduling_of
 from expertlane.simulator.steady import PrefillRates, pools_apart, steady_state
 from expertlane.simulator.watch import ROUGH, USUAL, Precision
-from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Load
 
@@ -52,7 +50,7 @@ def simulate(
 
     None where not even one request of the longest output fits.
     """
-    return _rates(request, _Served.by(option, request), None, option.num_seqs, precision)
+    return _rates(request, option, None, option.num_seqs, precision)
 
 
 def simulate_pools(
@@ -71,11 +69,10 @@ def simulate_pools(
             those that have a place to decode or are computed before.
         known: rates of prefill pools; new ones are added.
     """
-    first, of_prompts, _ = prefill.candidate
-    if not divide_alike(first, decode.candidate.layout):
+    if not divide_alike(prefill.candidate.layout, decode.candidate.layout):
         return None
     num, precision = batch or request.workload.num_sequences, USUAL if batch else None
-    return _rates(request, _Served.by(decode, request), (first, of_prompts), num, precision, known)
+    return _rates(request, decode, prefill, num, precision, known)
 
 
 def serve_at_rate(
@@ -86,11 +83,7 @@ def serve_at_rate(
     Args:
         decode: the decode pool; it computes prompts too where there is no `prefill`.
     """
-    of_prompts = None
-    if prefill is not None:
-        of_prompts = prefill.candidate.layout, prefill.candidate.options
-    load = request.load_at_rate()
-    simulator = _simulator(request, _Served.by(decode, request), of_prompts, load)
+    simulator = _simulator(request, decode, prefill, request.load_at_rate())
     state = steady_state(simulator, request.workload.seed)
     return serving_of(simulator, state, request.goals.all)
 
@@ -101,25 +94,10 @@ def divide_alike(prefill: Layout, decode: Layout) -> bool:
     return (prefill.replicas + decode.replicas) // num_parts <= _MOST_REPLICAS
 
 
-class _Served(NamedTuple):
-    """A decode pool, and the most sequences of a data-parallel rank."""
-
-    layout: Layout
-    options: Options
-    num_drafts: int
-    max_num_seqs: int
-
-    @classmethod
-    def by(cls, option: ScreenedCandidate, request: PlanRequest) -> "_Served":
-        """The option, with places for the number of sequences that it was planned with."""
-        places = option.candidate.layout.places_of_rank(option.num_seqs, request.num_asked)
-        return cls(*option.candidate, places)
-
-
 def _rates(
     request: PlanRequest,
-    served: _Served,
-    prefill: tuple[Layout, Options] | None,
+    decode: ScreenedCandidate,
+    prefill: ScreenedCandidate | None,
     batch: int,
     precision: Precision | None,
     known: PrefillRates | None = None,
@@ -127,7 +105,7 @@ def _rates(
     """Rates and means of a closed load; None where it does not fit."""
     seed, load = request.workload.seed, request.load_at(batch)
     try:
-        simulator = _simulator(request, served, prefill, load)
+        simulator = _simulator(request, decode, prefill, load)
         if precision is None:  # requests by themselves have no percentiles
             rates, sample = pools_apart(simulator, seed, known), None
             batch = round(rates.num_decoding + rates.num_waiting)
@@ -148,25 +126,27 @@ def _rates(
 
 
 def _simulator(
-    request: PlanRequest, served: _Served, prefill: tuple[Layout, Options] | None, load: Load
+    request: PlanRequest, decode: ScreenedCandidate, prefill: ScreenedCandidate | None, load: Load
 ) -> Simulator:
-    """A simulator of a load on one pool or two.
+    """A simulator of a load on one pool or two, with places for the sequences planned.
 
     Raises:
         CapacityError: not even one request fits.
     """
     setting, profile = request.setting, request.cluster.profile
+    layout, options, num_drafts = decode.candidate
+    places = layout.places_of_rank(decode.num_seqs, request.num_asked)
     setup = ServingSetup(
-        served.layout,
-        None if prefill is None else prefill[0],
-        served.options,
+        layout,
+        None if prefill is None else prefill.candidate.layout,
+        options,
         setting.types,
         setting.execution,
         setting.routing,
-        setting.multi_token if served.num_drafts else MultiToken(),
-        max_num_seqs=served.max_num_seqs,
-        **scheduling_of(profile.framework, setting.step_tokens, served.max_num_seqs),
-        prefill_options=None if prefill is None else prefill[1],
+        setting.multi_token if num_drafts else MultiToken(),
+        max_num_seqs=places,
+        **scheduling_of(profile.framework, setting.step_tokens, places),
+        prefill_options=None if prefill is None else prefill.candidate.options,
     )
     cluster = ModelledCluster(profile, setup.num_devices)
     return Simulator(request.model, cluster, setup, load)
@@ -275,17 +255,15 @@ class Race:
     ) -> Iterator[tuple[float, ScreenedCandidate]]:
         """A group's options that were only screened, with more expected tokens/s than that."""
         of_layout = Counter(each.option.candidate.layout for each in self._started)
-        ratios: dict[object, float] = {}
+        ratios = Ratios()
         for trials in self._started:
             screened, tps = trials.option.within(self._goals)[1], trials.ahead(_SOUGHT_GAIN)[1]
-            for kind in _kinds_of(trials.option):
-                ratios[kind] = max(tps / screened, ratios.get(kind, 0.0))
-        most = max(ratios.values(), default=1.0)
+            ratios.add(_kinds_of(trials.option), tps / screened)
+        largest = ratios.largest
         for tps, each in self._waiting:
-            if tps * most <= least_tps:  # nor may those after it, which were screened slower
+            if tps * largest <= least_tps:  # nor may those after it, screened slower
                 return
-            known = (ratios[kind] for kind in _kinds_of(each) if kind in ratios)
-            expected = tps * next(known, 1.0)
+            expected = tps * ratios.expected(_kinds_of(each))
             is_open = of_layout[each.candidate.layout] < _MOST_OF_LAYOUT
             if expected > least_tps and is_open and group(each.candidate):
                 yield expected, each

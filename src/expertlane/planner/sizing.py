@@ -4,7 +4,8 @@ The screened throughput of one pool proposes a number, and plans around it settl
 more devices never serve less.
 """
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from expertlane.cost.routing import RoutingChoice
@@ -34,10 +35,7 @@ class Sized:
 
 def cluster_sizes(ranks_per_node: int) -> list[int]:
     """Sizes to consider: powers of two in a node, then whole nodes."""
-    within, num = [], 1
-    while num < ranks_per_node:
-        within.append(num)
-        num *= 2
+    within = [2**power for power in range((ranks_per_node - 1).bit_length())]
     return within + list(range(ranks_per_node, MOST_DEVICES + 1, ranks_per_node))
 
 
@@ -55,23 +53,22 @@ def smallest_plan(
     Raises:
         UserError: there are no such devices, or too many for a plan.
     """
-    return _Sizing(request, routing, progress, cautions).run()
+    known = Known()
+
+    def plan_of(request: PlanRequest) -> Plan:
+        return make_plan(request, routing, progress, cautions, known)
+
+    return _Sizing(request, plan_of, known).run()
 
 
 class _Sizing:
     def __init__(
-        self,
-        request: PlanRequest,
-        routing: RoutingChoice,
-        progress: Progress,
-        cautions: tuple[str, ...],
+        self, request: PlanRequest, plan_of: Callable[[PlanRequest], Plan], known: Known
     ) -> None:
-        self._request, self._routing = request, routing
-        self._progress, self._cautions = progress, cautions
+        self._request, self._plan_of, self._known = request, plan_of, known
         self._sizes = cluster_sizes(request.cluster.profile.ranks_per_node)
         self._num_in_node = self._sizes.index(request.cluster.profile.ranks_per_node)
         self._wanted = request.rate or request.workload.num_sequences
-        self._known = Known()
         self._plans: dict[int, Plan | UserError] = {}
 
     def run(self) -> Sized:
@@ -94,9 +91,6 @@ class _Sizing:
         plan = self._plans[sizes[high]]
         assert isinstance(plan, Plan), "a size that serves all has a plan"
         return Sized(plan, ServedLoad(0, 0) if high == 0 else self._served(high - 1))
-
-    def _request_of(self, num_devices: int) -> PlanRequest:
-        return self._request.on(num_devices)
 
     def _proposed(self) -> int:
         """Index of the first size that serves all as screened; of the last where none does.
@@ -121,7 +115,7 @@ class _Sizing:
 
         -1 where the model does not fit.
         """
-        request = self._request_of(self._sizes[place])
+        request = self._request.on(self._sizes[place])
         search = Search(request, self._known)
         options = fitting(search.screen()) if search.candidates else []
         within = [each.within(request.goals) for each in options]
@@ -140,13 +134,7 @@ class _Sizing:
         num = self._sizes[place]
         if num not in self._plans:
             try:
-                self._plans[num] = make_plan(
-                    self._request_of(num),
-                    self._routing,
-                    self._progress,
-                    self._cautions,
-                    self._known,
-                )
+                self._plans[num] = self._plan_of(self._request.on(num))
             except UserError as error:
                 self._plans[num] = error
         plan = self._plans[num]
@@ -158,7 +146,7 @@ class _Sizing:
         """Index to try after a size that does not serve all, by what it serves."""
         amount = _amount(served)
         factor = min(self._wanted / amount, _MOST_STEP) if amount else _MOST_STEP
-        further = _first_of(self._sizes, self._sizes[place] * factor)
+        further = bisect_left(self._sizes, self._sizes[place] * factor)
         return max(place + 1, min(further, high - 1))
 
     def _too_many(self) -> str:
@@ -176,9 +164,3 @@ class _Sizing:
 def _amount(served: ServedLoad) -> float:
     """Concurrent requests; of an open load requests/s."""
     return served.num_served if served.requests_per_s is None else served.requests_per_s
-
-
-def _first_of(sizes: Sequence[int], wanted: float) -> int:
-    """Index of the first size of at least `wanted`; of the last where none is."""
-    found = (place for place, size in enumerate(sizes) if size >= wanted)
-    return next(found, len(sizes) - 1)

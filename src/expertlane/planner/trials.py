@@ -4,7 +4,7 @@ The formula proposes a number; what a simulation has beyond the formula corrects
 that keeps the limits and one that does not lies the next.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, log, sqrt
 
@@ -55,6 +55,27 @@ class SimulatedCandidate(ScreenedCandidate):
 
 
 Run = Callable[[ScreenedCandidate, Precision], ThroughputCurve | None]
+
+
+class Ratios:
+    """The largest ratio of simulated to screened tokens/s of each kind of deployment."""
+
+    def __init__(self) -> None:
+        self._of_kind: dict[object, float] = {}
+
+    def add(self, kinds: Iterable[object], ratio: float) -> None:
+        """Add a deployment that was simulated, with all of its kinds."""
+        for kind in kinds:
+            self._of_kind[kind] = max(ratio, self._of_kind.get(kind, 0.0))
+
+    def expected(self, kinds: Iterable[object]) -> float:
+        """The ratio of the first kind that has one; 1 without any."""
+        return next((self._of_kind[kind] for kind in kinds if kind in self._of_kind), 1.0)
+
+    @property
+    def largest(self) -> float:
+        """The largest of all; 1 without any."""
+        return max(self._of_kind.values(), default=1.0)
 
 
 class Trials:

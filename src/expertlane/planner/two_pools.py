@@ -1,7 +1,7 @@
 """Prefill and decode on disjoint devices: the split of devices, and each pool's deployment."""
 
 import heapq
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, product
@@ -18,6 +18,7 @@ from expertlane.planner.engines import engines_on
 from expertlane.planner.screen import Known, ScreenedCandidate, fitting
 from expertlane.planner.search import Finalist, Search
 from expertlane.planner.simulated import divide_alike, serve_at_rate, simulate_pools
+from expertlane.planner.trials import Ratios
 from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
 from expertlane.results.serving_record import KEPT, ServingRecord, is_served
@@ -247,12 +248,12 @@ class TwoPoolSearch:
         Args:
             most: pairs to simulate.
         """
-        ratios: dict[object, float] = {}
+        ratios = Ratios()
         kept: list[tuple[float, _Pair]] = []
         waiting = list(pairs)
         why: NoPools = "over limits"
         for _ in range(most):
-            expected = [_expected(pair, ratios) for pair in waiting]
+            expected = [pair.tps * ratios.expected(_kinds_of(pair.decode)) for pair in waiting]
             place = max(range(len(waiting)), key=expected.__getitem__, default=None)
             best_tps = max((tps for tps, _ in kept), default=0.0)
             if place is None or expected[place] <= best_tps:
@@ -262,11 +263,10 @@ class TwoPoolSearch:
             if served is None:
                 why = "not simulated"
                 continue
-            for kind in _kinds_of(pair.decode):
-                ratio = float(served.tps[LIKELY, 0]) / pair.tps
-                ratios[kind] = max(ratio, ratios.get(kind, 0.0))
+            tps = float(served.tps[LIKELY, 0])
+            ratios.add(_kinds_of(pair.decode), tps / pair.tps)
             if served.breach(self._request.goals)[0] <= KEPT:
-                kept.append((float(served.tps[LIKELY, 0]), pair))
+                kept.append((tps, pair))
             elif (fewer := self._with_fewer(pair, served)) is not None:
                 waiting.append(fewer)
         told: list[TwoPools] = []
@@ -285,19 +285,17 @@ class TwoPoolSearch:
         None where that is not fewer, or not even one sequence may.
         """
         limit, tpot_s = self._request.goals.of_means[0] or np.inf, float(served.tpot_s[LIKELY, 0])
-        formula = float(pair.decode.steps.token_s[LIKELY, pair.decode.place or 0])
+        tps = float(served.tps[LIKELY, 0])
         if tpot_s <= KEPT * limit:
-            tps = float(served.tps[LIKELY, 0])
             num = int(tps * tpot_s)
-            if not 1 <= num <= _FEWER * pair.decode.num_seqs:
-                return None
-            return replace(pair, decode=pair.decode.at(num, self._request.workload), tps=tps)
-        least = int(pair.decode.num_seqs * limit / tpot_s)  # as if a step grew with sequences
-        num = max(_most_within(pair.decode, self._request.goals, tpot_s / formula), least)
-        num = min(num, int(_FEWER * pair.decode.num_seqs))
-        if num < 1:
+        else:
+            formula = float(pair.decode.steps.token_s[LIKELY, pair.decode.place or 0])
+            least = int(pair.decode.num_seqs * limit / tpot_s)  # as if a step grew with sequences
+            num = max(_most_within(pair.decode, self._request.goals, tpot_s / formula), least)
+            num = min(num, int(_FEWER * pair.decode.num_seqs))
+            tps = tps * num / pair.decode.num_seqs * (tpot_s / limit)
+        if not 1 <= num <= _FEWER * pair.decode.num_seqs:
             return None
-        tps = float(served.tps[LIKELY, 0]) * num / pair.decode.num_seqs * (tpot_s / limit)
         return replace(pair, decode=pair.decode.at(num, self._request.workload), tps=tps)
 
     def _simulated_pair(self, pair: _Pair, *, apart: bool) -> ThroughputCurve | None:
@@ -320,11 +318,8 @@ class TwoPoolSearch:
     def _in_full(self, pair: _Pair, simulated: ThroughputCurve) -> TwoPools:
         """A simulated pair with both pools projected in full."""
         key = pair.prefill.candidate, pair.decode.candidate, pair.decode.num_seqs
-        if key not in self._told:
-            self._told[key] = self._explained(pair, simulated)
-        return self._told[key]
-
-    def _explained(self, pair: _Pair, simulated: ThroughputCurve) -> TwoPools:
+        if key in self._told:
+            return self._told[key]
         prefill, decode = (
             self._searches[size].finish(option, [phase])
             for size, option, phase in zip(
@@ -335,7 +330,9 @@ class TwoPoolSearch:
         at_rate = None
         if self._request.rate is not None:
             at_rate = serve_at_rate(self._request, pair.decode, pair.prefill)
-        return TwoPools(prefill, decode, transfer_s, decode.with_skew(simulated), at_rate)
+        served = decode.with_skew(simulated)
+        told = self._told[key] = TwoPools(prefill, decode, transfer_s, served, at_rate)
+        return told
 
     def _transfer_s(self, prefill: Layout, decode: Layout) -> Floats:
         """[3]; seconds of a prompt's KV transfer."""
@@ -373,12 +370,6 @@ class TwoPoolSearch:
                 for place in np.flatnonzero(served.breach(goals) <= 1).tolist():
                     tps = float(served.tps[LIKELY, place])
                     yield _Pair(sizes, whole, replace(second, place=place), tps)
-
-
-def _expected(pair: _Pair, ratios: Mapping[object, float]) -> float:
-    """Expected tokens/s of a pair."""
-    known = (ratios[kind] for kind in _kinds_of(pair.decode) if kind in ratios)
-    return pair.tps * next(known, 1.0)
 
 
 def _kinds_of(decode: ScreenedCandidate) -> list[object]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from expertlane.balance.judge import Comparison, PlacementScore
+from expertlane.balance.trace import Comparison, PlacementScore
 from expertlane.report.document import Answer, Column, Report, Section, Table, number, text
 from expertlane.report.numbers import counted, percent, whole
 

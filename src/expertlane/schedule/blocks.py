@@ -71,10 +71,6 @@ class BlockManager:
         """Number of sequences that hold a block."""
         return int(self._ref_counts[block])
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that `num_tokens` positions take."""
-        return -(-num_tokens // self.block_size)
-
     def find(self, digests: Iterable[bytes]) -> list[int]:
         """The cached blocks of the longest known prefix; they are not held yet."""
         found = []

@@ -5,8 +5,9 @@ from typing import Generic, NamedTuple
 
 from expertlane.errors import ModelError
 from expertlane.results.step_record import StepRecord
-from expertlane.schedule.plan import HandleT, Runner, Scheduler, StepOutcome, StepPlan
+from expertlane.schedule.plan import HandleT, Runner, StepOutcome, StepPlan
 from expertlane.schedule.request import not_finite
+from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.spec.layout import DpRank, Layout
 
 
@@ -39,7 +40,7 @@ class DriveLoop(Generic[HandleT]):
     The steps of a replica are committed in the order in which they were planned.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner[HandleT]) -> None:
+    def __init__(self, scheduler: ContinuousScheduler, runner: Runner[HandleT]) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._uncommitted: dict[int, StepPlan] = {}  # by step, in the order of planning
@@ -114,7 +115,7 @@ class DriveLoop(Generic[HandleT]):
         return FinishedStep(plan, outcome)
 
 
-def drive(scheduler: Scheduler, runner: Runner[HandleT]) -> Iterator[FinishedStep]:
+def drive(scheduler: ContinuousScheduler, runner: Runner[HandleT]) -> Iterator[FinishedStep]:
     """Yield steps as they finish, until the scheduler gives no more.
 
     Raises:

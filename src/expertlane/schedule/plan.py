@@ -1,6 +1,6 @@
-"""Plans and outcomes of steps, and the protocols of runner and scheduler."""
+"""Plans and outcomes of steps, and the protocol of what runs them."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from itertools import pairwise
 from typing import Any, Protocol, TypeVar
@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.results.step_record import RankRecord
-from expertlane.spec.layout import DpRank, Layout
 from expertlane.spec.names import Phase
 from expertlane.spec.sampling import PromptPart, SamplingState, TokenLogprobs
 
@@ -60,29 +59,26 @@ class Batch:
         """The batch of some sequences, in the order given."""
         chosen = np.zeros(self.num_seqs, dtype=np.bool_)
         chosen[seqs] = True
-        return Batch(
-            self.seq_ids[chosen],
-            self.num_scheduled_tokens[chosen],
-            self.num_computed_tokens[chosen],
-            self.token_ids[np.repeat(chosen, self.num_scheduled_tokens)],
-            self.block_tables[chosen],
-            self.yields_token[chosen],
-        )
+        return self._part(chosen, np.repeat(chosen, self.num_scheduled_tokens))
 
     def split(self, num_parts: int) -> list["Batch"]:
         """Cut into `num_parts` batches at sequence borders, near-equal in tokens."""
         borders, ends = self._borders(num_parts)
         return [
-            Batch(
-                self.seq_ids[start:stop],
-                self.num_scheduled_tokens[start:stop],
-                self.num_computed_tokens[start:stop],
-                self.token_ids[ends[start] : ends[stop]],
-                self.block_tables[start:stop],
-                self.yields_token[start:stop],
-            )
+            self._part(slice(start, stop), slice(ends[start], ends[stop]))
             for start, stop in pairwise(borders)
         ]
+
+    def _part(self, seqs: Any, tokens: Any) -> "Batch":
+        """Some sequences and their new tokens, by slices or masks."""
+        return Batch(
+            self.seq_ids[seqs],
+            self.num_scheduled_tokens[seqs],
+            self.num_computed_tokens[seqs],
+            self.token_ids[tokens],
+            self.block_tables[seqs],
+            self.yields_token[seqs],
+        )
 
     def num_tokens_of_halves(self) -> list[int]:
         """[2]; new tokens of the two batches that `split` makes."""
@@ -324,48 +320,4 @@ class Runner(Protocol[HandleT]):
 
     def collect(self, handle: HandleT) -> StepOutcome:
         """Wait for a step and take its outcome; each handle is collected once."""
-        ...
-
-
-class Scheduler(Protocol):
-    """Decides what runs next.
-
-    Only a commit gives requests their tokens, ends them and frees their blocks. It waits for
-    nothing, so nothing that happens to ranks can leave it half done.
-    """
-
-    def next_plan(self) -> StepPlan | None:
-        """The next step to submit, or None while nothing more may be in flight or all is done."""
-        ...
-
-    def commit(self, plan: StepPlan, outcome: StepOutcome) -> None:
-        """Take in the tokens of a finished step."""
-        ...
-
-    def lose(
-        self, caches: Collection[tuple[int, int]], plans: Sequence[StepPlan]
-    ) -> tuple[list[StepPlan], int]:
-        """Let requests begin again whose keys and values are gone.
-
-        Args:
-            caches: (replica, data-parallel rank) of each lost cache.
-            plans: all uncommitted plans, in their order.
-
-        Returns:
-            The plans that are left, to be submitted again; and how many requests begin again.
-        """
-        ...
-
-    def reshape(
-        self, layout: Layout, kept: Mapping[DpRank, DpRank], plans: Sequence[StepPlan]
-    ) -> tuple[list[StepPlan], int]:
-        """Go on in another layout.
-
-        Args:
-            kept: by (replica, data-parallel rank) with its keys and values, its former place.
-            plans: all uncommitted plans, in their order; without sequences of other ranks.
-
-        Returns:
-            The plans in the new layout, and how many requests begin again.
-        """
         ...

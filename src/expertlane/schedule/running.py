@@ -130,14 +130,14 @@ class RunningTable:
         That reserve lets all go on for `block_size` steps at least: a request admitted into the
         very last blocks would soon be preempted, and its prompt computed twice.
         """
-        num_blocks = self.blocks.blocks_for(request.num_tokens)
+        num_blocks = self._limits.blocks_for(request.num_tokens)
         needed = self.blocks.num_needed(num_blocks, cached)
         return needed + self.num_running <= self.blocks.num_free
 
     def admit(self, request: Request, cached: Sequence[int]) -> int:
         """Give a request a row, and blocks for all its tokens, the `cached` ones first."""
         num_tokens = request.num_tokens
-        blocks = self.blocks.allocate(self.blocks.blocks_for(num_tokens), cached)
+        blocks = self.blocks.allocate(self._limits.blocks_for(num_tokens), cached)
         self.num_queried += num_tokens
         row = self._unused.pop()
         self._widen(len(blocks))

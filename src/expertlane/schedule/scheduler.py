@@ -10,11 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import UserError
-from expertlane.schedule.batch_draft import BatchDraft
+from expertlane.schedule.admission import BatchDraft, WaitingRequests
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan, micro_batches, without_caches
 from expertlane.schedule.request import FinishReason, Limits, Request, RequestState
 from expertlane.schedule.running import Rows, RunningTable
-from expertlane.schedule.waiting import WaitingRequests
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import DpRank, Layout
 from expertlane.spec.names import Phase
@@ -85,7 +84,10 @@ class StepsInFlight:
 
 
 class ContinuousScheduler:
-    """Puts steps together as requests come and go; implements `schedule.plan.Scheduler`.
+    """Puts steps together as requests come and go.
+
+    Only a commit gives requests their tokens, ends them and frees their blocks. It waits for
+    nothing, so nothing that happens to ranks can leave it half done.
 
     A step computes, on every data-parallel rank, one token of each request in decoding, then
     chunks of the running prompts, then of waiting ones (`WaitingRequests` has their order), up to
@@ -107,6 +109,9 @@ class ContinuousScheduler:
     to `pp` a replica over disjoint requests, each with 1/`num_micro_batches` of the decodes; those
     that waited longest go first, so the groups even out as requests come and go.
 
+    Args:
+        flags: fields of every `StepPlan`: `return_logits`, `record` and those that begin so.
+
     Attributes:
         tables: [replicas][dp]; running requests and blocks.
         stepped: the requests that got a token in the step committed last.
@@ -122,11 +127,7 @@ class ContinuousScheduler:
         limits: Limits,
         *,
         lookahead: bool = False,
-        return_logits: bool = False,
-        record: bool = True,
-        record_routing: bool = False,
-        record_events: bool = False,
-        record_operations: bool = False,
+        **flags: bool,
     ) -> None:
         self._options, self._wants_lookahead = options, lookahead
         self._lay_out(layout)
@@ -138,13 +139,7 @@ class ContinuousScheduler:
         self.failed: list[Request] = []
         self.num_preemptions = self.num_recovered = 0
         self._limits = limits
-        self._flags = {
-            "return_logits": return_logits,
-            "record": record,
-            "record_routing": record_routing,
-            "record_events": record_events,
-            "record_operations": record_operations,
-        }
+        self._flags = flags
         self._in_flight = StepsInFlight(layout.replicas)
         self._released: list[list[int]] = [[] for _ in range(layout.replicas)]
         self._requests: dict[str, Request] = {}

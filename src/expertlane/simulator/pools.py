@@ -295,50 +295,42 @@ def run_load(
         on_finished: called for each request that is done.
         is_done: called after each step with the requests served so far; True ends the load.
     """
-    return _Serving(pool, apart, max_unfinished, on_finished, is_done).run(requests)
+    serving, waiting = _Serving(pool, apart, max_unfinished, on_finished), iter(requests)
+    pools = [pool, *([] if apart is None else apart[:1])]
+    now_s: Floats = np.zeros(len(BOUNDS))
+    while not is_done(serving.served):
+        serving.fill(waiting, now_s)
+        busy = [(each.next_s, each) for each in pools if each.next_s is not None]
+        if not busy:
+            break
+        first = min(busy, key=lambda each: each[0] or 0.0)[1]
+        for stepped in first.advance():
+            now_s = stepped.end_s
+            serving.take_token(stepped, is_first=first is pool)
+        serving.fill(waiting, now_s)
+        first.submit()
+    return serving.served
 
 
+@dataclass(eq=False)
 class _Serving:
-    """One run of a load over pools."""
+    """Requests of a load on their way through the pools; the fields are those of `run_load`.
 
-    def __init__(
-        self,
-        pool: Pool,
-        apart: tuple[Pool, KVTransfers] | None,
-        max_unfinished: int | None,
-        on_finished: Callable[[], None],
-        is_done: Callable[[Sequence[ServedRequest[Floats]]], bool],
-    ) -> None:
-        self._prefill = pool
-        self._apart = apart
-        self._max_unfinished = max_unfinished
-        self._on_finished = on_finished
-        self._is_done = is_done
-        self._free_s: dict[tuple[int, int], Floats] = {}  # by sender: replica and dp rank
-        self._served: list[ServedRequest[Floats]] = []
-        self._moved: set[str] = set()  # requests of which no client has a token yet
-        self._num_unfinished = 0
-        self._last_due_s = 0.0
+    Attributes:
+        served: requests delivered so far.
+    """
 
-    def run(self, requests: Iterable[TimedRequest]) -> list[ServedRequest[Floats]]:
-        """Deliver all, and let both pools work until nothing is left."""
-        waiting = iter(requests)
-        pools = [self._prefill, *([] if self._apart is None else self._apart[:1])]
-        now_s: Floats = np.zeros(len(BOUNDS))
-        while not self._is_done(self._served):
-            self._fill(waiting, now_s)
-            busy = [(pool.next_s, pool) for pool in pools if pool.next_s is not None]
-            if not busy:
-                break
-            pool = min(busy, key=lambda each: each[0] or 0.0)[1]
-            for each in pool.advance():
-                now_s = each.end_s
-                self._take_token(each, is_first=pool is self._prefill)
-            self._fill(waiting, now_s)
-            pool.submit()
-        return self._served
+    _prefill: Pool
+    _apart: tuple[Pool, KVTransfers] | None
+    _max_unfinished: int | None
+    _on_finished: Callable[[], None]
+    served: list[ServedRequest[Floats]] = field(default_factory=list)
+    _free_s: dict[tuple[int, int], Floats] = field(default_factory=dict)  # by replica and dp rank
+    _moved: set[str] = field(default_factory=set)  # requests of which no client has a token yet
+    _num_unfinished: int = 0
+    _last_due_s: float = 0.0
 
-    def _fill(self, waiting: Iterator[TimedRequest], now_s: Floats) -> None:
+    def fill(self, waiting: Iterator[TimedRequest], now_s: Floats) -> None:
         """Deliver requests while there is room; in an open loop, those that are due."""
         most, lead_s = self._max_unfinished, float(now_s[self._prefill.runner.lead])
         while self._last_due_s <= lead_s if most is None else self._num_unfinished < most:
@@ -351,8 +343,8 @@ class _Serving:
     def _deliver(self, wanted: TimedRequest, now_s: Floats) -> None:
         due_s = np.full(len(BOUNDS), wanted.due_s) if self._max_unfinished is None else now_s
         prompt, num_arrived = wanted.prompt_token_ids, wanted.num_arrived
-        place = str(len(self._served))
-        self._served.append(ServedRequest(len(prompt), wanted.output_len, due_s))
+        place = str(len(self.served))
+        self.served.append(ServedRequest(len(prompt), wanted.output_len, due_s))
         self._num_unfinished += 1
         pool, max_tokens = self._prefill, wanted.output_len
         if self._apart is not None:
@@ -360,9 +352,10 @@ class _Serving:
         request = Request(place, prompt, max_tokens=max_tokens, num_arrived_tokens=num_arrived)
         pool.deliver(request, due_s if num_arrived else due_s + pool.runner.terms.arrival_s)
 
-    def _take_token(self, stepped: Stepped, *, is_first: bool) -> None:
+    def take_token(self, stepped: Stepped, *, is_first: bool) -> None:
+        """Give a request the token of a step; after its prompt it may move to the other pool."""
         request, begin_s, at_s = stepped
-        served = self._served[int(request.request_id)]
+        served = self.served[int(request.request_id)]
         if is_first and request.num_cached_tokens is not None:
             served.num_cached_tokens = request.num_cached_tokens
         if is_first and self._apart is not None and served.output_len > 1:

@@ -20,7 +20,6 @@ from expertlane.results.results import Results
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import ProjectionAsked
 from expertlane.spec.files import build
-from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.ranges import shown
 from expertlane.spec.slo import SLO
@@ -46,80 +45,27 @@ class Row:
     """A deployment and its load.
 
     Attributes:
-        layout, options: deployment of the pool that decodes, where two serve.
-        num_seqs: sequences that run at once, over the whole system.
-        num_asked: concurrent requests asked for.
-        rate: requests that arrive a second, of a plan for an open load; None for a closed one.
+        options: of the pool that decodes, where two serve.
         slos: limits asked for.
         cautions: cautions about the model for a reader, in sentences.
+        all_run: whether all requests that were asked for ran at once.
+        simulated_by: options of `simulate`, by name, that serve it again.
     """
 
     model: ModelConfig
-    layout: Layout
     options: Options
-    prefill_layout: Layout | None
     prefill_options: Options | None
-    num_drafts: int
-    num_seqs: int
-    num_asked: int
-    rate: float | None
-    dtype: str
-    kv_dtype: str
-    asked: ProjectionAsked
-    workload: Mapping[str, Any]
-    load: Mapping[str, Any]
     slos: tuple[SLO, ...]
-    price: float | None
     cautions: tuple[str, ...]
-
-    def _lengths(self) -> dict[str, Any]:
-        """Options for the lengths of the load."""
-        if (path := self.load.get("requests")) is not None:
-            return {"requests": Path(path)}
-        lengths = {name: str(self.load.get(name, self.workload[name])) for name in _LENGTHS}
-        return lengths | {name: self.load[name] for name in _SHARED if name in self.load}
+    all_run: bool
+    simulated_by: Mapping[str, Any]
 
     def values(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Options of `simulate`, by name, that serve it again.
-
-        Args:
-            given: options with other values; they, and options that they exclude, are left out.
-        """
-        options, asked, workload = self.options, self.asked, self.workload
-        values: dict[str, Any] = {
-            "layout": str(self.layout),
-            "prefill_layout": None if self.prefill_layout is None else str(self.prefill_layout),
-            "cluster": asked.cluster,
-            "overlap": "on" if options.overlap else "off",
-            "num_micro_batches": options.num_micro_batches,
-            "micro_batch_schedule": options.micro_batch_schedule,
-            "dispatch": options.dispatch,
-            "prefill_dispatch": options.prefill_dispatch,
-            "payload": options.payload,
-            "placement": options.placement_file or _method(options),
-            "num_redundant_experts": options.num_redundant_experts,
-            "copies": options.copies,
-            "batch": str(self.num_asked) if self.rate is None else None,
-            "rate": None if self.rate is None else f"{self.rate:g}",
-            **self._lengths(),
-            "seed": workload.get("seed", 0),
-            "skew": asked.skew,
-            "routing_trace": None if asked.routing_trace is None else Path(asked.routing_trace),
-            "dtype": self.dtype,
-            "kv_dtype": self.kv_dtype,
-            "execution": asked.execution,
-            "framework": asked.framework,
-            "mtp": self.num_drafts,
-            "mtp_acceptance": asked.mtp_acceptance if self.num_drafts else None,
-            "max_num_seqs": self.layout.places_of_rank(
-                self.num_seqs, None if self.rate is not None else workload["num_sequences"]
-            ),
-            "price": self.price,
-        }
-        left_out = {other for name in given for other in _INSTEAD.get(name, ())}
-        if self.num_seqs >= workload["num_sequences"] and {"batch", "rate"} & set(given):
-            left_out.add("max_num_seqs")  # all requests ran, so it is no limit
-        return {name: each for name, each in values.items() if name not in {*given, *left_out}}
+        """`simulated_by` beside options with other values, and without those that they exclude."""
+        left_out = {*given, *(other for name in given for other in _INSTEAD.get(name, ()))}
+        if self.all_run and {"batch", "rate"} & set(given):
+            left_out.add("max_num_seqs")  # it is no limit
+        return {name: each for name, each in self.simulated_by.items() if name not in left_out}
 
 
 def find_row(text: str) -> Row:
@@ -164,25 +110,52 @@ def _row(results: Results, row: str) -> Row:
     running = decoding.serving[0].num_running
     if running is None:
         raise UserError(f"row {row} lacks the number of sequences that run at once")
-    load = question.get("load") or {}
+    asked = build(ProjectionAsked, asked, "question.projection")
+    load, layout = question.get("load") or {}, record.known_layout
+    options = decoding.served_with or decoding.known_options
+    rate, num_asked = load.get("rate"), workload["num_sequences"]
+    batch = running if decode is None else record.serving[0].num_running or running
+    if (path := load.get("requests")) is not None:
+        lengths: dict[str, Any] = {"requests": Path(path)}
+    else:
+        lengths = {name: str(load.get(name, workload[name])) for name in _LENGTHS}
+        lengths |= {name: load[name] for name in _SHARED if name in load}
+    simulated_by = {
+        "layout": str(layout),
+        "prefill_layout": None if record.prefill_layout is None else str(record.prefill_layout),
+        "cluster": asked.cluster,
+        "overlap": "on" if options.overlap else "off",
+        "num_micro_batches": options.num_micro_batches,
+        "micro_batch_schedule": options.micro_batch_schedule,
+        "dispatch": options.dispatch,
+        "prefill_dispatch": options.prefill_dispatch,
+        "payload": options.payload,
+        "placement": options.placement_file or _method(options),
+        "num_redundant_experts": options.num_redundant_experts,
+        "copies": options.copies,
+        "batch": str(batch) if rate is None else None,
+        "rate": None if rate is None else f"{rate:g}",
+        **lengths,
+        "seed": workload.get("seed", 0),
+        "skew": asked.skew,
+        "routing_trace": None if asked.routing_trace is None else Path(asked.routing_trace),
+        "dtype": conditions.dtype,
+        "kv_dtype": conditions.kv_dtype,
+        "execution": asked.execution,
+        "framework": asked.framework,
+        "mtp": decoding.num_drafts,
+        "mtp_acceptance": asked.mtp_acceptance if decoding.num_drafts else None,
+        "max_num_seqs": layout.places_of_rank(running, None if rate is not None else num_asked),
+        "price": question.get("price"),
+    }
     return Row(
         build(ModelConfig, model, "question.model"),
-        record.known_layout,
-        decoding.served_with or decoding.known_options,
-        record.prefill_layout,
+        options,
         None if prefill is None else prefill.known_options,
-        decoding.num_drafts,
-        running,
-        running if decode is None else record.serving[0].num_running or running,
-        load.get("rate"),
-        conditions.dtype,
-        conditions.kv_dtype,
-        build(ProjectionAsked, asked, "question.projection"),
-        workload,
-        load,
         _limits(question),
-        question.get("price"),
         results.cautions,
+        running >= num_asked,
+        simulated_by,
     )
 
 

@@ -103,11 +103,11 @@ class ServingSetup:
         """Parts that serve alike and apart: groups of replicas, with their share of each pool."""
         return gcd(*(layout.replicas for layout in self.pools.values()))
 
-    def part(self, num_parts: int) -> "ServingSetup":
-        """One of `num_parts` equal parts."""
+    def with_replicas(self, replicas: Callable[[Layout], int]) -> "ServingSetup":
+        """The setup with other numbers of replicas of each pool."""
 
         def of(layout: Layout) -> Layout:
-            return replace(layout, replicas=layout.replicas // num_parts)
+            return replace(layout, replicas=replicas(layout))
 
         prefill = None if self.prefill_layout is None else of(self.prefill_layout)
         return replace(self, layout=of(self.layout), prefill_layout=prefill)
@@ -283,17 +283,13 @@ class Simulator:
             load = replace(load, batch=batch, num_requests=max(load.num_requests, batch))
         if load.rate is not None:
             load = replace(load, rate=load.rate / num_parts)
-        return Simulator(self.model, self.cluster, self.setup.part(num_parts), load)
+        setup = self.setup.with_replicas(lambda layout: layout.replicas // num_parts)
+        return Simulator(self.model, self.cluster, setup, load)
 
     def single(self) -> "Simulator":
         """One replica of each pool, with the whole load."""
-        setup, first = self.setup, self.setup.prefill_layout
-        one = replace(
-            setup,
-            layout=replace(setup.layout, replicas=1),
-            prefill_layout=None if first is None else replace(first, replicas=1),
-        )
-        return self if one == setup else Simulator(self.model, self.cluster, one, self.load)
+        one = self.setup.with_replicas(lambda layout: 1)
+        return self if one == self.setup else Simulator(self.model, self.cluster, one, self.load)
 
     @property
     def execution(self) -> Execution:
@@ -361,16 +357,34 @@ class Simulator:
             observe: called with the steps of the decode pool.
             has_begun: tells when to add up steps in the pools' totals; None for never.
         """
-        pools = tuple(
-            self._pool(
+
+        def pool_of(ranks: PoolRanks) -> SimulatedPool:
+            options, limits = self.setup.options_of(ranks.role), ranks.limits
+            multi_token = self.setup.multi_token.at(lead)
+            drafts = multi_token.num_drafts
+            if not is_snapshot:
+                limits = self._scheduled(limits, multi_token)
+            scheduler = ContinuousScheduler(ranks.layout, options, limits, record=False)
+            totals = PoolTotals(self.model, self._pricing, lambda: scheduler.num_running, drafts)
+
+            def observe_all(step: PricedStep) -> None:
+                if observe is not None and ranks is self._pools[-1]:
+                    observe(step)
+                if has_begun is not None and has_begun():
+                    totals.observe(step)
+
+            runner = self._runner(
                 ranks,
                 lead,
-                is_snapshot=is_snapshot,
-                observe=observe if ranks is self._pools[-1] else None,
-                has_begun=has_begun,
+                sharing=ranks.sharing[lead],
+                observe=observe_all,
+                multi_token=MultiTokenAdapter(multi_token) if drafts else None,
+                lead=lead,
+                repeats=has_begun is None,
             )
-            for ranks in self._pools
-        )
+            return SimulatedPool(ranks, Pool(scheduler, runner), totals)
+
+        pools = tuple(map(pool_of, self._pools))
         if len(pools) == 1:
             return pools, None
         transfers = KVTransfers(
@@ -417,39 +431,6 @@ class Simulator:
         done = runner.collect(runner.submit(replace(plan, record=True, record_events=True)))
         seq_ids = tuple(seq for batch in plan.batches for seq in batch.seq_ids.tolist())
         return replace(FinishedStep(plan, done).record(), seq_ids=seq_ids)
-
-    def _pool(
-        self,
-        ranks: PoolRanks,
-        lead: int,
-        *,
-        is_snapshot: bool,
-        observe: Callable[[PricedStep], None] | None,
-        has_begun: Callable[[], bool] | None,
-    ) -> SimulatedPool:
-        multi_token, options = self.setup.multi_token.at(lead), self.setup.options_of(ranks.role)
-        drafts, limits = multi_token.num_drafts, ranks.limits
-        if not is_snapshot:
-            limits = self._scheduled(limits, multi_token)
-        scheduler = ContinuousScheduler(ranks.layout, options, limits, record=False)
-        totals = PoolTotals(self.model, self._pricing, lambda: scheduler.num_running, drafts)
-
-        def observe_all(step: PricedStep) -> None:
-            if observe is not None:
-                observe(step)
-            if has_begun is not None and has_begun():
-                totals.observe(step)
-
-        runner = self._runner(
-            ranks,
-            lead,
-            sharing=ranks.sharing[lead],
-            observe=observe_all,
-            multi_token=MultiTokenAdapter(multi_token) if drafts else None,
-            lead=lead,
-            repeats=has_begun is None,
-        )
-        return SimulatedPool(ranks, Pool(scheduler, runner), totals)
 
     def _runner(self, ranks: PoolRanks, bound: int = LIKELY, **others: Any) -> CostRunner:
         """The runner of a pool; without `others` for single steps as they are planned."""

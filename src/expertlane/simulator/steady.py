@@ -59,21 +59,9 @@ class SampledRequest(ServedRequest[Floats]):
 
 @dataclass(frozen=True, eq=False)
 class SteadyState(Outcome):
-    """A stretch of a load, with the load's rates.
-
-    Attributes:
-        steps_per_token: likely decode steps per output token of a request.
-        prefill_rate: likely prompts a second of a pool for prompts that always has some; 0 without.
-        prompt_s: likely seconds that this pool takes for a prompt alone; 0 without.
-        num_steps, num_priced: steps of all pools, in the stretch and before it.
-    """
+    """A stretch of a load, with the load's rates."""
 
     rates: Rates
-    steps_per_token: float = 0.0
-    prefill_rate: float = 0.0
-    prompt_s: float = 0.0
-    num_steps: int = 0
-    num_priced: int = 0
 
 
 def steady_state(
@@ -267,11 +255,7 @@ class _Stretch:
         mean = ceil(self._load.mean_lens[0])
         length = max(min(mean, room), 1)
         prompt = TimedRequest(self._new_prompts().draw(length), 1, 0.0)
-        running = [
-            replace(self._draws.under_way(left, rng), output_len=1 + _PROBE_STEPS)
-            for left in self._draws.lengths.left_of(rng, num_running).tolist()
-        ]
-        served = run_load(pool, [*running, prompt], num_running + 1)
+        served = run_load(pool, [*self._running(rng, num_running), prompt], num_running + 1)
         seconds = float((served[-1].token_times_s[0] - served[-1].due_s)[LIKELY])
         return seconds * mean / length
 
@@ -433,14 +417,17 @@ class _Stretch:
     ) -> Floats:
         """[3]; a step in which all decode, of a replica with its share of them."""
         rng, num = rng or self._draws.rng, ceil(num_running / pool.ranks.layout.replicas)
-        requests = [
-            replace(self._draws.under_way(left, rng), output_len=1 + _PROBE_STEPS)
-            for left in self._draws.lengths.left_of(rng, num).tolist()
-        ]
-        served = run_load(self._alone(pool.ranks.role, lead)[0], requests, num)
+        served = run_load(self._alone(pool.ranks.role, lead)[0], self._running(rng, num), num)
         times = [each.token_times_s for each in served]
         gaps: Floats = np.median([each[-1] - each[0] for each in times], axis=0) / _PROBE_STEPS
         return gaps
+
+    def _running(self, rng: np.random.Generator, num: int) -> list[TimedRequest]:
+        """Requests under way that get a few tokens."""
+        return [
+            replace(self._draws.under_way(left, rng), output_len=1 + _PROBE_STEPS)
+            for left in self._draws.lengths.left_of(rng, num).tolist()
+        ]
 
     def _alone(
         self, role: PoolRole, lead: int = LIKELY, *, prompts: Prompts | None = None
@@ -476,16 +463,13 @@ class _Stretch:
         num_waiting = watch.waited_s(served) / (watch.end_s - watch.begin_s)
         further = max(mean_output - 1, 1e-9)
         if self._batch is None:
-            assert self._rate is not None
             num_decoding = watch.num_decoding(served)
-            tpot_s = num_decoding / (requests_per_s * further)
-            requests_per_s = np.full(len(BOUNDS), self._rate)
         else:
             num_decoding = np.maximum(self._batch - num_waiting, 0.0)
-            tpot_s = num_decoding / (requests_per_s * further)
+        tpot_s = num_decoding / (requests_per_s * further)
+        if self._rate is not None:
+            requests_per_s = np.full(len(BOUNDS), self._rate)
         sample = self._sampled(served, watch, tpot_s)
-        tokens = stretch.num_tokens * (self._mean_steps - 1) / self._decodes
-        tokens *= self._multi_token.tokens_per_step
         is_overloaded = self._simulator.load.rate is not None and self._rate is None
         arrival_s = pools[0].pool.runner.terms.arrival_s  # on its way, which is no queue
         rates = Rates(
@@ -497,17 +481,7 @@ class _Stretch:
             num_decoding=float(num_decoding[LIKELY]),
             num_waiting=max(float((num_waiting - requests_per_s * arrival_s)[LIKELY]), 0.0),
         )
-        num_steps = stretch.num_steps / self._simulator.setup.layout.replicas  # of each
-        return SteadyState(
-            served=sample,
-            pools=pools,
-            rates=rates,
-            steps_per_token=num_steps * rates.num_decoding / max(tokens, 1.0),
-            prefill_rate=self._prefill_rate,
-            prompt_s=self._prompt_s,
-            num_steps=sum(len(each.pool.runner.bounds) for each in pools),
-            num_priced=sum(each.pool.runner.num_priced for each in pools),
-        )
+        return SteadyState(served=sample, pools=pools, rates=rates)
 
     def _queue(self, waiting: Sequence[ServedRequest[Floats]], requests_per_s: Floats) -> None:
         """Set due times of requests queued at the start, spaced by the throughput."""

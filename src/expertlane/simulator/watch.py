@@ -98,11 +98,10 @@ class _StepFacts(NamedTuple):
 
 
 class _Stretched(NamedTuple):
-    """A stretch corrected for its surplus of prompts: seconds [3], tokens, steps, and the error."""
+    """A stretch corrected for its surplus of prompts: seconds [3], tokens, and the error."""
 
     seconds: Floats
     num_tokens: float
-    num_steps: int
     error: float
 
 
@@ -234,7 +233,7 @@ class Watch:
             whole_s = whole_s - np.maximum(factors[1], 0.0) * columns[1].sum()
         of_strata = [part.sum() for part in np.array_split(left, max(len(steps) // STRATUM, 2))]
         error = half_interval(of_strata) * len(of_strata) / float(whole_s[LIKELY])
-        return _Stretched(whole_s, float(tokens.sum()), len(steps), error)
+        return _Stretched(whole_s, float(tokens.sum()), error)
 
 
 _FEWEST_FIRST = 4  # first tokens of a stretch, where so many are under way

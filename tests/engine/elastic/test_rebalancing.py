@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distributed.running import Inline, deployment, runner_on
-from expertlane.balance.moves import WHOLE
+from expertlane.balance.placement import WHOLE
 from expertlane.comparison.records import rebalance_records
 from expertlane.cost.memory import workload_limits
 from expertlane.engine.elastic.rebalancing import MovePace, Rebalancer

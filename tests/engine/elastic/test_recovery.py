@@ -12,7 +12,7 @@ from cli.screen import telling, tells
 from engine.elastic.recovering import facts, harmed, model, move_experts, pids, reading, record_of
 from engine.ranks.processes import wait_until
 from expertlane import SamplingParams
-from expertlane.balance.moves import WHOLE
+from expertlane.balance.placement import WHOLE
 from expertlane.engine.elastic.rebalancing import MovePace
 from expertlane.engine.elastic.recovery_record import State
 from expertlane.engine.ranks.commands import Deploy, FinishMoves, Redeploy, RunStep, StartMoves

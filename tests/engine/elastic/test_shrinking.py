@@ -8,7 +8,7 @@ from cli.screen import tells
 from engine.elastic.recovering import facts, harmed, move_experts, pids
 from engine.elastic.recovering import model as model_on
 from engine.ranks.processes import wait_until
-from expertlane.balance.moves import WHOLE
+from expertlane.balance.placement import WHOLE
 from expertlane.engine.elastic.rebalancing import MovePace
 from expertlane.engine.elastic.recovery_record import Kind, State
 from expertlane.engine.ranks.commands import Prepare, Redeploy, RunStep

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from distributed.running import Inline, deployment, runner_on
 from engine.elastic.drawn_runs import OPTIONS, draw_prompt, small_limits
 from engine.stage.token_stage import PARAMS, TokenStage
-from expertlane.balance.moves import WHOLE
+from expertlane.balance.placement import WHOLE
 from expertlane.engine.elastic.rebalancing import MovePace, Rebalancer
 from expertlane.engine.model_runner import outcome_of
 from expertlane.schedule.drive import DriveLoop

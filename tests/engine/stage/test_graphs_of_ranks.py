@@ -17,8 +17,7 @@ from engine.ops.cuda.tiny_models import MODELS
 from engine.ranks.rank_threads import Meeting, RankThreads
 from engine.stage.test_decode_graphs import arrivals, difference, drive, limits_of, requests_of
 from engine.test_graph_recording import table_of
-from expertlane.balance.moves import Move, Part
-from expertlane.balance.placement import Placement
+from expertlane.balance.placement import Move, Part, Placement
 from expertlane.engine.model.decode_graphs import DecodeGraphs
 from expertlane.spec.deployment import GraphLimits, Options
 from expertlane.spec.dispatch import is_static_on

@@ -15,8 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from expertlane.balance.copies import CopyChoice
-from expertlane.balance.even_copies import copy_choice
+from expertlane.balance.copies import CopyChoice, copy_choice
 from expertlane.balance.placement import Placement
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.batch_sizes import Scenarios

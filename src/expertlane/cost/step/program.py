@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.copies import CopyChoice
-from expertlane.balance.even_copies import copy_choice
+from expertlane.balance.copies import CopyChoice, copy_choice
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
 from expertlane.cost.multi_token import further_drafts, projection_steps

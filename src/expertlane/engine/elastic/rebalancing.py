@@ -17,13 +17,13 @@ from weakref import WeakKeyDictionary, WeakSet
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.moves import (
+from expertlane.balance.placement import (
     WHOLE,
     Part,
+    Placement,
     most_of_a_rank,
     next_slice,
 )
-from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.rebalance import (
     Decision,

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.balance.copies import usable_copies
-from expertlane.balance.even_copies import BalancedCopies
+from expertlane.balance.copies import BalancedCopies
 from expertlane.balance.placement import Placement
 from expertlane.cost.number_types import SCALED_VALUES, PayloadBytes
 from expertlane.engine.comm.collectives import Group, Pending, Steps
@@ -123,7 +122,7 @@ def unpack(packed: Tensor, columns: Columns) -> list[Tensor]:
 class CopyChooser:
     """Chooses a copy of the expert, a physical id, for each token-expert pair.
 
-    The choice depends on the batch alone; `balance.copies` and `balance.even_copies` define it.
+    The choice depends on the batch alone; `balance.copies` defines it.
 
     Attributes:
         ops: the compute backend.
@@ -134,13 +133,13 @@ class CopyChooser:
     def __init__(self, mesh: ParallelMesh, placement: Placement, device: torch.device) -> None:
         self.ops = backend_for(device)
         ep_rank, nodes = mesh.ep.rank, mesh.ep.nodes
-        is_held = placement.slots().T >= 0
-        usable = usable_copies(is_held, np.array([ep_rank]), np.array([nodes]))[0]
-        num_copies = usable.sum(axis=1)
-        ranks = np.argsort(~usable, axis=1, kind="stable")[:, : num_copies.max()]
-        ranks = np.where(np.arange(ranks.shape[1]) < num_copies[:, None], ranks, ranks[:, :1])
+        self._of_stage = _copies_of_stage(mesh, placement)
+        experts = np.arange(placement.num_experts)
+        ranks, num_copies = self._of_stage.usable(np.full_like(experts, mesh.stage.rank), experts)
+        is_usable = np.arange(num_copies.max()) < num_copies[:, None]
+        ranks = np.where(is_usable, ranks[:, : num_copies.max()], ranks[:, :1])
         self.num_slots = max(map(len, placement.experts_of_rank))
-        slots = placement.slots()[ranks, np.arange(placement.num_experts)[:, None]]
+        slots = placement.slots()[ranks, experts[:, None]]
         self._table = torch.from_numpy(ranks * self.num_slots + slots).to(device)
         self._num_copies = torch.from_numpy(num_copies).to(device)
         self._offset, self._num_ranks = mesh.stage.rank, mesh.ep.size
@@ -148,8 +147,7 @@ class CopyChooser:
         node_ids = sorted(set(nodes))
         self._own_node = node_ids.index(nodes[ep_rank])
         self._nodes = torch.tensor([node_ids.index(node) for node in nodes], device=device)
-        self._of_stage = _copies_of_stage(mesh, placement)
-        of_holders = placement.slots()[self._of_stage.holders.T, np.arange(placement.num_experts)].T
+        of_holders = placement.slots()[self._of_stage.holders.T, experts].T
         slot_ids = self._of_stage.holders * self.num_slots + of_holders
         self._slot_ids = torch.from_numpy(np.ascontiguousarray(slot_ids)).to(device)
 
@@ -161,7 +159,7 @@ class CopyChooser:
     def balanced(self, topk_ids: Tensor, num_of_stage_rank: Sequence[int]) -> Tensor:
         """Physical ids [N, K] int32 for all tokens of the stage, with even loads of ranks.
 
-        `balance.even_copies` defines the choice.
+        `balance.copies` defines the choice.
 
         Args:
             topk_ids: [N, K] int32; logical experts, rank after rank.

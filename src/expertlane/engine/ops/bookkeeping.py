@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.balance.even_copies import BalancedCopies
+from expertlane.balance.copies import BalancedCopies
 from expertlane.engine.ops.products import PairGroups
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.balance.even_copies import PATHS_OF_RANK, BalancedCopies
+from expertlane.balance.copies import PATHS_OF_RANK, BalancedCopies
 from expertlane.engine.ops.bookkeeping import Outgoing, PeerRows, RowParts
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.engine.ops.moe_step import CompiledRouter, LocalExperts

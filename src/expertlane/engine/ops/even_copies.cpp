@@ -1,4 +1,4 @@
-// Pairs of a step shared among copies so that the fullest rank has least, as balance/even_copies.py
+// Pairs of a step shared among copies so that the fullest rank has least, as balance/copies.py
 // defines it: the same whole numbers in the same order, so the same copy for every pair.
 
 #include <algorithm>

@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.moves import Part
+from expertlane.balance.placement import Part
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.transition import Arrangement
 from expertlane.cost.step.operation import SIZES, Kind, TransferKind

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from expertlane.balance.moves import WHOLE, Move, Part
-from expertlane.balance.placement import Placement
+from expertlane.balance.placement import WHOLE, Move, Part, Placement
 from expertlane.balance.placement_file import Placements
 from expertlane.engine.comm.collectives import Pending
 from expertlane.engine.comm.progress import NO_LAYER, ProgressReporter

@@ -1,3 +1,5 @@
+"""Moves between placements, what they cost and gain, and placements near the present one."""
+
 from collections import deque
 from dataclasses import replace
 
@@ -7,19 +9,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.screen import in_order
-from expertlane.balance.moves import (
+from expertlane.balance.placement import (
     WHOLE,
     Move,
     Part,
+    Placement,
     between_ranks,
     keep_slots,
     most_of_a_rank,
     moves,
     next_slice,
+    rank_loads,
 )
-from expertlane.balance.placement import Placement, rank_loads
 from expertlane.balance.planner import plan_placement
-from expertlane.balance.rebalance import Decision, RebalanceGate
+from expertlane.balance.rebalance import (
+    Decision,
+    LoadTracker,
+    PairCost,
+    RebalanceGate,
+    improve_placements,
+)
 
 
 def test_what_stays_keeps_its_slot():
@@ -159,9 +168,97 @@ def test_slices_have_every_byte_once_and_no_rank_has_too_many(moved, most):
     assert all(end == WHOLE for end in seen.values())
 
 
-def test_layers_add_up():
-    two = np.concatenate([LOAD, LOAD])
-    gain_s = GATE.gain_s(NOW_LOADS, THEN_LOADS, 8)
-    now = rank_loads(NOW * 2, two, 2)
-    assert GATE.gain_s(now, rank_loads(THEN * 2, two, 2), 8) == pytest.approx(2 * gain_s)
-    assert GATE.gain_s(now, rank_loads(NOW + THEN, two, 2), 8) == gain_s
+def fullest(load, placed, ranks_per_node):
+    return placed.rank_loads(load, ranks_per_node).max()
+
+
+def test_a_copy_of_an_idle_expert_becomes_one_of_the_hot_one():
+    # Experts 0 to 3 on ranks 0 to 3, with a second copy of each on the next rank but one.
+    now = Placement(4, ((0, 2), (1, 3), (2, 0), (3, 1)))
+    load = np.array([[0, 80, 10, 10]])
+    (then,) = improve_placements(load, [now], 4, 1.2)
+    assert fullest(load[0], now, 4) == 45
+    assert fullest(load[0], then, 4) < 45
+    assert len(moves([now], keep_slots([now], [then]), 4)) <= 3
+
+
+def test_a_third_copy_goes_where_senders_use_it():
+    # Rank 3's copy of 0 takes all of its node's pairs, one half; the others a quarter each.
+    now = Placement(4, ((0, 1), (0, 2), (3, 1), (0, 3)))
+    load = np.array([[80, 20, 20, 20]])
+    assert fullest(load[0], now, 2) == 50
+    (then,) = improve_placements(load, [now], 2, 1.2)
+    assert fullest(load[0], then, 2) <= 1.2 * 35
+    assert len(moves([now], keep_slots([now], [then]), 2)) <= 3
+
+
+def test_what_is_even_enough_stays():
+    now = Placement.linear(8, 4)
+    load = np.full((1, 8), 5)
+    assert improve_placements(load, [now], 2, 1.05) == [now]
+    assert improve_placements(np.zeros((1, 8), dtype=int), [now], 2, 1.05) == [now]
+
+
+@settings(derandomize=True, deadline=None, max_examples=60, database=None)
+@given(
+    num_nodes=st.integers(1, 3),
+    ranks_per_node=st.integers(1, 4),
+    num_experts=st.integers(2, 12),
+    share=st.floats(0, 1),
+    even=st.sampled_from([1.0, 1.05, 1.5]),
+    seed=st.integers(0, 1000),
+)
+def test_never_less_even_and_always_whole(
+    num_nodes, ranks_per_node, num_experts, share, even, seed
+):
+    ep = num_nodes * ranks_per_node
+    num_redundant = int(share * num_experts * (ep - 1))
+    now = [Placement.round_robin(num_experts, ep, num_redundant)] * 2
+    load = np.random.default_rng(seed).zipf(1.5, (2, num_experts)).clip(0, 1000)
+    then = improve_placements(load, now, ranks_per_node, even)
+    for of_layer, before, after in zip(load, now, then, strict=True):
+        assert list(map(len, after.experts_of_rank)) == list(map(len, before.experts_of_rank))
+        at_most = fullest(of_layer, before, ranks_per_node) * (1 + 1e-9)
+        assert fullest(of_layer, after, ranks_per_node) <= at_most
+
+
+@pytest.mark.parametrize("even", [1.5, 1.05])
+def test_it_moves_less_than_a_plan_anew(even):
+    rng = np.random.default_rng(0)
+    load = (1000 / (1 + rng.permuted(np.tile(np.arange(64), (4, 1)), axis=1))).astype(int)
+    now = [Placement.linear(64, 8, 16)] * 4
+    near = moves(now, keep_slots(now, improve_placements(load, now, 8, even)), 8)
+    anew = moves(now, keep_slots(now, plan_placement(load, 8, 8, 16)), 8)
+    assert len(near) < len(anew) / 2
+
+
+def test_what_a_rank_takes_anyway_is_no_part_of_it():
+    cost = PairCost()
+    for fixed_s in (1.0, 5.0):  # another in each step
+        num_pairs = np.array([10, 20, 60])
+        cost.add(num_pairs, fixed_s + 0.01 * num_pairs)
+    assert cost.pair_s == pytest.approx(0.01)
+
+
+def test_nothing_is_promised_where_nothing_can_be_known():
+    cost = PairCost()
+    assert cost.pair_s == 0
+    cost.add(np.array([5, 5]), np.array([1.0, 2.0]))
+    assert cost.pair_s == 0
+    cost.add(np.array([0, 9]), np.array([2.0, 1.0]))  # more pairs, less time: noise
+    assert cost.pair_s == 0
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 20])
+def test_it_sums_the_last_steps(window):
+    steps = np.random.default_rng(0).integers(0, 100, size=(10, 2, 3))
+    tracker = LoadTracker(2, 3, window)
+    np.testing.assert_array_equal(tracker.load(), np.zeros((2, 3)))
+    for num_added, step in enumerate(steps, start=1):
+        added = step.copy()
+        tracker.add(added)
+        added[:] = 9  # the caller's, who goes on with it
+        tracker.load()[:] = 7  # a copy
+        first = max(0, num_added - window)
+        np.testing.assert_array_equal(tracker.load(), steps[first:num_added].sum(axis=0))
+        assert tracker.num_steps == min(num_added, window)
