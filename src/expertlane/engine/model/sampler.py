@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from functools import partial
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -82,7 +83,7 @@ class SampledBatch:
             kind(group) for kind, belongs in _PENALTIES.items() if (group := members(belongs))
         ]
         # In groups by the limits they need, so that none pays for limits of others.
-        drawn = [members(lambda params, of=of: of is _kind(params, vocab_size)) for of in _Kind]
+        drawn = [members(partial(_is_drawn, kind, vocab_size)) for kind in _Kind]
         self._draws = [_Draws(group, vocab_size) for group in drawn if group]
         self._all_drawn = sum(map(len, drawn)) == len(sequences)
         self._logprobs = members(lambda params: params.logprobs is not None)
@@ -369,13 +370,14 @@ def _top_p(params: SamplingParams) -> float:
     return max(params.top_p, _MIN_TOP_P) if params.top_p < 1 else math.inf
 
 
-def _kind(params: SamplingParams, vocab_size: int) -> _Kind | None:
-    """The kind of a sequence's draws; None where its likeliest token is taken."""
-    if params.is_greedy:
-        return None
+def _is_drawn(kind: _Kind, vocab_size: int, params: SamplingParams) -> bool:
     if _top_k(params, vocab_size) < math.inf:
-        return _Kind.BY_RANK
-    return _Kind.BY_SHARE if params.top_p < 1 or params.min_p > 0 else _Kind.FREELY
+        own = _Kind.BY_RANK
+    elif params.top_p < 1 or params.min_p > 0:
+        own = _Kind.BY_SHARE
+    else:
+        own = _Kind.FREELY
+    return own is kind and not params.is_greedy
 
 
 @dataclass(eq=False)
