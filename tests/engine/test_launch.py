@@ -22,7 +22,6 @@ from expertlane.engine.ranks import pool as pool_module
 from expertlane.engine.ranks.fork_server import _Server
 from expertlane.engine.ranks.local_ranks import LocalRanks, connections_for
 from expertlane.engine.ranks.messages import Channel, Decoder, Failure, FailureKind
-from expertlane.engine.ranks.processes import import_numpy
 from expertlane.engine.ranks.rank_settings import (
     RankSettings,
     RunFiles,
@@ -266,21 +265,6 @@ def test_a_rank_that_may_not_start_its_threads_says_so(monkeypatch, limits):
             cores.take(0, 1)
     assert tells(str(refused.value), "3 threads rank processes 100 ulimit -u 16384")
     assert not any(thread.is_alive() for thread in started)
-
-
-@pytest.mark.parametrize("before", [None, "3"])
-def test_numpy_without_threads_leaves_the_environment(monkeypatch, before):
-    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
-    if before is not None:
-        monkeypatch.setenv("OPENBLAS_NUM_THREADS", before)
-    seen = []
-    monkeypatch.setattr(
-        "importlib.import_module",
-        lambda name: seen.append((name, os.environ["OPENBLAS_NUM_THREADS"])),
-    )
-    import_numpy()
-    assert seen == [("numpy", "1")]
-    assert os.environ.get("OPENBLAS_NUM_THREADS") == before
 
 
 @pytest.mark.full

@@ -351,17 +351,21 @@ def check_combinations(pools, asked, num: int, max_num_ranks: int, work: int) ->
     assert seen["cases with several steps in flight"] >= num / 25
 
 
+@pytest.fixture
+def torch_pools(monkeypatch):
+    """Ranks that compute with torch alone."""
+    monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
+    keeper = PoolKeeper()
+    yield keeper
+    keeper.close()
+
+
 def test_a_few_combinations(pools, asked):
     run_combinations(pools, asked, 6, max_num_ranks=4, work=12)
 
 
-def test_a_few_combinations_with_torch_alone(asked, monkeypatch):
-    monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
-    keeper = PoolKeeper()
-    try:
-        run_combinations(keeper, asked, 3, max_num_ranks=4, work=12)
-    finally:
-        keeper.close()
+def test_a_few_combinations_with_torch_alone(asked, torch_pools):
+    run_combinations(torch_pools, asked, 3, max_num_ranks=4, work=12)
 
 
 @pytest.mark.full
@@ -370,13 +374,8 @@ def test_some_combinations(pools, asked):
 
 
 @pytest.mark.full
-def test_some_combinations_with_torch_alone(asked, monkeypatch):
-    monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
-    keeper = PoolKeeper()
-    try:
-        check_combinations(keeper, asked, 25, max_num_ranks=4, work=12)
-    finally:
-        keeper.close()
+def test_some_combinations_with_torch_alone(asked, torch_pools):
+    check_combinations(torch_pools, asked, 25, max_num_ranks=4, work=12)
 
 
 @pytest.mark.full

@@ -32,20 +32,19 @@ class LiveRequest:
     """A request that is not finished.
 
     Attributes:
+        params: as it was asked for.
         detokenizer: None where there is no tokenizer.
         is_plain: its chunks have neither text nor log-probabilities.
         add_time: takes each token's seconds since the arrival.
-        includes_stop: whether the token that ends it is part of its text.
         constraint: the grammar state that masks its tokens; None without structured output.
     """
 
     request: Request
     output: RequestOutput
+    params: SamplingParams
     detokenizer: IncrementalDetokenizer | None
-    wants_logprobs: bool
     is_plain: bool
     add_time: Callable[[float], None]
-    includes_stop: bool = False
     constraint: Constraint | None = None
 
     def end(self, token_id: int | None, reason: FinishReason, text: str = "") -> Chunk:
@@ -64,120 +63,6 @@ class LiveRequest:
             output.text += rest
             text += rest
         return Chunk(output.request_id, token_id, text, reason, output.error)
-
-
-class RequestMaker:
-    """Turns prompts and sampling parameters into the scheduler's requests.
-
-    Args:
-        eos_token_ids: tokens that end an output unless `ignore_eos`.
-        tokenizer: None where prompts are tokens only.
-    """
-
-    def __init__(self, eos_token_ids: frozenset[int], tokenizer: Tokenizer | None) -> None:
-        self._eos_token_ids, self._tokenizer = eos_token_ids, tokenizer
-        self._seeds = SystemRandom()
-
-    def encode(self, name: str, prompt: Prompt, params: SamplingParams) -> Sequence[int]:
-        """Token ids of a prompt.
-
-        Args:
-            name: the name of the request in messages.
-
-        Raises:
-            UserError: the prompt is a text, or has stop strings, but there is no tokenizer.
-        """
-        if self._tokenizer is None and params.stop:
-            raise UserError(f"{name}: stop strings need a tokenizer; use stop_token_ids instead")
-        if not isinstance(prompt, str):
-            return prompt
-        if self._tokenizer is None:
-            raise UserError(f"{name}: a text needs a tokenizer; give the prompt as token ids")
-        return self._tokenizer.encode(prompt)
-
-    def request(
-        self,
-        request_id: str,
-        token_ids: Sequence[int],
-        params: SamplingParams,
-        constraint: Constraint | None,
-        priority: int,
-        name: str,
-    ) -> Request:
-        """A request for the scheduler; with a random seed if `params` has none."""
-        sampling = params.with_valid(stop=())  # texts are not the ranks' matter
-        if constraint is not None:  # its masks say what may end the output
-            sampling = sampling.with_valid(structured=None, min_tokens=0)
-        seed = self._seeds.getrandbits(64) if params.seed is None else params.seed
-        return Request(
-            request_id,
-            token_ids,
-            max_tokens=params.max_tokens,
-            stop_token_ids=params.stop_token_ids,
-            eos_token_ids=self._eos_token_ids,
-            ignore_eos=params.ignore_eos and constraint is None,
-            priority=priority,
-            sampling=sampling if params.needs_logits else None,
-            sampling_seed=seed,
-            mask=None if constraint is None else constraint.mask,
-            name=name,
-        )
-
-    def live(
-        self,
-        request: Request,
-        params: SamplingParams,
-        constraint: Constraint | None,
-        output: RequestOutput,
-    ) -> LiveRequest:
-        """A live request, whose detokenizer has read the tokens that its output already has."""
-        detokenizer = self._detokenizer(params, output)
-        wants_logprobs = params.logprobs is not None
-        return LiveRequest(
-            request,
-            output,
-            detokenizer,
-            wants_logprobs,
-            is_plain=detokenizer is None and not wants_logprobs,
-            add_time=output.token_times_s.append,
-            includes_stop=params.include_stop_str_in_output,
-            constraint=constraint,
-        )
-
-    def _detokenizer(
-        self, params: SamplingParams, output: RequestOutput
-    ) -> IncrementalDetokenizer | None:
-        if self._tokenizer is None:
-            return None
-        detokenizer = IncrementalDetokenizer(
-            self._tokenizer,
-            output.prompt_token_ids,
-            stop=params.stop,
-            min_tokens=params.min_tokens,
-            skip_special_tokens=params.skip_special_tokens,
-            shown_token_ids=params.shown_token_ids,
-            include_stop=params.include_stop_str_in_output,
-        )
-        for token_id in output.token_ids:
-            detokenizer.append(token_id)
-        return detokenizer
-
-
-def resume(request: Request, earlier: RequestOutput, constraint: Constraint | None) -> None:
-    """Give a request its earlier output before it is queued; both hold one list.
-
-    Args:
-        constraint: its grammar state after this output; None without structured output.
-
-    Raises:
-        UserError: the constraint does not allow that output.
-    """
-    request.output_token_ids = earlier.token_ids
-    request.num_cached_tokens = earlier.num_cached_tokens
-    if constraint is not None:
-        if constraint.error is not None:
-            raise UserError(f"{request.name}: {constraint.error}")
-        request.mask = None if constraint.is_ended else constraint.mask
 
 
 _MASKS_S = 0.005  # longest wait for masks before a step; the step before it runs meanwhile
@@ -222,7 +107,7 @@ class Engine(Generic[HandleT]):
         self._unscheduled: dict[int, LiveRequest] = {}  # by sequence id: in no step so far
         self._scoring: dict[int, RequestOutput] = {}  # by sequence id: with `prompt_logprobs`
         self._ended: list[Chunk] = []  # last chunks that the next `step` returns
-        self._maker = RequestMaker(eos_token_ids, tokenizer)
+        self._seeds = SystemRandom()
         self._masks: dict[Future[None], list[LiveRequest]] = {}  # masks being computed
         self._complete: dict[str, FinishReason] = {}  # by id: requests that a constraint has ended
 
@@ -274,15 +159,19 @@ class Engine(Generic[HandleT]):
             UserError: it can never be served, or the id is taken; nothing is queued.
         """
         name = f"request {request_id!r}" if name is None else name
-        token_ids = self._maker.encode(name, prompt, params)
+        token_ids = self._encode(name, prompt, params)
         constraint = None
         if params.structured is not None:
             constraint = self.grammars.begin(params, params.stop_token_ids)
-        request = self._maker.request(request_id, token_ids, params, constraint, priority, name)
-        if earlier is not None:
+        request = self._request(request_id, token_ids, params, constraint, priority, name)
+        if earlier is not None:  # both hold one list
+            request.output_token_ids = earlier.token_ids
+            request.num_cached_tokens = earlier.num_cached_tokens
             if constraint is not None:
                 self.grammars.skip(constraint, earlier.token_ids)
-            resume(request, earlier, constraint)
+                if constraint.error is not None:
+                    raise UserError(f"{name}: {constraint.error}")
+                request.mask = None if constraint.is_ended else constraint.mask
         self.scheduler.add(request)
         prompt_ids: list[int] = request.prompt_token_ids.tolist()
         output = earlier or RequestOutput(
@@ -295,11 +184,73 @@ class Engine(Generic[HandleT]):
         if params.prompt_logprobs is not None and earlier is None:
             output.prompt_logprobs = PromptLogprobs(prompt_ids, params.prompt_logprobs)
             self._scoring[request.seq_id] = output
-        live = self._maker.live(request, params, constraint, output)
+        detokenizer = self._detokenizer(params, output)
+        is_plain = detokenizer is None and params.logprobs is None
+        live = LiveRequest(
+            *(request, output, params, detokenizer, is_plain),
+            output.token_times_s.append,
+            constraint,
+        )
         self._live[request_id] = self._unscheduled[request.seq_id] = live
         if constraint is not None and constraint.is_ended:
             self._complete[request_id] = FinishReason.STOP
         return output
+
+    def _encode(self, name: str, prompt: Prompt, params: SamplingParams) -> Sequence[int]:
+        """Token ids of a prompt, whose messages call it `name`."""
+        if self._tokenizer is None and params.stop:
+            raise UserError(f"{name}: stop strings need a tokenizer; use stop_token_ids instead")
+        if not isinstance(prompt, str):
+            return prompt
+        if self._tokenizer is None:
+            raise UserError(f"{name}: a text needs a tokenizer; give the prompt as token ids")
+        return self._tokenizer.encode(prompt)
+
+    def _request(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        constraint: Constraint | None,
+        priority: int,
+        name: str,
+    ) -> Request:
+        """A request for the scheduler; with a random seed if `params` has none."""
+        sampling = params.with_valid(stop=())  # texts are not the ranks' matter
+        if constraint is not None:  # its masks say what may end the output
+            sampling = sampling.with_valid(structured=None, min_tokens=0)
+        return Request(
+            request_id,
+            token_ids,
+            max_tokens=params.max_tokens,
+            stop_token_ids=params.stop_token_ids,
+            eos_token_ids=self._eos_token_ids,
+            ignore_eos=params.ignore_eos and constraint is None,
+            priority=priority,
+            sampling=sampling if params.needs_logits else None,
+            sampling_seed=self._seeds.getrandbits(64) if params.seed is None else params.seed,
+            mask=None if constraint is None else constraint.mask,
+            name=name,
+        )
+
+    def _detokenizer(
+        self, params: SamplingParams, output: RequestOutput
+    ) -> IncrementalDetokenizer | None:
+        """A detokenizer that has read the tokens which the output already has."""
+        if self._tokenizer is None:
+            return None
+        detokenizer = IncrementalDetokenizer(
+            self._tokenizer,
+            output.prompt_token_ids,
+            stop=params.stop,
+            min_tokens=params.min_tokens,
+            skip_special_tokens=params.skip_special_tokens,
+            shown_token_ids=params.shown_token_ids,
+            include_stop=params.include_stop_str_in_output,
+        )
+        for token_id in output.token_ids:
+            detokenizer.append(token_id)
+        return detokenizer
 
     def cancel(self, request_id: str) -> bool:
         """End a request now, whether it waits or runs.
@@ -506,9 +457,9 @@ class Engine(Generic[HandleT]):
             if live.is_plain and reason is None:
                 chunks.append(Chunk(request_id, token_id, "", None))
                 continue
-            if live.wants_logprobs:
+            if live.params.logprobs is not None:
                 live.output.logprobs.append(outcome.logprobs[request.seq_id])
-            ends = reason is FinishReason.STOP and not live.includes_stop
+            ends = reason is FinishReason.STOP and not live.params.include_stop_str_in_output
             if live.detokenizer is not None and not ends:
                 text = live.detokenizer.append(token_id)
                 live.output.text += text

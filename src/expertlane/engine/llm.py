@@ -1,14 +1,10 @@
-"""`LLM`, the offline interface: a model, laid out over ranks, that continues prompts.
-
-`EngineParts` makes its engine on started ranks, with what replaces lost ranks and changes the
-layout.
-"""
+"""`LLM`, the offline interface: a model, laid out over ranks, that continues prompts."""
 
 import sys
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from inspect import Parameter, Signature
 from itertools import count
@@ -34,10 +30,8 @@ from expertlane.engine.launch import (
 )
 from expertlane.engine.model_runner import ModelRunner, RoutingRecorder
 from expertlane.engine.rank_watch import RankWatch
-from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.shared_engine import SharedEngine
 from expertlane.errors import RankError, UserError
-from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Chunk, Limits, RequestOutput
 from expertlane.schedule.scheduler import ContinuousScheduler
@@ -53,105 +47,6 @@ from expertlane.text.chat_template import ChatTemplate
 from expertlane.text.tokenizer import TOKENIZER, Tokenizer, configured_eos_token_ids
 
 ResultT = TypeVar("ResultT")
-
-
-@dataclass(eq=False)
-class EngineParts:
-    """Loads a model on the ranks of a pool, and makes an engine that runs it.
-
-    Attributes:
-        folder: the checkpoint's folder; None where weights are random.
-        placements: the layout's expert placements, by layer; see `check_deployment`.
-        limits: those asked for, then the scheduler's, with the number of blocks that fit.
-        on_commit: called with every committed step, whose routing is then recorded; None for
-            neither.
-        log: takes a line for each thing that the user should know.
-        machine: [num_ranks]; the machine of each rank, described before the model was loaded.
-
-    Raises:
-        UserError: the model does not fit into memory, or there is a mistake that ranks found.
-        RankError: a rank died, hung or failed, and was not replaced.
-    """
-
-    pool: RankPool
-    model: ModelConfig
-    folder: Path | None
-    config: EngineConfig
-    placements: Placements
-    limits: Limits
-    tokenizer: Tokenizer | None
-    eos_token_ids: frozenset[int]
-    on_commit: Callable[[FinishedStep], None] | None
-    log: Callable[[str], None]
-
-    def __post_init__(self) -> None:
-        pool, config = self.pool, self.config
-        # The ranks tell how many of them a node has, once they are up.
-        given = self.placements, config.ranks_per_node
-        self._arranged = Arranged(Arrangement.alike(Members(config.layout), *given))
-        self._recovery: Recovery | None = None
-        if config.on_failure != "stop":
-            self._recovery = Recovery(pool, self._arranged, self._redeploy, self.log)
-            pool.on_early_end(self.log)
-        self.machine = tuple(self._start(lambda: describe_ranks(pool)))
-        plan = LoadPlan(self.model, config.layout, config.options, self.placements, self.folder)
-        self.limits = plan.with_blocks(self.limits, config.num_blocks, self.machine)
-        self.runner = self._start(self._load)
-        self.limits = self.runner.limits
-        self.engine = self._make_engine()
-        self.scaling = Scaling(
-            *(pool, self.runner, self.engine, self.model, config.deployment),
-            *(self.limits, self.machine),
-            ranks_per_node=config.ranks_per_node,
-            folder=self.folder,
-            oversubscribe=config.oversubscribe,
-        )
-        if self._recovery is None:
-            return
-        self._recovery.settle()
-        if config.on_failure == "shrink":
-            self._recovery.shrinker = Shrinking(pool, self.runner, self.scaling, self.log)
-
-    def _start(self, action: Callable[[], ResultT]) -> ResultT:
-        """Run an action on ranks that do not serve yet; lost ones are replaced meanwhile."""
-        return action() if self._recovery is None else self._recovery.start(action)
-
-    def _redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
-        if any(self.pool.pid(rank) is None for rank in replaced):
-            describe_ranks(self.pool)  # a node that has come back may be another machine
-        self.runner.redeploy(replaced, plans)
-
-    def _load(self) -> ModelRunner:
-        config, machine = self.config, self.machine[0]
-        per_node = config.ranks_per_node or machine.ranks_per_node
-        runner = ModelRunner(
-            *(self.pool, self.model, replace(config, ranks_per_node=per_node), self.limits),
-            checkpoint=self.folder,
-            arranged=self._arranged,
-            log=self.log,
-            measures_memory=machine.on_gpu,
-            records_ahead=True,
-        )
-        if config.num_blocks is not None:
-            check_num_blocks(config.num_blocks, runner.limits)
-        return runner
-
-    def _make_engine(self) -> Engine[Any]:
-        options = self.config.options
-        scheduler = ContinuousScheduler(
-            *(self.config.layout, options, self.limits),
-            lookahead=True,
-            record=options.rebalance_steps > 0,
-            record_routing=self.on_commit is not None,
-        )
-        return Engine(
-            scheduler,
-            self.runner,
-            eos_token_ids=self.eos_token_ids,
-            tokenizer=self.tokenizer,
-            on_commit=self.on_commit,
-            recovery=self._recovery,
-        )
 
 
 def find_model(model: str | Path, ignore_unused_tensors: bool) -> tuple[ModelConfig, Path | None]:
@@ -265,6 +160,10 @@ def with_params(
     return list(zip(several, params, strict=True))
 
 
+def _at_once(action: Callable[[], ResultT]) -> ResultT:
+    return action()
+
+
 Message = dict[str, str]
 
 
@@ -308,26 +207,83 @@ class LLM:
         self._numbers = count()
         self._chat_template: ChatTemplate | None = None
         self.tokenizer, eos_token_ids = read_tokenizer(self._folder)
-        placements = check_deployment(self.model, config.deployment, config.ranks_per_node)
-        limits = wanted_limits(self.model, config)
+        self._config, deployment = config, config.deployment
+        placements = check_deployment(self.model, deployment, config.ranks_per_node)
+        self.limits = wanted_limits(self.model, config)
         own_dtype = self.model.own_dtype if self._folder else None
-        started = start_pool(replace(config, dtype=config.dtype or own_dtype))
-        if started is None:  # torchrun has started this process besides one that starts ranks
+        pool = start_pool(replace(config, dtype=config.dtype or own_dtype))
+        if pool is None:  # torchrun has started this process besides one that starts ranks
             raise SystemExit(0)
-        pool = self._pool = started
+        self._pool = pool
         try:
-            parts = EngineParts(
-                *(pool, self.model, self._folder, config, placements, limits),
-                *(self.tokenizer, eos_token_ids),
-                on_commit=None if self._routing is None else self._routing.add,
-                log=print_to_stderr,
-            )
-            self.machine, self.limits = parts.machine, parts.limits
-            self._runner, self.engine, self.scaling = parts.runner, parts.engine, parts.scaling
+            self._load(placements, eos_token_ids)
             self._shared = SharedEngine(self.engine, lambda: pool.is_closed)
         except BaseException:
             pool.close(failed=True)
             raise
+
+    def _load(self, placements: Placements, eos_token_ids: frozenset[int]) -> None:
+        """Load the model on the ranks, and make the engine that runs it."""
+        pool, config, model, log = self._pool, self._config, self.model, print_to_stderr
+        # The ranks tell how many of them a node has, once they are up.
+        given = placements, config.ranks_per_node
+        arranged = Arranged(Arrangement.alike(Members(config.layout), *given))
+        recovery: Recovery | None = None
+        if config.on_failure != "stop":
+            recovery = Recovery(pool, arranged, self._redeploy, log)
+            pool.on_early_end(log)
+        # Ranks that are lost before they serve are replaced meanwhile.
+        start = _at_once if recovery is None else recovery.start
+        self.machine = tuple(start(lambda: describe_ranks(pool)))
+        plan = LoadPlan(model, config.layout, config.options, placements, self._folder)
+        self.limits = plan.with_blocks(self.limits, config.num_blocks, self.machine)
+        self._runner = start(lambda: self._make_runner(arranged))
+        self.limits = self._runner.limits
+        scheduler = ContinuousScheduler(
+            *(config.layout, config.options, self.limits),
+            lookahead=True,
+            record=config.options.rebalance_steps > 0,
+            record_routing=self._routing is not None,
+        )
+        self.engine = Engine(
+            scheduler,
+            self._runner,
+            eos_token_ids=eos_token_ids,
+            tokenizer=self.tokenizer,
+            on_commit=None if self._routing is None else self._routing.add,
+            recovery=recovery,
+        )
+        self.scaling = Scaling(
+            *(pool, self._runner, self.engine, model, config.deployment),
+            *(self.limits, self.machine),
+            ranks_per_node=config.ranks_per_node,
+            folder=self._folder,
+            oversubscribe=config.oversubscribe,
+        )
+        if recovery is not None:
+            recovery.settle()
+            if config.on_failure == "shrink":
+                recovery.shrinker = Shrinking(pool, self._runner, self.scaling, log)
+
+    def _make_runner(self, arranged: Arranged) -> ModelRunner:
+        config, machine = self._config, self.machine[0]
+        per_node = config.ranks_per_node or machine.ranks_per_node
+        runner = ModelRunner(
+            *(self._pool, self.model, replace(config, ranks_per_node=per_node), self.limits),
+            checkpoint=self._folder,
+            arranged=arranged,
+            log=print_to_stderr,
+            measures_memory=machine.on_gpu,
+            records_ahead=True,
+        )
+        if config.num_blocks is not None:
+            check_num_blocks(config.num_blocks, runner.limits)
+        return runner
+
+    def _redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
+        if any(self._pool.pid(rank) is None for rank in replaced):
+            describe_ranks(self._pool)  # a node that has come back may be another machine
+        self._runner.redeploy(replaced, plans)
 
     def __repr__(self) -> str:
         """`<LLM paper-tiny, dp=2,ep=2, float32, 4,096 positions, closed>`."""

@@ -122,44 +122,35 @@ def test_what_is_stored_in_one_byte_is_not_kept_again(checkpoints, tmp_path):
     assert {*kinds.values()} == {torch.int8, torch.float8_e4m3fn}
 
 
-def change_time(checkpoint):
-    path = checkpoint.folder / "model.safetensors"
-    os.utime(path, ns=(1, 1))
+def rewritten(file, *change):
+    """Changes the bytes of the kept file, or of another one of the checkpoint."""
+
+    def rewrite(folder):
+        path = folder / file
+        path.write_bytes(path.read_bytes().replace(*change))
+
+    return rewrite
 
 
-def change_size(checkpoint):
-    path = checkpoint.folder / "config.json"
-    path.write_text(path.read_text() + "\n")
-
-
-def cut_short(checkpoint):
-    path = checkpoint.folder / INT8_FOLDER / FILE
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def spoil(checkpoint):
-    (checkpoint.folder / INT8_FOLDER / FILE).write_bytes(b"nothing of that kind")
-
-
-def take_another(checkpoint):
-    """Another model's file that says it is this one's."""
-    path = checkpoint.folder / INT8_FOLDER / FILE
-    path.write_bytes(path.read_bytes().replace(b"layers.0.query", b"layers.9.query"))
-
-
-def change_type(checkpoint):
-    path = checkpoint.folder / INT8_FOLDER / FILE
-    path.write_bytes(path.read_bytes().replace(b'"I8"', b'"U8"', 1))
+KEPT = f"{INT8_FOLDER}/{FILE}"
 
 
 @pytest.mark.parametrize(
-    "change", [change_time, change_size, cut_short, spoil, take_another, change_type]
+    "change",
+    [
+        lambda folder: os.utime(folder / "model.safetensors", ns=(1, 1)),
+        rewritten("config.json", b"{", b"{ ", 1),
+        lambda folder: os.truncate(folder / KEPT, (folder / KEPT).stat().st_size - 1),
+        lambda folder: (folder / KEPT).write_bytes(b"nothing of that kind"),
+        rewritten(KEPT, b"layers.0.query", b"layers.9.query"),  # another model's
+        rewritten(KEPT, b'"I8"', b'"U8"', 1),
+    ],
 )
 def test_a_file_of_something_else_counts_as_missing(copied, change):
     checkpoint = copied("mixtral")
     write_int8_cache(checkpoint, touch)
     assert Int8Cache.find(checkpoint) is not None
-    change(checkpoint)
+    change(checkpoint.folder)
     assert Int8Cache.find(checkpoint) is None
     write_int8_cache(checkpoint, touch)
     assert Int8Cache.find(checkpoint) is not None

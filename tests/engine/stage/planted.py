@@ -9,7 +9,7 @@ import torch
 
 from expertlane.balance.placement import Placement
 from expertlane.engine.comm.collectives import CheckedGroup, Pending
-from expertlane.engine.model.sampled_batch import SampledBatch
+from expertlane.engine.model.sampler import SampledBatch
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ranks.commands import Command
 from expertlane.engine.stage.worker import RankContext

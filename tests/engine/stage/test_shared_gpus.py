@@ -78,27 +78,8 @@ def test_ranks_share_the_memory_of_their_gpu_for_the_cache(num_ranks):
         assert blocks(mixed) == blocks(halved) < blocks(alone)
 
 
-@pytest.mark.parametrize(
-    ("machine", "text"),
-    [
-        (CPU, ""),
-        (replace(CPU, kernels="expertlane (avx2)"), "expertlane avx2"),
-        (
-            replace(CPU, kernels="torch (no compiler)"),
-            "torch no compiler faster",
-        ),
-        (
-            replace(CPU, num_idle_gpus=1, ranks_per_node=4),
-            "torch CPU GPUs 1 ranks 4 EXPERTLANE_TRANSPORT=shared_memory",
-        ),
-        (GPU, ""),
-        (
-            ranks(4)[0],
-            "torch 4 ranks GPU gloo",
-        ),
-    ],
-)
-def test_what_is_printed_at_the_start(machine, text):
-    said = _platform_text(machine)
-    assert bool(said) == bool(text)
-    assert tells(said, text)
+def test_a_user_is_told_of_idle_gpus_and_shared_ones():
+    idle = replace(CPU, num_idle_gpus=1, ranks_per_node=4)
+    assert tells(_platform_text(idle), "torch CPU GPUs 1 ranks 4 EXPERTLANE_TRANSPORT")
+    assert tells(_platform_text(ranks(4)[0]), "torch 4 ranks GPU gloo")
+    assert _platform_text(CPU) == _platform_text(GPU) == ""

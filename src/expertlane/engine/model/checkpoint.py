@@ -167,7 +167,7 @@ class Checkpoint(StoredTensors):
             is_int8 = scheme.type == "int8"
             kind = torch.int8 if is_int8 else torch.float8_e4m3fn
             values = self._empty([len(rows), len(columns)], kind)
-            check = None if is_int8 else self._check_of_values(name)
+            check = None if is_int8 else self._refusing(_is_nan, name, "NaN")
             self._copy(name, _index(stored, parts, shape[0]), values, check)
         size = scheme.rows or shape[0], scheme.columns or shape[1]
         blocks = [
@@ -175,7 +175,7 @@ class Checkpoint(StoredTensors):
         ]
         scales = self._empty([block.stop - block.start for block in blocks], torch.float32)
         name = f"{stored.name}{scheme.scale}"
-        check = self._check_of_scales(name)
+        check = self._refusing(_is_not_finite, name, "NaN or infinite scales")
         if self._shards.slice(name).get_shape() in ([], [1]):
             scale = self._shards.tensor(name)
             check(scale)
@@ -184,17 +184,10 @@ class Checkpoint(StoredTensors):
             self._copy(name, tuple(blocks), scales, check)
         return with_block_scales(values, scales, size, (rows.start, columns.start), dtype)
 
-    def _check_of_values(self, stored_name: str) -> Check:
+    def _refusing(self, is_bad: Callable[[Tensor], Tensor], stored_name: str, what: str) -> Check:
         def check(values: Tensor) -> None:
-            if ((values.view(torch.uint8) & 0x7F) == 0x7F).any():
-                raise SpecError(f"{self.folder}: tensor {stored_name} holds NaN")
-
-        return check
-
-    def _check_of_scales(self, stored_name: str) -> Check:
-        def check(scales: Tensor) -> None:
-            if not torch.isfinite(scales).all():
-                raise SpecError(f"{self.folder}: tensor {stored_name} holds NaN or infinite scales")
+            if is_bad(values).any():
+                raise SpecError(f"{self.folder}: tensor {stored_name} holds {what}")
 
         return check
 
@@ -221,6 +214,14 @@ class Checkpoint(StoredTensors):
         self._copy(f"{stored.name}_blocks", (*index, slice(None)), blocks, None)
         self._copy(f"{stored.name}_scales", index, scales, None)
         return Mxfp4Weight(blocks.flatten(1), scales, dtype)
+
+
+def _is_nan(float8: Tensor) -> Tensor:
+    return (float8.view(torch.uint8) & 0x7F) == 0x7F
+
+
+def _is_not_finite(scales: Tensor) -> Tensor:
+    return ~torch.isfinite(scales)
 
 
 def _index(stored: TensorLocation, parts: list[range], num_rows: int) -> Index:

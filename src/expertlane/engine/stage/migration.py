@@ -25,12 +25,6 @@ Arrived = dict[int, dict[int, Expert]]  # by hidden layer and logical expert
 
 
 @dataclass(eq=False)
-class _Arriving:
-    part: Part
-    pending: Pending
-
-
-@dataclass(eq=False)
 class PlacementsBefore:
     """Placements that others have replaced, and the experts needed to restore them.
 
@@ -50,7 +44,7 @@ class Migration:
         self._stage = stage
         self._progress = progress
         self._sending: list[Pending] = []
-        self._arriving: list[_Arriving] = []
+        self._arriving: list[tuple[Part, Pending]] = []
         # By layer and expert: tensors of experts that are sent or received only in part so far.
         self._leaving: dict[tuple[int, int], list[Tensor]] = {}
         self._begun: dict[tuple[int, int], list[Tensor]] = {}
@@ -82,7 +76,7 @@ class Migration:
                 if key not in self._begun:  # all experts of a rank have one shape
                     self._begun[key] = [*map(torch.empty_like, _tensors(block.experts.held[0]))]
                 room = torch.empty_like(_bytes_of(self._begun[key], part))
-                self._arriving.append(_Arriving(part, ep.receive(room, part.move.source)))
+                self._arriving.append((part, ep.receive(room, part.move.source)))
         return time.perf_counter() - began_s
 
     def finish_moves(self) -> float:
@@ -96,10 +90,10 @@ class Migration:
         self._progress.enter(Stage.SETUP, NO_LAYER)
         for sending in self._sending:
             sending.wait()
-        for arriving in self._arriving:
-            layer, expert = arriving.part.move.layer, arriving.part.move.expert
-            _put_bytes(self._begun[layer, expert], arriving.part, arriving.pending.wait())
-            if arriving.part.end == WHOLE:
+        for part, pending in self._arriving:
+            layer, expert = part.move.layer, part.move.expert
+            _put_bytes(self._begun[layer, expert], part, pending.wait())
+            if part.end == WHOLE:
                 like, tensors = blocks[layer].experts.held[0], self._begun.pop((layer, expert))
                 self._arrived.setdefault(layer, {})[expert] = like.with_tensors(tensors)
         self._sending, self._arriving = [], []

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,24 +136,14 @@ def prepare(context: RankContext, command: Prepare) -> Prepared:
 
 def _beside_others(make: Callable[[], Prepared]) -> Prepared:
     """Run `make` in a thread with a higher niceness, which a thread cannot lower again."""
-    found: list[Prepared | BaseException] = []
 
-    def run() -> None:
+    def be_nicer() -> None:
         thread_id = threading.get_native_id()
         nice = min(19, os.getpriority(os.PRIO_PROCESS, thread_id) + _NICE)
         os.setpriority(os.PRIO_PROCESS, thread_id, nice)
-        try:
-            found.append(make())
-        except BaseException as error:
-            found.append(error)
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    (result,) = found
-    if isinstance(result, BaseException):
-        raise result
-    return result
+    with ThreadPoolExecutor(1, initializer=be_nicer) as thread:
+        return thread.submit(make).result()
 
 
 def drop_prepared(context: RankContext, command: DropPrepared) -> None:

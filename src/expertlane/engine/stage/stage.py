@@ -35,8 +35,12 @@ from expertlane.engine.ranks.commands import (
 )
 from expertlane.engine.stage.deployed_stage import DeployedStage
 from expertlane.engine.stage.measure.machine import describe_machine, measure_rates
-from expertlane.engine.stage.measure.operations import measure_launches, measure_operations
-from expertlane.engine.stage.measure.transfers import measure_contention, measure_transfers
+from expertlane.engine.stage.measure.operations import (
+    measure_contention,
+    measure_launches,
+    measure_operations,
+    measure_transfers,
+)
 from expertlane.engine.stage.preparing import drop_prepared, prepare
 from expertlane.engine.stage.rank_checks import sum_weights
 from expertlane.engine.stage.weight_copies import Role, WeightCopies

@@ -228,16 +228,6 @@ class RankContext:
     epoch: int = -1
 
     @property
-    def share(self) -> Share:
-        """The rank's share of its node's cores."""
-        return self.cores.share
-
-    @property
-    def is_pinned(self) -> bool:
-        """Whether its threads are pinned to the hardware threads of its share."""
-        return self.cores.is_pinned
-
-    @property
     def rank(self) -> int:
         """Global rank."""
         return self.settings.rank
@@ -250,7 +240,7 @@ class RankContext:
         """
         if epoch != self.settings.epoch:
             self._count_ranks(self.board.files(epoch).num_ranks)
-        connected = connect(self.settings, self.platform, self.share, self.board, epoch)
+        connected = connect(self.settings, self.platform, self.cores.share, self.board, epoch)
         self.drop_graphs()
         self.meshes.renew(connected)
         self.epoch = epoch
@@ -291,7 +281,7 @@ class RankContext:
         settings = self.settings
         if self.platform.device.type != "cpu" or settings.board_fd is None:
             return None
-        return CoreToken(settings.board_fd, settings.local_rank, self.share.num_cores)
+        return CoreToken(settings.board_fd, settings.local_rank, self.cores.share.num_cores)
 
 
 # The function that a rank runs for each command; its result is of the command's result type.

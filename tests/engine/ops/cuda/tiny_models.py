@@ -6,7 +6,7 @@ from expertlane.engine.model import (
     blocks,
     decode_graphs,
     head,
-    sampled_batch,
+    sampler,
     transformer,
     weights,
 )
@@ -59,7 +59,7 @@ USERS = (
     decode_graphs,
     dispatch,
     head,
-    sampled_batch,
+    sampler,
     transformer,
     weights,
 )

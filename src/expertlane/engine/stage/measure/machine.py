@@ -30,8 +30,8 @@ def describe_machine(context: RankContext, _: DescribeMachine) -> RankMachine:
     ops = backend_for(chosen.device)
     return RankMachine(
         host=socket.gethostname(),
-        num_cores=context.share.num_cores,
-        cpus=list(context.share.cpus) if context.is_pinned else [],
+        num_cores=context.cores.share.num_cores,
+        cpus=list(context.cores.share.cpus) if context.cores.is_pinned else [],
         cpu_name=cpu_name(),
         device="cpu" if chosen.device.type == "cpu" else chosen.device_name,
         backend=chosen.transport,
