@@ -1,6 +1,6 @@
 """What processes keep, receive and read from one arrangement to another."""
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -104,6 +104,9 @@ def test_moved_experts_are_sent_as_the_rebalancer_plans_them():
     old = before.placements[0][1]
     wanted = moves([old], [then], 2)
     assert got == {(m.rank, m.expert, m.source) for m in wanted if m.source != m.rank}
+    assert {(m.layer, m.rank, m.expert, m.source) for m in change.moves(0)} == {
+        (1, *each) for each in got
+    }
     assert len(change.caches) == 3
 
 
@@ -176,6 +179,29 @@ def test_every_rank_ends_with_what_it_needs_and_nothing_that_lives_is_lost(data)
         assert numbers == before.members.of_dp_rank(*old)
         assert alive.issuperset(numbers)
     assert change.lost_caches | {*change.caches.values()} == {*before.members.dp_ranks}
+    if before.members == after.members:  # what a rank gets beside steps is what it lacks
+        layout, numbers = after.layout, after.members.numbers
+        moving = Transition(before, after, numbers)
+        for replica in range(layout.replicas):
+            ranks = [
+                range(first, first + layout.etp)
+                for first in layout.ranks_of_replica(replica)[:: layout.etp]
+            ]
+            moved = {
+                (numbers[to], layer, expert, numbers[by])
+                for layer, expert, source, rank, _ in map(astuple, moving.moves(replica))
+                for stage in range(layout.pp)
+                if layer in layout.layers_of_stage(NUM_LAYERS, stage)
+                for to, by in zip(
+                    ranks[stage * layout.ep + rank], ranks[stage * layout.ep + source], strict=True
+                )
+            }
+            assert moved == {
+                (number, part.layer, part.expert, sender)
+                for number in after.members.of_replica(replica)
+                for part, sender in moving.of(number).receives.items()
+                if part.kind is PartKind.EXPERT
+            }
     whole = Transition(before, before, range(10))
     assert not whole.lost_caches
     assert all(whole.of(each).keeps == before.parts_of(each) for each in range(10))

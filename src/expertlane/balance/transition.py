@@ -7,11 +7,11 @@ whose place stays send: the others use their memory for the stage that they make
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
-from expertlane.balance.moves import moves
+from expertlane.balance.moves import Move, between_ranks, moves
 from expertlane.balance.placement_file import Placements
 from expertlane.spec.layout import DpRank, Layout, Members
 
@@ -33,6 +33,12 @@ class Arrangement:
     def alike(cls, members: Members, placements: Placements, ranks_per_node: int) -> "Arrangement":
         """An arrangement with the same placements in all replicas."""
         return cls(members, (placements,) * members.layout.replicas, ranks_per_node)
+
+    def moved(self, replica: int, placements: Placements) -> "Arrangement":
+        """The arrangement with other placements in one replica."""
+        of_replicas = list(self.placements)
+        of_replicas[replica] = placements
+        return replace(self, placements=tuple(of_replicas))
 
     @property
     def layout(self) -> Layout:
@@ -124,7 +130,7 @@ class Transition:
     ) -> None:
         self.before, self.after = before, after
         self._alive, self._beside = frozenset(alive), beside or {}
-        self._sources: dict[tuple[int, int, int], dict[tuple[int | None, int, int], int]] = {}
+        self._moves: dict[tuple[int, int, int], dict[tuple[int | None, int, int], Move]] = {}
 
     @property
     def lost(self) -> frozenset[int]:
@@ -169,20 +175,30 @@ class Transition:
         at = layout.coordinates(members.numbers.index(number))
         stage = _stage(members, at.replica, at.pp_rank)
         if part.kind is PartKind.EXPERT:
-            sources = self._expert_sources(at.replica, at.pp_rank, at.etp_rank)
-            source = sources.get((part.layer, part.expert, at.ep_rank))
-            return None if source is None else stage[source * layout.etp + at.etp_rank]
+            found = self._moves_of(at.replica, at.pp_rank, at.etp_rank)
+            move = found.get((part.layer, part.expert, at.ep_rank))
+            return None if move is None else stage[move.source * layout.etp + at.etp_rank]
         if part.kind is PartKind.SLICE:
             stage = stage[at.tp_rank :: layout.tp]
         senders = [each for each in stage if each in self._alive]
         return senders[(part.layer or 0) % len(senders)] if senders else None
 
-    def _expert_sources(
+    def moves(self, replica: int) -> list[Move]:
+        """The experts that ranks of a replica get from others; `Move.layer` is a hidden layer.
+
+        They are those of the first slice of each expert, and alike for the others.
+        """
+        stages = range(self.after.layout.pp)
+        return between_ranks(
+            [move for stage in stages for move in self._moves_of(replica, stage, 0).values()]
+        )
+
+    def _moves_of(
         self, replica: int, pp_rank: int, etp_rank: int
-    ) -> dict[tuple[int | None, int, int], int]:
-        """The ep rank that sends, by layer, expert, and the ep rank that lacks it."""
+    ) -> dict[tuple[int | None, int, int], Move]:
+        """The moves in a slice of a stage, by layer, expert, and the ep rank that lacks it."""
         key = replica, pp_rank, etp_rank
-        if key not in self._sources:
+        if key not in self._moves:
             layout, after = self.after.layout, self.after.placements[replica]
             then = {
                 layer: placed
@@ -194,11 +210,10 @@ class Transition:
             of_slice = _stage(self.after.members, replica, pp_rank)[etp_rank :: layout.etp]
             living = [ep_rank for ep_rank, each in enumerate(of_slice) if each in self._alive]
             layers = [*then]
-            self._sources[key] = {
-                (layers[move.layer], move.expert, move.rank): move.source
-                for move in moves(now, [*then.values()], self.after.ep_per_node, living)
-            }
-        return self._sources[key]
+            found = moves(now, [*then.values()], self.after.ep_per_node, living)
+            in_model = [replace(move, layer=layers[move.layer]) for move in found]
+            self._moves[key] = {(each.layer, each.expert, each.rank): each for each in in_model}
+        return self._moves[key]
 
 
 def _stage(members: Members, replica: int, pp_rank: int) -> tuple[int, ...]:

@@ -20,9 +20,7 @@ import numpy.typing as npt
 from expertlane.balance.moves import (
     WHOLE,
     Part,
-    between_ranks,
     most_of_a_rank,
-    moves,
     next_slice,
 )
 from expertlane.balance.placement import Placement
@@ -35,6 +33,7 @@ from expertlane.balance.rebalance import (
     RebalanceGate,
     propose,
 )
+from expertlane.balance.transition import Transition
 from expertlane.engine.elastic.recovery import Arranged
 from expertlane.engine.ranks.commands import FinishMoves, StartMoves, TimeOneMove
 from expertlane.engine.ranks.inbox import Ticket
@@ -415,10 +414,10 @@ class Rebalancer:
         if self._worth(decision) <= 0 or then == now:
             return None
         replica.next, replica.paid_before = replica.with_layers(then), replica.pace.paid_s
-        crossing = between_ranks(moves(now, then, self._arranged.now.ep_per_node))
-        replica.waiting = deque(
-            Part(replace(move, layer=replica.layers[move.layer])) for move in crossing
-        )
+        arranged = self._arranged.now
+        after = arranged.moved(plan.replica, replica.next)
+        change = Transition(arranged, after, arranged.members.numbers)
+        replica.waiting = deque(map(Part, change.moves(plan.replica)))
         return self._move_on(replica, plan)
 
     def _gate(self, replica: _Replica) -> RebalanceGate:

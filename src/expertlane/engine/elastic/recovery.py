@@ -12,7 +12,6 @@ the new processes start meanwhile, and the layout grows back once they have thei
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -73,12 +72,10 @@ class Arranged:
 
     def move(self, replica: int, placements: Placements) -> None:
         """Set the placements of a replica whose experts have moved."""
-        of_replicas = list(self.now.placements)
-        of_replicas[replica] = placements
-        now, is_whole = replace(self.now, placements=tuple(of_replicas)), self.now is self.whole
-        self.now = now
+        is_whole = self.now is self.whole
+        self.now = self.now.moved(replica, placements)
         if is_whole:
-            self.whole = now
+            self.whole = self.now
 
     def want(self, whole: Arrangement) -> None:
         """Set the arrangement that will serve when no rank is missing; `change` has to follow."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from expertlane.balance.moves import Part
 from expertlane.balance.placement_file import Placements
+from expertlane.balance.transition import Arrangement
 from expertlane.cost.step.operation import SIZES, Kind, TransferKind
 from expertlane.results.step_checks import RankChecks
 from expertlane.results.step_record import RankRecord, RankTotals
@@ -110,6 +111,11 @@ class StageSpec:
     def members(self) -> Members:
         """The processes of the layout."""
         return Members(self.layout, self.numbers)
+
+    @property
+    def arrangement(self) -> Arrangement:
+        """Its members and placements, as if all replicas had these."""
+        return Arrangement.alike(self.members, self.placements, self.ranks_per_node)
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.placement_file import Placements
+from expertlane.balance.transition import Arrangement, Transition
 from expertlane.engine.comm.collectives import Pending, interleave
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.model.decode_graphs import DecodeGraphs, PaddedBatch
@@ -32,7 +33,6 @@ from expertlane.results.step_record import RankTotals
 from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
 from expertlane.spec.deployment import PayloadType
 from expertlane.spec.dispatch import DispatchForm, DispatchMode, DispatchTable
-from expertlane.spec.layout import Members
 from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
 
@@ -260,16 +260,16 @@ class DeployedStage:
         held = stage.weight_bytes, stage.kv_bytes, stage.bytes_from, self._seconds_from
         return HeldBytes(*held, has_graphs=self._graphs is not None)
 
-    def leave(self, members: Members, discard: Sequence[int]) -> Left:
+    def leave(self, after: Arrangement, discard: Sequence[int]) -> Left:
         """The state for a stage of another layout on this rank; this stage must not run again.
 
         Args:
-            members: the ranks of that layout.
+            after: the ranks of that layout.
             discard: steps to undo; see `discard`.
         """
         self.discard(discard)
-        at = self._mesh.at
-        kept = members.kept_caches(self.spec.members).values()
+        at, members = self._mesh.at, self.spec.members
+        kept = Transition(self.spec.arrangement, after, members.numbers).caches.values()
         caches = self.stage.leave_cache() if (at.replica, at.dp_rank) in kept else None
         return Left(self.stage.held_weights(), caches, self._sampler, self._changes.tokens)
 

@@ -101,7 +101,7 @@ def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
         return before.held
     left, context.deployed = None, None
     if before is not None:
-        left = before.leave(members, command.discard)
+        left = before.leave(spec.arrangement, command.discard)
         context.parked, before = left.weights, None
     held = HeldBytes(0, 0)
     if copies is not None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.holding import Holding
-from expertlane.balance.transition import Arrangement, Part, PartKind, Transition
+from expertlane.balance.transition import Part, PartKind, Transition
 from expertlane.engine.comm.mesh import groups_of_axis
 from expertlane.engine.comm.transport import Link
 from expertlane.engine.model.transformer import TransformerStage
@@ -58,9 +58,8 @@ class WeightCopies:
         self._receivers = [each for each, role in roles.items() if role is Role.RECEIVES]
         self._holders = [each for each, role in roles.items() if role is Role.SENDS]
         self._own = own
-        place = Arrangement.alike(spec.members, spec.placements, spec.ranks_per_node)
         holders = [spec.members.numbers[each] for each in self._holders]
-        self._transition = Transition(place, place, holders)
+        self._transition = Transition(spec.arrangement, spec.arrangement, holders)
         self._layers: list[int | None] = [*self._holding(rank).layers, None]
 
     def _holding(self, rank: int) -> Holding:
