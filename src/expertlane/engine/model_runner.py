@@ -28,8 +28,8 @@ from expertlane.engine.ranks.commands import (
     SetDispatch,
     StageSpec,
     SumWeights,
+    Ticket,
 )
-from expertlane.engine.ranks.inbox import Ticket
 from expertlane.engine.ranks.losses import Loss
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.warm_up import measured_limits, record_graphs, time_dispatch

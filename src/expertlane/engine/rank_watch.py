@@ -14,8 +14,7 @@ from expertlane.engine.comm.progress import Position
 from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.elastic.recovery import Arranged
-from expertlane.engine.ranks.commands import ReadTotals
-from expertlane.engine.ranks.inbox import Ticket
+from expertlane.engine.ranks.commands import ReadTotals, Ticket
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.results.step_record import RankTotals
 from expertlane.spec.layout import Layout, Members

@@ -215,7 +215,7 @@ def test_a_rank_is_lost_while_it_starts(harmed_rank, monkeypatch):
                 killed.append(pool.pid(harmed_rank))
                 os.kill(killed[0], 9)
             else:
-                take = pool._inbox._take_answer
+                take = pool._take_answer
 
                 def take_and_kill(rank, message):
                     take(rank, message)
@@ -223,7 +223,7 @@ def test_a_rank_is_lost_while_it_starts(harmed_rank, monkeypatch):
                         killed.append(pool.pid(rank))
                         os.kill(killed[0], 9)
 
-                pool._inbox._take_answer = take_and_kill
+                pool._take_answer = take_and_kill
         begin_epoch(pool, *given)
 
     with model("dp=3,ep=3") as llm:

@@ -14,7 +14,6 @@ from distributed.on_ranks import Echo, Fail, FailWhileOthersWait, Refuse, Stay
 from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
 from engine.ranks.processes import OwnRanks
 from expertlane.engine.ranks import rank_settings
-from expertlane.engine.ranks.inbox import Inbox
 from expertlane.engine.ranks.local_ranks import LocalRanks
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.ranks.rank_settings import MAX_RANKS_PER_CORE, check_num_ranks
@@ -177,7 +176,7 @@ def test_a_user_s_mistake_found_by_a_rank(start):
 def test_a_mistake_at_the_start_leaves_nothing(monkeypatch):
     started = []
     monkeypatch.setattr(
-        Inbox, "_receive_available", observe(Inbox._receive_available, started), raising=True
+        RankPool, "_receive_available", observe(RankPool._receive_available, started), raising=True
     )
     with pytest.raises(UserError, match=r"^dtype float16 needs a GPU"):
         RankPool(LocalRanks(1, TIMEOUT_S, "float16"), TIMEOUT_S)

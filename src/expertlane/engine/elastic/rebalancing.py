@@ -35,8 +35,7 @@ from expertlane.balance.rebalance import (
 )
 from expertlane.balance.transition import Transition
 from expertlane.engine.elastic.recovery import Arranged
-from expertlane.engine.ranks.commands import FinishMoves, StartMoves, TimeOneMove
-from expertlane.engine.ranks.inbox import Ticket
+from expertlane.engine.ranks.commands import FinishMoves, StartMoves, Ticket, TimeOneMove
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import StepPlan

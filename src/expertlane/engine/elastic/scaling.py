@@ -24,8 +24,8 @@ from expertlane.engine.ranks.commands import (
     Prepared,
     RankMachine,
     StageSpec,
+    Ticket,
 )
-from expertlane.engine.ranks.inbox import Ticket
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.ranks.rank_settings import check_num_ranks
 from expertlane.errors import CapacityError, UserError

@@ -13,8 +13,7 @@ from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.launch import LoadPlan
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ops import host
-from expertlane.engine.ranks.commands import Prepare, Prepared
-from expertlane.engine.ranks.inbox import Ticket
+from expertlane.engine.ranks.commands import Prepare, Prepared, Ticket
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import CapacityError, UserError
 from expertlane.schedule.plan import StepPlan
