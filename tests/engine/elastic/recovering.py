@@ -9,9 +9,11 @@ from typing import Any
 from distributed.running import Inline
 from expertlane import LLM, SamplingParams
 from expertlane.engine.elastic.recovery_record import RecoveryRecord, State
+from expertlane.engine.rank_watch import Reading
 from expertlane.engine.ranks.commands import Command
 from expertlane.engine.ranks.pool import RankPool
 
+SETTINGS = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "max_num_seqs": 4}
 PROMPTS = [[number + 1, 7, 3 * number + 2, *range(number)] for number in range(6)]
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=24, logprobs=0),
@@ -21,6 +23,12 @@ PARAMS = [
     SamplingParams(temperature=0, max_tokens=1),
     SamplingParams(seed=4, presence_penalty=0.5, max_tokens=24),
 ]
+
+
+def model(layout: str, name: str = "paper-tiny", **more: Any) -> LLM:
+    """A small model on ranks that are replaced, unless `on_failure` is given."""
+    given = {"on_failure": "replace", "timeout_s": 30.0, "oversubscribe": True}
+    return LLM(name, layout=layout, **SETTINGS | given | more)
 
 
 @contextmanager
@@ -88,6 +96,18 @@ def move_experts(llm: LLM) -> None:
     assert rebalancer is not None
     rebalancer._worth = lambda decision: decision.num_bytes
     rebalancer._executor = Inline()
+
+
+def reading(llm: LLM) -> Reading:
+    """What all ranks have counted so far; `llm.watch` was called."""
+    watch = llm._runner._watch
+    assert watch is not None
+    watch._asked_s = 0.0
+    watch.poll()
+    assert watch._ticket is not None
+    llm._pool.collect(watch._ticket)
+    watch.poll()
+    return watch.readings[-1]
 
 
 def pids(llm: LLM) -> list[int | None]:

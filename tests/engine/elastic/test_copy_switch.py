@@ -82,7 +82,7 @@ def test_a_decision_that_saves_nothing_is_off():
     assert not nothing.pays
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather", "hierarchical"])
 def test_tokens_stay_the_same_and_loads_even(pools, dispatch):
     """In a trial every other step is balanced."""
@@ -124,6 +124,7 @@ def test_nothing_to_balance_is_refused():
         check_deployment(SKEWED, deployment("dp=2,ep=2", copies="balanced"), 2)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("dispatch", ["all_to_all", "all_gather"])
 def test_each_pair_is_computed_once(dispatch):
     """As every dispatch is proved to do where all is checked."""

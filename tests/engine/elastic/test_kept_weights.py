@@ -23,11 +23,12 @@ KEEPS = replace(MACHINE, dtype="bfloat16", keeps_narrow=True, keeps_mxfp4=True)
 PARTS = ("gate", "up", "down")
 
 
-@pytest.fixture
-def folder(tmp_path):
-    source = save_checkpoint("gpt_oss", tmp_path / "source", num_hidden_layers=2)
-    save_mxfp4(source, tmp_path / "mxfp4", tmp_path / "plain")
-    return tmp_path / "mxfp4"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpt_oss")
+    source = save_checkpoint("gpt_oss", folder / "source", num_hidden_layers=2)
+    save_mxfp4(source, folder / "mxfp4", folder / "plain")
+    return folder / "mxfp4"
 
 
 def weight_bytes(folder, machine, layout="tp=1", options=None):

@@ -58,7 +58,7 @@ def undisturbed(pools):
     return functools.cache(lambda layout, **options: run(pools, deployment(layout, **options))[0])
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("layout", "options"),
     [

@@ -1,11 +1,13 @@
 """Real ranks are killed where the others go on in a smaller layout: no token changes."""
 
+from functools import partial
+
 import pytest
 
 from cli.screen import tells
 from engine.elastic.recovering import facts, harmed, move_experts, pids
+from engine.elastic.recovering import model as model_on
 from engine.ranks.processes import wait_until
-from expertlane import LLM
 from expertlane.balance.moves import WHOLE
 from expertlane.engine.elastic.rebalancing import MovePace
 from expertlane.engine.elastic.recovery_record import Kind, State
@@ -15,13 +17,10 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Members
 from expertlane.spec.names import Origin
 
-SETTINGS = {"dtype": "float32", "num_blocks": 64, "block_size": 4, "max_num_seqs": 4}
 MOVING = {"rebalance_steps": 3, "num_redundant_experts": 2, "copies": "balanced"}
 
 
-def model(layout, **more):
-    settings = SETTINGS | {"on_failure": "shrink", "timeout_s": 30.0, "oversubscribe": True} | more
-    return LLM("paper-tiny", layout=layout, **settings)
+model = partial(model_on, on_failure="shrink")
 
 
 def is_whole(llm):

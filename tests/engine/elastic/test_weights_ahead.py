@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from cli.screen import telling
-from engine.elastic.recovering import PARAMS, PROMPTS, facts, pids, record_of
-from engine.elastic.test_scaling import model, open_descriptors, tokens
+from engine.elastic.recovering import PARAMS, PROMPTS, facts, model, pids, record_of
+from engine.elastic.test_scaling import open_descriptors, tokens
 from expertlane.engine.elastic import scaling
 from expertlane.engine.elastic.scaling import WeightsAhead
 from expertlane.engine.ranks.commands import Prepare, Prepared
@@ -157,7 +157,7 @@ def test_what_is_given_up_leaves_nothing():
         assert llm._pool.epoch == 0
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize("victim", [0, 3])
 @pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_is_lost_meanwhile(victim, harm):
@@ -178,6 +178,7 @@ def test_a_rank_is_lost_meanwhile(victim, harm):
         assert not psutil.pid_exists(harmed[0])
 
 
+@pytest.mark.full
 def test_ranks_that_never_come(monkeypatch):
     ask = WeightsAhead._ask_new_ranks
 
@@ -216,7 +217,7 @@ def test_there_is_little_room(monkeypatch):
         assert read > ahead > 0
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("settings", "layout", "least"),
     [

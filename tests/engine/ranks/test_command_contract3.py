@@ -10,8 +10,6 @@ import pytest
 
 from cli.screen import tells
 from engine.ranks.processes import RunningRanks
-from expertlane.engine.ops.host import num_cores
-from expertlane.engine.ranks.rank_settings import MAX_RANKS_PER_CORE
 
 EXPERIMENT = """
 name = "long"
@@ -85,6 +83,7 @@ def test_a_killed_rank(command):
     assert command.wrote_nothing()
 
 
+@pytest.mark.full
 def test_a_stopped_rank(command):
     running = RunningRanks(command.process.pid, NUM_RANKS)
     position = running.stop_in_a_layer(2)
@@ -126,14 +125,4 @@ def test_the_launcher_is_told_to_end(command, number, code):
     assert len(errors) == (0 if number == signal.SIGKILL else 1)
     assert all(line.startswith("expertlane: error: ") for line in errors)
     assert running.are_gone(seconds=10)
-    assert command.wrote_nothing()
-
-
-def test_more_ranks_than_the_machine_should_run(tmp_path):
-    limit = MAX_RANKS_PER_CORE * num_cores()
-    command = Command(tmp_path, layout=f"replicas={limit + 1}")
-    code, errors = command.end(within_s=30)
-    assert code == 2
-    (line,) = errors
-    assert tells(line, f"{limit + 1} ranks {num_cores()} {limit} --oversubscribe")
     assert command.wrote_nothing()

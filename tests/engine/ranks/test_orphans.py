@@ -9,7 +9,7 @@ import textwrap
 import psutil
 import pytest
 
-from engine.ranks.processes import RunningRanks, wait_until
+from engine.ranks.processes import RunningRanks
 
 LAUNCHER = textwrap.dedent(
     """
@@ -62,14 +62,6 @@ def test_ranks_end_with_a_launcher_that_has_forked(launcher, number):
     os.kill(process.pid, number)
     assert running.are_gone(seconds=5)
     assert psutil.pid_exists(child)  # it had the sockets all the time
-
-
-def test_ranks_end_with_the_fork_server(launcher):
-    process, _ = launcher
-    running = RunningRanks(process.pid, 2)
-    os.kill(running.server.pid, signal.SIGKILL)
-    gone = wait_until(lambda: not any(map(psutil.pid_exists, running.pids)), seconds=5)
-    assert gone
 
 
 def test_ranks_end_when_launcher_and_server_are_killed_at_once(launcher):
