@@ -10,7 +10,7 @@ import pytest
 
 from cli.screen import telling, tells
 from distributed import on_ranks
-from distributed.on_ranks import Echo, FailWhileOthersWait, Stay
+from distributed.on_ranks import Echo, Fail, FailWhileOthersWait, Stay
 from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
 from engine.ranks.processes import OwnRanks
 from expertlane.engine.ranks import rank_settings
@@ -138,13 +138,22 @@ def test_the_fork_server_dies(start):
     assert running.are_gone(seconds=5)
 
 
+def test_a_rank_that_raises(start):
+    pool, running = start(2)
+    with pytest.raises(RankError) as caught:
+        pool.call(Fail(1))
+    line = str(caught.value)
+    assert tells(line, "rank 1 failed step 3 layer 2 stage experts ValueError two")
+    assert "\n" not in line
+    assert "Traceback" in caught.value.__notes__[0]
+    assert running.are_gone(seconds=10)
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_the_rank_that_raises_is_named_not_those_that_wait_for_it(start, rank):
     pool, running = start(3)
-    line = rf"^rank {rank} failed in .*ValueError: broken"
-    with pytest.raises(RankError, match=line) as caught:
+    with pytest.raises(RankError, match=rf"^rank {rank} failed in .*ValueError: broken"):
         pool.call(FailWhileOthersWait(rank))
-    assert "Traceback" in caught.value.__notes__[0]
     assert running.are_gone(seconds=10)
 
 

@@ -233,63 +233,36 @@ class LocalRanks:
         self.on_told_to_end: Callable[[], None] | None = None
         self._files = RunFiles(num_nodes * num_ranks, num_ranks)
         self.board = self._files.board
-        self.channels: list[Channel] = []
-        self.nodes: list[Node] = []
         first_rank = RankSettings.of_first(0, num_ranks, self._files, meeting, timeout_s, dtype)
         with contextlib.ExitStack() as on_failure:
             on_failure.callback(self._files.close)
             try:
-                self._start(first_rank, launcher, server_module, cpu_isa)
+                pairs = [socket_pair(on_failure) for _ in range(1 + num_ranks)]
+                control, *of_ranks = [theirs.fileno() for _, theirs in pairs]
+                settings = ServerSettings(
+                    parent_pid=os.getpid(),
+                    control_fd=control,
+                    rank_fds=of_ranks,
+                    store_fd=self._files.store_fd,
+                    first_rank=first_rank,
+                    launcher=launcher,
+                )
+                self._server = subprocess.Popen(
+                    python_command(server_module, [msgspec.json.encode(settings).decode()]),
+                    pass_fds=settings.descriptors(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=2,  # what libraries print in ranks must not mix with results
+                    start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends ranks
+                    env=rank_environment(cpu_isa, on_one_node=meeting is None),
+                )
             except OSError as error:
                 raise CapacityError(f"cannot start the ranks: {no_room(error)}") from error
-            on_failure.pop_all()
-
-    def _start(
-        self,
-        first_rank: RankSettings,
-        launcher: Place | None,
-        server_module: str,
-        cpu_isa: CpuIsa | None,
-    ) -> None:
-        with contextlib.ExitStack() as on_failure:
-            pairs = [socket_pair(on_failure) for _ in range(1 + first_rank.num_local_ranks)]
-            self._start_server(first_rank, launcher, server_module, cpu_isa, pairs)
             on_failure.pop_all()
         for _, theirs in pairs:
             theirs.close()
         self._files.leave_to_server()
-        self._add_node("the fork server", [ours for ours, _ in pairs])
-
-    def _start_server(
-        self,
-        first_rank: RankSettings,
-        launcher: Place | None,
-        server_module: str,
-        cpu_isa: CpuIsa | None,
-        pairs: Sequence[tuple[socket.socket, socket.socket]],
-    ) -> None:
-        control, *of_ranks = [theirs.fileno() for _, theirs in pairs]
-        settings = ServerSettings(
-            parent_pid=os.getpid(),
-            control_fd=control,
-            rank_fds=of_ranks,
-            store_fd=self._files.store_fd,
-            first_rank=first_rank,
-            launcher=launcher,
-        )
-        self._server = subprocess.Popen(
-            python_command(server_module, [msgspec.json.encode(settings).decode()]),
-            pass_fds=settings.descriptors(),
-            stdin=subprocess.DEVNULL,
-            stdout=2,  # what libraries print in ranks must not mix with results
-            start_new_session=True,  # Ctrl-C reaches the launcher alone, which ends the ranks
-            env=rank_environment(cpu_isa, on_one_node=first_rank.meeting is None),
-        )
-
-    def _add_node(self, name: str, connections: Sequence[socket.socket]) -> None:
-        control, *of_ranks = [Channel(connection, self._timeout_s) for connection in connections]
-        self.nodes.append(Node(control, name))
-        self.channels += of_ranks
+        own, *self.channels = [Channel(ours, timeout_s) for ours, _ in pairs]
+        self.nodes = [Node(own, "the fork server")]
 
     def node_of(self, rank: int) -> int:
         """The number of the node that a rank is on, or will be."""

@@ -133,18 +133,17 @@ class RunFiles:
         self._descriptors.append(descriptor)
         return descriptor
 
-    def leave_to_server(self) -> None:
-        """Close the files of the first epoch, once the ranks' server has inherited them."""
-        for descriptor in (self.memory_fd, self.store_fd):
-            if descriptor is not None:
-                self._descriptors.remove(descriptor)
-                os.close(descriptor)
+    def leave_to_server(self, *, is_this_process: bool = False) -> None:
+        """Leave the files of the first epoch to the ranks' server, which has inherited them.
 
-    def are_servers(self) -> None:
-        """Leave the files of the first epoch to the server, which runs in this process."""
+        Args:
+            is_this_process: the server runs in this process; else they are closed here.
+        """
         for descriptor in (self.memory_fd, self.store_fd):
             if descriptor is not None:
                 self._descriptors.remove(descriptor)
+                if not is_this_process:
+                    os.close(descriptor)
 
     def close(self) -> None:
         """Close and remove the files; the board can still be read."""

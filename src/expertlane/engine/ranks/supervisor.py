@@ -150,7 +150,7 @@ class _Supervisor:
             given = meeting, settings.timeout_s, settings.dtype
             first_rank = RankSettings.of_first(settings.node, num_ranks, files, *given)
             control, store_fd = connection.detach(), files.store_fd
-            files.are_servers()
+            files.leave_to_server(is_this_process=True)
             server = ServerSettings(settings.parent_pid, control, [], store_fd, first_rank)
             return serve(server, self._handlers, self._connect_ranks)
         finally:
