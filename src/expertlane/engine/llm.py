@@ -110,11 +110,7 @@ class EngineParts:
             return
         self._recovery.settle()
         if config.on_failure == "shrink":
-            self._recovery.shrinker = Shrinking(
-                *(pool, self.runner, self.scaling, self.model, self.limits),
-                folder=self.folder,
-                log=self.log,
-            )
+            self._recovery.shrinker = Shrinking(pool, self.runner, self.scaling, self.log)
 
     def _start(self, action: Callable[[], ResultT]) -> ResultT:
         """Run an action on ranks that do not serve yet; lost ones are replaced meanwhile."""

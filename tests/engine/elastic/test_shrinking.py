@@ -150,7 +150,7 @@ def test_without_room_or_a_whole_data_parallel_rank_lost_ranks_are_replaced(monk
     assert tells(capfd.readouterr().err, "data-parallel rank")
     with model("dp=2,ep=2") as llm:
         expected = facts(llm)
-        monkeypatch.setattr("expertlane.engine.elastic.shrinking.host.memory_bytes", lambda: (0, 0))
+        monkeypatch.setattr("expertlane.engine.elastic.scaling.host.memory_bytes", lambda: (0, 0))
         with harmed(1, RunStep, 9):
             assert facts(llm) == expected
         assert llm.engine.recovery.state is State.SERVING

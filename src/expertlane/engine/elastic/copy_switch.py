@@ -118,18 +118,14 @@ class CopySwitch:
             self._decide(trial, plan)
 
     def _take(self, trial: _Trial, records: Sequence[RankRecord], *, is_balanced: bool) -> None:
-        at = [self._layout.coordinates(record.rank) for record in records]
+        at = self._layout.coordinates
         num_saved, seconds = 0, 0.0
         for stage in range(self._layout.pp):
-            own = [each for each, of in zip(records, at, strict=True) if of.pp_rank == stage]
+            own = [each for each in records if at(each.rank).pp_rank == stage]
             num_saved += max(record.num_pairs_saved for record in own)
             seconds += max(record.copies_s for record in own)
             if not is_balanced:
-                telling = [
-                    each
-                    for each, of in zip(records, at, strict=True)
-                    if of.pp_rank == stage and not of.etp_rank
-                ]
+                telling = [each for each in own if not at(each.rank).etp_rank]
                 trial.pair_cost.add(
                     np.array([each.num_tokens_per_expert.sum() for each in telling]),
                     np.array([each.cpu_s[..., Stage.EXPERTS].sum() for each in telling]),

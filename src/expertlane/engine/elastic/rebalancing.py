@@ -408,8 +408,7 @@ class Rebalancer:
         self.decisions.append(
             Rebalance(plan.replica, plan.step, decision, proposal.before, proposal.after)
         )
-        whose = f"replica {plan.replica}, " if len(self._replicas) > 1 else ""
-        self._log(f"{whose}step {plan.step}: {decision.line}")
+        self._tell(plan.replica, f"step {plan.step}: {decision.line}")
         if self._worth(decision) <= 0 or then == now:
             return None
         replica.next, replica.paid_before = replica.with_layers(then), replica.pace.paid_s
@@ -466,8 +465,11 @@ class Rebalancer:
         (before_s, place), replica.owed = replica.owed, None
         paid_s, taken = replica.pace.paid_s - before_s, self.decisions[place]
         self.decisions[place] = replace(taken, paid_s=paid_s)
-        whose = f"replica {plan.replica}, " if len(self._replicas) > 1 else ""
-        self._log(
-            f"{whose}step {taken.switched}: rebalance: experts are in place; moving them delayed "
-            f"steps by {paid_s:.3g} s, {taken.decision.cost_s:.3g} s were expected"
+        self._tell(
+            plan.replica,
+            f"step {taken.switched}: rebalance: experts are in place; moving them delayed steps by "
+            f"{paid_s:.3g} s, {taken.decision.cost_s:.3g} s were expected",
         )
+
+    def _tell(self, replica: int, line: str) -> None:
+        self._log(f"replica {replica}, {line}" if len(self._replicas) > 1 else line)

@@ -308,20 +308,10 @@ class Scaling:
             self._check_num_ranks(layout)
         deployment = replace(self.deployment, layout=layout)
         placements = check_deployment(self._model, deployment, self._nodes_of(layout))
-        held = sum(each.weight_bytes + each.kv_bytes for each in self._runner.held)
-        free_bytes = host.memory_bytes()[0] + held
-        seen = [
-            replace(
-                self.machine[0], free_bytes=free_bytes, ranks_per_node=self._per_node(num_ranks)
-            )
-        ] * num_ranks
-        try:
-            plan = self._plan(layout, placements)
-            plan.with_blocks(self._limits, self._limits.num_blocks, seen)
-        except CapacityError as error:
-            raise CapacityError(
-                f"layout {layout}: {error}; a start with a smaller --num-blocks leaves more room"
-            ) from None
+        per_node = self._per_node(num_ranks)
+        seen = replace(self.machine[0], free_bytes=self.free_bytes, ranks_per_node=per_node)
+        advice = "; a start with a smaller --num-blocks leaves more room"
+        self.check_room(layout, placements, seen, advice)
         if self.deployment.options.placement_file is not None:
             return placements
         before, holdings = self._arranged.now, partial(Holding.of_members, self._model)
@@ -333,6 +323,30 @@ class Scaling:
     def _plan(self, layout: Layout, placements: Placements) -> LoadPlan:
         options = self._deployment.options
         return LoadPlan(self._model, layout, options, placements, self._folder)
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory of this host that ranks hold, or can still allocate."""
+        held = sum(each.weight_bytes + each.kv_bytes for each in self._runner.held)
+        return host.memory_bytes()[0] + held
+
+    def check_room(
+        self, layout: Layout, placements: Placements, seen: RankMachine, advice: str = ""
+    ) -> None:
+        """Check that a layout's weights fit into memory, with as many blocks as now.
+
+        Args:
+            seen: the machine of every rank, with the memory that is free before they are loaded.
+            advice: added to the message.
+
+        Raises:
+            CapacityError: they do not.
+        """
+        try:
+            plan = self._plan(layout, placements)
+            plan.with_blocks(self._limits, self._limits.num_blocks, [seen] * layout.world_size)
+        except CapacityError as error:
+            raise CapacityError(f"layout {layout}: {error}{advice}") from None
 
     def _arrangement(self, layout: Layout, placements: Placements) -> Arrangement:
         return Arrangement.alike(Members(layout), placements, self._nodes_of(layout))

@@ -4,22 +4,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from expertlane.balance.holding import over_survivors
 from expertlane.balance.placement_file import Placements
 from expertlane.balance.transition import Arrangement
 from expertlane.engine.elastic.scaling import Scaling
-from expertlane.engine.launch import LoadPlan
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.ops import host
 from expertlane.engine.ranks.commands import Prepare, Prepared, Ticket
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import CapacityError, UserError
 from expertlane.schedule.plan import StepPlan
-from expertlane.schedule.request import Limits
 from expertlane.spec.layout import Members
-from expertlane.spec.model import ModelConfig
 
 _MOST_WAIT_S = 30.0  # the longest wait before a rank that is lost repeatedly starts again
 
@@ -31,24 +26,14 @@ class Shrinking:
     back with their former placements.
 
     Args:
-        scaling: gives options and machine.
-        folder: the checkpoint's folder; None where weights are random.
+        scaling: gives options, machine and free memory.
         log: called with a line when lost ranks cannot be started.
     """
 
     def __init__(
-        self,
-        pool: RankPool,
-        runner: ModelRunner,
-        scaling: Scaling,
-        model: ModelConfig,
-        limits: Limits,
-        *,
-        folder: Path | None,
-        log: Callable[[str], None],
+        self, pool: RankPool, runner: ModelRunner, scaling: Scaling, log: Callable[[str], None]
     ) -> None:
-        self._pool, self._runner, self._scaling = pool, runner, scaling
-        self._model, self._limits, self._folder, self._log = model, limits, folder, log
+        self._pool, self._runner, self._scaling, self._log = pool, runner, scaling, log
         self._arranged = runner.arranged
         self._arranged.follow(self)
         self._preparing: dict[int, Ticket[Prepared]] = {}  # by process
@@ -74,18 +59,13 @@ class Shrinking:
         whole = self._arranged.whole.layout.world_size
         free_bytes: float = machine.free_bytes
         if not (machine.on_gpu or self._pool.is_of_nodes):
-            held = sum(each.weight_bytes + each.kv_bytes for each in self._runner.held)
-            free_bytes = host.memory_bytes()[0] + held
+            free_bytes = self._scaling.free_bytes
         if not machine.on_gpu:  # ranks that replace lost ones need as much
             per_node = machine.ranks_per_node
             free_bytes *= min(left.layout.world_size, per_node) / min(whole, per_node)
-        seen = [replace(machine, free_bytes=int(free_bytes))] * left.layout.world_size
-        try:
-            for placements in self._over_survivors(left):
-                plan = LoadPlan(self._model, left.layout, options, placements, self._folder)
-                plan.with_blocks(self._limits, self._limits.num_blocks, seen)
-        except CapacityError as error:
-            raise CapacityError(f"layout {left.layout}: {error}") from None
+        seen = replace(machine, free_bytes=int(free_bytes))
+        for placements in self._over_survivors(left):
+            self._scaling.check_room(left.layout, placements, seen)
         return left
 
     def _over_survivors(self, left: Members) -> list[Placements]:
