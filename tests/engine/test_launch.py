@@ -240,7 +240,7 @@ def test_a_server_that_cannot_fork_tells_the_launcher(monkeypatch, limits, is_la
         assert tells(failure.text, f"{socket.gethostname()} cannot start ranks 100 ulimit -u 16384")
         ours.close()
     of_rank[0].close()
-    files.are_servers()
+    files.leave_to_server(is_this_process=True)
     files.close()
     monkeypatch.setattr("signal.signal", lambda number, handler: None)
     server.end_all()
