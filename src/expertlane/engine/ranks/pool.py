@@ -409,7 +409,7 @@ class RankPool:
             else:
                 since_s = self._tickets.waits_since_s(rank)
             if since_s is not None and self._silent_s([rank], since_s) > self._timeout_s:
-                self._drop(rank, partial(self._losses.hang, [rank], self._timeout_s))
+                self._lose_hung(rank)
 
     def _receive_available(self, timeout_s: float) -> None:
         """Receive what ranks send, and notice those that ended, for up to `timeout_s`."""
@@ -424,7 +424,7 @@ class RankPool:
                 self._lose_dead(rank)
             except MessageError as error:
                 text = f"rank {rank} sent an invalid message: {error}"
-                self._lose_one(rank, partial(Loss, frozenset([rank]), text))
+                self._lose(partial(Loss, frozenset([rank]), text))
         try:
             self._ranks.read_news(ready)
         except RanksLostError as error:
@@ -433,7 +433,7 @@ class RankPool:
             self._fail(error)
         for rank in [*self._ranks.missing]:
             if rank in self._presence.early:
-                self._drop(rank, partial(self._losses.death, rank, 0.0))
+                self._lose(partial(self._losses.death, rank, 0.0))
             self._ranks.missing.pop(rank, None)
         is_expecting = self._ranks.away or self._ranks.acceptor() in ready
         if is_expecting and self._ranks.has_connected():
@@ -443,7 +443,8 @@ class RankPool:
         if message.kind is not MessageKind.FAILURE:
             self._take_answer(rank, message)
         elif rank in self._presence.early:
-            self._drop(rank, partial(self._losses.of_early, rank, message))
+            loss = self._losses.of_early(rank, message)
+            self._lose(lambda: loss)
         elif not self._is_past(message):
             self._lose(partial(self._losses.failure, rank, message))
 
@@ -466,19 +467,13 @@ class RankPool:
             self._tickets.take(rank, message)
 
     def _lose_hung(self, rank: int) -> None:
-        """Treat a rank that stopped within a message as hanging."""
-        self._lose_one(rank, partial(self._losses.hang, [rank], self._timeout_s))
+        """Treat a rank that made no progress, or stopped within a message, as hanging."""
+        self._lose(partial(self._losses.hang, [rank], self._timeout_s))
 
     def _lose_dead(self, rank: int) -> None:
         """Handle the end of a rank's channel."""
         wait_s = (_EARLY_END_S,) if rank in self._presence.early else ()
-        self._lose_one(rank, partial(self._losses.death, rank, *wait_s))
-
-    def _lose_one(self, rank: int, find: Callable[[], Loss]) -> None:
-        if rank in self._presence.early:
-            self._drop(rank, find)
-        else:
-            self._lose(find)
+        self._lose(partial(self._losses.death, rank, *wait_s))
 
     def _lose(self, find: Callable[[], Loss]) -> None:
         """Record a loss and raise it, until the next epoch; without recovery end all ranks.
@@ -493,13 +488,13 @@ class RankPool:
         except MessageError as error:
             loss = Loss(frozenset(), f"a rank sent an invalid message: {error}")
         except RanksLostError as error:  # with their node
-            self._watch()
-            loss = Loss(error.ranks, str(error))
+            self._lose_node(error)
+            return
         except ExpertlaneError as error:
             self._fail(error)
         early = loss.ranks & self._presence.early
         for rank in early:
-            self._drop(rank, lambda: loss)
+            self._drop(rank, loss.text)
         if early and early == loss.ranks:
             return
         loss = loss._replace(ranks=loss.ranks - early).with_ended(self._losses.ended())
@@ -516,18 +511,11 @@ class RankPool:
         else:
             self._log(f"{error}; none of its ranks was in use")
 
-    def _drop(self, rank: int, find: Callable[[], Loss]) -> None:
+    def _drop(self, rank: int, why: str) -> None:
         """End a rank that is not of the epoch, and log the reason."""
-        try:
-            text = find().text
-        except MessageError as error:
-            text = f"rank {rank} sent an invalid message: {error}"
-        except ExpertlaneError as error:
-            self._fail(error)
         self._ranks.missing.pop(rank, None)
-        if rank in self._presence.early:  # still: its node may have said it meanwhile
-            self._end_early([rank], text)
-            self._log(f"{text}; it was not in use yet")
+        self._end_early([rank], why)
+        self._log(f"{why}; it was not in use yet")
 
     def _end_early(self, ranks: Collection[int], why: str) -> None:
         """End ranks that are not of the epoch; their tickets are lost for that reason."""
