@@ -10,7 +10,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import threading
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -63,61 +62,17 @@ class Happened:
         self.is_late = ctypes.c_int64.from_buffer(memory, 8)
 
 
-class Moment:
-    """Counts accesses, and does harm at the one that was drawn."""
-
-    def __init__(self, harm: Harm, happened: Happened) -> None:
-        self.harm, self._happened = harm, happened
-        self._num_left: int | None = None
-
-    def arm(self) -> None:
-        """Count from now on."""
-        if self._num_left is None:
-            self._num_left = self.harm.num_before
-
-    def is_due(self, kind: str) -> bool:
-        """Whether it is to happen at this access."""
-        if kind != self.harm.kind or self._num_left is None:
-            return False
-        self._num_left -= 1
-        return self._num_left == -1
-
-    def at(self, kind: str) -> None:
-        """An access is about to happen."""
-        if self.is_due(kind):
-            self.happen()
-
-    def happen(self) -> None:
-        """Do it."""
-        self._happened.time_ns.value = time.monotonic_ns()
-        signal.raise_signal(self.harm.number)
-
-    def happen_late(self) -> None:
-        """Do it, though at another moment."""
-        self._happened.is_late.value = 1
-        self.happen()
-
-    def happen_asleep(self) -> None:
-        """Do it while this rank sleeps, or soon after."""
-
-        def happen() -> None:
-            time.sleep(self.harm.delay_us / 1e6)
-            self._happened.time_ns.value = time.monotonic_ns()
-            os.kill(os.getpid(), self.harm.number)
-
-        threading.Thread(target=happen, daemon=True).start()
-
-
 class HarmedEndpoint:
     """An endpoint during one of whose exchanges it happens.
 
     Args:
-        arm: begins to count accesses.
+        library: counts accesses within an exchange, once `harm_at` was called.
     """
 
-    def __init__(self, endpoint: Any, moment: Moment, arm: Any) -> None:
-        self._endpoint, self._moment, self._arm = endpoint, moment, arm
-        self._num_begun = 0
+    def __init__(self, endpoint: Any, library: ctypes.CDLL, harm: Harm, happened: Happened) -> None:
+        self._endpoint, self._library = endpoint, library
+        self._harm, self._happened = harm, happened
+        self._num_begun, self._num_left = 0, -1  # calls that are left alone; -1 if not counted
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._endpoint, name)
@@ -129,21 +84,39 @@ class HarmedEndpoint:
     def exchange(self, *args: Any, **kwargs: Any) -> Any:
         self._count()
         exchanged = self._endpoint.exchange(*args, **kwargs)
-        self._moment.at(AFTER)
+        self._at(AFTER)
         return exchanged
-
-    def _count(self) -> None:
-        self._num_begun += 1
-        if self._num_begun == self._moment.harm.exchange:
-            self._arm()
-        elif self._num_begun > self._moment.harm.exchange + _NUM_EXCHANGES:
-            self._moment.happen_late()
-        self._moment.at(BEFORE)
 
     def wait(self, exchange: Any, timeout_s: float) -> tuple[int, int]:
         waited: tuple[int, int] = self._endpoint.wait(exchange, timeout_s)
-        self._moment.at(AFTER)
+        self._at(AFTER)
         return waited
+
+    def _count(self) -> None:
+        harm, number = self._harm, ctypes.c_int64
+        self._num_begun += 1
+        if self._num_begun == harm.exchange and harm.kind in _KINDS:
+            self._library.harm_at(
+                *(1 + _KINDS.index(harm.kind), number(harm.num_before), number(harm.delay_us)),
+                *(harm.number, ctypes.byref(self._happened.time_ns)),
+            )
+        elif self._num_begun == harm.exchange:
+            self._num_left = harm.num_before
+        elif self._num_begun > harm.exchange + _NUM_EXCHANGES:
+            self._happened.is_late.value = 1
+            self._happen()
+        self._at(BEFORE)
+
+    def _at(self, kind: str) -> None:
+        """A call is about to begin, or has ended."""
+        if kind == self._harm.kind and self._num_left >= 0:
+            self._num_left -= 1
+            if self._num_left < 0:
+                self._happen()
+
+    def _happen(self) -> None:
+        self._happened.time_ns.value = time.monotonic_ns()
+        signal.raise_signal(self._harm.number)
 
 
 def build_harmed_messages(folder: Path) -> Path | None:
@@ -157,20 +130,6 @@ def build_harmed_messages(folder: Path) -> Path | None:
     return library
 
 
-def _harmed(library: ctypes.CDLL, endpoint: Any, moment: Moment, happened: Happened) -> Any:
-    harm, number = moment.harm, ctypes.c_int64
-
-    def arm() -> None:
-        moment.arm()
-        if harm.kind in _KINDS:
-            library.harm_at(
-                *(1 + _KINDS.index(harm.kind), number(harm.num_before), number(harm.delay_us)),
-                *(harm.number, ctypes.byref(happened.time_ns)),
-            )
-
-    return HarmedEndpoint(endpoint, moment, arm)
-
-
 def install(harm: Harm, happened: Happened, library: Path, heap_bytes: int) -> None:
     """Have the ranks that this process will fork be such ranks.
 
@@ -179,12 +138,11 @@ def install(harm: Harm, happened: Happened, library: Path, heap_bytes: int) -> N
         heap_bytes: for the messages of each rank; fewer make pieces of them.
     """
     functions = ctypes.CDLL(str(library))
-    moment = Moment(harm, happened)
     make = shared_memory.SharedTransport
 
     def transport(endpoint: Any, region: Region, first: int, rank: int, *rest: Any) -> Any:
         if rank == harm.rank:
-            endpoint = _harmed(functions, endpoint, moment, happened)
+            endpoint = HarmedEndpoint(endpoint, functions, harm, happened)
         return make(endpoint, region, first, rank, *rest)
 
     mock.patch.object(worker, "compiled_messages", return_value=(functions, "")).start()

@@ -19,7 +19,7 @@ from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.ranks.rank_settings import MAX_RANKS_PER_CORE, check_num_ranks
 from expertlane.errors import CapacityError, RankError, UserError
 
-LAYOUTS = ["dp=2,ep=2", "pp=2", pytest.param("tp=2", marks=pytest.mark.full)]
+LAYOUTS = ["dp=2,ep=2", *(pytest.param(each, marks=pytest.mark.full) for each in ("pp=2", "tp=2"))]
 TIMEOUT_S = 2.0
 
 
@@ -99,7 +99,7 @@ def one_core():
     os.sched_setaffinity(0, cores)
 
 
-@pytest.mark.parametrize("is_killed", [True, False])
+@pytest.mark.parametrize("is_killed", [pytest.param(True, marks=pytest.mark.full), False])
 def test_a_rank_whose_core_others_wait_for(one_core, start, is_killed):
     """The system frees the core of a rank that dies; one that stops keeps it, and is named."""
     pool, running = start(3)
