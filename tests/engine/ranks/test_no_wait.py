@@ -165,7 +165,7 @@ def test_a_decode_step_waits_for_nothing_but_its_tokens(
         assert waits == ["an event"] * (number + 1)
     num_graphs = {"eager": 0, "graphs": 1, "layers": model.num_hidden_layers}[way]
     if not is_sampled:  # in and out; those that record; and what is between layers' graphs
-        num_of_steps = 2 * 2 + num_graphs + (2 + num_graphs if way == "layers" else 0)
+        num_of_steps = 2 * 2 + num_graphs + (1 + num_graphs if way == "layers" else 0)
         assert no_waits.num_transfers == num_of_steps
     if graphs is not None:
         assert (graphs.num_recorded, graphs.num_launched) == (num_graphs, 2 * num_graphs)
