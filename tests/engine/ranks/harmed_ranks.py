@@ -19,6 +19,7 @@ from unittest import mock
 
 from expertlane.engine.comm import shared_memory
 from expertlane.engine.comm.progress import Region
+from expertlane.engine.ops import build
 from expertlane.engine.stage import worker
 
 _SOURCE = Path(__file__).parent / "harmed_messages.cpp"
@@ -137,7 +138,7 @@ def install(harm: Harm, happened: Happened, library: Path, heap_bytes: int) -> N
         library: of `harmed_messages.cpp`.
         heap_bytes: for the messages of each rank; fewer make pieces of them.
     """
-    functions = ctypes.CDLL(str(library))
+    functions = build._loaded(library)
     make = shared_memory.SharedTransport
 
     def transport(endpoint: Any, region: Region, first: int, rank: int, *rest: Any) -> Any:
