@@ -1,6 +1,6 @@
 """Results of made-up runs, built through the same calls as real ones."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,16 +10,17 @@ from expertlane.comparison.assumptions import measured_assumptions
 from expertlane.comparison.records import measured_record
 from expertlane.cost.memory import workload_limits
 from expertlane.engine.ranks.commands import HeldBytes
-from expertlane.results.hardware import Machine, MachinePeak
+from expertlane.results.estimate import Estimate
+from expertlane.results.hardware import Machine, MachinePeak, VirtualTime
 from expertlane.results.metrics import num_tokens_per_expert, phase_record
-from expertlane.results.record import EXPERIMENT, SCALING, DeploymentRecord
+from expertlane.results.record import EXPERIMENT, SCALING, DeploymentRecord, PairRecord
 from expertlane.results.results import Results
 from expertlane.results.step_record import StepRecord
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
-from expertlane.spec.names import Phase, Stage, Traffic
+from expertlane.spec.names import Cause, Phase, Stage, Traffic
 from expertlane.spec.workload import Workload
 from records import rank_record, step_record
 
@@ -193,4 +194,28 @@ def usual() -> Results:
     return results(
         [(TENSOR, 0.4), (ROTATING, 0.32), (EXPERT, 0.16), (OVERLAP, 0.12)],
         scaling=[(SMALL, 0.2)],
+    )
+
+
+def with_pair(
+    given: Results, ratio: Estimate, causes_s: Mapping[Cause, Estimate] | None = None
+) -> Results:
+    """The same, its first and its last deployment measured in turns; the last is the faster."""
+    other, *_, one = given.select("measured", EXPERIMENT)
+    steps_s = one.decode.round_s.value, other.decode.round_s.value
+    pair = PairRecord(
+        "measured", one.name, other.name, Phase.DECODE, 5, ratio, *steps_s, dict(causes_s or {})
+    )
+    return replace(given, pairs=(pair,))
+
+
+def in_virtual_time(given: Results, virtual: VirtualTime) -> Results:
+    """The same records in virtual time too."""
+    own = tuple(replace(each, source="virtual") for each in given.select("measured"))
+    pairs = tuple(replace(each, source="virtual") for each in given.pairs)
+    return replace(
+        given,
+        deployments=given.deployments + own,
+        pairs=given.pairs + pairs,
+        virtual_time=virtual,
     )

@@ -4,6 +4,7 @@ import io
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -20,6 +21,14 @@ def in_terminal(results: Results, width: int) -> str:
     stream = io.StringIO()
     terminal.show(report_of(results), Console(file=stream, width=width))
     return stream.getvalue()
+
+
+def answer_lines(report: Report) -> list[str]:
+    """The answer's lines on a terminal of 80 columns."""
+    stream = io.StringIO()
+    page = Path("results/example/report.html")
+    terminal.show_answer(report, Console(file=stream, width=80), page)
+    return [line.rstrip() for line in stream.getvalue().splitlines()]
 
 
 @cache
@@ -56,6 +65,18 @@ def charts(part: Section) -> list[Chart]:
             found += each.charts
         elif isinstance(each, Timelines):
             found += [chart for _, chart in each.charts]
+    return found
+
+
+def charts_of(results: Results) -> list[Chart]:
+    """Every plot of a report."""
+    return [chart for each in report_of(results).sections for chart in charts(each)]
+
+
+def values(chart: Chart) -> list[dict[str, Any]]:
+    """What is plotted."""
+    assert isinstance(chart.spec, dict)
+    found: list[dict[str, Any]] = chart.spec["data"]["values"]
     return found
 
 

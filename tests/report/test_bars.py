@@ -2,7 +2,6 @@
 
 import pytest
 
-import example_pages
 import example_results
 from cli.screen import in_order, tells
 from example_results import EXPERT, OVERLAP, ROTATING, TENSOR
@@ -16,20 +15,15 @@ from expertlane.report.charts.bars import (
     throughput_chart,
     waterfall_chart,
 )
-from expertlane.report.charts.svg import svg
 from expertlane.report.compared import StepDifference
 from expertlane.report.document import Chart, Section
 from expertlane.report.sections import report_of
 from expertlane.results.estimate import Estimate
 from expertlane.results.results import Results
 from expertlane.spec.names import Cause
-from report.shown import charts
+from report.shown import charts, values
 
 MARKUP = '</script><b title="x">&'
-
-
-def values(chart: Chart) -> list[dict[str, object]]:
-    return chart.spec["data"]["values"]
 
 
 def throughput(*bars: Bar) -> Chart | None:
@@ -61,14 +55,6 @@ def test_bars_stand_by_their_length_with_value_and_range():
     assert tells(chart.note, "slowest–fastest")
 
 
-def test_a_long_name_ends_before_its_value():
-    chart = throughput(*(Bar(name * 80, Estimate(10.0, 9.0, 12.0)) for name in "abc"))
-    (name, _) = chart.spec["layer"][-2:]
-    assert name["mark"]["limit"] == {
-        "expr": f"0.85 * (width - (said_down ? 0 : {7.0 * len('10.0 (9.00–12.0)') + 8}))"
-    }
-
-
 def test_on_a_phone_what_is_said_is_below_names_that_leave_no_room_for_it():
     short, long = (
         throughput(*(Bar(name * times, Estimate(10.0, 9.0, 12.0)) for name in "abc")).spec
@@ -76,12 +62,6 @@ def test_on_a_phone_what_is_said_is_below_names_that_leave_no_room_for_it():
     )
     assert short["height"] == long["height"] == 3 * ROW_PX
     assert short["narrow"]["height"] == short["height"] < long["narrow"]["height"]
-
-
-def test_words_in_bars_are_not_as_the_bars():
-    given = example_results.usual().deployments[0].decode
-    drawn = svg(causes_chart({"a": given, "b": given}, "decode step", note="").spec, "plot", 560)
-    assert "var(--on-" in drawn
 
 
 def test_bars_of_shares_are_equally_long():
@@ -100,12 +80,6 @@ def test_two_values_are_a_sentence_s():
     assert throughput(Bar("a", Estimate(1.0))) is None
     assert throughput(Bar("a", Estimate(1.0)), Bar("b", Estimate(2.0))) is None
     assert throughput(*(Bar(name, Estimate(1.0)) for name in "abc")).note == ""
-
-
-def test_ten_deployments_have_a_row_each():
-    chart = throughput(*(Bar(str(place), Estimate(place + 1.0)) for place in range(10)))
-    assert chart.spec["height"] == 10 * ROW_PX
-    assert len(values(chart)) == len(chart.table.rows) == 10
 
 
 def test_the_first_screen_has_throughput_and_what_makes_the_difference():
@@ -132,11 +106,6 @@ def test_one_deployment_has_no_first_screen_and_two_no_bars():
     assert first(example_results.results([(EXPERT, 0.1)])) is None
     (why,) = charts(first(example_results.results([(TENSOR, 0.2), (EXPERT, 0.1)])))
     assert in_order(why.title, "EP 16 100 ms TP 8 × PP 2")
-
-
-def test_a_projection_beside_what_was_measured_does_not_stand_first():
-    assert len(report_of(example_pages.both()).of_place("first")) == 1
-    assert first(example_pages.both()) == first(example_results.usual())
 
 
 def test_a_waterfall_goes_from_one_step_to_the_other():

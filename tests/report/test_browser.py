@@ -1,6 +1,5 @@
 """report.html in a real browser: headless Chromium, driven by Playwright."""
 
-import json
 import re
 from pathlib import Path
 
@@ -12,10 +11,7 @@ import example_results
 from chromium import NEEDS_CHROMIUM
 from expertlane.report.charts.timeline import UNITS
 from expertlane.report.document import Lanes
-from expertlane.report.numbers import figures, milliseconds
 from expertlane.report.sections import report_of
-from expertlane.results.file import to_json
-from expertlane.results.record import EXPERIMENT
 from report.shown import charts, made_by
 
 pytestmark = NEEDS_CHROMIUM
@@ -96,20 +92,6 @@ def test_nothing_is_wider_than_a_phone_nor_too_small_to_read(opened, make, schem
     assert all(size > 9.5 for size in sizes_of_text(page))
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("width", [1440, 390])
-def test_what_is_said_first_is_seen_first(opened, width):
-    """The verdict and the plots beside it; most of the rest is closed."""
-    page = opened(example_results.usual, width)
-    assert page.locator("h1").bounding_box()["y"] < 100
-    shown = page.locator(".columns .plot")
-    assert shown.count() == 2
-    box = shown.first.bounding_box()
-    assert box["y"] + box["height"] < 900
-    assert page.locator("details.part").count() == 4
-    assert page.locator("details.part[open]").count() == 0
-
-
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 def test_the_number_that_is_the_answer_is_seen_on_a_phone(opened, make):
     """In the first heading, without a scroll to the side or down."""
@@ -160,27 +142,6 @@ def test_commands_are_copied_as_they_are(opened):
         for line in command.lines
     ]
     assert page.evaluate("navigator.clipboard.readText()") == lines[0]
-
-
-@pytest.mark.full
-def test_columns_of_the_answer_end_near_each_other(opened):
-    """No half of it is empty."""
-    for make in (example_results.usual, example_pages.KINDS["bench"]):
-        page = opened(make, 1440)
-        ends = page.evaluate(
-            """() => {
-              const found = {};
-              for (const each of document.querySelectorAll(".columns :is(figure, p)")) {
-                const box = each.getBoundingClientRect();
-                const column = box.left > 700 ? "right" : "left";
-                found[column] = Math.max(found[column] || 0, box.bottom);
-              }
-              return found;
-            }"""
-        )
-        top = page.locator(".columns").bounding_box()
-        assert min(ends.values()) > top["y"] + top["height"] / 2
-        assert len(ends) == 2
 
 
 def timelines(page: Page):
@@ -251,48 +212,6 @@ def test_a_change_of_colours_changes_the_plots(opened):
     light = plot.screenshot()
     page.emulate_media(color_scheme="dark")
     assert plot.screenshot() != light
-
-
-def test_a_mark_tells_its_value(opened):
-    """A part of a stacked bar, by the browser's own tooltip."""
-    results = example_results.usual()
-    page = opened(example_results.usual)
-    open_all(page)
-    part = page.locator("details.part", has_text="Where the time goes").first
-    titles = part.locator(".wide title").all_text_contents()
-    for deployment in results.select("measured", EXPERIMENT):
-        for cause, seconds in deployment.decode.breakdown_s.items():
-            named = [each for each in titles if deployment.name in each and cause in each]
-            assert not seconds or any(f"ms: {figures(1e3 * seconds)}," in each for each in named)
-
-
-def cells(table) -> list[list[str]]:
-    return table.evaluate(
-        "table => [...table.tBodies[0].rows].map(row => [...row.cells].map(c => c.textContent))"
-    )
-
-
-@pytest.mark.full
-def test_tables_equal_results_json(opened):
-    results = example_results.usual()
-    given = json.loads(to_json(results))["deployments"]
-    given = [each for each in given if EXPERIMENT in each["roles"]]
-    page = opened(example_results.usual)
-    open_all(page)
-    speed = page.locator("table", has_text="decode TPS").first
-    names = speed.locator("th").all_text_contents()
-    for row, deployment in zip(cells(speed), given, strict=True):
-        prefill, decode = deployment["steps"]
-        said = dict(zip(names, row, strict=True))
-        assert said["deployment"] == deployment["name"]
-        assert said["prefill TPS"] == figures(prefill["tps"]["value"])
-        assert said["decode TPS"] == figures(decode["tps"]["value"])
-        assert said["TTFT ms"] == milliseconds(prefill["token_s"]["median"]["value"])
-        assert said["TPOT ms"] == milliseconds(decode["token_s"]["median"]["value"])
-    caption = page.locator("caption", has_text="ms of a decode step")
-    for row in cells(page.locator("table", has=caption).first)[:-1]:
-        for cell, deployment in zip(row[1:], given, strict=True):
-            assert cell == milliseconds(deployment["steps"][1]["breakdown_s"][row[0]])
 
 
 @pytest.mark.full

@@ -6,20 +6,21 @@ import example_projection
 import example_results as example
 from cli.screen import telling
 from expertlane.report.compared import (
+    OTHER,
     Row,
     experts_at_once,
-    experts_per_rank,
     hidden_share,
     projected,
     run,
     scaling,
     stages_at_once,
+    step_difference,
 )
 from expertlane.report.speed import gains
 from expertlane.results.record import EXPERIMENT
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Phase
+from expertlane.spec.names import Cause, Phase
 from report.shown import tables
 
 
@@ -42,16 +43,6 @@ def test_gains_against_the_first_and_the_best_baseline() -> None:
     assert first.rows[0][2:] == ("0", "1.00×", "0", "1.00×")
     assert first.rows[2][2:] == ("+60.0", "2.50×", "−240", "2.50×")
     assert best.rows[2][2:] == ("+50.0", "2.00×", "−160", "2.00×")
-
-
-def test_without_baselines() -> None:
-    comparison = run(example.results([(example.EXPERT, 0.2), (example.OVERLAP, 0.1)]), "measured")
-    assert comparison.best_baseline is None
-    assert comparison.rows[1].tps / comparison.first.tps == pytest.approx(2)
-
-
-def test_only_baselines() -> None:
-    assert run(example.results([(example.TENSOR, 0.2)]), "measured").best_proposal is None
 
 
 def test_prefill_is_compared_where_nothing_was_decoded() -> None:
@@ -112,12 +103,6 @@ def test_experts_at_once(
     assert (experts_at_once(record), stages_at_once(record)) == (of_layer, stages)
 
 
-def test_uneven_experts() -> None:
-    uneven = Deployment("EP 3", Layout(dp=3, ep=3))
-    record = run(example.results([(uneven, 0.1)]), "measured").first.record
-    assert experts_per_rank(record) == {5, 6}
-
-
 def test_pairs_differ_in_overlap_alone() -> None:
     deployments = [(example.TENSOR, 0.5), (example.OVERLAP, 0.4), (example.EXPERT, 0.5)]
     (pair,) = run(example.results(deployments), "measured").overlapped
@@ -146,20 +131,6 @@ def test_scaling_takes_in_deployments_of_its_family() -> None:
     assert sizes[2].critical_path_tps_per_rank == pytest.approx(1280 / 16)
 
 
-def test_no_scaling() -> None:
-    assert scaling(example.results([(example.EXPERT, 0.5)]), "measured") == []
-    small = [(example.SMALL, 0.5)]
-    alone = example.results([(example.TENSOR, 0.5)], scaling=small, output_len=1)
-    assert scaling(alone, "measured") == []
-
-
-def test_an_experiments_own_join_its_scaling_sizes() -> None:
-    assert [each.record.name for each in scaling(example.usual(), "measured")] == ["EP 1", "EP 16"]
-    sizes = scaling(example_projection.usual(), "projected")
-    assert [each.record.layout.ep for each in sizes] == [1, 16, 32]
-    assert [each.share.num_seqs for each in sizes] == [64, 1024, 2048]
-
-
 def test_overlap_is_judged_alike_whatever_the_source() -> None:
     (pair,) = run(example.usual(), "measured").overlapped
     assert (pair.off.number, pair.on.number) == (3, 4)
@@ -179,3 +150,43 @@ def test_overlap_is_judged_alike_whatever_the_source() -> None:
 )
 def test_a_hidden_share_is_between_none_and_all(hidden_s, exposed_s, share) -> None:
     assert hidden_share(hidden_s, exposed_s) == share
+
+
+def two_rows(slow_s, fast_s):
+    """Two deployments with these seconds a step by cause."""
+    results = example.results([(example.TENSOR, 0.2), (example.EXPERT, 0.1)])
+    slower, faster = run(results, "measured").rows
+    return tuple(
+        replace(row, step=replace(row.step, breakdown_s=of_causes))
+        for row, of_causes in ((slower, slow_s), (faster, fast_s))
+    )
+
+
+def test_what_is_saved_comes_first_then_what_is_added():
+    found = step_difference(
+        *two_rows(
+            {Cause.PIPELINE_BUBBLE: 0.060, Cause.TP_COLLECTIVES: 0.020, Cause.EXPERTS: 0.040},
+            {Cause.DISPATCH_COMBINE: 0.022, Cause.EXPERTS: 0.030, Cause.WAITING: 0.025},
+        )
+    )
+    assert (found.slower_ms, found.faster_ms) == pytest.approx((120, 77))
+    assert [cause for cause, _ in found.causes] == [
+        Cause.PIPELINE_BUBBLE,
+        Cause.TP_COLLECTIVES,
+        Cause.EXPERTS,
+        Cause.WAITING,
+        Cause.DISPATCH_COMBINE,
+    ]
+    assert [ms for _, ms in found.causes] == pytest.approx([-60, -20, -10, 25, 22])
+
+
+def test_the_small_ones_are_added_up_and_all_sum_to_the_difference():
+    found = step_difference(
+        *two_rows(
+            {Cause.EXPERTS: 0.090, Cause.ROUTER: 0.0100, Cause.HEAD: 0.001},
+            {Cause.EXPERTS: 0.050, Cause.ROUTER: 0.0105, Cause.HEAD: 0.0013},
+        )
+    )
+    assert [cause for cause, _ in found.causes] == [Cause.EXPERTS, OTHER]
+    assert found.causes[1][1] == pytest.approx(0.8)
+    assert sum(ms for _, ms in found.causes) == pytest.approx(found.faster_ms - found.slower_ms)

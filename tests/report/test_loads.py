@@ -1,35 +1,27 @@
 """The answers of simulate and bench: what they say, on 40 lines of 80 columns whatever comes."""
 
-import io
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from cli.screen import in_order, tells
 from example_serving import POINT, RECORD, RESULTS
 from example_simulation import RECORD as SIMULATED
 from example_simulation import SIMULATION
-from expertlane.report import terminal
-from expertlane.report.loads import best_of, served
 from expertlane.report.sections import report_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.results import with_costs
 from expertlane.results.serving_record import SLOResult
 from expertlane.spec.layout import Layout
 from expertlane.spec.slo import parse_slos
+from report.shown import answer_lines
 
 LAYOUTS = [Layout(replicas=1000 + place, pp=4, dp=16, tp=8, ep=128) for place in range(12)]
 SLOS = parse_slos(["ttft.p95=500ms,ttft.p99=1s,tpot.mean=20ms,itl.p99=0.1s,e2e.median=100s"])
 
 
-def lines(results, width=80):
-    """The answer as it is printed."""
-    stream = io.StringIO()
-    page = Path("results/bench-a/report.html")
-    terminal.show_answer(report_of(results), Console(file=stream, width=width), page)
-    return stream.getvalue().splitlines()
+def lines(results):
+    return answer_lines(report_of(results))
 
 
 def words(results):
@@ -171,8 +163,3 @@ def test_costs_and_objectives_are_in_the_full_report_too():
     assert not any(
         each.heading.startswith(("Objectives", "Cost")) for each in report_of(RESULTS).sections
     )
-
-
-def test_the_best_of_several_deployments():
-    found = served(BENCHED)
-    assert best_of(found).serving is BENCHED.deployments[0].serving[-1]  # the first of equal ones

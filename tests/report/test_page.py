@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
-from itertools import combinations
 from typing import Any
 
 import pytest
@@ -14,13 +13,12 @@ import example_results
 import example_timelines
 from expertlane.report import html
 from expertlane.report.charts.colours import style_sheet
-from expertlane.report.document import Chart, Lanes, Multiples, Table
-from expertlane.report.planning import tpot
+from expertlane.report.document import Lanes, Multiples, Table
 from expertlane.report.sections import report_of
-from expertlane.results.record import EXPERIMENT, PARETO
+from expertlane.results.record import EXPERIMENT
 from expertlane.results.results import Results
 from expertlane.spec.names import Phase
-from report.shown import charts, made_by, with_traffic
+from report.shown import charts, charts_of, made_by
 
 KINDS = pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 
@@ -88,10 +86,6 @@ class Page(HTMLParser):
             self.titles.append(data)
         elif tag not in ("script", "style"):
             self.words.append(data)
-
-
-def charts_of(results: Results) -> list[Chart]:
-    return [chart for section in report_of(results).sections for chart in charts(section)]
 
 
 def page_of(results: Results) -> Page:
@@ -226,50 +220,6 @@ def values_of(results: Results, beginning: str, words: str = "") -> list[dict[st
     return found.spec["data"]["values"]
 
 
-def test_bars_are_the_measured_values_the_fastest_first():
-    results = example_results.usual()
-    values = values_of(results, "Bars of decode tokens/s")
-    assert {value["row"]: value["value"] for value in values} == {
-        each.name: each.decode.tps.value for each in results.select("measured", EXPERIMENT)
-    }
-    assert values == sorted(values, key=lambda value: -value["value"])
-    assert [value["role"] for value in values].count("faster") == 1
-
-
-def test_causes_are_the_measured_seconds():
-    results = example_results.usual()
-    values = values_of(results, "Stacked bars", "decode step")
-    assert values
-    by_name = {f"#{place} {each.name}": each for place, each in enumerate(results.deployments, 1)}
-    for value in values:
-        seconds = by_name[value["row"]].decode.breakdown_s[value["cause"]]
-        assert value["ms"] == pytest.approx(1e3 * seconds)
-        assert value["end"] - value["begin"] == pytest.approx(value["ms"])
-
-
-def test_squares_are_the_measured_counts():
-    results = example_results.usual()
-    loads = ((1, 2, 3, 4), (10, 0, 20, 10))
-    first, *others = results.deployments
-    sent = ((0, 7, 1), (2, 0, 3), (4, 5, 0))
-    first = with_traffic(replace(first, num_tokens_per_expert=loads), sent_bytes={"payload": sent})
-    changed = replace(results, deployments=(first, *others))
-    load = values_of(changed, "A square for each expert")
-    assert len(load) == 8
-    for value in load:
-        layer = loads[value["layer"]]
-        assert value["load"] == pytest.approx(layer[value["expert"]] / (sum(layer) / 4))
-    chart = next(each for each in charts_of(changed) if each.title == f"#1 {first.name}")
-    drawn = {}
-    for value in chart.spec["data"]["values"]:  # sources down, destinations across
-        for to in range(round(value["left"] + 0.5), round(value["right"] + 0.5)):
-            drawn[round(value["top"] + 0.5), to] = value["shade"]
-    assert {*drawn} == {(source, to) for source in range(3) for to in range(3) if source != to}
-    for one, other in combinations(drawn, 2):
-        if sent[one[0]][one[1]] <= sent[other[0]][other[1]]:
-            assert drawn[one] <= drawn[other]
-
-
 def test_curves_are_the_projected_steps():
     results = example_pages.projected()
     values = values_of(results, "TPOT, ms against tokens of context")
@@ -279,16 +229,6 @@ def test_curves_are_the_projected_steps():
         assert [(value["x"], value["y"]) for value in of_row] == [
             (step.context, pytest.approx(1e3 * step.round_s.value)) for step in steps
         ]
-
-
-def test_the_front_is_the_planners():
-    plan = example_pages.KINDS["plan"]()
-    values = values_of(plan, "tokens/s per GPU against tokens/s per user")
-    drawn = {(value["x"], value["y"]) for value in values}
-    for each in plan.select("projected", PARETO):
-        of_user, output = 1 / tpot(each).value, each.serving[0].output_tps.value
-        at = (pytest.approx(of_user), pytest.approx(output / each.num_ranks))
-        assert any(point == at for point in drawn)
 
 
 @KINDS
@@ -311,22 +251,6 @@ def test_measured_and_projected_never_share_a_section():
     projected = [each for each in sections if "projected" in each.heading.lower()]
     assert len(measured) + len(projected) == len(sections)
     assert measured == report_of(alone).of_place("first", "plots")
-
-
-def test_a_measured_wait_in_a_hand_over_is_the_bubble_of_the_pipeline():
-    def names(results):
-        return [
-            {legend.label for legend in chart.legend}
-            for chart in charts_of(results)
-            if isinstance(chart.spec, Lanes)
-        ]
-
-    for of_chart in names(example_results.usual()):
-        assert "pipeline bubble" in of_chart
-        assert "PP send/recv" not in of_chart
-    for of_chart in names(example_pages.projected()):
-        assert {"PP send/recv", "pipeline bubble"} <= of_chart
-        assert "idle" not in of_chart  # another stage has the work
 
 
 def test_a_model_without_experts():

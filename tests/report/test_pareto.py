@@ -19,13 +19,9 @@ from expertlane.results.record import (
 from expertlane.results.serving_record import SLOResult
 from expertlane.spec.layout import Layout
 from expertlane.spec.slo import SLO
-from report.shown import charts
+from report.shown import charts, values
 
 MARKUP = '</script><b title="x">&'
-
-
-def values(chart):
-    return chart.spec["data"]["values"]
 
 
 def dot(name, tpot_ms, tps, role="other", label=""):
@@ -53,14 +49,6 @@ def test_dots_are_rates_and_what_matters_is_drawn_last():
     assert [each.label for each in chart.legend] == ["best", "Pareto front", "others"]
     assert tells(chart.note, "TPOT 20 ms")
     assert chart.table.rows[1][:3] == ("slow", "others", "50.0")
-
-
-def test_one_dot_without_a_limit():
-    chart = pareto_chart("title", [dot("a", 10, 1.0, "chosen", "a")], device="rank")
-    assert len(values(chart)) == 1
-    assert "TPOT" not in chart.note
-    assert tells(chart.words, "tokens/s rank")
-    assert not any("strokeDash" in str(layer) for layer in chart.spec["layer"])
 
 
 def boxes(points, names, width, height):

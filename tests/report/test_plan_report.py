@@ -1,22 +1,19 @@
 """What a plan answers, from made-up numbers."""
 
-import io
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 from cli.screen import in_order, tells
 from example_plan import PLAN, planned
 from example_projection import step
 from expertlane.cost.throughput import Goals, ThroughputCurve
 from expertlane.planner.ranking import Contender, Uncertain, ranked
-from expertlane.report import planning, terminal
+from expertlane.report import planning
 from expertlane.report.document import Figure
 from expertlane.report.plan_answer import answer, headline, how_sure, measurement, verdict
 from expertlane.report.planning import named
@@ -43,6 +40,7 @@ from expertlane.results.results import (
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
+from report.shown import answer_lines
 
 FIRST, SECOND = Layout(dp=2, tp=8, ep=16), Layout(dp=16, ep=16)
 JUDGED = Judged("TPOT of a model", 127, 0.34)
@@ -98,17 +96,6 @@ def test_a_tie_says_what_decided():
     assert tells(headline(tied(*rows, by="farther from the limit")), "#1 farthest limit")
     assert tells(headline(tied(*rows), {1}), "2 plans tie")
     assert tells(said(tied(*rows, *pools(1.1, 1.2, 1.3))), "Aggregated #1–#2 tie tokens/s")
-
-
-def test_rows_that_tie_are_in_the_table_before_paragraphs_of_others():
-    rows = [planned(FIRST, 20_000, BEST)]
-    rows += [behind(layout, 0.9, 0.98, 1.1) for layout in (SECOND, Layout(dp=8, tp=2, ep=16))]
-    rows += [behind(each, 0.6, 0.7, 0.8, why=20 * "far slower ") for each in OTHERS]
-    rows = [replace(each, options=LONG, name=f"{each.layout}; {LONG}") for each in rows]
-    results = plan(*rows, num_tied=3, tie_spread=0.02, tie_break="most tokens")
-    assert [row[0] for row in answer(results).parts[0].rows][:3] == ["1", "2", "3"]
-    assert tells(headline(results, {1, 2, 3}), "#1–#3 tie")
-    assert "#1–#3 tie" in answer(results).headline
 
 
 def test_the_wait_for_a_place_is_told_beside_the_ttft_of_pools():
@@ -206,10 +193,8 @@ def test_words_and_table_are_of_the_same_rows(results):
     for each in rows:
         if named(each) not in named_rows:
             assert named(each) not in " ".join(of_rows)
-    lines = io.StringIO()
-    terminal.show_answer(report_of(results), Console(file=lines, width=80), Path("report.html"))
     if len(places) > 1 and not results.cautions[0]:
-        assert len(lines.getvalue().splitlines()) <= 40
+        assert len(answer_lines(report_of(results))) <= 40
 
 
 def last_lines(results: Results) -> tuple[str, ...]:
@@ -388,11 +373,6 @@ def test_cautions_are_part_of_the_answer():
     assert "Mind the step." not in found.parts
 
 
-def test_a_price_gives_the_cost_of_the_first():
-    priced = with_costs(plan(planned(FIRST, 20_000, BEST)), 3.0)
-    assert in_order(said(priced), "#1 0.667 0.333–1.33 million")
-
-
 def worst_plan() -> Results:
     """Long names, many options, all that can be said."""
     options = Options(
@@ -432,10 +412,7 @@ def worst_plan() -> Results:
 
 @pytest.mark.parametrize("results", [PLAN, worst_plan()], ids=["usual", "worst"])
 def test_an_answer_fits_a_screen(results):
-    stream = io.StringIO()
-    console = Console(file=stream, width=80)
-    terminal.show_answer(report_of(results), console, Path("results/plan/report.html"))
-    lines = stream.getvalue().splitlines()
+    lines = answer_lines(report_of(results))
     assert len(lines) <= 40
     assert max(map(len, lines)) <= 80
     names = {word for row in answer(results).parts[0].rows for word in row[1].split()}

@@ -2,18 +2,14 @@
 
 from dataclasses import replace
 
-import pytest
-from rich.cells import cell_len
-
 import example_projection as example
 import example_results
 from cli.screen import in_order, tells
-from expertlane.report import markdown
 from expertlane.report.document import Table
 from expertlane.report.sections import report_of
 from expertlane.results.record import EXPERIMENT, FASTEST, SCALING
 from expertlane.results.results import Results
-from report.shown import in_terminal, section, tables
+from report.shown import section, tables
 from report.shown import words as words_of
 
 
@@ -139,23 +135,3 @@ def test_all_baselines_and_no_scaling_are_said() -> None:
     assert in_order(said, "EP 16 overlap 4.21× TP 8 × PP 2 decode")
     assert tells(words(alone, "Projected: scaling"), "no layouts ep")
     assert "Not searched" in words(alone, "Projected: the planner's best")
-
-
-@pytest.mark.parametrize("width", [80, 100])
-def test_no_line_is_wider_than_the_console_and_no_number_cut(width: int) -> None:
-    results = usual()
-    text = in_terminal(results, width)
-    assert max(map(cell_len, text.splitlines())) <= width
-    assert "…" not in text
-    for each in report_of(results).of_place("top", "tables"):
-        for part in tables(each):
-            for row in part.rows:
-                for column, cell in zip(part.columns, row, strict=True):
-                    assert not column.is_number or cell in text
-
-
-def test_markdown_holds_every_section() -> None:
-    report = report_of(usual())
-    page = markdown.render(report)
-    for each in report.of_place("top", "tables"):
-        assert not each.heading or f"\n## {each.heading}\n" in page.replace("\\", "")

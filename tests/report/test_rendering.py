@@ -49,17 +49,6 @@ def test_no_line_is_wider_than_the_console(make, width: int) -> None:
     assert max(map(cell_len, in_terminal(make(), width).splitlines())) <= width
 
 
-@pytest.mark.parametrize("width", [80, 100])
-def test_no_number_is_cut(width: int) -> None:
-    text = in_terminal(many(), width)
-    for part in report_of(many()).of_place("top", "tables"):
-        for table in tables(part):
-            for row in table.rows:
-                for column, cell in zip(table.columns, row, strict=True):
-                    assert not column.is_number or cell in text
-    assert "…" not in text
-
-
 def rebalanced() -> Results:
     """Decisions with large numbers."""
     taken = RebalanceRecord(
@@ -148,20 +137,6 @@ def test_both_renderers_hold_every_part() -> None:
                 assert " ".join(part.split()) in text
 
 
-def test_markdown_tables_are_rectangular() -> None:
-    page = markdown.render(report_of(many()))
-    lines = [line for line in page.splitlines() if line.startswith("|")]
-    assert page.startswith("# expertlane: example, top-2\n\n## Verdict\n\nEP 16 is ")
-    assert (
-        "| # | deployment | layout | ranks | weights per rank |\n"
-        "| --- | --- | --- | ---: | --- |" in page
-    )
-    assert (
-        "| 9 | EP 16 | dp=16,ep=16 | 16 | 4 layers × 1 expert, all of each; up to 1.02 kB |" in page
-    )
-    assert len(lines) > 80
-
-
 def test_markdown_escapes_what_it_would_read() -> None:
     odd = Deployment("a|b *c* <d> `e`", Layout())
     page = markdown.render(report_of(example.results([(odd, 0.1)])))
@@ -171,23 +146,6 @@ def test_markdown_escapes_what_it_would_read() -> None:
 def test_markup_in_a_name_is_printed_as_it_is() -> None:
     odd = Deployment("[red]x[/red]", Layout())
     assert "[red]x[/red]" in in_terminal(example.results([(odd, 0.1)]), 100)
-
-
-def test_shared_cores_are_told() -> None:
-    assert "16 ranks share 2 cores" in markdown.render(report_of(example.usual()))
-    own = example.results([(example.TENSOR, 0.1), (example.EXPERT, 0.1)], num_cores=16)
-    assert "ranks share" not in markdown.render(report_of(own))
-
-
-def test_other_tokens_are_told() -> None:
-    given = example.usual()
-    other = replace(given.deployments[2], tokens_sha256="0" * 64)
-    deployments = (*given.deployments[:2], other, *given.deployments[3:])
-    changed = replace(given, deployments=deployments)
-    assert tells(markdown.render(report_of(given)), "identical all 4")
-    assert in_order(
-        markdown.render(report_of(changed)).replace("\\", ""), "identical 3 4 #3 nothing"
-    )
 
 
 def test_other_tokens_of_deployments_that_round_are_told_so() -> None:

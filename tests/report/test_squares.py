@@ -6,12 +6,9 @@ from cli.screen import in_order, tells
 from expertlane.report.charts.colours import ABOVE, BELOW
 from expertlane.report.charts.squares import alike, fan_out_chart, load_chart, traffic_charts
 from expertlane.results.traffic import FanOut
+from report.shown import values
 
 MARKUP = '</script><b title="x">&'
-
-
-def values(chart):
-    return chart.spec["data"]["values"]
 
 
 def test_loads_are_shares_of_the_even_one_around_1():

@@ -10,24 +10,14 @@ from expertlane.report.setup import cautions
 from expertlane.report.verdict import Factor, in_wall_time, sentence, verdict
 from expertlane.results.estimate import Estimate
 from expertlane.results.hardware import LinkSpeed, VirtualTime
-from expertlane.results.record import EXPERIMENT, PairRecord
 from expertlane.results.results import Results
-from expertlane.spec.names import Cause, Phase
+from expertlane.spec.names import Cause
 
 
 def sentences(results: Results) -> tuple[str, ...]:
     comparison = run(results, "measured")
     assert comparison is not None
     return verdict(comparison, results)
-
-
-def with_pair(results: Results, ratio: Estimate, causes_s: dict[str, Estimate]) -> Results:
-    """The same, its first and its last deployment measured in turns; the last is the faster."""
-    own = results.select("measured", EXPERIMENT)
-    one, other = own[-1], own[0]
-    steps_s = one.decode.round_s.value, other.decode.round_s.value
-    pair = PairRecord("measured", one.name, other.name, Phase.DECODE, 5, ratio, *steps_s, causes_s)
-    return replace(results, pairs=(pair,))
 
 
 def two(slow_s: float = 0.4, fast_s: float = 0.1) -> Results:
@@ -53,7 +43,7 @@ def test_a_significant_ratio_with_its_interval_and_causes_beyond_their_noise() -
         Cause.DISPATCH_COMBINE: Estimate(0.072, 0.070, 0.074),  # larger, but against it
         Cause.EXPERTS: Estimate(-0.100, -0.300, 0.100),  # the largest, and no more than noise
     }
-    which, _, why, _ = sentences(with_pair(two(), Estimate(1.45, 1.38, 1.51), causes_s))
+    which, _, why, _ = sentences(example.with_pair(two(), Estimate(1.45, 1.38, 1.51), causes_s))
     assert in_order(which, "EP 16 1.45× TP 8 × PP 2 1.38–1.51 decode wall")
     assert in_order(why, "bubble −57.0 −60.0 −54.0 TP −15.0 dispatch +72.0 −300")
     assert "experts −" not in why
@@ -69,7 +59,7 @@ def test_a_significant_ratio_with_its_interval_and_causes_beyond_their_noise() -
     ],
 )
 def test_an_interval_that_contains_1_is_level_or_not_decided(low, high, words) -> None:
-    which = sentences(with_pair(two(), Estimate(1.02, low, high), {}))[0]
+    which = sentences(example.with_pair(two(), Estimate(1.02, low, high)))[0]
     assert which == f"{words}, in decode, wall time."
 
 
@@ -102,17 +92,6 @@ def test_against_the_first_and_the_best(first: Estimate, best: Estimate, words: 
     assert sentence("E", (Factor("F", first), Factor("B", best)), "here") == f"{words}, here."
 
 
-def on_links(results: Results, *of_scale: tuple[float, tuple[float, ...]]) -> Results:
-    """The same in virtual time too, with decode TPS of each deployment by the scale of links."""
-    virtual = tuple(replace(each, source="virtual") for each in results.select("measured"))
-    return replace(
-        results,
-        deployments=results.deployments + virtual,
-        pairs=(*results.pairs, *(replace(each, source="virtual") for each in results.pairs)),
-        virtual_time=VirtualTime("h100", 1.5, 1.0, tuple(LinkSpeed(*each) for each in of_scale)),
-    )
-
-
 @pytest.mark.parametrize(
     ("slow_tps", "fast_tps", "words"),
     [
@@ -128,13 +107,15 @@ def on_links(results: Results, *of_scale: tuple[float, tuple[float, ...]]) -> Re
 )
 def test_the_interval_has_links_half_to_twice_as_fast(slow_tps, fast_tps, words) -> None:
     """The other deployment's TPS on slow and fast links; EP 16's do not change."""
-    given = on_links(
-        with_pair(two(), Estimate(4.0, 3.6, 4.4), {}),
-        (0.0, (9e9, 160.0)),  # further than twice as fast
-        (0.75, (fast_tps, 160.0)),
-        (1.5, (40.0, 160.0)),
-        (3.0, (slow_tps, 160.0)),
-        (6.0, (1e-9, 160.0)),
+    speeds = (
+        LinkSpeed(0.0, (9e9, 160.0)),  # further than twice as fast
+        LinkSpeed(0.75, (fast_tps, 160.0)),
+        LinkSpeed(1.5, (40.0, 160.0)),
+        LinkSpeed(3.0, (slow_tps, 160.0)),
+        LinkSpeed(6.0, (1e-9, 160.0)),
+    )
+    given = example.in_virtual_time(
+        example.with_pair(two(), Estimate(4.0, 3.6, 4.4)), VirtualTime("h100", 1.5, 1.0, speeds)
     )
     own = run(given, "virtual")
     assert verdict(own, given)[0] == f"{words}, in decode, virtual time."
@@ -142,7 +123,7 @@ def test_the_interval_has_links_half_to_twice_as_fast(slow_tps, fast_tps, words)
 
 def test_nothing_but_noise_has_no_reason() -> None:
     noise = {Cause.EXPERTS: Estimate(-0.1, -0.2, 0.1)}
-    _, _, why, _ = sentences(with_pair(two(), Estimate(1.05, 0.9, 1.2), noise))
+    _, _, why, _ = sentences(example.with_pair(two(), Estimate(1.05, 0.9, 1.2), noise))
     assert tells(why, "no cause noise")
 
 
@@ -151,7 +132,7 @@ def test_on_a_clock_where_it_is_slower_the_reasons_are_what_it_pays() -> None:
         Cause.DISPATCH_COMBINE: Estimate(0.072, 0.070, 0.074),
         Cause.TP_COLLECTIVES: Estimate(-0.090, -0.095, -0.085),
     }
-    which, _, why, _ = sentences(with_pair(two(), Estimate(0.9, 0.85, 0.95), causes_s))
+    which, _, why, _ = sentences(example.with_pair(two(), Estimate(0.9, 0.85, 0.95), causes_s))
     assert in_order(which, "EP 16 0.90× TP 8 × PP 2")
     assert in_order(why, "dispatch combine +72.0")
     assert in_order(why, "Against TP −90.0")
@@ -159,17 +140,11 @@ def test_on_a_clock_where_it_is_slower_the_reasons_are_what_it_pays() -> None:
 
 def test_the_same_two_on_every_clock_and_link_speed() -> None:
     """Also where another deployment is ahead of them on one."""
-    given = with_pair(example.usual(), Estimate(1.5, 1.4, 1.6), {})
-    virtual = tuple(replace(each, source="virtual") for each in given.select("measured"))
+    given = example.with_pair(example.usual(), Estimate(1.5, 1.4, 1.6))
     speeds = tuple(
         LinkSpeed(scale, (10.0, 99.0, 98.0, 20.0 / (1 + scale))) for scale in (0.0, 1.0, 2.0)
     )
-    given = replace(
-        given,
-        deployments=given.deployments + virtual,
-        pairs=(*given.pairs, *(replace(each, source="virtual") for each in given.pairs)),
-        virtual_time=VirtualTime("h100", 1.0, 1.0, speeds),
-    )
+    given = example.in_virtual_time(given, VirtualTime("h100", 1.0, 1.0, speeds))
     own, wall = run(given, "virtual"), run(given, "measured")
     assert in_order(verdict(own, given)[0], "EP 16 overlap TP 8 × PP 2 1.50× decode virtual")
     assert in_order(verdict(own, given)[3], "EP 16 overlap TP 8 × PP 2 2.00× without 0.67× 0.500×")
@@ -181,12 +156,6 @@ def test_a_slower_proposal_is_still_what_is_asked_about() -> None:
     which, _, why, _ = sentences(example.results([(example.TENSOR, 0.1), (example.EXPERT, 0.4)]))
     assert in_order(which, "EP 16 0.25× TP 8 × PP 2 decode wall")
     assert in_order(why, "experts +150")
-
-
-def test_critical_paths_may_say_the_contrary() -> None:
-    # Tensor parallelism has twice the critical path at equal steps: two pipeline stages.
-    critical = sentences(example.results([(example.TENSOR, 0.15), (example.EXPERT, 0.2)]))[3]
-    assert in_order(critical, "EP 16 1.50×")
 
 
 def test_without_a_baseline_the_fastest_is_held_against_the_first() -> None:
@@ -312,13 +281,3 @@ def test_bounds_that_do_not_touch_tell_a_faster_one() -> None:
 
     sure = replace(results, deployments=tuple(map(surer, results.deployments)))
     assert in_order(of_projection(sure)[0], "EP 16 overlap 2.11× DP 2 × TP 8")
-
-
-def test_a_projection_of_baselines_alone() -> None:
-    results = example_projection.usual()
-    rows = tuple(
-        replace(each, is_baseline=EXPERIMENT in each.roles) for each in results.deployments
-    )
-    said = of_projection(replace(results, deployments=rows))
-    assert in_order(said[0], "EP 16 overlap 4.21× TP 8 × PP 2")
-    assert not any(sentence.startswith("Prefill") for sentence in said)

@@ -14,11 +14,6 @@ def cpu_record(rank: int, *seconds: float):
     return rank_record(rank, cpu=cpu, num_micro_batches=len(seconds))
 
 
-def test_one_rank() -> None:
-    result = critical_path(Layout(), [step_record(0, 9, [0, 1], [cpu_record(0, 0.5)])])
-    assert (result.total_s, result.tps, result.step_s) == (0.5, 4.0, 0.5)
-
-
 def test_the_largest_rank_counts_in_every_slot_and_stage() -> None:
     records = [
         rank_record(

@@ -178,12 +178,6 @@ def test_a_deployment_that_runs_fewer_is_the_same_one():
     assert not found.unpaired
 
 
-def test_without_repetitions_there_is_no_interval():
-    (change, *_) = diff(measured(0.4, 0.1), measured(0.5, 0.1)).with_verdict("slower")
-    assert change.ratio == Estimate(pytest.approx(0.8))
-    assert not change.is_noise_known
-
-
 def test_intervals_of_medians_are_combined_in_quadrature():
     results = [measured(0.4, each, runs=0.1, num_runs=5) for each in (0.1, 0.12)]
     change = diff(*results).with_verdict("slower")[1]
@@ -297,8 +291,3 @@ def test_what_else_differs_is_listed():
         ("seed", "0", "7"),
         ("machine.cpu_name", "Example CPU", "Other CPU"),
     )
-
-
-def test_a_busy_machine_is_told():
-    busy = replace(measured(0.4, 0.1), foreign_cpu_share=0.5)
-    assert diff(measured(0.4, 0.1), busy).foreign_cpu_shares == (0.0, 0.5)

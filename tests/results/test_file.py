@@ -1,5 +1,4 @@
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,23 +18,12 @@ def written(tmp_path: Path) -> Path:
     return write(example.usual(), tmp_path / "new" / "folder")
 
 
-def change(path: Path, **keys: object) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | keys))
-
-
 def complaint(path: Path) -> str:
     with pytest.raises(UserError) as caught:
         read(path)
     line = str(caught.value)
     assert "\n" not in line
     return line.replace(str(path), "FILE")
-
-
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
-    given = example.usual()
-    path = write(given, tmp_path)
-    assert read(path) == given
-    assert os.listdir(tmp_path) == ["results.json"]
 
 
 def test_numbers_of_numpy_are_written_as_others(tmp_path: Path) -> None:
@@ -90,23 +78,6 @@ def test_the_file_has_the_names_of_the_schema(written: Path) -> None:
     assert data["question"]["experiment"]["model"]["hidden_size"] == 64
 
 
-def test_an_older_file_is_replaced_whole(tmp_path: Path) -> None:
-    write(example.usual(), tmp_path)
-    newer = replace(example.usual(), command="another")
-    write(newer, tmp_path)
-    assert read(tmp_path / "results.json").command == "another"
-
-
-def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_space(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", no_space)
-    with pytest.raises(UserError, match=telling("results.json No space left")):
-        write(example.usual(), tmp_path)
-    assert os.listdir(tmp_path) == []
-
-
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match="cannot write"):
@@ -132,35 +103,26 @@ def test_not_a_results_file(tmp_path: Path, text: str) -> None:
     assert tells(complaint(path), "FILE schema_version results file")
 
 
-def test_another_schema_version(written: Path) -> None:
-    change(written, schema_version=1)
-    assert tells(complaint(written), "FILE schema_version 1 9 expertlane compare")
-
-
-def test_unknown_key(written: Path) -> None:
-    change(written, colour="red")
-    assert tells(complaint(written), "FILE unknown colour nearest cluster")
-
-
-def test_missing_key(written: Path) -> None:
-    data = json.loads(written.read_text())
+def _without_tps(data: dict) -> None:
     del data["deployments"][1]["steps"][0]["tps"]
-    written.write_text(json.dumps(data))
-    assert tells(complaint(written), "FILE deployments.1.steps.0.tps missing")
 
 
-def test_a_value_of_another_type(written: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda data: data.update(schema_version=1), "FILE schema_version 1 9 expertlane compare"),
+        (lambda data: data.update(colour="red"), "FILE unknown colour nearest cluster"),
+        (_without_tps, "FILE deployments.1.steps.0.tps missing"),
+        (lambda data: data["machine"].update(num_cores="two"), "FILE machine.num_cores two"),
+        (lambda data: data["deployments"][0]["layout"].update(ep=3), "ep=3 divide"),
+    ],
+    ids=["version", "unknown key", "missing key", "another type", "an impossible layout"],
+)
+def test_what_is_wrong_is_told_with_its_place(written: Path, change, told: str) -> None:
     data = json.loads(written.read_text())
-    data["machine"]["num_cores"] = "two"
+    change(data)
     written.write_text(json.dumps(data))
-    assert tells(complaint(written), "FILE machine.num_cores two")
-
-
-def test_a_layout_that_cannot_be(written: Path) -> None:
-    data = json.loads(written.read_text())
-    data["deployments"][0]["layout"]["ep"] = 3
-    written.write_text(json.dumps(data))
-    assert tells(complaint(written), "ep=3 divide")
+    assert tells(complaint(written), told)
 
 
 def test_a_folder_and_the_only_kind_that_is_wanted(written: Path) -> None:

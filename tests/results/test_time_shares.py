@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 
 from expertlane.results.metrics import stage_time
@@ -118,14 +117,3 @@ def test_a_rank_that_tidies_up_late_has_no_rest() -> None:
     breakdown = time.breakdown_s(wall_s=1.0, num_rounds=1)
     assert breakdown[Cause.ENGINE] == 0
     assert sum(breakdown.values()) == 1.5
-
-
-def test_the_records_stay_as_they_were() -> None:
-    records = [
-        blocked_record(0, Stage.DISPATCH, 1.0, 0.75),
-        blocked_record(1, Stage.DISPATCH, 0.5, 0.25),
-    ]
-    before = [record.wall_s.copy() for record in records]
-    stage_time(Layout(dp=2, ep=2), [step_record(0, 1, [0], records)])
-    for record, wall_s in zip(records, before, strict=True):
-        np.testing.assert_array_equal(record.wall_s, wall_s)

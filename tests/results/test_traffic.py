@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 import example_results as example
 from cli.screen import telling
-from expertlane.errors import UserError
 from expertlane.results.file import read, write
 from expertlane.results.traffic import by_link, last_arrivals, sent_matrix, traffic_record
 from expertlane.spec.layout import Layout
@@ -55,19 +54,6 @@ def test_steps_of_different_replicas_are_summed_at_global_ranks():
         (0, 5, 0, 0), (6, 0, 0, 0), (0, 0, 0, 7), (0, 0, 8, 0),
     )  # fmt: skip
     assert seen.payload_bytes_of_step == {"intra-node": (11, 15), "inter-node": (0, 0)}
-
-
-@pytest.mark.parametrize(
-    ("ranks_per_node", "intra", "inter"),
-    [(1, 0, 15), (2, 1 + 4, 2 + 8), (3, 1 + 2, 4 + 8), (4, 15, 0), (8, 15, 0)],
-)
-def test_links_by_ranks_per_node(ranks_per_node, intra, inter):
-    matrix = np.zeros((3, 4, 4), dtype=np.int64)
-    matrix[Traffic.PAYLOAD][[0, 0, 3, 1], [1, 2, 2, 3]] = [1, 2, 4, 8]
-    of_link = by_link(matrix, ranks_per_node)
-    assert of_link.shape == (3, 2)
-    assert of_link[Traffic.PAYLOAD].tolist() == [intra, inter]
-    assert of_link[Traffic.METADATA].tolist() == [0, 0]
 
 
 @settings(derandomize=True, deadline=None)
@@ -120,7 +106,6 @@ def test_fan_out():
     assert fan_out.ranks_per_token == (2 * 1 + 4 * 2 + 1 * 3) / 7
     assert fan_out.nodes_per_token == (5 * 1 + 2 * 2) / 7
     assert (fan_out.num_remote_rank_copies, fan_out.num_remote_node_copies) == (5, 2)
-    assert fan_out.num_saved_copies == 3
 
 
 def test_nothing_at_all():
@@ -234,29 +219,7 @@ def test_the_section_of_a_phase(tmp_path):
     assert read(path) == results
 
 
-def test_saved_copies_and_straggler():
-    deployments = example.usual().deployments
-    seen = deployments[2].decode.traffic
-    assert seen.fan_out is not None
-    assert seen.fan_out.num_saved_copies == 64 - 32
-    assert (seen.straggler, seen.last_share(0)) == (0, 1.0)
-    assert deployments[0].decode.traffic.straggler is None
-
-
 def test_the_straggler_is_found_by_share():
     seen = example.usual().deployments[2].decode.traffic
     changed = replace(seen, num_last_arrivals=(5, 1, 3, 0), num_meetings=(10, 10, 4, 0))
     assert (changed.straggler, changed.last_share(2)) == (2, 0.75)
-
-
-def test_an_unknown_key_is_named(tmp_path):
-    path = write(example.usual(), tmp_path)
-    data = json.loads(path.read_text())
-    data["deployments"][0]["steps"][1]["traffic"]["by_stage"]["TP collectives"]["intra-node"][
-        "x"
-    ] = 1
-    path.write_text(json.dumps(data))
-    with pytest.raises(
-        UserError, match=r"steps\.1\.traffic\.by_stage\.TP collectives.* unknown key"
-    ):
-        read(path)

@@ -9,8 +9,10 @@ from expertlane.report.document import Answer, Column, Figure, Table, Words, num
 from expertlane.report.loads import lengths_of
 from expertlane.report.numbers import (
     NONE,
+    Amount,
     counted,
     figures,
+    likely,
     milliseconds,
     percent,
     signed,
@@ -195,7 +197,7 @@ def _served_table(modelled: Comparison, rows: Sequence[Row]) -> Table:
 
     columns: list[Column[Row]] = [
         text("deployment", lambda row: row.name),
-        number("tok/s", lambda row: row.record.serving[0].output_tps, compact_of),
+        number("tok/s", lambda row: row.record.serving[0].output_tps, compact),
         number("bounds", lambda row: row.record.serving[0].output_tps, compact_range),
         number("seqs at once", lambda row: row.record.serving[0].num_running, whole),
         number("TPOT", mean("tpot_s"), milliseconds),
@@ -297,13 +299,9 @@ def _largest(row: Row) -> str | None:
     return f"{short(cause)} {percent(share)}"
 
 
-def compact_of(estimate: Estimate) -> str:
-    """`compact` of the likely value."""
-    return compact(estimate.value)
-
-
-def compact(value: float) -> str:
+def compact(amount: Amount) -> str:
     """Three digits, thousands as `k`."""
+    value = likely(amount)
     return f"{figures(value / 1e3)}k" if value >= _THOUSANDS else figures(value)
 
 

@@ -1,6 +1,7 @@
 """The answer and the report of `bench --url`: servers measured from outside."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from expertlane.report.document import Answer, Column, Section, Table, Words, number, text
 from expertlane.report.loads import (
@@ -203,9 +204,12 @@ def _sure(results: Results, found: Sequence[Served]) -> str:
     return told if rounds >= LEAST_RUNS else f"{told}; {LEAST_RUNS} or more give an interval"
 
 
-_OF_CLIENT: tuple[Column[tuple[Served, ClientRecord]], ...] = (
+_LOAD: tuple[Column[tuple[Served, Any]], ...] = (
     text("server", lambda pair: pair[0].record.name),
     text("load", lambda pair: pair[0].load),
+)
+_OF_CLIENT: tuple[Column[tuple[Served, ClientRecord]], ...] = (
+    *_LOAD,
     number("answered", lambda pair: pair[0].serving.num_requests, whole),
     number("failed", lambda pair: pair[1].num_failed, whole),
     number("events", lambda pair: pair[1].num_events, whole),
@@ -218,8 +222,7 @@ _OF_CLIENT: tuple[Column[tuple[Served, ClientRecord]], ...] = (
     ),
 )
 _FAILURES: tuple[Column[tuple[Served, FailureRecord]], ...] = (
-    text("server", lambda pair: pair[0].record.name),
-    text("load", lambda pair: pair[0].load),
+    *_LOAD,
     text("error", lambda pair: pair[1].name),
     number("requests", lambda pair: pair[1].num_requests, whole),
     text("the first one's message", lambda pair: pair[1].message),

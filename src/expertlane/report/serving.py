@@ -48,13 +48,20 @@ _FEW = 20  # requests
 _UNSURE = 0.2  # extrapolated share of the time, from which on a sentence says so
 
 
+def _named(results: Results) -> tuple[Column[Served], ...]:
+    """Columns that tell loads apart."""
+    return (
+        text(whose(results), lambda each: each.name, "measured"),
+        text("load", lambda each: each.load),
+    )
+
+
 def throughput(results: Results) -> Table:
     """Requests and tokens a second under each load."""
     found = served(results)
     one_layout = len(results.deployments) == 1
     columns: tuple[Column[Served], ...] = (
-        text(whose(results), lambda each: each.name, "measured"),
-        text("load", lambda each: each.load),
+        *_named(results),
         number("requests", lambda each: each.serving.num_requests, whole),
         number("output", lambda each: each.serving.output_tps, figures),
         number("low–high", lambda each: each.serving.output_tps, low_high, "projected"),
@@ -78,16 +85,14 @@ def objectives(results: Results) -> Iterator[Words]:
         return
     rows = [_Objective(each, result) for each in found for result in each.serving.slos]
     columns: tuple[Column[_Objective], ...] = (
-        text(whose(results), lambda row: row.of.name, "measured"),
-        text("load", lambda row: row.of.load),
+        *(each.of(lambda row: row.of) for each in _named(results)),
         text("objective", lambda row: row.result.slo),
         number("ms", lambda row: row.result.value, milliseconds),
         number("low–high", lambda row: row.result.value, low_high_ms, "projected"),
         text("", lambda row: "met" if row.result.is_met else "missed"),
     )
     goodput: tuple[Column[Served], ...] = (
-        text(whose(results), lambda each: each.name, "measured"),
-        text("load", lambda each: each.load),
+        *_named(results),
         number("goodput, requests/s", lambda each: each.serving.goodput, figures),
         number("low–high", lambda each: each.serving.goodput, low_high, "projected"),
         number("of requests", lambda each: likely(each.serving.good_share or 0), percent),
@@ -107,8 +112,7 @@ def cost(results: Results) -> Iterator[Words]:
     if price is None:
         return
     columns: tuple[Column[Served], ...] = (
-        text(whose(results), lambda each: each.name, "measured"),
-        text("load", lambda each: each.load),
+        *_named(results),
         number("output tokens", lambda each: each.serving.usd_per_million_output, figures),
         number("low–high", lambda each: each.serving.usd_per_million_output, low_high, "projected"),
         number("all tokens", lambda each: each.serving.usd_per_million_total, figures),

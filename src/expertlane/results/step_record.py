@@ -221,15 +221,9 @@ class RankTotals:
         num_tokens = np.zeros((len(self.num_tokens), len(experts)), dtype=np.int64)
         for each in (self, other):
             num_tokens[:, np.searchsorted(experts, each.experts)] += each.num_tokens
-        return RankTotals(
-            self.num_steps + other.num_steps,
-            self.spent_ns + other.spent_ns,
-            self.waited_ns + other.waited_ns,
-            experts,
-            num_tokens,
-            self.sent_bytes + other.sent_bytes,
-            self.overlapped_ns + other.overlapped_ns,
-            self.exposed_ns + other.exposed_ns,
-            self.num_pairs_saved + other.num_pairs_saved,
-            self.copies_ns + other.copies_ns,
-        )
+        sums = {
+            name: value + getattr(other, name)
+            for name, value in vars(self).items()
+            if name not in ("experts", "num_tokens")
+        }
+        return RankTotals(**sums, experts=experts, num_tokens=num_tokens)

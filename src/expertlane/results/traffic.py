@@ -5,7 +5,7 @@ Of one deployment, for one phase or for all its steps:
     seen = traffic_record(layout, steps, ranks_per_node=8)
     seen.sent_bytes["payload"][source][destination]
     seen.by_stage["dispatch"]["inter-node"].payload
-    seen.fan_out.nodes_per_token, seen.fan_out.num_saved_copies
+    seen.fan_out.nodes_per_token
 
 and of one step `sent_matrix(layout, step)`.
 """
@@ -78,12 +78,6 @@ class FanOut(Strict):
         """Mean over tokens and layers."""
         nodes = self.tokens_by_nodes_reached
         return _mean_place(nodes) if nodes else None
-
-    @property
-    def num_saved_copies(self) -> int | None:
-        """Copies that one copy a node keeps off the links between nodes, against one a rank."""
-        ranks, nodes = self.num_remote_rank_copies, self.num_remote_node_copies
-        return None if ranks is None or nodes is None else ranks - nodes
 
 
 def _mean_place(counts: Sequence[int]) -> float:
