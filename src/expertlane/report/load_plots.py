@@ -12,17 +12,13 @@ from expertlane.report.numbers import figures, times
 from expertlane.report.speed import unit_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.results import Results
-from expertlane.results.serving_record import ServingRecord
 from expertlane.spec.slo import SLO, LatencyMetric
 
 _MS_PER_S = 1e3
 _NUM_FIRST = 2  # beside the answer
 _LEAST_LOADS = 3  # loads of a layout; fewer are no curve
 _MOST_SPREADS = 3  # loads whose latencies are drawn one by one; of more, the best alone
-_LATENCIES: Mapping[str, Callable[[ServingRecord], Summary | None]] = {
-    "TPOT": lambda serving: serving.tpot_s,
-    "TTFT": lambda serving: serving.ttft_s,
-}
+_LATENCIES = ("tpot", "ttft")
 
 
 def by_load(results: Results) -> tuple[Section, ...]:
@@ -60,10 +56,10 @@ def _latencies(by_layout: Mapping[str, Sequence[Served]], best: Served) -> Itera
         if all(map(value, of_best)):
             what = f"{slo.metric.upper()} {slo.statistic}, ms"
             yield _against_load(by_layout, best, what, value, _MS_PER_S * slo.limit_s)
-    for name, get in _LATENCIES.items():
-        has_limit = any(slo.metric == name.lower() for slo in slos)
-        if not has_limit and all(map(_median_ms(get), of_best)):
-            yield _against_load(by_layout, best, f"{name}, ms", _median_ms(get))
+    for metric in _LATENCIES:
+        has_limit = any(slo.metric == metric for slo in slos)
+        if not has_limit and all(map(_median_ms(metric), of_best)):
+            yield _against_load(by_layout, best, f"{metric.upper()}, ms", _median_ms(metric))
 
 
 def _spread(results: Results) -> Chart | None:
@@ -88,12 +84,15 @@ def _spread(results: Results) -> Chart | None:
     if not spreads:
         return None
     typical = typical_of(results)
-    named = [(name, _statistics_ms(get(best.serving), typical)) for name, get in _LATENCIES.items()]
-    told = {name: figures(ms[typical]) for name, ms in named if typical in ms}
+    told = {
+        metric: figures(ms[typical])
+        for metric in _LATENCIES
+        if (ms := _statistics_ms(getattr(best.serving, f"{metric}_s"), typical))
+    }
     title = f"Latencies at {best.load}"
-    if "TTFT" in told:
-        title = f"The first token comes after {told['TTFT']} ms"
-        title += f", then one every {told['TPOT']} ms" if "TPOT" in told else ""
+    if "ttft" in told:
+        title = f"The first token comes after {told['ttft']} ms"
+        title += f", then one every {told['tpot']} ms" if "tpot" in told else ""
         title += f" ({typical}s{'' if len(shown) == 1 else f', {_called(best, shown)}'})"
     return spread_chart(title, spreads, note="Further right is slower; the axis is logarithmic.")
 
@@ -198,13 +197,11 @@ def _kept(points: Sequence[Point], limit: float, name: str, load: str) -> str:
     return f"Up to {load} {max(below):,.6g}, {name} is within" if below else f"{name} is over"
 
 
-def _median_ms(
-    get: Callable[[ServingRecord], Summary | None],
-) -> Callable[[Served], Estimate | None]:
+def _median_ms(metric: str) -> Callable[[Served], Estimate | None]:
     """The median; measured: up to the 95th percentile; projected: from low to high."""
 
     def median(each: Served) -> Estimate | None:
-        seconds = get(each.serving)
+        seconds: Summary | None = getattr(each.serving, f"{metric}_s")
         if seconds is None or seconds.median is None:
             return None
         if each.record.source != "measured" or seconds.p95 is None:
