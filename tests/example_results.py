@@ -218,27 +218,3 @@ def in_virtual_time(given: Results, virtual: VirtualTime) -> Results:
         pairs=given.pairs + pairs,
         virtual_time=virtual,
     )
-
-
-def with_pair(
-    given: Results, ratio: Estimate, causes_s: Mapping[Cause, Estimate] | None = None
-) -> Results:
-    """The same, its first and its last deployment measured in turns; the last is the faster."""
-    other, *_, one = given.select("measured", EXPERIMENT)
-    steps_s = one.decode.round_s.value, other.decode.round_s.value
-    pair = PairRecord(
-        "measured", one.name, other.name, Phase.DECODE, 5, ratio, *steps_s, dict(causes_s or {})
-    )
-    return replace(given, pairs=(pair,))
-
-
-def in_virtual_time(given: Results, virtual: VirtualTime) -> Results:
-    """The same records in virtual time too."""
-    own = tuple(replace(each, source="virtual") for each in given.select("measured"))
-    pairs = tuple(replace(each, source="virtual") for each in given.pairs)
-    return replace(
-        given,
-        deployments=given.deployments + own,
-        pairs=given.pairs + pairs,
-        virtual_time=virtual,
-    )
