@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from cli.screen import telling, tells
 from expertlane.errors import SpecError
-from expertlane.spec.layout import Coordinates, Layout
+from expertlane.spec.layout import Coordinates, Layout, partition
 from expertlane.spec.model import PRESETS
 
 TINY = PRESETS["paper-tiny"]
@@ -213,3 +213,28 @@ def test_context_parallelism_parts_what_ranks_hold_twice(layout, most):
                 parted.check_model(MULTI_QUERY)
         else:
             parted.check_model(MULTI_QUERY)
+
+
+@pytest.mark.parametrize(
+    ("total", "num_parts", "expected"),
+    [
+        (16, 3, [range(6), range(6, 11), range(11, 16)]),
+        (4, 2, [range(2), range(2, 4)]),
+        (2, 4, [range(1), range(1, 2), range(2, 2), range(2, 2)]),
+        (0, 2, [range(0), range(0)]),
+        (1, 1, [range(1)]),
+        (5, 1, [range(5)]),
+    ],
+)
+def test_partitions_by_hand(total, num_parts, expected):
+    assert partition(total, num_parts) == expected
+
+
+@given(st.integers(0, 300), st.integers(1, 40))
+def test_partitions_cover_all_in_order_and_differ_by_at_most_one(total, num_parts):
+    parts = partition(total, num_parts)
+    sizes = [len(part) for part in parts]
+    assert len(parts) == num_parts
+    assert [number for part in parts for number in part] == list(range(total))
+    assert sizes == sorted(sizes, reverse=True)
+    assert max(sizes) - min(sizes) <= 1

@@ -1,12 +1,13 @@
-"""Files are written whole, and in no other file's place."""
+"""Files are written whole, and in no other file's place; where a user's cache is."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from cli.screen import telling
 from expertlane.errors import UserError
-from expertlane.spec.files import write_text
+from expertlane.spec.files import user_cache, write_text
 
 
 def test_a_new_file_and_its_folder(tmp_path):
@@ -41,3 +42,15 @@ def test_a_name_that_cannot_be(tmp_path, name):
         (tmp_path / name).symlink_to(tmp_path / name)
     with pytest.raises(UserError, match=r"^cannot write "):
         write_text(tmp_path / name, "text")
+
+
+@pytest.mark.parametrize("named", ["", "relative", "./also"])
+def test_what_is_not_absolute_does_not_count(monkeypatch, tmp_path, named):
+    monkeypatch.setenv("XDG_CACHE_HOME", named)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert user_cache() == tmp_path / ".cache" / "expertlane"
+
+
+def test_an_absolute_one_counts(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/some/where")
+    assert user_cache() == Path("/some/where/expertlane")
