@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cost.projected import MODEL, builder_of, make_scheduler
-from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter, further_drafts
+from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.errors import SpecError
@@ -42,7 +42,7 @@ def test_drafts_go_through_the_model_with_every_decode():
 
 
 def test_further_passes_take_one_token_of_each_that_goes_on():
-    sizes = further_drafts(PartSizes.of([MIXED], 2, num_drafts=2), 1)
+    sizes = PartSizes.of([MIXED], 2, num_drafts=2).further(1)
     assert sizes.num_new.tolist() == [1, 1]
     assert sizes.num_cached.tolist() == [13, 8]
     assert sizes.num_drafts == 0

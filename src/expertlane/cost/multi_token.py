@@ -18,13 +18,10 @@ from math import ceil
 import numpy as np
 
 from expertlane.cost.laws.execution import BOUNDS, LIKELY
-from expertlane.cost.step.batch_sizes import PartSizes, TokenSizes
 from expertlane.cost.step.operation import Floats
-from expertlane.cost.step.step_list import StepWriter
 from expertlane.errors import SpecError
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import Stage
 
 _MOST_DRAFTS = 16
 ACCEPTANCE_UNSURE = 0.1  # an assumption: texts differ about so much
@@ -93,26 +90,6 @@ class MultiTokenAdapter:
         further = np.round(self._extra * self._num_decodes[batch.seq_ids]) * is_decode
         self._num_decodes[batch.seq_ids[is_decode]] += 1
         return replace(batch, num_computed_tokens=batch.num_computed_tokens + further.astype(int))
-
-
-def further_drafts(sizes: PartSizes, num_before: int) -> PartSizes:
-    """Sizes of a further drafting pass: one token of every sequence that yields one."""
-    yields = sizes.yields
-    return replace(
-        sizes,
-        num_new=np.ones(int(yields.sum()), dtype=np.int64),
-        num_cached=(sizes.num_cached + sizes.num_new)[yields] + num_before,
-        dp_rank=sizes.dp_rank[yields],
-        yields=yields[yields],
-        num_drafts=0,
-    )
-
-
-def projection_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
-    """Norms of hidden states and next tokens' embeddings, and the product that joins both."""
-    moved = 6 * out.held(part) * (model.hidden_size * out.types.activation_bytes)
-    out.memory(Stage.EMBED, moved, out.kernels.embed + 2 * out.norm_kernels)
-    out.gemm(Stage.EMBED, out.held(part), model.hidden_size, 2 * model.hidden_size)
 
 
 def with_drafting_layer(model: ModelConfig, num_drafts: int) -> ModelConfig:

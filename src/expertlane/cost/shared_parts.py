@@ -18,7 +18,6 @@ from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.execution import LIKELY, Execution, Terms, kernels_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import Profile
-from expertlane.cost.multi_token import projection_steps
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import forwarded_times, operation_times
 from expertlane.cost.step.attention import attention_steps
@@ -31,6 +30,7 @@ from expertlane.cost.step.layer import (
     embedding_steps,
     expert_steps,
     head_steps,
+    projection_steps,
     router_steps,
     shared_expert_steps,
 )

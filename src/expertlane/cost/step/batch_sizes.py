@@ -191,6 +191,18 @@ class PartSizes:
             yields=filled(self.yields, 1),
         )
 
+    def further(self, num_before: int) -> "PartSizes":
+        """The sizes of one more drafting pass, after others: a token of each that yields one."""
+        yields = self.yields
+        return replace(
+            self,
+            num_new=np.ones(int(yields.sum()), dtype=np.int64),
+            num_cached=(self.num_cached + self.num_new)[yields] + num_before,
+            dp_rank=self.dp_rank[yields],
+            yields=yields[yields],
+            num_drafts=0,
+        )
+
     def _sum(self, values: npt.NDArray[np.int64 | np.bool_]) -> Ints:
         """[dp]; sums of values [S] over each data-parallel rank's sequences."""
         return np.bincount(self.dp_rank, values, self.dp).astype(np.int64)  # exact under 2^53

@@ -399,6 +399,13 @@ def embedding_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> No
     out.memory(Stage.EMBED, moved, out.kernels.embed)
 
 
+def projection_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
+    """Before a layer that drafts: norms of hidden states and embeddings, and what joins both."""
+    moved = 6 * out.held(part) * (model.hidden_size * out.types.activation_bytes)
+    out.memory(Stage.EMBED, moved, out.kernels.embed + 2 * out.norm_kernels)
+    out.gemm(Stage.EMBED, out.held(part), model.hidden_size, 2 * model.hidden_size)
+
+
 def arrival_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """All-gather of received hidden states over tp, where every rank keeps all tokens."""
     if out.keeps_all:

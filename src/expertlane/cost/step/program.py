@@ -15,13 +15,18 @@ import numpy.typing as npt
 from expertlane.balance.copies import CopyChoice, copy_choice
 from expertlane.balance.placement import Placement
 from expertlane.balance.placement_file import Placements
-from expertlane.cost.multi_token import further_drafts, projection_steps
 from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.counts import StageMesh, TokenCounts, count_dispatch
 from expertlane.cost.step.kernel_sets import ENGINE, KernelSet
-from expertlane.cost.step.layer import arrival_steps, embedding_steps, head_steps, layer_steps
+from expertlane.cost.step.layer import (
+    arrival_steps,
+    embedding_steps,
+    head_steps,
+    layer_steps,
+    projection_steps,
+)
 from expertlane.cost.step.operation import OUTSIDE, HandOver, Ints, Operation, Step
 from expertlane.cost.step.step_list import StepList, StepWriter
 from expertlane.results.step_record import RankCounts
@@ -272,13 +277,13 @@ class ProgramBuilder:
         """
         last = self.model.num_hidden_layers - 1
         for draft in range(self.num_drafts):
-            sizes = further_drafts(part.sizes, draft) if draft else part.sizes
+            sizes = part.sizes.further(draft) if draft else part.sizes
             if not sizes.num_new.size:
                 return
             drafting = replace(part, sizes=sizes, record=False)
             yield self._outside(projection_steps, mesh, drafting)
             yield self._layer(last, mesh, drafting)
-            chosen = replace(part, sizes=further_drafts(part.sizes, draft))
+            chosen = replace(part, sizes=part.sizes.further(draft))
             yield self._outside(head_steps, mesh, chosen)
 
     def _outside(
