@@ -8,11 +8,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "calibration"))
 
-from laws import laws_of  # noqa: E402
-from links_tables import COUNTS, far_sources_of_laws, sources_of_laws  # noqa: E402
-from sheet import CARDS  # noqa: E402
+from laws import laws_of
+from links_tables import COUNTS, far_sources_of_laws, sources_of_laws
+from sheet import CARDS
 
-from expertlane.cost.laws.profile import read_profile  # noqa: E402
+from expertlane.cost.laws.profile import read_profile
 
 
 @pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
