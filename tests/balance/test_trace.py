@@ -14,6 +14,13 @@ MODEL = replace(PRESETS["paper-tiny"], name="m", num_experts=4)
 TRACE = RoutingTrace("m", 4, (0, 2), IDS, STEP)
 
 
+def refuses(path, message):
+    """One line that tells of all words of the message."""
+    with pytest.raises(UserError, match=telling(message)) as caught:
+        read_trace(path)
+    assert "\n" not in str(caught.value)
+
+
 def check_same(one, other):
     assert (one.model, one.num_experts, one.layers) == (
         other.model,
@@ -87,9 +94,7 @@ def test_what_is_no_trace(tmp_path, changes, message):
         RoutingTrace(**fields)
     path = tmp_path / "trace.npz"
     np.savez(path, schema_version=1, **fields)
-    with pytest.raises(UserError, match=rf"^{path}: ") as caught:
-        read_trace(path)
-    assert "\n" not in str(caught.value)
+    refuses(path, f"{path}: ")
 
 
 def saved(**changes):
@@ -113,9 +118,7 @@ def saved(**changes):
 )
 def test_a_file_with_other_values(tmp_path, changes, message):
     np.savez(tmp_path / "trace.npz", **saved(**changes))
-    with pytest.raises(UserError, match=telling(message)) as caught:
-        read_trace(tmp_path / "trace.npz")
-    assert "\n" not in str(caught.value)
+    refuses(tmp_path / "trace.npz", message)
 
 
 def test_damaged_files(tmp_path):
@@ -125,22 +128,16 @@ def test_damaged_files(tmp_path):
     middle = len(whole) // 2
     for damaged in (b"", b"text", whole[:middle], whole[:-1], b"PK\x03\x04" + bytes(50)):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=telling("trace.npz damaged")):
-            read_trace(path)
+        refuses(path, "trace.npz damaged")
     with path.open("wb") as file:
         np.save(file, IDS)
-    with pytest.raises(UserError, match=telling("routing trace damaged")):
-        read_trace(path)
+    refuses(path, "routing trace damaged")
     np.savez(path, topk_ids=IDS)
-    with pytest.raises(UserError, match=telling("lacks schema_version")):
-        read_trace(path)
+    refuses(path, "lacks schema_version")
     np.savez(path, **saved(model=np.array([object()])))
-    with pytest.raises(UserError, match=telling("routing trace damaged")):
-        read_trace(path)
-    with pytest.raises(UserError, match=telling("none.npz No such file")):
-        read_trace(tmp_path / "none.npz")
-    with pytest.raises(UserError, match=telling("folder")):
-        read_trace(tmp_path)
+    refuses(path, "routing trace damaged")
+    refuses(tmp_path / "none.npz", "none.npz No such file")
+    refuses(tmp_path, "folder")
 
 
 @pytest.mark.parametrize(
@@ -157,8 +154,7 @@ def test_a_flipped_bit_of_the_archive(tmp_path, header, offset, bit):
     damaged = bytearray(path.read_bytes())
     damaged[damaged.index(header) + offset] ^= bit
     path.write_bytes(damaged)
-    with pytest.raises(UserError, match=telling("trace.npz damaged")):
-        read_trace(path)
+    refuses(path, "trace.npz damaged")
 
 
 def test_a_shape_beyond_all_memory(tmp_path):
@@ -168,8 +164,7 @@ def test_a_shape_beyond_all_memory(tmp_path):
     whole = path.read_bytes()
     assert shape in whole
     path.write_bytes(whole.replace(shape, f"'shape': ({10**17},), }}".encode().ljust(len(shape))))
-    with pytest.raises(UserError, match=telling("trace.npz damaged")):
-        read_trace(path)
+    refuses(path, "trace.npz damaged")
 
 
 def test_every_flipped_byte_is_found_or_harmless(tmp_path):

@@ -1,15 +1,19 @@
 """Small requests to a planner."""
 
-from expertlane.cost.laws.execution import Execution
+import pytest
+
+from expertlane.cost.laws.execution import LIKELY, Execution
 from expertlane.cost.laws.profile import ModelledCluster, parse_cluster
 from expertlane.cost.number_types import NumberTypes
-from expertlane.cost.projector import Setting
+from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.throughput import Goals
 from expertlane.planner.candidates import PlanRequest
+from expertlane.planner.screen import ScreenedCandidate
 from expertlane.planner.search import OnePool, Search
 from expertlane.planner.simulated import simulated_pool
 from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
 PAPER = PRESETS["paper"]
@@ -43,15 +47,37 @@ def cluster_of(num_devices: int, profile: str = "h100") -> ModelledCluster:
     return parse_cluster(f"{profile}x{num_devices}")
 
 
-def search_of(
+def request_of(
     model: ModelConfig = MIXED,
     num_devices: int = 4,
     workload: Workload = WORKLOAD,
     goals: Goals | None = None,
     **setting,
-) -> Search:
-    cluster, setting = cluster_of(num_devices), setting_of(model, **setting)
-    return Search(PlanRequest(model, cluster, workload, goals or Goals(), setting))
+) -> PlanRequest:
+    """`setting`: as `setting_of` takes it."""
+    chosen = setting_of(model, **setting)
+    return PlanRequest(model, cluster_of(num_devices), workload, goals or Goals(), chosen)
+
+
+def search_of(*args, **kwargs) -> Search:
+    """A search for `request_of`."""
+    return Search(request_of(*args, **kwargs))
+
+
+def agrees_with_the_whole_model(each: ScreenedCandidate, request: PlanRequest) -> None:
+    """One rank that stands for all takes about as long as all of the deployment's ranks."""
+    layout, options, num_drafts = each.candidate
+    args = request.model, layout, options, request.cluster, request.setting, num_drafts
+    projector, prompts = Projector(*args), each.steps.prompts
+    decode = StepSize(int(each.steps.num_seqs[-1]), 1, request.workload.mean_context)
+    num = prompts.num_seqs * layout.replicas * layout.dp
+    prefill = StepSize(num, prompts.num_new, prompts.num_cached, phase=Phase.PREFILL)
+    for seconds, size, rel in (
+        (each.steps.decode_s[LIKELY, -1], decode, 0.1),
+        (each.steps.prefill_s[LIKELY], prefill, 0.12),
+    ):
+        step_s = projector.step(size).round_s.value
+        assert seconds == pytest.approx(step_s, rel=rel), each.candidate
 
 
 def planned(search: Search) -> OnePool:

@@ -3,28 +3,24 @@
 from dataclasses import replace
 
 import numpy as np
-import pytest
 
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.multi_token import MultiToken
-from expertlane.cost.projector import Projector, StepSize
-from expertlane.cost.throughput import Goals
-from expertlane.planner.candidates import PlanRequest, candidates_of
+from expertlane.planner.candidates import candidates_of
 from expertlane.planner.ranking import contender
 from expertlane.planner.screen import Screen, fitting
 from expertlane.planner.search import Search
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
-from planner.requests import MIXED, cluster_of, planned, setting_of
+from planner import requests
+from planner.requests import MIXED, agrees_with_the_whole_model, planned
 
 DRAFTS = MultiToken(2, 0.8)
 
 
 def request_of(drafts, num_sequences=1024):
-    workload = Workload(num_sequences, prompt_len=512, output_len=128)
-    setting = replace(setting_of(MIXED), multi_token=drafts)
-    return PlanRequest(MIXED, cluster_of(4), workload, Goals(), setting)
+    request = requests.request_of(workload=Workload(num_sequences, 512, 128))
+    return replace(request, setting=replace(request.setting, multi_token=drafts))
 
 
 def screened(request):
@@ -48,23 +44,8 @@ def test_one_rank_that_stands_for_all_drafts_as_all_do():
         for each in screened(request)
         if each.candidate.num_drafts and not each.candidate.options.overlap
     ]
-    setting, workload = request.setting, request.workload
     for each in found[:: max(1, len(found) // 8)]:
-        layout, options, num_drafts = each.candidate
-        args = MIXED, layout, options, request.cluster, setting, num_drafts
-        projector = Projector(*args)
-        size = StepSize(int(each.steps.num_seqs[-1]), 1, workload.mean_context)
-        step_s = projector.step(size).round_s.value
-        assert each.steps.decode_s[LIKELY, -1] == pytest.approx(step_s, rel=0.1), each.candidate
-        prompts, num_caches = each.steps.prompts, layout.replicas * layout.dp
-        size = StepSize(
-            prompts.num_seqs * num_caches,
-            prompts.num_new,
-            prompts.num_cached,
-            phase=Phase.PREFILL,
-        )
-        step_s = projector.step(size).round_s.value
-        assert each.steps.prefill_s[LIKELY] == pytest.approx(step_s, rel=0.12), each.candidate
+        agrees_with_the_whole_model(each, request)
 
 
 def test_accepted_drafts_shorten_tokens_and_their_bounds_show():

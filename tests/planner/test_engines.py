@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 
 from expertlane.cost.laws.profile import read_profile
-from expertlane.cost.throughput import Goals
 from expertlane.errors import UserError
 from expertlane.planner.candidates import Candidate, PlanRequest, candidates_of, valid_layouts
 from expertlane.planner.engines import ENGINES, Pool, engines_on
@@ -19,7 +18,7 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
-from planner.requests import MIXED, cluster_of, setting_of
+from planner.requests import MIXED, request_of
 
 PAPER = PRESETS["paper"]
 MANY = PAPER.with_overrides(
@@ -164,9 +163,8 @@ def test_every_row_has_a_source_and_rules_something_out(name, drawn):
     assert not unused
 
 
-def request_for(engine=None, goals=None) -> PlanRequest:
-    workload = Workload(256, 2048, 64)
-    return PlanRequest(MIXED, cluster_of(4), workload, goals or Goals(), setting_of(MIXED), engine)
+def request_for(engine=None) -> PlanRequest:
+    return replace(request_of(workload=Workload(256, 2048, 64)), engine=engine)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -6,23 +6,17 @@ from math import inf
 import pytest
 
 from expertlane.cost.laws.execution import LIKELY
-from expertlane.cost.throughput import Goals
-from expertlane.planner.candidates import PlanRequest
 from expertlane.planner.screen import fitting, with_fastest_prefill
 from expertlane.planner.search import Search
 from expertlane.spec.workload import Workload
-from planner.requests import MIXED, cluster_of, setting_of
+from planner.requests import request_of
+
+REQUEST = request_of(num_devices=16, workload=Workload(64, 2048, 128))
 
 
 @pytest.fixture(scope="module")
-def request_of():
-    workload = Workload(num_sequences=64, prompt_len=2048, output_len=128)
-    return PlanRequest(MIXED, cluster_of(16), workload, Goals(), setting_of(MIXED))
-
-
-@pytest.fixture(scope="module")
-def screened(request_of):
-    return fitting(Search(request_of).screen())
+def screened():
+    return fitting(Search(REQUEST).screen())
 
 
 def alike(option):
@@ -37,8 +31,8 @@ def prompt_s(option):
     return option.steps.alone_s[LIKELY] + option.steps.batched_s[LIKELY]
 
 
-def test_prefill_is_as_fast_as_with_the_best_form(screened, request_of):
-    found = with_fastest_prefill(screened, request_of)
+def test_prefill_is_as_fast_as_with_the_best_form(screened):
+    found = with_fastest_prefill(screened, REQUEST)
     fastest, of_candidate = {}, {each.candidate: each for each in screened}
     for each in screened:
         fastest[alike(each)] = min(fastest.get(alike(each), inf), prompt_s(each))
@@ -52,16 +46,16 @@ def test_prefill_is_as_fast_as_with_the_best_form(screened, request_of):
         assert after.tps >= before.tps
 
 
-def test_some_prefill_with_another_form_and_say_so(screened, request_of):
-    for each in with_fastest_prefill(screened, request_of):
+def test_some_prefill_with_another_form_and_say_so(screened):
+    for each in with_fastest_prefill(screened, REQUEST):
         assert "in prefill" in str(each.candidate)
         assert each.candidate.layout.ep > 1
 
 
-def test_in_full_each_phase_has_its_form(screened, request_of):
-    search = Search(request_of)
+def test_in_full_each_phase_has_its_form(screened):
+    search = Search(REQUEST)
     option = max(
-        (each for each in with_fastest_prefill(screened, request_of) if each.place is not None),
+        (each for each in with_fastest_prefill(screened, REQUEST) if each.place is not None),
         key=lambda each: each.tps,
     )
     whole = search.finish(option)

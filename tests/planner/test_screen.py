@@ -12,8 +12,7 @@ from expertlane.cost.laws.execution import Execution
 from expertlane.cost.projector import Projector, StepSize
 from expertlane.cost.routing import PowerLawRouting, TraceRouting
 from expertlane.cost.step.expected_counts import sampled_layers
-from expertlane.cost.throughput import Goals
-from expertlane.planner.candidates import Candidate, PlanRequest, candidates_of, valid_layouts
+from expertlane.planner.candidates import Candidate, candidates_of
 from expertlane.planner.records import experiment_text
 from expertlane.planner.screen import Screen, fitting
 from expertlane.simulator.simulator import ServingSetup, Simulator
@@ -23,19 +22,7 @@ from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import LengthRange, Load, Workload
 from golden.cases import DEEPSEEK
-from planner.requests import MIXED, PAPER, WORKLOAD, cluster_of, setting_of
-
-
-def screened(model, num_devices, workload=WORKLOAD, **setting):
-    cluster, chosen = cluster_of(num_devices), setting_of(model, **setting)
-    candidates = [
-        candidate
-        for layout in valid_layouts(model, num_devices)
-        for candidate in candidates_of(layout, model, cluster.profile.ranks_per_node)
-    ]
-    request = PlanRequest(model, cluster, workload, Goals(), chosen)
-    found = Screen(request).run(candidates, lambda _: None)
-    return fitting(found), cluster, chosen
+from planner.requests import MIXED, PAPER, agrees_with_the_whole_model, request_of, search_of
 
 
 @pytest.mark.smoke(1)
@@ -44,30 +31,21 @@ def screened(model, num_devices, workload=WORKLOAD, **setting):
 def test_steps_without_overlap_agree_with_the_whole_model(model, num_devices, execution):
     # Many tokens, so that one sample of their routing is like another.
     workload = Workload(num_sequences=1024, prompt_len=512, output_len=128)
-    found, cluster, setting = screened(model, num_devices, workload, execution=execution)
-    plain = [each for each in found if not each.candidate.options.overlap]
+    search = search_of(model, num_devices, workload, execution=execution)
+    plain = [each for each in fitting(search.screen()) if not each.candidate.options.overlap]
     for each in plain[:: max(1, len(plain) // 12)]:
-        layout, options, _ = each.candidate
-        projector = Projector(model, layout, options, cluster, setting)
-        num_caches = layout.replicas * layout.dp
-        size = StepSize(int(each.steps.num_seqs[-1]), 1, workload.mean_context)
-        step = projector.step(size)
-        assert each.steps.decode_s[1, -1] == pytest.approx(step.round_s.value, rel=0.1)
+        agrees_with_the_whole_model(each, search.request)
         low, likely, high = each.steps.decode_s[:, -1]
         assert low <= likely <= high
-        prompts = each.steps.prompts
-        size = StepSize(prompts.num_seqs * num_caches, prompts.num_new, prompts.num_cached)
-        assert each.steps.prefill_s[1] == pytest.approx(
-            projector.step(size).round_s.value, rel=0.12
-        )
 
 
 @pytest.mark.parametrize("num_sequences", [1, 3, 12])
 def test_idle_ranks_agree_with_the_whole_model(num_sequences):
     # Without expert parallelism: which experts so few tokens choose is chance.
     workload = Workload(num_sequences, prompt_len=512, output_len=128)
-    found, cluster, setting = screened(PAPER, 8, workload)
-    of_candidate = {str(each.candidate): each for each in found}
+    search = search_of(PAPER, 8, workload)
+    cluster, setting = search.request.cluster, search.request.setting
+    of_candidate = {str(each.candidate): each for each in fitting(search.screen())}
     for layout in ("dp=8", "tp=8", "replicas=2,dp=4", "dp=2,tp=4"):
         each = of_candidate[f"{layout}; plain"]
         projector = Projector(PAPER, *each.candidate[:2], cluster, setting)
@@ -76,8 +54,7 @@ def test_idle_ranks_agree_with_the_whole_model(num_sequences):
 
 
 def steps_of(options, skew):
-    workload = Workload(1024, 128, 128)
-    request = PlanRequest(PAPER, cluster_of(16), workload, Goals(), setting_of(PAPER, skew=skew))
+    request = request_of(PAPER, 16, Workload(1024, 128, 128), skew=skew)
     candidate = Candidate(Layout(dp=16, ep=16), options)
     (found,) = Screen(request).run([candidate], lambda _: None)
     return found.steps
@@ -102,8 +79,8 @@ def test_experts_that_no_ranks_divide_are_placed_once_for_all(monkeypatch, tmp_p
     monkeypatch.setattr("expertlane.cost.routing.plan_placement", plan)
     layout, num_redundant = Layout(dp=72, ep=72), 32
     model = from_hf(DEEPSEEK | {"num_hidden_layers": 5}, "DeepSeek-V3")
-    cluster, setting = cluster_of(72), setting_of(model, "float8", skew=0.8)
-    request = PlanRequest(model, cluster, Workload(9216, 2000, 100), Goals(), setting)
+    request = request_of(model, 72, Workload(9216, 2000, 100), dtype="float8", skew=0.8)
+    cluster, setting = request.cluster, request.setting
     candidate = next(
         each
         for each in candidates_of(layout, model, 8, "float8")
@@ -138,17 +115,17 @@ def test_a_trace_is_judged_by_several_layers():
     layers = tuple(range(PAPER.num_hidden_layers))
     ids = np.stack([even, *[hot] * (len(layers) - 1)]).astype(np.int16)
     trace = RoutingTrace("paper", PAPER.num_experts, layers, ids, np.arange(num_tokens))
-    cluster, workload = cluster_of(8), Workload(512, 512, 128)
+    request = request_of(PAPER, 8, Workload(512, 512, 128))
     candidates = [Candidate(Layout(dp=8, ep=8), Options())]
     seconds = {}
     for name, routing in (
         ("trace", TraceRouting(trace)),
         ("even", PowerLawRouting(PAPER.num_experts, top_k)),
     ):
-        setting = replace(setting_of(PAPER), routing=routing)
-        request = PlanRequest(PAPER, cluster, workload, Goals(), setting)
-        (found,) = Screen(request).run(candidates, lambda _: None)
-        step = Projector(PAPER, *candidates[0][:2], cluster, setting).step(StepSize(512, 512, 0))
+        setting = replace(request.setting, routing=routing)
+        (found,) = Screen(replace(request, setting=setting)).run(candidates, lambda _: None)
+        projector = Projector(PAPER, *candidates[0][:2], request.cluster, setting)
+        step = projector.step(StepSize(512, 512, 0))
         seconds[name] = found.steps.prefill_s[1], step.round_s.value
     screened, in_full = (seconds["trace"][k] / seconds["even"][k] for k in (0, 1))
     assert in_full > 3

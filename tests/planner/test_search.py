@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -6,14 +7,14 @@ import pytest
 from cli.screen import telling, tells
 from expertlane.cost.throughput import Goals
 from expertlane.errors import UserError
-from expertlane.planner.candidates import PlanRequest, family_of
+from expertlane.planner.candidates import family_of
 from expertlane.planner.ranking import best_of_families, contender, gap_to, pareto, ranked
 from expertlane.planner.screen import fitting
 from expertlane.planner.simulated import simulated_pool
 from expertlane.planner.two_pools import TwoPools, TwoPoolSearch, _prefill_sizes
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
-from planner.requests import MIXED, PAPER, WORKLOAD, cluster_of, planned, search_of, setting_of
+from planner.requests import MIXED, PAPER, WORKLOAD, planned, request_of, search_of
 
 
 @pytest.fixture(scope="module")
@@ -108,11 +109,10 @@ def test_a_sequence_alone_is_served_by_tensor_parallelism():
 
 
 def test_two_pools_keep_the_limits_in_full():
-    workload = Workload(256, 2048, 64)
-    request = MIXED, cluster_of(4), workload
-    free = TwoPoolSearch(PlanRequest(*request, Goals(), setting_of(MIXED))).run()
+    request = request_of(workload=Workload(256, 2048, 64))
+    free = TwoPoolSearch(request).run()
     limit = 0.95 * free.served.tpot_s[1, 0]
-    kept = TwoPoolSearch(PlanRequest(*request, Goals(max_tpot_s=limit), setting_of(MIXED))).run()
+    kept = TwoPoolSearch(replace(request, goals=Goals(max_tpot_s=limit))).run()
     assert kept.served.tpot_s[1, 0] <= limit
     assert kept.served.tps[1, 0] <= free.served.tps[1, 0]
 
@@ -126,10 +126,7 @@ def test_two_pools_keep_the_limits_in_full():
     ],
 )
 def test_why_there_are_no_two_pools(model, num_devices, goals, why):
-    search = TwoPoolSearch(
-        PlanRequest(model, cluster_of(num_devices), WORKLOAD, goals, setting_of(model))
-    )
-    assert search.run() == why
+    assert TwoPoolSearch(request_of(model, num_devices, goals=goals)).run() == why
 
 
 @pytest.mark.parametrize(
@@ -185,8 +182,7 @@ def test_progress_counts_every_candidate_and_finalist():
 
 
 def test_two_pools_share_the_devices():
-    workload = Workload(256, 2048, 64)
-    search = TwoPoolSearch(PlanRequest(MIXED, cluster_of(4), workload, Goals(), setting_of(MIXED)))
+    search = TwoPoolSearch(request_of(workload=Workload(256, 2048, 64)))
     done: list[int] = []
     pools = search.run(done.append)
     assert isinstance(pools, TwoPools)
