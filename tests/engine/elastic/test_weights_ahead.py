@@ -225,7 +225,7 @@ def test_there_is_little_room(monkeypatch):
         ({}, "dp=2,tp=2,ep=4", 0.1),
         ({"check": "full", "options": Options(num_redundant_experts=4)}, "dp=4,ep=4", 0.1),
         ({"options": Options(weights="int8", num_redundant_experts=16)}, "dp=4,ep=4", 0.9),
-        ({}, "tp=2,pp=2", 0.0),
+        ({}, "tp=2,pp=2", 0.01),  # the embedding, which the other rank of its group has too
     ],
 )
 def test_a_new_rank_gets_copies(settings, layout, least):
@@ -241,5 +241,7 @@ def test_a_new_rank_gets_copies(settings, layout, least):
                 assert sum(each.bytes_from.values()) == each.weight_bytes
                 assert each.seconds_from[Origin.READ] > 0
             shares = [each.bytes_from.get(Origin.COPIED, 0) / each.weight_bytes for each in held]
-            assert [share > 0 for share in shares] == [least > 0] * len(victims)
-            assert shares[0] >= least or len(victims) > 1
+            if len(victims) == 1:
+                assert shares[0] >= least
+            else:  # of a whole tensor-parallel group no rank is left
+                assert [share > 0 for share in shares] == [layout != "tp=2,pp=2"] * 2
