@@ -46,7 +46,7 @@ class RandomWeights(WeightSource):
     in_turn = False
 
     def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
-        shape = list(tensor_shape(self._model, name))
+        shape = list(tensor_shape(self.model, name))
         fan_in = shape[-1]
         if part is not None:
             shape[cut_dim(name)] = len(part)

@@ -128,7 +128,7 @@ class Recorded(SeededWeights):
     """Seeded weights that record which part of each tensor was read."""
 
     def take(self, name, part=None, dtype=None):
-        size = tensor_shape(self._model, name)[cut_dim(name)]
+        size = tensor_shape(self.model, name)[cut_dim(name)]
         read = range(size) if part is None else part
         assert self.read.setdefault(name, read) == read, f"{name} is read in one slice"
         return super().take(name, part, dtype)
@@ -140,7 +140,7 @@ def test_a_rank_reads_what_it_holds(name, layout):
     model, layout = MODELS[name], Layout.parse(layout)
     placements = placements_of(model, layout, Options())
     for rank in range(layout.world_size):
-        source = Recorded(model, 0, torch.float32, torch.device("cpu"), lambda: None)
+        source = Recorded(model, torch.float32, torch.device("cpu"), lambda: None)
         source.read = {}
         TransformerStage(model, placements, source, mesh_of_place(layout, rank))
         read = {tensor: part for tensor, part in source.read.items() if part}

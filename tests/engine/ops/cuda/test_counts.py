@@ -96,7 +96,7 @@ class OneRank:
             0, layers, model.num_experts, board.reporter(0), clock, world_size=1
         )
         self.mesh = ParallelMesh(Layout(), Meshes(), 0, 1, self.recorder)
-        source = source or partial(SeededWeights, model, 0)
+        source = source or partial(SeededWeights, model)
         source = source(torch.float32, DEVICE, lambda: None)
         self.types = types or NumberTypes.all_of("float32")
         placement = Placement.linear(model.num_experts, 1)
