@@ -225,6 +225,7 @@ def test_the_profile_says_what_it_is_of(profile):
     assert 0.65 * peak <= profile.device.flops_per_s[DTYPE] <= peak
 
 
+@pytest.mark.full
 def test_where_time_is_short_a_coarser_grid_of_all_kinds_is_measured(patched, profile):
     gpu = MadeUpGpu(point_takes_s=1.0)
     calibration = calibrated(patched, gpu, within_s=120.0)

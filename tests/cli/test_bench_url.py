@@ -169,6 +169,7 @@ def test_a_refused_key_is_one_line(run, fake, monkeypatch):
     assert one_line(err, f"{server.url} API HTTP 401 EXPERTLANE_API_KEY --api-key-file")
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_gives_what_there_is_and_says_so(fake, tmp_path, number):
     """The server answers ten requests and keeps the others waiting."""

@@ -103,6 +103,7 @@ def test_what_fits_is_measured_with_the_projection_beside_it(
     assert " needs " not in err
 
 
+@pytest.mark.full
 def test_a_checkpoints_projection_stands_beside_it_too(too_small, comparison, run, monkeypatch):
     """What is read of the weights makes the experiment another object, of the same results."""
     monkeypatch.setattr(machine, "why_not_here", lambda experiment, dtype: None)

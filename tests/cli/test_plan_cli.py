@@ -74,6 +74,7 @@ def test_json_is_the_file_and_reads_back(run, here):
     assert tps.low <= tps.value <= tps.high
 
 
+@pytest.mark.full
 def test_a_checkpoint_needs_only_its_configuration(run, here):
     checkpoint(here / "mine")
     code, _, err = run("plan", "./mine", "--cluster", "h100x2", *WORKLOAD, "--out", "there")

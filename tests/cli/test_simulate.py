@@ -32,6 +32,7 @@ def as_json(run, *arguments, **model):
     return json.loads(simulate(run, *arguments, "--json", **model)[0])
 
 
+@pytest.mark.full
 def test_a_report_says_what_limits_the_deployment(run, tmp_path):
     out, err = simulate(run, *EP16, *LOAD, "--full", "--out", str(tmp_path / "new"))
     assert all(len(line) <= 80 for line in out.splitlines())
@@ -64,6 +65,7 @@ def test_the_same_load_gives_the_same_numbers(run):
     assert of_seeds[0] != of_seeds[1]
 
 
+@pytest.mark.full
 def test_arrivals_have_bounds_of_their_own(run):
     opened = [*LOAD[2:], "--rate", "200", "--num-requests", "6"]
     out, err = simulate(run, *TP2, *opened)
@@ -168,6 +170,7 @@ def test_fewer_requests_than_the_usual_batch(run):
     assert (found["batch"], found["num_requests"]) == (20, 20)
 
 
+@pytest.mark.full
 def test_as_many_first_tokens_as_are_asked_for(run):
     asked = [*TP2, *LOAD, "--num-requests"]
     few, many = (as_json(run, *asked, num)["deployments"][0]["serving"][0] for num in ("8", "300"))
@@ -176,6 +179,7 @@ def test_as_many_first_tokens_as_are_asked_for(run):
     assert low <= many["ttft_s"]["p95"]["value"] <= high
 
 
+@pytest.mark.full
 def test_more_arrive_than_are_served(run):
     out, _ = simulate(run, *TP2, *LOAD[2:], "--rate", "1e6")
     words = " ".join(out.split())
@@ -217,6 +221,7 @@ def test_what_is_given_goes_before_what_a_framework_has(run, asked, tokens):
     assert found["question"]["serving"]["max_num_batched_tokens"] == tokens
 
 
+@pytest.mark.full
 def test_what_a_framework_corrects_is_told(run):
     layout = ["--layout", "tp=8,ep=8", "--cluster", "b200x8"]
     short, full = (
@@ -228,6 +233,7 @@ def test_what_a_framework_corrects_is_told(run):
     assert "arrival delay" in full
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("layout", "cluster", "asked", "dispatch"),
     [
@@ -275,6 +281,7 @@ def test_multi_token_prediction_pays_only_if_guesses_are_right(run):
     assert weights[0] < weights[1]
 
 
+@pytest.mark.full
 def test_a_trace_has_one_prefill_and_one_decode(run, tmp_path):
     asked = ["--layout", "pp=2,tp=2", "--cluster", "h100x4", *LOAD]
     _, err = simulate(run, *asked, "--trace", "--out", str(tmp_path / "deep"))
@@ -298,6 +305,7 @@ def test_replicas_send_among_themselves(run, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
 
 
+@pytest.mark.full
 def test_experts_are_placed_by_load_unless_a_user_says_otherwise(run):
     asked = [*EP16, "--batch", "512", "--prompt-len", "32", "--output-len", "4", "--skew", "1.2"]
     asked += ["--num-redundant-experts", "16", "--num-requests", "512"]

@@ -299,6 +299,7 @@ def test_a_cache_that_does_not_hold_the_workload(results, pools, monkeypatch):
     assert each.decode.num_steps > results.deployments[0].decode.num_steps
 
 
+@pytest.mark.full
 def test_nothing_to_decode(pools):
     experiment = replace(
         EXPERIMENT,

@@ -364,6 +364,7 @@ def test_a_few_combinations(pools, asked):
     run_combinations(pools, asked, 6, max_num_ranks=4, work=12)
 
 
+@pytest.mark.full
 def test_a_few_combinations_with_torch_alone(asked, torch_pools):
     run_combinations(torch_pools, asked, 3, max_num_ranks=4, work=12)
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.multi_token import MultiToken
@@ -62,6 +63,7 @@ def test_accepted_drafts_shorten_tokens_and_their_bounds_show():
         np.testing.assert_allclose(drafted.steps.token_s, each_s)
 
 
+@pytest.mark.full
 def test_drafts_that_are_never_right_are_not_chosen():
     best = planned(Search(request_of(MultiToken(2, 0.0), 64))).finalists[0]
     assert best.candidate.num_drafts == 0

@@ -205,6 +205,7 @@ def best_of_engines(engine=None, pools=None):
     return ranking, of_each_engine(search, ranking, pools or of_pools.run(), of_pools)
 
 
+@pytest.mark.full
 def test_the_best_of_each_engine_is_what_it_runs():
     ranking, choices = best_of_engines()
     assert [each.engine.name for each in choices] == list(ALL)

@@ -67,6 +67,7 @@ def test_simulate_says_of_a_row_what_plan_says(seed, tmp_path):
     are_rows_simulated_alike(plan(asked), tmp_path)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("seed", range(4))
 def test_simulate_serves_the_prefixes_that_plan_served(seed, tmp_path):
     asked = draw(20 + seed) | {"prompt_len": 160, "prefix_len": 100 + 15 * seed}
@@ -100,6 +101,7 @@ def are_rows_simulated_alike(results, tmp_path):
         assert told(found.deployments[0]) == pytest.approx(told(row), rel=_SAME)
 
 
+@pytest.mark.full
 def test_lengths_that_vary_are_simulated_as_they_are(tmp_path):
     asked = draw(2) | {"prompt_len": "16:160", "output_len": "12:60"}
     results = plan(asked)
@@ -110,6 +112,7 @@ def test_lengths_that_vary_are_simulated_as_they_are(tmp_path):
     assert told(best_of(results)) != pytest.approx(told(alike), rel=_SAME)
 
 
+@pytest.mark.full
 def test_recorded_requests_are_simulated_by_their_lengths(tmp_path):
     recorded = recorded_requests(tmp_path, 6, 30)
     asked = {"cluster": "h100x2", "batch": 4, "requests": recorded, "skew": 0}
@@ -135,6 +138,7 @@ def few_places(monkeypatch):
     monkeypatch.setattr("expertlane.planner.candidates._MOST_SEQS", 16)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("few_places")
 def test_an_open_load_is_served_at_its_rate(tmp_path):
     asked = draw(2) | {"batch": None, "cluster": "h100x2"}
@@ -158,6 +162,7 @@ def test_an_open_load_is_served_at_its_rate(tmp_path):
     assert tells(said(large), "1e+06 requests/s --cluster h100xauto")
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("few_places")
 def test_an_objective_that_nothing_meets_at_any_rate_is_refused():
     asked = draw(2) | {"batch": None, "cluster": "h100x2"}
@@ -168,6 +173,7 @@ def test_an_objective_that_nothing_meets_at_any_rate_is_refused():
         plan(asked, rate=1, slo=slo)
 
 
+@pytest.mark.full
 def test_a_row_keeps_drafts_types_and_framework(tmp_path):
     asked = {"cluster": "h100x2", "batch": 8, "prompt_len": 64, "output_len": 16, "price": 3}
     own = {"mtp": 1, "mtp_acceptance": 0.7, "dtype": "float8", "framework": "trt", "seed": 2}
@@ -181,6 +187,7 @@ def test_a_row_keeps_drafts_types_and_framework(tmp_path):
     assert cost.value == pytest.approx(row.serving[0].usd_per_million_output.value, rel=_SAME)
 
 
+@pytest.mark.full
 def test_what_is_given_beside_a_row_takes_precedence(tmp_path):
     asked = draw(2)
     file.write(plan(asked), tmp_path)
@@ -197,6 +204,7 @@ def test_what_is_given_beside_a_row_takes_precedence(tmp_path):
         expertlane.simulate(plan=tmp_path, layout="tp=2")
 
 
+@pytest.mark.full
 def test_those_without_a_place_wait_as_long_as_the_places_take(tmp_path):
     """Planned by Little's law; simulated, with all of them in the queue."""
     asked = draw(3) | {"batch": 64, "cluster": "h100x2", "output_len": 40, "price": 2}
@@ -217,6 +225,7 @@ def test_those_without_a_place_wait_as_long_as_the_places_take(tmp_path):
     assert queued.place_wait_s.value == pytest.approx(wait_s, rel=0.05)
 
 
+@pytest.mark.full
 def test_a_price_is_of_whatever_is_shown():
     asked = draw(4) | {"batch": 24, "price": 2}
     results = plan(asked)
@@ -229,6 +238,7 @@ def test_a_price_is_of_whatever_is_shown():
     assert all(each.num_ranks == 2 for each in shown)
 
 
+@pytest.mark.full
 def test_a_row_of_a_comparison_is_what_compare_says(tmp_path):
     spread = Options(overlap="auto", num_redundant_experts=2)
     deployments = (
@@ -246,6 +256,7 @@ def test_a_row_of_a_comparison_is_what_compare_says(tmp_path):
         assert told(found.deployments[0]) == pytest.approx(told(row), rel=_SAME)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("row", "says"),
     [
@@ -379,6 +390,7 @@ def test_compare_takes_the_experiment_of_a_plan(case, tmp_path, monkeypatch):
         assert told(again.deployments[0]) == pytest.approx(told(best), rel=_SAME)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("few_places")
 def test_recorded_requests_at_a_rate_are_fewer_than_sequences(tmp_path, monkeypatch):
     monkeypatch.setattr("expertlane.comparison.run.why_not_here", lambda *_: "for this test")
@@ -391,6 +403,7 @@ def test_recorded_requests_at_a_rate_are_fewer_than_sequences(tmp_path, monkeypa
     assert told(found) == pytest.approx(told(best), rel=_SAME)
 
 
+@pytest.mark.full
 def test_options_take_the_place_of_an_experiments_own(tmp_path, monkeypatch):
     monkeypatch.setattr("expertlane.comparison.run.why_not_here", lambda *_: "for this test")
     asked = draw(3) | {"batch": 24, "cluster": "h100x2", "output_len": 20, "skew": 0.5}
@@ -442,6 +455,7 @@ def test_more_of_anything_makes_no_answer_worse(seed):
     assert best(more_of(dice, asked), limits[0]).output_tps.value >= least
 
 
+@pytest.mark.full
 def test_a_limit_takes_all_the_sequences_that_it_allows():
     """Between halves of those that fit."""
     asked = draw(3) | {"batch": 64, "cluster": "h100x2"}

@@ -51,6 +51,7 @@ def test_every_row_has_an_error():
     assert set(names) > OUTSIDE
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda each: each.name)
 def test_no_error_grows(row):
     low, likely, high = projected(row, MODEL)
@@ -59,6 +60,7 @@ def test_no_error_grows(row):
     assert low < row.tps < high or row.name in OUTSIDE
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("row", GAINS, ids=lambda each: each.name)
 def test_what_placing_experts_by_load_brings(row):
     """With the most even routing next to nothing, with the most uneven more than was published."""

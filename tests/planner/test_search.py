@@ -108,6 +108,7 @@ def test_a_sequence_alone_is_served_by_tensor_parallelism():
     assert found.finalists[0].option.candidate.layout.replicas == 1
 
 
+@pytest.mark.full
 def test_two_pools_keep_the_limits_in_full():
     request = request_of(workload=Workload(256, 2048, 64))
     free = TwoPoolSearch(request).run()
@@ -143,6 +144,7 @@ def test_pools_are_of_whole_nodes(num_devices, expected):
     assert _prefill_sizes(num_devices, 8) == expected
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize(("num_sequences", "prompt_len"), [(32, 4096), (4096, 512), (4096, 8192)])
 def test_the_best_split_is_found_without_trying_all(num_sequences, prompt_len, monkeypatch):
     """Of eight nodes; pairs by the formula, none simulated."""
@@ -172,6 +174,7 @@ def test_a_cluster_too_large_to_plan_for():
         search_of(num_devices=5000)
 
 
+@pytest.mark.full
 def test_progress_counts_every_candidate_and_finalist():
     search = search_of()
     screened, finished = [], []

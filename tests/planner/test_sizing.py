@@ -23,6 +23,7 @@ def test_sizes_are_powers_of_two_in_a_node_then_whole_nodes():
     assert cluster_sizes(1)[:3] == [1, 2, 3]
 
 
+@pytest.mark.full
 def test_the_smallest_cluster_serves_all_and_the_next_smaller_does_not():
     on_one = expertlane.plan("paper-small", cluster="h100x1", **ASKED)
     limit_s = 0.8 * on_one.select("projected", BEST)[0].serving[0].tpot_s.mean.value
@@ -41,6 +42,7 @@ def test_the_smallest_cluster_serves_all_and_the_next_smaller_does_not():
     assert same.deployments[0] == found.deployments[0]
 
 
+@pytest.mark.full
 def test_the_smallest_cluster_for_a_rate_serves_it_and_the_next_smaller_does_not(monkeypatch):
     monkeypatch.setattr("expertlane.planner.candidates._MOST_SEQS", 16)
     asked = {key: value for key, value in ASKED.items() if key != "batch"}

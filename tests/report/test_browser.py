@@ -92,6 +92,7 @@ def test_nothing_is_wider_than_a_phone_nor_too_small_to_read(opened, make, schem
     assert all(size > 9.5 for size in sizes_of_text(page))
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 def test_the_number_that_is_the_answer_is_seen_on_a_phone(opened, make):
     """In the first heading, without a scroll to the side or down."""
@@ -105,6 +106,7 @@ def test_the_number_that_is_the_answer_is_seen_on_a_phone(opened, make):
     assert page.evaluate("document.querySelector('h1').scrollWidth") <= box["width"] + 1
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 def test_tables_fold_or_scroll_in_a_box_of_their_own(opened, make):
     page = opened(make, 390)

@@ -67,6 +67,7 @@ def test_a_call_with_arguments_that_are_no_json(served):
     assert answer.status_code == 200, answer.text
 
 
+@pytest.mark.full
 def test_without_a_number_of_tokens_it_is_as_many_as_fit(served):
     answer = served.client.chat.completions.create(extra_body={"ignore_eos": True}, **ASKED)
     assert answer.usage.total_tokens == 256

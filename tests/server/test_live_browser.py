@@ -199,6 +199,7 @@ def test_pause_holds_the_page_still(opened, busy):
     expect(page.locator("#state")).to_have_text("running")
 
 
+@pytest.mark.full
 def test_a_key_is_asked_for_and_is_in_no_address(opened, stub_server):
     server = stub_server(ServerOptions(api_keys=("open sesame",)))
     page = opened(server)

@@ -112,6 +112,7 @@ def test_all_forms_with_all_that_may_be_beside_them(structured, field, pattern):
         assert re.fullmatch(pattern, text)
 
 
+@pytest.mark.full
 def test_compact_json(structured):
     """vLLM's field, with the schema in it or in another one."""
     person = {"type": "object", "properties": {"a b": {"type": "array", "items": {"type": "null"}}}}

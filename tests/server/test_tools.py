@@ -152,6 +152,7 @@ def test_reasoning_comes_first(name):
         assert may_skip or think.end in text
 
 
+@pytest.mark.full
 def test_an_answer_is_json_or_a_call():
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": LOOK}}
     kinds = set()

@@ -67,6 +67,7 @@ def test_as_the_middle_of_the_whole_load(layouts, num_prefixes):
     assert found_share(found.served) > 0.9
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("rate", [None, 400.0])
 @pytest.mark.parametrize("prefix_len", [0, 15])
 def test_a_prefix_that_fills_no_block_changes_nothing(prefix_len, rate):
@@ -139,6 +140,7 @@ def test_as_many_are_found_as_the_formula_says(num_prefixes):
     assert np.mean(shares) == pytest.approx(wanted, abs=0.08)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("layouts", [("tp=2",), ("dp=2,ep=2",), ("tp=1", "tp=2")])
 @pytest.mark.parametrize(("num_prefixes", "num_resident"), [(1, None), (4, None), (30, 20)])
 def test_a_longer_prefix_is_no_slower(layouts, num_prefixes, num_resident):

@@ -94,6 +94,7 @@ def test_what_arrives_late_waits_as_long():
     assert after.ttft_s - before.ttft_s == pytest.approx([0.1, 0.2, 0.3], abs=0.02)
 
 
+@pytest.mark.full
 def test_an_open_loop_serves_what_arrives_until_it_cannot():
     most = steady_state(simulator_of(("tp=2",), 256, 256, (40, 50), (90, 110)), 0).rates
     capacity = most.requests_per_s[1]
@@ -129,6 +130,7 @@ def test_quantiles_of_a_poisson_distribution(mean):
     assert numbers.var() == pytest.approx(mean, rel=0.03)
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("layout", ["tp=4", "dp=4,ep=4", "pp=2,tp=2"])
 def test_seeds_agree_within_the_error_that_is_told(layout):
     found = [

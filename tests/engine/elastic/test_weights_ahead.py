@@ -79,6 +79,7 @@ def test_no_rank_reads_in_the_pause(settings, layouts, checkpoints):
             assert len(change.held) == llm.layout.world_size
 
 
+@pytest.mark.full
 def test_the_share_counts_new_ranks_from_the_start(monkeypatch):
     """They tell how far they are while they load, and nothing of one that has told nothing."""
     monkeypatch.setattr(scaling, "_NEW_SLICE_S", 0.0)  # a part each

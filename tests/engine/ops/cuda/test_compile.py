@@ -78,6 +78,7 @@ def test_a_tile_of_many_rows_has_to_be_multiplied_by_a_group_of_warps(monkeypatc
     assert not is_within(90, 0, "mma")
 
 
+@pytest.mark.full
 @needs_tools
 def test_words_that_are_in_no_name_compile_nothing_and_fail():
     ended = run("--only", "no such case")
