@@ -20,7 +20,8 @@ from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.layer import arrival_steps, embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import HandOver
 from expertlane.cost.step.step_list import ExpectedStepList
-from expertlane.planner.candidates import Candidate
+from expertlane.cost.throughput import Goals
+from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.screen import fitting
 from expertlane.planner.search import Search
 from expertlane.spec.deployment import Options
@@ -28,7 +29,7 @@ from expertlane.spec.dispatch import is_by_node_on
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
-from planner.requests import MIXED, PAPER, request_of
+from planner.requests import MIXED, PAPER, cluster_of, setting_of
 
 LATENT = from_hf(
     {
@@ -97,7 +98,8 @@ def step_s(request, candidate, num_seqs, num_new, num_cached, how):
     ],
 )
 def test_shared_parts_add_up_to_the_same(model, num_devices, sizes, execution):
-    request = request_of(model, num_devices, Workload(*sizes), execution=execution, skew=0.8)
+    setting = setting_of(model, execution=execution, skew=0.8)
+    request = PlanRequest(model, cluster_of(num_devices), Workload(*sizes), Goals(), setting)
     found = fitting(Search(request).screen())
     drawn = np.random.default_rng(num_devices).choice(len(found), 24, replace=False)
     for each in (found[place] for place in drawn):
@@ -133,12 +135,12 @@ def evenly_routed(draw):
 @given(evenly_routed())
 def test_the_closed_form_is_the_replay_where_routing_is_even(drawn):
     model, layout, options, (num_seqs, *sizes), execution = drawn
-    workload, how = Workload(num_seqs, 512, 128), Pipelining.of(options)
-    request = request_of(model, layout.world_size, workload, execution=execution)
+    setting, cluster = setting_of(model, execution=execution), cluster_of(layout.world_size)
+    workload = Workload(num_seqs, 512, 128)
+    request, how = PlanRequest(model, cluster, workload, Goals(), setting), Pipelining.of(options)
     of_part = -(-num_seqs // (layout.dp * how.num_parts))
     found = step_s(request, Candidate(layout, options, 0), of_part, *sizes, how)
-    projector = Projector(model, layout, options, request.cluster, request.setting)
-    replayed = projector.step(StepSize(num_seqs, *sizes))
+    replayed = Projector(model, layout, options, cluster, setting).step(StepSize(num_seqs, *sizes))
     # Of all but chance in who is chosen, and the first launches of a pipeline or of eager steps.
     is_exact = (layout.pp, layout.ep, execution) == (1, 1, Execution.GRAPH)
     expected = replayed.round_s
