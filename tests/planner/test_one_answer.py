@@ -340,7 +340,7 @@ def limit_of(asked, metric, share):
     return f"{metric}={1e3 * share * free:.6g}ms"
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     "case", ["limit", "lengths", "requests", "prefixes", "routing", "types", "percentile"]
 )

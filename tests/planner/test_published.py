@@ -60,7 +60,7 @@ def test_no_error_grows(row):
     assert low < row.tps < high or row.name in OUTSIDE
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize("row", GAINS, ids=lambda each: each.name)
 def test_what_placing_experts_by_load_brings(row):
     """With the most even routing next to nothing, with the most uneven more than was published."""
