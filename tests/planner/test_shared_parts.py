@@ -1,11 +1,10 @@
 """The closed form of a step against every candidate priced by itself, and against the replay."""
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from expertlane.cost.closed_form import Pipelining, step_estimates
 from expertlane.cost.laws.execution import Execution, Terms
@@ -115,26 +114,27 @@ def test_shared_parts_add_up_to_the_same(model, num_devices, sizes, execution):
             np.testing.assert_allclose(each.steps.prefill_s, exact, rtol=1e-9)
 
 
-@st.composite
-def evenly_routed(draw):
-    """A deployment and a step of it, in which every rank does as much as any other."""
-    model = draw(st.sampled_from((PAPER, MIXED, LATENT)))
-    pp, dp, tp = draw(
-        st.sampled_from(((1, 1, 1), (1, 1, 8), (1, 8, 1), (1, 2, 4), (2, 1, 4), (4, 1, 2)))
-    )
-    ep = draw(st.sampled_from((1, dp * tp)))
-    options = Options(dispatch="all_gather" if dp == 1 else "all_to_all")
-    if pp > 1:
-        schedule = draw(st.sampled_from(("drained", "rotating")))
-        options = replace(options, num_micro_batches=pp, micro_batch_schedule=schedule)
-    num_new, cached, seqs = draw(st.sampled_from(((1, 1000, 512), (1, 77, 256), (512, 0, 64))))
-    execution = draw(st.sampled_from((Execution.GRAPH, Execution.EAGER)))
-    return model, Layout(1, pp, dp, tp, ep), options, (seqs, num_new, cached), execution
+STEPS = ((1, 1000, 512), (1, 77, 256), (512, 0, 64))  # new and cached positions, sequences
+AXES = ((1, 1, 1), (1, 1, 8), (1, 8, 1), (1, 2, 4), (2, 1, 4), (4, 1, 2))  # pp, dp, tp
+EVENLY_ROUTED = [
+    (model, Layout(1, pp, dp, tp, ep), schedule, step, execution)
+    for model, (pp, dp, tp) in product((PAPER, MIXED, LATENT), AXES)
+    for ep in sorted({1, dp * tp})
+    for schedule in (("drained", "rotating") if pp > 1 else ("drained",))
+    for step, execution in product(STEPS, (Execution.GRAPH, Execution.EAGER))
+]
 
 
-@given(evenly_routed())
-def test_the_closed_form_is_the_replay_where_routing_is_even(drawn):
-    model, layout, options, (num_seqs, *sizes), execution = drawn
+@pytest.mark.smoke(24)
+@pytest.mark.parametrize(("model", "layout", "schedule", "step", "execution"), EVENLY_ROUTED)
+def test_the_closed_form_is_the_replay_where_routing_is_even(
+    model, layout, schedule, step, execution
+):
+    num_new, num_cached, num_seqs = step
+    options = Options(dispatch="all_gather" if layout.dp == 1 else "all_to_all")
+    if layout.pp > 1:
+        options = replace(options, num_micro_batches=layout.pp, micro_batch_schedule=schedule)
+    sizes = num_new, num_cached
     setting, cluster = setting_of(model, execution=execution), cluster_of(layout.world_size)
     workload = Workload(num_seqs, 512, 128)
     request, how = PlanRequest(model, cluster, workload, Goals(), setting), Pipelining.of(options)
@@ -143,7 +143,8 @@ def test_the_closed_form_is_the_replay_where_routing_is_even(drawn):
     replayed = Projector(model, layout, options, cluster, setting).step(StepSize(num_seqs, *sizes))
     # Of all but chance in who is chosen, and the first launches of a pipeline or of eager steps.
     is_exact = (layout.pp, layout.ep, execution) == (1, 1, Execution.GRAPH)
+    fills = layout.pp > 1 and schedule == "drained" and execution is Execution.EAGER
     expected = replayed.round_s
     bounds = (expected.low, expected.value, expected.high)
-    close = {"rtol": 1e-9} if is_exact else {"rtol": 0.05, "atol": 1e-4}
+    close = {"rtol": 1e-9} if is_exact else {"rtol": 0.07 if fills else 0.02, "atol": 1e-4}
     np.testing.assert_allclose(found, bounds, **close)
