@@ -69,9 +69,11 @@ check: $(VENV)/.dev ## Lint, formatting, types, and which package imports which
 	@$(BIN)/lint-imports
 
 # Built where it is run, so that it serves systems with this one's C library, or a later one.
-wheel: $(VENV)/.dev ## Build a wheel with compiled kernels for this kind of CPU into dist/
+wheel: $(VENV)/.dev ## Build two wheels into dist/: with compiled kernels for this kind of CPU, and without
+	@rm -f dist/*.whl
+	@$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 	@EXPERTLANE_WHEEL_KERNELS=1 $(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
-	@ls dist/*manylinux*.whl
+	@ls dist/*.whl
 
 docs: $(VENV)/.docs ## Build the documentation into docs/_build/html
 	@$(BIN)/python docs/option_table.py
