@@ -10,6 +10,7 @@ time until the next token is there.
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,7 +18,10 @@ from typing import Any
 from roofline import picture
 
 from expertlane.report.charts.bars import stacked
+from expertlane.report.charts.colours import on
+from expertlane.report.charts.svg import colour
 from expertlane.report.document import Chart, Legend, Table
+from expertlane.report.numbers import figures, milliseconds
 
 HERE = Path(__file__).parent
 REST = "noticing, and the next step"
@@ -41,8 +45,18 @@ def main() -> None:
     """Write the picture."""
     results = json.loads(Path(sys.argv[1]).read_text("utf-8"))["results"]
     seconds = {f"{each['layout']}, {each['harm']}": parts(each) for each in results}
-    labels = [each.label for each in LEGEND]
-    spec = stacked(seconds, labels, LEGEND, as_shares=False)
+    rows = {
+        name: (
+            f"{milliseconds(sum(of_part.values()))} ms",
+            [
+                {"cause": part, "size": 1e3 * each_s, "shown": figures(1e3 * each_s)}
+                for part, each_s in of_part.items()
+            ],
+        )
+        for name, of_part in seconds.items()
+    }
+    words = colour("cause", [replace(each, colour=on(each.colour)) for each in LEGEND])
+    spec = stacked(rows, {}, {"color": colour("cause", LEGEND)}, words)
     table = Table.across("ms", [], [])
     chart = Chart("Where the time of a recovery goes", "", spec, table, legend=LEGEND, note="")
     (HERE / "recovery.svg").write_text(picture(chart), "utf-8")
