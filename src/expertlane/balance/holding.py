@@ -98,7 +98,7 @@ class Slices(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Holding:
-    """What a rank holds of a model.
+    """A rank's part of a model: its layers, heads and experts, and its slice of every tensor.
 
     Attributes:
         rank: in the layout.
@@ -114,7 +114,7 @@ class Holding:
     def of_members(
         cls, model: ModelConfig, members: Members, placements: tuple[Placements, ...]
     ) -> dict[int, "Holding"]:
-        """What each process holds, by its number, in the order of ranks.
+        """Each process's part of a model, by its number, in the order of ranks.
 
         Args:
             placements: [replicas][num_hidden_layers].

@@ -112,7 +112,7 @@ class Change:
 
 
 class Transition:
-    """What happens between two arrangements. Each process's part is computed when asked for.
+    """Changes of weights and caches between two arrangements, computed for a process when asked.
 
     Args:
         alive: processes that live and have what their place in `before` holds; others are lost,

@@ -47,7 +47,9 @@ class Endpoint:
         self._to_exchange = ctypes.addressof(self._exchange)
         self._in_use: dict[Any, tuple[Any, ...]] = {}  # by exchanges under way
         heap = region.heap(rank)
-        self._heap = torch.frombuffer(memory, dtype=torch.uint8, offset=heap.start, count=len(heap))
+        with torch.inference_mode(False):  # torch writes to it in and outside that mode
+            bounds = {"offset": heap.start, "count": len(heap)}
+            self._heap = torch.frombuffer(memory, dtype=torch.uint8, **bounds)
         self._heap_by_type: dict[torch.dtype, Tensor] = {}
 
     def group_bytes(self, size: int) -> int:
