@@ -268,6 +268,22 @@ def test_a_model_without_experts():
     assert "Load of the experts" not in words
 
 
+def test_a_measured_wait_in_a_hand_over_is_the_bubble_of_the_pipeline():
+    def names(results):
+        return [
+            {legend.label for legend in chart.legend}
+            for chart in charts_of(results)
+            if isinstance(chart.spec, Lanes)
+        ]
+
+    for of_chart in names(example_results.usual()):
+        assert "pipeline bubble" in of_chart
+        assert "PP send/recv" not in of_chart
+    for of_chart in names(example_pages.projected()):
+        assert {"PP send/recv", "pipeline bubble"} <= of_chart
+        assert "idle" not in of_chart  # another stage has the work
+
+
 def test_names_that_look_like_markup_stay_words():
     results = example_results.usual()
     names = {

@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,13 @@ def complaint(path: Path) -> str:
     line = str(caught.value)
     assert "\n" not in line
     return line.replace(str(path), "FILE")
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    given = example.usual()
+    path = write(given, tmp_path)
+    assert read(path) == given
+    assert os.listdir(tmp_path) == ["results.json"]
 
 
 def test_numbers_of_numpy_are_written_as_others(tmp_path: Path) -> None:
@@ -76,6 +84,23 @@ def test_the_file_has_the_names_of_the_schema(written: Path) -> None:
     assert decode["traffic"]["by_link"]["inter-node"]["payload"] == 2 * 16 * 8 * 100
     assert decode["breakdown_s"]["experts"] == pytest.approx(0.2)
     assert data["question"]["experiment"]["model"]["hidden_size"] == 64
+
+
+def test_an_older_file_is_replaced_whole(tmp_path: Path) -> None:
+    write(example.usual(), tmp_path)
+    newer = replace(example.usual(), command="another")
+    write(newer, tmp_path)
+    assert read(tmp_path / "results.json").command == "another"
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", no_space)
+    with pytest.raises(UserError, match=telling("results.json No space left")):
+        write(example.usual(), tmp_path)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
