@@ -13,10 +13,13 @@ from expertlane.cost.laws.execution import LIKELY, OF_TRANSFERS, Execution, Term
 from expertlane.cost.laws.profile import Device, Profile, Term
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.pricing import StageWork
+from expertlane.cost.step.operation import OUTSIDE
 from expertlane.cost.timeline import Timeline, stage_seconds
 from expertlane.errors import UserError
+from expertlane.results.metrics import stage_time
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Stage
+from expertlane.spec.names import Cause, Stage
+from records import rank_record, step_record
 
 
 def ends(times):
@@ -237,6 +240,38 @@ def test_a_rotating_pipeline_runs_full():
         times = timeline.run(pipeline(groups[group]), ready[group])
         ready[group] = recurrence(free, ready[group], groups[group])
         assert times.end_s[LIKELY] == ready[group]
+
+
+def test_metrics_see_what_was_put_in():
+    steps = part(
+        compute(1.0, 4.0),
+        send(2.0, 2.0),
+        compute(3.0, 3.0, stage=Stage.ATTENTION),
+        send(1.0, 1.0, stage=Stage.COMBINE),
+        compute(0.5, 0.5, stage=Stage.HEAD, layer=OUTSIDE),
+    )
+    times = run(one_stage(steps), 2)
+    (of_stage,) = stage_seconds(times, 1, count_idle=False)
+    records = []
+    for rank in range(2):
+        made = rank_record(rank, world_size=2)
+        records.append(
+            replace(made, wall_s=of_stage.wall_s[rank], blocked_s=of_stage.blocked_s[rank])
+        )
+    wall_s = float(times.end_s[LIKELY])
+    steps_seen = [step_record(0.0, wall_s, [0], records)]
+    seen = stage_time(Layout(dp=2, ep=2), steps_seen)
+    assert wall_s == 10.5
+    assert seen.waiting_s.tolist() == [3.0, 0.0]
+    assert seen.exposed_s == (5.0 + 2.0) / 2 + 1.0
+    breakdown_s = {cause: s for cause, s in seen.breakdown_s(wall_s, 1).items() if s}
+    assert breakdown_s == {
+        Cause.EXPERTS: 2.5,
+        Cause.WAITING: 1.5,
+        Cause.DISPATCH_COMBINE: 3.0,
+        Cause.ATTENTION: 3.0,
+        Cause.HEAD: 0.5,
+    }
 
 
 def test_idle_time_between_steps_counts_if_asked_for():

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+import expertlane
 from cli.screen import telling, tells
 from expertlane.engine.ops import backend as module
 from expertlane.engine.ops import build as build_module
@@ -448,3 +449,10 @@ def test_what_the_wheel_brought_for_another_system_is_compiled_here(monkeypatch,
     monkeypatch.setenv("CXX", "/bin/false")
     with pytest.raises(BuildError, match="/bin/false failed"):
         build(BASELINE)
+
+
+def test_the_variables_are_read_in_one_place():
+    package = Path(expertlane.__file__).parent
+    reads = re.compile(r"(environ\b|getenv).*EXPERTLANE_(BACKEND|CPU_ISA)")
+    found = [path.name for path in package.rglob("*.py") if reads.search(path.read_text())]
+    assert found == ["host.py"]
