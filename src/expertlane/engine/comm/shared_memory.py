@@ -48,8 +48,9 @@ class Endpoint:
         self._in_use: dict[Any, tuple[Any, ...]] = {}  # by exchanges under way
         heap = region.heap(rank)
         with torch.inference_mode(False):  # torch writes to it in and outside that mode
-            bounds = {"offset": heap.start, "count": len(heap)}
-            self._heap = torch.frombuffer(memory, dtype=torch.uint8, **bounds)
+            self._heap = torch.frombuffer(
+                memory, dtype=torch.uint8, offset=heap.start, count=len(heap)
+            )
         self._heap_by_type: dict[torch.dtype, Tensor] = {}
 
     def group_bytes(self, size: int) -> int:
