@@ -40,7 +40,7 @@ from expertlane.engine.comm.transport import Work
 from expertlane.engine.moe.dispatch import CopyChooser, Dispatcher, Payload, RoutedTokens
 from expertlane.engine.moe.forms import make_dispatcher
 from expertlane.engine.stage.worker import RankContext
-from expertlane.spec.dispatch import DISPATCH_FORMS
+from expertlane.spec.deployment import DISPATCH_FORMS
 from expertlane.spec.layout import Layout
 
 HIDDEN_SIZE, NUM_EXPERTS = 1024, 32

@@ -31,14 +31,12 @@ from one_rank import OneRank, kernel_seconds, seconds
 
 from expertlane import __version__
 from expertlane.cost.laws.device import DeviceModel
-from expertlane.cost.laws.execution import kernels_of
-from expertlane.cost.laws.profile import Profile, read_profile
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.laws.profile import Profile, kernels_of, read_profile
 from expertlane.cost.pricing import law_dtype
 from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.kernel_sets import ENGINE_ON_GPUS, KernelSet
-from expertlane.cost.step.operation import Operation
+from expertlane.cost.step.operation import NumberTypes, Operation
 from expertlane.cost.step.program import ProgramBuilder, StepProgram, count
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.layout import Layout

@@ -21,11 +21,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from expertlane.cost.laws.execution import LIKELY, Execution
-from expertlane.cost.laws.profile import parse_cluster
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.laws.profile import LIKELY, Execution, parse_cluster
 from expertlane.cost.projector import Setting
 from expertlane.cost.routing import PowerLawRouting
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.throughput import Goals
 from expertlane.planner.candidates import PlanRequest
 from expertlane.planner.search import Search

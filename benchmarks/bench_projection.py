@@ -31,7 +31,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.holding import placements_of
 from expertlane.balance.trace import RoutingTrace
 from expertlane.calibrate.run import Calibration, QuietMeasuring
 from expertlane.calibrate.steps import (
@@ -41,20 +41,26 @@ from expertlane.calibrate.steps import (
     phase_times,
     run_batch,
 )
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms, kernels_of
-from expertlane.cost.laws.profile import Profile, read_profile
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.laws.profile import (
+    BOUNDS,
+    LIKELY,
+    Execution,
+    Profile,
+    Terms,
+    kernels_of,
+    read_profile,
+)
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import TraceRouting
 from expertlane.cost.runner import CostRunner
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.launch import start_pool
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.dispatch import DispatchTable
+from expertlane.spec.deployment import Deployment, DispatchTable, Options
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig

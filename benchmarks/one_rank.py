@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.holding import placements_of
 from expertlane.engine.comm.clocks import clock_for
 from expertlane.engine.comm.collectives import interleave
 from expertlane.engine.comm.mesh import Meshes, ParallelMesh
@@ -28,8 +28,7 @@ from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.model.weights import WeightSource
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch
-from expertlane.spec.deployment import GraphLimits, Options
-from expertlane.spec.dispatch import DispatchForm, is_static_on
+from expertlane.spec.deployment import DispatchForm, GraphLimits, Options, is_static_on
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig, cut_dim, tensor_shape
 

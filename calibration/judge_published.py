@@ -17,13 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile import ModelledCluster, read_profile
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.laws.profile import Execution, ModelledCluster, read_profile
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting, choose_routing
-from expertlane.spec.deployment import Options, PlacementMethod
-from expertlane.spec.dispatch import DispatchForm
+from expertlane.cost.step.operation import NumberTypes
+from expertlane.spec.deployment import DispatchForm, Options, PlacementMethod
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig

@@ -27,14 +27,12 @@ import numpy as np
 from serving_rows import Row, model_of
 
 import expertlane
-from expertlane.cost.laws.execution import Execution
 from expertlane.cost.laws.frameworks import find_framework
-from expertlane.cost.laws.profile import ModelledCluster, Profile, read_profile
+from expertlane.cost.laws.profile import Execution, ModelledCluster, Profile, read_profile
 from expertlane.cost.memory import FREE_SHARE
-from expertlane.cost.multi_token import MultiToken
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import Traffic, choose_routing
-from expertlane.cost.step.operation import Floats
+from expertlane.cost.step.operation import Floats, NumberTypes
+from expertlane.cost.throughput import MultiToken
 from expertlane.errors import CapacityError, UserError
 from expertlane.simulator.simulator import ServingSetup, Simulator
 from expertlane.simulator.steady import StepTimes, step_times

@@ -11,11 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertlane.cost.laws.execution import LIKELY, Execution
-from expertlane.cost.laws.profile import ModelledCluster, read_profile
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.laws.profile import LIKELY, Execution, ModelledCluster, read_profile
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.throughput import Goals
 from expertlane.planner.candidates import Candidate, PlanRequest, candidates_of, valid_layouts
 from expertlane.planner.screen import Screen, ScreenedCandidate, fitting

@@ -20,7 +20,7 @@ from expertlane.comparison.assumptions import (
     likeness,
     paper_step_work,
 )
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.errors import UserError
 from expertlane.report import markdown
 from expertlane.report.document import Answer, Report, Section, Table, number, text

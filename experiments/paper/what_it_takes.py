@@ -17,17 +17,21 @@ from pathlib import Path
 
 import numpy as np
 
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.holding import placements_of
 from expertlane.cost.laws.device import roofline
-from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile import LinkSheet, ModelledCluster, Profile, read_profile
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.laws.profile import (
+    Execution,
+    LinkSheet,
+    ModelledCluster,
+    Profile,
+    read_profile,
+)
 from expertlane.cost.pricing import Pricing, TimedStep, law_dtype
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
-from expertlane.cost.step.operation import Kind, Operation
+from expertlane.cost.step.operation import Kind, NumberTypes, Operation
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.errors import UserError
 from expertlane.report import markdown

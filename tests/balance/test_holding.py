@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from cost.test_memory import mesh_of_place
 from cost.tiny_models import MODELS
-from expertlane.balance.holding import Holding, Slices, keeping, over_survivors
+from expertlane.balance.holding import Holding, Slices, keeping, over_survivors, placements_of
 from expertlane.balance.placement import Placement
-from expertlane.balance.placement_file import placements_of
 from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.model.weights import SeededWeights
 from expertlane.errors import SpecError

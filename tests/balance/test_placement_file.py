@@ -3,13 +3,13 @@ import json
 import pytest
 
 from cli.screen import telling, tells
-from expertlane.balance.placement import Placement
-from expertlane.balance.placement_file import (
+from expertlane.balance.holding import (
     ModelPlacement,
     check_deployment,
     read_placement,
     write_placement,
 )
+from expertlane.balance.placement import Placement
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout

@@ -7,16 +7,14 @@ import numpy as np
 import pytest
 
 from cost.projected import at_bound
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.holding import placements_of
 from expertlane.calibrate import run as calibrate
 from expertlane.calibrate.run import CPU_GRID, GPU_GRID
 from expertlane.calibrate.steps import limits_for, phase_times, run_batch
 from expertlane.cost.laws.device import DeviceModel
-from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile import read_profile, write_profile
+from expertlane.cost.laws.profile import Execution, Terms, read_profile, write_profile
 from expertlane.cost.laws.times import Basis
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
@@ -24,6 +22,7 @@ from expertlane.cost.step.operation import (
     SIZES,
     HandOver,
     Kind,
+    NumberTypes,
     RankGroups,
     Transfer,
     TransferKind,
@@ -32,8 +31,7 @@ from expertlane.cost.step.operation import (
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.ranks.local_ranks import LocalRanks
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.dispatch import DispatchTable
+from expertlane.spec.deployment import Deployment, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Stage

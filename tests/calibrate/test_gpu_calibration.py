@@ -8,30 +8,32 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.holding import placements_of
 from expertlane.calibrate import run as calibrate
 from expertlane.calibrate import steps as of_steps
 from expertlane.calibrate.run import GPU_GRID
 from expertlane.calibrate.steps import phase_times
 from expertlane.cost.laws.device import DeviceModel
-from expertlane.cost.laws.execution import (
+from expertlane.cost.laws.profile import (
     DRIVER_S,
     GRAPH_LAUNCH_S,
     LAUNCH_S,
     OVERHEAD_S,
     Execution,
+    ModelledCluster,
+    Term,
     Terms,
     kernels_of,
+    read_profile,
+    write_profile,
 )
-from expertlane.cost.laws.profile import ModelledCluster, Term, read_profile, write_profile
 from expertlane.cost.laws.times import Basis
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.kernel_sets import ENGINE_ON_GPUS, GPU_LIBRARIES
-from expertlane.cost.step.operation import Kind
+from expertlane.cost.step.operation import Kind, NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.ranks.commands import (
     DescribeMachine,

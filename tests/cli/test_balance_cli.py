@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from cli.screen import fits_a_screen, tells
+from expertlane.balance.holding import ModelPlacement, read_placement, write_placement
 from expertlane.balance.placement import Placement
-from expertlane.balance.placement_file import ModelPlacement, read_placement, write_placement
 from expertlane.balance.trace import RoutingTrace, write_trace
 
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from cli.screen import one_line, tells
 from cli.stub_llm import StubLLM
 from example_serving import POINT, RECORD, RESULTS
+from expertlane.balance.holding import ModelPlacement, write_placement
 from expertlane.balance.placement import Placement
-from expertlane.balance.placement_file import ModelPlacement, write_placement
 from expertlane.report import terminal
 from expertlane.report.sections import report_of
 from expertlane.results.file import to_json

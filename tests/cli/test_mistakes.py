@@ -10,8 +10,8 @@ import pytest
 
 import example_pages
 from cli.screen import refused
+from expertlane.balance.holding import ModelPlacement, write_placement
 from expertlane.balance.placement import Placement
-from expertlane.balance.placement_file import ModelPlacement, write_placement
 from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.results.file import write
 

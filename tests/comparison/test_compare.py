@@ -13,12 +13,12 @@ import pytest
 from cli.screen import telling, tells
 from distributed.on_ranks import Echo
 from distributed.running import deployment, run_deployment
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.holding import placements_of
 from expertlane.comparison.run import Repeats, check_memory, measure_peak, run_comparison
 from expertlane.comparison.virtual import VirtualSettings
 from expertlane.cost.laws.profile import read_profile
 from expertlane.cost.memory import PlacedModel, workload_limits
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.engine.launch import LoadPlan
 from expertlane.engine.ranks.commands import DescribeMachine
 from expertlane.errors import CapacityError, UserError

@@ -20,7 +20,7 @@ from expertlane.comparison.assumptions import (
     step_work,
 )
 from expertlane.cost.memory import workload_limits
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.spec.experiment import Experiment, read_experiment, shipped_experiments
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload

@@ -3,7 +3,7 @@
 import pytest
 
 from cli.screen import telling, tells
-from expertlane.balance.placement_file import check_experiment
+from expertlane.balance.holding import check_experiment
 from expertlane.comparison.run import why_not_here
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Deployment, Options

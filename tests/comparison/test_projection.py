@@ -7,11 +7,10 @@ import pytest
 from cli.screen import telling, tells
 from expertlane.comparison.projection import ExperimentProjector, usual_number_type
 from expertlane.comparison.virtual import VirtualSettings
-from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile import parse_cluster, read_profile
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.laws.profile import Execution, parse_cluster, read_profile
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.errors import CapacityError, UserError
 from expertlane.progress import Progress
 from expertlane.results.record import BEST, EXPERIMENT, FASTEST, SCALING, DeploymentRecord

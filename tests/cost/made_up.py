@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from hypothesis import strategies as st
 
-from expertlane.cost.laws.execution import Execution, Terms
+from expertlane.cost.laws.profile import Execution, Terms
 from expertlane.cost.laws.times import Basis, Times
 from expertlane.cost.pricing import Block, StageWork, TimedStep
 from expertlane.cost.step.operation import (

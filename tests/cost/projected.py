@@ -2,20 +2,18 @@
 
 from dataclasses import replace
 
-from expertlane.balance.placement_file import placements_of
-from expertlane.cost.laws.execution import Execution, Terms
-from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
+from expertlane.balance.holding import placements_of
+from expertlane.cost.laws.profile import Device, Execution, LinkSheet, Profile, Term, Terms
 from expertlane.cost.laws.times import Basis
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import Options
-from expertlane.spec.dispatch import DispatchTable
+from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Link

@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 from cost.made_up import compute, one_stage, part, seconds, send, terms
 from cost.test_timeline import halves
 from expertlane.cost.breakdown import BreakdownTable
-from expertlane.cost.laws.execution import Execution, Terms
-from expertlane.cost.laws.profile import Device
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.laws.profile import Device, Execution, Terms
 from expertlane.cost.pricing import Block, StageWork
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.timeline import Timeline
 from expertlane.spec.names import ProjectedCause as Cause
 from expertlane.spec.names import Stage

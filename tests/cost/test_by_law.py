@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from expertlane.cost.laws.execution import BOUNDS
-from expertlane.cost.laws.profile import ModelledCluster, read_profile
+from expertlane.cost.laws.profile import BOUNDS, ModelledCluster, read_profile
 from expertlane.cost.projector import Projector, StepSize
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

@@ -11,24 +11,21 @@ from cli.screen import telling
 from cost.projected import DRIVER_S, PROFILE
 from cost.tiny_models import MODELS
 from distributed.running import runner_on
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.holding import placements_of
 from expertlane.cost.compute_laws import ComputeLaws
-from expertlane.cost.laws.execution import Execution, Terms
-from expertlane.cost.laws.profile import read_profile
+from expertlane.cost.laws.profile import Execution, Terms, read_profile
 from expertlane.cost.memory import workload_limits
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import GivenRouting
 from expertlane.cost.runner import CostRunner
-from expertlane.cost.step.operation import TransferKind
+from expertlane.cost.step.operation import NumberTypes, TransferKind
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.virtual import VirtualClock, VirtualLinks
 from expertlane.results.step_record import Action
 from expertlane.schedule.drive import FinishedStep, drive, step_records
 from expertlane.schedule.request import Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.dispatch import DispatchTable
+from expertlane.spec.deployment import Deployment, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 from expertlane.spec.workload import Workload

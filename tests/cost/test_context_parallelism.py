@@ -7,14 +7,13 @@ from hypothesis import strategies as st
 
 from cost.projected import program_of
 from cost.tiny_models import MODELS
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.holding import placements_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import parse_cluster
 from expertlane.cost.memory import KVTransfers, PlacedModel
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
-from expertlane.cost.step.operation import Kind, Transfer
+from expertlane.cost.step.operation import Kind, NumberTypes, Transfer
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

@@ -11,17 +11,22 @@ import pytest
 from cost.plans import BLOCK_SIZE, CHUNKS, DECODE, MAX_POSITIONS, MAX_SEQS, PREFILL, random_plan
 from cost.tiny_models import MODELS
 from distributed.running import Balancing, runner_on
-from expertlane.balance.placement_file import placements_of
-from expertlane.cost.number_types import NumberTypes
+from expertlane.balance.holding import placements_of
 from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
-from expertlane.cost.step.operation import Transfer, TransferKind
+from expertlane.cost.step.operation import NumberTypes, Transfer, TransferKind
 from expertlane.cost.step.program import ProgramBuilder, StepProgram, count
 from expertlane.engine.ranks.commands import DescribeMachine, SetDispatch
 from expertlane.results.step_record import RankCounts
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.deployment import (
+    DISPATCH_FORMS,
+    Deployment,
+    DispatchMode,
+    DispatchRow,
+    DispatchTable,
+    Options,
+)
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase, Stage, Traffic
 from expertlane.spec.sampling import SamplingParams, SamplingState

@@ -10,8 +10,7 @@ from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.device import DeviceModel, stand_ins
 from expertlane.cost.laws.profile import Device, Profile, Term, read_profile
 from expertlane.cost.laws.times import Basis, Surface
-from expertlane.cost.number_types import ITEM_BYTES, NumberTypes
-from expertlane.cost.step.operation import ATTENTION, SIZES, Kind
+from expertlane.cost.step.operation import ATTENTION, ITEM_BYTES, SIZES, Kind, NumberTypes
 from expertlane.errors import SpecError
 
 _DEVICE = Device("toy", 1e9, 1e9, {"float32": 1e12, "bfloat16": 2e12}, "made up")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cost.projected import MODEL, PROFILE, program_of, term
-from expertlane.cost.laws.execution import LIKELY, Execution, Terms
+from expertlane.cost.laws.profile import LIKELY, Execution, Terms
 from expertlane.cost.step.batch_sizes import PartSizes, Scenarios
 from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.operation import Kind

@@ -19,10 +19,10 @@ from expertlane.cost.laws.frameworks import (
     kinds_of,
     nearest,
     served_by,
+    with_known_errors,
 )
 from expertlane.cost.laws.profile import ModelledCluster, parse_cluster, read_profile
 from expertlane.cost.laws.times import Basis
-from expertlane.cost.records import with_known_errors
 from expertlane.errors import SpecError
 from expertlane.results.hardware import KnownError
 from expertlane.spec.from_hf import from_hf

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from cost.tiny_models import MODELS
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.holding import placements_of
 from expertlane.cost.memory import PlacedModel, RankMemory, workload_limits
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.engine.comm.mesh import Meshes, ParallelMesh
 from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.model.weights import SeededWeights

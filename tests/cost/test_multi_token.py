@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from cost.projected import MODEL, builder_of, make_scheduler
-from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
+from expertlane.cost.throughput import MultiToken, MultiTokenAdapter
 from expertlane.errors import SpecError
 from expertlane.schedule.plan import Batch
 from expertlane.spec.names import Stage

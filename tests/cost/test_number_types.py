@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cli.screen import telling
-from expertlane.cost.number_types import NumberTypes, weight_bytes
+from expertlane.cost.step.operation import NumberTypes, weight_bytes
 from expertlane.errors import SpecError
 
 _PARTS = ("attention", "mlp", "experts")

@@ -8,13 +8,20 @@ import pytest
 from cost import projected
 from cost.plans import DECODE, PREFILL, random_plan
 from cost.tiny_models import MODELS
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import GivenRouting, PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
-from expertlane.cost.step.operation import OUTSIDE, SIZES, Kind, Operation, Transfer, TransferKind
+from expertlane.cost.step.operation import (
+    OUTSIDE,
+    SIZES,
+    Kind,
+    NumberTypes,
+    Operation,
+    Transfer,
+    TransferKind,
+)
 from expertlane.cost.step.program import count
-from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchTable
+from expertlane.spec.deployment import DISPATCH_FORMS, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Stage, Traffic

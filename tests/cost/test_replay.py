@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cost.made_up import compute, halves, one_stage, send, terms
-from expertlane.cost.laws.execution import Execution, Terms
+from expertlane.cost.laws.profile import Execution, Terms
 from expertlane.cost.pricing import Block, StageWork, blocks_of
 from expertlane.cost.step.operation import OUTSIDE
 from expertlane.cost.timeline import Timeline, stage_seconds

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.screen import tells
+from expertlane.balance.holding import placements_of
 from expertlane.balance.placement import max_over_mean, rank_loads
-from expertlane.balance.placement_file import placements_of
 from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.cost.routing import (
     GivenRouting,

@@ -9,7 +9,7 @@ import pytest
 
 from cost.projected import DRIVER_S, MODEL, PROFILE, TYPES, at_bound, make_runner, make_scheduler
 from expertlane.cost.breakdown import BreakdownTable
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution
+from expertlane.cost.laws.profile import BOUNDS, LIKELY, Execution
 from expertlane.cost.runner import MADE_UP_TOKEN, KnownWork, StepSharing
 from expertlane.results.hardware import MachinePeak
 from expertlane.results.metrics import latency, phase_record

@@ -9,8 +9,15 @@ from hypothesis import strategies as st
 
 from cli.screen import telling
 from cost.made_up import compute, halves, log, one_stage, part, run, seconds, send, terms
-from expertlane.cost.laws.execution import LIKELY, OF_TRANSFERS, Execution, Terms
-from expertlane.cost.laws.profile import Device, Profile, Term
+from expertlane.cost.laws.profile import (
+    LIKELY,
+    OF_TRANSFERS,
+    Device,
+    Execution,
+    Profile,
+    Term,
+    Terms,
+)
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.pricing import StageWork
 from expertlane.cost.step.operation import OUTSIDE

@@ -34,8 +34,7 @@ from expertlane.engine.stage import worker
 from expertlane.engine.stage.worker import Handlers, RankContext
 from expertlane.errors import UserError
 from expertlane.results.step_record import RankRecord
-from expertlane.spec.deployment import PayloadType
-from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchForm
+from expertlane.spec.deployment import DISPATCH_FORMS, DispatchForm, PayloadType
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 

@@ -8,7 +8,7 @@ from expertlane.engine import warm_up
 from expertlane.engine.ranks.commands import SetDispatch
 from expertlane.engine.warm_up import middle_mean, still_hopeful
 from expertlane.schedule.plan import StepPlan
-from expertlane.spec.dispatch import DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase, Stage

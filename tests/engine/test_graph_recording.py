@@ -8,8 +8,7 @@ from cli.screen import tells
 from expertlane.engine import warm_up
 from expertlane.engine.ranks.commands import RecordGraphs
 from expertlane.engine.warm_up import forms_of_sizes, record_graphs
-from expertlane.spec.deployment import GraphLimits
-from expertlane.spec.dispatch import DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable, GraphLimits
 from expertlane.spec.layout import Layout, Members
 
 LIMITS = GraphLimits(8, 24)

@@ -19,8 +19,7 @@ from expertlane.errors import CapacityError, UserError
 from expertlane.report import html
 from expertlane.report.sections import report_of
 from expertlane.report.shown import answer_html, answer_text
-from expertlane.results.file import to_json
-from expertlane.results.table import csv_text, rows_of
+from expertlane.results.file import csv_text, rows_of, to_json
 from expertlane.spec.files import strict_json
 from fuzz import seeds
 from fuzz.mutations import changed_file, every_change

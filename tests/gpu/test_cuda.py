@@ -13,7 +13,7 @@ from one_rank import OneRank
 
 from cost.tiny_models import MODELS
 from distributed.running import deployment, run_deployment
-from expertlane.spec.dispatch import DISPATCH_FORMS
+from expertlane.spec.deployment import DISPATCH_FORMS
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload

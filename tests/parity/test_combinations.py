@@ -21,7 +21,7 @@ from expertlane.errors import SpecError
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.deployment import DISPATCH_FORMS, DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import CheckLevel

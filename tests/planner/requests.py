@@ -2,11 +2,10 @@
 
 import pytest
 
-from expertlane.cost.laws.execution import LIKELY, Execution
-from expertlane.cost.laws.profile import ModelledCluster, parse_cluster
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.laws.profile import LIKELY, Execution, ModelledCluster, parse_cluster
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.throughput import Goals
 from expertlane.planner.candidates import PlanRequest
 from expertlane.planner.screen import ScreenedCandidate

@@ -6,16 +6,20 @@ from math import inf, log
 import pytest
 
 from expertlane.cost.throughput import Goals
-from expertlane.planner.break_even import (
+from expertlane.planner.candidates import Candidate
+from expertlane.planner.ranking import (
+    Contender,
     Pair,
     Point,
+    Ranking,
+    Uncertain,
     break_even,
+    contender,
     level_of,
+    ranked,
     rival_of,
     screened_again,
 )
-from expertlane.planner.candidates import Candidate
-from expertlane.planner.ranking import Contender, Ranking, Uncertain, contender, ranked
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from planner.requests import WORKLOAD, planned, search_of

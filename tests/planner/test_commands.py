@@ -14,12 +14,11 @@ from typer.testing import CliRunner
 import expertlane
 from cli.screen import tells
 from expertlane.cli.app import app
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.planner.candidates import Candidate
 from expertlane.planner.commands import ServedPool, ServeTarget, engine_commands, longest_request
 from expertlane.planner.engines import ENGINES
-from expertlane.spec.deployment import Options
-from expertlane.spec.dispatch import DISPATCH_FORMS
+from expertlane.spec.deployment import DISPATCH_FORMS, Options
 from expertlane.spec.hf_config import Quantization
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS

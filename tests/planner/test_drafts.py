@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from expertlane.cost.laws.execution import LIKELY
-from expertlane.cost.multi_token import MultiToken
+from expertlane.cost.laws.profile import LIKELY
+from expertlane.cost.throughput import MultiToken
 from expertlane.planner.candidates import candidates_of
 from expertlane.planner.ranking import contender
 from expertlane.planner.screen import Screen, fitting

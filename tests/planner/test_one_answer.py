@@ -12,7 +12,7 @@ from cli.screen import tells
 from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.comparison.projection import ExperimentProjector
 from expertlane.cost.laws.profile import parse_cluster
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.progress import Progress
 from expertlane.report.shown import Results
 from expertlane.results import file

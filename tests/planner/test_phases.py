@@ -5,7 +5,7 @@ from math import inf
 
 import pytest
 
-from expertlane.cost.laws.execution import LIKELY
+from expertlane.cost.laws.profile import LIKELY
 from expertlane.planner.screen import fitting, with_fastest_prefill
 from expertlane.planner.search import Search
 from expertlane.spec.workload import Workload

@@ -5,10 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from expertlane.balance.placement_file import check_experiment
+from expertlane.balance.holding import check_experiment
 from expertlane.balance.planner import plan_placement
 from expertlane.balance.trace import RoutingTrace
-from expertlane.cost.laws.execution import Execution
+from expertlane.cost.laws.profile import Execution
 from expertlane.cost.projector import Projector, StepSize
 from expertlane.cost.routing import PowerLawRouting, TraceRouting
 from expertlane.cost.step.expected_counts import sampled_layers

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from expertlane.cost.closed_form import Pipelining, step_estimates
-from expertlane.cost.laws.execution import Execution, Terms
 from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.laws.profile import Execution, Terms
 from expertlane.cost.projector import Projector, StepSize
 from expertlane.cost.routing import placed
 from expertlane.cost.shared_parts import price
@@ -23,8 +23,7 @@ from expertlane.cost.throughput import Goals
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.screen import fitting
 from expertlane.planner.search import Search
-from expertlane.spec.deployment import Options
-from expertlane.spec.dispatch import is_by_node_on
+from expertlane.spec.deployment import Options, is_by_node_on
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload

@@ -10,7 +10,7 @@ import example_results as example
 from cli.screen import telling, tells
 from expertlane.errors import UserError
 from expertlane.results.file import read, write
-from expertlane.spec.dispatch import DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.deployment import DispatchMode, DispatchRow, DispatchTable
 from expertlane.spec.names import Phase
 
 

@@ -11,7 +11,7 @@ import example_pages
 from cli.screen import telling
 from example_simulation import SIMULATION
 from expertlane.errors import UserError
-from expertlane.results.table import check_format, csv_text, rows_of, to_pandas, write_table
+from expertlane.results.file import check_format, csv_text, rows_of, to_pandas, write_table
 
 
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)

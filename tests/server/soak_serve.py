@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from expertlane.balance.placement_file import Placements
+from expertlane.balance.holding import Placements
 from expertlane.engine import model_runner
 from expertlane.engine.elastic.rebalancing import Rebalancer
 

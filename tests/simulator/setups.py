@@ -1,9 +1,8 @@
 """Small deployments to simulate."""
 
-from expertlane.cost.laws.execution import Execution
-from expertlane.cost.laws.profile import parse_cluster
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.laws.profile import Execution, parse_cluster
 from expertlane.cost.routing import PowerLawRouting
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.simulator.simulator import ServingSetup, Simulator
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cost.projected import DRIVER_S, MODEL, PROFILE, TYPES, make_runner, make_scheduler
-from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.laws.profile import LIKELY
 from expertlane.cost.memory import KVTransfers
 from expertlane.results.metrics import serving_record
 from expertlane.simulator.pools import Pool, run_load

@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from expertlane.cost.laws.execution import LIKELY
+from expertlane.cost.laws.profile import LIKELY
 from expertlane.simulator.simulator import Simulator
 from expertlane.simulator.steady import steady_state
 from expertlane.simulator.watch import Prompts

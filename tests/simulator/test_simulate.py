@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from expertlane.cost.multi_token import MultiToken
 from expertlane.cost.runner import StepSharing
+from expertlane.cost.throughput import MultiToken
 from expertlane.results.metrics import serving_record
 from expertlane.simulator.pools import PhaseTotals
 from expertlane.spec.deployment import Options
@@ -126,7 +126,7 @@ def test_acceptance_has_bounds(monkeypatch):
     assert simulator_of("tp=2").num_runs == 1
     spread = []
     for unsure in (0.1, 0.0):
-        monkeypatch.setattr("expertlane.cost.multi_token.ACCEPTANCE_UNSURE", unsure)
+        monkeypatch.setattr("expertlane.cost.throughput.ACCEPTANCE_UNSURE", unsure)
         simulator = simulator_of("tp=2", multi_token=MultiToken(2, 0.6))
         assert simulator.num_runs == 3
         tpot_s = serving_record(simulator.run(0).served).tpot_s.mean

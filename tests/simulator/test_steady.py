@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import expertlane
-from expertlane.cost.multi_token import MultiToken
+from expertlane.cost.throughput import MultiToken
 from expertlane.results.metrics import serving_record
 from expertlane.simulator.steady import steady_state
 from expertlane.simulator.watch import USUAL, Lengths, poisson_quantiles

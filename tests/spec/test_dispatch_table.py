@@ -6,13 +6,13 @@ import pytest
 
 from cli.screen import telling
 from expertlane.errors import SpecError
-from expertlane.spec.deployment import Options
-from expertlane.spec.dispatch import (
+from expertlane.spec.deployment import (
     DISPATCH_FORMS,
     DispatchForm,
     DispatchMode,
     DispatchRow,
     DispatchTable,
+    Options,
     dispatch_forms,
     form_on,
     is_by_node_on,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.local_search import lower_maximum, search_copies
 from expertlane.balance.packing import EMPTY, Floats, Ints, Packing
 from expertlane.balance.placement import (
     WHOLE,
@@ -22,7 +21,7 @@ from expertlane.balance.placement import (
     rank_loads,
     total_max_over_mean,
 )
-from expertlane.balance.planner import plan_placement
+from expertlane.balance.planner import lower_maximum, plan_placement, search_copies
 from expertlane.spec.names import Phase
 
 _EVEN = (1.5, 1.2, 1.05)  # wanted max/mean near the present placement; a new one is last

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
+from expertlane.balance.holding import Placements
 from expertlane.balance.placement import Move, between_ranks, moves
-from expertlane.balance.placement_file import Placements
 from expertlane.spec.layout import DpRank, Layout, Members
 
 

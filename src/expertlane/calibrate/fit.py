@@ -12,8 +12,7 @@ from expertlane.cost.laws.fitting import Rows, fit_surface, knots_of
 from expertlane.cost.laws.links import roofline_s
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.laws.times import Basis, Surface
-from expertlane.cost.number_types import ITEM_BYTES
-from expertlane.cost.step.operation import Kind, flops_of
+from expertlane.cost.step.operation import ITEM_BYTES, Kind, flops_of
 from expertlane.engine.ranks.commands import Point, TransferPoint
 from expertlane.spec.names import Link
 

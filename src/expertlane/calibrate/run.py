@@ -25,8 +25,7 @@ from expertlane.calibrate.fit import (
 )
 from expertlane.calibrate.steps import StepSample, launch_term, measure_steps, overhead_terms
 from expertlane.cost.laws.device import moved_bytes
-from expertlane.cost.laws.execution import DRIVER_S, GRAPH_LAUNCH_S, LAUNCH_S
-from expertlane.cost.laws.profile import Device, Profile, Term
+from expertlane.cost.laws.profile import DRIVER_S, GRAPH_LAUNCH_S, LAUNCH_S, Device, Profile, Term
 from expertlane.cost.laws.times import Surface
 from expertlane.cost.step.operation import Kind, TransferKind, flops_of
 from expertlane.engine.launch import describe_ranks

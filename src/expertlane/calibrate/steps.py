@@ -15,23 +15,23 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.holding import placements_of
 from expertlane.calibrate.fit import Floats, term_of
-from expertlane.cost.laws.execution import (
+from expertlane.cost.laws.profile import (
     DRIVER_PER_RANK_S,
     DRIVER_S,
     OF_TRANSFERS,
     OVERHEAD_S,
+    Profile,
+    Term,
     Terms,
 )
-from expertlane.cost.laws.profile import Profile, Term
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.kernel_sets import ENGINE, ENGINE_ON_GPUS, KernelSet
-from expertlane.cost.step.operation import Operation, Transfer
+from expertlane.cost.step.operation import NumberTypes, Operation, Transfer
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.pool import RankPool
@@ -39,8 +39,7 @@ from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.plan import HandleT, Runner
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.dispatch import DispatchTable
+from expertlane.spec.deployment import Deployment, DispatchTable, Options
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig

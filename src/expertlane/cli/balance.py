@@ -99,8 +99,8 @@ def balance(own: _Options, output_options: AnswerOptions) -> None:
       expertlane balance routing.npz --ep 16 --json | jq '.total.after'
           for other programs
     """
+    from expertlane.balance.holding import ModelPlacement, write_placement
     from expertlane.balance.placement import keep_slots
-    from expertlane.balance.placement_file import ModelPlacement, write_placement
     from expertlane.balance.trace import read_trace
     from expertlane.report.placement import report_of
 
@@ -158,7 +158,7 @@ def _linear(trace: "RoutingTrace", ranks: int, redundant: int) -> "list[Placemen
 
 
 def _read(path: Path, trace: "RoutingTrace", ranks: int) -> "list[Placement]":
-    from expertlane.balance.placement_file import read_placement
+    from expertlane.balance.holding import read_placement
 
     found = read_placement(path)
     found.check(

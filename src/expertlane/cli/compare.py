@@ -289,7 +289,7 @@ def run(
     call: output.Call,
 ) -> Generator[output.Found]:
     """Compare, one comparison after the other; prints nothing on standard output."""
-    from expertlane.balance.placement_file import check_experiment
+    from expertlane.balance.holding import check_experiment
 
     reason = _why_only_projected(projection)
     comparisons = _comparisons(experiment, own, call, is_measured=reason is None)
@@ -363,9 +363,8 @@ def _projector(
         ServingConditions,
         usual_number_type,
     )
-    from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.frameworks import served_by
-    from expertlane.cost.laws.profile import parse_cluster
+    from expertlane.cost.laws.profile import Execution, parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.cost.throughput import Goals
     from expertlane.spec.experiment import ProjectionAsked

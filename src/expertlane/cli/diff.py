@@ -81,8 +81,7 @@ def diff(
     from expertlane.report import markdown
     from expertlane.report.diff import report_of_difference, too_little_in_common
     from expertlane.results.diff import difference
-    from expertlane.results.file import read
-    from expertlane.results.table import aligned, write_table
+    from expertlane.results.file import aligned, read, write_table
 
     folder = output_options.out
     if folder is not None:

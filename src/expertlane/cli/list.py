@@ -211,7 +211,7 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
       expertlane list layouts paper --cluster h100x16
       expertlane list layouts ./my-checkpoint --cluster h100x8 --dtype float8
     """
-    from expertlane.balance.placement_file import placements_of
+    from expertlane.balance.holding import placements_of
     from expertlane.cost.laws.profile import parse_cluster
     from expertlane.cost.memory import PlacedModel
     from expertlane.planner.candidates import check_plan_size, valid_layouts

@@ -14,7 +14,7 @@ from expertlane.spec.names import CacheType
 
 if TYPE_CHECKING:
     from expertlane.cost.laws.profile import ModelledCluster
-    from expertlane.cost.number_types import NumberTypes
+    from expertlane.cost.step.operation import NumberTypes
 
 
 _WIDER = 1.1  # times as many bytes as the checkpoint's own are worth a word
@@ -56,7 +56,7 @@ class FoundModel:
         Raises:
             UserError: experts cannot be placed or reached so.
         """
-        from expertlane.balance.placement_file import check_deployment
+        from expertlane.balance.holding import check_deployment
 
         deployment = Deployment(self.name, layout, options)
         check_deployment(self.config, deployment, ranks_per_node, is_modelled=is_modelled)
@@ -72,7 +72,7 @@ class FoundModel:
         Raises:
             UserError: the devices do not compute in it.
         """
-        from expertlane.cost.number_types import NumberTypes
+        from expertlane.cost.step.operation import NumberTypes
 
         known = cluster.profile.device.flops_per_s
         own: str = self.config.dtype if self.folder else "float16"
@@ -94,7 +94,7 @@ class FoundModel:
 
     def cautions(self, types: "NumberTypes") -> tuple[str, ...]:
         """A sentence where a checkpoint's weights are narrower than what they are priced as."""
-        from expertlane.cost.number_types import WEIGHT_BYTES
+        from expertlane.cost.step.operation import WEIGHT_BYTES
 
         stored = self.quantization
         if stored is None:

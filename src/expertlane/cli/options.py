@@ -16,9 +16,11 @@ from expertlane.cli.help import Panel
 from expertlane.cost.laws import shipped_profiles
 from expertlane.errors import UserError, naming
 from expertlane.spec.deployment import (
+    DISPATCH_FORMS,
     ActivationsType,
     CopyMethod,
     DispatchChoice,
+    DispatchForm,
     KVCacheType,
     MicroBatchSchedule,
     Options,
@@ -26,7 +28,6 @@ from expertlane.spec.deployment import (
     PlacementMethod,
     WeightsType,
 )
-from expertlane.spec.dispatch import DISPATCH_FORMS, DispatchForm
 from expertlane.spec.engine_config import SETTINGS, EngineConfig, sentence_of
 from expertlane.spec.files import read_text
 from expertlane.spec.layout import Layout
@@ -42,7 +43,7 @@ from expertlane.spec.names import (
 from expertlane.spec.ranges import DEFAULT_SKEW, RANGES, shown
 
 if TYPE_CHECKING:
-    from expertlane.cost.multi_token import MultiToken
+    from expertlane.cost.throughput import MultiToken
 
 
 def known_models(incomplete: str) -> list[str]:
@@ -448,7 +449,7 @@ class DraftOptions:
         Raises:
             UserError: one without the other, or no such number.
         """
-        from expertlane.cost.multi_token import MultiToken
+        from expertlane.cost.throughput import MultiToken
 
         acceptance = self.mtp_acceptance
         if (acceptance is None) == (self.mtp > 0):

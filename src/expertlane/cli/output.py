@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from expertlane.report.document import Report
+    from expertlane.results.file import Format
     from expertlane.results.results import Results
-    from expertlane.results.table import Format
 
 
 _REPLACE = "expertlane.replace"
@@ -227,7 +227,7 @@ class OutputOptions(AnswerOptions):
     export: Literal["csv", "parquet"] | None = export_option()
 
     def __post_init__(self) -> None:
-        from expertlane.results.table import check_format  # numpy, not for the help of commands
+        from expertlane.results.file import check_format  # numpy, not for the help of commands
 
         check_format(self.export)
         super().__post_init__()
@@ -514,7 +514,7 @@ def write_beside(found: Found, report: "Report", export: "Format | None") -> lis
         UserError: the folder can't be written to.
     """
     from expertlane.report.files import write_reports
-    from expertlane.results.table import rows_of, write_table
+    from expertlane.results.file import rows_of, write_table
 
     assert found.folder is not None, "it has been asked for"
     written = list(write_reports(report, found.folder))

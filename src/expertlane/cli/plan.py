@@ -29,9 +29,9 @@ from expertlane.spec.names import EngineName
 
 if TYPE_CHECKING:
     from expertlane.cost.laws.profile import ModelledCluster
-    from expertlane.cost.number_types import NumberTypes
     from expertlane.cost.projector import Setting
     from expertlane.cost.routing import RoutingChoice
+    from expertlane.cost.step.operation import NumberTypes
     from expertlane.planner.candidates import PlanRequest
     from expertlane.planner.commands import ServeTarget
     from expertlane.spec.workload import Load
@@ -242,7 +242,7 @@ def _setting(
     Raises:
         UserError: drafts are asked for of an engine that has none.
     """
-    from expertlane.cost.laws.execution import Execution
+    from expertlane.cost.laws.profile import Execution
     from expertlane.cost.projector import Setting
 
     multi_token = drafts.multi_token()

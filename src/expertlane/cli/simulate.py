@@ -197,9 +197,8 @@ def run(
     else:
         found_model = find_model(_needed("MODEL", model), weights=False)
 
-    from expertlane.cost.laws.execution import Execution
     from expertlane.cost.laws.frameworks import served_by
-    from expertlane.cost.laws.profile import parse_cluster
+    from expertlane.cost.laws.profile import Execution, parse_cluster
     from expertlane.cost.routing import choose_routing
     from expertlane.results.results import with_costs
     from expertlane.simulator.results import simulation

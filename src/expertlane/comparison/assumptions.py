@@ -12,14 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from expertlane.balance.placement_file import placements_of
-from expertlane.cost.laws.execution import Execution, kernels_of
-from expertlane.cost.laws.profile import ModelledCluster
+from expertlane.balance.holding import placements_of
+from expertlane.cost.laws.profile import Execution, ModelledCluster, kernels_of
 from expertlane.cost.memory import FREE_SHARE, workload_limits
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.projector import StepSize
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.step.program import ProgramBuilder, count
 from expertlane.results.hardware import Machine
 from expertlane.results.results import Assumption

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.holding import placements_of
 from expertlane.comparison.journal import Journal, Measurement
 from expertlane.comparison.projection import usual_number_type
 from expertlane.comparison.records import (
@@ -20,7 +20,7 @@ from expertlane.comparison.records import (
 )
 from expertlane.comparison.virtual import VirtualRuns, VirtualSettings, without_scheduler
 from expertlane.cost.compute_laws import ComputeLaws
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.virtual import undisturbed, without_each
 from expertlane.engine.model_runner import ModelRunner
@@ -51,8 +51,7 @@ from expertlane.schedule.drive import FinishedStep, drive, step_records
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits, Request
 from expertlane.schedule.scheduler import ContinuousScheduler
-from expertlane.spec.deployment import Deployment
-from expertlane.spec.dispatch import DispatchTable
+from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.names import Phase

@@ -20,7 +20,7 @@ from expertlane.errors import UserError, naming
 from expertlane.results.hardware import MachinePeak
 from expertlane.results.record import CopyRecord, RebalanceRecord
 from expertlane.results.step_record import StepRecord
-from expertlane.spec.dispatch import DispatchTable
+from expertlane.spec.deployment import DispatchTable
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.files import read_bytes, write_whole
 

@@ -5,15 +5,14 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from expertlane.balance.placement_file import Placements
+from expertlane.balance.holding import Placements
 from expertlane.comparison.assumptions import projected_assumptions
-from expertlane.cost.laws.execution import OVERHEAD_S, Execution
-from expertlane.cost.laws.profile import ModelledCluster, Profile
+from expertlane.cost.laws.frameworks import cluster_record, conditions_of, with_known_errors
+from expertlane.cost.laws.profile import OVERHEAD_S, Execution, ModelledCluster, Profile
 from expertlane.cost.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.projector import Projector, Setting, StepSize
-from expertlane.cost.records import cluster_record, conditions_of, with_known_errors
 from expertlane.cost.routing import PowerLawRouting, RoutingChoice, Traffic, choose_routing, placed
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.throughput import Goals
 from expertlane.errors import CapacityError, UserError
 from expertlane.planner.candidates import PlanRequest, candidates_like

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.holding import Holding
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.holding import Holding, placements_of
 from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalance, Rebalancer, StepLoad
 from expertlane.engine.ranks.commands import HeldBytes

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from expertlane.balance.placement_file import check_experiment
+from expertlane.balance.holding import check_experiment
 from expertlane.comparison.assumptions import measured_assumptions
 from expertlane.comparison.deployed import Deployed, Setting
 from expertlane.comparison.journal import Journal

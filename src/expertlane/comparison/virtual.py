@@ -13,7 +13,7 @@ from expertlane.comparison.assumptions import (
 from expertlane.comparison.projection import check_has_law, usual_number_type
 from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.laws.profile import Profile
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.virtual import Replayed, VirtualClock, VirtualLinks
 from expertlane.errors import UserError
 from expertlane.results.hardware import LinkSpeed, MachinePeak, VirtualTime

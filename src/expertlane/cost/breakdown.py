@@ -7,12 +7,10 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from expertlane.cost.laws.execution import LIKELY
-from expertlane.cost.laws.profile import Device
+from expertlane.cost.laws.profile import LIKELY, Device
 from expertlane.cost.laws.times import Basis
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import StageWork, law_dtype
-from expertlane.cost.step.operation import Floats, Operation
+from expertlane.cost.step.operation import Floats, NumberTypes, Operation
 from expertlane.cost.step.program import StageProgram, StepProgram
 from expertlane.cost.timeline import LogTable, Span, StepTimes
 from expertlane.spec.names import ProjectedCause, Stage

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.laws.profile import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.shared_parts import (
     COMPUTE,
     IN_SERIES,

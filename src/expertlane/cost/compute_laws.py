@@ -10,12 +10,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertlane.cost.laws.execution import Execution, Terms
-from expertlane.cost.laws.profile import Profile
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.laws.profile import Execution, Profile, Terms
 from expertlane.cost.pricing import Links, Pricing
 from expertlane.cost.routing import GivenRouting
-from expertlane.cost.step.operation import OUTSIDE, Floats, Ints, RankGroups, Transfer, TransferKind
+from expertlane.cost.step.operation import (
+    OUTSIDE,
+    Floats,
+    Ints,
+    NumberTypes,
+    RankGroups,
+    Transfer,
+    TransferKind,
+)
 from expertlane.cost.step.program import ProgramBuilder, Section, StageProgram, StepProgram, count
 from expertlane.results.step_record import (
     Action,

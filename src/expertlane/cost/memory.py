@@ -7,11 +7,9 @@ from math import ceil, prod
 
 import numpy as np
 
-from expertlane.balance.holding import Holding, Slices
-from expertlane.balance.placement_file import Placements
+from expertlane.balance.holding import Holding, Placements, Slices
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.number_types import NumberTypes, weight_bytes
-from expertlane.cost.step.operation import Floats
+from expertlane.cost.step.operation import Floats, NumberTypes, weight_bytes
 from expertlane.errors import CapacityError
 from expertlane.results.record import PoolRecord
 from expertlane.schedule.request import Limits

@@ -9,17 +9,16 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from expertlane.cost.laws.device import DeviceModel
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile import Profile
+from expertlane.cost.laws.profile import BOUNDS, LIKELY, Execution, Profile, Terms
 from expertlane.cost.laws.times import Times
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.step.operation import (
     ATTENTION,
     SIZES,
     Floats,
     HandOver,
     Kind,
+    NumberTypes,
     OneOfGroup,
     Operation,
     RankGroups,

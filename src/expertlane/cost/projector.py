@@ -27,24 +27,28 @@ import numpy as np
 
 from expertlane.cost.breakdown import Breakdown, BreakdownTable, basis_shares, floor_s
 from expertlane.cost.laws.device import looked_up_by
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms, kernels_of
-from expertlane.cost.laws.profile import ModelledCluster
+from expertlane.cost.laws.profile import (
+    BOUNDS,
+    LIKELY,
+    Execution,
+    ModelledCluster,
+    Terms,
+    kernels_of,
+)
 from expertlane.cost.laws.times import Basis, Times
-from expertlane.cost.multi_token import MultiToken
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Block, Pricing, StageWork, TimedStep, law_dtype
 from expertlane.cost.replay import Clocks
 from expertlane.cost.routing import Traffic, placed
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.operation import Floats, Operation, Transfer
+from expertlane.cost.step.operation import Floats, NumberTypes, Operation, Transfer
 from expertlane.cost.step.program import ProgramBuilder, StepProgram, most_weight_bytes
+from expertlane.cost.throughput import MultiToken
 from expertlane.cost.timeline import StepTimes, Timeline, rank_events
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
-from expertlane.spec.deployment import CopyMethod, Options, PayloadType
-from expertlane.spec.dispatch import DispatchMode
+from expertlane.spec.deployment import CopyMethod, DispatchMode, Options, PayloadType
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase

@@ -14,8 +14,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.balance.holding import Placements, placements_of
 from expertlane.balance.placement import Placement
-from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.balance.planner import plan_placement
 from expertlane.balance.trace import RoutingTrace, read_trace
 from expertlane.cost.step.operation import Floats, Ints

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Terms
-from expertlane.cost.multi_token import MultiTokenAdapter
+from expertlane.cost.laws.profile import BOUNDS, LIKELY, Terms
 from expertlane.cost.pricing import Pricing, StageWork
 from expertlane.cost.replay import Clocks
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.step.program import ProgramBuilder, StepProgram, count
+from expertlane.cost.throughput import MultiTokenAdapter
 from expertlane.cost.timeline import ColdStart, StepTimes, Timeline, rank_events, stage_seconds
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch, StepOutcome, StepPlan

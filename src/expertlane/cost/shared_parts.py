@@ -15,10 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.cost.laws.device import DeviceModel
-from expertlane.cost.laws.execution import LIKELY, Execution, Terms, kernels_of
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile import Profile
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.laws.profile import LIKELY, Execution, Profile, Terms, kernels_of
 from expertlane.cost.pricing import forwarded_times, operation_times
 from expertlane.cost.step.attention import attention_steps
 from expertlane.cost.step.batch_sizes import Scenarios
@@ -37,14 +35,14 @@ from expertlane.cost.step.layer import (
 from expertlane.cost.step.operation import (
     Floats,
     Ints,
+    NumberTypes,
     OneOfGroup,
     Operation,
     RankGroups,
     Transfer,
 )
 from expertlane.cost.step.step_list import ExpectedStepList
-from expertlane.spec.deployment import PayloadType
-from expertlane.spec.dispatch import DispatchForm, is_by_node_on
+from expertlane.spec.deployment import DispatchForm, PayloadType, is_by_node_on
 from expertlane.spec.model import ModelConfig
 
 # Rows of what is added up: three bounds of computing, of transfers, what all transfers would cost

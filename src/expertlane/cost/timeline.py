@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms
+from expertlane.cost.laws.profile import BOUNDS, LIKELY, Execution, Terms
 from expertlane.cost.laws.times import Times
 from expertlane.cost.pricing import Compiler, StageWork
 from expertlane.cost.replay import Clocks, Log, RecordedStep, Replay

@@ -16,9 +16,8 @@ from typing import NamedTuple
 import numpy as np
 
 from expertlane.cost.compute_laws import ComputeLaws, Item, StageOperations
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Terms
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile import Profile
+from expertlane.cost.laws.profile import BOUNDS, LIKELY, Profile, Terms
 from expertlane.cost.laws.times import Times, no_time
 from expertlane.cost.pricing import Entry, forwarded_times, transfer_entry
 from expertlane.cost.replay import RecordedStep

@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from expertlane.balance.placement_file import Placements
+from expertlane.balance.holding import Placements
 from expertlane.cost.memory import FREE_SHARE, PlacedModel
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.engine.model.stored_tensors import StoredTensors
 from expertlane.engine.ranks.commands import DescribeMachine, RankMachine
 from expertlane.engine.ranks.local_ranks import LocalRanks

@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from expertlane.balance.placement_file import Placements, check_deployment
+from expertlane.balance.holding import Placements, check_deployment
 from expertlane.balance.trace import RoutingTrace
 from expertlane.balance.transition import Arrangement
 from expertlane.engine.elastic.recovery import Arranged, Recovery

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.placement_file import check_deployment
+from expertlane.balance.holding import check_deployment
 from expertlane.balance.trace import RoutingTrace
 from expertlane.balance.transition import Arrangement
 from expertlane.engine.elastic.copy_switch import CopySwitch
@@ -38,8 +38,7 @@ from expertlane.results.step_checks import first_found, named
 from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import INT8_FOLDER, GraphLimits
-from expertlane.spec.dispatch import DispatchTable
+from expertlane.spec.deployment import INT8_FOLDER, DispatchTable, GraphLimits
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Members
 from expertlane.spec.model import ModelConfig

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.placement_file import Placements
+from expertlane.balance.holding import Placements
 from expertlane.balance.transition import Arrangement
 from expertlane.engine.comm.progress import Position
 from expertlane.engine.elastic.copy_switch import CopySwitch

@@ -29,8 +29,13 @@ from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import CapacityError
 from expertlane.schedule.plan import Batch, Runner, StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import GraphLimits
-from expertlane.spec.dispatch import DispatchForm, DispatchMode, DispatchRow, DispatchTable
+from expertlane.spec.deployment import (
+    DispatchForm,
+    DispatchMode,
+    DispatchRow,
+    DispatchTable,
+    GraphLimits,
+)
 from expertlane.spec.layout import Layout, Members, partition
 from expertlane.spec.names import Phase
 from expertlane.spec.sampling import SamplingParams, SamplingState

@@ -12,12 +12,13 @@ from expertlane.cost.throughput import Goals
 from expertlane.errors import CapacityError, SpecError
 from expertlane.spec.deployment import (
     CopyMethod,
+    DispatchForm,
     MicroBatchSchedule,
     Options,
     PayloadType,
+    dispatch_forms,
     drafts_text,
 )
-from expertlane.spec.dispatch import DispatchForm, dispatch_forms
 from expertlane.spec.layout import Layout, divisors
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import EngineName

@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from math import ceil
 
 from expertlane.cost.memory import FREE_SHARE
-from expertlane.cost.number_types import NumberTypes
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.planner.engines import Engine, Pool
 from expertlane.results.results import ServeCommand, ServeRole
 from expertlane.spec.deployment import Options

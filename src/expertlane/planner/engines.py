@@ -12,7 +12,7 @@ from itertools import chain
 from expertlane.cost.laws.profile import Profile
 from expertlane.planner.candidates import Candidate
 from expertlane.results.record import PoolRole
-from expertlane.spec.dispatch import DISPATCH_FORMS, DeepEPKernels
+from expertlane.spec.deployment import DISPATCH_FORMS, DeepEPKernels
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import EngineName, Phase

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from expertlane.cost.laws.execution import Execution, kernels_of
+from expertlane.cost.laws.profile import Execution, kernels_of
 from expertlane.cost.memory import FREE_SHARE
-from expertlane.cost.multi_token import ACCEPTANCE_UNSURE, MultiToken
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
-from expertlane.cost.throughput import ThroughputCurve
+from expertlane.cost.throughput import ACCEPTANCE_UNSURE, MultiToken, ThroughputCurve
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.ranking import pareto
 from expertlane.planner.screen import ScreenedCandidate

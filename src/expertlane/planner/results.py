@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from expertlane.cost.laws.execution import LIKELY
-from expertlane.cost.laws.frameworks import find_framework
+from expertlane.cost.laws.frameworks import (
+    cluster_record,
+    conditions_of,
+    find_framework,
+    with_known_errors,
+)
+from expertlane.cost.laws.profile import LIKELY
 from expertlane.cost.memory import RANK_STEP_TOKENS
-from expertlane.cost.records import cluster_record, conditions_of, with_known_errors
 from expertlane.cost.routing import RoutingChoice
-from expertlane.planner.break_even import break_even
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.commands import ServedPool, ServeTarget, engine_commands, longest_request
 from expertlane.planner.engines import Engine, Row, engines_on
@@ -17,6 +20,7 @@ from expertlane.planner.ranking import (
     Contender,
     Ranking,
     best_of_families,
+    break_even,
     contender,
     gap_to,
     pools_tps,

@@ -9,14 +9,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from expertlane.balance.holding import Placements, placements_of
 from expertlane.balance.placement import Placement
-from expertlane.balance.placement_file import Placements, placements_of
 from expertlane.cost.closed_form import ManySteps, Pipelining, Sized, joined_points
-from expertlane.cost.laws.execution import LIKELY, Terms
 from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.laws.profile import LIKELY, Terms
 from expertlane.cost.memory import Capacity, PlacedModel, prefill_step_tokens
-from expertlane.cost.multi_token import MultiToken, with_drafting_layer
 from expertlane.cost.shared_parts import Shape, SharedParts
 from expertlane.cost.step.counts import StageMesh
 from expertlane.cost.step.expected_counts import ExpectedFanOut, sampled_layers
@@ -24,16 +23,17 @@ from expertlane.cost.step.operation import Ints
 from expertlane.cost.throughput import (
     Arriving,
     Goals,
+    MultiToken,
     Prompts,
     Steps,
     ThroughputCurve,
     breach,
     one_pool,
     together,
+    with_drafting_layer,
 )
 from expertlane.planner.candidates import Candidate, PlanRequest
-from expertlane.spec.deployment import CopyMethod, Options
-from expertlane.spec.dispatch import DispatchForm
+from expertlane.spec.deployment import CopyMethod, DispatchForm, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import NOTHING_SHARED, Workload
 

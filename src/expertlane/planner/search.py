@@ -7,7 +7,7 @@ from typing import get_args
 
 import numpy as np
 
-from expertlane.cost.laws.execution import LIKELY
+from expertlane.cost.laws.profile import LIKELY
 from expertlane.cost.memory import size_text
 from expertlane.cost.projector import ErrorSeconds, Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting, Traffic, extremes_of

@@ -15,8 +15,7 @@ from math import gcd
 import numpy as np
 
 from expertlane.cost.laws.profile import ModelledCluster
-from expertlane.cost.multi_token import MultiToken
-from expertlane.cost.throughput import Goals, ThroughputCurve
+from expertlane.cost.throughput import Goals, MultiToken, ThroughputCurve
 from expertlane.errors import CapacityError, UserError
 from expertlane.planner.candidates import Candidate, PlanRequest, family_of
 from expertlane.planner.engines import Engine, engines_on

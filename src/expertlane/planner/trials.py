@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, log, sqrt
 
-from expertlane.cost.laws.execution import LIKELY
+from expertlane.cost.laws.profile import LIKELY
 from expertlane.cost.throughput import Goals, ThroughputCurve
 from expertlane.planner.candidates import PlanRequest
 from expertlane.planner.screen import ScreenedCandidate

@@ -8,8 +8,8 @@ from itertools import islice, product
 
 import numpy as np
 
-from expertlane.cost.laws.execution import LIKELY
 from expertlane.cost.laws.links import LinkModel
+from expertlane.cost.laws.profile import LIKELY
 from expertlane.cost.memory import KVTransfers
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.throughput import Goals, ThroughputCurve, two_pools

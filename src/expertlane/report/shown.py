@@ -18,9 +18,9 @@ from expertlane.report.document import Answer, Figure, Report, Table, Words
 from expertlane.report.files import write_reports
 from expertlane.report.sections import report_of
 from expertlane.report.terminal import folded_figure
-from expertlane.results import diff, file, table
+from expertlane.results import diff, file
+from expertlane.results.file import Format
 from expertlane.results.results import Results as Schema
-from expertlane.results.table import Format
 from expertlane.spec.files import as_path
 from expertlane.spec.ranges import shown
 
@@ -146,7 +146,7 @@ class Results(Schema, _Shown):
         Raises:
             UserError: pandas is not installed.
         """
-        return table.to_pandas(table.rows_of(self))
+        return file.to_pandas(file.rows_of(self))
 
     def export(self, path: str | Path) -> Path:
         """Write the table of `to_pandas` to a file ending in .csv or .parquet; return its path.
@@ -158,7 +158,7 @@ class Results(Schema, _Shown):
         formats: tuple[Format, ...] = get_args(Format)
         for each in formats:
             if path.suffix == f".{each}":
-                return table.write_table(table.rows_of(self), path, each)
+                return file.write_table(file.rows_of(self), path, each)
         valid = " or ".join(f".{each}" for each in formats)
         raise UserError(f"export to {shown(str(path))}: it must end in {valid}")
 
@@ -194,4 +194,4 @@ class Difference(diff.Difference, _Shown):
         Raises:
             UserError: pandas is not installed.
         """
-        return table.to_pandas(table.aligned([change.row() for change in self.changes]))
+        return file.to_pandas(file.aligned([change.row() for change in self.changes]))

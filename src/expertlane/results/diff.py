@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from expertlane.errors import UserError
 from expertlane.results.estimate import LEAST_RUNS, Estimate, median_interval
+from expertlane.results.file import Row, flat
 from expertlane.results.record import (
     FAMILY,
     PARETO,
@@ -17,7 +18,6 @@ from expertlane.results.record import (
 )
 from expertlane.results.results import FOREIGN_LOAD, Results
 from expertlane.results.serving_record import ServingRecord
-from expertlane.results.table import Row, flat
 
 _MISSING = "—"
 

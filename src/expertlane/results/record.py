@@ -15,8 +15,7 @@ from expertlane.results.estimate import Above0, Estimate, Summary, SummaryAbove0
 from expertlane.results.serving_record import ServingRecord, best_load
 from expertlane.results.timeline import StepTimeline
 from expertlane.results.traffic import TrafficRecord
-from expertlane.spec.deployment import Options
-from expertlane.spec.dispatch import DispatchTable
+from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Phase, ProjectedCause
 from expertlane.spec.ranges import Counted, Strict, Valid

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.placement_file import Placements
+from expertlane.balance.holding import Placements
 from expertlane.engine.async_engine import AsyncEngine
 from expertlane.engine.comm.progress import NO_LAYER, Position
 from expertlane.engine.elastic.recovery import Recovery

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from expertlane.cost.breakdown import BreakdownTable, basis_seconds, floor_s
-from expertlane.cost.laws.execution import BOUNDS, LIKELY
+from expertlane.cost.laws.profile import BOUNDS, LIKELY
 from expertlane.cost.memory import KVTransfers
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.runner import CostRunner, PricedStep

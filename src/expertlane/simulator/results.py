@@ -11,14 +11,20 @@ import numpy as np
 
 from expertlane.cost.breakdown import shares_of
 from expertlane.cost.laws.device import stand_ins
-from expertlane.cost.laws.execution import DRIVER_S, LIKELY, Execution, Terms, kernels_of
-from expertlane.cost.laws.profile import ModelledCluster
+from expertlane.cost.laws.frameworks import cluster_record, conditions_of, with_known_errors
+from expertlane.cost.laws.profile import (
+    DRIVER_S,
+    LIKELY,
+    Execution,
+    ModelledCluster,
+    Terms,
+    kernels_of,
+)
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.memory import FREE_SHARE
-from expertlane.cost.multi_token import ACCEPTANCE_UNSURE
-from expertlane.cost.records import cluster_record, conditions_of, with_known_errors
 from expertlane.cost.routing import RoutingChoice
 from expertlane.cost.step.kernel_sets import ENGINE
+from expertlane.cost.throughput import ACCEPTANCE_UNSURE
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.metrics import intervals as intervals_of
 from expertlane.results.metrics import serving_record

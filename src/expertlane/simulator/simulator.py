@@ -7,11 +7,17 @@ from typing import Any
 
 import numpy as np
 
-from expertlane.balance.placement_file import Placements
-from expertlane.cost.laws.execution import BOUNDS, LIKELY, Execution, Terms, kernels_of
+from expertlane.balance.holding import Placements
 from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.laws.links import LinkModel
-from expertlane.cost.laws.profile import ModelledCluster
+from expertlane.cost.laws.profile import (
+    BOUNDS,
+    LIKELY,
+    Execution,
+    ModelledCluster,
+    Terms,
+    kernels_of,
+)
 from expertlane.cost.memory import (
     FREE_SHARE,
     RANK_STEP_TOKENS,
@@ -19,13 +25,12 @@ from expertlane.cost.memory import (
     PlacedModel,
     RankMemory,
 )
-from expertlane.cost.multi_token import MultiToken, MultiTokenAdapter, with_drafting_layer
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import Traffic, extremes_of, placed
 from expertlane.cost.runner import CostRunner, PricedStep, StepSharing
-from expertlane.cost.step.operation import Floats
+from expertlane.cost.step.operation import Floats, NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
+from expertlane.cost.throughput import MultiToken, MultiTokenAdapter, with_drafting_layer
 from expertlane.errors import SpecError
 from expertlane.results.metrics import ServedRequest
 from expertlane.results.record import PoolRole
@@ -35,8 +40,7 @@ from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import ContinuousScheduler
 from expertlane.simulator.pools import Pool, PoolTotals, run_load
-from expertlane.spec.deployment import Options
-from expertlane.spec.dispatch import DISPATCH_FORMS
+from expertlane.spec.deployment import DISPATCH_FORMS, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase

@@ -14,7 +14,7 @@ from math import ceil
 
 import numpy as np
 
-from expertlane.cost.laws.execution import BOUNDS, LIKELY
+from expertlane.cost.laws.profile import BOUNDS, LIKELY
 from expertlane.cost.step.operation import Floats
 from expertlane.results.metrics import ServedRequest
 from expertlane.results.record import PoolRole

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertlane.cost.laws.execution import BOUNDS, LIKELY
-from expertlane.cost.multi_token import MultiToken
+from expertlane.cost.laws.profile import BOUNDS, LIKELY
 from expertlane.cost.runner import PricedStep
 from expertlane.cost.step.operation import Floats, Ints
+from expertlane.cost.throughput import MultiToken
 from expertlane.results.estimate import half_interval
 from expertlane.results.metrics import PERCENTILES, ServedRequest
 from expertlane.schedule.blocks import ROOT, block_digest

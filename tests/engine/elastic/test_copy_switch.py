@@ -8,7 +8,7 @@ import pytest
 from cli.screen import telling, tells
 from distributed.running import Balancing, deployment, run_deployment
 from expertlane import LLM, SamplingParams
-from expertlane.balance.placement_file import check_deployment
+from expertlane.balance.holding import check_deployment
 from expertlane.balance.rebalance import CopyDecision
 from expertlane.engine.elastic.copy_switch import TRIAL_STEPS, CopySwitch
 from expertlane.errors import UserError

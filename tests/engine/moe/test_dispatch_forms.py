@@ -5,7 +5,7 @@ import pytest
 
 from engine.moe.test_dispatch import ROW_BYTES, A, B, C, D, own, run
 from expertlane.balance.placement import Placement
-from expertlane.spec.dispatch import DISPATCH_FORMS
+from expertlane.spec.deployment import DISPATCH_FORMS
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link, Traffic
 from records import sent_over

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 from engine.ops.cuda.tiny_models import USERS
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.holding import placements_of
 from expertlane.engine.comm.mesh import Meshes
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.model_runner import outcome_of

@@ -19,8 +19,7 @@ from engine.stage.test_decode_graphs import arrivals, difference, drive, limits_
 from engine.test_graph_recording import table_of
 from expertlane.balance.placement import Move, Part, Placement
 from expertlane.engine.model.decode_graphs import DecodeGraphs
-from expertlane.spec.deployment import GraphLimits, Options
-from expertlane.spec.dispatch import is_static_on
+from expertlane.spec.deployment import GraphLimits, Options, is_static_on
 from expertlane.spec.layout import Layout
 
 pytestmark = needs_kernels

@@ -7,7 +7,7 @@ import pytest
 
 from cli.screen import tells
 from cli.stub_llm import MACHINE
-from expertlane.balance.placement_file import placements_of
+from expertlane.balance.holding import placements_of
 from expertlane.cli.local_model import _platform_text
 from expertlane.comparison.run import _first_on_gpus, machine_record, measure_peak
 from expertlane.cost.memory import workload_limits

@@ -20,8 +20,16 @@ import numpy.typing as npt
 
 from expertlane.cost.laws.profile import Device, Profile
 from expertlane.cost.laws.times import Basis, Surface, Times, where
-from expertlane.cost.number_types import ITEM_BYTES, WEIGHT_BYTES, NumberTypes
-from expertlane.cost.step.operation import ATTENTION, SIZES, Floats, Kind, flops_of
+from expertlane.cost.step.operation import (
+    ATTENTION,
+    ITEM_BYTES,
+    SIZES,
+    WEIGHT_BYTES,
+    Floats,
+    Kind,
+    NumberTypes,
+    flops_of,
+)
 from expertlane.errors import SpecError
 
 Sizes = Mapping[str, Floats | float]

@@ -8,7 +8,7 @@ those do otherwise: `counts_first`, `expands_all`, `merges_products`, `dummy_bat
 
 from dataclasses import dataclass
 
-from expertlane.spec.dispatch import DispatchForm, form_on
+from expertlane.spec.deployment import DispatchForm, form_on
 from expertlane.spec.layout import Layout
 
 

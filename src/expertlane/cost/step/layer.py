@@ -9,14 +9,12 @@ from typing import assert_never
 
 import numpy as np
 
-from expertlane.cost.number_types import PayloadBytes, weight_bytes
 from expertlane.cost.step.attention import attention_steps
 from expertlane.cost.step.batch_sizes import TokenSizes
 from expertlane.cost.step.counts import DispatchCounts
-from expertlane.cost.step.operation import Amounts, Ints, Kind
+from expertlane.cost.step.operation import Amounts, Ints, Kind, PayloadBytes, weight_bytes
 from expertlane.cost.step.step_list import StepWriter
-from expertlane.spec.deployment import PayloadType
-from expertlane.spec.dispatch import form_on
+from expertlane.spec.deployment import PayloadType, form_on
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 

@@ -13,9 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.copies import CopyChoice, copy_choice
+from expertlane.balance.holding import Placements
 from expertlane.balance.placement import Placement
-from expertlane.balance.placement_file import Placements
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.counts import StageMesh, TokenCounts, count_dispatch
@@ -27,12 +26,18 @@ from expertlane.cost.step.layer import (
     layer_steps,
     projection_steps,
 )
-from expertlane.cost.step.operation import OUTSIDE, HandOver, Ints, Operation, Step
+from expertlane.cost.step.operation import OUTSIDE, HandOver, Ints, NumberTypes, Operation, Step
 from expertlane.cost.step.step_list import StepList, StepWriter
 from expertlane.results.step_record import RankCounts
 from expertlane.schedule.plan import Batch, StepPlan
-from expertlane.spec.deployment import CopyMethod, PayloadType
-from expertlane.spec.dispatch import DispatchForm, DispatchMode, DispatchTable, is_by_node_on
+from expertlane.spec.deployment import (
+    CopyMethod,
+    DispatchForm,
+    DispatchMode,
+    DispatchTable,
+    PayloadType,
+    is_by_node_on,
+)
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Link, Phase, Stage, Traffic

@@ -5,15 +5,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from expertlane.cost.number_types import ITEM_BYTES, NumberTypes, weight_bytes
 from expertlane.cost.step.batch_sizes import TokenSizes
 from expertlane.cost.step.counts import Axis, Exchange, StageMesh
 from expertlane.cost.step.kernel_sets import ENGINE, KernelSet
 from expertlane.cost.step.operation import (
+    ITEM_BYTES,
     Amounts,
     Floats,
     Ints,
     Kind,
+    NumberTypes,
     OneOfGroup,
     Operation,
     RankGroups,
@@ -22,8 +23,9 @@ from expertlane.cost.step.operation import (
     Transfer,
     TransferKind,
     flops_of,
+    weight_bytes,
 )
-from expertlane.spec.dispatch import DispatchForm
+from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.names import Stage
 
 

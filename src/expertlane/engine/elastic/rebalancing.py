@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary, WeakSet
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.balance.holding import Placements
 from expertlane.balance.placement import (
     WHOLE,
     Part,
@@ -24,7 +25,6 @@ from expertlane.balance.placement import (
     most_of_a_rank,
     next_slice,
 )
-from expertlane.balance.placement_file import Placements
 from expertlane.balance.rebalance import (
     Decision,
     LoadTracker,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from expertlane.balance.placement_file import Placements
+from expertlane.balance.holding import Placements
 from expertlane.balance.transition import Arrangement, Transition
 from expertlane.engine.elastic.recovery_record import NEXT, Kind, Moment, RecoveryRecord, State
 from expertlane.engine.ranks.pool import RankPool

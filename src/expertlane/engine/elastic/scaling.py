@@ -7,8 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from expertlane.balance.holding import Holding, keeping_placements
-from expertlane.balance.placement_file import Placements, check_deployment
+from expertlane.balance.holding import Holding, Placements, check_deployment, keeping_placements
 from expertlane.balance.transition import Arrangement
 from expertlane.cost.memory import FREE_SHARE
 from expertlane.engine.elastic.rebalancing import HELD_UP

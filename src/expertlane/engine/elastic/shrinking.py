@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from expertlane.balance.holding import over_survivors
-from expertlane.balance.placement_file import Placements
+from expertlane.balance.holding import Placements, over_survivors
 from expertlane.balance.transition import Arrangement
 from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.model_runner import ModelRunner

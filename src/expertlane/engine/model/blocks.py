@@ -26,8 +26,7 @@ from expertlane.engine.ops.narrow import Weight
 from expertlane.engine.ops.products import Activation, Expert, Linear
 from expertlane.engine.ops.router import RouterParams
 from expertlane.engine.ops.step import MlpPart, MlpWeights
-from expertlane.spec.deployment import PayloadType
-from expertlane.spec.dispatch import DispatchForm
+from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig, expert_name, layer_name
 from expertlane.spec.names import CheckPoint, Stage

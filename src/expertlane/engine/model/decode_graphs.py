@@ -28,8 +28,7 @@ from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.device import Array, CudaGraphs, packed, unpacked
 from expertlane.engine.ops.kv_cache import AttentionBounds, KVCache
 from expertlane.schedule.plan import Batch, RankBatch
-from expertlane.spec.deployment import GraphLimits
-from expertlane.spec.dispatch import DispatchForm, DispatchMode, is_static_on
+from expertlane.spec.deployment import DispatchForm, DispatchMode, GraphLimits, is_static_on
 from expertlane.spec.layout import partition
 from expertlane.spec.names import Phase, Stage
 

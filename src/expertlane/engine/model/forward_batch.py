@@ -19,7 +19,7 @@ from expertlane.cost.step.batch_sizes import pairs_and_positions, takes_less_exp
 from expertlane.engine.ops.device import Array, to_device
 from expertlane.engine.ops.kv_cache import PagedBatch
 from expertlane.schedule.plan import Batch
-from expertlane.spec.dispatch import DispatchForm
+from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.layout import Coordinates, Layout, partition
 from expertlane.spec.model import LatentAttention
 

@@ -6,8 +6,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from expertlane.balance.holding import Placements
 from expertlane.balance.placement import Placement
-from expertlane.balance.placement_file import Placements
 from expertlane.engine.comm.collectives import Steps
 from expertlane.engine.comm.counters import Meter
 from expertlane.engine.comm.mesh import ParallelMesh
@@ -20,8 +20,7 @@ from expertlane.engine.model.weights import HeldWeights, WeightSource, taker_of
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.kv_cache import KVCache
 from expertlane.engine.ops.step import AttentionPart, LayerParts, LayersPart
-from expertlane.spec.deployment import KVCacheType, PayloadType
-from expertlane.spec.dispatch import DispatchForm
+from expertlane.spec.deployment import DispatchForm, KVCacheType, PayloadType
 from expertlane.spec.model import EMBEDDING, ModelConfig
 from expertlane.spec.names import CheckPoint, Stage
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from expertlane.balance.copies import BalancedCopies
 from expertlane.balance.placement import Placement
-from expertlane.cost.number_types import SCALED_VALUES, PayloadBytes
+from expertlane.cost.step.operation import SCALED_VALUES, PayloadBytes
 from expertlane.engine.comm.collectives import Group, Pending, Steps
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.comm.recorder import Recorder

@@ -26,7 +26,7 @@ from expertlane.engine.moe.dispatch import (
 )
 from expertlane.engine.ops.bookkeeping import Outgoing, PeerRows, RowParts
 from expertlane.engine.ops.products import PairGroups
-from expertlane.spec.dispatch import DispatchForm, form_on
+from expertlane.spec.deployment import DispatchForm, form_on
 
 _ROWS, _PAIRS = 0, 1
 

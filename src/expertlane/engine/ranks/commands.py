@@ -14,16 +14,22 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.balance.holding import Placements
 from expertlane.balance.placement import Part
-from expertlane.balance.placement_file import Placements
 from expertlane.balance.transition import Arrangement
 from expertlane.cost.step.operation import SIZES, Kind, TransferKind
 from expertlane.engine.ranks.messages import Decoder, Message, MessageError
 from expertlane.results.step_checks import RankChecks
 from expertlane.results.step_record import RankRecord, RankTotals
 from expertlane.schedule.plan import RankStep
-from expertlane.spec.deployment import ActivationsType, GraphLimits, Options, WeightsType
-from expertlane.spec.dispatch import DispatchForm, DispatchTable
+from expertlane.spec.deployment import (
+    ActivationsType,
+    DispatchForm,
+    DispatchTable,
+    GraphLimits,
+    Options,
+    WeightsType,
+)
 from expertlane.spec.layout import Layout, Members
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckLevel, Origin

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.balance.placement_file import Placements
+from expertlane.balance.holding import Placements
 from expertlane.balance.transition import Arrangement, Transition
 from expertlane.engine.comm.collectives import Pending, interleave
 from expertlane.engine.comm.mesh import ParallelMesh
@@ -31,8 +31,7 @@ from expertlane.engine.stage.rank_checks import StageChecks, recorder_of
 from expertlane.engine.stage.worker import RankContext
 from expertlane.results.step_record import RankTotals
 from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
-from expertlane.spec.deployment import PayloadType
-from expertlane.spec.dispatch import DispatchForm, DispatchMode, DispatchTable
+from expertlane.spec.deployment import DispatchForm, DispatchMode, DispatchTable, PayloadType
 from expertlane.spec.names import CheckPoint, Origin, Phase, Stage
 from expertlane.spec.sampling import TokenLogprobs
 

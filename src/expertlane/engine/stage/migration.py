@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from expertlane.balance.holding import Placements
 from expertlane.balance.placement import WHOLE, Move, Part, Placement
-from expertlane.balance.placement_file import Placements
 from expertlane.engine.comm.collectives import Pending
 from expertlane.engine.comm.progress import NO_LAYER, ProgressReporter
 from expertlane.engine.model.transformer import TransformerStage

@@ -45,7 +45,7 @@ from expertlane.engine.stage.preparing import drop_prepared, prepare
 from expertlane.engine.stage.rank_checks import sum_weights
 from expertlane.engine.stage.weight_copies import Role, WeightCopies
 from expertlane.engine.stage.worker import Handlers, RankContext
-from expertlane.spec.dispatch import DISPATCH_FORMS
+from expertlane.spec.deployment import DISPATCH_FORMS
 from expertlane.spec.names import Origin, Stage
 
 

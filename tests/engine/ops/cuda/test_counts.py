@@ -19,11 +19,10 @@ from engine.model.quantised import COMPRESSED, save_compressed
 from engine.ops.cuda.near import DEVICE, needs_kernels
 from engine.ops.cuda.tiny_models import MODELS, USERS
 from expertlane.balance.placement import Placement
-from expertlane.cost.number_types import NumberTypes
 from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.kernel_sets import ENGINE, ENGINE_ON_GPUS
-from expertlane.cost.step.operation import Operation
+from expertlane.cost.step.operation import NumberTypes, Operation
 from expertlane.cost.step.program import ProgramBuilder, count
 from expertlane.engine.comm.clocks import HostClock
 from expertlane.engine.comm.collectives import interleave
