@@ -1,18 +1,18 @@
 """Ranks of two nodes, both on this machine: contracts 1 and 3 beyond the launcher's own node."""
 
-import os
 import re
 import signal
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import psutil
 import pytest
 
-from cli.screen import telling, tells
+from cli.screen import telling
 from distributed.on_ranks import Echo, FailWhileOthersWait, RanksOnNodes, Stay
-from distributed.running import deployment, run_deployment
+from distributed.running import LONG, LONG_MODEL, deployment, run_deployment
 from engine.ranks.processes import wait_until
 from expertlane.engine.launch import describe_ranks
 from expertlane.engine.ranks.pool import RankPool
@@ -23,8 +23,6 @@ from parity.contract import check_contract
 
 TINY = PRESETS["paper-tiny"]
 WORKLOAD = Workload(num_sequences=9, prompt_len=5, output_len=3, seed=7)
-LONG_MODEL = TINY.with_overrides(max_position_embeddings=5000)
-LONG = Workload(num_sequences=4, prompt_len=2, output_len=4000)  # minutes
 TIMEOUT_S = 2.5
 
 
@@ -98,28 +96,25 @@ class TwoNodes:
     def __init__(self):
         self.ranks = RanksOnNodes(2, 2, TIMEOUT_S)
         (supervisor,) = self.ranks.supervisors
-        self.supervisor = psutil.Process(supervisor.pid)
-        self.server = psutil.Process(self.ranks._server.pid)
+        supervisor = psutil.Process(supervisor.pid)
+        server = psutil.Process(self.ranks._server.pid)
         self.pool = RankPool(self.ranks, TIMEOUT_S)
         here, there = (
             sorted(child.pid for child in each.children())[-2:]  # the store's host came first
-            for each in (self.server, self.supervisor)
+            for each in (server, supervisor)
         )
-        self.pids = here + there
-        self.processes = [
-            *(psutil.Process(pid) for pid in self.pids),
-            self.server,
-            self.supervisor,
-        ]
+        self.processes = {"fork server": server, "supervisor": supervisor}
+        for rank, pid in enumerate(here + there):
+            self.processes[f"rank {rank}"] = psutil.Process(pid)
 
-    def error_after(self, pid, number):
+    def error_after(self, process, number):
         """Signal a process while ranks are in a step: the error that ends them, and seconds."""
         at_s = []
 
         def act():
             assert wait_until(lambda: self.ranks.board.position(2).step >= 3)
             at_s.append(time.monotonic())
-            os.kill(pid, number)
+            self.processes[process].send_signal(number)
 
         thread = threading.Thread(target=act)
         thread.start()
@@ -131,11 +126,11 @@ class TwoNodes:
 
     def are_gone(self):
         """Whether no process is left, in a moment."""
-        return not psutil.wait_procs(self.processes, timeout=5)[1]
+        return not psutil.wait_procs(self.processes.values(), timeout=5)[1]
 
     def close(self):
         """End all, whatever state they are in."""
-        for each in self.processes:
+        for each in self.processes.values():
             if each.is_running():
                 each.kill()
         self.pool.close()
@@ -148,51 +143,29 @@ def long_run():
     started.close()
 
 
-def test_a_killed_rank_of_another_node(long_run):
-    error, took_s = long_run.error_after(long_run.pids[3], signal.SIGKILL)
-    assert took_s < 10
-    assert re.search(r"rank 3 .* SIGKILL .*step \d+, (layer \d, )?stage .*all ranks", str(error))
-    assert long_run.are_gone()
+_full = partial(pytest.param, marks=pytest.mark.full)
 
 
-@pytest.mark.full
-def test_a_stopped_rank_of_another_node(long_run):
-    error, took_s = long_run.error_after(long_run.pids[2], signal.SIGSTOP)
-    assert TIMEOUT_S <= took_s < TIMEOUT_S + 10
-    assert re.search(r"rank 2 hung .*step \d+, (layer \d, )?stage .*2\.5 s.*all ranks", str(error))
-    assert long_run.are_gone()
-
-
-def test_a_killed_supervisor(long_run):
-    error, took_s = long_run.error_after(long_run.supervisor.pid, signal.SIGKILL)
-    assert took_s < 10
-    assert tells(str(error), "supervisor node 1 127.0.0.1 gone ranks ended")
-    assert long_run.are_gone()
-
-
-@pytest.mark.full
-def test_a_stopped_supervisor_is_noticed_though_its_ranks_go_on(long_run):
-    """And its ranks end it."""
-    error, took_s = long_run.error_after(long_run.supervisor.pid, signal.SIGSTOP)
-    assert TIMEOUT_S <= took_s < TIMEOUT_S + 10
-    assert tells(str(error), "supervisor node 1 127.0.0.1 hung 4.5 ranks ended")
-    assert long_run.are_gone()
-
-
-@pytest.mark.full
-def test_a_stopped_fork_server_of_the_first_node(long_run):
-    error, took_s = long_run.error_after(long_run.server.pid, signal.SIGSTOP)
-    assert took_s < TIMEOUT_S + 10
-    assert tells(str(error), "fork server hung stopped 2.5 ranks ended")
-    assert long_run.are_gone()
-
-
-@pytest.mark.full
-def test_a_supervisor_that_is_told_to_end(long_run):
-    error, took_s = long_run.error_after(long_run.supervisor.pid, signal.SIGTERM)
-    assert took_s < 10
-    assert isinstance(error, TerminatedError)
-    assert tells(str(error), "SIGTERM")
+@pytest.mark.parametrize(
+    ("process", "number", "said"),
+    [
+        ("rank 3", signal.SIGKILL, r"rank 3 .* SIGKILL .*step \d+, (layer \d, )?stage .*"),
+        ("supervisor", signal.SIGKILL, r".*supervisor.* node 1 .*127\.0\.0\.1.* gone.*"),
+        _full("rank 2", signal.SIGSTOP, r"rank 2 hung .*step \d+, .*stage .*2\.5 s.*"),
+        _full("supervisor", signal.SIGSTOP, r".*supervisor.* node 1 .*127\.0\.0\.1.* hung.*4\.5.*"),
+        _full("fork server", signal.SIGSTOP, r".*fork server.* hung.*2\.5.*"),
+        _full("supervisor", signal.SIGTERM, r".*SIGTERM.*"),
+    ],
+)
+def test_all_end_with_a_process_of_a_node(long_run, process, number, said):
+    """Also where its ranks would go on: they end a supervisor that is stopped."""
+    error, took_s = long_run.error_after(process, number)
+    assert took_s < (TIMEOUT_S if number == signal.SIGSTOP else 0) + 10
+    if number == signal.SIGSTOP and process != "fork server":
+        assert took_s >= TIMEOUT_S
+    assert isinstance(error, TerminatedError) == (number == signal.SIGTERM)
+    assert re.match(said, str(error))
+    assert number == signal.SIGTERM or "all ranks" in str(error)
     assert long_run.are_gone()
 
 

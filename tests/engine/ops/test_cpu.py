@@ -1,19 +1,26 @@
-"""Our CPU kernels against float32 arithmetic written out, for each set."""
+"""Our CPU kernels in bfloat16 and float32 against arithmetic written out, for each set."""
 
 import math
+from array import array
+from itertools import accumulate, pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from expertlane.engine.ops.bookkeeping import RowParts
-from expertlane.engine.ops.packed import PackedLinear
+from expertlane.engine.ops.packed import FewRowsLinear, PackedLinear
 from expertlane.engine.ops.products import Activation, Expert, PairGroups
 from expertlane.engine.ops.torch_backend import TorchBackend
 
-TORCH, CPU = TorchBackend(), torch.device("cpu")
+TORCH = TorchBackend()
+BF16, F32 = torch.bfloat16, torch.float32
+# Of a value: half a step of bfloat16 is the rounding of a result.
+STEP = {BF16: 2.0**-8, F32: 2e-6}
+both = pytest.mark.parametrize("dtype", STEP, ids=["bfloat16", "float32"])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -24,28 +31,25 @@ def two_threads():
     torch.set_num_threads(1)
 
 
-BF16_STEP = 2.0**-8  # of a value: half of it is the rounding of a result
-
-
-def random(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+def random(dtype: torch.dtype, *shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(*shape, generator=generator)).bfloat16()
+    return (scale * torch.randn(*shape, generator=generator)).to(dtype)
 
 
-def assert_near(ours: torch.Tensor, expected: torch.Tensor, steps: float = 2.0) -> None:
-    """Within `steps` roundings of the largest value."""
-    assert ours.dtype is torch.bfloat16
+def assert_near(ours: Tensor, expected: Tensor, dtype: torch.dtype, steps: float = 1.0) -> None:
+    """Within `steps` roundings of the largest value in bfloat16, one in float32."""
+    assert ours.dtype is dtype
     assert ours.shape == expected.shape
     if expected.numel():
-        error = (ours.float() - expected.float()).abs().max()
-        assert error <= steps * BF16_STEP * expected.abs().max()
+        error = (ours.double() - expected.double()).abs().max()
+        assert error <= (steps if dtype is BF16 else 1) * STEP[dtype] * expected.abs().max()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_what_ours_do_not_cover_is_torch_s(kernels, dtype: torch.dtype):
+@pytest.mark.parametrize("dtype", [torch.float64, BF16])
+def test_what_ours_do_not_cover_is_torch_s(kernels, dtype):
     """float64, and widths that our kernels refuse."""
     width = 16 if dtype is torch.float64 else 5
-    x, weight = random(3, width).to(dtype), random(7, width, seed=1).to(dtype)
+    x, weight = random(dtype, 3, width), random(dtype, 7, width, seed=1)
     assert type(kernels.linear(weight)) is type(TORCH.linear(weight))
     assert torch.equal(kernels.linear(weight)(x), TORCH.linear(weight)(x))
     scale = torch.linspace(1, 2, width)
@@ -68,21 +72,20 @@ def test_what_ours_do_not_cover_is_torch_s(kernels, dtype: torch.dtype):
         (32, False, Activation("gelu")),
     ],
 )
-def test_experts_that_ours_do_not_cover(
-    kernels, inner: int, has_bias: bool, activation: Activation
-):
+def test_experts_that_ours_do_not_cover(kernels, inner, has_bias, activation):
     def linear(n: int, k: int, seed: int):
-        return kernels.linear(random(n, k, seed=seed), random(n, seed=9) if has_bias else None)
+        bias = random(BF16, n, seed=9) if has_bias else None
+        return kernels.linear(random(BF16, n, k, seed=seed), bias)
 
     held = [
         Expert(linear(inner, 32, i), linear(32, inner, i), linear(inner, 32, 7)) for i in (1, 2)
     ]
-    x, at = random(3, 32), torch.tensor([0, 1, 2])
+    x, at = random(BF16, 3, 32), torch.tensor([0, 1, 2])
     pairs = PairGroups(torch.tensor([2, 1]), at, at, at[:, None])
     ours = kernels.experts(held, activation)(x, pairs)
     for rows, expert in ((slice(0, 2), held[0]), (slice(2, 3), held[1])):
         expected = expert.down(activation(expert.gate(x[rows]), expert.up(x[rows])))
-        assert_near(ours[rows], expected, steps=1)
+        assert_near(ours[rows], expected, BF16)
 
 
 def test_a_packed_matrix_by_hand():
@@ -95,41 +98,54 @@ def test_a_packed_matrix_by_hand():
     assert packed[0, 0, :, 1].tolist() == weight[:16, 1].tolist()
 
 
-@pytest.mark.parametrize("m", [0, 1, 2, 3, 7, 8, 9, 16, 23])
-@pytest.mark.parametrize(("n", "k"), [(1, 2), (16, 8), (31, 6), (33, 64), (64, 130)])
+@both
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_linear(kernels, m: int, n: int, k: int, has_bias: bool):
-    x, weight = random(m, k), random(n, k, seed=1)
-    bias = random(n, seed=2) if has_bias else None
-    ours = kernels.linear(weight, bias)(x)
-    expected = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
-    assert_near(ours, expected)
+@pytest.mark.parametrize(
+    ("n", "k"), [(1, 2), (3, 16), (16, 8), (31, 6), (33, 64), (37, 100), (64, 130), (64, 256)]
+)
+def test_linear(kernels, dtype, n, k, has_bias):
+    weight = random(dtype, n, k, seed=1)
+    bias = random(dtype, n, seed=2) if has_bias else None
+    linear = kernels.linear(weight, bias)
+    assert isinstance(linear, PackedLinear if dtype is BF16 else FewRowsLinear)
+    for m in (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 23, 32, 33):
+        x = random(dtype, m, k + 4)[:, :k]  # rows apart
+        expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+        assert_near(linear(x), expected, dtype, steps=2)
+    other = linear.with_tensors([2 * each for each in linear.tensors()])
+    assert_near(other(x), 2 * expected, dtype, steps=2)
 
 
-def test_linear_takes_rows_that_are_apart(kernels):
-    wide, weight = random(5, 24), random(9, 8, seed=1)
+@both
+def test_linear_takes_rows_in_any_order_of_strides(kernels, dtype):
+    wide, weight = random(dtype, 5, 24), random(dtype, 9, 8, seed=1)
     x, linear = wide[:, 8:16], kernels.linear(weight)
     assert torch.equal(linear(x), linear(x.contiguous()))
-    across = random(8, 5).t()  # columns that lie side by side
-    assert_near(linear(across), across.float() @ weight.float().t())
+    across = random(dtype, 8, 5).t()  # columns that lie side by side
+    assert_near(linear(across), across.double() @ weight.double().t(), dtype, steps=2)
 
 
-@settings(derandomize=True, deadline=None, max_examples=40)
+@settings(derandomize=True, deadline=None, max_examples=60)
 @given(
-    st.lists(st.integers(0, 11), min_size=1, max_size=5),
-    st.sampled_from([2, 16, 48, 50]),
-    st.sampled_from([32, 64]),
-    st.booleans(),
+    dtype=st.sampled_from([*STEP]),
+    counts=st.lists(st.integers(0, 11), min_size=1, max_size=5),
+    hidden=st.sampled_from([2, 16, 48, 50]),
+    inner=st.sampled_from([10, 32, 64]),
+    is_gated=st.booleans(),
 )
-def test_experts(kernels, counts: list[int], hidden: int, inner: int, is_gated: bool):
+@example(dtype=F32, counts=[0, 0, 0], hidden=16, inner=32, is_gated=True)
+@example(dtype=F32, counts=[32, 2, 5], hidden=20, inner=10, is_gated=True)
+@example(dtype=F32, counts=[33, 1, 0], hidden=16, inner=32, is_gated=False)
+def test_experts(kernels, dtype, counts, hidden, inner, is_gated):
     """Pairs take their rows from, and give their results to, any places."""
-    generator = torch.Generator().manual_seed(sum(counts))
-    rows = random(7, hidden + 6)[:, 6:]
-    row_of_pair = torch.randint(7, (sum(counts),), generator=generator)
-    result_of_pair = torch.randperm(sum(counts), generator=generator)
+    num = sum(counts)
+    generator = torch.Generator().manual_seed(num)
+    rows = random(dtype, 7, hidden + 6)[:, 6:]
+    row_of_pair = torch.randint(7, (num,), generator=generator)
+    result_of_pair = torch.randperm(num, generator=generator)
 
-    def stack(n: int, k: int, seed: int) -> torch.Tensor:
-        return random(len(counts), n, k, seed=seed, scale=1 / math.sqrt(k))
+    def stack(n: int, k: int, seed: int) -> Tensor:
+        return random(dtype, len(counts), n, k, seed=seed, scale=1 / math.sqrt(k))
 
     gate, up, down = stack(inner, hidden, 1), stack(inner, hidden, 2), stack(hidden, inner, 3)
     gates, ups, downs = ([kernels.linear(w) for w in each] for each in (gate, up, down))
@@ -139,23 +155,23 @@ def test_experts(kernels, counts: list[int], hidden: int, inner: int, is_gated: 
     ]
     apply = kernels.experts(held, Activation("silu" if is_gated else "gelu"))
     pairs = PairGroups(torch.tensor(counts), row_of_pair, result_of_pair, torch.empty(0))
-    ours = apply(rows, pairs)
-    ends = torch.tensor(counts).cumsum(0).tolist()
-    expected, start = [], 0
-    for expert, end in enumerate(ends):
+    out = torch.full((num, hidden), torch.nan, dtype=dtype)
+    assert apply(rows, pairs, out) is out
+    expected = [torch.zeros(0, hidden)]
+    for expert, (start, end) in enumerate(pairwise(accumulate(counts, initial=0))):
         x = rows[row_of_pair[start:end]].float()
         u = x @ up[expert].float().t()
         h = F.silu(x @ gate[expert].float().t()) * u if is_gated else F.gelu(u)
-        expected.append(h.bfloat16().float() @ down[expert].float().t())
-        start = end
-    assert_near(ours[result_of_pair], torch.cat(expected), steps=3)
+        expected.append(h.to(dtype).float() @ down[expert].float().t())
+    assert_near(out[result_of_pair], torch.cat(expected), dtype, steps=3)
 
 
+@both
 @pytest.mark.parametrize("interleave", [False, True])
-@pytest.mark.parametrize(("head_dim", "dim"), [(4, 4), (10, 6), (64, 64)])
-def test_rotate(kernels, interleave: bool, head_dim: int, dim: int):
-    wide = random(3, 5, head_dim)
-    angles = torch.randn(3, dim // 2, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(("head_dim", "dim"), [(4, 4), (10, 6), (16, 8), (64, 64)])
+def test_rotate(kernels, dtype, interleave, head_dim, dim):
+    wide = random(dtype, 3, 5, head_dim)
+    angles = random(F32, 3, dim // 2, seed=1)
     cos = torch.cat([angles.cos()] * 2, dim=1)[:, None].contiguous()
     sin = torch.cat([-angles.sin(), angles.sin()], dim=1)[:, None].contiguous()
     before = wide.clone()
@@ -169,41 +185,59 @@ def test_rotate(kernels, interleave: bool, head_dim: int, dim: int):
         first, second = turning.chunk(2, dim=-1)
     c, s = angles.cos()[:, None], angles.sin()[:, None]
     expected = torch.cat([first * c - second * s, second * c + first * s], dim=-1)
-    assert_near(wide[:, :4, head_dim - dim :].contiguous(), expected, steps=1)
+    assert_near(wide[:, :4, head_dim - dim :].contiguous(), expected, dtype)
 
 
+@both
 @pytest.mark.parametrize("num_rows", [0, 1, 3, 40])
-def test_rms_norm(kernels, num_rows: int):
-    wide = random(num_rows, 80)
-    x, weight = wide[:, :48], torch.linspace(0.5, 2, 48)
+def test_rms_norms(kernels, dtype, num_rows):
+    x, weight = random(dtype, num_rows, 80)[:, :48], torch.linspace(0.5, 2, 48)
     ours = kernels.rms_norm(x, weight, 1e-5)
-    assert_near(ours, F.rms_norm(x.float(), (48,), weight, 1e-5), steps=1)
-
-
-@pytest.mark.parametrize("num_tokens", [0, 1, 3])
-def test_rms_norm_of_heads_in_place(kernels, num_tokens: int):
-    wide = random(num_tokens, 5, 32)
+    assert_near(ours, F.rms_norm(x.float(), (48,), weight, 1e-5), dtype)
+    wide = random(dtype, num_rows, 5, 32)  # of heads, in place
     before, weight = wide.clone(), torch.linspace(0.5, 2, 3 * 32).view(3, 32)
     kernels.rms_norm_heads_(wide[:, :3], weight, 1e-5)
     assert torch.equal(wide[:, 3:], before[:, 3:])
     expected = F.rms_norm(before[:, :3].float(), (32,), None, 1e-5) * weight
-    assert_near(wide[:, :3].contiguous(), expected, steps=1)
+    assert_near(wide[:, :3].contiguous(), expected, dtype)
 
 
 @pytest.mark.parametrize(("num_tokens", "top_k"), [(0, 2), (1, 1), (5, 3), (40, 2)])
-def test_weighted_sum(summing, num_tokens: int, top_k: int):
-    rows = random(num_tokens * top_k, 32)
+def test_weighted_sum(summing, num_tokens, top_k):
+    rows = random(BF16, num_tokens * top_k, 32)
     places = torch.randperm(num_tokens * top_k, generator=torch.Generator().manual_seed(1))
     places = places.view(num_tokens, top_k)
     weights = torch.rand(num_tokens, top_k, generator=torch.Generator().manual_seed(2))
     of_pair = rows[places].float()
     ours = summing.gather_sum(rows, places, weights)
-    assert_near(ours, (of_pair * weights[..., None]).sum(1), steps=1)
-    assert_near(summing.gather_sum(rows, places), of_pair.sum(1), steps=1)
+    assert_near(ours, (of_pair * weights[..., None]).sum(1), BF16)
+    assert_near(summing.gather_sum(rows, places), of_pair.sum(1), BF16)
 
 
 @pytest.mark.parametrize(("num_rows", "size"), [(0, 4), (1, 5), (3, 16), (7, 33)])
-def test_sum_of_parts(summing, num_rows: int, size: int):
-    rows = random(3 * num_rows, size)
+def test_sum_of_parts(summing, num_rows, size):
+    rows = random(BF16, 3 * num_rows, size)
     ours = summing.sum_parts(RowParts.of(rows), 3)
-    assert_near(ours, rows.view(3, num_rows, size).float().sum(0), steps=1)
+    assert_near(ours, rows.view(3, num_rows, size).float().sum(0), BF16)
+
+
+@both
+@pytest.mark.parametrize("width", [1, 63, 64, 200])
+def test_sums_of_parts_that_lie_apart(summing, dtype, width):
+    """Parts as other ranks wrote them, some empty; their order is that of the sum."""
+    num_rows = [2, 0, 3, 1]
+    parts = [random(dtype, num, width, seed=i) for i, num in enumerate(num_rows)]
+    whole = torch.cat(parts)
+    pointers = array("q", [part.data_ptr() for part in parts])
+    apart = RowParts(pointers, num_rows, width, dtype)
+    assert torch.equal(apart.tensor(), whole)
+    places, weights = torch.tensor([[0, 5], [-1, 3], [-1, -1], [4, 2]]), random(F32, 4, 2).abs()
+    chosen = whole[places.clamp(min=0)].float() * (places >= 0)[..., None]
+    expected = (weights[..., None] * chosen).sum(1)
+    found = summing.gather_sum(apart, places, weights)
+    assert torch.equal(found, summing.gather_sum(whole, places, weights))
+    assert_near(found, expected, dtype)
+    equal = RowParts.of(whole, 3)
+    summed = summing.sum_parts(equal, 3)
+    assert torch.equal(summed, sum(each.float() for each in whole.view(3, 2, width)).to(dtype))
+    assert torch.equal(summed, TORCH.sum_parts(equal, 3))
