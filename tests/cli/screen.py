@@ -1,6 +1,11 @@
 """Checks of output on a terminal: it fits a screen, and messages hold the expected facts."""
 
 import re
+from contextlib import AbstractContextManager, nullcontext
+
+import pytest
+
+from expertlane.errors import UserError
 
 MOST_LINES, MOST_COLUMNS = 40, 80
 
@@ -43,6 +48,11 @@ def in_order(text: str, words: str) -> bool:
         assert found is not None, f"{word!r} does not follow in {text!r}"
         end = found.end()
     return True
+
+
+def refusing(words: str) -> AbstractContextManager[object]:
+    """A context that must raise an error of these facts; or none, where there are no words."""
+    return pytest.raises(UserError, match=telling(words)) if words else nullcontext()
 
 
 def one_line(err: str, words: str) -> bool:

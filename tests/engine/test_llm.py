@@ -168,9 +168,8 @@ class TestMistakes:
         check_idle(stub_llm)
 
     def test_another_number_of_sampling_parameters(self, stub_llm):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match=telling("3 prompts 2 sampling")):
             stub_llm.generate(PROMPTS, [GREEDY, GREEDY])
-        assert tells(str(caught.value), "3 prompts 2 sampling")
         assert not stub_llm.engine.has_unfinished
 
     def test_a_chat_without_a_tokenizer(self, stub_llm):

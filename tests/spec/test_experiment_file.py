@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.screen import tells
+from cli.screen import telling, tells
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import (
@@ -303,9 +303,8 @@ def test_not_utf8(error_of):
 
 def test_a_missing_file(tmp_path: Path):
     path = tmp_path / "none.toml"
-    with pytest.raises(SpecError) as caught:
+    with pytest.raises(SpecError, match=telling(f"{path} No such file")):
         read_experiment(path)
-    assert tells(str(caught.value), f"{path} No such file")
 
 
 def test_find_takes_a_path_or_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -321,9 +320,8 @@ def test_find_takes_a_path_or_a_shipped_name(tmp_path: Path, monkeypatch: pytest
 
 
 def test_find_names_the_nearest_shipped_experiment():
-    with pytest.raises(SpecError) as caught:
+    with pytest.raises(SpecError, match=telling("paper-smal nearest paper-small")):
         find_experiment("paper-smal")
-    assert tells(str(caught.value), "paper-smal nearest paper-small")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cli.screen import telling, tells
+from cli.screen import refusing, tells
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.request_file import read_requests
 from expertlane.spec.workload import HASH_BLOCK, Load, check_lengths, draw_requests
@@ -97,10 +97,10 @@ def test_bad_files(tmp_path, content, said):
 def test_all_bad_lines_are_named(tmp_path):
     path = tmp_path / "bad.csv"
     path.write_text(f"{HEADING}\n2024-05-10,0,2\n2024-05-10,8,2\nno\nno\n")
-    with pytest.raises(SpecError, match=telling("line 2 ContextTokens 0 4 5")):
+    with refusing("line 2 ContextTokens 0 4 5"):
         read_requests(path)
     path.write_text(f"{HEADING}\n" + "no\n" * 100)
-    with pytest.raises(SpecError, match=telling("3 4 5 6 more")):
+    with refusing("3 4 5 6 more"):
         read_requests(path)
 
 
@@ -133,7 +133,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, file):
 def test_no_file(tmp_path):
     with pytest.raises(SpecError, match="cannot read"):
         read_requests(tmp_path / "none")
-    with pytest.raises(SpecError, match=telling("folder")):
+    with refusing("folder"):
         read_requests(tmp_path)
 
 
@@ -171,13 +171,12 @@ def test_a_load_of_recorded_requests_knows_its_sizes():
     assert load.max_len == 1032  # of one request, not of the longest prompt and output
     assert load.mean_lens == ((1030 + 1024 + 5 + 600) / 4, 2.5)
     check_lengths(load, 1032)
-    with pytest.raises(UserError) as caught:
+    with refusing("--requests 1 prompt 1030 3 tokens 1032 positions 1024 2"):
         check_lengths(load, 1024)
-    assert tells(str(caught.value), "--requests 1 prompt 1030 3 tokens 1032 positions 1024 2")
 
 
 def test_recorded_requests_that_memory_could_not_hold(tmp_path):
     path = tmp_path / "huge.csv"
     path.write_text(HEADING + f"\n2024-05-10,{2**24},1" * 17)
-    with pytest.raises(UserError, match=telling("285,212,689 268,435,456")):
+    with refusing("285,212,689 268,435,456"):
         Load.of(read_requests(path))

@@ -197,9 +197,8 @@ def test_bad_messages(messages: list[Any], said: str) -> None:
         "{% for m in messages if m.role == 'wizard' %}{{ raise_exception('wizard? No.') }}"
         "{% endfor %}"
     )
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=telling(said)):
         ChatTemplate(source, {}, "here").render(messages)
-    assert tells(str(caught.value), said)
 
 
 def test_what_a_template_sets_inside_generation_stays_there() -> None:
