@@ -15,7 +15,9 @@ from expertlane.report.charts.svg import (
     by_name,
     cells,
     colour,
+    layer,
     quantity,
+    span,
     tooltip,
     tooltip_of,
 )
@@ -50,12 +52,8 @@ def rows_spec(values: Sequence[Spec], layers: Sequence[Spec], num_rows: int) -> 
 
     def words(field: str, x: object, **looks: object) -> Spec:
         mark = {"type": "text", "baseline": "top", "fontSize": 12, "color": "--ink", **looks}
-        place = {"y": _row(bandPosition=0.0), "x": {"value": x}}
-        return {
-            "transform": [{"filter": "isValid(datum.said)"}],
-            "mark": mark,
-            "encoding": place | {"text": {"field": field}},
-        }
+        place = {"y": _row(bandPosition=0.0), "x": {"value": x}, "text": {"field": field}}
+        return layer(mark, place, where="isValid(datum.said)")
 
     return {
         "data": {"values": list(values)},
@@ -127,17 +125,14 @@ def stacked(
     ends_of = {"x": along("begin", title, most), "x2": {"field": "end"}}
     # Words' colour has a scale of its own: layers share that of `color`.
     at = {"x": along("middle", None, most), "fill": words, "text": {"field": "shown"}}
-    layers: list[Spec] = [
-        {
-            "transform": [{"filter": "datum.size > 0"}],
-            "mark": mark("bar", stroke="--card", strokeWidth=1, **bar),
-            "encoding": in_row() | ends_of | looks,
-        },
-        {
-            "transform": [{"filter": f"datum.size * width / {most} > {_LEAST_PX}"}],
-            "mark": mark("text", fontSize=10.5),
-            "encoding": in_row() | at,
-        },
+    has_room = f"datum.size * width / {most} > {_LEAST_PX}"
+    layers = [
+        layer(
+            mark("bar", stroke="--card", strokeWidth=1, **bar),
+            *(in_row(), ends_of, looks),
+            where="datum.size > 0",
+        ),
+        layer(mark("text", fontSize=10.5), in_row(), at, where=has_room),
     ]
     return rows_spec(values, layers, len(rows))
 
@@ -191,19 +186,12 @@ def throughput_chart(
     ]
     most = max(each.of.high or each.of.value for each in bars)
     value = {"x": along("value", unit, most), "color": colour("role", _ROLES)}
-    layers: list[Spec] = [
-        {"mark": mark("bar", cornerRadiusEnd=2), "encoding": in_row() | value},
-    ]
+    layers = [layer(mark("bar", cornerRadiusEnd=2), in_row(), value)]
     has_ranges = any(each.of.low is not None for each in bars)
     if has_ranges:
         ends = {"x": along("low", unit, most), "x2": {"field": "high"}}
-        layers.append(
-            {
-                "transform": [{"filter": "isValid(datum.low)"}],
-                "mark": mark("rule", strokeWidth=2, color="--ink"),
-                "encoding": in_row() | ends,
-            }
-        )
+        line = mark("rule", strokeWidth=2, color="--ink")
+        layers.append(layer(line, in_row(), ends, where="isValid(datum.low)"))
     first, last = bars[0], bars[-1]
     return Chart(
         title,
@@ -319,13 +307,10 @@ def waterfall_chart(
     looks = [*legend, Legend(from_name, RIVAL), Legend(to_name, PROPOSAL)]
     ends = {"x": along("begin", None, most, least), "x2": {"field": "end"}}
     to_next = {"x": along("end", None, most, least), "y2": {"field": "next"}}
-    layers: list[Spec] = [
-        {
-            "transform": [{"filter": "isValid(datum.next)"}],
-            "mark": {"type": "rule", "strokeWidth": 1, "color": OTHERS, "yOffset": down(BAR_PX)},
-            "encoding": in_row() | to_next,
-        },
-        {"mark": mark("bar"), "encoding": in_row() | ends | {"color": colour("kind", looks)}},
+    line = {"type": "rule", "strokeWidth": 1, "color": OTHERS, "yOffset": down(BAR_PX)}
+    layers = [
+        layer(line, in_row(), to_next, where="isValid(datum.next)"),
+        layer(mark("bar"), in_row(), ends, {"color": colour("kind", looks)}),
     ]
     largest = max(rows[1:-1], key=lambda each: abs(each["ms"]), default=None)
     columns: tuple[Column[Spec], ...] = (
@@ -428,16 +413,10 @@ def spread_chart(title: str, spreads: Sequence[Spread], *, note: str = "") -> Ch
 
     shape = by_name("what", {each.label: each.shape for each in looks})
     seen = {"color": colour("what", looks), "shape": shape, "tooltip": tooltip_of(columns)}
-    layers: list[Spec] = [
-        {
-            "transform": [{"filter": "isValid(datum.said)"}],
-            "mark": mark("rule", strokeWidth=2, color="--line"),
-            "encoding": in_row() | {"x": at("least"), "x2": {"field": "most"}},
-        },
-        {
-            "mark": mark("point", filled=True, opacity=1, size=90),
-            "encoding": in_row() | {"x": at("ms")} | seen,
-        },
+    line = mark("rule", strokeWidth=2, color="--line")
+    layers = [
+        layer(line, in_row(), span(at, "least", "most"), where="isValid(datum.said)"),
+        layer(mark("point", filled=True, opacity=1, size=90), in_row(), {"x": at("ms")}, seen),
     ]
     return Chart(
         title,

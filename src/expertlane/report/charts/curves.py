@@ -12,11 +12,14 @@ from expertlane.report.charts.colours import (
 )
 from expertlane.report.charts.svg import (
     AXIS,
+    LIMIT,
     Spec,
     by_name,
     cells,
     colour,
+    layer,
     quantity,
+    span,
     tooltip_of,
 )
 from expertlane.report.document import Chart, Column, Legend, Table, number, text
@@ -155,34 +158,17 @@ def _spec(
     }
     joined = [curve.name for curve in curves if curve.is_joined]
     front = [curve.name for curve in curves if curve.role == "front"]
-    in_front = {"filter": {"field": "curve", "oneOf": front}}
-    layers: list[Spec] = [
-        {
-            "transform": [{"filter": {"field": "curve", "oneOf": joined}}],
-            "mark": {"type": "line"},
-            "encoding": position | {"strokeDash": dash, "strokeWidth": width},
-        },
-        {
-            "transform": [in_front],
-            "mark": {"type": "point", "filled": True, "size": 70, "opacity": 1},
-            "encoding": position | {"shape": shape, "tooltip": tooltip_of(columns)},
-        },
+    in_front: Spec = {"field": "curve", "oneOf": front}
+    has_range = {"and": [in_front, {"field": "low", "valid": True}]}
+    range_line = {"type": "rule", "strokeWidth": 1, "opacity": 0.6}
+    dot = {"type": "point", "filled": True, "size": 70, "opacity": 1}
+    is_joined = {"field": "curve", "oneOf": joined}
+    lines = {"strokeDash": dash, "strokeWidth": width}
+    layers = [
+        layer({"type": "line"}, position, lines, where=is_joined),
+        layer(range_line, position, span(y.encoding, "low", "high", "y"), where=has_range),
+        layer(dot, position, {"shape": shape, "tooltip": tooltip_of(columns)}, where=in_front),
     ]
-    if any(point.y.low is not None for curve in curves for point in curve.points):
-        layers.insert(
-            1,
-            {
-                "transform": [{"filter": "isValid(datum.low)"}, in_front],
-                "mark": {"type": "rule", "strokeWidth": 1, "opacity": 0.6},
-                "encoding": position | {"y": y.encoding("low"), "y2": {"field": "high"}},
-            },
-        )
     if limit is not None:
-        layers.append(
-            {
-                "data": {"values": [{"limit": limit}]},
-                "mark": {"type": "rule", "strokeDash": [5, 4], "color": "--ink"},
-                "encoding": {"y": y.encoding("limit")},
-            }
-        )
+        layers.append(layer(LIMIT, {"y": y.encoding("limit")}, data=[{"limit": limit}]))
     return {"data": {"values": values}, "height": _HEIGHT_PX, "layer": layers}

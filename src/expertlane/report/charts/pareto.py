@@ -1,21 +1,25 @@
 """Plot of a device's throughput against the speed that a user sees."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise, product
+from itertools import pairwise, product
 from math import dist, hypot
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from expertlane.report.charts.colours import OTHERS, PROPOSAL, REPORTED, REPORTED_SHAPE, RIVAL
 from expertlane.report.charts.svg import (
+    LIMIT,
     PATHS,
     Spec,
     by_name,
     cells,
     colour,
+    layer,
     quantity,
+    span,
     tooltip_of,
 )
 from expertlane.report.document import Chart, Column, Legend, Table, number, text
@@ -124,19 +128,14 @@ def _spec(
         "height": _HEIGHT_PX,
         "layer": [
             *([] if max_tpot_s is None else [_limit(max_tpot_s, across)]),
-            {
-                "transform": [{"filter": f"datum.kind === {_LOOKS['front'].label!r}"}],
-                "mark": {"type": "line", "strokeWidth": 1.5, "color": RIVAL},
-                "encoding": at,
-            },
+            layer({"type": "line", "strokeWidth": 1.5, "color": RIVAL}, at, where=_is_of("front")),
             *_bounds(across, up),
             *leads,
-            {
-                "mark": {"type": "point", "filled": True, "opacity": 1},
-                "encoding": at
-                | {"color": colour("kind", looks), "shape": shape, "size": size}
-                | {"tooltip": tooltip_of(columns)},
-            },
+            layer(
+                {"type": "point", "filled": True, "opacity": 1},
+                *(at, {"color": colour("kind", looks), "shape": shape, "size": size}),
+                {"tooltip": tooltip_of(columns)},
+            ),
             *names,
         ],
     }
@@ -145,20 +144,18 @@ def _spec(
 _Axis = Callable[[str], Spec]
 
 
+def _is_of(role: Role) -> str:
+    return f"datum.kind === {_LOOKS[role].label!r}"
+
+
 def _limit(limit_s: float, across: _Axis) -> Spec:
     """A dashed line at the TPOT that users are promised."""
     words = {"type": "text", "align": "left", "baseline": "top", "dy": 2, "dx": _LIMIT_GAP_PX}
     return {
         "data": {"values": [{"x": 1.0 / limit_s, "said": _limit_said(limit_s)}]},
         "layer": [
-            {
-                "mark": {"type": "rule", "strokeDash": [5, 4], "color": "--ink"},
-                "encoding": {"x": across("x")},
-            },
-            {
-                "mark": words,
-                "encoding": {"x": across("x"), "y": {"value": 0}, "text": {"field": "said"}},
-            },
+            layer(LIMIT, {"x": across("x")}),
+            layer(words, {"x": across("x"), "y": {"value": 0}, "text": {"field": "said"}}),
         ],
     }
 
@@ -175,38 +172,24 @@ def _names(field: str, test: str, across: _Axis, up: _Axis) -> tuple[Spec, Spec]
         test: true at that width.
     """
 
-    def where(field: str) -> list[Spec]:
-        return [{"filter": f"{test} && isValid(datum.{field})"}]
-
-    lead, x, y = f"{field}Lead", across(f"{field}.x"), up(f"{field}.y")
-    ends = {"x2": {"field": f"{lead}.x"}, "y2": {"field": f"{lead}.y"}}
+    lead = f"{field}Lead"
+    line = {"type": "rule", "color": "--muted", "strokeWidth": 0.7}
+    to_point = span(across, "x", f"{lead}.x") | span(up, "y", f"{lead}.y", "y")
+    name = {"type": "text", "align": "left", "baseline": "middle"}
+    at = {"x": across(f"{field}.x"), "y": up(f"{field}.y"), "text": {"field": "label"}}
     return (
-        {
-            "transform": where(lead),
-            "mark": {"type": "rule", "color": "--muted", "strokeWidth": 0.7},
-            "encoding": {"x": across("x"), "y": up("y")} | ends,
-        },
-        {
-            "transform": where(field),
-            "mark": {"type": "text", "align": "left", "baseline": "middle"},
-            "encoding": {"x": x, "y": y, "text": {"field": "label"}},
-        },
+        layer(line, to_point, where=f"{test} && isValid(datum.{lead})"),
+        layer(name, at, where=f"{test} && isValid(datum.{field})"),
     )
 
 
 def _bounds(across: _Axis, up: _Axis) -> list[Spec]:
     """Bars from low to high of the chosen points."""
-    chosen = f"datum.kind === {_LOOKS['chosen'].label!r} && isValid(datum.low)"
+    line = {"type": "rule", "color": PROPOSAL, "opacity": 0.6}
+    along, upright = span(across, "slow", "fast"), span(up, "low", "high", "y")
     return [
-        {
-            "transform": [{"filter": chosen}],
-            "mark": {"type": "rule", "color": PROPOSAL, "opacity": 0.6},
-            "encoding": at,
-        }
-        for at in (
-            {"x": across("slow"), "x2": {"field": "fast"}, "y": up("y")},
-            {"x": across("x"), "y": up("low"), "y2": {"field": "high"}},
-        )
+        layer(line, at, where=f"{_is_of('chosen')} && isValid(datum.low)")
+        for at in (along | {"y": up("y")}, upright | {"x": across("x")})
     ]
 
 
@@ -257,6 +240,7 @@ def _values(
 
 
 _Place = tuple[float, float]
+_Boxes = npt.NDArray[np.float64]
 CHARACTER_PX, LINE_PX = 6.2, 14.0
 _GAP_PX, _POINT_PX = 7.0, 4.0
 _STEP_PX = 10.0  # between places further away that are tried
@@ -280,43 +264,6 @@ class Placed:
     lead: _Place | None
 
 
-class _Box(NamedTuple):
-    left: float
-    top: float
-    right: float
-    bottom: float
-
-    def is_within(self, size_px: _Place) -> bool:
-        width, height = size_px
-        return self.left >= 0 and self.top >= 0 and self.right <= width and self.bottom <= height
-
-    def meets(self, other: "_Box") -> bool:
-        return (
-            self.left < other.right
-            and other.left < self.right
-            and self.top < other.bottom
-            and other.top < self.bottom
-        )
-
-    def lead(self, point: _Place) -> _Place | None:
-        """End of the line from its point; None where it stands beside that."""
-        end = self.nearest(point)
-        return end if dist(end, point) > 2 * _GAP_PX else None
-
-    def path_from(self, point: _Place) -> list[_Place]:
-        """Places on the line from its point."""
-        end = self.lead(point)
-        return [] if end is None else list(_along([point, end]))
-
-    def nearest(self, place: _Place) -> _Place:
-        """The point of the box nearest to a place."""
-        x, y = place
-        return min(max(x, self.left), self.right), min(max(y, self.top), self.bottom)
-
-    def is_free(self, taken: Iterable["_Box"]) -> bool:
-        return not any(map(self.meets, taken))
-
-
 def placed(
     points: Sequence[_Place],
     names: Sequence[str],
@@ -331,42 +278,59 @@ def placed(
         size_px: width and height of the plot.
         lines: joined places; a name moves away from its point rather than cross one.
     """
-    taken, named = list(map(_around, points)), list[_Box]()
-    joined = [_around(place) for line in lines for place in _along(line)]
-    found: list[Placed | None] = []
+    named, found = _around([]), list[Placed | None]()
+    taken = _around([*points, *(place for line in lines for place in _along(line))])
     for point, name in zip(points, names, strict=True):
-        beside = [_box(point, side, name) for side in _SIDES] if name else []
-        further = _further(point, name, size_px) if name else []
-        free = (
-            box
-            for box in chain(beside, further)
-            if box.is_within(size_px)
-            and box.is_free([*taken, *joined, *named])
-            and all(each.is_free(named) for each in map(_around, box.path_from(point)))
-        )
-        box = next(free, None)
-        if box is None:
-            found.append(None)
-            continue
-        named.append(box)
-        joined += map(_around, box.path_from(point))
-        found.append(Placed(box.left, (box.top + box.bottom) / 2, box.lead(point)))
+        boxes = _places(point, name, size_px) if name else _around([])
+        ends = np.clip(point, boxes[:, :2], boxes[:, 2:])  # of lines from the point
+        is_within = (boxes[:, :2] >= 0).all(1) & (boxes[:, 2:] <= size_px).all(1)
+        is_free = is_within & ~_meet(boxes, np.concatenate([taken, named])).any(1)
+        found.append(None)
+        for box, end in zip(boxes[is_free], ends[is_free].tolist(), strict=True):
+            lead = tuple(end) if dist(end, point) > 2 * _GAP_PX else None
+            path = _around([*_along([point, lead])] if lead else [])
+            if not _meet(path, named).any():
+                left, top, _, bottom = box.tolist()
+                found[-1] = Placed(left, (top + bottom) / 2, lead)
+                named, taken = np.vstack([named, box]), np.concatenate([taken, path])
+                break
     return found
 
 
-def _further(point: _Place, name: str, size_px: _Place) -> list[_Box]:
-    """Places for a name anywhere right of its point or above it, the nearest first."""
-    (x, _), (width, height) = point, size_px
-    size = CHARACTER_PX * len(name)
-    lefts = np.arange(max(0.0, x - size), width - size, _STEP_PX).tolist()
-    tops = np.arange(0.0, height - LINE_PX, _STEP_PX).tolist()
-    boxes = [_Box(left, top, left + size, top + LINE_PX) for left in lefts for top in tops]
-    return sorted(boxes, key=lambda box: dist(box.nearest(point), point))
+def _places(point: _Place, name: str, size_px: _Place) -> _Boxes:
+    """Places for a name: beside its point, then anywhere right of it or above, the nearest first.
+
+    Returns:
+        [num, 4]; left, top, right and bottom.
+    """
+    (x, y), size = point, (CHARACTER_PX * len(name), LINE_PX)
+    beside = [
+        (
+            x + {1: _GAP_PX, 0: -size[0] / 2, -1: -size[0] - _GAP_PX}[across],
+            y + down * (LINE_PX / 2 + (_POINT_PX if across else _GAP_PX)) - LINE_PX / 2,
+        )
+        for across, down in _SIDES
+    ]
+    lefts = np.arange(max(0.0, x - size[0]), size_px[0] - size[0], _STEP_PX)
+    tops = np.arange(0.0, size_px[1] - LINE_PX, _STEP_PX)
+    further = np.stack(np.meshgrid(lefts, tops, indexing="ij"), axis=-1).reshape(-1, 2)
+    away = np.linalg.norm(np.clip(point, further, further + size) - point, axis=1)
+    corners = np.concatenate([beside, further[np.argsort(away, kind="stable")]])
+    return np.concatenate([corners, corners + size], axis=1)
 
 
-def _around(place: _Place) -> _Box:
-    x, y = place
-    return _Box(x - _POINT_PX, y - _POINT_PX, x + _POINT_PX, y + _POINT_PX)
+def _around(places: Sequence[_Place]) -> _Boxes:
+    """[num, 4]; boxes around points."""
+    at = np.array(places, dtype=np.float64).reshape(-1, 2)
+    return np.concatenate([at - _POINT_PX, at + _POINT_PX], axis=1)
+
+
+def _meet(boxes: _Boxes, others: _Boxes) -> npt.NDArray[np.bool_]:
+    """[num, num_others]; whether two boxes overlap."""
+    one, other = boxes[:, None], others[None]
+    meet = (one[..., :2] < other[..., 2:]) & (other[..., :2] < one[..., 2:])
+    found: npt.NDArray[np.bool_] = np.logical_and.reduce(meet, axis=-1)
+    return found
 
 
 def _along(line: Sequence[_Place]) -> Iterator[_Place]:
@@ -375,11 +339,3 @@ def _along(line: Sequence[_Place]) -> Iterator[_Place]:
         num = 1 + int(hypot(to_x - x, to_y - y) / LINE_PX)
         for place in range(num):
             yield x + (to_x - x) * place / num, y + (to_y - y) * place / num
-
-
-def _box(point: _Place, side: tuple[int, int], name: str) -> _Box:
-    across, down = side
-    width = CHARACTER_PX * len(name)
-    left = point[0] + {1: _GAP_PX, 0: -width / 2, -1: -width - _GAP_PX}[across]
-    middle = point[1] + down * (LINE_PX / 2 + (_GAP_PX if across == 0 else _POINT_PX))
-    return _Box(left, middle - LINE_PX / 2, left + width, middle + LINE_PX / 2)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from expertlane.report.charts.bars import stacked
 from expertlane.report.charts.colours import ABOVE, BELOW
-from expertlane.report.charts.svg import Spec, by_name, nominal, quantity
+from expertlane.report.charts.svg import Spec, by_name, layer, nominal, quantity, span
 from expertlane.report.document import (
     Chart,
     Column,
@@ -144,23 +144,18 @@ def _load_spec(over_mean: Mapping[int, _Floats], is_ordered: bool) -> Spec:
         "y": _axis("layer", "layer", list(over_mean)),
     }
     sides = by_name("side", {"below": BELOW, "above": ABOVE})
-    squares: Spec = {
-        "mark": {"type": "rect"},
-        "encoding": at | {"color": {"type": "nominal"} | sides, "fillOpacity": _SHADED},
-    }
-    room = f"width / {num_columns}"
-    said: list[Spec] = [
-        {
-            "transform": [{"filter": test}],
-            "mark": {"type": "text", "fontSize": 10, "color": "--ink"},
-            "encoding": at | {"text": {"field": field}},
+    shades = {"color": {"type": "nominal"} | sides, "fillOpacity": _SHADED}
+    layers = [layer({"type": "rect"}, at, shades)]
+    if row_px == _ROW_PX:
+        room, words = f"width / {num_columns}", {"type": "text", "fontSize": 10, "color": "--ink"}
+        of_width = {
+            "said": f"{room} >= {_DIGITS_PX}",
+            "short": f"{room} >= {_SHORT_PX} && {room} < {_DIGITS_PX}",
         }
-        for field, test in (
-            ("said", f"{room} >= {_DIGITS_PX}"),
-            ("short", f"{room} >= {_SHORT_PX} && {room} < {_DIGITS_PX}"),
-        )
-    ]
-    layers = [squares, *(said if row_px == _ROW_PX else [])]
+        layers += [
+            layer(words, at, {"text": {"field": name}}, where=test)
+            for name, test in of_width.items()
+        ]
     return {"data": {"values": values}, "height": row_px * len(over_mean), "layer": layers}
 
 
@@ -269,30 +264,20 @@ def _square_spec(amounts: _Floats, what: str, borders: Sequence[int]) -> Spec:
                 values.append(place | {"shade": _shade(level)})
     labels = list(range(0, size, max(1, size // 4)))
     axis = {"values": labels, "grid": False, "ticks": False, "format": "d"}
-    span = {"domain": [-0.5, size - 0.5], "nice": False}
+    all_of_it: Spec = {"domain": [-0.5, size - 0.5], "nice": False}
 
     def x(field: str) -> Spec:
-        return {"x": quantity(field, f"to {what}", axis, **span)}
+        return quantity(field, f"to {what}", axis, **all_of_it)
 
     def y(field: str) -> Spec:
-        return {"y": quantity(field, f"from {what}", axis, reverse=True, **span)}
+        return quantity(field, f"from {what}", axis, reverse=True, **all_of_it)
 
-    squares: Spec = {
-        "mark": {"type": "rect", "color": ABOVE},
-        "encoding": x("left")
-        | y("top")
-        | {"x2": {"field": "right"}, "y2": {"field": "bottom"}, "fillOpacity": _SHADED},
-    }
-    rules: list[Spec] = [
-        {
-            "data": {"values": [{"at": border - 0.5} for border in borders]},
-            "mark": {"type": "rule", "color": "--ink", "strokeWidth": 1},
-            "encoding": side("at"),
-        }
-        for side in (x, y)
-        if borders
-    ]
-    return {"data": {"values": values}, "height": _SIDE_PX, "layer": [squares, *rules]}
+    places = span(x, "left", "right") | span(y, "top", "bottom", "y")
+    layers = [layer({"type": "rect", "color": ABOVE}, places, {"fillOpacity": _SHADED})]
+    if borders:
+        at, line = [{"at": border - 0.5} for border in borders], {"type": "rule", "color": "--ink"}
+        layers += [layer(line, {"x": x("at")}, data=at), layer(line, {"y": y("at")}, data=at)]
+    return {"data": {"values": values}, "height": _SIDE_PX, "layer": layers}
 
 
 def _shade(level: int) -> float:

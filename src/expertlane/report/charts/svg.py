@@ -2,7 +2,8 @@
 
 import re
 import resource
-from collections.abc import Iterable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 from xml.etree.ElementTree import Element, fromstring
@@ -18,6 +19,8 @@ Spec = dict[str, Any]
 NARROW, NARROW_PX = "narrow", 330  # key of what differs in a spec up to this width
 
 AXIS: Spec = {"format": "~s", "labelOverlap": True}  # `10k`, and no label over another
+
+LIMIT: Spec = {"type": "rule", "strokeDash": [5, 4], "color": "--ink"}  # mark of a limit
 
 # Marks that the library has no name for, in a square from -1 to 1.
 PATHS = {
@@ -48,6 +51,27 @@ def by_name(field: str, looks: Mapping[str, Any]) -> Spec:
     """Encoding of a look for each name, without a legend."""
     scale = {"domain": list(looks), "range": list(looks.values())}
     return {"field": field, "scale": scale, "legend": None}
+
+
+def span(axis: Callable[[str], Spec], begin: str, end: str, side: str = "x") -> Spec:
+    """Encoding of a mark from one field to another along a side."""
+    return {side: axis(begin), f"{side}2": {"field": end}}
+
+
+def layer(
+    mark: Spec, *encodings: Spec, where: str | Spec = "", data: Sequence[Spec] | None = None
+) -> Spec:
+    """A layer of a plot.
+
+    Args:
+        encodings: what the mark's places and looks come from, joined.
+        where: Vega's test of the values that are drawn; empty for all.
+        data: values of its own.
+    """
+    made: Spec = {"mark": mark, "encoding": dict(ChainMap(*reversed(encodings)))}
+    if where:
+        made["transform"] = [{"filter": where}]
+    return made if data is None else made | {"data": {"values": list(data)}}
 
 
 def cells(columns: Mapping[str, Column[Any]], item: Any) -> Spec:
