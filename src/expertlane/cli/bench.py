@@ -1,6 +1,5 @@
 """`expertlane bench`: put load on a model or a server, and show throughput and latency."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -17,10 +16,11 @@ from expertlane.cli.options import (
     API_KEY,
     MODEL_HELP,
     EngineOptions,
-    check_key,
+    api_keys,
     key_lines,
     known_models,
     layout_option,
+    request_timeout_option,
 )
 from expertlane.cli.output import OutputOptions
 from expertlane.errors import UserError, naming
@@ -75,12 +75,7 @@ class UrlOptions:
         show_default="the batch; in an open loop 8",
         help="Warm-up requests before each load, which are not counted.",
     )
-    request_timeout_s: float | None = typer.Option(
-        None,
-        metavar="SECONDS",
-        show_default="600",
-        help="Time limit of a request, waiting included.",
-    )
+    request_timeout_s: float | None = request_timeout_option("600")
 
     def check_unused(self) -> None:
         """Refuse these options where there is no server.
@@ -112,17 +107,13 @@ class UrlOptions:
         files = self.api_key_file or []
         if len(files) > 1 + (self.compare is not None):
             raise UserError(f"--api-key-file is given {len(files)} times; once for each server")
-        keys: list[str | None] = []
+        found: dict[str, str] = {}
         for path in files:
-            (where, key), *others = key_lines(path).items()
-            if others:
-                raise UserError(f"--api-key-file: {path} has {1 + len(others)} keys; one is needed")
-            check_key(key, where)
-            keys.append(key)
-        if not keys and (found := os.environ.get(API_KEY)):
-            check_key(found, API_KEY)
-            keys.append(found)
-        return keys or [None]
+            own = key_lines(path)
+            if len(own) > 1:
+                raise UserError(f"--api-key-file: {path} has {len(own)} keys; one is needed")
+            found |= own
+        return [*api_keys(found)] or [None]
 
     def vocabulary(self, model: str | None) -> "Vocabulary | None":
         """The tokens of a tokenizer that was given, or is in MODEL.

@@ -5,6 +5,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -433,7 +434,7 @@ def _read_messages() -> Iterator[str]:
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):  # some builds of Python lack it
-            import readline  # noqa: F401  (input() lets lines be edited then)
+            import_module("readline")  # input() lets lines be edited then
         print("/reset forgets all, /exit or Ctrl-D ends, Ctrl-C stops an answer", file=sys.stderr)
     while True:
         try:

@@ -56,7 +56,7 @@ def takes_groups(command: Callable[..., None], fill: Fill | None = None) -> Call
     if fill is not None:
         keyword = inspect.Parameter.KEYWORD_ONLY
         declared.append(inspect.Parameter(_CONTEXT, keyword, annotation=typer.Context))
-    run.__signature__ = inspect.Signature(declared)  # type: ignore[attr-defined]
+    vars(run)["__signature__"] = inspect.Signature(declared)
     run.__annotations__ = {each.name: each.annotation for each in declared}
     return run
 

@@ -5,7 +5,7 @@ clusters; API keys.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -517,11 +517,25 @@ def key_lines(path: Path) -> dict[str, str]:
     return keys
 
 
-def check_key(key: str, where: str) -> None:
-    """Refuse what no header can carry.
+def api_keys(given: Mapping[str, str]) -> list[str]:
+    """The keys that are given, by where they stand; without any, the environment's.
 
     Raises:
-        UserError: it is no word of printable ASCII.
+        UserError: one is no word of printable ASCII, which headers can carry.
     """
-    if not key or not key.isascii() or not key.isprintable() or " " in key:
-        raise UserError(f"{where} is no API key: it must be one word of printable ASCII")
+    if not given and (own := os.environ.get(API_KEY)):
+        given = {API_KEY: own}
+    for where, key in given.items():
+        if not key or not key.isascii() or not key.isprintable() or " " in key:
+            raise UserError(f"{where} is no API key: it must be one word of printable ASCII")
+    return list(given.values())
+
+
+def request_timeout_option(shown: str) -> Any:
+    """`--request-timeout-s`."""
+    return typer.Option(
+        None,
+        metavar="SECONDS",
+        show_default=shown,
+        help="Time limit of a request, waiting included.",
+    )

@@ -72,7 +72,7 @@ def guard_streams() -> None:
     codecs.register_error(_REPLACE, _replacement)
     closed = fill_closed()
     if sys.stdin is None:
-        sys.stdin = open(0, closefd=False)  # noqa: SIM115 (for as long as the process)
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)))
     if sys.stdout is sys.__stdout__:
         kind = _ClosedOutput if 1 in closed else _Output
         sys.stdout = _text(sys.stdout, kind(1, "w", closefd=False))
@@ -196,15 +196,8 @@ class PrintOptions:
     as_json: bool = json_option()
 
     def __post_init__(self) -> None:
-        given = [
-            name
-            for name, is_given in (
-                ("--full", self.full),
-                ("--quiet", self.quiet),
-                ("--json", self.as_json),
-            )
-            if is_given
-        ]
+        flags = {"--full": self.full, "--quiet": self.quiet, "--json": self.as_json}
+        given = [name for name, is_given in flags.items() if is_given]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} exclude each other; give one")
 

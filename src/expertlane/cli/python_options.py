@@ -240,7 +240,7 @@ class PythonOptions:
         function.__name__ = function.__qualname__ = name
         function.__module__ = module
         function.__doc__ = self.documentation()
-        function.__signature__ = self.signature.replace(return_annotation=result)  # type: ignore[attr-defined]
+        vars(function)["__signature__"] = self.signature.replace(return_annotation=result)
         return function
 
 

@@ -1,11 +1,10 @@
 """`expertlane scale`: another layout for a running server."""
 
 import asyncio
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +13,7 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import API_KEY, check_key, key_lines, layout_option
+from expertlane.cli.options import API_KEY, api_keys, key_lines, layout_option
 from expertlane.cli.output import PrintOptions
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.spec.files import strict_json
@@ -67,13 +66,9 @@ class _Options:
         Raises:
             UserError: it is none.
         """
-        key, where = os.environ.get(API_KEY), API_KEY
-        if self.api_key_file is not None:
-            (where, key), *_ = key_lines(self.api_key_file).items()
-        if not key:
-            return {}
-        check_key(key, where)
-        return {"Authorization": f"Bearer {key}"}
+        given = [] if self.api_key_file is None else key_lines(self.api_key_file).items()
+        keys = api_keys(dict(islice(given, 1)))
+        return {"Authorization": f"Bearer {keys[0]}"} if keys else {}
 
 
 @takes_groups

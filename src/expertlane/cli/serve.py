@@ -19,11 +19,12 @@ from expertlane.cli.options import (
     API_KEY,
     EngineOptions,
     ModelArgument,
-    check_key,
+    api_keys,
     fields_of,
     key_lines,
     layout_option,
     on_failure_option,
+    request_timeout_option,
 )
 from expertlane.cli.output import (
     is_first_process,
@@ -79,12 +80,7 @@ class _Options:
     max_num_queued: int = typer.Option(
         4096, help="Waiting requests at most; further ones get status 429."
     )
-    request_timeout_s: float | None = typer.Option(
-        None,
-        metavar="SECONDS",
-        show_default="no limit",
-        help="Time limit of a request, waiting included.",
-    )
+    request_timeout_s: float | None = request_timeout_option("no limit")
     drain_s: float = typer.Option(
         30.0,
         metavar="SECONDS",
@@ -152,11 +148,7 @@ class _Options:
         keys = {f"--api-key {number}": key for number, key in enumerate(self.api_key or [], 1)}
         if self.api_key_file is not None:
             keys |= key_lines(self.api_key_file)
-        if not keys and (found := os.environ.get(API_KEY)):
-            keys[API_KEY] = found
-        for where, key in keys.items():
-            check_key(key, where)
-        return tuple(keys.values())
+        return tuple(api_keys(keys))
 
     def check(self) -> None:
         """Refuse options that are wrong for every model.
