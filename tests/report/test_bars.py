@@ -55,6 +55,12 @@ def test_bars_stand_by_their_length_with_value_and_range():
     assert tells(chart.note, "slowest–fastest")
 
 
+def test_a_long_name_ends_before_its_value():
+    chart = throughput(*(Bar(name * 80, Estimate(10.0, 9.0, 12.0)) for name in "abc"))
+    limit = chart.spec["layer"][-2]["mark"]["limit"]["expr"]
+    assert limit.endswith(f"{7.0 * len('10.0 (9.00–12.0)') + 8}))")
+
+
 def test_on_a_phone_what_is_said_is_below_names_that_leave_no_room_for_it():
     short, long = (
         throughput(*(Bar(name * times, Estimate(10.0, 9.0, 12.0)) for name in "abc")).spec

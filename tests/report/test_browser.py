@@ -92,6 +92,25 @@ def test_nothing_is_wider_than_a_phone_nor_too_small_to_read(opened, make, schem
     assert all(size > 9.5 for size in sizes_of_text(page))
 
 
+@pytest.mark.parametrize(
+    "make", [example_results.usual, example_pages.KINDS["bench"]], ids=["compare", "bench"]
+)
+def test_the_answer_fills_the_first_screen(opened, make):
+    """The headline, plots in two columns of which none is half empty; the rest is closed."""
+    page = opened(make, 1440)
+    assert page.locator("h1").bounding_box()["y"] < 100
+    assert page.locator("details.part[open]").count() == 0
+    ends = {}
+    for each in page.locator(".columns :is(figure, p)").all():
+        if box := each.bounding_box():
+            ends.setdefault(box["x"] > 700, []).append(box["y"] + box["height"])
+    columns = page.locator(".columns").bounding_box()
+    assert len(ends) == 2
+    assert min(map(max, ends.values())) > columns["y"] + columns["height"] / 2
+    first = page.locator(".columns .plot").first.bounding_box()
+    assert first["y"] + first["height"] < 900
+
+
 @pytest.mark.smoke(1)
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 def test_the_number_that_is_the_answer_is_seen_on_a_phone(opened, make):

@@ -137,6 +137,21 @@ def test_both_renderers_hold_every_part() -> None:
                 assert " ".join(part.split()) in text
 
 
+def test_markdown_tables_align_numbers_and_have_a_cell_for_each_column() -> None:
+    report = report_of(example.usual())
+    page = markdown.render(report)
+    for part in report.of_place("top", "tables"):
+        for table in tables(part):
+            align = ["---:" if each.is_number else "---" for each in table.columns]
+            assert f"| {' | '.join(align)} |\n" in page
+    heights = [
+        {re.sub(r"\\.", "", line).count("|") for line in block.splitlines()}
+        for block in page.split("\n\n")
+        if block.startswith("|")
+    ]
+    assert all(len(each) == 1 for each in heights)
+
+
 def test_markdown_escapes_what_it_would_read() -> None:
     odd = Deployment("a|b *c* <d> `e`", Layout())
     page = markdown.render(report_of(example.results([(odd, 0.1)])))
