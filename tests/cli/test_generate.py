@@ -118,16 +118,12 @@ def test_a_chat_with_a_checkpoint_on_a_real_rank(run, type_in, checkpoint):
 
 def test_what_an_output_must_be_on_a_real_rank(run, checkpoint, tmp_path):
     schema = tmp_path / "schema.json"
-    schema.write_text('{"enum": ["one", {"two": 2}]}')
-    code, out, _ = run("generate", str(checkpoint), "the", "--json-schema", str(schema), "--json")
-    assert code == 0
-    answer = json.loads(out)
-    assert json.loads(answer["text"]) in ["one", {"two": 2}]
-    assert answer["finish_reason"] == "stop"
     schema.write_text('{"enum": [{"two": [3, 4]}]}')
     compact = "--json-schema", str(schema), "--compact-json", "--json"
     code, out, _ = run("generate", str(checkpoint), "the", *compact)
-    assert (code, json.loads(out)["text"]) == (0, '{"two":[3,4]}')
+    assert code == 0
+    answer = json.loads(out)
+    assert (answer["text"], answer["finish_reason"]) == ('{"two":[3,4]}', "stop")
     schema.write_text("{")
     code, _, err = run("generate", str(checkpoint), "the", "--json-schema", str(schema))
     assert (code, err.count("\n")) == (2, 1)

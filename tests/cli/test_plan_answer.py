@@ -34,7 +34,7 @@ def test_the_answer_fits_the_screen(run, tmp_path, monkeypatch, columns):
 @pytest.mark.parametrize(
     "asked",
     [
-        ("paper-tiny", *ASKED),
+        pytest.param(("paper-tiny", *ASKED), marks=pytest.mark.full),
         ("paper-small", "--cluster", "h100x4", "--batch", "32", "--skew", "0.4"),
         pytest.param(
             ("paper", "--cluster", "h200x16", "--batch", "256", "--slo", "tpot.mean=15ms"),
@@ -58,7 +58,7 @@ def test_rows_that_words_name_are_in_the_table(run, tmp_path, monkeypatch, asked
     assert re.findall(r"\b(?:dp|tp|pp|ep|replicas)=\d+", words) == []  # #N in their place
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("lengths", "said"),
     [

@@ -125,6 +125,7 @@ def test_a_limit_that_nothing_keeps_names_the_nearest(run, here):
     assert not (here / "results").exists()
 
 
+@pytest.mark.full
 def test_an_engine_is_the_only_one(run, here):
     code, out, err = run(*TINY, *WORKLOAD, "--engine", "trtllm", "--full")
     assert code == 0, err

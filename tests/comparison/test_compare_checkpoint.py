@@ -9,7 +9,7 @@ import pytest
 from cli.screen import in_order, tells
 from distributed.running import deployment
 from engine.model.families import run_greedy
-from expertlane.comparison.run import run_comparison
+from expertlane.comparison.run import Repeats, run_comparison
 from expertlane.progress import Progress
 from expertlane.report import markdown
 from expertlane.report.sections import report_of
@@ -40,7 +40,8 @@ def experiment(checkpoints):
 
 @pytest.fixture(scope="module")
 def results(experiment, pools):
-    return run_comparison(experiment, pools.pool(4), Progress(), command="")
+    once = Repeats(1)
+    return run_comparison(experiment, pools.pool(4), Progress(), command="", repeats=once)
 
 
 def test_all_deployments_compute_what_transformers_does(results, checkpoints):
@@ -97,7 +98,7 @@ def test_other_numbers_of_experts_per_token(experiment, pools):
         model=experiment.model.with_overrides(num_experts_per_tok=1),
         deployments=experiment.deployments[1:2],
     )
-    results = run_comparison(one, pools.pool(4), Progress(), command="")
+    results = run_comparison(one, pools.pool(4), Progress(), command="", repeats=Repeats(1))
     assert results.assumptions[0].value == "1 of 8"
     assert tells(results.assumptions[0].why, "asked checkpoint's 3")
     loads = results.deployments[0].num_tokens_per_expert

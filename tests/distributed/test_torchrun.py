@@ -136,7 +136,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize("seed", range(50))
 def test_processes_that_come_late(local, tmp_path, seed):
     draw = random.Random(seed)
