@@ -58,8 +58,8 @@ from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.launch import start_pool
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Limits
+from expertlane.schedule.scheduler import FinishedStep
 from expertlane.spec.deployment import Deployment, DispatchTable, Options
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Layout

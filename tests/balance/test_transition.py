@@ -174,8 +174,8 @@ def test_every_rank_ends_with_what_it_needs_and_nothing_that_lives_is_lost(data)
             held = {part for each in stage & alive for part in before.parts_of(each)}
             assert not own.reads & held
     for new, old in change.caches.items():
-        numbers = after.members.of_dp_rank(*new)
-        assert numbers == before.members.of_dp_rank(*old)
+        numbers = after.members.of_dp_rank[new]
+        assert numbers == before.members.of_dp_rank[old]
         assert alive.issuperset(numbers)
     assert change.lost_caches | {*change.caches.values()} == {*before.members.dp_ranks}
     if before.members == after.members:  # what a rank gets beside steps is what it lacks
@@ -197,7 +197,7 @@ def test_every_rank_ends_with_what_it_needs_and_nothing_that_lives_is_lost(data)
             }
             assert moved == {
                 (number, part.layer, part.expert, sender)
-                for number in after.members.of_replica(replica)
+                for number in after.members.of_replica[replica]
                 for part, sender in moving.of(number).receives.items()
                 if part.kind is PartKind.EXPERT
             }

@@ -10,9 +10,8 @@ from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Limits, Request
-from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.schedule.scheduler import ContinuousScheduler, FinishedStep
 from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS

@@ -22,9 +22,8 @@ from expertlane.cost.step.operation import NumberTypes, TransferKind
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.virtual import VirtualClock, VirtualLinks
 from expertlane.results.step_record import Action
-from expertlane.schedule.drive import FinishedStep, drive, step_records
 from expertlane.schedule.request import Request
-from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.schedule.scheduler import ContinuousScheduler, FinishedStep, drive, step_records
 from expertlane.spec.deployment import Deployment, DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage

@@ -14,7 +14,7 @@ from expertlane.cost.runner import MADE_UP_TOKEN, KnownWork, StepSharing
 from expertlane.results.hardware import MachinePeak
 from expertlane.results.metrics import latency, phase_record
 from expertlane.results.timeline import trace_text
-from expertlane.schedule.drive import drive, step_records
+from expertlane.schedule.scheduler import drive, step_records
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase, Stage, Track

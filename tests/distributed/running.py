@@ -12,10 +12,9 @@ import numpy.typing as npt
 from expertlane.cost.memory import workload_limits
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits, Request
-from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.schedule.scheduler import ContinuousScheduler, FinishedStep, drive
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Layout

@@ -180,7 +180,7 @@ def test_on_ranks_of_this_host(pools):
     steps = largest_step(made.layout, limits).of_dp_ranks()
     table = Options().fixed_table
     commands = [
-        (MeasureStep(step, (table,)), runner.members.of_dp_rank(0, dp_rank))
+        (MeasureStep(step, (table,)), runner.members.of_dp_rank[0, dp_rank])
         for dp_rank, step in enumerate(steps)
     ]
     assert all(each >= 0 for each in pool.collect(pool.submit_each(commands)))

@@ -5,9 +5,8 @@ import pytest
 
 from distributed.running import deployment, runner_on
 from expertlane.cost.memory import workload_limits
-from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Request
-from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.schedule.scheduler import ContinuousScheduler, drive
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Link, Stage
 from expertlane.spec.workload import Workload

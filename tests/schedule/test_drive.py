@@ -1,7 +1,7 @@
 import pytest
 
-from expertlane.schedule.drive import drive
 from expertlane.schedule.plan import StepOutcome, StepPlan
+from expertlane.schedule.scheduler import drive
 from expertlane.spec.names import Phase
 
 

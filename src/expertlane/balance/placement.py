@@ -177,7 +177,7 @@ def total_max_over_mean(num_tokens: npt.NDArray[np.number]) -> float:
     return float(num_tokens.max(axis=1).sum()) / mean if mean else 0.0
 
 
-def partition_slots(num_experts: int, ep: int, num_redundant: int) -> list[range]:
+def partition_slots(num_experts: int, ep: int, num_redundant: int) -> tuple[range, ...]:
     """The slots of each rank, near-equal in number, the longer ones first; every rank has one.
 
     Raises:

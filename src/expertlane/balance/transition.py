@@ -219,4 +219,4 @@ class Transition:
 def _stage(members: Members, replica: int, pp_rank: int) -> tuple[int, ...]:
     """The processes of a pipeline stage."""
     size = members.layout.stage_size
-    return members.of_replica(replica)[pp_rank * size : (pp_rank + 1) * size]
+    return members.of_replica[replica][pp_rank * size : (pp_rank + 1) * size]

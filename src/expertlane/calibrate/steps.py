@@ -35,10 +35,9 @@ from expertlane.cost.step.operation import NumberTypes, Operation, Transfer
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.plan import HandleT, Runner
 from expertlane.schedule.request import Limits, Request
-from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.schedule.scheduler import ContinuousScheduler, FinishedStep, drive
 from expertlane.spec.deployment import Deployment, DispatchTable, Options
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Layout

@@ -47,10 +47,9 @@ from expertlane.results.record import (
 )
 from expertlane.results.step_record import StepRecord
 from expertlane.results.timeline import timelines_of
-from expertlane.schedule.drive import FinishedStep, drive, step_records
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits, Request
-from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.schedule.scheduler import ContinuousScheduler, FinishedStep, drive, step_records
 from expertlane.spec.deployment import Deployment, DispatchTable
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.experiment import Experiment

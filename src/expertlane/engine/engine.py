@@ -15,10 +15,9 @@ from expertlane.balance.transition import Arrangement
 from expertlane.engine.elastic.recovery import Recovery
 from expertlane.engine.elastic.recovery_record import State
 from expertlane.errors import RanksLostError, UserError
-from expertlane.schedule.drive import DriveLoop, FinishedStep
 from expertlane.schedule.plan import HandleT, Runner, StepOutcome
 from expertlane.schedule.request import Chunk, FinishReason, Request, RequestOutput
-from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.schedule.scheduler import ContinuousScheduler, DriveLoop, FinishedStep
 from expertlane.spec.names import Phase
 from expertlane.spec.sampling import PromptLogprobs, SamplingParams
 from expertlane.text.grammars import Constraint, Grammars

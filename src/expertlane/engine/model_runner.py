@@ -35,9 +35,9 @@ from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.warm_up import measured_limits, record_graphs, time_dispatch
 from expertlane.errors import UserError
 from expertlane.results.step_checks import first_found, named
-from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
+from expertlane.schedule.scheduler import FinishedStep
 from expertlane.spec.deployment import INT8_FOLDER, DispatchTable, GraphLimits
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Members
@@ -269,7 +269,7 @@ class ModelRunner:
         commands = [
             (
                 RunStep(step, placements, balances),
-                self.members.of_dp_rank(plan.replica, dp_rank),
+                self.members.of_dp_rank[plan.replica, dp_rank],
             )
             for dp_rank, step in enumerate(as_sent.of_dp_ranks())
         ]
@@ -283,7 +283,7 @@ class ModelRunner:
         """
         for replica in {plan.replica for plan in plans}:
             steps = tuple(plan.step for plan in plans if plan.replica == replica)
-            self._pool.submit(DiscardSteps(steps), ranks=self.members.of_replica(replica))
+            self._pool.submit(DiscardSteps(steps), ranks=self.members.of_replica[replica])
 
     def abandon(self, plans: Sequence[StepPlan]) -> None:
         """Drop decisions about steps to come; see `engine.elastic.recovery.Follower`."""
@@ -308,7 +308,7 @@ class ModelRunner:
             spec = replace(given.spec, placements=placements)
             deploy = msgspec.structs.replace(given, spec=spec)
             command = Redeploy(deploy, tuple(sorted(self._to_discard)), self.dispatch_table)
-            commands.append((command, members.of_replica(replica)))
+            commands.append((command, members.of_replica[replica]))
         if others := sorted(self._pool.present.difference(members.numbers)):
             commands.append((command, others))  # making process groups takes all ranks
         ticket = self._pool.submit_each(commands)
@@ -377,7 +377,7 @@ class ModelRunner:
         self._pool.collect(handle.ticket)
         finished_s = handle.finished_s or time.perf_counter()
         of_process = handle.ticket.results
-        outcomes = [of_process[number] for number in self.members.of_replica(handle.plan.replica)]
+        outcomes = [of_process[number] for number in self.members.of_replica[handle.plan.replica]]
         if self.checking is not None:
             self.checking.check_step(handle.plan, outcomes)
         outcome = outcome_of(outcomes, handle.submitted_s, finished_s)

@@ -212,7 +212,7 @@ def _step_bytes(pool: RankPool, deploy: Deploy, members: Members, limits: Limits
     for replica in range(members.layout.replicas):
         plan = largest_step(members.layout, limits, replica)
         commands += [
-            (MeasureStep(step, tables), members.of_dp_rank(replica, dp_rank))
+            (MeasureStep(step, tables), members.of_dp_rank[replica, dp_rank])
             for dp_rank, step in enumerate(plan.of_dp_ranks())
         ]
     return pool.collect(pool.submit_each(commands))

@@ -4,12 +4,12 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from hashlib import blake2b
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.errors import UserError
-from expertlane.schedule.blocks import ROOT, block_digest
 from expertlane.spec.ranges import RANGES, take, take_fields
 from expertlane.spec.sampling import PromptLogprobs, SamplingParams, SamplingState, TokenLogprobs
 
@@ -122,6 +122,23 @@ class Limits:
                 f"{self.blocks_for(len(prompt))} blocks of {self.block_size} but the cache "
                 f"has {self.num_blocks}; valid lengths: 1 to {self.max_positions}"
             )
+
+
+ROOT = b""  # stands for the parent of a sequence's first block
+
+
+def block_digest(parent: bytes, tokens: bytes) -> bytes:
+    """Name a full block by its content and by all that stands before it.
+
+    Keys and values depend on every earlier token, so two blocks are interchangeable only if their
+    whole prefixes are equal. 16 bytes of BLAKE2b: a clash would mean wrong output, so Python's
+    64-bit `hash` is not enough.
+
+    Args:
+        parent: digest of the block before, or `ROOT`.
+        tokens: its token ids, 8 bytes each.
+    """
+    return blake2b(parent + tokens, digest_size=16).digest()
 
 
 class Request:

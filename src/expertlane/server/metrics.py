@@ -26,9 +26,9 @@ from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.elastic.recovery import Recovery
 from expertlane.engine.engine import Engine
 from expertlane.engine.rank_watch import RankWatch, Reading
-from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Chunk, FinishReason, Limits, RequestOutput
 from expertlane.schedule.running import RunningTable
+from expertlane.schedule.scheduler import FinishedStep
 from expertlane.spec.names import Link, Phase, Stage
 
 WAITING = "waiting"  # label of time spent waiting for other ranks, like the names of stages

@@ -13,8 +13,8 @@ import msgspec
 
 from expertlane.engine.async_engine import AsyncEngine, Generation, RequestGroup
 from expertlane.errors import UserError
-from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.request import Chunk
+from expertlane.schedule.scheduler import FinishedStep
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.fields import Message
 from expertlane.server.live import LiveFeed

@@ -20,10 +20,9 @@ from expertlane.cost.runner import CostRunner, PricedStep
 from expertlane.cost.step.operation import Floats, Ints
 from expertlane.cost.step.program import StepProgram, expert_loads, sent_bytes
 from expertlane.results.metrics import ServedRequest
-from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Request
-from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.schedule.scheduler import ContinuousScheduler, DriveLoop
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase, ProjectedCause
 from expertlane.spec.workload import TimedRequest

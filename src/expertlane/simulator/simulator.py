@@ -35,10 +35,9 @@ from expertlane.errors import SpecError
 from expertlane.results.metrics import ServedRequest
 from expertlane.results.record import PoolRole
 from expertlane.results.step_record import StepRecord
-from expertlane.schedule.drive import FinishedStep
 from expertlane.schedule.plan import StepPlan
 from expertlane.schedule.request import Limits
-from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.schedule.scheduler import ContinuousScheduler, FinishedStep
 from expertlane.simulator.pools import Pool, PoolTotals, run_load
 from expertlane.spec.deployment import DISPATCH_FORMS, Options
 from expertlane.spec.layout import Layout

@@ -19,7 +19,7 @@ from expertlane.cost.step.operation import Floats, Ints
 from expertlane.cost.throughput import MultiToken
 from expertlane.results.estimate import half_interval
 from expertlane.results.metrics import PERCENTILES, ServedRequest
-from expertlane.schedule.blocks import ROOT, block_digest
+from expertlane.schedule.request import ROOT, block_digest
 from expertlane.simulator.pools import Pool
 from expertlane.spec.slo import SLO
 from expertlane.spec.workload import Load, SharedPrefixes, TimedRequest

@@ -148,6 +148,12 @@ class DispatchTable(Strict):
         """A table that always chooses this mode, for prompts perhaps another form."""
         return cls((DispatchMode(form, overlap),), (DispatchRow(1, (0.0,)),), prefill_form)
 
+    @property
+    def only(self) -> DispatchMode | None:
+        """The mode of all steps; None where `choose` has to tell."""
+        is_only = len(self.modes) == 1 and self.prefill_form is None
+        return self.modes[0] if is_only else None
+
     def choose(
         self, num_tokens: int, can_split: bool = True, phase: Phase | None = None
     ) -> DispatchMode:

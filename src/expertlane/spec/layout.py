@@ -6,7 +6,7 @@
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from math import gcd, isqrt, lcm
 from typing import NamedTuple
@@ -241,14 +241,15 @@ def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def partition(total: int, num_parts: int) -> list[range]:
+@lru_cache(4096)  # asked at every step
+def partition(total: int, num_parts: int) -> tuple[range, ...]:
     """Cut `range(total)` into `num_parts` contiguous ranges whose sizes differ by at most one.
 
     The first `total % num_parts` parts are the longer ones; parts may be empty.
     """
     size, num_longer = divmod(total, num_parts)
     starts = [part * size + min(part, num_longer) for part in range(num_parts + 1)]
-    return [range(start, stop) for start, stop in pairwise(starts)]
+    return tuple(range(start, stop) for start, stop in pairwise(starts))
 
 
 def part_of(total: int, num_parts: int, place: int) -> range:
@@ -283,14 +284,17 @@ class Members:
         """The rank that a process is; None if it is none of this layout."""
         return self.numbers.index(number) if number in self.numbers else None
 
-    def of_replica(self, replica: int) -> tuple[int, ...]:
-        """The processes of a replica, in the order of its ranks."""
-        ranks = self.layout.ranks_of_replica(replica)
-        return self.numbers[ranks.start : ranks.stop]
+    @cached_property
+    def of_replica(self) -> list[tuple[int, ...]]:
+        """[replicas]; the processes of each, in the order of its ranks."""
+        parts = map(self.layout.ranks_of_replica, range(self.layout.replicas))
+        return [self.numbers[part.start : part.stop] for part in parts]
 
-    def of_dp_rank(self, replica: int, dp_rank: int) -> list[int]:
+    @cached_property
+    def of_dp_rank(self) -> dict[DpRank, list[int]]:
         """The processes that compute a data-parallel rank's sequences, in the order of ranks."""
-        return [self.numbers[rank] for rank in self.layout.ranks_of_dp_rank(replica, dp_rank)]
+        ranks_of = self.layout.ranks_of_dp_rank
+        return {each: [self.numbers[rank] for rank in ranks_of(*each)] for each in self.dp_ranks}
 
     def dp_ranks_of(self, numbers: Collection[int]) -> set[DpRank]:
         """The data-parallel ranks that any of these processes has a part in."""
@@ -310,8 +314,8 @@ class Members:
         """
         if (self.layout.pp, self.layout.tp) != (before.layout.pp, before.layout.tp):
             return {}
-        old = {tuple(before.of_dp_rank(*each)): each for each in before.dp_ranks}
-        own = {each: tuple(self.of_dp_rank(*each)) for each in self.dp_ranks}
+        old = {tuple(before.of_dp_rank[each]): each for each in before.dp_ranks}
+        own = {each: tuple(self.of_dp_rank[each]) for each in self.dp_ranks}
         return {each: old[numbers] for each, numbers in own.items() if numbers in old}
 
     @property
@@ -340,7 +344,7 @@ class Members:
         if replicas:
             smaller = replace(layout, replicas=len(replicas))
             order = _filled(layout.replicas, replicas)
-            return Members(smaller, tuple(n for r in order for n in self.of_replica(r)))
+            return Members(smaller, tuple(n for r in order for n in self.of_replica[r]))
         return self._with_fewer_dp_ranks(hit)
 
     def _with_fewer_dp_ranks(self, hit: set[DpRank]) -> "Members":
@@ -358,7 +362,7 @@ class Members:
         for replica, units in enumerate(whole):
             order = _filled(num_units, units)[:most]
             dp_ranks = [u * unit + i for u in order for i in range(unit)]
-            of_ranks = [self.of_dp_rank(replica, dp_rank) for dp_rank in dp_ranks]
+            of_ranks = [self.of_dp_rank[replica, dp_rank] for dp_rank in dp_ranks]
             for stage in range(layout.pp):
                 part = slice(stage * layout.tp, (stage + 1) * layout.tp)
                 numbers += [number for each in of_ranks for number in each[part]]

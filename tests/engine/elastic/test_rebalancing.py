@@ -13,9 +13,8 @@ from expertlane.balance.placement import WHOLE
 from expertlane.comparison.records import rebalance_records
 from expertlane.cost.memory import workload_limits
 from expertlane.engine.elastic.rebalancing import MovePace, Rebalancer
-from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Request
-from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.schedule.scheduler import ContinuousScheduler, drive
 from expertlane.spec.model import PRESETS, Routing
 from expertlane.spec.workload import Workload
 

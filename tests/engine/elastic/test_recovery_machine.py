@@ -311,7 +311,7 @@ class Machine(RuleBasedStateMachine):
         self.ranks.lose(ranks)
         members = self.ranks.members
         replicas = range(members.layout.replicas)
-        struck = [r for r in replicas if not ranks.isdisjoint(members.of_replica(r))]
+        struck = [r for r in replicas if not ranks.isdisjoint(members.of_replica[r])]
         for replica in struck or replicas:
             self.num_in_vain[replica] += 1
         to_end = {replica for replica, number in enumerate(self.num_in_vain) if number > 3}

@@ -14,7 +14,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from expertlane.engine.model.draw import NO_TOKEN, likeliest, uniform_numbers
+from expertlane.engine.model.draw import uniform_numbers
+from expertlane.engine.model.head import NO_TOKEN, likeliest
 from expertlane.engine.model.sampler import Sampler
 from expertlane.spec.sampling import SamplingParams, SamplingState
 

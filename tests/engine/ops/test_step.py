@@ -7,15 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.ops.test_attention import batch_of
-from expertlane.engine.model.draw import NO_TOKEN, likeliest
+from expertlane.engine.model.head import NO_TOKEN, likeliest
 from expertlane.engine.ops.cpu import VectorBackend
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache
-from expertlane.engine.ops.moe_step import CompiledRouter
 from expertlane.engine.ops.narrow import NarrowWeight
 from expertlane.engine.ops.packed import FEW_ROWS
 from expertlane.engine.ops.products import Activation, Expert
 from expertlane.engine.ops.router import Router, RouterParams, route
-from expertlane.engine.ops.step import AttentionWeights, MlpWeights
+from expertlane.engine.ops.step import AttentionWeights, CompiledRouter, MlpWeights
 from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.spec.model import Routing
 

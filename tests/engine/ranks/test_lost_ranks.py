@@ -195,10 +195,10 @@ class Scenario:
                 placements = pool.placement_of_step[epoch, replica, step]
                 (placement,) = set(placements.values())
                 if not pool.has_shrunk:
-                    assert sorted(placements) == sorted(members.of_replica(replica))
+                    assert sorted(placements) == sorted(members.of_replica[replica])
                     assert before <= placement <= step
                 before = placement
-            for rank in pool.members.of_replica(replica):
+            for rank in pool.members.of_replica[replica]:
                 known = pool.stages[rank]._sampler._admitted
                 assert set(known) <= set(scheduler._released[replica])
 

@@ -14,9 +14,8 @@ from engine.stage.token_stage import PARAMS, TokenStage
 from expertlane.balance.placement import WHOLE
 from expertlane.engine.elastic.rebalancing import MovePace, Rebalancer
 from expertlane.engine.model_runner import outcome_of
-from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.request import Limits, Request
-from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.schedule.scheduler import ContinuousScheduler, DriveLoop
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS

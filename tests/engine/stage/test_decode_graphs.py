@@ -29,10 +29,9 @@ from expertlane.engine.model.decode_graphs import (
     places_in,
 )
 from expertlane.engine.ops.kv_cache import PagedBatch
-from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import Batch
 from expertlane.schedule.request import Limits, Request
-from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.schedule.scheduler import ContinuousScheduler, DriveLoop
 from expertlane.spec.deployment import GraphLimits, Options
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.sampling import SamplingParams

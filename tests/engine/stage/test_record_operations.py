@@ -11,7 +11,7 @@ from expertlane.cost.step.operation import TransferKind
 from expertlane.cost.virtual import VirtualClock, VirtualLinks
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.results.step_record import Action
-from expertlane.schedule.drive import step_records
+from expertlane.schedule.scheduler import step_records
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Stage
 from expertlane.spec.workload import Workload

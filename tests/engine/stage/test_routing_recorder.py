@@ -9,10 +9,9 @@ import torch
 from distributed.running import deployment, runner_on
 from expertlane.balance.trace import read_trace, write_trace
 from expertlane.engine.model_runner import RoutingRecorder
-from expertlane.schedule.drive import FinishedStep, drive
 from expertlane.schedule.plan import StepOutcome
 from expertlane.schedule.request import Limits, Request
-from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.schedule.scheduler import ContinuousScheduler, FinishedStep, drive
 from expertlane.spec.layout import partition
 from expertlane.spec.model import PRESETS
 from parity import reference as reference_module

@@ -17,9 +17,8 @@ from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import RankError, RanksLostError
 from expertlane.results.step_checks import Alike, RankChecks, first_found
-from expertlane.schedule.drive import drive
 from expertlane.schedule.request import Limits, Request
-from expertlane.schedule.scheduler import ContinuousScheduler
+from expertlane.schedule.scheduler import ContinuousScheduler, drive
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import CheckPoint
 from expertlane.spec.sampling import SamplingParams

@@ -155,8 +155,9 @@ class Group:
         )
 
     def _padded_to(self, rows: Tensor, num_rows_of: Sequence[int]) -> int | None:
-        assert self._link is not None, "something is sent"
-        return self._link.padded_to(num_rows_of, rows.shape[1] * rows.itemsize)
+        link = self._link
+        assert link is not None, "something is sent"
+        return link.padded_to(num_rows_of, rows.shape[1] * rows.itemsize) if link.pads else None
 
     def _meter_sent(self, rows: Tensor, num_rows: Sequence[int]) -> None:
         if (meter := self._recorder.meter) is not None:

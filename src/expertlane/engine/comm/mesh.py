@@ -110,6 +110,7 @@ class ParallelMesh:
 
     Attributes:
         at: the rank's coordinates.
+        is_first_stage, is_last_stage: its pipeline stage embeds tokens, or samples them.
         recorder: records the transfers of its groups, and the computations between them.
         tp, ep, etp: the rank's groups of these axes.
         stage: the group of all ranks of its pipeline stage.
@@ -127,6 +128,8 @@ class ParallelMesh:
     ) -> None:
         self.layout = layout
         self.at = layout.coordinates(rank)
+        self.is_first_stage = self.at.pp_rank == 0
+        self.is_last_stage = self.at.pp_rank == layout.pp - 1
         self._meshes = meshes
         self._rank = rank
         self._numbers = (members or Members(layout)).numbers
@@ -160,13 +163,3 @@ class ParallelMesh:
     def ep_intra(self) -> Group:
         """The group of the `ep` group's ranks on this rank's node, if made."""
         return self._group("ep_intra")
-
-    @property
-    def is_first_stage(self) -> bool:
-        """Whether this rank is in the first pipeline stage, which embeds tokens."""
-        return self.at.pp_rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        """Whether this rank is in the last pipeline stage, which samples tokens."""
-        return self.at.pp_rank == self.layout.pp - 1

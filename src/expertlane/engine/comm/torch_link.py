@@ -235,6 +235,7 @@ class NcclLink(TorchLink):
     """
 
     sends_in_pairs = False
+    pads = True
 
     def padded_to(self, num_rows_of: Sequence[int], row_bytes: int) -> int | None:
         most = max(num_rows_of)

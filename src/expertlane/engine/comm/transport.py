@@ -78,7 +78,12 @@ class Link(Protocol):
     """Transfers among the ranks of one group; every rank of it begins them in the same order.
 
     Rows are contiguous, [num_rows, width]. Rows sent must not change until the wait is over.
+
+    Attributes:
+        pads: `padded_to` may give a number.
     """
+
+    pads: bool = False
 
     @property
     def at_once(self) -> AtOnce | None:

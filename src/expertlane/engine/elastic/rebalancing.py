@@ -432,7 +432,7 @@ class Rebalancer:
 
     def _move_on(self, replica: _Replica, plan: StepPlan) -> Placements | None:
         """Send the next slice; after the last one switch, and give the new placements."""
-        ranks = self._arranged.now.members.of_replica(plan.replica)
+        ranks = self._arranged.now.members.of_replica[plan.replica]
         if replica.under_way is not None:
             replica.pace.began(*replica.under_way, self._pool.submit(FinishMoves(), ranks=ranks))
             replica.under_way = None

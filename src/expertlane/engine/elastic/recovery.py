@@ -20,8 +20,8 @@ from expertlane.balance.transition import Arrangement, Transition
 from expertlane.engine.elastic.recovery_record import NEXT, Kind, Moment, RecoveryRecord, State
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError, UserError
-from expertlane.schedule.drive import DriveLoop
 from expertlane.schedule.plan import StepPlan
+from expertlane.schedule.scheduler import DriveLoop
 from expertlane.spec.layout import DpRank, Members
 
 ResultT = TypeVar("ResultT")

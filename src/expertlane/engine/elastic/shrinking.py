@@ -73,7 +73,7 @@ class Shrinking:
         before = now.members
         rebalancer = self._runner.rebalancer
         for replica in range(layout.replicas):
-            numbers = left.of_replica(replica)[: layout.stage_size : layout.etp]
+            numbers = left.of_replica[replica][: layout.stage_size : layout.etp]
             ranks = [before.numbers.index(number) for number in numbers]
             at = [before.layout.coordinates(rank) for rank in ranks]
             survivors, of_replica = [each.ep_rank for each in at], at[0].replica

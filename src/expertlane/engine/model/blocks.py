@@ -21,11 +21,10 @@ from expertlane.engine.model.weights import EXPERT, HeldWeights, WeightSource, t
 from expertlane.engine.moe.dispatch import CopyChooser, Payload, RoutedTokens
 from expertlane.engine.moe.forms import make_dispatcher
 from expertlane.engine.ops.backend import backend_for
-from expertlane.engine.ops.moe_step import LocalExperts
 from expertlane.engine.ops.narrow import Weight
 from expertlane.engine.ops.products import Activation, Expert, Linear
 from expertlane.engine.ops.router import RouterParams
-from expertlane.engine.ops.step import MlpPart, MlpWeights
+from expertlane.engine.ops.step import LocalExperts, MlpPart, MlpWeights
 from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import partition
 from expertlane.spec.model import ModelConfig, expert_name, layer_name
@@ -114,6 +113,8 @@ class MLP:
         return out
 
     def _count(self, rows: Tensor) -> None:
+        if not self._recorder.is_recording:
+            return
         num_weights = (2 if self._gate is None else 3) * self._up.num_weights
         num_bytes = (1 if self._gate is None else 2) * self._up.num_bytes + self._down.num_bytes
         self._recorder.count_compute(2 * len(rows) * num_weights, num_bytes if len(rows) else 0)
@@ -357,8 +358,9 @@ class MoEBlock:
             return (yield from self._finish_here(*routed, batch))
         recorder, layer = self._recorder, self._layer
         x, hidden, topk_ids, topk_weights = routed
-        recorder.record_topk_ids(topk_ids)
-        self._count_router(x.shape[0])
+        if recorder.is_recording:
+            recorder.record_topk_ids(topk_ids)
+            self._count_router(x.shape[0])
         recorder.check_finite(topk_weights, CheckPoint.ROUTER, layer)
         recorder.enter(Stage.DISPATCH, layer)
         dispatcher = self._dispatchers[batch.dispatch_form]

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NO_TOKEN = -1  # in place of a choice: the greatest logit is NaN or infinite
-
 # SplitMix64: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -38,22 +36,6 @@ def uniform_numbers(
     bits ^= bits >> np.uint64(31)
     upper: npt.NDArray[np.float64] = (bits >> np.uint64(64 - _NUM_BITS)).astype(np.float64)
     return upper * 2.0**-_NUM_BITS
-
-
-def likeliest(logits: Tensor) -> Tensor:
-    """The token of the greatest logit, the lowest id of equals; `NO_TOKEN` where it is not finite.
-
-    A NaN or inf counts as its row's greatest; -inf may stand beside finite logits.
-
-    Args:
-        logits: [num_rows, vocab_size].
-
-    Returns:
-        [num_rows].
-    """
-    token_ids = logits.argmax(1, keepdim=True)
-    is_finite = logits.gather(1, token_ids).isfinite()
-    return token_ids.where(is_finite, NO_TOKEN).squeeze(1)
 
 
 def probabilities(scores: Tensor, greatest: Tensor, temperature: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from expertlane.engine.comm.collectives import Steps
 from expertlane.engine.comm.mesh import ParallelMesh
-from expertlane.engine.model.draw import NO_TOKEN, likeliest, token_logprobs
+from expertlane.engine.model.draw import token_logprobs
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.weights import WeightSource
 from expertlane.engine.ops.backend import backend_for
@@ -23,6 +23,8 @@ from expertlane.spec.layout import partition
 from expertlane.spec.model import FINAL_NORM, HEAD, ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.sampling import PromptPart, SamplingState
+
+NO_TOKEN = -1  # in place of a choice: the greatest logit is NaN or infinite
 
 _LOGITS = 1 << 23  # computed at a time, 32 MiB: a prompt of 100,000 tokens has too many for memory
 
@@ -137,6 +139,22 @@ class HeadResult(NamedTuple):
     prompt_logprobs: Mapping[int, PromptPart] = MappingProxyType({})
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """The token of the greatest logit, the lowest id of equals; `NO_TOKEN` where it is not finite.
+
+    A NaN or inf counts as its row's greatest; -inf may stand beside finite logits.
+
+    Args:
+        logits: [num_rows, vocab_size].
+
+    Returns:
+        [num_rows].
+    """
+    token_ids = logits.argmax(1, keepdim=True)
+    is_finite = logits.gather(1, token_ids).isfinite()
+    return token_ids.where(is_finite, NO_TOKEN).squeeze(1)
+
+
 class OutputHead:
     """Final norm, a rank's rows of the output head, and the choice of the likeliest token."""
 
@@ -230,9 +248,9 @@ class OutputHead:
         return gathered
 
     def _count(self, num_seqs: int) -> None:
-        self._recorder.count_compute(
-            2 * num_seqs * self._head.num_weights, self._head.num_bytes if num_seqs else 0
-        )
+        if self._recorder.is_recording:
+            num_bytes = self._head.num_bytes if num_seqs else 0
+            self._recorder.count_compute(2 * num_seqs * self._head.num_weights, num_bytes)
 
     def whole(self, logits: Tensor) -> Steps[Tensor]:
         """Logits [num_seqs, vocab_size], gathered from every rank's part of the vocabulary."""

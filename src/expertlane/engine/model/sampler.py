@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from expertlane.engine.model.draw import (
-    NO_TOKEN,
     draw,
     keep_likeliest,
-    likeliest,
     probabilities,
     token_logprobs,
     uniform_numbers,
 )
+from expertlane.engine.model.head import NO_TOKEN, likeliest
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.device import to_device
 from expertlane.spec.sampling import SamplingParams, SamplingState, TokenLogprobs

@@ -43,6 +43,7 @@ class Payload:
 
     def __init__(self, kind: PayloadType, recorder: Recorder) -> None:
         self._kind = kind
+        self._is_narrowed = {item: PayloadBytes.of(kind, item, 1).is_narrowed for item in (2, 4)}
         self._recorder = recorder
 
     def encode(self, x: Tensor) -> list[Tensor]:
@@ -51,7 +52,7 @@ class Payload:
         float8 values are bytes; before them stands a scale for each block: [num_tokens, blocks]
         float32.
         """
-        if not PayloadBytes.of(self._kind, x.itemsize, x.shape[1]).is_narrowed:
+        if not self._is_narrowed[x.itemsize]:
             return [x]
         parts = _to_float8(x) if self._kind == "float8" else [x.bfloat16()]
         if self._recorder.is_recording:

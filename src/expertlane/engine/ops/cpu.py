@@ -16,7 +16,6 @@ from torch import Tensor
 from expertlane.balance.copies import PATHS_OF_RANK, BalancedCopies
 from expertlane.engine.ops.bookkeeping import Outgoing, PeerRows, RowParts
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
-from expertlane.engine.ops.moe_step import CompiledRouter, LocalExperts
 from expertlane.engine.ops.narrow import Float8Inputs, NarrowWeight, Weight
 from expertlane.engine.ops.packed import (
     LANES,
@@ -39,13 +38,16 @@ from expertlane.engine.ops.products import (
 )
 from expertlane.engine.ops.router import Router, RouterParams
 from expertlane.engine.ops.step import (
+    SUFFIX,
     AttentionPart,
     AttentionWeights,
+    CompiledRouter,
     HeadPart,
+    LocalExperts,
     MlpPart,
     MlpWeights,
+    address_of,
 )
-from expertlane.engine.ops.structs import SUFFIX, address_of
 from expertlane.engine.ops.torch_backend import TorchBackend
 
 _SUMMED = (torch.float32, torch.bfloat16)

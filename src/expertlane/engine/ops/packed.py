@@ -77,13 +77,14 @@ class FewRowsLinear(PackedLinear):
 
     def __call__(self, x: Tensor) -> Tensor:
         m, k = x.shape
-        if not 0 < m <= FEW_ROWS or x.stride(1) != 1 or x.dtype is not torch.float32:
+        if m > FEW_ROWS or x.stride(1) != 1 or x.dtype is not torch.float32:
             return Linear.__call__(self, x)
         out = x.new_empty(m, self.out_features)
-        self._kernel(
-            *(x.data_ptr(), x.stride(0), m, self.weight.data_ptr(), self.out_features, k),
-            *(None if self.bias is None else self.bias.data_ptr(), out.data_ptr()),
-        )
+        if m:
+            self._kernel(
+                *(x.data_ptr(), x.stride(0), m, self.weight.data_ptr(), self.out_features, k),
+                *(None if self.bias is None else self.bias.data_ptr(), out.data_ptr()),
+            )
         return out
 
 
@@ -200,7 +201,7 @@ class FewRowsExperts(PackedExperts):
     def __call__(self, rows: Tensor, pairs: PairGroups, out: Tensor | None = None) -> Tensor:
         num_pairs = pairs.rows.shape[0]
         most = int(pairs.counts.max()) if num_pairs > FEW_ROWS else num_pairs
-        if not 0 < most <= FEW_ROWS or rows.stride(1) != 1:
+        if most > FEW_ROWS or rows.stride(1) != 1:
             return self._many(rows, pairs, out)
         return super().__call__(rows, pairs, out)
 

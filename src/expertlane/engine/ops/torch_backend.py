@@ -12,7 +12,6 @@ from expertlane.engine.ops.bookkeeping import Bookkeeping, RowParts
 from expertlane.engine.ops.device import CudaGraphs
 from expertlane.engine.ops.float8 import RoundedLinear
 from expertlane.engine.ops.kv_cache import AttentionGroup, AttentionParams, KVCache, PagedBatch
-from expertlane.engine.ops.moe_step import LocalExperts
 from expertlane.engine.ops.narrow import Float8Inputs, Weight
 from expertlane.engine.ops.products import (
     Activation,
@@ -29,6 +28,7 @@ from expertlane.engine.ops.step import (
     AttentionCall,
     AttentionWeights,
     HeadPart,
+    LocalExperts,
     MlpCall,
     MlpWeights,
 )

@@ -44,7 +44,6 @@ from expertlane.errors import CapacityError, RankError, TerminatedError, UserErr
 from expertlane.spec.names import CpuIsa
 
 _KILL_TIMEOUT_S = 5.0
-_PING_S = 1.0
 _END = encode(MessageKind.END, None)
 _PING = encode(MessageKind.PING, None)
 _ANSWERS = {
@@ -198,11 +197,14 @@ class LocalRanks:
         missing: by rank, why its node could not start it ahead of an epoch. The reader removes
             entries.
         stopped: ranks whose processes were stopped at their nodes' last report.
+        accepts: ranks and nodes may connect later, and nodes may be lost and come back.
         on_told_to_end: called when a node was told to end; None to end all nodes at once.
 
     Raises:
         CapacityError: not enough file descriptors or temporary space for so many ranks.
     """
+
+    accepts = False
 
     def __init__(
         self,
@@ -224,7 +226,6 @@ class LocalRanks:
         self.stopped: set[int] = set()
         self._exit_codes: dict[int, int] = {}
         self.missing: dict[int, str] = {}
-        self._pinged_s = 0.0
         self._is_server_hung = False
         self._num_changes = 0
         self._has_connected = False
@@ -373,11 +374,8 @@ class LocalRanks:
         return had
 
     def ping(self) -> None:
-        """Ask each node once a second how its ranks are; call it while waiting for them."""
+        """Ask each node how its ranks are; to be called once a second or so in waits for them."""
         now_s = time.monotonic()
-        if now_s - self._pinged_s < _PING_S:
-            return
-        self._pinged_s = now_s
         for node in self.nodes:
             with contextlib.suppress(OSError):  # its end is noticed elsewhere
                 node.ping(now_s)

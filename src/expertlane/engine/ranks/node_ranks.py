@@ -321,6 +321,8 @@ class NodeRanks(LocalRanks):
         UserError: nodes cannot reach this host by MASTER_ADDR.
     """
 
+    accepts = True
+
     def __init__(
         self,
         meeting: Meeting,

@@ -4,7 +4,7 @@ import contextlib
 import os
 import select
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from functools import partial
 from typing import NoReturn, TypeVar
 
@@ -34,6 +34,7 @@ from expertlane.errors import (
 _START_TIMEOUT_S = 120.0  # imports on a cold disk; no rank is in a step yet
 _NUM_STARTS = 3  # epochs in which ranks may be lost before all have started
 _POLL_S = 0.5
+_PING_S = 1.0  # between questions to a node
 _OWN_PAUSE_S = 1.0  # after a longer pause of this process, ranks get more time
 _NODE_MARGIN_S = 2.0  # longer, so that a rank that hangs is named before its node
 _EARLY_LOOK_S = 0.5  # between checks of ranks that are not of the epoch
@@ -76,6 +77,7 @@ class RankPool:
         self._waits = True  # for lost nodes
         self._log: Callable[[str], None] = lambda line: None
         self._resumed_s = 0.0  # when this process went on after it was stopped itself, as by Ctrl-Z
+        self._asked_s = 0.0  # when nodes were asked last
         self._looked_s = 0.0  # time of the last check of early ranks
         self._started_s: dict[int, float] = {}  # start times of early ranks
         self.is_closed = False
@@ -337,7 +339,8 @@ class RankPool:
     def check(self) -> None:
         """Handle messages and losses that have arrived; does not wait."""
         self._check_whole()
-        self._ranks.ping()
+        if time.monotonic() - self._asked_s >= _PING_S:
+            self._ask_nodes()
         self._receive_available(0)
         self._look_at_early()
 
@@ -377,20 +380,31 @@ class RankPool:
 
     def _wait_once(self, bound_s: float) -> None:
         """Wait for messages of ranks and nodes, for a limited time."""
-        self._ranks.ping()
         began_s, wait_s = time.monotonic(), min(_POLL_S, bound_s / 4)
+        is_due = began_s - self._asked_s >= _PING_S
+        if is_due:
+            self._ask_nodes()
         self._receive_available(wait_s)
         if time.monotonic() - began_s > wait_s + _OWN_PAUSE_S:
             self._resumed_s = time.monotonic()
+        if is_due:
+            self._check_answers(bound_s)
+        if not self._waits and self._ranks.awaited:
+            self._fail(RankError("told to end while a node was lost; all ranks were ended"))
+        self._look_at_early()
+
+    def _ask_nodes(self) -> None:
+        self._asked_s = time.monotonic()
+        self._ranks.ping()
+
+    def _check_answers(self, bound_s: float) -> None:
+        """Detect nodes that do not answer."""
         try:
             self._ranks.check_answers(bound_s + _NODE_MARGIN_S, self._resumed_s)
         except RanksLostError as error:
             self._lose_node(error)
         except RankError as error:
             self._fail(error)
-        if not self._waits and self._ranks.awaited:
-            self._fail(RankError("told to end while a node was lost; all ranks were ended"))
-        self._look_at_early()
 
     def _silent_s(self, ranks: Collection[int], since_s: float) -> float:
         """Seconds without progress of any of these ranks, at most those since a time."""
@@ -416,6 +430,7 @@ class RankPool:
         channels = self._ranks.channels
         ready = {descriptor for descriptor, _ in self._poll.poll(1e3 * timeout_s)}
         for rank in [r for r, channel in enumerate(channels) if channel.fileno() in ready]:
+            ready.discard(channels[rank].fileno())
             try:
                 self._take(rank, channels[rank].receive())
             except BlockingIOError:  # it stopped in the middle of a message
@@ -425,19 +440,25 @@ class RankPool:
             except MessageError as error:
                 text = f"rank {rank} sent an invalid message: {error}"
                 self._lose(partial(Loss, frozenset([rank]), text))
+        if ready or self._ranks.accepts:
+            self._read_news(ready)
+        for rank in [*self._ranks.missing]:
+            if rank in self._presence.early:
+                self._lose(partial(self._losses.death, rank, 0.0))
+            self._ranks.missing.pop(rank, None)
+        if self._ranks.accepts:
+            is_expecting = self._ranks.away or self._ranks.acceptor() in ready
+            if is_expecting and self._ranks.has_connected():
+                self._watch()
+
+    def _read_news(self, ready: Container[int]) -> None:
+        """Take in what nodes send."""
         try:
             self._ranks.read_news(ready)
         except RanksLostError as error:
             self._lose_node(error)
         except ExpertlaneError as error:
             self._fail(error)
-        for rank in [*self._ranks.missing]:
-            if rank in self._presence.early:
-                self._lose(partial(self._losses.death, rank, 0.0))
-            self._ranks.missing.pop(rank, None)
-        is_expecting = self._ranks.away or self._ranks.acceptor() in ready
-        if is_expecting and self._ranks.has_connected():
-            self._watch()
 
     def _take(self, rank: int, message: Message) -> None:
         if message.kind is not MessageKind.FAILURE:

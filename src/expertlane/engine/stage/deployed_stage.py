@@ -16,9 +16,8 @@ from expertlane.balance.transition import Arrangement, Transition
 from expertlane.engine.comm.collectives import Pending, interleave
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.model.decode_graphs import DecodeGraphs, PaddedBatch
-from expertlane.engine.model.draw import NO_TOKEN
 from expertlane.engine.model.forward_batch import ForwardBatch
-from expertlane.engine.model.head import HeadResult, ScoredPrompts
+from expertlane.engine.model.head import NO_TOKEN, HeadResult, ScoredPrompts
 from expertlane.engine.model.sampler import Sampled, Sampler, SamplerStep
 from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.model.weights import HeldWeights
@@ -237,6 +236,7 @@ class DeployedStage:
         self._await_device = context.await_device
         self._is_over_nccl = platform.transport == "nccl"
         self._dispatch = DispatchTable.fixed("all_to_all")
+        self._only_mode: DispatchMode | None = None  # of all steps, where they have the same
         self._payload: PayloadType = "model"
         self._block_size = 1
         self._phase: Phase | None = None
@@ -331,7 +331,7 @@ class DeployedStage:
     def set_dispatch(self, table: DispatchTable) -> None:
         """Set dispatch form and overlap of steps from now on, by a table."""
         self.drop_graphs()
-        self._dispatch = table
+        self._dispatch, self._only_mode = table, table.only
         self.stage.set_forms(table.forms, self._payload)
 
     def run(
@@ -481,8 +481,9 @@ class DeployedStage:
 
     def _choose(self, micro_batch: RankBatch) -> DispatchMode:
         """Choose dispatch form and overlap by facts that all ranks of all stages share."""
-        most = max(micro_batch.num_tokens)
-        num_owned = -(-most // self.spec.layout.tp)
+        if self._only_mode is not None:
+            return self._only_mode
+        num_owned = -(-max(micro_batch.num_tokens) // self.spec.layout.tp)
         return self._dispatch.choose(num_owned, micro_batch.can_split, self._phase)
 
     def _run_micro_batch(
