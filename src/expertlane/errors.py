@@ -103,12 +103,16 @@ def _limit(number: int, command: str, wanted: int) -> str:
 
 
 def did_you_mean(given: str, known: Iterable[str]) -> str:
-    """`did you mean --skew?`: the names that are like the one that was given; empty without any."""
+    """`did you mean --skew?`: the names that are like the one that was given; empty without any.
+
+    In whatever case it was given.
+    """
     from difflib import get_close_matches
 
-    known = list(known)
-    near = [name for name in known if given.strip("-") in name] if len(given) > _SHORT else []
-    near = (near or get_close_matches(given, known, cutoff=_ALIKE))[:_MOST_NEAR]
+    given, names = given.lower(), {name.lower(): name for name in known}
+    near = [name for name in names if given.strip("-") in name] if len(given) > _SHORT else []
+    near = near or get_close_matches(given, names, cutoff=_ALIKE)
+    near = [names[given]] if given in names else [names[name] for name in near[:_MOST_NEAR]]
     return f"did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -1,6 +1,7 @@
 import json
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from expertlane.results.results import Results
 from expertlane.spec.experiment import read_experiment
 
 TINY = ("plan", "paper-tiny", "--cluster", "h100x2")
+QWEN3_235B = Path(__file__).parents[2] / "docs/qwen3-235b/config.json"
 WORKLOAD = ("--batch", "8", "--prompt-len", "16", "--output-len", "16")
 
 
@@ -154,7 +156,11 @@ def test_a_preset_is_in_a_type_that_the_devices_have():
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "float8", ""),
         ({"quant_method": "compressed-tensors", "format": "float-quantized"}, "float8", ""),
         ({"quant_method": "mxfp4"}, "mxfp4", ""),
-        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "bfloat16", "nvfp4 bfloat16"),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            "bfloat16",
+            "nvfp4 H100 not compute bfloat16 --dtype float8 nearer",
+        ),
         ({"quant_method": "awq", "bits": 4}, "int4", ""),
         ({"quant_method": "awq"}, "bfloat16", "awq priced bfloat16"),
     ],
@@ -164,7 +170,23 @@ def test_quantised_checkpoints_are_priced_in_their_type_or_with_a_caution(
 ):
     checkpoint(here / "mine", quantization_config=quantization)
     found = find_model("./mine", weights=False)
-    types = found.number_types(None, "model", parse_cluster("h100x2"))
+    cluster = parse_cluster("h100x2")
+    types = found.number_types(None, "model", cluster)
     assert types.weights == weights
-    assert len(found.cautions(types)) == bool(caution)
-    assert tells(" ".join(found.cautions(types)), caution)
+    cautions = found.cautions(types, cluster)
+    assert len(cautions) == bool(caution)
+    assert tells(" ".join(cautions), caution)
+
+
+def test_what_does_not_fit_is_told_a_type_that_does(run, here):
+    nvfp4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    config = json.loads(QWEN3_235B.read_text())
+    (here / "large").mkdir()
+    config = json.dumps(config | {"quantization_config": nvfp4})
+    (here / "large/config.json").write_text(config)
+    code, _, err = run("plan", "./large", "--cluster", "h100x4")
+    assert code == 2
+    assert tells(err, "fits no deployment --dtype float8 fits nvfp4 H100 not compute")
+    code, _, err = run("simulate", "./large", "--layout", "tp=4", "--cluster", "h100x4")
+    assert code == 2
+    assert tells(err, "needs nvfp4 H100 not compute --dtype float8 nearer")

@@ -76,6 +76,19 @@ def test_arrivals_have_bounds_of_their_own(run):
     assert "tokens/s at 200 req/s, " in " ".join(out.split())
 
 
+def test_one_length_is_a_mean_and_two_equal_ends_are_exact(run):
+    out, _ = simulate(run, *TP2, "--batch", "4", "--prompt-len", "8", "--output-len", "10")
+    assert "8 in / 8–12 out" in out
+    out, _ = simulate(run, *TP2, "--batch", "4", "--prompt-len", "8", "--output-len", "10:10")
+    assert "8 in / 10 out" in out
+
+
+def test_what_has_no_range_is_shown_without_one(run):
+    served = ["--rate", "2,4", "--prompt-len", "4", "--output-len", "4:4"]
+    out, _ = simulate(run, *TP2, *served)
+    assert not re.search(r"\b([\d.]+)–\1\b", out), "ranges of equal ends"
+
+
 @pytest.mark.full
 def test_loads_in_turn_are_one_record_and_the_best_is_told_in_detail(run, tmp_path):
     swept = ["--batch", "2,8,4", *LOAD[2:], "--num-requests", "24"]

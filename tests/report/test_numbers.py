@@ -1,6 +1,7 @@
 import pytest
 
 from expertlane.report import numbers
+from expertlane.results.estimate import Estimate
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,13 @@ def test_signed() -> None:
 )
 def test_percent(share: float, text: str) -> None:
     assert numbers.percent(share) == text
+
+
+def test_a_range_of_one_number_is_none() -> None:
+    exact = Estimate(2.0, 2.0, 2.0)
+    assert numbers.low_high(exact) == numbers.low_high_compact(exact * 1e4) == "—"
+    assert numbers.with_bounds(exact) == "2.00"
+    assert numbers.with_bounds(Estimate(2.0, 1.0, 4.0)) == "2.00 (1.00–4.00)"
 
 
 def test_units() -> None:

@@ -250,7 +250,8 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
         f"{full_len:,} tokens"
     )
     headline = f"{counted(len(rows), 'valid layout')} on all devices; {num_fitting} fit in memory."
-    _show(headline, setting, "layout", columns, rows, print_options, found.cautions(types), shown)
+    cautions = found.cautions(types, cluster)
+    _show(headline, setting, "layout", columns, rows, print_options, cautions, shown)
 
 
 def _of_all_kinds(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -1,10 +1,12 @@
 """The model that a command is given: found, laid out, checked, priced."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from expertlane.errors import UserError, require_extra
+from expertlane.errors import CapacityError, UserError, require_extra
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.hf_config import Quantization, quantization_of, read_config, resolve_model
@@ -92,22 +94,42 @@ class FoundModel:
             )
         return types
 
-    def cautions(self, types: "NumberTypes") -> tuple[str, ...]:
+    def cautions(self, types: "NumberTypes", cluster: "ModelledCluster") -> tuple[str, ...]:
         """A sentence where a checkpoint's weights are narrower than what they are priced as."""
         from expertlane.cost.step.operation import WEIGHT_BYTES
+
+        device, float8 = cluster.profile.device, WEIGHT_BYTES["float8"]
 
         stored = self.quantization
         if stored is None:
             return ()
         priced = WEIGHT_BYTES[types.weights]
         own = WEIGHT_BYTES.get(stored.number_type or "", 0.0)  # one unknown is narrow
-        if priced < _WIDER * own or (own == 0.0 and priced <= WEIGHT_BYTES["float8"]):
+        if priced < _WIDER * own or (own == 0.0 and priced <= float8):
             return ()
-        nearer = "; --dtype float8 comes nearer" if priced > WEIGHT_BYTES["float8"] else ""
+        nearer, is_lacking = "", stored.number_type not in (None, *device.flops_per_s)
+        if stored.number_type in device.flops_per_s:
+            nearer = f"; --dtype {stored.number_type} is what they are"
+        elif priced > float8 and "float8" in device.flops_per_s:
+            nearer = "; --dtype float8 comes nearer"
+        lacking = f", in which {device.name} does not compute, and" if is_lacking else " but"
         return (
-            f"The checkpoint's weights are {stored.number_type or stored.method} but priced as "
-            f"{types.weights}: their memory and reads come out too large{nearer}.",
+            f"The checkpoint's weights are {stored.number_type or stored.method}{lacking} priced "
+            f"as {types.weights}: their memory and reads come out too large{nearer}.",
         )
+
+    @contextmanager
+    def cautioning(self, types: "NumberTypes", cluster: "ModelledCluster") -> Iterator[None]:
+        """Add the cautions to the text that says that memory is too small.
+
+        Raises:
+            CapacityError: the one that was raised.
+        """
+        try:
+            yield
+        except CapacityError as error:
+            said = ". ".join((str(error), *self.cautions(types, cluster)))
+            raise CapacityError(said.removesuffix(".")) from None
 
 
 def find_model(name: str, *, weights: bool = True) -> FoundModel:

@@ -74,6 +74,7 @@ def parameters_of(taker: Any) -> list[inspect.Parameter]:
             panel = each.default.rich_help_panel or getattr(taker, "panel", None)
             each.default.rich_help_panel = panel
             each.default.metavar = each.default.metavar or _metavar_of(each.annotation)
+            each.default.case_sensitive = False
             if each.annotation is bool and not each.default.param_decls:
                 each.default.param_decls = (_spelling(each),)  # without its `--no-`
         found.append(each.replace(kind=inspect.Parameter.KEYWORD_ONLY))

@@ -128,8 +128,9 @@ def run(
     folder = call.folder(name)
     experiment = None if folder is None else folder / _EXPERIMENT
     stand_in_laws = stand_ins(request.cluster.profile, setting.types)
-    cautions = *found.cautions(setting.types), *stand_in_laws
-    with output.progress_on_stderr() as progress:
+    cautions = *found.cautions(setting.types, request.cluster), *stand_in_laws
+    cautioning = found.cautioning(setting.types, request.cluster)
+    with cautioning, output.progress_on_stderr() as progress:
         fewer = None
         if is_auto:
             sized = smallest_plan(request, routing, progress, cautions)

@@ -239,11 +239,12 @@ def run(
     folder = call.folder(output.slug("simulate", config.name, cluster))
     if not own.cold_start:
         loads = [each.varied(config.max_position_embeddings) for each in loads]
-    simulators = [Simulator(config, modelled, setup, load) for load in loads]
+    with found_model.cautioning(types, modelled):
+        simulators = [Simulator(config, modelled, setup, load) for load in loads]
     # Unless objectives are given, as long a stretch as a row was found by.
     precision = Precision.of(load_options.slos, load_options.num_requests)
     slos = load_options.slos or (row.slos if row is not None else ())
-    own_cautions = found_model.cautions(setup.types) if row is None else row.cautions
+    own_cautions = found_model.cautions(setup.types, modelled) if row is None else row.cautions
     run_one = partial(_run, seed=seed, precision=precision, cold_start=own.cold_start)
     runs = [(each, run_one(each, is_alone=len(loads) == 1)) for each in simulators]
     results = simulation(

@@ -11,8 +11,9 @@ from expertlane.cost.laws.profile import LIKELY
 from expertlane.cost.memory import size_text
 from expertlane.cost.projector import ErrorSeconds, Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting, Traffic, extremes_of
+from expertlane.cost.step.operation import WEIGHT_BYTES, NumberTypes
 from expertlane.cost.throughput import ThroughputCurve, one_pool
-from expertlane.errors import UserError
+from expertlane.errors import CapacityError, UserError
 from expertlane.planner.candidates import (
     Candidate,
     PlanRequest,
@@ -32,7 +33,7 @@ from expertlane.planner.screen import (
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.timeline import StepTimeline
-from expertlane.spec.names import Dtype, Phase
+from expertlane.spec.names import NumberType, Phase
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +199,7 @@ class Search:
         """
         options = fitting(screened)
         if not options:
-            raise UserError(self._too_large(screened))
+            raise CapacityError(self._too_large(screened))
         # Prompts of an engine may be dispatched as fast only by the library of its decodes.
         by_deepep: dict[bool, list[ScreenedCandidate]] = {True: [], False: []}
         for each in options:
@@ -295,17 +296,32 @@ class Search:
         nearest = min(screened, key=lambda each: each.capacity.memory.total_bytes)
         need = nearest.capacity.memory
         request = self.request
-        is_wide = request.setting.types.weights in get_args(Dtype)
-        narrower = "float8 weights, " if is_wide else ""
+        narrower = next(filter(self._fits_in, self._narrower_types()), "")
         return (
             f"{request.model.name} in {request.setting.types} fits no deployment on "
             f"{request.cluster}: "
             f"the smallest, {nearest.candidate.layout}, needs {size_text(need.total_bytes)} per "
             f"rank (weights {size_text(need.weight_bytes)}, KV cache of one sequence "
             f"{size_text(need.kv_bytes)}, activations {size_text(need.activation_bytes)}) of "
-            f"{size_text(nearest.capacity.free_bytes)}; take more devices, {narrower}"
-            "devices with more memory or shorter sequences"
+            f"{size_text(nearest.capacity.free_bytes)}; take more devices, devices with more "
+            "memory or shorter sequences"
+            + (f", or --dtype {narrower}, which fits" if narrower else "")
         )
+
+    def _narrower_types(self) -> list[str]:
+        """Narrower types of weights that the devices compute in, the widest first."""
+        known, own = self.request.cluster.profile.device.flops_per_s, self.request.setting.types
+        widths = {each: WEIGHT_BYTES[each] for each in get_args(NumberType) if each in known}
+        narrower = [each for each in widths if widths[each] < WEIGHT_BYTES[own.weights]]
+        return sorted(narrower, key=lambda each: -widths[each])
+
+    def _fits_in(self, weights: str) -> bool:
+        """True if any candidate fits with weights in another type."""
+        setting = self.request.setting
+        types = replace(NumberTypes.asked(weights), kv=setting.types.kv)
+        request = replace(self.request, setting=replace(setting, types=types))
+        other = Search(request, Known(), are_pools=self._are_pools)
+        return bool(fitting(other.screen(candidates=self.candidates)))
 
     def missed(self, nearest: ScreenedCandidate, served: ThroughputCurve) -> str:
         """The error text where nothing keeps the limits: which ones, and the nearest deployment.

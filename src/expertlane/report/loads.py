@@ -8,6 +8,7 @@ from typing import Any, Literal
 from expertlane.report.document import Answer, Column, Heading, Table, Words, number, text
 from expertlane.report.numbers import (
     COLUMNS,
+    NONE,
     compact,
     counted,
     duration,
@@ -192,8 +193,8 @@ def _headline(results: Results) -> str:
     if len(results.deployments) > 1:
         where = f"{best.layout} at {where}"
     tps = figures(serving.output_tps)
-    if serving.output_tps.low is not None:
-        tps += f" ({low_high_compact(serving.output_tps)})"
+    if (bounds := low_high_compact(serving.output_tps)) != NONE:
+        tps += f" ({bounds})"
     told = typical_of(results)
     medians = "".join(
         f", {name} {milliseconds(typical)} ms"
@@ -241,7 +242,7 @@ def _in_out(load: Mapping[str, Any]) -> str:
 
 
 def _lengths(text: str) -> str:
-    return "–".join(f"{int(end):,}" for end in text.split(":"))
+    return "–".join(dict.fromkeys(f"{int(end):,}" for end in text.split(":")))
 
 
 def objectives(served: Served) -> Iterator[Note]:

@@ -96,8 +96,8 @@ def _scaled(value: float, unit: str) -> str:
 
 
 def low_high(estimate: Estimate) -> str:
-    """`4.79–8.87`; a dash where nothing is known of bounds."""
-    if estimate.low is None or estimate.high is None:
+    """`4.79–8.87`; a dash where nothing is known of bounds, or there is no range."""
+    if estimate.low is None or estimate.high is None or estimate.low == estimate.high:
         return NONE
     return f"{figures(estimate.low)}–{figures(estimate.high)}"
 
@@ -113,8 +113,9 @@ def low_high_thousands(estimate: Estimate) -> str:
 
 
 def with_bounds(estimate: Estimate) -> str:
-    """`6.40 (3.20–12.8)`."""
-    return f"{figures(estimate)} ({low_high(estimate)})"
+    """`6.40 (3.20–12.8)`; the number alone where there is no range."""
+    bounds = low_high(estimate)
+    return figures(estimate) if bounds == NONE else f"{figures(estimate)} ({bounds})"
 
 
 def compact(amount: Amount) -> str:
@@ -128,7 +129,7 @@ def compact(amount: Amount) -> str:
 def low_high_compact(estimate: Estimate) -> str:
     """`76–138k` from ten thousand on, else `low_high`."""
     low, _, high = estimate.bounds
-    if estimate.low is None or low < _MANY:
+    if estimate.low is None or low < _MANY or low == high:
         return low_high(estimate)
     return f"{low / 1e3:,.0f}–{high / 1e3:,.0f}k"
 

@@ -29,6 +29,7 @@ from expertlane.report.numbers import (
     shortened,
     times,
     whole,
+    with_bounds,
 )
 from expertlane.report.setup import cautions, how_judged
 from expertlane.report.speed import FACTS, HOW_TO_READ_FACTS, IN_ALL, causes, over_floor
@@ -352,7 +353,7 @@ def _sampling(serving: ServingRecord) -> Iterator[Note]:
         parts.append(f"tokens/s ±{percent((high - low) / 2 / serving.output_tps.value)}")
     for name, key in _TOLD:
         if key in sample.intervals:
-            ends = (milliseconds(Estimate(each)) for each in sample.intervals[key])
+            ends = dict.fromkeys(milliseconds(each) for each in sample.intervals[key])
             parts.append(f"{name} {'–'.join(ends)} ms")
     num = counted(serving.num_requests or 0, "first token")
     yield "Sample", f"{num} in the steady state; 90 % intervals: {', '.join(parts)}"
@@ -421,7 +422,7 @@ def _doubts(results: Results) -> Iterator[str]:
 
 def ms_with_bounds(estimate: Estimate) -> str:
     """`6.40 (3.20–12.8)` milliseconds, from seconds."""
-    return f"{milliseconds(estimate)} ({low_high_ms(estimate)})"
+    return with_bounds(estimate * 1e3)
 
 
 _NEARLY = 0.95  # of the possible sequences: fewer in a decode pool show that prefill feeds it less

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from expertlane.errors import SpecError, UserError
+from expertlane.errors import SpecError, UserError, did_you_mean
 from expertlane.spec.files import CONFIG_BYTES, read_json_object
+from expertlane.spec.model import PRESETS
 from expertlane.spec.ranges import ANY_NUMBER, ANY_WHOLE, DEFAULT_SKEW, RANGES, Range, shown
 
 _CONFIG = "config.json"
@@ -40,9 +41,10 @@ def resolve_model(model: str, base: Path = Path(), *, weights: bool = True) -> P
     if os.path.isdir(path):
         return _checked(model, Path(path))
     if not _HUB_ID.fullmatch(model):
+        hint = did_you_mean(model, PRESETS)
         raise UserError(
             f"model {model!r}: there is no such folder, and it is no hub id such as "
-            "'mistralai/Mixtral-8x7B-v0.1'"
+            f"'mistralai/Mixtral-8x7B-v0.1'{hint and '; '}{hint}"
         )
     return _checked(model, _download(model, _FILES if weights else (_CONFIG,)))
 

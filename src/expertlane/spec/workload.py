@@ -89,10 +89,15 @@ class Workload(Strict):
 
 @dataclass(frozen=True)
 class LengthRange:
-    """Lengths in tokens, drawn uniformly; both ends included."""
+    """Lengths in tokens, drawn uniformly; both ends included.
+
+    Attributes:
+        is_range: given by its two ends, if equal ones: no mean to draw lengths around.
+    """
 
     low: int
     high: int
+    is_range: bool = False
 
     @classmethod
     def parse(cls, name: str, text: str) -> "LengthRange | None":
@@ -101,10 +106,11 @@ class LengthRange:
         low, high = ends[0], ends[-1]
         if low is None or high is None or len(ends) > 2 or low > high:
             return None
-        return cls(int(low), int(high))
+        return cls(int(low), int(high), len(ends) > 1)
 
     def __str__(self) -> str:
-        return f"{self.low}" if self.low == self.high else f"{self.low}:{self.high}"
+        is_one = self.low == self.high and not self.is_range
+        return f"{self.low}" if is_one else f"{self.low}:{self.high}"
 
 
 _LENGTHS_APART = 0.2  # of a mean, below and above it
@@ -220,9 +226,9 @@ class Load:
 
     @property
     def varies(self) -> bool:
-        """True if lengths differ."""
+        """True if lengths differ, or are no means."""
         ends = self.prompt_len, self.output_len
-        return bool(self.recorded) or any(each.low < each.high for each in ends)
+        return bool(self.recorded) or any(each.is_range or each.low < each.high for each in ends)
 
     def varied(self, num_positions: int) -> "Load":
         """With outputs drawn around a single length, as far as the model has positions.
@@ -230,7 +236,7 @@ class Load:
         Requests of equal length would stay in step, and those that come together end together.
         """
         low, high = self.output_len.low, self.output_len.high
-        if self.recorded or low < high:
+        if self.recorded or low < high or self.output_len.is_range:
             return self
         away = min(round(_LENGTHS_APART * low), num_positions - self.prompt_len.high + 1 - low)
         away = max(min(away, low - 1), 0)

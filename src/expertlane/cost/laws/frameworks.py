@@ -165,11 +165,13 @@ def find_framework(name: str) -> Framework:
     """
     known = frameworks()
     if name not in known:
+        plain = name.lower().replace("-", "").replace("_", "")
         near = [
             each
             for each, framework in known.items()
-            if name.lower() == framework.engine or name.lower() in framework.title.lower()
+            if plain == framework.engine or plain in framework.title.lower().replace("-", "")
         ]
+        near = [] if name.lower() in known else near  # the very name, in another case
         hint = did_you_mean(name, known) or f"there are {', '.join(known)}"
         hint = f"did you mean {' or '.join(near)}?" if near else hint
         raise SpecError(

@@ -24,7 +24,7 @@ from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.times import Basis, Surface
 from expertlane.cost.step.kernel_sets import ENGINE, ENGINE_ON_GPUS, GPU_LIBRARIES, KernelSet
 from expertlane.cost.step.operation import ITEM_BYTES, WEIGHT_BYTES, Floats, Operation, Transfer
-from expertlane.errors import SpecError, UserError, naming
+from expertlane.errors import SpecError, UserError, did_you_mean, naming
 from expertlane.spec.files import CONFIG_BYTES, build, read_toml, write_text
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link
@@ -142,9 +142,9 @@ def read_profile(name_or_path: str | Path) -> Profile:
     is_name = Path(given).name == given and not given.endswith(".toml")
     shipped = shipped_profiles()
     if is_name and given not in shipped:
+        hint = did_you_mean(given, shipped) or f"there are {', '.join(shipped)}"
         raise SpecError(
-            f"no cluster profile is called {given}; "
-            f"there are {', '.join(shipped)}, or give a file that ends in .toml"
+            f"no cluster profile is called {given}; {hint} (or give a file that ends in .toml)"
         )
     path = shipped[given] if is_name else Path(given)
     data = read_toml(path, CONFIG_BYTES)
