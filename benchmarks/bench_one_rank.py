@@ -35,9 +35,9 @@ from expertlane.cost.laws.profile import Profile, kernels_of, read_profile
 from expertlane.cost.pricing import law_dtype
 from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.kernel_sets import ENGINE_ON_GPUS, KernelSet
 from expertlane.cost.step.operation import NumberTypes, Operation
 from expertlane.cost.step.program import ProgramBuilder, StepProgram, count
+from expertlane.cost.step.step_list import ENGINE_ON_GPUS, KernelSet
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig, num_params

@@ -27,9 +27,8 @@ from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.throughput import Goals
 from expertlane.planner.candidates import PlanRequest
-from expertlane.planner.search import Search
+from expertlane.planner.search import Search, Trials
 from expertlane.planner.simulated import Race, simulate, simulated_pool
-from expertlane.planner.trials import Trials
 from expertlane.planner.two_pools import TwoPoolSearch
 from expertlane.simulator.watch import ROUGH, USUAL
 from expertlane.spec.model import PRESETS

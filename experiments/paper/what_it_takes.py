@@ -30,9 +30,9 @@ from expertlane.cost.pricing import Pricing, TimedStep, law_dtype
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Kind, NumberTypes, Operation
 from expertlane.cost.step.program import ProgramBuilder
+from expertlane.cost.step.step_list import GPU_LIBRARIES
 from expertlane.errors import UserError
 from expertlane.report import markdown
 from expertlane.report.document import Answer, Heading, Report, Section, Table, number, text

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from balance.test_copies import BACKENDS, chosen_by_ranks
-from expertlane.balance.packing import EMPTY, Packing
-from expertlane.balance.placement import Placement
+from expertlane.balance.placement import EMPTY, Packing, Placement
 from expertlane.spec.layout import Layout
 
 

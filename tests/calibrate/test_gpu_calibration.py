@@ -32,9 +32,9 @@ from expertlane.cost.pricing import Pricing
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
-from expertlane.cost.step.kernel_sets import ENGINE_ON_GPUS, GPU_LIBRARIES
 from expertlane.cost.step.operation import Kind, NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
+from expertlane.cost.step.step_list import ENGINE_ON_GPUS, GPU_LIBRARIES
 from expertlane.engine.ranks.commands import (
     DescribeMachine,
     MeasureLaunches,

@@ -10,8 +10,7 @@ from expertlane.client.connection import Url
 from expertlane.client.run import Asked, Target, measure
 from expertlane.errors import UserError
 from expertlane.progress import Progress
-from expertlane.spec.slo import parse_slos
-from expertlane.spec.workload import LengthRange, Load
+from expertlane.spec.workload import LengthRange, Load, parse_slos
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import parse_cluster
 from expertlane.cost.memory import KVTransfers, PlacedModel
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Kind, NumberTypes, Transfer
+from expertlane.cost.step.step_list import GPU_LIBRARIES
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout

@@ -13,9 +13,9 @@ from cost.tiny_models import MODELS
 from distributed.running import Balancing, runner_on
 from expertlane.balance.holding import placements_of
 from expertlane.cost.routing import GivenRouting
-from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.operation import NumberTypes, Transfer, TransferKind
 from expertlane.cost.step.program import ProgramBuilder, StepProgram, count
+from expertlane.cost.step.step_list import ENGINE, GPU_LIBRARIES
 from expertlane.engine.ranks.commands import DescribeMachine, SetDispatch
 from expertlane.results.step_record import RankCounts
 from expertlane.schedule.request import Limits

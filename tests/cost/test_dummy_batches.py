@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from cost.projected import MODEL, PROFILE, program_of, term
 from expertlane.cost.laws.profile import LIKELY, Execution, Terms
 from expertlane.cost.step.batch_sizes import PartSizes, Scenarios
-from expertlane.cost.step.kernel_sets import ENGINE, GPU_LIBRARIES
 from expertlane.cost.step.operation import Kind
+from expertlane.cost.step.step_list import ENGINE, GPU_LIBRARIES
 from expertlane.spec.layout import Layout
 
 

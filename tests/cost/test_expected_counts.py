@@ -12,10 +12,9 @@ from expertlane.cost.routing import GivenRouting, PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes, Scenarios
 from expertlane.cost.step.counts import StageMesh, count_dispatch
 from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts, mean_counts
-from expertlane.cost.step.kernel_sets import KERNEL_SETS
 from expertlane.cost.step.layer import embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import NumberTypes, Operation
-from expertlane.cost.step.step_list import ExpectedStepList, StepList
+from expertlane.cost.step.step_list import KERNEL_SETS, ExpectedStepList, StepList
 from expertlane.spec.deployment import DISPATCH_FORMS, is_by_node_on
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Link

@@ -10,7 +10,6 @@ from cost.plans import DECODE, PREFILL, random_plan
 from cost.tiny_models import MODELS
 from expertlane.cost.routing import GivenRouting, PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import (
     OUTSIDE,
     SIZES,
@@ -21,6 +20,7 @@ from expertlane.cost.step.operation import (
     TransferKind,
 )
 from expertlane.cost.step.program import count
+from expertlane.cost.step.step_list import GPU_LIBRARIES
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchTable
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS

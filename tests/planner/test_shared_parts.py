@@ -15,10 +15,9 @@ from expertlane.cost.shared_parts import price
 from expertlane.cost.step.batch_sizes import Scenarios
 from expertlane.cost.step.counts import StageMesh
 from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts, sampled_layers
-from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.layer import arrival_steps, embedding_steps, head_steps, layer_steps
 from expertlane.cost.step.operation import HandOver
-from expertlane.cost.step.step_list import ExpectedStepList
+from expertlane.cost.step.step_list import GPU_LIBRARIES, ExpectedStepList
 from expertlane.cost.throughput import Goals
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.screen import fitting

@@ -8,8 +8,8 @@ import pytest
 from expertlane.cost.throughput import Goals, ThroughputCurve
 from expertlane.planner.candidates import family_of
 from expertlane.planner.screen import fitting
+from expertlane.planner.search import Trials
 from expertlane.planner.simulated import Race, simulate, simulate_pools
-from expertlane.planner.trials import Trials
 from expertlane.simulator.watch import ROUGH
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload

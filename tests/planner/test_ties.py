@@ -17,7 +17,7 @@ from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.serving_record import ServingRecord, SLOResult
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.slo import SLO
+from expertlane.spec.workload import SLO
 from planner.requests import WORKLOAD, planned, search_of
 
 DRIVER, GEMM, LINK = ("driver", ()), ("gemm", (7,)), ("link", (20,))

@@ -13,7 +13,7 @@ from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.results import with_costs
 from expertlane.results.serving_record import SLOResult
 from expertlane.spec.layout import Layout
-from expertlane.spec.slo import parse_slos
+from expertlane.spec.workload import parse_slos
 from report.shown import answer_lines
 
 LAYOUTS = [Layout(replicas=1000 + place, pp=4, dp=16, tp=8, ep=128) for place in range(12)]

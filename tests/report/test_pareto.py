@@ -18,7 +18,7 @@ from expertlane.results.record import (
 )
 from expertlane.results.serving_record import SLOResult
 from expertlane.spec.layout import Layout
-from expertlane.spec.slo import SLO
+from expertlane.spec.workload import SLO
 from report.shown import charts, values
 
 MARKUP = '</script><b title="x">&'

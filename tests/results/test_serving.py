@@ -12,7 +12,7 @@ from expertlane.results.estimate import Estimate
 from expertlane.results.metrics import ServedRequest, serving_record
 from expertlane.results.results import with_costs
 from expertlane.results.serving_record import best_load
-from expertlane.spec.slo import SLO, parse_slos
+from expertlane.spec.workload import SLO, parse_slos
 
 # TTFT 1, 2 and 4 s; TPOT 1 and 3 s; gaps 1, 1 and 2, 4 s; E2E 3, 8 and 4 s.
 REQUESTS = [

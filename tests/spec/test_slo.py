@@ -2,7 +2,7 @@ import pytest
 
 from cli.screen import tells
 from expertlane.errors import UserError
-from expertlane.spec.slo import SLO, parse_slos
+from expertlane.spec.workload import SLO, parse_slos
 
 
 def test_objectives_of_an_option_given_once_or_often():

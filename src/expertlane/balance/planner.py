@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.packing import (
+from expertlane.balance.placement import (
     EMPTY,
     Bools,
     Floats,
     Ints,
     Packing,
+    Placement,
     nodes_of_copies,
     num_copies,
     pack,
+    partition_slots,
 )
-from expertlane.balance.placement import Placement, partition_slots
 from expertlane.errors import SpecError
 
 MIN_GAIN = 1e-9  # of the mean load; less is rounding

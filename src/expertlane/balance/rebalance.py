@@ -7,10 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.packing import EMPTY, Floats, Ints, Packing
 from expertlane.balance.placement import (
+    EMPTY,
     WHOLE,
+    Floats,
+    Ints,
     Move,
+    Packing,
     Part,
     Placement,
     between_ranks,

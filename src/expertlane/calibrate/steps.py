@@ -30,9 +30,9 @@ from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.kernel_sets import ENGINE, ENGINE_ON_GPUS, KernelSet
 from expertlane.cost.step.operation import NumberTypes, Operation, Transfer
 from expertlane.cost.step.program import ProgramBuilder
+from expertlane.cost.step.step_list import ENGINE, ENGINE_ON_GPUS, KernelSet
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.schedule.plan import HandleT, Runner

@@ -36,7 +36,6 @@ from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.hf_config import resolve_model
 from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import DEFAULT_REPEAT, shown
-from expertlane.spec.slo import parse_slos
 
 if TYPE_CHECKING:
     from expertlane.comparison.projection import ExperimentProjector
@@ -184,6 +183,8 @@ class _Projection:
         if not self.project and self.given:
             name, *_ = self.given
             raise UserError(f"--{name} needs a projection; add --project")
+        from expertlane.spec.workload import parse_slos
+
         parse_slos(self.slo or ())
 
     @property

@@ -10,11 +10,10 @@ from expertlane.cli.help import Panel
 from expertlane.cli.options import parse_list, seed_option
 from expertlane.errors import UserError, naming
 from expertlane.spec.ranges import RANGES, shown
-from expertlane.spec.slo import SLO, parse_slos
 
 if TYPE_CHECKING:
     from expertlane.spec.model import ModelConfig
-    from expertlane.spec.workload import LengthRange, Load, RecordedRequest
+    from expertlane.spec.workload import SLO, LengthRange, Load, RecordedRequest
 
 _OPEN_SIZE = 100  # requests of an open loop
 
@@ -141,9 +140,11 @@ class LoadOptions:
         help="Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million "
         "tokens.",
     )
-    slos: tuple[SLO, ...] = field(init=False)
+    slos: "tuple[SLO, ...]" = field(init=False)
 
     def __post_init__(self) -> None:
+        from expertlane.spec.workload import parse_slos
+
         object.__setattr__(self, "slos", parse_slos(self.slo or ()))
 
     def loads(self) -> "list[Load]":

@@ -24,8 +24,7 @@ from expertlane.results.serving_record import (
     RequestsRecord,
     ServingRecord,
 )
-from expertlane.spec.slo import SLO
-from expertlane.spec.workload import Load, TimedRequest
+from expertlane.spec.workload import SLO, Load, TimedRequest
 
 _MOST_LOST = 20  # requests in a row that find no server
 

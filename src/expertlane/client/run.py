@@ -15,8 +15,7 @@ from expertlane.client.server import Server, Vocabulary, find_server
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.progress import Progress
 from expertlane.results.record import DeploymentRecord, RatioRecord
-from expertlane.spec.slo import SLO
-from expertlane.spec.workload import Load, check_lengths, draw_requests, warm_up_of
+from expertlane.spec.workload import SLO, Load, check_lengths, draw_requests, warm_up_of
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

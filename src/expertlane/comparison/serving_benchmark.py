@@ -21,8 +21,14 @@ from expertlane.results.serving_record import ServingRecord
 from expertlane.schedule.request import RequestOutput
 from expertlane.spec.layout import Layout
 from expertlane.spec.sampling import SamplingParams
-from expertlane.spec.slo import SLO
-from expertlane.spec.workload import Load, TimedRequest, check_lengths, draw_requests, warm_up_of
+from expertlane.spec.workload import (
+    SLO,
+    Load,
+    TimedRequest,
+    check_lengths,
+    draw_requests,
+    warm_up_of,
+)
 
 
 @dataclass(frozen=True, eq=False)

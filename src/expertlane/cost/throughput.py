@@ -35,8 +35,7 @@ from expertlane.results.serving_record import SLOResult
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.slo import SLO
-from expertlane.spec.workload import Workload
+from expertlane.spec.workload import SLO, Workload
 
 Number = TypeVar("Number", int, Ints)
 

@@ -10,8 +10,8 @@ import tomli_w
 from expertlane.cost.laws.profile import Execution, kernels_of
 from expertlane.cost.memory import FREE_SHARE
 from expertlane.cost.routing import RoutingChoice
-from expertlane.cost.step.kernel_sets import GPU_LIBRARIES
 from expertlane.cost.step.operation import Floats
+from expertlane.cost.step.step_list import GPU_LIBRARIES
 from expertlane.cost.throughput import ACCEPTANCE_UNSURE, MultiToken, ThroughputCurve
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.ranking import pareto

@@ -20,8 +20,15 @@ from expertlane.errors import CapacityError, UserError
 from expertlane.planner.candidates import Candidate, PlanRequest, family_of
 from expertlane.planner.engines import Engine, engines_on
 from expertlane.planner.screen import Screened, ScreenedCandidate, TooLarge, fitting
-from expertlane.planner.search import Finalist, OnePool, Search
-from expertlane.planner.trials import Ratios, Run, SimulatedCandidate, Trials
+from expertlane.planner.search import (
+    Finalist,
+    OnePool,
+    Ratios,
+    Run,
+    Search,
+    SimulatedCandidate,
+    Trials,
+)
 from expertlane.results.serving_record import ServingRecord
 from expertlane.simulator.results import serving_of
 from expertlane.simulator.simulator import ServingSetup, Simulator, scheduling_of

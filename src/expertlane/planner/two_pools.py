@@ -16,9 +16,8 @@ from expertlane.cost.throughput import Goals, ThroughputCurve, two_pools
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.engines import engines_on
 from expertlane.planner.screen import Known, ScreenedCandidate, fitting
-from expertlane.planner.search import Finalist, Search
+from expertlane.planner.search import Finalist, Ratios, Search
 from expertlane.planner.simulated import divide_alike, serve_at_rate, simulate_pools
-from expertlane.planner.trials import Ratios
 from expertlane.results.record import PoolRole
 from expertlane.results.results import NoPools
 from expertlane.results.serving_record import KEPT, ServingRecord, is_served

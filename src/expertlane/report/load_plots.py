@@ -12,7 +12,7 @@ from expertlane.report.numbers import figures, times
 from expertlane.report.speed import unit_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.results import Results
-from expertlane.spec.slo import SLO, LatencyMetric
+from expertlane.spec.workload import SLO, LatencyMetric
 
 _MS_PER_S = 1e3
 _NUM_FIRST = 2  # beside the answer

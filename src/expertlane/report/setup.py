@@ -18,7 +18,7 @@ from expertlane.results.hardware import Machine, below_above
 from expertlane.results.record import EXPERIMENT, Conditions, DeploymentRecord, Source
 from expertlane.results.results import FOREIGN_LOAD, Assumption, Results
 from expertlane.spec.files import build
-from expertlane.spec.slo import SLO
+from expertlane.spec.workload import SLO
 
 _NAME_COLUMNS = 36  # columns of a file's name
 

@@ -39,8 +39,7 @@ from expertlane.spec.files import (
 )
 from expertlane.spec.names import Phase
 from expertlane.spec.ranges import Strict, Valid, shown, take_fields
-from expertlane.spec.slo import SLO
-from expertlane.spec.workload import LengthRange, Workload
+from expertlane.spec.workload import SLO, LengthRange, Workload
 
 FILE_NAME = "results.json"
 

@@ -21,7 +21,7 @@ from expertlane.results.step_record import StepRecord, by_pipeline_stage
 from expertlane.results.traffic import traffic_record
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Stage
-from expertlane.spec.slo import SLO, LatencyMetric, Statistic
+from expertlane.spec.workload import SLO, LatencyMetric, Statistic
 
 # Below this share of the wall time a rank that waits less than the others is not called slow.
 STRAGGLER_SHARE = 0.05

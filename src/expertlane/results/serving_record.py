@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.hardware import KnownError
 from expertlane.spec.ranges import Strict
-from expertlane.spec.slo import SLO
+from expertlane.spec.workload import SLO
 
 KEPT = 1.001  # times a limit: values of steady states are equal to that
 

@@ -23,7 +23,7 @@ from expertlane.cost.laws.profile import (
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.memory import FREE_SHARE
 from expertlane.cost.routing import RoutingChoice
-from expertlane.cost.step.kernel_sets import ENGINE
+from expertlane.cost.step.step_list import ENGINE
 from expertlane.cost.throughput import ACCEPTANCE_UNSURE
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.metrics import intervals as intervals_of
@@ -37,8 +37,7 @@ from expertlane.results.traffic import FanOut, TrafficRecord, bytes_by_link
 from expertlane.simulator.pools import PhaseTotals, StepFacts
 from expertlane.simulator.simulator import Outcome, ServingSetup, SimulatedPool, Simulator
 from expertlane.spec.names import ProjectedCause, Traffic
-from expertlane.spec.slo import SLO
-from expertlane.spec.workload import Load
+from expertlane.spec.workload import SLO, Load
 
 _HOW = {
     Execution.GRAPH: "the kernels of a micro-batch are launched at once, as CUDA graphs",

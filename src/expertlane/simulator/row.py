@@ -22,7 +22,7 @@ from expertlane.spec.experiment import ProjectionAsked
 from expertlane.spec.files import build
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.ranges import shown
-from expertlane.spec.slo import SLO
+from expertlane.spec.workload import SLO
 
 POOLS = "pools"
 _CHOSEN = "chosen"  # the recommendation of a plan; the first row of a comparison

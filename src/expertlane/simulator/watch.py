@@ -21,8 +21,7 @@ from expertlane.results.estimate import half_interval
 from expertlane.results.metrics import PERCENTILES, ServedRequest
 from expertlane.schedule.request import ROOT, block_digest
 from expertlane.simulator.pools import Pool
-from expertlane.spec.slo import SLO
-from expertlane.spec.workload import Load, SharedPrefixes, TimedRequest
+from expertlane.spec.workload import SLO, Load, SharedPrefixes, TimedRequest
 
 _SETTLING_STEPS = 8
 _SETTLING_SHARE = 0.1  # of the steps that a stretch has at least

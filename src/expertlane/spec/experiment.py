@@ -26,8 +26,7 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.names import CacheType, GpuExecution, NumberType
 from expertlane.spec.ranges import RANGES, Strict, shown, take, take_fields
-from expertlane.spec.slo import SLO, parse_slos
-from expertlane.spec.workload import LengthRange, Load, Workload
+from expertlane.spec.workload import SLO, LengthRange, Load, Workload, parse_slos
 
 _PATHS = "routing_trace", "requests"
 

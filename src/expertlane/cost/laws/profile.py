@@ -22,8 +22,8 @@ import numpy as np
 
 from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.times import Basis, Surface
-from expertlane.cost.step.kernel_sets import ENGINE, ENGINE_ON_GPUS, GPU_LIBRARIES, KernelSet
 from expertlane.cost.step.operation import ITEM_BYTES, WEIGHT_BYTES, Floats, Operation, Transfer
+from expertlane.cost.step.step_list import ENGINE, ENGINE_ON_GPUS, GPU_LIBRARIES, KernelSet
 from expertlane.errors import SpecError, UserError, did_you_mean, naming
 from expertlane.spec.files import CONFIG_BYTES, build, read_toml, write_text
 from expertlane.spec.layout import Layout

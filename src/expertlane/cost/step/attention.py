@@ -10,9 +10,8 @@ from dataclasses import replace
 
 from expertlane.balance.holding import Slices
 from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
-from expertlane.cost.step.kernel_sets import KernelSet
 from expertlane.cost.step.operation import Ints, Kind
-from expertlane.cost.step.step_list import StepWriter
+from expertlane.cost.step.step_list import KernelSet, StepWriter
 from expertlane.spec.model import LatentAttention, ModelConfig
 from expertlane.spec.names import Stage
 

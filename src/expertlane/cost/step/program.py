@@ -18,7 +18,6 @@ from expertlane.balance.placement import Placement
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.counts import StageMesh, TokenCounts, count_dispatch
-from expertlane.cost.step.kernel_sets import ENGINE, KernelSet
 from expertlane.cost.step.layer import (
     arrival_steps,
     embedding_steps,
@@ -27,7 +26,7 @@ from expertlane.cost.step.layer import (
     projection_steps,
 )
 from expertlane.cost.step.operation import OUTSIDE, HandOver, Ints, NumberTypes, Operation, Step
-from expertlane.cost.step.step_list import StepList, StepWriter
+from expertlane.cost.step.step_list import ENGINE, KernelSet, StepList, StepWriter
 from expertlane.results.step_record import RankCounts
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.deployment import (

@@ -21,9 +21,9 @@ from engine.ops.cuda.tiny_models import MODELS, USERS
 from expertlane.balance.placement import Placement
 from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.kernel_sets import ENGINE, ENGINE_ON_GPUS
 from expertlane.cost.step.operation import NumberTypes, Operation
 from expertlane.cost.step.program import ProgramBuilder, count
+from expertlane.cost.step.step_list import ENGINE, ENGINE_ON_GPUS
 from expertlane.engine.comm.clocks import HostClock
 from expertlane.engine.comm.collectives import interleave
 from expertlane.engine.comm.mesh import Meshes, ParallelMesh
