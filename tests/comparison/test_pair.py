@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import example_results as example
-from expertlane.comparison.records import Repeated, pair_in_virtual_time, pair_in_wall_time
+from expertlane.comparison.records import Repeated, pair_record
 from expertlane.results.record import choose_compared
 from expertlane.spec.names import Cause, Phase
 
@@ -45,7 +45,7 @@ def test_in_wall_time_by_pairs_of_repetitions():
     """Both get slower together; the ratio does not change much."""
     one = repeated([10.0, 9.0, 8.0, 7.0, 6.0], [1.0, 1.1, 1.2, 1.3, 1.4])
     other = repeated([5.0, 4.0, 4.0, 3.5, 3.2], [3.0, 3.2, 3.2, 3.3, 3.3])
-    found = pair_in_wall_time(("a", "b"), Phase.DECODE, (one, other))
+    found = pair_record(("a", "b"), Phase.DECODE, (one, other))
     assert (found.source, found.name, found.other, found.num_runs) == ("measured", "a", "b", 5)
     assert found.ratio.bounds == pytest.approx((6 / 3.2, 2.0, 2.25))
     assert found.is_significant
@@ -60,10 +60,10 @@ def test_in_virtual_time_around_the_figures_of_all_repetitions():
         tuple(second.tps.value * each for each in (1.0, 1.1, 0.9, 1.0, 1.0)),
         (second.breakdown_s,) * 5,
     )
-    found = pair_in_virtual_time(("a", "b"), Phase.DECODE, steps, (even, uneven))
+    found = pair_record(("a", "b"), Phase.DECODE, (even, uneven), steps)
     assert found.ratio.value == pytest.approx(1.1)
     assert not found.is_significant
-    sure = pair_in_virtual_time(("a", "b"), Phase.DECODE, steps, (even, even))
+    sure = pair_record(("a", "b"), Phase.DECODE, (even, even), steps)
     assert sure.ratio.low == pytest.approx(sure.ratio.value)
     difference = sum(each.value for each in found.causes_s.values())
     assert difference == pytest.approx(found.step_s - found.other_step_s)

@@ -13,6 +13,7 @@ from example_plan import PLAN
 from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.frameworks import (
     CALIBRATED,
+    Served,
     frameworks,
     judged,
     judged_groups,
@@ -51,8 +52,8 @@ def test_a_profile_measured_on_its_machine():
     }
     measured = replace(profile, surfaces=surfaces)
     for model in (LATENT, MIXED):
-        assert judged(measured, "bfloat16", model=model) is CALIBRATED
-        assert nearest(measured, "bfloat16", model=model) is None
+        assert judged(measured, Served(model, "bfloat16")) is CALIBRATED
+        assert nearest(measured, Served(model, "bfloat16")) is None
         with pytest.raises(SpecError, match=telling("--framework trt leave it out")):
             served_by(ModelledCluster(measured, 8), "trt", model, "bfloat16")
 
@@ -61,22 +62,18 @@ def test_a_profile_measured_on_its_machine():
 def test_a_group_is_told_of_its_own_kind(group):
     layers, hidden, experts = group.sizes
     base = {"latent": LATENT, "sinks": SINKS, "grouped": PLAIN}[group.attention]
-    kind = {
-        "model": base.with_overrides(
-            num_hidden_layers=layers, hidden_size=hidden, num_experts=experts
-        ),
-        "has_two_pools": group.has_two_pools,
-        "has_drafts": group.has_drafts,
-    }
+    sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_experts": experts}
+    model = base.with_overrides(**sizes)
+    kind = Served(model, group.weights, group.has_two_pools, group.has_drafts)
     cluster = parse_cluster(f"{group.hardware}x8")
     drafts = {"has_drafts": group.has_drafts}
     framework = group.framework or None
-    profile = served_by(cluster, framework, kind["model"], group.weights, **drafts).profile
-    said = judged(profile, group.weights, **kind)
+    profile = served_by(cluster, framework, model, group.weights, **drafts).profile
+    said = judged(profile, kind)
     assert said.median_error >= group.tpot
     assert group.hardware.upper() in said.what
     assert group.num_rows >= 10
-    known = nearest(profile, group.weights, **kind)
+    known = nearest(profile, kind)
     assert known.what in said.what
     assert known.tpot[1] / known.tpot[0] >= group.tpot_range[1] / group.tpot_range[0]
     assert known.is_own_kind is bool(group.framework)
@@ -85,15 +82,15 @@ def test_a_group_is_told_of_its_own_kind(group):
 
 
 def test_what_was_not_judged():
-    assert judged(read_profile("a100"), "bfloat16", model=LATENT) is None
-    assert judged(read_profile("h200"), "bfloat16", model=LATENT) is None
-    assert judged(read_profile("h200"), "mxfp4", model=LATENT, has_drafts=True) is None
-    assert judged(read_profile("h200"), "float8", model=MIXED) is None
+    assert judged(read_profile("a100"), Served(LATENT, "bfloat16")) is None
+    assert judged(read_profile("h200"), Served(LATENT, "bfloat16")) is None
+    assert judged(read_profile("h200"), Served(LATENT, "mxfp4", has_drafts=True)) is None
+    assert judged(read_profile("h200"), Served(MIXED, "float8")) is None
     smaller = LATENT.with_overrides(num_hidden_layers=30)
-    assert judged(read_profile("h200"), "float8", model=LATENT) is not None
-    assert judged(read_profile("h200"), "float8", model=smaller) is None
+    assert judged(read_profile("h200"), Served(LATENT, "float8")) is not None
+    assert judged(read_profile("h200"), Served(smaller, "float8")) is None
     other = served_by(parse_cluster("h200x8"), "vllm", LATENT, "float8").profile
-    assert judged(other, "float8", model=LATENT) is None  # TensorRT-LLM was judged there
+    assert judged(other, Served(LATENT, "float8")) is None  # TensorRT-LLM was judged there
 
 
 @pytest.mark.parametrize(
@@ -107,7 +104,7 @@ def test_what_was_not_judged():
     ],
 )
 def test_the_nearest_kind_is_of_like_attention_then_of_the_card(card, weights, model, what):
-    known = nearest(read_profile(card), weights, model=model)
+    known = nearest(read_profile(card), Served(model, weights))
     assert known.what.startswith(what)
     for low, high in (known.tpot, known.output, known.ttft):
         assert 0 < low <= 1 <= high > low
@@ -117,7 +114,7 @@ def test_the_nearest_kind_is_of_like_attention_then_of_the_card(card, weights, m
 def test_bounds_are_no_narrower_than_the_error_of_the_nearest_kind(asked):
     """Of records as plan, simulate and compare make them; ratios stay as they are."""
     profile, weights = read_profile("h100"), PLAN.deployments[0].conditions.dtype
-    known = nearest(profile, weights, model=asked)
+    known = nearest(profile, Served(asked, weights))
     before = replace(PLAN, cluster=replace(PLAN.cluster, nearest=known))
     after = with_known_errors(before, asked, profile)
     for one, other in zip(before.deployments, after.deployments, strict=True):
@@ -164,7 +161,7 @@ def test_bounds_of_a_kind_that_was_measured_are_its_own():
     """No wider than what nine in ten rows were within, nor narrower."""
     cluster = parse_cluster("h200x8")
     profile = served_by(cluster, "trt", LATENT, "float8").profile
-    known = nearest(profile, "float8", model=LATENT)
+    known = nearest(profile, Served(LATENT, "float8"))
     assert known.is_own_kind
     wide = replace(PLAN.deployments[0].serving[0].output_tps, low=1e-3, high=1e9)
     bounded = wide.bounded_by(known.output, alone=True)
@@ -172,11 +169,11 @@ def test_bounds_of_a_kind_that_was_measured_are_its_own():
         (known.output[0] * wide.value, wide.value, known.output[1] * wide.value)
     )
     assert wide.bounded_by(known.output).bounds == wide.bounds
-    assert not nearest(profile, "nvfp4", model=LATENT).is_own_kind
+    assert not nearest(profile, Served(LATENT, "nvfp4")).is_own_kind
     group = next(each for each in judged_groups() if each.framework == "trt")
-    measured = {"model": LATENT, "num_ranks": group.most_ranks}
-    assert nearest(profile, "float8", **measured).is_own_kind
-    wider = nearest(profile, "float8", model=LATENT, num_ranks=4 * group.most_ranks)
+    measured = Served(LATENT, "float8", num_ranks=group.most_ranks)
+    assert nearest(profile, measured).is_own_kind
+    wider = nearest(profile, Served(LATENT, "float8", num_ranks=4 * group.most_ranks))
     assert wider == replace(known, is_own_kind=False)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from expertlane.balance.holding import Placements
 from expertlane.comparison.assumptions import projected_assumptions
-from expertlane.cost.laws.frameworks import cluster_record, conditions_of, with_known_errors
+from expertlane.cost.laws.frameworks import Served, cluster_record, conditions_of, with_known_errors
 from expertlane.cost.laws.profile import OVERHEAD_S, Execution, ModelledCluster, Profile
 from expertlane.cost.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.cost.projector import Projector, Setting, StepSize
@@ -248,18 +248,15 @@ class ExperimentProjector:
         scaling = self._scaling(context, progress)
         plans = self._plan(rows, context, progress)
         workload = self._serve(rows, progress)
+        num_ranks = max(each.layout.replica_size for each in experiment.deployments)
+        served = Served(self._model, self._types.weights, num_ranks=num_ranks)
         results = Results.now(
             "comparison",
             command,
             {"experiment": experiment.question, "skew": self._skew, "projection": self._asked}
             | self._question,
             [*rows, *scaling],
-            cluster=cluster_record(
-                self._model,
-                cluster,
-                self._types,
-                num_ranks=max(each.layout.replica_size for each in experiment.deployments),
-            ),
+            cluster=cluster_record(cluster, served),
             assumptions=projected_assumptions(
                 experiment,
                 cluster,

@@ -17,7 +17,6 @@ from expertlane.results.estimate import (
     jackknife_difference,
     jackknife_interval,
     median_interval,
-    ratio_interval,
 )
 from expertlane.results.metrics import find_bottleneck
 from expertlane.results.record import (
@@ -226,63 +225,39 @@ class Repeated:
         return Repeated(tuple(1 / each for each in seconds), tuple(causes_s))
 
 
-def pair_in_wall_time(
-    names: tuple[str, str], phase: Phase, repeated: tuple[Repeated, Repeated]
+def pair_record(
+    names: tuple[str, str],
+    phase: Phase,
+    repeated: tuple[Repeated, Repeated],
+    steps: tuple[StepsRecord, StepsRecord] | None = None,
 ) -> PairRecord:
     """The pair, from repetitions that were measured in turns.
 
+    In virtual time from all repetitions together, and from all but each.
+
     Args:
         names: the deployment that the first sentence is about, and the other.
-        repeated: both deployments' repetitions.
+        repeated: both deployments' repetitions; in virtual time all but each.
+        steps: in virtual time, all repetitions of each deployment.
     """
     one, other = repeated
-    return PairRecord(
-        "measured",
-        *names,
-        phase,
-        len(one.tps),
-        ratio_interval(one.tps, other.tps),
-        one.step_s,
-        other.step_s,
-        {
-            cause: median_interval(
-                [a[cause] - b[cause] for a, b in zip(one.causes_s, other.causes_s, strict=True)]
-            )
-            for cause in one.causes_s[0]
-        },
-    )
-
-
-def pair_in_virtual_time(
-    names: tuple[str, str],
-    phase: Phase,
-    steps: tuple[StepsRecord, StepsRecord],
-    repeated: tuple[Repeated, Repeated],
-) -> PairRecord:
-    """The pair, from all repetitions together and from all but each.
-
-    Args:
-        names: the deployment that the first sentence is about, and the other.
-        steps: all repetitions of each deployment.
-        repeated: all but each repetition, of each deployment.
-    """
-    (first, second), (one, other) = steps, repeated
-    return PairRecord(
-        "virtual",
-        *names,
-        phase,
-        len(one.tps),
-        jackknife_interval(
-            first.tps.value / second.tps.value,
-            [a / b for a, b in zip(one.tps, other.tps, strict=True)],
-        ),
-        first.round_s.value,
-        second.round_s.value,
-        {
+    ratios = [a / b for a, b in zip(one.tps, other.tps, strict=True)]
+    causes = {
+        cause: [a[cause] - b[cause] for a, b in zip(one.causes_s, other.causes_s, strict=True)]
+        for cause in one.causes_s[0]
+    }
+    if steps is None:
+        ratio, step_s = median_interval(ratios), (one.step_s, other.step_s)
+        causes_s = {cause: median_interval(each) for cause, each in causes.items()}
+    else:
+        first, second = steps
+        ratio = jackknife_interval(first.tps.value / second.tps.value, ratios)
+        step_s = first.round_s.value, second.round_s.value
+        causes_s = {
             cause: jackknife_difference(
-                first.breakdown_s[cause] - second.breakdown_s[cause],
-                [a[cause] - b[cause] for a, b in zip(one.causes_s, other.causes_s, strict=True)],
+                first.breakdown_s[cause] - second.breakdown_s[cause], causes[cause]
             )
             for cause in first.breakdown_s
-        },
-    )
+        }
+    source: Source = "measured" if steps is None else "virtual"
+    return PairRecord(source, *names, phase, len(one.tps), ratio, *step_s, causes_s)

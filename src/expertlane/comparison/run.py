@@ -14,7 +14,7 @@ from expertlane.balance.holding import check_experiment
 from expertlane.comparison.assumptions import measured_assumptions
 from expertlane.comparison.deployed import Deployed, Setting
 from expertlane.comparison.journal import Journal
-from expertlane.comparison.records import pair_in_virtual_time, pair_in_wall_time
+from expertlane.comparison.records import pair_record
 from expertlane.comparison.virtual import VirtualRuns, VirtualSettings
 from expertlane.cost.memory import workload_limits
 from expertlane.engine.launch import LoadPlan, describe_ranks
@@ -288,11 +288,11 @@ class _Measured:
         alone = one.without_each(self.runs) if self.runs else None
         for other in others:
             names, phase = (one.name, other.name), one.phase
-            yield pair_in_wall_time(names, phase, (one.wall_time(), other.wall_time()))
+            yield pair_record(names, phase, (one.wall_time(), other.wall_time()))
             if self.runs and alone:
-                steps = [virtual[name].steps_of(phase)[0] for name in names]
+                first, second = (virtual[name].steps_of(phase)[0] for name in names)
                 repeated = alone, other.without_each(self.runs)
-                yield pair_in_virtual_time(names, phase, (steps[0], steps[1]), repeated)
+                yield pair_record(names, phase, repeated, (first, second))
 
 
 def _in_turns(deployed: Sequence[Deployed], repeats: Repeats) -> None:

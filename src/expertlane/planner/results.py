@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from expertlane.cost.laws.frameworks import (
+    Served,
     cluster_record,
     conditions_of,
     find_framework,
@@ -230,7 +231,6 @@ class Plan:
             fewer: the next smaller cluster, where this is the smallest that serves all.
         """
         found, request = self.found, self.request
-        workload, types = request.workload, request.setting.types
         summary = PlanSummary(
             top_k=request.model.num_experts_per_tok,
             num_candidates=found.num_candidates,
@@ -251,10 +251,13 @@ class Plan:
         )
         asked = {
             "model": request.model,
-            "workload": asdict(workload),
+            "workload": asdict(request.workload),
             "load": load,
             "projection": projection,
         }
+        has_pools, has_drafts = self._faster_pools is not None, self.best.num_drafts > 0
+        weights, num_ranks = request.setting.types.weights, self._most_ranks
+        served = Served(request.model, weights, has_pools, has_drafts, num_ranks)
         results = Results.now(
             "plan",
             command,
@@ -265,14 +268,7 @@ class Plan:
                 *pareto_records(found.options, _NUM_PARETO, self._conditions, request),
                 *([] if isinstance(self.pools, str) else self._two(self.pools)),
             ],
-            cluster=cluster_record(
-                request.model,
-                request.cluster,
-                types,
-                has_two_pools=self._faster_pools is not None,
-                has_drafts=self.ranking.chosen.finalist.candidate.num_drafts > 0,
-                num_ranks=self._most_ranks,
-            ),
+            cluster=cluster_record(request.cluster, served),
             assumptions=plan_assumptions(request, self.routing),
             cautions=self.cautions,
             plans=(summary,),

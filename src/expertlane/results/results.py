@@ -2,7 +2,7 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -388,6 +388,17 @@ class Results(Strict):
             workload=projected.workload,
         )
 
+    def changed(self, change: Callable[[DeploymentRecord], DeploymentRecord]) -> "Results":
+        """The results with every record changed, those of a plan's engines too."""
+
+        def of_engine(best: EngineBest) -> EngineBest:
+            aggregated = None if best.aggregated is None else change(best.aggregated)
+            return replace(best, aggregated=aggregated, pools=tuple(map(change, best.pools)))
+
+        plans = [replace(each, engines=tuple(map(of_engine, each.engines))) for each in self.plans]
+        deployments = tuple(map(change, self.deployments))
+        return replace(self, deployments=deployments, plans=tuple(plans))
+
     def with_traffic(self) -> "Results":
         """The results, shown with each deployment's traffic in detail."""
         return replace(self, question=self.question | {"traffic": True})
@@ -475,19 +486,7 @@ def with_costs(results: Results, usd_per_hour: float) -> Results:
         )
         return replace(record, serving=serving)
 
-    def of_engine(best: EngineBest) -> EngineBest:
-        aggregated = None if best.aggregated is None else priced(best.aggregated)
-        return replace(best, aggregated=aggregated, pools=tuple(map(priced, best.pools)))
-
-    def of_plan(plan: PlanSummary) -> PlanSummary:
-        return replace(plan, engines=tuple(map(of_engine, plan.engines)))
-
-    return replace(
-        results,
-        question=results.question | {"price": usd_per_hour},
-        deployments=tuple(map(priced, results.deployments)),
-        plans=tuple(map(of_plan, results.plans)),
-    )
+    return replace(results.changed(priced), question=results.question | {"price": usd_per_hour})
 
 
 def _total_tps(serving: ServingRecord, results: Results) -> Estimate | None:

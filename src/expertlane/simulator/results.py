@@ -11,7 +11,7 @@ import numpy as np
 
 from expertlane.cost.breakdown import shares_of
 from expertlane.cost.laws.device import stand_ins
-from expertlane.cost.laws.frameworks import cluster_record, conditions_of, with_known_errors
+from expertlane.cost.laws.frameworks import Served, cluster_record, conditions_of, with_known_errors
 from expertlane.cost.laws.profile import (
     DRIVER_S,
     LIKELY,
@@ -81,19 +81,19 @@ def simulation(
         },
     }
     serving = tuple(serving_of(*run, slos) for run in runs)
+    served = Served(
+        simulator.model,
+        setup.types.weights,
+        has_two_pools=len(setup.pools) > 1,
+        has_drafts=drafts.num_drafts > 0,
+        num_ranks=max(each.replica_size for each in setup.pools.values()),
+    )
     results = Results.now(
         "simulation",
         command,
         question,
         [_record(*best_run(runs, serving), routing, serving)],
-        cluster=cluster_record(
-            simulator.model,
-            cluster,
-            setup.types,
-            has_two_pools=setup.prefill_layout is not None,
-            has_drafts=bool(drafts.num_drafts),
-            num_ranks=max(each.replica_size for each in setup.pools.values()),
-        ),
+        cluster=cluster_record(cluster, served),
         assumptions=_assumptions(simulator, routing),
         cautions=tuple(dict.fromkeys((*cautions, *stand_ins(cluster.profile, setup.types)))),
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from math import log
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 from expertlane.cost.laws.profile import ARRIVAL_S, Execution, ModelledCluster, Profile, Term
 from expertlane.cost.laws.times import Basis
@@ -18,7 +18,7 @@ from expertlane.cost.step.operation import NumberTypes
 from expertlane.errors import SpecError, did_you_mean
 from expertlane.results.hardware import Cluster, Judged, KnownError, below_above
 from expertlane.results.record import Conditions, DeploymentRecord
-from expertlane.results.results import Assumption, EngineBest, Results
+from expertlane.results.results import Assumption, Results
 from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.files import CONFIG_BYTES, build, read_toml
 from expertlane.spec.layout import Layout
@@ -257,29 +257,34 @@ def _is_measured(profile: Profile) -> bool:
     return firmest is Basis.MEASURED
 
 
-def judged(
-    profile: Profile,
-    weights: str,
-    *,
-    model: ModelConfig,
-    has_two_pools: bool = False,
-    has_drafts: bool = False,
-    num_ranks: int = 1,
-) -> Judged | None:
+class Served(NamedTuple):
+    """What is served and how, by which its projections were judged.
+
+    Attributes:
+        weights: their number type.
+        has_two_pools, has_drafts: as of `JudgedGroup`.
+        num_ranks: ranks of a replica of the recommended deployment, or of the largest; with more
+            than were measured it is not of a judged kind itself.
+    """
+
+    model: ModelConfig
+    weights: str
+    has_two_pools: bool = False
+    has_drafts: bool = False
+    num_ranks: int = 1
+
+
+def judged(profile: Profile, served: Served) -> Judged | None:
     """Error of projections of the same model, device, number type and way of serving, if known.
 
     A profile that was measured on its machine was judged as such. Others by their device's name,
     and by the framework whose corrections they have.
-
-    Args:
-        num_ranks: ranks of a replica; more than were measured are not judged.
     """
     if _is_measured(profile):
         return CALIBRATED
-    kind = profile.name, weights, has_two_pools, has_drafts, profile.framework
     for each in judged_groups():
-        is_kind = kind == _kind(each) and sizes_of(model) == each.sizes
-        if is_kind and num_ranks <= each.most_ranks:
+        is_kind = not any(_differences(each, profile, served)[1:])
+        if is_kind and served.num_ranks <= each.most_ranks:
             return Judged(f"TPOT of {_what(each)}", each.num_rows, each.tpot)
     return None
 
@@ -300,63 +305,46 @@ def attention_of(model: ModelConfig) -> Attention:
     return "sinks" if model.attention_sinks else "grouped"
 
 
-def nearest(
-    profile: Profile,
-    weights: str,
-    *,
-    model: ModelConfig,
-    has_two_pools: bool = False,
-    has_drafts: bool = False,
-    num_ranks: int = 1,
-) -> KnownError | None:
+def nearest(profile: Profile, served: Served) -> KnownError | None:
     """Known error of the judged kind nearest to this one; the widest of those equally near.
 
     Nearest in attention, then card, model, framework or none, which framework, types, pools and
     drafts.
-
-    Args:
-        num_ranks: ranks of a replica; with more than were measured it is not of the kind itself.
 
     Returns:
         None for a profile that was measured on its machine, whose bounds held where it was judged.
     """
     if _is_measured(profile):
         return None
-    attention, sizes = attention_of(model), sizes_of(model)
 
     def distance(group: JudgedGroup) -> tuple[float, ...]:
-        is_of_generation = generation_of(profile.name) == generation_of(group.hardware)
-        is_latent = "latent" in (group.attention, attention)
-        return (
-            0 if group.attention == attention else 2 if is_latent else 1,
-            0 if group.hardware == profile.name else 1 if is_of_generation else 2,
-            group.sizes != sizes,
-            bool(group.framework) != bool(profile.framework),
-            group.framework != profile.framework,
-            group.weights != weights,
-            group.has_two_pools != has_two_pools,
-            group.has_drafts != has_drafts,
-            -group.tpot_range[1] / group.tpot_range[0],
-        )
+        widest_first = -group.tpot_range[1] / group.tpot_range[0]
+        return *_differences(group, profile, served), widest_first
 
-    groups = sorted(judged_groups(), key=distance)
-    if not groups:
+    one = min(judged_groups(), key=distance, default=None)
+    if one is None:
         return None
-    one = groups[0]
-    is_own_kind = bool(profile.framework) and not any(distance(one)[:-1])
-    is_own_kind &= num_ranks <= one.most_ranks
+    is_own_kind = bool(profile.framework) and not any(_differences(one, profile, served))
+    is_own_kind &= served.num_ranks <= one.most_ranks
     return KnownError(
         _what(one), one.num_rows, one.tpot_range, one.output_range, one.ttft_range, is_own_kind
     )
 
 
-def _kind(group: JudgedGroup) -> tuple[str, str, bool, bool, str]:
+def _differences(group: JudgedGroup, profile: Profile, served: Served) -> tuple[int, ...]:
+    """How a judged kind differs from what is served, in the order of what counts; 0 where alike."""
+    attention = attention_of(served.model)
+    is_of_generation = generation_of(profile.name) == generation_of(group.hardware)
+    is_latent = "latent" in (group.attention, attention)
     return (
-        group.hardware,
-        group.weights,
-        group.has_two_pools,
-        group.has_drafts,
-        group.framework,
+        0 if group.attention == attention else 2 if is_latent else 1,
+        0 if group.hardware == profile.name else 1 if is_of_generation else 2,
+        group.sizes != sizes_of(served.model),
+        bool(group.framework) != bool(profile.framework),
+        group.framework != profile.framework,
+        group.weights != served.weights,
+        group.has_two_pools != served.has_two_pools,
+        group.has_drafts != served.has_drafts,
     )
 
 
@@ -377,27 +365,9 @@ def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberT
     return Conditions(top_k, execution.value, routing, types.weights, types.kv)
 
 
-def cluster_record(
-    model: ModelConfig,
-    cluster: ModelledCluster,
-    types: NumberTypes,
-    *,
-    has_two_pools: bool = False,
-    has_drafts: bool = False,
-    num_ranks: int = 1,
-) -> Cluster:
-    """The cluster as results have it.
-
-    Args:
-        num_ranks: ranks of a replica of the recommended deployment, or of the largest.
-    """
+def cluster_record(cluster: ModelledCluster, served: Served) -> Cluster:
+    """The cluster as results have it."""
     profile, device = cluster.profile, cluster.profile.device
-    kind: dict[str, Any] = {
-        "model": model,
-        "has_two_pools": has_two_pools,
-        "has_drafts": has_drafts,
-        "num_ranks": num_ranks,
-    }
     return Cluster(
         name=str(cluster),
         device=device.name,
@@ -405,10 +375,10 @@ def cluster_record(
         ranks_per_node=profile.ranks_per_node,
         memory_bytes=device.memory_bytes,
         memory_bytes_per_s=device.memory_bytes_per_s,
-        flops_per_s=device.flops_per_s[types.weights],
+        flops_per_s=device.flops_per_s[served.weights],
         framework=profile.framework,
-        judged=judged(profile, types.weights, **kind),
-        nearest=nearest(profile, types.weights, **kind),
+        judged=judged(profile, served),
+        nearest=nearest(profile, served),
     )
 
 
@@ -422,36 +392,23 @@ def with_known_errors(results: Results, model: ModelConfig, profile: Profile) ->
     def bounded(record: DeploymentRecord) -> DeploymentRecord:
         if record.source != "projected" or record.conditions is None:
             return record
-        pools = filter(None, (record.layout, record.prefill_layout))
-        known = nearest(
-            profile,
-            record.conditions.dtype,
-            model=model,
-            has_two_pools=record.prefill_layout is not None,
-            has_drafts=record.num_drafts > 0,
-            num_ranks=max(each.replica_size for each in pools),
-        )
+        pools = [each for each in (record.layout, record.prefill_layout) if each is not None]
+        num_ranks = max(each.replica_size for each in pools)
+        has_drafts = record.num_drafts > 0
+        served = Served(model, record.conditions.dtype, len(pools) > 1, has_drafts, num_ranks)
+        known = nearest(profile, served)
         if known is None:
             return record
         serving = tuple(each.bounded_by(known) for each in record.serving)
         return replace(record, serving=serving)
-
-    def of_engine(best: EngineBest) -> EngineBest:
-        aggregated = None if best.aggregated is None else bounded(best.aggregated)
-        return replace(best, aggregated=aggregated, pools=tuple(map(bounded, best.pools)))
 
     known = results.projected_for.nearest
     if profile.framework:
         results = replace(results, assumptions=(*results.assumptions, _corrections(profile)))
     if known is None:
         return results
-    plans = [replace(each, engines=tuple(map(of_engine, each.engines))) for each in results.plans]
-    return replace(
-        results,
-        deployments=tuple(map(bounded, results.deployments)),
-        plans=tuple(plans),
-        assumptions=(*results.assumptions, _least_bounds(known)),
-    )
+    assumptions = *results.assumptions, _least_bounds(known)
+    return replace(results.changed(bounded), assumptions=assumptions)
 
 
 def _corrections(profile: Profile) -> Assumption:
