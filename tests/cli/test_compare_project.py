@@ -91,15 +91,17 @@ def test_another_cluster_and_json(too_small, run):
 def test_what_fits_is_measured_with_the_projection_beside_it(
     too_small, comparison, run, monkeypatch
 ):
+    small = SHORT.replace('"paper"', '"paper-small"').replace("tp=8", "tp=2").replace("16", "4")
+    Path("short.toml").write_text(small.replace("=8,ep=8", "=2,ep=2"), encoding="utf-8")
     monkeypatch.setattr(machine, "why_not_here", lambda experiment, dtype: None)
     comparison.answer = example_results.usual()
     code, out, err = run("compare", "short.toml", "--project")
     assert code == 0
     assert len(comparison.calls) == 1
-    assert "cluster=Cluster(name='h100x16'" in out
+    assert "cluster=Cluster(name='h100x4'" in out
     assert "source='measured'" in out
     assert "source='projected'" in out
-    assert err.index("projecting on h100x16") < err.index("starting 16 ranks")
+    assert err.index("projecting on h100x4") < err.index("starting 4 ranks")
     assert " needs " not in err
 
 

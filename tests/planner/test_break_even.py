@@ -108,7 +108,11 @@ def test_the_rival_is_of_the_other_kind(layouts, rival):
     assert (found and str(found.finalist.candidate.layout)) == rival
 
 
-@pytest.fixture(scope="module", params=[Goals(), Goals(max_tpot_s=0.012)], ids=["free", "limit"])
+@pytest.fixture(
+    scope="module",
+    params=[Goals(), pytest.param(Goals(max_tpot_s=0.012), marks=pytest.mark.full)],
+    ids=["free", "limit"],
+)
 def made(request):
     """A search, and its ranking."""
     search = search_of(skew=0.8, goals=request.param)
