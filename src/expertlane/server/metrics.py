@@ -6,9 +6,9 @@ metrics of prometheus-client when they are asked for.
 
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from itertools import accumulate, chain, count
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, count, starmap
 from typing import Any, Literal
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -66,23 +66,33 @@ Kind = Literal["counter", "gauge"]
 Values = float | Mapping[Any, float]
 
 
-def family(
-    kind: Kind, name: str, text: str, common: Mapping[str, str], values: Values, *labels: str
-) -> Metric:
-    """A metric of prometheus-client.
+# By name: what a metric says, its values, and the labels that tell its samples apart.
+Rows = Mapping[str, tuple[str, Values] | tuple[str, Values, *tuple[str, ...]]]
+_FAMILIES = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
 
-    Args:
+
+@dataclass(frozen=True)
+class Families:
+    """Makes metrics of prometheus-client.
+
+    Attributes:
+        prefix: beginning of their names.
         common: labels with their values, the same in all samples.
-        labels: names of the labels that tell its samples apart.
     """
-    kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
-    found: CounterMetricFamily | GaugeMetricFamily = kinds[kind](
-        name, text, labels=[*common, *labels]
-    )
-    for key, value in (values if isinstance(values, Mapping) else {(): values}).items():
-        own = key if isinstance(key, tuple) else (key,)
-        found.add_metric([*common.values(), *map(str, own)], value)
-    return found
+
+    prefix: str
+    common: Mapping[str, str]
+
+    def of(self, kind: Kind, rows: Rows) -> Iterator[Metric]:
+        """A metric for each row."""
+        for name, (text, values, *labels) in rows.items():
+            names = [*self.common, *labels]
+            found: CounterMetricFamily | GaugeMetricFamily
+            found = _FAMILIES[kind](f"{self.prefix}{name}", text, labels=names)
+            for key, value in (values if isinstance(values, Mapping) else {(): values}).items():
+                own = key if isinstance(key, tuple) else (key,)
+                found.add_metric([*self.common.values(), *map(str, own)], value)
+            yield found
 
 
 class Histogram:
@@ -109,7 +119,7 @@ class Metrics(Collector):
 
     Attributes:
         own: the metrics that vLLM does not have.
-        others: other collectors of metrics.
+        others: functions that give further metrics.
         recent_ttft, recent_tpot: the latest requests' times to first token, and per output token:
             when each was observed, on `time.perf_counter`, and its seconds.
         num_generation_tokens: output tokens since the start.
@@ -122,11 +132,11 @@ class Metrics(Collector):
         engine: Engine[Any],
         watch: RankWatch | None = None,
     ) -> None:
-        self._labels = {"model_name": model_name, "engine": "0"}
+        self._families = Families("vllm:", {"model_name": model_name, "engine": "0"})
         self._limits = limits
         self._scheduler = engine.scheduler
-        self.others: list[Collector] = []
-        self.own = OwnMetrics({"model_name": model_name}, engine, watch)
+        self.others: list[Callable[[], Iterable[Metric]]] = []
+        self.own = OwnMetrics(model_name, engine, watch)
         self.recent_ttft, self.recent_tpot = (
             deque[tuple[float, float]](maxlen=_RECENT) for _ in "12"
         )
@@ -238,72 +248,65 @@ class Metrics(Collector):
             "num_gpu_blocks": limits.num_blocks,
             "enable_prefix_caching": limits.prefix_caching,
         }
-        gauge, counter = partial(self._family, "gauge"), partial(self._family, "counter")
-        yield gauge("num_requests_running", "Requests that hold blocks", scheduler.num_running)
-        yield gauge("num_requests_waiting", "Requests that wait for blocks", scheduler.num_waiting)
-        yield gauge(
-            "kv_cache_usage_perc",
-            "Share of cache blocks in use",
-            num_used / (limits.num_blocks * len(tables)),
-        )
-        yield counter("prompt_tokens", "Prompt tokens of ended requests", num_prompt)
-        yield counter("prompt_tokens_cached", "Of these, found in the prefix cache", num_cached)
-        yield counter("generation_tokens", "Output tokens", self.num_generation_tokens)
-        yield counter(
-            "num_preemptions", "Preemptions: requests lost their blocks", scheduler.num_preemptions
-        )
-        yield counter(
-            "prefix_cache_queries",
-            "Tokens looked up in the prefix cache",
-            sum(table.num_queried for table in tables),
-        )
-        yield counter("prefix_cache_hits", "Of these, found there", scheduler.num_cached_tokens)
-        yield counter("request_success", "Requests that ended", self._ended, "finished_reason")
-        # vLLM splits these by a label, most of whose values are always zero here.
-        yield gauge(
-            "num_requests_waiting_by_reason",
-            "Waiting requests, by reason",
-            {"capacity": scheduler.num_waiting, "deferred": 0},
-            "reason",
-        )
-        yield gauge(
-            "engine_sleep_state",
-            "1 for the state that the engine is in",
-            {"awake": 1, "weights_offloaded": 0, "discard_all": 0},
-            "sleep_state",
-        )
-        yield counter(
-            "prompt_tokens_by_source",
-            "Prompt tokens of ended requests, by where their keys and values came from",
+        as_label = {tuple(map(str, facts.values())): 1}
+        yield from self._families.of(
+            "gauge",
             {
-                "local_compute": num_prompt - num_cached,
-                "local_cache_hit": num_cached,
-                "external_kv_transfer": 0,
+                "num_requests_running": ("Requests that hold blocks", scheduler.num_running),
+                "num_requests_waiting": ("Requests that wait for blocks", scheduler.num_waiting),
+                "kv_cache_usage_perc": (
+                    *("Share of cache blocks in use", num_used / (limits.num_blocks * len(tables))),
+                ),
+                # vLLM splits these by a label, most of whose values are always zero here.
+                "num_requests_waiting_by_reason": (
+                    "Waiting requests, by reason",
+                    *({"capacity": scheduler.num_waiting, "deferred": 0}, "reason"),
+                ),
+                "engine_sleep_state": (
+                    "1 for the state that the engine is in",
+                    *({"awake": 1, "weights_offloaded": 0, "discard_all": 0}, "sleep_state"),
+                ),
+                "cache_config_info": ("Size of a rank's KV cache", as_label, *facts),
             },
-            "source",
         )
-        yield gauge(
-            *("cache_config_info", "Size of a rank's KV cache"),
-            {tuple(map(str, facts.values())): 1},
-            *facts,
+        by_source = {
+            "local_compute": num_prompt - num_cached,
+            "local_cache_hit": num_cached,
+            "external_kv_transfer": 0,
+        }
+        yield from self._families.of(
+            "counter",
+            {
+                "prompt_tokens": ("Prompt tokens of ended requests", num_prompt),
+                "prompt_tokens_cached": ("Of these, found in the prefix cache", num_cached),
+                "prompt_tokens_by_source": (
+                    "Prompt tokens of ended requests, by where their keys and values came from",
+                    *(by_source, "source"),
+                ),
+                "generation_tokens": ("Output tokens", self.num_generation_tokens),
+                "num_preemptions": (
+                    *("Preemptions: requests lost their blocks", scheduler.num_preemptions),
+                ),
+                "prefix_cache_queries": (
+                    "Tokens looked up in the prefix cache",
+                    sum(table.num_queried for table in tables),
+                ),
+                "prefix_cache_hits": ("Of these, found there", scheduler.num_cached_tokens),
+                "request_success": ("Requests that ended", self._ended, "finished_reason"),
+            },
         )
-        for name, histogram in self._histograms.items():
-            yield self._histogram(name, histogram)
-        yield family(
-            *("counter", "http_requests", "HTTP responses", {}, dict(self._responses)),
-            *("method", "handler", "status"),
-        )
+        yield from starmap(self._histogram, self._histograms.items())
+        http = "HTTP responses", dict(self._responses), "method", "handler", "status"
+        yield from Families("", {}).of("counter", {"http_requests": http})
         yield from self.own.collect()
-        yield from chain.from_iterable(other.collect() for other in self.others)
-
-    def _family(self, kind: Kind, name: str, text: str, values: Values, *labels: str) -> Metric:
-        return family(kind, f"vllm:{name}", text, self._labels, values, *labels)
+        yield from chain.from_iterable(other() for other in self.others)
 
     def _histogram(self, name: str, histogram: Histogram) -> Metric:
-        found = HistogramMetricFamily(f"vllm:{name}", histogram.text, labels=[*self._labels])
+        prefix, labels = self._families.prefix, self._families.common
+        found = HistogramMetricFamily(f"{prefix}{name}", histogram.text, labels=[*labels])
         bounds = [*map(str, map(float, histogram.bounds)), "+Inf"]
         buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
-        found.add_metric([*self._labels.values()], buckets, histogram.sum)
+        found.add_metric([*labels.values()], buckets, histogram.sum)
         return found
 
 
@@ -323,14 +326,12 @@ class OwnMetrics:
     """The metrics of one server under expertlane's own names.
 
     Args:
-        labels: labels of every metric.
         watch: totals of the ranks; None where there are no ranks to be watched.
     """
 
-    def __init__(
-        self, labels: Mapping[str, str], engine: Engine[Any], watch: RankWatch | None
-    ) -> None:
-        self._labels, self.watch = dict(labels), watch
+    def __init__(self, model_name: str, engine: Engine[Any], watch: RankWatch | None) -> None:
+        self._labels, self.watch = {"model_name": model_name}, watch
+        self._families = Families(_PREFIX, self._labels)
         self._scheduler, self._recovery = engine.scheduler, engine.recovery
         self._num_steps: Counter[tuple[str, str]] = Counter()  # by replica and phase
         # By replica and data-parallel rank, the steps that it took part in without a token.
@@ -390,56 +391,57 @@ class OwnMetrics:
         return ("\n".join(lines) + "\n").encode()
 
     def _of_scheduler(self) -> Iterator[Metric]:
-        tables = self._tables()
-        yield self._counter(
-            "steps", "Steps of a replica", dict(self._num_steps), "replica", "phase"
-        )
-        yield self._counter(
-            "dummy_steps",
-            "Steps that a data-parallel rank took part in without a token of its own",
-            {place: self.num_dummy_steps[place] for place in tables},
-            *("replica", "dp_rank"),
-        )
-        yield self._gauge(
-            "requests_running",
-            "Requests that hold blocks of a rank",
-            {place: table.num_running for place, table in tables.items()},
-            *("replica", "dp_rank"),
-        )
-        yield self._gauge(
-            "kv_cache_usage_ratio",
-            "Share of a rank's cache blocks in use",
+        tables, per_rank = self._tables(), ("replica", "dp_rank")
+        dummies = {place: self.num_dummy_steps[place] for place in tables}
+        running = {place: table.num_running for place, table in tables.items()}
+        used = {
+            place: table.blocks.num_used / (table.blocks.num_used + table.blocks.num_free)
+            for place, table in tables.items()
+        }
+        words = "Steps that a data-parallel rank took part in without a token of its own"
+        yield from self._families.of(
+            "counter",
             {
-                place: table.blocks.num_used / (table.blocks.num_used + table.blocks.num_free)
-                for place, table in tables.items()
+                "steps": ("Steps of a replica", dict(self._num_steps), "replica", "phase"),
+                "dummy_steps": (words, dummies, *per_rank),
             },
-            *("replica", "dp_rank"),
+        )
+        yield from self._families.of(
+            "gauge",
+            {
+                "requests_running": ("Requests that hold blocks of a rank", running, *per_rank),
+                "kv_cache_usage_ratio": ("Share of a rank's cache blocks in use", used, *per_rank),
+            },
         )
 
     def _of_recovery(self, recovery: Recovery) -> Iterator[Metric]:
-        for name, text, total in (
-            ("recoveries", "Recoveries: lost ranks were replaced", recovery.num_recoveries),
-            (
-                *("growths", "Ends of a smaller layout after a loss: all ranks serve again"),
-                recovery.num_growths,
-            ),
-            (
-                *("layout_changes", "Changes of the layout while requests ran"),
-                recovery.num_scalings,
-            ),
-            (
-                "recovered_requests",
-                "Requests computed again because their KV cache was lost with a rank",
-                self._scheduler.num_recovered,
-            ),
-        ):
-            yield self._counter(name, text, total)
-        for name, which, members in (
-            ("serving", "that serve", recovery.members),
-            ("all", "when none is lost", recovery.whole),
-        ):
-            text = f"Data-parallel ranks, of all replicas, {which}"
-            yield self._gauge(f"dp_ranks_{name}", text, len(members.dp_ranks))
+        serving, number = len(recovery.members.dp_ranks), len(recovery.whole.dp_ranks)
+        yield from self._families.of(
+            "counter",
+            {
+                "recoveries": ("Recoveries: lost ranks were replaced", recovery.num_recoveries),
+                "growths": (
+                    "Ends of a smaller layout after a loss: all ranks serve again",
+                    recovery.num_growths,
+                ),
+                "layout_changes": (
+                    *("Changes of the layout while requests ran", recovery.num_scalings),
+                ),
+                "recovered_requests": (
+                    "Requests computed again because their KV cache was lost with a rank",
+                    self._scheduler.num_recovered,
+                ),
+            },
+        )
+        yield from self._families.of(
+            "gauge",
+            {
+                "dp_ranks_serving": ("Data-parallel ranks, of all replicas, that serve", serving),
+                "dp_ranks_all": (
+                    *("Data-parallel ranks, of all replicas, when none is lost", number),
+                ),
+            },
+        )
 
     def _of_ranks(self, watch: RankWatch) -> Iterator[Metric]:
         reading = watch.readings[-1]
@@ -460,77 +462,66 @@ class OwnMetrics:
                 labels = [*self._labels.values(), str(process), stage]
                 seconds.add_metric(labels, number, float(total_s))
         yield seconds
-        yield self._gauge(
-            "imbalance",
-            f"Tokens of a layer's fullest rank over the mean, in the last {IMBALANCE_S:.0f} s",
-            watch.imbalance(IMBALANCE_S),
-            "layer",
+        text = f"Tokens of a layer's fullest rank over the mean, in the last {IMBALANCE_S:.0f} s"
+        yield from self._families.of(
+            "gauge", {"imbalance": (text, watch.imbalance(IMBALANCE_S), "layer")}
         )
         sent = zip(Link, reading.link_bytes.tolist(), strict=True)
-        yield self._counter(
-            "link_bytes",
-            "Bytes that ranks sent each other",
-            {link.label: number for link, number in sent},
-            "link",
-        )
-        yield self._counter(
-            "transfer_seconds",
-            "Time of dispatch, combine and TP collectives: overlapped with computing, or exposed",
-            {"overlapped": reading.overlapped_s, "exposed": reading.exposed_s},
-            "part",
+        by_link = {link.label: number for link, number in sent}
+        by_part = {"overlapped": reading.overlapped_s, "exposed": reading.exposed_s}
+        text = "Time of dispatch, combine and TP collectives: overlapped with computing, or exposed"
+        yield from self._families.of(
+            "counter",
+            {
+                "link_bytes": ("Bytes that ranks sent each other", by_link, "link"),
+                "transfer_seconds": (text, by_part, "part"),
+            },
         )
 
     def _of_rebalancer(self, rebalancer: Rebalancer) -> Iterator[Metric]:
         decisions = list(rebalancer.decisions)
         moved = [each.decision for each in decisions if each.switched is not None]
-        yield self._counter(
-            "rebalance_decisions",
-            "Decisions of the rebalancer",
-            {"moved": len(moved), "stayed": len(decisions) - len(moved)},
-            "outcome",
+        by_outcome = {"moved": len(moved), "stayed": len(decisions) - len(moved)}
+        yield from self._families.of(
+            "counter",
+            {
+                "rebalance_decisions": ("Decisions of the rebalancer", by_outcome, "outcome"),
+                "rebalance_bytes": ("Weights moved", sum(each.num_bytes for each in moved)),
+                "rebalance_cost_seconds": (
+                    "Time to move them, as estimated from a timed move",
+                    sum(each.cost_s for each in moved),
+                ),
+                "rebalance_expected_gain_seconds": (
+                    "Predicted savings of these moves, within the window that was decided for",
+                    sum(each.gain_s for each in moved),
+                ),
+                "rebalance_paid_seconds": (
+                    *("Time by which moves have delayed steps", rebalancer.paid_s),
+                ),
+            },
         )
-        for name, text, total in (
-            ("bytes", "Weights moved", sum(each.num_bytes for each in moved)),
-            (
-                "cost_seconds",
-                "Time to move them, as estimated from a timed move",
-                sum(each.cost_s for each in moved),
-            ),
-            (
-                "expected_gain_seconds",
-                "Predicted savings of these moves, within the window that was decided for",
-                sum(each.gain_s for each in moved),
-            ),
-            ("paid_seconds", "Time by which moves have delayed steps", rebalancer.paid_s),
-        ):
-            yield self._counter(f"rebalance_{name}", text, total)
-        yield self._gauge(
-            "rebalance_saved_seconds",
+        text = (
             "Time saved so far in the fullest ranks' experts, against the placement before; may "
-            "fall",
-            rebalancer.saved_s,
+            "fall"
+        )
+        yield from self._families.of(
+            "gauge", {"rebalance_saved_seconds": (text, rebalancer.saved_s)}
         )
 
     def _of_copies(self, switch: CopySwitch, reading: Reading) -> Iterator[Metric]:
         latest = switch.latest()
-        yield self._gauge(
-            "copies_balanced",
-            "Whether copies are balanced in a phase",
-            {phase: phase in latest and latest[phase].pays for phase in Phase},
-            "phase",
+        balanced = {phase: phase in latest and latest[phase].pays for phase in Phase}
+        text = "Time saved in the fullest ranks' experts by balanced copies"
+        yield from self._families.of(
+            "gauge",
+            {
+                "copies_balanced": ("Whether copies are balanced in a phase", balanced, "phase"),
+                "copies_saved_seconds": (text, switch.saved_s(reading.num_pairs_saved)),
+            },
         )
-        yield self._gauge(
-            "copies_saved_seconds",
-            "Time saved in the fullest ranks' experts by balanced copies",
-            switch.saved_s(reading.num_pairs_saved),
+        yield from self._families.of(
+            "counter", {"copies_paid_seconds": ("CPU time of balancing copies", reading.copies_s)}
         )
-        yield self._counter("copies_paid_seconds", "CPU time of balancing copies", reading.copies_s)
-
-    def _counter(self, name: str, text: str, values: Values, *labels: str) -> Metric:
-        return family("counter", f"{_PREFIX}{name}", text, self._labels, values, *labels)
-
-    def _gauge(self, name: str, text: str, values: Values, *labels: str) -> Metric:
-        return family("gauge", f"{_PREFIX}{name}", text, self._labels, values, *labels)
 
 
 def _escaped(value: str) -> str:

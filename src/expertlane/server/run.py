@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from expertlane.errors import CapacityError, TerminatedError, UserError, no_room
 from expertlane.server.app import make_app
 from expertlane.server.errors import JSON, ApiError
-from expertlane.server.journal.keeper import JournalKeeper, JournalMetrics
+from expertlane.server.journal.keeper import JournalKeeper
 from expertlane.server.middleware import is_loopback
 from expertlane.server.service import Service
 from expertlane.server.setup import ServedModel, ServerOptions
@@ -336,7 +336,7 @@ async def _serve(
     keeper: JournalKeeper | None = None
     if options.journal is not None:
         keeper = service.journal = JournalKeeper(service, options.journal)
-        service.metrics.others.append(JournalMetrics(keeper))
+        service.metrics.others.append(keeper.metrics)
         resuming = loop.create_task(keeper.resume())
     config = uvicorn.Config(
         make_app(service, keeper, is_local=is_loopback(str(bound.getsockname()[0]))),

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from random import SystemRandom
 
 from prometheus_client.core import Metric
-from prometheus_client.registry import Collector
 from pydantic import ValidationError
 from starlette.types import Scope
 
@@ -29,7 +28,7 @@ from expertlane.server.journal.file import (
     Suspected,
 )
 from expertlane.server.journal.kept import KeptRequest
-from expertlane.server.metrics import family
+from expertlane.server.metrics import Families
 from expertlane.server.middleware import key_digest
 from expertlane.server.requests import SampledRequest
 from expertlane.server.responses import RESPONSES
@@ -136,11 +135,6 @@ class JournalKeeper:
     @property
     def _has_keys(self) -> bool:
         return bool(self._service.options.api_keys)
-
-    @property
-    def model_name(self) -> str:
-        """The name by which requests call the model."""
-        return self._service.model.name
 
     # Clients.
 
@@ -258,6 +252,32 @@ class JournalKeeper:
     def _watch_over(self, kept: KeptRequest, began_s: float) -> None:
         limit_s = self._service.time_limit_s(kept.prepared.request)
         self._service.under_way.begin(kept, began_s, limit_s)
+
+    def metrics(self) -> Iterator[Metric]:
+        """Metrics of the journal."""
+        file, families = self.file, Families(_PREFIX, {"model_name": self._service.model.name})
+        reconnects = "Connections to a request that was there already", self.num_reconnects
+        yield from families.of(
+            "counter",
+            {
+                "bytes": ("Bytes written to the journal", file.num_bytes),
+                "records": ("Records written to the journal", file.num_records),
+                "write_seconds": ("Time of these writes, encoding included", file.write_s),
+                "files": ("Files begun: at the start, and when one has grown", file.num_files),
+                "resumed": ("Requests of an earlier process that continued", self.num_resumed),
+                "reconnects": reconnects,
+                "abandoned": ("Requests ended because no client came back", self.num_abandoned),
+            },
+        )
+        num_finished = sum(kept.is_over for kept in self.requests.values())
+        states = {"unfinished": len(self.requests) - num_finished, "finished": num_finished}
+        yield from families.of(
+            "gauge",
+            {
+                "requests": ("Requests in the journal", states, "state"),
+                "file_bytes": ("Size of the current file", file.size),
+            },
+        )
 
     # What comes of requests.
 
@@ -508,34 +528,3 @@ def _check_same(kept: KeptRequest, request: SampledRequest, endpoint: Endpoint) 
             param=ID_HEADER,
             code="request_id_in_use",
         )
-
-
-class JournalMetrics(Collector):
-    """The metrics of one server's journal."""
-
-    def __init__(self, keeper: JournalKeeper) -> None:
-        self._keeper = keeper
-        self._labels = {"model_name": keeper.model_name}
-
-    def collect(self) -> Iterator[Metric]:
-        """All metrics; called by the registry."""
-        keeper, file = self._keeper, self._keeper.file
-        for name, text, total in (
-            ("bytes", "Bytes written to the journal", file.num_bytes),
-            ("records", "Records written to the journal", file.num_records),
-            ("write_seconds", "Time of these writes, encoding included", file.write_s),
-            ("files", "Files begun: at the start, and when one has grown", file.num_files),
-            ("resumed", "Requests of an earlier process that continued", keeper.num_resumed),
-            (
-                *("reconnects", "Connections to a request that was there already"),
-                keeper.num_reconnects,
-            ),
-            ("abandoned", "Requests ended because no client came back", keeper.num_abandoned),
-        ):
-            yield family("counter", f"{_PREFIX}{name}", text, self._labels, total)
-        num_finished = sum(kept.is_over for kept in keeper.requests.values())
-        states = {"unfinished": len(keeper.requests) - num_finished, "finished": num_finished}
-        text = "Requests in the journal"
-        yield family("gauge", f"{_PREFIX}requests", text, self._labels, states, "state")
-        text = "Size of the current file"
-        yield family("gauge", f"{_PREFIX}file_bytes", text, self._labels, file.size)
