@@ -77,6 +77,11 @@ class ServerInThread:
         assert self.running is not None
         return self.running.service
 
+    @property
+    def live(self) -> Any:
+        assert self.running is not None
+        return self.running.live
+
     def post(self, body: Any, path: str = "/v1/completions", **headers: Any) -> httpx.Response:
         """Send a body: a value, or what is JSON already."""
         how = "content" if isinstance(body, str | bytes) else "json"

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_every_field_of_a_request_has_a_bound(stub_server):
     server = stub_server()
-    described = make_app(server.service, is_local=True).openapi()
+    described = make_app(server.service, server.live, is_local=True).openapi()
     parts = described["components"]["schemas"]
     bodies_of = [
         body["requestBody"]["content"]["application/json"]["schema"]

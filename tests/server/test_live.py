@@ -85,8 +85,8 @@ def test_frames_say_what_the_clients_did(stub_server):
         assert first["alerts"] == []
         assert sum(first["dummy_steps"]) == 5
         assert second["at"] > first["at"]
-        assert wait_until(lambda: server.service.live.num_viewers == 1)
-    assert wait_until(lambda: server.service.live.num_viewers == 0)
+        assert wait_until(lambda: server.live.num_viewers == 1)
+    assert wait_until(lambda: server.live.num_viewers == 0)
 
 
 def test_frames_of_real_ranks(served):
@@ -138,7 +138,7 @@ def test_the_number_of_viewers_is_bounded(stub_server, monkeypatch):
         answer = httpx.get(f"{server.url}/live/feed")
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "too_many_viewers"
-    assert wait_until(lambda: server.service.live.num_viewers == 0)
+    assert wait_until(lambda: server.live.num_viewers == 0)
     with feed(server) as frames:
         assert next(frames)["kind"] == "start"
 
@@ -146,17 +146,17 @@ def test_the_number_of_viewers_is_bounded(stub_server, monkeypatch):
 def test_a_viewer_that_reads_nothing_holds_nobody_up(stub_server, monkeypatch):
     monkeypatch.setattr(live, "_STUCK_S", 0.5)
     server = stub_server()
-    state = server.service.live.state
+    state = server.live.state
     for i in range(200):
         state.add("error", f"{i}" * 20_000)  # frames of 2 MB
     stuck = socket.create_connection(("127.0.0.1", server.port))
     with stuck:
         stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         stuck.sendall(b"GET /live/feed HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        assert wait_until(lambda: server.service.live.num_viewers == 1)
+        assert wait_until(lambda: server.live.num_viewers == 1)
         with feed(server) as frames:
             assert [next(frames)["kind"] for _ in range(3)] == ["start", "frame", "frame"]
-            assert wait_until(lambda: server.service.live.num_viewers == 1)  # it was let go
+            assert wait_until(lambda: server.live.num_viewers == 1)  # it was let go
 
 
 def test_an_end_is_the_last_frame(stub_server):
@@ -189,7 +189,7 @@ def test_dead_ranks_are_the_last_frame(stub_server):
 
 
 def test_a_silent_rank_is_red_and_a_full_one_amber(served, monkeypatch):
-    state = served.server.service.live.state
+    state = served.server.live.state
     old = Position(7, 2, Stage.EXPERTS, False, 1, time.monotonic() - 60)
     idle = old._replace(stage=Stage.IDLE)
     monkeypatch.setattr(RankWatch, "positions", property(lambda self: [idle, old]))
@@ -206,7 +206,7 @@ def test_a_full_queue_is_red_and_preemptions_are_events(stub_server):
     prompts = [[i] * 4 for i in range(4)]
     server.ask(prompt=prompts, max_tokens=25)
     assert server.engine.scheduler.num_preemptions > 0
-    state = server.service.live.state
+    state = server.live.state
     assert wait_until(lambda: any(each.kind == "preemption" for each in state.events))
     assert [each.level for each in state.alerts()] == ["amber"]
     server.gate.clear()

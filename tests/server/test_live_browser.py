@@ -146,7 +146,7 @@ BANDS = """() => {
 def test_a_recovery_is_marked_on_the_rate(opened, stub_server, monkeypatch):
     """Recorded snapshots: ten seconds of 100 tokens/s, a rank is lost, 3.5 s later steps go on."""
     server = stub_server()
-    state = server.service.live.state
+    state = server.live.state
     start, frame = state.start(), state.frame()
     began = 1e9
     speeds = [[began + second, 100 * second] for second in range(10)]

@@ -83,7 +83,7 @@ def test_one_at_a_time(server):
         if not held:
             held.append(scale(server, "tp=1"))
             held.append(httpx.get(f"{server.url}/scale").json())
-            held.append(list(server.service.live.state.alerts()))
+            held.append(list(server.live.state.alerts()))
         return advance()
 
     scaling.advance = advance_and_ask
@@ -119,7 +119,7 @@ def prepares_for_ever(server):
 
     def advance_only():
         position = server.llm._pool.position(0)._replace(stage=Stage.SETUP)
-        shown.append(server.service.live.state._stage(position))
+        shown.append(server.live.state._stage(position))
         advance()
         return False
 
@@ -138,7 +138,7 @@ def test_a_change_is_cancelled(server, prepares_for_ever):
         assert code_of(changing.result()) == (409, "cancelled")
         assert tokens.result() == server.expected[0]
     assert cancelled.status_code == 200
-    event = server.service.live.state.events[-1]
+    event = server.live.state.events[-1]
     assert event.kind == "scaling"
     assert re.search(r"dp=3,ep=3 cancelled .*\d\.\d s", event.text)
     facts = cancelled.json()

@@ -13,7 +13,7 @@ from expertlane.server.bodies import BodyLimit, make_bodies_models
 from expertlane.server.completions import CHATS, COMPLETIONS
 from expertlane.server.errors import ApiError, ErrorBody, bad_field, install_handlers, json_response
 from expertlane.server.journal.keeper import JournalKeeper
-from expertlane.server.live import add_live
+from expertlane.server.live import LiveFeed, add_live
 from expertlane.server.metrics import CONTENT_TYPE
 from expertlane.server.middleware import ApiKeys, Heads, Hosts, Observed, client_left
 from expertlane.server.requests import (
@@ -40,7 +40,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(service: Service, journal: JournalKeeper | None = None, *, is_local: bool) -> FastAPI:
+def make_app(
+    service: Service, live: LiveFeed, journal: JournalKeeper | None = None, *, is_local: bool
+) -> FastAPI:
     """An app that answers for a service.
 
     Args:
@@ -59,8 +61,8 @@ def make_app(service: Service, journal: JournalKeeper | None = None, *, is_local
     _add_generation(app, service, journal)
     _add_tokens(app, service)
     _add_state(app, service)
-    add_scaling(app, service)
-    add_live(app, service.live)
+    add_scaling(app, service, live.state)
+    add_live(app, live)
     if journal is not None:
         _add_journal(app, service, journal)
     # The last one added comes first.

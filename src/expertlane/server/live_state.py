@@ -7,20 +7,19 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.holding import Placements
-from expertlane.engine.async_engine import AsyncEngine
 from expertlane.engine.comm.progress import NO_LAYER, Position
 from expertlane.engine.elastic.recovery import Recovery
 from expertlane.engine.elastic.recovery_record import OVER, Kind
 from expertlane.engine.elastic.scaling import PREPARING, Scaling
 from expertlane.engine.rank_watch import RankWatch, Reading
-from expertlane.server.metrics import IMBALANCE_S, WAITING, Metrics
-from expertlane.server.setup import ServedModel, ServerOptions
+from expertlane.server.metrics import IMBALANCE_S, WAITING
+from expertlane.server.service import Service
 from expertlane.spec.names import Stage
 from expertlane.version import __version__
 
@@ -48,22 +47,6 @@ class Alert:
     advice: str
 
 
-class Watched(Protocol):
-    """The part of `Service` that `/live` reads."""
-
-    model: ServedModel
-    options: ServerOptions
-    metrics: Metrics
-    engine: AsyncEngine
-    is_draining: bool
-    num_open: int
-
-    @property
-    def num_queued(self) -> int:
-        """Requests that wait for their first step, or for blocks that they lost."""
-        ...
-
-
 @dataclass(frozen=True)
 class Event:
     """An event of the server, such as a preemption.
@@ -85,7 +68,7 @@ class Event:
 class LiveState:
     """The data that the `/live` pages of one server show; used in its event loop."""
 
-    service: Watched
+    service: Service
     events: deque[Event] = field(default_factory=lambda: deque(maxlen=_MOST_EVENTS))
     _num_events: int = 0
     _seen: dict[str, int] = field(default_factory=dict)
@@ -395,7 +378,7 @@ _CHANGE_OF: dict[Kind, Change] = {
 }
 
 
-def alerts_of(service: Watched, *, is_preempting: bool) -> Iterator[Alert]:
+def alerts_of(service: Service, *, is_preempting: bool) -> Iterator[Alert]:
     """The present alerts, the worst first.
 
     Args:

@@ -18,6 +18,8 @@ from expertlane.errors import CapacityError, TerminatedError, UserError, no_room
 from expertlane.server.app import make_app
 from expertlane.server.errors import JSON, ApiError
 from expertlane.server.journal.keeper import JournalKeeper
+from expertlane.server.live import LiveFeed
+from expertlane.server.live_state import LiveState
 from expertlane.server.middleware import is_loopback
 from expertlane.server.service import Service
 from expertlane.server.setup import ServedModel, ServerOptions
@@ -214,11 +216,13 @@ class Running:
     Attributes:
         loop: the event loop that it runs in.
         service: the service that it runs.
+        live: the frames of its live page.
         num_told: how often it was told to end.
     """
 
     loop: asyncio.AbstractEventLoop
     service: Service
+    live: LiveFeed
     server: "_Server"
     num_told: int = field(default=0, init=False)
     _drained: asyncio.Task[None] | None = field(default=None, init=False)
@@ -250,7 +254,8 @@ class Running:
 
     def _end_now(self) -> None:
         self.service.engine.stop_waiting()
-        self.service.end_all(ApiError(503, "the server has ended", code="ended"))
+        self.live.close()
+        self.service.under_way.end(ApiError(503, "the server has ended", code="ended"))
         self.server.should_exit = True
 
 
@@ -328,10 +333,12 @@ async def _serve(
     """Serve in the running event loop; returns the error that ended the server, if one did."""
     loop = asyncio.get_running_loop()
 
-    def on_end() -> None:
+    def on_end(error: Exception) -> None:
+        live.close()
         running.server.should_exit = True
 
     service = Service(model, options, check_ranks=check_ranks, on_end=on_end)
+    live = LiveFeed(LiveState(service))
     resuming: asyncio.Task[None] | None = None
     keeper: JournalKeeper | None = None
     if options.journal is not None:
@@ -339,7 +346,7 @@ async def _serve(
         service.metrics.others.append(keeper.metrics)
         resuming = loop.create_task(keeper.resume())
     config = uvicorn.Config(
-        make_app(service, keeper, is_local=is_loopback(str(bound.getsockname()[0]))),
+        make_app(service, live, keeper, is_local=is_loopback(str(bound.getsockname()[0]))),
         loop="none",
         http=BoundedProtocol,
         ws="none",
@@ -353,7 +360,7 @@ async def _serve(
         timeout_graceful_shutdown=_LAST_WRITES_S,
         timeout_keep_alive=_KEEP_ALIVE_S,
     )
-    running = Running(loop, service, _Server(config, lambda: on_start(running)))
+    running = Running(loop, service, live, _Server(config, lambda: on_start(running)))
     last: list[signal.Signals] = []
 
     def take(number: signal.Signals) -> None:

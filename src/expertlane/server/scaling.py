@@ -12,6 +12,7 @@ from expertlane.engine.elastic.scaling import PREPARING, LayoutChange, Scaling
 from expertlane.errors import CapacityError, UserError
 from expertlane.server.errors import ApiError, bad_field, json_response
 from expertlane.server.fields import Name, Strict
+from expertlane.server.live_state import LiveState
 from expertlane.server.service import Service, ended
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Origin
@@ -51,8 +52,8 @@ class _UnderWay:
 class _Changer:
     """Changes the layout of a service, one change at a time; used in its event loop."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, service: Service, live: LiveState) -> None:
+        self._service, self._live = service, live
         self._under_way: _UnderWay | None = None
 
     async def change(self, text: str, *, dry_run: bool) -> None:
@@ -168,7 +169,7 @@ class _Changer:
         """Log a change that was not made; the engine logs those that were."""
         took_s = time.monotonic() - began_s
         text = f"layout change to {layout} {how} after {took_s:.1f} s{why}"
-        self._service.live.state.add("scaling", text)
+        self._live.add("scaling", text)
 
     def facts(self) -> dict[str, Any]:
         """The body of `GET /scale`: the layout, a change under way, and the last changes."""
@@ -235,9 +236,9 @@ def preparing(scaling: Scaling | None) -> dict[str, Any] | None:
     }
 
 
-def add_scaling(app: FastAPI, service: Service) -> None:
-    """Add the routes of `/scale`."""
-    changer = _Changer(service)
+def add_scaling(app: FastAPI, service: Service, live: LiveState) -> None:
+    """Add the routes of `/scale`; changes that are given up are events of `live`."""
+    changer = _Changer(service, live)
 
     @app.post("/scale")
     async def scale(request: ScaleRequest) -> Response:

@@ -17,8 +17,6 @@ from expertlane.schedule.request import Chunk
 from expertlane.schedule.scheduler import FinishedStep
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.fields import Message
-from expertlane.server.live import LiveFeed
-from expertlane.server.live_state import LiveState
 from expertlane.server.marks import Marks
 from expertlane.server.metrics import Metrics
 from expertlane.server.requests import ChatRequest, GenerationRequest, SampledRequest
@@ -104,7 +102,7 @@ class Service:
 
     Args:
         check_ranks: notices ranks that have ended; see `AsyncEngine`.
-        on_end: called when the ranks have ended.
+        on_end: called with the error when the ranks have ended.
 
     Attributes:
         marks: the marks of reasoning and calls that the chat template has.
@@ -122,7 +120,7 @@ class Service:
         options: ServerOptions,
         *,
         check_ranks: Callable[[], None] = lambda: None,
-        on_end: Callable[[], None] = lambda: None,
+        on_end: Callable[[Exception], None] = lambda error: None,
     ) -> None:
         self.model = model
         self.options = options
@@ -137,17 +135,16 @@ class Service:
         self.num_open = 0
         self.metrics = Metrics(model.name, model.limits, model.engine, model.watch)
         model.engine.on_commit = self._on_step
-        self._check_ranks, self._on_end = check_ranks, on_end
+        self._check_ranks = check_ranks
         self.engine = AsyncEngine(
             model.engine,
             check_ranks=self._check_idle,
             on_chunk=self.metrics.on_chunk,
-            on_end=self._end,
+            on_end=on_end,
             before_chunks=self._note_chunks,
         )
         self.responses = ResponseStore(options.max_stored_responses)
         self.journal: Journal | None = None
-        self.live = LiveFeed(LiveState(self))
         self._encoder: PromptEncoder | None = None
         if model.tokenizer is not None:
             self._encoder = PromptEncoder(model.tokenizer, model.max_model_len)
@@ -166,10 +163,6 @@ class Service:
     def _note_chunks(self, chunks: list[Chunk]) -> None:
         if self.journal is not None:
             self.journal.write(chunks)
-
-    def _end(self, error: Exception) -> None:
-        self.live.close()
-        self._on_end()
 
     @property
     def num_queued(self) -> int:
@@ -434,11 +427,6 @@ class Service:
         if isinstance(error, UserError):
             return bad_field(param, as_field(str(error), param, num_choices))
         return ended(error)
-
-    def end_all(self, error: Exception) -> None:
-        """Cancel everything; clients get the error, and pages of `/live` their last frame."""
-        self.live.close()
-        self.under_way.end(error)
 
 
 def ended(error: Exception) -> ApiError:
