@@ -4,10 +4,9 @@ import os
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import typer
 
@@ -48,17 +47,12 @@ DEFAULT_PROFILE = "h100"
 _NO_LINKS, _MEASURED = "none", "measured"
 
 
-class _Clock(StrEnum):
-    VIRTUAL = "virtual"
-    WALL = "wall"
-
-
 @dataclass(frozen=True, kw_only=True)
 class VirtualTimeOptions:
     """Options of virtual time, and of its assumptions."""
 
     panel: ClassVar = Panel.VIRTUAL_TIME
-    clock: _Clock | None = typer.Option(
+    clock: Literal["virtual", "wall"] | None = typer.Option(
         None,
         show_default="virtual for the ranks of one host; wall on several, whose links are real",
         help="virtual: also replay what was measured with one core per rank and a cluster's "
@@ -92,7 +86,7 @@ class VirtualTimeOptions:
         is_given = self.links is not None or self.link_scale is not None
         if self.compute != _MEASURED:
             given, is_given = "--compute", True
-        if self.clock is _Clock.WALL and is_given:
+        if self.clock == "wall" and is_given:
             raise UserError(f"{given} needs virtual time; leave out --clock wall")
         if self.links == _NO_LINKS and self.link_scale is not None:
             raise UserError("--link-scale needs links; give --links a profile")
@@ -106,7 +100,7 @@ class VirtualTimeOptions:
         from expertlane.comparison.virtual import VirtualSettings
         from expertlane.cost.laws.profile import read_profile
 
-        if self.clock is _Clock.WALL:
+        if self.clock == "wall":
             return None
         profile = None if self.links == _NO_LINKS else read_profile(self.links or DEFAULT_PROFILE)
         compute = None if self.compute == _MEASURED else read_profile(self.compute)

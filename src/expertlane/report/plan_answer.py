@@ -40,7 +40,6 @@ from expertlane.report.planning import (
     serving,
     spaced,
     tpot,
-    ttft,
     versus,
     versus_column,
 )
@@ -420,45 +419,31 @@ def _plus_minus(estimate: Estimate) -> str:
 
 
 def _table(results: Results) -> Table:
+    """Tokens/s of each row, or for an open load its most requests/s, and latencies."""
     rows, wanted = rows_of(results), results.question["workload"]["num_sequences"]
-    if asked_rate(results) is not None:
-        return Table.of("", _columns_at_rate(results, rows), rows)
+    heading, show, show_range, at = "tok/s", compact, low_high_compact, serving
+    if is_at_rate := asked_rate(results) is not None:
+        heading, show, show_range, at = "most req/s", figures, low_high, as_asked
+
+    def output(record: DeploymentRecord) -> Estimate:
+        return most_requests(results, record) if is_at_rate else serving(record).output_tps
+
     third: Column[DeploymentRecord] = number(
         f"/{device_of(results)}", lambda each: serving(each).output_tps / each.num_ranks, compact
     )
-    if any(serving(each).num_running != wanted for each in rows):
+    if is_at_rate or any(serving(each).num_running != wanted for each in rows):
         third = number("seqs", lambda each: serving(each).num_running, whole)
     columns: tuple[Column[DeploymentRecord], ...] = (
         text("#", lambda each: 1 + rows.index(each)),
         text("layout", named),
-        number("tok/s", lambda each: serving(each).output_tps, compact),
-        number("range", lambda each: serving(each).output_tps, low_high_compact),
+        number(heading, output, show),
+        number("range", output, show_range),
         third,
-        number("TPOT ms", tpot, milliseconds),
-        number("TTFT ms", ttft, milliseconds),
+        number("TPOT ms", lambda each: mean_tpot(at(each)), milliseconds),
+        number("TTFT ms", lambda each: mean_ttft(at(each)), milliseconds),
         versus_column(results),
     )
     return Table.of("", columns, rows)
-
-
-def _columns_at_rate(
-    results: Results, rows: Sequence[DeploymentRecord]
-) -> tuple[Column[DeploymentRecord], ...]:
-    """Columns for an open load: the most requests/s, and latencies at its rate."""
-
-    def most(record: DeploymentRecord) -> Estimate:
-        return most_requests(results, record)
-
-    return (
-        text("#", lambda each: 1 + rows.index(each)),
-        text("layout", named),
-        number("most req/s", most, figures),
-        number("range", most, low_high),
-        number("seqs", lambda each: serving(each).num_running, whole),
-        number("TPOT ms", lambda each: mean_tpot(as_asked(each)), milliseconds),
-        number("TTFT ms", lambda each: mean_ttft(as_asked(each)), milliseconds),
-        versus_column(results),
-    )
 
 
 def _of_rows(results: Results) -> list[tuple[str, set[int]]]:
