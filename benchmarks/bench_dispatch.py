@@ -39,7 +39,7 @@ from expertlane.engine.comm.recorder import Recorder
 from expertlane.engine.comm.transport import Work
 from expertlane.engine.moe.dispatch import CopyChooser, Dispatcher, Payload, RoutedTokens
 from expertlane.engine.moe.forms import make_dispatcher
-from expertlane.engine.stage.worker import RankContext
+from expertlane.engine.stage.context import RankContext
 from expertlane.spec.deployment import DISPATCH_FORMS
 from expertlane.spec.layout import Layout
 

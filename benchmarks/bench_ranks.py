@@ -25,7 +25,7 @@ def start_ranks(num_ranks: int, dtype: str | None = "bfloat16") -> RankPool:
 def main() -> None:
     import bench_dispatch
 
-    from expertlane.engine.stage.stage import HANDLERS
+    from expertlane.engine.stage.worker import HANDLERS
 
     own: dict[type[Command[Any]], Any] = {MeasureDispatch: bench_dispatch.measure}
     fork_server.main({**HANDLERS, **own})

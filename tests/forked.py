@@ -40,7 +40,7 @@ _IMPORTED = (
     "expertlane.comparison.projection",
     "expertlane.comparison.run",
     "expertlane.engine.llm",
-    "expertlane.engine.stage.stage",
+    "expertlane.engine.stage.worker",
     "expertlane.planner.results",
     "expertlane.planner.search",
     "expertlane.report.html",

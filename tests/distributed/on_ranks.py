@@ -31,7 +31,8 @@ from expertlane.engine.ranks.node_ranks import NodeRanks
 from expertlane.engine.ranks.rendezvous import Meeting
 from expertlane.engine.ranks.supervisor import SupervisorSettings, supervisor_command
 from expertlane.engine.stage import worker
-from expertlane.engine.stage.worker import Handlers, RankContext
+from expertlane.engine.stage.context import RankContext
+from expertlane.engine.stage.worker import Handlers
 from expertlane.errors import UserError
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.deployment import DISPATCH_FORMS, DispatchForm, PayloadType
@@ -441,7 +442,7 @@ class RanksOnNodes(NodeRanks):
 
 
 def handlers() -> Handlers:
-    from expertlane.engine.stage.stage import HANDLERS
+    from expertlane.engine.stage.worker import HANDLERS
 
     planted = ExitStack()
     return {

@@ -109,7 +109,7 @@ SMOKES: Mapping[str, Smoke] = {
     ),
     "experiments/ep_map/ep_map.py": Smoke("--out .", r"ep_map\.html"),
     "experiments/ep_map/pairs.py": Smoke("{rows}", r"^h200,trt,fp8,8,1024,1024,16,"),
-    "tests/count_files.py": Smoke("token", r"^token: \d+ files$"),
+    "tests/count_files.py": Smoke("decode", r"^decode: \d+ files, \d+ functions$"),
     "tests/engine/ranks/harm.py": Smoke("runs.jsonl --to 1", r"1 runs, 0 failed"),
     "tests/faults/runs.py": Smoke("runs.jsonl --to 1", r"\| moment \| cases \| wrong"),
     "tests/golden/golden.py": Smoke("check balance", r"balance: "),

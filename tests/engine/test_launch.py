@@ -28,7 +28,7 @@ from expertlane.engine.ranks.rank_settings import (
     ServerSettings,
     check_cpu_isa,
 )
-from expertlane.engine.stage.worker import Cores
+from expertlane.engine.stage.context import Cores
 from expertlane.errors import CapacityError
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
@@ -240,7 +240,7 @@ def test_a_rank_that_may_not_start_its_threads_says_so(monkeypatch, limits):
     """OpenMP would end it without a word of its own."""
     limits(100)
     share = SimpleNamespace(num_threads=4, num_cores=2, cpus=())
-    monkeypatch.setattr("expertlane.engine.stage.worker.share_of", lambda *given, **more: share)
+    monkeypatch.setattr("expertlane.engine.stage.context.share_of", lambda *given, **more: share)
     cores, start, started = Cores(0, 1), threading.Thread.start, []
     cores._num_threads = 4
 

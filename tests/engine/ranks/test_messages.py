@@ -28,7 +28,7 @@ from expertlane.engine.ranks.messages import (
     encode,
     messages_in,
 )
-from expertlane.engine.stage.stage import HANDLERS
+from expertlane.engine.stage.worker import HANDLERS
 from expertlane.errors import UserError
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.names import Phase

@@ -12,7 +12,7 @@ from expertlane.engine.comm.collectives import CheckedGroup, Pending
 from expertlane.engine.model.sampler import SampledBatch
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ranks.commands import Command
-from expertlane.engine.stage.worker import RankContext
+from expertlane.engine.stage.context import RankContext
 from expertlane.spec.names import Stage
 
 Patch = tuple[Any, str, Callable[..., Any]]

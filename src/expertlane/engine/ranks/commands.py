@@ -1,6 +1,6 @@
 """Commands of the launcher to ranks, the types of their answers, tickets of those under way.
 
-`engine/stage/stage.py` (`HANDLERS`) has the function that a rank runs for each command.
+`engine/stage/worker.py` (`HANDLERS`) has the function that a rank runs for each command.
 This module needs no torch.
 """
 

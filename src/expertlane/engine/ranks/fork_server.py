@@ -423,7 +423,7 @@ def serve(
             channels to the launcher, as descriptors. None where the launcher sends them.
     """
     if handlers is None:
-        from expertlane.engine.stage.stage import (
+        from expertlane.engine.stage.worker import (
             HANDLERS,  # torch, and what ranks run, for all ranks
         )
 

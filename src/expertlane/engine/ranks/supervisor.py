@@ -93,7 +93,7 @@ def main(handlers: "Handlers | None" = None) -> None:
 
 def _engine_handlers() -> "Handlers":
     """The engine's handlers; imports torch and the code of ranks, before the node connects."""
-    from expertlane.engine.stage.stage import HANDLERS
+    from expertlane.engine.stage.worker import HANDLERS
 
     return HANDLERS
 

@@ -24,10 +24,10 @@ from expertlane.engine.model.weights import HeldWeights
 from expertlane.engine.ops.device import to_host
 from expertlane.engine.ops.kv_cache import KVCache
 from expertlane.engine.ranks.commands import Deploy, HeldBytes, RankOutcome, StageSpec
+from expertlane.engine.stage.context import RankContext
 from expertlane.engine.stage.migration import Migration, PlacementsBefore
 from expertlane.engine.stage.preparing import weight_source
 from expertlane.engine.stage.rank_checks import StageChecks, recorder_of
-from expertlane.engine.stage.worker import RankContext
 from expertlane.results.step_record import RankTotals
 from expertlane.schedule.plan import UNKNOWN, Batch, RankBatch, RankStep
 from expertlane.spec.deployment import DispatchForm, DispatchMode, DispatchTable, PayloadType

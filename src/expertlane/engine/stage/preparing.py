@@ -24,7 +24,7 @@ from expertlane.engine.model.weights import (
 )
 from expertlane.engine.ops.backend import Platform
 from expertlane.engine.ranks.commands import DropPrepared, Prepare, Prepared, StageSpec
-from expertlane.engine.stage.worker import RankContext
+from expertlane.engine.stage.context import RankContext
 from expertlane.spec.names import Origin, Stage
 
 _NICE = 10  # of a rank that loads while others serve

@@ -15,7 +15,7 @@ from expertlane.engine.comm.recorder import CheckedRecorder, Recorder
 from expertlane.engine.model.sampler import Sampler
 from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.ranks.commands import StageSpec
-from expertlane.engine.stage.worker import RankContext
+from expertlane.engine.stage.context import RankContext
 from expertlane.spec.names import CheckPoint
 
 

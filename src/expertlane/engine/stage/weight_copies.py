@@ -24,8 +24,8 @@ from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.model.weights import EXPERT, HeldWeights
 from expertlane.engine.ops.products import Expert, Linear
 from expertlane.engine.ranks.commands import StageSpec
+from expertlane.engine.stage.context import RankContext
 from expertlane.engine.stage.preparing import parts_of, weight_source
-from expertlane.engine.stage.worker import RankContext
 from expertlane.spec.model import EMBEDDING
 
 

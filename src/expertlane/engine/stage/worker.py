@@ -1,8 +1,6 @@
-"""A rank's process: its cores, its connections in an epoch, and its main loop of commands."""
+"""A rank's main loop: it reads commands, and runs the function of each on its stage."""
 
 import contextlib
-import errno
-import mmap
 import os
 import select
 import signal
@@ -10,31 +8,50 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
 from multiprocessing.connection import wait
 from operator import or_
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import Store  # type: ignore[attr-defined]
 
-from expertlane.engine.comm.clocks import CoreToken
-from expertlane.engine.comm.composed import NodesTransport, StagedTransport
-from expertlane.engine.comm.epoch import Epoch, Event, await_event
 from expertlane.engine.comm.mesh import Meshes
-from expertlane.engine.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter, Region
-from expertlane.engine.comm.shared_memory import Endpoint, SharedTransport
-from expertlane.engine.comm.torch_transport import FileStore, TorchTransport
-from expertlane.engine.comm.transport import EpochEndedError, PeerLostError, Transport
+from expertlane.engine.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
+from expertlane.engine.comm.transport import EpochEndedError, PeerLostError
+from expertlane.engine.model.checkpoint import Checkpoint, Int8Cache, write_int8_cache
 from expertlane.engine.ops.backend import (
-    SHARED_MEMORY,
-    Platform,
     choose_platform,
-    compiled_messages,
 )
-from expertlane.engine.ops.host import Share, allowed_cpus, pin, share_of, unpin
-from expertlane.engine.ranks.commands import Command
+from expertlane.engine.ops.device import memory_of
+from expertlane.engine.ranks.commands import (
+    CacheInt8,
+    Command,
+    Deploy,
+    DescribeMachine,
+    DiscardSteps,
+    DropPrepared,
+    FinishMoves,
+    HeldBytes,
+    LeaveCores,
+    MeasureContention,
+    MeasureLaunches,
+    MeasureOperations,
+    MeasureRates,
+    MeasureStep,
+    MeasureTransfers,
+    Prepare,
+    RankOutcome,
+    ReadTotals,
+    RecordGraphs,
+    Redeploy,
+    RunStep,
+    SetDispatch,
+    StartMoves,
+    SumWeights,
+    TimeOneMove,
+)
 from expertlane.engine.ranks.messages import (
     ANY_EPOCH,
     Channel,
@@ -48,241 +65,24 @@ from expertlane.engine.ranks.messages import (
 )
 from expertlane.engine.ranks.processes import is_stopped
 from expertlane.engine.ranks.rank_settings import RankSettings
-from expertlane.errors import CapacityError, UserError, no_room
-from expertlane.spec.names import Stage
-
-# The launcher's own bound ends a hang; the groups' bound only backs it up, so it is longer.
-_GROUP_TIMEOUT_MARGIN_S = 30.0
-_NUM_SPINS = 2000  # polls of shared memory before a wait sleeps
-
-
-def connect(
-    settings: RankSettings, platform: Platform, share: Share, board: ProgressBoard, number: int
-) -> Transport:
-    """Connect to an epoch's transport; does not wait for other ranks.
-
-    Args:
-        board: the progress board of this rank's node.
-        number: the epoch's; `settings.epoch` is possible only once, as its inherited files are
-            closed then.
-
-    Raises:
-        EpochEndedError: a later epoch has begun.
-    """
-    hosts = _connect(settings, platform, share, Epoch(board, number))
-    return StagedTransport(hosts, platform.device) if platform.is_staged else hosts
-
-
-def _connect(
-    settings: RankSettings, platform: Platform, share: Share, epoch: Epoch
-) -> SharedTransport | TorchTransport | NodesTransport:
-    shares_memory = platform.transport.startswith(SHARED_MEMORY)
-    if shares_memory and settings.meeting is None:
-        return _share_memory(settings, share, epoch)
-    among_nodes = TorchTransport(
-        torch.device("cpu") if platform.is_staged else platform.device,
-        _open_store(settings, epoch),
-        settings.rank,
-        bound_s(settings),
-        epoch,
-        ranks_per_node=settings.num_local_ranks,
-    )
-    if not shares_memory:
-        return among_nodes
-    in_node = _share_memory(settings, share, epoch)
-    return NodesTransport(in_node, among_nodes, settings.rank, settings.num_local_ranks)
-
-
-def bound_s(settings: RankSettings) -> float:
-    """The bound on a rank's own waits for others."""
-    return settings.timeout_s + _GROUP_TIMEOUT_MARGIN_S
-
-
-def _share_memory(settings: RankSettings, share: Share, epoch: Epoch) -> SharedTransport:
-    region, rank = Region(settings.num_local_ranks), settings.local_rank
-    memory = _map(settings, region, epoch)
-    library, _ = compiled_messages()
-    assert library is not None, "else the transport is gloo"
-    has_core = settings.num_local_ranks <= share.num_cores
-    endpoint = Endpoint(library, memory, region, rank, _NUM_SPINS if has_core else 0)
-    first, own = settings.rank - rank, settings.rank
-    return SharedTransport(endpoint, region, first, own, bound_s(settings), epoch)
-
-
-def _map(settings: RankSettings, region: Region, epoch: Epoch) -> mmap.mmap:
-    if epoch.number == settings.epoch:
-        assert settings.memory_fd is not None, "all ranks have inherited it"
-        descriptor = settings.memory_fd
-    else:
-        descriptor = epoch.open_memory()
-    try:
-        return region.map(descriptor)
-    finally:
-        os.close(descriptor)  # the mapping has one of its own, and goes with it
-
-
-def _open_store(settings: RankSettings, epoch: Epoch) -> Store:
-    if settings.meeting is not None:
-        return settings.meeting.open_for_ranks()
-    descriptor = epoch.open_store() if epoch.number else None
-    if descriptor is None:
-        descriptor = os.open(settings.store_path, os.O_RDWR | os.O_CLOEXEC)
-    return FileStore(descriptor, epoch)
-
-
-class Cores:
-    """The cores of a rank; a new process is not pinned.
-
-    Attributes:
-        share: the rank's share of its node's cores.
-        are_taken: whether it computes with that share.
-        is_pinned: whether its threads are pinned to the hardware threads of its share.
-
-    Raises:
-        UserError: `EXPERTLANE_PIN` is not valid.
-    """
-
-    def __init__(self, local_rank: int, num_local_ranks: int) -> None:
-        self._allowed, self._num_threads = allowed_cpus(), torch.get_num_threads()
-        self._held: list[int] = []  # descriptors of the locks that other engines see
-        self.share: Share = share_of(local_rank, num_local_ranks)
-        self.are_taken = self.is_pinned = False
-
-    def take(self, local_rank: int, num_local_ranks: int) -> None:
-        """Compute with a share of the cores.
-
-        Raises:
-            CapacityError: this user may not start that many threads.
-        """
-        self.leave()
-        self.share = share_of(local_rank, num_local_ranks, allowed=self._allowed)
-        # No more threads than OMP_NUM_THREADS either, which torch took at its import.
-        num_threads = max(1, min(self._num_threads, self.share.num_threads))
-        _check_threads(num_threads - 1)
-        torch.set_num_threads(num_threads)
-        self.is_pinned = pin(self.share.cpus, held=self._held)
-        self.are_taken = True
-
-    def stay_small(self) -> None:
-        """Compute with one thread, since other ranks use all cores."""
-        torch.set_num_threads(1)
-
-    def leave(self) -> None:
-        """Unpin the rank's threads, so that another rank may take its cores."""
-        self.are_taken = False
-        if self.is_pinned:
-            self.is_pinned = False
-            unpin(self._allowed, self._held)
-
-
-def _check_threads(number: int) -> None:
-    """Start so many threads at once, and end them: OpenMP ends a process that cannot.
-
-    Raises:
-        CapacityError: there is no room for them.
-    """
-    is_over = threading.Event()
-    threads = [threading.Thread(target=is_over.wait) for _ in range(number)]
-    started = []
-    try:
-        for thread in threads:
-            thread.start()
-            started.append(thread)
-    except RuntimeError as error:
-        reason = no_room(OSError(errno.EAGAIN, str(error)))
-        raise CapacityError(f"cannot start {number} threads of a rank: {reason}") from None
-    finally:
-        is_over.set()
-        for thread in started:
-            thread.join()
-
+from expertlane.engine.stage.context import Cores, RankContext
+from expertlane.engine.stage.deployed_stage import DeployedStage
+from expertlane.engine.stage.measure.machine import describe_machine, measure_rates
+from expertlane.engine.stage.measure.operations import (
+    measure_contention,
+    measure_launches,
+    measure_operations,
+    measure_transfers,
+)
+from expertlane.engine.stage.preparing import drop_prepared, prepare
+from expertlane.engine.stage.rank_checks import sum_weights
+from expertlane.engine.stage.weight_copies import Role, WeightCopies
+from expertlane.errors import UserError
+from expertlane.spec.deployment import DISPATCH_FORMS
+from expertlane.spec.names import Origin, Stage
 
 _FAILED_S = 10.0
 _LINGER_S = 3.0  # a server takes less to end its ranks
-
-
-@dataclass(eq=False)
-class RankContext:
-    """The state of a rank between commands.
-
-    Attributes:
-        settings: its start settings, with the numbers of ranks of the current epoch.
-        cores: the cores that it computes on.
-        board: the progress board of its node.
-        meshes: process groups of this epoch; made once, since making them is collective and slow.
-        deployed: its `DeployedStage`; None without one.
-        parked: weights of a rank that has no place in a smaller layout, until it has one again.
-        preparation: its `Preparation` of another layout; None without one.
-        epoch: the epoch that the rank has joined; -1 before the first.
-    """
-
-    settings: RankSettings
-    platform: Platform
-    cores: Cores
-    board: ProgressBoard
-    progress: ProgressReporter
-    meshes: Meshes
-    deployed: Any = None
-    parked: Any = None
-    preparation: Any = None
-    epoch: int = -1
-
-    @property
-    def rank(self) -> int:
-        """Global rank."""
-        return self.settings.rank
-
-    def join_epoch(self, epoch: int) -> None:
-        """Connect to the ranks of an epoch, and leave the one before.
-
-        Raises:
-            EpochEndedError: a later epoch has begun.
-        """
-        if epoch != self.settings.epoch:
-            self._count_ranks(self.board.files(epoch).num_ranks)
-        connected = connect(self.settings, self.platform, self.cores.share, self.board, epoch)
-        self.drop_graphs()
-        self.meshes.renew(connected)
-        self.epoch = epoch
-        self.progress.set_waiting(False)  # an abandoned command may have left it set
-        self.progress.enter(Stage.IDLE, NO_LAYER)
-
-    def _count_ranks(self, num_local_ranks: int) -> None:
-        """Set the number of the node's ranks, and take a new share of its cores.
-
-        The number may be that of an epoch that has ended; `connect` will find that out.
-        """
-        settings, is_same = self.settings, num_local_ranks == self.settings.num_local_ranks
-        others = settings.world_size - settings.num_local_ranks
-        self.settings = replace(
-            settings, num_local_ranks=num_local_ranks, world_size=others + num_local_ranks
-        )
-        if self.platform.device.type == "cpu" and not (is_same and self.cores.are_taken):
-            self.cores.take(settings.local_rank, num_local_ranks)
-
-    def drop_graphs(self) -> None:
-        """Drop graphs before an epoch is left: nccl ends no group that a graph refers to."""
-        if self.deployed is not None:
-            self.deployed.drop_graphs()
-
-    def await_device(self, event: Event) -> None:
-        """Wait for a GPU, which may wait for other ranks.
-
-        Raises:
-            EpochEndedError: a later epoch has begun.
-            PeerLostError: it took too long.
-        """
-        self.progress.set_waiting(True)
-        await_event(event, Epoch(self.board, self.epoch), bound_s(self.settings))
-        self.progress.set_waiting(False)
-
-    def core_token(self) -> CoreToken | None:
-        """The token of the core that this rank shares; None on GPUs."""
-        settings = self.settings
-        if self.platform.device.type != "cpu" or settings.board_fd is None:
-            return None
-        return CoreToken(settings.board_fd, settings.local_rank, self.cores.share.num_cores)
-
 
 # The function that a rank runs for each command; its result is of the command's result type.
 Handlers = Mapping[type[Command[Any]], Callable[[RankContext, Any], Any]]
@@ -410,3 +210,142 @@ def _next_message(channel: Channel) -> Message | None:
         return channel.receive()
     except (EOFError, OSError):
         return None
+
+
+def measure_step(context: RankContext, command: MeasureStep) -> int:
+    """Peak bytes of a step, beyond those allocated before; the most over all dispatch tables."""
+    deployed, memory = context.deployed, memory_of(context.platform.device)
+    memory.begin()
+    with torch.inference_mode():
+        for table in command.tables:
+            deployed.set_dispatch(table)
+            deployed.run_crowded(command.step)
+    return memory.peak_bytes()
+
+
+def deploy(context: RankContext, command: Deploy) -> HeldBytes:
+    """Build this rank's stage, or keep it if only options changed."""
+    spec = command.spec
+    if context.deployed is not None:
+        context.deployed.migration.finish_moves()  # transfers still use its buffers
+    context.progress.enter(Stage.SETUP, NO_LAYER)
+    _connect(context, command)
+    held = HeldBytes(0, 0)
+    if context.rank >= spec.layout.world_size:
+        context.deployed = None
+    else:
+        if context.deployed is None or not context.deployed.is_as_at_first(spec):
+            context.deployed = None  # frees the old weights before the new ones are drawn
+            context.deployed = DeployedStage(context, spec)
+        else:
+            context.deployed.rejoin(())  # another epoch may have begun
+        context.deployed.start(command)
+        held = context.deployed.held
+    context.progress.enter(Stage.IDLE, NO_LAYER)
+    return held
+
+
+def redeploy(context: RankContext, command: Redeploy) -> HeldBytes:
+    """Join a new epoch, with the stage that this rank has, or one that it builds."""
+    deploy, spec = command.deploy, command.deploy.spec
+    members = spec.members
+    context.progress.enter(Stage.SETUP, NO_LAYER)
+    _connect(context, deploy)
+    before: DeployedStage | None = context.deployed
+    has_stage = False
+    if before is not None and before.spec.members == members:
+        before.rejoin(command.discard)
+        has_stage = before.is_placed(spec.placements)
+    rank = members.rank_of(context.rank)
+    role = Role.SENDS if has_stage else Role.RECEIVES
+    if not has_stage and (before is not None or context.preparation is not None):
+        role = Role.MAKES
+    copies = None if rank is None else WeightCopies(context, spec, rank, role)
+    if before is not None and has_stage:
+        if copies is not None:
+            copies.send(before.stage)
+        context.progress.enter(Stage.IDLE, NO_LAYER)
+        return before.held
+    left, context.deployed = None, None
+    if before is not None:
+        left = before.leave(spec.arrangement, command.discard)
+        context.parked, before = left.weights, None
+    held = HeldBytes(0, 0)
+    if copies is not None:
+        given = {Origin.COPIED: copies.receive()}  # no wait for other ranks from here on
+        if context.preparation is not None:
+            given = {Origin.AHEAD: (context.preparation.take(), 0.0), **given}
+        if context.parked is not None:
+            given = {Origin.KEPT: (context.parked, 0.0), **given}
+        context.preparation = context.parked = None
+        # Weights that are no longer needed are freed before more are read.
+        deployed = context.deployed = DeployedStage(context, spec, given)
+        deployed.start(deploy, left)
+        if command.dispatch_table is not None:
+            deployed.set_dispatch(command.dispatch_table)
+        held = deployed.held
+    context.progress.enter(Stage.IDLE, NO_LAYER)
+    return held
+
+
+def _connect(context: RankContext, deploy: Deploy) -> None:
+    """Make the groups of a deployment; collective over all ranks."""
+    spec = deploy.spec
+    forms = deploy.options.forms(spec.layout, spec.ranks_per_node)
+    by_node = any(DISPATCH_FORMS[form].by_node for form in forms)
+    context.meshes.make(spec.layout, spec.ranks_per_node if by_node else 0, spec.members)
+
+
+def cache_int8(context: RankContext, command: CacheInt8) -> bool:
+    """Write the file of int8 matrices if it is missing or out of date; gives whether it was."""
+    context.progress.enter(Stage.SETUP, NO_LAYER)
+    checkpoint = Checkpoint(Path(command.checkpoint), command.model)
+    is_missing = Int8Cache.find(checkpoint) is None
+    if is_missing:
+        write_int8_cache(checkpoint, context.progress.touch)
+    context.progress.enter(Stage.IDLE, NO_LAYER)
+    return is_missing
+
+
+def record_graphs(context: RankContext, command: RecordGraphs) -> int:
+    """Record decode steps of a size as graphs; gives the number of new graphs."""
+    deployed: DeployedStage = context.deployed
+    with torch.inference_mode():
+        num_graphs = deployed.record_graphs(command.size, command.forms)
+    context.progress.enter(Stage.IDLE, NO_LAYER)
+    return num_graphs
+
+
+def run_step(context: RankContext, command: RunStep) -> RankOutcome:
+    """Execute one step plan on this rank's stage."""
+    deployed: DeployedStage = context.deployed
+    with torch.inference_mode():
+        return deployed.run(
+            command.step, command.placements, balances_copies=command.balances_copies
+        )
+
+
+HANDLERS: Handlers = {
+    DescribeMachine: describe_machine,
+    CacheInt8: cache_int8,
+    Deploy: deploy,
+    Redeploy: redeploy,
+    Prepare: prepare,
+    DropPrepared: drop_prepared,
+    LeaveCores: lambda context, _: context.cores.leave(),
+    SetDispatch: lambda context, command: context.deployed.set_dispatch(command.table),
+    RecordGraphs: record_graphs,
+    RunStep: run_step,
+    DiscardSteps: lambda context, command: context.deployed.discard(command.steps),
+    ReadTotals: lambda context, _: context.deployed.totals(),
+    SumWeights: lambda context, _: sum_weights(context.deployed.stage),
+    StartMoves: lambda context, command: context.deployed.migration.start_moves(command.parts),
+    FinishMoves: lambda context, _: context.deployed.migration.finish_moves(),
+    TimeOneMove: lambda context, _: context.deployed.migration.time_one_move(),
+    MeasureRates: measure_rates,
+    MeasureOperations: measure_operations,
+    MeasureLaunches: measure_launches,
+    MeasureTransfers: measure_transfers,
+    MeasureContention: measure_contention,
+    MeasureStep: measure_step,
+}

@@ -14,7 +14,7 @@ import torch
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.device import memory_of
 from expertlane.engine.ranks.commands import DescribeMachine, MeasureRates, RankMachine, RankRates
-from expertlane.engine.stage.worker import RankContext
+from expertlane.engine.stage.context import RankContext
 
 _GEMM_SIZE = 1024
 _GPU_GEMM_SIZE = 8192

@@ -26,8 +26,8 @@ from expertlane.engine.ranks.commands import (
     Point,
     TransferPoint,
 )
+from expertlane.engine.stage.context import RankContext
 from expertlane.engine.stage.measure.machine import synchronize
-from expertlane.engine.stage.worker import RankContext
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
 
