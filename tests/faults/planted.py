@@ -23,7 +23,7 @@ from expertlane.engine.ranks.commands import (
     RunStep,
     StartMoves,
 )
-from expertlane.engine.stage import stage
+from expertlane.engine.stage import worker
 from expertlane.spec.names import Phase, Stage
 
 _LOOK_S = 20e-6
@@ -214,6 +214,6 @@ def install(faults: Sequence[Fault], happened: Happened, transport: str, shadow:
         return handle
 
     mock.patch.object(ProgressBoard, "reporter", reporter).start()
-    handlers: Mapping[type, Any] = stage.HANDLERS
+    handlers: Mapping[type, Any] = worker.HANDLERS
     planted = {kind: wrapped(kind, handler) for kind, handler in handlers.items()}
-    mock.patch.object(stage, "HANDLERS", planted).start()
+    mock.patch.object(worker, "HANDLERS", planted).start()

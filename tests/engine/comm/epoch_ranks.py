@@ -38,7 +38,7 @@ from expertlane.engine.ops.host import Share
 from expertlane.engine.ranks.fork_server import StoreHost
 from expertlane.engine.ranks.rank_settings import RankSettings
 from expertlane.engine.ranks.rendezvous import Meeting
-from expertlane.engine.stage import worker
+from expertlane.engine.stage import context
 from expertlane.spec.layout import Layout
 
 KINDS = ("shared_memory", "gloo", "nodes", "staged", "native")
@@ -145,7 +145,7 @@ class Rank:
     def _join(self, epoch: int) -> ParallelMesh:
         share, rank = Share(NUM_RANKS, 1, ()), self._settings.rank
         self._meshes.renew(
-            worker.connect(self._settings, self._platform, share, self._board, epoch)
+            context.connect(self._settings, self._platform, share, self._board, epoch)
         )
         for each in self._harms:
             each.at(rank, epoch, -1, "joining", self._board)

@@ -12,7 +12,7 @@ from unittest import mock
 from expertlane.balance.transition import Arrangement, Part, PartKind, Transition
 from expertlane.engine.model.weights import EXPERT, HeldWeights, WeightSource
 from expertlane.engine.ranks.commands import HeldBytes, Redeploy, StageSpec
-from expertlane.engine.stage import stage
+from expertlane.engine.stage import worker
 from expertlane.engine.stage.deployed_stage import DeployedStage
 from expertlane.engine.stage.weight_copies import Role, WeightCopies
 from expertlane.spec.model import EMBEDDING, FINAL_NORM, HEAD
@@ -165,8 +165,8 @@ def watch_ranks(file: Path) -> None:
         (WeightCopies, "_fill", watched_fill),
     ):
         mock.patch.object(kind, name, new).start()
-    handlers = {**stage.HANDLERS, Redeploy: watch.redeploy(stage.HANDLERS[Redeploy])}
-    mock.patch.object(stage, "HANDLERS", handlers).start()
+    handlers = {**worker.HANDLERS, Redeploy: watch.redeploy(worker.HANDLERS[Redeploy])}
+    mock.patch.object(worker, "HANDLERS", handlers).start()
 
 
 def found(file: Path) -> tuple[list[str], dict[str, int]]:

@@ -20,7 +20,7 @@ from unittest import mock
 from expertlane.engine.comm import shared_memory
 from expertlane.engine.comm.progress import Region
 from expertlane.engine.ops import build
-from expertlane.engine.stage import worker
+from expertlane.engine.stage import context
 
 _SOURCE = Path(__file__).parent / "harmed_messages.cpp"
 _KINDS = ("load", "store", "exchange", "copy", "sleep", "wake")  # as in harmed_messages.cpp, from 1
@@ -146,6 +146,6 @@ def install(harm: Harm, happened: Happened, library: Path, heap_bytes: int) -> N
             endpoint = HarmedEndpoint(endpoint, functions, harm, happened)
         return make(endpoint, region, first, rank, *rest)
 
-    mock.patch.object(worker, "compiled_messages", return_value=(functions, "")).start()
-    mock.patch.object(worker, "Region", partial(Region, heap_bytes=heap_bytes)).start()
-    mock.patch.object(worker, "SharedTransport", transport).start()
+    mock.patch.object(context, "compiled_messages", return_value=(functions, "")).start()
+    mock.patch.object(context, "Region", partial(Region, heap_bytes=heap_bytes)).start()
+    mock.patch.object(context, "SharedTransport", transport).start()
