@@ -65,6 +65,25 @@ def test_few_requests_and_few_tokens(output, batch):
     assert rates.requests_per_s[1] == pytest.approx(in_time, rel=0.15)
 
 
+@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize("layouts", [("tp=2",), ("tp=4", "tp=1")])
+def test_few_requests_take_the_time_of_their_tokens(layouts, batch):
+    """By Little's law, though more of them begin in the stretch than usually do."""
+    prompt, output = (9000, 9000), (300, 300)
+    rates = steady_state(simulator_of(layouts, batch, batch, prompt, output), 0).rates
+    in_time = batch / (rates.ttft_s + (output[0] - 1) * rates.tpot_s)
+    assert rates.requests_per_s == pytest.approx(in_time, rel=0.01)
+
+
+def test_a_pool_without_requests_is_not_in_its_steps():
+    """Between two prompts the pool for them has nothing to do for as long as all tokens take."""
+    asked = {"cluster": "h100x4", "batch": 1, "prompt_len": 160, "output_len": 200, "skew": 0}
+    layouts = {"layout": "tp=2", "prefill_layout": "tp=2"}
+    found = expertlane.simulate("paper-small", **layouts, **asked).deployments[0]
+    (prefill,) = (each for each in found.steps if each.phase == "prefill")
+    assert prefill.shares["scheduler overhead"] < 0.25
+
+
 def test_few_that_prefill_let_others_wait():
     """A pool of one rank for prompts, four for few tokens: most requests wait for the first."""
     found = steady_state(

@@ -110,7 +110,9 @@ class BreakdownTable:
         end_s = float(self._last.end_s[LIKELY])
         spent = [each.copy() for each in self._of_stage]
         from_origin = end_s - float(self._last.origin_s[LIKELY])
-        rest = [from_origin - of_stage[-1].end[LIKELY] for of_stage in self._last.spans]
+        rest = [  # no less than nothing, of which rounding may leave it
+            np.maximum(from_origin - of_stage[-1].end[LIKELY], 0.0) for of_stage in self._last.spans
+        ]
         _split_idle(spent, rest)
         by_rank = np.concatenate(spent, axis=1)
         seconds, num_ranks = end_s - self._begin_s, by_rank.shape[1]

@@ -21,6 +21,7 @@ from expertlane.spec.names import Phase
 
 _KEPT_RANKS = 1 << 15  # ranks of all kept steps together: a step's memory grows with its ranks
 _FEWEST_KEPT = 64
+_ROUNDING_S = 1e-9
 _SEQS_APART = 64  # numbers of sequences within a 64th of each other share a price
 
 
@@ -176,18 +177,21 @@ class PricedStep:
     Attributes:
         plan: as ranks execute it; `program` and `work` may be another step's (`StepSharing`).
         work: [num_stages][num_micro_batches].
+        follows: whether its replica went on with it, without a time in which no request was there.
     """
 
     plan: StepPlan
     program: StepProgram
     work: Sequence[Sequence[StageWork]]
     times: StepTimes
+    follows: bool
 
 
 @dataclass(eq=False)
 class _Replica:
     timeline: Timeline
     phase: Phase | None = None
+    ended_s: float = 0.0  # its last step
 
 
 @dataclass(eq=False, repr=False)
@@ -239,8 +243,9 @@ class CostRunner:
 
     def submit(self, plan: StepPlan) -> StepHandle:
         """Begin a step."""
-        submitted_s = self.now_s
-        self.now_s = submitted_s + self.terms.step_s(self.builder.layout)
+        submitted_s, layout = self.now_s, self.builder.layout
+        driver_s = self.terms.step_s(layout)
+        self.now_s = submitted_s + driver_s
         if self.multi_token is not None:
             plan = self.multi_token.adapt(plan)
         known = self._work(plan)
@@ -248,7 +253,11 @@ class CostRunner:
         times = self._run(replica.timeline, known, plan)
         same_phase, replica.phase = replica.phase is plan.phase, plan.phase
         if self.observe is not None:
-            self.observe(PricedStep(plan, known.program, known.work, times))
+            # The driver may be at all other replicas first.
+            idle_s = float((submitted_s - layout.replicas * driver_s)[self.lead]) - replica.ended_s
+            follows = idle_s <= _ROUNDING_S
+            self.observe(PricedStep(plan, known.program, known.work, times, follows))
+        replica.ended_s = float(times.end_s[self.lead])
         records: tuple[RankRecord, ...] = ()
         if plan.record or plan.record_events:
             records = self._records(plan, known.program, times, count_idle=same_phase)

@@ -187,8 +187,8 @@ class PoolTotals:
         window = number // _WINDOW
         stride = 1 + number // _MOST_EXPLAINED
         is_watched = window % stride == 0
-        if self._explained is not phase or not is_watched:
-            self.close()
+        if self._explained is not phase or not is_watched or not step.follows:
+            self.close()  # what no request was there for is no part of a step
         self._explained = phase
         if not is_watched:
             return

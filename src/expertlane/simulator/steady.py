@@ -460,8 +460,17 @@ class _Stretch:
         requests_per_s = stretch.num_tokens / self._decodes / seconds
         if self._batch is not None:
             self._queue(served[watch.num_running : self._batch], requests_per_s)
-        num_waiting = watch.waited_s(served) / (watch.end_s - watch.begin_s)
+        stretch_s = watch.end_s - watch.begin_s
+        num_waiting = watch.waited_s(served) / stretch_s
         further = max(mean_output - 1, 1e-9)
+        if self._draws.is_shifted and self._batch == watch.num_running:
+            # More first tokens came than usually: their share is known by Little's law.
+            first = [each for each in served[watch.num_running :] if watch.has_in(each)]
+            ttft_s = np.mean([each.ttft_s for each in first], axis=0)
+            if len(pools) > 1:
+                pace_s = (self._batch - num_waiting) * stretch_s * factors / stretch.num_tokens
+                requests_per_s = self._batch / (ttft_s + self._decodes * pace_s)
+            num_waiting = requests_per_s * ttft_s
         if self._batch is None:
             num_decoding = watch.num_decoding(served)
         else:

@@ -245,6 +245,7 @@ class Draws:
     Attributes:
         rng: random numbers for all but prompts.
         lengths, prompts: drawn for the load's requests.
+        is_shifted: so few requests are under way that some are made to end in the stretch.
     """
 
     def __init__(
@@ -259,6 +260,7 @@ class Draws:
         self.lengths = Lengths(load, multi_token)
         self.prompts = prompts
         self._multi_token, self._precision = multi_token, precision
+        self.is_shifted = False
 
     def requests(self, num_running: int, rate: float | None) -> Iterator[TimedRequest]:
         """Requests that run, then those that wait, then new ones without end.
@@ -296,7 +298,8 @@ class Draws:
             ended += self.rng.choice(self.lengths.left_of(self.rng, num_running), rest).tolist()
         left = np.array(ended[:num_running], dtype=np.int64)
         soon = min(_FEWEST_FIRST, num_running)
-        if (left <= self._precision.last_step).sum() < soon:  # what that shifts is taken out
+        self.is_shifted = bool((left <= self._precision.last_step).sum() < soon)
+        if self.is_shifted:  # what that shifts is taken out
             begin = self._precision.settling_steps
             spaced = (np.arange(soon) + 0.5) * self._precision.least_steps / soon
             left[:soon] = np.minimum(begin + spaced.astype(int), self.lengths.most_steps)
