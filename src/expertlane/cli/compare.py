@@ -358,9 +358,7 @@ def _projector(
         ServingConditions,
         usual_number_type,
     )
-    from expertlane.cost.laws.frameworks import served_by
     from expertlane.cost.laws.profile import Execution, parse_cluster
-    from expertlane.cost.routing import choose_routing
     from expertlane.cost.throughput import Goals
     from expertlane.spec.experiment import ProjectionAsked
     from expertlane.spec.workload import check_lengths
@@ -368,25 +366,21 @@ def _projector(
     asked = options.applied_to(experiment, dtype)
     is_own = experiment.projection is not None and not options.given
     with naming("[projection]") if is_own else nullcontext():
-        model, skew, trace = experiment.model, asked.skew, asked.routing_trace
-        cluster = parse_cluster(asked.cluster)
-        path = None if trace is None else Path(trace)
-        routing = choose_routing(model, path, skew, experiment.workload.seed)
+        model, cluster = experiment.model, parse_cluster(asked.cluster)
         load = asked.load(experiment.workload)
         if load is not None:
             check_lengths(load, model.max_position_embeddings)
         if experiment.checkpoint is None:
             found, usual = FoundModel(model.name, model, None), usual_number_type(cluster.profile)
         else:
-            found, usual = find_model(experiment.checkpoint, weights=False), None
-        types = found.number_types(asked.dtype or usual, asked.kv_dtype, cluster)
-        cluster = served_by(cluster, asked.framework, model, types.weights)
-    served = ServingConditions(
-        routing, Goals.of(asked.slos), load, Execution(asked.execution), asked.num_running
-    )
+            found = replace(find_model(experiment.checkpoint, weights=False), config=model)
+            usual = None
+        there = found.on_cluster(asked, cluster, experiment.workload.seed, dtype=usual)
+    execution, goals = Execution(asked.execution), Goals.of(asked.slos)
+    served = ServingConditions(there.routing, goals, load, execution, asked.num_running)
     on_cluster = ProjectionAsked(**fields_of(ProjectionAsked, asked))
-    skew = model.usual_skew if skew is None else skew
-    return ExperimentProjector(experiment, cluster, types, skew, on_cluster, served)
+    skew = model.usual_skew if asked.skew is None else asked.skew
+    return ExperimentProjector(experiment, there.cluster, there.types, skew, on_cluster, served)
 
 
 def _measure(

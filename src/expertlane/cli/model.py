@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from expertlane.errors import CapacityError, UserError, require_extra
 from expertlane.spec.deployment import Deployment, Options
@@ -15,11 +15,22 @@ from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.names import CacheType
 
 if TYPE_CHECKING:
+    from expertlane.cli.options import ProjectionOptions
     from expertlane.cost.laws.profile import ModelledCluster
+    from expertlane.cost.routing import RoutingChoice
     from expertlane.cost.step.operation import NumberTypes
+    from expertlane.spec.experiment import Projection
 
 
 _WIDER = 1.1  # times as many bytes as the checkpoint's own are worth a word
+
+
+class OnCluster(NamedTuple):
+    """How a model is projected on a cluster, which has the corrections of a framework."""
+
+    cluster: "ModelledCluster"
+    types: "NumberTypes"
+    routing: "RoutingChoice"
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,34 @@ class FoundModel:
                 f"--dtype on {cluster}: {', '.join(known)}"
             )
         return types
+
+    def on_cluster(
+        self,
+        asked: "ProjectionOptions | Projection",
+        cluster: "ModelledCluster",
+        seed: int,
+        *,
+        dtype: str | None = None,
+        has_drafts: bool = False,
+    ) -> OnCluster:
+        """The model on a cluster, by the options of a projection.
+
+        Args:
+            seed: seed of the routing.
+            dtype: number type of weights if none is asked for; None for the checkpoint's own.
+
+        Raises:
+            UserError: an option names what there is not, or two contradict each other.
+        """
+        from expertlane.cost.laws.frameworks import served_by
+        from expertlane.cost.routing import choose_routing
+
+        trace = None if asked.routing_trace is None else Path(asked.routing_trace)
+        routing = choose_routing(self.config, trace, asked.skew, seed)
+        types = self.number_types(asked.dtype or dtype, asked.kv_dtype, cluster)
+        weights, framework = types.weights, asked.framework
+        served = served_by(cluster, framework, self.config, weights, has_drafts=has_drafts)
+        return OnCluster(served, types, routing)
 
     def cautions(self, types: "NumberTypes", cluster: "ModelledCluster") -> tuple[str, ...]:
         """A sentence where a checkpoint's weights are narrower than what they are priced as."""

@@ -28,8 +28,6 @@ from expertlane.spec.files import write_text
 from expertlane.spec.names import EngineName
 
 if TYPE_CHECKING:
-    from expertlane.cost.laws.profile import ModelledCluster
-    from expertlane.cost.projector import Setting
     from expertlane.cost.routing import RoutingChoice
     from expertlane.cost.step.operation import NumberTypes
     from expertlane.planner.candidates import PlanRequest
@@ -186,27 +184,31 @@ def _question(
     Raises:
         UserError: they contradict each other, or name what there is not.
     """
-    from expertlane.cost.laws.frameworks import served_by
-    from expertlane.cost.laws.profile import parse_cluster
-    from expertlane.cost.routing import choose_routing
+    from expertlane.cost.laws.profile import Execution, parse_cluster
+    from expertlane.cost.projector import Setting
     from expertlane.cost.throughput import Goals
     from expertlane.planner.candidates import PlanRequest
 
     found = find_model(own.model, weights=False)
     config, devices = found.config, parse_cluster(cluster)
-    asked = load.load(config)
-    routing = choose_routing(config, projection.routing_trace, projection.skew, load.seed)
-    setting = _setting(own, projection, drafts, routing, found, devices)
-    devices = served_by(
-        devices,
-        projection.framework,
-        config,
-        setting.types.weights,
-        has_drafts=setting.multi_token.num_drafts > 0,
+    asked, multi_token = load.load(config), drafts.multi_token()
+    if multi_token.num_drafts and own.engine == "expertlane":
+        raise UserError("--mtp: expertlane has no drafts; leave it out with --engine expertlane")
+    has_drafts = multi_token.num_drafts > 0
+    there = found.on_cluster(projection, devices, load.seed, has_drafts=has_drafts)
+    is_narrow = there.types.weights in ("float8", "nvfp4")  # DeepEP sends float8 beside both
+    payload: PayloadType = "float8" if is_narrow else "model"
+    setting = Setting(
+        there.types,
+        Execution(projection.execution),
+        there.routing.source,
+        payload,
+        copies=own.copies,
+        multi_token=multi_token,
     )
     engine, goals = _engine_of_framework(own, projection.framework), Goals.of(load.slos)
-    request = PlanRequest.of_load(asked, config, devices, goals, setting, engine, load.seed)
-    return _Question(found, asked, routing, request)
+    request = PlanRequest.of_load(asked, config, there.cluster, goals, setting, engine, load.seed)
+    return _Question(found, asked, there.routing, request)
 
 
 def _engine_of_framework(own: _Options, framework: str | None) -> EngineName | None:
@@ -228,38 +230,6 @@ def _engine_of_framework(own: _Options, framework: str | None) -> EngineName | N
             f"{framework}"
         )
     return engine
-
-
-def _setting(
-    own: _Options,
-    projection: ProjectionOptions,
-    drafts: DraftOptions,
-    routing: "RoutingChoice",
-    found: FoundModel,
-    devices: "ModelledCluster",
-) -> "Setting":
-    """Number types, execution, routing, payload and drafts of all deployments.
-
-    Raises:
-        UserError: drafts are asked for of an engine that has none.
-    """
-    from expertlane.cost.laws.profile import Execution
-    from expertlane.cost.projector import Setting
-
-    multi_token = drafts.multi_token()
-    if multi_token.num_drafts and own.engine == "expertlane":
-        raise UserError("--mtp: expertlane has no drafts; leave it out with --engine expertlane")
-    types = found.number_types(projection.dtype, projection.kv_dtype, devices)
-    is_narrow = types.weights in ("float8", "nvfp4")  # DeepEP sends float8 beside both
-    payload: PayloadType = "float8" if is_narrow else "model"
-    return Setting(
-        types,
-        Execution(projection.execution),
-        routing.source,
-        payload,
-        copies=own.copies,
-        multi_token=multi_token,
-    )
 
 
 def _types(types: "NumberTypes") -> dict[str, str]:

@@ -11,7 +11,7 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.load import SimulatedLoad
-from expertlane.cli.model import FoundModel, find_model
+from expertlane.cli.model import FoundModel, OnCluster, find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     TOKENS_OF_STEP,
@@ -34,10 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from expertlane.cost.laws.profile import ModelledCluster
+    from expertlane.cost.throughput import MultiToken
     from expertlane.results.results import Results
     from expertlane.simulator.row import Row
     from expertlane.simulator.simulator import Outcome, ServingSetup, Simulator
     from expertlane.simulator.watch import Precision
+    from expertlane.spec.deployment import Options
     from expertlane.spec.workload import Load
 
 
@@ -187,78 +189,93 @@ def run(
     model: OptionalModel = None,
 ) -> output.Found:
     """Simulate, and return the results; prints nothing on standard output."""
-    loads = load_options.loads()
-    multi_token = drafts.multi_token()
-    row = own.row()
+    loads, multi_token, row = load_options.loads(), drafts.multi_token(), own.row()
     layout_text, cluster = _needed("--layout", own.layout), _needed("--cluster", own.cluster)
     if row is not None:
         loads = [each.of_lengths() for each in loads]  # as a plan takes recorded requests
-        found_model = FoundModel(row.model.name, row.model, None)
+        found = FoundModel(row.model.name, row.model, None)
     else:
-        found_model = find_model(_needed("MODEL", model), weights=False)
+        found = find_model(_needed("MODEL", model), weights=False)
 
-    from expertlane.cost.laws.frameworks import served_by
-    from expertlane.cost.laws.profile import Execution, parse_cluster
-    from expertlane.cost.routing import choose_routing
+    from expertlane.cost.laws.profile import parse_cluster
     from expertlane.results.results import with_costs
     from expertlane.simulator.results import simulation
-    from expertlane.simulator.simulator import ServingSetup, Simulator
+    from expertlane.simulator.simulator import Simulator
     from expertlane.simulator.watch import Precision
     from expertlane.spec.workload import check_lengths
 
-    config, seed = found_model.config, load_options.seed
-    modelled = parse_cluster(cluster)
-    routing = choose_routing(config, projection.routing_trace, projection.skew, seed)
-    with naming("--prefill-layout"):
-        text = own.prefill_layout
-        prefill_layout = None if text is None else found_model.lay_out(text)
-    layout = found_model.lay_out(layout_text)
-    types = found_model.number_types(projection.dtype, projection.kv_dtype, modelled)
-    modelled = served_by(
-        modelled, projection.framework, config, types.weights, has_drafts=multi_token.num_drafts > 0
-    )
-    if row is not None:
-        types = replace(types, rounds_inputs=row.options.activations == "float8")
-    options = deployment.options
-    if options.placement == "load" and layout.ep == getattr(prefill_layout, "ep", 1) == 1:
-        options = replace(options, placement="linear")  # every rank has a part of every expert
-    setup = ServingSetup(
-        layout=layout,
-        prefill_layout=prefill_layout,
-        options=options,
-        types=types,
-        execution=Execution(projection.execution),
-        routing=routing.source,
-        multi_token=multi_token,
-        prefill_options=None if row is None else row.prefill_options,
-        **_sizes(scheduler, projection.framework, layout, loads),
-    )
+    most_len, has_drafts = found.config.max_position_embeddings, multi_token.num_drafts > 0
+    seed, devices = load_options.seed, parse_cluster(cluster)
+    there = found.on_cluster(projection, devices, seed, has_drafts=has_drafts)
+    pools = _laid_out(found, layout_text, own.prefill_layout)
+    sizes = _sizes(scheduler, projection.framework, pools[0], loads)
+    setup = _setup(there, pools, deployment.options, multi_token, projection.execution, row, sizes)
     for load in loads:
-        check_lengths(load, config.max_position_embeddings)
-    _check(found_model, setup, modelled)
-    folder = call.folder(output.slug("simulate", config.name, cluster))
+        check_lengths(load, most_len)
+    _check(found, setup, there.cluster)
+    folder = call.folder(output.slug("simulate", found.config.name, cluster))
     if not own.cold_start:
-        loads = [each.varied(config.max_position_embeddings) for each in loads]
-    with found_model.cautioning(types, modelled):
-        simulators = [Simulator(config, modelled, setup, load) for load in loads]
+        loads = [each.varied(most_len) for each in loads]
+    with found.cautioning(there.types, there.cluster):
+        simulators = [Simulator(found.config, there.cluster, setup, load) for load in loads]
     # Unless objectives are given, as long a stretch as a row was found by.
     precision = Precision.of(load_options.slos, load_options.num_requests)
-    slos = load_options.slos or (row.slos if row is not None else ())
-    own_cautions = found_model.cautions(setup.types, modelled) if row is None else row.cautions
     run_one = partial(_run, seed=seed, precision=precision, cold_start=own.cold_start)
     runs = [(each, run_one(each, is_alone=len(loads) == 1)) for each in simulators]
     results = simulation(
         runs,
         load_options.question(loads[0]),
-        routing,
-        slos,
+        there.routing,
+        load_options.slos or (row.slos if row is not None else ()),
         command=call.command,
-        cautions=own_cautions,
+        cautions=found.cautions(setup.types, there.cluster) if row is None else row.cautions,
     )
     if load_options.price is not None:
         results = with_costs(results, load_options.price)
     traced = folder if own.trace else None
     return output.Found(results, folder, lambda: _write_trace(runs, results, traced))
+
+
+def _laid_out(found: FoundModel, text: str, prefill: str | None) -> "tuple[Layout, Layout | None]":
+    """The layouts of the pool that decodes, and of the prefill pool if there is one.
+
+    Raises:
+        UserError: one is none, or the model cannot be laid out so.
+    """
+    with naming("--prefill-layout"):
+        prefill_layout = None if prefill is None else found.lay_out(prefill)
+    return found.lay_out(text), prefill_layout
+
+
+def _setup(
+    there: OnCluster,
+    pools: "tuple[Layout, Layout | None]",
+    options: "Options",
+    multi_token: "MultiToken",
+    execution: str,
+    row: "Row | None",
+    sizes: "Mapping[str, Any]",
+) -> "ServingSetup":
+    """The pools and their settings; a row of a plan has some of its own."""
+    from expertlane.cost.laws.profile import Execution
+    from expertlane.simulator.simulator import ServingSetup
+
+    types, (layout, prefill_layout) = there.types, pools
+    if row is not None:
+        types = replace(types, rounds_inputs=row.options.activations == "float8")
+    if options.placement == "load" and layout.ep == getattr(prefill_layout, "ep", 1) == 1:
+        options = replace(options, placement="linear")  # every rank has a part of every expert
+    return ServingSetup(
+        layout=layout,
+        prefill_layout=prefill_layout,
+        options=options,
+        types=types,
+        execution=Execution(execution),
+        routing=there.routing.source,
+        multi_token=multi_token,
+        prefill_options=None if row is None else row.prefill_options,
+        **sizes,
+    )
 
 
 def _needed(name: str, value: str | None) -> str:
