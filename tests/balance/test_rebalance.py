@@ -12,7 +12,7 @@ from cli.screen import in_order
 from expertlane.balance.placement import (
     WHOLE,
     Move,
-    Part,
+    MovedPart,
     Placement,
     between_ranks,
     keep_slots,
@@ -141,12 +141,16 @@ def test_a_slice_takes_as_long_as_its_busiest_rank():
     moved = [Move(0, 0, 0, 1, 0), Move(0, 1, 0, 2, 0), Move(1, 0, 2, 2, 1), Move(1, 0, 1, 0, 0)]
     crossing = between_ranks(moved)
     assert crossing == [*moved[:2], *moved[3:]]  # the third only changes its slot
-    waiting = deque(map(Part, crossing))
+    waiting = deque(map(MovedPart, crossing))
     slices = [next_slice(waiting, GATE.slice_most) for _ in range(2)]
     assert not waiting
     half = WHOLE // 2  # of the second, which comes from the same rank
-    assert slices[0] == [Part(moved[0]), Part(moved[1], 0, half), Part(moved[3])]  # that passes it
-    assert slices[1] == [Part(moved[1], half)]
+    assert slices[0] == [
+        MovedPart(moved[0]),
+        MovedPart(moved[1], 0, half),
+        MovedPart(moved[3]),
+    ]  # that passes it
+    assert slices[1] == [MovedPart(moved[1], half)]
     num = [most_of_a_rank(each) / WHOLE for each in slices]
     assert GATE.cost_s(crossing) == pytest.approx((sum(num) + 2) * 0.03)
 
@@ -158,7 +162,7 @@ def test_a_slice_takes_as_long_as_its_busiest_rank():
 def test_slices_have_every_byte_once_and_no_rank_has_too_many(moved, most):
     most = max(most, WHOLE // 50)
     needed = [Move(0, number, *ranks, 0) for number, ranks in enumerate(moved)]
-    waiting, seen = deque(map(Part, needed)), dict.fromkeys(range(len(needed)), 0)
+    waiting, seen = deque(map(MovedPart, needed)), dict.fromkeys(range(len(needed)), 0)
     while waiting:
         parts = next_slice(waiting, most)
         assert 0 < most_of_a_rank(parts) <= most

@@ -468,7 +468,7 @@ class Move:
 
 
 @dataclass(frozen=True)
-class Part:
+class MovedPart:
     """A part of an expert that moves, cut alike on all ranks that have a slice of it.
 
     Attributes:
@@ -485,7 +485,7 @@ def between_ranks(needed: Sequence[Move]) -> list[Move]:
     return [move for move in needed if move.source != move.rank]
 
 
-def next_slice(waiting: deque[Part], most: int) -> list[Part]:
+def next_slice(waiting: deque[MovedPart], most: int) -> list[MovedPart]:
     """Take parts of which no rank sends or receives more than `most` of `WHOLE`.
 
     First come those that wait first; others pass them where their ranks have no room left.
@@ -513,7 +513,7 @@ def next_slice(waiting: deque[Part], most: int) -> list[Part]:
     return taken
 
 
-def most_of_a_rank(parts: Iterable[Part]) -> int:
+def most_of_a_rank(parts: Iterable[MovedPart]) -> int:
     """The most that any rank sends or receives, in units of 1 / `WHOLE` of an expert."""
     busy: Counter[tuple[str, int]] = Counter()
     for part in parts:

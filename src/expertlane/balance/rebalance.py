@@ -13,8 +13,8 @@ from expertlane.balance.placement import (
     Floats,
     Ints,
     Move,
+    MovedPart,
     Packing,
-    Part,
     Placement,
     between_ranks,
     keep_slots,
@@ -100,7 +100,7 @@ class RebalanceGate:
 
     def cost_s(self, crossing: Sequence[Move]) -> float:
         """Seconds that moves cost: for each slice its busiest rank's transfers, and a stall."""
-        waiting, seconds = deque(map(Part, crossing)), 0.0
+        waiting, seconds = deque(map(MovedPart, crossing)), 0.0
         while waiting:
             share = most_of_a_rank(next_slice(waiting, self.slice_most)) / WHOLE
             seconds += share * self.move_s + self.stall_s
@@ -205,7 +205,7 @@ class CopyDecision:
 
     @property
     def pays(self) -> bool:
-        """Whether the gain exceeds the cost."""
+        """True if balancing saves more time than it takes."""
         return self.gain_s > self.cost_s
 
     @property

@@ -68,7 +68,7 @@ class _Options:
 
     @property
     def is_file(self) -> bool:
-        """Whether the placement is read."""
+        """True if `--placement` names a file."""
         return self.placement not in (None, "linear", "round_robin")
 
 

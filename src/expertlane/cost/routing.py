@@ -444,7 +444,8 @@ def choose_routing(
     Tokens of one prompt choose similar experts by default; with a `skew` they are independent.
 
     Args:
-        skew: None for the usual one of the model with its bounds, without a trace.
+        skew: exponent of the power law; None for the model's usual one and its bounds, and beside
+            a trace.
         num_sampled_layers: for a power law; see `PowerLawRouting.of`.
 
     Raises:

@@ -17,7 +17,7 @@ from engine.ops.cuda.tiny_models import MODELS
 from engine.ranks.rank_threads import Meeting, RankThreads
 from engine.stage.test_decode_graphs import arrivals, difference, drive, limits_of, requests_of
 from engine.test_graph_recording import table_of
-from expertlane.balance.placement import Move, Part, Placement
+from expertlane.balance.placement import Move, MovedPart, Placement
 from expertlane.engine.model.decode_graphs import DecodeGraphs
 from expertlane.spec.deployment import GraphLimits, Options, is_static_on
 from expertlane.spec.layout import Layout
@@ -214,7 +214,7 @@ def move_two(ranks):
     """Two ranks exchange an expert; gives placements for the next step."""
     placements = [Placement(4, ((0, 2), (1, 3)))] * MODEL.num_hidden_layers
     parts = [
-        Part(Move(layer, expert, source, 1 - source, slot))
+        MovedPart(Move(layer, expert, source, 1 - source, slot))
         for layer in range(MODEL.num_hidden_layers)
         for expert, source, slot in ((1, 0, 0), (2, 1, 1))
     ]

@@ -9,6 +9,7 @@ and `reduces_to_all`.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -138,31 +139,36 @@ class KernelSet:
 
 ENGINE = KernelSet("the engine's tensor operations", "the engine's", "as measured on this machine")
 
+# Of kernels that do at once what tensor operations do one by one.
+_FUSED: dict[str, Any] = {
+    "widened_norm": 1,
+    "rotate": 1,
+    "decode_group": 2,
+    "prefill_group": 1,
+    "is_grouped": False,
+    "activation": 1,
+    "scored_route": 2,
+    "grouped_route": 2,
+    "round_inputs": 1,
+    "sum_term": 0,
+    "sum_once": 1,
+    "expert": 0,
+    "expert_product": 0,
+}
+
 # Read off `engine/ops/cuda`, and off torch's operations for what it leaves to them: packing,
 # norms over the heads of all ranks, the choice of tokens.
 ENGINE_ON_GPUS = KernelSet(
     "the engine's kernels on GPUs",
     "the engine's own",
     "Triton kernels and torch's products, as measured on this card (docs/gpu.md)",
-    widened_norm=1,
+    **_FUSED,
     residual=0,
-    rotate=1,
     write=0,
     head_norm=0,
-    decode_group=2,
-    prefill_group=1,
-    is_grouped=False,
-    activation=1,
     latent=10,
     route=2,
-    scored_route=2,
-    grouped_route=2,
     by_expert=5,
-    round_inputs=1,
-    sum_term=0,
-    sum_once=1,
-    expert=0,
-    expert_product=0,
     experts_once=7,
     last=4,
     argmax=6,
@@ -173,32 +179,20 @@ GPU_LIBRARIES = KernelSet(
     "GPU libraries",
     "fused as in GPU libraries; an estimate",
     "the engine has such for attention, norms and experts; it dispatches by more and smaller ones",
-    widened_norm=1,
-    rotate=1,
+    **_FUSED,
     write=1,
     head_norm=1,
     squares=1,
     scale=1,
-    decode_group=2,
-    prefill_group=1,
-    is_grouped=False,
-    activation=1,
     gate=2,
     route=1,
-    scored_route=2,
-    grouped_route=2,
     choose=1,
     by_peer=1,
     by_expert=2,
     share=16,
     pack=1,
     narrow=1,
-    round_inputs=1,
     widen=0,
-    sum_term=0,
-    sum_once=1,
-    expert=0,
-    expert_product=0,
     experts_once=5,
     embed=1,
     last=1,

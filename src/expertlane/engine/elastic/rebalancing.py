@@ -20,7 +20,7 @@ import numpy.typing as npt
 from expertlane.balance.holding import Placements
 from expertlane.balance.placement import (
     WHOLE,
-    Part,
+    MovedPart,
     Placement,
     most_of_a_rank,
     next_slice,
@@ -210,7 +210,7 @@ class _Replica:
         self.gate: RebalanceGate
         self.planning: Future[Proposal] | None = None
         self.next: Placements | None = None
-        self.waiting: deque[Part] = deque()
+        self.waiting: deque[MovedPart] = deque()
         self.under_way: tuple[float, Ticket[float]] | None = None
         self.pace = pace
         self.paid_before = 0.0  # `pace.paid_s` when the present moves were decided
@@ -415,7 +415,7 @@ class Rebalancer:
         arranged = self._arranged.now
         after = arranged.moved(plan.replica, replica.next)
         change = Transition(arranged, after, arranged.members.numbers)
-        replica.waiting = deque(map(Part, change.moves(plan.replica)))
+        replica.waiting = deque(map(MovedPart, change.moves(plan.replica)))
         return self._move_on(replica, plan)
 
     def _gate(self, replica: _Replica) -> RebalanceGate:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.holding import Placements
-from expertlane.balance.placement import Part
+from expertlane.balance.placement import MovedPart
 from expertlane.balance.transition import Arrangement
 from expertlane.cost.step.operation import SIZES, Kind, TransferKind
 from expertlane.engine.ranks.messages import Decoder, Message, MessageError
@@ -372,7 +372,7 @@ class StartMoves(Command[float]):
     The answer is the seconds that this took.
     """
 
-    parts: tuple[Part, ...]
+    parts: tuple[MovedPart, ...]
 
 
 class FinishMoves(Command[float]):

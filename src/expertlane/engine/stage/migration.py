@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from expertlane.balance.holding import Placements
-from expertlane.balance.placement import WHOLE, Move, Part, Placement
+from expertlane.balance.placement import WHOLE, Move, MovedPart, Placement
 from expertlane.engine.comm.collectives import Pending
 from expertlane.engine.comm.progress import NO_LAYER, ProgressReporter
 from expertlane.engine.model.transformer import TransformerStage
@@ -44,13 +44,13 @@ class Migration:
         self._stage = stage
         self._progress = progress
         self._sending: list[Pending] = []
-        self._arriving: list[tuple[Part, Pending]] = []
+        self._arriving: list[tuple[MovedPart, Pending]] = []
         # By layer and expert: tensors of experts that are sent or received only in part so far.
         self._leaving: dict[tuple[int, int], list[Tensor]] = {}
         self._begun: dict[tuple[int, int], list[Tensor]] = {}
         self._arrived: Arrived = {}  # and not in use yet
 
-    def start_moves(self, parts: Sequence[Part]) -> float:
+    def start_moves(self, parts: Sequence[MovedPart]) -> float:
         """Start to send and receive parts of experts; `Move.layer` is a hidden layer.
 
         Returns:
@@ -139,7 +139,7 @@ class Migration:
         num_bytes, seconds = 0, []
         for end in (WHOLE, 1):
             began_s = time.perf_counter()
-            tensors, part = _tensors(held), Part(Move(0, 0, 0, 0, 0), 0, end)
+            tensors, part = _tensors(held), MovedPart(Move(0, 0, 0, 0, 0), 0, end)
             own = _bytes_of(tensors, part)
             sending = ep.send(own, (ep.rank + 1) % ep.size)
             arrived = ep.receive(torch.empty_like(own), (ep.rank - 1) % ep.size).wait()
@@ -155,7 +155,7 @@ def _tensors(expert: Expert) -> list[Tensor]:
     return [tensor.contiguous() for tensor in expert.tensors()]
 
 
-def _pieces(tensors: Sequence[Tensor], part: Part) -> list[Tensor]:
+def _pieces(tensors: Sequence[Tensor], part: MovedPart) -> list[Tensor]:
     """Views of the bytes of a part of an expert, whose tensors are taken as concatenated."""
     num_bytes = sum(tensor.nbytes for tensor in tensors)
     begin, end = (each * num_bytes // WHOLE for each in (part.begin, part.end))
@@ -167,13 +167,13 @@ def _pieces(tensors: Sequence[Tensor], part: Part) -> list[Tensor]:
     return pieces
 
 
-def _bytes_of(tensors: Sequence[Tensor], part: Part) -> Tensor:
+def _bytes_of(tensors: Sequence[Tensor], part: MovedPart) -> Tensor:
     """A copy of a part's bytes, [1, num_bytes]; [0, 0] where the part is less than a byte."""
     packed = torch.cat(_pieces(tensors, part))
     return packed.view(int(len(packed) > 0), len(packed))
 
 
-def _put_bytes(tensors: Sequence[Tensor], part: Part, received: Tensor) -> None:
+def _put_bytes(tensors: Sequence[Tensor], part: MovedPart, received: Tensor) -> None:
     """Fill a part of tensors with received bytes, in the shape of `_bytes_of`."""
     pieces = _pieces(tensors, part)
     arrived = torch.split(received.view(-1), [*map(len, pieces)])
