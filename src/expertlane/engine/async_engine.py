@@ -41,7 +41,7 @@ class RequestGroup:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all last chunks have arrived; `Generation.take` may still have some to give."""
+        """True if all last chunks have arrived; `Generation.take` may still have some to give."""
         return not self.unfinished
 
     def begin(self, output: RequestOutput) -> None:

@@ -128,12 +128,12 @@ class Engine(Generic[HandleT]):
 
     @property
     def has_unfinished(self) -> bool:
-        """Whether `step` has chunks to return, now or later."""
+        """True if `step` has chunks to return, now or later."""
         return bool(self._live or self._ended)
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is unfinished, no step is under way, and no chunk waits."""
+        """True if no request is unfinished, no step is under way, and no chunk waits."""
         return not (self._ended or self.scheduler.has_unfinished)
 
     def add(

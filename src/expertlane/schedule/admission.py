@@ -1,4 +1,4 @@
-"""What goes into a step: the batch of a data-parallel rank, and which waiting requests join it."""
+"""The batch of a data-parallel rank in a step, and the admission of waiting requests to it."""
 
 import heapq
 from collections.abc import Sequence

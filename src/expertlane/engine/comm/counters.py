@@ -1,4 +1,4 @@
-"""What a rank counts: FLOPs, bytes, tokens of experts and fan-out of a step; running totals.
+"""The counts of a rank: FLOPs, bytes, tokens of experts and fan-out of a step; running totals.
 
 Unlike the counters of a recorded step, the meter is cheap enough for every step of a server, and
 lets layers run in one C++ call, which adds to the same memory.

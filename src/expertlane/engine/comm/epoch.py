@@ -28,7 +28,7 @@ class Epoch:
 
     @property
     def has_ended(self) -> bool:
-        """Whether a later epoch has begun."""
+        """True if a later epoch has begun."""
         return self._board.epoch > self.number
 
     def check(self) -> None:
@@ -78,7 +78,7 @@ class Event(Protocol):
     """An event on a stream, as `torch.cuda.Event`."""
 
     def query(self) -> bool:
-        """Whether the stream has passed it; does not block."""
+        """True if the stream has passed it; does not block."""
         ...
 
 

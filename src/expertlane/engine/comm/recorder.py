@@ -456,9 +456,9 @@ class Recorder(StepCounters):
 
     @property
     def may_wait_at_once(self) -> bool:
-        """Whether a transfer can be begun and waited for in one call.
+        """True if a transfer can be begun and waited for in one call.
 
-        That is so where nothing overlaps with it, and the step is not recorded.
+        Nothing overlaps with it then, and the step is not recorded.
         """
         return not (self.is_recording or self.is_interleaved)
 

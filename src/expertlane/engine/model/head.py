@@ -1,6 +1,6 @@
 """The output head: the likeliest tokens or logits, and log-probabilities of prompt tokens."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import partition
 from expertlane.spec.model import FINAL_NORM, HEAD, ModelConfig
 from expertlane.spec.names import Stage
-from expertlane.spec.sampling import PromptPart, SamplingState
+from expertlane.spec.sampling import PromptPart, SamplingState, TokenLogprobs
 
 NO_TOKEN = -1  # in place of a choice: the greatest logit is NaN or infinite
 
@@ -137,6 +137,35 @@ class HeadResult(NamedTuple):
     logits: Tensor
     all_logits: Tensor | None
     prompt_logprobs: Mapping[int, PromptPart] = MappingProxyType({})
+
+
+class ChosenLogprobs(NamedTuple):
+    """Log-probabilities of chosen tokens and of the likeliest, on the device.
+
+    Attributes:
+        rows: rows of the sequences that ask for them.
+        nums: how many of the likeliest each asks for.
+        columns: the result of `token_logprobs` for these rows.
+    """
+
+    rows: list[int]
+    nums: list[int]
+    columns: tuple[Tensor, ...]
+
+    def read(
+        self, token_ids: list[int], arrived: Iterator[Tensor]
+    ) -> Iterator[tuple[int, TokenLogprobs]]:
+        """Pairs of row and log-probabilities; rows with `NO_TOKEN` are left out.
+
+        Args:
+            token_ids: [num_seqs]; the chosen tokens.
+            arrived: tensors on the host; the first are `columns`, which are taken from it.
+        """
+        lists = [next(arrived).tolist() for _ in self.columns]
+        for row, num, logprob, ids, values in zip(self.rows, self.nums, *lists, strict=True):
+            if (token_id := token_ids[row]) != NO_TOKEN:
+                top = tuple(zip(ids[:num], values[:num], strict=True))
+                yield row, TokenLogprobs(token_id, logprob, top)
 
 
 def likeliest(logits: Tensor) -> Tensor:

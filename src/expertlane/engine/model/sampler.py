@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -23,7 +23,7 @@ from expertlane.engine.model.draw import (
     token_logprobs,
     uniform_numbers,
 )
-from expertlane.engine.model.head import NO_TOKEN, likeliest
+from expertlane.engine.model.head import NO_TOKEN, ChosenLogprobs, likeliest
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.device import to_device
 from expertlane.spec.sampling import SamplingParams, SamplingState, TokenLogprobs
@@ -116,7 +116,7 @@ class SampledBatch:
                 penalty.count(counted)
         return token_ids
 
-    def logprobs(self, logits: Tensor, token_ids: Tensor) -> "ChosenLogprobs | None":
+    def logprobs(self, logits: Tensor, token_ids: Tensor) -> ChosenLogprobs | None:
         """Log-probabilities by the model's own distribution; None if no sequence asks for any.
 
         Args:
@@ -130,35 +130,6 @@ class SampledBatch:
         nums = [sequence.params.logprobs or 0 for sequence in members.sequences]
         columns = token_logprobs(own, chosen, min(max(nums), own.shape[1]))
         return ChosenLogprobs(members.numbers, nums, columns)
-
-
-class ChosenLogprobs(NamedTuple):
-    """Log-probabilities of chosen tokens and of the likeliest, on the device.
-
-    Attributes:
-        rows: rows of the sequences that ask for them.
-        nums: how many of the likeliest each asks for.
-        columns: the result of `token_logprobs` for these rows.
-    """
-
-    rows: list[int]
-    nums: list[int]
-    columns: tuple[Tensor, ...]
-
-    def read(
-        self, token_ids: list[int], arrived: Iterator[Tensor]
-    ) -> Iterator[tuple[int, TokenLogprobs]]:
-        """Pairs of row and log-probabilities; rows with `NO_TOKEN` are left out.
-
-        Args:
-            token_ids: [num_seqs]; the chosen tokens.
-            arrived: tensors on the host; the first are `columns`, which are taken from it.
-        """
-        lists = [next(arrived).tolist() for _ in self.columns]
-        for row, num, logprob, ids, values in zip(self.rows, self.nums, *lists, strict=True):
-            if (token_id := token_ids[row]) != NO_TOKEN:
-                top = tuple(zip(ids[:num], values[:num], strict=True))
-                yield row, TokenLogprobs(token_id, logprob, top)
 
 
 class _Members:
@@ -490,7 +461,7 @@ class Sampler:
         self._step = SamplerStep({})
 
     def samples_any(self, seq_ids: Iterable[int]) -> bool:
-        """Whether any of these sequences is sampled, not plainly greedy."""
+        """True if any of these sequences is sampled, not plainly greedy."""
         return not self._admitted.keys().isdisjoint(seq_ids)
 
     def state(self, seq_id: int) -> SamplingState | None:
@@ -555,7 +526,7 @@ class Sampler:
                     counted.append((own.seed, *map(of_tensor, counts)))
         return crc32(repr(counted).encode())
 
-    def sample(self, seq_ids: list[int], logits: Tensor) -> "Sampled":
+    def sample(self, seq_ids: list[int], logits: Tensor) -> Sampled:
         """Choose the next token of each sequence, and count it as output.
 
         Args:

@@ -112,7 +112,7 @@ class CheckedDispatcher(Dispatcher):
         return self._inner.room(num_pairs, rows)
 
     def is_row(self, sent: _Sent) -> Tensor | None:
-        """Whether each row that arrived is no padding; None where none is."""
+        """[R]; True for rows that arrived and are no padding; None where none is."""
         return self._inner.is_row(sent.inner)
 
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, _Sent]]:

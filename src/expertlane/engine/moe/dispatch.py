@@ -154,7 +154,7 @@ class CopyChooser:
 
     @property
     def has_copies(self) -> bool:
-        """Whether any expert has several copies."""
+        """True if any expert has several copies."""
         return self._of_stage.is_balanced
 
     def balanced(self, topk_ids: Tensor, num_of_stage_rank: Sequence[int]) -> Tensor:
@@ -317,7 +317,7 @@ class Dispatcher(ABC):
         """
 
     def is_row(self, sent: Any) -> Tensor | None:
-        """Whether each row that arrived, [R], is no padding; None where none is."""
+        """[R]; True for rows that arrived and are no padding; None where none is."""
         return None
 
     def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:

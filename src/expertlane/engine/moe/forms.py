@@ -290,7 +290,7 @@ class StaticDispatcher(Dispatcher):
         return rows, pairs, sent
 
     def is_row(self, sent: Placed) -> Tensor:
-        """Whether each row that arrived, [R], is no padding."""
+        """[R]; True for rows that arrived and are no padding."""
         return (sent.places >= 0).any(1)
 
     def combine(self, sent: Placed, results: Tensor) -> Steps[Tensor]:

@@ -76,16 +76,9 @@ class FewRowsLinear(PackedLinear):
     pack = staticmethod(Linear.pack)
 
     def __call__(self, x: Tensor) -> Tensor:
-        m, k = x.shape
-        if m > FEW_ROWS or x.stride(1) != 1 or x.dtype is not torch.float32:
+        if len(x) > FEW_ROWS or x.stride(1) != 1 or x.dtype is not torch.float32:
             return Linear.__call__(self, x)
-        out = x.new_empty(m, self.out_features)
-        if m:
-            self._kernel(
-                *(x.data_ptr(), x.stride(0), m, self.weight.data_ptr(), self.out_features, k),
-                *(None if self.bias is None else self.bias.data_ptr(), out.data_ptr()),
-            )
-        return out
+        return super().__call__(x)
 
 
 class NarrowLinear(ScaledLinear):

@@ -42,7 +42,7 @@ class Part:
         self._most_tokens = FEW_ROWS if dtype is torch.float32 else MOST_TOKENS
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the call can compute x [num_tokens, hidden_size]."""
+        """True if the call can compute x [num_tokens, hidden_size]."""
         return 0 < x.shape[0] <= self._most_tokens and x.is_contiguous()
 
 
@@ -301,7 +301,7 @@ class AttentionCall(Protocol):
     """A layer's attention, from hidden states to the output projection, in one call."""
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the call can compute x [num_tokens, hidden_size]."""
+        """True if the call can compute x [num_tokens, hidden_size]."""
         ...
 
     def __call__(self, x: Tensor, cache: KVCache, batch: PagedBatch, *, adds_input: bool) -> Tensor:
@@ -405,7 +405,7 @@ class MlpCall(Protocol):
     """An MLP of all tokens in one call; with the norm before it and the scale after it, if any."""
 
     def takes(self, x: Tensor) -> bool:
-        """Whether the call can compute x [num_tokens, hidden_size]."""
+        """True if the call can compute x [num_tokens, hidden_size]."""
         ...
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -244,11 +244,11 @@ class DeployedStage:
         self._sends: deque[list[Pending]] = deque()
 
     def is_as_at_first(self, spec: StageSpec) -> bool:
-        """Whether the stage is as `spec` would build it, with no expert moved since."""
+        """True if the stage is as `spec` would build it, with no expert moved since."""
         return self.spec == spec and self.is_placed(spec.placements)
 
     def is_placed(self, placements: Placements) -> bool:
-        """Whether experts have these placements."""
+        """True if experts have these placements."""
         blocks = self.stage.moe_blocks
         return all(block.placement == placements[layer] for layer, block in blocks.items())
 
@@ -546,7 +546,7 @@ class DeployedStage:
                 self._sends[-1].append(send)
 
     def _needs_logits(self, batch: Batch) -> bool:
-        """Whether any sequence that yields a token is sampled, not plainly greedy."""
+        """True if a sequence that yields a token is sampled, not plainly greedy."""
         return self._sampler.samples_any(batch.yielding_seq_ids)
 
     def _scored(self, part: ForwardBatch) -> ScoredPrompts | None:

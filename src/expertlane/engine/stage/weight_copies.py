@@ -30,7 +30,7 @@ from expertlane.spec.model import EMBEDDING
 
 
 class Role(IntEnum):
-    """What a rank does in copying."""
+    """The part of a rank in copying."""
 
     SENDS = 0  # it has all weights of its place
     RECEIVES = 1  # it has no weights
@@ -150,7 +150,7 @@ class WeightCopies:
 
 
 def _pays(context: RankContext, spec: StageSpec) -> bool:
-    """Whether copying is faster than making the weights; the same on all ranks."""
+    """True if copying is faster than making the weights; the same on all ranks."""
     is_made = spec.checkpoint is None or (spec.weights == "int8" and not spec.cache_int8)
     return is_made and context.platform.device.type == "cpu"
 
