@@ -35,7 +35,7 @@ def check(output: str) -> None:
     assert "['even.csv', 'report.html', 'report.md', 'results.json']" in output
     assert "[1, 2, 3] → [" in output
     assert "| 8 in / 8 out | measured" in output
-    assert "plan-paper-tiny-h100x2" in output  # the comparison
+    assert "compare-paper-tiny-h100x2" in output
 
 
 @pytest.mark.full

@@ -46,6 +46,7 @@ def test_a_plan_is_printed_and_written(run, here):
     }
     experiment = read_experiment(folder / "experiment.toml")
     assert experiment.model.name == "paper-tiny"
+    assert experiment.name != folder.name, "compare would overwrite the plan's results"
     assert experiment.workload.num_sequences == 8
     data = json.loads((folder / "results.json").read_text())
     best = data["deployments"][0]

@@ -122,8 +122,8 @@ def run(
     cluster = own.cluster.removesuffix(_AUTO) + "x1" if is_auto else own.cluster
     found, asked, routing, request = _question(own, cluster, load, projection, drafts)
     setting, trace = request.setting, projection.routing_trace
-    name = output.slug("plan", found.config.name, own.cluster if is_auto else request.cluster)
-    folder = call.folder(name)
+    subject = found.config.name, own.cluster if is_auto else request.cluster
+    folder = call.folder(output.slug("plan", *subject))
     experiment = None if folder is None else folder / _EXPERIMENT
     stand_in_laws = stand_ins(request.cluster.profile, setting.types)
     cautions = *found.cautions(setting.types, request.cluster), *stand_in_laws
@@ -158,6 +158,7 @@ def run(
         written_by = f"Written by: {results.command}"
         own_table = on_cluster | load.lengths(asked) | _types(setting.types) | {"slo": load.limits}
         table = Projection(**own_table).located(Path.cwd())
+        name = output.slug("compare", *subject)  # so that its results leave the plan's in place
         return [write_text(experiment, plan.experiment(name, checkpoint, written_by, table))]
 
     return output.Found(results, folder, write_experiment)
