@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from expertlane import __version__
-from expertlane.engine.elastic.recovery_record import Kind, State
+from expertlane.engine.elastic.recovery_record import RecoveryKind, State
 from expertlane.engine.llm import LLM
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -102,7 +102,7 @@ def one_run(llm: LLM, clients: Clients, layout: Layout, rank: int, number: int) 
             seen[key] = before.get(key, []) + [t for t in arrivals if t > harmed_s]
         num_after += recovery.num_recoveries > num_before
     gaps: dict[str, list[float]] = {"lost": [], "unaffected": [], "growing": []}
-    grew_s = [r.moments[0].time_s for r in recovery.records if r.kind is Kind.GROWTH][-1:]
+    grew_s = [r.moments[0].time_s for r in recovery.records if r.kind is RecoveryKind.GROWTH][-1:]
     for key, arrivals in seen.items():
         place = places.get(key)
         whose = "lost" if place == (at.replica, at.dp_rank) else "unaffected"

@@ -15,7 +15,7 @@ from expertlane.cost.laws.device import DeviceModel, roofline
 from expertlane.cost.laws.fitting import Rows, fit_surface
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Basis, Surface
-from expertlane.cost.step.operation import Kind
+from expertlane.cost.step.operation import OpKind
 
 Sizes = Mapping[str, Array | float]
 
@@ -47,7 +47,7 @@ class Law:
         library: of a law beside the usual one of its kind and type.
     """
 
-    kind: Kind
+    kind: OpKind
     dtype: str
     sources: tuple[Source, ...]
     axes: Mapping[str, Sequence[float]]
@@ -58,7 +58,7 @@ class Law:
     @property
     def name(self) -> str:
         """Of its surface."""
-        if self.kind is Kind.MEMORY:
+        if self.kind is OpKind.MEMORY:
             return str(self.kind)
         return f"{self.kind}.{self.dtype}{f'.{self.library}' if self.library else ''}"
 
@@ -128,7 +128,7 @@ def _judge(law: Law, surface: Surface, sheet: Profile) -> dict[str, Array]:
         terms=sheet.terms,
     )
     model = DeviceModel(profile)
-    parts = [Part.LARGEST] + ([Part.SKEWED] if law.kind is Kind.EXPERTS else [])
+    parts = [Part.LARGEST] + ([Part.SKEWED] if law.kind is OpKind.EXPERTS else [])
     judged = {}
     for part in parts:
         errors = []

@@ -22,7 +22,7 @@ from law_rows import (
 from quality import Fitted
 from sheet import Card, Generation
 
-from expertlane.cost.step.operation import Kind
+from expertlane.cost.step.operation import OpKind
 
 _TRTLLM = "trtllm/1.3.0rc20"
 _VLLM, _SGLANG = "vllm/0.24.0", "sglang/0.5.14"
@@ -80,7 +80,7 @@ def laws_of(card: Card) -> list[Law]:
 def _gemm(card: Card, dtype: str, engine: str, rows: str, what: str) -> Law:
     path = f"{card.folder}/gemm/{engine}/gemm_perf.parquet"
     source = gemm_rows(path, {"gemm_dtype": rows})
-    return Law(Kind.GEMM, dtype, (source,), axes_of(card.generation)["gemm"], what)
+    return Law(OpKind.GEMM, dtype, (source,), axes_of(card.generation)["gemm"], what)
 
 
 def _experts(
@@ -104,7 +104,7 @@ def _experts(
     path = f"{card.folder}/moe/{engine}/moe_perf.parquet"
     of_kernel = {"kernel_source": kernel, "moe_dtype": rows, "moe_ep_size": _UP_TO_64}
     return Law(
-        Kind.EXPERTS,
+        OpKind.EXPERTS,
         dtype,
         (expert_rows(path, {**of_kernel, **where}, shape),),
         {**axes_of(card.generation)["experts"], **(axes or {})},
@@ -118,7 +118,7 @@ def _memory(card: Card) -> Law:
     path = f"{card.folder}/quantize/{_TRTLLM}/scale_matrix_perf.parquet"
     what = "rows read as bfloat16 and written as float8, small ones from the cache"
     axes = axes_of(card.generation)["memory"]
-    return Law(Kind.MEMORY, "bfloat16", (scaling_rows(path),), axes, what)
+    return Law(OpKind.MEMORY, "bfloat16", (scaling_rows(path),), axes, what)
 
 
 def _hopper(card: Card) -> list[Law]:
@@ -196,7 +196,7 @@ def _int4(card: Card, kernel: str, what: str, **where: object) -> Law:
 def _deepgemm(card: Card) -> Law:
     path = f"{card.folder}/moe/sglang/0.5.10/wideep_context_moe_perf.parquet"
     return Law(
-        Kind.EXPERTS,
+        OpKind.EXPERTS,
         "float8",
         (expert_rows(path, {}, shape=("moe_ep_size",)),),
         {**axes_of(card.generation)["experts"], "hidden": (7168,), "inner": (2048,)},
@@ -310,8 +310,8 @@ def _attention(
     prefill = prefill_rows(ATTENTION.format(card.folder, engine, "context"), where)
     tokens = decode_rows(ATTENTION.format(card.folder, of_tokens, "generation"), of_decode)
     return [
-        Law(Kind.PREFILL_ATTENTION, dtype, (prefill,), axes["prefill"], what),
-        Law(Kind.DECODE_ATTENTION, dtype, (tokens,), axes["decode"], decode_what),
+        Law(OpKind.PREFILL_ATTENTION, dtype, (prefill,), axes["prefill"], what),
+        Law(OpKind.DECODE_ATTENTION, dtype, (tokens,), axes["decode"], decode_what),
     ]
 
 
@@ -339,7 +339,7 @@ def _serving_attention(card: Card) -> list[Law]:
             what = f"TensorRT-LLM's kernels in FlashInfer{suffix}"
             laws += _attention(card, dtype, _VLLM, _of_kernels(of_blackwell, cache), what)
     laws += _latent(card, "1.3.0rc20")
-    return sorted(laws, key=lambda law: list(Kind).index(law.kind))
+    return sorted(laws, key=lambda law: list(OpKind).index(law.kind))
 
 
 def _attention_with_windows(card: Card) -> list[Law]:
@@ -367,7 +367,7 @@ def _latent(card: Card, version: str) -> list[Law]:
         decode = latent_decode_rows(f"{path}/generation_mla_perf.parquet", cache)
         in_latent = f"TensorRT-LLM, in the latent{suffix}"
         laws += [
-            Law(Kind.LATENT_PREFILL, dtype, sources, axes["latent_prefill"], what),
-            Law(Kind.LATENT_DECODE, dtype, (decode,), axes["latent_decode"], in_latent),
+            Law(OpKind.LATENT_PREFILL, dtype, sources, axes["latent_prefill"], what),
+            Law(OpKind.LATENT_DECODE, dtype, (decode,), axes["latent_decode"], in_latent),
         ]
     return laws

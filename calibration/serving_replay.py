@@ -30,7 +30,7 @@ import expertlane
 from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.laws.profile import Execution, ModelledCluster, Profile, read_profile
 from expertlane.cost.memory import FREE_SHARE
-from expertlane.cost.routing import Traffic, choose_routing
+from expertlane.cost.routing import LoadedRouting, choose_routing
 from expertlane.cost.step.operation import Floats, NumberTypes
 from expertlane.cost.throughput import MultiToken
 from expertlane.errors import CapacityError, UserError
@@ -168,7 +168,7 @@ def _answer(asked: tuple[str, Question]) -> tuple[str, Priced]:
 
 
 @cache
-def _routing_of(model: str) -> Traffic:
+def _routing_of(model: str) -> LoadedRouting:
     """What it draws is kept for all configurations that a process prices."""
     return choose_routing(model_of(model), None, None, _SEED, num_sampled_layers=1).source
 

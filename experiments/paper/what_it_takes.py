@@ -30,7 +30,7 @@ from expertlane.cost.pricing import Pricing, TimedStep, law_dtype
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.operation import Kind, NumberTypes, Operation
+from expertlane.cost.step.operation import NumberTypes, Operation, OpKind
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.step.step_list import GPU_LIBRARIES
 from expertlane.errors import UserError
@@ -144,16 +144,16 @@ class Term:
 
 
 NAMES = {
-    (Stage.ATTENTION, Kind.GEMM): ("QKV projection", "output projection"),
-    (Stage.ATTENTION, Kind.MEMORY): ("norm", "rotary embedding, write to the KV cache"),
-    (Stage.ATTENTION, Kind.DECODE_ATTENTION): ("attention over the KV cache",),
-    (Stage.ROUTER, Kind.MEMORY): ("residual and norm", "top-k experts"),
-    (Stage.ROUTER, Kind.GEMM): ("router",),
-    (Stage.EXPERTS, Kind.EXPERTS): ("experts",),
-    (Stage.COMBINE, Kind.MEMORY): ("residual",),
-    (Stage.HEAD, Kind.GEMM): ("LM head",),
-    (Stage.HEAD, Kind.MEMORY): ("final norm", "argmax", "argmax over ranks"),
-    (Stage.EMBED, Kind.MEMORY): ("embedding",),
+    (Stage.ATTENTION, OpKind.GEMM): ("QKV projection", "output projection"),
+    (Stage.ATTENTION, OpKind.MEMORY): ("norm", "rotary embedding, write to the KV cache"),
+    (Stage.ATTENTION, OpKind.DECODE_ATTENTION): ("attention over the KV cache",),
+    (Stage.ROUTER, OpKind.MEMORY): ("residual and norm", "top-k experts"),
+    (Stage.ROUTER, OpKind.GEMM): ("router",),
+    (Stage.EXPERTS, OpKind.EXPERTS): ("experts",),
+    (Stage.COMBINE, OpKind.MEMORY): ("residual",),
+    (Stage.HEAD, OpKind.GEMM): ("LM head",),
+    (Stage.HEAD, OpKind.MEMORY): ("final norm", "argmax", "argmax over ranks"),
+    (Stage.EMBED, OpKind.MEMORY): ("embedding",),
 }
 
 

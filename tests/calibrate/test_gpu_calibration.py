@@ -32,7 +32,7 @@ from expertlane.cost.pricing import Pricing
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
-from expertlane.cost.step.operation import Kind, NumberTypes
+from expertlane.cost.step.operation import NumberTypes, OpKind
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.step.step_list import ENGINE_ON_GPUS, GPU_LIBRARIES
 from expertlane.engine.ranks.commands import (
@@ -244,7 +244,7 @@ def test_a_later_round_measures_what_the_first_did(patched):
 
 def test_every_kind_has_its_ends_first():
     points = GPU_GRID.points(DTYPE)
-    gemms = [each.sizes for each in points if (each.kind, each.dtype) == (Kind.GEMM, DTYPE)]
+    gemms = [each.sizes for each in points if (each.kind, each.dtype) == (OpKind.GEMM, DTYPE)]
     least, most = min(gemms), max(gemms)
     assert gemms[:2] == [most, least]
     assert len(set(points)) == len(points)

@@ -11,8 +11,8 @@ from expertlane.cost.laws.times import Basis, Times
 from expertlane.cost.pricing import Block, StageWork, TimedStep
 from expertlane.cost.step.operation import (
     OUTSIDE,
-    Kind,
     Operation,
+    OpKind,
     RankGroups,
     Transfer,
     TransferKind,
@@ -49,7 +49,7 @@ def compute(
     """An operation that takes each rank so long."""
     num_ranks = len(values)
     operation = Operation(
-        Kind.GEMM,
+        OpKind.GEMM,
         stage,
         {},
         np.full(num_ranks, flops),

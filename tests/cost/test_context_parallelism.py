@@ -12,7 +12,7 @@ from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import parse_cluster
 from expertlane.cost.memory import KVTransfers, PlacedModel
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.operation import Kind, NumberTypes, Transfer
+from expertlane.cost.step.operation import NumberTypes, OpKind, Transfer
 from expertlane.cost.step.step_list import GPU_LIBRARIES
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
@@ -34,8 +34,8 @@ def of_kind(steps, *kinds):
     return [each for each in steps if each.kind in kinds and not isinstance(each, Transfer)]
 
 
-DECODES = (Kind.DECODE_ATTENTION, Kind.LATENT_DECODE)
-PREFILLS = (Kind.PREFILL_ATTENTION, Kind.LATENT_PREFILL)
+DECODES = (OpKind.DECODE_ATTENTION, OpKind.LATENT_DECODE)
+PREFILLS = (OpKind.PREFILL_ATTENTION, OpKind.LATENT_PREFILL)
 
 
 @given(

@@ -10,22 +10,22 @@ from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.device import DeviceModel, stand_ins
 from expertlane.cost.laws.profile import Device, Profile, Term, read_profile
 from expertlane.cost.laws.times import Basis, Surface
-from expertlane.cost.step.operation import ATTENTION, ITEM_BYTES, SIZES, Kind, NumberTypes
+from expertlane.cost.step.operation import ATTENTION, ITEM_BYTES, SIZES, NumberTypes, OpKind
 from expertlane.errors import SpecError
 
 _DEVICE = Device("toy", 1e9, 1e9, {"float32": 1e12, "bfloat16": 2e12}, "made up")
 _TOY = Profile("toy", _DEVICE, 1, {})
 
 _ONE_OF_EACH = {
-    Kind.GEMM: {"m": 64.0, "n": 4096.0, "k": 2048.0},
-    Kind.EXPERTS: {
+    OpKind.GEMM: {"m": 64.0, "n": 4096.0, "k": 2048.0},
+    OpKind.EXPERTS: {
         "pairs": 256.0,
         "active": 8.0,
         "hidden": 4096.0,
         "inner": 1536.0,
         "matrices": 3.0,
     },
-    Kind.PREFILL_ATTENTION: {
+    OpKind.PREFILL_ATTENTION: {
         "seqs": 2.0,
         "query_key_pairs": 2 * 512 * 513 / 2,
         "tokens": 1024.0,
@@ -34,14 +34,14 @@ _ONE_OF_EACH = {
         "kv_heads": 4.0,
         "head_dim": 128.0,
     },
-    Kind.DECODE_ATTENTION: {
+    OpKind.DECODE_ATTENTION: {
         "seqs": 8.0,
         "positions": 8000.0,
         "heads": 32.0,
         "kv_heads": 4.0,
         "head_dim": 128.0,
     },
-    Kind.LATENT_PREFILL: {
+    OpKind.LATENT_PREFILL: {
         "seqs": 2.0,
         "query_key_pairs": 2 * 512 * 513 / 2,
         "tokens": 1024.0,
@@ -50,24 +50,24 @@ _ONE_OF_EACH = {
         "key_dim": 576.0,
         "value_dim": 512.0,
     },
-    Kind.LATENT_DECODE: {
+    OpKind.LATENT_DECODE: {
         "seqs": 8.0,
         "positions": 8000.0,
         "heads": 16.0,
         "key_dim": 576.0,
         "value_dim": 512.0,
     },
-    Kind.MEMORY: {"bytes": 1e6},
+    OpKind.MEMORY: {"bytes": 1e6},
 }
 # What there is none of, by kind, where a rank has nothing to do.
 _EMPTY = {
-    Kind.GEMM: ("m",),
-    Kind.EXPERTS: ("pairs", "active"),
-    Kind.PREFILL_ATTENTION: ("seqs", "query_key_pairs", "tokens", "positions"),
-    Kind.DECODE_ATTENTION: ("seqs", "positions"),
-    Kind.LATENT_PREFILL: ("seqs", "query_key_pairs", "tokens", "positions"),
-    Kind.LATENT_DECODE: ("seqs", "positions"),
-    Kind.MEMORY: ("bytes",),
+    OpKind.GEMM: ("m",),
+    OpKind.EXPERTS: ("pairs", "active"),
+    OpKind.PREFILL_ATTENTION: ("seqs", "query_key_pairs", "tokens", "positions"),
+    OpKind.DECODE_ATTENTION: ("seqs", "positions"),
+    OpKind.LATENT_PREFILL: ("seqs", "query_key_pairs", "tokens", "positions"),
+    OpKind.LATENT_DECODE: ("seqs", "positions"),
+    OpKind.MEMORY: ("bytes",),
 }
 
 
@@ -84,7 +84,7 @@ def test_sizes_of_the_examples_are_those_of_the_contract():
 
 def test_without_measurements_a_range_of_the_roofline_holds():
     # 2 · 1000³ FLOPs over 1 TFLOP/s are 2 ms; 12 MB over 1 GB/s are 12 ms.
-    times = DeviceModel(_TOY).times(Kind.GEMM, "float32", {"m": 1e3, "n": 1e3, "k": 1e3})
+    times = DeviceModel(_TOY).times(OpKind.GEMM, "float32", {"m": 1e3, "n": 1e3, "k": 1e3})
     assert times.low == pytest.approx(12e-3)
     assert times.seconds == pytest.approx(20e-3)
     assert times.high == pytest.approx(60e-3)
@@ -96,7 +96,7 @@ def test_a_surface_and_a_floor_are_applied():
     floor = Term(1e-3, 1e-3, 1e-3, Basis.MEASURED, "by hand")
     profile = replace(_TOY, surfaces={"gemm.float32": surface}, terms={"gemm_floor_s": floor})
     sizes = {"m": np.array([0.0, 10.0, 1000.0]), "n": 1e3, "k": 1e3}
-    times = DeviceModel(profile).times(Kind.GEMM, "float32", sizes)
+    times = DeviceModel(profile).times(OpKind.GEMM, "float32", sizes)
     # 10 rows: 4 MB of weights and 0.08 MB of rows over 1 GB/s.
     assert times.seconds == pytest.approx([0, 2 * 5.08e-3, 2 * 13e-3])
     assert times.low[1] == pytest.approx(5.08e-3)
@@ -108,12 +108,12 @@ def test_a_surface_and_a_floor_are_applied():
 def test_rooflines_count_flops_and_bytes_as_the_engine_does():
     ranges = {
         # bfloat16: 4 · 8000 · 32 · 128 FLOPs; keys and values of 4 heads, queries and results.
-        Kind.DECODE_ATTENTION: max(131.072e6 / 2e12, 2 * 2 * 128 * (8000 * 4 + 8 * 32) / 1e9),
-        Kind.LATENT_DECODE: max(
+        OpKind.DECODE_ATTENTION: max(131.072e6 / 2e12, 2 * 2 * 128 * (8000 * 4 + 8 * 32) / 1e9),
+        OpKind.LATENT_DECODE: max(
             2 * 8000 * 16 * 1088 / 2e12, 2 * (8000 * 576 + 8 * 16 * 1088) / 1e9
         ),
-        Kind.EXPERTS: 2 * (8 * 3 * 4096 * 1536 + 256 * (2 * 4096 + 3 * 1536)) / 1e9,
-        Kind.MEMORY: 1e-3,
+        OpKind.EXPERTS: 2 * (8 * 3 * 4096 * 1536 + 256 * (2 * 4096 + 3 * 1536)) / 1e9,
+        OpKind.MEMORY: 1e-3,
     }
     for kind, seconds in ranges.items():
         times = DeviceModel(_TOY).times(kind, "bfloat16", _ONE_OF_EACH[kind])
@@ -121,7 +121,7 @@ def test_rooflines_count_flops_and_bytes_as_the_engine_does():
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8"])
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", list(OpKind))
 def test_nothing_to_do_takes_no_time(h100, kind, dtype):
     nothing = dict.fromkeys(_EMPTY[kind], np.array([0.0, 0.0]))
     times = h100.times(kind, dtype, {**_ONE_OF_EACH[kind], **nothing})
@@ -138,7 +138,7 @@ def test_nothing_to_do_takes_no_time(h100, kind, dtype):
     assert some.seconds[1] == pytest.approx(float(alone.seconds))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in Kind if kind is not Kind.MEMORY])
+@pytest.mark.parametrize("kind", [kind for kind in OpKind if kind is not OpKind.MEMORY])
 def test_float16_stands_on_bfloat16_as_a_wider_bound(h100, kind):
     known = h100.times(kind, "bfloat16", _ONE_OF_EACH[kind])
     other = h100.times(kind, "float16", _ONE_OF_EACH[kind])
@@ -152,7 +152,7 @@ def test_float16_stands_on_bfloat16_as_a_wider_bound(h100, kind):
 
 @pytest.mark.smoke(16)
 @pytest.mark.parametrize("name", sorted(shipped_profiles()))
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", list(OpKind))
 def test_times_of_every_shipped_profile_are_between_bounds_and_no_faster_than_light(name, kind):
     profile = read_profile(name)
     model = DeviceModel(profile)
@@ -164,13 +164,13 @@ def test_times_of_every_shipped_profile_are_between_bounds_and_no_faster_than_li
 
 
 _GROWING = {
-    Kind.GEMM: ("m",),
-    Kind.EXPERTS: ("pairs",),
-    Kind.PREFILL_ATTENTION: ("seqs", "query_key_pairs", "tokens", "positions"),
-    Kind.DECODE_ATTENTION: ("seqs", "positions"),
-    Kind.LATENT_PREFILL: ("seqs", "query_key_pairs", "tokens", "positions"),
-    Kind.LATENT_DECODE: ("seqs", "positions"),
-    Kind.MEMORY: ("bytes",),
+    OpKind.GEMM: ("m",),
+    OpKind.EXPERTS: ("pairs",),
+    OpKind.PREFILL_ATTENTION: ("seqs", "query_key_pairs", "tokens", "positions"),
+    OpKind.DECODE_ATTENTION: ("seqs", "positions"),
+    OpKind.LATENT_PREFILL: ("seqs", "query_key_pairs", "tokens", "positions"),
+    OpKind.LATENT_DECODE: ("seqs", "positions"),
+    OpKind.MEMORY: ("bytes",),
 }
 
 
@@ -179,7 +179,7 @@ _FITTED = ("a100", "b200", "b300", "gb200", "gb300", "h100", "h200", "l40s", "rt
 
 @pytest.mark.smoke(14)
 @pytest.mark.parametrize("name", _FITTED)
-@pytest.mark.parametrize("kind", list(Kind))
+@pytest.mark.parametrize("kind", list(OpKind))
 def test_more_work_is_never_much_faster(name, kind):
     profile = read_profile(name)
     times = 2.0 ** np.arange(-3, 9)
@@ -209,14 +209,14 @@ def test_measurements_that_stand_in_for_a_type_are_named():
 
 def test_a_type_without_a_figure_is_one_clear_line():
     with pytest.raises(SpecError, match=telling("NVIDIA A100 SXM 80 GB float8")):
-        DeviceModel(read_profile("a100")).times(Kind.GEMM, "float8", _ONE_OF_EACH[Kind.GEMM])
+        DeviceModel(read_profile("a100")).times(OpKind.GEMM, "float8", _ONE_OF_EACH[OpKind.GEMM])
     with pytest.raises(SpecError, match=telling("float64 priced")):
-        DeviceModel(_TOY).times(Kind.GEMM, "float64", _ONE_OF_EACH[Kind.GEMM])
+        DeviceModel(_TOY).times(OpKind.GEMM, "float64", _ONE_OF_EACH[OpKind.GEMM])
 
 
 def test_a_float8_cache_needs_no_float8_peak():
-    sizes = _ONE_OF_EACH[Kind.DECODE_ATTENTION]
-    times = DeviceModel(read_profile("a100")).times(Kind.DECODE_ATTENTION, "float8", sizes)
+    sizes = _ONE_OF_EACH[OpKind.DECODE_ATTENTION]
+    times = DeviceModel(read_profile("a100")).times(OpKind.DECODE_ATTENTION, "float8", sizes)
     assert times.basis is Basis.BOUND
 
 
@@ -224,7 +224,7 @@ def test_an_axis_that_a_kind_lacks_is_one_clear_line():
     surface = Surface({"rows": (1.0, 2.0)}, np.zeros(2), 0.5, 2.0, Basis.FITTED, "by hand")
     profile = replace(_TOY, surfaces={"gemm.float32": surface})
     with pytest.raises(SpecError, match=telling("toy gemm rows m n k")):
-        DeviceModel(profile).times(Kind.GEMM, "float32", _ONE_OF_EACH[Kind.GEMM])
+        DeviceModel(profile).times(OpKind.GEMM, "float32", _ONE_OF_EACH[OpKind.GEMM])
 
 
 def test_what_was_measured_in_caches_is_no_faster_than_the_peak():
@@ -232,12 +232,12 @@ def test_what_was_measured_in_caches_is_no_faster_than_the_peak():
     profile = replace(read_profile("h100"), surfaces={"memory": surface}, terms={})
     bandwidth = profile.device.memory_bytes_per_s
     sizes = {"bytes": np.array([1e-5, 1e-3]) * bandwidth}
-    published = DeviceModel(profile).times(Kind.MEMORY, "bfloat16", sizes)
+    published = DeviceModel(profile).times(OpKind.MEMORY, "bfloat16", sizes)
     assert published.seconds == pytest.approx([1e-5 * np.exp(-0.5), 1e-3])
     assert published.low == pytest.approx([0.9e-5 * np.exp(-0.5), 1e-3])
     assert published.high == pytest.approx([1.1e-5 * np.exp(-0.5), 1e-3])
     own = replace(profile, surfaces={"memory": replace(surface, basis=Basis.MEASURED)})
-    measured = DeviceModel(own).times(Kind.MEMORY, "bfloat16", sizes)
+    measured = DeviceModel(own).times(OpKind.MEMORY, "bfloat16", sizes)
     assert measured.seconds == pytest.approx(np.array([1e-5, 1e-3]) * np.exp(-0.5))
 
 
@@ -253,10 +253,10 @@ def _gemm(m, n, k):
 @pytest.mark.parametrize("matrices", [2.0, 3.0])
 def test_wide_experts_are_products_of_their_own_size(h100, matrices):
     """One of the paper's, 128 tokens: up, down, and the activation between them."""
-    times = h100.times(Kind.EXPERTS, "bfloat16", _experts(128.0, 1.0, matrices=matrices))
-    up = h100.times(Kind.GEMM, "bfloat16", _gemm(128.0, 32_768.0, 8192.0))
-    down = h100.times(Kind.GEMM, "bfloat16", _gemm(128.0, 8192.0, 32_768.0))
-    moved = h100.times(Kind.MEMORY, "bfloat16", {"bytes": 128 * 32_768 * matrices * 2})
+    times = h100.times(OpKind.EXPERTS, "bfloat16", _experts(128.0, 1.0, matrices=matrices))
+    up = h100.times(OpKind.GEMM, "bfloat16", _gemm(128.0, 32_768.0, 8192.0))
+    down = h100.times(OpKind.GEMM, "bfloat16", _gemm(128.0, 8192.0, 32_768.0))
+    moved = h100.times(OpKind.MEMORY, "bfloat16", {"bytes": 128 * 32_768 * matrices * 2})
     assert times.seconds == pytest.approx(
         (matrices - 1) * up.seconds + down.seconds + moved.seconds
     )
@@ -266,28 +266,28 @@ def test_wide_experts_are_products_of_their_own_size(h100, matrices):
 
 
 def test_wide_experts_of_a_rank_come_one_after_the_other(h100):
-    one = h100.times(Kind.EXPERTS, "bfloat16", _experts(128.0, 1.0)).seconds
-    four = h100.times(Kind.EXPERTS, "bfloat16", _experts(512.0, 4.0)).seconds
+    one = h100.times(OpKind.EXPERTS, "bfloat16", _experts(128.0, 1.0)).seconds
+    four = h100.times(OpKind.EXPERTS, "bfloat16", _experts(512.0, 4.0)).seconds
     assert 3.9 * one < four < 4 * one  # but for what a launch takes
 
 
 def test_a_long_product_of_wide_experts_is_near_the_peak(h100):
-    seconds = h100.times(Kind.EXPERTS, "bfloat16", _experts(16_384.0, 1.0)).seconds
+    seconds = h100.times(OpKind.EXPERTS, "bfloat16", _experts(16_384.0, 1.0)).seconds
     assert 650e12 < 2 * 16_384 * 2 * 8192 * 32_768 / seconds < 800e12
 
 
 def test_experts_that_a_law_knows_keep_it(h100):
     """Some are wide on a rank that has any pairs; Mixtral's are as timed."""
     mixtral = _experts(512.0, 8.0, 4096.0, 14_336.0, 3.0)
-    with_products = h100.times(Kind.EXPERTS, "bfloat16", mixtral).seconds
+    with_products = h100.times(OpKind.EXPERTS, "bfloat16", mixtral).seconds
     profile = read_profile("h100")
     without = {n: law for n, law in profile.surfaces.items() if not n.startswith("gemm.")}
     alone = DeviceModel(replace(profile, surfaces=without))
-    assert with_products == alone.times(Kind.EXPERTS, "bfloat16", mixtral).seconds
+    assert with_products == alone.times(OpKind.EXPERTS, "bfloat16", mixtral).seconds
     some = _experts(np.array([0.0, 128.0]), np.array([0.0, 1.0]))
-    assert h100.times(Kind.EXPERTS, "bfloat16", some).seconds[0] == 0
+    assert h100.times(OpKind.EXPERTS, "bfloat16", some).seconds[0] == 0
     # Without a product's law the experts' own holds, far outside its sizes.
-    assert alone.times(Kind.EXPERTS, "bfloat16", _experts(128.0, 1.0)).is_extrapolated
+    assert alone.times(OpKind.EXPERTS, "bfloat16", _experts(128.0, 1.0)).is_extrapolated
 
 
 def test_wide_experts_of_a_machine_that_was_measured_keep_its_law():
@@ -295,5 +295,5 @@ def test_wide_experts_of_a_machine_that_was_measured_keep_its_law():
     law = Surface(axes, np.zeros((2, 2)), 0.9, 1.1, Basis.MEASURED, "by hand")
     gemm = Surface({"m": (1.0, 2.0)}, np.log([9.0, 9.0]), 0.9, 1.1, Basis.MEASURED, "by hand")
     model = DeviceModel(replace(_TOY, surfaces={"experts.float32": law, "gemm.float32": gemm}))
-    times = model.times(Kind.EXPERTS, "float32", _experts(1.0, 1.0))
+    times = model.times(OpKind.EXPERTS, "float32", _experts(1.0, 1.0))
     assert times.seconds == pytest.approx(2 * 8192 * 32_768 * 4 / 1e9, rel=1e-3)

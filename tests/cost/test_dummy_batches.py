@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cost.projected import MODEL, PROFILE, program_of, term
 from expertlane.cost.laws.profile import LIKELY, Execution, Terms
 from expertlane.cost.step.batch_sizes import PartSizes, Scenarios
-from expertlane.cost.step.operation import Kind
+from expertlane.cost.step.operation import OpKind
 from expertlane.cost.step.step_list import ENGINE, GPU_LIBRARIES
 from expertlane.spec.layout import Layout
 
@@ -43,7 +43,7 @@ def pairs(kernels, num_seqs):
     part = PartSizes.even(num, 1, num_seqs, 1, 10)
     program = program_of(Layout(dp=num, ep=num), part, kernels=kernels)
     (steps,) = [section.steps for section in program.stages[0][0].parts[0] if section.layer == 0]
-    return sum(int(step.sizes["pairs"].sum()) for step in steps if step.kind is Kind.EXPERTS)
+    return sum(int(step.sizes["pairs"].sum()) for step in steps if step.kind is OpKind.EXPERTS)
 
 
 def test_dummy_batches_go_to_experts_as_others_do():

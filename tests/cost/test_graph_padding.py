@@ -5,7 +5,7 @@ import pytest
 
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.profile import read_profile
-from expertlane.cost.step.operation import Kind
+from expertlane.cost.step.operation import OpKind
 from expertlane.spec.deployment import MOST_IN_GRAPHS, GraphLimits
 
 SIZES = np.array(GraphLimits(MOST_IN_GRAPHS, 1).sizes)
@@ -20,7 +20,7 @@ def test_what_padding_adds(n, k):
 
     def seconds(num_rows):
         sizes = {"m": num_rows.astype(float), "n": float(n), "k": float(k)}
-        return device.times(Kind.GEMM, "bfloat16", sizes).seconds
+        return device.times(OpKind.GEMM, "bfloat16", sizes).seconds
 
     num_seqs = np.arange(1, MOST_IN_GRAPHS + 1)
     padded = SIZES[np.searchsorted(SIZES, num_seqs)]

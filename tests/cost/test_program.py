@@ -13,9 +13,9 @@ from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.operation import (
     OUTSIDE,
     SIZES,
-    Kind,
     NumberTypes,
     Operation,
+    OpKind,
     Transfer,
     TransferKind,
 )
@@ -251,7 +251,7 @@ def test_small_sums_are_normed_as_they_are_added_up():
         return [
             each.sizes["bytes"].tolist()
             for each in steps
-            if each.stage is Stage.COMBINE and each.kind is Kind.MEMORY
+            if each.stage is Stage.COMBINE and each.kind is OpKind.MEMORY
         ]
 
     # Rows of 1,024 bytes, 2 ** 19 bytes at most.

@@ -7,7 +7,7 @@ import pytest
 from expertlane.cost.laws.profile import read_profile
 from expertlane.errors import UserError
 from expertlane.planner.candidates import Candidate, PlanRequest, candidates_of, valid_layouts
-from expertlane.planner.engines import ENGINES, Pool, engines_on
+from expertlane.planner.engines import ENGINES, RolePool, engines_on
 from expertlane.planner.ranking import contender, ranked
 from expertlane.planner.results import of_each_engine
 from expertlane.planner.screen import fitting
@@ -134,10 +134,10 @@ def test_stages_of_pools():
 
 
 @pytest.fixture(scope="module")
-def drawn() -> list[Pool]:
+def drawn() -> list[RolePool]:
     """Every deployment on a few numbers of devices, also with what no candidate has."""
     return [
-        Pool(each._replace(options=options, num_drafts=num_drafts), MANY, role)
+        RolePool(each._replace(options=options, num_drafts=num_drafts), MANY, role)
         for size in (8, 24, 168)
         for layout in valid_layouts(MANY, size)
         if size == 8 or (layout.dp == layout.ep and layout.pp == 1)

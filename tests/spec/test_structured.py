@@ -4,7 +4,7 @@ import pytest
 
 from cli.screen import telling
 from expertlane.errors import UserError
-from expertlane.spec.sampling import MOST_CHOICES, MOST_DEPTH, SamplingParams, Structured
+from expertlane.spec.sampling import MOST_CHOICE_TEXTS, MOST_DEPTH, SamplingParams, Structured
 
 
 def nested(depth):
@@ -46,7 +46,7 @@ def test_a_schema_is_kept_as_text():
         ({"json_schema": {}, "compact": 1}, "compact 1 true false"),
         ({"choice": []}, "list texts"),
         ({"choice": "ab"}, "list texts"),
-        ({"choice": ["a"] * (MOST_CHOICES + 1)}, "4,096"),
+        ({"choice": ["a"] * (MOST_CHOICE_TEXTS + 1)}, "4,096"),
     ],
 )
 def test_what_is_not_valid(given, text):

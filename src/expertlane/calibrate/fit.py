@@ -12,7 +12,7 @@ from expertlane.cost.laws.fitting import Rows, fit_surface, knots_of
 from expertlane.cost.laws.links import roofline_s
 from expertlane.cost.laws.profile import Device, LinkSheet, Profile, Term
 from expertlane.cost.laws.times import Basis, Surface
-from expertlane.cost.step.operation import ITEM_BYTES, Kind, flops_of
+from expertlane.cost.step.operation import ITEM_BYTES, OpKind, flops_of
 from expertlane.engine.ranks.commands import Point, TransferPoint
 from expertlane.spec.names import Link
 
@@ -22,13 +22,13 @@ _SMOOTHNESS = 0.02  # rows lie on the knots and are medians
 _MOST_KNOTS = 12
 _SPREAD = 10, 90  # percentiles of a number's repetitions that are its bounds
 _AXES = {
-    Kind.GEMM: ("m", "n", "k"),
-    Kind.EXPERTS: ("pairs_per_expert", "active", "hidden", "inner"),
-    Kind.PREFILL_ATTENTION: ("keys_per_query", "query_heads", "group", "head_dim"),
-    Kind.DECODE_ATTENTION: ("positions_per_seq", "seq_kv_heads", "group", "head_dim"),
-    Kind.LATENT_PREFILL: ("keys_per_query", "query_heads"),
-    Kind.LATENT_DECODE: ("positions_per_seq", "seqs", "heads"),
-    Kind.MEMORY: ("bytes",),
+    OpKind.GEMM: ("m", "n", "k"),
+    OpKind.EXPERTS: ("pairs_per_expert", "active", "hidden", "inner"),
+    OpKind.PREFILL_ATTENTION: ("keys_per_query", "query_heads", "group", "head_dim"),
+    OpKind.DECODE_ATTENTION: ("positions_per_seq", "seq_kv_heads", "group", "head_dim"),
+    OpKind.LATENT_PREFILL: ("keys_per_query", "query_heads"),
+    OpKind.LATENT_DECODE: ("positions_per_seq", "seqs", "heads"),
+    OpKind.MEMORY: ("bytes",),
 }
 
 
@@ -40,7 +40,7 @@ def peak_flops_per_s(points: Sequence[Point], seconds: Floats) -> dict[str, floa
     """
     peaks: dict[str, float] = defaultdict(float)
     for point, took in zip(points, seconds.tolist(), strict=True):
-        if point.kind is Kind.GEMM:
+        if point.kind is OpKind.GEMM:
             peaks[point.dtype] = max(peaks[point.dtype], flops_of(point.kind, point.by_name) / took)
     return dict(peaks)
 
@@ -55,7 +55,7 @@ def operation_laws(
         origin: when, where and with what it was measured.
     """
     surfaces, terms = {}, {}
-    of_kind: dict[Kind, list[int]] = defaultdict(list)
+    of_kind: dict[OpKind, list[int]] = defaultdict(list)
     for place, point in enumerate(points):
         of_kind[point.kind].append(place)
     for kind, places in of_kind.items():
@@ -69,7 +69,7 @@ def operation_laws(
                 device,
                 terms[f"{kind}_floor_s"].value,
             )
-            name = str(kind) if kind is Kind.MEMORY else f"{kind}.{dtype}"
+            name = str(kind) if kind is OpKind.MEMORY else f"{kind}.{dtype}"
             surfaces[name] = _surface(rows, origin)
     return surfaces, terms
 
@@ -85,7 +85,9 @@ def _rows(points: Sequence[Point], seconds: Floats, device: Device, floor_s: flo
     at = {axis: np.broadcast_to(base.at[axis], seconds.shape) for axis in _AXES[kind]}
     first = np.round(np.log(at[_AXES[kind][0]]), 6)
     _, shape = np.unique(first, return_inverse=True)
-    return Rows(at, base.seconds, seconds, np.arange(len(points)) if kind is Kind.MEMORY else shape)
+    return Rows(
+        at, base.seconds, seconds, np.arange(len(points)) if kind is OpKind.MEMORY else shape
+    )
 
 
 def _surface(rows: Rows, origin: str) -> Surface:
@@ -155,8 +157,8 @@ def read_bytes_per_s(points: Sequence[Point], seconds: Floats) -> float:
     rates = [
         point.by_name["n"] * point.by_name["k"] * ITEM_BYTES[point.dtype] / took
         for point, took in zip(points, seconds.tolist(), strict=True)
-        if point.kind is Kind.GEMM
+        if point.kind is OpKind.GEMM
         and point.by_name["m"]
-        == min(each.by_name["m"] for each in points if each.kind is Kind.GEMM)
+        == min(each.by_name["m"] for each in points if each.kind is OpKind.GEMM)
     ]
     return float(max(rates))

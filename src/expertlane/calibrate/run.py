@@ -27,7 +27,7 @@ from expertlane.calibrate.steps import StepSample, launch_term, measure_steps, o
 from expertlane.cost.laws.device import moved_bytes
 from expertlane.cost.laws.profile import DRIVER_S, GRAPH_LAUNCH_S, LAUNCH_S, Device, Profile, Term
 from expertlane.cost.laws.times import Surface
-from expertlane.cost.step.operation import Kind, TransferKind, flops_of
+from expertlane.cost.step.operation import OpKind, TransferKind, flops_of
 from expertlane.engine.launch import describe_ranks
 from expertlane.engine.ops.host import ForeignLoad, num_cores
 from expertlane.engine.ranks.commands import (
@@ -100,9 +100,9 @@ class Grid:
 
         Kinds take turns, so that as many as there is time for are a coarser grid of all.
         """
-        memory = [Point(Kind.MEMORY, dtype, (size,)) for size in self.memory_bytes]
+        memory = [Point(OpKind.MEMORY, dtype, (size,)) for size in self.memory_bytes]
         every = [*self._products(dtype), *self._experts(dtype), *self._attention(dtype), *memory]
-        of_kind: dict[tuple[Kind, str], list[Point]] = {}
+        of_kind: dict[tuple[OpKind, str], list[Point]] = {}
         for point in filter(self._is_small, every):
             of_kind.setdefault((point.kind, point.dtype), []).append(point)
         in_turn = zip_longest(*map(_coarse_first, of_kind.values()))
@@ -115,29 +115,29 @@ class Grid:
 
     def _products(self, dtype: str) -> Iterator[Point]:
         for m, (n, k) in product(self.gemm_m, self.gemm_nk):
-            yield Point(Kind.GEMM, dtype, (m, n, k))
+            yield Point(OpKind.GEMM, dtype, (m, n, k))
         for m, (n, k) in product(self.gemm_m, self.router_nk):
             if dtype != "float32" or (n, k) not in self.gemm_nk:
-                yield Point(Kind.GEMM, "float32", (m, n, k))
+                yield Point(OpKind.GEMM, "float32", (m, n, k))
 
     def _experts(self, dtype: str) -> Iterator[Point]:
         shapes = product(self.expert_tokens, self.expert_counts, self.expert_shapes)
         for tokens, active, (hidden, inner) in shapes:
-            yield Point(Kind.EXPERTS, dtype, (tokens * active, active, hidden, inner, 3))
+            yield Point(OpKind.EXPERTS, dtype, (tokens * active, active, hidden, inner, 3))
 
     def _attention(self, dtype: str) -> Iterator[Point]:
         for seqs, length in product(self.decode_seqs, self.decode_positions):
             positions = seqs * length
             for heads in self.heads:
-                yield Point(Kind.DECODE_ATTENTION, dtype, (seqs, positions, *heads))
+                yield Point(OpKind.DECODE_ATTENTION, dtype, (seqs, positions, *heads))
             for heads in self.latent_heads if seqs in self.latent_seqs else ():
-                yield Point(Kind.LATENT_DECODE, dtype, (seqs, positions, *heads))
+                yield Point(OpKind.LATENT_DECODE, dtype, (seqs, positions, *heads))
         for seqs, length in product(self.prefill_seqs, self.prefill_tokens):
             sizes = (seqs, seqs * length * (length + 1) // 2, seqs * length, seqs * length)
             for heads in self.heads:
-                yield Point(Kind.PREFILL_ATTENTION, dtype, (*sizes, *heads))
+                yield Point(OpKind.PREFILL_ATTENTION, dtype, (*sizes, *heads))
             for heads in self.latent_heads:
-                yield Point(Kind.LATENT_PREFILL, dtype, (*sizes, *heads))
+                yield Point(OpKind.LATENT_PREFILL, dtype, (*sizes, *heads))
 
     def transfers(self, num_ranks: int) -> list[TransferPoint]:
         """All transfers, over 2, 4, 8 … ranks up to `num_ranks`, and over so many."""

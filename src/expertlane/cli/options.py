@@ -266,8 +266,9 @@ class DeploymentOptions:
         "all_to_all",
         help="How tokens are dispatched to experts: "
         + "; ".join(f"{name}: {form.sends}" for name, form in DISPATCH_FORMS.items())
-        + "; auto, on real ranks: the fastest of the first three for a step's number of tokens, "
-        "timed at startup.",
+        + "; auto, on real ranks: the fastest of "
+        + ", ".join(name for name, form in DISPATCH_FORMS.items() if form.is_tried)
+        + " for a step's number of tokens, timed at startup.",
     )
     prefill_dispatch: DispatchForm | None = typer.Option(
         None,

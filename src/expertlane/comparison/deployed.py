@@ -19,7 +19,7 @@ from expertlane.comparison.records import (
     traced_steps,
 )
 from expertlane.comparison.virtual import VirtualRuns, VirtualSettings, without_scheduler
-from expertlane.cost.compute_laws import ComputeLaws
+from expertlane.cost.recorded_program import PricedRecording
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.virtual import undisturbed, without_each
@@ -333,7 +333,7 @@ class Deployed:
             phases.append(replace(phase, tps=tps, tps_of_runs=of_runs))
         return replace(found, steps=tuple(phases))
 
-    def _laws(self) -> ComputeLaws | None:
+    def _laws(self) -> PricedRecording | None:
         """The laws that give the time of computing; None where measured CPU time does."""
         setting, model = self.setting, self.setting.experiment.model
         virtual, deployment = setting.virtual, self.deployment
@@ -354,7 +354,7 @@ class Deployed:
             block_size=self.limits.block_size,
         )
         types = NumberTypes.of_engine(usual_number_type(virtual.compute), options)
-        return ComputeLaws(builder, self._plans, virtual.compute, types)
+        return PricedRecording(builder, self._plans, virtual.compute, types)
 
     def _record(
         self,

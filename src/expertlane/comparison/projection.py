@@ -11,7 +11,13 @@ from expertlane.cost.laws.frameworks import Served, cluster_record, conditions_o
 from expertlane.cost.laws.profile import OVERHEAD_S, Execution, ModelledCluster, Profile
 from expertlane.cost.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.cost.projector import Projector, Setting, StepSize
-from expertlane.cost.routing import PowerLawRouting, RoutingChoice, Traffic, choose_routing, placed
+from expertlane.cost.routing import (
+    LoadedRouting,
+    PowerLawRouting,
+    RoutingChoice,
+    choose_routing,
+    placed,
+)
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.throughput import Goals
 from expertlane.errors import CapacityError, UserError
@@ -210,7 +216,7 @@ class ExperimentProjector:
         self._served = served or ServingConditions(
             choose_routing(experiment.model, None, skew, seed)
         )
-        self._sources: dict[str, Traffic] = {}
+        self._sources: dict[str, LoadedRouting] = {}
         is_cpu = OVERHEAD_S in cluster.profile.terms
         gpu = [Execution.GRAPH, Execution.EAGER]
         gpu.sort(key=lambda each: each is not self._served.execution)

@@ -11,8 +11,8 @@ from expertlane.comparison.assumptions import (
     paper_step_work,
 )
 from expertlane.comparison.projection import check_has_law, usual_number_type
-from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.laws.profile import Profile
+from expertlane.cost.recorded_program import PricedRecording
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.virtual import Replayed, VirtualClock, VirtualLinks
 from expertlane.errors import UserError
@@ -183,7 +183,7 @@ class VirtualRuns:
         self,
         layout: Layout,
         steps: Sequence[StepRecord],
-        laws: ComputeLaws | None,
+        laws: PricedRecording | None,
         factors: tuple[float, float, float] = _NEAR,
     ) -> list[Replayed]:
         """The steps of a deployment in virtual time.
@@ -211,7 +211,7 @@ class VirtualRuns:
         self,
         layout: Layout,
         steps: Sequence[StepRecord],
-        laws: ComputeLaws | None,
+        laws: PricedRecording | None,
         replayed: Sequence[Replayed],
     ) -> dict[float, float]:
         """Decode TPS by link scale, from a quarter to four times the chosen one; 0: no links.

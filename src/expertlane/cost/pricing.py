@@ -17,10 +17,10 @@ from expertlane.cost.step.operation import (
     SIZES,
     Floats,
     HandOver,
-    Kind,
     NumberTypes,
     OneOfGroup,
     Operation,
+    OpKind,
     RankGroups,
     Step,
     Transfer,
@@ -254,7 +254,7 @@ def operation_times(
     device: DeviceModel, types: NumberTypes, operations: Sequence[tuple[Operation, int]]
 ) -> list[Times]:
     """Times of operations of so many ranks or scenarios; those of one law in one call."""
-    alike: defaultdict[tuple[Kind, str], list[int]] = defaultdict(list)
+    alike: defaultdict[tuple[OpKind, str], list[int]] = defaultdict(list)
     for place, (operation, _) in enumerate(operations):
         alike[operation.kind, law_dtype(types, operation)].append(place)
     found: dict[int, Times] = {}

@@ -38,7 +38,7 @@ from expertlane.cost.laws.profile import (
 from expertlane.cost.laws.times import Basis, Times
 from expertlane.cost.pricing import Block, Pricing, StageWork, TimedStep, law_dtype
 from expertlane.cost.replay import Clocks
-from expertlane.cost.routing import Traffic, placed
+from expertlane.cost.routing import LoadedRouting, placed
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.operation import Floats, NumberTypes, Operation, Transfer
 from expertlane.cost.step.program import ProgramBuilder, StepProgram, most_weight_bytes
@@ -195,7 +195,7 @@ class Setting:
 
     types: NumberTypes
     execution: Execution
-    routing: Traffic
+    routing: LoadedRouting
     payload: PayloadType = "model"
     step_tokens: int | None = None
     copies: CopyMethod = "nearest"

@@ -1,7 +1,7 @@
 """Routing sources: experts drawn by popularity, taken from a trace, or those of a recorded step.
 
-Traffic, drawn or from a trace, has tokens that came earlier: experts are placed by their load, and
-judged by later tokens.
+Routing that is drawn or from a trace has earlier tokens too: experts are placed by their load,
+and judged by later tokens.
 """
 
 from abc import ABC, abstractmethod
@@ -65,7 +65,7 @@ class RoutingSource(Protocol):
         ...
 
 
-class Traffic(RoutingSource, ABC):
+class LoadedRouting(RoutingSource, ABC):
     """A source of which earlier tokens are known: experts can be placed by their load.
 
     Each placement is made once, for all that ask: a screen, a projection in full, a simulation.
@@ -122,7 +122,11 @@ def _full_nodes(layout: Layout, ranks_per_node: int) -> int:
 
 
 def placed(
-    model: ModelConfig, layout: Layout, options: Options, traffic: Traffic, ranks_per_node: int
+    model: ModelConfig,
+    layout: Layout,
+    options: Options,
+    traffic: LoadedRouting,
+    ranks_per_node: int,
 ) -> Placements:
     """[num_hidden_layers], as `placements_of`, and by load where the options say so.
 
@@ -140,7 +144,7 @@ def placed(
 
 
 @dataclass(eq=False, repr=False)
-class PowerLawRouting(Traffic):
+class PowerLawRouting(LoadedRouting):
     """Experts of unequal popularity, drawn without replacement.
 
     Popularity drifts: experts are placed by tokens of an earlier, different popularity.
@@ -345,12 +349,12 @@ def _close_groups(arrivals: npt.NDArray[np.float32], groups: Routing) -> None:
     by_group[np.arange(len(arrivals))[:, None], closed] = np.inf
 
 
-def extremes_of(source: Traffic) -> tuple[Traffic, Traffic] | None:
+def extremes_of(source: LoadedRouting) -> tuple[LoadedRouting, LoadedRouting] | None:
     """Routing at the low and the high exponent; None unless the exponent is assumed."""
     return source.extremes if isinstance(source, PowerLawRouting) else None
 
 
-class TraceRouting(Traffic):
+class TraceRouting(LoadedRouting):
     """The tokens of a trace in turn, over and over; layers that it lacks take those it has.
 
     Args:
@@ -427,7 +431,7 @@ class RoutingChoice:
         words: for a list of assumptions.
     """
 
-    source: Traffic
+    source: LoadedRouting
     option: str
     words: str
 

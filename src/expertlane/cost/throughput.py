@@ -1,4 +1,7 @@
-"""From steps to what a user sees: TPS, TPOT and TTFT.
+"""Formulas by which a plan's candidates are screened: from times of steps to TPS, TPOT and TTFT.
+
+Rows that are shown are simulated (`simulator.steady`); they keep their rates in a `ThroughputCurve`
+too, as its one point.
 
 Steady state: as soon as one is finished another begins. In one pool prompts come one by one, and
 each holds up the decodes of its replica. In disaggregated pools both run side by side, and the

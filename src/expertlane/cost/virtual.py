@@ -5,7 +5,8 @@ links give for its bytes, times a scale. Ranks do the same operations in the sam
 each takes, so the replay keeps the recorded order and dependencies. A step begins once all steps
 that had ended before it was submitted have ended in virtual time. The launcher takes no time.
 
-With `ComputeLaws`, a profile's laws give the time of computing, and of the launcher between steps.
+With `PricedRecording`, a profile's laws give the time of computing, and of the launcher between
+steps.
 """
 
 from collections import Counter, defaultdict
@@ -15,18 +16,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expertlane.cost.compute_laws import ComputeLaws, Item, StageOperations
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import BOUNDS, LIKELY, Profile, Terms
 from expertlane.cost.laws.times import Times, no_time
 from expertlane.cost.pricing import Entry, forwarded_times, transfer_entry
+from expertlane.cost.recorded_program import Item, PricedRecording, StageOperations
 from expertlane.cost.replay import RecordedStep
 from expertlane.cost.step.operation import (
     Floats,
     HandOver,
     Ints,
-    Kind,
     Operation,
+    OpKind,
     RankGroups,
     Transfer,
 )
@@ -200,7 +201,7 @@ class VirtualClock:
     num_layers: int
     links: VirtualLinks
     ranks_per_node: int
-    laws: ComputeLaws | None = None
+    laws: PricedRecording | None = None
     _groups: dict[object, RankGroups] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -345,7 +346,7 @@ class VirtualClock:
 
 def _computation(item: Item) -> Entry:
     none = np.zeros(len(item.cpu_s), dtype=np.int64)
-    step = Operation(Kind.MEMORY, item.stage, {"bytes": 0.0}, none, none, none)
+    step = Operation(OpKind.MEMORY, item.stage, {"bytes": 0.0}, none, none, none)
     zero = np.zeros((len(BOUNDS), 1))
     seconds = np.broadcast_to(item.cpu_s, (len(BOUNDS), len(item.cpu_s)))
     return Entry(step, seconds, None, zero, None, 0, zero, zero)

@@ -14,7 +14,7 @@ from math import ceil
 
 from expertlane.cost.memory import FREE_SHARE
 from expertlane.cost.step.operation import NumberTypes
-from expertlane.planner.engines import Engine, Pool
+from expertlane.planner.engines import RolePool, ServingEngine
 from expertlane.results.results import ServeCommand, ServeRole
 from expertlane.spec.deployment import Options
 from expertlane.spec.files import strict_json
@@ -48,7 +48,7 @@ class ServeTarget:
 
 
 @dataclass(frozen=True)
-class ServedPool(Pool):
+class ServedPool(RolePool):
     """A pool of a plan, with the sizes to start it with.
 
     Attributes:
@@ -168,7 +168,7 @@ class _Draft:
 
 
 def engine_commands(
-    engine: Engine,
+    engine: ServingEngine,
     pools: Sequence[ServedPool],
     served: ServeTarget,
     types: NumberTypes,
@@ -203,7 +203,7 @@ def engine_commands(
     return made
 
 
-def _further_servers(asked: _Asked, engine: Engine) -> str:
+def _further_servers(asked: _Asked, engine: ServingEngine) -> str:
     """A note on how servers after the first one differ."""
     num = asked.num_servers
     if asked.per_host == 1:
@@ -223,7 +223,7 @@ def _further_servers(asked: _Asked, engine: Engine) -> str:
     )
 
 
-def _router(engine: Engine, started: Sequence[_Asked]) -> ServeCommand:
+def _router(engine: ServingEngine, started: Sequence[_Asked]) -> ServeCommand:
     """The command of the router before the servers."""
     role: ServeRole = "router"
     urls = {
@@ -327,7 +327,7 @@ def _weights(asked: _Asked) -> list[str]:
     return ["--quantization", "fp8"] if types.weights == "float8" and not stored else []
 
 
-def _weight_notes(asked: _Asked, engine: Engine) -> list[str]:
+def _weight_notes(asked: _Asked, engine: ServingEngine) -> list[str]:
     types, stored = asked.types, asked.served.quantization
     as_stored = {"nvfp4", "mxfp4", "int4"}
     if engine.name not in ("vllm", "sglang"):

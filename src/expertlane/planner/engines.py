@@ -27,7 +27,7 @@ _MOST_NORMAL = 8 * 20  # ranks: DeepEP's NUM_MAX_NVL_PEERS × NUM_MAX_RDMA_PEERS
 
 
 @dataclass(frozen=True)
-class Pool:
+class RolePool:
     """A deployment in its role: `both` where one server computes prompts and decodes."""
 
     candidate: Candidate
@@ -111,7 +111,7 @@ class Router:
 
 
 @dataclass(frozen=True)
-class Engine:
+class ServingEngine:
     """An engine, and its limits.
 
     Attributes:
@@ -136,7 +136,7 @@ class Engine:
         self, candidate: Candidate, model: ModelConfig, role: PoolRole = "both"
     ) -> Row | None:
         """The first row that rules a deployment out; None where the engine runs it."""
-        pool = Pool(candidate, model, role)
+        pool = RolePool(candidate, model, role)
         return next((row for row in self.rows if row.rules_out(pool)), None)
 
     def runs(self, candidate: Candidate, model: ModelConfig, role: PoolRole = "both") -> bool:
@@ -155,7 +155,7 @@ class Engine:
         """The first row that rules disaggregated pools out; None where the engine runs both."""
         if self.pairs is None:
             return _NO_POOLS
-        both = Pool(prefill, model, "prefill"), Pool(decode, model, "decode")
+        both = RolePool(prefill, model, "prefill"), RolePool(decode, model, "decode")
         of_each = (row for pool in both for row in self.rows if row.rules_out(pool))
         of_pair = (row for row in self.pairs if row.rules_out(*both))
         return next(chain(of_each, of_pair), None)
@@ -179,18 +179,18 @@ _DEEPEP = (
 )
 
 
-def _needs_even_copies(pool: Pool) -> bool:
+def _needs_even_copies(pool: RolePool) -> bool:
     has_copies = pool.candidate.options.num_redundant_experts > 0
     return has_copies and (pool.layout.ep == 1 or not pool.slots_are_even)
 
 
-def _balances_copies(pool: Pool) -> bool:
+def _balances_copies(pool: RolePool) -> bool:
     return pool.candidate.options.copies != "nearest"
 
 
 _COPIES = "picks a copy of an expert by the token, not by the load of the step"
 
-VLLM = Engine(
+VLLM = ServingEngine(
     "vllm",
     "vLLM",
     "0.33.0",
@@ -275,7 +275,7 @@ VLLM = Engine(
     Router("vllm-router", "0.1.17", ("vllm-router",), "--vllm-pd-disaggregation"),
 )
 
-SGLANG = Engine(
+SGLANG = ServingEngine(
     "sglang",
     "SGLang",
     "0.5.23",
@@ -348,7 +348,7 @@ SGLANG = Engine(
     ),
 )
 
-TRTLLM = Engine(
+TRTLLM = ServingEngine(
     "trtllm",
     "TensorRT-LLM",
     "1.2",
@@ -396,7 +396,7 @@ TRTLLM = Engine(
     ),
 )
 
-EXPERTLANE = Engine(
+EXPERTLANE = ServingEngine(
     "expertlane",
     "expertlane",
     __version__,
@@ -417,7 +417,9 @@ EXPERTLANE = Engine(
     has_replicas=True,
 )
 
-ENGINES: dict[EngineName, Engine] = {each.name: each for each in (VLLM, SGLANG, TRTLLM, EXPERTLANE)}
+ENGINES: dict[EngineName, ServingEngine] = {
+    each.name: each for each in (VLLM, SGLANG, TRTLLM, EXPERTLANE)
+}
 _WITHOUT_NVLINK = Row(
     "dispatches by kernels that need NVLink inside a node, which these cards lack",
     "DeepEP, README.md: requirements",
@@ -425,7 +427,7 @@ _WITHOUT_NVLINK = Row(
 )
 
 
-def engines_on(profile: Profile) -> Mapping[EngineName, Engine]:
+def engines_on(profile: Profile) -> Mapping[EngineName, ServingEngine]:
     """The engines' limits on a kind of device."""
     if profile.has_nvlink:
         return ENGINES

@@ -16,7 +16,7 @@ from expertlane.cost.memory import RANK_STEP_TOKENS
 from expertlane.cost.routing import RoutingChoice
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.commands import ServedPool, ServeTarget, engine_commands, longest_request
-from expertlane.planner.engines import Engine, Row, engines_on
+from expertlane.planner.engines import Row, ServingEngine, engines_on
 from expertlane.planner.ranking import (
     Contender,
     Ranking,
@@ -77,7 +77,7 @@ class EngineChoice:
         broken: the rule that excludes the plan's choice; None where the engine runs it.
     """
 
-    engine: Engine
+    engine: ServingEngine
     aggregated: Contender | None
     pools: TwoPools | None = None
     broken: Row | None = None
@@ -126,7 +126,7 @@ def _may_win(pools: TwoPools, aggregated: Contender | None) -> bool:
 
 
 def _pools(
-    engine: Engine, found: TwoPools, of_pools: TwoPoolSearch, search: Search
+    engine: ServingEngine, found: TwoPools, of_pools: TwoPoolSearch, search: Search
 ) -> TwoPools | None:
     if engine.joins(*_candidates(found), search.request.model):
         return found
@@ -134,7 +134,7 @@ def _pools(
     return own if isinstance(own, TwoPools) else None
 
 
-def _aggregated(engine: Engine, search: Search, ranking: Ranking) -> Contender | None:
+def _aggregated(engine: ServingEngine, search: Search, ranking: Ranking) -> Contender | None:
     """The chosen one where the engine runs it; else the best of those that it runs."""
     model = search.request.model
     if engine.runs(ranking.chosen.finalist.candidate, model):

@@ -16,7 +16,7 @@ import numpy as np
 from expertlane.cost.laws.profile import LIKELY
 from expertlane.cost.memory import size_text
 from expertlane.cost.projector import ErrorSeconds, Projector, Setting, StepSize
-from expertlane.cost.routing import PowerLawRouting, Traffic, extremes_of
+from expertlane.cost.routing import LoadedRouting, PowerLawRouting, extremes_of
 from expertlane.cost.step.operation import WEIGHT_BYTES, NumberTypes
 from expertlane.cost.throughput import Goals, ThroughputCurve, one_pool
 from expertlane.errors import CapacityError, UserError
@@ -27,7 +27,7 @@ from expertlane.planner.candidates import (
     check_plan_size,
     valid_layouts,
 )
-from expertlane.planner.engines import Pool, engines_on
+from expertlane.planner.engines import RolePool, engines_on
 from expertlane.planner.screen import (
     Known,
     Screen,
@@ -307,7 +307,7 @@ class Finalist(ScreenedCandidate):
         return self.in_full[Phase.DECODE]
 
     def simulated(self, served: ThroughputCurve) -> "Finalist":
-        """The finalist with simulated throughput, and bounds that include skew in its decode step.
+        """The finalist with simulated throughput; bounds of decodes include skew, TTFT's do not.
 
         Args:
             served: throughput simulated with the likely routing.
@@ -315,7 +315,7 @@ class Finalist(ScreenedCandidate):
         return replace(self, served=self.with_skew(served))
 
     def with_skew(self, served: ThroughputCurve) -> ThroughputCurve:
-        """Simulated throughput of it as the decode pool, with bounds that include skew."""
+        """Simulated throughput of it as the decode pool; bounds but TTFT's include skew."""
         even_s, uneven_s = self.by_error[Phase.DECODE].get((_SKEW, ()), (None, None))
         if even_s is None or uneven_s is None:
             return served
@@ -445,7 +445,7 @@ class Search:
         # Prompts of an engine may be dispatched as fast only by the library of its decodes.
         by_deepep: dict[bool, list[ScreenedCandidate]] = {True: [], False: []}
         for each in options:
-            by_deepep[Pool(each.candidate, self.request.model).uses_deepep].append(each)
+            by_deepep[RolePool(each.candidate, self.request.model).uses_deepep].append(each)
         further: dict[Candidate, ScreenedCandidate] = {}
         for some in (options, *by_deepep.values()):
             further |= {each.candidate: each for each in with_fastest_prefill(some, self.request)}
@@ -515,7 +515,7 @@ class Search:
         return routing.redrawn(_NUM_REDRAWN) if isinstance(routing, PowerLawRouting) else []
 
     def _likely_s(
-        self, option: ScreenedCandidate, routing: Traffic, phases: Sequence[Phase]
+        self, option: ScreenedCandidate, routing: LoadedRouting, phases: Sequence[Phase]
     ) -> dict[Phase, float]:
         """Seconds of a step of each phase under another routing."""
         projector, sizes = self._projected(option, replace(self.request.setting, routing=routing))

@@ -18,7 +18,7 @@ from expertlane.cost.laws.profile import ModelledCluster
 from expertlane.cost.throughput import Goals, MultiToken, ThroughputCurve
 from expertlane.errors import CapacityError, UserError
 from expertlane.planner.candidates import Candidate, PlanRequest, family_of
-from expertlane.planner.engines import Engine, engines_on
+from expertlane.planner.engines import ServingEngine, engines_on
 from expertlane.planner.screen import Screened, ScreenedCandidate, TooLarge, fitting
 from expertlane.planner.search import (
     Finalist,
@@ -214,7 +214,7 @@ class Race:
         self._waiting = sorted(able, key=lambda pair: -pair[0])
 
     def result(self) -> Simulations:
-        """The simulations' results."""
+        """Race all candidates to the end; the winners, and what was simulated of each."""
         self._start_families()
         self._settle(_anything)
         for group in self._groups:
@@ -342,7 +342,7 @@ def _groups_of(request: PlanRequest) -> list[Group]:
     return groups
 
 
-def _is_run(engine: Engine, request: PlanRequest, candidate: Candidate) -> bool:
+def _is_run(engine: ServingEngine, request: PlanRequest, candidate: Candidate) -> bool:
     return engine.runs(candidate, request.model)
 
 

@@ -26,7 +26,7 @@ from expertlane.spec.files import parse_json, strict_json
 from expertlane.spec.ranges import RANGES, shown
 from expertlane.spec.sampling import (
     MOST_CHOICE_CHARACTERS,
-    MOST_CHOICES,
+    MOST_CHOICE_TEXTS,
     MOST_GRAMMAR_CHARACTERS,
     MOST_REGEX_CHARACTERS,
     MOST_SCHEMA_CHARACTERS,
@@ -205,7 +205,7 @@ MOST_CALLS = 1024  # calls in a message
 
 
 class TextPart(Strict):
-    """A text that is a part of a message."""
+    """A part of a message of type `text`."""
 
     type: Literal["text"]
     text: Text
@@ -311,7 +311,7 @@ _Regex = Annotated[str, Field(max_length=MOST_REGEX_CHARACTERS)]
 _Grammar = Annotated[str, Field(max_length=MOST_GRAMMAR_CHARACTERS)]
 _Choice = Annotated[
     list[Annotated[str, Field(max_length=MOST_CHOICE_CHARACTERS)]],
-    Field(max_length=MOST_CHOICES, fail_fast=True),
+    Field(max_length=MOST_CHOICE_TEXTS, fail_fast=True),
 ]
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from expertlane.balance.holding import Placements
 from expertlane.engine.comm.progress import NO_LAYER, Position
 from expertlane.engine.elastic.recovery import Recovery
-from expertlane.engine.elastic.recovery_record import OVER, Kind
+from expertlane.engine.elastic.recovery_record import OVER, RecoveryKind
 from expertlane.engine.elastic.scaling import PREPARING, Scaling
 from expertlane.engine.rank_watch import RankWatch, Reading
 from expertlane.server.metrics import IMBALANCE_S, WAITING
@@ -371,10 +371,10 @@ _CHANGES: dict[Change, str] = {
     "scaling": "The layout changes",
     "growing": "Lost ranks join again",
 }
-_CHANGE_OF: dict[Kind, Change] = {
-    Kind.RECOVERY: "recovering",
-    Kind.SCALING: "scaling",
-    Kind.GROWTH: "growing",
+_CHANGE_OF: dict[RecoveryKind, Change] = {
+    RecoveryKind.RECOVERY: "recovering",
+    RecoveryKind.SCALING: "scaling",
+    RecoveryKind.GROWTH: "growing",
 }
 
 

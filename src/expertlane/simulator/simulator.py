@@ -26,7 +26,7 @@ from expertlane.cost.memory import (
     RankMemory,
 )
 from expertlane.cost.pricing import Pricing
-from expertlane.cost.routing import Traffic, extremes_of, placed
+from expertlane.cost.routing import LoadedRouting, extremes_of, placed
 from expertlane.cost.runner import CostRunner, PricedStep, StepSharing
 from expertlane.cost.step.operation import Floats, NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
@@ -68,7 +68,7 @@ class ServingSetup:
     options: Options
     types: NumberTypes
     execution: Execution
-    routing: Traffic
+    routing: LoadedRouting
     multi_token: MultiToken = field(default_factory=MultiToken)
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
@@ -202,7 +202,7 @@ class PoolRanks:
 
 @dataclass(frozen=True, eq=False)
 class SimulatedPool:
-    """A simulated pool, and its totals."""
+    """The ranks of a simulated pool, the pool that serves, and totals of its steps."""
 
     ranks: PoolRanks
     pool: Pool
@@ -532,7 +532,7 @@ class Simulator:
         return replace(limits, num_blocks=max(least, int(limits.num_blocks * share)))
 
 
-def _by_bound(setup: ServingSetup) -> tuple[Traffic, ...]:
+def _by_bound(setup: ServingSetup) -> tuple[LoadedRouting, ...]:
     """[B]; routing of each bound; all the same if it has no bounds, or no layout has EP."""
     extremes = extremes_of(setup.routing)
     if extremes is None or all(layout.ep == 1 for layout in setup.pools.values()):

@@ -37,7 +37,7 @@ PrefillRates = dict[tuple[Layout, Options], tuple[float, float]]
 
 
 @dataclass(eq=False)
-class SampledRequest(ServedRequest[Floats]):
+class SteadyRequest(ServedRequest[Floats]):
     """A request whose first token came in the stretch, which it may outlast.
 
     Attributes:
@@ -499,7 +499,7 @@ class _Stretch:
 
     def _sampled(
         self, served: Sequence[ServedRequest[Floats]], watch: Watch, tpot_s: Floats
-    ) -> list[SampledRequest]:
+    ) -> list[SteadyRequest]:
         """Requests whose first token came in the stretch; ones seen too briefly get another's pace.
 
         Args:
@@ -523,7 +523,7 @@ class _Stretch:
                 pace_s = known[int(self._draws.rng.integers(len(known)))]
             output = round(1 + (each.output_len - 1) * tokens)
             sample.append(
-                SampledRequest(
+                SteadyRequest(
                     each.prompt_len,
                     output,
                     each.due_s,

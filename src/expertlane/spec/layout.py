@@ -153,7 +153,7 @@ class Layout(Strict):
         raise AssertionError("some group lies unevenly")
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Coordinates of `rank`."""
+        """Replica, stage, data-parallel and tensor-parallel rank of a rank."""
         replica, in_replica = divmod(rank, self.replica_size)
         pp_rank, in_stage = divmod(in_replica, self.stage_size)
         dp_rank, tp_rank = divmod(in_stage, self.tp)

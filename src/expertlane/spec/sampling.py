@@ -22,7 +22,7 @@ MOST_CHOICE_CHARACTERS = 64 * KIB
 MOST_GRAMMAR_CHARACTERS = 8 * KIB  # compiling can take the cube of it
 MOST_REGEX_CHARACTERS = 16 * KIB
 MOST_LITERAL_CHARACTERS = 16 * KIB  # each mask takes a time in proportion to a text's length
-MOST_CHOICES = 4096
+MOST_CHOICE_TEXTS = 4096
 MOST_DEPTH = 64  # of lists and objects in a schema
 MOST_PROPERTIES = 1000  # in a schema; compiling takes the square of them
 
@@ -162,8 +162,10 @@ def _choices(value: Any) -> tuple[str, ...]:
     texts = tuple(value) if isinstance(value, list | tuple) else ()
     if not texts or not all(isinstance(each, str) for each in texts):
         raise UserError(f"choice is {shown(value)}; it must be a list of texts, not empty")
-    if len(texts) > MOST_CHOICES:
-        raise UserError(f"choice holds {len(texts):,} texts; at most {MOST_CHOICES:,} are taken")
+    if len(texts) > MOST_CHOICE_TEXTS:
+        raise UserError(
+            f"choice holds {len(texts):,} texts; at most {MOST_CHOICE_TEXTS:,} are taken"
+        )
     _check_size("choice", "".join(texts), MOST_CHOICE_CHARACTERS)
     return texts
 

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 from cli.screen import telling, tells
 from expertlane.balance.transition import Arrangement
 from expertlane.engine.elastic.recovery import Arranged, Recovery
-from expertlane.engine.elastic.recovery_record import NEXT, Kind, State
+from expertlane.engine.elastic.recovery_record import NEXT, RecoveryKind, State
 from expertlane.errors import RankError, RanksLostError, UserError
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.layout import Layout, Members
@@ -31,9 +31,9 @@ LAYOUT = Layout.parse("replicas=2,pp=2,dp=2,tp=2,ep=4")
 LAYOUTS = [LAYOUT, *map(Layout.parse, ("tp=1", "dp=2,ep=2", "replicas=3,dp=8,ep=8"))]
 RANKS = st.frozensets(st.integers(0, LAYOUT.world_size), max_size=3)  # one rank more than it needs
 FIRST = {
-    Kind.RECOVERY: State.FENCING,
-    Kind.SCALING: State.SCALING,
-    Kind.GROWTH: State.GROWING,
+    RecoveryKind.RECOVERY: State.FENCING,
+    RecoveryKind.SCALING: State.SCALING,
+    RecoveryKind.GROWTH: State.GROWING,
 }
 REPLICAS = st.sets(st.integers(0, 2), min_size=1)
 # Where a recovery may be disturbed: before and after ranks are killed, and so on.
@@ -399,7 +399,7 @@ class Machine(RuleBasedStateMachine):
             assert states[0] is FIRST[record.kind]
             assert all(then in NEXT[now] for now, then in pairwise(states))
             assert sum(record.seconds().values()) == pytest.approx(record.total_s)
-            assert record.causes or record.kind is not Kind.RECOVERY
+            assert record.causes or record.kind is not RecoveryKind.RECOVERY
         over = [record for record in self.recovery.records if record.is_over]
         assert over == list(self.recovery.records)[: len(over)]
         num = sum(record.moments[-1].state is not State.STOPPED for record in over)

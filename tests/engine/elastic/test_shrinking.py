@@ -10,7 +10,7 @@ from engine.elastic.recovering import model as model_on
 from engine.ranks.processes import wait_until
 from expertlane.balance.placement import WHOLE
 from expertlane.engine.elastic.rebalancing import MovePace
-from expertlane.engine.elastic.recovery_record import Kind, State
+from expertlane.engine.elastic.recovery_record import RecoveryKind, State
 from expertlane.engine.ranks.commands import Prepare, Redeploy, RunStep
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
@@ -79,9 +79,10 @@ def test_the_others_go_on_and_what_was_lost_comes_back(
             # What serves reads nothing to grow back; what comes back has read it before.
             for number, each in enumerate(llm._runner.held):
                 assert Origin.READ not in each.bytes_from, number
-        assert [record.kind for record in recovery.records] == [Kind.RECOVERY, Kind.GROWTH] * len(
-            kills
-        )
+        assert [record.kind for record in recovery.records] == [
+            RecoveryKind.RECOVERY,
+            RecoveryKind.GROWTH,
+        ] * len(kills)
         text = capfd.readouterr().err
         assert text.count("data-parallel ranks; ") == text.count("grew back in") == len(kills)
 
@@ -129,7 +130,7 @@ def test_more_are_lost_down_to_the_last_and_while_it_grows():
         with harmed(1, Prepare, 1) as first, harmed(0, Redeploy, 1) as second:
             assert wait_until(lambda: is_whole(llm) and len(first + second) == 2)
             assert facts(llm) == expected
-        growth = next(each for each in recovery.records if each.kind is Kind.GROWTH)
+        growth = next(each for each in recovery.records if each.kind is RecoveryKind.GROWTH)
         assert growth.ranks == [0]
         grow_back(llm)
         assert facts(llm) == expected

@@ -26,8 +26,8 @@ from expertlane.cost.step.operation import (
     SIZES,
     WEIGHT_BYTES,
     Floats,
-    Kind,
     NumberTypes,
+    OpKind,
     flops_of,
 )
 from expertlane.errors import SpecError
@@ -51,7 +51,7 @@ class Roofline:
 
 
 def roofline(
-    device: Device, kind: Kind, dtype: str, sizes: Sizes, floor_s: float = 0.0
+    device: Device, kind: OpKind, dtype: str, sizes: Sizes, floor_s: float = 0.0
 ) -> Roofline:
     """The roofline of an operation.
 
@@ -65,28 +65,28 @@ def roofline(
     """
     num_bytes, at = _WORK[kind](sizes, _item_bytes(kind, dtype))
     memory_s = np.asarray(num_bytes) / device.memory_bytes_per_s
-    if kind is Kind.MEMORY:
+    if kind is OpKind.MEMORY:
         return Roofline(np.where(memory_s > 0, memory_s + floor_s, 0.0), at)
     compute_s = np.asarray(flops_of(kind, sizes)) / peak_flops_per_s(device, kind, dtype)
     busy_s = np.maximum(compute_s, memory_s) + floor_s
     return Roofline(busy_s if compute_s.all() else np.where(compute_s > 0, busy_s, 0.0), at)
 
 
-def moved_bytes(kind: Kind, dtype: str, sizes: Sizes) -> Floats | float:
+def moved_bytes(kind: OpKind, dtype: str, sizes: Sizes) -> Floats | float:
     """The least bytes that an operation reads and writes."""
     return _WORK[kind](sizes, _item_bytes(kind, dtype))[0]
 
 
-def _item_bytes(kind: Kind, dtype: str) -> float:
+def _item_bytes(kind: OpKind, dtype: str) -> float:
     return ITEM_BYTES[dtype] if kind in ATTENTION else WEIGHT_BYTES[dtype]
 
 
-def looked_up_by(kind: Kind, sizes: Sizes) -> Sizes:
+def looked_up_by(kind: OpKind, sizes: Sizes) -> Sizes:
     """The sizes by which a law of the kind may be looked up, as `Roofline.at` has them."""
     return _WORK[kind](sizes, 1)[1]
 
 
-def peak_flops_per_s(device: Device, kind: Kind, dtype: str) -> float:
+def peak_flops_per_s(device: Device, kind: OpKind, dtype: str) -> float:
     """The dense peak that a kind of operation computes at.
 
     Raises:
@@ -148,11 +148,11 @@ def _memory(sizes: Sizes, item: float) -> _Work:
     return sizes["bytes"], {"bytes": sizes["bytes"]}
 
 
-_WORK: dict[Kind, Callable[[Sizes, float], _Work]] = {
-    Kind.GEMM: _gemm,
-    Kind.EXPERTS: _experts,
+_WORK: dict[OpKind, Callable[[Sizes, float], _Work]] = {
+    OpKind.GEMM: _gemm,
+    OpKind.EXPERTS: _experts,
     **dict.fromkeys(ATTENTION, _attention),
-    Kind.MEMORY: _memory,
+    OpKind.MEMORY: _memory,
 }
 
 
@@ -171,10 +171,10 @@ class DeviceModel:
 
     def __init__(self, profile: Profile) -> None:
         self._profile = profile
-        self._laws: dict[tuple[Kind, str], tuple[Surface, float]] = {}
+        self._laws: dict[tuple[OpKind, str], tuple[Surface, float]] = {}
         self._libraries: dict[str, list[Surface]] = {}
 
-    def times(self, kind: Kind, dtype: str, sizes: Mapping[str, Floats | float]) -> Times:
+    def times(self, kind: OpKind, dtype: str, sizes: Mapping[str, Floats | float]) -> Times:
         """Seconds with bounds, without launch overheads.
 
         Args:
@@ -194,7 +194,7 @@ class DeviceModel:
         times = surface.times(base.seconds, base.at)
         for other in self._others(kind, dtype):
             times = _faster(times, other, base)
-        if kind is Kind.EXPERTS:
+        if kind is OpKind.EXPERTS:
             is_wide = _is_wide(surface, sizes) & (base.seconds > 0)
             if is_wide.any():
                 times = where(is_wide, self._products(dtype, sizes, times), times)
@@ -210,7 +210,7 @@ class DeviceModel:
         Args:
             otherwise: times to fall back on where no product of the type was measured.
         """
-        surface, floor_s = self._law(Kind.GEMM, dtype)
+        surface, floor_s = self._law(OpKind.GEMM, dtype)
         if not surface.axes:
             return otherwise
         hidden, inner, matrices = sizes["hidden"], sizes["inner"], sizes["matrices"]
@@ -218,11 +218,11 @@ class DeviceModel:
         rows = np.maximum(sizes["pairs"] / active, 1)
 
         def product(n: Floats | float, k: Floats | float) -> Times:
-            one = roofline(self._profile.device, Kind.GEMM, dtype, {"m": rows, "n": n, "k": k})
+            one = roofline(self._profile.device, OpKind.GEMM, dtype, {"m": rows, "n": n, "k": k})
             return surface.times(one.seconds * active + floor_s, one.at)
 
         moved = sizes["pairs"] * (inner * (matrices * max(WEIGHT_BYTES[dtype], 2)))
-        activation = self.times(Kind.MEMORY, dtype, {"bytes": moved})
+        activation = self.times(OpKind.MEMORY, dtype, {"bytes": moved})
         up, down = product(inner, hidden), product(hidden, inner)
         return Times(
             (matrices - 1) * up.bounds + down.bounds + activation.bounds,
@@ -231,11 +231,11 @@ class DeviceModel:
             max(up.wider, activation.wider),
         )
 
-    def has_one_law(self, kind: Kind, dtype: str) -> bool:
+    def has_one_law(self, kind: OpKind, dtype: str) -> bool:
         """True if one law gives all times of an operation, whatever its sizes."""
-        return kind is not Kind.EXPERTS and not self._others(kind, dtype)
+        return kind is not OpKind.EXPERTS and not self._others(kind, dtype)
 
-    def _others(self, kind: Kind, dtype: str) -> list[Surface]:
+    def _others(self, kind: OpKind, dtype: str) -> list[Surface]:
         """Laws of other libraries for the same operation, named `experts.float8.<library>`."""
         begin = f"{kind}.{dtype}."
         if begin not in self._libraries:
@@ -243,7 +243,7 @@ class DeviceModel:
             self._libraries[begin] = [law for name, law in surfaces if name.startswith(begin)]
         return self._libraries[begin]
 
-    def _law(self, kind: Kind, dtype: str) -> tuple[Surface, float]:
+    def _law(self, kind: OpKind, dtype: str) -> tuple[Surface, float]:
         types = ITEM_BYTES if kind in ATTENTION else WEIGHT_BYTES
         if dtype not in types:
             raise SpecError(f"{dtype} is not priced; known types are {', '.join(types)}")
@@ -259,7 +259,7 @@ class DeviceModel:
         floor = self._profile.terms.get(f"{kind}_floor_s")
         return surface, floor.value if floor else 0.0
 
-    def _surface(self, kind: Kind, dtype: str) -> Surface:
+    def _surface(self, kind: OpKind, dtype: str) -> Surface:
         surfaces = self._profile.surfaces
         for name in (f"{kind}.{dtype}", str(kind)):
             if name in surfaces:
@@ -288,7 +288,7 @@ class DeviceModel:
 def stand_ins(profile: Profile, types: NumberTypes) -> Iterator[str]:
     """Sentences on laws by other measurements than a reader would expect."""
     laws, twin = profile.surfaces, _SAME_WIDTH.get(types.activations, "")
-    own, other = (f"{Kind.DECODE_ATTENTION}.{dtype}" for dtype in (types.activations, twin))
+    own, other = (f"{OpKind.DECODE_ATTENTION}.{dtype}" for dtype in (types.activations, twin))
     if own not in laws and other in laws:
         yield (
             f"{profile.device.name} was measured in {twin} only: {types.activations} gets the same "

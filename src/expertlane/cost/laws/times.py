@@ -47,19 +47,19 @@ class Times:
 
     @property
     def low(self) -> Floats:
-        """[R]."""
+        """The low bound on each rank, [R]."""
         low: Floats = self.bounds[0]
         return low
 
     @property
     def seconds(self) -> Floats:
-        """[R]; the likely ones."""
+        """The likely time on each rank, [R]."""
         seconds: Floats = self.bounds[1]
         return seconds
 
     @property
     def high(self) -> Floats:
-        """[R]."""
+        """The high bound on each rank, [R]."""
         high: Floats = self.bounds[2]
         return high
 
@@ -70,7 +70,7 @@ class Times:
 
 
 def no_time(num_ranks: int) -> Times:
-    """Of what takes none, [R] zeros."""
+    """Zeros on all ranks, for what takes no time."""
     return Times(np.zeros((3, num_ranks)), Basis.MEASURED, np.zeros(num_ranks, dtype=np.bool_))
 
 

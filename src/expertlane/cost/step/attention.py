@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from expertlane.balance.holding import Slices
 from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
-from expertlane.cost.step.operation import Ints, Kind
+from expertlane.cost.step.operation import Ints, OpKind
 from expertlane.cost.step.step_list import KernelSet, StepWriter
 from expertlane.spec.model import LatentAttention, ModelConfig
 from expertlane.spec.names import Stage
@@ -155,9 +155,9 @@ def _core(
         position_bytes: bytes of a position in the cache.
         query_bytes, value_bytes: bytes of a token's queries and outputs, all heads of the rank.
     """
-    prefill, decode = Kind.PREFILL_ATTENTION, Kind.DECODE_ATTENTION
+    prefill, decode = OpKind.PREFILL_ATTENTION, OpKind.DECODE_ATTENTION
     if "key_dim" in widths:
-        prefill, decode = Kind.LATENT_PREFILL, Kind.LATENT_DECODE
+        prefill, decode = OpKind.LATENT_PREFILL, OpKind.LATENT_DECODE
     kernels, dcp = out.kernels, out.mesh.layout.dcp
     if sizes.num_prefill_groups:
         if dcp > 1:

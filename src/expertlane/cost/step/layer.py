@@ -12,7 +12,7 @@ import numpy as np
 from expertlane.cost.step.attention import attention_steps
 from expertlane.cost.step.batch_sizes import TokenSizes
 from expertlane.cost.step.counts import DispatchCounts
-from expertlane.cost.step.operation import Amounts, Ints, Kind, PayloadBytes, weight_bytes
+from expertlane.cost.step.operation import Amounts, Ints, OpKind, PayloadBytes, weight_bytes
 from expertlane.cost.step.step_list import StepWriter
 from expertlane.spec.deployment import PayloadType, form_on
 from expertlane.spec.model import ModelConfig
@@ -123,7 +123,7 @@ class ExpertSteps:
             out.round_inputs(Stage.EXPERTS, num_inputs, 2)
         of_expert = kernels.expert + matrices * kernels.expert_product
         out.operation(
-            Kind.EXPERTS,
+            OpKind.EXPERTS,
             Stage.EXPERTS,
             {
                 "pairs": counts.pairs_computed,

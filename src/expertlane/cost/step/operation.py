@@ -27,7 +27,7 @@ Amounts = Ints | Floats  # counted, or expected
 OUTSIDE = -1  # in place of a layer: embedding, head, PP transfer
 
 
-class Kind(StrEnum):
+class OpKind(StrEnum):
     """Kinds of operation; each has its own law of time."""
 
     GEMM = "gemm"
@@ -39,12 +39,12 @@ class Kind(StrEnum):
     MEMORY = "memory"  # norms, rotation, packing, sums: bytes moved
 
 
-SIZES: dict[Kind, tuple[str, ...]] = {
-    Kind.GEMM: ("m", "n", "k"),
+SIZES: dict[OpKind, tuple[str, ...]] = {
+    OpKind.GEMM: ("m", "n", "k"),
     # token-expert pairs, experts with any, width in and out, inner width, matrices (3 if gated)
-    Kind.EXPERTS: ("pairs", "active", "hidden", "inner", "matrices"),
+    OpKind.EXPERTS: ("pairs", "active", "hidden", "inner", "matrices"),
     # sequences, query-key pairs of one head, new tokens, positions read; all summed over sequences
-    Kind.PREFILL_ATTENTION: (
+    OpKind.PREFILL_ATTENTION: (
         "seqs",
         "query_key_pairs",
         "tokens",
@@ -53,10 +53,10 @@ SIZES: dict[Kind, tuple[str, ...]] = {
         "kv_heads",
         "head_dim",
     ),
-    Kind.DECODE_ATTENTION: ("seqs", "positions", "heads", "kv_heads", "head_dim"),
+    OpKind.DECODE_ATTENTION: ("seqs", "positions", "heads", "kv_heads", "head_dim"),
     # of latent attention: in the latent, key_dim = rank + rope and value_dim = rank; where keys and
     # values are expanded, the widths of a head
-    Kind.LATENT_PREFILL: (
+    OpKind.LATENT_PREFILL: (
         "seqs",
         "query_key_pairs",
         "tokens",
@@ -65,31 +65,34 @@ SIZES: dict[Kind, tuple[str, ...]] = {
         "key_dim",
         "value_dim",
     ),
-    Kind.LATENT_DECODE: ("seqs", "positions", "heads", "key_dim", "value_dim"),
-    Kind.MEMORY: ("bytes",),
+    OpKind.LATENT_DECODE: ("seqs", "positions", "heads", "key_dim", "value_dim"),
+    OpKind.MEMORY: ("bytes",),
 }
 
 
 ATTENTION = (
-    Kind.PREFILL_ATTENTION,
-    Kind.DECODE_ATTENTION,
-    Kind.LATENT_PREFILL,
-    Kind.LATENT_DECODE,
+    OpKind.PREFILL_ATTENTION,
+    OpKind.DECODE_ATTENTION,
+    OpKind.LATENT_PREFILL,
+    OpKind.LATENT_DECODE,
 )
 
 
-def flops_of(kind: Kind, sizes: Mapping[str, npt.NDArray[Any] | float]) -> npt.NDArray[Any] | float:
+def flops_of(
+    kind: OpKind, sizes: Mapping[str, npt.NDArray[Any] | float]
+) -> npt.NDArray[Any] | float:
     """FLOPs of an operation, a multiply and an add counted as two; whole where its sizes are.
 
     Args:
         sizes: the sizes that `SIZES` names for the kind.
     """
-    if kind is Kind.MEMORY:
+    if kind is OpKind.MEMORY:
         return 0
-    if kind is Kind.GEMM:
+    if kind is OpKind.GEMM:
         return 2 * sizes["m"] * sizes["n"] * sizes["k"]
-    if kind is Kind.EXPERTS:
+    if kind is OpKind.EXPERTS:
         return 2 * sizes["pairs"] * (sizes["hidden"] * sizes["inner"] * sizes["matrices"])
+    assert kind in ATTENTION, kind
     pairs = sizes["query_key_pairs" if "query_key_pairs" in sizes else "positions"]
     if "head_dim" in sizes:
         return 4 * pairs * sizes["heads"] * sizes["head_dim"]
@@ -107,7 +110,7 @@ class Operation:
         dtype: number type where it is not that of the weights: the router's is float32.
     """
 
-    kind: Kind
+    kind: OpKind
     stage: Stage
     sizes: Mapping[str, Floats | float]
     flops: Amounts

@@ -20,10 +20,10 @@ from expertlane.cost.step.operation import (
     Amounts,
     Floats,
     Ints,
-    Kind,
     NumberTypes,
     OneOfGroup,
     Operation,
+    OpKind,
     RankGroups,
     RowsByLink,
     Step,
@@ -275,7 +275,7 @@ class StepWriter(ABC):
         if dtype == "float8":
             self.round_inputs(stage, m * np.asarray(k))
         self.operation(
-            Kind.GEMM,
+            OpKind.GEMM,
             stage,
             {"m": m, "n": n, "k": k},
             weight_bytes=(m > 0) * weight_bytes(num_weights, dtype),
@@ -308,11 +308,11 @@ class StepWriter(ABC):
 
     def memory(self, stage: Stage, num_bytes: Amounts, num_kernels: int = 1) -> None:
         """Bytes [A] read and written, by an operation without FLOPs."""
-        self.operation(Kind.MEMORY, stage, {"bytes": num_bytes}, num_kernels=num_kernels)
+        self.operation(OpKind.MEMORY, stage, {"bytes": num_bytes}, num_kernels=num_kernels)
 
     def operation(
         self,
-        kind: Kind,
+        kind: OpKind,
         stage: Stage,
         sizes: dict[str, Amounts | int],
         *,

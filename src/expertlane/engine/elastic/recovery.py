@@ -17,7 +17,14 @@ from typing import Any, Protocol, TypeVar
 
 from expertlane.balance.holding import Placements
 from expertlane.balance.transition import Arrangement, Transition
-from expertlane.engine.elastic.recovery_record import NEXT, Kind, Moment, RecoveryRecord, State
+from expertlane.engine.elastic.recovery_record import (
+    CHANGING,
+    NEXT,
+    Moment,
+    RecoveryKind,
+    RecoveryRecord,
+    State,
+)
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import ExpertlaneError, RankError, RanksLostError, UserError
 from expertlane.schedule.plan import StepPlan
@@ -303,7 +310,7 @@ class Recovery:
         """
         self._is_under_way = True
         layouts = self.members.layout, whole.layout
-        self.records.append(RecoveryRecord(time.time(), Kind.SCALING, layouts))
+        self.records.append(RecoveryRecord(time.time(), RecoveryKind.SCALING, layouts))
         self._enter(State.SCALING)
         self._arranged.want(whole)
         self._target, self._num_ranks = whole.members, whole.layout.world_size
@@ -342,14 +349,14 @@ class Recovery:
             return
         self._is_under_way = True
         layouts = self.members.layout, self.whole.layout
-        self.records.append(RecoveryRecord(time.time(), Kind.GROWTH, layouts))
+        self.records.append(RecoveryRecord(time.time(), RecoveryKind.GROWTH, layouts))
         self._enter(State.GROWING)
         self._target = self.whole
         self._until_done(partial(self._change_now, loop), None)
         self._is_under_way = False
 
     def _change_now(self, loop: DriveLoop[Any]) -> None:
-        if self.state in (State.SCALING, State.GROWING):  # else ranks were lost: another epoch
+        if self.state in CHANGING:  # else ranks were lost meanwhile: another epoch has begun
             self._pool.begin_epoch((), lambda: None, self._num_ranks)
             self._enter(State.LOADING)
         self._bring_back(loop)
@@ -380,7 +387,7 @@ class Recovery:
     def _choose(self) -> Members:
         """The members of the coming epoch: a part of the present ones, or all with replacements."""
         record = self.records[-1]
-        if self.shrinker is None or self._must_replace or record.kind is Kind.SCALING:
+        if self.shrinker is None or self._must_replace or record.kind is RecoveryKind.SCALING:
             return self.whole
         lost = self._to_fence | self._to_redeploy | self._missing
         if lost.isdisjoint(self.whole.numbers):
@@ -410,7 +417,7 @@ class Recovery:
         change = Transition(arranged.now, after, alive)
         kept = {new: old for new, old in change.caches.items() if old not in self._to_cut}
         begin_again = {*before.dp_ranks} - {*kept.values()}
-        if record.kind is Kind.SCALING:  # no step was in flight, so `reshape` is enough
+        if record.kind is RecoveryKind.SCALING:  # no step was in flight, so `reshape` is enough
             begin_again = before.dp_ranks_of(change.lost) | self._to_cut
         record.num_requests += loop.lose(begin_again)
         self._to_cut.clear()
@@ -462,8 +469,8 @@ class Recovery:
         loss = (error.ranks, str(error)) if error is not None else ()
         record.moments.append(Moment(state, time.monotonic(), *loss))
         if record.is_over and state is not State.STOPPED:
-            self.num_recoveries += record.kind is Kind.RECOVERY
-            self.num_scalings += record.kind is Kind.SCALING
-            self.num_growths += record.kind is Kind.GROWTH
+            self.num_recoveries += record.kind is RecoveryKind.RECOVERY
+            self.num_scalings += record.kind is RecoveryKind.SCALING
+            self.num_growths += record.kind is RecoveryKind.GROWTH
         if record.is_over:
             self._log(record.outcome)

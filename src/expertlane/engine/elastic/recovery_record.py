@@ -34,10 +34,11 @@ NEXT: Mapping[State, frozenset[State]] = {
     State.REPLAYING: frozenset({State.FENCING, State.SERVING, State.SHRUNK, State.STOPPED}),
     State.STOPPED: frozenset(),
 }
+CHANGING = frozenset({State.SCALING, State.GROWING})  # no rank was lost; a new epoch begins
 OVER = frozenset({State.SERVING, State.SHRUNK, State.STOPPED})  # in which a record ends
 
 
-class Kind(StrEnum):
+class RecoveryKind(StrEnum):
     """The reason of an interruption."""
 
     RECOVERY = "recovery"  # ranks were lost
@@ -76,7 +77,7 @@ class RecoveryRecord:
     """
 
     at: float
-    kind: Kind = Kind.RECOVERY
+    kind: RecoveryKind = RecoveryKind.RECOVERY
     layouts: tuple[Layout, Layout] | None = None
     moments: list[Moment] = field(default_factory=list)
     num_requests: int = 0
@@ -113,9 +114,9 @@ class RecoveryRecord:
         """The outcome and the seconds in each state, as a line for the log."""
         shares = ", ".join(f"{state} {seconds:.2f}" for state, seconds in self.seconds().items())
         how, state = "recovered in", self.moments[-1].state
-        if self.kind is Kind.SCALING and self.layouts is not None:
+        if self.kind is RecoveryKind.SCALING and self.layouts is not None:
             how = "layout changed from {} to {} in".format(*self.layouts)
-        elif self.kind is Kind.GROWTH and state is State.SERVING:
+        elif self.kind is RecoveryKind.GROWTH and state is State.SERVING:
             how = "grew back in"
         if state is State.STOPPED:
             how = "given up after"

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from expertlane.balance.holding import Placements
 from expertlane.balance.placement import MovedPart
 from expertlane.balance.transition import Arrangement
-from expertlane.cost.step.operation import SIZES, Kind, TransferKind
+from expertlane.cost.step.operation import SIZES, OpKind, TransferKind
 from expertlane.engine.ranks.messages import Decoder, Message, MessageError
 from expertlane.results.step_checks import RankChecks
 from expertlane.results.step_record import RankRecord, RankTotals
@@ -66,7 +66,7 @@ class Point:
         sizes: the sizes of its kind, in the order of `SIZES`.
     """
 
-    kind: Kind
+    kind: OpKind
     dtype: str
     sizes: tuple[int, ...]
 
@@ -241,7 +241,7 @@ class RankRates:
 
 
 class DescribeMachine(Command[RankMachine]):
-    """Describe the machine of the rank."""
+    """Ask a rank for its `RankMachine`."""
 
 
 class CacheInt8(Command[bool]):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.cost.step.operation import Kind, TransferKind
+from expertlane.cost.step.operation import OpKind, TransferKind
 from expertlane.engine.comm.clocks import clock_for
 from expertlane.engine.comm.collectives import Group
 from expertlane.engine.comm.mesh import ParallelMesh
@@ -304,14 +304,14 @@ def _batch(
     return made
 
 
-_WORK: dict[Kind, Callable[[_Bench, Point], Callable[[], object]]] = {
-    Kind.GEMM: _gemm,
-    Kind.EXPERTS: _experts,
-    Kind.MEMORY: _memory,
-    Kind.DECODE_ATTENTION: _attention,
-    Kind.PREFILL_ATTENTION: _attention,
-    Kind.LATENT_DECODE: _attention,
-    Kind.LATENT_PREFILL: _attention,
+_WORK: dict[OpKind, Callable[[_Bench, Point], Callable[[], object]]] = {
+    OpKind.GEMM: _gemm,
+    OpKind.EXPERTS: _experts,
+    OpKind.MEMORY: _memory,
+    OpKind.DECODE_ATTENTION: _attention,
+    OpKind.PREFILL_ATTENTION: _attention,
+    OpKind.LATENT_DECODE: _attention,
+    OpKind.LATENT_PREFILL: _attention,
 }
 
 

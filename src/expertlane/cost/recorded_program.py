@@ -194,7 +194,7 @@ assert set(_COUNTED) <= {field.name for field in fields(RankCounts)}
 
 
 @dataclass(frozen=True, eq=False)
-class ComputeLaws:
+class PricedRecording:
     """A profile's laws as the time of computing in the recorded steps of one deployment.
 
     Attributes:

@@ -12,10 +12,10 @@ from cost.projected import DRIVER_S, PROFILE
 from cost.tiny_models import MODELS
 from distributed.running import runner_on
 from expertlane.balance.holding import placements_of
-from expertlane.cost.compute_laws import ComputeLaws
 from expertlane.cost.laws.profile import Execution, Terms, read_profile
 from expertlane.cost.memory import workload_limits
 from expertlane.cost.pricing import Pricing
+from expertlane.cost.recorded_program import PricedRecording
 from expertlane.cost.routing import GivenRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.operation import NumberTypes, TransferKind
@@ -96,7 +96,7 @@ class Ran:
     def replayed(self, laws_of, profile, types, execution, scale=1.0):
         records = list(step_records(self.steps))
         plans = {record: step.plan for record, step in zip(records, self.steps, strict=True)}
-        laws = ComputeLaws(self.builder, plans, laws_of, types, execution)
+        laws = PricedRecording(self.builder, plans, laws_of, types, execution)
         links = VirtualLinks(profile, (scale / 2, scale, 2 * scale))
         num_layers = self.model.num_hidden_layers
         clock = VirtualClock(self.layout, num_layers, links, RANKS_PER_NODE, laws)
