@@ -351,8 +351,8 @@ def simulate(
         dispatch: How tokens are dispatched to experts: all_to_all: one copy to each rank with a
             chosen expert; all_gather: all tokens to all ranks; hierarchical: one copy per node,
             forwarded inside it; static: all_to_all in buffers of fixed size; auto, on real
-            ranks: the fastest of the first three for a step's number of tokens, timed at
-            startup.
+            ranks: the fastest of all_to_all, all_gather, hierarchical for a step's number of
+            tokens, timed at startup.
         prefill_dispatch: Dispatch form of steps that hold prompts, if different.
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).
@@ -490,8 +490,8 @@ def bench(
         dispatch: How tokens are dispatched to experts: all_to_all: one copy to each rank with a
             chosen expert; all_gather: all tokens to all ranks; hierarchical: one copy per node,
             forwarded inside it; static: all_to_all in buffers of fixed size; auto, on real
-            ranks: the fastest of the first three for a step's number of tokens, timed at
-            startup.
+            ranks: the fastest of all_to_all, all_gather, hierarchical for a step's number of
+            tokens, timed at startup.
         prefill_dispatch: Dispatch form of steps that hold prompts, if different.
         payload: Number type of dispatched hidden states; float8 rounds them (expertlane compare
             measures the error).
