@@ -241,8 +241,10 @@ def test_like_must_name_another_profile(tmp_path):
 
 
 def test_missing_and_damaged_files(tmp_path):
-    with pytest.raises(SpecError, match=telling("h101 a100 b200")):
+    with pytest.raises(SpecError, match=telling("h101 h100")):
         read_profile("h101")
+    with pytest.raises(SpecError, match=telling("zx a100 b200")):  # near none: all are named
+        read_profile("zx")
     with pytest.raises(SpecError, match=telling("none.toml No such file")):
         read_profile(tmp_path / "none.toml")
     path = tmp_path / "bytes.toml"
