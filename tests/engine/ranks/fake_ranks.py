@@ -1,6 +1,7 @@
 """Ranks in this process that can be lost at any moment, behind what a pool of real ones offers."""
 
 from engine.stage.token_stage import TokenStage
+from expertlane.balance.transition import Arrangement
 from expertlane.engine.ranks.commands import Deploy, HeldBytes, RecordGraphs, Redeploy, RunStep
 from expertlane.errors import RanksLostError
 from expertlane.spec.layout import Members
@@ -218,7 +219,8 @@ class FakePool:
             if before.migration.now == command.deploy.spec.placements:
                 return
             assert self.has_shrunk
-        left = before and before.leave(members, command.discard)
+        after = Arrangement.alike(members, (), members.layout.world_size)
+        left = before and before.leave(after, command.discard)
         self.stages[rank] = None
         if members.rank_of(rank) is not None:
             self._build(rank, placements=command.deploy.spec.placements)

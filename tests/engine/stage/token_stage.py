@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from expertlane.balance.transition import Arrangement
 from expertlane.engine.model.head import HeadResult, ScoredPrompts
 from expertlane.engine.model.sampler import Sampler
 from expertlane.engine.stage.deployed_stage import DeployedStage, UncommittedChanges, with_chosen
@@ -43,7 +44,9 @@ class TokenStage(DeployedStage):
         members=None,
     ):
         self.at = layout.coordinates(rank)
-        self.spec = SimpleNamespace(layout=layout, members=members or Members(layout))
+        members = members or Members(layout)
+        arrangement = Arrangement.alike(members, (), layout.world_size)
+        self.spec = SimpleNamespace(layout=layout, members=members, arrangement=arrangement)
         self.stage = SimpleNamespace(leave_cache=lambda: self._cache, held_weights=lambda: None)
         self._recorder = SimpleNamespace(
             begin_step=lambda *args, **kwargs: None,

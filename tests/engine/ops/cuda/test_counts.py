@@ -194,7 +194,9 @@ def test_inputs_in_float8_are_counted_and_launched_as_priced(tmp_path, monkeypat
     checkpoint, priced, launched = Checkpoint(tmp_path / "stored"), Counter(), Counter()
     for activations in ("model", "float8"):
         options = Options(activations=activations)
-        source = partial(CheckpointWeights, checkpoint, activations=activations)
+        source = partial(
+            CheckpointWeights, checkpoint.model, checkpoint=checkpoint, activations=activations
+        )
         types = NumberTypes.kept_as("float32", options, "float8")
         rank = OneRank(checkpoint.model, monkeypatch, source, types)
         batch = batch_of(checkpoint.model, *STEPS["chunk and decode"])
