@@ -85,6 +85,16 @@ def test_every_value_has_a_name(path):
             assert getattr(each, "is_flag", False) or value_of(each), each.name
 
 
+@each_command
+def test_no_option_has_a_range_of_its_own(run, path):
+    assert not re.search(r"x *[<>]|[<>]=? *x\b", run(*path, "--help")[1]), "see RANGES"
+
+
+def test_resume_is_of_the_results_that_are_kept():
+    named = [each.name for each in panels(("compare",))[Panel.MORE_OUTPUT]]
+    assert "resume" in named
+
+
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [

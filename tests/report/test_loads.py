@@ -8,6 +8,7 @@ from cli.screen import in_order, tells
 from example_serving import POINT, RECORD, RESULTS
 from example_simulation import RECORD as SIMULATED
 from example_simulation import SIMULATION
+from expertlane.report.loads import headline
 from expertlane.report.sections import report_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.results import with_costs
@@ -163,3 +164,10 @@ def test_costs_and_objectives_are_in_the_full_report_too():
     assert not any(
         each.heading.startswith(("Objectives", "Cost")) for each in report_of(RESULTS).sections
     )
+
+
+def test_a_value_and_its_bounds_have_one_unit():
+    tps = Estimate(43_925.0, 28_012.0, 54_321.0)
+    record = replace(SIMULATED, serving=(replace(SIMULATED.serving[0], output_tps=tps),))
+    said = headline(replace(SIMULATION, deployments=(record,)))
+    assert "43,925 (28,012–54,321)" in said

@@ -8,7 +8,6 @@ from typing import Any, Literal
 from expertlane.report.document import Answer, Column, Heading, Table, Words, number, text
 from expertlane.report.numbers import (
     COLUMNS,
-    NONE,
     compact,
     counted,
     duration,
@@ -20,6 +19,7 @@ from expertlane.report.numbers import (
     setting_lines,
     shortened,
     whole,
+    with_bounds,
 )
 from expertlane.report.setup import routing_of, source_of
 from expertlane.results.estimate import Estimate, Summary
@@ -192,9 +192,7 @@ def _headline(results: Results) -> str:
     serving, where = best.serving, best.load
     if len(results.deployments) > 1:
         where = f"{best.layout} at {where}"
-    tps = figures(serving.output_tps)
-    if (bounds := low_high_compact(serving.output_tps)) != NONE:
-        tps += f" ({bounds})"
+    tps = with_bounds(serving.output_tps)
     told = typical_of(results)
     medians = "".join(
         f", {name} {milliseconds(typical)} ms"

@@ -184,6 +184,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "link_scale": _number(1e-6, 1e9),
     "repeat rounds": _whole(1, 1000),
     "min_time": _number(0, 1e6),
+    "within": _number(1, 1e6),
     "mtp_acceptance": _number(0, 1),
     # engine
     "timeout_s": _above(0, 1e6),
