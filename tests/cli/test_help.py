@@ -107,6 +107,35 @@ def test_a_wrong_option_is_told_the_near_one(run, wrong, right):
     assert refused(run(*wrong), f"{wrong[-1]} {right}")
 
 
+@pytest.mark.parametrize(
+    ("option", "given", "meant"),
+    [
+        ("--dtype", "fp8", "float8"),
+        ("--dtype", "FP16", "float16"),
+        ("--dtype", "half", "float16"),
+        ("--dtype", "bf16", "bfloat16"),
+        ("--dtype", "fp4", "nvfp4 or mxfp4"),
+        ("--dtype", "w4a16", "int4"),
+        ("--kv-dtype", "fp8_e4m3", "float8"),
+        ("--engine", "sgl", "sglang"),
+        ("--engine", "TensorRT-LLM", "trtllm"),
+        ("--framework", "tensorrt", "trt or dynamo-trt"),
+        ("--framework", "sgl", "sglang or dynamo-sglang"),
+    ],
+)
+def test_names_of_other_programs_are_told_ours(run, option, given, meant):
+    told = run("plan", "paper-tiny", option, given)
+    assert refused(told, given)
+    assert f"did you mean {meant}?" in told[2]
+
+
+@pytest.mark.parametrize("given", ["fp8", "blue"])
+def test_only_what_is_valid_is_meant(run, given):
+    told = run("generate", "paper-tiny", "--token-ids", "1", "--dtype", given)
+    assert refused(told, f"--dtype {given} float32 --help")
+    assert "mean" not in told[2]
+
+
 def completed(words):
     """What bash is offered after these words."""
     source = str(Path(__file__).parents[2] / "src")
