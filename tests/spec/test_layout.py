@@ -165,9 +165,9 @@ def test_what_is_nothing_like_an_axis_gets_no_hint(text):
 
 
 def test_axes_that_the_engine_does_not_run_are_told_to_modelled_layouts_alone():
-    with pytest.raises(SpecError, match="replicas, pp, dp, tp, ep$"):
+    with pytest.raises(SpecError, match=r"replicas, pp, dp, tp, ep$"):
         Layout.parse("xp=2")
-    with pytest.raises(SpecError, match="replicas, pp, dp, tp, ep, dcp$"):
+    with pytest.raises(SpecError, match=r"replicas, pp, dp, tp, ep, dcp$"):
         Layout.parse("xp=2", is_modelled=True)
 
 
