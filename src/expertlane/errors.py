@@ -18,7 +18,20 @@ from contextlib import contextmanager
 from expertlane.printable import printable
 
 _SHORT = 4  # characters of a name that many would contain
+_LONG = 100  # of one that is no name
 _MOST_NEAR, _ALIKE = 3, 0.75  # names that may have been meant, and how alike
+# Other programs' names, in small letters and digits alone, and those that mean the same here.
+_ALIASES = {
+    **dict.fromkeys(("fp32", "f32", "float", "single"), ("float32",)),
+    **dict.fromkeys(("fp16", "f16", "half"), ("float16",)),
+    **dict.fromkeys(("bf16", "bfloat", "brain"), ("bfloat16",)),
+    **dict.fromkeys(("fp8", "f8", "e4m3", "float8e4m3", "float8e4m3fn", "int8"), ("float8",)),
+    **dict.fromkeys(("fp8e4m3", "fp8e5m2", "float8e5m2", "w8a8"), ("float8",)),
+    **dict.fromkeys(("fp4", "f4", "float4", "e2m1"), ("nvfp4", "mxfp4")),
+    **dict.fromkeys(("i4", "w4", "w4a16", "uint4", "4bit", "awq", "gptq"), ("int4",)),
+    "sgl": ("sglang",),
+    **dict.fromkeys(("tensorrt", "tensorrtllm", "trt"), ("trtllm",)),
+}
 
 
 class ExpertlaneError(Exception):
@@ -105,12 +118,17 @@ def _limit(number: int, command: str, wanted: int) -> str:
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """`did you mean --skew?`: the names that are like the one that was given; empty without any.
 
-    In whatever case it was given.
+    In whatever case it was given, also by the name that another program has for it.
     """
     from difflib import get_close_matches
 
+    if len(given) > _LONG:
+        return ""
     given, names = given.lower(), {name.lower(): name for name in known}
-    near = [name for name in names if given.strip("-") in name] if len(given) > _SHORT else []
+    plain = "".join(filter(str.isalnum, given))
+    near = [name for name in _ALIASES.get(plain, ()) if name in names]
+    if not near and len(given) > _SHORT:
+        near = [name for name in names if given.strip("-") in name]
     near = near or get_close_matches(given, names, cutoff=_ALIKE)
     near = [names[given]] if given in names else [names[name] for name in near[:_MOST_NEAR]]
     return f"did you mean {' or '.join(near)}?" if near else ""

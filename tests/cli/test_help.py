@@ -85,6 +85,16 @@ def test_every_value_has_a_name(path):
             assert getattr(each, "is_flag", False) or value_of(each), each.name
 
 
+@each_command
+def test_no_option_has_a_range_of_its_own(run, path):
+    assert not re.search(r"x *[<>]|[<>]=? *x\b", run(*path, "--help")[1]), "see RANGES"
+
+
+def test_resume_is_of_the_results_that_are_kept():
+    named = [each.name for each in panels(("compare",))[Panel.MORE_OUTPUT]]
+    assert "resume" in named
+
+
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [
@@ -95,6 +105,35 @@ def test_every_value_has_a_name(path):
 )
 def test_a_wrong_option_is_told_the_near_one(run, wrong, right):
     assert refused(run(*wrong), f"{wrong[-1]} {right}")
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "meant"),
+    [
+        ("--dtype", "fp8", "float8"),
+        ("--dtype", "FP16", "float16"),
+        ("--dtype", "half", "float16"),
+        ("--dtype", "bf16", "bfloat16"),
+        ("--dtype", "fp4", "nvfp4 or mxfp4"),
+        ("--dtype", "w4a16", "int4"),
+        ("--kv-dtype", "fp8_e4m3", "float8"),
+        ("--engine", "sgl", "sglang"),
+        ("--engine", "TensorRT-LLM", "trtllm"),
+        ("--framework", "tensorrt", "trt or dynamo-trt"),
+        ("--framework", "sgl", "sglang or dynamo-sglang"),
+    ],
+)
+def test_names_of_other_programs_are_told_ours(run, option, given, meant):
+    told = run("plan", "paper-tiny", option, given)
+    assert refused(told, given)
+    assert f"did you mean {meant}?" in told[2]
+
+
+@pytest.mark.parametrize("given", ["fp8", "blue"])
+def test_only_what_is_valid_is_meant(run, given):
+    told = run("generate", "paper-tiny", "--token-ids", "1", "--dtype", given)
+    assert refused(told, f"--dtype {given} float32 --help")
+    assert "mean" not in told[2]
 
 
 def completed(words):

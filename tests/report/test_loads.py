@@ -8,6 +8,7 @@ from cli.screen import in_order, tells
 from example_serving import POINT, RECORD, RESULTS
 from example_simulation import RECORD as SIMULATED
 from example_simulation import SIMULATION
+from expertlane.report.loads import headline, lengths_of
 from expertlane.report.sections import report_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.results import with_costs
@@ -163,3 +164,29 @@ def test_costs_and_objectives_are_in_the_full_report_too():
     assert not any(
         each.heading.startswith(("Objectives", "Cost")) for each in report_of(RESULTS).sections
     )
+
+
+def test_a_value_and_its_bounds_have_one_unit():
+    tps = Estimate(43_925.0, 28_012.0, 54_321.0)
+    record = replace(SIMULATED, serving=(replace(SIMULATED.serving[0], output_tps=tps),))
+    said = headline(replace(SIMULATION, deployments=(record,)))
+    assert "43,925 (28,012–54,321)" in said
+
+
+@pytest.mark.parametrize(
+    ("output_len", "num_positions", "said"),
+    [
+        ("256", 4096, "1,024 in / 256 ±20% out"),
+        ("205:307", 4096, "1,024 in / 256 ±20% out"),  # as simulate keeps it
+        ("256", 1024 + 270, "1,024 in / 241–271 out"),  # no more fits
+        ("256", 1024 + 256, "1,024 in / 255–257 out"),
+        ("256", 0, "1,024 in / 256 out"),
+        ("256:256", 4096, "1,024 in / 256 out"),
+        ("205:308", 4096, "1,024 in / 205–308 out"),
+        ("100:300", 4096, "1,024 in / 100–300 out"),
+        ("1", 4096, "1,024 in / 1 out"),
+    ],
+)
+def test_outputs_are_told_as_they_are_drawn(output_len, num_positions, said):
+    means = {"prompt_len": 1024, "output_len": 256}
+    assert lengths_of({"output_len": output_len}, means, num_positions) == said

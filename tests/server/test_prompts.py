@@ -1,11 +1,13 @@
 """Long texts are refused by their beginning; those that fit are taken, whatever their length."""
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
 
 from cli.screen import telling
-from expertlane.server.service import PromptEncoder, TooLongError
+from expertlane.server.errors import ApiError
+from expertlane.server.service import PromptEncoder, Service, TooLongError
 from expertlane.text.tokenizer import LONG_TEXT
 
 
@@ -56,3 +58,18 @@ def test_long_tokens_may_be_many_characters(size):
 
 def test_a_factor_takes_more():
     assert len(encode(Counting(1), "a" * 40_000, factor=4)) == 40_000
+
+
+@pytest.mark.parametrize(
+    ("field", "remedy"),
+    [
+        ("prompt", "use token ids"),
+        ("stop", "use stop_token_ids"),
+        ("echo", "leave out echo"),
+        ("response_format", "leave out response_format"),
+    ],
+)
+def test_without_a_tokenizer_the_remedy_is_of_the_field(field, remedy):
+    service = SimpleNamespace(model=SimpleNamespace(tokenizer=None, name="tiny"))
+    with pytest.raises(ApiError, match=f"^{field}: tiny has no tokenizer; {remedy}$"):
+        Service.tokenizer(service, field)

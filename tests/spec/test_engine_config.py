@@ -36,6 +36,7 @@ def test_a_setting_that_there_is_not_is_a_type_error_with_the_nearest():
     ("settings", "message"),
     [
         ({"dtype": "int8"}, "dtype int8 float32"),
+        ({"dtype": "half"}, "dtype half float32 did you mean float16?"),
         ({"cpu_isa": "sse"}, "cpu_isa sse avx2"),
         ({"on_failure": "pray"}, "on_failure pray stop"),
         ({"check": None}, "check None off"),

@@ -218,6 +218,8 @@ WRONG_PROJECTIONS = {
     f'{_PROJECTION}skew = "0.5"': "[projection] 0.5 number",
     f'{_PROJECTION}skew = 1\nrouting_trace = "x"': "projection routing_trace exclude",
     f'{_PROJECTION}execution = "serial"': "[projection] graph eager",
+    f'{_PROJECTION}dtype = "fp8"': "[projection] fp8 nvfp4 did you mean float8?",
+    f'{_PROJECTION}kv_dtype = "bf16"': "[projection] bf16 did you mean bfloat16?",
     f'{_PROJECTION}slo = "tpot=20ms"': "projection 20ms statistic p90 p95 p99",
     f'{_PROJECTION}prompt_len = "9:3"': "projection prompt_len 9 3 whole number 1 one 32 512",
     f"{_PROJECTION}prompt_len = 9": "[projection] prompt_len 9 string",

@@ -120,6 +120,7 @@ def test_text_and_back(layout):
 
 def test_text_leaves_out_ones_and_spaces_are_allowed():
     assert Layout.parse(" tp = 8 , pp=2, ") == Layout(pp=2, tp=8)
+    assert Layout.parse("TP=8,Ep=8") == Layout(tp=8, ep=8)
     assert str(Layout(pp=2, tp=8)) == "pp=2,tp=8"
     assert str(Layout()) == "tp=1"
 
@@ -131,8 +132,13 @@ def test_text_leaves_out_ones_and_spaces_are_allowed():
         (" , ", "no axis tp=8,pp=2"),
         ("xp=2", "xp=2 unknown xp"),
         ("=2", "=2 unknown"),
-        ("TP=2", "TP=2 unknown TP"),
+        ("DX=2", "DX=2 unknown DX"),
+        ("tp8", "tp8 unknown tp8 did you mean tp=8?"),
+        ("TP8EP8", "unknown did you mean tp=8,ep=8?"),
+        ("pp=2,tp:8", "unknown tp:8 did you mean tp=8?"),
+        ("edp=8", "unknown edp did you mean ep or dp?"),
         ("tp=2,tp=2", "tp=2,tp=2 twice"),
+        ("tp=2,TP=2", "tp=2,TP=2 twice"),
         ("tp", "tp 1 1,000,000"),
         ("tp=", "tp= 1 1,000,000"),
         ("tp=-2", "tp=-2 -2 1 1,000,000"),
@@ -149,6 +155,20 @@ def test_text_leaves_out_ones_and_spaces_are_allowed():
 def test_what_cannot_be_parsed(text, message):
     with pytest.raises(SpecError, match=telling(message)):
         Layout.parse(text)
+
+
+@pytest.mark.parametrize("text", ["tp8x", "x8", "8", "tp8" * 30, "tp8xp8"])
+def test_what_is_nothing_like_an_axis_gets_no_hint(text):
+    with pytest.raises(SpecError, match="unknown axis") as refused:
+        Layout.parse(text)
+    assert "mean" not in str(refused.value)
+
+
+def test_axes_that_the_engine_does_not_run_are_told_to_modelled_layouts_alone():
+    with pytest.raises(SpecError, match=r"replicas, pp, dp, tp, ep$"):
+        Layout.parse("xp=2")
+    with pytest.raises(SpecError, match=r"replicas, pp, dp, tp, ep, dcp$"):
+        Layout.parse("xp=2", is_modelled=True)
 
 
 def test_a_huge_mistake_is_refused_at_once():

@@ -34,7 +34,6 @@ class _Options:
     dtype: Dtype | None = dtype_option("the machine's choice")
     within: float = typer.Option(
         240.0,
-        min=1.0,
         metavar="SECONDS",
         help="Time to measure in; a short one gives fewer sizes and rounds. One round is always "
         "made, however long it takes.",
@@ -53,11 +52,11 @@ def calibrate(own: _Options, output_options: _Output) -> None:
     """Measure this machine, to plan and simulate for it.
 
     Times matrix products, experts, attention, small operations, collectives over 2, 4, 8 … ranks,
-    and whole steps of a small model, in rounds; takes up to three minutes on two cores that nothing
-    else uses. All ranks measure at once, since they share memory; where there are enough cores
-    each has its own. What other programs disturb is measured again, within a quarter of the time in
-    all, and no round begins that would end after it, save the first. The profile says what share
-    was disturbed all the same.
+    and whole steps of a small model, in rounds; takes about three minutes on two cores that nothing
+    else uses, and no more than four unless --within says so. All ranks measure at once, since they
+    share memory; where there are enough cores each has its own. What other programs disturb is
+    measured again, within a quarter of the time in all, and no round begins that would end after
+    it, save the first. The profile says what share was disturbed all the same.
 
     The profile is a TOML file, in the format of those that come with expertlane. It holds for
     one number of ranks and one dtype: calibrate again for others, and for other hardware.

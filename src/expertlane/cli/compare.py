@@ -143,7 +143,7 @@ class _Options:
     )
     resume: bool = typer.Option(
         False,
-        rich_help_panel=Panel.MORE_WORKLOAD,
+        rich_help_panel=Panel.MORE_OUTPUT,
         help="Go on with a comparison that was interrupted: what it measured is kept in the folder "
         "of its results until it is complete.",
     )

@@ -78,6 +78,7 @@ def _run() -> int:
             given = getattr(error, "option_name", "")
             message = f"there is no option {given}"
             hint = _nearest_options(given, context) or hint
+        hint = _nearest_words(message) or hint
         return _print_error(f"{message} ({hint})", UserError.exit_code)
     if code == INTERRUPTED:
         if not _may_start_threads():  # OpenBLAS interrupts a process where it may start none
@@ -105,6 +106,15 @@ def _nearest_options(given: str, context: "Any") -> str:
     options = (each for each in context.command.params if not getattr(each, "hidden", False))
     names = (name for each in options for name in each.opts if name.startswith("--"))
     return did_you_mean(given, names)
+
+
+def _nearest_words(message: str) -> str:
+    """`did you mean …` for a word that is not one of an option's; empty where none is like it."""
+    from expertlane.errors import did_you_mean
+
+    head, is_word, valid = message.partition("' is not one of ")
+    given = head.rpartition("'")[2]
+    return did_you_mean(given, valid.split("'")[1::2]) if is_word else ""
 
 
 def _set_signal_handlers(handler: "Callable[[int, FrameType | None], Never]") -> None:

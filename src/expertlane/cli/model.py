@@ -48,13 +48,16 @@ class FoundModel:
     folder: Path | None
     quantization: Quantization | None = None
 
-    def lay_out(self, layout: str) -> Layout:
+    def lay_out(self, layout: str, *, is_modelled: bool = False) -> Layout:
         """Read a layout.
+
+        Args:
+            is_modelled: see `Layout.parse`.
 
         Raises:
             UserError: it is none, or the model cannot be laid out so.
         """
-        chosen = Layout.parse(layout)
+        chosen = Layout.parse(layout, is_modelled=is_modelled)
         chosen.check_model(self.config)
         return chosen
 

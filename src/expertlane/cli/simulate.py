@@ -138,9 +138,10 @@ def _of_framework(given: "Mapping[str, Any]") -> "dict[str, Any]":
     from expertlane.cost.laws.profile import parse_cluster
 
     profile, of_prompts = parse_cluster(cluster).profile, given.get("prefill_layout")
-    found: dict[str, Any] = {"dispatch": usual_dispatch(Layout.parse(layout), profile)}
+    read = partial(Layout.parse, is_modelled=True)
+    found: dict[str, Any] = {"dispatch": usual_dispatch(read(layout), profile)}
     if of_prompts is not None and given.get("prefill_dispatch") is None:
-        found["prefill_dispatch"] = usual_dispatch(Layout.parse(of_prompts), profile)
+        found["prefill_dispatch"] = usual_dispatch(read(of_prompts), profile)
     return found
 
 
@@ -243,8 +244,8 @@ def _laid_out(found: FoundModel, text: str, prefill: str | None) -> "tuple[Layou
         UserError: one is none, or the model cannot be laid out so.
     """
     with naming("--prefill-layout"):
-        prefill_layout = None if prefill is None else found.lay_out(prefill)
-    return found.lay_out(text), prefill_layout
+        prefill_layout = None if prefill is None else found.lay_out(prefill, is_modelled=True)
+    return found.lay_out(text, is_modelled=True), prefill_layout
 
 
 def _setup(

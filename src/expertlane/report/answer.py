@@ -113,8 +113,9 @@ def _clock(results: Results, own: Comparison) -> str:
 
 
 def _projected_setting(results: Results, modelled: Comparison) -> str:
-    workload = results.question["experiment"]["workload"]
-    lengths = lengths_of(results.question.get("load") or {}, workload)
+    experiment = results.question["experiment"]
+    workload, limit = experiment["workload"], experiment["model"].get("max_position_embeddings", 0)
+    lengths = lengths_of(results.question.get("load") or {}, workload, limit)
     parts = [
         results.projected_for.name,
         how_run(modelled.conditions),

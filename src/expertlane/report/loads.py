@@ -8,7 +8,6 @@ from typing import Any, Literal
 from expertlane.report.document import Answer, Column, Heading, Table, Words, number, text
 from expertlane.report.numbers import (
     COLUMNS,
-    NONE,
     compact,
     counted,
     duration,
@@ -20,6 +19,7 @@ from expertlane.report.numbers import (
     setting_lines,
     shortened,
     whole,
+    with_bounds,
 )
 from expertlane.report.setup import routing_of, source_of
 from expertlane.results.estimate import Estimate, Summary
@@ -30,6 +30,7 @@ from expertlane.results.serving_record import (
     SLOResult,
     best_load,
 )
+from expertlane.spec.workload import LENGTHS_APART, LengthRange
 
 _GAP = 2  # columns between those of an answer's table
 _LEAST_NAME = 16  # columns for the names of layouts
@@ -131,7 +132,7 @@ def answer(
         lead: the finding, where that is not the best load.
     """
     workload, found = results.question["workload"], served(results)
-    asked = _in_out(workload)
+    asked = _in_out(workload, is_modelled=results.kind == "simulation")
     if source := workload["requests"]:
         asked += f", {shortened(source, NAME_COLUMNS)}"
     first = results.deployments[0]
@@ -192,9 +193,7 @@ def _headline(results: Results) -> str:
     serving, where = best.serving, best.load
     if len(results.deployments) > 1:
         where = f"{best.layout} at {where}"
-    tps = figures(serving.output_tps)
-    if (bounds := low_high_compact(serving.output_tps)) != NONE:
-        tps += f" ({bounds})"
+    tps = with_bounds(serving.output_tps)
     told = typical_of(results)
     medians = "".join(
         f", {name} {milliseconds(typical)} ms"
@@ -225,17 +224,33 @@ def _bursts(found: Sequence[Served]) -> str:
     return f", burst{of}"
 
 
-def lengths_of(load: Mapping[str, Any], means: Mapping[str, int]) -> str:
-    """`1,000 in (800 shared) / 100–300 out`; of recorded requests, the means."""
+def lengths_of(load: Mapping[str, Any], means: Mapping[str, int], num_positions: int) -> str:
+    """`1,000 in (800 shared) / 100–300 out`; of recorded requests, the means.
+
+    Args:
+        num_positions: of the model: outputs are drawn around a single length, as far as it has
+            some.
+    """
     names = "prompt_len", "output_len"
     if load.get("requests") is not None:
         prompt, output = (f"{means[name]:,}" for name in names)
         return f"recorded, {prompt} in / {output} out on average"
-    return _in_out({**means, **load})
+    asked = {**means, **load}
+    prompts, outputs = (LengthRange.parse(name, str(asked[name])) for name in names)
+    if prompts is not None and outputs is not None:
+        asked["output_len"] = str(outputs.varied(num_positions - prompts.high + 1))
+    return _in_out(asked)
 
 
-def _in_out(load: Mapping[str, Any]) -> str:
+def _in_out(load: Mapping[str, Any], *, is_modelled: bool = True) -> str:
+    """Lengths of prompts and outputs.
+
+    Args:
+        is_modelled: outputs are drawn around a single length.
+    """
     prompt, output = (_lengths(str(load[name])) for name in ("prompt_len", "output_len"))
+    if is_modelled:
+        output = _around(str(load["output_len"])) or output
     shared = load.get("prefix_len")
     of_them = f" ({shared:,} shared)" if shared else ""
     return f"{prompt} in{of_them} / {output} out"
@@ -243,6 +258,14 @@ def _in_out(load: Mapping[str, Any]) -> str:
 
 def _lengths(text: str) -> str:
     return "–".join(dict.fromkeys(f"{int(end):,}" for end in text.split(":")))
+
+
+def _around(text: str) -> str:
+    """`256 ±20%`, of a range like those that are drawn around a mean; empty of another."""
+    ends = [int(end) for end in text.split(":")]
+    mean, is_half = divmod(ends[0] + ends[-1], 2)
+    share = percent((ends[-1] - mean) / mean)
+    return "" if is_half or share != percent(LENGTHS_APART) else f"{mean:,} ±{share}"
 
 
 def objectives(served: Served) -> Iterator[Note]:

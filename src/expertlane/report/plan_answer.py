@@ -287,9 +287,11 @@ def verdict(results: Results) -> tuple[Section, Section]:
 
 def _setting(results: Results) -> str:
     question, workload = results.question, results.question["workload"]
-    lengths = lengths_of(question.get("load") or {}, workload)
     limit = question["model"].get("max_position_embeddings", 0)
-    if workload["prompt_len"] + workload["output_len"] - limit in (0, 1):  # the last is not read
+    # The last token is not read. Outputs have no room to differ then.
+    is_full = workload["prompt_len"] + workload["output_len"] - limit in (0, 1)
+    lengths = lengths_of(question.get("load") or {}, workload, 0 if is_full else limit)
+    if is_full:
         lengths += " (the model's limit)"
     rate = asked_rate(results)
     load = f"{workload['num_sequences']:,} concurrent" if rate is None else f"{rate:,g} requests/s"

@@ -94,6 +94,14 @@ class Journal(Protocol):
 
 
 _RETRY_S = 1
+# What to do without a tokenizer, by the field that needs one; others are left out.
+_WITHOUT_TOKENIZER = {
+    "prompt": "use token ids",
+    "messages": "use token ids with /v1/completions",
+    "stop": "use stop_token_ids",
+    "tokens": "",  # of /detokenize
+    "tokenizer": "",  # of /tokenizer_info
+}
 _MANY_TOKENS = 4096  # decoding them takes some milliseconds
 
 
@@ -274,7 +282,8 @@ class Service:
             ApiError: the model has none.
         """
         if self.model.tokenizer is None:
-            text = f"{param}: {self.model.name} has no tokenizer; use token ids"
+            remedy = _WITHOUT_TOKENIZER.get(param, f"leave out {param}")
+            text = f"{param}: {self.model.name} has no tokenizer{remedy and f'; {remedy}'}"
             raise bad_field(param, text, "no_tokenizer")
         return self.model.tokenizer
 

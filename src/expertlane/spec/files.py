@@ -16,7 +16,7 @@ from math import isinf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TypeVar
 
-from expertlane.errors import SpecError, UserError, naming
+from expertlane.errors import SpecError, UserError, did_you_mean, naming
 from expertlane.printable import printable
 from expertlane.spec.ranges import REFUSED, SHOWN_LENGTH, shown
 
@@ -420,6 +420,9 @@ def build(kind: type[T], table: dict[str, Any], where: str = "") -> T:
             # The table's own class names itself.
             raise SpecError(f"{prefix}{place}: {first['msg']}" if place else first["msg"])
     wanted = " or ".join(dict.fromkeys(map(_wanted, alike)))  # several where types are a union
+    words = wanted.split("'")[1::2]  # of enumerations
+    if isinstance(value, str) and (hint := did_you_mean(value, words)):
+        wanted += f" ({hint})"
     raise SpecError(f"{prefix}{place} is {shown_json(value)}; it must be {wanted}")
 
 

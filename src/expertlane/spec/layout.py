@@ -15,7 +15,8 @@ from expertlane.errors import SpecError
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.ranges import MAX_RANKS, Strict, parse_sizes, shown, take_fields
 
-_AXES = ("replicas", "pp", "dp", "tp", "ep", "dcp")
+_AXES_OF_ENGINE = ("replicas", "pp", "dp", "tp", "ep")
+_AXES = (*_AXES_OF_ENGINE, "dcp")
 
 
 class Coordinates(NamedTuple):
@@ -71,13 +72,17 @@ class Layout(Strict):
             )
 
     @classmethod
-    def parse(cls, text: str) -> "Layout":
+    def parse(cls, text: str, *, is_modelled: bool = False) -> "Layout":
         """Read `tp=8,pp=2`; axes left out are 1.
+
+        Args:
+            is_modelled: it is only modelled; else an error lists only axes that the engine runs.
 
         Raises:
             SpecError: an unknown or repeated axis, a value no whole number, or a broken rule.
         """
-        sizes = parse_sizes(f"layout {shown(text)}", "unknown axis", text, _AXES)
+        told = _AXES if is_modelled else _AXES_OF_ENGINE
+        sizes = parse_sizes(f"layout {shown(text)}", "unknown axis", text, _AXES, told)
         if not sizes:
             raise SpecError(f"layout {shown(text)} names no axis; an example: tp=8,pp=2")
         return cls(**sizes)

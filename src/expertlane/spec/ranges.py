@@ -4,6 +4,7 @@ A number is looked up by its field's name. Limits are far beyond any model or cl
 yet low enough that nothing overflows 64 bits and no list or array exceeds a machine's memory.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -12,7 +13,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
-from expertlane.errors import SpecError, UserError
+from expertlane.errors import SpecError, UserError, did_you_mean
 
 MAX_TOKENS_OF_A_RUN = 2**28  # prompts and outputs together; they are held in memory
 MAX_RANKS = 1_000_000
@@ -184,6 +185,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "link_scale": _number(1e-6, 1e9),
     "repeat rounds": _whole(1, 1000),
     "min_time": _number(0, 1e6),
+    "within": _number(1, 1e6),
     "mtp_acceptance": _number(0, 1),
     # engine
     "timeout_s": _above(0, 1e6),
@@ -279,7 +281,10 @@ def take_word(name: str, value: object, valid: Sequence[str]) -> Any:
         SpecError: it is none of them; the text names it.
     """
     if not isinstance(value, str) or value not in valid:
-        raise SpecError(f"{name} is {shown(value)}; valid: {', '.join(valid)}")
+        hint = did_you_mean(value, valid) if isinstance(value, str) else ""
+        raise SpecError(
+            f"{name} is {shown(value)}; valid: {', '.join(valid)}{hint and f' ({hint})'}"
+        )
     return value
 
 
@@ -333,20 +338,34 @@ def _kinds(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
-def parse_sizes(what: str, unknown: str, text: str, valid: Sequence[str]) -> dict[str, int]:
+_JOINED = re.compile(r"([a-z]+)[ :_-]*([0-9]+)")  # a name and its number without `=`
+
+
+def parse_sizes(
+    what: str, unknown: str, text: str, valid: Sequence[str], told: Sequence[str] = ()
+) -> dict[str, int]:
     """Read `tp=8,pp=2`: names with whole numbers in their ranges, none twice; perhaps none at all.
+
+    Names may be in capitals.
 
     Args:
         what, unknown: names in messages: of the whole, and of a name that is not valid.
+        told: valid names that an error lists; all if empty.
 
     Raises:
         SpecError: it breaks one of these rules.
     """
     sizes: dict[str, int] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
-        name, _, value = (piece.strip() for piece in part.partition("="))
+        given, _, value = (piece.strip() for piece in part.partition("="))
+        name = given.lower()
         if name not in valid:
-            raise SpecError(f"{what}: {unknown} {shown(name)}; valid: {', '.join(valid)}")
+            listed = told or valid
+            hint = _with_equals(part, listed) or did_you_mean(given, listed)
+            raise SpecError(
+                f"{what}: {unknown} {shown(given)}; valid: {', '.join(listed)}"
+                f"{hint and f' ({hint})'}"
+            )
         if name in sizes:
             raise SpecError(f"{what}: {name} is given twice")
         size = RANGES[name].parse(value)
@@ -354,6 +373,17 @@ def parse_sizes(what: str, unknown: str, text: str, valid: Sequence[str]) -> dic
             raise SpecError(f"{what}: {name} is {shown(value)}; it must be {RANGES[name]}")
         sizes[name] = int(size)
     return sizes
+
+
+def _with_equals(part: str, valid: Sequence[str]) -> str:
+    """`did you mean tp=8?` for `tp8`; empty where it is nothing like that."""
+    part = part.lower()
+    if len(part) > SHOWN_LENGTH:
+        return ""
+    found = _JOINED.findall(part)
+    if _JOINED.sub("", part).strip() or not all(name in valid for name, _ in found):
+        return ""
+    return f"did you mean {','.join(map('='.join, found))}?" if found else ""
 
 
 def shown(value: object) -> str:

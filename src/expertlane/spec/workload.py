@@ -112,12 +112,20 @@ class LengthRange:
             return None
         return cls(int(low), int(high), len(ends) > 1)
 
+    def varied(self, most: int) -> "LengthRange":
+        """Lengths around a single one, at most `most`; a range stays."""
+        if self.low < self.high or self.is_range:
+            return self
+        away = min(round(LENGTHS_APART * self.low), most - self.low)
+        away = max(min(away, self.low - 1), 0)
+        return LengthRange(self.low - away, self.high + away)
+
     def __str__(self) -> str:
         is_one = self.low == self.high and not self.is_range
         return f"{self.low}" if is_one else f"{self.low}:{self.high}"
 
 
-_LENGTHS_APART = 0.2  # of a mean, below and above it
+LENGTHS_APART = 0.2  # of a mean, below and above it
 _RARELY = 10  # a chance of e to the power of minus so much is small enough
 _HALVINGS = 40  # of an interval, until its ends are the same in all digits that count
 HASH_BLOCK = 512  # tokens that a hash id of a recorded request stands for
@@ -239,12 +247,10 @@ class Load:
 
         Requests of equal length would stay in step, and those that come together end together.
         """
-        low, high = self.output_len.low, self.output_len.high
-        if self.recorded or low < high or self.output_len.is_range:
+        if self.recorded:
             return self
-        away = min(round(_LENGTHS_APART * low), num_positions - self.prompt_len.high + 1 - low)
-        away = max(min(away, low - 1), 0)
-        return replace(self, output_len=LengthRange(low - away, high + away))
+        room = num_positions - self.prompt_len.high + 1
+        return replace(self, output_len=self.output_len.varied(room))
 
     @property
     def outputs(self) -> str:
