@@ -267,6 +267,8 @@ def _worst(served: Served) -> str:
 
 def _told(result: SLOResult) -> str:
     name = f"{result.slo.metric.upper()} {result.slo.statistic}"
+    if result.is_endless:
+        return f"{name} without end > {result.slo.limit}, MISSED"
     if result.value is None:
         return f"{name} of no request"
     how = "≤ {}, met" if result.is_met else "> {}, MISSED"
