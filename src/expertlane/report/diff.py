@@ -42,7 +42,15 @@ def report_of_difference(found: Difference, command: str, created: str) -> Repor
 
 
 def headline(found: Difference) -> str:
-    """Whether there is a regression, or too little in common, and how many metrics changed."""
+    """Whether there is a regression, or too little in common, and how many metrics changed.
+
+    First, whether that is the answer to two questions.
+    """
+    first = f"Not of the same {' and '.join(found.other_parts)}. " if found.other_parts else ""
+    return first + _headline(found)
+
+
+def _headline(found: Difference) -> str:
     regressions, beyond = found.regressions, f"{100 * found.threshold:g}%"
     counts = [(len(found.with_verdict(verdict)), verdict) for verdict in _WORDS]
     changed = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
