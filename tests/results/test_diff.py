@@ -15,7 +15,7 @@ from example_plan import PLAN
 from example_results import EXPERT, TENSOR
 from example_simulation import SIMULATION
 from expertlane.errors import UserError
-from expertlane.report.diff import headline
+from expertlane.report.diff import headline, report_of_difference
 from expertlane.results.diff import Difference, difference
 from expertlane.results.estimate import Estimate
 from expertlane.results.results import Results
@@ -322,3 +322,19 @@ def test_another_cluster_or_workload_is_said_first():
     seed = SIMULATION.question["workload"] | {"seed": 5}
     other_seed = replace(SIMULATION, question=SIMULATION.question | {"workload": seed})
     assert diff(SIMULATION, other_seed).other_parts == ()
+
+
+def test_other_causes_at_the_same_speed_are_said():
+    (record,) = SIMULATION.deployments
+    step = record.steps[0]
+    for share, is_said in ((0.02, False), (0.2, True)):
+        moved = {cause: (1 - share) * seconds for cause, seconds in step.breakdown_s.items()}
+        moved["other"] = share * sum(step.breakdown_s.values())
+        other = replace(record, steps=(replace(step, breakdown_s=moved), *record.steps[1:]))
+        found = diff(SIMULATION, replace(SIMULATION, deployments=(other,)))
+        assert {each.verdict for each in found.changes} == {"identical"}
+        assert found.has_other_causes == is_said
+        assert (
+            any("throughput" in each for each in report_of_difference(found, "", "").answer.parts)
+            == is_said
+        )

@@ -165,6 +165,11 @@ def _notes(found: Difference) -> tuple[str, ...]:
         more = len(found.settings) - len(shown)
         rest = f", and {more} more" if more else ""
         notes.append(f"Not the same in A and B: {', '.join(shown)}{rest}")
+    if found.has_other_causes and not found.with_verdict("faster", "slower"):
+        notes.append(
+            "Compared: throughput and latency. Where the time of a step goes differs; see both "
+            "reports"
+        )
     unknown = [
         each for each in found.changes if not each.is_noise_known and each.verdict != "identical"
     ]

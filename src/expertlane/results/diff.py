@@ -105,6 +105,7 @@ _AS_SCREENED = {FAMILY, PARETO}  # of plans: the same deployments once more, les
 _LEADING: tuple[Source, ...] = ("virtual", "measured", "projected")
 _ORDERS = 20  # of all repetitions; two of them have those of A on one side of those of B
 _SAME = 1e-6  # a relative change that comes of rounding
+_SHARE = 0.05  # of a step, by which a cause is another one
 _LEAST = 1e-3  # smaller ones are never significant
 # How to get two results of one kind.
 _ALIKE: dict[frozenset[str], str] = {
@@ -166,6 +167,8 @@ class Difference:
     Attributes:
         names: names of A and B.
         settings: settings that differ, deployments aside: name, and values in A and B.
+        has_other_causes: whether steps of `leading` spend their time on other causes, which no
+            change tells.
         leading: the source whose changes count.
         changes: changes of that source; `others` are those of the others.
         threshold: the share by which a metric may get worse.
@@ -176,6 +179,7 @@ class Difference:
     names: tuple[str, str]
     kind: str
     settings: tuple[tuple[str, str, str], ...]
+    has_other_causes: bool
     leading: Source
     changes: tuple[Change, ...]
     others: tuple[Change, ...]
@@ -267,6 +271,7 @@ def difference(
         names,
         first.kind,
         tuple(different_settings(first, second)),
+        _have_other_causes(first, second, leading),
         leading,
         tuple(each for each in changes if each.source == leading),
         tuple(each for each in changes if each.source != leading),
@@ -333,6 +338,19 @@ def _record_pairs(first: Results, second: Results) -> Iterator[_Pair]:
         if first.kind == "plan" and here and there and here[0].name != there[0].name:
             yield here[0], there[0]
         yield from _pairs(here, there, key)
+
+
+def _have_other_causes(first: Results, second: Results, source: Source) -> bool:
+    """True if a cause's share of a step differs by more than runs of the same differ."""
+    for record, other in _record_pairs(first, second):
+        if record is None or other is None or record.source != source:
+            continue
+        for before, after in _pairs(record.steps, other.steps, _steps):
+            if before is not None and after is not None:
+                one, two = before.shares, after.shares
+                if any(abs(one.get(c, 0.0) - two.get(c, 0.0)) > _SHARE for c in {*one, *two}):
+                    return True
+    return False
 
 
 def _pairs(
