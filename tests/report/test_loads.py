@@ -11,7 +11,7 @@ from example_simulation import SIMULATION
 from expertlane.report.sections import report_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.results import with_costs
-from expertlane.results.serving_record import SLOResult
+from expertlane.results.serving_record import SampleRecord, SLOResult
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import parse_slos
 from report.shown import answer_lines
@@ -163,3 +163,14 @@ def test_costs_and_objectives_are_in_the_full_report_too():
     assert not any(
         each.heading.startswith(("Objectives", "Cost")) for each in report_of(RESULTS).sections
     )
+
+
+def test_a_steady_state_is_no_burst():
+    """Though as many requests began in it as are served at once."""
+    (load,) = SIMULATED.serving
+    assert load.num_requests == load.batch
+    assert tells(words(SIMULATION), "burst")
+    steady = replace(load, sample=SampleRecord(num_decoding=7, num_waiting=1))
+    found = words(replace(SIMULATION, deployments=(replace(SIMULATED, serving=(steady,)),)))
+    assert "burst" not in found
+    assert tells(found, "steady")

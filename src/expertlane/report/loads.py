@@ -218,7 +218,11 @@ def _headline(results: Results) -> str:
 def _bursts(found: Sequence[Served]) -> str:
     """Batches whose requests all start at once, with none after them; in words."""
     closed = {each.serving.batch: each.serving for each in found if each.serving.batch}
-    bursts = [batch for batch, each in closed.items() if each.num_requests == batch]
+    bursts = [
+        batch
+        for batch, each in closed.items()
+        if each.num_requests == batch and each.sample is None  # else as many happened to begin
+    ]
     if not bursts:
         return ""
     of = "" if len(bursts) == len(closed) else f" at {', '.join(map(whole, bursts))}"
