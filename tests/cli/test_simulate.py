@@ -363,3 +363,14 @@ def test_a_model_that_does_not_fit(run):
     (line,) = err.splitlines()
     assert "needs" in line
     assert tells(line, "72 GB memory free")
+
+
+def test_too_little_memory_says_the_type_that_fits(run):
+    model = str(Path(__file__).parents[2] / "docs" / "qwen3-235b")
+    few = ("simulate", model, "--layout", "tp=4", "--cluster", "h100x4", "--batch", "8")
+    code, _, err = run(*few)
+    assert (code, err.count("\n")) == (2, 1)
+    assert tells(err, "119 72 --dtype float8")
+    code, _, err = run(*few[:3], "tp=8", *few[4:])
+    assert code == 2
+    assert "--dtype" not in err  # too few devices, whatever the type

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cli.screen import tells
+from cli.screen import telling, tells
 from expertlane.balance.holding import placements_of
 from expertlane.balance.placement import max_over_mean, rank_loads
 from expertlane.balance.trace import RoutingTrace, write_trace
@@ -18,6 +18,7 @@ from expertlane.cost.routing import (
     extremes_of,
     placed,
 )
+from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS, Routing
@@ -339,3 +340,20 @@ def test_given_choices_by_rank():
     source = GivenRouting([{0: ids}, {0: ids}, {1: ids}, {1: ids + 10}])
     taken = source.topk_ids(1, 99, np.array([1, 0]), np.array([2, 1]))
     assert taken.tolist() == [[2, 3], [4, 5], [10, 11]]
+
+
+def test_a_trace_says_what_it_is_of(tmp_path):
+    model, path = PRESETS["paper-tiny"], tmp_path / "trace.npz"
+
+    def note(name, num_tokens, layers=(0, 1, 2, 3)):
+        ids = np.tile(np.arange(2, dtype=np.int16), (len(layers), num_tokens, 1))
+        trace = RoutingTrace(name, model.num_experts, layers, ids, np.arange(num_tokens))
+        write_trace(trace, path)
+        return choose_routing(model, path, None).note
+
+    assert note("a/folder/paper-tiny", 480) == "trace of a/folder/paper-tiny, 480 tokens"
+    assert tells(note("other", 480), "other 480 caution paper-tiny")
+    assert tells(note("paper-tiny", 479), "caution 480 or more")
+    assert tells(note("paper-tiny", 480, (1, 2)), "caution 2 of 4 layers")
+    with pytest.raises(UserError, match=telling("layer 4 paper-tiny 0 3")):
+        note("paper-tiny", 480, (0, 4))

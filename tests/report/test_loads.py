@@ -12,7 +12,7 @@ from expertlane.report.loads import headline, lengths_of
 from expertlane.report.sections import report_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.results import with_costs
-from expertlane.results.serving_record import SLOResult
+from expertlane.results.serving_record import SampleRecord, SLOResult
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import parse_slos
 from report.shown import answer_lines
@@ -190,3 +190,14 @@ def test_a_value_and_its_bounds_have_one_unit():
 def test_outputs_are_told_as_they_are_drawn(output_len, num_positions, said):
     means = {"prompt_len": 1024, "output_len": 256}
     assert lengths_of({"output_len": output_len}, means, num_positions) == said
+
+
+def test_a_steady_state_is_no_burst():
+    """Though as many requests began in it as are served at once."""
+    (load,) = SIMULATED.serving
+    assert load.num_requests == load.batch
+    assert tells(words(SIMULATION), "burst")
+    steady = replace(load, sample=SampleRecord(num_decoding=7, num_waiting=1))
+    found = words(replace(SIMULATION, deployments=(replace(SIMULATED, serving=(steady,)),)))
+    assert "burst" not in found
+    assert tells(found, "steady")

@@ -15,6 +15,7 @@ from example_plan import PLAN
 from example_results import EXPERT, TENSOR
 from example_simulation import SIMULATION
 from expertlane.errors import UserError
+from expertlane.report.diff import headline, report_of_difference
 from expertlane.results.diff import Difference, difference
 from expertlane.results.estimate import Estimate
 from expertlane.results.results import Results
@@ -291,3 +292,49 @@ def test_what_else_differs_is_listed():
         ("seed", "0", "7"),
         ("machine.cpu_name", "Example CPU", "Other CPU"),
     )
+
+
+def test_another_model_is_refused_but_not_another_name_or_setting_of_one():
+    model = SIMULATION.question["model"]
+
+    def of(**changed):
+        question = SIMULATION.question | {"model": model | changed}
+        return replace(SIMULATION, question=question)
+
+    with pytest.raises(UserError, match=telling("A B another model")):
+        diff(SIMULATION, of(name="another", num_hidden_layers=7))
+    assert diff(SIMULATION, of(name="another")).other_parts == ("model",)
+    assert diff(SIMULATION, of(num_experts_per_tok=3)).other_parts == ()
+
+
+def test_another_cluster_or_workload_is_said_first():
+    (record,) = SIMULATION.deployments
+    assert SIMULATION.cluster is not None
+    elsewhere = replace(SIMULATION, cluster=replace(SIMULATION.cluster, name="h200x16"))
+    lengths = SIMULATION.question["workload"] | {"prompt_len": "77"}
+    longer = replace(SIMULATION, question=SIMULATION.question | {"workload": lengths})
+    load = replace(record.serving[0], batch=99)
+    more = replace(SIMULATION, deployments=(replace(record, serving=(load,)),))
+    for second, part in ((elsewhere, "cluster"), (longer, "workload"), (more, "workload")):
+        found = diff(SIMULATION, second)
+        assert found.other_parts == (part,)
+        assert part in headline(found).partition(". ")[0]
+    seed = SIMULATION.question["workload"] | {"seed": 5}
+    other_seed = replace(SIMULATION, question=SIMULATION.question | {"workload": seed})
+    assert diff(SIMULATION, other_seed).other_parts == ()
+
+
+def test_other_causes_at_the_same_speed_are_said():
+    (record,) = SIMULATION.deployments
+    step = record.steps[0]
+    for share, is_said in ((0.02, False), (0.2, True)):
+        moved = {cause: (1 - share) * seconds for cause, seconds in step.breakdown_s.items()}
+        moved["other"] = share * sum(step.breakdown_s.values())
+        other = replace(record, steps=(replace(step, breakdown_s=moved), *record.steps[1:]))
+        found = diff(SIMULATION, replace(SIMULATION, deployments=(other,)))
+        assert {each.verdict for each in found.changes} == {"identical"}
+        assert found.has_other_causes == is_said
+        assert (
+            any("throughput" in each for each in report_of_difference(found, "", "").answer.parts)
+            == is_said
+        )

@@ -6,9 +6,11 @@ import pytest
 import expertlane
 from expertlane.cost.throughput import MultiToken
 from expertlane.results.metrics import serving_record
+from expertlane.results.serving_record import best_load
+from expertlane.simulator.results import serving_of
 from expertlane.simulator.steady import steady_state
 from expertlane.simulator.watch import USUAL, Lengths, poisson_quantiles
-from expertlane.spec.workload import LengthRange, Load
+from expertlane.spec.workload import LengthRange, Load, parse_slos
 from simulator.setups import simulator_of
 
 NO_DRAFTS = MultiToken()
@@ -158,3 +160,22 @@ def test_seeds_agree_within_the_error_that_is_told(layout):
     ]
     tps = [each.output_tps[1] for each in found]
     assert max(tps) / min(tps) - 1 <= 2 * max(max(each.error for each in found), 0.005)
+
+
+def test_a_limit_that_counts_the_wait_is_not_met_where_a_queue_grows():
+    """The stretch is short: in it no request waits for long, but in the load all do."""
+    limits = parse_slos(["ttft.p95=100s,e2e.mean=1000s,tpot.mean=10s"])
+    calm, grows = (
+        serving_of(each, steady_state(each, 0), limits)
+        for rate in (20.0, 1e6)
+        for each in [simulator_of(("tp=2",), None, 64, (40, 50), (90, 110), rate=rate)]
+    )
+    assert [each.is_met for each in calm.slos] == [True, True, True]
+    assert [each.is_met for each in grows.slos] == [False, False, True]
+    assert (grows.goodput.value, grows.good_share.value) == (0, 0)
+    assert grows.output_tps.value > calm.output_tps.value
+    assert best_load([calm, grows]) is calm
+    alone = simulator_of(("tp=2",), None, 64, (40, 50), (90, 110), rate=1e6)
+    decoding = serving_of(alone, steady_state(alone, 0), parse_slos(["tpot.mean=10s"]))
+    assert decoding.keeps_slos
+    assert decoding.good_share.value == 1

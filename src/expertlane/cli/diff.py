@@ -67,8 +67,8 @@ def diff(
     Exit code
       1   a trustworthy change for the worse, beyond --threshold and its noise;
           with --strict also one of a busy machine or of unknown noise
-      2   the two cannot be compared, or most metrics have no partner (of plans:
-          only the first choices need one)
+      2   the two cannot be compared, as they are of two commands or models, or
+          most metrics have no partner (of plans: only the first choices need one)
       0   otherwise
 
     \b
@@ -92,6 +92,7 @@ def diff(
     found = difference(*results, names, own.threshold / 100, own.strict)
     report = report_of_difference(found, output.command_line(), created)
     plain = asdict(found) | {
+        "other_parts": found.other_parts,
         "num_regressions": len(found.regressions),
         "num_not_trustworthy": len(found.untrusted),
         "num_unpaired": len(found.unpaired),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from expertlane.cli.output import print_message
 from expertlane.errors import CapacityError, UserError, require_extra
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
@@ -131,6 +132,8 @@ class FoundModel:
 
         trace = None if asked.routing_trace is None else Path(asked.routing_trace)
         routing = choose_routing(self.config, trace, asked.skew, seed)
+        if routing.note:
+            print_message(f"{trace}: {routing.note}")
         types = self.number_types(asked.dtype or dtype, asked.kv_dtype, cluster)
         weights, framework = types.weights, asked.framework
         served = served_by(cluster, framework, self.config, weights, has_drafts=has_drafts)

@@ -26,7 +26,7 @@ from expertlane.cli.options import (
     trace_option,
 )
 from expertlane.cli.output import OutputOptions
-from expertlane.errors import UserError, naming
+from expertlane.errors import CapacityError, UserError, naming
 from expertlane.spec.deployment import PlacementMethod
 from expertlane.spec.layout import Layout
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from expertlane.simulator.simulator import Outcome, ServingSetup, Simulator
     from expertlane.simulator.watch import Precision
     from expertlane.spec.deployment import Options
+    from expertlane.spec.model import ModelConfig
     from expertlane.spec.workload import Load
 
 
@@ -201,7 +202,6 @@ def run(
     from expertlane.cost.laws.profile import parse_cluster
     from expertlane.results.results import with_costs
     from expertlane.simulator.results import simulation
-    from expertlane.simulator.simulator import Simulator
     from expertlane.simulator.watch import Precision
     from expertlane.spec.workload import check_lengths
 
@@ -218,7 +218,7 @@ def run(
     if not own.cold_start:
         loads = [each.varied(most_len) for each in loads]
     with found.cautioning(there.types, there.cluster):
-        simulators = [Simulator(found.config, there.cluster, setup, load) for load in loads]
+        simulators = _simulators(found.config, there.cluster, setup, loads)
     # Unless objectives are given, as long a stretch as a row was found by.
     precision = Precision.of(load_options.slos, load_options.num_requests)
     run_one = partial(_run, seed=seed, precision=precision, cold_start=own.cold_start)
@@ -235,6 +235,35 @@ def run(
         results = with_costs(results, load_options.price)
     traced = folder if own.trace else None
     return output.Found(results, folder, lambda: _write_trace(runs, results, traced))
+
+
+def _simulators(
+    model: "ModelConfig",
+    cluster: "ModelledCluster",
+    setup: "ServingSetup",
+    loads: "Sequence[Load]",
+) -> "list[Simulator]":
+    """A simulator of each load.
+
+    Raises:
+        CapacityError: it does not fit; with the type of weights with which it does, if there is
+            one.
+    """
+    from expertlane.simulator.simulator import Simulator
+
+    try:
+        return [Simulator(model, cluster, setup, load) for load in loads]
+    except CapacityError as error:
+        for types in setup.types.narrower(cluster.profile.device.flops_per_s):
+            other = replace(setup, types=types)
+            try:
+                _ = [Simulator(model, cluster, other, load) for load in loads]
+            except CapacityError:
+                continue
+            raise CapacityError(
+                f"{error}; take more devices, or --dtype {types.weights}, which fits"
+            ) from None
+        raise
 
 
 def _laid_out(found: FoundModel, text: str, prefill: str | None) -> "tuple[Layout, Layout | None]":

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from math import ceil
 from pathlib import Path
 from typing import Protocol
 
@@ -422,6 +423,9 @@ def _in_turn(num_tokens: int, first: int, num: int) -> slice | Ints:
     return np.arange(begin, begin + num) % num_tokens
 
 
+_FEWEST_CHOICES = 30  # of each expert on average in half a trace: its load is sure to a fifth
+
+
 @dataclass(frozen=True)
 class RoutingChoice:
     """A routing source, and the option that selects it.
@@ -429,11 +433,13 @@ class RoutingChoice:
     Args:
         option: the command-line option that selects it.
         words: for a list of assumptions.
+        note: what a trace is of, and cautions about it, in a line; empty without a trace.
     """
 
     source: LoadedRouting
     option: str
     words: str
+    note: str = ""
 
 
 def choose_routing(
@@ -493,9 +499,33 @@ def choose_routing(
             f"{trace} records top-{sizes[1]} of {sizes[0]} experts; {model.name} has "
             f"top-{model.num_experts_per_tok} of {model.num_experts}"
         )
+    layers = model.moe_layers
+    if others := [each for each in read.layers if each not in layers]:
+        raise UserError(
+            f"{trace} records experts of layer {others[0]}; {model.name} has none there: its "
+            f"layers with experts are from {layers[0]} to {layers[-1]}"
+        )
     num_earlier = read.num_tokens // 2
     words = (
         f"{read.num_tokens:,} recorded tokens, the last {read.num_tokens - num_earlier:,} repeated "
         "in a loop; experts are placed by the load of the first half only"
     )
-    return RoutingChoice(TraceRouting(read, num_earlier), f"--routing-trace {trace}", words)
+    return RoutingChoice(
+        TraceRouting(read, num_earlier), f"--routing-trace {trace}", words, _note(read, model)
+    )
+
+
+def _note(trace: RoutingTrace, model: ModelConfig) -> str:
+    """`trace of paper-tiny, 19 tokens`, and cautions."""
+    parts = [f"trace of {trace.model}, {trace.num_tokens:,} token{'s' * (trace.num_tokens != 1)}"]
+    if Path(trace.model).name != Path(model.name).name:
+        parts.append(f"caution: another model than {model.name}")
+    if len(trace.layers) < len(model.moe_layers):
+        parts.append(
+            f"caution: {len(trace.layers)} of {len(model.moe_layers)} layers stand for all"
+        )
+    num_choices = trace.num_tokens / 2 * trace.num_experts_per_tok / trace.num_experts
+    if num_choices < _FEWEST_CHOICES:
+        least = ceil(2 * _FEWEST_CHOICES * trace.num_experts / trace.num_experts_per_tok)
+        parts.append(f"caution: too few to tell experts apart; take {least:,} or more")
+    return "; ".join(parts)

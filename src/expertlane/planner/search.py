@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, log, sqrt
-from typing import get_args
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from expertlane.cost.laws.profile import LIKELY
 from expertlane.cost.memory import size_text
 from expertlane.cost.projector import ErrorSeconds, Projector, Setting, StepSize
 from expertlane.cost.routing import LoadedRouting, PowerLawRouting, extremes_of
-from expertlane.cost.step.operation import WEIGHT_BYTES, NumberTypes
+from expertlane.cost.step.operation import NumberTypes
 from expertlane.cost.throughput import Goals, ThroughputCurve, one_pool
 from expertlane.errors import CapacityError, UserError
 from expertlane.planner.candidates import (
@@ -41,7 +40,7 @@ from expertlane.results.record import StepsRecord
 from expertlane.results.serving_record import KEPT
 from expertlane.results.timeline import StepTimeline
 from expertlane.simulator.watch import Precision
-from expertlane.spec.names import NumberType, Phase
+from expertlane.spec.names import Phase
 
 _MOST_TRIALS = 8  # numbers of sequences to simulate of an option
 _CLOSE = 0.96  # of a number that misses the limits: the most to try next while none meets them
@@ -538,7 +537,8 @@ class Search:
         nearest = min(screened, key=lambda each: each.capacity.memory.total_bytes)
         need = nearest.capacity.memory
         request = self.request
-        narrower = next(filter(self._fits_in, self._narrower_types()), "")
+        types = request.setting.types.narrower(request.cluster.profile.device.flops_per_s)
+        narrower = next((each.weights for each in types if self._fits_in(each)), "")
         return (
             f"{request.model.name} in {request.setting.types} fits no deployment on "
             f"{request.cluster}: "
@@ -550,18 +550,9 @@ class Search:
             + (f", or --dtype {narrower}, which fits" if narrower else "")
         )
 
-    def _narrower_types(self) -> list[str]:
-        """Narrower types of weights that the devices compute in, the widest first."""
-        known, own = self.request.cluster.profile.device.flops_per_s, self.request.setting.types
-        widths = {each: WEIGHT_BYTES[each] for each in get_args(NumberType) if each in known}
-        narrower = [each for each in widths if widths[each] < WEIGHT_BYTES[own.weights]]
-        return sorted(narrower, key=lambda each: -widths[each])
-
-    def _fits_in(self, weights: str) -> bool:
-        """True if any candidate fits with weights in another type."""
-        setting = self.request.setting
-        types = replace(NumberTypes.asked(weights), kv=setting.types.kv)
-        request = replace(self.request, setting=replace(setting, types=types))
+    def _fits_in(self, types: NumberTypes) -> bool:
+        """True if any candidate fits with other types."""
+        request = replace(self.request, setting=replace(self.request.setting, types=types))
         other = Search(request, Known(), are_pools=self._are_pools)
         return bool(fitting(other.screen(candidates=self.candidates)))
 

@@ -42,7 +42,15 @@ def report_of_difference(found: Difference, command: str, created: str) -> Repor
 
 
 def headline(found: Difference) -> str:
-    """Whether there is a regression, or too little in common, and how many metrics changed."""
+    """Whether there is a regression, or too little in common, and how many metrics changed.
+
+    First, whether that is the answer to two questions.
+    """
+    first = f"Not of the same {' and '.join(found.other_parts)}. " if found.other_parts else ""
+    return first + _headline(found)
+
+
+def _headline(found: Difference) -> str:
     regressions, beyond = found.regressions, f"{100 * found.threshold:g}%"
     counts = [(len(found.with_verdict(verdict)), verdict) for verdict in _WORDS]
     changed = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
@@ -157,6 +165,11 @@ def _notes(found: Difference) -> tuple[str, ...]:
         more = len(found.settings) - len(shown)
         rest = f", and {more} more" if more else ""
         notes.append(f"Not the same in A and B: {', '.join(shown)}{rest}")
+    if found.has_other_causes and not found.with_verdict("faster", "slower"):
+        notes.append(
+            "Compared: throughput and latency. Where the time of a step goes differs; see both "
+            "reports"
+        )
     unknown = [
         each for each in found.changes if not each.is_noise_known and each.verdict != "identical"
     ]

@@ -217,7 +217,11 @@ def _headline(results: Results) -> str:
 def _bursts(found: Sequence[Served]) -> str:
     """Batches whose requests all start at once, with none after them; in words."""
     closed = {each.serving.batch: each.serving for each in found if each.serving.batch}
-    bursts = [batch for batch, each in closed.items() if each.num_requests == batch]
+    bursts = [
+        batch
+        for batch, each in closed.items()
+        if each.num_requests == batch and each.sample is None  # else as many happened to begin
+    ]
     if not bursts:
         return ""
     of = "" if len(bursts) == len(closed) else f" at {', '.join(map(whole, bursts))}"
@@ -290,6 +294,8 @@ def _worst(served: Served) -> str:
 
 def _told(result: SLOResult) -> str:
     name = f"{result.slo.metric.upper()} {result.slo.statistic}"
+    if result.is_endless:
+        return f"{name} without end > {result.slo.limit}, MISSED"
     if result.value is None:
         return f"{name} of no request"
     how = "≤ {}, met" if result.is_met else "> {}, MISSED"

@@ -304,6 +304,7 @@ def simulation_answer(results: Results, setting: str) -> Answer:
     table = Table.of(f"Where the time goes at {at}, mean of a step", columns, phases)
     notes = [
         *_noted(_held_back(results, record)),
+        *_queues(record.serving),
         *_sampling(record.best_load),
         ("Accuracy", _firmness(results, total_s)),
         *_noted(cautions(results)),
@@ -335,18 +336,29 @@ def _firmness(results: Results, total_s: float) -> str:
 _TOLD = (("TTFT mean", "ttft.mean"), ("p95", "ttft.p95"))
 
 
+def _queues(loads: Iterable[ServingRecord]) -> Iterator[Note]:
+    """The rates at which more arrive than are served, the lowest in full."""
+    found = {
+        each.rate: each.requests_per_s
+        for each in loads
+        if each.rate is not None and each.sample and not each.ttft_s and each.requests_per_s
+    }
+    rates = [(rate, found[rate]) for rate in sorted(found)]
+    if rates:
+        (arrive, served), *others = rates
+        also = f"; so it does at {', '.join(f'{rate:g}' for rate, _ in others)}" if others else ""
+        yield (
+            "Load",
+            f"{arrive:g} requests/s arrive, {figures(served)} are served: the queue grows without "
+            f"end{also}",
+        )
+
+
 def _sampling(serving: ServingRecord) -> Iterator[Note]:
     """Uncertainty of the stretch: how far a longer one of the same load might differ."""
     sample = serving.sample
     if sample is None:
         return
-    served = serving.requests_per_s
-    if sample.offered is not None and serving.ttft_s is None and served is not None:
-        yield (
-            "Load",
-            f"{sample.offered:g} requests/s arrive, {figures(served)} are served: the queue grows "
-            "without end",
-        )
     parts = []
     if "output_tps" in sample.intervals:
         low, high = sample.intervals["output_tps"]

@@ -23,9 +23,13 @@ _MISSING = "—"
 
 
 def different_settings(first: Results, second: Results) -> Iterator[tuple[str, str, str]]:
-    """Settings that differ, deployments aside: name, and the value in each of the two."""
+    """Settings that differ, deployments aside: name, and the value in each of the two.
+
+    What was asked comes first: model, cluster and workload.
+    """
     here, there = _setting(first), _setting(second)
-    for name in [*here, *(each for each in there if each not in here)]:
+    names = [*here, *(each for each in there if each not in here)]
+    for name in sorted(names, key=lambda name: _part_of_question(name) is None):
         values = [each.get(name, _MISSING) for each in (here, there)]
         if values[0] != values[1]:
             yield name, values[0], values[1]
@@ -33,6 +37,38 @@ def different_settings(first: Results, second: Results) -> Iterator[tuple[str, s
 
 _DEPLOYMENTS = ("experiment.deployments", "experiment.scaling", "experiment.name", "traffic")
 _OF_MACHINE = ("cpu_name", "device", "num_cores", "dtype", "kernels", "backend")
+
+
+_PARTS = ("model", "cluster", "workload")
+
+
+def _part_of_question(setting: str) -> str | None:
+    """The part of the question that a setting says which one it is of; None for any other."""
+    if setting in ("model", "model.name", "cluster"):
+        return setting.split(".")[0]
+    is_of_load = setting.startswith(("workload.", "load.")) and not setting.endswith(".seed")
+    return "workload" if is_of_load else None
+
+
+def _check_models(first: Results, second: Results, names: tuple[str, str]) -> None:
+    """Refuse two models: of one model, settings may differ, and of one architecture, the name.
+
+    Raises:
+        UserError: neither is the same.
+    """
+    tables = [_model_of(each) for each in (first, second)]
+    if not all(isinstance(each, Mapping) for each in tables):
+        return  # servers tell a name alone, which they choose
+    rest = [{key: each[key] for key in each if key != "name"} for each in tables]
+    if first.model_name != second.model_name and rest[0] != rest[1]:
+        raise UserError(
+            f"{names[0]} is of {first.model_name} and {names[1]} of {second.model_name}, another "
+            "model; give two of the same model"
+        )
+
+
+def _model_of(results: Results) -> Any:
+    return results.question.get("experiment", results.question)["model"]
 
 
 def _setting(results: Results) -> dict[str, str]:
@@ -69,6 +105,7 @@ _AS_SCREENED = {FAMILY, PARETO}  # of plans: the same deployments once more, les
 _LEADING: tuple[Source, ...] = ("virtual", "measured", "projected")
 _ORDERS = 20  # of all repetitions; two of them have those of A on one side of those of B
 _SAME = 1e-6  # a relative change that comes of rounding
+_SHARE = 0.05  # of a step, by which a cause is another one
 _LEAST = 1e-3  # smaller ones are never significant
 # How to get two results of one kind.
 _ALIKE: dict[frozenset[str], str] = {
@@ -94,6 +131,7 @@ class Change:
         gain: relative change for the better, below 0 for the worse; None where one is missing.
         is_noise_known: whether there are repetitions enough, 3 in both or 2 and 5, for a change
             that is beyond their ranges to be due to chance at most once in 10.
+        is_of_other_load: whether A and B had another concurrency or rate there.
     """
 
     deployment: str
@@ -106,6 +144,7 @@ class Change:
     gain: float | None
     verdict: Verdict
     is_noise_known: bool = True
+    is_of_other_load: bool = False
 
     def row(self) -> Row:
         """The change as cells of a table."""
@@ -128,6 +167,8 @@ class Difference:
     Attributes:
         names: names of A and B.
         settings: settings that differ, deployments aside: name, and values in A and B.
+        has_other_causes: whether steps of `leading` spend their time on other causes, which no
+            change tells.
         leading: the source whose changes count.
         changes: changes of that source; `others` are those of the others.
         threshold: the share by which a metric may get worse.
@@ -138,6 +179,7 @@ class Difference:
     names: tuple[str, str]
     kind: str
     settings: tuple[tuple[str, str, str], ...]
+    has_other_causes: bool
     leading: Source
     changes: tuple[Change, ...]
     others: tuple[Change, ...]
@@ -149,6 +191,14 @@ class Difference:
     def is_busy(self) -> bool:
         """True if other processes may have caused changes; never for projections."""
         return self.leading in RUN and max(self.foreign_cpu_shares) >= FOREIGN_LOAD
+
+    @property
+    def other_parts(self) -> tuple[str, ...]:
+        """Parts of the question that differ: `model` (its name), `cluster`, `workload`."""
+        found = {_part_of_question(name) for name, _, _ in self.settings}
+        if any(each.is_of_other_load for each in self.changes):
+            found.add("workload")
+        return tuple(each for each in _PARTS if each in found)
 
     @property
     def unpaired(self) -> tuple[Change, ...]:
@@ -201,7 +251,7 @@ def difference(
         strict: whether changes that are not trustworthy count as regressions too.
 
     Raises:
-        UserError: they are of different commands, or have nothing in common.
+        UserError: they are of different commands or models, or have nothing in common.
     """
     if first.kind != second.kind:
         alike = _ALIKE.get(frozenset((first.kind, second.kind)), "")
@@ -216,10 +266,12 @@ def difference(
         raise UserError(
             f"nothing to compare: {names[0]} has {_held(first)}, {names[1]} has {_held(second)}"
         )
+    _check_models(first, second, names)
     return Difference(
         names,
         first.kind,
         tuple(different_settings(first, second)),
+        _have_other_causes(first, second, leading),
         leading,
         tuple(each for each in changes if each.source == leading),
         tuple(each for each in changes if each.source != leading),
@@ -288,6 +340,19 @@ def _record_pairs(first: Results, second: Results) -> Iterator[_Pair]:
         yield from _pairs(here, there, key)
 
 
+def _have_other_causes(first: Results, second: Results, source: Source) -> bool:
+    """True if a cause's share of a step differs by more than runs of the same differ."""
+    for record, other in _record_pairs(first, second):
+        if record is None or other is None or record.source != source:
+            continue
+        for before, after in _pairs(record.steps, other.steps, _steps):
+            if before is not None and after is not None:
+                one, two = before.shares, after.shares
+                if any(abs(one.get(c, 0.0) - two.get(c, 0.0)) > _SHARE for c in {*one, *two}):
+                    return True
+    return False
+
+
 def _pairs(
     first: Sequence[Any], second: Sequence[Any], key: Callable[[Any], Hashable]
 ) -> Iterator[tuple[Any, Any]]:
@@ -318,6 +383,7 @@ class _Metric:
         before, after: bounds are 90 % intervals, or the range for fewer than `LEAST_RUNS`
             repetitions.
         num_runs: repetitions of each; 1 where nothing was repeated.
+        is_of_other_load: whether the two had another concurrency or rate.
     """
 
     where: str
@@ -325,6 +391,7 @@ class _Metric:
     before: Estimate | None
     after: Estimate | None
     num_runs: tuple[int, int]
+    is_of_other_load: bool
 
 
 def _metrics(first: DeploymentRecord | None, second: DeploymentRecord | None) -> Iterator[_Metric]:
@@ -341,12 +408,18 @@ def _metrics(first: DeploymentRecord | None, second: DeploymentRecord | None) ->
     for before, after in _pairs(parts[0], parts[1], key):
         both = [name(each) for each in (before, after) if each is not None]
         where = " → ".join(dict.fromkeys(both))
+        is_other = _is_other_load(before, after)
         for metric, get in metrics:
             values = [None if each is None else get(each) for each in (before, after)]
             known = [each if each is not None and each.value > 0 else None for each in values]
             if known != [None, None]:
                 num_runs = _num_runs(before), _num_runs(after)
-                yield _Metric(where, metric, known[0], known[1], num_runs)
+                yield _Metric(where, metric, known[0], known[1], num_runs, is_other)
+
+
+def _is_other_load(before: Any, after: Any) -> bool:
+    loads = [(each.batch, each.rate) for each in (before, after) if isinstance(each, ServingRecord)]
+    return len({*loads}) > 1
 
 
 def _num_runs(record: StepsRecord | ServingRecord | None) -> int:
@@ -423,7 +496,7 @@ def _change(deployment: str, source: Source, metric: _Metric, shared: bool) -> C
     else:
         verdict = "faster" if gain > 0 else "slower"
     is_known = source not in RUN or comb(sum(metric.num_runs), metric.num_runs[0]) >= _ORDERS
-    return Change(*of, ratio, gain, verdict, is_known)
+    return Change(*of, ratio, gain, verdict, is_known, metric.is_of_other_load)
 
 
 def _ratio(before: Estimate, after: Estimate, how: Literal["shared"] | tuple[int, int]) -> Estimate:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.hardware import KnownError
@@ -16,21 +17,29 @@ class SLOResult(Strict):
     """An objective, and the value reached.
 
     Attributes:
-        value: value of its statistic; None where no request has such a latency.
+        value: value of its statistic; None where no request has such a latency, and where it counts
+            the wait in a queue that would grow without end.
     """
 
     slo: SLO
     value: Estimate | None
 
     @property
+    def is_endless(self) -> bool:
+        """True if a queue grows without end: else every request has such a latency."""
+        return self.value is None and self.slo.counts_wait
+
+    @property
     def is_met(self) -> bool:
         """True if the likely value is within the limit, to 0.1 %."""
-        return self.value is None or self.value.value <= KEPT * self.slo.limit_s
+        return self.excess <= KEPT
 
     @property
     def excess(self) -> float:
-        """The value over its limit; 0 where there is no value."""
-        return 0.0 if self.value is None else self.value.value / self.slo.limit_s
+        """The value over its limit; 0 where no request has one, infinite where a queue grows."""
+        if self.value is None:
+            return inf if self.is_endless else 0.0
+        return self.value.value / self.slo.limit_s
 
 
 @dataclass(frozen=True)

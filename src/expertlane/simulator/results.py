@@ -13,6 +13,7 @@ from expertlane.cost.breakdown import shares_of
 from expertlane.cost.laws.device import stand_ins
 from expertlane.cost.laws.frameworks import Served, cluster_record, conditions_of, with_known_errors
 from expertlane.cost.laws.profile import (
+    BOUNDS,
     DRIVER_S,
     LIKELY,
     Execution,
@@ -140,13 +141,16 @@ def steady_record(record: ServingRecord, outcome: Outcome, load: Load) -> Servin
     prompt, output = load.mean_lens
     tps, rate = Estimate.of(rates.output_tps), Estimate.of(rates.requests_per_s)
     tpot = None if record.tpot_s is None else replace(record.tpot_s, mean=Estimate.of(rates.tpot_s))
-    slos = tuple(
-        replace(each, value=tpot.mean)
-        if tpot is not None and each.slo.name == "tpot.mean"
-        else each
-        for each in record.slos
-    )
     is_endless = rates.ttft_s is None
+    slos, good_share = [], record.good_share
+    for each in record.slos:
+        if is_endless and each.slo.counts_wait:  # the sample waits for a while only
+            slos.append(replace(each, value=None))
+            good_share = Estimate.of(np.zeros(len(BOUNDS)))
+        elif tpot is not None and each.slo.name == "tpot.mean":
+            slos.append(replace(each, value=tpot.mean))
+        else:
+            slos.append(each)
     intervals = intervals_of(outcome.served)
     if is_endless:
         intervals = {name: ends for name, ends in intervals.items() if name.startswith("tpot")}
@@ -162,14 +166,15 @@ def steady_record(record: ServingRecord, outcome: Outcome, load: Load) -> Servin
     return replace(
         record,
         wall_s=None,
-        slos=slos,
+        slos=tuple(slos),
         output_tps=tps,
         total_tps=tps * ((prompt + output) / output),
         requests_per_s=rate,
         ttft_s=None if is_endless else record.ttft_s,
         e2e_s=None if is_endless else record.e2e_s,
         tpot_s=tpot,
-        goodput=None if record.good_share is None else record.good_share * rate.value,
+        goodput=None if good_share is None else good_share * rate.value,
+        good_share=good_share,
         sample=sample,
     )
 

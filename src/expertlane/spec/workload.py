@@ -517,6 +517,11 @@ class SLO(Strict):
         """Metric and statistic, as in the option: `ttft.p95`."""
         return f"{self.metric}.{self.statistic}"
 
+    @property
+    def counts_wait(self) -> bool:
+        """True if its latency begins as a request is due, so that it counts the wait in a queue."""
+        return self.metric in ("ttft", "e2e")
+
 
 def parse_slos(texts: Iterable[str], option: str = "--slo") -> tuple[SLO, ...]:
     """Read `ttft.p95=500ms,tpot.mean=20ms`, each text with one objective or several.

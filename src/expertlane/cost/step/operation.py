@@ -6,11 +6,11 @@ with an array over ranks. R = ranks of the stage, `dp · tp`, in rank order.
 Below: the number types that a projected deployment computes, stores and sends in, and their bytes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import INPUTS_OF_SCALE, Options, PayloadType
 from expertlane.spec.hf_config import NarrowType
-from expertlane.spec.names import Link, Stage
+from expertlane.spec.names import Link, NumberType, Stage
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -397,6 +397,17 @@ class NumberTypes:
         """
         activations = "bfloat16" if weights in _QUANTISED else weights
         return cls(weights, activations, activations if kv == "model" else kv)
+
+    def narrower(self, known: Container[str]) -> "list[NumberTypes]":
+        """The types with narrower weights, the widest first; keys and values stay as they are.
+
+        Args:
+            known: types that a device computes in.
+        """
+        widths = {each: WEIGHT_BYTES[each] for each in get_args(NumberType) if each in known}
+        names = [each for each in widths if widths[each] < WEIGHT_BYTES[self.weights]]
+        names.sort(key=lambda each: -widths[each])
+        return [replace(self.asked(each), kv=self.kv) for each in names]
 
     @classmethod
     def all_of(cls, number_type: str) -> "NumberTypes":
