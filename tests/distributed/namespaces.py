@@ -134,7 +134,9 @@ class TwoHosts:
 
     def supervisors(self, host: int) -> list[psutil.Process]:
         """Processes that fork the ranks of a host."""
-        return list(self._running(host, ("engine.supervisor import", "engine.fork_server import")))
+        return list(
+            self._running(host, ("ranks.supervisor import main", "ranks.fork_server import main"))
+        )
 
     def ranks(self, host: int) -> list[psutil.Process]:
         """Processes that compute on a host."""
