@@ -104,7 +104,7 @@ BOUNDS = {
     "depth of a JSON schema": sampling.MOST_DEPTH,
     "characters of a regex": sampling.MOST_REGEX_CHARACTERS,
     "characters of a grammar": sampling.MOST_GRAMMAR_CHARACTERS,
-    "choices of an output": sampling.MOST_CHOICES,
+    "choices of an output": sampling.MOST_CHOICE_TEXTS,
     "characters of these choices": sampling.MOST_CHOICE_CHARACTERS,
     "bytes of a journal's requests in memory, without their outputs": keeper._MOST_BYTES,
     "bytes of a journal's finished answers": keeper._MOST_FINISHED_BYTES,
