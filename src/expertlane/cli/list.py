@@ -262,7 +262,7 @@ def _of_all_kinds(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _of(*keys: str) -> Any:
-    """What gets a row's entry, or an entry of that, for a column."""
+    """A column's getter: the entry of a row under these keys, one inside the other."""
 
     def get(entry: Any) -> Any:
         for key in keys:

@@ -27,7 +27,7 @@ _WIDER = 1.1  # times as many bytes as the checkpoint's own are worth a word
 
 
 class OnCluster(NamedTuple):
-    """How a model is projected on a cluster, which has the corrections of a framework."""
+    """A cluster with a framework's corrections, and the number types and routing on it."""
 
     cluster: "ModelledCluster"
     types: "NumberTypes"

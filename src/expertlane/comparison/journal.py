@@ -62,7 +62,7 @@ class _Owner:
     peak: MachinePeak
 
     def what_differs(self, other: "_Owner") -> str | None:
-        """What differs, in a word; None for nothing. The peak is measured, so it may differ."""
+        """The first setting that differs, in a word; None if all are the same but for the peak."""
         names = {
             "version": "version of expertlane",
             "experiment": "experiment",

@@ -26,7 +26,7 @@ CAUSE_OF_TRANSFER = {
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Where the time of some steps went; likely times on the virtual clock.
+    """Shares of causes in the likely time of some steps.
 
     Attributes:
         seconds: from the first step's begin to the last one's end.

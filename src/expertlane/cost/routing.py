@@ -433,7 +433,7 @@ class RoutingChoice:
     Args:
         option: the command-line option that selects it.
         words: for a list of assumptions.
-        note: what a trace is of, and cautions about it, in a line; empty without a trace.
+        note: what a trace is of, and cautions about it, in a line; empty where routing is drawn.
     """
 
     source: LoadedRouting

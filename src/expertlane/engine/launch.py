@@ -169,7 +169,7 @@ _CPU_CACHE_SHARE = 0.5  # of the memory beside the weights: other programs need 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What ranks are to load: a model, cut by a layout and placed, in its options' number types.
+    """A model for ranks to load: cut by a layout, placed, in its options' number types.
 
     Attributes:
         placements: [num_hidden_layers].

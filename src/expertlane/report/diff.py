@@ -114,7 +114,7 @@ def _named(found: Difference, changes: Sequence[Change]) -> list[str]:
 
 
 def _that_fit(changes: Sequence[Change]) -> Sequence[Change]:
-    """As many changes from the first on as have room; one at least."""
+    """The first changes that have room; at least one."""
     lines = accumulate(ceil(len(each.deployment) / _NAME_WIDTH) for each in changes)
     return changes[: max(1, sum(each <= _MOST_LINES for each in lines))]
 

@@ -258,7 +258,7 @@ def _is_measured(profile: Profile) -> bool:
 
 
 class Served(NamedTuple):
-    """What is served and how, by which its projections were judged.
+    """A kind of serving, to find the measurements that its projections were judged on.
 
     Attributes:
         weights: their number type.
@@ -332,7 +332,7 @@ def nearest(profile: Profile, served: Served) -> KnownError | None:
 
 
 def _differences(group: JudgedGroup, profile: Profile, served: Served) -> tuple[int, ...]:
-    """How a judged kind differs from what is served, in the order of what counts; 0 where alike."""
+    """Differences of a judged kind from what is served, the gravest first; 0 where alike."""
     attention = attention_of(served.model)
     is_of_generation = generation_of(profile.name) == generation_of(group.hardware)
     is_latent = "latent" in (group.attention, attention)

@@ -167,7 +167,7 @@ def interpolate(
 def places(
     axes: Knots, at: Mapping[str, Floats | float]
 ) -> tuple[list[Ints], list[Floats], Floats]:
-    """Where points lie among knots.
+    """Knots before points, and fractions of the way to the next.
 
     Returns:
         By dimension, the knot before each point; by dimension, how far after it, 0 … 1; by how

@@ -184,7 +184,7 @@ class Shrinker(Protocol):
         ...
 
     def is_ready(self, members: Members) -> bool:
-        """Whether all members are up, with their weights; starts those that are not.
+        """Start members that are not up; true once all are, with their weights.
 
         Raises:
             RanksLostError: ranks were lost.

@@ -32,7 +32,7 @@ _Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class _Rank:
-    """What one rank's time was spent on.
+    """A rank's time by kind of work.
 
     Attributes:
         edges_us: [N + 1]; ends of N stretches, in each of which nothing begins or ends.
