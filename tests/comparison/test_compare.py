@@ -14,7 +14,8 @@ from cli.screen import telling, tells
 from distributed.on_ranks import Echo
 from distributed.running import deployment, run_deployment
 from expertlane.balance.holding import placements_of
-from expertlane.comparison.run import Repeats, check_memory, measure_peak, run_comparison
+from expertlane.comparison.run import check_memory, measure_peak, run_comparison
+from expertlane.comparison.turns import Repeats
 from expertlane.comparison.virtual import VirtualSettings
 from expertlane.cost.laws.profile import read_profile
 from expertlane.cost.memory import PlacedModel, workload_limits

@@ -9,7 +9,8 @@ import pytest
 from cli.screen import in_order, tells
 from distributed.running import deployment
 from engine.model.families import run_greedy
-from expertlane.comparison.run import Repeats, run_comparison
+from expertlane.comparison.run import run_comparison
+from expertlane.comparison.turns import Repeats
 from expertlane.progress import Progress
 from expertlane.report import markdown
 from expertlane.report.sections import report_of

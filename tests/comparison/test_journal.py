@@ -7,7 +7,8 @@ import pytest
 from cli.screen import telling, tells
 from distributed.running import deployment
 from expertlane.comparison.journal import FILE_NAME
-from expertlane.comparison.run import Repeats, run_comparison
+from expertlane.comparison.run import run_comparison
+from expertlane.comparison.turns import Repeats
 from expertlane.errors import UserError
 from expertlane.progress import Progress
 from expertlane.spec.experiment import Cluster, Experiment

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.compare_servers import ServerOptions, compare_servers, print_commands
 from expertlane.cli.help import Panel
 from expertlane.cli.load import slo_option
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.option_groups import takes_groups
+from expertlane.cli.option_groups import given, takes_groups
 from expertlane.cli.options import (
     MODEL_HELP,
     LaunchOptions,
@@ -237,6 +238,7 @@ def compare(
     time: VirtualTimeOptions,
     launch: LaunchOptions,
     projection: _Projection,
+    servers: ServerOptions,
 ) -> None:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
 
@@ -262,6 +264,10 @@ def compare(
           traffic matrix, and which rank, expert and layer are hottest
       expertlane compare --trace
           a Chrome trace of each deployment
+      expertlane compare mine.toml --url tp8=http://a:8000 --url ep16=http://b:8000
+          two servers that run already, of any engine
+      expertlane compare mine.toml --model ./my-checkpoint --engine vllm --engine sglang
+          each deployment as a server of each engine, started and stopped here
       expertlane compare paper --project
           the paper's experiment on a modelled cluster of 16 H100
       expertlane compare --json | jq '.deployments[].steps[] | .phase, .tps.value'
@@ -269,7 +275,13 @@ def compare(
       torchrun --nnodes 2 --nproc-per-node 1 … -m expertlane compare
           on two nodes, 8 ranks each
     """
-    found = run(experiment, own, time, launch, projection, output.Call.typed(output_options.out))
+    if servers.dry_run:
+        _check_with_servers(own, time, launch, servers)
+        (only,) = _comparisons(experiment, own, output.Call(""), is_measured=False)
+        print_commands(only.experiment, servers, own.dtype, as_json=output_options.as_json)
+        return
+    call = output.Call.typed(output_options.out)
+    found = run(experiment, own, time, launch, projection, servers, call)
     with closing(found):  # its ranks end, whatever printing comes to
         for each in found:
             output.publish(each, output_options)
@@ -281,10 +293,18 @@ def run(
     time: VirtualTimeOptions,
     launch: LaunchOptions,
     projection: _Projection,
+    servers: ServerOptions,
     call: output.Call,
 ) -> Generator[output.Found]:
     """Compare, one comparison after the other; prints nothing on standard output."""
     from expertlane.balance.holding import check_experiment
+
+    if servers.is_asked:
+        _check_with_servers(own, time, launch, servers)
+        yield from _on_servers(experiment, own, projection, servers, call)
+        return
+    if unused := [each for each in given(servers) if each != "--engine"]:
+        raise UserError(f"{unused[0]} is for servers; give --engine or --url")
 
     reason = _why_only_projected(projection)
     comparisons = _comparisons(experiment, own, call, is_measured=reason is None)
@@ -320,6 +340,43 @@ def run(
         assert each.projection is not None, "the first process projects"
         yield output.Found(replace(each.projection, not_measured=reason), each.folder)
     output.print_message(f"expertlane: projected, and not measured on this machine: {reason}")
+
+
+def _check_with_servers(
+    own: _Options, time: VirtualTimeOptions, launch: LaunchOptions, servers: ServerOptions
+) -> None:
+    """Refuse options of ranks where servers are measured.
+
+    Raises:
+        UserError: one is given.
+    """
+    of_ranks = {"--experts-per-token", "--resume", "--traffic", "--trace"}
+    unused = [each for each in given(own) if each in of_ranks]
+    if unused := [*unused, *given(time), *given(launch)]:
+        asked = "--url" if servers.url else "--engine"
+        raise UserError(f"{unused[0]} is for ranks that run here; leave it out with {asked}")
+
+
+def _on_servers(
+    experiment: str,
+    own: _Options,
+    projection: _Projection,
+    servers: ServerOptions,
+    call: output.Call,
+) -> Generator[output.Found]:
+    from expertlane.comparison.turns import Repeats
+
+    (each,) = _comparisons(experiment, own, call, is_measured=bool(servers.engine))
+    projected = None
+    if projection.project:
+        projector = _projector(each.experiment, projection, own.dtype)
+        with output.progress_on_stderr() as progress:
+            projected = projector.run(progress, call.command)
+    repeats = Repeats(own.repeat, own.min_time)
+    results = compare_servers(
+        each.experiment, servers, repeats, own.dtype, each.folder, call.command
+    )
+    yield output.Found(results if projected is None else results.beside(projected), each.folder)
 
 
 def _why_only_projected(projection: _Projection) -> str | None:
@@ -396,7 +453,8 @@ def _measure(
     Raises:
         CapacityError: one of them does not fit; raised before the first is run.
     """
-    from expertlane.comparison.run import Repeats, check_memory, run_comparison
+    from expertlane.comparison.run import check_memory, run_comparison
+    from expertlane.comparison.turns import Repeats
     from expertlane.engine.launch import start_pool
     from expertlane.results.timeline import write_traces
 

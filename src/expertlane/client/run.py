@@ -79,12 +79,12 @@ def measure(targets: Sequence[Target], asked: Asked, progress: Progress) -> Seen
         UserError: a server refuses, or is not there; requests are too long for it.
         ExpertlaneError: not one request was answered.
     """
-    _allow_connections()
+    allow_connections()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_measure(targets, asked, progress))
 
 
-def _allow_connections() -> None:
+def allow_connections() -> None:
     """Raise the limit on file descriptors to the most that this process may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
@@ -103,7 +103,7 @@ async def _measure(targets: Sequence[Target], asked: Asked, progress: Progress) 
     before = {number: each for number, each in before.items() if each is not signal.SIG_IGN}
     for number in before:
         loop.add_signal_handler(number, end, number)
-    several = [Connections(each.url, _headers(each)) for each in targets]
+    several = [Connections(each.url, headers_of(each)) for each in targets]
     try:
         looking = asyncio.gather(
             *(
@@ -130,7 +130,8 @@ async def _measure(targets: Sequence[Target], asked: Asked, progress: Progress) 
     return _seen(servers, asked, rounds, stop.why, told[0] if told else None)
 
 
-def _headers(target: Target) -> dict[str, str]:
+def headers_of(target: Target) -> dict[str, str]:
+    """Headers of every request to a server."""
     return {} if target.key is None else {"Authorization": f"Bearer {target.key}"}
 
 
@@ -151,7 +152,7 @@ async def _rounds(
     for place, load in enumerate(asked.loads):
         for server in servers:
             if not stop.why:
-                await _warm_up(server, load, asked, place, stop)
+                await warm_up(server, load, asked, place, stop)
         num_all = asked.num_rounds * len(servers) * load.num_requests
         progress.task(str(load), num_all)
         for number in range(asked.num_rounds):
@@ -160,20 +161,45 @@ async def _rounds(
             for which in order:
                 if stop.why:
                     break
-                seed = [asked.seed, place, 0, *([number] if number else [])]
-                driven = await _drive(
-                    servers[which], load, asked, seed, stop, on_finished=progress.advance
-                )
-                found.setdefault((which, place), []).append(Round.of(driven, asked.slos))
+                one = await one_round(servers[which], load, asked, place, number, stop, progress)
+                found.setdefault((which, place), []).append(one)
         progress.done()
     return found
 
 
-async def _warm_up(server: Server, load: Load, asked: Asked, place: int, stop: Stop) -> None:
+async def one_round(
+    server: Server,
+    load: Load,
+    asked: Asked,
+    place: int,
+    number: int,
+    stop: Stop,
+    progress: Progress,
+) -> Round:
+    """Put a load on a server once; the same round has the same requests for every server.
+
+    Args:
+        place: the load's index.
+        number: the round, from 0.
+    """
+    seed = [asked.seed, place, 0, *([number] if number else [])]
+    driven = await _drive(server, load, asked, seed, stop, on_finished=progress.advance)
+    return Round.of(driven, asked.slos)
+
+
+async def warm_up(server: Server, load: Load, asked: Asked, place: int, stop: Stop) -> None:
+    """Put requests on a server that are not counted.
+
+    Args:
+        place: the load's index.
+
+    Raises:
+        UserError: it answered none.
+    """
     if asked.num_warm_up != 0:
-        warm_up = warm_up_of(load, asked.num_warm_up)
-        driven = await _drive(server, warm_up, asked, [asked.seed, place, 1], stop)
-        _check_answered([driven], server)
+        before = warm_up_of(load, asked.num_warm_up)
+        driven = await _drive(server, before, asked, [asked.seed, place, 1], stop)
+        check_answered([driven], server)
 
 
 async def _drive(
@@ -190,7 +216,7 @@ async def _drive(
     )
 
 
-def _check_answered(driven: Sequence[Driven], server: Server) -> None:
+def check_answered(driven: Sequence[Driven], server: Server) -> None:
     """Refuse to go on with a server that answers nothing.
 
     Raises:
@@ -211,7 +237,7 @@ def _seen(
     records = []
     for which, server in enumerate(servers):
         own = {place: found for (server_, place), found in rounds.items() if server_ == which}
-        _check_answered([each.driven for found in own.values() for each in found], server)
+        check_answered([each.driven for found in own.values() for each in found], server)
         serving = [
             load_record(asked.loads[place], found, asked.slos) for place, found in own.items()
         ]

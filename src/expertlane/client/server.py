@@ -92,7 +92,7 @@ class Vocabulary:
         return text
 
 
-_PROBE_S = 120.0  # a server's first step may compile
+PROBE_S = 120.0  # a server's first step may compile
 _SAMPLE_TEXT = (
     "The quick brown fox jumps over the lazy dog; 0123456789 of them were seen by farmers, "
     "sailors and clerks in the year of the great flood, when nobody had yet thought of counting "
@@ -188,12 +188,14 @@ async def find_server(
     tokenizer: Vocabulary | None,
     *,
     is_chat: bool,
+    timeout_s: float = PROBE_S,
 ) -> Server:
     """Look at a server, and try how it takes requests.
 
     Args:
         model: its name there; None for the only one.
         tokenizer: the model's; None to find one, or to ask the server.
+        timeout_s: seconds for all of it.
 
     Raises:
         Unreachable: it does not answer.
@@ -201,7 +203,7 @@ async def find_server(
     """
     url = connections.url
     try:
-        async with asyncio.timeout(_PROBE_S):
+        async with asyncio.timeout(timeout_s):
             card = await _card(connections, model)
             name = str(card["id"])
             software = await _software(connections, str(card.get("owned_by", "")))
@@ -217,7 +219,7 @@ async def find_server(
             )
             return await _tried(found, is_chat=is_chat)
     except TimeoutError:
-        raise Unreachable(f"{url} did not answer within {_PROBE_S:g} s") from None
+        raise Unreachable(f"{url} did not answer within {timeout_s:g} s") from None
     except ConnectionFailed as error:
         raise Unreachable(f"cannot connect to {url}: {error}") from None
     except ClosedEarly as error:

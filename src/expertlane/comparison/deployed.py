@@ -114,6 +114,11 @@ class Deployed:
         return self.deployment.name
 
     @property
+    def is_over(self) -> bool:
+        """False: where it cannot run, the comparison ends."""
+        return False
+
+    @property
     def phase(self) -> Phase:
         """The phase that it is judged by: decode, or prefill where nothing is decoded."""
         return Phase.DECODE if self._steps[Phase.DECODE] else Phase.PREFILL

@@ -15,6 +15,7 @@ from expertlane.comparison.assumptions import measured_assumptions
 from expertlane.comparison.deployed import Deployed, Setting
 from expertlane.comparison.journal import Journal
 from expertlane.comparison.records import pair_record
+from expertlane.comparison.turns import Repeats, measure_in_turns
 from expertlane.comparison.virtual import VirtualRuns, VirtualSettings
 from expertlane.cost.memory import workload_limits
 from expertlane.engine.launch import LoadPlan, describe_ranks
@@ -37,28 +38,12 @@ from expertlane.results.step_record import StepRecord
 from expertlane.schedule.request import Limits
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.names import Phase
-from expertlane.spec.ranges import DEFAULT_REPEAT
 
-_MOST_RUNS = 1_000
-_RUNS_OF_OTHERS = 2
 _NO_VIRTUAL_TIME = "No virtual time: it is built from CPU times, and these ranks compute on GPUs."
 _OWN_LINKS = (
     "No virtual time: these ranks are on {} hosts with links of their own, so wall time counts. "
     "--clock virtual models links all the same."
 )
-
-
-@dataclass(frozen=True)
-class Repeats:
-    """Repetitions of the deployments in the first sentence; others have two at most.
-
-    Attributes:
-        num_runs: repetitions of each of them.
-        least_s: repeat until the steps of each of them have taken so long.
-    """
-
-    num_runs: int = DEFAULT_REPEAT
-    least_s: float = 0.0
 
 
 def run_comparison(
@@ -181,23 +166,22 @@ class _Measured:
 
     def measure(self, repeats: Repeats) -> None:
         """Run everything, then make the records."""
-        own, before = self.own, None
-        num_of_others = min(_RUNS_OF_OTHERS, repeats.num_runs)
-        for number in range(num_of_others):
-            for each in own if number % 2 == 0 else reversed(own):
-                each.measure(deploy=each is not before)
-                before = each
-        self.runs = self._virtual_runs()
-        first = {each.name: self._record(each) for each in own}
-        compared = self._compared(list(first.values()))
-        _in_turns(compared or own, repeats)
+        own = self.own
+        first: dict[str, DeploymentRecord] = {}
+
+        def choose() -> list[Deployed]:
+            self.runs = self._virtual_runs()
+            first.update({each.name: self._record(each) for each in own})
+            return self._compared(list(first.values()))
+
+        compared = measure_in_turns(own, repeats, choose)
         for each in self.scaling:
             each.measure()
             each.measure_share()
         wall = {each.name: each.record(self.peak) for each in own}
         virtual = first if self.runs else {}
         for each in own if self.runs else ():
-            if each.num_runs > num_of_others:
+            if each.num_runs > repeats.num_of_others:
                 virtual[each.name] = self._record(each)
         self.pairs = tuple(self._pairs(compared, virtual))
         self.records = (
@@ -293,23 +277,6 @@ class _Measured:
                 first, second = (virtual[name].steps_of(phase)[0] for name in names)
                 repeated = alone, other.without_each(self.runs)
                 yield pair_record(names, phase, repeated, (first, second))
-
-
-def _in_turns(deployed: Sequence[Deployed], repeats: Repeats) -> None:
-    """Measure more, in turns a, b, b, a, a, b: changes of the machine meanwhile affect all alike.
-
-    Whatever ran last needs not be deployed again.
-    """
-    before = None
-    for _ in range(_MOST_RUNS):
-        if all(
-            each.num_runs >= repeats.num_runs and each.measured_s >= repeats.least_s
-            for each in deployed
-        ):
-            return
-        for each in deployed if before is not deployed[-1] else reversed(deployed):
-            each.measure(deploy=each is not before)
-            before = each
 
 
 _ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd")

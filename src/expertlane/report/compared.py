@@ -294,7 +294,7 @@ def _fastest(rows: Iterable[Row]) -> Row | None:
 def run(results: Results, source: Source) -> Comparison | None:
     """The comparison of measured deployments, in wall time (`measured`) or `virtual` time."""
     records = results.select(source, EXPERIMENT)
-    if not records:
+    if not records or results.is_of_servers:
         return None
     phase = Phase.DECODE if all(each.decode for each in records) else Phase.PREFILL
     steps = [each.decode if phase is Phase.DECODE else each.prefill for each in records]

@@ -59,8 +59,9 @@ class Served:
 
     @property
     def name(self) -> str:
-        """The layout; for a server that does not tell it, the record's name."""
-        return self.record.name if self.record.layout is None else str(self.record.layout)
+        """The layout; the record's name for a server, which may not tell it."""
+        is_server = self.record.layout is None or self.record.server is not None
+        return self.record.name if is_server else str(self.record.layout)
 
     @property
     def layout(self) -> str:
@@ -82,6 +83,8 @@ def served(results: Results) -> list[Served]:
 
 def whose(results: Results) -> str:
     """Heading of the column that names deployments: server or layout."""
+    if results.is_of_servers:
+        return "deployment"
     return "server" if results.deployments[0].layout is None else "layout"
 
 

@@ -127,7 +127,27 @@ def _of(chapter: ChapterName, *sections: Section) -> list[Section]:
 _Made = tuple[str, Answer, tuple[Section, ...]]
 
 
+def _named(results: Results) -> str:
+    """The name of an experiment, with its experts per token."""
+    experiment = results.question["experiment"]
+    top_k = experiment.get("model", {}).get("num_experts_per_tok")
+    return str(experiment.get("name", "comparison")) + (f", top-{top_k}" if top_k else "")
+
+
+def _compared_servers(results: Results) -> _Made:
+    """A comparison of servers, with its projection if there is one."""
+    name, modelled = _named(results), projected(results)
+    sections = [
+        *servers.compared_sections(results),
+        *(_projected(results, modelled) if modelled is not None else ()),
+        *_of("setup", setup(results, "Controlled variables (the same for every deployment)")),
+    ]
+    return f": {name}", servers.compared_answer(name, results), tuple(sections)
+
+
 def _comparison(results: Results) -> _Made:
+    if results.is_of_servers:
+        return _compared_servers(results)
     wall, virtual, modelled = run(results, "measured"), run(results, "virtual"), projected(results)
     sections: list[Section] = []
     if wall is not None:
@@ -150,9 +170,7 @@ def _comparison(results: Results) -> _Made:
         ),
         *_of("setup", setup(results, "Controlled variables (the same for every deployment)")),
     ]
-    experiment = results.question["experiment"]
-    top_k = experiment.get("model", {}).get("num_experts_per_tok")
-    name = experiment.get("name", "comparison") + (f", top-{top_k}" if top_k else "")
+    name = _named(results)
     answer = comparison_answer(name, results, virtual or wall, wall if virtual else None, modelled)
     return f": {name}", answer, tuple(sections)
 

@@ -161,7 +161,7 @@ def setup(results: Results, heading: str) -> Section:
         ("run", f"{results.command}, {results.created}"),
     ]
     compared = results.select("measured", EXPERIMENT)
-    if compared:
+    if compared and not results.is_of_servers:
         rows.append(("generated tokens", same_tokens(compared)))
     return Section(heading, (Table.facts(rows),))
 

@@ -25,7 +25,7 @@ import numpy as np
 from expertlane.errors import UserError, naming
 from expertlane.printable import printable
 from expertlane.results.estimate import Estimate
-from expertlane.results.record import BEST, EXPERIMENT, PARETO, DeploymentRecord
+from expertlane.results.record import BEST, EXPERIMENT, PARETO, DeploymentRecord, ServerRecord
 from expertlane.results.results import SCHEMA_VERSION, Kind, Results
 from expertlane.spec.experiment import ProjectionAsked
 from expertlane.spec.files import (
@@ -176,6 +176,8 @@ class _OfComparison(_Question):
     max_ttft_s: _Positive | None = None
     slos: tuple[SLO, ...] = ()
     traffic: bool = False
+    servers: _Count | None = None
+    workload: _Lengths | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,11 +275,13 @@ def _check_record(results: Results, record: DeploymentRecord) -> None:
     is_compared = results.kind == "comparison"
     is_shown = EXPERIMENT in record.roles and record.source != "reported"
     is_chosen = results.kind == "simulation" or (results.kind == "plan" and BEST in record.roles)
+    server = record.server
+    is_outside = "urls" in results.question or server is not None
     needed = {
-        "layout": "urls" not in results.question,
-        "options": "urls" not in results.question,
-        "serving": not is_compared or PARETO in record.roles,
-        "steps": is_shown or is_chosen,
+        "layout": not is_outside,
+        "options": not is_outside,
+        "serving": not is_compared or PARETO in record.roles or _was_measured(server),
+        "steps": (is_shown and server is None) or is_chosen,
         "pools": is_chosen or (is_shown and record.source == "projected"),
     }
     for name, is_needed in needed.items():
@@ -292,6 +296,10 @@ def _check_record(results: Results, record: DeploymentRecord) -> None:
         tpot = None if load.tpot_s is None else load.tpot_s.mean
         if tpot is None or min(*tpot.bounds, *load.output_tps.bounds) <= 0:
             raise UserError(f"serving.{place}: output_tps and tpot_s.mean must be above 0")
+
+
+def _was_measured(server: ServerRecord | None) -> bool:
+    return server is not None and not server.failure
 
 
 def _check_projections(results: Results) -> None:

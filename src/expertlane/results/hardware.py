@@ -1,6 +1,10 @@
 """The hardware of results, measured or modelled: machine, cluster, links between ranks."""
 
+import os
+import platform
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from expertlane.spec.ranges import Counted, Strict
 
@@ -66,6 +70,56 @@ class Machine(Strict):
     def is_oversubscribed(self) -> bool:
         """True if the largest deployment's ranks share cores."""
         return self.is_oversubscribed_by(self.num_ranks)
+
+
+def cpu_name() -> str:
+    """The name of this machine's processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or os.uname().machine
+
+
+_GPUS = Path("/proc/driver/nvidia/gpus")
+_EACH_ENGINE = "each engine's own"
+
+
+def gpu_names() -> list[str]:
+    """The NVIDIA GPUs of this machine that its processes see, as the driver names them."""
+    if not _GPUS.is_dir():
+        return []
+    names = []
+    for each in sorted(_GPUS.iterdir()):
+        found = re.search(r"^Model:\s*(.+)$", (each / "information").read_text(), re.MULTILINE)
+        names.append(found[1].strip() if found else "GPU")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return names if visible is None else names[: len([*filter(None, visible.split(","))])]
+
+
+def own_cores() -> list[int]:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def this_machine(num_ranks: int, dtype: str) -> Machine:
+    """This machine, for servers of other engines on it; read without what engines need."""
+    gpus = gpu_names()
+    return Machine(
+        cpu_name=cpu_name(),
+        device=gpus[0] if gpus else "cpu",
+        num_cores=len(own_cores()),
+        num_idle_gpus=max(0, len(gpus) - num_ranks),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        num_ranks=num_ranks,
+        ranks_per_node=num_ranks,
+        backend=f"{_EACH_ENGINE} transport",
+        dtype=dtype,
+        kernels=_EACH_ENGINE,
+    )
 
 
 @dataclass(frozen=True)

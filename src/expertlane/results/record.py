@@ -295,6 +295,33 @@ class Conditions(Strict):
     kv_dtype: str
 
 
+@dataclass(frozen=True)
+class ServerRecord(Strict):
+    """The server that a deployment was measured on, from outside.
+
+    Attributes:
+        engine: the engine as its makers write it; empty for a server that ran already.
+        software: software and version by the server's own account; may be empty.
+        deployment: the experiment's name of the deployment; empty for a server of another layout.
+        command: the command that started it, for a shell; empty where it ran already.
+        files: files that the command reads, by name.
+        url: empty where it never answered.
+        start_s: seconds from its start until it was ready, of each start.
+        failure: why it was not measured, or not to the end, with its last words; may be empty.
+        log: file with its output; empty where it ran already.
+    """
+
+    engine: str
+    software: str = ""
+    deployment: str = ""
+    command: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+    url: str = ""
+    start_s: tuple[float, ...] = ()
+    failure: str = ""
+    log: str = ""
+
+
 @dataclass(frozen=True, repr=False)
 class DeploymentRecord(Strict):
     """One deployment.
@@ -321,6 +348,7 @@ class DeploymentRecord(Strict):
         served_with: options of a projected workload, with `auto` resolved.
         over_best: its output tokens a second over those of the best of a plan, with the bounds that
             are left when the errors that both share have cancelled; None for that.
+        server: of a comparison of servers, the one that it was measured on.
     """
 
     name: str
@@ -345,6 +373,7 @@ class DeploymentRecord(Strict):
     over_best: Estimate | None = None
     num_drafts: int = 0
     served_with: Options | None = None
+    server: ServerRecord | None = None
 
     def __repr__(self) -> str:
         """A line: its parts have thousands of numbers."""

@@ -275,7 +275,7 @@ class Results(Strict):
             `workload`, `serving`; plan: `model`, `workload` (means), `load` (lengths and a rate, as
             asked for), `projection`, `max_tpot_s`, `max_ttft_s`, and `slos` of other statistics;
             bench: `model`, `workload`, `ranks_per_node`, or `urls`, `endpoint` and `rounds` of
-            servers.
+            servers. A comparison of servers has `servers`, their number, and `workload` as a bench.
             The workload of a simulation or bench has what is the same for all loads: `prompt_len`,
             `output_len`, `seed`, and `requests`, the file they are from; `prefix_len` and
             `num_prefixes` where prompts share a prefix. `price`: dollars per device-hour, where one
@@ -323,7 +323,8 @@ class Results(Strict):
     def __post_init__(self) -> None:
         if not self.deployments:
             raise UserError("results without a deployment")
-        if self.machine is None and any(each.layout for each in self.select("measured")):
+        on_ranks = [each for each in self.select("measured") if each.server is None]
+        if self.machine is None and any(each.layout for each in on_ranks):
             raise UserError("results that were measured, without the machine")
         if self.cluster is None and self.select("projected"):
             raise UserError("results that were projected, without the cluster")
@@ -414,6 +415,11 @@ class Results(Strict):
             and (role is None or role in each.roles)
             and (conditions is None or each.conditions == conditions)
         )
+
+    @property
+    def is_of_servers(self) -> bool:
+        """True if deployments were measured from outside, as servers."""
+        return any(each.server is not None for each in self.deployments)
 
     @property
     def faster_pools(self) -> DeploymentRecord | None:

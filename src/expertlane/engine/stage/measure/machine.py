@@ -1,8 +1,6 @@
 """Description of a rank's machine, and measurement of its peak rates."""
 
 import contextlib
-import os
-import platform
 import re
 import socket
 import time
@@ -15,6 +13,7 @@ from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.device import memory_of
 from expertlane.engine.ranks.commands import DescribeMachine, MeasureRates, RankMachine, RankRates
 from expertlane.engine.stage.context import RankContext
+from expertlane.results.hardware import cpu_name
 
 _GEMM_SIZE = 1024
 _GPU_GEMM_SIZE = 8192
@@ -58,16 +57,6 @@ def _driver() -> str:
         if found := re.search(r"\d+\.\d+(\.\d+)?", first):
             return found[0]
     return ""
-
-
-def cpu_name() -> str:
-    """The name of this machine's processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or os.uname().machine
 
 
 def measure_rates(context: RankContext, _: MeasureRates) -> RankRates:

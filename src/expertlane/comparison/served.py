@@ -1,0 +1,373 @@
+"""An experiment's deployments as servers, started here or running already, measured in turns.
+
+Servers are measured from outside, by the requests of `client`. One that is started here has the
+machine to itself: it is started for its turn, and has ended when the next one starts. What an
+engine does not run, or dies of, is a record with its last words; the others go on.
+"""
+
+import asyncio
+import os
+import re
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvloop
+
+from expertlane.client.connection import ClosedEarly, ConnectionFailed, Connections, Url
+from expertlane.client.measure import Round, Stop, load_record, ratios
+from expertlane.client.run import (
+    Asked,
+    Target,
+    allow_connections,
+    check_answered,
+    headers_of,
+    one_round,
+    warm_up,
+)
+from expertlane.client.server import PROBE_S, Server, Unreachable, find_server
+from expertlane.comparison.engines.engine import CannotServe, Engine, Start
+from expertlane.comparison.server_process import ServerError, ServerProcess, command_line
+from expertlane.comparison.turns import Repeats, measure_in_turns
+from expertlane.errors import ExpertlaneError, UserError
+from expertlane.progress import Progress
+from expertlane.results.hardware import this_machine
+from expertlane.results.record import (
+    EXPERIMENT,
+    DeploymentRecord,
+    ServerRecord,
+    choose_compared,
+)
+from expertlane.results.results import Results
+from expertlane.spec.deployment import Deployment
+from expertlane.spec.experiment import Experiment
+from expertlane.spec.workload import Load, Workload
+
+HOST = "127.0.0.1"
+_FEW_CORES = 4
+_READY_S = 5.0  # that one question whether a server is ready may take
+_FOLDER = re.compile(r"[^A-Za-z0-9._=-]+")
+
+
+@dataclass(frozen=True)
+class Engines:
+    """How an engine's servers are started.
+
+    Attributes:
+        start: the start of a deployment's server at a port.
+    """
+
+    engine: Engine
+    start: Callable[[Deployment, int], Start]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Conditions that all servers of a comparison share.
+
+    Attributes:
+        load: the experiment's workload.
+        asked: how requests are sent.
+        start_timeout_s: seconds until a server that is started must be ready.
+        folder: where servers run, each in a folder of its own with its log.
+    """
+
+    load: Load
+    asked: Asked
+    start_timeout_s: float
+    folder: Path
+    progress: Progress
+
+
+@dataclass(eq=False)
+class Served:
+    """A deployment on a server, and what was measured of it.
+
+    Attributes:
+        name: its name in results.
+        deployment: None for a server whose layout is not known.
+        engine: None for a server that runs already.
+        target: the server; None while it is not started.
+        rounds: those that were answered, in order.
+        failure: why it is not measured any more; empty while it is.
+    """
+
+    name: str
+    setting: Setting
+    up: "_Up"
+    deployment: Deployment | None = None
+    engines: Engines | None = None
+    target: Target | None = None
+    rounds: list[Round] = field(default_factory=list, init=False)
+    failure: str = field(default="", init=False)
+    measured_s: float = field(default=0.0, init=False)
+    start_s: list[float] = field(default_factory=list, init=False)
+    seen: Server | None = field(default=None, init=False)
+    started: Start | None = field(default=None, init=False)
+    log: Path | None = field(default=None, init=False)
+
+    @property
+    def num_runs(self) -> int:
+        """Rounds that were answered."""
+        return len(self.rounds)
+
+    @property
+    def is_over(self) -> bool:
+        """True if it failed."""
+        return bool(self.failure)
+
+    def measure(self, *, deploy: bool) -> None:
+        """Put the workload on it once more; a failure is kept in `failure`."""
+        setting, load = self.setting, self.setting.load
+        number = self.num_runs
+        again = f", round {number + 1}" if number else ""
+        setting.progress.task(f"{self.name}{again}", load.num_requests)
+        try:
+            is_new = self.up.ensure(self) or number == 0
+            found = self._round(number, is_new=is_new)
+            self.rounds.append(found)
+            self.measured_s += found.driven.wall_s
+        except (CannotServe, ServerError) as error:
+            self.failure = str(error)
+            self.up.stop()
+        except (Unreachable, UserError) as error:
+            self.failure = f"{error}{self.up.end_of(self)}"
+            self.up.stop()
+        finally:
+            setting.progress.done()
+
+    def _round(self, number: int, *, is_new: bool) -> Round:
+        assert self.target is not None, "it is up"
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(self._measured(self.target, number, is_new=is_new))
+
+    async def _measured(self, target: Target, number: int, *, is_new: bool) -> Round:
+        setting, asked, stop = self.setting, self.setting.asked, Stop()
+        connections = Connections(target.url, headers_of(target))
+        try:
+            server = await find_server(
+                *(connections, target.model, asked.tokenizer),
+                is_chat=asked.is_chat,
+                timeout_s=min(PROBE_S, asked.timeout_s),
+            )
+            self.seen = server
+            if is_new:
+                await warm_up(server, setting.load, asked, 0, stop)
+            found = await one_round(server, setting.load, asked, 0, number, stop, setting.progress)
+            check_answered([found.driven], server)
+            return found
+        finally:
+            connections.close()
+
+    def record(self) -> DeploymentRecord:
+        """Its record: of all rounds, or of why there are none."""
+        deployment, setting = self.deployment, self.setting
+        serving = load_record(setting.load, self.rounds, setting.asked.slos)
+        started = self.started
+        return DeploymentRecord(
+            name=self.name,
+            layout=None if deployment is None else deployment.layout,
+            options=None if deployment is None else deployment.options,
+            source="measured",
+            is_baseline=deployment is not None and deployment.is_baseline,
+            roles=(EXPERIMENT,),
+            serving=() if serving is None else (serving,),
+            server=ServerRecord(
+                engine=self.engines.engine.title if self.engines else "",
+                software=self.seen.software if self.seen else "",
+                deployment="" if deployment is None else deployment.name,
+                command=command_line(started.argv, started.environment) if started else "",
+                files=dict(started.files) if started else {},
+                url=str(self.target.url) if self.target and self.seen else "",
+                start_s=tuple(self.start_s),
+                failure=self.failure,
+                log=str(self.log) if self.log else "",
+            ),
+        )
+
+
+class _Up:
+    """The one server that was started here and runs, if any; used as a context manager."""
+
+    def __init__(self) -> None:
+        self._served: Served | None = None
+        self._process: ServerProcess | None = None
+
+    def __enter__(self) -> "_Up":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def ensure(self, served: Served) -> bool:
+        """Start a deployment's server if it does not run; gives whether it was started now.
+
+        Raises:
+            CannotServe: its engine does not run it.
+            ServerError: it did not start.
+        """
+        if served.engines is None or served is self._served:
+            return False
+        assert served.deployment is not None, "what is started has a layout"
+        self.stop()
+        port = _free_port()
+        start = served.engines.start(served.deployment, port)
+        setting = served.setting
+        folder = setting.folder / (_FOLDER.sub("-", served.name).strip("-") or "server")
+        served.started = start
+        self._process = ServerProcess(start.argv, start.environment, folder, start.files)
+        served.log = self._process.log
+        self._served = served
+        url = Url(HOST, port, False, "")
+        path = served.engines.engine.ready_path
+        served.start_s.append(
+            self._process.wait_until(lambda: _is_ready(url, path), setting.start_timeout_s)
+        )
+        served.target = Target(url)
+        return True
+
+    def stop(self) -> None:
+        """End the server, with all that it started."""
+        process, self._process, self._served = self._process, None, None
+        if process is not None:
+            process.stop()
+
+    def end_of(self, served: Served) -> str:
+        """How a server that has ended did so, after a semicolon; empty while it runs."""
+        if served is not self._served or self._process is None:
+            return ""
+        status = self._process.exit_status_soon()
+        words = self._process.last_error()
+        if status is not None:
+            return f"; it ended, {self._process.end_of(status)}"
+        return f"; its log: {words}" if words else ""
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind((HOST, 0))
+        return int(found.getsockname()[1])
+
+
+def _is_ready(url: Url, path: str) -> bool:
+    async def ask() -> bool:
+        connections = Connections(url, {})
+        try:
+            async with asyncio.timeout(_READY_S):
+                return (await connections.ask("GET", path)).status == 200
+        except (ConnectionFailed, ClosedEarly, TimeoutError):
+            return False
+        finally:
+            connections.close()
+
+    return asyncio.run(ask())
+
+
+def measure_servers(
+    experiment: Experiment,
+    engines: Sequence[Engines],
+    targets: Mapping[str, Target],
+    setting: Setting,
+    repeats: Repeats,
+    command: str,
+    dtype: str,
+) -> Results:
+    """Measure the experiment's deployments on each engine, and servers that run already.
+
+    Args:
+        targets: servers that run already, by name; that of one of the experiment's deployments
+            means that it has its layout.
+        dtype: number type of weights that engines are asked for.
+
+    Raises:
+        UserError: two have one name.
+        ExpertlaneError: none could be measured; the text says why, of each.
+    """
+    allow_connections()
+    with _Up() as up:
+        own = [*_subjects(experiment, engines, targets, setting, up)]
+
+        def choose() -> list[Served]:
+            full = [each for each in own if each.rounds]
+            places = choose_compared(records := [each.record() for each in full], _tps(records))
+            return [full[place] for place in places]
+
+        compared = measure_in_turns(own, repeats, choose)
+    if not any(each.rounds for each in own):
+        reasons = "; ".join(f"{each.name}: {each.failure}" for each in own)
+        raise ExpertlaneError(f"no deployment could be measured: {reasons}")
+    answered = [each for each in compared if each.rounds]
+    paired = [
+        ratio
+        for other in answered[1:]
+        for ratio in ratios(
+            *(setting.load, answered[0].rounds, other.rounds),
+            (answered[0].name, other.name),
+        )
+    ]
+    return Results.now(
+        "comparison",
+        command,
+        {
+            "experiment": experiment.question,
+            "workload": _lengths(experiment.workload),
+            "servers": len(own),
+        },
+        [each.record() for each in own],
+        machine=this_machine(experiment.num_ranks, dtype) if engines else None,
+        ratios=tuple(paired),
+        cautions=tuple(_cautions(own, setting)),
+    )
+
+
+def _subjects(
+    experiment: Experiment,
+    engines: Sequence[Engines],
+    targets: Mapping[str, Target],
+    setting: Setting,
+    up: _Up,
+) -> Iterator[Served]:
+    deployments = {each.name: each for each in experiment.deployments}
+    for name, target in targets.items():
+        yield Served(name, setting, up, deployments.get(name), None, target)
+    for each in engines:
+        for deployment in experiment.deployments:
+            name = deployment.name
+            if len(engines) > 1 or name in targets:
+                name = f"{each.engine.title} {name}"
+            yield Served(name, setting, up, deployment, each)
+
+
+def _tps(records: Sequence[DeploymentRecord]) -> list[float]:
+    return [each.serving[0].output_tps.value for each in records]
+
+
+def _lengths(workload: Workload) -> dict[str, object]:
+    """The question of a load, as `bench` has it."""
+    return {
+        "prompt_len": str(workload.prompt_len),
+        "output_len": str(workload.output_len),
+        "seed": workload.seed,
+        "requests": None,
+    }
+
+
+def _cautions(own: Sequence[Served], setting: Setting) -> Iterator[str]:
+    """What makes the numbers of servers differ beside their deployments."""
+    shares = [
+        each.driven.cpu_s / each.driven.wall_s
+        for served in own
+        if served.engines is not None
+        for each in served.rounds
+        if each.driven.wall_s
+    ]
+    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if shares and num_cores <= _FEW_CORES:
+        yield (
+            f"The client shares the {num_cores} cores with the servers, and uses "
+            f"{max(shares):.0%} of one."
+        )
+    forms = {each.seen.form for each in own if each.seen is not None}
+    if len(forms) > 1:
+        yield "Servers took requests in different forms, as texts or token ids."

@@ -1,0 +1,192 @@
+"""A server as a process on this machine: started, waited for, and ended with all its children."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import Self
+
+from expertlane.comparison import guard
+from expertlane.errors import ExpertlaneError, UserError
+from expertlane.printable import printable
+
+LOG = "server.log"
+_GRACE_S = 10.0  # from SIGTERM to SIGKILL
+_ENDING_S = 1.0
+_TAIL_BYTES = 2**16
+_MOST_WORDS = 300
+_POLL_S = 0.1
+_COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+# Of an error that a log ends in: `ValueError: …`, with what loggers print before it.
+_ERROR = re.compile(r"(?:^|[\s:\]])((?:[A-Za-z_][\w.]*)?(?:Error|Exception): \S.*)")
+_ELSEWHERE = re.compile(r"(?i)root cause|see (?:the )?stack|stack trace")
+_REFUSAL = re.compile(r"(?:^|[\s:\]])((?:[\w./-]+: )?error: \S.*)")
+
+
+class ServerError(ExpertlaneError):
+    """A server that did not start, or ended; the text has its last words."""
+
+
+class ServerProcess:
+    """A server that runs under a guard, which ends it however this process ends.
+
+    Args:
+        argv: its command.
+        environment: variables beside those of this process.
+        folder: the folder that it runs in, which is made; its output goes to `server.log` there.
+        files: files that it reads there, by name.
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        files: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.log = folder / LOG
+        self._began_s = time.monotonic()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, text in files.items():
+                (folder / name).write_text(text)
+            output = self.log.open("ab")
+            self._log_begins = output.tell()
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+        pipe, self._pipe = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", guard.__file__, str(pipe), str(_GRACE_S), *argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=folder,
+                env=os.environ | dict(environment),
+                pass_fds=(pipe,),
+                start_new_session=True,  # Ctrl-C is for this process, which ends the server
+            )
+        except BaseException:
+            os.close(self._pipe)
+            raise
+        finally:
+            output.close()
+            os.close(pipe)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def exit_status(self) -> int | None:
+        """None while it runs; 128 and a signal's number where that ended it."""
+        return self._process.poll()
+
+    def exit_status_soon(self) -> int | None:
+        """`exit_status`, with time for a server that has just failed to end."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_ENDING_S)
+        return self.exit_status
+
+    def stop(self) -> None:
+        """End it and all that it started; returns once they are gone."""
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+        with suppress(KeyboardInterrupt):  # a second Ctrl-C does not leave processes behind
+            self._process.wait()
+            return
+        self._process.wait()
+
+    def wait_until(self, is_ready: Callable[[], bool], timeout_s: float) -> float:
+        """Wait until it is ready; gives the seconds since its start.
+
+        Args:
+            is_ready: asks it; is called again and again.
+
+        Raises:
+            ServerError: it ended, or was not ready in time.
+        """
+        while (waited_s := time.monotonic() - self._began_s) < timeout_s:
+            if (status := self.exit_status) is not None:
+                raise ServerError(f"ended while starting, {self.end_of(status)}")
+            if is_ready():
+                return waited_s
+            time.sleep(_POLL_S)
+        words = self.last_words()
+        said = f"; its last line: {words}" if words else "; it printed nothing"
+        raise ServerError(f"not ready within {timeout_s:g} s{said}")
+
+    def end_of(self, status: int) -> str:
+        """How it ended, and its last words."""
+        how = f"signal {status - 128}" if status > 128 else f"exit code {status}"
+        words = self.last_words()
+        return f"{how}: {words}" if words else f"{how}, and printed nothing"
+
+    def last_words(self) -> str:
+        """The last error that it printed, else its last line; empty without output."""
+        return last_words(self._output())
+
+    def last_error(self) -> str:
+        """The last error that it printed; empty without one."""
+        errors = _errors(self._output())
+        return errors[-1] if errors else ""
+
+    def _output(self) -> str:
+        """The end of what it has printed since its start."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(max(self._log_begins, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                return file.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+
+
+def last_words(text: str) -> str:
+    """The error that a log ends in, else its last line; printable, cut to a few lines."""
+    errors = _errors(text)
+    lines = [line for line in map(_plain, text.splitlines()) if line]
+    return errors[-1] if errors else _cut((lines or [""])[-1])
+
+
+def _errors(text: str) -> list[str]:
+    """The errors in a log, those left out that only point at another one.
+
+    Servers wrap an engine's error: `RuntimeError: … failed, see root cause above`.
+    """
+    found = (
+        _ERROR.search(line) or _REFUSAL.search(line) for line in map(_plain, text.splitlines())
+    )
+    errors = [each.group(1) for each in found if each is not None]
+    return [_cut(each) for each in errors if not _ELSEWHERE.search(each)] or errors[-1:]
+
+
+def _plain(line: str) -> str:
+    return _COLOURS.sub("", line).strip()
+
+
+def _cut(words: str) -> str:
+    words = printable(words)
+    return words if len(words) <= _MOST_WORDS else f"{words[:_MOST_WORDS]}…"
+
+
+def command_line(
+    argv: Sequence[str],
+    environment: Mapping[str, str],
+    files: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """The command as a shell takes it, after the files that it reads."""
+    written = (f"echo {shlex.quote(text)} > {shlex.quote(name)}" for name, text in files.items())
+    variables = (f"{name}={shlex.quote(value)}" for name, value in environment.items())
+    return " && ".join([*written, " ".join([*variables, shlex.join(argv)])])

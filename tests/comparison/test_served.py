@@ -1,0 +1,219 @@
+"""Deployments on servers of another engine: a stub, found by its entry point, which misbehaves."""
+
+import json
+import sys
+
+import pytest
+
+from comparison import stub_engine
+from comparison.test_server_process import wait_gone
+from expertlane.cli.compare_servers import ServerOptions, compare_servers
+from expertlane.comparison.engines.engine import find_engine, known_engines
+from expertlane.comparison.turns import Repeats
+from expertlane.errors import ExpertlaneError, UserError
+from expertlane.report.sections import report_of
+from expertlane.report.shown import answer_text
+from expertlane.results import file
+from expertlane.spec.deployment import Deployment
+from expertlane.spec.experiment import Experiment
+from expertlane.spec.from_hf import read_model
+from expertlane.spec.layout import Layout
+from expertlane.spec.workload import Workload
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+CONFIG = {
+    "model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "hidden_size": 64,
+    "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 128,
+    "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "dtype": "bfloat16",
+}  # fmt: skip
+WORKLOAD = Workload(num_sequences=3, prompt_len=4, output_len=5)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr("expertlane.comparison.server_process._GRACE_S", 0.3)
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """The stub, installed as another package's."""
+    info = tmp_path / "site" / "stub-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stub\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        f"[expertlane.engines]\nstub = {stub_engine.__name__}:Stub\n"
+    )
+    monkeypatch.syspath_prepend(str(info.parent))
+    return "stub"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+def compare(checkpoint, names, tmp_path, repeats=1, **options):
+    experiment = Experiment(
+        "own",
+        read_model(checkpoint, str(checkpoint), weights=False),
+        WORKLOAD,
+        tuple(Deployment(name, Layout()) for name in names),
+        checkpoint=str(checkpoint),
+    )
+    options = {"engine": ["stub"], "start_timeout_s": 20.0, "request_timeout_s": 5.0} | options
+    return compare_servers(
+        experiment,
+        ServerOptions(**(DEFAULTS | options)),
+        Repeats(repeats),
+        None,
+        tmp_path / "out",
+        "expertlane compare",
+    )
+
+
+DEFAULTS = {
+    "engine": None, "url": None, "engine_python": None, "engine_args": None, "tokenizer": None,
+    "start_timeout_s": 20.0, "request_timeout_s": None, "dry_run": False,
+}  # fmt: skip
+
+
+def test_every_failure_is_a_row_and_the_rest_completes(stub, checkpoint, tmp_path):
+    names = [
+        "fast", "slow", "starts slowly", "dies in start-up", "never ready", "hangs", "error 500",
+        "garbage", "ignores SIGTERM", "leaves grandchildren", "refused",
+    ]  # fmt: skip
+    found = compare(checkpoint, names, tmp_path, start_timeout_s=3.0, request_timeout_s=1.0)
+    records = {each.name: each for each in found.deployments}
+    assert [*records] == names
+    failures = {name: each.server.failure for name, each in records.items() if each.server.failure}
+    for name, words in {
+        "dies in start-up": "ended while starting, exit code 1: ValueError: 3 heads on 2 ranks",
+        "never ready": "not ready within 3 s; its last line: loading as never ready",
+        "hangs": "did not answer within 1 s",
+        "error 500": "HTTP 500, worker is lost; its log: RuntimeError: CUDA error: an illegal",
+        "garbage": "no tokens",
+        "refused": "Stub has no such layout (stub.py: Layout)",
+    }.items():
+        assert words in failures.pop(name), f"{name}: {records[name].server.failure}"
+        assert not records[name].serving
+    assert not failures
+    for name in ("fast", "slow", "starts slowly", "ignores SIGTERM", "leaves grandchildren"):
+        (serving,) = records[name].serving
+        assert serving.num_requests == 3
+        assert serving.num_output_tokens == 15
+        assert serving.client.num_failed == 0
+        assert records[name].server.software == "stub 1.2"
+    assert min(records["starts slowly"].server.start_s) > 0.5
+    left = [int(each.read_text()) for each in (tmp_path / "out").rglob("pid")]
+    left += [int(each.read_text()) for each in (tmp_path / "out").rglob("grandchild")]
+    assert len(left) == 9
+    assert not wait_gone(left)
+
+
+def test_results_are_written_read_and_shown(stub, checkpoint, tmp_path):
+    found = compare(checkpoint, ["slow", "fast", "dies in start-up"], tmp_path, repeats=5)
+    folder = tmp_path / "out"
+    file.write(found, folder)
+    assert file.read(folder) == found
+    ratio = next(each for each in found.ratios if each.metric == "output tokens/s")
+    assert {ratio.name, ratio.other} == {"fast", "slow"}
+    assert ratio.num_rounds == 5
+    assert ratio.ratio.low is not None
+    text = answer_text(report_of(found).answer)
+    assert f"{ratio.name} gives" in text
+    assert "3 heads on 2 ranks" in " ".join(text.split())
+    lines = text.splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_server_that_dies_later_keeps_its_rounds(stub, checkpoint, tmp_path):
+    folder = tmp_path / "out" / "servers" / "dies-later"
+    folder.mkdir(parents=True)
+    found = compare(checkpoint, ["dies later", "fast"], tmp_path, repeats=1)
+    assert not found.deployments[0].server.failure
+    (folder / "rounds").write_text("")
+    found = compare(checkpoint, ["dies later", "fast"], tmp_path, repeats=1)
+    assert "CUDAError: device lost" in found.deployments[0].server.failure
+
+
+def test_none_could_be_measured(stub, checkpoint, tmp_path):
+    with pytest.raises(ExpertlaneError, match="no deployment could be measured: refused: Stub"):
+        compare(checkpoint, ["refused"], tmp_path)
+
+
+def test_engines_are_found_by_entry_points(stub):
+    assert [*known_engines()] == ["vllm", "sglang", "trtllm", "expertlane", "stub"]
+    assert find_engine("stub").title == "Stub"
+    with pytest.raises(UserError, match="--engine is 'vlm'; known: vllm"):
+        find_engine("vlm")
+
+
+def test_running_servers_by_url(stub, checkpoint, tmp_path):
+    # Both are started by hand, as a user's are.
+    import subprocess
+
+    from expertlane.comparison.served import _free_port
+
+    ports = [_free_port(), _free_port()]
+    servers = [
+        subprocess.Popen([sys.executable, stub_engine.__file__, str(port), kind], cwd=tmp_path)
+        for port, kind in zip(ports, ("fast", "slow"), strict=True)
+    ]
+    try:
+        import time
+
+        until_s = time.monotonic() + 10
+        while time.monotonic() < until_s:
+            import socket
+
+            try:
+                for port in ports:
+                    socket.create_connection(("127.0.0.1", port)).close()
+                break
+            except OSError:
+                time.sleep(0.05)
+        urls = [f"{name}=127.0.0.1:{port}" for name, port in zip(("tp=1", "b"), ports, strict=True)]
+        found = compare(checkpoint, ["tp=1"], tmp_path, repeats=2, engine=None, url=urls)
+    finally:
+        for each in servers:
+            each.kill()
+            each.wait()
+    one, other = found.deployments
+    assert (one.name, one.layout, one.server.deployment) == ("tp=1", Layout(), "tp=1")
+    assert (other.name, other.layout, other.server.deployment) == ("b", None, "")
+    assert found.machine is None
+    assert {each.num_rounds for each in found.ratios} == {2}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": ["http://a:1"]}, "it must be like tp8="),
+        ({"url": ["a=http://x:1", "a=http://y:1"]}, "--url a is given twice"),
+        ({"engine": ["stub", "stub"]}, "--engine stub is given twice"),
+        ({"engine_python": ["/no/python"]}, "there is no such file"),
+        ({"engine_args": ["vllm=--x"]}, "no --engine vllm is given"),
+    ],
+)
+def test_wrong_options(stub, checkpoint, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        compare(checkpoint, ["fast"], tmp_path, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_weights(stub, checkpoint, tmp_path):
+    experiment = Experiment(
+        "own",
+        read_model(checkpoint, str(checkpoint), weights=False),
+        WORKLOAD,
+        (Deployment("a", Layout()),),
+    )
+    options = ServerOptions(**(DEFAULTS | {"engine": ["stub"]}))
+    with pytest.raises(UserError, match="give its folder with --model"):
+        compare_servers(experiment, options, Repeats(1), None, None, "")

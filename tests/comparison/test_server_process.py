@@ -1,0 +1,197 @@
+"""Servers as processes: what starts is waited for, and nothing of it is left, however it ends."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from expertlane.comparison.server_process import (
+    ServerError,
+    ServerProcess,
+    command_line,
+    last_words,
+)
+from expertlane.errors import UserError
+
+_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="orphans are found on Linux alone")
+_SOON_S = 10.0
+
+
+def python(code):
+    return [sys.executable, "-c", textwrap.dedent(code)]
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_gone(pids):
+    until_s = time.monotonic() + _SOON_S
+    while time.monotonic() < until_s and any(map(is_alive, pids)):
+        time.sleep(0.02)
+    return [pid for pid in pids if is_alive(pid)]
+
+
+def pids_in(path, num):
+    until_s = time.monotonic() + _SOON_S
+    while time.monotonic() < until_s:
+        found = path.read_text().split() if path.exists() else []
+        if len(found) == num:
+            return [int(each) for each in found]
+        time.sleep(0.02)
+    raise AssertionError(f"{num} processes in {path}, found {found}")
+
+
+# A server that ignores SIGTERM, with a grandchild in a session of its own whose parent has ended.
+STUBBORN = """
+    import os, signal, subprocess, sys, time
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    code = ("import os, sys, time; os.setsid(); "
+            "open(sys.argv[1], 'a').write(f'{os.getpid()} '); time.sleep(60)")
+    middle = ("import subprocess, sys; "
+              "subprocess.Popen([sys.executable, '-c', sys.argv[1], sys.argv[2]])")
+    subprocess.run([sys.executable, "-c", middle, code, "pids"])
+    open("pids", "a").write(f"{os.getpid()} ")
+    time.sleep(60)
+"""
+
+
+@_LINUX
+@pytest.mark.parametrize("ending", ["stop", "exception", "killed parent"])
+def test_nothing_is_left(tmp_path, monkeypatch, ending):
+    monkeypatch.setattr("expertlane.comparison.server_process._GRACE_S", 0.3)
+    if ending == "killed parent":
+        code = f"""
+            import sys, time
+            from pathlib import Path
+            from expertlane.comparison import server_process
+            server_process._GRACE_S = 0.3
+            argv = [sys.executable, "-c", {textwrap.dedent(STUBBORN)!r}]
+            server = server_process.ServerProcess(argv, {{}}, Path({str(tmp_path)!r}))
+            time.sleep(60)
+        """
+        with subprocess.Popen(python(code)) as parent:
+            pids = pids_in(tmp_path / "pids", 2)
+            parent.kill()
+        assert not wait_gone(pids)
+        return
+    server = ServerProcess(python(STUBBORN), {}, tmp_path)
+    pids = pids_in(tmp_path / "pids", 2)
+    if ending == "stop":
+        server.stop()
+    else:
+        with pytest.raises(KeyboardInterrupt), server:
+            raise KeyboardInterrupt
+    assert not wait_gone(pids)
+    assert server.exit_status == 128 + signal.SIGKILL
+
+
+@_LINUX
+def test_what_a_server_leaves_when_it_ends_is_gone_too(tmp_path):
+    code = """
+        import subprocess, sys
+        code = ("import os, time; os.setsid(); "
+                "open('pids', 'a').write(f'{os.getpid()} '); time.sleep(60)")
+        subprocess.Popen([sys.executable, "-c", code])
+        import time
+        while not __import__("os").path.exists("pids"): time.sleep(0.01)
+        sys.exit(3)
+    """
+    server = ServerProcess(python(code), {}, tmp_path)
+    pids = pids_in(tmp_path / "pids", 1)
+    with pytest.raises(ServerError, match="exit code 3"):
+        server.wait_until(lambda: False, _SOON_S)
+    assert not wait_gone(pids)
+    server.stop()
+
+
+def test_a_polite_server_ends_by_itself(tmp_path):
+    code = """
+        import signal, sys, time
+        def end(*_):
+            print("bye", flush=True)
+            sys.exit(0)
+        signal.signal(signal.SIGTERM, end)
+        open("ready", "w")
+        time.sleep(60)
+    """
+    with ServerProcess(python(code), {}, tmp_path) as server:
+        waited_s = server.wait_until((tmp_path / "ready").exists, _SOON_S)
+    assert 0 < waited_s < _SOON_S
+    assert server.exit_status == 0
+    assert server.last_words() == "bye"
+
+
+def test_environment_folder_and_files(tmp_path):
+    code = "import os; print(os.environ['OWN'], open('config.yaml').read())"
+    server = ServerProcess(python(code), {"OWN": "a b"}, tmp_path / "new", {"config.yaml": "x: 1"})
+    with pytest.raises(ServerError, match="exit code 0: a b x: 1"):
+        server.wait_until(lambda: False, _SOON_S)
+    server.stop()
+
+
+def test_not_ready_in_time(tmp_path):
+    code = "import time; print('loading', flush=True); time.sleep(60)"
+    with ServerProcess(python(code), {}, tmp_path) as server:
+        until_s = time.monotonic() + _SOON_S
+        while not server.last_words() and time.monotonic() < until_s:
+            time.sleep(0.02)
+        with pytest.raises(ServerError, match=r"not ready within 0\.05 s; its last line: loading"):
+            server.wait_until(lambda: False, 0.05)
+
+
+def test_no_such_command(tmp_path):
+    server = ServerProcess(["/no/such/engine"], {}, tmp_path)
+    with pytest.raises(ServerError, match="cannot start /no/such/engine: No such file"):
+        server.wait_until(lambda: False, _SOON_S)
+    server.stop()
+
+
+def test_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+    with pytest.raises(UserError, match="cannot write to"):
+        ServerProcess(["true"], {}, tmp_path / "file" / "folder")
+    if before:
+        assert set(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("", ""),
+        ("loading\n\n", "loading"),
+        ("a\nValueError: too long\nbye\n", "ValueError: too long"),
+        (
+            "(Core pid=7) AssertionError: no NUMA node\n(API pid=1) RuntimeError: Engine core "
+            "initialization failed. See root cause above.\n",
+            "AssertionError: no NUMA node",
+        ),
+        ("(API) OSError: see root cause\n", "OSError: see root cause"),
+        ("usage: x\napi_server.py: error: unrecognized arguments: --no\n",
+         "api_server.py: error: unrecognized arguments: --no"),
+        ("\x1b[31mtorch.OutOfMemoryError: CUDA out of memory\x1b[0m\n",
+         "torch.OutOfMemoryError: CUDA out of memory"),
+        ("bell \x07\n", "bell \\x07"),
+    ],
+)  # fmt: skip
+def test_last_words(log, words):
+    assert last_words(log) == words
+
+
+def test_last_words_are_cut():
+    assert len(last_words("x" * 10_000)) < 400
+
+
+def test_command_line_for_a_shell(tmp_path):
+    line = command_line(["cat", "a file"], {"A": "b c"}, {"a file": "it's\n"})
+    done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, check=True)
+    assert done.stdout.decode() == "it's\n\n"
