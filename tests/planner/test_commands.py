@@ -16,8 +16,9 @@ from cli.screen import tells
 from expertlane.cli.app import app
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.planner.candidates import Candidate
-from expertlane.planner.commands import ServedPool, ServeTarget, engine_commands, longest_request
+from expertlane.planner.commands import engine_commands
 from expertlane.planner.engines import ENGINES
+from expertlane.planner.server_start import ServedPool, ServeTarget, longest_request
 from expertlane.spec.deployment import DISPATCH_FORMS, Options
 from expertlane.spec.hf_config import Quantization
 from expertlane.spec.layout import Layout

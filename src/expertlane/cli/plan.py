@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from expertlane.cost.routing import RoutingChoice
     from expertlane.cost.step.operation import NumberTypes
     from expertlane.planner.candidates import PlanRequest
-    from expertlane.planner.commands import ServeTarget
+    from expertlane.planner.server_start import ServeTarget
     from expertlane.spec.workload import Load
 
 _EXPERIMENT = "experiment.toml"
@@ -241,7 +241,7 @@ def _types(types: "NumberTypes") -> dict[str, str]:
 
 def _served(found: FoundModel) -> "ServeTarget":
     """The model for engines; a folder by its absolute path, as a relative one could be a hub id."""
-    from expertlane.planner.commands import ServeTarget
+    from expertlane.planner.server_start import ServeTarget
 
     if found.folder is None:
         return ServeTarget("MODEL")

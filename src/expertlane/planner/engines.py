@@ -8,6 +8,7 @@ TensorRT-LLM are by its documentation.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
+from typing import Literal
 
 from expertlane.cost.laws.profile import Profile
 from expertlane.planner.candidates import Candidate
@@ -17,6 +18,8 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import EngineName, Phase
 from expertlane.version import __version__
+
+DeviceKind = Literal["cuda", "cpu"]
 
 _PHASES: dict[PoolRole, tuple[Phase, ...]] = {
     "both": (Phase.PREFILL, Phase.DECODE),
@@ -435,3 +438,47 @@ def engines_on(profile: Profile) -> Mapping[EngineName, ServingEngine]:
         name: each if each is EXPERTLANE else replace(each, rows=(*each.rows, _WITHOUT_NVLINK))
         for name, each in ENGINES.items()
     }
+
+
+_OF_EXPERTLANE = (  # what experiments may ask for beyond plans
+    Row(
+        "rounds no weights to int8 with a scale for every 128 inputs",
+        "expertlane/spec/deployment.py: weights",
+        lambda pool: pool.candidate.options.weights == "int8",
+    ),
+    Row(
+        "takes no file of placements, and moves experts only by its own balancer",
+        "expertlane/spec/deployment.py: placement_file, rebalance_steps",
+        lambda pool: bool(
+            pool.candidate.options.placement_file or pool.candidate.options.rebalance_steps
+        ),
+    ),
+)
+_GATHERS_ON_CPU = Row(
+    "dispatches by all-gather on CPUs",
+    "vLLM, distributed/device_communicators/cpu_communicator.py; SGLang, srt/layers/moe: deepep",
+    lambda pool: pool.uses_deepep,
+)
+_ON_CPU: Mapping[EngineName, tuple[Row, ...]] = {
+    "vllm": (
+        _GATHERS_ON_CPU,
+        Row(
+            "overlaps no two batches on CPUs",
+            "platforms/cpu.py: enable_dbo",
+            lambda pool: bool(pool.candidate.options.overlap),
+        ),
+    ),
+    "sglang": (_GATHERS_ON_CPU,),
+    "trtllm": (Row("runs on NVIDIA GPUs alone", "overview: support matrix", lambda _: True),),
+    "expertlane": (),
+}
+
+
+def refusal(
+    engine: ServingEngine, candidate: Candidate, model: ModelConfig, device: DeviceKind
+) -> Row | None:
+    """The first row that rules out an experiment's deployment; None where the engine runs it."""
+    rows = () if engine is EXPERTLANE else _OF_EXPERTLANE
+    if device == "cpu":
+        rows += _ON_CPU[engine.name]
+    return replace(engine, rows=(*rows, *engine.rows)).broken(candidate, model)

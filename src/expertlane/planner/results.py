@@ -15,7 +15,7 @@ from expertlane.cost.laws.profile import LIKELY
 from expertlane.cost.memory import RANK_STEP_TOKENS
 from expertlane.cost.routing import RoutingChoice
 from expertlane.planner.candidates import Candidate, PlanRequest
-from expertlane.planner.commands import ServedPool, ServeTarget, engine_commands, longest_request
+from expertlane.planner.commands import engine_commands
 from expertlane.planner.engines import Row, ServingEngine, engines_on
 from expertlane.planner.ranking import (
     Contender,
@@ -38,6 +38,7 @@ from expertlane.planner.records import (
 )
 from expertlane.planner.screen import Known, ScreenedCandidate, fitting
 from expertlane.planner.search import Finalist, OnePool, Search
+from expertlane.planner.server_start import ServedPool, ServeTarget, longest_request
 from expertlane.planner.simulated import NUM_SIMULATED, serve_at_rate, simulated_pool
 from expertlane.planner.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress

@@ -1,0 +1,649 @@
+"""How an engine's server is started: the words, environment and files of each of its nodes.
+
+One table of options for `plan`, which prints them, and for `compare`, which starts them. Options
+and their choices were checked against the argument parsers of the versions in `ENGINES`
+(`tests/planner/test_commands.py`); TensorRT-LLM's are as documented
+(nvidia.github.io/TensorRT-LLM).
+What a command does not name, as the share of memory for keys and values, is the engine's default;
+all cache prefixes unless told not to, but for SGLang's decode pools, which share none here either.
+"""
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from functools import partial
+from math import ceil
+from pathlib import PurePath
+
+from expertlane.cost.memory import FREE_SHARE, RANK_STEP_TOKENS, held_kv_bytes
+from expertlane.cost.step.operation import NumberTypes
+from expertlane.planner.candidates import Candidate, candidates_like
+from expertlane.planner.engines import (
+    EXPERTLANE,
+    DeviceKind,
+    RolePool,
+    Row,
+    ServingEngine,
+    refusal,
+)
+from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.files import strict_json
+from expertlane.spec.hf_config import Quantization
+from expertlane.spec.layout import Layout, partition
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import EngineName
+from expertlane.spec.workload import Load, Workload
+
+PORT = 8000  # of the first server on a host
+_RENDEZVOUS_PORT = 29500
+_VLLM_RPC_PORT = 29550  # vLLM's default, of data-parallel ranks
+_VLLM_NIXL_PORT = 5600  # vLLM's default, of the first data-parallel rank of a pool
+BOOTSTRAP_PORT = 8998  # SGLang's default, of prefill servers
+_SGLANG_PORTS = 16  # that a server with data-parallel attention takes after its rendezvous'
+_HEADROOM = 1.5  # tokens of a request to accept, over the mean
+_ANY = "0.0.0.0"  # address of all networks
+_BLOCK = 256  # tokens, to which a longest request is rounded up
+_VLLM_CAPTURED = 512  # sequences that CUDA graphs are recorded for at most, if nothing is said
+_VLLM_CPU_BLOCK = 128  # positions of a block of its cache on CPUs
+_LEAST_BUFFER, _MOST_BUFFER = 128, 1024  # tokens of a rank in DeepEP's low-latency buffers
+
+
+@dataclass(frozen=True)
+class ServeTarget:
+    """The model that an engine is to load.
+
+    Attributes:
+        model: a hub id or a folder.
+        quantization: of the weights as stored; None where they are not quantised.
+    """
+
+    model: str
+    quantization: Quantization | None = None
+
+
+@dataclass(frozen=True)
+class ServedPool(RolePool):
+    """A pool of a plan, or a deployment of an experiment, with the sizes to start it with.
+
+    Attributes:
+        rank_seqs: running sequences of a data-parallel rank at most.
+        step_tokens: tokens in a data-parallel rank's step at most.
+        devices_per_host: devices of a machine that it is started on.
+    """
+
+    _: KW_ONLY
+    rank_seqs: int
+    step_tokens: int
+    devices_per_host: int
+
+    @property
+    def options(self) -> Options:
+        """The candidate's."""
+        return self.candidate.options
+
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens in a data-parallel rank's step at most; a decode pool has hardly any prompts."""
+        decodes = self.rank_seqs * (1 + self.candidate.num_drafts)
+        return max(decodes, _LEAST_BUFFER if self.role == "decode" else self.step_tokens)
+
+    @property
+    def num_hosts(self) -> int:
+        """Machines that it is started on."""
+        return ceil(self.layout.world_size / self.devices_per_host)
+
+    @property
+    def per_host(self) -> int:
+        """Such pools that share a machine."""
+        return max(1, self.devices_per_host // self.layout.world_size)
+
+    def servers(self, engine: ServingEngine) -> tuple["ServedPool", int]:
+        """One server of it on an engine, and how many are started alike."""
+        if engine.has_replicas:
+            return self, 1
+        alone = replace(self.layout, replicas=1)
+        return replace(self, candidate=self.candidate._replace(layout=alone)), self.layout.replicas
+
+
+def deployed_pool(
+    engine: ServingEngine,
+    deployment: Deployment,
+    model: ModelConfig,
+    workload: Workload,
+    devices_per_host: int,
+    device: DeviceKind = "cuda",
+    step_tokens: int = RANK_STEP_TOKENS,
+) -> ServedPool | Row:
+    """A deployment of an experiment as an engine serves it, with sizes as those of a plan.
+
+    What is `auto` becomes the first choice that another engine runs.
+
+    Args:
+        step_tokens: tokens in a data-parallel rank's step at most.
+
+    Returns:
+        The row that rules it out, where the engine doesn't run it.
+    """
+    layout, num_seqs = deployment.layout, workload.num_sequences
+    candidates = [Candidate(layout, deployment.options)]
+    if engine is not EXPERTLANE:  # which chooses by itself
+        candidates = candidates_like(layout, deployment.options, devices_per_host)
+    found: Row | None = None
+    for candidate in candidates:
+        broken = refusal(engine, candidate, model, device)
+        if broken is None:
+            return ServedPool(
+                candidate,
+                model,
+                rank_seqs=layout.places_of_rank(num_seqs, num_seqs),
+                step_tokens=step_tokens,
+                devices_per_host=devices_per_host,
+            )
+        found = found or broken
+    assert found is not None, "there is a candidate at least"
+    return found
+
+
+def longest_request(load: Load, model: ModelConfig) -> int:
+    """Largest request, in tokens, that a server must accept: the longest, or well above the mean.
+
+    A single length is a mean, so longer requests come.
+    """
+    mean = ceil(sum(load.mean_lens))
+    longest = load.max_len + 1
+    wanted = ceil(max(_HEADROOM * mean, longest) / _BLOCK) * _BLOCK
+    return max(mean, min(wanted, model.max_position_embeddings))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a server is started.
+
+    Attributes:
+        hosts: the machine of each of its nodes; the first has the API.
+        port: of the API.
+        listens: address that the API is bound to.
+        offset: number of servers before it on the machine, by which its other ports are shifted.
+        devices: numbers of its devices on each machine; empty for all that it sees.
+        kind: kind of these devices.
+        cores: on CPUs, the cores that its ranks share out; empty for the engine's own choice.
+        python: the engine's interpreter; None for commands that are found on the PATH.
+        caches_prefixes: whether requests share the keys and values of common prefixes.
+    """
+
+    hosts: tuple[str, ...]
+    port: int = PORT
+    listens: str = _ANY
+    offset: int = 0
+    devices: tuple[int, ...] = ()
+    kind: DeviceKind = "cuda"
+    cores: tuple[int, ...] = ()
+    python: str | None = None
+    caches_prefixes: bool = True
+
+    @property
+    def rendezvous_port(self) -> int:
+        """Port at which the nodes find each other, with room for those that SGLang takes after."""
+        return _RENDEZVOUS_PORT + _SGLANG_PORTS * self.offset
+
+    @property
+    def bootstrap_port(self) -> int:
+        """Port of an SGLang prefill server, for decode servers."""
+        return BOOTSTRAP_PORT + self.offset
+
+    @property
+    def url(self) -> str:
+        """The base of the API's addresses."""
+        return f"http://{self.hosts[0]}:{self.port}"
+
+
+@dataclass(frozen=True)
+class NodeStart:
+    """What runs on a node: a program with its words, and variables set for it."""
+
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class ServerStart:
+    """How one server is started.
+
+    Attributes:
+        nodes: one for each of its machines; a single one where a launcher starts `num_tasks`.
+        files: texts by name, to be written where each node runs, before.
+        num_tasks: processes over all machines that a launcher of MPI is to start; 0 for one a node.
+        notes: differences from the deployment, and what is left to the reader.
+    """
+
+    engine: ServingEngine
+    pool: ServedPool
+    place: Place
+    nodes: tuple[NodeStart, ...]
+    files: Mapping[str, str] = field(default_factory=dict)
+    num_tasks: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """The command of each node for a shell, with the files that it reads."""
+        launcher = ["mpirun", "-n", str(self.num_tasks)] if self.num_tasks else []
+        return tuple(
+            shell_line(self.files, [*_assigned(node), *launcher, *node.argv]) for node in self.nodes
+        )
+
+
+def _assigned(node: NodeStart) -> list[str]:
+    return [f"{name}={value}" for name, value in node.environment.items()]
+
+
+def shell_line(files: Mapping[str, str], words: Sequence[str]) -> str:
+    """A command for a shell, after the files that it reads."""
+    written = [f"echo {shlex.quote(text)} > {name}" for name, text in files.items()]
+    return " && ".join([*written, shlex.join(words)])
+
+
+def server_start(
+    engine: ServingEngine,
+    pool: ServedPool,
+    served: ServeTarget,
+    types: NumberTypes,
+    max_len: int,
+    place: Place,
+) -> ServerStart:
+    """How one server is started at its place.
+
+    Args:
+        pool: what the server runs: of `ServedPool.servers`.
+        max_len: tokens of a request at most.
+    """
+    draft = _WRITERS[engine.name](_Asked(pool, served, types, max_len, place))
+    draft.notes += _weight_notes(served, types, engine)
+    nodes = range(1 if draft.num_tasks else len(place.hosts))
+    return ServerStart(
+        engine,
+        pool,
+        place,
+        tuple(draft.node(node, place) for node in nodes),
+        draft.files,
+        draft.num_tasks,
+        tuple(draft.notes),
+    )
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A server, its model, and where it is started.
+
+    Attributes:
+        max_len: tokens of a request at most.
+    """
+
+    pool: ServedPool
+    served: ServeTarget
+    types: NumberTypes
+    max_len: int
+    place: Place
+
+    @property
+    def layout(self) -> Layout:
+        """The server's."""
+        return self.pool.layout
+
+    @property
+    def num_hosts(self) -> int:
+        """Machines that the server is started on."""
+        return len(self.place.hosts)
+
+    @property
+    def on_cpu(self) -> bool:
+        """True if its ranks compute on cores."""
+        return self.place.kind == "cpu"
+
+    def module(self, program: str, name: str, *words: str) -> list[str]:
+        """A program on the PATH, or its module in the engine's environment."""
+        python = self.place.python
+        return [program, *words] if python is None else [python, "-m", name, *words]
+
+
+@dataclass
+class _Draft:
+    """A server's start in the making.
+
+    Attributes:
+        words: the words that are the same on all nodes.
+        on_node: the further words of a node, by its number.
+        environment: variables that are set for it on a node, by its number.
+        num_tasks: as `ServerStart` has it.
+        files: as `ServerStart` has them.
+        notes: differences from the deployment, and what is left to the reader.
+    """
+
+    words: list[str]
+    on_node: Callable[[int], Sequence[object]] = lambda _: ()
+    environment: Callable[[int], Mapping[str, object]] = lambda _: {}
+    num_tasks: int = 0
+    files: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, *words: object) -> None:
+        self.words += map(str, words)
+
+    def add_sizes(self, sizes: Mapping[str, int]) -> None:
+        """Add the options whose size is not 1."""
+        for name, size in sizes.items():
+            if size > 1:
+                self.add(name, size)
+
+    def node(self, node: int, place: Place) -> NodeStart:
+        """What runs on one node."""
+        variables = {name: str(value) for name, value in self.environment(node).items()}
+        if place.devices:
+            variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.devices))
+        return NodeStart((*self.words, *map(str, self.on_node(node))), variables)
+
+
+def _bound_cores(asked: _Asked) -> str | None:
+    """The cores of each rank, as vLLM and SGLang take them; None where ranks outnumber them."""
+    num_ranks, cores = asked.layout.world_size, asked.place.cores
+    if len(cores) < num_ranks:
+        return None
+    parts = partition(len(cores), num_ranks)
+    return "|".join(",".join(str(cores[place]) for place in part) for part in parts)
+
+
+def _vllm(asked: _Asked) -> _Draft:
+    pool, layout, place = asked.pool, asked.layout, asked.place
+    server = ["vllm", "serve", asked.served.model]
+    if place.python is not None:  # the command asks for the package's metadata; builds may lack it
+        module = "vllm.entrypoints.openai.api_server"
+        server = [place.python, "-m", module, "--model", asked.served.model]
+    draft = _Draft([*server, "--tensor-parallel-size", str(layout.tp)])
+    draft.add_sizes(
+        {
+            "--data-parallel-size": layout.dp,
+            "--pipeline-parallel-size": layout.pp,
+            "--decode-context-parallel-size": layout.dcp,
+        }
+    )
+    if layout.ep > 1:
+        _vllm_experts(draft, pool)
+    if num_drafts := pool.candidate.num_drafts:
+        config = strict_json({"method": "mtp", "num_speculative_tokens": num_drafts})
+        draft.add("--speculative-config", config)
+    if pool.role != "both":
+        kv_role = "kv_producer" if pool.role == "prefill" else "kv_consumer"
+        config = strict_json({"kv_connector": "NixlConnector", "kv_role": kv_role})
+        draft.add("--kv-transfer-config", config)
+        draft.environment = partial(_vllm_side_channel, asked)
+    if pool.role != "prefill":
+        draft.add("--max-num-seqs", pool.rank_seqs)
+        captured = pool.rank_seqs * (1 + pool.candidate.num_drafts)
+        if captured > _VLLM_CAPTURED and not asked.on_cpu:
+            draft.add("--max-cudagraph-capture-size", captured)
+    draft.add("--max-num-batched-tokens", pool.rank_tokens, "--max-model-len", asked.max_len)
+    if asked.on_cpu:
+        _vllm_on_cpu(draft, asked)
+    else:
+        draft.add("--gpu-memory-utilization", FREE_SHARE)
+    draft.add(*_weights(asked))
+    if asked.types.kv == "float8":
+        draft.add("--kv-cache-dtype", "fp8")
+    if pool.options.cuda_graphs is False:
+        draft.add("--enforce-eager")
+    if not place.caches_prefixes:
+        draft.add("--no-enable-prefix-caching")
+    if place.listens != _ANY:  # its default
+        draft.add("--host", place.listens)
+    draft.add("--port", place.port)
+    if place.offset and layout.dp > 1:
+        draft.add("--data-parallel-rpc-port", _VLLM_RPC_PORT + place.offset)
+    if asked.num_hosts > 1:
+        draft.add("--nnodes", asked.num_hosts, "--master-addr", place.hosts[0])
+        draft.on_node = lambda node: ("--node-rank", node, *(["--headless"] if node else []))
+    return draft
+
+
+def _vllm_side_channel(asked: _Asked, node: int) -> dict[str, object]:
+    """Where a node's ranks tell other pools of keys and values; each has a port of its own."""
+    place = asked.place
+    found: dict[str, object] = {"VLLM_NIXL_SIDE_CHANNEL_HOST": place.hosts[node]}
+    if place.offset:
+        port = _VLLM_NIXL_PORT + place.offset * asked.layout.dp
+        found["VLLM_NIXL_SIDE_CHANNEL_PORT"] = port
+    return found
+
+
+def _vllm_on_cpu(draft: _Draft, asked: _Asked) -> None:
+    """A cache for all running sequences, and a rank's cores in place of a NUMA node each."""
+    pool, layout = asked.pool, asked.layout
+    num_layers = len(layout.layers_of_stage(pool.model.num_hidden_layers, 0))
+    num_blocks = pool.rank_seqs * ceil(asked.max_len / _VLLM_CPU_BLOCK) + 1
+    of_position = num_layers * held_kv_bytes(pool.model, asked.types, layout.tp)
+    draft.add("--kv-cache-memory-bytes", num_blocks * _VLLM_CPU_BLOCK * of_position)
+    if asked.place.cores:
+        cores, inherited = _bound_cores(asked), draft.environment
+        bound = {"VLLM_CPU_OMP_THREADS_BIND": cores or "nobind"}
+        if cores is None:
+            bound["OMP_NUM_THREADS"] = "1"
+        draft.environment = lambda node: {**inherited(node), **bound}
+
+
+_VLLM_BACKENDS = {
+    "low_latency": "deepep_low_latency",
+    "normal": "deepep_high_throughput",
+    None: "allgather_reducescatter",
+}
+
+
+def _vllm_experts(draft: _Draft, pool: ServedPool) -> None:
+    """One backend serves all phases that the pool computes."""
+    (kernels,) = pool.all_kernels
+    draft.add("--enable-expert-parallel", "--all2all-backend", _VLLM_BACKENDS[kernels])
+    if num_redundant := pool.options.num_redundant_experts:
+        config = strict_json({"num_redundant_experts": num_redundant})
+        draft.add("--enable-eplb", "--eplb-config", config)
+        draft.notes.append("it takes copies of an expert in turns, not the nearest")
+    if pool.options.overlap:
+        draft.add("--enable-dbo")
+
+
+def _weights(asked: _Asked) -> list[str]:
+    """vLLM and SGLang quantise to float8 as they load; what is stored so needs no word."""
+    types, stored = asked.types, asked.served.quantization
+    if types.weights == types.kept:
+        return ["--dtype", types.weights]
+    return ["--quantization", "fp8"] if types.weights == "float8" and not stored else []
+
+
+def _weight_notes(served: ServeTarget, types: NumberTypes, engine: ServingEngine) -> list[str]:
+    stored = served.quantization
+    as_stored = {"nvfp4", "mxfp4", "int4"}
+    if engine.name not in ("vllm", "sglang"):
+        as_stored.add("float8")
+    if stored is None and types.weights in as_stored:
+        return [f"it needs a checkpoint quantised to {types.weights}"]
+    if stored is None or stored.number_type == types.weights:
+        return []
+    return [f"it serves the stored {stored.method} weights, not {types.weights}"]
+
+
+def _sglang(asked: _Asked) -> _Draft:
+    pool, layout, num_drafts = asked.pool, asked.layout, asked.pool.candidate.num_drafts
+    place = asked.place
+    server = [place.python or "python", "-m", "sglang.launch_server"]
+    draft = _Draft([*server, "--model-path", asked.served.model])
+    draft.add("--tp-size", layout.stage_size)  # its tp is all ranks; attention's is tp / dp
+    draft.add_sizes(
+        {
+            "--attn-dp-size": layout.dp,
+            "--pp-size": layout.pp,
+            "--dcp-size": layout.dcp,
+            "--ep-size": layout.ep,
+        }
+    )
+    if layout.ep > 1:
+        _sglang_experts(draft, pool)
+    if num_drafts:
+        draft.add("--speculative-algorithm", "NEXTN", "--speculative-num-steps", num_drafts)
+        draft.add("--speculative-eagle-topk", 1)
+        draft.add("--speculative-num-draft-tokens", 1 + num_drafts)
+    if pool.role != "both":
+        draft.add("--disaggregation-mode", pool.role)
+        draft.notes.append("--disaggregation-ib-device names the network cards, where it must")
+    if pool.role == "prefill":
+        draft.add("--disaggregation-bootstrap-port", place.bootstrap_port)
+    else:
+        draft.add("--max-running-requests", pool.rank_seqs * layout.dp)  # of all dp ranks
+        if not asked.on_cpu:
+            draft.add("--cuda-graph-max-bs-decode", ceil(pool.rank_seqs / layout.pp))
+    if pool.role != "decode":
+        draft.add("--chunked-prefill-size", pool.rank_tokens * layout.dp)  # of all dp ranks
+    draft.add("--context-length", asked.max_len)
+    draft.add(*_weights(asked))
+    if asked.types.kv == "float8":
+        draft.add("--kv-cache-dtype", "fp8_e4m3")
+    if pool.options.cuda_graphs is False and not asked.on_cpu:
+        draft.add("--disable-cuda-graph")
+    if not place.caches_prefixes:
+        draft.add("--disable-radix-cache")
+    if asked.on_cpu:
+        draft.add("--device", "cpu")
+        if (cores := _bound_cores(asked)) is not None:
+            draft.environment = lambda _: {"SGLANG_CPU_OMP_THREADS_BIND": cores}
+    draft.add("--host", place.listens, "--port", place.port)
+    if asked.num_hosts > 1:
+        draft.add("--nnodes", asked.num_hosts)
+        draft.on_node = lambda node: ("--node-rank", node)
+    if asked.num_hosts > 1 or (place.offset and layout.dp > 1):
+        draft.add("--dist-init-addr", f"{place.hosts[0]}:{place.rendezvous_port}")
+    return draft
+
+
+def _sglang_experts(draft: _Draft, pool: ServedPool) -> None:
+    """DeepEP's mode may differ by phase: `auto` is normal in prefill, low latency in decode."""
+    layout, kernels = pool.layout, pool.all_kernels
+    if kernels != {None}:
+        mode = "auto" if len(kernels) > 1 else next(iter(kernels))
+        draft.add("--moe-a2a-backend", "deepep", "--deepep-mode", mode)
+    if "low_latency" in kernels:
+        decodes = ceil(pool.rank_seqs * (1 + pool.candidate.num_drafts) / layout.tp)
+        buffer = ceil(decodes / _LEAST_BUFFER) * _LEAST_BUFFER
+        variable = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
+        draft.environment = lambda _: {variable: min(buffer, _MOST_BUFFER)}
+        if buffer > _MOST_BUFFER:
+            draft.notes.append(
+                f"DeepEP's low-latency kernels take {_MOST_BUFFER:,} tokens of a rank, a step has "
+                f"{decodes:,}"
+            )
+    if num_redundant := pool.options.num_redundant_experts:
+        draft.add("--ep-num-redundant-experts", num_redundant, "--enable-eplb")
+    if pool.options.overlap:
+        draft.add("--enable-two-batch-overlap")
+        draft.notes.append(
+            "its two-batch overlap is written for DeepSeek-V2/V3, Qwen3-MoE and MiMo-V2"
+        )
+
+
+def _trtllm(asked: _Asked) -> _Draft:
+    pool, layout, types, place = asked.pool, asked.layout, asked.types, asked.place
+    config: dict[str, object] = {
+        "tensor_parallel_size": layout.stage_size,
+        "moe_expert_parallel_size": layout.ep,
+        "moe_tensor_parallel_size": layout.etp,
+        "pipeline_parallel_size": layout.pp,
+        "enable_attention_dp": layout.dp > 1,
+        "max_num_tokens": pool.rank_tokens,
+        "max_seq_len": asked.max_len,
+    }
+    kv_cache: dict[str, object] = {"free_gpu_memory_fraction": FREE_SHARE}
+    if types.kv == "float8":
+        kv_cache["dtype"] = "fp8"
+    if not place.caches_prefixes:
+        kv_cache["enable_block_reuse"] = False
+    config["kv_cache_config"] = kv_cache
+    if pool.role != "prefill":
+        config["max_batch_size"] = pool.rank_seqs
+        if pool.options.cuda_graphs is not False:
+            config["cuda_graph_config"] = {"max_batch_size": pool.rank_seqs, "enable_padding": True}
+    if num_drafts := pool.candidate.num_drafts:
+        config["speculative_config"] = {"decoding_type": "MTP", "max_draft_len": num_drafts}
+    if pool.role != "both":
+        config["cache_transceiver_config"] = {
+            "backend": "DEFAULT",
+            "max_tokens_in_buffer": asked.max_len,
+        }
+    if pool.role == "prefill":
+        config["disable_overlap_scheduler"] = True
+    program = "trtllm-serve"
+    if place.python is not None:
+        program = str(PurePath(place.python).with_name(program))
+    draft = _Draft([program, asked.served.model, "--config", "trtllm.yaml"])
+    draft.add("--host", place.listens, "--port", place.port)
+    if num_redundant := pool.options.num_redundant_experts:
+        slots = {
+            "num_slots": pool.model.num_experts + num_redundant,
+            "layer_updates_per_iter": 2,
+        }
+        draft.files["moe_load_balancer.yaml"] = strict_json(slots)
+        config["moe_config"] = {"backend": "WIDEEP", "load_balancer": "moe_load_balancer.yaml"}
+    draft.files["trtllm.yaml"] = strict_json(config)  # JSON is YAML too
+    if asked.num_hosts > 1:
+        launcher = str(PurePath(program).with_name("trtllm-llmapi-launch"))
+        draft.words, draft.num_tasks = [launcher, *draft.words], layout.world_size
+        draft.notes.append(f"once, over {asked.num_hosts} hosts; under Slurm srun for mpirun")
+    if layout.ep > 1:
+        draft.notes.append("it chooses how to dispatch by itself")
+    return draft
+
+
+def _expertlane(asked: _Asked) -> _Draft:
+    pool, options, types, place = asked.pool, asked.pool.options, asked.types, asked.place
+    draft = _Draft(["serve", asked.served.model, "--layout", str(asked.layout)])
+    given = {
+        "--overlap": ({True: "on", False: "off"}.get(options.overlap, "auto"), "off"),
+        "--num-micro-batches": (options.num_micro_batches, 1),
+        "--micro-batch-schedule": (options.micro_batch_schedule, "drained"),
+        "--dispatch": (options.dispatch, "all_to_all"),
+        "--prefill-dispatch": (options.prefill_dispatch, None),
+        "--payload": (options.payload, "model"),
+        "--num-redundant-experts": (options.num_redundant_experts, 0),
+        "--copies": (options.copies, "nearest"),
+        "--placement": (options.placement_file or "linear", "linear"),
+        "--rebalance-steps": (options.rebalance_steps, 0),
+    }
+    for name, (value, default) in given.items():
+        if value != default:
+            draft.add(name, value)
+    draft.add("--max-num-seqs", pool.rank_seqs, "--max-num-batched-tokens", pool.rank_tokens)
+    draft.add("--max-model-len", asked.max_len)
+    if types.weights == types.kept:
+        draft.add("--dtype", types.weights)
+    elif types.weights == "float8" and asked.served.quantization is not None:
+        draft.add("--activations", "float8")
+    elif options.weights == "int8":
+        draft.add("--weights", "int8")
+    if types.kv == "float8":
+        draft.add("--kv-dtype", "float8")
+    if options.cuda_graphs is False:
+        draft.add("--cuda-graphs", "off")
+    if not place.caches_prefixes:
+        draft.add("--no-prefix-caching")
+    draft.add("--host", place.listens, "--port", place.port)
+    if asked.num_hosts == 1:
+        draft.words = asked.module("expertlane", "expertlane", *draft.words)
+        return draft
+    words = draft.words
+    draft.words = asked.module("torchrun", "torch.distributed.run")
+    draft.add("--nnodes", asked.num_hosts, "--nproc-per-node", 1)
+    draft.add("--master-addr", place.hosts[0], "--master-port", place.rendezvous_port)
+    draft.on_node = lambda node: ("--node-rank", node, "-m", "expertlane", *words)
+    return draft
+
+
+_WRITERS: dict[EngineName, Callable[[_Asked], _Draft]] = {
+    "vllm": _vllm,
+    "sglang": _sglang,
+    "trtllm": _trtllm,
+    "expertlane": _expertlane,
+}
