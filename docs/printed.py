@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
-from expertlane.engine.stage.measure.machine import cpu_name
+from expertlane.results.hardware import cpu_name
 
 ROOT = Path(__file__).parents[1]
 COLUMNS = 80

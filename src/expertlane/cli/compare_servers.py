@@ -73,6 +73,11 @@ class ServerOptions:
         help="Time limit of a server's start.",
     )
     request_timeout_s: float | None = request_timeout_option("600")
+    profile: bool = typer.Option(
+        False,
+        help="Then trace each engine started here by torch's profiler, in a pass of its own: says "
+        "where a step's time goes.",
+    )
     dry_run: bool = typer.Option(
         False,
         rich_help_panel=Panel.MORE_SERVER,
@@ -173,7 +178,10 @@ def compare_servers(
             progress,
         )
         types = dtype or experiment.model.own_dtype or "bfloat16"
-        return measure_servers(experiment, engines, targets, setting, repeats, command, types)
+        return measure_servers(
+            *(experiment, engines, targets, setting, repeats, command, types),
+            profile=options.profile,
+        )
 
 
 def _asked(experiment: "Experiment", options: ServerOptions) -> "Asked":

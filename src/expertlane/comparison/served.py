@@ -9,13 +9,20 @@ import asyncio
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import uvloop
 
-from expertlane.client.connection import ClosedEarly, ConnectionFailed, Connections, Url
+from expertlane.client.connection import (
+    ClosedEarly,
+    ConnectionFailed,
+    Connections,
+    Url,
+    error_message,
+)
 from expertlane.client.measure import Round, Stop, load_record, ratios
 from expertlane.client.run import (
     Asked,
@@ -29,6 +36,7 @@ from expertlane.client.run import (
 from expertlane.client.server import PROBE_S, Server, Unreachable, find_server
 from expertlane.comparison.engines.engine import CannotServe, Engine, Start
 from expertlane.comparison.server_process import ServerError, ServerProcess, command_line
+from expertlane.comparison.torch_trace import read_step_causes, steps_record
 from expertlane.comparison.turns import Repeats, measure_in_turns
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.progress import Progress
@@ -37,15 +45,19 @@ from expertlane.results.record import (
     EXPERIMENT,
     DeploymentRecord,
     ServerRecord,
+    StepsRecord,
     choose_compared,
 )
 from expertlane.results.results import Results
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
-from expertlane.spec.workload import Load, Workload
+from expertlane.spec.files import strict_json
+from expertlane.spec.names import Phase
+from expertlane.spec.workload import LengthRange, Load, Workload
 
 HOST = "127.0.0.1"
 _FEW_CORES = 4
+_TRACED_LEN = 8  # output tokens of a traced request
 _READY_S = 5.0  # that one question whether a server is ready may take
 _FOLDER = re.compile(r"[^A-Za-z0-9._=-]+")
 
@@ -91,6 +103,8 @@ class Served:
         target: the server; None while it is not started.
         rounds: those that were answered, in order.
         failure: why it is not measured any more; empty while it is.
+        steps: a step's time by cause, where it was profiled.
+        why_no_causes: why there are none; empty where nothing kept it from them.
     """
 
     name: str
@@ -106,6 +120,13 @@ class Served:
     seen: Server | None = field(default=None, init=False)
     started: Start | None = field(default=None, init=False)
     log: Path | None = field(default=None, init=False)
+    steps: Sequence[StepsRecord] = field(default=(), init=False)
+    why_no_causes: str = field(default="", init=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where its server runs."""
+        return self.setting.folder / (_FOLDER.sub("-", self.name).strip("-") or "server")
 
     @property
     def num_runs(self) -> int:
@@ -144,21 +165,65 @@ class Served:
 
     async def _measured(self, target: Target, number: int, *, is_new: bool) -> Round:
         setting, asked, stop = self.setting, self.setting.asked, Stop()
-        connections = Connections(target.url, headers_of(target))
-        try:
-            server = await find_server(
-                *(connections, target.model, asked.tokenizer),
-                is_chat=asked.is_chat,
-                timeout_s=min(PROBE_S, asked.timeout_s),
-            )
+        async with self._server(target) as server:
             self.seen = server
             if is_new:
                 await warm_up(server, setting.load, asked, 0, stop)
             found = await one_round(server, setting.load, asked, 0, number, stop, setting.progress)
             check_answered([found.driven], server)
             return found
+
+    @asynccontextmanager
+    async def _server(self, target: Target) -> AsyncIterator[Server]:
+        """The server as the client sees it."""
+        asked, connections = self.setting.asked, Connections(target.url, headers_of(target))
+        try:
+            yield await find_server(
+                *(connections, target.model, asked.tokenizer),
+                is_chat=asked.is_chat,
+                timeout_s=min(PROBE_S, asked.timeout_s),
+            )
         finally:
             connections.close()
+
+    def profile(self) -> None:
+        """Trace a short load by torch's profiler, in a server of its own: profiling slows it.
+
+        What keeps it from that is kept in `why_no_causes`.
+        """
+        engines, setting = self.engines, self.setting
+        if engines is None or self.failure:
+            return
+        folder = self.folder / "profile"
+        setting.progress.task(f"{self.name}, profiled", 1)
+        try:
+            if not self.up.ensure(self, traces=folder):
+                self.why_no_causes = f"{engines.engine.title} writes no torch profiler traces"
+                return
+            assert self.target is not None, "it is up"
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                runner.run(self._traced(self.target, engines.engine.profile_request(folder)))
+            causes = read_step_causes(sorted(folder.rglob("*.json*")))
+            self.steps = [*filter(None, (steps_record(causes, each) for each in Phase))]
+        except (CannotServe, ServerError, Unreachable, UserError) as error:
+            self.why_no_causes = f"{error}{self.up.end_of(self)}"
+        finally:
+            self.up.stop()
+            setting.progress.done()
+
+    async def _traced(self, target: Target, fields: Mapping[str, object]) -> None:
+        """Put a short load on the server between the beginning and the end of a trace."""
+        setting, stop = self.setting, Stop()
+        output_len = min(_TRACED_LEN, setting.load.output_len.low)
+        short = replace(setting.load, output_len=LengthRange(output_len, output_len))
+        async with self._server(target) as server:
+            await warm_up(server, short, setting.asked, 0, stop)
+            connections = server.connections
+            await _post(connections, "/start_profile", fields)
+            number = self.num_runs  # requests that no round had
+            found = await one_round(server, short, setting.asked, 0, number, stop, Progress())
+            await _post(connections, "/stop_profile", {})
+            check_answered([found.driven], server)
 
     def record(self) -> DeploymentRecord:
         """Its record: of all rounds, or of why there are none."""
@@ -172,6 +237,7 @@ class Served:
             source="measured",
             is_baseline=deployment is not None and deployment.is_baseline,
             roles=(EXPERIMENT,),
+            steps=tuple(self.steps),
             serving=() if serving is None else (serving,),
             server=ServerRecord(
                 engine=self.engines.engine.title if self.engines else "",
@@ -200,30 +266,37 @@ class _Up:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def ensure(self, served: Served) -> bool:
+    def ensure(self, served: Served, traces: Path | None = None) -> bool:
         """Start a deployment's server if it does not run; gives whether it was started now.
+
+        Args:
+            traces: start it anew, to write torch profiler traces there; it is not started if it
+                cannot.
 
         Raises:
             CannotServe: its engine does not run it.
             ServerError: it did not start.
         """
-        if served.engines is None or served is self._served:
+        engines, deployment, setting = served.engines, served.deployment, served.setting
+        if engines is None or (served is self._served and traces is None):
             return False
-        assert served.deployment is not None, "what is started has a layout"
+        assert deployment is not None, "what is started has a layout"
         self.stop()
         port = _free_port()
-        start = served.engines.start(served.deployment, port)
-        setting = served.setting
-        folder = setting.folder / (_FOLDER.sub("-", served.name).strip("-") or "server")
-        served.started = start
-        self._process = ServerProcess(start.argv, start.environment, folder, start.files)
-        served.log = self._process.log
-        self._served = served
+        start = engines.start(deployment, port)
+        if traces is None:
+            served.started = start
+        elif (profiled := engines.engine.profiled(start, traces)) is None:
+            return False
+        else:
+            start = profiled
+        self._process = ServerProcess(start.argv, start.environment, served.folder, start.files)
+        self._served, served.log = served, self._process.log
         url = Url(HOST, port, False, "")
-        path = served.engines.engine.ready_path
-        served.start_s.append(
-            self._process.wait_until(lambda: _is_ready(url, path), setting.start_timeout_s)
-        )
+        path = engines.engine.ready_path
+        start_s = self._process.wait_until(lambda: _is_ready(url, path), setting.start_timeout_s)
+        if traces is None:
+            served.start_s.append(start_s)
         served.target = Target(url)
         return True
 
@@ -242,6 +315,20 @@ class _Up:
         if status is not None:
             return f"; it ended, {self._process.end_of(status)}"
         return f"; its log: {words}" if words else ""
+
+
+async def _post(connections: Connections, path: str, fields: Mapping[str, object]) -> None:
+    """Tell a server something.
+
+    Raises:
+        UserError: it refuses.
+    """
+    try:
+        answer = await connections.ask("POST", path, strict_json(fields).encode())
+    except (ConnectionFailed, ClosedEarly) as error:
+        raise UserError(f"{path}: {error}") from None
+    if answer.status != 200:
+        raise UserError(f"{path}: HTTP {answer.status} {error_message(bytes(answer.body))}")
 
 
 def _free_port() -> int:
@@ -272,6 +359,8 @@ def measure_servers(
     repeats: Repeats,
     command: str,
     dtype: str,
+    *,
+    profile: bool = False,
 ) -> Results:
     """Measure the experiment's deployments on each engine, and servers that run already.
 
@@ -279,9 +368,9 @@ def measure_servers(
         targets: servers that run already, by name; that of one of the experiment's deployments
             means that it has its layout.
         dtype: number type of weights that engines are asked for.
+        profile: then trace each that was started here, for the causes of a step's time.
 
     Raises:
-        UserError: two have one name.
         ExpertlaneError: none could be measured; the text says why, of each.
     """
     allow_connections()
@@ -294,6 +383,8 @@ def measure_servers(
             return [full[place] for place in places]
 
         compared = measure_in_turns(own, repeats, choose)
+        for each in own if profile else ():
+            each.profile()
     if not any(each.rounds for each in own):
         reasons = "; ".join(f"{each.name}: {each.failure}" for each in own)
         raise ExpertlaneError(f"no deployment could be measured: {reasons}")
@@ -368,6 +459,9 @@ def _cautions(own: Sequence[Served], setting: Setting) -> Iterator[str]:
             f"The client shares the {num_cores} cores with the servers, and uses "
             f"{max(shares):.0%} of one."
         )
+    for each in own:
+        if each.why_no_causes:
+            yield f"No causes of {each.name}: {each.why_no_causes}."
     forms = {each.seen.form for each in own if each.seen is not None}
     if len(forms) > 1:
         yield "Servers took requests in different forms, as texts or token ids."

@@ -5,6 +5,8 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
+from expertlane.report.answer import short
+from expertlane.report.compared import Row, step_difference
 from expertlane.report.document import (
     Answer,
     Column,
@@ -35,14 +37,17 @@ from expertlane.report.numbers import (
     milliseconds,
     percent,
     shortened,
+    signed,
     whole,
 )
 from expertlane.report.serving import by_load, latency
 from expertlane.report.setup import cautions
+from expertlane.report.speed import IN_ALL, causes
 from expertlane.results.estimate import LEAST_RUNS, Estimate, Summary
 from expertlane.results.record import DeploymentRecord, RatioRecord
 from expertlane.results.results import Results
 from expertlane.results.serving_record import ClientRecord, FailureRecord
+from expertlane.spec.names import Phase
 
 _BUSY = 0.8  # share of a core, from which on the client may be the bottleneck
 _LATE_S = 0.01
@@ -51,6 +56,7 @@ _MANY = 0.01  # share of requests that failed
 _MOST_ERRORS = 3
 _MOST_RATIOS = 8
 _MOST_FAILURE = 240  # letters
+_MOST_CAUSES = 6
 _IN_ANSWER = ("output tokens/s", "goodput", "TTFT median", "TTFT p99", "TPOT median")
 
 
@@ -381,7 +387,49 @@ def compared_answer(name: str, results: Results) -> Answer:
     notes.append(("Fairness", FAIR))
     notes.append(("Confidence", _certainty(records)))
     said = Table("", (Heading("", False), Heading("", False)), tuple(notes))
-    return Answer(setting, compared_verdict(results), (_table(records, base), said))
+    why = filter(None, (_why(results),))
+    return Answer(setting, compared_verdict(results), (_table(records, base), *why, said))
+
+
+def _why(results: Results) -> Figure | None:
+    """Difference of a step of the two in the first sentence; None unless both were profiled."""
+    by_name = {each.name: each for each in results.select("measured")}
+    if not results.ratios:
+        return None
+    names = results.ratios[0].name, results.ratios[0].other
+    steps = [by_name[name].decode for name in names]
+    if None in steps:
+        return None
+    one, other = (
+        Row(None, by_name[name], step) for name, step in zip(names, steps, strict=True) if step
+    )
+    found = step_difference(other, one)
+    title = (
+        f"Why, ms per decode step, profiled: {other.name} {figures(found.slower_ms)} → {one.name} "
+        f"{figures(found.faster_ms)}"
+    )
+    words = (f"{short(cause)} {signed(ms)}" for cause, ms in found.causes[:_MOST_CAUSES])
+    return Figure("", (title, "  " + "   ".join(words)))
+
+
+def _steps(results: Results) -> Iterator[Words]:
+    """Shares of a step's time by cause of each deployment that was profiled, by phase."""
+    for phase in reversed(Phase):
+        found = [
+            (each.name, step)
+            for each in results.deployments
+            for step in each.steps
+            if step.phase is phase
+        ]
+        if found:
+            yield from causes(f"{phase.capitalize()} steps, profiled", found, (IN_ALL,))
+            unknown = [
+                (name, kernel, seconds / sum(step.breakdown_s.values()))
+                for name, step in found
+                for kernel, seconds in step.unknown_kernels.items()
+            ]
+            if unknown:
+                yield Table.of("Kernels of no known stage", _UNKNOWN, unknown)
 
 
 FAIR = (
@@ -423,6 +471,7 @@ def compared_sections(results: Results) -> tuple[Section, ...]:
         Section("Deployments (measured)", (_table(measured.deployments, base),), "top", "answer"),
         Section("Differences, in pairs of rounds", pairs, "top", "answer"),
         Section("Latency, ms (measured)", (latency(measured),), chapter="loads"),
+        Section("Where the time goes", tuple(_steps(measured)), chapter="why"),
         Section("Client", (Table.of("", _OF_CLIENT, clients), *failed), chapter="sure"),
         Section("Servers", tuple(_servers(measured)), chapter="setup"),
     )
@@ -435,6 +484,11 @@ _PAIRS: tuple[Column[RatioRecord], ...] = (
     number("ratio", lambda each: each.ratio, figures),
     number("90 % interval", lambda each: each.ratio if each.ratio.low else None, low_high),
     number("pairs", lambda each: each.num_rounds, whole),
+)
+_UNKNOWN: tuple[Column[tuple[str, str, float]], ...] = (
+    text("deployment", lambda each: each[0]),
+    text("kernel", lambda each: each[1]),
+    number("of the step", lambda each: each[2], percent),
 )
 _SERVERS: tuple[Column[DeploymentRecord], ...] = (
     text("deployment", lambda each: each.name),

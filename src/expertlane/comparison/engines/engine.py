@@ -82,12 +82,17 @@ class Engine(ABC):
     def profiled(self, start: Start, folder: Path) -> Start | None:
         """The start of a server that can write torch profiler traces; None where it cannot.
 
-        `/start_profile` and `/stop_profile` then begin and end a trace.
+        A POST to `/start_profile` with `profile_request` begins a trace, one to `/stop_profile`
+        ends it.
 
         Args:
-            folder: where its ranks write them.
+            folder: where its ranks write them, a file each.
         """
         return None
+
+    def profile_request(self, folder: Path) -> Mapping[str, object]:
+        """Fields of the request that begins a trace."""
+        return {}
 
 
 def find_engine(name: str) -> Engine:

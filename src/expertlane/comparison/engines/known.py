@@ -1,5 +1,6 @@
 """vLLM, SGLang, TensorRT-LLM and expertlane: started with the options that `plan` prints."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -49,9 +50,9 @@ class Vllm(_Planned):
     title = "vLLM"
 
     def profiled(self, start: Start, folder: Path) -> Start:
-        """With vLLM's torch profiler; stacks off, since they slow it several times."""
+        """With vLLM's torch profiler in its ranks; without stacks, which slow it several times."""
         config: dict[str, object] = {"profiler": "torch", "torch_profiler_dir": str(folder)}
-        config["torch_profiler_with_stack"] = False
+        config |= {"torch_profiler_with_stack": False, "ignore_frontend": True}
         return replace(start, argv=(*start.argv, "--profiler-config", strict_json(config)))
 
 
@@ -63,9 +64,12 @@ class Sglang(_Planned):
     version_path = "/get_server_info"
 
     def profiled(self, start: Start, folder: Path) -> Start:
-        """With the folder of SGLang's torch profiler."""
-        variable = {"SGLANG_TORCH_PROFILER_DIR": str(folder)}
-        return replace(start, environment={**start.environment, **variable})
+        """As it is: the request says where traces go."""
+        return start
+
+    def profile_request(self, folder: Path) -> Mapping[str, object]:
+        """With the folder, without stacks."""
+        return {"output_dir": str(folder), "with_stack": False, "activities": ["CPU", "GPU"]}
 
 
 class Trtllm(_Planned):
