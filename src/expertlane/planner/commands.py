@@ -148,11 +148,11 @@ def router_start(engine: ServingEngine, started: Sequence[PoolStarts]) -> Router
             "context_servers": _instances(places["prefill"]),
             "generation_servers": _instances(places["decode"]),
         }
-        words = ("trtllm-serve", "disaggregated", "-c", "disagg.yaml")
-        return RouterStart(words, {"disagg.yaml": strict_json(config)})
+        program = ("trtllm-serve", "disaggregated", "-c", "disagg.yaml")
+        return RouterStart(program, {"disagg.yaml": strict_json(config)})
     if engine.router is None:
         return RouterStart(())
-    words: list[str] = list(engine.router.words)
+    words = list(engine.router.words)
     if "both" in places:
         words += ["--worker-urls", *(place.url for place in places["both"])]
     else:

@@ -478,7 +478,6 @@ def refusal(
     engine: ServingEngine, candidate: Candidate, model: ModelConfig, device: DeviceKind
 ) -> Row | None:
     """The first row that rules out an experiment's deployment; None where the engine runs it."""
-    rows = () if engine is EXPERTLANE else _OF_EXPERTLANE
-    if device == "cpu":
-        rows += _ON_CPU[engine.name]
-    return replace(engine, rows=(*rows, *engine.rows)).broken(candidate, model)
+    of_device = _ON_CPU[engine.name] if device == "cpu" else ()
+    beyond = () if engine is EXPERTLANE else _OF_EXPERTLANE
+    return replace(engine, rows=(*beyond, *of_device, *engine.rows)).broken(candidate, model)

@@ -597,11 +597,14 @@ def _trtllm(asked: _Asked) -> _Draft:
     return draft
 
 
+_OVERLAP = {True: "on", False: "off", "auto": "auto"}
+
+
 def _expertlane(asked: _Asked) -> _Draft:
     pool, options, types, place = asked.pool, asked.pool.options, asked.types, asked.place
     draft = _Draft(["serve", asked.served.model, "--layout", str(asked.layout)])
     given = {
-        "--overlap": ({True: "on", False: "off"}.get(options.overlap, "auto"), "off"),
+        "--overlap": (_OVERLAP[options.overlap], "off"),
         "--num-micro-batches": (options.num_micro_batches, 1),
         "--micro-batch-schedule": (options.micro_batch_schedule, "drained"),
         "--dispatch": (options.dispatch, "all_to_all"),
