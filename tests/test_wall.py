@@ -289,8 +289,8 @@ def test_every_module_has_its_side_of_the_wall():
     modules = {
         f"{room}.{path.stem}"
         for room in cut
-        for path in (ROOT / "src" / room.replace(".", "/")).glob("*.py")
-        if path.stem != "__init__"
+        for path in (ROOT / "src" / room.replace(".", "/")).iterdir()
+        if (path.suffix == ".py" and path.stem != "__init__") or (path / "__init__.py").exists()
     }
     let_in = COMPUTING | COMMANDS | {*inside["allowed_importers"]}
     kept_out = {*outside["source_modules"]}

@@ -92,6 +92,15 @@ def compare(
     skew: float | None = None,
     framework: Text | None = None,
     slo: Text | Sequence[Text] | None = None,
+    engine: Text | Sequence[Text] | None = None,
+    url: Text | Sequence[Text] | None = None,
+    engine_python: Text | Sequence[Text] | None = None,
+    engine_args: Text | Sequence[Text] | None = None,
+    tokenizer: str | Path | None = None,
+    start_timeout_s: float = 1200.0,
+    request_timeout_s: float | None = None,
+    profile: bool = False,
+    dry_run: bool = False,
     out: str | Path | None = None,
 ) -> Results:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
@@ -150,6 +159,18 @@ def compare(
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or
             p99. Each deployment runs as many sequences as they allow.
+        engine: Start each deployment as a server of this engine and measure it from outside:
+            vllm, sglang, trtllm, expertlane, or that of another package.
+        url: Measure a server that runs already. A deployment's NAME says that it has its
+            layout.
+        engine_python: Python of the environment that the engine is installed in.
+        engine_args: Further arguments of the engine's command, as "--enforce-eager".
+        tokenizer: Folder of the model's tokenizer.
+        start_timeout_s: Time limit of a server's start.
+        request_timeout_s: Time limit of a request, waiting included.
+        profile: Then trace each engine started here by torch's profiler, in a pass of its own:
+            says where a step's time goes.
+        dry_run: Print the commands that would start the servers, and start none.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 
