@@ -174,6 +174,64 @@ def test_a_layer_by_names_and_places(tmp_path):
     assert found.host_gaps_s == pytest.approx(1 * US)  # from the annotation's begin
 
 
+GATHER, SCATTER = (
+    f"ncclDevKernel_{name}_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+    for name in ("AllGather", "ReduceScatter_Sum_bf16")
+)
+CAST = "void vllm::dynamic_per_token_scaled_fp8_quant_kernel_strided<c10::BFloat16>(float*)"
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        # vLLM: tokens and the router's logits are gathered, then experts are chosen.
+        "norm A, gemm A, attention A, gemm A, "
+        "norm R, gemm R, gather D, gather D, topk R, experts E, scatter C",
+        # Experts are chosen first.
+        "norm A, gemm A, attention A, gemm A, "
+        "norm R, gemm R, topk R, cast D, gather D, experts E, scatter C",
+        # Tokens are scattered over the TP group around the norms: no dispatch.
+        "norm A, gather T, gemm A, attention A, gemm A, scatter T, "
+        "norm R, gather T, gemm R, topk R, experts E, scatter T",
+        # A shared expert before the router.
+        "norm A, gemm A, attention A, gemm A, "
+        "norm E, gemm E, silu E, gemm E, gemm R, topk R, experts E, reduce T",
+        # A dense layer.
+        "norm A, gemm A, attention A, gemm A, reduce T, norm E, gemm E, silu E, gemm E, reduce T",
+    ],
+)
+def test_transfers_by_their_place(tmp_path, layer):
+    names = {
+        "norm": NORM,
+        "gemm": GEMM,
+        "attention": ATTENTION,
+        "topk": TOPK,
+        "experts": EXPERTS,
+        "gather": GATHER,
+        "scatter": SCATTER,
+        "reduce": ALL_REDUCE,
+        "cast": CAST,
+        "silu": "void vllm::act_and_mul_kernel<c10::BFloat16, &vllm::silu_kernel>(c10::BFloat16*)",
+    }
+    stages = {
+        "A": Stage.ATTENTION,
+        "R": Stage.ROUTER,
+        "D": Stage.DISPATCH,
+        "E": Stage.EXPERTS,
+        "C": Stage.COMBINE,
+        "T": Stage.COLLECTIVES,
+    }
+    kernels = [tuple(each.split()) for each in layer.split(", ")] * 3
+    trace = Trace()
+    for number, (name, _) in enumerate(kernels):
+        trace.kernel(names[name], 10 * number, 10)
+    found = read_rank_trace(trace.save(tmp_path / "trace.json", 0), 0).work
+    expected = [f"{name} {stages[stage].label}" for name, stage in kernels]
+    assert [
+        f"{name} {work.cause.label}" for work, (name, _) in zip(found, kernels, strict=True)
+    ] == expected
+
+
 def test_what_is_not_known_is_a_row_and_is_said(tmp_path):
     trace = Trace()
     trace.kernel(ATTENTION, 0, 90)
@@ -423,6 +481,19 @@ def test_groups_are_told_by_names_of_files(tmp_path):
     assert waiting == pytest.approx([20 * US, 0, 20 * US, 0])
 
 
+def test_replicas_that_each_count_from_zero(tmp_path):
+    paths = []
+    for dp in (1, 0):
+        trace = Trace()
+        trace.annotation(DECODE.format(seqs=1 + dp), 0, 10)
+        trace.kernel(ATTENTION, 5, 10 + dp)
+        paths.append(trace.save(tmp_path / f"dp{dp}_pp0_tp0_rank0.pt.trace.json", 0))
+    causes = read_step_causes(paths)
+    assert causes.ranks == (0, 1)
+    assert [each.duration_s for each in causes.steps[0].ranks] == pytest.approx([15 * US, 16 * US])
+    assert causes.steps[0].num_tokens == 3
+
+
 def test_a_record_adds_up(tmp_path):
     trace = Trace()
     for start in (0, 1000, 2000):
@@ -487,7 +558,7 @@ def test_traces_that_do_not_belong_together(tmp_path):
 
 
 def test_a_large_file_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("expertlane.comparison.rank_trace.MOST_BYTES", 1000)
+    monkeypatch.setattr("expertlane.comparison.trace_file.MOST_BYTES", 1000)
     trace = Trace()
     for number in range(100):
         trace.kernel(ATTENTION, number, 1)

@@ -87,6 +87,7 @@ class Region(Strict):
     all: bool = False
     host: bool = False
     gaps: bool = False
+    transfer: bool = False
     backward: bool = False
 
     @property
@@ -234,7 +235,7 @@ def stages_of(places: Sequence[Place]) -> list[Stage | None]:
         before, is_inside = _neighbour(places, range(at - 1, -1, -1), region, inside)
         # Behind a kernel that is known, what follows the annotation tells more than its own stage.
         after, _ = _neighbour(places, range(end, num), region, None if is_inside else inside)
-        if before in _MEETINGS and after in _MEETINGS:
+        if after in _MEETINGS and (before is None or before in _MEETINGS):
             after = _beyond(places, range(end, num))
         run = [place for place in range(at, end) if places[place].kind is not None]
         kinds = [kind for place in run if (kind := places[place].kind) is not None]
@@ -259,26 +260,50 @@ def _with_choices(places: Sequence[Place]) -> list[Place]:
 def _with_exchanges(places: Sequence[Place]) -> list[Place]:
     """All-gathers and the like between router and experts made dispatches, what returns combines.
 
-    A layer that dispatches so returns by an exchange too: the next one behind its experts.
+    vLLM dispatches the router's logits too, between its product and the choice of experts. A layer
+    that dispatches so returns by an exchange too: the next one behind its experts.
     """
     found = list(places)
+    befores = _last_stages(places)
+    afters = _last_stages(places[::-1])[::-1]
     is_out = False  # dispatched, and not yet returned
-    for at, place in enumerate(found):
+    for at, place in enumerate(places):
         if not place.exchange:
             continue
-        before = _beyond(found, range(at - 1, -1, -1))
-        after = _beyond(found, range(at + 1, len(found)))
-        if before in (Stage.ROUTER, Stage.DISPATCH) and after in (Stage.EXPERTS, Stage.DISPATCH):
+        is_behind = befores[at] in (Stage.ROUTER, Stage.DISPATCH) and afters[at] in _OUTWARD
+        if is_behind or (afters[at] is Stage.ROUTER and _is_behind_product(places, at)):
             found[at], is_out = replace(place, stage=Stage.DISPATCH), True
-        elif is_out and before is Stage.EXPERTS:
+        elif is_out and befores[at] is Stage.EXPERTS:
             found[at], is_out = replace(place, stage=Stage.COMBINE), False
+    return found
+
+
+def _is_behind_product(places: Sequence[Place], at: int) -> bool:
+    """Whether the router's product comes before a place, and only its choice behind."""
+    for place in places[at + 1 : at + 1 + _NEAR]:
+        if place.kind is Kind.GEMM:
+            return False
+        if place.stage is Stage.ROUTER:
+            break
+    nearest = (place.kind for place in places[max(0, at - _NEAR) : at][::-1])
+    return next((kind for kind in nearest if kind in (Kind.GEMM, Kind.NORM)), None) is Kind.GEMM
+
+
+def _last_stages(places: Sequence[Place]) -> list[Stage | None]:
+    """For each place the last stage before it that is known by name and no meeting of ranks."""
+    found: list[Stage | None] = []
+    last: Stage | None = None
+    for place in places:
+        found.append(last)
+        if place.stage is not None and place.stage not in _MEETINGS:
+            last = place.stage
     return found
 
 
 def _beyond(places: Sequence[Place], order: Iterable[int]) -> Stage | None:
     """The nearest stage known by name that is no meeting of ranks outside of a layer's parts."""
     stages = (places[at].stage for at in order)
-    return next((stage for stage in stages if stage and stage not in _MEETINGS), None)
+    return next((stage for stage in stages if stage is not None and stage not in _MEETINGS), None)
 
 
 def _neighbour(
@@ -300,7 +325,8 @@ _NORM_GAP = 3  # kernels from one part of a norm to the next
 _NORMS = (Kind.NORM,)
 _PRODUCTS = (Kind.GEMM,)
 _MEETINGS = (Stage.COLLECTIVES, Stage.HAND_OVER)
-_MOE = (Stage.ROUTER, Stage.DISPATCH, Stage.EXPERTS)
+_NEAR = 40  # kernels
+_OUTWARD = (Stage.EXPERTS, Stage.DISPATCH)
 
 
 def between(before: Stage | None, after: Stage | None, kinds: Sequence[Kind]) -> list[Stage | None]:
@@ -315,8 +341,10 @@ def between(before: Stage | None, after: Stage | None, kinds: Sequence[Kind]) ->
         if after is None:
             return [None] * num
         before = Stage.EMBED if after is Stage.ATTENTION else after
-    if after is None:
+    if after is None or (after is HOST and before is not HOST):  # a step, or the trace, ends
         after = Stage.HEAD if before in _MEETINGS else before
+    if after is Stage.DISPATCH and before in (Stage.ATTENTION, *_MEETINGS) and Kind.GEMM in kinds:
+        after = Stage.ROUTER  # its product, and the norm before it
     first, second, border = _halves(before, after, kinds)
     return [first] * border + [second] * (num - border)
 

@@ -17,13 +17,14 @@ sum. So dispatch beneath the experts of another micro-batch costs nothing, and s
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 
 from expertlane.comparison.rank_alignment import align
-from expertlane.comparison.rank_trace import RankTrace, Span, Work, read_rank_trace
+from expertlane.comparison.rank_trace import RankTrace, read_rank_trace
+from expertlane.comparison.trace_file import Span, Work
 from expertlane.errors import UserError
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.metrics import CAUSE_OF_STAGE
@@ -151,7 +152,7 @@ def read_step_causes(paths: Iterable[Path]) -> StepCauses:
     traces = [read_rank_trace(path, place) for place, path in enumerate(paths)]
     if not traces:
         raise UserError("no traces were given; valid: one file for each rank")
-    traces.sort(key=lambda trace: trace.rank)
+    traces = _numbered(traces)
     for one, other in pairwise(traces):
         if one.rank == other.rank:
             raise UserError(f"{one.path} and {other.path} are both of rank {one.rank}")
@@ -162,6 +163,16 @@ def read_step_causes(paths: Iterable[Path]) -> StepCauses:
             f"{on_gpu[0].path} has kernels of a GPU, {other.path} has none; give traces of one run"
         )
     return step_causes(traces)
+
+
+def _numbered(traces: Sequence[RankTrace]) -> list[RankTrace]:
+    """Traces by rank; replicas that each count from 0 are numbered on, by their files' names."""
+    if len({trace.rank for trace in traces}) < len(traces):
+        places = [tuple(trace.axes.get(axis, 0) for axis in ("dp", "pp", "tp")) for trace in traces]
+        if len(set(places)) == len(places):
+            order = sorted(range(len(places)), key=places.__getitem__)
+            return [replace(traces[at], rank=rank) for rank, at in enumerate(order)]
+    return sorted(traces, key=lambda trace: trace.rank)
 
 
 def step_causes(traces: Sequence[RankTrace]) -> StepCauses:
