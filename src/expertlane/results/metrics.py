@@ -29,6 +29,7 @@ STRAGGLER_SHARE = 0.05
 # Stages in which all ranks of a pipeline stage meet.
 _MEETINGS = [Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES]
 _NOT_WORK = [Stage.IDLE, Stage.SETUP]
+_OF_TRACES = (Cause.HOST_GAPS, Cause.UNKNOWN)  # a rank's own clock has none
 CAUSE_OF_STAGE = {
     Stage.EMBED: Cause.HEAD,
     Stage.ATTENTION: Cause.ATTENTION,
@@ -70,7 +71,7 @@ class StageTime:
         working_s = self.stage_s.copy()
         working_s[:, _NOT_WORK] = 0.0
         accounted_s = working_s.sum(axis=1) + self.waiting_s + self.bubble_s
-        causes = dict.fromkeys(Cause, 0.0)
+        causes = {cause: 0.0 for cause in Cause if cause not in _OF_TRACES}
         for stage, cause in CAUSE_OF_STAGE.items():
             causes[cause] += float(working_s[:, stage].mean())
         causes[Cause.WAITING] = float(self.waiting_s.mean())

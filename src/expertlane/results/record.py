@@ -107,6 +107,8 @@ class StepsRecord(Strict):
         basis_shares: of the time of operations and transfers by what it rests on: measured,
             fitted, bound.
         extrapolated_share: of that time, what lies outside the sizes that were fitted.
+        unknown_kernels: of a profiler's traces, kernels whose stage is not known: seconds a step,
+            mean over ranks, by name; the largest.
         fits: whether so many sequences of this context fit into memory.
         timeline: of one step: measured, from a short run by itself; simulated, the median.
     """
@@ -143,6 +145,7 @@ class StepsRecord(Strict):
     traffic: TrafficRecord | None = field(default=None, repr=False)
     basis_shares: dict[str, float] = field(default_factory=dict)
     extrapolated_share: float | None = None
+    unknown_kernels: dict[str, float] = field(default_factory=dict)
     fits: bool = True
     timeline: StepTimeline | None = field(default=None, repr=False)
 

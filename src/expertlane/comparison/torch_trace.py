@@ -1,0 +1,392 @@
+"""Where the time of a server's steps goes, from its ranks' traces of the torch profiler.
+
+What is counted. Each moment of a rank's step is counted once, so that its parts add up to the step:
+
+- where kernels compute, to the stage of the one on the critical stream (the one that computes
+  most); else of the one that began first;
+- where only transfers run, to their stage: they are *exposed*. The part until the last rank of the
+  group has entered the same transfer is waiting for other ranks, or in PP send/recv a pipeline
+  bubble; a rank waits from its own entry to the last one's;
+- where nothing runs, to host gaps, as are operators with which the host prepares a step.
+
+What runs beneath something that is counted is *hidden*: it is told apart, and is no part of the
+sum. So dispatch beneath the experts of another micro-batch costs nothing, and shows as hidden.
+
+`rank_alignment.py` says how ranks' traces are aligned.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import fmean, median
+
+from expertlane.comparison.rank_alignment import align
+from expertlane.comparison.rank_trace import RankTrace, read_rank_trace
+from expertlane.comparison.trace_file import Span, Work
+from expertlane.errors import UserError
+from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.metrics import CAUSE_OF_STAGE
+from expertlane.results.record import StepsRecord
+from expertlane.spec.names import Cause, Phase, Stage
+
+NS_PER_S = 1_000_000_000
+UNKNOWN_SHARE = 0.05  # of the time; more of it is said
+MOST_UNKNOWN = 10  # kernels that a record names
+BACKWARD = "backward pass"  # of a training step, as a record names it
+_NAME_LENGTH = 120  # of a kernel in a record
+_EXCHANGES = (Stage.DISPATCH, Stage.COMBINE)
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """One step of one rank; all but what is hidden adds up to `duration_s`.
+
+    Attributes:
+        start_s: on the rank's own clock.
+        before_s: since its previous step ended; 0 for the first.
+        stage_s: where the stage's kernels were counted; of transfers the exposed part.
+        waiting_s: exposed, for ranks that came later; of PP send/recv it is `bubble_s`.
+        unknown_s: by the name of the kernel or operator.
+        backward_s: of training; no part of serving.
+        hidden_s: beneath what was counted, by stage; waiting left out.
+        hidden_waiting_s: beneath what was counted, for ranks that came later.
+    """
+
+    rank: int
+    start_s: float
+    duration_s: float
+    before_s: float
+    stage_s: Mapping[Stage, float]
+    waiting_s: float
+    bubble_s: float
+    host_gaps_s: float
+    unknown_s: Mapping[str, float]
+    backward_s: float
+    hidden_s: Mapping[Stage, float]
+    hidden_waiting_s: float
+
+    @property
+    def causes_s(self) -> dict[Cause, float]:
+        """Seconds by cause; their sum is `duration_s`."""
+        causes: dict[Cause, float] = dict.fromkeys(_CAUSES, 0.0)
+        for stage, seconds in self.stage_s.items():
+            causes[CAUSE_OF_STAGE[stage]] += seconds
+        causes[Cause.WAITING] = self.waiting_s
+        causes[Cause.PIPELINE_BUBBLE] = self.bubble_s
+        causes[Cause.HOST_GAPS] = self.host_gaps_s
+        causes[Cause.UNKNOWN] = sum(self.unknown_s.values()) + self.backward_s
+        return causes
+
+
+_CAUSES: tuple[Cause, ...] = tuple(cause for cause in Cause if cause is not Cause.ENGINE)
+
+
+@dataclass(frozen=True)
+class TracedStep:
+    """One step of all ranks.
+
+    Attributes:
+        phase: a prefill if any rank had a prompt in it; None where no trace tells.
+        num_seqs, num_tokens: of all data-parallel ranks; None where no trace tells.
+        ranks: the step of each; not of those whose trace lacks it.
+    """
+
+    phase: Phase | None
+    num_seqs: int | None
+    num_tokens: int | None
+    ranks: tuple[RankStep, ...]
+
+
+@dataclass(frozen=True)
+class StepCauses:
+    """Where the time of the steps in a few ranks' traces goes.
+
+    Attributes:
+        ranks: numbers of the ranks, in ascending order.
+        clock_offsets_s: of each rank's clock to the first one's, as its transfers tell.
+        unaligned: transfers whose waiting could not be told from moving bytes, by reason.
+    """
+
+    ranks: tuple[int, ...]
+    steps: tuple[TracedStep, ...]
+    clock_offsets_s: tuple[float, ...]
+    unaligned: tuple[str, ...] = ()
+
+    def of(self, phase: Phase | None) -> tuple[TracedStep, ...]:
+        """The steps of a phase; None for those of which no trace tells it."""
+        return tuple(step for step in self.steps if step.phase is phase)
+
+    @property
+    def unknown_s(self) -> dict[str, float]:
+        """Seconds of all steps and ranks by unknown kernel, the longest first."""
+        return _unknown(self.steps)
+
+    @property
+    def unknown_share(self) -> float:
+        """Share of all steps' time that unknown kernels take."""
+        whole_s = sum(each.duration_s for step in self.steps for each in step.ranks)
+        return sum(self.unknown_s.values()) / whole_s if whole_s else 0.0
+
+    @property
+    def remark(self) -> str:
+        """Says that much is unknown, where it is; else empty."""
+        if self.unknown_share <= UNKNOWN_SHARE:
+            return ""
+        name, seconds = next(iter(self.unknown_s.items()))
+        share = seconds / sum(self.unknown_s.values())
+        return (
+            f"{self.unknown_share:.0%} of the time is in kernels that are not known; "
+            f"{share:.0%} of that in {name}"
+        )
+
+
+def read_step_causes(paths: Iterable[Path]) -> StepCauses:
+    """Read the traces of a server's ranks, one file each.
+
+    Raises:
+        UserError: there is none; one can't be read, is no trace or has no steps; two are of the
+            same rank; some are of a GPU and some not.
+    """
+    traces = [read_rank_trace(path, place) for place, path in enumerate(paths)]
+    if not traces:
+        raise UserError("no traces were given; valid: one file for each rank")
+    traces = _numbered(traces)
+    for one, other in pairwise(traces):
+        if one.rank == other.rank:
+            raise UserError(f"{one.path} and {other.path} are both of rank {one.rank}")
+    on_gpu = [trace for trace in traces if trace.on_gpu]
+    if len(on_gpu) not in (0, len(traces)):
+        other = next(trace for trace in traces if not trace.on_gpu)
+        raise UserError(
+            f"{on_gpu[0].path} has kernels of a GPU, {other.path} has none; give traces of one run"
+        )
+    return step_causes(traces)
+
+
+def _numbered(traces: Sequence[RankTrace]) -> list[RankTrace]:
+    """Traces by rank; replicas that each count from 0 are numbered on, by their files' names."""
+    if len({trace.rank for trace in traces}) < len(traces):
+        places = [tuple(trace.axes.get(axis, 0) for axis in ("dp", "pp", "tp")) for trace in traces]
+        if len(set(places)) == len(places):
+            order = sorted(range(len(places)), key=places.__getitem__)
+            return [replace(traces[at], rank=rank) for rank, at in enumerate(order)]
+    return sorted(traces, key=lambda trace: trace.rank)
+
+
+def step_causes(traces: Sequence[RankTrace]) -> StepCauses:
+    """Align the traces of different ranks, and split the time of their steps."""
+    aligned = align(traces)
+    of_ranks = [_split(trace, aligned.entered_ns[place]) for place, trace in enumerate(traces)]
+    rows = _rows(traces, aligned.step_shifts)
+    steps = []
+    for row in rows:
+        batches = [
+            (traces[place].axes.get("dp", 0), traces[place].spans[at].batch)
+            for place, at in enumerate(row)
+            if at is not None
+        ]
+        of_replicas = list(dict(batches).values())  # ranks of one replica run the same batch
+        phases = {batch.phase for batch in of_replicas if batch.phase}
+        seqs = [batch.num_seqs for batch in of_replicas if batch.num_seqs is not None]
+        tokens = [batch.num_tokens for batch in of_replicas if batch.num_tokens is not None]
+        steps.append(
+            TracedStep(
+                Phase.PREFILL if Phase.PREFILL in phases else next(iter(phases), None),
+                sum(seqs) if seqs else None,
+                sum(tokens) if tokens else None,
+                tuple(of_ranks[place][at] for place, at in enumerate(row) if at is not None),
+            )
+        )
+    return StepCauses(
+        tuple(trace.rank for trace in traces),
+        tuple(steps),
+        tuple(offset / NS_PER_S for offset in aligned.offsets_ns),
+        tuple(aligned.unaligned),
+    )
+
+
+def _rows(traces: Sequence[RankTrace], shifts: Sequence[int]) -> list[list[int | None]]:
+    """For each step of any rank its number on every rank, or None."""
+    first = min(-shift for shift in shifts)
+    last = max(len(trace.spans) - shift for trace, shift in zip(traces, shifts, strict=True))
+    rows: list[list[int | None]] = []
+    for number in range(first, last):
+        row = [
+            number + shift if 0 <= number + shift < len(trace.spans) else None
+            for trace, shift in zip(traces, shifts, strict=True)
+        ]
+        if any(at is not None for at in row):
+            rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A stretch of work as it is counted."""
+
+    start_ns: int
+    end_ns: int
+    order: tuple[int, int, int]  # what comes first counts: kind, stream, start
+    work: Work
+    waits: bool = False
+
+
+def _parts(trace: RankTrace, entered_ns: Mapping[int, int]) -> list[_Part]:
+    """A rank's work, transfers parted at the entry of the last rank."""
+    busy_ns: dict[int, int] = defaultdict(int)
+    for each in trace.work:
+        busy_ns[each.lane] += 0 if each.transfer else each.end_ns - each.start_ns
+    lanes = {lane: place for place, lane in enumerate(sorted(busy_ns, key=lambda x: -busy_ns[x]))}
+    parts = []
+    for at, each in enumerate(trace.work):
+        start_ns, lane = each.start_ns, lanes[each.lane]
+        if not each.transfer:
+            kind = 1 if each.cause is None else 0  # inference comes before training
+            parts.append(_Part(start_ns, each.end_ns, (kind, lane, start_ns), each))
+            continue
+        begin_ns = max(start_ns, min(entered_ns.get(at, start_ns), each.end_ns))
+        parts.append(_Part(start_ns, begin_ns, (3, lane, start_ns), each, waits=True))
+        parts.append(_Part(begin_ns, each.end_ns, (2, lane, start_ns), each))
+    return [part for part in parts if part.end_ns > part.start_ns]
+
+
+class _Account:
+    """What a step's time went to, in nanoseconds."""
+
+    def __init__(self) -> None:
+        self.counted: dict[tuple[Stage | Cause | None, str], int] = defaultdict(int)
+        self.hidden: dict[tuple[Stage | Cause | None, str], int] = defaultdict(int)
+
+    def add(self, active: Iterable[_Part], duration_ns: int) -> None:
+        """Count a stretch of time in which the same parts ran."""
+        ordered = sorted(active, key=lambda part: part.order)
+        if not ordered:
+            self.counted[Cause.HOST_GAPS, ""] += duration_ns
+        for place, part in enumerate(ordered):
+            cause = part.work.cause
+            if part.waits:
+                is_pipeline = cause is Stage.HAND_OVER
+                cause = Cause.PIPELINE_BUBBLE if is_pipeline else Cause.WAITING
+            name = part.work.name if cause is Cause.UNKNOWN else ""
+            (self.hidden if place else self.counted)[cause, name] += duration_ns
+
+
+def _split(trace: RankTrace, entered_ns: Mapping[int, int]) -> list[RankStep]:
+    """The steps of a rank, each moment counted once."""
+    parts = _parts(trace, entered_ns)
+    marks: list[tuple[int, int, int]] = []  # time; 0 an end, 1 a begin; part
+    for number, part in enumerate(parts):
+        marks += [(part.start_ns, 1, number), (part.end_ns, 0, number)]
+    marks.sort()
+    found: list[RankStep] = []
+    active: dict[int, _Part] = {}
+    at = 0
+    for span in trace.spans:
+        account, now_ns = _Account(), span.start_ns
+        while at < len(marks) and marks[at][0] < span.end_ns:
+            time_ns, begins, number = marks[at]
+            if time_ns > now_ns:
+                account.add(active.values(), time_ns - now_ns)
+                now_ns = time_ns
+            if begins:
+                active[number] = parts[number]
+            else:
+                active.pop(number, None)
+            at += 1
+        if span.end_ns > now_ns:
+            account.add(active.values(), span.end_ns - now_ns)
+        before_ns = span.start_ns - trace.spans[len(found) - 1].end_ns if found else 0
+        found.append(_rank_step(trace.rank, span, before_ns, account))
+    return found
+
+
+def _rank_step(rank: int, span: Span, before_ns: int, account: _Account) -> RankStep:
+    counted = {key: ns / NS_PER_S for key, ns in account.counted.items()}
+    hidden = {key: ns / NS_PER_S for key, ns in account.hidden.items()}
+
+    def of_stages(seconds: Mapping[tuple[Stage | Cause | None, str], float]) -> dict[Stage, float]:
+        return {stage: seconds[stage, ""] for stage in Stage if (stage, "") in seconds}
+
+    return RankStep(
+        rank=rank,
+        start_s=span.start_ns / NS_PER_S,
+        duration_s=(span.end_ns - span.start_ns) / NS_PER_S,
+        before_s=before_ns / NS_PER_S,
+        stage_s=of_stages(counted),
+        waiting_s=counted.get((Cause.WAITING, ""), 0.0),
+        bubble_s=counted.get((Cause.PIPELINE_BUBBLE, ""), 0.0),
+        host_gaps_s=counted.get((Cause.HOST_GAPS, ""), 0.0),
+        unknown_s={name: s for (cause, name), s in counted.items() if cause is Cause.UNKNOWN},
+        backward_s=counted.get((None, ""), 0.0),
+        hidden_s=of_stages(hidden),
+        hidden_waiting_s=sum(
+            hidden.get((cause, ""), 0.0) for cause in (Cause.WAITING, Cause.PIPELINE_BUBBLE)
+        ),
+    )
+
+
+def _unknown(steps: Iterable[TracedStep]) -> dict[str, float]:
+    seconds: dict[str, float] = defaultdict(float)
+    for step in steps:
+        for each in step.ranks:
+            for name, of_name_s in each.unknown_s.items():
+                seconds[name[:_NAME_LENGTH]] += of_name_s
+            if each.backward_s:
+                seconds[BACKWARD] += each.backward_s
+    return dict(sorted(seconds.items(), key=lambda item: (-item[1], item[0])))
+
+
+def steps_record(causes: StepCauses, phase: Phase) -> StepsRecord | None:
+    """The traced steps of a phase as a record; None where there are none.
+
+    A step's time holds what passes between two steps of a rank, in the median, as scheduler
+    overhead: in a load with pauses the mean would be the pauses'. The profiler slows what it
+    records, so speeds in it are of profiled steps.
+    """
+    steps = [step for step in causes.of(phase) if step.ranks]
+    if not steps:
+        return None
+    of_ranks = [each for step in steps for each in step.ranks]
+    between_s = median(each.before_s for each in of_ranks)
+    breakdown_s = {
+        cause.value: fmean(fmean(each.causes_s[cause] for each in step.ranks) for step in steps)
+        for cause in _CAUSES
+    }
+    breakdown_s[Cause.ENGINE.value] = between_s
+    durations_s = [fmean(each.duration_s for each in step.ranks) for step in steps]
+    wall_s = sum(durations_s) + between_s * len(steps)
+    num_tokens = sum(step.num_tokens or 0 for step in steps)
+    exchanges_s = [
+        (
+            sum(each.stage_s.get(stage, 0.0) for stage in _EXCHANGES),
+            sum(each.hidden_s.get(stage, 0.0) for stage in _EXCHANGES),
+        )
+        for each in of_ranks
+    ]
+    exposed_s, hidden_s = (sum(side) for side in zip(*exchanges_s, strict=True))
+    of_rank = {rank: [each for each in of_ranks if each.rank == rank] for rank in causes.ranks}
+    return StepsRecord(
+        phase=phase,
+        num_steps=len(steps),
+        num_tokens=num_tokens,
+        num_seqs=sum(step.num_seqs or 0 for step in steps),
+        wall_s=Estimate.of(wall_s),
+        tps=Estimate.of(num_tokens / wall_s),
+        step_s=Summary.of(durations_s),
+        breakdown_s=breakdown_s,
+        hidden_share=hidden_s / (exposed_s + hidden_s) if exposed_s + hidden_s else None,
+        stage_s={
+            stage.label: tuple(
+                sum(each.stage_s.get(stage, 0.0) for each in of_rank[rank]) for rank in causes.ranks
+            )
+            for stage in CAUSE_OF_STAGE
+        },
+        waiting_s=tuple(sum(each.waiting_s for each in of_rank[rank]) for rank in causes.ranks),
+        bubble_s=tuple(sum(each.bubble_s for each in of_rank[rank]) for rank in causes.ranks),
+        unknown_kernels={
+            name: seconds / len(of_ranks)
+            for name, seconds in list(_unknown(steps).items())[:MOST_UNKNOWN]
+        },
+    )
