@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from expertlane.report.document import Answer, Column, Section, Table, Words, number, text
+from expertlane.report.engine_counts import at, counted_by_servers, engine_notes
 from expertlane.report.loads import (
     NAME_COLUMNS,
     Note,
@@ -54,9 +55,21 @@ def server_answer(results: Results) -> Answer:
         " | ".join(setting),
         "",
         parts,
-        [*_errors(found), *_doubts(found), ("Confidence", _sure(results, found))],
+        [
+            *_errors(found),
+            *_doubts(found),
+            *_engine_notes(results, found),
+            ("Confidence", _sure(results, found)),
+        ],
         verdict(results) or headline(results),
     )
+
+
+def _engine_notes(results: Results, found: Sequence[Served]) -> Iterator[Note]:
+    load = results.question["workload"]
+    # Requests of a file may begin alike, too.
+    shares_prefixes = bool(load.get("prefix_len")) or load.get("requests") is not None
+    return engine_notes(found, shares_prefixes=shares_prefixes)
 
 
 def _called(urls: Sequence[str]) -> list[str]:
@@ -125,13 +138,8 @@ def _errors(found: Sequence[Served]) -> Iterator[Note]:
             told += f"; {more} kinds more" if more > 0 else ""
             yield (
                 "Errors",
-                f"{client.num_failed:,} of {num_all:,} requests at {_at(found, each)}: {told}",
+                f"{client.num_failed:,} of {num_all:,} requests at {at(found, each)}: {told}",
             )
-
-
-def _at(found: Sequence[Served], each: Served) -> str:
-    several = len({id(one.record) for one in found}) > 1
-    return f"{each.load} of {each.record.name}" if several else each.load
 
 
 def _failure(failure: FailureRecord) -> str:
@@ -150,7 +158,7 @@ def _doubts(found: Sequence[Served]) -> Iterator[Note]:
     if client.cpu_share > _BUSY:
         yield (
             "Client",
-            f"used {percent(client.cpu_share)} of a core at {_at(found, each)}: it may be what "
+            f"used {percent(client.cpu_share)} of a core at {at(found, each)}: it may be what "
             "was measured",
         )
     late = [
@@ -162,7 +170,7 @@ def _doubts(found: Sequence[Served]) -> Iterator[Note]:
         one, late_s = max(late, key=lambda pair: pair[1])
         yield (
             "Send delay",
-            f"requests were sent up to {milliseconds(late_s)} ms late (p99) at {_at(found, one)}; "
+            f"requests were sent up to {milliseconds(late_s)} ms late (p99) at {at(found, one)}; "
             "latencies count from when they were due",
         )
     yield from _lengths(clients)
@@ -243,4 +251,5 @@ def of_servers(results: Results) -> tuple[Section, ...]:
         Section("Differences", compared, "top", "answer"),
         *by_load(results),
         Section("Client", (client, *failed), chapter="sure"),
+        counted_by_servers(found, list(_engine_notes(results, found))),
     )
