@@ -425,6 +425,7 @@ def bench(
     api_key_file: str | Path | Sequence[str | Path] | None = None,
     num_warm_up: int | None = None,
     request_timeout_s: float | None = None,
+    flush_caches: bool = False,
     dtype: Literal['float32', 'bfloat16', 'float16'] | None = None,
     max_model_len: int | None = None,
     num_blocks: int | None = None,
@@ -496,6 +497,8 @@ def bench(
         api_key_file: File with the API key. A second file is for --compare.
         num_warm_up: Warm-up requests before each load, which are not counted.
         request_timeout_s: Time limit of a request, waiting included.
+        flush_caches: Empty the server's prefix cache before each round: SGLang; vLLM in
+            development mode.
         dtype: Type of weights and activations.
         max_model_len: Longest sequence, in tokens.
         num_blocks: KV-cache blocks per data-parallel rank.

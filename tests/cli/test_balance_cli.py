@@ -1,13 +1,16 @@
+import base64
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from cli.screen import fits_a_screen, tells
+from cli.screen import fits_a_screen, one_line, tells
 from expertlane.balance.holding import ModelPlacement, read_placement, write_placement
 from expertlane.balance.placement import Placement
 from expertlane.balance.trace import RoutingTrace, write_trace
+from expertlane.spec.model import PRESETS
 
 
 def trace_of(num_layers=2, num_experts=8, num_tokens=300, seed=0):
@@ -153,3 +156,36 @@ def test_no_tokens(run):
     assert code == 0
     assert json.loads(out)["total"]["after"] == {"max_over_mean": 0.0, "cross_node_copies": 0}
     assert run("balance", "empty.npz", "--ep", "4")[0] == 0
+
+
+def test_loads_that_sglang_recorded(run, tmp_path):
+    """Without tokens nothing is said of nodes that they cross."""
+    counts = np.ones((3, 2, 8), dtype=np.int32)
+    counts[:, 1, 0] = 20
+    torch.save({"rank": 0, "logical_count": torch.tensor(counts)}, "record.pt")
+    asked = ("balance", "record.pt", "--ep", "4", "--ranks-per-node", "2", "--out", "new")
+    asked += ("--model", "a/model", "--num-redundant-experts", "4")
+    code, out, err = run(*asked)
+    assert (code, err) == (0, "written: new/placement.json\n")
+    assert tells(out, "a/model 52 choices layer 8 experts Only loads not tokens")
+    assert "cross-node" not in out
+    assert fits_a_screen(out)
+    found = json.loads(run(*asked, "--json")[1])
+    assert found["total"]["after"]["max_over_mean"] < found["total"]["before"]["max_over_mean"]
+    assert found["total"]["after"]["cross_node_copies"] is None
+    assert (found["num_tokens"], found["num_experts_per_tok"]) == (None, None)
+    assert read_placement(Path("new/placement.json")).model == "a/model"
+
+
+def test_answers_with_routed_experts(run):
+    model = PRESETS["paper-tiny"]
+    size = (5, model.num_hidden_layers, model.num_experts)
+    ids = np.random.default_rng(0).random(size).argsort()[..., : model.num_experts_per_tok]
+    routed = base64.b64encode(ids.astype("<i4").tobytes()).decode()
+    Path("answers.json").write_text(json.dumps({"meta_info": {"routed_experts": routed}}))
+    code, out, _ = run("balance", "answers.json", "--ep", "2", "--model", "paper-tiny")
+    assert code == 0
+    assert tells(out, "paper-tiny 5 tokens")
+    code, out, err = run("balance", "answers.json", "--ep", "2")
+    assert (code, out) == (2, "")
+    assert one_line(err, "answers.json --model")

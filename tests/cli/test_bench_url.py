@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli.screen import one_line, tells
-from client.fake_server import answer, error, fakes
+from client.fake_server import answer, error, fakes, page
 from engine.ranks.processes import wait_until
 from expertlane.results.file import read
 
@@ -82,6 +82,52 @@ def test_two_servers_and_their_page(run, fake, tmp_path):
     assert len(results.ratios) >= 5
     assert {each.num_rounds for each in results.ratios} == {5}
     assert second.keys[-1] == f"bearer {KEY}"
+
+
+RANK = "<script>alert(2)</script>"
+
+
+def test_what_the_server_counted_is_in_results_and_page(run, fake, tmp_path):
+    """Every reading is one request later: then others use the server."""
+    num_reads = 0
+
+    def metrics():
+        nonlocal num_reads
+        num_reads += 1
+        return page(
+            f'vllm:request_success_total{{engine="{RANK}",finished_reason="length"}} '
+            f"{100 * num_reads}\n"
+            f'vllm:generation_tokens_total{{engine="{RANK}"}} 9\n'
+            'vllm:generation_tokens_total{engine="1"} 9\n'
+            "vllm:num_preemptions_total 0\n"
+        )
+
+    server = fake(metrics=metrics)
+    asked = ["bench", "--url", server.url, *SHORT, "--out", "found", "--flush-caches"]
+    code, out, err = run(*asked)
+    assert code == 0, err
+    assert tells(" ".join(out.split()), "Other traffic requests of other clients")
+    assert len(out.splitlines()) <= 40
+    shown = (tmp_path / "found" / "report.html").read_text("utf-8")
+    assert RANK not in shown
+    assert "&lt;script&gt;alert(2)" in shown
+    assert "Counted by the server" in shown
+    assert f"The prefix cache of {server.url} could not be emptied" in shown
+    (serving,) = read(tmp_path / "found").deployments[0].serving
+    assert set(serving.engine.by_rank) == {RANK, "1"}
+    assert serving.engine.num_others > 0
+    code, out, err = run("report", "found", "--export", "csv", "--out", "again")
+    assert code == 0, err
+    assert RANK not in out
+
+
+def test_results_written_before_servers_were_asked_are_read(run, fake, tmp_path):
+    assert run("bench", "--url", fake().url, *SHORT, "--out", "found")[0] == 0
+    path = tmp_path / "found" / "results.json"
+    found = json.loads(path.read_text())
+    del found["deployments"][0]["serving"][0]["engine"]
+    path.write_text(json.dumps(found))
+    assert read(path).deployments[0].serving[0].engine is None
 
 
 def letters(folder):

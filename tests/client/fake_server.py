@@ -18,17 +18,22 @@ class Fake:
     Args:
         generate: gets the reader's JSON and the number of the request; gives an answer's bytes,
             after which the connection is closed, or stays open where they say their length.
+        metrics: gives the answer of its /metrics; None for none.
 
     Attributes:
         asked: the JSON of all requests for text, in their order.
         keys: the Authorization of each.
+        others: routes that were asked for, with their methods, but those of metrics.
     """
 
     def __init__(
         self,
         generate: Callable[[dict[str, Any], int], Parts] | None = None,
         models: tuple[str, ...] = ("paper-tiny",),
+        metrics: Callable[[], bytes] | None = None,
     ) -> None:
+        self.metrics = metrics
+        self.others: list[str] = []
         self.asked: list[dict[str, Any]] = []
         self.keys: list[str] = []
         self._generate = generate or answer
@@ -82,7 +87,11 @@ class Fake:
         headers = dict(line.lower().split(": ", 1) for line in lines if line)
         body = await reader.readexactly(int(headers.get("content-length", 0)))
         route = first.split()[1]
+        if route == "/metrics" and self.metrics is not None:
+            writer.write(self.metrics())
+            return True
         if not route.endswith("/completions"):
+            self.others.append(" ".join(first.split()[:2]))
             writer.write(self._about(route))
             return True
         self.asked.append(json.loads(body))
@@ -123,6 +132,12 @@ END = b"0\r\n\r\n"
 def whole(value: Any, status: int = 200) -> bytes:
     body = json.dumps(value).encode()
     return HEAD % (status, JSON) + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def page(text: str, status: int = 200) -> bytes:
+    """A page of metrics."""
+    body = text.encode()
+    return HEAD % (status, b"text/plain") + b"Content-Length: %d\r\n\r\n" % len(body) + body
 
 
 def error(status: int, message: str = "no") -> bytes:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from operator import itemgetter
 from pathlib import Path
+from tokenize import TokenError
 from typing import IO, Any, Self
 
 import numpy as np
@@ -29,7 +30,9 @@ from expertlane.spec.ranges import RANGES, shown, take
 
 SCHEMA_VERSION = 1
 _KEYS = ("schema_version", "model", "num_experts", "layers", "topk_ids", "step")
-_DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, RuntimeError, struct.error)
+# NumPy reads an array's header as Python's syntax.
+DAMAGED_ARRAY = (ValueError, TypeError, EOFError, SyntaxError, TokenError)
+_DAMAGED = (zipfile.BadZipFile, zlib.error, RuntimeError, struct.error, *DAMAGED_ARRAY)
 
 Step = tuple[int, Sequence[Mapping[int, npt.NDArray[np.integer]]]]
 
@@ -241,11 +244,12 @@ class PlacementScore:
     Attributes:
         max_over_mean: fullest over mean of `Placement.rank_loads`; for all layers, the sum
             of their fullest ranks over the sum of their means. 0 without tokens.
-        cross_node_copies: copies of tokens sent to another node.
+        cross_node_copies: copies of tokens sent to another node; None where it is not known which
+            tokens chose an expert.
     """
 
     max_over_mean: float
-    cross_node_copies: int
+    cross_node_copies: int | None
 
 
 @dataclass(frozen=True)
@@ -264,7 +268,9 @@ class Comparison:
 
 
 def compare(
-    trace: RoutingTrace,
+    layers: Sequence[int],
+    load: npt.NDArray[np.int64],
+    topk_ids: npt.NDArray[np.integer] | None,
     before: Sequence[Placement],
     after: Sequence[Placement],
     ranks_per_node: int,
@@ -272,28 +278,34 @@ def compare(
     """Layer by layer, then all layers; tokens are taken to sit on the nodes in turn.
 
     Args:
+        layers, load, topk_ids: as in `RoutingTrace`; `topk_ids` None where only loads are known.
         before, after: [num_layers].
         ranks_per_node: consecutive ranks that share a node.
     """
     needed = between_ranks(moves(before, after, ranks_per_node))
     num_moves = np.bincount([move.layer for move in needed], minlength=len(before))
-    old, new = (_score(trace, each, ranks_per_node) for each in (before, after))
+    old, new = (_score(load, topk_ids, each, ranks_per_node) for each in (before, after))
     counts = (*num_moves.tolist(), len(needed))
-    return list(map(Comparison, (*trace.layers, None), old, new, counts))
+    return list(map(Comparison, (*layers, None), old, new, counts))
 
 
 def _score(
-    trace: RoutingTrace, placements: Sequence[Placement], ranks_per_node: int
+    load: npt.NDArray[np.int64],
+    topk_ids: npt.NDArray[np.integer] | None,
+    placements: Sequence[Placement],
+    ranks_per_node: int,
 ) -> list[PlacementScore]:
     """The score of each layer, then of all layers together."""
-    loads = rank_loads(placements, trace.load(), ranks_per_node)
+    loads = rank_loads(placements, load, ranks_per_node)
+    ratios = (*max_over_mean(loads).tolist(), total_max_over_mean(loads))
+    if topk_ids is None:
+        return [PlacementScore(ratio, None) for ratio in ratios]
     num_nodes = placements[0].ep // ranks_per_node
-    source_node = spread_sources(trace.num_tokens, num_nodes)
+    source_node = spread_sources(topk_ids.shape[1], num_nodes)
     copies = [
         cross_node_copies(ids, each, ranks_per_node, source_node)
-        for ids, each in zip(trace.topk_ids, placements, strict=True)
+        for ids, each in zip(topk_ids, placements, strict=True)
     ]
-    ratios = (*max_over_mean(loads).tolist(), total_max_over_mean(loads))
     return list(map(PlacementScore, ratios, (*copies, sum(copies))))
 
 

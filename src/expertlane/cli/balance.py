@@ -9,7 +9,12 @@ import typer
 
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import placement_option, ranks_per_node_option, redundant_option
+from expertlane.cli.options import (
+    known_models,
+    placement_option,
+    ranks_per_node_option,
+    redundant_option,
+)
 from expertlane.cli.output import (
     AnswerOptions,
     Call,
@@ -25,8 +30,8 @@ from expertlane.spec.files import strict_json
 from expertlane.spec.ranges import take
 
 if TYPE_CHECKING:
+    from expertlane.balance.engine_routing import Routing
     from expertlane.balance.placement import Placement
-    from expertlane.balance.trace import RoutingTrace
     from expertlane.report.placement import Evaluated
 
 _FILE = "placement.json"
@@ -36,7 +41,15 @@ _FILE = "placement.json"
 class _Options:
     panel: ClassVar = Panel.DEPLOYMENT
     trace: Path = typer.Argument(
-        metavar="ROUTING_TRACE", help="What expertlane generate --record-routing wrote."
+        metavar="ROUTING_TRACE",
+        help="What expertlane generate --record-routing wrote; SGLang's expert distribution record "
+        "(.pt); answers of vLLM or SGLang with routed experts (JSON).",
+    )
+    model: str | None = typer.Option(
+        None,
+        autocompletion=known_models,
+        show_default="as the file says",
+        help="Model of another engine's file: preset, checkpoint, or for a record any name.",
     )
     ep_ranks: int = typer.Option(
         ..., "--ep", help="Expert-parallel ranks; ranks that share a sharded expert count as one."
@@ -101,10 +114,9 @@ def balance(own: _Options, output_options: AnswerOptions) -> None:
     """
     from expertlane.balance.holding import ModelPlacement, write_placement
     from expertlane.balance.placement import keep_slots
-    from expertlane.balance.trace import read_trace
     from expertlane.report.placement import report_of
 
-    read = read_trace(own.trace)
+    read = _routing(own)
     take(
         "num_slots",
         own.num_redundant_experts + read.num_experts,
@@ -133,7 +145,18 @@ def balance(own: _Options, output_options: AnswerOptions) -> None:
         print_written([folder / _FILE])
 
 
-def _made(trace: "RoutingTrace", own: _Options) -> "list[Placement]":
+def _routing(own: _Options) -> "Routing":
+    """The file's trace or loads; answers alone need the model's configuration."""
+    from expertlane.balance.engine_routing import is_answers, read_routing
+    from expertlane.cli.model import find_model
+
+    model = None
+    if own.model is not None and is_answers(own.trace):
+        model = find_model(own.model, weights=False).config
+    return read_routing(own.trace, model, own.model)
+
+
+def _made(trace: "Routing", own: _Options) -> "list[Placement]":
     from expertlane.balance.placement import Placement
     from expertlane.balance.planner import plan_placement
     from expertlane.balance.trace import coactivation
@@ -146,18 +169,19 @@ def _made(trace: "RoutingTrace", own: _Options) -> "list[Placement]":
         if own.placement == "round_robin":
             return [Placement.round_robin(num_experts, own.ep_ranks, redundant)] * num_layers
         together = None
-        if not own.no_coactivation and own.ep_ranks > own.per_node:
-            together = [coactivation(ids, num_experts) for ids in trace.topk_ids]
+        chosen = None if own.no_coactivation else trace.topk_ids
+        if chosen is not None and own.ep_ranks > own.per_node:
+            together = [coactivation(ids, num_experts) for ids in chosen]
         return plan_placement(trace.load(), own.ep_ranks, own.per_node, redundant, together)
 
 
-def _linear(trace: "RoutingTrace", ranks: int, redundant: int) -> "list[Placement]":
+def _linear(trace: "Routing", ranks: int, redundant: int) -> "list[Placement]":
     from expertlane.balance.placement import Placement
 
     return [Placement.linear(trace.num_experts, ranks, redundant)] * len(trace.layers)
 
 
-def _read(path: Path, trace: "RoutingTrace", ranks: int) -> "list[Placement]":
+def _read(path: Path, trace: "Routing", ranks: int) -> "list[Placement]":
     from expertlane.balance.holding import read_placement
 
     found = read_placement(path)
@@ -168,31 +192,45 @@ def _read(path: Path, trace: "RoutingTrace", ranks: int) -> "list[Placement]":
 
 
 def _evaluated(
-    trace: "RoutingTrace", before: "list[Placement]", after: "list[Placement]", own: _Options
+    trace: "Routing", before: "list[Placement]", after: "list[Placement]", own: _Options
 ) -> "Evaluated":
-    from expertlane.balance.trace import compare
+    from expertlane.balance.trace import RoutingTrace, compare
     from expertlane.report.numbers import counted
     from expertlane.report.placement import Evaluated
 
-    *layers, total = compare(trace, before, after, own.per_node)
+    *layers, total = compare(
+        trace.layers, trace.load(), trace.topk_ids, before, after, own.per_node
+    )
     num_nodes = own.ep_ranks // own.per_node
     setting = (
-        f"{trace.model} | {counted(trace.num_tokens, 'token')}, {trace.num_experts_per_tok} of "
-        f"{trace.num_experts} experts each | EP {own.ep_ranks} on {counted(num_nodes, 'node')}, "
+        f"{trace.model} | {_size(trace)} | EP {own.ep_ranks} on {counted(num_nodes, 'node')}, "
         f"{max(each.num_slots for each in after):,} physical experts per layer"
     )
     is_own = own.placement is None
-    return Evaluated(trace.model, setting, layers, total, trace.num_tokens, num_nodes, is_own)
+    num_tokens = trace.num_tokens if isinstance(trace, RoutingTrace) else None
+    return Evaluated(trace.model, setting, layers, total, num_tokens, num_nodes, is_own)
+
+
+def _size(trace: "Routing") -> str:
+    from expertlane.balance.trace import RoutingTrace
+    from expertlane.report.numbers import counted
+
+    if isinstance(trace, RoutingTrace):
+        return (
+            f"{counted(trace.num_tokens, 'token')}, {trace.num_experts_per_tok} of "
+            f"{trace.num_experts} experts each"
+        )
+    return f"{trace.num_choices:,} choices in a layer, of {trace.num_experts} experts"
 
 
 def _json(
-    trace: "RoutingTrace", placements: "list[Placement]", placed: "Evaluated", own: _Options
+    trace: "Routing", placements: "list[Placement]", placed: "Evaluated", own: _Options
 ) -> str:
     shown = {
         "model": trace.model,
         "num_experts": trace.num_experts,
         "num_experts_per_tok": trace.num_experts_per_tok,
-        "num_tokens": trace.num_tokens,
+        "num_tokens": placed.num_tokens,
         "ep": own.ep_ranks,
         "ranks_per_node": own.per_node,
         "num_slots": max(each.num_slots for each in placements),

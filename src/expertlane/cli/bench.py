@@ -27,6 +27,8 @@ from expertlane.errors import UserError, naming
 from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from expertlane.client.run import Asked, Seen, Target
     from expertlane.client.server import Vocabulary
     from expertlane.results.results import Results
@@ -76,6 +78,10 @@ class UrlOptions:
         help="Warm-up requests before each load, which are not counted.",
     )
     request_timeout_s: float | None = request_timeout_option("600")
+    flush_caches: bool = typer.Option(
+        False,
+        help="Empty the server's prefix cache before each round: SGLang; vLLM in development mode.",
+    )
 
     def check_unused(self) -> None:
         """Refuse these options where there is no server.
@@ -318,6 +324,7 @@ def run_url(
         options.endpoint == "chat",
         options.num_warm_up,
         options.num_rounds,
+        flushes_caches=options.flush_caches,
         **more,
     )
     hosts = [f"{each.url.host}-{each.url.port}" for each in targets]
@@ -345,6 +352,13 @@ def _results(
         },
         seen.records,
         ratios=seen.ratios,
-        cautions=(f"Partial: {seen.why_ended} before all was measured.",) if seen.why_ended else (),
+        cautions=tuple(_cautions(seen)),
     )
     return results if load.price is None else with_costs(results, load.price)
+
+
+def _cautions(seen: "Seen") -> "Iterator[str]":
+    if seen.why_ended:
+        yield f"Partial: {seen.why_ended} before all was measured."
+    for url in seen.unflushed:
+        yield f"The prefix cache of {url} could not be emptied: no route for that, or it refused."

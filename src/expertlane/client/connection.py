@@ -95,6 +95,7 @@ class Answer:
     Attributes:
         body: the body so far.
         times_s, ends: arrival time of each part of the body, and its end offset there.
+        most_bytes: the body's largest size; beyond it the connection is closed.
     """
 
     status: int = 0
@@ -102,6 +103,7 @@ class Answer:
     body: bytearray = field(default_factory=bytearray)
     times_s: "array[float]" = field(default_factory=lambda: array("d"))
     ends: "array[int]" = field(default_factory=lambda: array("q"))
+    most_bytes: int = MOST_ANSWER_BYTES
 
     @property
     def is_stream(self) -> bool:
@@ -186,8 +188,8 @@ class _Connection(asyncio.Protocol):
         answer.times_s.append(time.perf_counter())
         answer.body += part
         answer.ends.append(len(answer.body))
-        if len(answer.body) > MOST_ANSWER_BYTES:
-            self._fail(ClosedEarly(f"an answer of more than {MOST_ANSWER_BYTES:,} bytes"))
+        if len(answer.body) > answer.most_bytes:
+            self._fail(ClosedEarly(f"an answer of more than {answer.most_bytes:,} bytes"))
             self.close()
 
     def on_message_complete(self) -> None:

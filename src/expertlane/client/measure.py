@@ -9,12 +9,15 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from expertlane.client.connection import Answer, AnswerError, Generated
 from expertlane.client.server import Server
+from expertlane.client.watch import Watched, engine_record
+from expertlane.results.engine_record import EngineCounts, RoundCounts
 from expertlane.results.estimate import Estimate, Summary, median_interval, ratio_interval
 from expertlane.results.metrics import ServedRequest, serving_record
 from expertlane.results.record import RatioRecord
@@ -57,6 +60,7 @@ class Driven:
         num_unsent: requests that were not sent, or not waited for.
         why_ended: why the load ended early; empty where it did not.
         cpu_s, wall_s: CPU time of this process, and duration of the load.
+        watched: what the server's own metrics tell; None where it has none.
     """
 
     sent: list[Sent] = field(default_factory=list)
@@ -65,6 +69,7 @@ class Driven:
     cpu_s: float = 0.0
     wall_s: float = 0.0
     began_s: float = 0.0
+    watched: Watched | None = None
 
 
 class Stop:
@@ -93,7 +98,7 @@ async def drive(
     timeout_s: float,
     on_finished: Callable[[], None] = lambda: None,
 ) -> Driven:
-    """Send requests, and wait for all.
+    """Send requests, and wait for all; meanwhile the server's metrics are read.
 
     Args:
         requests: by due time.
@@ -102,6 +107,21 @@ async def drive(
         on_finished: called after each.
     """
     run = _Run(server, stop, timeout_s, on_finished)
+    watch = server.watch
+    if watch is None:
+        return await _driven(run, requests, max_unfinished, stop)
+    before = await watch.read()
+    async with watch.watching() as watched:
+        found = await _driven(run, requests, max_unfinished, stop)
+    found.watched = watched
+    if not found.why_ended:
+        await watch.settle(watched, before, partial(_both, found))
+    return found
+
+
+async def _driven(
+    run: "_Run", requests: Sequence[TimedRequest], max_unfinished: int | None, stop: Stop
+) -> Driven:
     cpu_s, found = time.process_time(), run.driven
     found.began_s = time.perf_counter()
     load = run.closed(requests, max_unfinished) if max_unfinished else run.open(requests)
@@ -118,6 +138,30 @@ async def drive(
     found.num_unsent = len(requests) - len(found.sent)
     found.why_ended = stop.why
     return found
+
+
+def _both(driven: Driven, engine: EngineCounts) -> RoundCounts:
+    """The client's counts of a load beside the engine's."""
+    answered = [(each.request, each.generated) for each in driven.sent if each.generated]
+    failed = [each.request for each in driven.sent if each.generated is None]
+    prompts = [found.num_prompt_tokens for _, found in answered]
+    outputs = [found.num_tokens for _, found in answered]
+    return RoundCounts(
+        engine,
+        EngineCounts(
+            num_requests=len(answered),
+            num_aborted=len(failed),
+            num_prompt_tokens=_sum_of_all(prompts),
+            num_output_tokens=_sum_of_all(outputs),
+        ),
+        sum(len(each.prompt_token_ids) for each in failed),
+        sum(each.output_len for each in failed),
+    )
+
+
+def _sum_of_all(counts: Sequence[int | None]) -> int | None:
+    known = [each for each in counts if each is not None]
+    return sum(known) if len(known) == len(counts) else None
 
 
 class _Run:
@@ -232,12 +276,16 @@ def load_record(load: Load, rounds: Sequence[Round], slos: Sequence[SLO]) -> Ser
     ]
     known = [each for each in cached if each is not None]
     medians: dict[str, Any] = _medians([each.record for each in full])
+    engine = engine_record([each.driven.watched for each in rounds])
+    counts = EngineCounts() if engine is None else engine.counts
     return replace(
         record,
         batch=load.batch,
         rate=load.rate,
-        num_cached_tokens=sum(known) if known else None,
+        num_cached_tokens=sum(known) if known else counts.num_cached_tokens,
+        num_preemptions=counts.num_preemptions,
         client=client,
+        engine=engine,
         **medians,
     )
 

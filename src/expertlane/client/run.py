@@ -5,13 +5,13 @@ import resource
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import uvloop
 
 from expertlane.client.connection import Connections, Url
 from expertlane.client.measure import Driven, Round, Stop, drive, load_record, ratios
-from expertlane.client.server import Server, Vocabulary, find_server
+from expertlane.client.server import Server, Vocabulary, alike, find_server, flush_caches
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.progress import Progress
 from expertlane.results.record import DeploymentRecord, RatioRecord
@@ -42,6 +42,7 @@ class Asked:
         num_warm_up: requests before each load that are not counted; None for a usual number.
         num_rounds: repetitions, each of requests of its own.
         timeout_s: seconds that a request may take.
+        flushes_caches: whether prefix caches are emptied before each round.
     """
 
     loads: Sequence[Load]
@@ -52,6 +53,7 @@ class Asked:
     num_warm_up: int | None = None
     num_rounds: int = 1
     timeout_s: float = 600.0
+    flushes_caches: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class Seen:
         ratios: the first of two servers over the second.
         why_ended: why measuring ended early; empty where it did not.
         signal: the signal that ended it.
+        unflushed: URLs of servers whose prefix cache could not be emptied, though that was asked.
     """
 
     records: tuple[DeploymentRecord, ...]
@@ -70,6 +73,7 @@ class Seen:
     ratios: tuple[RatioRecord, ...]
     why_ended: str
     signal: int | None
+    unflushed: tuple[str, ...] = ()
 
 
 def measure(targets: Sequence[Target], asked: Asked, progress: Progress) -> Seen:
@@ -118,16 +122,18 @@ async def _measure(targets: Sequence[Target], asked: Asked, progress: Progress) 
             looking.cancel()
             await asyncio.gather(looking, return_exceptions=True)
             raise KeyboardInterrupt
-        servers = await looking
+        servers = alike(await looking)
         _check(servers, asked)
-        rounds = await _rounds(servers, asked, stop, progress)
+        unflushed = list[str]()
+        rounds = await _rounds(servers, asked, stop, progress, unflushed)
     finally:
         for connections in several:
             connections.close()
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
-    return _seen(servers, asked, rounds, stop.why, told[0] if told else None)
+    seen = _seen(servers, asked, rounds, stop.why, told[0] if told else None)
+    return replace(seen, unflushed=tuple(dict.fromkeys(unflushed)))
 
 
 def headers_of(target: Target) -> dict[str, str]:
@@ -146,8 +152,13 @@ _Rounds = dict[tuple[int, int], list[Round]]  # by server and load
 
 
 async def _rounds(
-    servers: Sequence[Server], asked: Asked, stop: Stop, progress: Progress
+    servers: Sequence[Server], asked: Asked, stop: Stop, progress: Progress, unflushed: list[str]
 ) -> _Rounds:
+    """All rounds of all loads: in a round every server gets the same requests, in another others.
+
+    Args:
+        unflushed: gets the URLs of servers whose prefix cache could not be emptied.
+    """
     found: _Rounds = {}
     for place, load in enumerate(asked.loads):
         for server in servers:
@@ -161,6 +172,9 @@ async def _rounds(
             for which in order:
                 if stop.why:
                     break
+                connections = servers[which].connections
+                if asked.flushes_caches and not await flush_caches(connections):
+                    unflushed.append(str(connections.url))
                 one = await one_round(servers[which], load, asked, place, number, stop, progress)
                 found.setdefault((which, place), []).append(one)
         progress.done()

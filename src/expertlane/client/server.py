@@ -19,6 +19,7 @@ from expertlane.client.connection import (
     error_message,
     read_answer,
 )
+from expertlane.client.watch import Watch
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import TimedRequest
@@ -93,6 +94,7 @@ class Vocabulary:
 
 
 PROBE_S = 120.0  # a server's first step may compile
+_FLUSH_S = 30.0
 _SAMPLE_TEXT = (
     "The quick brown fox jumps over the lazy dog; 0123456789 of them were seen by farmers, "
     "sailors and clerks in the year of the great flood, when nobody had yet thought of counting "
@@ -134,6 +136,7 @@ class Server:
         software: software and version by the server's own account; may be empty.
         max_model_len: None where it does not say.
         num_extra: tokens that it adds to a prompt: a chat's template, or a first token.
+        watch: reads its metrics; None where it has none of a known engine.
     """
 
     connections: Connections
@@ -143,6 +146,7 @@ class Server:
     vocabulary: Vocabulary
     form: Form
     num_extra: int = 0
+    watch: Watch | None = None
 
     def body(self, request: TimedRequest) -> bytes:
         """A request as JSON."""
@@ -217,7 +221,8 @@ async def find_server(
                 vocabulary,
                 Form(is_chat, as_tokens=not is_chat, ignores_eos=True),
             )
-            return await _tried(found, is_chat=is_chat)
+            tried = await _tried(found, is_chat=is_chat)
+            return replace(tried, watch=await Watch.find(connections))
     except TimeoutError:
         raise Unreachable(f"{url} did not answer within {timeout_s:g} s") from None
     except ConnectionFailed as error:
@@ -318,3 +323,37 @@ async def _tried(server: Server, *, is_chat: bool) -> Server:
         return replace(tried, num_extra=extra)
     assert refusal is not None
     raise UserError(f"{server.connections.url} refuses a request: {refusal.name}, {refusal}")
+
+
+def alike(servers: Sequence[Server]) -> list[Server]:
+    """The servers with one vocabulary, of the tokens that all have: then prompts are the same.
+
+    Where they have no token in common, each keeps its own.
+    """
+    own = [each.vocabulary.token_ids for each in servers]
+    if all(each == own[0] for each in own):
+        return list(servers)
+    common = sorted(set(own[0]).intersection(*own[1:]))
+    if not common:
+        return list(servers)
+    return [
+        replace(each, vocabulary=replace(each.vocabulary, token_ids=common)) for each in servers
+    ]
+
+
+# SGLang's python/sglang/srt/entrypoints/http_server.py, which refuses while requests run; vLLM's
+# vllm/entrypoints/serve/dev, only with VLLM_SERVER_DEV_MODE=1.
+_FLUSHES = "/flush_cache", "/reset_prefix_cache"
+
+
+async def flush_caches(connections: Connections) -> bool:
+    """Empty a server's prefix cache; gives whether it was emptied, as it has a route for that."""
+    for route in _FLUSHES:
+        try:
+            async with asyncio.timeout(_FLUSH_S):
+                answer = await connections.ask("POST", route)
+        except (TimeoutError, ConnectionFailed, ClosedEarly):
+            return False
+        if answer.status == 200:
+            return True
+    return False

@@ -33,7 +33,7 @@ from expertlane.client.run import (
     one_round,
     warm_up,
 )
-from expertlane.client.server import PROBE_S, Server, Unreachable, find_server
+from expertlane.client.server import PROBE_S, Server, Unreachable, Vocabulary, find_server
 from expertlane.comparison.engines.engine import CannotServe, Engine, Start
 from expertlane.comparison.server_process import ServerError, ServerProcess, command_line
 from expertlane.comparison.torch_trace import read_step_causes, steps_record
@@ -178,11 +178,13 @@ class Served:
         """The server as the client sees it."""
         asked, connections = self.setting.asked, Connections(target.url, headers_of(target))
         try:
-            yield await find_server(
-                *(connections, target.model, asked.tokenizer),
+            found = await find_server(
+                *(connections, target.model, asked.tokenizer or self.up.vocabulary),
                 is_chat=asked.is_chat,
                 timeout_s=min(PROBE_S, asked.timeout_s),
             )
+            self.up.vocabulary = found.vocabulary  # so that all get the same prompts
+            yield found
         finally:
             connections.close()
 
@@ -254,9 +256,14 @@ class Served:
 
 
 class _Up:
-    """The one server that was started here and runs, if any; used as a context manager."""
+    """The one server that was started here and runs, if any; used as a context manager.
+
+    Attributes:
+        vocabulary: tokens of all prompts: those that the first server told.
+    """
 
     def __init__(self) -> None:
+        self.vocabulary: Vocabulary | None = None
         self._served: Served | None = None
         self._process: ServerProcess | None = None
 

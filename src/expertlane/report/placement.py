@@ -18,7 +18,7 @@ class Evaluated:
     Attributes:
         setting: model and placement, in a line.
         layers, total: before and after, layer by layer and over all.
-        num_tokens: tokens of the trace.
+        num_tokens: tokens of the trace; None where only loads of experts are known.
         num_nodes: nodes that ranks are on.
         is_own: whether the placement was made from this trace.
     """
@@ -27,7 +27,7 @@ class Evaluated:
     setting: str
     layers: Sequence[Comparison]
     total: Comparison
-    num_tokens: int
+    num_tokens: int | None
     num_nodes: int
     is_own: bool
 
@@ -60,7 +60,7 @@ def report_of(placed: Evaluated, command: str, created: str) -> Report:
 
 def _headline(placed: Evaluated) -> str:
     before, after = placed.total.before.max_over_mean, placed.total.after.max_over_mean
-    if not placed.num_tokens:
+    if placed.num_tokens == 0:
         return "The trace has no tokens: nothing to balance."
     if before == after:
         return f"Max/mean load of ranks stays {after:.3f}."
@@ -80,11 +80,11 @@ def _table(placed: Evaluated, title: str, layers: Sequence[Comparison]) -> Table
         number("max/mean before", lambda each: each.before.max_over_mean, "{:.3f}".format),
         number("after", lambda each: each.after.max_over_mean, "{:.3f}".format),
     ]
-    if placed.num_nodes > 1:
+    if placed.num_nodes > 1 and num_tokens is not None:
 
         def per_token(each: Comparison, score: PlacementScore) -> float:
             of = len(placed.layers) if each.layer is None else 1
-            return score.cross_node_copies / max(num_tokens * of, 1)
+            return (score.cross_node_copies or 0) / max(num_tokens * of, 1)
 
         columns += [
             number("cross-node before", lambda each: per_token(each, each.before), "{:.3f}".format),
@@ -97,16 +97,24 @@ def _table(placed: Evaluated, title: str, layers: Sequence[Comparison]) -> Table
 def _notes(placed: Evaluated) -> list[str]:
     """Notes on the meaning of the numbers, and how far to trust them."""
     notes = ["Before: experts in order. To move: experts that ranks must fetch."]
-    if placed.num_nodes > 1:
+    if placed.num_tokens is None:
+        notes.append(
+            "Only loads of experts are known, not tokens: what crosses nodes is not told, nor "
+            "which experts are chosen together."
+        )
+    elif placed.num_nodes > 1:
         notes.append("Cross-node: copies of tokens sent to other nodes, per token and layer.")
         before, after = placed.total.before, placed.total.after
-        if after.cross_node_copies > before.cross_node_copies:
+        if (after.cross_node_copies or 0) > (before.cross_node_copies or 0):
             is_price = after.max_over_mean < before.max_over_mean
             why = ": the price of balance." if is_price else ", and load is not better balanced."
             notes.append(f"Cross-node copies rose{why}")
     if placed.is_own:
+        made_from = "loads"
+        if placed.num_tokens is not None:
+            made_from = counted(placed.num_tokens, "token")
         notes.append(
-            f"Evaluated on the {counted(placed.num_tokens, 'token')} it was made from, so "
-            "optimistic: check it on another trace with --placement."
+            f"Evaluated on the {made_from} it was made from, so optimistic: check it on another "
+            "trace with --placement."
         )
     return notes

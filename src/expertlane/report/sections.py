@@ -6,6 +6,7 @@ from dataclasses import replace
 from expertlane.report import load_plots, plan_answer, planning, plots, servers, serving
 from expertlane.report.answer import comparison_answer
 from expertlane.report.compared import Comparison, Row, projected, run
+from expertlane.report.compared_servers import servers_answer, servers_sections
 from expertlane.report.document import Answer, Chapter, ChapterName, Report, Section
 from expertlane.report.loads import NAME_COLUMNS
 from expertlane.report.numbers import shortened
@@ -138,11 +139,11 @@ def _compared_servers(results: Results) -> _Made:
     """A comparison of servers, with its projection if there is one."""
     name, modelled = _named(results), projected(results)
     sections = [
-        *servers.compared_sections(results),
+        *servers_sections(results),
         *(_projected(results, modelled) if modelled is not None else ()),
         *_of("setup", setup(results, "Controlled variables (the same for every deployment)")),
     ]
-    return f": {name}", servers.compared_answer(name, results), tuple(sections)
+    return f": {name}", servers_answer(name, results), tuple(sections)
 
 
 def _comparison(results: Results) -> _Made:

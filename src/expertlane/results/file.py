@@ -326,7 +326,7 @@ Cell = str | int | float | bool | None
 Row = dict[str, Cell]
 
 _PARTS = ("steps", "serving")  # of a record; each of their items is a row
-_LEFT_OUT = {"timeline", "traffic", "bottleneck", "dispatch_table"}
+_LEFT_OUT = {"timeline", "traffic", "bottleneck", "dispatch_table", "by_rank", "gauges"}
 _NAMES = {  # where the field's own lacks a unit, or says too little in a table
     "rate": "arrivals_per_s",
     "goodput": "good_requests_per_s",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
+from expertlane.results.engine_record import EngineRecord
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.hardware import KnownError
 from expertlane.spec.ranges import Strict
@@ -164,6 +165,7 @@ class ServingRecord(Strict):
             without any.
         good_share: share of such requests.
         client: the client's numbers, where a server was measured from outside.
+        engine: what that server's own metrics tell; None where it has none.
         sample: the stretch of a steady state; None where all requests were served to the last.
         usd_per_million_output, usd_per_million_total: dollars for a million output tokens, or
             prompt and output tokens, by the price of devices; None without one.
@@ -195,6 +197,7 @@ class ServingRecord(Strict):
     usd_per_million_output: Estimate | None = None
     usd_per_million_total: Estimate | None = None
     client: ClientRecord | None = None
+    engine: EngineRecord | None = None
     sample: SampleRecord | None = None
 
     @property

@@ -1,0 +1,213 @@
+"""A server's own metrics before, during and after a load: what it counted, and its queues."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+
+from expertlane.client.connection import (
+    Answer,
+    ClosedEarly,
+    ConnectionFailed,
+    Connections,
+)
+from expertlane.client.prometheus import MOST_PAGE_BYTES, Gauges, Page, read_page
+from expertlane.results.engine_record import (
+    EngineCounts,
+    EngineRecord,
+    GaugesRecord,
+    RankGauges,
+    RoundCounts,
+    joined,
+)
+
+# The second is TensorRT-LLM's, whose /metrics is a list of iterations in JSON.
+_ROUTES = ("/metrics", "/prometheus/metrics")
+_READ_S = 5.0  # that a page may take
+_EVERY_S = 0.5
+_MOST_SHARE = 0.05  # of the time, that reading may take: a server makes its page while it serves
+_MOST_SAMPLES = 256  # of a round; then every second one is dropped
+_SETTLED_S = 2.0  # within which a server counts what it has answered
+_STILL_S = 0.1  # between two pages that are alike
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Gauges by data-parallel rank, and when they were read, since the load's start."""
+
+    time_s: float
+    gauges: dict[str, Gauges]
+
+
+@dataclass
+class Watched:
+    """What a server told of one load.
+
+    Attributes:
+        counts: by data-parallel rank; None where it tells none, or was started anew.
+        both: client's and engine's counts; None also where the load was ended early.
+    """
+
+    engine: str
+    counts: dict[str, EngineCounts] | None = None
+    both: RoundCounts | None = None
+    samples: list[Sample] = field(default_factory=list)
+
+
+class Watch:
+    """Reads the metrics of one server.
+
+    Args:
+        route: where they are.
+    """
+
+    def __init__(self, connections: Connections, route: str, engine: str) -> None:
+        self.engine = engine
+        self._connections, self._route = connections, route
+
+    @classmethod
+    async def find(cls, connections: Connections) -> "Watch | None":
+        """The watch of a server; None where it has no metrics of a known engine."""
+        best: tuple[str, Page] | None = None
+        for route in _ROUTES:
+            page = await _read(connections, route)
+            if page is not None and (best is None or page.counts):
+                best = route, page
+            if page is not None and page.counts:
+                break
+        if best is None:
+            return None
+        found = cls(connections, best[0], best[1].engine)
+        await found._still()  # requests that tried it are counted by then
+        return found
+
+    async def read(self) -> Page | None:
+        """The page now; None where it can't be read."""
+        return await _read(self._connections, self._route)
+
+    async def _still(self) -> None:
+        """Wait until two pages have the same counts; on a server that others use, for a while."""
+        end_s = time.perf_counter() + _SETTLED_S
+        before = await self.read()
+        while before is not None and time.perf_counter() < end_s:
+            await asyncio.sleep(_STILL_S)
+            after = await self.read()
+            if after is None or after.counts == before.counts:
+                return
+            before = after
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[Watched]:
+        """Read gauges again and again while a load runs."""
+        watched = Watched(self.engine)
+        sampling = asyncio.ensure_future(self._sample(watched.samples))
+        try:
+            yield watched
+        finally:
+            sampling.cancel()
+            with suppress(asyncio.CancelledError):
+                await sampling
+
+    async def _sample(self, samples: list[Sample]) -> None:
+        began_s, every_s = time.perf_counter(), _EVERY_S
+        while True:
+            asked_s = time.perf_counter()
+            page = await self.read()
+            taken_s = time.perf_counter() - asked_s
+            if page is not None and page.gauges:
+                samples.append(Sample(asked_s - began_s, page.gauges))
+            if len(samples) >= _MOST_SAMPLES:
+                del samples[1::2]
+                every_s *= 2
+            await asyncio.sleep(max(every_s, taken_s / _MOST_SHARE))
+
+    async def settle(
+        self, watched: Watched, before: Page | None, compare: Callable[[EngineCounts], RoundCounts]
+    ) -> None:
+        """Read what was counted since `before`, when the server has counted all that it answered.
+
+        Args:
+            compare: puts the client's counts beside the engine's.
+        """
+        if before is None or not before.counts:
+            return
+        if compare(EngineCounts()).client.num_aborted:
+            await self._still()  # what was cut off is counted later
+        end_s = time.perf_counter() + _SETTLED_S
+        while True:
+            page = await self.read()
+            watched.counts = None if page is None else _since(before, page)
+            if watched.counts is None:
+                return
+            watched.both = compare(EngineCounts.total(watched.counts.values()))
+            if not watched.both.differences or time.perf_counter() > end_s:
+                return
+            await asyncio.sleep(_STILL_S)
+
+
+def _since(before: Page, after: Page) -> dict[str, EngineCounts] | None:
+    found = {}
+    for rank, counts in after.counts.items():
+        since = counts.since(before.counts.get(rank, EngineCounts()))
+        if since is None:
+            return None
+        found[rank] = since
+    return found or None
+
+
+async def _read(connections: Connections, route: str) -> Page | None:
+    answer = Answer(most_bytes=MOST_PAGE_BYTES)
+    try:
+        async with asyncio.timeout(_READ_S):
+            await connections.ask("GET", route, into=answer)
+    except (TimeoutError, ConnectionFailed, ClosedEarly):
+        return None
+    return read_page(bytes(answer.body)) if answer.status == 200 else None
+
+
+def engine_record(rounds: Sequence[Watched | None]) -> EngineRecord | None:
+    """The record of a load of several rounds; None where the server told nothing."""
+    told = [(number, each) for number, each in enumerate(rounds, 1) if each is not None]
+    known = [each for _, each in told if each.counts is not None]
+    gauges = _gauges(told)
+    if not known and gauges is None:
+        return None
+    return joined(
+        told[0][1].engine,
+        [each.both for each in known if each.both is not None],
+        [each.counts for each in known if each.counts is not None],
+        gauges,
+    )
+
+
+def _gauges(rounds: Sequence[tuple[int, Watched]]) -> GaugesRecord | None:
+    """Samples in which every rank tells the same gauges as in the latest."""
+    samples = [(number, each) for number, watched in rounds for each in watched.samples]
+    if not samples:
+        return None
+    ranks = samples[-1][1].gauges
+    kinds = {rank: _told(each) for rank, each in ranks.items()}
+    kept = [
+        (number, each)
+        for number, each in samples
+        if {rank: _told(one) for rank, one in each.gauges.items()} == kinds
+    ]
+    return GaugesRecord(
+        tuple(number for number, _ in kept),
+        tuple(round(each.time_s, 3) for _, each in kept),
+        {
+            rank: RankGauges(
+                **{
+                    name: tuple(round(getattr(each.gauges[rank], name), 4) for _, each in kept)
+                    for name in names
+                }
+            )
+            for rank, names in kinds.items()
+        },
+    )
+
+
+def _told(gauges: Gauges) -> tuple[str, ...]:
+    names = "num_running", "num_waiting", "kv_usage"
+    return tuple(name for name in names if getattr(gauges, name) is not None)

@@ -1,0 +1,281 @@
+"""The answer and the report of a comparison of servers: `compare --engine` and `--url`."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from statistics import median
+
+from expertlane.report.answer import short
+from expertlane.report.compared import Row, step_difference
+from expertlane.report.document import (
+    Answer,
+    Column,
+    Figure,
+    Heading,
+    Section,
+    Table,
+    Words,
+    number,
+    text,
+)
+from expertlane.report.engine_counts import counted_by_servers
+from expertlane.report.loads import Note, headline, served
+from expertlane.report.numbers import (
+    NONE,
+    compact,
+    figures,
+    low_high,
+    low_high_compact,
+    milliseconds,
+    percent,
+    shortened,
+    signed,
+    whole,
+)
+from expertlane.report.servers import (
+    FAILED,
+    OF_CLIENT,
+    clients_of,
+    doubts_of,
+    errors_of,
+    notes_of_engines,
+    ratio_sentence,
+    ratio_words,
+)
+from expertlane.report.serving import latency
+from expertlane.report.setup import cautions
+from expertlane.report.speed import IN_ALL, causes
+from expertlane.results.estimate import LEAST_RUNS, Estimate, Summary
+from expertlane.results.record import DeploymentRecord, RatioRecord
+from expertlane.results.results import Results
+from expertlane.spec.names import Phase
+
+_MOST_FAILURE = 240  # letters
+_MOST_CAUSES = 6
+
+
+def _measured(results: Results) -> Results:
+    """The measured deployments alone."""
+    return replace(results, deployments=results.select("measured"))
+
+
+def _interval(estimate: Estimate) -> str:
+    return NONE if estimate.low is None else low_high_compact(estimate)
+
+
+def _median(record: DeploymentRecord, metric: str) -> Estimate | None:
+    summary: Summary | None = getattr(record.serving[0], metric) if record.serving else None
+    return None if summary is None else summary.median
+
+
+def _p99(record: DeploymentRecord, metric: str) -> Estimate | None:
+    summary: Summary | None = getattr(record.serving[0], metric) if record.serving else None
+    return None if summary is None else summary.p99
+
+
+def _rounds(record: DeploymentRecord) -> int | None:
+    client = record.serving[0].client if record.serving else None
+    return None if client is None else client.num_rounds
+
+
+def _start_s(record: DeploymentRecord) -> float | None:
+    times_s = record.server.start_s if record.server is not None else ()
+    return median(times_s) if times_s else None
+
+
+def _verdict(results: Results) -> str:
+    """The fastest deployment against the best it was compared with, and others in brief."""
+    by_other: dict[tuple[str, str], list[RatioRecord]] = {}
+    for each in results.ratios:
+        by_other.setdefault((each.name, each.other), []).append(each)
+    if not by_other:
+        return headline(_measured(results))
+    (names, first), *more = by_other.items()
+    told = [ratio_sentence(first, "", *names)]
+    for (_, other), own in more:
+        ratio = next(each for each in own if each.metric == "output tokens/s")
+        told.append(f"Over {other}: {ratio_words(ratio)}.")
+    return " ".join(told)
+
+
+def _software(record: DeploymentRecord) -> str:
+    server = record.server
+    assert server is not None, "it is of servers"
+    return server.software or server.engine
+
+
+_OF_SERVER: tuple[Column[DeploymentRecord], ...] = (
+    text("deployment", lambda each: each.name),
+    number("tok/s", lambda each: each.serving[0].output_tps if each.serving else None, compact),
+    number("90 %", lambda each: each.serving[0].output_tps if each.serving else None, _interval),
+    number("TPOT", lambda each: _median(each, "tpot_s"), milliseconds),
+    number("TTFT", lambda each: _median(each, "ttft_s"), milliseconds),
+    number("ITL p99", lambda each: _p99(each, "itl_s"), milliseconds),
+    number("rounds", lambda each: _rounds(each), whole),
+)
+
+
+def _table(records: Sequence[DeploymentRecord], base: DeploymentRecord | None) -> Table:
+    """Throughput and latency of each; failed ones have no numbers.
+
+    Args:
+        base: the deployment that `rel` is against; None for no such column.
+    """
+    columns = list(_OF_SERVER)
+    if not any(each.serving and each.serving[0].output_tps.low for each in records):
+        columns = [each for each in columns if each.heading != "90 %"]
+    if base is not None and len(records) > 1:
+        against = base.serving[0].output_tps.value
+
+        def rel(each: DeploymentRecord) -> float | None:
+            return each.serving[0].output_tps.value / against if each.serving else None
+
+        columns.append(number("rel", rel, figures))
+    return Table.of(
+        "Output tokens/s; TPOT, TTFT and ITL in ms, medians but for p99", columns, records
+    )
+
+
+def servers_answer(name: str, results: Results) -> Answer:
+    """Which deployment is faster, all beside each other, and what failed.
+
+    Args:
+        name: name of the experiment, with its changes.
+    """
+    measured = _measured(results)
+    records, found = measured.deployments, served(measured)
+    lengths = results.question["workload"]
+    answered = [each for each in records if each.serving]
+    software = ", ".join(dict.fromkeys(filter(None, map(_software, answered))))
+    workload = results.question["experiment"]["workload"]
+    setting = (
+        f"{name} | {software} | {workload['num_sequences']:,} requests at once, "
+        f"{int(lengths['prompt_len']):,} in / {int(lengths['output_len']):,} out | measured"
+    )
+    by_name = {each.name: each for each in records}
+    base = by_name.get(results.ratios[0].other) if results.ratios else None
+    notes: list[Note] = [*_failed(records), *errors_of(found), *doubts_of(found)]
+    notes += notes_of_engines(results, found)
+    notes += [("Caution", each) for each in results.cautions]
+    notes.append(("Fairness", FAIR))
+    notes.append(("Confidence", _certainty(records)))
+    said = Table("", (Heading("", False), Heading("", False)), tuple(notes))
+    why = filter(None, (_why(results),))
+    return Answer(setting, _verdict(results), (_table(records, base), *why, said))
+
+
+def _why(results: Results) -> Figure | None:
+    """Difference of a step of the two in the first sentence; None unless both were profiled."""
+    by_name = {each.name: each for each in results.select("measured")}
+    if not results.ratios:
+        return None
+    names = results.ratios[0].name, results.ratios[0].other
+    steps = [by_name[name].decode for name in names]
+    if None in steps:
+        return None
+    one, other = (
+        Row(None, by_name[name], step) for name, step in zip(names, steps, strict=True) if step
+    )
+    found = step_difference(other, one)
+    title = (
+        f"Why, ms per decode step, profiled: {other.name} {figures(found.slower_ms)} → {one.name} "
+        f"{figures(found.faster_ms)}"
+    )
+    words = (f"{short(cause)} {signed(ms)}" for cause, ms in found.causes[:_MOST_CAUSES])
+    return Figure("", (title, "  " + "   ".join(words)))
+
+
+def _steps(results: Results) -> Iterator[Words]:
+    """Shares of a step's time by cause of each deployment that was profiled, by phase."""
+    for phase in reversed(Phase):
+        found = [
+            (each.name, step)
+            for each in results.deployments
+            for step in each.steps
+            if step.phase is phase
+        ]
+        if found:
+            yield from causes(f"{phase.capitalize()} steps, profiled", found, (IN_ALL,))
+            unknown = [
+                (name, kernel, seconds / sum(step.breakdown_s.values()))
+                for name, step in found
+                for kernel, seconds in step.unknown_kernels.items()
+            ]
+            if unknown:
+                yield Table.of("Kernels of no known stage", _UNKNOWN, unknown)
+
+
+FAIR = (
+    "same prompts for all, new in each round, prefix caches off where engines are started here; "
+    "TPOT: mean time of a request's tokens after the first"
+)
+
+
+def _failed(records: Sequence[DeploymentRecord]) -> Iterator[Note]:
+    for each in records:
+        if each.server is not None and each.server.failure:
+            yield "Failed", f"{each.name}: {shortened(each.server.failure, _MOST_FAILURE)}"
+
+
+def _certainty(records: Sequence[DeploymentRecord]) -> str:
+    nums = sorted({_rounds(each) or 0 for each in records if each.serving})
+    told = f"{nums[-1]} rounds of those in the first sentence, in turns"
+    if nums[-1] == 1:
+        told = "one round each"
+    elif nums[0] < nums[-1]:
+        told += f"; {nums[0]} of the others"
+    return told if nums[-1] >= LEAST_RUNS else f"{told}; {LEAST_RUNS} or more give an interval"
+
+
+def servers_sections(results: Results) -> tuple[Section, ...]:
+    """All sections of a comparison of servers."""
+    measured = _measured(results)
+    found = served(measured)
+    clients = clients_of(found)
+    failures = [(each, one) for each, client in clients for one in client.failures]
+    failed = (Table.of("Failed requests", FAILED, failures),) if failures else ()
+    pairs = (Table.of("", _PAIRS, results.ratios),) if results.ratios else ()
+    by_name = {each.name: each for each in measured.deployments}
+    base = by_name.get(results.ratios[0].other) if results.ratios else None
+    return (
+        Section("Verdict", (_verdict(results),), "top", "answer"),
+        Section("", (*(f"{a}: {b}." for a, b in _failed(measured.deployments)),), "top", "answer"),
+        Section("", tuple(cautions(results)), "top", "sure"),
+        Section("Deployments (measured)", (_table(measured.deployments, base),), "top", "answer"),
+        Section("Differences, in pairs of rounds", pairs, "top", "answer"),
+        Section("Latency, ms (measured)", (latency(measured),), chapter="loads"),
+        Section("Where the time goes", tuple(_steps(measured)), chapter="why"),
+        Section("Client", (Table.of("", OF_CLIENT, clients), *failed), chapter="sure"),
+        counted_by_servers(found, list(notes_of_engines(results, found))),
+        Section("Servers", tuple(_servers(measured)), chapter="setup"),
+    )
+
+
+_PAIRS: tuple[Column[RatioRecord], ...] = (
+    text("deployment", lambda each: each.name),
+    text("over", lambda each: each.other),
+    text("metric", lambda each: each.metric),
+    number("ratio", lambda each: each.ratio, figures),
+    number("90 % interval", lambda each: each.ratio if each.ratio.low else None, low_high),
+    number("pairs", lambda each: each.num_rounds, whole),
+)
+_UNKNOWN: tuple[Column[tuple[str, str, float]], ...] = (
+    text("deployment", lambda each: each[0]),
+    text("kernel", lambda each: each[1]),
+    number("of the step", lambda each: each[2], percent),
+)
+_SERVERS: tuple[Column[DeploymentRecord], ...] = (
+    text("deployment", lambda each: each.name),
+    text("layout", lambda each: each.layout),
+    text("software", _software),
+    number("start, s", lambda each: _start_s(each), figures),
+    text("command or URL", lambda each: each.server and (each.server.command or each.server.url)),
+)
+
+
+def _servers(results: Results) -> Iterator[Words]:
+    """Software, command and files of each server."""
+    yield Table.of("", _SERVERS, results.deployments)
+    for each in results.deployments:
+        for name, content in each.server.files.items() if each.server else ():
+            yield Figure(f"{name} of {each.name}", (content,))
+    yield f"{FAIR[0].upper()}{FAIR[1:]}."

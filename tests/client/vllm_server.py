@@ -1,0 +1,129 @@
+"""vLLM's own server in a process group of its own, on a tiny checkpoint made here."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from engine.model.families import save_checkpoint
+
+PYTHON = "EXPERTLANE_TEST_VLLM_PYTHON"
+_ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else two ranks need more cores than there may be
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_START_S = 420.0
+_END_S = 20.0
+
+
+def python() -> str:
+    """The interpreter of an environment with vLLM; the test is skipped without one."""
+    found = os.environ.get(PYTHON)
+    if not found:
+        pytest.skip(f"{PYTHON} names no Python that has vLLM")
+    return found
+
+
+def checkpoint(folder: Path) -> Path:
+    """A mixture of experts of sizes that vLLM's kernels for CPUs take, with a tokenizer."""
+    save_checkpoint(
+        "qwen3_moe",
+        folder,
+        vocab_size=320,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        moe_intermediate_size=64,
+        intermediate_size=128,
+        num_experts=8,
+        num_experts_per_tok=2,
+        decoder_sparse_step=1,
+        attention_bias=False,
+        tie_word_embeddings=False,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    )
+    core = tokenizers.Tokenizer(models.BPE(_bytes(), [], fuse_unk=False))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 512}'
+    )
+    return folder
+
+
+def _bytes() -> dict[str, int]:
+    return {each: number for number, each in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+
+
+@contextmanager
+def vllm(folder: Path, *flags: str, **environment: str) -> Iterator[str]:
+    """A server of a checkpoint; gives its URL. Everything that it started is ended."""
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        port = chosen.getsockname()[1]
+    # vllm-cpu has no package metadata named vllm, so the command `vllm` fails.
+    command = [python(), "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    command += ["--served-model-name", folder.name, "--host", "127.0.0.1", "--port", str(port)]
+    command += [
+        "--dtype",
+        "float32",
+        "--max-model-len",
+        "256",
+        "--max-num-seqs",
+        "8",
+        "--enforce-eager",
+        *flags,
+    ]
+    log = folder.parent / f"vllm-{port}.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=os.environ | _ENVIRONMENT | environment,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait(process, url, log)
+        yield url
+    finally:
+        _end(process)
+
+
+def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    end_s = time.monotonic() + _START_S
+    while True:
+        with suppress(urllib.error.URLError, OSError):
+            if urllib.request.urlopen(f"{url}/health", timeout=5).status == 200:
+                return
+        if process.poll() is not None or time.monotonic() > end_s:
+            last = log.read_text("utf-8", "replace")[-4000:]
+            pytest.fail(f"vLLM did not start ({process.poll()}): {last}")
+        time.sleep(0.5)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_END_S)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait(_END_S)

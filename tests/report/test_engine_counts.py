@@ -1,0 +1,122 @@
+"""What the page and the answer of `bench --url` say of the server's own counts."""
+
+from dataclasses import replace
+
+import pytest
+
+from cli.screen import tells
+from example_serving import POINT
+from expertlane.report.engine_counts import counted_by_servers, engine_notes
+from expertlane.report.loads import Served
+from expertlane.report.numbers import NONE
+from expertlane.results.engine_record import (
+    EngineCounts,
+    EngineRecord,
+    GaugesRecord,
+    RankGauges,
+    RoundCounts,
+)
+from expertlane.results.record import DeploymentRecord
+
+SAME = RoundCounts(EngineCounts(12, 0, 900, 90), EngineCounts(12, 0, 900, 90))
+GAUGES = GaugesRecord(
+    (1, 1),
+    (0.0, 0.5),
+    {
+        "0": RankGauges((4.0, 6.0), (0.0, 1.0), (0.25, 0.5)),
+        "1": RankGauges((1.0, 1.0), (0.0, 2.0), (0.125, 0.125)),
+    },
+)
+ENGINE = EngineRecord("vllm", EngineCounts(12, 0, 900, 90, 0, 2), (SAME,), {}, GAUGES)
+
+
+def served(engine, name="http://a (vllm 1)"):
+    serving = replace(POINT, engine=engine)
+    return Served(DeploymentRecord(name, None, None, "measured", serving=(serving,)), serving)
+
+
+def notes(*engines, shares_prefixes=False):
+    found = [served(each, f"s{i}") for i, each in enumerate(engines)]
+    return dict(engine_notes(found, shares_prefixes=shares_prefixes))
+
+
+def cells(engine):
+    (table, *_) = counted_by_servers([served(engine)], []).parts
+    return dict(zip((each.heading for each in table.columns), table.rows[0], strict=True))
+
+
+def test_the_table_of_a_load():
+    found = cells(ENGINE)
+    assert found["requests"] == "12"
+    assert found["prompt tokens"] == "900"
+    assert found["as the client"] == "same"
+    assert found["preemptions"] == "2"
+    assert found["running, mean"] == "6.0"
+    assert found["waiting, most"] == "3"
+    assert found["KV cache, most"] == "50%"
+    assert found["ranks, max/mean"] == "1.67×"
+
+
+def test_what_is_not_told_is_a_dash():
+    found = cells(EngineRecord("trtllm", EngineCounts()))
+    assert found["requests"] == found["running, mean"] == found["ranks, max/mean"] == NONE
+    assert found["as the client"] == NONE
+
+
+def test_ranks_have_a_table_where_several_count():
+    by_rank = {"0": EngineCounts(8, 0, 600, 60), "1": EngineCounts(4, 0, 300, 30)}
+    section = counted_by_servers([served(replace(ENGINE, by_rank=by_rank))], [])
+    tables = [each for each in section.parts if not isinstance(each, str)]
+    assert [row[2] for row in tables[1].rows] == ["0", "1"]
+    assert len(tables[1].rows) == 2
+    alone = replace(ENGINE, by_rank={"0": by_rank["0"]})
+    parts = counted_by_servers([served(alone)], []).parts
+    assert sum(not isinstance(each, str) for each in parts) == 1
+
+
+def test_servers_without_metrics_are_named_on_the_page_alone():
+    section = counted_by_servers([served(None, "http://a")], [])
+    (line,) = section.parts
+    assert tells(line, "/metrics http://a")
+    assert notes(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("engine", "subject", "words"),
+    [
+        (
+            replace(ENGINE, rounds=(SAME, replace(SAME, engine=EngineCounts(12, 0, 900, 89)))),
+            "Counts",
+            "89 output tokens 90",
+        ),
+        (
+            replace(ENGINE, rounds=(replace(SAME, engine=EngineCounts(15, 0, 999, 99)),)),
+            "Other traffic",
+            "3 requests",
+        ),
+        (
+            replace(ENGINE, counts=EngineCounts(12, 0, 900, 90, 774, 0)),
+            "Prefix cache",
+            "86% --seed --flush-caches",
+        ),
+        (ENGINE, "Ranks", "1.67×"),
+        (
+            replace(
+                ENGINE,
+                by_rank={"0": EngineCounts(12, 0, 900, 90), "1": EngineCounts(0, 0, 0, 0)},
+            ),
+            "Ranks",
+            "2.00× 1 of 2",
+        ),
+    ],
+)
+def test_what_is_in_doubt_is_said(engine, subject, words):
+    assert tells(notes(engine)[subject], words)
+    assert tells(notes(ENGINE, engine)[subject], words)
+
+
+def test_what_is_in_order_is_not():
+    even = replace(ENGINE, gauges=None)
+    assert notes(even) == {}
+    cached = replace(even, counts=EngineCounts(12, 0, 900, 90, 774, 0))
+    assert notes(cached, shares_prefixes=True) == {}
