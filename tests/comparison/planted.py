@@ -147,7 +147,7 @@ def draw(seed, *, has_terms=True):
     """A case; one whose mistake changes nothing much is drawn again."""
     rng = np.random.default_rng(seed)
     while True:
-        layouts = rng.choice(LAYOUTS, size=int(rng.integers(2, 5)), replace=False)
+        layouts = rng.choice(LAYOUTS, size=int(rng.integers(2, 4)), replace=False)
         case = Case(
             str(rng.choice(list(MISTAKES))),
             str(rng.choice(list(MODELS))),

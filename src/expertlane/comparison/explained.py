@@ -15,15 +15,16 @@ likelihoods compare as they are. No assumption fits all: a model errs by more th
 of what is left is therefore unknown too, and the likelihood is that of the profile,
 -n/2 log(S/n) where S/n is above 1 (as in Burnham and Anderson, *Model Selection and Multimodel
 Inference*, 2002, section 2.2). Errors of a model are alike within a deployment, so n counts the
-independent ones: `num_groups` deployments and as many numbers in each as differ, at most
-`_MOST_OF_GROUP`. Weights of all rivals sum to 1. Those that together have `_ENOUGH` cannot be told
-apart, and all of them are named.
+independent ones: as many numbers of each deployment as differ, at most `_MOST_OF_GROUP`. A factor
+of two is likelier than one of ten before anything is measured: changes have a normal prior, as
+below. Weights of all rivals sum to 1. Those that together have `_ENOUGH` cannot be told apart, and
+all of them are named.
 
 **All together**, for corrections: regularised least squares by Gauss and Newton, from the best
 single assumption, with a normal prior around no change. How strong that prior is, is found by
 leaving out each deployment in turn (linearised), since a few points fit many factors in many ways:
 of priors that predict about equally well the strongest is taken. The inverse of the matrix at the
-optimum gives each factor's error.
+optimum gives each factor's error; those that are smaller than it stay as assumed.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,15 +41,18 @@ _HUBER = 2.0  # deviations
 _FIRST = 0.4  # the first change that is tried, of a logarithm
 MOST_CHANGED = 2.5  # the largest: twelve times as long, or as short
 _NO_EFFECT = 2e-3  # of a logarithm: less is no effect
-_ROUNDS = 4  # of looking for one value, and for all together
-_ENOUGH = 0.9
-_MOST_OF_GROUP = 4
+_ROUNDS = 3  # of looking for one value; twice as many for all together
+_NUM_SOUGHT = 5  # assumptions whose best value is sought; of others a straight line says enough
+_ENOUGH = 0.8  # odds of four to one
+_MOST_OF_GROUP = 8
 _USUAL = 0.7  # standard deviation of a logarithm before anything is measured: two times
 _PRIORS = 0.1, 0.2, 0.4, _USUAL
 _ABOUT_EQUAL = 1.05
 _ALIKE = 0.85  # correlation of two factors' errors, from where on they are one
 _GRID = 241
+_CONVERGED = 0.01  # of a logarithm
 _NOISE = 1.5  # squares in deviations, on average
+_SURE = 1.5  # deviations, from where on a change is kept
 _CHANCE = 9.0  # squares that the best of ten values takes off noise, 1 time of 40
 
 
@@ -107,19 +111,17 @@ class Single:
 
 @dataclass(frozen=True, eq=False)
 class Together:
-    """All assumptions changed at once.
+    """Several assumptions changed at once: those whose changes are larger than their errors.
 
     Attributes:
         changes: by name, logarithms of factors.
-        deviation: by name, the standard deviation of each; `_USUAL` where nothing is told.
-        alike: pairs whose factors the measurements do not tell apart.
-        scale: what is left, in deviations; 1 where it is noise.
+        deviation: by name, the standard deviation of each.
+        alike: pairs whose factors the measurements do not tell apart, kept or not.
     """
 
     changes: Mapping[str, float]
     deviation: Mapping[str, float]
     alike: tuple[tuple[str, str], ...] = ()
-    scale: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,27 +193,36 @@ class Explainer:
             if np.abs(self.at({name: _FIRST}) - none).max(initial=0.0) < _NO_EFFECT:
                 without.append(name)
             else:
-                found[name] = self._alone(name)
+                found[name] = self._alone(name, 0)
             advance()
+        for name in sorted(found, key=lambda each: found[each][1])[:_NUM_SOUGHT]:
+            found[name] = self._alone(name, _ROUNDS)
         singles = self._weighed(found, badness)
         together = self.together(singles)
         advance()
         num = len(self.measured.values)
         return Explained(tuple(singles), together, tuple(without), badness, num)
 
-    def _alone(self, name: str) -> tuple[float, float]:
-        """The best change of one assumption, and what it leaves."""
+    def _alone(self, name: str, num_rounds: int) -> tuple[float, float]:
+        """The best change of one assumption, and what it leaves.
+
+        Args:
+            num_rounds: projections to look for it; none: by a straight line.
+        """
         nodes = [0.0, _FIRST]
         least = max(-MOST_CHANGED, self.least.get(name, -MOST_CHANGED))
         grid = np.linspace(least, MOST_CHANGED, _GRID)
-        for _ in range(_ROUNDS):
+        if not num_rounds:
+            left = self._between(name, nodes, grid)
+            return float(grid[np.argmin(left)]), float(left.min())
+        for _ in range(num_rounds):
             best = float(grid[np.argmin(self._between(name, nodes, grid))])
             if min(abs(best - node) for node in nodes) < (grid[1] - grid[0]) / 2:
                 break
             nodes = sorted([*nodes, best])
-        left = {node: self.measured.badness(self.at({name: node})) for node in nodes}
-        change = min(left, key=left.__getitem__)
-        return change, left[change]
+        exact = {node: self.measured.badness(self.at({name: node})) for node in nodes}
+        change = min(exact, key=exact.__getitem__)
+        return change, exact[change]
 
     def _between(self, name: str, nodes: Sequence[float], grid: Floats) -> Floats:
         """[grid]; badness, with projections between and beyond nodes by straight lines."""
@@ -227,11 +238,12 @@ class Explainer:
     def _weighed(self, found: Mapping[str, tuple[float, float]], badness: float) -> list[Single]:
         num, independent = len(self.measured.values), self.measured.num_independent
 
-        def log_likelihood(left: float) -> float:
+        def log_likelihood(change: float, left: float) -> float:
             scale = max(left / num, 1.0)
-            return -independent / 2 * (log(scale) + left / num / scale)
+            off = -independent / 2 * (log(scale) + left / num / scale)
+            return off - (change / _USUAL) ** 2 / 2
 
-        likely = {name: log_likelihood(left) for name, (_, left) in found.items()}
+        likely = {name: log_likelihood(*each) for name, each in found.items()}
         most = max(likely.values(), default=0.0)
         weights = {name: exp(each - most) for name, each in likely.items()}
         total = sum(weights.values())
@@ -256,20 +268,48 @@ class Explainer:
         slopes = np.array([(self.at({name: _FIRST}) - none) / _FIRST for name in names]).T
         changes, slopes = self._newton(names, start, _USUAL, slopes)
         prior = self._prior(names, changes, slopes)
-        if prior != _USUAL:
-            changes, slopes = self._newton(names, changes, prior, slopes)
         off = (self.measured.values - self._of(names, changes)) / self.measured.sigma
-        scale = max(float(np.sqrt(_huber(off).mean())), 1.0)
-        normal = _normal(slopes, self.measured.sigma * scale, off) + np.eye(len(names)) / prior**2
-        covariance = np.linalg.inv(normal)
-        deviation = np.sqrt(np.diag(covariance))
-        alike = _alike(names, slopes, self.measured.sigma * scale)
+        sigma = self.measured.sigma * max(float(np.sqrt(_huber(off).mean())), 1.0)
+        alike = _alike(names, slopes, sigma)
+        kept = self._sure(changes, slopes, sigma, prior)
+        names = [names[place] for place in kept]
+        if not kept:
+            return Together({}, {}, alike)
+        changes, slopes = self._newton(names, changes[kept], prior, slopes[:, kept])
+        _, deviation = self._linear(changes, slopes, sigma, prior)
         return Together(
             dict(zip(names, changes.tolist(), strict=True)),
             dict(zip(names, deviation.tolist(), strict=True)),
             alike,
-            scale,
         )
+
+    def _linear(
+        self, free: Floats, slopes: Floats, sigma: Floats, prior: float
+    ) -> tuple[Floats, Floats]:
+        """Changes and their deviations by straight lines.
+
+        Args:
+            free: [N], what they are to explain, or [K], changes that explain all of it.
+        """
+        wanted = free if len(free) == len(slopes) else slopes @ free
+        normal = (slopes.T / sigma**2) @ slopes + np.eye(slopes.shape[1]) / prior**2
+        covariance = np.linalg.inv(normal)
+        return covariance @ (slopes.T @ (wanted / sigma**2)), np.sqrt(np.diag(covariance))
+
+    def _sure(self, changes: Floats, slopes: Floats, sigma: Floats, prior: float) -> list[int]:
+        """Places of changes that are larger than their errors, once others have made way.
+
+        The least sure goes first, since another may be sure once it has made way.
+        """
+        wanted = slopes @ changes
+        kept = list(range(len(changes)))
+        while kept:
+            found, deviation = self._linear(wanted, slopes[:, kept], sigma, prior)
+            sure = np.abs(found) / deviation
+            if sure.min() >= _SURE:
+                break
+            del kept[int(np.argmin(sure))]
+        return kept
 
     def _of(self, names: Sequence[str], changes: Floats) -> Floats:
         return self.at(dict(zip(names, changes.tolist(), strict=True)))
@@ -301,7 +341,7 @@ class Explainer:
             moved = np.clip(changes + step, least, MOST_CHANGED)
             there = self._of(names, moved)
             taken = moved - changes
-            if float(taken @ taken) < 1e-6:
+            if float(np.abs(taken).max()) < _CONVERGED:
                 break
             miss = there - here - slopes @ taken
             slopes = slopes + np.outer(miss, taken) / float(taken @ taken)
@@ -333,12 +373,6 @@ class Explainer:
             if error <= _ABOUT_EQUAL * min(errors)
         ]
         return good[0]
-
-
-def _normal(slopes: Floats, sigma: Floats, off: Floats) -> Floats:
-    weights = _weights(off) / sigma**2
-    normal: Floats = (slopes.T * weights) @ slopes
-    return normal
 
 
 def _alike(names: Sequence[str], slopes: Floats, sigma: Floats) -> tuple[tuple[str, str], ...]:

@@ -20,9 +20,10 @@ Different errors are independent of each other.
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -230,12 +231,16 @@ class StepByStage:
 
     Attributes:
         seconds: of the step, or round.
-        causes_s: by `Cause`, and by those of `ProjectedCause` that no rank's clock has.
     """
 
     seconds: float
-    causes_s: Mapping[str, float]
-    _works: Sequence[_Work] = ()
+    _shares: Callable[[], Mapping[str, float]]
+    _works: Sequence[_Work]
+
+    @cached_property
+    def causes_s(self) -> Mapping[str, float]:
+        """Seconds by `Cause`, and by those of `ProjectedCause` that no rank's clock has."""
+        return {cause: self.seconds * share for cause, share in self._shares().items() if share}
 
     def timed(self) -> Iterator[tuple[Operation | Transfer | None, Times]]:
         """All operations and transfers with their times; None is a PP transfer."""
@@ -300,10 +305,19 @@ class Projector:
     def by_stage(self, size: StepSize, mode: DispatchMode) -> "StepByStage":
         """One step as a rank's clock would measure it: its likely time by cause."""
         _, works = self._priced(size, mode, is_kept=True)
-        seconds, breakdown = self._run(works, self._terms, by_stage=True)
-        likely_s = float(seconds[LIKELY])
-        causes = {cause: likely_s * share for cause, share in breakdown.shares.items() if share}
-        return StepByStage(likely_s, causes, works)
+        timeline = Timeline(self._terms, self._layout.pp, self._layout.stage_size)
+        ran = self._rounds(works, timeline, self._terms)
+        seconds = float(_last_round_s(ran, works)[LIKELY])
+
+        def shares() -> Mapping[str, float]:
+            # As measured, with what lies between two steps.
+            since_s = float(ran[-2][0].end_s[LIKELY]) if len(works) == 1 else None
+            table = BreakdownTable(self._device, self._setting.types, by_stage=True)
+            for times, _ in ran[-len(works) :]:
+                table.add(times, since_s)
+            return table.result().shares
+
+        return StepByStage(seconds, shares, works)
 
     def fastest_mode(self, size: StepSize) -> DispatchMode:
         """The dispatch form, with or without overlap, that a step takes."""
@@ -442,17 +456,14 @@ class Projector:
         ]
 
     def _run(
-        self, works: Sequence[list[list[StageWork]]], terms: Terms, *, by_stage: bool = False
+        self, works: Sequence[list[list[StageWork]]], terms: Terms
     ) -> tuple[Floats, Breakdown]:
         """[B]; seconds of a round in the steady state, and the breakdown of the likely ones."""
         timeline = Timeline(terms, self._layout.pp, self._layout.stage_size)
-        table = BreakdownTable(self._device, self._setting.types, by_stage=by_stage)
+        table = BreakdownTable(self._device, self._setting.types)
         ran = self._rounds(works, timeline, terms)
-        since_s = None
-        if by_stage and len(works) == 1:  # as measured, with what lies between two steps
-            since_s = float(ran[-2][0].end_s[LIKELY])
         for times, _ in ran[-len(works) :]:
-            table.add(times, since_s)
+            table.add(times)
         return _last_round_s(ran, works), table.result()
 
     def _rounds(

@@ -5,15 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertlane.comparison.judge import (
-    EXPERTS_LOAD,
-    TIME,
-    TPS,
-    JudgedNumber,
-    Judgement,
-    Rival,
-    Term,
-)
+from expertlane.comparison.judge import JudgedNumber, Judgement, Rival, Term
+from expertlane.comparison.reprojection import EXPERTS_LOAD, TIME, TPS
 from expertlane.cost.laws.corrections import Assumed, Correction, FittedOn
 from expertlane.report.document import Answer, Column, Report, Section, Table, Words, number, text
 from expertlane.report.numbers import counted, figures, milliseconds, percent, shortened, times
@@ -94,13 +87,13 @@ def headline(found: Judgement) -> str:
     first = found.rivals[0]
     if first.explained < _LITTLE:
         return (
-            f"{size}. No single assumption explains much of it: {_named(first)}, the most, "
-            f"explains {percent(first.explained)}."
+            f"{size}. No single assumption explains much of it; the most, "
+            f"{percent(first.explained)}, is explained by {_named(first)}."
         )
     if len(found.likely) == 1:
         return (
-            f"{size}. {_named(first).capitalize()} explains {percent(first.explained)} of the "
-            f"difference, with a confidence of {percent(first.confidence)}."
+            f"{size}. {percent(first.explained)} of the difference is explained by "
+            f"{_named(first)}, with a confidence of {percent(first.confidence)}."
         )
     rivals = [each for each in found.rivals if each.name in found.likely]
     names = " or ".join(map(_named, rivals[:_MOST_NAMED]))
@@ -108,7 +101,7 @@ def headline(found: Judgement) -> str:
     return (
         f"{size}. These measurements can't tell apart: {names}"
         + (f", or {more} more" if more > 0 else "")
-        + f"; the likeliest explains {percent(first.explained)} of it."
+        + f". Either explains {percent(first.explained)} of the difference at most."
     )
 
 
@@ -171,7 +164,7 @@ def _rivals(rivals: Sequence[Rival]) -> Table:
     columns: list[Column[Rival]] = [
         text("assumption", lambda each: each.label),
         number("projected", lambda each: _amount(each, each.was)),
-        number("fits best", lambda each: _amount(each, each.factor)),
+        number("best", lambda each: _amount(each, each.factor)),
         number("explains", lambda each: percent(max(each.explained, 0.0))),
         number("confidence", lambda each: percent(each.confidence)),
     ]
@@ -212,7 +205,12 @@ def _untold(found: Judgement) -> Iterator[str]:
     for first, second in found.alike:
         alike[first].append(second)
     for first, others in list(alike.items())[:1]:
-        yield f"In the corrections {first} and {' and '.join(others)} are only sure together."
+        kept = {Assumed(name).label for name in found.corrections.factors}
+        if kept & {first, *others}:
+            yield (
+                f"Corrections of {first} and of {' and '.join(others)} change all numbers alike: "
+                "only what they come to together is sure."
+            )
     if found.without_effect:
         yield f"These deployments say nothing of: {', '.join(found.without_effect)}."
 
