@@ -120,13 +120,16 @@ def diff(
 
 
 @names_itself
-def judge(*results: Schema | str | Path, cluster: str | None = None) -> Judgement:
+def judge(
+    *results: Schema | str | Path, cluster: str | None = None, engine: str | None = None
+) -> Judgement:
     """Judge a projection by what was measured: which assumption explains the difference.
 
     Args:
         results: results, a results.json, or the folder it is in: of compare with measured and
             projected deployments, or measured ones and the plan's.
         cluster: in place of the one that was projected on, as `--cluster` takes it.
+        engine: whose deployments count, where several engines were measured.
 
     Raises:
         UserError: nothing is measured or projected, models or devices differ, or a file cannot be
@@ -138,4 +141,4 @@ def judge(*results: Schema | str | Path, cluster: str | None = None) -> Judgemen
         each if isinstance(each, Schema) else Results.of(file.read(as_path("results", each)))
         for each in results
     ]
-    return Judgement.of(judging.judge(read, Progress(), cluster))
+    return Judgement.of(judging.judge(read, Progress(), cluster, engine))

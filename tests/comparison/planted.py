@@ -5,6 +5,7 @@ from math import exp, log
 
 import numpy as np
 
+from expertlane.comparison.reprojection import HOST_GAPS
 from expertlane.cost.laws.frameworks import Served, cluster_record, conditions_of
 from expertlane.cost.laws.links import ASSUMED_TERMS
 from expertlane.cost.laws.profile import Execution, ModelledCluster, read_profile
@@ -131,6 +132,7 @@ class Case:
     prompt_len: int
     has_terms: bool
     seed: int
+    measuring: str = "clock"
 
     @property
     def factor(self):
@@ -158,6 +160,7 @@ def draw(seed, *, has_terms=True):
             int(rng.choice([128, 512, 2048])),
             has_terms,
             seed,
+            str(rng.choice(["clock", "clock", "trace"])) if has_terms else "clock",
         )
         if visible(case):
             return case
@@ -204,21 +207,21 @@ def projector(case, deployment, is_wrong):
 _NAMES = {
     str(ProjectedCause.DISPATCH_COMBINE): str(Cause.DISPATCH_COMBINE),
     str(ProjectedCause.IMBALANCE): str(Cause.WAITING),
+    str(ProjectedCause.LAUNCH): HOST_GAPS,
 }
 
 
 def measured_steps(case, deployment, rng):
-    """Steps as a profiler tells them; times have 2 % of noise, their parts 5 %."""
+    """Steps by ranks' clocks or traces; times have 2 % of noise, their parts 5 %."""
     for size in sizes(case):
         of = projector(case, deployment, True)
         step = of.by_stage(size, of.fastest_mode(size))
+        slow = 1.2 if case.measuring == "trace" else 1.0
         causes = {}
-        for cause, seconds in step.causes_s.items():
+        for cause, seconds in step.causes_s(case.measuring).items():
             name = _NAMES.get(cause, cause)
-            if cause == ProjectedCause.LAUNCH:
-                name = str(Cause.HEAD)  # as a rank's own clock has it
             causes[name] = causes.get(name, 0.0) + seconds * exp(rng.normal(0, 0.05))
-        seconds = step.seconds * exp(rng.normal(0, 0.02))
+        seconds = slow * step.seconds * exp(rng.normal(0, 0.02))
         total = sum(causes.values())
         num_steps = 20
         yield StepsRecord(
@@ -280,7 +283,7 @@ def results_of(case):
         seen = {}
         if case.has_terms:
             seen["steps"] = tuple(measured_steps(case, deployment, rng))
-        else:
+        if not case.has_terms or case.measuring == "trace":
             seen["serving"] = (measured_serving(case, deployment, rng),)
         records.append(
             DeploymentRecord(

@@ -271,45 +271,18 @@ class Explainer:
         off = (self.measured.values - self._of(names, changes)) / self.measured.sigma
         sigma = self.measured.sigma * max(float(np.sqrt(_huber(off).mean())), 1.0)
         alike = _alike(names, slopes, sigma)
-        kept = self._sure(changes, slopes, sigma, prior)
+        wanted = self.measured.values - self._of(names, changes) + slopes @ changes
+        kept = _sure(wanted, slopes, sigma, prior)
         names = [names[place] for place in kept]
         if not kept:
             return Together({}, {}, alike)
         changes, slopes = self._newton(names, changes[kept], prior, slopes[:, kept])
-        _, deviation = self._linear(changes, slopes, sigma, prior)
+        _, deviation = _linear(slopes @ changes, slopes, sigma, prior)
         return Together(
             dict(zip(names, changes.tolist(), strict=True)),
             dict(zip(names, deviation.tolist(), strict=True)),
             alike,
         )
-
-    def _linear(
-        self, free: Floats, slopes: Floats, sigma: Floats, prior: float
-    ) -> tuple[Floats, Floats]:
-        """Changes and their deviations by straight lines.
-
-        Args:
-            free: [N], what they are to explain, or [K], changes that explain all of it.
-        """
-        wanted = free if len(free) == len(slopes) else slopes @ free
-        normal = (slopes.T / sigma**2) @ slopes + np.eye(slopes.shape[1]) / prior**2
-        covariance = np.linalg.inv(normal)
-        return covariance @ (slopes.T @ (wanted / sigma**2)), np.sqrt(np.diag(covariance))
-
-    def _sure(self, changes: Floats, slopes: Floats, sigma: Floats, prior: float) -> list[int]:
-        """Places of changes that are larger than their errors, once others have made way.
-
-        The least sure goes first, since another may be sure once it has made way.
-        """
-        wanted = slopes @ changes
-        kept = list(range(len(changes)))
-        while kept:
-            found, deviation = self._linear(wanted, slopes[:, kept], sigma, prior)
-            sure = np.abs(found) / deviation
-            if sure.min() >= _SURE:
-                break
-            del kept[int(np.argmin(sure))]
-        return kept
 
     def _of(self, names: Sequence[str], changes: Floats) -> Floats:
         return self.at(dict(zip(names, changes.tolist(), strict=True)))
@@ -361,9 +334,8 @@ class Explainer:
             total = 0.0
             for group in groups:
                 kept = self.measured.groups != group
-                part, sigma = slopes[kept], self.measured.sigma[kept]
-                normal = (part.T / sigma**2) @ part + np.eye(len(names)) / prior**2
-                found = np.linalg.solve(normal, part.T @ (free[kept] / sigma**2))
+                sigma = self.measured.sigma[kept]
+                found, _ = _linear(free[kept], slopes[kept], sigma, prior)
                 off = (free - slopes @ found)[~kept] / self.measured.sigma[~kept]
                 total += float(_huber(off).sum())
             errors.append(total)
@@ -373,6 +345,28 @@ class Explainer:
             if error <= _ABOUT_EQUAL * min(errors)
         ]
         return good[0]
+
+
+def _linear(wanted: Floats, slopes: Floats, sigma: Floats, prior: float) -> tuple[Floats, Floats]:
+    """Changes [K] that come nearest to what is wanted [N], by straight lines; their deviations."""
+    normal = (slopes.T / sigma**2) @ slopes + np.eye(slopes.shape[1]) / prior**2
+    covariance = np.linalg.inv(normal)
+    return covariance @ (slopes.T @ (wanted / sigma**2)), np.sqrt(np.diag(covariance))
+
+
+def _sure(wanted: Floats, slopes: Floats, sigma: Floats, prior: float) -> list[int]:
+    """Places of changes that are larger than their errors, once others have made way.
+
+    The least sure goes first, since another may be sure once it has made way.
+    """
+    kept = list(range(slopes.shape[1]))
+    while kept:
+        found, deviation = _linear(wanted, slopes[:, kept], sigma, prior)
+        sure = np.abs(found) / deviation
+        if sure.min() >= _SURE:
+            break
+        del kept[int(np.argmin(sure))]
+    return kept
 
 
 def _alike(names: Sequence[str], slopes: Floats, sigma: Floats) -> tuple[tuple[str, str], ...]:

@@ -22,6 +22,7 @@ from expertlane.comparison.reprojection import (
     WHOLE,
     Point,
     Reprojection,
+    Subject,
     find_subject,
     points_of,
 )
@@ -33,6 +34,7 @@ from expertlane.results.file import Row
 from expertlane.results.record import RUN
 from expertlane.results.results import FOREIGN_LOAD, Results
 from expertlane.spec.names import Phase
+from expertlane.spec.ranges import shown
 
 _TOLD = 0.01  # a factor nearer to one is none
 _MUCH = 0.05  # of a step
@@ -170,16 +172,22 @@ class Judgement:
         )
 
 
-def judge(results: Sequence[Results], progress: Progress, cluster: str | None = None) -> Judgement:
+def judge(
+    results: Sequence[Results],
+    progress: Progress,
+    cluster: str | None = None,
+    engine: str | None = None,
+) -> Judgement:
     """Judge a projection by what was measured.
 
     Args:
         results: one with measured and projected deployments, or some of either kind.
         cluster: in place of the one that was projected on, as `--cluster` takes it.
+        engine: the engine whose deployments count, in any case; None where there is one.
 
     Raises:
-        UserError: nothing is measured, or nothing projected; they are of different models or
-            devices.
+        UserError: nothing is measured, or nothing projected; they are of different models, devices
+            or engines.
     """
     measured = [each for each in results if any(each.select(source) for source in RUN)]
     projected = [each for each in results if each.select("projected")] or measured
@@ -189,23 +197,59 @@ def judge(results: Sequence[Results], progress: Progress, cluster: str | None = 
     if len(names) > 1:
         raise UserError(f"results are of different models: {', '.join(sorted(names))}")
     subject = find_subject(measured[0], projected[0], cluster)
-    points = [point for each in measured for point in points_of(each, subject)]
+    every = [point for each in measured for point in points_of(each, subject)]
+    points = _of_engine(every, engine)
+    found = judge_points(subject, points, progress)
+    on = replace(found.corrections.fitted_on, created=measured[0].created)
+    return replace(
+        found,
+        corrections=replace(found.corrections, fitted_on=on),
+        cautions=tuple(_cautions(measured, points)),
+    )
+
+
+def judge_points(subject: Subject, points: Sequence[Point], progress: Progress) -> Judgement:
+    """Judge a projection by deployments that were measured.
+
+    Raises:
+        UserError: they have no time that could be compared, or one does not fit into memory.
+    """
     reprojection = Reprojection(subject, points)
+    if not reprojection.numbers:
+        raise UserError("the measured deployments have no time that could be compared")
     progress.task("projecting under changed assumptions", len(reprojection.names) + 2)
     explainer = Explainer(
         reprojection.measured, reprojection.names, reprojection, reprojection.least
     )
     try:
         found = explainer.explain(progress.advance)
+        if any(point.loads for point in points) and found.singles:
+            found = _fitted_again(explainer, reprojection, found)
     except CapacityError as error:
         raise UserError(
             f"a measured deployment does not fit where it is projected: {error}"
         ) from None
-    if any(point.loads for point in points) and found.singles:
-        found = _fitted_again(explainer, reprojection, found)
     progress.advance()
     progress.done()
-    return _judgement(measured, reprojection, explainer, found)
+    return _judgement(reprojection, explainer, found)
+
+
+def _of_engine(points: Sequence[Point], engine: str | None) -> list[Point]:
+    """The deployments of one engine: what is wrong of one says nothing of another.
+
+    Raises:
+        UserError: there is none of it, or there are several and none is asked for.
+    """
+    known = list(dict.fromkeys(each.engine for each in points))
+    if engine is None and len(known) > 1:
+        raise UserError(
+            f"measured on several engines, {', '.join(known)}: judge one at a time, "
+            f"--engine {shown(known[0])}"
+        )
+    kept = [each for each in points if engine is None or each.engine.lower() == engine.lower()]
+    if not kept:
+        raise UserError(f"--engine {shown(engine)} was not measured; there is {', '.join(known)}")
+    return kept
 
 
 def _fitted_again(explainer: Explainer, reprojection: Reprojection, found: Explained) -> Explained:
@@ -216,7 +260,6 @@ def _fitted_again(explainer: Explainer, reprojection: Reprojection, found: Expla
 
 
 def _judgement(
-    measured: Sequence[Results],
     reprojection: Reprojection,
     explainer: Explainer,
     found: Explained,
@@ -239,7 +282,7 @@ def _judgement(
     subject = reprojection.subject
     points = reprojection.points
     sources = dict.fromkeys(point.record.source for point in points)
-    corrections = _corrections(measured, reprojection, found, numbers)
+    corrections = _corrections(reprojection, found, numbers)
     return Judgement(
         model=subject.model.name,
         cluster=str(subject.cluster),
@@ -254,7 +297,6 @@ def _judgement(
             (Assumed(one).label, Assumed(other).label) for one, other in found.together.alike
         ),
         corrections=corrections,
-        cautions=tuple(_cautions(measured, points)),
         has_terms=any(step.terms_s for point in points for step in point.steps),
     )
 
@@ -273,7 +315,6 @@ def _rival(single: Single, reprojection: Reprojection) -> Rival:
 
 
 def _corrections(
-    measured: Sequence[Results],
     reprojection: Reprojection,
     found: Explained,
     numbers: Sequence[JudgedNumber],
@@ -299,7 +340,7 @@ def _corrections(
     on = FittedOn(
         model=subject.model.name,
         cluster=subject.cluster.profile.name,
-        engine=_engine(measured),
+        engine="; ".join(dict.fromkeys(point.software for point in points)),
         deployments=tuple(dict.fromkeys(point.record.name for point in points)),
         num_points=len(numbers),
         num_ranks=_ends(layouts),
@@ -308,7 +349,6 @@ def _corrections(
         error_before=_error(whole, lambda each: each.projected),
         error_after=_error(whole, lambda each: each.corrected),
         framework=subject.framework or "",
-        created=measured[0].created,
     )
     return Corrections(on, factors)
 
@@ -320,14 +360,6 @@ def _ends(values: Sequence[int]) -> tuple[int, int]:
 def _error(numbers: Sequence[JudgedNumber], of: Callable[[JudgedNumber], float]) -> float:
     """Median size of measured over another, less one."""
     return median([abs(each.measured / of(each) - 1) for each in numbers])
-
-
-def _engine(measured: Sequence[Results]) -> str:
-    names = []
-    for results in measured:
-        kernels = "" if results.machine is None else f", {results.machine.kernels}"
-        names.append(f"expertlane {results.versions.expertlane}{kernels}")
-    return "; ".join(dict.fromkeys(names))
 
 
 def _cautions(measured: Sequence[Results], points: Sequence[Point]) -> Iterator[str]:

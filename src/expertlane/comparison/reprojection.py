@@ -84,6 +84,7 @@ _BY_BOUND = {
         ProjectedCause.CONTENTION,
     )
 }
+_OF_TRACES = {HOST_GAPS, UNKNOWN}  # of a profiler's; a rank's clock has neither
 _OF_RANKS = {*_OF_COMPUTING, HOST_GAPS, str(Cause.ENGINE)}  # no transfer in them
 
 # Standard deviations of logarithms, where a measured number has no interval, and at least.
@@ -104,7 +105,9 @@ class StepPoint(NamedTuple):
     Attributes:
         seconds: of a step, or round.
         terms_s: by name, of the same; empty where only the whole was measured.
-        is_whole: whether the whole can be compared: not where transfers were modelled.
+        is_whole: whether the whole can be compared: not where transfers were modelled, or where
+            a profiler slowed it.
+        is_profiled: whether only the shares of its terms can be compared.
         where: the phase in words; with its size where there are several.
     """
 
@@ -113,6 +116,7 @@ class StepPoint(NamedTuple):
     seconds: Estimate
     terms_s: Mapping[str, float]
     is_whole: bool = True
+    is_profiled: bool = False
     where: str = ""
 
 
@@ -121,11 +125,14 @@ class Point:
     """A measured deployment.
 
     Attributes:
+        engine, software: the engine that ran it; its software with the version.
         imbalance: the fullest expert's tokens over the mean, mean over layers; None where no rank
             counted them.
     """
 
     record: DeploymentRecord
+    engine: str
+    software: str
     steps: tuple[StepPoint, ...]
     loads: tuple[tuple[ServingRecord, Load], ...]
     imbalance: float | None
@@ -242,7 +249,10 @@ def points_of(measured: Results, subject: Subject) -> list[Point]:
     for record in measured.deployments:
         if record.source in RUN and record.layout is not None and SCALING not in record.roles:
             by_name.setdefault(record.name, []).append(record)
-    points = [_point(_clock(records, measured), subject) for records in by_name.values()]
+    own = f"expertlane {measured.versions.expertlane}"
+    if measured.machine is not None:
+        own += f", {measured.machine.kernels}"
+    points = [_point(_clock(records, measured), subject, own) for records in by_name.values()]
     points = [each for each in points if each.steps or each.loads]
     if not points:
         raise UserError("no deployment was measured; judge takes results of expertlane compare")
@@ -257,7 +267,7 @@ def _clock(records: Sequence[DeploymentRecord], measured: Results) -> Deployment
     return next((each for each in records if each.source == wanted), records[0])
 
 
-def _point(record: DeploymentRecord, subject: Subject) -> Point:
+def _point(record: DeploymentRecord, subject: Subject, own: str) -> Point:
     steps = _named([_step_point(each, record, subject) for each in record.steps])
     loads = tuple(
         (each, load)
@@ -266,7 +276,11 @@ def _point(record: DeploymentRecord, subject: Subject) -> Point:
     )
     ratios = [each for each in record.expert_max_over_mean if each > 0]
     imbalance = sum(ratios) / len(ratios) if ratios else None
-    return Point(record, steps, loads, imbalance)
+    engine, software = "expertlane", own
+    if (server := getattr(record, "server", None)) is not None:
+        engine = server.engine or server.software or "a server"
+        software = server.software or engine
+    return Point(record, engine, software, steps, loads, imbalance)
 
 
 def _named(steps: Sequence[StepPoint]) -> tuple[StepPoint, ...]:
@@ -297,12 +311,15 @@ def _step_point(steps: StepsRecord, record: DeploymentRecord, subject: Subject) 
         cached = max(workload.prompt_len - num_new, 0) // 2
         cached = cached if steps.context is None else steps.context
     size = StepSize(num_seqs, num_new, cached, phase=steps.phase)
-    # Shares: a pass with a profiler is slower than the one that the time is of.
     terms = {name: share * seconds.value for name, share in _joined(steps.shares).items()}
+    terms = {name: each for name, each in terms.items() if each or name not in _OF_TRACES}
     is_virtual = record.source == "virtual"
+    is_profiled = bool(_OF_TRACES & {*terms})
     if is_virtual:
         terms = {name: each for name, each in terms.items() if name in _OF_RANKS}
-    return StepPoint(steps.phase, size, _with_runs(seconds, steps), terms, not is_virtual)
+    is_whole = not (is_virtual or is_profiled)
+    timed = _with_runs(seconds, steps)
+    return StepPoint(steps.phase, size, timed, terms, is_whole, is_profiled)
 
 
 def _with_runs(seconds: Estimate, steps: StepsRecord) -> Estimate:
@@ -409,10 +426,11 @@ class Reprojection:
     def __init__(self, subject: Subject, points: Sequence[Point]) -> None:
         self.subject = subject
         self.points = points
-        self._profiles: dict[tuple[float, ...], Profile] = {}
+        self._profile: tuple[tuple[float, ...], Profile] | None = None  # the last one
         self._projectors: dict[tuple[int, float], Projector] = {}
         self._modes: dict[tuple[int, StepSize], DispatchMode] = {}
-        self._steps: dict[tuple[int, StepSize, tuple[float, ...]], StepByStage] = {}
+        # Of each step as assumed, and as changed last, with the changes.
+        self._steps: dict[tuple[int, StepSize, bool], tuple[tuple[float, ...], StepByStage]] = {}
         self.names = [each for each in Assumed if each is not Assumed.SKEW or self._has_skew]
         self.offsets: Floats | None = None
         self.numbers = list(self._numbers())
@@ -435,26 +453,27 @@ class Reprojection:
     def profile(self, changes: Mapping[str, float]) -> Profile:
         """The profile under changes of all but skew."""
         key = tuple(changes.get(name, 0.0) for name in Assumed if name is not Assumed.SKEW)
-        if key not in self._profiles:
+        if self._profile is None or self._profile[0] != key:
             factors: dict[Assumed, Correction] = {
                 name: Correction.exactly(exp(changes[name]))
                 for name in Assumed
                 if name is not Assumed.SKEW and changes.get(name, 0.0)
             }
-            self._profiles[key] = scaled(self.subject.cluster.profile, factors)
-        return self._profiles[key]
+            self._profile = key, scaled(self.subject.cluster.profile, factors)
+        return self._profile[1]
 
     def step(self, place: int, size: StepSize, changes: Mapping[str, float]) -> StepByStage:
         """One step of a deployment under changes."""
         key = tuple(changes.get(name, 0.0) for name in Assumed)
-        found = self._steps.get((place, size, key))
-        if found is None:
+        is_changed = any(key)
+        known, found = self._steps.get((place, size, is_changed), (None, None))
+        if found is None or known != key:
             projector = self._projector(place, self.alpha(changes))
             mode = self._modes.get((place, size))
             if mode is None:
                 mode = self._modes[place, size] = projector.fastest_mode(size)
             found = projector.repriced(self.profile(changes)).by_stage(size, mode)
-            self._steps[place, size, key] = found
+            self._steps[place, size, is_changed] = key, found
         return found
 
     def _projector(self, place: int, alpha: float) -> Projector:
@@ -511,12 +530,12 @@ class Reprojection:
 
     def terms(self, place: int, step: StepPoint, changes: Mapping[str, float]) -> dict[str, float]:
         """Projected seconds of a step by the terms that were measured of it."""
-        causes = dict(self.step(place, step.size, changes).causes_s)
-        launch = str(ProjectedCause.LAUNCH)
-        if HOST_GAPS not in step.terms_s and launch in causes:
-            of_launch = causes.pop(launch)  # a rank's own clock has it in what follows
-            causes[Cause.HEAD] = causes.get(Cause.HEAD, 0.0) + of_launch
-        found = _joined(causes)
+        projected = self.step(place, step.size, changes)
+        found = _joined(projected.causes_s("trace" if step.is_profiled else "clock"))
+        if step.is_profiled:  # slowed by we do not know how much
+            found = {
+                name: each * step.seconds.value / projected.seconds for name, each in found.items()
+            }
         if COMPUTING in step.terms_s:
             parts = [found.pop(name, 0.0) for name in _OF_COMPUTING]
             found[COMPUTING] = found.get(COMPUTING, 0.0) + sum(parts)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -16,6 +16,7 @@ from expertlane.cost.timeline import LogTable, Span, StepTimes
 from expertlane.results.metrics import CAUSE_OF_STAGE
 from expertlane.spec.names import Cause, ProjectedCause, Stage
 
+Measuring = Literal["clock", "trace"]
 _CAUSES = list(dict.fromkeys([*map(str, ProjectedCause), *map(str, Cause)]))
 _INDEX = {cause: place for place, cause in enumerate(_CAUSES)}
 CAUSE_OF_TRANSFER = {
@@ -62,11 +63,14 @@ class BreakdownTable:
     Args:
         device: its datasheet.
         types: number types that operations compute in; utilisation is of the weights' peak.
-        by_stage: operations by the stage that a rank's clock measures them in (`Cause`), also what
-            transfers beside them add, in place of what bounds them.
+        by_stage: operations by the stage that they are measured in (`Cause`), with what transfers
+            beside them add, in place of what bounds them. By a rank's clock, launches are part of
+            the stage too; in a profiler's trace they are gaps.
     """
 
-    def __init__(self, device: Device, types: NumberTypes, *, by_stage: bool = False) -> None:
+    def __init__(
+        self, device: Device, types: NumberTypes, *, by_stage: Measuring | None = None
+    ) -> None:
         self._device = device
         self._types = types
         self._by_stage = by_stage
@@ -148,11 +152,19 @@ class BreakdownTable:
             travelled_s = np.minimum(waited_s, (source.sent - source.sending)[LIKELY])
             spent[_INDEX[ProjectedCause.HAND_OVER]] += travelled_s
             spent[_INDEX[ProjectedCause.PIPELINE_BUBBLE]] += waited_s - travelled_s
-        spent[_INDEX[ProjectedCause.LAUNCH]] += (span.launched - span.arrived)[LIKELY]
+        by_clock = self._by_stage == "clock"
+        of_graph = Cause.HEAD if by_clock else ProjectedCause.LAUNCH
+        spent[_INDEX[of_graph]] += (span.launched - span.arrived)[LIKELY]
         table = LogTable(span.log, num_ranks)
         # Until a step could begin; a call's overhead in series is in an operation's seconds.
         launch_s = table.column("start") - table.column("begin")
-        spent[_INDEX[ProjectedCause.LAUNCH]] += table.times @ launch_s
+        if by_clock:
+            for stage in np.unique(table.stages):
+                own = table.stages == stage
+                cause = CAUSE_OF_STAGE[Stage(stage)]
+                spent[_INDEX[cause]] += table.times[own] @ launch_s[own]
+        else:
+            spent[_INDEX[ProjectedCause.LAUNCH]] += table.times @ launch_s
         self._add_transfers(spent, span, table)
         flops, num_bytes = self._add_operations(spent, span, table)
         return _SpanCauses(spent, flops, num_bytes)

@@ -23,11 +23,16 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import numpy as np
 
-from expertlane.cost.breakdown import Breakdown, BreakdownTable, basis_shares, floor_s
+from expertlane.cost.breakdown import (
+    Breakdown,
+    BreakdownTable,
+    Measuring,
+    basis_shares,
+    floor_s,
+)
 from expertlane.cost.laws.device import looked_up_by
 from expertlane.cost.laws.profile import (
     BOUNDS,
@@ -234,13 +239,13 @@ class StepByStage:
     """
 
     seconds: float
-    _shares: Callable[[], Mapping[str, float]]
+    _shares: Callable[[Measuring], Mapping[str, float]]
     _works: Sequence[_Work]
 
-    @cached_property
-    def causes_s(self) -> Mapping[str, float]:
-        """Seconds by `Cause`, and by those of `ProjectedCause` that no rank's clock has."""
-        return {cause: self.seconds * share for cause, share in self._shares().items() if share}
+    def causes_s(self, measuring: Measuring) -> Mapping[str, float]:
+        """Seconds by `Cause`, and by causes of `ProjectedCause` that have other names there."""
+        shares = self._shares(measuring).items()
+        return {cause: self.seconds * share for cause, share in shares if share}
 
     def timed(self) -> Iterator[tuple[Operation | Transfer | None, Times]]:
         """All operations and transfers with their times; None is a PP transfer."""
@@ -303,16 +308,16 @@ class Projector:
         return other
 
     def by_stage(self, size: StepSize, mode: DispatchMode) -> "StepByStage":
-        """One step as a rank's clock would measure it: its likely time by cause."""
+        """One step as it would be measured: its likely time, and parts of it by cause."""
         _, works = self._priced(size, mode, is_kept=True)
         timeline = Timeline(self._terms, self._layout.pp, self._layout.stage_size)
         ran = self._rounds(works, timeline, self._terms)
         seconds = float(_last_round_s(ran, works)[LIKELY])
 
-        def shares() -> Mapping[str, float]:
+        def shares(measuring: Measuring) -> Mapping[str, float]:
             # As measured, with what lies between two steps.
             since_s = float(ran[-2][0].end_s[LIKELY]) if len(works) == 1 else None
-            table = BreakdownTable(self._device, self._setting.types, by_stage=True)
+            table = BreakdownTable(self._device, self._setting.types, by_stage=measuring)
             for times, _ in ran[-len(works) :]:
                 table.add(times, since_s)
             return table.result().shares
