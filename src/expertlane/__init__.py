@@ -1,8 +1,8 @@
 """Run, compare and plan expert-parallel inference of Mixture-of-Experts models.
 
 `compare`, `plan`, `simulate` and `bench` are the commands of these names for Python; `LLM` runs a
-model, `load_results` and `diff` read and compare results. All are imported when first asked for;
-their signatures are in `__init__.pyi`.
+model; `load_results`, `diff` and `judge` read results, compare two, and judge a projection by what
+was measured. All are imported when first asked for; their signatures are in `__init__.pyi`.
 """
 
 from expertlane.version import __version__
@@ -12,6 +12,7 @@ __all__ = [
     "Difference",
     "EngineConfig",
     "ExpertlaneError",
+    "Judgement",
     "Options",
     "RankError",
     "Results",
@@ -22,6 +23,7 @@ __all__ = [
     "bench",
     "compare",
     "diff",
+    "judge",
     "load_results",
     "plan",
     "simulate",
@@ -32,6 +34,7 @@ _HOMES = {
     "Difference": "expertlane.api",
     "EngineConfig": "expertlane.spec.engine_config",
     "ExpertlaneError": "expertlane.errors",
+    "Judgement": "expertlane.api",
     "Options": "expertlane.spec.deployment",
     "RankError": "expertlane.errors",
     "Results": "expertlane.api",
@@ -41,6 +44,7 @@ _HOMES = {
     "bench": "expertlane.api",
     "compare": "expertlane.api",
     "diff": "expertlane.api",
+    "judge": "expertlane.api",
     "load_results": "expertlane.api",
     "plan": "expertlane.api",
     "simulate": "expertlane.api",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from expertlane.api import Difference, Results, diff, load_results
+from expertlane.api import Difference, Judgement, Results, diff, judge, load_results
 from expertlane.engine.llm import LLM as _LLM
 from expertlane.errors import ExpertlaneError, RankError, UserError
 from expertlane.spec.deployment import Options
@@ -24,6 +24,7 @@ __all__ = [
     "Difference",
     "EngineConfig",
     "ExpertlaneError",
+    "Judgement",
     "Options",
     "RankError",
     "Results",
@@ -34,6 +35,7 @@ __all__ = [
     "bench",
     "compare",
     "diff",
+    "judge",
     "load_results",
     "plan",
     "simulate",
@@ -91,6 +93,7 @@ def compare(
     cluster: Text | None = None,
     skew: float | None = None,
     framework: Text | None = None,
+    corrections: str | Path | None = None,
     slo: Text | Sequence[Text] | None = None,
     engine: Text | Sequence[Text] | None = None,
     url: Text | Sequence[Text] | None = None,
@@ -156,6 +159,9 @@ def compare(
             vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
             scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
             are given.
+        corrections: Correct laws by a file of expertlane judge, which has what was measured in
+            place of what is assumed: links, kernels, overheads, skew. --skew and
+            --routing-trace take precedence.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or
             p99. Each deployment runs as many sequences as they allow.
@@ -206,6 +212,7 @@ def plan(
     kv_dtype: Literal['model', 'float32', 'bfloat16', 'float16', 'float8'] = 'model',
     execution: Literal['graph', 'eager'] = 'graph',
     framework: Text | None = None,
+    corrections: str | Path | None = None,
     mtp: int = 0,
     mtp_acceptance: float | None = None,
     out: str | Path | None = None,
@@ -256,6 +263,9 @@ def plan(
             vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
             scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
             are given.
+        corrections: Correct laws by a file of expertlane judge, which has what was measured in
+            place of what is assumed: links, kernels, overheads, skew. --skew and
+            --routing-trace take precedence.
         mtp: Multi-token prediction: N draft tokens per step.
         mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         out: Folder for results.json, the reports and all else that the command writes. None:
@@ -297,6 +307,7 @@ def simulate(
     kv_dtype: Literal['model', 'float32', 'bfloat16', 'float16', 'float8'] = 'model',
     execution: Literal['graph', 'eager'] = 'graph',
     framework: Text | None = None,
+    corrections: str | Path | None = None,
     overlap: Literal['off', 'on', 'auto'] = 'off',
     num_micro_batches: int = 1,
     micro_batch_schedule: Literal['drained', 'rotating'] = 'drained',
@@ -364,6 +375,9 @@ def simulate(
             vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
             scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
             are given.
+        corrections: Correct laws by a file of expertlane judge, which has what was measured in
+            place of what is assumed: links, kernels, overheads, skew. --skew and
+            --routing-trace take precedence.
         overlap: Two-batch overlap: one half batch computes while the other communicates; auto,
             on real ranks: where faster for a step's number of tokens, timed at startup.
         num_micro_batches: Micro-batches per pipeline step.

@@ -18,16 +18,29 @@ from expertlane.cli.diff import THRESHOLD_PERCENT
 from expertlane.cli.option_groups import Fill, call_with
 from expertlane.cli.output import Call, Found, write_beside
 from expertlane.cli.python_options import PythonFunction, PythonOptions, names_itself
+from expertlane.comparison import judge as judging
 from expertlane.errors import UserError
+from expertlane.progress import Progress
 from expertlane.report.sections import report_of
-from expertlane.report.shown import Difference, Results
+from expertlane.report.shown import Difference, Judgement, Results
 from expertlane.results import file
 from expertlane.results.diff import difference
 from expertlane.results.results import Results as Schema
 from expertlane.spec.files import as_path
 from expertlane.spec.ranges import take, take_flag
 
-__all__ = ["Difference", "Results", "bench", "compare", "diff", "load_results", "plan", "simulate"]
+__all__ = [
+    "Difference",
+    "Judgement",
+    "Results",
+    "bench",
+    "compare",
+    "diff",
+    "judge",
+    "load_results",
+    "plan",
+    "simulate",
+]
 
 
 def _function(module: ModuleType, fill: Fill = lambda _: {}) -> PythonFunction[Results]:
@@ -104,3 +117,28 @@ def diff(
         for letter, each in zip("AB", given, strict=True)
     ]
     return Difference.of(difference(results[0], results[1], (names[0], names[1]), share, strict))
+
+
+@names_itself
+def judge(
+    *results: Schema | str | Path, cluster: str | None = None, engine: str | None = None
+) -> Judgement:
+    """Judge a projection by what was measured: which assumption explains the difference.
+
+    Args:
+        results: results, a results.json, or the folder it is in: of compare with measured and
+            projected deployments, or measured ones and the plan's.
+        cluster: in place of the one that was projected on, as `--cluster` takes it.
+        engine: whose deployments count, where several engines were measured.
+
+    Raises:
+        UserError: nothing is measured or projected, models or devices differ, or a file cannot be
+            read.
+    """
+    if not results:
+        raise UserError("judge: give one or more results")
+    read = [
+        each if isinstance(each, Schema) else Results.of(file.read(as_path("results", each)))
+        for each in results
+    ]
+    return Judgement.of(judging.judge(read, Progress(), cluster, engine))

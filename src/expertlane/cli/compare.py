@@ -20,6 +20,7 @@ from expertlane.cli.options import (
     MODEL_HELP,
     LaunchOptions,
     cluster_option,
+    corrections_option,
     dtype_option,
     fields_of,
     framework_option,
@@ -170,6 +171,7 @@ class _Projection:
     cluster: str | None = cluster_option(None, "as many h100 as ranks")
     skew: float | None = skew_option()
     framework: str | None = framework_option()
+    corrections: Path | None = corrections_option()
     slo: list[str] | None = slo_option(
         "Each deployment runs as many sequences as they allow.", rich_help_panel=Panel.MODELLED
     )
@@ -187,7 +189,10 @@ class _Projection:
         """Options that were given; they take precedence over an experiment's `[projection]`."""
         from expertlane.spec.experiment import Projection
 
-        values = fields_of(Projection, self) | {"slo": ",".join(self.slo or ()) or None}
+        values = fields_of(Projection, self) | {
+            "slo": ",".join(self.slo or ()) or None,
+            "corrections": None if self.corrections is None else os.path.abspath(self.corrections),
+        }
         return {name: value for name, value in values.items() if value is not None}
 
     def applied_to(self, experiment: "Experiment", dtype: str | None) -> "Projection":
@@ -436,7 +441,7 @@ def _projector(
     execution, goals = Execution(asked.execution), Goals.of(asked.slos)
     served = ServingConditions(there.routing, goals, load, execution, asked.num_running)
     on_cluster = ProjectionAsked(**fields_of(ProjectionAsked, asked))
-    skew = model.usual_skew if asked.skew is None else asked.skew
+    skew = there.skew if there.skew is not None else model.usual_skew
     return ExperimentProjector(experiment, there.cluster, there.types, skew, on_cluster, served)
 
 

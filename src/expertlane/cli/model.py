@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from expertlane.cli.output import print_message
-from expertlane.errors import CapacityError, UserError, require_extra
+from expertlane.errors import CapacityError, UserError, naming, require_extra
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.hf_config import Quantization, quantization_of, read_config, resolve_model
@@ -27,11 +27,17 @@ _WIDER = 1.1  # times as many bytes as the checkpoint's own are worth a word
 
 
 class OnCluster(NamedTuple):
-    """A cluster with a framework's corrections, and the number types and routing on it."""
+    """A cluster with corrections, and the number types and routing on it.
+
+    Attributes:
+        skew: exponent of the popularity of experts, as asked for or corrected; None for the
+            model's usual one, and where routing was recorded.
+    """
 
     cluster: "ModelledCluster"
     types: "NumberTypes"
     routing: "RoutingChoice"
+    skew: float | None = None
 
 
 @dataclass(frozen=True)
@@ -127,17 +133,26 @@ class FoundModel:
         Raises:
             UserError: an option names what there is not, or two contradict each other.
         """
+        from expertlane.cost.laws.corrections import corrected, read_corrections
         from expertlane.cost.laws.frameworks import served_by
         from expertlane.cost.routing import choose_routing
 
         trace = None if asked.routing_trace is None else Path(asked.routing_trace)
-        routing = choose_routing(self.config, trace, asked.skew, seed)
+        corrections, skew = None, asked.skew
+        if asked.corrections is not None:
+            with naming("--corrections"):
+                corrections = read_corrections(Path(asked.corrections))
+            if skew is None and trace is None:
+                skew = corrections.skew
+        routing = choose_routing(self.config, trace, skew, seed)
         if routing.note:
             print_message(f"{trace}: {routing.note}")
         types = self.number_types(asked.dtype or dtype, asked.kv_dtype, cluster)
         weights, framework = types.weights, asked.framework
         served = served_by(cluster, framework, self.config, weights, has_drafts=has_drafts)
-        return OnCluster(served, types, routing)
+        if corrections is not None:
+            served = corrected(served, corrections)
+        return OnCluster(served, types, routing, skew)
 
     def cautions(self, types: "NumberTypes", cluster: "ModelledCluster") -> tuple[str, ...]:
         """A sentence where a checkpoint's weights are narrower than what they are priced as."""

@@ -434,6 +434,19 @@ def framework_option() -> Any:
     )
 
 
+def corrections_option() -> Any:
+    """The corrections that `expertlane judge` fitted."""
+    return typer.Option(
+        None,
+        metavar="FILE",
+        show_default="none",
+        help="Correct laws by a file of expertlane judge, which has what was measured in place of "
+        "what is assumed: links, kernels, overheads, skew. --skew and --routing-trace take "
+        "precedence.",
+        rich_help_panel=Panel.MODELLED,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DraftOptions:
     """Multi-token prediction on a modelled cluster."""
@@ -478,6 +491,7 @@ class ProjectionOptions:
         "graph", help="Steps as CUDA graphs, or kernels launched one by one."
     )
     framework: str | None = framework_option()
+    corrections: Path | None = corrections_option()
 
 
 def parse_list(name: str, field: str, text: str, example: str) -> list[Any]:

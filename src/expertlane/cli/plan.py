@@ -139,6 +139,7 @@ def run(
     on_cluster = fields_of(ProjectionAsked, projection) | {
         "cluster": cluster,
         "routing_trace": None if trace is None else str(trace),
+        "corrections": None if projection.corrections is None else str(projection.corrections),
     }
     results = plan.results(
         command=call.command,

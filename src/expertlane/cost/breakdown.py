@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -13,9 +13,11 @@ from expertlane.cost.pricing import StageWork, law_dtype
 from expertlane.cost.step.operation import Floats, NumberTypes, Operation
 from expertlane.cost.step.program import StageProgram, StepProgram
 from expertlane.cost.timeline import LogTable, Span, StepTimes
-from expertlane.spec.names import ProjectedCause, Stage
+from expertlane.results.metrics import CAUSE_OF_STAGE
+from expertlane.spec.names import Cause, ProjectedCause, Stage
 
-_CAUSES = list(ProjectedCause)
+Measuring = Literal["clock", "trace"]
+_CAUSES = list(dict.fromkeys([*map(str, ProjectedCause), *map(str, Cause)]))
 _INDEX = {cause: place for place, cause in enumerate(_CAUSES)}
 CAUSE_OF_TRANSFER = {
     Stage.DISPATCH: ProjectedCause.DISPATCH_COMBINE,
@@ -36,7 +38,7 @@ class Breakdown:
     """
 
     seconds: float
-    shares: Mapping[ProjectedCause, float]
+    shares: Mapping[str, float]
     flops_utilisation: float
     bytes_utilisation: float
 
@@ -61,11 +63,17 @@ class BreakdownTable:
     Args:
         device: its datasheet.
         types: number types that operations compute in; utilisation is of the weights' peak.
+        by_stage: operations by the stage that they are measured in (`Cause`), with what transfers
+            beside them add, in place of what bounds them. By a rank's clock, launches are part of
+            the stage too; in a profiler's trace they are gaps.
     """
 
-    def __init__(self, device: Device, types: NumberTypes) -> None:
+    def __init__(
+        self, device: Device, types: NumberTypes, *, by_stage: Measuring | None = None
+    ) -> None:
         self._device = device
         self._types = types
+        self._by_stage = by_stage
         self._of_stage: list[Floats] = []  # [num_causes, R] each
         self._begin_s: float | None = None
         self._last: StepTimes | None = None
@@ -74,14 +82,21 @@ class BreakdownTable:
 
     def cleared(self) -> "BreakdownTable":
         """An empty table, quicker with what this one has seen before."""
-        table = BreakdownTable(self._device, self._types)
+        table = BreakdownTable(self._device, self._types, by_stage=self._by_stage)
         table._known = self._known
         return table
 
-    def add(self, times: StepTimes) -> None:
-        """Add the next step."""
+    def add(self, times: StepTimes, since_s: float | None = None) -> None:
+        """Add the next step.
+
+        Args:
+            since_s: of the first one, when the step before it had ended: what lies between counts
+                too. None: nothing does.
+        """
         if self._begin_s is None:
             first = float(min(of_stage[0].begin[LIKELY].min() for of_stage in times.spans))
+            if since_s is not None:
+                first = min(first, since_s - float(times.origin_s[LIKELY]))
             self._begin_s = float(times.origin_s[LIKELY]) + first
             self._of_stage = [np.zeros((len(_CAUSES), idle.shape[1])) for idle in times.idle_s]
             ahead = [of_stage[0].begin[LIKELY] - first for of_stage in times.spans]
@@ -120,7 +135,10 @@ class BreakdownTable:
         rank_s = max(seconds * num_ranks, np.finfo(float).tiny)
         return Breakdown(
             seconds=seconds,
-            shares={cause: float(by_rank[at].sum()) / total_s for cause, at in _INDEX.items()},
+            shares={
+                cause: float(by_rank[_INDEX[cause]].sum()) / total_s
+                for cause in (_CAUSES if self._by_stage else ProjectedCause)
+            },
             flops_utilisation=self._flops / rank_s / self._device.flops_per_s[self._types.weights],
             bytes_utilisation=self._bytes / rank_s / self._device.memory_bytes_per_s,
         )
@@ -134,11 +152,19 @@ class BreakdownTable:
             travelled_s = np.minimum(waited_s, (source.sent - source.sending)[LIKELY])
             spent[_INDEX[ProjectedCause.HAND_OVER]] += travelled_s
             spent[_INDEX[ProjectedCause.PIPELINE_BUBBLE]] += waited_s - travelled_s
-        spent[_INDEX[ProjectedCause.LAUNCH]] += (span.launched - span.arrived)[LIKELY]
+        by_clock = self._by_stage == "clock"
+        of_graph = Cause.HEAD if by_clock else ProjectedCause.LAUNCH
+        spent[_INDEX[of_graph]] += (span.launched - span.arrived)[LIKELY]
         table = LogTable(span.log, num_ranks)
         # Until a step could begin; a call's overhead in series is in an operation's seconds.
         launch_s = table.column("start") - table.column("begin")
-        spent[_INDEX[ProjectedCause.LAUNCH]] += table.times @ launch_s
+        if by_clock:
+            for stage in np.unique(table.stages):
+                own = table.stages == stage
+                cause = CAUSE_OF_STAGE[Stage(stage)]
+                spent[_INDEX[cause]] += table.times[own] @ launch_s[own]
+        else:
+            spent[_INDEX[ProjectedCause.LAUNCH]] += table.times @ launch_s
         self._add_transfers(spent, span, table)
         flops, num_bytes = self._add_operations(spent, span, table)
         return _SpanCauses(spent, flops, num_bytes)
@@ -166,11 +192,15 @@ class BreakdownTable:
                 continue
             overhead_s = entry.overhead_s[LIKELY]
             work_s = entry.seconds[LIKELY] - overhead_s
-            spent[_INDEX[ProjectedCause.LAUNCH]] += times * overhead_s
             lost_s = np.maximum(of_rank_s - entry.seconds[LIKELY], 0.0)  # rounding
-            spent[_INDEX[ProjectedCause.CONTENTION]] += times * lost_s
-            for cause, share in cause_shares(entry.step, self._device, self._types):
-                spent[_INDEX[cause]] += times * work_s * share
+            if self._by_stage:  # all that a rank's clock sees in it
+                cause = CAUSE_OF_STAGE[entry.step.stage]
+                spent[_INDEX[cause]] += times * (work_s + overhead_s + lost_s)
+            else:
+                spent[_INDEX[ProjectedCause.LAUNCH]] += times * overhead_s
+                spent[_INDEX[ProjectedCause.CONTENTION]] += times * lost_s
+                for projected, share in cause_shares(entry.step, self._device, self._types):
+                    spent[_INDEX[projected]] += times * work_s * share
             flops += times * float(entry.step.flops.sum())
             read = entry.step.weight_bytes.sum() + entry.step.kv_bytes.sum()
             num_bytes += times * float(read)

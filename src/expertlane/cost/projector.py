@@ -20,18 +20,26 @@ Different errors are independent of each other.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from expertlane.cost.breakdown import Breakdown, BreakdownTable, basis_shares, floor_s
+from expertlane.cost.breakdown import (
+    Breakdown,
+    BreakdownTable,
+    Measuring,
+    basis_shares,
+    floor_s,
+)
 from expertlane.cost.laws.device import looked_up_by
 from expertlane.cost.laws.profile import (
     BOUNDS,
     LIKELY,
     Execution,
     ModelledCluster,
+    Profile,
     Terms,
     kernels_of,
 )
@@ -222,6 +230,32 @@ class StepSize:
     phase: Phase = Phase.DECODE
 
 
+@dataclass(frozen=True, eq=False)
+class StepByStage:
+    """A projected step as a measured one is told.
+
+    Attributes:
+        seconds: of the step, or round.
+    """
+
+    seconds: float
+    _shares: Callable[[Measuring], Mapping[str, float]]
+    _works: Sequence[_Work]
+
+    def causes_s(self, measuring: Measuring) -> Mapping[str, float]:
+        """Seconds by `Cause`, and by causes of `ProjectedCause` that have other names there."""
+        shares = self._shares(measuring).items()
+        return {cause: self.seconds * share for cause, share in shares if share}
+
+    def timed(self) -> Iterator[tuple[Operation | Transfer | None, Times]]:
+        """All operations and transfers with their times; None is a PP transfer."""
+        for stage in (each for work in self._works for of_stage in work for each in of_stage):
+            for step in _steps_of(stage):
+                yield step.step, step.times
+            if stage.hand_over is not None:
+                yield None, stage.hand_over
+
+
 class Projector:
     """Projects steps of one deployment on one cluster.
 
@@ -248,9 +282,8 @@ class Projector:
         self._layout = layout
         self._options = options
         self._setting = setting
-        self._device = cluster.profile.device
-        self._terms = Terms.of(cluster.profile, setting.execution)
-        self._pricing = Pricing(cluster.profile, setting.types)
+        self._price_by(cluster.profile)
+        self._programs: dict[Hashable, StepProgram] = {}
         self._builder = ProgramBuilder(
             model,
             layout,
@@ -262,6 +295,41 @@ class Projector:
             kernels=kernels_of(cluster.profile),
             num_drafts=num_drafts,
         )
+
+    def _price_by(self, profile: Profile) -> None:
+        self._device = profile.device
+        self._terms = Terms.of(profile, self._setting.execution)
+        self._pricing = Pricing(profile, self._setting.types)
+
+    def repriced(self, profile: Profile) -> "Projector":
+        """The same deployment under other laws: what a step does is worked out once for all."""
+        other = copy(self)
+        other._price_by(profile)
+        return other
+
+    def by_stage(self, size: StepSize, mode: DispatchMode) -> "StepByStage":
+        """One step as it would be measured: its likely time, and parts of it by cause."""
+        _, works = self._priced(size, mode, is_kept=True)
+        timeline = Timeline(self._terms, self._layout.pp, self._layout.stage_size)
+        ran = self._rounds(works, timeline, self._terms)
+        seconds = float(_last_round_s(ran, works)[LIKELY])
+
+        def shares(measuring: Measuring) -> Mapping[str, float]:
+            # As measured, with what lies between two steps.
+            since_s = float(ran[-2][0].end_s[LIKELY]) if len(works) == 1 else None
+            table = BreakdownTable(self._device, self._setting.types, by_stage=measuring)
+            for times, _ in ran[-len(works) :]:
+                table.add(times, since_s)
+            return table.result().shares
+
+        return StepByStage(seconds, shares, works)
+
+    def fastest_mode(self, size: StepSize) -> DispatchMode:
+        """The dispatch form, with or without overlap, that a step takes."""
+        first, *others = self._modes[size.phase]
+        if not others:
+            return first
+        return min((first, *others), key=lambda mode: self.by_stage(size, mode).seconds)
 
     def step(self, size: StepSize) -> StepsRecord:
         """One step; of rotating micro-batches, a round."""
@@ -347,13 +415,16 @@ class Projector:
         return timeline_of(events, num_tokens=num_tokens, num_seqs=size.num_seqs)
 
     def _priced(
-        self, size: StepSize, mode: DispatchMode
+        self, size: StepSize, mode: DispatchMode, *, is_kept: bool = False
     ) -> tuple[Sequence[StepProgram], Sequence[list[list[StageWork]]]]:
         groups = self._groups(size)
         alike: dict[str, tuple[StepProgram, list[list[StageWork]]]] = {}
         for group in groups:  # equal sizes share one program
             if str(group) not in alike:
-                program = self._program(group, size, mode)
+                key = str(group), size, mode
+                program = self._programs.get(key) or self._program(group, size, mode)
+                if is_kept:
+                    self._programs[key] = program
                 alike[str(group)] = program, self._pricing.work(program)
         programs, works = zip(*(alike[str(group)] for group in groups), strict=True)
         return programs, works

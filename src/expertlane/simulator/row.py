@@ -143,6 +143,7 @@ def _row(results: Results, row: str) -> Row:
         "kv_dtype": conditions.kv_dtype,
         "execution": asked.execution,
         "framework": asked.framework,
+        "corrections": None if asked.corrections is None else Path(asked.corrections),
         "mtp": decoding.num_drafts,
         "mtp_acceptance": asked.mtp_acceptance if decoding.num_drafts else None,
         "max_num_seqs": layout.places_of_rank(running, None if rate is not None else num_asked),

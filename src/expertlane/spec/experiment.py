@@ -28,7 +28,7 @@ from expertlane.spec.names import CacheType, GpuExecution, NumberType
 from expertlane.spec.ranges import RANGES, Strict, shown, take, take_fields
 from expertlane.spec.workload import SLO, LengthRange, Load, Workload, parse_slos
 
-_PATHS = "routing_trace", "requests"
+_PATHS = "routing_trace", "requests", "corrections"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class _OnCluster(Strict):
 
     Attributes:
         skew: None for the default with its bounds.
-        routing_trace: path of the file.
+        routing_trace, corrections: paths of the files.
     """
 
     cluster: str
@@ -45,6 +45,7 @@ class _OnCluster(Strict):
     skew: float | None = None
     routing_trace: str | None = None
     execution: GpuExecution = "graph"
+    corrections: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

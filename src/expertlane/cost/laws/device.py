@@ -261,9 +261,8 @@ class DeviceModel:
 
     def _surface(self, kind: OpKind, dtype: str) -> Surface:
         surfaces = self._profile.surfaces
-        for name in (f"{kind}.{dtype}", str(kind)):
-            if name in surfaces:
-                return surfaces[name]
+        if (own := f"{kind}.{dtype}") in surfaces:
+            return surfaces[own]
         twin = f"{kind}.{_SAME_WIDTH.get(dtype, '')}"
         if twin in surfaces:
             known = surfaces[twin]
@@ -275,14 +274,19 @@ class DeviceModel:
                 basis=Basis.BOUND,
                 origin=f"as {twin}: {known.origin}",
             )
-        return Surface(
-            axes={},
-            correction=np.array(-np.log(_EFFICIENCY)),
-            low=_EFFICIENCY,
-            high=_EFFICIENCY / _LEAST_EFFICIENCY,
-            basis=Basis.BOUND,
-            origin=f"datasheet's roofline at {_LEAST_EFFICIENCY:.0%} to 100% of the peak",
-        )
+        return surfaces.get(str(kind)) or assumed_law()
+
+
+def assumed_law() -> Surface:
+    """The law of an operation that nothing was measured for, of any type."""
+    return Surface(
+        axes={},
+        correction=np.array(-np.log(_EFFICIENCY)),
+        low=_EFFICIENCY,
+        high=_EFFICIENCY / _LEAST_EFFICIENCY,
+        basis=Basis.BOUND,
+        origin=f"datasheet's roofline at {_LEAST_EFFICIENCY:.0%} to 100% of the peak",
+    )
 
 
 def stand_ins(profile: Profile, types: NumberTypes) -> Iterator[str]:

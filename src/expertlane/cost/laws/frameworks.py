@@ -254,7 +254,7 @@ CALIBRATED = Judged("step time, 36 deployments, after expertlane calibrate", 72,
 
 def _is_measured(profile: Profile) -> bool:
     firmest = min((law.basis for law in profile.surfaces.values()), default=Basis.BOUND)
-    return firmest is Basis.MEASURED
+    return Basis.MEASURED in (firmest, profile.own_basis)
 
 
 class Served(NamedTuple):
@@ -405,6 +405,9 @@ def with_known_errors(results: Results, model: ModelConfig, profile: Profile) ->
     known = results.projected_for.nearest
     if profile.framework:
         results = replace(results, assumptions=(*results.assumptions, _corrections(profile)))
+    if profile.corrected:
+        fitted = Assumption("corrections", profile.corrected, change="--corrections")
+        results = replace(results, assumptions=(*results.assumptions, fitted))
     if known is None:
         return results
     assumptions = *results.assumptions, _least_bounds(known)

@@ -89,24 +89,27 @@ def bound_times(
         num_peers, num_nodes: [R].
     """
     kind = law.split(".")[0]
-    values = []
+    values, bases = [], [Basis.MEASURED]
     for pick, opposite in (("low", "high"), ("value", "value"), ("high", "low")):
 
         def read(quantity: str, of_law: str, pick: str = pick) -> float:
             term = term_of(profile, f"{quantity}.{of_law}")
-            return 0.0 if term is None else float(getattr(term, pick))
+            if term is None:
+                return 0.0
+            bases.append(term.basis)
+            return float(getattr(term, pick))
 
         seconds = np.zeros(link_bytes.shape[1])
         for link in Link:
-            efficiency = read("efficiency", f"{kind}.{link.name.lower()}", opposite)
             if link_bytes[link].any():
+                efficiency = read("efficiency", f"{kind}.{link.name.lower()}", opposite)
                 rate = profile.link_rate(link) * efficiency
                 seconds = np.maximum(seconds, link_bytes[link] / rate)
         floor = read("floor_s", law) + read("floor_per_peer_s", law) * num_peers
         doublings = np.log2(np.maximum(num_nodes, 1))
         values.append(seconds + floor + read("floor_per_doubling_s", law) * doublings)
     is_extrapolated = np.zeros(link_bytes.shape[1], dtype=np.bool_)
-    return Times(np.array(values), Basis.BOUND, is_extrapolated)
+    return Times(np.array(values), max(bases), is_extrapolated)
 
 
 _WIDER_FOR_TWICE_THE_NODES = 1.6

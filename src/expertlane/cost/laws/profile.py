@@ -95,6 +95,8 @@ class Profile:
         framework: whose corrections its laws and terms have, by name; "" for none.
         step_factor: factor that those corrections put on laws.
         has_nvlink: whether devices of a node reach each other's memory; else over PCIe alone.
+        corrected: corrections that its laws have, and what those were fitted to; "" for none.
+        own_basis: the firmest basis of its laws before they were corrected.
     """
 
     name: str
@@ -107,6 +109,8 @@ class Profile:
     framework: str = ""
     step_factor: float = 1.0
     has_nvlink: bool = True
+    corrected: str = ""
+    own_basis: Basis | None = None
 
     def num_hosts(self, num_devices: int) -> int:
         """Machines that a deployment is started on."""
@@ -440,7 +444,7 @@ OF_TRANSFERS = "transfer"  # in place of a stage, after `overhead_s.`
 
 # Of serving engines, whose data-parallel ranks have a scheduler each: before every step they tell
 # each other how many tokens they have, since all take part in its collectives.
-_ASSUMED_DP_SYNC = Term(
+ASSUMED_DP_SYNC = Term(
     20e-6, 5e-6, 100e-6, Basis.BOUND, "assumption: a message between hosts or a small all-reduce"
 )
 
@@ -519,7 +523,7 @@ class Terms:
                     f"{', '.join(sorted(known)) or 'none'}"
                 )
         none = np.zeros(len(BOUNDS))
-        sync = profile.terms.get(DP_SYNC_S, _ASSUMED_DP_SYNC)
+        sync = profile.terms.get(DP_SYNC_S, ASSUMED_DP_SYNC)
         sync_s = np.array([sync.low, sync.value, sync.high])
         begin = f"{OVERHEAD_S}."
         return cls(

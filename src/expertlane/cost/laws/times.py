@@ -88,7 +88,7 @@ def where(first: npt.NDArray[np.bool_], a: Times, b: Times) -> Times:
     )
 
 
-_WIDER_PER_DOUBLING = 0.1  # of a bound, for every doubling of a size outside the knots
+WIDER_PER_DOUBLING = 0.1  # of a bound, for every doubling of a size outside the knots
 Knots = Mapping[str, tuple[Floats, Floats]]  # by axis: logarithms, and steps between them
 
 _OUTSIDE = 1e-9  # of a logarithm; less is rounding
@@ -106,6 +106,8 @@ class Surface:
         origin: source of the rows it was fitted to: version, rows used, rows left out.
         wider: by what factor `low` and `high` are wider than of the device or type that it was
             fitted to.
+        fitted_s: the shortest and the longest time that it was corrected by; bounds widen beyond.
+            None where it was not.
     """
 
     axes: Mapping[str, tuple[float, ...]]
@@ -115,6 +117,7 @@ class Surface:
     basis: Basis
     origin: str
     wider: float = 1.0
+    fitted_s: tuple[float, float] | None = None
 
     def times(self, roofline_s: Floats, at: Mapping[str, Floats | float]) -> Times:
         """Seconds with bounds.
@@ -131,11 +134,16 @@ class Surface:
         """`times`, and by how many doublings sizes lie outside the knots, [R]."""
         correction, doublings = interpolate(self.correction, self._knots, at)
         seconds = roofline_s * np.exp(correction)
-        wider = 1 + _WIDER_PER_DOUBLING * doublings
+        outside = doublings
+        if self.fitted_s is not None:
+            least_s, most_s = self.fitted_s
+            inside_s = np.clip(seconds, least_s, most_s)
+            outside = doublings + np.abs(np.log2(np.maximum(seconds, 1e-30) / inside_s))
+        wider = 1 + WIDER_PER_DOUBLING * outside
         times = Times(
             np.array([seconds * (self.low / wider), seconds, seconds * (self.high * wider)]),
             self.basis,
-            np.broadcast_to(doublings > _OUTSIDE, seconds.shape),
+            np.broadcast_to(outside > _OUTSIDE, seconds.shape),
             self.wider,
         )
         return times, doublings

@@ -1,0 +1,386 @@
+"""Measured against projected, deployment by deployment and term by term: `expertlane judge`.
+
+Every measured deployment is projected anew, at the sizes of the steps that were measured and with
+the load that a client put on it, first as a plan would, then under changed assumptions
+(`reprojection`). `explained` says which change explains most of the difference, and fits all of
+them together; what that comes to are corrections for other projections (`cost.laws.corrections`).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from math import exp, hypot, log
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+
+from expertlane.comparison.explained import MOST_CHANGED, Explained, Explainer, Single
+from expertlane.comparison.reprojection import (
+    EXPERTS_LOAD,
+    TPS,
+    UNKNOWN,
+    WHOLE,
+    Point,
+    Reprojection,
+    Subject,
+    find_subject,
+    points_of,
+)
+from expertlane.cost.laws.corrections import Assumed, Correction, Corrections, FittedOn
+from expertlane.errors import CapacityError, UserError
+from expertlane.progress import Progress
+from expertlane.results.estimate import NORMAL
+from expertlane.results.file import Row
+from expertlane.results.record import RUN
+from expertlane.results.results import FOREIGN_LOAD, Results
+from expertlane.spec.names import Phase
+from expertlane.spec.ranges import shown
+
+_TOLD = 0.01  # a factor nearer to one is none
+_MUCH = 0.05  # of a step
+
+
+@dataclass(frozen=True)
+class JudgedNumber:
+    """A number of a deployment.
+
+    Attributes:
+        where: phase of a step, or the load.
+        metric: one of `WHOLE`, a cause of a step's time, or `EXPERTS_LOAD`.
+        measured, projected, corrected: in seconds, tokens a second, or as such a ratio.
+    """
+
+    deployment: str
+    where: str
+    metric: str
+    measured: float
+    projected: float
+    corrected: float
+
+    @property
+    def ratio(self) -> float:
+        """Measured over projected."""
+        return self.measured / self.projected
+
+    @property
+    def is_whole(self) -> bool:
+        """True of a step's time, and of what a client sees."""
+        return self.metric in WHOLE
+
+
+def compared(numbers: Sequence[JudgedNumber]) -> list[JudgedNumber]:
+    """Those that tell how far off all is: of wholes, else, where there are none, of parts."""
+    known = [each for each in numbers if min(each.measured, each.projected, each.corrected) > 0]
+    return [each for each in known if each.is_whole] or known
+
+
+class Term(NamedTuple):
+    """A part of a step's time, in seconds.
+
+    Attributes:
+        where: phase of the step.
+    """
+
+    name: str
+    where: str
+    measured_s: float
+    projected_s: float
+    corrected_s: float
+
+
+@dataclass(frozen=True)
+class Rival:
+    """An assumption, and how much of the difference it explains by itself.
+
+    Attributes:
+        factor: of the time that it stands for; of routing skew, the exponent.
+        was: factor or exponent as projected.
+        explained: share of the squared logarithms.
+        confidence: among all assumptions.
+    """
+
+    name: str
+    label: str
+    factor: float
+    was: float
+    explained: float
+    confidence: float
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Measured against projected.
+
+    Attributes:
+        source: `measured`, `virtual` or both: clocks of the measured numbers.
+        numbers: every number that was compared.
+        rivals: assumptions that change any of them, the likeliest first.
+        likely: names of those that cannot be told apart, or of the one.
+        is_noise: whether the difference is no larger than that of two measurements.
+        without_effect: labels of assumptions that these deployments do not depend on.
+        alike: pairs of labels that change all numbers alike.
+        corrections: what all of them together come to.
+        cautions: in sentences.
+    """
+
+    model: str
+    cluster: str
+    engine: str
+    source: str
+    numbers: tuple[JudgedNumber, ...]
+    rivals: tuple[Rival, ...]
+    likely: tuple[str, ...]
+    is_noise: bool
+    without_effect: tuple[str, ...]
+    alike: tuple[tuple[str, str], ...]
+    corrections: Corrections
+    cautions: tuple[str, ...] = ()
+    has_terms: bool = field(default=False)
+
+    @property
+    def whole(self) -> tuple[JudgedNumber, ...]:
+        """Times of whole steps, and what a client sees."""
+        return tuple(each for each in self.numbers if each.is_whole)
+
+    @property
+    def terms(self) -> tuple["Term", ...]:
+        """Terms of a step, means over the deployments that tell them."""
+        found: dict[tuple[str, str], list[JudgedNumber]] = {}
+        for each in self.numbers:
+            if not each.is_whole and each.metric != EXPERTS_LOAD:
+                found.setdefault((each.metric, each.where), []).append(each)
+        return tuple(
+            Term(
+                name,
+                where,
+                *(
+                    sum(getattr(each, of) for each in numbers) / len(numbers)
+                    for of in ("measured", "projected", "corrected")
+                ),
+            )
+            for (name, where), numbers in found.items()
+        )
+
+    @property
+    def ratio(self) -> float:
+        """Median of measured over projected time, of all whole numbers."""
+        return exp(
+            median(
+                (-1 if each.metric == TPS else 1) * log(each.ratio)
+                for each in compared(self.numbers)
+            )
+        )
+
+
+def judge(
+    results: Sequence[Results],
+    progress: Progress,
+    cluster: str | None = None,
+    engine: str | None = None,
+) -> Judgement:
+    """Judge a projection by what was measured.
+
+    Args:
+        results: one with measured and projected deployments, or some of either kind.
+        cluster: in place of the one that was projected on, as `--cluster` takes it.
+        engine: the engine whose deployments count, in any case; None where there is one.
+
+    Raises:
+        UserError: nothing is measured, or nothing projected; they are of different models, devices
+            or engines.
+    """
+    measured = [each for each in results if any(each.select(source) for source in RUN)]
+    projected = [each for each in results if each.select("projected")] or measured
+    if not measured:
+        raise UserError("nothing is measured in these results; give those of expertlane compare")
+    names = {each.model_name for each in (*measured, *projected)}
+    if len(names) > 1:
+        raise UserError(f"results are of different models: {', '.join(sorted(names))}")
+    subject = find_subject(measured[0], projected[0], cluster)
+    every = [point for each in measured for point in points_of(each, subject)]
+    points = _of_engine(every, engine)
+    found = judge_points(subject, points, progress)
+    on = replace(found.corrections.fitted_on, created=measured[0].created)
+    return replace(
+        found,
+        corrections=replace(found.corrections, fitted_on=on),
+        cautions=tuple(_cautions(measured, points)),
+    )
+
+
+def judge_points(subject: Subject, points: Sequence[Point], progress: Progress) -> Judgement:
+    """Judge a projection by deployments that were measured.
+
+    Raises:
+        UserError: they have no time that could be compared, or one does not fit into memory.
+    """
+    reprojection = Reprojection(subject, points)
+    if not reprojection.numbers:
+        raise UserError("the measured deployments have no time that could be compared")
+    progress.task("projecting under changed assumptions", len(reprojection.names) + 2)
+    explainer = Explainer(
+        reprojection.measured, reprojection.names, reprojection, reprojection.least
+    )
+    try:
+        found = explainer.explain(progress.advance)
+        if any(point.loads for point in points) and found.singles:
+            found = _fitted_again(explainer, reprojection, found)
+    except CapacityError as error:
+        raise UserError(
+            f"a measured deployment does not fit where it is projected: {error}"
+        ) from None
+    progress.advance()
+    progress.done()
+    return _judgement(reprojection, explainer, found)
+
+
+def _of_engine(points: Sequence[Point], engine: str | None) -> list[Point]:
+    """The deployments of one engine: what is wrong of one says nothing of another.
+
+    Raises:
+        UserError: there is none of it, or there are several and none is asked for.
+    """
+    known = list(dict.fromkeys(each.engine for each in points))
+    if engine is None and len(known) > 1:
+        raise UserError(
+            f"measured on several engines, {', '.join(known)}: judge one at a time, "
+            f"--engine {shown(known[0])}"
+        )
+    kept = [each for each in points if engine is None or each.engine.lower() == engine.lower()]
+    if not kept:
+        raise UserError(f"--engine {shown(engine)} was not measured; there is {', '.join(known)}")
+    return kept
+
+
+def _fitted_again(explainer: Explainer, reprojection: Reprojection, found: Explained) -> Explained:
+    """The fit of all together, by what simulations at its first result say."""
+    reprojection.offsets = reprojection.simulated_offsets(found.together.changes)
+    explainer.forget()
+    return replace(found, together=explainer.together(found.singles))
+
+
+def _judgement(
+    reprojection: Reprojection,
+    explainer: Explainer,
+    found: Explained,
+) -> Judgement:
+    after = explainer.at(found.together.changes)
+    reprojection.offsets = None
+    before = reprojection({})
+    numbers = tuple(
+        JudgedNumber(
+            reprojection.points[each.place].record.name,
+            each.where,
+            each.metric,
+            *(
+                reprojection.shown(each, value)
+                for value in (each.measured, float(before[at]), float(after[at]))
+            ),
+        )
+        for at, each in enumerate(reprojection.numbers)
+    )
+    subject = reprojection.subject
+    points = reprojection.points
+    sources = dict.fromkeys(point.record.source for point in points)
+    corrections = _corrections(reprojection, found, numbers)
+    return Judgement(
+        model=subject.model.name,
+        cluster=str(subject.cluster),
+        engine=corrections.fitted_on.engine,
+        source=" and ".join(sources),
+        numbers=numbers,
+        rivals=tuple(_rival(each, reprojection) for each in found.singles),
+        likely=tuple(each.name for each in found.likely),
+        is_noise=found.is_noise,
+        without_effect=tuple(Assumed(each).label for each in found.without_effect),
+        alike=tuple(
+            (Assumed(one).label, Assumed(other).label) for one, other in found.together.alike
+        ),
+        corrections=corrections,
+        has_terms=any(step.terms_s for point in points for step in point.steps),
+    )
+
+
+def _rival(single: Single, reprojection: Reprojection) -> Rival:
+    changes = {single.name: single.change}
+    is_skew = single.name == Assumed.SKEW
+    return Rival(
+        single.name,
+        Assumed(single.name).label,
+        reprojection.alpha(changes) if is_skew else exp(single.change),
+        reprojection.alpha({}) if is_skew else 1.0,
+        single.explained,
+        single.weight,
+    )
+
+
+def _corrections(
+    reprojection: Reprojection,
+    found: Explained,
+    numbers: Sequence[JudgedNumber],
+) -> Corrections:
+    subject, points, fit = reprojection.subject, reprojection.points, found.together
+    whole = compared(numbers)
+    left = float(np.sqrt(np.mean([log(each.measured / each.corrected) ** 2 for each in whole])))
+    spans = reprojection.spans(fit.changes)
+    factors: dict[str, Correction] = {}
+    for name, change in fit.changes.items():
+        if abs(change) < _TOLD:
+            continue
+        away = NORMAL * hypot(fit.deviation[name], left)
+        if name == Assumed.SKEW:
+            ends = (reprojection.alpha({name: change + each}) for each in (0.0, -away, away))
+            factors[name] = Correction(*ends)
+            continue
+        low, high = exp(max(change - away, -MOST_CHANGED)), exp(min(change + away, MOST_CHANGED))
+        factors[name] = Correction(exp(change), low, high, *spans.get(Assumed(name), (None, None)))
+    layouts = [point.record.known_layout.world_size for point in points]
+    sizes = [each for place, each in reprojection.sizes if each.phase is Phase.DECODE]
+    sizes = sizes or [each for _, each in reprojection.sizes]
+    on = FittedOn(
+        model=subject.model.name,
+        cluster=subject.cluster.profile.name,
+        engine="; ".join(dict.fromkeys(point.software for point in points)),
+        deployments=tuple(dict.fromkeys(point.record.name for point in points)),
+        num_points=len(numbers),
+        num_ranks=_ends(layouts),
+        num_seqs=_ends([each.num_seqs for each in sizes]),
+        context=_ends([each.num_cached for each in sizes]),
+        error_before=_error(whole, lambda each: each.projected),
+        error_after=_error(whole, lambda each: each.corrected),
+        framework=subject.framework or "",
+    )
+    return Corrections(on, factors)
+
+
+def _ends(values: Sequence[int]) -> tuple[int, int]:
+    return min(values), max(values)
+
+
+def _error(numbers: Sequence[JudgedNumber], of: Callable[[JudgedNumber], float]) -> float:
+    """Median size of measured over another, less one."""
+    return median([abs(each.measured / of(each) - 1) for each in numbers])
+
+
+def _cautions(measured: Sequence[Results], points: Sequence[Point]) -> Iterator[str]:
+    if any(point.record.source == "virtual" for point in points):
+        yield (
+            "In virtual time transfers are modelled, so nothing is said of links: ranks shared "
+            "cores, and only what they computed was measured."
+        )
+    busy = max(each.foreign_cpu_share for each in measured)
+    if busy >= FOREIGN_LOAD:
+        yield f"Other processes used {busy:.0%} of the cores while it was measured."
+    for point in points:
+        for step in point.steps:
+            unknown = step.terms_s.get(UNKNOWN, 0.0) / step.seconds.value
+            if unknown >= _MUCH:
+                yield (
+                    f"{unknown:.0%} of the {step.phase.value} step of {point.record.name} is in "
+                    "unknown kernels, which no assumption is judged by."
+                )
+
+
+def row_of(number: JudgedNumber) -> Row:
+    """The number as cells of a table."""
+    return {**vars(number), "ratio": number.ratio if number.projected else None}

@@ -1,0 +1,404 @@
+"""Corrections of a projection's assumptions by what was measured: factors on laws, in a TOML file.
+
+`expertlane judge` fits them; `plan`, `simulate` and `compare --project` take them over to a
+cluster's profile, here and nowhere else (`corrected`). A factor multiplies the time that an
+assumption stands for, 2 for a link of half the bandwidth:
+
+- a kernel family: its surfaces, and the law that stands in where a profile has none;
+- links inside nodes, and between: the bandwidth that a transfer's bytes are divided by;
+- latency: the floors of transfers, which an empty message takes too;
+- host: launches of kernels or graphs, and overheads in series;
+- scheduler: the driver between steps, and data-parallel ranks telling each other their tokens;
+- skew is not a factor: the exponent of the popularity of experts, where none is asked for.
+
+A law that was corrected is `fitted`, whatever it was before. What was known of its scatter stays:
+the bounds of the factor are added, as independent errors are. A law that was a bound gets those of
+the factor, which hold the scatter that the fit left. Beyond the times of operations that were
+fitted bounds widen by a tenth for every doubling, as outside the knots of a table (`times`); those
+of single terms for every doubling of devices.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from math import exp, hypot, log, log2
+from pathlib import Path
+from typing import Any
+
+from expertlane.cost.laws.device import assumed_law
+from expertlane.cost.laws.links import ASSUMED_TERMS
+from expertlane.cost.laws.profile import (
+    ASSUMED_DP_SYNC,
+    DP_SYNC_S,
+    DRIVER_PER_RANK_S,
+    DRIVER_S,
+    GRAPH_LAUNCH_S,
+    LAUNCH_S,
+    OVERHEAD_S,
+    LinkSheet,
+    ModelledCluster,
+    Profile,
+    Term,
+)
+from expertlane.cost.laws.times import WIDER_PER_DOUBLING, Basis, Surface
+from expertlane.cost.step.operation import ATTENTION, OpKind
+from expertlane.errors import SpecError, naming
+from expertlane.spec.files import CONFIG_BYTES, build, read_toml, write_text
+from expertlane.spec.names import Link
+from expertlane.spec.ranges import RANGES, Strict
+
+SCHEMA_VERSION = 1
+FILE_NAME = "corrections.toml"
+_MOST = 100.0  # times as long, or as short: farther off, a law is not corrected but another one
+_SURE = 1.001  # a correction that a measurement leaves no doubt of does not exist
+
+
+class Assumed(StrEnum):
+    """Assumptions of a projection that measurements may correct."""
+
+    INTRA_NODE = "intra_node_link"
+    INTER_NODE = "inter_node_link"
+    LATENCY = "latency"
+    ATTENTION = "attention"
+    GEMM = "gemm"
+    EXPERTS = "experts"
+    MEMORY = "memory"
+    HOST = "host"
+    SCHEDULER = "scheduler"
+    SKEW = "skew"
+
+    @property
+    def label(self) -> str:
+        """The assumption as a reader knows it."""
+        return _LABELS[self]
+
+
+_LABELS = {
+    Assumed.INTRA_NODE: "links inside a node",
+    Assumed.INTER_NODE: "links between nodes",
+    Assumed.LATENCY: "latency of transfers",
+    Assumed.ATTENTION: "attention kernels",
+    Assumed.GEMM: "matrix products",
+    Assumed.EXPERTS: "expert kernels",
+    Assumed.MEMORY: "memory-bound kernels",
+    Assumed.HOST: "host overhead",
+    Assumed.SCHEDULER: "scheduler overhead",
+    Assumed.SKEW: "routing skew",
+}
+LINKS = Assumed.INTRA_NODE, Assumed.INTER_NODE, Assumed.LATENCY
+KERNELS = {
+    **dict.fromkeys(ATTENTION, Assumed.ATTENTION),
+    OpKind.GEMM: Assumed.GEMM,
+    OpKind.EXPERTS: Assumed.EXPERTS,
+    OpKind.MEMORY: Assumed.MEMORY,
+}
+_LINK = {Link.INTRA_NODE: Assumed.INTRA_NODE, Link.INTER_NODE: Assumed.INTER_NODE}
+_FLOORS = "floor_s.", "floor_per_peer_s.", "floor_per_doubling_s."
+_LAUNCHES = LAUNCH_S, GRAPH_LAUNCH_S, OVERHEAD_S
+_SCHEDULING = DRIVER_S, DRIVER_PER_RANK_S, DP_SYNC_S
+
+
+@dataclass(frozen=True)
+class Correction(Strict):
+    """A factor on the time of what an assumption is of; of routing skew, the exponent itself.
+
+    Attributes:
+        low, high: where it lies 9 times of 10, with the scatter that the fit left.
+        least_s, most_s: the shortest and the longest operation or transfer that it was fitted to;
+            None of what has no size.
+
+    Raises:
+        SpecError: a number is out of its range.
+    """
+
+    factor: float
+    low: float
+    high: float
+    least_s: float | None = None
+    most_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.factor <= self.high <= _MOST:
+            raise SpecError(
+                f"low, factor and high must rise, from 0 to {_MOST:g}: "
+                f"{self.low:g}, {self.factor:g}, {self.high:g}"
+            )
+        spread = self.least_s, self.most_s
+        if (self.least_s is None) != (self.most_s is None) or not all(
+            each is None or 0 < each < 1e6 for each in spread
+        ):
+            raise SpecError("least_s and most_s must both be there, and above 0, or neither")
+
+    @classmethod
+    def exactly(cls, factor: float) -> "Correction":
+        """A factor without an error, as a projection under another assumption has it."""
+        return cls(factor, factor, factor)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """Logarithms of its bounds over it, ≤ 0 and ≥ 0."""
+        return log(max(self.low, 1e-9) / self.factor), log(self.high / self.factor)
+
+
+Span = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class FittedOn(Strict):
+    """What corrections were fitted to.
+
+    Attributes:
+        engine: the engine that ran, with its version.
+        num_points: measured numbers: times of steps, their parts, latencies, throughputs.
+        num_ranks, num_seqs, context: the least and the most of the deployments, of sequences in a
+            step, and of positions cached before it.
+        error_before, error_after: median size of measured over projected, less one, of whole steps
+            and of latencies.
+        framework: whose corrections the projection had besides; empty for none.
+        created: ISO 8601, UTC.
+    """
+
+    model: str
+    cluster: str
+    engine: str
+    deployments: tuple[str, ...]
+    num_points: int
+    num_ranks: tuple[int, int]
+    num_seqs: tuple[int, int]
+    context: tuple[int, int]
+    error_before: float
+    error_after: float
+    framework: str = ""
+    created: str = ""
+
+
+@dataclass(frozen=True)
+class Corrections(Strict):
+    """The corrections of a file.
+
+    Attributes:
+        factors: by `Assumed`, those that could be told; others are as assumed.
+
+    Raises:
+        SpecError: a factor has an unknown name, or is 0.
+    """
+
+    fitted_on: FittedOn
+    factors: dict[str, Correction] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def __post_init__(self) -> None:
+        if self.schema_version != SCHEMA_VERSION:
+            raise SpecError(
+                f"schema_version is {self.schema_version}; this expertlane reads {SCHEMA_VERSION}: "
+                "let expertlane judge write the file again"
+            )
+        known = {str(each) for each in Assumed}
+        for name, each in self.factors.items():
+            if name not in known:
+                raise SpecError(f"factors.{name} must be one of {', '.join(sorted(known))}")
+            if name == Assumed.SKEW:
+                RANGES["skew"].take("factors.skew", each.factor)
+            elif each.low <= 0:
+                raise SpecError(f"factors.{name}.low is {each.low:g}; it must be above 0")
+
+    @property
+    def skew(self) -> float | None:
+        """The exponent of the popularity of experts; None where it stays as assumed."""
+        found = self.factors.get(Assumed.SKEW)
+        return None if found is None else found.factor
+
+    @property
+    def words(self) -> str:
+        """The factors, and what they were fitted to, for a list of assumptions."""
+        on = self.fitted_on
+        factors = "; ".join(
+            f"{Assumed(name).label} exponent {each.factor:.2g}"
+            if name == Assumed.SKEW
+            else f"{Assumed(name).label} × {each.factor:.2f} ({each.low:.2f} to {each.high:.2f})"
+            for name, each in self.factors.items()
+        )
+        num = len(on.deployments)
+        return (
+            f"times of {factors or 'nothing'}: fitted to {on.num_points} measured numbers of {num} "
+            f"deployment{'' if num == 1 else 's'} of {on.model} on {on.cluster} with {on.engine}, "
+            f"{_span(on.num_ranks)} ranks, {_span(on.num_seqs)} sequences"
+        )
+
+
+def _span(ends: tuple[int, int]) -> str:
+    return f"{ends[0]:,}" if ends[0] == ends[1] else f"{ends[0]:,} to {ends[1]:,}"
+
+
+def read_corrections(path: Path) -> Corrections:
+    """Read a corrections file.
+
+    Raises:
+        SpecError: it is missing or damaged; one line that names file and key.
+    """
+    data = read_toml(path, CONFIG_BYTES)
+    with naming(path):
+        return build(Corrections, data)
+
+
+def to_toml(corrections: Corrections) -> str:
+    """The text of a corrections file."""
+    import tomli_w  # not needed to read
+
+    def table(each: Any) -> dict[str, Any]:
+        shown = {name: _short(value) for name, value in vars(each).items()}
+        return {name: value for name, value in shown.items() if value is not None}
+
+    data = {
+        "schema_version": corrections.schema_version,
+        "fitted_on": table(corrections.fitted_on),
+        "factors": {str(name): table(each) for name, each in corrections.factors.items()},
+    }
+    return tomli_w.dumps(data)
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    return list(value) if isinstance(value, tuple) else value
+
+
+def write_corrections(corrections: Corrections, path: Path) -> Path:
+    """Write a file whole or not at all; return its path.
+
+    Raises:
+        UserError: its folder can't be written to.
+    """
+    return write_text(path, to_toml(corrections))
+
+
+def corrected(cluster: ModelledCluster, corrections: Corrections) -> ModelledCluster:
+    """The cluster with corrections on its laws; routing skew is not one of them."""
+    fewest, most = corrections.fitted_on.num_ranks
+    num = cluster.num_devices
+    beyond = max(log2(num / max(most, 1)), log2(max(fewest, 1) / num), 0.0)
+    known = {Assumed(name): each for name, each in corrections.factors.items()}
+    profile = scaled(cluster.profile, known, 1 + WIDER_PER_DOUBLING * beyond)
+    firmest = min((law.basis for law in cluster.profile.surfaces.values()), default=None)
+    profile = replace(profile, corrected=corrections.words, own_basis=firmest)
+    return replace(cluster, profile=profile)
+
+
+def scaled(
+    profile: Profile, corrections: Mapping[Assumed, Correction], wider: float = 1.0
+) -> Profile:
+    """The profile with factors on its laws and terms, and their bounds.
+
+    Args:
+        wider: factor by which bounds of single terms are wider than of the corrections.
+    """
+    if not corrections:
+        return profile
+    return replace(
+        profile,
+        links={link: _sheet(each, corrections.get(_LINK[link])) for link, each in _links(profile)},
+        surfaces=_surfaces(profile, corrections),
+        terms=_terms(profile, corrections, wider),
+    )
+
+
+def _links(profile: Profile) -> list[tuple[Link, LinkSheet]]:
+    return list(profile.links.items())
+
+
+def _sheet(sheet: LinkSheet, by: Correction | None) -> LinkSheet:
+    if by is None:
+        return sheet
+    return LinkSheet(sheet.bytes_per_s / by.factor, f"{sheet.origin}; corrected / {by.factor:.3g}")
+
+
+def assumed_of(law: str) -> Assumed:
+    """The assumption that a surface is of, by its name."""
+    first = law.partition(".")[0]
+    if first in KERNELS:
+        return KERNELS[OpKind(first)]
+    return Assumed.INTER_NODE if law.endswith("inter_node") else Assumed.INTRA_NODE
+
+
+def _surfaces(profile: Profile, corrections: Mapping[Assumed, Correction]) -> dict[str, Surface]:
+    laws = dict(profile.surfaces)
+    for kind, assumed in KERNELS.items():
+        if assumed in corrections:  # of types that nothing was measured for
+            laws.setdefault(str(kind), assumed_law())
+    return {name: _surface(law, assumed_of(name), corrections) for name, law in laws.items()}
+
+
+def _surface(law: Surface, of: Assumed, corrections: Mapping[Assumed, Correction]) -> Surface:
+    by, is_link = corrections.get(of), of in LINKS
+    if by is None and is_link:
+        by = corrections.get(Assumed.LATENCY)
+    if by is None:
+        return law
+    low, high = _spread(law.basis, log(law.low), log(law.high), by)
+    factor = 1.0 if is_link else by.factor  # a link's is in its bandwidth, or its floors
+    spread = None
+    if by.least_s is not None and by.most_s is not None:
+        spread = by.least_s, by.most_s
+    return replace(
+        law,
+        correction=law.correction + log(factor),
+        low=exp(low),
+        high=exp(high),
+        basis=Basis.FITTED,
+        origin=f"{law.origin}; corrected × {by.factor:.3g}",
+        wider=1.0 if law.basis is Basis.BOUND else law.wider,
+        fitted_s=spread,
+    )
+
+
+def _spread(basis: Basis, low: float, high: float, by: Correction) -> Span:
+    """Logarithms of bounds: of the factor, and of the law unless it was one big guess."""
+    if basis is Basis.BOUND:
+        low = high = 0.0
+    of_low, of_high = by.spread
+    return min(-hypot(low, of_low), -log(_SURE)), max(hypot(high, of_high), log(_SURE))
+
+
+def _terms(
+    profile: Profile, corrections: Mapping[Assumed, Correction], wider: float
+) -> dict[str, Term]:
+    terms = dict(profile.terms)
+    if Assumed.LATENCY in corrections or any(each in corrections for each in _LINK.values()):
+        terms = {
+            name: each for name, each in ASSUMED_TERMS.items() if not name.startswith("contention")
+        } | terms
+    if Assumed.SCHEDULER in corrections:
+        terms.setdefault(DP_SYNC_S, ASSUMED_DP_SYNC)
+    return {name: _term(name, term, corrections, wider) for name, term in terms.items()}
+
+
+def _term(name: str, term: Term, corrections: Mapping[Assumed, Correction], wider: float) -> Term:
+    head, _, last = name.partition(".")
+    if name.startswith(_FLOORS):
+        by = corrections.get(Assumed.LATENCY)
+    elif head in _LAUNCHES:
+        by = corrections.get(Assumed.HOST)
+    elif name in _SCHEDULING:
+        by = corrections.get(Assumed.SCHEDULER)
+    elif head in ("efficiency", "forwarding_bytes_per_s"):
+        is_far = last.endswith("inter_node")
+        by = corrections.get(Assumed.INTER_NODE if is_far else Assumed.INTRA_NODE)
+        if by is None:
+            return term
+        if head == "efficiency":  # its link has the factor; what is left is how well it is used
+            return replace(term, basis=Basis.FITTED, origin=f"{term.origin}; corrected link")
+        by = Correction(1 / by.factor, 1 / by.high, 1 / max(by.low, 1 / _MOST))  # a rate
+    else:
+        by = None
+    if by is None or not term.value:
+        return term
+    value = term.value * by.factor
+    own = log(term.low / term.value) if term.low > 0 else -log(_MOST)
+    low, high = _spread(term.basis, own, log(term.high / term.value), by)
+    return Term(
+        value,
+        value * exp(low) / wider,
+        value * exp(high) * wider,
+        Basis.FITTED,
+        f"{term.origin}; corrected × {by.factor:.3g}",
+    )

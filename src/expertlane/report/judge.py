@@ -1,0 +1,271 @@
+"""The report of `expertlane judge`: which assumption explains the difference, and corrections."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from expertlane.comparison.judge import JudgedNumber, Judgement, Rival, Term
+from expertlane.comparison.reprojection import EXPERTS_LOAD, TIME, TPS
+from expertlane.cost.laws.corrections import Assumed, Correction, FittedOn
+from expertlane.report.document import Answer, Column, Report, Section, Table, Words, number, text
+from expertlane.report.numbers import counted, figures, milliseconds, percent, shortened, times
+
+_MOST_ROWS, _MOST_TERMS, _MOST_RIVALS = 8, 6, 3  # of the answer
+_NAME_WIDTH = 28
+_MOST_NAMED = 3  # rivals that are named as not told apart
+_LITTLE = 0.3  # of the difference: less is no explanation
+_BANDWIDTH = {str(Assumed.INTRA_NODE), str(Assumed.INTER_NODE)}
+_PARTED = {
+    frozenset({Assumed.HOST, Assumed.SCHEDULER}): (
+        "a model of other depth: launches grow with layers, scheduling does not"
+    ),
+    frozenset({Assumed.EXPERTS, Assumed.SKEW}): (
+        "a layout with ep=1, whose ranks all have a part of every expert; or a routing trace"
+    ),
+    frozenset({Assumed.ATTENTION, Assumed.GEMM}): ("another context: only attention grows with it"),
+    frozenset({Assumed.EXPERTS, Assumed.GEMM}): (
+        "another number of sequences: it changes how many experts are read"
+    ),
+    **{
+        frozenset({link, Assumed.LATENCY}): (
+            "another number of tokens in a step: bytes grow with it, messages do not"
+        )
+        for link in (Assumed.INTRA_NODE, Assumed.INTER_NODE)
+    },
+    frozenset({Assumed.INTRA_NODE, Assumed.INTER_NODE}): (
+        "a deployment inside a node beside one that spans nodes"
+    ),
+}
+
+
+def report_of_judgement(
+    found: Judgement, command: str, created: str, corrections: Path | None
+) -> Report:
+    """The whole report.
+
+    Args:
+        corrections: path of the file that was written; None for none.
+    """
+    on = found.corrections.fitted_on
+    setting = (
+        f"{found.model} on {found.cluster} | {found.source}: {found.engine} | "
+        f"{counted(len(on.deployments), 'deployment')}, {counted(on.num_points, 'number')}"
+    )
+    said = headline(found)
+    whole, terms = _whole(found.whole), found.terms
+    largest = sorted(terms, key=lambda each: -abs(each.measured_s - each.projected_s))
+    untold = tuple(_untold(found))
+    answer: list[Words] = [_whole(_told(found.whole), _title(found.whole))]
+    answer.append(_rivals(found.rivals[:_MOST_RIVALS]))
+    if terms:
+        answer.append(_terms(largest[:_MOST_TERMS], "Largest differences by term"))
+    answer += [*untold, *_use(found, corrections)]
+    sections = (
+        Section("Verdict", (said, *untold, *found.cautions)),
+        Section("Measured against projected", (whole,)),
+        Section("Assumptions, each changed by itself", (_rivals(found.rivals),)),
+        Section("Terms", (_terms(terms),) if terms else ()),
+        Section("Every number", (_every(found.numbers),)),
+        Section("Corrections", (_fitted_on(on), _factors(found), *_use(found, corrections))),
+    )
+    title = f"expertlane judge: {found.model} on {found.cluster}"
+    return Report(
+        title, Answer(setting, said, tuple(answer)), found.source, command, created, sections
+    )
+
+
+def headline(found: Judgement) -> str:
+    """What explains the difference, how much of it, and how surely."""
+    ratio = found.ratio
+    size = (
+        f"Measured times are {times(ratio)} the projected ones (median of "
+        f"{counted(len(found.whole) or len(found.numbers), 'number')})"
+    )
+    if found.is_noise or not found.rivals:
+        return f"{size}: no more than noise, so no assumption is in doubt."
+    first = found.rivals[0]
+    if first.explained < _LITTLE:
+        return (
+            f"{size}. No single assumption explains much of it; the most, "
+            f"{percent(first.explained)}, is explained by {_named(first)}."
+        )
+    if len(found.likely) == 1:
+        return (
+            f"{size}. {percent(first.explained)} of the difference is explained by "
+            f"{_named(first)}, with a confidence of {percent(first.confidence)}."
+        )
+    rivals = [each for each in found.rivals if each.name in found.likely]
+    names = " or ".join(map(_named, rivals[:_MOST_NAMED]))
+    more = len(rivals) - _MOST_NAMED
+    return (
+        f"{size}. These measurements can't tell apart: {names}"
+        + (f", or {more} more" if more > 0 else "")
+        + f". Either explains {percent(first.explained)} of the difference at most."
+    )
+
+
+def _named(rival: Rival) -> str:
+    """`links between nodes at 0.50× the bandwidth`, `host overhead at 3.00× the time`."""
+    if rival.name == Assumed.SKEW:
+        return f"{rival.label} with exponent {figures(rival.factor)}, not {figures(rival.was)}"
+    if rival.name in _BANDWIDTH:
+        return f"{rival.label} at {times(1 / rival.factor)} the bandwidth"
+    return f"{rival.label} at {times(rival.factor)} the time"
+
+
+def _title(whole: Sequence[JudgedNumber]) -> str:
+    told = _told(whole)
+    more = f", the {len(told)} farthest off of {len(whole)}" if len(told) < len(whole) else ""
+    return f"Measured against projected{more}"
+
+
+def _told(whole: Sequence[JudgedNumber]) -> Sequence[JudgedNumber]:
+    if len(whole) <= _MOST_ROWS:
+        return whole
+    farthest = sorted(whole, key=lambda each: -max(each.ratio, 1 / each.ratio))[:_MOST_ROWS]
+    return [each for each in whole if each in farthest]
+
+
+def _metric(each: JudgedNumber) -> str:
+    return {TIME: "ms", TPS: TPS}.get(each.metric, f"{each.metric} ms")
+
+
+def _value(each: JudgedNumber, value: float) -> str:
+    is_amount = each.metric in (TPS, EXPERTS_LOAD)
+    return figures(value) if is_amount else milliseconds(value)
+
+
+def _columns() -> list[Column[JudgedNumber]]:
+    return [
+        text("deployment", lambda each: shortened(each.deployment, _NAME_WIDTH)),
+        text("at", lambda each: each.where),
+        text("metric", _metric),
+        number("measured", lambda each: _value(each, each.measured)),
+        number("projected", lambda each: _value(each, each.projected)),
+        number("ratio", lambda each: figures(each.ratio) if each.projected else None),
+        number("corrected", lambda each: _ratio(each.measured, each.corrected)),
+    ]
+
+
+def _ratio(measured: float, other: float) -> str | None:
+    return figures(measured / other) if other else None
+
+
+def _whole(numbers: Sequence[JudgedNumber], title: str = "") -> Table:
+    return Table.of(title, _columns(), numbers)
+
+
+def _every(numbers: Sequence[JudgedNumber]) -> Table:
+    return Table.of("", _columns(), numbers)
+
+
+def _rivals(rivals: Sequence[Rival]) -> Table:
+    columns: list[Column[Rival]] = [
+        text("assumption", lambda each: each.label),
+        number("projected", lambda each: _amount(each, each.was)),
+        number("best", lambda each: _amount(each, each.factor)),
+        number("explains", lambda each: percent(max(each.explained, 0.0))),
+        number("confidence", lambda each: percent(each.confidence)),
+    ]
+    return Table.of("Each assumption by itself (factor on its time)", columns, rivals)
+
+
+def _amount(rival: Rival, value: float) -> str:
+    return figures(value) if rival.name == Assumed.SKEW else times(value)
+
+
+def _terms(terms: Sequence[Term], title: str = "") -> Table:
+    columns: list[Column[Term]] = [
+        text("term", lambda each: each.name),
+        text("of", lambda each: each.where),
+        number("measured ms", lambda each: milliseconds(each.measured_s)),
+        number("projected ms", lambda each: milliseconds(each.projected_s)),
+        number("ratio", lambda each: _ratio(each.measured_s, each.projected_s)),
+        number("corrected", lambda each: _ratio(each.measured_s, each.corrected_s)),
+    ]
+    return Table.of(title, columns, terms)
+
+
+def _untold(found: Judgement) -> Iterator[str]:
+    """What cannot be told, why, and what would tell it."""
+    rivals = [each for each in found.rivals if each.name in found.likely]
+    if len(rivals) > 1 and not found.is_noise:
+        one, other = rivals[:2]
+        parted = _PARTED.get(frozenset({Assumed(one.name), Assumed(other.name)}))
+        if not found.has_terms:
+            advice = "where the time of a step goes: causes from a profile, or ranks' own clocks"
+            advice += f"; or {parted}" if parted else ""
+            why = "only whole times were measured"
+        else:
+            advice = parted or "deployments that differ more: layouts, batch sizes, contexts"
+            why = "both change what was measured alike"
+        yield f"Can't tell {one.label} from {other.label}: {why}. To part them, measure {advice}."
+    alike: dict[str, list[str]] = defaultdict(list)
+    for first, second in found.alike:
+        alike[first].append(second)
+    for first, others in list(alike.items())[:1]:
+        kept = {Assumed(name).label for name in found.corrections.factors}
+        if kept & {first, *others}:
+            yield (
+                f"Corrections of {first} and of {' and '.join(others)} change all numbers alike: "
+                "only what they come to together is sure."
+            )
+    if found.without_effect:
+        yield f"These deployments say nothing of: {', '.join(found.without_effect)}."
+
+
+def _use(found: Judgement, corrections: Path | None) -> Iterator[str]:
+    on = found.corrections.fitted_on
+    if not found.corrections.factors:
+        yield "Nothing to correct: no factor differs from 1."
+        return
+    said = (
+        f"Corrections: the median error goes from {percent(on.error_before)} to "
+        f"{percent(on.error_after)} on what they were fitted to."
+    )
+    if corrections is not None:
+        said += f" Next: expertlane plan MODEL --corrections {corrections}"
+    yield said
+
+
+@dataclass(frozen=True)
+class _Factor:
+    name: str
+    correction: Correction
+
+
+def _factors(found: Judgement) -> Table:
+    columns: list[Column[_Factor]] = [
+        text("correction", lambda each: Assumed(each.name).label),
+        number("factor", lambda each: each.correction.factor, figures),
+        number("low", lambda each: each.correction.low, figures),
+        number("high", lambda each: each.correction.high, figures),
+        number("shortest µs", lambda each: _us(each.correction.least_s)),
+        number("longest µs", lambda each: _us(each.correction.most_s)),
+    ]
+    factors = [_Factor(name, each) for name, each in found.corrections.factors.items()]
+    return Table.of("", columns, factors)
+
+
+def _us(seconds: float | None) -> str | None:
+    return None if seconds is None else figures(1e6 * seconds)
+
+
+def _fitted_on(on: FittedOn) -> Table:
+    def ends(span: tuple[int, int]) -> str:
+        return f"{span[0]:,}" if span[0] == span[1] else f"{span[0]:,} to {span[1]:,}"
+
+    return Table.facts(
+        [
+            ("model", on.model),
+            ("cluster", on.cluster),
+            ("engine", on.engine),
+            ("deployments", "; ".join(on.deployments)),
+            ("measured numbers", f"{on.num_points:,}"),
+            ("ranks", ends(on.num_ranks)),
+            ("sequences in a step", ends(on.num_seqs)),
+            ("context", ends(on.context)),
+        ],
+        "Fitted on",
+    )

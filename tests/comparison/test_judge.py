@@ -1,0 +1,191 @@
+"""Mistakes that are planted into measured results, and found again; corrections that carry over."""
+
+from dataclasses import replace
+from statistics import median
+
+import pytest
+
+from comparison.planted import Case, draw, results_of
+from expertlane.comparison.judge import judge
+from expertlane.comparison.reprojection import (
+    COMPUTING,
+    WHOLE,
+    Reprojection,
+    find_subject,
+    points_of,
+)
+from expertlane.cost.laws.profile import Execution
+from expertlane.errors import UserError
+from expertlane.progress import Progress
+from expertlane.results.record import DeploymentRecord
+from expertlane.spec.names import ProjectedCause
+
+HOST = Case(
+    "host",
+    "paper-small",
+    "b200x16",
+    Execution.EAGER,
+    ("tp=8", "dp=8,ep=8"),
+    64,
+    128,
+    True,
+    11,
+)
+
+
+@pytest.fixture(scope="module")
+def results():
+    return results_of(HOST)
+
+
+@pytest.fixture(scope="module")
+def judgement(results):
+    return judge([results], Progress())
+
+
+def test_a_tripled_overhead_is_named(judgement):
+    found = judgement
+    assert found.likely == ("host",)
+    assert found.rivals[0].factor == pytest.approx(3.0, rel=0.15)
+    assert found.rivals[0].confidence > 0.9
+    assert not found.is_noise
+
+
+def test_all_deployments_are_told_as_measured(judgement, results):
+    numbers = judgement.whole
+    assert {each.deployment for each in numbers} == set(HOST.layouts)
+    measured = {
+        (record.name, f"{step.phase.value} step"): step.round_s.value
+        for record in results.select("measured")
+        for step in record.steps
+    }
+    for each in numbers:
+        assert each.measured == pytest.approx(measured[each.deployment, each.where], rel=1e-6)
+        assert each.projected > 0
+
+
+def test_projected_numbers_are_those_of_the_projection(judgement, results):
+    projected = {
+        (record.name, step.phase): step.round_s.value
+        for record in results.select("projected")
+        for step in record.steps
+    }
+    for each in judgement.whole:
+        (own,) = (
+            seconds
+            for (name, phase), seconds in projected.items()
+            if (name, f"{phase.value} step") == (each.deployment, each.where)
+        )
+        assert each.projected == pytest.approx(own, rel=0.02)
+
+
+def test_terms_add_up_to_the_step(judgement):
+    for deployment in HOST.layouts:
+        for where in ("decode step", "prefill step"):
+            own = [
+                each
+                for each in judgement.numbers
+                if (each.deployment, each.where) == (deployment, where)
+            ]
+            whole = next(each for each in own if each.metric in WHOLE)
+            for of in ("measured", "projected"):
+                terms = sum(getattr(each, of) for each in own if each.metric not in WHOLE)
+                assert terms == pytest.approx(getattr(whole, of), rel=0.03)
+
+
+def test_corrections_say_what_they_were_fitted_on(judgement):
+    on = judgement.corrections.fitted_on
+    assert on.deployments == HOST.layouts
+    assert on.num_points == len(judgement.numbers)
+    assert on.num_ranks == (8, 8)
+    assert on.num_seqs == (64, 64)
+    assert on.error_after < on.error_before
+    assert "expertlane" in on.engine
+
+
+@pytest.mark.full
+def test_measured_and_planned_results_may_be_two(results, judgement):
+    measured = replace(results, deployments=results.select("measured"), cluster=None)
+    del (question := dict(measured.question))["projection"]
+    measured = replace(measured, question=question)
+    planned = replace(results, deployments=results.select("projected"), machine=None)
+    found = judge([measured, planned], Progress())
+    assert found.rivals == judgement.rivals
+    alone = judge([measured], Progress(), "b200x16")
+    assert alone.likely == judgement.likely
+
+
+@pytest.mark.full
+def test_causes_by_bound_count_as_computing(results):
+    def by_bound(record: DeploymentRecord) -> DeploymentRecord:
+        if record.source != "measured":
+            return record
+        steps = []
+        for step in record.steps:
+            causes = dict(step.breakdown_s)
+            for old in ("attention", "router", "experts", "embedding and head"):
+                seconds = causes.pop(old, 0.0)
+                cause = ProjectedCause.WEIGHT_READS
+                causes[cause] = causes.get(cause, 0.0) + seconds
+            steps.append(replace(step, breakdown_s=causes))
+        return replace(record, steps=tuple(steps))
+
+    found = judge([results.changed(by_bound)], Progress())
+    assert COMPUTING in {each.metric for each in found.numbers}
+    assert found.likely == ("host",)
+
+
+def test_another_device_is_refused(results):
+    machine = replace(results.machine, device="cpu")
+    with pytest.raises(UserError, match="two devices"):
+        judge([replace(results, machine=machine)], Progress())
+
+
+def test_nothing_measured_or_projected_is_refused(results):
+    planned = replace(results, deployments=results.select("projected"), machine=None)
+    with pytest.raises(UserError, match="nothing is measured"):
+        judge([planned], Progress())
+    question = {"experiment": results.question["experiment"]}
+    measured = replace(
+        results,
+        deployments=results.select("measured"),
+        question=question,
+        cluster=None,
+    )
+    with pytest.raises(UserError, match="--cluster"):
+        judge([measured], Progress())
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(10))
+def test_the_right_assumption_is_named_from_causes(seed):
+    case = draw(seed)
+    assert judge([results_of(case)], Progress()).likely == (case.mistake,)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(10))
+def test_from_whole_times_it_is_named_or_said_to_be_unclear(seed):
+    case = draw(seed, has_terms=False)
+    found = judge([results_of(case)], Progress())
+    assert case.mistake in found.likely
+
+
+@pytest.mark.full
+def test_corrections_of_three_deployments_carry_over_to_others():
+    """Corrections by three layouts, judged on three others."""
+    link = replace(HOST, mistake="latency", execution=Execution.GRAPH)
+    seen = replace(link, layouts=("tp=8", "dp=8,ep=8", "dp=16,ep=16"))
+    others = replace(link, layouts=("tp=8,pp=2", "tp=4,dp=2,ep=8", "tp=4,dp=4,ep=16"), seed=12)
+    fitted = judge([results_of(seen)], Progress()).corrections
+    measured = results_of(others)
+    subject = find_subject(measured, measured)
+    reprojection = Reprojection(subject, points_of(measured, subject))
+    before = reprojection({})
+    after = reprojection(reprojection.changes_of(fitted))
+    whole = [at for at, each in enumerate(reprojection.numbers) if each.metric in WHOLE]
+    errors = [
+        median(abs(reprojection.measured.values[at] - values[at]) for at in whole)
+        for values in (before, after)
+    ]
+    assert errors[1] < max(errors[0] / 2, 0.05)
