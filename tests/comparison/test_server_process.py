@@ -181,6 +181,12 @@ def test_no_folder(tmp_path):
         ("\x1b[31mtorch.OutOfMemoryError: CUDA out of memory\x1b[0m\n",
          "torch.OutOfMemoryError: CUDA out of memory"),
         ("bell \x07\n", "bell \\x07"),
+        (
+            'ERROR [a.py:1]   File "/x/all2all.py", line 3, in gather\nERROR [a.py:1] '
+            "    raise NotImplementedError\nERROR [a.py:1] NotImplementedError\n"
+            "RuntimeError: Worker failed, please check the stack trace above for the root cause\n",
+            "NotImplementedError in gather (all2all.py)",
+        ),
     ],
 )  # fmt: skip
 def test_last_words(log, words):

@@ -24,7 +24,8 @@ _MOST_WORDS = 300
 _POLL_S = 0.1
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # Of an error that a log ends in: `ValueError: …`, with what loggers print before it.
-_ERROR = re.compile(r"(?:^|[\s:\]])((?:[A-Za-z_][\w.]*)?(?:Error|Exception): \S.*)")
+_ERROR = re.compile(r"(?:^|[\s:\]])(?<!raise )((?:[A-Za-z_][\w.]*)?(?:Error|Exception)(?:: \S.*)?)$")
+_FRAME = re.compile(r'File "([^"]+)", line \d+, in (\S+)')
 _ELSEWHERE = re.compile(r"(?i)root cause|see (?:the )?stack|stack trace")
 _REFUSAL = re.compile(r"(?:^|[\s:\]])((?:[\w./-]+: )?error: \S.*)")
 
@@ -163,12 +164,16 @@ def last_words(text: str) -> str:
 def _errors(text: str) -> list[str]:
     """The errors in a log, those left out that only point at another one.
 
-    Servers wrap an engine's error: `RuntimeError: … failed, see root cause above`.
+    Servers wrap an engine's error: `RuntimeError: … failed, see root cause above`. One without a
+    message has the function that raised it.
     """
-    found = (
-        _ERROR.search(line) or _REFUSAL.search(line) for line in map(_plain, text.splitlines())
-    )
-    errors = [each.group(1) for each in found if each is not None]
+    errors, frame = list[str](), ""
+    for line in map(_plain, text.splitlines()):
+        if (within := _FRAME.search(line)) is not None:
+            frame = f" in {within[2]} ({Path(within[1]).name})"
+        elif (found := _ERROR.search(line) or _REFUSAL.search(line)) is not None:
+            errors.append(found[1] if ": " in found[1] else f"{found[1]}{frame}")
+            frame = ""
     return [_cut(each) for each in errors if not _ELSEWHERE.search(each)] or errors[-1:]
 
 
