@@ -196,6 +196,7 @@ def plan(
     cluster: Text = 'h100x16',
     engine: Literal['vllm', 'sglang', 'trtllm', 'expertlane'] | None = None,
     copies: Literal['nearest', 'balanced'] = 'nearest',
+    scripts: str | Path | None = None,
     batch: Text | None = None,
     rate: Text | None = None,
     prompt_len: Text | None = None,
@@ -237,6 +238,8 @@ def plan(
         copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
             else on the own node, else any; balanced: the tokens of each step are distributed to
             even out ranks' loads, where that saves time.
+        scripts: Also write scripts there that start the best of each engine: a batch script for
+            Slurm, and a LeaderWorkerSet for Kubernetes.
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second. Deployments
             are ranked by the most requests per second that they serve within --slo, then the

@@ -66,6 +66,8 @@ def _function(module: ModuleType, fill: Fill = lambda _: {}) -> PythonFunction[R
         if found.folder is not None:
             file.write(results, found.folder)
             write_beside(found, report_of(results), None)
+        else:
+            found.also()  # files whose folder another option names
         return results
 
     return options.describe(function, name, __name__, Results)

@@ -114,21 +114,21 @@ def of_installed(package: str) -> dict[str, Any]:
     flags: list[str] = []
     values: dict[str, dict[str, Any]] = {}
     choices: dict[str, list[Any]] = {}
-    for action in PARSERS[package]()._actions:
-        for name in action.option_strings:
-            if not name.startswith("--") or name == "--help":
-                continue
-            if action.nargs == 0:
-                flags.append(name)
-                continue
-            how = {
-                "nargs": action.nargs,
-                "type": {int: "int", float: "float"}.get(action.type),
-                "is_repeated": isinstance(action, argparse._AppendAction),
-            }
-            values[name] = {key: value for key, value in how.items() if value}
-            if action.choices and name in _CHOICES_OF:
-                choices[name] = list(action.choices)
+    # Names that help does not show are taken too.
+    for name, action in PARSERS[package]()._option_string_actions.items():
+        if not name.startswith("--") or name == "--help":
+            continue
+        if action.nargs == 0:
+            flags.append(name)
+            continue
+        how = {
+            "nargs": action.nargs,
+            "type": {int: "int", float: "float"}.get(action.type),
+            "is_repeated": isinstance(action, argparse._AppendAction),
+        }
+        values[name] = {key: value for key, value in how.items() if value}
+        if action.choices and name in _CHOICES_OF:
+            choices[name] = list(action.choices)
     return {
         "version": version(package),
         "flags": sorted(flags),

@@ -16,7 +16,7 @@ from cli.screen import tells
 from expertlane.cli.app import app
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.planner.candidates import Candidate
-from expertlane.planner.commands import engine_commands
+from expertlane.planner.commands import Serving, engine_commands
 from expertlane.planner.engines import ENGINES
 from expertlane.planner.server_start import ServedPool, ServeTarget, longest_request
 from expertlane.spec.deployment import DISPATCH_FORMS, Options
@@ -49,7 +49,7 @@ def served(layout, options=None, *, drafts=0, role="both", num_seqs=512):
 
 
 def commands(engine, *pools, types=TYPES, target=TARGET, max_len=4096):
-    return engine_commands(ENGINES[engine], pools, target, types, max_len)
+    return engine_commands(Serving(ENGINES[engine], pools, target, types, max_len))
 
 
 def parsed(line):
@@ -309,7 +309,7 @@ def test_parsers_take_whatever_is_written(some, stored, weights, name):
     if not runs:
         return
     types, target = NumberTypes.asked(weights), ServeTarget("org/model", stored)
-    made = engine_commands(engine, some, target, types, 4096)
+    made = engine_commands(Serving(engine, some, target, types, 4096))
     assert (len(made) > len(some)) == (sum(each.layout.replicas for each in some) > 1)
     for each in made:
         assert each.lines

@@ -54,6 +54,13 @@ class _Options:
         help="Only what this engine runs: vLLM, SGLang, TensorRT-LLM or expertlane.",
     )
     copies: CopyMethod = copies_option()
+    scripts: Path | None = typer.Option(
+        None,
+        metavar="DIR",
+        rich_help_panel=Panel.OUTPUT,
+        help="Also write scripts there that start the best of each engine: a batch script for "
+        "Slurm, and a LeaderWorkerSet for Kubernetes.",
+    )
 
     def __post_init__(self) -> None:
         if self.copies != "nearest" and self.engine not in (None, "expertlane"):
@@ -124,6 +131,8 @@ def run(
     setting, trace = request.setting, projection.routing_trace
     subject = found.config.name, own.cluster if is_auto else request.cluster
     folder = call.folder(output.slug("plan", *subject))
+    if own.scripts is not None:
+        output.check_folder(own.scripts)
     experiment = None if folder is None else folder / _EXPERIMENT
     stand_in_laws = stand_ins(request.cluster.profile, setting.types)
     cautions = *found.cautions(setting.types, request.cluster), *stand_in_laws
@@ -145,6 +154,7 @@ def run(
         command=call.command,
         loaded=_served(found),
         experiment=None if experiment is None else str(experiment),
+        scripts=None if own.scripts is None else str(own.scripts),
         projection=ProjectionAsked(**on_cluster | fields_of(ProjectionAsked, drafts)),
         fewer=fewer,
         load=load.question(asked),
@@ -152,6 +162,12 @@ def run(
     if load.price is not None:
         results = with_costs(results, load.price)
     checkpoint = os.path.abspath(found.folder) if found.folder else None
+
+    def write_scripts() -> list[Path]:
+        if own.scripts is None:
+            return []
+        made = plan.scripts(_served(found))
+        return [write_text(own.scripts / name, text) for name, text in made.items()]
 
     def write_experiment() -> list[Path]:
         if experiment is None:
@@ -162,7 +178,7 @@ def run(
         name = output.slug("compare", *subject)  # so that its results leave the plan's in place
         return [write_text(experiment, plan.experiment(name, checkpoint, written_by, table))]
 
-    return output.Found(results, folder, write_experiment)
+    return output.Found(results, folder, lambda: [*write_experiment(), *write_scripts()])
 
 
 class _Question(NamedTuple):

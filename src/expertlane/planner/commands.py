@@ -1,7 +1,9 @@
 """A deployment as an engine takes it: a command for each node, and the router before servers."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import ceil
 
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.planner.engines import ServingEngine
@@ -22,6 +24,39 @@ ROUTER_PORT = 8080
 
 
 @dataclass(frozen=True)
+class Serving:
+    """What an engine is to serve.
+
+    Attributes:
+        pools: one, or those for prefill and decode; all are run by the engine.
+        max_len: tokens of a request at most.
+    """
+
+    engine: ServingEngine
+    pools: Sequence[ServedPool]
+    served: ServeTarget
+    types: NumberTypes
+    max_len: int
+
+    @property
+    def title(self) -> str:
+        """The model and what serves it, in a line."""
+        pools = ", ".join(
+            f"{'' if pool.role == 'both' else f'{pool.role} '}{pool.layout}" for pool in self.pools
+        )
+        return f"{self.served.model} on {self.engine.title}: {pools}"
+
+    @property
+    def mark(self) -> str:
+        """A text that no word holds which a user gives, so that it may stand for something."""
+        return "@" * (2 + max(map(len, re.findall("@+", self.served.model)), default=0))
+
+    def start(self, one: ServedPool, place: Place) -> ServerStart:
+        """How one server of a pool is started at its place."""
+        return server_start(self.engine, one, self.served, self.types, self.max_len, place)
+
+
+@dataclass(frozen=True)
 class PoolStarts:
     """Alike servers of a pool.
 
@@ -33,34 +68,33 @@ class PoolStarts:
     pool: ServedPool
     servers: tuple[ServerStart, ...]
 
+    @property
+    def num_hosts(self) -> int:
+        """Machines of all servers."""
+        one = self.servers[0].pool
+        return ceil(len(self.servers) / one.per_host) * one.num_hosts
 
-def pool_starts(
-    engine: ServingEngine,
-    pools: Sequence[ServedPool],
-    served: ServeTarget,
-    types: NumberTypes,
-    max_len: int,
-) -> list[PoolStarts]:
-    """Every server of each pool, on machines HOST0, HOST1 and so on, in order.
+
+def pool_starts(serving: Serving, host: Callable[[int], str] = "HOST{}".format) -> list[PoolStarts]:
+    """Every server of each pool, on machines of their own or on parts of one.
 
     Args:
-        pools: one, or those for prefill and decode; all are run by the engine.
-        max_len: tokens of a request at most.
+        host: gives the name of a machine by its number.
     """
     found: list[PoolStarts] = []
     first_host = 0
-    for pool in pools:
-        one, num_servers = pool.servers(engine)
+    for pool in serving.pools:
+        one, num_servers = pool.servers(serving.engine)
         servers = []
         for server in range(num_servers):
             group, offset = divmod(server, one.per_host)
             first = first_host + group * one.num_hosts
-            hosts = tuple(f"HOST{first + node}" for node in range(one.num_hosts))
+            hosts = tuple(map(host, range(first, first + one.num_hosts)))
             devices = _devices(one, num_servers, offset)
             place = Place(hosts, PORT + offset, offset=offset, devices=devices)
-            servers.append(server_start(engine, one, served, types, max_len, place))
-        first_host += -(-num_servers // one.per_host) * one.num_hosts
+            servers.append(serving.start(one, place))
         found.append(PoolStarts(pool, tuple(servers)))
+        first_host += found[-1].num_hosts
     return found
 
 
@@ -85,29 +119,17 @@ class RouterStart:
     files: Mapping[str, str] = field(default_factory=dict)
 
 
-def engine_commands(
-    engine: ServingEngine,
-    pools: Sequence[ServedPool],
-    served: ServeTarget,
-    types: NumberTypes,
-    max_len: int,
-) -> list[ServeCommand]:
-    """Commands to start each pool, then the router where there are several servers.
-
-    Args:
-        pools: one, or those for prefill and decode; all are run by the engine.
-        max_len: tokens of a request at most.
-    """
+def engine_commands(serving: Serving) -> list[ServeCommand]:
+    """Commands to start each pool, then the router where there are several servers."""
     made: list[ServeCommand] = []
-    started = pool_starts(engine, pools, served, types, max_len)
+    engine, started = serving.engine, pool_starts(serving)
     for each in started:
         first, num_servers = each.servers[0], len(each.servers)
         notes = list(first.notes)
         if num_servers > 1:
             notes.append(_further_servers(each, engine))
         # Which devices are whose is in the note.
-        place = replace(first.place, devices=())
-        start = server_start(engine, first.pool, served, types, max_len, place)
+        start = serving.start(first.pool, replace(first.place, devices=()))
         checked = engine.version if engine.is_checked else None
         note, role = "; ".join(notes), each.pool.role
         made.append(ServeCommand(engine.title, start.lines, note, role, num_servers, checked))

@@ -15,7 +15,7 @@ from expertlane.cost.laws.profile import LIKELY
 from expertlane.cost.memory import RANK_STEP_TOKENS
 from expertlane.cost.routing import RoutingChoice
 from expertlane.planner.candidates import Candidate, PlanRequest
-from expertlane.planner.commands import engine_commands
+from expertlane.planner.commands import Serving, engine_commands
 from expertlane.planner.engines import Row, ServingEngine, engines_on
 from expertlane.planner.ranking import (
     Contender,
@@ -37,6 +37,7 @@ from expertlane.planner.records import (
     with_wait,
 )
 from expertlane.planner.screen import Known, ScreenedCandidate, fitting
+from expertlane.planner.scripts import scripts_of
 from expertlane.planner.search import Finalist, OnePool, Search
 from expertlane.planner.server_start import ServedPool, ServeTarget, longest_request
 from expertlane.planner.simulated import NUM_SIMULATED, serve_at_rate, simulated_pool
@@ -218,6 +219,7 @@ class Plan:
         command: str,
         loaded: ServeTarget,
         experiment: str | None,
+        scripts: str | None = None,
         projection: ProjectionAsked | None = None,
         fewer: ServedLoad | None = None,
         load: Mapping[str, Any] | None = None,
@@ -227,6 +229,7 @@ class Plan:
         Args:
             loaded: the model that other systems load.
             experiment: the path of the file with `experiment`.
+            scripts: the folder with `scripts`.
             projection: options beside request and routing; None where nobody simulates a row again.
             load: the lengths that were asked for.
             fewer: the next smaller cluster, where this is the smallest that serves all.
@@ -248,6 +251,7 @@ class Plan:
             engine=request.engine,
             engines=tuple(self._engine(each, loaded) for each in self.engines),
             experiment=experiment,
+            scripts=scripts,
             fewer_devices=fewer,
         )
         asked = {
@@ -278,35 +282,53 @@ class Plan:
 
     def _engine(self, choice: EngineChoice, loaded: ServeTarget) -> EngineBest:
         """An engine's best, with commands for the better of its server and its pools."""
-        engine, request = choice.engine, self.request
-        aggregated = pools = None
-        started: list[tuple[ScreenedCandidate, PoolRole]] = []
-        if (server := choice.aggregated) is not None:
-            record = self._record(server.finalist, BEST)
-            aggregated = self._ranked(record, server)
-            started = [(server.finalist, "both")]
-        own = choice.pools
-        if own is not None and (server is None or pools_win(own, server, request.workload)):
-            pools = self._two(own)
-            started = [(own.prefill, "prefill"), (own.decode, "decode")]
-        commands = engine_commands(
-            engine,
-            [self._served(option, role) for option, role in started],
-            loaded,
-            request.setting.types,
-            longest_request(request.load_at(1), request.model),
-        )
+        engine, server, own = choice.engine, choice.aggregated, self._own_pools(choice)
+        aggregated = None
+        if server is not None:
+            aggregated = self._ranked(self._record(server.finalist, BEST), server)
         row = choice.broken
         return EngineBest(
             engine.name,
             engine.title,
             engine.version,
             aggregated,
-            tuple(pools or ()),
+            () if own is None else tuple(self._two(own)),
             "" if row is None else row.says,
             "" if row is None else row.source,
-            tuple(commands),
+            tuple(engine_commands(self._serving(choice, loaded))),
         )
+
+    def _own_pools(self, choice: EngineChoice) -> TwoPools | None:
+        """An engine's disaggregated pools where they are better than its server; else None."""
+        own, server = choice.pools, choice.aggregated
+        if own is None or (server and not pools_win(own, server, self.request.workload)):
+            return None
+        return own
+
+    def _serving(self, choice: EngineChoice, loaded: ServeTarget) -> Serving:
+        """The better of an engine's server and its pools; no pools where it has neither."""
+        request = self.request
+        started: list[tuple[ScreenedCandidate, PoolRole]] = []
+        if (own := self._own_pools(choice)) is not None:
+            started = [(own.prefill, "prefill"), (own.decode, "decode")]
+        elif choice.aggregated is not None:
+            started = [(choice.aggregated.finalist, "both")]
+        return Serving(
+            choice.engine,
+            [self._served(option, role) for option, role in started],
+            loaded,
+            request.setting.types,
+            longest_request(request.load_at(1), request.model),
+        )
+
+    def scripts(self, loaded: ServeTarget) -> dict[str, str]:
+        """Scripts that start the best of each engine that runs any, by the names of their files."""
+        made: dict[str, str] = {}
+        for choice in self.engines:
+            serving = self._serving(choice, loaded)
+            if serving.pools:
+                made |= scripts_of(serving)
+        return made
 
     def _served(self, option: ScreenedCandidate, role: PoolRole) -> ServedPool:
         """A screened pool with the sizes to start it with."""

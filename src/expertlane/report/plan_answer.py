@@ -594,4 +594,10 @@ def _next(results: Results) -> tuple[str, ...]:
         again = f"Again: expertlane simulate --plan {Path(found.experiment).parent}#{row}"
         lines += [again] if len(again) <= COLUMNS else []
     titles = [each.title for each in engines_of(results) if each.commands]
-    return (*lines, f"Commands of {_listed(titles)}: --full") if titles else tuple(lines)
+    if titles:
+        lines.append(f"Commands of {_listed(titles)}: --full")
+    if found.scripts is not None:
+        scripts = f"Scripts for Slurm and Kubernetes: {found.scripts}"
+        short = "Scripts for Slurm and Kubernetes: in the folder of --scripts"
+        lines.append(scripts if len(scripts) <= COLUMNS else short)
+    return tuple(lines)

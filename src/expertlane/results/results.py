@@ -217,6 +217,7 @@ class PlanSummary(Strict):
         engine: the engine asked for; None for any.
         engines: the best of each, or of the one asked for.
         experiment: the file for `expertlane compare` that was written; None if none was.
+        scripts: the folder with scripts that start the engines' best; None if none were written.
         fewer_devices: the next smaller cluster, where the smallest that serves all was asked for;
             `num_devices` is 0 where there is none.
     """
@@ -236,6 +237,7 @@ class PlanSummary(Strict):
     engine: EngineName | None = None
     engines: tuple[EngineBest, ...] = ()
     experiment: str | None = None
+    scripts: str | None = None
     fewer_devices: ServedLoad | None = None
 
 

@@ -1,0 +1,290 @@
+"""A batch script for Slurm that starts all servers of an engine's best, and the router before them.
+
+It starts engines as they start themselves: `srun` has a task on each node of a server, or, where
+an engine's ranks are started by MPI, a task for each rank.
+"""
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+
+from expertlane.planner.commands import (
+    ROUTER_PORT,
+    PoolStarts,
+    RouterStart,
+    Serving,
+    pool_starts,
+    router_start,
+)
+from expertlane.planner.engines import ServingEngine
+from expertlane.planner.server_start import NodeStart, ServerStart
+from expertlane.printable import printable
+
+_COLUMNS = 88  # of a line of words, about
+
+# What does not differ between scripts. Steps overlap, since they share the devices of the job:
+# each takes all of a node, and sees the devices that its command names.
+_BEGIN = """\
+# shellcheck disable=SC2016,SC2329 # names are taken as they are; a trap calls `stop`
+set -euo pipefail
+
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+logs="${LOGS:-$PWD/%(name)s-$SLURM_JOB_ID}" # on a file system of all nodes
+poll_s="${POLL_S:-5}" start_s="${START_S:-3600}"
+pids=()
+if ((${#hosts[@]} < %(num_hosts)d)); then
+    echo "it takes %(num_hosts)d nodes; the job has ${#hosts[@]}" >&2
+    exit 2
+fi
+
+start() { # NAME FOLDER HOSTS NUM_TASKS MPI COMMAND…
+    local name="$1" folder="$logs/$2" on="$3" num_tasks="$4" mpi="$5" nodes
+    shift 5
+    IFS=, read -ra nodes <<<"$on"
+    srun --overlap --kill-on-bad-exit=1 --mpi="$mpi" --nodelist="$on" \\
+        --nodes="${#nodes[@]}" --ntasks="$num_tasks" --mem=0 --cpu-bind=none \\
+        --cpus-per-task="$((SLURM_CPUS_ON_NODE * ${#nodes[@]} / num_tasks))" \\
+        --chdir="$folder" --output="$logs/$name.log" "$@" &
+    pids+=("$!")
+}
+
+stop() {
+    trap - EXIT
+    trap '' INT TERM
+    local until=$((SECONDS + 60)) pid
+    kill -TERM "${pids[@]}" 2>/dev/null || true
+    for pid in "${pids[@]}"; do
+        while kill -0 "$pid" 2>/dev/null && ((SECONDS < until)); do sleep 1; done
+        kill -KILL "$pid" 2>/dev/null || true
+    done
+    wait
+}
+trap stop EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+ready() { # URL: wait until it answers, unless something ends
+    local pid
+    until curl --silent --fail --output /dev/null --max-time 5 "$1/health"; do
+        for pid in "${pids[@]}"; do
+            if ! kill -0 "$pid" 2>/dev/null; then
+                echo "a process ended before $1 was ready: see $logs" >&2
+                exit 1
+            fi
+        done
+        if ((SECONDS > start_s)); then
+            echo "$1 is not ready after $start_s s: see $logs" >&2
+            exit 1
+        fi
+        sleep "$poll_s"
+    done
+}"""
+_END = """\
+echo "serving at %(url)s/v1; logs in $logs"
+wait -n || true
+echo "a process ended: see $logs" >&2
+exit 1
+"""
+
+
+def slurm_script(serving: Serving) -> str:
+    """The script of all servers: `sbatch FILE`; shellcheck takes it.
+
+    Whatever a name holds is quoted. It ends, with all that it started, when any server ends.
+    """
+    mark = serving.mark
+    started = pool_starts(serving, lambda number: f"{mark}{number}{mark}")
+    return _Script(serving, started, re.compile(f"{mark}([0-9]+){mark}")).text()
+
+
+@dataclass(frozen=True)
+class _Script:
+    """A script in the making.
+
+    Attributes:
+        host: finds a host's number in a word.
+    """
+
+    serving: Serving
+    started: Sequence[PoolStarts]
+    host: re.Pattern[str]
+
+    @property
+    def engine(self) -> ServingEngine:
+        """The engine that is started."""
+        return self.serving.engine
+
+    def text(self) -> str:
+        """The whole script."""
+        num_hosts = sum(each.num_hosts for each in self.started)
+        name = f"expertlane-{self.engine.name}"
+        parts = [
+            "#!/usr/bin/env bash",
+            *(f"# {printable(line)}" for line in self._about()),
+            f"#SBATCH --job-name={name}",
+            f"#SBATCH --nodes={num_hosts}",
+            f"#SBATCH --gpus-per-node={max(map(_devices, self.started))}",
+            "#SBATCH --exclusive",
+            "#SBATCH --signal=B:TERM@90",
+            "#SBATCH --output=%x-%j.out",
+            "",
+            _BEGIN % {"name": name, "num_hosts": num_hosts},
+        ]
+        for each in self.started:
+            parts += self._pool(each)
+        urls = [server.place.url for each in self.started for server in each.servers]
+        parts += ["", *(f"ready {self._word(url)}" for url in urls)]
+        front = urls[0]
+        if len(urls) > 1:
+            router = router_start(self.engine, self.started)
+            if router.argv:
+                front = f"http://{self.started[0].servers[0].place.hosts[0]}:{ROUTER_PORT}"
+                parts += ["", *self._router(router, front)]
+        inside = self.host.sub(r"${hosts[\1]}", front)
+        return "\n".join([*parts, _END % {"url": inside}])
+
+    def _about(self) -> list[str]:
+        """The comment that begins the script."""
+        engine, num = self.engine, sum(len(each.servers) for each in self.started)
+        lines = [self.serving.title, f"Written by expertlane for {engine.title} {engine.version}."]
+        if not engine.is_checked:
+            lines.append("Its options are as documented; no parser has taken them.")
+        if num > 1 and engine.router is not None:
+            router = engine.router
+            lines.append(f"The router: pip install {router.package}=={router.version}")
+        if num > 1 and not router_start(engine, self.started).argv:
+            lines.append("Put any HTTP load balancer before the servers.")
+        notes = dict.fromkeys(note for each in self.started for note in each.servers[0].notes)
+        lines += [f"Note: {note}" for note in notes]
+        lines.append("Whoever reaches these nodes can use the servers: they ask for no key.")
+        lines.append("Activate the engine's environment, then: sbatch FILE")
+        lines.append("START_S, POLL_S and LOGS in the environment change its waits and its logs.")
+        return lines
+
+    def _pool(self, started: PoolStarts) -> list[str]:
+        """Lines that start the servers of a pool."""
+        role = "server" if started.pool.role == "both" else started.pool.role
+        nodes = [
+            (server, number, node)
+            for server in started.servers
+            for number, node in enumerate(server.nodes)
+        ]
+        starts = [_under_srun(server, node) for server, _, node in nodes]
+        head, tail = _shared([words for words, _ in starts])
+        is_option = starts[0][0][head - 1].startswith("-")
+        if head < len(starts[0][0]) and is_option:  # and its values differ
+            head -= 1
+        begin = f"{role}_begin" if tail else role
+        lines = ["", *self._array(begin, starts[0][0][:head])]
+        if tail:
+            lines += self._array(f"{role}_end", starts[0][0][len(starts[0][0]) - tail :])
+        lines += self._files(f"$logs/{role}", started.servers[0].files)
+        for (server, number, node), (words, num_tasks) in zip(nodes, starts, strict=True):
+            place = started.servers.index(server)
+            name = f"{role}-{place}" + (f"-node{number}" if len(server.nodes) > 1 else "")
+            hosts = server.place.hosts if server.num_tasks else (server.place.hosts[number],)
+            mpi = "pmix" if num_tasks > len(hosts) else "none"
+            own = words[head : len(words) - tail]
+            parts = [
+                *(name, role, self._word(",".join(hosts)), str(num_tasks), mpi),
+                *self._environment(node),
+                f'"${{{begin}[@]}}"',
+                *map(self._word, own),
+                *([f'"${{{role}_end[@]}}"'] if tail else []),
+            ]
+            lines.append(_continued(["start", *parts]))
+        return lines
+
+    def _router(self, router: RouterStart, url: str) -> list[str]:
+        """Lines that start the router on the first host."""
+        host = self.started[0].servers[0].place.hosts[0]
+        return [
+            *self._array("router", router.argv),
+            *self._files("$logs/router", router.files),
+            f'start router router {self._word(host)} 1 none "${{router[@]}}"',
+            f"ready {self._word(url)}",
+        ]
+
+    def _environment(self, node: NodeStart) -> list[str]:
+        """Set inside the task: `srun` itself sets which devices it sees."""
+        if not node.environment:
+            return []
+        pairs = (f"{name}={value}" for name, value in node.environment.items())
+        return ["env", *map(self._word, pairs)]
+
+    def _files(self, folder: str, files: Mapping[str, str]) -> list[str]:
+        """Lines that make a folder and write files into it."""
+        lines = [f'mkdir -p "{folder}"']
+        for name, text in files.items():
+            lines.append(f"printf '%s\\n' {self._word(text)} >\"{folder}/{name}\"")
+        return lines
+
+    def _array(self, name: str, words: Sequence[str]) -> list[str]:
+        """An array of words, a line for each option."""
+        lines: list[str] = []
+        for word in map(self._word, words):
+            starts = not lines or word.startswith("-")
+            if starts or len(lines[-1]) + len(word) > _COLUMNS:
+                lines.append(word)
+            else:
+                lines[-1] += f" {word}"
+        return [f"{name}=(", *(f"    {line}" for line in lines), ")"]
+
+    def _word(self, word: str) -> str:
+        """A word for the shell, in quotes where it must be; hosts are looked up in the job's."""
+        parts = self.host.split(word)  # text, number, text, …
+        texts = [_quoted(text) if text else "" for text in parts[::2]]
+        hosts = [f'"${{hosts[{number}]}}"' for number in parts[1::2]]
+        joined = "".join(text + host for text, host in zip(texts, [*hosts, ""], strict=True))
+        return joined or "''"
+
+
+def _quoted(text: str) -> str:
+    """In quotes where a shell needs them, and around commas, which readers of arrays stumble on."""
+    quoted = shlex.quote(text)
+    return f"'{text}'" if quoted == text and "," in text else quoted
+
+
+def _devices(started: PoolStarts) -> int:
+    """Devices of a machine that a pool takes."""
+    one = started.servers[0].pool
+    of_server = -(-one.layout.world_size // one.num_hosts)
+    return of_server * min(one.per_host, len(started.servers))
+
+
+def _under_srun(server: ServerStart, node: NodeStart) -> tuple[tuple[str, ...], int]:
+    """The words of a task, and the number of tasks; ranks of MPI are tasks on one node too."""
+    if server.engine.name != "trtllm":
+        return node.argv, 1
+    world_size = server.pool.layout.world_size
+    if server.num_tasks or world_size == 1:
+        return node.argv, max(1, server.num_tasks)
+    return ("trtllm-llmapi-launch", *node.argv), world_size
+
+
+def _shared(commands: Sequence[Sequence[str]]) -> tuple[int, int]:
+    """Number of words that all commands begin with, and of those that they end with beyond."""
+    if len(commands) == 1:
+        return len(commands[0]), 0
+    head = _alike(commands)
+    ends = [list(reversed(words[head:])) for words in commands]
+    return head, _alike(ends)
+
+
+def _alike(commands: Iterable[Sequence[str]]) -> int:
+    places = zip(*commands, strict=False)
+    return sum(1 for _ in takewhile(lambda words: len(set(words)) == 1, places))
+
+
+def _continued(words: Sequence[str]) -> str:
+    """A command, over several lines where it is long."""
+    lines, is_value = [""], False
+    for word in words:
+        if lines[-1] and not is_value and len(lines[-1]) + len(word) > _COLUMNS:
+            lines.append(f"    {word}")
+        else:
+            lines[-1] += f" {word}" if lines[-1] else word
+        is_value = word.startswith("--")
+    return " \\\n".join(lines)
