@@ -270,10 +270,11 @@ def _of_model(routed: Any, model: ModelConfig) -> Ints:
     if found.max(initial=0) >= model.num_experts:
         raise UserError(f"a token chose expert {found.max()}; {model.name} has {model.num_experts}")
     # Tokens whose keys a cache had are -1, or as the buffer was: 0.
-    is_blank: npt.NDArray[np.bool_] = (found < 0).any(axis=2)
+    is_blank = np.any(found < 0, axis=2)
     if found.shape[2] > 1:
-        is_blank |= (found == 0).all(axis=2)
-    return found[~is_blank.any(axis=1)].transpose(1, 0, 2)
+        is_blank = is_blank | np.all(found == 0, axis=2)
+    kept: Ints = found[~np.any(is_blank, axis=1)]
+    return kept.transpose(1, 0, 2)
 
 
 def _decoded(text: str, model: ModelConfig) -> Ints:
