@@ -148,7 +148,7 @@ COMPARE = {
 }
 BALANCE = {
     "none.npz --ep 4": "none.npz No such file",
-    "text.json --ep 4": "text.json damaged",
+    "text.json --ep 4": "text.json JSON",
     "trace.npz --ep 0": "--ep 0 1 1,024",
     "trace.npz --ep 4 --ranks-per-node 3": "--ranks-per-node 3 divide --ep 4",
     "trace.npz --ep 4 --num-redundant-experts 5000": "--num-redundant-experts 5000 0 4,096",

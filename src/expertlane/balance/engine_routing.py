@@ -87,10 +87,6 @@ def read_routing(path: Path, model: ModelConfig | None = None, name: str | None 
         with naming(path):
             return _of_sglang(data, name or path.stem)
     if is_answers(path):
-        if model is None:
-            raise UserError(
-                f"{path} holds answers, which do not tell their model; give it with --model"
-            )
         text = read_text(path, PROMPTS_BYTES)
         with naming(path):
             return _of_answers(_answers(text), model)
@@ -214,13 +210,16 @@ def _answers(text: str) -> list[Any]:
     return found
 
 
-def _of_answers(answers: list[Any], model: ModelConfig) -> RoutingTrace:
-    parts = [_of_model(routed, model) for answer in answers for routed in _routed(answer)]
-    if not parts:
+def _of_answers(answers: list[Any], model: ModelConfig | None) -> RoutingTrace:
+    routed = [each for answer in answers for each in _routed(answer)]
+    if not routed:
         raise UserError(
             "no answer has routed experts: vLLM sends them with --enable-return-routed-experts, "
             "SGLang where a request has return_routed_experts"
         )
+    if model is None:
+        raise UserError("answers do not tell their model; give it with --model")
+    parts = [_of_model(each, model) for each in routed]
     ids = np.concatenate(parts, axis=1)
     step = np.repeat(np.arange(len(parts)), [each.shape[1] for each in parts])
     return RoutingTrace(
@@ -271,10 +270,11 @@ def _of_model(routed: Any, model: ModelConfig) -> Ints:
     if found.max(initial=0) >= model.num_experts:
         raise UserError(f"a token chose expert {found.max()}; {model.name} has {model.num_experts}")
     # Tokens whose keys a cache had are -1, or as the buffer was: 0.
-    is_blank = (found < 0).any(axis=2)
+    is_blank = np.any(found < 0, axis=2)
     if found.shape[2] > 1:
-        is_blank |= (found == 0).all(axis=2)
-    return found[~is_blank.any(axis=1)].transpose(1, 0, 2)
+        is_blank = is_blank | np.all(found == 0, axis=2)
+    kept: Ints = found[~np.any(is_blank, axis=1)]
+    return kept.transpose(1, 0, 2)
 
 
 def _decoded(text: str, model: ModelConfig) -> Ints:

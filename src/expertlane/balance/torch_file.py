@@ -38,7 +38,7 @@ DAMAGED = (
 _PROGRAM_BYTES = 16 * CONFIG_BYTES
 _MOST_DIMS = 8
 
-_DTYPES = {  # by the names of torch's storages
+_DTYPES: dict[str, np.dtype[Any]] = {  # by the names of torch's storages
     "ByteStorage": np.dtype("u1"),
     "CharStorage": np.dtype("i1"),
     "ShortStorage": np.dtype("<i2"),

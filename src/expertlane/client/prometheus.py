@@ -1,8 +1,10 @@
 """The metrics page of a server: series of Prometheus's text forms, and what engines call them.
 
-`prometheus-client` reads such pages too, but comes with the server alone, stops at the first line
-that it does not understand, and builds every series: 60 ms for a page of vLLM with 16 data-parallel
-ranks. Here one expression finds the lines that are wanted, in 2 ms, and passes over all others.
+`prometheus-client` reads such pages too, but comes with the extra `serve` alone, stops at the
+first line that it does not understand, and builds every series: of vLLM with 16 data-parallel ranks
+(5,969 lines) 136 ms of CPU time, in which no request is sent or timed. Here one expression finds
+the lines that are wanted, in 2 ms, and passes over all others (1 December 2026, two busy cores of
+an Intel Xeon).
 """
 
 import math
@@ -34,8 +36,7 @@ def _lines(names: Iterable[str]) -> re.Pattern[bytes]:
     """Finds the lines of metrics: name, labels, value; a timestamp or exemplar may follow."""
     either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     return re.compile(
-        rf'^({either})(?:\{{((?:[^"\n}}]++|"(?:[^"\\\n]++|\\.)*+")*+)\}})?[ \t]+(\S+)'.encode(),
-        re.MULTILINE,
+        rf'\n({either})(?:\{{((?:[^"\n}}]++|"(?:[^"\\\n]++|\\.)*+")*+)\}})?[ \t]+(\S+)'.encode()
     )
 
 
@@ -46,7 +47,7 @@ def series(page: bytes, lines: re.Pattern[bytes]) -> Series:
     finite numbers are left out.
     """
     found: Series = {}
-    for match in islice(lines.finditer(page), _MOST_SERIES):
+    for match in islice(lines.finditer(b"\n" + page), _MOST_SERIES):
         name, labels, value = match.groups(default=b"")
         try:
             number = float(value)
@@ -247,7 +248,7 @@ def read_page(page: bytes) -> Page | None:
     if page.lstrip()[:1] == b"[":
         return _iterations(page)
     for names in NAMES:
-        if re.search(rf"^{names.marks}".encode(), page, re.MULTILINE):
+        if f"\n{names.marks}".encode() in page or page.startswith(names.marks.encode()):
             return _page(names, series(page, _EXPRESSIONS[names.engine]))
     return None
 
