@@ -155,7 +155,14 @@ def test_mistakes_are_one_line(run, folder, tmp_path, args, said):
 def test_damaged_corrections_are_one_line(run, tmp_path, text):
     (path := tmp_path / "corrections.toml").write_text(text)
     code, out, err = run(
-        "simulate", "paper-tiny", "--layout", "tp=1", "--cluster", "h100x1", "--corrections", path
+        "simulate",
+        "paper-tiny",
+        "--layout",
+        "tp=1",
+        "--cluster",
+        "h100x1",
+        "--corrections",
+        str(path),
     )
     assert (code, out) == (2, "")
     assert "--corrections" in err
