@@ -46,9 +46,10 @@ _NUM_SOUGHT = 5  # assumptions whose best value is sought; of others a straight 
 _ENOUGH = 0.8  # odds of four to one
 _MOST_OF_GROUP = 8
 _USUAL = 0.7  # standard deviation of a logarithm before anything is measured: two times
-_PRIORS = 0.1, 0.2, 0.4, _USUAL
+_PRIORS = 0.2, 0.4, _USUAL
+_FEWEST_GROUPS = 4  # to choose a prior by: with fewer one left out says little
 _ABOUT_EQUAL = 1.05
-_ALIKE = 0.85  # correlation of two factors' errors, from where on they are one
+_ALIKE = 0.95  # correlation of two factors' errors, from where on they are one
 _GRID = 241
 _CONVERGED = 0.01  # of a logarithm
 _NOISE = 1.5  # squares in deviations, on average
@@ -326,7 +327,7 @@ class Explainer:
     def _prior(self, names: Sequence[str], changes: Floats, slopes: Floats) -> float:
         """The strongest prior that predicts a deployment left out about as well as any."""
         groups = np.unique(self.measured.groups)
-        if len(groups) < 3:
+        if len(groups) < _FEWEST_GROUPS:
             return _USUAL
         free = self.measured.values - self._of(names, changes) + slopes @ changes
         errors = []

@@ -24,7 +24,9 @@ _MOST_WORDS = 300
 _POLL_S = 0.1
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 # Of an error that a log ends in: `ValueError: …`, with what loggers print before it.
-_ERROR = re.compile(r"(?:^|[\s:\]])(?<!raise )((?:[A-Za-z_][\w.]*)?(?:Error|Exception)(?:: \S.*)?)$")
+_ERROR = re.compile(
+    r"(?:^|[\s:\]])(?<!raise )((?:[A-Za-z_][\w.]*)?(?:Error|Exception)(?:: \S.*)?)$"
+)
 _FRAME = re.compile(r'File "([^"]+)", line \d+, in (\S+)')
 _ELSEWHERE = re.compile(r"(?i)root cause|see (?:the )?stack|stack trace")
 _REFUSAL = re.compile(r"(?:^|[\s:\]])((?:[\w./-]+: )?error: \S.*)")

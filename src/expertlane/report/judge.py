@@ -14,6 +14,7 @@ from expertlane.report.numbers import counted, figures, milliseconds, percent, s
 _MOST_ROWS, _MOST_TERMS, _MOST_RIVALS = 8, 6, 3  # of the answer
 _NAME_WIDTH = 28
 _MOST_NAMED = 3  # rivals that are named as not told apart
+_CERTAIN = 0.99  # no share of a few measurements is larger
 _LITTLE = 0.3  # of the difference: less is no explanation
 _BANDWIDTH = {str(Assumed.INTRA_NODE), str(Assumed.INTER_NODE)}
 _PARTED = {
@@ -93,7 +94,7 @@ def headline(found: Judgement) -> str:
     if len(found.likely) == 1:
         return (
             f"{size}. {percent(first.explained)} of the difference is explained by "
-            f"{_named(first)}, with a confidence of {percent(first.confidence)}."
+            f"{_named(first)}, with a confidence of {_confidence(first)}."
         )
     rivals = [each for each in found.rivals if each.name in found.likely]
     names = " or ".join(map(_named, rivals[:_MOST_NAMED]))
@@ -103,6 +104,10 @@ def headline(found: Judgement) -> str:
         + (f", or {more} more" if more > 0 else "")
         + f". Either explains {percent(first.explained)} of the difference at most."
     )
+
+
+def _confidence(rival: Rival) -> str:
+    return ">99%" if rival.confidence > _CERTAIN else percent(rival.confidence)
 
 
 def _named(rival: Rival) -> str:
@@ -166,7 +171,7 @@ def _rivals(rivals: Sequence[Rival]) -> Table:
         number("projected", lambda each: _amount(each, each.was)),
         number("best", lambda each: _amount(each, each.factor)),
         number("explains", lambda each: percent(max(each.explained, 0.0))),
-        number("confidence", lambda each: percent(each.confidence)),
+        number("confidence", _confidence),
     ]
     return Table.of("Each assumption by itself (factor on its time)", columns, rivals)
 

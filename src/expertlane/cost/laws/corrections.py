@@ -299,6 +299,11 @@ def scaled(
         links={link: _sheet(each, corrections.get(_LINK[link])) for link, each in _links(profile)},
         surfaces=_surfaces(profile, corrections),
         terms=_terms(profile, corrections, wider),
+        factors={
+            kind: corrections[assumed].factor
+            for kind, assumed in KERNELS.items()
+            if assumed in corrections
+        },
     )
 
 

@@ -224,8 +224,14 @@ class DeviceModel:
         moved = sizes["pairs"] * (inner * (matrices * max(WEIGHT_BYTES[dtype], 2)))
         activation = self.times(OpKind.MEMORY, dtype, {"bytes": moved})
         up, down = product(inner, hidden), product(hidden, inner)
+        # Corrections of experts are theirs, whatever law stands in.
+        factors = self._profile.factors
+        own = factors.get(OpKind.EXPERTS, 1.0)
+        of_products = own / factors.get(OpKind.GEMM, 1.0)
+        of_activation = own / factors.get(OpKind.MEMORY, 1.0)
+        products = of_products * ((matrices - 1) * up.bounds + down.bounds)
         return Times(
-            (matrices - 1) * up.bounds + down.bounds + activation.bounds,
+            products + of_activation * activation.bounds,
             max(up.basis, activation.basis),
             up.is_extrapolated | down.is_extrapolated,
             max(up.wider, activation.wider),

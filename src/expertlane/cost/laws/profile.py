@@ -97,6 +97,7 @@ class Profile:
         has_nvlink: whether devices of a node reach each other's memory; else over PCIe alone.
         corrected: corrections that its laws have, and what those were fitted to; "" for none.
         own_basis: the firmest basis of its laws before they were corrected.
+        factors: by kind of operation, the factor that corrections put on its laws.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Profile:
     has_nvlink: bool = True
     corrected: str = ""
     own_basis: Basis | None = None
+    factors: Mapping[str, float] = field(default_factory=dict)
 
     def num_hosts(self, num_devices: int) -> int:
         """Machines that a deployment is started on."""
