@@ -182,15 +182,15 @@ def _set_clocks(aligned: Aligned, together: Mapping[tuple[int, int], Sequence[_P
     edges: dict[tuple[int, int], tuple[int, int]] = {}
     for pair, found in together.items():
         barriers = [each for each in found if each.stage is not Stage.HAND_OVER] or found
-        first, other = (
+        one, two = (
             np.concatenate(
                 [sides[place] for sides in ((p.first, p.other) for p in barriers)], axis=1
             )
             for place in range(2)
         )
-        is_shared = _left_early(first, other, barriers[0].stage) <= _IMPOSSIBLE
-        offset = 0 if is_shared else round(float(np.median(other[1] - first[1])))
-        edges[pair] = offset, round(float(np.median(other[2] - first[2])))
+        is_shared = _left_early(one, two, barriers[0].stage) <= _IMPOSSIBLE
+        offset = 0 if is_shared else round(float(np.median(two[1] - one[1])))
+        edges[pair] = offset, round(float(np.median(two[2] - one[2])))
     for _ in range(num):
         for (first, other), (offset, shift) in edges.items():
             if first in reached and other not in reached:
