@@ -277,7 +277,7 @@ def _point(record: DeploymentRecord, subject: Subject, own: str) -> Point:
     ratios = [each for each in record.expert_max_over_mean if each > 0]
     imbalance = sum(ratios) / len(ratios) if ratios else None
     engine, software = "expertlane", own
-    if (server := getattr(record, "server", None)) is not None:
+    if (server := record.server) is not None:
         engine = server.engine or server.software or "a server"
         software = server.software or engine
     return Point(record, engine, software, steps, loads, imbalance)
