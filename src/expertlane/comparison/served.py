@@ -466,9 +466,12 @@ def _cautions(own: Sequence[Served], setting: Setting) -> Iterator[str]:
             f"The client shares the {num_cores} cores with the servers, and uses "
             f"{max(shares):.0%} of one."
         )
+    reasons: dict[str, list[str]] = {}
     for each in own:
         if each.why_no_causes:
-            yield f"No causes of {each.name}: {each.why_no_causes}."
+            reasons.setdefault(each.why_no_causes, []).append(each.name)
+    for why, names in reasons.items():
+        yield f"No causes of {', '.join(names)}: {why}."
     forms = {each.seen.form for each in own if each.seen is not None}
     if len(forms) > 1:
         yield "Servers took requests in different forms, as texts or token ids."

@@ -5,9 +5,11 @@ from dataclasses import replace
 from statistics import median
 
 from expertlane.report.answer import short
+from expertlane.report.charts.bars import FASTER, SLOWER, Bar, throughput_chart
 from expertlane.report.compared import Row, step_difference
 from expertlane.report.document import (
     Answer,
+    Chart,
     Column,
     Figure,
     Heading,
@@ -31,6 +33,7 @@ from expertlane.report.numbers import (
     signed,
     whole,
 )
+from expertlane.report.plots import causes as cause_charts
 from expertlane.report.servers import (
     FAILED,
     OF_CLIENT,
@@ -184,6 +187,39 @@ def _why(results: Results) -> Figure | None:
     return Figure("", (title, "  " + "   ".join(words)))
 
 
+def _bars(results: Results) -> Chart | None:
+    """Throughput of every deployment that was measured, with those of the first sentence."""
+    found = [each for each in results.deployments if each.serving]
+    roles: dict[str, str] = {}
+    if results.ratios:
+        first = results.ratios[0]
+        is_faster = first.ratio.value >= 1
+        roles = {first.name: FASTER, first.other: SLOWER}
+        if not is_faster:
+            roles = {first.name: SLOWER, first.other: FASTER}
+    bars = [
+        Bar(each.name, each.serving[0].output_tps, roles.get(each.name, "other")) for each in found
+    ]
+    best = max(found, key=lambda each: each.serving[0].output_tps.value)
+    title = f"{best.name} serves {figures(best.serving[0].output_tps)} tokens/s"
+    return throughput_chart(title, "output tokens/s", bars, between="90 % interval")
+
+
+def _causes(results: Results) -> list[Chart]:
+    """A chart a phase of the time by cause of each deployment that was profiled."""
+    return cause_charts(
+        {
+            phase: {
+                each.name: step
+                for each in results.deployments
+                for step in each.steps
+                if step.phase is phase
+            }
+            for phase in reversed(Phase)
+        }
+    )
+
+
 def _steps(results: Results) -> Iterator[Words]:
     """Shares of a step's time by cause of each deployment that was profiled, by phase."""
     for phase in reversed(Phase):
@@ -233,16 +269,24 @@ def servers_sections(results: Results) -> tuple[Section, ...]:
     clients = clients_of(found)
     failures = [(each, one) for each, client in clients for one in client.failures]
     failed = (Table.of("Failed requests", FAILED, failures),) if failures else ()
+    failures_told = tuple(f"{words}." for _, words in _failed(measured.deployments))
     pairs = (Table.of("", _PAIRS, results.ratios),) if results.ratios else ()
     by_name = {each.name: each for each in measured.deployments}
     base = by_name.get(results.ratios[0].other) if results.ratios else None
     return (
         Section("Verdict", (_verdict(results),), "top", "answer"),
-        Section("", (*(f"{a}: {b}." for a, b in _failed(measured.deployments)),), "top", "answer"),
         Section("", tuple(cautions(results)), "top", "sure"),
-        Section("Deployments (measured)", (_table(measured.deployments, base),), "top", "answer"),
-        Section("Differences, in pairs of rounds", pairs, "top", "answer"),
+        Section(
+            "Output tokens/s (measured)",
+            tuple(filter(None, (_bars(measured),))),
+            "first",
+            "answer",
+        ),
+        Section("Differences, in pairs of rounds", pairs, "top", "loads"),
+        Section("Deployments (measured)", (_table(measured.deployments, base),), "top", "loads"),
+        Section("Failed", failures_told, "top", "sure"),
         Section("Latency, ms (measured)", (latency(measured),), chapter="loads"),
+        Section("Where the time goes, by deployment", tuple(_causes(measured)), "plots", "why"),
         Section("Where the time goes", tuple(_steps(measured)), chapter="why"),
         Section("Client", (Table.of("", OF_CLIENT, clients), *failed), chapter="sure"),
         counted_by_servers(found, list(notes_of_engines(results, found))),
