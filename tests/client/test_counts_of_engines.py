@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from client.vllm_server import checkpoint, vllm
+from client.vllm_server import checkpoint, dense_checkpoint, vllm
 from expertlane.client.connection import Url
 from expertlane.client.run import Asked, Target, measure
 from expertlane.client.server import Vocabulary
@@ -17,11 +17,6 @@ pytestmark = [pytest.mark.full, pytest.mark.timeout(1500)]
 
 LOAD = Load(24, LengthRange(33, 60), LengthRange(2, 30), batch=6)
 ASKED = Asked([LOAD], 3, num_rounds=3)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
 def measured(url, folder, asked=ASKED):
@@ -65,10 +60,15 @@ def check_cut_off(url, folder, usual):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
-def test_vllm(folder, num_ranks):
+def test_vllm(tmp_path, num_ranks):
+    """A mixture of experts; two data-parallel ranks of a dense model."""
+    (folder := tmp_path / "tiny").mkdir()
     flags = ["--block-size", "32"]  # the smallest that its kernels for CPUs take
     if num_ranks > 1:
+        dense_checkpoint(folder)
         flags += ["--data-parallel-size", str(num_ranks)]
+    else:
+        checkpoint(folder)
     with vllm(folder, *flags, VLLM_SERVER_DEV_MODE="1") as url:
         first = measured(url, folder)
         check_same(first, num_ranks)
@@ -88,7 +88,8 @@ def test_vllm(folder, num_ranks):
 
 
 @pytest.mark.parametrize("layout", ["tp=1", "dp=2,ep=2"])
-def test_our_own(folder, layout):
+def test_our_own(tmp_path, layout):
+    folder = checkpoint(tmp_path)
     with LLM(str(folder), layout=layout, dtype="float32") as llm, serving(llm) as server:
         first = measured(server.url, folder)
         check_same(first)

@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
-from engine.model.families import save_checkpoint
+from engine.model.families import randomise, save_checkpoint
 
 PYTHON = "EXPERTLANE_TEST_VLLM_PYTHON"
 _ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else two ranks need more cores than there may be
     "OMP_NUM_THREADS": "1",
+    "VLLM_WORKER_MULTIPROC_METHOD": "fork",  # a process that imports anew takes a minute
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
@@ -58,6 +60,33 @@ def checkpoint(folder: Path) -> Path:
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
+    return _with_tokenizer(folder)
+
+
+def dense_checkpoint(folder: Path) -> Path:
+    """One without experts: vLLM's build for CPUs cannot gather those of data-parallel ranks.
+
+    Its CpuCommunicator has no all_gatherv (0.32): the first request ends the engines.
+    """
+    config = transformers.Qwen3Config(
+        vocab_size=320,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        intermediate_size=256,
+        tie_word_embeddings=False,
+        max_position_embeddings=512,
+        eos_token_id=1,
+    )
+    model = transformers.Qwen3ForCausalLM(config).eval()
+    randomise(model, 0)
+    model.save_pretrained(folder)
+    return _with_tokenizer(folder)
+
+
+def _with_tokenizer(folder: Path) -> Path:
     core = tokenizers.Tokenizer(models.BPE(_bytes(), [], fuse_unk=False))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -47,6 +47,7 @@ class _Options:
     )
     model: str | None = typer.Option(
         None,
+        metavar="MODEL",
         autocompletion=known_models,
         show_default="as the file says",
         help="Model of another engine's file: preset, checkpoint, or for a record any name.",
