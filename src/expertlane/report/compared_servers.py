@@ -46,7 +46,7 @@ from expertlane.report.servers import (
 )
 from expertlane.report.serving import latency
 from expertlane.report.setup import cautions
-from expertlane.report.speed import IN_ALL, causes
+from expertlane.report.speed import causes
 from expertlane.results.estimate import LEAST_RUNS, Estimate, Summary
 from expertlane.results.record import DeploymentRecord, RatioRecord
 from expertlane.results.results import Results
@@ -230,7 +230,7 @@ def _steps(results: Results) -> Iterator[Words]:
             if step.phase is phase
         ]
         if found:
-            yield from causes(f"{phase.capitalize()} steps, profiled", found, (IN_ALL,))
+            yield from causes(f"{phase.capitalize()} steps, profiled", found)
             unknown = [
                 (name, kernel, seconds / sum(step.breakdown_s.values()))
                 for name, step in found
