@@ -44,10 +44,10 @@ def judge(
 
     Projects every measured deployment anew under changed assumptions: bandwidth and latency of
     links, families of kernels, overheads of host and scheduler, routing skew. Says which of them
-    explains most of the difference, how much of it and with what confidence, or which cannot be
-    told apart and what would part them. Then measured against projected, deployment by deployment
-    and term by term. Writes corrections.toml, which --corrections of plan, simulate and compare
-    takes.
+    explains most of the difference, how much of it and with what confidence, or which these
+    measurements can't separate, and what would. Then measured against projected, deployment by
+    deployment and term by term. Writes corrections.toml, which --corrections of plan, simulate and
+    compare takes.
 
     \b
     Examples:
