@@ -123,7 +123,7 @@ def diff(
 
 @names_itself
 def judge(
-    *results: Schema | str | Path, cluster: str | None = None, engine: str | None = None
+    *results: Schema | str | Path, cluster: str | None = None, of_engine: str | None = None
 ) -> Judgement:
     """Judge a projection by what was measured: which assumption explains the difference.
 
@@ -131,7 +131,7 @@ def judge(
         results: results, a results.json, or the folder it is in: of compare with measured and
             projected deployments, or measured ones and the plan's.
         cluster: in place of the one that was projected on, as `--cluster` takes it.
-        engine: whose deployments count, where several engines were measured.
+        of_engine: whose deployments count, where several engines were measured.
 
     Raises:
         UserError: nothing is measured or projected, models or devices differ, or a file cannot be
@@ -143,4 +143,4 @@ def judge(
         each if isinstance(each, Schema) else Results.of(file.read(as_path("results", each)))
         for each in results
     ]
-    return Judgement.of(judging.judge(read, Progress(), cluster, engine))
+    return Judgement.of(judging.judge(read, Progress(), cluster, of_engine))

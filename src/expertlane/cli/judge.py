@@ -18,7 +18,7 @@ from expertlane.spec.files import strict_json, write_text
 class _Options:
     panel: ClassVar = Panel.PROJECTION
     cluster: str | None = cluster_option(None, "the one that was projected on")
-    engine: str | None = typer.Option(
+    of_engine: str | None = typer.Option(
         None,
         metavar="NAME",
         show_default="the one that was measured",
@@ -44,9 +44,10 @@ def judge(
 
     Projects every measured deployment anew under changed assumptions: bandwidth and latency of
     links, families of kernels, overheads of host and scheduler, routing skew. Says which of them
-    explains most of the difference, how much of it and how surely, or which cannot be told apart
-    and what would part them. Then measured against projected, deployment by deployment and term
-    by term. Writes corrections.toml, which --corrections of plan, simulate and compare takes.
+    explains most of the difference, how much of it and with what confidence, or which these
+    measurements can't separate, and what would. Then measured against projected, deployment by
+    deployment and term by term. Writes corrections.toml, which --corrections of plan, simulate and
+    compare takes.
 
     \b
     Examples:
@@ -75,7 +76,7 @@ def judge(
     assert folder is not None, "a command always writes"
     created = output.now()
     with output.progress_on_stderr() as progress:
-        found = judged(read_in, progress, own.cluster, own.engine)
+        found = judged(read_in, progress, own.cluster, own.of_engine)
     written = [write_corrections(found.corrections, folder / FILE_NAME)]
     report = report_of_judgement(found, output.command_line(), created, written[0])
     text = strict_json(asdict(found), indent=2, ensure_ascii=False) + "\n"

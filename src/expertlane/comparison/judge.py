@@ -244,11 +244,13 @@ def _of_engine(points: Sequence[Point], engine: str | None) -> list[Point]:
     if engine is None and len(known) > 1:
         raise UserError(
             f"measured on several engines, {', '.join(known)}: judge one at a time, "
-            f"--engine {shown(known[0])}"
+            f"--of-engine {shown(known[0])}"
         )
     kept = [each for each in points if engine is None or each.engine.lower() == engine.lower()]
     if not kept:
-        raise UserError(f"--engine {shown(engine)} was not measured; there is {', '.join(known)}")
+        raise UserError(
+            f"--of-engine {shown(engine)} was not measured; there is {', '.join(known)}"
+        )
     return kept
 
 
