@@ -386,8 +386,9 @@ def test_waiting_is_told_from_transfer_whatever_the_clocks(run, tmp_path_factory
                 trace.kernel(ALL_REDUCE, start, end - start, launched=launched)
                 own = layer["experts"][rank]
                 trace.kernel(EXPERTS, end, own, launched=launched)
-                if layer["hidden"]:  # beneath the experts
-                    trace.kernel(COMBINE, end, own, stream=20, launched=launched)
+                if layer["hidden"]:  # beneath the experts of all
+                    together = min(layer["experts"])
+                    trace.kernel(COMBINE, end, together, stream=20, launched=launched)
                 now[rank] = last + layer["transfer"] + own
                 for name, us in (
                     ("attention", layer["attention"][rank]),

@@ -31,19 +31,20 @@ StageName = Literal[
     "experts",
     "combine",
     "collectives",
-    "hand-over",
+    "send-recv",
     "head",
 ]
 
 
 # What the host does for a step, where it shows as operators: between two plans, so to speak.
 HOST = Stage.IDLE
+_NAMED = {"host": HOST, "send-recv": Stage.HAND_OVER}
 
 
 def _stage(name: StageName | None) -> Stage | None:
     if name is None:
         return None
-    return HOST if name == "host" else Stage[name.upper().replace("-", "_")]
+    return _NAMED[name] if name in _NAMED else Stage[name.upper()]
 
 
 class Kind(StrEnum):

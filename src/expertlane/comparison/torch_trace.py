@@ -9,7 +9,7 @@ What is counted. Each moment of a rank's step is counted once, so that its parts
   bubble; a rank waits from its own entry to the last one's;
 - where nothing runs, to host gaps, as are operators with which the host prepares a step.
 
-What runs beneath something that is counted is *hidden*: it is told apart, and is no part of the
+What runs beneath something that is counted is *hidden*: it is kept apart, and is no part of the
 sum. So dispatch beneath the experts of another micro-batch costs nothing, and shows as hidden.
 
 `rank_alignment.py` says how ranks' traces are aligned.
