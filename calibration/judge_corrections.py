@@ -116,6 +116,9 @@ def main() -> None:
             f"{median(after):.1%}{'' if is_good else ' (not halved)'} | {factors}",
             flush=True,
         )
+    if not total:
+        print(f"0 configurations were measured at {_LEAST} concurrencies or more")
+        return
     print(
         f"{total} configurations: halved or within 5 % in {halved}; of {len(all_before)} rows the "
         f"median error {median(all_before):.1%} → {median(all_after):.1%}"

@@ -97,6 +97,7 @@ SMOKES: Mapping[str, Smoke] = {
     "calibration/fit.py": Smoke("h200 --output .", r"", _no_tables),
     "calibration/judge_published.py": Smoke("", r"\| decode EP72", _no_tables),
     "calibration/beside.py": Smoke("{served} {rows} --jobs 1", r"\| all \| 1 \|", _no_tables),
+    "calibration/judge_corrections.py": Smoke("{rows}", r"^0 configurations were measured at 5"),
     "calibration/judge_serving.py": Smoke("{rows} --jobs 1", r"\| all \| 3 \| 3 \|"),
     "calibration/popularity.py": Smoke("mixtral", r"^mixtral: 0\.17$"),
     "docs/pictures/live.py": Smoke("6", r"", _no_chromium, beside=True),

@@ -201,9 +201,20 @@ def columns(value: Json) -> Columns:
 
 
 def differences(golden: Columns, found: Columns) -> Iterator[tuple[str, Json, Json]]:
-    """Path, golden and found value of every place where they differ."""
+    """Path, golden and found value of every place where they differ.
+
+    A field that the golden file does not know, and that is empty everywhere, is none.
+    """
     for path in sorted(golden.keys() | found.keys()):
+        if path not in golden and _is_empty(found[path]):
+            continue
         yield from _differing(path, golden.get(path, ABSENT), found.get(path, ABSENT))
+
+
+def _is_empty(value: Json) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_empty, value))
+    return value in (None, ABSENT, {}, "")
 
 
 def _differing(path: str, golden: Json, found: Json) -> Iterator[tuple[str, Json, Json]]:

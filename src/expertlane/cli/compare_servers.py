@@ -38,8 +38,8 @@ class ServerOptions:
         None,
         metavar="NAME",
         show_default="expertlane, without servers",
-        help="Start each deployment as a server of this engine and measure it from outside: vllm, "
-        "sglang, trtllm, expertlane, or that of another package.",
+        help="Engine that serves: vllm, sglang, trtllm or expertlane. Each deployment is started as "
+        "its server and measured from outside; that of another package is taken too.",
     )
     url: list[str] | None = typer.Option(
         None,

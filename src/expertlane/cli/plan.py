@@ -51,7 +51,7 @@ class _Options:
     engine: EngineName | None = typer.Option(
         None,
         show_default="--framework's, or any deployment, and the best of each engine",
-        help="Only what this engine runs: vLLM, SGLang, TensorRT-LLM or expertlane.",
+        help="Engine that serves: vllm, sglang, trtllm or expertlane. Only what it runs is planned.",
     )
     copies: CopyMethod = copies_option()
     scripts: Path | None = typer.Option(

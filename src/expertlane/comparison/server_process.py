@@ -42,7 +42,7 @@ class ServerProcess:
     Args:
         argv: its command.
         environment: variables beside those of this process.
-        folder: the folder that it runs in, which is made; its output goes to `server.log` there.
+        folder: the folder that it runs in, which is made; its log is there, too.
         files: files that it reads there, by name.
 
     Raises:

@@ -4,7 +4,6 @@ Each server is a group of a LeaderWorkerSet (https://lws.sigs.k8s.io): a pod for
 machines, the leader with the HTTP API. LWS tells each pod its number and the leader's name.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from expertlane.planner.commands import (
 from expertlane.planner.engines import ServingEngine
 from expertlane.planner.server_start import PORT, NodeStart, Place, ServedPool, ServerStart
 from expertlane.printable import printable
+from expertlane.spec.files import strict_json
 from expertlane.spec.names import EngineName
 
 _IMAGES: Mapping[EngineName, str] = {
@@ -309,11 +309,11 @@ def _is_nested(value: Any) -> bool:
 
 def _scalar(value: Any) -> str:
     if not isinstance(value, str):
-        return json.dumps(value)
+        return strict_json(value)
     if _PLAIN.fullmatch(value) and value.lower() not in _RESERVED:
         return value
     if value.isprintable() and ('"' in value or "\\" in value):
         single = value.replace("'", "''")
         return f"'{single}'"
-    quoted = json.dumps(value, ensure_ascii=False)
+    quoted = strict_json(value, ensure_ascii=False)
     return _UNREADABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)
