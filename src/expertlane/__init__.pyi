@@ -165,9 +165,8 @@ def compare(
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or
             p99. Each deployment runs as many sequences as they allow.
-        engine: Engine that serves: vllm, sglang, trtllm or expertlane. Each deployment is
-            started as its server and measured from outside; that of another package is taken
-            too.
+        engine: Engine that serves. Each deployment is started as its server, and measured from
+            outside; the name of another package's engine is taken too.
         url: Measure a server that runs already. A deployment's NAME says that it has its
             layout.
         engine_python: Python of the environment that the engine is installed in.
@@ -235,8 +234,7 @@ def plan(
             gb200, gb300, h100, h100pcie, h200, l4, l40s, rtxpro6000, or a TOML file of
             expertlane calibrate). PROFILExauto: the fewest devices that serve --batch or --rate
             within --slo.
-        engine: Engine that serves: vllm, sglang, trtllm or expertlane. Only what it runs is
-            planned.
+        engine: Engine that serves. Only what it runs is planned.
         copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
             else on the own node, else any; balanced: the tokens of each step are distributed to
             even out ranks' loads, where that saves time.

@@ -125,6 +125,7 @@ class _Options:
     )
     experts_per_token: str | None = typer.Option(
         None,
+        rich_help_panel=Panel.MORE_WORKLOAD,
         metavar="K[,K…]",
         show_default="the model's",
         help="Experts per token; with several, one comparison each, one after the other.",
@@ -141,7 +142,10 @@ class _Options:
         "twice at most. Fewer than 5 give no intervals.",
     )
     min_time: float = typer.Option(
-        0.0, metavar="SECONDS", help="Measure each of those deployments for at least this long."
+        0.0,
+        metavar="SECONDS",
+        rich_help_panel=Panel.MORE_WORKLOAD,
+        help="Measure each of those deployments for at least this long.",
     )
     resume: bool = typer.Option(
         False,
@@ -271,7 +275,7 @@ def compare(
           a Chrome trace of each deployment
       expertlane compare mine.toml --url tp8=http://a:8000 --url ep16=http://b:8000
           two servers that run already, of any engine
-      expertlane compare mine.toml --model ./my-checkpoint --engine vllm --engine sglang
+      expertlane compare mine.toml --engine vllm --engine sglang
           each deployment as a server of each engine, started and stopped here
       expertlane compare paper --project
           the paper's experiment on a modelled cluster of 16 H100

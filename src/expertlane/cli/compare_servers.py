@@ -36,10 +36,10 @@ class ServerOptions:
     panel: ClassVar = Panel.SERVER
     engine: list[str] | None = typer.Option(
         None,
-        metavar="NAME",
+        metavar="vllm|sglang|trtllm|expertlane",
         show_default="expertlane, without servers",
-        help="Engine that serves: vllm, sglang, trtllm or expertlane. Each deployment is started as "
-        "its server and measured from outside; that of another package is taken too.",
+        help="Engine that serves. Each deployment is started as its server, and measured from "
+        "outside; the name of another package's engine is taken too.",
     )
     url: list[str] | None = typer.Option(
         None,
@@ -72,9 +72,10 @@ class ServerOptions:
         rich_help_panel=Panel.MORE_SERVER,
         help="Time limit of a server's start.",
     )
-    request_timeout_s: float | None = request_timeout_option("600")
+    request_timeout_s: float | None = request_timeout_option("600", panel=Panel.MORE_SERVER)
     profile: bool = typer.Option(
         False,
+        rich_help_panel=Panel.MORE_SERVER,
         help="Then trace each engine started here by torch's profiler, in a pass of its own: says "
         "where a step's time goes.",
     )

@@ -546,11 +546,16 @@ def api_keys(given: Mapping[str, str]) -> list[str]:
     return list(given.values())
 
 
-def request_timeout_option(shown: str) -> Any:
-    """`--request-timeout-s`."""
+def request_timeout_option(shown: str, panel: Panel | None = None) -> Any:
+    """`--request-timeout-s`.
+
+    Args:
+        panel: None for that of its group.
+    """
     return typer.Option(
         None,
         metavar="SECONDS",
+        rich_help_panel=panel,
         show_default=shown,
         help="Time limit of a request, waiting included.",
     )

@@ -51,13 +51,13 @@ class _Options:
     engine: EngineName | None = typer.Option(
         None,
         show_default="--framework's, or any deployment, and the best of each engine",
-        help="Engine that serves: vllm, sglang, trtllm or expertlane. Only what it runs is planned.",
+        help="Engine that serves. Only what it runs is planned.",
     )
     copies: CopyMethod = copies_option()
     scripts: Path | None = typer.Option(
         None,
+        rich_help_panel=Panel.MORE_OUTPUT,
         metavar="DIR",
-        rich_help_panel=Panel.OUTPUT,
         help="Also write scripts there that start the best of each engine: a batch script for "
         "Slurm, and a LeaderWorkerSet for Kubernetes.",
     )
