@@ -20,6 +20,7 @@ from expertlane.report import html
 from expertlane.report.sections import report_of
 from expertlane.report.shown import answer_html, answer_text
 from expertlane.results.file import csv_text, rows_of, to_json
+from expertlane.spec import engine_config
 from expertlane.spec.files import strict_json
 from fuzz import seeds
 from fuzz.mutations import changed_file, every_change
@@ -209,7 +210,7 @@ def _misused(
         unlike: parameters that messages call otherwise.
         valid: how the error begins that a call ends with where all arguments are valid.
     """
-    for name in [each for each in inspect.signature(function).parameters if each != "url"]:
+    for name in _names(function):
         for called, value in _WRONG.items():
             try:
                 function(**{**right, name: value})
@@ -220,6 +221,15 @@ def _misused(
                     yield f"{name}={called}: {error}"
             except Exception as error:
                 yield f"{name}={called}: {error!r}"
+
+
+def _names(function: Callable[..., object]) -> Iterator[str]:
+    """Parameters by name; in place of `**settings` the settings of an engine."""
+    for name, each in inspect.signature(function).parameters.items():
+        if each.kind is each.VAR_KEYWORD:
+            yield from engine_config.SETTINGS
+        elif name != "url":
+            yield name
 
 
 _LOAD = {"batch": 2, "prompt_len": 4, "output_len": 2}

@@ -95,6 +95,8 @@ class EngineConfig:
             SpecError: a value is not valid.
             TypeError: there is no such setting.
         """
+        if not isinstance(config, EngineConfig | None):
+            raise SpecError(f"config is {shown(config)}; it must be an EngineConfig")
         known = [each.name for each in fields(cls)]
         for name in settings:
             if name not in known:
