@@ -167,8 +167,8 @@ def compare(
             p99. Each deployment runs as many sequences as they allow.
         engine: Engine that serves. Each deployment is started as its server, and measured from
             outside; the name of another package's engine is taken too.
-        url: Measure a server that runs already. A deployment's NAME says that it has its
-            layout.
+        url: Measure a server with the OpenAI API. It runs already; the NAME of a deployment
+            says that it has its layout.
         engine_python: Python of the environment that the engine is installed in.
         engine_args: Further arguments of the engine's command, as "--enforce-eager".
         tokenizer: Folder of the model's tokenizer.
@@ -506,7 +506,7 @@ def bench(
             p99. Goodput counts requests within all limits.
         price: Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million
             tokens.
-        url: Measure a server with the OpenAI API: expertlane serve, vLLM, SGLang…
+        url: Measure a server with the OpenAI API. expertlane serve, vLLM and SGLang have it.
         compare: A second server, measured alternately with the first.
         rounds: Rounds, each with its own requests; 5 or more give an interval.
         endpoint: API that requests use; prompts of chats are text.

@@ -47,7 +47,7 @@ class UrlOptions:
         None,
         metavar="URL",
         rich_help_panel=Panel.SERVER,
-        help="Measure a server with the OpenAI API: expertlane serve, vLLM, SGLang…",
+        help="Measure a server with the OpenAI API. expertlane serve, vLLM and SGLang have it.",
     )
     compare: str | None = typer.Option(
         None, metavar="URL", help="A second server, measured alternately with the first."

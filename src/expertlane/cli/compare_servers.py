@@ -44,7 +44,8 @@ class ServerOptions:
     url: list[str] | None = typer.Option(
         None,
         metavar="NAME=URL",
-        help="Measure a server that runs already. A deployment's NAME says that it has its layout.",
+        help="Measure a server with the OpenAI API. It runs already; the NAME of a deployment says "
+        "that it has its layout.",
     )
     engine_python: list[str] | None = typer.Option(
         None,
