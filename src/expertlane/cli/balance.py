@@ -10,6 +10,7 @@ import typer
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
+    MODEL_HELP,
     known_models,
     placement_option,
     ranks_per_node_option,
@@ -50,7 +51,7 @@ class _Options:
         metavar="MODEL",
         autocompletion=known_models,
         show_default="as the file says",
-        help="Model of another engine's file: preset, checkpoint, or for a record any name.",
+        help=f"{MODEL_HELP} Of another engine's file; for SGLang's record any name.",
     )
     ep_ranks: int = typer.Option(
         ..., "--ep", help="Expert-parallel ranks; ranks that share a sharded expert count as one."
