@@ -64,7 +64,7 @@ class UrlOptions:
         None,
         metavar="DIR",
         show_default="MODEL if it is such a folder, else the server's /tokenize",
-        help="Folder of the model's tokenizer; required for chats.",
+        help="Folder of the model's tokenizer. Required for chats.",
     )
     api_key_file: list[Path] | None = typer.Option(
         None,
