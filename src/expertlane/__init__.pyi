@@ -510,7 +510,7 @@ def bench(
         compare: A second server, measured alternately with the first.
         rounds: Rounds, each with its own requests; 5 or more give an interval.
         endpoint: API that requests use; prompts of chats are text.
-        tokenizer: Folder of the model's tokenizer; required for chats.
+        tokenizer: Folder of the model's tokenizer. Required for chats.
         api_key_file: File with the API key. A second file is for --compare.
         num_warm_up: Warm-up requests before each load, which are not counted.
         request_timeout_s: Time limit of a request, waiting included.
