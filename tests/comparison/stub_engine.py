@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 HANG_S = 60.0
+TRACES = Path(__file__).with_name("traces")
 
 
 def engine():
@@ -26,6 +28,12 @@ def engine():
                 raise CannotServe("Stub has no such layout (stub.py: Layout)")
             argv = (sys.executable, __file__, str(asked.place.port), behaviour)
             return Start((*argv, *asked.arguments), {"STUB": "1"}, {"stub.json": "{}"})
+
+        def profiled(self, start, folder):
+            return None if "ignores SIGTERM" in start.argv else start
+
+        def profile_request(self, folder):
+            return {"output_dir": str(folder)}
 
     return Stub
 
@@ -73,6 +81,12 @@ async def _answer(reader, writer, behaviour):
         content = b'{"version": "1.2"}'
     elif path == "/v1/models":
         content = b'{"data": [{"id": "model", "owned_by": "stub"}]}'
+    elif path == "/start_profile":
+        Path("asked").write_text(json.loads(body)["output_dir"])
+    elif path == "/stop_profile":
+        folder = Path(Path("asked").read_text())
+        for each in () if behaviour == "slow" else TRACES.glob("*.json.gz"):
+            shutil.copy(each, folder)
     elif behaviour == "error 500":
         status, content = "500 Internal Server Error", b'{"error": {"message": "worker is lost"}}'
         print("RuntimeError: CUDA error: an illegal memory access", flush=True)

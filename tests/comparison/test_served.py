@@ -18,6 +18,7 @@ from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
+from expertlane.spec.names import Cause
 from expertlane.spec.workload import Workload
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -79,6 +80,7 @@ def compare(checkpoint, names, tmp_path, repeats=1, **options):
 DEFAULTS = {
     "engine": None, "url": None, "engine_python": None, "engine_args": None, "tokenizer": None,
     "start_timeout_s": 20.0, "request_timeout_s": None, "dry_run": False,
+    "profile": False,
 }  # fmt: skip
 
 
@@ -140,6 +142,32 @@ def test_a_server_that_dies_later_keeps_its_rounds(stub, checkpoint, tmp_path):
     (folder / "rounds").write_text("")
     found = compare(checkpoint, ["dies later", "fast"], tmp_path, repeats=1)
     assert "CUDAError: device lost" in found.deployments[0].server.failure
+
+
+def test_causes_come_from_this_run_alone(stub, checkpoint, tmp_path):
+    old = tmp_path / "out" / "servers" / "slow" / "profile-old"
+    old.mkdir(parents=True)
+    for each in stub_engine.TRACES.glob("*.json.gz"):
+        (old / each.name).write_bytes(each.read_bytes())
+    names = ["fast", "slow", "ignores SIGTERM"]  # slow writes no trace, the last one cannot
+    found = compare(checkpoint, names, tmp_path, profile=True)
+    records = {each.name: each for each in found.deployments}
+    decode = records["fast"].decode
+    assert decode is not None
+    assert decode.breakdown_s[Cause.EXPERTS] > 0
+    assert not records["slow"].steps
+    assert not records["ignores SIGTERM"].steps
+    cautions = " ".join(found.cautions)
+    assert "No causes of slow: " in cautions
+    assert "No causes of ignores SIGTERM: Stub writes no torch profiler traces." in cautions
+    file.write(found, tmp_path / "out")
+    assert file.read(tmp_path / "out") == found
+    assert "Where the time goes" in {each.heading for each in report_of(found).sections}
+
+
+def test_two_servers_of_one_name(stub, checkpoint, tmp_path):
+    with pytest.raises(UserError, match="would be called 'Stub a'"):
+        compare(checkpoint, ["a"], tmp_path, url=["a=127.0.0.1:9", "Stub a=127.0.0.1:9"])
 
 
 def test_none_could_be_measured(stub, checkpoint, tmp_path):

@@ -52,7 +52,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {  # by the names of torch's storages
 
 
 class _Mark:
-    """Where a list of operands begins."""
+    """The beginning of a list of operands."""
 
 
 class _Name:
@@ -76,7 +76,7 @@ def is_torch_file(path: Path) -> bool:
 
 
 def read_torch_file(path: Path) -> Any:
-    """What was saved: dicts, lists, tuples, numbers, text and tensors as arrays.
+    """The saved value: dicts, lists, tuples, numbers, text and tensors as arrays.
 
     Raises:
         UserError: the file is missing, damaged, too large, or holds anything else; one line.

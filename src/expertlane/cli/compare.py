@@ -285,7 +285,7 @@ def compare(
           on two nodes, 8 ranks each
     """
     if servers.dry_run:
-        _check_with_servers(own, time, launch, servers)
+        servers.check_without_ranks(own, time, launch)
         (only,) = _comparisons(experiment, own, output.Call(""), is_measured=False)
         print_commands(only.experiment, servers, own.dtype, as_json=output_options.as_json)
         return
@@ -309,7 +309,7 @@ def run(
     from expertlane.balance.holding import check_experiment
 
     if servers.is_asked:
-        _check_with_servers(own, time, launch, servers)
+        servers.check_without_ranks(own, time, launch)
         yield from _on_servers(experiment, own, projection, servers, call)
         return
     if unused := [each for each in given(servers) if each != "--engine"]:
@@ -349,21 +349,6 @@ def run(
         assert each.projection is not None, "the first process projects"
         yield output.Found(replace(each.projection, not_measured=reason), each.folder)
     output.print_message(f"expertlane: projected, and not measured on this machine: {reason}")
-
-
-def _check_with_servers(
-    own: _Options, time: VirtualTimeOptions, launch: LaunchOptions, servers: ServerOptions
-) -> None:
-    """Refuse options of ranks where servers are measured.
-
-    Raises:
-        UserError: one is given.
-    """
-    of_ranks = {"--experts-per-token", "--resume", "--traffic", "--trace"}
-    unused = [each for each in given(own) if each in of_ranks]
-    if unused := [*unused, *given(time), *given(launch)]:
-        asked = "--url" if servers.url else "--engine"
-        raise UserError(f"{unused[0]} is for ranks that run here; leave it out with {asked}")
 
 
 def _on_servers(

@@ -11,8 +11,10 @@ import typer
 
 from expertlane.cli import output
 from expertlane.cli.help import Panel
+from expertlane.cli.option_groups import given
 from expertlane.cli.options import api_keys, request_timeout_option
 from expertlane.errors import UserError, naming
+from expertlane.printable import printable
 from expertlane.spec.files import strict_json
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 OWN = "expertlane"
 _START_TIMEOUT_S = 1_200.0
+_OF_RANKS = frozenset({"--experts-per-token", "--resume", "--traffic", "--trace"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +94,23 @@ class ServerOptions:
         """True if servers are measured: a single `--engine expertlane` is the default."""
         return bool(self.url) or self.engine not in (None, [], [OWN]) or self.dry_run
 
+    def check_without_ranks(self, own: Any, *of_ranks: Any) -> None:
+        """Refuse options of ranks where servers are measured.
+
+        Args:
+            own: the command's own options, of which some are for ranks.
+            of_ranks: groups of options for ranks alone.
+
+        Raises:
+            UserError: one is given.
+        """
+        unused = [each for each in given(own) if each in _OF_RANKS]
+        for group in of_ranks:
+            unused += given(group)
+        if unused:
+            asked = "--url" if self.url else "--engine"
+            raise UserError(f"{unused[0]} is for ranks that run here; leave it out with {asked}")
+
     def engines(self) -> "list[Engine]":
         """The engines asked for.
 
@@ -119,7 +139,7 @@ class ServerOptions:
         found: dict[str, Target] = {}
         for text in self.url or ():
             name, mark, url = text.rpartition("=")  # names of deployments have = too
-            if not mark or "//" in name or not name.strip():
+            if not mark or "//" in name or not name.strip() or not name.isprintable():
                 raise UserError(f"--url is {text!r}; it must be like tp8=http://127.0.0.1:8000")
             if (name := name.strip()) in found:
                 raise UserError(f"--url {name} is given twice")
@@ -127,7 +147,7 @@ class ServerOptions:
         return found
 
     def for_engine(self, option: str, engine: str) -> str | None:
-        """What `--engine-python` or `--engine-args` says for an engine; None where nothing does.
+        """The last value of `--engine-python` or `--engine-args` for an engine; None without one.
 
         Raises:
             UserError: it names an engine that is not asked for.
@@ -139,8 +159,8 @@ class ServerOptions:
             if not mark or not name.isidentifier():
                 name, value = "", text
             if name and name not in names:
-                given = f"--{option.replace('_', '-')} {text}"
-                raise UserError(f"{given}: no --engine {name} is given")
+                spelled = f"--{option.replace('_', '-')}"
+                raise UserError(f"{spelled} {text}: no --engine {name} is given")
             if name in ("", engine):
                 found = value
         return found
@@ -272,11 +292,17 @@ def _engines(
 def print_commands(
     experiment: "Experiment", options: ServerOptions, dtype: str | None, *, as_json: bool
 ) -> None:
-    """Print how each deployment would be started, or why it would not."""
+    """Print how each deployment would be started, or why it would not.
+
+    Raises:
+        UserError: no engine is to be started.
+    """
     from expertlane.comparison.engines.engine import CannotServe
     from expertlane.comparison.server_process import command_line
     from expertlane.planner.server_start import PORT
 
+    if options.url and not options.engine:
+        raise UserError("--dry-run prints what starts engines; give --engine")
     rows: list[dict[str, Any]] = []
     for engines in [_engines(each, experiment, options, dtype) for each in options.engines()]:
         for deployment in experiment.deployments:
@@ -292,5 +318,5 @@ def print_commands(
         output.print_json(strict_json({"commands": rows}))
         return
     for row in rows:
-        print(f"# {row['deployment']} on {row['engine']}")
-        print(row.get("command") or f"# not run: {row['why_not']}")
+        print(printable(f"# {row['deployment']} on {row['engine']}"))
+        print(printable(row.get("command") or f"# not run: {row['why_not']}"))

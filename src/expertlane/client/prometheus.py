@@ -103,7 +103,7 @@ _WHOLE = "stop length repetition"  # reasons for which a request ends that was a
 
 @dataclass(frozen=True)
 class Names:
-    """What an engine calls its metrics.
+    """Names of an engine's metrics.
 
     Attributes:
         marks: beginning of names by which its page is known.

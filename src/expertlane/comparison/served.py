@@ -6,13 +6,13 @@ engine does not run, or dies of, is a record with its last words; the others go 
 """
 
 import asyncio
-import os
 import re
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import mkdtemp
 
 import uvloop
 
@@ -40,7 +40,7 @@ from expertlane.comparison.torch_trace import read_step_causes, steps_record
 from expertlane.comparison.turns import Repeats, measure_in_turns
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.progress import Progress
-from expertlane.results.hardware import this_machine
+from expertlane.results.hardware import own_cores, this_machine
 from expertlane.results.record import (
     EXPERIMENT,
     DeploymentRecord,
@@ -99,7 +99,7 @@ class Served:
     Attributes:
         name: its name in results.
         deployment: None for a server whose layout is not known.
-        engine: None for a server that runs already.
+        engines: None for a server that runs already.
         target: the server; None while it is not started.
         rounds: those that were answered, in order.
         failure: why it is not measured any more; empty while it is.
@@ -196,9 +196,9 @@ class Served:
         engines, setting = self.engines, self.setting
         if engines is None or self.failure:
             return
-        folder = self.folder / "profile"
         setting.progress.task(f"{self.name}, profiled", 1)
         try:
+            folder = _new_folder(self.folder)
             if not self.up.ensure(self, traces=folder):
                 self.why_no_causes = f"{engines.engine.title} writes no torch profiler traces"
                 return
@@ -285,7 +285,10 @@ class _Up:
             ServerError: it did not start.
         """
         engines, deployment, setting = served.engines, served.deployment, served.setting
-        if engines is None or (served is self._served and traces is None):
+        if engines is None:
+            self.stop()  # so that nothing else runs on this machine
+            return False
+        if served is self._served and traces is None:
             return False
         assert deployment is not None, "what is started has a layout"
         self.stop()
@@ -338,6 +341,19 @@ async def _post(connections: Connections, path: str, fields: Mapping[str, object
         raise UserError(f"{path}: HTTP {answer.status} {error_message(bytes(answer.body))}")
 
 
+def _new_folder(within: Path) -> Path:
+    """A folder without traces of an earlier run.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        within.mkdir(parents=True, exist_ok=True)
+        return Path(mkdtemp(prefix="profile-", dir=within))
+    except OSError as error:
+        raise UserError(f"cannot write to {within}: {error.strerror}") from None
+
+
 def _free_port() -> int:
     with socket.socket() as found:
         found.bind((HOST, 0))
@@ -378,11 +394,15 @@ def measure_servers(
         profile: then trace each that was started here, for the causes of a step's time.
 
     Raises:
+        UserError: two would have one name.
         ExpertlaneError: none could be measured; the text says why, of each.
     """
     allow_connections()
     with _Up() as up:
         own = [*_subjects(experiment, engines, targets, setting, up)]
+        names = [each.name for each in own]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"two servers would be called {twice[0]!r}; give --url another name")
 
         def choose() -> list[Served]:
             full = [each for each in own if each.rounds]
@@ -415,7 +435,7 @@ def measure_servers(
         [each.record() for each in own],
         machine=this_machine(experiment.num_ranks, dtype) if engines else None,
         ratios=tuple(paired),
-        cautions=tuple(_cautions(own, setting)),
+        cautions=tuple(_cautions(own)),
     )
 
 
@@ -451,8 +471,8 @@ def _lengths(workload: Workload) -> dict[str, object]:
     }
 
 
-def _cautions(own: Sequence[Served], setting: Setting) -> Iterator[str]:
-    """What makes the numbers of servers differ beside their deployments."""
+def _cautions(own: Sequence[Served]) -> Iterator[str]:
+    """Conditions that differ between servers, or that disturb them."""
     shares = [
         each.driven.cpu_s / each.driven.wall_s
         for served in own
@@ -460,7 +480,7 @@ def _cautions(own: Sequence[Served], setting: Setting) -> Iterator[str]:
         for each in served.rounds
         if each.driven.wall_s
     ]
-    num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    num_cores = len(own_cores())
     if shares and num_cores <= _FEW_CORES:
         yield (
             f"The client shares the {num_cores} cores with the servers, and uses "

@@ -63,13 +63,11 @@ class Engine(ABC):
         name: as `--engine` takes it.
         title: its name as its makers write it.
         ready_path: answers 200 once requests are served.
-        version_path: answers a JSON object with its `version`.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     ready_path: ClassVar[str] = "/health"
-    version_path: ClassVar[str] = "/version"
 
     @abstractmethod
     def start(self, asked: Asked) -> Start:

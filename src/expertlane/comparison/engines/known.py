@@ -61,7 +61,6 @@ class Sglang(_Planned):
 
     name = "sglang"
     title = "SGLang"
-    version_path = "/get_server_info"
 
     def profiled(self, start: Start, folder: Path) -> Start:
         """As it is: the request says where traces go."""
