@@ -36,7 +36,7 @@ from expertlane.client.run import (
 from expertlane.client.server import PROBE_S, Server, Unreachable, Vocabulary, find_server
 from expertlane.comparison.engines.engine import CannotServe, Engine, Start
 from expertlane.comparison.server_process import ServerError, ServerProcess, command_line
-from expertlane.comparison.torch_trace import read_step_causes, steps_record
+from expertlane.comparison.traces.torch_trace import read_step_causes, steps_record
 from expertlane.comparison.turns import Repeats, measure_in_turns
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.progress import Progress

@@ -22,9 +22,9 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 
-from expertlane.comparison.rank_alignment import align
-from expertlane.comparison.rank_trace import RankTrace, read_rank_trace
-from expertlane.comparison.trace_file import Span, Work
+from expertlane.comparison.traces.rank_alignment import align
+from expertlane.comparison.traces.rank_trace import RankTrace, read_rank_trace
+from expertlane.comparison.traces.trace_file import Span, Work
 from expertlane.errors import UserError
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.metrics import CAUSE_OF_STAGE

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expertlane.comparison.kernel_stages import Known, Place, Region, kernel_table, stages_of
-from expertlane.comparison.operator_trace import of_cpu
-from expertlane.comparison.trace_file import (
+from expertlane.comparison.traces.kernel_stages import Known, Place, Region, kernel_table, stages_of
+from expertlane.comparison.traces.operator_trace import of_cpu
+from expertlane.comparison.traces.trace_file import (
     ANNOTATION,
     Event,
     Span,

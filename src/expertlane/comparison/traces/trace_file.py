@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from expertlane.comparison.kernel_stages import HOST, StepBatch, batch_of, kernel_table
+from expertlane.comparison.traces.kernel_stages import HOST, StepBatch, batch_of, kernel_table
 from expertlane.errors import UserError
 from expertlane.spec.files import read_bytes
 from expertlane.spec.names import Cause, Phase, Stage

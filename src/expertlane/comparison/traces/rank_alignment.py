@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.comparison.rank_trace import RankTrace
-from expertlane.comparison.trace_file import Work
+from expertlane.comparison.traces.rank_trace import RankTrace
+from expertlane.comparison.traces.trace_file import Work
 from expertlane.spec.names import Stage
 
 _NAME_LENGTH = 120  # of a transfer in a sentence

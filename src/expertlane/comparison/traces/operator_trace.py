@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from expertlane.comparison.kernel_stages import (
+from expertlane.comparison.traces.kernel_stages import (
     HOST,
     Kind,
     Known,
@@ -14,7 +14,7 @@ from expertlane.comparison.kernel_stages import (
     kernel_table,
     stages_of,
 )
-from expertlane.comparison.trace_file import (
+from expertlane.comparison.traces.trace_file import (
     ANNOTATION,
     BegunStep,
     Event,
