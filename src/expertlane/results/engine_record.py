@@ -113,7 +113,7 @@ class RoundCounts(Strict):
 
     @property
     def num_others(self) -> int:
-        """Requests of other clients: those that the engine completed and this client did not send."""
+        """Requests that the engine completed beyond those of this client: of other clients."""
         sent = (self.client.num_requests or 0) + (self.client.num_aborted or 0)
         return max((self.engine.num_requests or 0) - sent, 0)
 
