@@ -195,7 +195,9 @@ def judge(
     measured = [each for each in results if any(each.select(source) for source in RUN)]
     projected = [each for each in results if each.select("projected")] or measured
     if not measured:
-        raise UserError("nothing is measured in these results; give those of expertlane compare")
+        raise UserError(
+            "these results have no measured deployments; give results of expertlane compare"
+        )
     names = {each.model_name for each in (*measured, *projected)}
     if len(names) > 1:
         raise UserError(f"results are of different models: {', '.join(sorted(names))}")
@@ -223,7 +225,7 @@ def judge_points(subject: Subject, points: Sequence[Point], progress: Progress) 
     """
     reprojection = Reprojection(subject, points)
     if not reprojection.numbers:
-        raise UserError("the measured deployments have no time that could be compared")
+        raise UserError("the measured deployments have no numbers that a projection has too")
     progress.task("projecting under changed assumptions", len(reprojection.names) + 2)
     explainer = Explainer(
         reprojection.measured, reprojection.names, reprojection, reprojection.least
@@ -256,7 +258,7 @@ def _of_engine(points: Sequence[Point], engine: str | None) -> list[Point]:
     kept = [each for each in points if engine is None or each.engine.lower() == engine.lower()]
     if not kept:
         raise UserError(
-            f"--of-engine {shown(engine)} was not measured; there is {', '.join(known)}"
+            f"--of-engine {shown(engine)} was not measured; measured: {', '.join(known)}"
         )
     return kept
 
@@ -374,8 +376,8 @@ def _error(numbers: Sequence[JudgedNumber], of: Callable[[JudgedNumber], float])
 def _cautions(measured: Sequence[Results], points: Sequence[Point]) -> Iterator[str]:
     if any(point.record.source == "virtual" for point in points):
         yield (
-            "In virtual time transfers are modelled, so nothing is said of links: ranks shared "
-            "cores, and only what they computed was measured."
+            "In virtual time transfers are modelled, so links cannot be judged: ranks shared "
+            "cores, and only their compute times were measured."
         )
     busy = max(each.foreign_cpu_share for each in measured)
     if busy >= FOREIGN_LOAD:
@@ -386,7 +388,7 @@ def _cautions(measured: Sequence[Results], points: Sequence[Point]) -> Iterator[
             if unknown >= _MUCH:
                 yield (
                     f"{unknown:.0%} of the {step.phase.value} step of {point.record.name} is in "
-                    "unknown kernels, which no assumption is judged by."
+                    "unknown kernels, which are compared with no projected time."
                 )
 
 

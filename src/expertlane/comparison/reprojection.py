@@ -1,16 +1,17 @@
-"""Project measured deployments again, under changed assumptions: the numbers that `judge` compares.
+"""Measured deployments projected anew, under changed assumptions, number by number.
 
-These numbers of a deployment are compared, as logarithms:
+What is compared of a deployment, each as a logarithm:
 
-- the time of its decode steps and of its prefill steps;
-- the parts of these times by cause, if ranks' clocks or a profiler's trace have them;
-- TPOT, TTFT and tokens/s of a load. They are simulated once without changes. The effect of a change
-  is estimated from the times of the load's steps, since a simulation is a thousand times as
-  expensive. Corrections are checked by a second simulation, and then fitted again;
-- the load of the fullest expert over the mean, if ranks counted it.
+- the time of its decode steps, and of its prefill steps;
+- the parts of these by cause, where a rank's clock or a profiler's trace tells them;
+- TPOT, TTFT and tokens/s of a load. They are simulated once as assumed. What a changed assumption
+  does to them is taken from the steps that they are made of, since a simulation is a thousand
+  times as expensive; corrections are checked by another simulation, and fitted once more by what
+  it says;
+- the load of the fullest expert over the mean, where ranks counted it.
 
-Standard deviations are those of a measured number's interval, if it has one; else the spread of
-repeated runs of servers. A small part of a step has the noise of the step.
+Standard deviations are those of a measured number's interval, where it has one; else what repeated
+runs of servers differ by. Small parts of a step have its noise, not their own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,7 +66,7 @@ WHOLE = (TIME, TPOT, TTFT, TPS)
 EXPERTS_LOAD = "fullest / mean"
 HOST_GAPS = "host gaps"  # between kernels: the device waits for launches
 UNKNOWN = "unknown kernels"
-COMPUTING = "computing"  # its parts together, if a record does not have them
+COMPUTING = "computing"  # where a record does not tell its parts
 WAITING = str(Cause.WAITING)
 _TERMS = {
     str(ProjectedCause.DISPATCH_COMBINE): str(Cause.DISPATCH_COMBINE),
@@ -83,31 +84,31 @@ _BY_BOUND = {
         ProjectedCause.CONTENTION,
     )
 }
-_OF_TRACES = {HOST_GAPS, UNKNOWN}  # causes that only a profiler's trace has
-_OF_RANKS = {*_OF_COMPUTING, HOST_GAPS, str(Cause.ENGINE)}  # causes without transfers
+_OF_TRACES = {HOST_GAPS, UNKNOWN}  # of a profiler's; a rank's clock has neither
+_OF_RANKS = {*_OF_COMPUTING, HOST_GAPS, str(Cause.ENGINE)}  # no transfer in them
 
-# Standard deviations of logarithms for numbers without an interval, and the least for all.
+# Standard deviations of logarithms, where a measured number has no interval, and at least.
 _OF_STEP, _OF_TERM, _OF_WAITING = 0.03, 0.06, 0.25
 _OF_TPOT, _OF_TTFT, _OF_TPS, _OF_LOAD = 0.04, 0.08, 0.06, 0.1
 _LEAST_SIGMA = 0.01
-_SMALL = 0.002  # share of a step, added to measured and projected terms, since one may be 0
-_NOISE_OF_STEP = 0.004  # share of a step: standard deviation of every term, however small
+_SMALL = 0.002  # of a step: added to a term on both sides, as one may be nothing
+_NOISE_OF_STEP = 0.004  # of a step: noise of every term, however small
 _MOST_SIMULATED = 256  # requests of a load
-_SKEW_STEP = 0.5  # change of the exponent for a change of the parameter by one
+_SKEW_STEP = 0.5  # of the exponent, for a change by one
 _ROUTED_TOKENS = 4096
 _NUM_SAMPLED_LAYERS = 2
 
 
 class StepPoint(NamedTuple):
-    """The measured steps of a phase, and the step that stands for them in a projection.
+    """A measured phase, and the step that it is projected as.
 
     Attributes:
-        seconds: time of a step; of a decode round, if steps have several rounds.
-        terms_s: parts of that time, by cause; empty if only the whole was measured.
-        is_whole: True if the whole time can be compared; False if transfers were modelled, or a
-            profiler slowed the step.
-        is_profiled: True if only the shares of its parts can be compared.
-        where: the phase, in words; with the step's size if the phase has several.
+        seconds: of a step, or round.
+        terms_s: by name, of the same; empty where only the whole was measured.
+        is_whole: whether the whole can be compared: not where transfers were modelled, or where
+            a profiler slowed it.
+        is_profiled: whether only the shares of its terms can be compared.
+        where: the phase in words; with its size where there are several.
     """
 
     phase: Phase
@@ -124,11 +125,9 @@ class Point:
     """A measured deployment.
 
     Attributes:
-        engine: name of the engine that ran it.
-        software: the engine with its version.
-        loads: measured loads, and each as it is simulated.
-        imbalance: tokens of the fullest expert over the mean, averaged over layers; None if ranks
-            did not count them.
+        engine, software: the engine that ran it; its software with the version.
+        imbalance: the fullest expert's tokens over the mean, mean over layers; None where no rank
+            counted them.
     """
 
     record: DeploymentRecord
@@ -141,11 +140,11 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """The projection that is judged, without corrections.
+    """What is projected, as a plan would, before any correction.
 
     Attributes:
-        alpha: exponent of the popularity of experts; None if routing is a recorded trace.
-        framework: serving framework whose fitted factors the cluster has; None for none.
+        alpha: exponent of the popularity of experts; None where routing was recorded.
+        framework: whose corrections the cluster has; None for none.
     """
 
     model: ModelConfig
@@ -158,26 +157,26 @@ class Subject:
     framework: str | None
 
     def routing_at(self, alpha: float) -> LoadedRouting:
-        """Routing with another exponent of experts' popularity."""
+        """The routing at another exponent."""
         if self.alpha is None or alpha == self.alpha:
             return self.routing
         return PowerLawRouting.of(self.model, alpha, 0, _NUM_SAMPLED_LAYERS)
 
     def types_of(self, options: Options) -> NumberTypes:
-        """Number types of a deployment with these options."""
+        """Number types of a deployment."""
         types = NumberTypes.of_engine(self.types.weights, options)
         return replace(types, kv=self.types.kv) if options.kv_dtype == "model" else types
 
 
 def find_subject(measured: Results, projected: Results, cluster: str | None = None) -> Subject:
-    """The projection that is judged, from the settings in results.
+    """The projection's settings, as the results have them.
 
     Args:
-        projected: results with the projection; may be `measured` itself.
-        cluster: the cluster to project on, as `--cluster` takes it; None for the projection's own.
+        projected: has the projection; may be the same.
+        cluster: in place of the one that was projected on, as `--cluster` takes it.
 
     Raises:
-        UserError: nothing is projected, or measured and projected devices differ.
+        UserError: something is missing, or they are of different devices.
     """
     question = measured.question.get("experiment")
     if measured.kind != "comparison" or not isinstance(question, dict):
@@ -241,7 +240,7 @@ def _check_device(measured: Results, cluster: ModelledCluster) -> None:
 
 
 def points_of(measured: Results, subject: Subject) -> list[Point]:
-    """The measured deployments of results.
+    """The deployments that can be judged.
 
     Raises:
         UserError: there are none.
@@ -261,7 +260,7 @@ def points_of(measured: Results, subject: Subject) -> list[Point]:
 
 
 def _clock(records: Sequence[DeploymentRecord], measured: Results) -> DeploymentRecord:
-    """A deployment's record in wall time; in virtual time if its ranks shared cores."""
+    """Of one deployment, wall time; virtual time where ranks had to share cores."""
     machine, layout = measured.machine, records[0].known_layout
     shared = machine is not None and machine.is_oversubscribed_by(layout.world_size)
     wanted = "virtual" if shared else "measured"
@@ -285,7 +284,7 @@ def _point(record: DeploymentRecord, subject: Subject, own: str) -> Point:
 
 
 def _named(steps: Sequence[StepPoint]) -> tuple[StepPoint, ...]:
-    """The steps with names that differ; of steps of the same phase and size only the first."""
+    """Each with other words, where a phase comes several times; the same step once."""
     found: dict[str, StepPoint] = {}
     phases = [each.phase for each in steps]
     for each in steps:
@@ -324,7 +323,7 @@ def _step_point(steps: StepsRecord, record: DeploymentRecord, subject: Subject) 
 
 
 def _with_runs(seconds: Estimate, steps: StepsRecord) -> Estimate:
-    """The time with its own interval, else with one from three or more repetitions."""
+    """The time with the spread of its repetitions, if it has no interval of its own."""
     runs = steps.tps_of_runs
     if seconds.low is not None or len(runs) < 3:
         return seconds
@@ -333,7 +332,7 @@ def _with_runs(seconds: Estimate, steps: StepsRecord) -> Estimate:
 
 
 def _joined(terms: Mapping[str, float]) -> dict[str, float]:
-    """Terms under the names of measured causes; those by limiting resource become `COMPUTING`."""
+    """Terms under common names; those by what bounds an operation are one, computing."""
     found: dict[str, float] = {}
     is_by_bound = bool(_BY_BOUND & {*terms})
     for cause, seconds in terms.items():
@@ -345,7 +344,7 @@ def _joined(terms: Mapping[str, float]) -> dict[str, float]:
 
 
 def _load(serving: ServingRecord, workload: Workload) -> Load | None:
-    """The load as it is simulated, with at most `_MOST_SIMULATED` requests or two batches."""
+    """The load as it is simulated; a long one is cut. None where it is not known."""
     num = serving.num_requests or workload.num_sequences
     prompt_len, output_len = workload.prompt_len, workload.output_len
     if serving.num_prompt_tokens and serving.num_requests:
@@ -363,13 +362,13 @@ def _load(serving: ServingRecord, workload: Workload) -> Load | None:
 
 
 class Number(NamedTuple):
-    """One measured number.
+    """One number that is compared.
 
     Attributes:
-        place: index of its deployment.
+        place: of its point.
         where: phase of a step, or the load.
         metric: one of `WHOLE`, a cause of a step's time, or `EXPERTS_LOAD`.
-        measured, sigma: its logarithm, and the standard deviation of the logarithm.
+        measured, sigma: its logarithm, and the standard deviation of that.
     """
 
     place: int
@@ -380,14 +379,12 @@ class Number(NamedTuple):
 
 
 class _Served(NamedTuple):
-    """A simulated load.
+    """A load as simulated.
 
     Attributes:
-        tpot_s, ttft_s: means over requests.
-        tps: output tokens per second.
-        wall_s: seconds of the whole load, at `tps`.
-        decode, prefill: sizes of typical steps.
-        num_rounds: number of decode steps, if each has all concurrent sequences.
+        wall_s: from the first request to the last token.
+        decode, prefill: sizes of its steps.
+        num_rounds: decode steps of all sequences, were there no others.
     """
 
     tpot_s: float
@@ -400,12 +397,12 @@ class _Served(NamedTuple):
 
     @property
     def by_metric(self) -> dict[str, float]:
-        """TPOT and TTFT in seconds, and tokens/s."""
+        """What a client sees."""
         return {TPOT: self.tpot_s, TTFT: self.ttft_s, TPS: self.tps}
 
 
 def _metrics(serving: ServingRecord) -> list[tuple[str, Estimate, float]]:
-    """The client's numbers: metric, value, and standard deviation of its logarithm."""
+    """What a client measured: metric, value and its standard deviation."""
     tpot = None if serving.tpot_s is None else serving.tpot_s.mean
     ttft = None if serving.ttft_s is None else serving.ttft_s.mean
     tps = serving.output_tps if serving.rate is None else None  # at a rate it is what arrives
@@ -420,12 +417,10 @@ def _metrics(serving: ServingRecord) -> list[tuple[str, Estimate, float]]:
 class Reprojection:
     """Projects all measured deployments under changed assumptions.
 
-    A call with changes by name (logarithms of factors) gives logarithms of projected numbers, [N].
-
     Attributes:
         names: assumptions that may be changed.
-        numbers: the measured numbers, [N].
-        offsets: [N]; added to logarithms of projected numbers; None for 0.
+        numbers: what is compared, in order.
+        offsets: [N]; added to logarithms of projected numbers; None for nothing.
     """
 
     def __init__(self, subject: Subject, points: Sequence[Point]) -> None:
@@ -446,17 +441,17 @@ class Reprojection:
 
     @property
     def least(self) -> dict[str, float]:
-        """Lower bound of the change of routing skew: down to uniform routing."""
+        """The least change of routing skew: down to none at all."""
         alpha = self.subject.alpha
         return {} if alpha is None else {Assumed.SKEW: -alpha / _SKEW_STEP}
 
     def alpha(self, changes: Mapping[str, float]) -> float:
-        """The exponent of experts' popularity under changes, in its valid range."""
+        """The exponent of experts' popularity under changes."""
         alpha = (self.subject.alpha or 0.0) + _SKEW_STEP * changes.get(Assumed.SKEW, 0.0)
         return min(max(round(alpha, 3), 0.0), float(RANGES["skew"].high))
 
     def profile(self, changes: Mapping[str, float]) -> Profile:
-        """The cluster's profile under changes; routing skew is not part of it."""
+        """The profile under changes of all but skew."""
         key = tuple(changes.get(name, 0.0) for name in Assumed if name is not Assumed.SKEW)
         if self._profile is None or self._profile[0] != key:
             factors: dict[Assumed, Correction] = {
@@ -468,11 +463,7 @@ class Reprojection:
         return self._profile[1]
 
     def step(self, place: int, size: StepSize, changes: Mapping[str, float]) -> StepByStage:
-        """One projected step of a deployment under changes.
-
-        Args:
-            place: index of the deployment.
-        """
+        """One step of a deployment under changes."""
         key = tuple(changes.get(name, 0.0) for name in Assumed)
         is_changed = any(key)
         known, found = self._steps.get((place, size, is_changed), (None, None))
@@ -503,7 +494,7 @@ class Reprojection:
 
     @cached_property
     def measured(self) -> Measured:
-        """All measured numbers, for the fit."""
+        """All measured numbers."""
         return Measured(
             np.array([each.measured for each in self.numbers]),
             np.array([each.sigma for each in self.numbers]),
@@ -538,10 +529,10 @@ class Reprojection:
         return _SMALL * step.seconds.value
 
     def terms(self, place: int, step: StepPoint, changes: Mapping[str, float]) -> dict[str, float]:
-        """Projected seconds of a step, by the causes that were measured; profiled: as shares."""
+        """Projected seconds of a step by the terms that were measured of it."""
         projected = self.step(place, step.size, changes)
         found = _joined(projected.causes_s("trace" if step.is_profiled else "clock"))
-        if step.is_profiled:  # the profiler's slowdown is unknown, so only shares compare
+        if step.is_profiled:  # slowed by we do not know how much
             found = {
                 name: each * step.seconds.value / projected.seconds for name, each in found.items()
             }
@@ -551,7 +542,7 @@ class Reprojection:
         return found
 
     def __call__(self, changes: Mapping[str, float]) -> Floats:
-        """Logarithms of the projected numbers, [N], in the order of `numbers`."""
+        """[N]; logarithms of the projected numbers, in the order of `numbers`."""
         values = np.array(list(self._projected(changes)))
         return values if self.offsets is None else values + self.offsets
 
@@ -588,11 +579,7 @@ class Reprojection:
         return {key: self.simulate(key[0], load, {}) for key, load in self._loads.items()}
 
     def simulate(self, place: int, load: Load, changes: Mapping[str, float]) -> _Served:
-        """Simulate a whole load on a deployment under changes.
-
-        Args:
-            place: index of the deployment.
-        """
+        """A load on a deployment under changes, from the first request to the last."""
         subject, record = self.subject, self.points[place].record
         layout, options = record.known_layout, record.served_with or record.known_options
         num_caches = layout.replicas * layout.dp
@@ -636,7 +623,7 @@ class Reprojection:
         )
 
     def _of_load(self, place: int, number: int, changes: Mapping[str, float]) -> dict[str, float]:
-        """Metrics of a load: as simulated without changes, scaled like the times of its steps."""
+        """Numbers of a load: as simulated, times what changes do to its steps."""
         known = self._simulated[place, number]
         decode, prefill = (
             self.step(place, size, changes).seconds / self.step(place, size, {}).seconds
@@ -652,7 +639,7 @@ class Reprojection:
         }
 
     def simulated_offsets(self, changes: Mapping[str, float]) -> Floats:
-        """Simulated minus estimated logarithms of the loads' numbers under changes, [N]."""
+        """[N]; what simulations under changes say beyond the estimate by steps."""
         self.offsets = None
         offsets = np.zeros(len(self.numbers))
         for (place, number), load in self._loads.items():
@@ -664,7 +651,7 @@ class Reprojection:
         return offsets
 
     def shown(self, number: Number, value: float) -> float:
-        """The value of a logarithm, in the number's unit; the offset `_SMALL` of terms removed."""
+        """A number's own value of a logarithm; terms without what was added to both sides."""
         if number.metric in (*WHOLE, EXPERTS_LOAD):
             return exp(value)
         steps = self.points[number.place].steps
@@ -672,7 +659,7 @@ class Reprojection:
         return max(exp(value) - self._small(step), 0.0)
 
     def changes_of(self, corrections: Corrections) -> dict[str, float]:
-        """Corrections as changes by name: logarithms of factors."""
+        """Corrections as changes."""
         found = {
             name: log(each.factor)
             for name, each in corrections.factors.items()
@@ -684,11 +671,11 @@ class Reprojection:
 
     @property
     def sizes(self) -> list[tuple[int, StepSize]]:
-        """The projected steps: index of the deployment, and size."""
+        """The steps that were projected: place of the deployment, and size."""
         return list(self._modes)
 
     def spans(self, changes: Mapping[str, float]) -> dict[Assumed, tuple[float, float]]:
-        """Seconds of the shortest and the longest operation of each kind, under changes."""
+        """The shortest and the longest operation of each kind in all steps, corrected."""
         found: dict[Assumed, list[float]] = {}
         for place, size in self.sizes:
             for step, times in self.step(place, size, changes).timed():
@@ -723,7 +710,7 @@ def _where(load: Load) -> str:
 
 
 def _sigma(measured: Estimate, usual: float) -> float:
-    """Standard deviation of a number's logarithm: from its interval, else `usual`."""
+    """The standard deviation of a logarithm: from its interval, else the usual."""
     low, _, high = measured.bounds
     if measured.low is None or low <= 0:
         return usual
