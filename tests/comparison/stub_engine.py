@@ -14,14 +14,11 @@ HANG_S = 60.0
 TRACES = Path(__file__).with_name("traces")
 
 
-def engine():
+def engine(name, title):
     """The class, made where expertlane can be imported: servers import none of it."""
     from expertlane.comparison.engines.engine import CannotServe, Engine, Start
 
     class Stub(Engine):
-        name = "stub"
-        title = "Stub"
-
         def start(self, asked):
             behaviour = asked.deployment.name
             if behaviour == "refused":
@@ -35,12 +32,15 @@ def engine():
         def profile_request(self, folder):
             return {"output_dir": str(folder)}
 
+    Stub.name, Stub.title = name, title
     return Stub
 
 
 def __getattr__(name):
     if name == "Stub":
-        return engine()
+        return engine("stub", "Stub")
+    if name == "Other":
+        return engine("other", "Other")
     raise AttributeError(name)
 
 

@@ -45,6 +45,7 @@ def stub(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stub\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
         f"[expertlane.engines]\nstub = {stub_engine.__name__}:Stub\n"
+        f"other = {stub_engine.__name__}:Other\n"
     )
     monkeypatch.syspath_prepend(str(info.parent))
     return "stub"
@@ -165,6 +166,18 @@ def test_causes_come_from_this_run_alone(stub, checkpoint, tmp_path):
     assert "Where the time goes" in {each.heading for each in report_of(found).sections}
 
 
+def test_two_engines_are_compared_by_the_fastest_of_each(stub, checkpoint, tmp_path):
+    found = compare(checkpoint, ["slow", "fast", "refused"], tmp_path, engine=["stub", "other"])
+    assert {(each.name, each.other) for each in found.ratios} in (
+        {("Stub fast", "Other fast")},
+        {("Other fast", "Stub fast")},
+    )
+    first = next(each for each in found.ratios if each.metric == "output tokens/s")
+    tps = {each.name: each.serving[0].output_tps.value for each in found.deployments[:2]}
+    assert tps["Stub fast"] > tps["Stub slow"]
+    assert first.num_rounds == 1
+
+
 def test_two_servers_of_one_name(stub, checkpoint, tmp_path):
     with pytest.raises(UserError, match="would be called 'Stub a'"):
         compare(checkpoint, ["a"], tmp_path, url=["a=127.0.0.1:9", "Stub a=127.0.0.1:9"])
@@ -176,7 +189,8 @@ def test_none_could_be_measured(stub, checkpoint, tmp_path):
 
 
 def test_engines_are_found_by_entry_points(stub):
-    assert [*known_engines()] == ["vllm", "sglang", "trtllm", "expertlane", "stub"]
+    own = ["vllm", "sglang", "trtllm", "expertlane"]
+    assert [*known_engines()] == [*own, "stub", "other"]
     assert find_engine("stub").title == "Stub"
     with pytest.raises(UserError, match="--engine is 'vlm'; known: vllm"):
         find_engine("vlm")

@@ -419,9 +419,7 @@ def measure_servers(
             raise UserError(f"two servers would be called {twice[0]!r}; give --url another name")
 
         def choose() -> list[Served]:
-            full = [each for each in own if each.rounds]
-            places = choose_compared(records := [each.record() for each in full], _tps(records))
-            return [full[place] for place in places]
+            return _chosen([each for each in own if each.rounds])
 
         compared = measure_in_turns(own, repeats, choose)
         for each in own if profile else ():
@@ -471,8 +469,18 @@ def _subjects(
             yield Served(name, setting, up, deployment, each)
 
 
-def _tps(records: Sequence[DeploymentRecord]) -> list[float]:
-    return [each.serving[0].output_tps.value for each in records]
+def _chosen(answered: Sequence[Served]) -> list[Served]:
+    """The fastest of each engine, in order of speed; of one engine by `choose_compared`."""
+    records = [each.record() for each in answered]
+    tps = [each.serving[0].output_tps.value for each in records]
+    by_tps = sorted(range(len(answered)), key=lambda place: -tps[place])
+    best: dict[Engine | None, Served] = {}
+    for place in by_tps:
+        engines = answered[place].engines
+        best.setdefault(engines.engine if engines else None, answered[place])
+    if len(best) > 1:
+        return [*best.values()]
+    return [answered[place] for place in choose_compared(records, tps)]
 
 
 def _lengths(workload: Workload) -> dict[str, object]:
