@@ -302,7 +302,7 @@ def print_commands(
     from expertlane.planner.server_start import PORT
 
     if options.url and not options.engine:
-        raise UserError("--dry-run prints what starts engines; give --engine")
+        raise UserError("--dry-run prints the commands of engines; give --engine")
     rows: list[dict[str, Any]] = []
     for engines in [_engines(each, experiment, options, dtype) for each in options.engines()]:
         for deployment in experiment.deployments:

@@ -210,7 +210,7 @@ class Served:
         try:
             folder = _new_folder(self.folder)
             if not self.up.ensure(self, traces=folder):
-                self.why_no_causes = f"{engines.engine.title} writes no torch profiler traces"
+                self.why_no_causes = f"{engines.engine.title} cannot write torch profiler traces"
                 return
             assert self.target is not None, "it is up"
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -513,7 +513,7 @@ def _cautions(own: Sequence[Served]) -> Iterator[str]:
         if each.why_no_causes:
             reasons.setdefault(each.why_no_causes, []).append(each.name)
     for why, names in reasons.items():
-        yield f"No causes of {', '.join(names)}: {why}."
+        yield f"No step times by cause for {', '.join(names)}: {why}."
     forms = {each.seen.form for each in own if each.seen is not None}
     if len(forms) > 1:
-        yield "Servers took requests in different forms, as texts or token ids."
+        yield "Some servers were sent prompts as text, others as token ids."

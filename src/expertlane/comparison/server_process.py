@@ -124,7 +124,7 @@ class ServerProcess:
         """
         while (waited_s := time.monotonic() - self._began_s) < timeout_s:
             if (status := self.exit_status) is not None:
-                raise ServerError(f"ended while starting, {self.end_of(status)}")
+                raise ServerError(f"exited during startup, {self.end_of(status)}")
             if is_ready():
                 return waited_s
             time.sleep(_POLL_S)

@@ -93,11 +93,11 @@ def _verdict(results: Results) -> str:
     if not by_other:
         return headline(_measured(results))
     (names, first), *more = by_other.items()
-    told = [ratio_sentence(first, "", *names)]
+    parts = [ratio_sentence(first, "", *names)]
     for (_, other), own in more:
         ratio = next(each for each in own if each.metric == "output tokens/s")
-        told.append(f"Over {other}: {ratio_words(ratio)}.")
-    return " ".join(told)
+        parts.append(f"Against {other}: {ratio_words(ratio)}.")
+    return " ".join(parts)
 
 
 def _software(record: DeploymentRecord) -> str:
@@ -257,12 +257,12 @@ def _failed(records: Sequence[DeploymentRecord]) -> Iterator[Note]:
 
 def _certainty(records: Sequence[DeploymentRecord]) -> str:
     nums = sorted({_rounds(each) or 0 for each in records if each.serving})
-    told = f"{nums[-1]} rounds of each deployment in the first sentence, in turns"
+    words = f"{nums[-1]} rounds of each deployment in the first sentence, in turns"
     if nums[-1] == 1:
-        told = "one round each"
+        words = "one round each"
     elif nums[0] < nums[-1]:
-        told += f"; {nums[0]} of the others"
-    return told if nums[-1] >= LEAST_RUNS else f"{told}; an interval needs {LEAST_RUNS} or more"
+        words += f"; {nums[0]} of the others"
+    return words if nums[-1] >= LEAST_RUNS else f"{words}; an interval needs {LEAST_RUNS} or more"
 
 
 def servers_sections(results: Results) -> tuple[Section, ...]:

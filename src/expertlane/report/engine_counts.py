@@ -12,13 +12,13 @@ _UNEVEN = 1.2  # busiest rank over the mean: above it there is a note
 _CACHED = 0.01  # share of cached prompt tokens: above it there is a note
 
 
-class _Told(NamedTuple):
+class _Load(NamedTuple):
     of: Served
     engine: EngineRecord
 
 
-def _told(found: Sequence[Served]) -> list[_Told]:
-    return [_Told(each, each.serving.engine) for each in found if each.serving.engine is not None]
+def _with_metrics(found: Sequence[Served]) -> list[_Load]:
+    return [_Load(each, each.serving.engine) for each in found if each.serving.engine is not None]
 
 
 def _agreement(engine: EngineRecord) -> str:
@@ -37,7 +37,7 @@ def _most_waiting(engine: EngineRecord) -> float | None:
     return max(waiting, default=None)
 
 
-_COLUMNS: tuple[Column[_Told], ...] = (
+_COLUMNS: tuple[Column[_Load], ...] = (
     text("server", lambda each: each.of.record.name),
     text("load", lambda each: each.of.load),
     text("metrics of", lambda each: each.engine.engine),
@@ -82,16 +82,16 @@ def counted_by_servers(found: Sequence[Served], doubts: Sequence[Note]) -> Secti
         found: every load of every server.
         doubts: notes of `engine_notes`.
     """
-    told = _told(found)
+    known = _with_metrics(found)
     parts: list[Words] = []
-    if told:
-        parts.append(Table.of("", _COLUMNS, told))
+    if known:
+        parts.append(Table.of("", _COLUMNS, known))
         parts.append(
             "Increase of the server's counters over the rounds, without warm-up. Gauges were read "
             "every half second, or less often where reading takes long."
         )
-    ranks = [_Rank(each.of, rank, each.engine) for each in told for rank in each.engine.by_rank]
-    if any(len(each.engine.by_rank) > 1 for each in told):
+    ranks = [_Rank(each.of, rank, each.engine) for each in known for rank in each.engine.by_rank]
+    if any(len(each.engine.by_rank) > 1 for each in known):
         parts.append(Table.of("By data-parallel rank", _RANK_COLUMNS, ranks))
     parts += [f"{subject}: {sentence}." for subject, sentence in doubts]
     silent = dict.fromkeys(each.record.name for each in found if each.serving.engine is None)
@@ -106,9 +106,9 @@ def engine_notes(found: Sequence[Served], *, shares_prefixes: bool) -> Iterator[
     Args:
         shares_prefixes: True if requests of the load share prefixes, so that cache hits are wanted.
     """
-    told = _told(found)
-    differing = [each for each in told if each.engine.differences]
-    others = [each for each in told if each.engine.num_others]
+    known = _with_metrics(found)
+    differing = [each for each in known if each.engine.differences]
+    others = [each for each in known if each.engine.num_others]
     if others:
         worst = max(others, key=lambda each: each.engine.num_others)
         yield (
@@ -124,7 +124,7 @@ def engine_notes(found: Sequence[Served], *, shares_prefixes: bool) -> Iterator[
             f"in a round at {at(found, worst.of)} the server counted {first.engine:,} "
             f"{first.what}, the client {first.client:,}",
         )
-    cached = [each for each in told if (each.engine.cached_share or 0.0) > _CACHED]
+    cached = [each for each in known if (each.engine.cached_share or 0.0) > _CACHED]
     if cached and not shares_prefixes:
         worst = max(cached, key=lambda each: each.engine.cached_share or 0.0)
         yield (
@@ -133,7 +133,7 @@ def engine_notes(found: Sequence[Served], *, shares_prefixes: bool) -> Iterator[
             f"{at(found, worst.of)} were in the prefix cache from earlier requests: repeat with "
             "another --seed, or with --flush-caches",
         )
-    uneven = [each for each in told if (each.engine.max_over_mean or 1.0) > _UNEVEN]
+    uneven = [each for each in known if (each.engine.max_over_mean or 1.0) > _UNEVEN]
     if uneven:
         worst = max(uneven, key=lambda each: each.engine.max_over_mean or 1.0)
         work = worst.engine.work_by_rank

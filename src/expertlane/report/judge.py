@@ -57,7 +57,7 @@ def report_of_judgement(
     whole, terms = _whole(found.whole), found.terms
     largest = sorted(terms, key=lambda each: -abs(each.measured_s - each.projected_s))
     unidentified = tuple(_unidentified(found))
-    answer: list[Words] = [_whole(_told(found.whole), _title(found.whole))]
+    answer: list[Words] = [_whole(_farthest(found.whole), _title(found.whole))]
     answer.append(_rivals(found.rivals[:_MOST_RIVALS]))
     if terms:
         answer.append(_terms(largest[:_MOST_TERMS], "Largest differences by term"))
@@ -121,12 +121,12 @@ def _named(rival: Rival) -> str:
 
 
 def _title(whole: Sequence[JudgedNumber]) -> str:
-    told = _told(whole)
-    more = f", the {len(told)} farthest off of {len(whole)}" if len(told) < len(whole) else ""
+    shown = _farthest(whole)
+    more = f", the {len(shown)} farthest off of {len(whole)}" if len(shown) < len(whole) else ""
     return f"Measured against projected{more}"
 
 
-def _told(whole: Sequence[JudgedNumber]) -> Sequence[JudgedNumber]:
+def _farthest(whole: Sequence[JudgedNumber]) -> Sequence[JudgedNumber]:
     if len(whole) <= _MOST_ROWS:
         return whole
     farthest = sorted(whole, key=lambda each: -max(each.ratio, 1 / each.ratio))[:_MOST_ROWS]

@@ -117,7 +117,7 @@ def find_engine(name: str) -> Engine:
     except Exception as error:  # somebody else's code
         raise UserError(f"--engine {name}: {entry.value} cannot be loaded: {error}") from None
     if not (isinstance(kind, type) and issubclass(kind, Engine)):
-        raise UserError(f"--engine {name}: {entry.value} is no subclass of Engine")
+        raise UserError(f"--engine {name}: {entry.value} is not a subclass of Engine")
     return kind()
 
 

@@ -36,7 +36,9 @@ class _Planned(Engine):
             raise CannotServe(f"{self.title} {pool.says} ({pool.source})")
         one, num_servers = pool.servers(engine)
         if num_servers > 1:
-            raise CannotServe(f"{num_servers} replicas need a router; give each its --url")
+            raise CannotServe(
+                f"{num_servers} replicas need a router; start both, and give the --url"
+            )
         max_len = longest_request(workload.load, asked.model)
         found = server_start(engine, one, asked.served, asked.types, max_len, place)
         (node,) = found.nodes
