@@ -160,7 +160,10 @@ def test_causes_come_from_this_run_alone(stub, checkpoint, tmp_path):
     assert not records["ignores SIGTERM"].steps
     cautions = " ".join(found.cautions)
     assert "No step times by cause for slow: " in cautions
-    assert "No step times by cause for ignores SIGTERM: Stub cannot write torch profiler traces." in cautions
+    assert (
+        "No step times by cause for ignores SIGTERM: Stub cannot write torch profiler traces."
+        in cautions
+    )
     file.write(found, tmp_path / "out")
     assert file.read(tmp_path / "out") == found
     assert "Where the time goes" in {each.heading for each in report_of(found).sections}

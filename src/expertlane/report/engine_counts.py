@@ -97,7 +97,7 @@ def counted_by_servers(found: Sequence[Served], doubts: Sequence[Note]) -> Secti
     silent = dict.fromkeys(each.record.name for each in found if each.serving.engine is None)
     if silent:
         parts.append(f"No known engine's metrics at /metrics: {', '.join(silent)}.")
-    return Section("The server's own metrics (measured)", tuple(parts), chapter="sure")
+    return Section("Server metrics (measured)", tuple(parts), chapter="sure")
 
 
 def engine_notes(found: Sequence[Served], *, shares_prefixes: bool) -> Iterator[Note]:
