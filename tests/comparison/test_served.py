@@ -100,7 +100,7 @@ def test_every_failure_is_a_row_and_the_rest_completes(stub, checkpoint, tmp_pat
     assert [*records] == names
     failures = {name: each.server.failure for name, each in records.items() if each.server.failure}
     for name, words in {
-        "dies in start-up": "ended while starting, exit code 1: ValueError: 3 heads on 2 ranks",
+        "dies in start-up": "exited during startup, exit code 1: ValueError: 3 heads on 2 ranks",
         "never ready": "not ready within 3 s; its last line: loading as never ready",
         "hangs": "did not answer within 1 s",
         "error 500": "HTTP 500, worker is lost; its log: RuntimeError: CUDA error: an illegal",
@@ -164,8 +164,11 @@ def test_causes_come_from_this_run_alone(stub, checkpoint, tmp_path):
     assert not records["slow"].steps
     assert not records["ignores SIGTERM"].steps
     cautions = " ".join(found.cautions)
-    assert "No causes of slow: " in cautions
-    assert "No causes of ignores SIGTERM: Stub writes no torch profiler traces." in cautions
+    assert "No step times by cause for slow: " in cautions
+    assert (
+        "No step times by cause for ignores SIGTERM: Stub cannot write torch profiler traces."
+        in cautions
+    )
     file.write(found, tmp_path / "out")
     assert file.read(tmp_path / "out") == found
     assert "Where the time goes" in {each.heading for each in report_of(found).sections}

@@ -41,8 +41,8 @@ class ServerOptions:
         None,
         metavar="vllm|sglang|trtllm|expertlane",
         show_default="expertlane, without servers",
-        help="Engine that serves. Each deployment is started as its server, and measured from "
-        "outside; the name of another package's engine is taken too.",
+        help="Engine that serves. Each deployment is started as a server of this engine, measured "
+        "over HTTP, and stopped. Other packages may add engines.",
     )
     url: list[str] | None = typer.Option(
         None,
@@ -61,7 +61,7 @@ class ServerOptions:
         None,
         metavar="[NAME=]ARGS",
         rich_help_panel=Panel.MORE_SERVER,
-        help='Further arguments of the engine\'s command, as "--enforce-eager".',
+        help='Further arguments of the engine\'s command, such as "--enforce-eager".',
     )
     tokenizer: Path | None = typer.Option(
         None,
@@ -74,19 +74,19 @@ class ServerOptions:
         _START_TIMEOUT_S,
         metavar="SECONDS",
         rich_help_panel=Panel.MORE_SERVER,
-        help="Time limit of a server's start.",
+        help="Time in which a server must become ready.",
     )
     request_timeout_s: float | None = request_timeout_option("600", panel=Panel.MORE_SERVER)
     profile: bool = typer.Option(
         False,
         rich_help_panel=Panel.MORE_SERVER,
-        help="Then trace each engine started here by torch's profiler, in a pass of its own: says "
-        "where a step's time goes.",
+        help="Also trace a short load with torch's profiler, in a separate pass on engines started "
+        "here, to split a step's time by cause.",
     )
     dry_run: bool = typer.Option(
         False,
         rich_help_panel=Panel.MORE_SERVER,
-        help="Print the commands that would start the servers, and start none.",
+        help="Only print the commands that start the servers.",
     )
 
     @property
@@ -95,11 +95,11 @@ class ServerOptions:
         return bool(self.url) or self.engine not in (None, [], [OWN]) or self.dry_run
 
     def check_without_ranks(self, own: Any, *of_ranks: Any) -> None:
-        """Refuse options of ranks where servers are measured.
+        """Refuse options for ranks if servers are measured.
 
         Args:
-            own: the command's own options, of which some are for ranks.
-            of_ranks: groups of options for ranks alone.
+            own: the command's own options, some of which are for ranks.
+            of_ranks: groups of options that are only for ranks.
 
         Raises:
             UserError: one is given.
@@ -217,7 +217,7 @@ def _asked(experiment: "Experiment", options: ServerOptions) -> "Asked":
 
 
 def _vocabulary(experiment: "Experiment", options: ServerOptions) -> "Vocabulary | None":
-    """Tokens of prompts: the same for all servers, whatever they say of theirs."""
+    """The token ids of prompts, the same for all servers; None for those of the first server."""
     from expertlane.client.server import Vocabulary
 
     if options.tokenizer is not None:
@@ -234,7 +234,7 @@ def _vocabulary(experiment: "Experiment", options: ServerOptions) -> "Vocabulary
 def _engines(
     engine: "Engine", experiment: "Experiment", options: ServerOptions, dtype: str | None
 ) -> "Engines":
-    """How an engine's servers are started, all that can be checked before checked.
+    """An engine with the commands of its servers; options are checked here.
 
     Raises:
         UserError: there is no checkpoint, or no such Python.
@@ -292,7 +292,7 @@ def _engines(
 def print_commands(
     experiment: "Experiment", options: ServerOptions, dtype: str | None, *, as_json: bool
 ) -> None:
-    """Print how each deployment would be started, or why it would not.
+    """Print the command of each deployment, or why the engine cannot run it.
 
     Raises:
         UserError: no engine is to be started.
@@ -302,7 +302,7 @@ def print_commands(
     from expertlane.planner.server_start import PORT
 
     if options.url and not options.engine:
-        raise UserError("--dry-run prints what starts engines; give --engine")
+        raise UserError("--dry-run prints the commands of engines; give --engine")
     rows: list[dict[str, Any]] = []
     for engines in [_engines(each, experiment, options, dtype) for each in options.engines()]:
         for deployment in experiment.deployments:

@@ -440,9 +440,8 @@ def corrections_option() -> Any:
         None,
         metavar="FILE",
         show_default="none",
-        help="Correct laws by a file of expertlane judge, which has what was measured in place of "
-        "what is assumed: links, kernels, overheads, skew. --skew and --routing-trace take "
-        "precedence.",
+        help="Corrections file of expertlane judge: factors, fitted to measurements, on links, "
+        "kernels and overheads, and a routing skew. --skew and --routing-trace take precedence.",
         rich_help_panel=Panel.MODELLED,
     )
 

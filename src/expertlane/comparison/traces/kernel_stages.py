@@ -1,9 +1,10 @@
-"""Which stage a kernel, an operator or an annotation of a trace belongs to.
+"""The stage of each kernel, operator and annotation in a trace.
 
-`kernels.toml` says it by name. What a name leaves open (a matrix product, a norm, a conversion, an
-elementwise kernel) its place in a layer says: between two kernels whose stages are known, what
-comes before a border belongs to the first, what follows to the second. The border is a norm after
-attention and after the experts, since a layer begins each of its two halves with one.
+`kernels.toml` gives the stage by name. The name of a matrix product, a norm, a conversion or an
+elementwise kernel does not determine its stage; its position does. Such kernels run between two
+kernels whose stages are known: those before a border get the stage of the first, those behind it
+the stage of the second. After attention and after the experts the border is the next norm, since
+each half of a layer begins with one.
 """
 
 import re
@@ -20,7 +21,7 @@ from expertlane.spec.names import Phase, Stage
 from expertlane.spec.ranges import Strict
 
 FILE = Path(__file__).with_name("kernels.toml")
-MOST_CHARACTERS = 2000  # of a name, or of the names around one; the rest is not looked at
+MOST_CHARACTERS = 2000  # of a name that is searched; the rest is ignored
 
 StageName = Literal[
     "host",
@@ -36,7 +37,7 @@ StageName = Literal[
 ]
 
 
-# What the host does for a step, where it shows as operators: between two plans, so to speak.
+# Operators with which the host prepares a step. No kernel has the stage IDLE, so it marks them.
 HOST = Stage.IDLE
 _NAMED = {"host": HOST, "send-recv": Stage.HAND_OVER}
 
@@ -48,20 +49,20 @@ def _stage(name: StageName | None) -> Stage | None:
 
 
 class Kind(StrEnum):
-    """What a kernel does whose name doesn't say its stage."""
+    """What a kernel computes, where its name does not determine its stage."""
 
     GEMM = "gemm"
     NORM = "norm"
-    CAST = "cast"  # to a narrower type and back, with the transpositions that it needs
+    CAST = "cast"  # to a narrower type and back, transpositions for it included
     GLUE = "glue"  # elementwise kernels, reductions, copies
-    ALLOC = "alloc"  # memory for what the next operator gives
-    COMPILED = "compiled"  # operators that were fused into one
-    TOPK = "topk"  # the router's before experts, else the sampler's
+    ALLOC = "alloc"  # memory for the output of the next operator
+    COMPILED = "compiled"  # operators that a compiler fused
+    TOPK = "topk"  # the router's if experts follow, else the sampler's
 
 
 @dataclass(frozen=True)
-class Known(Strict):
-    """A line about kernels or operators; see the head of `kernels.toml`."""
+class KernelRule(Strict):
+    """A table `[[kernels]]` of `kernels.toml`; its head describes the fields."""
 
     pattern: str
     source: str
@@ -73,14 +74,14 @@ class Known(Strict):
     phase: Phase | None = None
 
     @property
-    def of(self) -> Stage | None:
-        """Its stage; None where its place decides."""
+    def as_stage(self) -> Stage | None:
+        """Its stage; None if its position decides."""
         return _stage(self.stage)
 
 
 @dataclass(frozen=True)
-class Region(Strict):
-    """A line about annotations around kernels; see the head of `kernels.toml`."""
+class RegionRule(Strict):
+    """A table `[[regions]]` of `kernels.toml`, of annotations; its head describes the fields."""
 
     pattern: str
     source: str
@@ -92,14 +93,14 @@ class Region(Strict):
     backward: bool = False
 
     @property
-    def of(self) -> Stage | None:
-        """The stage of what runs inside; None where it is none of inference."""
+    def as_stage(self) -> Stage | None:
+        """The stage of kernels inside; None if the annotation has no stage."""
         return _stage(self.stage)
 
 
 @dataclass(frozen=True)
-class StepName(Strict):
-    """A line about annotations of steps; see the head of `kernels.toml`."""
+class StepRule(Strict):
+    """A table `[[steps]]` of `kernels.toml`, of annotations of steps."""
 
     pattern: str
     source: str
@@ -108,7 +109,7 @@ class StepName(Strict):
 
 @dataclass(frozen=True)
 class StepBatch:
-    """What a step's annotation says of its batch; None for what it does not say."""
+    """The batch of a step as its annotation describes it; None for what it does not name."""
 
     phase: Phase | None = None
     num_seqs: int | None = None
@@ -117,26 +118,26 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class _File(Strict):
-    steps: list[StepName]
-    regions: list[Region]
-    kernels: list[Known]
+    steps: list[StepRule]
+    regions: list[RegionRule]
+    kernels: list[KernelRule]
 
 
 @dataclass(frozen=True, eq=False)
 class KernelTable:
-    """The lines of `kernels.toml`, with what was already looked up."""
+    """The rules of `kernels.toml`, with a cache of names already looked up."""
 
-    steps: Sequence[StepName]
-    regions: Sequence[Region]
-    kernels: Sequence[Known]
-    _found: dict[str, list[Known]] = field(default_factory=dict, init=False)
-    _around: dict[str, Region | None] = field(default_factory=dict, init=False)
+    steps: Sequence[StepRule]
+    regions: Sequence[RegionRule]
+    kernels: Sequence[KernelRule]
+    _found: dict[str, list[KernelRule]] = field(default_factory=dict, init=False)
+    _around: dict[str, RegionRule | None] = field(default_factory=dict, init=False)
 
-    def kernel(self, name: str, around: Iterable[str] = ()) -> Known | None:
-        """The line about a kernel or operator; None where there is none.
+    def kernel(self, name: str, around: Iterable[str] = ()) -> KernelRule | None:
+        """The first rule that matches a kernel or operator; None if none does.
 
         Args:
-            around: names of the operators and annotations that it runs in.
+            around: names of the operators and annotations that enclose it.
         """
         if name not in self._found:
             short = name[:MOST_CHARACTERS]
@@ -150,8 +151,8 @@ class KernelTable:
                 return each
         return None
 
-    def region(self, name: str) -> Region | None:
-        """The line about an annotation; None where there is none."""
+    def region(self, name: str) -> RegionRule | None:
+        """The first rule that matches an annotation; None if none does."""
         if name not in self._around:
             short = name[:MOST_CHARACTERS]
             matches = (each for each in self.regions if _regex(each.pattern).search(short))
@@ -161,7 +162,11 @@ class KernelTable:
 
 @cache
 def kernel_table() -> KernelTable:
-    """The table that is shipped."""
+    """The table in `kernels.toml`, read once.
+
+    Raises:
+        SpecError: a rule is wrong.
+    """
     file = build(_File, read_toml(FILE, CONFIG_BYTES), FILE.name)
     for each in file.kernels:
         if (each.stage is None) == (each.kind is None):
@@ -174,10 +179,10 @@ def _regex(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-def batch_of(line: StepName, name: str) -> StepBatch | None:
-    """What a step's annotation says of its batch; None if it is no step of this line.
+def batch_of(line: StepRule, name: str) -> StepBatch | None:
+    """The batch that an annotation names; None if the rule `line` does not match it.
 
-    A step with any prompt in it is a prefill.
+    A step that has any prompt is a prefill.
     """
     match = _regex(line.pattern).search(name[:MOST_CHARACTERS])
     if match is None:
@@ -199,15 +204,15 @@ def batch_of(line: StepName, name: str) -> StepBatch | None:
 
 
 @dataclass(frozen=True)
-class Place:
-    """A kernel in the order of its rank: what is known of it by name, and where it runs.
+class KernelContext:
+    """One kernel in a rank's order, with all that determines its stage.
 
     Attributes:
-        stage: by its name, or None.
-        kind: None where nothing is known of it, or its name has a stage.
-        region: number of the annotation around it; kernels of one are next to each other.
-        of_region: that annotation's stage.
-        exchange: a transfer that may be a dispatch or a combine.
+        stage: the stage by its name, or None.
+        kind: None if the name is unknown, or determines the stage.
+        region: number of the annotation that encloses it; kernels of one annotation are adjacent.
+        of_region: stage of that annotation.
+        exchange: True for a transfer that may be a dispatch or a combine.
     """
 
     stage: Stage | None
@@ -217,125 +222,129 @@ class Place:
     exchange: bool = False
 
 
-def stages_of(places: Sequence[Place]) -> list[Stage | None]:
-    """The stage of each of a rank's kernels, in their order; None for what can't be told.
+def stages_of(kernels: Sequence[KernelContext]) -> list[Stage | None]:
+    """The stage of each kernel of a rank, in order; None where it is unknown.
 
-    Kernels of which nothing is known stay so; they are no border between others.
+    A kernel of an unknown name stays unknown, and does not separate its neighbours.
     """
-    places = _with_exchanges(_with_choices(places))
-    found = [place.stage for place in places]
-    at, num = 0, len(places)
+    kernels = _with_exchanges(_with_topk_stages(kernels))
+    found = [kernel.stage for kernel in kernels]
+    at, num = 0, len(kernels)
     while at < num:
-        if found[at] is not None or places[at].kind is None:
+        if found[at] is not None or kernels[at].kind is None:
             at += 1
             continue
-        region, end = places[at].region, at
-        while end < num and found[end] is None and places[end].region == region:
+        region, end = kernels[at].region, at
+        while end < num and found[end] is None and kernels[end].region == region:
             end += 1
-        inside = places[at].of_region
-        before, is_inside = _neighbour(places, range(at - 1, -1, -1), region, inside)
-        # Behind a kernel that is known, what follows the annotation tells more than its own stage.
-        after, _ = _neighbour(places, range(end, num), region, None if is_inside else inside)
-        if after in _MEETINGS and (before is None or before in _MEETINGS):
-            after = _beyond(places, range(end, num))
-        run = [place for place in range(at, end) if places[place].kind is not None]
-        kinds = [kind for place in run if (kind := places[place].kind) is not None]
-        for place, stage in zip(run, between(before, after, kinds), strict=True):
-            found[place] = stage
+        inside = kernels[at].of_region
+        before, is_inside = _neighbour(kernels, range(at - 1, -1, -1), region, inside)
+        # After a known kernel, the next kernel beyond the annotation says more than its own stage.
+        after, _ = _neighbour(kernels, range(end, num), region, None if is_inside else inside)
+        if after in _COMMUNICATION and (before is None or before in _COMMUNICATION):
+            after = _nearest_stage(kernels, range(end, num))
+        run = [number for number in range(at, end) if kernels[number].kind is not None]
+        kinds = [kind for number in run if (kind := kernels[number].kind) is not None]
+        for number, stage in zip(run, stages_between(before, after, kinds), strict=True):
+            found[number] = stage
         at = end
     return found
 
 
-def _with_choices(places: Sequence[Place]) -> list[Place]:
-    """Each choice of the largest made the router's, where experts come next, or the sampler's."""
-    found = list(places)
+def _with_topk_stages(kernels: Sequence[KernelContext]) -> list[KernelContext]:
+    """The kernels, each top-k with its stage: the router if experts follow, else the head."""
+    found = list(kernels)
     for at in range(len(found) - 1, -1, -1):
         if found[at].kind is Kind.TOPK:
-            following = _beyond(found, range(at + 1, len(found)))
+            following = _nearest_stage(found, range(at + 1, len(found)))
             is_router = following in (Stage.ROUTER, Stage.DISPATCH, Stage.EXPERTS)
             stage = Stage.ROUTER if is_router else Stage.HEAD
             found[at] = replace(found[at], stage=stage, kind=None)
     return found
 
 
-def _with_exchanges(places: Sequence[Place]) -> list[Place]:
-    """All-gathers and the like between router and experts made dispatches, what returns combines.
+def _with_exchanges(kernels: Sequence[KernelContext]) -> list[KernelContext]:
+    """The kernels, with the stages of exchanges (all-gather, all-to-all, reduce-scatter).
 
-    vLLM dispatches the router's logits too, between its product and the choice of experts. A layer
-    that dispatches so returns by an exchange too: the next one behind its experts.
+    An exchange between router and experts is a dispatch, and the next one after the experts the
+    combine. vLLM also dispatches the router's logits, between the router's product and its top-k.
     """
-    found = list(places)
-    befores = _last_stages(places)
-    afters = _last_stages(places[::-1])[::-1]
-    is_out = False  # dispatched, and not yet returned
-    for at, place in enumerate(places):
-        if not place.exchange:
+    found = list(kernels)
+    befores = _last_stages(kernels)
+    afters = _last_stages(kernels[::-1])[::-1]
+    is_out = False  # dispatched, and not yet combined
+    for at, kernel in enumerate(kernels):
+        if not kernel.exchange:
             continue
         is_behind = befores[at] in (Stage.ROUTER, Stage.DISPATCH) and afters[at] in _OUTWARD
-        if is_behind or (afters[at] is Stage.ROUTER and _is_behind_product(places, at)):
-            found[at], is_out = replace(place, stage=Stage.DISPATCH), True
+        if is_behind or (afters[at] is Stage.ROUTER and _follows_router_product(kernels, at)):
+            found[at], is_out = replace(kernel, stage=Stage.DISPATCH), True
         elif is_out and befores[at] is Stage.EXPERTS:
-            found[at], is_out = replace(place, stage=Stage.COMBINE), False
+            found[at], is_out = replace(kernel, stage=Stage.COMBINE), False
     return found
 
 
-def _is_behind_product(places: Sequence[Place], at: int) -> bool:
-    """Whether the router's product comes before a place, and only its choice behind."""
-    for place in places[at + 1 : at + 1 + _NEAR]:
-        if place.kind is Kind.GEMM:
+def _follows_router_product(kernels: Sequence[KernelContext], at: int) -> bool:
+    """Whether a kernel runs after the router's matrix product and before its top-k."""
+    for kernel in kernels[at + 1 : at + 1 + _NEAR]:
+        if kernel.kind is Kind.GEMM:
             return False
-        if place.stage is Stage.ROUTER:
+        if kernel.stage is Stage.ROUTER:
             break
-    nearest = (place.kind for place in places[max(0, at - _NEAR) : at][::-1])
+    nearest = (kernel.kind for kernel in kernels[max(0, at - _NEAR) : at][::-1])
     return next((kind for kind in nearest if kind in (Kind.GEMM, Kind.NORM)), None) is Kind.GEMM
 
 
-def _last_stages(places: Sequence[Place]) -> list[Stage | None]:
-    """For each place the last stage before it that is known by name and no meeting of ranks."""
+def _last_stages(kernels: Sequence[KernelContext]) -> list[Stage | None]:
+    """For each kernel the last stage before it that a name gives, collectives left out."""
     found: list[Stage | None] = []
     last: Stage | None = None
-    for place in places:
+    for kernel in kernels:
         found.append(last)
-        if place.stage is not None and place.stage not in _MEETINGS:
-            last = place.stage
+        if kernel.stage is not None and kernel.stage not in _COMMUNICATION:
+            last = kernel.stage
     return found
 
 
-def _beyond(places: Sequence[Place], order: Iterable[int]) -> Stage | None:
-    """The nearest stage known by name that is no meeting of ranks outside of a layer's parts."""
-    stages = (places[at].stage for at in order)
-    return next((stage for stage in stages if stage is not None and stage not in _MEETINGS), None)
+def _nearest_stage(kernels: Sequence[KernelContext], order: Iterable[int]) -> Stage | None:
+    """The nearest stage that a name gives, collectives and send/recv left out."""
+    stages = (kernels[at].stage for at in order)
+    return next(
+        (stage for stage in stages if stage is not None and stage not in _COMMUNICATION), None
+    )
 
 
 def _neighbour(
-    places: Sequence[Place], order: Iterable[int], region: int, inside: Stage | None
+    kernels: Sequence[KernelContext], order: Iterable[int], region: int, inside: Stage | None
 ) -> tuple[Stage | None, bool]:
-    """The nearest stage known by name, and whether its kernel runs in the same annotation.
+    """The nearest stage that a name gives, and whether its kernel is in the same annotation.
 
-    Where the annotation ends before, that has a stage: the annotation's.
+    If the annotation ends first, and has a stage, that stage.
     """
     for at in order:
-        if inside is not None and places[at].region != region:
+        if inside is not None and kernels[at].region != region:
             return inside, False
-        if (stage := places[at].stage) is not None:
-            return stage, places[at].region == region
+        if (stage := kernels[at].stage) is not None:
+            return stage, kernels[at].region == region
     return inside, False
 
 
 _NORM_GAP = 3  # kernels from one part of a norm to the next
 _NORMS = (Kind.NORM,)
 _PRODUCTS = (Kind.GEMM,)
-_MEETINGS = (Stage.COLLECTIVES, Stage.HAND_OVER)
+_COMMUNICATION = (Stage.COLLECTIVES, Stage.HAND_OVER)
 _NEAR = 40  # kernels
 _OUTWARD = (Stage.EXPERTS, Stage.DISPATCH)
 
 
-def between(before: Stage | None, after: Stage | None, kinds: Sequence[Kind]) -> list[Stage | None]:
-    """The stages of kernels between two whose stages are known.
+def stages_between(
+    before: Stage | None, after: Stage | None, kinds: Sequence[Kind]
+) -> list[Stage | None]:
+    """The stages of kernels that run between two whose stages are known.
 
     Args:
-        before, after: None at the beginning and the end.
-        kinds: of the kernels between, in order; none of them has a stage by its name.
+        before, after: stages of those two; None at the beginning and the end of the trace.
+        kinds: kinds of the kernels between, in order.
     """
     num = len(kinds)
     if before is None:
@@ -343,31 +352,35 @@ def between(before: Stage | None, after: Stage | None, kinds: Sequence[Kind]) ->
             return [None] * num
         before = Stage.EMBED if after is Stage.ATTENTION else after
     if after is None or (after is HOST and before is not HOST):  # a step, or the trace, ends
-        after = Stage.HEAD if before in _MEETINGS else before
-    if after is Stage.DISPATCH and before in (Stage.ATTENTION, *_MEETINGS) and Kind.GEMM in kinds:
-        after = Stage.ROUTER  # its product, and the norm before it
-    first, second, border = _halves(before, after, kinds)
+        after = Stage.HEAD if before in _COMMUNICATION else before
+    if (
+        after is Stage.DISPATCH
+        and before in (Stage.ATTENTION, *_COMMUNICATION)
+        and Kind.GEMM in kinds
+    ):
+        after = Stage.ROUTER  # the router's product, and the norm before it
+    first, second, border = _boundary(before, after, kinds)
     return [first] * border + [second] * (num - border)
 
 
-def _halves(
+def _boundary(
     before: Stage, after: Stage, kinds: Sequence[Kind]
 ) -> tuple[Stage | None, Stage | None, int]:
-    """The stage before the border, the one after it, and the border's place."""
+    """The stage before the border, the stage after it, and the number of kernels before it."""
     num = len(kinds)
     match before, after:
-        case (one, _) if one in _MEETINGS:
+        case (one, _) if one in _COMMUNICATION:
             return after, after, 0
-        case (_, other) if other in _MEETINGS:
+        case (_, other) if other in _COMMUNICATION:
             return before, before, num
         case (one, other) if one is other and one is not Stage.DISPATCH:
             return before, before, num
         case (one, Stage.EMBED) if one is not HOST:
             return after, after, 0
         case Stage.ATTENTION, (Stage.ROUTER | Stage.DISPATCH | Stage.EXPERTS):
-            # The output's projection, then the norm of the second half.
+            # The output projection, then the norm of the second half.
             norm = _last_norm(kinds)
-            border = norm if norm is not None else _behind(kinds, _PRODUCTS)
+            border = norm if norm is not None else _after(kinds, _PRODUCTS)
             return before, after, num if border is None else border
         case (
             (Stage.ROUTER | Stage.DISPATCH),
@@ -375,19 +388,19 @@ def _halves(
         ) if Kind.GEMM in kinds:
             product = kinds.index(Kind.GEMM)
             while product and kinds[product - 1] is Kind.CAST:
-                product -= 1  # what narrows the product's input
+                product -= 1  # the quantisation of the product's input
             return before, Stage.EXPERTS, product
         case Stage.ROUTER, (Stage.DISPATCH | Stage.EXPERTS):
             border = _first(kinds, (Kind.CAST, Kind.ALLOC))
             return before, after, num if border is None else border
         case (one, Stage.EMBED) if one is HOST:
-            # Compiled: which ids are this rank's, or all that is before the layers.
+            # Compiled: the vocabulary's mask of this rank, or all that runs before the layers.
             border = _first(kinds, (Kind.COMPILED,))
             return before, after, num if border is None else border
         case Stage.DISPATCH, (Stage.EXPERTS | Stage.COMBINE):
             return Stage.EXPERTS, Stage.EXPERTS, 0
         case Stage.EXPERTS, Stage.ROUTER:
-            border = _behind(kinds, _PRODUCTS)  # a shared expert's second product
+            border = _after(kinds, _PRODUCTS)  # a shared expert's second product
             return before, after, 0 if border is None else border
         case Stage.COMBINE, Stage.EXPERTS:
             border = _first(kinds, _PRODUCTS)
@@ -395,7 +408,7 @@ def _halves(
         case (_, Stage.ATTENTION | Stage.ROUTER | Stage.HEAD):
             border = _first(kinds, _NORMS)
             if border is None and before is Stage.EXPERTS:
-                border = _behind(kinds, _PRODUCTS)
+                border = _after(kinds, _PRODUCTS)
             if border is None and before in (Stage.HEAD, Stage.EMBED, HOST):
                 border = _first(kinds, _PRODUCTS)
             return before, after, 0 if border is None else border
@@ -404,11 +417,11 @@ def _halves(
 
 
 def _first(kinds: Sequence[Kind], wanted: Sequence[Kind]) -> int | None:
-    return next((place for place, kind in enumerate(kinds) if kind in wanted), None)
+    return next((number for number, kind in enumerate(kinds) if kind in wanted), None)
 
 
 def _last_norm(kinds: Sequence[Kind]) -> int | None:
-    """Where the last norm begins, which may be made of several operators."""
+    """Index of the first operator of the last norm, which may consist of several."""
     norms = [at for at, kind in enumerate(kinds) if kind is Kind.NORM]
     if not norms:
         return None
@@ -418,6 +431,6 @@ def _last_norm(kinds: Sequence[Kind]) -> int | None:
     return begin
 
 
-def _behind(kinds: Sequence[Kind], wanted: Sequence[Kind]) -> int | None:
+def _after(kinds: Sequence[Kind], wanted: Sequence[Kind]) -> int | None:
     first = _first(kinds, wanted)
     return None if first is None else first + 1
