@@ -181,29 +181,29 @@ def compare(
             vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
             scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
             are given.
-        corrections: Correct laws by a file of expertlane judge, which has what was measured in
-            place of what is assumed: links, kernels, overheads, skew. --skew and
-            --routing-trace take precedence.
+        corrections: Corrections file of expertlane judge: factors, fitted to measurements, on
+            links, kernels and overheads, and a routing skew. --skew and --routing-trace take
+            precedence.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or
             p99. Each deployment runs as many sequences as they allow.
-        engine: Engine that serves. Each deployment is started as its server, and measured from
-            outside; the name of another package's engine is taken too.
+        engine: Engine that serves. Each deployment is started as a server of this engine,
+            measured over HTTP, and stopped. Other packages may add engines.
         url: Measure a server with the OpenAI API. It runs already, and needs no EXPERIMENT;
             with one, the NAME of a deployment says that it has its layout.
         engine_python: Python of the environment that the engine is installed in.
-        engine_args: Further arguments of the engine's command, as "--enforce-eager".
+        engine_args: Further arguments of the engine's command, such as "--enforce-eager".
         tokenizer: Folder of the model's tokenizer.
         api_key_file: File with the API key. NAME: of that --url alone.
         flush_caches: Empty the server's prefix cache before each round: SGLang; vLLM in
             development mode.
-        start_timeout_s: Time limit of a server's start.
+        start_timeout_s: Time in which a server must become ready.
         request_timeout_s: Time limit of a request, waiting included.
-        profile: Then trace each engine started here by torch's profiler, in a pass of its own:
-            says where a step's time goes.
-        dry_run: Print the commands that would start the servers, and start none.
-        scripts: With --dry-run: also write scripts there that start each deployment on the
-            nodes of --cluster: a batch script for Slurm, and a LeaderWorkerSet for Kubernetes.
+        profile: Also trace a short load with torch's profiler, in a separate pass on engines
+            started here, to split a step's time by cause.
+        dry_run: Only print the commands that start the servers.
+        scripts: Also write a batch script for Slurm and a LeaderWorkerSet for Kubernetes there.
+            With --dry-run; they start each deployment on the nodes of --cluster.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 
@@ -265,8 +265,8 @@ def plan(
         copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
             else on the own node, else any; balanced: the tokens of each step are distributed to
             even out ranks' loads, where that saves time.
-        scripts: Also write scripts there that start the best of each engine: a batch script for
-            Slurm, and a LeaderWorkerSet for Kubernetes.
+        scripts: Also write a batch script for Slurm and a LeaderWorkerSet for Kubernetes there.
+            They start the best of each engine.
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second. Deployments
             are ranked by the most requests per second that they serve within --slo, then the
@@ -293,9 +293,9 @@ def plan(
             vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
             scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
             are given.
-        corrections: Correct laws by a file of expertlane judge, which has what was measured in
-            place of what is assumed: links, kernels, overheads, skew. --skew and
-            --routing-trace take precedence.
+        corrections: Corrections file of expertlane judge: factors, fitted to measurements, on
+            links, kernels and overheads, and a routing skew. --skew and --routing-trace take
+            precedence.
         mtp: Multi-token prediction: N draft tokens per step.
         mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         out: Folder for results.json, the reports and all else that the command writes. None:
@@ -405,9 +405,9 @@ def simulate(
             vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
             scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
             are given.
-        corrections: Correct laws by a file of expertlane judge, which has what was measured in
-            place of what is assumed: links, kernels, overheads, skew. --skew and
-            --routing-trace take precedence.
+        corrections: Corrections file of expertlane judge: factors, fitted to measurements, on
+            links, kernels and overheads, and a routing skew. --skew and --routing-trace take
+            precedence.
         overlap: Two-batch overlap: one half batch computes while the other communicates; auto,
             on real ranks: where faster for a step's number of tokens, timed at startup.
         num_micro_batches: Micro-batches per pipeline step.

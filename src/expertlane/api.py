@@ -125,17 +125,17 @@ def diff(
 def judge(
     *results: Schema | str | Path, cluster: str | None = None, of_engine: str | None = None
 ) -> Judgement:
-    """Judge a projection by what was measured: which assumption explains the difference.
+    """Find the wrong assumption of a projection by measurements: `expertlane judge`.
 
     Args:
-        results: results, a results.json, or the folder it is in: of compare with measured and
-            projected deployments, or measured ones and the plan's.
-        cluster: in place of the one that was projected on, as `--cluster` takes it.
-        of_engine: whose deployments count, where several engines were measured.
+        results: results, a results.json, or its folder: with measured and projected deployments, or
+            one with measured deployments and one of `plan` or `simulate`.
+        cluster: the cluster to project on, as `--cluster` takes it; None for the projection's own.
+        of_engine: engine whose deployments are judged; None if only one engine was measured.
 
     Raises:
-        UserError: nothing is measured or projected, models or devices differ, or a file cannot be
-            read.
+        UserError: nothing is measured or projected, models or devices differ, several engines were
+            measured, or a file cannot be read.
     """
     if not results:
         raise UserError("judge: give one or more results")

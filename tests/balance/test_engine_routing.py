@@ -61,7 +61,7 @@ def test_a_record_of_loads(tmp_path):
 @pytest.mark.parametrize("shape", [(0, 3, 4), (5, 0, 4), (5, 3, 4)])
 def test_nothing_recorded(tmp_path, shape):
     path = saved(tmp_path, {"rank": 0, "logical_count": torch.zeros(shape, dtype=torch.int32)})
-    refuses(path, "nothing recorded load server")
+    refuses(path, "no routing recorded requests")
 
 
 # per_token
@@ -124,14 +124,14 @@ def test_a_record_by_pass(tmp_path):
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ([1, 2], "record SGLang's"),
+        ([1, 2], "record SGLang"),
         ({"a": 1}, "logical_count records"),
         ({"logical_count": 3}, "logical_count tensor"),
-        ({"logical_count": torch.zeros((1, 2, 3))}, "logical_count whole numbers"),
-        ({"logical_count": torch.full((1, 2, 3), -1)}, "fewer than 0"),
-        (recorded(), "nothing recorded"),
+        ({"logical_count": torch.zeros((1, 2, 3))}, "logical_count integer tensor"),
+        ({"logical_count": torch.full((1, 2, 3), -1)}, "count negative"),
+        (recorded(), "no routing recorded"),
         ({"records": [3]}, "logical_count records"),
-        (recorded(record(0, [])), "nothing recorded"),
+        (recorded(record(0, [])), "no routing recorded"),
         (recorded({"forward_pass_id": 0}), "global_physical_count"),
         (recorded({"global_physical_count": torch.ones((3, 9), dtype=torch.int64)}), "3 9 3 4"),
         (recorded(record(0, IDS + 4)), "physical expert 7 map 4"),
@@ -323,7 +323,7 @@ def test_positions_that_a_cache_had_are_left_out(tmp_path):
     ("answer", "words"),
     [
         ({"choices": [{"routed_experts": None}]}, "--enable-return-routed-experts"),
-        ([], "no answer"),
+        ([], "no response"),
         ({"routed_experts": "%%%"}, "base64"),
         ({"routed_experts": base64.b64encode(b"123").decode()}, "3 bytes 24"),
         ({"routed_experts": base64.b64encode(b"\x93NUMPY").decode()}, "damaged"),

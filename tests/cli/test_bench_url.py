@@ -111,7 +111,7 @@ def test_what_the_server_counted_is_in_results_and_page(run, fake, tmp_path):
     shown = (tmp_path / "found" / "report.html").read_text("utf-8")
     assert RANK not in shown
     assert "&lt;script&gt;alert(2)" in shown
-    assert "Counted by the server" in shown
+    assert "Server metrics" in shown
     assert f"The prefix cache of {server.url} could not be emptied" in shown
     (serving,) = read(tmp_path / "found").deployments[0].serving
     assert set(serving.engine.by_rank) == {RANK, "1"}

@@ -79,7 +79,8 @@ def test_vllm(tmp_path, num_ranks):
             assert all(each.num_requests for each in first.engine.by_rank.values())
         again = measured(url, folder)  # the same prompts: a warm cache has their beginnings
         check_same(again, num_ranks)
-        assert again.engine.cached_share > 0.2
+        # A rank has the beginnings of its own requests alone.
+        assert again.engine.cached_share > 0.2 / num_ranks
         assert again.num_cached_tokens == again.engine.counts.num_cached_tokens
         flushed = measured(url, folder, replace(ASKED, flushes_caches=True))
         check_same(flushed, num_ranks)

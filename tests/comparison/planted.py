@@ -1,7 +1,12 @@
-"""Measured results with a mistake planted: projected under an assumption that a plan lacks."""
+"""Measured results with a mistake planted: projected under an assumption that a plan lacks.
 
+`PYTHONPATH=tests python -m comparison.planted DIR` writes those that docs/commands/judge.md shows.
+"""
+
+import sys
 from dataclasses import dataclass, replace
 from math import exp, log
+from pathlib import Path
 
 import numpy as np
 
@@ -13,6 +18,7 @@ from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.results.estimate import Estimate, Summary
+from expertlane.results.file import write
 from expertlane.results.hardware import Machine
 from expertlane.results.metrics import serving_record
 from expertlane.results.record import (
@@ -324,3 +330,19 @@ def results_of(case):
         context=sizes(case)[0].num_cached,
         cluster=cluster_record(cluster, Served(model, TYPES.weights)),
     )
+
+
+SHOWN = Case(
+    "inter_node_link",
+    "large",
+    "h200x16",
+    Execution.GRAPH,
+    ("tp=8,pp=2", "dp=16,ep=16", "tp=4,dp=4,ep=16"),
+    64,
+    512,
+    True,
+    1,
+)
+
+if __name__ == "__main__":
+    write(results_of(SHOWN), Path(sys.argv[1]))

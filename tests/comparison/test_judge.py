@@ -143,7 +143,7 @@ def test_another_device_is_refused(results):
 
 def test_nothing_measured_or_projected_is_refused(results):
     planned = replace(results, deployments=results.select("projected"), machine=None)
-    with pytest.raises(UserError, match="nothing is measured"):
+    with pytest.raises(UserError, match="no measured deployments"):
         judge([planned], Progress())
     question = {"experiment": results.question["experiment"]}
     measured = replace(

@@ -6,7 +6,7 @@ import pytest
 
 from comparison.profiled_rank import Profile, profiled_ranks
 from distributed.running import deployment, run_deployment
-from expertlane.comparison.torch_trace import read_step_causes, steps_record
+from expertlane.comparison.traces.torch_trace import read_step_causes, steps_record
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.results.metrics import stage_time
 from expertlane.schedule.scheduler import step_records

@@ -49,18 +49,18 @@ def test_the_table_of_a_load():
     found = cells(ENGINE)
     assert found["requests"] == "12"
     assert found["prompt tokens"] == "900"
-    assert found["as the client"] == "same"
+    assert found["client's counts"] == "same"
     assert found["preemptions"] == "2"
     assert found["running, mean"] == "6.0"
-    assert found["waiting, most"] == "3"
-    assert found["KV cache, most"] == "50%"
+    assert found["waiting, max"] == "3"
+    assert found["KV cache, max"] == "50%"
     assert found["ranks, max/mean"] == "1.67×"
 
 
 def test_what_is_not_told_is_a_dash():
     found = cells(EngineRecord("trtllm", EngineCounts()))
     assert found["requests"] == found["running, mean"] == found["ranks, max/mean"] == NONE
-    assert found["as the client"] == NONE
+    assert found["client's counts"] == NONE
 
 
 def test_ranks_have_a_table_where_several_count():

@@ -1,10 +1,10 @@
-"""Which experts tokens chose, as other engines record it: into traces, or loads of experts.
+"""Read routing that other engines recorded: traces of tokens' experts, or counts of experts.
 
-SGLang writes its expert distribution record by `torch.save`, in the form of its mode
-(python/sglang/srt/eplb/expert_distribution.py). Both vLLM (`--enable-return-routed-experts`,
-docs.vllm.ai/training/routed_experts) and SGLang (`return_routed_experts`) send the experts of a
-request's tokens with the answer: those are read from a file of answers, in JSON, one a line or
-together.
+SGLang writes its expert distribution record with `torch.save`; the content depends on its recorder
+mode (python/sglang/srt/eplb/expert_distribution.py). vLLM (`--enable-return-routed-experts`,
+docs.vllm.ai/training/routed_experts) and SGLang (`return_routed_experts`) return the experts of a
+request's tokens in its response. Responses are read from a JSON file: one response, a list of them,
+or one per line.
 """
 
 import base64
@@ -33,11 +33,12 @@ _MOST_EXPERTS = 2**15 - 1
 
 @dataclass(frozen=True, eq=False)
 class RoutingCounts:
-    """How often the experts of a model were chosen; not by which tokens.
+    """How often each expert was chosen, summed over tokens.
 
     Attributes:
-        layers: the MoE layers' indices among the hidden layers, ascending.
-        counts: [num_layers, num_experts].
+        model: the model's name.
+        layers: indices of the MoE layers among the hidden layers, ascending.
+        counts: [num_layers, num_experts]; tokens that chose each logical expert.
     """
 
     model: str
@@ -46,24 +47,24 @@ class RoutingCounts:
 
     @property
     def num_experts(self) -> int:
-        """Logical experts of a layer."""
+        """Number of logical experts of a layer."""
         return int(self.counts.shape[1])
 
     @property
     def num_experts_per_tok(self) -> None:
-        """Not known, unlike that of a trace."""
+        """None: counts do not have it, unlike a trace."""
 
     @property
     def num_choices(self) -> int:
-        """Choices of an expert by a token in a layer, on average."""
+        """Choices of an expert in a layer, the mean over layers."""
         return round(float(self.counts.sum()) / len(self.layers))
 
     @property
     def topk_ids(self) -> None:
-        """Not known, unlike those of a trace."""
+        """None: counts do not have them, unlike a trace."""
 
     def load(self) -> npt.NDArray[np.int64]:
-        """The counts, as of a trace."""
+        """The counts, [num_layers, num_experts], as the method of a trace."""
         return self.counts
 
 
@@ -71,15 +72,16 @@ Routing = RoutingTrace | RoutingCounts
 
 
 def read_routing(path: Path, model: ModelConfig | None = None, name: str | None = None) -> Routing:
-    """Read a trace of ours, a record of SGLang, or answers of vLLM or SGLang.
+    """Read a routing trace, a record of SGLang, or responses of vLLM or SGLang.
 
     Args:
-        model: that it is of, which answers do not tell.
-        name: the model's name, where the file has none; None for the file's own.
+        path: the file.
+        model: the model of responses, which do not name it; other files ignore it.
+        name: the model's name for a record of SGLang, which has none; None for the file's name.
 
     Raises:
-        UserError: the file is missing, damaged or of another kind, or does not fit the model; one
-            line that names the file.
+        UserError: the file is missing, damaged or of another kind, or its routing does not fit the
+            model.
     """
     check_regular(path, TRACE_BYTES)
     if is_torch_file(path):
@@ -94,10 +96,10 @@ def read_routing(path: Path, model: ModelConfig | None = None, name: str | None 
 
 
 def is_answers(path: Path) -> bool:
-    """True if a file begins as JSON does.
+    """True if a file begins with a JSON object or list.
 
     Raises:
-        UserError: it is missing, or cannot be read.
+        UserError: the file is missing, or cannot be read.
     """
     check_regular(path)
     try:
@@ -112,17 +114,22 @@ def is_answers(path: Path) -> bool:
 
 def _of_sglang(data: Any, name: str) -> Routing:
     if not isinstance(data, dict):
-        raise UserError("it is no record of SGLang's experts")
+        raise UserError("it is not an expert distribution record of SGLang")
     if "logical_count" in data:
         return _of_counts(_array(data, "logical_count", 3).sum(axis=0), name)
     records = data.get("records")
     if not isinstance(records, list) or not all(isinstance(each, dict) for each in records):
-        raise UserError("it is no record of SGLang's experts: it has no logical_count or records")
+        raise UserError(
+            "it is not an expert distribution record of SGLang: it has neither logical_count nor "
+            "records"
+        )
     if not records:
-        raise UserError("nothing was recorded: put load on the server between start and dump")
+        raise UserError(
+            "no routing was recorded: send requests between start and dump of the record"
+        )
     logical = _array(data, "last_physical_to_logical_map", 2)
     if logical.min(initial=0) < 0 or logical.max(initial=0) >= _MOST_EXPERTS:
-        raise UserError("last_physical_to_logical_map names an expert that there can't be")
+        raise UserError("last_physical_to_logical_map names an expert that cannot exist")
     if "topk_ids_of_layer" in records[0]:
         return _of_tokens(records, logical, name)
     counts = np.zeros((len(logical), int(logical.max()) + 1), np.int64)
@@ -131,7 +138,7 @@ def _of_sglang(data: Any, name: str) -> Routing:
         found = _array(record, "global_physical_count", 2)
         if found.shape != logical.shape:
             raise UserError(
-                f"global_physical_count is of shape {found.shape}, the experts' map of "
+                f"global_physical_count has shape {found.shape}, last_physical_to_logical_map "
                 f"{logical.shape}"
             )
         np.add.at(counts, (layers, logical), found)
@@ -140,16 +147,18 @@ def _of_sglang(data: Any, name: str) -> Routing:
 
 def _of_counts(counts: Ints, name: str) -> RoutingCounts:
     if counts.min(initial=0) < 0:
-        raise UserError("an expert was chosen fewer than 0 times")
+        raise UserError("a count of an expert is negative")
     layers = np.flatnonzero(counts.any(axis=1))  # others are dense
     if not len(layers):
-        raise UserError("nothing was recorded: put load on the server between start and dump")
+        raise UserError(
+            "no routing was recorded: send requests between start and dump of the record"
+        )
     take("num_experts", counts.shape[1], "num_experts")
     return RoutingCounts(name, tuple(layers.tolist()), counts[layers].astype(np.int64))
 
 
 def _of_tokens(records: list[dict[str, Any]], logical: Ints, name: str) -> RoutingTrace:
-    """The mode per_token: physical experts by layer and token, -1 where there is none."""
+    """Read SGLang's mode per_token: physical experts by layer and token, -1 for none."""
     steps, parts = [], []
     for record in records:
         ids, step = _array(record, "topk_ids_of_layer", 3), record.get("forward_pass_id")
@@ -171,9 +180,11 @@ def _of_tokens(records: list[dict[str, Any]], logical: Ints, name: str) -> Routi
     layers = np.flatnonzero(is_there.any(axis=(1, 2)))  # others are dense
     columns = np.flatnonzero(is_there.any(axis=(0, 1)))
     if not len(layers):
-        raise UserError("nothing was recorded: put load on the server between start and dump")
+        raise UserError(
+            "no routing was recorded: send requests between start and dump of the record"
+        )
     found = found[layers][:, :, columns]
-    is_whole = (found >= 0).all(axis=(0, 2))  # others fill a batch up
+    is_whole = (found >= 0).all(axis=(0, 2))  # others are padding
     found, step = found[:, is_whole], step[is_whole]
     ids = np.stack([of[each] for of, each in zip(logical[layers], found, strict=True)])
     num_experts = int(logical.max()) + 1
@@ -185,7 +196,7 @@ def _of_tokens(records: list[dict[str, Any]], logical: Ints, name: str) -> Routi
 def _array(table: dict[str, Any], key: str, num_dims: int) -> Ints:
     found = table.get(key)
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "iu" or found.ndim != num_dims:
-        raise UserError(f"{key} is no tensor of whole numbers with {num_dims} dimensions")
+        raise UserError(f"{key} is not an integer tensor with {num_dims} dimensions")
     return found
 
 
@@ -214,11 +225,11 @@ def _of_answers(answers: list[Any], model: ModelConfig | None) -> RoutingTrace:
     routed = [each for answer in answers for each in _routed(answer)]
     if not routed:
         raise UserError(
-            "no answer has routed experts: vLLM sends them with --enable-return-routed-experts, "
-            "SGLang where a request has return_routed_experts"
+            "no response has routed experts: vLLM sends them with --enable-return-routed-experts, "
+            "SGLang if a request has return_routed_experts"
         )
     if model is None:
-        raise UserError("answers do not tell their model; give it with --model")
+        raise UserError("responses do not name their model; give it with --model")
     parts = [_of_model(each, model) for each in routed]
     ids = np.concatenate(parts, axis=1)
     step = np.repeat(np.arange(len(parts)), [each.shape[1] for each in parts])
@@ -231,7 +242,7 @@ _KEYS = "prompt_routed_experts", "routed_experts"
 
 
 def _routed(answer: Any) -> Iterator[Any]:
-    """The values of these keys, wherever an answer has them; prompts first."""
+    """The values of these keys at any depth of a response, those of prompts first."""
     if isinstance(answer, list):
         for each in answer:
             if isinstance(each, dict):
@@ -244,7 +255,13 @@ def _routed(answer: Any) -> Iterator[Any]:
 
 
 def _of_model(routed: Any, model: ModelConfig) -> Ints:
-    """[num_moe_layers, num_tokens, num_experts_per_tok]; tokens without a choice are left out."""
+    """The routed experts of a response, [num_moe_layers, num_tokens, num_experts_per_tok].
+
+    Tokens whose keys and values came from a prefix cache have no experts, and are left out.
+
+    Raises:
+        UserError: shapes or experts do not fit the model.
+    """
     if isinstance(routed, str):
         found = _decoded(routed, model)
     else:
@@ -269,7 +286,7 @@ def _of_model(routed: Any, model: ModelConfig) -> Ints:
         )
     if found.max(initial=0) >= model.num_experts:
         raise UserError(f"a token chose expert {found.max()}; {model.name} has {model.num_experts}")
-    # Tokens whose keys a cache had are -1, or as the buffer was: 0.
+    # Experts of cached tokens are -1, or 0 as the buffer was initialised.
     is_blank = np.any(found < 0, axis=2)
     if found.shape[2] > 1:
         is_blank = is_blank | np.all(found == 0, axis=2)
@@ -278,7 +295,11 @@ def _of_model(routed: Any, model: ModelConfig) -> Ints:
 
 
 def _decoded(text: str, model: ModelConfig) -> Ints:
-    """vLLM's array file, or SGLang's int32 numbers, of all layers; both in base64."""
+    """Decode base64: vLLM's .npy file, or SGLang's int32 numbers of all layers.
+
+    Raises:
+        UserError: it is damaged, or does not fit the model.
+    """
     try:
         data = base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):

@@ -1,9 +1,9 @@
-"""Numbers out of a file of `torch.save`, without torch and without unpickling.
+"""Read tensors and plain data from a `torch.save` file, without torch and without unpickling.
 
-Such a file is a zip archive: `data.pkl`, a program of pickle's machine that builds what was saved,
-and one member of raw numbers for each storage (torch/serialization.py). Here its operations are
-read one by one. Those that build plain data, and a tensor of a storage, are done by the functions
-below; any other ends the reading. No name in the file is ever imported or called.
+Such a file is a zip archive: `data.pkl`, a pickle program that builds the saved value, and one
+member with the raw numbers of each storage (torch/serialization.py). The opcodes of the program are
+interpreted here, one by one. Only opcodes that build plain data, and tensors on a storage, are
+known; any other is an error. No name in the file is imported or called.
 """
 
 import pickletools
@@ -52,11 +52,11 @@ _DTYPES: dict[str, np.dtype[Any]] = {  # by the names of torch's storages
 
 
 class _Mark:
-    """The beginning of a list of operands."""
+    """Pickle's mark on the stack, below the operands of an opcode."""
 
 
 class _Name:
-    """A name that the program would import; here it is only compared."""
+    """A global name in the program; pickle would import it, here it is only compared."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -67,7 +67,7 @@ _TENSOR, _TABLE = "torch._utils _rebuild_tensor_v2", "collections OrderedDict"
 
 
 def is_torch_file(path: Path) -> bool:
-    """True if a file is an archive of `torch.save`."""
+    """True if a file is a zip archive as `torch.save` writes it."""
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/data.pkl") for name in archive.namelist())
@@ -76,10 +76,10 @@ def is_torch_file(path: Path) -> bool:
 
 
 def read_torch_file(path: Path) -> Any:
-    """The saved value: dicts, lists, tuples, numbers, text and tensors as arrays.
+    """The saved value: dicts, lists, tuples, numbers, strings, and tensors as read-only arrays.
 
     Raises:
-        UserError: the file is missing, damaged, too large, or holds anything else; one line.
+        UserError: the file is missing, damaged or too large, or has any other type.
     """
     check_regular(path, TRACE_BYTES)
     try:
@@ -88,17 +88,17 @@ def read_torch_file(path: Path) -> Any:
     except _Refused as error:
         raise UserError(f"{path} {error}") from None
     except DAMAGED as error:
-        raise UserError(f"{path} is no file of torch.save, or is damaged") from error
+        raise UserError(f"{path} is not a torch.save file, or is damaged") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 class _Refused(Exception):
-    """It holds what is not read here; the text goes on after the file's name."""
+    """The file has something that is not read here; the text follows the file's name."""
 
 
 class _Machine:
-    """Does the operations of `data.pkl` that build plain data and tensors."""
+    """Interprets the opcodes of `data.pkl` that build plain data and tensors."""
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self._archive = archive
@@ -116,12 +116,12 @@ class _Machine:
         self._storages: dict[tuple[str, str], npt.NDArray[Any]] = {}
 
     def run(self) -> Any:
-        """The value that the program leaves."""
+        """Interpret the program; return the value that it builds."""
         name = f"{self._folder}data.pkl"
         if self._sizes[name] > _PROGRAM_BYTES:
             raise _Refused(f"has a data.pkl of more than {_PROGRAM_BYTES:,} bytes")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of escapes in text of operations not done here
+            warnings.simplefilter("ignore")  # on escapes in arguments of opcodes not known here
             for operation, argument, _ in pickletools.genops(self._archive.read(name)):
                 if operation.name == "STOP":
                     return self._stack.pop()
@@ -132,15 +132,15 @@ class _Machine:
         raise ValueError("no end")
 
     def push(self, value: Any) -> None:
-        """Put a value on the stack."""
+        """Push a value."""
         self._stack.append(value)
 
     def pop(self) -> Any:
-        """Take the latest value."""
+        """Pop a value."""
         return self._stack.pop()
 
     def since_mark(self) -> list[Any]:
-        """Take all values since the latest mark."""
+        """Pop all values above the last mark, and the mark."""
         for place in range(len(self._stack) - 1, -1, -1):
             if self._stack[place] is _MARK:
                 values = self._stack[place + 1 :]
@@ -149,11 +149,11 @@ class _Machine:
         raise ValueError("no mark")
 
     def keep(self, number: int | None) -> None:
-        """Remember the latest value."""
+        """Store the top of the stack in the memo; under the next number for None."""
         self._memo[len(self._memo) if number is None else number] = self._stack[-1]
 
     def recall(self, number: int) -> None:
-        """Put a value that was remembered on the stack."""
+        """Push a value of the memo."""
         self._stack.append(self._memo[number])
 
     def append(self, values: list[Any]) -> None:
@@ -174,7 +174,7 @@ class _Machine:
             target[key] = value
 
     def reduce(self) -> None:
-        """Make a tensor; a table that torch keeps beside it is empty."""
+        """Call one of two known functions: build a tensor, or an empty OrderedDict."""
         arguments, name = self.pop(), self.pop()
         text = name.text if type(name) is _Name else "a value"
         if type(arguments) is tuple and text == _TENSOR:
@@ -185,7 +185,7 @@ class _Machine:
             raise _Refused(f"holds more than numbers and text ({text.replace(' ', '.')[:60]})")
 
     def storage(self) -> None:
-        """The numbers of a storage, by its description on the stack."""
+        """Replace a storage's description on the stack by its numbers."""
         kind, name, key, _, number = self.pop()
         if kind != "storage" or type(name) is not _Name or type(key) is not str:
             raise ValueError("no storage")

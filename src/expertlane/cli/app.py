@@ -36,7 +36,7 @@ for _command, _help in {
     simulate: "Project one deployment on target hardware; needs no GPU.",
     balance: "Place experts on ranks by the load in a routing trace.",
     calibrate: "Measure this machine, to plan and simulate for it.",
-    judge: "Judge a projection by what was measured, and correct it.",
+    judge: "Find the wrong assumption of a projection by measurements, and correct it.",
     diff: "Say what changed between two results; exit code 1 on a regression.",
     report: "Show a results.json again, and write its pages.",
 }.items():

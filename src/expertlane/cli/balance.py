@@ -43,15 +43,15 @@ class _Options:
     panel: ClassVar = Panel.DEPLOYMENT
     trace: Path = typer.Argument(
         metavar="ROUTING_TRACE",
-        help="What expertlane generate --record-routing wrote; SGLang's expert distribution record "
-        "(.pt); answers of vLLM or SGLang with routed experts (JSON).",
+        help="Trace of expertlane generate --record-routing; SGLang's expert distribution record "
+        "(.pt); or responses of vLLM or SGLang with routed experts (JSON).",
     )
     model: str | None = typer.Option(
         None,
         metavar="MODEL",
         autocompletion=known_models,
-        show_default="as the file says",
-        help=f"{MODEL_HELP} Of another engine's file; for SGLang's record any name.",
+        show_default="the one that the file names",
+        help=f"{MODEL_HELP} Needed for responses; for SGLang's record it is only a name.",
     )
     ep_ranks: int = typer.Option(
         ..., "--ep", help="Expert-parallel ranks; ranks that share a sharded expert count as one."

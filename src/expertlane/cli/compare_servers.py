@@ -15,7 +15,13 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import given
-from expertlane.cli.options import API_KEY, api_keys, key_lines, request_timeout_option
+from expertlane.cli.options import (
+    API_KEY,
+    api_keys,
+    key_lines,
+    request_timeout_option,
+    scripts_option,
+)
 from expertlane.errors import UserError, naming
 from expertlane.printable import printable
 from expertlane.spec.files import strict_json, write_text
@@ -48,8 +54,8 @@ class ServerOptions:
         None,
         metavar="vllm|sglang|trtllm|expertlane",
         show_default="expertlane, without servers",
-        help="Engine that serves. Each deployment is started as its server, and measured from "
-        "outside; the name of another package's engine is taken too.",
+        help="Engine that serves. Each deployment is started as a server of this engine, measured "
+        "over HTTP, and stopped. Other packages may add engines.",
     )
     url: list[str] | None = typer.Option(
         None,
@@ -68,7 +74,7 @@ class ServerOptions:
         None,
         metavar="[NAME=]ARGS",
         rich_help_panel=Panel.MORE_SERVER,
-        help='Further arguments of the engine\'s command, as "--enforce-eager".',
+        help='Further arguments of the engine\'s command, such as "--enforce-eager".',
     )
     tokenizer: Path | None = typer.Option(
         None,
@@ -93,33 +99,29 @@ class ServerOptions:
         _START_TIMEOUT_S,
         metavar="SECONDS",
         rich_help_panel=Panel.MORE_SERVER,
-        help="Time limit of a server's start.",
+        help="Time in which a server must become ready.",
     )
     request_timeout_s: float | None = request_timeout_option("600", panel=Panel.MORE_SERVER)
     profile: bool = typer.Option(
         False,
         rich_help_panel=Panel.MORE_SERVER,
-        help="Then trace each engine started here by torch's profiler, in a pass of its own: says "
-        "where a step's time goes.",
+        help="Also trace a short load with torch's profiler, in a separate pass on engines started "
+        "here, to split a step's time by cause.",
     )
     dry_run: bool = typer.Option(
         False,
         rich_help_panel=Panel.MORE_SERVER,
-        help="Print the commands that would start the servers, and start none.",
+        help="Only print the commands that start the servers.",
     )
-    scripts: Path | None = typer.Option(
-        None,
-        rich_help_panel=Panel.MORE_SERVER,
-        metavar="DIR",
-        help="With --dry-run: also write scripts there that start each deployment on the nodes of "
-        "--cluster: a batch script for Slurm, and a LeaderWorkerSet for Kubernetes.",
+    scripts: Path | None = scripts_option(
+        "With --dry-run; they start each deployment on the nodes of --cluster.", Panel.MORE_SERVER
     )
 
     def __post_init__(self) -> None:
         if self.scripts is not None and not self.dry_run:
             raise UserError("--scripts starts nothing; give --dry-run too")
         if self.dry_run and self.url and not self.engine:
-            raise UserError("--dry-run prints what starts engines; give --engine")
+            raise UserError("--dry-run prints the commands of engines; give --engine")
 
     @property
     def is_asked(self) -> bool:
@@ -127,11 +129,11 @@ class ServerOptions:
         return bool(self.url) or self.engine not in (None, [], [OWN]) or self.dry_run
 
     def check_without_ranks(self, own: Any, *of_ranks: Any) -> None:
-        """Refuse options of ranks where servers are measured.
+        """Refuse options for ranks if servers are measured.
 
         Args:
-            own: the command's own options, of which some are for ranks.
-            of_ranks: groups of options for ranks alone.
+            own: the command's own options, some of which are for ranks.
+            of_ranks: groups of options that are only for ranks.
 
         Raises:
             UserError: one is given.
@@ -323,7 +325,7 @@ def _given_tokenizer(options: ServerOptions) -> "Vocabulary | None":
 
 
 def _vocabulary(experiment: "Experiment", options: ServerOptions) -> "Vocabulary | None":
-    """Tokens of prompts: the same for all servers, whatever they say of theirs."""
+    """The token ids of prompts, the same for all servers; None for those of the first server."""
     from expertlane.client.server import Vocabulary
 
     given_one = _given_tokenizer(options)
@@ -338,7 +340,7 @@ def _vocabulary(experiment: "Experiment", options: ServerOptions) -> "Vocabulary
 def _engines(
     engine: "Engine", experiment: "Experiment", options: ServerOptions, dtype: str | None
 ) -> "Engines":
-    """How an engine's servers are started, all that can be checked before checked.
+    """An engine with the commands of its servers; options are checked here.
 
     Raises:
         UserError: there is no checkpoint, or no such Python.
@@ -415,7 +417,7 @@ def print_commands(
     *,
     as_json: bool,
 ) -> None:
-    """Print how each deployment would be started, or why it would not; write scripts if asked.
+    """Print the command of each deployment, or why the engine cannot run it; write its scripts.
 
     Args:
         cluster: whose nodes scripts are for; None for that of the experiment's `[projection]`.

@@ -1,4 +1,4 @@
-"""`expertlane judge`: measured against projected, and corrections of what was assumed."""
+"""`expertlane judge`: measured against projected numbers, and corrections of assumptions."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +17,12 @@ from expertlane.spec.files import strict_json, write_text
 @dataclass(frozen=True, kw_only=True)
 class _Options:
     panel: ClassVar = Panel.PROJECTION
-    cluster: str | None = cluster_option(None, "the one that was projected on")
+    cluster: str | None = cluster_option(None, "that of the projection")
     of_engine: str | None = typer.Option(
         None,
         metavar="NAME",
-        show_default="the one that was measured",
-        help="Judge by the deployments of this engine, where several were measured.",
+        show_default="the measured one",
+        help="Engine whose deployments are judged, if several were measured.",
     )
 
 
@@ -33,30 +33,30 @@ def judge(
         typer.Argument(
             metavar="RESULTS",
             help="A results.json of compare, or its folder, with measured and projected "
-            "deployments; or measured ones, and those of the plan or simulation beside them.",
+            "deployments; or one with measured deployments, and one of plan or simulate.",
         ),
     ],
     *,
     own: _Options,
     output_options: OutputOptions,
 ) -> None:
-    """Judge a projection by what was measured; runs nothing.
+    """Find the wrong assumption of a projection by measurements; runs no model.
 
-    Projects every measured deployment anew under changed assumptions: bandwidth and latency of
-    links, families of kernels, overheads of host and scheduler, routing skew. Says which of them
-    explains most of the difference, how much of it and with what confidence, or which these
-    measurements can't separate, and what would. Then measured against projected, deployment by
-    deployment and term by term. Writes corrections.toml, which --corrections of plan, simulate and
-    compare takes.
+    Projects every measured deployment again with one assumption changed at a time: bandwidth and
+    latency of links, families of kernels, overheads of host and scheduler, routing skew. Prints
+    which assumption explains most of the difference, its share and a confidence; if measurements
+    do not identify one, what to measure to separate them. Then measured against projected, by
+    deployment and by part of a step. Writes corrections.toml for --corrections of plan, simulate
+    and compare.
 
     \b
     Examples:
       expertlane judge results/mine
-          of expertlane compare mine.toml --project
+          results of expertlane compare mine.toml --project
       expertlane judge results/measured results/plan-mine-h100x16
           measured deployments, and the plan that chose them
       expertlane judge results/mine --cluster machine.tomlx2
-          measured ones alone, projected on a machine that calibrate measured
+          measured deployments, projected on a profile of calibrate
       expertlane plan mine --cluster h100x16 --corrections \\
           results/judge-mine/corrections.toml
           a better plan

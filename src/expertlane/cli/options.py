@@ -440,9 +440,8 @@ def corrections_option() -> Any:
         None,
         metavar="FILE",
         show_default="none",
-        help="Correct laws by a file of expertlane judge, which has what was measured in place of "
-        "what is assumed: links, kernels, overheads, skew. --skew and --routing-trace take "
-        "precedence.",
+        help="Corrections file of expertlane judge: factors, fitted to measurements, on links, "
+        "kernels and overheads, and a routing skew. --skew and --routing-trace take precedence.",
         rich_help_panel=Panel.MODELLED,
     )
 
@@ -544,6 +543,21 @@ def api_keys(given: Mapping[str, str]) -> list[str]:
         if not key or not key.isascii() or not key.isprintable() or " " in key:
             raise UserError(f"{where} is no API key: it must be one word of printable ASCII")
     return list(given.values())
+
+
+def scripts_option(more: str, panel: Panel) -> Any:
+    """`--scripts`.
+
+    Args:
+        more: further help: what they start.
+    """
+    return typer.Option(
+        None,
+        rich_help_panel=panel,
+        metavar="DIR",
+        help="Also write a batch script for Slurm and a LeaderWorkerSet for Kubernetes there. "
+        f"{more}",
+    )
 
 
 def request_timeout_option(shown: str, panel: Panel | None = None) -> Any:

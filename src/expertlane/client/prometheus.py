@@ -1,10 +1,10 @@
-"""The metrics page of a server: series of Prometheus's text forms, and what engines call them.
+"""Read a server's `/metrics` page: series in Prometheus's text format, and their names by engine.
 
-`prometheus-client` reads such pages too, but comes with the extra `serve` alone, stops at the
-first line that it does not understand, and builds every series: of vLLM with 16 data-parallel ranks
-(5,969 lines) 136 ms of CPU time, in which no request is sent or timed. Here one expression finds
-the lines that are wanted, in 2 ms, and passes over all others (1 December 2026, two busy cores of
-an Intel Xeon).
+`prometheus-client` reads such pages too. But only the extra `serve` installs it, it stops at the
+first line that it cannot parse, and it builds every series: 136 ms of CPU time for vLLM with 16
+data-parallel ranks (5,969 lines), in which the client can neither send nor time a request. Here one
+regular expression finds the wanted lines in 2 ms (1 December 2026, two busy cores of an Intel
+Xeon).
 """
 
 import math
@@ -20,7 +20,7 @@ from expertlane.results.engine_record import EngineCounts
 
 MOST_PAGE_BYTES = 32 * 2**20
 _MOST_SERIES = 100_000
-_MOST_COUNT = 2**53  # beyond, a float does not count
+_MOST_COUNT = 2**53  # above it floats do not hold every whole number
 _MOST_RANKS = 1024
 _MOST_LABEL = 40
 
@@ -33,7 +33,10 @@ _ESCAPES = {"n": "\n"}
 
 
 def _lines(names: Iterable[str]) -> re.Pattern[bytes]:
-    """Finds the lines of metrics: name, labels, value; a timestamp or exemplar may follow."""
+    """An expression for the sample lines of metrics: name, labels, value.
+
+    A timestamp or an exemplar may follow.
+    """
     either = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
     return re.compile(
         rf'\n({either})(?:\{{((?:[^"\n}}]++|"(?:[^"\\\n]++|\\.)*+")*+)\}})?[ \t]+(\S+)'.encode()
@@ -41,10 +44,11 @@ def _lines(names: Iterable[str]) -> re.Pattern[bytes]:
 
 
 def series(page: bytes, lines: re.Pattern[bytes]) -> Series:
-    """The series of a page that an expression of `_lines` finds, by name and labels.
+    """The series of a page, by name and labels; values that are not finite are left out.
 
-    A line that is no sample is passed over; of two of a series the last counts. Values that are no
-    finite numbers are left out.
+    Args:
+        page: the body of the answer.
+        lines: an expression of `_lines`. If a series occurs twice, the last line counts.
     """
     found: Series = {}
     for match in islice(lines.finditer(b"\n" + page), _MOST_SERIES):
@@ -69,20 +73,25 @@ def _unescaped(match: re.Match[str]) -> str:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number by the names that an engine's versions give it; the first that is there counts.
+    """The metric of an engine that has one of our counts or gauges.
 
     Attributes:
-        only: values of a label by which series count; empty for all.
+        names: its names in the engine's versions; the first one on the page counts.
+        only: by label, the values for which a series counts; empty for all series.
     """
 
     names: tuple[str, ...] = ()
     only: Mapping[str, frozenset[str]] = field(default_factory=dict)
 
     def by_rank(self, found: Series, rank: tuple[str, ...], *, is_gauge: bool) -> dict[str, float]:
-        """The number by the values of the labels that tell data-parallel ranks apart.
+        """The metric's value by data-parallel rank.
 
-        Counters of a rank are summed. Of gauges the largest counts: ranks of a tensor-parallel
-        group repeat each other's.
+        A rank's series are summed for counters. For gauges the largest counts, since the ranks of a
+        tensor-parallel group report the same one.
+
+        Args:
+            found: the page's series.
+            rank: labels that identify a data-parallel rank.
         """
         name = next((each for each in self.names if each in found), None)
         values: dict[str, list[float]] = {}
@@ -98,17 +107,17 @@ def _called(*names: str, **only: str) -> Metric:
     return Metric(names, {label: frozenset(words.split()) for label, words in only.items()})
 
 
-_WHOLE = "stop length repetition"  # reasons for which a request ends that was answered
+_WHOLE = "stop length repetition"  # finish reasons of completed requests
 
 
 @dataclass(frozen=True)
 class Names:
-    """Names of an engine's metrics.
+    """The names of an engine's metrics.
 
     Attributes:
-        marks: beginning of names by which its page is known.
-        rank: labels that tell data-parallel ranks apart.
-        counters, gauges: by the names of fields of `EngineCounts` and `Gauges`.
+        marks: prefix of its metrics, by which a page is recognised.
+        rank: labels that identify a data-parallel rank.
+        counters, gauges: metrics, by field of `EngineCounts` and of `Gauges`.
     """
 
     engine: str
@@ -129,7 +138,7 @@ _OF_VLLM = {
     "num_preemptions": _called("vllm:num_preemptions_total"),
 }
 
-# An engine's page may have names of another, so the first whose mark is there counts.
+# A page may also have another engine's names, so the first engine whose prefix is there counts.
 NAMES = (
     # server/metrics.py; vLLM's names for what it has, with the label engine="0" for all ranks.
     Names(
@@ -178,7 +187,7 @@ NAMES = (
         },
     ),
     # tensorrt_llm/metrics/collector.py, class MetricsCollector, at /prometheus/metrics; needs
-    # return_perf_metrics, and enable_iter_perf_stats for the gauges. It tells no ranks apart.
+    # return_perf_metrics, and enable_iter_perf_stats for the gauges. It has no label for ranks.
     Names(
         "trtllm",
         "trtllm_",
@@ -210,7 +219,7 @@ _EXPRESSIONS = {
 
 @dataclass(frozen=True)
 class Gauges:
-    """A data-parallel rank at a moment; None where it is not told; as in `RankGauges`."""
+    """A data-parallel rank's gauges at one time, as in `RankGauges`; None for those it lacks."""
 
     num_running: float | None = None
     num_waiting: float | None = None
@@ -219,13 +228,13 @@ class Gauges:
 
 @dataclass(frozen=True)
 class Page:
-    """What a page of metrics tells.
+    """The counts and gauges of a metrics page.
 
     Attributes:
-        engine: whose names it has.
-        counts: since the server's start, by data-parallel rank; under "" where counters tell none
-            apart.
-        gauges: at this moment, by data-parallel rank.
+        engine: the engine whose metric names it has.
+        counts: since the server's start, by data-parallel rank; under "" if counters have no label
+            for ranks.
+        gauges: current values, by data-parallel rank.
     """
 
     engine: str
@@ -239,9 +248,10 @@ class Page:
 
 
 def read_page(page: bytes) -> Page | None:
-    """Read a page in Prometheus's text form or OpenMetrics', or TensorRT-LLM's list of iterations.
+    """Read a page in Prometheus's or OpenMetrics' text format, or TensorRT-LLM's JSON.
 
-    None where no engine is known by its names, or the page is larger than `MOST_PAGE_BYTES`.
+    Returns:
+        None if the page has no known engine's metrics, or is larger than `MOST_PAGE_BYTES`.
     """
     if len(page) > MOST_PAGE_BYTES:
         return None
@@ -278,7 +288,7 @@ def _by_number(item: tuple[str, Any]) -> tuple[int, str]:
 
 
 def _iterations(page: bytes) -> Page | None:
-    """The latest of TensorRT-LLM's iterations: gauges alone.
+    """The gauges of the last iteration in TensorRT-LLM's JSON list; it has no counters.
 
     Source: nvidia.github.io/TensorRT-LLM/commands/trtllm-serve, "Metrics Endpoint".
     """

@@ -1,4 +1,4 @@
-"""A server's own metrics before, during and after a load: what it counted, and its queues."""
+"""Read a server's `/metrics` before, during and after a load: counts and gauges."""
 
 import asyncio
 import time
@@ -24,17 +24,17 @@ from expertlane.results.engine_record import (
 
 # The second is TensorRT-LLM's, whose /metrics is a list of iterations in JSON.
 _ROUTES = ("/metrics", "/prometheus/metrics")
-_READ_S = 5.0  # that a page may take
-_EVERY_S = 0.5
-_MOST_SHARE = 0.05  # of the time, that reading may take: a server makes its page while it serves
-_MOST_SAMPLES = 256  # of a round; then every second one is dropped
-_SETTLED_S = 2.0  # within which a server counts what it has answered
-_STILL_S = 0.1  # between two pages that are alike
+_READ_S = 5.0  # timeout of one page
+_EVERY_S = 0.5  # interval of samples
+_MOST_SHARE = 0.05  # of the time for reading pages, since a server makes them while it serves
+_MOST_SAMPLES = 256  # in a round; beyond it every second one is dropped
+_SETTLED_S = 2.0  # time in which a server counts a request that it has answered
+_STILL_S = 0.1  # between two reads of the counters
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Gauges by data-parallel rank, and when they were read, since the load's start."""
+    """Gauges by data-parallel rank, and the time since the load's start at which they were read."""
 
     time_s: float
     gauges: dict[str, Gauges]
@@ -42,11 +42,14 @@ class Sample:
 
 @dataclass
 class Watched:
-    """What a server told of one load.
+    """A server's metrics over one load.
 
     Attributes:
-        counts: by data-parallel rank; None where it tells none, or was started anew.
-        both: client's and engine's counts; None also where the load was ended early.
+        engine: the engine whose metric names the server has.
+        counts: increase of the counters by data-parallel rank; None if there are no counters, or
+            the server was restarted.
+        both: the client's and the engine's counts; None also if the load was stopped early.
+        samples: gauges over time.
     """
 
     engine: str
@@ -59,7 +62,8 @@ class Watch:
     """Reads the metrics of one server.
 
     Args:
-        route: where they are.
+        route: path of its metrics page.
+        engine: the engine whose metric names the page has.
     """
 
     def __init__(self, connections: Connections, route: str, engine: str) -> None:
@@ -68,7 +72,7 @@ class Watch:
 
     @classmethod
     async def find(cls, connections: Connections) -> "Watch | None":
-        """The watch of a server; None where it has no metrics of a known engine."""
+        """Look for a server's metrics page; None if it has no metrics of a known engine."""
         best: tuple[str, Page] | None = None
         for route in _ROUTES:
             page = await _read(connections, route)
@@ -79,15 +83,15 @@ class Watch:
         if best is None:
             return None
         found = cls(connections, best[0], best[1].engine)
-        await found._still()  # requests that tried it are counted by then
+        await found._still()  # requests of the readiness check are counted by then
         return found
 
     async def read(self) -> Page | None:
-        """The page now; None where it can't be read."""
+        """The page now; None if it cannot be read."""
         return await _read(self._connections, self._route)
 
     async def _still(self) -> None:
-        """Wait until two pages have the same counts; on a server that others use, for a while."""
+        """Wait until counters stop rising, at most `_SETTLED_S`."""
         end_s = time.perf_counter() + _SETTLED_S
         before = await self.read()
         while before is not None and time.perf_counter() < end_s:
@@ -99,7 +103,7 @@ class Watch:
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[Watched]:
-        """Read gauges again and again while a load runs."""
+        """Sample gauges while a load runs."""
         watched = Watched(self.engine)
         sampling = asyncio.ensure_future(self._sample(watched.samples))
         try:
@@ -125,15 +129,15 @@ class Watch:
     async def settle(
         self, watched: Watched, before: Page | None, compare: Callable[[EngineCounts], RoundCounts]
     ) -> None:
-        """Read what was counted since `before`, when the server has counted all that it answered.
+        """Set the counts since `before`, once they agree with the client's or `_SETTLED_S` passed.
 
         Args:
-            compare: puts the client's counts beside the engine's.
+            compare: combines the engine's counts with the client's.
         """
         if before is None or not before.counts:
             return
         if compare(EngineCounts()).client.num_aborted:
-            await self._still()  # what was cut off is counted later
+            await self._still()  # aborted requests are counted later
         end_s = time.perf_counter() + _SETTLED_S
         while True:
             page = await self.read()
@@ -167,7 +171,7 @@ async def _read(connections: Connections, route: str) -> Page | None:
 
 
 def engine_record(rounds: Sequence[Watched | None]) -> EngineRecord | None:
-    """The record of a load of several rounds; None where the server told nothing."""
+    """The record of a load of several rounds; None if the server has no metrics."""
     told = [(number, each) for number, each in enumerate(rounds, 1) if each is not None]
     known = [each for _, each in told if each.counts is not None]
     gauges = _gauges(told)
@@ -182,7 +186,7 @@ def engine_record(rounds: Sequence[Watched | None]) -> EngineRecord | None:
 
 
 def _gauges(rounds: Sequence[tuple[int, Watched]]) -> GaugesRecord | None:
-    """Samples in which every rank tells the same gauges as in the latest."""
+    """The gauges of all samples that have the same ranks and gauges as the last sample."""
     samples = [(number, each) for number, watched in rounds for each in watched.samples]
     if not samples:
         return None

@@ -1,30 +1,29 @@
-"""Which changed assumption explains a difference, how much of it, and how surely: the statistics.
+"""The statistics of `judge`: which changed assumption explains the measured numbers, how surely.
 
 A projection under changed assumptions is a function of a few parameters, the logarithms of factors.
 Measured and projected numbers are compared as logarithms, so that a factor of two counts the same
-on a millisecond and on a second; each difference is over its standard deviation: what the measured
-number's interval says, and no less than what repeated runs differ by.
+on a millisecond and on a second. Each difference is divided by its standard deviation: from the
+measured number's interval, and at least the spread of repeated runs.
 
-**One assumption at a time.** For each the value is sought that leaves the least sum of squares;
-what it takes off the sum without any change is the share that it explains. Squares are Huber's
-(*Robust Statistics*, 1981): beyond `_HUBER` deviations a difference counts linearly, so that one
-disturbed measurement does not choose. An assumption that cannot change any number is left out.
+**One assumption at a time.** For each assumption the change is sought that minimises the sum of
+squared residuals. The share of that sum that the change removes is what the assumption *explains*.
+The loss is Huber's (*Robust Statistics*, 1981), linear beyond `_HUBER` standard deviations, so that
+one disturbed measurement does not decide. An assumption that changes no number is left out.
 
-**Confidence.** The assumptions are rivals for the same numbers, each with one free value, so their
-likelihoods compare as they are. No assumption fits all: a model errs by more than noise. The scale
-of what is left is therefore unknown too, and the likelihood is that of the profile,
--n/2 log(S/n) where S/n is above 1 (as in Burnham and Anderson, *Model Selection and Multimodel
-Inference*, 2002, section 2.2). Errors of a model are alike within a deployment, so n counts the
-independent ones: as many numbers of each deployment as differ, at most `_MOST_OF_GROUP`. A factor
-of two is likelier than one of ten before anything is measured: changes have a normal prior, as
-below. Weights of all rivals sum to 1. Those that together have `_ENOUGH` cannot be told apart, and
-all of them are named.
+**Confidence.** All single-assumption models have one free parameter, so their likelihoods compare
+without a penalty. A projection errs by more than noise, so the residual variance is unknown, and
+the profile likelihood is used: -n/2 log(S/n) where S/n is above 1, with S the sum of squares and n
+the number of independent residuals (Burnham and Anderson, *Model Selection and Multimodel
+Inference*, 2002, section 2.2). Errors are correlated within a deployment, so at most
+`_MOST_OF_GROUP` of each deployment's numbers count as independent. A normal prior on a change makes
+a factor of two likelier than one of ten. Weights of all assumptions sum to 1. The likeliest ones
+that together reach `_ENOUGH` are not distinguishable by these numbers, and all of them are named.
 
-**All together**, for corrections: regularised least squares by Gauss and Newton, from the best
-single assumption, with a normal prior around no change. How strong that prior is, is found by
-leaving out each deployment in turn (linearised), since a few points fit many factors in many ways:
-of priors that predict about equally well the strongest is taken. The inverse of the matrix at the
-optimum gives each factor's error; those that are smaller than it stay as assumed.
+**All together**, for corrections: regularised least squares (Gauss-Newton with Broyden's updates),
+from the best single assumption, with a normal prior at no change. The prior's width is chosen by
+leave-one-deployment-out cross-validation (linearised): of those that predict about equally well,
+the narrowest. The inverse of the normal matrix at the optimum gives each factor's standard error.
+Changes below `_SURE` standard errors are dropped.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,23 +37,23 @@ Floats = npt.NDArray[np.float64]
 Project = Callable[[Mapping[str, float]], Floats]
 
 _HUBER = 2.0  # deviations
-_FIRST = 0.4  # the first change that is tried, of a logarithm
-MOST_CHANGED = 2.5  # the largest: twelve times as long, or as short
-_NO_EFFECT = 2e-3  # of a logarithm: less is no effect
-_ROUNDS = 3  # of looking for one value; twice as many for all together
-_NUM_SOUGHT = 5  # assumptions whose best value is sought; of others a straight line says enough
+_FIRST = 0.4  # the first change that is tried, as a logarithm
+MOST_CHANGED = 2.5  # the largest change: a factor of twelve
+_NO_EFFECT = 2e-3  # largest change of a number's logarithm that counts as no effect
+_ROUNDS = 3  # iterations of the search for one change; twice as many for all together
+_NUM_SOUGHT = 5  # assumptions whose best change is searched; for others a linear estimate is enough
 _ENOUGH = 0.8  # odds of four to one
 _MOST_OF_GROUP = 8
-_USUAL = 0.7  # standard deviation of a logarithm before anything is measured: two times
+_USUAL = 0.7  # standard deviation of the prior on a change: a factor of two
 _PRIORS = 0.2, 0.4, _USUAL
-_FEWEST_GROUPS = 4  # to choose a prior by: with fewer one left out says little
+_FEWEST_GROUPS = 4  # deployments that cross-validation of the prior needs
 _ABOUT_EQUAL = 1.05
-_ALIKE = 0.95  # correlation of two factors' errors, from where on they are one
+_ALIKE = 0.95  # cosine of two assumptions' effects, from which on they are not identifiable
 _GRID = 241
-_CONVERGED = 0.01  # of a logarithm
-_NOISE = 1.5  # squares in deviations, on average
-_SURE = 1.5  # deviations, from where on a change is kept
-_CHANCE = 9.0  # squares that the best of ten values takes off noise, 1 time of 40
+_CONVERGED = 0.01  # change of a logarithm
+_NOISE = 1.5  # mean squared residual, in standard deviations, up to which it is noise
+_SURE = 1.5  # standard errors, from which on a change is kept
+_CHANCE = 9.0  # reduction of the sum of squares that the best of ten has by chance in 1 of 40 cases
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +62,8 @@ class Measured:
 
     Attributes:
         values: [N].
-        sigma: [N]; standard deviations.
-        groups: [N]; the deployment that each is of.
+        sigma: [N]; standard deviations of `values`.
+        groups: [N]; index of each number's deployment.
     """
 
     values: Floats
@@ -73,12 +72,16 @@ class Measured:
 
     @property
     def num_independent(self) -> float:
-        """Numbers that may err each by itself."""
+        """Number of independent residuals: at most `_MOST_OF_GROUP` of each deployment."""
         _, counts = np.unique(self.groups, return_counts=True)
         return float(np.minimum(counts, _MOST_OF_GROUP).sum())
 
     def badness(self, projected: Floats) -> float:
-        """Huber's sum of squares, over that of one number a deviation off."""
+        """Huber loss of the residuals, in squared standard deviations.
+
+        Args:
+            projected: [N]; logarithms.
+        """
         return float(_huber((self.values - projected) / self.sigma).sum())
 
 
@@ -96,12 +99,12 @@ def _weights(off: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class Single:
-    """One assumption changed, all others as they were.
+    """One assumption changed by itself.
 
     Attributes:
-        change: the logarithm of the factor that leaves the least.
-        explained: share of the sum of squares that it takes off.
-        weight: confidence among all; they sum to 1.
+        change: the best change: the logarithm of a factor.
+        explained: share of the sum of squares that it removes.
+        weight: confidence; those of all assumptions sum to 1.
     """
 
     name: str
@@ -112,12 +115,12 @@ class Single:
 
 @dataclass(frozen=True, eq=False)
 class Together:
-    """Several assumptions changed at once: those whose changes are larger than their errors.
+    """A fit of several assumptions at once; only significant changes are kept.
 
     Attributes:
-        changes: by name, logarithms of factors.
-        deviation: by name, the standard deviation of each.
-        alike: pairs whose factors the measurements do not tell apart, kept or not.
+        changes: logarithms of factors, by assumption.
+        deviation: standard error of each change, by assumption.
+        alike: pairs of assumptions that the measurements do not identify separately, kept or not.
     """
 
     changes: Mapping[str, float]
@@ -127,12 +130,14 @@ class Together:
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """The whole answer.
+    """What explains the difference of measured and projected numbers.
 
     Attributes:
-        singles: most likely first; only assumptions that change anything.
-        without_effect: those that these deployments do not depend on.
-        badness: sum of squares without any change, of `num` numbers.
+        singles: each assumption by itself, the likeliest first; those without effect left out.
+        together: the fit of all of them, for corrections.
+        without_effect: assumptions that change no number.
+        badness: Huber loss without any change.
+        num: number of measured numbers.
     """
 
     singles: tuple[Single, ...]
@@ -143,13 +148,13 @@ class Explained:
 
     @property
     def is_noise(self) -> bool:
-        """True if the difference is about noise, and no assumption takes off more than chance."""
+        """True if the loss is about that of noise, and no assumption reduces it beyond chance."""
         most = max((each.explained for each in self.singles), default=0.0) * self.badness
         return self.badness <= _NOISE * self.num and most < _CHANCE
 
     @property
     def likely(self) -> tuple[Single, ...]:
-        """The fewest assumptions that are together sure enough; one where it stands out."""
+        """The likeliest assumptions whose confidences reach `_ENOUGH` together, the fewest."""
         found: list[Single] = []
         for each in self.singles:
             found.append(each)
@@ -163,8 +168,9 @@ class Explainer:
     """Explains measured numbers by a projection under changed assumptions.
 
     Attributes:
-        project: [N] logarithms, of changes by name; expensive.
-        least: by name, the least change that makes sense, where it is not the usual.
+        names: assumptions that may be changed.
+        project: gives logarithms of projected numbers, [N], for changes by name; expensive.
+        least: lower bound of a change by name; else `-MOST_CHANGED`.
     """
 
     measured: Measured
@@ -174,17 +180,17 @@ class Explainer:
     _known: dict[tuple[float, ...], Floats] = field(default_factory=dict)
 
     def at(self, changes: Mapping[str, float]) -> Floats:
-        """[N]; the projection under changes, computed once."""
+        """Logarithms of projected numbers under changes, [N]; computed once for each."""
         key = tuple(round(changes.get(name, 0.0), 6) for name in self.names)
         if key not in self._known:
             self._known[key] = self.project(dict(zip(self.names, key, strict=True)))
         return self._known[key]
 
     def explain(self, advance: Callable[[], None] = lambda: None) -> Explained:
-        """Each assumption alone, then all together.
+        """Fit each assumption by itself, then all together.
 
         Args:
-            advance: called after each assumption, and once more.
+            advance: called after each assumption, and once at the end.
         """
         none = self.at({})
         badness = self.measured.badness(none)
@@ -194,21 +200,21 @@ class Explainer:
             if np.abs(self.at({name: _FIRST}) - none).max(initial=0.0) < _NO_EFFECT:
                 without.append(name)
             else:
-                found[name] = self._alone(name, 0)
+                found[name] = self._single(name, 0)
             advance()
         for name in sorted(found, key=lambda each: found[each][1])[:_NUM_SOUGHT]:
-            found[name] = self._alone(name, _ROUNDS)
+            found[name] = self._single(name, _ROUNDS)
         singles = self._weighed(found, badness)
         together = self.together(singles)
         advance()
         num = len(self.measured.values)
         return Explained(tuple(singles), together, tuple(without), badness, num)
 
-    def _alone(self, name: str, num_rounds: int) -> tuple[float, float]:
-        """The best change of one assumption, and what it leaves.
+    def _single(self, name: str, num_rounds: int) -> tuple[float, float]:
+        """The best change of one assumption, and the loss that remains.
 
         Args:
-            num_rounds: projections to look for it; none: by a straight line.
+            num_rounds: iterations of the search, a projection each; 0: a linear estimate.
         """
         nodes = [0.0, _FIRST]
         least = max(-MOST_CHANGED, self.least.get(name, -MOST_CHANGED))
@@ -226,7 +232,7 @@ class Explainer:
         return change, exact[change]
 
     def _between(self, name: str, nodes: Sequence[float], grid: Floats) -> Floats:
-        """[grid]; badness, with projections between and beyond nodes by straight lines."""
+        """Loss on a grid of changes, [grid], by linear interpolation between projections."""
         known = np.array([self.at({name: node}) for node in nodes])
         at = np.array(nodes)
         right = np.clip(np.searchsorted(at, grid), 1, len(at) - 1)
@@ -255,11 +261,11 @@ class Explainer:
         return sorted(singles, key=lambda each: (-each.weight, -each.explained))
 
     def forget(self) -> None:
-        """Drop what is known of projections, as they have changed."""
+        """Drop cached projections, after `project` has changed."""
         self._known.clear()
 
     def together(self, singles: Sequence[Single]) -> Together:
-        """All assumptions of `singles` at once, from the first of them on."""
+        """Fit all assumptions of `singles` at once, starting from the first one's change."""
         names = [each.name for each in singles]
         if not names:
             return Together({}, {})
@@ -291,10 +297,15 @@ class Explainer:
     def _newton(
         self, names: Sequence[str], start: Floats, prior: float, slopes: Floats
     ) -> tuple[Floats, Floats]:
-        """Changes that leave least, with the prior, and slopes [N, K] there, by Broyden's updates.
+        """Minimise the loss and the prior by Gauss-Newton steps.
 
         Args:
-            slopes: anywhere near.
+            start: [K]; changes to start from.
+            prior: standard deviation of the prior.
+            slopes: [N, K]; derivatives of the projection near the start.
+
+        Returns:
+            Changes [K], and derivatives there by Broyden's updates [N, K].
         """
         measured, changes = self.measured, start
         least = np.array(
@@ -325,7 +336,7 @@ class Explainer:
         return changes, slopes
 
     def _prior(self, names: Sequence[str], changes: Floats, slopes: Floats) -> float:
-        """The strongest prior that predicts a deployment left out about as well as any."""
+        """The narrowest prior that predicts left-out deployments about as well as the best."""
         groups = np.unique(self.measured.groups)
         if len(groups) < _FEWEST_GROUPS:
             return _USUAL
@@ -349,16 +360,16 @@ class Explainer:
 
 
 def _linear(wanted: Floats, slopes: Floats, sigma: Floats, prior: float) -> tuple[Floats, Floats]:
-    """Changes [K] that come nearest to what is wanted [N], by straight lines; their deviations."""
+    """Ridge regression: changes [K] for wanted differences [N], and their standard errors [K]."""
     normal = (slopes.T / sigma**2) @ slopes + np.eye(slopes.shape[1]) / prior**2
     covariance = np.linalg.inv(normal)
     return covariance @ (slopes.T @ (wanted / sigma**2)), np.sqrt(np.diag(covariance))
 
 
 def _sure(wanted: Floats, slopes: Floats, sigma: Floats, prior: float) -> list[int]:
-    """Places of changes that are larger than their errors, once others have made way.
+    """Indices of significant changes, by backward elimination.
 
-    The least sure goes first, since another may be sure once it has made way.
+    The least significant change is dropped first: another may become significant without it.
     """
     kept = list(range(slopes.shape[1]))
     while kept:
@@ -371,7 +382,7 @@ def _sure(wanted: Floats, slopes: Floats, sigma: Floats, prior: float) -> list[i
 
 
 def _alike(names: Sequence[str], slopes: Floats, sigma: Floats) -> tuple[tuple[str, str], ...]:
-    """Pairs that change all numbers by nearly the same proportions."""
+    """Pairs whose changes have nearly proportional effects on all numbers."""
     scaled = slopes / sigma[:, None]
     sizes = np.maximum(np.linalg.norm(scaled, axis=0), 1e-12)
     cosine = np.abs((scaled / sizes).T @ (scaled / sizes))

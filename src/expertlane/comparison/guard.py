@@ -1,11 +1,11 @@
-"""Runs one command, and ends it with all its descendants: run as a script, it needs only Python.
+"""Run one command, and end it with all its descendants. A script without imports of packages.
 
     guard.py PIPE GRACE_S COMMAND…
 
-It ends them when the pipe closes, as when the process that started it is killed, and when the
-command exits by itself. Orphaned descendants become its children (Linux: `PR_SET_CHILD_SUBREAPER`),
-so that one that has a session of its own is found too. Its exit status is the command's, 128 and
-the signal's number where a signal ended it.
+The guard ends the command when the pipe closes, as it does when the process that started the guard
+is killed. It kills what is left when the command exits. Orphaned descendants become its children
+(Linux: `PR_SET_CHILD_SUBREAPER`), so those in a session of their own are found too. Its exit status
+is the command's, or 128 plus the number of the signal that ended the command.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _POLL_S = 0.05
-_KILL_S = 10.0  # a killed process that the kernel still holds, as in a driver, is left to it
+_KILL_S = 10.0  # after that, a process that the kernel does not end (stuck in a driver) is left
 CANNOT_START = 127
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; gives its exit status."""
+    """Run the command; return its exit status."""
     pipe, grace_s, command = int(arguments[0]), float(arguments[1]), arguments[2:]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the pipe says when to end
@@ -55,7 +55,7 @@ def _before_command() -> None:
 
 
 def _end(child: "subprocess.Popen[bytes]", grace_s: float) -> int:
-    """Ask the command to end, and kill it if it does not; gives its exit status."""
+    """Send SIGTERM to the command, and SIGKILL after `grace_s`; return its exit status."""
     with contextlib.suppress(OSError):
         child.send_signal(signal.SIGCONT)  # a stopped process takes no other signal
         child.terminate()
@@ -67,7 +67,7 @@ def _end(child: "subprocess.Popen[bytes]", grace_s: float) -> int:
 
 
 def _end_descendants(group: int) -> None:
-    """Kill what is left, until nothing is."""
+    """Kill the command's process group and all descendants, until none is left."""
     until_s = time.monotonic() + _KILL_S
     while time.monotonic() < until_s:
         with contextlib.suppress(OSError):
@@ -86,7 +86,7 @@ def _end_descendants(group: int) -> None:
 
 
 def _descendants(pid: int) -> list[int]:
-    """All processes below one, by what /proc says at this moment."""
+    """Process ids of all descendants of a process, from /proc."""
     parents: dict[int, int] = {}
     for name in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError), open(f"/proc/{name}/stat", "rb") as file:

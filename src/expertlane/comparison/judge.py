@@ -1,9 +1,9 @@
-"""Measured against projected, deployment by deployment and term by term: `expertlane judge`.
+"""Compare measured with projected numbers, and find the wrong assumption: `expertlane judge`.
 
-Every measured deployment is projected anew, at the sizes of the steps that were measured and with
-the load that a client put on it, first as a plan would, then under changed assumptions
-(`reprojection`). `explained` says which change explains most of the difference, and fits all of
-them together; what that comes to are corrections for other projections (`cost.laws.corrections`).
+Every measured deployment is projected again, at the step sizes that were measured and under the
+client's load: first as a plan would, then under changed assumptions (`reprojection`). `explained`
+finds the change that explains most of the difference, and fits all changes together. The fit gives
+corrections for later projections (`cost.laws.corrections`).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,18 +36,18 @@ from expertlane.results.results import FOREIGN_LOAD, Results
 from expertlane.spec.names import Phase
 from expertlane.spec.ranges import shown
 
-_TOLD = 0.01  # a factor nearer to one is none
-_MUCH = 0.05  # of a step
+_TOLD = 0.01  # a smaller logarithm of a factor is no correction
+_MUCH = 0.05  # share of a step in unknown kernels, from which on there is a caution
 
 
 @dataclass(frozen=True)
 class JudgedNumber:
-    """A number of a deployment.
+    """A number of a deployment: measured, projected, and projected with corrections.
 
     Attributes:
         where: phase of a step, or the load.
         metric: one of `WHOLE`, a cause of a step's time, or `EXPERTS_LOAD`.
-        measured, projected, corrected: in seconds, tokens a second, or as such a ratio.
+        measured, projected, corrected: seconds, tokens per second, or the ratio `EXPERTS_LOAD`.
     """
 
     deployment: str
@@ -64,20 +64,21 @@ class JudgedNumber:
 
     @property
     def is_whole(self) -> bool:
-        """True of a step's time, and of what a client sees."""
+        """True for the time of a step and for metrics of a load; False for a part of a step."""
         return self.metric in WHOLE
 
 
 def compared(numbers: Sequence[JudgedNumber]) -> list[JudgedNumber]:
-    """Those that tell how far off all is: of wholes, else, where there are none, of parts."""
+    """The numbers that the error is computed from: whole ones, else parts of steps."""
     known = [each for each in numbers if min(each.measured, each.projected, each.corrected) > 0]
     return [each for each in known if each.is_whole] or known
 
 
 class Term(NamedTuple):
-    """A part of a step's time, in seconds.
+    """A part of a step's time, in seconds; the mean over deployments.
 
     Attributes:
+        name: the cause.
         where: phase of the step.
     """
 
@@ -93,10 +94,10 @@ class Rival:
     """An assumption, and how much of the difference it explains by itself.
 
     Attributes:
-        factor: of the time that it stands for; of routing skew, the exponent.
-        was: factor or exponent as projected.
-        explained: share of the squared logarithms.
-        confidence: among all assumptions.
+        factor: best factor on its time; for routing skew, the best exponent.
+        was: factor or exponent of the projection.
+        explained: share of the sum of squared logarithmic differences that it removes.
+        confidence: its weight among all assumptions; they sum to 1.
     """
 
     name: str
@@ -109,18 +110,19 @@ class Rival:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Measured against projected.
+    """The comparison of measured with projected numbers, and what explains their difference.
 
     Attributes:
         source: `measured`, `virtual` or both: clocks of the measured numbers.
         numbers: every number that was compared.
-        rivals: assumptions that change any of them, the likeliest first.
-        likely: names of those that cannot be told apart, or of the one.
-        is_noise: whether the difference is no larger than that of two measurements.
-        without_effect: labels of assumptions that these deployments do not depend on.
-        alike: pairs of labels that change all numbers alike.
-        corrections: what all of them together come to.
-        cautions: in sentences.
+        rivals: assumptions that change any number, the likeliest first.
+        likely: names of the likeliest assumptions; several if these numbers do not decide.
+        is_noise: True if the difference is no larger than between repeated measurements.
+        without_effect: labels of assumptions that change no number.
+        alike: pairs of labels of assumptions that change all numbers in the same proportions.
+        corrections: the fit of all assumptions together.
+        cautions: sentences.
+        has_terms: True if parts of a step's time were measured.
     """
 
     model: str
@@ -139,12 +141,12 @@ class Judgement:
 
     @property
     def whole(self) -> tuple[JudgedNumber, ...]:
-        """Times of whole steps, and what a client sees."""
+        """Times of steps, and metrics of loads."""
         return tuple(each for each in self.numbers if each.is_whole)
 
     @property
     def terms(self) -> tuple["Term", ...]:
-        """Terms of a step, means over the deployments that tell them."""
+        """Parts of a step's time, as means over the deployments that have them."""
         found: dict[tuple[str, str], list[JudgedNumber]] = {}
         for each in self.numbers:
             if not each.is_whole and each.metric != EXPERTS_LOAD:
@@ -163,7 +165,7 @@ class Judgement:
 
     @property
     def ratio(self) -> float:
-        """Median of measured over projected time, of all whole numbers."""
+        """Median of measured over projected time, over the numbers of `compared`."""
         return exp(
             median(
                 (-1 if each.metric == TPS else 1) * log(each.ratio)
@@ -178,21 +180,24 @@ def judge(
     cluster: str | None = None,
     engine: str | None = None,
 ) -> Judgement:
-    """Judge a projection by what was measured.
+    """Compare measured with projected numbers, and find what explains their difference.
 
     Args:
-        results: one with measured and projected deployments, or some of either kind.
-        cluster: in place of the one that was projected on, as `--cluster` takes it.
-        engine: the engine whose deployments count, in any case; None where there is one.
+        results: with measured and with projected deployments, in one or in several.
+        cluster: the cluster to project on, as `--cluster` takes it; None for the projection's own.
+        engine: engine whose deployments are judged, in upper or lower case; None if only one engine
+            was measured.
 
     Raises:
-        UserError: nothing is measured, or nothing projected; they are of different models, devices
-            or engines.
+        UserError: nothing is measured, or nothing is projected; models or devices differ; several
+            engines were measured and `engine` is None, or `engine` was not measured.
     """
     measured = [each for each in results if any(each.select(source) for source in RUN)]
     projected = [each for each in results if each.select("projected")] or measured
     if not measured:
-        raise UserError("nothing is measured in these results; give those of expertlane compare")
+        raise UserError(
+            "these results have no measured deployments; give results of expertlane compare"
+        )
     names = {each.model_name for each in (*measured, *projected)}
     if len(names) > 1:
         raise UserError(f"results are of different models: {', '.join(sorted(names))}")
@@ -209,14 +214,18 @@ def judge(
 
 
 def judge_points(subject: Subject, points: Sequence[Point], progress: Progress) -> Judgement:
-    """Judge a projection by deployments that were measured.
+    """Judge a projection by measured deployments.
+
+    Args:
+        subject: the projection.
+        points: the measured deployments.
 
     Raises:
-        UserError: they have no time that could be compared, or one does not fit into memory.
+        UserError: they have no number to compare, or one does not fit into the cluster's memory.
     """
     reprojection = Reprojection(subject, points)
     if not reprojection.numbers:
-        raise UserError("the measured deployments have no time that could be compared")
+        raise UserError("the measured deployments have no numbers that a projection has too")
     progress.task("projecting under changed assumptions", len(reprojection.names) + 2)
     explainer = Explainer(
         reprojection.measured, reprojection.names, reprojection, reprojection.least
@@ -235,10 +244,10 @@ def judge_points(subject: Subject, points: Sequence[Point], progress: Progress) 
 
 
 def _of_engine(points: Sequence[Point], engine: str | None) -> list[Point]:
-    """The deployments of one engine: what is wrong of one says nothing of another.
+    """The deployments of one engine: errors of a projection differ between engines.
 
     Raises:
-        UserError: there is none of it, or there are several and none is asked for.
+        UserError: the engine was not measured, or several were and none is named.
     """
     known = list(dict.fromkeys(each.engine for each in points))
     if engine is None and len(known) > 1:
@@ -249,13 +258,13 @@ def _of_engine(points: Sequence[Point], engine: str | None) -> list[Point]:
     kept = [each for each in points if engine is None or each.engine.lower() == engine.lower()]
     if not kept:
         raise UserError(
-            f"--of-engine {shown(engine)} was not measured; there is {', '.join(known)}"
+            f"--of-engine {shown(engine)} was not measured; measured: {', '.join(known)}"
         )
     return kept
 
 
 def _fitted_again(explainer: Explainer, reprojection: Reprojection, found: Explained) -> Explained:
-    """The fit of all together, by what simulations at its first result say."""
+    """The fit of all together, repeated after simulating loads under its first result."""
     reprojection.offsets = reprojection.simulated_offsets(found.together.changes)
     explainer.forget()
     return replace(found, together=explainer.together(found.singles))
@@ -360,15 +369,15 @@ def _ends(values: Sequence[int]) -> tuple[int, int]:
 
 
 def _error(numbers: Sequence[JudgedNumber], of: Callable[[JudgedNumber], float]) -> float:
-    """Median size of measured over another, less one."""
+    """Median relative error of the numbers that `of` gives, against measured ones."""
     return median([abs(each.measured / of(each) - 1) for each in numbers])
 
 
 def _cautions(measured: Sequence[Results], points: Sequence[Point]) -> Iterator[str]:
     if any(point.record.source == "virtual" for point in points):
         yield (
-            "In virtual time transfers are modelled, so nothing is said of links: ranks shared "
-            "cores, and only what they computed was measured."
+            "In virtual time transfers are modelled, so links cannot be judged: ranks shared "
+            "cores, and only their compute times were measured."
         )
     busy = max(each.foreign_cpu_share for each in measured)
     if busy >= FOREIGN_LOAD:
@@ -379,10 +388,10 @@ def _cautions(measured: Sequence[Results], points: Sequence[Point]) -> Iterator[
             if unknown >= _MUCH:
                 yield (
                     f"{unknown:.0%} of the {step.phase.value} step of {point.record.name} is in "
-                    "unknown kernels, which no assumption is judged by."
+                    "unknown kernels, which are compared with no projected time."
                 )
 
 
 def row_of(number: JudgedNumber) -> Row:
-    """The number as cells of a table."""
+    """The number as a row of the exported table."""
     return {**vars(number), "ratio": number.ratio if number.projected else None}

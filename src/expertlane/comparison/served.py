@@ -1,8 +1,8 @@
-"""An experiment's deployments as servers, started here or running already, measured in turns.
+"""Measure an experiment's deployments as servers, in turns: `compare --engine` and `--url`.
 
-Servers are measured from outside, by the requests of `client`. One that is started here has the
-machine to itself: it is started for its turn, and has ended when the next one starts. What an
-engine does not run, or dies of, is a record with its last words; the others go on.
+Servers are measured by the requests of `client`. A server that is started here has the machine to
+itself: it is started for its turn, and stopped before the next one starts. If an engine cannot run
+a deployment, or its server fails, its record has the reason; the others are still measured.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ from expertlane.client.server import (
 )
 from expertlane.comparison.engines.engine import CannotServe, Engine, Start
 from expertlane.comparison.server_process import ServerError, ServerProcess, command_line
-from expertlane.comparison.torch_trace import read_step_causes, steps_record
+from expertlane.comparison.traces.torch_trace import read_step_causes, steps_record
 from expertlane.comparison.turns import Repeats, measure_in_turns
 from expertlane.errors import ExpertlaneError, TerminatedError, UserError, naming
 from expertlane.progress import Progress
@@ -66,16 +66,16 @@ from expertlane.spec.workload import LengthRange, Load, Workload, check_lengths
 HOST = "127.0.0.1"
 _FEW_CORES = 4
 _TRACED_LEN = 8  # output tokens of a traced request
-_READY_S = 5.0  # that one question whether a server is ready may take
+_READY_S = 5.0  # timeout of one readiness request
 _FOLDER = re.compile(r"[^A-Za-z0-9._=-]+")
 
 
 @dataclass(frozen=True)
 class Engines:
-    """How an engine's servers are started.
+    """An engine, and the commands of its servers.
 
     Attributes:
-        start: the start of a deployment's server at a port.
+        start: gives the command of a deployment's server at a port.
     """
 
     engine: Engine
@@ -89,8 +89,8 @@ class Setting:
     Attributes:
         load: the experiment's workload.
         asked: how requests are sent.
-        start_timeout_s: seconds until a server that is started must be ready.
-        folder: where servers run, each in a folder of its own with its log.
+        start_timeout_s: seconds in which a server must become ready.
+        folder: folder with one subfolder for each server, in which it runs and logs.
     """
 
     load: Load
@@ -102,17 +102,23 @@ class Setting:
 
 @dataclass(eq=False)
 class Served:
-    """A deployment on a server, and what was measured of it.
+    """A server of a comparison, and its measurements.
 
     Attributes:
         name: its name in results.
-        deployment: None for a server whose layout is not known.
+        up: holds the server that runs now, if it was started here.
+        deployment: None for a server whose layout is unknown.
         engines: None for a server that runs already.
-        target: the server; None while it is not started.
-        rounds: those that were answered, in order.
+        target: the server's address; None until it is started.
+        rounds: completed rounds, in order.
         failure: why it is not measured any more; empty while it is.
-        steps: a step's time by cause, where it was profiled.
-        why_no_causes: why there are none; empty where nothing kept it from them.
+        measured_s: seconds of all rounds.
+        start_s: seconds of each start until the server was ready.
+        seen: the server as the client found it last.
+        started: its command; None for a server that runs already.
+        log: its log file.
+        steps: step times by cause, if it was profiled.
+        why_no_causes: why profiling failed; else empty.
         is_unflushed: whether its prefix cache could not be emptied, though that was asked.
     """
 
@@ -135,17 +141,17 @@ class Served:
 
     @property
     def folder(self) -> Path:
-        """Where its server runs."""
+        """Folder in which its server runs."""
         return self.setting.folder / (_FOLDER.sub("-", self.name).strip("-") or "server")
 
     @property
     def num_runs(self) -> int:
-        """Rounds that were answered."""
+        """Number of completed rounds."""
         return len(self.rounds)
 
     @property
     def is_over(self) -> bool:
-        """True if it failed."""
+        """True once it has failed."""
         return bool(self.failure)
 
     @property
@@ -155,7 +161,11 @@ class Served:
         return 0.0 if serving is None else serving.output_tps.value
 
     def measure(self, *, deploy: bool) -> None:
-        """Put the workload on it once more; a failure is kept in `failure`."""
+        """Run one more round of the workload; an error is stored in `failure`.
+
+        Args:
+            deploy: unused; the server is started if it does not run.
+        """
         setting, load = self.setting, self.setting.load
         number = self.num_runs
         again = f", round {number + 1}" if number else ""
@@ -207,9 +217,9 @@ class Served:
             connections.close()
 
     def profile(self) -> None:
-        """Trace a short load by torch's profiler, in a server of its own: profiling slows it.
+        """Trace a short load with torch's profiler, in a new server, since profiling slows it.
 
-        What keeps it from that is kept in `why_no_causes`.
+        An error is stored in `why_no_causes`.
         """
         engines, setting = self.engines, self.setting
         if engines is None or self.failure:
@@ -218,7 +228,7 @@ class Served:
         try:
             folder = _new_folder(self.folder)
             if not self.up.ensure(self, traces=folder):
-                self.why_no_causes = f"{engines.engine.title} writes no torch profiler traces"
+                self.why_no_causes = f"{engines.engine.title} cannot write torch profiler traces"
                 return
             assert self.target is not None, "it is up"
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -232,7 +242,11 @@ class Served:
             setting.progress.done()
 
     async def _traced(self, target: Target, fields: Mapping[str, object]) -> None:
-        """Put a short load on the server between the beginning and the end of a trace."""
+        """Start a trace, run a short load, and stop the trace.
+
+        Args:
+            fields: JSON fields of the request that starts the trace.
+        """
         setting, stop = self.setting, Stop()
         output_len = min(_TRACED_LEN, setting.load.output_len.low)
         short = replace(setting.load, output_len=LengthRange(output_len, output_len))
@@ -240,13 +254,13 @@ class Served:
             await warm_up(server, short, setting.asked, 0, stop)
             connections = server.connections
             await _post(connections, "/start_profile", fields)
-            number = self.num_runs  # requests that no round had
+            number = self.num_runs  # so that prompts are new
             found = await one_round(server, short, setting.asked, 0, number, stop, Progress())
             await _post(connections, "/stop_profile", {})
             check_answered([found.driven], server)
 
     def record(self) -> DeploymentRecord:
-        """Its record: of all rounds, or of why there are none."""
+        """The deployment's record: its measurements, or the reason of its failure."""
         deployment, setting = self.deployment, self.setting
         serving = load_record(setting.load, self.rounds, setting.asked.slos)
         started = self.started
@@ -274,10 +288,10 @@ class Served:
 
 
 class _Up:
-    """The one server that was started here and runs, if any; used as a context manager.
+    """The server that was started here and runs now; there is at most one. A context manager.
 
     Attributes:
-        vocabulary: tokens of all prompts: those that the first server told.
+        vocabulary: token ids of all prompts, from the first server that was measured.
     """
 
     def __init__(self) -> None:
@@ -292,19 +306,19 @@ class _Up:
         self.stop()
 
     def ensure(self, served: Served, traces: Path | None = None) -> bool:
-        """Start a deployment's server if it does not run; gives whether it was started now.
+        """Start a deployment's server unless it runs; return whether it was started.
 
         Args:
-            traces: start it anew, to write torch profiler traces there; it is not started if it
-                cannot.
+            traces: folder for torch profiler traces: the server is started anew with profiling, or
+                not at all if its engine cannot profile.
 
         Raises:
-            CannotServe: its engine does not run it.
-            ServerError: it did not start.
+            CannotServe: the engine cannot run the deployment.
+            ServerError: the server did not become ready.
         """
         engines, deployment, setting = served.engines, served.deployment, served.setting
         if engines is None:
-            self.stop()  # so that nothing else runs on this machine
+            self.stop()  # no server runs here while one at a URL is measured
             return False
         if served is self._served and traces is None:
             return False
@@ -329,27 +343,27 @@ class _Up:
         return True
 
     def stop(self) -> None:
-        """End the server, with all that it started."""
+        """Stop the server and all its descendants."""
         process, self._process, self._served = self._process, None, None
         if process is not None:
             process.stop()
 
     def end_of(self, served: Served) -> str:
-        """How a server that has ended did so, after a semicolon; empty while it runs."""
+        """Exit status and last error of a server, after a semicolon; empty if there is neither."""
         if served is not self._served or self._process is None:
             return ""
         status = self._process.exit_status_soon()
-        words = self._process.last_error()
+        words = self._process.errors()
         if status is not None:
             return f"; it ended, {self._process.end_of(status)}"
         return f"; its log: {words}" if words else ""
 
 
 async def _post(connections: Connections, path: str, fields: Mapping[str, object]) -> None:
-    """Tell a server something.
+    """POST fields as JSON.
 
     Raises:
-        UserError: it refuses.
+        UserError: the server does not answer, or not with status 200.
     """
     try:
         answer = await connections.ask("POST", path, strict_json(fields).encode())
@@ -360,7 +374,7 @@ async def _post(connections: Connections, path: str, fields: Mapping[str, object
 
 
 def _new_folder(within: Path) -> Path:
-    """A folder without traces of an earlier run.
+    """Make a new folder for traces, so that none of an earlier run are in it.
 
     Raises:
         UserError: it cannot be made.
@@ -434,16 +448,16 @@ def measure_servers(
     """Measure the experiment's deployments on each engine, and servers that run already.
 
     Args:
-        targets: servers that run already, by name; that of one of the experiment's deployments
-            means that it has its layout.
-        dtype: number type of weights that engines are asked for.
-        profile: then trace each that was started here, for the causes of a step's time.
+        targets: servers that run already, by name; a deployment's name means that the server has
+            that deployment's layout.
+        dtype: number type of weights in the engines' commands.
+        profile: also trace each server that is started here, for step times by cause.
         ended: gets the signal's exception, where one ends it after something was measured; None to
             raise it, and lose what was measured.
 
     Raises:
-        UserError: two would have one name, or a server that runs already does not answer.
-        ExpertlaneError: none could be measured; the text says why, of each.
+        UserError: two servers would have the same name, or one that runs already does not answer.
+        ExpertlaneError: no server could be measured; the text has the reason for each.
     """
     with _Up() as up:
         own = [*_subjects(experiment, engines, targets, setting, up)]
@@ -592,7 +606,7 @@ def _chosen(answered: Sequence[Served]) -> list[Served]:
 
 
 def _lengths(workload: Workload) -> dict[str, object]:
-    """The question of a load, as `bench` has it."""
+    """Lengths and seed of the workload, as results of `bench` have them."""
     return {
         "prompt_len": str(workload.prompt_len),
         "output_len": str(workload.output_len),
@@ -602,7 +616,7 @@ def _lengths(workload: Workload) -> dict[str, object]:
 
 
 def _cautions(own: Sequence[Served]) -> Iterator[str]:
-    """Conditions that differ between servers, or that disturb them."""
+    """Sentences on conditions that differ between servers, or that disturb measurements."""
     shares = [
         each.driven.cpu_s / each.driven.wall_s
         for served in own
@@ -621,7 +635,7 @@ def _cautions(own: Sequence[Served]) -> Iterator[str]:
         if each.why_no_causes:
             reasons.setdefault(each.why_no_causes, []).append(each.name)
     for why, names in reasons.items():
-        yield f"No causes of {', '.join(names)}: {why}."
+        yield f"No step times by cause for {', '.join(names)}: {why}."
     if unflushed := [each.name for each in own if each.is_unflushed]:
         yield (
             f"The prefix cache of {', '.join(unflushed)} could not be emptied: no route for that, "
@@ -636,4 +650,4 @@ def _cautions(own: Sequence[Served]) -> Iterator[str]:
         yield f"Servers name different models: {told}."
     forms = {each.seen.form for each in own if each.seen is not None}
     if len(forms) > 1:
-        yield "Servers took requests in different forms, as texts or token ids."
+        yield "Some servers were sent prompts as text, others as token ids."

@@ -1,4 +1,4 @@
-"""A server as a process on this machine: started, waited for, and ended with all its children."""
+"""A server process on this machine: start it, wait until it is ready, stop it and its children."""
 
 import os
 import re
@@ -23,7 +23,7 @@ _TAIL_BYTES = 2**16
 _MOST_WORDS = 300
 _POLL_S = 0.1
 _COLOURS = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
-# Of an error that a log ends in: `ValueError: …`, with what loggers print before it.
+# The last line of an exception, such as `ValueError: …`, after a logger's prefix.
 _ERROR = re.compile(
     r"(?:^|[\s:\]])(?<!raise )((?:[A-Za-z_][\w.]*)?(?:Error|Exception)(?:: \S.*)?)$"
 )
@@ -33,17 +33,17 @@ _REFUSAL = re.compile(r"(?:^|[\s:\]])((?:[\w./-]+: )?error: \S.*)")
 
 
 class ServerError(ExpertlaneError):
-    """A server that did not start, or ended; the text has its last words."""
+    """A server did not start, or ended; the text has its last error or line."""
 
 
 class ServerProcess:
-    """A server that runs under a guard, which ends it however this process ends.
+    """A server process under a guard process, which stops it however this process ends.
 
     Args:
         argv: its command.
-        environment: variables beside those of this process.
-        folder: the folder that it runs in, which is made; its log is there, too.
-        files: files that it reads there, by name.
+        environment: environment variables to add to this process's.
+        folder: its working directory, which is made; its log is written there.
+        files: texts to write there before it starts, by file name.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -63,7 +63,7 @@ class ServerProcess:
             for name, text in files.items():
                 (folder / name).write_text(text)
             output = self.log.open("ab")
-            self._log_begins = output.tell()
+            self._log_begins = self._ready_at = output.tell()
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}") from None
         pipe, self._pipe = os.pipe()
@@ -97,13 +97,13 @@ class ServerProcess:
         return self._process.poll()
 
     def exit_status_soon(self) -> int | None:
-        """`exit_status`, with time for a server that has just failed to end."""
+        """`exit_status`, after a wait of up to a second: a server that failed may be exiting."""
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_ENDING_S)
         return self.exit_status
 
     def stop(self) -> None:
-        """End it and all that it started; returns once they are gone."""
+        """Stop the server and all its descendants; return once they are gone."""
         if self._pipe >= 0:
             os.close(self._pipe)
             self._pipe = -1
@@ -113,18 +113,21 @@ class ServerProcess:
         self._process.wait()
 
     def wait_until(self, is_ready: Callable[[], bool], timeout_s: float) -> float:
-        """Wait until it is ready; gives the seconds since its start.
+        """Wait until the server is ready; return the seconds since its start.
 
         Args:
-            is_ready: asks it; is called again and again.
+            is_ready: asks the server; called repeatedly.
+            timeout_s: seconds since its start.
 
         Raises:
             ServerError: it ended, or was not ready in time.
         """
         while (waited_s := time.monotonic() - self._began_s) < timeout_s:
             if (status := self.exit_status) is not None:
-                raise ServerError(f"ended while starting, {self.end_of(status)}")
+                raise ServerError(f"exited during startup, {self.end_of(status)}")
             if is_ready():
+                with suppress(OSError):
+                    self._ready_at = self.log.stat().st_size
                 return waited_s
             time.sleep(_POLL_S)
         words = self.last_words()
@@ -132,42 +135,45 @@ class ServerProcess:
         raise ServerError(f"not ready within {timeout_s:g} s{said}")
 
     def end_of(self, status: int) -> str:
-        """How it ended, and its last words."""
+        """An exit status in words, with the last error or line of the log."""
         how = f"signal {status - 128}" if status > 128 else f"exit code {status}"
         words = self.last_words()
         return f"{how}: {words}" if words else f"{how}, and printed nothing"
 
     def last_words(self) -> str:
-        """The last error that it printed, else its last line; empty without output."""
-        return last_words(self._output())
+        """The last error in the log, else its last line; empty without output."""
+        return last_words(self._output(self._log_begins))
 
-    def last_error(self) -> str:
-        """The last error that it printed; empty without one."""
-        errors = _errors(self._output())
-        return errors[-1] if errors else ""
+    def errors(self) -> str:
+        """The first error in the log since the server was ready, and the last; empty without one.
 
-    def _output(self) -> str:
-        """The end of what it has printed since its start."""
+        The process that fails prints its error first, those that waited for it theirs after it.
+        """
+        errors = _errors(self._output(self._ready_at))
+        return ", then ".join(dict.fromkeys((errors[0], errors[-1]))) if errors else ""
+
+    def _output(self, begin: int) -> str:
+        """The last bytes of the log from this byte on."""
         try:
             with self.log.open("rb") as file:
-                file.seek(max(self._log_begins, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                file.seek(max(begin, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 return file.read().decode("utf-8", "replace")
         except OSError:
             return ""
 
 
 def last_words(text: str) -> str:
-    """The error that a log ends in, else its last line; printable, cut to a few lines."""
+    """The last error in a log, else its last line; printable, and shortened."""
     errors = _errors(text)
     lines = [line for line in map(_plain, text.splitlines()) if line]
     return errors[-1] if errors else _cut((lines or [""])[-1])
 
 
 def _errors(text: str) -> list[str]:
-    """The errors in a log, those left out that only point at another one.
+    """The errors in a log, without those that only refer to another one.
 
-    Servers wrap an engine's error: `RuntimeError: … failed, see root cause above`. One without a
-    message has the function that raised it.
+    Servers wrap an engine's error: `RuntimeError: … failed, see root cause above`. To an error
+    without a message the function that raised it is added.
     """
     errors, frame = list[str](), ""
     for line in map(_plain, text.splitlines()):
@@ -193,7 +199,7 @@ def command_line(
     environment: Mapping[str, str],
     files: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
-    """The command as a shell takes it, after the files that it reads."""
+    """A shell command that writes the files, sets the variables and starts the program."""
     written = (f"echo {shlex.quote(text)} > {shlex.quote(name)}" for name, text in files.items())
     variables = (f"{name}={shlex.quote(value)}" for name, value in environment.items())
     return " && ".join([*written, " ".join([*variables, shlex.join(argv)])])

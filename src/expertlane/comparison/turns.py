@@ -1,4 +1,4 @@
-"""The order of repetitions: what changes in a machine meanwhile affects all alike."""
+"""The order of repetitions: deployments take turns, so that a drift of the machine affects all."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ _RUNS_OF_OTHERS = 2
 
 @dataclass(frozen=True)
 class Repeats:
-    """Repetitions of the deployments in the first sentence; others have two at most.
+    """Repetitions of the deployments in the answer's first sentence; others have at most two.
 
     Attributes:
-        num_runs: repetitions of each of them.
-        least_s: repeat until the steps of each of them have taken so long.
+        num_runs: repetitions of each.
+        least_s: seconds that each is measured at least, in more repetitions if need be.
     """
 
     num_runs: int = DEFAULT_REPEAT
@@ -29,25 +29,25 @@ class Repeats:
 
 
 class Repeatable(Protocol):
-    """A deployment that is measured again and again."""
+    """A deployment that can be measured repeatedly."""
 
     @property
     def num_runs(self) -> int:
-        """Repetitions so far, failed ones left out."""
+        """Completed repetitions."""
 
     @property
     def measured_s(self) -> float:
-        """Seconds that they took."""
+        """Seconds of completed repetitions."""
 
     @property
     def is_over(self) -> bool:
-        """True of one that cannot be measured again."""
+        """True if it cannot be measured again."""
 
     def measure(self, *, deploy: bool) -> None:
         """Run the workload once more.
 
         Args:
-            deploy: another one ran last, so that it is to be put in place again.
+            deploy: another deployment ran last, so this one must be deployed again.
         """
 
 
@@ -57,15 +57,16 @@ R = TypeVar("R", bound=Repeatable)
 def measure_in_turns(
     deployed: Sequence[R], repeats: Repeats, choose: Callable[[], Sequence[R]]
 ) -> Sequence[R]:
-    """Measure all, the second time in the opposite order, then those of the first sentence.
+    """Measure all once, then in reverse order, then the deployments of the first sentence in turns.
 
-    These in turns a, b, b, a, a, b; what ran last needs not be put in place again.
+    Turns are a, b, b, a, a, b, so every second one needs no new deployment.
 
     Args:
-        choose: chooses those, after the first runs; all where it chooses none.
+        deployed: all deployments.
+        choose: chooses those of the first sentence after the first runs; all if it chooses none.
 
     Returns:
-        What was chosen.
+        What `choose` gave.
     """
     before: R | None = None
     for number in range(repeats.num_of_others):

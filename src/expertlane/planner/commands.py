@@ -1,4 +1,4 @@
-"""A deployment as an engine takes it: a command for each node, and the router before servers."""
+"""The commands that start an engine's deployment: one for each node, and the router."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +25,11 @@ ROUTER_PORT = 8080
 
 @dataclass(frozen=True)
 class Serving:
-    """What an engine is to serve.
+    """A model and the pools that an engine serves it with.
 
     Attributes:
-        pools: one, or those for prefill and decode; all are run by the engine.
-        max_len: tokens of a request at most.
+        pools: one pool, or one for prefill and one for decode.
+        max_len: tokens of the longest request.
     """
 
     engine: ServingEngine
@@ -40,7 +40,7 @@ class Serving:
 
     @property
     def title(self) -> str:
-        """The model and what serves it, in a line."""
+        """Model, engine and layouts, in a line."""
         pools = ", ".join(
             f"{'' if pool.role == 'both' else f'{pool.role} '}{pool.layout}" for pool in self.pools
         )
@@ -48,21 +48,21 @@ class Serving:
 
     @property
     def mark(self) -> str:
-        """A text that no word holds which a user gives, so that it may stand for something."""
+        """A delimiter for placeholders: it does not occur in the model's name."""
         return "@" * (2 + max(map(len, re.findall("@+", self.served.model)), default=0))
 
     def start(self, one: ServedPool, place: Place) -> ServerStart:
-        """How one server of a pool is started at its place."""
+        """The commands that start one server of a pool at its place."""
         return server_start(self.engine, one, self.served, self.types, self.max_len, place)
 
 
 @dataclass(frozen=True)
 class PoolStarts:
-    """Alike servers of a pool.
+    """The commands that start all servers of a pool.
 
     Attributes:
-        pool: the whole pool.
-        servers: how each is started; those that share a machine follow each other.
+        pool: the pool.
+        servers: one start for each server; servers on one machine are adjacent.
     """
 
     pool: ServedPool
@@ -70,13 +70,13 @@ class PoolStarts:
 
     @property
     def num_hosts(self) -> int:
-        """Machines of all servers."""
+        """Number of machines of all servers."""
         one = self.servers[0].pool
         return ceil(len(self.servers) / one.per_host) * one.num_hosts
 
 
 def pool_starts(serving: Serving, host: Callable[[int], str] = "HOST{}".format) -> list[PoolStarts]:
-    """Every server of each pool, on machines of their own or on parts of one.
+    """The commands of every server of each pool; small servers share a machine.
 
     Args:
         host: gives the name of a machine by its number.
@@ -99,7 +99,7 @@ def pool_starts(serving: Serving, host: Callable[[int], str] = "HOST{}".format) 
 
 
 def _devices(one: ServedPool, num_servers: int, offset: int) -> tuple[int, ...]:
-    """Devices of a server; empty where it has its machine alone."""
+    """Indices of a server's devices; empty if it does not share its machine."""
     if num_servers == 1 or one.per_host == 1:
         return ()
     size = one.layout.world_size
@@ -108,11 +108,11 @@ def _devices(one: ServedPool, num_servers: int, offset: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class RouterStart:
-    """How the router before servers is started.
+    """The command that starts the router in front of the servers.
 
     Attributes:
-        argv: empty where the engine has none, so that any load balancer does.
-        files: texts by name, to be written where it runs, before.
+        argv: empty if the engine has no router: any HTTP load balancer works.
+        files: texts by name, to write into its working directory first.
     """
 
     argv: tuple[str, ...]
@@ -120,7 +120,7 @@ class RouterStart:
 
 
 def engine_commands(serving: Serving) -> list[ServeCommand]:
-    """Commands to start each pool, then the router where there are several servers."""
+    """The commands of each pool, and of the router if there are several servers."""
     made: list[ServeCommand] = []
     engine, started = serving.engine, pool_starts(serving)
     for each in started:
@@ -139,7 +139,7 @@ def engine_commands(serving: Serving) -> list[ServeCommand]:
 
 
 def _further_servers(started: PoolStarts, engine: ServingEngine) -> str:
-    """A note on how servers after the first one differ."""
+    """A note on the options in which further servers of a pool differ from the first."""
     num, one = len(started.servers), started.servers[0].pool
     if one.per_host == 1:
         return f"each of the {num} servers on hosts of its own"
@@ -161,7 +161,7 @@ def _further_servers(started: PoolStarts, engine: ServingEngine) -> str:
 
 
 def router_start(engine: ServingEngine, started: Sequence[PoolStarts]) -> RouterStart:
-    """How the router before all servers is started."""
+    """The command that starts the router in front of all servers."""
     places = {each.pool.role: [server.place for server in each.servers] for each in started}
     if engine.name == "trtllm" and "decode" in places:
         config = {

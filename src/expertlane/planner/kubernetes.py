@@ -1,7 +1,8 @@
-"""A manifest for Kubernetes that starts an engine's best: LeaderWorkerSets, services, a router.
+"""A Kubernetes manifest for the servers of an engine's best deployment, in LeaderWorkerSets.
 
 Each server is a group of a LeaderWorkerSet (https://lws.sigs.k8s.io): a pod for each of its
-machines, the leader with the HTTP API. LWS tells each pod its number and the leader's name.
+machines; the leader has the HTTP API. LWS gives each pod its number and the leader's address in
+environment variables.
 """
 
 import re
@@ -32,23 +33,25 @@ _ROUTER_IMAGE = "python:3.12-slim"
 _SET_LABEL = "leaderworkerset.sigs.k8s.io/name"
 _INDEX_LABEL = "leaderworkerset.sigs.k8s.io/worker-index"
 _LEADER, _INDEX = "$(LWS_LEADER_ADDRESS)", "$(LWS_WORKER_INDEX)"
-_CONFIG = "/etc/serving"  # where a pod finds the files that its server reads
+_CONFIG = "/etc/serving"  # working directory of a pod, with the files that its server reads
 
 
 def kubernetes_manifest(serving: Serving) -> str | None:
-    """The manifest of all servers: `kubectl apply -f FILE`.
+    """The manifest that starts all servers: `kubectl apply -f FILE`.
 
-    None where ranks on several machines are started by MPI, which LWS does not do.
+    None if MPI must start ranks on several machines, which LWS does not do.
     """
     return _Manifest(serving).text()
 
 
 @dataclass(frozen=True)
 class _Set:
-    """A LeaderWorkerSet in the making.
+    """A LeaderWorkerSet: the servers of a pool.
 
     Attributes:
-        start: how its first server is started.
+        one: one server of the pool.
+        num_servers: number of groups.
+        start: the commands of its first server, with placeholders for addresses.
     """
 
     name: str
@@ -68,16 +71,16 @@ class _Manifest:
 
     @property
     def _leader(self) -> str:
-        """Stands for the leader's address while a start is made."""
+        """Placeholder for the leader's address."""
         return f"{self.serving.mark}leader{self.serving.mark}"
 
     @property
     def _own(self) -> str:
-        """Stands for a pod's own address."""
+        """Placeholder for a pod's own address."""
         return f"{self.serving.mark}own{self.serving.mark}"
 
     def text(self) -> str | None:
-        """All documents, after a comment; None where there can be none."""
+        """The YAML documents, after a comment; None if MPI must start the ranks."""
         sets = [self._set(pool) for pool in self.serving.pools]
         if any(each.start.num_tasks for each in sets):
             return None
@@ -88,7 +91,7 @@ class _Manifest:
             router = router_start(self.engine, [self._addresses(each) for each in sets])
         if router is not None and router.argv:
             documents += self._router(router)
-        elif len(sets) == 1:  # over its leaders, where there are several
+        elif len(sets) == 1:  # a service over the leaders of all groups
             (only,) = sets
             selector = {_SET_LABEL: only.name, _INDEX_LABEL: "0"}
             documents.append(_service(f"{only.name}-api", selector, PORT))
@@ -97,14 +100,14 @@ class _Manifest:
 
     def _set(self, pool: ServedPool) -> _Set:
         one, num_servers = pool.servers(self.engine)
-        # A pod has as many devices as it asks for: no server knows of others on its machine.
+        # A pod sees only its own devices, so ports and devices need no shift on a shared machine.
         alone = replace(one, devices_per_host=-(-one.layout.world_size // one.num_hosts))
         hosts = (self._leader, *[self._own] * (one.num_hosts - 1))
         name = self.engine.name if pool.role == "both" else f"{self.engine.name}-{pool.role}"
         return _Set(name, alone, num_servers, self.serving.start(alone, Place(hosts)))
 
     def _addresses(self, each: _Set) -> PoolStarts:
-        """Its servers by the names of their leaders, which LWS gives them."""
+        """Its servers, at the DNS names that LWS gives their leaders."""
         places = [
             Place((f"{each.name}-{number}.{each.name}",)) for number in range(each.num_servers)
         ]
@@ -134,7 +137,7 @@ class _Manifest:
         return self.serving.served.model.startswith("/")
 
     def _documents(self, each: _Set) -> Iterator[dict[str, Any]]:
-        """A set, after the files that its pods read."""
+        """A LeaderWorkerSet, after the ConfigMap with the files that its pods read."""
         if each.start.files:
             files = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": each.name}}
             yield files | {"data": dict(each.start.files)}
@@ -143,7 +146,7 @@ class _Manifest:
             "size": len(each.start.nodes),
             "restartPolicy": "RecreateGroupOnPodRestart",
         }
-        # A group of one has no workers; then the workers' template is the leader's too.
+        # A group of one pod has only a leader, which is made from the worker template.
         template |= {"leaderTemplate": first} if others else {}
         template["workerTemplate"] = others[0] if others else first
         yield {
@@ -191,14 +194,14 @@ class _Manifest:
         }
 
     def _command(self, node: NodeStart) -> list[str]:
-        """Its words, with the leader's address and the node's number as LWS tells them."""
+        """A pod's command, with LWS's variables for the leader's address and the node's number."""
         words = [_literal(word).replace(self._leader, _LEADER) for word in node.argv]
         if "--node-rank" in words:
             words[words.index("--node-rank") + 1] = _INDEX
         return words
 
     def _environment(self, node: NodeStart) -> Iterator[dict[str, Any]]:
-        """Variables of a pod; its own address where a variable names its machine."""
+        """Environment variables of a pod; those that name its machine get the pod's address."""
         address = {"fieldRef": {"fieldPath": "status.podIP"}}
         if self.engine.name == "vllm":
             yield {"name": "VLLM_HOST_IP", "valueFrom": address}
@@ -212,7 +215,7 @@ class _Manifest:
             yield {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": secret}}
 
     def _router(self, router: RouterStart) -> Iterator[dict[str, Any]]:
-        """The router's deployment and service, and the file that it reads."""
+        """The router's Deployment and Service, and a ConfigMap if it reads a file."""
         name, own = f"{self.engine.name}-router", self.engine.router
         labels = {"app": name}
         container: dict[str, Any] = {
@@ -264,7 +267,7 @@ def _service(name: str, selector: Mapping[str, str], port: int) -> dict[str, Any
 
 
 def _literal(word: str) -> str:
-    """A word of a container's command in which Kubernetes expands nothing."""
+    """A word of a container's command, with `$` escaped so that Kubernetes expands no variable."""
     return word.replace("$", "$$")
 
 
@@ -279,12 +282,12 @@ def _probes() -> dict[str, Any]:
 
 _PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9/._-]*")
 _RESERVED = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
-# What YAML does not take as it is, beyond what JSON escapes.
+# Characters that JSON leaves as they are and YAML does not allow.
 _UNREADABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 def _yaml(value: Any, indent: int = 0) -> Iterator[str]:
-    """Lines of YAML for what JSON has; texts are quoted wherever they might be read otherwise."""
+    """YAML of a JSON value, in pieces; strings are quoted unless YAML reads them as strings."""
     before = "\n" + " " * indent
     if isinstance(value, dict):
         for place, (key, each) in enumerate(value.items()):

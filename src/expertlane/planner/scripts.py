@@ -1,4 +1,4 @@
-"""Scripts that start an engine's best on a cluster, by the names of their files."""
+"""Scripts that start an engine's best deployment on a cluster: `plan --scripts`."""
 
 from expertlane.planner.commands import Serving
 from expertlane.planner.kubernetes import kubernetes_manifest
@@ -6,7 +6,10 @@ from expertlane.planner.slurm import slurm_script
 
 
 def scripts_of(serving: Serving) -> dict[str, str]:
-    """A batch script for Slurm, and a manifest for Kubernetes where there can be one."""
+    """Texts by file name: a batch script for Slurm, and a Kubernetes manifest.
+
+    There is no manifest if MPI must start the ranks of several machines.
+    """
     name = serving.engine.name
     made = {f"{name}.slurm.sh": slurm_script(serving)}
     manifest = kubernetes_manifest(serving)

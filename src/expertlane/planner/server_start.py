@@ -1,11 +1,10 @@
-"""How an engine's server is started: the words, environment and files of each of its nodes.
+"""The command line, environment and files that start an engine's server, for each of its nodes.
 
-One table of options for `plan`, which prints them, and for `compare`, which starts them. Options
-and their choices were checked against the argument parsers of the versions in `ENGINES`
-(`tests/planner/test_commands.py`); TensorRT-LLM's are as documented
-(nvidia.github.io/TensorRT-LLM).
-What a command does not name, as the share of memory for keys and values, is the engine's default;
-all cache prefixes unless told not to, but for SGLang's decode pools, which share none here either.
+`plan` prints these commands, and `compare` starts them. Options and their choices were checked
+against the argument parsers of the versions in `ENGINES` (`tests/planner/test_commands.py`); those
+of TensorRT-LLM follow its documentation (nvidia.github.io/TensorRT-LLM). Options that a command
+does not name have the engine's default. Prefix caching is on in all engines by default, except in
+SGLang's decode pools.
 """
 
 import shlex
@@ -36,25 +35,25 @@ from expertlane.spec.workload import Load, Workload
 
 PORT = 8000  # of the first server on a host
 _RENDEZVOUS_PORT = 29500
-_VLLM_RPC_PORT = 29550  # vLLM's default, of data-parallel ranks
-_VLLM_NIXL_PORT = 5600  # vLLM's default, of the first data-parallel rank of a pool
-BOOTSTRAP_PORT = 8998  # SGLang's default, of prefill servers
-_SGLANG_PORTS = 16  # that a server with data-parallel attention takes after its rendezvous'
-_HEADROOM = 1.5  # tokens of a request to accept, over the mean
-_ANY = "0.0.0.0"  # address of all networks
-_BLOCK = 256  # tokens, to which a longest request is rounded up
-_VLLM_CAPTURED = 512  # sequences that CUDA graphs are recorded for at most, if nothing is said
-_VLLM_CPU_BLOCK = 128  # positions of a block of its cache on CPUs
+_VLLM_RPC_PORT = 29550  # vLLM's default for data-parallel ranks
+_VLLM_NIXL_PORT = 5600  # vLLM's default for the first data-parallel rank of a pool
+BOOTSTRAP_PORT = 8998  # SGLang's default for prefill servers
+_SGLANG_PORTS = 16  # ports after the rendezvous port that SGLang's data-parallel attention uses
+_HEADROOM = 1.5  # longest request that is accepted, over the mean length
+_ANY = "0.0.0.0"  # all interfaces
+_BLOCK = 256  # the longest request is rounded up to a multiple of these tokens
+_VLLM_CAPTURED = 512  # vLLM's default for the largest batch of a CUDA graph
+_VLLM_CPU_BLOCK = 128  # tokens of a KV cache block of vLLM on CPUs
 _LEAST_BUFFER, _MOST_BUFFER = 128, 1024  # tokens of a rank in DeepEP's low-latency buffers
 
 
 @dataclass(frozen=True)
 class ServeTarget:
-    """The model that an engine is to load.
+    """The model that an engine loads.
 
     Attributes:
         model: a hub id or a folder.
-        quantization: of the weights as stored; None where they are not quantised.
+        quantization: quantisation of the stored weights; None if they are not quantised.
     """
 
     model: str
@@ -63,12 +62,12 @@ class ServeTarget:
 
 @dataclass(frozen=True)
 class ServedPool(RolePool):
-    """A pool of a plan, or a deployment of an experiment, with the sizes to start it with.
+    """A pool of a plan, or a deployment of an experiment, with limits for its servers.
 
     Attributes:
-        rank_seqs: running sequences of a data-parallel rank at most.
-        step_tokens: tokens in a data-parallel rank's step at most.
-        devices_per_host: devices of a machine that it is started on.
+        rank_seqs: most running sequences of a data-parallel rank.
+        step_tokens: most tokens in a step of a data-parallel rank.
+        devices_per_host: devices of a machine.
     """
 
     _: KW_ONLY
@@ -78,27 +77,27 @@ class ServedPool(RolePool):
 
     @property
     def options(self) -> Options:
-        """The candidate's."""
+        """Options of the candidate."""
         return self.candidate.options
 
     @property
     def rank_tokens(self) -> int:
-        """Tokens in a data-parallel rank's step at most; a decode pool has hardly any prompts."""
+        """Most tokens in a step of a data-parallel rank; in a decode pool those of its decodes."""
         decodes = self.rank_seqs * (1 + self.candidate.num_drafts)
         return max(decodes, _LEAST_BUFFER if self.role == "decode" else self.step_tokens)
 
     @property
     def num_hosts(self) -> int:
-        """Machines that it is started on."""
+        """Number of machines that it needs."""
         return ceil(self.layout.world_size / self.devices_per_host)
 
     @property
     def per_host(self) -> int:
-        """Such pools that share a machine."""
+        """Number of such pools that fit on a machine."""
         return max(1, self.devices_per_host // self.layout.world_size)
 
     def servers(self, engine: ServingEngine) -> tuple["ServedPool", int]:
-        """One server of it on an engine, and how many are started alike."""
+        """One server of the pool, and the number of servers: replicas may need one each."""
         if engine.has_replicas:
             return self, 1
         alone = replace(self.layout, replicas=1)
@@ -114,15 +113,16 @@ def deployed_pool(
     device: DeviceKind = "cuda",
     step_tokens: int = RANK_STEP_TOKENS,
 ) -> ServedPool | Row:
-    """A deployment of an experiment as an engine serves it, with sizes as those of a plan.
+    """An experiment's deployment as an engine serves it, with limits as in a plan.
 
-    What is `auto` becomes the first choice that another engine runs.
+    For other engines than expertlane, an option that is `auto` becomes the first choice that the
+    engine has.
 
     Args:
-        step_tokens: tokens in a data-parallel rank's step at most.
+        step_tokens: most tokens in a step of a data-parallel rank.
 
     Returns:
-        The row that rules it out, where the engine doesn't run it.
+        The pool; or the row of the engine's limitations that rules the deployment out.
     """
     layout, num_seqs = deployment.layout, workload.num_sequences
     candidates = [Candidate(layout, deployment.options)]
@@ -145,9 +145,9 @@ def deployed_pool(
 
 
 def longest_request(load: Load, model: ModelConfig) -> int:
-    """Largest request, in tokens, that a server must accept: the longest, or well above the mean.
+    """Longest request, in tokens, that a server must accept.
 
-    A single length is a mean, so longer requests come.
+    At least 1.5 times the mean, since a load that names one length may have longer requests.
     """
     mean = ceil(sum(load.mean_lens))
     longest = load.max_len + 1
@@ -160,15 +160,15 @@ class Place:
     """Where a server is started.
 
     Attributes:
-        hosts: the machine of each of its nodes; the first has the API.
-        port: of the API.
-        listens: address that the API is bound to.
-        offset: number of servers before it on the machine, by which its other ports are shifted.
-        devices: numbers of its devices on each machine; empty for all that it sees.
+        hosts: host of each of its nodes; the first one has the HTTP API.
+        port: port of the HTTP API.
+        listens: address that the HTTP API is bound to.
+        offset: number of servers before it on the machine; its other ports are shifted by it.
+        devices: indices of its devices on each machine; empty for all visible ones.
         kind: kind of these devices.
-        cores: on CPUs, the cores that its ranks share out; empty for the engine's own choice.
-        python: the engine's interpreter; None for commands that are found on the PATH.
-        caches_prefixes: whether requests share the keys and values of common prefixes.
+        cores: on CPUs, cores to divide among its ranks; empty for the engine's own choice.
+        python: Python of the engine's environment; None for commands on the PATH.
+        caches_prefixes: False to turn prefix caching off.
     """
 
     hosts: tuple[str, ...]
@@ -183,23 +183,23 @@ class Place:
 
     @property
     def rendezvous_port(self) -> int:
-        """Port at which the nodes find each other, with room for those that SGLang takes after."""
+        """Port of the rendezvous of its nodes; SGLang uses the `_SGLANG_PORTS` after it too."""
         return _RENDEZVOUS_PORT + _SGLANG_PORTS * self.offset
 
     @property
     def bootstrap_port(self) -> int:
-        """Port of an SGLang prefill server, for decode servers."""
+        """Port at which decode servers reach an SGLang prefill server."""
         return BOOTSTRAP_PORT + self.offset
 
     @property
     def url(self) -> str:
-        """The base of the API's addresses."""
+        """Base URL of the HTTP API."""
         return f"http://{self.hosts[0]}:{self.port}"
 
 
 @dataclass(frozen=True)
 class NodeStart:
-    """What runs on a node: a program with its words, and variables set for it."""
+    """The command of one node: program and arguments, and environment variables to add."""
 
     argv: tuple[str, ...]
     environment: Mapping[str, str]
@@ -207,13 +207,13 @@ class NodeStart:
 
 @dataclass(frozen=True)
 class ServerStart:
-    """How one server is started.
+    """The commands that start one server.
 
     Attributes:
-        nodes: one for each of its machines; a single one where a launcher starts `num_tasks`.
-        files: texts by name, to be written where each node runs, before.
-        num_tasks: processes over all machines that a launcher of MPI is to start; 0 for one a node.
-        notes: differences from the deployment, and what is left to the reader.
+        nodes: the command of each machine; a single one if MPI starts `num_tasks` of it.
+        files: texts by name, to write into the working directory of each node first.
+        num_tasks: processes that MPI must start over all machines; 0 for one on each node.
+        notes: differences from the deployment, and steps that are left to the user.
     """
 
     engine: ServingEngine
@@ -226,7 +226,7 @@ class ServerStart:
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """The command of each node for a shell, with the files that it reads."""
+        """Each node's shell command, which also writes the files."""
         launcher = ["mpirun", "-n", str(self.num_tasks)] if self.num_tasks else []
         return tuple(
             shell_line(self.files, [*_assigned(node), *launcher, *node.argv]) for node in self.nodes
@@ -238,7 +238,7 @@ def _assigned(node: NodeStart) -> list[str]:
 
 
 def shell_line(files: Mapping[str, str], words: Sequence[str]) -> str:
-    """A command for a shell, after the files that it reads."""
+    """A shell command that writes the files, then runs the words."""
     written = [f"echo {shlex.quote(text)} > {name}" for name, text in files.items()]
     return " && ".join([*written, shlex.join(words)])
 
@@ -251,11 +251,11 @@ def server_start(
     max_len: int,
     place: Place,
 ) -> ServerStart:
-    """How one server is started at its place.
+    """The commands that start one server at its place.
 
     Args:
-        pool: what the server runs: of `ServedPool.servers`.
-        max_len: tokens of a request at most.
+        pool: one server, from `ServedPool.servers`.
+        max_len: tokens of the longest request.
     """
     draft = _WRITERS[engine.name](_Asked(pool, served, types, max_len, place))
     draft.notes += _weight_notes(served, types, engine)
@@ -276,7 +276,7 @@ class _Asked:
     """A server, its model, and where it is started.
 
     Attributes:
-        max_len: tokens of a request at most.
+        max_len: tokens of the longest request.
     """
 
     pool: ServedPool
@@ -287,36 +287,34 @@ class _Asked:
 
     @property
     def layout(self) -> Layout:
-        """The server's."""
+        """Layout of the server."""
         return self.pool.layout
 
     @property
     def num_hosts(self) -> int:
-        """Machines that the server is started on."""
+        """Number of machines of the server."""
         return len(self.place.hosts)
 
     @property
     def on_cpu(self) -> bool:
-        """True if its ranks compute on cores."""
+        """True if its ranks run on CPUs."""
         return self.place.kind == "cpu"
 
     def module(self, program: str, name: str, *words: str) -> list[str]:
-        """A program on the PATH, or its module in the engine's environment."""
+        """A command: a program on the PATH, or its module by the engine's Python."""
         python = self.place.python
         return [program, *words] if python is None else [python, "-m", name, *words]
 
 
 @dataclass
 class _Draft:
-    """A server's start in the making.
+    """A `ServerStart` under construction.
 
     Attributes:
-        words: the words that are the same on all nodes.
-        on_node: the further words of a node, by its number.
-        environment: variables that are set for it on a node, by its number.
-        num_tasks: as `ServerStart` has it.
-        files: as `ServerStart` has them.
-        notes: differences from the deployment, and what is left to the reader.
+        words: program and arguments that all nodes share.
+        on_node: gives further arguments of a node, by its number.
+        environment: gives environment variables of a node, by its number.
+        num_tasks, files, notes: as in `ServerStart`.
     """
 
     words: list[str]
@@ -336,7 +334,7 @@ class _Draft:
                 self.add(name, size)
 
     def node(self, node: int, place: Place) -> NodeStart:
-        """What runs on one node."""
+        """The command of one node."""
         variables = {name: str(value) for name, value in self.environment(node).items()}
         if place.devices:
             variables["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, place.devices))
@@ -344,7 +342,7 @@ class _Draft:
 
 
 def _bound_cores(asked: _Asked) -> str | None:
-    """The cores of each rank, as vLLM and SGLang take them; None where ranks outnumber them."""
+    """The cores of each rank, as vLLM and SGLang take them; None if ranks outnumber cores."""
     num_ranks, cores = asked.layout.world_size, asked.place.cores
     if len(cores) < num_ranks:
         return None
@@ -405,7 +403,7 @@ def _vllm(asked: _Asked) -> _Draft:
 
 
 def _vllm_side_channel(asked: _Asked, node: int) -> dict[str, object]:
-    """Where a node's ranks tell other pools of keys and values; each has a port of its own."""
+    """Host and port of a node's NIXL side channel, which hands over KV caches between pools."""
     place = asked.place
     found: dict[str, object] = {"VLLM_NIXL_SIDE_CHANNEL_HOST": place.hosts[node]}
     if place.offset:
@@ -415,7 +413,7 @@ def _vllm_side_channel(asked: _Asked, node: int) -> dict[str, object]:
 
 
 def _vllm_on_cpu(draft: _Draft, asked: _Asked) -> None:
-    """A cache for all running sequences, and a rank's cores in place of a NUMA node each."""
+    """Set vLLM's KV cache size for all running sequences, and each rank's cores."""
     pool, layout = asked.pool, asked.layout
     num_layers = len(layout.layers_of_stage(pool.model.num_hidden_layers, 0))
     num_blocks = pool.rank_seqs * ceil(asked.max_len / _VLLM_CPU_BLOCK) + 1
@@ -437,7 +435,7 @@ _VLLM_BACKENDS = {
 
 
 def _vllm_experts(draft: _Draft, pool: ServedPool) -> None:
-    """One backend serves all phases that the pool computes."""
+    """Add options of expert parallelism; one all-to-all backend serves all phases of the pool."""
     (kernels,) = pool.all_kernels
     draft.add("--enable-expert-parallel", "--all2all-backend", _VLLM_BACKENDS[kernels])
     if num_redundant := pool.options.num_redundant_experts:
@@ -449,7 +447,7 @@ def _vllm_experts(draft: _Draft, pool: ServedPool) -> None:
 
 
 def _weights(asked: _Asked) -> list[str]:
-    """vLLM and SGLang quantise to float8 as they load; what is stored so needs no word."""
+    """Options for the weights' type: vLLM and SGLang quantise to float8 when they load."""
     types, stored = asked.types, asked.served.quantization
     if types.weights == types.kept:
         return ["--dtype", types.weights]

@@ -1,7 +1,7 @@
-"""A batch script for Slurm that starts all servers of an engine's best, and the router before them.
+"""A batch script for Slurm that starts the servers of an engine's best deployment, and the router.
 
-It starts engines as they start themselves: `srun` has a task on each node of a server, or, where
-an engine's ranks are started by MPI, a task for each rank.
+It uses the engine's own way over several nodes: `srun` starts one task on each node of a server, or
+one task for each rank if the engine uses MPI.
 """
 
 import re
@@ -22,10 +22,10 @@ from expertlane.planner.engines import ServingEngine
 from expertlane.planner.server_start import NodeStart, ServerStart
 from expertlane.printable import printable
 
-_COLUMNS = 88  # of a line of words, about
+_COLUMNS = 88  # width of a line, about
 
-# What does not differ between scripts. Steps overlap, since they share the devices of the job:
-# each takes all of a node, and sees the devices that its command names.
+# The part that all scripts share. Job steps overlap, since several may run on one node: each asks
+# for all of the node, and uses the devices that its environment names.
 _BEGIN = """\
 # shellcheck disable=SC2016,SC2329 # names are taken as they are; a trap calls `stop`
 set -euo pipefail
@@ -90,9 +90,10 @@ exit 1
 
 
 def slurm_script(serving: Serving) -> str:
-    """The script of all servers: `sbatch FILE`; shellcheck takes it.
+    """The batch script that starts all servers: `sbatch FILE`.
 
-    Whatever a name holds is quoted. It ends, with all that it started, when any server ends.
+    Names are quoted, so none can be read as a command. The job ends, with all that it started, when
+    any server ends.
     """
     mark = serving.mark
     started = pool_starts(serving, lambda number: f"{mark}{number}{mark}")
@@ -101,10 +102,11 @@ def slurm_script(serving: Serving) -> str:
 
 @dataclass(frozen=True)
 class _Script:
-    """A script in the making.
+    """A script under construction.
 
     Attributes:
-        host: finds a host's number in a word.
+        started: the servers of each pool, with placeholders for hosts.
+        host: matches a placeholder; its group is the host's number.
     """
 
     serving: Serving
@@ -117,7 +119,7 @@ class _Script:
         return self.serving.engine
 
     def text(self) -> str:
-        """The whole script."""
+        """The text of the script."""
         num_hosts = sum(each.num_hosts for each in self.started)
         name = f"expertlane-{self.engine.name}"
         parts = [
@@ -146,7 +148,7 @@ class _Script:
         return "\n".join([*parts, _END % {"url": inside}])
 
     def _about(self) -> list[str]:
-        """The comment that begins the script."""
+        """Lines of the comment at the head of the script."""
         engine, num = self.engine, sum(len(each.servers) for each in self.started)
         lines = [self.serving.title, f"Written by expertlane for {engine.title} {engine.version}."]
         if not engine.is_checked:
@@ -174,7 +176,7 @@ class _Script:
         starts = [_under_srun(server, node) for server, _, node in nodes]
         head, tail = _shared([words for words, _ in starts])
         is_option = starts[0][0][head - 1].startswith("-")
-        if head < len(starts[0][0]) and is_option:  # and its values differ
+        if head < len(starts[0][0]) and is_option:  # its value differs between nodes
             head -= 1
         begin = f"{role}_begin" if tail else role
         lines = ["", *self._array(begin, starts[0][0][:head])]
@@ -208,7 +210,7 @@ class _Script:
         ]
 
     def _environment(self, node: NodeStart) -> list[str]:
-        """Set inside the task: `srun` itself sets which devices it sees."""
+        """Words that set variables inside the task, since `srun` sets CUDA_VISIBLE_DEVICES too."""
         if not node.environment:
             return []
         pairs = (f"{name}={value}" for name, value in node.environment.items())
@@ -222,7 +224,7 @@ class _Script:
         return lines
 
     def _array(self, name: str, words: Sequence[str]) -> list[str]:
-        """An array of words, a line for each option."""
+        """A Bash array of words, with one option on each line."""
         lines: list[str] = []
         for word in map(self._word, words):
             starts = not lines or word.startswith("-")
@@ -233,7 +235,7 @@ class _Script:
         return [f"{name}=(", *(f"    {line}" for line in lines), ")"]
 
     def _word(self, word: str) -> str:
-        """A word for the shell, in quotes where it must be; hosts are looked up in the job's."""
+        """A word for the shell, quoted if need be, with its placeholders as the job's hosts."""
         parts = self.host.split(word)  # text, number, text, …
         texts = [_quoted(text) if text else "" for text in parts[::2]]
         hosts = [f'"${{hosts[{number}]}}"' for number in parts[1::2]]
@@ -242,20 +244,20 @@ class _Script:
 
 
 def _quoted(text: str) -> str:
-    """In quotes where a shell needs them, and around commas, which readers of arrays stumble on."""
+    """A text quoted for the shell; also if it has a comma, which shellcheck warns of in arrays."""
     quoted = shlex.quote(text)
     return f"'{text}'" if quoted == text and "," in text else quoted
 
 
 def _devices(started: PoolStarts) -> int:
-    """Devices of a machine that a pool takes."""
+    """Number of devices of a machine that a pool uses."""
     one = started.servers[0].pool
     of_server = -(-one.layout.world_size // one.num_hosts)
     return of_server * min(one.per_host, len(started.servers))
 
 
 def _under_srun(server: ServerStart, node: NodeStart) -> tuple[tuple[str, ...], int]:
-    """The words of a task, and the number of tasks; ranks of MPI are tasks on one node too."""
+    """The command of a task, and the number of tasks; TensorRT-LLM's ranks are a task each."""
     if server.engine.name != "trtllm":
         return node.argv, 1
     world_size = server.pool.layout.world_size
@@ -265,7 +267,7 @@ def _under_srun(server: ServerStart, node: NodeStart) -> tuple[tuple[str, ...], 
 
 
 def _shared(commands: Sequence[Sequence[str]]) -> tuple[int, int]:
-    """Number of words that all commands begin with, and of those that they end with beyond."""
+    """Number of words that all commands begin with, and number that all the rest ends with."""
     if len(commands) == 1:
         return len(commands[0]), 0
     head = _alike(commands)
@@ -279,7 +281,7 @@ def _alike(commands: Iterable[Sequence[str]]) -> int:
 
 
 def _continued(words: Sequence[str]) -> str:
-    """A command, over several lines where it is long."""
+    """A command, with line continuations if it is long."""
     lines, is_value = [""], False
     for word in words:
         if lines[-1] and not is_value and len(lines[-1]) + len(word) > _COLUMNS:

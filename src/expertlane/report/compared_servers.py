@@ -59,7 +59,7 @@ _MOST_CAUSES = 6
 
 
 def _measured(results: Results) -> Results:
-    """The measured deployments alone."""
+    """The results with their measured deployments only."""
     return replace(results, deployments=results.select("measured"))
 
 
@@ -88,18 +88,18 @@ def _start_s(record: DeploymentRecord) -> float | None:
 
 
 def _verdict(results: Results) -> str:
-    """The fastest deployment against the best it was compared with, and others in brief."""
+    """The sentence on the two that were compared in pairs, and the ratios to further ones."""
     by_other: dict[tuple[str, str], list[RatioRecord]] = {}
     for each in results.ratios:
         by_other.setdefault((each.name, each.other), []).append(each)
     if not by_other:
         return headline(_measured(results))
     (names, first), *more = by_other.items()
-    told = [ratio_sentence(first, "", *names)]
+    parts = [ratio_sentence(first, "", *names)]
     for (_, other), own in more:
         ratio = next(each for each in own if each.metric == "output tokens/s")
-        told.append(f"Over {other}: {ratio_words(ratio)}.")
-    return " ".join(told)
+        parts.append(f"Against {other}: {ratio_words(ratio)}.")
+    return " ".join(parts)
 
 
 def _software(record: DeploymentRecord) -> str:
@@ -120,10 +120,10 @@ _OF_SERVER: tuple[Column[DeploymentRecord], ...] = (
 
 
 def _table(records: Sequence[DeploymentRecord], base: DeploymentRecord | None) -> Table:
-    """Throughput and latency of each; failed ones have no numbers.
+    """Throughput and latency of each deployment; failed ones have no numbers.
 
     Args:
-        base: the deployment that `rel` is against; None for no such column.
+        base: the deployment that column `rel` is relative to; None for no such column.
     """
     columns = list(_OF_SERVER)
     if not any(each.serving and each.serving[0].output_tps.low for each in records):
@@ -141,7 +141,7 @@ def _table(records: Sequence[DeploymentRecord], base: DeploymentRecord | None) -
 
 
 def servers_answer(name: str, results: Results) -> Answer:
-    """Which deployment is faster, all beside each other, and what failed.
+    """The answer: which deployment is faster, a table of all, and what failed.
 
     Args:
         name: name of the experiment, with its changes.
@@ -180,7 +180,10 @@ def _len(text: str) -> str:
 
 
 def _why(results: Results) -> Figure | None:
-    """Difference of a step of the two in the first sentence; None unless both were profiled."""
+    """Difference of a decode step by cause, of the two deployments in the first sentence.
+
+    None unless both were profiled.
+    """
     by_name = {each.name: each for each in results.select("measured")}
     if not results.ratios:
         return None
@@ -201,7 +204,7 @@ def _why(results: Results) -> Figure | None:
 
 
 def _bars(results: Results) -> Chart | None:
-    """Throughput of every deployment that was measured, with those of the first sentence."""
+    """A chart of the throughput of every measured deployment."""
     found = [each for each in results.deployments if each.serving]
     roles: dict[str, str] = {}
     if results.ratios:
@@ -219,7 +222,7 @@ def _bars(results: Results) -> Chart | None:
 
 
 def _causes(results: Results) -> list[Chart]:
-    """A chart a phase of the time by cause of each deployment that was profiled."""
+    """One chart for each phase: a step's time by cause of each profiled deployment."""
     return cause_charts(
         {
             phase: {
@@ -234,7 +237,7 @@ def _causes(results: Results) -> list[Chart]:
 
 
 def _steps(results: Results) -> Iterator[Words]:
-    """Shares of a step's time by cause of each deployment that was profiled, by phase."""
+    """Tables for each phase: a step's time by cause, and unknown kernels."""
     for phase in reversed(Phase):
         found = [
             (each.name, step)
@@ -250,19 +253,17 @@ def _steps(results: Results) -> Iterator[Words]:
                 for kernel, seconds in step.unknown_kernels.items()
             ]
             if unknown:
-                yield Table.of("Kernels of no known stage", _UNKNOWN, unknown)
+                yield Table.of("Unknown kernels", _UNKNOWN, unknown)
 
 
 def _fair(records: Sequence[DeploymentRecord]) -> str:
     are_started = [bool(each.server and each.server.engine) for each in records]
-    caches = ", prefix caches off"
-    if not all(are_started):
-        caches += " where engines are started here" if any(are_started) else ""
-    if not any(are_started):
-        caches = ""
+    caches = "; prefix caches are off" if any(are_started) else ""
+    if caches and not all(are_started):
+        caches += " in engines started here"
     return (
-        f"same prompts for all, new in each round{caches}; TPOT: mean time of a request's tokens "
-        "after the first"
+        f"all servers get the same prompts, new in each round{caches}; TPOT: mean time per output "
+        "token after the first"
     )
 
 
@@ -274,12 +275,12 @@ def _failed(records: Sequence[DeploymentRecord]) -> Iterator[Note]:
 
 def _certainty(records: Sequence[DeploymentRecord]) -> str:
     nums = sorted({_rounds(each) or 0 for each in records if each.serving})
-    told = f"{nums[-1]} rounds of those in the first sentence, in turns"
+    words = f"{nums[-1]} rounds of each deployment in the first sentence, in turns"
     if nums[-1] == 1:
-        told = "one round each"
+        words = "one round each"
     elif nums[0] < nums[-1]:
-        told += f"; {nums[0]} of the others"
-    return told if nums[-1] >= LEAST_RUNS else f"{told}; {LEAST_RUNS} or more give an interval"
+        words += f"; {nums[0]} of the others"
+    return words if nums[-1] >= LEAST_RUNS else f"{words}; an interval needs {LEAST_RUNS} or more"
 
 
 def servers_sections(results: Results) -> tuple[Section, ...]:
@@ -337,7 +338,7 @@ _SERVERS: tuple[Column[DeploymentRecord], ...] = (
 
 
 def _servers(results: Results) -> Iterator[Words]:
-    """Software, command and files of each server."""
+    """Layout, software, command and files of each server, and the note on fairness."""
     yield Table.of("", _SERVERS, results.deployments)
     for each in results.deployments:
         for name, content in each.server.files.items() if each.server else ():

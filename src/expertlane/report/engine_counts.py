@@ -1,4 +1,4 @@
-"""What servers counted themselves, beside their client's counts: a table, and what to doubt."""
+"""Tables of servers' own metrics, with the client's counts, and cautions from them."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -8,17 +8,17 @@ from expertlane.report.loads import Note, Served
 from expertlane.report.numbers import NONE, counted, percent, times, whole
 from expertlane.results.engine_record import EngineRecord
 
-_UNEVEN = 1.2  # busiest rank over the mean, from which on it is told
-_CACHED = 0.01  # share of prompt tokens
+_UNEVEN = 1.2  # busiest rank over the mean: above it there is a note
+_CACHED = 0.01  # share of cached prompt tokens: above it there is a note
 
 
-class _Told(NamedTuple):
+class _Load(NamedTuple):
     of: Served
     engine: EngineRecord
 
 
-def _told(found: Sequence[Served]) -> list[_Told]:
-    return [_Told(each, each.serving.engine) for each in found if each.serving.engine is not None]
+def _with_metrics(found: Sequence[Served]) -> list[_Load]:
+    return [_Load(each, each.serving.engine) for each in found if each.serving.engine is not None]
 
 
 def _agreement(engine: EngineRecord) -> str:
@@ -37,20 +37,20 @@ def _most_waiting(engine: EngineRecord) -> float | None:
     return max(waiting, default=None)
 
 
-_COLUMNS: tuple[Column[_Told], ...] = (
+_COLUMNS: tuple[Column[_Load], ...] = (
     text("server", lambda each: each.of.record.name),
     text("load", lambda each: each.of.load),
     text("metrics of", lambda each: each.engine.engine),
     number("requests", lambda each: each.engine.counts.num_requests, whole),
     number("prompt tokens", lambda each: each.engine.counts.num_prompt_tokens, whole),
     number("output tokens", lambda each: each.engine.counts.num_output_tokens, whole),
-    text("as the client", lambda each: _agreement(each.engine)),
-    number("from prefix cache", lambda each: each.engine.cached_share, percent),
+    text("client's counts", lambda each: _agreement(each.engine)),
+    number("prefix cache hits", lambda each: each.engine.cached_share, percent),
     number("preemptions", lambda each: each.engine.counts.num_preemptions, whole),
     number("running, mean", lambda each: _mean_running(each.engine), "{:.1f}".format),
-    number("waiting, most", lambda each: _most_waiting(each.engine), whole),
+    number("waiting, max", lambda each: _most_waiting(each.engine), whole),
     number(
-        "KV cache, most",
+        "KV cache, max",
         lambda each: each.engine.gauges and each.engine.gauges.most_kv_usage,
         percent,
     ),
@@ -76,68 +76,69 @@ _RANK_COLUMNS: tuple[Column[_Rank], ...] = (
 
 
 def counted_by_servers(found: Sequence[Served], doubts: Sequence[Note]) -> Section:
-    """The section of what servers counted themselves.
+    """The section of servers' own metrics.
 
     Args:
-        doubts: notes that follow from it.
+        found: every load of every server.
+        doubts: notes of `engine_notes`.
     """
-    told = _told(found)
+    known = _with_metrics(found)
     parts: list[Words] = []
-    if told:
-        parts.append(Table.of("", _COLUMNS, told))
+    if known:
+        parts.append(Table.of("", _COLUMNS, known))
         parts.append(
-            "Differences of the server's own counters over the rounds, warm-up left out; gauges "
-            "were read every half second."
+            "Increase of the server's counters over the rounds, without warm-up. Gauges were read "
+            "every half second, or less often where reading takes long."
         )
-    ranks = [_Rank(each.of, rank, each.engine) for each in told for rank in each.engine.by_rank]
-    if any(len(each.engine.by_rank) > 1 for each in told):
+    ranks = [_Rank(each.of, rank, each.engine) for each in known for rank in each.engine.by_rank]
+    if any(len(each.engine.by_rank) > 1 for each in known):
         parts.append(Table.of("By data-parallel rank", _RANK_COLUMNS, ranks))
     parts += [f"{subject}: {sentence}." for subject, sentence in doubts]
     silent = dict.fromkeys(each.record.name for each in found if each.serving.engine is None)
     if silent:
-        parts.append(f"No metrics of a known engine at /metrics: {', '.join(silent)}.")
-    return Section("Counted by the server (measured)", tuple(parts), chapter="sure")
+        parts.append(f"No known engine's metrics at /metrics: {', '.join(silent)}.")
+    return Section("Server metrics (measured)", tuple(parts), chapter="sure")
 
 
 def engine_notes(found: Sequence[Served], *, shares_prefixes: bool) -> Iterator[Note]:
-    """What the servers' counts put in doubt; a sentence a kind, for the worst load.
+    """Cautions from the servers' metrics: one of each kind, for the worst load.
 
     Args:
-        shares_prefixes: whether requests of the load begin alike, so that a cache has them.
+        shares_prefixes: True if requests of the load share prefixes, so that cache hits are wanted.
     """
-    told = _told(found)
-    differing = [each for each in told if each.engine.differences]
-    others = [each for each in told if each.engine.num_others]
+    known = _with_metrics(found)
+    differing = [each for each in known if each.engine.differences]
+    others = [each for each in known if each.engine.num_others]
     if others:
         worst = max(others, key=lambda each: each.engine.num_others)
         yield (
             "Other traffic",
-            f"{counted(worst.engine.num_others, 'request')} of other clients ended at "
-            f"{at(found, worst.of)}: latencies are of both",
+            f"the server also completed {counted(worst.engine.num_others, 'request')} of other "
+            f"clients at {at(found, worst.of)}: they slow what was measured",
         )
     elif differing:
         worst = differing[0]
         first = worst.engine.differences[0]
         yield (
             "Counts",
-            f"the server counted {first.engine:,} {first.what} in a round at "
-            f"{at(found, worst.of)}, the client {first.client:,}",
+            f"in a round at {at(found, worst.of)} the server counted {first.engine:,} "
+            f"{first.what}, the client {first.client:,}",
         )
-    cached = [each for each in told if (each.engine.cached_share or 0.0) > _CACHED]
+    cached = [each for each in known if (each.engine.cached_share or 0.0) > _CACHED]
     if cached and not shares_prefixes:
         worst = max(cached, key=lambda each: each.engine.cached_share or 0.0)
         yield (
             "Prefix cache",
             f"{percent(worst.engine.cached_share or 0.0)} of prompt tokens at "
-            f"{at(found, worst.of)} were cached from earlier requests: repeat with another "
-            "--seed, or --flush-caches",
+            f"{at(found, worst.of)} were in the prefix cache from earlier requests: repeat with "
+            "another --seed, or with --flush-caches",
         )
-    uneven = [each for each in told if (each.engine.max_over_mean or 1.0) > _UNEVEN]
+    uneven = [each for each in known if (each.engine.max_over_mean or 1.0) > _UNEVEN]
     if uneven:
         worst = max(uneven, key=lambda each: each.engine.max_over_mean or 1.0)
         work = worst.engine.work_by_rank
         num_idle = sum(not each for each in work.values())
-        idle = f", {num_idle} of {len(work)} had none" if num_idle else ""
+        idle = f"; {num_idle} of {len(work)} had no work" if num_idle else ""
         yield (
             "Ranks",
             f"the busiest data-parallel rank had {times(worst.engine.max_over_mean or 1.0)} the "
@@ -146,6 +147,6 @@ def engine_notes(found: Sequence[Served], *, shares_prefixes: bool) -> Iterator[
 
 
 def at(found: Sequence[Served], each: Served) -> str:
-    """The load, and of several servers which."""
+    """The load in words, with the server's name if there are several."""
     several = len({id(one.record) for one in found}) > 1
     return f"{each.load} of {each.record.name}" if several else each.load

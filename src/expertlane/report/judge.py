@@ -13,13 +13,13 @@ from expertlane.report.numbers import counted, figures, milliseconds, percent, s
 
 _MOST_ROWS, _MOST_TERMS, _MOST_RIVALS = 8, 6, 3  # of the answer
 _NAME_WIDTH = 28
-_MOST_NAMED = 3  # rivals that are named as not told apart
-_CERTAIN = 0.99  # no share of a few measurements is larger
-_LITTLE = 0.3  # of the difference: less is no explanation
+_MOST_NAMED = 3  # assumptions that the headline names
+_CERTAIN = 0.99  # the largest confidence that is printed as a number
+_LITTLE = 0.3  # share of the difference: an assumption that explains less is no explanation
 _BANDWIDTH = {str(Assumed.INTRA_NODE), str(Assumed.INTER_NODE)}
-_PARTED = {
+_SEPARATING = {
     frozenset({Assumed.HOST, Assumed.SCHEDULER}): (
-        "a model of other depth: launches grow with layers, scheduling does not"
+        "a model with more or fewer layers: launches grow with them, scheduling does not"
     ),
     frozenset({Assumed.EXPERTS, Assumed.SKEW}): (
         "a layout with ep=1, whose ranks all have a part of every expert; or a routing trace"
@@ -35,7 +35,7 @@ _PARTED = {
         for link in (Assumed.INTRA_NODE, Assumed.INTER_NODE)
     },
     frozenset({Assumed.INTRA_NODE, Assumed.INTER_NODE}): (
-        "a deployment inside a node beside one that spans nodes"
+        "a deployment inside one node, and one over several nodes"
     ),
 }
 
@@ -43,10 +43,10 @@ _PARTED = {
 def report_of_judgement(
     found: Judgement, command: str, created: str, corrections: Path | None
 ) -> Report:
-    """The whole report.
+    """The report of a judgement, with its answer.
 
     Args:
-        corrections: path of the file that was written; None for none.
+        corrections: path of the corrections file; None if none was written.
     """
     on = found.corrections.fitted_on
     setting = (
@@ -56,14 +56,14 @@ def report_of_judgement(
     said = headline(found)
     whole, terms = _whole(found.whole), found.terms
     largest = sorted(terms, key=lambda each: -abs(each.measured_s - each.projected_s))
-    untold = tuple(_untold(found))
-    answer: list[Words] = [_whole(_told(found.whole), _title(found.whole))]
+    unidentified = tuple(_unidentified(found))
+    answer: list[Words] = [_whole(_farthest(found.whole), _title(found.whole))]
     answer.append(_rivals(found.rivals[:_MOST_RIVALS]))
     if terms:
         answer.append(_terms(largest[:_MOST_TERMS], "Largest differences by term"))
-    answer += [*untold, *_use(found, corrections)]
+    answer += [*unidentified, *_use(found, corrections)]
     sections = (
-        Section("Verdict", (said, *untold, *found.cautions)),
+        Section("Verdict", (said, *unidentified, *found.cautions)),
         Section("Measured against projected", (whole,)),
         Section("Assumptions, each changed by itself", (_rivals(found.rivals),)),
         Section("Terms", (_terms(terms),) if terms else ()),
@@ -77,19 +77,19 @@ def report_of_judgement(
 
 
 def headline(found: Judgement) -> str:
-    """What explains the difference, how much of it, and how surely."""
+    """The sentence on what explains the difference, how much of it, with what confidence."""
     ratio = found.ratio
     size = (
         f"Measured times are {times(ratio)} the projected ones (median of "
         f"{counted(len(found.whole) or len(found.numbers), 'number')})"
     )
     if found.is_noise or not found.rivals:
-        return f"{size}: no more than noise, so no assumption is in doubt."
+        return f"{size}: the difference is within noise, so no assumption is in doubt."
     first = found.rivals[0]
     if first.explained < _LITTLE:
         return (
-            f"{size}. No single assumption explains much of it; the most, "
-            f"{percent(first.explained)}, is explained by {_named(first)}."
+            f"{size}. No single assumption explains much of the difference; {_named(first)} "
+            f"explains the most, {percent(first.explained)}."
         )
     if len(found.likely) == 1:
         return (
@@ -100,9 +100,10 @@ def headline(found: Judgement) -> str:
     names = " or ".join(map(_named, rivals[:_MOST_NAMED]))
     more = len(rivals) - _MOST_NAMED
     return (
-        f"{size}. These measurements can't tell apart: {names}"
-        + (f", or {more} more" if more > 0 else "")
-        + f". Either explains {percent(first.explained)} of the difference at most."
+        f"{size}, which is explained by {names}"
+        + (f", or one of {more} more" if more > 0 else "")
+        + ": these measurements do not identify which. "
+        f"Each explains at most {percent(first.explained)} of the difference."
     )
 
 
@@ -120,12 +121,12 @@ def _named(rival: Rival) -> str:
 
 
 def _title(whole: Sequence[JudgedNumber]) -> str:
-    told = _told(whole)
-    more = f", the {len(told)} farthest off of {len(whole)}" if len(told) < len(whole) else ""
+    shown = _farthest(whole)
+    more = f", the {len(shown)} farthest off of {len(whole)}" if len(shown) < len(whole) else ""
     return f"Measured against projected{more}"
 
 
-def _told(whole: Sequence[JudgedNumber]) -> Sequence[JudgedNumber]:
+def _farthest(whole: Sequence[JudgedNumber]) -> Sequence[JudgedNumber]:
     if len(whole) <= _MOST_ROWS:
         return whole
     farthest = sorted(whole, key=lambda each: -max(each.ratio, 1 / each.ratio))[:_MOST_ROWS]
@@ -169,7 +170,7 @@ def _rivals(rivals: Sequence[Rival]) -> Table:
     columns: list[Column[Rival]] = [
         text("assumption", lambda each: each.label),
         number("projected", lambda each: _amount(each, each.was)),
-        number("best", lambda each: _amount(each, each.factor)),
+        number("best fit", lambda each: _amount(each, each.factor)),
         number("explains", lambda each: percent(max(each.explained, 0.0))),
         number("confidence", _confidence),
     ]
@@ -183,7 +184,7 @@ def _amount(rival: Rival, value: float) -> str:
 def _terms(terms: Sequence[Term], title: str = "") -> Table:
     columns: list[Column[Term]] = [
         text("term", lambda each: each.name),
-        text("of", lambda each: each.where),
+        text("step", lambda each: each.where),
         number("measured ms", lambda each: milliseconds(each.measured_s)),
         number("projected ms", lambda each: milliseconds(each.projected_s)),
         number("ratio", lambda each: _ratio(each.measured_s, each.projected_s)),
@@ -192,20 +193,23 @@ def _terms(terms: Sequence[Term], title: str = "") -> Table:
     return Table.of(title, columns, terms)
 
 
-def _untold(found: Judgement) -> Iterator[str]:
-    """What cannot be told, why, and what would tell it."""
+def _unidentified(found: Judgement) -> Iterator[str]:
+    """Sentences on assumptions that these measurements do not identify, and what would."""
     rivals = [each for each in found.rivals if each.name in found.likely]
     if len(rivals) > 1 and not found.is_noise:
         one, other = rivals[:2]
-        parted = _PARTED.get(frozenset({Assumed(one.name), Assumed(other.name)}))
+        separating = _SEPARATING.get(frozenset({Assumed(one.name), Assumed(other.name)}))
         if not found.has_terms:
-            advice = "where the time of a step goes: causes from a profile, or ranks' own clocks"
-            advice += f"; or {parted}" if parted else ""
+            advice = "step times by cause (--profile, or compare on ranks)"
+            advice += f"; or {separating}" if separating else ""
             why = "only whole times were measured"
         else:
-            advice = parted or "deployments that differ more: layouts, batch sizes, contexts"
-            why = "both change what was measured alike"
-        yield f"Can't tell {one.label} from {other.label}: {why}. To part them, measure {advice}."
+            advice = separating or "deployments that differ more: layouts, batch sizes, contexts"
+            why = "both have the same effect on the measured numbers"
+        yield (
+            f"{one.label.capitalize()} and {other.label} cannot be separated: {why}. "
+            f"To separate them, measure {advice}."
+        )
     alike: dict[str, list[str]] = defaultdict(list)
     for first, second in found.alike:
         alike[first].append(second)
@@ -213,11 +217,11 @@ def _untold(found: Judgement) -> Iterator[str]:
         kept = {Assumed(name).label for name in found.corrections.factors}
         if kept & {first, *others}:
             yield (
-                f"Corrections of {first} and of {' and '.join(others)} change all numbers alike: "
-                "only what they come to together is sure."
+                f"Corrections of {first} and {' and '.join(others)} have the same effect on all "
+                "numbers: only their combined effect is certain."
             )
     if found.without_effect:
-        yield f"These deployments say nothing of: {', '.join(found.without_effect)}."
+        yield f"These deployments do not depend on: {', '.join(found.without_effect)}."
 
 
 def _use(found: Judgement, corrections: Path | None) -> Iterator[str]:
@@ -227,7 +231,7 @@ def _use(found: Judgement, corrections: Path | None) -> Iterator[str]:
         return
     said = (
         f"Corrections: the median error goes from {percent(on.error_before)} to "
-        f"{percent(on.error_after)} on what they were fitted to."
+        f"{percent(on.error_after)} on the numbers that they were fitted to."
     )
     if corrections is not None:
         said += f" Next: expertlane plan MODEL --corrections {corrections}"
@@ -272,5 +276,5 @@ def _fitted_on(on: FittedOn) -> Table:
             ("sequences in a step", ends(on.num_seqs)),
             ("context", ends(on.context)),
         ],
-        "Fitted on",
+        "Fitted to",
     )

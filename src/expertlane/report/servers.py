@@ -121,7 +121,7 @@ def ratio_words(ratio: RatioRecord) -> str:
 
 def _sentence(ratio: RatioRecord) -> str:
     if ratio.ratio.low is None:
-        return "of too few rounds to tell a difference from noise"
+        return "too few rounds to tell a difference from noise"
     return "a significant difference" if ratio.is_significant else "no significant difference"
 
 

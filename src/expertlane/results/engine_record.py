@@ -1,4 +1,4 @@
-"""What an engine counts itself under a load, beside what its client counts."""
+"""An engine's own metrics under a load, and the counts of its client."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -9,15 +9,15 @@ from expertlane.spec.ranges import Strict
 
 @dataclass(frozen=True)
 class EngineCounts(Strict):
-    """Requests and tokens over a stretch of time; None where it is not told.
+    """Increase of an engine's counters over some time; None for counters that it lacks.
 
     Attributes:
-        num_requests: requests that were answered to the end.
-        num_aborted: requests that ended before, as their client left or the engine failed.
-        num_prompt_tokens: of requests whose prompt was computed.
-        num_output_tokens: those of aborted requests included.
-        num_cached_tokens: prompt tokens that the prefix cache had.
-        num_preemptions: requests that lost their blocks and were computed again.
+        num_requests: completed requests.
+        num_aborted: requests that ended early: the client disconnected, or the engine failed.
+        num_prompt_tokens: prompt tokens of prefilled requests.
+        num_output_tokens: output tokens, aborted requests included.
+        num_cached_tokens: prompt tokens found in the prefix cache.
+        num_preemptions: times that a request lost its KV blocks, to be computed again.
     """
 
     num_requests: int | None = None
@@ -37,7 +37,7 @@ class EngineCounts(Strict):
         return EngineCounts(*(_sum(one, two) for one, two in pairs))
 
     def since(self, before: "EngineCounts") -> "EngineCounts | None":
-        """Counts less those of an earlier moment; None if one fell: the engine was started anew."""
+        """These counts minus earlier ones; None if one fell: the engine was restarted."""
         found = []
         for now, then in zip(self.values, before.values, strict=True):
             # A counter with labels has no series before its first event.
@@ -48,7 +48,7 @@ class EngineCounts(Strict):
 
     @classmethod
     def total(cls, several: Iterable["EngineCounts"]) -> "EngineCounts":
-        """Their sum; None where none of them tells."""
+        """The sum of counts; a field is None if it is None in all of them."""
         return reduce(cls.__add__, several, cls())
 
 
@@ -59,7 +59,7 @@ def _sum(one: int | None, other: int | None) -> int | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """A count on which client and engine do not agree.
+    """A count that differs between client and engine.
 
     Attributes:
         what: `requests`, `prompt tokens` or `output tokens`.
@@ -79,14 +79,14 @@ _COMPARED = {
 
 @dataclass(frozen=True)
 class RoundCounts(Strict):
-    """One repetition of a load, counted on both sides.
+    """One round of a load, counted by engine and client.
 
     Attributes:
-        engine: by the engine, over all ranks.
-        client: by the client: answered requests and their tokens; `num_aborted` are those that
-            failed. Tokens are None where the server's `usage` told none.
-        failed_prompt_tokens, failed_output_tokens: tokens that requests that failed had or asked
-            for: the most that an engine may have counted of them.
+        engine: the engine's counts, over all ranks.
+        client: the client's counts of completed requests and their tokens, with failed requests as
+            `num_aborted`. Tokens are None if the server sent no `usage`.
+        failed_prompt_tokens, failed_output_tokens: prompt lengths and requested output lengths of
+            failed requests: the most tokens of them that the engine may have counted.
     """
 
     engine: EngineCounts
@@ -96,7 +96,7 @@ class RoundCounts(Strict):
 
     @property
     def differences(self) -> list[Difference]:
-        """Counts that differ; of requests that failed an engine may have counted any part."""
+        """Counts that differ by more than failed requests explain."""
         may_be_more = {
             "num_requests": self.client.num_aborted or 0,
             "num_prompt_tokens": self.failed_prompt_tokens,
@@ -113,17 +113,18 @@ class RoundCounts(Strict):
 
     @property
     def num_others(self) -> int:
-        """Requests that the engine answered beyond those of this client: others use the server."""
+        """Requests that the engine completed beyond those of this client: of other clients."""
         sent = (self.client.num_requests or 0) + (self.client.num_aborted or 0)
         return max((self.engine.num_requests or 0) - sent, 0)
 
 
 @dataclass(frozen=True)
 class RankGauges(Strict):
-    """One data-parallel rank over time; [num_samples], empty where it is not told.
+    """Gauges of one data-parallel rank over time, each [num_samples]; empty for those it lacks.
 
     Attributes:
-        num_running, num_waiting: requests in the batch, and in the queue.
+        num_running: requests in the running batch.
+        num_waiting: requests in the queue.
         kv_usage: share of the KV cache in use, 0 to 1.
     """
 
@@ -134,12 +135,12 @@ class RankGauges(Strict):
 
 @dataclass(frozen=True)
 class GaugesRecord(Strict):
-    """What an engine's gauges showed during the rounds.
+    """An engine's gauges during the rounds of a load.
 
     Attributes:
-        rounds: repetition of each sample, from 1; [num_samples].
-        times_s: when each was read, since the round's start.
-        ranks: by the label of the data-parallel rank.
+        rounds: [num_samples]; round of each sample, from 1.
+        times_s: [num_samples]; seconds from the round's start to the sample.
+        ranks: gauges by the label of the data-parallel rank.
     """
 
     rounds: tuple[int, ...] = field(repr=False)
@@ -147,29 +148,34 @@ class GaugesRecord(Strict):
     ranks: dict[str, RankGauges] = field(repr=False)
 
     def total(self, name: str) -> list[float]:
-        """[num_samples]; a gauge summed over ranks; empty where it is not told."""
+        """A gauge summed over ranks, [num_samples]; empty if no rank has it.
+
+        Args:
+            name: a field of `RankGauges`.
+        """
         columns = [getattr(each, name) for each in self.ranks.values()]
         told = [each for each in columns if each]
         return [sum(each) for each in zip(*told, strict=True)]
 
     @property
     def most_kv_usage(self) -> float | None:
-        """The fullest rank's cache at its fullest."""
+        """Highest use of the KV cache over ranks and samples; None if no rank has it."""
         told = [max(each.kv_usage) for each in self.ranks.values() if each.kv_usage]
         return max(told, default=None)
 
 
 @dataclass(frozen=True)
 class EngineRecord(Strict):
-    """A load as the engine's own metrics tell it.
+    """An engine's metrics of a load.
 
     Attributes:
-        engine: whose names the metrics have: `vllm`, `sglang`, `trtllm` or `expertlane`.
-        counts: of all rounds and ranks.
-        rounds: round by round, of those that ran to their end.
-        by_rank: of all rounds, by the label of the data-parallel rank; empty where counters do not
-            tell ranks apart.
-        gauges: None without a sample.
+        engine: engine whose metric names the server has: `vllm`, `sglang`, `trtllm` or
+            `expertlane`.
+        counts: sum over rounds and ranks.
+        rounds: counts of each round that was not stopped early.
+        by_rank: sum over rounds, by the label of the data-parallel rank; empty if counters have no
+            such label.
+        gauges: gauges over time; None without samples.
     """
 
     engine: str
@@ -180,23 +186,23 @@ class EngineRecord(Strict):
 
     @property
     def differences(self) -> list[Difference]:
-        """Counts of all rounds that differ between client and engine."""
+        """Counts that differ between client and engine, of all rounds."""
         return [one for each in self.rounds for one in each.differences]
 
     @property
     def num_others(self) -> int:
-        """Requests of other clients that ended during the rounds."""
+        """Requests of other clients that completed during the rounds."""
         return sum(each.num_others for each in self.rounds)
 
     @property
     def cached_share(self) -> float | None:
-        """Share of prompt tokens that the prefix cache had."""
+        """Share of prompt tokens found in the prefix cache; None if the engine lacks a count."""
         cached, prompts = self.counts.num_cached_tokens, self.counts.num_prompt_tokens
         return None if cached is None or not prompts else cached / prompts
 
     @property
     def work_by_rank(self) -> dict[str, float]:
-        """Tokens that each data-parallel rank computed; else its running requests, on average."""
+        """Tokens of each data-parallel rank; else its mean number of running requests."""
         if len(self.by_rank) > 1:
             return {
                 rank: float((each.num_prompt_tokens or 0) + (each.num_output_tokens or 0))
@@ -212,7 +218,7 @@ class EngineRecord(Strict):
 
     @property
     def max_over_mean(self) -> float | None:
-        """The busiest rank's work over the mean; None where ranks are not told apart or idle."""
+        """The busiest rank's work over the mean; None without work by rank."""
         work = list(self.work_by_rank.values())
         return max(work) * len(work) / sum(work) if sum(work) else None
 
@@ -223,12 +229,19 @@ def joined(
     by_rank: Sequence[dict[str, EngineCounts]],
     gauges: GaugesRecord | None,
 ) -> EngineRecord:
-    """The record of a load of several rounds."""
+    """The record of a load of several rounds.
+
+    Args:
+        engine: engine whose metric names the server has.
+        rounds: counts of each round by engine and client.
+        by_rank: counts of each round, by data-parallel rank.
+        gauges: gauges of all rounds.
+    """
     ranks = dict.fromkeys(rank for each in by_rank for rank in each)
     summed = {
         rank: EngineCounts.total(each[rank] for each in by_rank if rank in each) for rank in ranks
     }
-    # Some engines tell ranks apart for a few counters alone: not for their work.
+    # Some engines label only a few counters by rank: without output tokens it is not the work.
     apart = {
         rank: each for rank, each in summed.items() if rank and each.num_output_tokens is not None
     }

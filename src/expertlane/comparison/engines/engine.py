@@ -1,7 +1,7 @@
-"""An engine that `compare` starts as a server: one small class, found by an entry point.
+"""The interface of an engine that `compare --engine` starts as a server.
 
-A package adds its own by an entry point of the group `expertlane.engines` that names a subclass of
-`Engine`, called as `--engine` takes it.
+A package adds an engine by an entry point in the group `expertlane.engines`: its name is what
+`--engine` takes, and its value names a subclass of `Engine`.
 """
 
 from abc import ABC, abstractmethod
@@ -24,13 +24,13 @@ GROUP = "expertlane.engines"
 
 @dataclass(frozen=True)
 class Asked:
-    """A deployment to be served.
+    """A deployment that an engine is asked to serve.
 
     Attributes:
         served: the checkpoint.
-        place: this machine: port, devices or cores, and the engine's interpreter.
-        num_devices: devices of this machine.
-        arguments: further arguments of its command, as a user gives them.
+        place: port, devices or cores of this machine, and the engine's interpreter.
+        num_devices: GPUs of this machine; cores if it has no GPU.
+        arguments: further arguments of the engine's command, from `--engine-args`.
     """
 
     deployment: Deployment
@@ -45,7 +45,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Start:
-    """A server's command, variables set for it, and files that it reads, by name."""
+    """A server's command, its environment variables, and files that it reads.
+
+    Attributes:
+        environment: added to this process's variables.
+        files: texts by name, written into the server's folder before it starts.
+    """
 
     argv: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -53,16 +58,16 @@ class Start:
 
 
 class CannotServe(Exception):
-    """The engine does not run the deployment; the text says what it does instead."""
+    """The engine cannot run the deployment; the text says why."""
 
 
 class Engine(ABC):
-    """An engine.
+    """An engine that `compare` can start, profile and measure.
 
     Attributes:
-        name: as `--engine` takes it.
-        title: its name as its makers write it.
-        ready_path: answers 200 once requests are served.
+        name: name for `--engine`.
+        title: name in reports.
+        ready_path: a path that answers 200 once the server is ready.
     """
 
     name: ClassVar[str]
@@ -71,10 +76,10 @@ class Engine(ABC):
 
     @abstractmethod
     def start(self, asked: Asked) -> Start:
-        """How its server is started.
+        """The command that starts a server of a deployment.
 
         Raises:
-            CannotServe: it does not run the deployment.
+            CannotServe: the engine cannot run the deployment.
         """
 
     def scripts(self, asked: Asked) -> Mapping[str, str]:
@@ -89,26 +94,30 @@ class Engine(ABC):
         return {}
 
     def profiled(self, start: Start, folder: Path) -> Start | None:
-        """The start of a server that can write torch profiler traces; None where it cannot.
+        """The command of a server that can write torch profiler traces; None if it cannot.
 
-        A POST to `/start_profile` with `profile_request` begins a trace, one to `/stop_profile`
-        ends it.
+        A POST to `/start_profile` with the fields of `profile_request` begins a trace, and a POST
+        to `/stop_profile` ends it.
 
         Args:
-            folder: where its ranks write them, a file each.
+            folder: folder in which each rank writes one trace file.
         """
         return None
 
     def profile_request(self, folder: Path) -> Mapping[str, object]:
-        """Fields of the request that begins a trace."""
+        """JSON fields of the POST to `/start_profile`.
+
+        Args:
+            folder: folder in which each rank writes one trace file.
+        """
         return {}
 
 
 def find_engine(name: str) -> Engine:
-    """The engine of a name.
+    """The engine that `--engine` names.
 
     Raises:
-        UserError: there is none, or its package is broken.
+        UserError: no package has an engine of that name, or its package cannot be loaded.
     """
     known = _entry_points()
     if name not in known:
@@ -119,7 +128,7 @@ def find_engine(name: str) -> Engine:
     except Exception as error:  # somebody else's code
         raise UserError(f"--engine {name}: {entry.value} cannot be loaded: {error}") from None
     if not (isinstance(kind, type) and issubclass(kind, Engine)):
-        raise UserError(f"--engine {name}: {entry.value} is no subclass of Engine")
+        raise UserError(f"--engine {name}: {entry.value} is not a subclass of Engine")
     return kind()
 
 

@@ -21,15 +21,15 @@ from expertlane.spec.names import EngineName
 
 
 class _Planned(Engine):
-    """An engine that the planner knows."""
+    """An engine whose options the planner writes."""
 
     name: ClassVar[EngineName]
 
     def start(self, asked: Asked) -> Start:
-        """How its server is started.
+        """The command that starts a server of a deployment.
 
         Raises:
-            CannotServe: it does not run the deployment, or needs more devices than there are.
+            CannotServe: the engine cannot run the deployment, or it needs more GPUs than there are.
         """
         engine, place, workload = ENGINES[self.name], asked.place, asked.workload
         size = asked.deployment.layout.world_size
@@ -42,7 +42,9 @@ class _Planned(Engine):
         pool = self._pool(asked, max(size, asked.num_devices))
         one, num_servers = pool.servers(engine)
         if num_servers > 1:
-            raise CannotServe(f"{num_servers} replicas need a router; give each its --url")
+            raise CannotServe(
+                f"{num_servers} replicas need a router; start both, and give the --url"
+            )
         max_len = longest_request(workload.load, asked.model)
         found = server_start(engine, one, asked.served, asked.types, max_len, place)
         (node,) = found.nodes
@@ -78,7 +80,7 @@ class Vllm(_Planned):
     title = "vLLM"
 
     def profiled(self, start: Start, folder: Path) -> Start:
-        """With vLLM's torch profiler in its ranks; without stacks, which slow it several times."""
+        """The command with vLLM's torch profiler; without stacks, which slow it several times."""
         config: dict[str, object] = {"profiler": "torch", "torch_profiler_dir": str(folder)}
         config |= {"torch_profiler_with_stack": False, "ignore_frontend": True}
         return replace(start, argv=(*start.argv, "--profiler-config", strict_json(config)))
@@ -91,11 +93,11 @@ class Sglang(_Planned):
     title = "SGLang"
 
     def profiled(self, start: Start, folder: Path) -> Start:
-        """As it is: the request says where traces go."""
+        """The same command: the request to `/start_profile` names the folder."""
         return start
 
     def profile_request(self, folder: Path) -> Mapping[str, object]:
-        """With the folder, without stacks."""
+        """The folder of the traces; no stacks."""
         return {"output_dir": str(folder), "with_stack": False, "activities": ["CPU", "GPU"]}
 
 

@@ -1,21 +1,20 @@
-"""Corrections of a projection's assumptions by what was measured: factors on laws, in a TOML file.
+"""Corrections of a projection's assumptions, fitted to measurements: a TOML file of factors.
 
-`expertlane judge` fits them; `plan`, `simulate` and `compare --project` take them over to a
-cluster's profile, here and nowhere else (`corrected`). A factor multiplies the time that an
-assumption stands for, 2 for a link of half the bandwidth:
+`expertlane judge` fits them; `plan`, `simulate` and `compare --project` apply them to a cluster's
+profile with `corrected`. A factor multiplies times: 2 on a link is half its bandwidth.
 
-- a kernel family: its surfaces, and the law that stands in where a profile has none;
-- links inside nodes, and between: the bandwidth that a transfer's bytes are divided by;
-- latency: the floors of transfers, which an empty message takes too;
-- host: launches of kernels or graphs, and overheads in series;
-- scheduler: the driver between steps, and data-parallel ranks telling each other their tokens;
-- skew is not a factor: the exponent of the popularity of experts, where none is asked for.
+- a family of kernels: its laws, or the assumed law if the profile has none;
+- links inside nodes, and links between nodes: divides their bandwidth;
+- latency: the time of an empty message;
+- host: launches of kernels or graphs, and a CPU's overhead per operation;
+- scheduler: the driver's time between steps, and the synchronisation of data-parallel ranks;
+- skew is no factor: it is the exponent of the popularity of experts, if `--skew` is not given.
 
-A law that was corrected is `fitted`, whatever it was before. What was known of its scatter stays:
-the bounds of the factor are added, as independent errors are. A law that was a bound gets those of
-the factor, which hold the scatter that the fit left. Beyond the times of operations that were
-fitted bounds widen by a tenth for every doubling, as outside the knots of a table (`times`); those
-of single terms for every doubling of devices.
+A corrected law counts as `fitted`. The bounds of the factor and those of a measured or fitted law
+add as independent errors do. A law that was only a bound takes the factor's bounds, which include
+the scatter that the fit left. For operations longer or shorter than those that were fitted, bounds
+widen by a tenth for every doubling of the time, as outside the knots of a table (`times`); bounds
+of single terms widen for every doubling of devices.
 """
 
 from collections.abc import Mapping
@@ -49,8 +48,8 @@ from expertlane.spec.ranges import RANGES, Strict
 
 SCHEMA_VERSION = 1
 FILE_NAME = "corrections.toml"
-_MOST = 100.0  # times as long, or as short: farther off, a law is not corrected but another one
-_SURE = 1.001  # a correction that a measurement leaves no doubt of does not exist
+_MOST = 100.0  # largest factor, and its inverse the smallest
+_SURE = 1.001  # narrowest bounds of a corrected law, as a factor
 
 
 class Assumed(StrEnum):
@@ -69,7 +68,7 @@ class Assumed(StrEnum):
 
     @property
     def label(self) -> str:
-        """The assumption as a reader knows it."""
+        """The assumption's name in reports."""
         return _LABELS[self]
 
 
@@ -100,12 +99,12 @@ _SCHEDULING = DRIVER_S, DRIVER_PER_RANK_S, DP_SYNC_S
 
 @dataclass(frozen=True)
 class Correction(Strict):
-    """A factor on the time of what an assumption is of; of routing skew, the exponent itself.
+    """A factor on the time of an assumption; for routing skew, the exponent itself.
 
     Attributes:
-        low, high: where it lies 9 times of 10, with the scatter that the fit left.
-        least_s, most_s: the shortest and the longest operation or transfer that it was fitted to;
-            None of what has no size.
+        low, high: its 90 % interval, with the scatter that the fit left.
+        least_s, most_s: seconds of the shortest and the longest operation that it was fitted to;
+            None for assumptions without operations.
 
     Raises:
         SpecError: a number is out of its range.
@@ -131,12 +130,12 @@ class Correction(Strict):
 
     @classmethod
     def exactly(cls, factor: float) -> "Correction":
-        """A factor without an error, as a projection under another assumption has it."""
+        """A factor without an interval, to project under another assumption."""
         return cls(factor, factor, factor)
 
     @property
     def spread(self) -> tuple[float, float]:
-        """Logarithms of its bounds over it, ≤ 0 and ≥ 0."""
+        """Logarithms of low / factor and of high / factor."""
         return log(max(self.low, 1e-9) / self.factor), log(self.high / self.factor)
 
 
@@ -145,17 +144,16 @@ Span = tuple[float, float]
 
 @dataclass(frozen=True)
 class FittedOn(Strict):
-    """What corrections were fitted to.
+    """The measurements that corrections were fitted to.
 
     Attributes:
-        engine: the engine that ran, with its version.
-        num_points: measured numbers: times of steps, their parts, latencies, throughputs.
-        num_ranks, num_seqs, context: the least and the most of the deployments, of sequences in a
-            step, and of positions cached before it.
-        error_before, error_after: median size of measured over projected, less one, of whole steps
-            and of latencies.
-        framework: whose corrections the projection had besides; empty for none.
-        created: ISO 8601, UTC.
+        engine: the engine that was measured, with its version.
+        num_points: number of measured numbers: times of steps, their parts, latencies, throughputs.
+        num_ranks, num_seqs, context: least and most ranks of a deployment, sequences in a step, and
+            cached positions before a step.
+        error_before, error_after: median relative error of whole steps and load metrics.
+        framework: serving framework whose fitted factors the projection had too; empty for none.
+        created: time of the measurement, ISO 8601, UTC.
     """
 
     model: str
@@ -177,7 +175,7 @@ class Corrections(Strict):
     """The corrections of a file.
 
     Attributes:
-        factors: by `Assumed`, those that could be told; others are as assumed.
+        factors: by `Assumed`; assumptions without a factor stay as they are.
 
     Raises:
         SpecError: a factor has an unknown name, or is 0.
@@ -204,13 +202,13 @@ class Corrections(Strict):
 
     @property
     def skew(self) -> float | None:
-        """The exponent of the popularity of experts; None where it stays as assumed."""
+        """The exponent of the popularity of experts; None if it is not corrected."""
         found = self.factors.get(Assumed.SKEW)
         return None if found is None else found.factor
 
     @property
     def words(self) -> str:
-        """The factors, and what they were fitted to, for a list of assumptions."""
+        """The factors and what they were fitted to, in a sentence for lists of assumptions."""
         on = self.fitted_on
         factors = "; ".join(
             f"{Assumed(name).label} exponent {each.factor:.2g}"
@@ -234,7 +232,7 @@ def read_corrections(path: Path) -> Corrections:
     """Read a corrections file.
 
     Raises:
-        SpecError: it is missing or damaged; one line that names file and key.
+        SpecError: the file is missing or damaged; the message names file and key.
     """
     data = read_toml(path, CONFIG_BYTES)
     with naming(path):
@@ -242,7 +240,7 @@ def read_corrections(path: Path) -> Corrections:
 
 
 def to_toml(corrections: Corrections) -> str:
-    """The text of a corrections file."""
+    """Corrections as the text of a TOML file."""
     import tomli_w  # not needed to read
 
     def table(each: Any) -> dict[str, Any]:
@@ -264,16 +262,16 @@ def _short(value: Any) -> Any:
 
 
 def write_corrections(corrections: Corrections, path: Path) -> Path:
-    """Write a file whole or not at all; return its path.
+    """Write a corrections file atomically; return its path.
 
     Raises:
-        UserError: its folder can't be written to.
+        UserError: its folder cannot be written to.
     """
     return write_text(path, to_toml(corrections))
 
 
 def corrected(cluster: ModelledCluster, corrections: Corrections) -> ModelledCluster:
-    """The cluster with corrections on its laws; routing skew is not one of them."""
+    """The cluster with corrected laws; a corrected routing skew is not applied here."""
     fewest, most = corrections.fitted_on.num_ranks
     num = cluster.num_devices
     beyond = max(log2(num / max(most, 1)), log2(max(fewest, 1) / num), 0.0)
@@ -287,10 +285,10 @@ def corrected(cluster: ModelledCluster, corrections: Corrections) -> ModelledClu
 def scaled(
     profile: Profile, corrections: Mapping[Assumed, Correction], wider: float = 1.0
 ) -> Profile:
-    """The profile with factors on its laws and terms, and their bounds.
+    """The profile with factors on its laws and terms, and with their bounds.
 
     Args:
-        wider: factor by which bounds of single terms are wider than of the corrections.
+        wider: factor that widens the bounds of single terms.
     """
     if not corrections:
         return profile
@@ -318,7 +316,7 @@ def _sheet(sheet: LinkSheet, by: Correction | None) -> LinkSheet:
 
 
 def assumed_of(law: str) -> Assumed:
-    """The assumption that a surface is of, by its name."""
+    """The assumption that a law belongs to, by the law's name in a profile."""
     first = law.partition(".")[0]
     if first in KERNELS:
         return KERNELS[OpKind(first)]
@@ -328,7 +326,7 @@ def assumed_of(law: str) -> Assumed:
 def _surfaces(profile: Profile, corrections: Mapping[Assumed, Correction]) -> dict[str, Surface]:
     laws = dict(profile.surfaces)
     for kind, assumed in KERNELS.items():
-        if assumed in corrections:  # of types that nothing was measured for
+        if assumed in corrections:  # for number types without a measured law
             laws.setdefault(str(kind), assumed_law())
     return {name: _surface(law, assumed_of(name), corrections) for name, law in laws.items()}
 
@@ -340,7 +338,7 @@ def _surface(law: Surface, of: Assumed, corrections: Mapping[Assumed, Correction
     if by is None:
         return law
     low, high = _spread(law.basis, log(law.low), log(law.high), by)
-    factor = 1.0 if is_link else by.factor  # a link's is in its bandwidth, or its floors
+    factor = 1.0 if is_link else by.factor  # a link's factor is on its bandwidth or its floors
     spread = None
     if by.least_s is not None and by.most_s is not None:
         spread = by.least_s, by.most_s
@@ -357,7 +355,7 @@ def _surface(law: Surface, of: Assumed, corrections: Mapping[Assumed, Correction
 
 
 def _spread(basis: Basis, low: float, high: float, by: Correction) -> Span:
-    """Logarithms of bounds: of the factor, and of the law unless it was one big guess."""
+    """Logarithms of bounds: of the factor, and of the law unless it was only a bound."""
     if basis is Basis.BOUND:
         low = high = 0.0
     of_low, of_high = by.spread
@@ -390,7 +388,7 @@ def _term(name: str, term: Term, corrections: Mapping[Assumed, Correction], wide
         by = corrections.get(Assumed.INTER_NODE if is_far else Assumed.INTRA_NODE)
         if by is None:
             return term
-        if head == "efficiency":  # its link has the factor; what is left is how well it is used
+        if head == "efficiency":  # the factor is on the link's bandwidth already
             return replace(term, basis=Basis.FITTED, origin=f"{term.origin}; corrected link")
         by = Correction(1 / by.factor, 1 / by.high, 1 / max(by.low, 1 / _MOST))  # a rate
     else:

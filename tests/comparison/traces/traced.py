@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).with_name("traces")
+HERE = Path(__file__).parent
 H800 = HERE / "deepseek_v3_h800.json"
 HOST, MAIN = 4711, 4711
 

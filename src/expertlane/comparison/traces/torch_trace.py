@@ -1,18 +1,18 @@
-"""Where the time of a server's steps goes, from its ranks' traces of the torch profiler.
+"""The time of a server's steps by cause, from its ranks' traces of the torch profiler.
 
-What is counted. Each moment of a rank's step is counted once, so that its parts add up to the step:
+Each moment of a rank's step is counted once, so the causes add up to the step:
 
-- where kernels compute, to the stage of the one on the critical stream (the one that computes
-  most); else of the one that began first;
-- where only transfers run, to their stage: they are *exposed*. The part until the last rank of the
-  group has entered the same transfer is waiting for other ranks, or in PP send/recv a pipeline
-  bubble; a rank waits from its own entry to the last one's;
-- where nothing runs, to host gaps, as are operators with which the host prepares a step.
+- While kernels compute, the stage of the one on the critical stream counts (the stream with the
+  most compute time), else of the kernel that began first.
+- While only transfers run, they are *exposed*, and count as their stage. From a rank's own entry
+  into a transfer to the entry of the last rank of the group, the time counts as waiting for other
+  ranks, or in PP send/recv as pipeline bubble.
+- While nothing runs, the time counts as host gaps; so do operators that prepare a step on the host.
 
-What runs beneath something that is counted is *hidden*: it is kept apart, and is no part of the
-sum. So dispatch beneath the experts of another micro-batch costs nothing, and shows as hidden.
+Work that runs at the same time as the work that counts is *hidden*. It is recorded separately, and
+is no part of the sum: a dispatch beneath the experts of another micro-batch costs no time.
 
-`rank_alignment.py` says how ranks' traces are aligned.
+`rank_alignment.py` describes how ranks' traces are aligned.
 """
 
 from collections import defaultdict
@@ -22,9 +22,9 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 
-from expertlane.comparison.rank_alignment import align
-from expertlane.comparison.rank_trace import RankTrace, read_rank_trace
-from expertlane.comparison.trace_file import Span, Work
+from expertlane.comparison.traces.rank_alignment import align
+from expertlane.comparison.traces.rank_trace import RankTrace, read_rank_trace
+from expertlane.comparison.traces.trace_file import Span, Work
 from expertlane.errors import UserError
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.metrics import CAUSE_OF_STAGE
@@ -32,26 +32,28 @@ from expertlane.results.record import StepsRecord
 from expertlane.spec.names import Cause, Phase, Stage
 
 NS_PER_S = 1_000_000_000
-UNKNOWN_SHARE = 0.05  # of the time; more of it is said
-MOST_UNKNOWN = 10  # kernels that a record names
-BACKWARD = "backward pass"  # of a training step, as a record names it
-_NAME_LENGTH = 120  # of a kernel in a record
+UNKNOWN_SHARE = 0.05  # of the time: a larger share in unknown kernels is reported
+MOST_UNKNOWN = 10  # unknown kernels that a record names
+BACKWARD = "backward pass"  # name in a record for the time of a backward pass
+_NAME_LENGTH = 120  # characters of a kernel's name in a record
 _EXCHANGES = (Stage.DISPATCH, Stage.COMBINE)
 
 
 @dataclass(frozen=True)
 class RankStep:
-    """One step of one rank; all but what is hidden adds up to `duration_s`.
+    """One step of one rank, in seconds; all parts but the hidden ones add up to `duration_s`.
 
     Attributes:
-        start_s: on the rank's own clock.
-        before_s: since its previous step ended; 0 for the first.
-        stage_s: where the stage's kernels were counted; of transfers the exposed part.
-        waiting_s: exposed, for ranks that came later; of PP send/recv it is `bubble_s`.
-        unknown_s: by the name of the kernel or operator.
-        backward_s: of training; no part of serving.
-        hidden_s: beneath what was counted, by stage; waiting left out.
-        hidden_waiting_s: beneath what was counted, for ranks that came later.
+        start_s: start, on the rank's own clock.
+        before_s: time since the rank's previous step ended; 0 for the first.
+        stage_s: time by stage; of transfers the exposed part, without waiting.
+        waiting_s: exposed waiting for other ranks, PP send/recv left out.
+        bubble_s: exposed waiting in PP send/recv.
+        host_gaps_s: time in which no kernel runs, and of operators that prepare the step.
+        unknown_s: time of unknown kernels or operators, by name.
+        backward_s: time of a backward pass, in a trace of training.
+        hidden_s: hidden time by stage, without waiting.
+        hidden_waiting_s: hidden waiting for other ranks.
     """
 
     rank: int
@@ -88,9 +90,9 @@ class TracedStep:
     """One step of all ranks.
 
     Attributes:
-        phase: a prefill if any rank had a prompt in it; None where no trace tells.
-        num_seqs, num_tokens: of all data-parallel ranks; None where no trace tells.
-        ranks: the step of each; not of those whose trace lacks it.
+        phase: prefill if any rank had a prompt in it; None if no trace has the phase.
+        num_seqs, num_tokens: sums over data-parallel ranks; None if no trace has them.
+        ranks: the step on each rank; ranks whose trace lacks it are left out.
     """
 
     phase: Phase | None
@@ -101,12 +103,13 @@ class TracedStep:
 
 @dataclass(frozen=True)
 class StepCauses:
-    """Where the time of the steps in a few ranks' traces goes.
+    """The time of traced steps by cause.
 
     Attributes:
         ranks: numbers of the ranks, in ascending order.
-        clock_offsets_s: of each rank's clock to the first one's, as its transfers tell.
-        unaligned: transfers whose waiting could not be told from moving bytes, by reason.
+        clock_offsets_s: [num_ranks]; each rank's clock minus the first rank's.
+        unaligned: transfers that could not be paired between ranks, and why, in words; waiting for
+            other ranks is not split off their time.
     """
 
     ranks: tuple[int, ...]
@@ -115,39 +118,39 @@ class StepCauses:
     unaligned: tuple[str, ...] = ()
 
     def of(self, phase: Phase | None) -> tuple[TracedStep, ...]:
-        """The steps of a phase; None for those of which no trace tells it."""
+        """The steps of a phase; for None, those of an unknown phase."""
         return tuple(step for step in self.steps if step.phase is phase)
 
     @property
     def unknown_s(self) -> dict[str, float]:
-        """Seconds of all steps and ranks by unknown kernel, the longest first."""
+        """Seconds over all steps and ranks by unknown kernel, the longest first."""
         return _unknown(self.steps)
 
     @property
     def unknown_share(self) -> float:
-        """Share of all steps' time that unknown kernels take."""
+        """Share of the time of all steps and ranks that unknown kernels take."""
         whole_s = sum(each.duration_s for step in self.steps for each in step.ranks)
         return sum(self.unknown_s.values()) / whole_s if whole_s else 0.0
 
     @property
     def remark(self) -> str:
-        """Says that much is unknown, where it is; else empty."""
+        """A sentence if unknown kernels take more than `UNKNOWN_SHARE`; else empty."""
         if self.unknown_share <= UNKNOWN_SHARE:
             return ""
         name, seconds = next(iter(self.unknown_s.items()))
         share = seconds / sum(self.unknown_s.values())
         return (
-            f"{self.unknown_share:.0%} of the time is in kernels that are not known; "
+            f"{self.unknown_share:.0%} of the time is in unknown kernels; "
             f"{share:.0%} of that in {name}"
         )
 
 
 def read_step_causes(paths: Iterable[Path]) -> StepCauses:
-    """Read the traces of a server's ranks, one file each.
+    """Read the traces of a server's ranks, one file for each rank.
 
     Raises:
-        UserError: there is none; one can't be read, is no trace or has no steps; two are of the
-            same rank; some are of a GPU and some not.
+        UserError: there is no file; one cannot be read, is not a trace, or has no steps; two are of
+            the same rank; some have kernels of a GPU and some have none.
     """
     traces = [read_rank_trace(path, place) for place, path in enumerate(paths)]
     if not traces:
@@ -166,7 +169,7 @@ def read_step_causes(paths: Iterable[Path]) -> StepCauses:
 
 
 def _numbered(traces: Sequence[RankTrace]) -> list[RankTrace]:
-    """Traces by rank; replicas that each count from 0 are numbered on, by their files' names."""
+    """Traces by rank; if replicas all count from 0, ranks are numbered by their files' names."""
     if len({trace.rank for trace in traces}) < len(traces):
         places = [tuple(trace.axes.get(axis, 0) for axis in ("dp", "pp", "tp")) for trace in traces]
         if len(set(places)) == len(places):
@@ -176,7 +179,7 @@ def _numbered(traces: Sequence[RankTrace]) -> list[RankTrace]:
 
 
 def step_causes(traces: Sequence[RankTrace]) -> StepCauses:
-    """Align the traces of different ranks, and split the time of their steps."""
+    """Align the traces of several ranks, and split the time of their steps by cause."""
     aligned = align(traces)
     of_ranks = [_split(trace, aligned.entered_ns[place]) for place, trace in enumerate(traces)]
     rows = _rows(traces, aligned.step_shifts)
@@ -208,7 +211,7 @@ def step_causes(traces: Sequence[RankTrace]) -> StepCauses:
 
 
 def _rows(traces: Sequence[RankTrace], shifts: Sequence[int]) -> list[list[int | None]]:
-    """For each step of any rank its number on every rank, or None."""
+    """[num_steps, num_ranks]; index of each step on each rank, None where a trace lacks it."""
     first = min(-shift for shift in shifts)
     last = max(len(trace.spans) - shift for trace, shift in zip(traces, shifts, strict=True))
     rows: list[list[int | None]] = []
@@ -224,43 +227,45 @@ def _rows(traces: Sequence[RankTrace], shifts: Sequence[int]) -> list[list[int |
 
 @dataclass(frozen=True)
 class _Part:
-    """A stretch of work as it is counted."""
+    """A piece of work: all of it, or a transfer's part before or after the last rank's entry."""
 
     start_ns: int
     end_ns: int
-    order: tuple[int, int, int]  # what comes first counts: kind, stream, start
+    order: tuple[int, int, int]  # of parts at the same time the least counts: kind, stream, start
     work: Work
     waits: bool = False
 
 
 def _parts(trace: RankTrace, entered_ns: Mapping[int, int]) -> list[_Part]:
-    """A rank's work, transfers parted at the entry of the last rank."""
+    """A rank's work, each transfer split at the entry of the last rank."""
     busy_ns: dict[int, int] = defaultdict(int)
     for each in trace.work:
-        busy_ns[each.lane] += 0 if each.transfer else each.end_ns - each.start_ns
-    lanes = {lane: place for place, lane in enumerate(sorted(busy_ns, key=lambda x: -busy_ns[x]))}
+        busy_ns[each.stream] += 0 if each.transfer else each.end_ns - each.start_ns
+    streams = {
+        stream: place for place, stream in enumerate(sorted(busy_ns, key=lambda x: -busy_ns[x]))
+    }
     parts = []
     for at, each in enumerate(trace.work):
-        start_ns, lane = each.start_ns, lanes[each.lane]
+        start_ns, stream = each.start_ns, streams[each.stream]
         if not each.transfer:
             kind = 1 if each.cause is None else 0  # inference comes before training
-            parts.append(_Part(start_ns, each.end_ns, (kind, lane, start_ns), each))
+            parts.append(_Part(start_ns, each.end_ns, (kind, stream, start_ns), each))
             continue
         begin_ns = max(start_ns, min(entered_ns.get(at, start_ns), each.end_ns))
-        parts.append(_Part(start_ns, begin_ns, (3, lane, start_ns), each, waits=True))
-        parts.append(_Part(begin_ns, each.end_ns, (2, lane, start_ns), each))
+        parts.append(_Part(start_ns, begin_ns, (3, stream, start_ns), each, waits=True))
+        parts.append(_Part(begin_ns, each.end_ns, (2, stream, start_ns), each))
     return [part for part in parts if part.end_ns > part.start_ns]
 
 
-class _Account:
-    """What a step's time went to, in nanoseconds."""
+class _StepTime:
+    """A step's time by cause and kernel name, in nanoseconds."""
 
     def __init__(self) -> None:
         self.counted: dict[tuple[Stage | Cause | None, str], int] = defaultdict(int)
         self.hidden: dict[tuple[Stage | Cause | None, str], int] = defaultdict(int)
 
     def add(self, active: Iterable[_Part], duration_ns: int) -> None:
-        """Count a stretch of time in which the same parts ran."""
+        """Count a time in which the set of running parts did not change."""
         ordered = sorted(active, key=lambda part: part.order)
         if not ordered:
             self.counted[Cause.HOST_GAPS, ""] += duration_ns
@@ -274,7 +279,7 @@ class _Account:
 
 
 def _split(trace: RankTrace, entered_ns: Mapping[int, int]) -> list[RankStep]:
-    """The steps of a rank, each moment counted once."""
+    """The steps of a rank, with each moment counted once."""
     parts = _parts(trace, entered_ns)
     marks: list[tuple[int, int, int]] = []  # time; 0 an end, 1 a begin; part
     for number, part in enumerate(parts):
@@ -284,7 +289,7 @@ def _split(trace: RankTrace, entered_ns: Mapping[int, int]) -> list[RankStep]:
     active: dict[int, _Part] = {}
     at = 0
     for span in trace.spans:
-        account, now_ns = _Account(), span.start_ns
+        account, now_ns = _StepTime(), span.start_ns
         while at < len(marks) and marks[at][0] < span.end_ns:
             time_ns, begins, number = marks[at]
             if time_ns > now_ns:
@@ -302,7 +307,7 @@ def _split(trace: RankTrace, entered_ns: Mapping[int, int]) -> list[RankStep]:
     return found
 
 
-def _rank_step(rank: int, span: Span, before_ns: int, account: _Account) -> RankStep:
+def _rank_step(rank: int, span: Span, before_ns: int, account: _StepTime) -> RankStep:
     counted = {key: ns / NS_PER_S for key, ns in account.counted.items()}
     hidden = {key: ns / NS_PER_S for key, ns in account.hidden.items()}
 
@@ -339,11 +344,11 @@ def _unknown(steps: Iterable[TracedStep]) -> dict[str, float]:
 
 
 def steps_record(causes: StepCauses, phase: Phase) -> StepsRecord | None:
-    """The traced steps of a phase as a record; None where there are none.
+    """The traced steps of a phase as a record; None if there are none.
 
-    A step's time holds what passes between two steps of a rank, in the median, as scheduler
-    overhead: in a load with pauses the mean would be the pauses'. The profiler slows what it
-    records, so speeds in it are of profiled steps.
+    Scheduler overhead is the median time between two steps of a rank, and part of each step's time:
+    the mean would count pauses of the load. The profiler slows the steps that it records, so
+    throughput and step times are those of profiled steps.
     """
     steps = [step for step in causes.of(phase) if step.ranks]
     if not steps:

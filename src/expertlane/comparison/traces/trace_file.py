@@ -1,6 +1,7 @@
-"""A file of the torch profiler: its events, the annotations of its steps, and what ran in them.
+"""Read a trace file of the torch profiler: its events, its annotated steps, and its work.
 
-A trace is Chrome's JSON as PyTorch writes it, plain or gzipped. Nothing of it is executed.
+A trace is in Chrome's JSON format, as PyTorch writes it, plain or gzipped. Nothing in it is
+executed.
 """
 
 import gzip
@@ -15,14 +16,14 @@ from typing import Any
 
 import msgspec
 
-from expertlane.comparison.kernel_stages import HOST, StepBatch, batch_of, kernel_table
+from expertlane.comparison.traces.kernel_stages import HOST, StepBatch, batch_of, kernel_table
 from expertlane.errors import UserError
 from expertlane.spec.files import read_bytes
 from expertlane.spec.names import Cause, Phase, Stage
 
-MOST_BYTES = 768 * 2**20  # of a trace, decompressed too
+MOST_BYTES = 768 * 2**20  # of a trace file, before and after decompression
 _NS_PER_US = 1000
-_MOST_NS = 2**61  # of a time and what it is counted from: their sum fits into 64 bits
+_MOST_NS = 2**61  # largest time, and largest base time: their sum fits into 64 bits
 _MOST_US = _MOST_NS // _NS_PER_US
 _GZIP = b"\x1f\x8b"
 ANNOTATION = "user_annotation"
@@ -34,7 +35,7 @@ class _Args(msgspec.Struct, gc=False):
 
 
 class Event(msgspec.Struct, gc=False):
-    """An event as Chrome's format has it; times in microseconds."""
+    """An event in Chrome's trace format; `ts` and `dur` are in microseconds."""
 
     ph: str = ""
     cat: str = ""
@@ -52,10 +53,10 @@ class _Distributed(msgspec.Struct):
 
 
 class Trace(msgspec.Struct):
-    """The parts of a trace that are read.
+    """The parts of a trace file that are read.
 
     Attributes:
-        base_ns: what events' times are counted from.
+        base_ns: nanoseconds to add to the times of all events.
     """
 
     events: list[Event] = msgspec.field(name="traceEvents")
@@ -65,22 +66,23 @@ class Trace(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Work:
-    """A stretch in which one kernel or operator ran.
+    """A kernel or operator that ran on a rank, or a piece of an operator.
 
     Attributes:
-        cause: its stage; `Cause.HOST_GAPS` for the host's own work, `Cause.UNKNOWN`, or None for
-            what is no inference.
-        lane: its stream, by the order of first use; 0 on a CPU.
-        kind: for `transfer` the line of the table, which is the same on all ranks.
-        transfer: ranks meet in it.
-        group: ranks that meet, as the trace names them; "" where it doesn't.
+        cause: its stage; `Cause.HOST_GAPS` for work of the host, `Cause.UNKNOWN` if no stage was
+            found, None if it is no inference (a backward pass).
+        stream: number of its CUDA stream, in the order of first use; 0 on a CPU.
+        transfer: True for communication between ranks.
+        kind: of a transfer, the pattern in `kernels.toml` that matched: the same on all ranks.
+        group: of a transfer, the ranks of its process group as the trace has them; else "".
+        phase: the phase that its name says; else None.
     """
 
     start_ns: int
     end_ns: int
     name: str
     cause: Stage | Cause | None
-    lane: int = 0
+    stream: int = 0
     transfer: bool = False
     kind: str = ""
     group: str = ""
@@ -89,7 +91,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Span:
-    """A step of one rank: when it ran, and what its annotation says of its batch."""
+    """One step of one rank: start, end, and batch."""
 
     start_ns: int
     end_ns: int
@@ -97,10 +99,10 @@ class Span:
 
 
 def read_trace(path: Path) -> Trace:
-    """Read a file of the torch profiler.
+    """Read a trace file of the torch profiler.
 
     Raises:
-        UserError: it can't be read, is too large, or no trace.
+        UserError: the file cannot be read, is larger than `MOST_BYTES`, or is not a trace.
     """
     data = read_bytes(path, MOST_BYTES)
     if data.startswith(_GZIP):
@@ -123,7 +125,7 @@ def read_trace(path: Path) -> Trace:
     if abs(trace.base_ns) > _MOST_NS:
         raise UserError(f"{path}: baseTimeNanoseconds is out of range")
     for event in trace.events:
-        if event.ph != "X":  # no stretch of time
+        if event.ph != "X":  # an event without a duration
             continue
         if not (abs(event.ts) <= _MOST_US and 0 <= event.dur <= _MOST_US):
             raise UserError(f"{path}: a time of {event.name[:80]!r} is out of range")
@@ -131,14 +133,18 @@ def read_trace(path: Path) -> Trace:
 
 
 def bounds(event: Event, base_ns: int) -> tuple[int, int]:
-    """Start and end in nanoseconds; a whole number of microseconds stays exact."""
+    """Start and end of an event, in nanoseconds; whole microseconds stay exact."""
     start_ns = base_ns + round(event.ts * _NS_PER_US)
     return start_ns, start_ns + round(event.dur * _NS_PER_US)
 
 
 @dataclass(frozen=True)
-class BegunStep:
-    """A step's annotation on the host's clock."""
+class AnnotatedStep:
+    """A step's annotation: when the host began and ended the step, and on which thread.
+
+    Attributes:
+        thread: process and thread id.
+    """
 
     start_ns: int
     end_ns: int
@@ -146,12 +152,16 @@ class BegunStep:
     thread: tuple[int | str, int | str]
 
 
-def begun_steps(events: Iterable[Event], base_ns: int, category: str) -> list[BegunStep]:
-    """Annotations of steps, in order, of the first line in the table that matches any.
+def annotated_steps(events: Iterable[Event], base_ns: int, category: str) -> list[AnnotatedStep]:
+    """The annotated steps of a trace, in order.
 
-    Annotations of one line inside one another count once; SGLang's lines count together.
+    Engines annotate steps at several levels. Only the first source in `kernels.toml` that matches
+    any annotation counts, and of nested annotations only the outermost.
+
+    Args:
+        category: `cat` of the events to look at.
     """
-    found: dict[str, list[BegunStep]] = defaultdict(list)
+    found: dict[str, list[AnnotatedStep]] = defaultdict(list)
     lines = kernel_table().steps
     for event in events:
         if event.cat != category:
@@ -159,11 +169,11 @@ def begun_steps(events: Iterable[Event], base_ns: int, category: str) -> list[Be
         for line in lines:
             if (batch := batch_of(line, event.name)) is not None:
                 thread = (event.pid, event.tid)
-                found[line.source].append(BegunStep(*bounds(event, base_ns), batch, thread))
+                found[line.source].append(AnnotatedStep(*bounds(event, base_ns), batch, thread))
                 break
     sources = dict.fromkeys(line.source for line in lines)
     of_first = next((found[source] for source in sources if found[source]), [])
-    steps: list[BegunStep] = []
+    steps: list[AnnotatedStep] = []
     for step in sorted(of_first, key=lambda step: (step.start_ns, -step.end_ns)):
         if not steps or step.start_ns >= steps[-1].end_ns:
             steps.append(step)
@@ -171,18 +181,18 @@ def begun_steps(events: Iterable[Event], base_ns: int, category: str) -> list[Be
 
 
 def cause_of(stage: Stage | None) -> Stage | Cause:
-    """The cause of a stage that was found, or was not."""
+    """The cause that a kernel of a stage counts as; `Cause.UNKNOWN` without a stage."""
     if stage is None:
         return Cause.UNKNOWN
     return Cause.HOST_GAPS if stage is HOST else stage
 
 
-def recurring(work: Sequence[Work]) -> list[Span]:
-    """Steps of a trace without annotations: cut where embedding and head come round again.
+def split_into_steps(work: Sequence[Work]) -> list[Span]:
+    """Split a trace without annotations into steps.
 
-    Between the attention of one step and that of the next there are kernels of the head, the
-    sampler or the embedding; the border is the longest pause among them. A trace without any is one
-    step.
+    Between the attention kernels of two steps there are kernels of the head, the sampler or the
+    embedding. The next step begins after the longest pause among them. A trace without such kernels
+    is one step.
     """
     if not work:
         return []
@@ -206,7 +216,7 @@ def recurring(work: Sequence[Work]) -> list[Span]:
 
 
 def _longest_pause(run: Sequence[Work]) -> int:
-    """When the kernel after the longest pause among the head's kernels begins."""
+    """Start of the kernel after the longest pause next to a kernel of head or embedding."""
     pauses = [
         (later.start_ns - earlier.end_ns, -at, later.start_ns)
         for at, (earlier, later) in enumerate(pairwise(run))
@@ -216,6 +226,6 @@ def _longest_pause(run: Sequence[Work]) -> int:
 
 
 def _phase_of(work: Sequence[Work], start_ns: int, end_ns: int) -> Phase | None:
-    """The phase that kernels of attention tell; None where they don't."""
+    """The phase that the kernels of a step name; None if they name none, or both."""
     told = {each.phase for each in work if start_ns <= each.start_ns < end_ns and each.phase}
     return told.pop() if len(told) == 1 else None

@@ -12,9 +12,9 @@ from collections import Counter
 
 import pytest
 
-from comparison.traced import HERE
-from expertlane.comparison.rank_trace import read_rank_trace
-from expertlane.comparison.torch_trace import read_step_causes, steps_record
+from comparison.traces.traced import HERE
+from expertlane.comparison.traces.rank_trace import read_rank_trace
+from expertlane.comparison.traces.torch_trace import read_step_causes, steps_record
 from expertlane.spec.names import Cause, Phase, Stage
 
 PATHS = [HERE / f"vllm_cpu_dp0_pp0_tp{rank}_ep{rank}_rank{rank}.json.gz" for rank in range(2)]

@@ -1,8 +1,7 @@
-"""One rank's trace of the torch profiler: its steps, and what ran in them.
+"""One rank's trace of the torch profiler: its steps, and the work in them.
 
-Where it has kernels of a GPU, what ran are kernels and copies on streams, each of the step and the
-annotation in which it was launched. Where it has none, they are the operators of a thread
-(`operator_trace.py`).
+On a GPU the work is kernels and copies on streams; each belongs to the step and the annotation in
+which the host launched it. On a CPU the work is the operators of one thread (`operator_trace.py`).
 """
 
 import re
@@ -13,18 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from expertlane.comparison.kernel_stages import Known, Place, Region, kernel_table, stages_of
-from expertlane.comparison.operator_trace import of_cpu
-from expertlane.comparison.trace_file import (
+from expertlane.comparison.traces.kernel_stages import (
+    KernelContext,
+    KernelRule,
+    RegionRule,
+    kernel_table,
+    stages_of,
+)
+from expertlane.comparison.traces.operator_trace import read_operators
+from expertlane.comparison.traces.trace_file import (
     ANNOTATION,
     Event,
     Span,
     Work,
-    begun_steps,
+    annotated_steps,
     bounds,
     cause_of,
     read_trace,
-    recurring,
+    split_into_steps,
 )
 from expertlane.errors import UserError
 from expertlane.spec.names import Cause, Stage
@@ -42,12 +47,12 @@ _RANK = re.compile(r"(?:^|[^a-z])rank[-_]?(\d+)(?!\d)", re.I)
 
 @dataclass(frozen=True, eq=False)
 class RankTrace:
-    """What a rank's trace has.
+    """The steps and the work of one rank.
 
     Attributes:
-        axes: coordinates of the rank, as far as the file's name has them: dp, pp, tp.
-        spans: its steps, in order; they don't overlap.
-        work: by `start_ns`.
+        axes: the rank's dp, pp and tp coordinates, those that the file's name has.
+        spans: steps, in order; they do not overlap.
+        work: in order of `start_ns`.
     """
 
     path: Path
@@ -62,16 +67,16 @@ def read_rank_trace(path: Path, place: int) -> RankTrace:
     """Read a rank's trace.
 
     Args:
-        place: the rank's number where neither the trace nor the file's name has one.
+        place: the rank's number if neither the trace nor the file's name has one.
 
     Raises:
-        UserError: it can't be read, is too large, no trace of the torch profiler, or has neither
-            kernels nor operators.
+        UserError: the file cannot be read, is too large, is not a trace of the torch profiler, or
+            has neither kernels nor operators.
     """
     trace = read_trace(path)
     events = [event for event in trace.events if event.ph == "X"]
     on_gpu = any(event.cat == "kernel" for event in events)
-    read = _of_gpu if on_gpu else of_cpu
+    read = _read_kernels if on_gpu else read_operators
     spans, work = read(events, trace.base_ns)
     if not spans:
         raise UserError(
@@ -92,38 +97,38 @@ class _Kernel:
     event: Event
     start_ns: int
     end_ns: int
-    lane: int
+    stream: int
     launched_ns: int | None
     region: int = -1
-    line: Region | None = None
+    line: RegionRule | None = None
     around: tuple[str, ...] = ()
-    known: Known | None = None
+    known: KernelRule | None = None
 
 
-def _of_gpu(events: Sequence[Event], base_ns: int) -> tuple[list[Span], list[Work]]:
+def _read_kernels(events: Sequence[Event], base_ns: int) -> tuple[list[Span], list[Work]]:
     launches = {
         event.args.correlation: event
         for event in events
         if event.cat in _LAUNCHES and event.args and event.args.correlation is not None
     }
-    lanes: dict[tuple[int | str, int | str], int] = {}
+    streams: dict[tuple[int | str, int | str], int] = {}
     kernels = []
     for event in sorted((e for e in events if e.cat in _ON_GPU), key=lambda e: (e.ts, e.dur)):
         launch = launches.get(event.args.correlation) if event.args else None
-        lane = lanes.setdefault((event.pid, event.tid), len(lanes))
+        stream = streams.setdefault((event.pid, event.tid), len(streams))
         launched_ns = None if launch is None else bounds(launch, base_ns)[0]
-        kernels.append(_Kernel(event, *bounds(event, base_ns), lane, launched_ns))
+        kernels.append(_Kernel(event, *bounds(event, base_ns), stream, launched_ns))
     _find_regions(kernels, events, base_ns)
     table = kernel_table()
     for kernel in kernels:
         kernel.known = table.kernel(kernel.event.name, kernel.around)
     work = _work_of(kernels)
-    main = _main_lane(work)
+    main = _main_stream(work)
     return _gpu_spans(kernels, work, events, base_ns, main), work
 
 
 def _find_regions(kernels: Sequence[_Kernel], events: Sequence[Event], base_ns: int) -> None:
-    """Set the annotations around each kernel's launch, and the innermost that the table knows."""
+    """Set the annotations that enclose each kernel's launch, and the innermost one with a rule."""
     table = kernel_table()
     marks: list[tuple[int, int, int, Any]] = []  # time; annotations end, begin, then launches
     for number, event in enumerate(events):
@@ -150,9 +155,10 @@ def _find_regions(kernels: Sequence[_Kernel], events: Sequence[Event], base_ns: 
 
 
 def _work_of(kernels: Sequence[_Kernel]) -> list[Work]:
-    """Kernels with their causes: by name, else by their place among those of one direction.
+    """The kernels as work, with their causes: by name, else by position.
 
-    Transfers on streams of their own are borders like any other.
+    Kernels of a backward pass have no cause, and no position. Transfers on streams of their own
+    have a position like all others.
     """
     causes: list[Stage | Cause | None] = [Cause.UNKNOWN] * len(kernels)
     of_inference = []
@@ -161,7 +167,7 @@ def _work_of(kernels: Sequence[_Kernel]) -> list[Work]:
             causes[at] = None
         else:
             of_inference.append(at)
-    # Of two micro-batches at once, each annotation's kernels stay together.
+    # Two micro-batches may run at once: kernels of one annotation stay adjacent.
     firsts: dict[int, int] = {}
     for at in of_inference:
         firsts.setdefault(kernels[at].region, kernels[at].start_ns)
@@ -173,22 +179,22 @@ def _work_of(kernels: Sequence[_Kernel]) -> list[Work]:
             kernels[at].start_ns,
         )
     )
-    places = []
+    contexts = []
     for at in of_inference:
         known, line = kernels[at].known, kernels[at].line
-        stage = known.of if known else None
+        stage = known.as_stage if known else None
         if line is not None and line.all and not (known and known.transfer):
-            stage = line.of
-        of_region = line.of if line is not None else None
+            stage = line.as_stage
+        of_region = line.as_stage if line is not None else None
         kind = known.kind if known and stage is None else None
         exchange = known.exchange if known else False
-        places.append(Place(stage, kind, kernels[at].region, of_region, exchange))
-    for at, stage in zip(of_inference, stages_of(places), strict=True):
+        contexts.append(KernelContext(stage, kind, kernels[at].region, of_region, exchange))
+    for at, stage in zip(of_inference, stages_of(contexts), strict=True):
         causes[at] = cause_of(stage)
-    return [_stretch(kernel, cause) for kernel, cause in zip(kernels, causes, strict=True)]
+    return [_as_work(kernel, cause) for kernel, cause in zip(kernels, causes, strict=True)]
 
 
-def _stretch(kernel: _Kernel, cause: Stage | Cause | None) -> Work:
+def _as_work(kernel: _Kernel, cause: Stage | Cause | None) -> Work:
     known = kernel.known
     transfer = bool(known and known.transfer) and cause is not None
     ranks = kernel.event.args.ranks if kernel.event.args else None
@@ -197,7 +203,7 @@ def _stretch(kernel: _Kernel, cause: Stage | Cause | None) -> Work:
         kernel.end_ns,
         kernel.event.name,
         cause,
-        kernel.lane,
+        kernel.stream,
         transfer,
         known.pattern if known and transfer else "",
         ranks if isinstance(ranks, str) else "",
@@ -205,12 +211,12 @@ def _stretch(kernel: _Kernel, cause: Stage | Cause | None) -> Work:
     )
 
 
-def _main_lane(work: Sequence[Work]) -> int:
-    """The stream that computes most: the critical one."""
+def _main_stream(work: Sequence[Work]) -> int:
+    """The stream with the most compute time: the critical one."""
     busy_ns: dict[int, int] = defaultdict(int)
     for each in work:
-        busy_ns[each.lane] += 0 if each.transfer else each.end_ns - each.start_ns
-    return max(busy_ns, key=lambda lane: (busy_ns[lane], -lane))
+        busy_ns[each.stream] += 0 if each.transfer else each.end_ns - each.start_ns
+    return max(busy_ns, key=lambda stream: (busy_ns[stream], -stream))
 
 
 def _gpu_spans(
@@ -220,21 +226,23 @@ def _gpu_spans(
     base_ns: int,
     main: int,
 ) -> list[Span]:
-    """The steps on the GPU's time line, from the kernels that each launched.
+    """The steps as the GPU ran them, each from the kernels that it launched.
 
-    A step begins when its annotation does, or when the step before it ends on the GPU, whichever is
-    later; it ends with its last kernel on the critical stream. Kernels launched between two
+    A step begins with its annotation, or when the step before it ends on the GPU, whichever is
+    later. It ends with its last kernel on the critical stream. Kernels launched between two
     annotations (the sampler's) belong to the first.
     """
-    begun = begun_steps(events, base_ns, ANNOTATION)
+    begun = annotated_steps(events, base_ns, ANNOTATION)
     launched = sum(kernel.launched_ns is not None for kernel in kernels)
     if not begun or 2 * launched < len(kernels):
-        marked = begun_steps(events, base_ns, _ON_GPU_ANNOTATION)
-        return [Span(each.start_ns, each.end_ns, each.batch) for each in marked] or recurring(work)
+        marked = annotated_steps(events, base_ns, _ON_GPU_ANNOTATION)
+        return [
+            Span(each.start_ns, each.end_ns, each.batch) for each in marked
+        ] or split_into_steps(work)
     starts = [step.start_ns for step in begun]
     ran: dict[int, tuple[int, int]] = {}
     for kernel in kernels:
-        if kernel.launched_ns is None or kernel.lane != main:
+        if kernel.launched_ns is None or kernel.stream != main:
             continue
         step = bisect_right(starts, kernel.launched_ns) - 1
         if step >= 0:

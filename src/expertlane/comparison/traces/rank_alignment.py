@@ -1,10 +1,11 @@
-"""Ranks' traces aligned by the transfers in which they meet: clocks, steps, and who came last.
+"""Align the traces of several ranks by their transfers: clocks, steps, and when the last rank came.
 
-The n-th transfer of a kind on one rank is the n-th on the others of its group, which is told by the
-trace (of NCCL), else by the files' names, else holds all ranks. Ranks whose profiler began a few
-transfers later are shifted. Ranks are taken to share a clock, as those of one host do, unless ranks
-would then leave transfers before others enter them. Transfers end on all ranks at about the same
-time, so the clocks then differ by the median difference of their ends.
+The n-th transfer of a kind on one rank is paired with the n-th on the other ranks of its group. The
+group is NCCL's process group if the trace names it, else the ranks that share coordinates by their
+files' names, else all ranks. If a rank's profiler began some transfers later, its count is shifted.
+Ranks are assumed to share one clock, as on one host. If a rank would then leave a transfer before
+another enters it, clocks differ: a transfer ends on all ranks at about the same time, so the offset
+is the median difference of the ends.
 """
 
 from collections import defaultdict
@@ -14,27 +15,27 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.comparison.rank_trace import RankTrace
-from expertlane.comparison.trace_file import Work
+from expertlane.comparison.traces.rank_trace import RankTrace
+from expertlane.comparison.traces.trace_file import Work
 from expertlane.spec.names import Stage
 
-_NAME_LENGTH = 120  # of a transfer in a sentence
-_LEAST_SHARED = 0.5  # of the transfers of the rank with fewer, after a shift
-_BETTER = 0.1  # of the spread without a shift
+_NAME_LENGTH = 120  # characters of a transfer's name in a sentence
+_LEAST_SHARED = 0.5  # share of transfers that must be paired, of the rank with fewer
+_BETTER = 0.1  # a shift needs a spread below this share of the spread without one
 _MOST_SHIFT = 500  # transfers
-_IMPOSSIBLE = 0.1  # share of transfers that a rank left too early, for clocks to be one
+_IMPOSSIBLE = 0.1  # share of transfers left before others entered: above it clocks differ
 
 
 @dataclass(eq=False)
 class Aligned:
-    """What transfers tell of ranks' clocks and steps.
+    """Clock offsets, entry times and step numbers of ranks.
 
     Attributes:
-        offsets_ns: [num_ranks]; of a rank's clock to the first one's.
-        entered_ns: for each rank, by place among its work: when the last rank of the group entered
-            the transfer, on the rank's own clock.
-        step_shifts: [num_ranks]; steps that a rank's trace has before the first one's first.
-        unaligned: sentences.
+        offsets_ns: [num_ranks]; a rank's clock minus the first rank's.
+        entered_ns: [num_ranks]; by the index of a transfer in the rank's work: when the last rank
+            of the group entered it, on the rank's own clock.
+        step_shifts: [num_ranks]; steps in a rank's trace before the first step of the first rank's.
+        unaligned: sentences on transfers that could not be paired.
     """
 
     offsets_ns: list[int]
@@ -44,8 +45,8 @@ class Aligned:
 
 
 @dataclass(eq=False)
-class _Meetings:
-    """The transfers of one kind in one group: places among each rank's work, in order."""
+class _Transfers:
+    """The transfers of one kind in one group: by rank, indices in its work, in order."""
 
     stage: Stage
     name: str
@@ -55,7 +56,7 @@ class _Meetings:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """The same transfers on two ranks: start, end and number of the step, [3, num_transfers]."""
+    """Paired transfers of two ranks: start, end and step number, [3, num_transfers] each."""
 
     stage: Stage
     first: npt.NDArray[np.int64]
@@ -63,16 +64,16 @@ class _Pairs:
 
 
 def align(traces: Sequence[RankTrace]) -> Aligned:
-    """Align the traces of different ranks."""
-    meetings = _meetings(traces)
+    """Align the traces of several ranks, one trace each."""
+    by_group = _transfers_by_group(traces)
     times = {
         (key, place): _times(traces[place], of_rank)
-        for key, each in meetings.items()
+        for key, each in by_group.items()
         for place, of_rank in each.places.items()
     }
     aligned = Aligned([0] * len(traces), [{} for _ in traces], [0] * len(traces))
     together: dict[tuple[int, int], list[_Pairs]] = defaultdict(list)
-    for key, each in meetings.items():
+    for key, each in by_group.items():
         first, *others = sorted(each.places)
         each.shifts[first] = 0
         for other in others:
@@ -88,26 +89,26 @@ def align(traces: Sequence[RankTrace]) -> Aligned:
             here, there = _pairs(one.shape[1], two.shape[1], shift)
             together[first, other].append(_Pairs(each.stage, one[:, here], two[:, there]))
     _set_clocks(aligned, together)
-    for each in meetings.values():
+    for each in by_group.values():
         _set_entries(traces, aligned, each)
     return aligned
 
 
-def _meetings(traces: Sequence[RankTrace]) -> dict[tuple[object, ...], _Meetings]:
-    """Transfers by group and kind; those that only one rank's trace has are left out."""
-    found: dict[tuple[object, ...], _Meetings] = {}
+def _transfers_by_group(traces: Sequence[RankTrace]) -> dict[tuple[object, ...], _Transfers]:
+    """Transfers by group, stage and kind; those in a single rank's trace are left out."""
+    found: dict[tuple[object, ...], _Transfers] = {}
     for place, trace in enumerate(traces):
         for at, each in enumerate(trace.work):
             if not each.transfer or not isinstance(each.cause, Stage):
                 continue
             key = (_group(trace, each), each.cause, each.kind)
-            meeting = found.setdefault(key, _Meetings(each.cause, each.name[:_NAME_LENGTH]))
-            meeting.places[place].append(at)
+            transfers = found.setdefault(key, _Transfers(each.cause, each.name[:_NAME_LENGTH]))
+            transfers.places[place].append(at)
     return {key: each for key, each in found.items() if len(each.places) > 1}
 
 
 def _group(trace: RankTrace, work: Work) -> object:
-    """What the ranks of a transfer have in common."""
+    """A key that is the same on all ranks of a transfer's group."""
     if work.group:
         return work.group
     axes = {Stage.COLLECTIVES: ("dp", "pp"), Stage.HAND_OVER: ("dp", "tp")}
@@ -118,24 +119,24 @@ def _group(trace: RankTrace, work: Work) -> object:
 def _pairs(
     num_first: int, num_other: int, shift: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Places of the same transfers on two ranks: k on the first, k + shift on the other."""
+    """Indices of paired transfers on two ranks: k on the first, k + shift on the other."""
     begin, end = max(0, -shift), min(num_first, num_other - shift)
     first = np.arange(begin, max(begin, end), dtype=np.int64)
     return first, first + shift
 
 
 def _shift(first: npt.NDArray[np.int64], other: npt.NDArray[np.int64], stage: Stage) -> int | None:
-    """How many transfers the other rank's trace has before the first one's first.
+    """Number of transfers in the other rank's trace before the first transfer of the first rank's.
 
-    By clocks that are taken to be one, the smallest shift with which ranks leave no transfer
-    before others enter it. If there is none, clocks differ: the one with which the middle half of
-    the differences of their ends lies closest together.
+    If ranks share a clock: the smallest shift with which no rank leaves a transfer before the other
+    enters it. If no shift does that, clocks differ: the shift with the smallest interquartile range
+    of the differences of ends.
 
     Args:
-        first, other: start, end and number of the step, [3, num_transfers].
+        first, other: start, end and step number, [3, num_transfers].
 
     Returns:
-        None where the traces have too little in common to tell.
+        None if too few transfers can be paired.
     """
     num_first, num_other = first.shape[1], other.shape[1]
     least = max(1, int(_LEAST_SHARED * min(num_first, num_other)))
@@ -159,16 +160,16 @@ def _shift(first: npt.NDArray[np.int64], other: npt.NDArray[np.int64], stage: St
 
 
 def _left_early(first: npt.NDArray[np.int64], other: npt.NDArray[np.int64], stage: Stage) -> float:
-    """Share of transfers that a rank left before the other entered, if both clocks are one.
+    """Share of transfers that one rank left before the other entered, if they share a clock.
 
-    Who sends may leave early, so between pipeline stages the less frequent of both ways counts.
+    A sender may leave early, so between pipeline stages the smaller of both directions counts.
     """
     shares = float((first[1] < other[0]).mean()), float((other[1] < first[0]).mean())
     return min(shares) if stage is Stage.HAND_OVER else sum(shares)
 
 
 def _times(trace: RankTrace, places: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Start, end and number of the step of pieces of work, [3, num_pieces]."""
+    """Start, end and step number of pieces of work, [3, num_pieces]."""
     starts = np.array([trace.work[at].start_ns for at in places], dtype=np.int64)
     ends = np.array([trace.work[at].end_ns for at in places], dtype=np.int64)
     spans = np.array([span.start_ns for span in trace.spans], dtype=np.int64)
@@ -176,7 +177,7 @@ def _times(trace: RankTrace, places: Sequence[int]) -> npt.NDArray[np.int64]:
 
 
 def _set_clocks(aligned: Aligned, together: Mapping[tuple[int, int], Sequence[_Pairs]]) -> None:
-    """Each rank's clock and first step, from rank to rank along the groups that they share."""
+    """Set clock offsets and step shifts, from rank to rank along the groups that they share."""
     num = len(aligned.offsets_ns)
     reached = {0}
     edges: dict[tuple[int, int], tuple[int, int]] = {}
@@ -203,17 +204,17 @@ def _set_clocks(aligned: Aligned, together: Mapping[tuple[int, int], Sequence[_P
                 reached.add(first)
 
 
-def _set_entries(traces: Sequence[RankTrace], aligned: Aligned, meeting: _Meetings) -> None:
-    """When the last rank entered each transfer, on every rank's own clock.
+def _set_entries(traces: Sequence[RankTrace], aligned: Aligned, transfers: _Transfers) -> None:
+    """Set when the last rank entered each transfer, on every rank's own clock.
 
-    A rank that left before the last one entered did not wait for it (it only sent).
+    A rank that left before the last one entered did not wait for it: it only sent.
     """
     by_number: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for place, shift in meeting.shifts.items():
-        for number, at in enumerate(meeting.places[place]):
+    for place, shift in transfers.shifts.items():
+        for number, at in enumerate(transfers.places[place]):
             by_number[number - shift].append((place, at))
     for members in by_number.values():
-        if len(members) < len(meeting.shifts):
+        if len(members) < len(transfers.shifts):
             continue  # before or after another rank's profiler ran
         last_ns = max(
             traces[place].work[at].start_ns - aligned.offsets_ns[place] for place, at in members

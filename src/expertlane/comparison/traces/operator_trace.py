@@ -1,54 +1,62 @@
-"""The operators of a CPU that the thread of a rank's steps ran, each without those inside it."""
+"""CPU operators of the thread that runs a rank's steps, each without the operators nested in it."""
 
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from expertlane.comparison.kernel_stages import (
+from expertlane.comparison.traces.kernel_stages import (
     HOST,
+    KernelContext,
+    KernelRule,
     Kind,
-    Known,
-    Place,
-    Region,
+    RegionRule,
     kernel_table,
     stages_of,
 )
-from expertlane.comparison.trace_file import (
+from expertlane.comparison.traces.trace_file import (
     ANNOTATION,
-    BegunStep,
+    AnnotatedStep,
     Event,
     Span,
     Work,
-    begun_steps,
+    annotated_steps,
     bounds,
     cause_of,
-    recurring,
+    split_into_steps,
 )
 from expertlane.errors import UserError
 from expertlane.spec.names import Cause, Stage
 
 _OPERATOR = "cpu_op"
-_MOST_DEPTH = 400  # of operators in one another
+_MOST_DEPTH = 400  # of nested operators
 _NEVER_NS = 2**63 - 1
 
 
 @dataclass(eq=False)
 class _Node:
-    """An operator or annotation of a thread, with those inside it."""
+    """An operator or annotation, with those nested in it."""
 
     name: str
     start_ns: int
     end_ns: int
     is_annotation: bool
     inside: list["_Node"] = field(default_factory=list)
-    known: Known | None = None
+    known: KernelRule | None = None
     ranks: str = ""
 
 
-def of_cpu(events: Sequence[Event], base_ns: int) -> tuple[list[Span], list[Work]]:
-    """Steps, and the operators and the host's own time of the thread that ran them."""
-    begun = begun_steps(events, base_ns, ANNOTATION)
+def read_operators(events: Sequence[Event], base_ns: int) -> tuple[list[Span], list[Work]]:
+    """Read a trace without kernels: steps, and the operators of the thread that ran them.
+
+    Args:
+        events: the trace's events that have a duration.
+        base_ns: nanoseconds to add to their times.
+
+    Returns:
+        Steps and work, both in order; empty if there are neither operators nor annotated steps.
+    """
+    begun = annotated_steps(events, base_ns, ANNOTATION)
     threads: dict[tuple[int | str, int | str], float] = defaultdict(float)
     for event in events:
         if event.cat == _OPERATOR:
@@ -64,11 +72,11 @@ def of_cpu(events: Sequence[Event], base_ns: int) -> tuple[list[Span], list[Work
         pieces.add(root, ())
     steps = [step for step in begun if step.thread == main]
     work = pieces.work([step.start_ns for step in steps])
-    return _cpu_spans(steps, roots) if steps else recurring(work), work
+    return _cpu_spans(steps, roots) if steps else split_into_steps(work), work
 
 
-def _cpu_spans(begun: Sequence[BegunStep], roots: Sequence[_Node]) -> list[Span]:
-    """Steps from their annotations' begin to the end of the last operator before the next one."""
+def _cpu_spans(begun: Sequence[AnnotatedStep], roots: Sequence[_Node]) -> list[Span]:
+    """Steps, each from its annotation's start to the end of its last operator."""
     spans = []
     starts = [step.start_ns for step in begun]
     ends = [step.end_ns for step in begun]
@@ -85,7 +93,11 @@ def _cpu_spans(begun: Sequence[BegunStep], roots: Sequence[_Node]) -> list[Span]
 
 
 def _nest(events: Iterable[Event], base_ns: int) -> list[_Node]:
-    """One thread's events as a forest; what ends a little after its parent is cut there."""
+    """One thread's events as trees; an event that ends after its parent is cut there.
+
+    Raises:
+        UserError: they are nested too deeply.
+    """
     roots: list[_Node] = []
     stack: list[_Node] = []
     for event in sorted(events, key=lambda e: (e.ts, -e.dur)):
@@ -106,21 +118,21 @@ def _nest(events: Iterable[Event], base_ns: int) -> list[_Node]:
 
 @dataclass(eq=False)
 class _Piece:
-    """An operator or annotation without what runs inside it, or one stretch of that."""
+    """A stretch of an operator or annotation in which no nested operator runs."""
 
     node: _Node
     start_ns: int
     end_ns: int
     around: tuple[_Node, ...]
-    known: Known | None
+    known: KernelRule | None
 
     @property
     def transfer(self) -> bool:
-        """Whether ranks meet in it."""
+        """True for communication between ranks."""
         return self.known is not None and self.known.transfer
 
-    def region(self) -> tuple[_Node, Region] | None:
-        """The innermost annotation around it that the table knows, and its line there."""
+    def region(self) -> tuple[_Node, RegionRule] | None:
+        """The innermost annotation around it that has a rule, and the rule."""
         for each in (self.node, *reversed(self.around)):
             line = kernel_table().region(each.name) if each.is_annotation else None
             if line is not None and not line.transfer:
@@ -128,7 +140,7 @@ class _Piece:
         return None
 
     def work(self, cause: Stage | Cause | None) -> Work:
-        """As it is counted; an unknown one has the name of the outermost operator."""
+        """The piece as work; of an unknown cause, with the name of the outermost operator."""
         operators = [each for each in (*self.around, self.node) if not each.is_annotation]
         name = operators[0].name if cause is Cause.UNKNOWN else self.node.name
         transfer = self.transfer and cause is not None
@@ -141,18 +153,18 @@ class _Piece:
 
 @dataclass(eq=False)
 class _Pieces:
-    """The operators of a thread without what runs inside them, in order."""
+    """All pieces of a thread, in order of time."""
 
     found: list[_Piece] = field(default_factory=list)
 
     def add(self, node: _Node, around: tuple[_Node, ...]) -> None:
-        """Take a node apart; a transfer, and what has nothing known inside, stay whole."""
+        """Split a node into pieces; transfers, and operators with no stages inside, stay whole."""
         table = kernel_table()
         names = [each.name for each in around]
         node.known = table.kernel(node.name, names) if not node.is_annotation else None
         line = table.region(node.name) if node.is_annotation else None
         if line is not None and line.transfer:
-            node.known = Known(line.pattern, line.source, kind=Kind.GLUE, transfer=True)
+            node.known = KernelRule(line.pattern, line.source, kind=Kind.GLUE, transfer=True)
         is_whole = node.known is not None and (
             node.known.transfer or not self._has_stage(node, (*names, node.name))
         )
@@ -181,50 +193,50 @@ class _Pieces:
         start_ns: int,
         end_ns: int,
         around: tuple[_Node, ...],
-        known: Known | None,
+        known: KernelRule | None,
     ) -> None:
         if end_ns > start_ns:
             self.found.append(_Piece(node, start_ns, end_ns, around, known))
 
     def work(self, step_starts_ns: Sequence[int]) -> list[Work]:
-        """All stretches with their causes; annotations alone are the host's own time.
+        """All pieces as work, with their causes; an annotation without operators is host time.
 
         Args:
-            step_starts_ns: in order; a step begins with what the host prepares.
+            step_starts_ns: starts of the steps, in order; each step begins with work of the host.
         """
         numbers: dict[int, int] = {}
-        places: list[Place] = []
+        contexts: list[KernelContext] = []
         causes: list[Stage | Cause | None] = []
-        placed: dict[int, int] = {}  # pieces whose cause is that of a place
+        placed: dict[int, int] = {}  # index in `contexts`, of pieces whose position decides
         steps = iter([*step_starts_ns, _NEVER_NS])
         next_ns = next(steps)
         for number, piece in enumerate(self.found):
             while piece.start_ns >= next_ns:
-                places.append(Place(HOST, None))
+                contexts.append(KernelContext(HOST, None))
                 next_ns = next(steps)
             marked = piece.region()
             node, line = marked if marked else (None, None)
-            is_kept = piece.transfer or line is None  # an annotation says nothing of it
+            is_kept = piece.transfer or line is None  # no annotation overrides it
             if line is not None and line.backward:
                 causes.append(None)
             elif line is not None and line.host and not is_kept:
                 causes.append(Cause.HOST_GAPS)
             elif piece.node.is_annotation and not piece.transfer:
-                gap = line.of if line is not None and line.gaps else None
+                gap = line.as_stage if line is not None and line.gaps else None
                 causes.append(Cause.HOST_GAPS if gap is None else gap)
             else:
                 known = piece.known or next((n.known for n in piece.around if n.known), None)
-                of_region = line.of if line is not None else None
-                stage = known.of if known else None
+                of_region = line.as_stage if line is not None else None
+                stage = known.as_stage if known else None
                 if line is not None and line.all and (stage is None or not is_kept):
                     stage = of_region
                 kind = known.kind if known and stage is None else None
                 region = -1 if node is None else numbers.setdefault(id(node), len(numbers))
-                placed[number] = len(places)
+                placed[number] = len(contexts)
                 causes.append(Cause.UNKNOWN)
                 exchange = known is not None and known.exchange
-                places.append(Place(stage, kind, region, of_region, exchange))
-        stages = stages_of(places)
+                contexts.append(KernelContext(stage, kind, region, of_region, exchange))
+        stages = stages_of(contexts)
         for number, place in placed.items():
             causes[number] = cause_of(stages[place])
         return [piece.work(cause) for piece, cause in zip(self.found, causes, strict=True)]

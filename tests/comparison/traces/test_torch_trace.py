@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from comparison.traced import (
+from comparison.traces.traced import (
     ALL_REDUCE,
     ARGMAX,
     ATTENTION,
@@ -26,8 +26,8 @@ from comparison.traced import (
     h800_annotations,
     h800_trace,
 )
-from expertlane.comparison.rank_trace import read_rank_trace
-from expertlane.comparison.torch_trace import read_step_causes, steps_record
+from expertlane.comparison.traces.rank_trace import read_rank_trace
+from expertlane.comparison.traces.torch_trace import read_step_causes, steps_record
 from expertlane.errors import UserError
 from expertlane.spec.names import Cause, Phase, Stage
 
@@ -559,7 +559,7 @@ def test_traces_that_do_not_belong_together(tmp_path):
 
 
 def test_a_large_file_is_refused_before_it_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("expertlane.comparison.trace_file.MOST_BYTES", 1000)
+    monkeypatch.setattr("expertlane.comparison.traces.trace_file.MOST_BYTES", 1000)
     trace = Trace()
     for number in range(100):
         trace.kernel(ATTENTION, number, 1)
