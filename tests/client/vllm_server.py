@@ -17,9 +17,10 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
 from engine.model.families import randomise, save_checkpoint
+from vllm_environment import python_of
 
 PYTHON = "EXPERTLANE_TEST_VLLM_PYTHON"
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # else two ranks need more cores than there may be
     "OMP_NUM_THREADS": "1",
@@ -33,9 +34,10 @@ _END_S = 20.0
 
 def python() -> str:
     """The interpreter of an environment with vLLM; the test is skipped without one."""
-    found = os.environ.get(PYTHON)
-    if not found:
-        pytest.skip(f"{PYTHON} names no Python that has vLLM")
+    made = python_of(Path(__file__).parents[2] / ".venv" / "vllm")
+    found = os.environ.get(PYTHON) or str(made)
+    if not Path(found).exists():
+        pytest.skip(f"there is no {found}, a Python with vLLM: `make vllm`, or set {PYTHON}")
     return found
 
 
@@ -127,7 +129,7 @@ def vllm(folder: Path, *flags: str, **environment: str) -> Iterator[str]:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=os.environ | _ENVIRONMENT | environment,
+            env=os.environ | ENVIRONMENT | environment,
         )
     url = f"http://127.0.0.1:{port}"
     try:

@@ -1,10 +1,15 @@
 """Deployments on servers of another engine: a stub, found by its entry point, which misbehaves."""
 
 import json
+import os
+import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
+from client import vllm_server
 from comparison import stub_engine
 from comparison.test_server_process import wait_gone
 from expertlane.cli.compare_servers import ServerOptions, compare_servers
@@ -201,8 +206,6 @@ def test_engines_are_found_by_entry_points(stub):
 
 def test_running_servers_by_url(stub, checkpoint, tmp_path):
     # Both are started by hand, as a user's are.
-    import subprocess
-
     from expertlane.comparison.served import _free_port
 
     ports = [_free_port(), _free_port()]
@@ -262,3 +265,75 @@ def test_a_model_without_weights(stub, checkpoint, tmp_path):
     options = ServerOptions(**(DEFAULTS | {"engine": ["stub"]}))
     with pytest.raises(UserError, match="give its folder with --model"):
         compare_servers(experiment, options, Repeats(1), None, None, "")
+
+
+LAYOUTS = {"tp=1": "tp=1", "tp=2": "tp=2", "pp=2": "pp=2", "dp=2": "dp=2", "ep=2": "dp=2,ep=2"}
+# Neither does vLLM's build for CPUs (0.32): its communicator gathers no experts' tokens from
+# data-parallel ranks, and it makes no buffers of a pipeline's later stages unless it compiles.
+NOT_BY_VLLM = {
+    "vLLM dp=2": "NotImplementedError in all_gatherv",
+    "vLLM ep=2": "NotImplementedError in all_gatherv",
+    "vLLM pp=2": "AssertionError in sync_and_gather_intermediate_tensors",
+}
+
+
+def processes_in(folder):
+    """Whose working folder lies there."""
+    found = []
+    for each in Path("/proc").glob("[0-9]*/cwd"):
+        with suppress(OSError):
+            if Path(os.readlink(each)).is_relative_to(folder):
+                found.append((each.parent / "cmdline").read_text())
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1500)
+def test_vllm_beside_our_own(tmp_path):
+    python, folder = vllm_server.python(), tmp_path / "tiny"
+    vllm_server.checkpoint(folder)
+    experiment, out = tmp_path / "mine.toml", tmp_path / "out"
+    lines = ['name = "mine"', "[model]", f'checkpoint = "{folder}"', "[workload]"]
+    lines += ["num_sequences = 4", "prompt_len = 16", "output_len = 8"]
+    for name, layout in LAYOUTS.items():
+        lines += ["[[deployments]]", f'name = "{name}"', f'layout = "{layout}"']
+        if name == "tp=1":
+            lines.append("baseline = true")
+        if name == "ep=2":
+            lines.append('dispatch = "all_gather"')
+    experiment.write_text("\n".join(lines))
+    command = [sys.executable, "-m", "expertlane", "compare", str(experiment), "--out", str(out)]
+    command += ["--engine", "vllm", "--engine", "expertlane", "--repeat", "1"]
+    command += ["--engine-python", f"vllm={python}", "--engine-args", "vllm=--enforce-eager"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not processes_in(out)
+
+    assert [each.name for each in tmp_path.rglob("results.json")] == ["results.json"]
+    found = file.read(out)
+    records = {each.name: each for each in found.deployments}
+    assert [*records] == [
+        f"{engine} {each}" for engine in ("vLLM", "expertlane") for each in LAYOUTS
+    ]
+    for name, each in records.items():
+        failure = each.server.failure
+        if name in NOT_BY_VLLM:
+            assert NOT_BY_VLLM[name] in failure
+            assert not each.serving
+            assert "\n" not in failure
+            continue
+        assert not failure, f"{name}: {failure}"
+        (serving,) = each.serving
+        assert serving.source == "measured"
+        assert (serving.num_requests, serving.num_output_tokens) == (4, 32)
+        assert each.server.software
+        assert each.server.command
+    first = " ".join(done.stdout.split("\n\n")[0].split())
+    (ratio,) = [each for each in found.ratios if each.metric == "output tokens/s"][:1]
+    assert f"{ratio.name} gives" in first
+    failed = " ".join(done.stdout.split())
+    assert all(f"Failed {name}:" in failed or f"{name}: http" in failed for name in NOT_BY_VLLM)
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    report = (out / "report.html").read_text()
+    assert all(name in report for name in records)

@@ -130,6 +130,27 @@ def test_a_polite_server_ends_by_itself(tmp_path):
     assert server.last_words() == "bye"
 
 
+def test_errors_are_those_since_it_was_ready(tmp_path):
+    code = """
+        import os, time
+        print("ImportError: no such kernels", flush=True)
+        open("ready", "w")
+        while not os.path.exists("go"): time.sleep(0.01)
+        print('  File "/x/runner.py", line 3, in gather')
+        print("AssertionError\\nINFO: ended\\nKeyError: 'request-1'", flush=True)
+        open("gone", "w")
+        time.sleep(60)
+    """
+    with ServerProcess(python(code), {}, tmp_path) as server:
+        server.wait_until((tmp_path / "ready").exists, _SOON_S)
+        assert server.errors() == ""
+        (tmp_path / "go").write_text("")
+        until_s = time.monotonic() + _SOON_S
+        while not (tmp_path / "gone").exists() and time.monotonic() < until_s:
+            time.sleep(0.02)
+        assert server.errors() == "AssertionError in gather (runner.py), then KeyError: 'request-1'"
+
+
 def test_environment_folder_and_files(tmp_path):
     code = "import os; print(os.environ['OWN'], open('config.yaml').read())"
     server = ServerProcess(python(code), {"OWN": "a b"}, tmp_path / "new", {"config.yaml": "x: 1"})

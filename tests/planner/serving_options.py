@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +77,14 @@ def _vllm() -> argparse.ArgumentParser:
     from vllm.platforms.cpu import CpuPlatform
 
     vllm.platforms._current_platform = CpuPlatform()  # this machine need have no GPU
-    from vllm.entrypoints.common.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    return make_arg_parser(FlexibleArgumentParser())
+    try:
+        module = import_module("vllm.entrypoints.common.cli_args")
+    except ModuleNotFoundError:  # up to 0.32
+        module = import_module("vllm.entrypoints.launchers.cli_args")
+    parser: argparse.ArgumentParser = module.make_arg_parser(FlexibleArgumentParser())
+    return parser
 
 
 def _of_class(module: str, name: str, **more: bool) -> argparse.ArgumentParser:
@@ -109,6 +113,14 @@ _CHOICES_OF = (  # that commands name
 )
 
 
+def version_of(package: str) -> str:
+    """Of the installed package; vLLM's build for CPUs has another name."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return version(f"{package}-cpu")
+
+
 def of_installed(package: str) -> dict[str, Any]:
     """What its parser takes, as `recorded` has it."""
     flags: list[str] = []
@@ -130,7 +142,7 @@ def of_installed(package: str) -> dict[str, Any]:
         if action.choices and name in _CHOICES_OF:
             choices[name] = list(action.choices)
     return {
-        "version": version(package),
+        "version": version_of(package),
         "flags": sorted(flags),
         "values": dict(sorted(values.items())),
         "choices": choices,
@@ -163,4 +175,4 @@ if __name__ == "__main__":
         for words in commands_in(rest, package):
             parser.parse_args(words)
             num += 1
-        print(f"{package} {version(package)} takes {num} commands of {len(rest)} plans")
+        print(f"{package} {version_of(package)} takes {num} commands of {len(rest)} plans")

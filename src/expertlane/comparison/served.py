@@ -335,7 +335,7 @@ class _Up:
         if served is not self._served or self._process is None:
             return ""
         status = self._process.exit_status_soon()
-        words = self._process.last_error()
+        words = self._process.errors()
         if status is not None:
             return f"; it ended, {self._process.end_of(status)}"
         return f"; its log: {words}" if words else ""

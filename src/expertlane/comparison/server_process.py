@@ -63,7 +63,7 @@ class ServerProcess:
             for name, text in files.items():
                 (folder / name).write_text(text)
             output = self.log.open("ab")
-            self._log_begins = output.tell()
+            self._log_begins = self._ready_at = output.tell()
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}") from None
         pipe, self._pipe = os.pipe()
@@ -126,6 +126,8 @@ class ServerProcess:
             if (status := self.exit_status) is not None:
                 raise ServerError(f"exited during startup, {self.end_of(status)}")
             if is_ready():
+                with suppress(OSError):
+                    self._ready_at = self.log.stat().st_size
                 return waited_s
             time.sleep(_POLL_S)
         words = self.last_words()
@@ -140,18 +142,21 @@ class ServerProcess:
 
     def last_words(self) -> str:
         """The last error in the log, else its last line; empty without output."""
-        return last_words(self._output())
+        return last_words(self._output(self._log_begins))
 
-    def last_error(self) -> str:
-        """The last error in the log; empty if there is none."""
-        errors = _errors(self._output())
-        return errors[-1] if errors else ""
+    def errors(self) -> str:
+        """The first error in the log since the server was ready, and the last; empty without one.
 
-    def _output(self) -> str:
-        """The last bytes of the log, of this start only."""
+        The process that fails prints its error first, those that waited for it theirs after it.
+        """
+        errors = _errors(self._output(self._ready_at))
+        return ", then ".join(dict.fromkeys((errors[0], errors[-1]))) if errors else ""
+
+    def _output(self, begin: int) -> str:
+        """The last bytes of the log from this byte on."""
         try:
             with self.log.open("rb") as file:
-                file.seek(max(self._log_begins, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+                file.seek(max(begin, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
                 return file.read().decode("utf-8", "replace")
         except OSError:
             return ""
