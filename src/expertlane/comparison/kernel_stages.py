@@ -236,10 +236,11 @@ def stages_of(places: Sequence[Place]) -> list[Stage | None]:
         before, is_inside = _neighbour(places, range(at - 1, -1, -1), region, inside)
         # Behind a kernel that is known, what follows the annotation tells more than its own stage.
         after, _ = _neighbour(places, range(end, num), region, None if is_inside else inside)
-        if after in _MEETINGS and (before is None or before in _MEETINGS):
-            after = _beyond(places, range(end, num))
         run = [place for place in range(at, end) if places[place].kind is not None]
         kinds = [kind for place in run if (kind := places[place].kind) is not None]
+        if after in _MEETINGS and (before is None or before in _MEETINGS):
+            is_mlp = before is not None and kinds.count(Kind.GEMM) > 1  # a dense layer's
+            after = Stage.EXPERTS if is_mlp else _beyond(places, range(end, num))
         for place, stage in zip(run, between(before, after, kinds), strict=True):
             found[place] = stage
         at = end
@@ -343,7 +344,7 @@ def between(before: Stage | None, after: Stage | None, kinds: Sequence[Kind]) ->
             return [None] * num
         before = Stage.EMBED if after is Stage.ATTENTION else after
     if after is None or (after is HOST and before is not HOST):  # a step, or the trace, ends
-        after = Stage.HEAD if before in _MEETINGS else before
+        after = Stage.HEAD if before is Stage.COLLECTIVES else before
     if after is Stage.DISPATCH and before in (Stage.ATTENTION, *_MEETINGS) and Kind.GEMM in kinds:
         after = Stage.ROUTER  # its product, and the norm before it
     first, second, border = _halves(before, after, kinds)
@@ -358,6 +359,10 @@ def _halves(
     match before, after:
         case (one, _) if one in _MEETINGS:
             return after, after, 0
+        case (one, other) if one is HOST and other in _MEETINGS:
+            # Compiled: the rows of the embedding, which ranks then sum.
+            border = _first(kinds, (Kind.COMPILED,))
+            return before, Stage.EMBED, num if border is None else border
         case (_, other) if other in _MEETINGS:
             return before, before, num
         case (one, other) if one is other and one is not Stage.DISPATCH:
@@ -394,6 +399,8 @@ def _halves(
             return before, after, num if border is None else border
         case (_, Stage.ATTENTION | Stage.ROUTER | Stage.HEAD):
             border = _first(kinds, _NORMS)
+            if border is None and (before is Stage.EXPERTS or before is HOST):
+                border = _first(kinds, (Kind.COMPILED,))  # which has the norm
             if border is None and before is Stage.EXPERTS:
                 border = _behind(kinds, _PRODUCTS)
             if border is None and before in (Stage.HEAD, Stage.EMBED, HOST):
