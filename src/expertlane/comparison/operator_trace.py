@@ -20,6 +20,7 @@ from expertlane.comparison.trace_file import (
     Event,
     Span,
     Work,
+    begun_ns,
     begun_steps,
     bounds,
     cause_of,
@@ -44,6 +45,7 @@ class _Node:
     inside: list["_Node"] = field(default_factory=list)
     known: Known | None = None
     ranks: str = ""
+    begun_ns: int | None = None
 
 
 def of_cpu(events: Sequence[Event], base_ns: int) -> tuple[list[Span], list[Work]]:
@@ -97,6 +99,7 @@ def _nest(events: Iterable[Event], base_ns: int) -> list[_Node]:
         ranks = event.args.ranks if event.args else None
         named = ranks if isinstance(ranks, str) else ""
         node = _Node(event.name, start_ns, end_ns, event.cat == ANNOTATION, ranks=named)
+        node.begun_ns = begun_ns(event, base_ns)
         (stack[-1].inside if stack else roots).append(node)
         stack.append(node)
         if len(stack) > _MOST_DEPTH:
@@ -135,7 +138,8 @@ class _Piece:
         kind = self.known.pattern if self.known is not None and transfer else ""
         phase = self.known.phase if self.known is not None else None
         return Work(
-            self.start_ns, self.end_ns, name, cause, 0, transfer, kind, self.node.ranks, phase
+            *(self.start_ns, self.end_ns, name, cause, 0, transfer, kind, self.node.ranks, phase),
+            begun_ns=self.node.begun_ns,
         )
 
 

@@ -31,6 +31,7 @@ ANNOTATION = "user_annotation"
 class _Args(msgspec.Struct, gc=False):
     correlation: Any = None
     ranks: Any = msgspec.field(name="Process Group Ranks", default=None)
+    begun: Any = msgspec.field(name="expertlane begun", default=None)
 
 
 class Event(msgspec.Struct, gc=False):
@@ -74,6 +75,7 @@ class Work:
         kind: for `transfer` the line of the table, which is the same on all ranks.
         transfer: ranks meet in it.
         group: ranks that meet, as the trace names them; "" where it doesn't.
+        begun_ns: when the rank began the transfer, where it computed before it waited; else None.
     """
 
     start_ns: int
@@ -85,6 +87,12 @@ class Work:
     kind: str = ""
     group: str = ""
     phase: Phase | None = None
+    begun_ns: int | None = None
+
+    @property
+    def entered_ns(self) -> int:
+        """When the rank entered the transfer, so that others waited for it no longer."""
+        return self.start_ns if self.begun_ns is None else self.begun_ns
 
 
 @dataclass(frozen=True)
@@ -134,6 +142,14 @@ def bounds(event: Event, base_ns: int) -> tuple[int, int]:
     """Start and end in nanoseconds; a whole number of microseconds stays exact."""
     start_ns = base_ns + round(event.ts * _NS_PER_US)
     return start_ns, start_ns + round(event.dur * _NS_PER_US)
+
+
+def begun_ns(event: Event, base_ns: int) -> int | None:
+    """When the transfer of an annotation began, where the trace says it; in nanoseconds."""
+    begun = None if event.args is None else event.args.begun
+    if not isinstance(begun, int | float) or not abs(begun) <= _MOST_US:
+        return None
+    return base_ns + round(begun * _NS_PER_US)
 
 
 @dataclass(frozen=True)
