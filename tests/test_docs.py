@@ -153,7 +153,7 @@ def test_no_spelling_has_two_meanings(option_table):
         first_sentences = {re.split(r"\.(?: |$)", text)[0] for text in option.texts.values()}
         assert len(first_sentences) == 1, (option.name, option.texts)
         # A command may take one value where another takes several, or named ones, or fewer choices.
-        values = {re.sub(r"\[.*|NAME=", "", value) for value in option.values.values()}
+        values = {re.sub(r"\[NAME=\]|\[.*|NAME=", "", value) for value in option.values.values()}
         choices = [set(value.split("|")) for value in values]
         most = max(choices, key=len)
         assert all(each <= most for each in choices), (option.name, values)

@@ -70,7 +70,7 @@ class LLM(_LLM):
 
 
 def compare(
-    experiment: Text = 'paper-small',
+    experiment: Text | None = None,
     *,
     model: Text | None = None,
     experts_per_token: int | None = None,
@@ -81,6 +81,15 @@ def compare(
     traffic: bool = False,
     trace: bool = False,
     dtype: Literal['float32', 'bfloat16', 'float16'] | None = None,
+    batch: Text | None = None,
+    rate: Text | None = None,
+    num_requests: int | None = None,
+    prompt_len: Text | None = None,
+    output_len: Text | None = None,
+    requests: str | Path | None = None,
+    prefix_len: int | None = None,
+    num_prefixes: int | None = None,
+    seed: int | None = None,
     clock: Literal['virtual', 'wall'] | None = None,
     links: Text | None = None,
     link_scale: float | None = None,
@@ -100,10 +109,13 @@ def compare(
     engine_python: Text | Sequence[Text] | None = None,
     engine_args: Text | Sequence[Text] | None = None,
     tokenizer: str | Path | None = None,
+    api_key_file: Text | Sequence[Text] | None = None,
+    flush_caches: bool = False,
     start_timeout_s: float = 1200.0,
     request_timeout_s: float | None = None,
     profile: bool = False,
     dry_run: bool = False,
+    scripts: str | Path | None = None,
     out: str | Path | None = None,
 ) -> Results:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
@@ -135,6 +147,16 @@ def compare(
             decode step, for ui.perfetto.dev or chrome://tracing. In virtual time:
             trace-NAME-virtual.json too.
         dtype: Type of weights and activations.
+        batch: Closed loop: concurrency N.
+        rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
+        num_requests: Requests per batch size or rate; of --requests, the first N.
+        prompt_len: Tokens per prompt. N:N: uniform in that range.
+        output_len: Tokens per output. N:N: uniform in that range.
+        requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
+            or Azure's CSV of LLM inference. With --batch or --rate only the lengths are taken.
+        prefix_len: Length of the prefix that prompts share; part of --prompt-len.
+        num_prefixes: Number of different shared prefixes; each prompt has one of them.
+        seed: Seed of all random draws; reproducible for equal seeds.
         clock: virtual: also replay what was measured with one core per rank and a cluster's
             links (while measuring, ranks that share a core compute one at a time). wall: wall
             time only.
@@ -167,16 +189,21 @@ def compare(
             p99. Each deployment runs as many sequences as they allow.
         engine: Engine that serves. Each deployment is started as a server of this engine,
             measured over HTTP, and stopped. Other packages may add engines.
-        url: Measure a server with the OpenAI API. It runs already; the NAME of a deployment
-            says that it has its layout.
+        url: Measure a server with the OpenAI API. It runs already, and needs no EXPERIMENT;
+            with one, the NAME of a deployment says that it has its layout.
         engine_python: Python of the environment that the engine is installed in.
         engine_args: Further arguments of the engine's command, such as "--enforce-eager".
         tokenizer: Folder of the model's tokenizer.
+        api_key_file: File with the API key. NAME: of that --url alone.
+        flush_caches: Empty the server's prefix cache before each round: SGLang; vLLM in
+            development mode.
         start_timeout_s: Time in which a server must become ready.
         request_timeout_s: Time limit of a request, waiting included.
         profile: Also trace a short load with torch's profiler, in a separate pass on engines
             started here, to split a step's time by cause.
         dry_run: Only print the commands that start the servers.
+        scripts: Also write a batch script for Slurm and a LeaderWorkerSet for Kubernetes there.
+            With --dry-run; they start each deployment on the nodes of --cluster.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 
@@ -238,8 +265,8 @@ def plan(
         copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
             else on the own node, else any; balanced: the tokens of each step are distributed to
             even out ranks' loads, where that saves time.
-        scripts: Also write scripts there that start the best of each engine: a batch script for
-            Slurm, and a LeaderWorkerSet for Kubernetes.
+        scripts: Also write a batch script for Slurm and a LeaderWorkerSet for Kubernetes there.
+            They start the best of each engine.
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second. Deployments
             are ranked by the most requests per second that they serve within --slo, then the

@@ -51,7 +51,7 @@ async def _events(writer, num, behaviour):
     for _ in range(num):
         writer.write(b'data: {"choices": [{"index": 0, "text": "a"}]}\n\n')
         await writer.drain()
-        await asyncio.sleep(0.001 if behaviour == "fast" else 0.004)
+        await asyncio.sleep(0.001 if behaviour == "fast" else 0.02)
         if behaviour == "dies later" and Path("rounds").exists():
             print("CUDAError: device lost", flush=True)
             os._exit(1)

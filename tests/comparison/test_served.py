@@ -86,7 +86,7 @@ def compare(checkpoint, names, tmp_path, repeats=1, **options):
 DEFAULTS = {
     "engine": None, "url": None, "engine_python": None, "engine_args": None, "tokenizer": None,
     "start_timeout_s": 20.0, "request_timeout_s": None, "dry_run": False,
-    "profile": False,
+    "profile": False, "scripts": None, "api_key_file": None, "flush_caches": False,
 }  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def test_two_engines_are_compared_by_the_fastest_of_each(stub, checkpoint, tmp_p
 
 def test_two_servers_of_one_name(stub, checkpoint, tmp_path):
     with pytest.raises(UserError, match="would be called 'Stub a'"):
-        compare(checkpoint, ["a"], tmp_path, url=["a=127.0.0.1:9", "Stub a=127.0.0.1:9"])
+        compare(checkpoint, ["a"], tmp_path, url=["a=127.0.0.1:9", "Stub a=127.0.0.1:10"])
 
 
 def test_none_could_be_measured(stub, checkpoint, tmp_path):
@@ -242,7 +242,7 @@ def test_running_servers_by_url(stub, checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"url": ["http://a:1"]}, "it must be like tp8="),
+        ({"url": ["=http://a:1"]}, "it must be like tp8="),
         ({"url": ["a=http://x:1", "a=http://y:1"]}, "--url a is given twice"),
         ({"engine": ["stub", "stub"]}, "--engine stub is given twice"),
         ({"engine_python": ["/no/python"]}, "there is no such file"),

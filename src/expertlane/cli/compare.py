@@ -11,9 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import typer
 
 from expertlane.cli import output
-from expertlane.cli.compare_servers import ServerOptions, compare_servers, print_commands
+from expertlane.cli.compare_servers import (
+    OWN,
+    ServerOptions,
+    compare_running,
+    compare_servers,
+    print_commands,
+)
 from expertlane.cli.help import Panel
-from expertlane.cli.load import slo_option
+from expertlane.cli.load import ServedLoad, slo_option
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import given, takes_groups
 from expertlane.cli.options import (
@@ -111,6 +117,8 @@ class VirtualTimeOptions:
 
 
 _DEFAULT_EXPERIMENT = "paper-small"
+_OF_EXPERIMENT = frozenset({"--only", "--dtype"})
+_OF_ENGINE = frozenset({"--engine-python", "--engine-args", "--start-timeout-s", "--profile"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,12 +189,22 @@ class _Projection:
     )
 
     def __post_init__(self) -> None:
-        if not self.project and self.given:
-            name, *_ = self.given
-            raise UserError(f"--{name} needs a projection; add --project")
         from expertlane.spec.workload import parse_slos
 
         parse_slos(self.slo or ())
+
+    def check(self, *needless: str) -> None:
+        """Refuse options of a projection without one.
+
+        Args:
+            needless: options that mean something without one.
+
+        Raises:
+            UserError: one is given.
+        """
+        unused = [each for each in self.given if each not in needless]
+        if unused and not self.project:
+            raise UserError(f"--{unused[0]} needs a projection; add --project")
 
     @property
     def given(self) -> dict[str, Any]:
@@ -232,17 +250,19 @@ class _Comparison:
 @takes_groups
 def compare(
     experiment: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="EXPERIMENT",
+            show_default=f"{_DEFAULT_EXPERIMENT}; with --url none",
             autocompletion=known_experiments,
             help="A TOML file, or the name of an experiment that comes with expertlane: "
             "paper-small (laptop), paper-small-skewed (the same model, some experts in demand, "
             "load balanced), paper (full size).",
         ),
-    ] = _DEFAULT_EXPERIMENT,
+    ] = None,
     *,
     own: _Options,
+    traffic: ServedLoad,
     output_options: OutputOptions,
     time: VirtualTimeOptions,
     launch: LaunchOptions,
@@ -273,7 +293,7 @@ def compare(
           traffic matrix, and which rank, expert and layer are hottest
       expertlane compare --trace
           a Chrome trace of each deployment
-      expertlane compare mine.toml --url tp8=http://a:8000 --url ep16=http://b:8000
+      expertlane compare --url tp8=http://a:8000 --url ep16=http://b:8000
           two servers that run already, of any engine
       expertlane compare mine.toml --engine vllm --engine sglang
           each deployment as a server of each engine, started and stopped here
@@ -286,19 +306,23 @@ def compare(
     """
     if servers.dry_run:
         servers.check_without_ranks(own, time, launch)
-        (only,) = _comparisons(experiment, own, output.Call(""), is_measured=False)
-        print_commands(only.experiment, servers, own.dtype, as_json=output_options.as_json)
+        named = _named(experiment, servers, traffic)
+        projection.check(*(["cluster"] if servers.scripts is not None else []))
+        (only,) = _comparisons(named, own, output.Call(""), is_measured=False)
+        as_json = output_options.as_json
+        print_commands(only.experiment, servers, own.dtype, projection.cluster, as_json=as_json)
         return
     call = output.Call.typed(output_options.out)
-    found = run(experiment, own, time, launch, projection, servers, call)
+    found = run(experiment, own, traffic, time, launch, projection, servers, call)
     with closing(found):  # its ranks end, whatever printing comes to
         for each in found:
             output.publish(each, output_options)
 
 
 def run(
-    experiment: str,
+    experiment: str | None,
     own: _Options,
+    traffic: ServedLoad,
     time: VirtualTimeOptions,
     launch: LaunchOptions,
     projection: _Projection,
@@ -308,12 +332,18 @@ def run(
     """Compare, one comparison after the other; prints nothing on standard output."""
     from expertlane.balance.holding import check_experiment
 
+    projection.check()
     if servers.is_asked:
         servers.check_without_ranks(own, time, launch)
-        yield from _on_servers(experiment, own, projection, servers, call)
+        if experiment is None and servers.url and not servers.engine:
+            yield from _running(own, traffic, projection, servers, call)
+            return
+        named = _named(experiment, servers, traffic)
+        yield from _on_servers(named, own, projection, servers, call)
         return
     if unused := [each for each in given(servers) if each != "--engine"]:
         raise UserError(f"{unused[0]} is for servers; give --engine or --url")
+    experiment = _named(experiment or _DEFAULT_EXPERIMENT, servers, traffic)
 
     reason = _why_only_projected(projection)
     comparisons = _comparisons(experiment, own, call, is_measured=reason is None)
@@ -351,6 +381,55 @@ def run(
     output.print_message(f"expertlane: projected, and not measured on this machine: {reason}")
 
 
+def _named(experiment: str | None, servers: ServerOptions, traffic: ServedLoad) -> str:
+    """The experiment, which has the workload.
+
+    Raises:
+        UserError: there is none, or options of a workload are given beside it.
+    """
+    if experiment is None:
+        raise UserError(
+            f"--engine {(servers.engine or [OWN])[0]} needs an EXPERIMENT, a TOML file with model, "
+            "workload and deployments; expertlane plan writes one"
+        )
+    if unused := given(traffic):
+        raise UserError(
+            f"{unused[0]} is for --url without an EXPERIMENT; that of {experiment} is in its file, "
+            "[workload]"
+        )
+    return experiment
+
+
+def _running(
+    own: _Options,
+    traffic: ServedLoad,
+    projection: _Projection,
+    servers: ServerOptions,
+    call: output.Call,
+) -> Generator[output.Found]:
+    """Compare servers that run already, without an experiment.
+
+    Raises:
+        UserError: an option needs an experiment, or an engine to start.
+    """
+    from expertlane.comparison.turns import Repeats
+
+    if projection.project:
+        raise UserError("--project needs an EXPERIMENT, with model and deployments")
+    of_others = [each for each in given(own) if each in _OF_EXPERIMENT]
+    of_others += [each for each in given(servers) if each in _OF_ENGINE]
+    if of_others:
+        raise UserError(f"{of_others[0]} needs an EXPERIMENT, or an --engine to start")
+    names = [*servers.targets()]
+    folder = call.folder(output.slug("compare", *names))
+    ended: list[BaseException] = []
+    repeats = Repeats(own.repeat, own.min_time)
+    results = compare_running(traffic, own.model, servers, repeats, folder, call.command, ended)
+    yield output.Found(results, folder)
+    for error in ended:
+        raise error
+
+
 def _on_servers(
     experiment: str,
     own: _Options,
@@ -367,10 +446,13 @@ def _on_servers(
         with output.progress_on_stderr() as progress:
             projected = projector.run(progress, call.command)
     repeats = Repeats(own.repeat, own.min_time)
+    ended: list[BaseException] = []
     results = compare_servers(
-        each.experiment, servers, repeats, own.dtype, each.folder, call.command
+        each.experiment, servers, repeats, own.dtype, each.folder, call.command, ended
     )
     yield output.Found(results if projected is None else results.beside(projected), each.folder)
+    for error in ended:
+        raise error
 
 
 def _why_only_projected(projection: _Projection) -> str | None:

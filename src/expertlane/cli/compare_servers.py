@@ -2,8 +2,11 @@
 
 import shlex
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from secrets import randbelow
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,23 +15,33 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import given
-from expertlane.cli.options import api_keys, request_timeout_option
+from expertlane.cli.options import (
+    API_KEY,
+    api_keys,
+    key_lines,
+    request_timeout_option,
+    scripts_option,
+)
 from expertlane.errors import UserError, naming
 from expertlane.printable import printable
-from expertlane.spec.files import strict_json
+from expertlane.spec.files import strict_json, write_text
 
 if TYPE_CHECKING:
+    from expertlane.cli.load import ServedLoad
     from expertlane.client.run import Asked, Target
     from expertlane.client.server import Vocabulary
+    from expertlane.comparison.engines.engine import Asked as StartAsked
     from expertlane.comparison.engines.engine import Engine, Start
-    from expertlane.comparison.served import Engines
+    from expertlane.comparison.served import Engines, Setting
     from expertlane.comparison.turns import Repeats
     from expertlane.results.results import Results
     from expertlane.spec.deployment import Deployment
     from expertlane.spec.experiment import Experiment
+    from expertlane.spec.workload import Load
 
 OWN = "expertlane"
 _START_TIMEOUT_S = 1_200.0
+_SEEDS = 2**31
 _OF_RANKS = frozenset({"--experts-per-token", "--resume", "--traffic", "--trace"})
 
 
@@ -46,9 +59,9 @@ class ServerOptions:
     )
     url: list[str] | None = typer.Option(
         None,
-        metavar="NAME=URL",
-        help="Measure a server with the OpenAI API. It runs already; the NAME of a deployment says "
-        "that it has its layout.",
+        metavar="[NAME=]URL",
+        help="Measure a server with the OpenAI API. It runs already, and needs no EXPERIMENT; with "
+        "one, the NAME of a deployment says that it has its layout.",
     )
     engine_python: list[str] | None = typer.Option(
         None,
@@ -70,6 +83,18 @@ class ServerOptions:
         show_default="the checkpoint's, else the server's /tokenize",
         help="Folder of the model's tokenizer.",
     )
+    api_key_file: list[str] | None = typer.Option(
+        None,
+        metavar="[NAME=]FILE",
+        rich_help_panel=Panel.MORE_SERVER,
+        show_default=f"{API_KEY}, else none",
+        help="File with the API key. NAME: of that --url alone.",
+    )
+    flush_caches: bool = typer.Option(
+        False,
+        rich_help_panel=Panel.MORE_SERVER,
+        help="Empty the server's prefix cache before each round: SGLang; vLLM in development mode.",
+    )
     start_timeout_s: float = typer.Option(
         _START_TIMEOUT_S,
         metavar="SECONDS",
@@ -88,6 +113,15 @@ class ServerOptions:
         rich_help_panel=Panel.MORE_SERVER,
         help="Only print the commands that start the servers.",
     )
+    scripts: Path | None = scripts_option(
+        "With --dry-run; they start each deployment on the nodes of --cluster.", Panel.MORE_SERVER
+    )
+
+    def __post_init__(self) -> None:
+        if self.scripts is not None and not self.dry_run:
+            raise UserError("--scripts starts nothing; give --dry-run too")
+        if self.dry_run and self.url and not self.engine:
+            raise UserError("--dry-run prints the commands of engines; give --engine")
 
     @property
     def is_asked(self) -> bool:
@@ -129,22 +163,42 @@ class ServerOptions:
         """The servers that run already, by name.
 
         Raises:
-            UserError: one has no name, or that of another, or a URL is wrong.
+            UserError: one has the name or the address of another, or a URL or a key is wrong.
         """
         from expertlane.client.connection import Url
         from expertlane.client.run import Target
 
-        keys = api_keys({})
-        key = keys[0] if keys else None
         found: dict[str, Target] = {}
         for text in self.url or ():
-            name, mark, url = text.rpartition("=")  # names of deployments have = too
-            if not mark or "//" in name or not name.strip() or not name.isprintable():
+            name, mark, address = text.rpartition("=")  # names of deployments have = too
+            if "//" in name:
+                name, mark, address = "", "", text
+            if (mark and not name.strip()) or not name.isprintable():
                 raise UserError(f"--url is {text!r}; it must be like tp8=http://127.0.0.1:8000")
-            if (name := name.strip()) in found:
+            url = Url.parse(address)
+            name = name.strip() or f"{url.authority}{url.path}"
+            if name in found:
                 raise UserError(f"--url {name} is given twice")
-            found[name] = Target(Url.parse(url), key)
-        return found
+            if twice := next((each for each, other in found.items() if other.url == url), None):
+                raise UserError(
+                    f"--url {name} and {twice} are one server, {url}: it would answer the second "
+                    "from its prefix cache"
+                )
+            found[name] = Target(url)
+        return {name: replace(each, key=self._key(name, found)) for name, each in found.items()}
+
+    def _key(self, name: str, servers: "Mapping[str, Target]") -> str | None:
+        """The API key for a server; None for none."""
+        found: dict[str, Path] = {}
+        for text in self.api_key_file or ():
+            named = (each for each in servers if text.startswith(f"{each}="))  # it may have = too
+            of = max(named, key=len, default="")
+            found[of] = Path(text.removeprefix(f"{of}=") if of else text)
+        path = found.get(name, found.get(""))
+        keys = {} if path is None else key_lines(path)
+        if len(keys) > 1:
+            raise UserError(f"--api-key-file: {path} has {len(keys)} keys; one is needed")
+        return next(iter(api_keys(keys)), None)
 
     def for_engine(self, option: str, engine: str) -> str | None:
         """The last value of `--engine-python` or `--engine-args` for an engine; None without one.
@@ -173,58 +227,110 @@ def compare_servers(
     dtype: str | None,
     folder: Path | None,
     command: str,
+    ended: list[BaseException] | None = None,
 ) -> "Results":
     """Measure an experiment's deployments on servers; prints nothing on standard output.
 
     Args:
         dtype: number type of weights and activations; None for the checkpoint's own.
         folder: of the results, where logs go too; None keeps none.
+        ended: as `measure_servers` has it.
 
     Raises:
         UserError: an engine, a server or an option is wrong.
         ExpertlaneError: nothing could be measured.
     """
-    from expertlane.comparison.served import Setting, measure_servers
+    from expertlane.comparison.served import measure_servers
 
     targets = options.targets()
     engines = [_engines(each, experiment, options, dtype) for each in options.engines()]
-    with (
-        TemporaryDirectory(prefix="expertlane-") as temporary,
-        output.progress_on_stderr() as progress,
-    ):
-        setting = Setting(
-            experiment.workload.load,
-            _asked(experiment, options),
-            options.start_timeout_s,
-            ((folder or Path(temporary)) / "servers").absolute(),
-            progress,
-        )
+    workload = experiment.workload
+    asked = _asked(workload.load, workload.seed, options, _vocabulary(experiment, options))
+    with _setting(asked, options, folder) as setting:
         types = dtype or experiment.model.own_dtype or "bfloat16"
         return measure_servers(
             *(experiment, engines, targets, setting, repeats, command, types),
             profile=options.profile,
+            ended=ended,
         )
 
 
-def _asked(experiment: "Experiment", options: ServerOptions) -> "Asked":
+def compare_running(
+    traffic: "ServedLoad",
+    model: str | None,
+    options: ServerOptions,
+    repeats: "Repeats",
+    folder: Path | None,
+    command: str,
+    ended: list[BaseException] | None = None,
+) -> "Results":
+    """Measure servers that run already under a load, without an experiment.
+
+    Args:
+        model: its name at the servers; None for the only one there.
+        folder: of the results; None keeps none.
+        ended: as `measure_servers` has it.
+
+    Raises:
+        UserError: a server or an option is wrong.
+        ExpertlaneError: nothing could be measured.
+    """
+    from expertlane.client.server import Vocabulary
+    from expertlane.comparison.served import measure_running
+
+    load, seed = traffic.load(), traffic.seed
+    if seed is None:
+        seed = randbelow(_SEEDS)  # a fixed one's prompts may be in prefix caches from last time
+    targets = {name: replace(each, model=model) for name, each in options.targets().items()}
+    vocabulary = _given_tokenizer(options)
+    if vocabulary is None and model is not None:
+        vocabulary = Vocabulary.of_name(model)
+    asked = _asked(load, seed, options, vocabulary)
+    workload = traffic.asked_of(load, seed)
+    with _setting(asked, options, folder) as setting:
+        return measure_running(targets, setting, workload, repeats, command, ended)
+
+
+@contextmanager
+def _setting(asked: "Asked", options: ServerOptions, folder: Path | None) -> "Iterator[Setting]":
+    """What all servers share, while they are measured."""
+    from expertlane.comparison.served import Setting
+
+    with (
+        TemporaryDirectory(prefix="expertlane-") as temporary,
+        output.progress_on_stderr() as progress,
+    ):
+        own = ((folder or Path(temporary)) / "servers").absolute()
+        yield Setting(asked.loads[0], asked, options.start_timeout_s, own, progress)
+
+
+def _asked(
+    load: "Load", seed: int, options: ServerOptions, vocabulary: "Vocabulary | None"
+) -> "Asked":
     from expertlane.client.run import Asked
 
     more: dict[str, Any] = {}
     if options.request_timeout_s is not None:
         more["timeout_s"] = options.request_timeout_s
-    workload = experiment.workload
-    return Asked([workload.load], workload.seed, tokenizer=_vocabulary(experiment, options), **more)
+    return Asked([load], seed, tokenizer=vocabulary, flushes_caches=options.flush_caches, **more)
+
+
+def _given_tokenizer(options: ServerOptions) -> "Vocabulary | None":
+    from expertlane.client.server import Vocabulary
+
+    if options.tokenizer is None:
+        return None
+    with naming("--tokenizer"):
+        return Vocabulary.of_folder(options.tokenizer)
 
 
 def _vocabulary(experiment: "Experiment", options: ServerOptions) -> "Vocabulary | None":
     """The token ids of prompts, the same for all servers; None for those of the first server."""
     from expertlane.client.server import Vocabulary
 
-    if options.tokenizer is not None:
-        with naming("--tokenizer"):
-            return Vocabulary.of_folder(options.tokenizer)
-    if experiment.checkpoint is None:
-        return None
+    given_one = _given_tokenizer(options)
+    if given_one is not None or experiment.checkpoint is None:
+        return given_one
     folder = Path(experiment.checkpoint)
     if (folder / "tokenizer.json").is_file():
         return Vocabulary.of_folder(folder)
@@ -239,8 +345,27 @@ def _engines(
     Raises:
         UserError: there is no checkpoint, or no such Python.
     """
+    from expertlane.comparison.served import Engines
+
+    asked = _start_asked(engine, experiment, options, dtype)
+
+    def start(deployment: "Deployment", port: int) -> "Start":
+        place = replace(asked.place, port=port)
+        return engine.start(replace(asked, deployment=deployment, place=place))
+
+    return Engines(engine, start)
+
+
+def _start_asked(
+    engine: "Engine", experiment: "Experiment", options: ServerOptions, dtype: str | None
+) -> "StartAsked":
+    """What an engine's servers have in common; of the first deployment.
+
+    Raises:
+        UserError: there is no checkpoint, or no such Python.
+    """
     from expertlane.comparison.engines.engine import Asked
-    from expertlane.comparison.served import HOST, Engines
+    from expertlane.comparison.served import HOST
     from expertlane.cost.step.operation import NumberTypes
     from expertlane.planner.server_start import Place, ServeTarget
     from expertlane.results.hardware import gpu_names, own_cores
@@ -272,7 +397,7 @@ def _engines(
         python=python,
         caches_prefixes=False,
     )
-    asked = Asked(
+    return Asked(
         experiment.deployments[0],
         model,
         experiment.workload,
@@ -283,26 +408,27 @@ def _engines(
         tuple(arguments),
     )
 
-    def start(deployment: "Deployment", port: int) -> "Start":
-        return engine.start(replace(asked, deployment=deployment, place=replace(place, port=port)))
-
-    return Engines(engine, start)
-
 
 def print_commands(
-    experiment: "Experiment", options: ServerOptions, dtype: str | None, *, as_json: bool
+    experiment: "Experiment",
+    options: ServerOptions,
+    dtype: str | None,
+    cluster: str | None,
+    *,
+    as_json: bool,
 ) -> None:
-    """Print the command of each deployment, or why the engine cannot run it.
+    """Print the command of each deployment, or why the engine cannot run it; write its scripts.
+
+    Args:
+        cluster: whose nodes scripts are for; None for that of the experiment's `[projection]`.
 
     Raises:
-        UserError: no engine is to be started.
+        UserError: no engine is to be started, or there is no cluster.
     """
     from expertlane.comparison.engines.engine import CannotServe
     from expertlane.comparison.server_process import command_line
     from expertlane.planner.server_start import PORT
 
-    if options.url and not options.engine:
-        raise UserError("--dry-run prints the commands of engines; give --engine")
     rows: list[dict[str, Any]] = []
     for engines in [_engines(each, experiment, options, dtype) for each in options.engines()]:
         for deployment in experiment.deployments:
@@ -314,9 +440,48 @@ def print_commands(
                 continue
             line = command_line(start.argv, start.environment, start.files)
             rows.append(row | {"command": line})
+    written = _scripts(experiment, options, dtype, cluster)
     if as_json:
-        output.print_json(strict_json({"commands": rows}))
+        output.print_json(strict_json({"commands": rows, "scripts": [*map(str, written)]}))
         return
     for row in rows:
         print(printable(f"# {row['deployment']} on {row['engine']}"))
         print(printable(row.get("command") or f"# not run: {row['why_not']}"))
+    if written:
+        output.print_message(f"written: {', '.join(map(str, written))}")
+        output.print_message("expertlane: start each there, then give compare its --url NAME=URL")
+
+
+def _scripts(
+    experiment: "Experiment", options: ServerOptions, dtype: str | None, cluster: str | None
+) -> list[Path]:
+    """Write scripts that start each deployment on a cluster; returns their paths.
+
+    Raises:
+        UserError: there is no cluster, or the folder cannot be written to.
+    """
+    from expertlane.comparison.engines.engine import CannotServe
+    from expertlane.cost.laws.profile import parse_cluster
+
+    if options.scripts is None:
+        return []
+    if cluster is None and experiment.projection is not None:
+        cluster = experiment.projection.cluster
+    if cluster is None:
+        raise UserError("--scripts needs the nodes that they are for: --cluster h100x16")
+    there = parse_cluster(cluster)
+    output.check_folder(options.scripts)
+    made: dict[str, str] = {}
+    for engine in options.engines():
+        asked = _start_asked(engine, experiment, options, dtype)
+        asked = replace(asked, num_devices=there.profile.ranks_per_node)
+        for deployment in experiment.deployments:
+            try:
+                found = engine.scripts(replace(asked, deployment=deployment))
+            except CannotServe as error:
+                line = f"expertlane: no script of {deployment.name}: {error}"
+                output.print_message(line)
+                continue
+            name = output.slug(deployment.name)
+            made |= {f"{name}.{file}": text for file, text in found.items()}
+    return [write_text(options.scripts / name, text) for name, text in made.items()]

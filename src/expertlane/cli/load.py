@@ -1,4 +1,4 @@
-"""The options of a load: what plan, simulate and bench are to serve, within what limits."""
+"""The options of a load: what plan, simulate, bench and compare serve, within what limits."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,6 +52,7 @@ class Defaults:
 
 MODELLED = Defaults("256", 1024, 256, waves=4, least=32)  # plan and simulate: a cluster
 MEASURED = Defaults("1,8,32", 32, 32, waves=2, burst_from=64)  # bench: perhaps a laptop
+SERVED = Defaults("32", 1024, 256, waves=2)  # compare: servers that somebody runs
 
 
 _SEVERAL, _RANGE = "N[,N…]", "N[:N]"
@@ -104,12 +105,8 @@ def slo_option(more: str, **how: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadOptions:
-    """The load, its latency objectives and the price of a GPU-hour; with the defaults of bench.
-
-    Attributes:
-        slos: see `--slo`.
-    """
+class TrafficOptions:
+    """Requests and when they come; with the defaults of bench."""
 
     defaults = MEASURED
     panel: ClassVar = Panel.WORKLOAD
@@ -132,20 +129,6 @@ class LoadOptions:
         rich_help_panel=Panel.MORE_WORKLOAD,
         help="Number of different shared prefixes; each prompt has one of them.",
     )
-    seed: int = seed_option(0)
-    slo: list[str] | None = slo_option("Goodput counts requests within all limits.")
-    price: float | None = _option(
-        metavar="DOLLARS",
-        rich_help_panel=Panel.MORE_WORKLOAD,
-        help="Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million "
-        "tokens.",
-    )
-    slos: "tuple[SLO, ...]" = field(init=False)
-
-    def __post_init__(self) -> None:
-        from expertlane.spec.workload import parse_slos
-
-        object.__setattr__(self, "slos", parse_slos(self.slo or ()))
 
     def loads(self) -> "list[Load]":
         """The loads, one for each batch size or rate.
@@ -177,12 +160,12 @@ class LoadOptions:
             for each in batches
         ]
 
-    def question(self, load: "Load") -> dict[str, Any]:
+    def asked_of(self, load: "Load", seed: int) -> dict[str, Any]:
         """The lengths, seed and source of all loads, as results record them."""
         asked = {
             "prompt_len": str(load.prompt_len),
             "output_len": str(load.output_len),
-            "seed": self.seed,
+            "seed": seed,
             "requests": None if self.requests is None else str(self.requests),
         }
         return asked | self._shared(load.prompt_len)
@@ -236,6 +219,62 @@ class LoadOptions:
                 "the lower one first: 32:512"
             )
         return lengths
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedLoad(TrafficOptions):
+    """The load of compare on running servers: one."""
+
+    defaults = SERVED
+    batch: str | None = _batch(SERVED.batch, "N")
+    rate: str | None = _option(
+        metavar="R",
+        help="Open loop instead of --batch: Poisson arrivals, R requests per second.",
+    )
+    num_requests: int | None = _num_requests(SERVED)
+    prompt_len: str | None = _length("prompt", SERVED.prompt_len)
+    output_len: str | None = _length("output", SERVED.output_len)
+    seed: int | None = seed_option(None, "another one each time, so that nothing is cached yet")
+
+    def load(self) -> "Load":
+        """The one load.
+
+        Raises:
+            UserError: it is not clear what, or the file of requests cannot be read.
+        """
+        load, *more = self.loads()
+        if more:
+            name = "--rate" if load.batch is None else "--batch"
+            raise UserError(f"{name} has several numbers; compare takes one, and bench several")
+        return load
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions(TrafficOptions):
+    """The load, its latency objectives and the price of a GPU-hour.
+
+    Attributes:
+        slos: see `--slo`.
+    """
+
+    seed: int = seed_option(0)
+    slo: list[str] | None = slo_option("Goodput counts requests within all limits.")
+    price: float | None = _option(
+        metavar="DOLLARS",
+        rich_help_panel=Panel.MORE_WORKLOAD,
+        help="Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million "
+        "tokens.",
+    )
+    slos: "tuple[SLO, ...]" = field(init=False)
+
+    def __post_init__(self) -> None:
+        from expertlane.spec.workload import parse_slos
+
+        object.__setattr__(self, "slos", parse_slos(self.slo or ()))
+
+    def question(self, load: "Load") -> dict[str, Any]:
+        """The lengths, seed and source of all loads, as results record them."""
+        return self.asked_of(load, self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)

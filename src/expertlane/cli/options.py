@@ -545,6 +545,21 @@ def api_keys(given: Mapping[str, str]) -> list[str]:
     return list(given.values())
 
 
+def scripts_option(more: str, panel: Panel) -> Any:
+    """`--scripts`.
+
+    Args:
+        more: further help: what they start.
+    """
+    return typer.Option(
+        None,
+        rich_help_panel=panel,
+        metavar="DIR",
+        help="Also write a batch script for Slurm and a LeaderWorkerSet for Kubernetes there. "
+        f"{more}",
+    )
+
+
 def request_timeout_option(shown: str, panel: Panel | None = None) -> Any:
     """`--request-timeout-s`.
 

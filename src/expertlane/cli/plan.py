@@ -20,6 +20,7 @@ from expertlane.cli.options import (
     cluster_option,
     copies_option,
     fields_of,
+    scripts_option,
 )
 from expertlane.cli.output import OutputOptions
 from expertlane.errors import UserError
@@ -54,13 +55,7 @@ class _Options:
         help="Engine that serves. Only what it runs is planned.",
     )
     copies: CopyMethod = copies_option()
-    scripts: Path | None = typer.Option(
-        None,
-        rich_help_panel=Panel.MORE_OUTPUT,
-        metavar="DIR",
-        help="Also write scripts there that start the best of each engine: a batch script for "
-        "Slurm, and a LeaderWorkerSet for Kubernetes.",
-    )
+    scripts: Path | None = scripts_option("They start the best of each engine.", Panel.MORE_OUTPUT)
 
     def __post_init__(self) -> None:
         if self.copies != "nearest" and self.engine not in (None, "expertlane"):

@@ -179,6 +179,11 @@ def find_subject(measured: Results, projected: Results, cluster: str | None = No
         UserError: something is missing, or they are of different devices.
     """
     question = measured.question.get("experiment")
+    if measured.is_of_servers and question is None:
+        raise UserError(
+            "servers were measured without an experiment, so their model and layouts are not "
+            "known; judge takes expertlane compare EXPERIMENT --url"
+        )
     if measured.kind != "comparison" or not isinstance(question, dict):
         raise UserError(
             f"measured deployments are of a {measured.kind}; judge takes those of expertlane "

@@ -33,14 +33,22 @@ from expertlane.client.run import (
     one_round,
     warm_up,
 )
-from expertlane.client.server import PROBE_S, Server, Unreachable, Vocabulary, find_server
+from expertlane.client.server import (
+    PROBE_S,
+    Server,
+    Unreachable,
+    Vocabulary,
+    alike,
+    find_server,
+    flush_caches,
+)
 from expertlane.comparison.engines.engine import CannotServe, Engine, Start
 from expertlane.comparison.server_process import ServerError, ServerProcess, command_line
 from expertlane.comparison.traces.torch_trace import read_step_causes, steps_record
 from expertlane.comparison.turns import Repeats, measure_in_turns
-from expertlane.errors import ExpertlaneError, UserError
+from expertlane.errors import ExpertlaneError, TerminatedError, UserError, naming
 from expertlane.progress import Progress
-from expertlane.results.hardware import own_cores, this_machine
+from expertlane.results.hardware import Machine, own_cores, this_machine
 from expertlane.results.record import (
     EXPERIMENT,
     DeploymentRecord,
@@ -53,7 +61,7 @@ from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.files import strict_json
 from expertlane.spec.names import Phase
-from expertlane.spec.workload import LengthRange, Load, Workload
+from expertlane.spec.workload import LengthRange, Load, Workload, check_lengths
 
 HOST = "127.0.0.1"
 _FEW_CORES = 4
@@ -111,6 +119,7 @@ class Served:
         log: its log file.
         steps: step times by cause, if it was profiled.
         why_no_causes: why profiling failed; else empty.
+        is_unflushed: whether its prefix cache could not be emptied, though that was asked.
     """
 
     name: str
@@ -128,6 +137,7 @@ class Served:
     log: Path | None = field(default=None, init=False)
     steps: Sequence[StepsRecord] = field(default=(), init=False)
     why_no_causes: str = field(default="", init=False)
+    is_unflushed: bool = field(default=False, init=False)
 
     @property
     def folder(self) -> Path:
@@ -143,6 +153,12 @@ class Served:
     def is_over(self) -> bool:
         """True once it has failed."""
         return bool(self.failure)
+
+    @property
+    def tps(self) -> float:
+        """Output tokens per second of all rounds; 0 where none was answered."""
+        serving = load_record(self.setting.load, self.rounds, ())
+        return 0.0 if serving is None else serving.output_tps.value
 
     def measure(self, *, deploy: bool) -> None:
         """Run one more round of the workload; an error is stored in `failure`.
@@ -179,6 +195,8 @@ class Served:
             self.seen = server
             if is_new:
                 await warm_up(server, setting.load, asked, 0, stop)
+            if asked.flushes_caches and not await flush_caches(server.connections):
+                self.is_unflushed = True
             found = await one_round(server, setting.load, asked, 0, number, stop, setting.progress)
             check_answered([found.driven], server)
             return found
@@ -388,6 +406,33 @@ def _is_ready(url: Url, path: str) -> bool:
     return asyncio.run(ask())
 
 
+def measure_running(
+    targets: Mapping[str, Target],
+    setting: Setting,
+    workload: Mapping[str, object],
+    repeats: Repeats,
+    command: str,
+    ended: list[BaseException] | None = None,
+) -> Results:
+    """Measure servers that run already, without an experiment.
+
+    Args:
+        targets: by name.
+        workload: the load, as results have that of a bench.
+        ended: gets what ended it early, as of `measure_servers`.
+
+    Raises:
+        UserError: a server does not answer, or refuses.
+        ExpertlaneError: none could be measured; the text says why, of each.
+    """
+    with _Up() as up:
+        own = [Served(name, setting, up, None, None, each) for name, each in targets.items()]
+        compared = _in_turns(own, setting, repeats, up, ended)
+    models = dict.fromkeys(each.seen.model for each in own if each.seen is not None)
+    question = {"model": " and ".join(models), "workload": dict(workload)}
+    return _results(question, own, compared, setting, command, ended)
+
+
 def measure_servers(
     experiment: Experiment,
     engines: Sequence[Engines],
@@ -398,6 +443,7 @@ def measure_servers(
     dtype: str,
     *,
     profile: bool = False,
+    ended: list[BaseException] | None = None,
 ) -> Results:
     """Measure the experiment's deployments on each engine, and servers that run already.
 
@@ -406,28 +452,106 @@ def measure_servers(
             that deployment's layout.
         dtype: number type of weights in the engines' commands.
         profile: also trace each server that is started here, for step times by cause.
+        ended: gets the signal's exception, where one ends it after something was measured; None to
+            raise it, and lose what was measured.
 
     Raises:
-        UserError: two servers would have the same name.
+        UserError: two servers would have the same name, or one that runs already does not answer.
         ExpertlaneError: no server could be measured; the text has the reason for each.
     """
-    allow_connections()
     with _Up() as up:
         own = [*_subjects(experiment, engines, targets, setting, up)]
         names = [each.name for each in own]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"two servers would be called {twice[0]!r}; give --url another name")
+        compared = _in_turns(own, setting, repeats, up, ended)
+        try:
+            for each in own if profile and not ended else ():
+                each.profile()
+        except (KeyboardInterrupt, TerminatedError) as error:
+            if ended is None:
+                raise
+            ended.append(error)
+    question = {"experiment": experiment.question, "workload": _lengths(experiment.workload)}
+    machine = this_machine(experiment.num_ranks, dtype) if engines else None
+    return _results(question, own, compared, setting, command, ended, machine)
 
-        def choose() -> list[Served]:
-            return _chosen([each for each in own if each.rounds])
 
+def _in_turns(
+    own: Sequence[Served],
+    setting: Setting,
+    repeats: Repeats,
+    up: _Up,
+    ended: list[BaseException] | None,
+) -> Sequence[Served]:
+    """Measure all in turns; returns those of the first sentence.
+
+    Raises:
+        UserError: a server that runs already does not answer, or refuses.
+        ExpertlaneError: none could be measured; the text says why, of each.
+    """
+    allow_connections()
+
+    def choose() -> list[Served]:
+        return _chosen([each for each in own if each.rounds])
+
+    asyncio.run(_look_at([each for each in own if each.target is not None], setting, up))
+    try:
         compared = measure_in_turns(own, repeats, choose)
-        for each in own if profile else ():
-            each.profile()
+    except (KeyboardInterrupt, TerminatedError) as error:
+        if ended is None or not any(each.rounds for each in own):
+            raise
+        ended.append(error)
+        compared = choose()
     if not any(each.rounds for each in own):
         reasons = "; ".join(f"{each.name}: {each.failure}" for each in own)
         raise ExpertlaneError(f"no deployment could be measured: {reasons}")
+    return compared
+
+
+async def _look_at(running: Sequence[Served], setting: Setting, up: _Up) -> None:
+    """Look at all servers that run already, before one of them is measured for long.
+
+    Raises:
+        UserError: one does not answer, refuses, or takes shorter requests only.
+    """
+    asked = setting.asked
+    several = [
+        Connections(each.target.url, headers_of(each.target)) for each in running if each.target
+    ]
+    servers = []
+    try:
+        for each, connections in zip(running, several, strict=True):
+            with naming(f"--url {each.name}"):
+                assert each.target is not None
+                found = await find_server(
+                    *(connections, each.target.model, asked.tokenizer),
+                    is_chat=asked.is_chat,
+                    timeout_s=min(PROBE_S, asked.timeout_s),
+                )
+                if found.max_model_len is not None:
+                    check_lengths(setting.load, found.max_model_len - 1)
+                servers.append(found)
+    finally:
+        for connections in several:
+            connections.close()
+    if servers:
+        up.vocabulary = alike(servers)[0].vocabulary
+
+
+def _results(
+    question: Mapping[str, object],
+    own: Sequence[Served],
+    compared: Sequence[Served],
+    setting: Setting,
+    command: str,
+    ended: Sequence[BaseException] | None,
+    machine: Machine | None = None,
+) -> Results:
+    """What was found; the first sentence is about the fastest, unless there is a baseline."""
     answered = [each for each in compared if each.rounds]
+    if not any(each.deployment and each.deployment.is_baseline for each in answered):
+        answered.sort(key=lambda each: -each.tps)
     paired = [
         ratio
         for other in answered[1:]
@@ -439,15 +563,14 @@ def measure_servers(
     return Results.now(
         "comparison",
         command,
-        {
-            "experiment": experiment.question,
-            "workload": _lengths(experiment.workload),
-            "servers": len(own),
-        },
+        {**question, "servers": len(own)},
         [each.record() for each in own],
-        machine=this_machine(experiment.num_ranks, dtype) if engines else None,
+        machine=machine,
         ratios=tuple(paired),
-        cautions=tuple(_cautions(own)),
+        cautions=(
+            *(["Partial: interrupted before all was measured."] if ended else ()),
+            *_cautions(own),
+        ),
     )
 
 
@@ -471,8 +594,7 @@ def _subjects(
 
 def _chosen(answered: Sequence[Served]) -> list[Served]:
     """The fastest of each engine, in order of speed; of one engine by `choose_compared`."""
-    records = [each.record() for each in answered]
-    tps = [each.serving[0].output_tps.value for each in records]
+    records, tps = [each.record() for each in answered], [each.tps for each in answered]
     by_tps = sorted(range(len(answered)), key=lambda place: -tps[place])
     best: dict[Engine | None, Served] = {}
     for place in by_tps:
@@ -514,6 +636,18 @@ def _cautions(own: Sequence[Served]) -> Iterator[str]:
             reasons.setdefault(each.why_no_causes, []).append(each.name)
     for why, names in reasons.items():
         yield f"No step times by cause for {', '.join(names)}: {why}."
+    if unflushed := [each.name for each in own if each.is_unflushed]:
+        yield (
+            f"The prefix cache of {', '.join(unflushed)} could not be emptied: no route for that, "
+            "or it refused."
+        )
+    models: dict[str, list[str]] = {}
+    for each in own:
+        if each.seen is not None and each.engines is None:
+            models.setdefault(each.seen.model, []).append(each.name)
+    if len(models) > 1:
+        told = "; ".join(f"{', '.join(names)}: {model}" for model, names in models.items())
+        yield f"Servers name different models: {told}."
     forms = {each.seen.form for each in own if each.seen is not None}
     if len(forms) > 1:
         yield "Some servers were sent prompts as text, others as token ids."

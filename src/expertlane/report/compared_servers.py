@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 from expertlane.report.answer import short
@@ -53,6 +54,7 @@ from expertlane.results.results import Results
 from expertlane.spec.names import Phase
 
 _MOST_FAILURE = 240  # letters
+_MOST_NAME = 30
 _MOST_CAUSES = 6
 
 
@@ -146,24 +148,35 @@ def servers_answer(name: str, results: Results) -> Answer:
     """
     measured = _measured(results)
     records, found = measured.deployments, served(measured)
-    lengths = results.question["workload"]
     answered = [each for each in records if each.serving]
     software = ", ".join(dict.fromkeys(filter(None, map(_software, answered))))
-    workload = results.question["experiment"]["workload"]
-    setting = (
-        f"{name} | {software} | {workload['num_sequences']:,} requests at once, "
-        f"{int(lengths['prompt_len']):,} in / {int(lengths['output_len']):,} out | measured"
-    )
+    setting = f"{name} | {software} | {_load_words(results, answered[0])} | measured"
     by_name = {each.name: each for each in records}
     base = by_name.get(results.ratios[0].other) if results.ratios else None
     notes: list[Note] = [*_failed(records), *errors_of(found), *doubts_of(found)]
     notes += notes_of_engines(results, found)
     notes += [("Caution", each) for each in results.cautions]
-    notes.append(("Fairness", FAIR))
+    notes.append(("Fairness", _fair(records)))
     notes.append(("Confidence", _certainty(records)))
     said = Table("", (Heading("", False), Heading("", False)), tuple(notes))
     why = filter(None, (_why(results),))
     return Answer(setting, _verdict(results), (_table(records, base), *why, said))
+
+
+def _load_words(results: Results, of: DeploymentRecord) -> str:
+    """How requests come, and their lengths."""
+    asked, load = results.question["workload"], of.serving[0]
+    how = "recorded arrivals" if load.rate is None else f"{load.rate:g} requests/s"
+    if load.batch is not None:
+        how = f"{load.batch:,} requests at once"
+    if asked.get("requests"):
+        return f"{how}, lengths of {shortened(Path(asked['requests']).name, _MOST_NAME)}"
+    prefix = f", {asked['prefix_len']:,} of them shared" if asked.get("prefix_len") else ""
+    return f"{how}, {_len(asked['prompt_len'])} in{prefix} / {_len(asked['output_len'])} out"
+
+
+def _len(text: str) -> str:
+    return "–".join(f"{int(each):,}" for each in text.split(":"))
 
 
 def _why(results: Results) -> Figure | None:
@@ -243,10 +256,15 @@ def _steps(results: Results) -> Iterator[Words]:
                 yield Table.of("Unknown kernels", _UNKNOWN, unknown)
 
 
-FAIR = (
-    "all servers get the same prompts, new in each round; prefix caches are off in engines started "
-    "here; TPOT: mean time per output token after the first"
-)
+def _fair(records: Sequence[DeploymentRecord]) -> str:
+    are_started = [bool(each.server and each.server.engine) for each in records]
+    caches = "; prefix caches are off" if any(are_started) else ""
+    if caches and not all(are_started):
+        caches += " in engines started here"
+    return (
+        f"all servers get the same prompts, new in each round{caches}; TPOT: mean time per output "
+        "token after the first"
+    )
 
 
 def _failed(records: Sequence[DeploymentRecord]) -> Iterator[Note]:
@@ -325,4 +343,5 @@ def _servers(results: Results) -> Iterator[Words]:
     for each in results.deployments:
         for name, content in each.server.files.items() if each.server else ():
             yield Figure(f"{name} of {each.name}", (content,))
-    yield f"{FAIR[0].upper()}{FAIR[1:]}."
+    fair = _fair(results.select("measured"))
+    yield f"{fair[0].upper()}{fair[1:]}."

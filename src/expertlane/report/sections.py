@@ -129,8 +129,10 @@ _Made = tuple[str, Answer, tuple[Section, ...]]
 
 
 def _named(results: Results) -> str:
-    """The name of an experiment, with its experts per token."""
-    experiment = results.question["experiment"]
+    """The name of an experiment, with its experts per token; without one that of the model."""
+    experiment = results.question.get("experiment")
+    if experiment is None:
+        return results.model_name
     top_k = experiment.get("model", {}).get("num_experts_per_tok")
     return str(experiment.get("name", "comparison")) + (f", top-{top_k}" if top_k else "")
 

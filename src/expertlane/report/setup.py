@@ -129,7 +129,10 @@ def setup(results: Results, heading: str) -> Section:
     experiment = results.question.get("experiment", results.question)
     versions, records = results.versions, results.deployments
     rows = []
-    if results.kind == "comparison":
+    if results.kind == "comparison" and "experiment" not in results.question:
+        rows.append(("model", results.model_name))
+        rows.append(("workload", _listed(experiment["workload"])))
+    elif results.kind == "comparison":
         rows += [
             ("model", _listed(experiment.get("model", {}))),
             ("workload", _listed(experiment.get("workload", {}))),

@@ -214,6 +214,13 @@ class _OfServers(_Question):
     rounds: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class _OfRunning(_Question):
+    model: str
+    workload: _Lengths
+    servers: _Count
+
+
 _KINDS: dict[str, type[_Question]] = {
     "comparison": _OfComparison,
     "plan": _OfPlan,
@@ -253,8 +260,12 @@ def check(results: Results) -> None:
         UserError: something is missing; one line names the place.
     """
     question = results.question
-    build(_OfServers if "urls" in question else _KINDS[results.kind], question, "question")
+    kind = _OfServers if "urls" in question else _KINDS[results.kind]
+    if kind is _OfComparison and results.is_of_servers and "experiment" not in question:
+        kind = _OfRunning
+    build(kind, question, "question")
     _check_roles(results)
+    _check_servers(results)
     for place, record in enumerate(results.deployments):
         with naming(f"deployments.{place}"):
             _check_record(results, record)
@@ -268,6 +279,18 @@ def _check_roles(results: Results) -> None:
         raise UserError(f"deployments: none has the role {needed!r}")
     if results.kind == "plan" and not results.plans:
         raise UserError("plans is empty; a plan has one or more")
+
+
+def _check_servers(results: Results) -> None:
+    if not results.is_of_servers:
+        return
+    measured = results.select("measured")
+    if lacking := [each.name for each in measured if each.server is None]:
+        raise UserError(f"server of {lacking[0]} is missing; others have one")
+    if not any(each.serving for each in measured):
+        raise UserError("deployments: no server was measured")
+    if "workload" not in results.question:
+        raise UserError("question.workload is missing; servers were measured under one")
 
 
 def _check_record(results: Results, record: DeploymentRecord) -> None:

@@ -277,7 +277,8 @@ class Results(Strict):
             `workload`, `serving`; plan: `model`, `workload` (means), `load` (lengths and a rate, as
             asked for), `projection`, `max_tpot_s`, `max_ttft_s`, and `slos` of other statistics;
             bench: `model`, `workload`, `ranks_per_node`, or `urls`, `endpoint` and `rounds` of
-            servers. A comparison of servers has `servers`, their number, and `workload` as a bench.
+            servers. A comparison of servers has `servers`, their number, and `workload` as a
+            bench; without an experiment the name of the `model` in place of `experiment`.
             The workload of a simulation or bench has what is the same for all loads: `prompt_len`,
             `output_len`, `seed`, and `requests`, the file they are from; `prefix_len` and
             `num_prefixes` where prompts share a prefix. `price`: dollars per device-hour, where one

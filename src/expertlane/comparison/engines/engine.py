@@ -82,6 +82,17 @@ class Engine(ABC):
             CannotServe: the engine cannot run the deployment.
         """
 
+    def scripts(self, asked: Asked) -> Mapping[str, str]:
+        """Scripts that start it on a cluster, by the names of their files; none by default.
+
+        Args:
+            asked: `num_devices` are those of each node; `place` says nothing.
+
+        Raises:
+            CannotServe: it does not run the deployment.
+        """
+        return {}
+
     def profiled(self, start: Start, folder: Path) -> Start | None:
         """The command of a server that can write torch profiler traces; None if it cannot.
 

@@ -6,8 +6,16 @@ from pathlib import Path
 from typing import ClassVar
 
 from expertlane.comparison.engines.engine import Asked, CannotServe, Engine, Start
+from expertlane.planner.commands import Serving
 from expertlane.planner.engines import ENGINES, Row
-from expertlane.planner.server_start import deployed_pool, longest_request, server_start
+from expertlane.planner.scripts import scripts_of
+from expertlane.planner.server_start import (
+    Place,
+    ServedPool,
+    deployed_pool,
+    longest_request,
+    server_start,
+)
 from expertlane.spec.files import strict_json
 from expertlane.spec.names import EngineName
 
@@ -26,14 +34,12 @@ class _Planned(Engine):
         engine, place, workload = ENGINES[self.name], asked.place, asked.workload
         size = asked.deployment.layout.world_size
         if place.kind == "cuda" and size > asked.num_devices:
-            raise CannotServe(f"needs {size} GPUs; this machine has {asked.num_devices}")
+            raise CannotServe(
+                f"needs {size} GPUs; this machine has {asked.num_devices}: for several, --dry-run "
+                "--scripts DIR writes what starts it, and --url NAME=URL measures it there"
+            )
         # Ranks on CPUs share cores, so any number runs on one machine.
-        devices_per_host = max(size, asked.num_devices)
-        pool = deployed_pool(
-            engine, asked.deployment, asked.model, workload, devices_per_host, place.kind
-        )
-        if isinstance(pool, Row):
-            raise CannotServe(f"{self.title} {pool.says} ({pool.source})")
+        pool = self._pool(asked, max(size, asked.num_devices))
         one, num_servers = pool.servers(engine)
         if num_servers > 1:
             raise CannotServe(
@@ -43,6 +49,28 @@ class _Planned(Engine):
         found = server_start(engine, one, asked.served, asked.types, max_len, place)
         (node,) = found.nodes
         return Start((*node.argv, *asked.arguments), node.environment, found.files)
+
+    def scripts(self, asked: Asked) -> Mapping[str, str]:
+        """A batch script for Slurm, and a manifest for Kubernetes where there can be one.
+
+        Raises:
+            CannotServe: it does not run the deployment.
+        """
+        pool = self._pool(replace(asked, place=Place(())), asked.num_devices)
+        max_len = longest_request(asked.workload.load, asked.model)
+        engine = ENGINES[self.name]
+        return scripts_of(Serving(engine, [pool], asked.served, asked.types, max_len))
+
+    def _pool(self, asked: Asked, devices_per_host: int) -> ServedPool:
+        kind = asked.place.kind
+        pool = deployed_pool(
+            *(ENGINES[self.name], asked.deployment, asked.model, asked.workload),
+            devices_per_host,
+            kind,
+        )
+        if isinstance(pool, Row):
+            raise CannotServe(f"{self.title} {pool.says} ({pool.source})")
+        return pool
 
 
 class Vllm(_Planned):
