@@ -33,7 +33,7 @@ layout = "dp=16,ep=16"
 dispatch = "all_to_all"
 [[deployments]]
 name = "odd"
-layout = "dp=2,tp=2,ep=2,etp=2"
+layout = "tp=4,ep=2"
 """
 DRY = ["compare", "own.toml", "--engine", "vllm", "--dry-run"]
 

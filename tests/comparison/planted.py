@@ -1,6 +1,6 @@
 """Measured results with a mistake planted: projected under an assumption that a plan lacks.
 
-`PYTHONPATH=tests python -m comparison.planted DIR` writes those that docs/commands/judge.md shows.
+`python tests/comparison/planted.py DIR` writes those that docs/commands/judge.md shows.
 """
 
 import sys
@@ -345,4 +345,4 @@ SHOWN = Case(
 )
 
 if __name__ == "__main__":
-    write(results_of(SHOWN), Path(sys.argv[1]))
+    print(write(results_of(SHOWN), Path(sys.argv[1])))

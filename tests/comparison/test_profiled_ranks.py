@@ -1,78 +1,69 @@
-"""Our own ranks, recorded and profiled in the same steps: both tell the same time by stage."""
-
-from pathlib import Path
+"""Our own ranks, recorded and profiled in the same steps: both ways tell the same time."""
 
 import pytest
 
-from comparison.profiled_rank import Profile, profiled_ranks
-from distributed.running import deployment, run_deployment
-from expertlane.comparison.traces.torch_trace import read_step_causes, steps_record
+from comparison.profiled import Traced, traced
+from expertlane.engine.ranks.local_ranks import LocalRanks
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.results.metrics import stage_time
-from expertlane.schedule.scheduler import step_records
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Cause, Phase
 from expertlane.spec.workload import Workload
 
-# Large enough that the marks of either way take little of a stage.
 MODEL = PRESETS["paper-tiny"].with_overrides(
     hidden_size=512, head_dim=32, moe_intermediate_size=512, max_position_embeddings=256
 )
 WORKLOAD = Workload(num_sequences=8, prompt_len=64, output_len=8, seed=1)
 TIMEOUT_S = 60.0
-# Of a cause, or of the step: a core that is lost between the marks of both ways is a few ms.
-CLOSE, LEAST = 0.1, 0.02
+CLOSE = 0.1  # of a stage or cause
+LEAST = 0.01  # of a step: smaller ones are not compared
+# A core that is lost just between the marks of both ways, some 0.3 µs apart, costs a few ms.
+TRIES = 3
 
 
 @pytest.fixture(scope="module")
 def pool():
-    with RankPool(profiled_ranks(2), TIMEOUT_S) as pool:
+    with RankPool(LocalRanks(2, TIMEOUT_S, "float32"), TIMEOUT_S) as pool:
         yield pool
 
 
-def traced(pool, layout, folder):
-    """Records of steps, and the traces of the ranks that ran them."""
-    of = deployment(layout)
-    run_deployment(pool, MODEL, of, WORKLOAD)  # once to warm up
-    pool.call(Profile())
-    steps = run_deployment(pool, MODEL, of, WORKLOAD).steps
-    paths = []
-    for rank, path in enumerate(pool.call(Profile(str(folder)))):
-        at = of.layout.coordinates(rank)
-        name = f"dp{at.dp_rank}_pp{at.pp_rank}_tp{at.tp_rank}_rank{rank}.json"
-        paths.append(Path(path).rename(folder / name))
-    return of.layout, list(step_records(steps)), read_step_causes(paths)
-
-
-COMPUTING = (Cause.ATTENTION, Cause.ROUTER, Cause.EXPERTS, Cause.HEAD)
-MEETING = (Cause.DISPATCH_COMBINE, Cause.TP_COLLECTIVES, Cause.WAITING)
+def differences(found: Traced, phase: Phase) -> list[str]:
+    """What the two ways tell differently, of stages and of causes."""
+    stages = found.stages_by_recorder(phase), found.stages_by_trace(phase)
+    by_recorder, by_trace = dict(found.causes_by_recorder(phase)), found.causes_by_trace(phase)
+    least_s = LEAST * sum(by_recorder.values())
+    for cause, seconds in found.stayed_s(phase).items():
+        waited = Cause.PIPELINE_BUBBLE if cause is Cause.HAND_OVER else Cause.WAITING
+        by_recorder[cause] += seconds
+        by_recorder[waited] -= seconds
+    return [
+        f"{name}: {1e3 * expected:.3f} ms by the recorder, {1e3 * told[name]:.3f} by the trace"
+        for known, told in (stages, (by_recorder, by_trace))
+        for name, expected in known.items()
+        if max(expected, told[name]) >= least_s and name != Cause.ENGINE
+        if abs(told[name] - expected) > CLOSE * expected
+    ]
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("layout", ["tp=2", "dp=2,ep=2"])
+@pytest.mark.parametrize("layout", ["tp=2", "dp=2,ep=2", "pp=2"])
 def test_the_recorder_and_the_profiler_agree(pool, layout, tmp_path):
-    """By stage, waits for others taken together with the transfers that they are waits in.
+    """By stage, and by cause once the one difference of definition is taken in.
 
-    Of those the recorder calls waiting what a rank is blocked longer than the other, the trace what
-    passes until the other enters; on a busy machine, where a rank may lose its core inside a
-    transfer, these are not the same.
+    That is how long ranks stay in transfers that all have begun; see `Traced.stayed_s`.
     """
-    layout, steps, causes = traced(pool, layout, tmp_path)
-    assert causes.ranks == (0, 1)
-    assert not causes.unaligned
-    for phase in Phase:
-        recorded = [step for step in steps if step.phase is phase]
-        record = steps_record(causes, phase)
-        assert record.num_steps == len(recorded)
-        assert record.num_tokens == sum(step.num_tokens for step in recorded)
-        by_recorder = stage_time(layout, recorded).breakdown_s(0.0, len(recorded))
-        of_trace = record.breakdown_s
-        whole_s = sum(by_recorder.values())
-        least_s = LEAST * whole_s
-        groups = [*((cause,) for cause in COMPUTING), MEETING]
-        for group in groups:
-            seconds = sum(of_trace[cause] for cause in group)
-            expected = sum(by_recorder[cause] for cause in group)
-            assert abs(seconds - expected) <= max(CLOSE * expected, least_s), (phase, group)
-        assert of_trace[Cause.HOST_GAPS] < least_s
-        assert of_trace[Cause.UNKNOWN] == 0
+    for attempt in range(TRIES):
+        found = traced(pool, MODEL, layout, WORKLOAD, tmp_path / str(attempt))
+        assert found.causes.ranks == (0, 1)
+        assert not found.causes.unaligned
+        problems = []
+        for phase in Phase:
+            assert len(found.causes.of(phase)) == len(found.recorded(phase))
+            num_tokens = sum(step.num_tokens for step in found.recorded(phase))
+            assert sum(step.num_tokens or 0 for step in found.causes.of(phase)) == num_tokens
+            by_trace = found.causes_by_trace(phase)
+            assert by_trace[Cause.UNKNOWN] == 0
+            assert all(len(step.ranks) == 2 for step in found.causes.of(phase))
+            problems += differences(found, phase)
+        if not problems:
+            return
+    assert not problems

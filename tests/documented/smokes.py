@@ -117,6 +117,7 @@ SMOKES: Mapping[str, Smoke] = {
     "tests/planner/serving_options.py": Smoke("take vllm", r"takes 0 commands", _no_vllm),
     "tests/server/journal_kills.py": Smoke("--kills 1", r"none lost"),
     "tests/server/soak.py": Smoke("--requests 4 --layouts dp=2,ep=2", r"4 of 4 requests"),
+    "tests/comparison/planted.py": Smoke("planted", r"planted/results\.json"),
 }
 
 # Scripts that tests of their own run.

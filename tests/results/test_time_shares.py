@@ -1,6 +1,10 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from expertlane.results.metrics import stage_time
+from expertlane.results.step_record import RankWaits
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Stage
 from records import rank_record, step_record
@@ -117,3 +121,21 @@ def test_a_rank_that_tidies_up_late_has_no_rest() -> None:
     breakdown = time.breakdown_s(wall_s=1.0, num_rounds=1)
     assert breakdown[Cause.ENGINE] == 0
     assert sum(breakdown.values()) == 1.5
+
+
+def test_waits_of_one_stage_are_told_apart():
+    """Each of two ranks comes late to one of a layer's two gatherings, and waits in the other."""
+    layout, cell = Layout(tp=2), (0, 0, Stage.COLLECTIVES)
+    records = [blocked_record(rank, Stage.COLLECTIVES, 8.0, 6.0) for rank in range(2)]
+    shape = records[0].blocked_s.shape
+    place = np.ravel_multi_index(cell, shape)
+    other = np.ravel_multi_index((0, 0, Stage.DISPATCH), shape)
+    waits = [[5.0, 1.0, 0.0], [1.0, 5.0, 0.0]]
+    listed = [
+        replace(record, waits=RankWaits(np.array([place, place, other]), np.array(blocked_s)))
+        for record, blocked_s in zip(records, waits, strict=True)
+    ]
+    for of_ranks, waited_s in ((records, 0.0), (listed, 4.0), ([listed[0], records[1]], 0.0)):
+        time = stage_time(layout, [step_record(0, 1, [0, 1], of_ranks)])
+        assert time.waiting_s.tolist() == [waited_s, waited_s]
+        assert time.stage_s[:, Stage.COLLECTIVES].tolist() == [8.0 - waited_s] * 2

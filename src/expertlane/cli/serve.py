@@ -100,6 +100,14 @@ class _Options:
         "its client is away.",
         rich_help_panel=Panel.MORE_SERVER,
     )
+    profile_dir: Path | None = typer.Option(
+        None,
+        metavar="DIR",
+        show_default="none",
+        help="Write torch profiler traces of all ranks here, from POST /start_profile to POST "
+        "/stop_profile.",
+        rich_help_panel=Panel.MORE_SERVER,
+    )
     log_format: LogFormat = typer.Option(
         "off",
         help="Write a line per request to stderr: text, or JSON objects.",
@@ -167,6 +175,11 @@ class _Options:
             raise UserError("--log-prompts needs --log-format text or json")
         if self.reconnect_s is not None and self.journal is None:
             raise UserError("--reconnect-s needs --journal DIR")
+        if self.profile_dir is not None:
+            try:
+                self.profile_dir.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"--profile-dir {self.profile_dir}: {error.strerror}") from None
 
     def for_server(
         self,
@@ -246,6 +259,7 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
             *(name, llm.engine, llm.limits, llm.tokenizer, template, recommended),
             watch=llm.watch(),
             scaling=llm.scaling,
+            profiler=None if own.profile_dir is None else llm.profiler(own.profile_dir.absolute()),
         )
 
         def on_start(running: "Running") -> None:

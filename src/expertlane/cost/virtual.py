@@ -265,6 +265,7 @@ class VirtualClock:
                     record,
                     wall_s=seconds.wall_s[place],
                     blocked_s=seconds.blocked_s[place],
+                    waits=None,
                     events=events.get((at.pp_rank, place)),
                     operations=None,
                     transfers_s=in_flight[at.pp_rank][:, place],

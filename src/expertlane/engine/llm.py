@@ -29,6 +29,7 @@ from expertlane.engine.launch import (
     start_pool,
 )
 from expertlane.engine.model_runner import ModelRunner, RoutingRecorder
+from expertlane.engine.profiler import Profiler
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.shared_engine import SharedEngine
 from expertlane.errors import RankError, UserError
@@ -352,6 +353,10 @@ class LLM:
     def watch(self) -> RankWatch:
         """Begin to read the ranks' totals; for callers with a loop of their own that show them."""
         return self.engine.with_ranks(self._runner.watch)
+
+    def profiler(self, folder: Path) -> Profiler:
+        """What has the ranks write torch profiler traces; for callers with a loop of their own."""
+        return Profiler(self._pool, self._runner.arranged, folder)
 
     def on_told_to_end(self, react: Callable[[], None]) -> None:
         """Set a callback for a SIGTERM on another node; without one, all ranks end at once.

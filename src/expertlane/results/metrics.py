@@ -17,7 +17,7 @@ from expertlane.results.serving_record import (
     ServingRecord,
     SLOResult,
 )
-from expertlane.results.step_record import StepRecord, by_pipeline_stage
+from expertlane.results.step_record import RankRecord, StepRecord, by_pipeline_stage
 from expertlane.results.traffic import traffic_record
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Stage
@@ -85,10 +85,11 @@ def stage_time(layout: Layout, steps: Sequence[StepRecord]) -> StageTime:
 
     In a stage where ranks meet, a rank's blocked time less the least blocked time among those it
     meets (its tensor-parallel group for the collectives around attention, else all ranks of its
-    pipeline stage), in the same (step, micro-batch, layer slot, stage), is waiting for others:
-    whoever came last was blocked by the transfer alone. Idle time between plans is split the same
-    way: the least of the replica is the driver's, what a pipeline stage has above it is bubble
-    (it was done earlier than another stage), what a rank has above its stage's least is waiting.
+    pipeline stage), in the same wait, is waiting for others: whoever came last was blocked by the
+    transfer alone. In virtual time, that is by (step, micro-batch, layer slot, stage). Idle time
+    between plans is split the same way: the least of the replica is the driver's, what a pipeline
+    stage has above it is bubble (it was done earlier than another stage), what a rank has above its
+    stage's least is waiting.
     """
     stage_s = np.zeros((layout.world_size, len(Stage)))
     waiting_s = np.zeros(layout.world_size)
@@ -106,8 +107,8 @@ def stage_time(layout: Layout, steps: Sequence[StepRecord]) -> StageTime:
             waiting = np.zeros_like(blocked[..., _MEETINGS])
             for position, stage in enumerate(_MEETINGS):
                 for members in _meeting(layout, ranks, stage):
-                    at_meeting = blocked[members, ..., stage]
-                    waiting[members, ..., position] = at_meeting - at_meeting.min(axis=0)
+                    of_members = _waiting([records[member] for member in members], stage)
+                    waiting[members, ..., position] = of_members
             bubble = blocked[..., Stage.HAND_OVER]
             own = wall.copy()
             own[..., _MEETINGS] -= waiting
@@ -118,6 +119,26 @@ def stage_time(layout: Layout, steps: Sequence[StepRecord]) -> StageTime:
             exposed = blocked[..., [Stage.DISPATCH, Stage.COMBINE]].sum(axis=(1, 2, 3))
             exposed_s += float(exposed.mean()) / layout.replicas
     return StageTime(stage_s, waiting_s, bubble_s, exposed_s)
+
+
+def _waiting(records: Sequence[RankRecord], stage: Stage) -> npt.NDArray[np.float64]:
+    """[num_records, num_micro_batches, num_slots]; blocked longer than who was least, in a stage.
+
+    Ranks that meet have the same waits in the same order; without a list of them, they are those of
+    a slot together.
+    """
+    blocked = np.stack([record.blocked_s[..., stage] for record in records])
+    waiting: npt.NDArray[np.float64] = blocked - blocked.min(axis=0)
+    lists = [record.waits for record in records if record.waits is not None]
+    of_stage = [each.cell % len(Stage) == stage for each in lists]
+    cells = [each.cell[inside] for each, inside in zip(lists, of_stage, strict=True)]
+    if len(lists) < len(records) or any(not np.array_equal(cells[0], each) for each in cells):
+        return waiting
+    each = np.stack([w.blocked_s[inside] for w, inside in zip(lists, of_stage, strict=True)])
+    waiting = np.zeros_like(blocked)
+    for of_record, longer_s in zip(waiting, each - each.min(axis=0), strict=True):
+        np.add.at(of_record.reshape(-1), cells[0] // len(Stage), longer_s)
+    return waiting
 
 
 def _meeting(layout: Layout, ranks: list[int], stage: Stage) -> list[list[int]]:

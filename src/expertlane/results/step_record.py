@@ -72,6 +72,19 @@ class RankOperations:
 
 
 @dataclass(frozen=True, eq=False)
+class RankWaits:
+    """Each wait of a rank for others in a step, in order, N of them.
+
+    Attributes:
+        cell: [N]; places in the flattened times of a `RankRecord`.
+        blocked_s: [N].
+    """
+
+    cell: npt.NDArray[np.int64]
+    blocked_s: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
 class RankCounts:
     """Counters of one rank over one step.
 
@@ -121,6 +134,7 @@ class RankRecord(RankCounts):
         wall_s: [num_micro_batches, num_layers + 1, num_stages]; wall time.
         cpu_s: same shape; CPU time of the rank's main thread.
         blocked_s: same shape; the part of `wall_s` spent blocked in a wait for other ranks.
+        waits: of which `blocked_s` is the sum; None in virtual time.
         copies_s: CPU time of sharing tokens among copies.
         process_cpu_s: CPU time of all threads of the rank during the step.
         payload_squares: [2]; of hidden states that travelled in a narrower type, the sum of the
@@ -138,6 +152,7 @@ class RankRecord(RankCounts):
     cpu_s: npt.NDArray[np.float64]
     blocked_s: npt.NDArray[np.float64]
     process_cpu_s: float
+    waits: RankWaits | None = None
     copies_s: float = 0.0
     payload_squares: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     topk_ids: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)

@@ -16,6 +16,7 @@ from expertlane.server.journal.keeper import JournalKeeper
 from expertlane.server.live import LiveFeed, add_live
 from expertlane.server.metrics import CONTENT_TYPE
 from expertlane.server.middleware import ApiKeys, Heads, Hosts, Observed, client_left
+from expertlane.server.profiling import add_profiling
 from expertlane.server.requests import (
     ChatRequest,
     CompletionRequest,
@@ -62,6 +63,7 @@ def make_app(
     _add_tokens(app, service)
     _add_state(app, service)
     add_scaling(app, service, live.state)
+    add_profiling(app, service)
     add_live(app, live)
     if journal is not None:
         _add_journal(app, service, journal)

@@ -8,6 +8,7 @@ from typing import Any
 
 from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.engine import Engine
+from expertlane.engine.profiler import Profiler
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.errors import UserError
 from expertlane.schedule.request import Limits
@@ -27,6 +28,7 @@ class ServedModel:
         recommended: the checkpoint's sampling settings, for fields that a request leaves out.
         watch: totals of the ranks, for metrics and the live page; None where there are none.
         scaling: changes the layout; None where it cannot change.
+        profiler: has the ranks write traces; None where they have no folder for them.
     """
 
     name: str
@@ -37,6 +39,7 @@ class ServedModel:
     recommended: Mapping[str, Any] | None = None
     watch: RankWatch | None = None
     scaling: Scaling | None = None
+    profiler: Profiler | None = None
 
     @property
     def max_model_len(self) -> int:

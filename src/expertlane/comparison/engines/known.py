@@ -113,3 +113,7 @@ class Expertlane(_Planned):
 
     name = "expertlane"
     title = "expertlane"
+
+    def profiled(self, start: Start, folder: Path) -> Start:
+        """With a folder for its traces."""
+        return replace(start, argv=(*start.argv, "--profile-dir", str(folder)))

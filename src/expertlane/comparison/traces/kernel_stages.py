@@ -241,10 +241,11 @@ def stages_of(kernels: Sequence[KernelContext]) -> list[Stage | None]:
         before, is_inside = _neighbour(kernels, range(at - 1, -1, -1), region, inside)
         # After a known kernel, the next kernel beyond the annotation says more than its own stage.
         after, _ = _neighbour(kernels, range(end, num), region, None if is_inside else inside)
-        if after in _COMMUNICATION and (before is None or before in _COMMUNICATION):
-            after = _nearest_stage(kernels, range(end, num))
         run = [number for number in range(at, end) if kernels[number].kind is not None]
         kinds = [kind for number in run if (kind := kernels[number].kind) is not None]
+        if after in _COMMUNICATION and (before is None or before in _COMMUNICATION):
+            is_mlp = before is not None and kinds.count(Kind.GEMM) > 1  # a dense layer's
+            after = Stage.EXPERTS if is_mlp else _nearest_stage(kernels, range(end, num))
         for number, stage in zip(run, stages_between(before, after, kinds), strict=True):
             found[number] = stage
         at = end
@@ -352,7 +353,7 @@ def stages_between(
             return [None] * num
         before = Stage.EMBED if after is Stage.ATTENTION else after
     if after is None or (after is HOST and before is not HOST):  # a step, or the trace, ends
-        after = Stage.HEAD if before in _COMMUNICATION else before
+        after = Stage.HEAD if before is Stage.COLLECTIVES else before
     if (
         after is Stage.DISPATCH
         and before in (Stage.ATTENTION, *_COMMUNICATION)
@@ -371,6 +372,10 @@ def _boundary(
     match before, after:
         case (one, _) if one in _COMMUNICATION:
             return after, after, 0
+        case (one, other) if one is HOST and other in _COMMUNICATION:
+            # Compiled: the rows of the embedding, which ranks then sum.
+            border = _first(kinds, (Kind.COMPILED,))
+            return before, Stage.EMBED, num if border is None else border
         case (_, other) if other in _COMMUNICATION:
             return before, before, num
         case (one, other) if one is other and one is not Stage.DISPATCH:
@@ -407,6 +412,8 @@ def _boundary(
             return before, after, num if border is None else border
         case (_, Stage.ATTENTION | Stage.ROUTER | Stage.HEAD):
             border = _first(kinds, _NORMS)
+            if border is None and (before is Stage.EXPERTS or before is HOST):
+                border = _first(kinds, (Kind.COMPILED,))  # which has the norm
             if border is None and before is Stage.EXPERTS:
                 border = _after(kinds, _PRODUCTS)
             if border is None and before in (Stage.HEAD, Stage.EMBED, HOST):

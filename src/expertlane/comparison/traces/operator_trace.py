@@ -21,6 +21,7 @@ from expertlane.comparison.traces.trace_file import (
     Span,
     Work,
     annotated_steps,
+    begun_ns,
     bounds,
     cause_of,
     split_into_steps,
@@ -44,6 +45,7 @@ class _Node:
     inside: list["_Node"] = field(default_factory=list)
     known: KernelRule | None = None
     ranks: str = ""
+    begun_ns: int | None = None
 
 
 def read_operators(events: Sequence[Event], base_ns: int) -> tuple[list[Span], list[Work]]:
@@ -109,6 +111,7 @@ def _nest(events: Iterable[Event], base_ns: int) -> list[_Node]:
         ranks = event.args.ranks if event.args else None
         named = ranks if isinstance(ranks, str) else ""
         node = _Node(event.name, start_ns, end_ns, event.cat == ANNOTATION, ranks=named)
+        node.begun_ns = begun_ns(event, base_ns)
         (stack[-1].inside if stack else roots).append(node)
         stack.append(node)
         if len(stack) > _MOST_DEPTH:
@@ -147,7 +150,8 @@ class _Piece:
         kind = self.known.pattern if self.known is not None and transfer else ""
         phase = self.known.phase if self.known is not None else None
         return Work(
-            self.start_ns, self.end_ns, name, cause, 0, transfer, kind, self.node.ranks, phase
+            *(self.start_ns, self.end_ns, name, cause, 0, transfer, kind, self.node.ranks, phase),
+            begun_ns=self.node.begun_ns,
         )
 
 

@@ -35,12 +35,14 @@ class Aligned:
         entered_ns: [num_ranks]; by the index of a transfer in the rank's work: when the last rank
             of the group entered it, on the rank's own clock.
         step_shifts: [num_ranks]; steps in a rank's trace before the first step of the first rank's.
+        together: [num_ranks]; equal for ranks that share transfers, if only by way of others.
         unaligned: sentences on transfers that could not be paired.
     """
 
     offsets_ns: list[int]
     entered_ns: list[dict[int, int]]
     step_shifts: list[int]
+    together: list[int]
     unaligned: list[str] = field(default_factory=list)
 
 
@@ -71,7 +73,8 @@ def align(traces: Sequence[RankTrace]) -> Aligned:
         for key, each in by_group.items()
         for place, of_rank in each.places.items()
     }
-    aligned = Aligned([0] * len(traces), [{} for _ in traces], [0] * len(traces))
+    num = len(traces)
+    aligned = Aligned([0] * num, [{} for _ in traces], [0] * num, [*range(num)])
     together: dict[tuple[int, int], list[_Pairs]] = defaultdict(list)
     for key, each in by_group.items():
         first, *others = sorted(each.places)
@@ -169,8 +172,8 @@ def _left_early(first: npt.NDArray[np.int64], other: npt.NDArray[np.int64], stag
 
 
 def _times(trace: RankTrace, places: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Start, end and step number of pieces of work, [3, num_pieces]."""
-    starts = np.array([trace.work[at].start_ns for at in places], dtype=np.int64)
+    """Entry, end and step number of transfers, [3, num_transfers]."""
+    starts = np.array([trace.work[at].entered_ns for at in places], dtype=np.int64)
     ends = np.array([trace.work[at].end_ns for at in places], dtype=np.int64)
     spans = np.array([span.start_ns for span in trace.spans], dtype=np.int64)
     return np.stack([starts, ends, np.searchsorted(spans, starts, side="right") - 1])
@@ -192,6 +195,10 @@ def _set_clocks(aligned: Aligned, together: Mapping[tuple[int, int], Sequence[_P
         is_shared = _left_early(one, two, barriers[0].stage) <= _IMPOSSIBLE
         offset = 0 if is_shared else round(float(np.median(two[1] - one[1])))
         edges[pair] = offset, round(float(np.median(two[2] - one[2])))
+        one_group, other_group = sorted(aligned.together[rank] for rank in pair)
+        aligned.together = [
+            one_group if group == other_group else group for group in aligned.together
+        ]
     for _ in range(num):
         for (first, other), (offset, shift) in edges.items():
             if first in reached and other not in reached:
@@ -217,7 +224,7 @@ def _set_entries(traces: Sequence[RankTrace], aligned: Aligned, transfers: _Tran
         if len(members) < len(transfers.shifts):
             continue  # before or after another rank's profiler ran
         last_ns = max(
-            traces[place].work[at].start_ns - aligned.offsets_ns[place] for place, at in members
+            traces[place].work[at].entered_ns - aligned.offsets_ns[place] for place, at in members
         )
         for place, at in members:
             entered_ns = last_ns + aligned.offsets_ns[place]

@@ -149,7 +149,8 @@ def _find_regions(kernels: Sequence[_Kernel], events: Sequence[Event], base_ns: 
         else:
             each.around = tuple(event.name for event in open_now.values())
             for number in reversed(open_now):
-                if (line := table.region(open_now[number].name)) is not None:
+                line = table.region(open_now[number].name)
+                if line is not None and not line.transfer:
                     each.region, each.line = number, line
                     break
 

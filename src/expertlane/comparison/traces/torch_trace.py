@@ -46,6 +46,8 @@ class RankStep:
     Attributes:
         start_s: start, on the rank's own clock.
         before_s: time since the rank's previous step ended; 0 for the first.
+        waited_before_s: of `before_s`, waiting for other ranks of the pipeline stage.
+        bubble_before_s: of `before_s`, time in which other pipeline stages were busy.
         stage_s: time by stage; of transfers the exposed part, without waiting.
         waiting_s: exposed waiting for other ranks, PP send/recv left out.
         bubble_s: exposed waiting in PP send/recv.
@@ -68,6 +70,8 @@ class RankStep:
     backward_s: float
     hidden_s: Mapping[Stage, float]
     hidden_waiting_s: float
+    waited_before_s: float = 0.0
+    bubble_before_s: float = 0.0
 
     @property
     def causes_s(self) -> dict[Cause, float]:
@@ -183,7 +187,7 @@ def step_causes(traces: Sequence[RankTrace]) -> StepCauses:
     aligned = align(traces)
     of_ranks = [_split(trace, aligned.entered_ns[place]) for place, trace in enumerate(traces)]
     rows = _rows(traces, aligned.step_shifts)
-    steps = []
+    steps: list[TracedStep] = []
     for row in rows:
         batches = [
             (traces[place].axes.get("dp", 0), traces[place].spans[at].batch)
@@ -194,12 +198,16 @@ def step_causes(traces: Sequence[RankTrace]) -> StepCauses:
         phases = {batch.phase for batch in of_replicas if batch.phase}
         seqs = [batch.num_seqs for batch in of_replicas if batch.num_seqs is not None]
         tokens = [batch.num_tokens for batch in of_replicas if batch.num_tokens is not None]
+        phase = Phase.PREFILL if Phase.PREFILL in phases else next(iter(phases), None)
+        of_row = [(place, of_ranks[place][at]) for place, at in enumerate(row) if at is not None]
+        if steps and steps[-1].phase is phase:
+            of_row = _with_idle(of_row, traces, aligned.together)
         steps.append(
             TracedStep(
-                Phase.PREFILL if Phase.PREFILL in phases else next(iter(phases), None),
+                phase,
                 sum(seqs) if seqs else None,
                 sum(tokens) if tokens else None,
-                tuple(of_ranks[place][at] for place, at in enumerate(row) if at is not None),
+                tuple(step for _, step in of_row),
             )
         )
     return StepCauses(
@@ -208,6 +216,30 @@ def step_causes(traces: Sequence[RankTrace]) -> StepCauses:
         tuple(offset / NS_PER_S for offset in aligned.offsets_ns),
         tuple(aligned.unaligned),
     )
+
+
+def _with_idle(
+    steps: Sequence[tuple[int, RankStep]], traces: Sequence[RankTrace], together: Sequence[int]
+) -> list[tuple[int, RankStep]]:
+    """A step of several ranks, with what each waited before it.
+
+    Of ranks that meet, the shortest time between two steps is the engine's; what all ranks of a
+    pipeline stage have above it is a bubble, what a rank has above its stage's shortest is waiting.
+
+    Args:
+        steps: with the rank's place among `traces`.
+    """
+    found = []
+    for place, step in steps:
+        others = [(at, each) for at, each in steps if together[at] == together[place]]
+        stage = traces[place].axes.get("pp", 0)
+        least_s = min(each.before_s for _, each in others)
+        of_stage_s = min(
+            each.before_s for at, each in others if traces[at].axes.get("pp", 0) == stage
+        )
+        waited_s, bubble_s = step.before_s - of_stage_s, of_stage_s - least_s
+        found.append((place, replace(step, waited_before_s=waited_s, bubble_before_s=bubble_s)))
+    return found
 
 
 def _rows(traces: Sequence[RankTrace], shifts: Sequence[int]) -> list[list[int | None]]:
@@ -346,22 +378,32 @@ def _unknown(steps: Iterable[TracedStep]) -> dict[str, float]:
 def steps_record(causes: StepCauses, phase: Phase) -> StepsRecord | None:
     """The traced steps of a phase as a record; None if there are none.
 
-    Scheduler overhead is the median time between two steps of a rank, and part of each step's time:
-    the mean would count pauses of the load. The profiler slows the steps that it records, so
-    throughput and step times are those of profiled steps.
+    A step's time includes the time between two steps. What a rank has of it above the others is
+    waiting, or bubble; what all have is scheduler overhead, in the median: the mean would count
+    pauses of the load. The profiler slows the steps that it records, so throughput and step times
+    are those of profiled steps.
     """
     steps = [step for step in causes.of(phase) if step.ranks]
     if not steps:
         return None
     of_ranks = [each for step in steps for each in step.ranks]
-    between_s = median(each.before_s for each in of_ranks)
+    between_s = median(
+        each.before_s - each.waited_before_s - each.bubble_before_s for each in of_ranks
+    )
+    idle_s = {
+        Cause.WAITING: fmean(fmean(each.waited_before_s for each in step.ranks) for step in steps),
+        Cause.PIPELINE_BUBBLE: fmean(
+            fmean(each.bubble_before_s for each in step.ranks) for step in steps
+        ),
+    }
     breakdown_s = {
-        cause.value: fmean(fmean(each.causes_s[cause] for each in step.ranks) for step in steps)
+        cause.value: idle_s.get(cause, 0.0)
+        + fmean(fmean(each.causes_s[cause] for each in step.ranks) for step in steps)
         for cause in _CAUSES
     }
     breakdown_s[Cause.ENGINE.value] = between_s
     durations_s = [fmean(each.duration_s for each in step.ranks) for step in steps]
-    wall_s = sum(durations_s) + between_s * len(steps)
+    wall_s = sum(durations_s) + (between_s + sum(idle_s.values())) * len(steps)
     num_tokens = sum(step.num_tokens or 0 for step in steps)
     exchanges_s = [
         (
@@ -388,8 +430,14 @@ def steps_record(causes: StepCauses, phase: Phase) -> StepsRecord | None:
             )
             for stage in CAUSE_OF_STAGE
         },
-        waiting_s=tuple(sum(each.waiting_s for each in of_rank[rank]) for rank in causes.ranks),
-        bubble_s=tuple(sum(each.bubble_s for each in of_rank[rank]) for rank in causes.ranks),
+        waiting_s=tuple(
+            sum(each.waiting_s + each.waited_before_s for each in of_rank[rank])
+            for rank in causes.ranks
+        ),
+        bubble_s=tuple(
+            sum(each.bubble_s + each.bubble_before_s for each in of_rank[rank])
+            for rank in causes.ranks
+        ),
         unknown_kernels={
             name: seconds / len(of_ranks)
             for name, seconds in list(_unknown(steps).items())[:MOST_UNKNOWN]

@@ -32,6 +32,7 @@ ANNOTATION = "user_annotation"
 class _Args(msgspec.Struct, gc=False):
     correlation: Any = None
     ranks: Any = msgspec.field(name="Process Group Ranks", default=None)
+    begun: Any = msgspec.field(name="expertlane begun", default=None)
 
 
 class Event(msgspec.Struct, gc=False):
@@ -76,6 +77,7 @@ class Work:
         kind: of a transfer, the pattern in `kernels.toml` that matched: the same on all ranks.
         group: of a transfer, the ranks of its process group as the trace has them; else "".
         phase: the phase that its name says; else None.
+        begun_ns: when the rank began the transfer, if it computed before it waited; else None.
     """
 
     start_ns: int
@@ -87,6 +89,12 @@ class Work:
     kind: str = ""
     group: str = ""
     phase: Phase | None = None
+    begun_ns: int | None = None
+
+    @property
+    def entered_ns(self) -> int:
+        """When the rank entered the transfer, so that others waited for it no longer."""
+        return self.start_ns if self.begun_ns is None else self.begun_ns
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,14 @@ def bounds(event: Event, base_ns: int) -> tuple[int, int]:
     """Start and end of an event, in nanoseconds; whole microseconds stay exact."""
     start_ns = base_ns + round(event.ts * _NS_PER_US)
     return start_ns, start_ns + round(event.dur * _NS_PER_US)
+
+
+def begun_ns(event: Event, base_ns: int) -> int | None:
+    """When the transfer of an annotation began, where the trace says it; in nanoseconds."""
+    begun = None if event.args is None else event.args.begun
+    if not isinstance(begun, int | float) or not abs(begun) <= _MOST_US:
+        return None
+    return base_ns + round(begun * _NS_PER_US)
 
 
 @dataclass(frozen=True)

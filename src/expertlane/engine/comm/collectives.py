@@ -35,6 +35,7 @@ class Pending:
     Args:
         finish: makes the result of the rows received; None if they are the result.
         transfer: its number in the recorder's log, if it has one.
+        meets: the ranks that all wait for it; none of a send.
 
     Attributes:
         look: inspects the rows received before `finish` takes them; None without checks.
@@ -50,8 +51,11 @@ class Pending:
         sent: Tensor | None = None,
         finish: Callable[[RowParts], Tensor] | None = None,
         transfer: int | None = None,
+        meets: Sequence[int] = (),
     ) -> None:
         self._recorder, self._transfer = recorder, transfer
+        profile = recorder.profile
+        self._meeting = None if profile is None else profile.meeting(meets)
         self._work = work
         self._received, self._finish = received, finish
         self._sent = sent  # must outlive the transfer
@@ -96,7 +100,7 @@ class Pending:
     def _block(self, until: Callable[[], None], transfer: int | None = None) -> None:
         begin = self._recorder.begin_wait()
         until()
-        self._recorder.end_wait(begin, transfer)
+        self._recorder.end_wait(begin, transfer, self._meeting)
 
 
 class Group:
@@ -189,7 +193,7 @@ class Group:
             else:
                 work = self._link.all_to_all(rows, send, received, receive)
         self._recorder.posted()
-        pending = Pending(self._recorder, work, received, rows, finish, transfer)
+        pending = Pending(self._recorder, work, received, rows, finish, transfer, self.ranks)
         pending.look = look
         return pending
 
@@ -282,7 +286,9 @@ class Group:
             padded = self._padded_to(rows, num_rows_of)
             transfer = self._post(kind, rows, num_rows_of, 0, num_real, padded)
             self._recorder.posted()
-            return Pending(self._recorder, work, received, rows, transfer=transfer)
+            return Pending(
+                self._recorder, work, received, rows, transfer=transfer, meets=self.ranks
+            )
         return self._exchange(kind, rows, num_rows_of, own, 0, self._adder(rows), num_real)
 
     def gathered(
@@ -363,7 +369,8 @@ class Group:
         """Begin to fill `rows`, contiguous, from the rank at place `source`."""
         assert self._link is not None, "there is another rank"
         work = self._link.receive(rows, source) if rows.shape[0] else None
-        return Pending(self._recorder, work, rows)
+        meets = self.ranks[source], self.ranks[self.rank]
+        return Pending(self._recorder, work, rows, meets=meets)
 
 
 ResultT = TypeVar("ResultT")

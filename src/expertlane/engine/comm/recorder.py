@@ -16,6 +16,7 @@ from expertlane.engine.comm.checks import Checks
 from expertlane.engine.comm.clocks import CoreToken, HostClock
 from expertlane.engine.comm.counters import Meter, StepCounters
 from expertlane.engine.comm.progress import NO_LAYER, ProgressReporter
+from expertlane.engine.comm.rank_profile import Meeting, RankProfile
 from expertlane.results.step_checks import Place
 from expertlane.results.step_record import (
     Action,
@@ -23,6 +24,7 @@ from expertlane.results.step_record import (
     RankOperations,
     RankRecord,
     RankTotals,
+    RankWaits,
 )
 from expertlane.spec.names import CheckPoint, Stage, Track
 
@@ -57,9 +59,9 @@ class StepTimes:
 
     def enter(self, micro_batch: int, layer: int, stage: Stage) -> None:
         """End the current interval and begin another."""
+        self._mark()
         slot = self._num_layers if layer == NO_LAYER else layer
         self._cells.append((micro_batch * (self._num_layers + 1) + slot) * _NUM_STAGES + stage)
-        self._mark()
 
     def _mark(self) -> None:
         self._marks.append(self._clock.mark())
@@ -83,14 +85,18 @@ class StepTimes:
         self._clock.settle()
 
     def seconds(self) -> list[npt.NDArray[np.float64]]:
-        """Wall seconds, CPU seconds of the thread, and wall seconds in waits, each by cell."""
-        wall_s, cpu_s, blocked_s = found = [np.zeros(self._shape) for _ in range(3)]
+        """Wall seconds, and CPU seconds of the thread, each by cell."""
+        wall_s, cpu_s = found = [np.zeros(self._shape) for _ in range(2)]
         for cell, (begin, end), (cpu_begin_s, cpu_end_s) in self._intervals():
             wall_s.flat[cell] += self._clock.seconds(begin, end)
             cpu_s.flat[cell] += cpu_end_s - cpu_begin_s
-        for cell, begin, end in self._waits:
-            blocked_s.flat[cell] += self._clock.seconds(begin, end)
         return found
+
+    def waits(self) -> RankWaits:
+        """All waits, in order."""
+        seconds = [self._clock.seconds(begin, end) for _, begin, end in self._waits]
+        cells = np.array([cell for cell, _, _ in self._waits], dtype=np.int64)
+        return RankWaits(cells, np.array(seconds, dtype=np.float64))
 
     def events(self, *, is_alone: bool) -> RankEvents:
         """The timeline: intervals without their waits, waits, and stretches without the core.
@@ -271,9 +277,11 @@ class Recorder(StepCounters):
     Attributes:
         is_interleaved: another part of the batch is computed while one waits.
         checks: the search for silent errors; None without one.
+        profile: annotates this step in a trace; None without one.
     """
 
     checks: Checks | None = None
+    profile: RankProfile | None = None
 
     def __init__(
         self,
@@ -359,6 +367,8 @@ class Recorder(StepCounters):
             self.meter.enter(stage, now_ns)
         if self._log is not None:
             self._log.enter(stage, layer, self._micro_batch)
+        if self.profile is not None:  # no system call between its mark and the clock's
+            self.profile.enter(stage)
         if self.is_recording:
             self._times.enter(self._micro_batch, layer, stage)
 
@@ -373,14 +383,19 @@ class Recorder(StepCounters):
             self._waited_cpu_s = time.thread_time()
         if self.meter is not None:
             self._wait_began_ns = time.monotonic_ns()
+        if self.profile is not None:
+            self.profile.begin_wait()
         return self._clock.mark() if self.is_recording else None
 
-    def end_wait(self, begin: Any, transfer: int | None = None) -> None:
+    def end_wait(
+        self, begin: Any, transfer: int | None = None, meeting: Meeting | None = None
+    ) -> None:
         """End a wait: count the time since `begin`, and report progress.
 
         Args:
             transfer: the number that `post` gave for the transfer, if the replay has to wait for it
                 too.
+            meeting: those who meet in it, for the profile; None where others don't enter it.
         """
         arrived = self._clock.mark() if self._recording_events else None
         if self.meter is not None:
@@ -389,6 +404,8 @@ class Recorder(StepCounters):
             self._token.acquire()
         self.progress.set_waiting(False)
         self.progress.touch()
+        if self.profile is not None:
+            self.profile.end_wait(meeting)
         if self.is_recording:
             self._times.waited(begin, arrived, self._waited_cpu_s)
         if self._log is not None:
@@ -437,6 +454,10 @@ class Recorder(StepCounters):
         Returns:
             The transfer's number for `end_wait`; None unless operations are recorded.
         """
+        if self.profile is not None:
+            self.profile.begin_transfer()
+            if kind is TransferKind.SEND:
+                self.profile.send((self._rank, *to))
         if not self.is_recording:
             return None
         self._count_sent(to, num_rows, row_bytes, metadata_bytes, num_real)
@@ -460,7 +481,12 @@ class Recorder(StepCounters):
 
         Nothing overlaps with it then, and the step is not recorded.
         """
-        return not (self.is_recording or self.is_interleaved)
+        return not (self.is_by_stage or self.is_interleaved)
+
+    @property
+    def is_by_stage(self) -> bool:
+        """True if this step's time is told by stage, so that no call may do several of them."""
+        return self.is_recording or self.profile is not None
 
     def wait_at_once(self, until: Callable[[], ResultT]) -> ResultT:
         """Run a transfer and its wait in the current stage of a step that is not recorded."""
@@ -502,8 +528,12 @@ class Recorder(StepCounters):
         return record
 
     def _record(self) -> RankRecord:
+        if self.profile is not None:
+            self.profile.enter(Stage.IDLE)  # making the record is part of no stage
         self._times.end()
-        wall_s, cpu_s, blocked_s = self._times.seconds()
+        wall_s, cpu_s = self._times.seconds()
+        waits, blocked_s = self._times.waits(), np.zeros_like(wall_s)
+        np.add.at(blocked_s.reshape(-1), waits.cell, waits.blocked_s)
         for seconds in (wall_s, blocked_s):
             seconds[0, -1, Stage.IDLE] += self._idle_s
         # With several threads, this one also waits for the others.
@@ -512,6 +542,7 @@ class Recorder(StepCounters):
             wall_s=wall_s,
             cpu_s=cpu_s,
             blocked_s=blocked_s,
+            waits=waits,
             process_cpu_s=time.process_time() - self._process_cpu_s,
             events=self._times.events(is_alone=is_alone) if self._recording_events else None,
             operations=None if self._log is None else self._log.operations(self._world_size),

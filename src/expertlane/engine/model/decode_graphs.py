@@ -242,7 +242,7 @@ class DecodeGraphs:
 
     def begin_step(self, phase: Phase | None, *, balances_copies: bool) -> None:
         """Begin a step, after the recorder has begun it."""
-        self._is_plain = phase is Phase.DECODE and not self._recorder.is_recording
+        self._is_plain = phase is Phase.DECODE and not self._recorder.is_by_stage
         self._balances_copies = balances_copies
 
     def takes_steps(self, form: DispatchForm) -> bool:

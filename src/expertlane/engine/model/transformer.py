@@ -257,7 +257,7 @@ class TransformerStage:
     def _layers_part(self) -> LayersPart | None:
         """All layers in one call; None with communication, a record, checks, or without the C++."""
         recorder = self.mesh.recorder
-        if self.mesh.stage.size > 1 or recorder.is_recording or recorder.checks is not None:
+        if self.mesh.stage.size > 1 or recorder.is_by_stage or recorder.checks is not None:
             return None
         layers = [layer.parts for layer in self._layers]
         meter = self.mesh.recorder.meter

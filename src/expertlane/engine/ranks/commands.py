@@ -358,6 +358,35 @@ class DiscardSteps(Command[None]):
     steps: tuple[int, ...]
 
 
+class StartProfile(Command[str]):
+    """Begin a trace of the rank's steps by torch's profiler; the answer says why not, if so."""
+
+
+@dataclass(frozen=True)
+class WrittenTrace:
+    """A rank's trace.
+
+    Attributes:
+        name: its file in the folder; empty where there is none.
+        num_steps: steps in it.
+        why_not: why there is none.
+    """
+
+    name: str = ""
+    num_steps: int = 0
+    why_not: str = ""
+
+
+class StopProfile(Command[WrittenTrace]):
+    """End the trace that `StartProfile` has begun, and write it.
+
+    Attributes:
+        folder: where to; made if it does not exist.
+    """
+
+    folder: str
+
+
 class ReadTotals(Command[RankTotals]):
     """Read the rank's running totals, which the first of these commands starts."""
 

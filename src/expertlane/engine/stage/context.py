@@ -15,6 +15,7 @@ from expertlane.engine.comm.composed import NodesTransport, StagedTransport
 from expertlane.engine.comm.epoch import Epoch, Event, await_event
 from expertlane.engine.comm.mesh import Meshes
 from expertlane.engine.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter, Region
+from expertlane.engine.comm.rank_profile import RankProfile
 from expertlane.engine.comm.shared_memory import Endpoint, SharedTransport
 from expertlane.engine.comm.torch_transport import FileStore, TorchTransport
 from expertlane.engine.comm.transport import Transport
@@ -186,6 +187,7 @@ class RankContext:
         deployed: its `DeployedStage`; None without one.
         parked: weights of a rank that has no place in a smaller layout, until it has one again.
         preparation: its `Preparation` of another layout; None without one.
+        profile: its trace under way; None without one.
         epoch: the epoch that the rank has joined; -1 before the first.
     """
 
@@ -198,6 +200,7 @@ class RankContext:
     deployed: Any = None
     parked: Any = None
     preparation: Any = None
+    profile: RankProfile | None = None
     epoch: int = -1
 
     @property

@@ -19,6 +19,7 @@ import torch
 
 from expertlane.engine.comm.mesh import Meshes
 from expertlane.engine.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
+from expertlane.engine.comm.rank_profile import RankProfile
 from expertlane.engine.comm.transport import EpochEndedError, PeerLostError
 from expertlane.engine.model.checkpoint import Checkpoint, Int8Cache, write_int8_cache
 from expertlane.engine.ops.backend import (
@@ -49,8 +50,11 @@ from expertlane.engine.ranks.commands import (
     RunStep,
     SetDispatch,
     StartMoves,
+    StartProfile,
+    StopProfile,
     SumWeights,
     TimeOneMove,
+    WrittenTrace,
 )
 from expertlane.engine.ranks.messages import (
     ANY_EPOCH,
@@ -319,10 +323,42 @@ def record_graphs(context: RankContext, command: RecordGraphs) -> int:
 def run_step(context: RankContext, command: RunStep) -> RankOutcome:
     """Execute one step plan on this rank's stage."""
     deployed: DeployedStage = context.deployed
-    with torch.inference_mode():
+
+    def run() -> RankOutcome:
         return deployed.run(
             command.step, command.placements, balances_copies=command.balances_copies
         )
+
+    with torch.inference_mode():
+        if context.profile is None:
+            return run()
+        recorder = deployed.stage.mesh.recorder
+        return context.profile.run_step(recorder, command.step, run)
+
+
+def start_profile(context: RankContext, command: StartProfile) -> str:
+    """Begin a trace of this rank's steps."""
+    try:
+        context.profile = RankProfile(on_gpu=context.platform.device.type == "cuda")
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return ""
+
+
+def stop_profile(context: RankContext, command: StopProfile) -> WrittenTrace:
+    """Write the trace of this rank's steps, by the name of its place in the layout."""
+    profile, context.profile = context.profile, None
+    if profile is None:
+        return WrittenTrace(why_not="it was started after the profile began")
+    deployed: DeployedStage = context.deployed
+    at, layout = deployed.stage.mesh.at, deployed.spec.layout
+    dp_rank, rank = at.replica * layout.dp + at.dp_rank, deployed.spec.members.rank_of(context.rank)
+    name = f"dp{dp_rank}_pp{at.pp_rank}_tp{at.tp_rank}_rank{rank}.pt.trace.json.gz"
+    try:
+        profile.write(Path(command.folder, name))
+    except OSError as error:
+        return WrittenTrace(why_not=f"cannot write to {command.folder}: {error.strerror}")
+    return WrittenTrace(name, profile.num_steps)
 
 
 HANDLERS: Handlers = {
@@ -336,6 +372,8 @@ HANDLERS: Handlers = {
     SetDispatch: lambda context, command: context.deployed.set_dispatch(command.table),
     RecordGraphs: record_graphs,
     RunStep: run_step,
+    StartProfile: start_profile,
+    StopProfile: stop_profile,
     DiscardSteps: lambda context, command: context.deployed.discard(command.steps),
     ReadTotals: lambda context, _: context.deployed.totals(),
     SumWeights: lambda context, _: sum_weights(context.deployed.stage),

@@ -1,0 +1,176 @@
+"""A rank under torch's profiler: its trace, with its steps, stages and waits as annotations.
+
+`comparison/torch_trace.py` reads such traces of all ranks, by the names that `kernels.toml` has.
+"""
+
+import gzip
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import msgspec
+from torch.profiler import ProfilerActivity, profile
+
+from expertlane.schedule.plan import RankStep
+from expertlane.spec.names import Stage
+
+MOST_STEPS = 500  # of a trace: the profiler keeps all of it in memory
+_NS_PER_US = 1000
+_GZIP_LEVEL = 1
+
+ResultT = TypeVar("ResultT")
+
+
+class Profiles(Protocol):
+    """What a `RankProfile` sets while a step of its runs: a recorder."""
+
+    profile: "RankProfile | None"
+
+
+class Meeting(NamedTuple):
+    """A transfer that ranks wait for.
+
+    Attributes:
+        ranks: those who meet in it.
+        begun_ns: when this rank began it, so that others waited for it no longer.
+    """
+
+    ranks: Sequence[int]
+    begun_ns: int
+
+
+class RankProfile:
+    """torch's profiler in the thread of a rank's steps, from now until `write`.
+
+    A recorder calls these methods beside its own marks. They are no
+    `record_function`, each of which takes microseconds that no stage would have: they are added to
+    the trace when it is written.
+
+    Args:
+        on_gpu: kernels are traced too.
+        now_ns: the clock, in nanoseconds since 1970, as the profiler's.
+
+    Attributes:
+        num_steps: steps traced so far, at most `MOST_STEPS`.
+
+    Raises:
+        RuntimeError: another profiler runs in this thread.
+    """
+
+    def __init__(self, *, on_gpu: bool, now_ns: Callable[[], int] = time.time_ns) -> None:
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+        self._profiler: Any = profile(activities=activities)
+        self._now_ns = now_ns
+        # Name, begin and end in nanoseconds.
+        self._found: list[tuple[str, int, int, Meeting | None]] = []
+        self._marks: list[tuple[Stage, int]] = []  # where each stage of the step begins
+        self._wait_ns = self._begun_ns = 0
+        self._is_on = True
+        self.num_steps = 0
+        self._profiler.start()
+
+    def run_step(self, recorder: Profiles, step: RankStep, run: Callable[[], ResultT]) -> ResultT:
+        """Run a step within an annotation of its batch; beyond `MOST_STEPS` as it is."""
+        if self.num_steps == MOST_STEPS:
+            self._end()
+        if not self._is_on:
+            return run()
+        num_before = len(self._found)
+        begin_ns = self._now_ns()
+        recorder.profile = self
+        try:
+            result = run()
+        except BaseException:
+            del self._found[num_before:]  # it came to nothing
+            raise
+        finally:
+            recorder.profile = None
+            marks, self._marks = self._marks, []
+        for (stage, start_ns), (_, end_ns) in pairwise(marks):
+            if stage is not Stage.IDLE:
+                self._found.append((f"expertlane: {stage.label}", start_ns, end_ns, None))
+        num_seqs = sum(batch.own.num_seqs for batch in step.micro_batches)
+        num_tokens = sum(batch.own.num_tokens for batch in step.micro_batches)
+        name = f"expertlane: {step.phase.value} {num_seqs} seqs {num_tokens} tokens"
+        self._found.append((name, begin_ns, self._now_ns(), None))
+        self.num_steps += 1
+        return result
+
+    def enter(self, stage: Stage) -> None:
+        """End the current stage and begin another; `IDLE` is none."""
+        # Little else is done here: a core that is lost after this mark and before the recorder's
+        # makes them differ by milliseconds.
+        self._marks.append((stage, self._now_ns()))
+
+    def begin_wait(self) -> None:
+        """Begin a wait for other ranks, or a send, in the current stage."""
+        self._wait_ns = self._now_ns()
+
+    def end_wait(self, meeting: Meeting | None) -> None:
+        """End it; a wait that others don't enter is no more than a part of its stage."""
+        if meeting is not None:
+            self._found.append(("expertlane: wait", self._wait_ns, self._now_ns(), meeting))
+
+    def begin_transfer(self) -> None:
+        """Begin the transfer that the next call of `meeting` is about."""
+        self._begun_ns = self._now_ns()
+
+    def send(self, ranks: Sequence[int]) -> None:
+        """Mark that a send begins, which its receiver may wait for.
+
+        Args:
+            ranks: sender and receiver.
+        """
+        now_ns = self._now_ns()
+        self._found.append(("expertlane: send", now_ns, now_ns + 1, Meeting(ranks, now_ns)))
+
+    def meeting(self, ranks: Sequence[int]) -> Meeting | None:
+        """The transfer that was begun last, or a receive; None where nobody meets in it."""
+        begun_ns, self._begun_ns = self._begun_ns or self._now_ns(), 0
+        return Meeting(ranks, begun_ns) if ranks else None
+
+    def _end(self) -> None:
+        if self._is_on:
+            self._is_on = False
+            self._profiler.stop()
+
+    def write(self, path: Path) -> None:
+        """End it, and write the trace, gzipped, to a path that appears when it is whole.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self._end()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".rank-{os.getpid()}.part")
+        try:
+            self._profiler.export_chrome_trace(str(part))
+            data = self._with_annotations(part.read_bytes())
+            part.write_bytes(gzip.compress(data, _GZIP_LEVEL))
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _with_annotations(self, data: bytes) -> bytes:
+        """The profiler's trace with the annotations, on the thread whose operators it has."""
+        trace = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
+        base_ns = msgspec.json.decode(trace.get("baseTimeNanoseconds", b"0"), type=int)
+        place = {"ph": "X", "cat": "user_annotation", "pid": os.getpid()}
+        place["tid"] = threading.get_native_id()
+        events: list[Any] = msgspec.json.decode(trace["traceEvents"], type=list[msgspec.Raw])
+        for name, begin_ns, end_ns, meeting in self._found:
+            event = {"name": name, **place}
+            event["ts"] = (begin_ns - base_ns) / _NS_PER_US
+            event["dur"] = (end_ns - begin_ns) / _NS_PER_US
+            if meeting is not None:
+                begun_us = (meeting.begun_ns - base_ns) / _NS_PER_US
+                event["args"] = {
+                    "Process Group Ranks": str([*meeting.ranks]),
+                    "expertlane begun": begun_us,
+                }
+            events.append(event)
+        return msgspec.json.encode({**trace, "traceEvents": events})

@@ -1,0 +1,56 @@
+"""Profiles of a server's ranks by torch's profiler, begun and ended by requests."""
+
+from collections.abc import Callable
+from functools import partial
+
+from fastapi import FastAPI, Response
+
+from expertlane.engine.profiler import Profiled, Profiler
+from expertlane.errors import UserError
+from expertlane.server.errors import ApiError, json_response
+from expertlane.server.service import Service, ended
+
+
+def add_profiling(app: FastAPI, service: Service) -> None:
+    """Add the routes that begin and end a profile; without a folder for it they are not found."""
+
+    def profiler() -> Profiler:
+        service.check_running()
+        if (found := service.model.profiler) is None:
+            text = "this server writes no torch profiler traces; start it with --profile-dir DIR"
+            raise ApiError(404, text, code="no_profiler")
+        return found
+
+    async def run(action: Callable[[], None]) -> None:
+        """Run an action between two steps; ranks that it finds lost are replaced."""
+        try:
+            await service.engine.between_steps(partial(service.model.engine.guarded, action))
+        except UserError as error:
+            raise ApiError(409, str(error), code="not_profiled") from None
+        except Exception as error:
+            raise ended(error) from None
+
+    @app.post("/start_profile")
+    async def start_profile() -> Response:
+        """Begin a trace of each rank by torch's profiler; steps are slower until it ends."""
+        await run(profiler().start)
+        return json_response({"is_profiling": True})
+
+    @app.post("/stop_profile")
+    async def stop_profile() -> Response:
+        """End the traces, and write them to a new folder in that of `--profile-dir`."""
+        own, found = profiler(), list[Profiled]()
+        await run(lambda: found.append(own.stop()))
+        if not found:
+            raise ApiError(409, "ranks were lost meanwhile; profile again", code="not_profiled")
+        profiled = found[0]
+        traces = profiled.traces
+        return json_response(
+            {
+                "is_profiling": False,
+                "folder": profiled.folder.name,
+                "traces": {rank: each.name for rank, each in traces.items() if each.name},
+                "num_steps": {rank: each.num_steps for rank, each in traces.items() if each.name},
+                "missing": {rank: each.why_not for rank, each in traces.items() if each.why_not},
+            }
+        )
