@@ -103,6 +103,7 @@ def compare(
     start_timeout_s: float = 1200.0,
     request_timeout_s: float | None = None,
     profile: bool = False,
+    traces: Text | Sequence[Text] | None = None,
     dry_run: bool = False,
     out: str | Path | None = None,
 ) -> Results:
@@ -176,6 +177,8 @@ def compare(
         request_timeout_s: Time limit of a request, waiting included.
         profile: Then trace each engine started here by torch's profiler, in a pass of its own:
             says where a step's time goes.
+        traces: With --profile: trace this --url too, whose ranks write their traces to this
+            folder.
         dry_run: Print the commands that would start the servers, and start none.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.

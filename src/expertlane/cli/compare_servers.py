@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -83,6 +84,12 @@ class ServerOptions:
         help="Then trace each engine started here by torch's profiler, in a pass of its own: says "
         "where a step's time goes.",
     )
+    traces: list[str] | None = typer.Option(
+        None,
+        metavar="NAME=DIR",
+        rich_help_panel=Panel.MORE_SERVER,
+        help="With --profile: trace this --url too, whose ranks write their traces to this folder.",
+    )
     dry_run: bool = typer.Option(
         False,
         rich_help_panel=Panel.MORE_SERVER,
@@ -146,6 +153,29 @@ class ServerOptions:
             found[name] = Target(Url.parse(url), key)
         return found
 
+    def traces_of(self, names: Collection[str]) -> dict[str, Path]:
+        """The folders to which servers that run already write traces, by name.
+
+        Args:
+            names: of those servers.
+
+        Raises:
+            UserError: one is of no such server, or no folder, or nothing is profiled.
+        """
+        found: dict[str, Path] = {}
+        for text in self.traces or ():
+            named = [name for name in names if text.startswith(f"{name}=")]
+            if not named:
+                raise UserError(f"--traces is {text!r}; it must be NAME=DIR, of one of --url")
+            name = max(named, key=len)
+            folder = Path(text.removeprefix(f"{name}="))
+            if not folder.is_dir():
+                raise UserError(f"--traces {text}: there is no such folder")
+            found[name] = folder
+        if found and not self.profile:
+            raise UserError("--traces needs --profile")
+        return found
+
     def for_engine(self, option: str, engine: str) -> str | None:
         """The last value of `--engine-python` or `--engine-args` for an engine; None without one.
 
@@ -187,6 +217,7 @@ def compare_servers(
     from expertlane.comparison.served import Setting, measure_servers
 
     targets = options.targets()
+    traces = options.traces_of(targets)
     engines = [_engines(each, experiment, options, dtype) for each in options.engines()]
     with (
         TemporaryDirectory(prefix="expertlane-") as temporary,
@@ -203,6 +234,7 @@ def compare_servers(
         return measure_servers(
             *(experiment, engines, targets, setting, repeats, command, types),
             profile=options.profile,
+            traces=traces,
         )
 
 

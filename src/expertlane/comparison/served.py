@@ -8,7 +8,8 @@ engine does not run, or dies of, is a record with its last words; the others go 
 import asyncio
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -58,6 +59,8 @@ from expertlane.spec.workload import LengthRange, Load, Workload
 HOST = "127.0.0.1"
 _FEW_CORES = 4
 _TRACED_LEN = 8  # output tokens of a traced request
+_LOOK_S = 2.0  # between looks at traces that are being written
+_APPEAR_S = 120.0
 _READY_S = 5.0  # that one question whether a server is ready may take
 _FOLDER = re.compile(r"[^A-Za-z0-9._=-]+")
 
@@ -101,6 +104,7 @@ class Served:
         deployment: None for a server whose layout is not known.
         engines: None for a server that runs already.
         target: the server; None while it is not started.
+        traces: where one that runs already writes its ranks' traces; None if that is not known.
         rounds: those that were answered, in order.
         failure: why it is not measured any more; empty while it is.
         steps: a step's time by cause, where it was profiled.
@@ -113,6 +117,7 @@ class Served:
     deployment: Deployment | None = None
     engines: Engines | None = None
     target: Target | None = None
+    traces: Path | None = None
     rounds: list[Round] = field(default_factory=list, init=False)
     failure: str = field(default="", init=False)
     measured_s: float = field(default=0.0, init=False)
@@ -189,29 +194,51 @@ class Served:
             connections.close()
 
     def profile(self) -> None:
-        """Trace a short load by torch's profiler, in a server of its own: profiling slows it.
+        """Trace a short load by torch's profiler; in a server of its own if it is started here.
 
         What keeps it from that is kept in `why_no_causes`.
         """
-        engines, setting = self.engines, self.setting
-        if engines is None or self.failure:
+        setting = self.setting
+        if self.failure:
             return
         setting.progress.task(f"{self.name}, profiled", 1)
         try:
-            folder = _new_folder(self.folder)
-            if not self.up.ensure(self, traces=folder):
-                self.why_no_causes = f"{engines.engine.title} writes no torch profiler traces"
-                return
-            assert self.target is not None, "it is up"
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(self._traced(self.target, engines.engine.profile_request(folder)))
-            causes = read_step_causes(sorted(folder.rglob("*.json*")))
-            self.steps = [*filter(None, (steps_record(causes, each) for each in Phase))]
+            paths = self._traces_of_url() if self.engines is None else self._traces(self.engines)
+            if paths is not None:
+                causes = read_step_causes(paths)
+                self.steps = [*filter(None, (steps_record(causes, each) for each in Phase))]
         except (CannotServe, ServerError, Unreachable, UserError) as error:
             self.why_no_causes = f"{error}{self.up.end_of(self)}"
         finally:
             self.up.stop()
             setting.progress.done()
+
+    def _traces(self, engines: Engines) -> Sequence[Path] | None:
+        """Traces of a server that is started for them; None where it writes none."""
+        folder = _new_folder(self.folder)
+        if not self.up.ensure(self, traces=folder):
+            self.why_no_causes = f"{engines.engine.title} writes no torch profiler traces"
+            return None
+        self._trace(engines.engine.profile_request(folder))
+        return _traces_in(folder)
+
+    def _traces_of_url(self) -> Sequence[Path] | None:
+        """Traces that appear in the folder of a server that runs already; None without one."""
+        if self.traces is None:
+            self.why_no_causes = (
+                "its traces are on its own disk; where that can be read here, give --traces "
+                f"{self.name}=DIR"
+            )
+            return None
+        before = set(_traces_in(self.traces))
+        self.up.ensure(self)  # ends a server that was started here
+        self._trace({"with_stack": False})
+        return _new_traces(self.traces, before)
+
+    def _trace(self, fields: Mapping[str, object]) -> None:
+        assert self.target is not None, "it is up"
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(self._traced(self.target, fields))
 
     async def _traced(self, target: Target, fields: Mapping[str, object]) -> None:
         """Put a short load on the server between the beginning and the end of a trace."""
@@ -223,8 +250,10 @@ class Served:
             connections = server.connections
             await _post(connections, "/start_profile", fields)
             number = self.num_runs  # requests that no round had
-            found = await one_round(server, short, setting.asked, 0, number, stop, Progress())
-            await _post(connections, "/stop_profile", {})
+            try:
+                found = await one_round(server, short, setting.asked, 0, number, stop, Progress())
+            finally:
+                await _post(connections, "/stop_profile", {})
             check_answered([found.driven], server)
 
     def record(self) -> DeploymentRecord:
@@ -341,6 +370,36 @@ async def _post(connections: Connections, path: str, fields: Mapping[str, object
         raise UserError(f"{path}: HTTP {answer.status} {error_message(bytes(answer.body))}")
 
 
+def _traces_in(folder: Path) -> list[Path]:
+    """Files in a folder and those in it that are traces by their names, in order."""
+    return sorted(folder.rglob("*.json*"))
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 of one that is gone, as one that was renamed."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _new_traces(folder: Path, before: Collection[Path]) -> list[Path]:
+    """Traces that appear in a folder, once they are whole: some engines answer before.
+
+    Raises:
+        UserError: none does.
+    """
+    sizes: dict[Path, int] = {}
+    until_s = time.monotonic() + _APPEAR_S
+    while time.monotonic() < until_s:
+        now = {path: _size(path) for path in _traces_in(folder) if path not in before}
+        if now and now == sizes:
+            return [*now]
+        sizes = now
+        time.sleep(_LOOK_S)
+    raise UserError(f"no whole traces appeared in {folder} within {_APPEAR_S:g} s")
+
+
 def _new_folder(within: Path) -> Path:
     """A folder without traces of an earlier run.
 
@@ -384,6 +443,7 @@ def measure_servers(
     dtype: str,
     *,
     profile: bool = False,
+    traces: Mapping[str, Path] | None = None,
 ) -> Results:
     """Measure the experiment's deployments on each engine, and servers that run already.
 
@@ -391,7 +451,8 @@ def measure_servers(
         targets: servers that run already, by name; that of one of the experiment's deployments
             means that it has its layout.
         dtype: number type of weights that engines are asked for.
-        profile: then trace each that was started here, for the causes of a step's time.
+        profile: then trace each, for the causes of a step's time.
+        traces: folders to which servers that run already write traces, by name.
 
     Raises:
         UserError: two would have one name.
@@ -400,6 +461,8 @@ def measure_servers(
     allow_connections()
     with _Up() as up:
         own = [*_subjects(experiment, engines, targets, setting, up)]
+        for each in own:
+            each.traces = (traces or {}).get(each.name) if each.engines is None else None
         names = [each.name for each in own]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"two servers would be called {twice[0]!r}; give --url another name")
