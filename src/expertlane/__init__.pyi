@@ -114,6 +114,7 @@ def compare(
     start_timeout_s: float = 1200.0,
     request_timeout_s: float | None = None,
     profile: bool = False,
+    traces: Text | Sequence[Text] | None = None,
     dry_run: bool = False,
     scripts: str | Path | None = None,
     out: str | Path | None = None,
@@ -201,6 +202,8 @@ def compare(
         request_timeout_s: Time limit of a request, waiting included.
         profile: Also trace a short load with torch's profiler, in a separate pass on engines
             started here, to split a step's time by cause.
+        traces: With --profile: trace this --url too, whose ranks write their traces to this
+            folder.
         dry_run: Only print the commands that start the servers.
         scripts: Also write a batch script for Slurm and a LeaderWorkerSet for Kubernetes there.
             With --dry-run; they start each deployment on the nodes of --cluster.

@@ -2,9 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,10 @@ import pytest
 from client import vllm_server
 from comparison import stub_engine
 from comparison.test_server_process import wait_gone
+from engine.ranks.processes import wait_until
 from expertlane.cli.compare_servers import ServerOptions, compare_servers
 from expertlane.comparison.engines.engine import find_engine, known_engines
+from expertlane.comparison.served import _free_port
 from expertlane.comparison.turns import Repeats
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.report.sections import report_of
@@ -64,12 +68,12 @@ def checkpoint(tmp_path):
     return folder
 
 
-def compare(checkpoint, names, tmp_path, repeats=1, **options):
+def compare(checkpoint, names, tmp_path, repeats=1, *, are_layouts=False, **options):
     experiment = Experiment(
         "own",
         read_model(checkpoint, str(checkpoint), weights=False),
         WORKLOAD,
-        tuple(Deployment(name, Layout()) for name in names),
+        tuple(Deployment(name, Layout.parse(name) if are_layouts else Layout()) for name in names),
         checkpoint=str(checkpoint),
     )
     options = {"engine": ["stub"], "start_timeout_s": 20.0, "request_timeout_s": 5.0} | options
@@ -86,7 +90,7 @@ def compare(checkpoint, names, tmp_path, repeats=1, **options):
 DEFAULTS = {
     "engine": None, "url": None, "engine_python": None, "engine_args": None, "tokenizer": None,
     "start_timeout_s": 20.0, "request_timeout_s": None, "dry_run": False,
-    "profile": False, "scripts": None, "api_key_file": None, "flush_caches": False,
+    "profile": False, "traces": None, "scripts": None, "api_key_file": None, "flush_caches": False,
 }  # fmt: skip
 
 
@@ -186,6 +190,23 @@ def test_two_engines_are_compared_by_the_fastest_of_each(stub, checkpoint, tmp_p
     assert first.num_rounds == 1
 
 
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_our_own_servers_tell_their_causes(tmp_path):
+    (folder := tmp_path / "tiny").mkdir()
+    vllm_server.checkpoint(folder)
+    names, given = ["tp=2", "dp=2,ep=2"], {"start_timeout_s": 120.0, "profile": True}
+    given |= {"engine": ["expertlane"], "request_timeout_s": 60.0}
+    found = compare(folder, names, tmp_path, are_layouts=True, **given)
+    assert not [caution for caution in found.cautions if "No step times" in caution]
+    for record in found.deployments:
+        assert not record.server.failure
+        assert "--profile-dir" not in record.server.command  # of the server that was measured
+        for steps in (record.prefill, record.decode):
+            assert steps.breakdown_s[Cause.EXPERTS] > 0
+            assert steps.breakdown_s[Cause.UNKNOWN] == 0
+
+
 def test_two_servers_of_one_name(stub, checkpoint, tmp_path):
     with pytest.raises(UserError, match="would be called 'Stub a'"):
         compare(checkpoint, ["a"], tmp_path, url=["a=127.0.0.1:9", "Stub a=127.0.0.1:10"])
@@ -204,9 +225,9 @@ def test_engines_are_found_by_entry_points(stub):
         find_engine("vlm")
 
 
-def test_running_servers_by_url(stub, checkpoint, tmp_path):
-    # Both are started by hand, as a user's are.
-    from expertlane.comparison.served import _free_port
+@pytest.fixture
+def urls(tmp_path):
+    """Two servers that run already: tp=1 and b, which is slow and writes no traces."""
 
     ports = [_free_port(), _free_port()]
     servers = [
@@ -214,29 +235,49 @@ def test_running_servers_by_url(stub, checkpoint, tmp_path):
         for port, kind in zip(ports, ("fast", "slow"), strict=True)
     ]
     try:
-        import time
-
-        until_s = time.monotonic() + 10
-        while time.monotonic() < until_s:
-            import socket
-
-            try:
-                for port in ports:
-                    socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except OSError:
-                time.sleep(0.05)
-        urls = [f"{name}=127.0.0.1:{port}" for name, port in zip(("tp=1", "b"), ports, strict=True)]
-        found = compare(checkpoint, ["tp=1"], tmp_path, repeats=2, engine=None, url=urls)
+        for port in ports:
+            wait_until(partial(_listens, port))
+        yield [f"{name}=127.0.0.1:{port}" for name, port in zip(("tp=1", "b"), ports, strict=True)]
     finally:
         for each in servers:
             each.kill()
             each.wait()
+
+
+def _listens(port):
+    with suppress(OSError):
+        socket.create_connection(("127.0.0.1", port)).close()
+        return True
+    return False
+
+
+def test_running_servers_by_url(checkpoint, tmp_path, urls):
+    found = compare(checkpoint, ["tp=1"], tmp_path, repeats=2, engine=None, url=urls)
     one, other = found.deployments
     assert (one.name, one.layout, one.server.deployment) == ("tp=1", Layout(), "tp=1")
     assert (other.name, other.layout, other.server.deployment) == ("b", None, "")
     assert found.machine is None
     assert {each.num_rounds for each in found.ratios} == {2}
+
+
+def test_causes_of_running_servers(checkpoint, tmp_path, urls, monkeypatch):
+    monkeypatch.setattr("expertlane.comparison.served._LOOK_S", 0.02)
+    monkeypatch.setattr("expertlane.comparison.served._APPEAR_S", 0.5)
+    folder = tmp_path / "its traces"
+    folder.mkdir()
+    given = {"engine": None, "url": urls, "profile": True}
+    found = compare(checkpoint, ["tp=1"], tmp_path, traces=[f"tp=1={folder}"], **given)
+    one, other = found.deployments
+    assert one.decode.breakdown_s[Cause.EXPERTS] > 0
+    assert not other.steps
+    words = "its traces are on its own disk; if that can be read here, give --traces b=DIR."
+    assert f"No step times by cause for b: {words}" in " ".join(found.cautions)
+    # Those are of an earlier run now.
+    found = compare(checkpoint, ["tp=1"], tmp_path, traces=[f"b={folder}"], **given)
+    assert not any(each.steps for each in found.deployments)
+    assert f"No step times by cause for b: no whole traces appeared in {folder}" in " ".join(
+        found.cautions
+    )
 
 
 @pytest.mark.parametrize(
@@ -248,6 +289,9 @@ def test_running_servers_by_url(stub, checkpoint, tmp_path):
         ({"engine_python": ["/no/python"]}, "there is no such file"),
         ({"engine_args": ["vllm=--x"]}, "no --engine vllm is given"),
         ({"engine_args": ['--x "y']}, "--engine-args --x .y: a quotation mark is not closed"),
+        ({"traces": ["a=/tmp"]}, "it must be NAME=DIR, of one of --url"),
+        ({"url": ["a=x:1"], "traces": ["a=/no/dir"]}, "there is no such folder"),
+        ({"url": ["a=x:1"], "traces": ["a=/tmp"]}, "--traces needs --profile"),
     ],
 )
 def test_wrong_options(stub, checkpoint, tmp_path, options, message):

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,6 +108,12 @@ class ServerOptions:
         help="Also trace a short load with torch's profiler, in a separate pass on engines started "
         "here, to split a step's time by cause.",
     )
+    traces: list[str] | None = typer.Option(
+        None,
+        metavar="NAME=DIR",
+        rich_help_panel=Panel.MORE_SERVER,
+        help="With --profile: trace this --url too, whose ranks write their traces to this folder.",
+    )
     dry_run: bool = typer.Option(
         False,
         rich_help_panel=Panel.MORE_SERVER,
@@ -200,6 +206,29 @@ class ServerOptions:
             raise UserError(f"--api-key-file: {path} has {len(keys)} keys; one is needed")
         return next(iter(api_keys(keys)), None)
 
+    def traces_of(self, names: Collection[str]) -> dict[str, Path]:
+        """The folders to which servers that run already write traces, by name.
+
+        Args:
+            names: of those servers.
+
+        Raises:
+            UserError: one is of no such server, or no folder, or nothing is profiled.
+        """
+        found: dict[str, Path] = {}
+        for text in self.traces or ():
+            named = [name for name in names if text.startswith(f"{name}=")]
+            if not named:
+                raise UserError(f"--traces is {text!r}; it must be NAME=DIR, of one of --url")
+            name = max(named, key=len)
+            folder = Path(text.removeprefix(f"{name}="))
+            if not folder.is_dir():
+                raise UserError(f"--traces {text}: there is no such folder")
+            found[name] = folder
+        if found and not self.profile:
+            raise UserError("--traces needs --profile")
+        return found
+
     def for_engine(self, option: str, engine: str) -> str | None:
         """The last value of `--engine-python` or `--engine-args` for an engine; None without one.
 
@@ -243,6 +272,7 @@ def compare_servers(
     from expertlane.comparison.served import measure_servers
 
     targets = options.targets()
+    traces = options.traces_of(targets)
     engines = [_engines(each, experiment, options, dtype) for each in options.engines()]
     workload = experiment.workload
     asked = _asked(workload.load, workload.seed, options, _vocabulary(experiment, options))
@@ -252,6 +282,7 @@ def compare_servers(
             *(experiment, engines, targets, setting, repeats, command, types),
             profile=options.profile,
             ended=ended,
+            traces=traces,
         )
 
 

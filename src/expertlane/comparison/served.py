@@ -8,7 +8,8 @@ a deployment, or its server fails, its record has the reason; the others are sti
 import asyncio
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -65,6 +66,8 @@ from expertlane.spec.workload import LengthRange, Load, Workload, check_lengths
 HOST = "127.0.0.1"
 _FEW_CORES = 4
 _TRACED_LEN = 8  # output tokens of a traced request
+_LOOK_S = 2.0  # between looks at traces that are being written
+_APPEAR_S = 120.0  # until traces must have appeared
 _READY_S = 5.0  # timeout of one readiness request
 _FOLDER = re.compile(r"[^A-Za-z0-9._=-]+")
 
@@ -109,6 +112,7 @@ class Served:
         deployment: None for a server whose layout is unknown.
         engines: None for a server that runs already.
         target: the server's address; None until it is started.
+        traces: folder to which a running server's ranks write traces; None if it is unknown.
         rounds: completed rounds, in order.
         failure: why it is not measured any more; empty while it is.
         measured_s: seconds of all rounds.
@@ -127,6 +131,7 @@ class Served:
     deployment: Deployment | None = None
     engines: Engines | None = None
     target: Target | None = None
+    traces: Path | None = None
     rounds: list[Round] = field(default_factory=list, init=False)
     failure: str = field(default="", init=False)
     measured_s: float = field(default=0.0, init=False)
@@ -215,28 +220,52 @@ class Served:
             connections.close()
 
     def profile(self) -> None:
-        """Trace a short load with torch's profiler, in a new server, since profiling slows it.
+        """Trace a short load with torch's profiler, in a new server if it is started here.
+
+        Profiling slows a server.
 
         An error is stored in `why_no_causes`.
         """
-        engines, setting = self.engines, self.setting
-        if engines is None or self.failure:
+        setting = self.setting
+        if self.failure:
             return
         setting.progress.task(f"{self.name}, profiled", 1)
         try:
-            folder = _new_folder(self.folder)
-            if not self.up.ensure(self, traces=folder):
-                self.why_no_causes = f"{engines.engine.title} cannot write torch profiler traces"
-                return
-            assert self.target is not None, "it is up"
-            run_until_told(self._traced(self.target, engines.engine.profile_request(folder)))
-            causes = read_step_causes(sorted(folder.rglob("*.json*")))
-            self.steps = [*filter(None, (steps_record(causes, each) for each in Phase))]
+            paths = self._traces_of_url() if self.engines is None else self._traces(self.engines)
+            if paths is not None:
+                causes = read_step_causes(paths)
+                self.steps = [*filter(None, (steps_record(causes, each) for each in Phase))]
         except (CannotServe, ServerError, Unreachable, UserError) as error:
             self.why_no_causes = f"{error}{self.up.end_of(self)}"
         finally:
             self.up.stop()
             setting.progress.done()
+
+    def _traces(self, engines: Engines) -> Sequence[Path] | None:
+        """Traces of a server that is started for them; None where it writes none."""
+        folder = _new_folder(self.folder)
+        if not self.up.ensure(self, traces=folder):
+            self.why_no_causes = f"{engines.engine.title} cannot write torch profiler traces"
+            return None
+        self._trace(engines.engine.profile_request(folder))
+        return _traces_in(folder)
+
+    def _traces_of_url(self) -> Sequence[Path] | None:
+        """Traces that appear in the folder of a server that runs already; None without one."""
+        if self.traces is None:
+            self.why_no_causes = (
+                "its traces are on its own disk; if that can be read here, give --traces "
+                f"{self.name}=DIR"
+            )
+            return None
+        before = set(_traces_in(self.traces))
+        self.up.ensure(self)  # ends a server that was started here
+        self._trace({"with_stack": False})
+        return _new_traces(self.traces, before)
+
+    def _trace(self, fields: Mapping[str, object]) -> None:
+        assert self.target is not None, "it is up"
+        run_until_told(self._traced(self.target, fields))
 
     async def _traced(self, target: Target, fields: Mapping[str, object]) -> None:
         """Start a trace, run a short load, and stop the trace.
@@ -252,8 +281,10 @@ class Served:
             connections = server.connections
             await _post(connections, "/start_profile", fields)
             number = self.num_runs  # so that prompts are new
-            found = await one_round(server, short, setting.asked, 0, number, stop, Progress())
-            await _post(connections, "/stop_profile", {})
+            try:
+                found = await one_round(server, short, setting.asked, 0, number, stop, Progress())
+            finally:
+                await _post(connections, "/stop_profile", {})
             check_answered([found.driven], server)
 
     def record(self) -> DeploymentRecord:
@@ -370,6 +401,36 @@ async def _post(connections: Connections, path: str, fields: Mapping[str, object
         raise UserError(f"{path}: HTTP {answer.status} {error_message(bytes(answer.body))}")
 
 
+def _traces_in(folder: Path) -> list[Path]:
+    """Files in a folder and those in it that are traces by their names, in order."""
+    return sorted(folder.rglob("*.json*"))
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 of one that is gone, as one that was renamed."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _new_traces(folder: Path, before: Collection[Path]) -> list[Path]:
+    """Traces that appear in a folder, once they are whole: some engines answer before.
+
+    Raises:
+        UserError: none does.
+    """
+    sizes: dict[Path, int] = {}
+    until_s = time.monotonic() + _APPEAR_S
+    while time.monotonic() < until_s:
+        now = {path: _size(path) for path in _traces_in(folder) if path not in before}
+        if now and now == sizes:
+            return [*now]
+        sizes = now
+        time.sleep(_LOOK_S)
+    raise UserError(f"no whole traces appeared in {folder} within {_APPEAR_S:g} s")
+
+
 def _new_folder(within: Path) -> Path:
     """Make a new folder for traces, so that none of an earlier run are in it.
 
@@ -441,6 +502,7 @@ def measure_servers(
     *,
     profile: bool = False,
     ended: list[BaseException] | None = None,
+    traces: Mapping[str, Path] | None = None,
 ) -> Results:
     """Measure the experiment's deployments on each engine, and servers that run already.
 
@@ -448,7 +510,8 @@ def measure_servers(
         targets: servers that run already, by name; a deployment's name means that the server has
             that deployment's layout.
         dtype: number type of weights in the engines' commands.
-        profile: also trace each server that is started here, for step times by cause.
+        profile: also trace each server, for step times by cause.
+        traces: folders to which running servers write traces, by name.
         ended: gets the signal's exception, where one ends it after something was measured; None to
             raise it, and lose what was measured.
 
@@ -458,6 +521,8 @@ def measure_servers(
     """
     with _Up() as up:
         own = [*_subjects(experiment, engines, targets, setting, up)]
+        for each in own:
+            each.traces = (traces or {}).get(each.name) if each.engines is None else None
         names = [each.name for each in own]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"two servers would be called {twice[0]!r}; give --url another name")

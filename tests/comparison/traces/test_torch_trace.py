@@ -310,6 +310,31 @@ def test_the_sampler_s_kernels_belong_to_the_step_before(tmp_path):
     assert second.ranks[0].before_s == pytest.approx(790 * US)
 
 
+@pytest.mark.parametrize(
+    ("transfer", "place", "waited", "bubble"),
+    [(ALL_REDUCE, "pp0_tp1", 40, 0), (SEND, "pp1_tp0", 0, 40), (None, "pp0_tp1", 0, 0)],
+)
+def test_a_rank_waits_between_two_steps_too(tmp_path, transfer, place, waited, bubble):
+    """What one has above the others that it meets is waiting, or a bubble of its stage."""
+    paths = []
+    for name, late in (("dp0_pp0_tp0", 0), (f"dp0_{place}", 40)):
+        trace = Trace()
+        for start in (0, 500 + late):
+            trace.annotation(DECODE.format(seqs=1), start, 50)
+            trace.kernel(ATTENTION, start + 10, 90)
+            trace.kernel(transfer or ARGMAX, start + 100, 100 - (late if start else 0))
+        paths.append(trace.save(tmp_path / f"{name}.json", len(paths)))
+    causes = read_step_causes(paths)
+    first, second = causes.steps
+    assert [each.before_s for each in first.ranks] == [0, 0]
+    one, other = second.ranks
+    assert (one.waited_before_s, one.bubble_before_s) == (0, 0)
+    found = other.waited_before_s, other.bubble_before_s
+    assert found == (pytest.approx(waited * US), pytest.approx(bubble * US))
+    record = steps_record(causes, Phase.DECODE)
+    assert 2 * sum(record.breakdown_s.values()) == pytest.approx(record.wall_s.value)
+
+
 def test_operators_of_a_cpu_count_without_those_inside(tmp_path):
     trace = Trace()
     trace.annotation(DECODE.format(seqs=1), 0, 100)
