@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cli.screen import one_line, tells
-from client.fake_server import answer, error, fakes
+from client.fake_server import answer, error, fakes, whole
 from engine.ranks.processes import wait_until
 from expertlane.results.file import read
 
@@ -126,6 +126,17 @@ def test_a_model_that_one_does_not_have(run, fake):
     assert one_line(err, "--url b paper-tiny another")
 
 
+def test_adapters_are_no_models_of_their_own(run, fake, monkeypatch):
+    server = fake()
+    cards = [{"id": "paper-tiny"}, {"id": "paper-tiny-lora", "parent": "paper-tiny"}]
+    own = server._about
+    models = {"/v1/models": whole({"data": cards})}
+    monkeypatch.setattr(server, "_about", lambda route: models.get(route) or own(route))
+    code, _, err = run("compare", "--url", server.url, *SHORT, "--repeat", "1")
+    assert code == 0, err
+    assert {each["model"] for each in server.asked} == {"paper-tiny"}
+
+
 def test_servers_of_two_models(run, fake, tmp_path):
     first, second = fake(models=("one",)), fake(models=("another",))
     urls = ["--url", f"a={first.url}", "--url", f"b={second.url}", "--flush-caches"]
@@ -189,7 +200,8 @@ def test_a_load_is_for_servers(run):
     assert one_line(err, "--prompt-len --url")
 
 
-def test_ctrl_c_gives_what_there_is(fake, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_gives_what_there_is(fake, tmp_path, number):
     """The server answers the first two rounds, and keeps the third waiting."""
 
     async def stalls(asked, request):
@@ -209,12 +221,13 @@ def test_ctrl_c_gives_what_there_is(fake, tmp_path):
     )
     try:
         assert wait_until(lambda: len(server.asked) > 14)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
     finally:
         process.kill()
         process.communicate()
-    assert process.returncode == 130, err
+    assert process.returncode == 128 + number, err
+    assert "Traceback" not in err
     assert "Partial: interrupted before all was measured." in " ".join(out.split())
     (record,) = read(tmp_path / "found").deployments
     assert record.serving[0].client.num_rounds == 2

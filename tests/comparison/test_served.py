@@ -247,6 +247,7 @@ def test_running_servers_by_url(stub, checkpoint, tmp_path):
         ({"engine": ["stub", "stub"]}, "--engine stub is given twice"),
         ({"engine_python": ["/no/python"]}, "there is no such file"),
         ({"engine_args": ["vllm=--x"]}, "no --engine vllm is given"),
+        ({"engine_args": ['--x "y']}, "--engine-args --x .y: a quotation mark is not closed"),
     ],
 )
 def test_wrong_options(stub, checkpoint, tmp_path, options, message):

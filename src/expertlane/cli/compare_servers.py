@@ -384,7 +384,11 @@ def _start_asked(
         python = str(path.absolute())  # not resolved: an environment's Python is a link
     elif engine.name == OWN:
         python = sys.executable
-    arguments = shlex.split(options.for_engine("engine_args", engine.name) or "")
+    words = options.for_engine("engine_args", engine.name) or ""
+    try:
+        arguments = shlex.split(words)
+    except ValueError:
+        raise UserError(f"--engine-args {words}: a quotation mark is not closed") from None
     folder, model = Path(experiment.checkpoint), experiment.model
     stored = quantization_of(read_config(folder))
     weights = dtype or (stored.number_type if stored else None) or model.own_dtype or "bfloat16"

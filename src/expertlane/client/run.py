@@ -3,9 +3,11 @@
 import asyncio
 import resource
 import signal
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import uvloop
 
@@ -17,6 +19,7 @@ from expertlane.progress import Progress
 from expertlane.results.record import DeploymentRecord, RatioRecord
 from expertlane.spec.workload import SLO, Load, check_lengths, draw_requests, warm_up_of
 
+T = TypeVar("T")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -86,6 +89,43 @@ def measure(targets: Sequence[Target], asked: Asked, progress: Progress) -> Seen
     allow_connections()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_measure(targets, asked, progress))
+
+
+def run_until_told(work: Coroutine[Any, Any, T]) -> T:
+    """Run to the end, or until a signal that has a handler: that is then called outside the loop.
+
+    What a handler raises inside a callback, a loop only logs.
+    """
+    told: list[int] = []
+    handlers: dict[int, Callable[[int, None], object]] = {}
+    if threading.current_thread() is threading.main_thread():
+        found = {each: signal.getsignal(each) for each in (*_SIGNALS, signal.SIGHUP)}
+        handlers = {number: each for number, each in found.items() if callable(each)}
+
+    async def watched() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+
+        def end(number: int) -> None:
+            told.append(number)
+            task.cancel()
+
+        for number in handlers:
+            loop.add_signal_handler(number, end, number)
+        try:
+            return await task
+        finally:
+            for number, handler in handlers.items():
+                loop.remove_signal_handler(number)
+                signal.signal(number, handler)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            return runner.run(watched())
+        except asyncio.CancelledError:
+            if not told:
+                raise
+    handlers[told[0]](told[0], None)
+    raise KeyboardInterrupt  # of a handler that returns
 
 
 def allow_connections() -> None:

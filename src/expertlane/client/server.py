@@ -247,18 +247,20 @@ async def _card(connections: Connections, model: str | None) -> dict[str, Any]:
         )
     try:
         data = msgspec.json.decode(bytes(answer.body))["data"]
-        cards = {str(each["id"]): each for each in data}
-    except (msgspec.DecodeError, KeyError, TypeError):
+        cards = {str(each["id"]): dict(each) for each in data}
+    except (msgspec.DecodeError, KeyError, TypeError, ValueError):
         raise UserError(
             f"{url} does not serve the OpenAI API: its /v1/models has no list of models"
         ) from None
     if model is None:
-        if len(cards) != 1:
+        # vLLM and SGLang list adapters beside their model, and name it as their parent.
+        bases = [each for each in cards.values() if not each.get("parent")]
+        if len(bases) != 1:
             raise UserError(f"{url} has {len(cards)} models; give one: {', '.join(cards)}")
-        return dict(next(iter(cards.values())))
+        return bases[0]
     if model not in cards:
         raise UserError(f"{url} has no model {model!r}; it has {', '.join(cards) or 'none'}")
-    return dict(cards[model])
+    return cards[model]
 
 
 async def _json(connections: Connections, method: str, path: str, fields: Any = None) -> Any:

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import mkdtemp
 
-import uvloop
-
 from expertlane.client.connection import (
     ClosedEarly,
     ConnectionFailed,
@@ -31,6 +29,7 @@ from expertlane.client.run import (
     check_answered,
     headers_of,
     one_round,
+    run_until_told,
     warm_up,
 )
 from expertlane.client.server import (
@@ -186,8 +185,7 @@ class Served:
 
     def _round(self, number: int, *, is_new: bool) -> Round:
         assert self.target is not None, "it is up"
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(self._measured(self.target, number, is_new=is_new))
+        return run_until_told(self._measured(self.target, number, is_new=is_new))
 
     async def _measured(self, target: Target, number: int, *, is_new: bool) -> Round:
         setting, asked, stop = self.setting, self.setting.asked, Stop()
@@ -231,8 +229,7 @@ class Served:
                 self.why_no_causes = f"{engines.engine.title} cannot write torch profiler traces"
                 return
             assert self.target is not None, "it is up"
-            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                runner.run(self._traced(self.target, engines.engine.profile_request(folder)))
+            run_until_told(self._traced(self.target, engines.engine.profile_request(folder)))
             causes = read_step_causes(sorted(folder.rglob("*.json*")))
             self.steps = [*filter(None, (steps_record(causes, each) for each in Phase))]
         except (CannotServe, ServerError, Unreachable, UserError) as error:
@@ -403,7 +400,7 @@ def _is_ready(url: Url, path: str) -> bool:
         finally:
             connections.close()
 
-    return asyncio.run(ask())
+    return run_until_told(ask())
 
 
 def measure_running(
@@ -495,7 +492,7 @@ def _in_turns(
     def choose() -> list[Served]:
         return _chosen([each for each in own if each.rounds])
 
-    asyncio.run(_look_at([each for each in own if each.target is not None], setting, up))
+    run_until_told(_look_at([each for each in own if each.target is not None], setting, up))
     try:
         compared = measure_in_turns(own, repeats, choose)
     except (KeyboardInterrupt, TerminatedError) as error:
