@@ -324,7 +324,7 @@ def compare_running(
 
 @contextmanager
 def _setting(asked: "Asked", options: ServerOptions, folder: Path | None) -> "Iterator[Setting]":
-    """What all servers share, while they are measured."""
+    """The conditions that all servers share; a temporary folder lives as long as the context."""
     from expertlane.comparison.served import Setting
 
     with (
@@ -390,7 +390,7 @@ def _engines(
 def _start_asked(
     engine: "Engine", experiment: "Experiment", options: ServerOptions, dtype: str | None
 ) -> "StartAsked":
-    """What an engine's servers have in common; of the first deployment.
+    """What the commands of an engine's servers have in common, with the first deployment.
 
     Raises:
         UserError: there is no checkpoint, or no such Python.
@@ -455,7 +455,7 @@ def print_commands(
     """Print the command of each deployment, or why the engine cannot run it; write its scripts.
 
     Args:
-        cluster: whose nodes scripts are for; None for that of the experiment's `[projection]`.
+        cluster: cluster that scripts are for; None for that of the experiment's `[projection]`.
 
     Raises:
         UserError: no engine is to be started, or there is no cluster.
@@ -490,7 +490,7 @@ def print_commands(
 def _scripts(
     experiment: "Experiment", options: ServerOptions, dtype: str | None, cluster: str | None
 ) -> list[Path]:
-    """Write scripts that start each deployment on a cluster; returns their paths.
+    """Write scripts that start each deployment on a cluster; return their paths.
 
     Raises:
         UserError: there is no cluster, or the folder cannot be written to.

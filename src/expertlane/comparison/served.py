@@ -475,13 +475,13 @@ def measure_running(
     """Measure servers that run already, without an experiment.
 
     Args:
-        targets: by name.
-        workload: the load, as results have that of a bench.
-        ended: gets what ended it early, as of `measure_servers`.
+        targets: servers, by name.
+        workload: the load, as results of `bench` have it.
+        ended: as in `measure_servers`.
 
     Raises:
         UserError: a server does not answer, or refuses.
-        ExpertlaneError: none could be measured; the text says why, of each.
+        ExpertlaneError: no server could be measured; the text has the reason for each.
     """
     with _Up() as up:
         own = [Served(name, setting, up, None, None, each) for name, each in targets.items()]
@@ -512,8 +512,8 @@ def measure_servers(
         dtype: number type of weights in the engines' commands.
         profile: also trace each server, for step times by cause.
         traces: folders to which running servers write traces, by name.
-        ended: gets the signal's exception, where one ends it after something was measured; None to
-            raise it, and lose what was measured.
+        ended: gets the exception of a signal that ends the measurement early, if there are
+            results; None to raise it, and lose them.
 
     Raises:
         UserError: two servers would have the same name, or one that runs already does not answer.
@@ -546,11 +546,11 @@ def _in_turns(
     up: _Up,
     ended: list[BaseException] | None,
 ) -> Sequence[Served]:
-    """Measure all in turns; returns those of the first sentence.
+    """Measure all servers in turns; return those of the first sentence.
 
     Raises:
         UserError: a server that runs already does not answer, or refuses.
-        ExpertlaneError: none could be measured; the text says why, of each.
+        ExpertlaneError: no server could be measured; the text has the reason for each.
     """
     allow_connections()
 
@@ -572,10 +572,10 @@ def _in_turns(
 
 
 async def _look_at(running: Sequence[Served], setting: Setting, up: _Up) -> None:
-    """Look at all servers that run already, before one of them is measured for long.
+    """Check all servers that run already, before the first one is measured.
 
     Raises:
-        UserError: one does not answer, refuses, or takes shorter requests only.
+        UserError: one does not answer, refuses, or does not accept requests that long.
     """
     asked = setting.asked
     several = [
@@ -610,7 +610,7 @@ def _results(
     ended: Sequence[BaseException] | None,
     machine: Machine | None = None,
 ) -> Results:
-    """What was found; the first sentence is about the fastest, unless there is a baseline."""
+    """The results; the first sentence is about the fastest server, unless there is a baseline."""
     answered = [each for each in compared if each.rounds]
     if not any(each.deployment and each.deployment.is_baseline for each in answered):
         answered.sort(key=lambda each: -each.tps)

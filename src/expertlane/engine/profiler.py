@@ -1,4 +1,4 @@
-"""Traces of all ranks by torch's profiler, begun and ended by the launcher."""
+"""Profile all ranks with torch's profiler, from the launcher."""
 
 import time
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ from expertlane.errors import UserError
 
 @dataclass(frozen=True)
 class Profiled:
-    """Traces of one profile.
+    """The traces of one profile.
 
     Attributes:
-        folder: theirs alone.
-        traces: by rank.
+        folder: a new folder with nothing else in it.
+        traces: each rank's trace, by rank.
     """
 
     folder: Path
@@ -25,15 +25,15 @@ class Profiled:
 
 
 class Profiler:
-    """Has all ranks write traces; used in the thread that has the pool.
+    """Starts and stops the profiler on all ranks; used in the thread that has the pool.
 
-    Ranks of other nodes write to the same path there.
+    Ranks on other nodes write to the same path there.
 
     Args:
-        folder: each profile gets a folder of its own in it.
+        folder: folder in which each profile gets a new subfolder.
 
     Attributes:
-        is_running: a profile is under way.
+        is_running: True while ranks are profiled.
     """
 
     def __init__(self, pool: RankPool, arranged: Arranged, folder: Path) -> None:
@@ -41,25 +41,25 @@ class Profiler:
         self.is_running = False
 
     def start(self) -> None:
-        """Begin a profile.
+        """Start the profiler on all ranks.
 
         Raises:
-            UserError: one is under way, or ranks cannot be profiled.
+            UserError: it runs already, or ranks cannot be profiled.
             RankError: a rank was lost.
         """
         if self.is_running:
             raise UserError("a profile is under way; end it before another")
-        self.is_running = True  # of ranks that have begun, though another be lost meanwhile
+        self.is_running = True  # some ranks profile, even if another one is lost now
         whys = self._pool.call(StartProfile(), ranks=self._arranged.now.members.numbers)
         if why := next(filter(None, whys), ""):
             self.stop()
             raise UserError(f"ranks cannot be profiled: {why}")
 
     def stop(self) -> Profiled:
-        """End the profile, and write a trace of each rank.
+        """Stop the profiler, and write a trace of each rank.
 
         Raises:
-            UserError: none is under way, or there can be no folder for it.
+            UserError: it does not run, or no folder can be made.
             RankError: a rank was lost.
         """
         if not self.is_running:

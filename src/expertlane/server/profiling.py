@@ -1,4 +1,4 @@
-"""Profiles of a server's ranks by torch's profiler, begun and ended by requests."""
+"""HTTP routes that start and stop torch's profiler on a server's ranks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from expertlane.server.service import Service, ended
 
 
 def add_profiling(app: FastAPI, service: Service) -> None:
-    """Add the routes that begin and end a profile; without a folder for it they are not found."""
+    """Add `/start_profile` and `/stop_profile`; without `--profile-dir` they answer 404."""
 
     def profiler() -> Profiler:
         service.check_running()
@@ -22,7 +22,7 @@ def add_profiling(app: FastAPI, service: Service) -> None:
         return found
 
     async def run(action: Callable[[], None]) -> None:
-        """Run an action between two steps; ranks that it finds lost are replaced."""
+        """Run an action between two steps; ranks that were lost are replaced."""
         try:
             await service.engine.between_steps(partial(service.model.engine.guarded, action))
         except UserError as error:
@@ -32,13 +32,13 @@ def add_profiling(app: FastAPI, service: Service) -> None:
 
     @app.post("/start_profile")
     async def start_profile() -> Response:
-        """Begin a trace of each rank by torch's profiler; steps are slower until it ends."""
+        """Start torch's profiler on all ranks; it slows steps."""
         await run(profiler().start)
         return json_response({"is_profiling": True})
 
     @app.post("/stop_profile")
     async def stop_profile() -> Response:
-        """End the traces, and write them to a new folder in that of `--profile-dir`."""
+        """Stop the profiler, and write each rank's trace to a new subfolder of `--profile-dir`."""
         own, found = profiler(), list[Profiled]()
         await run(lambda: found.append(own.stop()))
         if not found:

@@ -83,13 +83,13 @@ class Engine(ABC):
         """
 
     def scripts(self, asked: Asked) -> Mapping[str, str]:
-        """Scripts that start it on a cluster, by the names of their files; none by default.
+        """Scripts that start the deployment on a cluster, by file name; none by default.
 
         Args:
-            asked: `num_devices` are those of each node; `place` says nothing.
+            asked: the deployment; `num_devices` is per node, and `place` is not used.
 
         Raises:
-            CannotServe: it does not run the deployment.
+            CannotServe: the engine cannot run the deployment.
         """
         return {}
 

@@ -51,10 +51,10 @@ class _Planned(Engine):
         return Start((*node.argv, *asked.arguments), node.environment, found.files)
 
     def scripts(self, asked: Asked) -> Mapping[str, str]:
-        """A batch script for Slurm, and a manifest for Kubernetes where there can be one.
+        """A batch script for Slurm, and a Kubernetes manifest unless MPI must start the ranks.
 
         Raises:
-            CannotServe: it does not run the deployment.
+            CannotServe: the engine cannot run the deployment.
         """
         pool = self._pool(replace(asked, place=Place(())), asked.num_devices)
         max_len = longest_request(asked.workload.load, asked.model)
@@ -115,5 +115,5 @@ class Expertlane(_Planned):
     title = "expertlane"
 
     def profiled(self, start: Start, folder: Path) -> Start:
-        """With a folder for its traces."""
+        """The command with a folder for traces."""
         return replace(start, argv=(*start.argv, "--profile-dir", str(folder)))

@@ -1,6 +1,6 @@
-"""A rank under torch's profiler: its trace, with its steps, stages and waits as annotations.
+"""Profile a rank with torch's profiler: its trace, with steps, stages and waits as annotations.
 
-`comparison/torch_trace.py` reads such traces of all ranks, by the names that `kernels.toml` has.
+`comparison/traces/` reads the traces of all ranks; the annotations are in its `kernels.toml`.
 """
 
 import gzip
@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from expertlane.schedule.plan import RankStep
 from expertlane.spec.names import Stage
 
-MOST_STEPS = 500  # of a trace: the profiler keeps all of it in memory
+MOST_STEPS = 500  # in a trace, since the profiler keeps it in memory
 _NS_PER_US = 1000
 _GZIP_LEVEL = 1
 
@@ -26,17 +26,17 @@ ResultT = TypeVar("ResultT")
 
 
 class Profiles(Protocol):
-    """What a `RankProfile` sets while a step of its runs: a recorder."""
+    """A recorder that reports to a `RankProfile` while it runs a step."""
 
     profile: "RankProfile | None"
 
 
 class Meeting(NamedTuple):
-    """A transfer that ranks wait for.
+    """A transfer in which ranks wait for each other.
 
     Attributes:
-        ranks: those who meet in it.
-        begun_ns: when this rank began it, so that others waited for it no longer.
+        ranks: the ranks of the transfer.
+        begun_ns: when this rank began it: from then on no other rank waits for it.
     """
 
     ranks: Sequence[int]
@@ -44,15 +44,14 @@ class Meeting(NamedTuple):
 
 
 class RankProfile:
-    """torch's profiler in the thread of a rank's steps, from now until `write`.
+    """torch's profiler in the thread of a rank's steps; it runs until `write`.
 
-    A recorder calls these methods beside its own marks. They are no
-    `record_function`, each of which takes microseconds that no stage would have: they are added to
-    the trace when it is written.
+    A recorder calls these methods at its own marks. Annotations are added when the trace is
+    written: a `record_function` for each would take microseconds that belong to no stage.
 
     Args:
-        on_gpu: kernels are traced too.
-        now_ns: the clock, in nanoseconds since 1970, as the profiler's.
+        on_gpu: True to trace kernels too.
+        now_ns: the profiler's clock, in nanoseconds since 1970.
 
     Attributes:
         num_steps: steps traced so far, at most `MOST_STEPS`.
@@ -74,7 +73,7 @@ class RankProfile:
         self._profiler.start()
 
     def run_step(self, recorder: Profiles, step: RankStep, run: Callable[[], ResultT]) -> ResultT:
-        """Run a step within an annotation of its batch; beyond `MOST_STEPS` as it is."""
+        """Run a step, with an annotation of its batch; after `MOST_STEPS`, without."""
         if self.num_steps == MOST_STEPS:
             self._end()
         if not self._is_on:
@@ -85,7 +84,7 @@ class RankProfile:
         try:
             result = run()
         except BaseException:
-            del self._found[num_before:]  # it came to nothing
+            del self._found[num_before:]  # the step failed
             raise
         finally:
             recorder.profile = None
@@ -101,9 +100,9 @@ class RankProfile:
         return result
 
     def enter(self, stage: Stage) -> None:
-        """End the current stage and begin another; `IDLE` is none."""
-        # Little else is done here: a core that is lost after this mark and before the recorder's
-        # makes them differ by milliseconds.
+        """End the current stage and begin another; `IDLE` stands for no stage."""
+        # Nothing else is done here: if the thread loses its core between this mark and the
+        # recorder's, they differ by milliseconds.
         self._marks.append((stage, self._now_ns()))
 
     def begin_wait(self) -> None:
@@ -111,16 +110,16 @@ class RankProfile:
         self._wait_ns = self._now_ns()
 
     def end_wait(self, meeting: Meeting | None) -> None:
-        """End it; a wait that others don't enter is no more than a part of its stage."""
+        """End the wait; one without a transfer between ranks counts to its stage only."""
         if meeting is not None:
             self._found.append(("expertlane: wait", self._wait_ns, self._now_ns(), meeting))
 
     def begin_transfer(self) -> None:
-        """Begin the transfer that the next call of `meeting` is about."""
+        """Note the begin of the transfer that the next call of `meeting` returns."""
         self._begun_ns = self._now_ns()
 
     def send(self, ranks: Sequence[int]) -> None:
-        """Mark that a send begins, which its receiver may wait for.
+        """Annotate the begin of a send, which its receiver may wait for.
 
         Args:
             ranks: sender and receiver.
@@ -129,7 +128,7 @@ class RankProfile:
         self._found.append(("expertlane: send", now_ns, now_ns + 1, Meeting(ranks, now_ns)))
 
     def meeting(self, ranks: Sequence[int]) -> Meeting | None:
-        """The transfer that was begun last, or a receive; None where nobody meets in it."""
+        """The transfer that was begun last, or a receive; None without other ranks."""
         begun_ns, self._begun_ns = self._begun_ns or self._now_ns(), 0
         return Meeting(ranks, begun_ns) if ranks else None
 
@@ -139,10 +138,10 @@ class RankProfile:
             self._profiler.stop()
 
     def write(self, path: Path) -> None:
-        """End it, and write the trace, gzipped, to a path that appears when it is whole.
+        """Stop the profiler, and write the trace, gzipped and atomically.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         self._end()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +155,7 @@ class RankProfile:
             part.unlink(missing_ok=True)
 
     def _with_annotations(self, data: bytes) -> bytes:
-        """The profiler's trace with the annotations, on the thread whose operators it has."""
+        """The profiler's trace with the annotations added, on the thread of the operators."""
         trace = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
         base_ns = msgspec.json.decode(trace.get("baseTimeNanoseconds", b"0"), type=int)
         place = {"ph": "X", "cat": "user_annotation", "pid": os.getpid()}
