@@ -69,8 +69,13 @@ class Known(Strict):
     kind: Kind | None = None
     transfer: bool = False
     exchange: bool = False
+    begins: str = ""
     within: str = ""
     phase: Phase | None = None
+
+    def begins_step(self, name: str) -> bool:
+        """Whether an operator of this line begins the step that follows it."""
+        return bool(self.begins) and _regex(self.begins).search(name) is not None
 
     @property
     def of(self) -> Stage | None:
@@ -238,10 +243,12 @@ def stages_of(places: Sequence[Place]) -> list[Stage | None]:
         after, _ = _neighbour(places, range(end, num), region, None if is_inside else inside)
         run = [place for place in range(at, end) if places[place].kind is not None]
         kinds = [kind for place in run if (kind := places[place].kind) is not None]
-        if after in _MEETINGS and (before is None or before in _MEETINGS):
-            is_mlp = before is not None and kinds.count(Kind.GEMM) > 1  # a dense layer's
-            after = Stage.EXPERTS if is_mlp else _beyond(places, range(end, num))
-        for place, stage in zip(run, between(before, after, kinds), strict=True):
+        is_met = before in _MEETINGS and after in _MEETINGS
+        is_mlp = is_met and kinds.count(Kind.GEMM) > 1  # a dense layer's, whose activation is fused
+        if after in _MEETINGS and (before is None or is_met):
+            after = _beyond(places, range(end, num))
+        stages = [Stage.EXPERTS] * len(run) if is_mlp else between(before, after, kinds)
+        for place, stage in zip(run, stages, strict=True):
             found[place] = stage
         at = end
     return found
@@ -348,7 +355,13 @@ def between(before: Stage | None, after: Stage | None, kinds: Sequence[Kind]) ->
     if after is Stage.DISPATCH and before in (Stage.ATTENTION, *_MEETINGS) and Kind.GEMM in kinds:
         after = Stage.ROUTER  # its product, and the norm before it
     first, second, border = _halves(before, after, kinds)
-    return [first] * border + [second] * (num - border)
+    found = [first] * border + [second] * (num - border)
+    products = [at for at in range(border, num) if kinds[at] is Kind.GEMM]
+    # Before a shared expert's activation: norm and gate, then its first product.
+    is_gated = before is not second is Stage.EXPERTS and len(products) == 2
+    if is_gated and Kind.NORM in kinds[border : products[0]]:
+        found[border : products[1]] = [Stage.ROUTER] * (products[1] - border)
+    return found
 
 
 def _halves(
