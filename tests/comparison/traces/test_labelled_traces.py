@@ -7,6 +7,9 @@ Labels are read off vLLM's code, and DeepSeek's annotations; `why` says it where
 A stage has the operators of the function that it is: what `CpuCommunicator.all_gather` allocates
 and puts in order is the collective's. The norm behind attention is the router's.
 
+Not labelled, but in the order of its layers: a DeepSeek-V2 of 4 layers, the first one dense
+("latent").
+
 Before anything was mended, 182 of them were named so. Then the sampler's two operators got their
 lines, and what Inductor fuses its places (with pipeline stages, products behind the experts were
 theirs, and the logits too); three labels had forgotten the gap behind the experts' kernel.
@@ -44,12 +47,7 @@ LABELS = {
 # By hand the function's that calls it, by the table its place's: what puts gathered logits in order
 # and allocates them, and a slice of what a stage received.
 DIFFERENT = {("collectives", "head"): 6, ("handover", "host"): 1}
-TRACES = {
-    "eager": ("tp0", "tp1"),
-    "eager_first": ("tp0", "tp1"),
-    "compiled": ("tp0", "tp1"),
-    "compiled_stages": ("pp0", "pp1"),
-}
+TRACES = ("eager", "eager_first", "compiled", "compiled_stages", "latent")
 
 
 def paths_of(name):
@@ -145,8 +143,57 @@ def test_stages_add_up_to_steps_and_nothing_is_unknown(name):
     assert causes.unknown_share == 0
 
 
-@pytest.mark.parametrize("name", TRACES)
-def test_experts_and_attention_have_what_computes_them(name):
+def in_order(path, step):
+    """The stages of a step in the order in which they came, and came again; no host."""
+    trace = read_rank_trace(path, 0)
+    span, found = trace.spans[step], []
+    for work in trace.work:
+        label = LABELS[work.cause]
+        if span.start_ns <= work.start_ns < span.end_ns and label != "host":
+            found += [label] if found[-1:] != [label] else []
+    return found
+
+
+LAYER = ["attention", "collectives", "router", "experts", "collectives"]
+ENDS = ["head", "collectives"], ["head", "collectives", "head"]
+# A dense layer first; then the gate, the shared expert, and the choice among groups.
+LATENT = [*LAYER[:2], "experts", "collectives", *3 * [*LAYER[:3], "experts", *LAYER[2:]]]
+
+
+@pytest.mark.parametrize(
+    ("name", "of_ranks"),
+    [
+        ("eager", 2 * [[*ENDS[0], *4 * LAYER, *ENDS[1]]]),
+        ("compiled", 2 * [[*ENDS[0], *4 * LAYER, *ENDS[1]]]),
+        (
+            "compiled_stages",
+            [
+                [*2 * ["attention", "router", "experts"], "handover"],
+                ["handover", *2 * ["attention", "router", "experts"], "head"],
+            ],
+        ),
+        ("latent", 2 * [[*ENDS[0], *LATENT, *ENDS[1]]]),
+    ],
+)
+def test_stages_come_in_the_order_of_the_model(name, of_ranks):
+    for path, stages in zip(paths_of(name), of_ranks, strict=True):
+        step = 1 if "stages" in name else 0  # the first one only finishes requests
+        assert in_order(path, step) == stages
+
+
+def test_ranks_of_a_pipeline_have_steps_together():
+    """A stage receives before vLLM's annotation of the step that it receives for."""
+    steps = [each for each in read_step_causes(paths_of("compiled_stages")).steps if each.phase]
+    assert [each.num_tokens for each in steps] == [306]
+    (step,) = steps
+    first, second = step.ranks
+    assert second.causes_s[Cause.PIPELINE_BUBBLE] > 0.5 * first.duration_s
+    for rank in step.ranks:
+        assert rank.causes_s[Cause.EXPERTS] > 0
+
+
+@pytest.mark.parametrize("name", TRACES[:-1])  # in the last one shared experts have operators
+def test_experts_head_and_hand_over_have_what_computes_them(name):
     """Counted again from the events: the kernels by name, and at most a tenth beside them."""
     for path in paths_of(name):
         trace = read_rank_trace(path, 0)

@@ -70,8 +70,13 @@ class KernelRule(Strict):
     kind: Kind | None = None
     transfer: bool = False
     exchange: bool = False
+    begins: str = ""
     within: str = ""
     phase: Phase | None = None
+
+    def begins_step(self, name: str) -> bool:
+        """Whether an operator of this line begins the step that follows it."""
+        return bool(self.begins) and _regex(self.begins).search(name) is not None
 
     @property
     def as_stage(self) -> Stage | None:
@@ -243,10 +248,13 @@ def stages_of(kernels: Sequence[KernelContext]) -> list[Stage | None]:
         after, _ = _neighbour(kernels, range(end, num), region, None if is_inside else inside)
         run = [number for number in range(at, end) if kernels[number].kind is not None]
         kinds = [kind for number in run if (kind := kernels[number].kind) is not None]
-        if after in _COMMUNICATION and (before is None or before in _COMMUNICATION):
-            is_mlp = before is not None and kinds.count(Kind.GEMM) > 1  # a dense layer's
-            after = Stage.EXPERTS if is_mlp else _nearest_stage(kernels, range(end, num))
-        for number, stage in zip(run, stages_between(before, after, kinds), strict=True):
+        is_between = before in _COMMUNICATION and after in _COMMUNICATION
+        # A dense layer's, whose activation is fused.
+        is_mlp = is_between and kinds.count(Kind.GEMM) > 1
+        if after in _COMMUNICATION and (before is None or is_between):
+            after = _nearest_stage(kernels, range(end, num))
+        stages = [Stage.EXPERTS] * len(run) if is_mlp else stages_between(before, after, kinds)
+        for number, stage in zip(run, stages, strict=True):
             found[number] = stage
         at = end
     return found
@@ -361,7 +369,13 @@ def stages_between(
     ):
         after = Stage.ROUTER  # the router's product, and the norm before it
     first, second, border = _boundary(before, after, kinds)
-    return [first] * border + [second] * (num - border)
+    found = [first] * border + [second] * (num - border)
+    products = [at for at in range(border, num) if kinds[at] is Kind.GEMM]
+    # Before a shared expert's activation: norm and gate, then its first product.
+    is_gated = before is not second is Stage.EXPERTS and len(products) == 2
+    if is_gated and Kind.NORM in kinds[border : products[0]]:
+        found[border : products[1]] = [Stage.ROUTER] * (products[1] - border)
+    return found
 
 
 def _boundary(

@@ -78,9 +78,19 @@ def read_operators(events: Sequence[Event], base_ns: int) -> tuple[list[Span], l
 
 
 def _cpu_spans(begun: Sequence[AnnotatedStep], roots: Sequence[_Node]) -> list[Span]:
-    """Steps, each from its annotation's start to the end of its last operator."""
+    """Steps, each from its annotation's start to the end of its last operator.
+
+    What a pipeline stage receives before the annotation belongs to the step that follows.
+    """
     spans = []
-    starts = [step.start_ns for step in begun]
+    annotated = [step.start_ns for step in begun]
+    starts = list(annotated)
+    for root in roots:
+        at = bisect_right(annotated, root.start_ns)
+        if root.known is None or not root.known.begins_step(root.name) or at == len(begun):
+            continue
+        if at == 0 or root.start_ns >= begun[at - 1].end_ns:
+            starts[at] = min(starts[at], root.start_ns)
     ends = [step.end_ns for step in begun]
     for root in roots:
         step = bisect_right(starts, root.start_ns) - 1
@@ -89,8 +99,8 @@ def _cpu_spans(begun: Sequence[AnnotatedStep], roots: Sequence[_Node]) -> list[S
     for at, each in enumerate(begun):
         limit = starts[at + 1] if at + 1 < len(begun) else ends[at]
         end_ns = min(ends[at], limit)
-        if end_ns > each.start_ns:
-            spans.append(Span(each.start_ns, end_ns, each.batch))
+        if end_ns > starts[at]:
+            spans.append(Span(starts[at], end_ns, each.batch))
     return spans
 
 
