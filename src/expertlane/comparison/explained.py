@@ -17,8 +17,9 @@ of what is left is therefore unknown too, and the likelihood is that of the prof
 Inference*, 2002, section 2.2). Errors of a model are alike within a deployment, so n counts the
 independent ones: as many numbers of each deployment as differ, at most `_MOST_OF_GROUP`. A factor
 of two is likelier than one of ten before anything is measured: changes have a normal prior, as
-below. Weights of all rivals sum to 1. Those that together have `_ENOUGH` cannot be told apart, and
-all of them are named.
+below. Weights of all rivals sum to 1. One stands out if it is likelier than all others together,
+and `_STANDS_OUT` times as likely as the next. Else those that together have `_ENOUGH` cannot be
+told apart, and all of them are named.
 
 **All together**, for corrections: regularised least squares by Gauss and Newton, from the best
 single assumption, with a normal prior around no change. How strong that prior is, is found by
@@ -43,7 +44,8 @@ MOST_CHANGED = 2.5  # the largest: twelve times as long, or as short
 _NO_EFFECT = 2e-3  # of a logarithm: less is no effect
 _ROUNDS = 3  # of looking for one value; twice as many for all together
 _NUM_SOUGHT = 5  # assumptions whose best value is sought; of others a straight line says enough
-_ENOUGH = 0.8  # odds of four to one
+_STANDS_OUT = 4.0  # times as likely as the next
+_ENOUGH = 0.8
 _MOST_OF_GROUP = 8
 _USUAL = 0.7  # standard deviation of a logarithm before anything is measured: two times
 _PRIORS = 0.2, 0.4, _USUAL
@@ -149,7 +151,13 @@ class Explained:
 
     @property
     def likely(self) -> tuple[Single, ...]:
-        """The fewest assumptions that are together sure enough; one where it stands out."""
+        """The one that stands out; else the fewest assumptions that are together sure enough."""
+        best, *others = self.singles or (None,)
+        if best is None:
+            return ()
+        next_weight = others[0].weight if others else 0.0
+        if best.weight >= max(_STANDS_OUT * next_weight, 1 - best.weight):
+            return (best,)
         found: list[Single] = []
         for each in self.singles:
             found.append(each)

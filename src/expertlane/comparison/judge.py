@@ -15,17 +15,17 @@ from typing import NamedTuple
 import numpy as np
 
 from expertlane.comparison.explained import MOST_CHANGED, Explained, Explainer, Single
-from expertlane.comparison.reprojection import (
+from expertlane.comparison.judged import (
     EXPERTS_LOAD,
     TPS,
     UNKNOWN,
     WHOLE,
     Point,
-    Reprojection,
     Subject,
     find_subject,
     points_of,
 )
+from expertlane.comparison.reprojection import Reprojection
 from expertlane.cost.laws.corrections import Assumed, Correction, Corrections, FittedOn
 from expertlane.errors import CapacityError, UserError
 from expertlane.progress import Progress
@@ -197,7 +197,7 @@ def judge(
     if len(names) > 1:
         raise UserError(f"results are of different models: {', '.join(sorted(names))}")
     subject = find_subject(measured[0], projected[0], cluster)
-    every = [point for each in measured for point in points_of(each, subject)]
+    every = [point for each in measured for point in points_of(each)]
     points = _of_engine(every, engine)
     found = judge_points(subject, points, progress)
     on = replace(found.corrections.fitted_on, created=measured[0].created)
