@@ -6,7 +6,7 @@ from statistics import median
 import pytest
 
 from comparison.planted import Case, draw, results_of
-from expertlane.comparison.judge import judge
+from expertlane.comparison.judge import _cautions, judge
 from expertlane.comparison.judged import COMPUTING, WHOLE, find_subject, points_of
 from expertlane.comparison.reprojection import Reprojection
 from expertlane.cost.laws.profile import Execution
@@ -147,6 +147,18 @@ def test_a_workload_is_that_of_its_own_results():
         (decode, prefill), _ = (point.steps for point in points_of(results))
         assert decode.size.num_cached == prompt_len + 3
         assert prefill.size.num_new == prompt_len
+
+
+def test_a_warm_prefix_cache_is_said():
+    def warm(record):
+        cached = tuple(replace(each, num_cached_tokens=4096) for each in record.serving)
+        return replace(record, serving=cached)
+
+    results = results_of(replace(HOST, layouts=("tp=8",), has_terms=False))
+    for seen, num in ((results, 0), (results.changed(warm), 1)):
+        said = [*_cautions([seen], points_of(seen))]
+        assert len(said) == num
+        assert all("50% of the prompt tokens of tp=8" in each for each in said)
 
 
 def test_another_device_is_refused(results):

@@ -37,7 +37,7 @@ from expertlane.spec.names import Phase
 from expertlane.spec.ranges import shown
 
 _TOLD = 0.01  # a factor nearer to one is none
-_MUCH = 0.05  # of a step
+_MUCH = 0.05  # of a step, or of all prompts
 
 
 @dataclass(frozen=True)
@@ -374,6 +374,13 @@ def _cautions(measured: Sequence[Results], points: Sequence[Point]) -> Iterator[
     if busy >= FOREIGN_LOAD:
         yield f"Other processes used {busy:.0%} of the cores while it was measured."
     for point in points:
+        cached = sum(serving.num_cached_tokens or 0 for serving, _ in point.loads)
+        prompts = sum(serving.num_prompt_tokens or 0 for serving, _ in point.loads)
+        if cached >= _MUCH * max(prompts, 1):
+            yield (
+                f"{cached / prompts:.0%} of the prompt tokens of {point.record.name} were in a "
+                "prefix cache, which the projection has none of: its TTFT says little."
+            )
         for step in point.steps:
             unknown = step.terms_s.get(UNKNOWN, 0.0) / step.seconds.value
             if unknown >= _MUCH:
