@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from expertlane.comparison.reprojection import HOST_GAPS
+from expertlane.comparison.judged import HOST_GAPS
 from expertlane.cost.laws.frameworks import Served, cluster_record, conditions_of
 from expertlane.cost.laws.links import ASSUMED_TERMS
 from expertlane.cost.laws.profile import Execution, ModelledCluster, read_profile

@@ -6,14 +6,9 @@ from statistics import median
 import pytest
 
 from comparison.planted import Case, draw, results_of
-from expertlane.comparison.judge import judge
-from expertlane.comparison.reprojection import (
-    COMPUTING,
-    WHOLE,
-    Reprojection,
-    find_subject,
-    points_of,
-)
+from expertlane.comparison.judge import _cautions, judge
+from expertlane.comparison.judged import COMPUTING, WHOLE, find_subject, points_of
+from expertlane.comparison.reprojection import Reprojection
 from expertlane.cost.laws.profile import Execution
 from expertlane.errors import UserError
 from expertlane.progress import Progress
@@ -103,16 +98,24 @@ def test_corrections_say_what_they_were_fitted_on(judgement):
     assert "expertlane" in on.engine
 
 
+def measured_half(results):
+    """What was measured, without a word of a projection."""
+    question = {key: each for key, each in results.question.items() if key != "projection"}
+    return replace(results, deployments=results.select("measured"), cluster=None, question=question)
+
+
 @pytest.mark.full
 def test_measured_and_planned_results_may_be_two(results, judgement):
-    measured = replace(results, deployments=results.select("measured"), cluster=None)
-    del (question := dict(measured.question))["projection"]
-    measured = replace(measured, question=question)
     planned = replace(results, deployments=results.select("projected"), machine=None)
-    found = judge([measured, planned], Progress())
+    found = judge([measured_half(results), planned], Progress())
     assert found.rivals == judgement.rivals
-    alone = judge([measured], Progress(), "b200x16")
-    assert alone.likely == judgement.likely
+
+
+@pytest.mark.full
+def test_measured_results_alone_are_projected_as_a_plan_would():
+    """On the cluster that is given, with graphs, which nothing measured says otherwise of."""
+    measured = measured_half(results_of(replace(HOST, execution=Execution.GRAPH)))
+    assert "host" in judge([measured], Progress(), "b200x16").likely
 
 
 @pytest.mark.full
@@ -133,6 +136,29 @@ def test_causes_by_bound_count_as_computing(results):
     found = judge([results.changed(by_bound)], Progress())
     assert COMPUTING in {each.metric for each in found.numbers}
     assert found.likely == ("host",)
+
+
+def test_a_workload_is_that_of_its_own_results():
+    def without_context(record):
+        return replace(record, steps=tuple(replace(each, context=None) for each in record.steps))
+
+    for prompt_len in (128, 512):
+        results = results_of(replace(HOST, prompt_len=prompt_len)).changed(without_context)
+        (decode, prefill), _ = (point.steps for point in points_of(results))
+        assert decode.size.num_cached == prompt_len + 3
+        assert prefill.size.num_new == prompt_len
+
+
+def test_a_warm_prefix_cache_is_said():
+    def warm(record):
+        cached = tuple(replace(each, num_cached_tokens=4096) for each in record.serving)
+        return replace(record, serving=cached)
+
+    results = results_of(replace(HOST, layouts=("tp=8",), has_terms=False))
+    for seen, num in ((results, 0), (results.changed(warm), 1)):
+        said = [*_cautions([seen], points_of(seen))]
+        assert len(said) == num
+        assert all("50% of the prompt tokens of tp=8" in each for each in said)
 
 
 def test_another_device_is_refused(results):
@@ -180,7 +206,7 @@ def test_corrections_of_three_deployments_carry_over_to_others():
     fitted = judge([results_of(seen)], Progress()).corrections
     measured = results_of(others)
     subject = find_subject(measured, measured)
-    reprojection = Reprojection(subject, points_of(measured, subject))
+    reprojection = Reprojection(subject, points_of(measured))
     before = reprojection({})
     after = reprojection(reprojection.changes_of(fitted))
     whole = [at for at, each in enumerate(reprojection.numbers) if each.metric in WHOLE]

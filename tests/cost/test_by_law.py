@@ -5,7 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from expertlane.cost.laws.profile import BOUNDS, ModelledCluster, read_profile
+from expertlane.cost.laws.profile import (
+    ASSUMED_DP_SYNC,
+    BOUNDS,
+    LIKELY,
+    ModelledCluster,
+    Terms,
+    read_profile,
+)
 from expertlane.cost.projector import Projector, StepSize
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -81,3 +88,31 @@ def test_contention_has_an_error_of_its_own():
     at_low, at_high = by_error[name]
     assert at_low < at_high
     assert len(BOUNDS) == 3
+
+
+@pytest.mark.parametrize("layout", ["tp=1", "dp=2,tp=2,ep=4", "pp=2,tp=2"])
+@pytest.mark.parametrize("cluster", ["h100", "cpu"])
+def test_the_breakdown_has_the_driver_between_two_steps(layout, cluster):
+    profile = read_profile("h100")
+    if cluster == "cpu":  # where all is in series
+        profile = replace(profile, terms={**profile.terms, "overhead_s": profile.terms["launch_s"]})
+    made = projector(profile, Layout.parse(layout))
+    step = made.step(SIZE)
+    wanted = Terms.of(profile, made._setting.execution).step_s(Layout.parse(layout))[LIKELY]
+    assert step.breakdown_s["scheduler overhead"] == pytest.approx(wanted, rel=1e-6)
+    assert sum(step.breakdown_s.values()) == pytest.approx(step.round_s.value)
+    rest = projector(_without_driver(profile), Layout.parse(layout)).step(SIZE)
+    assert rest.breakdown_s["scheduler overhead"] == pytest.approx(0.0, abs=1e-9)
+    for cause, seconds in rest.breakdown_s.items():
+        if cause != "scheduler overhead":
+            assert step.breakdown_s[cause] == pytest.approx(seconds, rel=1e-6, abs=1e-9), cause
+
+
+def _without_driver(profile):
+    known = {"dp_sync_s": ASSUMED_DP_SYNC, **profile.terms}
+    none = {
+        name: replace(known[name], value=0.0, low=0.0, high=0.0)
+        for name in ("driver_s", "driver_per_rank_s", "dp_sync_s")
+        if name in known
+    }
+    return replace(profile, terms={**profile.terms, **none})

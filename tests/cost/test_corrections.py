@@ -33,6 +33,10 @@ from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Phase
 
 H100 = read_profile("h100")
+MEASURED = replace(
+    H100,
+    surfaces={name: replace(law, basis=Basis.MEASURED) for name, law in H100.surfaces.items()},
+)
 MODEL = PRESETS["paper"]
 TYPES = NumberTypes.all_of("bfloat16")
 ON = FittedOn(
@@ -84,7 +88,36 @@ def test_a_product_takes_so_many_times_as_long(profile):
     assert after.basis is Basis.FITTED
 
 
-@pytest.mark.parametrize("name", [each for each in Assumed if each is not Assumed.SKEW])
+@pytest.mark.parametrize(("rows", "wanted"), [(1, 1.0), (64, 1.0), (8192, 0.5)])
+def test_computing_is_corrected_where_flops_take_longer_than_bytes(rows, wanted):
+    sizes = GEMM | {"m": np.array([float(rows)])}
+    factor = {Assumed.COMPUTE: Correction(0.5, 0.25, 1.0)}
+    before, after = (
+        DeviceModel(each).times(OpKind.GEMM, "bfloat16", sizes)
+        for each in (MEASURED, scaled(MEASURED, factor))
+    )
+    assert after.seconds == pytest.approx(wanted * before.seconds, rel=0.05)
+    assert after.basis is Basis.FITTED
+    assert (after.low <= after.seconds).all()
+    assert (after.seconds <= after.high).all()
+
+
+def test_another_engine_may_be_faster_than_what_was_measured():
+    """A machine's peak is what kernels there reached; a datasheet's is the most there is."""
+    sizes = GEMM | {"m": np.array([8192.0])}
+    own, of_card = (
+        DeviceModel(scaled(each, by(gemm=0.1))).times(OpKind.GEMM, "bfloat16", sizes).seconds
+        / DeviceModel(each).times(OpKind.GEMM, "bfloat16", sizes).seconds
+        for each in (MEASURED, H100)
+    )
+    assert own == pytest.approx(0.1)
+    assert of_card > 0.3
+
+
+OF_NO_STEP = Assumed.SKEW, Assumed.ARRIVAL
+
+
+@pytest.mark.parametrize("name", [each for each in Assumed if each not in OF_NO_STEP])
 def test_every_factor_slows_some_step(name):
     profile = scaled(H100, by(**{name: 8.0}))
     layouts = ("dp=16,ep=16", "tp=8")
@@ -97,6 +130,27 @@ def test_every_factor_slows_some_step(name):
     pairs = list(zip(steps[::2], steps[1::2], strict=True))
     assert all(after >= before * (1 - 1e-9) for before, after in pairs)
     assert any(after > 1.01 * before for before, after in pairs)
+
+
+@pytest.mark.parametrize(
+    ("name", "driver_s", "factor", "wanted_s"),
+    [
+        ("scheduler", 0.0, 3.0, 6e-3),  # on a CPU 3 ms are usual
+        ("scheduler", 5e-4, 3.0, 6.5e-3),
+        ("scheduler", 5e-4, 0.2, 0.0),
+        ("scheduler", 4e-3, 3.0, 12e-3),
+        ("arrival", 0.0, 3.0, 10e-3),
+        ("arrival", 0.0, 1.0, 0.0),
+    ],
+)
+def test_a_factor_on_next_to_nothing_is_one_on_what_is_usual(name, driver_s, factor, wanted_s):
+    none = replace(H100.terms["launch_s"], value=driver_s, low=driver_s, high=driver_s)
+    cpu = replace(H100, terms={**H100.terms, "overhead_s": none, "driver_s": none})
+    found = scaled(cpu, {Assumed(name): Correction(factor, factor / 2, factor * 2)})
+    term = found.terms["driver_s" if name == "scheduler" else "admission_s"]
+    assert term.value == pytest.approx(wanted_s)
+    assert term.low <= term.value <= term.high
+    assert term.basis is Basis.FITTED
 
 
 def test_experts_priced_as_products_take_their_own_factor():
@@ -157,15 +211,10 @@ def test_a_corrected_profile_says_so():
 
 
 def test_a_machine_that_was_measured_is_still_its_own():
-    own = {
-        name: replace(law, basis=Basis.MEASURED, correction=law.correction)
-        for name, law in H100.surfaces.items()
-    }
-    measured = replace(H100, surfaces=own)
     every = {str(each): Correction(1.1, 1.0, 1.2) for each in Assumed if each != Assumed.SKEW}
-    profile = corrected(ModelledCluster(measured, 16), Corrections(ON, every)).profile
+    profile = corrected(ModelledCluster(MEASURED, 16), Corrections(ON, every)).profile
     served = Served(MODEL, "bfloat16")
-    assert judged(profile, served) == judged(measured, served)
+    assert judged(profile, served) == judged(MEASURED, served)
 
 
 @settings(deadline=None)

@@ -77,7 +77,21 @@ def test_idle_time_is_the_drivers_then_bubble_then_waiting() -> None:
     time = stage_time(Layout(pp=2, tp=2), [step_record(0, 10, [0], records)])
     assert time.bubble_s.tolist() == [3.0, 3.0, 0, 0]
     assert time.waiting_s.tolist() == [0, 1.0, 0, 0.5]
-    assert time.breakdown_s(wall_s=10.0, num_rounds=1)[Cause.ENGINE] == 10.0 - (3 + 4 + 0 + 0.5) / 4
+    breakdown = time.breakdown_s(wall_s=10.0, num_rounds=1)
+    # Of the 7, 6, 10 and 9.5 s that are left, the second stage has 3.5 above the first.
+    assert breakdown[Cause.PIPELINE_BUBBLE] == 3.0 / 2 + 3.5 / 2
+    assert breakdown[Cause.ENGINE] == 10.0 - (3 + 4 + 0 + 0.5) / 4 - 3.5 / 2
+    assert sum(breakdown.values()) == pytest.approx(10.0)
+
+
+def test_a_stage_that_is_done_before_the_other_begins_has_a_bubble() -> None:
+    """A single step: neither stage was idle since one before it."""
+    records = [rank_record(rank, wall={(0, 0, Stage.EXPERTS): 3.0 + rank}) for rank in range(2)]
+    time = stage_time(Layout(pp=2), [step_record(0, 8, [0], records)])
+    breakdown = time.breakdown_s(wall_s=8.0, num_rounds=1)
+    assert breakdown[Cause.EXPERTS] == 3.5
+    assert breakdown[Cause.PIPELINE_BUBBLE] == 0.5
+    assert breakdown[Cause.ENGINE] == 4.0
 
 
 def test_tensor_parallel_groups_do_not_wait_for_each_other() -> None:

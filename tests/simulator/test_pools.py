@@ -1,5 +1,6 @@
 """Arrivals on the virtual clock, served by one pool or by two."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -71,6 +72,21 @@ def test_a_closed_loop_keeps_so_many_unfinished():
     for before, after in pairwise(served):
         assert after.due_s.tolist() == before.token_times_s[-1].tolist()
     assert all(len(each.token_times_s) == 3 for each in served)
+
+
+def test_a_front_end_admits_one_request_after_the_other():
+    def served(admission_s):
+        one = pool()
+        terms = replace(one.runner.terms, admission_s=np.full(3, admission_s))
+        one.runner.terms = terms
+        return run_load(one, requests(0.0, 0.0, 0.0), max_unfinished=3)
+
+    together, apart = served(0.0), served(100.0)
+    assert len({each.token_times_s[0][LIKELY] for each in together}) == 1
+    for number, each in enumerate(apart):
+        assert each.due_s.tolist() == [0.0] * 3  # when it was sent
+        own_s = each.ttft_s[LIKELY] - 100.0 * (number + 1)
+        assert own_s == pytest.approx(together[0].ttft_s[LIKELY], rel=0.5)
 
 
 def test_random_arrivals_are_all_served_whole():

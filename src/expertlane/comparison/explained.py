@@ -16,8 +16,10 @@ the profile likelihood is used: -n/2 log(S/n) where S/n is above 1, with S the s
 the number of independent residuals (Burnham and Anderson, *Model Selection and Multimodel
 Inference*, 2002, section 2.2). Errors are correlated within a deployment, so at most
 `_MOST_OF_GROUP` of each deployment's numbers count as independent. A normal prior on a change makes
-a factor of two likelier than one of ten. Weights of all assumptions sum to 1. The likeliest ones
-that together reach `_ENOUGH` are not distinguishable by these numbers, and all of them are named.
+a factor of two likelier than one of ten. Weights of all assumptions sum to 1. One
+assumption stands out if it is likelier than all others together and `_STANDS_OUT` times as likely
+as the next. Otherwise the likeliest ones that together reach `_ENOUGH` are not distinguishable by
+these numbers, and all of them are named.
 
 **All together**, for corrections: regularised least squares (Gauss-Newton with Broyden's updates),
 from the best single assumption, with a normal prior at no change. The prior's width is chosen by
@@ -42,6 +44,7 @@ MOST_CHANGED = 2.5  # the largest change: a factor of twelve
 _NO_EFFECT = 2e-3  # largest change of a number's logarithm that counts as no effect
 _ROUNDS = 3  # iterations of the search for one change; twice as many for all together
 _NUM_SOUGHT = 5  # assumptions whose best change is searched; for others a linear estimate is enough
+_STANDS_OUT = 4.0  # times as likely as the next
 _ENOUGH = 0.8  # odds of four to one
 _MOST_OF_GROUP = 8
 _USUAL = 0.7  # standard deviation of the prior on a change: a factor of two
@@ -154,7 +157,13 @@ class Explained:
 
     @property
     def likely(self) -> tuple[Single, ...]:
-        """The likeliest assumptions whose confidences reach `_ENOUGH` together, the fewest."""
+        """The assumption that stands out; else the likeliest that reach `_ENOUGH` together."""
+        best, *others = self.singles or (None,)
+        if best is None:
+            return ()
+        next_weight = others[0].weight if others else 0.0
+        if best.weight >= max(_STANDS_OUT * next_weight, 1 - best.weight):
+            return (best,)
         found: list[Single] = []
         for each in self.singles:
             found.append(each)

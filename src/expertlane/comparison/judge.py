@@ -15,17 +15,17 @@ from typing import NamedTuple
 import numpy as np
 
 from expertlane.comparison.explained import MOST_CHANGED, Explained, Explainer, Single
-from expertlane.comparison.reprojection import (
+from expertlane.comparison.judged import (
     EXPERTS_LOAD,
     TPS,
     UNKNOWN,
     WHOLE,
     Point,
-    Reprojection,
     Subject,
     find_subject,
     points_of,
 )
+from expertlane.comparison.reprojection import Reprojection
 from expertlane.cost.laws.corrections import Assumed, Correction, Corrections, FittedOn
 from expertlane.errors import CapacityError, UserError
 from expertlane.progress import Progress
@@ -37,7 +37,7 @@ from expertlane.spec.names import Phase
 from expertlane.spec.ranges import shown
 
 _TOLD = 0.01  # a smaller logarithm of a factor is no correction
-_MUCH = 0.05  # share of a step in unknown kernels, from which on there is a caution
+_MUCH = 0.05  # share of a step in unknown kernels, or of prompts, from which on there is a caution
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def judge(
     if len(names) > 1:
         raise UserError(f"results are of different models: {', '.join(sorted(names))}")
     subject = find_subject(measured[0], projected[0], cluster)
-    every = [point for each in measured for point in points_of(each, subject)]
+    every = [point for each in measured for point in points_of(each)]
     points = _of_engine(every, engine)
     found = judge_points(subject, points, progress)
     on = replace(found.corrections.fitted_on, created=measured[0].created)
@@ -383,6 +383,13 @@ def _cautions(measured: Sequence[Results], points: Sequence[Point]) -> Iterator[
     if busy >= FOREIGN_LOAD:
         yield f"Other processes used {busy:.0%} of the cores while it was measured."
     for point in points:
+        cached = sum(serving.num_cached_tokens or 0 for serving, _ in point.loads)
+        prompts = sum(serving.num_prompt_tokens or 0 for serving, _ in point.loads)
+        if cached >= _MUCH * max(prompts, 1):
+            yield (
+                f"{cached / prompts:.0%} of the prompt tokens of {point.record.name} were in a "
+                "prefix cache, which the projection has none of: its TTFT says little."
+            )
         for step in point.steps:
             unknown = step.terms_s.get(UNKNOWN, 0.0) / step.seconds.value
             if unknown >= _MUCH:

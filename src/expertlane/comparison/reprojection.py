@@ -4,10 +4,10 @@ What is compared of a deployment, each as a logarithm:
 
 - the time of its decode steps, and of its prefill steps;
 - the parts of these by cause, where a rank's clock or a profiler's trace tells them;
-- TPOT, TTFT and tokens/s of a load. They are simulated once as assumed. What a changed assumption
-  does to them is taken from the steps that they are made of, since a simulation is a thousand
-  times as expensive; corrections are checked by another simulation, and fitted once more by what
-  it says;
+- TPOT, TTFT and tokens/s of a load. They are simulated once as assumed, and for some changes of
+  when requests arrive. What other changed assumptions do to them is taken from the steps that they
+  are made of, since a simulation is a thousand times as expensive; corrections are checked by
+  another simulation, and fitted once more by what it says;
 - the load of the fullest expert over the mean, where ranks counted it.
 
 Standard deviations are those of a measured number's interval, where it has one; else what repeated
@@ -15,17 +15,30 @@ runs of servers differ by. Small parts of a step have its noise, not their own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from math import exp, hypot, log
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from expertlane.comparison.explained import (
-    Floats,
-    Measured,
+from expertlane.comparison.explained import Floats, Measured
+from expertlane.comparison.judged import (
+    COMPUTING,
+    EXPERTS_LOAD,
+    HOST_GAPS,
+    NUM_SAMPLED_LAYERS,
+    OF_COMPUTING,
+    TIME,
+    TPOT,
+    TPS,
+    TTFT,
+    WAITING,
+    WHOLE,
+    Point,
+    StepPoint,
+    Subject,
+    joined,
 )
 from expertlane.cost.laws.corrections import (
     KERNELS,
@@ -34,58 +47,20 @@ from expertlane.cost.laws.corrections import (
     Corrections,
     scaled,
 )
-from expertlane.cost.laws.frameworks import served_by
-from expertlane.cost.laws.profile import (
-    OVERHEAD_S,
-    Execution,
-    ModelledCluster,
-    Profile,
-    parse_cluster,
-)
+from expertlane.cost.laws.profile import ModelledCluster, Profile
 from expertlane.cost.memory import RANK_STEP_TOKENS, STEP_TOKENS
 from expertlane.cost.projector import Projector, Setting, StepByStage, StepSize
-from expertlane.cost.routing import LoadedRouting, PowerLawRouting, choose_routing
-from expertlane.cost.step.operation import NumberTypes, Operation
-from expertlane.errors import UserError, naming
+from expertlane.cost.routing import LoadedRouting
+from expertlane.cost.step.operation import Operation
 from expertlane.results.estimate import NORMAL, Estimate
-from expertlane.results.record import RUN, SCALING, DeploymentRecord, StepsRecord
-from expertlane.results.results import Results
 from expertlane.results.serving_record import ServingRecord
 from expertlane.simulator.results import serving_of
 from expertlane.simulator.simulator import ServingSetup, Simulator, scheduling_of
-from expertlane.spec.deployment import DispatchMode, Options
-from expertlane.spec.experiment import ProjectionAsked
-from expertlane.spec.files import build
+from expertlane.spec.deployment import DispatchMode
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import Cause, Phase, ProjectedCause
+from expertlane.spec.names import Cause, Phase
 from expertlane.spec.ranges import RANGES
-from expertlane.spec.workload import LengthRange, Load, Workload
-
-TIME, TPOT, TTFT, TPS = "time", "TPOT", "TTFT", "tokens/s"
-WHOLE = (TIME, TPOT, TTFT, TPS)
-EXPERTS_LOAD = "fullest / mean"
-HOST_GAPS = "host gaps"  # between kernels: the device waits for launches
-UNKNOWN = "unknown kernels"
-COMPUTING = "computing"  # where a record does not tell its parts
-WAITING = str(Cause.WAITING)
-_TERMS = {
-    str(ProjectedCause.DISPATCH_COMBINE): str(Cause.DISPATCH_COMBINE),
-    str(ProjectedCause.IMBALANCE): WAITING,
-    str(ProjectedCause.LAUNCH): HOST_GAPS,
-}
-_OF_COMPUTING = {str(each) for each in (Cause.ATTENTION, Cause.ROUTER, Cause.EXPERTS, Cause.HEAD)}
-_BY_BOUND = {
-    str(each)
-    for each in (
-        ProjectedCause.EXPERT_COMPUTE,
-        ProjectedCause.OTHER_COMPUTE,
-        ProjectedCause.WEIGHT_READS,
-        ProjectedCause.KV_READS,
-        ProjectedCause.CONTENTION,
-    )
-}
-_OF_TRACES = {HOST_GAPS, UNKNOWN}  # of a profiler's; a rank's clock has neither
-_OF_RANKS = {*_OF_COMPUTING, HOST_GAPS, str(Cause.ENGINE)}  # no transfer in them
+from expertlane.spec.workload import Load
 
 # Standard deviations of logarithms, where a measured number has no interval, and at least.
 _OF_STEP, _OF_TERM, _OF_WAITING = 0.03, 0.06, 0.25
@@ -93,277 +68,10 @@ _OF_TPOT, _OF_TTFT, _OF_TPS, _OF_LOAD = 0.04, 0.08, 0.06, 0.1
 _LEAST_SIGMA = 0.01
 _SMALL = 0.002  # of a step: added to a term on both sides, as one may be nothing
 _NOISE_OF_STEP = 0.004  # of a step: noise of every term, however small
-_MOST_SIMULATED = 256  # requests of a load
+_SEED = 0  # of requests, and which experts they choose
 _SKEW_STEP = 0.5  # of the exponent, for a change by one
 _ROUTED_TOKENS = 4096
-_NUM_SAMPLED_LAYERS = 2
-
-
-class StepPoint(NamedTuple):
-    """A measured phase, and the step that it is projected as.
-
-    Attributes:
-        seconds: of a step, or round.
-        terms_s: by name, of the same; empty where only the whole was measured.
-        is_whole: whether the whole can be compared: not where transfers were modelled, or where
-            a profiler slowed it.
-        is_profiled: whether only the shares of its terms can be compared.
-        where: the phase in words; with its size where there are several.
-    """
-
-    phase: Phase
-    size: StepSize
-    seconds: Estimate
-    terms_s: Mapping[str, float]
-    is_whole: bool = True
-    is_profiled: bool = False
-    where: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """A measured deployment.
-
-    Attributes:
-        engine, software: the engine that ran it; its software with the version.
-        imbalance: the fullest expert's tokens over the mean, mean over layers; None where no rank
-            counted them.
-    """
-
-    record: DeploymentRecord
-    engine: str
-    software: str
-    steps: tuple[StepPoint, ...]
-    loads: tuple[tuple[ServingRecord, Load], ...]
-    imbalance: float | None
-
-
-@dataclass(frozen=True, eq=False)
-class Subject:
-    """What is projected, as a plan would, before any correction.
-
-    Attributes:
-        alpha: exponent of the popularity of experts; None where routing was recorded.
-        framework: whose corrections the cluster has; None for none.
-    """
-
-    model: ModelConfig
-    workload: Workload
-    cluster: ModelledCluster
-    types: NumberTypes
-    execution: Execution
-    routing: LoadedRouting
-    alpha: float | None
-    framework: str | None
-
-    def routing_at(self, alpha: float) -> LoadedRouting:
-        """The routing at another exponent."""
-        if self.alpha is None or alpha == self.alpha:
-            return self.routing
-        return PowerLawRouting.of(self.model, alpha, 0, _NUM_SAMPLED_LAYERS)
-
-    def types_of(self, options: Options) -> NumberTypes:
-        """Number types of a deployment."""
-        types = NumberTypes.of_engine(self.types.weights, options)
-        return replace(types, kv=self.types.kv) if options.kv_dtype == "model" else types
-
-
-def find_subject(measured: Results, projected: Results, cluster: str | None = None) -> Subject:
-    """The projection's settings, as the results have them.
-
-    Args:
-        projected: has the projection; may be the same.
-        cluster: in place of the one that was projected on, as `--cluster` takes it.
-
-    Raises:
-        UserError: something is missing, or they are of different devices.
-    """
-    question = measured.question.get("experiment")
-    if measured.is_of_servers and question is None:
-        raise UserError(
-            "servers were measured without an experiment, so their model and layouts are not "
-            "known; judge takes expertlane compare EXPERIMENT --url"
-        )
-    if measured.kind != "comparison" or not isinstance(question, dict):
-        raise UserError(
-            f"measured deployments are of a {measured.kind}; judge takes those of expertlane "
-            "compare"
-        )
-    with naming("question.experiment"):
-        model = build(ModelConfig, question["model"])
-        workload = build(Workload, question["workload"])
-    asked = _asked(projected, cluster)
-    with naming("the projection's cluster"):
-        there = parse_cluster(asked.cluster)
-    _check_device(measured, there)
-    record = next(iter(projected.select("projected")), None)
-    conditions = None if record is None else record.conditions
-    weights = conditions.dtype if conditions else None
-    if weights is None and measured.machine is not None:
-        weights = measured.machine.dtype
-    types = NumberTypes.asked(weights or "bfloat16", conditions.kv_dtype if conditions else "model")
-    if types.weights not in there.profile.device.flops_per_s:
-        raise UserError(f"{there.profile.device.name} does not compute in {types.weights}")
-    there = served_by(there, asked.framework, model, types.weights)
-    execution = Execution(conditions.execution if conditions else asked.execution)
-    if asked.routing_trace is not None:
-        chosen = choose_routing(model, Path(asked.routing_trace), None)
-        return Subject(
-            model, workload, there, types, execution, chosen.source, None, asked.framework
-        )
-    skew = projected.question.get("skew", asked.skew)
-    alpha = model.usual_skew if skew is None else float(skew)
-    source = PowerLawRouting.of(model, alpha, 0, _NUM_SAMPLED_LAYERS)
-    return Subject(model, workload, there, types, execution, source, alpha, asked.framework)
-
-
-def _asked(projected: Results, cluster: str | None) -> ProjectionAsked:
-    table = projected.question.get("projection")
-    if table is not None:
-        asked = build(ProjectionAsked, table, "question.projection")
-        return asked if cluster is None else replace(asked, cluster=cluster)
-    known = cluster or (projected.cluster.name if projected.cluster else None)
-    if known is None:
-        raise UserError(
-            "nothing is projected: give results of compare --project, those of a plan beside the "
-            "measured ones, or --cluster PROFILExN"
-        )
-    return ProjectionAsked(cluster=known)
-
-
-def _check_device(measured: Results, cluster: ModelledCluster) -> None:
-    if measured.machine is None:
-        return
-    is_cpu, is_of_cpu = measured.machine.device == "cpu", OVERHEAD_S in cluster.profile.terms
-    if is_cpu != is_of_cpu:
-        own = "a CPU" if is_cpu else measured.machine.device
-        raise UserError(
-            f"measured on {own}, projected on {cluster.profile.device.name}: of two devices there "
-            "is nothing to judge; give --cluster with a profile of the first (expertlane calibrate "
-            "writes one)"
-        )
-
-
-def points_of(measured: Results, subject: Subject) -> list[Point]:
-    """The deployments that can be judged.
-
-    Raises:
-        UserError: there are none.
-    """
-    by_name: dict[str, list[DeploymentRecord]] = {}
-    for record in measured.deployments:
-        if record.source in RUN and record.layout is not None and SCALING not in record.roles:
-            by_name.setdefault(record.name, []).append(record)
-    own = f"expertlane {measured.versions.expertlane}"
-    if measured.machine is not None:
-        own += f", {measured.machine.kernels}"
-    points = [_point(_clock(records, measured), subject, own) for records in by_name.values()]
-    points = [each for each in points if each.steps or each.loads]
-    if not points:
-        raise UserError("no deployment was measured; judge takes results of expertlane compare")
-    return points
-
-
-def _clock(records: Sequence[DeploymentRecord], measured: Results) -> DeploymentRecord:
-    """Of one deployment, wall time; virtual time where ranks had to share cores."""
-    machine, layout = measured.machine, records[0].known_layout
-    shared = machine is not None and machine.is_oversubscribed_by(layout.world_size)
-    wanted = "virtual" if shared else "measured"
-    return next((each for each in records if each.source == wanted), records[0])
-
-
-def _point(record: DeploymentRecord, subject: Subject, own: str) -> Point:
-    steps = _named([_step_point(each, record, subject) for each in record.steps])
-    loads = tuple(
-        (each, load)
-        for each in record.serving
-        if (load := _load(each, subject.workload)) is not None
-    )
-    ratios = [each for each in record.expert_max_over_mean if each > 0]
-    imbalance = sum(ratios) / len(ratios) if ratios else None
-    engine, software = "expertlane", own
-    if (server := record.server) is not None:
-        engine = server.engine or server.software or "a server"
-        software = server.software or engine
-    return Point(record, engine, software, steps, loads, imbalance)
-
-
-def _named(steps: Sequence[StepPoint]) -> tuple[StepPoint, ...]:
-    """Each with other words, where a phase comes several times; the same step once."""
-    found: dict[str, StepPoint] = {}
-    phases = [each.phase for each in steps]
-    for each in steps:
-        words, size = f"{each.phase.value} step", each.size
-        if phases.count(each.phase) > 1:
-            words += f", {size.num_seqs:,} at {size.num_cached:,}"
-        found.setdefault(words, each._replace(where=words))
-    return tuple(found.values())
-
-
-def _step_point(steps: StepsRecord, record: DeploymentRecord, subject: Subject) -> StepPoint:
-    workload, replicas = subject.workload, record.known_layout.replicas
-    num_steps = max(steps.num_steps / replicas, 1)
-    rounds = steps.num_rounds or num_steps
-    is_decode = steps.phase is Phase.DECODE
-    if is_decode:
-        num_seqs = max(round(steps.num_tokens / rounds), 1)
-        seconds, num_new = steps.wall_s / rounds, 1
-        cached = workload.mean_context if steps.context is None else steps.context
-    else:
-        num_seqs = max(round(steps.num_seqs / num_steps), 1)
-        seconds = steps.wall_s / num_steps
-        num_new = max(round(steps.num_tokens / max(steps.num_seqs, 1)), 1)
-        cached = max(workload.prompt_len - num_new, 0) // 2
-        cached = cached if steps.context is None else steps.context
-    size = StepSize(num_seqs, num_new, cached, phase=steps.phase)
-    terms = {name: share * seconds.value for name, share in _joined(steps.shares).items()}
-    terms = {name: each for name, each in terms.items() if each or name not in _OF_TRACES}
-    is_virtual = record.source == "virtual"
-    is_profiled = bool(_OF_TRACES & {*terms})
-    if is_virtual:
-        terms = {name: each for name, each in terms.items() if name in _OF_RANKS}
-    is_whole = not (is_virtual or is_profiled)
-    timed = _with_runs(seconds, steps)
-    return StepPoint(steps.phase, size, timed, terms, is_whole, is_profiled)
-
-
-def _with_runs(seconds: Estimate, steps: StepsRecord) -> Estimate:
-    """The time with the spread of its repetitions, if it has no interval of its own."""
-    runs = steps.tps_of_runs
-    if seconds.low is not None or len(runs) < 3:
-        return seconds
-    spread = float(np.std(np.log(runs), ddof=1)) * NORMAL / len(runs) ** 0.5
-    return Estimate(seconds.value, seconds.value * exp(-spread), seconds.value * exp(spread))
-
-
-def _joined(terms: Mapping[str, float]) -> dict[str, float]:
-    """Terms under common names; those by what bounds an operation are one, computing."""
-    found: dict[str, float] = {}
-    is_by_bound = bool(_BY_BOUND & {*terms})
-    for cause, seconds in terms.items():
-        name = _TERMS.get(str(cause), str(cause))
-        if is_by_bound and (name in _OF_COMPUTING or name in _BY_BOUND):
-            name = COMPUTING
-        found[name] = found.get(name, 0.0) + seconds
-    return found
-
-
-def _load(serving: ServingRecord, workload: Workload) -> Load | None:
-    """The load as it is simulated; a long one is cut. None where it is not known."""
-    num = serving.num_requests or workload.num_sequences
-    prompt_len, output_len = workload.prompt_len, workload.output_len
-    if serving.num_prompt_tokens and serving.num_requests:
-        prompt_len = max(round(serving.num_prompt_tokens / num), 1)
-    if serving.num_output_tokens and serving.num_requests:
-        output_len = max(round(serving.num_output_tokens / num), 1)
-    if serving.client is not None and serving.client.num_rounds > 1:
-        num = max(num // serving.client.num_rounds, 1)
-    batch = serving.batch
-    if batch is None and serving.rate is None:
-        batch = num
-    num = min(num, max(_MOST_SIMULATED, 2 * (batch or 0)))
-    prompt, output = (LengthRange(each, each) for each in (prompt_len, output_len))
-    return Load(num, prompt, output, None if batch is None else min(batch, num), serving.rate)
+_ARRIVALS = -2.5, -1.0, 0.0, 0.2, 0.8, 1.6, 2.5  # changes for which loads are simulated
 
 
 class Number(NamedTuple):
@@ -434,6 +142,7 @@ class Reprojection:
         self._profile: tuple[tuple[float, ...], Profile] | None = None  # the last one
         self._projectors: dict[tuple[int, float], Projector] = {}
         self._modes: dict[tuple[int, StepSize], DispatchMode] = {}
+        self._served: dict[tuple[int, int, float], _Served] = {}
         # Of each step as assumed, and as changed last, with the changes.
         self._steps: dict[tuple[int, StepSize, bool], tuple[tuple[float, ...], StepByStage]] = {}
         self.names = [each for each in Assumed if each is not Assumed.SKEW or self._has_skew]
@@ -469,7 +178,7 @@ class Reprojection:
 
     def step(self, place: int, size: StepSize, changes: Mapping[str, float]) -> StepByStage:
         """One step of a deployment under changes."""
-        key = tuple(changes.get(name, 0.0) for name in Assumed)
+        key = tuple(changes.get(name, 0.0) for name in Assumed if name is not Assumed.ARRIVAL)
         is_changed = any(key)
         known, found = self._steps.get((place, size, is_changed), (None, None))
         if found is None or known != key:
@@ -536,13 +245,13 @@ class Reprojection:
     def terms(self, place: int, step: StepPoint, changes: Mapping[str, float]) -> dict[str, float]:
         """Projected seconds of a step by the terms that were measured of it."""
         projected = self.step(place, step.size, changes)
-        found = _joined(projected.causes_s("trace" if step.is_profiled else "clock"))
+        found = joined(projected.causes_s("trace" if step.is_profiled else "clock"))
         if step.is_profiled:  # slowed by we do not know how much
             found = {
                 name: each * step.seconds.value / projected.seconds for name, each in found.items()
             }
         if COMPUTING in step.terms_s:
-            parts = [found.pop(name, 0.0) for name in _OF_COMPUTING]
+            parts = [found.pop(name, 0.0) for name in OF_COMPUTING]
             found[COMPUTING] = found.get(COMPUTING, 0.0) + sum(parts)
         return found
 
@@ -579,9 +288,13 @@ class Reprojection:
             for number, (_, load) in enumerate(point.loads)
         }
 
-    @cached_property
-    def _simulated(self) -> dict[tuple[int, int], _Served]:
-        return {key: self.simulate(key[0], load, {}) for key, load in self._loads.items()}
+    def _simulated(self, place: int, number: int, arrival: float) -> _Served:
+        """A load as assumed, but for a change of when requests arrive."""
+        key = place, number, arrival
+        if key not in self._served:
+            load = self._loads[place, number]
+            self._served[key] = self.simulate(place, load, {Assumed.ARRIVAL: arrival})
+        return self._served[key]
 
     def simulate(self, place: int, load: Load, changes: Mapping[str, float]) -> _Served:
         """A load on a deployment under changes, from the first request to the last."""
@@ -606,7 +319,7 @@ class Reprojection:
         )
         cluster = ModelledCluster(self.profile(changes), layout.world_size)
         simulator = Simulator(subject.model, cluster, setup, load)
-        outcome = simulator.run(subject.workload.seed)
+        outcome = simulator.run(_SEED)
         serving = serving_of(simulator, outcome)
         seen = {metric: each.value for metric, each, _ in _metrics(replace(serving, rate=None))}
         prompt_len, output_len = load.prompt_len.low, load.output_len.low
@@ -629,7 +342,7 @@ class Reprojection:
 
     def _of_load(self, place: int, number: int, changes: Mapping[str, float]) -> dict[str, float]:
         """Numbers of a load: as simulated, times what changes do to its steps."""
-        known = self._simulated[place, number]
+        known = self._simulated(place, number, 0.0)
         decode, prefill = (
             self.step(place, size, changes).seconds / self.step(place, size, {}).seconds
             for size in (known.decode, known.prefill)
@@ -637,10 +350,23 @@ class Reprojection:
         decode_s = self.step(place, known.decode, {}).seconds
         of_tpot = min(decode_s / known.tpot_s, 1.0)
         of_wall = min(decode_s * known.num_rounds / known.wall_s, 1.0)
+        later = self._later(place, number, changes.get(Assumed.ARRIVAL, 0.0))
         return {
-            TPOT: known.tpot_s * (of_tpot * decode + (1 - of_tpot) * prefill),
-            TTFT: known.ttft_s * prefill,
-            TPS: known.tps / (of_wall * decode + (1 - of_wall) * prefill),
+            TPOT: later[TPOT] * (of_tpot * decode + (1 - of_tpot) * prefill),
+            TTFT: later[TTFT] * prefill,
+            TPS: later[TPS] / (of_wall * decode + (1 - of_wall) * prefill),
+        }
+
+    def _later(self, place: int, number: int, change: float) -> dict[str, float]:
+        """Numbers of a load whose requests arrive later, between simulations of some changes."""
+        right = min(max(int(np.searchsorted(_ARRIVALS, change)), 1), len(_ARRIVALS) - 1)
+        ends = _ARRIVALS[right - 1], _ARRIVALS[right]
+        share = min(max((change - ends[0]) / (ends[1] - ends[0]), 0.0), 1.0)
+        used = [(end, of) for end, of in zip(ends, (1 - share, share), strict=True) if of]
+        found = [(self._simulated(place, number, end).by_metric, of) for end, of in used]
+        return {
+            metric: exp(sum(of * log(each[metric]) for each, of in found))
+            for metric in (TPOT, TTFT, TPS)
         }
 
     def simulated_offsets(self, changes: Mapping[str, float]) -> Floats:
@@ -703,7 +429,7 @@ def _assumed_of(step: Any) -> Assumed | None:
 def _fullest(routing: LoadedRouting, model: ModelConfig, num: int) -> float:
     owned, none = np.array([num]), np.zeros(1, dtype=np.int64)
     ratios = []
-    for layer in model.moe_layers[:_NUM_SAMPLED_LAYERS]:
+    for layer in model.moe_layers[:NUM_SAMPLED_LAYERS]:
         ids = routing.topk_ids(layer, 0, none, owned)
         counts = np.bincount(ids.ravel(), minlength=model.num_experts)
         ratios.append(float(counts.max() / max(counts.mean(), 1e-9)))
@@ -711,7 +437,8 @@ def _fullest(routing: LoadedRouting, model: ModelConfig, num: int) -> float:
 
 
 def _where(load: Load) -> str:
-    return f"rate {load.rate:g}/s" if load.rate is not None else f"{load.batch} requests at once"
+    of = f"of {load.prompt_len}+{load.output_len}"
+    return f"{load.batch} at once {of}" if load.rate is None else f"{load.rate:g}/s {of}"
 
 
 def _sigma(measured: Estimate, usual: float) -> float:

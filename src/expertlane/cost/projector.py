@@ -315,12 +315,7 @@ class Projector:
         seconds = float(_last_round_s(ran, works)[LIKELY])
 
         def shares(measuring: Measuring) -> Mapping[str, float]:
-            # As measured, with what lies between two steps.
-            since_s = float(ran[-2][0].end_s[LIKELY]) if len(works) == 1 else None
-            table = BreakdownTable(self._device, self._setting.types, by_stage=measuring)
-            for times, _ in ran[-len(works) :]:
-                table.add(times, since_s)
-            return table.result().shares
+            return self._explained(ran, works, measuring).shares
 
         return StepByStage(seconds, shares, works)
 
@@ -465,11 +460,24 @@ class Projector:
     ) -> tuple[Floats, Breakdown]:
         """[B]; seconds of a round in the steady state, and the breakdown of the likely ones."""
         timeline = Timeline(terms, self._layout.pp, self._layout.stage_size)
-        table = BreakdownTable(self._device, self._setting.types)
         ran = self._rounds(works, timeline, terms)
+        return _last_round_s(ran, works), self._explained(ran, works)
+
+    def _explained(
+        self,
+        ran: Sequence[tuple[StepTimes, int]],
+        works: Sequence[object],
+        by_stage: Measuring | None = None,
+    ) -> Breakdown:
+        """The last round, as it is measured: with the driver's time since the step before it.
+
+        Of rotating micro-batches others are under way meanwhile.
+        """
+        since_s = float(ran[-2][0].end_s[LIKELY]) if len(works) == 1 else None
+        table = BreakdownTable(self._device, self._setting.types, by_stage=by_stage)
         for times, _ in ran[-len(works) :]:
-            table.add(times)
-        return _last_round_s(ran, works), table.result()
+            table.add(times, since_s)
+        return table.result()
 
     def _rounds(
         self,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertlane.comparison.judge import JudgedNumber, Judgement, Rival, Term
-from expertlane.comparison.reprojection import EXPERTS_LOAD, TIME, TPS
+from expertlane.comparison.judged import EXPERTS_LOAD, TIME, TPS
 from expertlane.cost.laws.corrections import Assumed, Correction, FittedOn
 from expertlane.report.document import Answer, Column, Report, Section, Table, Words, number, text
 from expertlane.report.numbers import counted, figures, milliseconds, percent, shortened, times
@@ -27,6 +27,12 @@ _SEPARATING = {
     frozenset({Assumed.ATTENTION, Assumed.GEMM}): ("another context: only attention grows with it"),
     frozenset({Assumed.EXPERTS, Assumed.GEMM}): (
         "another number of sequences: it changes how many experts are read"
+    ),
+    frozenset({Assumed.EXPERTS, Assumed.COMPUTE}): (
+        "decode steps beside prefill steps: only those of many tokens are bound by computing"
+    ),
+    frozenset({Assumed.ARRIVAL, Assumed.SCHEDULER}): (
+        "a longer output: scheduling grows with it, admission does not"
     ),
     **{
         frozenset({link, Assumed.LATENCY}): (

@@ -57,6 +57,7 @@ class StageTime:
             stage, added up over stages and steps: a token passes one stage after the other.
     """
 
+    layout: Layout
     stage_s: npt.NDArray[np.float64]
     waiting_s: npt.NDArray[np.float64]
     bubble_s: npt.NDArray[np.float64]
@@ -65,18 +66,24 @@ class StageTime:
     def breakdown_s(self, wall_s: float, num_rounds: int) -> dict[str, float]:
         """Seconds a round by cause, mean over ranks; their sum is the wall time of a round.
 
-        What the ranks do not account for is `Cause.ENGINE`. A rank may still tidy up after the
-        driver has the last token, and account for more than `wall_s`; it then has no such rest.
+        What the ranks do not account for is `Cause.ENGINE`; what a pipeline stage has of it above
+        another one, as idle time before a phase's first step and after its last, is bubble. A rank
+        may still tidy up after the driver has the last token, and account for more than `wall_s`;
+        it then has no such rest.
         """
         working_s = self.stage_s.copy()
         working_s[:, _NOT_WORK] = 0.0
         accounted_s = working_s.sum(axis=1) + self.waiting_s + self.bubble_s
+        rest_s = np.maximum(wall_s - accounted_s, 0.0)
+        layout = self.layout
+        of_stage_s = rest_s.reshape(layout.replicas, layout.pp, layout.stage_size).min(axis=2)
+        bubble_s = float((of_stage_s - of_stage_s.min(axis=1, keepdims=True)).mean())
         causes = {cause: 0.0 for cause in Cause if cause not in _OF_TRACES}
         for stage, cause in CAUSE_OF_STAGE.items():
             causes[cause] += float(working_s[:, stage].mean())
         causes[Cause.WAITING] = float(self.waiting_s.mean())
-        causes[Cause.PIPELINE_BUBBLE] = float(self.bubble_s.mean())
-        causes[Cause.ENGINE] = float(np.maximum(wall_s - accounted_s, 0.0).mean())
+        causes[Cause.PIPELINE_BUBBLE] = float(self.bubble_s.mean()) + bubble_s
+        causes[Cause.ENGINE] = float(rest_s.mean()) - bubble_s
         return {cause.value: seconds / num_rounds for cause, seconds in causes.items()}
 
 
@@ -118,7 +125,7 @@ def stage_time(layout: Layout, steps: Sequence[StepRecord]) -> StageTime:
             bubble_s[ranks] += bubble.sum(axis=(1, 2))
             exposed = blocked[..., [Stage.DISPATCH, Stage.COMBINE]].sum(axis=(1, 2, 3))
             exposed_s += float(exposed.mean()) / layout.replicas
-    return StageTime(stage_s, waiting_s, bubble_s, exposed_s)
+    return StageTime(layout, stage_s, waiting_s, bubble_s, exposed_s)
 
 
 def _waiting(records: Sequence[RankRecord], stage: Stage) -> npt.NDArray[np.float64]:

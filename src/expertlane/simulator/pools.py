@@ -328,6 +328,7 @@ class _Serving:
     _moved: set[str] = field(default_factory=set)  # requests of which no client has a token yet
     _num_unfinished: int = 0
     _last_due_s: float = 0.0
+    _admitted_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))  # the last request
 
     def fill(self, waiting: Iterator[TimedRequest], now_s: Floats) -> None:
         """Deliver requests while there is room; in an open loop, those that are due."""
@@ -349,7 +350,11 @@ class _Serving:
         if self._apart is not None:
             pool, max_tokens = (self._apart[0], max_tokens) if num_arrived else (pool, 1)
         request = Request(place, prompt, max_tokens=max_tokens, num_arrived_tokens=num_arrived)
-        pool.deliver(request, due_s if num_arrived else due_s + pool.runner.terms.arrival_s)
+        if not num_arrived:
+            terms = pool.runner.terms
+            self._admitted_s = np.maximum(self._admitted_s, due_s) + terms.admission_s
+            due_s = self._admitted_s + terms.arrival_s
+        pool.deliver(request, due_s)
 
     def take_token(self, stepped: Stepped, *, is_first: bool) -> None:
         """Give a request the token of a step; after its prompt it may move to the other pool."""

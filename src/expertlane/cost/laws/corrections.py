@@ -4,11 +4,17 @@
 profile with `corrected`. A factor multiplies times: 2 on a link is half its bandwidth.
 
 - a family of kernels: its laws, or the assumed law if the profile has none;
+- compute: the part of these kernels that FLOPs bound, more so where FLOPs take longer than bytes:
+  another engine's kernels may be fast at many tokens and slow at few;
 - links inside nodes, and links between nodes: divides their bandwidth;
 - latency: the time of an empty message;
 - host: launches of kernels or graphs, and a CPU's overhead per operation;
 - scheduler: the driver's time between steps, and the synchronisation of data-parallel ranks;
+- arrival: the time from sending a request until it can be scheduled, one request after the other;
 - skew is no factor: it is the exponent of the popularity of experts, if `--skew` is not given.
+
+If a profile has almost no driver or arrival time, the factor is on a usual time (`_USUAL_S`): an
+engine that was not measured may take long.
 
 A corrected law counts as `fitted`. The bounds of the factor and those of a measured or fitted law
 add as independent errors do. A law that was only a bound takes the factor's bounds, which include
@@ -27,12 +33,15 @@ from typing import Any
 from expertlane.cost.laws.device import assumed_law
 from expertlane.cost.laws.links import ASSUMED_TERMS
 from expertlane.cost.laws.profile import (
+    ADMISSION_S,
+    ARRIVAL_S,
     ASSUMED_DP_SYNC,
     DP_SYNC_S,
     DRIVER_PER_RANK_S,
     DRIVER_S,
     GRAPH_LAUNCH_S,
     LAUNCH_S,
+    OF_TRANSFERS,
     OVERHEAD_S,
     LinkSheet,
     ModelledCluster,
@@ -62,8 +71,10 @@ class Assumed(StrEnum):
     GEMM = "gemm"
     EXPERTS = "experts"
     MEMORY = "memory"
+    COMPUTE = "compute"
     HOST = "host"
     SCHEDULER = "scheduler"
+    ARRIVAL = "arrival"
     SKEW = "skew"
 
     @property
@@ -80,8 +91,10 @@ _LABELS = {
     Assumed.GEMM: "matrix products",
     Assumed.EXPERTS: "expert kernels",
     Assumed.MEMORY: "memory-bound kernels",
+    Assumed.COMPUTE: "computing of many tokens",
     Assumed.HOST: "host overhead",
     Assumed.SCHEDULER: "scheduler overhead",
+    Assumed.ARRIVAL: "admission of requests",
     Assumed.SKEW: "routing skew",
 }
 LINKS = Assumed.INTRA_NODE, Assumed.INTER_NODE, Assumed.LATENCY
@@ -93,8 +106,11 @@ KERNELS = {
 }
 _LINK = {Link.INTRA_NODE: Assumed.INTRA_NODE, Link.INTER_NODE: Assumed.INTER_NODE}
 _FLOORS = "floor_s.", "floor_per_peer_s.", "floor_per_doubling_s."
+_AROUND_TRANSFERS = f"{OVERHEAD_S}.{OF_TRANSFERS}"
 _LAUNCHES = LAUNCH_S, GRAPH_LAUNCH_S, OVERHEAD_S
 _SCHEDULING = DRIVER_S, DRIVER_PER_RANK_S, DP_SYNC_S
+_USUAL_S = {DRIVER_S: 2e-4, ADMISSION_S: 1e-3}  # as in shipped profiles; a front end in Python
+_USUAL_ON_CPU_S = {DRIVER_S: 3e-3, ADMISSION_S: 5e-3}  # of cores that compute besides
 
 
 @dataclass(frozen=True)
@@ -277,9 +293,7 @@ def corrected(cluster: ModelledCluster, corrections: Corrections) -> ModelledClu
     beyond = max(log2(num / max(most, 1)), log2(max(fewest, 1) / num), 0.0)
     known = {Assumed(name): each for name, each in corrections.factors.items()}
     profile = scaled(cluster.profile, known, 1 + WIDER_PER_DOUBLING * beyond)
-    firmest = min((law.basis for law in cluster.profile.surfaces.values()), default=None)
-    profile = replace(profile, corrected=corrections.words, own_basis=firmest)
-    return replace(cluster, profile=profile)
+    return replace(cluster, profile=replace(profile, corrected=corrections.words))
 
 
 def scaled(
@@ -292,8 +306,12 @@ def scaled(
     """
     if not corrections:
         return profile
+    firmest = min((law.basis for law in profile.surfaces.values()), default=None)
+    of_compute = corrections.get(Assumed.COMPUTE, Correction.exactly(1.0))
     return replace(
         profile,
+        own_basis=firmest,
+        compute_factor=(of_compute.low, of_compute.factor, of_compute.high),
         links={link: _sheet(each, corrections.get(_LINK[link])) for link, each in _links(profile)},
         surfaces=_surfaces(profile, corrections),
         terms=_terms(profile, corrections, wider),
@@ -372,17 +390,34 @@ def _terms(
         } | terms
     if Assumed.SCHEDULER in corrections:
         terms.setdefault(DP_SYNC_S, ASSUMED_DP_SYNC)
-    return {name: _term(name, term, corrections, wider) for name, term in terms.items()}
+    if Assumed.ARRIVAL in corrections and ARRIVAL_S not in terms:
+        terms.setdefault(ADMISSION_S, _NONE)
+    usual_s = _USUAL_ON_CPU_S if OVERHEAD_S in terms else _USUAL_S
+    return {
+        name: _term(name, term, corrections, wider, usual_s.get(name, 0.0))
+        for name, term in terms.items()
+    }
 
 
-def _term(name: str, term: Term, corrections: Mapping[Assumed, Correction], wider: float) -> Term:
+_NONE = Term(0.0, 0.0, 0.0, Basis.BOUND, "assumption: none")
+
+
+def _term(
+    name: str,
+    term: Term,
+    corrections: Mapping[Assumed, Correction],
+    wider: float,
+    usual_s: float,
+) -> Term:
     head, _, last = name.partition(".")
-    if name.startswith(_FLOORS):
+    if name.startswith(_FLOORS) or name == _AROUND_TRANSFERS:
         by = corrections.get(Assumed.LATENCY)
     elif head in _LAUNCHES:
         by = corrections.get(Assumed.HOST)
     elif name in _SCHEDULING:
         by = corrections.get(Assumed.SCHEDULER)
+    elif name in (ADMISSION_S, ARRIVAL_S):
+        by = corrections.get(Assumed.ARRIVAL)
     elif head in ("efficiency", "forwarding_bytes_per_s"):
         is_far = last.endswith("inter_node")
         by = corrections.get(Assumed.INTER_NODE if is_far else Assumed.INTRA_NODE)
@@ -393,6 +428,8 @@ def _term(name: str, term: Term, corrections: Mapping[Assumed, Correction], wide
         by = Correction(1 / by.factor, 1 / by.high, 1 / max(by.low, 1 / _MOST))  # a rate
     else:
         by = None
+    if by is not None and term.value < usual_s:
+        return _beyond(term, by, usual_s, wider)
     if by is None or not term.value:
         return term
     value = term.value * by.factor
@@ -404,4 +441,19 @@ def _term(name: str, term: Term, corrections: Mapping[Assumed, Correction], wide
         value * exp(high) * wider,
         Basis.FITTED,
         f"{term.origin}; corrected × {by.factor:.3g}",
+    )
+
+
+def _beyond(term: Term, by: Correction, usual_s: float, wider: float) -> Term:
+    """A term that is less than usual, with what a factor on the usual adds or takes off."""
+
+    def added(own: float, factor: float) -> float:
+        return max(own + usual_s * (factor - 1), 0.0)
+
+    return Term(
+        added(term.value, by.factor),
+        added(term.low, by.low) / wider,
+        added(term.high, by.high) * wider,
+        Basis.FITTED,
+        f"{term.origin}; corrected by {by.factor - 1:+.3g} × {usual_s:g} s",
     )

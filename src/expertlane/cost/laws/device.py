@@ -44,10 +44,20 @@ class Roofline:
     Attributes:
         seconds: [R]; 0 where there is nothing to do.
         at: sizes by which a law may be looked up, 1 or more where there is anything to do.
+        compute_s, memory_s: [R]; FLOPs over the peak, and bytes over the bandwidth.
     """
 
     seconds: Floats
     at: Sizes
+    compute_s: Floats
+    memory_s: Floats
+
+    @property
+    def bound_by_flops(self) -> Floats:
+        """[R]; 1 where FLOPs take far longer than bytes, 0 where bytes do, and between."""
+        squares = self.compute_s**2, self.memory_s**2
+        share: Floats = squares[0] / np.maximum(squares[0] + squares[1], 1e-60)
+        return share
 
 
 def roofline(
@@ -66,10 +76,12 @@ def roofline(
     num_bytes, at = _WORK[kind](sizes, _item_bytes(kind, dtype))
     memory_s = np.asarray(num_bytes) / device.memory_bytes_per_s
     if kind is OpKind.MEMORY:
-        return Roofline(np.where(memory_s > 0, memory_s + floor_s, 0.0), at)
+        busy_s = np.where(memory_s > 0, memory_s + floor_s, 0.0)
+        return Roofline(busy_s, at, np.zeros_like(busy_s), memory_s)
     compute_s = np.asarray(flops_of(kind, sizes)) / peak_flops_per_s(device, kind, dtype)
     busy_s = np.maximum(compute_s, memory_s) + floor_s
-    return Roofline(busy_s if compute_s.all() else np.where(compute_s > 0, busy_s, 0.0), at)
+    busy_s = busy_s if compute_s.all() else np.where(compute_s > 0, busy_s, 0.0)
+    return Roofline(busy_s, at, compute_s, memory_s)
 
 
 def moved_bytes(kind: OpKind, dtype: str, sizes: Sizes) -> Floats | float:
@@ -163,6 +175,7 @@ _EFFICIENCY = 0.6
 _LEAST_EFFICIENCY = 0.2
 _KNOWN_DOUBLINGS = 1.0  # doublings outside a library's law, up to which it may be the faster one
 _OUT_OF_CACHES_S = 1e-4  # a roofline from which on no operation lives on what caches hold
+_NO_FACTOR = (1.0, 1.0, 1.0)
 _WIDE = 2**25  # weights of an expert's matrix, from where on it may fill a device by itself
 
 
@@ -194,11 +207,16 @@ class DeviceModel:
         times = surface.times(base.seconds, base.at)
         for other in self._others(kind, dtype):
             times = _faster(times, other, base)
-        if kind is OpKind.EXPERTS:
+        is_own = Basis.MEASURED in (surface.basis, self._profile.own_basis)
+        if kind is OpKind.EXPERTS and not is_own:
             is_wide = _is_wide(surface, sizes) & (base.seconds > 0)
             if is_wide.any():
                 times = where(is_wide, self._products(dtype, sizes, times), times)
-        if surface.basis is not Basis.MEASURED:
+        if self._profile.compute_factor != _NO_FACTOR:
+            factors = np.array(self._profile.compute_factor)[:, None] ** base.bound_by_flops
+            basis = max(times.basis, Basis.FITTED)
+            times = replace(times, bounds=times.bounds * factors, basis=basis)
+        if not is_own:
             times = _no_faster_than_peak(times, base.seconds - floor_s)
         if base.seconds.all():
             return times
@@ -315,7 +333,7 @@ def stand_ins(profile: Profile, types: NumberTypes) -> Iterator[str]:
 def _is_wide(law: Surface, sizes: Mapping[str, Floats | float]) -> npt.NDArray[np.bool_]:
     """[R]; whether experts are wider than any that the law was fitted to."""
     hidden, inner = np.asarray(sizes["hidden"]), np.asarray(sizes["inner"])
-    if law.basis is Basis.MEASURED or not {"hidden", "inner"} <= set(law.axes):
+    if not {"hidden", "inner"} <= set(law.axes):
         return np.zeros(np.broadcast(hidden, inner).shape, dtype=np.bool_)
     is_beyond = (hidden > law.axes["hidden"][-1]) | (inner > law.axes["inner"][-1])
     is_wide: npt.NDArray[np.bool_] = is_beyond & (hidden * inner >= _WIDE)

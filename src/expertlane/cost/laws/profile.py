@@ -98,6 +98,7 @@ class Profile:
         corrected: corrections that its laws have, and what those were fitted to; "" for none.
         own_basis: the firmest basis of its laws before they were corrected.
         factors: by kind of operation, the factor that corrections put on its laws.
+        compute_factor: low, likely and high: of what is bound by FLOPs, besides.
     """
 
     name: str
@@ -113,6 +114,7 @@ class Profile:
     corrected: str = ""
     own_basis: Basis | None = None
     factors: Mapping[str, float] = field(default_factory=dict)
+    compute_factor: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def num_hosts(self, num_devices: int) -> int:
         """Machines that a deployment is started on."""
@@ -435,6 +437,7 @@ def parse_cluster(text: str) -> ModelledCluster:
 BOUNDS = ("low", "seconds", "high")  # the first axis of every clock
 LIKELY = BOUNDS.index("seconds")
 
+ADMISSION_S = "admission_s"
 ARRIVAL_S = "arrival_s"
 DRIVER_S = "driver_s"
 DRIVER_PER_RANK_S = "driver_per_rank_s"
@@ -472,6 +475,7 @@ class Terms:
         dp_sync_s: between data-parallel ranks that have a scheduler each, for every doubling of
             them; nothing where all is in series: there one driver plans for all.
         arrival_s: time from when a request is sent until it can be scheduled.
+        admission_s: before that, of each request by itself: a front end takes one after the other.
         hiding: how well transfers are hidden by what computes beside them: perfectly (low), as is
             likely, not at all (high).
     """
@@ -483,6 +487,7 @@ class Terms:
     driver_per_rank_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
     dp_sync_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
     arrival_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
+    admission_s: Floats = field(default_factory=lambda: np.zeros(len(BOUNDS)))
     hiding: Sequence[str] = BOUNDS
 
     @property
@@ -540,6 +545,7 @@ class Terms:
             driver_per_rank_s=known.get(DRIVER_PER_RANK_S, none),
             dp_sync_s=none if execution is Execution.SERIAL else sync_s,
             arrival_s=known.get(ARRIVAL_S, none),
+            admission_s=known.get(ADMISSION_S, none),
         )
 
     def changed(self, change: Callable[[str, Floats], Floats], hiding: Sequence[str]) -> "Terms":

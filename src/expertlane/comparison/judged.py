@@ -1,0 +1,329 @@
+"""What is judged: measured deployments, at the sizes of their steps and with the loads put on them.
+
+A step has its time, and its parts by cause where a rank's clock or a profiler's trace tells them; a
+load is what a client put on a server. With them goes what a plan would project them by: model,
+cluster, number types, routing.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import exp
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from expertlane.cost.laws.frameworks import served_by
+from expertlane.cost.laws.profile import OVERHEAD_S, Execution, ModelledCluster, parse_cluster
+from expertlane.cost.projector import StepSize
+from expertlane.cost.routing import LoadedRouting, PowerLawRouting, choose_routing
+from expertlane.cost.step.operation import NumberTypes
+from expertlane.errors import UserError, naming
+from expertlane.results.estimate import NORMAL, Estimate
+from expertlane.results.record import RUN, SCALING, DeploymentRecord, StepsRecord
+from expertlane.results.results import Results
+from expertlane.results.serving_record import ServingRecord
+from expertlane.spec.deployment import Options
+from expertlane.spec.experiment import ProjectionAsked
+from expertlane.spec.files import build
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.names import Cause, Phase, ProjectedCause
+from expertlane.spec.workload import LengthRange, Load, Workload
+
+TIME, TPOT, TTFT, TPS = "time", "TPOT", "TTFT", "tokens/s"
+WHOLE = (TIME, TPOT, TTFT, TPS)
+EXPERTS_LOAD = "fullest / mean"
+HOST_GAPS = "host gaps"  # between kernels: the device waits for launches
+UNKNOWN = "unknown kernels"
+COMPUTING = "computing"  # where a record does not tell its parts
+WAITING = str(Cause.WAITING)
+_TERMS = {
+    str(ProjectedCause.DISPATCH_COMBINE): str(Cause.DISPATCH_COMBINE),
+    str(ProjectedCause.IMBALANCE): WAITING,
+    str(ProjectedCause.LAUNCH): HOST_GAPS,
+}
+OF_COMPUTING = {str(each) for each in (Cause.ATTENTION, Cause.ROUTER, Cause.EXPERTS, Cause.HEAD)}
+_BY_BOUND = {
+    str(each)
+    for each in (
+        ProjectedCause.EXPERT_COMPUTE,
+        ProjectedCause.OTHER_COMPUTE,
+        ProjectedCause.WEIGHT_READS,
+        ProjectedCause.KV_READS,
+        ProjectedCause.CONTENTION,
+    )
+}
+_OF_TRACES = {HOST_GAPS, UNKNOWN}  # of a profiler's; a rank's clock has neither
+_OF_RANKS = {*OF_COMPUTING, HOST_GAPS, str(Cause.ENGINE)}  # no transfer in them
+
+_MOST_SIMULATED = 256  # requests of a load
+NUM_SAMPLED_LAYERS = 2  # whose routing is drawn
+
+
+class StepPoint(NamedTuple):
+    """A measured phase, and the step that it is projected as.
+
+    Attributes:
+        seconds: of a step, or round.
+        terms_s: by name, of the same; empty where only the whole was measured.
+        is_whole: whether the whole can be compared: not where transfers were modelled, or where
+            a profiler slowed it.
+        is_profiled: whether only the shares of its terms can be compared.
+        where: the phase in words; with its size where there are several.
+    """
+
+    phase: Phase
+    size: StepSize
+    seconds: Estimate
+    terms_s: Mapping[str, float]
+    is_whole: bool = True
+    is_profiled: bool = False
+    where: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """A measured deployment.
+
+    Attributes:
+        engine, software: the engine that ran it; its software with the version.
+        imbalance: the fullest expert's tokens over the mean, mean over layers; None where no rank
+            counted them.
+    """
+
+    record: DeploymentRecord
+    engine: str
+    software: str
+    steps: tuple[StepPoint, ...]
+    loads: tuple[tuple[ServingRecord, Load], ...]
+    imbalance: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """What is projected, as a plan would, before any correction.
+
+    Attributes:
+        alpha: exponent of the popularity of experts; None where routing was recorded.
+        framework: whose corrections the cluster has; None for none.
+    """
+
+    model: ModelConfig
+    cluster: ModelledCluster
+    types: NumberTypes
+    execution: Execution
+    routing: LoadedRouting
+    alpha: float | None
+    framework: str | None
+
+    def routing_at(self, alpha: float) -> LoadedRouting:
+        """The routing at another exponent."""
+        if self.alpha is None or alpha == self.alpha:
+            return self.routing
+        return PowerLawRouting.of(self.model, alpha, 0, NUM_SAMPLED_LAYERS)
+
+    def types_of(self, options: Options) -> NumberTypes:
+        """Number types of a deployment."""
+        types = NumberTypes.of_engine(self.types.weights, options)
+        return replace(types, kv=self.types.kv) if options.kv_dtype == "model" else types
+
+
+def find_subject(measured: Results, projected: Results, cluster: str | None = None) -> Subject:
+    """The projection's settings, as the results have them.
+
+    Args:
+        projected: has the projection; may be the same.
+        cluster: in place of the one that was projected on, as `--cluster` takes it.
+
+    Raises:
+        UserError: something is missing, or they are of different devices.
+    """
+    question = _experiment(measured)
+    with naming("question.experiment"):
+        model = build(ModelConfig, question["model"])
+    asked = _asked(projected, cluster)
+    with naming("the projection's cluster"):
+        there = parse_cluster(asked.cluster)
+    _check_device(measured, there)
+    record = next(iter(projected.select("projected")), None)
+    conditions = None if record is None else record.conditions
+    weights = conditions.dtype if conditions else None
+    if weights is None and measured.machine is not None:
+        weights = measured.machine.dtype
+    types = NumberTypes.asked(weights or "bfloat16", conditions.kv_dtype if conditions else "model")
+    if types.weights not in there.profile.device.flops_per_s:
+        raise UserError(f"{there.profile.device.name} does not compute in {types.weights}")
+    there = served_by(there, asked.framework, model, types.weights)
+    execution = Execution(conditions.execution if conditions else asked.execution)
+    if asked.routing_trace is not None:
+        chosen = choose_routing(model, Path(asked.routing_trace), None)
+        return Subject(model, there, types, execution, chosen.source, None, asked.framework)
+    skew = projected.question.get("skew", asked.skew)
+    alpha = model.usual_skew if skew is None else float(skew)
+    source = PowerLawRouting.of(model, alpha, 0, NUM_SAMPLED_LAYERS)
+    return Subject(model, there, types, execution, source, alpha, asked.framework)
+
+
+def _experiment(measured: Results) -> dict[str, Any]:
+    question = measured.question.get("experiment")
+    if measured.is_of_servers and question is None:
+        raise UserError(
+            "servers were measured without an experiment, so their model and layouts are not "
+            "known; judge takes expertlane compare EXPERIMENT --url"
+        )
+    if measured.kind != "comparison" or not isinstance(question, dict):
+        raise UserError(
+            f"measured deployments are of a {measured.kind}; judge takes those of expertlane "
+            "compare"
+        )
+    return question
+
+
+def _asked(projected: Results, cluster: str | None) -> ProjectionAsked:
+    table = projected.question.get("projection")
+    if table is not None:
+        asked = build(ProjectionAsked, table, "question.projection")
+        return asked if cluster is None else replace(asked, cluster=cluster)
+    known = cluster or (projected.cluster.name if projected.cluster else None)
+    if known is None:
+        raise UserError(
+            "nothing is projected: give results of compare --project, those of a plan beside the "
+            "measured ones, or --cluster PROFILExN"
+        )
+    return ProjectionAsked(cluster=known)
+
+
+def _check_device(measured: Results, cluster: ModelledCluster) -> None:
+    if measured.machine is None:
+        return
+    is_cpu, is_of_cpu = measured.machine.device == "cpu", OVERHEAD_S in cluster.profile.terms
+    if is_cpu != is_of_cpu:
+        own = "a CPU" if is_cpu else measured.machine.device
+        raise UserError(
+            f"measured on {own}, projected on {cluster.profile.device.name}: of two devices there "
+            "is nothing to judge; give --cluster with a profile of the first (expertlane calibrate "
+            "writes one)"
+        )
+
+
+def points_of(measured: Results) -> list[Point]:
+    """The deployments that can be judged.
+
+    Raises:
+        UserError: there are none.
+    """
+    with naming("question.experiment"):
+        workload = build(Workload, _experiment(measured)["workload"])
+    by_name: dict[str, list[DeploymentRecord]] = {}
+    for record in measured.deployments:
+        if record.source in RUN and record.layout is not None and SCALING not in record.roles:
+            by_name.setdefault(record.name, []).append(record)
+    own = f"expertlane {measured.versions.expertlane}"
+    if measured.machine is not None:
+        own += f", {measured.machine.kernels}"
+    points = [_point(_clock(records, measured), workload, own) for records in by_name.values()]
+    points = [each for each in points if each.steps or each.loads]
+    if not points:
+        raise UserError("no deployment was measured; judge takes results of expertlane compare")
+    return points
+
+
+def _clock(records: Sequence[DeploymentRecord], measured: Results) -> DeploymentRecord:
+    """Of one deployment, wall time; virtual time where ranks had to share cores."""
+    machine, layout = measured.machine, records[0].known_layout
+    shared = machine is not None and machine.is_oversubscribed_by(layout.world_size)
+    wanted = "virtual" if shared else "measured"
+    return next((each for each in records if each.source == wanted), records[0])
+
+
+def _point(record: DeploymentRecord, workload: Workload, own: str) -> Point:
+    steps = _named([_step_point(each, record, workload) for each in record.steps])
+    loads = tuple(
+        (each, load) for each in record.serving if (load := _load(each, workload)) is not None
+    )
+    ratios = [each for each in record.expert_max_over_mean if each > 0]
+    imbalance = sum(ratios) / len(ratios) if ratios else None
+    engine, software = "expertlane", own
+    if (server := record.server) is not None:
+        engine = server.engine or server.software or "a server"
+        software = server.software or engine
+    return Point(record, engine, software, steps, loads, imbalance)
+
+
+def _named(steps: Sequence[StepPoint]) -> tuple[StepPoint, ...]:
+    """Each with other words, where a phase comes several times; the same step once."""
+    found: dict[str, StepPoint] = {}
+    phases = [each.phase for each in steps]
+    for each in steps:
+        words, size = f"{each.phase.value} step", each.size
+        if phases.count(each.phase) > 1:
+            words += f", {size.num_seqs:,} at {size.num_cached:,}"
+        found.setdefault(words, each._replace(where=words))
+    return tuple(found.values())
+
+
+def _step_point(steps: StepsRecord, record: DeploymentRecord, workload: Workload) -> StepPoint:
+    replicas = record.known_layout.replicas
+    num_steps = max(steps.num_steps / replicas, 1)
+    rounds = steps.num_rounds or num_steps
+    is_decode = steps.phase is Phase.DECODE
+    if is_decode:
+        num_seqs = max(round(steps.num_tokens / rounds), 1)
+        seconds, num_new = steps.wall_s / rounds, 1
+        cached = workload.mean_context if steps.context is None else steps.context
+    else:
+        num_seqs = max(round(steps.num_seqs / num_steps), 1)
+        seconds = steps.wall_s / num_steps
+        num_new = max(round(steps.num_tokens / max(steps.num_seqs, 1)), 1)
+        cached = max(workload.prompt_len - num_new, 0) // 2
+        cached = cached if steps.context is None else steps.context
+    size = StepSize(num_seqs, num_new, cached, phase=steps.phase)
+    timed = _with_runs(seconds, steps)
+    terms = {name: share * timed.value for name, share in joined(steps.shares).items()}
+    terms = {name: each for name, each in terms.items() if each or name not in _OF_TRACES}
+    is_virtual = record.source == "virtual"
+    is_profiled = bool(_OF_TRACES & {*terms})
+    if is_virtual:
+        terms = {name: each for name, each in terms.items() if name in _OF_RANKS}
+    is_whole = not (is_virtual or is_profiled)
+    return StepPoint(steps.phase, size, timed, terms, is_whole, is_profiled)
+
+
+def _with_runs(seconds: Estimate, steps: StepsRecord) -> Estimate:
+    """The time of the median repetition, with their spread, if it has no interval of its own."""
+    runs = steps.tps_of_runs
+    if seconds.low is not None or len(runs) < 3:
+        return seconds
+    spread = float(np.std(np.log(runs), ddof=1)) * NORMAL / len(runs) ** 0.5
+    value = seconds.value * (steps.num_tokens / steps.wall_s.value) / float(np.median(runs))
+    return Estimate(value, value * exp(-spread), value * exp(spread))
+
+
+def joined(terms: Mapping[str, float]) -> dict[str, float]:
+    """Terms under common names; those by what bounds an operation are one, computing."""
+    found: dict[str, float] = {}
+    is_by_bound = bool(_BY_BOUND & {*terms})
+    for cause, seconds in terms.items():
+        name = _TERMS.get(str(cause), str(cause))
+        if is_by_bound and (name in OF_COMPUTING or name in _BY_BOUND):
+            name = COMPUTING
+        found[name] = found.get(name, 0.0) + seconds
+    return found
+
+
+def _load(serving: ServingRecord, workload: Workload) -> Load | None:
+    """The load as it is simulated; a long one is cut. None where it is not known."""
+    num = serving.num_requests or workload.num_sequences
+    prompt_len, output_len = workload.prompt_len, workload.output_len
+    if serving.num_prompt_tokens and serving.num_requests:
+        prompt_len = max(round(serving.num_prompt_tokens / num), 1)
+    if serving.num_output_tokens and serving.num_requests:
+        output_len = max(round(serving.num_output_tokens / num), 1)
+    if serving.client is not None and serving.client.num_rounds > 1:
+        num = max(num // serving.client.num_rounds, 1)
+    batch = serving.batch
+    if batch is None and serving.rate is None:
+        batch = num
+    num = min(num, max(_MOST_SIMULATED, 2 * (batch or 0)))
+    prompt, output = (LengthRange(each, each) for each in (prompt_len, output_len))
+    return Load(num, prompt, output, None if batch is None else min(batch, num), serving.rate)
