@@ -163,7 +163,7 @@ def test_a_warm_prefix_cache_is_said():
 
 def test_another_device_is_refused(results):
     machine = replace(results.machine, device="cpu")
-    with pytest.raises(UserError, match="two devices"):
+    with pytest.raises(UserError, match="same device"):
         judge([replace(results, machine=machine)], Progress())
 
 

@@ -388,7 +388,7 @@ def _cautions(measured: Sequence[Results], points: Sequence[Point]) -> Iterator[
         if cached >= _MUCH * max(prompts, 1):
             yield (
                 f"{cached / prompts:.0%} of the prompt tokens of {point.record.name} were in a "
-                "prefix cache, which the projection has none of: its TTFT says little."
+                "prefix cache, which the projection does not model: its TTFT is not comparable."
             )
         for step in point.steps:
             unknown = step.terms_s.get(UNKNOWN, 0.0) / step.seconds.value

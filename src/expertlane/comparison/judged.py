@@ -1,8 +1,7 @@
-"""What is judged: measured deployments, at the sizes of their steps and with the loads put on them.
+"""The inputs of `judge`: measured deployments with their steps and loads, and the projection.
 
-A step has its time, and its parts by cause where a rank's clock or a profiler's trace tells them; a
-load is what a client put on a server. With them goes what a plan would project them by: model,
-cluster, number types, routing.
+A step has its time, and its parts by cause if ranks' clocks or a profiler's trace have them. A load
+is that of a client on a server. The projection has model, cluster, number types and routing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +34,7 @@ WHOLE = (TIME, TPOT, TTFT, TPS)
 EXPERTS_LOAD = "fullest / mean"
 HOST_GAPS = "host gaps"  # between kernels: the device waits for launches
 UNKNOWN = "unknown kernels"
-COMPUTING = "computing"  # where a record does not tell its parts
+COMPUTING = "computing"  # its parts together, if a record does not have them
 WAITING = str(Cause.WAITING)
 _TERMS = {
     str(ProjectedCause.DISPATCH_COMBINE): str(Cause.DISPATCH_COMBINE),
@@ -53,23 +52,23 @@ _BY_BOUND = {
         ProjectedCause.CONTENTION,
     )
 }
-_OF_TRACES = {HOST_GAPS, UNKNOWN}  # of a profiler's; a rank's clock has neither
-_OF_RANKS = {*OF_COMPUTING, HOST_GAPS, str(Cause.ENGINE)}  # no transfer in them
+_OF_TRACES = {HOST_GAPS, UNKNOWN}  # causes that only a profiler's trace has
+_OF_RANKS = {*OF_COMPUTING, HOST_GAPS, str(Cause.ENGINE)}  # causes without transfers
 
 _MOST_SIMULATED = 256  # requests of a load
 NUM_SAMPLED_LAYERS = 2  # whose routing is drawn
 
 
 class StepPoint(NamedTuple):
-    """A measured phase, and the step that it is projected as.
+    """The measured steps of a phase, and the step that stands for them in a projection.
 
     Attributes:
-        seconds: of a step, or round.
-        terms_s: by name, of the same; empty where only the whole was measured.
-        is_whole: whether the whole can be compared: not where transfers were modelled, or where
-            a profiler slowed it.
-        is_profiled: whether only the shares of its terms can be compared.
-        where: the phase in words; with its size where there are several.
+        seconds: time of a step; of a decode round, if steps have several rounds.
+        terms_s: parts of that time, by cause; empty if only the whole was measured.
+        is_whole: True if the whole time can be compared; False if transfers were modelled, or a
+            profiler slowed the step.
+        is_profiled: True if only the shares of its parts can be compared.
+        where: the phase, in words; with the step's size if the phase has several.
     """
 
     phase: Phase
@@ -86,9 +85,11 @@ class Point:
     """A measured deployment.
 
     Attributes:
-        engine, software: the engine that ran it; its software with the version.
-        imbalance: the fullest expert's tokens over the mean, mean over layers; None where no rank
-            counted them.
+        engine: name of the engine that ran it.
+        software: the engine with its version.
+        loads: measured loads, and each as it is simulated.
+        imbalance: tokens of the fullest expert over the mean, averaged over layers; None if ranks
+            did not count them.
     """
 
     record: DeploymentRecord
@@ -101,11 +102,11 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """What is projected, as a plan would, before any correction.
+    """The projection that is judged, without corrections.
 
     Attributes:
-        alpha: exponent of the popularity of experts; None where routing was recorded.
-        framework: whose corrections the cluster has; None for none.
+        alpha: exponent of the popularity of experts; None if routing is a recorded trace.
+        framework: serving framework whose fitted factors the cluster has; None for none.
     """
 
     model: ModelConfig
@@ -117,26 +118,26 @@ class Subject:
     framework: str | None
 
     def routing_at(self, alpha: float) -> LoadedRouting:
-        """The routing at another exponent."""
+        """Routing with another exponent of experts' popularity."""
         if self.alpha is None or alpha == self.alpha:
             return self.routing
         return PowerLawRouting.of(self.model, alpha, 0, NUM_SAMPLED_LAYERS)
 
     def types_of(self, options: Options) -> NumberTypes:
-        """Number types of a deployment."""
+        """Number types of a deployment with these options."""
         types = NumberTypes.of_engine(self.types.weights, options)
         return replace(types, kv=self.types.kv) if options.kv_dtype == "model" else types
 
 
 def find_subject(measured: Results, projected: Results, cluster: str | None = None) -> Subject:
-    """The projection's settings, as the results have them.
+    """The projection that is judged, from the settings in results.
 
     Args:
-        projected: has the projection; may be the same.
-        cluster: in place of the one that was projected on, as `--cluster` takes it.
+        projected: results with the projection; may be `measured` itself.
+        cluster: the cluster to project on, as `--cluster` takes it; None for the projection's own.
 
     Raises:
-        UserError: something is missing, or they are of different devices.
+        UserError: nothing is projected, or measured and projected devices differ.
     """
     question = _experiment(measured)
     with naming("question.experiment"):
@@ -173,7 +174,7 @@ def _experiment(measured: Results) -> dict[str, Any]:
         )
     if measured.kind != "comparison" or not isinstance(question, dict):
         raise UserError(
-            f"measured deployments are of a {measured.kind}; judge takes those of expertlane "
+            f"the measured results are of kind {measured.kind}; judge takes results of expertlane "
             "compare"
         )
     return question
@@ -187,8 +188,8 @@ def _asked(projected: Results, cluster: str | None) -> ProjectionAsked:
     known = cluster or (projected.cluster.name if projected.cluster else None)
     if known is None:
         raise UserError(
-            "nothing is projected: give results of compare --project, those of a plan beside the "
-            "measured ones, or --cluster PROFILExN"
+            "nothing is projected: give results of compare --project, results of plan as a second "
+            "argument, or --cluster PROFILExN"
         )
     return ProjectionAsked(cluster=known)
 
@@ -200,14 +201,13 @@ def _check_device(measured: Results, cluster: ModelledCluster) -> None:
     if is_cpu != is_of_cpu:
         own = "a CPU" if is_cpu else measured.machine.device
         raise UserError(
-            f"measured on {own}, projected on {cluster.profile.device.name}: of two devices there "
-            "is nothing to judge; give --cluster with a profile of the first (expertlane calibrate "
-            "writes one)"
+            f"measured on {own}, projected on {cluster.profile.device.name}: they must be the same "
+            "device; give --cluster a profile of the measured one (expertlane calibrate writes one)"
         )
 
 
 def points_of(measured: Results) -> list[Point]:
-    """The deployments that can be judged.
+    """The measured deployments of results.
 
     Raises:
         UserError: there are none.
@@ -229,7 +229,7 @@ def points_of(measured: Results) -> list[Point]:
 
 
 def _clock(records: Sequence[DeploymentRecord], measured: Results) -> DeploymentRecord:
-    """Of one deployment, wall time; virtual time where ranks had to share cores."""
+    """A deployment's record in wall time; in virtual time if its ranks shared cores."""
     machine, layout = measured.machine, records[0].known_layout
     shared = machine is not None and machine.is_oversubscribed_by(layout.world_size)
     wanted = "virtual" if shared else "measured"
@@ -251,7 +251,7 @@ def _point(record: DeploymentRecord, workload: Workload, own: str) -> Point:
 
 
 def _named(steps: Sequence[StepPoint]) -> tuple[StepPoint, ...]:
-    """Each with other words, where a phase comes several times; the same step once."""
+    """The steps with names that differ; of steps of the same phase and size only the first."""
     found: dict[str, StepPoint] = {}
     phases = [each.phase for each in steps]
     for each in steps:
@@ -290,7 +290,7 @@ def _step_point(steps: StepsRecord, record: DeploymentRecord, workload: Workload
 
 
 def _with_runs(seconds: Estimate, steps: StepsRecord) -> Estimate:
-    """The time of the median repetition, with their spread, if it has no interval of its own."""
+    """The time with its own interval; else, of three or more repetitions, median and spread."""
     runs = steps.tps_of_runs
     if seconds.low is not None or len(runs) < 3:
         return seconds
@@ -300,7 +300,7 @@ def _with_runs(seconds: Estimate, steps: StepsRecord) -> Estimate:
 
 
 def joined(terms: Mapping[str, float]) -> dict[str, float]:
-    """Terms under common names; those by what bounds an operation are one, computing."""
+    """Terms under the names of measured causes; those by limiting resource become `COMPUTING`."""
     found: dict[str, float] = {}
     is_by_bound = bool(_BY_BOUND & {*terms})
     for cause, seconds in terms.items():
@@ -312,7 +312,7 @@ def joined(terms: Mapping[str, float]) -> dict[str, float]:
 
 
 def _load(serving: ServingRecord, workload: Workload) -> Load | None:
-    """The load as it is simulated; a long one is cut. None where it is not known."""
+    """The load as it is simulated, with at most `_MOST_SIMULATED` requests or two batches."""
     num = serving.num_requests or workload.num_sequences
     prompt_len, output_len = workload.prompt_len, workload.output_len
     if serving.num_prompt_tokens and serving.num_requests:

@@ -1,17 +1,17 @@
-"""Measured deployments projected anew, under changed assumptions, number by number.
+"""Project measured deployments again, under changed assumptions: the numbers that `judge` compares.
 
-What is compared of a deployment, each as a logarithm:
+These numbers of a deployment are compared, as logarithms:
 
-- the time of its decode steps, and of its prefill steps;
-- the parts of these by cause, where a rank's clock or a profiler's trace tells them;
-- TPOT, TTFT and tokens/s of a load. They are simulated once as assumed, and for some changes of
-  when requests arrive. What other changed assumptions do to them is taken from the steps that they
-  are made of, since a simulation is a thousand times as expensive; corrections are checked by
-  another simulation, and fitted once more by what it says;
-- the load of the fullest expert over the mean, where ranks counted it.
+- the time of its decode steps and of its prefill steps;
+- the parts of these times by cause, if ranks' clocks or a profiler's trace have them;
+- TPOT, TTFT and tokens/s of a load. They are simulated without changes, and for some changes of
+  the admission of requests. The effect of other changes is estimated from the times of the load's
+  steps, since a simulation is a thousand times as expensive. Corrections are checked by another
+  simulation, and then fitted again;
+- the load of the fullest expert over the mean, if ranks counted it.
 
-Standard deviations are those of a measured number's interval, where it has one; else what repeated
-runs of servers differ by. Small parts of a step have its noise, not their own.
+Standard deviations are those of a measured number's interval, if it has one; else the spread of
+repeated runs of servers. A small part of a step has the noise of the step.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,26 +62,26 @@ from expertlane.spec.names import Cause, Phase
 from expertlane.spec.ranges import RANGES
 from expertlane.spec.workload import Load
 
-# Standard deviations of logarithms, where a measured number has no interval, and at least.
+# Standard deviations of logarithms for numbers without an interval, and the least for all.
 _OF_STEP, _OF_TERM, _OF_WAITING = 0.03, 0.06, 0.25
 _OF_TPOT, _OF_TTFT, _OF_TPS, _OF_LOAD = 0.04, 0.08, 0.06, 0.1
 _LEAST_SIGMA = 0.01
-_SMALL = 0.002  # of a step: added to a term on both sides, as one may be nothing
-_NOISE_OF_STEP = 0.004  # of a step: noise of every term, however small
+_SMALL = 0.002  # share of a step, added to measured and projected terms, since one may be 0
+_NOISE_OF_STEP = 0.004  # share of a step: standard deviation of every term, however small
 _SEED = 0  # of requests, and which experts they choose
-_SKEW_STEP = 0.5  # of the exponent, for a change by one
+_SKEW_STEP = 0.5  # change of the exponent for a change of the parameter by one
 _ROUTED_TOKENS = 4096
 _ARRIVALS = -2.5, -1.0, 0.0, 0.2, 0.8, 1.6, 2.5  # changes for which loads are simulated
 
 
 class Number(NamedTuple):
-    """One number that is compared.
+    """One measured number.
 
     Attributes:
-        place: of its point.
+        place: index of its deployment.
         where: phase of a step, or the load.
         metric: one of `WHOLE`, a cause of a step's time, or `EXPERTS_LOAD`.
-        measured, sigma: its logarithm, and the standard deviation of that.
+        measured, sigma: its logarithm, and the standard deviation of the logarithm.
     """
 
     place: int
@@ -92,12 +92,14 @@ class Number(NamedTuple):
 
 
 class _Served(NamedTuple):
-    """A load as simulated.
+    """A simulated load.
 
     Attributes:
-        wall_s: from the first request to the last token.
-        decode, prefill: sizes of its steps.
-        num_rounds: decode steps of all sequences, were there no others.
+        tpot_s, ttft_s: means over requests.
+        tps: output tokens per second.
+        wall_s: seconds of the whole load, at `tps`.
+        decode, prefill: sizes of typical steps.
+        num_rounds: number of decode steps, if each has all concurrent sequences.
     """
 
     tpot_s: float
@@ -110,12 +112,12 @@ class _Served(NamedTuple):
 
     @property
     def by_metric(self) -> dict[str, float]:
-        """What a client sees."""
+        """TPOT and TTFT in seconds, and tokens/s."""
         return {TPOT: self.tpot_s, TTFT: self.ttft_s, TPS: self.tps}
 
 
 def _metrics(serving: ServingRecord) -> list[tuple[str, Estimate, float]]:
-    """What a client measured: metric, value and its standard deviation."""
+    """The client's numbers: metric, value, and standard deviation of its logarithm."""
     tpot = None if serving.tpot_s is None else serving.tpot_s.mean
     ttft = None if serving.ttft_s is None else serving.ttft_s.mean
     tps = serving.output_tps if serving.rate is None else None  # at a rate it is what arrives
@@ -130,10 +132,12 @@ def _metrics(serving: ServingRecord) -> list[tuple[str, Estimate, float]]:
 class Reprojection:
     """Projects all measured deployments under changed assumptions.
 
+    A call with changes by name (logarithms of factors) gives logarithms of projected numbers, [N].
+
     Attributes:
         names: assumptions that may be changed.
-        numbers: what is compared, in order.
-        offsets: [N]; added to logarithms of projected numbers; None for nothing.
+        numbers: the measured numbers, [N].
+        offsets: [N]; added to logarithms of projected numbers; None for 0.
     """
 
     def __init__(self, subject: Subject, points: Sequence[Point]) -> None:
@@ -155,17 +159,17 @@ class Reprojection:
 
     @property
     def least(self) -> dict[str, float]:
-        """The least change of routing skew: down to none at all."""
+        """Lower bound of the change of routing skew: down to uniform routing."""
         alpha = self.subject.alpha
         return {} if alpha is None else {Assumed.SKEW: -alpha / _SKEW_STEP}
 
     def alpha(self, changes: Mapping[str, float]) -> float:
-        """The exponent of experts' popularity under changes."""
+        """The exponent of experts' popularity under changes, in its valid range."""
         alpha = (self.subject.alpha or 0.0) + _SKEW_STEP * changes.get(Assumed.SKEW, 0.0)
         return min(max(round(alpha, 3), 0.0), float(RANGES["skew"].high))
 
     def profile(self, changes: Mapping[str, float]) -> Profile:
-        """The profile under changes of all but skew."""
+        """The cluster's profile under changes; routing skew is not part of it."""
         key = tuple(changes.get(name, 0.0) for name in Assumed if name is not Assumed.SKEW)
         if self._profile is None or self._profile[0] != key:
             factors: dict[Assumed, Correction] = {
@@ -177,7 +181,11 @@ class Reprojection:
         return self._profile[1]
 
     def step(self, place: int, size: StepSize, changes: Mapping[str, float]) -> StepByStage:
-        """One step of a deployment under changes."""
+        """One projected step of a deployment under changes.
+
+        Args:
+            place: index of the deployment.
+        """
         key = tuple(changes.get(name, 0.0) for name in Assumed if name is not Assumed.ARRIVAL)
         is_changed = any(key)
         known, found = self._steps.get((place, size, is_changed), (None, None))
@@ -208,7 +216,7 @@ class Reprojection:
 
     @cached_property
     def measured(self) -> Measured:
-        """All measured numbers."""
+        """All measured numbers, for the fit."""
         return Measured(
             np.array([each.measured for each in self.numbers]),
             np.array([each.sigma for each in self.numbers]),
@@ -243,10 +251,10 @@ class Reprojection:
         return _SMALL * step.seconds.value
 
     def terms(self, place: int, step: StepPoint, changes: Mapping[str, float]) -> dict[str, float]:
-        """Projected seconds of a step by the terms that were measured of it."""
+        """Projected seconds of a step, by the causes that were measured; profiled: as shares."""
         projected = self.step(place, step.size, changes)
         found = joined(projected.causes_s("trace" if step.is_profiled else "clock"))
-        if step.is_profiled:  # slowed by we do not know how much
+        if step.is_profiled:  # the profiler's slowdown is unknown, so only shares compare
             found = {
                 name: each * step.seconds.value / projected.seconds for name, each in found.items()
             }
@@ -256,7 +264,7 @@ class Reprojection:
         return found
 
     def __call__(self, changes: Mapping[str, float]) -> Floats:
-        """[N]; logarithms of the projected numbers, in the order of `numbers`."""
+        """Logarithms of the projected numbers, [N], in the order of `numbers`."""
         values = np.array(list(self._projected(changes)))
         return values if self.offsets is None else values + self.offsets
 
@@ -289,7 +297,7 @@ class Reprojection:
         }
 
     def _simulated(self, place: int, number: int, arrival: float) -> _Served:
-        """A load as assumed, but for a change of when requests arrive."""
+        """A simulated load with a change of the admission of requests, and no other."""
         key = place, number, arrival
         if key not in self._served:
             load = self._loads[place, number]
@@ -297,7 +305,11 @@ class Reprojection:
         return self._served[key]
 
     def simulate(self, place: int, load: Load, changes: Mapping[str, float]) -> _Served:
-        """A load on a deployment under changes, from the first request to the last."""
+        """Simulate a whole load on a deployment under changes.
+
+        Args:
+            place: index of the deployment.
+        """
         subject, record = self.subject, self.points[place].record
         layout, options = record.known_layout, record.served_with or record.known_options
         num_caches = layout.replicas * layout.dp
@@ -341,7 +353,7 @@ class Reprojection:
         )
 
     def _of_load(self, place: int, number: int, changes: Mapping[str, float]) -> dict[str, float]:
-        """Numbers of a load: as simulated, times what changes do to its steps."""
+        """Metrics of a load: as simulated without changes, scaled like the times of its steps."""
         known = self._simulated(place, number, 0.0)
         decode, prefill = (
             self.step(place, size, changes).seconds / self.step(place, size, {}).seconds
@@ -358,7 +370,7 @@ class Reprojection:
         }
 
     def _later(self, place: int, number: int, change: float) -> dict[str, float]:
-        """Numbers of a load whose requests arrive later, between simulations of some changes."""
+        """Metrics of a load with a change of admission, interpolated between simulations."""
         right = min(max(int(np.searchsorted(_ARRIVALS, change)), 1), len(_ARRIVALS) - 1)
         ends = _ARRIVALS[right - 1], _ARRIVALS[right]
         share = min(max((change - ends[0]) / (ends[1] - ends[0]), 0.0), 1.0)
@@ -370,7 +382,7 @@ class Reprojection:
         }
 
     def simulated_offsets(self, changes: Mapping[str, float]) -> Floats:
-        """[N]; what simulations under changes say beyond the estimate by steps."""
+        """Simulated minus estimated logarithms of the loads' numbers under changes, [N]."""
         self.offsets = None
         offsets = np.zeros(len(self.numbers))
         for (place, number), load in self._loads.items():
@@ -382,7 +394,7 @@ class Reprojection:
         return offsets
 
     def shown(self, number: Number, value: float) -> float:
-        """A number's own value of a logarithm; terms without what was added to both sides."""
+        """The value of a logarithm, in the number's unit; the offset `_SMALL` of terms removed."""
         if number.metric in (*WHOLE, EXPERTS_LOAD):
             return exp(value)
         steps = self.points[number.place].steps
@@ -390,7 +402,7 @@ class Reprojection:
         return max(exp(value) - self._small(step), 0.0)
 
     def changes_of(self, corrections: Corrections) -> dict[str, float]:
-        """Corrections as changes."""
+        """Corrections as changes by name: logarithms of factors."""
         found = {
             name: log(each.factor)
             for name, each in corrections.factors.items()
@@ -402,11 +414,11 @@ class Reprojection:
 
     @property
     def sizes(self) -> list[tuple[int, StepSize]]:
-        """The steps that were projected: place of the deployment, and size."""
+        """The projected steps: index of the deployment, and size."""
         return list(self._modes)
 
     def spans(self, changes: Mapping[str, float]) -> dict[Assumed, tuple[float, float]]:
-        """The shortest and the longest operation of each kind in all steps, corrected."""
+        """Seconds of the shortest and the longest operation of each kind, under changes."""
         found: dict[Assumed, list[float]] = {}
         for place, size in self.sizes:
             for step, times in self.step(place, size, changes).timed():
@@ -442,7 +454,7 @@ def _where(load: Load) -> str:
 
 
 def _sigma(measured: Estimate, usual: float) -> float:
-    """The standard deviation of a logarithm: from its interval, else the usual."""
+    """Standard deviation of a number's logarithm: from its interval, else `usual`."""
     low, _, high = measured.bounds
     if measured.low is None or low <= 0:
         return usual
