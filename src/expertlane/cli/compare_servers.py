@@ -269,7 +269,7 @@ def compare_servers(
         UserError: an engine, a server or an option is wrong.
         ExpertlaneError: nothing could be measured.
     """
-    from expertlane.comparison.served import measure_servers
+    from expertlane.comparison.servers_in_turns import measure_servers
 
     targets = options.targets()
     traces = options.traces_of(targets)
@@ -307,7 +307,7 @@ def compare_running(
         ExpertlaneError: nothing could be measured.
     """
     from expertlane.client.server import Vocabulary
-    from expertlane.comparison.served import measure_running
+    from expertlane.comparison.servers_in_turns import measure_running
 
     load, seed = traffic.load(), traffic.seed
     if seed is None:
