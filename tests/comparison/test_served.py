@@ -99,13 +99,13 @@ def test_every_failure_is_a_row_and_the_rest_completes(stub, checkpoint, tmp_pat
         "fast", "slow", "starts slowly", "dies in start-up", "never ready", "hangs", "error 500",
         "garbage", "ignores SIGTERM", "leaves grandchildren", "refused",
     ]  # fmt: skip
-    found = compare(checkpoint, names, tmp_path, start_timeout_s=3.0, request_timeout_s=1.0)
+    found = compare(checkpoint, names, tmp_path, start_timeout_s=5.0, request_timeout_s=1.0)
     records = {each.name: each for each in found.deployments}
     assert [*records] == names
     failures = {name: each.server.failure for name, each in records.items() if each.server.failure}
     for name, words in {
         "dies in start-up": "exited during startup, exit code 1: ValueError: 3 heads on 2 ranks",
-        "never ready": "not ready within 3 s; its last line: loading as never ready",
+        "never ready": "not ready within 5 s; its last line: loading as never ready",
         "hangs": "did not answer within 1 s",
         "error 500": "HTTP 500, worker is lost; its log: RuntimeError: CUDA error: an illegal",
         "garbage": "no tokens",
@@ -180,14 +180,14 @@ def test_causes_come_from_this_run_alone(stub, checkpoint, tmp_path):
 
 def test_two_engines_are_compared_by_the_fastest_of_each(stub, checkpoint, tmp_path):
     found = compare(checkpoint, ["slow", "fast", "refused"], tmp_path, engine=["stub", "other"])
-    assert {(each.name, each.other) for each in found.ratios} in (
-        {("Stub fast", "Other fast")},
-        {("Other fast", "Stub fast")},
-    )
-    first = next(each for each in found.ratios if each.metric == "output tokens/s")
-    tps = {each.name: each.serving[0].output_tps.value for each in found.deployments[:2]}
-    assert tps["Stub fast"] > tps["Stub slow"]
-    assert first.num_rounds == 1
+    best = {}
+    for each in found.deployments:
+        if each.serving:
+            engine, tps = each.server.engine, each.serving[0].output_tps.value
+            best[engine] = max(best.get(engine, (0.0, "")), (tps, each.name))
+    assert [*best] == ["Stub", "Other"]
+    (_, second), (_, first) = sorted(best.values())
+    assert {(each.name, each.other) for each in found.ratios} == {(first, second)}
 
 
 @pytest.mark.full
