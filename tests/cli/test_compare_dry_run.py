@@ -30,7 +30,7 @@ layout = "tp=2"
 [[deployments]]
 name = "EP 16"
 layout = "dp=16,ep=16"
-dispatch = "all_to_all"
+dispatch = "all_gather"
 [[deployments]]
 name = "odd"
 layout = "tp=4,ep=2"

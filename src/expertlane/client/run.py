@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Any, TypeVar
 
 import uvloop
@@ -97,7 +98,7 @@ def run_until_told(work: Coroutine[Any, Any, T]) -> T:
     What a handler raises inside a callback, a loop only logs.
     """
     told: list[int] = []
-    handlers: dict[int, Callable[[int, None], object]] = {}
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
     if threading.current_thread() is threading.main_thread():
         found = {each: signal.getsignal(each) for each in (*_SIGNALS, signal.SIGHUP)}
         handlers = {number: each for number, each in found.items() if callable(each)}
