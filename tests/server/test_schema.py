@@ -17,7 +17,7 @@ from expertlane.server.requests import (
 from expertlane.server.response_requests import ResponsesRequest
 from server.running import PATIENCE_S
 
-NUM_ROUTES = 18
+NUM_ROUTES = 20
 ERROR = {"message", "type", "param", "code"}
 
 

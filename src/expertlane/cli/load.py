@@ -226,6 +226,7 @@ class ServedLoad(TrafficOptions):
     """The load of compare on running servers: one."""
 
     defaults = SERVED
+    panel: ClassVar = Panel.MORE_WORKLOAD
     batch: str | None = _batch(SERVED.batch, "N")
     rate: str | None = _option(
         metavar="R",
