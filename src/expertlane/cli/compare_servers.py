@@ -249,6 +249,25 @@ class ServerOptions:
         return found
 
 
+def named_experiment(experiment: str | None, servers: ServerOptions, traffic: "ServedLoad") -> str:
+    """The experiment, which has the workload.
+
+    Raises:
+        UserError: there is none, or options of a workload are given beside it.
+    """
+    if experiment is None:
+        raise UserError(
+            f"--engine {(servers.engine or [OWN])[0]} needs an EXPERIMENT, a TOML file with model, "
+            "workload and deployments; expertlane plan writes one"
+        )
+    if unused := given(traffic):
+        raise UserError(
+            f"{unused[0]} is for --url without an EXPERIMENT; that of {experiment} is in its file, "
+            "[workload]"
+        )
+    return experiment
+
+
 def compare_servers(
     experiment: "Experiment",
     options: ServerOptions,
