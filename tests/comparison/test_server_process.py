@@ -17,6 +17,8 @@ from expertlane.comparison.server_process import (
     last_words,
 )
 from expertlane.errors import UserError
+from expertlane.results import hardware
+from expertlane.results.hardware import own_cores, parted_cores
 
 _LINUX = pytest.mark.skipif(sys.platform != "linux", reason="orphans are found on Linux alone")
 _SOON_S = 10.0
@@ -222,3 +224,41 @@ def test_command_line_for_a_shell(tmp_path):
     line = command_line(["cat", "a file"], {"A": "b c"}, {"a file": "it's\n"})
     done = subprocess.run(["sh", "-c", line], cwd=tmp_path, capture_output=True, check=True)
     assert done.stdout.decode() == "it's\n\n"
+
+
+@_LINUX
+def test_a_server_runs_on_its_cores(tmp_path):
+    last = own_cores()[-1]
+    code = "import os, time; print(sorted(os.sched_getaffinity(0)), flush=True); time.sleep(60)"
+    for cores, words in (((last,), str([last])), ((), str(own_cores()))):
+        with ServerProcess(python(code), {}, tmp_path, cores=cores) as server:
+            until_s = time.monotonic() + _SOON_S
+            while not server.last_words() and time.monotonic() < until_s:
+                time.sleep(0.02)
+            assert server.last_words() == words
+
+
+@pytest.mark.parametrize(
+    ("num_cores", "sizes", "num_of_client"),
+    [
+        (1, [1], 0),
+        (2, [1], 0),
+        (4, [1], 1),
+        (4, [1, 2], 0),
+        (8, [1, 2], 2),
+        (8, [2, 3], 2),
+        (8, [8], 0),
+        (64, [4, 8], 8),
+        (64, [], 1),
+    ],
+)
+def test_the_client_has_cores_of_its_own_if_there_are_enough(
+    num_cores, sizes, num_of_client, monkeypatch
+):
+    cores = tuple(range(3, 3 + num_cores))
+    monkeypatch.setattr(hardware, "own_cores", lambda: [*cores])
+    of_servers, of_client = parted_cores(sizes)
+    assert of_servers + of_client == cores
+    assert len(of_client) == num_of_client
+    if of_client:
+        assert all(len(of_servers) % size == 0 for size in sizes)

@@ -6,7 +6,7 @@ import pytest
 
 from cli.screen import tells
 from example_serving import POINT
-from expertlane.report.engine_counts import counted_by_servers, engine_notes
+from expertlane.report.engine_counts import counted_by_servers, engine_notes, over_time
 from expertlane.report.loads import Served
 from expertlane.report.numbers import NONE
 from expertlane.results.engine_record import (
@@ -100,6 +100,7 @@ def test_servers_without_metrics_are_named_on_the_page_alone():
             "86% --seed --flush-caches",
         ),
         (ENGINE, "Ranks", "1.67×"),
+        (ENGINE, "KV cache", "2 preemptions"),
         (
             replace(
                 ENGINE,
@@ -116,7 +117,63 @@ def test_what_is_in_doubt_is_said(engine, subject, words):
 
 
 def test_what_is_in_order_is_not():
-    even = replace(ENGINE, gauges=None)
+    even = replace(ENGINE, gauges=None, counts=EngineCounts(12, 0, 900, 90, 0, 0))
     assert notes(even) == {}
     cached = replace(even, counts=EngineCounts(12, 0, 900, 90, 774, 0))
     assert notes(cached, shares_prefixes=True) == {}
+
+
+def test_an_experiments_prompts_change_with_its_seed():
+    cached = replace(ENGINE, counts=EngineCounts(12, 0, 900, 90, 774, 0))
+    seed = "another seed in [workload]"
+    said = dict(engine_notes([served(cached)], shares_prefixes=False, seed=seed))["Prefix cache"]
+    assert seed in said
+    assert "another --seed" not in said
+
+
+def series(num_samples, ranks=("0", "1")):
+    """Two rounds; in the last one there are `num_samples`."""
+    rounds = (1, *[2] * num_samples)
+    own = {
+        rank: RankGauges(
+            tuple(float(place + int(rank)) for place in range(len(rounds))),
+            (0.0,) * len(rounds),
+            (0.25,) * len(rounds),
+        )
+        for rank in ranks
+    }
+    times_s = (0.0, *(0.5 * place for place in range(num_samples)))
+    return replace(ENGINE, gauges=GaugesRecord(rounds, times_s, own))
+
+
+def points(chart):
+    """Points by curve: time and value."""
+    found = {}
+    for each in chart.spec["data"]["values"]:
+        found.setdefault(each["curve"], []).append((each["x"], each["y"]))
+    return found
+
+
+def test_gauges_of_the_last_round_over_time_by_rank():
+    running, kv = over_time([served(series(3))]).parts  # none waited
+    (of_0, of_1) = points(running).values()
+    assert of_0 == [(0.0, 1.0), (0.5, 2.0), (1.0, 3.0)]
+    assert of_1 == [(0.0, 2.0), (0.5, 3.0), (1.0, 4.0)]
+    assert tells(running.title, "4 running requests rank 1")
+    assert {y for curve in points(kv).values() for _, y in curve} == {25.0}
+
+
+@pytest.mark.parametrize("num_samples", [0, 1, 2])
+def test_few_samples_are_no_curve(num_samples):
+    assert over_time([served(series(num_samples))]).parts == ()
+    assert over_time([served(replace(ENGINE, gauges=None))]).parts == ()
+    assert over_time([served(None)]).parts == ()
+
+
+def test_many_ranks_are_one_curve_and_many_samples_are_thinned():
+    running, kv = over_time([served(series(401, tuple(map(str, range(9)))))]).parts
+    (curve,) = points(running).values()
+    assert curve[0] == (0.0, 9 * 1 + sum(range(9)))
+    assert 20 < len(curve) <= 40
+    (curve,) = points(kv).values()
+    assert {y for _, y in curve} == {25.0}

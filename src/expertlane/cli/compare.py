@@ -6,43 +6,34 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from expertlane.cli import output
+from expertlane.cli.compare_options import CompareOptions, ProjectionOptions, VirtualTimeOptions
 from expertlane.cli.compare_servers import (
-    OWN,
     ServerOptions,
     compare_running,
     compare_servers,
+    named_experiment,
     print_commands,
 )
-from expertlane.cli.help import Panel
-from expertlane.cli.load import ServedLoad, slo_option
+from expertlane.cli.load import ServedLoad
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import given, takes_groups
 from expertlane.cli.options import (
-    MODEL_HELP,
     LaunchOptions,
-    cluster_option,
-    corrections_option,
-    dtype_option,
     fields_of,
-    framework_option,
     known_experiments,
-    known_models,
-    known_profiles,
     parse_list,
-    skew_option,
-    trace_option,
 )
 from expertlane.cli.output import OutputOptions
 from expertlane.errors import CapacityError, MissingExtraError, UserError, naming, require_extra
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.hf_config import resolve_model
 from expertlane.spec.names import Dtype
-from expertlane.spec.ranges import DEFAULT_REPEAT, shown
+from expertlane.spec.ranges import shown
 
 if TYPE_CHECKING:
     from expertlane.comparison.projection import ExperimentProjector
@@ -51,185 +42,9 @@ if TYPE_CHECKING:
     from expertlane.results.step_record import StepRecord
     from expertlane.spec.experiment import Experiment, Projection
 
-DEFAULT_PROFILE = "h100"
-_NO_LINKS, _MEASURED = "none", "measured"
-
-
-@dataclass(frozen=True, kw_only=True)
-class VirtualTimeOptions:
-    """Options of virtual time, and of its assumptions."""
-
-    panel: ClassVar = Panel.VIRTUAL_TIME
-    clock: Literal["virtual", "wall"] | None = typer.Option(
-        None,
-        show_default="virtual for the ranks of one host; wall on several, whose links are real",
-        help="virtual: also replay what was measured with one core per rank and a cluster's "
-        "links (while measuring, ranks that share a core compute one at a time). wall: wall time "
-        "only.",
-    )
-    links: str | None = typer.Option(
-        None,
-        metavar="PROFILE",
-        show_default=DEFAULT_PROFILE,
-        autocompletion=known_profiles,
-        help="The links of virtual time: a profile as in --cluster, or none, so that transfers "
-        "take no time.",
-    )
-    link_scale: float | None = typer.Option(
-        None,
-        metavar="N",
-        show_default="the ratio of compute speeds, the profile's device over a core here",
-        help="Transfers take N times as long as on the profile's links.",
-    )
-    compute: str = typer.Option(
-        _MEASURED,
-        metavar="PROFILE",
-        autocompletion=known_profiles,
-        help="Compute times in virtual time: measured, or a profile's cost model for the "
-        "operations that ran.",
-    )
-
-    def __post_init__(self) -> None:
-        given = "--link-scale" if self.link_scale is not None else "--links"
-        is_given = self.links is not None or self.link_scale is not None
-        if self.compute != _MEASURED:
-            given, is_given = "--compute", True
-        if self.clock == "wall" and is_given:
-            raise UserError(f"{given} needs virtual time; leave out --clock wall")
-        if self.links == _NO_LINKS and self.link_scale is not None:
-            raise UserError("--link-scale needs links; give --links a profile")
-
-    def settings(self) -> "VirtualSettings | None":
-        """The assumptions of virtual time; None for wall time alone.
-
-        Raises:
-            UserError: no such profile, or a damaged one.
-        """
-        from expertlane.comparison.virtual import VirtualSettings
-        from expertlane.cost.laws.profile import read_profile
-
-        if self.clock == "wall":
-            return None
-        profile = None if self.links == _NO_LINKS else read_profile(self.links or DEFAULT_PROFILE)
-        compute = None if self.compute == _MEASURED else read_profile(self.compute)
-        is_asked = (self.clock, self.links, self.link_scale) != (None, None, None)
-        return VirtualSettings(profile, self.link_scale, compute, is_asked or compute is not None)
-
-
 _DEFAULT_EXPERIMENT = "paper-small"
 _OF_EXPERIMENT = frozenset({"--only", "--dtype"})
 _OF_ENGINE = frozenset({"--engine-python", "--engine-args", "--start-timeout-s", "--profile"})
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Options:
-    panel: ClassVar = Panel.WORKLOAD
-    model: str | None = typer.Option(
-        None,
-        metavar="MODEL",
-        show_default="the experiment's",
-        autocompletion=known_models,
-        help=MODEL_HELP,
-    )
-    experts_per_token: str | None = typer.Option(
-        None,
-        rich_help_panel=Panel.MORE_WORKLOAD,
-        metavar="K[,K…]",
-        show_default="the model's",
-        help="Experts per token; with several, one comparison each, one after the other.",
-    )
-    only: str | None = typer.Option(
-        None,
-        metavar="NAME[,NAME]",
-        help="Run only these deployments, by their names or numbers in the experiment; no scaling "
-        "layouts.",
-    )
-    repeat: int = typer.Option(
-        DEFAULT_REPEAT,
-        help="How often the deployments of the answer's first sentence are measured; the others "
-        "twice at most. Fewer than 5 give no intervals.",
-    )
-    min_time: float = typer.Option(
-        0.0,
-        metavar="SECONDS",
-        rich_help_panel=Panel.MORE_WORKLOAD,
-        help="Measure each of those deployments for at least this long.",
-    )
-    resume: bool = typer.Option(
-        False,
-        rich_help_panel=Panel.MORE_OUTPUT,
-        help="Go on with a comparison that was interrupted: what it measured is kept in the folder "
-        "of its results until it is complete.",
-    )
-    traffic: bool = typer.Option(
-        False,
-        rich_help_panel=Panel.MORE_OUTPUT,
-        help="Also show for each deployment: traffic matrix, fan-out of tokens, hottest ranks "
-        "and experts, and the straggler.",
-    )
-    trace: bool = trace_option()
-    dtype: Dtype | None = dtype_option("the machine's choice")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Projection:
-    panel: ClassVar = Panel.PROJECTION
-    project: bool = typer.Option(
-        False,
-        help="Also project the same deployments on a modelled cluster, in separate tables; "
-        "where this machine is too small to run them, only project. An experiment's table "
-        "[projection] has values for the options below; those given take precedence.",
-    )
-    cluster: str | None = cluster_option(None, "as many h100 as ranks")
-    skew: float | None = skew_option()
-    framework: str | None = framework_option()
-    corrections: Path | None = corrections_option()
-    slo: list[str] | None = slo_option(
-        "Each deployment runs as many sequences as they allow.", rich_help_panel=Panel.MODELLED
-    )
-
-    def __post_init__(self) -> None:
-        from expertlane.spec.workload import parse_slos
-
-        parse_slos(self.slo or ())
-
-    def check(self, *needless: str) -> None:
-        """Refuse options of a projection without one.
-
-        Args:
-            needless: options that mean something without one.
-
-        Raises:
-            UserError: one is given.
-        """
-        unused = [each for each in self.given if each not in needless]
-        if unused and not self.project:
-            raise UserError(f"--{unused[0]} needs a projection; add --project")
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """Options that were given; they take precedence over an experiment's `[projection]`."""
-        from expertlane.spec.experiment import Projection
-
-        values = fields_of(Projection, self) | {
-            "slo": ",".join(self.slo or ()) or None,
-            "corrections": None if self.corrections is None else os.path.abspath(self.corrections),
-        }
-        return {name: value for name, value in values.items() if value is not None}
-
-    def applied_to(self, experiment: "Experiment", dtype: str | None) -> "Projection":
-        """The experiment's `[projection]`, or the default, changed by the options given."""
-        from expertlane.spec.experiment import Projection
-
-        given = self.given | ({} if dtype is None else {"dtype": dtype})
-        if (own := experiment.projection) is None:
-            cluster = f"{DEFAULT_PROFILE}x{experiment.num_ranks}"
-            own = Projection(cluster=cluster, skew=experiment.model.usual_skew)
-        if "skew" in given:
-            given["routing_trace"] = None
-        if given:
-            given["num_running"] = {}
-        return replace(own, **given)
 
 
 @dataclass
@@ -261,12 +76,12 @@ def compare(
         ),
     ] = None,
     *,
-    own: _Options,
+    own: CompareOptions,
     traffic: ServedLoad,
     output_options: OutputOptions,
     time: VirtualTimeOptions,
     launch: LaunchOptions,
-    projection: _Projection,
+    projection: ProjectionOptions,
     servers: ServerOptions,
 ) -> None:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
@@ -306,7 +121,7 @@ def compare(
     """
     if servers.dry_run:
         servers.check_without_ranks(own, time, launch)
-        named = _named(experiment, servers, traffic)
+        named = named_experiment(experiment, servers, traffic)
         projection.check(*(["cluster"] if servers.scripts is not None else []))
         (only,) = _comparisons(named, own, output.Call(""), is_measured=False)
         as_json = output_options.as_json
@@ -321,11 +136,11 @@ def compare(
 
 def run(
     experiment: str | None,
-    own: _Options,
+    own: CompareOptions,
     traffic: ServedLoad,
     time: VirtualTimeOptions,
     launch: LaunchOptions,
-    projection: _Projection,
+    projection: ProjectionOptions,
     servers: ServerOptions,
     call: output.Call,
 ) -> Generator[output.Found]:
@@ -338,12 +153,12 @@ def run(
         if experiment is None and servers.url and not servers.engine:
             yield from _running(own, traffic, projection, servers, call)
             return
-        named = _named(experiment, servers, traffic)
+        named = named_experiment(experiment, servers, traffic)
         yield from _on_servers(named, own, projection, servers, call)
         return
     if unused := [each for each in given(servers) if each != "--engine"]:
         raise UserError(f"{unused[0]} is for servers; give --engine or --url")
-    experiment = _named(experiment or _DEFAULT_EXPERIMENT, servers, traffic)
+    experiment = named_experiment(experiment or _DEFAULT_EXPERIMENT, servers, traffic)
 
     reason = _why_only_projected(projection)
     comparisons = _comparisons(experiment, own, call, is_measured=reason is None)
@@ -381,29 +196,10 @@ def run(
     output.print_message(f"expertlane: projected, and not measured on this machine: {reason}")
 
 
-def _named(experiment: str | None, servers: ServerOptions, traffic: ServedLoad) -> str:
-    """The experiment, which has the workload.
-
-    Raises:
-        UserError: there is none, or options of a workload are given beside it.
-    """
-    if experiment is None:
-        raise UserError(
-            f"--engine {(servers.engine or [OWN])[0]} needs an EXPERIMENT, a TOML file with model, "
-            "workload and deployments; expertlane plan writes one"
-        )
-    if unused := given(traffic):
-        raise UserError(
-            f"{unused[0]} is for --url without an EXPERIMENT; that of {experiment} is in its file, "
-            "[workload]"
-        )
-    return experiment
-
-
 def _running(
-    own: _Options,
+    own: CompareOptions,
     traffic: ServedLoad,
-    projection: _Projection,
+    projection: ProjectionOptions,
     servers: ServerOptions,
     call: output.Call,
 ) -> Generator[output.Found]:
@@ -432,8 +228,8 @@ def _running(
 
 def _on_servers(
     experiment: str,
-    own: _Options,
-    projection: _Projection,
+    own: CompareOptions,
+    projection: ProjectionOptions,
     servers: ServerOptions,
     call: output.Call,
 ) -> Generator[output.Found]:
@@ -455,7 +251,7 @@ def _on_servers(
         raise error
 
 
-def _why_only_projected(projection: _Projection) -> str | None:
+def _why_only_projected(projection: ProjectionOptions) -> str | None:
     """The reason why nothing can be measured, if the extra `engine` is not installed; else None.
 
     Raises:
@@ -479,7 +275,7 @@ def _why_not_here(comparisons: list[_Comparison], dtype: Dtype | None) -> str | 
 
 
 def _projector(
-    experiment: "Experiment", options: _Projection, dtype: str | None
+    experiment: "Experiment", options: ProjectionOptions, dtype: str | None
 ) -> "ExperimentProjector":
     """The projector, checked before anything is projected.
 
@@ -518,7 +314,7 @@ def _projector(
 
 def _measure(
     comparisons: list[_Comparison],
-    own: _Options,
+    own: CompareOptions,
     command: str,
     virtual: "VirtualSettings | None",
     launch: LaunchOptions,
@@ -623,7 +419,7 @@ def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: boo
 
 
 def _comparisons(
-    argument: str, own: _Options, call: output.Call, *, is_measured: bool
+    argument: str, own: CompareOptions, call: output.Call, *, is_measured: bool
 ) -> list[_Comparison]:
     """The comparisons to run, all checked before the first one runs.
 

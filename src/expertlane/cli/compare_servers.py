@@ -249,6 +249,25 @@ class ServerOptions:
         return found
 
 
+def named_experiment(experiment: str | None, servers: ServerOptions, traffic: "ServedLoad") -> str:
+    """The experiment, which has the workload.
+
+    Raises:
+        UserError: there is none, or options of a workload are given beside it.
+    """
+    if experiment is None:
+        raise UserError(
+            f"--engine {(servers.engine or [OWN])[0]} needs an EXPERIMENT, a TOML file with model, "
+            "workload and deployments; expertlane plan writes one"
+        )
+    if unused := given(traffic):
+        raise UserError(
+            f"{unused[0]} is for --url without an EXPERIMENT; that of {experiment} is in its file, "
+            "[workload]"
+        )
+    return experiment
+
+
 def compare_servers(
     experiment: "Experiment",
     options: ServerOptions,
@@ -277,6 +296,9 @@ def compare_servers(
     workload = experiment.workload
     asked = _asked(workload.load, workload.seed, options, _vocabulary(experiment, options))
     with _setting(asked, options, folder) as setting:
+        if engines:
+            of_servers, of_client = _parted_cores(experiment)
+            setting = replace(setting, server_cores=of_servers, client_cores=of_client)
         types = dtype or experiment.model.own_dtype or "bfloat16"
         return measure_servers(
             *(experiment, engines, targets, setting, repeats, command, types),
@@ -387,6 +409,14 @@ def _engines(
     return Engines(engine, start)
 
 
+def _parted_cores(experiment: "Experiment") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Cores of the servers, and those of the client alone."""
+    from expertlane.results.hardware import gpu_names, parted_cores
+
+    sizes = {each.layout.world_size for each in experiment.deployments}
+    return parted_cores(() if gpu_names() else sizes)
+
+
 def _start_asked(
     engine: "Engine", experiment: "Experiment", options: ServerOptions, dtype: str | None
 ) -> "StartAsked":
@@ -399,7 +429,7 @@ def _start_asked(
     from expertlane.comparison.served import HOST
     from expertlane.cost.step.operation import NumberTypes
     from expertlane.planner.server_start import Place, ServeTarget
-    from expertlane.results.hardware import gpu_names, own_cores
+    from expertlane.results.hardware import gpu_names
     from expertlane.spec.hf_config import quantization_of, read_config
 
     if experiment.checkpoint is None:
@@ -423,12 +453,12 @@ def _start_asked(
     folder, model = Path(experiment.checkpoint), experiment.model
     stored = quantization_of(read_config(folder))
     weights = dtype or (stored.number_type if stored else None) or model.own_dtype or "bfloat16"
-    gpus, cores = gpu_names(), own_cores()
+    gpus, (cores, _) = gpu_names(), _parted_cores(experiment)
     place = Place(
         (HOST,),
         listens=HOST,
         kind="cuda" if gpus else "cpu",
-        cores=() if gpus else tuple(cores),
+        cores=() if gpus else cores,
         python=python,
         caches_prefixes=False,
     )

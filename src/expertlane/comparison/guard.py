@@ -1,6 +1,8 @@
 """Run one command, and end it with all its descendants. A script without imports of packages.
 
-    guard.py PIPE GRACE_S COMMAND…
+    guard.py PIPE GRACE_S CORES COMMAND…
+
+The command runs on the cores, numbers with commas between them; on all if that is empty.
 
 The guard ends the command when the pipe closes, as it does when the process that started the guard
 is killed. It kills what is left when the command exits. Orphaned descendants become its children
@@ -26,7 +28,10 @@ CANNOT_START = 127
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return its exit status."""
-    pipe, grace_s, command = int(arguments[0]), float(arguments[1]), arguments[2:]
+    pipe, grace_s, cores = int(arguments[0]), float(arguments[1]), arguments[2]
+    command = arguments[3:]
+    if cores:
+        os.sched_setaffinity(0, map(int, cores.split(",")))  # children inherit it
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the pipe says when to end
     if sys.platform == "linux":

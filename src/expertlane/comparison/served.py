@@ -84,6 +84,8 @@ class Setting:
         asked: how requests are sent.
         start_timeout_s: seconds in which a server must become ready.
         folder: folder with one subfolder for each server, in which it runs and logs.
+        server_cores, client_cores: cores of servers that are started here, and those that the
+            client has for itself; empty for all, and for none.
     """
 
     load: Load
@@ -91,6 +93,8 @@ class Setting:
     start_timeout_s: float
     folder: Path
     progress: Progress
+    server_cores: tuple[int, ...] = ()
+    client_cores: tuple[int, ...] = ()
 
 
 @dataclass(eq=False)
@@ -351,7 +355,10 @@ class RunningServer:
             return False
         else:
             start = profiled
-        self._process = ServerProcess(start.argv, start.environment, served.folder, start.files)
+        self._process = ServerProcess(
+            *(start.argv, start.environment, served.folder, start.files),
+            setting.server_cores if setting.client_cores else (),
+        )
         self._served, served.log = served, self._process.log
         url = Url(HOST, port, False, "")
         path = engines.engine.ready_path

@@ -44,6 +44,7 @@ class ServerProcess:
         environment: environment variables to add to this process's.
         folder: its working directory, which is made; its log is written there.
         files: texts to write there before it starts, by file name.
+        cores: cores that it runs on; empty for all.
 
     Raises:
         UserError: the folder cannot be written to.
@@ -55,6 +56,7 @@ class ServerProcess:
         environment: Mapping[str, str],
         folder: Path,
         files: Mapping[str, str] = MappingProxyType({}),
+        cores: Sequence[int] = (),
     ) -> None:
         self.log = folder / LOG
         self._began_s = time.monotonic()
@@ -67,9 +69,10 @@ class ServerProcess:
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error.strerror}") from None
         pipe, self._pipe = os.pipe()
+        guarded = [guard.__file__, str(pipe), str(_GRACE_S), ",".join(map(str, cores)), *argv]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-I", guard.__file__, str(pipe), str(_GRACE_S), *argv],
+                [sys.executable, "-I", *guarded],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,

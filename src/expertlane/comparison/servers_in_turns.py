@@ -4,7 +4,9 @@ A server that is started here has the machine to itself: it is started for its t
 before the next one starts. A server that fails is a record; the others are still measured.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from expertlane.client.connection import (
@@ -33,8 +35,6 @@ from expertlane.results.record import (
 from expertlane.results.results import Results
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.workload import Workload, check_lengths
-
-_FEW_CORES = 4
 
 
 def measure_running(
@@ -132,7 +132,8 @@ def _in_turns(
 
     run_until_told(_look_at([each for each in own if each.target is not None], setting, up))
     try:
-        compared = measure_in_turns(own, repeats, choose)
+        with _on_cores(setting.client_cores):
+            compared = measure_in_turns(own, repeats, choose)
     except (KeyboardInterrupt, TerminatedError) as error:
         if ended is None or not any(each.rounds for each in own):
             raise
@@ -142,6 +143,20 @@ def _in_turns(
         reasons = "; ".join(f"{each.name}: {each.failure}" for each in own)
         raise ExpertlaneError(f"no deployment could be measured: {reasons}")
     return compared
+
+
+@contextmanager
+def _on_cores(cores: Collection[int]) -> Iterator[None]:
+    """The client on cores of its own; on all where there are none."""
+    if not cores:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 async def _look_at(running: Sequence[Served], setting: Setting, up: RunningServer) -> None:
@@ -204,7 +219,7 @@ def _results(
         ratios=tuple(paired),
         cautions=(
             *(["Partial: interrupted before all was measured."] if ended else ()),
-            *_cautions(own),
+            *_cautions(own, setting),
         ),
     )
 
@@ -250,7 +265,7 @@ def _lengths(workload: Workload) -> dict[str, object]:
     }
 
 
-def _cautions(own: Sequence[Served]) -> Iterator[str]:
+def _cautions(own: Sequence[Served], setting: Setting) -> Iterator[str]:
     """Sentences on conditions that differ between servers, or that disturb measurements."""
     shares = [
         each.driven.cpu_s / each.driven.wall_s
@@ -259,10 +274,9 @@ def _cautions(own: Sequence[Served]) -> Iterator[str]:
         for each in served.rounds
         if each.driven.wall_s
     ]
-    num_cores = len(own_cores())
-    if shares and num_cores <= _FEW_CORES:
+    if shares and not setting.client_cores:
         yield (
-            f"The client shares the {num_cores} cores with the servers, and uses "
+            f"The client shares the {len(own_cores())} cores with the servers, and uses "
             f"{max(shares):.0%} of one."
         )
     reasons: dict[str, list[str]] = {}

@@ -20,7 +20,8 @@ from expertlane.report.document import (
     number,
     text,
 )
-from expertlane.report.engine_counts import counted_by_servers
+from expertlane.report.engine_counts import counted_by_servers, over_time
+from expertlane.report.load_plots import MOST_SPREADS, spread_of
 from expertlane.report.loads import Note, headline, served
 from expertlane.report.numbers import (
     NONE,
@@ -218,7 +219,16 @@ def _bars(results: Results) -> Chart | None:
     ]
     best = max(found, key=lambda each: each.serving[0].output_tps.value)
     title = f"{best.name} serves {figures(best.serving[0].output_tps)} tokens/s"
-    return throughput_chart(title, "output tokens/s", bars, between="90 % interval")
+    return throughput_chart(title, "output tokens/s", bars, between="90 % interval", least=2)
+
+
+def _latencies(results: Results) -> Chart | None:
+    """A chart of each latency's statistics, server by server; None of one or of many servers."""
+    deployments = tuple(each for each in results.deployments if each.serving)
+    answered = replace(results, deployments=deployments)
+    if not 1 < len(answered.deployments) <= MOST_SPREADS:
+        return None
+    return spread_of(answered)
 
 
 def _causes(results: Results) -> list[Chart]:
@@ -267,6 +277,12 @@ def _fair(records: Sequence[DeploymentRecord]) -> str:
     )
 
 
+def _how(records: Sequence[DeploymentRecord]) -> Iterator[str]:
+    """What was the same for all servers, and how often they were measured; sentences."""
+    for words in (_fair(records), _certainty(records)):
+        yield f"{words[0].upper()}{words[1:]}."
+
+
 def _failed(records: Sequence[DeploymentRecord]) -> Iterator[Note]:
     for each in records:
         if each.server is not None and each.server.failure:
@@ -296,21 +312,23 @@ def servers_sections(results: Results) -> tuple[Section, ...]:
     base = by_name.get(results.ratios[0].other) if results.ratios else None
     return (
         Section("Verdict", (_verdict(results),), "top", "answer"),
+        Section("How it was measured", tuple(_how(measured.deployments)), "top", "answer"),
         Section("", tuple(cautions(results)), "top", "sure"),
         Section(
             "Output tokens/s (measured)",
-            tuple(filter(None, (_bars(measured),))),
+            tuple(filter(None, (_bars(measured), _latencies(measured)))),
             "first",
             "answer",
         ),
-        Section("Differences, in pairs of rounds", pairs, "top", "loads"),
-        Section("Deployments (measured)", (_table(measured.deployments, base),), "top", "loads"),
+        Section("Differences, in pairs of rounds", pairs, "top", "answer"),
+        Section("Deployments (measured)", (_table(measured.deployments, base),), "top", "answer"),
         Section("Failed", failures_told, "top", "sure"),
-        Section("Latency, ms (measured)", (latency(measured),), chapter="loads"),
+        Section("Latency, ms (measured)", (latency(measured),), chapter="answer"),
         Section("Where the time goes, by deployment", tuple(_causes(measured)), "plots", "why"),
         Section("Where the time goes", tuple(_steps(measured)), chapter="why"),
         Section("Client", (Table.of("", OF_CLIENT, clients), *failed), chapter="sure"),
         counted_by_servers(found, list(notes_of_engines(results, found))),
+        over_time(found),
         Section("Servers", tuple(_servers(measured)), chapter="setup"),
     )
 
@@ -338,10 +356,8 @@ _SERVERS: tuple[Column[DeploymentRecord], ...] = (
 
 
 def _servers(results: Results) -> Iterator[Words]:
-    """Layout, software, command and files of each server, and the note on fairness."""
+    """Layout, software, command and files of each server."""
     yield Table.of("", _SERVERS, results.deployments)
     for each in results.deployments:
         for name, content in each.server.files.items() if each.server else ():
             yield Figure(f"{name} of {each.name}", (content,))
-    fair = _fair(results.select("measured"))
-    yield f"{fair[0].upper()}{fair[1:]}."

@@ -17,7 +17,7 @@ from expertlane.spec.workload import SLO, LatencyMetric
 _MS_PER_S = 1e3
 _NUM_FIRST = 2  # beside the answer
 _LEAST_LOADS = 3  # loads of a layout; fewer are no curve
-_MOST_SPREADS = 3  # loads whose latencies are drawn one by one; of more, the best alone
+MOST_SPREADS = 3  # loads whose latencies are drawn one by one; of more, the best alone
 _LATENCIES = ("tpot", "ttft")
 
 
@@ -31,7 +31,7 @@ def by_load(results: Results) -> tuple[Section, ...]:
             by_layout.setdefault(each.record.name, []).append(each)
     by_layout = {name: all_ for name, all_ in by_layout.items() if len(all_) >= _LEAST_LOADS}
     if not by_layout:
-        spread = _spread(results)
+        spread = spread_of(results)
         return (Section(heading, (spread,), "first", "answer"),) if spread else ()
     best = best_of([each for of_layout in by_layout.values() for each in of_layout])
     charts = [
@@ -62,11 +62,11 @@ def _latencies(by_layout: Mapping[str, Sequence[Served]], best: Served) -> Itera
             yield _against_load(by_layout, best, f"{metric.upper()}, ms", _median_ms(metric))
 
 
-def _spread(results: Results) -> Chart | None:
+def spread_of(results: Results) -> Chart | None:
     """Chart of each latency's statistics; None where none is known."""
     found = served(results)
     best = best_of(found)
-    shown = found if len(found) <= _MOST_SPREADS else [best]
+    shown = found if len(found) <= MOST_SPREADS else [best]
     spreads = [
         Spread(
             metric.upper() if len(shown) == 1 else f"{metric.upper()}, {_called(each, shown)}",

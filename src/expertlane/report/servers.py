@@ -12,7 +12,7 @@ from expertlane.report.document import (
     number,
     text,
 )
-from expertlane.report.engine_counts import at, counted_by_servers, engine_notes
+from expertlane.report.engine_counts import at, counted_by_servers, engine_notes, over_time
 from expertlane.report.loads import (
     NAME_COLUMNS,
     Note,
@@ -78,7 +78,9 @@ def notes_of_engines(results: Results, found: Sequence[Served]) -> Iterator[Note
     load = results.question["workload"]
     # Requests of a file may begin alike, too.
     shares_prefixes = bool(load.get("prefix_len")) or load.get("requests") is not None
-    return engine_notes(found, shares_prefixes=shares_prefixes)
+    # An experiment's prompts are the same in every run.
+    seed = "another seed in [workload]" if "experiment" in results.question else "another --seed"
+    return engine_notes(found, shares_prefixes=shares_prefixes, seed=seed)
 
 
 def _called(urls: Sequence[str]) -> list[str]:
@@ -275,4 +277,5 @@ def of_servers(results: Results) -> tuple[Section, ...]:
         *by_load(results),
         Section("Client", (client, *failed), chapter="sure"),
         counted_by_servers(found, list(notes_of_engines(results, found))),
+        over_time(found),
     )

@@ -3,7 +3,9 @@
 import os
 import platform
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from math import lcm
 from pathlib import Path
 
 from expertlane.spec.ranges import Counted, Strict
@@ -103,6 +105,23 @@ def own_cores() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+def parted_cores(sizes: Iterable[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """This machine's cores for servers, and those for their client alone.
+
+    Servers keep three quarters at least, in a number that their ranks share evenly. If there are
+    too few for that, servers have all cores, and the client none of its own.
+
+    Args:
+        sizes: ranks of each server, if they compute on cores.
+    """
+    cores = tuple(own_cores())
+    even = lcm(*sizes)
+    num_left = (len(cores) - 1) // even * even
+    if 4 * num_left < 3 * len(cores) or not hasattr(os, "sched_setaffinity"):
+        return cores, ()
+    return cores[:num_left], cores[num_left:]
 
 
 def this_machine(num_ranks: int, dtype: str) -> Machine:

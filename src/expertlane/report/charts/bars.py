@@ -163,15 +163,22 @@ class Bar:
 
 
 def throughput_chart(
-    title: str, unit: str, bars: Sequence[Bar], *, between: str, is_ranked: bool = False
+    title: str,
+    unit: str,
+    bars: Sequence[Bar],
+    *,
+    between: str,
+    is_ranked: bool = False,
+    least: int = _LEAST_ROWS,
 ) -> Chart | None:
-    """One bar a deployment, the fastest first; None of less than three.
+    """One bar a deployment, the fastest first.
 
     Args:
         between: meaning of a bar's range, for example `slowest and fastest run`.
         is_ranked: keep the bars in their given order.
+        least: number of bars of the smallest chart; None of fewer.
     """
-    if len(bars) < _LEAST_ROWS:
+    if len(bars) < least:
         return None
     if not is_ranked:
         bars = sorted(bars, key=lambda each: -each.of.value)
