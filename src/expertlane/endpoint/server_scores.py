@@ -2,17 +2,17 @@
 
 Teacher forcing has three forms, of which a server takes the first that it answers: vLLM's
 `prompt_logprobs` and OpenAI's old `echo` with `logprobs`, both on `/v1/completions`, and SGLang's
-own `/generate` with `return_logprob`. Where there is none, only generated tokens are known, with the
-likeliest beside each. Prompts go as token ids; where a server takes text alone, as text, with the
-tokens that it says it saw.
+own `/generate` with `return_logprob`. Where there is none, only generated tokens are known, with
+the likeliest beside each. Prompts go as token ids; where a server takes text alone, as text, with
+the tokens that it says it saw.
 """
 
 import asyncio
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 import numpy as np
@@ -22,6 +22,8 @@ from expertlane.client.connection import ClosedEarly, ConnectionFailed, Connecti
 from expertlane.client.server import Server
 from expertlane.endpoint.scored import Prompt
 from expertlane.errors import ExpertlaneError, UserError
+
+T = TypeVar("T")
 
 Method = Literal["prompt_logprobs", "echo", "input_token_logprobs", "generated tokens"]
 COMPLETIONS, NATIVE = "/v1/completions", "/generate"
@@ -141,7 +143,7 @@ class Endpoint:
 
         return await _at_once(one, prompts, concurrency, on_done)
 
-    async def _answered(self, ask: Callable[[], Any], num_tokens: int) -> Any:
+    async def _answered(self, ask: Callable[[], Awaitable[T]], num_tokens: int) -> T:
         url = self.server.connections.url
         try:
             async with asyncio.timeout(self.timeout_s):
@@ -188,15 +190,15 @@ class Endpoint:
 
 
 async def _at_once(
-    ask: Callable[[Sent], Any],
+    ask: Callable[[Sent], Awaitable[T]],
     prompts: Sequence[Sent],
     concurrency: int,
     on_done: Callable[[], None],
-) -> list[Any]:
+) -> list[T]:
     """Answers in the prompts' order, `concurrency` at a time; the first failure ends all."""
     places = asyncio.Semaphore(concurrency)
 
-    async def one(sent: Sent) -> Any:
+    async def one(sent: Sent) -> T:
         async with places:
             found = await ask(sent)
         on_done()
@@ -245,7 +247,7 @@ async def _natively(endpoint: Endpoint, sent: Sent) -> NDArray[np.float64]:
     return np.array([_number(each[0]) for each in entries[1:]])
 
 
-_SCORES: dict[Method, Callable[[Endpoint, Sent], Any]] = {
+_SCORES: dict[Method, Callable[[Endpoint, Sent], Awaitable[NDArray[np.float64]]]] = {
     "prompt_logprobs": _by_prompt_logprobs,
     "echo": _by_echo,
     "input_token_logprobs": _natively,
@@ -325,9 +327,9 @@ def _number(value: Any) -> float:
 
 def _ids_of(server: Server, token_ids: Any, names: Sequence[Any]) -> list[int]:
     """Ids of generated tokens: as the server tells them, else by the tokenizer."""
-    if isinstance(token_ids, list) and len(token_ids) == len(names):
-        if all(isinstance(each, int) for each in token_ids):
-            return token_ids
+    is_told = isinstance(token_ids, list) and len(token_ids) == len(names)
+    if is_told and all(isinstance(each, int) for each in token_ids):
+        return list(token_ids)
     found = [_id_of(server, each) for each in names]
     if any(each is None for each in found):
         raise Unread("the answer's tokens have no ids; give the tokenizer with --tokenizer")
@@ -420,7 +422,7 @@ async def settle(endpoint: Endpoint, prompts: Iterable[Prompt]) -> list[Sent]:
 
 
 async def _seen(endpoint: Endpoint, text: str) -> list[int]:
-    """Tokens of a text by the server's own account, else by the tokenizer if their number agrees."""
+    """Tokens of a text as the server tells, else by the tokenizer if their number agrees."""
     tokenizer = endpoint.server.vocabulary.tokenizer
     assert tokenizer is not None, "checked by the caller"
     try:

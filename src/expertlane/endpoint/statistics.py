@@ -17,7 +17,7 @@ granted `TOLERATED` times the scale, so that only what exceeds it counts.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +30,7 @@ FALSE_ALARMS = 0.01  # the most of all runs on a good server
 TOLERATED = 2.0  # scale of another implementation's rounding, over the reference's
 _TOLERATED_SHIFT = 0.15  # of the mean, in scales
 _TOLERATED_FLIPS = 3.0  # how often another implementation's routers flip, over the reference's
-_FAR = 8.0  # scales: beyond, rounding needs a router flip
+_FAR, _FAR_SHARE = 8.0, 0.004  # scales, and share of rounding's tokens beyond: router flips
 _CLIPPED = 4.0  # scales, of one token in a mean
 _BLOCK, _SHORT_BLOCK = 64, 16  # tokens
 _LEAST_TOKENS = 32  # of a group that is tested
@@ -115,7 +115,8 @@ class Compared:
     def blocks(self, length: int) -> Ints:
         """[num_tokens]: the block of each, a stretch of one prompt, from 0."""
         keys = self.prompts * (2**32) + self.positions // length
-        return np.unique(keys, return_inverse=True)[1].reshape(-1).astype(np.int64)
+        _, found = np.unique(keys, return_inverse=True)
+        return np.asarray(found.reshape(-1), dtype=np.int64)
 
     @property
     def spread(self) -> float:
@@ -188,7 +189,7 @@ def _bound(statistic: float, num: int = 1) -> float:
     return min(1.0, num * float(np.exp(-(max(statistic, 0.0) ** 2) / 2)))
 
 
-def _self_normalised(sums: Floats) -> float:
+def _self_normalised(sums: NDArray[Any]) -> float:
     """`T` of sums of blocks; 0 where all are 0."""
     norm = float(np.sqrt(np.square(sums).sum()))
     return float(sums.sum()) / norm if norm > 0 else 0.0
@@ -205,7 +206,8 @@ def run_tests(compared: Compared) -> list[Test]:
     blocks = compared.blocks(_BLOCK)
     own, rounding = compared.sizes, TOLERATED * np.abs(compared.rounding) / compared.scales
     excess = np.bincount(blocks, _damped(own) - _damped(rounding))
-    far = np.bincount(blocks, (own > _FAR) - _TOLERATED_FLIPS * (rounding > _FAR))
+    limit = max(_FAR, float(np.quantile(rounding, 1 - _FAR_SHARE)))
+    far = np.bincount(blocks, (own > limit) - _TOLERATED_FLIPS * (rounding > limit))
     found = [Test("size", *_tested(excess)), Test("far", *_tested(far))]
     found += _shifts(compared, blocks)
     found.append(_outliers(compared))
@@ -215,7 +217,7 @@ def run_tests(compared: Compared) -> list[Test]:
     return found
 
 
-def _tested(sums: Floats) -> tuple[float, float]:
+def _tested(sums: NDArray[Any]) -> tuple[float, float]:
     statistic = _self_normalised(sums)
     return statistic, _bound(statistic)
 
@@ -432,7 +434,7 @@ def _is_off(compared: Compared, excess: Floats, inside: Bools) -> bool:
     own = np.median(compared.sizes[inside])
     rounding = np.median(np.abs(compared.rounding[inside]) / compared.scales[inside])
     statistic = _self_normalised(np.bincount(blocks, excess[inside]))
-    return _bound(statistic) < _NAMED_ALARM and own > TOLERATED * max(rounding, _MAD)
+    return _bound(statistic) < _NAMED_ALARM and bool(own > TOLERATED * max(rounding, _MAD))
 
 
 def _first_off(compared: Compared, excess: Floats, edge: int) -> int:

@@ -25,7 +25,6 @@ from expertlane.endpoint.statistics import (
 from expertlane.results.verified_record import (
     Against,
     ConditionRecord,
-    DtypeSource,
     ExpertRecord,
     TestRecord,
     TokenRecord,
@@ -256,6 +255,9 @@ def excuse_ties(observed: Sequence[Observed], rounded: Rounded) -> tuple[list[Ob
     return kept, most
 
 
+_Causes = tuple[list[str], Sequence[ExpertRecord], int | None, Sequence[int]]
+
+
 @dataclass(frozen=True)
 class Judged:
     """The answer and what it rests on; fields as in `VerifiedRecord`."""
@@ -292,9 +294,8 @@ def judge(observed: Sequence[Observed], rounded: Rounded, dtype: str) -> Judged:
     seen = least_seen(first.compared, alarm) if len(first.compared) else float("inf")
     of_expert = _least_of_expert(first.compared, alarm)
     doubt = _doubt(first, off, seen, num_excused, dtype)
-    why, named, position, ranks = list(doubt), (), None, ()
-    if off and not doubt:
-        why, named, position, ranks = _causes(comparisons, off, alarm)
+    none: _Causes = (list(doubt), (), None, ())
+    why, named, position, ranks = _causes(comparisons, off) if off and not doubt else none
     verdict: Verdict = "can't tell" if doubt else "differs" if off else "same"
     return Judged(
         verdict,
@@ -361,10 +362,7 @@ def _doubt(
     return found
 
 
-_Causes = tuple[list[str], Sequence[ExpertRecord], int | None, Sequence[int]]
-
-
-def _causes(comparisons: Sequence[Comparison], off: Sequence[Comparison], alarm: float) -> _Causes:
+def _causes(comparisons: Sequence[Comparison], off: Sequence[Comparison]) -> _Causes:
     """The likely cause: where it holds, and where it does not."""
     first = comparisons[0]
     ranks = [each for each in comparisons if each.observed.rank is not None]

@@ -7,8 +7,9 @@ data-parallel rank where requests can be sent to one.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import uvloop
@@ -34,6 +35,8 @@ from expertlane.endpoint.verdict import (
 from expertlane.errors import UserError
 from expertlane.progress import Progress
 from expertlane.results.verified_record import DtypeSource, VerifiedRecord
+
+T = TypeVar("T")
 
 _NUM_CONTINUED, _NUM_SHARING = 24, 8
 _CONTINUATION = 16  # tokens
@@ -303,7 +306,7 @@ class _Asking:
         self._progress, self._until_s, self._opened = progress, until_s, opened
         self._seen = _Seen(endpoint)
 
-    async def all_of(self, prompts: Prompts) -> _Seen:
+    async def all_of(self, prompts: _Prompts) -> _Seen:
         """Ask for all; what a server generated becomes a part of the sequences that are scored."""
         endpoint, seen = self._endpoint, self._seen
         continued = [*prompts.own[:_NUM_CONTINUED], *prompts.sharing]
@@ -377,15 +380,15 @@ class _Asking:
             return
         own = endpoint or self._endpoint
         # Alone in order; under load long and short ones mixed, in an order of its own.
-        order = np.arange(len(seen.sequences))
+        order = list(range(len(seen.sequences)))
         if load > 1:
-            order = np.random.default_rng(load).permutation(order)
+            np.random.default_rng(load).shuffle(order)
         found = await self._with_progress(
             name,
             lambda on_done: own.score([seen.sequences[i] for i in order], load, on_done),
             order,
         )
-        logprobs = {int(place): each for place, each in zip(order, found, strict=True)}
+        logprobs = dict(zip(order, found, strict=True))
         seen.observed.append(Observed(name, logprobs, rank, load))
 
     async def _generated(self, sent: Sequence[Sent], cold: Sequence[Continued]) -> None:
@@ -437,12 +440,15 @@ class _Asking:
         return Observed(name, logprobs, is_generated=True)
 
     async def _with_progress(
-        self, name: str, ask: Callable[[Callable[[], None]], object], items: Sequence[object]
-    ) -> list:  # type: ignore[type-arg]
+        self,
+        name: str,
+        ask: Callable[[Callable[[], None]], Awaitable[list[T]]],
+        items: Sequence[object],
+    ) -> list[T]:
         self._progress.task(f"{self._endpoint.server.connections.url}: {name}", len(items))
-        found = await ask(self._progress.advance)  # type: ignore[misc]
+        found = await ask(self._progress.advance)
         self._progress.done()
-        return found  # type: ignore[no-any-return]
+        return found
 
     def _is_late(self, name: str) -> bool:
         """Whether there is no time for a condition; the first one is asked in any case."""
