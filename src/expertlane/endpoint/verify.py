@@ -111,6 +111,7 @@ def verify(
     return VerifiedRecord(
         url=str(endpoint.server.connections.url),
         software=endpoint.server.software,
+        model=endpoint.server.model,
         reference=reference_name,
         dtype=dtype,
         dtype_source=source,

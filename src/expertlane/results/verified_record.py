@@ -19,6 +19,7 @@ class ConditionRecord(Strict):
         against: what they are compared with: the reference, or the same tokens alone.
         median, p99, largest: of the sizes of differences.
         rounding: median of what rounding makes of the same tokens.
+        share_off: share of tokens that are more than eight times rounding's scale apart.
         alarms: names of the tests that say that they differ beyond rounding.
     """
 
@@ -30,6 +31,7 @@ class ConditionRecord(Strict):
     p99: float
     largest: float
     rounding: float
+    share_off: float = 0.0
     alarms: tuple[str, ...] = ()
 
 
@@ -94,7 +96,7 @@ class VerifiedRecord(Strict):
     """Whether a server computes the model that it says.
 
     Attributes:
-        url, software: of the server; the software by its own account, may be empty.
+        url, software, model: of the server; software by its own account, may be empty.
         reference: the checkpoint's folder, or the second server.
         dtype: number type whose rounding is granted.
         dtype_source: who said so: the user, the checkpoint, or the size of differences.
@@ -114,6 +116,7 @@ class VerifiedRecord(Strict):
     verdict: Verdict
     url: str
     software: str
+    model: str
     reference: str
     dtype: str
     dtype_source: DtypeSource
