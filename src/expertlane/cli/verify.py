@@ -46,8 +46,9 @@ class _Options:
     )
     dtype: NumberType | None = typer.Option(
         None,
-        show_default="the checkpoint's; float32 if the server rounds no more than that",
-        help="Number type that the server computes in, whose rounding is granted.",
+        show_default="the checkpoint's",
+        help="Number type that the server computes in, whose rounding is granted; float32 where it "
+        "is seen to round no more than that.",
     )
     model: str | None = typer.Option(
         None,

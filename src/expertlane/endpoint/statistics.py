@@ -33,6 +33,7 @@ _TOLERATED_FLIPS = 3.0  # how often another implementation's routers flip, over 
 _FAR, _FAR_SHARE = 8.0, 0.004  # scales, and share of rounding's tokens beyond: router flips
 _CLIPPED = 4.0  # scales, of one token in a mean
 _BLOCK, _SHORT_BLOCK = 64, 16  # tokens
+_FEW_BLOCKS = 48
 _LEAST_TOKENS = 32  # of a group that is tested
 _LEAST_IN_BIN = 48
 _MAD = 0.6744897501960817  # median of the size of a standard normal number
@@ -203,7 +204,7 @@ def run_tests(compared: Compared) -> list[Test]:
     """
     if len(compared) < _LEAST_TOKENS:
         return []
-    blocks = compared.blocks(_BLOCK)
+    blocks = _usual_blocks(compared)
     own, rounding = compared.sizes, TOLERATED * np.abs(compared.rounding) / compared.scales
     excess = np.bincount(blocks, _damped(own) - _damped(rounding))
     limit = max(_FAR, float(np.quantile(rounding, 1 - _FAR_SHARE)))
@@ -215,6 +216,13 @@ def run_tests(compared: Compared) -> list[Test]:
     found += _group_test("experts", _by_expert(compared, relative, blocks))
     found += _group_test("positions", _by_position(compared, relative))
     return found
+
+
+def _usual_blocks(compared: Compared) -> Ints:
+    """Blocks of a length that leaves enough of them: `T` is at most the root of their number."""
+    blocks = compared.blocks(_BLOCK)
+    few = blocks.max(initial=0) + 1 < _FEW_BLOCKS
+    return compared.blocks(_SHORT_BLOCK) if few else blocks
 
 
 def _tested(sums: NDArray[Any]) -> tuple[float, float]:
@@ -358,7 +366,7 @@ def name_experts(compared: Compared) -> list[NamedExpert]:
     keys, chosen = _choices(compared.topk_ids)
     if not keys:
         return []
-    blocks = compared.blocks(_BLOCK)
+    blocks = _usual_blocks(compared)
     num = np.maximum(np.bincount(blocks), 1)
     centred = chosen - (_sums(blocks, chosen) / num)[:, blocks]
     excess = _damped(compared.sizes)

@@ -291,8 +291,10 @@ def judge(observed: Sequence[Observed], rounded: Rounded, dtype: str) -> Judged:
     alarm = FALSE_ALARMS / max(1, sum(len(each.tests) for each in comparisons))
     off = [each for each in comparisons if each.alarms(alarm)]
     first = comparisons[0]
-    seen = least_seen(first.compared, alarm) if len(first.compared) else float("inf")
-    of_expert = _least_of_expert(first.compared, alarm)
+    seen = of_expert = float("inf")
+    if first not in off and len(first.compared):
+        seen = least_seen(first.compared, alarm)
+        of_expert = _least_of_expert(first.compared, alarm)
     doubt = _doubt(first, off, seen, num_excused, dtype)
     none: _Causes = (list(doubt), (), None, ())
     why, named, position, ranks = _causes(comparisons, off) if off and not doubt else none

@@ -65,7 +65,7 @@ class Asked:
     timeout_s: float = 120.0
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)  # asyncio makes text of a task's result
 class _Seen:
     """Everything that one server said.
 
@@ -136,7 +136,7 @@ def _of_checkpoint(
     if dtype == "float32":
         return usual_rounding(exact, dtype), dtype, source
     rounded = measured_rounding(exact, scored[dtype], dtype)
-    if asked.dtype is None and rounds_less(seen.observed[0], rounded):
+    if rounds_less(seen.observed[0], rounded):
         return usual_rounding(exact, "float32"), "float32", "seen"
     return rounded, dtype, source
 
@@ -158,7 +158,7 @@ def _of_second(other: _Seen, seen: _Seen, asked: Asked) -> tuple[Rounded, str, D
     dtype: str = asked.dtype or "bfloat16"
     source: DtypeSource = "checkpoint" if asked.dtype is None else "told"
     usual = usual_rounding(exact, dtype)
-    if asked.dtype is None and rounds_less(seen.observed[0], usual):
+    if dtype != "float32" and rounds_less(seen.observed[0], usual):
         dtype, source = "float32", "seen"
         usual = usual_rounding(exact, dtype)
     rounding = [

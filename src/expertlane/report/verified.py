@@ -159,6 +159,8 @@ def _sensitivity(found: VerifiedRecord) -> Iterator[str]:
 
 def _granted(found: VerifiedRecord) -> Iterator[str]:
     how = "measured on the same tokens" if found.is_measured else "a usual one, not measured"
+    if found.dtype == "float32":
+        how = "a bound on its sums"
     yield f"Rounding granted: {found.dtype} ({_SOURCES[found.dtype_source]}), {how}."
 
 

@@ -99,7 +99,7 @@ class VerifiedRecord(Strict):
         url, software, model: of the server; software by its own account, may be empty.
         reference: the checkpoint's folder, or the second server.
         dtype: number type whose rounding is granted.
-        dtype_source: who said so: the user, the checkpoint, or the size of differences.
+        dtype_source: who said so: the user, the checkpoint, or that the server rounds far less.
         is_measured: whether that rounding was measured, else it is a usual one.
         method: how the server tells log-probabilities.
         why: the likely cause, or why it can't be told; sentences.
