@@ -92,13 +92,13 @@ def test_what_is_wrong_in_long_contexts_alone_is_seen_with_its_position() -> Non
 
 
 def test_a_few_tokens_of_many_prompts_are_seen() -> None:
-    clean = draw(10, _SMALL)
+    clean = draw(10, replace(_SMALL, flips=(0.003, 0.003)))
     chosen = np.random.default_rng(2).random(len(clean)) < 0.05
-    assert _alarms(_planted(clean, 5.0, chosen)) & {"far", "outliers"}
+    assert _alarms(_planted(clean, 2.0, chosen)) & {"far", "outliers"}
 
 
 def test_one_prompt_that_is_wrong_altogether_is_seen() -> None:
-    clean = draw(11, _SMALL)
+    clean = draw(11, replace(_SMALL, flips=(0.003, 0.003), moved=0.0))
     assert "outliers" in _alarms(_planted(clean, 3.0, clean.prompts == 5))
 
 

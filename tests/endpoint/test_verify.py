@@ -114,8 +114,9 @@ def test_what_is_wrong_with_a_warm_cache_alone():
     assert any("prefix cache" in each for each in found.why)
 
 
+@pytest.mark.full  # thousands of tokens
 def test_what_is_wrong_in_long_contexts_alone():
-    found = verified(noisy(Toy(wrong_from=600)), ToyReference(max_len=4_096))
+    found = verified(noisy(Toy(wrong_from=600)), ToyReference(max_len=4_096), max_len=4_096)
     assert found.verdict == "differs"
     assert found.position is not None
     assert 512 <= found.position <= 640

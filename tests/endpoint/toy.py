@@ -116,7 +116,7 @@ class ToyServer(Fake):
         methods: of `prompt_logprobs`, `echo`, `native`, `generated`, those that it has.
         loaded: what it computes while more than `limit` requests are there; None for the same.
         warm: what it computes of a prompt it has seen before; None for the same.
-        flaky: what every second request computes; None for the same.
+        flaky: what every third request computes; None for the same.
         dies_after: requests after which it closes every connection.
     """
 
@@ -130,11 +130,13 @@ class ToyServer(Fake):
         warm: Toy | None = None,
         flaky: Toy | None = None,
         dies_after: int | None = None,
+        max_len: int = 1_024,
     ) -> None:
         self._toy, self._methods = toy, methods
         self._loaded, self._limit, self._warm, self._flaky = loaded, limit, warm, flaky
         self._dies_after, self._num, self._in_flight = dies_after, 0, 0
         self._prompts: set[tuple[int, ...]] = set()
+        self._card = {"id": "toy", "owned_by": "fake", "max_model_len": max_len}
         super().__init__(self._completion, models=("toy",))
 
     async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -154,6 +156,11 @@ class ToyServer(Fake):
         else:
             writer.write(self._about(route))
         return True
+
+    def _about(self, route: str) -> bytes:
+        if route == "/v1/models":
+            return whole({"object": "list", "data": [self._card]})
+        return super()._about(route)
 
     def _native(self, asked: dict[str, Any]) -> bytes:
         ids, length = asked["input_ids"], asked["sampling_params"]["max_new_tokens"]
@@ -190,7 +197,7 @@ class ToyServer(Fake):
         self._prompts.add(key)
         if self._loaded is not None and most > self._limit:
             return self._loaded
-        if self._flaky is not None and self._num % 2:
+        if self._flaky is not None and self._num % 3 == 0:
             return self._flaky
         return self._warm if is_warm and self._warm is not None else self._toy
 

@@ -38,7 +38,7 @@ _LEAST_TOKENS = 32  # of a group that is tested
 _LEAST_IN_BIN = 48
 _MAD = 0.6744897501960817  # median of the size of a standard normal number
 _TAIL_SHARE, _LEAST_TAIL = 0.1, 0.05
-_TAIL_FACTORS = 4.0, 2.0  # of the mean excess, for the most and the second most deviating prompt
+_TAIL_FACTORS = 1.5, 1.25  # of the mean excess, for the most and the second most deviating prompt
 _EDGES = 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536
 _MOST_NAMED = 24  # experts
 _NAMED_ALARM = 1e-3
@@ -208,7 +208,9 @@ def run_tests(compared: Compared) -> list[Test]:
     own, rounding = compared.sizes, TOLERATED * np.abs(compared.rounding) / compared.scales
     excess = np.bincount(blocks, _damped(own) - _damped(rounding))
     limit = max(_FAR, float(np.quantile(rounding, 1 - _FAR_SHARE)))
-    far = np.bincount(blocks, (own > limit) - _TOLERATED_FLIPS * (rounding > limit))
+    far = np.bincount(
+        compared.blocks(_SHORT_BLOCK), (own > limit) - _TOLERATED_FLIPS * (rounding > limit)
+    )
     found = [Test("size", *_tested(excess)), Test("far", *_tested(far))]
     found += _shifts(compared, blocks)
     found.append(_outliers(compared))
@@ -424,11 +426,11 @@ def _sums(blocks: Ints, values: Floats) -> Floats:
 def find_position(compared: Compared) -> int | None:
     """The first position from which on tokens deviate while those before do not; None without one.
 
-    Tried are the usual edges, then every stretch after the last of them that is clean.
+    Tried are the usual edges, from the first on, then every stretch after the one that parts them.
     """
     excess = _relative_excess(compared)
     last = int(compared.positions.max())
-    for edge in reversed([each for each in _EDGES if each <= last]):
+    for edge in (each for each in _EDGES if each <= last):
         late = compared.positions >= edge
         if min(late.sum(), (~late).sum()) < _LEAST_TOKENS:
             continue
