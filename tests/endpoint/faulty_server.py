@@ -1,8 +1,13 @@
-"""`expertlane serve` with one planted error, which the environment variable of `FAULT` names."""
+"""`expertlane serve` with one planted error, which the environment variable `FAULT` names."""
 
 import os
+import sys
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))  # ranks import from there, too
 
 from endpoint.faulty_ranks import FAR, FAULT, LARGE_BATCH
 from expertlane.schedule.running import BlockManager
@@ -23,7 +28,7 @@ def _plant_in_cache() -> None:
     BlockManager.find = wrong  # type: ignore[method-assign]
 
 
-if __name__ == "__main__":
+def _main() -> None:
     from expertlane.cli.main import main
     from expertlane.engine import launch
 
@@ -33,3 +38,7 @@ if __name__ == "__main__":
         launch.LocalRanks, server_module="endpoint.faulty_ranks"
     )
     main()
+
+
+if __name__ == "__main__":
+    _main()

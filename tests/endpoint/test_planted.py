@@ -8,8 +8,10 @@ from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import language_model_of, read_config
 
 CASES = [(kind, family) for kind, (families, _) in KINDS.items() for family in families]
-# Errors that may drown in rounding: the answer is then that nothing can be told.
-_SMALL = ("expert scaled by 1.1", "norm's epsilon wrong", "routing bias dropped")
+# Errors that may drown in rounding: the answer is then that nothing can be told. Two experts of
+# OLMoE, whose weights aren't normalised, are a small part of a layer's output.
+_SMALL = ("expert scaled by 1.1", "norm's epsilon wrong")
+_SMALL_THERE = ("experts swapped", "olmoe")
 
 
 @pytest.mark.smoke(12)
@@ -19,7 +21,7 @@ def test_planted_errors_are_there(tmp_path, kind: str, family: str) -> None:
     found = effect(pair, drawn([24] * 8, seed=5))
     print(f"{kind}, {family}: {found.change:.4f}, noise {found.noise:.4f}")
     assert found.change > 1e-5
-    if kind not in _SMALL:
+    if kind not in _SMALL and (kind, family) != _SMALL_THERE:
         assert found.change > found.noise
     # Our server can load both.
     for folder in (pair.original, pair.changed):

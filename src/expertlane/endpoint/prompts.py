@@ -156,7 +156,7 @@ def choose_prompts(
     scored = reference.score_in([*short, *long], tuple(types), progress)
     counts = np.stack([_counts(each, reference.num_experts) for each in scored[_FLOAT32]])
     taken = _greedy(counts[: len(short)], np.array([len(each) for each in short]), times)
-    others = [place for place in range(len(short)) if place not in set(taken)]
+    others = sorted(set(range(len(short))) - set(taken))
     taken = sorted(taken + others[: max(0, num_least - len(taken))])
     taken += range(len(short), len(short) + len(long))
     there = np.arange(counts.shape[2]) < np.array(reference.num_experts, dtype=np.int64)[:, None]

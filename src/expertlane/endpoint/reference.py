@@ -2,7 +2,8 @@
 
 Layers are read from disk one at a time, each run on all prompts and released, so that a checkpoint
 may be larger than memory: about one layer in float32 is held, half of one more for other number
-types, and prompts' hidden states. It shares no code with the engine that it judges.
+types, and prompts' hidden states (and attention scores of the longest one, where a class has plain
+attention alone). It shares no code with the engine that it judges.
 """
 
 from collections.abc import Iterator, Sequence
@@ -82,10 +83,16 @@ class CheckpointReference:
                 checkpoint's own type.
 
         Raises:
-            UserError: a prompt is empty, too long, or has a token that the model hasn't.
+            UserError: a prompt is empty, too long, or has a token that the model hasn't; or a
+                number type isn't known.
             SpecError: a tensor is missing or can't be read.
         """
         self._check(prompts)
+        for name in number_types:
+            if name not in NUMBER_TYPES:
+                raise UserError(
+                    f"number type {name!r} is not known; known: {', '.join(NUMBER_TYPES)}"
+                )
         types = {name: NUMBER_TYPES[name] for name in dict.fromkeys(number_types)}
         groups = list(_groups(prompts))
         runs = {name: _Run(self._skeleton(each), each) for name, each in types.items()}

@@ -65,7 +65,8 @@ def to_nvfp4(x: Tensor) -> Tensor:
 def _in_groups(x: Tensor, size: int) -> tuple[Tensor, int]:
     """x [..., width] as [..., num_groups, size], the last group filled up with zeros."""
     width = x.shape[-1]
-    return F.pad(x, (0, -width % size)).unflatten(-1, (-1, size)), width
+    padded = F.pad(x, (0, -width % size))
+    return padded.view(*x.shape[:-1], padded.shape[-1] // size, size), width
 
 
 def _as_e4m3(x: Tensor, scale: Tensor) -> Tensor:

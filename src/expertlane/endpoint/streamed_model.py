@@ -305,11 +305,9 @@ def run_layer(
     calls = _TopkCalls()
 
     def give(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        calls.__enter__()
         return args if is_embedded else (hidden, *args[1:])
 
     def take(_: Any, args: Any, out: Any) -> None:
-        calls.__exit__(None, None, None)
         taken.append(out[0] if isinstance(out, tuple) else out)
 
     def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -323,7 +321,7 @@ def run_layer(
     if experts is not None:
         hooks.append(experts.register_forward_pre_hook(see, with_kwargs=True))
     try:
-        with _runs(layer):
+        with _runs(layer), calls:
             skeleton.decoder(inputs_embeds=hidden, use_cache=False)
     finally:
         for hook in hooks:
