@@ -19,6 +19,8 @@ from expertlane.cli.options import (
 )
 from expertlane.cli.output import OutputOptions
 from expertlane.errors import UserError, naming
+from expertlane.spec.deployment import WeightsType
+from expertlane.spec.names import Dtype
 
 if TYPE_CHECKING:
     from expertlane.client.run import Target
@@ -32,7 +34,8 @@ _BUDGET_S, _QUICK_BUDGET_S = 240.0, 60.0
 _NUM_PROMPTS, _NUM_QUICK = 48, 24
 _TIMEOUT_S = 120.0
 
-NumberType = Literal["float32", "float16", "bfloat16", "float8", "int8", "nvfp4"]
+
+_Dtype = Literal[Dtype, "float8", "nvfp4"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +47,16 @@ class _Options:
         help="What the server should compute: a checkpoint folder of the model, or a second "
         "server of it, such as another layout.",
     )
-    dtype: NumberType | None = typer.Option(
+    dtype: _Dtype | None = typer.Option(
         None,
         show_default="the checkpoint's",
-        help="Number type that the server computes in, whose rounding is granted; float32 where it "
-        "is seen to round no more than that.",
+        help="Type of weights and activations. Of the server: what rounding in it does is granted; "
+        "float32 where the server is seen to round no more than that.",
     )
-    model: str | None = typer.Option(
-        None,
-        metavar="NAME",
-        show_default="the only one",
-        help="The model's name at the server, where it has several.",
+    weights: WeightsType = typer.Option(
+        "model",
+        help="Type in which matrices are kept; int8 rounds them while loading, with a scale for "
+        "every 128 inputs.",
     )
     tokenizer: Path | None = typer.Option(
         None,
@@ -87,7 +89,7 @@ class _Options:
 
         usual_s = _QUICK_BUDGET_S if self.quick else _BUDGET_S
         return Asked(
-            self.dtype,
+            self.dtype if self.weights == "model" else self.weights,
             _NUM_QUICK if self.quick else _NUM_PROMPTS,
             usual_s if self.budget_s is None else self.budget_s,
             _drawn_seed() if self.seed is None else self.seed,
@@ -117,11 +119,20 @@ class _Options:
         return self.reference.startswith(_SCHEMES)
 
 
+_Model = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help="The model's name there; not needed if the server has only one."
+    ),
+]
+
+
 @takes_groups
 def verify(
     url: Annotated[str, typer.Argument(metavar="URL", help="A server with the OpenAI API.")],
     own: _Options,
     output_options: OutputOptions,
+    model: _Model = None,
 ) -> None:
     """Say whether a server computes the model that it says.
 
@@ -148,7 +159,7 @@ def verify(
       expertlane verify http://127.0.0.1:8000 --reference ./my-checkpoint --json |
           jq '.deployments[0].verified.verdict'
     """
-    found = run(url, own, output.Call.typed(output_options.out))
+    found = run(url, own, output.Call.typed(output_options.out), model)
     output.publish(found, output_options)
     record = found.results.deployments[0].verified
     assert record is not None, "made by run"
@@ -156,7 +167,7 @@ def verify(
         raise typer.Exit(DIFFERS if record.verdict == "differs" else UNTOLD)
 
 
-def run(url: str, own: _Options, call: output.Call) -> output.Found:
+def run(url: str, own: _Options, call: output.Call, model: _Model = None) -> output.Found:
     """Verify, and return the results; prints nothing on standard output."""
     from expertlane.client.connection import Url
     from expertlane.client.run import Target
@@ -165,14 +176,14 @@ def run(url: str, own: _Options, call: output.Call) -> output.Found:
     from expertlane.results.results import Results
 
     asked, keys = own.asked(), own.keys()
-    target = Target(Url.parse(url, "URL"), keys[0], own.model)
+    target = Target(Url.parse(url, "URL"), keys[0], model)
     folder = call.folder(output.slug("verify", target.url.host, target.url.port))
-    reference = _reference(own, keys)
+    reference = _reference(own, keys, model)
     tokenizer = _tokenizer(own)
     with output.progress_on_stderr() as progress:
         record = verified(target, reference, own.reference, asked, tokenizer, progress)
     question = {
-        "model": own.model or record.model,
+        "model": record.model,
         "url": record.url,
         "reference": own.reference,
         "seed": asked.seed,
@@ -183,7 +194,9 @@ def run(url: str, own: _Options, call: output.Call) -> output.Found:
     return output.Found(Results.now("verify", call.command, question, [deployment]), folder)
 
 
-def _reference(own: _Options, keys: "Sequence[str | None]") -> "Reference | Target":
+def _reference(
+    own: _Options, keys: "Sequence[str | None]", model: str | None
+) -> "Reference | Target":
     """The checkpoint, or the second server.
 
     Raises:
@@ -193,7 +206,7 @@ def _reference(own: _Options, keys: "Sequence[str | None]") -> "Reference | Targ
         from expertlane.client.connection import Url
         from expertlane.client.run import Target
 
-        return Target(Url.parse(own.reference, "--reference"), keys[-1], own.model)
+        return Target(Url.parse(own.reference, "--reference"), keys[-1], model)
     folder = Path(own.reference)
     if not folder.is_dir():
         raise UserError(
