@@ -128,6 +128,7 @@ def cases(url: str) -> list[Case]:
         Case(("compare",), extra="engine"),
         Case(("compare", "mine.toml", "--model", "organisation/model"), extra="engine"),
         Case(("calibrate", "--out", "."), extra="engine"),
+        Case(("verify", url, "--reference", "planned"), extra="verify"),
         Case(("serve", "paper-tiny"), extra="serve"),
         Case(program="from expertlane import LLM", extra="engine"),
         Case(program="import expertlane; expertlane.compare('mine.toml')", extra="engine"),

@@ -19,6 +19,7 @@ from expertlane.cli.report import report
 from expertlane.cli.scale import scale
 from expertlane.cli.serve import serve
 from expertlane.cli.simulate import simulate
+from expertlane.cli.verify import verify
 
 app = typer.Typer(
     cls=Group,
@@ -33,6 +34,7 @@ for _command, _help in {
     serve: "Serve a model over HTTP, with the OpenAI API.",
     scale: "Give a running server another layout, under load.",
     bench: "Measure throughput and latency under load.",
+    verify: "Say whether a server computes the model that it says.",
     simulate: "Project one deployment on target hardware; needs no GPU.",
     balance: "Place experts on ranks by the load in a routing trace.",
     calibrate: "Measure this machine, to plan and simulate for it.",

@@ -35,6 +35,7 @@ from expertlane.report.traffic import (
     work_and_traffic,
 )
 from expertlane.report.verdict import in_wall_time, verdict
+from expertlane.report.verified import verified_answer, verified_sections
 from expertlane.results.results import Results
 
 _SURE = Chapter(
@@ -95,12 +96,24 @@ _CHAPTERS: dict[str, tuple[Chapter, ...]] = {
         _SURE,
         _SETUP,
     ),
+    "verify": (
+        Chapter("answer", "The answer", "Whether it computes the model that it says."),
+        Chapter("why", "Why", "Every condition, every test, and the tokens that are farthest off."),
+        _SURE,
+        _SETUP,
+    ),
 }
 
 
 def report_of(results: Results) -> Report:
     """The whole report of any kind of results."""
-    make = {"comparison": _comparison, "plan": _plan, "simulation": _simulation, "bench": _bench}
+    make = {
+        "comparison": _comparison,
+        "plan": _plan,
+        "simulation": _simulation,
+        "bench": _bench,
+        "verify": _verify,
+    }
     name, answer, sections = make[results.kind](results)
     sources = sorted({each.source for each in results.deployments})
     return Report(
@@ -312,4 +325,12 @@ def _bench(results: Results) -> _Made:
             *load_plots.by_load(results),
             *_of("setup", setup(results, "What was measured")),
         ),
+    )
+
+
+def _verify(results: Results) -> _Made:
+    return (
+        f" verify: {results.question['model']} at {results.question['url']}",
+        verified_answer(results),
+        (*verified_sections(results), *_of("setup", setup(results, "What was verified"))),
     )

@@ -221,11 +221,21 @@ class _OfRunning(_Question):
     servers: _Count
 
 
+class _OfVerify(_Question):
+    model: str
+    url: str
+    reference: str
+    seed: _Count
+    num_prompts: _Count
+    budget_s: float
+
+
 _KINDS: dict[str, type[_Question]] = {
     "comparison": _OfComparison,
     "plan": _OfPlan,
     "simulation": _OfSimulation,
     "bench": _OfBench,
+    "verify": _OfVerify,
 }
 
 
@@ -299,12 +309,16 @@ def _check_record(results: Results, record: DeploymentRecord) -> None:
     is_shown = EXPERIMENT in record.roles and record.source != "reported"
     is_chosen = results.kind == "simulation" or (results.kind == "plan" and BEST in record.roles)
     server = record.server
-    is_outside = "urls" in results.question or server is not None
+    is_verified = results.kind == "verify"
+    is_outside = is_verified or "urls" in results.question or server is not None
     needed = {
         "layout": not is_outside,
         "options": not is_outside,
-        "serving": not is_compared or PARETO in record.roles or _was_measured(server),
+        "serving": not (is_compared or is_verified)
+        or PARETO in record.roles
+        or _was_measured(server),
         "steps": (is_shown and server is None) or is_chosen,
+        "verified": is_verified,
         "pools": is_chosen or (is_shown and record.source == "projected"),
     }
     for name, is_needed in needed.items():

@@ -15,6 +15,7 @@ from expertlane.results.estimate import Above0, Estimate, Summary, SummaryAbove0
 from expertlane.results.serving_record import ServingRecord, best_load
 from expertlane.results.timeline import StepTimeline
 from expertlane.results.traffic import TrafficRecord
+from expertlane.results.verified_record import VerifiedRecord
 from expertlane.spec.deployment import DispatchTable, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Phase, ProjectedCause
@@ -352,6 +353,7 @@ class DeploymentRecord(Strict):
         over_best: its output tokens a second over those of the best of a plan, with the bounds that
             are left when the errors that both share have cancelled; None for that.
         server: of a comparison of servers, the one that it was measured on.
+        verified: of a server that was verified, what was found.
     """
 
     name: str
@@ -377,6 +379,7 @@ class DeploymentRecord(Strict):
     num_drafts: int = 0
     served_with: Options | None = None
     server: ServerRecord | None = None
+    verified: VerifiedRecord | None = None
 
     def __repr__(self) -> str:
         """A line: its parts have thousands of numbers."""

@@ -1,0 +1,201 @@
+"""The answer and the report of `expertlane verify`."""
+
+from collections.abc import Iterator, Sequence
+
+from expertlane.report.document import Answer, Column, Section, Table, Words, number, text
+from expertlane.report.numbers import counted, duration, figures, percent, shortened, times
+from expertlane.results.results import Results
+from expertlane.results.verified_record import (
+    ConditionRecord,
+    ExpertRecord,
+    TestRecord,
+    TokenRecord,
+    VerifiedRecord,
+)
+
+_MOST_WORST, _MOST_EXPERTS, _MOST_SKIPPED = 4, 4, 2  # of the answer
+_NAME_WIDTH = 40
+_SOURCES = {
+    "told": "as --dtype says",
+    "checkpoint": "taken for the server's",
+    "seen": "seen: the server rounds no more",
+}
+_CHANCES = 1e-12  # a smaller one says no more
+
+
+def _record(results: Results) -> VerifiedRecord:
+    (found,) = (each.verified for each in results.deployments)
+    assert found is not None, "results of verify have it"
+    return found
+
+
+def verified_answer(results: Results) -> Answer:
+    """The verdict, its likely cause, and every condition in a line."""
+    found = _record(results)
+    named = found.url + (f" ({found.software})" if found.software else "")
+    setting = (
+        f"{shortened(found.model, _NAME_WIDTH)} at {named} | "
+        f"against {shortened(found.reference, _NAME_WIDTH)} | {found.dtype}"
+    )
+    parts: list[Words] = [*found.why, _conditions(found.conditions, "Differences in nats")]
+    if found.experts:
+        parts.append(_experts(found.experts[:_MOST_EXPERTS], "Experts of the tokens that are off"))
+    if found.worst:
+        parts.append(_worst(found.worst[:_MOST_WORST], "Tokens that are farthest off"))
+    parts += [*_sensitivity(found), *_granted(found), *_left_out(found)]
+    return Answer(setting, headline(found), tuple(parts))
+
+
+def headline(found: VerifiedRecord) -> str:
+    """The verdict in a sentence."""
+    off = [each for each in found.conditions if each.alarms]
+    if found.verdict == "can't tell":
+        return "Can't tell whether it computes the model."
+    if found.verdict == "same":
+        num = sum(each.num_tokens for each in found.conditions)
+        return (
+            f"Same: it computes the model. None of {num:,} log-probabilities, under "
+            f"{counted(len(found.conditions), 'condition')}, differ beyond rounding."
+        )
+    first = off[0]
+    where = first.name + (f" and {len(off) - 1} more" if len(off) > 1 else "")
+    said = f"Differs beyond rounding of {found.dtype}: {where}"
+    if first.rounding and first.median > first.rounding:
+        said += f", median {times(first.median / first.rounding)} of rounding's"
+    if first.share_off:
+        said += f", {percent(first.share_off)} of tokens far off"
+    return f"{said}."
+
+
+def verified_sections(results: Results) -> tuple[Section, ...]:
+    """All sections but the setup."""
+    found = _record(results)
+    return (
+        Section("Verdict", (headline(found), *found.why), "top", "answer"),
+        Section("Conditions", (_conditions(found.conditions),), chapter="answer"),
+        Section("Experts", (_experts(found.experts),) if found.experts else (), chapter="why"),
+        Section("Tokens", (_worst(found.worst),) if found.worst else (), chapter="why"),
+        Section("Tests", (_tests(found.tests),) if found.tests else (), chapter="why"),
+        Section(
+            "How sure it is",
+            (*_sensitivity(found), *_granted(found), *_left_out(found), *_budget(found)),
+            chapter="sure",
+        ),
+        Section("What was asked", (_facts(results, found),), chapter="setup"),
+    )
+
+
+def _nats(value: float) -> str:
+    return f"{value:.1e}" if 0 < value < 1e-3 else figures(value)
+
+
+def _conditions(conditions: Sequence[ConditionRecord], title: str = "") -> Table:
+    columns: list[Column[ConditionRecord]] = [
+        text("condition", lambda each: each.name),
+        text("against", lambda each: each.against),
+        number("tokens", lambda each: each.num_tokens, "{:,}".format),
+        number("median", lambda each: each.median, _nats),
+        number("p99", lambda each: each.p99, _nats),
+        number("rounding", lambda each: each.rounding, _nats),
+        text("verdict", lambda each: "differs" if each.alarms else "same"),
+    ]
+    return Table.of(title, columns, conditions)
+
+
+def _experts(experts: Sequence[ExpertRecord], title: str = "") -> Table:
+    columns: list[Column[ExpertRecord]] = [
+        number("MoE layer", lambda each: each.layer),
+        number("expert", lambda each: each.expert),
+        number("tokens", lambda each: each.num_tokens, "{:,}".format),
+        number("median, its tokens", lambda each: each.inside, _nats),
+        number("others", lambda each: each.outside, _nats),
+        number("chance", lambda each: each.p_value, _chance),
+    ]
+    return Table.of(title, columns, experts)
+
+
+def _worst(tokens: Sequence[TokenRecord], title: str = "") -> Table:
+    columns: list[Column[TokenRecord]] = [
+        text("condition", lambda each: each.condition),
+        number("prompt", lambda each: each.prompt),
+        number("position", lambda each: each.position, "{:,}".format),
+        number("token id", lambda each: each.token_id),
+        number("server", lambda each: each.server, "{:.4g}".format),
+        number("expected", lambda each: each.expected, "{:.4g}".format),
+        number("roundings", lambda each: abs(each.server - each.expected) / each.scale, figures),
+    ]
+    return Table.of(title, columns, tokens)
+
+
+def _tests(tests: Sequence[TestRecord]) -> Table:
+    columns: list[Column[TestRecord]] = [
+        text("condition", lambda each: each.condition),
+        text("test", lambda each: each.name),
+        text("of", lambda each: each.what),
+        number("statistic", lambda each: each.statistic, figures),
+        number("chance at most", lambda each: each.p_value, _chance),
+    ]
+    return Table.of("", columns, tests)
+
+
+def _chance(value: float) -> str:
+    return f"<{_CHANCES:.0e}" if value < _CHANCES else f"{value:.2g}"
+
+
+def _sensitivity(found: VerifiedRecord) -> Iterator[str]:
+    """What would have been seen: how much a `same` says."""
+    if found.verdict == "differs" or found.least_seen is None:
+        return
+    more = (
+        ""
+        if found.least_seen_expert is None
+        else f", and one of {_nats(found.least_seen_expert)} in the tokens of a single expert"
+    )
+    yield (
+        f"An error of {_nats(found.least_seen)} nats in every token's log-probability would have "
+        f"been seen{more}; smaller ones hide in rounding."
+    )
+
+
+def _granted(found: VerifiedRecord) -> Iterator[str]:
+    how = "measured on the same tokens" if found.is_measured else "a usual one, not measured"
+    if found.dtype == "float32":
+        how = "a bound on its sums"
+    yield f"Rounding granted: {found.dtype} ({_SOURCES[found.dtype_source]}), {how}."
+
+
+def _left_out(found: VerifiedRecord) -> Iterator[str]:
+    if found.num_excused:
+        yield (
+            f"Left out: what follows near ties of routers, in "
+            f"{counted(found.num_excused, 'prompt')}."
+        )
+    if found.skipped:
+        more = len(found.skipped) - _MOST_SKIPPED
+        said = "; ".join(found.skipped[:_MOST_SKIPPED])
+        yield f"Not asked: {said}{f'; {more} more' if more > 0 else ''}."
+
+
+def _budget(found: VerifiedRecord) -> Iterator[str]:
+    yield (
+        f"A test is an alarm where its chance is below {found.alarm:.2g}, so that all "
+        f"{len(found.tests)} together alarm in at most {percent(found.false_alarms)} of runs on a "
+        "server that only rounds."
+    )
+    yield from found.skipped
+
+
+def _facts(results: Results, found: VerifiedRecord) -> Table:
+    question = results.question
+    return Table.facts(
+        [
+            ("server", f"{found.url} {found.software}".strip()),
+            ("model", found.model),
+            ("reference", found.reference),
+            ("log-probabilities by", found.method),
+            ("number type", f"{found.dtype}, {_SOURCES[found.dtype_source]}"),
+            ("seed", str(question["seed"])),
+            ("short prompts at least", str(question["num_prompts"])),
+            ("took", duration(found.wall_s)),
+        ]
+    )

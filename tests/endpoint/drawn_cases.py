@@ -1,0 +1,238 @@
+"""Drawn cases: our own server with a planted error, or none, and what `verify` says of it.
+
+`PYTHONPATH=tests python tests/endpoint/drawn_cases.py --wrong 200 --right 200 --out cases.jsonl`
+prints a line a case, then detection above the noise and false alarms, with 95 % intervals (Clopper
+and Pearson 1934). A case is one start of the server. `--until` ends a run early; the same command
+goes on with it.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import comb
+from pathlib import Path
+
+import numpy as np
+
+from endpoint import faulty_server
+from endpoint.faulty_ranks import FAR, FAULT, LARGE_BATCH
+from endpoint.faulty_server import STALE
+from endpoint.planted import KINDS, plant
+from engine.model.families import save_checkpoint
+from expertlane.client.connection import Url
+from expertlane.client.run import Target
+from expertlane.endpoint.reference import CheckpointReference
+from expertlane.endpoint.verify import Asked, verify
+from expertlane.progress import Progress
+from server.front import Front
+
+_DTYPES = "float32", "bfloat16", "int8"
+_OF_SERVERS = STALE, LARGE_BATCH, FAR
+_ABOVE = 2.0  # times the noise: what is tolerated of another implementation
+_FAMILIES = tuple(sorted({family for families, _ in KINDS.values() for family in families}))
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is drawn: `kind` is empty for a right server."""
+
+    number: int
+    kind: str
+    family: str
+    dtype: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A case and its verdict; `change` and `noise` as in `planted.Effect`, on one seed's prompts.
+
+    Attributes:
+        change: root mean square of what the error moves log-probabilities by; infinite of errors
+            that only some conditions have.
+        noise: that of the number type.
+    """
+
+    number: int
+    kind: str
+    family: str
+    dtype: str
+    verdict: str
+    why: str
+    change: float
+    noise: float
+    took_s: float
+
+    @property
+    def is_above(self) -> bool:
+        """Whether the error is larger than what rounding is granted."""
+        return self.change > _ABOVE * self.noise
+
+
+def draw_cases(num_wrong: int, num_right: int, seed: int) -> Iterator[Case]:
+    """Wrong ones of every kind in turn, right ones between them."""
+    draw = np.random.default_rng(seed)
+    kinds = [*KINDS, *_OF_SERVERS]
+    for number in range(max(num_wrong, num_right)):
+        if number < num_wrong:
+            kind = kinds[number % len(kinds)]
+            families = KINDS[kind][0] if kind in KINDS else ("mixtral",)
+            yield _case(2 * number, kind, families, draw)
+        if number < num_right:
+            yield _case(2 * number + 1, "", _FAMILIES, draw)
+
+
+def _case(number: int, kind: str, families: Sequence[str], draw: np.random.Generator) -> Case:
+    family, dtype = str(draw.choice(families)), str(draw.choice(_DTYPES))
+    return Case(number, kind, family, dtype, int(draw.integers(2**31)))
+
+
+def run_case(case: Case, folder: Path, asked: Asked) -> Outcome:
+    """Make the checkpoint, serve it, verify it."""
+    started_s = time.perf_counter()
+    fields = {}
+    if case.kind in _OF_SERVERS:
+        fields = {"max_position_embeddings": 4096, "sliding_window": None, "num_hidden_layers": 2}
+    if case.kind in KINDS:
+        pair = plant(case.kind, case.family, folder, case.seed)
+        original, served = pair.original, pair.changed
+    else:
+        original = served = save_checkpoint(case.family, folder / "original", case.seed, **fields)
+    change, noise = _effect(original, served, case)
+    found = _verified(case, original, served, folder / "log", asked)
+    return Outcome(
+        case.number,
+        case.kind,
+        case.family,
+        case.dtype,
+        found.verdict,
+        " ".join(found.why),
+        float("inf") if case.kind in _OF_SERVERS else change,
+        noise,
+        time.perf_counter() - started_s,
+    )
+
+
+def _effect(original: Path, served: Path, case: Case) -> tuple[float, float]:
+    draw = np.random.default_rng(case.seed)
+    reference = CheckpointReference(original)
+    prompts = [draw.integers(2, reference.vocab_size, 48).tolist() for _ in range(16)]
+    types = dict.fromkeys(("float32", case.dtype))
+    of_original = reference.score_in(prompts, tuple(types), Progress())
+    of_served = CheckpointReference(served).score_in(prompts, ("float32",), Progress())
+
+    def apart(one: Sequence, other: Sequence) -> float:  # type: ignore[type-arg]
+        pairs = zip(one, other, strict=True)
+        joined = np.concatenate([a.logprobs - b.logprobs for a, b in pairs])
+        return float(np.sqrt(np.square(joined).mean()))
+
+    plain = of_original["float32"]
+    noise = apart(of_original[case.dtype], plain)
+    return apart(of_served["float32"], plain), max(noise, 5e-5)
+
+
+def _verified(case: Case, original: Path, served: Path, log: Path, asked: Asked):  # type: ignore[no-untyped-def]
+    os.environ[FAULT] = case.kind if case.kind in _OF_SERVERS else ""
+    dtype = "bfloat16" if case.dtype == "bfloat16" else "float32"
+    more = ["--dtype", dtype, *(["--weights", "int8"] if case.dtype == "int8" else [])]
+    program = [str(Path(faulty_server.__file__))]
+    server = Front(served, log, *more, layout="tp=1", program=program)
+    server.start()
+    try:
+        target = Target(Url.parse(server.url))
+        reference = CheckpointReference(original)
+        return verify(target, reference, str(original), asked, None, Progress())
+    finally:
+        server.end()
+
+
+def clopper_pearson(hits: int, num: int, share: float = 0.95) -> tuple[float, float]:
+    """The exact interval of a share, by bisection of binomial tails."""
+
+    def above(p: float, least: int) -> float:
+        return sum(comb(num, k) * p**k * (1 - p) ** (num - k) for k in range(least, num + 1))
+
+    def solve(least: int, tail: float) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if above(middle, least) < tail else (low, middle)
+        return low
+
+    tail = (1 - share) / 2
+    low = 0.0 if hits == 0 else solve(hits, tail)
+    high = 1.0 if hits == num else solve(hits + 1, 1 - tail)
+    return low, high
+
+
+def summary(outcomes: Sequence[Outcome]) -> list[str]:
+    """Detection and false alarms, in lines."""
+    wrong = [each for each in outcomes if each.kind]
+    above = [each for each in wrong if each.is_above]
+    right = [each for each in outcomes if not each.kind]
+    lines = [
+        _share("found, of errors above the noise", _count(above, "differs"), len(above)),
+        _share(
+            "below the noise: found",
+            _count(wrong, "differs") - _count(above, "differs"),
+            len(wrong) - len(above),
+        ),
+        _share("false alarms, of right servers", _count(right, "differs"), len(right)),
+        _share("right servers of which nothing is told", _count(right, "can't tell"), len(right)),
+    ]
+    if outcomes:
+        times = [each.took_s for each in outcomes]
+        lines.append(f"a case: median {np.median(times):.0f} s, longest {max(times):.0f} s")
+    missed = [each for each in above if each.verdict != "differs"]
+    lines += [f"missed: {each}" for each in missed]
+    return lines
+
+
+def _count(outcomes: Sequence[Outcome], verdict: str) -> int:
+    return sum(each.verdict == verdict for each in outcomes)
+
+
+def _share(what: str, hits: int, num: int) -> str:
+    if not num:
+        return f"{what}: none"
+    low, high = clopper_pearson(hits, num)
+    return f"{what}: {hits} of {num} ({low:.1%} to {high:.1%})"
+
+
+def main() -> None:
+    """Run cases and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--wrong", type=int, default=200)
+    parser.add_argument("--right", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--until", type=float, default=float("inf"), help="seconds in all")
+    parser.add_argument("--part", default="0/1", help="I/N: only every Nth case, from I on")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    started_s = time.perf_counter()
+    known = given.out.read_text().splitlines() if given.out.exists() else []
+    outcomes = [Outcome(**json.loads(line)) for line in known]
+    done = {each.number for each in outcomes}
+    first, step = map(int, given.part.split("/"))
+    for place, case in enumerate(draw_cases(given.wrong, given.right, given.seed)):
+        if case.number in done or place % step != first:
+            continue
+        if time.perf_counter() - started_s > given.until:
+            break
+        asked = Asked(None if case.dtype == "float32" else case.dtype, 24, 600.0, seed=case.seed)
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = run_case(case, Path(folder), asked)
+        outcomes.append(outcome)
+        line = json.dumps(asdict(outcome))
+        with given.out.open("a") as file:
+            file.write(line + "\n")
+        print(line, flush=True)
+    print("\n".join(summary(outcomes)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Verdicts on toy servers: right ones, and wrong ones of every kind."""
+
+from typing import Any
+
+import pytest
+
+from endpoint.toy import Toy, ToyReference, noisy, toy_server
+from expertlane.client.connection import Url
+from expertlane.client.run import Target
+from expertlane.client.server import Vocabulary
+from expertlane.endpoint.scored import Reference
+from expertlane.endpoint.verify import Asked, verify
+from expertlane.errors import ExpertlaneError, UserError
+from expertlane.progress import Progress
+from expertlane.results.verified_record import VerifiedRecord
+
+ASKED = Asked(num_prompts=8, seed=4)
+WRONG = Toy(scales=((1, 2, 3.0),))
+
+
+def verified(
+    toy: Toy, reference: Reference | None = None, asked: Asked = ASKED, **how: Any
+) -> VerifiedRecord:
+    with toy_server(toy, **how) as server:
+        target = Target(Url.parse(server.url))
+        return verify(target, reference or ToyReference(), "toy", asked, None, Progress())
+
+
+def off(found: VerifiedRecord) -> list[str]:
+    return [each.name for each in found.conditions if each.alarms]
+
+
+@pytest.mark.parametrize(
+    ("toy", "dtype", "source"),
+    [(noisy(), "bfloat16", "checkpoint"), (Toy(), "float32", "seen")],
+    ids=["bfloat16", "float32"],
+)
+def test_a_right_server_is_the_same(toy, dtype, source):
+    found = verified(toy)
+    assert (found.verdict, found.dtype, found.dtype_source) == ("same", dtype, source)
+    assert len(found.conditions) == 10
+    assert not off(found)
+    assert found.method == "prompt_logprobs"
+    assert found.least_seen is not None
+    assert found.least_seen < 0.2
+
+
+@pytest.mark.parametrize("noise", [0.0, 2.0**-8], ids=["float32", "bfloat16"])
+def test_a_wrong_expert_is_named(noise):
+    found = verified(Toy(scales=((1, 2, 3.0),), noise=noise, seed=9))
+    assert found.verdict == "differs"
+    assert [(each.layer, each.expert) for each in found.experts][:1] == [(1, 2)]
+    assert "expert" in found.why[0]
+    assert found.worst
+
+
+@pytest.mark.parametrize(
+    ("methods", "method"),
+    [
+        (("echo", "generated"), "echo"),
+        (("native",), "input_token_logprobs"),
+        (("generated",), "generated tokens"),
+        (("prompt_logprobs",), "prompt_logprobs"),
+    ],
+)
+def test_every_way_to_tell_log_probabilities(methods, method):
+    right = verified(noisy(), methods=methods)
+    assert (right.verdict, right.method) == ("same", method)
+    wrong = verified(noisy(WRONG), methods=methods)
+    assert wrong.verdict == "differs"
+
+
+def test_a_server_that_tells_no_log_probabilities_is_refused():
+    with pytest.raises(UserError, match="tells no log-probabilities"):
+        verified(Toy(), methods=())
+
+
+def test_what_is_wrong_under_load_alone():
+    found = verified(noisy(), loaded=noisy(WRONG))
+    assert found.verdict == "differs"
+    assert "alone" not in off(found)
+    assert {"16 at once", "32 at once"} <= set(off(found))
+    assert "again, alone" not in off(found)
+    assert any("under load only" in each for each in found.why)
+
+
+def test_what_is_wrong_with_a_warm_cache_alone():
+    # Scored prompts are computed anew in such servers; generated ones use the cache.
+    with toy_server(noisy()) as server:
+        right = server._which
+        server._warm = noisy(WRONG)
+        continued: set[tuple[int, ...]] = set()
+
+        def which(ids: list[int], most: int) -> Toy:
+            key = tuple(ids)
+            server._prompts = continued if key in continued else set()
+            continued.add(key)
+            return right(ids, most) if server._is_generating else noisy()
+
+        answer = server._answer
+
+        def answered(toy: Toy, asked: dict, ids: list[int], length: int) -> bytes:
+            is_scored = "prompt_logprobs" in asked
+            return answer(noisy() if is_scored else toy, asked, ids, length)
+
+        server._is_generating = True
+        server._which, server._answer = which, answered
+        target = Target(Url.parse(server.url))
+        found = verify(target, ToyReference(), "toy", ASKED, None, Progress())
+    assert found.verdict == "differs"
+    assert "alone" not in off(found)
+    assert "generated, cold cache" not in off(found)
+    assert "generated, warm cache" in off(found)
+    assert any("prefix cache" in each for each in found.why)
+
+
+@pytest.mark.full  # thousands of tokens
+def test_what_is_wrong_in_long_contexts_alone():
+    found = verified(noisy(Toy(wrong_from=600)), ToyReference(max_len=4_096), max_len=4_096)
+    assert found.verdict == "differs"
+    assert found.position is not None
+    assert 512 <= found.position <= 640
+
+
+def test_answers_that_change_from_request_to_request():
+    found = verified(noisy(), flaky=noisy(WRONG))
+    assert found.verdict == "differs"
+    assert any("asked again" in each for each in found.why)
+
+
+def test_a_second_server_as_the_reference():
+    tokens = Vocabulary(range(96))
+    for toy, verdict in ((noisy(), "same"), (noisy(WRONG), "differs")):
+        with toy_server(Toy(noise=2.0**-8)) as one, toy_server(toy) as other:
+            targets = [Target(Url.parse(each.url)) for each in (other, one)]
+            found = verify(*targets, "other", ASKED, tokens, Progress())
+        assert found.verdict == verdict
+        assert not found.experts
+
+
+def test_nothing_is_told_where_rounding_hides_everything():
+    found = verified(noisy(noise=0.5), ToyReference(noise=0.5), ASKED)
+    assert found.verdict == "can't tell"
+    assert "hides" in found.why[0]
+
+
+def test_a_server_that_dies_gets_one_line():
+    with pytest.raises(ExpertlaneError, match="no answer"):
+        verified(Toy(), dies_after=30)
+
+
+def test_a_budget_leaves_conditions_out_and_says_so():
+    found = verified(noisy(), asked=Asked(num_prompts=8, seed=4, budget_s=0.01))
+    assert found.verdict == "same"
+    assert [each.name for each in found.conditions] == ["alone", "generated, cold cache"]
+    assert len(found.skipped) > 4
