@@ -187,7 +187,7 @@ def compare_servers(
     from expertlane.comparison.served import Setting, measure_servers
 
     targets = options.targets()
-    engines = [_engines(each, experiment, options, dtype) for each in options.engines()]
+    engines = [engines_of(each, experiment, options, dtype) for each in options.engines()]
     with (
         TemporaryDirectory(prefix="expertlane-") as temporary,
         output.progress_on_stderr() as progress,
@@ -231,7 +231,7 @@ def _vocabulary(experiment: "Experiment", options: ServerOptions) -> "Vocabulary
     return Vocabulary(range(experiment.model.vocab_size))
 
 
-def _engines(
+def engines_of(
     engine: "Engine", experiment: "Experiment", options: ServerOptions, dtype: str | None
 ) -> "Engines":
     """How an engine's servers are started, all that can be checked before checked.
@@ -304,7 +304,7 @@ def print_commands(
     if options.url and not options.engine:
         raise UserError("--dry-run prints what starts engines; give --engine")
     rows: list[dict[str, Any]] = []
-    for engines in [_engines(each, experiment, options, dtype) for each in options.engines()]:
+    for engines in [engines_of(each, experiment, options, dtype) for each in options.engines()]:
         for deployment in experiment.deployments:
             row: dict[str, Any] = {"engine": engines.engine.name, "deployment": deployment.name}
             try:

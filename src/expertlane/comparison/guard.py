@@ -3,9 +3,10 @@
     guard.py PIPE GRACE_S COMMAND…
 
 It ends them when the pipe closes, as when the process that started it is killed, and when the
-command exits by itself. Orphaned descendants become its children (Linux: `PR_SET_CHILD_SUBREAPER`),
-so that one that has a session of its own is found too. Its exit status is the command's, 128 and
-the signal's number where a signal ended it.
+command exits by itself; once a byte has come through the pipe, only when that closes. Orphaned
+descendants become its children (Linux: `PR_SET_CHILD_SUBREAPER`), so that one that has a session of
+its own is found too. Its exit status is the command's, 128 and the signal's number where a signal
+ended it.
 """
 
 import contextlib
@@ -38,8 +39,12 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         print(f"cannot start {command[0]}: {error.strerror}", file=sys.stderr, flush=True)
         return CANNOT_START
-    while child.poll() is None and not select.select([pipe], [], [], _POLL_S)[0]:
-        pass
+    lingers = False
+    while child.poll() is None or lingers:
+        if select.select([pipe], [], [], _POLL_S)[0]:
+            if not os.read(pipe, 1):
+                break
+            lingers = True
     status = child.poll()
     if status is None:
         status = _end(child, grace_s)

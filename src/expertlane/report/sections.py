@@ -8,6 +8,7 @@ from expertlane.report.answer import comparison_answer
 from expertlane.report.compared import Comparison, Row, projected, run
 from expertlane.report.compared_servers import servers_answer, servers_sections
 from expertlane.report.document import Answer, Chapter, ChapterName, Report, Section
+from expertlane.report.drilled import drill_answer, drill_sections
 from expertlane.report.loads import NAME_COLUMNS
 from expertlane.report.numbers import shortened
 from expertlane.report.scaling import overlap, parallelism, sizes
@@ -95,12 +96,22 @@ _CHAPTERS: dict[str, tuple[Chapter, ...]] = {
         _SURE,
         _SETUP,
     ),
+    "drill": (
+        Chapter("answer", "The answer", "What became of requests, and when all was well again."),
+        _SETUP,
+    ),
 }
 
 
 def report_of(results: Results) -> Report:
     """The whole report of any kind of results."""
-    make = {"comparison": _comparison, "plan": _plan, "simulation": _simulation, "bench": _bench}
+    make = {
+        "comparison": _comparison,
+        "plan": _plan,
+        "simulation": _simulation,
+        "bench": _bench,
+        "drill": _drill,
+    }
     name, answer, sections = make[results.kind](results)
     sources = sorted({each.source for each in results.deployments})
     return Report(
@@ -310,4 +321,12 @@ def _bench(results: Results) -> _Made:
             *load_plots.by_load(results),
             *_of("setup", setup(results, "What was measured")),
         ),
+    )
+
+
+def _drill(results: Results) -> _Made:
+    return (
+        f" drill: {results.question['model']}, {results.question['fault']}",
+        drill_answer(results),
+        (*drill_sections(results), *_of("setup", setup(results, "What was drilled"))),
     )

@@ -214,11 +214,22 @@ class _OfServers(_Question):
     rounds: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class _OfDrill(_Question):
+    model: str
+    workload: _Lengths
+    url: str
+    fault: str
+    batch: _Count | None = None
+    rate: _Positive | None = None
+
+
 _KINDS: dict[str, type[_Question]] = {
     "comparison": _OfComparison,
     "plan": _OfPlan,
     "simulation": _OfSimulation,
     "bench": _OfBench,
+    "drill": _OfDrill,
 }
 
 
@@ -283,6 +294,7 @@ def _check_record(results: Results, record: DeploymentRecord) -> None:
         "serving": not is_compared or PARETO in record.roles or _was_measured(server),
         "steps": (is_shown and server is None) or is_chosen,
         "pools": is_chosen or (is_shown and record.source == "projected"),
+        "drill": results.kind == "drill",
     }
     for name, is_needed in needed.items():
         if is_needed and not getattr(record, name):

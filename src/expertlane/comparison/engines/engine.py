@@ -63,11 +63,14 @@ class Engine(ABC):
         name: as `--engine` takes it.
         title: its name as its makers write it.
         ready_path: answers 200 once requests are served.
+        rank_title: pattern of the titles of its ranks' processes, by which `drill` finds one: with
+            the group `rank`, or with `dp`, `pp`, and `tp` or `in_stage`, its number in its stage.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     ready_path: ClassVar[str] = "/health"
+    rank_title: ClassVar[str] = ""
 
     @abstractmethod
     def start(self, asked: Asked) -> Start:

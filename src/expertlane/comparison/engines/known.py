@@ -48,6 +48,10 @@ class Vllm(_Planned):
 
     name = "vllm"
     title = "vLLM"
+    rank_title = (  # vllm/v1/executor/multiproc_executor.py, vllm/v1/engine/core.py
+        r"VLLM::(?:Worker|EngineCore)(?:_DP(?P<dp>\d+))?(?:_PP(?P<pp>\d+))?(?:_PCP\d+)?"
+        r"(?:_TP(?P<tp>\d+))?"
+    )
 
     def profiled(self, start: Start, folder: Path) -> Start:
         """With vLLM's torch profiler in its ranks; without stacks, which slow it several times."""
@@ -61,6 +65,9 @@ class Sglang(_Planned):
 
     name = "sglang"
     title = "SGLang"
+    rank_title = (  # python/sglang/srt/managers/scheduler.py
+        r"sglang::scheduler(?:_DP(?P<dp>\d+))?(?:_PP(?P<pp>\d+))?(?:_TP(?P<in_stage>\d+))?"
+    )
 
     def profiled(self, start: Start, folder: Path) -> Start:
         """As it is: the request says where traces go."""
@@ -83,3 +90,4 @@ class Expertlane(_Planned):
 
     name = "expertlane"
     title = "expertlane"
+    rank_title = r"expertlane r(?P<rank>\d+)"
