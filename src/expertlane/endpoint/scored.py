@@ -31,26 +31,34 @@ class Scored:
 
 
 class Reference(Protocol):
-    """What a server is compared with: a checkpoint, or a second server."""
+    """A checkpoint that a server is compared with."""
 
-    def score(self, prompts: Sequence[Prompt], progress: Progress) -> list[Scored]:
-        """Log-probabilities of prompts, in their order.
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        ...
+
+    @property
+    def max_len(self) -> int:
+        """Tokens of the longest prompt."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """The checkpoint's own number type."""
+        ...
+
+    @property
+    def num_experts(self) -> Sequence[int]:
+        """Of every layer with experts."""
+        ...
+
+    def score_in(
+        self, prompts: Sequence[Prompt], number_types: Sequence[str], progress: Progress
+    ) -> dict[str, list[Scored]]:
+        """Log-probabilities in several number types, to measure what rounding does.
 
         Raises:
             UserError: a prompt is too long for it, or has tokens that it hasn't.
-        """
-        ...
-
-
-class NoisyReference(Reference, Protocol):
-    """A reference that can also round as a server does."""
-
-    def score_rounded(
-        self, prompts: Sequence[Prompt], dtype: str, progress: Progress
-    ) -> list[Scored] | None:
-        """The same in a server's number type, to measure its rounding; None if it cannot.
-
-        Args:
-            dtype: `bfloat16`, `float16`, `float8`, `int8`, `nvfp4`.
         """
         ...

@@ -1,0 +1,248 @@
+"""Prompts by which a server is verified: short and long ones that reach every expert.
+
+Candidates are drawn by a seed: random tokens, and text where there is a tokenizer. The reference's
+router tells which experts each reaches; prompts are taken greedily, the one with the most wanted
+choices a token first (the greedy algorithm for covering problems, Chvátal 1979).
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from expertlane.endpoint.scored import Scored
+from expertlane.errors import UserError
+from expertlane.progress import Progress
+from expertlane.text.tokenizer import Tokenizer
+
+LENGTHS = (8, 16, 24, 32, 48, 64)  # tokens of short prompts, in turn
+LONG_LEN = 2304  # beyond 2,048, a limit of many masks, windows and caches
+TIMES = 8  # that an expert of a layer is to be chosen
+_NUM_CANDIDATES = 192
+_FLOAT32 = "float32"
+_OF_A_PROMPT = 16  # tokens that a request costs beside its own
+
+# Of several kinds, so that text reaches other experts than random tokens do.
+_TEXTS = (
+    "The committee met on Tuesday to discuss the budget, and after three hours nobody agreed.",
+    "In the year 1848 a series of revolutions spread across much of Europe.",
+    "def area(radius):\n    return 3.14159 * radius ** 2\n",
+    "for (int i = 0; i < n; ++i) { total += values[i]; }\n",
+    '{"name": "Ada", "born": 1815, "languages": ["en", "fr"], "active": true}',
+    "Let f be continuous on [a, b]; then f attains its maximum at some point of the interval.",
+    "SELECT city, COUNT(*) FROM orders WHERE price > 20 GROUP BY city;",
+    "Die Katze liegt auf dem warmen Ofen und schläft, während es draußen regnet.",
+    "La rivière traverse le village avant de se jeter dans la mer.",
+    "El tren sale a las siete y media, pero hoy llega con retraso.",
+    "昨天下午我们在图书馆看书，晚上一起吃了饭。",
+    "東京の朝は早く、駅はもう人でいっぱいだった。",
+    "Мы долго шли по лесу и наконец увидели озеро.",
+    "Q: What is the boiling point of water at sea level?\nA: 100 degrees Celsius.\n",
+    "Ingredients: 200 g flour, 2 eggs, 50 ml milk, a pinch of salt. Whisk and rest for an hour.",
+    "Dear Sir or Madam, I am writing to complain about the delay of my order no. 48213.",
+    "Mitochondria convert nutrients into adenosine triphosphate, which powers the cell.",
+    "<ul><li>first</li><li>second</li></ul><!-- end of list -->",
+    "x^2 + 5x + 6 = (x + 2)(x + 3), so the roots are -2 and -3.",
+    "GOAL! In the 89th minute the captain heads it in from a corner.",
+)
+
+
+class RoutedReference(Protocol):
+    """A reference that tells which experts it chose, such as a checkpoint."""
+
+    @property
+    def num_experts(self) -> Sequence[int]:
+        """Of every layer with experts."""
+        ...
+
+    def score_in(
+        self, prompts: Sequence[Sequence[int]], number_types: Sequence[str], progress: Progress
+    ) -> dict[str, list[Scored]]:
+        """Log-probabilities in several number types."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ChosenPrompts:
+    """Prompts, and how often they reach every expert.
+
+    Attributes:
+        prompts: token ids; short ones first, then long ones.
+        num_long: how many are long.
+        times: how often every expert of every layer was to be chosen.
+        scored: of the reference, by number type, in the order of `prompts`; empty where the
+            reference doesn't tell its experts.
+        counts: [num_moe_layers, num_experts], how often the prompts choose each; None where that
+            isn't known. Entries of experts that a layer hasn't are -1.
+    """
+
+    prompts: list[list[int]]
+    num_long: int
+    times: int
+    scored: dict[str, list[Scored]] = field(default_factory=dict)
+    counts: NDArray[np.int64] | None = None
+
+    @property
+    def unreached(self) -> list[tuple[int, int]]:
+        """(place among the layers with experts, expert) of those chosen less often than wanted."""
+        if self.counts is None:
+            return []
+        rare = (self.counts >= 0) & (self.counts < self.times)
+        return [(int(layer), int(expert)) for layer, expert in np.argwhere(rare)]
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The tokens that prompts are made of.
+
+    Attributes:
+        size: number of token ids that the model has.
+        without: ids that are left out, such as control tokens and placeholders of images.
+        tokenizer: for text; None for random tokens alone.
+    """
+
+    size: int
+    without: Collection[int] = ()
+    tokenizer: Tokenizer | None = None
+
+    def token_ids(self) -> NDArray[np.int64]:
+        """All ids that may be drawn.
+
+        Raises:
+            UserError: there are none.
+        """
+        left_out, tokenizer = set(self.without), self.tokenizer
+        if tokenizer is not None:
+            left_out |= tokenizer.special_token_ids
+            left_out |= {each for each in range(self.size) if not tokenizer.has_token(each)}
+        found = np.setdiff1d(np.arange(self.size), np.array(sorted(left_out), dtype=np.int64))
+        if not found.size:
+            raise UserError(f"no token of {self.size} is left to make prompts of")
+        return found
+
+
+def choose_prompts(
+    reference: RoutedReference,
+    vocabulary: Vocabulary,
+    progress: Progress,
+    *,
+    max_len: int,
+    seed: int = 0,
+    times: int = TIMES,
+    num_least: int = 32,
+    num_long: int = 2,
+    num_candidates: int = _NUM_CANDIDATES,
+    number_types: Sequence[str] = (_FLOAT32,),
+) -> ChosenPrompts:
+    """Prompts that choose every expert of every layer often enough, where any candidates do.
+
+    Args:
+        max_len: tokens of the longest prompt that server and reference take.
+        times: how often an expert is to be chosen, by short prompts alone.
+        num_least: short prompts at least, though fewer may reach all experts.
+        num_long: of `LONG_LEN` tokens; none where that is more than `max_len`.
+        num_candidates: short prompts to choose from.
+        number_types: what is scored in the same pass over the checkpoint, beside float32.
+
+    Raises:
+        UserError: no prompt can be made, or as `reference.score_in`.
+    """
+    draw = np.random.default_rng(seed)
+    short = _candidates(draw, vocabulary, num_candidates, max_len)
+    long = _long(draw, vocabulary, num_long, max_len)
+    types = dict.fromkeys((_FLOAT32, *number_types))
+    scored = reference.score_in([*short, *long], tuple(types), progress)
+    counts = np.stack([_counts(each, reference.num_experts) for each in scored[_FLOAT32]])
+    taken = _greedy(counts[: len(short)], np.array([len(each) for each in short]), times)
+    others = [place for place in range(len(short)) if place not in set(taken)]
+    taken = sorted(taken + others[: max(0, num_least - len(taken))])
+    taken += range(len(short), len(short) + len(long))
+    there = np.arange(counts.shape[2]) < np.array(reference.num_experts, dtype=np.int64)[:, None]
+    return ChosenPrompts(
+        [[*short, *long][place] for place in taken],
+        len(long),
+        times,
+        {name: [of_type[place] for place in taken] for name, of_type in scored.items()},
+        np.where(there, counts[taken].sum(axis=0), -1),
+    )
+
+
+def spread_prompts(
+    vocabulary: Vocabulary,
+    *,
+    max_len: int,
+    seed: int = 0,
+    num_short: int = 64,
+    num_long: int = 2,
+) -> ChosenPrompts:
+    """Prompts of all lengths, where no router tells which experts they reach.
+
+    Raises:
+        UserError: no prompt can be made.
+    """
+    draw = np.random.default_rng(seed)
+    short = _candidates(draw, vocabulary, num_short, max_len)
+    long = _long(draw, vocabulary, num_long, max_len)
+    return ChosenPrompts([*short, *long], len(long), 0)
+
+
+def _candidates(
+    draw: np.random.Generator, vocabulary: Vocabulary, number: int, max_len: int
+) -> list[list[int]]:
+    """Short prompts; every second one of text, where there is a tokenizer."""
+    if max_len < 2:
+        raise UserError(f"prompts need 2 tokens; the longest that the server takes has {max_len}")
+    token_ids = vocabulary.token_ids()
+    prompts = []
+    for place in range(number):
+        length = min(LENGTHS[place // 2 % len(LENGTHS)], max_len)
+        if vocabulary.tokenizer is not None and place % 2:
+            text = _text(draw, vocabulary.tokenizer, length)
+            if len(text) == length and max(text) < vocabulary.size:
+                prompts.append(text)
+                continue
+        prompts.append(draw.choice(token_ids, size=length).tolist())
+    return prompts
+
+
+def _long(
+    draw: np.random.Generator, vocabulary: Vocabulary, number: int, max_len: int
+) -> list[list[int]]:
+    if max_len < LONG_LEN:
+        return []
+    token_ids = vocabulary.token_ids()
+    return [draw.choice(token_ids, size=LONG_LEN).tolist() for _ in range(number)]
+
+
+def _text(draw: np.random.Generator, tokenizer: Tokenizer, length: int) -> list[int]:
+    """The first tokens of several texts in a row."""
+    texts = [_TEXTS[place] for place in draw.permutation(len(_TEXTS))]
+    return tokenizer.encode(" ".join(texts))[:length]
+
+
+def _counts(scored: Scored, num_experts: Sequence[int]) -> NDArray[np.int64]:
+    """[num_moe_layers, most experts], how often a prompt chooses each."""
+    most = max(num_experts, default=0)
+    if scored.topk_ids is None:
+        return np.zeros((len(num_experts), most), dtype=np.int64)
+    return np.stack([np.bincount(layer.ravel(), minlength=most) for layer in scored.topk_ids])
+
+
+def _greedy(counts: NDArray[np.int64], lengths: NDArray[np.int64], times: int) -> list[int]:
+    """Places of prompts whose choices together reach `times`, or as near as all of them do.
+
+    Args:
+        counts: [num_prompts, num_moe_layers, num_experts].
+        lengths: [num_prompts], tokens.
+    """
+    left = np.minimum(counts.sum(axis=0), times)  # more cannot be reached
+    taken: list[int] = []
+    while left.any():
+        gains = np.minimum(counts, left).sum(axis=(1, 2)) / (lengths + _OF_A_PROMPT)
+        gains[taken] = 0
+        best = int(gains.argmax())
+        taken.append(best)
+        left = np.maximum(left - counts[best], 0)
+    return taken

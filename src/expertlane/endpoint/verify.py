@@ -1,0 +1,476 @@
+"""Ask a server for log-probabilities under several conditions, and a reference for the same.
+
+Each condition is one in which engines differ: given tokens scored alone and under load, the same
+ones again, tokens generated alone and under load, with the prefix cache cold and warm, and each
+data-parallel rank where requests can be sent to one.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import uvloop
+
+from expertlane.client.connection import Connections
+from expertlane.client.run import Target, allow_connections, headers_of
+from expertlane.client.server import Vocabulary, alike, find_server, flush_caches
+from expertlane.endpoint.prompts import Vocabulary as PromptVocabulary
+from expertlane.endpoint.prompts import choose_prompts, spread_prompts
+from expertlane.endpoint.scored import Reference, Scored
+from expertlane.endpoint.server_scores import Continued, Endpoint, Sent, find_endpoint, settle
+from expertlane.endpoint.statistics import FALSE_ALARMS, Floats
+from expertlane.endpoint.verdict import (
+    AGAIN,
+    ALONE,
+    Observed,
+    Rounded,
+    judge,
+    measured_rounding,
+    rounds_less,
+    usual_rounding,
+)
+from expertlane.errors import UserError
+from expertlane.progress import Progress
+from expertlane.results.verified_record import DtypeSource, VerifiedRecord
+
+T = TypeVar("T")
+
+_NUM_CONTINUED, _NUM_SHARING = 24, 8
+_CONTINUATION = 16  # tokens
+_PREFIX_LEN, _TAIL_LEN = 64, 16  # whole blocks of the usual sizes
+_LOADS = 4, 16, 32  # requests at once
+_LEAST_LEN = 8
+_OF_SERVER = 0.6  # of the budget; the rest is the reference's
+
+
+@dataclass(frozen=True)
+class Asked:
+    """How a server is verified.
+
+    Attributes:
+        dtype: number type that the server computes in; None for the checkpoint's.
+        num_prompts: short prompts at least.
+        budget_s: seconds after which no further condition is begun.
+        seed: of prompts that are drawn.
+        timeout_s: seconds that a request may take.
+    """
+
+    dtype: str | None = None
+    num_prompts: int = 48
+    budget_s: float = 240.0
+    seed: int = 0
+    timeout_s: float = 120.0
+
+
+@dataclass(eq=False)
+class _Seen:
+    """Everything that one server said.
+
+    Attributes:
+        sequences: all prompts, of some with what the server generated first.
+        skipped: what was not asked, and why.
+    """
+
+    endpoint: Endpoint
+    sequences: list[Sent] = field(default_factory=list)
+    observed: list[Observed] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def verify(
+    target: Target,
+    reference: Reference | Target,
+    reference_name: str,
+    asked: Asked,
+    tokenizer: Vocabulary | None,
+    progress: Progress,
+) -> VerifiedRecord:
+    """Whether a server computes the model that it says.
+
+    Args:
+        tokenizer: the model's, for servers that take text alone; None where there is none.
+
+    Raises:
+        UserError: a server refuses, is not there, or tells no log-probabilities.
+        ExpertlaneError: it failed meanwhile.
+    """
+    started_s = time.perf_counter()
+    allow_connections()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        seen, other = runner.run(_ask_all(target, reference, asked, tokenizer, progress))
+    if isinstance(reference, Target):
+        assert other is not None, "a second server was asked"
+        rounded, dtype, source = _of_second(other, seen, asked)
+    else:
+        rounded, dtype, source = _of_checkpoint(reference, seen, asked, progress)
+    judged = judge(seen.observed, rounded, dtype)
+    endpoint = seen.endpoint
+    return VerifiedRecord(
+        url=str(endpoint.server.connections.url),
+        software=endpoint.server.software,
+        reference=reference_name,
+        dtype=dtype,
+        dtype_source=source,
+        is_measured=rounded.is_measured,
+        method=endpoint.method,
+        false_alarms=FALSE_ALARMS,
+        skipped=tuple(seen.skipped),
+        wall_s=time.perf_counter() - started_s,
+        **vars(judged),
+    )
+
+
+def _of_checkpoint(
+    reference: Reference, seen: _Seen, asked: Asked, progress: Progress
+) -> tuple[Rounded, str, DtypeSource]:
+    """The checkpoint's log-probabilities, rounded as the server rounds."""
+    prompts = [each.token_ids for each in seen.sequences]
+    dtype: str = asked.dtype or reference.dtype
+    source: DtypeSource = "checkpoint" if asked.dtype is None else "told"
+    scored = reference.score_in(prompts, ("float32", dtype), progress)
+    exact = scored["float32"]
+    if dtype == "float32":
+        return usual_rounding(exact, dtype), dtype, source
+    rounded = measured_rounding(exact, scored[dtype], dtype)
+    if asked.dtype is None and rounds_less(seen.observed[0], rounded):
+        return usual_rounding(exact, "float32"), "float32", "seen"
+    return rounded, dtype, source
+
+
+def _of_second(other: _Seen, seen: _Seen, asked: Asked) -> tuple[Rounded, str, DtypeSource]:
+    """The second server's log-probabilities; both servers' own noise tells what rounding does.
+
+    Where a token is not the same under another load, its largest change there counts as rounding,
+    and never less than a number type usually makes.
+    """
+    told: dict[int, Floats] = other.observed[0].logprobs
+    exact = [
+        Scored(
+            np.asarray(each.token_ids, dtype=np.int64),
+            told.get(place, np.full(len(each.token_ids) - 1, np.nan)),
+        )
+        for place, each in enumerate(seen.sequences)
+    ]
+    dtype: str = asked.dtype or "bfloat16"
+    source: DtypeSource = "checkpoint" if asked.dtype is None else "told"
+    usual = usual_rounding(exact, dtype)
+    if asked.dtype is None and rounds_less(seen.observed[0], usual):
+        dtype, source = "float32", "seen"
+        usual = usual_rounding(exact, dtype)
+    rounding = [
+        _larger(drawn, _own_noise(place, len(drawn), other))
+        for place, drawn in enumerate(usual.rounding)
+    ]
+    return replace(usual, rounding=rounding), dtype, source
+
+
+def _own_noise(place: int, num: int, seen: _Seen) -> Floats:
+    """[num]: the largest change of tokens of a sequence under any other condition; 0 unknown."""
+    alone = seen.observed[0].logprobs.get(place)
+    found = np.zeros(num)
+    for each in seen.observed[1:]:
+        own = each.logprobs.get(place)
+        if own is not None and alone is not None:
+            found = np.fmax(found, np.nan_to_num(np.abs(own - alone)))
+    return found
+
+
+def _larger(one: Floats, other: Floats) -> Floats:
+    return np.where(np.abs(one) >= np.abs(other), one, other)
+
+
+async def _ask_all(
+    target: Target,
+    reference: Reference | Target,
+    asked: Asked,
+    tokenizer: Vocabulary | None,
+    progress: Progress,
+) -> tuple[_Seen, _Seen | None]:
+    """Ask the server, and the second one for the same sequences."""
+    targets = [target] + ([reference] if isinstance(reference, Target) else [])
+    several = [Connections(each.url, headers_of(each)) for each in targets]
+    opened = list(several)
+    vocabulary = tokenizer
+    if not isinstance(reference, Target):
+        token_ids = range(reference.vocab_size) if tokenizer is None else tokenizer.token_ids
+        vocabulary = Vocabulary(
+            [each for each in token_ids if each < reference.vocab_size],
+            None if tokenizer is None else tokenizer.tokenizer,
+        )
+    try:
+        servers = alike(
+            [
+                await find_server(each, of.model, vocabulary, is_chat=False)
+                for each, of in zip(several, targets, strict=True)
+            ]
+        )
+        most = min(each.max_model_len or 2**30 for each in servers) - _CONTINUATION - 1
+        if not isinstance(reference, Target):
+            most = min(most, reference.max_len - _CONTINUATION)
+        probe = [int(each) for each in servers[0].vocabulary.token_ids[:_LEAST_LEN]]
+        endpoints = [await find_endpoint(each, probe, asked.timeout_s) for each in servers]
+        own = None if isinstance(reference, Target) else reference
+        prompts = _choose(servers[0].vocabulary, own, most, asked, progress)
+        until_s = time.perf_counter() + _OF_SERVER * asked.budget_s / len(servers)
+        first = _Asking(endpoints[0], headers_of(target), progress, until_s, opened)
+        seen = await first.all_of(prompts)
+        other = None
+        if len(endpoints) > 1:
+            until_s = time.perf_counter() + _OF_SERVER * asked.budget_s / 2
+            second = _Asking(endpoints[1], headers_of(targets[1]), progress, until_s, opened)
+            other = await second.same(seen.sequences)
+        return seen, other
+    finally:
+        for connections in opened:
+            connections.close()
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompts:
+    """What is asked.
+
+    Attributes:
+        own: prompts of their own, long ones last.
+        sharing: prompts that begin alike.
+    """
+
+    own: list[list[int]]
+    sharing: list[list[int]]
+
+
+def _choose(
+    vocabulary: Vocabulary,
+    reference: Reference | None,
+    most: int,
+    asked: Asked,
+    progress: Progress,
+) -> _Prompts:
+    """Prompts that reach every expert often enough, where a checkpoint tells what they reach.
+
+    Raises:
+        UserError: the model takes too short ones.
+    """
+    if most < _LEAST_LEN:
+        raise UserError(
+            f"the server takes {most + _CONTINUATION + 1} tokens; at least "
+            f"{_LEAST_LEN + _CONTINUATION + 1} are needed to verify it"
+        )
+    ids = np.asarray(vocabulary.token_ids)
+    size = int(ids.max()) + 1
+    drawn_from = PromptVocabulary(
+        size, np.setdiff1d(np.arange(size), ids).tolist(), vocabulary.tokenizer
+    )
+    if reference is None:
+        chosen = spread_prompts(
+            drawn_from, max_len=most, seed=asked.seed, num_short=asked.num_prompts
+        )
+    else:
+        chosen = choose_prompts(
+            reference,
+            drawn_from,
+            progress,
+            max_len=most,
+            seed=asked.seed,
+            num_least=asked.num_prompts,
+        )
+    draw = np.random.default_rng(asked.seed + 1)
+
+    def some(length: int) -> list[int]:
+        return [int(each) for each in draw.choice(ids, length)]
+
+    prefix = some(_PREFIX_LEN)
+    sharing = [[*prefix, *some(_TAIL_LEN)][-most:] for _ in range(_NUM_SHARING)]
+    return _Prompts(chosen.prompts, sharing)
+
+
+class _Asking:
+    """One server, asked under one condition after the other.
+
+    Args:
+        until_s: time of `time.perf_counter` after which no further condition is begun.
+        opened: gets connections that are to be closed.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        headers: dict[str, str],
+        progress: Progress,
+        until_s: float,
+        opened: list[Connections],
+    ) -> None:
+        self._endpoint, self._headers = endpoint, headers
+        self._progress, self._until_s, self._opened = progress, until_s, opened
+        self._seen = _Seen(endpoint)
+
+    async def all_of(self, prompts: _Prompts) -> _Seen:
+        """Ask for all; what a server generated becomes a part of the sequences that are scored."""
+        endpoint, seen = self._endpoint, self._seen
+        continued = [*prompts.own[:_NUM_CONTINUED], *prompts.sharing]
+        rest = prompts.own[_NUM_CONTINUED:]
+        sent = await settle(endpoint, continued)
+        as_text = not endpoint.server.form.as_tokens
+        cold: list[Continued] = []
+        if endpoint.can_generate:
+            await flush_caches(endpoint.server.connections)
+            cold = await self._generate("generated, cold cache", sent)
+        else:
+            seen.skipped.append("generated tokens: the server tells no log-probabilities of them")
+        if endpoint.is_forced:
+            with_more = sent
+            if cold and not as_text:
+                with_more = [
+                    Sent([*each.token_ids, *more.token_ids])
+                    for each, more in zip(sent, cold, strict=True)
+                ]
+            seen.sequences = [*with_more, *await settle(endpoint, rest)]
+            await self._forced()
+            if cold and as_text:
+                seen.skipped.append("decoding and cache: the server takes no token ids")
+                return seen
+        else:
+            seen.sequences = [
+                Sent([*each.token_ids, *more.token_ids])
+                for each, more in zip(sent, cold, strict=True)
+            ]
+            seen.skipped.append(
+                "scores of given tokens, and of long prompts: the server has no prompt_logprobs, "
+                "echo or /generate"
+            )
+        if cold:
+            await self._generated(sent, cold)
+        return seen
+
+    async def same(self, sequences: Sequence[Sent]) -> _Seen:
+        """Ask for sequences of another server: alone and under one load.
+
+        Raises:
+            UserError: this server takes no given tokens.
+        """
+        endpoint = self._endpoint
+        if not endpoint.is_forced:
+            raise UserError(
+                f"{endpoint.server.connections.url} scores no given tokens (prompt_logprobs, echo "
+                "or /generate), so it can be no reference; give the other one as such"
+            )
+        self._seen.sequences = [Sent(each.token_ids, each.text) for each in sequences]
+        await self._score(ALONE, 1)
+        await self._score("16 at once", 16)
+        return self._seen
+
+    async def _forced(self) -> None:
+        """Conditions of given tokens."""
+        await self._score(ALONE, 1)
+        await self._score(AGAIN, 1)
+        for load in _LOADS:
+            await self._score(f"{load} at once", load)
+        for rank in self._endpoint.ranks:
+            own = self._endpoint.of_rank(rank, self._headers)
+            self._opened.append(own.server.connections)
+            await self._score(f"rank {rank}", 1, own, rank)
+
+    async def _score(
+        self, name: str, load: int, endpoint: Endpoint | None = None, rank: int | None = None
+    ) -> None:
+        seen = self._seen
+        if self._is_late(name):
+            return
+        own = endpoint or self._endpoint
+        # Alone in order; under load long and short ones mixed, in an order of its own.
+        order = list(range(len(seen.sequences)))
+        if load > 1:
+            np.random.default_rng(load).shuffle(order)
+        found = await self._with_progress(
+            name,
+            lambda on_done: own.score([seen.sequences[i] for i in order], load, on_done),
+            order,
+        )
+        logprobs = dict(zip(order, found, strict=True))
+        seen.observed.append(Observed(name, logprobs, rank, load))
+
+    async def _generated(self, sent: Sequence[Sent], cold: Sequence[Continued]) -> None:
+        """Conditions of generated tokens: against those of the cold cache, or as scored."""
+        seen = self._seen
+        if not seen.observed:  # nothing was scored: the reference scores what was generated
+            seen.observed.append(self._as_observed(ALONE, sent, cold, cold))
+        else:
+            seen.observed.append(self._as_observed("generated, cold cache", sent, cold, cold))
+        for name, load, places in (
+            ("generated, warm cache", 1, range(len(sent))),
+            ("generated, shared prefix warm", 1, range(len(sent))[-_NUM_SHARING:][::-1]),
+            ("generated, 16 at once", 16, range(len(sent))),
+            ("generated, 32 at once", 32, range(len(sent))),
+        ):
+            if self._is_late(name):
+                continue
+            own = [sent[place] for place in places]
+            found = await self._generate(name, own, load)
+            of_place = dict(zip(places, found, strict=True))
+            observed = self._as_observed(
+                name, sent, cold, [of_place.get(place) for place in range(len(sent))]
+            )
+            seen.observed.append(replace(observed, num_at_once=load, is_warm=True))
+
+    async def _generate(self, name: str, sent: Sequence[Sent], load: int = 1) -> list[Continued]:
+        return await self._with_progress(
+            name,
+            lambda on_done: self._endpoint.generate(sent, _CONTINUATION, load, on_done),
+            sent,
+        )
+
+    def _as_observed(
+        self,
+        name: str,
+        sent: Sequence[Sent],
+        cold: Sequence[Continued],
+        found: Sequence[Continued | None],
+    ) -> Observed:
+        """Generated tokens' log-probabilities at their places in the sequences."""
+        logprobs = {}
+        for place, (prompt, first, own) in enumerate(zip(sent, cold, found, strict=True)):
+            if own is not None:
+                num = len(prompt.token_ids)
+                values = np.full(num + len(first.token_ids) - 1, np.nan)
+                said = _said_of(first.token_ids, own)
+                values[num - 1 : num - 1 + len(said)] = said
+                logprobs[place] = values
+        return Observed(name, logprobs, is_generated=True)
+
+    async def _with_progress(
+        self,
+        name: str,
+        ask: Callable[[Callable[[], None]], Awaitable[list[T]]],
+        items: Sequence[object],
+    ) -> list[T]:
+        self._progress.task(f"{self._endpoint.server.connections.url}: {name}", len(items))
+        found = await ask(self._progress.advance)
+        self._progress.done()
+        return found
+
+    def _is_late(self, name: str) -> bool:
+        """Whether there is no time for a condition; the first one is asked in any case."""
+        is_late = bool(self._seen.observed) and time.perf_counter() > self._until_s
+        if is_late:
+            self._seen.skipped.append(f"{name}: no time within --budget-s")
+        return is_late
+
+
+def _said_of(token_ids: Sequence[int], own: Continued) -> list[float]:
+    """What a continuation says of another's tokens, up to the first where they part.
+
+    There the likeliest tokens beside its own are looked at; one that is not among them has at most
+    the probability of the least of those.
+    """
+    found = []
+    for place, token in enumerate(token_ids[: len(own.token_ids)]):
+        if own.token_ids[place] == token:
+            found.append(float(own.logprobs[place]))
+            continue
+        top = own.top[place] if place < len(own.top) else {}
+        if top:
+            found.append(top.get(token, min(top.values())))
+        break
+    return found
