@@ -56,9 +56,7 @@ class Stub(Fake):
             self._loop.call_later(PAUSE_S, lambda: asyncio.ensure_future(self._return()))
 
     async def _return(self) -> None:
-        self._server = await asyncio.start_server(
-            self._serve, "127.0.0.1", self.port, limit=2**24
-        )
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, limit=2**24)
 
     def _about(self, route: str) -> bytes:
         if route == "/tokenize":

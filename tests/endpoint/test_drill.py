@@ -33,9 +33,7 @@ SERVERS = {
 }
 AFTER_S, OBSERVE_S, BOUND_S, HEALTH_S = 1.2, 3.2, 1.5, 1.4
 LENGTH = LengthRange(12, 12)
-ASKED = Asked(
-    Load(6, LengthRange(4, 4), LENGTH, batch=2), 0, AFTER_S, OBSERVE_S, BOUND_S, HEALTH_S
-)
+ASKED = Asked(Load(6, LengthRange(4, 4), LENGTH, batch=2), 0, AFTER_S, OBSERVE_S, BOUND_S, HEALTH_S)
 
 
 @pytest.fixture(scope="module")
