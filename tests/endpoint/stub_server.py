@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from client.fake_server import (
@@ -27,16 +28,23 @@ SIZE = 3  # of chunks
 
 
 class Stub(Fake):
-    """A server that behaves as its name says once it is struck."""
+    """A server that behaves as its name says once it is struck.
 
-    def __init__(self, behaviour: str) -> None:
+    Args:
+        mark: a file that strikes it once it is there.
+    """
+
+    def __init__(self, behaviour: str, mark: Path | None = None, **more: Any) -> None:
         self.behaviour = behaviour
         self.struck_s: float | None = None
-        super().__init__(self._tokens)
+        self._mark = mark
+        super().__init__(self._tokens, **more)
 
     @property
     def since_s(self) -> float:
         """Seconds since it was struck; negative before."""
+        if self.struck_s is None and self._mark is not None and self._mark.exists():
+            self.strike()
         return -1.0 if self.struck_s is None else time.perf_counter() - self.struck_s
 
     @property

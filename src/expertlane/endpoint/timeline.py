@@ -11,7 +11,7 @@ from expertlane.endpoint.steady import Request
 from expertlane.results.drill_record import HealthRecord, TimelineRecord
 
 _Times = NDArray[np.float64]
-FULL = 0.9  # of the rate before the fault
+FULL, _REST, _LEAST = 0.9, 0.8, 0.5  # of the rate before the fault
 _LEAST_WINDOW_S, _REQUESTS_OF_WINDOW = 1.0, 2.0  # a rate is over as long as so many requests take
 _SHARE_OF_WINDOW = 2  # windows that fit into the time before the fault, at least
 _STEPS = 20  # of a window, at which its rate is looked at
@@ -87,7 +87,8 @@ def full_rate(
     """The rate before the fault, what counts as full, and since when it is full again.
 
     Full is 90 % of the rate before, or as little as any window before the fault had. It is full
-    again from the first window on that has it, if the mean of all that is left has it too.
+    again from the first window on that has it, if no later one has less than half of the rate
+    before, and all that is left of the watch has 80 % of it on average.
 
     Args:
         began_s: begin of the load; negative, as the fault is at 0.
@@ -101,8 +102,11 @@ def full_rate(
     _, usual = arrivals.window_tps(first_s, 0.0, window_s)
     full = min(FULL * before, float(usual.min()) if len(usual) else before)
     begins_s, tps = arrivals.window_tps(0.0, end_s, window_s)
-    for begin_s, each in zip(begins_s.tolist(), tps.tolist(), strict=True):
-        if each >= full and each > 0 and arrivals.tps(begin_s, end_s) >= full:
+    lows = np.flatnonzero(tps < _LEAST * before)
+    first = int(lows[-1]) + 1 if len(lows) else 0
+    for begin_s, each in zip(begins_s[first:].tolist(), tps[first:].tolist(), strict=True):
+        rest = min(full, _REST * before)
+        if each >= full and each > 0 and arrivals.tps(begin_s, end_s) >= rest:
             return before, full, begin_s
     return before, full, None
 

@@ -98,9 +98,9 @@ def _outcomes(drill: DrillRecord) -> Table:
     }
     columns: list[Column[OutcomeRecord]] = [
         text("requests that ended after the fault", lambda each: names[each.name]),
-        number("under way", lambda each: each.num_under_way, whole),
-        number("later", lambda each: each.num_later, whole),
-        number("first after", lambda each: each.first_s, lambda s: f"{figures(s)} s"),
+        number("sent before", lambda each: each.num_under_way, whole),
+        number("sent after", lambda each: each.num_later, whole),
+        number("first ended after", _first_s, duration),
     ]
     always = [*LOST, "repeated", "dropped", "changed", "as before"]
     known = {each.name: each for each in drill.outcomes}
@@ -108,6 +108,10 @@ def _outcomes(drill: DrillRecord) -> Table:
         known.get(name, OutcomeRecord(name)) for name in OUTCOMES if name in always or name in known
     ]
     return Table.of("", columns, rows)
+
+
+def _first_s(outcome: OutcomeRecord) -> float | None:
+    return None if outcome.name == "as before" else outcome.first_s
 
 
 def _facts(drill: DrillRecord) -> Table:
@@ -139,14 +143,14 @@ def _said_by_health(drill: DrillRecord) -> Iterator[tuple[str, str]]:
         return
     wrong = []
     if health.well_but_silent_s > 0:
-        wrong.append(
-            f"200 for {duration(health.well_but_silent_s)} at a time while no request got a token"
-        )
+        wrong.append(f"200 for {duration(health.well_but_silent_s)} while no request got a token")
     if health.ill_but_well_s > 0:
         wrong.append(f"not 200 for {duration(health.ill_but_well_s)} while all was well")
     after = [status for at, status in zip(health.asked_s, health.statuses, strict=True) if at >= 0]
     told = ", ".join(f"{each or 'no answer'}" for each in dict.fromkeys(after))
-    yield "/health", f"said {told}; " + ("; ".join(wrong) if wrong else "true all the time")
+    allowed = f" ({duration(drill.health_s)} are allowed)"
+    said = f"said {told}; "
+    yield "/health", said + (f"{'; '.join(wrong)}{allowed}" if wrong else "true all the time")
 
 
 def _compared(drill: DrillRecord) -> Iterator[tuple[str, str]]:
