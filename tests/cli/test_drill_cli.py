@@ -111,7 +111,7 @@ def test_a_command_that_fails_leaves_no_results(run, stub, tmp_path):
 
 
 def test_a_server_that_fails_by_itself_is_not_struck(run, stub, tmp_path):
-    server, mark = stub("fails for a while"), tmp_path / "struck"
+    server, mark = stub("fails"), tmp_path / "struck"
     server.strike()
     code, _, err = run("drill", server.url, "--kill", f"touch {mark}", *SHORT)
     assert code == 2

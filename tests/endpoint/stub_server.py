@@ -87,7 +87,8 @@ class Stub(Fake):
 
     async def _tokens(self, asked: dict[str, Any], number: int) -> AsyncIterator[bytes]:
         behaviour, num = self.behaviour, asked["max_tokens"]
-        if 0 <= self.since_s < PAUSE_S and behaviour == "fails for a while":
+        is_failing = 0 <= self.since_s < PAUSE_S and behaviour == "fails for a while"
+        if is_failing or (self.is_struck and behaviour == "fails"):
             yield error(500, "EngineCore is dead")
             return
         truth = [(7 * asked["prompt"][0] + 13 * place) % 1000 for place in range(num)]
@@ -95,9 +96,10 @@ class Stub(Fake):
         sent = 0
         while sent < num:
             await self._wait()
-            if 0 <= self.since_s < PAUSE_S and behaviour in ("cuts streams", "fails for a while"):
-                if behaviour == "cuts streams":
-                    return
+            is_down = 0 <= self.since_s < PAUSE_S
+            if is_down and behaviour == "cuts streams" and sent:
+                return
+            if is_down and behaviour == "fails for a while":
                 yield chunk(event({"error": {"message": "EngineCore is dead"}})) + END
                 return
             own = truth[sent : sent + SIZE]

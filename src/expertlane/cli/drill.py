@@ -11,7 +11,7 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.compare_servers import ServerOptions, engines_of
 from expertlane.cli.help import Panel
-from expertlane.cli.load import Defaults, LoadOptions
+from expertlane.cli.load import DrillLoad
 from expertlane.cli.option_groups import given, takes_groups
 from expertlane.cli.options import (
     API_KEY,
@@ -36,11 +36,9 @@ if TYPE_CHECKING:
     from expertlane.results.record import DeploymentRecord
     from expertlane.results.results import Results
     from expertlane.spec.experiment import Experiment
-    from expertlane.spec.workload import Load
 
 FAILED = 1  # exit code
 _KILL_WITHIN_S = 60.0  # that a command may take
-_STEADY = Defaults("8", 32, 64, waves=3, least=16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +53,10 @@ class _Fault:
     pid: int | None = typer.Option(None, help="Process of this machine to signal.")
     rank: int | None = typer.Option(None, help="Rank to signal, of a server started by --engine.")
     kubectl: str | None = typer.Option(
-        None, metavar="[NAMESPACE/]POD", help="Pod to delete, by kubectl."
+        None,
+        metavar="[NAMESPACE/]POD",
+        rich_help_panel=Panel.MORE_SERVER,
+        help="Pod to delete, by kubectl.",
     )
     signal: Literal["KILL", "STOP", "TERM"] = typer.Option(
         "KILL",
@@ -63,7 +64,10 @@ class _Fault:
         "at once, TERM with its grace period.",
     )
     after_s: float = typer.Option(
-        10.0, metavar="SECONDS", help="Steady load before the fault, for so long."
+        10.0,
+        metavar="SECONDS",
+        rich_help_panel=Panel.MORE_SERVER,
+        help="Steady load before the fault, for so long.",
     )
     observe_s: float = typer.Option(
         60.0, metavar="SECONDS", help="Watch for so long after the fault."
@@ -71,10 +75,14 @@ class _Fault:
     hang_s: float = typer.Option(
         10.0,
         metavar="SECONDS",
+        rich_help_panel=Panel.MORE_SERVER,
         help="A request that gets no token for so long has hung; it is given up.",
     )
     health_s: float = typer.Option(
-        5.0, metavar="SECONDS", help="/health may be wrong for so long at a time."
+        5.0,
+        metavar="SECONDS",
+        rich_help_panel=Panel.MORE_SERVER,
+        help="/health may be wrong for so long at a time.",
     )
 
     def __post_init__(self) -> None:
@@ -144,7 +152,7 @@ class _Start:
         help=f"{MODEL_HELP} With a URL: the model's name there.",
     )
     layout: str = layout_option("tp=1")
-    dtype: Dtype | None = dtype_option("the checkpoint's")
+    dtype: Dtype | None = dtype_option("the checkpoint's", Panel.MORE_DEPLOYMENT)
     engine_python: str | None = typer.Option(
         None,
         metavar="[NAME=]PATH",
@@ -206,7 +214,6 @@ class _Client:
     api_key_file: Path | None = typer.Option(
         None,
         metavar="FILE",
-        rich_help_panel=Panel.SERVER,
         show_default=f"{API_KEY}, else none",
         help="File with the API key.",
     )
@@ -237,65 +244,6 @@ class _Client:
         return Vocabulary.of_name(model) if model is not None else None
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Load(LoadOptions):
-    """One load, whose requests are repeated."""
-
-    defaults = _STEADY
-    batch: str | None = typer.Option(
-        None, metavar="N", show_default=_STEADY.batch, help="Closed loop: concurrency N."
-    )
-    rate: str | None = typer.Option(
-        None,
-        metavar="R",
-        help="Open loop instead of --batch: Poisson arrivals, R requests per second.",
-    )
-    num_requests: int | None = typer.Option(
-        None,
-        rich_help_panel=Panel.MORE_WORKLOAD,
-        show_default=f"{_STEADY.of_closed}; with --rate 32",
-        help="Requests per batch size or rate; of --requests, the first N. So many are different, "
-        "and asked for again and again.",
-    )
-    prompt_len: str | None = typer.Option(
-        None,
-        metavar="N[:N]",
-        show_default=str(_STEADY.prompt_len),
-        help="Tokens per prompt. N:N: uniform in that range.",
-    )
-    output_len: str | None = typer.Option(
-        None,
-        metavar="N[:N]",
-        show_default=str(_STEADY.output_len),
-        help="Tokens per output. N:N: uniform in that range.",
-    )
-    requests: Path | None = typer.Option(None, hidden=True)
-    slo: list[str] | None = typer.Option(None, hidden=True)
-    price: float | None = typer.Option(None, hidden=True)
-
-    def load(self) -> "Load":
-        """The load.
-
-        Raises:
-            UserError: it is none, or several.
-        """
-        for name in ("requests", "slo", "price"):
-            if getattr(self, name):
-                raise UserError(f"--{name} is for expertlane bench; drill takes none")
-        asked = self
-        if self.rate is not None and self.num_requests is None:
-            asked = replace(self, num_requests=_OPEN_PROMPTS)
-        elif self.batch is None and self.rate is None:
-            asked = replace(self, batch=_STEADY.batch)
-        loads = asked.loads()
-        if len(loads) > 1:
-            raise UserError("--batch and --rate take one number each; drill puts one load")
-        return loads[0]
-
-
-_OPEN_PROMPTS = 32
-
-
 @takes_groups
 def drill(
     url: Annotated[
@@ -304,7 +252,7 @@ def drill(
     *,
     fault: _Fault,
     start: _Start,
-    load: _Load,
+    load: DrillLoad,
     client: _Client,
     output_options: OutputOptions,
 ) -> None:
@@ -339,7 +287,7 @@ def drill(
           whatever a command can do, for example on another machine
       expertlane drill http://serve:8000 --kubectl prod/vllm-0 --observe-s 600
           delete a pod, and wait for its successor
-      expertlane drill --engine vllm --model ./my-checkpoint --layout dp=2,ep=2 --rank 1
+      expertlane drill --engine vllm --model ./my-checkpoint --layout tp=2 --rank 1
           a server that is started for it, and any of its ranks
       expertlane drill http://127.0.0.1:8000 --pid 4711 --json |
           jq '.deployments[0].drill.why_failed'
@@ -355,7 +303,7 @@ def run(
     url: str | None,
     fault: _Fault,
     start: _Start,
-    load: _Load,
+    load: DrillLoad,
     client: _Client,
     call: output.Call,
 ) -> output.Found:
@@ -368,7 +316,7 @@ def run(
     return _run_engine(fault, start, load, asked, call)
 
 
-def _asked(fault: _Fault, load: _Load, client: _Client, model: str | None) -> "Asked":
+def _asked(fault: _Fault, load: DrillLoad, client: _Client, model: str | None) -> "Asked":
     from expertlane.endpoint.drill import Asked
 
     return Asked(
@@ -387,7 +335,7 @@ def _run_url(
     text: str,
     fault: _Fault,
     start: _Start,
-    load: _Load,
+    load: DrillLoad,
     client: _Client,
     asked: "Asked",
     call: output.Call,
@@ -429,7 +377,7 @@ def _results(
     found: "Drilled",
     record: "DeploymentRecord",
     asked: "Asked",
-    load: _Load,
+    load: DrillLoad,
     target: "Target",
     call: output.Call,
 ) -> "Results":
@@ -451,7 +399,7 @@ def _results(
 
 
 def _run_engine(
-    fault: _Fault, start: _Start, load: _Load, asked: "Asked", call: output.Call
+    fault: _Fault, start: _Start, load: DrillLoad, asked: "Asked", call: output.Call
 ) -> output.Found:
     """Start a server, drill it, and end it."""
     from expertlane.client.run import Target
