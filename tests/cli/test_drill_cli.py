@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from cli.screen import fits_a_screen, refused, tells
+from cli.small_checkpoint import checkpoint
 from client.fake_server import fakes
+from comparison import stub_engine
 from endpoint.stub_server import Stub
 from engine.ranks.processes import wait_until
 from expertlane.results.file import read
@@ -136,3 +138,42 @@ def test_a_signal_ends_it_and_nothing_is_written(stub, tmp_path, number):
     assert out == ""
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def started(tmp_path, monkeypatch):
+    """Options that start the stub of another package's engine."""
+    info = tmp_path / "site" / "stub-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stub\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        f"[expertlane.engines]\nstub = {stub_engine.__name__}:Stub\n"
+    )
+    monkeypatch.syspath_prepend(str(info.parent))
+    monkeypatch.setattr("expertlane.comparison.server_process._GRACE_S", 0.3)
+    checkpoint(tmp_path / "checkpoint")
+    return ["--engine", "stub", "--model", "checkpoint", *SHORT, "--out", "found"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_server_that_is_started_is_ended_and_a_dead_one_is_a_result(run, started):
+    code, out, err = run("drill", "--kill", "kill -9 $(cat found/server/pid)", *started)
+    assert code == 1, err
+    assert fits_a_screen(out)
+    results = read(Path("found"))
+    (record,) = results.deployments
+    assert str(record.layout) == "tp=1"
+    assert record.server.start_s
+    assert record.server.engine == "Stub"
+    assert not record.drill.is_running
+    assert record.drill.is_local
+    assert record.drill.left == ()
+    assert record.drill.num_of("failed", "cut") > 0
+    assert results.machine is not None
+    assert not Path(f"/proc/{Path('found/server/pid').read_text()}").exists()
+
+
+def test_ranks_of_an_engine_that_names_none_are_not_known(run, started):
+    code, _, err = run("drill", "--rank", "0", *started)
+    assert code == 2
+    assert tells(err, "--rank Stub --kill")

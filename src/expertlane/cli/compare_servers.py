@@ -213,10 +213,12 @@ def _asked(experiment: "Experiment", options: ServerOptions) -> "Asked":
     if options.request_timeout_s is not None:
         more["timeout_s"] = options.request_timeout_s
     workload = experiment.workload
-    return Asked([workload.load], workload.seed, tokenizer=_vocabulary(experiment, options), **more)
+    return Asked(
+        [workload.load], workload.seed, tokenizer=vocabulary_of(experiment, options), **more
+    )
 
 
-def _vocabulary(experiment: "Experiment", options: ServerOptions) -> "Vocabulary | None":
+def vocabulary_of(experiment: "Experiment", options: ServerOptions) -> "Vocabulary | None":
     """Tokens of prompts: the same for all servers, whatever they say of theirs."""
     from expertlane.client.server import Vocabulary
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import typer
 
 from expertlane.cli import output
-from expertlane.cli.compare_servers import ServerOptions, engines_of
+from expertlane.cli.compare_servers import ServerOptions, engines_of, vocabulary_of
 from expertlane.cli.help import Panel
 from expertlane.cli.load import DrillLoad
 from expertlane.cli.option_groups import given, takes_groups
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from expertlane.endpoint.drill import Asked, Drilled
     from expertlane.endpoint.faults import Fault, Signal
     from expertlane.endpoint.started import StartedServer
-    from expertlane.results.record import DeploymentRecord
+    from expertlane.results.record import DeploymentRecord, ServerRecord
     from expertlane.results.results import Results
     from expertlane.spec.experiment import Experiment
 
@@ -101,13 +101,13 @@ class _Fault:
         return getattr(self, name) is not None
 
     def fault_of(
-        self, start: "Callable[[int], tuple[str, Layout]] | None"
+        self, rank_title: str = "", layout: Layout | None = None
     ) -> "Callable[[int | None], Fault]":
         """What gives the fault, once the server's first process is known.
 
         Args:
-            start: of a server that is started here: the pattern of its ranks' titles, and its
-                layout; None for one that runs.
+            rank_title: pattern of the titles of its ranks, and `layout` its layout, of a server
+                that is started here.
         """
         from expertlane.endpoint import faults
         from expertlane.endpoint.processes import processes, rank_process
@@ -123,10 +123,9 @@ class _Fault:
                 found = processes().get(self.pid)
                 name = "" if found is None else f" ({found.title})"
                 return faults.Signalled(self.pid, how, f"process {self.pid}{name}")
-            assert start is not None, "checked"
-            assert self.rank is not None, "checked"
-            pattern, layout = start(root or 0)
-            process = rank_process(root or 0, pattern, layout, self.rank)
+            assert self.rank is not None, "one is given"
+            assert layout is not None, "only such a server has ranks that are known"
+            process = rank_process(root or 0, rank_title, layout, self.rank)
             name = f"rank {self.rank} (process {process.pid}, {process.title})"
             return faults.Signalled(process.pid, how, name)
 
@@ -352,16 +351,15 @@ def _run_url(
     target = Target(Url.parse(text, "URL"), client.key(), start.model)
     folder = call.folder(output.slug("drill", f"{target.url.host}-{target.url.port}"))
     with output.progress_on_stderr() as progress:
-        found = drilled(target, asked, fault.fault_of(None), progress)
+        found = drilled(target, asked, fault.fault_of(), progress)
     server = ServerRecord("", found.software, url=str(target.url))
     record = _record(found, str(target.url), server)
     return output.Found(_results(found, record, asked, load, target, call), folder)
 
 
-def _record(found: "Drilled", name: str, server: object) -> "DeploymentRecord":
-    from expertlane.results.record import DeploymentRecord, ServerRecord
+def _record(found: "Drilled", name: str, server: "ServerRecord") -> "DeploymentRecord":
+    from expertlane.results.record import DeploymentRecord
 
-    assert isinstance(server, ServerRecord)
     return DeploymentRecord(
         name,
         None,
@@ -414,7 +412,10 @@ def _run_engine(
         raise UserError(f"--rank: the ranks of {engine.title} are not known; give --kill")
     experiment = _experiment(start, asked)
     (deployment,) = experiment.deployments
-    engines = engines_of(engine, experiment, start.as_server_options(), start.dtype)
+    options = start.as_server_options()
+    engines = engines_of(engine, experiment, options, start.dtype)
+    if asked.tokenizer is None:
+        asked = replace(asked, tokenizer=vocabulary_of(experiment, options))
     folder = call.folder(output.slug("drill", engine.name, deployment.name))
     with (
         TemporaryDirectory(prefix="expertlane-") as temporary,
@@ -425,7 +426,7 @@ def _run_engine(
         with started(engines, deployment, within, start.start_timeout_s) as server:
             progress.done()
             target = Target(server.url)
-            of_rank = fault.fault_of(lambda _: (engine.rank_title, deployment.layout))
+            of_rank = fault.fault_of(engine.rank_title, deployment.layout)
             found = drilled(target, asked, of_rank, progress, server.root)
         found = found.with_left_after_end()
         record = _started_record(found, server, engine.title, deployment.name)
