@@ -282,13 +282,13 @@ class _Strike:
                     f"no request was answered within {asked.after_s:g} s, before the fault; give a "
                     "longer --after-s, or shorter outputs"
                 )
-            before = Footprint.of(self.root)
+            before = await asyncio.to_thread(Footprint.of, self.root)
             fault_s = time.perf_counter()
             what = await self.fault.strike()
             progress.task("after the fault", round(asked.observe_s / _TICK_S))
             end_s = fault_s + asked.observe_s
             await _wait(end_s, loading, progress)
-            after = Footprint.of(self.root)
+            after = await asyncio.to_thread(Footprint.of, self.root)
             stop.set()
             await loading
             progress.done()

@@ -167,6 +167,7 @@ class SteadyLoad:
             if not asking.done():
                 asking.cancel()
                 await asyncio.gather(asking, return_exceptions=True)
+        request.stream.answer = Answer(answer.status)  # its tokens are kept, its text is not
         self.on_ended(request)
         return request
 
