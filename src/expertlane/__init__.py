@@ -1,8 +1,8 @@
 """Run, compare and plan expert-parallel inference of Mixture-of-Experts models.
 
-`compare`, `plan`, `simulate` and `bench` are the commands of these names for Python; `LLM` runs a
-model; `load_results`, `diff` and `judge` read results, compare two, and judge a projection by what
-was measured. All are imported when first asked for; their signatures are in `__init__.pyi`.
+`compare`, `plan`, `simulate`, `bench` and `drill` are the commands of these names for Python; `LLM`
+runs a model; `load_results`, `diff` and `judge` read results, compare two, and judge a projection
+by what was measured. All are imported when first asked for; their signatures are in `__init__.pyi`.
 """
 
 from expertlane.version import __version__
@@ -23,6 +23,7 @@ __all__ = [
     "bench",
     "compare",
     "diff",
+    "drill",
     "judge",
     "load_results",
     "plan",
@@ -44,6 +45,7 @@ _HOMES = {
     "bench": "expertlane.api",
     "compare": "expertlane.api",
     "diff": "expertlane.api",
+    "drill": "expertlane.api",
     "judge": "expertlane.api",
     "load_results": "expertlane.api",
     "plan": "expertlane.api",

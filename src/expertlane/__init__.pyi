@@ -35,6 +35,7 @@ __all__ = [
     "bench",
     "compare",
     "diff",
+    "drill",
     "judge",
     "load_results",
     "plan",
@@ -597,6 +598,95 @@ def bench(
             stop: all ranks end.
         rejoin_s: On several nodes, where lost ranks are replaced: how long to wait for a lost
             node, in seconds; 0: all ranks end at once.
+        out: Folder for results.json, the reports and all else that the command writes. None:
+            nothing is written.
+
+    Returns:
+        What was found: `.answer` is text, `.page` the report, `.to_pandas()` a table.
+
+    Raises:
+        UserError: what is asked for is wrong or cannot be done; options are named as on the command
+            line.
+        RankError: a rank died, hung or failed.
+    """
+
+
+def drill(
+    url: Text | None = None,
+    *,
+    kill: Text | None = None,
+    pid: int | None = None,
+    rank: int | None = None,
+    kubectl: Text | None = None,
+    signal: Literal['KILL', 'STOP', 'TERM'] = 'KILL',
+    after_s: float = 10.0,
+    observe_s: float = 60.0,
+    hang_s: float = 10.0,
+    health_s: float = 5.0,
+    engine: Text | None = None,
+    model: Text | None = None,
+    layout: Text = 'tp=1',
+    dtype: Literal['float32', 'bfloat16', 'float16'] | None = None,
+    engine_python: Text | None = None,
+    engine_args: Text | None = None,
+    start_timeout_s: float = 1200.0,
+    batch: Text | None = None,
+    rate: Text | None = None,
+    num_requests: int | None = None,
+    prompt_len: Text | None = None,
+    output_len: Text | None = None,
+    prefix_len: int | None = None,
+    num_prefixes: int | None = None,
+    seed: int = 0,
+    endpoint: Literal['completions', 'chat'] = 'completions',
+    tokenizer: str | Path | None = None,
+    api_key_file: str | Path | None = None,
+    out: str | Path | None = None,
+) -> Results:
+    """Kill or stop one part of a server under load, and say what it did.
+
+    First every prompt is answered twice, so that the greedy tokens of the undisturbed server are
+    known, and how many of them change by themselves. Then the load goes on, the fault strikes once,
+    and the load is watched: when the first request failed, how many failed, hung, were cut short,
+    or got tokens twice, too few or others; when the rate was full again; whether /health told the
+    truth; and, where the server's processes run on this machine, what was left behind.
+
+    What --kill, --pid or --kubectl stops stays stopped: drill starts nothing again but what
+    --engine starts, which it ends.
+
+    Args:
+        url: The server, as http://HOST:PORT.
+        kill: Command that kills or stops something; your shell runs it once, for at most 60 s.
+        pid: Process of this machine to signal.
+        rank: Rank to signal, of a server started by --engine.
+        kubectl: Pod to delete, by kubectl.
+        signal: Signal for --pid and --rank. STOP: the process hangs. With --kubectl, KILL
+            deletes at once, TERM with its grace period.
+        after_s: Steady load before the fault, for so long.
+        observe_s: Watch for so long after the fault.
+        hang_s: A request that gets no token for so long has hung; it is given up.
+        health_s: /health may be wrong for so long at a time.
+        engine: Engine that serves. It is started here with --model and --layout in place of a
+            URL, and ended.
+        model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
+            paper-tiny, paper-small, paper. With a URL: the model's name there.
+        layout: How ranks are arranged: dp=2,ep=2 for example.
+        dtype: Type of weights and activations.
+        engine_python: Python of the environment that the engine is installed in.
+        engine_args: Further arguments of the engine's command, as "--enforce-eager".
+        start_timeout_s: Time limit of a server's start.
+        batch: Closed loop: concurrency N.
+        rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
+        num_requests: Requests per batch size or rate; of --requests, the first N. So many are
+            different, and are repeated.
+        prompt_len: Tokens per prompt. N:N: uniform in that range.
+        output_len: Tokens per output. N:N: uniform in that range.
+        prefix_len: Length of the prefix that prompts share; part of --prompt-len.
+        num_prefixes: Number of different shared prefixes; each prompt has one of them.
+        seed: Seed of all random draws; reproducible for equal seeds.
+        endpoint: API that requests use; prompts of chats are text.
+        tokenizer: Folder of the model's tokenizer. Required for chats.
+        api_key_file: File with the API key.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from expertlane.cli import bench as bench_command
 from expertlane.cli import compare as compare_command
+from expertlane.cli import drill as drill_command
 from expertlane.cli import plan as plan_command
 from expertlane.cli import simulate as simulate_command
 from expertlane.cli.diff import THRESHOLD_PERCENT
@@ -36,6 +37,7 @@ __all__ = [
     "bench",
     "compare",
     "diff",
+    "drill",
     "judge",
     "load_results",
     "plan",
@@ -77,11 +79,12 @@ compare = _function(compare_command)
 plan = _function(plan_command)
 simulate = _function(simulate_command, simulate_command.of_plan)
 bench = _function(bench_command)
+drill = _function(drill_command)
 
 
 @names_itself
 def load_results(path: str | Path) -> Results:
-    """Read a results.json of compare, plan, simulate or bench, or that of a folder.
+    """Read a results.json of compare, plan, simulate, bench or drill, or that of a folder.
 
     Raises:
         UserError: it is missing, damaged, or of another schema version; one line that says which.

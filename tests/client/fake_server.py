@@ -111,12 +111,12 @@ class Fake:
 
 
 @contextmanager
-def fakes() -> Iterator[Callable[..., Fake]]:
+def fakes(kind: type[Fake] = Fake) -> Iterator[Callable[..., Any]]:
     """What makes such servers; all are ended."""
     made: list[Fake] = []
 
     def make(*given: Any, **more: Any) -> Fake:
-        made.append(Fake(*given, **more))
+        made.append(kind(*given, **more))
         return made[-1]
 
     try:

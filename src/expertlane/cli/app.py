@@ -10,6 +10,7 @@ from expertlane.cli.bench import bench
 from expertlane.cli.calibrate import calibrate
 from expertlane.cli.compare import compare
 from expertlane.cli.diff import diff
+from expertlane.cli.drill import drill
 from expertlane.cli.generate import generate
 from expertlane.cli.help import Command, Group
 from expertlane.cli.judge import judge
@@ -35,6 +36,7 @@ for _command, _help in {
     scale: "Give a running server another layout, under load.",
     bench: "Measure throughput and latency under load.",
     verify: "Say whether a server computes the model that it says.",
+    drill: "Kill a part of a server under load; say what it did.",
     simulate: "Project one deployment on target hardware; needs no GPU.",
     balance: "Place experts on ranks by the load in a routing trace.",
     calibrate: "Measure this machine, to plan and simulate for it.",

@@ -292,9 +292,9 @@ def compare_servers(
 
     targets = options.targets()
     traces = options.traces_of(targets)
-    engines = [_engines(each, experiment, options, dtype) for each in options.engines()]
+    engines = [engines_of(each, experiment, options, dtype) for each in options.engines()]
     workload = experiment.workload
-    asked = _asked(workload.load, workload.seed, options, _vocabulary(experiment, options))
+    asked = _asked(workload.load, workload.seed, options, vocabulary_of(experiment, options))
     with _setting(asked, options, folder) as setting:
         if engines:
             of_servers, of_client = _parted_cores(experiment)
@@ -377,7 +377,7 @@ def _given_tokenizer(options: ServerOptions) -> "Vocabulary | None":
         return Vocabulary.of_folder(options.tokenizer)
 
 
-def _vocabulary(experiment: "Experiment", options: ServerOptions) -> "Vocabulary | None":
+def vocabulary_of(experiment: "Experiment", options: ServerOptions) -> "Vocabulary | None":
     """The token ids of prompts, the same for all servers; None for those of the first server."""
     from expertlane.client.server import Vocabulary
 
@@ -390,7 +390,7 @@ def _vocabulary(experiment: "Experiment", options: ServerOptions) -> "Vocabulary
     return Vocabulary(range(experiment.model.vocab_size))
 
 
-def _engines(
+def engines_of(
     engine: "Engine", experiment: "Experiment", options: ServerOptions, dtype: str | None
 ) -> "Engines":
     """An engine with the commands of its servers; options are checked here.
@@ -495,7 +495,7 @@ def print_commands(
     from expertlane.planner.server_start import PORT
 
     rows: list[dict[str, Any]] = []
-    for engines in [_engines(each, experiment, options, dtype) for each in options.engines()]:
+    for engines in [engines_of(each, experiment, options, dtype) for each in options.engines()]:
         for deployment in experiment.deployments:
             row: dict[str, Any] = {"engine": engines.engine.name, "deployment": deployment.name}
             try:

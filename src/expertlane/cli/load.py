@@ -53,6 +53,8 @@ class Defaults:
 MODELLED = Defaults("256", 1024, 256, waves=4, least=32)  # plan and simulate: a cluster
 MEASURED = Defaults("1,8,32", 32, 32, waves=2, burst_from=64)  # bench: perhaps a laptop
 SERVED = Defaults("32", 1024, 256, waves=2)  # compare: servers that somebody runs
+STEADY = Defaults("8", 32, 64, waves=3, least=16)  # drill: repeated again and again
+_OPEN_PROMPTS = 32  # different ones of an open loop that is repeated
 
 
 _SEVERAL, _RANGE = "N[,N…]", "N[:N]"
@@ -62,30 +64,34 @@ def _option(**how: Any) -> Any:
     return typer.Option(None, **how)
 
 
-def _batch(default: str, metavar: str = _SEVERAL) -> Any:
-    return _option(metavar=metavar, show_default=default, help="Closed loop: concurrency N.")
+def _batch(default: str, metavar: str = _SEVERAL, **how: Any) -> Any:
+    return _option(metavar=metavar, show_default=default, help="Closed loop: concurrency N.", **how)
 
 
-def _length(of: str, default: int, metavar: str = _RANGE) -> Any:
+def _length(of: str, default: int, metavar: str = _RANGE, **how: Any) -> Any:
     more = " N:N: uniform in that range." if metavar == _RANGE else ""
-    return _option(metavar=metavar, show_default=str(default), help=f"Tokens per {of}.{more}")
+    words = f"Tokens per {of}.{more}"
+    return _option(metavar=metavar, show_default=str(default), help=words, **how)
 
 
-def _num_requests(defaults: Defaults, **how: Any) -> Any:
+def _num_requests(
+    defaults: Defaults, more: str = "", num_open: int = _OPEN_SIZE, **how: Any
+) -> Any:
     return _option(
         rich_help_panel=Panel.MORE_WORKLOAD,
-        show_default=f"{defaults.of_closed}; with --rate {_OPEN_SIZE}; of --requests all",
-        help="Requests per batch size or rate; of --requests, the first N.",
+        show_default=f"{defaults.of_closed}; with --rate {num_open}; of --requests all",
+        help=f"Requests per batch size or rate; of --requests, the first N.{more}",
         **how,
     )
 
 
-def _requests(taken: str = "With --batch or --rate only the lengths are taken.") -> Any:
+def _requests(taken: str = "With --batch or --rate only the lengths are taken.", **how: Any) -> Any:
     return _option(
         metavar="FILE",
         rich_help_panel=Panel.MORE_WORKLOAD,
         help="Recorded requests, with their lengths and arrival times: Mooncake's JSON lines or "
         f"Azure's CSV of LLM inference. {taken}",
+        **how,
     )
 
 
@@ -287,6 +293,45 @@ class SimulatedLoad(LoadOptions):
     num_requests: int | None = _num_requests(MODELLED)
     prompt_len: str | None = _length("prompt", MODELLED.prompt_len)
     output_len: str | None = _length("output", MODELLED.output_len)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrillLoad(LoadOptions):
+    """The load of drill: one, whose requests are repeated; none of a file."""
+
+    defaults = STEADY
+    panel: ClassVar = Panel.MORE_WORKLOAD
+    batch: str | None = _batch(STEADY.batch, "N")
+    rate: str | None = _option(
+        metavar="R", help="Open loop instead of --batch: Poisson arrivals, R requests per second."
+    )
+    num_requests: int | None = _num_requests(
+        STEADY, " So many are different, and are repeated.", _OPEN_PROMPTS
+    )
+    prompt_len: str | None = _length("prompt", STEADY.prompt_len)
+    output_len: str | None = _length("output", STEADY.output_len)
+    requests: Path | None = _requests(hidden=True)
+    slo: list[str] | None = slo_option("", hidden=True)
+    price: float | None = _option(hidden=True)
+
+    def load(self) -> "Load":
+        """The load; its number of requests is that of different ones.
+
+        Raises:
+            UserError: it is none, or several, or an option is for other commands.
+        """
+        for name in ("requests", "slo", "price"):
+            if getattr(self, name):
+                raise UserError(f"--{name} is for expertlane bench; drill has no such option")
+        asked = self
+        if self.rate is not None:
+            asked = replace(self, num_requests=self.num_requests or _OPEN_PROMPTS)
+        elif self.batch is None:
+            asked = replace(self, batch=STEADY.batch)
+        loads = asked.loads()
+        if len(loads) > 1:
+            raise UserError("--batch and --rate take one number each; drill has one load")
+        return loads[0]
 
 
 @dataclass(frozen=True, kw_only=True)

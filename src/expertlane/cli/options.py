@@ -185,9 +185,9 @@ def trace_option() -> Any:
     )
 
 
-def dtype_option(default: str) -> Any:
+def dtype_option(default: str, panel: Panel = Panel.DEPLOYMENT) -> Any:
     """`--dtype`: the type that ranks compute in."""
-    return _option_of("dtype", show_default=default, rich_help_panel=Panel.DEPLOYMENT)
+    return _option_of("dtype", show_default=default, rich_help_panel=panel)
 
 
 def cpu_isa_option() -> Any:

@@ -30,7 +30,7 @@ def report(
         Path,
         typer.Argument(
             metavar="RESULTS",
-            help="A results.json of compare, plan, simulate or bench, or its folder.",
+            help="A results.json of compare, plan, simulate, bench or drill, or its folder.",
         ),
     ],
     output_options: _Output,

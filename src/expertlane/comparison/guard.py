@@ -5,9 +5,10 @@
 The command runs on the cores, numbers with commas between them; on all if that is empty.
 
 The guard ends the command when the pipe closes, as it does when the process that started the guard
-is killed. It kills what is left when the command exits. Orphaned descendants become its children
-(Linux: `PR_SET_CHILD_SUBREAPER`), so those in a session of their own are found too. Its exit status
-is the command's, or 128 plus the number of the signal that ended the command.
+is killed. It kills what is left when the command exits by itself; once a byte has come through the
+pipe, only when that closes. Orphaned descendants become its children (Linux:
+`PR_SET_CHILD_SUBREAPER`), so those in a session of their own are found too. Its exit status is the
+command's, or 128 plus the number of the signal that ended the command.
 """
 
 import contextlib
@@ -43,8 +44,12 @@ def main(arguments: Sequence[str]) -> int:
     except OSError as error:
         print(f"cannot start {command[0]}: {error.strerror}", file=sys.stderr, flush=True)
         return CANNOT_START
-    while child.poll() is None and not select.select([pipe], [], [], _POLL_S)[0]:
-        pass
+    lingers = False
+    while child.poll() is None or lingers:
+        if select.select([pipe], [], [], _POLL_S)[0]:
+            if not os.read(pipe, 1):
+                break
+            lingers = True
     status = child.poll()
     if status is None:
         status = _end(child, grace_s)

@@ -347,7 +347,7 @@ class RunningServer:
             return False
         assert deployment is not None, "what is started has a layout"
         self.stop()
-        port = _free_port()
+        port = free_port()
         start = engines.start(deployment, port)
         if traces is None:
             served.started = start
@@ -362,7 +362,7 @@ class RunningServer:
         self._served, served.log = served, self._process.log
         url = Url(HOST, port, False, "")
         path = engines.engine.ready_path
-        start_s = self._process.wait_until(lambda: _is_ready(url, path), setting.start_timeout_s)
+        start_s = self._process.wait_until(lambda: is_ready(url, path), setting.start_timeout_s)
         if traces is None:
             served.start_s.append(start_s)
         served.target = Target(url)
@@ -442,13 +442,16 @@ def _new_folder(within: Path) -> Path:
         raise UserError(f"cannot write to {within}: {error.strerror}") from None
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as found:
         found.bind((HOST, 0))
         return int(found.getsockname()[1])
 
 
-def _is_ready(url: Url, path: str) -> bool:
+def is_ready(url: Url, path: str) -> bool:
+    """Whether a server answers 200 there, soon."""
+
     async def ask() -> bool:
         connections = Connections(url, {})
         try:

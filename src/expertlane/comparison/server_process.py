@@ -99,6 +99,15 @@ class ServerProcess:
         """None while it runs; 128 and a signal's number where that ended it."""
         return self._process.poll()
 
+    @property
+    def guard_pid(self) -> int:
+        """The process that the server, and what it leaves behind, are children of."""
+        return self._process.pid
+
+    def linger(self) -> None:
+        """If the server ends by itself from now on, leave its children until `stop`."""
+        os.write(self._pipe, b"+")
+
     def exit_status_soon(self) -> int | None:
         """`exit_status`, after a wait of up to a second: a server that failed may be exiting."""
         with suppress(subprocess.TimeoutExpired):

@@ -8,6 +8,7 @@ from expertlane.report.answer import comparison_answer
 from expertlane.report.compared import Comparison, Row, projected, run
 from expertlane.report.compared_servers import servers_answer, servers_sections
 from expertlane.report.document import Answer, Chapter, ChapterName, Report, Section
+from expertlane.report.drilled import drill_answer, drill_sections
 from expertlane.report.loads import NAME_COLUMNS
 from expertlane.report.numbers import shortened
 from expertlane.report.scaling import overlap, parallelism, sizes
@@ -102,6 +103,10 @@ _CHAPTERS: dict[str, tuple[Chapter, ...]] = {
         _SURE,
         _SETUP,
     ),
+    "drill": (
+        Chapter("answer", "The answer", "What became of requests, and when all was well again."),
+        _SETUP,
+    ),
 }
 
 
@@ -113,6 +118,7 @@ def report_of(results: Results) -> Report:
         "simulation": _simulation,
         "bench": _bench,
         "verify": _verify,
+        "drill": _drill,
     }
     name, answer, sections = make[results.kind](results)
     sources = sorted({each.source for each in results.deployments})
@@ -333,4 +339,12 @@ def _verify(results: Results) -> _Made:
         f" verify: {results.question['model']} at {results.question['url']}",
         verified_answer(results),
         (*verified_sections(results), *_of("setup", setup(results, "What was verified"))),
+    )
+
+
+def _drill(results: Results) -> _Made:
+    return (
+        f" drill: {results.question['model']}, {results.question['fault']}",
+        drill_answer(results),
+        (*drill_sections(results), *_of("setup", setup(results, "What was drilled"))),
     )

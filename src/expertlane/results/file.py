@@ -230,12 +230,22 @@ class _OfVerify(_Question):
     budget_s: float
 
 
+class _OfDrill(_Question):
+    model: str
+    workload: _Lengths
+    url: str
+    fault: str
+    batch: _Count | None = None
+    rate: _Positive | None = None
+
+
 _KINDS: dict[str, type[_Question]] = {
     "comparison": _OfComparison,
     "plan": _OfPlan,
     "simulation": _OfSimulation,
     "bench": _OfBench,
     "verify": _OfVerify,
+    "drill": _OfDrill,
 }
 
 
@@ -320,6 +330,7 @@ def _check_record(results: Results, record: DeploymentRecord) -> None:
         "steps": (is_shown and server is None) or is_chosen,
         "verified": is_verified,
         "pools": is_chosen or (is_shown and record.source == "projected"),
+        "drill": results.kind == "drill",
     }
     for name, is_needed in needed.items():
         if is_needed and not getattr(record, name):

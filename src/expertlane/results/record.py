@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+from expertlane.results.drill_record import DrillRecord
 from expertlane.results.estimate import Above0, Estimate, Summary, SummaryAbove0, is_told_apart
 from expertlane.results.serving_record import ServingRecord, best_load
 from expertlane.results.timeline import StepTimeline
@@ -352,8 +353,9 @@ class DeploymentRecord(Strict):
         served_with: options of a projected workload, with `auto` resolved.
         over_best: its output tokens a second over those of the best of a plan, with the bounds that
             are left when the errors that both share have cancelled; None for that.
-        server: of a comparison of servers, the one that it was measured on.
+        server: of a comparison of servers, or a drill, the one that it was measured on.
         verified: of a server that was verified, what was found.
+        drill: a fault, and what came of it; `serving` is then of before.
     """
 
     name: str
@@ -380,6 +382,7 @@ class DeploymentRecord(Strict):
     served_with: Options | None = None
     server: ServerRecord | None = None
     verified: VerifiedRecord | None = None
+    drill: DrillRecord | None = None
 
     def __repr__(self) -> str:
         """A line: its parts have thousands of numbers."""

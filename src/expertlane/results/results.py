@@ -36,7 +36,7 @@ SCHEMA_VERSION = 9
 FOREIGN_LOAD = 0.05  # share of the cores; less is noise
 _MILLION, _S_PER_HOUR = 1e6, 3600
 
-Kind = Literal["comparison", "simulation", "plan", "bench", "verify"]
+Kind = Literal["comparison", "simulation", "plan", "bench", "verify", "drill"]
 
 
 def _is_moment(text: str) -> bool:
@@ -277,9 +277,10 @@ class Results(Strict):
             `workload`, `serving`; plan: `model`, `workload` (means), `load` (lengths and a rate, as
             asked for), `projection`, `max_tpot_s`, `max_ttft_s`, and `slos` of other statistics;
             bench: `model`, `workload`, `ranks_per_node`, or `urls`, `endpoint` and `rounds` of
-            servers; verify: `model`, `url`, `reference`, `seed`, `num_prompts` and `budget_s`. A
-            comparison of servers has `servers`, their number, and `workload` as a bench; without an
-            experiment the name of the `model` in place of `experiment`.
+            servers; verify: `model`, `url`, `reference`, `seed`, `num_prompts` and `budget_s`;
+            drill: `model`, `workload`, `url`, `batch` or `rate`, and `fault`. A comparison of
+            servers has `servers`, their number, and `workload` as a bench; without an experiment
+            the name of the `model` in place of `experiment`.
             The workload of a simulation or bench has what is the same for all loads: `prompt_len`,
             `output_len`, `seed`, and `requests`, the file they are from; `prefix_len` and
             `num_prefixes` where prompts share a prefix. `price`: dollars per device-hour, where one

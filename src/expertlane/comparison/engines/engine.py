@@ -68,11 +68,14 @@ class Engine(ABC):
         name: name for `--engine`.
         title: name in reports.
         ready_path: a path that answers 200 once the server is ready.
+        rank_title: pattern of the titles of its ranks' processes, by which `drill` finds one: with
+            the group `rank`, or with `dp`, `pp`, and `tp` or `in_stage`, its number in its stage.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     ready_path: ClassVar[str] = "/health"
+    rank_title: ClassVar[str] = ""
 
     @abstractmethod
     def start(self, asked: Asked) -> Start:

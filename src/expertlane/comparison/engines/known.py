@@ -78,6 +78,10 @@ class Vllm(_Planned):
 
     name = "vllm"
     title = "vLLM"
+    rank_title = (  # vllm/v1/executor/multiproc_executor.py, vllm/v1/engine/core.py
+        r"VLLM::(?:Worker|EngineCore)(?:_DP(?P<dp>\d+))?(?:_PP(?P<pp>\d+))?(?:_PCP\d+)?"
+        r"(?:_TP(?P<tp>\d+))?"
+    )
 
     def profiled(self, start: Start, folder: Path) -> Start:
         """The command with vLLM's torch profiler; without stacks, which slow it several times."""
@@ -91,6 +95,9 @@ class Sglang(_Planned):
 
     name = "sglang"
     title = "SGLang"
+    rank_title = (  # python/sglang/srt/managers/scheduler.py
+        r"sglang::scheduler(?:_DP(?P<dp>\d+))?(?:_PP(?P<pp>\d+))?(?:_TP(?P<in_stage>\d+))?"
+    )
 
     def profiled(self, start: Start, folder: Path) -> Start:
         """The same command: the request to `/start_profile` names the folder."""
@@ -113,6 +120,7 @@ class Expertlane(_Planned):
 
     name = "expertlane"
     title = "expertlane"
+    rank_title = r"expertlane r(?P<rank>\d+)"
 
     def profiled(self, start: Start, folder: Path) -> Start:
         """The command with a folder for traces."""

@@ -1,0 +1,493 @@
+"""`expertlane drill`: kill or stop a part of a server under load, and say what it did."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import typer
+
+from expertlane.cli import output
+from expertlane.cli.compare_servers import ServerOptions, engines_of, vocabulary_of
+from expertlane.cli.help import Panel
+from expertlane.cli.load import DrillLoad
+from expertlane.cli.option_groups import given, takes_groups
+from expertlane.cli.options import (
+    API_KEY,
+    MODEL_HELP,
+    api_keys,
+    dtype_option,
+    key_lines,
+    known_models,
+    layout_option,
+)
+from expertlane.cli.output import OutputOptions
+from expertlane.errors import UserError, naming
+from expertlane.spec.layout import Layout
+from expertlane.spec.names import Dtype
+
+if TYPE_CHECKING:
+    from expertlane.client.run import Target
+    from expertlane.client.server import Vocabulary
+    from expertlane.endpoint.drill import Asked, Drilled
+    from expertlane.endpoint.faults import Fault, Signal
+    from expertlane.endpoint.started import StartedServer
+    from expertlane.results.record import DeploymentRecord, ServerRecord
+    from expertlane.results.results import Results
+    from expertlane.spec.experiment import Experiment
+
+FAILED = 1  # exit code
+_KILL_WITHIN_S = 60.0  # that a command may take
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fault:
+    panel: ClassVar = Panel.SERVER
+    kill: str | None = typer.Option(
+        None,
+        metavar="COMMAND",
+        help="Command that kills or stops something; your shell runs it once, for at most "
+        f"{_KILL_WITHIN_S:g} s.",
+    )
+    pid: int | None = typer.Option(None, help="Process of this machine to signal.")
+    rank: int | None = typer.Option(None, help="Rank to signal, of a server started by --engine.")
+    kubectl: str | None = typer.Option(
+        None,
+        metavar="[NAMESPACE/]POD",
+        rich_help_panel=Panel.MORE_SERVER,
+        help="Pod to delete, by kubectl.",
+    )
+    signal: Literal["KILL", "STOP", "TERM"] = typer.Option(
+        "KILL",
+        help="Signal for --pid and --rank. STOP: the process hangs. With --kubectl, KILL deletes "
+        "at once, TERM with its grace period.",
+    )
+    after_s: float = typer.Option(
+        10.0,
+        metavar="SECONDS",
+        rich_help_panel=Panel.MORE_SERVER,
+        help="Steady load before the fault, for so long.",
+    )
+    observe_s: float = typer.Option(
+        60.0, metavar="SECONDS", help="Watch for so long after the fault."
+    )
+    hang_s: float = typer.Option(
+        10.0,
+        metavar="SECONDS",
+        rich_help_panel=Panel.MORE_SERVER,
+        help="A request that gets no token for so long has hung; it is given up.",
+    )
+    health_s: float = typer.Option(
+        5.0,
+        metavar="SECONDS",
+        rich_help_panel=Panel.MORE_SERVER,
+        help="/health may be wrong for so long at a time.",
+    )
+
+    def __post_init__(self) -> None:
+        found = [each for each in ("kill", "pid", "rank", "kubectl") if self._is_given(each)]
+        if len(found) != 1:
+            names = " and ".join(f"--{each}" for each in found)
+            raise UserError(
+                f"{names} exclude each other; give one"
+                if found
+                else "say what to kill: --kill COMMAND, --pid N, --rank N or --kubectl POD"
+            )
+        if self.kill is not None and self.signal != "KILL":
+            raise UserError("--signal is for --pid, --rank and --kubectl; --kill says it itself")
+
+    def _is_given(self, name: str) -> bool:
+        return getattr(self, name) is not None
+
+    def fault_of(
+        self, rank_title: str = "", layout: Layout | None = None
+    ) -> "Callable[[int | None], Fault]":
+        """What gives the fault, once the server's first process is known.
+
+        Args:
+            rank_title: pattern of the titles of its ranks, and `layout` its layout, of a server
+                that is started here.
+        """
+        from expertlane.endpoint import faults
+        from expertlane.endpoint.processes import processes, rank_process
+
+        how: Signal = self.signal
+
+        def fault(root: int | None) -> "Fault":
+            if self.kill is not None:
+                return faults.by_shell(self.kill, _KILL_WITHIN_S)
+            if self.kubectl is not None:
+                return faults.by_kubectl(self.kubectl, how, _KILL_WITHIN_S)
+            if self.pid is not None:
+                found = processes().get(self.pid)
+                name = "" if found is None else f" ({found.title})"
+                return faults.Signalled(self.pid, how, f"process {self.pid}{name}")
+            assert self.rank is not None, "one is given"
+            assert layout is not None, "only such a server has ranks that are known"
+            process = rank_process(root or 0, rank_title, layout, self.rank)
+            name = f"rank {self.rank} (process {process.pid}, {process.title})"
+            return faults.Signalled(process.pid, how, name)
+
+        return fault
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Start:
+    panel: ClassVar = Panel.DEPLOYMENT
+    engine: str | None = typer.Option(
+        None,
+        metavar="vllm|sglang|trtllm|expertlane",
+        rich_help_panel=Panel.SERVER,
+        help="Engine that serves. It is started here with --model and --layout in place of a URL, "
+        "and ended.",
+    )
+    model: str | None = typer.Option(
+        None,
+        metavar="MODEL",
+        show_default="the server's only one",
+        autocompletion=known_models,
+        rich_help_panel=Panel.SERVER,
+        help=f"{MODEL_HELP} With a URL: the model's name there.",
+    )
+    layout: str = layout_option("tp=1")
+    dtype: Dtype | None = dtype_option("the checkpoint's", Panel.MORE_DEPLOYMENT)
+    engine_python: str | None = typer.Option(
+        None,
+        metavar="[NAME=]PATH",
+        rich_help_panel=Panel.MORE_SERVER,
+        show_default="commands on the PATH",
+        help="Python of the environment that the engine is installed in.",
+    )
+    engine_args: str | None = typer.Option(
+        None,
+        metavar="[NAME=]ARGS",
+        rich_help_panel=Panel.MORE_SERVER,
+        help='Further arguments of the engine\'s command, as "--enforce-eager".',
+    )
+    start_timeout_s: float = typer.Option(
+        1_200.0,
+        metavar="SECONDS",
+        rich_help_panel=Panel.MORE_SERVER,
+        help="Time limit of a server's start.",
+    )
+
+    def as_server_options(self) -> ServerOptions:
+        """The same as `compare` has them."""
+        python, arguments = self.engine_python, self.engine_args
+        return ServerOptions(
+            engine=[self.engine or ""],
+            url=None,
+            engine_python=None if python is None else [python],
+            engine_args=None if arguments is None else [arguments],
+            tokenizer=None,
+            start_timeout_s=self.start_timeout_s,
+            request_timeout_s=None,
+            profile=False,
+            dry_run=False,
+        )
+
+    def check_unused(self) -> None:
+        """Refuse options of a start where none is asked for.
+
+        Raises:
+            UserError: one is given.
+        """
+        unused = [each for each in given(self) if each not in ("--model",)]
+        if unused:
+            raise UserError(f"{unused[0]} is for a server that is started here; give --engine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Client:
+    panel: ClassVar = Panel.MORE_SERVER
+    endpoint: Literal["completions", "chat"] = typer.Option(
+        "completions", help="API that requests use; prompts of chats are text."
+    )
+    tokenizer: Path | None = typer.Option(
+        None,
+        metavar="DIR",
+        show_default="MODEL if it is such a folder, else the server's /tokenize",
+        help="Folder of the model's tokenizer. Required for chats.",
+    )
+    api_key_file: Path | None = typer.Option(
+        None,
+        metavar="FILE",
+        show_default=f"{API_KEY}, else none",
+        help="File with the API key.",
+    )
+
+    def key(self) -> str | None:
+        """The API key, if there is one.
+
+        Raises:
+            UserError: it is none.
+        """
+        found = {} if self.api_key_file is None else key_lines(self.api_key_file)
+        if len(found) > 1:
+            raise UserError(f"--api-key-file: {self.api_key_file} has {len(found)} keys, not one")
+        keys = api_keys(found)
+        return keys[0] if keys else None
+
+    def vocabulary(self, model: str | None) -> "Vocabulary | None":
+        """The tokens of a tokenizer that was given, or is in MODEL.
+
+        Raises:
+            UserError: there is none that can be read.
+        """
+        from expertlane.client.server import Vocabulary
+
+        if self.tokenizer is not None:
+            with naming("--tokenizer"):
+                return Vocabulary.of_folder(self.tokenizer)
+        return Vocabulary.of_name(model) if model is not None else None
+
+
+@takes_groups
+def drill(
+    url: Annotated[
+        str | None, typer.Argument(metavar="URL", help="The server, as http://HOST:PORT.")
+    ] = None,
+    *,
+    fault: _Fault,
+    start: _Start,
+    load: DrillLoad,
+    client: _Client,
+    output_options: OutputOptions,
+) -> None:
+    """Kill or stop one part of a server under load, and say what it did.
+
+    First every prompt is answered twice, so that the greedy tokens of the undisturbed server are
+    known, and how many of them change by themselves. Then the load goes on, the fault strikes once,
+    and the load is watched: when the first request failed, how many failed, hung, were cut short,
+    or got tokens twice, too few or others; when the rate was full again; whether /health told the
+    truth; and, where the server's processes run on this machine, what was left behind.
+
+    What --kill, --pid or --kubectl stops stays stopped: drill starts nothing again but what
+    --engine starts, which it ends.
+
+    \b
+    Exit code
+      1   the server fails: a request was lost (failed, hung or cut short), got
+          tokens twice, too few or others (more often than undisturbed ones), or
+          was counted wrongly; or /health said 200 while no request got a token,
+          or anything else while all was well, for longer than --health-s
+      2   the drill could not be made: no such process, the command failed, or the
+          server fails without a fault
+      0   otherwise; a lower rate, or things left behind, are told and fail nothing
+
+    \b
+    Examples:
+      expertlane drill http://127.0.0.1:8000 --pid 4711
+          kill a process of that server
+      expertlane drill http://127.0.0.1:8000 --pid 4711 --signal STOP --hang-s 30
+          have it hang
+      expertlane drill http://serve:8000 --kill 'ssh node2 pkill -9 -f VLLM::Worker'
+          whatever a command can do, for example on another machine
+      expertlane drill http://serve:8000 --kubectl prod/vllm-0 --observe-s 600
+          delete a pod, and wait for its successor
+      expertlane drill --engine vllm --model ./my-checkpoint --layout tp=2 --rank 1
+          a server that is started for it, and any of its ranks
+      expertlane drill http://127.0.0.1:8000 --pid 4711 --json |
+          jq '.deployments[0].drill.why_failed'
+    """
+    found = run(url, fault, start, load, client, output.Call.typed(output_options.out))
+    output.publish(found, output_options)
+    record = found.results.deployments[0].drill
+    if record is not None and record.is_failed:
+        raise typer.Exit(FAILED)
+
+
+def run(
+    url: str | None,
+    fault: _Fault,
+    start: _Start,
+    load: DrillLoad,
+    client: _Client,
+    call: output.Call,
+) -> output.Found:
+    """Drill, and return the results; prints nothing on standard output."""
+    asked = _asked(fault, load, client, start.model)
+    if (url is None) == (start.engine is None):
+        raise UserError("give either a server's URL, or --engine to start one")
+    if url is not None:
+        return _run_url(url, fault, start, load, client, asked, call)
+    return _run_engine(fault, start, load, asked, call)
+
+
+def _asked(fault: _Fault, load: DrillLoad, client: _Client, model: str | None) -> "Asked":
+    from expertlane.endpoint.drill import Asked
+
+    return Asked(
+        load.load(),
+        load.seed,
+        fault.after_s,
+        fault.observe_s,
+        fault.hang_s,
+        fault.health_s,
+        client.endpoint == "chat",
+        client.vocabulary(model),
+    )
+
+
+def _run_url(
+    text: str,
+    fault: _Fault,
+    start: _Start,
+    load: DrillLoad,
+    client: _Client,
+    asked: "Asked",
+    call: output.Call,
+) -> output.Found:
+    """Drill a server that runs."""
+    from expertlane.client.connection import Url
+    from expertlane.client.run import Target
+    from expertlane.endpoint.drill import drill as drilled
+    from expertlane.results.record import ServerRecord
+
+    start.check_unused()
+    if fault.rank is not None:
+        raise UserError("--rank is for a server that --engine starts; give --pid")
+    target = Target(Url.parse(text, "URL"), client.key(), start.model)
+    folder = call.folder(output.slug("drill", f"{target.url.host}-{target.url.port}"))
+    with output.progress_on_stderr() as progress:
+        found = drilled(target, asked, fault.fault_of(), progress)
+    server = ServerRecord("", found.software, url=str(target.url))
+    record = _record(found, str(target.url), server)
+    return output.Found(_results(found, record, asked, load, target, call), folder)
+
+
+def _record(found: "Drilled", name: str, server: "ServerRecord") -> "DeploymentRecord":
+    from expertlane.results.record import DeploymentRecord
+
+    return DeploymentRecord(
+        name,
+        None,
+        None,
+        "measured",
+        serving=(found.undisturbed,),
+        server=server,
+        drill=found.record,
+    )
+
+
+def _results(
+    found: "Drilled",
+    record: "DeploymentRecord",
+    asked: "Asked",
+    load: DrillLoad,
+    target: "Target",
+    call: output.Call,
+) -> "Results":
+    from expertlane.results.results import Results
+
+    return Results.now(
+        "drill",
+        call.command,
+        {
+            "model": found.model,
+            "workload": load.question(asked.load),
+            "url": str(target.url),
+            "batch": asked.load.batch,
+            "rate": asked.load.rate,
+            "fault": found.record.fault,
+        },
+        [record],
+    )
+
+
+def _run_engine(
+    fault: _Fault, start: _Start, load: DrillLoad, asked: "Asked", call: output.Call
+) -> output.Found:
+    """Start a server, drill it, and end it."""
+    from expertlane.client.run import Target
+    from expertlane.comparison.engines.engine import find_engine
+    from expertlane.endpoint.drill import drill as drilled
+    from expertlane.endpoint.started import started
+    from expertlane.results.hardware import this_machine
+
+    assert start.engine is not None, "checked"
+    engine = find_engine(start.engine)
+    if fault.rank is not None and not engine.rank_title:
+        raise UserError(f"--rank: the ranks of {engine.title} are not known; give --kill")
+    experiment = _experiment(start, asked)
+    (deployment,) = experiment.deployments
+    options = start.as_server_options()
+    engines = engines_of(engine, experiment, options, start.dtype)
+    if asked.tokenizer is None:
+        asked = replace(asked, tokenizer=vocabulary_of(experiment, options))
+    folder = call.folder(output.slug("drill", engine.name, deployment.name))
+    with (
+        TemporaryDirectory(prefix="expertlane-") as temporary,
+        output.progress_on_stderr() as progress,
+    ):
+        within = ((folder or Path(temporary)) / "server").absolute()
+        progress.task(f"starting {engine.title} {deployment.name}", 1)
+        with started(engines, deployment, within, start.start_timeout_s) as server:
+            progress.done()
+            target = Target(server.url)
+            of_rank = fault.fault_of(engine.rank_title, deployment.layout)
+            found = drilled(target, asked, of_rank, progress, server.root)
+        found = found.with_left_after_end()
+        record = _started_record(found, server, engine.title, deployment.name)
+    record = replace(record, layout=deployment.layout, options=deployment.options)
+    results = _results(found, record, asked, load, target, call)
+    dtype = start.dtype or experiment.model.own_dtype or "bfloat16"
+    machine = this_machine(experiment.num_ranks, dtype)
+    return output.Found(replace(results, machine=machine), folder)
+
+
+def _started_record(
+    found: "Drilled", server: "StartedServer", title: str, name: str
+) -> "DeploymentRecord":
+    from expertlane.comparison.server_process import command_line
+    from expertlane.results.record import ServerRecord
+
+    return _record(
+        found,
+        f"{title} {name}",
+        ServerRecord(
+            title,
+            found.software,
+            name,
+            command_line(server.start.argv, server.start.environment),
+            dict(server.start.files),
+            str(server.url),
+            (server.start_s,),
+            log=str(server.log),
+        ),
+    )
+
+
+def _experiment(start: _Start, asked: "Asked") -> "Experiment":
+    """One deployment of a checkpoint, under the load.
+
+    Raises:
+        UserError: there is no such checkpoint, or it cannot be laid out so.
+    """
+    from expertlane.spec.deployment import Deployment
+    from expertlane.spec.experiment import Experiment
+    from expertlane.spec.from_hf import read_model
+    from expertlane.spec.hf_config import resolve_model
+    from expertlane.spec.model import PRESETS
+    from expertlane.spec.workload import Workload
+
+    if start.model is None:
+        raise UserError("--engine serves a checkpoint: give its folder with --model")
+    layout = Layout.parse(start.layout)
+    if start.model in PRESETS:
+        raise UserError(
+            f"--engine loads a checkpoint, and {start.model} has none: give a folder, or start "
+            f"expertlane serve {start.model} and give its URL"
+        )
+    folder = resolve_model(start.model, weights=True)
+    model = read_model(folder, start.model, weights=False)
+    layout.check_model(model)
+    load = asked.load
+    workload = Workload(
+        num_sequences=load.batch or load.num_requests,
+        prompt_len=load.prompt_len.high,
+        output_len=load.output_len.high,
+    )
+    deployment = Deployment(str(layout), layout)
+    return Experiment(model.name, model, workload, (deployment,), checkpoint=str(folder))

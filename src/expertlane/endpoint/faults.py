@@ -1,0 +1,196 @@
+"""What a drill kills or stops: a process by its number, a rank, a pod, or what a command does."""
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from expertlane.errors import UserError
+from expertlane.printable import printable
+
+Signal = Literal["KILL", "STOP", "TERM"]
+_POLL_S = 0.02
+_TAIL_BYTES, _MOST_WORDS = 4096, 200
+
+
+@dataclass(frozen=True)
+class Struck:
+    """What came of striking.
+
+    Attributes:
+        exit_code: of a command; None where it did not end in time, and for a signal.
+        took_s: seconds that it took.
+        printed: the end of what it printed, in a line.
+    """
+
+    exit_code: int | None = None
+    took_s: float = 0.0
+    printed: str = ""
+
+
+class Fault(Protocol):
+    """Something that is done once to a server under load."""
+
+    @property
+    def words(self) -> str:
+        """What it does, for a report."""
+
+    def check(self) -> None:
+        """Check what can be known before.
+
+        Raises:
+            UserError: it cannot be done.
+        """
+
+    async def strike(self) -> Struck:
+        """Do it.
+
+        Raises:
+            UserError: it could not be done.
+        """
+
+
+@dataclass(frozen=True)
+class Signalled:
+    """A signal to a process of this machine.
+
+    Attributes:
+        name: what the process is, in words.
+    """
+
+    pid: int
+    signal: Signal
+    name: str
+
+    @property
+    def words(self) -> str:
+        """`SIGKILL to rank 1 (process 4711)`."""
+        return f"SIG{self.signal} to {self.name}"
+
+    def check(self) -> None:
+        """Check that the process is there, may be signalled, and is not this one.
+
+        Raises:
+            UserError: otherwise.
+        """
+        if self.pid in _own_line():
+            raise UserError(f"--pid {self.pid} is this process, or one that it runs in")
+        self._send(0)
+
+    async def strike(self) -> Struck:
+        """Send it.
+
+        Raises:
+            UserError: the process has ended meanwhile.
+        """
+        self._send(signal.Signals[f"SIG{self.signal}"])
+        return Struck()
+
+    def _send(self, number: int) -> None:
+        try:
+            os.kill(self.pid, number)
+        except ProcessLookupError:
+            raise UserError(f"there is no process {self.pid} ({self.name})") from None
+        except PermissionError:
+            raise UserError(f"process {self.pid} belongs to another user") from None
+
+
+def _own_line() -> set[int]:
+    """This process and those above it."""
+    from expertlane.endpoint.processes import processes
+
+    found, line, pid = processes(), {os.getpid(), os.getppid(), 0, 1}, os.getpid()
+    while pid in found and (pid := found[pid].parent) not in (0, 1):
+        line.add(pid)
+    return line
+
+
+@dataclass(frozen=True)
+class Commanded:
+    """A command that kills or stops something, wherever that is.
+
+    Attributes:
+        argv: the command, or a shell with the command for it.
+        words: what is done, for a report.
+        within_s: seconds that it may take; then it is ended, and the drill goes on.
+    """
+
+    argv: Sequence[str]
+    words: str
+    within_s: float
+
+    def check(self) -> None:
+        """Check that its program is there.
+
+        Raises:
+            UserError: it is not.
+        """
+        if shutil.which(self.argv[0]) is None:
+            raise UserError(f"there is no command {self.argv[0]!r} here")
+
+    async def strike(self) -> Struck:
+        """Run it once.
+
+        Raises:
+            UserError: it failed, so that nobody knows what was done.
+        """
+        began_s = time.perf_counter()
+        with tempfile.TemporaryFile() as printed:
+            process = subprocess.Popen(
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=printed,
+                start_new_session=True,
+            )
+            try:
+                until_s = began_s + self.within_s
+                while process.poll() is None and time.perf_counter() < until_s:
+                    await asyncio.sleep(_POLL_S)
+            finally:
+                if (code := process.poll()) is None:
+                    with suppress(OSError):
+                        os.killpg(process.pid, signal.SIGKILL)
+                    process.wait()
+            printed.seek(max(0, printed.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            said = " ".join(printed.read().decode("utf-8", "replace").split())
+        said = printable(said[-_MOST_WORDS:])
+        if code:
+            raise UserError(
+                f"{self.words} ended with exit code {code}{f': {said}' if said else ''}; so what "
+                "it did is not known (end it with || true if that is as it should be)"
+            )
+        return Struck(code, time.perf_counter() - began_s, said)
+
+
+def by_shell(command: str, within_s: float) -> Commanded:
+    """A command of the user's, for the user's shell."""
+    shell = os.environ.get("SHELL") or "/bin/sh"
+    return Commanded((shell, "-c", command), f"--kill {command!r}", within_s)
+
+
+def by_kubectl(pod: str, how: Signal, within_s: float) -> Commanded:
+    """A pod's end; NAMESPACE/POD for one of another namespace.
+
+    Raises:
+        UserError: a pod cannot be stopped, and be told to go on, from outside.
+    """
+    if how == "STOP":
+        raise UserError(
+            "--kubectl ends a pod; to stop a process in it, --kill 'kubectl exec POD -- kill -STOP "
+            "PID'"
+        )
+    namespace, _, name = pod.rpartition("/")
+    if not name or name.startswith("-") or namespace.startswith("-"):
+        raise UserError(f"--kubectl is {pod!r}; it must be a pod's name, or NAMESPACE/POD")
+    argv = ["kubectl", "delete", "pod", name, "--wait=false"]
+    argv += ["--namespace", namespace] if namespace else []
+    argv += ["--grace-period=0", "--force"] if how == "KILL" else []
+    return Commanded(argv, f"kubectl delete pod {pod} (SIG{how})", within_s)

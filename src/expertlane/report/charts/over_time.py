@@ -1,0 +1,100 @@
+"""One quantity over the seconds around a moment, which is marked; below it what a server said."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from expertlane.report.charts.svg import AXIS, Spec, colour, layer, quantity, span, tooltip_of
+from expertlane.report.document import Chart, Column, Legend, Table, number
+from expertlane.report.numbers import figures
+
+_HEIGHT_PX, _STRIP_PX = 160, 8
+_MOST_ROWS = 120  # of the table
+_Point = tuple[float, float | None]
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A stretch of time with a colour, below the plot.
+
+    Attributes:
+        label: its meaning, one of the chart's legend.
+    """
+
+    begin_s: float
+    end_s: float
+    label: str
+
+
+def over_time_chart(
+    title: str,
+    what: str,
+    points: Sequence[_Point],
+    bin_s: float,
+    *,
+    kind: Literal["line", "bar"],
+    colour_name: str,
+    moment: str,
+    level: float | None = None,
+    strips: Sequence[Strip] = (),
+    looks: Mapping[str, str] | None = None,
+    note: str = "",
+) -> Chart:
+    """A quantity in bins; a dashed rule stands at 0 s, the moment.
+
+    Args:
+        what: the quantity, with its unit.
+        points: begin of each bin, and the value there; None for none.
+        moment: what happened at 0 s.
+        level: value drawn as a dashed line.
+        looks: colour of each label of the strips.
+    """
+    columns: dict[str, Column[_Point]] = {
+        "at": number("s after the fault", lambda point: figures(point[0])),
+        "value": number(what, lambda point: point[1], figures),
+    }
+    values = [
+        {"begin": at, "end": at + bin_s, "y": value, "at": figures(at), "value": figures(value)}
+        for at, value in points
+        if value is not None
+    ]
+    until = max((at + bin_s for at, _ in points), default=1.0)
+    since = min((at for at, _ in points), default=0.0)
+    x = quantity("begin", "seconds after the fault", dict(AXIS), domain=[since, until], nice=False)
+    y = quantity("y", what, dict(AXIS) | {"tickCount": 4})
+
+    def at(field: str) -> Spec:
+        return x | {"field": field}
+
+    filled: Spec = {"color": {"value": colour_name}, "tooltip": tooltip_of(columns)}
+    if kind == "bar":
+        drawn = layer({"type": "bar", "binSpacing": 0}, span(at, "begin", "end"), {"y": y}, filled)
+    else:
+        line = {"type": "line", "interpolate": "step-after", "strokeWidth": 2}
+        drawn = layer(line, {"x": x, "y": y}, filled)
+    layers = [drawn]
+    rule = {"type": "rule", "strokeDash": [5, 4], "color": "--ink"}
+    layers.append(layer(rule, {"x": at("moment")}, data=[{"moment": 0.0}]))
+    if level is not None:
+        low = {"type": "rule", "strokeDash": [2, 3], "color": "--muted"}
+        layers.append(layer(low, {"y": y | {"field": "level"}}, data=[{"level": level}]))
+    legend = [Legend(label, look) for label, look in (looks or {}).items()]
+    if strips:
+        rows = [{"begin": s.begin_s, "end": s.end_s, "said": s.label} for s in strips]
+        bar = {"type": "rect", "height": _STRIP_PX}
+        place = {"y": {"value": _HEIGHT_PX - _STRIP_PX / 2}}
+        layers.append(
+            layer(
+                bar, span(at, "begin", "end"), place, {"color": colour("said", legend)}, data=rows
+            )
+        )
+    said = [note, f"Dashed, at 0 s: {moment}."]
+    shown = [each for each in points if each[1] is not None]
+    return Chart(
+        title,
+        f"{what} over the seconds around {moment}.",
+        {"data": {"values": values}, "height": _HEIGHT_PX, "layer": layers},
+        Table.of(title, columns.values(), shown[:_MOST_ROWS]),
+        legend=legend if strips else (),
+        note=" ".join(filter(None, said)),
+    )
