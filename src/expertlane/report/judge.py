@@ -11,6 +11,7 @@ from expertlane.cost.laws.corrections import Assumed, Correction, FittedOn
 from expertlane.report.document import Answer, Column, Report, Section, Table, Words, number, text
 from expertlane.report.numbers import counted, figures, milliseconds, percent, shortened, times
 
+_NOTHING = 1e-6  # of a measured number: what is projected is zero, but for rounding
 _MOST_ROWS, _MOST_TERMS, _MOST_RIVALS = 8, 6, 3  # of the answer
 _NAME_WIDTH = 28
 _MOST_NAMED = 3  # assumptions that the headline names
@@ -155,13 +156,13 @@ def _columns() -> list[Column[JudgedNumber]]:
         text("metric", _metric),
         number("measured", lambda each: _value(each, each.measured)),
         number("projected", lambda each: _value(each, each.projected)),
-        number("ratio", lambda each: figures(each.ratio) if each.projected else None),
+        number("ratio", lambda each: _ratio(each.measured, each.projected)),
         number("corrected", lambda each: _ratio(each.measured, each.corrected)),
     ]
 
 
 def _ratio(measured: float, other: float) -> str | None:
-    return figures(measured / other) if other else None
+    return figures(measured / other) if other > _NOTHING * measured else None
 
 
 def _whole(numbers: Sequence[JudgedNumber], title: str = "") -> Table:
