@@ -673,7 +673,7 @@ def drill(
         layout: How ranks are arranged: dp=2,ep=2 for example.
         dtype: Type of weights and activations.
         engine_python: Python of the environment that the engine is installed in.
-        engine_args: Further arguments of the engine's command, as "--enforce-eager".
+        engine_args: Further arguments of the engine's command, such as "--enforce-eager".
         start_timeout_s: Time limit of a server's start.
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second.

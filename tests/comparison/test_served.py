@@ -17,7 +17,7 @@ from comparison.test_server_process import wait_gone
 from engine.ranks.processes import wait_until
 from expertlane.cli.compare_servers import ServerOptions, compare_servers
 from expertlane.comparison.engines.engine import find_engine, known_engines
-from expertlane.comparison.served import _free_port
+from expertlane.comparison.served import free_port
 from expertlane.comparison.turns import Repeats
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.report.sections import report_of
@@ -229,7 +229,7 @@ def test_engines_are_found_by_entry_points(stub):
 def urls(tmp_path):
     """Two servers that run already: tp=1 and b, which is slow and writes no traces."""
 
-    ports = [_free_port(), _free_port()]
+    ports = [free_port(), free_port()]
     servers = [
         subprocess.Popen([sys.executable, stub_engine.__file__, str(port), kind], cwd=tmp_path)
         for port, kind in zip(ports, ("fast", "slow"), strict=True)

@@ -163,7 +163,7 @@ class _Start:
         None,
         metavar="[NAME=]ARGS",
         rich_help_panel=Panel.MORE_SERVER,
-        help='Further arguments of the engine\'s command, as "--enforce-eager".',
+        help='Further arguments of the engine\'s command, such as "--enforce-eager".',
     )
     start_timeout_s: float = typer.Option(
         1_200.0,
@@ -184,6 +184,10 @@ class _Start:
             start_timeout_s=self.start_timeout_s,
             request_timeout_s=None,
             profile=False,
+            traces=None,
+            scripts=None,
+            api_key_file=None,
+            flush_caches=False,
             dry_run=False,
         )
 

@@ -221,6 +221,7 @@ class _OfRunning(_Question):
     servers: _Count
 
 
+@dataclass(frozen=True, kw_only=True)
 class _OfVerify(_Question):
     model: str
     url: str
@@ -230,6 +231,7 @@ class _OfVerify(_Question):
     budget_s: float
 
 
+@dataclass(frozen=True, kw_only=True)
 class _OfDrill(_Question):
     model: str
     workload: _Lengths
@@ -302,7 +304,7 @@ def _check_roles(results: Results) -> None:
 
 
 def _check_servers(results: Results) -> None:
-    if not results.is_of_servers:
+    if results.kind != "comparison" or not results.is_of_servers:
         return
     measured = results.select("measured")
     if lacking := [each.name for each in measured if each.server is None]:
