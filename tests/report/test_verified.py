@@ -1,5 +1,7 @@
 """The answer of `verify`: every verdict on one screen, and read back from its file."""
 
+from pathlib import Path
+
 import pytest
 
 from expertlane.report import html, terminal
@@ -10,7 +12,7 @@ from expertlane.results.results import Results
 from expertlane.results.verified_record import (
     ConditionRecord,
     ExpertRecord,
-    TestRecord,
+    SignificanceRecord,
     TokenRecord,
     VerifiedRecord,
 )
@@ -38,7 +40,10 @@ def results_of(verdict, why=(), alarms=("size",)) -> Results:
             )
             for name in NAMES
         ),
-        tests=(TestRecord("alone", "size", "", 9.5, 0.0), TestRecord("alone", "far", "", 0.0, 1.0)),
+        tests=(
+            SignificanceRecord("alone", "size", "", 9.5, 0.0),
+            SignificanceRecord("alone", "far", "", 0.0, 1.0),
+        ),
         worst=(TokenRecord("alone", 3, 17, 128_000, -11.5, -0.25, 0.01),) * 20 if off else (),
         experts=(ExpertRecord(3, 101, 412, 0.31, 0.012, 1e-9),) * 9 if off else (),
         least_seen=None if off else 0.031,
@@ -77,7 +82,7 @@ def test_every_verdict_fits_a_screen_and_comes_first(verdict, why, begins, tmp_p
     assert report.answer.headline.startswith(begins)
     console = Console(width=80, markup=False, emoji=False, highlight=False, record=True)
     with console.capture() as shown:
-        terminal.show_answer(report, console, tmp_path / "report.html")
+        terminal.show_answer(report, console, Path("report.html"))
     lines = shown.get().splitlines()
     assert len(lines) <= 40
     assert max(len(each.rstrip()) for each in lines) <= 80

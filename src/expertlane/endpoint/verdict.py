@@ -26,7 +26,7 @@ from expertlane.results.verified_record import (
     Against,
     ConditionRecord,
     ExpertRecord,
-    TestRecord,
+    SignificanceRecord,
     TokenRecord,
     Verdict,
 )
@@ -271,7 +271,7 @@ class Judged:
     verdict: Verdict
     why: tuple[str, ...]
     conditions: tuple[ConditionRecord, ...]
-    tests: tuple[TestRecord, ...]
+    tests: tuple[SignificanceRecord, ...]
     worst: tuple[TokenRecord, ...]
     experts: tuple[ExpertRecord, ...]
     position: int | None
@@ -479,8 +479,8 @@ def _condition(comparison: Comparison, alarm: float) -> ConditionRecord:
     )
 
 
-def _test(condition: str, test: Test) -> TestRecord:
-    return TestRecord(condition, test.name, test.what, test.statistic, _p(test.p_value))
+def _test(condition: str, test: Test) -> SignificanceRecord:
+    return SignificanceRecord(condition, test.name, test.what, test.statistic, _p(test.p_value))
 
 
 def _p(value: float) -> float:

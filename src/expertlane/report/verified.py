@@ -8,12 +8,13 @@ from expertlane.results.results import Results
 from expertlane.results.verified_record import (
     ConditionRecord,
     ExpertRecord,
-    TestRecord,
+    SignificanceRecord,
     TokenRecord,
     VerifiedRecord,
 )
 
-_MOST_WORST, _MOST_EXPERTS, _MOST_SKIPPED = 4, 4, 2  # of the answer
+_MOST_WORST, _MOST_EXPERTS, _MOST_SKIPPED = 3, 3, 2  # of the answer
+_MOST_CONDITIONS, _MOST_OFF = 12, 6
 _NAME_WIDTH = 40
 _SOURCES = {
     "told": "as --dtype says",
@@ -37,13 +38,23 @@ def verified_answer(results: Results) -> Answer:
         f"{shortened(found.model, _NAME_WIDTH)} at {named} | "
         f"against {shortened(found.reference, _NAME_WIDTH)} | {found.dtype}"
     )
-    parts: list[Words] = [*found.why, _conditions(found.conditions, "Differences in nats")]
+    parts: list[Words] = [*found.why, *_main_conditions(found)]
     if found.experts:
         parts.append(_experts(found.experts[:_MOST_EXPERTS], "Experts of the tokens that are off"))
     if found.worst:
         parts.append(_worst(found.worst[:_MOST_WORST], "Tokens that are farthest off"))
     parts += [*_sensitivity(found), *_granted(found), *_left_out(found)]
     return Answer(setting, headline(found), tuple(parts))
+
+
+def _main_conditions(found: VerifiedRecord) -> Iterator[Words]:
+    """Conditions: where some differ those, with the names of the others."""
+    off = [each for each in found.conditions if each.alarms]
+    rest = [each.name for each in found.conditions if not each.alarms]
+    shown = off[:_MOST_OFF] if off else found.conditions[:_MOST_CONDITIONS]
+    yield _conditions(shown, "Differences in nats")
+    if off and rest:
+        yield f"No difference: {'; '.join(rest[:_MOST_CONDITIONS])}."
 
 
 def headline(found: VerifiedRecord) -> str:
@@ -127,8 +138,8 @@ def _worst(tokens: Sequence[TokenRecord], title: str = "") -> Table:
     return Table.of(title, columns, tokens)
 
 
-def _tests(tests: Sequence[TestRecord]) -> Table:
-    columns: list[Column[TestRecord]] = [
+def _tests(tests: Sequence[SignificanceRecord]) -> Table:
+    columns: list[Column[SignificanceRecord]] = [
         text("condition", lambda each: each.condition),
         text("test", lambda each: each.name),
         text("of", lambda each: each.what),

@@ -36,7 +36,7 @@ class ConditionRecord(Strict):
 
 
 @dataclass(frozen=True)
-class TestRecord(Strict):
+class SignificanceRecord(Strict):
     """A statistical test.
 
     Attributes:
@@ -124,7 +124,7 @@ class VerifiedRecord(Strict):
     method: str
     why: tuple[str, ...]
     conditions: tuple[ConditionRecord, ...]
-    tests: tuple[TestRecord, ...] = field(default=(), repr=False)
+    tests: tuple[SignificanceRecord, ...] = field(default=(), repr=False)
     worst: tuple[TokenRecord, ...] = ()
     experts: tuple[ExpertRecord, ...] = ()
     position: int | None = None
