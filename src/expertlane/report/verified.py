@@ -88,7 +88,7 @@ def verified_sections(results: Results) -> tuple[Section, ...]:
         Section("Tokens", (_worst(found.worst),) if found.worst else (), chapter="why"),
         Section("Tests", (_tests(found.tests),) if found.tests else (), chapter="why"),
         Section(
-            "How sure it is",
+            "Confidence",
             (*_sensitivity(found), *_granted(found), *_left_out(found), *_budget(found)),
             chapter="sure",
         ),
