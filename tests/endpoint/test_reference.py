@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from endpoint.whole import whole_logprobs
@@ -197,6 +198,32 @@ def test_code_of_a_checkpoint_is_not_run(checkpoints, tmp_path) -> None:
     (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
     check_is(folder, checkpoints.folder("olmoe"))
     assert not ran.exists()
+
+
+def test_layers_that_hand_on_more_are_refused(tmp_path) -> None:
+    """Of GLM-5's sparse attention, some layers use what the indexer of another has chosen."""
+    config = transformers.GlmMoeDsaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        index_n_heads=2,
+        index_head_dim=8,
+        index_topk=4,
+    )
+    transformers.GlmMoeDsaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="hand on more"):
+        CheckpointReference(tmp_path).score([[1, 2, 3]], Progress())
 
 
 def added_memory(folder: Path, *sizes: int) -> dict[str, int]:

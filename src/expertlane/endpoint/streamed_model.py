@@ -245,10 +245,10 @@ class StreamedModel:
         whole = len(kinds) == len(converter.operations)
         if whole and kinds in ([_MERGED], [_MERGED, _SIDE_BY_SIDE]):
             return {name: self._experts(name, empty, converter, sources)}
-        converter = deepcopy(converter)
+        collecting: Any = deepcopy(converter)  # its types know tensors that are being loaded alone
         for pattern, stored in sources:
-            converter.add_tensor(name, stored, pattern, self._files.read(stored))
-        made = converter.convert(name, model=model, config=model.config)
+            collecting.add_tensor(name, stored, pattern, self._files.read(stored))
+        made = collecting.convert(name, model=model, config=model.config)
         return {
             each: (tensor[0] if isinstance(tensor, list) else tensor).contiguous()
             for each, tensor in made.items()
@@ -298,6 +298,9 @@ def run_layer(
     Args:
         hidden: [num_prompts, len, width].
         is_embedded: these are rows of the embedding, and not hidden states of the layer before.
+
+    Raises:
+        SpecError: layers of this class give each other something else, too.
     """
     layer = skeleton.decoder.layers[index]
     taken: list[Tensor] = []
@@ -308,7 +311,12 @@ def run_layer(
         return args if is_embedded else (hidden, *args[1:])
 
     def take(_: Any, args: Any, out: Any) -> None:
-        taken.append(out[0] if isinstance(out, tuple) else out)
+        if not isinstance(out, Tensor):
+            raise SpecError(
+                f"layers of {type(layer).__name__} hand on more than hidden states; such models "
+                "cannot be run layer by layer"
+            )
+        taken.append(out)
 
     def see(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = (*args[1:], *kwargs.values())
@@ -427,7 +435,7 @@ def _config_of(folder: Path) -> Any:
 def _skeleton(config: Any, dtype: torch.dtype, folder: Path) -> Skeleton:
     config = deepcopy(config)
     kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
-    kind = next((each for each in kinds if type(config) in each._model_mapping), None)
+    kind: Any = next((each for each in kinds if type(config) in each._model_mapping), None)
     if kind is None:
         raise SpecError(
             f"{folder}: transformers {transformers.__version__} has no class of language models "
@@ -469,7 +477,8 @@ def _fill_buffers(model: Any) -> None:
 
 
 def _name_of(model: Any, module: Any) -> str:
-    return next(name for name, each in model.named_modules() if each is module)
+    name: str = next(name for name, each in model.named_modules() if each is module)
+    return name
 
 
 def _first_line(error: BaseException) -> str:
