@@ -18,7 +18,7 @@ from expertlane.cli.options import (
     seed_option,
 )
 from expertlane.cli.output import OutputOptions
-from expertlane.errors import UserError, naming
+from expertlane.errors import MissingExtraError, UserError, naming
 from expertlane.spec.deployment import WeightsType
 from expertlane.spec.names import Dtype
 
@@ -213,11 +213,13 @@ def _reference(
             f"--reference is {own.reference!r}; it must be a checkpoint folder, or a URL that "
             "begins with http://"
         )
-    from expertlane.errors import require_extra
-
-    require_extra("verify", "a checkpoint as the reference")
-    from expertlane.endpoint.reference import CheckpointReference
-
+    try:
+        from expertlane.endpoint.reference import CheckpointReference
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"a checkpoint as the reference needs packages that are not installed ({error.name}): "
+            "pip install 'expertlane[verify]'"
+        ) from None
     with naming("--reference"):
         return CheckpointReference(folder)
 
