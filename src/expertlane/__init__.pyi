@@ -674,7 +674,7 @@ def drill(
         dtype: Type of weights and activations.
         engine_python: Python of the environment that the engine is installed in.
         engine_args: Further arguments of the engine's command, such as "--enforce-eager".
-        start_timeout_s: Time limit of a server's start.
+        start_timeout_s: Time in which a server must become ready.
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
         num_requests: Requests per batch size or rate; of --requests, the first N. So many are

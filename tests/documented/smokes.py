@@ -133,6 +133,7 @@ COVERED: Mapping[str, str] = {
     "experiments/paper/what_it_takes.py": "tests/report/test_what_it_takes.py",
     "tests/api_stub.py": "tests/test_api.py",
     "tests/distributed/cut_nodes.py": "tests/distributed/test_cut_nodes.py",
+    "tests/vllm_environment.py": "tests/test_vllm_environment.py",
 }
 
 # Scripts that others start, and those others.

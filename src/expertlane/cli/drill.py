@@ -169,7 +169,7 @@ class _Start:
         1_200.0,
         metavar="SECONDS",
         rich_help_panel=Panel.MORE_SERVER,
-        help="Time limit of a server's start.",
+        help="Time in which a server must become ready.",
     )
 
     def as_server_options(self) -> ServerOptions:
