@@ -189,8 +189,8 @@ def drill_sections(results: Results) -> tuple[Section, ...]:
     ]
     left = [(each.kind, _left_words("", each.what, each.num_bytes).strip()) for each in drill.left]
     return (
-        Section("Time line", charts[:1], "first", "answer"),
-        Section("Time line", charts[1:], "plots", "answer"),
+        Section("Rate and lost requests over time", charts[:2], "first", "answer"),
+        Section("", charts[2:], "plots", "answer"),
         Section("Verdict", said, "top", "answer"),
         Section("Requests", (_outcomes(drill), _facts(drill)), chapter="answer"),
         Section(
@@ -264,7 +264,7 @@ def _charts(drill: DrillRecord) -> tuple[Chart, ...]:
             for at, each in zip(line.begins_s, line.ttft_s, strict=True)
         ],
         line.bin_s,
-        kind="bar",
+        kind="dash",
         colour_name="--sky",
         moment=moment,
         note="Median of the requests sent then; none where none of them got a token.",

@@ -32,7 +32,7 @@ def over_time_chart(
     points: Sequence[_Point],
     bin_s: float,
     *,
-    kind: Literal["line", "bar"],
+    kind: Literal["line", "bar", "dash"],
     colour_name: str,
     moment: str,
     level: float | None = None,
@@ -68,7 +68,11 @@ def over_time_chart(
 
     filled: Spec = {"color": {"value": colour_name}, "tooltip": tooltip_of(columns)}
     if kind == "bar":
-        drawn = layer({"type": "bar", "binSpacing": 0}, span(at, "begin", "end"), {"y": y}, filled)
+        heights = {"y": y, "y2": {"datum": 0}}
+        drawn = layer({"type": "rect"}, span(at, "begin", "end"), heights, filled)
+    elif kind == "dash":
+        dash = {"type": "rule", "strokeWidth": 4}
+        drawn = layer(dash, span(at, "begin", "end"), {"y": y}, filled)
     else:
         line = {"type": "line", "interpolate": "step-after", "strokeWidth": 2}
         drawn = layer(line, {"x": x, "y": y}, filled)
