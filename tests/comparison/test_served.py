@@ -344,6 +344,8 @@ def test_vllm_beside_our_own(tmp_path):
         lines += ["[[deployments]]", f'name = "{name}"', f'layout = "{layout}"']
         if name == "tp=1":
             lines.append("baseline = true")
+        if name == "pp=2":  # vLLM has as many batches in flight as it has stages
+            lines += ["num_micro_batches = 2", 'micro_batch_schedule = "rotating"']
         if name == "ep=2":
             lines.append('dispatch = "all_gather"')
     experiment.write_text("\n".join(lines))
