@@ -21,6 +21,7 @@ import argparse
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -145,6 +146,17 @@ def _num_seqs(point: Point) -> int:
     return max([*loads, *(step.size.num_seqs for step in point.steps)])
 
 
+def repeated(points: Mapping[str, Sequence[Point]]) -> list[float]:
+    """Relative differences of steps' times, of each two measurements of the same point."""
+    by_step: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for name, several in points.items():
+        for point in several:
+            for step in point.steps:
+                by_step[name, step.where].append(step.seconds.value)
+    pairs = [pair for times in by_step.values() for pair in combinations(times, 2)]
+    return [max(pair) / min(pair) - 1 for pair in pairs]
+
+
 def with_corrections(subject: Subject, corrections: Corrections) -> Subject:
     """What `--corrections` makes of a projection."""
     found = replace(subject, cluster=corrected(subject.cluster, corrections))
@@ -181,6 +193,12 @@ def judge_results(asked: argparse.Namespace) -> None:
     results = read(asked.files[0])
     subject = find_subject(results, results, asked.cluster)
     points = measured_points(asked.files, asked.engine)
+    apart = repeated(points)
+    if apart:
+        print(
+            f"two measurements of the same number differ by {median(apart):.1%} in the median "
+            f"({len(apart)} pairs)"
+        )
     rng = np.random.default_rng(0)
     draws, errors = [], []
     for draw in range(asked.draws):

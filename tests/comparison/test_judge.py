@@ -1,6 +1,7 @@
 """Mistakes that are planted into measured results, and found again; corrections that carry over."""
 
 from dataclasses import replace
+from math import exp, log
 from statistics import median
 
 import pytest
@@ -12,6 +13,7 @@ from expertlane.comparison.reprojection import Reprojection
 from expertlane.cost.laws.profile import Execution
 from expertlane.errors import UserError
 from expertlane.progress import Progress
+from expertlane.results.estimate import NORMAL
 from expertlane.results.record import DeploymentRecord
 from expertlane.spec.names import ProjectedCause
 
@@ -147,6 +149,23 @@ def test_a_workload_is_that_of_its_own_results():
         (decode, prefill), _ = (point.steps for point in points_of(results))
         assert decode.size.num_cached == prompt_len + 3
         assert prefill.size.num_new == prompt_len
+
+
+def test_noise_is_pooled_over_the_repetitions_of_all_deployments():
+    def repeated(runs):
+        def change(record):
+            step, *_ = record.steps
+            return replace(record, steps=(replace(step, tps_of_runs=runs[record.name]),))
+
+        results = results_of(HOST).changed(change)
+        return [point.steps[0].seconds for point in points_of(results)]
+
+    # logarithms of the two are √½ off their mean: noise of 1
+    two, one = repeated({"tp=8": (100.0, 100.0 * exp(2**0.5)), "dp=8,ep=8": (100.0,)})
+    assert log(two.high / two.value) == pytest.approx(NORMAL * 1.25 / 2**0.5, rel=0.01)
+    assert log(one.high / one.value) == pytest.approx(NORMAL * 1.25, rel=0.01)
+    plain = repeated({"tp=8": (100.0,), "dp=8,ep=8": (100.0,)})
+    assert all(each.low is None for each in plain)
 
 
 def test_a_warm_prefix_cache_is_said():

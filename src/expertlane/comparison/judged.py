@@ -55,6 +55,7 @@ _BY_BOUND = {
 _OF_TRACES = {HOST_GAPS, UNKNOWN}  # causes that only a profiler's trace has
 _OF_RANKS = {*OF_COMPUTING, HOST_GAPS, str(Cause.ENGINE)}  # causes without transfers
 
+_OF_MEDIAN = 1.25  # its deviation over the mean's, of normal noise: the root of pi / 2
 _MOST_SIMULATED = 256  # requests of a load
 NUM_SAMPLED_LAYERS = 2  # whose routing is drawn
 
@@ -221,7 +222,9 @@ def points_of(measured: Results) -> list[Point]:
     own = f"expertlane {measured.versions.expertlane}"
     if measured.machine is not None:
         own += f", {measured.machine.kernels}"
-    points = [_point(_clock(records, measured), workload, own) for records in by_name.values()]
+    kept = [_clock(records, measured) for records in by_name.values()]
+    noise = _noise_of_runs(kept)
+    points = [_point(record, workload, own, noise) for record in kept]
     points = [each for each in points if each.steps or each.loads]
     if not points:
         raise UserError("no deployment was measured; judge takes results of expertlane compare")
@@ -236,8 +239,29 @@ def _clock(records: Sequence[DeploymentRecord], measured: Results) -> Deployment
     return next((each for each in records if each.source == wanted), records[0])
 
 
-def _point(record: DeploymentRecord, workload: Workload, own: str) -> Point:
-    steps = _named([_step_point(each, record, workload) for each in record.steps])
+def _noise_of_runs(records: Sequence[DeploymentRecord]) -> dict[Phase, float]:
+    """By phase, the standard deviation of a repetition's logarithm, pooled over deployments.
+
+    Two repetitions of one deployment say little of the noise; those of all deployments say enough.
+    """
+    found = {}
+    for phase in Phase:
+        runs = [
+            np.log(step.tps_of_runs)
+            for record in records
+            for step in record.steps
+            if step.phase is phase and len(step.tps_of_runs) > 1
+        ]
+        if num_free := sum(len(each) - 1 for each in runs):
+            squares = sum(float(np.square(each - each.mean()).sum()) for each in runs)
+            found[phase] = (squares / num_free) ** 0.5
+    return found
+
+
+def _point(
+    record: DeploymentRecord, workload: Workload, own: str, noise: Mapping[Phase, float]
+) -> Point:
+    steps = _named([_step_point(each, record, workload, noise) for each in record.steps])
     loads = tuple(
         (each, load) for each in record.serving if (load := _load(each, workload)) is not None
     )
@@ -262,7 +286,9 @@ def _named(steps: Sequence[StepPoint]) -> tuple[StepPoint, ...]:
     return tuple(found.values())
 
 
-def _step_point(steps: StepsRecord, record: DeploymentRecord, workload: Workload) -> StepPoint:
+def _step_point(
+    steps: StepsRecord, record: DeploymentRecord, workload: Workload, noise: Mapping[Phase, float]
+) -> StepPoint:
     replicas = record.known_layout.replicas
     num_steps = max(steps.num_steps / replicas, 1)
     rounds = steps.num_rounds or num_steps
@@ -278,7 +304,7 @@ def _step_point(steps: StepsRecord, record: DeploymentRecord, workload: Workload
         cached = max(workload.prompt_len - num_new, 0) // 2
         cached = cached if steps.context is None else steps.context
     size = StepSize(num_seqs, num_new, cached, phase=steps.phase)
-    timed = _with_runs(seconds, steps)
+    timed = _with_runs(seconds, steps, noise)
     terms = {name: share * timed.value for name, share in joined(steps.shares).items()}
     terms = {name: each for name, each in terms.items() if each or name not in _OF_TRACES}
     is_virtual = record.source == "virtual"
@@ -289,12 +315,12 @@ def _step_point(steps: StepsRecord, record: DeploymentRecord, workload: Workload
     return StepPoint(steps.phase, size, timed, terms, is_whole, is_profiled)
 
 
-def _with_runs(seconds: Estimate, steps: StepsRecord) -> Estimate:
-    """The time with its own interval; else, of three or more repetitions, median and spread."""
+def _with_runs(seconds: Estimate, steps: StepsRecord, noise: Mapping[Phase, float]) -> Estimate:
+    """The time with its own interval; else, of repetitions, their median with the pooled noise."""
     runs = steps.tps_of_runs
-    if seconds.low is not None or len(runs) < 3:
+    if seconds.low is not None or not runs or steps.phase not in noise:
         return seconds
-    spread = float(np.std(np.log(runs), ddof=1)) * NORMAL / len(runs) ** 0.5
+    spread = noise[steps.phase] * NORMAL * _OF_MEDIAN / len(runs) ** 0.5
     value = seconds.value * (steps.num_tokens / steps.wall_s.value) / float(np.median(runs))
     return Estimate(value, value * exp(-spread), value * exp(spread))
 

@@ -220,8 +220,13 @@ class Reprojection:
         return Measured(
             np.array([each.measured for each in self.numbers]),
             np.array([each.sigma for each in self.numbers]),
-            np.array([each.place for each in self.numbers]),
+            np.array([self._group(each.place) for each in self.numbers]),
         )
+
+    def _group(self, place: int) -> int:
+        """Index of the first deployment that is the same under the same load: measured again."""
+        keys = [_same(point) for point in self.points]
+        return keys.index(keys[place])
 
     def _numbers(self) -> Iterator[Number]:
         for place, point in enumerate(self.points):
@@ -233,7 +238,9 @@ class Reprojection:
                 for name in self._compared(step):
                     value = log(step.terms_s[name] + self._small(step))
                     usual = _OF_WAITING if name == WAITING else _OF_TERM
-                    sigma = hypot(usual, _NOISE_OF_STEP * step.seconds.value / exp(value))
+                    of_step = _sigma(step.seconds, 0.0) if step.is_whole else 0.0
+                    small = _NOISE_OF_STEP * step.seconds.value / exp(value)
+                    sigma = hypot(usual, of_step, small)
                     yield Number(place, where, name, value, sigma)
             for serving, load in point.loads:
                 for metric, seen, sigma in _metrics(serving):
@@ -446,6 +453,14 @@ def _fullest(routing: LoadedRouting, model: ModelConfig, num: int) -> float:
         counts = np.bincount(ids.ravel(), minlength=model.num_experts)
         ratios.append(float(counts.max() / max(counts.mean(), 1e-9)))
     return sum(ratios) / max(len(ratios), 1) if ratios else 1.0
+
+
+def _same(point: Point) -> tuple[object, ...]:
+    return (
+        point.record.name,
+        *(step.size for step in point.steps),
+        *(_where(load) for _, load in point.loads),
+    )
 
 
 def _where(load: Load) -> str:

@@ -129,7 +129,9 @@ def show_answer(report: Report, console: Console, page: Path | None) -> None:
     """
     draw_answer(report.answer, console)
     console.print()
-    _print(console, [f"More: --full{'' if page is None else f', or {page}'}"])
+    more = ["More: --full"] if page is None else ["More: --full, or", str(page)]
+    joined = " ".join(more)
+    _print(console, [joined] if cell_len(joined) <= console.width else more)  # a path stays whole
 
 
 def draw_answer(answer: Answer, console: Console) -> None:
