@@ -38,8 +38,8 @@ def test_the_changed_part_is_named_with_its_factor(name, factor, is_faster, seed
     found = explainer_of(parts, {name: factor}, 0.02, rng).explain()
     if found.is_noise:  # a small part of all numbers
         return
-    assert name in {each.name for each in found.likely}
-    if len(found.likely) == 1:
+    assert name in {each.name for each in found.likeliest}
+    if len(found.likeliest) == 1:
         assert found.singles[0].change == pytest.approx(log(factor), abs=0.25)
         assert found.together.changes[name] == pytest.approx(log(factor), abs=0.4)
 
@@ -57,8 +57,8 @@ def test_two_that_change_all_numbers_alike_are_both_named():
     parts = parts_of(rng, 9)
     parts[:, 2] = parts[:, 1]
     found = explainer_of(parts, {"link": 2.0}, 0.02, rng).explain()
-    assert {each.name for each in found.likely} == {"link", "driver"}
-    assert [set(pair) for pair in found.together.alike] == [{"link", "driver"}]
+    assert {each.name for each in found.likeliest} == {"link", "driver"}
+    assert [set(pair) for pair in found.together.confounded] == [{"link", "driver"}]
     changes = found.together.changes
     both = sum(np.exp(changes.get(name, 0.0)) for name in ("link", "driver"))
     assert both == pytest.approx(3.0, rel=0.05)  # 2 and 1, or any two that come to the same

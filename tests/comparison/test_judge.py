@@ -42,9 +42,9 @@ def judgement(results):
 
 def test_a_tripled_overhead_is_named(judgement):
     found = judgement
-    assert found.likely == ("host",)
-    assert found.rivals[0].factor == pytest.approx(3.0, rel=0.15)
-    assert found.rivals[0].confidence > 0.9
+    assert found.likeliest == ("host",)
+    assert found.candidates[0].factor == pytest.approx(3.0, rel=0.15)
+    assert found.candidates[0].confidence > 0.9
     assert not found.is_noise
 
 
@@ -110,14 +110,14 @@ def measured_half(results):
 def test_measured_and_planned_results_may_be_two(results, judgement):
     planned = replace(results, deployments=results.select("projected"), machine=None)
     found = judge([measured_half(results), planned], Progress())
-    assert found.rivals == judgement.rivals
+    assert found.candidates == judgement.candidates
 
 
 @pytest.mark.full
 def test_measured_results_alone_are_projected_as_a_plan_would():
     """On the cluster that is given, with graphs, which nothing measured says otherwise of."""
     measured = measured_half(results_of(replace(HOST, execution=Execution.GRAPH)))
-    assert "host" in judge([measured], Progress(), "b200x16").likely
+    assert "host" in judge([measured], Progress(), "b200x16").likeliest
 
 
 @pytest.mark.full
@@ -137,7 +137,7 @@ def test_causes_by_bound_count_as_computing(results):
 
     found = judge([results.changed(by_bound)], Progress())
     assert COMPUTING in {each.metric for each in found.numbers}
-    assert found.likely == ("host",)
+    assert found.likeliest == ("host",)
 
 
 def test_a_workload_is_that_of_its_own_results():
@@ -205,7 +205,7 @@ def test_nothing_measured_or_projected_is_refused(results):
 @pytest.mark.parametrize("seed", range(10))
 def test_the_right_assumption_is_named_from_causes(seed):
     case = draw(seed)
-    assert judge([results_of(case)], Progress()).likely == (case.mistake,)
+    assert judge([results_of(case)], Progress()).likeliest == (case.mistake,)
 
 
 @pytest.mark.full
@@ -213,7 +213,7 @@ def test_the_right_assumption_is_named_from_causes(seed):
 def test_from_whole_times_it_is_named_or_said_to_be_unclear(seed):
     case = draw(seed, has_terms=False)
     found = judge([results_of(case)], Progress())
-    assert case.mistake in found.likely
+    assert case.mistake in found.likeliest
 
 
 @pytest.mark.full

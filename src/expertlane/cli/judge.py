@@ -60,7 +60,7 @@ def judge(
       expertlane plan mine --cluster h100x16 --corrections \\
           results/judge-mine/corrections.toml
           a better plan
-      expertlane judge results/mine --json | jq '.rivals[0]'
+      expertlane judge results/mine --json | jq '.candidates[0]'
     """
     from expertlane.comparison.judge import judge as judged
     from expertlane.comparison.judge import row_of

@@ -123,12 +123,12 @@ class Together:
     Attributes:
         changes: logarithms of factors, by assumption.
         deviation: standard error of each change, by assumption.
-        alike: pairs of assumptions that the measurements do not identify separately, kept or not.
+        confounded: pairs of assumptions that the measurements do not tell apart, kept or not.
     """
 
     changes: Mapping[str, float]
     deviation: Mapping[str, float]
-    alike: tuple[tuple[str, str], ...] = ()
+    confounded: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,7 @@ class Explained:
         return self.badness <= _NOISE * self.num and most < _CHANCE
 
     @property
-    def likely(self) -> tuple[Single, ...]:
+    def likeliest(self) -> tuple[Single, ...]:
         """The assumption that stands out; else the likeliest that reach `_ENOUGH` together."""
         best, *others = self.singles or (None,)
         if best is None:
@@ -286,18 +286,18 @@ class Explainer:
         prior = self._prior(names, changes, slopes)
         off = (self.measured.values - self._of(names, changes)) / self.measured.sigma
         sigma = self.measured.sigma * max(float(np.sqrt(_huber(off).mean())), 1.0)
-        alike = _alike(names, slopes, sigma)
+        confounded = _confounded(names, slopes, sigma)
         wanted = self.measured.values - self._of(names, changes) + slopes @ changes
         kept = _sure(wanted, slopes, sigma, prior)
         names = [names[place] for place in kept]
         if not kept:
-            return Together({}, {}, alike)
+            return Together({}, {}, confounded)
         changes, slopes = self._newton(names, changes[kept], prior, slopes[:, kept])
         _, deviation = _linear(slopes @ changes, slopes, sigma, prior)
         return Together(
             dict(zip(names, changes.tolist(), strict=True)),
             dict(zip(names, deviation.tolist(), strict=True)),
-            alike,
+            confounded,
         )
 
     def _of(self, names: Sequence[str], changes: Floats) -> Floats:
@@ -390,7 +390,7 @@ def _sure(wanted: Floats, slopes: Floats, sigma: Floats, prior: float) -> list[i
     return kept
 
 
-def _alike(names: Sequence[str], slopes: Floats, sigma: Floats) -> tuple[tuple[str, str], ...]:
+def _confounded(names: Sequence[str], slopes: Floats, sigma: Floats) -> tuple[tuple[str, str], ...]:
     """Pairs whose changes have nearly proportional effects on all numbers."""
     scaled = slopes / sigma[:, None]
     sizes = np.maximum(np.linalg.norm(scaled, axis=0), 1e-12)

@@ -90,7 +90,7 @@ class Term(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rival:
+class Candidate:
     """An assumption, and how much of the difference it explains by itself.
 
     Attributes:
@@ -115,11 +115,11 @@ class Judgement:
     Attributes:
         source: `measured`, `virtual` or both: clocks of the measured numbers.
         numbers: every number that was compared.
-        rivals: assumptions that change any number, the likeliest first.
-        likely: names of the likeliest assumptions; several if these numbers do not decide.
+        candidates: assumptions that change any number, the likeliest first.
+        likeliest: names of the likeliest assumptions; several if these numbers do not decide.
         is_noise: True if the difference is no larger than between repeated measurements.
         without_effect: labels of assumptions that change no number.
-        alike: pairs of labels of assumptions that change all numbers in the same proportions.
+        confounded: pairs of labels of assumptions that change all numbers in the same proportions.
         corrections: the fit of all assumptions together.
         cautions: sentences.
         has_terms: True if parts of a step's time were measured.
@@ -130,11 +130,11 @@ class Judgement:
     engine: str
     source: str
     numbers: tuple[JudgedNumber, ...]
-    rivals: tuple[Rival, ...]
-    likely: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
+    likeliest: tuple[str, ...]
     is_noise: bool
     without_effect: tuple[str, ...]
-    alike: tuple[tuple[str, str], ...]
+    confounded: tuple[tuple[str, str], ...]
     corrections: Corrections
     cautions: tuple[str, ...] = ()
     has_terms: bool = field(default=False)
@@ -300,22 +300,22 @@ def _judgement(
         engine=corrections.fitted_on.engine,
         source=" and ".join(sources),
         numbers=numbers,
-        rivals=tuple(_rival(each, reprojection) for each in found.singles),
-        likely=tuple(each.name for each in found.likely),
+        candidates=tuple(_candidate(each, reprojection) for each in found.singles),
+        likeliest=tuple(each.name for each in found.likeliest),
         is_noise=found.is_noise,
         without_effect=tuple(Assumed(each).label for each in found.without_effect),
-        alike=tuple(
-            (Assumed(one).label, Assumed(other).label) for one, other in found.together.alike
+        confounded=tuple(
+            (Assumed(one).label, Assumed(other).label) for one, other in found.together.confounded
         ),
         corrections=corrections,
         has_terms=any(step.terms_s for point in points for step in point.steps),
     )
 
 
-def _rival(single: Single, reprojection: Reprojection) -> Rival:
+def _candidate(single: Single, reprojection: Reprojection) -> Candidate:
     changes = {single.name: single.change}
     is_skew = single.name == Assumed.SKEW
-    return Rival(
+    return Candidate(
         single.name,
         Assumed(single.name).label,
         reprojection.alpha(changes) if is_skew else exp(single.change),

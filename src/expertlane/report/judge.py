@@ -5,14 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertlane.comparison.judge import JudgedNumber, Judgement, Rival, Term
+from expertlane.comparison.judge import Candidate, JudgedNumber, Judgement, Term
 from expertlane.comparison.judged import EXPERTS_LOAD, TIME, TPS
 from expertlane.cost.laws.corrections import Assumed, Correction, FittedOn
 from expertlane.report.document import Answer, Column, Report, Section, Table, Words, number, text
 from expertlane.report.numbers import counted, figures, milliseconds, percent, shortened, times
 
 _NOTHING = 1e-6  # of a measured number: what is projected is zero, but for rounding
-_MOST_ROWS, _MOST_TERMS, _MOST_RIVALS = 8, 6, 3  # of the answer
+_MOST_ROWS, _MOST_TERMS, _MOST_CANDIDATES = 8, 6, 3  # of the answer
 _NAME_WIDTH = 28
 _MOST_NAMED = 3  # assumptions that the headline names
 _CERTAIN = 0.99  # the largest confidence that is printed as a number
@@ -65,14 +65,14 @@ def report_of_judgement(
     largest = sorted(terms, key=lambda each: -abs(each.measured_s - each.projected_s))
     unidentified = tuple(_unidentified(found))
     answer: list[Words] = [_whole(_farthest(found.whole), _title(found.whole))]
-    answer.append(_rivals(found.rivals[:_MOST_RIVALS]))
+    answer.append(_candidates(found.candidates[:_MOST_CANDIDATES]))
     if terms:
         answer.append(_terms(largest[:_MOST_TERMS], "Largest differences by term"))
     answer += [*unidentified, *_use(found, corrections)]
     sections = (
         Section("Verdict", (said, *unidentified, *found.cautions)),
         Section("Measured against projected", (whole,)),
-        Section("Assumptions, each changed by itself", (_rivals(found.rivals),)),
+        Section("Assumptions, each changed by itself", (_candidates(found.candidates),)),
         Section("Terms", (_terms(terms),) if terms else ()),
         Section("Every number", (_every(found.numbers),)),
         Section("Corrections", (_fitted_on(on), _factors(found), *_use(found, corrections))),
@@ -90,22 +90,22 @@ def headline(found: Judgement) -> str:
         f"Measured times are {times(ratio)} the projected ones (median of "
         f"{counted(len(found.whole) or len(found.numbers), 'number')})"
     )
-    if found.is_noise or not found.rivals:
+    if found.is_noise or not found.candidates:
         return f"{size}: the difference is within noise, so no assumption is in doubt."
-    first = found.rivals[0]
+    first = found.candidates[0]
     if first.explained < _LITTLE:
         return (
             f"{size}. No single assumption explains much of the difference; {_named(first)} "
             f"explains the most, {percent(first.explained)}."
         )
-    if len(found.likely) == 1:
+    if len(found.likeliest) == 1:
         return (
             f"{size}. {percent(first.explained)} of the difference is explained by "
             f"{_named(first)}, with a confidence of {_confidence(first)}."
         )
-    rivals = [each for each in found.rivals if each.name in found.likely]
-    names = " or ".join(map(_named, rivals[:_MOST_NAMED]))
-    more = len(rivals) - _MOST_NAMED
+    candidates = [each for each in found.candidates if each.name in found.likeliest]
+    names = " or ".join(map(_named, candidates[:_MOST_NAMED]))
+    more = len(candidates) - _MOST_NAMED
     return (
         f"{size}, which is explained by {names}"
         + (f", or one of {more} more" if more > 0 else "")
@@ -114,17 +114,18 @@ def headline(found: Judgement) -> str:
     )
 
 
-def _confidence(rival: Rival) -> str:
-    return ">99%" if rival.confidence > _CERTAIN else percent(rival.confidence)
+def _confidence(candidate: Candidate) -> str:
+    return ">99%" if candidate.confidence > _CERTAIN else percent(candidate.confidence)
 
 
-def _named(rival: Rival) -> str:
+def _named(candidate: Candidate) -> str:
     """`links between nodes at 0.50× the bandwidth`, `host overhead at 3.00× the time`."""
-    if rival.name == Assumed.SKEW:
-        return f"{rival.label} with exponent {figures(rival.factor)}, not {figures(rival.was)}"
-    if rival.name in _BANDWIDTH:
-        return f"{rival.label} at {times(1 / rival.factor)} the bandwidth"
-    return f"{rival.label} at {times(rival.factor)} the time"
+    if candidate.name == Assumed.SKEW:
+        now, was = figures(candidate.factor), figures(candidate.was)
+        return f"{candidate.label} with exponent {now}, not {was}"
+    if candidate.name in _BANDWIDTH:
+        return f"{candidate.label} at {times(1 / candidate.factor)} the bandwidth"
+    return f"{candidate.label} at {times(candidate.factor)} the time"
 
 
 def _title(whole: Sequence[JudgedNumber]) -> str:
@@ -173,19 +174,19 @@ def _every(numbers: Sequence[JudgedNumber]) -> Table:
     return Table.of("", _columns(), numbers)
 
 
-def _rivals(rivals: Sequence[Rival]) -> Table:
-    columns: list[Column[Rival]] = [
+def _candidates(candidates: Sequence[Candidate]) -> Table:
+    columns: list[Column[Candidate]] = [
         text("assumption", lambda each: each.label),
         number("projected", lambda each: _amount(each, each.was)),
         number("best fit", lambda each: _amount(each, each.factor)),
         number("explains", lambda each: percent(max(each.explained, 0.0))),
         number("confidence", _confidence),
     ]
-    return Table.of("Each assumption by itself (factor on its time)", columns, rivals)
+    return Table.of("Each assumption by itself (factor on its time)", columns, candidates)
 
 
-def _amount(rival: Rival, value: float) -> str:
-    return figures(value) if rival.name == Assumed.SKEW else times(value)
+def _amount(candidate: Candidate, value: float) -> str:
+    return figures(value) if candidate.name == Assumed.SKEW else times(value)
 
 
 def _terms(terms: Sequence[Term], title: str = "") -> Table:
@@ -202,9 +203,9 @@ def _terms(terms: Sequence[Term], title: str = "") -> Table:
 
 def _unidentified(found: Judgement) -> Iterator[str]:
     """Sentences on assumptions that these measurements do not identify, and what would."""
-    rivals = [each for each in found.rivals if each.name in found.likely]
-    if len(rivals) > 1 and not found.is_noise:
-        one, other = rivals[:2]
+    candidates = [each for each in found.candidates if each.name in found.likeliest]
+    if len(candidates) > 1 and not found.is_noise:
+        one, other = candidates[:2]
         separating = _SEPARATING.get(frozenset({Assumed(one.name), Assumed(other.name)}))
         if not found.has_terms:
             advice = "step times by cause (--profile, or compare on ranks)"
@@ -217,10 +218,10 @@ def _unidentified(found: Judgement) -> Iterator[str]:
             f"{one.label.capitalize()} and {other.label} cannot be separated: {why}. "
             f"To separate them, measure {advice}."
         )
-    alike: dict[str, list[str]] = defaultdict(list)
-    for first, second in found.alike:
-        alike[first].append(second)
-    for first, others in list(alike.items())[:1]:
+    confounded: dict[str, list[str]] = defaultdict(list)
+    for first, second in found.confounded:
+        confounded[first].append(second)
+    for first, others in list(confounded.items())[:1]:
         kept = {Assumed(name).label for name in found.corrections.factors}
         if kept & {first, *others}:
             yield (
