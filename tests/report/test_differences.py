@@ -42,7 +42,7 @@ def test_what_differs_of_one_engine():
         "--tp": {"1": ["a"], "2": ["b", "c"]},
         "--eager": {"—": ["a", "b"], "on": ["c"]},
     }
-    assert differs_in(records) == "KV cache 512 tokens / 1,024 tokens, --tp 1 / 2, --eager — / on"
+    assert differs_in(records) == "KV cache 512 tokens / 1,024 tokens; --tp 1 / 2; --eager — / on"
     rows = table_of(records).rows
     assert rows[2:4] == (("--tp", "1", "a"), ("", "2", "b, c"))
 
@@ -61,7 +61,7 @@ def test_options_of_two_engines_are_not_compared():
 def test_many_differences_are_a_line():
     commands = [" ".join(f"--option-{each} {value}" for each in range(20)) for value in (1, 2)]
     records = [record(name, command) for name, command in zip("ab", commands, strict=True)]
-    assert differs_in(records).endswith("--option-5 1 / 2, and 14 settings more")
+    assert differs_in(records).endswith("--option-5 1 / 2; and 14 settings more")
     assert len(table_of(records).rows) == 40
 
 

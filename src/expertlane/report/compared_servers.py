@@ -220,9 +220,9 @@ def _routing_figure(records: Sequence[DeploymentRecord]) -> Figure | None:
     if not own:
         return None
     lines: list[str] = []
-    for each in own[:_MOST_COMMANDS]:
-        assert each.server is not None, "it has a record"
-        before, mark, options = each.server.balance.partition(" --ep ")
+    commands = dict.fromkeys(each.server.balance for each in own if each.server)
+    for command in [*commands][:_MOST_COMMANDS]:
+        before, mark, options = command.partition(" --ep ")
         lines += [f"  {before} \\", f"     {mark}{options}"]  # as a shell takes it
     where = [] if all(each.server and each.server.routing for each in own) else [f"  {_FILE_PT}"]
     return Figure("", (f"What EPLB would bring {own[0].name}; {_RANDOM}:", *lines, *where))

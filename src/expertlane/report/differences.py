@@ -135,7 +135,7 @@ def differs_in(records: Sequence[DeploymentRecord]) -> str:
         parts.append(f"{each.name}{told}")
     if len(parts) > _MOST:
         parts[_MOST:] = [f"and {counted(len(parts) - _MOST, 'setting')} more"]
-    return ", ".join(parts)
+    return "; ".join(parts)
 
 
 _COLUMNS: tuple[Column[tuple[str, str, str]], ...] = (

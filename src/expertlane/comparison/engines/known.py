@@ -40,7 +40,9 @@ class _Planned(Engine):
         one, num_servers = pool.servers(engine)
         if num_servers > 1:
             raise CannotServe(
-                f"{num_servers} replicas need a router; start both, and give the --url"
+                f"its {num_servers} replicas are {num_servers} servers behind a router; compare "
+                "starts one. --dry-run --scripts DIR writes what starts them all, and --url "
+                "NAME=URL measures the router; or measure one replica"
             )
         max_len = longest_request(workload.load, asked.model)
         if one.rank_kv_tokens is not None and one.rank_kv_tokens < max_len:
