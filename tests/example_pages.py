@@ -9,8 +9,10 @@ from example_plan import PLAN
 from example_serving import POINT, RECORD, RESULTS
 from example_simulation import SIMULATION
 from expertlane.results.estimate import Estimate
-from expertlane.results.record import EXPERIMENT, DeploymentRecord
+from expertlane.results.record import EXPERIMENT, DeploymentRecord, RatioRecord, ServerRecord
 from expertlane.results.results import Results
+from expertlane.results.serving_record import ClientRecord, RequestsRecord
+from expertlane.spec.layout import Layout
 
 
 def projected() -> Results:
@@ -49,7 +51,59 @@ def serving() -> Results:
     return replace(RESULTS, deployments=(replace(RECORD, serving=points),))
 
 
+def servers() -> Results:
+    """Three servers of an engine: with other options, KV caches and versions, one by its URL."""
+    client = ClientRecord(
+        3,
+        0,
+        0,
+        (),
+        "",
+        900,
+        0,
+        None,
+        1.0,
+        0.1,
+        64.0,
+        32.0,
+        RequestsRecord((), (), (), (), (), (), (), (), ()),
+    )
+    point = replace(POINT, batch=8, rate=None, client=client)
+    sizes = (8, 16, 16)
+    records = []
+    for number, tp in enumerate((1, 2, 4)):
+        command = (
+            "/opt/engine/bin/python -m vllm.entrypoints.openai.api_server --model /models/mix "
+        )
+        command += f"--tensor-parallel-size {tp} --max-num-seqs {sizes[number]} --port 8{number}"
+        server = ServerRecord(
+            "vLLM",
+            software=f"vllm 0.3{number}.0",
+            command=command,
+            kv_tokens=1024 * (1 + number),
+            balance="expertlane balance FILE.pt --ep 2 --num-redundant-experts 2",
+        )
+        tps = Estimate(1000.0 * (1 + number), 900.0, 4000.0)
+        serving = (replace(point, output_tps=tps),)
+        name = f"tensor parallel over {tp} GPUs"
+        layout = Layout(tp=tp)
+        record = DeploymentRecord(name, layout, None, "measured", serving=serving, server=server)
+        records.append(record)
+    ratio = RatioRecord(records[2].name, records[0].name, "", "output tokens/s", 5, Estimate(3.0))
+    question = {**RESULTS.question, "servers": 3}
+    del question["ranks_per_node"]
+    return replace(
+        RESULTS,
+        kind="comparison",
+        question=question,
+        deployments=tuple(records),
+        ratios=(ratio,),
+        machine=None,
+    )
+
+
 KINDS = {
+    "servers": servers,
     "measured": example_results.usual,
     "projected": projected,
     "both": both,

@@ -109,7 +109,9 @@ def compare(
     url: Text | Sequence[Text] | None = None,
     engine_python: Text | Sequence[Text] | None = None,
     engine_args: Text | Sequence[Text] | None = None,
+    kv_tokens: int | None = None,
     tokenizer: str | Path | None = None,
+    served_model: Text | Sequence[Text] | None = None,
     api_key_file: Text | Sequence[Text] | None = None,
     flush_caches: bool = False,
     start_timeout_s: float = 1200.0,
@@ -195,16 +197,20 @@ def compare(
             with one, the NAME of a deployment says that it has its layout.
         engine_python: Python of the environment that the engine is installed in.
         engine_args: Further arguments of the engine's command, such as "--enforce-eager".
+        kv_tokens: Tokens that the KV caches of a server's data-parallel ranks hold together,
+            the same for every engine started here.
         tokenizer: Folder of the model's tokenizer.
+        served_model: Model's name at the server, if it has several. NAME: of that --url alone.
         api_key_file: File with the API key. NAME: of that --url alone.
         flush_caches: Empty the server's prefix cache before each round: SGLang; vLLM in
             development mode.
         start_timeout_s: Time in which a server must become ready.
         request_timeout_s: Time limit of a request, waiting included.
-        profile: Also trace a short load with torch's profiler, in a separate pass on engines
-            started here, to split a step's time by cause.
-        traces: With --profile: trace this --url too, whose ranks write their traces to this
-            folder.
+        profile: Also trace a short load with torch's profiler, in a separate pass, to split a
+            step's time by cause; and record on SGLang which experts are chosen, for expertlane
+            balance.
+        traces: With --profile: trace this --url too, whose ranks write traces and routing
+            records to this folder.
         dry_run: Only print the commands that start the servers.
         scripts: Also write a batch script for Slurm and a LeaderWorkerSet for Kubernetes there.
             With --dry-run; they start each deployment on the nodes of --cluster.

@@ -112,6 +112,12 @@ def test_the_device_and_its_links_are_priced(profile):
     assert handed.seconds[0] > 0
 
 
+def test_what_is_between_steps_is_the_drivers(profile):
+    """Not lost in the time that recording adds to a step's stages."""
+    found, _ = profile
+    assert found.terms["driver_s"].value > 0
+
+
 @pytest.mark.parametrize(
     ("layout", "options"),
     [

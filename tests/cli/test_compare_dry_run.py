@@ -68,6 +68,17 @@ def test_scripts_of_each_deployment(run):
         subprocess.run([bash, "-n", "start/EP-16.vllm.slurm.sh"], check=True)
 
 
+def test_replicas_are_several_servers_and_a_router(run):
+    Path("own.toml").write_text(EXPERIMENT.replace("dp=16,ep=16", "replicas=2,tp=2"))
+    asked = [*DRY, "--only", "2", "--scripts", "start", "--cluster", "h100x16"]
+    code, out, err = run(*asked)
+    assert code == 0, err
+    assert tells(out, "# not run replicas router --dry-run --scripts --url")
+    script = Path("start/EP-16.vllm.slurm.sh").read_text()
+    assert "vllm serve" in script
+    assert "router" in script.partition("vllm serve")[2]
+
+
 def test_a_plan_says_the_cluster(run):
     Path("own.toml").write_text(EXPERIMENT + '[projection]\ncluster = "h100x16"\n')
     code, out, err = run(*DRY, "--scripts", "start")

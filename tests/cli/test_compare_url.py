@@ -137,6 +137,23 @@ def test_adapters_are_no_models_of_their_own(run, fake, monkeypatch):
     assert {each["model"] for each in server.asked} == {"paper-tiny"}
 
 
+def test_servers_with_several_models_each(run, fake, tmp_path):
+    first, second = fake(models=("one", "more")), fake(models=("another", "most"))
+    third = fake(models=("only",))
+    urls = [
+        f"--url={name}={each.url}" for name, each in zip("abc", (first, second, third), strict=True)
+    ]
+    asked = ["compare", *urls, *SHORT, "--repeat", "1", "--tokenizer", tokens(tmp_path)]
+    code, _, err = run(*asked)
+    assert code == 2
+    assert one_line(err, "--url a one more")
+    code, out, err = run(*asked, "--served-model", "a=more", "--served-model", "b=another")
+    assert code == 0, err
+    assert "Servers name different models: a: more; b: another; c: only." in " ".join(out.split())
+    for server, name in ((first, "more"), (second, "another"), (third, "only")):
+        assert {each["model"] for each in server.asked} == {name}
+
+
 def test_servers_of_two_models(run, fake, tmp_path):
     first, second = fake(models=("one",)), fake(models=("another",))
     urls = ["--url", f"a={first.url}", "--url", f"b={second.url}", "--flush-caches"]
@@ -176,7 +193,9 @@ MISTAKES = {
     "experiment": ("a={url}", ["paper-small", "--batch", "1"], "--batch EXPERIMENT paper-small"),
     "projection": ("a={url}", ["--project"], "--project EXPERIMENT"),
     "deployments": ("a={url}", ["--only", "1"], "--only EXPERIMENT"),
-    "no engine": ("a={url}", ["--profile"], "--profile --engine"),
+    "no engine": ("a={url}", ["--engine-args", "-x"], "--engine-args --engine"),
+    "traces alone": ("a={url}", ["--traces", "a=."], "--traces --profile"),
+    "no such model": ("a={url}", ["--served-model", "a=none"], "--url a none paper-tiny"),
     "engine": ("a={url}", ["--engine", "vllm"], "--engine vllm EXPERIMENT plan"),
     "ranks": ("a={url}", ["--trace"], "--trace ranks --url"),
     "nothing to start": ("a={url}", ["--dry-run"], "--dry-run --engine"),

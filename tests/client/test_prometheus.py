@@ -205,3 +205,34 @@ def test_counts_since_an_earlier_moment():
     assert before.since(after) is None  # started anew
     assert EngineCounts().since(EngineCounts(1)) == EngineCounts()
     assert EngineCounts.total([]) == EngineCounts()
+
+
+CACHE = 'vllm:cache_config_info{{block_size="16",num_gpu_blocks="{}",engine="{}"{}}} 1.0'
+RUNNING = 'vllm:num_requests_running{{engine="{}"}} 1'
+
+
+@pytest.mark.parametrize(
+    ("lines", "num_tokens"),
+    [
+        ([CACHE.format(8, 0, ""), CACHE.format(8, 1, "")], 256),
+        # Of layers of several kinds vLLM counts tokens itself.
+        ([CACHE.format(8, 0, ',kv_cache_size_tokens="96"')], 96),
+        ([CACHE.format("None", 0, "")], None),
+        ([CACHE.format("9" * 5000, 0, "")], 2**53),
+        ([], None),
+    ],
+)
+def test_tokens_of_all_caches_of_vllm(lines, num_tokens):
+    page = "\n".join([RUNNING.format(0), RUNNING.format(1), *lines])
+    assert read_page(page.encode()).kv_tokens == num_tokens
+
+
+def test_tokens_of_caches_of_other_engines():
+    """SGLang repeats a rank's gauge; expertlane tells one rank's size."""
+    gauge = 'sglang:max_total_num_tokens{{dp_rank="{}",tp_rank="{}"}} 100'
+    lines = [gauge.format(dp, tp) for dp in (0, 1) for tp in (0, 1)]
+    page = "\n".join(['sglang:num_running_reqs{dp_rank="0"} 1', *lines])
+    assert read_page(page.encode()).kv_tokens == 200
+    running = 'expertlane:requests_running{{replica="0",dp_rank="{}"}} 1'
+    page = "\n".join([*map(running.format, range(2)), CACHE.format(8, 0, "")])
+    assert read_page(page.encode()).kv_tokens == 256

@@ -12,10 +12,14 @@ from pathlib import Path
 
 HANG_S = 60.0
 TRACES = Path(__file__).with_name("traces")
+RECORDED = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"
+RECORDER_MODES = {"records": "stat", "no recorder": None}  # of servers like SGLang's
 
 
 def engine(name, title):
     """The class, made where expertlane can be imported: servers import none of it."""
+    from dataclasses import replace
+
     from expertlane.comparison.engines.engine import CannotServe, Engine, Start
 
     class Stub(Engine):
@@ -32,6 +36,11 @@ def engine(name, title):
         def profile_request(self, folder):
             return {"output_dir": str(folder)}
 
+        def recorded(self, start, folder):
+            if "RECORD" not in os.environ:
+                return None
+            return replace(start, environment={**start.environment, RECORDED: str(folder)})
+
     Stub.name, Stub.title = name, title
     return Stub
 
@@ -45,6 +54,9 @@ def __getattr__(name):
 
 
 async def _events(writer, num, behaviour):
+    if Path("record").exists():
+        with Path("record").open("a") as file:
+            file.write("request ")
     if behaviour == "garbage":
         writer.write(b"data: \xff\xfe{not json\n\ndata: {}\n\ndata: [DONE]\n\n")
         return
@@ -83,6 +95,18 @@ async def _answer(reader, writer, behaviour):
         content = b'{"data": [{"id": "model", "owned_by": "stub"}]}'
     elif path == "/start_profile":
         Path("asked").write_text(json.loads(body).get("output_dir", "its traces"))
+    elif path in ("/server_info", "/get_server_info") and behaviour in RECORDER_MODES:
+        mode = RECORDER_MODES[behaviour]
+        settings = {"expert_distribution_recorder_mode": mode, "ep_size": 2, "tp_size": 2}
+        content = json.dumps(settings | {"api_key": "sk-secret", "max_total_tokens": 512}).encode()
+    elif path.endswith("_expert_distribution_record"):
+        # As SGLang's: what was answered between start and stop goes into the dump.
+        step = path[1:].partition("_")[0]
+        with Path("record").open("a") as file:
+            file.write(f"{step} ")
+        if step == "dump":
+            folder = os.environ.get(RECORDED) or Path("folder of records").read_text()
+            shutil.copy(os.environ["RECORD"], Path(folder, "expert_distribution_recorder_9.pt"))
     elif path == "/stop_profile":
         folder = Path(Path("asked").read_text())
         for each in () if behaviour == "slow" else TRACES.glob("*.json.gz"):
@@ -133,6 +157,7 @@ def main():
         left = subprocess.Popen([sys.executable, "-c", code])
         Path("grandchild").write_text(str(left.pid))
     Path("pid").write_text(f"{os.getpid()}")
+    Path("cores").write_text(json.dumps(sorted(os.sched_getaffinity(0))))
     asyncio.run(_serve(port, behaviour))
 
 

@@ -5,17 +5,19 @@ import os
 import socket
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from client import vllm_server
 from comparison import stub_engine
 from comparison.test_server_process import wait_gone
 from engine.ranks.processes import wait_until
 from expertlane.cli.compare_servers import ServerOptions, compare_servers
+from expertlane.client.run import one_round
 from expertlane.comparison.engines.engine import find_engine, known_engines
 from expertlane.comparison.served import free_port
 from expertlane.comparison.turns import Repeats
@@ -23,6 +25,7 @@ from expertlane.errors import ExpertlaneError, UserError
 from expertlane.report.sections import report_of
 from expertlane.report.shown import answer_text
 from expertlane.results import file
+from expertlane.results.hardware import own_cores
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.from_hf import read_model
@@ -91,6 +94,7 @@ DEFAULTS = {
     "engine": None, "url": None, "engine_python": None, "engine_args": None, "tokenizer": None,
     "start_timeout_s": 20.0, "request_timeout_s": None, "dry_run": False,
     "profile": False, "traces": None, "scripts": None, "api_key_file": None, "flush_caches": False,
+    "kv_tokens": None, "served_model": None,
 }  # fmt: skip
 
 
@@ -225,23 +229,29 @@ def test_engines_are_found_by_entry_points(stub):
         find_engine("vlm")
 
 
-@pytest.fixture
-def urls(tmp_path):
-    """Two servers that run already: tp=1 and b, which is slow and writes no traces."""
-
-    ports = [free_port(), free_port()]
+@contextmanager
+def stubs(kinds, folder):
+    """Servers that run already; gives their ports."""
+    ports = [free_port() for _ in kinds]
     servers = [
-        subprocess.Popen([sys.executable, stub_engine.__file__, str(port), kind], cwd=tmp_path)
-        for port, kind in zip(ports, ("fast", "slow"), strict=True)
+        subprocess.Popen([sys.executable, stub_engine.__file__, str(port), kind], cwd=folder)
+        for port, kind in zip(ports, kinds, strict=True)
     ]
     try:
         for port in ports:
             wait_until(partial(_listens, port))
-        yield [f"{name}=127.0.0.1:{port}" for name, port in zip(("tp=1", "b"), ports, strict=True)]
+        yield ports
     finally:
         for each in servers:
             each.kill()
             each.wait()
+
+
+@pytest.fixture
+def urls(tmp_path):
+    """Two servers that run already: tp=1 and b, which is slow and writes no traces."""
+    with stubs(("fast", "slow"), tmp_path) as ports:
+        yield [f"{name}=127.0.0.1:{port}" for name, port in zip(("tp=1", "b"), ports, strict=True)]
 
 
 def _listens(port):
@@ -261,8 +271,8 @@ def test_running_servers_by_url(checkpoint, tmp_path, urls):
 
 
 def test_causes_of_running_servers(checkpoint, tmp_path, urls, monkeypatch):
-    monkeypatch.setattr("expertlane.comparison.served._LOOK_S", 0.02)
-    monkeypatch.setattr("expertlane.comparison.served._APPEAR_S", 0.5)
+    monkeypatch.setattr("expertlane.comparison.profiling._LOOK_S", 0.02)
+    monkeypatch.setattr("expertlane.comparison.profiling._APPEAR_S", 0.5)
     folder = tmp_path / "its traces"
     folder.mkdir()
     given = {"engine": None, "url": urls, "profile": True}
@@ -384,3 +394,144 @@ def test_vllm_beside_our_own(tmp_path):
     assert max(map(len, lines)) <= 80
     report = (out / "report.html").read_text()
     assert all(name in report for name in records)
+
+
+# Cores
+
+
+@pytest.fixture
+def cores_of_client(monkeypatch):
+    """The cores of each round's client."""
+    found = []
+
+    async def watched(*given):
+        found.append(os.sched_getaffinity(0))
+        return await one_round(*given)
+
+    monkeypatch.setattr("expertlane.comparison.served.one_round", watched)
+    return found
+
+
+@pytest.mark.skipif(len(own_cores()) < 2, reason="needs two cores")
+def test_the_client_is_kept_off_the_servers_cores(
+    stub, checkpoint, tmp_path, cores_of_client, monkeypatch
+):
+    first, second, *_ = before = own_cores()
+    parted = (first,), (second,)
+    monkeypatch.setattr("expertlane.results.hardware.parted_cores", lambda sizes: parted)
+    found = compare(checkpoint, ["fast", "slow"], tmp_path, repeats=2)
+    cores = [json.loads(each.read_text()) for each in (tmp_path / "out").rglob("cores")]
+    assert cores == [[first], [first]]
+    assert cores_of_client == [{second}] * 4
+    assert own_cores() == before
+    assert not any("The client shares" in each for each in found.cautions)
+
+
+def test_too_few_cores_are_a_caution(stub, checkpoint, tmp_path, cores_of_client, monkeypatch):
+    both = own_cores()
+    monkeypatch.setattr("expertlane.results.hardware.parted_cores", lambda sizes: (tuple(both), ()))
+    found = compare(checkpoint, ["fast"], tmp_path)
+    assert cores_of_client == [set(both)]
+    shared = f"The client shares the {len(both)} cores with the servers, too few to have its own"
+    assert any(each.startswith(shared) for each in found.cautions)
+
+
+def test_a_budget_that_an_engine_does_not_take(stub, checkpoint, tmp_path):
+    found = compare(checkpoint, ["fast"], tmp_path, kv_tokens=512)
+    words = "--kv-tokens is not set on fast: no option of it is known."
+    assert words in found.cautions
+
+
+# Routing, by the recorder of SGLang
+
+
+@pytest.fixture
+def record(tmp_path, monkeypatch):
+    """A record as SGLang writes it in mode stat: two layers of four experts."""
+    counts = torch.zeros((3, 2, 4), dtype=torch.int32)
+    counts[:, :, :] = torch.tensor([1, 5, 9, 1])
+    path = tmp_path / "record.pt"
+    torch.save({"rank": 0, "logical_count": counts}, path)
+    monkeypatch.setenv("RECORD", str(path))
+    monkeypatch.setattr("expertlane.comparison.profiling._LOOK_S", 0.02)
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+def test_routing_is_recorded_once_for_an_engine(stub, checkpoint, tmp_path, record):
+    names = ["tp=1", "dp=2,ep=2", "tp=2"]
+    found = compare(checkpoint, names, tmp_path, are_layouts=True, profile=True)
+    routing = {each.name: each.server.routing for each in found.deployments}
+    assert [name for name, path in routing.items() if path] == ["dp=2,ep=2"]
+    server = found.deployments[1].server
+    words = server.balance.split()
+    assert words[:2] == ["expertlane", "balance"]
+    assert words[3:] == ["--ep", "2", "--num-redundant-experts", "2"]
+    assert not words[2].startswith("/"), "relative to where the command was given"
+    # What it records are all requests of a round, and nothing before it.
+    steps = (Path(server.log).parent / "record").read_text().split()
+    assert steps == ["start", *["request"] * 3, "stop", "dump"]
+    assert steps.count("request") == WORKLOAD.num_sequences
+    assert "SGLANG_" not in server.command, "of the server that was measured"
+    command = [sys.executable, "-m", *words, "--json", "--out", "placed"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    total = json.loads(done.stdout)["total"]
+    assert total["after"]["max_over_mean"] < total["before"]["max_over_mean"]
+    file.write(found, tmp_path / "out")
+    assert file.read(tmp_path / "out") == found
+    report = report_of(found)
+    said = " ".join(answer_text(report.answer).replace("\\\n", "").split())
+    assert "What EPLB would bring dp=2,ep=2" in said
+    assert "--ep 2 --num-redundant-experts 2" in said
+    assert any(each.heading == "Routing" for each in report.sections)
+
+
+def test_an_engine_without_a_recorder_says_nothing(stub, checkpoint, tmp_path):
+    found = compare(checkpoint, ["fast"], tmp_path, profile=True)
+    assert not found.deployments[0].server.balance
+    assert "routing" not in " ".join(found.cautions)
+    assert not [*(tmp_path / "out").rglob("routing-*")]
+
+
+def test_a_record_that_holds_nothing_is_a_caution(stub, checkpoint, tmp_path, record):
+    record.write_bytes(b"none")
+    found = compare(checkpoint, ["fast"], tmp_path, profile=True)
+    assert not found.deployments[0].server.balance
+    assert "No routing for fast: " in " ".join(found.cautions)
+
+
+@pytest.fixture
+def sglang_urls(tmp_path, record):
+    """Servers that run already and answer as SGLang: with its recorder, and without."""
+    (folder := tmp_path / "its records").mkdir()
+    (tmp_path / "folder of records").write_text(str(folder))
+    kinds = {"a": "records", "b": "no recorder", "c": "fast"}
+    with stubs(kinds.values(), tmp_path) as ports:
+        yield [f"{name}=127.0.0.1:{port}" for name, port in zip(kinds, ports, strict=True)]
+
+
+def test_routing_of_running_servers(checkpoint, tmp_path, sglang_urls, monkeypatch):
+    monkeypatch.setattr("expertlane.comparison.profiling._APPEAR_S", 0.5)
+    monkeypatch.setattr("expertlane.comparison.profiling._GUESSED_S", 0.1)
+    given = {"engine": None, "url": sglang_urls, "profile": True}
+    folder = tmp_path / "its records"
+    found = compare(checkpoint, ["tp=1"], tmp_path, traces=[f"a={folder}"], **given)
+    one, without, other = found.deployments
+    path = "'its records/expert_distribution_recorder_9.pt'"
+    assert one.server.balance == f"expertlane balance {path} --ep 2 --num-redundant-experts 2"
+    assert (without.server.balance, other.server.balance) == ("", "")
+    cautions = " ".join(found.cautions)
+    words = "start SGLang with --expert-distribution-recorder-mode stat to record it"
+    assert f"No routing for b: {words}." in cautions
+    assert "No routing for c" not in cautions
+    # Nobody was asked to record who could not: that ends some versions of SGLang.
+    steps = (tmp_path / "record").read_text().split()
+    assert [each for each in steps if each != "request"] == ["start", "stop", "dump"]
+    assert one.server.settings["max_total_tokens"] == "512"
+    assert "sk-secret" not in repr(found)
+    # That file is of an earlier run now, and the folder of a further one is not known.
+    found = compare(checkpoint, ["tp=1"], tmp_path, **given)
+    assert found.deployments[0].server.balance.split()[2] == "FILE.pt"
+    text = answer_text(report_of(found).answer)
+    assert "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR" in text
+    assert len(text.splitlines()) <= 40

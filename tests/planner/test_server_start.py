@@ -1,5 +1,6 @@
 """Servers of an experiment's deployments: at given places, on GPUs and on cores."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,13 +10,8 @@ from hypothesis import strategies as st
 from expertlane.cost.memory import held_kv_bytes
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.planner.engines import ENGINES, Row
-from expertlane.planner.server_start import (
-    Place,
-    ServeTarget,
-    deployed_pool,
-    longest_request,
-    server_start,
-)
+from expertlane.planner.served_pool import deployed_pool, longest_request
+from expertlane.planner.server_start import Place, ServeTarget, server_start
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
@@ -28,13 +24,13 @@ HERE = Place(("127.0.0.1",), port=8123, listens="127.0.0.1")
 ON_CORES = replace(HERE, kind="cpu", cores=(0, 1, 2, 3))
 
 
-def pool_of(engine, layout, options=None, *, kind="cuda", model=MODEL, load=LOAD):
+def pool_of(engine, layout, options=None, *, kind="cuda", model=MODEL, load=LOAD, kv_tokens=None):
     deployment = Deployment("mine", Layout.parse(layout), options or Options())
-    return deployed_pool(ENGINES[engine], deployment, model, load, 8, kind)
+    return deployed_pool(ENGINES[engine], deployment, model, load, 8, kind, kv_tokens=kv_tokens)
 
 
-def start_of(engine, layout, options=None, place=HERE, types=FLOAT32):
-    pool = pool_of(engine, layout, options, kind=place.kind)
+def start_of(engine, layout, options=None, place=HERE, types=FLOAT32, kv_tokens=None):
+    pool = pool_of(engine, layout, options, kind=place.kind, kv_tokens=kv_tokens)
     assert not isinstance(pool, Row), pool
     one, _ = pool.servers(ENGINES[engine])
     target = ServeTarget("/there/mine")
@@ -174,3 +170,37 @@ def test_parsers_take_every_start(deployment, engine, place):
     start = start_of(engine, layout, options, replace(place, hosts=hosts, caches_prefixes=False))
     assert len(start.nodes) == len(hosts)
     assert all(map(parsed, start.lines))
+
+
+# One KV budget for all engines
+
+
+def test_a_budget_becomes_each_engines_own_option():
+    """512 tokens of all ranks: 256 of each of two data-parallel ranks."""
+    options, _ = given_to(start_of("sglang", "dp=2,tp=2", kv_tokens=512))
+    assert options["max_total_tokens"] == "256"
+    config = json.loads(start_of("trtllm", "dp=2", kv_tokens=512).files["trtllm.yaml"])
+    assert config["kv_cache_config"]["max_tokens"] == 256
+    (node,) = start_of("expertlane", "dp=2,tp=2", kv_tokens=512).nodes
+    assert node.argv[node.argv.index("--num-blocks") + 1] == "16"
+    # Bytes of a rank, with one block that is vLLM's own.
+    of_token = MODEL.num_hidden_layers * held_kv_bytes(MODEL, FLOAT32, 2)
+    for place, num_tokens in ((HERE, 256 + 16), (ON_CORES, 256 + 128)):
+        start = start_of("vllm", "dp=2,tp=2", GATHERED, place, kv_tokens=512)
+        options, _ = given_to(start)
+        assert int(options["kv_cache_memory_bytes"]) == num_tokens * of_token
+
+
+@pytest.mark.parametrize("engine", ["vllm", "sglang", "trtllm", "expertlane"])
+def test_without_a_budget_on_gpus_an_engine_chooses(engine):
+    start = start_of(engine, "tp=2")
+    text = " ".join([*start.lines, *start.files.values()])
+    assert not any(
+        option in text
+        for option in (
+            "--kv-cache-memory-bytes",
+            "--max-total-tokens",
+            'max_tokens":',
+            "--num-blocks",
+        )
+    )

@@ -15,8 +15,8 @@ from expertlane.cost.throughput import Goals, ThroughputCurve
 from expertlane.planner.ranking import Contender, Uncertain, ranked
 from expertlane.report import planning
 from expertlane.report.document import Figure
-from expertlane.report.plan_answer import answer, headline, how_sure, measurement, verdict
-from expertlane.report.planning import named
+from expertlane.report.plan_answer import answer, headline, how_sure, verdict
+from expertlane.report.planning import measurement, named
 from expertlane.report.sections import report_of
 from expertlane.results.estimate import Estimate, Summary
 from expertlane.results.hardware import Judged

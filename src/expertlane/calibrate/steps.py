@@ -137,7 +137,7 @@ class StepSample:
     Attributes:
         num_layers: layers of the small model.
         step_s: from the end of one to the end of the next, not recorded.
-        stage_s: [num_stages]; of its first rank, recorded.
+        stage_s: [num_stages]; of its first rank: shares of a recorded step, in `step_s`.
     """
 
     deployment: Deployment
@@ -175,16 +175,15 @@ def measure_steps(
             runner = ModelRunner(pool, model, config, limits)
             _run(runner, deployment, num_seqs)  # warms up
             step_s = phase_times(_run(runner, deployment, num_seqs)).decode_s
-            recorded = _decodes(_run(runner, deployment, num_seqs, record=True))
-            stage_s = [step.outcome.records[0].wall_s.sum(axis=(0, 1)) for step in recorded]
+            recorded = _run(runner, deployment, num_seqs, record=True)
+            of_steps = [
+                step.outcome.records[0].wall_s.sum(axis=(0, 1)) for step in _decodes(recorded)
+            ]
+            # Recording slows a step; without it, stages and what is between have the same shares.
+            share = step_s / phase_times(recorded).decode_s
+            stage_s = share * np.median(of_steps, axis=0)
             samples.append(
-                StepSample(
-                    deployment,
-                    model.num_hidden_layers,
-                    num_seqs,
-                    step_s,
-                    np.median(stage_s, axis=0),
-                )
+                StepSample(deployment, model.num_hidden_layers, num_seqs, step_s, stage_s)
             )
     return samples
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _DEFAULT_EXPERIMENT = "paper-small"
 _OF_EXPERIMENT = frozenset({"--only", "--dtype"})
-_OF_ENGINE = frozenset({"--engine-python", "--engine-args", "--start-timeout-s", "--profile"})
+_OF_ENGINE = frozenset({"--engine-python", "--engine-args", "--start-timeout-s"})
 
 
 @dataclass

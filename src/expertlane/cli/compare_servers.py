@@ -76,12 +76,27 @@ class ServerOptions:
         rich_help_panel=Panel.MORE_SERVER,
         help='Further arguments of the engine\'s command, such as "--enforce-eager".',
     )
+    kv_tokens: int | None = typer.Option(
+        None,
+        metavar="N",
+        rich_help_panel=Panel.MORE_SERVER,
+        show_default="each engine's choice",
+        help="Tokens that the KV caches of a server's data-parallel ranks hold together, the same "
+        "for every engine started here.",
+    )
     tokenizer: Path | None = typer.Option(
         None,
         metavar="DIR",
         rich_help_panel=Panel.MORE_SERVER,
         show_default="the checkpoint's, else the server's /tokenize",
         help="Folder of the model's tokenizer.",
+    )
+    served_model: list[str] | None = typer.Option(
+        None,
+        metavar="[NAME=]MODEL",
+        rich_help_panel=Panel.MORE_SERVER,
+        show_default="the only one of its /v1/models",
+        help="Model's name at the server, if it has several. NAME: of that --url alone.",
     )
     api_key_file: list[str] | None = typer.Option(
         None,
@@ -105,14 +120,15 @@ class ServerOptions:
     profile: bool = typer.Option(
         False,
         rich_help_panel=Panel.MORE_SERVER,
-        help="Also trace a short load with torch's profiler, in a separate pass on engines started "
-        "here, to split a step's time by cause.",
+        help="Also trace a short load with torch's profiler, in a separate pass, to split a step's "
+        "time by cause; and record on SGLang which experts are chosen, for expertlane balance.",
     )
     traces: list[str] | None = typer.Option(
         None,
         metavar="NAME=DIR",
         rich_help_panel=Panel.MORE_SERVER,
-        help="With --profile: trace this --url too, whose ranks write their traces to this folder.",
+        help="With --profile: trace this --url too, whose ranks write traces and routing records "
+        "to this folder.",
     )
     dry_run: bool = typer.Option(
         False,
@@ -165,8 +181,11 @@ class ServerOptions:
                 raise UserError(f"--engine {name} is given twice")
         return [find_engine(name) for name in names]
 
-    def targets(self) -> "dict[str, Target]":
+    def targets(self, model: str | None = None) -> "dict[str, Target]":
         """The servers that run already, by name.
+
+        Args:
+            model: its name at servers for which there is no `--served-model`.
 
         Raises:
             UserError: one has the name or the address of another, or a URL or a key is wrong.
@@ -191,16 +210,21 @@ class ServerOptions:
                     "from its prefix cache"
                 )
             found[name] = Target(url)
-        return {name: replace(each, key=self._key(name, found)) for name, each in found.items()}
+        models = _by_server(self.served_model, found)
+        if models and not found:
+            raise UserError("--served-model is of a --url; none is given")
+        return {
+            name: replace(
+                each, key=self._key(name, found), model=models.get(name, models.get("", model))
+            )
+            for name, each in found.items()
+        }
 
     def _key(self, name: str, servers: "Mapping[str, Target]") -> str | None:
         """The API key for a server; None for none."""
-        found: dict[str, Path] = {}
-        for text in self.api_key_file or ():
-            named = (each for each in servers if text.startswith(f"{each}="))  # it may have = too
-            of = max(named, key=len, default="")
-            found[of] = Path(text.removeprefix(f"{of}=") if of else text)
-        path = found.get(name, found.get(""))
+        found = _by_server(self.api_key_file, servers)
+        text = found.get(name, found.get(""))
+        path = None if text is None else Path(text)
         keys = {} if path is None else key_lines(path)
         if len(keys) > 1:
             raise UserError(f"--api-key-file: {path} has {len(keys)} keys; one is needed")
@@ -247,6 +271,16 @@ class ServerOptions:
             if name in ("", engine):
                 found = value
         return found
+
+
+def _by_server(texts: Collection[str] | None, servers: Collection[str]) -> dict[str, str]:
+    """The values of an option [NAME=]VALUE, by the server's name; under "" that of all others."""
+    found: dict[str, str] = {}
+    for text in texts or ():
+        named = (each for each in servers if text.startswith(f"{each}="))  # it may have = too
+        of = max(named, key=len, default="")
+        found[of] = text.removeprefix(f"{of}=") if of else text
+    return found
 
 
 def named_experiment(experiment: str | None, servers: ServerOptions, traffic: "ServedLoad") -> str:
@@ -334,14 +368,20 @@ def compare_running(
     load, seed = traffic.load(), traffic.seed
     if seed is None:
         seed = randbelow(_SEEDS)  # a fixed one's prompts may be in prefix caches from last time
-    targets = {name: replace(each, model=model) for name, each in options.targets().items()}
+    targets = options.targets(model)
+    traces = options.traces_of(targets)
     vocabulary = _given_tokenizer(options)
     if vocabulary is None and model is not None:
         vocabulary = Vocabulary.of_name(model)
     asked = _asked(load, seed, options, vocabulary)
     workload = traffic.asked_of(load, seed)
     with _setting(asked, options, folder) as setting:
-        return measure_running(targets, setting, workload, repeats, command, ended)
+        return measure_running(
+            *(targets, setting, workload, repeats, command),
+            profile=options.profile,
+            ended=ended,
+            traces=traces,
+        )
 
 
 @contextmanager
@@ -354,7 +394,8 @@ def _setting(asked: "Asked", options: ServerOptions, folder: Path | None) -> "It
         output.progress_on_stderr() as progress,
     ):
         own = ((folder or Path(temporary)) / "servers").absolute()
-        yield Setting(asked.loads[0], asked, options.start_timeout_s, own, progress)
+        kv_tokens = options.kv_tokens
+        yield Setting(asked.loads[0], asked, options.start_timeout_s, own, progress, kv_tokens)
 
 
 def _asked(
@@ -471,6 +512,7 @@ def _start_asked(
         place,
         len(gpus) or len(cores),
         tuple(arguments),
+        options.kv_tokens,
     )
 
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
+from math import prod
 from typing import Any
 
 import msgspec
@@ -209,9 +210,19 @@ NAMES = (
     ),
 )
 
+# vllm/config/cache.py: metrics_info, a series for each data-parallel rank.
+_CACHES = "vllm:cache_config_info"
+_CACHE_TOKENS = _called("sglang:max_total_num_tokens")
+
 _EXPRESSIONS = {
     each.engine: _lines(
-        name for part in (each.counters, each.gauges) for one in part.values() for name in one.names
+        [_CACHES, *_CACHE_TOKENS.names]
+        + [
+            name
+            for part in (each.counters, each.gauges)
+            for one in part.values()
+            for name in one.names
+        ]
     )
     for each in NAMES
 }
@@ -235,11 +246,13 @@ class Page:
         counts: since the server's start, by data-parallel rank; under "" if counters have no label
             for ranks.
         gauges: current values, by data-parallel rank.
+        kv_tokens: tokens that the KV caches of all ranks hold; None if it does not tell.
     """
 
     engine: str
     counts: dict[str, EngineCounts]
     gauges: dict[str, Gauges]
+    kv_tokens: int | None = None
 
     @property
     def total(self) -> EngineCounts:
@@ -280,7 +293,29 @@ def _page(names: Names, found: Series) -> Page | None:
         names.engine,
         {rank: EngineCounts(**each) for rank, each in sorted(counts.items(), key=_by_number)},
         {rank: Gauges(**each) for rank, each in sorted(gauges.items(), key=_by_number)},
+        _kv_tokens(names, found, len(gauges)),
     )
+
+
+def _kv_tokens(names: Names, found: Series, num_ranks: int) -> int | None:
+    sizes = [_cache_tokens(dict(labels)) for labels in found.get(_CACHES, {})]
+    total = sum(sizes)
+    if names.engine == "expertlane":  # one series, of a rank
+        total *= num_ranks
+    if not sizes:
+        total = round(sum(_CACHE_TOKENS.by_rank(found, names.rank, is_gauge=True).values()))
+    return total if 0 < total <= _MOST_COUNT else None
+
+
+def _cache_tokens(labels: Mapping[str, str]) -> int:
+    """Tokens of a rank's cache by its labels; 0 if they do not tell."""
+    one = labels.get("kv_cache_size_tokens", "")
+    if one.isdecimal():  # blocks say too little of layers of several kinds
+        return min(int(one[:20]), _MOST_COUNT)
+    sizes = [labels.get(name, "") for name in ("num_gpu_blocks", "block_size")]
+    if not all(each.isdecimal() for each in sizes):
+        return 0
+    return min(prod(int(each[:20]) for each in sizes), _MOST_COUNT)
 
 
 def _by_number(item: tuple[str, Any]) -> tuple[int, str]:

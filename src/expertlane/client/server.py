@@ -359,3 +359,35 @@ async def flush_caches(connections: Connections) -> bool:
         if answer.status == 200:
             return True
     return False
+
+
+RECORDER = "expert_distribution_recorder_mode"  # a setting that SGLang alone has
+# The second is the name of older versions.
+_INFO = "/server_info", "/get_server_info"
+# Of python/sglang/srt/server_args.py, those that decide on speed; others have keys and addresses.
+SETTINGS = (
+    "tp_size", "dp_size", "pp_size", "ep_size", "nnodes", "enable_dp_attention", "context_length",
+    "dtype", "quantization", "kv_cache_dtype", "mem_fraction_static", "max_total_tokens",
+    "max_running_requests", "chunked_prefill_size", "max_prefill_tokens", "schedule_policy",
+    "disable_radix_cache", "disable_cuda_graph", "disable_overlap_schedule", "attention_backend",
+    "moe_runner_backend", "moe_a2a_backend", "deepep_mode", "enable_two_batch_overlap",
+    "enable_eplb", "ep_num_redundant_experts", "speculative_algorithm", "speculative_num_steps",
+    RECORDER,
+)  # fmt: skip
+
+
+async def sglang_settings(connections: Connections) -> dict[str, Any] | None:
+    """Those of `SETTINGS` that an SGLang server tells; None of any other server."""
+    for route in _INFO:
+        try:
+            async with asyncio.timeout(_FLUSH_S):
+                found = await _json(connections, "GET", route)
+        except (TimeoutError, ConnectionFailed, ClosedEarly):
+            return None
+        if isinstance(found, dict) and RECORDER in found:
+            return {name: found[name] for name in SETTINGS if _is_plain(found.get(name, {}))}
+    return None
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str | int | float)

@@ -64,10 +64,13 @@ class Watch:
     Args:
         route: path of its metrics page.
         engine: the engine whose metric names the page has.
+        kv_tokens: tokens that the KV caches of all ranks hold, by the page; None if unknown.
     """
 
-    def __init__(self, connections: Connections, route: str, engine: str) -> None:
-        self.engine = engine
+    def __init__(
+        self, connections: Connections, route: str, engine: str, kv_tokens: int | None = None
+    ) -> None:
+        self.engine, self.kv_tokens = engine, kv_tokens
         self._connections, self._route = connections, route
 
     @classmethod
@@ -82,7 +85,7 @@ class Watch:
                 break
         if best is None:
             return None
-        found = cls(connections, best[0], best[1].engine)
+        found = cls(connections, best[0], best[1].engine, best[1].kv_tokens)
         await found._still()  # requests of the readiness check are counted by then
         return found
 

@@ -1,4 +1,4 @@
-"""One server, started here or running already: measured, profiled, and its record.
+"""One server, started here or running already: measured, and its record.
 
 Servers are measured by the requests of `client`. If an engine cannot run a deployment, or its
 server fails, its record has the reason.
@@ -7,19 +7,17 @@ server fails, its record has the reason.
 import asyncio
 import re
 import socket
-import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import mkdtemp
+from typing import Any
 
 from expertlane.client.connection import (
     ClosedEarly,
     ConnectionFailed,
     Connections,
     Url,
-    error_message,
 )
 from expertlane.client.measure import Round, Stop, load_record
 from expertlane.client.run import (
@@ -41,8 +39,8 @@ from expertlane.client.server import (
 )
 from expertlane.comparison.engines.engine import CannotServe, Engine, Start
 from expertlane.comparison.server_process import ServerError, ServerProcess, command_line
-from expertlane.comparison.traces.torch_trace import read_step_causes, steps_record
 from expertlane.errors import UserError
+from expertlane.printable import printable
 from expertlane.progress import Progress
 from expertlane.results.record import (
     EXPERIMENT,
@@ -51,16 +49,25 @@ from expertlane.results.record import (
     StepsRecord,
 )
 from expertlane.spec.deployment import Deployment
-from expertlane.spec.files import strict_json
-from expertlane.spec.names import Phase
-from expertlane.spec.workload import LengthRange, Load
+from expertlane.spec.workload import Load
 
 HOST = "127.0.0.1"
-_TRACED_LEN = 8  # output tokens of a traced request
-_LOOK_S = 2.0  # between looks at traces that are being written
-_APPEAR_S = 120.0  # until traces must have appeared
+_MOST_VALUE = 200  # letters of a setting
 _READY_S = 5.0  # timeout of one readiness request
 _FOLDER = re.compile(r"[^A-Za-z0-9._=-]+")
+
+
+@dataclass(frozen=True)
+class RoutingFile:
+    """A record of a server's routing.
+
+    Attributes:
+        balance: the command of `balance` that reads it.
+        path: the file; None if it is on the server's own disk.
+    """
+
+    balance: str
+    path: Path | None
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,7 @@ class Setting:
         asked: how requests are sent.
         start_timeout_s: seconds in which a server must become ready.
         folder: folder with one subfolder for each server, in which it runs and logs.
+        kv_tokens: tokens that engines' commands set KV caches to; None for their own choice.
         server_cores, client_cores: cores of servers that are started here, and those that the
             client has for itself; empty for all, and for none.
     """
@@ -93,6 +101,7 @@ class Setting:
     start_timeout_s: float
     folder: Path
     progress: Progress
+    kv_tokens: int | None = None
     server_cores: tuple[int, ...] = ()
     client_cores: tuple[int, ...] = ()
 
@@ -117,6 +126,9 @@ class Served:
         log: its log file.
         steps: step times by cause, if it was profiled.
         why_no_causes: why profiling failed; else empty.
+        routing: the record of its routing, if there is one.
+        why_no_routing: why recording its routing failed; else empty.
+        settings: settings that it tells, if it runs already; None unless it is SGLang.
         is_unflushed: whether its prefix cache could not be emptied, though that was asked.
     """
 
@@ -136,6 +148,9 @@ class Served:
     log: Path | None = field(default=None, init=False)
     steps: Sequence[StepsRecord] = field(default=(), init=False)
     why_no_causes: str = field(default="", init=False)
+    routing: "RoutingFile | None" = field(default=None, init=False)
+    why_no_routing: str = field(default="", init=False)
+    settings: Mapping[str, Any] | None = field(default=None, init=False)
     is_unflushed: bool = field(default=False, init=False)
 
     @property
@@ -189,7 +204,7 @@ class Served:
 
     async def _measured(self, target: Target, number: int, *, is_new: bool) -> Round:
         setting, asked, stop = self.setting, self.setting.asked, Stop()
-        async with self._server(target) as server:
+        async with self.session(target) as server:
             self.seen = server
             if is_new:
                 await warm_up(server, setting.load, asked, 0, stop)
@@ -200,7 +215,7 @@ class Served:
             return found
 
     @asynccontextmanager
-    async def _server(self, target: Target) -> AsyncIterator[Server]:
+    async def session(self, target: Target) -> AsyncIterator[Server]:
         """The server as the client sees it."""
         asked, connections = self.setting.asked, Connections(target.url, headers_of(target))
         try:
@@ -213,74 +228,6 @@ class Served:
             yield found
         finally:
             connections.close()
-
-    def profile(self) -> None:
-        """Trace a short load with torch's profiler, in a new server if it is started here.
-
-        Profiling slows a server.
-
-        An error is stored in `why_no_causes`.
-        """
-        setting = self.setting
-        if self.failure:
-            return
-        setting.progress.task(f"{self.name}, profiled", 1)
-        try:
-            paths = self._traces_of_url() if self.engines is None else self._traces(self.engines)
-            if paths is not None:
-                causes = read_step_causes(paths)
-                self.steps = [*filter(None, (steps_record(causes, each) for each in Phase))]
-        except (CannotServe, ServerError, Unreachable, UserError) as error:
-            self.why_no_causes = f"{error}{self.up.end_of(self)}"
-        finally:
-            self.up.stop()
-            setting.progress.done()
-
-    def _traces(self, engines: Engines) -> Sequence[Path] | None:
-        """Traces of a server that is started for them; None where it writes none."""
-        folder = _new_folder(self.folder)
-        if not self.up.ensure(self, traces=folder):
-            self.why_no_causes = f"{engines.engine.title} cannot write torch profiler traces"
-            return None
-        self._trace(engines.engine.profile_request(folder))
-        return _traces_in(folder)
-
-    def _traces_of_url(self) -> Sequence[Path] | None:
-        """Traces that appear in the folder of a server that runs already; None without one."""
-        if self.traces is None:
-            self.why_no_causes = (
-                "its traces are on its own disk; if that can be read here, give --traces "
-                f"{self.name}=DIR"
-            )
-            return None
-        before = set(_traces_in(self.traces))
-        self.up.ensure(self)  # ends a server that was started here
-        self._trace({"with_stack": False})
-        return _new_traces(self.traces, before)
-
-    def _trace(self, fields: Mapping[str, object]) -> None:
-        assert self.target is not None, "it is up"
-        run_until_told(self._traced(self.target, fields))
-
-    async def _traced(self, target: Target, fields: Mapping[str, object]) -> None:
-        """Start a trace, run a short load, and stop the trace.
-
-        Args:
-            fields: JSON fields of the request that starts the trace.
-        """
-        setting, stop = self.setting, Stop()
-        output_len = min(_TRACED_LEN, setting.load.output_len.low)
-        short = replace(setting.load, output_len=LengthRange(output_len, output_len))
-        async with self._server(target) as server:
-            await warm_up(server, short, setting.asked, 0, stop)
-            connections = server.connections
-            await _post(connections, "/start_profile", fields)
-            number = self.num_runs  # so that prompts are new
-            try:
-                found = await one_round(server, short, setting.asked, 0, number, stop, Progress())
-            finally:
-                await _post(connections, "/stop_profile", {})
-            check_answered([found.driven], server)
 
     def record(self) -> DeploymentRecord:
         """The deployment's record: its measurements, or the reason of its failure."""
@@ -306,6 +253,14 @@ class Served:
                 start_s=tuple(self.start_s),
                 failure=self.failure,
                 log=str(self.log) if self.log else "",
+                balance=self.routing.balance if self.routing else "",
+                routing=str(self.routing.path) if self.routing and self.routing.path else "",
+                kv_tokens=self.seen.watch.kv_tokens if self.seen and self.seen.watch else None,
+                settings={
+                    name: printable(str(value))[:_MOST_VALUE]
+                    for name, value in (self.settings or {}).items()
+                    if value is not None
+                },
             ),
         )
 
@@ -328,12 +283,14 @@ class RunningServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def ensure(self, served: Served, traces: Path | None = None) -> bool:
+    def ensure(
+        self, served: Served, changed: Callable[[Start], Start | None] | None = None
+    ) -> bool:
         """Start a deployment's server unless it runs; return whether it was started.
 
         Args:
-            traces: folder for torch profiler traces: the server is started anew with profiling, or
-                not at all if its engine cannot profile.
+            changed: changes its command, for a pass of its own: the server is started anew, or not
+                at all where it gives None.
 
         Raises:
             CannotServe: the engine cannot run the deployment.
@@ -343,18 +300,18 @@ class RunningServer:
         if engines is None:
             self.stop()  # no server runs here while one at a URL is measured
             return False
-        if served is self._served and traces is None:
+        if served is self._served and changed is None:
             return False
         assert deployment is not None, "what is started has a layout"
         self.stop()
         port = free_port()
         start = engines.start(deployment, port)
-        if traces is None:
+        if changed is None:
             served.started = start
-        elif (profiled := engines.engine.profiled(start, traces)) is None:
+        elif (other := changed(start)) is None:
             return False
         else:
-            start = profiled
+            start = other
         self._process = ServerProcess(
             *(start.argv, start.environment, served.folder, start.files),
             setting.server_cores if setting.client_cores else (),
@@ -363,7 +320,7 @@ class RunningServer:
         url = Url(HOST, port, False, "")
         path = engines.engine.ready_path
         start_s = self._process.wait_until(lambda: is_ready(url, path), setting.start_timeout_s)
-        if traces is None:
+        if changed is None:
             served.start_s.append(start_s)
         served.target = Target(url)
         return True
@@ -383,63 +340,6 @@ class RunningServer:
         if status is not None:
             return f"; it ended, {self._process.end_of(status)}"
         return f"; its log: {words}" if words else ""
-
-
-async def _post(connections: Connections, path: str, fields: Mapping[str, object]) -> None:
-    """POST fields as JSON.
-
-    Raises:
-        UserError: the server does not answer, or not with status 200.
-    """
-    try:
-        answer = await connections.ask("POST", path, strict_json(fields).encode())
-    except (ConnectionFailed, ClosedEarly) as error:
-        raise UserError(f"{path}: {error}") from None
-    if answer.status != 200:
-        raise UserError(f"{path}: HTTP {answer.status} {error_message(bytes(answer.body))}")
-
-
-def _traces_in(folder: Path) -> list[Path]:
-    """Files in a folder and those in it that are traces by their names, in order."""
-    return sorted(folder.rglob("*.json*"))
-
-
-def _size(path: Path) -> int:
-    """Bytes of a file; 0 of one that is gone, as one that was renamed."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
-def _new_traces(folder: Path, before: Collection[Path]) -> list[Path]:
-    """Traces that appear in a folder, once they are whole: some engines answer before.
-
-    Raises:
-        UserError: none does.
-    """
-    sizes: dict[Path, int] = {}
-    until_s = time.monotonic() + _APPEAR_S
-    while time.monotonic() < until_s:
-        now = {path: _size(path) for path in _traces_in(folder) if path not in before}
-        if now and now == sizes:
-            return [*now]
-        sizes = now
-        time.sleep(_LOOK_S)
-    raise UserError(f"no whole traces appeared in {folder} within {_APPEAR_S:g} s")
-
-
-def _new_folder(within: Path) -> Path:
-    """Make a new folder for traces, so that none of an earlier run are in it.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        within.mkdir(parents=True, exist_ok=True)
-        return Path(mkdtemp(prefix="profile-", dir=within))
-    except OSError as error:
-        raise UserError(f"cannot write to {within}: {error.strerror}") from None
 
 
 def free_port() -> int:

@@ -23,8 +23,10 @@ from expertlane.client.server import (
     PROBE_S,
     alike,
     find_server,
+    sglang_settings,
 )
 from expertlane.comparison.engines.engine import Engine
+from expertlane.comparison.profiling import profile_steps, record_routing
 from expertlane.comparison.served import Engines, RunningServer, Served, Setting
 from expertlane.comparison.turns import Repeats, measure_in_turns
 from expertlane.errors import ExpertlaneError, TerminatedError, UserError, naming
@@ -43,14 +45,17 @@ def measure_running(
     workload: Mapping[str, object],
     repeats: Repeats,
     command: str,
+    *,
+    profile: bool = False,
     ended: list[BaseException] | None = None,
+    traces: Mapping[str, Path] | None = None,
 ) -> Results:
     """Measure servers that run already, without an experiment.
 
     Args:
         targets: servers, by name.
         workload: the load, as results of `bench` have it.
-        ended: as in `measure_servers`.
+        profile, ended, traces: as in `measure_servers`.
 
     Raises:
         UserError: a server does not answer, or refuses.
@@ -59,6 +64,8 @@ def measure_running(
     with RunningServer() as up:
         own = [Served(name, setting, up, None, None, each) for name, each in targets.items()]
         compared = _in_turns(own, setting, repeats, up, ended)
+        if profile:
+            _profile(own, ended, traces or {})
     models = dict.fromkeys(each.seen.model for each in own if each.seen is not None)
     question = {"model": " and ".join(models), "workload": dict(workload)}
     return _results(question, own, compared, setting, command, ended)
@@ -83,7 +90,7 @@ def measure_servers(
         targets: servers that run already, by name; a deployment's name means that the server has
             that deployment's layout.
         dtype: number type of weights in the engines' commands.
-        profile: also trace each server, for step times by cause.
+        profile: also trace each server, for step times by cause, and record routing.
         traces: folders to which running servers write traces, by name.
         ended: gets the exception of a signal that ends the measurement early, if there are
             results; None to raise it, and lose them.
@@ -94,19 +101,12 @@ def measure_servers(
     """
     with RunningServer() as up:
         own = [*_subjects(experiment, engines, targets, setting, up)]
-        for each in own:
-            each.traces = (traces or {}).get(each.name) if each.engines is None else None
         names = [each.name for each in own]
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"two servers would be called {twice[0]!r}; give --url another name")
         compared = _in_turns(own, setting, repeats, up, ended)
-        try:
-            for each in own if profile and not ended else ():
-                each.profile()
-        except (KeyboardInterrupt, TerminatedError) as error:
-            if ended is None:
-                raise
-            ended.append(error)
+        if profile:
+            _profile(own, ended, traces or {})
     question = {"experiment": experiment.question, "workload": _lengths(experiment.workload)}
     machine = this_machine(experiment.num_ranks, dtype) if engines else None
     return _results(question, own, compared, setting, command, ended, machine)
@@ -143,6 +143,23 @@ def _in_turns(
         reasons = "; ".join(f"{each.name}: {each.failure}" for each in own)
         raise ExpertlaneError(f"no deployment could be measured: {reasons}")
     return compared
+
+
+def _profile(
+    own: Sequence[Served], ended: list[BaseException] | None, traces: Mapping[str, Path]
+) -> None:
+    """Profile all servers, unless measuring ended early; a signal ends it too."""
+    for each in own:
+        each.traces = traces.get(each.name) if each.engines is None else None
+    try:
+        for each in () if ended else own:
+            profile_steps(each)
+        if not ended:
+            record_routing(own)
+    except (KeyboardInterrupt, TerminatedError) as error:
+        if ended is None:
+            raise
+        ended.append(error)
 
 
 @contextmanager
@@ -182,6 +199,7 @@ async def _look_at(running: Sequence[Served], setting: Setting, up: RunningServe
                 if found.max_model_len is not None:
                     check_lengths(setting.load, found.max_model_len - 1)
                 servers.append(found)
+                each.settings = await sglang_settings(connections)
     finally:
         for connections in several:
             connections.close()
@@ -276,15 +294,22 @@ def _cautions(own: Sequence[Served], setting: Setting) -> Iterator[str]:
     ]
     if shares and not setting.client_cores:
         yield (
-            f"The client shares the {len(own_cores())} cores with the servers, and uses "
-            f"{max(shares):.0%} of one."
+            f"The client shares the {len(own_cores())} cores with the servers, too few to have its "
+            f"own, and uses {max(shares):.0%} of one."
         )
-    reasons: dict[str, list[str]] = {}
-    for each in own:
-        if each.why_no_causes:
-            reasons.setdefault(each.why_no_causes, []).append(each.name)
-    for why, names in reasons.items():
-        yield f"No step times by cause for {', '.join(names)}: {why}."
+    for what, field in (("step times by cause", "why_no_causes"), ("routing", "why_no_routing")):
+        reasons: dict[str, list[str]] = {}
+        for each in own:
+            if why := getattr(each, field):
+                reasons.setdefault(why, []).append(each.name)
+        for why, names in reasons.items():
+            yield f"No {what} for {', '.join(names)}: {why}."
+    if setting.kv_tokens is not None:
+        without = [
+            each.name for each in own if each.engines and not each.engines.engine.takes_kv_tokens
+        ]
+        if without:
+            yield f"--kv-tokens is not set on {', '.join(without)}: no option of it is known."
     if unflushed := [each.name for each in own if each.is_unflushed]:
         yield (
             f"The prefix cache of {', '.join(unflushed)} could not be emptied: no route for that, "

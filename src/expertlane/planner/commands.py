@@ -7,11 +7,11 @@ from math import ceil
 
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.planner.engines import ServingEngine
+from expertlane.planner.served_pool import ServedPool
 from expertlane.planner.server_start import (
     BOOTSTRAP_PORT,
     PORT,
     Place,
-    ServedPool,
     ServerStart,
     ServeTarget,
     server_start,

@@ -18,7 +18,8 @@ from expertlane.planner.commands import (
     router_start,
 )
 from expertlane.planner.engines import ServingEngine
-from expertlane.planner.server_start import PORT, NodeStart, Place, ServedPool, ServerStart
+from expertlane.planner.served_pool import ServedPool
+from expertlane.planner.server_start import PORT, NodeStart, Place, ServerStart
 from expertlane.printable import printable
 from expertlane.spec.files import strict_json
 from expertlane.spec.names import EngineName

@@ -39,7 +39,8 @@ from expertlane.planner.records import (
 from expertlane.planner.screen import Known, ScreenedCandidate, fitting
 from expertlane.planner.scripts import scripts_of
 from expertlane.planner.search import Finalist, OnePool, Search
-from expertlane.planner.server_start import ServedPool, ServeTarget, longest_request
+from expertlane.planner.served_pool import ServedPool, longest_request
+from expertlane.planner.server_start import ServeTarget
 from expertlane.planner.simulated import NUM_SIMULATED, serve_at_rate, simulated_pool
 from expertlane.planner.two_pools import TwoPools, TwoPoolSearch
 from expertlane.progress import Progress

@@ -9,29 +9,20 @@ SGLang's decode pools.
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from math import ceil
 from pathlib import PurePath
 
-from expertlane.cost.memory import FREE_SHARE, RANK_STEP_TOKENS, held_kv_bytes
+from expertlane.cost.memory import FREE_SHARE, held_kv_bytes
 from expertlane.cost.step.operation import NumberTypes
-from expertlane.planner.candidates import Candidate, candidates_like
-from expertlane.planner.engines import (
-    EXPERTLANE,
-    DeviceKind,
-    RolePool,
-    Row,
-    ServingEngine,
-    refusal,
-)
-from expertlane.spec.deployment import Deployment, Options
+from expertlane.planner.engines import DeviceKind, ServingEngine
+from expertlane.planner.served_pool import LEAST_BUFFER, ServedPool
+from expertlane.spec.engine_config import SETTINGS
 from expertlane.spec.files import strict_json
 from expertlane.spec.hf_config import Quantization
 from expertlane.spec.layout import Layout, partition
-from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import EngineName
-from expertlane.spec.workload import Load, Workload
 
 PORT = 8000  # of the first server on a host
 _RENDEZVOUS_PORT = 29500
@@ -39,12 +30,11 @@ _VLLM_RPC_PORT = 29550  # vLLM's default for data-parallel ranks
 _VLLM_NIXL_PORT = 5600  # vLLM's default for the first data-parallel rank of a pool
 BOOTSTRAP_PORT = 8998  # SGLang's default for prefill servers
 _SGLANG_PORTS = 16  # ports after the rendezvous port that SGLang's data-parallel attention uses
-_HEADROOM = 1.5  # longest request that is accepted, over the mean length
 _ANY = "0.0.0.0"  # all interfaces
-_BLOCK = 256  # the longest request is rounded up to a multiple of these tokens
 _VLLM_CAPTURED = 512  # vLLM's default for the largest batch of a CUDA graph
-_VLLM_CPU_BLOCK = 128  # tokens of a KV cache block of vLLM on CPUs
-_LEAST_BUFFER, _MOST_BUFFER = 128, 1024  # tokens of a rank in DeepEP's low-latency buffers
+_VLLM_CPU_BLOCK, _VLLM_GPU_BLOCK = 128, 16  # tokens of a KV cache block of vLLM
+_OWN_BLOCK = SETTINGS["block_size"].default
+_MOST_BUFFER = 1024  # tokens of a rank in DeepEP's low-latency buffers
 
 
 @dataclass(frozen=True)
@@ -58,101 +48,6 @@ class ServeTarget:
 
     model: str
     quantization: Quantization | None = None
-
-
-@dataclass(frozen=True)
-class ServedPool(RolePool):
-    """A pool of a plan, or a deployment of an experiment, with limits for its servers.
-
-    Attributes:
-        rank_seqs: most running sequences of a data-parallel rank.
-        step_tokens: most tokens in a step of a data-parallel rank.
-        devices_per_host: devices of a machine.
-    """
-
-    _: KW_ONLY
-    rank_seqs: int
-    step_tokens: int
-    devices_per_host: int
-
-    @property
-    def options(self) -> Options:
-        """Options of the candidate."""
-        return self.candidate.options
-
-    @property
-    def rank_tokens(self) -> int:
-        """Most tokens in a step of a data-parallel rank; in a decode pool those of its decodes."""
-        decodes = self.rank_seqs * (1 + self.candidate.num_drafts)
-        return max(decodes, _LEAST_BUFFER if self.role == "decode" else self.step_tokens)
-
-    @property
-    def num_hosts(self) -> int:
-        """Number of machines that it needs."""
-        return ceil(self.layout.world_size / self.devices_per_host)
-
-    @property
-    def per_host(self) -> int:
-        """Number of such pools that fit on a machine."""
-        return max(1, self.devices_per_host // self.layout.world_size)
-
-    def servers(self, engine: ServingEngine) -> tuple["ServedPool", int]:
-        """One server of the pool, and the number of servers: replicas may need one each."""
-        if engine.has_replicas:
-            return self, 1
-        alone = replace(self.layout, replicas=1)
-        return replace(self, candidate=self.candidate._replace(layout=alone)), self.layout.replicas
-
-
-def deployed_pool(
-    engine: ServingEngine,
-    deployment: Deployment,
-    model: ModelConfig,
-    workload: Workload,
-    devices_per_host: int,
-    device: DeviceKind = "cuda",
-    step_tokens: int = RANK_STEP_TOKENS,
-) -> ServedPool | Row:
-    """An experiment's deployment as an engine serves it, with limits as in a plan.
-
-    For other engines than expertlane, an option that is `auto` becomes the first choice that the
-    engine has.
-
-    Args:
-        step_tokens: most tokens in a step of a data-parallel rank.
-
-    Returns:
-        The pool; or the row of the engine's limitations that rules the deployment out.
-    """
-    layout, num_seqs = deployment.layout, workload.num_sequences
-    candidates = [Candidate(layout, deployment.options)]
-    if engine is not EXPERTLANE:  # which chooses by itself
-        candidates = candidates_like(layout, deployment.options, devices_per_host)
-    found: Row | None = None
-    for candidate in candidates:
-        broken = refusal(engine, candidate, model, device)
-        if broken is None:
-            return ServedPool(
-                candidate,
-                model,
-                rank_seqs=layout.places_of_rank(num_seqs, num_seqs),
-                step_tokens=step_tokens,
-                devices_per_host=devices_per_host,
-            )
-        found = found or broken
-    assert found is not None, "there is a candidate at least"
-    return found
-
-
-def longest_request(load: Load, model: ModelConfig) -> int:
-    """Longest request, in tokens, that a server must accept.
-
-    At least 1.5 times the mean, since a load that names one length may have longer requests.
-    """
-    mean = ceil(sum(load.mean_lens))
-    longest = load.max_len + 1
-    wanted = ceil(max(_HEADROOM * mean, longest) / _BLOCK) * _BLOCK
-    return max(mean, min(wanted, model.max_position_embeddings))
 
 
 @dataclass(frozen=True)
@@ -384,6 +279,9 @@ def _vllm(asked: _Asked) -> _Draft:
         _vllm_on_cpu(draft, asked)
     else:
         draft.add("--gpu-memory-utilization", FREE_SHARE)
+        if pool.rank_kv_tokens is not None:
+            num_blocks = ceil(pool.rank_kv_tokens / _VLLM_GPU_BLOCK)
+            _vllm_cache(draft, asked, num_blocks, _VLLM_GPU_BLOCK)
     draft.add(*_weights(asked))
     if asked.types.kv == "float8":
         draft.add("--kv-cache-dtype", "fp8")
@@ -413,18 +311,29 @@ def _vllm_side_channel(asked: _Asked, node: int) -> dict[str, object]:
 
 
 def _vllm_on_cpu(draft: _Draft, asked: _Asked) -> None:
-    """Set vLLM's KV cache size for all running sequences, and each rank's cores."""
-    pool, layout = asked.pool, asked.layout
-    num_layers = len(layout.layers_of_stage(pool.model.num_hidden_layers, 0))
-    num_blocks = pool.rank_seqs * ceil(asked.max_len / _VLLM_CPU_BLOCK) + 1
-    of_position = num_layers * held_kv_bytes(pool.model, asked.types, layout.tp)
-    draft.add("--kv-cache-memory-bytes", num_blocks * _VLLM_CPU_BLOCK * of_position)
+    """Set vLLM's KV cache size, for all running sequences by default, and each rank's cores."""
+    pool = asked.pool
+    num_blocks = pool.rank_seqs * ceil(asked.max_len / _VLLM_CPU_BLOCK)
+    if pool.rank_kv_tokens is not None:
+        num_blocks = ceil(pool.rank_kv_tokens / _VLLM_CPU_BLOCK)
+    _vllm_cache(draft, asked, num_blocks, _VLLM_CPU_BLOCK)
     if asked.place.cores:
         cores, inherited = _bound_cores(asked), draft.environment
         bound = {"VLLM_CPU_OMP_THREADS_BIND": cores or "nobind"}
         if cores is None:
             bound["OMP_NUM_THREADS"] = "1"
         draft.environment = lambda node: {**inherited(node), **bound}
+
+
+def _vllm_cache(draft: _Draft, asked: _Asked, num_blocks: int, block_size: int) -> None:
+    """Set the bytes of a rank's KV cache; blocks in tokens would depend on the attention kernels.
+
+    One more block is vLLM's own, the null block.
+    """
+    pool, layout = asked.pool, asked.layout
+    num_layers = len(layout.layers_of_stage(pool.model.num_hidden_layers, 0))
+    of_position = num_layers * held_kv_bytes(pool.model, asked.types, layout.tp)
+    draft.add("--kv-cache-memory-bytes", (num_blocks + 1) * block_size * of_position)
 
 
 _VLLM_BACKENDS = {
@@ -498,6 +407,8 @@ def _sglang(asked: _Asked) -> _Draft:
     if pool.role != "decode":
         draft.add("--chunked-prefill-size", pool.rank_tokens * layout.dp)  # of all dp ranks
     draft.add("--context-length", asked.max_len)
+    if pool.rank_kv_tokens is not None:
+        draft.add("--max-total-tokens", pool.rank_kv_tokens)  # of each dp rank
     draft.add(*_weights(asked))
     if asked.types.kv == "float8":
         draft.add("--kv-cache-dtype", "fp8_e4m3")
@@ -526,7 +437,7 @@ def _sglang_experts(draft: _Draft, pool: ServedPool) -> None:
         draft.add("--moe-a2a-backend", "deepep", "--deepep-mode", mode)
     if "low_latency" in kernels:
         decodes = ceil(pool.rank_seqs * (1 + pool.candidate.num_drafts) / layout.tp)
-        buffer = ceil(decodes / _LEAST_BUFFER) * _LEAST_BUFFER
+        buffer = ceil(decodes / LEAST_BUFFER) * LEAST_BUFFER
         variable = "SGLANG_DEEPEP_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
         draft.environment = lambda _: {variable: min(buffer, _MOST_BUFFER)}
         if buffer > _MOST_BUFFER:
@@ -555,6 +466,8 @@ def _trtllm(asked: _Asked) -> _Draft:
         "max_seq_len": asked.max_len,
     }
     kv_cache: dict[str, object] = {"free_gpu_memory_fraction": FREE_SHARE}
+    if pool.rank_kv_tokens is not None:
+        kv_cache["max_tokens"] = pool.rank_kv_tokens  # the smaller of the two counts
     if types.kv == "float8":
         kv_cache["dtype"] = "fp8"
     if not place.caches_prefixes:
@@ -618,6 +531,8 @@ def _expertlane(asked: _Asked) -> _Draft:
             draft.add(name, value)
     draft.add("--max-num-seqs", pool.rank_seqs, "--max-num-batched-tokens", pool.rank_tokens)
     draft.add("--max-model-len", asked.max_len)
+    if pool.rank_kv_tokens is not None:
+        draft.add("--num-blocks", ceil(pool.rank_kv_tokens / _OWN_BLOCK))
     if types.weights == types.kept:
         draft.add("--dtype", types.weights)
     elif types.weights == "float8" and asked.served.quantization is not None:

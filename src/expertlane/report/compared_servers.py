@@ -8,10 +8,12 @@ from statistics import median
 from expertlane.report.answer import short
 from expertlane.report.charts.bars import FASTER, SLOWER, Bar, throughput_chart
 from expertlane.report.compared import Row, step_difference
+from expertlane.report.differences import differs_in, table_of
 from expertlane.report.document import (
     Answer,
     Chart,
     Column,
+    Commands,
     Figure,
     Heading,
     Section,
@@ -57,6 +59,12 @@ from expertlane.spec.names import Phase
 _MOST_FAILURE = 240  # letters
 _MOST_NAME = 30
 _MOST_CAUSES = 6
+_MOST_COMMANDS = 2
+_RANDOM = "prompts were random, your own are routed otherwise"
+_FILE_PT = (
+    "FILE.pt: the newest expert_distribution_recorder_*.pt of that server, in "
+    "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR, by default /tmp"
+)
 
 
 def _measured(results: Results) -> Results:
@@ -157,10 +165,12 @@ def servers_answer(name: str, results: Results) -> Answer:
     notes: list[Note] = [*_failed(records), *errors_of(found), *doubts_of(found)]
     notes += notes_of_engines(results, found)
     notes += [("Caution", each) for each in results.cautions]
+    if differing := differs_in(records):
+        notes.append(("Differs in", differing))
     notes.append(("Fairness", _fair(records)))
     notes.append(("Confidence", _certainty(records)))
     said = Table("", (Heading("", False), Heading("", False)), tuple(notes))
-    why = filter(None, (_why(results),))
+    why = filter(None, (_why(results), _routing_figure(records)))
     return Answer(setting, _verdict(results), (_table(records, base), *why, said))
 
 
@@ -202,6 +212,32 @@ def _why(results: Results) -> Figure | None:
     )
     words = (f"{short(cause)} {signed(ms)}" for cause, ms in found.causes[:_MOST_CAUSES])
     return Figure("", (title, "  " + "   ".join(words)))
+
+
+def _routing_figure(records: Sequence[DeploymentRecord]) -> Figure | None:
+    """The commands that read recorded routing; None if none was recorded."""
+    own = [each for each in records if each.server is not None and each.server.balance]
+    if not own:
+        return None
+    lines: list[str] = []
+    commands = dict.fromkeys(each.server.balance for each in own if each.server)
+    for command in [*commands][:_MOST_COMMANDS]:
+        before, mark, options = command.partition(" --ep ")
+        lines += [f"  {before} \\", f"     {mark}{options}"]  # as a shell takes it
+    where = [] if all(each.server and each.server.routing for each in own) else [f"  {_FILE_PT}"]
+    return Figure("", (f"What EPLB would bring {own[0].name}; {_RANDOM}:", *lines, *where))
+
+
+def _routing(records: Sequence[DeploymentRecord]) -> Iterator[str | Commands]:
+    """The commands that read recorded routing, server by server."""
+    own = [each for each in records if each.server is not None and each.server.balance]
+    for each in own:
+        assert each.server is not None, "it has a record"
+        where = () if each.server.routing else (_FILE_PT,)
+        command = Figure("", (each.server.balance,))
+        yield Commands(f"What EPLB would bring {each.name}", (command, *where))
+    if own:
+        yield f"{_RANDOM[0].upper()}{_RANDOM[1:]}."
 
 
 def _bars(results: Results) -> Chart | None:
@@ -326,9 +362,11 @@ def servers_sections(results: Results) -> tuple[Section, ...]:
         Section("Latency, ms (measured)", (latency(measured),), chapter="answer"),
         Section("Where the time goes, by deployment", tuple(_causes(measured)), "plots", "why"),
         Section("Where the time goes", tuple(_steps(measured)), chapter="why"),
+        Section("Routing", tuple(_routing(measured.deployments)), chapter="why"),
         Section("Client", (Table.of("", OF_CLIENT, clients), *failed), chapter="sure"),
         counted_by_servers(found, list(notes_of_engines(results, found))),
         over_time(found),
+        Section("Differences between servers", tuple(_differences(measured)), chapter="setup"),
         Section("Servers", tuple(_servers(measured)), chapter="setup"),
     )
 
@@ -353,6 +391,12 @@ _SERVERS: tuple[Column[DeploymentRecord], ...] = (
     number("start, s", lambda each: _start_s(each), figures),
     text("command or URL", lambda each: each.server and (each.server.command or each.server.url)),
 )
+
+
+def _differences(results: Results) -> Iterator[Words]:
+    table = table_of(results.deployments)
+    if table is not None:
+        yield table
 
 
 def _servers(results: Results) -> Iterator[Words]:

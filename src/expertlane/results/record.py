@@ -314,6 +314,10 @@ class ServerRecord(Strict):
         start_s: seconds from its start until it was ready, of each start.
         failure: why it was not measured, or not to the end, with its last words; may be empty.
         log: file with its output; empty where it ran already.
+        balance: the command of `balance` that reads the record of its routing; empty without one.
+        routing: file of that record; empty where it is on the server's own disk.
+        kv_tokens: tokens that its KV caches hold together, by its metrics; None if unknown.
+        settings: settings by its own account, of SGLang that ran already.
     """
 
     engine: str
@@ -325,6 +329,10 @@ class ServerRecord(Strict):
     start_s: tuple[float, ...] = ()
     failure: str = ""
     log: str = ""
+    balance: str = ""
+    routing: str = ""
+    kv_tokens: int | None = None
+    settings: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)

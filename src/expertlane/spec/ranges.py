@@ -191,6 +191,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "timeout_s": _above(0, 1e6),
     "max_model_len": _POSITIONS,
     "num_blocks": _whole(1, 2**25),
+    "kv_tokens": _whole(1, 2**40),
     "block_size": _whole(1, 2**16),
     "max_num_batched_tokens": _whole(1, MAX_TOKENS_OF_A_RUN),
     "max_num_seqs": _whole(1, 2**20),

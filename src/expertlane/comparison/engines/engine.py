@@ -31,6 +31,8 @@ class Asked:
         place: port, devices or cores of this machine, and the engine's interpreter.
         num_devices: GPUs of this machine; cores if it has no GPU.
         arguments: further arguments of the engine's command, from `--engine-args`.
+        kv_tokens: tokens that the KV caches of all data-parallel ranks hold together; None for the
+            engine's own choice.
     """
 
     deployment: Deployment
@@ -41,6 +43,7 @@ class Asked:
     place: Place
     num_devices: int
     arguments: tuple[str, ...] = ()
+    kv_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Engine(ABC):
         name: name for `--engine`.
         title: name in reports.
         ready_path: a path that answers 200 once the server is ready.
+        takes_kv_tokens: whether its commands set `kv_tokens`.
         rank_title: pattern of the titles of its ranks' processes, by which `drill` finds one: with
             the group `rank`, or with `dp`, `pp`, and `tp` or `in_stage`, its number in its stage.
     """
@@ -75,6 +79,7 @@ class Engine(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     ready_path: ClassVar[str] = "/health"
+    takes_kv_tokens: ClassVar[bool] = False
     rank_title: ClassVar[str] = ""
 
     @abstractmethod
@@ -114,6 +119,20 @@ class Engine(ABC):
             folder: folder in which each rank writes one trace file.
         """
         return {}
+
+    def recorded(self, start: Start, folder: Path) -> Start | None:
+        """The command of a server that can record how often each expert is chosen; None if not.
+
+        POSTs to `/start_expert_distribution_record`, `/stop_expert_distribution_record` and
+        `/dump_expert_distribution_record` begin a record, end it, and write it.
+
+        Args:
+            folder: folder in which it writes a file that `balance` reads.
+
+        Raises:
+            CannotServe: the engine can, but not with this command; the text says why.
+        """
+        return None
 
 
 def find_engine(name: str) -> Engine:

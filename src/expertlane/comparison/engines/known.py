@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -9,13 +10,8 @@ from expertlane.comparison.engines.engine import Asked, CannotServe, Engine, Sta
 from expertlane.planner.commands import Serving
 from expertlane.planner.engines import ENGINES, Row
 from expertlane.planner.scripts import scripts_of
-from expertlane.planner.server_start import (
-    Place,
-    ServedPool,
-    deployed_pool,
-    longest_request,
-    server_start,
-)
+from expertlane.planner.served_pool import ServedPool, deployed_pool, longest_request
+from expertlane.planner.server_start import Place, server_start
 from expertlane.spec.files import strict_json
 from expertlane.spec.names import EngineName
 
@@ -24,6 +20,7 @@ class _Planned(Engine):
     """An engine whose options the planner writes."""
 
     name: ClassVar[EngineName]
+    takes_kv_tokens: ClassVar[bool] = True
 
     def start(self, asked: Asked) -> Start:
         """The command that starts a server of a deployment.
@@ -43,9 +40,16 @@ class _Planned(Engine):
         one, num_servers = pool.servers(engine)
         if num_servers > 1:
             raise CannotServe(
-                f"{num_servers} replicas need a router; start both, and give the --url"
+                f"its {num_servers} replicas are {num_servers} servers behind a router; compare "
+                "starts one. --dry-run --scripts DIR writes what starts them all, and --url "
+                "NAME=URL measures the router; or measure one replica"
             )
         max_len = longest_request(workload.load, asked.model)
+        if one.rank_kv_tokens is not None and one.rank_kv_tokens < max_len:
+            raise CannotServe(
+                f"--kv-tokens {asked.kv_tokens}: each data-parallel rank has "
+                f"{one.rank_kv_tokens:,}, and must take a request of {max_len:,}"
+            )
         found = server_start(engine, one, asked.served, asked.types, max_len, place)
         (node,) = found.nodes
         return Start((*node.argv, *asked.arguments), node.environment, found.files)
@@ -67,6 +71,7 @@ class _Planned(Engine):
             *(ENGINES[self.name], asked.deployment, asked.model, asked.workload),
             devices_per_host,
             kind,
+            kv_tokens=asked.kv_tokens,
         )
         if isinstance(pool, Row):
             raise CannotServe(f"{self.title} {pool.says} ({pool.source})")
@@ -106,6 +111,26 @@ class Sglang(_Planned):
     def profile_request(self, folder: Path) -> Mapping[str, object]:
         """The folder of the traces; no stacks."""
         return {"output_dir": str(folder), "with_stack": False, "activities": ["CPU", "GPU"]}
+
+    def recorded(self, start: Start, folder: Path) -> Start:
+        """The command with its expert distribution recorder, in mode `stat`.
+
+        Raises:
+            CannotServe: the recorder has no such mode of DeepEP, or does not run on CPUs
+                (python/sglang/srt/eplb/expert_distribution.py: _SinglePassGatherer.init_new,
+                is_current_stream_capturing).
+        """
+        words = start.argv
+        if ("--deepep-mode", "auto") in pairwise(words):
+            raise CannotServe("SGLang's expert distribution recorder has no --deepep-mode auto")
+        if ("--device", "cpu") in pairwise(words):
+            raise CannotServe("SGLang's expert distribution recorder needs GPUs")
+        folders = {"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(folder)}
+        return replace(
+            start,
+            argv=(*words, "--expert-distribution-recorder-mode", "stat"),
+            environment={**start.environment, **folders},
+        )
 
 
 class Trtllm(_Planned):
