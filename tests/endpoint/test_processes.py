@@ -170,6 +170,10 @@ def tree_of(titles: list[str]) -> dict[int, tuple[int, str]]:
         (["sglang::scheduler_TP0", "sglang::scheduler_TP1"], "tp=2"),
         ([f"sglang::scheduler_DP{each}_TP{each}_EP{each}" for each in (0, 1)], "dp=2,ep=2"),
         ([f"sglang::scheduler_DP{e // 2}_TP{e}" for e in range(4)], "dp=2,tp=2,ep=4"),
+        (
+            [f"sglang::scheduler_PP{e // 2}_ATTN_CP0_MOE_DP0_TP{e % 2}_EP0" for e in range(4)],
+            "pp=2,tp=2",
+        ),
         (["sglang::scheduler"], "tp=1"),
     ],
 )
