@@ -83,7 +83,7 @@ def test_one_that_fails(run, stub, tmp_path):
         ([URL, "--pid", "1"], "--pid 1 2"),
         ([URL, "--pid", "OWN"], "--pid OWN"),  # the command's own process
         ([URL, "--pid", "4194303"], "process 4194303"),
-        ([URL, "--rank", "0"], "--rank --engine --pid"),
+        ([URL, "--rank", "0"], "--rank 0 port machine --kill"),
         ([URL, "--kubectl", "-x"], "--kubectl NAMESPACE/POD"),
         ([URL, "--kubectl", "a", "--signal", "STOP"], "--kubectl --kill"),
         ([URL, "--kill", "true", "--batch", "1,2"], "--batch --rate one"),

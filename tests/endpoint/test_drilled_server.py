@@ -44,7 +44,7 @@ def test_a_lost_rank_costs_no_token(tmp_path, signal):
 
         def fault_of(root: int | None) -> Signalled:
             assert root is not None
-            rank = rank_process(root, Expertlane.rank_title, LAYOUT, 2)
+            rank = rank_process(root, [Expertlane.rank_title], LAYOUT, 2)
             assert rank.name == "expertlane r2"
             return Signalled(rank.pid, signal, "rank 2")
 

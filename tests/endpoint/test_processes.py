@@ -150,9 +150,25 @@ def made_up(monkeypatch, titles: dict[int, tuple[int, str]]) -> None:
 def test_ranks_of_vllm_are_found_by_their_titles(monkeypatch, titles, layout, ranks):
     made_up(monkeypatch, tree_of(titles))
     for rank, pid in enumerate(ranks):
-        assert rank_process(1, Vllm.rank_title, Layout.parse(layout), rank).pid == pid
+        assert rank_process(1, [Vllm.rank_title], Layout.parse(layout), rank).pid == pid
     with pytest.raises(UserError, match=f"--rank {len(ranks)}"):
-        rank_process(1, Vllm.rank_title, Layout.parse(layout), len(ranks))
+        rank_process(1, [Vllm.rank_title], Layout.parse(layout), len(ranks))
+
+
+def test_the_engine_is_told_by_the_titles_and_a_wrong_layout_is_refused(monkeypatch):
+    known = [Vllm.rank_title, Sglang.rank_title]
+    made_up(monkeypatch, tree_of([f"sglang::scheduler_TP{each}" for each in range(2)]))
+    assert rank_process(1, known, Layout.parse("tp=1"), 1).pid == 3
+    made_up(monkeypatch, tree_of(["VLLM::EngineCore_DP0", "VLLM::EngineCore_DP1"]))
+    assert rank_process(1, known, Layout.parse("tp=1"), 1).pid == 3
+    titles = [f"VLLM::Worker_DP{e // 2}_TP{e % 2}" for e in range(4)]
+    made_up(monkeypatch, tree_of(titles))
+    with pytest.raises(UserError, match="--layout"):
+        rank_process(1, known, Layout.parse("tp=1"), 1)
+    assert rank_process(1, known, Layout.parse("dp=2,tp=2"), 2).pid == 4
+    made_up(monkeypatch, tree_of(["gunicorn"]))
+    with pytest.raises(UserError, match="none were found"):
+        rank_process(1, known, Layout.parse("tp=1"), 0)
 
 
 def tree_of(titles: list[str]) -> dict[int, tuple[int, str]]:
@@ -180,7 +196,7 @@ def tree_of(titles: list[str]) -> dict[int, tuple[int, str]]:
 def test_ranks_of_sglang_are_numbered_in_their_stage(monkeypatch, titles, layout):
     made_up(monkeypatch, tree_of(titles))
     for rank in range(len(titles)):
-        assert rank_process(1, Sglang.rank_title, Layout.parse(layout), rank).pid == rank + 2
+        assert rank_process(1, [Sglang.rank_title], Layout.parse(layout), rank).pid == rank + 2
 
 
 def test_a_signal_goes_to_its_process(tmp_path):
