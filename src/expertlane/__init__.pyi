@@ -658,7 +658,7 @@ def drill(
         url: The server, as http://HOST:PORT.
         kill: Command that kills or stops something; your shell runs it once, for at most 60 s.
         pid: Process of this machine to signal.
-        rank: Rank to signal, of a server started by --engine.
+        rank: Rank to signal, of a server on this machine; --layout says which that is.
         kubectl: Pod to delete, by kubectl.
         signal: Signal for --pid and --rank. STOP: the process hangs. With --kubectl, KILL
             deletes at once, TERM with its grace period.
