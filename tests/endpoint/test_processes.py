@@ -199,13 +199,20 @@ def test_ranks_of_sglang_are_numbered_in_their_stage(monkeypatch, titles, layout
         assert rank_process(1, [Sglang.rank_title], Layout.parse(layout), rank).pid == rank + 2
 
 
-def test_a_signal_goes_to_its_process(tmp_path):
+def denied(pid: int, number: int) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_a_signal_goes_to_its_process(monkeypatch):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    fault = Signalled(child.pid, "KILL", "a process")
+    fault = Signalled(child.pid, "KILL", "process 4711 (sleep)")
     fault.check()
     fault._send(signal.SIGKILL)
     assert child.wait(10) == -signal.SIGKILL
-    with pytest.raises(UserError, match="no process"):
+    with pytest.raises(UserError, match="no process 4711"):
+        fault.check()
+    monkeypatch.setattr(os, "kill", denied)
+    with pytest.raises(UserError, match=r"process 4711 .*belongs to another user"):
         fault.check()
     for pid in (os.getpid(), os.getppid()):
         with pytest.raises(UserError, match="this process"):
@@ -240,11 +247,22 @@ def test_a_pod_is_deleted_by_kubectl(tmp_path, monkeypatch):
     fault = by_kubectl("prod/vllm-0", "KILL", 20)
     fault.check()
     said = strike(fault).printed
-    assert said == "delete pod vllm-0 --wait=false --namespace prod --grace-period=0 --force"
-    assert "--force" not in strike(by_kubectl("vllm-0", "TERM", 20)).printed
-    for pod in ("", "a/-x", "-x/a"):
+    delete = "delete pod vllm-0 --wait=false --request-timeout=20s"
+    assert said == f"{delete} --namespace prod --grace-period=0 --force"
+    assert strike(by_kubectl("vllm-0", "TERM", 20)).printed == delete
+    given = "-n prod vllm-0 --context='a b' --kubeconfig /etc/kube"
+    said = strike(by_kubectl(given, "TERM", 20)).printed
+    assert said == f"{delete} -n prod --context=a b --kubeconfig /etc/kube"
+    for pod in ("", "a/-x", "-x/a", "a b", "a '", "a -n", "a -n --context b", "a --all", "-c b a"):
         with pytest.raises(UserError, match="--kubectl"):
             by_kubectl(pod, "KILL", 20)
+    kubectl.write_text(
+        '#!/bin/sh\necho "Error from server (NotFound): pods not found" >&2; exit 1\n'
+    )
+    with pytest.raises(UserError, match=r"kubectl delete pod a .*exit code 1: Error from server"):
+        strike(by_kubectl("a", "KILL", 20))
+    kubectl.write_text("#!/bin/sh\nsleep 60\n")
+    assert strike(by_kubectl("a", "KILL", 0.3)).exit_code is None
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     with pytest.raises(UserError, match="no command 'kubectl'"):
         fault.check()

@@ -53,13 +53,16 @@ class _Fault:
     )
     pid: int | None = typer.Option(None, help="Process of this machine to signal.")
     rank: int | None = typer.Option(
-        None, help="Rank to signal, of a server on this machine; --layout says which that is."
+        None,
+        help="Rank to signal, of a server on this machine; --layout where that has more than one "
+        "kind of parallelism.",
     )
     kubectl: str | None = typer.Option(
         None,
         metavar="[NAMESPACE/]POD",
         rich_help_panel=Panel.MORE_SERVER,
-        help="Pod to delete, by kubectl.",
+        help="Pod to delete, by kubectl; also with its options, such as 'vllm-0 -n prod --context "
+        "staging'.",
     )
     signal: Literal["KILL", "STOP", "TERM"] = typer.Option(
         "KILL",
@@ -274,8 +277,8 @@ def drill(
     or got tokens twice, too few or others; when the rate was full again; whether /health told the
     truth; and, where the server's processes run on this machine, what was left behind.
 
-    What --kill, --pid or --kubectl stops stays stopped: drill starts nothing again but what
-    --engine starts, which it ends.
+    What is killed or stopped stays so: drill starts nothing again. A server that --engine starts is
+    ended.
 
     \b
     Exit code
