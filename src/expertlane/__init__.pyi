@@ -657,15 +657,17 @@ def drill(
     or got tokens twice, too few or others; when the rate was full again; whether /health told the
     truth; and, where the server's processes run on this machine, what was left behind.
 
-    What --kill, --pid or --kubectl stops stays stopped: drill starts nothing again but what
-    --engine starts, which it ends.
+    What is killed or stopped stays so: drill starts nothing again. A server that --engine starts is
+    ended.
 
     Args:
         url: The server, as http://HOST:PORT.
         kill: Command that kills or stops something; your shell runs it once, for at most 60 s.
         pid: Process of this machine to signal.
-        rank: Rank to signal, of a server started by --engine.
-        kubectl: Pod to delete, by kubectl.
+        rank: Rank to signal, of a server on this machine; --layout where that has more than one
+            kind of parallelism.
+        kubectl: Pod to delete, by kubectl; also with its options, such as 'vllm-0 -n prod
+            --context staging'.
         signal: Signal for --pid and --rank. STOP: the process hangs. With --kubectl, KILL
             deletes at once, TERM with its grace period.
         after_s: Steady load before the fault, for so long.

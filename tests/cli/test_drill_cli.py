@@ -15,6 +15,7 @@ from client.fake_server import fakes
 from comparison import stub_engine
 from endpoint.stub_server import Stub
 from engine.ranks.processes import wait_until
+from engine.stub_runner import letters
 from expertlane.results.file import read
 
 LOAD = ["--batch", "2", "--num-requests", "4", "--prompt-len", "4", "--output-len", "6"]
@@ -40,7 +41,7 @@ def test_one_that_passes(run, stub):
     code, out, err = run("drill", server.url, "--kill", "echo done", *SHORT, "--out", "found")
     assert code == 0, err
     assert fits_a_screen(out)
-    assert tells(" ".join(out.split()), "PASSED never 6 out batch 2 done 0 200 nothing")
+    assert tells(" ".join(out.split()), "PASSED 6 out batch 2 done 0 200 nothing")
     results = read(Path("found"))
     (record,) = results.deployments
     assert record.drill.exit_code == 0
@@ -83,8 +84,8 @@ def test_one_that_fails(run, stub, tmp_path):
         ([URL, "--pid", "1"], "--pid 1 2"),
         ([URL, "--pid", "OWN"], "--pid OWN"),  # the command's own process
         ([URL, "--pid", "4194303"], "process 4194303"),
-        ([URL, "--rank", "0"], "--rank --engine --pid"),
-        ([URL, "--kubectl", "-x"], "--kubectl NAMESPACE/POD"),
+        ([URL, "--rank", "0"], "--rank 0 port machine --kill"),
+        ([URL, "--kubectl", "-x"], "--kubectl -x --namespace"),
         ([URL, "--kubectl", "a", "--signal", "STOP"], "--kubectl --kill"),
         ([URL, "--kill", "true", "--batch", "1,2"], "--batch --rate one"),
         ([URL, "--kill", "true", "--layout", "tp=2"], "--layout --engine"),
@@ -121,6 +122,33 @@ def test_a_server_that_fails_by_itself_is_not_struck(run, stub, tmp_path):
     assert code == 2
     assert tells(err, "HTTP 500")
     assert not mark.exists()
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A folder with a tokenizer."""
+    letters()._core.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("behaviour", ["has chats alone", "has chats alone, repeats a chunk"])
+def test_a_server_that_has_chats_alone(run, stub, tmp_path, words, behaviour):
+    mark = tmp_path / "struck"
+    server = stub(behaviour, mark)
+    asked = [server.url, "--kill", f"touch {mark}", *SHORT, "--observe-s", "2", "--json"]
+    assert refused(run("drill", *asked, "--out", "found"), "/v1/completions 404 --endpoint chat")
+    assert refused(run("drill", *asked, "--endpoint", "chat"), "--tokenizer")
+    assert not mark.exists()
+    code, out, err = run("drill", *asked, "--endpoint", "chat", "--tokenizer", words)
+    assert code == ("repeats" in behaviour), err
+    (record,) = json.loads(out)["deployments"]
+    drill = record["drill"]
+    assert drill["changes"]["compared"] == "token ids"
+    assert drill["changes"]["tie_nats"] is not None
+    named = {each["name"] for each in drill["outcomes"]}
+    assert ("repeated" in named) == ("repeats" in behaviour)
+    assert "messages" in server.asked[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -91,7 +91,11 @@ class Stub(Fake):
         if is_failing or (self.is_struck and behaviour == "fails"):
             yield error(500, "EngineCore is dead")
             return
-        truth = [(7 * asked["prompt"][0] + 13 * place) % 1000 for place in range(num)]
+        if "has chats alone" in behaviour and "messages" not in asked:
+            yield error(404, "Not Found")
+            return
+        prompt = asked.get("prompt") or asked["messages"][0]["content"].encode()
+        truth = [(7 * prompt[0] + 13 * place) % 1000 for place in range(num)]
         yield OPENING
         sent = 0
         while sent < num:
@@ -110,21 +114,31 @@ class Stub(Fake):
                 own = [*own[:-1], 998]
             if not (late and behaviour == "drops a chunk"):
                 yield chunk(self._event(own, asked))
-            if late and behaviour == "repeats a chunk":
+            if late and "repeats a chunk" in behaviour:
                 yield chunk(self._event(own, asked))
             sent += SIZE
         if not (self.is_struck and behaviour == "has no finish reason"):
             yield chunk(event({"choices": [{"text": "", "finish_reason": "length"}]}))
         counted = num + (self.is_struck and behaviour == "counts wrongly")
-        yield chunk(usage(len(asked["prompt"]), counted) + DONE) + END
+        yield chunk(usage(len(prompt), counted) + DONE) + END
 
     def _event(self, tokens: list[int], asked: dict[str, Any]) -> bytes:
-        choice: dict[str, Any] = {"index": 0, "text": "".join(f" {each}" for each in tokens)}
+        text = "".join(f" {each}" for each in tokens)
+        is_chat = "messages" in asked
+        said = {"delta": {"content": text}} if is_chat else {"text": text}
+        choice: dict[str, Any] = {"index": 0, **said}
         if asked.get("return_token_ids") and self.behaviour != "tells text alone":
             choice["token_ids"] = tokens
         if asked.get("logprobs"):
-            second = -0.11 if self.behaviour == "ties" else -3.0
-            choice["logprobs"] = {"top_logprobs": [{"a": -0.1, "b": second} for _ in tokens]}
+            first, second = -0.1, -0.11 if self.behaviour == "ties" else -3.0
+            of_chat = {
+                "top_logprobs": [{"token": "a", "logprob": each} for each in (first, second)]
+            }
+            choice["logprobs"] = (
+                {"content": [of_chat for _ in tokens]}
+                if is_chat
+                else {"top_logprobs": [{"a": first, "b": second} for _ in tokens]}
+            )
         return event({"choices": [choice | {"finish_reason": None}]})
 
 

@@ -150,9 +150,25 @@ def made_up(monkeypatch, titles: dict[int, tuple[int, str]]) -> None:
 def test_ranks_of_vllm_are_found_by_their_titles(monkeypatch, titles, layout, ranks):
     made_up(monkeypatch, tree_of(titles))
     for rank, pid in enumerate(ranks):
-        assert rank_process(1, Vllm.rank_title, Layout.parse(layout), rank).pid == pid
+        assert rank_process(1, [Vllm.rank_title], Layout.parse(layout), rank).pid == pid
     with pytest.raises(UserError, match=f"--rank {len(ranks)}"):
-        rank_process(1, Vllm.rank_title, Layout.parse(layout), len(ranks))
+        rank_process(1, [Vllm.rank_title], Layout.parse(layout), len(ranks))
+
+
+def test_the_engine_is_told_by_the_titles_and_a_wrong_layout_is_refused(monkeypatch):
+    known = [Vllm.rank_title, Sglang.rank_title]
+    made_up(monkeypatch, tree_of([f"sglang::scheduler_TP{each}" for each in range(2)]))
+    assert rank_process(1, known, Layout.parse("tp=1"), 1).pid == 3
+    made_up(monkeypatch, tree_of(["VLLM::EngineCore_DP0", "VLLM::EngineCore_DP1"]))
+    assert rank_process(1, known, Layout.parse("tp=1"), 1).pid == 3
+    titles = [f"VLLM::Worker_DP{e // 2}_TP{e % 2}" for e in range(4)]
+    made_up(monkeypatch, tree_of(titles))
+    with pytest.raises(UserError, match="--layout"):
+        rank_process(1, known, Layout.parse("tp=1"), 1)
+    assert rank_process(1, known, Layout.parse("dp=2,tp=2"), 2).pid == 4
+    made_up(monkeypatch, tree_of(["gunicorn"]))
+    with pytest.raises(UserError, match="none were found"):
+        rank_process(1, known, Layout.parse("tp=1"), 0)
 
 
 def tree_of(titles: list[str]) -> dict[int, tuple[int, str]]:
@@ -170,22 +186,33 @@ def tree_of(titles: list[str]) -> dict[int, tuple[int, str]]:
         (["sglang::scheduler_TP0", "sglang::scheduler_TP1"], "tp=2"),
         ([f"sglang::scheduler_DP{each}_TP{each}_EP{each}" for each in (0, 1)], "dp=2,ep=2"),
         ([f"sglang::scheduler_DP{e // 2}_TP{e}" for e in range(4)], "dp=2,tp=2,ep=4"),
+        (
+            [f"sglang::scheduler_PP{e // 2}_ATTN_CP0_MOE_DP0_TP{e % 2}_EP0" for e in range(4)],
+            "pp=2,tp=2",
+        ),
         (["sglang::scheduler"], "tp=1"),
     ],
 )
 def test_ranks_of_sglang_are_numbered_in_their_stage(monkeypatch, titles, layout):
     made_up(monkeypatch, tree_of(titles))
     for rank in range(len(titles)):
-        assert rank_process(1, Sglang.rank_title, Layout.parse(layout), rank).pid == rank + 2
+        assert rank_process(1, [Sglang.rank_title], Layout.parse(layout), rank).pid == rank + 2
 
 
-def test_a_signal_goes_to_its_process(tmp_path):
+def denied(pid: int, number: int) -> None:
+    raise PermissionError(1, "Operation not permitted")
+
+
+def test_a_signal_goes_to_its_process(monkeypatch):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    fault = Signalled(child.pid, "KILL", "a process")
+    fault = Signalled(child.pid, "KILL", "process 4711 (sleep)")
     fault.check()
     fault._send(signal.SIGKILL)
     assert child.wait(10) == -signal.SIGKILL
-    with pytest.raises(UserError, match="no process"):
+    with pytest.raises(UserError, match="no process 4711"):
+        fault.check()
+    monkeypatch.setattr(os, "kill", denied)
+    with pytest.raises(UserError, match=r"process 4711 .*belongs to another user"):
         fault.check()
     for pid in (os.getpid(), os.getppid()):
         with pytest.raises(UserError, match="this process"):
@@ -220,11 +247,22 @@ def test_a_pod_is_deleted_by_kubectl(tmp_path, monkeypatch):
     fault = by_kubectl("prod/vllm-0", "KILL", 20)
     fault.check()
     said = strike(fault).printed
-    assert said == "delete pod vllm-0 --wait=false --namespace prod --grace-period=0 --force"
-    assert "--force" not in strike(by_kubectl("vllm-0", "TERM", 20)).printed
-    for pod in ("", "a/-x", "-x/a"):
+    delete = "delete pod vllm-0 --wait=false --request-timeout=20s"
+    assert said == f"{delete} --namespace prod --grace-period=0 --force"
+    assert strike(by_kubectl("vllm-0", "TERM", 20)).printed == delete
+    given = "-n prod vllm-0 --context='a b' --kubeconfig /etc/kube"
+    said = strike(by_kubectl(given, "TERM", 20)).printed
+    assert said == f"{delete} -n prod --context=a b --kubeconfig /etc/kube"
+    for pod in ("", "a/-x", "-x/a", "a b", "a '", "a -n", "a -n --context b", "a --all", "-c b a"):
         with pytest.raises(UserError, match="--kubectl"):
             by_kubectl(pod, "KILL", 20)
+    kubectl.write_text(
+        '#!/bin/sh\necho "Error from server (NotFound): pods not found" >&2; exit 1\n'
+    )
+    with pytest.raises(UserError, match=r"kubectl delete pod a .*exit code 1: Error from server"):
+        strike(by_kubectl("a", "KILL", 20))
+    kubectl.write_text("#!/bin/sh\nsleep 60\n")
+    assert strike(by_kubectl("a", "KILL", 0.3)).exit_code is None
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     with pytest.raises(UserError, match="no command 'kubectl'"):
         fault.check()

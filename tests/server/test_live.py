@@ -17,6 +17,7 @@ from cli.screen import tells
 from engine.ranks.processes import wait_until
 from expertlane.engine.comm.progress import Position
 from expertlane.engine.rank_watch import RankWatch
+from expertlane.engine.ranks.losses import Silence
 from expertlane.report.charts.colours import PALETTE
 from expertlane.server import live
 from expertlane.server.setup import ServerOptions
@@ -191,8 +192,7 @@ def test_dead_ranks_are_the_last_frame(stub_server):
 def test_a_silent_rank_is_red_and_a_full_one_amber(served, monkeypatch):
     state = served.server.live.state
     old = Position(7, 2, Stage.EXPERTS, False, 1, time.monotonic() - 60)
-    idle = old._replace(stage=Stage.IDLE)
-    monkeypatch.setattr(RankWatch, "positions", property(lambda self: [idle, old]))
+    monkeypatch.setattr(RankWatch, "silence", lambda self: Silence(60.0, 1, old, False))
     monkeypatch.setattr(RankWatch, "imbalance", lambda self, seconds: {1: 1.2, 3: 2.5})
     silent, uneven = state.alerts()
     assert (silent.level, uneven.level) == ("red", "amber")

@@ -1,6 +1,7 @@
 """`expertlane drill`: kill or stop a part of a server under load, and say what it did."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -51,12 +52,17 @@ class _Fault:
         f"{_KILL_WITHIN_S:g} s.",
     )
     pid: int | None = typer.Option(None, help="Process of this machine to signal.")
-    rank: int | None = typer.Option(None, help="Rank to signal, of a server started by --engine.")
+    rank: int | None = typer.Option(
+        None,
+        help="Rank to signal, of a server on this machine; --layout where that has more than one "
+        "kind of parallelism.",
+    )
     kubectl: str | None = typer.Option(
         None,
         metavar="[NAMESPACE/]POD",
         rich_help_panel=Panel.MORE_SERVER,
-        help="Pod to delete, by kubectl.",
+        help="Pod to delete, by kubectl; also with its options, such as 'vllm-0 -n prod --context "
+        "staging'.",
     )
     signal: Literal["KILL", "STOP", "TERM"] = typer.Option(
         "KILL",
@@ -101,13 +107,12 @@ class _Fault:
         return getattr(self, name) is not None
 
     def fault_of(
-        self, rank_title: str = "", layout: Layout | None = None
+        self, rank_titles: Sequence[str], layout: Layout
     ) -> "Callable[[int | None], Fault]":
         """What gives the fault, once the server's first process is known.
 
         Args:
-            rank_title: pattern of the titles of its ranks, and `layout` its layout, of a server
-                that is started here.
+            rank_titles: patterns of the titles of its ranks, and `layout` its layout.
         """
         from expertlane.endpoint import faults
         from expertlane.endpoint.processes import processes, rank_process
@@ -124,8 +129,12 @@ class _Fault:
                 name = "" if found is None else f" ({found.title})"
                 return faults.Signalled(self.pid, how, f"process {self.pid}{name}")
             assert self.rank is not None, "one is given"
-            assert layout is not None, "only such a server has ranks that are known"
-            process = rank_process(root or 0, rank_title, layout, self.rank)
+            if root is None:
+                raise UserError(
+                    f"--rank {self.rank}: no process that may be seen here listens at the server's "
+                    "port; run drill on its machine, as its user, or give --kill"
+                )
+            process = rank_process(root, rank_titles, layout, self.rank)
             name = f"rank {self.rank} (process {process.pid}, {process.title})"
             return faults.Signalled(process.pid, how, name)
 
@@ -191,13 +200,14 @@ class _Start:
             dry_run=False,
         )
 
-    def check_unused(self) -> None:
+    def check_unused(self, *, has_rank: bool) -> None:
         """Refuse options of a start where none is asked for.
 
         Raises:
             UserError: one is given.
         """
-        unused = [each for each in given(self) if each not in ("--model",)]
+        used = ("--model", "--layout") if has_rank else ("--model",)
+        unused = [each for each in given(self) if each not in used]
         if unused:
             raise UserError(f"{unused[0]} is for a server that is started here; give --engine")
 
@@ -267,8 +277,8 @@ def drill(
     or got tokens twice, too few or others; when the rate was full again; whether /health told the
     truth; and, where the server's processes run on this machine, what was left behind.
 
-    What --kill, --pid or --kubectl stops stays stopped: drill starts nothing again but what
-    --engine starts, which it ends.
+    What is killed or stopped stays so: drill starts nothing again. A server that --engine starts is
+    ended.
 
     \b
     Exit code
@@ -284,8 +294,8 @@ def drill(
     Examples:
       expertlane drill http://127.0.0.1:8000 --pid 4711
           kill a process of that server
-      expertlane drill http://127.0.0.1:8000 --pid 4711 --signal STOP --hang-s 30
-          have it hang
+      expertlane drill http://127.0.0.1:8000 --rank 1 --signal STOP --hang-s 30
+          have a rank hang
       expertlane drill http://serve:8000 --kill 'ssh node2 pkill -9 -f VLLM::Worker'
           whatever a command can do, for example on another machine
       expertlane drill http://serve:8000 --kubectl prod/vllm-0 --observe-s 600
@@ -349,16 +359,26 @@ def _run_url(
     from expertlane.endpoint.drill import drill as drilled
     from expertlane.results.record import ServerRecord
 
-    start.check_unused()
-    if fault.rank is not None:
-        raise UserError("--rank is for a server that --engine starts; give --pid")
+    start.check_unused(has_rank=fault.rank is not None)
+    fault_of = fault.fault_of(_known_titles(), Layout.parse(start.layout))
     target = Target(Url.parse(text, "URL"), client.key(), start.model)
     folder = call.folder(output.slug("drill", f"{target.url.host}-{target.url.port}"))
     with output.progress_on_stderr() as progress:
-        found = drilled(target, asked, fault.fault_of(), progress)
+        found = drilled(target, asked, fault_of, progress)
     server = ServerRecord("", found.software, url=str(target.url))
     record = _record(found, str(target.url), server)
     return output.Found(_results(found, record, asked, load, target, call), folder)
+
+
+def _known_titles() -> list[str]:
+    """Patterns of the titles of ranks, of all engines that can be loaded."""
+    from expertlane.comparison.engines.engine import find_engine, known_engines
+
+    found = []
+    for name in known_engines():
+        with suppress(UserError):
+            found.append(find_engine(name).rank_title)
+    return [each for each in found if each]
 
 
 def _record(found: "Drilled", name: str, server: "ServerRecord") -> "DeploymentRecord":
@@ -430,7 +450,7 @@ def _run_engine(
         with started(engines, deployment, within, start.start_timeout_s) as server:
             progress.done()
             target = Target(server.url)
-            of_rank = fault.fault_of(engine.rank_title, deployment.layout)
+            of_rank = fault.fault_of([engine.rank_title], deployment.layout)
             found = drilled(target, asked, of_rank, progress, server.root)
         found = found.with_left_after_end()
         record = _started_record(found, server, engine.title, deployment.name)

@@ -86,6 +86,12 @@ class _Options:
         metavar="SECONDS",
         help="How long running requests may continue after SIGTERM or Ctrl-C.",
     )
+    stall_s: float = typer.Option(
+        4.0,
+        metavar="SECONDS",
+        help="/health answers 503 once ranks keep requests waiting for longer.",
+        rich_help_panel=Panel.MORE_SERVER,
+    )
     journal: Path | None = typer.Option(
         None,
         metavar="DIR",

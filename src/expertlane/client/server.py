@@ -108,6 +108,10 @@ class Unreachable(ExpertlaneError):
     exit_code = 2
 
 
+class NoRoute(UserError):
+    """A server without the API that is asked for."""
+
+
 @dataclass(frozen=True)
 class Form:
     """API and form of requests that a server takes.
@@ -203,6 +207,7 @@ async def find_server(
 
     Raises:
         Unreachable: it does not answer.
+        NoRoute: it has no completions, or no chats.
         UserError: it has no such model, or refuses.
     """
     url = connections.url
@@ -324,6 +329,9 @@ async def _tried(server: Server, *, is_chat: bool) -> Server:
         extra = 0 if form.as_tokens else max(0, (found.num_prompt_tokens or length) - length)
         return replace(tried, num_extra=extra)
     assert refusal is not None
+    if refusal.name in ("HTTP 404", "HTTP 405"):
+        path = Form(is_chat, as_tokens=False, ignores_eos=False).path
+        raise NoRoute(f"{server.connections.url} has no {path} ({refusal.name}: {refusal})")
     raise UserError(f"{server.connections.url} refuses a request: {refusal.name}, {refusal}")
 
 

@@ -18,7 +18,7 @@ import uvloop
 
 from expertlane.client.connection import Connections
 from expertlane.client.run import Target, allow_connections, headers_of
-from expertlane.client.server import Server, Vocabulary, find_server
+from expertlane.client.server import NoRoute, Server, Vocabulary, find_server
 from expertlane.endpoint.faults import Fault, Struck
 from expertlane.endpoint.judged import (
     Truth,
@@ -167,9 +167,14 @@ async def drilling(
     """
     connections = Connections(target.url, headers_of(target))
     try:
-        server = await find_server(
-            connections, target.model, asked.tokenizer, is_chat=asked.is_chat
-        )
+        try:
+            server = await find_server(
+                connections, target.model, asked.tokenizer, is_chat=asked.is_chat
+            )
+        except NoRoute as error:
+            raise UserError(
+                f"{error}; --endpoint {'completions' if asked.is_chat else 'chat'} asks for others"
+            ) from None
         if server.max_model_len is not None:
             check_lengths(asked.load, server.max_model_len - 1)
         prompts = draw_requests(asked.load, len(server.vocabulary), [asked.seed, 0])

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from expertlane.printable import printable
 Signal = Literal["KILL", "STOP", "TERM"]
 _POLL_S = 0.02
 _TAIL_BYTES, _MOST_WORDS = 4096, 200
+_WHICH_CLUSTER = ("-n", "--namespace", "--context", "--kubeconfig", "--cluster", "--user")
+_IN_A_POD = "--kill 'kubectl exec POD -c CONTAINER -- pkill -{} -f PATTERN'"
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,9 @@ class Signalled:
         try:
             os.kill(self.pid, number)
         except ProcessLookupError:
-            raise UserError(f"there is no process {self.pid} ({self.name})") from None
+            raise UserError(f"there is no {self.name}") from None
         except PermissionError:
-            raise UserError(f"process {self.pid} belongs to another user") from None
+            raise UserError(f"{self.name} belongs to another user") from None
 
 
 def _own_line() -> set[int]:
@@ -176,21 +179,50 @@ def by_shell(command: str, within_s: float) -> Commanded:
     return Commanded((shell, "-c", command), f"--kill {command!r}", within_s)
 
 
-def by_kubectl(pod: str, how: Signal, within_s: float) -> Commanded:
-    """A pod's end; NAMESPACE/POD for one of another namespace.
+def by_kubectl(words: str, how: Signal, within_s: float) -> Commanded:
+    """A pod's end.
+
+    Args:
+        words: the pod as a shell would give it to kubectl: POD, NAMESPACE/POD, and options that say
+            which cluster is meant.
 
     Raises:
-        UserError: a pod cannot be stopped, and be told to go on, from outside.
+        UserError: they name no pod, or a pod is to be stopped, and told to go on, from outside.
     """
     if how == "STOP":
-        raise UserError(
-            "--kubectl ends a pod; to stop a process in it, --kill 'kubectl exec POD -- kill -STOP "
-            "PID'"
-        )
-    namespace, _, name = pod.rpartition("/")
-    if not name or name.startswith("-") or namespace.startswith("-"):
-        raise UserError(f"--kubectl is {pod!r}; it must be a pod's name, or NAMESPACE/POD")
-    argv = ["kubectl", "delete", "pod", name, "--wait=false"]
+        raise UserError(f"--kubectl ends a pod; to stop a process in it: {_IN_A_POD.format(how)}")
+    try:
+        given = shlex.split(words)
+        options, pods = _kubectl_words(given)
+    except ValueError as error:
+        raise UserError(f"--kubectl {words!r}: {error}") from None
+    namespace, _, name = pods[0].rpartition("/") if len(pods) == 1 else ("", "", "")
+    if not name or name.startswith("-"):
+        raise UserError(f"--kubectl is {words!r}; it must be a pod's name, or NAMESPACE/POD")
+    argv = ["kubectl", "delete", "pod", name, "--wait=false", f"--request-timeout={within_s:g}s"]
     argv += ["--namespace", namespace] if namespace else []
-    argv += ["--grace-period=0", "--force"] if how == "KILL" else []
-    return Commanded(argv, f"kubectl delete pod {pod} (SIG{how})", within_s)
+    argv += [*options, *(["--grace-period=0", "--force"] if how == "KILL" else [])]
+    return Commanded(argv, f"kubectl delete pod {words} (SIG{how})", within_s)
+
+
+def _kubectl_words(given: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Options of kubectl with their values, and all other words.
+
+    Raises:
+        ValueError: an option is another than of `_WHICH_CLUSTER`, or lacks its value.
+    """
+    options, others, left = list[str](), list[str](), list(given)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("-"):
+            others.append(word)
+            continue
+        name, has_value, _ = word.partition("=")
+        if name in ("-c", "--container"):
+            raise ValueError(f"a pod ends as a whole; for a process: {_IN_A_POD.format('KILL')}")
+        if name not in _WHICH_CLUSTER:
+            raise ValueError(f"{name} is none of {', '.join(_WHICH_CLUSTER)}")
+        if not has_value and (not left or left[0].startswith("-")):
+            raise ValueError(f"{name} has no value")
+        options += [word] if has_value else [word, left.pop(0)]
+    return options, others

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,23 +220,21 @@ def _shm_record(path: str) -> LeftRecord:
     return LeftRecord("shared memory", printable(path), size)
 
 
-def rank_process(root: int, pattern: str, layout: Layout, rank: int) -> Process:
+def rank_process(root: int, patterns: Sequence[str], layout: Layout, rank: int) -> Process:
     """The process of a rank of a layout.
 
     Args:
         root: the server's first process.
-        pattern: of the titles of ranks, with groups `rank`, or `dp`, `pp`, `tp` and `in_stage`;
-            what a title lacks is looked for in those of the processes above it.
+        patterns: of the titles of ranks, one of each engine that the server may be, with groups
+            `rank`, or `dp`, `pp`, `tp` and `in_stage`; what a title lacks is looked for in those of
+            the processes above it.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or another layout's.
     """
     tree = below(root, processes())
-    places = {
-        pid: found.groupdict()
-        for pid, each in tree.items()
-        if (found := re.search(pattern, each.line) or re.search(pattern, each.name)) is not None
-    }
+    several = (_places(tree, pattern) for pattern in patterns)
+    places = next((each for each in several if each), {})
     parents = {tree[pid].parent for pid in places}
     ranks: dict[int, Process] = {}
     for pid in places.keys() - parents:
@@ -245,13 +243,26 @@ def rank_process(root: int, pattern: str, layout: Layout, rank: int) -> Process:
             for name, value in places.get(above, {}).items():
                 place[name] = place.get(name) or value
             above = tree[above].parent
-        ranks[_rank_at({name: int(value or 0) for name, value in place.items()}, layout)] = tree[
-            pid
-        ]
+        found = _rank_at({name: int(value or 0) for name, value in place.items()}, layout)
+        if found in ranks:
+            raise UserError(
+                f"--rank {rank}: {ranks[found].title} and {tree[pid].title} can't be told apart in "
+                f"layout {layout}; give the server's --layout"
+            )
+        ranks[found] = tree[pid]
     if rank not in ranks:
         known = ", ".join(map(str, sorted(ranks))) or "none were found"
         raise UserError(f"--rank {rank}: the server's ranks are {known}")
     return ranks[rank]
+
+
+def _places(tree: Mapping[int, Process], pattern: str) -> dict[int, dict[str, str | None]]:
+    """What a pattern finds in the titles of processes."""
+    return {
+        pid: found.groupdict()
+        for pid, each in tree.items()
+        if (found := re.search(pattern, each.line) or re.search(pattern, each.name)) is not None
+    }
 
 
 def _rank_at(place: Mapping[str, int], layout: Layout) -> int:

@@ -15,6 +15,7 @@ from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.elastic.recovery import Arranged
 from expertlane.engine.ranks.commands import ReadTotals, Ticket
+from expertlane.engine.ranks.losses import Silence
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.results.step_record import RankTotals
 from expertlane.spec.layout import Layout, Members
@@ -160,6 +161,10 @@ class RankWatch:
     def positions(self) -> list[Position]:
         """[world_size]; the position in a step that each rank reported last."""
         return [self._pool.position(number) for number in self.numbers]
+
+    def silence(self) -> Silence | None:
+        """The longest silence of ranks that have a command; see `RankPool.silence`."""
+        return self._pool.silence()
 
     @property
     def placements(self) -> Sequence[Placements]:

@@ -169,13 +169,15 @@ def _kept(drill: DrillRecord) -> Iterator[tuple[str, str]]:
     if not drill.left:
         yield "left behind", "nothing: no process, port or shared memory"
         return
-    told = [_left_words(each.kind, each.what, each.num_bytes) for each in drill.left[:_LEFT]]
-    more = len(drill.left) - _LEFT
-    yield "left behind", "; ".join([*told, *([f"{more} more"] if more > 0 else [])])
-
-
-def _left_words(kind: str, what: str, num_bytes: int) -> str:
-    return f"{kind} {what}" + (f" ({bytes_si(num_bytes)})" if num_bytes else "")
+    files = [each for each in drill.left if each.kind == "shared memory"]
+    others = [each for each in drill.left if each not in files]
+    told = [f"{each.kind} {each.what}" for each in others[:_LEFT]]
+    if len(others) > _LEFT:
+        told.append(f"{len(others) - _LEFT} more")
+    if files:
+        size = bytes_si(sum(each.num_bytes for each in files))
+        told.append(f"{counted(len(files), 'file')} in /dev/shm ({size})")
+    yield "left behind", "; ".join(told)
 
 
 def drill_sections(results: Results) -> tuple[Section, ...]:
@@ -187,7 +189,10 @@ def drill_sections(results: Results) -> tuple[Section, ...]:
         text("requests", lambda each: OUTCOMES[each.name]),
         text("the first of them", lambda each: each.example or None),
     ]
-    left = [(each.kind, _left_words("", each.what, each.num_bytes).strip()) for each in drill.left]
+    left = [
+        (each.kind, each.what + (f" ({bytes_si(each.num_bytes)})" if each.num_bytes else ""))
+        for each in drill.left
+    ]
     return (
         Section("Rate and lost requests over time", charts[:2], "first", "answer"),
         Section("", charts[2:], "plots", "answer"),

@@ -12,6 +12,7 @@ from expertlane.server.answers import Answer, Endpoint
 from expertlane.server.bodies import BodyLimit, make_bodies_models
 from expertlane.server.completions import CHATS, COMPLETIONS
 from expertlane.server.errors import ApiError, ErrorBody, bad_field, install_handlers, json_response
+from expertlane.server.health import PROBES
 from expertlane.server.journal.keeper import JournalKeeper
 from expertlane.server.live import LiveFeed, add_live
 from expertlane.server.metrics import CONTENT_TYPE
@@ -197,11 +198,11 @@ def _add_state(app: FastAPI, service: Service) -> None:
         return json_response(model_card())
 
     async def health() -> Response:
-        """Status 200 and an empty body while the server takes requests, else an error."""
-        service.check_running()
+        """Status 200 and an empty body while requests are answered, else an error."""
+        service.check_health()
         return Response()
 
-    for path in ("/health", "/ping"):
+    for path in PROBES:
         app.get(path)(health)
     app.post("/ping", include_in_schema=False)(health)  # as some platforms ask
 

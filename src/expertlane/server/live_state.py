@@ -14,10 +14,9 @@ import numpy.typing as npt
 
 from expertlane.balance.holding import Placements
 from expertlane.engine.comm.progress import NO_LAYER, Position
-from expertlane.engine.elastic.recovery import Recovery
-from expertlane.engine.elastic.recovery_record import OVER, RecoveryKind
 from expertlane.engine.elastic.scaling import PREPARING, Scaling
 from expertlane.engine.rank_watch import RankWatch, Reading
+from expertlane.server.health import CHANGES, change_under_way
 from expertlane.server.metrics import IMBALANCE_S, WAITING
 from expertlane.server.service import Service
 from expertlane.spec.names import Stage
@@ -363,19 +362,6 @@ def _count(number: int, what: str) -> str:
 
 _FULL, _NEARLY_FULL = 0.95, 0.8
 _UNEVEN = 2.0
-_SILENT_S = 5.0
-
-Change = Literal["recovering", "scaling", "growing"]
-_CHANGES: dict[Change, str] = {
-    "recovering": "Ranks were lost",
-    "scaling": "The layout changes",
-    "growing": "Lost ranks join again",
-}
-_CHANGE_OF: dict[RecoveryKind, Change] = {
-    RecoveryKind.RECOVERY: "recovering",
-    RecoveryKind.SCALING: "scaling",
-    RecoveryKind.GROWTH: "growing",
-}
 
 
 def alerts_of(service: Service, *, is_preempting: bool) -> Iterator[Alert]:
@@ -391,7 +377,7 @@ def alerts_of(service: Service, *, is_preempting: bool) -> Iterator[Alert]:
     if recovery is not None and (change := change_under_way(recovery)) is not None:
         yield Alert(
             "amber",
-            f"{_CHANGES[change]} ({recovery.state}): requests wait.",
+            f"{CHANGES[change]} ({recovery.state}): requests wait.",
             "Nothing: requests go on by themselves. The server's log says what happened.",
         )
     else:
@@ -403,6 +389,13 @@ def alerts_of(service: Service, *, is_preempting: bool) -> Iterator[Alert]:
                 "Nothing: they serve again once their weights are loaded.",
             )
         yield from _of_preparing(service.model.scaling)
+        if (reason := service.stall.reason()) is not None:
+            yield Alert(
+                "red",
+                f"{reason[0].upper()}{reason[1:]}.",
+                "Check whether its process is stopped or its machine is swapping; after "
+                "--timeout-s it counts as lost.",
+            )
         yield from _of_ranks(service.model.watch)
     scheduler, most = service.model.engine.scheduler, service.options.max_num_queued
     if service.num_queued >= _NEARLY_FULL * most:
@@ -435,13 +428,6 @@ def alerts_of(service: Service, *, is_preempting: bool) -> Iterator[Alert]:
         )
 
 
-def change_under_way(recovery: Recovery | None) -> Change | None:
-    """The recovery or layout change that keeps requests waiting; None while they run."""
-    if recovery is None or recovery.state in OVER:
-        return None
-    return _CHANGE_OF[recovery.records[-1].kind]
-
-
 def _of_preparing(scaling: Scaling | None) -> Iterator[Alert]:
     if scaling is not None and (ahead := scaling.ahead) is not None:
         yield Alert(
@@ -455,16 +441,6 @@ def _of_preparing(scaling: Scaling | None) -> Iterator[Alert]:
 def _of_ranks(watch: RankWatch | None) -> Iterator[Alert]:
     if watch is None:
         return
-    now_s = time.monotonic()
-    for rank, position in zip(watch.numbers, watch.positions, strict=True):
-        silent_s = now_s - position.time_s
-        if position.stage not in (Stage.IDLE, Stage.SETUP) and silent_s > _SILENT_S:
-            yield Alert(
-                "red",
-                f"Rank {rank} has reported nothing for {silent_s:.0f} s, in {position}.",
-                "Check whether its process is stopped or its machine is swapping; after "
-                "--timeout-s it counts as lost.",
-            )
     uneven = watch.imbalance(IMBALANCE_S)
     worst = max(uneven, key=lambda layer: uneven[layer], default=None)
     if watch.layout.ep > 1 and worst is not None and uneven[worst] >= _UNEVEN:

@@ -29,6 +29,7 @@ from expertlane.engine.rank_watch import RankWatch, Reading
 from expertlane.schedule.request import Chunk, FinishReason, Limits, RequestOutput
 from expertlane.schedule.running import RunningTable
 from expertlane.schedule.scheduler import FinishedStep
+from expertlane.server.health import PROBES
 from expertlane.spec.names import Link, Phase, Stage
 
 WAITING = "waiting"  # label of time spent waiting for other ranks, like the names of stages
@@ -203,8 +204,12 @@ class Metrics(Collector):
 
     @property
     def num_failures(self) -> int:
-        """Answers with a status of 500 or more."""
-        return sum(number for (_, _, status), number in self._responses.items() if status == "5xx")
+        """Answers with a status of 500 or more, but for those to probes."""
+        return sum(
+            number
+            for (_, path, status), number in self._responses.items()
+            if status == "5xx" and path not in PROBES
+        )
 
     def _end(self, output: RequestOutput, reason: FinishReason) -> None:
         """Count a request that has ended, and its times."""

@@ -4,12 +4,13 @@ import asyncio
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import msgspec
+from prometheus_client.core import Metric
 
 from expertlane.engine.async_engine import AsyncEngine, Generation, RequestGroup
 from expertlane.errors import UserError
@@ -17,8 +18,9 @@ from expertlane.schedule.request import Chunk
 from expertlane.schedule.scheduler import FinishedStep
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.fields import Message
+from expertlane.server.health import Stall
 from expertlane.server.marks import Marks
-from expertlane.server.metrics import Metrics
+from expertlane.server.metrics import Families, Metrics
 from expertlane.server.requests import ChatRequest, GenerationRequest, SampledRequest
 from expertlane.server.setup import PromptEncoder, ServedModel, ServerOptions, TooLongError
 from expertlane.spec.sampling import SamplingParams, Structured
@@ -118,6 +120,7 @@ class Service:
         is_draining: whether new requests are refused.
         num_open: requests that have no complete answer yet.
         under_way: unfinished requests of the engine, with their time limits.
+        stall: sees that ranks keep requests waiting.
         responses: stored responses of `/v1/responses`.
         journal: keeps requests beyond this process; None for no journal.
     """
@@ -142,8 +145,10 @@ class Service:
         self.is_draining = False
         self.num_open = 0
         self.metrics = Metrics(model.name, model.limits, model.engine, model.watch)
+        self.metrics.others.append(self._health_metrics)
         model.engine.on_commit = self._on_step
         self._check_ranks = check_ranks
+        self.stall = Stall(model.engine, model.watch, options.stall_s)
         self.engine = AsyncEngine(
             model.engine,
             check_ranks=self._check_idle,
@@ -217,6 +222,25 @@ class Service:
                 code="draining",
                 retry_after_s=_RETRY_S,
             )
+
+    def check_health(self) -> None:
+        """Say whether a request that comes now would be answered soon.
+
+        Raises:
+            ApiError: as `check_running`; with 503 too while ranks keep requests waiting.
+        """
+        self.check_running()
+        if (reason := self.stall.reason()) is not None:
+            raise ApiError(503, reason, code="stalled", retry_after_s=_RETRY_S)
+
+    def _health_metrics(self) -> Iterator[Metric]:
+        try:
+            self.check_health()
+            is_healthy = True
+        except ApiError:
+            is_healthy = False
+        rows = {"healthy": ("1 while /health answers 200", float(is_healthy))}
+        yield from Families("expertlane:", {"model_name": self.model.name}).of("gauge", rows)
 
     def check_model(self, name: str | None) -> None:
         """Refuse a request for another model.

@@ -57,6 +57,7 @@ class ServerOptions:
         max_num_queued: number of waiting requests from which on others are refused.
         request_timeout_s: the longest that a request may take, waiting included; None for any time.
         drain_s: seconds that running requests may go on once the server is told to end.
+        stall_s: seconds for which ranks may keep requests waiting before `/health` says so.
         observers: called with every request once it has its answer.
         on_event: called with every event of the server, by kind and text.
         max_stored_responses: responses of `/v1/responses` kept in memory for later requests.
@@ -72,6 +73,7 @@ class ServerOptions:
     max_num_queued: int = 4096
     request_timeout_s: float | None = None
     drain_s: float = 30.0
+    stall_s: float = 4.0  # less than the five seconds for which `drill` lets it be wrong
     observers: tuple[Observer, ...] = ()
     on_event: Callable[[str, str], None] | None = None
     max_stored_responses: int = 1000

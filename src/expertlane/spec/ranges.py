@@ -205,7 +205,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "request_timeout_s budget_s": _above(0, 1e6),
     "drain_s reconnect_s rejoin_s": _number(0, 1e6),
     "watch_s": _number(0, 600),
-    "after_s observe_s hang_s health_s": _number(0.1, 1e5),
+    "after_s observe_s hang_s health_s stall_s": _number(0.1, 1e5),
     "pid": _whole(2, 2**22),
     "rank": _whole(0, MAX_RANKS),
     # sampling

@@ -101,7 +101,8 @@ class Sglang(_Planned):
     name = "sglang"
     title = "SGLang"
     rank_title = (  # python/sglang/srt/managers/scheduler.py
-        r"sglang::scheduler(?:_DP(?P<dp>\d+))?(?:_PP(?P<pp>\d+))?(?:_TP(?P<in_stage>\d+))?"
+        r"sglang::scheduler(?:_DP(?P<dp>\d+))?(?:_PP(?P<pp>\d+))?(?:_ATTN_CP\d+)?(?:_MOE_DP\d+)?"
+        r"(?:_TP(?P<in_stage>\d+))?"
     )
 
     def profiled(self, start: Start, folder: Path) -> Start:

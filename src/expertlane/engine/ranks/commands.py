@@ -541,6 +541,10 @@ class Tickets:
         waiting[0].results[rank] = waiting[0].decoder.decode(message)
         waiting.popleft()
 
+    def waiting(self) -> set[Ticket[Any]]:
+        """All of them; for any thread."""
+        return {ticket for of_rank in [*self._waiting.values()] for ticket in [*of_rank]}
+
     def waits_since_s(self, rank: int) -> float | None:
         """When the rank's oldest unanswered command was submitted; None without one."""
         waiting = self._waiting.get(rank)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Sequence
 from multiprocessing.connection import wait
 from typing import NamedTuple
 
+from expertlane.engine.comm.progress import Position
 from expertlane.engine.ranks.local_ranks import LocalRanks
 from expertlane.engine.ranks.messages import (
     Channel,
@@ -162,6 +163,26 @@ class Loss(NamedTuple):
         return self.with_others(ranks)._replace(text=f"{self.text}{also}")
 
 
+class Silence(NamedTuple):
+    """Ranks that have a command and report no progress.
+
+    Attributes:
+        seconds: since the last report of any of them.
+        rank: the likeliest cause, and `position` its last report.
+        is_stopped: whether its process is stopped.
+    """
+
+    seconds: float
+    rank: int
+    position: Position
+    is_stopped: bool
+
+    def __str__(self) -> str:
+        why = " (its process is stopped)" if self.is_stopped else ""
+        where = f"in {self.position}"
+        return f"rank {self.rank}{why} has reported nothing for {self.seconds:.0f} s, {where}"
+
+
 class Losses:
     """Finds which ranks are lost.
 
@@ -267,8 +288,7 @@ class Losses:
     def hang(self, busy: Sequence[int], bound_s: float) -> Loss:
         """The loss behind ranks that have made no progress.
 
-        The lost ranks are those whose processes are stopped; else the one that computes while
-        others wait; else the one that has been silent longest.
+        The lost ranks are those whose processes are stopped; else the one of `_silent`.
 
         Args:
             busy: ranks that have not answered.
@@ -279,12 +299,7 @@ class Losses:
         """
         self._ranks.check_nodes_of(busy, bound_s)
         stopped = [rank for rank in busy if self._is_stopped(rank)]
-
-        def order(rank: int) -> tuple[bool, float]:
-            position = self._ranks.board.position(rank)
-            return position.waiting or position.stage is Stage.IDLE, position.time_s
-
-        rank = stopped[0] if stopped else min(busy, key=order)
+        rank = stopped[0] if stopped else self._silent(busy)
         why = " (its process is stopped)" if stopped else ""
         can_wait_longer = not stopped and bound_s == self._timeout_s
         return Loss(
@@ -292,6 +307,27 @@ class Losses:
             f"rank {rank} hung in {self._position(rank)}{why}: no progress for {bound_s:g} s",
             "; if it was only slow, raise --timeout-s" if can_wait_longer else "",
         )
+
+    def silence(self, busy: Sequence[int], seconds: float) -> Silence:
+        """Which of the ranks keeps the others waiting, as far as it can be seen; for any thread.
+
+        Args:
+            busy: ranks that have not answered, at least one.
+            seconds: the time without progress.
+        """
+        stopped = next((rank for rank in busy if self._is_stopped(rank)), None)
+        rank = self._silent(busy) if stopped is None else stopped
+        position = self._ranks.board.position(rank)
+        return Silence(seconds, rank, position, stopped is not None)
+
+    def _silent(self, busy: Sequence[int]) -> int:
+        """The rank that computes while others wait; else the one that has been silent longest."""
+
+        def order(rank: int) -> tuple[bool, float]:
+            position = self._ranks.board.position(rank)
+            return position.waiting or position.stage is Stage.IDLE, position.time_s
+
+        return min(busy, key=order)
 
     def _is_stopped(self, rank: int) -> bool:
         pid = self._ranks.pids.get(rank)

@@ -6,12 +6,12 @@ import select
 import time
 from collections.abc import Callable, Collection, Container, Sequence
 from functools import partial
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from expertlane.engine.comm.progress import Position
 from expertlane.engine.ranks.commands import Command, Ticket, Tickets
 from expertlane.engine.ranks.local_ranks import LocalRanks
-from expertlane.engine.ranks.losses import Loss, Losses, Presence
+from expertlane.engine.ranks.losses import Loss, Losses, Presence, Silence
 from expertlane.engine.ranks.messages import (
     ANY_EPOCH,
     Decoder,
@@ -79,6 +79,7 @@ class RankPool:
         self._resumed_s = 0.0  # when this process went on after it was stopped itself, as by Ctrl-Z
         self._asked_s = 0.0  # when nodes were asked last
         self._looked_s = 0.0  # time of the last check of early ranks
+        self._checked_s = 0.0  # time of the last `check`
         self._started_s: dict[int, float] = {}  # start times of early ranks
         self.is_closed = False
         self._own_pid = os.getpid()
@@ -314,7 +315,7 @@ class RankPool:
             for ticket in tickets:
                 if ticket.is_done or ticket.submitted_s > old_s:
                     continue
-                if self._silent_s(ticket.ranks, ticket.submitted_s) > bound_s:
+                if self._silence_of(ticket) > bound_s:
                     self._lose(partial(self._losses.hang, ticket.busy, bound_s))
         return done[0]
 
@@ -337,12 +338,43 @@ class RankPool:
         self._ranks.on_told_to_end = react
 
     def check(self) -> None:
-        """Handle messages and losses that have arrived; does not wait."""
+        """Handle messages and losses that have arrived; does not wait.
+
+        To be called once a second while nothing is waited for: ranks that hang then are noticed.
+        """
         self._check_whole()
-        if time.monotonic() - self._asked_s >= _PING_S:
+        now_s = time.monotonic()
+        if now_s - self._checked_s > _PING_S + _OWN_PAUSE_S:
+            self._resumed_s = now_s  # else all that was not waited for would be silence
+        self._checked_s = now_s
+        if now_s - self._asked_s >= _PING_S:
             self._ask_nodes()
         self._receive_available(0)
         self._look_at_early()
+        for ticket in self._tickets.waiting():
+            if ticket.needs_epoch and self._silence_of(ticket) > self._timeout_s:
+                self._lose(partial(self._losses.hang, ticket.busy, self._timeout_s))
+
+    def silence(self) -> Silence | None:
+        """The longest silence of ranks that have a command of the epoch; for any thread.
+
+        It is what `timeout_s` bounds: a rank that is waited for so long is lost.
+
+        Returns:
+            None where no rank has a command.
+        """
+        found = [
+            (self._silence_of(ticket), busy)
+            for ticket in self._tickets.waiting()
+            if ticket.needs_epoch and (busy := ticket.busy)
+        ]
+        if not found:
+            return None
+        seconds, busy = max(found)
+        return self._losses.silence(busy, seconds)
+
+    def _silence_of(self, ticket: Ticket[Any]) -> float:
+        return self._silent_s(ticket.ranks, ticket.submitted_s)
 
     def _watch(self) -> None:
         """Register all present connections with the poll.
