@@ -14,7 +14,13 @@ from functools import partial
 from math import ceil
 from pathlib import PurePath
 
-from expertlane.cost.memory import FREE_SHARE, RANK_STEP_TOKENS, held_kv_bytes
+from expertlane.cost.memory import (
+    FREE_SHARE,
+    RANK_STEP_TOKENS,
+    held_kv_bytes,
+    held_state_bytes,
+    num_caching,
+)
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.planner.candidates import Candidate, candidates_like
 from expertlane.planner.engines import (
@@ -415,10 +421,13 @@ def _vllm_side_channel(asked: _Asked, node: int) -> dict[str, object]:
 def _vllm_on_cpu(draft: _Draft, asked: _Asked) -> None:
     """Set vLLM's KV cache size for all running sequences, and each rank's cores."""
     pool, layout = asked.pool, asked.layout
-    num_layers = len(layout.layers_of_stage(pool.model.num_hidden_layers, 0))
+    layers = layout.layers_of_stage(pool.model.num_hidden_layers, 0)
+    num_paged, num_states = num_caching(pool.model, layers)
     num_blocks = pool.rank_seqs * ceil(asked.max_len / _VLLM_CPU_BLOCK) + 1
-    of_position = num_layers * held_kv_bytes(pool.model, asked.types, layout.tp)
-    draft.add("--kv-cache-memory-bytes", num_blocks * _VLLM_CPU_BLOCK * of_position)
+    of_position = num_paged * held_kv_bytes(pool.model, asked.types, layout.tp)
+    of_states = num_states * held_state_bytes(pool.model, asked.types, layout.tp)
+    num_bytes = num_blocks * _VLLM_CPU_BLOCK * of_position + pool.rank_seqs * of_states
+    draft.add("--kv-cache-memory-bytes", num_bytes)
     if asked.place.cores:
         cores, inherited = _bound_cores(asked), draft.environment
         bound = {"VLLM_CPU_OMP_THREADS_BIND": cores or "nobind"}
