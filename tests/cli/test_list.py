@@ -8,6 +8,7 @@ from cli.screen import fits_a_screen, tells
 from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.frameworks import frameworks
 from expertlane.planner.candidates import valid_layouts
+from expertlane.spec.hf_config import FAMILIES
 from expertlane.spec.model import PRESETS
 
 LAYOUTS = ("list", "layouts", "paper", "--cluster", "h100x16")
@@ -18,6 +19,7 @@ LAYOUTS = ("list", "layouts", "paper", "--cluster", "h100x16")
     ("what", "names"),
     [
         ("models", list(PRESETS)),
+        ("families", list(FAMILIES)),
         ("profiles", list(shipped_profiles())),
         ("clusters", [f"{name}xN" for name in shipped_profiles()]),
         ("frameworks", list(frameworks())),

@@ -10,8 +10,16 @@ from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.device import DeviceModel, stand_ins
 from expertlane.cost.laws.profile import Device, Profile, Term, read_profile
 from expertlane.cost.laws.times import Basis, Surface
-from expertlane.cost.step.operation import ATTENTION, ITEM_BYTES, SIZES, NumberTypes, OpKind
+from expertlane.cost.step.operation import (
+    ATTENTION,
+    ITEM_BYTES,
+    SIZES,
+    WITHOUT_LAWS,
+    NumberTypes,
+    OpKind,
+)
 from expertlane.errors import SpecError
+from expertlane.spec.model import PRESETS
 
 _DEVICE = Device("toy", 1e9, 1e9, {"float32": 1e12, "bfloat16": 2e12}, "made up")
 _TOY = Profile("toy", _DEVICE, 1, {})
@@ -57,6 +65,29 @@ _ONE_OF_EACH = {
         "key_dim": 576.0,
         "value_dim": 512.0,
     },
+    OpKind.SPARSE: {
+        "seqs": 2.0,
+        "query_key_pairs": 2048.0 * 64,
+        "tokens": 64.0,
+        "positions": 8192.0,
+        "heads": 16.0,
+        "key_dim": 576.0,
+        "value_dim": 512.0,
+    },
+    OpKind.INDEX: {
+        "query_key_pairs": 8192.0 * 64,
+        "tokens": 64.0,
+        "positions": 8192.0,
+        "heads": 64.0,
+        "head_dim": 128.0,
+    },
+    OpKind.STATE: {
+        "seqs": 8.0,
+        "tokens": 64.0,
+        "state_values": 32 * 128 * 128.0,
+        "token_flops": 6 * 32 * 128 * 128.0,
+        "token_values": 12_352.0,
+    },
     OpKind.MEMORY: {"bytes": 1e6},
 }
 # What there is none of, by kind, where a rank has nothing to do.
@@ -67,6 +98,9 @@ _EMPTY = {
     OpKind.DECODE_ATTENTION: ("seqs", "positions"),
     OpKind.LATENT_PREFILL: ("seqs", "query_key_pairs", "tokens", "positions"),
     OpKind.LATENT_DECODE: ("seqs", "positions"),
+    OpKind.SPARSE: ("seqs", "query_key_pairs", "tokens", "positions"),
+    OpKind.INDEX: ("query_key_pairs", "tokens", "positions"),
+    OpKind.STATE: ("seqs", "tokens"),
     OpKind.MEMORY: ("bytes",),
 }
 
@@ -138,7 +172,9 @@ def test_nothing_to_do_takes_no_time(h100, kind, dtype):
     assert some.seconds[1] == pytest.approx(float(alone.seconds))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in OpKind if kind is not OpKind.MEMORY])
+@pytest.mark.parametrize(
+    "kind", [kind for kind in OpKind if kind not in (*WITHOUT_LAWS, OpKind.MEMORY)]
+)
 def test_float16_stands_on_bfloat16_as_a_wider_bound(h100, kind):
     known = h100.times(kind, "bfloat16", _ONE_OF_EACH[kind])
     other = h100.times(kind, "float16", _ONE_OF_EACH[kind])
@@ -170,6 +206,9 @@ _GROWING = {
     OpKind.DECODE_ATTENTION: ("seqs", "positions"),
     OpKind.LATENT_PREFILL: ("seqs", "query_key_pairs", "tokens", "positions"),
     OpKind.LATENT_DECODE: ("seqs", "positions"),
+    OpKind.SPARSE: ("seqs", "query_key_pairs", "tokens", "positions"),
+    OpKind.INDEX: ("query_key_pairs", "tokens", "positions"),
+    OpKind.STATE: ("seqs", "tokens"),
     OpKind.MEMORY: ("bytes",),
 }
 
@@ -197,14 +236,16 @@ def test_measurements_that_stand_in_for_a_type_are_named():
     h100 = read_profile("h100")
 
     def said(*types):
-        return " ".join(stand_ins(h100, NumberTypes(*types)))
+        return " ".join(stand_ins(h100, NumberTypes(*types), PRESETS["paper"]))
 
     assert said("bfloat16", "bfloat16", "bfloat16") == ""
     assert tells(said("float16", "float16", "float16"), "bfloat16 float16 15%")
     of_both = said("float8", "bfloat16", "float8")
     assert tells(of_both, "float8 cache")
     assert "measured in" not in of_both
-    assert list(stand_ins(_TOY, NumberTypes("float16", "float16", "float8"))) == []
+    assert (
+        list(stand_ins(_TOY, NumberTypes("float16", "float16", "float8"), PRESETS["paper"])) == []
+    )
 
 
 def test_a_type_without_a_figure_is_one_clear_line():

@@ -11,7 +11,8 @@ from expertlane.planner.candidates import PlanRequest
 from expertlane.planner.screen import ScreenedCandidate
 from expertlane.planner.search import OnePool, Search
 from expertlane.planner.simulated import simulated_pool
-from expertlane.spec.model import PRESETS, ModelConfig
+from expertlane.spec.mixers import Indexer, StateMixer
+from expertlane.spec.model import PRESETS, LatentAttention, ModelConfig
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 
@@ -32,6 +33,20 @@ MIXED = PAPER.with_overrides(
     intermediate_size=8192,
     shared_expert_intermediate_size=1024,
     sliding_window=(None, 128, None, 128, None),
+)
+
+HYBRID = MIXED.with_overrides(  # states, an indexer, layers of a mixer or an MLP alone
+    name="hybrid",
+    num_hidden_layers=6,
+    num_key_value_heads=None,
+    head_dim=96,
+    latent=LatentAttention(256, 64, 32, 64, q_lora_rank=512),
+    indexer=Indexer(8, 64, 256),
+    state=StateMixer("gated_delta", 16, 8, 64, 64),
+    state_layers=(1, 2, 4),
+    mixer_only_layers=(2,),
+    mlp_only_layers=(3,),
+    sliding_window=(),
 )
 
 

@@ -27,6 +27,16 @@ _CLASSES = {
     "qwen3_vl_moe": transformers.models.qwen3_vl_moe.Qwen3VLMoeTextConfig,
     "granitemoe": transformers.GraniteMoeConfig,
 }
+# Of families that are planned alone; their tensors are compared in test_reference_shapes.
+_PLANNED = {
+    "qwen3_next": transformers.Qwen3NextConfig,
+    "qwen3_5_moe": transformers.models.qwen3_5_moe.Qwen3_5MoeTextConfig,
+    "deepseek_v32": transformers.models.deepseek_v32.DeepseekV32Config,
+    "glm_moe_dsa": transformers.models.glm_moe_dsa.GlmMoeDsaConfig,
+    "kimi_linear": transformers.models.kimi_linear.KimiLinearConfig,
+    "granitemoehybrid": transformers.GraniteMoeHybridConfig,
+    "nemotron_h": transformers.models.nemotron_h.NemotronHConfig,
+}
 DEFAULTS = {name: family.defaults for name, family in FAMILIES.items()}
 NUM_EXPERTS = {name: family.num_experts for name, family in FAMILIES.items()}
 # Fields that no class declares; without one, what the family computes without.
@@ -137,6 +147,30 @@ def _own_names(key):
 def test_the_table_is_transformers_own(family):
     theirs = _theirs(family)
     assert DEFAULTS[family] == {key: theirs[key] for key in DEFAULTS[family]}
+
+
+@pytest.mark.parametrize("family", _PLANNED)
+def test_the_table_of_planned_families_is_transformers_own(family):
+    cls, known = _PLANNED[family], FAMILIES[family]
+    made, theirs_of = cls(), {ours: theirs for theirs, ours in known.spellings.items()}
+    declared = {each.name: each.default for each in dataclasses.fields(cls)}
+    for key, value in known.defaults.items():
+        if key in ("rope_theta", "rope_interleave"):  # as code of the class has them
+            assert value == getattr(made, "rope_parameters", {}).get(key, value)
+        elif key == "num_hidden_layers":
+            assert value == made.num_hidden_layers
+        elif key == "first_k_dense_replace" and key not in declared:
+            assert value == made.mlp_layer_types.count("dense")
+        elif key in declared:
+            assert value == declared[key], key
+        elif key != "rope_parameters":
+            assert value == declared[theirs_of[key]], key
+    from_hf({"model_type": family, "hybrid_override_pattern": "ME*"}, weights=False)
+
+
+def test_every_family_is_compared():
+    assert {*_CLASSES, *_PLANNED} == set(FAMILIES)
+    assert {name for name, each in FAMILIES.items() if each.is_planned_only} == set(_PLANNED)
 
 
 @pytest.mark.parametrize("family", _CLASSES)

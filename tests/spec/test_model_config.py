@@ -7,6 +7,8 @@ from expertlane.errors import SpecError
 from expertlane.spec.model import (
     PRESETS,
     LatentAttention,
+    LayerKind,
+    Mixing,
     RopeScaling,
     Routing,
     expert_shapes,
@@ -23,7 +25,7 @@ def num_expert_params(model):
 
 def num_attention_params(model):
     """Of one layer's attention, the norm before it aside."""
-    shapes = layer_shapes(model, is_dense=True)
+    shapes = layer_shapes(model, LayerKind(Mixing(), "dense"))
     parts = (
         part for part in shapes if "." not in part and part not in ("attention_norm", "moe_norm")
     )

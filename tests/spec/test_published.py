@@ -12,6 +12,7 @@ from expertlane.spec.hf_config import family_of, num_extra_layers
 from expertlane.spec.model import num_params
 
 CONFIGS = json.loads(Path(__file__).with_name("published.json").read_text())
+MIXERS = json.loads(Path(__file__).with_name("published_mixers.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -42,8 +43,74 @@ def test_parameters_add_up_to_the_published_number(name, family, num):
     assert model.dtype == "bfloat16"
 
 
+@pytest.mark.parametrize(
+    ("name", "family", "num"),
+    [  # as the models' cards say, without layers for multi-token prediction
+        ("qwen3-next-80b-a3b", "qwen3_next", 80e9),
+        ("qwen3.5-397b-a17b", "qwen3_5_moe", 397e9),
+        ("qwen3.5-122b-a10b", "qwen3_5_moe", 122e9),
+        ("qwen3.6-35b-a3b", "qwen3_5_moe", 35e9),
+        ("deepseek-v3.2", "deepseek_v32", 671e9),
+        ("glm-5", "glm_moe_dsa", 744e9),
+        ("kimi-linear-48b-a3b", "kimi_linear", 49e9),  # as the hub counts; its name says 48
+        ("granite-4.0-h-small", "granitemoehybrid", 32e9),
+        ("nemotron-3-nano-30b-a3b", "nemotron_h", 31.6e9),
+        ("nemotron-3-super-120b-a12b", "nemotron_h", 120.6e9),
+    ],
+)
+def test_models_with_mixers_add_up_too(name, family, num):
+    assert family_of(MIXERS[name]) == family
+    model = from_hf(MIXERS[name], name, weights=False)
+    assert num_params(model) == pytest.approx(num, rel=0.01)
+    assert model.dtype == "bfloat16"
+    assert model.planned_only is not None
+    with pytest.raises(SpecError) as error:
+        from_hf(MIXERS[name], name)
+    assert tells(str(error.value), "are not run or served yet; plan")
+
+
 def test_every_published_config_is_looked_at():
     assert len(CONFIGS) == 16
+    assert len(MIXERS) == 10
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("qwen3-next-80b-a3b", {"layer_types": ["sliding_attention"] * 48}, "sliding_attention"),
+        ("qwen3-next-80b-a3b", {"layer_types": ["full_attention"]}, "layer_types 1 48 layers"),
+        ("qwen3-next-80b-a3b", {"linear_num_key_heads": 5}, "num_key_heads 5 divide 32 heads"),
+        ("qwen3-next-80b-a3b", {"linear_num_key_heads": 0}, "linear_num_key_heads 0"),
+        ("deepseek-v3.2", {"index_topk": None}, "index_topk null"),
+        ("deepseek-v3.2", {"q_lora_rank": None}, "indexer q_lora_rank"),
+        ("glm-5", {"indexer_types": ["full", "shared"] * 39}, "shared by layers"),
+        ("glm-5", {"index_topk_freq": 4}, "index_topk_freq 4"),
+        ("kimi-linear-48b-a3b", {"linear_attn_config": 3}, "linear_attn_config 3 object"),
+        ("kimi-linear-48b-a3b", {"mla_use_nope": False}, "mla_use_nope False"),
+        ("granite-4.0-h-small", {"mamba_d_head": 32}, "mamba_d_head 32 128 8192"),
+        ("nemotron-3-nano-30b-a3b", {"hybrid_override_pattern": "MX"}, "hybrid_override_pattern"),
+        ("nemotron-3-nano-30b-a3b", {"mlp_hidden_act": "silu"}, "hidden_act silu"),
+    ],
+)
+def test_mixers_that_cannot_be_computed_are_named(name, changes, message):
+    with pytest.raises(SpecError) as error:
+        from_hf(MIXERS[name] | changes, "mine", weights=False)
+    assert tells(str(error.value), message)
+    assert "\n" not in str(error.value)
+
+
+def test_old_and_new_names_of_layers_are_one():
+    config = MIXERS["granite-4.0-h-small"]
+    new = [
+        "full_attention" if kind == "attention" else "linear_attention"
+        for kind in config["layer_types"]
+    ]
+    assert from_hf(config | {"layer_types": new}, weights=False) == from_hf(config, weights=False)
+    config = MIXERS["nemotron-3-nano-30b-a3b"]
+    names = {"M": "mamba", "*": "attention", "E": "moe"}
+    listed = {key: each for key, each in config.items() if key != "hybrid_override_pattern"}
+    listed["layers_block_type"] = [names[each] for each in config["hybrid_override_pattern"]]
+    assert from_hf(listed, weights=False) == from_hf(config, weights=False)
 
 
 def test_kimi_k2_is_deepseek_v3_whatever_it_calls_itself():

@@ -88,6 +88,8 @@ class Slices(NamedTuple):
         """
         size = tensor_shape(model, name)[cut_dim(name)]
         of_expert, part = "experts" in name.split("."), name.rpartition(".")[2]
+        if model.state is not None and ".state." in name:
+            return model.state.cut(part, size, self.tp, self.tp_rank)
         if part in _ADDED_ONCE:
             is_first = (self.etp_rank if of_expert else self.tp_rank) == 0
             return range(size if is_first else 0)
@@ -170,17 +172,17 @@ class Holding:
         model, own = self.model, self.slices
         held = {name: own.of_tensor(model, name) for name in self.outside_layers}
         of_kind = {
-            is_dense: {
+            kind: {
                 part: own.of_tensor(model, layer_name(0, part))
-                for part in layer_shapes(model, is_dense)
+                for part in layer_shapes(model, kind)
             }
-            for is_dense in {model.is_dense(layer) for layer in self.layers}
+            for kind in set(map(model.kind_of_layer, self.layers))
         }
         of_expert = {
             part: own.of_tensor(model, expert_name(0, 0, part)) for part in expert_shapes(model)
         }
         for layer in self.layers:
-            for part, rows in of_kind[model.is_dense(layer)].items():
+            for part, rows in of_kind[model.kind_of_layer(layer)].items():
                 held[layer_name(layer, part)] = rows
             for expert in self.experts(layer):
                 for part, rows in of_expert.items():
@@ -479,6 +481,11 @@ def check_deployment(
     """
     layout, options = deployment.layout, deployment.options
     layout.check_model(model)
+    if model.planned_only is not None and not is_modelled:
+        raise UserError(
+            f"{model.name} has {model.planned_only}, which the engine does not run; plan, simulate "
+            "and compare --project take it"
+        )
     if layout.dcp > 1 and not is_modelled:
         raise UserError(
             f"layout {layout}: decode context parallelism is modelled by plan and simulate; the "

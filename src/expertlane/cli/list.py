@@ -44,13 +44,12 @@ def _command(function: Any) -> Any:
 @_command
 @takes_groups
 def models(print_options: PrintOptions) -> None:
-    """Models that come with expertlane, and families of checkpoints.
+    """Models that come with expertlane.
 
     Presets have random weights. Any other MODEL is a checkpoint's folder or a hub id (org/name).
     """
     from expertlane.report.document import number
     from expertlane.report.numbers import whole
-    from expertlane.spec.hf_config import FAMILIES
     from expertlane.spec.model import PRESETS, num_params
 
     columns = [
@@ -67,9 +66,48 @@ def models(print_options: PrintOptions) -> None:
         | {size: getattr(model, size) for size in sizes.split()}
         for name, model in PRESETS.items()
     ]
-    families = f"Families of checkpoints: {', '.join(FAMILIES)}."
+    families = "Families of checkpoints: expertlane list families."
     headline = f"{len(rows)} presets: {', '.join(PRESETS)}."
     _show(headline, "Models | random weights", "preset", columns, rows, print_options, [families])
+
+
+@_command
+@takes_groups
+def families(print_options: PrintOptions) -> None:
+    """Families of checkpoints, and what each can do.
+
+    Plan: plan, simulate, compare --project and list layouts take its config.json.
+    """
+    from expertlane.report.document import text
+    from expertlane.spec.hf_config import FAMILIES
+
+    rows = [
+        {
+            "name": name,
+            "architectures": [each.architecture, *each.wrappers],
+            "mixers": each.mixers,
+            "plan": True,
+            "run": not each.is_planned_only,
+            "serve": not each.is_planned_only,
+        }
+        for name, each in FAMILIES.items()
+    ]
+
+    def can(what: str) -> "Column[Mapping[str, Any]]":
+        return text(what, lambda row: "yes" if row[what] else "–")
+
+    columns = [text("mixers", _of("mixers")), can("plan"), can("run"), can("serve")]
+    names = {can: [row["name"] for row in rows if row["run"] is can] for can in (True, False)}
+    headline = (
+        f"{len(names[True])} families run: {', '.join(names[True])}; {len(names[False])} are "
+        f"planned alone: {', '.join(names[False])}."
+    )
+    setting = "Families of checkpoints | --json names their architectures"
+    notes = [
+        "Drafts: plan and simulate price them, with --mtp; the engine has none.",
+        "Tools and marks of reasoning are those of a checkpoint's chat template.",
+    ]
+    _show(headline, setting, "family", columns, rows, print_options, notes)
 
 
 @_command

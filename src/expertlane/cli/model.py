@@ -137,6 +137,12 @@ class FoundModel:
         from expertlane.cost.laws.frameworks import served_by
         from expertlane.cost.routing import choose_routing
 
+        last = self.config.kind_of_layer(self.config.num_hidden_layers - 1)
+        if has_drafts and (last.mixing is None or last.mlp == "none"):
+            raise UserError(
+                f"--mtp: the last layer of {self.name} is a mixer or an MLP alone, so what its "
+                "layers that draft cost is not known; leave it out"
+            )
         trace = None if asked.routing_trace is None else Path(asked.routing_trace)
         corrections, skew = None, asked.skew
         if asked.corrections is not None:

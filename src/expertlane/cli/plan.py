@@ -129,7 +129,7 @@ def run(
     if own.scripts is not None:
         output.check_folder(own.scripts)
     experiment = None if folder is None else folder / _EXPERIMENT
-    stand_in_laws = stand_ins(request.cluster.profile, setting.types)
+    stand_in_laws = stand_ins(request.cluster.profile, setting.types, found.config)
     cautions = *found.cautions(setting.types, request.cluster), *stand_in_laws
     cautioning = found.cautioning(setting.types, request.cluster)
     with cautioning, output.progress_on_stderr() as progress:

@@ -440,7 +440,7 @@ def _assumed_of(step: Any) -> Assumed | None:
     if step is None:
         return None
     if isinstance(step, Operation):
-        return KERNELS[step.kind]
+        return KERNELS.get(step.kind)
     is_far = bool((step.load.num_nodes > 1).any())
     return Assumed.INTER_NODE if is_far else Assumed.INTRA_NODE
 

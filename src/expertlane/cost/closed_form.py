@@ -162,13 +162,10 @@ class ManySteps:
         counts: Counter[tuple[int, int, bool, bool]] = Counter()
         for pp_rank, layers in enumerate(partition(num_layers, pp)):
             ends = pp_rank == 0, pp_rank == pp - 1
-            of_layers = Counter(map(self._kind, layers))
+            of_layers = Counter(map(self.model.kind_of_layer, layers))
             key = frozenset(of_layers.items()), *ends
             counts[kinds.setdefault(key, (layers.start, layers.stop, *ends))] += 1
         return counts
-
-    def _kind(self, layer: int) -> tuple[bool, int | None]:
-        return self.model.is_dense(layer), self.model.window_of_layer(layer)
 
     def _stage(
         self,
@@ -184,9 +181,10 @@ class ManySteps:
         if is_last:
             total = total + priced.head
         num_sparse = 0
-        for (is_dense, window), times in Counter(map(self._kind, range(start, stop))).items():
-            total = total + times * (priced.dense if is_dense else priced.sparse)[window]
-            num_sparse += times * (not is_dense)
+        of_layers = Counter(map(self.model.kind_of_layer, range(start, stop)))
+        for of, times in of_layers.items():
+            total = total + times * priced.layers[of]
+            num_sparse += times * (of.mlp == "experts")
         found: Floats = total[:, own[:num]]
         if num_sparse:
             found = found + num_sparse * priced.experts[:, experts[:num]]
@@ -199,10 +197,10 @@ class ManySteps:
 
     def _draft(self, priced: PricedPoints, own: Ints, experts: Ints) -> Floats:
         """[rows, P]; price of a drafting pass without head: one more layer, like the last one."""
-        is_dense, window = self._kind(self.model.num_hidden_layers - 1)
-        layer = (priced.dense if is_dense else priced.sparse)[window] + priced.projection
+        last = self.model.kind_of_layer(self.model.num_hidden_layers - 1)
+        layer = priced.layers[last] + priced.projection
         found: Floats = layer[:, own]
-        return found if is_dense else found + priced.experts[:, experts]
+        return found + priced.experts[:, experts] if last.mlp == "experts" else found
 
     @cached_property
     def alone_s(self) -> Floats:

@@ -17,6 +17,7 @@ from expertlane.spec.layout import Layout, part_of, partition
 from expertlane.spec.model import (
     FINAL_NORM,
     HEAD,
+    LayerKind,
     ModelConfig,
     cut_dim,
     expert_name,
@@ -55,19 +56,33 @@ class KVTransfers:
         self._remote = remote
         whole = held_kv_bytes(model, types, 1)
         held = held_kv_bytes(model, types, decode.tp) / decode.dcp
-        self._sent_bytes = np.repeat(_num_layers(model, prefill) * whole / prefill.tp, prefill.tp)
-        self._received_bytes = np.repeat(_num_layers(model, decode) * held, decode.tp)
+        paged, kept = np.array(_num_layers(model, prefill), dtype=np.float64).T
+        self._sent_bytes = np.repeat(paged * whole / prefill.tp, prefill.tp)
+        state = held_state_bytes(model, types, 1) / prefill.tp
+        self._sent_state = np.repeat(kept * state, prefill.tp)
+        paged, kept = np.array(_num_layers(model, decode), dtype=np.float64).T
+        self._received_bytes = np.repeat(paged * held, decode.tp)
+        self._received_state = np.repeat(
+            kept * held_state_bytes(model, types, decode.tp), decode.tp
+        )
 
     def seconds(self, num_tokens: int) -> Floats:
-        """[B]; seconds to transfer a prompt's keys and values."""
+        """[B]; seconds to transfer a prompt's keys and values, and its states."""
         sent, received = num_tokens * self._sent_bytes, num_tokens * self._received_bytes
+        sent, received = sent + self._sent_state, received + self._received_state
         return self._links.kv_transfer(sent, received, self._remote).bounds[:, 0]
 
 
-def _num_layers(model: ModelConfig, layout: Layout) -> Floats:
-    """[pp]; layers of each stage."""
+def _num_layers(model: ModelConfig, layout: Layout) -> list[tuple[int, int]]:
+    """[pp]; layers of each stage with a paged cache, and with states."""
     layers = [layout.layers_of_stage(model.num_hidden_layers, rank) for rank in range(layout.pp)]
-    return np.array([len(each) for each in layers], dtype=np.float64)
+    return [num_caching(model, each) for each in layers]
+
+
+def num_caching(model: ModelConfig, layers: range) -> tuple[int, int]:
+    """How many of some layers have a paged cache, and how many a state for each sequence."""
+    num = Counter(of.kind for of in map(model.mixing_of_layer, layers) if of is not None)
+    return num["attention"], num["state"]
 
 
 def held_kv_width(model: ModelConfig, tp: int) -> int:
@@ -81,9 +96,15 @@ def held_kv_width(model: ModelConfig, tp: int) -> int:
 
 
 def held_kv_bytes(model: ModelConfig, types: NumberTypes, tp: int) -> int:
-    """Bytes of the values that `held_kv_width` counts, with their scales."""
+    """Bytes of the values that `held_kv_width` counts, with their scales and an index key."""
     num_rows, dim = _held_rows(model, tp)
-    return types.cached_bytes(num_rows * dim, num_rows)
+    of_index = 0 if model.indexer is None else model.indexer.position_bytes
+    return types.cached_bytes(num_rows * dim, num_rows) + of_index
+
+
+def held_state_bytes(model: ModelConfig, types: NumberTypes, tp: int) -> int:
+    """Bytes that a rank keeps of a sequence in a layer with a state; 0 where there are none."""
+    return 0 if model.state is None else model.state.state_bytes(tp, types.activation_bytes)
 
 
 def _held_rows(model: ModelConfig, tp: int) -> tuple[int, int]:
@@ -105,7 +126,8 @@ class RankMemory:
     """Bytes of one rank.
 
     Attributes:
-        weight_bytes, kv_bytes: held all the time.
+        weight_bytes: held all the time.
+        kv_bytes: of the whole cache, held all the time: pages, and states of sequences.
         activation_bytes: activations of the largest batch.
         loading_bytes: the largest matrix while it is drawn, before there is a cache.
     """
@@ -167,10 +189,13 @@ class PlacedModel:
     types: NumberTypes
     placements: Placements
 
-    def rank_memory(self, limits: Limits, rank: int) -> RankMemory:
+    def rank_memory(self, limits: Limits, rank: int, num_seqs: int = 0) -> RankMemory:
         """Bytes of a rank: weights, the whole cache, and the activations of the largest step.
 
         Activations are those of an even routing; the shares of a skewed one are not known before.
+
+        Args:
+            num_seqs: sequences whose states take room beside the blocks.
         """
         model, layout, types = self.model, self.layout, self.types
         holding = Holding(model, layout, rank, self.placements)
@@ -181,9 +206,9 @@ class PlacedModel:
         ]
         inner = len(part_of(model.moe_intermediate_size, own.etp, own.etp_rank))
         num_bytes = sum(
-            count * _layer_bytes(model, types, own, is_dense, num_experts)
-            for (is_dense, num_experts), count in Counter(
-                (model.is_dense(layer), of_layer[layer]) for layer in layers
+            count * _layer_bytes(model, types, own, kind, num_experts)
+            for (kind, num_experts), count in Counter(
+                (model.kind_of_layer(layer), of_layer[layer]) for layer in layers
             ).items()
         )
         outside = {name: _held(model, own, name) for name in holding.outside_layers}
@@ -203,9 +228,12 @@ class PlacedModel:
         num_values = num_tokens * (4 * model.hidden_size + 2 * kv_width)
         num_values += num_pairs * (2 * model.hidden_size + inner)
         num_positions = limits.num_blocks * limits.block_size
+        num_paged, num_states = num_caching(model, layers)
+        kv_bytes = num_paged * ceil(num_positions / layout.dcp) * position_bytes
+        kv_bytes += num_seqs * num_states * held_state_bytes(model, types, layout.tp)
         return RankMemory(
             weight_bytes=num_bytes,
-            kv_bytes=len(layers) * ceil(num_positions / layout.dcp) * position_bytes,
+            kv_bytes=kv_bytes,
             activation_bytes=num_values * types.activation_bytes,
             loading_bytes=largest_matrix * _FLOAT32_BYTES
             + int(weight_bytes(largest_matrix, types.weights)),
@@ -223,15 +251,45 @@ class PlacedModel:
             CapacityError: not even one sequence of `max_model_len` fits; with both numbers.
         """
         fewest = min(ceil(limits.max_model_len / limits.block_size), limits.num_blocks)
-        smallest = replace(limits, num_blocks=fewest)
-        num_blocks = limits.num_blocks
+        of_state = self.state_blocks(limits)
+        limits = replace(limits, state_blocks=of_state)
+        num_blocks = limits.num_blocks + of_state * limits.max_num_seqs
+        fewest, smallest = fewest + of_state, replace(limits, num_blocks=fewest)
         for rank in range(self.layout.replica_size):  # replicas are alike
-            need = self.rank_memory(smallest, rank)
+            need = self.rank_memory(smallest, rank, 1)
             if need.total_bytes > free_bytes:
                 raise CapacityError(too_little(self.model, self.layout, need, free_bytes))
             of_cache = cache_share * (free_bytes - need.weight_bytes - need.activation_bytes)
-            num_blocks = min(num_blocks, max(fewest, int(of_cache * fewest // need.kv_bytes)))
+            if not of_state:
+                room = int(of_cache * fewest // need.kv_bytes)
+            elif block_bytes := self._block_bytes(limits, rank):
+                room = int(of_cache // block_bytes)
+            else:  # a stage of states alone; a sequence takes one block of the others at least
+                room = int(of_cache // need.kv_bytes) * (of_state + 1)
+            num_blocks = min(num_blocks, max(fewest, room))
         return replace(limits, num_blocks=num_blocks)
+
+    def state_blocks(self, limits: Limits) -> int:
+        """Blocks of a rank's cache with as much room as a sequence's states, on every stage."""
+        of_state = held_state_bytes(self.model, self.types, self.layout.tp)
+        if not of_state:
+            return 0
+        stages = range(0, self.layout.replica_size, self.layout.stage_size)
+        return max(
+            -(-self._num_caching(rank)[1] * of_state // block_bytes) if block_bytes else 0
+            for rank in stages
+            for block_bytes in (self._block_bytes(limits, rank),)
+        )
+
+    def _num_caching(self, rank: int) -> tuple[int, int]:
+        held = Holding(self.model, self.layout, rank, self.placements)
+        return num_caching(self.model, held.layers)
+
+    def _block_bytes(self, limits: Limits, rank: int) -> int:
+        """Bytes of a block of the paged cache on a rank, all its layers together."""
+        of_block = ceil(limits.block_size / self.layout.dcp)
+        position_bytes = held_kv_bytes(self.model, self.types, self.layout.tp)
+        return self._num_caching(rank)[0] * of_block * position_bytes
 
     def fullest(self, limits: Limits) -> RankMemory:
         """The memory of the fullest rank: the first ranks of the stages hold most."""
@@ -262,12 +320,15 @@ class PlacedModel:
             max_num_batched_tokens=num_batched_tokens,
         )
         found = []
+        limits = replace(limits, state_blocks=self.state_blocks(limits))
+        blocks_per_seq += limits.state_blocks
         for rank in dict.fromkeys((0, (self.layout.pp - 1) * self.layout.stage_size)):
-            need = self.rank_memory(limits, rank)
+            need = self.rank_memory(limits, rank, 1)
             cache_bytes = free - need.weight_bytes - need.activation_bytes
-            room = cache_bytes // need.kv_bytes
-            num_blocks = cache_bytes / need.kv_bytes * blocks_per_seq
-            if prefixes.num:
+            room = cache_bytes // max(need.kv_bytes, 1)
+            num_blocks = cache_bytes / max(need.kv_bytes, 1) * blocks_per_seq
+            if prefixes.num:  # each is kept with its state
+                num_blocks -= prefixes.num * limits.state_blocks
                 room = prefixes.num_sharing(num_blocks, blocks_per_seq - prefixes.num_blocks)
             fits = need.total_bytes <= free
             max_seqs = int(room) if fits else 0
@@ -277,14 +338,14 @@ class PlacedModel:
 
 @cache
 def _layer_bytes(
-    model: ModelConfig, types: NumberTypes, own: Slices, is_dense: bool, num_experts: int
+    model: ModelConfig, types: NumberTypes, own: Slices, kind: LayerKind, num_experts: int
 ) -> int:
     """Bytes of a rank's part of a layer's weights, scales included.
 
     Args:
         num_experts: experts that the rank holds, or holds a slice of.
     """
-    num_of = {layer_name(0, part): 1 for part in layer_shapes(model, is_dense)}
+    num_of = {layer_name(0, part): 1 for part in layer_shapes(model, kind)}
     if num_experts:
         num_of |= {expert_name(0, 0, part): num_experts for part in expert_shapes(model)}
     return sum(
@@ -301,7 +362,8 @@ def _held(model: ModelConfig, own: Slices, name: str) -> list[range]:
 
 _WIDE = {
     *("attention_norm", "moe_norm", "query_a_norm", "kv_a_norm", FINAL_NORM),
-    *("sinks", "router", "router_bias", "correction_bias"),
+    *("sinks", "router", "router_bias", "correction_bias", "decay_log", "step_bias", "skip"),
+    *("index_weights", "index_norm", "index_norm_bias"),
 }
 
 

@@ -18,7 +18,7 @@ from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import LIKELY, Execution, Profile, Terms, kernels_of
 from expertlane.cost.pricing import forwarded_times, operation_times
-from expertlane.cost.step.attention import attention_steps
+from expertlane.cost.step.attention import mixer_steps
 from expertlane.cost.step.batch_sizes import Scenarios
 from expertlane.cost.step.counts import StageMesh
 from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts
@@ -29,6 +29,7 @@ from expertlane.cost.step.layer import (
     expert_steps,
     head_steps,
     projection_steps,
+    residual_steps,
     router_steps,
     shared_expert_steps,
 )
@@ -43,7 +44,7 @@ from expertlane.cost.step.operation import (
 )
 from expertlane.cost.step.step_list import ExpectedStepList
 from expertlane.spec.deployment import DispatchForm, PayloadType, is_by_node_on
-from expertlane.spec.model import ModelConfig
+from expertlane.spec.model import LayerKind, Mixing, ModelConfig, kinds_of_layers
 
 # Rows of what is added up: three bounds of computing, of transfers, what all transfers would cost
 # computing beside them, launches, and three bounds of the engine's own work where all is in series.
@@ -98,15 +99,13 @@ class PricedPoints(NamedTuple):
     """Parts of P points, priced: tables over distinct ones, and where each point's stand.
 
     Attributes:
-        dense: by attention's window, [rows, U]; a layer with a dense MLP.
-        sparse: by window, [rows, U]; an MoE layer without dispatch, experts and combine.
+        layers: by kind, [rows, U]; an MoE layer without dispatch, experts and combine.
         experts: [rows, V]; dispatch, experts and combine.
         embedding, arrival, head, projection: [rows, U].
         own, of_experts: [P]; each point's index in U and V.
     """
 
-    dense: dict[int | None, Floats]
-    sparse: dict[int | None, Floats]
+    layers: dict[LayerKind, Floats]
     experts: Floats
     embedding: Floats
     arrival: Floats
@@ -139,10 +138,9 @@ class SharedParts:
         self._own, self._experts = _Column(), _Column()
         self._ones: dict[tuple[int, int], OneOfGroup] = {}
         self._keeps_all: list[bool] = []  # by shape
-        layers = range(model.num_hidden_layers)
-        self._windows = list(dict.fromkeys(map(model.window_of_layer, layers)))
-        self._has_dense = any(map(model.is_dense, layers))
-        self._has_experts = not all(map(model.is_dense, layers))
+        self._kinds = list(kinds_of_layers(model))
+        self._mlps = {kind.mlp for kind in self._kinds}
+        self._has_experts = "experts" in self._mlps
         self._has_drafts = has_drafts
 
     def add(self, shape: Shape) -> int:
@@ -198,10 +196,10 @@ class SharedParts:
         of_all = np.zeros((_NUM_ROWS, len(chosen)))
         for (at, _), times in zip(experts, priced[len(lists) :], strict=True):
             of_all[:, at] = times
-        attention = {window: tables["attention", window] for window in self._windows}
         return PricedPoints(
-            dense={key: each + tables["dense", None] for key, each in attention.items()},
-            sparse={key: each + tables["router", None] for key, each in attention.items()},
+            layers={
+                kind: tables["mixer", kind.mixing] + tables[kind.mlp, None] for kind in self._kinds
+            },
             experts=of_all,
             embedding=tables["embedding", None],
             arrival=tables["arrival", None],
@@ -225,10 +223,10 @@ class SharedParts:
 
     def _own_lists(
         self, columns: Sequence[_AnyColumn]
-    ) -> list[tuple[tuple[str, int | None], Ints, ExpectedStepList]]:
-        """Parts without experts: name and window, their indices in the columns, and their steps."""
+    ) -> list[tuple[tuple[str, Mixing | None], Ints, ExpectedStepList]]:
+        """Parts without experts: name and mixing, their indices in the columns, and their steps."""
         model = self._model
-        lists: list[tuple[tuple[str, int | None], Ints, ExpectedStepList]] = []
+        lists: list[tuple[tuple[str, Mixing | None], Ints, ExpectedStepList]] = []
         key, is_normed, is_decode, num_drafts, *sizes = columns
         for at in _alike((key, is_normed, is_decode, num_drafts)):
             shape = self._own.firsts[key[at[0]]]
@@ -244,19 +242,22 @@ class SharedParts:
 
             def begin(
                 name: str,
-                window: int | None = None,
+                mixing: Mixing | None = None,
                 shape: Shape = shape,
                 at: Ints = at,
             ) -> ExpectedStepList:
-                lists.append(((name, window), at, self._begun(shape, len(at))))
+                lists.append(((name, mixing), at, self._begun(shape, len(at))))
                 return lists[-1][-1]
 
-            for window in self._windows:
-                attention_steps(begin("attention", window), model, window, part)
-            if self._has_dense:
+            for mixing in dict.fromkeys(kind.mixing for kind in self._kinds):
+                if mixing is not None:
+                    mixer_steps(begin("mixer", mixing), model, mixing, part)
+            if "none" in self._mlps:
+                residual_steps(begin("none"), model, part)
+            if "dense" in self._mlps:
                 dense_steps(begin("dense"), model, part)
             if self._has_experts:
-                router = begin("router")
+                router = begin("experts")
                 router_steps(router, model, part)
                 shared_expert_steps(router, model, part)
             embedding_steps(begin("embedding"), model, part)

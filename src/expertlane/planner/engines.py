@@ -415,6 +415,11 @@ EXPERTLANE = ServingEngine(
             "expertlane/engine",
             lambda pool: pool.candidate.num_drafts > 0,
         ),
+        Row(
+            "does not run what the model mixes tokens by, or its layers",
+            "expertlane/spec/model.py: planned_only",
+            lambda pool: pool.model.planned_only is not None,
+        ),
     ),
     None,
     has_replicas=True,

@@ -14,7 +14,7 @@ from functools import partial
 from math import ceil
 from pathlib import PurePath
 
-from expertlane.cost.memory import FREE_SHARE, held_kv_bytes
+from expertlane.cost.memory import FREE_SHARE, held_kv_bytes, held_state_bytes, num_caching
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.planner.engines import DeviceKind, ServingEngine
 from expertlane.planner.served_pool import LEAST_BUFFER, ServedPool
@@ -331,9 +331,12 @@ def _vllm_cache(draft: _Draft, asked: _Asked, num_blocks: int, block_size: int) 
     One more block is vLLM's own, the null block.
     """
     pool, layout = asked.pool, asked.layout
-    num_layers = len(layout.layers_of_stage(pool.model.num_hidden_layers, 0))
-    of_position = num_layers * held_kv_bytes(pool.model, asked.types, layout.tp)
-    draft.add("--kv-cache-memory-bytes", (num_blocks + 1) * block_size * of_position)
+    layers = layout.layers_of_stage(pool.model.num_hidden_layers, 0)
+    num_paged, num_states = num_caching(pool.model, layers)
+    of_position = num_paged * held_kv_bytes(pool.model, asked.types, layout.tp)
+    of_states = num_states * held_state_bytes(pool.model, asked.types, layout.tp)
+    num_bytes = (num_blocks + 1) * block_size * of_position + pool.rank_seqs * of_states
+    draft.add("--kv-cache-memory-bytes", num_bytes)
 
 
 _VLLM_BACKENDS = {

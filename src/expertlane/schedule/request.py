@@ -48,6 +48,8 @@ class Limits:
             rank, at most so many steps: a step takes as long as its busiest rank.
         phases_apart: a step holds prompts or decodes, never both, and prompts go first; so that
             each can be measured by itself. A decode waits while any prompt can be computed.
+        state_blocks: blocks of the cache whose room the state of a running request takes, beside
+            those of its positions.
 
     Raises:
         SpecError: a size is out of its range.
@@ -63,6 +65,7 @@ class Limits:
     prefix_caching: bool = True
     prompt_wait_steps: int = 0
     phases_apart: bool = False
+    state_blocks: int = 0
 
     def __post_init__(self) -> None:
         take_fields(self, "scheduler: {}".format)
@@ -70,7 +73,8 @@ class Limits:
     @property
     def max_positions(self) -> int:
         """The most positions that any sequence can take."""
-        return min(self.max_model_len, self.num_blocks * self.block_size)
+        num_blocks = max(self.num_blocks - self.state_blocks, 1)
+        return min(self.max_model_len, num_blocks * self.block_size)
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` positions take."""

@@ -234,9 +234,14 @@ class RunningTable:
         """Rows in use."""
         return len(self.requests) - len(self._unused)
 
+    @property
+    def num_free(self) -> int:
+        """Free blocks whose room no running request's state takes."""
+        return self.blocks.num_free - self._limits.state_blocks * self.num_running
+
     def has_room(self) -> bool:
         """True if a row and a block are free, which one more request takes."""
-        return bool(self._unused) and self.num_running < self.blocks.num_free
+        return bool(self._unused) and self.num_running < self.num_free
 
     def empty(self) -> "RunningTable":
         """An empty table and cache that goes on with the counts of this one."""
@@ -293,14 +298,14 @@ class RunningTable:
         return self.blocks.find(request.digest(index, size) for index in range(num_full))
 
     def has_blocks_for(self, request: Request, cached: Sequence[int]) -> bool:
-        """True if all tokens so far fit, with one more block for each running request.
+        """True if state and tokens so far fit, with one more block for each running request.
 
         That reserve lets all go on for `block_size` steps at least: a request admitted into the
         very last blocks would soon be preempted, and its prompt computed twice.
         """
         num_blocks = self._limits.blocks_for(request.num_tokens)
         needed = self.blocks.num_needed(num_blocks, cached)
-        return needed + self.num_running <= self.blocks.num_free
+        return needed + self._limits.state_blocks + self.num_running <= self.num_free
 
     def admit(self, request: Request, cached: Sequence[int]) -> int:
         """Give a request a row, and blocks for all its tokens, the `cached` ones first."""
@@ -369,13 +374,13 @@ class RunningTable:
         """
         has_none = self.num_computed[rows] == self.num_blocks[rows] * self.blocks.block_size
         asking: list[int] = rows[has_none].tolist()
-        if len(asking) <= self.blocks.num_free:
+        if len(asking) <= self.num_free:
             self._append_blocks(asking)
             return rows, []
         preempted: list[Request] = []
         left_out: set[int] = set()
         for row in sorted(asking, key=self._order):
-            while not self.blocks.num_free and row not in left_out:
+            while self.num_free < 1 and row not in left_out:
                 last = max(np.flatnonzero(self._is_used).tolist(), key=self._order)
                 left_out.add(last)
                 if last == row or self.in_flight[last]:

@@ -89,6 +89,7 @@ def simulation(
         has_drafts=drafts.num_drafts > 0,
         num_ranks=max(each.replica_size for each in setup.pools.values()),
     )
+    stand_in_laws = stand_ins(cluster.profile, setup.types, simulator.model)
     results = Results.now(
         "simulation",
         command,
@@ -96,7 +97,7 @@ def simulation(
         [_record(*best_run(runs, serving), routing, serving)],
         cluster=cluster_record(cluster, served),
         assumptions=_assumptions(simulator, routing),
-        cautions=tuple(dict.fromkeys((*cautions, *stand_ins(cluster.profile, setup.types)))),
+        cautions=tuple(dict.fromkeys((*cautions, *stand_in_laws))),
     )
     return with_known_errors(results, simulator.model, cluster.profile)
 

@@ -196,7 +196,8 @@ class PoolRanks:
     def num_held(self, blocks: float) -> int:
         """Sequences of `blocks` blocks each, shared ones included, that all ranks hold."""
         limits, prefixes = self.limits, self.prefixes
-        num = int(prefixes.num_sharing(limits.num_blocks, blocks - prefixes.num_blocks))
+        of_each = blocks + limits.state_blocks - prefixes.num_blocks
+        num = int(prefixes.num_sharing(limits.num_blocks, of_each))
         return min(num, limits.max_num_seqs) * self.layout.dp * self.layout.replicas
 
 
@@ -504,6 +505,10 @@ class Simulator:
         )
         limits = held.fit_cache(wanted, FREE_SHARE * self.cluster.profile.device.memory_bytes)
         memory = held.fullest(limits)
+        if limits.state_blocks and prefixes.num:  # the cache keeps a state beside each prefix
+            least = of_seq + 1 + limits.state_blocks
+            num_blocks = limits.num_blocks - prefixes.num * limits.state_blocks
+            limits = replace(limits, num_blocks=max(least, num_blocks))
         num_positions = limits.num_blocks * limits.block_size
         few = int(_SHARE_ALIKE * memory.weight_bytes * num_positions / memory.kv_bytes)
         context_step = min(max(load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
@@ -528,7 +533,7 @@ class Simulator:
         prompt, output = load.mean_lens
         share = (prompt + multi_token.num_steps(ceil(output))) / (prompt + output)
         longest = load.prompt_len.high + multi_token.num_steps(load.output_len.high)
-        least = ceil(longest / limits.block_size) + 1
+        least = ceil(longest / limits.block_size) + 1 + limits.state_blocks
         return replace(limits, num_blocks=max(least, int(limits.num_blocks * share)))
 
 

@@ -4,24 +4,24 @@ A family computes what its transformers class does; `docs/families.md` has the t
 also decides what a field means where it is left out or null.
 """
 
-import math
 import os
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args
 
 from expertlane.errors import SpecError
+from expertlane.spec.families import READERS
 from expertlane.spec.hf_config import (
     FAMILIES,
     ConfigReader,
+    Family,
     family_of,
     language_model_of,
     narrow_scheme,
     read_config,
 )
-from expertlane.spec.model import LatentAttention, ModelConfig, RopeScaling, Routing
+from expertlane.spec.mixer_families import MIXER_READERS
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Dtype
-from expertlane.spec.ranges import shown
 
 _SAME = (  # in every family
     "num_hidden_layers",
@@ -50,6 +50,11 @@ def from_hf(
     family = family_of(config)
     known = FAMILIES[family]
     if weights:
+        if known.is_planned_only:
+            raise SpecError(
+                f"models of {known.architecture} are not run or served yet; plan, simulate and "
+                "compare --project take their config.json"
+            )
         for wrapper in known.wrappers:
             if config.get("architectures") == [wrapper]:
                 raise SpecError(
@@ -57,14 +62,17 @@ def from_hf(
                     "take its config.json"
                 )
         narrow_scheme(config)
-    fields = ConfigReader(language_model_of(config), name or family, known.defaults)
-    if fields.get(str, "hidden_act") not in ("silu", "swish"):  # one function of two names
+    text = language_model_of(config)
+    if known.spellings:
+        text = {known.spellings.get(key, key): value for key, value in text.items()}
+    fields = ConfigReader(text, name or family, known.defaults)
+    if fields.get(str, "hidden_act") not in known.hidden_acts:
         raise fields.unsupported("hidden_act")
     return ModelConfig(
         num_experts=fields.get(int, *known.num_experts),
         num_experts_per_tok=fields.get(int, *known.num_experts_per_tok),
         usual_skew=known.skew,
-        **_common(fields) | READERS[family](fields),
+        **_common(fields, known) | (READERS | MIXER_READERS)[family](fields),
     )
 
 
@@ -84,7 +92,7 @@ def read_model(folder: Path, given: str, *, weights: bool = True) -> ModelConfig
     return from_hf(config, Path(os.path.abspath(given)).name, weights=weights)
 
 
-def _common(fields: ConfigReader) -> dict[str, Any]:
+def _common(fields: ConfigReader, family: Family) -> dict[str, Any]:
     """Fields that every family has in the same form."""
     eos = fields.raw("eos_token_id")
     eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -98,404 +106,8 @@ def _common(fields: ConfigReader) -> dict[str, Any]:
     return {
         "name": fields.name,
         **fields.same(ModelConfig, *_SAME),
-        "gated_mlp": True,
-        "hidden_act": "silu",
+        "gated_mlp": family.hidden_acts[0] == "silu",
+        "hidden_act": family.hidden_acts[0],
         "eos_token_ids": tuple(fields.typed(int, "eos_token_id", token) for token in eos),
         "dtype": dtype,
     }
-
-
-def rope_parameters(fields: ConfigReader) -> ConfigReader:
-    """The fields of `rope_scaling` (transformers 4) or `rope_parameters` (5); null: the default."""
-    parameters = fields.raw("rope_scaling", "rope_parameters")
-    parameters = fields.defaults["rope_parameters"] if parameters is None else parameters
-    parameters = {} if parameters is None else parameters
-    if not isinstance(parameters, dict) or any(isinstance(v, dict) for v in parameters.values()):
-        raise fields.error("rope parameters that differ by layer are not supported")
-    return ConfigReader(parameters, fields.name, {"truncate": True})
-
-
-def rotary(fields: ConfigReader, share: float | None = None) -> dict[str, Any]:
-    """Rotary positions.
-
-    Args:
-        share: of a head's values that are rotated where a configuration names none; None where
-            all have to be.
-    """
-    rope, partial = rope_parameters(fields), {}
-    if share is None:
-        for holder in (fields, rope):
-            holder.expect("partial_rotary_factor", 1, 1.0)
-    else:
-        share = fields.get(float, "partial_rotary_factor", default=share)
-        share = rope.get(float, "partial_rotary_factor", default=share)
-        partial = {"partial_rotary_factor": share}
-    theta = rope.optional(float, "rope_theta")
-    theta = fields.get(float, "rope_theta") if theta is None else theta
-    kind = rope.get(str, "rope_type", "type", default="default")
-    if kind in ("default", "dynamic"):  # dynamic differs only beyond max_position_embeddings
-        return {"rope_theta": theta, **partial}
-    max_len = fields.get(int, "max_position_embeddings")
-    trained = rope.get(int, "original_max_position_embeddings", default=max_len)
-    trained = fields.get(int, "original_max_position_embeddings", default=trained)
-    match kind:
-        case "linear":
-            sizes = rope.same(RopeScaling, "factor")
-        case "llama3":
-            sizes = rope.same(RopeScaling, "factor", "low_freq_factor", "high_freq_factor")
-        case "yarn":
-            sizes = _yarn(rope, default_factor=max_len / trained)
-        case _:
-            raise fields.error(
-                f"rope_type {kind!r} is not supported; supported: default, dynamic, linear, "
-                "llama3, yarn"
-            )
-    sizes |= {"rope_type": kind, "original_max_position_embeddings": trained}
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(**sizes), **partial}
-
-
-def _yarn(rope: ConfigReader, default_factor: float) -> dict[str, Any]:
-    factor = rope.get(float, "factor", default=default_factor)
-    mscale, mscale_all_dim = rope.optional(float, "mscale"), rope.optional(float, "mscale_all_dim")
-    if mscale and mscale_all_dim:
-        attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all_dim)
-    else:
-        attention_factor = yarn_mscale(factor, 1.0)
-    return {
-        "factor": factor,
-        "beta_fast": rope.optional(float, "beta_fast") or 32.0,
-        "beta_slow": rope.optional(float, "beta_slow") or 1.0,
-        "truncate": bool(rope.optional(bool, "truncate")),
-        "attention_factor": rope.get(float, "attention_factor", default=attention_factor),
-    }
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """The growth of attention's logits with the context (Peng et al. 2023, equation 25)."""
-    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-
-def _attention(fields: ConfigReader, share: float | None = None) -> dict[str, Any]:
-    """Attention with keys and values of their own: heads and rotary positions as of `rotary`."""
-    heads = fields.get(int, "num_attention_heads")
-    head_dim = fields.get(int, "head_dim", default=fields.get(int, "hidden_size") // heads)
-    return {
-        "head_dim": head_dim,
-        "num_key_value_heads": fields.get(int, "num_key_value_heads", default=heads),
-        **rotary(fields, share),
-    }
-
-
-def _biased_attention(fields: ConfigReader) -> dict[str, Any]:
-    """Attention with biases of all projections or of none."""
-    bias = fields.get(bool, "attention_bias")
-    return {**_attention(fields), "qkv_bias": bias, "output_bias": bias}
-
-
-def _has_window(fields: ConfigReader) -> list[bool] | None:
-    """Whether each layer has a window, by `layer_types`; None where that is null or missing."""
-    types = fields.raw("layer_types")
-    if types is None:
-        return None
-    if not isinstance(types, list):
-        raise fields.error(f"layer_types is {types!r}; it must be a list")
-    for kind in types:
-        if kind not in ("full_attention", "sliding_attention"):
-            raise fields.error(f"layer type {kind!r} is not supported")
-    if len(types) != (num_layers := fields.get(int, "num_hidden_layers")):
-        raise fields.error(f"layer_types has {len(types)} entries for {num_layers} layers")
-    return [kind == "sliding_attention" for kind in types]
-
-
-def _windows_by_type(fields: ConfigReader, default: list[bool]) -> tuple[int | None, ...]:
-    """One window a layer; which have one `layer_types` says, else a family's default."""
-    has_window = _has_window(fields)
-    has_window = default if has_window is None else has_window
-    if not any(has_window):
-        return ()
-    window = fields.get(int, "sliding_window")
-    return tuple(window if has else None for has in has_window)
-
-
-def _windows_everywhere(fields: ConfigReader) -> tuple[int | None, ...]:
-    window = fields.optional(int, "sliding_window")
-    return () if window is None else (window,) * fields.get(int, "num_hidden_layers")
-
-
-def _mixtral(fields: ConfigReader) -> dict[str, Any]:
-    return {
-        **_attention(fields),
-        "moe_intermediate_size": fields.get(int, "intermediate_size"),
-        "sliding_window": _windows_everywhere(fields),
-    }
-
-
-def _qwen_moe(fields: ConfigReader) -> dict[str, Any]:
-    """Layers with experts of the Qwen families, and their widths."""
-    mlp_only = fields.integers("mlp_only_layers")
-    step = fields.get(int, "decoder_sparse_step")
-    layers = range(fields.get(int, "num_hidden_layers"))
-    dense = tuple(layer for layer in layers if layer in mlp_only or (layer + 1) % step)
-    return {
-        **fields.same(ModelConfig, "moe_intermediate_size"),
-        "intermediate_size": fields.get(int, "intermediate_size") if dense else 0,
-        "dense_layers": dense,
-    }
-
-
-def _norms_as_told(fields: ConfigReader) -> Routing:
-    """A softmax over all experts, whose weights add up to 1 if the configuration says so."""
-    return Routing(**fields.same(Routing, "norm_topk_prob"))
-
-
-def _qwen2_moe(fields: ConfigReader) -> dict[str, Any]:
-    windows: tuple[int | None, ...] = ()
-    if fields.get(bool, "use_sliding_window"):
-        first_full = fields.get(int, "max_window_layers")
-        layers = range(fields.get(int, "num_hidden_layers"))
-        has_window = [i % 2 == 0 and i < first_full for i in layers]
-        windows = _windows_by_type(fields, has_window)
-    elif any(_has_window(fields) or ()):
-        # transformers 5 then masks all positions in such layers, which no model can mean.
-        raise fields.error(
-            "layer_types has 'sliding_attention' but use_sliding_window is false; make one agree "
-            "with the other"
-        )
-    return {
-        **_attention(fields),
-        **_qwen_moe(fields),
-        **fields.same(ModelConfig, "qkv_bias", "shared_expert_intermediate_size"),
-        "sliding_window": windows,
-        "shared_expert_gate": True,
-        "routing": _norms_as_told(fields),
-    }
-
-
-def _qwen3_moe(fields: ConfigReader) -> dict[str, Any]:
-    has_windows = fields.get(bool, "use_sliding_window")
-    return {
-        **_qwen_moe(fields),
-        **_biased_attention(fields),
-        "qk_norm": "head",
-        "sliding_window": _windows_everywhere(fields) if has_windows else (),
-        "routing": _norms_as_told(fields),
-    }
-
-
-def _olmoe(fields: ConfigReader) -> dict[str, Any]:
-    fields.expect("clip_qkv")
-    return {
-        **_biased_attention(fields),
-        "moe_intermediate_size": fields.get(int, "intermediate_size"),
-        "qk_norm": "full",
-        "routing": _norms_as_told(fields),
-    }
-
-
-_LATENT = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-
-
-def _latent(fields: ConfigReader) -> dict[str, Any]:
-    """Latent attention."""
-    fields.expect("attention_bias", False)
-    rope, all_dim = rotary(fields), rope_parameters(fields).optional(float, "mscale_all_dim")
-    scaling: RopeScaling | None = rope.get("rope_scaling")
-    latent = LatentAttention(
-        **fields.same(LatentAttention, *_LATENT),
-        q_lora_rank=fields.optional(int, "q_lora_rank"),
-        mscale=yarn_mscale(scaling.factor, all_dim) if scaling and all_dim else 1.0,
-    )
-    return {**rope, "head_dim": latent.qk_nope_head_dim + latent.qk_rope_head_dim, "latent": latent}
-
-
-def _dense_and_shared(fields: ConfigReader, dense: Iterable[int]) -> dict[str, Any]:
-    """MLPs where some layers have no experts, and all others `n_shared_experts` besides."""
-    dense, expert = tuple(dense), fields.get(int, "moe_intermediate_size")
-    return {
-        "moe_intermediate_size": expert,
-        "intermediate_size": fields.get(int, "intermediate_size") if dense else 0,
-        "dense_layers": dense,
-        "shared_expert_intermediate_size": fields.get(int, "n_shared_experts") * expert,
-    }
-
-
-def _first_dense(fields: ConfigReader) -> dict[str, Any]:
-    """MLPs where the first layers have no experts."""
-    num_dense = fields.get(int, "first_k_dense_replace")
-    num_dense = min(num_dense, fields.get(int, "num_hidden_layers"))
-    return _dense_and_shared(fields, range(num_dense))
-
-
-def _deepseek(fields: ConfigReader) -> dict[str, Any]:
-    """Parts common to DeepSeek-V2 and V3: latent attention, dense first layers."""
-    fields.expect("mlp_bias", False)
-    fields.expect("moe_layer_freq", 1)
-    return {**_latent(fields), **_first_dense(fields)}
-
-
-def _deepseek_v2(fields: ConfigReader) -> dict[str, Any]:
-    fields.expect("scoring_func", "softmax")
-    fields.expect("norm_topk_prob", False)
-    fields.expect("topk_method", "greedy", "group_limited_greedy")
-    in_groups = fields.get(str, "topk_method") == "group_limited_greedy"
-    routing = Routing(
-        norm_topk_prob=False,
-        routed_scaling_factor=fields.get(float, "routed_scaling_factor"),
-        n_group=fields.get(int, "n_group") if in_groups else 1,
-        topk_group=fields.get(int, "topk_group") if in_groups else 1,
-        group_score="max",
-    )
-    return {**_deepseek(fields), "rope_interleave": True, "routing": routing}
-
-
-def _sigmoid_routing(fields: ConfigReader) -> Routing:
-    """Sigmoids, a bias for the choice alone, and groups that are compared by their two best."""
-    return Routing(
-        scoring_func="sigmoid",
-        norm_topk_prob=bool(fields.optional(bool, "norm_topk_prob")),
-        correction_bias=True,
-        **fields.same(Routing, "routed_scaling_factor", "n_group", "topk_group"),
-        group_score="top2_sum",
-    )
-
-
-def _interleaved(fields: ConfigReader) -> bool:
-    return bool(fields.optional(bool, "rope_interleave"))
-
-
-def _deepseek_v3(fields: ConfigReader) -> dict[str, Any]:
-    fields.expect("scoring_func", "sigmoid")
-    fields.expect("topk_method", "noaux_tc")
-    return {
-        **_deepseek(fields),
-        "rope_interleave": _interleaved(fields),
-        "routing": _sigmoid_routing(fields),
-    }
-
-
-def _glm4_moe(fields: ConfigReader) -> dict[str, Any]:
-    return {
-        **_attention(fields, share=0.5),
-        **_first_dense(fields),
-        "qkv_bias": fields.get(bool, "attention_bias"),
-        "qk_norm": "head" if fields.get(bool, "use_qk_norm") else None,
-        "routing": _sigmoid_routing(fields),
-    }
-
-
-def _glm4_moe_lite(fields: ConfigReader) -> dict[str, Any]:
-    num_layers = fields.get(int, "num_hidden_layers")
-    kinds = fields.raw("mlp_layer_types")
-    kinds = ["dense"] + ["sparse"] * (num_layers - 1) if kinds is None else kinds
-    if not isinstance(kinds, list) or len(kinds) != num_layers:
-        raise fields.error(f"mlp_layer_types must be a list of {num_layers}, one for each layer")
-    if unknown := [kind for kind in kinds if kind not in ("dense", "sparse")]:
-        raise fields.error(f"mlp_layer_types holds {shown(unknown[0])}; valid: dense, sparse")
-    dense = [layer for layer, kind in enumerate(kinds) if kind == "dense"]
-    return {
-        **_latent(fields),
-        **_dense_and_shared(fields, dense),
-        "rope_interleave": _interleaved(fields),
-        "routing": _sigmoid_routing(fields),
-    }
-
-
-def _dots1(fields: ConfigReader) -> dict[str, Any]:
-    window = fields.optional(int, "sliding_window")
-    first = fields.get(int, "max_window_layers") if window is not None else 0
-    layers = range(fields.get(int, "num_hidden_layers"))
-    has_window = [window is not None and layer >= first for layer in layers]
-    return {
-        **_biased_attention(fields),
-        **_first_dense(fields),
-        "qk_norm": "head",
-        "sliding_window": _windows_by_type(fields, has_window),
-        "routing": _sigmoid_routing(fields),
-    }
-
-
-def _minimax_m2(fields: ConfigReader) -> dict[str, Any]:
-    fields.expect("scoring_func", "sigmoid")
-    for key in ("use_qk_norm", "use_routing_bias"):
-        fields.expect(key, True)
-    fields.expect("qk_norm_type", "per_layer")
-    fields.expect("shared_intermediate_size", 0)
-    kinds = fields.raw("attn_type_list")
-    if kinds is not None and (not isinstance(kinds, list) or any(kind != 1 for kind in kinds)):
-        raise fields.unsupported("attn_type_list")
-    rotated = fields.optional(int, "rotary_dim")
-    head_dim = fields.get(int, "head_dim")
-    return {
-        **_attention(fields, share=1.0 if rotated is None else rotated / head_dim),
-        "moe_intermediate_size": fields.get(int, "intermediate_size"),
-        "qk_norm": "full",
-        "routing": Routing(scoring_func="sigmoid", correction_bias=True),
-    }
-
-
-def _ernie4_5_moe(fields: ConfigReader) -> dict[str, Any]:
-    fields.expect("use_bias", False)
-    if fields.get(float, "moe_norm_min") > 1e-9:  # sums of weights never come near
-        raise fields.unsupported("moe_norm_min")
-    num_layers = fields.get(int, "num_hidden_layers")
-    first, last = (fields.get(int, f"moe_layer_{end}_index") for end in ("start", "end"))
-    last, step = num_layers - 1 if last == -1 else last, fields.get(int, "moe_layer_interval")
-    layers = range(num_layers)
-    dense = tuple(i for i in layers if (i + 1) % step or not first <= i <= last)
-    expert, num_shared = (
-        fields.get(int, f"moe_{name}") for name in ("intermediate_size", "num_shared_experts")
-    )
-    return {
-        **_attention(fields),
-        "rope_interleave": True,
-        "moe_intermediate_size": expert,
-        "intermediate_size": fields.get(int, "intermediate_size") if dense else 0,
-        "dense_layers": dense,
-        "shared_expert_intermediate_size": num_shared * expert,
-        "routing": Routing(correction_bias=True),
-    }
-
-
-def _granitemoe(fields: ConfigReader) -> dict[str, Any]:
-    multipliers = [f"{name}_multiplier" for name in ("attention", "embedding", "residual")]
-    return {
-        **_biased_attention(fields),
-        "moe_intermediate_size": fields.get(int, "intermediate_size"),
-        **{name: fields.get(float, name) for name in (*multipliers, "logits_scaling")},
-    }
-
-
-def _qwen3_vl_moe(fields: ConfigReader) -> dict[str, Any]:
-    """The language model; positions of text are the same in all three sections."""
-    return {**_qwen_moe(fields), **_biased_attention(fields), "qk_norm": "head"}
-
-
-def _gpt_oss(fields: ConfigReader) -> dict[str, Any]:
-    layers = range(fields.get(int, "num_hidden_layers"))
-    return {
-        **_biased_attention(fields),
-        "moe_intermediate_size": fields.get(int, "intermediate_size"),
-        "attention_sinks": True,
-        "sliding_window": _windows_by_type(fields, [i % 2 == 0 for i in layers]),
-        **fields.same(ModelConfig, "swiglu_limit", "swiglu_alpha"),
-        "expert_bias": True,
-        "routing": Routing(router_bias=True),
-    }
-
-
-READERS: dict[str, Callable[[ConfigReader], dict[str, Any]]] = {
-    "mixtral": _mixtral,
-    "qwen2_moe": _qwen2_moe,
-    "qwen3_moe": _qwen3_moe,
-    "olmoe": _olmoe,
-    "deepseek_v2": _deepseek_v2,
-    "deepseek_v3": _deepseek_v3,
-    "gpt_oss": _gpt_oss,
-    "glm4_moe": _glm4_moe,
-    "glm4_moe_lite": _glm4_moe_lite,
-    "dots1": _dots1,
-    "minimax_m2": _minimax_m2,
-    "ernie4_5_moe": _ernie4_5_moe,
-    "qwen3_vl_moe": _qwen3_vl_moe,
-    "granitemoe": _granitemoe,
-}

@@ -115,6 +115,10 @@ class Family:
         wrappers: other architectures whose language model, in `text_config`, is of this family;
             their weights have names of their own, which are not read.
         skew: `usual_skew` of `ModelConfig`, by calibration/popularity.py.
+        mixers: what its layers mix tokens by, in words.
+        is_planned_only: the engine cannot run it.
+        hidden_acts: activations of MLPs that it has, one function under several names.
+        spellings: names of fields that other families call otherwise, with those names.
         unread: prefixes of names of tensors that are no part of the language model.
         defaults: defaults of all fields that are read; those of transformers 5's config classes.
             transformers 4.57 differs in two: DeepSeek-V2's vocab_size was 32000, and a null
@@ -127,6 +131,10 @@ class Family:
     num_experts_per_tok: list[str] = field(default_factory=lambda: ["num_experts_per_tok"])
     wrappers: list[str] = field(default_factory=list)
     skew: float = DEFAULT_SKEW
+    mixers: str = "grouped queries"
+    is_planned_only: bool = False
+    hidden_acts: list[str] = field(default_factory=lambda: ["silu", "swish"])
+    spellings: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
 
 

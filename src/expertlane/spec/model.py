@@ -6,18 +6,21 @@ Matrices are [out_features, in_features]. In the names, N is a layer and E an ex
 - `layers.N.` and, for attention: `attention_norm`; `query`, `key`, `value`, `output`, each with a
   `…_bias`; `query_norm`, `key_norm`; `sinks`. With latent attention `query` or else `query_a`,
   `query_a_norm`, `query_b`; then `kv_a`, `kv_a_norm`, `kv_b`, `output`;
-- `layers.N.` and, for the MLP: `moe_norm` in every layer; `router`, `router_bias`,
-  `correction_bias`, `shared_gate`; `experts.E.`, `shared.` or `dense.` with `gate`, `up`, `down`,
-  and for experts `gate_bias`, `up_bias`, `down_bias`.
+- `layers.N.state.`, or `layers.N.index_…`: mixers beside attention (`spec.mixers`);
+- `layers.N.` and, for the MLP: `moe_norm` in every layer that has one; `router`, `router_bias`,
+  `correction_bias`, `shared_gate`; `latent_in`, `latent_out`; `experts.E.`, `shared.` or `dense.`
+  with `gate`, `up`, `down`, and for experts `gate_bias`, `up_bias`, `down_bias`.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from expertlane.errors import SpecError
+from expertlane.spec.mixers import Indexer, Shape, StateMixer
 from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import DEFAULT_SKEW, MAX_PARAMS, Strict, take_fields
 
@@ -26,7 +29,28 @@ FINAL_NORM = "final_norm"
 HEAD = "head"
 _CUT_BY_INPUT = ("output", "down")
 
-Shape = tuple[int, ...]
+
+class Mixing(NamedTuple):
+    """How a layer mixes tokens.
+
+    Attributes:
+        window: of attention, latest positions that a token sees, its own included; None for all.
+    """
+
+    kind: Literal["attention", "state"] = "attention"
+    window: int | None = None
+
+
+class LayerKind(NamedTuple):
+    """What a layer is made of; layers of one kind have alike tensors and costs.
+
+    Attributes:
+        mixing: None where it has an MLP alone.
+        mlp: `none` where it has a mixer alone.
+    """
+
+    mixing: Mixing | None
+    mlp: Literal["experts", "dense", "none"]
 
 
 @dataclass(frozen=True)
@@ -122,6 +146,12 @@ class ModelConfig(Strict):
         qk_norm: queries and keys are normed before they are rotated: each head by itself with one
             weight for all heads, or all heads together.
         attention_sinks: every head has a logit that takes part in the softmax's sum alone.
+        attention_gate: attention's output is multiplied by the sigmoid of a gate, which the
+            queries' projection gives beside them.
+        unrotated_layers: layers whose queries and keys are not rotated by their positions.
+        state: the mixer of `state_layers`, which have no attention.
+        indexer: chooses what latent attention sees.
+        mixer_only_layers, mlp_only_layers: layers without an MLP, and without a mixer.
         sliding_window: one entry a layer, how many latest positions (its own among them) a token
             sees, None for all; empty if no layer has a window.
         rope_interleave: rotary pairs are (2i, 2i + 1), not (i, i + rotary_dim / 2).
@@ -140,6 +170,8 @@ class ModelConfig(Strict):
         dense_layers: the layers with one dense MLP of `intermediate_size` and no experts.
         shared_expert_intermediate_size: width of the MLP that every token of an MoE layer takes
             besides its experts; 0 for none.
+        moe_latent_size: width that tokens are projected to on their way to experts, and back from
+            it; None where experts take hidden states.
         shared_expert_gate: its output is multiplied by the sigmoid of a projection to one value.
         tie_word_embeddings: the output head is the embedding.
         dtype: number type of the weights as stored, or as meant where they are quantised.
@@ -168,6 +200,13 @@ class ModelConfig(Strict):
     attention_sinks: bool = False
     sliding_window: tuple[int | None, ...] = ()
     latent: LatentAttention | None = None
+    attention_gate: Literal["sigmoid"] | None = None
+    unrotated_layers: tuple[int, ...] = ()
+    state: StateMixer | None = None
+    state_layers: tuple[int, ...] = ()
+    indexer: Indexer | None = None
+    mixer_only_layers: tuple[int, ...] = ()
+    mlp_only_layers: tuple[int, ...] = ()
     rope_scaling: RopeScaling | None = None
     rope_interleave: bool = False
     partial_rotary_factor: float = 1.0
@@ -175,7 +214,7 @@ class ModelConfig(Strict):
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
-    hidden_act: Literal["gelu", "silu"] = "gelu"
+    hidden_act: Literal["gelu", "silu", "relu2"] = "gelu"
     gated_mlp: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
@@ -184,6 +223,7 @@ class ModelConfig(Strict):
     dense_layers: tuple[int, ...] = ()
     intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
+    moe_latent_size: int | None = None
     shared_expert_gate: bool = False
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
@@ -192,7 +232,7 @@ class ModelConfig(Strict):
 
     def __post_init__(self) -> None:
         take_fields(self, f"model {self.name}: {{}}".format)
-        for part in ("rope_scaling", "latent", "routing"):
+        for part in ("rope_scaling", "latent", "routing", "state", "indexer"):
             if getattr(self, part) is not None:
                 take_fields(getattr(self, part), f"model {self.name}: {part}: {{}}".format)
         if self.num_experts_per_tok > self.num_experts:
@@ -206,6 +246,7 @@ class ModelConfig(Strict):
                 "so it must be even"
             )
         self._check_attention()
+        self._check_mixers()
         self._check_routing()
         self._check_mlps()
         if (size := num_params(self)) > MAX_PARAMS:
@@ -260,6 +301,34 @@ class ModelConfig(Strict):
                 f"high_freq_factor, {scaling.high_freq_factor:g}"
             )
 
+    def _check_mixers(self) -> None:
+        state = self.state
+        if (state is None) != (not self.state_layers):
+            raise self._error("state and state_layers need each other")
+        if state is not None and state.num_heads % state.num_key_heads:
+            raise self._error(
+                f"state: num_key_heads is {state.num_key_heads}; it must divide the "
+                f"{state.num_heads} heads"
+            )
+        if self.indexer is not None and (self.latent is None or self.latent.q_lora_rank is None):
+            raise self._error("an indexer needs latent attention with a q_lora_rank")
+        self._check_layers("state_layers", self.state_layers)
+        for name in ("mixer_only_layers", "mlp_only_layers", "unrotated_layers"):
+            self._check_layers(name, getattr(self, name))
+        if set(self.mlp_only_layers) & {*self.mixer_only_layers, *self.state_layers}:
+            raise self._error("mlp_only_layers has layers that have a mixer, or nothing else")
+        if set(self.mixer_only_layers) & set(self.dense_layers):
+            raise self._error("mixer_only_layers has layers that have a dense MLP")
+
+    def _check_layers(self, name: str, layers: tuple[int, ...]) -> None:
+        if list(layers) != sorted(set(layers)) or not all(
+            0 <= layer < self.num_hidden_layers for layer in layers
+        ):
+            raise self._error(
+                f"{name} is {list(layers)}; it must be rising layer numbers from 0 to "
+                f"{self.num_hidden_layers - 1}"
+            )
+
     def _check_routing(self) -> None:
         routing = self.routing
         if routing.router_skew and not routing.router_bias:
@@ -287,13 +356,7 @@ class ModelConfig(Strict):
 
     def _check_mlps(self) -> None:
         layers = self.dense_layers
-        if list(layers) != sorted(set(layers)) or not all(
-            0 <= layer < self.num_hidden_layers for layer in layers
-        ):
-            raise self._error(
-                f"dense_layers is {list(layers)}; it must be rising layer numbers from 0 to "
-                f"{self.num_hidden_layers - 1}"
-            )
+        self._check_layers("dense_layers", layers)
         if layers and self.intermediate_size < 1:
             raise self._error(
                 f"intermediate_size is {self.intermediate_size}; the dense layers need a positive "
@@ -307,6 +370,11 @@ class ModelConfig(Strict):
         """Heads of keys and values."""
         heads = self.num_key_value_heads
         return self.num_attention_heads if heads is None else heads
+
+    @property
+    def expert_hidden_size(self) -> int:
+        """Width of what experts take and give."""
+        return self.moe_latent_size or self.hidden_size
 
     @property
     def own_dtype(self) -> Dtype | None:
@@ -357,14 +425,47 @@ class ModelConfig(Strict):
         """Latest positions that a token of a layer sees, its own included; None for all."""
         return self.sliding_window[layer] if self.sliding_window else None
 
+    def mixing_of_layer(self, layer: int) -> Mixing | None:
+        """How a layer mixes tokens; None where it has an MLP alone."""
+        if layer in self.mlp_only_layers:
+            return None
+        if layer in self.state_layers:
+            return Mixing("state")
+        return Mixing("attention", self.window_of_layer(layer))
+
+    def kind_of_layer(self, layer: int) -> LayerKind:
+        """What a layer is made of."""
+        mlp: Literal["experts", "dense", "none"] = "experts"
+        if layer in self.mixer_only_layers:
+            mlp = "none"
+        elif layer in self.dense_layers:
+            mlp = "dense"
+        return LayerKind(self.mixing_of_layer(layer), mlp)
+
     @property
     def moe_layers(self) -> list[int]:
         """The layers with experts."""
         return [layer for layer in range(self.num_hidden_layers) if not self.is_dense(layer)]
 
     def is_dense(self, layer: int) -> bool:
-        """True if a layer has a dense MLP in place of router and experts."""
-        return layer in self.dense_layers
+        """True if a layer has no router and experts."""
+        return layer in self.dense_layers or layer in self.mixer_only_layers
+
+    @property
+    def planned_only(self) -> str | None:
+        """What the engine lacks of the model, in words; None where it runs."""
+        lacking = {
+            self.state.title if self.state is not None else "": self.state is not None,
+            "sparse attention by an indexer": self.indexer is not None,
+            "gated attention": self.attention_gate is not None,
+            "layers without rotary positions": bool(self.unrotated_layers),
+            "layers of a mixer or an MLP alone": bool(
+                self.mixer_only_layers or self.mlp_only_layers
+            ),
+            "experts at a latent width": self.moe_latent_size is not None,
+            "squared ReLU": self.hidden_act == "relu2",
+        }
+        return next((what for what, is_there in lacking.items() if is_there), None)
 
     def with_overrides(self, **overrides: Any) -> "ModelConfig":
         """The model with some fields replaced."""
@@ -386,7 +487,7 @@ def cut_dim(name: str) -> int:
     return 1 if name.rsplit(".", 1)[-1] in _CUT_BY_INPUT else 0
 
 
-_WITHOUT_PRODUCT = {"router", "kv_b", "shared_gate", "sinks"}
+_WITHOUT_PRODUCT = {"router", "kv_b", "shared_gate", "sinks", "decay_log", "skip"}
 
 
 def is_matrix(name: str) -> bool:
@@ -395,7 +496,9 @@ def is_matrix(name: str) -> bool:
     Routers are not, nor `kv_b`, which is taken apart by heads, nor the gate of a shared expert.
     """
     part = name.rpartition(".")[2]
-    return not (part in _WITHOUT_PRODUCT or name == EMBEDDING or part.endswith(("_norm", "_bias")))
+    return not (
+        part in _WITHOUT_PRODUCT or name == EMBEDDING or part.endswith(("_norm", "_bias", "_conv"))
+    )
 
 
 def tensor_shape(model: ModelConfig, name: str) -> Shape:
@@ -410,23 +513,41 @@ def tensor_shape(model: ModelConfig, name: str) -> Shape:
 def tensor_names(model: ModelConfig) -> Iterator[str]:
     """All tensors of a model, layer by layer; a tied head is none."""
     yield EMBEDDING
-    of_kinds = [layer_shapes(model, is_dense) for is_dense in (False, True)]
     expert = expert_shapes(model)
     for layer in range(model.num_hidden_layers):
-        is_dense = model.is_dense(layer)
-        yield from (layer_name(layer, part) for part in of_kinds[is_dense])
-        for index in range(0 if is_dense else model.num_experts):
+        kind = model.kind_of_layer(layer)
+        yield from (layer_name(layer, part) for part in layer_shapes(model, kind))
+        for index in range(model.num_experts if kind.mlp == "experts" else 0):
             yield from (expert_name(layer, index, part) for part in expert)
     yield FINAL_NORM
     if not model.tie_word_embeddings:
         yield HEAD
 
 
-def layer_shapes(model: ModelConfig, is_dense: bool) -> dict[str, Shape]:
+def layer_shapes(model: ModelConfig, kind: LayerKind) -> dict[str, Shape]:
     """Shapes of a layer's tensors, its experts aside, by name without the layer."""
-    if is_dense:
-        return _attention_shapes(model) | _mlp_shapes(model, "dense", model.intermediate_size)
-    return _attention_shapes(model) | _moe_shapes(model)
+    hidden = model.hidden_size
+    shapes: dict[str, Shape] = {}
+    if kind.mixing is not None:
+        shapes["attention_norm"] = (hidden,)
+        if kind.mixing.kind == "attention":
+            shapes |= _attention_shapes(model)
+        else:
+            assert model.state is not None, "checked"
+            own = model.state.shapes(hidden)
+            shapes |= {f"state.{part}": shape for part, shape in own.items()}
+    if kind.mlp != "none":
+        shapes["moe_norm"] = (hidden,)
+    if kind.mlp == "dense":
+        shapes |= _mlp_shapes(model, "dense", model.intermediate_size)
+    elif kind.mlp == "experts":
+        shapes |= _moe_shapes(model)
+    return shapes
+
+
+def kinds_of_layers(model: ModelConfig) -> Counter[LayerKind]:
+    """How many layers of each kind a model has."""
+    return Counter(map(model.kind_of_layer, range(model.num_hidden_layers)))
 
 
 def num_params(model: ModelConfig) -> int:
@@ -435,11 +556,11 @@ def num_params(model: ModelConfig) -> int:
     def total(shapes: dict[str, Shape]) -> int:
         return sum(map(prod, shapes.values()))
 
-    num_dense, hidden = len(model.dense_layers), model.hidden_size
-    moe_layer = total(layer_shapes(model, False)) + model.num_experts * total(expert_shapes(model))
+    hidden, kinds = model.hidden_size, kinds_of_layers(model)
+    num_sparse = sum(num for kind, num in kinds.items() if kind.mlp == "experts")
     return (
-        num_dense * total(layer_shapes(model, True))
-        + (model.num_hidden_layers - num_dense) * moe_layer
+        sum(num * total(layer_shapes(model, kind)) for kind, num in kinds.items())
+        + num_sparse * model.num_experts * total(expert_shapes(model))
         + (1 if model.tie_word_embeddings else 2) * model.vocab_size * hidden
         + hidden
     )
@@ -448,11 +569,9 @@ def num_params(model: ModelConfig) -> int:
 @lru_cache(maxsize=16)
 def _shapes(model: ModelConfig) -> dict[str, Shape]:
     """Shapes by name, without the numbers of layer and expert."""
-    in_layers = layer_shapes(model, False) | {
-        f"experts.{part}": shape for part, shape in expert_shapes(model).items()
-    }
-    if model.dense_layers:
-        in_layers |= layer_shapes(model, True)
+    in_layers = {f"experts.{part}": shape for part, shape in expert_shapes(model).items()}
+    for kind in kinds_of_layers(model):
+        in_layers |= layer_shapes(model, kind)
     outside = {
         EMBEDDING: (model.vocab_size, model.hidden_size),
         FINAL_NORM: (model.hidden_size,),
@@ -463,9 +582,10 @@ def _shapes(model: ModelConfig) -> dict[str, Shape]:
 
 def _attention_shapes(model: ModelConfig) -> dict[str, Shape]:
     hidden, latent = model.hidden_size, model.latent
-    shapes: dict[str, Shape] = {"attention_norm": (hidden,)}
+    shapes: dict[str, Shape] = {}
     if latent is None:
-        widths = {"query": model.attention_size, "key": model.kv_size, "value": model.kv_size}
+        queries = model.attention_size * (1 if model.attention_gate is None else 2)
+        widths = {"query": queries, "key": model.kv_size, "value": model.kv_size}
         for part, width in widths.items():
             shapes[part] = (width, hidden)
             if model.qkv_bias:
@@ -488,10 +608,12 @@ def _attention_shapes(model: ModelConfig) -> dict[str, Shape]:
         shapes["kv_a_norm"] = (kv_rank,)
         width = model.num_attention_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
         shapes["kv_b"] = (width, kv_rank)
+        if model.indexer is not None and rank is not None:
+            shapes |= model.indexer.shapes(hidden, rank)
     shapes["output"] = (hidden, model.attention_output_size)
     if model.output_bias:
         shapes["output_bias"] = (hidden,)
-    return shapes | {"moe_norm": (hidden,)}
+    return shapes
 
 
 def _moe_shapes(model: ModelConfig) -> dict[str, Shape]:
@@ -502,6 +624,9 @@ def _moe_shapes(model: ModelConfig) -> dict[str, Shape]:
         shapes["router_bias"] = (num_experts,)
     if model.routing.correction_bias:
         shapes["correction_bias"] = (num_experts,)
+    if model.moe_latent_size is not None:
+        shapes["latent_in"] = (model.moe_latent_size, hidden)
+        shapes["latent_out"] = (hidden, model.moe_latent_size)
     if model.shared_expert_intermediate_size:
         shapes |= _mlp_shapes(model, "shared", model.shared_expert_intermediate_size)
     if model.shared_expert_gate:
@@ -510,19 +635,19 @@ def _moe_shapes(model: ModelConfig) -> dict[str, Shape]:
 
 
 def _mlp_shapes(model: ModelConfig, prefix: str, inner: int) -> dict[str, Shape]:
-    return {f"{prefix}.{part}": shape for part, shape in _matrices(model, inner).items()}
+    matrices = _matrices(model, inner, model.hidden_size)
+    return {f"{prefix}.{part}": shape for part, shape in matrices.items()}
 
 
 def expert_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Shapes of an expert's tensors, such as `up` or `up_bias`."""
-    shapes = _matrices(model, model.moe_intermediate_size)
+    shapes = _matrices(model, model.moe_intermediate_size, model.expert_hidden_size)
     if model.expert_bias:
         shapes |= {f"{part}_bias": shape[:1] for part, shape in shapes.items()}
     return shapes
 
 
-def _matrices(model: ModelConfig, inner: int) -> dict[str, Shape]:
-    hidden = model.hidden_size
+def _matrices(model: ModelConfig, inner: int, hidden: int) -> dict[str, Shape]:
     gate: dict[str, Shape] = {"gate": (inner, hidden)} if model.gated_mlp else {}
     return gate | {"up": (inner, hidden), "down": (hidden, inner)}
 

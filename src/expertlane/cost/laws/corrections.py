@@ -49,7 +49,7 @@ from expertlane.cost.laws.profile import (
     Term,
 )
 from expertlane.cost.laws.times import WIDER_PER_DOUBLING, Basis, Surface
-from expertlane.cost.step.operation import ATTENTION, OpKind
+from expertlane.cost.step.operation import ATTENTION, WITHOUT_LAWS, OpKind
 from expertlane.errors import SpecError, naming
 from expertlane.spec.files import CONFIG_BYTES, build, read_toml, write_text
 from expertlane.spec.names import Link
@@ -99,7 +99,7 @@ _LABELS = {
 }
 LINKS = Assumed.INTRA_NODE, Assumed.INTER_NODE, Assumed.LATENCY
 KERNELS = {
-    **dict.fromkeys(ATTENTION, Assumed.ATTENTION),
+    **{kind: Assumed.ATTENTION for kind in ATTENTION if kind not in WITHOUT_LAWS},
     OpKind.GEMM: Assumed.GEMM,
     OpKind.EXPERTS: Assumed.EXPERTS,
     OpKind.MEMORY: Assumed.MEMORY,

@@ -31,6 +31,8 @@ from expertlane.cost.step.operation import (
     flops_of,
 )
 from expertlane.errors import SpecError
+from expertlane.spec.mixers import STATE_BYTES
+from expertlane.spec.model import ModelConfig
 
 Sizes = Mapping[str, Floats | float]
 
@@ -160,14 +162,39 @@ def _memory(sizes: Sizes, item: float) -> _Work:
     return sizes["bytes"], {"bytes": sizes["bytes"]}
 
 
+def _sparse(sizes: Sizes, item: float) -> _Work:
+    """Chosen positions are read once, however many tokens chose them: the least."""
+    tokens, heads, key_dim = sizes["tokens"], sizes["heads"], sizes["key_dim"]
+    rows = max(item, 2) * tokens * heads * (key_dim + sizes["value_dim"])
+    return item * sizes["positions"] * key_dim + rows, {"tokens": tokens}
+
+
+def _index(sizes: Sizes, item: float) -> _Work:
+    """Keys of one byte, each with a scale, and the queries."""
+    tokens, head_dim = sizes["tokens"], sizes["head_dim"]
+    read = sizes["positions"] * (head_dim + _INDEX_SCALE_BYTES)
+    return read + tokens * sizes["heads"] * head_dim, {"tokens": tokens}
+
+
+def _state(sizes: Sizes, item: float) -> _Work:
+    """The state is read and written once a step."""
+    moved = 2 * STATE_BYTES * sizes["seqs"] * sizes["state_values"]
+    moved = moved + max(item, 2) * sizes["tokens"] * sizes["token_values"]
+    return moved, {"tokens": sizes["tokens"]}
+
+
 _WORK: dict[OpKind, Callable[[Sizes, float], _Work]] = {
     OpKind.GEMM: _gemm,
     OpKind.EXPERTS: _experts,
     **dict.fromkeys(ATTENTION, _attention),
+    OpKind.SPARSE: _sparse,
+    OpKind.INDEX: _index,
+    OpKind.STATE: _state,
     OpKind.MEMORY: _memory,
 }
 
 
+_INDEX_SCALE_BYTES = 4
 _SAME_WIDTH = {"float16": "bfloat16", "bfloat16": "float16"}
 _WIDER_FOR_TWIN = 1.15  # bounds widen by this where the law of the other 16-bit type stands in
 # Of a roofline with no measurements: the share of the peak that kernels reach, from worst to best.
@@ -313,8 +340,15 @@ def assumed_law() -> Surface:
     )
 
 
-def stand_ins(profile: Profile, types: NumberTypes) -> Iterator[str]:
-    """Sentences on laws by other measurements than a reader would expect."""
+def stand_ins(profile: Profile, types: NumberTypes, model: ModelConfig) -> Iterator[str]:
+    """Sentences on laws by other measurements than a reader would expect, or by none."""
+    unknown = [] if model.state is None else [model.state.title]
+    unknown += [] if model.indexer is None else ["sparse attention and its indexer"]
+    if unknown:
+        yield (
+            f"{' and '.join(unknown)}: nothing was measured; times are between the roofline of "
+            f"{profile.device.name} and {1 / _LEAST_EFFICIENCY:g} times that."
+        )
     laws, twin = profile.surfaces, _SAME_WIDTH.get(types.activations, "")
     own, other = (f"{OpKind.DECODE_ATTENTION}.{dtype}" for dtype in (types.activations, twin))
     if own not in laws and other in laws:

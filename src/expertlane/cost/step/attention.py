@@ -1,4 +1,4 @@
-"""Attention of one layer as steps: norm, projections, the core over the cache, the output.
+"""The mixer of one layer as steps: norm, projections, the core over what is kept, the output.
 
 With decode context parallelism the ranks of a `dcp` group hold every `dcp`-th position. To decode,
 each gathers the queries of all their heads, attends to its own positions, and they add up what they
@@ -8,26 +8,31 @@ all-to-all). A chunk of a prompt gathers the positions that came before it.
 
 from dataclasses import replace
 
+import numpy as np
+
 from expertlane.balance.holding import Slices
 from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
 from expertlane.cost.step.operation import Ints, OpKind
 from expertlane.cost.step.step_list import KernelSet, StepWriter
-from expertlane.spec.model import LatentAttention, ModelConfig
+from expertlane.spec.mixers import STATE_BYTES, Indexer, StateMixer
+from expertlane.spec.model import LatentAttention, Mixing, ModelConfig
 from expertlane.spec.names import Stage
 
 _SQUARES_BYTES = 8  # of a token's query and key, one float32 each
 _SUM_BYTES = 4  # of a head's log-sum-exp, a float32
+_SCORE_BYTES = 4  # of an indexer's score of a position, a float32
 
 
-def attention_steps(
-    out: StepWriter, model: ModelConfig, window: int | None, part: TokenSizes
-) -> None:
-    """Attention of a layer: from a rank's hidden states to the group's summed output."""
+def mixer_steps(out: StepWriter, model: ModelConfig, mixing: Mixing, part: TokenSizes) -> None:
+    """The mixer of a layer: from a rank's hidden states to the group's summed output."""
     hidden_bytes = model.hidden_size * out.types.activation_bytes
     out.by_token(Stage.ATTENTION, part, hidden_bytes, 2, out.norm_kernels)
     out.gather_tokens(part.owned, hidden_bytes)
-    if model.latent is None:
-        _grouped_query(out, model, window, part)
+    if mixing.kind == "state":
+        assert model.state is not None, "checked"
+        _state(out, model, model.state, part)
+    elif model.latent is None:
+        _grouped_query(out, model, mixing.window, part)
     else:
         _latent(out, model, model.latent, part)
     out.sum_tokens(Stage.COLLECTIVES, "tp", part.owned, hidden_bytes)
@@ -38,7 +43,7 @@ def _grouped_query(
 ) -> None:
     own, dim, item = Slices(out.mesh.layout.tp), model.head_dim, out.types.activation_bytes
     heads, kv_heads = len(own.heads(model)), len(own.kv_heads(model))
-    width = (heads + 2 * kv_heads) * dim
+    width = (heads * (1 if model.attention_gate is None else 2) + 2 * kv_heads) * dim
     out.gemm(Stage.ATTENTION, part.tokens, width, model.hidden_size)
     turned_bytes = part.tokens * ((heads + kv_heads) * dim * item)
     kernels = out.kernels
@@ -60,6 +65,8 @@ def _grouped_query(
         query_bytes=heads * dim * item,
         value_bytes=heads * dim * item,
     )
+    if model.attention_gate is not None:
+        out.memory(Stage.ATTENTION, 3 * part.tokens * (heads * dim * item), kernels.gate)
     out.gemm(Stage.ATTENTION, part.tokens, model.hidden_size, heads * dim)
 
 
@@ -76,14 +83,17 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
     out.gemm(Stage.ATTENTION, tokens, heads * model.head_dim, query_in)
     if key_width:
         out.gemm(Stage.ATTENTION, tokens, key_width, model.hidden_size)
-    in_latent, expanded = _latent_sizes(out, latent, part)
+    if model.indexer is not None:
+        _index(out, model, model.indexer, part)
+    in_latent, expanded = _latent_sizes(out, model, latent, part)
     absorbed = in_latent.decode_seqs * in_latent.num_queries
     if in_latent.num_prefill_groups:
         absorbed = absorbed + in_latent.prefill_tokens
     # Queries are turned and put together with their part in the latent; so is the one key.
     position_bytes = types.cached_bytes(rank + rope, 1)
     moved = (2 * heads * model.head_dim + 4 * (rank + rope)) * item + position_bytes
-    put_together = 0 if out.kernels.expands_all else absorbed * (2 * heads * (rank + rope) * item)
+    is_apart = out.kernels.expands_all and model.indexer is None
+    put_together = 0 if is_apart else absorbed * (2 * heads * (rank + rope) * item)
     kernels = out.kernels
     num_kernels = 2 * kernels.rotate + out.norm_kernels + kernels.write + kernels.latent
     out.memory(Stage.ATTENTION, tokens * moved + put_together, num_kernels)
@@ -94,26 +104,139 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
         or in_latent.num_decode_groups + in_latent.num_prefill_groups
     ):
         out.gemm(Stage.ATTENTION, absorbed, heads * rank, latent.qk_nope_head_dim, dtype=types.kept)
-        _core(
-            out,
-            in_latent,
-            {"heads": heads, "key_dim": rank + rope, "value_dim": rank},
-            position_bytes=position_bytes,
-            query_bytes=heads * (rank + rope) * item,
-            value_bytes=heads * rank * item,
-        )
+        widths: dict[str, Ints | int] = {"heads": heads, "key_dim": rank + rope, "value_dim": rank}
+        if model.indexer is not None:
+            _chosen(out, in_latent, widths, position_bytes)
+        else:
+            _core(
+                out,
+                in_latent,
+                widths,
+                position_bytes=position_bytes,
+                query_bytes=heads * (rank + rope) * item,
+                value_bytes=heads * rank * item,
+            )
         out.gemm(Stage.ATTENTION, absorbed, heads * latent.v_head_dim, rank, dtype=types.kept)
     out.gemm(Stage.ATTENTION, tokens, model.hidden_size, heads * latent.v_head_dim)
 
 
 def _latent_sizes(
-    out: StepWriter, latent: LatentAttention, part: TokenSizes
+    out: StepWriter, model: ModelConfig, latent: LatentAttention, part: TokenSizes
 ) -> tuple[AttentionSizes, AttentionSizes]:
-    """Sizes of attention in the latent, and of prompts with keys and values expanded per head."""
+    """Sizes of attention in the latent, and of prompts with keys and values expanded per head.
+
+    Where an indexer chooses what each token sees, all stay in the latent.
+    """
+    if model.indexer is not None:
+        sizes = part.attention(model.indexer.topk)
+        every = part.attention(None)  # tokens choose different positions: any may be read
+        positions = np.minimum(sizes.prefill_pairs, every.prefill_positions)
+        sizes = replace(sizes, prefill_positions=positions)
+        return sizes, replace(sizes, num_decode_groups=0, num_prefill_groups=0)
     if not out.kernels.expands_all:
         return part.latent_attention(latent)
     sizes = part.attention(None)
     return replace(sizes, num_prefill_groups=0), replace(sizes, num_decode_groups=0)
+
+
+def _index(out: StepWriter, model: ModelConfig, indexer: Indexer, part: TokenSizes) -> None:
+    """An indexer's queries, keys and scores of all positions, and the choice of the best."""
+    query_in = model.latent.q_lora_rank if model.latent is not None else None
+    assert query_in is not None, "checked"
+    tokens, item = part.tokens, out.types.activation_bytes
+    width = indexer.num_heads * indexer.head_dim
+    out.gemm(Stage.ATTENTION, tokens, width, query_in)
+    out.gemm(Stage.ATTENTION, tokens, indexer.head_dim + indexer.num_heads, model.hidden_size)
+    moved = 2 * (width + indexer.head_dim) * item + indexer.position_bytes
+    out.memory(Stage.ATTENTION, tokens * moved, out.kernels.rotate + out.kernels.write)
+    sizes = part.attention(None)
+    pairs = sizes.prefill_pairs + sizes.decode_positions * sizes.num_queries
+    positions = sizes.prefill_positions + sizes.decode_positions
+    out.operation(
+        OpKind.INDEX,
+        Stage.ATTENTION,
+        {
+            "query_key_pairs": pairs,
+            "tokens": tokens,
+            "positions": positions,
+            "heads": indexer.num_heads,
+            "head_dim": indexer.head_dim,
+        },
+        kv_bytes=positions * indexer.position_bytes,
+        dtype=out.types.index_type,
+    )
+    out.memory(Stage.ATTENTION, pairs * (2 * _SCORE_BYTES), 1)  # written, and read to choose
+
+
+def _chosen(
+    out: StepWriter, sizes: AttentionSizes, widths: dict[str, Ints | int], position_bytes: int
+) -> None:
+    """Attention in the latent to the positions that an indexer chose."""
+    tokens = sizes.prefill_tokens + sizes.decode_seqs * sizes.num_queries
+    positions = sizes.prefill_positions + sizes.decode_positions
+    out.operation(
+        OpKind.SPARSE,
+        Stage.ATTENTION,
+        {
+            "seqs": sizes.prefill_seqs + sizes.decode_seqs,
+            "query_key_pairs": sizes.prefill_pairs + sizes.decode_positions * sizes.num_queries,
+            "tokens": tokens,
+            "positions": positions,
+            **widths,
+        },
+        kv_bytes=positions * position_bytes,
+    )
+
+
+def _state(out: StepWriter, model: ModelConfig, state: StateMixer, part: TokenSizes) -> None:
+    """A mixer with a state: projections, convolutions, the state, norm and gate, the output."""
+    tokens, types, tp = part.tokens, out.types, out.mesh.layout.tp
+    item = types.activation_bytes
+    heads, _ = state.heads_of(tp)
+    values, channels = heads * state.value_dim, state.conv_channels(tp)
+    for k, n in _products(state, model.hidden_size, tp):
+        out.gemm(Stage.ATTENTION, tokens, n, k)
+    sizes = part.attention(None)
+    seqs = sizes.decode_seqs + sizes.prefill_seqs
+    latest = 2 * seqs * ((state.conv_kernel - 1) * channels * item)  # read and written
+    out.memory(Stage.ATTENTION, 2 * tokens * (channels * item) + latest)
+    # Of a token: queries, keys and values in, the result out; beside them what is as many as heads.
+    widths: dict[str, Ints | int] = {
+        "state_values": heads * state.key_dim * state.value_dim,
+        "token_values": channels + values + 2 * heads,
+    }
+    for num_seqs, num_tokens, in_chunks in (
+        (sizes.prefill_seqs, sizes.prefill_tokens, True),
+        (sizes.decode_seqs, sizes.decode_seqs * sizes.num_queries, False),
+    ):
+        if sizes.num_prefill_groups if in_chunks else sizes.num_decode_groups:
+            out.operation(
+                OpKind.STATE,
+                Stage.ATTENTION,
+                {
+                    "seqs": num_seqs,
+                    "tokens": num_tokens,
+                    "token_flops": state.token_flops(heads, in_chunks=in_chunks),
+                    **widths,
+                },
+                kv_bytes=2 * num_seqs * (heads * state.key_dim * state.value_dim * STATE_BYTES),
+                dtype=types.activations,
+            )
+    out.memory(Stage.ATTENTION, 3 * tokens * (values * item), out.norm_kernels)
+    out.gemm(Stage.ATTENTION, tokens, model.hidden_size, values)
+
+
+def _products(state: StateMixer, hidden: int, tp: int) -> list[tuple[int, int]]:
+    """Inputs and outputs of a rank's products into a state mixer; those of one input are one."""
+    shapes = state.shapes(hidden)
+    parts = ("query", "key", "value", "gate", "beta", "decay", "gate_a", "decay_a")
+    own = {
+        part: len(state.cut(part, shapes[part][0], tp, 0))
+        for part in (*parts, "gate_b", "decay_b")
+        if part in shapes
+    }
+    joined = [(hidden, sum(own.get(part, 0) for part in parts))]
+    return joined + [(state.key_dim, own[part]) for part in ("gate_b", "decay_b") if part in own]
 
 
 def _expanded(

@@ -9,7 +9,7 @@ from typing import assert_never
 
 import numpy as np
 
-from expertlane.cost.step.attention import attention_steps
+from expertlane.cost.step.attention import mixer_steps
 from expertlane.cost.step.batch_sizes import TokenSizes
 from expertlane.cost.step.counts import DispatchCounts
 from expertlane.cost.step.operation import Amounts, Ints, OpKind, PayloadBytes, weight_bytes
@@ -92,7 +92,7 @@ class ExpertSteps:
         self._layout = out.mesh.layout
         self._form = form_on(self._layout, out.form)
         self._payload = payload
-        self._row_bytes = model.hidden_size * out.types.activation_bytes
+        self._row_bytes = model.expert_hidden_size * out.types.activation_bytes
 
     def put_down(self) -> None:
         """Write all steps, the sum on the tokens' own rank last."""
@@ -117,9 +117,10 @@ class ExpertSteps:
         model, out, kernels, counts = self._model, self._out, self._kernels, self._counts
         matrices = 3 if model.gated_mlp else 2
         inner = shares(model.moe_intermediate_size, self._layout.etp, out.etp_rank)
-        num_weights = inner * (model.hidden_size * matrices)
+        hidden = model.expert_hidden_size
+        num_weights = inner * (hidden * matrices)
         if out.types.weights == "float8":
-            num_inputs = counts.rows_computed * model.hidden_size + counts.pairs_computed * inner
+            num_inputs = counts.rows_computed * hidden + counts.pairs_computed * inner
             out.round_inputs(Stage.EXPERTS, num_inputs, 2)
         of_expert = kernels.expert + matrices * kernels.expert_product
         out.operation(
@@ -128,7 +129,7 @@ class ExpertSteps:
             {
                 "pairs": counts.pairs_computed,
                 "active": counts.active_experts,
-                "hidden": model.hidden_size,
+                "hidden": hidden,
                 "inner": inner,
                 "matrices": matrices,
             },
@@ -321,10 +322,15 @@ def layer_steps(
     """A decoder layer, from hidden states to hidden states of the tokens each rank has.
 
     Args:
-        layer: its number says its window.
-        counts: counts of its dispatch; None for a dense layer.
+        layer: its number says its kind.
+        counts: counts of its dispatch; None for a layer without experts.
     """
-    attention_steps(out, model, model.window_of_layer(layer), part)
+    mixing, mlp = model.kind_of_layer(layer)
+    if mixing is not None:
+        mixer_steps(out, model, mixing, part)
+    if mlp == "none":
+        residual_steps(out, model, part)
+        return
     if counts is None:
         dense_steps(out, model, part)
         return
@@ -334,6 +340,12 @@ def layer_steps(
     expert_steps(out, model, part, counts, payload)
     if not out.keeps_all:
         shared_expert_steps(out, model, part)
+
+
+def residual_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
+    """The mixer's output added to its input, where no MLP follows."""
+    hidden_bytes = model.hidden_size * out.types.activation_bytes
+    out.by_token(Stage.ATTENTION, part, hidden_bytes, 3, out.kernels.residual)
 
 
 def dense_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
@@ -357,8 +369,13 @@ def expert_steps(
     payload: PayloadType,
 ) -> None:
     """Dispatch, experts and combine."""
-    width = PayloadBytes.of(payload, out.types.activation_bytes, model.hidden_size)
+    latent, tokens = model.moe_latent_size, out.held(part)
+    if latent is not None:
+        out.gemm(Stage.EXPERTS, tokens, latent, model.hidden_size)
+    width = PayloadBytes.of(payload, out.types.activation_bytes, model.expert_hidden_size)
     ExpertSteps(out, model, part, counts, width).put_down()
+    if latent is not None:
+        out.gemm(Stage.EXPERTS, tokens, model.hidden_size, latent)
 
 
 def _norm_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:

@@ -36,6 +36,9 @@ class OpKind(StrEnum):
     DECODE_ATTENTION = "decode_attention"  # one new token a sequence
     LATENT_PREFILL = "latent_prefill"
     LATENT_DECODE = "latent_decode"
+    SPARSE = "sparse_attention"  # in the latent, of positions that an indexer chose
+    INDEX = "index"  # an indexer's scores
+    STATE = "state"  # new tokens through the states of their sequences
     MEMORY = "memory"  # norms, rotation, packing, sums: bytes moved
 
 
@@ -66,6 +69,19 @@ SIZES: dict[OpKind, tuple[str, ...]] = {
         "value_dim",
     ),
     OpKind.LATENT_DECODE: ("seqs", "positions", "heads", "key_dim", "value_dim"),
+    OpKind.SPARSE: (
+        "seqs",
+        "query_key_pairs",
+        "tokens",
+        "positions",
+        "heads",
+        "key_dim",
+        "value_dim",
+    ),
+    # pairs that are scored, new tokens, positions read
+    OpKind.INDEX: ("query_key_pairs", "tokens", "positions", "heads", "head_dim"),
+    # values of a rank's state of a sequence; FLOPs of a token, and values that it moves
+    OpKind.STATE: ("seqs", "tokens", "state_values", "token_flops", "token_values"),
     OpKind.MEMORY: ("bytes",),
 }
 
@@ -75,7 +91,10 @@ ATTENTION = (
     OpKind.DECODE_ATTENTION,
     OpKind.LATENT_PREFILL,
     OpKind.LATENT_DECODE,
+    OpKind.SPARSE,
 )
+# Nothing has measured these: a roofline bounds their times (`laws.device.assumed_law`).
+WITHOUT_LAWS = (OpKind.SPARSE, OpKind.INDEX, OpKind.STATE)
 
 
 def flops_of(
@@ -92,6 +111,10 @@ def flops_of(
         return 2 * sizes["m"] * sizes["n"] * sizes["k"]
     if kind is OpKind.EXPERTS:
         return 2 * sizes["pairs"] * (sizes["hidden"] * sizes["inner"] * sizes["matrices"])
+    if kind is OpKind.STATE:
+        return sizes["tokens"] * sizes["token_flops"]
+    if kind is OpKind.INDEX:
+        return 2 * sizes["query_key_pairs"] * (sizes["heads"] * sizes["head_dim"])
     assert kind in ATTENTION, kind
     pairs = sizes["query_key_pairs" if "query_key_pairs" in sizes else "positions"]
     if "head_dim" in sizes:
@@ -456,6 +479,11 @@ class NumberTypes:
     def activation_bytes(self) -> int:
         """Bytes of one value of a hidden state."""
         return ITEM_BYTES[self.activations]
+
+    @property
+    def index_type(self) -> str:
+        """The type that an indexer's scores are computed in: float8 beside weights as narrow."""
+        return "float8" if self.weights in ("float8", "nvfp4") else self.kept
 
     def cached_bytes(self, num_values: int, num_rows: int) -> int:
         """Bytes of keys and values in the cache.

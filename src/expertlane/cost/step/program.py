@@ -241,7 +241,7 @@ class ProgramBuilder:
         built: dict[object, Section] = {}
         for layer in self.layout.layers_of_stage(model.num_hidden_layers, pp_rank):
             placement = self.placements[layer]
-            key: object = model.window_of_layer(layer)
+            key: object = model.kind_of_layer(layer)
             if placement is not None:
                 key = key, id(placement), part.routing.sample_of(layer)
             if key not in built:

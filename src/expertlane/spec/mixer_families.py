@@ -1,0 +1,261 @@
+"""Readers of families with mixers beside plain attention, or layers unlike Mixtral's.
+
+The planner takes them; the engine does not run them yet. Each is read as its transformers class
+(5.24) does.
+"""
+
+from typing import Any
+
+from expertlane.spec.families import (
+    Reader,
+    attention,
+    biased_attention,
+    dense_and_shared,
+    interleaved,
+    latent_attention,
+    norms_as_told,
+    qwen_moe,
+    sigmoid_routing,
+)
+from expertlane.spec.hf_config import ConfigReader
+from expertlane.spec.mixers import Indexer, StateMixer
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.ranges import shown
+
+_STATE, _FULL = "linear_attention", "full_attention"
+_OLD_TYPES = {"mamba": _STATE, "attention": _FULL}  # as transformers 4 calls them
+
+
+def _types(fields: ConfigReader, key: str, valid: tuple[str, ...]) -> list[str] | None:
+    """The type of each layer, by a list of them; None where it is null or missing."""
+    types = fields.raw(key)
+    if types is None:
+        return None
+    if not isinstance(types, list):
+        raise fields.error(f"{key} is {shown(types)}; it must be a list")
+    found = [_OLD_TYPES.get(kind, kind) if isinstance(kind, str) else kind for kind in types]
+    for kind in found:
+        if kind not in valid:
+            raise fields.error(f"{key} holds {shown(kind)}; valid: {', '.join(valid)}")
+    return found
+
+
+def _state_layers(fields: ConfigReader, default: list[bool]) -> tuple[int, ...]:
+    """The layers with a state, by `layer_types`, else a family's default."""
+    types = _types(fields, "layer_types", (_STATE, _FULL))
+    has_state = default if types is None else [kind == _STATE for kind in types]
+    if len(has_state) != (num_layers := fields.get(int, "num_hidden_layers")):
+        raise fields.error(f"layer_types has {len(has_state)} entries for {num_layers} layers")
+    return tuple(layer for layer, has in enumerate(has_state) if has)
+
+
+def _with_state(state: StateMixer, layers: tuple[int, ...]) -> dict[str, Any]:
+    return {"state": state if layers else None, "state_layers": layers}
+
+
+def _gated_delta(fields: ConfigReader) -> dict[str, Any]:
+    """Gated attention in every fourth layer, Gated DeltaNet in the others."""
+    fields.expect("attn_output_gate", True)
+    every = fields.get(int, "full_attention_interval", default=4)
+    num_layers = fields.get(int, "num_hidden_layers")
+    layers = _state_layers(fields, [bool((layer + 1) % every) for layer in range(num_layers)])
+    state = StateMixer(
+        "gated_delta",
+        num_heads=fields.get(int, "linear_num_value_heads"),
+        num_key_heads=fields.get(int, "linear_num_key_heads"),
+        key_dim=fields.get(int, "linear_key_head_dim"),
+        value_dim=fields.get(int, "linear_value_head_dim"),
+        conv_kernel=fields.get(int, "linear_conv_kernel_dim"),
+    )
+    bias = fields.get(bool, "attention_bias")
+    return {
+        **attention(fields, share=0.25),
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "qk_norm": "head",
+        "attention_gate": "sigmoid",
+        **_with_state(state, layers),
+        **fields.same(ModelConfig, "shared_expert_intermediate_size"),
+        "shared_expert_gate": True,
+    }
+
+
+def _qwen3_next(fields: ConfigReader) -> dict[str, Any]:
+    return {**_gated_delta(fields), **qwen_moe(fields), "routing": norms_as_told(fields)}
+
+
+def _qwen3_5_moe(fields: ConfigReader) -> dict[str, Any]:
+    if fields.integers("mlp_only_layers"):
+        raise fields.unsupported("mlp_only_layers")
+    return {**_gated_delta(fields), **fields.same(ModelConfig, "moe_intermediate_size")}
+
+
+def _mlp_types(fields: ConfigReader) -> dict[str, Any]:
+    """MLPs by `mlp_layer_types`; without it the first layers have no experts."""
+    num_layers = fields.get(int, "num_hidden_layers")
+    first = min(fields.get(int, "first_k_dense_replace"), num_layers)
+    kinds = _types(fields, "mlp_layer_types", ("dense", "sparse"))
+    kinds = (
+        ["dense" if layer < first else "sparse" for layer in range(num_layers)]
+        if (kinds is None)
+        else kinds
+    )
+    if len(kinds) != num_layers:
+        raise fields.error(f"mlp_layer_types has {len(kinds)} entries for {num_layers} layers")
+    return dense_and_shared(fields, [at for at, kind in enumerate(kinds) if kind == "dense"])
+
+
+def _indexed(fields: ConfigReader) -> dict[str, Any]:
+    """Latent attention of positions that an indexer chooses; MLPs as DeepSeek-V3."""
+    fields.expect("scoring_func", "sigmoid")
+    fields.expect("topk_method", "noaux_tc")
+    fields.expect("mlp_bias", False)
+    fields.expect("moe_layer_freq", 1)
+    indexer = Indexer(
+        num_heads=fields.get(int, "index_n_heads"),
+        head_dim=fields.get(int, "index_head_dim"),
+        topk=fields.get(int, "index_topk"),
+    )
+    return {
+        **latent_attention(fields),
+        **_mlp_types(fields),
+        "indexer": indexer,
+        "rope_interleave": interleaved(fields),
+        "routing": sigmoid_routing(fields),
+    }
+
+
+def _glm_moe_dsa(fields: ConfigReader) -> dict[str, Any]:
+    fields.expect("index_topk_freq", 1)
+    fields.expect("index_topk_pattern")
+    types = _types(fields, "indexer_types", ("full", "shared"))
+    if types is not None and "shared" in types:
+        raise fields.error("indexer_types has 'shared': choices shared by layers are not supported")
+    return _indexed(fields)
+
+
+def _kimi_linear(fields: ConfigReader) -> dict[str, Any]:
+    fields.expect("moe_router_activation_func", "sigmoid")
+    fields.expect("moe_layer_freq", 1)
+    fields.expect("mla_use_nope", True)
+    for key in ("mla_use_output_gate", "routed_expert_hidden_size", "attn_res_block_size"):
+        fields.expect(key, False)
+    given = fields.raw("linear_attn_config")
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise fields.error(f"linear_attn_config is {shown(given)}; it must be an object")
+    own = ConfigReader(given, f"{fields.name}: linear_attn_config")
+    own.expect("use_full_rank_gate", False)
+    num_layers = fields.get(int, "num_hidden_layers")
+    has_state = [not layer or layer % 4 != 0 for layer in range(num_layers)]
+    if "kda_layers" in given:
+        numbers = set(own.integers("kda_layers"))  # from 1
+        has_state = [layer + 1 in numbers for layer in range(num_layers)]
+    heads, head_dim = (
+        own.get(int, name, default=fields.get(int, f"linear_{name}"))
+        for name in ("num_heads", "head_dim")
+    )
+    kernel = fields.get(int, "linear_conv_kernel_dim")
+    state = StateMixer(
+        "kimi_delta",
+        num_heads=heads,
+        num_key_heads=heads,
+        key_dim=head_dim,
+        value_dim=head_dim,
+        conv_kernel=own.get(int, "short_conv_kernel_size", default=kernel),
+    )
+    return {
+        **latent_attention(fields),
+        **_mlp_types(fields),
+        "unrotated_layers": tuple(range(num_layers)),
+        **_with_state(state, _state_layers(fields, has_state)),
+        "routing": sigmoid_routing(fields),
+    }
+
+
+def _granitemoehybrid(fields: ConfigReader) -> dict[str, Any]:
+    num_layers, hidden = (fields.get(int, key) for key in ("num_hidden_layers", "hidden_size"))
+    heads = fields.get(int, "mamba_n_heads")
+    inner = fields.get(int, "mamba_expand") * hidden
+    head_dim = fields.raw("mamba_d_head")
+    if head_dim in ("auto", None):
+        head_dim = inner // heads
+    if fields.typed(int, "mamba_d_head", head_dim) * heads != inner:
+        raise fields.error(
+            f"mamba_d_head · mamba_n_heads is {head_dim} · {heads}; it must be mamba_expand · "
+            f"hidden_size, {inner}"
+        )
+    state = StateMixer(
+        "mamba2",
+        num_heads=heads,
+        num_key_heads=fields.get(int, "mamba_n_groups"),
+        key_dim=fields.get(int, "mamba_d_state"),
+        value_dim=head_dim,
+        conv_kernel=fields.get(int, "mamba_d_conv"),
+        conv_bias=fields.get(bool, "mamba_conv_bias"),
+        proj_bias=fields.get(bool, "mamba_proj_bias"),
+        chunk_size=fields.get(int, "mamba_chunk_size"),
+    )
+    multipliers = [f"{name}_multiplier" for name in ("attention", "embedding", "residual")]
+    has_rope = fields.raw("position_embedding_type") == "rope"
+    return {
+        **biased_attention(fields),
+        "unrotated_layers": () if has_rope else tuple(range(num_layers)),
+        **_with_state(state, _state_layers(fields, [True] * num_layers)),
+        "moe_intermediate_size": fields.get(int, "intermediate_size"),
+        "shared_expert_intermediate_size": fields.get(int, "shared_intermediate_size"),
+        **{name: fields.get(float, name) for name in (*multipliers, "logits_scaling")},
+    }
+
+
+_BLOCKS = {"M": _STATE, "*": _FULL, "E": "moe", "-": "mlp"}
+
+
+def _nemotron_h(fields: ConfigReader) -> dict[str, Any]:
+    """Layers of a mixer or an MLP alone."""
+    for key in ("use_bias", "mlp_bias", "mamba_proj_bias", "attention_bias", "sliding_window"):
+        fields.expect(key, False)
+    blocks = _types(fields, "layers_block_type", tuple(_BLOCKS.values()))
+    pattern = fields.raw("hybrid_override_pattern")
+    if blocks is None and isinstance(pattern, str) and set(pattern) <= set(_BLOCKS):
+        blocks = [_BLOCKS[each] for each in pattern]
+    if not blocks:
+        raise fields.error("layers_block_type or hybrid_override_pattern must name every layer")
+    of = {kind: tuple(at for at, each in enumerate(blocks) if each == kind) for kind in set(blocks)}
+    state = StateMixer(
+        "mamba2",
+        num_heads=fields.get(int, "mamba_num_heads"),
+        num_key_heads=fields.get(int, "n_groups"),
+        key_dim=fields.get(int, "ssm_state_size"),
+        value_dim=fields.get(int, "mamba_head_dim"),
+        conv_kernel=fields.get(int, "conv_kernel"),
+        conv_bias=fields.get(bool, "use_conv_bias"),
+        chunk_size=fields.get(int, "chunk_size"),
+    )
+    heads, dense = fields.get(int, "num_attention_heads"), of.get("mlp", ())
+    return {
+        "num_hidden_layers": len(blocks),
+        "head_dim": fields.get(int, "head_dim"),
+        "num_key_value_heads": fields.get(int, "num_key_value_heads", default=heads),
+        "unrotated_layers": tuple(range(len(blocks))),
+        **_with_state(state, of.get(_STATE, ())),
+        "mixer_only_layers": tuple(sorted(of.get(_STATE, ()) + of.get(_FULL, ()))),
+        "mlp_only_layers": tuple(sorted(of.get("moe", ()) + dense)),
+        "dense_layers": dense,
+        "intermediate_size": fields.get(int, "intermediate_size") if dense else 0,
+        "moe_intermediate_size": fields.get(int, "moe_intermediate_size"),
+        "moe_latent_size": fields.optional(int, "moe_latent_size"),
+        "shared_expert_intermediate_size": fields.get(int, "moe_shared_expert_intermediate_size"),
+        "routing": sigmoid_routing(fields),
+    }
+
+
+MIXER_READERS: dict[str, Reader] = {
+    "qwen3_next": _qwen3_next,
+    "qwen3_5_moe": _qwen3_5_moe,
+    "deepseek_v32": _indexed,
+    "glm_moe_dsa": _glm_moe_dsa,
+    "kimi_linear": _kimi_linear,
+    "granitemoehybrid": _granitemoehybrid,
+    "nemotron_h": _nemotron_h,
+}

@@ -1,0 +1,186 @@
+"""Mixers that stand where attention stands, or choose what it sees: their tensors and cuts.
+
+A layer mixes tokens by attention over pages (`spec.model`), or by a `StateMixer`, which keeps one
+state of fixed size for each sequence. An `Indexer` chooses the positions that latent attention
+sees, and keeps a key of its own for each.
+
+Tensors of a state mixer are `layers.N.state.` and: `query`, `key`, `value`, `gate`, `output`;
+`beta` (how strongly a delta rule corrects) and `decay` (of Mamba-2: its time step), with
+`decay_a`, `decay_b`, `gate_a`, `gate_b` where they are of low rank; `query_conv`, `key_conv`,
+`value_conv`, each a short causal convolution by channel, with `…_conv_bias`; `step_bias`,
+`decay_log`, `skip`; `state_norm`. Published checkpoints join some of them. Those of an indexer are
+`index_query`, `index_key`, `index_weights`, `index_norm` and `index_norm_bias`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from expertlane.spec.ranges import Strict
+
+Shape = tuple[int, ...]
+StateKind = Literal["gated_delta", "kimi_delta", "mamba2"]
+
+STATE_BYTES = 4  # of a value of a state: float32, as serving engines keep it
+_INDEX_SCALE_BYTES = (
+    4  # an index key is kept in float8, whatever the cache's type, with one float32
+)
+
+_TITLES: dict[StateKind, str] = {
+    "gated_delta": "Gated DeltaNet",
+    "kimi_delta": "Kimi Delta Attention",
+    "mamba2": "Mamba-2",
+}
+_OF_KEY_HEADS = ("query", "key")
+
+
+@dataclass(frozen=True)
+class StateMixer(Strict):
+    """A mixer that keeps a state [num_heads, key_dim, value_dim] for each sequence.
+
+    A token decays the state, adds the outer product of its key and value, and reads it with its
+    query. `gated_delta` (Yang et al. 2024, Gated Delta Networks) first subtracts what the state
+    has under the key already; `kimi_delta` (Kimi Team 2025, Kimi Linear) does so with a decay of
+    its own for each of a key's values; `mamba2` (Dao and Gu 2024, Mamba-2) does not.
+
+    Attributes:
+        num_heads: heads of values, each with a state.
+        num_key_heads: heads of queries and keys, each for equally many of values; Mamba-2's groups.
+        key_dim, value_dim: widths of a head; Mamba-2's state size and head size.
+        conv_kernel: tokens that the convolutions see, the latest included.
+        conv_bias: the convolutions have biases.
+        proj_bias: the projections have biases.
+        chunk_size: tokens of a prompt that are computed together.
+    """
+
+    kind: StateKind
+    num_heads: int
+    num_key_heads: int
+    key_dim: int
+    value_dim: int
+    conv_kernel: int = 4
+    conv_bias: bool = False
+    proj_bias: bool = False
+    chunk_size: int = 64
+
+    @property
+    def title(self) -> str:
+        """The kind, as its authors call it."""
+        return _TITLES[self.kind]
+
+    def shapes(self, hidden: int) -> dict[str, Shape]:
+        """Shapes of its tensors, by name without `state.`."""
+        keys, values = self.num_key_heads * self.key_dim, self.num_heads * self.value_dim
+        heads = self.num_heads
+        widths = {"query": keys, "key": keys, "value": values}
+        shapes: dict[str, Shape] = {part: (width, hidden) for part, width in widths.items()}
+        match self.kind:
+            case "gated_delta":
+                shapes |= {"gate": (values, hidden), "beta": (heads, hidden)}
+                shapes |= {"decay": (heads, hidden), "step_bias": (heads,)}
+                shapes["state_norm"] = (self.value_dim,)
+            case "kimi_delta":
+                for part, width in (("gate", values), ("decay", keys)):
+                    shapes[f"{part}_a"] = (self.key_dim, hidden)
+                    shapes[f"{part}_b"] = (width, self.key_dim)
+                shapes |= {"beta": (heads, hidden), "step_bias": (keys,)}
+                shapes["state_norm"] = (self.value_dim,)
+            case "mamba2":
+                shapes |= {"gate": (values, hidden), "decay": (heads, hidden)}
+                shapes |= {"step_bias": (heads,), "skip": (heads,), "state_norm": (values,)}
+        shapes["decay_log"] = (heads,)
+        for part, width in widths.items():
+            shapes[f"{part}_conv"] = (width, self.conv_kernel)
+            if self.conv_bias:
+                shapes[f"{part}_conv_bias"] = (width,)
+        shapes["output"] = (hidden, values)
+        if self.proj_bias:
+            named = [part for part in ("query", "key", "value", "gate", "decay") if part in shapes]
+            shapes |= {f"{part}_bias": (shapes[part][0],) for part in named}
+            shapes["output_bias"] = (hidden,)
+        return shapes
+
+    def heads_of(self, tp: int) -> tuple[int, int]:
+        """Heads of values, and of queries and keys, of a rank; those fewer than `tp` are copied."""
+        return self.num_heads // tp, max(1, self.num_key_heads // tp)
+
+    def cut(self, part: str, size: int, tp: int, tp_rank: int) -> range:
+        """The slice of a tensor that a rank holds, in the dimension `cut_dim`: by heads.
+
+        Args:
+            size: of that dimension.
+        """
+        if part in ("gate_a", "decay_a") or (part == "state_norm" and size == self.value_dim):
+            return range(size)
+        if part == "output_bias":  # added once
+            return range(size if tp_rank == 0 else 0)
+        if part.partition("_")[0] in _OF_KEY_HEADS and tp > self.num_key_heads:
+            width = size // self.num_key_heads
+            first = tp_rank * self.num_key_heads // tp * width
+            return range(first, first + width)
+        return range(size * tp_rank // tp, size * (tp_rank + 1) // tp)
+
+    def conv_channels(self, tp: int) -> int:
+        """Channels of a rank's convolutions: of queries, keys and values."""
+        heads, key_heads = self.heads_of(tp)
+        return 2 * key_heads * self.key_dim + heads * self.value_dim
+
+    def state_bytes(self, tp: int, activation_bytes: int) -> int:
+        """Bytes that a rank keeps of a sequence in a layer: the state, and the latest inputs of
+        the convolutions."""
+        heads, _ = self.heads_of(tp)
+        latest = (self.conv_kernel - 1) * self.conv_channels(tp)
+        return heads * self.key_dim * self.value_dim * STATE_BYTES + latest * activation_bytes
+
+    def token_flops(self, heads: int, *, in_chunks: bool) -> int:
+        """FLOPs of a token in `heads` heads, without projections and convolutions.
+
+        One by one, a token reads the state with its query, adds an outer product, and with a delta
+        rule reads it with its key. In chunks of C tokens (Yang et al. 2024, section 3.3; Dao and
+        Gu 2024, section 6) it also takes products inside the chunk: of queries and keys, and of
+        those with values; with a delta rule of keys with keys, and two triangular systems.
+
+        Args:
+            in_chunks: of a prompt; else of one token at a time.
+        """
+        key, value, chunk = self.key_dim, self.value_dim, self.chunk_size
+        state, has_delta = key * value, self.kind != "mamba2"
+        if not in_chunks:
+            return heads * 2 * state * (3 if has_delta else 2)
+        if has_delta:  # a triangular system takes half of a product
+            inside = 2 * key + value + (key + value) / 2
+            return round(heads * 2 * (chunk * inside + 3 * state))
+        groups = self.num_key_heads / self.num_heads  # share their queries and keys
+        return round(heads * 2 * (chunk * (groups * key + value) + 2 * state))
+
+
+@dataclass(frozen=True)
+class Indexer(Strict):
+    """Chooses the positions that a token attends to (DeepSeek-AI 2025, DeepSeek-V3.2).
+
+    A token's score of a position is the sum over the index heads of weight · relu(query · key), the
+    key common to all; attention sees the `topk` best. Every rank of a `tp` group computes all of
+    it.
+
+    Attributes:
+        num_heads, head_dim: of index queries.
+        topk: positions that a token sees at most.
+    """
+
+    num_heads: int
+    head_dim: int
+    topk: int
+
+    def shapes(self, hidden: int, q_lora_rank: int) -> dict[str, Shape]:
+        """Shapes of its tensors."""
+        return {
+            "index_query": (self.num_heads * self.head_dim, q_lora_rank),
+            "index_key": (self.head_dim, hidden),
+            "index_norm": (self.head_dim,),
+            "index_norm_bias": (self.head_dim,),
+            "index_weights": (self.num_heads, hidden),
+        }
+
+    @property
+    def position_bytes(self) -> int:
+        """Bytes of a position in the index cache of a layer."""
+        return self.head_dim + _INDEX_SCALE_BYTES

@@ -1,0 +1,208 @@
+"""Mixers beside attention: bytes by hand, FLOPs beside a count of transformers' classes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from expertlane.balance.holding import Slices, placements_of
+from expertlane.cost.memory import PlacedModel, held_kv_bytes, held_state_bytes, num_caching
+from expertlane.cost.step.attention import mixer_steps
+from expertlane.cost.step.batch_sizes import PartSizes
+from expertlane.cost.step.counts import StageMesh
+from expertlane.cost.step.operation import NumberTypes, Operation, OpKind
+from expertlane.cost.step.step_list import GPU_LIBRARIES, StepList
+from expertlane.errors import CapacityError
+from expertlane.schedule.request import Limits
+from expertlane.spec.deployment import Options
+from expertlane.spec.from_hf import from_hf
+from expertlane.spec.layout import Layout
+from expertlane.spec.mixers import StateMixer
+from expertlane.spec.model import Mixing, layer_name, layer_shapes
+
+PUBLISHED = Path(__file__).parent.parent / "spec" / "published_mixers.json"
+CONFIGS = json.loads(PUBLISHED.read_text())
+TYPES = NumberTypes()
+
+
+def _model(name):
+    return from_hf(CONFIGS[name], name, weights=False)
+
+
+def _operations(model, kind, num_seqs, num_new, num_cached=0, tp=1):
+    layout = Layout(tp=tp)
+    out = StepList(StageMesh.of(layout, 0, 0, 8), TYPES, "all_gather", GPU_LIBRARIES)
+    mixer_steps(out, model, Mixing(kind), PartSizes.even(1, tp, num_seqs, num_new, num_cached))
+    return [step for step in out.steps if isinstance(step, Operation)]
+
+
+def _flops(operations, *kinds):
+    chosen = [each for each in operations if not kinds or each.kind in kinds]
+    return int(sum(each.flops[0] for each in chosen))
+
+
+def test_bytes_of_a_sequence_by_hand():
+    qwen = _model("qwen3-next-80b-a3b")
+    assert num_caching(qwen, range(48)) == (12, 36)
+    # 2 heads of 256 keys and values; 32 states of 128 x 128 in float32, and 3 inputs of
+    # 2 x 16 x 128 + 32 x 128 channels.
+    assert held_kv_bytes(qwen, TYPES, 1) == 2 * 2 * 256 * 2
+    assert held_state_bytes(qwen, TYPES, 1) == 32 * 128 * 128 * 4 + 3 * 8192 * 2 == 2_146_304
+    assert held_state_bytes(qwen, TYPES, 8) == 2_146_304 // 8
+    nemotron = _model("nemotron-3-nano-30b-a3b")
+    assert num_caching(nemotron, range(52)) == (6, 23)
+    assert held_kv_bytes(nemotron, TYPES, 1) == 2 * 2 * 128 * 2
+    # 64 states of 128 x 64, 3 inputs of 4096 + 2 x 8 x 128 channels.
+    assert held_state_bytes(nemotron, TYPES, 1) == 64 * 128 * 64 * 4 + 3 * 6144 * 2
+    deepseek = _model("deepseek-v3.2")
+    assert held_kv_bytes(deepseek, TYPES, 8) == 576 * 2 + 128 + 4  # an index key in float8
+    assert held_state_bytes(deepseek, TYPES, 8) == 0
+
+
+def test_groups_fewer_than_ranks_are_copied():
+    granite = _model("granite-4.0-h-small")  # one group of queries and keys
+    assert held_state_bytes(granite, TYPES, 8) == 16 * 128 * 64 * 4 + 3 * (1024 + 2 * 128) * 2
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("tp", [1, 2, 8, 16])
+def test_ranks_hold_every_row_once_or_copies(name, tp):
+    model = _model(name)
+    for kind in {model.kind_of_layer(layer) for layer in range(model.num_hidden_layers)}:
+        for part, shape in layer_shapes(model, kind).items():
+            if not part.startswith("state.") or part.endswith("output_bias"):
+                continue
+            rows = [Slices(tp, rank).of_tensor(model, layer_name(0, part)) for rank in range(tp)]
+            size = shape[1 if part == "state.output" else 0]
+            assert set().union(*rows) == set(range(size)), part
+            copies = sum(map(len, rows)) / size
+            is_whole = part.endswith(("gate_a", "decay_a"))
+            assert copies == int(copies), part
+            assert copies == 1 or is_whole or "query" in part or "key" in part or "norm" in part
+
+
+def test_a_cache_is_shared_by_pages_and_states():
+    model = _model("qwen3-next-80b-a3b")
+    layout = Layout(tp=8)
+    held = PlacedModel(model, layout, TYPES, placements_of(model, layout, Options()))
+    limits = Limits(model.vocab_size, 4096, 10**6, max_num_seqs=64)
+    block = 12 * 16 * held_kv_bytes(model, TYPES, 8)
+    of_state = held.state_blocks(limits)
+    assert of_state == -(-36 * held_state_bytes(model, TYPES, 8) // block)
+    one = held.rank_memory(replace(limits, num_blocks=1), 0)
+    used = one.weight_bytes + one.activation_bytes
+    fitted = held.fit_cache(limits, used + 4e9)
+    assert fitted.state_blocks == of_state
+    assert fitted.num_blocks == int(4e9 // block)
+    with pytest.raises(CapacityError):
+        held.fit_cache(limits, used + 1e6)
+    of_seq = 256 * block + 36 * held_state_bytes(model, TYPES, 8)
+    assert held.capacity((used + 100.5 * of_seq) / 0.9, 4096, 2048).max_seqs == 100
+
+
+def test_one_token_reads_and_writes_each_state_once():
+    model = _model("qwen3-next-80b-a3b")
+    operations = _operations(model, "state", 3, 1, 1000)
+    (state,) = (each for each in operations if each.kind is OpKind.STATE)
+    assert state.kv_bytes[0] == 2 * 3 * 32 * 128 * 128 * 4
+    assert state.flops[0] == 3 * 32 * 6 * 128 * 128
+    longer = _operations(model, "state", 3, 1, 100_000)
+    assert _flops(longer) == _flops(operations)
+
+
+def test_an_indexer_scores_all_and_attention_sees_few():
+    model = _model("deepseek-v3.2")
+    for num_cached in (1000, 50_000):
+        ops = _operations(model, "attention", 2, 1, num_cached)
+        (index,) = (each for each in ops if each.kind is OpKind.INDEX)
+        (sparse,) = (each for each in ops if each.kind is OpKind.SPARSE)
+        seen = num_cached + 1
+        assert index.flops[0] == 2 * 2 * seen * 64 * 128
+        assert index.kv_bytes[0] == 2 * seen * 132
+        assert sparse.flops[0] == 2 * 2 * min(seen, 2048) * 128 * (576 + 512)
+    prompt = _operations(model, "attention", 1, 4096)
+    (sparse,) = (each for each in prompt if each.kind is OpKind.SPARSE)
+    assert sparse.sizes["query_key_pairs"][0] == 2048 * 2049 // 2 + 2048 * 2048
+
+
+def test_chunks_take_more_than_single_tokens():
+    state = StateMixer("gated_delta", 4, 2, 32, 64)
+    assert state.token_flops(4, in_chunks=False) == 4 * 2 * 3 * 32 * 64
+    assert state.token_flops(4, in_chunks=True) == 4 * 2 * (64 * (64 + 64 + 48) + 3 * 32 * 64)
+    mamba = StateMixer("mamba2", 4, 1, 32, 64, chunk_size=128)
+    assert mamba.token_flops(4, in_chunks=True) == 4 * 2 * (128 * (8 + 64) + 2 * 32 * 64)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["gated_delta", "kimi_delta", "mamba2"])
+def test_flops_are_those_of_transformers(kind):
+    """In prompts, at small sizes. Differences by name: see the comments."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers.models.kimi_linear import modeling_kimi_linear as kimi
+    from transformers.models.nemotron_h import modeling_nemotron_h as nemotron
+    from transformers.models.qwen3_next import modeling_qwen3_next as qwen
+
+    name, module, config = {
+        "gated_delta": ("qwen3-next-80b-a3b", qwen.Qwen3NextGatedDeltaNet, qwen.Qwen3NextConfig),
+        "kimi_delta": ("kimi-linear-48b-a3b", kimi.KimiLinearDeltaAttention, kimi.KimiLinearConfig),
+        "mamba2": (
+            "nemotron-3-nano-30b-a3b",
+            nemotron.NemotronHMamba2Mixer,
+            nemotron.NemotronHConfig,
+        ),
+    }[kind]
+    model, num = _model(name), 256
+    state, hidden = model.state, model.hidden_size
+    given = {
+        key: each
+        for key, each in CONFIGS[name].items()
+        if key not in ("architectures", "model_type", "rope_scaling")
+    }
+    with torch.device("meta"):
+        mixer, inputs = module(config(**given), model.state_layers[0]), torch.randn(1, num, hidden)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        mixer.eval()(inputs)
+    theirs = counter.get_total_flops()
+    operations = _operations(model, "state", 1, num)
+    # Convolutions, which we count as bytes alone.
+    convolutions = 2 * num * state.conv_kernel * state.conv_channels(1)
+    ours = _flops(operations) + convolutions
+    if kind == "mamba2":  # they compute products of queries and keys anew for each head of a group
+        heads = state.num_heads - state.num_key_heads
+        ours += 2 * num * state.chunk_size * state.key_dim * heads
+        assert ours == pytest.approx(theirs, rel=0.02)
+        return
+    # Triangular systems, which the counter does not see.
+    systems = num * state.num_heads * state.chunk_size * (state.key_dim + state.value_dim)
+    assert ours - systems == pytest.approx(theirs, rel=0.02)
+
+
+@pytest.mark.full
+def test_flops_of_an_indexer_are_those_of_transformers():
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek
+
+    model, num = _model("deepseek-v3.2"), 64
+    with torch.device("meta"):
+        indexer = deepseek.DeepseekV32Indexer(deepseek.DeepseekV32Config(), 0)
+    shape = {"device": "meta"}
+    with FlopCounterMode(display=False) as counter:
+        indexer(
+            torch.zeros(1, num, 7168, **shape),
+            torch.zeros(1, num, 1536, **shape),
+            (torch.zeros(1, num, 64, **shape), torch.zeros(1, num, 64, **shape)),
+            torch.zeros(1, 1, num, num, **shape),
+            torch.zeros(1, num, **shape),
+        )
+    operations = _operations(model, "attention", 1, num)
+    (index,) = (each for each in operations if each.kind is OpKind.INDEX)
+    projections = 2 * num * (64 * 128 * 1536 + (128 + 64) * 7168)
+    # They score positions to come too, num² of them; and add up over heads by a product.
+    causal = index.flops[0] * num * num / (num * (num + 1) / 2)
+    assert projections + causal == pytest.approx(counter.get_total_flops(), rel=0.02)
+    sums = np.array([each.flops[0] for each in operations if each.kind is OpKind.GEMM])
+    assert {2 * num * 64 * 128 * 1536, 2 * num * (128 + 64) * 7168} <= set(sums.tolist())

@@ -1,0 +1,185 @@
+"""transformers' classes of published configurations on the meta device, in our names."""
+
+import copy
+import re
+from math import prod
+from typing import Any
+
+import torch
+import transformers
+
+from expertlane.spec.hf_config import family_of, language_model_of
+from expertlane.spec.model import ModelConfig, Shape, expert_shapes, layer_shapes
+
+_IN_LAYER = re.compile(r"(?:model\.|backbone\.)(?:language_model\.)?layers\.(\d+)\.(.*)")
+_OUTSIDE = {
+    "embed_tokens.weight": "embedding",
+    "embeddings.weight": "embedding",
+    "norm.weight": "final_norm",
+    "norm_f.weight": "final_norm",
+    "lm_head.weight": "head",
+}
+_MLP = {
+    "gate.weight": "router",
+    "gate.e_score_correction_bias": "correction_bias",
+    "shared_experts.gate_proj.weight": "shared.gate",
+    "shared_experts.up_proj.weight": "shared.up",
+    "shared_experts.down_proj.weight": "shared.down",
+    "shared_expert.gate_proj.weight": "shared.gate",
+    "shared_expert.up_proj.weight": "shared.up",
+    "shared_expert.down_proj.weight": "shared.down",
+    "shared_expert_gate.weight": "shared_gate",
+    "gate_proj.weight": "dense.gate",
+    "up_proj.weight": "dense.up",
+    "down_proj.weight": "dense.down",
+    "experts.gate_up_proj": "experts.gate experts.up",
+    "experts.up_proj": "experts.up",
+    "experts.down_proj": "experts.down",
+    "experts.gate_up_proj_bias": "experts.gate_bias experts.up_bias",
+    "experts.down_proj_bias": "experts.down_bias",
+    "fc1_latent_proj.weight": "latent_in",
+    "fc2_latent_proj.weight": "latent_out",
+    # of other families
+    "router.weight": "router",
+    "router.bias": "router_bias",
+    "e_score_correction_bias": "correction_bias",
+    "gate.moe_statics.e_score_correction_bias": "correction_bias",
+}
+_SHARED_MLP = {
+    "input_linear.weight": "shared.gate shared.up",
+    "output_linear.weight": "shared.down",
+}
+_ATTENTION = {
+    f"{theirs}_proj.{kind}": ours + ("" if kind == "weight" else "_bias")
+    for theirs, ours in {"q": "query", "k": "key", "v": "value", "o": "output"}.items()
+    for kind in ("weight", "bias")
+} | {
+    "q_norm.weight": "query_norm",
+    "k_norm.weight": "key_norm",
+    "sinks": "sinks",
+    "q_a_proj.weight": "query_a",
+    "q_a_layernorm.weight": "query_a_norm",
+    "q_b_proj.weight": "query_b",
+    "kv_a_proj_with_mqa.weight": "kv_a",
+    "kv_a_layernorm.weight": "kv_a_norm",
+    "kv_b_proj.weight": "kv_b",
+    "indexer.wq_b.weight": "index_query",
+    "indexer.wk.weight": "index_key",
+    "indexer.k_norm.weight": "index_norm",
+    "indexer.k_norm.bias": "index_norm_bias",
+    "indexer.weights_proj.weight": "index_weights",
+}
+_STATE = {  # Gated DeltaNet, Kimi Delta Attention
+    "in_proj_qkvz.weight": "query key value gate",
+    "in_proj_ba.weight": "beta decay",
+    "in_proj_qkv.weight": "query key value",
+    "in_proj_z.weight": "gate",
+    "in_proj_b.weight": "beta",
+    "in_proj_a.weight": "decay",
+    "b_proj.weight": "beta",
+    "g_a_proj.weight": "gate_a",
+    "g_b_proj.weight": "gate_b",
+    "forget_gate.f_a_proj.weight": "decay_a",
+    "forget_gate.f_b_proj.weight": "decay_b",
+    "forget_gate.dt_bias": "step_bias",
+    "forget_gate.A_log": "decay_log",
+    "conv1d.weight": "query_conv key_conv value_conv",
+    "conv1d.bias": "query_conv_bias key_conv_bias value_conv_bias",
+    "dt_bias": "step_bias",
+    "A_log": "decay_log",
+    "D": "skip",
+    "norm.weight": "state_norm",
+    "o_norm.weight": "state_norm",
+    "out_proj.weight": "output",
+    "q_proj.weight": "query",
+    "k_proj.weight": "key",
+    "v_proj.weight": "value",
+    "o_proj.weight": "output",
+    "in_proj.weight": "gate value key query decay",  # Mamba-2: z, x, B, C, dt
+}
+
+
+def reference(config: dict[str, Any]) -> torch.nn.Module:
+    """The language model's class of transformers, on the meta device."""
+    family = family_of(config)
+    text = copy.deepcopy(language_model_of(config))
+    for key in ("model_type", "architectures", "auto_map", "quantization_config"):
+        text.pop(key, None)
+    if text.get("rope_scaling") is None:
+        text.pop("rope_scaling", None)
+    name = {"qwen3_5_moe": "qwen3_5_moe_text", "qwen3_vl_moe": "qwen3_vl_moe_text"}.get(
+        family, family
+    )
+    of_text = transformers.AutoConfig.for_model(name, **text)
+    if family == "qwen3_vl_moe":  # has no class of its own for the language model with its head
+        whole = transformers.Qwen3VLMoeConfig(text_config=of_text.to_dict())
+        with torch.device("meta"):
+            model = transformers.Qwen3VLMoeForConditionalGeneration(whole)
+        del model.model.visual
+        return model
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(of_text)
+
+
+def their_shapes(model: torch.nn.Module, *, is_tied: bool) -> dict[str, Shape]:
+    """Shapes of all stored tensors; a tied head is none."""
+    return {
+        name: tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not (is_tied and name == "lm_head.weight")
+    }
+
+
+def ours_of(name: str, model: ModelConfig) -> tuple[int | None, list[str]]:
+    """The layer of one of their tensors, None outside layers, and our tensors that it joins."""
+    found = _IN_LAYER.fullmatch(name)
+    if found is None:
+        end = next(end for end in _OUTSIDE if name.endswith(end))
+        return None, [_OUTSIDE[end]]
+    layer, part = int(found[1]), found[2]
+    mixing = model.mixing_of_layer(layer)
+    block, _, rest = part.partition(".")
+    if block == "norm":  # of a layer of a mixer or an MLP alone
+        return layer, ["moe_norm" if mixing is None else "attention_norm"]
+    if block == "input_layernorm":
+        return layer, ["attention_norm"]
+    if block == "post_attention_layernorm":
+        return layer, ["moe_norm"]
+    if block == "shared_mlp":
+        joined = {
+            "input_linear.weight": "shared.gate shared.up",
+            "output_linear.weight": "shared.down",
+        }
+        return layer, joined[rest].split()
+    if block in ("mlp", "block_sparse_moe") or (block == "mixer" and mixing is None):
+        return layer, _MLP[rest].split()
+    assert mixing is not None, name
+    assert block in ("self_attn", "linear_attn", "mamba", "mixer"), name
+    if mixing.kind == "attention":
+        return layer, [_ATTENTION[rest]]
+    return layer, [f"state.{each}" for each in _STATE[rest].split()]
+
+
+def joined_shape(model: ModelConfig, layer: int | None, parts: list[str]) -> Shape:
+    """The shape of our tensors put together in the first dimension, experts in one before it."""
+    if layer is None:
+        (part,) = parts
+        is_norm = part == "final_norm"
+        return (model.hidden_size,) if is_norm else (model.vocab_size, model.hidden_size)
+    of_layer = layer_shapes(model, model.kind_of_layer(layer))
+    of_layer |= {f"experts.{part}": shape for part, shape in expert_shapes(model).items()}
+    shapes = [of_layer[part] for part in parts]
+    assert len({shape[1:] for shape in shapes}) == 1, parts
+    rows = sum(shape[0] for shape in shapes)
+    experts = (model.num_experts,) if parts[0].startswith("experts.") else ()
+    return (*experts, rows, *shapes[0][1:])
+
+
+def without_ones(shape: Shape) -> Shape:
+    """A shape without dimensions of 1, which convolutions and vectors have more or fewer of."""
+    return tuple(size for size in shape if size != 1)
+
+
+def num_values(shapes: dict[str, Shape]) -> int:
+    """Values of all tensors."""
+    return sum(map(prod, shapes.values()))
