@@ -20,7 +20,7 @@ def engine(name, title):
     """The class, made where expertlane can be imported: servers import none of it."""
     from dataclasses import replace
 
-    from expertlane.comparison.engines.engine import CannotServe, Engine, Start
+    from expertlane.comparison.engines.engine import CannotServe, Engine, LaunchCommand
 
     class Stub(Engine):
         def start(self, asked):
@@ -28,7 +28,7 @@ def engine(name, title):
             if behaviour == "refused":
                 raise CannotServe("Stub has no such layout (stub.py: Layout)")
             argv = (sys.executable, __file__, str(asked.place.port), behaviour)
-            return Start((*argv, *asked.arguments), {"STUB": "1"}, {"stub.json": "{}"})
+            return LaunchCommand((*argv, *asked.arguments), {"STUB": "1"}, {"stub.json": "{}"})
 
         def profiled(self, start, folder):
             return None if "ignores SIGTERM" in start.argv else start

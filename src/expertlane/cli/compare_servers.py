@@ -30,9 +30,8 @@ if TYPE_CHECKING:
     from expertlane.cli.load import ServedLoad
     from expertlane.client.run import Asked, Target
     from expertlane.client.server import Vocabulary
-    from expertlane.comparison.engines.engine import Asked as StartAsked
-    from expertlane.comparison.engines.engine import Engine, Start
-    from expertlane.comparison.served import Engines, Setting
+    from expertlane.comparison.engines.engine import Engine, LaunchCommand, LaunchRequest
+    from expertlane.comparison.served import EngineLauncher, Setting
     from expertlane.comparison.turns import Repeats
     from expertlane.results.results import Results
     from expertlane.spec.deployment import Deployment
@@ -326,7 +325,7 @@ def compare_servers(
 
     targets = options.targets()
     traces = options.traces_of(targets)
-    engines = [engines_of(each, experiment, options, dtype) for each in options.engines()]
+    engines = [launcher_of(each, experiment, options, dtype) for each in options.engines()]
     workload = experiment.workload
     asked = _asked(workload.load, workload.seed, options, vocabulary_of(experiment, options))
     with _setting(asked, options, folder) as setting:
@@ -431,23 +430,23 @@ def vocabulary_of(experiment: "Experiment", options: ServerOptions) -> "Vocabula
     return Vocabulary(range(experiment.model.vocab_size))
 
 
-def engines_of(
+def launcher_of(
     engine: "Engine", experiment: "Experiment", options: ServerOptions, dtype: str | None
-) -> "Engines":
+) -> "EngineLauncher":
     """An engine with the commands of its servers; options are checked here.
 
     Raises:
         UserError: there is no checkpoint, or no such Python.
     """
-    from expertlane.comparison.served import Engines
+    from expertlane.comparison.served import EngineLauncher
 
-    asked = _start_asked(engine, experiment, options, dtype)
+    asked = _launch_request(engine, experiment, options, dtype)
 
-    def start(deployment: "Deployment", port: int) -> "Start":
+    def start(deployment: "Deployment", port: int) -> "LaunchCommand":
         place = replace(asked.place, port=port)
         return engine.start(replace(asked, deployment=deployment, place=place))
 
-    return Engines(engine, start)
+    return EngineLauncher(engine, start)
 
 
 def _parted_cores(experiment: "Experiment") -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -458,15 +457,15 @@ def _parted_cores(experiment: "Experiment") -> tuple[tuple[int, ...], tuple[int,
     return parted_cores(() if gpu_names() else sizes)
 
 
-def _start_asked(
+def _launch_request(
     engine: "Engine", experiment: "Experiment", options: ServerOptions, dtype: str | None
-) -> "StartAsked":
+) -> "LaunchRequest":
     """What the commands of an engine's servers have in common, with the first deployment.
 
     Raises:
         UserError: there is no checkpoint, or no such Python.
     """
-    from expertlane.comparison.engines.engine import Asked
+    from expertlane.comparison.engines.engine import LaunchRequest
     from expertlane.comparison.served import HOST
     from expertlane.cost.step.operation import NumberTypes
     from expertlane.planner.server_start import Place, ServeTarget
@@ -503,7 +502,7 @@ def _start_asked(
         python=python,
         caches_prefixes=False,
     )
-    return Asked(
+    return LaunchRequest(
         experiment.deployments[0],
         model,
         experiment.workload,
@@ -537,7 +536,7 @@ def print_commands(
     from expertlane.planner.server_start import PORT
 
     rows: list[dict[str, Any]] = []
-    for engines in [engines_of(each, experiment, options, dtype) for each in options.engines()]:
+    for engines in [launcher_of(each, experiment, options, dtype) for each in options.engines()]:
         for deployment in experiment.deployments:
             row: dict[str, Any] = {"engine": engines.engine.name, "deployment": deployment.name}
             try:
@@ -580,7 +579,7 @@ def _scripts(
     output.check_folder(options.scripts)
     made: dict[str, str] = {}
     for engine in options.engines():
-        asked = _start_asked(engine, experiment, options, dtype)
+        asked = _launch_request(engine, experiment, options, dtype)
         asked = replace(asked, num_devices=there.profile.ranks_per_node)
         for deployment in experiment.deployments:
             try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import typer
 
 from expertlane.cli import output
-from expertlane.cli.compare_servers import ServerOptions, engines_of, vocabulary_of
+from expertlane.cli.compare_servers import ServerOptions, launcher_of, vocabulary_of
 from expertlane.cli.help import Panel
 from expertlane.cli.load import DrillLoad
 from expertlane.cli.option_groups import given, takes_groups
@@ -437,7 +437,7 @@ def _run_engine(
     experiment = _experiment(start, asked)
     (deployment,) = experiment.deployments
     options = start.as_server_options()
-    engines = engines_of(engine, experiment, options, start.dtype)
+    engines = launcher_of(engine, experiment, options, start.dtype)
     if asked.tokenizer is None:
         asked = replace(asked, tokenizer=vocabulary_of(experiment, options))
     folder = call.folder(output.slug("drill", engine.name, deployment.name))

@@ -28,7 +28,7 @@ from expertlane.client.measure import Stop
 from expertlane.client.run import check_answered, one_round, run_until_told, warm_up
 from expertlane.client.server import RECORDER, Unreachable
 from expertlane.comparison.engines.engine import CannotServe, Engine
-from expertlane.comparison.served import Engines, RoutingFile, Served
+from expertlane.comparison.served import EngineLauncher, MeasuredServer, RoutingFile
 from expertlane.comparison.server_process import ServerError
 from expertlane.comparison.traces.torch_trace import read_step_causes, steps_record
 from expertlane.errors import UserError
@@ -43,11 +43,12 @@ _APPEAR_S = 120.0  # until files must have appeared
 _GUESSED_S = 10.0  # the same where the folder is a guess
 _TRACES, _RECORDS = "**/*.json*", "expert_distribution_recorder_*.pt"
 _ROUTES = tuple(f"/{word}_expert_distribution_record" for word in ("start", "stop", "dump"))
+_Post = tuple[str, Mapping[str, object]]  # a route, and JSON fields
 _USUAL_RANKS = 8  # to plan for where a server has one
 _LOOPBACK = "127.0.0.1", "localhost", "::1"
 
 
-def profile_steps(served: Served) -> None:
+def profile_steps(served: MeasuredServer) -> None:
     """Trace a short load with torch's profiler, in a new server if it is started here.
 
     An error is stored in `why_no_causes`.
@@ -62,13 +63,13 @@ def profile_steps(served: Served) -> None:
             served.steps = [*filter(None, (steps_record(causes, each) for each in Phase))]
 
 
-def record_routing(servers: Sequence[Served]) -> None:
+def record_routing(servers: Sequence[MeasuredServer]) -> None:
     """Record which experts a round of the load chooses, where a server can: SGLang.
 
     Of servers that are started here, one of each engine, with the most expert-parallel ranks:
     what a model chooses does not depend on the layout. An error is stored in `why_no_routing`.
     """
-    own: dict[Engine, Served] = {}
+    own: dict[Engine, MeasuredServer] = {}
     for each in servers:
         if each.failure:
             continue
@@ -85,7 +86,7 @@ def record_routing(servers: Sequence[Served]) -> None:
 
 
 @contextmanager
-def _pass_of(served: Served, name: str, reason: str) -> Iterator[None]:
+def _pass_of(served: MeasuredServer, name: str, reason: str) -> Iterator[None]:
     """A pass over one server, which is stopped after it; its error becomes a reason."""
     progress = served.setting.progress
     progress.task(f"{served.name}, {name}", 1)
@@ -101,7 +102,7 @@ def _pass_of(served: Served, name: str, reason: str) -> Iterator[None]:
 # Causes
 
 
-def _traces(served: Served, engines: Engines) -> Sequence[Path] | None:
+def _traces(served: MeasuredServer, engines: EngineLauncher) -> Sequence[Path] | None:
     """Traces of a server that is started for them; None where it writes none."""
     folder = _new_folder(served.folder, "profile-")
     if not served.up.ensure(served, partial(engines.engine.profiled, folder=folder)):
@@ -111,7 +112,7 @@ def _traces(served: Served, engines: Engines) -> Sequence[Path] | None:
     return _files_in(folder, _TRACES)
 
 
-def _traces_of_url(served: Served) -> Sequence[Path] | None:
+def _traces_of_url(served: MeasuredServer) -> Sequence[Path] | None:
     """Traces that appear in the folder of a server that runs already; None without one."""
     if served.traces is None:
         served.why_no_causes = (
@@ -125,7 +126,7 @@ def _traces_of_url(served: Served) -> Sequence[Path] | None:
     return _new_files(served.traces, _TRACES, before)
 
 
-def _trace(served: Served, fields: Mapping[str, object]) -> None:
+def _trace(served: MeasuredServer, fields: Mapping[str, object]) -> None:
     """Run a short load between start and stop of a trace.
 
     Args:
@@ -134,17 +135,17 @@ def _trace(served: Served, fields: Mapping[str, object]) -> None:
     load = served.setting.load
     output_len = min(_TRACED_LEN, load.output_len.low)
     short = replace(load, output_len=LengthRange(output_len, output_len))
-    ends = ("/start_profile", fields), ("/stop_profile", {})
+    ends: tuple[_Post, _Post] = ("/start_profile", fields), ("/stop_profile", {})
     run_until_told(_between(served, short, served.num_runs, *ends))
 
 
 async def _between(
-    served: Served,
+    served: MeasuredServer,
     load: Load,
     number: int,
-    start: tuple[str, Mapping[str, object]],
-    stop: tuple[str, Mapping[str, object]],
-    *then: tuple[str, Mapping[str, object]],
+    start: _Post,
+    stop: _Post,
+    *then: _Post,
 ) -> None:
     """Run a load once between two POSTs, each with its JSON fields.
 
@@ -169,7 +170,7 @@ async def _between(
 # Routing
 
 
-def _record_of_engine(served: Served, engine: Engine) -> None:
+def _record_of_engine(served: MeasuredServer, engine: Engine) -> None:
     """Start a server that can record, and record; nothing where its engine cannot."""
     folder = _new_folder(served.folder, "routing-")
     if not served.up.ensure(served, partial(engine.recorded, folder=folder)):
@@ -179,7 +180,7 @@ def _record_of_engine(served: Served, engine: Engine) -> None:
     served.routing = _routing_file(_new_files(folder, _RECORDS, ()), _num_ranks(served), 0)
 
 
-def _record_of_url(served: Served) -> None:
+def _record_of_url(served: MeasuredServer) -> None:
     """Record on a server that runs already; nothing where it is not SGLang.
 
     Some versions of SGLang end where a record is started without its recorder: they are not asked.
@@ -208,9 +209,9 @@ def _record_of_url(served: Served) -> None:
     served.routing = _routing_file(found, ranks, nodes)
 
 
-def _record(served: Served) -> None:
+def _record(served: MeasuredServer) -> None:
     """Record one round of the load, and have the server write the record."""
-    posts = [(route, {}) for route in _ROUTES]
+    posts: list[_Post] = [(route, {}) for route in _ROUTES]
     run_until_told(_between(served, served.setting.load, served.num_runs + 1, *posts))
 
 
@@ -238,7 +239,7 @@ def _routing_file(paths: Sequence[Path], num_ranks: int, num_nodes: int) -> Rout
     return RoutingFile(shlex.join(words), path)
 
 
-def _num_ranks(served: Served) -> int:
+def _num_ranks(served: MeasuredServer) -> int:
     """Ranks that experts are, or could be, spread over; 0 if the layout is unknown."""
     if served.deployment is None:
         return 0

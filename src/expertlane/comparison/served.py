@@ -37,7 +37,7 @@ from expertlane.client.server import (
     find_server,
     flush_caches,
 )
-from expertlane.comparison.engines.engine import CannotServe, Engine, Start
+from expertlane.comparison.engines.engine import CannotServe, Engine, LaunchCommand
 from expertlane.comparison.server_process import ServerError, ServerProcess, command_line
 from expertlane.errors import UserError
 from expertlane.printable import printable
@@ -71,7 +71,7 @@ class RoutingFile:
 
 
 @dataclass(frozen=True)
-class Engines:
+class EngineLauncher:
     """An engine, and the commands of its servers.
 
     Attributes:
@@ -79,7 +79,7 @@ class Engines:
     """
 
     engine: Engine
-    start: Callable[[Deployment, int], Start]
+    start: Callable[[Deployment, int], LaunchCommand]
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Setting:
 
 
 @dataclass(eq=False)
-class Served:
+class MeasuredServer:
     """A server of a comparison, and its measurements.
 
     Attributes:
@@ -136,7 +136,7 @@ class Served:
     setting: Setting
     up: "RunningServer"
     deployment: Deployment | None = None
-    engines: Engines | None = None
+    engines: EngineLauncher | None = None
     target: Target | None = None
     traces: Path | None = None
     rounds: list[Round] = field(default_factory=list, init=False)
@@ -144,7 +144,7 @@ class Served:
     measured_s: float = field(default=0.0, init=False)
     start_s: list[float] = field(default_factory=list, init=False)
     seen: Server | None = field(default=None, init=False)
-    started: Start | None = field(default=None, init=False)
+    started: LaunchCommand | None = field(default=None, init=False)
     log: Path | None = field(default=None, init=False)
     steps: Sequence[StepsRecord] = field(default=(), init=False)
     why_no_causes: str = field(default="", init=False)
@@ -274,7 +274,7 @@ class RunningServer:
 
     def __init__(self) -> None:
         self.vocabulary: Vocabulary | None = None
-        self._served: Served | None = None
+        self._served: MeasuredServer | None = None
         self._process: ServerProcess | None = None
 
     def __enter__(self) -> "RunningServer":
@@ -284,7 +284,9 @@ class RunningServer:
         self.stop()
 
     def ensure(
-        self, served: Served, changed: Callable[[Start], Start | None] | None = None
+        self,
+        served: MeasuredServer,
+        changed: Callable[[LaunchCommand], LaunchCommand | None] | None = None,
     ) -> bool:
         """Start a deployment's server unless it runs; return whether it was started.
 
@@ -331,7 +333,7 @@ class RunningServer:
         if process is not None:
             process.stop()
 
-    def end_of(self, served: Served) -> str:
+    def end_of(self, served: MeasuredServer) -> str:
         """Exit status and last error of a server, after a semicolon; empty if there is neither."""
         if served is not self._served or self._process is None:
             return ""

@@ -27,7 +27,7 @@ from expertlane.client.server import (
 )
 from expertlane.comparison.engines.engine import Engine
 from expertlane.comparison.profiling import profile_steps, record_routing
-from expertlane.comparison.served import Engines, RunningServer, Served, Setting
+from expertlane.comparison.served import EngineLauncher, MeasuredServer, RunningServer, Setting
 from expertlane.comparison.turns import Repeats, measure_in_turns
 from expertlane.errors import ExpertlaneError, TerminatedError, UserError, naming
 from expertlane.results.hardware import Machine, own_cores, this_machine
@@ -62,7 +62,9 @@ def measure_running(
         ExpertlaneError: no server could be measured; the text has the reason for each.
     """
     with RunningServer() as up:
-        own = [Served(name, setting, up, None, None, each) for name, each in targets.items()]
+        own = [
+            MeasuredServer(name, setting, up, None, None, each) for name, each in targets.items()
+        ]
         compared = _in_turns(own, setting, repeats, up, ended)
         if profile:
             _profile(own, ended, traces or {})
@@ -73,7 +75,7 @@ def measure_running(
 
 def measure_servers(
     experiment: Experiment,
-    engines: Sequence[Engines],
+    engines: Sequence[EngineLauncher],
     targets: Mapping[str, Target],
     setting: Setting,
     repeats: Repeats,
@@ -113,12 +115,12 @@ def measure_servers(
 
 
 def _in_turns(
-    own: Sequence[Served],
+    own: Sequence[MeasuredServer],
     setting: Setting,
     repeats: Repeats,
     up: RunningServer,
     ended: list[BaseException] | None,
-) -> Sequence[Served]:
+) -> Sequence[MeasuredServer]:
     """Measure all servers in turns; return those of the first sentence.
 
     Raises:
@@ -127,7 +129,7 @@ def _in_turns(
     """
     allow_connections()
 
-    def choose() -> list[Served]:
+    def choose() -> list[MeasuredServer]:
         return _chosen([each for each in own if each.rounds])
 
     run_until_told(_look_at([each for each in own if each.target is not None], setting, up))
@@ -146,7 +148,7 @@ def _in_turns(
 
 
 def _profile(
-    own: Sequence[Served], ended: list[BaseException] | None, traces: Mapping[str, Path]
+    own: Sequence[MeasuredServer], ended: list[BaseException] | None, traces: Mapping[str, Path]
 ) -> None:
     """Profile all servers, unless measuring ended early; a signal ends it too."""
     for each in own:
@@ -176,7 +178,7 @@ def _on_cores(cores: Collection[int]) -> Iterator[None]:
         os.sched_setaffinity(0, before)
 
 
-async def _look_at(running: Sequence[Served], setting: Setting, up: RunningServer) -> None:
+async def _look_at(running: Sequence[MeasuredServer], setting: Setting, up: RunningServer) -> None:
     """Check all servers that run already, before the first one is measured.
 
     Raises:
@@ -209,8 +211,8 @@ async def _look_at(running: Sequence[Served], setting: Setting, up: RunningServe
 
 def _results(
     question: Mapping[str, object],
-    own: Sequence[Served],
-    compared: Sequence[Served],
+    own: Sequence[MeasuredServer],
+    compared: Sequence[MeasuredServer],
     setting: Setting,
     command: str,
     ended: Sequence[BaseException] | None,
@@ -244,27 +246,27 @@ def _results(
 
 def _subjects(
     experiment: Experiment,
-    engines: Sequence[Engines],
+    engines: Sequence[EngineLauncher],
     targets: Mapping[str, Target],
     setting: Setting,
     up: RunningServer,
-) -> Iterator[Served]:
+) -> Iterator[MeasuredServer]:
     deployments = {each.name: each for each in experiment.deployments}
     for name, target in targets.items():
-        yield Served(name, setting, up, deployments.get(name), None, target)
+        yield MeasuredServer(name, setting, up, deployments.get(name), None, target)
     for each in engines:
         for deployment in experiment.deployments:
             name = deployment.name
             if len(engines) > 1 or name in targets:
                 name = f"{each.engine.title} {name}"
-            yield Served(name, setting, up, deployment, each)
+            yield MeasuredServer(name, setting, up, deployment, each)
 
 
-def _chosen(answered: Sequence[Served]) -> list[Served]:
+def _chosen(answered: Sequence[MeasuredServer]) -> list[MeasuredServer]:
     """The fastest of each engine, in order of speed; of one engine by `choose_compared`."""
     records, tps = [each.record() for each in answered], [each.tps for each in answered]
     by_tps = sorted(range(len(answered)), key=lambda place: -tps[place])
-    best: dict[Engine | None, Served] = {}
+    best: dict[Engine | None, MeasuredServer] = {}
     for place in by_tps:
         engines = answered[place].engines
         best.setdefault(engines.engine if engines else None, answered[place])
@@ -283,7 +285,7 @@ def _lengths(workload: Workload) -> dict[str, object]:
     }
 
 
-def _cautions(own: Sequence[Served], setting: Setting) -> Iterator[str]:
+def _cautions(own: Sequence[MeasuredServer], setting: Setting) -> Iterator[str]:
     """Sentences on conditions that differ between servers, or that disturb measurements."""
     shares = [
         each.driven.cpu_s / each.driven.wall_s

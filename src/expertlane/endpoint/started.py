@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertlane.client.connection import Url
-from expertlane.comparison.engines.engine import CannotServe, Start
-from expertlane.comparison.served import HOST, Engines, free_port, is_ready
+from expertlane.comparison.engines.engine import CannotServe, LaunchCommand
+from expertlane.comparison.served import HOST, EngineLauncher, free_port, is_ready
 from expertlane.comparison.server_process import ServerProcess
 from expertlane.endpoint.processes import processes
 from expertlane.errors import UserError
@@ -26,14 +26,14 @@ class StartedServer:
 
     url: Url
     root: int
-    start: Start
+    start: LaunchCommand
     start_s: float
     log: Path
 
 
 @contextmanager
 def started(
-    engines: Engines, deployment: Deployment, folder: Path, timeout_s: float
+    engines: EngineLauncher, deployment: Deployment, folder: Path, timeout_s: float
 ) -> Iterator[StartedServer]:
     """Start a deployment's server in a folder; it is ended with all that it started.
 

@@ -18,7 +18,7 @@ from expertlane.cost.memory import FREE_SHARE, held_kv_bytes, held_state_bytes, 
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.planner.engines import DeviceKind, ServingEngine
 from expertlane.planner.served_pool import LEAST_BUFFER, ServedPool
-from expertlane.spec.engine_config import SETTINGS
+from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.files import strict_json
 from expertlane.spec.hf_config import Quantization
 from expertlane.spec.layout import Layout, partition
@@ -33,7 +33,7 @@ _SGLANG_PORTS = 16  # ports after the rendezvous port that SGLang's data-paralle
 _ANY = "0.0.0.0"  # all interfaces
 _VLLM_CAPTURED = 512  # vLLM's default for the largest batch of a CUDA graph
 _VLLM_CPU_BLOCK, _VLLM_GPU_BLOCK = 128, 16  # tokens of a KV cache block of vLLM
-_OWN_BLOCK = SETTINGS["block_size"].default
+_OWN_BLOCK = EngineConfig().block_size
 _MOST_BUFFER = 1024  # tokens of a rank in DeepEP's low-latency buffers
 
 

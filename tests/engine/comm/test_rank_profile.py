@@ -52,12 +52,12 @@ def test_a_step_has_stages_waits_and_a_send(profile, tmp_path):
         profile.enter(Stage.IDLE)
         profile.enter(Stage.DISPATCH)
         profile.begin_transfer()
-        meeting = profile.meeting([0, 1])
+        comm_op = profile.comm_op([0, 1])
         profile.begin_wait()
-        profile.end_wait(meeting)
+        profile.end_wait(comm_op)
         profile.enter(Stage.HAND_OVER)
         profile.send((0, 1))
-        assert profile.meeting(()) is None
+        assert profile.comm_op(()) is None
         profile.begin_wait()
         profile.end_wait(None)
         torch.ones(4) + 1
@@ -88,7 +88,7 @@ def test_a_step_that_comes_to_nothing_leaves_nothing(profile, tmp_path):
     def run():
         profile.enter(Stage.DISPATCH)
         profile.begin_wait()
-        profile.end_wait(profile.meeting([0, 1]))
+        profile.end_wait(profile.comm_op([0, 1]))
         raise KeyError
 
     with pytest.raises(KeyError):

@@ -23,7 +23,7 @@ GROUP = "expertlane.engines"
 
 
 @dataclass(frozen=True)
-class Asked:
+class LaunchRequest:
     """A deployment that an engine is asked to serve.
 
     Attributes:
@@ -47,7 +47,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Start:
+class LaunchCommand:
     """A server's command, its environment variables, and files that it reads.
 
     Attributes:
@@ -83,25 +83,25 @@ class Engine(ABC):
     rank_title: ClassVar[str] = ""
 
     @abstractmethod
-    def start(self, asked: Asked) -> Start:
+    def start(self, request: LaunchRequest) -> LaunchCommand:
         """The command that starts a server of a deployment.
 
         Raises:
             CannotServe: the engine cannot run the deployment.
         """
 
-    def scripts(self, asked: Asked) -> Mapping[str, str]:
+    def scripts(self, request: LaunchRequest) -> Mapping[str, str]:
         """Scripts that start the deployment on a cluster, by file name; none by default.
 
         Args:
-            asked: the deployment; `num_devices` is per node, and `place` is not used.
+            request: the deployment; `num_devices` is per node, and `place` is not used.
 
         Raises:
             CannotServe: the engine cannot run the deployment.
         """
         return {}
 
-    def profiled(self, start: Start, folder: Path) -> Start | None:
+    def profiled(self, start: LaunchCommand, folder: Path) -> LaunchCommand | None:
         """The command of a server that can write torch profiler traces; None if it cannot.
 
         A POST to `/start_profile` with the fields of `profile_request` begins a trace, and a POST
@@ -120,7 +120,7 @@ class Engine(ABC):
         """
         return {}
 
-    def recorded(self, start: Start, folder: Path) -> Start | None:
+    def recorded(self, start: LaunchCommand, folder: Path) -> LaunchCommand | None:
         """The command of a server that can record how often each expert is chosen; None if not.
 
         POSTs to `/start_expert_distribution_record`, `/stop_expert_distribution_record` and

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
-from expertlane.comparison.engines.engine import Asked, CannotServe, Engine, Start
+from expertlane.comparison.engines.engine import CannotServe, Engine, LaunchCommand, LaunchRequest
 from expertlane.planner.commands import Serving
 from expertlane.planner.engines import ENGINES, Row
 from expertlane.planner.scripts import scripts_of
@@ -22,21 +22,21 @@ class _Planned(Engine):
     name: ClassVar[EngineName]
     takes_kv_tokens: ClassVar[bool] = True
 
-    def start(self, asked: Asked) -> Start:
+    def start(self, request: LaunchRequest) -> LaunchCommand:
         """The command that starts a server of a deployment.
 
         Raises:
             CannotServe: the engine cannot run the deployment, or it needs more GPUs than there are.
         """
-        engine, place, workload = ENGINES[self.name], asked.place, asked.workload
-        size = asked.deployment.layout.world_size
-        if place.kind == "cuda" and size > asked.num_devices:
+        engine, place, workload = ENGINES[self.name], request.place, request.workload
+        size = request.deployment.layout.world_size
+        if place.kind == "cuda" and size > request.num_devices:
             raise CannotServe(
-                f"needs {size} GPUs; this machine has {asked.num_devices}: for several, --dry-run "
-                "--scripts DIR writes what starts it, and --url NAME=URL measures it there"
+                f"needs {size} GPUs; this machine has {request.num_devices}: for several, "
+                "--dry-run --scripts DIR writes what starts it, and --url NAME=URL measures it"
             )
         # Ranks on CPUs share cores, so any number runs on one machine.
-        pool = self._pool(asked, max(size, asked.num_devices))
+        pool = self._pool(request, max(size, request.num_devices))
         one, num_servers = pool.servers(engine)
         if num_servers > 1:
             raise CannotServe(
@@ -44,34 +44,34 @@ class _Planned(Engine):
                 "starts one. --dry-run --scripts DIR writes what starts them all, and --url "
                 "NAME=URL measures the router; or measure one replica"
             )
-        max_len = longest_request(workload.load, asked.model)
+        max_len = longest_request(workload.load, request.model)
         if one.rank_kv_tokens is not None and one.rank_kv_tokens < max_len:
             raise CannotServe(
-                f"--kv-tokens {asked.kv_tokens}: each data-parallel rank has "
+                f"--kv-tokens {request.kv_tokens}: each data-parallel rank has "
                 f"{one.rank_kv_tokens:,}, and must take a request of {max_len:,}"
             )
-        found = server_start(engine, one, asked.served, asked.types, max_len, place)
+        found = server_start(engine, one, request.served, request.types, max_len, place)
         (node,) = found.nodes
-        return Start((*node.argv, *asked.arguments), node.environment, found.files)
+        return LaunchCommand((*node.argv, *request.arguments), node.environment, found.files)
 
-    def scripts(self, asked: Asked) -> Mapping[str, str]:
+    def scripts(self, request: LaunchRequest) -> Mapping[str, str]:
         """A batch script for Slurm, and a Kubernetes manifest unless MPI must start the ranks.
 
         Raises:
             CannotServe: the engine cannot run the deployment.
         """
-        pool = self._pool(replace(asked, place=Place(())), asked.num_devices)
-        max_len = longest_request(asked.workload.load, asked.model)
+        pool = self._pool(replace(request, place=Place(())), request.num_devices)
+        max_len = longest_request(request.workload.load, request.model)
         engine = ENGINES[self.name]
-        return scripts_of(Serving(engine, [pool], asked.served, asked.types, max_len))
+        return scripts_of(Serving(engine, [pool], request.served, request.types, max_len))
 
-    def _pool(self, asked: Asked, devices_per_host: int) -> ServedPool:
-        kind = asked.place.kind
+    def _pool(self, request: LaunchRequest, devices_per_host: int) -> ServedPool:
+        kind = request.place.kind
         pool = deployed_pool(
-            *(ENGINES[self.name], asked.deployment, asked.model, asked.workload),
+            *(ENGINES[self.name], request.deployment, request.model, request.workload),
             devices_per_host,
             kind,
-            kv_tokens=asked.kv_tokens,
+            kv_tokens=request.kv_tokens,
         )
         if isinstance(pool, Row):
             raise CannotServe(f"{self.title} {pool.says} ({pool.source})")
@@ -88,7 +88,7 @@ class Vllm(_Planned):
         r"(?:_TP(?P<tp>\d+))?"
     )
 
-    def profiled(self, start: Start, folder: Path) -> Start:
+    def profiled(self, start: LaunchCommand, folder: Path) -> LaunchCommand:
         """The command with vLLM's torch profiler; without stacks, which slow it several times."""
         config: dict[str, object] = {"profiler": "torch", "torch_profiler_dir": str(folder)}
         config |= {"torch_profiler_with_stack": False, "ignore_frontend": True}
@@ -105,7 +105,7 @@ class Sglang(_Planned):
         r"(?:_TP(?P<in_stage>\d+))?"
     )
 
-    def profiled(self, start: Start, folder: Path) -> Start:
+    def profiled(self, start: LaunchCommand, folder: Path) -> LaunchCommand:
         """The same command: the request to `/start_profile` names the folder."""
         return start
 
@@ -113,7 +113,7 @@ class Sglang(_Planned):
         """The folder of the traces; no stacks."""
         return {"output_dir": str(folder), "with_stack": False, "activities": ["CPU", "GPU"]}
 
-    def recorded(self, start: Start, folder: Path) -> Start:
+    def recorded(self, start: LaunchCommand, folder: Path) -> LaunchCommand:
         """The command with its expert distribution recorder, in mode `stat`.
 
         Raises:
@@ -148,6 +148,6 @@ class Expertlane(_Planned):
     title = "expertlane"
     rank_title = r"expertlane r(?P<rank>\d+)"
 
-    def profiled(self, start: Start, folder: Path) -> Start:
+    def profiled(self, start: LaunchCommand, folder: Path) -> LaunchCommand:
         """The command with a folder for traces."""
         return replace(start, argv=(*start.argv, "--profile-dir", str(folder)))

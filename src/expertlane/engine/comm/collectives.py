@@ -55,7 +55,7 @@ class Pending:
     ) -> None:
         self._recorder, self._transfer = recorder, transfer
         profile = recorder.profile
-        self._meeting = None if profile is None else profile.meeting(meets)
+        self._comm_op = None if profile is None else profile.comm_op(meets)
         self._work = work
         self._received, self._finish = received, finish
         self._sent = sent  # must outlive the transfer
@@ -100,7 +100,7 @@ class Pending:
     def _block(self, until: Callable[[], None], transfer: int | None = None) -> None:
         begin = self._recorder.begin_wait()
         until()
-        self._recorder.end_wait(begin, transfer, self._meeting)
+        self._recorder.end_wait(begin, transfer, self._comm_op)
 
 
 class Group:

@@ -31,7 +31,7 @@ class Profiles(Protocol):
     profile: "RankProfile | None"
 
 
-class Meeting(NamedTuple):
+class CommOp(NamedTuple):
     """A transfer in which ranks wait for each other.
 
     Attributes:
@@ -65,7 +65,7 @@ class RankProfile:
         self._profiler: Any = profile(activities=activities)
         self._now_ns = now_ns
         # Name, begin and end in nanoseconds.
-        self._found: list[tuple[str, int, int, Meeting | None]] = []
+        self._found: list[tuple[str, int, int, CommOp | None]] = []
         self._marks: list[tuple[Stage, int]] = []  # where each stage of the step begins
         self._wait_ns = self._begun_ns = 0
         self._is_on = True
@@ -109,13 +109,13 @@ class RankProfile:
         """Begin a wait for other ranks, or a send, in the current stage."""
         self._wait_ns = self._now_ns()
 
-    def end_wait(self, meeting: Meeting | None) -> None:
+    def end_wait(self, comm_op: CommOp | None) -> None:
         """End the wait; one without a transfer between ranks counts to its stage only."""
-        if meeting is not None:
-            self._found.append(("expertlane: wait", self._wait_ns, self._now_ns(), meeting))
+        if comm_op is not None:
+            self._found.append(("expertlane: wait", self._wait_ns, self._now_ns(), comm_op))
 
     def begin_transfer(self) -> None:
-        """Note the begin of the transfer that the next call of `meeting` returns."""
+        """Note the begin of the transfer that the next call of `comm_op` returns."""
         self._begun_ns = self._now_ns()
 
     def send(self, ranks: Sequence[int]) -> None:
@@ -125,12 +125,12 @@ class RankProfile:
             ranks: sender and receiver.
         """
         now_ns = self._now_ns()
-        self._found.append(("expertlane: send", now_ns, now_ns + 1, Meeting(ranks, now_ns)))
+        self._found.append(("expertlane: send", now_ns, now_ns + 1, CommOp(ranks, now_ns)))
 
-    def meeting(self, ranks: Sequence[int]) -> Meeting | None:
+    def comm_op(self, ranks: Sequence[int]) -> CommOp | None:
         """The transfer that was begun last, or a receive; None without other ranks."""
         begun_ns, self._begun_ns = self._begun_ns or self._now_ns(), 0
-        return Meeting(ranks, begun_ns) if ranks else None
+        return CommOp(ranks, begun_ns) if ranks else None
 
     def _end(self) -> None:
         if self._is_on:
@@ -161,14 +161,14 @@ class RankProfile:
         place = {"ph": "X", "cat": "user_annotation", "pid": os.getpid()}
         place["tid"] = threading.get_native_id()
         events: list[Any] = msgspec.json.decode(trace["traceEvents"], type=list[msgspec.Raw])
-        for name, begin_ns, end_ns, meeting in self._found:
+        for name, begin_ns, end_ns, comm_op in self._found:
             event = {"name": name, **place}
             event["ts"] = (begin_ns - base_ns) / _NS_PER_US
             event["dur"] = (end_ns - begin_ns) / _NS_PER_US
-            if meeting is not None:
-                begun_us = (meeting.begun_ns - base_ns) / _NS_PER_US
+            if comm_op is not None:
+                begun_us = (comm_op.begun_ns - base_ns) / _NS_PER_US
                 event["args"] = {
-                    "Process Group Ranks": str([*meeting.ranks]),
+                    "Process Group Ranks": str([*comm_op.ranks]),
                     "expertlane begun": begun_us,
                 }
             events.append(event)

@@ -16,7 +16,7 @@ from expertlane.engine.comm.checks import Checks
 from expertlane.engine.comm.clocks import CoreToken, HostClock
 from expertlane.engine.comm.counters import Meter, StepCounters
 from expertlane.engine.comm.progress import NO_LAYER, ProgressReporter
-from expertlane.engine.comm.rank_profile import Meeting, RankProfile
+from expertlane.engine.comm.rank_profile import CommOp, RankProfile
 from expertlane.results.step_checks import Place
 from expertlane.results.step_record import (
     Action,
@@ -388,14 +388,14 @@ class Recorder(StepCounters):
         return self._clock.mark() if self.is_recording else None
 
     def end_wait(
-        self, begin: Any, transfer: int | None = None, meeting: Meeting | None = None
+        self, begin: Any, transfer: int | None = None, comm_op: CommOp | None = None
     ) -> None:
         """End a wait: count the time since `begin`, and report progress.
 
         Args:
             transfer: the number that `post` gave for the transfer, if the replay has to wait for it
                 too.
-            meeting: those who meet in it, for the profile; None where others don't enter it.
+            comm_op: the transfer, for the profile; None where others don't enter it.
         """
         arrived = self._clock.mark() if self._recording_events else None
         if self.meter is not None:
@@ -405,7 +405,7 @@ class Recorder(StepCounters):
         self.progress.set_waiting(False)
         self.progress.touch()
         if self.profile is not None:
-            self.profile.end_wait(meeting)
+            self.profile.end_wait(comm_op)
         if self.is_recording:
             self._times.waited(begin, arrived, self._waited_cpu_s)
         if self._log is not None:
