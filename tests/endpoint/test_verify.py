@@ -1,18 +1,19 @@
 """Verdicts on toy servers: right ones, and wrong ones of every kind."""
 
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
-from endpoint.toy import Toy, ToyReference, noisy, toy_server
+from endpoint.toy import EXPERTS, Toy, ToyReference, noisy, toy_server
 from expertlane.client.connection import Url
 from expertlane.client.run import Target
 from expertlane.client.server import Vocabulary
-from expertlane.endpoint.scored import Reference
+from expertlane.endpoint.scored import Reference, Scored
 from expertlane.endpoint.verify import Asked, verify
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.progress import Progress
-from expertlane.results.verified_record import VerifiedRecord
+from expertlane.results.verified_record import LayerExperts, VerifiedRecord
 
 ASKED = Asked(num_prompts=8, seed=4)
 WRONG = Toy(scales=((1, 2, 3.0),))
@@ -154,3 +155,45 @@ def test_a_budget_leaves_conditions_out_and_says_so():
     assert found.verdict == "same"
     assert [each.name for each in found.conditions] == ["alone", "generated, cold cache"]
     assert len(found.skipped) > 4
+
+
+@dataclass(frozen=True)
+class CountedReference(ToyReference):
+    """Notes what it is asked for, and never chooses one expert of a layer."""
+
+    never: tuple[int, int] = (1, 5)
+    asked: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
+
+    def score_in(self, prompts, number_types, progress):
+        self.asked.append((len(prompts), tuple(number_types)))
+        found = super().score_in(prompts, number_types, progress)
+        layer, expert = self.never
+        return {name: [_without(each, layer, expert) for each in of] for name, of in found.items()}
+
+
+def _without(scored: Scored, layer: int, expert: int) -> Scored:
+    assert scored.topk_ids is not None
+    chosen = scored.topk_ids.copy()
+    chosen[layer][chosen[layer] == expert] = (expert + 1) % EXPERTS
+    return replace(scored, topk_ids=chosen)
+
+
+def test_experts_that_no_prompt_chose_are_told_and_the_checkpoint_is_read_once():
+    reference = CountedReference()
+    found = verified(noisy(), reference)
+    assert found.verdict == "same"
+    assert found.coverage is not None
+    assert found.coverage.unreached == (LayerExperts(1, (5,)),)
+    assert (found.coverage.num_layers, found.coverage.num_experts) == (3, 24)
+    ((num, types),) = reference.asked
+    assert types == ("float32", "bfloat16")
+    assert num > found.conditions[0].num_prompts
+
+
+def test_of_a_server_that_only_generates_the_reference_is_asked_once():
+    reference = CountedReference(never=(0, 0))
+    found = verified(noisy(), reference, methods=("generated",))
+    ((num, _),) = reference.asked
+    assert num == found.conditions[0].num_prompts
+    assert found.coverage is not None
+    assert found.coverage.unreached[0] == LayerExperts(0, (0,))

@@ -152,7 +152,6 @@ class ToyServer(Fake):
             asked = json.loads(body)
             async for part in self._completion(asked, 0):
                 writer.write(part)
-            return False
         else:
             writer.write(self._about(route))
         return True
@@ -207,7 +206,7 @@ class ToyServer(Fake):
         ids, length = asked["prompt"], asked["max_tokens"]
         self._in_flight += 1
         if self._loaded is not None:
-            await asyncio.sleep(0.02)  # so that others come
+            await asyncio.sleep(0.01)  # so that others come
         most = self._in_flight
         toy = self._which(ids, most)
         try:

@@ -165,7 +165,11 @@ class Endpoint:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 answer = await self.server.connections.ask("POST", path, body)
-            except (ConnectionFailed, ClosedEarly) as error:
+            except ClosedEarly as error:
+                if attempt == 1:  # a kept connection may be closed just as it is used again
+                    continue
+                raise Unread(f"no answer: {error}") from None
+            except ConnectionFailed as error:
                 raise Unread(f"no answer: {error}") from None
             if answer.status not in _BUSY or attempt == _ATTEMPTS:
                 break

@@ -173,6 +173,8 @@ def compare(observed: Observed, alone: Observed, rounded: Rounded) -> Comparison
                 # The token before is the one that was computed to tell this one's probability.
                 None if routed is None else routed[:, :-1][:, known],
                 rounded.is_measured,
+                is_own,
+                observed.is_generated,
             )
         )
         expected.append(other[known])
@@ -202,6 +204,8 @@ def _joined(parts: Sequence[Compared]) -> Compared:
         all_of("positions").astype(np.int64),
         np.concatenate(routed, axis=1) if parts and len(routed) == len(parts) else None,
         all(each.is_measured for each in parts),
+        all(each.is_own for each in parts),
+        any(each.is_greedy for each in parts),
     )
 
 
@@ -355,8 +359,7 @@ def _doubt(
     elif not off and not seen <= _BLUNT:
         found.append(
             f"rounding of {dtype} hides whatever is smaller than {seen:.2g} nats of a token's "
-            "log-probability. A server of the same model in bfloat16 would tell more, or more "
-            "prompts: --num-prompts."
+            "log-probability. More would be told of the same model served in a finer number type."
         )
     elif off and not first.compared.is_measured:
         spread = max(_spread(each.compared) for each in off)
