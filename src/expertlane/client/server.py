@@ -324,7 +324,10 @@ async def _tried(server: Server, *, is_chat: bool) -> Server:
         extra = 0 if form.as_tokens else max(0, (found.num_prompt_tokens or length) - length)
         return replace(tried, num_extra=extra)
     assert refusal is not None
-    raise UserError(f"{server.connections.url} refuses a request: {refusal.name}, {refusal}")
+    raise UserError(
+        f"{server.connections.url} refuses a request to {server.form.path}: {refusal.name}, "
+        f"{refusal}"
+    )
 
 
 def alike(servers: Sequence[Server]) -> list[Server]:

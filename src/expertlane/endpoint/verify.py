@@ -37,6 +37,7 @@ from expertlane.endpoint.verdict import (
     Rounded,
     judge,
     measured_rounding,
+    rounds_as_float32,
     rounds_less,
     usual_rounding,
 )
@@ -56,6 +57,8 @@ _CONTINUATION = 16  # tokens
 _PREFIX_LEN, _TAIL_LEN = 64, 16  # whole blocks of the usual sizes
 _LOADS = 4, 16, 32  # requests at once
 _LEAST_LEN = 8
+# Number types of weights alone: against itself a server rounds as its activations do.
+_OF_WEIGHTS = ("int8",)
 _OF_SERVER = 0.6  # of the budget; the rest is the reference's
 
 
@@ -156,6 +159,9 @@ def _of_checkpoint(
     rounded = measured_rounding(exact, scored[dtype], dtype)
     if rounds_less(seen.observed[0], rounded):
         return usual_rounding(exact, "float32"), "float32", "seen"
+    has_float32 = dtype in _OF_WEIGHTS and reference.dtype == "float32"
+    if has_float32 and rounds_as_float32(seen.observed):
+        rounded = replace(rounded, own=usual_rounding(scored[dtype], "float32"))
     return rounded, dtype, source
 
 
@@ -266,6 +272,11 @@ async def _ask_all(
             most = min(most, reference.max_len - _CONTINUATION)
         probe = [int(each) for each in servers[0].vocabulary.token_ids[:_LEAST_LEN]]
         endpoints = [await find_endpoint(each, probe, asked.timeout_s) for each in servers]
+        if len(endpoints) > 1 and not endpoints[1].is_forced:
+            raise UserError(
+                f"{endpoints[1].server.connections.url} scores no given tokens (prompt_logprobs, "
+                "echo or /generate), so it can be no reference; give the other one as such"
+            )
         own = None if isinstance(reference, Target) else reference
         drawn = _draw(servers[0].vocabulary, own is not None, most, asked)
         first = _Asking(endpoints[0], headers_of(target), progress, opened)
@@ -421,18 +432,8 @@ class _Asking:
         return seen
 
     async def same(self, sequences: Sequence[Sent], until_s: float) -> _Seen:
-        """Ask for sequences of another server: alone and under one load.
-
-        Raises:
-            UserError: this server takes no given tokens.
-        """
-        endpoint = self._endpoint
+        """Ask for sequences of another server: alone and under one load."""
         self._until_s = until_s
-        if not endpoint.is_forced:
-            raise UserError(
-                f"{endpoint.server.connections.url} scores no given tokens (prompt_logprobs, echo "
-                "or /generate), so it can be no reference; give the other one as such"
-            )
         self._seen.sequences = [Sent(each.token_ids, each.text) for each in sequences]
         await self._score(ALONE, 1)
         await self._score("16 at once", 16)
@@ -474,21 +475,20 @@ class _Asking:
         if not seen.observed:  # nothing was scored: the reference scores what was generated
             seen.observed.append(self._as_observed(ALONE, sent, cold, cold))
         else:
-            seen.observed.append(self._as_observed("generated, cold cache", sent, cold, cold))
-        for name, load, places in (
-            ("generated, warm cache", 1, range(len(sent))),
-            ("generated, shared prefix warm", 1, range(len(sent))[-_NUM_SHARING:][::-1]),
-            ("generated, 16 at once", 16, range(len(sent))),
-            ("generated, 32 at once", 32, range(len(sent))),
+            # The second prompt of those that begin alike is the first to find blocks in the cache.
+            num = len(cold) - _NUM_SHARING + 1
+            alone, shared = [*cold[:num], *[None] * (len(cold) - num)], [*[None] * num, *cold[num:]]
+            seen.observed.append(self._as_observed("generated, cold cache", sent, cold, alone))
+            found = self._as_observed("generated, shared prefix", sent, cold, shared)
+            seen.observed.append(replace(found, is_warm=True))
+        for name, load in (
+            ("generated, warm cache", 1),
+            ("generated, 16 at once", 16),
+            ("generated, 32 at once", 32),
         ):
             if self._is_late(name):
                 continue
-            own = [sent[place] for place in places]
-            found = await self._generate(name, own, load)
-            of_place = dict(zip(places, found, strict=True))
-            observed = self._as_observed(
-                name, sent, cold, [of_place.get(place) for place in range(len(sent))]
-            )
+            observed = self._as_observed(name, sent, cold, await self._generate(name, sent, load))
             seen.observed.append(replace(observed, num_at_once=load, is_warm=True))
 
     async def _generate(self, name: str, sent: Sequence[Sent], load: int = 1) -> list[Continued]:

@@ -53,11 +53,17 @@ def verified_answer(results: Results) -> Answer:
 def _main_conditions(found: VerifiedRecord) -> Iterator[Words]:
     """Conditions: where some differ those, with the names of the others."""
     off = [each for each in found.conditions if each.alarms]
-    rest = [each.name for each in found.conditions if not each.alarms]
     shown = off[:_MOST_OFF] if off else found.conditions[:_MOST_CONDITIONS]
     yield _conditions(shown, "Differences in nats")
-    if off and rest:
-        yield f"No difference: {'; '.join(rest[:_MOST_CONDITIONS])}."
+    if off:
+        said = []
+        for against, words in (("reference", "No difference"), ("alone", "The same as alone")):
+            rest = [each for each in found.conditions if not each.alarms]
+            names = [each.name for each in rest if each.against == against]
+            if names:
+                said.append(f"{words}: {'; '.join(names[:_MOST_CONDITIONS])}.")
+        if said:
+            yield " ".join(said)
 
 
 def headline(found: VerifiedRecord) -> str:
