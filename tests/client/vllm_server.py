@@ -32,6 +32,10 @@ _START_S = 420.0
 _END_S = 20.0
 
 
+class NotStarted(AssertionError):
+    """vLLM did not start; the text is the end of its log."""
+
+
 def python() -> str:
     """The interpreter of an environment with vLLM; the test is skipped without one."""
     made = python_of(Path(__file__).parents[2] / ".venv" / "vllm")
@@ -62,7 +66,7 @@ def checkpoint(folder: Path) -> Path:
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
-    return _with_tokenizer(folder)
+    return add_tokenizer(folder)
 
 
 def dense_checkpoint(folder: Path) -> Path:
@@ -85,10 +89,11 @@ def dense_checkpoint(folder: Path) -> Path:
     model = transformers.Qwen3ForCausalLM(config).eval()
     randomise(model, 0)
     model.save_pretrained(folder)
-    return _with_tokenizer(folder)
+    return add_tokenizer(folder)
 
 
-def _with_tokenizer(folder: Path) -> Path:
+def add_tokenizer(folder: Path) -> Path:
+    """Add a tokenizer of bytes to a checkpoint, without which vLLM does not start."""
     core = tokenizers.Tokenizer(models.BPE(_bytes(), [], fuse_unk=False))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -104,8 +109,12 @@ def _bytes() -> dict[str, int]:
 
 
 @contextmanager
-def vllm(folder: Path, *flags: str, **environment: str) -> Iterator[str]:
-    """A server of a checkpoint; gives its URL. Everything that it started is ended."""
+def vllm(folder: Path, *flags: str, start_s: float = _START_S, **environment: str) -> Iterator[str]:
+    """A server of a checkpoint; gives its URL. Everything that it started is ended.
+
+    Args:
+        start_s: seconds that it may take to start.
+    """
     with socket.socket() as chosen:
         chosen.bind(("127.0.0.1", 0))
         port = chosen.getsockname()[1]
@@ -133,21 +142,21 @@ def vllm(folder: Path, *flags: str, **environment: str) -> Iterator[str]:
         )
     url = f"http://127.0.0.1:{port}"
     try:
-        _wait(process, url, log)
+        _wait(process, url, log, start_s)
         yield url
     finally:
         _end(process)
 
 
-def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
-    end_s = time.monotonic() + _START_S
+def _wait(process: "subprocess.Popen[bytes]", url: str, log: Path, start_s: float) -> None:
+    end_s = time.monotonic() + start_s
     while True:
         with suppress(urllib.error.URLError, OSError):
             if urllib.request.urlopen(f"{url}/health", timeout=5).status == 200:
                 return
         if process.poll() is not None or time.monotonic() > end_s:
             last = log.read_text("utf-8", "replace")[-4000:]
-            pytest.fail(f"vLLM did not start ({process.poll()}): {last}")
+            raise NotStarted(f"vLLM did not start ({process.poll()}): {last}")
         time.sleep(0.5)
 
 

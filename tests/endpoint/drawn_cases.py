@@ -1,9 +1,14 @@
-"""Drawn cases: our own server with a planted error, or none, and what `verify` says of it.
+"""Drawn cases: a server with a planted error, or none, and what `verify` says of it.
 
 `PYTHONPATH=tests python tests/endpoint/drawn_cases.py --wrong 200 --right 200 --out cases.jsonl`
 prints a line a case, then detection above the noise and false alarms, with 95 % intervals (Clopper
-and Pearson 1934). A case is one start of the server. `--until` ends a run early; the same command
-goes on with it.
+and Pearson 1934). A case is one start of our own server. `--until` ends a run early; the same
+command goes on with it.
+
+With `--engine vllm` it is vLLM's, by the interpreter that `EXPERTLANE_TEST_VLLM_PYTHON` names: a
+right one of every family, then a wrong one of every kind that a checkpoint can have, as a table in
+Markdown. Stale cache blocks, and errors of large batches or far positions alone, are not in its
+checkpoints, so they cannot be planted there.
 """
 
 import argparse
@@ -11,22 +16,26 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from math import comb
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from client import vllm_server
 from endpoint import faulty_server
 from endpoint.faulty_ranks import FAR, FAULT, LARGE_BATCH
 from endpoint.faulty_server import STALE
-from endpoint.planted import KINDS, plant
+from endpoint.planted import KINDS, LATENT, plant
 from engine.model.families import save_checkpoint
 from expertlane.client.connection import Url
 from expertlane.client.run import Target
 from expertlane.endpoint.reference import CheckpointReference
 from expertlane.endpoint.verify import Asked, verify
+from expertlane.errors import ExpertlaneError
 from expertlane.progress import Progress
 from server.front import Front
 
@@ -34,6 +43,16 @@ _DTYPES = "float32", "bfloat16", "int8"
 _OF_SERVERS = STALE, LARGE_BATCH, FAR
 _ABOVE = 2.0  # times the noise: what is tolerated of another implementation
 _FAMILIES = tuple(sorted({family for families, _ in KINDS.values() for family in families}))
+# Sizes that vLLM's kernels for CPUs take: heads of 32, a latent cache as DeepSeek's.
+_VLLM_SIZES = {"vocab_size": 320, "hidden_size": 256}
+_VLLM_HEADS = {"head_dim": 32}
+_VLLM_LATENT = {
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+}
+_NOT_STARTED, _FAILED, _VLLM_START_S = "not started", "failed", 1200.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +92,9 @@ class Outcome:
         return self.change > _ABOVE * self.noise
 
 
+Serve = Callable[[Case, Path, Path], AbstractContextManager[str]]  # of a case, a checkpoint, a log
+
+
 def draw_cases(num_wrong: int, num_right: int, seed: int) -> Iterator[Case]:
     """Wrong ones of every kind in turn, right ones between them."""
     draw = np.random.default_rng(seed)
@@ -91,26 +113,48 @@ def _case(number: int, kind: str, families: Sequence[str], draw: np.random.Gener
     return Case(number, kind, family, dtype, int(draw.integers(2**31)))
 
 
-def run_case(case: Case, folder: Path, asked: Asked) -> Outcome:
-    """Make the checkpoint, serve it, verify it."""
+def vllm_cases(seed: int, dtype: str) -> Iterator[Case]:
+    """A right server of every family, then a wrong one of every kind."""
+    draw = np.random.default_rng(seed)
+    for number, family in enumerate(_FAMILIES):
+        yield Case(number, "", family, dtype, int(draw.integers(2**31)))
+    for number, (kind, (families, _)) in enumerate(KINDS.items(), len(_FAMILIES)):
+        family = str(draw.choice(families))
+        yield Case(number, kind, family, dtype, int(draw.integers(2**31)))
+
+
+def run_case(case: Case, folder: Path, serve: Serve, **fields: Any) -> Outcome:
+    """Make the checkpoint, serve it, verify it.
+
+    Args:
+        fields: of the checkpoint's configuration.
+    """
     started_s = time.perf_counter()
-    fields = {}
     if case.kind in _OF_SERVERS:
         fields = {"max_position_embeddings": 4096, "sliding_window": None, "num_hidden_layers": 2}
     if case.kind in KINDS:
-        pair = plant(case.kind, case.family, folder, case.seed)
+        pair = plant(case.kind, case.family, folder, case.seed, **fields)
         original, served = pair.original, pair.changed
     else:
         original = served = save_checkpoint(case.family, folder / "original", case.seed, **fields)
     change, noise = _effect(original, served, case)
-    found = _verified(case, original, served, folder / "log", asked)
+    asked = Asked(None if case.dtype == "float32" else case.dtype, 24, 600.0, seed=case.seed)
+    try:
+        with serve(case, served, folder / "log") as url:
+            target, reference = Target(Url.parse(url)), CheckpointReference(original)
+            found = verify(target, reference, str(original), asked, None, Progress())
+        verdict, why = found.verdict, " ".join(found.why)
+    except vllm_server.NotStarted as error:
+        verdict, why = _NOT_STARTED, _error_in(str(error))
+    except ExpertlaneError as error:
+        verdict, why = _FAILED, str(error)
     return Outcome(
         case.number,
         case.kind,
         case.family,
         case.dtype,
-        found.verdict,
-        " ".join(found.why),
+        verdict,
+        why,
         float("inf") if case.kind in _OF_SERVERS else change,
         noise,
         time.perf_counter() - started_s,
@@ -135,7 +179,9 @@ def _effect(original: Path, served: Path, case: Case) -> tuple[float, float]:
     return apart(of_served["float32"], plain), max(noise, 5e-5)
 
 
-def _verified(case: Case, original: Path, served: Path, log: Path, asked: Asked):  # type: ignore[no-untyped-def]
+@contextmanager
+def _own(case: Case, served: Path, log: Path) -> Iterator[str]:
+    """Our own server."""
     os.environ[FAULT] = case.kind if case.kind in _OF_SERVERS else ""
     dtype = "bfloat16" if case.dtype == "bfloat16" else "float32"
     more = ["--dtype", dtype, *(["--weights", "int8"] if case.dtype == "int8" else [])]
@@ -143,11 +189,40 @@ def _verified(case: Case, original: Path, served: Path, log: Path, asked: Asked)
     server = Front(served, log, *more, layout="tp=1", program=program)
     server.start()
     try:
-        target = Target(Url.parse(server.url))
-        reference = CheckpointReference(original)
-        return verify(target, reference, str(original), asked, None, Progress())
+        yield server.url
     finally:
         server.end()
+
+
+@contextmanager
+def _vllm(case: Case, served: Path, _: Path) -> Iterator[str]:
+    """vLLM's server."""
+    flags = ("--dtype", case.dtype, "--max-num-seqs", "32")
+    folder = vllm_server.add_tokenizer(served)
+    with vllm_server.vllm(folder, *flags, start_s=_VLLM_START_S) as url:
+        yield url
+
+
+def _error_in(log: str) -> str:
+    """The first error of those at the end of a log; what follows is what it led to."""
+    lines = [line for line in log.splitlines() if "Error: " in line]
+    return lines[0][-200:] if lines else log[-200:]
+
+
+def _fields_of(family: str) -> dict[str, Any]:
+    return _VLLM_SIZES | (_VLLM_LATENT if family in LATENT else _VLLM_HEADS)
+
+
+def table(outcomes: Sequence[Outcome]) -> list[str]:
+    """A row a case, in Markdown."""
+    lines = ["| planted | family | type | effect | noise | verdict | seconds |"]
+    lines.append("| --- | --- | --- | ---: | ---: | --- | ---: |")
+    lines += [
+        f"| {each.kind or 'nothing'} | {each.family} | {each.dtype} | {each.change:.3g} | "
+        f"{each.noise:.2g} | {each.verdict} | {each.took_s:.0f} |"
+        for each in outcomes
+    ]
+    return lines
 
 
 def clopper_pearson(hits: int, num: int, share: float = 0.95) -> tuple[float, float]:
@@ -211,6 +286,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--until", type=float, default=float("inf"), help="seconds in all")
     parser.add_argument("--part", default="0/1", help="I/N: only every Nth case, from I on")
+    parser.add_argument("--engine", choices=("expertlane", "vllm"), default="expertlane")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--only", default="", help="numbers of cases, between commas")
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     started_s = time.perf_counter()
@@ -218,20 +296,25 @@ def main() -> None:
     outcomes = [Outcome(**json.loads(line)) for line in known]
     done = {each.number for each in outcomes}
     first, step = map(int, given.part.split("/"))
-    for place, case in enumerate(draw_cases(given.wrong, given.right, given.seed)):
-        if case.number in done or place % step != first:
+    only = {int(each) for each in given.only.split(",") if each}
+    is_own = given.engine == "expertlane"
+    drawn = draw_cases(given.wrong, given.right, given.seed)
+    for place, case in enumerate(drawn if is_own else vllm_cases(given.seed, given.dtype)):
+        if case.number in done or place % step != first or (only and case.number not in only):
             continue
         if time.perf_counter() - started_s > given.until:
             break
-        asked = Asked(None if case.dtype == "float32" else case.dtype, 24, 600.0, seed=case.seed)
         with tempfile.TemporaryDirectory() as folder:
-            outcome = run_case(case, Path(folder), asked)
+            if is_own:
+                outcome = run_case(case, Path(folder), _own)
+            else:
+                outcome = run_case(case, Path(folder), _vllm, **_fields_of(case.family))
         outcomes.append(outcome)
         line = json.dumps(asdict(outcome))
         with given.out.open("a") as file:
             file.write(line + "\n")
         print(line, flush=True)
-    print("\n".join(summary(outcomes)))
+    print("\n".join(summary(outcomes) if is_own else table(outcomes)))
 
 
 if __name__ == "__main__":

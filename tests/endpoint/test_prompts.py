@@ -13,7 +13,8 @@ from expertlane.endpoint.prompts import (
     Vocabulary,
     _greedy,
     choose_prompts,
-    spread_prompts,
+    count_choices,
+    draw_prompts,
 )
 from expertlane.endpoint.reference import CheckpointReference
 from expertlane.endpoint.scored import Scored
@@ -44,89 +45,100 @@ class Router:
 
 
 def test_every_expert_is_reached() -> None:
-    router = Router()
-    chosen = choose_prompts(router, PLAIN, Progress(), max_len=4096, times=50, num_least=0)
-    assert chosen.unreached == []
-    assert chosen.num_long == 2
+    router, drawn = Router(), draw_prompts(PLAIN, max_len=4096)
+    chosen = choose_prompts(router, drawn, Progress(), times=50, num_least=0)
     assert [len(prompt) for prompt in chosen.prompts[-2:]] == [LONG_LEN] * 2
-    assert {len(prompt) for prompt in chosen.prompts[:-2]} <= set(LENGTHS)
-    assert chosen.counts is not None
-    assert chosen.counts.shape == (2, 6)
-    assert (chosen.counts[0, 4:] == -1).all()
-    # A fresh count says the same.
-    (again,) = [router._one(prompt).topk_ids for prompt in chosen.prompts[:1]]
-    assert again.max() < 6
-    total = sum(
-        np.bincount(router._one(prompt).topk_ids[1].ravel(), minlength=6)
-        for prompt in chosen.prompts
-    )
-    np.testing.assert_array_equal(chosen.counts[1], total)
+    short = chosen.prompts[:-2]
+    assert {len(prompt) for prompt in short} <= set(LENGTHS)
+    assert len(short) < 60  # of 192 candidates
+    total = np.zeros(6, dtype=int)
+    for prompt in short:
+        for token in prompt[:-1]:  # after the last one comes nothing that is compared
+            total[[token % 6, (token + 1) % 6]] += 1
     assert (total >= 50).all()
-    assert len(chosen.prompts) < 60  # of 192 candidates
+    counts = count_choices(chosen.scored["float32"][:-2], router.num_experts)
+    np.testing.assert_array_equal(counts[1], total)
+    assert (counts[0, :4] >= 50).all()
+    assert (counts[0, 4:] == 0).all()
     for one, prompt in zip(chosen.scored["float32"], chosen.prompts, strict=True):
         assert one.token_ids.tolist() == prompt
 
 
 def test_one_that_no_prompt_reaches_is_told() -> None:
-    chosen = choose_prompts(Router(never=3), PLAIN, Progress(), max_len=64, times=5)
-    assert chosen.unreached == [(1, 3)]
-    assert chosen.num_long == 0
+    router, drawn = Router(never=3), draw_prompts(PLAIN, max_len=64)
+    chosen = choose_prompts(router, drawn, Progress(), times=5)
+    counts = count_choices(chosen.scored["float32"], router.num_experts)
+    assert np.argwhere(counts == 0).tolist() == [[0, 4], [0, 5], [1, 3]]  # layer 0 has four
     assert len(chosen.prompts) >= 32
 
 
+def test_what_is_asked_already_counts() -> None:
+    """With prompts that reach all, no candidate is needed; they come first."""
+    drawn = draw_prompts(PLAIN, max_len=64)
+    given = draw_prompts(PLAIN, max_len=64, seed=7, num_short=40).short
+    chosen = choose_prompts(Router(), drawn, Progress(), given=given, times=5, num_least=0)
+    assert chosen.prompts == given
+    few = choose_prompts(Router(), drawn, Progress(), given=given[:1], times=5, num_least=12)
+    assert few.prompts[0] == given[0]
+    assert len(few.prompts) == 12
+
+
 def test_the_checkpoint_is_read_once_for_all_number_types() -> None:
-    router = Router()
+    router, drawn = Router(), draw_prompts(PLAIN, max_len=128)
     types = ("bfloat16", "int8")
-    chosen = choose_prompts(router, PLAIN, Progress(), max_len=128, number_types=types)
+    chosen = choose_prompts(router, drawn, Progress(), number_types=types)
     assert [types for _, types in router.asked] == [("float32", "bfloat16", "int8")]
     assert {len(of_type) for of_type in chosen.scored.values()} == {len(chosen.prompts)}
 
 
 def test_a_seed_draws_the_same() -> None:
-    one, again, other = (
-        choose_prompts(Router(), PLAIN, Progress(), max_len=4096, seed=seed) for seed in (1, 1, 2)
-    )
-    assert one.prompts == again.prompts != other.prompts
+    one, again, other = (draw_prompts(PLAIN, max_len=4096, seed=seed) for seed in (1, 1, 2))
+    assert one.short == again.short != other.short
+    assert one.long == again.long != other.long
+    first, second = (choose_prompts(Router(), one, Progress()) for _ in range(2))
+    assert first.prompts == second.prompts
 
 
-def test_without_a_router() -> None:
-    chosen = spread_prompts(PLAIN, max_len=4096)
-    assert len(chosen.prompts) == 66
-    assert chosen.counts is None
-    assert chosen.unreached == []
-    assert {len(prompt) for prompt in chosen.prompts} == {*LENGTHS, LONG_LEN}
-    assert {len(prompt) for prompt in spread_prompts(PLAIN, max_len=20).prompts} == {8, 16, 20}
+def test_lengths() -> None:
+    drawn = draw_prompts(PLAIN, max_len=4096, num_short=64)
+    assert {len(prompt) for prompt in drawn.short} == set(LENGTHS)
+    assert [len(prompt) for prompt in drawn.long] == [LONG_LEN] * 2
+    shorter = draw_prompts(PLAIN, max_len=20)
+    assert {len(prompt) for prompt in shorter.short} == {8, 16, 20}
+    assert not shorter.long
 
 
 def test_tokens_that_are_left_out() -> None:
-    chosen = spread_prompts(Vocabulary(5, without=(0, 3)), max_len=4096)
-    assert {token for prompt in chosen.prompts for token in prompt} == {1, 2, 4}
+    drawn = draw_prompts(Vocabulary(5, without=(0, 3)), max_len=4096)
+    assert {token for prompt in [*drawn.short, *drawn.long] for token in prompt} == {1, 2, 4}
     with pytest.raises(UserError, match="no token"):
-        spread_prompts(Vocabulary(2, without=(0, 1)), max_len=64)
+        draw_prompts(Vocabulary(2, without=(0, 1)), max_len=64)
     with pytest.raises(UserError, match="need 2 tokens"):
-        spread_prompts(PLAIN, max_len=1)
+        draw_prompts(PLAIN, max_len=1)
 
 
-@given(st.integers(0, 2**32), st.integers(0, 12), st.integers(1, 9))
+@given(st.integers(0, 2**32), st.integers(0, 12), st.integers(1, 9), st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_the_cover_reaches_what_all_candidates_reach(seed: int, number: int, times: int) -> None:
+def test_the_cover_reaches_what_all_candidates_reach(
+    seed: int, number: int, times: int, has_given: bool
+) -> None:
     draw = np.random.default_rng(seed)
     counts = draw.poisson(0.7, size=(number, 2, 5)).astype(np.int64)
     lengths = draw.integers(2, 64, size=number)
-    taken = _greedy(counts, lengths, times)
+    given = draw.poisson(2.0, size=(2, 5)) * has_given
+    taken = _greedy(counts, lengths, times, given)
     assert len(set(taken)) == len(taken)
-    reached = np.minimum(counts[taken].sum(axis=0), times)
-    np.testing.assert_array_equal(reached, np.minimum(counts.sum(axis=0), times))
+    reached = np.minimum(given + counts[taken].sum(axis=0), times)
+    np.testing.assert_array_equal(reached, np.minimum(given + counts.sum(axis=0), times))
 
 
 @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
 def test_prompts_of_a_checkpoint(checkpoints, family: str) -> None:
     reference = CheckpointReference(checkpoints.folder(family))
     vocabulary = Vocabulary(reference.vocab_size, without=(0, 1))
-    chosen = choose_prompts(
-        reference, vocabulary, Progress(), max_len=reference.max_len, times=4, num_candidates=96
-    )
-    assert chosen.counts is not None
-    never = {place for place in chosen.unreached if chosen.counts[place] == 0}
-    assert len(never) < chosen.counts.size / 4  # biases drawn at random silence some
+    drawn = draw_prompts(vocabulary, max_len=reference.max_len, num_short=96)
+    chosen = choose_prompts(reference, drawn, Progress(), times=4)
+    counts = count_choices(chosen.scored["float32"], reference.num_experts)
+    assert counts.shape == (len(reference.moe_layers), 8)
+    assert (counts == 0).mean() < 1 / 4  # biases drawn at random silence some
     assert not {0, 1} & {token for prompt in chosen.prompts for token in prompt}

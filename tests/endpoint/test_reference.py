@@ -233,6 +233,7 @@ def added_memory(folder: Path, *sizes: int) -> dict[str, int]:
     return json.loads(ran.stdout)
 
 
+@pytest.mark.full  # a process of its own, seconds
 def test_one_layer_is_in_memory(tmp_path) -> None:
     found = added_memory(tmp_path, 512, 512, 32, 5)
     assert found["layer"] < found["added"] < 2 * found["layer"]

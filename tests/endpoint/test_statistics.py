@@ -62,6 +62,34 @@ def test_a_shift_far_below_the_scale_is_seen() -> None:
     assert _alarms(moved[1]) == {"lower"}
 
 
+def test_a_server_is_compared_with_itself_by_fair_signs() -> None:
+    """Large rounding makes given tokens less likely in the mean: that is no shift of its own."""
+    clean = draw(3, _SMALL)
+    biased = replace(clean, rounding=clean.rounding - 0.012)
+    assert _alarms(replace(biased, differences=clean.rounding - 0.012)) == set()
+    own = replace(biased, differences=np.zeros(len(clean)), is_own=True)
+    assert _alarms(own) == set()
+    assert _alarms(replace(own, is_own=False)) == {"higher"}
+    assert _alarms(replace(own, differences=np.full(len(clean), 0.012))) == {"higher"}
+
+
+def test_tokens_that_a_server_chose_may_be_likelier_to_it() -> None:
+    """The largest of what is nearly tied is the one that rounding has made larger."""
+    draws = np.random.default_rng(4)
+    clean = draw(3, _SMALL)
+    noise = draws.normal(0, 0.02, (len(clean), 2))
+    greedy = replace(
+        clean,
+        differences=np.where(draws.random(len(clean)) < 0.8, noise.max(axis=1), noise[:, 0]),
+        rounding=draws.normal(0, 0.02, len(clean)),
+        scales=np.full(len(clean), 0.02),
+    )
+    assert _alarms(greedy) == {"higher"}
+    assert _alarms(replace(greedy, is_greedy=True)) == set()
+    lower = replace(greedy, differences=greedy.differences - 0.025, is_greedy=True)
+    assert _alarms(lower) == {"lower"}
+
+
 @pytest.mark.parametrize(("layer", "expert"), [(0, 1), (2, 5)])
 def test_a_wrong_expert_is_seen_and_named(layer: int, expert: int) -> None:
     clean = draw(7, _SMALL)

@@ -1,18 +1,21 @@
 """Verdicts on toy servers: right ones, and wrong ones of every kind."""
 
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from endpoint.toy import Toy, ToyReference, noisy, toy_server
+from endpoint.toy import EXPERTS, Toy, ToyReference, noisy, toy_server
 from expertlane.client.connection import Url
 from expertlane.client.run import Target
 from expertlane.client.server import Vocabulary
-from expertlane.endpoint.scored import Reference
+from expertlane.endpoint.scored import Reference, Scored
+from expertlane.endpoint.verdict import Observed, rounds_as_float32
 from expertlane.endpoint.verify import Asked, verify
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.progress import Progress
-from expertlane.results.verified_record import VerifiedRecord
+from expertlane.results.verified_record import LayerExperts, VerifiedRecord
 
 ASKED = Asked(num_prompts=8, seed=4)
 WRONG = Toy(scales=((1, 2, 3.0),))
@@ -75,6 +78,23 @@ def test_a_server_that_tells_no_log_probabilities_is_refused():
         verified(Toy(), methods=())
 
 
+def test_a_reference_that_scores_nothing_is_refused_at_once():
+    tokens = Vocabulary(range(96))
+    with toy_server(noisy()) as one, toy_server(noisy(), methods=("generated",)) as other:
+        targets = [Target(Url.parse(each.url)) for each in (one, other)]
+        with pytest.raises(UserError, match="can be no reference"):
+            verify(*targets, "other", ASKED, tokens, Progress())
+        assert len(one.asked) < 10
+
+
+def test_a_server_of_fewer_tokens_gets_one_line():
+    with pytest.raises(
+        UserError, match=r"token 9\d is unknown. Is the reference of this model"
+    ) as e:
+        verified(noisy(), vocab_size=90)
+    assert "\n" not in str(e.value)
+
+
 def test_what_is_wrong_under_load_alone():
     found = verified(noisy(), loaded=noisy(WRONG))
     assert found.verdict == "differs"
@@ -114,6 +134,27 @@ def test_what_is_wrong_with_a_warm_cache_alone():
     assert any("prefix cache" in each for each in found.why)
 
 
+def test_what_is_wrong_where_prompts_begin_alike():
+    """The first time that anything is in the cache, in the very first condition."""
+    with toy_server(noisy()) as server:
+        begun: dict[tuple[int, ...], set[tuple[int, ...]]] = {}
+
+        def which(ids: list[int], most: int) -> Toy:
+            if len(ids) != 80:
+                return noisy()
+            alike = begun.setdefault(tuple(ids[:64]), set())
+            alike.add(tuple(ids))
+            return noisy(WRONG) if len(alike) > 1 else noisy()
+
+        server._which = which
+        target = Target(Url.parse(server.url))
+        found = verify(target, ToyReference(), "toy", ASKED, None, Progress())
+    assert found.verdict == "differs"
+    assert "generated, shared prefix" in off(found)
+    assert "generated, cold cache" not in off(found)
+    assert any("prefix cache" in each for each in found.why)
+
+
 @pytest.mark.full  # thousands of tokens
 def test_what_is_wrong_in_long_contexts_alone():
     found = verified(noisy(Toy(wrong_from=600)), ToyReference(max_len=4_096), max_len=4_096)
@@ -122,10 +163,58 @@ def test_what_is_wrong_in_long_contexts_alone():
     assert 512 <= found.position <= 640
 
 
+@dataclass(frozen=True)
+class RoundedWeights(ToyReference):
+    """In int8 its weights are others, and always the same ones."""
+
+    dtype: str = "float32"
+
+    def score_in(self, prompts, number_types, progress):
+        toys = {"float32": Toy(), "int8": Toy(head=1.03)}
+        return {name: [toys[name].score(each) for each in prompts] for name in number_types}
+
+
+def test_a_server_of_rounded_weights_is_nearer_to_itself():
+    """An error of one condition that is far below what rounding of weights does."""
+    asked, small = replace(ASKED, dtype="int8"), Toy(head=0.965)
+    right = verified(Toy(head=0.97), RoundedWeights(), asked)
+    assert (right.verdict, right.dtype) == ("same", "int8")
+    wrong = verified(Toy(head=0.97), RoundedWeights(), asked, loaded=small, limit=20)
+    assert wrong.verdict == "differs"
+    assert set(off(wrong)) == {"32 at once", "generated, 32 at once"}
+
+
+@pytest.mark.parametrize(("moved", "is_float32"), [(0.0, True), (0.4, True), (0.6, False)])
+def test_load_that_moves_most_tokens_is_not_that_of_float32(moved, is_float32):
+    draw = np.random.default_rng(3)
+    alone = {place: -draw.exponential(2.0, 200) for place in range(4)}
+    again = Observed("again, alone", alone)
+    loaded = {
+        place: own + np.where(draw.random(200) < moved, 1e-2, 1e-6) for place, own in alone.items()
+    }
+    observed = [Observed("alone", alone), again, Observed("16 at once", loaded)]
+    assert rounds_as_float32(observed) == is_float32
+    assert not rounds_as_float32([observed[0], again])  # nothing is known of other orders
+
+
 def test_answers_that_change_from_request_to_request():
     found = verified(noisy(), flaky=noisy(WRONG))
     assert found.verdict == "differs"
     assert any("asked again" in each for each in found.why)
+
+
+def test_another_model_is_called_that():
+    found = verified(noisy(Toy(head=-1.0)))
+    assert found.verdict == "differs"
+    assert "another model" in found.why[0]
+    assert not any("another model" in each for each in verified(noisy(WRONG)).why)
+
+
+@pytest.mark.parametrize("most", [0, 1, 4])
+def test_few_likely_tokens_are_enough(most):
+    found = verified(noisy(), most_top=most)
+    assert found.verdict == "same"
+    assert any("generated" in each.name for each in found.conditions) == (most > 0)
 
 
 def test_a_second_server_as_the_reference():
@@ -152,5 +241,51 @@ def test_a_server_that_dies_gets_one_line():
 def test_a_budget_leaves_conditions_out_and_says_so():
     found = verified(noisy(), asked=Asked(num_prompts=8, seed=4, budget_s=0.01))
     assert found.verdict == "same"
-    assert [each.name for each in found.conditions] == ["alone", "generated, cold cache"]
+    assert [each.name for each in found.conditions] == [
+        "alone",
+        "generated, cold cache",
+        "generated, shared prefix",
+    ]
     assert len(found.skipped) > 4
+
+
+@dataclass(frozen=True)
+class CountedReference(ToyReference):
+    """Notes what it is asked for, and never chooses one expert of a layer."""
+
+    never: tuple[int, int] = (1, 5)
+    asked: list[tuple[int, tuple[str, ...]]] = field(default_factory=list)
+
+    def score_in(self, prompts, number_types, progress):
+        self.asked.append((len(prompts), tuple(number_types)))
+        found = super().score_in(prompts, number_types, progress)
+        layer, expert = self.never
+        return {name: [_without(each, layer, expert) for each in of] for name, of in found.items()}
+
+
+def _without(scored: Scored, layer: int, expert: int) -> Scored:
+    assert scored.topk_ids is not None
+    chosen = scored.topk_ids.copy()
+    chosen[layer][chosen[layer] == expert] = (expert + 1) % EXPERTS
+    return replace(scored, topk_ids=chosen)
+
+
+def test_experts_that_no_prompt_chose_are_told_and_the_checkpoint_is_read_once():
+    reference = CountedReference()
+    found = verified(noisy(), reference)
+    assert found.verdict == "same"
+    assert found.coverage is not None
+    assert found.coverage.unreached == (LayerExperts(1, (5,)),)
+    assert (found.coverage.num_layers, found.coverage.num_experts) == (3, 24)
+    ((num, types),) = reference.asked
+    assert types == ("float32", "bfloat16")
+    assert num > found.conditions[0].num_prompts
+
+
+def test_of_a_server_that_only_generates_the_reference_is_asked_once():
+    reference = CountedReference(never=(0, 0))
+    found = verified(noisy(), reference, methods=("generated",))
+    ((num, _),) = reference.asked
+    assert num == found.conditions[0].num_prompts
+    assert found.coverage is not None
+    assert found.coverage.unreached[0] == LayerExperts(0, (0,))

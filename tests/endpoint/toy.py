@@ -118,6 +118,8 @@ class ToyServer(Fake):
         warm: what it computes of a prompt it has seen before; None for the same.
         flaky: what every third request computes; None for the same.
         dies_after: requests after which it closes every connection.
+        vocab_size: tokens that it takes.
+        most_top: the most likely tokens beside a generated one that may be asked for.
     """
 
     def __init__(
@@ -131,9 +133,12 @@ class ToyServer(Fake):
         flaky: Toy | None = None,
         dies_after: int | None = None,
         max_len: int = 1_024,
+        most_top: int = 5,
+        vocab_size: int = VOCAB,
     ) -> None:
         self._toy, self._methods = toy, methods
         self._loaded, self._limit, self._warm, self._flaky = loaded, limit, warm, flaky
+        self._most_top, self._vocab_size = most_top, vocab_size
         self._dies_after, self._num, self._in_flight = dies_after, 0, 0
         self._prompts: set[tuple[int, ...]] = set()
         self._card = {"id": "toy", "owned_by": "fake", "max_model_len": max_len}
@@ -152,7 +157,6 @@ class ToyServer(Fake):
             asked = json.loads(body)
             async for part in self._completion(asked, 0):
                 writer.write(part)
-            return False
         else:
             writer.write(self._about(route))
         return True
@@ -207,7 +211,7 @@ class ToyServer(Fake):
         ids, length = asked["prompt"], asked["max_tokens"]
         self._in_flight += 1
         if self._loaded is not None:
-            await asyncio.sleep(0.02)  # so that others come
+            await asyncio.sleep(0.01)  # so that others come
         most = self._in_flight
         toy = self._which(ids, most)
         try:
@@ -223,6 +227,8 @@ class ToyServer(Fake):
             head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
             return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
         choice: dict[str, Any] = {"text": ""}
+        if max(ids) >= self._vocab_size:
+            return error(400, f"token {max(ids)} is unknown")
         if "prompt_logprobs" in asked:
             if "prompt_logprobs" not in self._methods:
                 return error(400, "unknown field prompt_logprobs")
@@ -240,6 +246,8 @@ class ToyServer(Fake):
             return whole({"choices": [choice]})
         if "logprobs" in asked and "generated" not in self._methods:
             return error(400, "logprobs are not supported")
+        if asked.get("logprobs", 0) > self._most_top:
+            return error(400, f"logprobs is at most {self._most_top}")
         tokens, values, tops = self._continue(toy, ids, length)
         choice["logprobs"] = {
             "tokens": [f"token_id:{each}" for each in tokens],

@@ -11,7 +11,9 @@ from expertlane.results.record import DeploymentRecord
 from expertlane.results.results import Results
 from expertlane.results.verified_record import (
     ConditionRecord,
+    CoverageRecord,
     ExpertRecord,
+    LayerExperts,
     SignificanceRecord,
     TokenRecord,
     VerifiedRecord,
@@ -51,6 +53,13 @@ def results_of(verdict, why=(), alarms=("size",)) -> Results:
         alarm=1e-4,
         false_alarms=0.01,
         num_excused=1,
+        coverage=CoverageRecord(
+            48,
+            48 * 128,
+            8,
+            210,
+            tuple(LayerExperts(layer, (3, 17, 101)) for layer in range(20)),
+        ),
         skipped=("generated, 16 at once: no time within --budget-s",) * 3,
         wall_s=81.0,
     )
@@ -89,7 +98,10 @@ def test_every_verdict_fits_a_screen_and_comes_first(verdict, why, begins, tmp_p
     assert any(each.startswith(begins[:20]) for each in lines[:6])
     for sentence in why:
         assert sentence in " ".join(shown.get().split())
+    reach = "Nothing is said of 60 experts that no prompt chose, of 6,144: 3 of MoE layer 0, "
+    assert reach in " ".join(shown.get().split())
     page = html.render(report)
+    assert "3, 17, 101" in page
     assert begins[:20].replace("'", "&#39;") in page or begins[:20] in page
     write(results, tmp_path)
     assert read(tmp_path).deployments[0].verified == results.deployments[0].verified

@@ -329,10 +329,12 @@ async def _tried(server: Server, *, is_chat: bool) -> Server:
         extra = 0 if form.as_tokens else max(0, (found.num_prompt_tokens or length) - length)
         return replace(tried, num_extra=extra)
     assert refusal is not None
+    path = Form(is_chat, as_tokens=False, ignores_eos=False).path
     if refusal.name in ("HTTP 404", "HTTP 405"):
-        path = Form(is_chat, as_tokens=False, ignores_eos=False).path
         raise NoRoute(f"{server.connections.url} has no {path} ({refusal.name}: {refusal})")
-    raise UserError(f"{server.connections.url} refuses a request: {refusal.name}, {refusal}")
+    raise UserError(
+        f"{server.connections.url} refuses a request to {path}: {refusal.name}, {refusal}"
+    )
 
 
 def alike(servers: Sequence[Server]) -> list[Server]:

@@ -6,7 +6,7 @@ choices a token first (the greedy algorithm for covering problems, Chvátal 1979
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from expertlane.text.tokenizer import Tokenizer
 LENGTHS = (8, 16, 24, 32, 48, 64)  # tokens of short prompts, in turn
 LONG_LEN = 2304  # beyond 2,048, a limit of many masks, windows and caches
 TIMES = 8  # that an expert of a layer is to be chosen
-_NUM_CANDIDATES = 192
+NUM_CANDIDATES = 192
 _FLOAT32 = "float32"
 _OF_A_PROMPT = 16  # tokens that a request costs beside its own
 
@@ -65,32 +65,24 @@ class RoutedReference(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class DrawnPrompts:
+    """Prompts that may be asked: token ids."""
+
+    short: list[list[int]]
+    long: list[list[int]]
+
+
+@dataclass(frozen=True, eq=False)
 class ChosenPrompts:
-    """Prompts, and how often they reach every expert.
+    """Prompts that are asked, and the reference's scores of them.
 
     Attributes:
-        prompts: token ids; short ones first, then long ones.
-        num_long: how many are long.
-        times: how often every expert of every layer was to be chosen.
-        scored: of the reference, by number type, in the order of `prompts`; empty where the
-            reference doesn't tell its experts.
-        counts: [num_moe_layers, num_experts], how often the prompts choose each; None where that
-            isn't known. Entries of experts that a layer hasn't are -1.
+        prompts: token ids; those that were given first, then short ones, then long ones.
+        scored: by number type, in the order of `prompts`.
     """
 
     prompts: list[list[int]]
-    num_long: int
-    times: int
-    scored: dict[str, list[Scored]] = field(default_factory=dict)
-    counts: NDArray[np.int64] | None = None
-
-    @property
-    def unreached(self) -> list[tuple[int, int]]:
-        """(place among the layers with experts, expert) of those chosen less often than wanted."""
-        if self.counts is None:
-            return []
-        rare = (self.counts >= 0) & (self.counts < self.times)
-        return [(int(layer), int(expert)) for layer, expert in np.argwhere(rare)]
+    scored: dict[str, list[Scored]]
 
 
 @dataclass(frozen=True)
@@ -123,69 +115,79 @@ class Vocabulary:
         return found
 
 
-def choose_prompts(
-    reference: RoutedReference,
+def draw_prompts(
     vocabulary: Vocabulary,
-    progress: Progress,
     *,
     max_len: int,
     seed: int = 0,
-    times: int = TIMES,
-    num_least: int = 32,
+    num_short: int = NUM_CANDIDATES,
     num_long: int = 2,
-    num_candidates: int = _NUM_CANDIDATES,
-    number_types: Sequence[str] = (_FLOAT32,),
-) -> ChosenPrompts:
-    """Prompts that choose every expert of every layer often enough, where any candidates do.
+) -> DrawnPrompts:
+    """Prompts of all lengths, drawn by a seed.
 
     Args:
         max_len: tokens of the longest prompt that server and reference take.
-        times: how often an expert is to be chosen, by short prompts alone.
-        num_least: short prompts at least, though fewer may reach all experts.
         num_long: of `LONG_LEN` tokens; none where that is more than `max_len`.
-        num_candidates: short prompts to choose from.
-        number_types: what is scored in the same pass over the checkpoint, beside float32.
-
-    Raises:
-        UserError: no prompt can be made, or as `reference.score_in`.
-    """
-    draw = np.random.default_rng(seed)
-    short = _candidates(draw, vocabulary, num_candidates, max_len)
-    long = _long(draw, vocabulary, num_long, max_len)
-    types = dict.fromkeys((_FLOAT32, *number_types))
-    scored = reference.score_in([*short, *long], tuple(types), progress)
-    counts = np.stack([_counts(each, reference.num_experts) for each in scored[_FLOAT32]])
-    taken = _greedy(counts[: len(short)], np.array([len(each) for each in short]), times)
-    others = sorted(set(range(len(short))) - set(taken))
-    taken = sorted(taken + others[: max(0, num_least - len(taken))])
-    taken += range(len(short), len(short) + len(long))
-    there = np.arange(counts.shape[2]) < np.array(reference.num_experts, dtype=np.int64)[:, None]
-    return ChosenPrompts(
-        [[*short, *long][place] for place in taken],
-        len(long),
-        times,
-        {name: [of_type[place] for place in taken] for name, of_type in scored.items()},
-        np.where(there, counts[taken].sum(axis=0), -1),
-    )
-
-
-def spread_prompts(
-    vocabulary: Vocabulary,
-    *,
-    max_len: int,
-    seed: int = 0,
-    num_short: int = 64,
-    num_long: int = 2,
-) -> ChosenPrompts:
-    """Prompts of all lengths, where no router tells which experts they reach.
 
     Raises:
         UserError: no prompt can be made.
     """
     draw = np.random.default_rng(seed)
     short = _candidates(draw, vocabulary, num_short, max_len)
-    long = _long(draw, vocabulary, num_long, max_len)
-    return ChosenPrompts([*short, *long], len(long), 0)
+    return DrawnPrompts(short, _long(draw, vocabulary, num_long, max_len))
+
+
+def choose_prompts(
+    reference: RoutedReference,
+    drawn: DrawnPrompts,
+    progress: Progress,
+    *,
+    given: Sequence[list[int]] = (),
+    times: int = TIMES,
+    num_least: int = 32,
+    number_types: Sequence[str] = (_FLOAT32,),
+) -> ChosenPrompts:
+    """Prompts that choose every expert of every layer often enough, where any candidates do.
+
+    The reference reads its layers once, for candidates and all number types together.
+
+    Args:
+        drawn: candidates; of these all long ones are taken.
+        given: prompts that are asked in any case, and count first.
+        times: how often an expert is to be chosen, by given and short prompts alone.
+        num_least: given and short prompts at least, though fewer may reach all experts.
+        number_types: what is scored beside float32.
+
+    Raises:
+        UserError: as `reference.score_in`.
+    """
+    first, prompts = len(given), [*given, *drawn.short, *drawn.long]
+    types = dict.fromkeys((_FLOAT32, *number_types))
+    scored = reference.score_in(prompts, tuple(types), progress)
+    counts = np.stack([count_choices([each], reference.num_experts) for each in scored[_FLOAT32]])
+    last = len(prompts) - len(drawn.long)
+    lengths = np.array([len(each) for each in prompts[first:last]])
+    taken = _greedy(counts[first:last], lengths, times, counts[:first].sum(axis=0))
+    others = sorted(set(range(last - first)) - set(taken))
+    taken = sorted(taken + others[: max(0, num_least - first - len(taken))])
+    places = [*range(first), *(first + each for each in taken), *range(last, len(prompts))]
+    return ChosenPrompts(
+        [prompts[place] for place in places],
+        {name: [of_type[place] for place in places] for name, of_type in scored.items()},
+    )
+
+
+def count_choices(scored: Sequence[Scored], num_experts: Sequence[int]) -> NDArray[np.int64]:
+    """[num_moe_layers, most experts], how often prompts choose each expert.
+
+    The last token of each is left out: no log-probability follows from its experts.
+    """
+    found = np.zeros((len(num_experts), max(num_experts, default=0)), dtype=np.int64)
+    for each in scored:
+        if each.topk_ids is not None:
+            for layer, chosen in enumerate(each.topk_ids[:, :-1]):
+                found[layer] += np.bincount(chosen.ravel(), minlength=found.shape[1])
+    return found
 
 
 def _candidates(
@@ -222,22 +224,18 @@ def _text(draw: np.random.Generator, tokenizer: Tokenizer, length: int) -> list[
     return tokenizer.encode(" ".join(texts))[:length]
 
 
-def _counts(scored: Scored, num_experts: Sequence[int]) -> NDArray[np.int64]:
-    """[num_moe_layers, most experts], how often a prompt chooses each."""
-    most = max(num_experts, default=0)
-    if scored.topk_ids is None:
-        return np.zeros((len(num_experts), most), dtype=np.int64)
-    return np.stack([np.bincount(layer.ravel(), minlength=most) for layer in scored.topk_ids])
-
-
-def _greedy(counts: NDArray[np.int64], lengths: NDArray[np.int64], times: int) -> list[int]:
+def _greedy(
+    counts: NDArray[np.int64], lengths: NDArray[np.int64], times: int, given: NDArray[np.int64]
+) -> list[int]:
     """Places of prompts whose choices together reach `times`, or as near as all of them do.
 
     Args:
         counts: [num_prompts, num_moe_layers, num_experts].
         lengths: [num_prompts], tokens.
+        given: [num_moe_layers, num_experts], choices that are there already.
     """
-    left = np.minimum(counts.sum(axis=0), times)  # more cannot be reached
+    # More than all of them together cannot be reached.
+    left = np.minimum(counts.sum(axis=0), np.maximum(times - given, 0))
     taken: list[int] = []
     while left.any():
         gains = np.minimum(counts, left).sum(axis=(1, 2)) / (lengths + _OF_A_PROMPT)

@@ -64,14 +64,6 @@ class CheckpointReference:
         """Log-probabilities in float32, see `Reference`."""
         return self.score_in(prompts, (FLOAT32,), progress)[FLOAT32]
 
-    def score_rounded(
-        self, prompts: Sequence[Prompt], dtype: str, progress: Progress
-    ) -> list[Scored] | None:
-        """The same in another number type, see `NoisyReference`; None if it isn't known."""
-        if dtype not in NUMBER_TYPES:
-            return None
-        return self.score_in(prompts, (dtype,), progress)[dtype]
-
     @torch.inference_mode()
     def score_in(
         self, prompts: Sequence[Prompt], number_types: Sequence[str], progress: Progress

@@ -27,18 +27,35 @@ T = TypeVar("T")
 
 Method = Literal["prompt_logprobs", "echo", "input_token_logprobs", "generated tokens"]
 COMPLETIONS, NATIVE = "/v1/completions", "/generate"
-_TOP = 5  # likely tokens beside each generated one; OpenAI's most
+# What is asked for with generated tokens, the best first: likely tokens beside each (OpenAI's most
+# are 5, and some servers have fewer), and their ids.
+_IDS = {"return_tokens_as_token_ids": True, "return_token_ids": True}
+_BESIDE: tuple[dict[str, Any], ...] = ({"logprobs": 5} | _IDS, {"logprobs": 5}, {"logprobs": 1})
+_NATIVE_TOP = 5
 _TOKEN_ID = re.compile(r"token_id:(\d{1,9})")
 _ENGINE = re.compile(rb'engine="(\d{1,4})"')
 _MOST_RANKS = 64
 _ATTEMPTS = 3  # of a request that a busy server refuses
 _BUSY = (429, 503)
+_REFUSALS = ("HTTP 400", "HTTP 422")
 _PAUSE_S = 0.5
 _IMPOSSIBLE = -1e4  # in place of minus infinity: JSON has none
 
 
 class Failed(ExpertlaneError):
-    """The server did not answer a request as it has answered others."""
+    """The server did not answer a request as it has answered others.
+
+    Attributes:
+        reason: what came in place of an answer.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Refused(Failed, UserError):
+    """The server takes no such prompt, though it takes others."""
 
 
 class Unread(Exception):
@@ -85,6 +102,7 @@ class Endpoint:
     Attributes:
         method: how it tells them.
         can_generate: whether it tells those of generated tokens, with their ids.
+        beside: what is asked for with them, of `_BESIDE`.
         ranks: numbers of data-parallel ranks that requests can be sent to; empty where none can.
         timeout_s: seconds that a request may take.
     """
@@ -92,6 +110,7 @@ class Endpoint:
     server: Server
     method: Method
     can_generate: bool = True
+    beside: int = 0
     ranks: tuple[int, ...] = ()
     timeout_s: float = 120.0
 
@@ -149,11 +168,13 @@ class Endpoint:
             async with asyncio.timeout(self.timeout_s):
                 return await ask()
         except TimeoutError:
-            raise Failed(
-                f"{url} did not answer a prompt of {num_tokens:,} tokens in {self.timeout_s:g} s"
-            ) from None
+            words = f"did not answer a prompt of {num_tokens:,} tokens in {self.timeout_s:g} s"
+            raise Failed(f"{url} {words}", words) from None
         except Unread as error:
-            raise Failed(f"{url}, a prompt of {num_tokens:,} tokens: {error}") from None
+            words = f"{url}, a prompt of {num_tokens:,} tokens: {error}"
+            if str(error).startswith(_REFUSALS):
+                raise Refused(f"{words}. Is the reference of this model?", str(error)) from None
+            raise Failed(words, str(error)) from None
 
     async def ask(self, path: str, fields: Mapping[str, Any]) -> Any:
         """Send JSON and read the JSON of a good answer.
@@ -165,7 +186,11 @@ class Endpoint:
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 answer = await self.server.connections.ask("POST", path, body)
-            except (ConnectionFailed, ClosedEarly) as error:
+            except ClosedEarly as error:
+                if attempt == 1:  # a kept connection may be closed just as it is used again
+                    continue
+                raise Unread(f"no answer: {error}") from None
+            except ConnectionFailed as error:
                 raise Unread(f"no answer: {error}") from None
             if answer.status not in _BUSY or attempt == _ATTEMPTS:
                 break
@@ -255,15 +280,8 @@ _SCORES: dict[Method, Callable[[Endpoint, Sent], Awaitable[NDArray[np.float64]]]
 
 
 async def _continue(endpoint: Endpoint, sent: Sent, length: int) -> Continued:
-    fields = endpoint.fields(sent, length) | {"logprobs": _TOP}
-    more = {"return_tokens_as_token_ids": True, "return_token_ids": True}
-    try:
-        found = await endpoint.ask(COMPLETIONS, fields | more)
-    except Unread as error:
-        if not str(error).startswith(("HTTP 400", "HTTP 422")):
-            raise
-        found = await endpoint.ask(COMPLETIONS, fields)
-    choice = _choice(found)
+    fields = endpoint.fields(sent, length) | _BESIDE[endpoint.beside]
+    choice = _choice(await endpoint.ask(COMPLETIONS, fields))
     logprobs = choice.get("logprobs")
     if not isinstance(logprobs, dict) or not isinstance(logprobs.get("tokens"), list):
         raise Unread("the answer has no logprobs of its tokens")
@@ -280,7 +298,8 @@ async def _continue(endpoint: Endpoint, sent: Sent, length: int) -> Continued:
 
 
 async def _continue_natively(endpoint: Endpoint, sent: Sent, length: int) -> Continued:
-    fields = _native_fields(sent, length) | {"top_logprobs_num": _TOP, "logprob_start_len": -1}
+    fields = _native_fields(sent, length)
+    fields |= {"top_logprobs_num": _NATIVE_TOP, "logprob_start_len": -1}
     meta = _meta(await endpoint.ask(NATIVE, fields))
     entries = meta.get("output_token_logprobs")
     if not isinstance(entries, list) or not all(_is_pair(each) for each in entries):
@@ -362,23 +381,27 @@ async def find_endpoint(server: Server, probe: Prompt, timeout_s: float) -> Endp
     refusals = []
     plain = Endpoint(server, "generated tokens", timeout_s=timeout_s)
     (sent,) = await settle(plain, [probe])
-    can_generate = True
     for method in _SCORES:
         tried = replace(plain, method=method)
         try:
             found = await tried.score([sent], 1, lambda: None)
         except Failed as error:
-            refusals.append(f"{method}: {error}")
+            refusals.append(f"{method}: {error.reason}")
             continue
         if np.isfinite(found[0]).all() and (found[0] <= 1e-3).all():
             plain = tried
             break
         refusals.append(f"{method}: no log-probabilities")
-    try:
-        await plain.generate([sent], 2, 1, lambda: None)
-    except Failed as error:
-        refusals.append(str(error))
-        can_generate = False
+    can_generate = False
+    for beside in range(len(_BESIDE) if plain.method != "input_token_logprobs" else 1):
+        tried = replace(plain, beside=beside)
+        try:
+            await tried.generate([sent], 2, 1, lambda: None)
+        except Failed as error:
+            refusals.append(error.reason)
+            continue
+        plain, can_generate = tried, True
+        break
     if not plain.is_forced and not can_generate:
         raise UserError(
             f"{server.connections.url} tells no log-probabilities, of neither given nor generated "

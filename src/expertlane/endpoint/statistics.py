@@ -82,6 +82,11 @@ class Compared:
         prompts, positions: each token's prompt, and its index there.
         topk_ids: [num_moe_layers, num_tokens, top_k]; None where they aren't known.
         is_measured: whether the rounding was measured, else it is a usual one.
+        is_own: whether a server is compared with itself: then both round alike, so that signs of
+            differences are fair. Those from exact numbers are not: rounding makes given tokens less
+            likely in the mean (Jensen's inequality).
+        is_greedy: whether the server chose the tokens as the likeliest, by its own rounding: where
+            two were nearly tied, that makes them likelier in its eyes.
     """
 
     differences: Floats
@@ -91,6 +96,8 @@ class Compared:
     positions: Ints
     topk_ids: Ints | None = None
     is_measured: bool = True
+    is_own: bool = False
+    is_greedy: bool = False
 
     def __len__(self) -> int:
         return len(self.differences)
@@ -235,19 +242,24 @@ def _tested(sums: NDArray[Any]) -> tuple[float, float]:
 def _shifts(compared: Compared, blocks: Ints) -> Iterator[Test]:
     """Whether all log-probabilities are higher or lower, by more than a part of the scale.
 
-    Sizes are clipped, so that flips of routers do not count more than others.
+    Sizes are clipped, so that flips of routers do not count more than others. Against itself, a
+    server's differences have fair signs; against exact numbers they have those of rounding. Tokens
+    that it chose as the likeliest may be higher.
     """
 
     def clipped(values: Floats) -> Floats:
         return np.clip(values / compared.scales, -_CLIPPED, _CLIPPED)
 
-    moved = clipped(compared.differences) - clipped(compared.rounding)
+    moved = clipped(compared.differences)
+    if not compared.is_own:
+        moved -= clipped(compared.rounding)
     granted = np.bincount(blocks) * _TOLERATED_SHIFT
-    for name, sign in (("higher", 1.0), ("lower", -1.0)):
+    signs: list[tuple[TestName, float]] = [("higher", 1.0), ("lower", -1.0)]
+    for name, sign in signs[compared.is_greedy :]:
         sums = np.bincount(blocks, sign * moved)
         norm = float(np.sqrt(np.square(sums).sum()))
         statistic = float(sums.sum() - granted.sum()) / norm if norm > 0 else 0.0
-        yield Test("higher" if name == "higher" else "lower", statistic, _bound(statistic))
+        yield Test(name, statistic, _bound(statistic))
 
 
 def _outliers(compared: Compared) -> Test:

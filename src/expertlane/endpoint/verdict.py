@@ -39,6 +39,7 @@ _MUCH = 3.0  # times what is tolerated: beyond, even rounding that was not measu
 _FAR = 8.0  # scales
 _NEAR_TIE = 1e-5  # of a router's scores, in float32
 _FINER = 0.05  # median size over rounding's: a server that rounds less than was thought
+_UNRELATED = 0.2  # correlation of log-probabilities: those of one model, if wrong, have more
 _MOST_WORST = 20
 _LEAST_P = 1e-50
 
@@ -52,12 +53,15 @@ class Rounded:
         rounding: of every sequence [len - 1], differences by rounding; drawn where not measured.
         scales: of every sequence [len - 1], in nats.
         is_measured: whether the rounding was measured.
+        own: what a server is granted against itself, where that is less: rounded weights are the
+            same in both. None for the same, as both round.
     """
 
     exact: Sequence[Scored]
     rounding: Sequence[Floats]
     scales: Sequence[Floats]
     is_measured: bool
+    own: "Rounded | None" = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,9 +152,25 @@ def rounds_less(alone: Observed, rounded: Rounded) -> bool:
     return bool(np.median(np.concatenate(sizes)) < _FINER * np.median(np.concatenate(rounding)))
 
 
+def rounds_as_float32(observed: Sequence[Observed]) -> bool:
+    """Whether a server under load is as near to itself alone as float32 is, in most tokens.
+
+    The same request again says nothing: it may be computed in the very same order.
+    """
+    alone, sizes = observed[0].logprobs, []
+    for each in observed[1:]:
+        if each.name != AGAIN and each.against == "alone":
+            sizes += [np.abs(own - alone[at]) for at, own in each.logprobs.items() if at in alone]
+    joined = np.concatenate([*sizes, np.empty(0)])
+    joined = joined[np.isfinite(joined)]
+    return bool(len(joined)) and float(np.median(joined)) < TOLERATED * usual_scale("float32")
+
+
 def compare(observed: Observed, alone: Observed, rounded: Rounded) -> Comparison:
     """A condition's tokens against the reference, or against themselves alone."""
     is_own = observed.against == "alone"
+    if is_own and rounded.own is not None:
+        rounded = rounded.own
     parts: list[Compared] = []
     expected, token_ids = [], []
     for place, own in sorted(observed.logprobs.items()):
@@ -173,6 +193,8 @@ def compare(observed: Observed, alone: Observed, rounded: Rounded) -> Comparison
                 # The token before is the one that was computed to tell this one's probability.
                 None if routed is None else routed[:, :-1][:, known],
                 rounded.is_measured,
+                is_own,
+                observed.is_generated,
             )
         )
         expected.append(other[known])
@@ -202,6 +224,8 @@ def _joined(parts: Sequence[Compared]) -> Compared:
         all_of("positions").astype(np.int64),
         np.concatenate(routed, axis=1) if parts and len(routed) == len(parts) else None,
         all(each.is_measured for each in parts),
+        all(each.is_own for each in parts),
+        any(each.is_greedy for each in parts),
     )
 
 
@@ -225,11 +249,16 @@ def _tests(compared: Compared) -> Iterator[Test]:
         )
 
 
-def excuse_ties(observed: Sequence[Observed], rounded: Rounded) -> tuple[list[Observed], int]:
+def excuse_ties(
+    observed: Sequence[Observed], rounded: Rounded, *, is_own: bool = False
+) -> tuple[list[Observed], int]:
     """Leave out what follows a near tie of a router at which a float32 server chose otherwise.
 
     There the first token of a prompt that is far off stands at a router margin of at most
     `_NEAR_TIE`, which no float32 implementation can hold; all before it is within rounding.
+
+    Args:
+        is_own: whether conditions are compared with the first one, else all with the reference.
 
     Returns:
         the same without those stretches, and the largest number of prompts so excused in one.
@@ -238,9 +267,15 @@ def excuse_ties(observed: Sequence[Observed], rounded: Rounded) -> tuple[list[Ob
     for each in observed:
         excused = 0
         logprobs = {}
+        if is_own and each.against == "reference":
+            kept.append(each)
+            continue
         for place, own in each.logprobs.items():
             scored = rounded.exact[place]
-            sizes = np.abs(own - scored.logprobs) / rounded.scales[place]
+            expected = observed[0].logprobs.get(place) if is_own else scored.logprobs
+            if expected is None:
+                continue
+            sizes = np.abs(own - expected) / rounded.scales[place]
             far = np.flatnonzero(np.nan_to_num(sizes) > _FAR)
             if len(far):
                 # Of `logprobs[i]` the choices were those of token i.
@@ -292,6 +327,8 @@ def judge(observed: Sequence[Observed], rounded: Rounded, dtype: str) -> Judged:
     num_excused = 0
     if dtype == "float32":
         observed, num_excused = excuse_ties(observed, rounded)
+    elif rounded.own is not None:
+        observed, num_excused = excuse_ties(observed, rounded.own, is_own=True)
     alone = observed[0]
     comparisons = [compare(each, alone, rounded) for each in observed]
     alarm = FALSE_ALARMS / max(1, sum(len(each.tests) for each in comparisons))
@@ -355,8 +392,7 @@ def _doubt(
     elif not off and not seen <= _BLUNT:
         found.append(
             f"rounding of {dtype} hides whatever is smaller than {seen:.2g} nats of a token's "
-            "log-probability. A server of the same model in bfloat16 would tell more, or more "
-            "prompts: --num-prompts."
+            "log-probability. More would be told of the same model served in a finer number type."
         )
     elif off and not first.compared.is_measured:
         spread = max(_spread(each.compared) for each in off)
@@ -392,9 +428,27 @@ def _causes(comparisons: Sequence[Comparison], off: Sequence[Comparison]) -> _Ca
                 None,
                 (),
             )
+        if _is_unrelated(first):
+            return (
+                [
+                    "The log-probabilities have nothing in common with the reference's, as of "
+                    "another model or another tokenizer: is it the same checkpoint?"
+                ],
+                (),
+                None,
+                (),
+            )
         more, experts, position = _within(first.compared)
         return more, experts, position, ()
     return _of_conditions(comparisons, off)
+
+
+def _is_unrelated(first: Comparison) -> bool:
+    """Whether server and reference agree no better on which tokens are likely than two models."""
+    own = first.expected + first.compared.differences
+    spread = float(own.std() * first.expected.std())
+    common = float(((own - own.mean()) * (first.expected - first.expected.mean())).mean())
+    return spread > 0 and common / spread < _UNRELATED
 
 
 def _ranks(num: int) -> str:

@@ -17,9 +17,17 @@ import uvloop
 from expertlane.client.connection import Connections
 from expertlane.client.run import Target, allow_connections, headers_of
 from expertlane.client.server import Vocabulary, alike, find_server, flush_caches
+from expertlane.endpoint.prompts import (
+    NUM_CANDIDATES,
+    TIMES,
+    ChosenPrompts,
+    DrawnPrompts,
+    choose_prompts,
+    count_choices,
+    draw_prompts,
+)
 from expertlane.endpoint.prompts import Vocabulary as PromptVocabulary
-from expertlane.endpoint.prompts import choose_prompts, spread_prompts
-from expertlane.endpoint.scored import Reference, Scored
+from expertlane.endpoint.scored import Prompt, Reference, Scored
 from expertlane.endpoint.server_scores import Continued, Endpoint, Sent, find_endpoint, settle
 from expertlane.endpoint.statistics import FALSE_ALARMS, Floats
 from expertlane.endpoint.verdict import (
@@ -29,12 +37,18 @@ from expertlane.endpoint.verdict import (
     Rounded,
     judge,
     measured_rounding,
+    rounds_as_float32,
     rounds_less,
     usual_rounding,
 )
 from expertlane.errors import UserError
 from expertlane.progress import Progress
-from expertlane.results.verified_record import DtypeSource, VerifiedRecord
+from expertlane.results.verified_record import (
+    CoverageRecord,
+    DtypeSource,
+    LayerExperts,
+    VerifiedRecord,
+)
 
 T = TypeVar("T")
 
@@ -43,6 +57,8 @@ _CONTINUATION = 16  # tokens
 _PREFIX_LEN, _TAIL_LEN = 64, 16  # whole blocks of the usual sizes
 _LOADS = 4, 16, 32  # requests at once
 _LEAST_LEN = 8
+# Number types of weights alone: against itself a server rounds as its activations do.
+_OF_WEIGHTS = ("int8",)
 _OF_SERVER = 0.6  # of the budget; the rest is the reference's
 
 
@@ -71,11 +87,13 @@ class _Seen:
 
     Attributes:
         sequences: all prompts, of some with what the server generated first.
+        chosen: what the reference scored in choosing them; None without a checkpoint.
         skipped: what was not asked, and why.
     """
 
     endpoint: Endpoint
     sequences: list[Sent] = field(default_factory=list)
+    chosen: ChosenPrompts | None = None
     observed: list[Observed] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
@@ -104,8 +122,10 @@ def verify(
     if isinstance(reference, Target):
         assert other is not None, "a second server was asked"
         rounded, dtype, source = _of_second(other, seen, asked)
+        coverage = None
     else:
         rounded, dtype, source = _of_checkpoint(reference, seen, asked, progress)
+        coverage = _coverage(rounded.exact, reference.num_experts)
     judged = judge(seen.observed, rounded, dtype)
     endpoint = seen.endpoint
     return VerifiedRecord(
@@ -118,6 +138,7 @@ def verify(
         is_measured=rounded.is_measured,
         method=endpoint.method,
         false_alarms=FALSE_ALARMS,
+        coverage=coverage,
         skipped=tuple(seen.skipped),
         wall_s=time.perf_counter() - started_s,
         **vars(judged),
@@ -131,14 +152,52 @@ def _of_checkpoint(
     prompts = [each.token_ids for each in seen.sequences]
     dtype: str = asked.dtype or reference.dtype
     source: DtypeSource = "checkpoint" if asked.dtype is None else "told"
-    scored = reference.score_in(prompts, ("float32", dtype), progress)
+    scored = _scored(reference, prompts, seen.chosen, ("float32", dtype), progress)
     exact = scored["float32"]
     if dtype == "float32":
         return usual_rounding(exact, dtype), dtype, source
     rounded = measured_rounding(exact, scored[dtype], dtype)
     if rounds_less(seen.observed[0], rounded):
         return usual_rounding(exact, "float32"), "float32", "seen"
+    has_float32 = dtype in _OF_WEIGHTS and reference.dtype == "float32"
+    if has_float32 and rounds_as_float32(seen.observed):
+        rounded = replace(rounded, own=usual_rounding(scored[dtype], "float32"))
     return rounded, dtype, source
+
+
+def _scored(
+    reference: Reference,
+    prompts: Sequence[Prompt],
+    chosen: ChosenPrompts | None,
+    number_types: Sequence[str],
+    progress: Progress,
+) -> dict[str, list[Scored]]:
+    """Scores of prompts in number types; those of `chosen` are there, and not computed again."""
+    known: dict[tuple[int, ...], dict[str, Scored]] = {}
+    if chosen is not None:
+        for place, prompt in enumerate(chosen.prompts):
+            known[tuple(prompt)] = {name: of[place] for name, of in chosen.scored.items()}
+    missing = [each for each in prompts if tuple(each) not in known]
+    if missing:
+        found = reference.score_in(missing, number_types, progress)
+        for place, each in enumerate(missing):
+            known[tuple(each)] = {name: of[place] for name, of in found.items()}
+    return {name: [known[tuple(each)][name] for each in prompts] for name in number_types}
+
+
+def _coverage(scored: Sequence[Scored], num_experts: Sequence[int]) -> CoverageRecord:
+    """Which experts the prompts chose, and which they did not."""
+    counts = [
+        row[:num] for row, num in zip(count_choices(scored, num_experts), num_experts, strict=True)
+    ]
+    never = [np.flatnonzero(row == 0).tolist() for row in counts]
+    return CoverageRecord(
+        len(num_experts),
+        sum(num_experts),
+        TIMES,
+        sum(int(((row > 0) & (row < TIMES)).sum()) for row in counts),
+        tuple(LayerExperts(layer, tuple(ids)) for layer, ids in enumerate(never) if ids),
+    )
 
 
 def _of_second(other: _Seen, seen: _Seen, asked: Asked) -> tuple[Rounded, str, DtypeSource]:
@@ -213,16 +272,25 @@ async def _ask_all(
             most = min(most, reference.max_len - _CONTINUATION)
         probe = [int(each) for each in servers[0].vocabulary.token_ids[:_LEAST_LEN]]
         endpoints = [await find_endpoint(each, probe, asked.timeout_s) for each in servers]
+        if len(endpoints) > 1 and not endpoints[1].is_forced:
+            raise UserError(
+                f"{endpoints[1].server.connections.url} scores no given tokens (prompt_logprobs, "
+                "echo or /generate), so it can be no reference; give the other one as such"
+            )
         own = None if isinstance(reference, Target) else reference
-        prompts = _choose(servers[0].vocabulary, own, most, asked, progress)
+        drawn = _draw(servers[0].vocabulary, own is not None, most, asked)
+        first = _Asking(endpoints[0], headers_of(target), progress, opened)
+        candidates = await first.begin(drawn)
+        rest: list[Prompt] = [*candidates.short, *candidates.long]
+        if own is not None and endpoints[0].is_forced:
+            rest = first.choose(own, candidates, asked)
         until_s = time.perf_counter() + _OF_SERVER * asked.budget_s / len(servers)
-        first = _Asking(endpoints[0], headers_of(target), progress, until_s, opened)
-        seen = await first.all_of(prompts)
+        seen = await first.all_of(rest, until_s)
         other = None
         if len(endpoints) > 1:
             until_s = time.perf_counter() + _OF_SERVER * asked.budget_s / 2
-            second = _Asking(endpoints[1], headers_of(targets[1]), progress, until_s, opened)
-            other = await second.same(seen.sequences)
+            second = _Asking(endpoints[1], headers_of(targets[1]), progress, opened)
+            other = await second.same(seen.sequences, until_s)
         return seen, other
     finally:
         for connections in opened:
@@ -230,26 +298,26 @@ async def _ask_all(
 
 
 @dataclass(frozen=True, eq=False)
-class _Prompts:
-    """What is asked.
+class _Drawn:
+    """What may be asked.
 
     Attributes:
-        own: prompts of their own, long ones last.
-        sharing: prompts that begin alike.
+        continued: prompts that are asked in any case, and continued by the server.
+        sharing: such prompts that begin alike.
+        candidates: others, to be scored.
     """
 
-    own: list[list[int]]
+    continued: list[list[int]]
     sharing: list[list[int]]
+    candidates: DrawnPrompts
 
 
-def _choose(
-    vocabulary: Vocabulary,
-    reference: Reference | None,
-    most: int,
-    asked: Asked,
-    progress: Progress,
-) -> _Prompts:
-    """Prompts that reach every expert often enough, where a checkpoint tells what they reach.
+def _draw(vocabulary: Vocabulary, is_chosen: bool, most: int, asked: Asked) -> _Drawn:
+    """Draw prompts.
+
+    Args:
+        is_chosen: whether there will be a choice among them.
+        most: tokens of the longest.
 
     Raises:
         UserError: the model takes too short ones.
@@ -264,19 +332,8 @@ def _choose(
     drawn_from = PromptVocabulary(
         size, np.setdiff1d(np.arange(size), ids).tolist(), vocabulary.tokenizer
     )
-    if reference is None:
-        chosen = spread_prompts(
-            drawn_from, max_len=most, seed=asked.seed, num_short=asked.num_prompts
-        )
-    else:
-        chosen = choose_prompts(
-            reference,
-            drawn_from,
-            progress,
-            max_len=most,
-            seed=asked.seed,
-            num_least=asked.num_prompts,
-        )
+    num_short = max(NUM_CANDIDATES, asked.num_prompts) if is_chosen else asked.num_prompts
+    drawn = draw_prompts(drawn_from, max_len=most, seed=asked.seed, num_short=num_short)
     draw = np.random.default_rng(asked.seed + 1)
 
     def some(length: int) -> list[int]:
@@ -284,14 +341,14 @@ def _choose(
 
     prefix = some(_PREFIX_LEN)
     sharing = [[*prefix, *some(_TAIL_LEN)][-most:] for _ in range(_NUM_SHARING)]
-    return _Prompts(chosen.prompts, sharing)
+    candidates = DrawnPrompts(drawn.short[_NUM_CONTINUED:], drawn.long)
+    return _Drawn(drawn.short[:_NUM_CONTINUED], sharing, candidates)
 
 
 class _Asking:
     """One server, asked under one condition after the other.
 
     Args:
-        until_s: time of `time.perf_counter` after which no further condition is begun.
         opened: gets connections that are to be closed.
     """
 
@@ -300,63 +357,83 @@ class _Asking:
         endpoint: Endpoint,
         headers: dict[str, str],
         progress: Progress,
-        until_s: float,
         opened: list[Connections],
     ) -> None:
         self._endpoint, self._headers = endpoint, headers
-        self._progress, self._until_s, self._opened = progress, until_s, opened
+        self._progress, self._opened = progress, opened
+        self._until_s = float("inf")  # of `time.perf_counter`: then no condition is begun any more
         self._seen = _Seen(endpoint)
+        self._sent: list[Sent] = []
+        self._cold: list[Continued] = []
 
-    async def all_of(self, prompts: _Prompts) -> _Seen:
-        """Ask for all; what a server generated becomes a part of the sequences that are scored."""
+    async def begin(self, drawn: _Drawn) -> DrawnPrompts:
+        """Let the server continue prompts; what it generates is a part of what is scored.
+
+        Returns:
+            the candidates that may be scored beside.
+        """
         endpoint, seen = self._endpoint, self._seen
-        continued = [*prompts.own[:_NUM_CONTINUED], *prompts.sharing]
-        rest = prompts.own[_NUM_CONTINUED:]
-        sent = await settle(endpoint, continued)
-        as_text = not endpoint.server.form.as_tokens
-        cold: list[Continued] = []
+        self._sent = await settle(endpoint, [*drawn.continued, *drawn.sharing])
         if endpoint.can_generate:
             await flush_caches(endpoint.server.connections)
-            cold = await self._generate("generated, cold cache", sent)
+            self._cold = await self._generate("generated, cold cache", self._sent)
         else:
             seen.skipped.append("generated tokens: the server tells no log-probabilities of them")
+        seen.sequences = self._sent
+        if self._cold and not (endpoint.is_forced and self._as_text):
+            seen.sequences = [
+                Sent([*each.token_ids, *more.token_ids])
+                for each, more in zip(self._sent, self._cold, strict=True)
+            ]
+        return drawn.candidates
+
+    @property
+    def _as_text(self) -> bool:
+        return not self._endpoint.server.form.as_tokens
+
+    def choose(self, reference: Reference, candidates: DrawnPrompts, asked: Asked) -> list[Prompt]:
+        """Of the candidates those that reach, with what is asked already, every expert.
+
+        The reference reads the checkpoint once, for candidates and all else.
+        """
+        given = [list(each.token_ids) for each in self._seen.sequences]
+        self._seen.chosen = chosen = choose_prompts(
+            reference,
+            candidates,
+            self._progress,
+            given=given,
+            num_least=asked.num_prompts + _NUM_SHARING,
+            number_types=(asked.dtype or reference.dtype,),
+        )
+        return list(chosen.prompts[len(given) :])
+
+    async def all_of(self, rest: Sequence[Prompt], until_s: float) -> _Seen:
+        """Ask for all.
+
+        Args:
+            rest: prompts to be scored beside those that the server has continued.
+            until_s: time of `time.perf_counter` after which no further condition is begun.
+        """
+        endpoint, seen = self._endpoint, self._seen
+        self._until_s = until_s
         if endpoint.is_forced:
-            with_more = sent
-            if cold and not as_text:
-                with_more = [
-                    Sent([*each.token_ids, *more.token_ids])
-                    for each, more in zip(sent, cold, strict=True)
-                ]
-            seen.sequences = [*with_more, *await settle(endpoint, rest)]
+            seen.sequences = [*seen.sequences, *await settle(endpoint, rest)]
             await self._forced()
-            if cold and as_text:
+            if self._cold and self._as_text:
                 seen.skipped.append("decoding and cache: the server takes no token ids")
                 return seen
         else:
-            seen.sequences = [
-                Sent([*each.token_ids, *more.token_ids])
-                for each, more in zip(sent, cold, strict=True)
-            ]
             seen.skipped.append(
                 "scores of given tokens, and of long prompts: the server has no prompt_logprobs, "
                 "echo or /generate"
             )
-        if cold:
-            await self._generated(sent, cold)
+        if self._cold:
+            await self._generated(self._sent, self._cold)
         return seen
 
-    async def same(self, sequences: Sequence[Sent]) -> _Seen:
-        """Ask for sequences of another server: alone and under one load.
-
-        Raises:
-            UserError: this server takes no given tokens.
-        """
-        endpoint = self._endpoint
-        if not endpoint.is_forced:
-            raise UserError(
-                f"{endpoint.server.connections.url} scores no given tokens (prompt_logprobs, echo "
-                "or /generate), so it can be no reference; give the other one as such"
-            )
+    async def same(self, sequences: Sequence[Sent], until_s: float) -> _Seen:
+        """Ask for sequences of another server: alone and under one load."""
+        self._until_s = until_s
         self._seen.sequences = [Sent(each.token_ids, each.text) for each in sequences]
         await self._score(ALONE, 1)
         await self._score("16 at once", 16)
@@ -398,21 +475,20 @@ class _Asking:
         if not seen.observed:  # nothing was scored: the reference scores what was generated
             seen.observed.append(self._as_observed(ALONE, sent, cold, cold))
         else:
-            seen.observed.append(self._as_observed("generated, cold cache", sent, cold, cold))
-        for name, load, places in (
-            ("generated, warm cache", 1, range(len(sent))),
-            ("generated, shared prefix warm", 1, range(len(sent))[-_NUM_SHARING:][::-1]),
-            ("generated, 16 at once", 16, range(len(sent))),
-            ("generated, 32 at once", 32, range(len(sent))),
+            # The second prompt of those that begin alike is the first to find blocks in the cache.
+            num = len(cold) - _NUM_SHARING + 1
+            alone, shared = [*cold[:num], *[None] * (len(cold) - num)], [*[None] * num, *cold[num:]]
+            seen.observed.append(self._as_observed("generated, cold cache", sent, cold, alone))
+            found = self._as_observed("generated, shared prefix", sent, cold, shared)
+            seen.observed.append(replace(found, is_warm=True))
+        for name, load in (
+            ("generated, warm cache", 1),
+            ("generated, 16 at once", 16),
+            ("generated, 32 at once", 32),
         ):
             if self._is_late(name):
                 continue
-            own = [sent[place] for place in places]
-            found = await self._generate(name, own, load)
-            of_place = dict(zip(places, found, strict=True))
-            observed = self._as_observed(
-                name, sent, cold, [of_place.get(place) for place in range(len(sent))]
-            )
+            observed = self._as_observed(name, sent, cold, await self._generate(name, sent, load))
             seen.observed.append(replace(observed, num_at_once=load, is_warm=True))
 
     async def _generate(self, name: str, sent: Sequence[Sent], load: int = 1) -> list[Continued]:

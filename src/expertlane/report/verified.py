@@ -8,12 +8,14 @@ from expertlane.results.results import Results
 from expertlane.results.verified_record import (
     ConditionRecord,
     ExpertRecord,
+    LayerExperts,
     SignificanceRecord,
     TokenRecord,
     VerifiedRecord,
 )
 
-_MOST_WORST, _MOST_EXPERTS, _MOST_SKIPPED = 3, 3, 2  # of the answer
+_MOST_WORST, _MOST_EXPERTS, _MOST_SKIPPED, _MOST_LAYERS = 3, 3, 2, 3  # of the answer
+_MOST_LISTED = 64  # experts of a layer
 _MOST_CONDITIONS, _MOST_OFF = 12, 6
 _NAME_WIDTH = 40
 _SOURCES = {
@@ -43,18 +45,25 @@ def verified_answer(results: Results) -> Answer:
         parts.append(_experts(found.experts[:_MOST_EXPERTS], "Experts of the tokens that are off"))
     if found.worst:
         parts.append(_worst(found.worst[:_MOST_WORST], "Tokens that are farthest off"))
-    parts += [*_sensitivity(found), *_granted(found), *_left_out(found)]
+    parts += [*_sensitivity(found), *_unreached(found)]
+    parts.append(" ".join([*_granted(found), *_left_out(found)]))
     return Answer(setting, headline(found), tuple(parts))
 
 
 def _main_conditions(found: VerifiedRecord) -> Iterator[Words]:
     """Conditions: where some differ those, with the names of the others."""
     off = [each for each in found.conditions if each.alarms]
-    rest = [each.name for each in found.conditions if not each.alarms]
     shown = off[:_MOST_OFF] if off else found.conditions[:_MOST_CONDITIONS]
     yield _conditions(shown, "Differences in nats")
-    if off and rest:
-        yield f"No difference: {'; '.join(rest[:_MOST_CONDITIONS])}."
+    if off:
+        said = []
+        for against, words in (("reference", "No difference"), ("alone", "The same as alone")):
+            rest = [each for each in found.conditions if not each.alarms]
+            names = [each.name for each in rest if each.against == against]
+            if names:
+                said.append(f"{words}: {'; '.join(names[:_MOST_CONDITIONS])}.")
+        if said:
+            yield " ".join(said)
 
 
 def headline(found: VerifiedRecord) -> str:
@@ -89,9 +98,17 @@ def verified_sections(results: Results) -> tuple[Section, ...]:
         Section("Tests", (_tests(found.tests),) if found.tests else (), chapter="why"),
         Section(
             "Sensitivity and limits",
-            (*_sensitivity(found), *_granted(found), *_left_out(found), *_budget(found)),
+            (
+                *_sensitivity(found),
+                *_reach(found),
+                *_unreached(found),
+                *_granted(found),
+                *_left_out(found),
+                *_budget(found),
+            ),
             chapter="sure",
         ),
+        Section("Experts that no prompt chose", _not_chosen(found), chapter="sure"),
         Section("What was asked", (_facts(results, found),), chapter="setup"),
     )
 
@@ -166,6 +183,51 @@ def _sensitivity(found: VerifiedRecord) -> Iterator[str]:
         f"An error of {_nats(found.least_seen)} nats in every token's log-probability would have "
         f"been seen{more}; smaller ones hide in rounding."
     )
+
+
+def _unreached(found: VerifiedRecord) -> Iterator[str]:
+    """How many experts of which layers no prompt chose."""
+    if found.coverage is None or not found.coverage.unreached:
+        return
+    layers = found.coverage.unreached
+    num = sum(len(each.experts) for each in layers)
+    said = [f"{len(each.experts)} of MoE layer {each.layer}" for each in layers[:_MOST_LAYERS]]
+    rest = layers[_MOST_LAYERS:]
+    if rest:
+        more = sum(len(each.experts) for each in rest)
+        said.append(f"{more:,} of {counted(len(rest), 'more layer')}")
+    yield (
+        f"Nothing is said of {counted(num, 'expert')} that no prompt chose, of "
+        f"{found.coverage.num_experts:,}: {', '.join(said)}."
+    )
+
+
+def _reach(found: VerifiedRecord) -> Iterator[str]:
+    """How well the prompts reach experts."""
+    own = found.coverage
+    if own is None:
+        yield "Which experts the prompts choose can't be told without a checkpoint."
+    elif own.num_experts:
+        num = own.num_experts - sum(len(each.experts) for each in own.unreached)
+        rare = f", {own.num_rare:,} of them fewer than {own.wanted} times" if own.num_rare else ""
+        yield f"The prompts choose {num:,} of {counted(own.num_experts, 'expert')}{rare}."
+
+
+def _not_chosen(found: VerifiedRecord) -> tuple[Table, ...]:
+    if found.coverage is None or not found.coverage.unreached:
+        return ()
+    columns: list[Column[LayerExperts]] = [
+        number("MoE layer", lambda each: each.layer),
+        number("how many", lambda each: len(each.experts)),
+        text("experts", _listed),
+    ]
+    return (Table.of("", columns, found.coverage.unreached),)
+
+
+def _listed(own: LayerExperts) -> str:
+    more = len(own.experts) - _MOST_LISTED
+    said = ", ".join(map(str, own.experts[:_MOST_LISTED]))
+    return f"{said} and {more} more" if more > 0 else said
 
 
 def _granted(found: VerifiedRecord) -> Iterator[str]:

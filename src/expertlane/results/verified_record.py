@@ -92,6 +92,33 @@ class ExpertRecord(Strict):
 
 
 @dataclass(frozen=True)
+class LayerExperts(Strict):
+    """Some experts of a layer; `layer` is its index among layers with experts."""
+
+    layer: int
+    experts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CoverageRecord(Strict):
+    """Which experts of the reference the prompts chose.
+
+    Attributes:
+        num_layers: layers with experts.
+        num_experts: of all layers.
+        wanted: choices of each expert that prompts were looked for to make.
+        num_rare: experts that are chosen, but less often.
+        unreached: by layer those that no prompt chose: nothing is known of them.
+    """
+
+    num_layers: int
+    num_experts: int
+    wanted: int
+    num_rare: int = 0
+    unreached: tuple[LayerExperts, ...] = ()
+
+
+@dataclass(frozen=True)
 class VerifiedRecord(Strict):
     """Whether a server computes the model that it says.
 
@@ -109,6 +136,7 @@ class VerifiedRecord(Strict):
             tokens, and of those of an expert of usual popularity; None where none would.
         alarm: chance below which a test is an alarm; all of a run together have `false_alarms`.
         num_excused: prompts that were left out from a near tie of a router on.
+        coverage: which experts the prompts reached; None where only a checkpoint would tell.
         skipped: what could not be asked, and why.
         wall_s: time of the whole.
     """
@@ -134,5 +162,6 @@ class VerifiedRecord(Strict):
     alarm: float = 0.0
     false_alarms: float = 0.0
     num_excused: int = 0
+    coverage: CoverageRecord | None = None
     skipped: tuple[str, ...] = ()
     wall_s: float = 0.0
