@@ -21,7 +21,7 @@ from client.fake_server import (
 )
 from expertlane.endpoint.faults import Struck
 
-TOKEN_S = 0.01
+TOKEN_S = 0.03
 HANG_S = 60.0
 PAUSE_S = 1.0  # until those that recover do
 SIZE = 3  # of chunks

@@ -31,7 +31,7 @@ SERVERS = {
     "has no finish reason": "counted wrongly",
     "says 503 while well": "/health did not say 200",
 }
-AFTER_S, OBSERVE_S, BOUND_S, HEALTH_S = 1.2, 4.5, 1.5, 1.4
+AFTER_S, OBSERVE_S, BOUND_S, HEALTH_S = 1.2, 3.2, 1.5, 1.4
 LENGTH = LengthRange(12, 12)
 ASKED = Asked(Load(6, LengthRange(4, 4), LENGTH, batch=2), 0, AFTER_S, OBSERVE_S, BOUND_S, HEALTH_S)
 

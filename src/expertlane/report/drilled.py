@@ -184,7 +184,8 @@ def drill_sections(results: Results) -> tuple[Section, ...]:
     """The verdict, the time line, all outcomes, and what was left behind."""
     record, drill = _parts(results)
     charts = _charts(drill)
-    said = (headline(drill), *drill.why_failed, *drill.cautions)
+    also = " and lost requests" if drill.num_of(*LOST) else ""
+    said = (headline(drill), *drill.why_failed[_MOST_FAILED:], *drill.cautions)
     examples: list[Column[OutcomeRecord]] = [
         text("requests", lambda each: OUTCOMES[each.name]),
         text("the first of them", lambda each: each.example or None),
@@ -194,10 +195,9 @@ def drill_sections(results: Results) -> tuple[Section, ...]:
         for each in drill.left
     ]
     return (
-        Section("Rate and lost requests over time", charts[:2], "first", "answer"),
-        Section("", charts[2:], "plots", "answer"),
-        Section("Verdict", said, "top", "answer"),
-        Section("Requests", (_outcomes(drill), _facts(drill)), chapter="answer"),
+        Section("Over time", charts[:2], "first", "answer"),
+        Section("", (*said, _outcomes(drill), _facts(drill)), chapter="answer"),
+        Section(f"First tokens{also}", charts[2:], "plots", "answer"),
         Section(
             "What was wrong",
             (Table.of("", examples, [each for each in drill.outcomes if each.example]),)
@@ -241,9 +241,9 @@ def _charts(drill: DrillRecord) -> tuple[Chart, ...]:
         looks=looks,
         note=note,
     )
-    num = sum(line.num_errors)
+    num, shown = drill.num_of(*LOST), sum(line.num_errors)
     errors = over_time_chart(
-        f"{counted(num, 'request')} lost",
+        f"{counted(num, 'request')} lost" + (f", {shown:,} while it was watched" * (shown < num)),
         "lost requests",
         [(at, float(each)) for at, each in zip(line.begins_s, line.num_errors, strict=True)],
         line.bin_s,
@@ -274,7 +274,7 @@ def _charts(drill: DrillRecord) -> tuple[Chart, ...]:
         moment=moment,
         note="Median of the requests sent then; none where none of them got a token.",
     )
-    return rate, errors, latency, first_token
+    return (rate, latency, first_token, *([errors] if num else []))
 
 
 def _strips(drill: DrillRecord) -> list[Strip]:
