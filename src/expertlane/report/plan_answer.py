@@ -578,15 +578,23 @@ def how_sure(results: Results) -> Iterator[str]:
         yield f"Most of the time of #1 {' and '.join(most)}: {so}."
 
 
+def _with_engine(results: Results) -> str:
+    """An option of compare for the first engine that runs a plan, where ours runs none."""
+    able = [each.engine for each in engines_of(results) if each.aggregated is not None]
+    listed = [each.engine for each in engines_of(results)]
+    lacks_own = "expertlane" in listed and "expertlane" not in able
+    return f" --engine {able[0]}" if lacks_own and able else ""
+
+
 def _next(results: Results) -> tuple[str, ...]:
     """Lines on how to go on."""
     found, has_pools = results.plans[0], results.faster_pools is not None
-    lines = []
+    lines, compare = [], f"expertlane compare{_with_engine(results)}"
     if found.experiment is not None:
-        line = f"Next, on such a cluster: expertlane compare {found.experiment}"
+        line = f"Next, on such a cluster: {compare} {found.experiment}"
         if len(line) > COLUMNS:
-            line = f"Next: expertlane compare {found.experiment}"
-        short = "Next: expertlane compare, on the experiment.toml that was written"
+            line = f"Next: {compare} {found.experiment}"
+        short = f"Next: {compare}, on the experiment.toml that was written"
         lines.append(line if len(line) <= COLUMNS else short)
         if has_pools:
             lines.append("It has the best aggregated ones; compare runs no disaggregated pools.")
