@@ -29,7 +29,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_running_and_serving_are_refused_by_name(run, folder, name):
     (architecture,) = CONFIGS[name]["architectures"]
-    words, model = f"models of {architecture} not run or served plan simulate", folder(name)
+    words, model = f"models of {architecture} not run served compared plan simulate", folder(name)
     for command in ("generate", "serve", "bench"):
         assert refused(run(command, model), words)
 
@@ -42,6 +42,7 @@ def test_a_plan_says_what_was_not_measured_and_who_runs_it(run, folder):
     assert fits_a_screen(out)
     assert tells(out, "Gated DeltaNet nothing measured roofline")
     assert tells(out, "expertlane none that fits")
+    assert "expertlane compare" not in out
     nemotron = folder("nemotron-3-nano-30b-a3b")
     drafts = "--mtp", "1", "--mtp-acceptance", "0.8"
     line = "--mtp last layer mixer MLP alone"

@@ -76,7 +76,7 @@ def models(print_options: PrintOptions) -> None:
 def families(print_options: PrintOptions) -> None:
     """Families of checkpoints, and what each can do.
 
-    Plan: plan, simulate, compare --project and list layouts take its config.json.
+    Plan: plan, simulate and list layouts take its config.json.
     """
     from expertlane.report.document import text
     from expertlane.spec.hf_config import FAMILIES

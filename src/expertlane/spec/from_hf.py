@@ -53,8 +53,8 @@ def from_hf(
         if known.is_planned_only:
             given = (config.get("architectures") or [known.architecture])[0]
             raise SpecError(
-                f"models of {given} are not run or served yet; plan, simulate and "
-                "compare --project take their config.json"
+                f"models of {given} are not run, served or compared yet; plan and "
+                "simulate take their config.json"
             )
         for wrapper in known.wrappers:
             if config.get("architectures") == [wrapper]:
