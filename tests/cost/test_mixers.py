@@ -102,6 +102,20 @@ def test_a_cache_is_shared_by_pages_and_states():
     assert held.capacity((used + 100.5 * of_seq) / 0.9, 4096, 2048).max_seqs == 100
 
 
+def test_a_stage_of_states_alone_holds_those_of_all_sequences():
+    model = _model("qwen3-next-80b-a3b").with_overrides(num_hidden_layers=4, state_layers=(0, 1, 2))
+    layout = Layout(pp=2)
+    held = PlacedModel(model, layout, TYPES, placements_of(model, layout, Options()))
+    of_state = held.state_blocks(Limits(model.vocab_size, 1024, 10**4))
+    block_bytes = 16 * held_kv_bytes(model, TYPES, 1)
+    assert of_state == -(-held_state_bytes(model, TYPES, 1) // block_bytes)
+    limits = held.fit_cache(Limits(model.vocab_size, 1024, 10**4), 100e9)
+    first, last = (held.rank_memory(limits, rank) for rank in (0, 1))
+    most = min(limits.num_blocks // (of_state + 1), limits.max_num_seqs)
+    assert first.kv_bytes == 2 * most * held_state_bytes(model, TYPES, 1)
+    assert last.kv_bytes == limits.num_blocks * block_bytes
+
+
 def test_one_token_reads_and_writes_each_state_once():
     model = _model("qwen3-next-80b-a3b")
     operations = _operations(model, "state", 3, 1, 1000)

@@ -158,7 +158,8 @@ def test_every_row_has_a_source_and_rules_something_out(name, drawn):
     engine = ENGINES[name]
     assert all(row.source and row.says for row in (*engine.rows, *(engine.pairs or ())))
     unused = set(engine.rows)
-    for pool in drawn:
+    gated = RolePool(candidate("tp=8"), MANY.with_overrides(attention_gate="sigmoid"), "both")
+    for pool in (*drawn, gated):
         unused -= {row for row in unused if row.rules_out(pool)}
     assert not unused
 

@@ -107,27 +107,30 @@ def reference(config: dict[str, Any]) -> torch.nn.Module:
         text.pop(key, None)
     if text.get("rope_scaling") is None:
         text.pop("rope_scaling", None)
-    name = {"qwen3_5_moe": "qwen3_5_moe_text", "qwen3_vl_moe": "qwen3_vl_moe_text"}.get(
-        family, family
-    )
-    of_text = transformers.AutoConfig.for_model(name, **text)
+    of_text = {"qwen3_5_moe", "qwen3_vl_moe", "llama4"}
+    name = f"{family}_text" if family in of_text else family
+    made = transformers.AutoConfig.for_model(name, **text)
     if family == "qwen3_vl_moe":  # has no class of its own for the language model with its head
-        whole = transformers.Qwen3VLMoeConfig(text_config=of_text.to_dict())
+        whole = transformers.Qwen3VLMoeConfig(text_config=made.to_dict())
         with torch.device("meta"):
             model = transformers.Qwen3VLMoeForConditionalGeneration(whole)
         del model.model.visual
         return model
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(of_text)
+        return transformers.AutoModelForCausalLM.from_config(made)
 
 
 def their_shapes(model: torch.nn.Module, *, is_tied: bool) -> dict[str, Shape]:
     """Shapes of all stored tensors; a tied head is none."""
-    return {
+    shapes = {
         name: tuple(tensor.shape)
         for name, tensor in model.state_dict().items()
         if not (is_tied and name == "lm_head.weight")
     }
+    for name, shape in shapes.items():
+        if "feed_forward.experts." in name:  # Llama 4 has them [experts, inputs, outputs]
+            shapes[name] = (shape[0], shape[2], shape[1])
+    return shapes
 
 
 def ours_of(name: str, model: ModelConfig) -> tuple[int | None, list[str]]:
@@ -151,7 +154,9 @@ def ours_of(name: str, model: ModelConfig) -> tuple[int | None, list[str]]:
             "output_linear.weight": "shared.down",
         }
         return layer, joined[rest].split()
-    if block in ("mlp", "block_sparse_moe") or (block == "mixer" and mixing is None):
+    if block in ("mlp", "block_sparse_moe", "feed_forward") or (
+        block == "mixer" and mixing is None
+    ):
         return layer, _MLP[rest].split()
     assert mixing is not None, name
     assert block in ("self_attn", "linear_attn", "mamba", "mixer"), name

@@ -483,8 +483,8 @@ def check_deployment(
     layout.check_model(model)
     if model.planned_only is not None and not is_modelled:
         raise UserError(
-            f"{model.name} has {model.planned_only}, which the engine does not run; plan, simulate "
-            "and compare --project take it"
+            f"{model.name} has {model.planned_only}, which the engine does not run; plan and "
+            "simulate take it"
         )
     if layout.dcp > 1 and not is_modelled:
         raise UserError(

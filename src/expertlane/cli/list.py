@@ -76,7 +76,7 @@ def models(print_options: PrintOptions) -> None:
 def families(print_options: PrintOptions) -> None:
     """Families of checkpoints, and what each can do.
 
-    Plan: plan, simulate, compare --project and list layouts take its config.json.
+    Plan: plan, simulate and list layouts take its config.json.
     """
     from expertlane.report.document import text
     from expertlane.spec.hf_config import FAMILIES
@@ -97,7 +97,10 @@ def families(print_options: PrintOptions) -> None:
         return text(what, lambda row: "yes" if row[what] else "–")
 
     columns = [text("mixers", _of("mixers")), can("plan"), can("run"), can("serve")]
-    names = {can: [row["name"] for row in rows if row["run"] is can] for can in (True, False)}
+    names = {
+        can: [name for name, each in FAMILIES.items() if each.is_planned_only is not can]
+        for can in (True, False)
+    }
     headline = (
         f"{len(names[True])} families run: {', '.join(names[True])}; {len(names[False])} are "
         f"planned alone: {', '.join(names[False])}."

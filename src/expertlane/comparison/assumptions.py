@@ -32,7 +32,7 @@ from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Link, Stage
 
-_ACTIVATIONS = {"gelu": "GELU", "silu": "SiLU"}
+_ACTIVATIONS = {"gelu": "GELU", "silu": "SiLU", "relu2": "squared ReLU"}
 
 
 def measured_assumptions(
@@ -85,15 +85,23 @@ def _parts(model: ModelConfig) -> str:
     gated = "clamped, gated " if model.swiglu_limit is not None else "gated "
     is_whole = latent is not None or model.rotary_dim == model.head_dim
     of_head = "" if is_whole else f" in {model.rotary_dim} of {model.head_dim} values of a head"
+    state, num_layers = model.state, model.num_hidden_layers
     parts = {
         f"vocabulary {model.vocab_size:,}": True,
         "RMSNorm before attention and MoE": True,
         "latent attention": latent is not None,
+        "an indexer that chooses what attention sees": model.indexer is not None,
+        "a gate of attention's output": model.attention_gate is not None,
+        f"{state.title if state else ''} in {len(model.state_layers)} of {num_layers} layers": (
+            state is not None
+        ),
         f"{model.num_attention_heads} query heads for {model.num_kv_heads} of keys and values": (
             latent is None and model.num_kv_heads != model.num_attention_heads
         ),
         "RMSNorm of queries and keys": model.qk_norm is not None,
-        f"rotary positions{of_head}{f', {scaling.rope_type} scaling' if scaling else ''}": True,
+        f"rotary positions{of_head}{f', {scaling.rope_type} scaling' if scaling else ''}": (
+            len(model.unrotated_layers) < num_layers
+        ),
         f"sliding windows in {num_windows} of {model.num_hidden_layers} layers": num_windows > 0,
         "attention sinks": model.attention_sinks,
         f"{gated if model.gated_mlp else ''}{activation} in the experts": True,

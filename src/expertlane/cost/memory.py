@@ -229,6 +229,9 @@ class PlacedModel:
         num_values += num_pairs * (2 * model.hidden_size + inner)
         num_positions = limits.num_blocks * limits.block_size
         num_paged, num_states = num_caching(model, layers)
+        if not num_paged and limits.state_blocks:  # states of all that the other stages hold
+            most = limits.num_blocks // (limits.state_blocks + 1)
+            num_seqs = max(num_seqs, min(most, limits.max_num_seqs))
         kv_bytes = num_paged * ceil(num_positions / layout.dcp) * position_bytes
         kv_bytes += num_seqs * num_states * held_state_bytes(model, types, layout.tp)
         return RankMemory(
@@ -265,7 +268,7 @@ class PlacedModel:
             elif block_bytes := self._block_bytes(limits, rank):
                 room = int(of_cache // block_bytes)
             else:  # a stage of states alone; a sequence takes one block of the others at least
-                room = int(of_cache // need.kv_bytes) * (of_state + 1)
+                room = int(of_cache // max(need.kv_bytes, 1)) * (of_state + 1)
             num_blocks = min(num_blocks, max(fewest, room))
         return replace(limits, num_blocks=num_blocks)
 

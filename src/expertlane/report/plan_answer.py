@@ -493,11 +493,17 @@ def how_sure(results: Results) -> Iterator[str]:
         yield f"Most of the time of #1 {' and '.join(most)}: {so}."
 
 
+def _runs_here(results: Results) -> bool:
+    """False if our engine is among those that were asked for, and runs no plan of the model."""
+    own = [each for each in engines_of(results) if each.engine == "expertlane"]
+    return not own or own[0].aggregated is not None
+
+
 def _next(results: Results) -> tuple[str, ...]:
     """Lines on how to go on."""
     found, has_pools = results.plans[0], results.faster_pools is not None
     lines = []
-    if found.experiment is not None:
+    if found.experiment is not None and _runs_here(results):
         line = f"Next, on such a cluster: expertlane compare {found.experiment}"
         if len(line) > COLUMNS:
             line = f"Next: expertlane compare {found.experiment}"
@@ -505,6 +511,7 @@ def _next(results: Results) -> tuple[str, ...]:
         lines.append(line if len(line) <= COLUMNS else short)
         if has_pools:
             lines.append("It has the best aggregated ones; compare runs no disaggregated pools.")
+    if found.experiment is not None:
         row = "pools" if has_pools else "1"
         again = f"Again: expertlane simulate --plan {Path(found.experiment).parent}#{row}"
         lines += [again] if len(again) <= COLUMNS else []

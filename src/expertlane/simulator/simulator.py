@@ -510,7 +510,7 @@ class Simulator:
             num_blocks = limits.num_blocks - prefixes.num * limits.state_blocks
             limits = replace(limits, num_blocks=max(least, num_blocks))
         num_positions = limits.num_blocks * limits.block_size
-        few = int(_SHARE_ALIKE * memory.weight_bytes * num_positions / memory.kv_bytes)
+        few = int(_SHARE_ALIKE * memory.weight_bytes * num_positions / max(memory.kv_bytes, 1))
         context_step = min(max(load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
         of_routing = {
             each: StepSharing(

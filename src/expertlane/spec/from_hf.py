@@ -51,9 +51,10 @@ def from_hf(
     known = FAMILIES[family]
     if weights:
         if known.is_planned_only:
+            given = (config.get("architectures") or [known.architecture])[0]
             raise SpecError(
-                f"models of {known.architecture} are not run or served yet; plan, simulate and "
-                "compare --project take their config.json"
+                f"models of {given} are not run, served or compared yet; plan and "
+                "simulate take their config.json"
             )
         for wrapper in known.wrappers:
             if config.get("architectures") == [wrapper]:

@@ -19,7 +19,7 @@ from expertlane.spec.families import (
 )
 from expertlane.spec.hf_config import ConfigReader
 from expertlane.spec.mixers import Indexer, StateMixer
-from expertlane.spec.model import ModelConfig
+from expertlane.spec.model import ModelConfig, Routing
 from expertlane.spec.ranges import shown
 
 _STATE, _FULL = "linear_attention", "full_attention"
@@ -250,6 +250,44 @@ def _nemotron_h(fields: ConfigReader) -> dict[str, Any]:
     }
 
 
+def _llama4(fields: ConfigReader) -> dict[str, Any]:
+    """Chunks of positions in rotated layers, all positions without rotation in the others.
+
+    A chunk is counted as a window of its size: at most twice what a token sees in it.
+    """
+    num_layers = fields.get(int, "num_hidden_layers")
+    layers = range(num_layers)
+    step, every = (
+        fields.get(int, key) for key in ("interleave_moe_layer_step", "no_rope_layer_interval")
+    )
+    sparse = fields.integers("moe_layers") or layers[step - 1 :: step]
+    rotates = fields.integers("no_rope_layers") or [int((at + 1) % every != 0) for at in layers]
+    if len(rotates) != num_layers:
+        raise fields.error(f"no_rope_layers has {len(rotates)} entries for {num_layers} layers")
+    chunk = fields.optional(int, "attention_chunk_size")
+    types = _types(fields, "layer_types", ("chunked_attention", _FULL))
+    types = ["chunked_attention" if each else _FULL for each in rotates] if types is None else types
+    inner = fields.get(int, "intermediate_size")
+    dense = tuple(layer for layer in layers if layer not in sparse)
+    rotary = attention(fields)
+    scaling = rotary.get("rope_scaling")
+    if scaling is not None and scaling.low_freq_factor == scaling.high_freq_factor:
+        rotary["rope_scaling"] = None  # published so; no blend is defined, and none costs anything
+    bias = fields.get(bool, "attention_bias")
+    return {
+        **rotary,
+        "qkv_bias": bias,
+        "output_bias": bias,
+        "unrotated_layers": tuple(at for at, each in enumerate(rotates) if not each),
+        "sliding_window": tuple(chunk if each == "chunked_attention" else None for each in types),
+        "moe_intermediate_size": inner,
+        "shared_expert_intermediate_size": inner,
+        "dense_layers": dense,
+        "intermediate_size": fields.get(int, "intermediate_size_mlp") if dense else 0,
+        "routing": Routing(scoring_func="sigmoid", norm_topk_prob=False),
+    }
+
+
 MIXER_READERS: dict[str, Reader] = {
     "qwen3_next": _qwen3_next,
     "qwen3_5_moe": _qwen3_5_moe,
@@ -258,4 +296,5 @@ MIXER_READERS: dict[str, Reader] = {
     "kimi_linear": _kimi_linear,
     "granitemoehybrid": _granitemoehybrid,
     "nemotron_h": _nemotron_h,
+    "llama4": _llama4,
 }

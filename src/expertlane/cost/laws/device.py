@@ -343,7 +343,7 @@ def assumed_law() -> Surface:
 def stand_ins(profile: Profile, types: NumberTypes, model: ModelConfig) -> Iterator[str]:
     """Sentences on laws by other measurements than a reader would expect, or by none."""
     unknown = [] if model.state is None else [model.state.title]
-    unknown += [] if model.indexer is None else ["sparse attention and its indexer"]
+    unknown += [] if model.indexer is None else ["Sparse attention and its indexer"]
     if unknown:
         yield (
             f"{' and '.join(unknown)}: nothing was measured; times are between the roofline of "

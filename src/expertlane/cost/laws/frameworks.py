@@ -339,13 +339,18 @@ def _differences(group: JudgedGroup, profile: Profile, served: Served) -> tuple[
     return (
         0 if group.attention == attention else 2 if is_latent else 1,
         0 if group.hardware == profile.name else 1 if is_of_generation else 2,
-        group.sizes != sizes_of(served.model),
+        group.sizes != sizes_of(served.model) or _has_more_than_attention(served.model),
         bool(group.framework) != bool(profile.framework),
         group.framework != profile.framework,
         group.weights != served.weights,
         group.has_two_pools != served.has_two_pools,
         group.has_drafts != served.has_drafts,
     )
+
+
+def _has_more_than_attention(model: ModelConfig) -> bool:
+    """True if it has mixers that no judged model has; its sizes may be those of one without."""
+    return model.state is not None or model.indexer is not None
 
 
 def _what(group: JudgedGroup) -> str:

@@ -33,6 +33,7 @@ from expertlane.spec.names import CheckPoint, Stage
 
 def activation_of(model: ModelConfig) -> Activation:
     """The activation of all the model's MLPs."""
+    assert model.hidden_act != "relu2", "planned alone"
     return Activation(model.hidden_act, model.swiglu_limit, model.swiglu_alpha)
 
 

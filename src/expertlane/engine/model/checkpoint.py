@@ -27,7 +27,8 @@ from expertlane.errors import SpecError
 from expertlane.spec.deployment import INPUTS_OF_SCALE, INT8_FOLDER
 from expertlane.spec.files import write_whole
 from expertlane.spec.hf_config import MXFP4_BLOCK
-from expertlane.spec.model import HEAD, ModelConfig, Shape, is_matrix, tensor_names, tensor_shape
+from expertlane.spec.mixers import Shape
+from expertlane.spec.model import HEAD, ModelConfig, is_matrix, tensor_names, tensor_shape
 
 _HOST = torch.device("cpu")
 

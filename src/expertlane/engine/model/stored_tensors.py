@@ -30,11 +30,11 @@ from expertlane.spec.hf_config import (
     num_extra_layers,
     read_config,
 )
+from expertlane.spec.mixers import Shape
 from expertlane.spec.model import (
     EMBEDDING,
     HEAD,
     ModelConfig,
-    Shape,
     layer_name,
     tensor_names,
     tensor_shape,
