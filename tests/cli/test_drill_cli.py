@@ -19,7 +19,7 @@ from engine.stub_runner import letters
 from expertlane.results.file import read
 
 LOAD = ["--batch", "2", "--num-requests", "4", "--prompt-len", "4", "--output-len", "6"]
-SHORT = [*LOAD, "--after-s", "0.6", "--observe-s", "1", "--hang-s", "0.9", "--health-s", "0.6"]
+SHORT = [*LOAD, "--after-s", "1.5", "--observe-s", "1.5", "--hang-s", "0.9", "--health-s", "0.6"]
 URL = "http://127.0.0.1:1"
 
 

@@ -246,7 +246,7 @@ def rank_process(root: int, patterns: Sequence[str], layout: Layout, rank: int) 
         found = _rank_at({name: int(value or 0) for name, value in place.items()}, layout)
         if found in ranks:
             raise UserError(
-                f"--rank {rank}: {ranks[found].title} and {tree[pid].title} can't be told apart in "
+                f"--rank {rank}: {ranks[found].title} and {tree[pid].title} are the same rank in "
                 f"layout {layout}; give the server's --layout"
             )
         ranks[found] = tree[pid]
