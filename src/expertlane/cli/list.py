@@ -97,13 +97,10 @@ def families(print_options: PrintOptions) -> None:
         return text(what, lambda row: "yes" if row[what] else "–")
 
     columns = [text("mixers", _of("mixers")), can("plan"), can("run"), can("serve")]
-    names = {
-        can: [name for name, each in FAMILIES.items() if each.is_planned_only is not can]
-        for can in (True, False)
-    }
+    num_run = sum(not each.is_planned_only for each in FAMILIES.values())
     headline = (
-        f"{len(names[True])} families run: {', '.join(names[True])}; {len(names[False])} are "
-        f"planned alone: {', '.join(names[False])}."
+        f"{len(rows)} families: {num_run} run and are served, {len(rows) - num_run} can only be "
+        "planned."
     )
     setting = "Families of checkpoints | --json names their architectures"
     notes = [
