@@ -97,10 +97,11 @@ def families(print_options: PrintOptions) -> None:
         return text(what, lambda row: "yes" if row[what] else "–")
 
     columns = [text("mixers", _of("mixers")), can("plan"), can("run"), can("serve")]
-    num_run = sum(not each.is_planned_only for each in FAMILIES.values())
+    run = [name for name, each in FAMILIES.items() if not each.is_planned_only]
+    planned = [name for name in FAMILIES if name not in run]
     headline = (
-        f"{len(rows)} families: {num_run} run and are served, {len(rows) - num_run} can only be "
-        "planned."
+        f"{len(run)} families run and are served: {', '.join(run)}; {len(planned)} can only be "
+        f"planned: {', '.join(planned)}."
     )
     setting = "Families of checkpoints | --json names their architectures"
     notes = [
