@@ -83,11 +83,12 @@ def servers() -> Results:
             kv_tokens=1024 * (1 + number),
             balance="expertlane balance FILE.pt --ep 2 --num-redundant-experts 2",
         )
-        tps = Estimate(1000.0 * (1 + number), 900.0, 4000.0)
+        tps = Estimate(1000.0 * (1 + number), 950.0 * (1 + number), 1050.0 * (1 + number))
         serving = (replace(point, output_tps=tps),)
         name = f"tensor parallel over {tp} GPUs"
         layout = Layout(tp=tp)
         record = DeploymentRecord(name, layout, None, "measured", serving=serving, server=server)
+        record = replace(record, roles=(EXPERIMENT,))
         records.append(record)
     ratio = RatioRecord(records[2].name, records[0].name, "", "output tokens/s", 5, Estimate(3.0))
     question = {**RESULTS.question, "servers": 3}

@@ -60,7 +60,7 @@ def test_other_programs_get_all_numbers(run, folder, tmp_path):
     code, out, _ = run("judge", str(folder), "--json", "--out", str(tmp_path), "--export", "csv")
     assert code == 0
     found = json.loads(out)
-    assert found["likely"] == ["host"]
+    assert found["likeliest"] == ["host"]
     assert found["corrections"]["fitted_on"]["deployments"] == list(CASE.layouts)
     assert json.loads((tmp_path / "judge.json").read_text()) == found
     rows = (tmp_path / "judge.csv").read_text().splitlines()
@@ -128,7 +128,7 @@ def test_a_comparison_projects_by_corrections(run, corrections, tmp_path):
 
 def test_python_gets_the_same(folder):
     found = expertlane.judge(folder)
-    assert found.likely == ("host",)
+    assert found.likeliest == ("host",)
     assert re.search(r"host overhead at [23]\.\d+× the time", found.headline)
     assert "Judgement of paper-small on h100x16" in repr(found)
     assert len(found.answer.splitlines()) <= 40

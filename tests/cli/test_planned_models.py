@@ -29,7 +29,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_running_and_serving_are_refused_by_name(run, folder, name):
     (architecture,) = CONFIGS[name]["architectures"]
-    words, model = f"models of {architecture} not run served compared plan simulate", folder(name)
+    words, model = f"models of {architecture} not run our engine plan simulate", folder(name)
     for command in ("generate", "serve", "bench"):
         assert refused(run(command, model), words)
 
@@ -42,8 +42,26 @@ def test_a_plan_says_what_was_not_measured_and_who_runs_it(run, folder):
     assert fits_a_screen(out)
     assert tells(out, "Gated DeltaNet nothing measured roofline")
     assert tells(out, "expertlane none that fits")
-    assert "expertlane compare" not in out
+    assert "expertlane compare" in out
+    assert "--engine vllm" in out
     nemotron = folder("nemotron-3-nano-30b-a3b")
     drafts = "--mtp", "1", "--mtp-acceptance", "0.8"
     line = "--mtp last layer mixer MLP alone"
     assert refused(run("plan", nemotron, "--cluster", "h200x2", *drafts), line)
+
+
+def test_other_engines_are_compared_on_them(run, folder, tmp_path):
+    small = folder("qwen3-next-80b-a3b", num_hidden_layers=4)
+    experiment = tmp_path / "mine.toml"
+    lines = ['name = "mine"', "[model]", f'checkpoint = "{small}"', "[workload]"]
+    lines += ["num_sequences = 4", "prompt_len = 16", "output_len = 8"]
+    lines += ["[[deployments]]", 'name = "two"', 'layout = "tp=2"']
+    experiment.write_text("\n".join(lines))
+    asked = "compare", str(experiment), "--dry-run", "--engine"
+    code, out, _ = run(*asked, "vllm")
+    assert code == 0
+    assert "--tensor-parallel-size 2" in out
+    code, out, _ = run(*asked, "expertlane")
+    assert code == 0
+    assert tells(out, "not run expertlane layers")
+    assert refused(run("compare", str(experiment)), "Qwen3NextForCausalLM not run our engine")

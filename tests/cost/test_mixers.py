@@ -19,8 +19,8 @@ from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
-from expertlane.spec.mixers import StateMixer
-from expertlane.spec.model import Mixing, layer_name, layer_shapes
+from expertlane.spec.mixers import Mixing, StateMixer
+from expertlane.spec.model import layer_name, layer_shapes
 
 PUBLISHED = Path(__file__).parent.parent / "spec" / "published_mixers.json"
 CONFIGS = json.loads(PUBLISHED.read_text())

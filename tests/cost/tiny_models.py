@@ -1,6 +1,7 @@
 """Tiny models that together have every feature of the engine that is counted."""
 
-from expertlane.spec.model import PRESETS, LatentAttention, ModelConfig, Routing
+from expertlane.spec.mixers import LatentAttention
+from expertlane.spec.model import PRESETS, ModelConfig, Routing
 
 _PLAIN = PRESETS["paper-tiny"].with_overrides(
     name="plain",

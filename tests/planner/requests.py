@@ -11,8 +11,8 @@ from expertlane.planner.candidates import PlanRequest
 from expertlane.planner.screen import ScreenedCandidate
 from expertlane.planner.search import OnePool, Search
 from expertlane.planner.simulated import simulated_pool
-from expertlane.spec.mixers import Indexer, StateMixer
-from expertlane.spec.model import PRESETS, LatentAttention, ModelConfig
+from expertlane.spec.mixers import Indexer, LatentAttention, StateMixer
+from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
 

@@ -13,7 +13,8 @@ from expertlane.spec.hf_config import (
     quantization_of,
     read_config,
 )
-from expertlane.spec.model import LatentAttention, RopeScaling, Routing
+from expertlane.spec.mixers import LatentAttention, RopeScaling
+from expertlane.spec.model import Routing
 from expertlane.spec.ranges import ANY_WHOLE, RANGES
 from spec.test_published import CONFIGS
 

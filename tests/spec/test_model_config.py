@@ -4,12 +4,10 @@ import pytest
 
 from cli.screen import tells
 from expertlane.errors import SpecError
+from expertlane.spec.mixers import LatentAttention, Mixing, RopeScaling
 from expertlane.spec.model import (
     PRESETS,
-    LatentAttention,
     LayerKind,
-    Mixing,
-    RopeScaling,
     Routing,
     expert_shapes,
     layer_shapes,

@@ -68,7 +68,7 @@ def test_models_with_mixers_add_up_too(name, family, num):
     assert model.planned_only is not None
     with pytest.raises(SpecError) as error:
         from_hf(MIXERS[name], name)
-    assert tells(str(error.value), "not run served compared plan")
+    assert tells(str(error.value), "not run plan simulate compare --engine")
 
 
 def test_every_published_config_is_looked_at():

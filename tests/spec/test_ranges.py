@@ -11,7 +11,8 @@ from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import Cluster, Experiment
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import PRESETS, LatentAttention, ModelConfig, RopeScaling, Routing
+from expertlane.spec.mixers import LatentAttention, RopeScaling
+from expertlane.spec.model import PRESETS, ModelConfig, Routing
 from expertlane.spec.ranges import RANGES, shown, take, take_fields, take_option
 from expertlane.spec.sampling import SamplingParams
 from expertlane.spec.workload import LengthRange, Load, Workload

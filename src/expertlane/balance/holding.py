@@ -521,11 +521,14 @@ def check_deployment(
     return placements
 
 
-def check_experiment(experiment: Experiment, ranks_per_node: int = 0) -> list[Placements]:
+def check_experiment(
+    experiment: Experiment, ranks_per_node: int = 0, *, is_modelled: bool = False
+) -> list[Placements]:
     """Check all deployments of an experiment; gives where experts begin in each.
 
     Args:
         ranks_per_node: for experiments that do not give it; 0 where only the launcher will know.
+        is_modelled: see `check_deployment`.
 
     Raises:
         UserError: for the first deployment that is not valid; the text begins with its name.
@@ -534,5 +537,7 @@ def check_experiment(experiment: Experiment, ranks_per_node: int = 0) -> list[Pl
     for each in experiment.deployments + experiment.scaling:
         with naming(f"deployment {each.name!r}"):
             known = experiment.cluster.ranks_per_node or ranks_per_node
-            placements.append(check_deployment(experiment.model, each, known))
+            placements.append(
+                check_deployment(experiment.model, each, known, is_modelled=is_modelled)
+            )
     return placements

@@ -123,7 +123,7 @@ def compare(
         servers.check_without_ranks(own, time, launch)
         named = named_experiment(experiment, servers, traffic)
         projection.check(*(["cluster"] if servers.scripts is not None else []))
-        (only,) = _comparisons(named, own, output.Call(""), is_measured=False)
+        (only,) = _comparisons(named, own, output.Call(""), has_weights=False, is_run_here=False)
         as_json = output_options.as_json
         print_commands(only.experiment, servers, own.dtype, projection.cluster, as_json=as_json)
         return
@@ -161,12 +161,15 @@ def run(
     experiment = named_experiment(experiment or _DEFAULT_EXPERIMENT, servers, traffic)
 
     reason = _why_only_projected(projection)
-    comparisons = _comparisons(experiment, own, call, is_measured=reason is None)
+    is_run_here = reason is None
+    comparisons = _comparisons(
+        experiment, own, call, has_weights=is_run_here, is_run_here=is_run_here
+    )
     virtual = time.settings()
     if own.resume:
         _check_resumable(comparisons, virtual)
     for each in comparisons:
-        check_experiment(each.experiment)
+        check_experiment(each.experiment, is_modelled=not is_run_here)
         if virtual is not None:
             virtual.check(each.experiment.deployments + each.experiment.scaling)
     dtype = _dtype_of(comparisons, own.dtype)
@@ -235,7 +238,8 @@ def _on_servers(
 ) -> Generator[output.Found]:
     from expertlane.comparison.turns import Repeats
 
-    (each,) = _comparisons(experiment, own, call, is_measured=bool(servers.engine))
+    has_weights = bool(servers.engine)
+    (each,) = _comparisons(experiment, own, call, has_weights=has_weights, is_run_here=False)
     projected = None
     if projection.project:
         projector = _projector(each.experiment, projection, own.dtype)
@@ -419,19 +423,20 @@ def _check_checkpoint(comparisons: list[_Comparison], ignore_unused_tensors: boo
 
 
 def _comparisons(
-    argument: str, own: CompareOptions, call: output.Call, *, is_measured: bool
+    argument: str, own: CompareOptions, call: output.Call, *, has_weights: bool, is_run_here: bool
 ) -> list[_Comparison]:
     """The comparisons to run, all checked before the first one runs.
 
     Args:
-        is_measured: False where a checkpoint's configuration is enough.
+        has_weights: False where a checkpoint's configuration is enough.
+        is_run_here: ranks of this command read the weights, not a server's.
     """
     from expertlane.spec.experiment import find_experiment, read_experiment
 
-    find_folder = partial(resolve_model, weights=is_measured)
-    experiment = read_experiment(find_experiment(argument), find_folder)
+    find_folder = partial(resolve_model, weights=has_weights)
+    experiment = read_experiment(find_experiment(argument), find_folder, is_run_here=is_run_here)
     if own.model is not None:
-        found = find_model(own.model, weights=is_measured)
+        found = find_model(own.model, weights=has_weights, is_run_here=is_run_here)
         with naming(f"--model {own.model}"):
             experiment = replace(
                 experiment,

@@ -460,7 +460,7 @@ def _parted_cores(experiment: "Experiment") -> tuple[tuple[int, ...], tuple[int,
 def _launch_request(
     engine: "Engine", experiment: "Experiment", options: ServerOptions, dtype: str | None
 ) -> "LaunchRequest":
-    """What the commands of an engine's servers have in common, with the first deployment.
+    """The launch request of an engine, with the first deployment; the others replace that.
 
     Raises:
         UserError: there is no checkpoint, or no such Python.

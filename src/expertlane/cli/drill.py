@@ -109,7 +109,7 @@ class _Fault:
     def fault_of(
         self, rank_titles: Sequence[str], layout: Layout
     ) -> "Callable[[int | None], Fault]":
-        """What gives the fault, once the server's first process is known.
+        """A function from the server's first process to the fault.
 
         Args:
             rank_titles: patterns of the titles of its ranks, and `layout` its layout.

@@ -58,7 +58,7 @@ def judge(
       expertlane judge results/mine --cluster machine.tomlx2
           measured deployments, projected on a profile of calibrate
       expertlane plan mine --cluster h100x16 --corrections \\
-          results/judge-mine/corrections.toml
+          results/judge-MODEL/corrections.toml
           a better plan
       expertlane judge results/mine --json | jq '.candidates[0]'
     """

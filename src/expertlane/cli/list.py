@@ -97,13 +97,11 @@ def families(print_options: PrintOptions) -> None:
         return text(what, lambda row: "yes" if row[what] else "–")
 
     columns = [text("mixers", _of("mixers")), can("plan"), can("run"), can("serve")]
-    names = {
-        can: [name for name, each in FAMILIES.items() if each.is_planned_only is not can]
-        for can in (True, False)
-    }
+    run = [name for name, each in FAMILIES.items() if not each.is_planned_only]
+    planned = [name for name in FAMILIES if name not in run]
     headline = (
-        f"{len(names[True])} families run: {', '.join(names[True])}; {len(names[False])} are "
-        f"planned alone: {', '.join(names[False])}."
+        f"{len(run)} families run and are served: {', '.join(run)}; {len(planned)} can only be "
+        f"planned: {', '.join(planned)}."
     )
     setting = "Families of checkpoints | --json names their architectures"
     notes = [

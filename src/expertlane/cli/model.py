@@ -198,20 +198,23 @@ class FoundModel:
             raise CapacityError(said.removesuffix(".")) from None
 
 
-def find_model(name: str, *, weights: bool = True) -> FoundModel:
+def find_model(name: str, *, weights: bool = True, is_run_here: bool | None = None) -> FoundModel:
     """Find a preset or a checkpoint, downloaded first if need be.
 
     Args:
-        weights: True to run it here, False where a checkpoint's configuration is enough.
+        weights: False where a checkpoint's configuration is enough.
+        is_run_here: our engine will read the weights, not another one's server; by default where
+            they are needed.
 
     Raises:
         UserError: there is none, or its configuration cannot be read.
         MissingExtraError: it is to run here, and the extra `engine` is not installed.
     """
-    if weights:
+    is_run_here = weights if is_run_here is None else is_run_here
+    if is_run_here:
         require_extra("engine", "running models")
     if name in PRESETS:
         return FoundModel(name, PRESETS[name], None)
     folder = resolve_model(name, weights=weights)
-    config = read_model(folder, name, weights=weights)
+    config = read_model(folder, name, weights=is_run_here)
     return FoundModel(name, config, folder, quantization_of(read_config(folder)))

@@ -133,7 +133,7 @@ class Together:
 
 @dataclass(frozen=True, eq=False)
 class Explained:
-    """What explains the difference of measured and projected numbers.
+    """Assumptions that explain the difference of measured and projected numbers.
 
     Attributes:
         singles: each assumption by itself, the likeliest first; those without effect left out.

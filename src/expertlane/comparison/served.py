@@ -352,7 +352,7 @@ def free_port() -> int:
 
 
 def is_ready(url: Url, path: str) -> bool:
-    """Whether a server answers 200 there, soon."""
+    """True if a server answers a path with status 200 within `_READY_S`."""
 
     async def ask() -> bool:
         connections = Connections(url, {})

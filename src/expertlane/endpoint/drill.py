@@ -74,7 +74,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Drilled:
-    """What came of a drill.
+    """The outcome of a drill.
 
     Attributes:
         undisturbed: throughput and latency before the fault.

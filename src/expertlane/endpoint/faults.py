@@ -25,7 +25,7 @@ _IN_A_POD = "--kill 'kubectl exec POD -c CONTAINER -- pkill -{} -f PATTERN'"
 
 @dataclass(frozen=True)
 class Struck:
-    """What came of striking.
+    """The outcome of a fault that was given: of a command or a signal.
 
     Attributes:
         exit_code: of a command; None where it did not end in time, and for a signal.
@@ -43,7 +43,7 @@ class Fault(Protocol):
 
     @property
     def words(self) -> str:
-        """What it does, for a report."""
+        """The action, for a report."""
 
     def check(self) -> None:
         """Check what can be known before.

@@ -179,7 +179,7 @@ class Footprint:
         )
 
     def left(self) -> list[LeftRecord]:
-        """What of it is there now and serves nobody.
+        """The parts of it that are still there and serve nobody.
 
         Processes and ports of a server that has ended, or processes that are stopped or dead where
         it goes on; shared memory that no process has open any more.

@@ -86,7 +86,7 @@ class Observed:
 
     @property
     def against(self) -> Against:
-        """What it is compared with: ranks, like the first of all, with the reference."""
+        """The side it is compared with: for ranks, and the first condition, the reference."""
         return "reference" if self.name == ALONE or self.rank is not None else "alone"
 
 

@@ -299,7 +299,7 @@ async def _ask_all(
 
 @dataclass(frozen=True, eq=False)
 class _Drawn:
-    """What may be asked.
+    """Prompts that may be asked.
 
     Attributes:
         continued: prompts that are asked in any case, and continued by the server.

@@ -493,21 +493,26 @@ def how_sure(results: Results) -> Iterator[str]:
         yield f"Most of the time of #1 {' and '.join(most)}: {so}."
 
 
-def _runs_here(results: Results) -> bool:
-    """False if our engine is among those that were asked for, and runs no plan of the model."""
-    own = [each for each in engines_of(results) if each.engine == "expertlane"]
-    return not own or own[0].aggregated is not None
+def _engine_option(results: Results) -> str | None:
+    """The option of `compare` that names an engine, where ours runs no plan; None if none does."""
+    engines = engines_of(results)
+    own = [each for each in engines if each.engine == "expertlane"]
+    if not own or own[0].aggregated is not None:
+        return ""
+    other = next((each.engine for each in engines if each.commands), None)
+    return None if other is None else f" --engine {other}"
 
 
 def _next(results: Results) -> tuple[str, ...]:
     """Lines on how to go on."""
     found, has_pools = results.plans[0], results.faster_pools is not None
     lines = []
-    if found.experiment is not None and _runs_here(results):
-        line = f"Next, on such a cluster: expertlane compare {found.experiment}"
+    engine = _engine_option(results)
+    if found.experiment is not None and engine is not None:
+        line = f"Next, on such a cluster: expertlane compare {found.experiment}{engine}"
         if len(line) > COLUMNS:
-            line = f"Next: expertlane compare {found.experiment}"
-        short = "Next: expertlane compare, on the experiment.toml that was written"
+            line = f"Next: expertlane compare {found.experiment}{engine}"
+        short = f"Next: expertlane compare{engine}, on the experiment.toml that was written"
         lines.append(line if len(line) <= COLUMNS else short)
         if has_pools:
             lines.append("It has the best aggregated ones; compare runs no disaggregated pools.")

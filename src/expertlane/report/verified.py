@@ -171,7 +171,7 @@ def _chance(value: float) -> str:
 
 
 def _sensitivity(found: VerifiedRecord) -> Iterator[str]:
-    """What would have been seen: how much a `same` says."""
+    """The smallest difference that would have been seen: how much a `same` says."""
     if found.verdict == "differs" or found.least_seen is None:
         return
     more = (

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,7 @@ _ARRAYS = ("deployments", "scaling")
 _BESIDE_CHECKPOINT = "num_experts_per_tok"  # the one value of a checkpoint's that can be changed
 
 FindCheckpoint = Callable[[str, Path], Path]
+_ReadModel = Callable[[Path, str], ModelConfig]
 
 
 @dataclass(frozen=True)
@@ -333,12 +335,15 @@ def _folder_below(checkpoint: str, base: Path) -> Path:
     return base / checkpoint
 
 
-def read_experiment(path: Path, find_checkpoint: FindCheckpoint = _folder_below) -> Experiment:
+def read_experiment(
+    path: Path, find_checkpoint: FindCheckpoint = _folder_below, *, is_run_here: bool = True
+) -> Experiment:
     """Read and check a whole experiment.
 
     Args:
         find_checkpoint: gives the folder that the file's checkpoint means, by its text and the
             folder of the file.
+        is_run_here: our engine will read the checkpoint's weights; else another one, or none.
 
     Raises:
         SpecError: the file cannot be read, is no TOML, or breaks a rule; the text is one line that
@@ -346,10 +351,13 @@ def read_experiment(path: Path, find_checkpoint: FindCheckpoint = _folder_below)
     """
     document = read_toml(path, CONFIG_BYTES)
     with naming(path):
-        return _experiment(document, path.parent, find_checkpoint)
+        read = partial(read_model, weights=is_run_here)
+        return _experiment(document, path.parent, find_checkpoint, read)
 
 
-def _experiment(document: dict[str, Any], base: Path, find: FindCheckpoint) -> Experiment:
+def _experiment(
+    document: dict[str, Any], base: Path, find: FindCheckpoint, read: _ReadModel
+) -> Experiment:
     check_keys(document, (*field_names(_Header), *_TABLES, *_ARRAYS), "the top level")
     for table in _TABLES:
         if not isinstance(value := document.get(table, {}), dict):
@@ -363,7 +371,7 @@ def _experiment(document: dict[str, Any], base: Path, find: FindCheckpoint) -> E
             f"name is {shown_json(header.name)}; it names the folder of results, so it must be "
             "letters and digits, with . _ - between them"
         )
-    model, checkpoint = _model(document["model"], base, find)
+    model, checkpoint = _model(document["model"], base, find, read)
     return Experiment(
         name=header.name,
         seed=header.seed,
@@ -387,12 +395,12 @@ def _projection(document: dict[str, Any], base: Path) -> Projection | None:
 
 
 def _model(
-    table: dict[str, Any], base: Path, find: FindCheckpoint
+    table: dict[str, Any], base: Path, find: FindCheckpoint, read: _ReadModel
 ) -> tuple[ModelConfig, str | None]:
     """The model, and the folder of its checkpoint if it has one."""
     check_keys(table, ("preset", "checkpoint", *field_names(ModelConfig)), "[model]")
     if "checkpoint" in table:
-        return _checkpoint(table, base, find)
+        return _checkpoint(table, base, find, read)
     overrides = dict(table)
     preset = overrides.pop("preset", None)
     if preset is None:
@@ -404,7 +412,9 @@ def _model(
     return build(ModelConfig, asdict(PRESETS[preset]) | overrides, "[model]"), None
 
 
-def _checkpoint(table: dict[str, Any], base: Path, find: FindCheckpoint) -> tuple[ModelConfig, str]:
+def _checkpoint(
+    table: dict[str, Any], base: Path, find: FindCheckpoint, read: _ReadModel
+) -> tuple[ModelConfig, str]:
     overrides = dict(table)
     given = overrides.pop("checkpoint")
     if not isinstance(given, str):
@@ -417,7 +427,7 @@ def _checkpoint(table: dict[str, Any], base: Path, find: FindCheckpoint) -> tupl
             )
     try:
         folder = find(given, base)
-        model = read_model(folder, os.path.join(base, given))
+        model = read(folder, os.path.join(base, given))
     except UserError as error:
         raise SpecError(f"[model]: {error}") from None
     return build(ModelConfig, asdict(model) | overrides, "[model]"), os.path.abspath(folder)

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from expertlane.spec.hf_config import ConfigReader
-from expertlane.spec.model import LatentAttention, ModelConfig, RopeScaling, Routing
+from expertlane.spec.mixers import LatentAttention, RopeScaling
+from expertlane.spec.model import ModelConfig, Routing
 from expertlane.spec.ranges import shown
 
 Reader = Callable[[ConfigReader], dict[str, Any]]

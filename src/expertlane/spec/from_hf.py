@@ -53,8 +53,8 @@ def from_hf(
         if known.is_planned_only:
             given = (config.get("architectures") or [known.architecture])[0]
             raise SpecError(
-                f"models of {given} are not run, served or compared yet; plan and "
-                "simulate take their config.json"
+                f"models of {given} are not run by our engine yet; plan and simulate take their "
+                "config.json, and compare --engine vllm or --url measures them elsewhere"
             )
         for wrapper in known.wrappers:
             if config.get("architectures") == [wrapper]:

@@ -95,11 +95,8 @@ def _mlp_types(fields: ConfigReader) -> dict[str, Any]:
     num_layers = fields.get(int, "num_hidden_layers")
     first = min(fields.get(int, "first_k_dense_replace"), num_layers)
     kinds = _types(fields, "mlp_layer_types", ("dense", "sparse"))
-    kinds = (
-        ["dense" if layer < first else "sparse" for layer in range(num_layers)]
-        if (kinds is None)
-        else kinds
-    )
+    if kinds is None:
+        kinds = ["dense" if layer < first else "sparse" for layer in range(num_layers)]
     if len(kinds) != num_layers:
         raise fields.error(f"mlp_layer_types has {len(kinds)} entries for {num_layers} layers")
     return dense_and_shared(fields, [at for at, kind in enumerate(kinds) if kind == "dense"])

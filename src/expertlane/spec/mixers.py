@@ -1,8 +1,8 @@
-"""Mixers that stand where attention stands, or choose what it sees: their tensors and cuts.
+"""Mixers of tokens: attention over pages, states of fixed size, and an indexer.
 
-A layer mixes tokens by attention over pages (`spec.model`), or by a `StateMixer`, which keeps one
-state of fixed size for each sequence. An `Indexer` chooses the positions that latent attention
-sees, and keeps a key of its own for each.
+A layer mixes tokens by attention, whose tensors `spec.model` has, or by a `StateMixer`, which keeps
+one state for each sequence. An `Indexer` chooses the positions that latent attention sees, and
+keeps a key of its own for each.
 
 Tensors of a state mixer are `layers.N.state.` and: `query`, `key`, `value`, `gate`, `output`;
 `beta` (how strongly a delta rule corrects) and `decay` (of Mamba-2: its time step), with
@@ -13,7 +13,7 @@ Tensors of a state mixer are `layers.N.state.` and: `query`, `key`, `value`, `ga
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from expertlane.spec.ranges import Strict
 
@@ -21,9 +21,7 @@ Shape = tuple[int, ...]
 StateKind = Literal["gated_delta", "kimi_delta", "mamba2"]
 
 STATE_BYTES = 4  # of a value of a state: float32, as serving engines keep it
-_INDEX_SCALE_BYTES = (
-    4  # an index key is kept in float8, whatever the cache's type, with one float32
-)
+INDEX_SCALE_BYTES = 4  # an index key is kept in float8, whatever the cache's type, with a float32
 
 _TITLES: dict[StateKind, str] = {
     "gated_delta": "Gated DeltaNet",
@@ -31,6 +29,78 @@ _TITLES: dict[StateKind, str] = {
     "mamba2": "Mamba-2",
 }
 _OF_KEY_HEADS = ("query", "key")
+
+
+class Mixing(NamedTuple):
+    """How a layer mixes tokens.
+
+    Attributes:
+        window: of attention, latest positions that a token sees, its own included; None for all.
+    """
+
+    kind: Literal["attention", "state"] = "attention"
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class RopeScaling(Strict):
+    """Scaling of rotary frequencies beyond the length a model was trained at.
+
+    `linear` divides all frequencies by `factor`. `llama3` (Llama 3.1) divides those whose
+    wavelength exceeds original_max_position_embeddings / low_freq_factor, keeps those under
+    original_max_position_embeddings / high_freq_factor, and blends between. `yarn` (Peng et al.
+    2023) blends between the dimensions that turn `beta_fast` and `beta_slow` times over the
+    original length.
+
+    Attributes:
+        truncate: yarn; whether the blend begins and ends at whole dimensions.
+        attention_factor: yarn; cosines and sines are multiplied by it.
+    """
+
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: float
+    original_max_position_embeddings: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class LatentAttention(Strict):
+    """Multi-head latent attention (DeepSeek-AI 2024): keys and values come from a short latent.
+
+    A head's query and key are `qk_nope_head_dim` values without positions, then
+    `qk_rope_head_dim` rotated ones; the rotated part of the key is common to all heads.
+
+    Attributes:
+        q_lora_rank: width of the queries' latent; None where queries have none.
+        mscale: the softmax scale is head_dim^-0.5 · mscale².
+        norm_eps: epsilon of the latents' norms; they do not take the model's rms_norm_eps.
+    """
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int | None = None
+    mscale: float = 1.0
+    norm_eps: float = 1e-6
+
+    def shapes(self, hidden: int, num_heads: int) -> dict[str, Shape]:
+        """Shapes of its tensors, the output projection aside."""
+        queries = num_heads * (self.qk_nope_head_dim + self.qk_rope_head_dim)
+        rank, kv_rank = self.q_lora_rank, self.kv_lora_rank
+        shapes: dict[str, Shape] = {"query": (queries, hidden)}
+        if rank is not None:
+            shapes = {"query_a": (rank, hidden), "query_a_norm": (rank,)}
+            shapes["query_b"] = (queries, rank)
+        shapes["kv_a"] = (kv_rank + self.qk_rope_head_dim, hidden)
+        shapes["kv_a_norm"] = (kv_rank,)
+        shapes["kv_b"] = (num_heads * (self.qk_nope_head_dim + self.v_head_dim), kv_rank)
+        return shapes
 
 
 @dataclass(frozen=True)
@@ -183,4 +253,4 @@ class Indexer(Strict):
     @property
     def position_bytes(self) -> int:
         """Bytes of a position in the index cache of a layer."""
-        return self.head_dim + _INDEX_SCALE_BYTES
+        return self.head_dim + INDEX_SCALE_BYTES

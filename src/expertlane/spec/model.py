@@ -20,7 +20,14 @@ from math import prod
 from typing import Any, Literal, NamedTuple
 
 from expertlane.errors import SpecError
-from expertlane.spec.mixers import Indexer, Shape, StateMixer
+from expertlane.spec.mixers import (
+    Indexer,
+    LatentAttention,
+    Mixing,
+    RopeScaling,
+    Shape,
+    StateMixer,
+)
 from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import DEFAULT_SKEW, MAX_PARAMS, Strict, take_fields
 
@@ -28,17 +35,6 @@ EMBEDDING = "embedding"
 FINAL_NORM = "final_norm"
 HEAD = "head"
 _CUT_BY_INPUT = ("output", "down")
-
-
-class Mixing(NamedTuple):
-    """How a layer mixes tokens.
-
-    Attributes:
-        window: of attention, latest positions that a token sees, its own included; None for all.
-    """
-
-    kind: Literal["attention", "state"] = "attention"
-    window: int | None = None
 
 
 class LayerKind(NamedTuple):
@@ -51,54 +47,6 @@ class LayerKind(NamedTuple):
 
     mixing: Mixing | None
     mlp: Literal["experts", "dense", "none"]
-
-
-@dataclass(frozen=True)
-class RopeScaling(Strict):
-    """Scaling of rotary frequencies beyond the length a model was trained at.
-
-    `linear` divides all frequencies by `factor`. `llama3` (Llama 3.1) divides those whose
-    wavelength exceeds original_max_position_embeddings / low_freq_factor, keeps those under
-    original_max_position_embeddings / high_freq_factor, and blends between. `yarn` (Peng et al.
-    2023) blends between the dimensions that turn `beta_fast` and `beta_slow` times over the
-    original length.
-
-    Attributes:
-        truncate: yarn; whether the blend begins and ends at whole dimensions.
-        attention_factor: yarn; cosines and sines are multiplied by it.
-    """
-
-    rope_type: Literal["linear", "llama3", "yarn"]
-    factor: float
-    original_max_position_embeddings: int
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float = 1.0
-
-
-@dataclass(frozen=True)
-class LatentAttention(Strict):
-    """Multi-head latent attention (DeepSeek-AI 2024): keys and values come from a short latent.
-
-    A head's query and key are `qk_nope_head_dim` values without positions, then
-    `qk_rope_head_dim` rotated ones; the rotated part of the key is common to all heads.
-
-    Attributes:
-        q_lora_rank: width of the queries' latent; None where queries have none.
-        mscale: the softmax scale is head_dim^-0.5 · mscale².
-        norm_eps: epsilon of the latents' norms; they do not take the model's rms_norm_eps.
-    """
-
-    kv_lora_rank: int
-    qk_nope_head_dim: int
-    qk_rope_head_dim: int
-    v_head_dim: int
-    q_lora_rank: int | None = None
-    mscale: float = 1.0
-    norm_eps: float = 1e-6
 
 
 @dataclass(frozen=True)
@@ -597,19 +545,9 @@ def _attention_shapes(model: ModelConfig) -> dict[str, Shape]:
         if model.attention_sinks:
             shapes["sinks"] = (model.num_attention_heads,)
     else:
-        rank, kv_rank = latent.q_lora_rank, latent.kv_lora_rank
-        if rank is None:
-            shapes["query"] = (model.attention_size, hidden)
-        else:
-            shapes["query_a"] = (rank, hidden)
-            shapes["query_a_norm"] = (rank,)
-            shapes["query_b"] = (model.attention_size, rank)
-        shapes["kv_a"] = (kv_rank + latent.qk_rope_head_dim, hidden)
-        shapes["kv_a_norm"] = (kv_rank,)
-        width = model.num_attention_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
-        shapes["kv_b"] = (width, kv_rank)
-        if model.indexer is not None and rank is not None:
-            shapes |= model.indexer.shapes(hidden, rank)
+        shapes |= latent.shapes(hidden, model.num_attention_heads)
+        if model.indexer is not None and latent.q_lora_rank is not None:
+            shapes |= model.indexer.shapes(hidden, latent.q_lora_rank)
     shapes["output"] = (hidden, model.attention_output_size)
     if model.output_bias:
         shapes["output_bias"] = (hidden,)

@@ -21,8 +21,8 @@ from expertlane.engine.ops.kv_cache import KVCache
 from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
+from expertlane.spec.mixers import LatentAttention as Latent
 from expertlane.spec.model import PRESETS
-from expertlane.spec.model import LatentAttention as Latent
 
 CPU, BLOCK_SIZE = torch.device("cpu"), 4
 RANK, NOPE, ROPE, VALUE, HEADS = 32, 12, 4, 16, 3

@@ -25,7 +25,8 @@ from expertlane.engine.ops.cpu import VectorBackend
 from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import LatentAttention, ModelConfig, Routing
+from expertlane.spec.mixers import LatentAttention
+from expertlane.spec.model import ModelConfig, Routing
 
 OURS, WHY_NOT = backend_of_cpu()
 pytestmark = pytest.mark.skipif(not isinstance(OURS, VectorBackend), reason=WHY_NOT)

@@ -31,7 +31,7 @@ from expertlane.cost.step.operation import (
     flops_of,
 )
 from expertlane.errors import SpecError
-from expertlane.spec.mixers import STATE_BYTES
+from expertlane.spec.mixers import INDEX_SCALE_BYTES, STATE_BYTES
 from expertlane.spec.model import ModelConfig
 
 Sizes = Mapping[str, Floats | float]
@@ -172,7 +172,7 @@ def _sparse(sizes: Sizes, item: float) -> _Work:
 def _index(sizes: Sizes, item: float) -> _Work:
     """Keys of one byte, each with a scale, and the queries."""
     tokens, head_dim = sizes["tokens"], sizes["head_dim"]
-    read = sizes["positions"] * (head_dim + _INDEX_SCALE_BYTES)
+    read = sizes["positions"] * (head_dim + INDEX_SCALE_BYTES)
     return read + tokens * sizes["heads"] * head_dim, {"tokens": tokens}
 
 
@@ -194,7 +194,6 @@ _WORK: dict[OpKind, Callable[[Sizes, float], _Work]] = {
 }
 
 
-_INDEX_SCALE_BYTES = 4
 _SAME_WIDTH = {"float16": "bfloat16", "bfloat16": "float16"}
 _WIDER_FOR_TWIN = 1.15  # bounds widen by this where the law of the other 16-bit type stands in
 # Of a roofline with no measurements: the share of the peak that kernels reach, from worst to best.

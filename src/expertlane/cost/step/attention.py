@@ -14,8 +14,8 @@ from expertlane.balance.holding import Slices
 from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
 from expertlane.cost.step.operation import Ints, OpKind
 from expertlane.cost.step.step_list import KernelSet, StepWriter
-from expertlane.spec.mixers import STATE_BYTES, Indexer, StateMixer
-from expertlane.spec.model import LatentAttention, Mixing, ModelConfig
+from expertlane.spec.mixers import STATE_BYTES, Indexer, LatentAttention, Mixing, StateMixer
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 
 _SQUARES_BYTES = 8  # of a token's query and key, one float32 each

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from expertlane.cost.step.operation import Ints
 from expertlane.schedule.plan import Batch
-from expertlane.spec.model import LatentAttention
+from expertlane.spec.mixers import LatentAttention
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,8 @@ from expertlane.engine.ops.kv_cache import AttentionParams, KVCache
 from expertlane.engine.ops.narrow import reordered, side_by_side
 from expertlane.engine.ops.products import HeadsLinear, Linear
 from expertlane.engine.ops.step import AttentionCall, AttentionWeights
-from expertlane.spec.model import ModelConfig, RopeScaling, layer_name
+from expertlane.spec.mixers import RopeScaling
+from expertlane.spec.model import ModelConfig, layer_name
 from expertlane.spec.names import Stage
 
 

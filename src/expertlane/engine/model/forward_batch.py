@@ -21,7 +21,7 @@ from expertlane.engine.ops.kv_cache import PagedBatch
 from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import DispatchForm
 from expertlane.spec.layout import Coordinates, Layout, partition
-from expertlane.spec.model import LatentAttention
+from expertlane.spec.mixers import LatentAttention
 
 _MOST_POSITIONS = 8192  # expanded together, unless a single sequence has more
 

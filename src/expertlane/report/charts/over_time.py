@@ -1,6 +1,6 @@
 """One quantity over the seconds around a moment, which is marked; below it what a server said."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,8 @@ from expertlane.report.numbers import figures
 _HEIGHT_PX, _STRIP_PX = 160, 8
 _MOST_ROWS = 120  # of the table
 _Point = tuple[float, float | None]
+_Kind = Literal["line", "bar", "dash"]
+_Channel = Callable[[str], Spec]  # the time axis of a field
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ def over_time_chart(
     points: Sequence[_Point],
     bin_s: float,
     *,
-    kind: Literal["line", "bar", "dash"],
+    kind: _Kind,
     colour_name: str,
     moment: str,
     level: float | None = None,
@@ -67,21 +69,7 @@ def over_time_chart(
         return x | {"field": field}
 
     filled: Spec = {"color": {"value": colour_name}, "tooltip": tooltip_of(columns)}
-    if kind == "bar":
-        heights = {"y": y, "y2": {"datum": 0}}
-        drawn = layer({"type": "rect"}, span(at, "begin", "end"), heights, filled)
-    elif kind == "dash":
-        dash = {"type": "rule", "strokeWidth": 4}
-        drawn = layer(dash, span(at, "begin", "end"), {"y": y}, filled)
-    else:
-        line = {"type": "line", "interpolate": "step-after", "strokeWidth": 2}
-        drawn = layer(line, {"x": x, "y": y}, filled)
-    layers = [drawn]
-    rule = {"type": "rule", "strokeDash": [5, 4], "color": "--ink"}
-    layers.append(layer(rule, {"x": at("moment")}, data=[{"moment": 0.0}]))
-    if level is not None:
-        low = {"type": "rule", "strokeDash": [2, 3], "color": "--muted"}
-        layers.append(layer(low, {"y": y | {"field": "level"}}, data=[{"level": level}]))
+    layers = [_values(kind, at, y, filled), *_rules(at, y, level)]
     legend = [Legend(label, look) for label, look in (looks or {}).items()]
     if strips:
         rows = [{"begin": s.begin_s, "end": s.end_s, "said": s.label} for s in strips]
@@ -102,3 +90,24 @@ def over_time_chart(
         legend=legend if strips else (),
         note=" ".join(filter(None, said)),
     )
+
+
+def _values(kind: _Kind, at: _Channel, y: Spec, filled: Spec) -> Spec:
+    """The layer of the quantity itself."""
+    if kind == "bar":
+        heights = {"y": y, "y2": {"datum": 0}}
+        return layer({"type": "rect"}, span(at, "begin", "end"), heights, filled)
+    if kind == "dash":
+        dash = {"type": "rule", "strokeWidth": 4}
+        return layer(dash, span(at, "begin", "end"), {"y": y}, filled)
+    line = {"type": "line", "interpolate": "step-after", "strokeWidth": 2}
+    return layer(line, {"x": at("begin"), "y": y}, filled)
+
+
+def _rules(at: _Channel, y: Spec, level: float | None) -> Iterator[Spec]:
+    """A dashed line at the moment, and one at a level if there is one."""
+    rule = {"type": "rule", "strokeDash": [5, 4], "color": "--ink"}
+    yield layer(rule, {"x": at("moment")}, data=[{"moment": 0.0}])
+    if level is not None:
+        low = {"type": "rule", "strokeDash": [2, 3], "color": "--muted"}
+        yield layer(low, {"y": y | {"field": "level"}}, data=[{"level": level}])

@@ -11,7 +11,8 @@ from expertlane.engine.model import (
     weights,
 )
 from expertlane.engine.moe import dispatch
-from expertlane.spec.model import PRESETS, LatentAttention
+from expertlane.spec.mixers import LatentAttention
+from expertlane.spec.model import PRESETS
 
 TINY = PRESETS["paper-tiny"].with_overrides(
     num_hidden_layers=2,
