@@ -197,11 +197,10 @@ def compare(
             with one, the NAME of a deployment says that it has its layout.
         engine_python: Python of the environment that the engine is installed in.
         engine_args: Further arguments of the engine's command, such as "--enforce-eager".
-        kv_tokens: Tokens that the KV caches of a server's data-parallel ranks hold together,
-            the same for every engine started here.
+        kv_tokens: Total tokens in the KV caches of each server started by --engine.
         tokenizer: Folder of the model's tokenizer.
-        served_model: Model's name at the server, if it has several. NAME: of that --url alone.
-        api_key_file: File with the API key. NAME: of that --url alone.
+        served_model: Model's name at the server, if it has several. NAME: only for that --url.
+        api_key_file: File with the API key. NAME: only for that --url.
         flush_caches: Empty the server's prefix cache before each round: SGLang; vLLM in
             development mode.
         start_timeout_s: Time in which a server must become ready.

@@ -194,6 +194,7 @@ MISTAKES = {
     "projection": ("a={url}", ["--project"], "--project EXPERIMENT"),
     "deployments": ("a={url}", ["--only", "1"], "--only EXPERIMENT"),
     "no engine": ("a={url}", ["--engine-args", "-x"], "--engine-args --engine"),
+    "no engine's cache": ("a={url}", ["--kv-tokens", "64"], "--kv-tokens --engine"),
     "traces alone": ("a={url}", ["--traces", "a=."], "--traces --profile"),
     "no such model": ("a={url}", ["--served-model", "a=none"], "--url a none paper-tiny"),
     "engine": ("a={url}", ["--engine", "vllm"], "--engine vllm EXPERIMENT plan"),

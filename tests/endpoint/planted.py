@@ -20,9 +20,9 @@ _GROUPED = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "glm4_moe", "dots1"),
     *("minimax_m2", "ernie4_5_moe", "granitemoe"),
 )
-LATENT = ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "glm4_moe_lite")
-_ALL = _GROUPED + LATENT
-_SHARED = ("qwen2_moe", "glm4_moe", "dots1", "ernie4_5_moe", *LATENT)
+_LATENT = ("deepseek_v2_lite", "deepseek_v2", "deepseek_v3", "glm4_moe_lite")
+_ALL = _GROUPED + _LATENT
+_SHARED = ("qwen2_moe", "glm4_moe", "dots1", "ernie4_5_moe", *_LATENT)
 _BIASED = (
     *("gpt_oss", "glm4_moe", "glm4_moe_lite", "dots1", "minimax_m2", "ernie4_5_moe"),
     "deepseek_v3",

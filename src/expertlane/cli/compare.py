@@ -44,7 +44,6 @@ if TYPE_CHECKING:
 
 _DEFAULT_EXPERIMENT = "paper-small"
 _OF_EXPERIMENT = frozenset({"--only", "--dtype"})
-_OF_ENGINE = frozenset({"--engine-python", "--engine-args", "--start-timeout-s"})
 
 
 @dataclass
@@ -209,16 +208,15 @@ def _running(
     """Compare servers that run already, without an experiment.
 
     Raises:
-        UserError: an option needs an experiment, or an engine to start.
+        UserError: an option needs an experiment.
     """
     from expertlane.comparison.turns import Repeats
 
     if projection.project:
         raise UserError("--project needs an EXPERIMENT, with model and deployments")
     of_others = [each for each in given(own) if each in _OF_EXPERIMENT]
-    of_others += [each for each in given(servers) if each in _OF_ENGINE]
     if of_others:
-        raise UserError(f"{of_others[0]} needs an EXPERIMENT, or an --engine to start")
+        raise UserError(f"{of_others[0]} needs an EXPERIMENT")
     names = [*servers.targets()]
     folder = call.folder(output.slug("compare", *names))
     ended: list[BaseException] = []

@@ -42,6 +42,7 @@ OWN = "expertlane"
 _START_TIMEOUT_S = 1_200.0
 _SEEDS = 2**31
 _OF_RANKS = frozenset({"--experts-per-token", "--resume", "--traffic", "--trace"})
+_OF_STARTED = ("--engine-python", "--engine-args", "--kv-tokens", "--start-timeout-s")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +81,7 @@ class ServerOptions:
         metavar="N",
         rich_help_panel=Panel.MORE_SERVER,
         show_default="each engine's choice",
-        help="Tokens that the KV caches of a server's data-parallel ranks hold together, the same "
-        "for every engine started here.",
+        help="Total tokens in the KV caches of each server started by --engine.",
     )
     tokenizer: Path | None = typer.Option(
         None,
@@ -95,14 +95,14 @@ class ServerOptions:
         metavar="[NAME=]MODEL",
         rich_help_panel=Panel.MORE_SERVER,
         show_default="the only one of its /v1/models",
-        help="Model's name at the server, if it has several. NAME: of that --url alone.",
+        help="Model's name at the server, if it has several. NAME: only for that --url.",
     )
     api_key_file: list[str] | None = typer.Option(
         None,
         metavar="[NAME=]FILE",
         rich_help_panel=Panel.MORE_SERVER,
         show_default=f"{API_KEY}, else none",
-        help="File with the API key. NAME: of that --url alone.",
+        help="File with the API key. NAME: only for that --url.",
     )
     flush_caches: bool = typer.Option(
         False,
@@ -143,6 +143,9 @@ class ServerOptions:
             raise UserError("--scripts starts nothing; give --dry-run too")
         if self.dry_run and self.url and not self.engine:
             raise UserError("--dry-run prints the commands of engines; give --engine")
+        unused = [each for each in given(self) if each in _OF_STARTED]
+        if self.url and not self.engine and unused:
+            raise UserError(f"{unused[0]} is for servers that --engine starts; none is given")
 
     @property
     def is_asked(self) -> bool:
