@@ -75,8 +75,8 @@ class Outcome:
     """A case and its verdict; `change` and `noise` as in `planted.Effect`, on one seed's prompts.
 
     Attributes:
-        change: root mean square of what the error moves log-probabilities by; infinite of errors
-            that only some conditions have.
+        change: root mean square of what the error moves log-probabilities by; None of errors that
+            only some conditions have.
         noise: that of the number type.
     """
 
@@ -86,14 +86,14 @@ class Outcome:
     dtype: str
     verdict: str
     why: str
-    change: float
+    change: float | None
     noise: float
     took_s: float
 
     @property
     def is_above(self) -> bool:
         """Whether the error is larger than what rounding is granted."""
-        return self.change > _ABOVE * self.noise
+        return self.change is None or self.change > _ABOVE * self.noise
 
 
 Serve = Callable[[Case, Path, Path], AbstractContextManager[str]]  # of a case, a checkpoint, a log
@@ -159,7 +159,7 @@ def run_case(case: Case, folder: Path, serve: Serve, **fields: Any) -> Outcome:
         case.dtype,
         verdict,
         why,
-        float("inf") if case.kind in _OF_SERVERS else change,
+        None if case.kind in _OF_SERVERS else change,
         noise,
         time.perf_counter() - started_s,
     )
@@ -218,7 +218,7 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
     lines = ["| planted | family | type | effect | noise | verdict | seconds |"]
     lines.append("| --- | --- | --- | ---: | ---: | --- | ---: |")
     lines += [
-        f"| {each.kind or 'nothing'} | {each.family} | {each.dtype} | {each.change:.3g} | "
+        f"| {each.kind or 'nothing'} | {each.family} | {each.dtype} | {each.change or 0:.3g} | "
         f"{each.noise:.2g} | {each.verdict} | {each.took_s:.0f} |"
         for each in outcomes
     ]
