@@ -65,12 +65,14 @@ class Smoke:
         shows: what its output matches.
         needs: gives the reason why it cannot run here, else None.
         beside: copied into the folder with its neighbours first, since it writes beside itself.
+        computes: runs torch before it starts ranks, which a fork of it could not then.
     """
 
     arguments: str
     shows: str
     needs: Callable[[], str | None] = lambda: None
     beside: bool = False
+    computes: bool = False
 
 
 SMOKES: Mapping[str, Smoke] = {
@@ -118,6 +120,10 @@ SMOKES: Mapping[str, Smoke] = {
     "tests/server/journal_kills.py": Smoke("--kills 1", r"none lost"),
     "tests/server/soak.py": Smoke("--requests 4 --layouts dp=2,ep=2", r"4 of 4 requests"),
     "tests/comparison/planted.py": Smoke("planted", r"planted/results\.json"),
+    "tests/endpoint/drawn_cases.py": Smoke(
+        "--wrong 1 --right 0 --out cases.jsonl", r"above the noise: 1 of 1", computes=True
+    ),
+    "tests/endpoint/sparse.py": Smoke("folder 64 32 2 4", r'"added": \d+'),
 }
 
 # Scripts that tests of their own run.

@@ -32,7 +32,13 @@ def unchanged() -> Iterator[None]:
     assert kept_results() == before
 
 
-@pytest.mark.parametrize("name", SMOKES)
+_CASES = [
+    pytest.param(name, marks=[pytest.mark.starts_anew] if smoke.computes else [])
+    for name, smoke in SMOKES.items()
+]
+
+
+@pytest.mark.parametrize("name", _CASES)
 @pytest.mark.usefixtures("unchanged")
 def test_it_runs(name: str, stage: Stage, tmp_path: Path):
     smoke, script = SMOKES[name], ROOT / name
