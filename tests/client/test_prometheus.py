@@ -233,6 +233,7 @@ def test_tokens_of_caches_of_other_engines():
     lines = [gauge.format(dp, tp) for dp in (0, 1) for tp in (0, 1)]
     page = "\n".join(['sglang:num_running_reqs{dp_rank="0"} 1', *lines])
     assert read_page(page.encode()).kv_tokens == 200
-    running = 'expertlane:requests_running{{replica="0",dp_rank="{}"}} 1'
-    page = "\n".join([*map(running.format, range(2)), CACHE.format(8, 0, "")])
+    usage = 'expertlane:kv_cache_usage_ratio{{replica="0",dp_rank="{}"}} 0.5'
+    waiting = 'vllm:num_requests_waiting{engine="0"} 0'  # of all ranks together
+    page = "\n".join([*map(usage.format, range(2)), waiting, CACHE.format(8, 0, "")])
     assert read_page(page.encode()).kv_tokens == 256

@@ -293,7 +293,7 @@ def _page(names: Names, found: Series) -> Page | None:
         names.engine,
         {rank: EngineCounts(**each) for rank, each in sorted(counts.items(), key=_by_number)},
         {rank: Gauges(**each) for rank, each in sorted(gauges.items(), key=_by_number)},
-        _kv_tokens(names, found, len(gauges)),
+        _kv_tokens(names, found, sum("kv_usage" in each for each in gauges.values())),
     )
 
 
