@@ -9,10 +9,12 @@ from cli.screen import tells
 from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import family_of, num_extra_layers
-from expertlane.spec.model import num_params
+from expertlane.spec.model import num_params, tensor_names
 
 CONFIGS = json.loads(Path(__file__).with_name("published.json").read_text())
 MIXERS = json.loads(Path(__file__).with_name("published_mixers.json").read_text())
+# Scaling factors of Phi-3.5-MoE's positions are ones here: they change no size.
+GROUPED = json.loads(Path(__file__).with_name("published_grouped.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -71,9 +73,78 @@ def test_models_with_mixers_add_up_too(name, family, num):
     assert tells(str(error.value), "not run plan simulate compare --engine")
 
 
+@pytest.mark.parametrize(
+    ("name", "family", "num"),
+    [  # as the models' cards say, without layers for multi-token prediction and encoders of images
+        ("phi-3.5-moe", "phimoe", 41.9e9),
+        ("hunyuan-a13b", "hunyuan_v1_moe", 80e9),
+        ("hy3-preview", "hy_v3", 295e9),
+        ("mimo-v2-flash", "mimo_v2_flash", 309e9),
+        ("step-3.5-flash", "step3p5", 196e9),
+        ("step3", "step3_text", 316e9),
+    ],
+)
+def test_models_of_grouped_queries_that_are_planned_alone_add_up_too(name, family, num):
+    assert family_of(GROUPED[name]) == family
+    model = from_hf(GROUPED[name], name, weights=False)
+    assert num_params(model) == pytest.approx(num, rel=0.01)
+    assert model.dtype == "bfloat16"
+    assert model.planned_only is not None
+    with pytest.raises(SpecError) as error:
+        from_hf(GROUPED[name], name)
+    assert tells(str(error.value), "not run plan simulate compare --engine")
+
+
+def test_kimi_k2_5_is_kimi_k2_inside():
+    model = from_hf(GROUPED["kimi-k2.5"], "kimi", weights=False)
+    kimi = from_hf(CONFIGS["kimi-k2"], "kimi", weights=False)
+    assert num_params(model) == num_params(kimi)
+    assert [*tensor_names(model)] == [*tensor_names(kimi)]
+    assert model.rope_scaling.factor == 64  # K2's is 32
+    assert family_of(GROUPED["kimi-k2.5"]) == "deepseek_v3"
+    with pytest.raises(SpecError) as error:
+        from_hf(GROUPED["kimi-k2.5"], "kimi")
+    assert tells(str(error.value), "KimiK25ForConditionalGeneration plan simulate")
+
+
 def test_every_published_config_is_looked_at():
+    assert len(GROUPED) == 7
     assert len(CONFIGS) == 16
     assert len(MIXERS) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("phi-3.5-moe", {"num_experts_per_tok": 3}, "num_experts_per_tok 3"),
+        ("phi-3.5-moe", {"rope_scaling": {"type": "longrope"}}, "long_factor list 64"),
+        ("phi-3.5-moe", {"rope_scaling": {"type": "own"}}, "rope_type own"),
+        ("hunyuan-a13b", {"use_cla": True}, "use_cla True"),
+        ("hunyuan-a13b", {"moe_topk": [8] * 31 + [4]}, "moe_topk 8"),
+        ("hunyuan-a13b", {"moe_intermediate_size": [3072] * 31 + [1]}, "moe_intermediate_size"),
+        ("hunyuan-a13b", {"num_shared_expert": 2}, "num_shared_expert 2"),
+        ("hy3-preview", {"qk_norm": False}, "qk_norm False"),
+        ("hy3-preview", {"expert_hidden_dim": 1}, "expert_hidden_dim 1"),
+        ("mimo-v2-flash", {"swa_head_dim": 128}, "swa_head_dim 128"),
+        ("mimo-v2-flash", {"hybrid_layer_pattern": [0, 1]}, "hybrid_layer_pattern list 48"),
+        ("mimo-v2-flash", {"moe_layer_freq": [2] * 48}, "moe_layer_freq list 48 0 1"),
+        ("mimo-v2-flash", {"swa_num_key_value_heads": 7}, "num_key_value_heads 7 64 heads"),
+        ("mimo-v2-flash", {"v_head_dim": 127, "swa_v_head_dim": 127}, "head_dim 192 127 even"),
+        ("mimo-v2-flash", {"n_shared_experts": 1}, "n_shared_experts 1"),
+        ("step-3.5-flash", {"use_head_wise_attn_gate": False}, "use_head_wise_attn_gate False"),
+        ("step-3.5-flash", {"moe_layers_enum": "3;4"}, "moe_layers_enum 3;4 numbers commas"),
+        ("step-3.5-flash", {"attention_other_setting": 3}, "attention_other_setting 3 object"),
+        ("step-3.5-flash", {"attention_other_setting": {"head_dim": 64}}, "head_dim 64"),
+        ("step-3.5-flash", {"partial_rotary_factors": [1.0]}, "partial_rotary_factors 1 45 layers"),
+        ("step3", {"num_attention_groups": 2}, "num_attention_groups 2"),
+        ("step3", {"use_mfa": False}, "use_mfa False"),
+    ],
+)
+def test_grouped_queries_that_cannot_be_computed_are_named(name, changes, message):
+    with pytest.raises(SpecError) as error:
+        from_hf(_changed(GROUPED[name], changes), "mine", weights=False)
+    assert tells(str(error.value), message)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
