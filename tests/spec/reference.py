@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from expertlane.spec.hf_config import family_of, language_model_of
+from expertlane.spec.hf_config import FAMILIES, family_of, language_model_of
 from expertlane.spec.model import (
     ModelConfig,
     Shape,
@@ -123,7 +123,7 @@ def their_config(config: dict[str, Any]) -> transformers.PretrainedConfig:
     if text.get("rope_scaling") is None:
         text.pop("rope_scaling", None)
     of_text = {"qwen3_5_moe", "qwen3_vl_moe", "llama4"}
-    name = f"{family}_text" if family in of_text else family
+    name = f"{family}_text" if family in of_text else FAMILIES[family].like or family
     return transformers.AutoConfig.for_model(name, **text)
 
 

@@ -37,6 +37,7 @@ _PLANNED = {
     "granitemoehybrid": transformers.GraniteMoeHybridConfig,
     "nemotron_h": transformers.models.nemotron_h.NemotronHConfig,
     "llama4": transformers.models.llama4.Llama4TextConfig,
+    "kimi_k25": transformers.DeepseekV3Config,
     "phimoe": transformers.PhimoeConfig,
     "hunyuan_v1_moe": transformers.HunYuanMoEV1Config,
     "hy_v3": transformers.models.hy_v3.HYV3Config,
