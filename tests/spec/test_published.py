@@ -8,8 +8,8 @@ import pytest
 from cli.screen import tells
 from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
-from expertlane.spec.hf_config import family_of, num_extra_layers
-from expertlane.spec.model import num_params, tensor_names
+from expertlane.spec.hf_config import FAMILIES, family_of, num_extra_layers
+from expertlane.spec.model import PRESETS, num_active_params, num_params, tensor_names
 
 CONFIGS = json.loads(Path(__file__).with_name("published.json").read_text())
 MIXERS = json.loads(Path(__file__).with_name("published_mixers.json").read_text())
@@ -95,6 +95,65 @@ def test_models_of_grouped_queries_that_are_planned_alone_add_up_too(name, famil
     assert tells(str(error.value), "not run plan simulate compare --engine")
 
 
+@pytest.mark.parametrize(
+    ("name", "num"),
+    [  # billions, with as many digits as the models' names or cards have
+        ("mixtral-8x7b", "12.9"),
+        ("qwen1.5-moe-a2.7b", "2.7"),
+        ("qwen3-30b-a3b", "3.3"),
+        ("qwen3-vl-30b-a3b", "3.3"),
+        ("olmoe-1b-7b", "1.3"),
+        ("deepseek-v2-lite", "2.4"),
+        ("deepseek-v2", "21"),
+        ("deepseek-v3", "37"),
+        ("gpt-oss-20b", "3.6"),
+        ("glm-4.5-air", "12"),
+        ("glm-4.7-flash", "3"),
+        ("kimi-k2", "32"),
+        ("dots.llm1", "14"),
+        ("minimax-m2", "10"),
+        ("ernie-4.5-21b-a3b", "3"),
+        ("granite-3.1-3b-a800m", "0.8"),
+        ("qwen3-next-80b-a3b", "3"),
+        ("qwen3.5-397b-a17b", "17"),
+        ("qwen3.5-122b-a10b", "10"),
+        ("qwen3.6-35b-a3b", "3"),
+        ("deepseek-v3.2", "37"),
+        ("glm-5", "40"),
+        ("kimi-linear-48b-a3b", "3"),
+        ("granite-4.0-h-small", "9"),
+        ("nemotron-3-nano-30b-a3b", "3.2"),
+        ("nemotron-3-super-120b-a12b", "12"),
+        ("llama-4-maverick-17b-128e", "17"),
+        ("llama-4-scout-17b-16e", "17"),
+        ("phi-3.5-moe", "6.6"),
+        ("hunyuan-a13b", "13"),
+        ("hy3-preview", "21"),
+        ("mimo-v2-flash", "15"),
+        ("kimi-k2.5", "32"),
+        ("step-3.5-flash", "11"),
+        ("step3", "38"),
+    ],
+)
+def test_active_parameters_are_the_published_number(name, num):
+    """With the embedding and the output head, without the first, or without both: cards differ.
+
+    Up to the last digit, or 2 %: Qwen3's 3.3 are 3.35 with both.
+    """
+    model = from_hf((CONFIGS | MIXERS | GROUPED)[name], name, weights=False)
+    active, table = num_active_params(model), model.vocab_size * model.hidden_size
+    num_tables = 1 if model.tie_word_embeddings else 2
+    counted = [(active - left_out * table) / 1e9 for left_out in range(num_tables + 1)]
+    near = max(0.5 * 10 ** -len(num.partition(".")[2]), 0.02 * float(num))
+    assert min(abs(each - float(num)) for each in counted) <= near
+
+
+def test_active_parameters_of_a_model_by_hand():
+    paper = PRESETS["paper"]
+    expert = 2 * 8192 * 32_768
+    assert num_params(paper) - num_active_params(paper) == 4 * (16 - 2) * expert
+
+
 def test_kimi_k2_5_is_kimi_k2_inside():
     model = from_hf(GROUPED["kimi-k2.5"], "kimi", weights=False)
     kimi = from_hf(CONFIGS["kimi-k2"], "kimi", weights=False)
@@ -109,6 +168,7 @@ def test_kimi_k2_5_is_kimi_k2_inside():
 
 def test_every_published_config_is_looked_at():
     assert len(GROUPED) == 7
+    assert {family_of(each) for each in (CONFIGS | MIXERS | GROUPED).values()} == set(FAMILIES)
     assert len(CONFIGS) == 16
     assert len(MIXERS) == 12
 

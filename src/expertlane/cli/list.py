@@ -50,10 +50,11 @@ def models(print_options: PrintOptions) -> None:
     """
     from expertlane.report.document import number
     from expertlane.report.numbers import whole
-    from expertlane.spec.model import PRESETS, num_params
+    from expertlane.spec.model import PRESETS, num_active_params, num_params
 
     columns = [
         number("parameters", _of("num_parameters"), lambda of: f"{of / 1e6:,.1f} M"),
+        number("active", _of("num_active_parameters"), lambda of: f"{of / 1e6:,.1f} M"),
         number("layers", _of("num_hidden_layers")),
         number("experts", _of("num_experts")),
         number("top-k", _of("num_experts_per_tok")),
@@ -62,7 +63,11 @@ def models(print_options: PrintOptions) -> None:
     ]
     sizes = "num_hidden_layers num_experts num_experts_per_tok hidden_size max_position_embeddings"
     rows = [
-        {"name": name, "num_parameters": num_params(model)}
+        {
+            "name": name,
+            "num_parameters": num_params(model),
+            "num_active_parameters": num_active_params(model),
+        }
         | {size: getattr(model, size) for size in sizes.split()}
         for name, model in PRESETS.items()
     ]

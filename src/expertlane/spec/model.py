@@ -583,6 +583,20 @@ def kinds_of_layers(model: ModelConfig) -> Counter[LayerKind]:
 def num_params(model: ModelConfig) -> int:
     """All parameters of a model."""
 
+    return _num_params(model, model.num_experts)
+
+
+def num_active_params(model: ModelConfig) -> int:
+    """Parameters of a token's step: all but the experts it does not go to.
+
+    Some model cards leave the embedding out, or the output head too.
+    """
+    return _num_params(model, model.num_experts_per_tok)
+
+
+def _num_params(model: ModelConfig, num_experts: int) -> int:
+    """Parameters with so many experts in each layer that has any."""
+
     def total(shapes: dict[str, Shape]) -> int:
         return sum(map(prod, shapes.values()))
 
@@ -590,7 +604,7 @@ def num_params(model: ModelConfig) -> int:
     num_sparse = sum(num for kind, num in kinds.items() if kind.mlp == "experts")
     return (
         sum(num * total(layer_shapes(model, kind)) for kind, num in kinds.items())
-        + num_sparse * model.num_experts * total(expert_shapes(model))
+        + num_sparse * num_experts * total(expert_shapes(model))
         + outside
         - (model.vocab_size * model.hidden_size if model.tie_word_embeddings else 0)
     )
