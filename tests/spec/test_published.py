@@ -138,13 +138,13 @@ def test_models_of_grouped_queries_that_are_planned_alone_add_up_too(name, famil
 def test_active_parameters_are_the_published_number(name, num):
     """With the embedding and the output head, without the first, or without both: cards differ.
 
-    Up to the last digit, or 2 %: Qwen3's 3.3 are 3.35 with both.
+    Up to the last digit, or 2.5 %: Qwen3's 3.3 are 3.35 with both.
     """
     model = from_hf((CONFIGS | MIXERS | GROUPED)[name], name, weights=False)
     active, table = num_active_params(model), model.vocab_size * model.hidden_size
     num_tables = 1 if model.tie_word_embeddings else 2
     counted = [(active - left_out * table) / 1e9 for left_out in range(num_tables + 1)]
-    near = max(0.5 * 10 ** -len(num.partition(".")[2]), 0.02 * float(num))
+    near = max(0.5 * 10 ** -len(num.partition(".")[2]), 0.025 * float(num))
     assert min(abs(each - float(num)) for each in counted) <= near
 
 
