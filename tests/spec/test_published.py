@@ -163,6 +163,7 @@ def test_kimi_k2_5_is_kimi_k2_inside():
     assert num_params(model) == num_params(kimi)
     assert [*tensor_names(model)] == [*tensor_names(kimi)]
     assert model.rope_scaling.factor == 64  # K2's is 32
+    assert model.planned_only == "tensors named as in kimi_k25"
     assert family_of(GROUPED["kimi-k2.5"]) == "kimi_k25"
     with pytest.raises(SpecError) as error:
         from_hf(GROUPED["kimi-k2.5"], "kimi")

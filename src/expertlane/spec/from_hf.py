@@ -75,6 +75,7 @@ def from_hf(
         num_experts=fields.same_in_all(*known.num_experts),
         num_experts_per_tok=fields.same_in_all(*known.num_experts_per_tok),
         usual_skew=known.skew,
+        unread_family=family if known.is_planned_only else None,
         **_common(fields, known) | _READERS[known.like or family](fields),
     )
 

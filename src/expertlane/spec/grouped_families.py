@@ -78,8 +78,10 @@ def _hunyuan_v1_moe(fields: ConfigReader) -> dict[str, Any]:
     fields.expect("group_limited_greedy", False)
     for key in ("use_cla", "use_mla", "mlp_bias", "position_embedding_xdrope"):
         fields.expect(key, False)
-    for key in ("use_qk_norm", "use_rotary_pos_emb", "norm_topk_prob"):
+    for key in ("use_qk_norm", "use_rotary_pos_emb", "norm_topk_prob", "use_mixed_mlp_moe"):
         fields.expect(key, True)
+    for key in ("n_group", "topk_group"):
+        fields.expect(key, 1)
     _expect_all(fields, norm_type="rms", routed_scaling_factor=1.0, moe_layer_num_skipped=0)
     inner = fields.get(int, "intermediate_size")
     for key, value in (("moe_intermediate_size", inner), ("num_shared_expert", 1)):
@@ -116,7 +118,6 @@ def _hy_v3(fields: ConfigReader) -> dict[str, Any]:
         **biased_attention(fields),
         **mlp_types(fields),
         "qk_norm": "head",
-        "unread_family": "hy_v3",
         "routing": _sigmoid(scale),
     }
 
@@ -138,6 +139,7 @@ def _flags(fields: ConfigReader, key: str) -> list[bool] | None:
 def _mimo_v2_flash(fields: ConfigReader) -> dict[str, Any]:
     """Windows in five of six layers, with other heads of keys and values, and sinks."""
     _expect_all(fields, scoring_func="sigmoid", topk_method="noaux_tc", n_shared_experts=0)
+    fields.expect("use_qk_norm", False)
     for name in ("head_dim", "v_head_dim"):
         fields.expect(f"swa_{name}", fields.get(int, name))
     num_layers = fields.get(int, "num_hidden_layers")
@@ -207,6 +209,8 @@ def _of_layers(fields: ConfigReader, key: str, kind: type[T], default: T) -> lis
 def _sparse_layers(fields: ConfigReader, default: range) -> list[int]:
     """The layers with experts, by `moe_layers_enum`: numbers, or a text of them."""
     given = fields.raw("moe_layers_enum")
+    if given is None:
+        _expect_all(fields, moe_every_n_layer=1, moe_layer_offset=0)
     if isinstance(given, str):
         numbers = given.split(",")
         if not all(each.strip().isdecimal() and len(each) < 9 for each in numbers):
@@ -232,6 +236,8 @@ def _step3p5(fields: ConfigReader) -> dict[str, Any]:
     """Windows in three of four layers, with more heads of queries; a gate for each head."""
     _expect_all(fields, moe_router_activation="sigmoid", att_impl_type="GQA", gating=True)
     for key in ("use_head_wise_attn_gate", "use_moe_router_bias", "norm_expert_weight"):
+        fields.expect(key, True)
+    for key in ("use_moe", "use_qk_norm"):
         fields.expect(key, True)
     for key in ("use_mfa", "mlp_bias", "sparse_attention_config", "sparse_config"):
         fields.expect(key, False)
@@ -298,7 +304,7 @@ def _step3_text(fields: ConfigReader) -> dict[str, Any]:
     fields.expect("num_attention_groups", 1)
     fields.expect("moe_router_activation", "softmax")
     fields.expect("use_mfa", True)
-    for key in ("use_moe_router_bias", "use_head_wise_attn_gate"):
+    for key in ("use_moe_router_bias", "use_head_wise_attn_gate", "use_qk_norm"):
         fields.expect(key, False)
     return {
         "max_position_embeddings": fields.get(
