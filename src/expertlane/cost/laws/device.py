@@ -396,8 +396,8 @@ def stand_ins(profile: Profile, types: NumberTypes, model: ModelConfig) -> Itera
         )
     if model.indexer is not None:
         yield (
-            "Decodes attend to the positions that an indexer chose by the law of latent attention "
-            "to as many; no kernel of theirs was measured alone."
+            "Decoding over the positions that an indexer chose is priced as latent attention to as "
+            "many."
         )
     laws, twin = profile.surfaces, _SAME_WIDTH.get(types.activations, "")
     own, other = (f"{OpKind.DECODE_ATTENTION}.{dtype}" for dtype in (types.activations, twin))
