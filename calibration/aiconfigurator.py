@@ -359,7 +359,8 @@ def answers(rows: Sequence[Mapping[str, str]]) -> list[Prediction]:
     if _ANSWERS.exists():
         for line in _ANSWERS.read_text(encoding="utf-8").splitlines():
             fields = json.loads(line)
-            known[fields.pop("id")] = Prediction(**fields)
+            number = fields.pop("id")
+            known[number] = Prediction(**fields)
     _ANSWERS.parent.mkdir(exist_ok=True)
     found = []
     with _ANSWERS.open("a", encoding="utf-8") as file:

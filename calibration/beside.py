@@ -114,7 +114,7 @@ def _page(
     yield (
         "For gpt-oss under TensorRT-LLM its default is 16-bit activations with 4-bit weights, "
         "which explains much of its error on B200. Its TTFT of one pool leaves out the queue as a "
-        "benchmark begins. expertlane refuses models with linear attention."
+        "benchmark begins."
     )
     yield ""
     seconds = np.mean([each.seconds for each in theirs.values()])

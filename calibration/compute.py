@@ -1,4 +1,4 @@
-"""Laws of computation, fitted: GEMM, experts, attention, latent attention, memory.
+"""Laws of computation, fitted: GEMM, experts, attention of all kinds, other mixers, memory.
 
 Every law is fitted to one table of one framework, so that it is one implementation's law; latent
 prefill has two forms, each with its own `key_dim`, and so two tables.
@@ -15,7 +15,7 @@ from expertlane.cost.laws.device import DeviceModel, roofline
 from expertlane.cost.laws.fitting import Rows, fit_surface
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Basis, Surface
-from expertlane.cost.step.operation import OpKind
+from expertlane.cost.step.operation import BYTES_ALONE, STATES, OpKind
 
 Sizes = Mapping[str, Array | float]
 
@@ -58,35 +58,52 @@ class Law:
     @property
     def name(self) -> str:
         """Of its surface."""
-        if self.kind is OpKind.MEMORY:
+        if self.kind in BYTES_ALONE:
             return str(self.kind)
         return f"{self.kind}.{self.dtype}{f'.{self.library}' if self.library else ''}"
 
 
 def fit_law(law: Law, sheet: Profile, with_judging: bool) -> tuple[Surface, Quality]:
     """A law over a datasheet's rooflines, and how well it fits."""
-    parts, num_cleaned = [], 0
+    parts, num_cleaned, num_cached = [], 0, 0
     for source in law.sources:
         columns, dropped = without_spikes(read(source.table, Part.FITTED), *source.along)
         num_cleaned += dropped
+        if law.kind in STATES:
+            columns, dropped = _without_cached(law, source, columns, sheet)
+            num_cached += dropped
         parts.append(rows_of(law, source, columns, sheet))
     rows = joined(parts)
-    path = " and ".join(source.table.path for source in law.sources)
+    path = " and ".join(dict.fromkeys(source.table.path for source in law.sources))
+    cached = f", {num_cached} rows of caches" if num_cached else ""
     surface, held_out = fit_surface(
         rows,
         law.axes,
         basis=Basis.FITTED,
-        origin=f"{SOURCE}, {path}: {law.what}; {num_cleaned} spikes left out",
+        origin=f"{SOURCE}, {path}: {law.what}; {num_cleaned} spikes left out{cached}",
         smoothness=law.smoothness,
     )
     return surface, Quality(
         name=law.name,
         source=path,
         num_fitted=len(rows),
-        num_cleaned=num_cleaned,
+        num_cleaned=num_cleaned + num_cached,
         held_out=held_out,
         judged=_judge(law, surface, sheet) if with_judging else {},
     )
+
+
+def _without_cached(
+    law: Law, source: Source, columns: Columns, sheet: Profile
+) -> tuple[Columns, int]:
+    """Drop rows faster than the memory: a state is in no cache when its layer's turn comes again.
+
+    Returns:
+        The rows kept, and how many were dropped.
+    """
+    least_s = roofline(sheet.device, law.kind, law.dtype, source.sizes(columns)).seconds
+    keep = columns["seconds"] >= least_s
+    return {name: values[keep] for name, values in columns.items()}, int((~keep).sum())
 
 
 def rows_of(law: Law, source: Source, columns: Columns, sheet: Profile) -> Rows:

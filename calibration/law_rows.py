@@ -8,12 +8,14 @@ drew is not in its tables, so this draws some of its own and takes the mean. An 
 follows from the law of balanced routing at that rank's pairs and experts with any.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from compute import Sizes, Source
 from sheet import Generation
 from tables import Array, Columns, Table
+
+from expertlane.spec.mixers import StateKind, StateMixer
 
 _NUM_DRAWS = 16
 _SEED = 0
@@ -57,6 +59,7 @@ Axes = Mapping[str, Sequence[float]]
 _KEYS_PER_QUERY = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 _QUERY_HEADS = (16, 128, 1024, 8192, 65536, 524288, 8388608)
 _POSITIONS = (2, 64, 256, 1024, 4096, 16384, 131072)
+_KEYS_SCORED = (1, 64, 256, 1024, 2048, 8192, 32768, 131072)
 _WIDTHS = (32, 128, 512, 1024, 2048, 4096, 8192, 16384, 65536)
 _COMMON: dict[str, Axes] = {
     "gemm": {
@@ -75,6 +78,32 @@ _COMMON: dict[str, Axes] = {
         "seqs": (1, 4, 16, 64, 256, 1024),
         "heads": (1, 4, 16, 64, 128),
         "key_dim": (576,),
+    },
+    "state_prefill": {
+        "tokens_per_seq": (1, 16, 64, 256, 1024, 4096, 32768),
+        "state_values": (2**15, 2**17, 2**20, 2**23, 2**26, 2**30),
+    },
+    "state_decode": {"state_values": tuple(2**power for power in range(15, 31))},
+    "convolution": {
+        "bytes": (1e3, 1e5, 1e6, 3e6, 1e7, 3e7, 1e8, 1e9),
+        "tokens_per_seq": (1, 16, 256, 32768),
+    },
+    "index": {
+        "tokens": (1, 16, 64, 256, 1024, 4096, 16384, 131072),
+        "keys_per_query": _KEYS_SCORED,
+    },
+    "index_decode": {
+        "tokens": (1, 4, 16, 64, 256, 1024),
+        "keys_per_query": (1, 64, 256, 1024, 4096, 16384, 65536, 262144),
+    },
+    "choose": {
+        "tokens": (1, 16, 64, 256, 1024, 4096, 16384, 131072),
+        "keys_per_query": _KEYS_SCORED[4:],
+    },
+    "sparse": {
+        "tokens": (1, 16, 64, 256, 1024, 4096, 16384, 131072),
+        "keys_per_query": (1, 32, 128, 512, 1024, 2048),
+        "heads": (64, 128),
     },
 }
 # Where a cache's bandwidth ends, and how wide heads are that were timed.
@@ -245,3 +274,151 @@ def scaling_rows(path: str) -> Source:
         shape=("k",),
         along=("m",),
     )
+
+
+def state_rows(kind: StateKind, path: str, kernel: str, *, is_prefill: bool) -> Source:
+    """New tokens through states, float32: prompts in chunks, or one token a sequence."""
+
+    def sizes(c: Columns) -> Sizes:
+        values = c["num_v_heads"] * c["head_v_dim"]
+        return {
+            **_batch(c),
+            "state_values": values * c["head_k_dim"],
+            "token_flops": _token_flops(kind, c, in_chunks=is_prefill),
+            "token_values": _channels(c) + values + 2 * c["num_v_heads"],
+        }
+
+    return Source(
+        Table(
+            path,
+            {"kernel_source": kernel},
+            lambda c: c["batch_size"] * c["seq_len"] * c["num_v_heads"],
+            without=("num_tokens",),
+        ),
+        sizes,
+        shape=("num_k_heads", "num_v_heads"),
+        along=("seq_len", "batch_size"),
+    )
+
+
+def convolution_rows(path: str, kernel: str, lengths: tuple[int, ...]) -> Source:
+    """Short convolutions by channel of queries, keys and values, and the activation.
+
+    Args:
+        lengths: new tokens of a sequence.
+    """
+    return Source(
+        Table(
+            path,
+            {"kernel_source": kernel, "seq_len": lengths},
+            lambda c: c["batch_size"] * c["seq_len"] * _channels(c),
+            without=("num_tokens",),
+        ),
+        lambda c: {**_batch(c), "channels": _channels(c), "kernel": c["d_conv"]},
+        shape=("num_k_heads", "num_v_heads"),
+        along=("seq_len", "batch_size"),
+    )
+
+
+def _batch(c: Columns) -> dict[str, Array]:
+    return {"seqs": c["batch_size"], "tokens": c["batch_size"] * c["seq_len"]}
+
+
+def _channels(c: Columns) -> Array:
+    return 2 * c["num_k_heads"] * c["head_k_dim"] + c["num_v_heads"] * c["head_v_dim"]
+
+
+def _token_flops(kind: StateKind, c: Columns, *, in_chunks: bool) -> Array:
+    names = ("num_v_heads", "num_k_heads", "head_k_dim", "head_v_dim")
+    shapes = np.stack([c[name] for name in names], axis=1).astype(int)
+    distinct, which = np.unique(shapes, axis=0, return_inverse=True)
+    mixers = [StateMixer(kind, *shape) for shape in distinct.tolist()]
+    flops = [mixer.token_flops(mixer.num_heads, in_chunks=in_chunks) for mixer in mixers]
+    return np.array(flops, dtype=np.float64)[which.reshape(-1)]
+
+
+_V4_POSITIONS = 4  # that share a key in DeepSeek-V4's indexer
+TOPK = 2048.0  # positions that the indexers of DeepSeek-V3.2 and GLM-5 choose
+
+
+def index_rows(path: str) -> Source:
+    """Scores of positions by a prompt's tokens, from keys in float8, of GLM-5's 32 heads of 128.
+
+    Tables name the heads of its attention.
+    """
+    return _of_indexer(path, lambda c: {**_scored(c), "heads": 32.0, "head_dim": 128.0})
+
+
+def index_decode_rows(path: str) -> Source:
+    """Scores by one token a sequence, over pages; of DeepSeek-V4-Flash, whose 64 heads of 128 score
+    a key for every four positions.
+    """
+
+    def sizes(c: Columns) -> Sizes:
+        positions = c["batch_size"] * np.maximum((c["step"] + 1) // _V4_POSITIONS, 1)
+        both = {"query_key_pairs": positions, "positions": positions}
+        return {**both, "tokens": c["batch_size"], "heads": c["num_heads"], "head_dim": 128.0}
+
+    return _of_indexer(path, sizes, where={"isl": 1}, shape=("batch_size",))
+
+
+def choose_rows(path: str) -> Source:
+    """The best of these scores, where there are more than are chosen; the latest score best."""
+    where = {"score_mode": "top_last"}
+    return _of_indexer(
+        path,
+        lambda c: {**{k: v for k, v in _scored(c).items() if k != "positions"}, "topk": TOPK},
+        where=where,
+        at_least=1e-3,
+    )
+
+
+def sparse_rows(path: str, heads: float) -> Source:
+    """Attention of prompts to chosen positions, in the latent.
+
+    Args:
+        heads: that the kernel computes; 64 were asked for.
+    """
+
+    def sizes(c: Columns) -> Sizes:
+        chosen = np.minimum(c["step"] + (c["isl"] + 1) / 2, TOPK)
+        tokens = c["batch_size"] * c["isl"]
+        positions = c["batch_size"] * np.minimum(c["step"] + c["isl"], c["isl"] * TOPK)
+        pairs = tokens * chosen
+        return {
+            "seqs": c["batch_size"],
+            "query_key_pairs": pairs,
+            "tokens": tokens,
+            "positions": np.minimum(positions, pairs),
+            "heads": heads,
+            **LATENT,
+        }
+
+    return _of_indexer(path, sizes)
+
+
+def _of_indexer(
+    path: str,
+    sizes: Callable[[Columns], Sizes],
+    *,
+    where: Mapping[str, object] | None = None,
+    at_least: float = 0.0,
+    shape: tuple[str, ...] = ("batch_size", "isl"),
+) -> Source:
+    table = Table(
+        path,
+        where or {},
+        lambda c: _scored(c)["query_key_pairs"],
+        without=("tp_size", "compress_ratio"),
+        at_least=at_least,
+    )
+    return Source(table, sizes, shape=shape, along=("step",))
+
+
+def _scored(c: Columns) -> dict[str, Array]:
+    tokens = c["batch_size"] * c["isl"]
+    return {
+        "query_key_pairs": tokens * (c["step"] + (c["isl"] + 1) / 2),
+        "tokens": tokens,
+        "positions": c["batch_size"] * (c["step"] + c["isl"]),
+    }

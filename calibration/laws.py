@@ -11,13 +11,19 @@ from law_rows import (
     LATENT,
     WIDENED,
     axes_of,
+    choose_rows,
+    convolution_rows,
     decode_rows,
     expert_rows,
     gemm_rows,
+    index_decode_rows,
+    index_rows,
     latent_decode_rows,
     latent_prefill_rows,
     prefill_rows,
     scaling_rows,
+    sparse_rows,
+    state_rows,
 )
 from quality import Fitted
 from sheet import Card, Generation
@@ -25,7 +31,7 @@ from sheet import Card, Generation
 from expertlane.cost.step.operation import OpKind
 
 _TRTLLM = "trtllm/1.3.0rc20"
-_VLLM, _SGLANG = "vllm/0.24.0", "sglang/0.5.14"
+_VLLM, _SGLANG, _SGLANG_ON_AMPERE = "vllm/0.24.0", "sglang/0.5.14", "sglang/0.5.10"
 _LINEAR = "torch.nn.functional.linear (cuBLAS)"
 _BY_BLOCK = "TensorRT-LLM, scales by block"
 # Kernels of experts.
@@ -64,17 +70,19 @@ def laws_of(card: Card) -> list[Law]:
     """Of all kinds and types that its tables have."""
     match card.generation:
         case Generation.HOPPER:
-            return [*_hopper(card), _memory(card), *_serving_attention(card)]
+            laws = [*_hopper(card), _memory(card), *_serving_attention(card)]
+            return [*laws, *_states(card), *_indexed(card)]
         case Generation.BLACKWELL:
-            return [*_blackwell(card), _memory(card), *_serving_attention(card)]
+            laws = [*_blackwell(card), _memory(card), *_serving_attention(card)]
+            return [*laws, *_states(card), *_indexed(card)]
         case Generation.AMPERE:
-            return [*_ampere(card), *_latent(card, "1.0.0")]
+            return [*_ampere(card), *_latent(card, "1.0.0"), *_states_on_ampere(card)]
         case Generation.ADA:
             laws = [*_ada(card), *_attention_with_windows(card), *_latent(card, "1.0.0")]
         case Generation.RTX_BLACKWELL:
             laws = [*_rtx_blackwell(card), *_attention_with_windows(card)]
             laws += _latent(card, "1.3.0rc20")
-    return [*laws, _memory(card)]
+    return [*laws, _memory(card), *_states(card)]
 
 
 def _gemm(card: Card, dtype: str, engine: str, rows: str, what: str) -> Law:
@@ -207,7 +215,7 @@ def _deepgemm(card: Card) -> Law:
 
 
 def _ampere(card: Card) -> list[Law]:
-    engine, vllm = "sglang/0.5.10", "vllm/0.14.0"
+    engine, vllm = _SGLANG_ON_AMPERE, "vllm/0.14.0"
     alone = {"moe_ep_size": _OF_ONE_RANK, "inter_size": _GATED}
     triton = engine, _TRITON, "bfloat16"
     return [
@@ -371,3 +379,83 @@ def _latent(card: Card, version: str) -> list[Law]:
             Law(OpKind.LATENT_DECODE, dtype, (decode,), axes["latent_decode"], in_latent),
         ]
     return laws
+
+
+_CHUNKED = "{} of prompts, SGLang's kernels in Triton; float32 states"
+_STEPPED = "{} of single tokens, SGLang's packed kernel in Triton; float32 states"
+
+
+def _states(card: Card) -> list[Law]:
+    """Delta rules and the convolutions before them; of Mamba-2 no scan was timed."""
+    gated = f"{card.folder}/linear_attention/{_SGLANG}/gdn_perf.parquet"
+    kimi = f"{card.folder}/kda/sglang/0.5.16/kda_perf.parquet"
+    prefill, decode = (axes_of(card.generation)[f"state_{each}"] for each in ("prefill", "decode"))
+    laws = [_convolution(card, gated)]
+    for kind, title, path, chunked, packed in (
+        (
+            "gated_delta",
+            "Gated DeltaNet",
+            gated,
+            "chunk_gated_delta_rule",
+            "fused_recurrent_gated_delta_rule_packed_decode",
+        ),
+        (
+            "kimi_delta",
+            "Kimi Delta Attention",
+            kimi,
+            "chunk_kda",
+            "fused_recurrent_kda_packed_decode",
+        ),
+    ):
+        of_prompts = state_rows(kind, path, chunked, is_prefill=True)
+        of_tokens = state_rows(kind, path, packed, is_prefill=False)
+        kinds = [OpKind(f"{kind}_{phase}") for phase in ("prefill", "decode")]
+        laws += [
+            Law(kinds[0], "bfloat16", (of_prompts,), prefill, _CHUNKED.format(title)),
+            Law(kinds[1], "bfloat16", (of_tokens,), decode, _STEPPED.format(title)),
+        ]
+    return laws
+
+
+def _states_on_ampere(card: Card) -> list[Law]:
+    """Single tokens; rows of convolutions contradict each other, and prompts were not timed."""
+    path = f"{card.folder}/linear_attention/{_SGLANG_ON_AMPERE}/gdn_perf.parquet"
+    kernel = "fused_recurrent_gated_delta_rule"
+    rows = state_rows("gated_delta", path, kernel, is_prefill=False)
+    axes = axes_of(card.generation)["state_decode"]
+    what = _STEPPED.format("Gated DeltaNet").replace("packed ", "")
+    return [Law(OpKind.GATED_DELTA_DECODE, "bfloat16", (rows,), axes, what)]
+
+
+def _convolution(card: Card, path: str) -> Law:
+    lengths = tuple(2**power for power in range(4, 16))
+    sources = (
+        convolution_rows(path, "causal_conv1d_fn", lengths),
+        convolution_rows(path, "causal_conv1d_update", (1,)),
+    )
+    what = "causal convolutions of four tokens, SGLang's"
+    axes = axes_of(card.generation)["convolution"]
+    return Law(OpKind.CONVOLUTION, "bfloat16", sources, axes, what)
+
+
+def _indexed(card: Card) -> list[Law]:
+    """An indexer's scores, the choice of the best, and attention of prompts to these; of GLM-5.
+
+    The kernel of attention computes 64 heads at least, on Blackwell 128.
+    """
+    folder = f"{card.folder}/sparse_attention/{_SGLANG}"
+    path = f"{folder}/glm5_{{}}_module_perf.parquet"
+    paged = index_decode_rows(f"{folder}/dsv4_paged_mqa_logits_module_perf.parquet")
+    decode = "DeepGEMM's fp8_paged_mqa_logits"
+    axes = axes_of(card.generation)
+    heads = (64.0, 128.0) if card.generation is Generation.BLACKWELL else (64.0,)
+    attention = tuple(sparse_rows(path.format("dsa_attn"), each) for each in heads)
+    scored, chosen = index_rows(path.format("mqa_logits")), choose_rows(path.format("topk"))
+    padded = "; 64 heads are computed as 128" if len(heads) > 1 else ""
+    what = f"FlashMLA's kernel of prompts over chosen positions{padded}"
+    return [
+        Law(OpKind.INDEX, "float8", (scored,), axes["index"], "DeepGEMM's fp8_mqa_logits"),
+        Law(OpKind.INDEX_DECODE, "float8", (paged,), axes["index_decode"], decode),
+        Law(OpKind.CHOOSE, "float8", (chosen,), axes["choose"], "SGLang's fused top-k"),
+        Law(OpKind.SPARSE, "bfloat16", attention, axes["sparse"], what),
+    ]

@@ -85,7 +85,7 @@ def model_of(name: str) -> ModelConfig:
         return from_hf(_MODEL, name)
     path = _PATHS.get(name, name)
     file = tables_package() / "model_configs" / f"{path.replace('/', '--')}_config.json"
-    return from_hf(json.loads(file.read_text(encoding="utf-8")), path)
+    return from_hf(json.loads(file.read_text(encoding="utf-8")), path, weights=False)
 
 
 def tables_package() -> Path:

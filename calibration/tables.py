@@ -48,6 +48,8 @@ class Table:
         size: of every row; FLOPs or bytes, whatever orders rows by how much they do.
         unit_s: seconds of one unit of `latency`.
         latency: name of the column with times.
+        without: columns that follow from others.
+        at_least: times, in its unit, below which a row has nothing in it.
     """
 
     path: str
@@ -55,6 +57,8 @@ class Table:
     size: Callable[[Columns], Array]
     unit_s: float = 1e-3
     latency: str = "latency"
+    without: tuple[str, ...] = ()
+    at_least: float = 0.0
 
 
 def read(table: Table, part: Part) -> Columns:
@@ -87,12 +91,15 @@ def _read_file(table: Table, part: Part) -> Columns:
         (column, "in", value) if isinstance(value, tuple) else (column, "=", value)
         for column, value in table.where.items()
     ]
+    if table.at_least:
+        filters.append((table.latency, ">", table.at_least))
     if "distribution" in schema.names:
         filters.append(("distribution", "not in" if part is Part.SKEWED else "in", _BALANCED))
     numbers = [
         field.name
         for field in schema
-        if types.is_integer(field.type) or types.is_floating(field.type)
+        if (types.is_integer(field.type) or types.is_floating(field.type))
+        and field.name not in table.without
     ]
     is_skewed = part is Part.SKEWED
     names = [*numbers, "distribution"] if is_skewed else numbers

@@ -19,8 +19,8 @@ from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.operation import (
+    OF_MIXERS,
     SIZES,
-    WITHOUT_LAWS,
     HandOver,
     NumberTypes,
     OpKind,
@@ -37,7 +37,7 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Stage
 
-_MEASURED = set(OpKind) - set(WITHOUT_LAWS)
+_MEASURED = set(OpKind) - set(OF_MIXERS)
 TINY = replace(
     CPU_GRID,
     gemm_m=(1, 16),

@@ -25,7 +25,7 @@ from expertlane.cost.laws.profile import Execution, ModelledCluster, Term, read_
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
-from expertlane.cost.step.operation import NumberTypes, OpKind
+from expertlane.cost.step.operation import OF_MIXERS, NumberTypes, OpKind
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -71,7 +71,8 @@ def test_a_family_of_kernels_takes_its_factor_and_no_other_does(name, factor):
     profile = scaled(H100, by(**{name: factor}))
     for law, surface in H100.surfaces.items():
         kind = law.partition(".")[0]
-        is_own = (name == "attention" and ("attention" in kind or "latent" in kind)) or kind == name
+        mixes = kind in OF_MIXERS or "attention" in kind or "latent" in kind
+        is_own = (name == "attention" and mixes) or kind == name
         change = profile.surfaces[law].correction - surface.correction
         assert change == pytest.approx(log(factor) if is_own else 0.0)
         assert (profile.surfaces[law].basis is Basis.FITTED) or not is_own

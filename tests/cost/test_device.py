@@ -7,14 +7,15 @@ import pytest
 
 from cli.screen import telling, tells
 from expertlane.cost.laws import shipped_profiles
-from expertlane.cost.laws.device import DeviceModel, stand_ins
+from expertlane.cost.laws.device import DeviceModel, has_law, stand_ins
 from expertlane.cost.laws.profile import Device, Profile, Term, read_profile
 from expertlane.cost.laws.times import Basis, Surface
 from expertlane.cost.step.operation import (
     ATTENTION,
+    BYTES_ALONE,
     ITEM_BYTES,
     SIZES,
-    WITHOUT_LAWS,
+    STATES,
     NumberTypes,
     OpKind,
 )
@@ -70,7 +71,7 @@ _ONE_OF_EACH = {
         "query_key_pairs": 2048.0 * 64,
         "tokens": 64.0,
         "positions": 8192.0,
-        "heads": 16.0,
+        "heads": 64.0,
         "key_dim": 576.0,
         "value_dim": 512.0,
     },
@@ -81,15 +82,29 @@ _ONE_OF_EACH = {
         "heads": 64.0,
         "head_dim": 128.0,
     },
-    OpKind.STATE: {
-        "seqs": 8.0,
+    OpKind.INDEX_DECODE: {
+        "query_key_pairs": 8192.0,
         "tokens": 64.0,
-        "state_values": 32 * 128 * 128.0,
-        "token_flops": 6 * 32 * 128 * 128.0,
-        "token_values": 12_352.0,
+        "positions": 8192.0,
+        "heads": 64.0,
+        "head_dim": 128.0,
+    },
+    OpKind.CHOOSE: {"query_key_pairs": 8192.0 * 64, "tokens": 64.0, "topk": 2048.0},
+    OpKind.CONVOLUTION: {"seqs": 8.0, "tokens": 64.0, "channels": 8192.0, "kernel": 4.0},
+    **{
+        kind: {
+            "seqs": 8.0,
+            "tokens": 64.0,
+            "state_values": 32 * 128 * 128.0,
+            "token_flops": 6 * 32 * 128 * 128.0,
+            "token_values": 12_352.0,
+        }
+        for kind in STATES
     },
     OpKind.MEMORY: {"bytes": 1e6},
 }
+_OF_INDEXERS = (OpKind.INDEX, OpKind.INDEX_DECODE)  # in float8 alone
+_UNMEASURED = (OpKind.MAMBA2_PREFILL, OpKind.MAMBA2_DECODE)
 # What there is none of, by kind, where a rank has nothing to do.
 _EMPTY = {
     OpKind.GEMM: ("m",),
@@ -100,7 +115,10 @@ _EMPTY = {
     OpKind.LATENT_DECODE: ("seqs", "positions"),
     OpKind.SPARSE: ("seqs", "query_key_pairs", "tokens", "positions"),
     OpKind.INDEX: ("query_key_pairs", "tokens", "positions"),
-    OpKind.STATE: ("seqs", "tokens"),
+    OpKind.INDEX_DECODE: ("query_key_pairs", "tokens", "positions"),
+    OpKind.CHOOSE: ("query_key_pairs", "tokens"),
+    OpKind.CONVOLUTION: ("seqs", "tokens"),
+    **dict.fromkeys(STATES, ("seqs", "tokens")),
     OpKind.MEMORY: ("bytes",),
 }
 
@@ -173,7 +191,7 @@ def test_nothing_to_do_takes_no_time(h100, kind, dtype):
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in OpKind if kind not in (*WITHOUT_LAWS, OpKind.MEMORY)]
+    "kind", [kind for kind in OpKind if kind not in (*_UNMEASURED, *BYTES_ALONE, *_OF_INDEXERS)]
 )
 def test_float16_stands_on_bfloat16_as_a_wider_bound(h100, kind):
     known = h100.times(kind, "bfloat16", _ONE_OF_EACH[kind])
@@ -208,7 +226,10 @@ _GROWING = {
     OpKind.LATENT_DECODE: ("seqs", "positions"),
     OpKind.SPARSE: ("seqs", "query_key_pairs", "tokens", "positions"),
     OpKind.INDEX: ("query_key_pairs", "tokens", "positions"),
-    OpKind.STATE: ("seqs", "tokens"),
+    OpKind.INDEX_DECODE: ("query_key_pairs", "tokens", "positions"),
+    OpKind.CHOOSE: ("query_key_pairs", "tokens"),
+    OpKind.CONVOLUTION: ("seqs", "tokens"),
+    **dict.fromkeys(STATES, ("seqs", "tokens")),
     OpKind.MEMORY: ("bytes",),
 }
 
@@ -230,6 +251,37 @@ def test_more_work_is_never_much_faster(name, kind):
     for dtype in fitted - {"float16", "float32"}:
         seconds = DeviceModel(profile).times(kind, dtype, grown).seconds
         assert np.all(seconds[1:] > 0.85 * seconds[:-1]), dtype
+
+
+def test_without_a_law_of_its_own_a_convolution_is_priced_as_bytes_moved():
+    laws = {"memory": Surface({}, np.array(0.0), 1, 1, Basis.MEASURED, "toy")}
+    model = DeviceModel(replace(_TOY, surfaces=laws))
+    sizes = {"seqs": 2.0, "tokens": 100.0, "channels": 1000.0, "kernel": 4.0}
+    times = model.times(OpKind.CONVOLUTION, "bfloat16", sizes)
+    assert times.seconds == pytest.approx(2 * 2 * 1000 * (100 + 2 * 3) / 1e9)
+    assert times.basis is Basis.MEASURED
+    own = Surface({}, np.array(np.log(3.0)), 1, 1, Basis.FITTED, "toy")
+    model = DeviceModel(replace(_TOY, surfaces={**laws, "convolution": own}))
+    assert model.times(OpKind.CONVOLUTION, "bfloat16", sizes).seconds == pytest.approx(
+        3 * times.seconds
+    )
+
+
+@pytest.mark.parametrize("name", [*_FITTED, "l4", "h100pcie", "a100pcie", "a30"])
+def test_delta_rules_have_laws_on_every_card_and_mamba_nowhere(name):
+    profile = read_profile(name)
+    for kind in STATES:
+        assert has_law(profile, kind, "bfloat16") is (kind not in _UNMEASURED), kind
+    assert not has_law(_TOY, OpKind.GATED_DELTA_DECODE, "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["h100", "b200"])
+def test_long_prompts_through_states_take_about_as_long_as_their_tokens(name):
+    model = DeviceModel(read_profile(name))
+    sizes = {**_ONE_OF_EACH[OpKind.GATED_DELTA_PREFILL], "seqs": 1.0}
+    sizes |= {"tokens": np.array([8192.0, 16384.0]), "token_flops": 32 * 2 * 77_824.0}
+    one, two = model.times(OpKind.GATED_DELTA_PREFILL, "bfloat16", sizes).seconds
+    assert 1.6 * one < two < 2.4 * one
 
 
 def test_measurements_that_stand_in_for_a_type_are_named():

@@ -34,6 +34,11 @@ ROOT = Path(__file__).parents[2]
 LATENT = from_hf(DEEPSEEK, "DeepSeek-V3")
 PLAIN = MIXED.with_overrides(dense_layers=(), sliding_window=())
 SINKS = PLAIN.with_overrides(attention_sinks=True)
+_MIXERS = json.loads((ROOT / "tests/spec/published_mixers.json").read_text(encoding="utf-8"))
+STATES, CHOSEN = (
+    from_hf(_MIXERS[name], name, weights=False) for name in ("qwen3.5-397b-a17b", "deepseek-v3.2")
+)
+_OF_ATTENTION = {"latent": LATENT, "sinks": SINKS, "grouped": PLAIN, "states": STATES}
 
 
 def test_calibrated_rows_are_those_measured():
@@ -61,7 +66,7 @@ def test_a_profile_measured_on_its_machine():
 @pytest.mark.parametrize("group", judged_groups(), ids=str)
 def test_a_group_is_told_of_its_own_kind(group):
     layers, hidden, experts = group.sizes
-    base = {"latent": LATENT, "sinks": SINKS, "grouped": PLAIN}[group.attention]
+    base = _OF_ATTENTION[group.attention]
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_experts": experts}
     model = base.with_overrides(**sizes)
     kind = Served(model, group.weights, group.has_two_pools, group.has_drafts)
@@ -79,6 +84,14 @@ def test_a_group_is_told_of_its_own_kind(group):
     assert known.is_own_kind is bool(group.framework)
     for low, high in (known.tpot, known.output, known.ttft):
         assert 0 < low <= 1 <= high > low
+
+
+def test_sparse_attention_is_not_judged_by_rows_of_dense():
+    """DeepSeek-V3.2 has the layers, width and experts of DeepSeek-R1."""
+    profile = read_profile("h200")
+    assert judged(profile, Served(LATENT, "float8")) is not None
+    assert judged(profile, Served(CHOSEN, "float8")) is None
+    assert not nearest(profile, Served(CHOSEN, "float8")).is_own_kind
 
 
 def test_what_was_not_judged():
@@ -101,6 +114,9 @@ def test_what_was_not_judged():
         ("h100", "bfloat16", MIXED, "Qwen3-235B, H100, float8, aggregated"),
         ("h100", "mxfp4", SINKS, "gpt-oss-120b, H100, mxfp4, aggregated"),
         ("gb300", "float8", LATENT, "DeepSeek-R1, GB300, float8, disaggregated"),
+        ("b200", "bfloat16", STATES, "Qwen3.5-397B, B200, bfloat16, aggregated"),
+        ("h200", "float8", STATES, "Qwen3.5-397B, B"),
+        ("h200", "float8", CHOSEN, "DeepSeek-R1, H200, float8, aggregated"),
     ],
 )
 def test_the_nearest_kind_is_of_like_attention_then_of_the_card(card, weights, model, what):

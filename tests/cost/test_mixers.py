@@ -121,7 +121,7 @@ def test_a_stage_of_states_alone_holds_those_of_all_sequences():
 def test_one_token_reads_and_writes_each_state_once():
     model = _model("qwen3-next-80b-a3b")
     operations = _operations(model, "state", 3, 1, 1000)
-    (state,) = (each for each in operations if each.kind is OpKind.STATE)
+    (state,) = (each for each in operations if each.kind is OpKind.GATED_DELTA_DECODE)
     assert state.kv_bytes[0] == 2 * 3 * 32 * 128 * 128 * 4
     assert state.flops[0] == 3 * 32 * 6 * 128 * 128
     longer = _operations(model, "state", 3, 1, 100_000)
@@ -132,8 +132,8 @@ def test_an_indexer_scores_all_and_attention_sees_few():
     model = _model("deepseek-v3.2")
     for num_cached in (1000, 50_000):
         ops = _operations(model, "attention", 2, 1, num_cached)
-        (index,) = (each for each in ops if each.kind is OpKind.INDEX)
-        (sparse,) = (each for each in ops if each.kind is OpKind.SPARSE)
+        (index,) = (each for each in ops if each.kind is OpKind.INDEX_DECODE)
+        (sparse,) = (each for each in ops if each.kind is OpKind.LATENT_DECODE)
         seen = num_cached + 1
         assert index.flops[0] == 2 * 2 * seen * 64 * 128
         assert index.kv_bytes[0] == 2 * seen * 132
@@ -141,6 +141,18 @@ def test_an_indexer_scores_all_and_attention_sees_few():
     prompt = _operations(model, "attention", 1, 4096)
     (sparse,) = (each for each in prompt if each.kind is OpKind.SPARSE)
     assert sparse.sizes["query_key_pairs"][0] == 2048 * 2049 // 2 + 2048 * 2048
+    few = _operations(model, "attention", 1, 4096, tp=16)  # its kernel computes 64 heads at least
+    assert [each.sizes["heads"] for each in few if each.kind is OpKind.SPARSE] == [64.0]
+
+
+def test_prompts_that_an_indexer_would_take_whole_are_neither_scored_nor_sparse():
+    model = _model("deepseek-v3.2")
+    kinds = {each.kind for each in _operations(model, "attention", 2, 1024, 1024)}
+    assert OpKind.LATENT_PREFILL in kinds
+    assert not kinds & {OpKind.INDEX, OpKind.CHOOSE, OpKind.SPARSE}
+    longer = {each.kind for each in _operations(model, "attention", 2, 1024, 1025)}
+    assert OpKind.LATENT_PREFILL not in longer
+    assert {OpKind.INDEX, OpKind.CHOOSE, OpKind.SPARSE} <= longer
 
 
 def test_chunks_take_more_than_single_tokens():
@@ -203,6 +215,7 @@ def test_flops_of_an_indexer_are_those_of_transformers():
     from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek
 
     model, num = _model("deepseek-v3.2"), 64
+    model = model.with_overrides(indexer=replace(model.indexer, topk=16))  # else none is scored
     with torch.device("meta"):
         indexer = deepseek.DeepseekV32Indexer(deepseek.DeepseekV32Config(), 0)
     shape = {"device": "meta"}

@@ -163,12 +163,13 @@ class Case:
     """A command line without `--out`.
 
     Attributes:
+        source: "published" for plans of published models, of which the answer alone is kept.
         is_quick: whether `make test` runs it.
     """
 
     name: str
     arguments: str
-    source: Literal["measured", "projected"] = "projected"
+    source: Literal["measured", "projected", "published"] = "projected"
     is_quick: bool = False
 
     @property
@@ -312,7 +313,31 @@ MEASURED = (
         "measured",
     ),
 )
-CASES = PROJECTED + MEASURED
+# Published models that are planned on both clusters, and what is asked besides.
+PUBLISHED_MODELS = {
+    "qwen3-next-80b-a3b": "",
+    "qwen3.5-397b-a17b": "",
+    "deepseek-v3.2": "",
+    "glm-5": " --dtype float8",
+    "kimi-linear-48b-a3b": "",
+    "granite-4.0-h-small": "",
+    "nemotron-3-nano-30b-a3b": "",
+    "nemotron-3-super-120b-a12b": "",
+    "llama-4-maverick-17b-128e": "",
+    "llama-4-scout-17b-16e": "",
+    "deepseek-r1": "",
+    "gpt-oss-120b": "",
+}
+PUBLISHED = tuple(
+    Case(
+        f"plan {name} {cluster}",
+        f"plan ./{name} --cluster {cluster}{asked}",
+        "published",
+    )
+    for name, asked in PUBLISHED_MODELS.items()
+    for cluster in ("h200x8", "gb200x72")
+)
+CASES = PROJECTED + MEASURED + PUBLISHED
 
 
 def prepare(folder: Path) -> None:
@@ -326,6 +351,9 @@ def prepare(folder: Path) -> None:
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config))
         _write_experiment(folder / f"{name}.toml", _LONG.format(name=name), deployments)
+    for name in PUBLISHED_MODELS:
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(_published(name)))
     tiny = _TINY.format(name="tiny", model='preset = "paper-tiny"')
     _write_experiment(folder / "tiny.toml", tiny, TINY_DEPLOYMENTS)
     drawn = _TINY.format(name="checkpoint", model='checkpoint = "drawn"')
@@ -342,3 +370,15 @@ def _write_experiment(path: Path, head: str, deployments: dict[str, dict[str, An
         for name, each in deployments.items()
     ]
     path.write_text(head + "".join(tables), encoding="utf-8")
+
+
+def _published(name: str) -> dict[str, Any]:
+    """A config.json as its authors published it; DeepSeek-R1's is DeepSeek-V3's."""
+    of_name: dict[str, dict[str, Any]] = {}
+    for file in ("published.json", "published_mixers.json"):
+        of_name |= json.loads((HERE.parent / "spec" / file).read_text(encoding="utf-8"))
+    if name == "gpt-oss-120b":
+        smaller = of_name["gpt-oss-20b"]
+        types = {"layer_types": smaller["layer_types"][:2] * 18}
+        return smaller | types | {"num_hidden_layers": 36, "num_local_experts": 128}
+    return of_name["deepseek-v3" if name == "deepseek-r1" else name]

@@ -61,6 +61,12 @@ def projected(results: Json) -> Columns:
     return columns(_shortened(_without(results, lambda key: key in MADE_BY)))
 
 
+def published(results: Json) -> Columns:
+    """Columns of a plan's answer: its best three deployments, without the parts of their steps."""
+    best = [_without(each, lambda key: key == "steps") for each in results["deployments"][:3]]
+    return projected({**results, "deployments": best})
+
+
 def measured(results: Json) -> Columns:
     """Columns of a measured comparison: its structure, and what does not depend on time."""
     kept = {

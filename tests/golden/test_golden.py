@@ -28,7 +28,7 @@ def test_results_are_those_of_the_golden_file(case, folder):
 
 
 def test_golden_files_hold_the_cases_and_no_others():
-    for source in ("measured", "projected"):
+    for source in ("measured", "projected", "published"):
         names = {case.name for case in CASES if case.source == source}
         assert set(read_golden(source)) == names
 

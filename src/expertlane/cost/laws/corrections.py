@@ -49,7 +49,7 @@ from expertlane.cost.laws.profile import (
     Term,
 )
 from expertlane.cost.laws.times import WIDER_PER_DOUBLING, Basis, Surface
-from expertlane.cost.step.operation import ATTENTION, WITHOUT_LAWS, OpKind
+from expertlane.cost.step.operation import ATTENTION, OF_MIXERS, OpKind
 from expertlane.errors import SpecError, naming
 from expertlane.spec.files import CONFIG_BYTES, build, read_toml, write_text
 from expertlane.spec.names import Link
@@ -99,7 +99,7 @@ _LABELS = {
 }
 LINKS = Assumed.INTRA_NODE, Assumed.INTER_NODE, Assumed.LATENCY
 KERNELS = {
-    **{kind: Assumed.ATTENTION for kind in ATTENTION if kind not in WITHOUT_LAWS},
+    **dict.fromkeys((*ATTENTION, *OF_MIXERS), Assumed.ATTENTION),
     OpKind.GEMM: Assumed.GEMM,
     OpKind.EXPERTS: Assumed.EXPERTS,
     OpKind.MEMORY: Assumed.MEMORY,
@@ -344,7 +344,8 @@ def assumed_of(law: str) -> Assumed:
 def _surfaces(profile: Profile, corrections: Mapping[Assumed, Correction]) -> dict[str, Surface]:
     laws = dict(profile.surfaces)
     for kind, assumed in KERNELS.items():
-        if assumed in corrections:  # for number types without a measured law
+        # For number types without a measured law; mixers without one stay between their bounds.
+        if assumed in corrections and kind not in OF_MIXERS:
             laws.setdefault(str(kind), assumed_law())
     return {name: _surface(law, assumed_of(name), corrections) for name, law in laws.items()}
 

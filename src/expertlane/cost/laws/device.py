@@ -22,8 +22,10 @@ from expertlane.cost.laws.profile import Device, Profile
 from expertlane.cost.laws.times import Basis, Surface, Times, where
 from expertlane.cost.step.operation import (
     ATTENTION,
+    BYTES_ALONE,
     ITEM_BYTES,
     SIZES,
+    STATES,
     WEIGHT_BYTES,
     Floats,
     NumberTypes,
@@ -36,6 +38,8 @@ from expertlane.spec.model import ModelConfig
 
 Sizes = Mapping[str, Floats | float]
 
+_SCORE_BYTES = 4  # of an indexer's score of a position, a float32
+_POSITION_BYTES = 4  # of a chosen position, an int32
 _Work = tuple[Floats | float, dict[str, Floats | float]]  # bytes, and `Roofline.at`
 
 
@@ -77,7 +81,7 @@ def roofline(
     """
     num_bytes, at = _WORK[kind](sizes, _item_bytes(kind, dtype))
     memory_s = np.asarray(num_bytes) / device.memory_bytes_per_s
-    if kind is OpKind.MEMORY:
+    if kind in BYTES_ALONE:
         busy_s = np.where(memory_s > 0, memory_s + floor_s, 0.0)
         return Roofline(busy_s, at, np.zeros_like(busy_s), memory_s)
     compute_s = np.asarray(flops_of(kind, sizes)) / peak_flops_per_s(device, kind, dtype)
@@ -166,21 +170,43 @@ def _sparse(sizes: Sizes, item: float) -> _Work:
     """Chosen positions are read once, however many tokens chose them: the least."""
     tokens, heads, key_dim = sizes["tokens"], sizes["heads"], sizes["key_dim"]
     rows = max(item, 2) * tokens * heads * (key_dim + sizes["value_dim"])
-    return item * sizes["positions"] * key_dim + rows, {"tokens": tokens}
+    at = {"tokens": tokens, "keys_per_query": _keys_per_query(sizes), "heads": heads}
+    return item * sizes["positions"] * key_dim + rows, at
+
+
+def _keys_per_query(sizes: Sizes) -> Floats | float:
+    return sizes["query_key_pairs"] / np.maximum(sizes["tokens"], 1)
 
 
 def _index(sizes: Sizes, item: float) -> _Work:
-    """Keys of one byte, each with a scale, and the queries."""
+    """Keys of one byte, each with a scale, and the queries in; scores out."""
     tokens, head_dim = sizes["tokens"], sizes["head_dim"]
     read = sizes["positions"] * (head_dim + INDEX_SCALE_BYTES)
-    return read + tokens * sizes["heads"] * head_dim, {"tokens": tokens}
+    read = read + tokens * sizes["heads"] * head_dim
+    at = {"tokens": tokens, "keys_per_query": _keys_per_query(sizes)}
+    return read + _SCORE_BYTES * sizes["query_key_pairs"], at
+
+
+def _choose(sizes: Sizes, item: float) -> _Work:
+    """Scores in, positions out."""
+    pairs, tokens = sizes["query_key_pairs"], sizes["tokens"]
+    moved = _SCORE_BYTES * pairs + _POSITION_BYTES * tokens * sizes["topk"]
+    return moved, {"tokens": tokens, "keys_per_query": _keys_per_query(sizes), "bytes": moved}
+
+
+def _convolution(sizes: Sizes, item: float) -> _Work:
+    """Inputs and outputs, and each sequence's latest inputs read and written."""
+    seqs, tokens = sizes["seqs"], sizes["tokens"]
+    moved = 2 * max(item, 2) * sizes["channels"] * (tokens + seqs * (sizes["kernel"] - 1))
+    return moved, {"bytes": moved, "tokens_per_seq": tokens / np.maximum(seqs, 1)}
 
 
 def _state(sizes: Sizes, item: float) -> _Work:
     """The state is read and written once a step."""
-    moved = 2 * STATE_BYTES * sizes["seqs"] * sizes["state_values"]
-    moved = moved + max(item, 2) * sizes["tokens"] * sizes["token_values"]
-    return moved, {"tokens": sizes["tokens"]}
+    tokens, values = sizes["tokens"], sizes["seqs"] * sizes["state_values"]
+    moved = 2 * STATE_BYTES * values + max(item, 2) * tokens * sizes["token_values"]
+    tokens_per_seq = tokens / np.maximum(sizes["seqs"], 1)
+    return moved, {"state_values": values, "tokens_per_seq": tokens_per_seq}
 
 
 _WORK: dict[OpKind, Callable[[Sizes, float], _Work]] = {
@@ -189,7 +215,10 @@ _WORK: dict[OpKind, Callable[[Sizes, float], _Work]] = {
     **dict.fromkeys(ATTENTION, _attention),
     OpKind.SPARSE: _sparse,
     OpKind.INDEX: _index,
-    OpKind.STATE: _state,
+    OpKind.INDEX_DECODE: _index,
+    OpKind.CHOOSE: _choose,
+    OpKind.CONVOLUTION: _convolution,
+    **dict.fromkeys(STATES, _state),
     OpKind.MEMORY: _memory,
 }
 
@@ -294,6 +323,8 @@ class DeviceModel:
         return self._libraries[begin]
 
     def _law(self, kind: OpKind, dtype: str) -> tuple[Surface, float]:
+        if kind in BYTES_ALONE and not has_law(self._profile, kind, dtype):
+            kind = OpKind.MEMORY
         types = ITEM_BYTES if kind in ATTENTION else WEIGHT_BYTES
         if dtype not in types:
             raise SpecError(f"{dtype} is not priced; known types are {', '.join(types)}")
@@ -339,14 +370,34 @@ def assumed_law() -> Surface:
     )
 
 
+def has_law(profile: Profile, kind: OpKind, dtype: str) -> bool:
+    """True if something was measured for a kind of operation: of this type, its twin, or any."""
+    names = f"{kind}.{dtype}", f"{kind}.{_SAME_WIDTH.get(dtype, '')}", str(kind)
+    return any(name in profile.surfaces for name in names)
+
+
 def stand_ins(profile: Profile, types: NumberTypes, model: ModelConfig) -> Iterator[str]:
     """Sentences on laws by other measurements than a reader would expect, or by none."""
-    unknown = [] if model.state is None else [model.state.title]
-    unknown += [] if model.indexer is None else ["Sparse attention and its indexer"]
+    parts: list[tuple[str, OpKind, str]] = []
+    if model.state is not None:
+        kinds = (OpKind(f"{model.state.kind}_{phase}") for phase in ("prefill", "decode"))
+        parts += [(model.state.title, kind, types.activations) for kind in kinds]
+    if model.indexer is not None:
+        cached = f"Sparse attention of prompts over a {types.kv} cache"
+        scored = f"Scores of an indexer in {types.index_type}"
+        parts.append((cached, OpKind.SPARSE, types.kv))
+        both = (OpKind.INDEX, OpKind.INDEX_DECODE)
+        parts += [(scored, kind, types.index_type) for kind in both]
+    unknown = [title for title, kind, dtype in parts if not has_law(profile, kind, dtype)]
     if unknown:
         yield (
-            f"{' and '.join(unknown)}: nothing was measured; times are between the roofline of "
-            f"{profile.device.name} and {1 / _LEAST_EFFICIENCY:g} times that."
+            f"{' and '.join(dict.fromkeys(unknown))}: nothing was measured; times are between the "
+            f"roofline of {profile.device.name} and {1 / _LEAST_EFFICIENCY:g} times that."
+        )
+    if model.indexer is not None:
+        yield (
+            "Decoding over the positions that an indexer chose is priced as latent attention to as "
+            "many."
         )
     laws, twin = profile.surfaces, _SAME_WIDTH.get(types.activations, "")
     own, other = (f"{OpKind.DECODE_ATTENTION}.{dtype}" for dtype in (types.activations, twin))

@@ -36,7 +36,11 @@ _GENERATIONS = {
 _RANKS_PER_HOST = 8
 _STAGES = (0, 1, 2, 3, 5)  # lengths of a kind's prefixes that have numbers of their own
 
-Attention = Literal["latent", "grouped", "sinks"]
+Attention = Literal["latent", "chosen", "grouped", "sinks", "states"]
+_ALIKE: tuple[frozenset[Attention], ...] = (
+    frozenset({"grouped", "sinks"}),
+    frozenset({"latent", "chosen"}),
+)
 Ratios = tuple[float, float]  # a low and a high one
 
 
@@ -90,7 +94,7 @@ class JudgedGroup(Strict):
             and 95th percentile, or 1.
         model: the model that was measured.
         sizes: its layers, hidden size, and experts.
-        attention: its kind: with latents, of queries in groups, or such with sinks.
+        attention: its kind, as `attention_of` has it.
         dates: dates of the first and the last measurement; "" where unknown.
         most_ranks: ranks of the largest replica, or pool's replica, that was measured.
     """
@@ -283,7 +287,7 @@ def judged(profile: Profile, served: Served) -> Judged | None:
     if _is_measured(profile):
         return CALIBRATED
     for each in judged_groups():
-        is_kind = not any(_differences(each, profile, served)[1:])
+        is_kind = not any(_differences(each, profile, served))
         if is_kind and served.num_ranks <= each.most_ranks:
             return Judged(f"TPOT of {_what(each)}", each.num_rows, each.tpot)
     return None
@@ -299,9 +303,12 @@ def sizes_of(model: ModelConfig) -> tuple[int, int, int]:
 
 
 def attention_of(model: ModelConfig) -> Attention:
-    """Attention with latents, with sinks, or of grouped queries."""
+    """Beside states in other layers; with latents, of all positions or of chosen ones; with sinks;
+    or of grouped queries alone."""
+    if model.state is not None:
+        return "states"
     if model.latent is not None:
-        return "latent"
+        return "latent" if model.indexer is None else "chosen"
     return "sinks" if model.attention_sinks else "grouped"
 
 
@@ -335,22 +342,17 @@ def _differences(group: JudgedGroup, profile: Profile, served: Served) -> tuple[
     """Differences of a judged kind from what is served, the gravest first; 0 where alike."""
     attention = attention_of(served.model)
     is_of_generation = generation_of(profile.name) == generation_of(group.hardware)
-    is_latent = "latent" in (group.attention, attention)
+    is_alike = any({group.attention, attention} <= kinds for kinds in _ALIKE)
     return (
-        0 if group.attention == attention else 2 if is_latent else 1,
+        0 if group.attention == attention else 1 if is_alike else 2,
         0 if group.hardware == profile.name else 1 if is_of_generation else 2,
-        group.sizes != sizes_of(served.model) or _has_more_than_attention(served.model),
+        group.sizes != sizes_of(served.model),
         bool(group.framework) != bool(profile.framework),
         group.framework != profile.framework,
         group.weights != served.weights,
         group.has_two_pools != served.has_two_pools,
         group.has_drafts != served.has_drafts,
     )
-
-
-def _has_more_than_attention(model: ModelConfig) -> bool:
-    """True if it has mixers that no judged model has; its sizes may be those of one without."""
-    return model.state is not None or model.indexer is not None
 
 
 def _what(group: JudgedGroup) -> str:

@@ -20,7 +20,6 @@ from expertlane.spec.names import Stage
 
 _SQUARES_BYTES = 8  # of a token's query and key, one float32 each
 _SUM_BYTES = 4  # of a head's log-sum-exp, a float32
-_SCORE_BYTES = 4  # of an indexer's score of a position, a float32
 
 
 def mixer_steps(out: StepWriter, model: ModelConfig, mixing: Mixing, part: TokenSizes) -> None:
@@ -134,14 +133,13 @@ def _latent_sizes(
 ) -> tuple[AttentionSizes, AttentionSizes]:
     """Sizes of attention in the latent, and of prompts with keys and values expanded per head.
 
-    Where an indexer chooses what each token sees, all stay in the latent.
+    Where an indexer chooses what a token sees, it stays in the latent.
     """
     if model.indexer is not None:
-        sizes = part.attention(model.indexer.topk)
-        every = part.attention(None)  # tokens choose different positions: any may be read
-        positions = np.minimum(sizes.prefill_pairs, every.prefill_positions)
-        sizes = replace(sizes, prefill_positions=positions)
-        return sizes, replace(sizes, num_decode_groups=0, num_prefill_groups=0)
+        scored, chosen, dense = part.indexed_attention(model.indexer.topk)
+        # Tokens choose different positions: any may be read.
+        positions = np.minimum(chosen.prefill_pairs, scored.prefill_positions)
+        return replace(chosen, prefill_positions=positions), dense
     if not out.kernels.expands_all:
         return part.latent_attention(latent)
     sizes = part.attention(None)
@@ -158,43 +156,76 @@ def _index(out: StepWriter, model: ModelConfig, indexer: Indexer, part: TokenSiz
     out.gemm(Stage.ATTENTION, tokens, indexer.head_dim + indexer.num_heads, model.hidden_size)
     moved = 2 * (width + indexer.head_dim) * item + indexer.position_bytes
     out.memory(Stage.ATTENTION, tokens * moved, out.kernels.rotate + out.kernels.write)
-    sizes = part.attention(None)
-    pairs = sizes.prefill_pairs + sizes.decode_positions * sizes.num_queries
-    positions = sizes.prefill_positions + sizes.decode_positions
-    out.operation(
-        OpKind.INDEX,
-        Stage.ATTENTION,
-        {
-            "query_key_pairs": pairs,
-            "tokens": tokens,
-            "positions": positions,
-            "heads": indexer.num_heads,
-            "head_dim": indexer.head_dim,
-        },
-        kv_bytes=positions * indexer.position_bytes,
-        dtype=out.types.index_type,
-    )
-    out.memory(Stage.ATTENTION, pairs * (2 * _SCORE_BYTES), 1)  # written, and read to choose
+    sizes = part.indexed_attention(indexer.topk).scored
+    for kind, num_groups, new, pairs, positions in (
+        (
+            OpKind.INDEX,
+            sizes.num_prefill_groups,
+            sizes.prefill_tokens,
+            sizes.prefill_pairs,
+            sizes.prefill_positions,
+        ),
+        (
+            OpKind.INDEX_DECODE,
+            sizes.num_decode_groups,
+            sizes.decode_seqs * sizes.num_queries,
+            sizes.decode_positions * sizes.num_queries,
+            sizes.decode_positions,
+        ),
+    ):
+        if not num_groups:
+            continue
+        scored: dict[str, Ints | int] = {"query_key_pairs": pairs, "tokens": new}
+        out.operation(
+            kind,
+            Stage.ATTENTION,
+            {
+                **scored,
+                "positions": positions,
+                "heads": indexer.num_heads,
+                "head_dim": indexer.head_dim,
+            },
+            kv_bytes=positions * indexer.position_bytes,
+            dtype=out.types.index_type,
+        )
+        out.operation(OpKind.CHOOSE, Stage.ATTENTION, {**scored, "topk": indexer.topk})
 
 
 def _chosen(
     out: StepWriter, sizes: AttentionSizes, widths: dict[str, Ints | int], position_bytes: int
 ) -> None:
-    """Attention in the latent to the positions that an indexer chose."""
-    tokens = sizes.prefill_tokens + sizes.decode_seqs * sizes.num_queries
-    positions = sizes.prefill_positions + sizes.decode_positions
-    out.operation(
-        OpKind.SPARSE,
-        Stage.ATTENTION,
-        {
-            "seqs": sizes.prefill_seqs + sizes.decode_seqs,
-            "query_key_pairs": sizes.prefill_pairs + sizes.decode_positions * sizes.num_queries,
-            "tokens": tokens,
-            "positions": positions,
-            **widths,
-        },
-        kv_bytes=positions * position_bytes,
-    )
+    """Attention in the latent to the positions that an indexer chose.
+
+    Decodes take the kernels of latent attention, over a table of chosen positions in place of
+    pages.
+    """
+    heads = widths["heads"]
+    if sizes.num_prefill_groups:
+        out.operation(
+            OpKind.SPARSE,
+            Stage.ATTENTION,
+            {
+                "seqs": sizes.prefill_seqs,
+                "query_key_pairs": sizes.prefill_pairs,
+                "tokens": sizes.prefill_tokens,
+                "positions": sizes.prefill_positions,
+                **widths,
+                "heads": np.maximum(heads, out.kernels.least_sparse_heads),
+            },
+            kv_bytes=sizes.prefill_positions * position_bytes,
+        )
+    if sizes.num_decode_groups:
+        out.operation(
+            OpKind.LATENT_DECODE,
+            Stage.ATTENTION,
+            {
+                "seqs": sizes.decode_seqs,
+                "positions": sizes.decode_positions,
+                **widths,
+                "heads": sizes.num_queries * heads,
+            },
+            kv_bytes=sizes.decode_positions * position_bytes,
+        )
 
 
 def _state(out: StepWriter, model: ModelConfig, state: StateMixer, part: TokenSizes) -> None:
@@ -206,31 +237,33 @@ def _state(out: StepWriter, model: ModelConfig, state: StateMixer, part: TokenSi
     for k, n in _products(state, model.hidden_size, tp):
         out.gemm(Stage.ATTENTION, tokens, n, k)
     sizes = part.attention(None)
-    seqs = sizes.decode_seqs + sizes.prefill_seqs
-    latest = 2 * seqs * ((state.conv_kernel - 1) * channels * item)  # read and written
-    out.memory(Stage.ATTENTION, 2 * tokens * (channels * item) + latest)
     # Of a token: queries, keys and values in, the result out; beside them what is as many as heads.
     widths: dict[str, Ints | int] = {
         "state_values": heads * state.key_dim * state.value_dim,
         "token_values": channels + values + 2 * heads,
     }
-    for num_seqs, num_tokens, in_chunks in (
-        (sizes.prefill_seqs, sizes.prefill_tokens, True),
-        (sizes.decode_seqs, sizes.decode_seqs * sizes.num_queries, False),
+    for phase, num_groups, seqs, new in (
+        ("prefill", sizes.num_prefill_groups, sizes.prefill_seqs, sizes.prefill_tokens),
+        (
+            "decode",
+            sizes.num_decode_groups,
+            sizes.decode_seqs,
+            sizes.decode_seqs * sizes.num_queries,
+        ),
     ):
-        if sizes.num_prefill_groups if in_chunks else sizes.num_decode_groups:
-            out.operation(
-                OpKind.STATE,
-                Stage.ATTENTION,
-                {
-                    "seqs": num_seqs,
-                    "tokens": num_tokens,
-                    "token_flops": state.token_flops(heads, in_chunks=in_chunks),
-                    **widths,
-                },
-                kv_bytes=2 * num_seqs * (heads * state.key_dim * state.value_dim * STATE_BYTES),
-                dtype=types.activations,
-            )
+        if not num_groups:
+            continue
+        both: dict[str, Ints | int] = {"seqs": seqs, "tokens": new}
+        convolved = {**both, "channels": channels, "kernel": state.conv_kernel}
+        out.operation(OpKind.CONVOLUTION, Stage.ATTENTION, convolved, dtype=types.activations)
+        token_flops = state.token_flops(heads, in_chunks=phase == "prefill")
+        out.operation(
+            OpKind(f"{state.kind}_{phase}"),
+            Stage.ATTENTION,
+            {**both, "token_flops": token_flops, **widths},
+            kv_bytes=2 * seqs * (heads * state.key_dim * state.value_dim * STATE_BYTES),
+            dtype=types.activations,
+        )
     out.memory(Stage.ATTENTION, 3 * tokens * (values * item), out.norm_kernels)
     out.gemm(Stage.ATTENTION, tokens, model.hidden_size, values)
 

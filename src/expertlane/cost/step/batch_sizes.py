@@ -3,7 +3,7 @@
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,20 @@ class AttentionSizes:
     num_decode_groups: int
     num_prefill_groups: int
     num_queries: int | Ints = 1
+
+
+class IndexedSizes(NamedTuple):
+    """Sizes of attention where an indexer chooses `topk` positions for each token.
+
+    Attributes:
+        scored: positions that the indexer scores, of decodes, and of prompts beyond `topk`.
+        chosen: of the same sequences, those that are chosen.
+        dense: of prompts that end within `topk`: nothing is left out, so nothing is scored.
+    """
+
+    scored: AttentionSizes
+    chosen: AttentionSizes
+    dense: AttentionSizes
 
 
 def pairs_and_positions(num_new: Ints, num_cached: Ints, window: int | None) -> tuple[Ints, Ints]:
@@ -272,6 +286,13 @@ class PartSizes:
         in_latent = self._sizes(None, self._is_decode, ~self._is_decode & ~is_expanded)
         return in_latent, self._sizes(None, np.zeros_like(is_expanded), is_expanded)
 
+    def indexed_attention(self, topk: int) -> IndexedSizes:
+        """Sizes of attention with an indexer."""
+        is_dense = ~self._is_decode & (self.num_cached + self.num_new <= topk)
+        is_long, none = ~self._is_decode & ~is_dense, np.zeros_like(is_dense)
+        scored, chosen = (self._sizes(each, self._is_decode, is_long) for each in (None, topk))
+        return IndexedSizes(scored, chosen, self._sizes(None, none, is_dense))
+
     @cached_property
     def _is_decode(self) -> npt.NDArray[np.bool_]:
         """[S]; whether a sequence counts as a decode."""
@@ -398,6 +419,14 @@ class Scenarios:
         is_expanded = takes_less_expanded(self.num_new, self.num_cached, latent) & ~is_decode
         in_latent = self._sizes(None, is_decode, ~is_decode & ~is_expanded)
         return in_latent, self._sizes(None, np.zeros_like(is_expanded), is_expanded)
+
+    def indexed_attention(self, topk: int) -> IndexedSizes:
+        """Sizes of attention with an indexer; see `PartSizes.indexed_attention`."""
+        is_decode = self.num_new == 1 + self.num_drafts
+        is_dense = ~is_decode & (self.num_cached + self.num_new <= topk)
+        is_long, none = ~is_decode & ~is_dense, np.zeros_like(is_dense)
+        scored, chosen = (self._sizes(each, is_decode, is_long) for each in (None, topk))
+        return IndexedSizes(scored, chosen, self._sizes(None, none, is_dense))
 
     def _sizes(
         self,

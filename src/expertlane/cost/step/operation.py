@@ -36,12 +36,21 @@ class OpKind(StrEnum):
     DECODE_ATTENTION = "decode_attention"  # one new token a sequence
     LATENT_PREFILL = "latent_prefill"
     LATENT_DECODE = "latent_decode"
-    SPARSE = "sparse_attention"  # in the latent, of positions that an indexer chose
-    INDEX = "index"  # an indexer's scores
-    STATE = "state"  # new tokens through the states of their sequences
+    SPARSE = "sparse_attention"  # prompts in the latent, of positions that an indexer chose
+    INDEX = "index"  # an indexer's scores, of prompts
+    INDEX_DECODE = "index_decode"  # one new token a sequence, over pages
+    CHOOSE = "choose"  # the best of these scores
+    CONVOLUTION = "convolution"  # short causal ones by channel, before a state
+    GATED_DELTA_PREFILL = "gated_delta_prefill"  # new tokens through the states of their sequences
+    GATED_DELTA_DECODE = "gated_delta_decode"
+    KIMI_DELTA_PREFILL = "kimi_delta_prefill"
+    KIMI_DELTA_DECODE = "kimi_delta_decode"
+    MAMBA2_PREFILL = "mamba2_prefill"
+    MAMBA2_DECODE = "mamba2_decode"
     MEMORY = "memory"  # norms, rotation, packing, sums: bytes moved
 
 
+STATES = tuple(kind for kind in OpKind if kind.startswith(("gated_delta", "kimi_delta", "mamba2")))
 SIZES: dict[OpKind, tuple[str, ...]] = {
     OpKind.GEMM: ("m", "n", "k"),
     # token-expert pairs, experts with any, width in and out, inner width, matrices (3 if gated)
@@ -79,9 +88,14 @@ SIZES: dict[OpKind, tuple[str, ...]] = {
         "value_dim",
     ),
     # pairs that are scored, new tokens, positions read
-    OpKind.INDEX: ("query_key_pairs", "tokens", "positions", "heads", "head_dim"),
+    **dict.fromkeys(
+        (OpKind.INDEX, OpKind.INDEX_DECODE),
+        ("query_key_pairs", "tokens", "positions", "heads", "head_dim"),
+    ),
+    OpKind.CHOOSE: ("query_key_pairs", "tokens", "topk"),
+    OpKind.CONVOLUTION: ("seqs", "tokens", "channels", "kernel"),
     # values of a rank's state of a sequence; FLOPs of a token, and values that it moves
-    OpKind.STATE: ("seqs", "tokens", "state_values", "token_flops", "token_values"),
+    **dict.fromkeys(STATES, ("seqs", "tokens", "state_values", "token_flops", "token_values")),
     OpKind.MEMORY: ("bytes",),
 }
 
@@ -93,8 +107,16 @@ ATTENTION = (
     OpKind.LATENT_DECODE,
     OpKind.SPARSE,
 )
-# Nothing has measured these: a roofline bounds their times (`laws.device.assumed_law`).
-WITHOUT_LAWS = (OpKind.SPARSE, OpKind.INDEX, OpKind.STATE)
+# Of mixers beside attention; no machine's own measurement has them.
+OF_MIXERS = (
+    OpKind.SPARSE,
+    OpKind.INDEX,
+    OpKind.INDEX_DECODE,
+    OpKind.CHOOSE,
+    OpKind.CONVOLUTION,
+    *STATES,
+)
+BYTES_ALONE = (OpKind.MEMORY, OpKind.CHOOSE, OpKind.CONVOLUTION)  # counted without FLOPs
 
 
 def flops_of(
@@ -105,15 +127,15 @@ def flops_of(
     Args:
         sizes: the sizes that `SIZES` names for the kind.
     """
-    if kind is OpKind.MEMORY:
+    if kind in BYTES_ALONE:
         return 0
     if kind is OpKind.GEMM:
         return 2 * sizes["m"] * sizes["n"] * sizes["k"]
     if kind is OpKind.EXPERTS:
         return 2 * sizes["pairs"] * (sizes["hidden"] * sizes["inner"] * sizes["matrices"])
-    if kind is OpKind.STATE:
+    if kind in STATES:
         return sizes["tokens"] * sizes["token_flops"]
-    if kind is OpKind.INDEX:
+    if kind in (OpKind.INDEX, OpKind.INDEX_DECODE):
         return 2 * sizes["query_key_pairs"] * (sizes["heads"] * sizes["head_dim"])
     assert kind in ATTENTION, kind
     pairs = sizes["query_key_pairs" if "query_key_pairs" in sizes else "positions"]

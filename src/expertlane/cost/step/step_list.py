@@ -7,7 +7,7 @@ and `reduces_to_all`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,7 @@ class KernelSet:
             each rank owns a part of the tokens, scattered and gathered again.
         normed_bytes: of hidden states, up to which such an all-reduce norms what it adds up, in
             its own time.
+        least_sparse_heads: heads that attention of prompts to chosen positions computes at least.
     """
 
     name: str
@@ -131,6 +132,7 @@ class KernelSet:
     dummy_batches: bool = False
     reduces_to_all: bool = False
     normed_bytes: int = 0
+    least_sparse_heads: int = 1
 
     def keeps_all(self, layout: Layout, form: DispatchForm) -> bool:
         """True if every rank of a stage holds all tokens' hidden states between operations."""
@@ -207,6 +209,7 @@ GPU_LIBRARIES = KernelSet(
     dummy_batches=True,
     reduces_to_all=True,
     normed_bytes=2**19,  # of vLLM on compute capability 9.0, the least of all its limits
+    least_sparse_heads=64,
 )
 
 KERNEL_SETS = (ENGINE, ENGINE_ON_GPUS, GPU_LIBRARIES)
@@ -314,7 +317,7 @@ class StepWriter(ABC):
         self,
         kind: OpKind,
         stage: Stage,
-        sizes: dict[str, Amounts | int],
+        sizes: Mapping[str, Amounts | int],
         *,
         weight_bytes: Amounts | None = None,
         kv_bytes: Amounts | None = None,
