@@ -88,7 +88,7 @@ def families(print_options: PrintOptions) -> None:
     from expertlane.report.document import Table, text
     from expertlane.spec.hf_config import FAMILIES
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "name": name,
             "architectures": [each.architecture, *each.wrappers],
