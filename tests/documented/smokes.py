@@ -98,6 +98,7 @@ SMOKES: Mapping[str, Smoke] = {
     ),
     "calibration/fit.py": Smoke("h200 --output .", r"", _no_tables),
     "calibration/judge_published.py": Smoke("", r"\| decode EP72", _no_tables),
+    "calibration/judge_mixers.py": Smoke("h100", r"\| h100 \| generation \| glm-5", _no_tables),
     "calibration/beside.py": Smoke("{served} {rows} --jobs 1", r"\| all \| 1 \|", _no_tables),
     "calibration/judge_corrections.py": Smoke("{rows}", r"^0 configurations were measured at 5"),
     "calibration/judge_serving.py": Smoke("{rows} --jobs 1", r"\| all \| 3 \| 3 \|"),

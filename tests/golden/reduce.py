@@ -62,9 +62,10 @@ def projected(results: Json) -> Columns:
 
 
 def published(results: Json) -> Columns:
-    """Columns of a plan's answer: its best three deployments, without the parts of their steps."""
+    """Columns of a plan's answer: its best three deployments, and each engine's commands."""
     best = [_without(each, lambda key: key == "steps") for each in results["deployments"][:3]]
-    return projected({**results, "deployments": best})
+    plans = _without(results["plans"], lambda key: key in ("aggregated", "pools"))
+    return projected({**results, "deployments": best, "plans": plans})
 
 
 def measured(results: Json) -> Columns:
