@@ -19,7 +19,7 @@ _MOST_LISTED = 64  # experts of a layer
 _MOST_CONDITIONS, _MOST_OFF = 12, 6
 _NAME_WIDTH = 40
 _SOURCES = {
-    "told": "as --dtype says",
+    "told": "as told",
     "checkpoint": "taken for the server's",
     "seen": "seen: the server rounds no more",
 }
