@@ -296,6 +296,7 @@ def test_experts_that_no_prompt_chose_are_told_and_the_checkpoint_is_read_once()
     assert found.coverage is not None
     assert found.coverage.unreached == (LayerExperts(1, (5,)),)
     assert (found.coverage.num_layers, found.coverage.num_experts) == (3, 24)
+    assert found.coverage.moe_layers == (1, 2, 3)
     ((num, types),) = reference.asked
     assert types == ("float32", "bfloat16")
     assert num > found.conditions[0].num_prompts

@@ -99,6 +99,7 @@ class ToyReference:
     vocab_size: int = VOCAB
     max_len: int = 1_024
     num_experts: Sequence[int] = (EXPERTS,) * LAYERS
+    moe_layers: Sequence[int] = range(1, LAYERS + 1)
 
     def score_in(
         self, prompts: Sequence[Prompt], number_types: Sequence[str], progress: Progress

@@ -132,7 +132,7 @@ def verify(
         coverage = None
     else:
         rounded, dtype, source = _of_checkpoint(reference, seen, asked, progress)
-        coverage = _coverage(rounded.exact, reference.num_experts)
+        coverage = _coverage(rounded.exact, reference)
     judged = judge(seen.observed, rounded, dtype)
     endpoint = seen.endpoint
     return VerifiedRecord(
@@ -192,8 +192,9 @@ def _scored(
     return {name: [known[tuple(each)][name] for each in prompts] for name in number_types}
 
 
-def _coverage(scored: Sequence[Scored], num_experts: Sequence[int]) -> CoverageRecord:
+def _coverage(scored: Sequence[Scored], reference: Reference) -> CoverageRecord:
     """Which experts the prompts chose, and which they did not."""
+    num_experts = reference.num_experts
     counts = [
         row[:num] for row, num in zip(count_choices(scored, num_experts), num_experts, strict=True)
     ]
@@ -204,6 +205,7 @@ def _coverage(scored: Sequence[Scored], num_experts: Sequence[int]) -> CoverageR
         TIMES,
         sum(int(((row > 0) & (row < TIMES)).sum()) for row in counts),
         tuple(LayerExperts(layer, tuple(ids)) for layer, ids in enumerate(never) if ids),
+        tuple(reference.moe_layers),
     )
 
 
