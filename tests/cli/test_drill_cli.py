@@ -73,6 +73,7 @@ def test_one_that_fails(run, stub, tmp_path):
     code, out, _ = run("report", "found")
     assert fits_a_screen(out)
     assert "\nFAILED: " in out
+    assert refused(run("diff", "found", "found"), "diff speed drill verdict found failed")
 
 
 @pytest.mark.parametrize(

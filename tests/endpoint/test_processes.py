@@ -230,8 +230,8 @@ def test_a_command_runs_once_and_is_bounded(tmp_path):
     assert (found.exit_code, found.printed) == (0, "said")
     assert (tmp_path / "runs").read_text() == "a\n"
     began_s = time.monotonic()
-    found = strike(by_shell(f"echo $$ > {tmp_path}/pid; sleep 60 & sleep 60", 0.5))
-    assert found.exit_code is None
+    with pytest.raises(UserError, match=r"did not end in 0\.5 s"):
+        strike(by_shell(f"echo $$ > {tmp_path}/pid; sleep 60 & sleep 60", 0.5))
     assert time.monotonic() - began_s < 20
     with suppress(OSError):
         assert wait_until(lambda: not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists(), 10)
@@ -262,7 +262,8 @@ def test_a_pod_is_deleted_by_kubectl(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"kubectl delete pod a .*exit code 1: Error from server"):
         strike(by_kubectl("a", "KILL", 20))
     kubectl.write_text("#!/bin/sh\nsleep 60\n")
-    assert strike(by_kubectl("a", "KILL", 0.3)).exit_code is None
+    with pytest.raises(UserError, match=r"did not end in 0\.3 s"):
+        strike(by_kubectl("a", "KILL", 0.3))
     monkeypatch.setenv("PATH", str(tmp_path / "none"))
     with pytest.raises(UserError, match="no command 'kubectl'"):
         fault.check()

@@ -69,6 +69,9 @@ def test_a_wrong_expert_is_named(noise):
 def test_every_way_to_tell_log_probabilities(methods, method):
     right = verified(noisy(), methods=methods)
     assert (right.verdict, right.method) == ("same", method)
+    told = [each for each in right.skipped if "scores of given tokens" in each]
+    assert bool(told) == (method == "generated tokens")
+    assert all("prompt_logprobs: HTTP 400 unknown field" in each for each in told)
     wrong = verified(noisy(WRONG), methods=methods)
     assert wrong.verdict == "differs"
 
@@ -93,6 +96,22 @@ def test_a_server_of_fewer_tokens_gets_one_line():
     ) as e:
         verified(noisy(), vocab_size=90)
     assert "\n" not in str(e.value)
+
+
+def test_a_server_that_generates_tokens_which_the_reference_lacks_gets_one_line():
+    with pytest.raises(UserError, match=r"generated token \d+, and the reference has 40 tokens"):
+        verified(noisy(), ToyReference(vocab_size=40))
+
+
+@pytest.mark.parametrize(
+    ("writes_nan", "words"),
+    [(False, r"null, or nothing, .*of 2\d of \d+ tokens"), (True, "NaN or Infinity")],
+)
+def test_tokens_without_a_log_probability_are_a_failure(writes_nan, words):
+    """What is computed as NaN comes as null, and is no token that was found right."""
+    with pytest.raises(ExpertlaneError, match=rf"{words}.*\(asked: alone\)") as error:
+        verified(noisy(), unknown=3, writes_nan=writes_nan)
+    assert not isinstance(error.value, UserError)
 
 
 def test_what_is_wrong_under_load_alone():
@@ -277,6 +296,7 @@ def test_experts_that_no_prompt_chose_are_told_and_the_checkpoint_is_read_once()
     assert found.coverage is not None
     assert found.coverage.unreached == (LayerExperts(1, (5,)),)
     assert (found.coverage.num_layers, found.coverage.num_experts) == (3, 24)
+    assert found.coverage.moe_layers == (1, 2, 3)
     ((num, types),) = reference.asked
     assert types == ("float32", "bfloat16")
     assert num > found.conditions[0].num_prompts

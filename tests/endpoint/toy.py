@@ -99,6 +99,7 @@ class ToyReference:
     vocab_size: int = VOCAB
     max_len: int = 1_024
     num_experts: Sequence[int] = (EXPERTS,) * LAYERS
+    moe_layers: Sequence[int] = range(1, LAYERS + 1)
 
     def score_in(
         self, prompts: Sequence[Prompt], number_types: Sequence[str], progress: Progress
@@ -118,7 +119,9 @@ class ToyServer(Fake):
         warm: what it computes of a prompt it has seen before; None for the same.
         flaky: what every third request computes; None for the same.
         dies_after: requests after which it closes every connection.
+        writes_nan: whether as NaN, which is no JSON, instead.
         vocab_size: tokens that it takes.
+        unknown: of scored prompts' tokens every so many-th is told as null; 0: none is.
         most_top: the most likely tokens beside a generated one that may be asked for.
     """
 
@@ -134,10 +137,13 @@ class ToyServer(Fake):
         dies_after: int | None = None,
         max_len: int = 1_024,
         most_top: int = 5,
+        unknown: int = 0,
+        writes_nan: bool = False,
         vocab_size: int = VOCAB,
     ) -> None:
         self._toy, self._methods = toy, methods
         self._loaded, self._limit, self._warm, self._flaky = loaded, limit, warm, flaky
+        self._unknown, self._writes_nan = unknown, writes_nan
         self._most_top, self._vocab_size = most_top, vocab_size
         self._dies_after, self._num, self._in_flight = dies_after, 0, 0
         self._prompts: set[tuple[int, ...]] = set()
@@ -237,6 +243,10 @@ class ToyServer(Fake):
                 None,
                 *({str(t): {"logprob": float(v)}} for t, v in zip(ids[1:], own, strict=True)),
             ]
+            if self._unknown and len(ids) > 60:
+                none = float("nan") if self._writes_nan else None
+                for place in range(self._unknown, len(ids), self._unknown):
+                    choice["prompt_logprobs"][place][str(ids[place])]["logprob"] = none
             return whole({"choices": [choice]})
         if asked.get("echo"):
             if "echo" not in self._methods:

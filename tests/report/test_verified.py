@@ -59,6 +59,7 @@ def results_of(verdict, why=(), alarms=("size",)) -> Results:
             8,
             210,
             tuple(LayerExperts(layer, (3, 17, 101)) for layer in range(20)),
+            tuple(range(3, 51)),
         ),
         skipped=("generated, 16 at once: no time within --budget-s",) * 3,
         wall_s=81.0,
@@ -100,6 +101,12 @@ def test_every_verdict_fits_a_screen_and_comes_first(verdict, why, begins, tmp_p
         assert sentence in " ".join(shown.get().split())
     reach = "Nothing is said of 60 experts that no prompt chose, of 6,144: 3 of MoE layer 0, "
     assert reach in " ".join(shown.get().split())
+    layers = (
+        "MoE layer 3 is 6, 0 is 3, 1 is 4, … of the"
+        if verdict == "differs"
+        else "MoE layer 0 is 3,"
+    )
+    assert layers in " ".join(shown.get().split())
     page = html.render(report)
     assert "3, 17, 101" in page
     assert begins[:20].replace("'", "&#39;") in page or begins[:20] in page

@@ -28,7 +28,7 @@ class Struck:
     """The outcome of a fault that was given: of a command or a signal.
 
     Attributes:
-        exit_code: of a command; None where it did not end in time, and for a signal.
+        exit_code: of a command, 0; None for a signal.
         took_s: seconds that it took.
         printed: the end of what it printed, in a line.
     """
@@ -122,7 +122,7 @@ class Commanded:
     Attributes:
         argv: the command, or a shell with the command for it.
         words: what is done, for a report.
-        within_s: seconds that it may take; then it is ended, and the drill goes on.
+        within_s: seconds that it may take; then it is ended.
     """
 
     argv: Sequence[str]
@@ -142,7 +142,7 @@ class Commanded:
         """Run it once.
 
         Raises:
-            UserError: it failed, so that nobody knows what was done.
+            UserError: it failed or did not end, so that nobody knows what was done.
         """
         began_s = time.perf_counter()
         with tempfile.TemporaryFile() as printed:
@@ -165,10 +165,12 @@ class Commanded:
             printed.seek(max(0, printed.seek(0, os.SEEK_END) - _TAIL_BYTES))
             said = " ".join(printed.read().decode("utf-8", "replace").split())
         said = printable(said[-_MOST_WORDS:])
-        if code:
+        if code != 0:
+            how = f"ended with exit code {code}" if code else f"did not end in {self.within_s:g} s"
+            hint = "end it with || true" if code else "let it go on in the background, by &,"
             raise UserError(
-                f"{self.words} ended with exit code {code}{f': {said}' if said else ''}; so what "
-                "it did is not known (end it with || true if that is as it should be)"
+                f"{self.words} {how}{f': {said}' if said else ''}; so what it did is not known "
+                f"({hint} if that is as it should be)"
             )
         return Struck(code, time.perf_counter() - began_s, said)
 

@@ -49,6 +49,11 @@ class Reference(Protocol):
         ...
 
     @property
+    def moe_layers(self) -> Sequence[int]:
+        """The decoder's indices of layers with experts."""
+        ...
+
+    @property
     def num_experts(self) -> Sequence[int]:
         """Of every layer with experts."""
         ...

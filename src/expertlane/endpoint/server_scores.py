@@ -33,6 +33,7 @@ _IDS = {"return_tokens_as_token_ids": True, "return_token_ids": True}
 _BESIDE: tuple[dict[str, Any], ...] = ({"logprobs": 5} | _IDS, {"logprobs": 5}, {"logprobs": 1})
 _NATIVE_TOP = 5
 _TOKEN_ID = re.compile(r"token_id:(\d{1,9})")
+_NOT_IN_JSON = re.compile(rb"[\s:,\[](NaN|-?Infinity)\b")
 _ENGINE = re.compile(rb'engine="(\d{1,4})"')
 _MOST_RANKS = 64
 _ATTEMPTS = 3  # of a request that a busy server refuses
@@ -105,6 +106,7 @@ class Endpoint:
         beside: what is asked for with them, of `_BESIDE`.
         ranks: numbers of data-parallel ranks that requests can be sent to; empty where none can.
         timeout_s: seconds that a request may take.
+        refusals: ways to score given tokens that it does not answer, with what it answers instead.
     """
 
     server: Server
@@ -113,6 +115,7 @@ class Endpoint:
     beside: int = 0
     ranks: tuple[int, ...] = ()
     timeout_s: float = 120.0
+    refusals: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -201,7 +204,9 @@ class Endpoint:
         try:
             return msgspec.json.decode(data)
         except msgspec.DecodeError:
-            raise Unread("the answer is no JSON") from None
+            has_none = _NOT_IN_JSON.search(data) is not None
+            why = ": NaN or Infinity is in it" if has_none else ""
+            raise Unread(f"the answer is no JSON{why}") from None
 
     def fields(self, sent: Sent, max_tokens: int) -> dict[str, Any]:
         """A greedy request of completions."""
@@ -247,7 +252,7 @@ async def _by_prompt_logprobs(endpoint: Endpoint, sent: Sent) -> NDArray[np.floa
     for token_id, entry in zip(sent.token_ids[1:], entries[1:], strict=True):
         own = entry.get(str(token_id)) if isinstance(entry, dict) else None
         found.append(_number(own.get("logprob") if isinstance(own, dict) else None))
-    return np.array(found)
+    return _all_known(found)
 
 
 async def _by_echo(endpoint: Endpoint, sent: Sent) -> NDArray[np.float64]:
@@ -258,7 +263,7 @@ async def _by_echo(endpoint: Endpoint, sent: Sent) -> NDArray[np.float64]:
     # The prompt's tokens, then one generated, which some leave out at the end of a sequence.
     if not isinstance(values, list) or not num <= len(values) <= num + 1:
         raise Unread("the echo has not the prompt's number of tokens")
-    return np.array([_number(each) for each in values[1:num]])
+    return _all_known([_number(each) for each in values[1:num]])
 
 
 async def _natively(endpoint: Endpoint, sent: Sent) -> NDArray[np.float64]:
@@ -269,7 +274,19 @@ async def _natively(endpoint: Endpoint, sent: Sent) -> NDArray[np.float64]:
     for token_id, entry in zip(sent.token_ids, entries, strict=True):
         if not isinstance(entry, list) or len(entry) < 2 or entry[1] != token_id:
             raise Unread("input_token_logprobs are of other tokens")
-    return np.array([_number(each[0]) for each in entries[1:]])
+    return _all_known([_number(each[0]) for each in entries[1:]])
+
+
+def _all_known(logprobs: Sequence[float]) -> NDArray[np.float64]:
+    """Log-probabilities of which each is a number: many writers of JSON make NaN `null`."""
+    found = np.array(logprobs)
+    unknown = np.flatnonzero(np.isnan(found))
+    if len(unknown):
+        raise Unread(
+            f"the answer has null, or nothing, as the log-probability of {len(unknown):,} of "
+            f"{len(found):,} tokens"
+        )
+    return found
 
 
 _SCORES: dict[Method, Callable[[Endpoint, Sent], Awaitable[NDArray[np.float64]]]] = {
@@ -294,7 +311,7 @@ async def _continue(endpoint: Endpoint, sent: Sent, length: int) -> Continued:
         _by_id(endpoint.server, each if isinstance(each, dict) else {})
         for each in (top if isinstance(top, list) and len(top) == len(ids) else [{}] * len(ids))
     ]
-    return Continued(ids, np.array(values), tops)
+    return Continued(ids, _all_known(values), tops)
 
 
 async def _continue_natively(endpoint: Endpoint, sent: Sent, length: int) -> Continued:
@@ -309,7 +326,7 @@ async def _continue_natively(endpoint: Endpoint, sent: Sent, length: int) -> Con
         {each[1]: _number(each[0]) for each in of or () if _is_pair(each)}
         for of in (tops if isinstance(tops, list) and len(tops) == len(entries) else ())
     ]
-    values = np.array([_number(each[0]) for each in entries])
+    values = _all_known([_number(each[0]) for each in entries])
     return Continued([each[1] for each in entries], values, top)
 
 
@@ -388,10 +405,11 @@ async def find_endpoint(server: Server, probe: Prompt, timeout_s: float) -> Endp
         except Failed as error:
             refusals.append(f"{method}: {error.reason}")
             continue
-        if np.isfinite(found[0]).all() and (found[0] <= 1e-3).all():
+        if (found[0] <= 1e-3).all():
             plain = tried
             break
-        refusals.append(f"{method}: no log-probabilities")
+        refusals.append(f"{method}: probabilities above 1")
+    unforced = tuple(refusals)
     can_generate = False
     for beside in range(len(_BESIDE) if plain.method != "input_token_logprobs" else 1):
         tried = replace(plain, beside=beside)
@@ -408,7 +426,7 @@ async def find_endpoint(server: Server, probe: Prompt, timeout_s: float) -> Endp
             f"tokens: {refusals[-1]}"
         )
     ranks = await _ranks(server) if plain.is_forced else ()
-    return replace(plain, can_generate=can_generate, ranks=ranks)
+    return replace(plain, can_generate=can_generate, ranks=ranks, refusals=unforced)
 
 
 async def _ranks(server: Server) -> tuple[int, ...]:

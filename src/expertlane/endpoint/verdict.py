@@ -381,7 +381,7 @@ def _doubt(
     num_prompts = len(first.observed.logprobs)
     if num < _LEAST_TOKENS:
         found.append(
-            f"only {num} tokens could be compared; {_LEAST_TOKENS} are needed. Give a longer "
+            f"Only {num} tokens could be compared; {_LEAST_TOKENS} are needed. Give a longer "
             "--budget-s, or no --quick."
         )
     elif num_excused > max(2, _MANY_EXCUSED * num_prompts):
@@ -391,16 +391,16 @@ def _doubt(
         )
     elif not off and not seen <= _BLUNT:
         found.append(
-            f"rounding of {dtype} hides whatever is smaller than {seen:.2g} nats of a token's "
+            f"Rounding of {dtype} hides whatever is smaller than {seen:.2g} nats of a token's "
             "log-probability. More would be told of the same model served in a finer number type."
         )
     elif off and not first.compared.is_measured:
         spread = max(_spread(each.compared) for each in off)
         if spread < _MUCH * TOLERATED:
             found.append(
-                f"differences are {spread:.1f} times the usual rounding of {dtype}, which was not "
-                "measured for this model. --reference CHECKPOINT measures it; --dtype names the "
-                "number type."
+                f"A difference is seen, but of {spread:.1f} times the usual rounding of {dtype}, "
+                "which was not measured for this model. --reference CHECKPOINT measures it; "
+                "--dtype names the number type."
             )
     return found
 
@@ -422,7 +422,8 @@ def _causes(comparisons: Sequence[Comparison], off: Sequence[Comparison]) -> _Ca
             return (
                 [
                     "The same prompt gets other answers when it is asked again: as if requests "
-                    "went to replicas or ranks of which some are wrong."
+                    "went to replicas or ranks of which some are wrong, or chance had a part, as "
+                    "in a race."
                 ],
                 (),
                 None,
@@ -492,7 +493,8 @@ def _within(compared: Compared) -> tuple[list[str], Sequence[ExpertRecord], int 
         return (
             [
                 "Tokens of all experts are off alike: likely what every token passes, such as "
-                "attention, norms, shared experts, the head, or how experts' outputs are weighted."
+                "attention, norms, shared experts, the head, or how experts are chosen and "
+                "weighted."
             ],
             (),
             None,

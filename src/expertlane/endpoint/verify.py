@@ -28,7 +28,14 @@ from expertlane.endpoint.prompts import (
 )
 from expertlane.endpoint.prompts import Vocabulary as PromptVocabulary
 from expertlane.endpoint.scored import Prompt, Reference, Scored
-from expertlane.endpoint.server_scores import Continued, Endpoint, Sent, find_endpoint, settle
+from expertlane.endpoint.server_scores import (
+    Continued,
+    Endpoint,
+    Failed,
+    Sent,
+    find_endpoint,
+    settle,
+)
 from expertlane.endpoint.statistics import FALSE_ALARMS, Floats
 from expertlane.endpoint.verdict import (
     AGAIN,
@@ -125,7 +132,7 @@ def verify(
         coverage = None
     else:
         rounded, dtype, source = _of_checkpoint(reference, seen, asked, progress)
-        coverage = _coverage(rounded.exact, reference.num_experts)
+        coverage = _coverage(rounded.exact, reference)
     judged = judge(seen.observed, rounded, dtype)
     endpoint = seen.endpoint
     return VerifiedRecord(
@@ -185,8 +192,9 @@ def _scored(
     return {name: [known[tuple(each)][name] for each in prompts] for name in number_types}
 
 
-def _coverage(scored: Sequence[Scored], num_experts: Sequence[int]) -> CoverageRecord:
+def _coverage(scored: Sequence[Scored], reference: Reference) -> CoverageRecord:
     """Which experts the prompts chose, and which they did not."""
+    num_experts = reference.num_experts
     counts = [
         row[:num] for row, num in zip(count_choices(scored, num_experts), num_experts, strict=True)
     ]
@@ -197,6 +205,7 @@ def _coverage(scored: Sequence[Scored], num_experts: Sequence[int]) -> CoverageR
         TIMES,
         sum(int(((row > 0) & (row < TIMES)).sum()) for row in counts),
         tuple(LayerExperts(layer, tuple(ids)) for layer, ids in enumerate(never) if ids),
+        tuple(reference.moe_layers),
     )
 
 
@@ -280,7 +289,7 @@ async def _ask_all(
         own = None if isinstance(reference, Target) else reference
         drawn = _draw(servers[0].vocabulary, own is not None, most, asked)
         first = _Asking(endpoints[0], headers_of(target), progress, opened)
-        candidates = await first.begin(drawn)
+        candidates = await first.begin(drawn, None if own is None else own.vocab_size)
         rest: list[Prompt] = [*candidates.short, *candidates.long]
         if own is not None and endpoints[0].is_forced:
             rest = first.choose(own, candidates, asked)
@@ -366,17 +375,29 @@ class _Asking:
         self._sent: list[Sent] = []
         self._cold: list[Continued] = []
 
-    async def begin(self, drawn: _Drawn) -> DrawnPrompts:
+    async def begin(self, drawn: _Drawn, vocab_size: int | None) -> DrawnPrompts:
         """Let the server continue prompts; what it generates is a part of what is scored.
+
+        Args:
+            vocab_size: of the reference; None where that is a server.
 
         Returns:
             the candidates that may be scored beside.
+
+        Raises:
+            UserError: the reference has not all the tokens.
         """
         endpoint, seen = self._endpoint, self._seen
         self._sent = await settle(endpoint, [*drawn.continued, *drawn.sharing])
         if endpoint.can_generate:
             await flush_caches(endpoint.server.connections)
             self._cold = await self._generate("generated, cold cache", self._sent)
+            most = max((each for more in self._cold for each in more.token_ids), default=0)
+            if vocab_size is not None and most >= vocab_size:
+                raise UserError(
+                    f"{endpoint.server.connections.url} generated token {most:,}, and the "
+                    f"reference has {vocab_size:,} tokens: is it of this model?"
+                )
         else:
             seen.skipped.append("generated tokens: the server tells no log-probabilities of them")
         seen.sequences = self._sent
@@ -424,8 +445,8 @@ class _Asking:
                 return seen
         else:
             seen.skipped.append(
-                "scores of given tokens, and of long prompts: the server has no prompt_logprobs, "
-                "echo or /generate"
+                "scores of given tokens, and of long prompts, since the server tells none "
+                f"({'; '.join(endpoint.refusals)})"
             )
         if self._cold:
             await self._generated(self._sent, self._cold)
@@ -523,7 +544,10 @@ class _Asking:
         items: Sequence[object],
     ) -> list[T]:
         self._progress.task(f"{self._endpoint.server.connections.url}: {name}", len(items))
-        found = await ask(self._progress.advance)
+        try:
+            found = await ask(self._progress.advance)
+        except Failed as error:
+            raise type(error)(f"{error} (asked: {name})", error.reason) from None
         self._progress.done()
         return found
 

@@ -130,8 +130,8 @@ def _times(drill: DrillRecord) -> Iterator[tuple[str, str]]:
     yield "longest pause", f"{duration(drill.pause_s)} without a token of a request"
     rates = f"{figures(drill.tps_before)} tokens/s before; full is {figures(drill.full_tps)}"
     yield "rate", f"{_again(drill).removesuffix('.')} ({rates})"
-    if drill.exit_code is not None or drill.fault_s:
-        how = "did not end in time" if drill.exit_code is None else f"exit code {drill.exit_code}"
+    if drill.exit_code is not None:
+        how = f"exit code {drill.exit_code}"
         said = f": {shortened(drill.printed, _EXAMPLE)}" if drill.printed else ""
         yield "command", f"{how} after {duration(drill.fault_s)}{said}"
 

@@ -19,7 +19,7 @@ _MOST_LISTED = 64  # experts of a layer
 _MOST_CONDITIONS, _MOST_OFF = 12, 6
 _NAME_WIDTH = 40
 _SOURCES = {
-    "told": "as --dtype says",
+    "told": "as told",
     "checkpoint": "taken for the server's",
     "seen": "seen: the server rounds no more",
 }
@@ -45,7 +45,9 @@ def verified_answer(results: Results) -> Answer:
         parts.append(_experts(found.experts[:_MOST_EXPERTS], "Experts of the tokens that are off"))
     if found.worst:
         parts.append(_worst(found.worst[:_MOST_WORST], "Tokens that are farthest off"))
-    parts += [*_sensitivity(found), *_unreached(found)]
+    parts += _sensitivity(found)
+    if said := [*_unreached(found), *_in_decoder(found)]:
+        parts.append(" ".join(said))
     parts.append(" ".join([*_granted(found), *_left_out(found)]))
     return Answer(setting, headline(found), tuple(parts))
 
@@ -102,6 +104,7 @@ def verified_sections(results: Results) -> tuple[Section, ...]:
                 *_sensitivity(found),
                 *_reach(found),
                 *_unreached(found),
+                *_in_decoder(found),
                 *_granted(found),
                 *_left_out(found),
                 *_budget(found),
@@ -200,6 +203,22 @@ def _unreached(found: VerifiedRecord) -> Iterator[str]:
         f"Nothing is said of {counted(num, 'expert')} that no prompt chose, of "
         f"{found.coverage.num_experts:,}: {', '.join(said)}."
     )
+
+
+def _in_decoder(found: VerifiedRecord) -> Iterator[str]:
+    """Where layers with experts are in the decoder, of those that are named."""
+    if found.coverage is None:
+        return
+    of_decoder = dict(enumerate(found.coverage.moe_layers))
+    named = [each.layer for each in found.experts]
+    named += [each.layer for each in found.coverage.unreached]
+    moved = [
+        each for each in dict.fromkeys(named) if each in of_decoder and of_decoder[each] != each
+    ]
+    if moved:
+        said = ", ".join(f"{each} is {of_decoder[each]}" for each in moved[:_MOST_LAYERS])
+        more = ", …" if len(moved) > _MOST_LAYERS else ""
+        yield f"MoE layer {said}{more} of the decoder's layers."
 
 
 def _reach(found: VerifiedRecord) -> Iterator[str]:

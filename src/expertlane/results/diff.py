@@ -106,6 +106,7 @@ _LEADING: tuple[Source, ...] = ("virtual", "measured", "projected")
 _ORDERS = 20  # of all repetitions; two of them have those of A on one side of those of B
 _SAME = 1e-6  # a relative change that comes of rounding
 _SHARE = 0.05  # of a step, by which a cause is another one
+_JUDGED = ("drill", "verify")  # speed before a fault says nothing of what it did
 _LEAST = 1e-3  # smaller ones are never significant
 # How to get two results of one kind.
 _ALIKE: dict[frozenset[str], str] = {
@@ -251,7 +252,8 @@ def difference(
         strict: whether changes that are not trustworthy count as regressions too.
 
     Raises:
-        UserError: they are of different commands or models, or have nothing in common.
+        UserError: they are of different commands or models, or of one that answers by a verdict,
+            or have nothing in common.
     """
     if first.kind != second.kind:
         alike = _ALIKE.get(frozenset((first.kind, second.kind)), "")
@@ -259,6 +261,11 @@ def difference(
             f"{names[0]} is of a {first.kind} and {names[1]} of a {second.kind}; "
             f"give two of the same command{alike and ': '}{alike}"
         )
+    if first.kind in _JUDGED:
+        told = [
+            f"{name} {_judged(each)}" for name, each in zip(names, (first, second), strict=True)
+        ]
+        raise UserError(f"diff compares speed, and a {first.kind} is a verdict: {'; '.join(told)}")
     changes = list(_changes(first, second))
     both = {each.source for each in changes if each.before is not None and each.after is not None}
     leading = next((source for source in _LEADING if source in both), None)
@@ -279,6 +286,14 @@ def difference(
         (first.foreign_cpu_share, second.foreign_cpu_share),
         strict,
     )
+
+
+def _judged(results: Results) -> str:
+    """The verdict of a command that gives one."""
+    (record,) = results.deployments
+    if record.verified is not None:
+        return f"says {record.verified.verdict}"
+    return "failed" if record.drill is not None and record.drill.is_failed else "passed"
 
 
 def _held(results: Results) -> str:

@@ -144,7 +144,7 @@ class DrillRecord(Strict):
 
     Attributes:
         fault: what was killed or stopped, in words.
-        exit_code: of a command; None for a signal, and where it did not end in time.
+        exit_code: of a command; None for a signal.
         fault_s: seconds that the command took.
         printed: the end of what it printed.
         observed_s: seconds that were watched after the fault.

@@ -109,6 +109,7 @@ class CoverageRecord(Strict):
         wanted: choices of each expert that prompts were looked for to make.
         num_rare: experts that are chosen, but less often.
         unreached: by layer those that no prompt chose: nothing is known of them.
+        moe_layers: [num_layers], the decoder's indices of layers with experts.
     """
 
     num_layers: int
@@ -116,6 +117,7 @@ class CoverageRecord(Strict):
     wanted: int
     num_rare: int = 0
     unreached: tuple[LayerExperts, ...] = ()
+    moe_layers: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
