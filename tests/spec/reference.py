@@ -17,6 +17,7 @@ _OUTSIDE = {
     "embeddings.weight": "embedding",
     "norm.weight": "final_norm",
     "norm_f.weight": "final_norm",
+    "final_layernorm.weight": "final_norm",
     "lm_head.weight": "head",
 }
 _MLP = {
@@ -99,6 +100,19 @@ _STATE = {  # Gated DeltaNet, Kimi Delta Attention
 }
 
 
+_MAMBA_1 = {
+    "in_proj.weight": "value gate",
+    "x_proj.weight": "select",
+    "dt_proj.weight": "decay_b",
+    "dt_proj.bias": "step_bias",
+    "dt_layernorm.weight": "step_norm",
+    "b_layernorm.weight": "key_norm",
+    "c_layernorm.weight": "query_norm",
+    "conv1d.weight": "value_conv",
+    "conv1d.bias": "value_conv_bias",
+}
+
+
 def reference(config: dict[str, Any]) -> torch.nn.Module:
     """The language model's class of transformers, on the meta device."""
     family = family_of(config)
@@ -128,7 +142,8 @@ def their_shapes(model: torch.nn.Module, *, is_tied: bool) -> dict[str, Shape]:
         if not (is_tied and name == "lm_head.weight")
     }
     for name, shape in shapes.items():
-        if "feed_forward.experts." in name:  # Llama 4 has them [experts, inputs, outputs]
+        is_llama4 = model.config.model_type == "llama4_text"
+        if is_llama4 and "feed_forward.experts." in name:  # [experts, inputs, outputs]
             shapes[name] = (shape[0], shape[2], shape[1])
     return shapes
 
@@ -146,7 +161,7 @@ def ours_of(name: str, model: ModelConfig) -> tuple[int | None, list[str]]:
         return layer, ["moe_norm" if mixing is None else "attention_norm"]
     if block == "input_layernorm":
         return layer, ["attention_norm"]
-    if block == "post_attention_layernorm":
+    if block in ("post_attention_layernorm", "pre_ff_layernorm"):
         return layer, ["moe_norm"]
     if block == "shared_mlp":
         joined = {
@@ -162,7 +177,9 @@ def ours_of(name: str, model: ModelConfig) -> tuple[int | None, list[str]]:
     assert block in ("self_attn", "linear_attn", "mamba", "mixer"), name
     if mixing.kind == "attention":
         return layer, [_ATTENTION[rest]]
-    return layer, [f"state.{each}" for each in _STATE[rest].split()]
+    assert model.state is not None, name
+    names = _STATE | _MAMBA_1 if model.state.kind == "mamba1" else _STATE
+    return layer, [f"state.{each}" for each in names[rest].split()]
 
 
 def joined_shape(model: ModelConfig, layer: int | None, parts: list[str]) -> Shape:

@@ -36,6 +36,7 @@ _PLANNED = {
     "kimi_linear": transformers.models.kimi_linear.KimiLinearConfig,
     "granitemoehybrid": transformers.GraniteMoeHybridConfig,
     "nemotron_h": transformers.models.nemotron_h.NemotronHConfig,
+    "jamba": transformers.JambaConfig,
     "llama4": transformers.models.llama4.Llama4TextConfig,
 }
 DEFAULTS = {name: family.defaults for name, family in FAMILIES.items()}

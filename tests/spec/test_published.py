@@ -56,6 +56,8 @@ def test_parameters_add_up_to_the_published_number(name, family, num):
         ("granite-4.0-h-small", "granitemoehybrid", 32e9),
         ("nemotron-3-nano-30b-a3b", "nemotron_h", 31.6e9),
         ("nemotron-3-super-120b-a12b", "nemotron_h", 120.6e9),
+        ("jamba-v0.1", "jamba", 51.6e9),
+        ("jamba-1.5-large", "jamba", 398e9),
         ("llama-4-maverick-17b-128e", "llama4", 400e9),
         ("llama-4-scout-17b-16e", "llama4", 108e9),  # 109 with the encoder of images
     ],
@@ -73,7 +75,7 @@ def test_models_with_mixers_add_up_too(name, family, num):
 
 def test_every_published_config_is_looked_at():
     assert len(CONFIGS) == 16
-    assert len(MIXERS) == 12
+    assert len(MIXERS) == 14
 
 
 @pytest.mark.parametrize(

@@ -367,6 +367,7 @@ _WIDE = {
     *("attention_norm", "moe_norm", "query_a_norm", "kv_a_norm", FINAL_NORM),
     *("sinks", "router", "router_bias", "correction_bias", "decay_log", "step_bias", "skip"),
     *("index_weights", "index_norm", "index_norm_bias"),
+    *("step_norm", "key_norm", "query_norm"),
 }
 
 

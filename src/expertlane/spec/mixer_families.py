@@ -247,6 +247,44 @@ def _nemotron_h(fields: ConfigReader) -> dict[str, Any]:
     }
 
 
+def _jamba(fields: ConfigReader) -> dict[str, Any]:
+    """Attention without positions in one layer of a period, Mamba-1 in the others; experts too."""
+    num_layers, hidden = (fields.get(int, key) for key in ("num_hidden_layers", "hidden_size"))
+    chosen = {}
+    for what in ("attn", "expert"):
+        period, offset = (fields.get(int, f"{what}_layer_{key}") for key in ("period", "offset"))
+        if offset >= period:
+            raise fields.error(
+                f"{what}_layer_offset is {offset}; it must be under {what}_layer_period, {period}"
+            )
+        chosen[what] = {layer for layer in range(num_layers) if layer % period == offset}
+    inner = fields.get(int, "intermediate_size")
+    rank = fields.raw("mamba_dt_rank")
+    state = StateMixer(
+        "mamba1",
+        num_heads=fields.get(int, "mamba_expand") * hidden,
+        num_key_heads=1,
+        key_dim=fields.get(int, "mamba_d_state"),
+        value_dim=1,
+        conv_kernel=fields.get(int, "mamba_d_conv"),
+        conv_bias=fields.get(bool, "mamba_conv_bias"),
+        proj_bias=fields.get(bool, "mamba_proj_bias"),
+        step_rank=-(-hidden // 16) if rank == "auto" else fields.get(int, "mamba_dt_rank"),
+    )
+    heads = fields.get(int, "num_attention_heads")
+    dense = tuple(layer for layer in range(num_layers) if layer not in chosen["expert"])
+    return {
+        "head_dim": fields.get(int, "head_dim", default=hidden // heads),
+        "num_key_value_heads": fields.get(int, "num_key_value_heads", default=heads),
+        "unrotated_layers": tuple(range(num_layers)),
+        **_with_state(state, tuple(at for at in range(num_layers) if at not in chosen["attn"])),
+        "moe_intermediate_size": inner,
+        "intermediate_size": inner if dense else 0,
+        "dense_layers": dense,
+        "routing": Routing(norm_topk_prob=False),
+    }
+
+
 def _llama4(fields: ConfigReader) -> dict[str, Any]:
     """Chunks of positions in rotated layers, all positions without rotation in the others.
 
@@ -293,5 +331,6 @@ MIXER_READERS: dict[str, Reader] = {
     "kimi_linear": _kimi_linear,
     "granitemoehybrid": _granitemoehybrid,
     "nemotron_h": _nemotron_h,
+    "jamba": _jamba,
     "llama4": _llama4,
 }

@@ -34,7 +34,7 @@ from expertlane.spec.ranges import DEFAULT_SKEW, MAX_PARAMS, Strict, take_fields
 EMBEDDING = "embedding"
 FINAL_NORM = "final_norm"
 HEAD = "head"
-_CUT_BY_INPUT = ("output", "down")
+_CUT_BY_INPUT = ("output", "down", "select")
 
 
 class LayerKind(NamedTuple):
@@ -431,7 +431,7 @@ def expert_name(layer: int, expert: int, part: str) -> str:
 
 
 def cut_dim(name: str) -> int:
-    """The dimension that layouts cut: input features of `output` and `down`, else the first."""
+    """The dimension that layouts cut: input features of some matrices, else the first."""
     return 1 if name.rsplit(".", 1)[-1] in _CUT_BY_INPUT else 0
 
 

@@ -237,6 +237,9 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "mamba_d_state mamba_d_head mamba_head_dim ssm_state_size index_head_dim": _whole(1, 2**16),
     "linear_conv_kernel_dim mamba_d_conv short_conv_kernel_size": _whole(1, 256),
     "mamba_expand": _whole(1, 64),
+    "mamba_dt_rank": _whole(1, 2**20),
+    "attn_layer_period expert_layer_period": _whole(1, 1024),
+    "attn_layer_offset expert_layer_offset": _whole(0, 1023),
     "mamba_chunk_size index_topk": _whole(1, 2**24),
     "moe_intermediate_size vocab_size": _whole(1, 2**24),
     "intermediate_size intermediate_size_mlp": _whole(0, 2**24),
@@ -248,7 +251,8 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "attention_chunk_size sliding_window decoder_sparse_step": _whole(1, 2**31 - 1),
     "dense_layers mlp_only_layers mixer_only_layers": _whole(0, 1023),
     "state_layers unrotated_layers no_rope_layers moe_layers": _whole(0, 1023),
-    "num_heads num_key_heads": _whole(1, 2**14),  # of mixers
+    "num_heads num_key_heads": _whole(1, 2**20),  # of mixers
+    "step_rank": _whole(0, 2**20),
     "key_dim value_dim chunk_size topk": _whole(1, 2**24),
     "conv_kernel": _whole(1, 256),
     "first_k_dense_replace": _whole(0, 1024),

@@ -200,10 +200,11 @@ def _state(out: StepWriter, model: ModelConfig, state: StateMixer, part: TokenSi
     seqs = sizes.decode_seqs + sizes.prefill_seqs
     latest = 2 * seqs * ((state.conv_kernel - 1) * channels * item)  # read and written
     out.memory(Stage.ATTENTION, 2 * tokens * (channels * item) + latest)
-    # Of a token: queries, keys and values in, the result out; beside them what is as many as heads.
+    if state.kind == "mamba1":
+        _selection(out, state, part, values)
     widths: dict[str, Ints | int] = {
         "state_values": heads * state.key_dim * state.value_dim,
-        "token_values": channels + values + 2 * heads,
+        "token_values": state.token_values(tp),
     }
     for num_seqs, num_tokens, in_chunks in (
         (sizes.prefill_seqs, sizes.prefill_tokens, True),
@@ -220,10 +221,20 @@ def _state(out: StepWriter, model: ModelConfig, state: StateMixer, part: TokenSi
                     **widths,
                 },
                 kv_bytes=2 * num_seqs * (heads * state.key_dim * state.value_dim * STATE_BYTES),
-                dtype=types.activations,
+                # Mamba-1 has no products of matrices: it takes each value by itself.
+                dtype="float32" if state.kind == "mamba1" else types.activations,
             )
     out.memory(Stage.ATTENTION, 3 * tokens * (values * item), out.norm_kernels)
     out.gemm(Stage.ATTENTION, tokens, model.hidden_size, values)
+
+
+def _selection(out: StepWriter, state: StateMixer, part: TokenSizes, values: int) -> None:
+    """Mamba-1's time step, key and query, from convolved values that are cut over `tp`."""
+    tokens, item, selected = part.tokens, out.types.activation_bytes, state.num_selected
+    out.gemm(Stage.ATTENTION, tokens, selected, values)
+    out.all_reduce(Stage.COLLECTIVES, "tp", part.owned, selected * item)
+    out.memory(Stage.ATTENTION, 2 * tokens * (selected * item), 3 * out.norm_kernels)
+    out.gemm(Stage.ATTENTION, tokens, values, state.step_rank)
 
 
 def _products(state: StateMixer, hidden: int, tp: int) -> list[tuple[int, int]]:
@@ -236,6 +247,8 @@ def _products(state: StateMixer, hidden: int, tp: int) -> list[tuple[int, int]]:
         if part in shapes
     }
     joined = [(hidden, sum(own.get(part, 0) for part in parts))]
+    if state.kind == "mamba1":
+        return joined  # the others take what is convolved
     return joined + [(state.key_dim, own[part]) for part in ("gate_b", "decay_b") if part in own]
 
 
