@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cli.screen import refusing
 from expertlane.balance.holding import Slices, placements_of
 from expertlane.cost.memory import PlacedModel, held_kv_bytes, held_state_bytes, num_caching
 from expertlane.cost.step.attention import mixer_steps
@@ -73,6 +74,12 @@ def test_bytes_of_a_sequence_by_hand():
     # 8192 channels, each with a state of 16 values in float32 and 3 inputs.
     assert held_state_bytes(jamba, TYPES, 1) == 8192 * 16 * 4 + 3 * 8192 * 2
     assert held_state_bytes(jamba, TYPES, 8) == held_state_bytes(jamba, TYPES, 1) // 8
+    ling = _model("ling-3.0-flash")
+    assert num_caching(ling, range(42)) == (7, 35)
+    assert held_kv_bytes(ling, TYPES, 8) == 576 * 2
+    assert held_state_bytes(ling, TYPES, 1) == 32 * 128 * 128 * 4 + 3 * (3 * 32 * 128) * 2
+    ring = _model("ring-mini-linear-2.0")
+    assert held_state_bytes(ring, TYPES, 1) == 16 * 128 * 128 * 4  # no convolutions
     deepseek = _model("deepseek-v3.2")
     assert held_kv_bytes(deepseek, TYPES, 8) == 576 * 2 + 128 + 4  # an index key in float8
     assert held_state_bytes(deepseek, TYPES, 8) == 0
@@ -181,20 +188,52 @@ def test_chunks_take_more_than_single_tokens():
     assert mamba.token_flops(4, in_chunks=True) == 4 * 2 * (128 * (8 + 64) + 2 * 32 * 64)
 
 
+def test_groups_that_are_normed_together_are_not_cut():
+    ring = _model("ring-mini-linear-2.0")
+    Layout(tp=4).check_model(ring)
+    with refusing("tp=8 4 groups of a norm Lightning Attention valid tp 1 2 4"):
+        Layout(tp=8).check_model(ring)
+
+
+def test_a_gate_of_each_head_is_a_product():
+    model = _model("ling-3.0-flash")
+    gated, plain = (
+        _operations(each, "attention", 4, 1, 100)
+        for each in (model, model.with_overrides(attention_gate=None))
+    )
+    assert _flops(gated) - _flops(plain) == 4 * 2 * 32 * 2560
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["gated_delta", "kimi_delta", "mamba1", "mamba2"])
+@pytest.mark.parametrize(
+    "kind", ["gated_delta", "kimi_delta", "full_rank", "mamba1", "mamba2", "lightning"]
+)
 def test_flops_are_those_of_transformers(kind):
     """In prompts, at small sizes. Differences by name: see the comments."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
+    from transformers.models.bailing_hybrid import modeling_bailing_hybrid as bailing
     from transformers.models.jamba import modeling_jamba as jamba
     from transformers.models.kimi_linear import modeling_kimi_linear as kimi
+    from transformers.models.minimax import modeling_minimax as minimax
     from transformers.models.nemotron_h import modeling_nemotron_h as nemotron
     from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
     name, module, config = {
         "gated_delta": ("qwen3-next-80b-a3b", qwen.Qwen3NextGatedDeltaNet, qwen.Qwen3NextConfig),
         "kimi_delta": ("kimi-linear-48b-a3b", kimi.KimiLinearDeltaAttention, kimi.KimiLinearConfig),
+        "full_rank": (
+            "ling-3.0-flash",
+            bailing.BailingHybridDeltaAttention,
+            bailing.BailingHybridConfig,
+        ),
+        "lightning": (  # of another family: its own has no class
+            "ring-mini-linear-2.0",
+            minimax.MiniMaxLightningAttention,
+            lambda **_: minimax.MiniMaxConfig(
+                hidden_size=2048, num_attention_heads=16, head_dim=128, num_hidden_layers=20
+            ),
+        ),
         "mamba1": ("jamba-v0.1", jamba.JambaMambaMixer, jamba.JambaConfig),
         "mamba2": (
             "nemotron-3-nano-30b-a3b",
@@ -211,13 +250,17 @@ def test_flops_are_those_of_transformers(kind):
     }
     with torch.device("meta"):
         mixer, inputs = module(config(**given), model.state_layers[0]), torch.randn(1, num, hidden)
+    given = (inputs, (), None) if kind == "lightning" else (inputs,)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        mixer.eval()(inputs)
+        mixer.eval()(*given)
     theirs = counter.get_total_flops()
     operations = _operations(model, "state", 1, num)
     # Convolutions, which we count as bytes alone.
     convolutions = 2 * num * state.conv_kernel * state.conv_channels(1)
     ours = _flops(operations) + convolutions
+    if kind == "lightning":
+        assert ours == pytest.approx(theirs, rel=0.02)
+        return
     if kind == "mamba1":  # they add to states and decay them value by value, which is not counted
         ours -= 2 * num * state.num_heads * state.key_dim
         assert ours == pytest.approx(theirs, rel=0.02)

@@ -58,6 +58,9 @@ def test_parameters_add_up_to_the_published_number(name, family, num):
         ("nemotron-3-super-120b-a12b", "nemotron_h", 120.6e9),
         ("jamba-v0.1", "jamba", 51.6e9),
         ("jamba-1.5-large", "jamba", 398e9),
+        ("ling-3.0-flash", "bailing_hybrid", 124e9),
+        ("ling-3.0-tiny", "bailing_hybrid", 7.9e9),
+        ("ring-mini-linear-2.0", "bailing_moe_linear", 16.4e9),  # 16 in its report, rounded
         ("llama-4-maverick-17b-128e", "llama4", 400e9),
         ("llama-4-scout-17b-16e", "llama4", 108e9),  # 109 with the encoder of images
     ],
@@ -75,7 +78,7 @@ def test_models_with_mixers_add_up_too(name, family, num):
 
 def test_every_published_config_is_looked_at():
     assert len(CONFIGS) == 16
-    assert len(MIXERS) == 14
+    assert len(MIXERS) == 17
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,14 @@ def test_every_published_config_is_looked_at():
         ("nemotron-3-nano-30b-a3b", {"hybrid_override_pattern": "MX"}, "hybrid_override_pattern"),
         ("llama-4-scout-17b-16e", {"no_rope_layers": [0]}, "no_rope_layers 1 48 layers"),
         ("nemotron-3-nano-30b-a3b", {"mlp_hidden_act": "silu"}, "hidden_act silu"),
+        ("jamba-v0.1", {"attn_layer_offset": 8}, "attn_layer_offset 8 under attn_layer_period"),
+        ("jamba-v0.1", {"mamba_dt_rank": "few"}, "mamba_dt_rank few"),
+        ("ling-3.0-tiny", {"no_kda_lora": False}, "no_kda_lora False"),
+        ("ling-3.0-tiny", {"layer_group_size": 5}, "24 layers last whole group 5"),
+        ("ring-mini-linear-2.0", {"use_bias": True}, "use_bias True"),
+        ("ring-mini-linear-2.0", {"linear_silu": True}, "linear_silu True"),
+        ("ring-mini-linear-2.0", {"group_norm_size": 3}, "norm_groups 3 divide 16 heads"),
+        ("ring-mini-linear-2.0", {"score_function": "softmax"}, "score_function softmax"),
     ],
 )
 def test_mixers_that_cannot_be_computed_are_named(name, changes, message):

@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple
 from expertlane.spec.ranges import Strict
 
 Shape = tuple[int, ...]
-StateKind = Literal["gated_delta", "kimi_delta", "mamba1", "mamba2"]
+StateKind = Literal["gated_delta", "kimi_delta", "lightning", "mamba1", "mamba2"]
 
 STATE_BYTES = 4  # of a value of a state: float32, as serving engines keep it
 INDEX_SCALE_BYTES = 4  # an index key is kept in float8, whatever the cache's type, with a float32
@@ -28,6 +28,7 @@ INDEX_SCALE_BYTES = 4  # an index key is kept in float8, whatever the cache's ty
 _TITLES: dict[StateKind, str] = {
     "gated_delta": "Gated DeltaNet",
     "kimi_delta": "Kimi Delta Attention",
+    "lightning": "Lightning Attention",
     "mamba1": "Mamba-1",
     "mamba2": "Mamba-2",
 }
@@ -115,17 +116,22 @@ class StateMixer(Strict):
     has under the key already; `kimi_delta` (Kimi Team 2025, Kimi Linear) does so with a decay of
     its own for each of a key's values; `mamba2` (Dao and Gu 2024, Mamba-2) does not. `mamba1` (Gu
     and Dao 2023, Mamba) does not either; its heads are channels one value wide that share one
-    query and key, and its decays differ by channel and by value of the key.
+    query and key, and its decays differ by channel and by value of the key. `lightning` (Qin et al.
+    2024, Lightning Attention-2) decays by a constant of each head.
 
     Attributes:
         num_heads: heads of values, each with a state; Mamba-1's channels.
         num_key_heads: heads of queries and keys, each for equally many of values; Mamba-2's groups.
         key_dim, value_dim: widths of a head; Mamba-2's state size and head size.
-        conv_kernel: tokens that the convolutions see, the latest included.
+        conv_kernel: tokens that the convolutions see, the latest included; 0 without any.
         conv_bias: the convolutions have biases.
         proj_bias: the projections have biases.
         chunk_size: tokens of a prompt that are computed together; Mamba-1 takes one by one.
         step_rank: rank of Mamba-1's time step; 0 for the others.
+        full_rank: Kimi Delta Attention's gate and decay are projections of full rank.
+        qk_norm: Lightning Attention norms each head's query and key.
+        norm_groups: groups of heads that are normed together, which no layout cuts; None: each
+            head is by itself.
     """
 
     kind: StateKind
@@ -138,6 +144,9 @@ class StateMixer(Strict):
     proj_bias: bool = False
     chunk_size: int = 64
     step_rank: int = 0
+    full_rank: bool = False
+    qk_norm: bool = False
+    norm_groups: int | None = None
 
     @property
     def title(self) -> str:
@@ -159,6 +168,9 @@ class StateMixer(Strict):
                 shapes["state_norm"] = (self.value_dim,)
             case "kimi_delta":
                 for part, width in (("gate", values), ("decay", keys)):
+                    if self.full_rank:
+                        shapes[part] = (width, hidden)
+                        continue
                     shapes[f"{part}_a"] = (self.key_dim, hidden)
                     shapes[f"{part}_b"] = (width, self.key_dim)
                 shapes |= {"beta": (heads, hidden), "step_bias": (keys,)}
@@ -166,13 +178,18 @@ class StateMixer(Strict):
             case "mamba2":
                 shapes |= {"gate": (values, hidden), "decay": (heads, hidden)}
                 shapes |= {"step_bias": (heads,), "skip": (heads,), "state_norm": (values,)}
+            case "lightning":
+                shapes |= {"gate": (values, hidden), "state_norm": (values,)}
+                if self.qk_norm:
+                    shapes |= {"query_norm": (self.key_dim,), "key_norm": (self.key_dim,)}
             case "mamba1":
                 shapes |= {"gate": (values, hidden), "select": (self.num_selected, values)}
                 shapes |= {"decay_b": (values, self.step_rank), "step_bias": (values,)}
                 shapes |= {"skip": (values,), "step_norm": (self.step_rank,)}
                 shapes |= {"key_norm": (keys,), "query_norm": (keys,)}
-        shapes["decay_log"] = (heads, self.key_dim) if self.kind == "mamba1" else (heads,)
-        for part, width in widths.items():
+        if self.kind != "lightning":
+            shapes["decay_log"] = (heads, self.key_dim) if self.kind == "mamba1" else (heads,)
+        for part, width in widths.items() if self.conv_kernel else ():
             shapes[f"{part}_conv"] = (width, self.conv_kernel)
             if self.conv_bias:
                 shapes[f"{part}_conv_bias"] = (width,)
@@ -182,6 +199,11 @@ class StateMixer(Strict):
             shapes |= {f"{part}_bias": (shapes[part][0],) for part in named}
             shapes["output_bias"] = (hidden,)
         return shapes
+
+    @property
+    def num_cuts(self) -> int:
+        """What `tp` has to divide: its heads, or the groups that are normed together."""
+        return self.num_heads if self.norm_groups is None else self.norm_groups
 
     @property
     def num_selected(self) -> int:
@@ -198,7 +220,7 @@ class StateMixer(Strict):
         Args:
             size: of that dimension.
         """
-        if part in ("gate_a", "decay_a", "step_norm") or (
+        if part in ("gate_a", "decay_a", "step_norm", "query_norm", "key_norm") or (
             part == "state_norm" and size == self.value_dim
         ):
             return range(size)
@@ -212,6 +234,8 @@ class StateMixer(Strict):
 
     def conv_channels(self, tp: int) -> int:
         """Channels of a rank's convolutions: of queries, keys and values."""
+        if not self.conv_kernel:
+            return 0
         heads, key_heads = self.heads_of(tp)
         keys = 0 if self.kind == "mamba1" else 2 * key_heads * self.key_dim
         return keys + heads * self.value_dim
@@ -223,14 +247,14 @@ class StateMixer(Strict):
         rule, the decay or time step.
         """
         heads, key_heads = self.heads_of(tp)
-        num_of_heads = 1 if self.kind == "mamba1" else 2
+        num_of_heads = {"lightning": 0, "mamba1": 1}.get(self.kind, 2)
         return 2 * key_heads * self.key_dim + heads * (2 * self.value_dim + num_of_heads)
 
     def state_bytes(self, tp: int, activation_bytes: int) -> int:
         """Bytes that a rank keeps of a sequence in a layer: the state, and the latest inputs of
         the convolutions."""
         heads, _ = self.heads_of(tp)
-        latest = (self.conv_kernel - 1) * self.conv_channels(tp)
+        latest = max(self.conv_kernel - 1, 0) * self.conv_channels(tp)
         return heads * self.key_dim * self.value_dim * STATE_BYTES + latest * activation_bytes
 
     def token_flops(self, heads: int, *, in_chunks: bool) -> int:

@@ -4,8 +4,8 @@ Matrices are [out_features, in_features]. In the names, N is a layer and E an ex
 
 - `embedding`, `final_norm`, `head`;
 - `layers.N.` and, for attention: `attention_norm`; `query`, `key`, `value`, `output`, each with a
-  `…_bias`; `query_norm`, `key_norm`; `sinks`. With latent attention `query` or else `query_a`,
-  `query_a_norm`, `query_b`; then `kv_a`, `kv_a_norm`, `kv_b`, `output`;
+  `…_bias`; `query_norm`, `key_norm`; `sinks`; `head_gate`. With latent attention `query` or else
+  `query_a`, `query_a_norm`, `query_b`; then `kv_a`, `kv_a_norm`, `kv_b`, `output`;
 - `layers.N.state.`, or `layers.N.index_…`: mixers beside attention (`spec.mixers`);
 - `layers.N.` and, for the MLP: `moe_norm` in every layer that has one; `router`, `router_bias`,
   `correction_bias`, `shared_gate`; `latent_in`, `latent_out`; `experts.E.`, `shared.` or `dense.`
@@ -94,8 +94,8 @@ class ModelConfig(Strict):
         qk_norm: queries and keys are normed before they are rotated: each head by itself with one
             weight for all heads, or all heads together.
         attention_sinks: every head has a logit that takes part in the softmax's sum alone.
-        attention_gate: attention's output is multiplied by the sigmoid of a gate, which the
-            queries' projection gives beside them.
+        attention_gate: attention's output is multiplied by the sigmoid of a gate: as wide as the
+            queries, whose projection gives it beside them, or one value a head.
         unrotated_layers: layers whose queries and keys are not rotated by their positions.
         state: the mixer of `state_layers`, which have no attention.
         indexer: chooses what latent attention sees.
@@ -148,7 +148,7 @@ class ModelConfig(Strict):
     attention_sinks: bool = False
     sliding_window: tuple[int | None, ...] = ()
     latent: LatentAttention | None = None
-    attention_gate: Literal["sigmoid"] | None = None
+    attention_gate: Literal["sigmoid", "head"] | None = None
     unrotated_layers: tuple[int, ...] = ()
     state: StateMixer | None = None
     state_layers: tuple[int, ...] = ()
@@ -253,6 +253,11 @@ class ModelConfig(Strict):
         state = self.state
         if (state is None) != (not self.state_layers):
             raise self._error("state and state_layers need each other")
+        if state is not None and state.norm_groups and state.num_heads % state.norm_groups:
+            raise self._error(
+                f"state: norm_groups is {state.norm_groups}; it must divide the {state.num_heads} "
+                "heads"
+            )
         if state is not None and state.num_heads % state.num_key_heads:
             raise self._error(
                 f"state: num_key_heads is {state.num_key_heads}; it must divide the "
@@ -435,7 +440,7 @@ def cut_dim(name: str) -> int:
     return 1 if name.rsplit(".", 1)[-1] in _CUT_BY_INPUT else 0
 
 
-_WITHOUT_PRODUCT = {"router", "kv_b", "shared_gate", "sinks", "decay_log", "skip"}
+_WITHOUT_PRODUCT = {"router", "kv_b", "shared_gate", "head_gate", "sinks", "decay_log", "skip"}
 
 
 def is_matrix(name: str) -> bool:
@@ -532,7 +537,7 @@ def _attention_shapes(model: ModelConfig) -> dict[str, Shape]:
     hidden, latent = model.hidden_size, model.latent
     shapes: dict[str, Shape] = {}
     if latent is None:
-        queries = model.attention_size * (1 if model.attention_gate is None else 2)
+        queries = model.attention_size * (2 if model.attention_gate == "sigmoid" else 1)
         widths = {"query": queries, "key": model.kv_size, "value": model.kv_size}
         for part, width in widths.items():
             shapes[part] = (width, hidden)
@@ -548,6 +553,8 @@ def _attention_shapes(model: ModelConfig) -> dict[str, Shape]:
         shapes |= latent.shapes(hidden, model.num_attention_heads)
         if model.indexer is not None and latent.q_lora_rank is not None:
             shapes |= model.indexer.shapes(hidden, latent.q_lora_rank)
+    if model.attention_gate == "head":
+        shapes["head_gate"] = (model.num_attention_heads, hidden)
     shapes["output"] = (hidden, model.attention_output_size)
     if model.output_bias:
         shapes["output_bias"] = (hidden,)

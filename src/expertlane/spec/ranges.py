@@ -238,6 +238,8 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "linear_conv_kernel_dim mamba_d_conv short_conv_kernel_size": _whole(1, 256),
     "mamba_expand": _whole(1, 64),
     "mamba_dt_rank": _whole(1, 2**20),
+    "layer_group_size": _whole(1, 1024),
+    "group_norm_size norm_groups": _whole(1, 2**14),
     "attn_layer_period expert_layer_period": _whole(1, 1024),
     "attn_layer_offset expert_layer_offset": _whole(0, 1023),
     "mamba_chunk_size index_topk": _whole(1, 2**24),
@@ -254,7 +256,7 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "num_heads num_key_heads": _whole(1, 2**20),  # of mixers
     "step_rank": _whole(0, 2**20),
     "key_dim value_dim chunk_size topk": _whole(1, 2**24),
-    "conv_kernel": _whole(1, 256),
+    "conv_kernel": _whole(0, 256),
     "first_k_dense_replace": _whole(0, 1024),
     "eos_token_ids eos_token_id": _TOKEN,
     "mscale mscale_all_dim": _number(0, 1e3),

@@ -43,7 +43,7 @@ def _grouped_query(
 ) -> None:
     own, dim, item = Slices(out.mesh.layout.tp), model.head_dim, out.types.activation_bytes
     heads, kv_heads = len(own.heads(model)), len(own.kv_heads(model))
-    width = (heads * (1 if model.attention_gate is None else 2) + 2 * kv_heads) * dim
+    width = (heads * (2 if model.attention_gate == "sigmoid" else 1) + 2 * kv_heads) * dim
     out.gemm(Stage.ATTENTION, part.tokens, width, model.hidden_size)
     turned_bytes = part.tokens * ((heads + kv_heads) * dim * item)
     kernels = out.kernels
@@ -65,9 +65,20 @@ def _grouped_query(
         query_bytes=heads * dim * item,
         value_bytes=heads * dim * item,
     )
-    if model.attention_gate is not None:
-        out.memory(Stage.ATTENTION, 3 * part.tokens * (heads * dim * item), kernels.gate)
+    _gate(out, model, part, heads * dim, heads)
     out.gemm(Stage.ATTENTION, part.tokens, model.hidden_size, heads * dim)
+
+
+def _gate(out: StepWriter, model: ModelConfig, part: TokenSizes, width: int, heads: int) -> None:
+    """The product of attention's output with the sigmoid of its gate, if it has one."""
+    if model.attention_gate is None:
+        return
+    num_passes = 3
+    if model.attention_gate == "head":
+        out.gemm(Stage.ATTENTION, part.tokens, heads, model.hidden_size)
+        num_passes = 2  # one value a head is next to nothing
+    num_bytes = num_passes * part.tokens * (width * out.types.activation_bytes)
+    out.memory(Stage.ATTENTION, num_bytes, out.kernels.gate)
 
 
 def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: TokenSizes) -> None:
@@ -117,6 +128,7 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
                 value_bytes=heads * rank * item,
             )
         out.gemm(Stage.ATTENTION, absorbed, heads * latent.v_head_dim, rank, dtype=types.kept)
+    _gate(out, model, part, heads * latent.v_head_dim, heads)
     out.gemm(Stage.ATTENTION, tokens, model.hidden_size, heads * latent.v_head_dim)
 
 
@@ -198,8 +210,13 @@ def _state(out: StepWriter, model: ModelConfig, state: StateMixer, part: TokenSi
         out.gemm(Stage.ATTENTION, tokens, n, k)
     sizes = part.attention(None)
     seqs = sizes.decode_seqs + sizes.prefill_seqs
-    latest = 2 * seqs * ((state.conv_kernel - 1) * channels * item)  # read and written
-    out.memory(Stage.ATTENTION, 2 * tokens * (channels * item) + latest)
+    if state.conv_kernel:
+        latest = 2 * seqs * ((state.conv_kernel - 1) * channels * item)  # read and written
+        out.memory(Stage.ATTENTION, 2 * tokens * (channels * item) + latest)
+    else:  # queries and keys are normed and turned
+        turned = 2 * heads * state.key_dim * item
+        num_passes = 4 if state.qk_norm else 2
+        out.memory(Stage.ATTENTION, num_passes * tokens * turned, out.kernels.rotate)
     if state.kind == "mamba1":
         _selection(out, state, part, values)
     widths: dict[str, Ints | int] = {
