@@ -146,13 +146,41 @@ def their_shapes(model: torch.nn.Module, *, is_tied: bool) -> dict[str, Shape]:
     }
     for name, shape in shapes.items():
         is_llama4 = model.config.model_type == "llama4_text"
+        if model.config.model_type == "longcat_flash" and name.endswith("experts.gate_up_proj"):
+            # Rows of experts that compute nothing, which no checkpoint has.
+            shapes[name] = (model.config.n_routed_experts, *shape[1:])
         if is_llama4 and "feed_forward.experts." in name:  # [experts, inputs, outputs]
             shapes[name] = (shape[0], shape[2], shape[1])
     return shapes
 
 
+_LONGCAT = re.compile(r"model\.layers\.(\d+)\.([a-z_]+)\.(?:(\d)\.)?(.*)")
+_LONGCAT_MLP = {
+    "router.classifier.weight": "router",
+    "router.e_score_correction_bias": "correction_bias",
+}
+
+
+def _of_longcat(name: str) -> tuple[int, list[str]] | None:
+    """A tensor of a LongCat-Flash layer, which is two of ours; None outside layers."""
+    found = _LONGCAT.fullmatch(name)
+    if found is None:
+        return None
+    block, rest = found[2], found[4]
+    layer = 2 * int(found[1]) + int(found[3] or 0)
+    if block == "mlps":  # beside experts in the first of both
+        own = _MLP[rest].removeprefix("dense.")
+        return layer, [f"dense.{own}" if layer % 2 else f"shared.{own}"]
+    if block == "mlp":
+        return layer, (_MLP | _LONGCAT_MLP)[rest].split()
+    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "moe_norm"}
+    return layer, [norms[block]] if block in norms else [_ATTENTION[rest]]
+
+
 def ours_of(name: str, model: ModelConfig) -> tuple[int | None, list[str]]:
     """The layer of one of their tensors, None outside layers, and our tensors that it joins."""
+    if model.shortcut_experts and (of_longcat := _of_longcat(name)) is not None:
+        return of_longcat
     found = _IN_LAYER.fullmatch(name)
     if found is None:
         end = next(end for end in _OUTSIDE if name.endswith(end))

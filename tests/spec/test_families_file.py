@@ -37,6 +37,7 @@ _PLANNED = {
     "granitemoehybrid": transformers.GraniteMoeHybridConfig,
     "nemotron_h": transformers.models.nemotron_h.NemotronHConfig,
     "jamba": transformers.JambaConfig,
+    "longcat_flash": transformers.LongcatFlashConfig,
     "bailing_hybrid": transformers.models.bailing_hybrid.BailingHybridConfig,
     "llama4": transformers.models.llama4.Llama4TextConfig,
 }

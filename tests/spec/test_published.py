@@ -9,7 +9,7 @@ from cli.screen import tells
 from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import family_of, num_extra_layers
-from expertlane.spec.model import num_params
+from expertlane.spec.model import num_active_params, num_params
 
 CONFIGS = json.loads(Path(__file__).with_name("published.json").read_text())
 MIXERS = json.loads(Path(__file__).with_name("published_mixers.json").read_text())
@@ -61,6 +61,7 @@ def test_parameters_add_up_to_the_published_number(name, family, num):
         ("ling-3.0-flash", "bailing_hybrid", 124e9),
         ("ling-3.0-tiny", "bailing_hybrid", 7.9e9),
         ("ring-mini-linear-2.0", "bailing_moe_linear", 16.4e9),  # 16 in its report, rounded
+        ("longcat-flash", "longcat_flash", 560e9),
         ("llama-4-maverick-17b-128e", "llama4", 400e9),
         ("llama-4-scout-17b-16e", "llama4", 108e9),  # 109 with the encoder of images
     ],
@@ -78,7 +79,7 @@ def test_models_with_mixers_add_up_too(name, family, num):
 
 def test_every_published_config_is_looked_at():
     assert len(CONFIGS) == 16
-    assert len(MIXERS) == 17
+    assert len(MIXERS) == 18
 
 
 @pytest.mark.parametrize(
@@ -100,6 +101,9 @@ def test_every_published_config_is_looked_at():
         ("nemotron-3-nano-30b-a3b", {"mlp_hidden_act": "silu"}, "hidden_act silu"),
         ("jamba-v0.1", {"attn_layer_offset": 8}, "attn_layer_offset 8 under attn_layer_period"),
         ("jamba-v0.1", {"mamba_dt_rank": "few"}, "mamba_dt_rank few"),
+        ("longcat-flash", {"zero_expert_type": "copy"}, "zero_expert_type copy"),
+        ("longcat-flash", {"router_bias": True}, "router_bias True"),
+        ("longcat-flash", {"moe_topk": 800}, "num_experts_per_tok 800 only 768 experts"),
         ("ling-3.0-tiny", {"no_kda_lora": False}, "no_kda_lora False"),
         ("ling-3.0-tiny", {"layer_group_size": 5}, "24 layers last whole group 5"),
         ("ring-mini-linear-2.0", {"use_bias": True}, "use_bias True"),
@@ -119,6 +123,28 @@ def _changed(config, changes):
     """Changed where a language model says what it is."""
     text = config.get("text_config")
     return config | (changes if text is None else {"text_config": text | changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "num"),
+    [  # as the models' cards say
+        ("jamba-v0.1", 12e9),
+        ("jamba-1.5-large", 94e9),
+        ("ling-3.0-flash", 5.1e9),
+    ],
+)
+def test_active_parameters_are_those_that_cards_name(name, num):
+    model = from_hf(MIXERS[name], name, weights=False)
+    assert num_active_params(model) == pytest.approx(num, rel=0.05)
+
+
+def test_longcat_has_as_many_active_as_its_report_says():
+    """18.6 to 31.3 billion, about 27 on average."""
+    model = from_hf(MIXERS["longcat-flash"], weights=False)
+    least, mean, most = (num_active_params(model, num) / 1e9 for num in (0, 8, 12))
+    assert least == pytest.approx(18.6, rel=0.01)
+    assert mean == pytest.approx(27, rel=0.01)
+    assert most == pytest.approx(31.3, rel=0.01)
 
 
 def test_old_and_new_names_of_layers_are_one():

@@ -22,6 +22,7 @@ from expertlane.spec.hf_config import (
 from expertlane.spec.mixer_families import MIXER_READERS
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Dtype
+from expertlane.spec.sparse_families import SPARSE_READERS
 
 _SAME = (  # in every family
     "num_hidden_layers",
@@ -73,7 +74,7 @@ def from_hf(
         num_experts=fields.get(int, *known.num_experts),
         num_experts_per_tok=fields.get(int, *known.num_experts_per_tok),
         usual_skew=known.skew,
-        **_common(fields, known) | (READERS | MIXER_READERS)[family](fields),
+        **_common(fields, known) | (READERS | MIXER_READERS | SPARSE_READERS)[family](fields),
     )
 
 

@@ -120,6 +120,10 @@ class ModelConfig(Strict):
             besides its experts; 0 for none.
         moe_latent_size: width that tokens are projected to on their way to experts, and back from
             it; None where experts take hidden states.
+        num_zero_experts: further experts of the router that give back what they take, and compute
+            and hold nothing; of the chosen ones only the others cost anything.
+        shortcut_experts: what experts give is added after the next layer, which does not wait for
+            it; what stands beside them, as a shared expert, is added at once.
         shared_expert_gate: its output is multiplied by the sigmoid of a projection to one value.
         tie_word_embeddings: the output head is the embedding.
         dtype: number type of the weights as stored, or as meant where they are quantised.
@@ -173,6 +177,8 @@ class ModelConfig(Strict):
     shared_expert_intermediate_size: int = 0
     moe_latent_size: int | None = None
     shared_expert_gate: bool = False
+    num_zero_experts: int = 0
+    shortcut_experts: bool = False
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: Dtype = "float32"
@@ -183,10 +189,10 @@ class ModelConfig(Strict):
         for part in ("rope_scaling", "latent", "routing", "state", "indexer"):
             if getattr(self, part) is not None:
                 take_fields(getattr(self, part), f"model {self.name}: {part}: {{}}".format)
-        if self.num_experts_per_tok > self.num_experts:
+        if self.num_experts_per_tok > self.num_routed_experts:
             raise self._error(
                 f"num_experts_per_tok is {self.num_experts_per_tok} but there are only "
-                f"{self.num_experts} experts"
+                f"{self.num_routed_experts} experts"
             )
         if self.hidden_size % 2:
             raise self._error(
@@ -296,11 +302,13 @@ class ModelConfig(Strict):
                 f"topk_group is {routing.topk_group}; it must be from 1 to n_group, "
                 f"{routing.n_group}"
             )
-        if routing.topk_group * size < self.num_experts_per_tok:
+        if routing.n_group > 1 and routing.topk_group * size < self.num_experts_per_tok:
             raise self._error(
                 f"num_experts_per_tok is {self.num_experts_per_tok} but topk_group groups hold "
                 f"only {routing.topk_group} × {size} experts"
             )
+        if routing.n_group > 1 and self.num_zero_experts:
+            raise self._error(f"n_group is {routing.n_group}; with zero experts it must be 1")
         if routing.n_group > 1 and routing.group_score == "top2_sum" and size < 2:
             raise self._error(
                 f"n_group is {routing.n_group} for {self.num_experts} experts; groups compared by "
@@ -323,6 +331,11 @@ class ModelConfig(Strict):
         """Heads of keys and values."""
         heads = self.num_key_value_heads
         return self.num_attention_heads if heads is None else heads
+
+    @property
+    def num_routed_experts(self) -> int:
+        """Experts that a router chooses from, those that compute nothing too."""
+        return self.num_experts + self.num_zero_experts
 
     @property
     def expert_hidden_size(self) -> int:
@@ -416,6 +429,8 @@ class ModelConfig(Strict):
                 self.mixer_only_layers or self.mlp_only_layers
             ),
             "experts at a latent width": self.moe_latent_size is not None,
+            "experts that compute nothing": self.num_zero_experts > 0,
+            "experts added after the next layer": self.shortcut_experts,
             "squared ReLU": self.hidden_act == "relu2",
         }
         return next((what for what, is_there in lacking.items() if is_there), None)
@@ -519,6 +534,19 @@ def num_params(model: ModelConfig) -> int:
     )
 
 
+def num_active_params(model: ModelConfig, num_experts: float | None = None) -> float:
+    """Parameters that a token takes, the embedding aside, of which it takes one row.
+
+    Args:
+        num_experts: experts that compute for it in a layer; `num_experts_per_tok` if None.
+    """
+    num = model.num_experts_per_tok if num_experts is None else num_experts
+    of_experts = len(model.moe_layers) * sum(map(prod, expert_shapes(model).values()))
+    head = model.vocab_size * model.hidden_size
+    embedding = 0 if model.tie_word_embeddings else head
+    return num_params(model) - embedding - (model.num_experts - num) * of_experts
+
+
 @lru_cache(maxsize=16)
 def _shapes(model: ModelConfig) -> dict[str, Shape]:
     """Shapes by name, without the numbers of layer and expert."""
@@ -563,7 +591,7 @@ def _attention_shapes(model: ModelConfig) -> dict[str, Shape]:
 
 def _moe_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Shapes of an MoE layer's tensors, its experts aside."""
-    hidden, num_experts = model.hidden_size, model.num_experts
+    hidden, num_experts = model.hidden_size, model.num_routed_experts
     shapes: dict[str, Shape] = {"router": (num_experts, hidden)}
     if model.routing.router_bias:
         shapes["router_bias"] = (num_experts,)
