@@ -148,6 +148,11 @@ def test_the_page_of_options_is_what_the_code_says(option_table):
     assert page == option_table.render(), "run: python docs/option_table.py"
 
 
+def test_the_table_of_families_is_what_the_code_says():
+    page = (DOCS / "families.md").read_text()
+    assert page == script("family_table").render(page), "run: python docs/family_table.py"
+
+
 def test_no_spelling_has_two_meanings(option_table):
     for option in option_table.options():
         first_sentences = {re.split(r"\.(?: |$)", text)[0] for text in option.texts.values()}

@@ -8,6 +8,7 @@ from cli.screen import fits_a_screen, tells
 from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.frameworks import frameworks
 from expertlane.planner.candidates import valid_layouts
+from expertlane.server.call_forms import CALL_FORMS, THOUGHT_FORMS
 from expertlane.spec.hf_config import FAMILIES
 from expertlane.spec.model import PRESETS
 
@@ -29,11 +30,35 @@ def test_all_of_them_on_a_screen_and_as_json(run, what, names):
     code, out, err = run("list", what)
     assert (code, err) == (0, "")
     assert fits_a_screen(out)
-    shown = {word.strip(",.;") for word in out.split()}  # families: more than fit as rows
-    assert set(names) <= shown
+    rows = {line.split()[0] for line in out.splitlines() if line}
+    words = {word.strip(",*") for word in out.split()}
+    assert set(names) <= (words if what == "families" else rows)
     assert [row["name"] for row in json.loads(run("list", what, "--json")[1])] == names
     (line,) = run("list", what, "--quiet")[1].splitlines()
-    assert all(name in line for name in names)
+    assert what == "families" or all(name in line for name in names)
+
+
+def test_what_a_family_can_do(run):
+    found = {row["name"]: row for row in json.loads(run("list", "families", "--json")[1])}
+    deepseek, kimi, mimo = (found[name] for name in ("deepseek_v3", "kimi_k25", "mimo_v2_flash"))
+    assert deepseek["plan"]
+    assert deepseek["run"]
+    assert deepseek["serve"]
+    assert deepseek["draft"]
+    assert (deepseek["tools"][0], deepseek["reasoning"]) == ("deepseek_v3", ["think"])
+    assert kimi["architectures"] == ["KimiK25ForConditionalGeneration"]
+    assert kimi["plan"]
+    assert not (kimi["run"])
+    assert not (kimi["serve"])
+    assert not (kimi["draft"])
+    assert not (kimi["tools"])
+    assert mimo["draft"]
+    assert not mimo["run"]
+    assert {name for row in found.values() for name in row["tools"]} <= set(CALL_FORMS)
+    assert {name for row in found.values() for name in row["reasoning"]} <= set(THOUGHT_FORMS)
+    full = run("list", "families", "--full")[1]
+    assert {line.split()[0] for line in full.splitlines() if line.split()} >= set(FAMILIES)
+    assert run("list", "families", "--quiet")[1].startswith("14 families run and are served; ")
 
 
 def test_layouts_that_are_valid_and_what_they_hold(run):

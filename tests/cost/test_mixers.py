@@ -9,7 +9,7 @@ import pytest
 
 from cli.screen import refusing
 from expertlane.balance.holding import Slices, placements_of
-from expertlane.cost.memory import PlacedModel, held_kv_bytes, held_state_bytes, num_caching
+from expertlane.cost.memory import PlacedModel, held_kv_bytes, held_state_bytes, kept_bytes
 from expertlane.cost.step.attention import mixer_steps
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.counts import StageMesh
@@ -57,25 +57,29 @@ def _flops(operations, *kinds):
 
 def test_bytes_of_a_sequence_by_hand():
     qwen = _model("qwen3-next-80b-a3b")
-    assert num_caching(qwen, range(48)) == (12, 36)
+    of_position, of_state = held_kv_bytes(qwen, TYPES, 1), held_state_bytes(qwen, TYPES, 1)
+    assert kept_bytes(qwen, TYPES, 1, range(48)) == (12 * of_position, 36 * of_state)
     # 2 heads of 256 keys and values; 32 states of 128 x 128 in float32, and 3 inputs of
     # 2 x 16 x 128 + 32 x 128 channels.
     assert held_kv_bytes(qwen, TYPES, 1) == 2 * 2 * 256 * 2
     assert held_state_bytes(qwen, TYPES, 1) == 32 * 128 * 128 * 4 + 3 * 8192 * 2 == 2_146_304
     assert held_state_bytes(qwen, TYPES, 8) == 2_146_304 // 8
     nemotron = _model("nemotron-3-nano-30b-a3b")
-    assert num_caching(nemotron, range(52)) == (6, 23)
+    of_position, of_state = held_kv_bytes(nemotron, TYPES, 1), held_state_bytes(nemotron, TYPES, 1)
+    assert kept_bytes(nemotron, TYPES, 1, range(52)) == (6 * of_position, 23 * of_state)
     assert held_kv_bytes(nemotron, TYPES, 1) == 2 * 2 * 128 * 2
     # 64 states of 128 x 64, 3 inputs of 4096 + 2 x 8 x 128 channels.
     assert held_state_bytes(nemotron, TYPES, 1) == 64 * 128 * 64 * 4 + 3 * 6144 * 2
     jamba = _model("jamba-v0.1")
-    assert num_caching(jamba, range(32)) == (4, 28)
+    kept = 4 * held_kv_bytes(jamba, TYPES, 1), 28 * held_state_bytes(jamba, TYPES, 1)
+    assert kept_bytes(jamba, TYPES, 1, range(32)) == kept
     assert held_kv_bytes(jamba, TYPES, 1) == 2 * 8 * 128 * 2
     # 8192 channels, each with a state of 16 values in float32 and 3 inputs.
     assert held_state_bytes(jamba, TYPES, 1) == 8192 * 16 * 4 + 3 * 8192 * 2
     assert held_state_bytes(jamba, TYPES, 8) == held_state_bytes(jamba, TYPES, 1) // 8
     ling = _model("ling-3.0-flash")
-    assert num_caching(ling, range(42)) == (7, 35)
+    kept = 7 * held_kv_bytes(ling, TYPES, 1), 35 * held_state_bytes(ling, TYPES, 1)
+    assert kept_bytes(ling, TYPES, 1, range(42)) == kept
     assert held_kv_bytes(ling, TYPES, 8) == 576 * 2
     assert held_state_bytes(ling, TYPES, 1) == 32 * 128 * 128 * 4 + 3 * (3 * 32 * 128) * 2
     ring = _model("ring-mini-linear-2.0")

@@ -126,6 +126,7 @@ COVERED: Mapping[str, str] = {
     "benchmarks/gpu.py": "tests/gpu/test_script.py",
     "docs/notebook.py": "tests/test_notebook.py",
     "docs/option_table.py": "tests/test_docs.py",
+    "docs/family_table.py": "tests/test_docs.py",
     "docs/pictures/deployments.py": "tests/test_docs.py",
     "docs/printed.py": "tests/test_docs.py",
     "experiments/paper/likeness.py": "tests/comparison/test_likeness.py",

@@ -11,7 +11,7 @@ from expertlane.planner.candidates import PlanRequest
 from expertlane.planner.screen import ScreenedCandidate
 from expertlane.planner.search import OnePool, Search
 from expertlane.planner.simulated import simulated_pool
-from expertlane.spec.mixers import Indexer, LatentAttention, StateMixer
+from expertlane.spec.mixers import Indexer, LatentAttention, StateMixer, WindowHeads
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload
@@ -47,6 +47,15 @@ HYBRID = MIXED.with_overrides(  # states, an indexer, layers of a mixer or an ML
     mixer_only_layers=(2,),
     mlp_only_layers=(3,),
     sliding_window=(),
+)
+WINDOWED = MIXED.with_overrides(  # windows with heads of their own, which are kept alone
+    name="windowed",
+    v_head_dim=64,
+    window_heads=WindowHeads(24, 8, sinks=True),
+    query_rank=256,
+    attention_gate="head",
+    qk_norm="rotated_head",
+    further_biases=("norm", "head"),
 )
 
 

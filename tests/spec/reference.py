@@ -8,8 +8,14 @@ from typing import Any
 import torch
 import transformers
 
-from expertlane.spec.hf_config import family_of, language_model_of
-from expertlane.spec.model import ModelConfig, Shape, expert_shapes, layer_shapes
+from expertlane.spec.hf_config import FAMILIES, family_of, language_model_of
+from expertlane.spec.model import (
+    ModelConfig,
+    Shape,
+    expert_shapes,
+    layer_shapes,
+    outside_shapes,
+)
 
 _IN_LAYER = re.compile(r"(?:model\.|backbone\.)(?:language_model\.)?layers\.(\d+)\.(.*)")
 _OUTSIDE = {
@@ -19,6 +25,8 @@ _OUTSIDE = {
     "norm_f.weight": "final_norm",
     "final_layernorm.weight": "final_norm",
     "lm_head.weight": "head",
+    "norm.bias": "final_norm_bias",
+    "lm_head.bias": "head_bias",
 }
 _MLP = {
     "gate.weight": "router",
@@ -45,6 +53,10 @@ _MLP = {
     "router.bias": "router_bias",
     "e_score_correction_bias": "correction_bias",
     "gate.moe_statics.e_score_correction_bias": "correction_bias",
+    "gate.wg.weight": "router",
+    "shared_mlp.gate_proj.weight": "shared.gate",
+    "shared_mlp.up_proj.weight": "shared.up",
+    "shared_mlp.down_proj.weight": "shared.down",
 }
 _SHARED_MLP = {
     "input_linear.weight": "shared.gate shared.up",
@@ -57,6 +69,9 @@ _ATTENTION = {
 } | {
     "q_norm.weight": "query_norm",
     "k_norm.weight": "key_norm",
+    "query_layernorm.weight": "query_norm",
+    "key_layernorm.weight": "key_norm",
+    "g_proj.weight": "head_gate",
     "sinks": "sinks",
     "q_a_proj.weight": "query_a",
     "q_a_layernorm.weight": "query_a_norm",
@@ -64,7 +79,6 @@ _ATTENTION = {
     "kv_a_proj_with_mqa.weight": "kv_a",
     "kv_a_layernorm.weight": "kv_a_norm",
     "kv_b_proj.weight": "kv_b",
-    "g_proj.weight": "head_gate",
     "indexer.wq_b.weight": "index_query",
     "indexer.wk.weight": "index_key",
     "indexer.k_norm.weight": "index_norm",
@@ -116,8 +130,8 @@ _MAMBA_1 = {
 }
 
 
-def reference(config: dict[str, Any]) -> torch.nn.Module:
-    """The language model's class of transformers, on the meta device."""
+def their_config(config: dict[str, Any]) -> transformers.PretrainedConfig:
+    """The configuration of the language model's class of transformers."""
     family = family_of(config)
     text = copy.deepcopy(language_model_of(config))
     for key in ("model_type", "architectures", "auto_map", "quantization_config"):
@@ -125,8 +139,20 @@ def reference(config: dict[str, Any]) -> torch.nn.Module:
     if text.get("rope_scaling") is None:
         text.pop("rope_scaling", None)
     of_text = {"qwen3_5_moe", "qwen3_vl_moe", "llama4"}
-    name = f"{family}_text" if family in of_text else family
-    made = transformers.AutoConfig.for_model(name, **text)
+    name = f"{family}_text" if family in of_text else FAMILIES[family].like or family
+    return transformers.AutoConfig.for_model(name, **text)
+
+
+def reference(config: dict[str, Any]) -> torch.nn.Module:
+    """The language model's class of transformers, on the meta device."""
+    family, made = family_of(config), their_config(config)
+    if family == "step3p5":  # likewise
+        vision = {"width": 16, "layers": 1, "heads": 1}
+        whole = transformers.Step3p7Config(text_config=copy.deepcopy(config), vision_config=vision)
+        with torch.device("meta"):
+            model = transformers.Step3p7ForConditionalGeneration(whole)
+        del model.model.vision_model, model.model.multi_modal_projector
+        return model
     if family == "qwen3_vl_moe":  # has no class of its own for the language model with its head
         whole = transformers.Qwen3VLMoeConfig(text_config=made.to_dict())
         with torch.device("meta"):
@@ -190,10 +216,11 @@ def ours_of(name: str, model: ModelConfig) -> tuple[int | None, list[str]]:
     block, _, rest = part.partition(".")
     if block == "norm":  # of a layer of a mixer or an MLP alone
         return layer, ["moe_norm" if mixing is None else "attention_norm"]
+    end = "_bias" if rest == "bias" else ""
     if block == "input_layernorm":
-        return layer, ["attention_norm"]
+        return layer, [f"attention_norm{end}"]
     if block in ("post_attention_layernorm", "pre_ff_layernorm"):
-        return layer, ["moe_norm"]
+        return layer, [f"moe_norm{end}"]
     if block == "shared_mlp":
         joined = {
             "input_linear.weight": "shared.gate shared.up",
@@ -207,7 +234,8 @@ def ours_of(name: str, model: ModelConfig) -> tuple[int | None, list[str]]:
     assert mixing is not None, name
     assert block in ("self_attn", "linear_attn", "mamba", "mixer"), name
     if mixing.kind == "attention":
-        return layer, [_ATTENTION[rest]]
+        is_own = model.window_heads is not None and mixing.window is not None
+        return layer, [f"{'window.' if is_own else ''}{_ATTENTION[rest]}"]
     assert model.state is not None, name
     names = _STATE | _MAMBA_1 if model.state.kind == "mamba1" else _STATE
     return layer, [f"state.{each}" for each in names[rest].split()]
@@ -217,8 +245,7 @@ def joined_shape(model: ModelConfig, layer: int | None, parts: list[str]) -> Sha
     """The shape of our tensors put together in the first dimension, experts in one before it."""
     if layer is None:
         (part,) = parts
-        is_norm = part == "final_norm"
-        return (model.hidden_size,) if is_norm else (model.vocab_size, model.hidden_size)
+        return outside_shapes(model)[part]
     of_layer = layer_shapes(model, model.kind_of_layer(layer))
     of_layer |= {f"experts.{part}": shape for part, shape in expert_shapes(model).items()}
     shapes = [of_layer[part] for part in parts]

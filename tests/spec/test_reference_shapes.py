@@ -11,6 +11,7 @@ from expertlane.spec.model import (
     expert_shapes,
     layer_shapes,
     num_params,
+    outside_shapes,
 )
 from spec.reference import (
     joined_shape,
@@ -23,15 +24,20 @@ from spec.reference import (
 
 HERE = Path(__file__)
 MIXERS = json.loads(HERE.with_name("published_mixers.json").read_text())
+GROUPED = json.loads(HERE.with_name("published_grouped.json").read_text())
 PLAIN = json.loads(HERE.with_name("published.json").read_text())
-_OWN_LAYOUT = {"gpt-oss-20b"}  # transposed and interleaved: tests of checkpoints
-_WITHOUT_CLASS = {"ring-mini-linear-2.0"}  # by hand, below
+ALL = PLAIN | MIXERS | GROUPED
+_OTHERWISE = {  # compared elsewhere
+    "gpt-oss-20b",  # transposed and interleaved: tests of checkpoints
+    "step3",  # no class of transformers: `test_tensors_of_step_3`
+    "ring-mini-linear-2.0",  # nor of this: by hand, below
+}
 
 
 def _ours(model: ModelConfig) -> set[tuple[int | None, str]]:
-    names = {(None, "embedding"), (None, "final_norm")}
-    if not model.tie_word_embeddings:
-        names.add((None, "head"))
+    names = {(None, name) for name in outside_shapes(model)}
+    if model.tie_word_embeddings:
+        names.remove((None, "head"))
     for layer in range(model.num_hidden_layers):
         kind = model.kind_of_layer(layer)
         names |= {(layer, part) for part in layer_shapes(model, kind)}
@@ -40,10 +46,32 @@ def _ours(model: ModelConfig) -> set[tuple[int | None, str]]:
     return names
 
 
+def test_tensors_of_step_3():
+    """As vLLM's `step3_text` and the code published with the checkpoint have them."""
+    model = from_hf(GROUPED["step3"], "step3", weights=False)
+    dense, sparse = (layer_shapes(model, model.kind_of_layer(layer)) for layer in (3, 4))
+    attention = {
+        "attention_norm": (7168,),
+        "query_a": (2048, 7168),  # q_proj
+        "query_a_norm": (2048,),  # inter_norm
+        "query_b": (64 * 256, 2048),  # wq
+        "key": (256, 7168),
+        "value": (256, 7168),
+        "output": (7168, 64 * 256),
+        "moe_norm": (7168,),
+    }
+    dense_mlp = {"dense.gate": (18432, 7168), "dense.up": (18432, 7168)}
+    assert dense == attention | dense_mlp | {"dense.down": (7168, 18432)}
+    shared = {"shared.gate": (5120, 7168), "shared.up": (5120, 7168), "shared.down": (7168, 5120)}
+    assert sparse == attention | {"router": (48, 7168)} | shared
+    assert expert_shapes(model)["down"] == (7168, 5120)
+    assert [at for at in range(61) if model.is_dense(at)] == [0, 1, 2, 3, 60]
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("name", (PLAIN | MIXERS).keys() - _OWN_LAYOUT - _WITHOUT_CLASS)
+@pytest.mark.parametrize("name", [name for name in ALL if name not in _OTHERWISE])
 def test_tensors_are_those_of_transformers(name):
-    config = (PLAIN | MIXERS)[name]
+    config = ALL[name]
     model = from_hf(config, name, weights=False)
     theirs = their_shapes(reference(config), is_tied=model.tie_word_embeddings)
     left = _ours(model)

@@ -27,14 +27,15 @@ from expertlane.spec.files import CONFIG_BYTES, build, read_json, strict_json, w
 from expertlane.spec.layout import Coordinates, Layout, Members, part_of
 from expertlane.spec.model import (
     EMBEDDING,
-    FINAL_NORM,
     HEAD,
+    HEAD_BIAS,
     ModelConfig,
     cut_dim,
     expert_name,
     expert_shapes,
     layer_name,
     layer_shapes,
+    outside_shapes,
     tensor_shape,
 )
 from expertlane.spec.ranges import Strict, shown, take, take_fields
@@ -62,19 +63,20 @@ class Slices(NamedTuple):
         """The slices at a place of a layout."""
         return cls(layout.tp, at.tp_rank, layout.etp, at.etp_rank)
 
-    def heads(self, model: ModelConfig) -> range:
-        """The query heads."""
-        num = model.num_attention_heads // self.tp
+    def heads(self, model: ModelConfig, *, has_window: bool = False) -> range:
+        """The query heads of a layer, with or without a window."""
+        num = model.heads_of(has_window=has_window).num // self.tp
         return range(self.tp_rank * num, (self.tp_rank + 1) * num)
 
-    def kv_heads(self, model: ModelConfig) -> range:
+    def kv_heads(self, model: ModelConfig, *, has_window: bool = False) -> range:
         """The key/value heads in the cache; a latent counts as one, which all ranks hold.
 
         Of heads fewer than `tp`, consecutive ranks hold the same one.
         """
         if model.latent is not None:
             return range(1)
-        num, copies = max(1, model.num_kv_heads // self.tp), max(1, self.tp // model.num_kv_heads)
+        num_kv = model.heads_of(has_window=has_window).num_kv
+        num, copies = max(1, num_kv // self.tp), max(1, self.tp // num_kv)
         first = self.tp_rank // copies * num
         return range(first, first + num)
 
@@ -95,13 +97,15 @@ class Slices(NamedTuple):
             return range(size if is_first else 0)
         if of_expert:
             return part_of(size, self.etp, self.etp_rank)
-        if name == HEAD or ".dense." in name or ".shared." in name:
+        if name in (HEAD, HEAD_BIAS) or ".dense." in name or ".shared." in name:
             return part_of(size, self.tp, self.tp_rank)
-        is_norm_of_all = model.qk_norm == "full"
+        is_norm_of_all, has_window = model.qk_norm == "full", ".window." in name
         if part in _OF_QUERIES or (part == "query_norm" and is_norm_of_all):
-            heads, width = self.heads(model), size // model.num_attention_heads
+            heads = self.heads(model, has_window=has_window)
+            width = size // model.heads_of(has_window=has_window).num
         elif part in _OF_KEYS or (part == "key_norm" and is_norm_of_all):
-            heads, width = self.kv_heads(model), model.head_dim
+            heads = self.kv_heads(model, has_window=has_window)
+            width = size // model.heads_of(has_window=has_window).num_kv
         else:
             return range(size)
         return range(heads.start * width, heads.stop * width)
@@ -158,7 +162,8 @@ class Holding:
         The head is its own tensor, also where it has the embedding's weights.
         """
         first, last = self.at.pp_rank == 0, self.at.pp_rank == self.layout.pp - 1
-        return (EMBEDDING,) * first + (FINAL_NORM, HEAD) * last
+        names = outside_shapes(self.model)
+        return tuple(name for name in names if (first if name == EMBEDDING else last))
 
     def experts(self, layer: int) -> tuple[int, ...]:
         """The logical expert in each of the rank's slots of a layer; none of another stage's."""

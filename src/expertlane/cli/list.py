@@ -24,7 +24,7 @@ from expertlane.spec.files import strict_json
 from expertlane.spec.names import CacheType, NumberType
 
 if TYPE_CHECKING:
-    from expertlane.report.document import Column
+    from expertlane.report.document import Column, Table
 
 _MOST_ROWS = 24  # rows of an answer
 
@@ -50,10 +50,11 @@ def models(print_options: PrintOptions) -> None:
     """
     from expertlane.report.document import number
     from expertlane.report.numbers import whole
-    from expertlane.spec.model import PRESETS, num_params
+    from expertlane.spec.model import PRESETS, num_active_params, num_params
 
     columns = [
         number("parameters", _of("num_parameters"), lambda of: f"{of / 1e6:,.1f} M"),
+        number("active", _of("num_active_parameters"), lambda of: f"{of / 1e6:,.1f} M"),
         number("layers", _of("num_hidden_layers")),
         number("experts", _of("num_experts")),
         number("top-k", _of("num_experts_per_tok")),
@@ -62,7 +63,11 @@ def models(print_options: PrintOptions) -> None:
     ]
     sizes = "num_hidden_layers num_experts num_experts_per_tok hidden_size max_position_embeddings"
     rows = [
-        {"name": name, "num_parameters": num_params(model)}
+        {
+            "name": name,
+            "num_parameters": num_params(model),
+            "num_active_parameters": num_active_params(model),
+        }
         | {size: getattr(model, size) for size in sizes.split()}
         for name, model in PRESETS.items()
     ]
@@ -76,9 +81,11 @@ def models(print_options: PrintOptions) -> None:
 def families(print_options: PrintOptions) -> None:
     """Families of checkpoints, and what each can do.
 
-    Plan: plan, simulate and list layouts take its config.json.
+    Plan: plan, simulate and list layouts take its config.json. Draft: its checkpoints have layers
+    for multi-token prediction, which plan and simulate price with --mtp. Tools, reasoning: the
+    formats that serve reads, where published chat templates have them.
     """
-    from expertlane.report.document import text
+    from expertlane.report.document import Table, text
     from expertlane.spec.hf_config import FAMILIES
 
     rows = [
@@ -89,6 +96,9 @@ def families(print_options: PrintOptions) -> None:
             "plan": True,
             "run": not each.is_planned_only,
             "serve": not each.is_planned_only,
+            "draft": each.has_drafts,
+            "tools": [] if each.is_planned_only else each.calls,
+            "reasoning": [] if each.is_planned_only else each.thoughts,
         }
         for name, each in FAMILIES.items()
     ]
@@ -96,19 +106,28 @@ def families(print_options: PrintOptions) -> None:
     def can(what: str) -> "Column[Mapping[str, Any]]":
         return text(what, lambda row: "yes" if row[what] else "–")
 
-    columns = [text("mixers", _of("mixers")), can("plan"), can("run"), can("serve")]
-    run = [name for name, each in FAMILIES.items() if not each.is_planned_only]
-    planned = [name for name in FAMILIES if name not in run]
-    headline = (
-        f"{len(run)} families run and are served: {', '.join(run)}; {len(planned)} can only be "
-        f"planned: {', '.join(planned)}."
+    def marks(what: str) -> "Column[Mapping[str, Any]]":
+        return text(what, lambda row: ", ".join(row[what]) or "–")
+
+    mixers, serving = (
+        text("mixers", _of("mixers")),
+        [can("draft"), marks("tools"), marks("reasoning")],
     )
+    columns = [mixers, can("plan"), can("run"), can("serve"), *serving]
+    run, planned = ([row for row in rows if row["run"] is does] for does in (True, False))
+    by_mixers: dict[str, list[str]] = {}
+    for row in planned:
+        drafts = "*" if row["draft"] else ""
+        by_mixers.setdefault(row["mixers"], []).append(f"{row['name']}{drafts}")
+    listed = [{"mixers": each, "names": ", ".join(names)} for each, names in by_mixers.items()]
+    parts = (
+        Table.of("", [text("plan, run, serve", _of("name")), mixers, *serving], run),
+        Table.of("", [text("plan alone", _of("mixers")), text("families", _of("names"))], listed),
+        "Draft, *: has layers that draft (--mtp); the engine does not run them.",
+    )
+    headline = f"{len(run)} families run and are served; {len(planned)} more can be planned."
     setting = "Families of checkpoints | --json names their architectures"
-    notes = [
-        "Drafts: plan and simulate price them, with --mtp; the engine has none.",
-        "Tools and marks of reasoning are those of a checkpoint's chat template.",
-    ]
-    _show(headline, setting, "family", columns, rows, print_options, notes)
+    _show(headline, setting, "family", columns, rows, print_options, parts=parts)
 
 
 @_command
@@ -320,6 +339,7 @@ def _show(
     options: PrintOptions,
     notes: Sequence[str] = (),
     shown: Sequence[Mapping[str, Any]] | None = None,
+    parts: "tuple[Table | str, ...]" = (),
 ) -> None:
     """Print a list.
 
@@ -327,6 +347,7 @@ def _show(
         heading: of the first column, which has the names of the rows: their first entry.
         columns: the others.
         shown: rows of an answer; by default the first.
+        parts: an answer's, instead of those rows and the notes.
     """
     from expertlane.report import terminal
     from expertlane.report.document import Answer, Report, Section, Table, text
@@ -338,13 +359,15 @@ def _show(
     omitted = [f"{num_left_out} more are not shown; --full shows all."] if num_left_out else []
     report = Report(
         title=headline,
-        answer=Answer(setting, headline, (first, *omitted, *notes)),
+        answer=Answer(setting, headline, parts or (first, *omitted, *notes)),
         source="",
         command=output.command_line(),
         created=output.now(),
         sections=(Section(headline, (setting, Table.of("", columns, rows), *notes)),),
     )
-    is_all = len(rows) <= _MOST_ROWS and not (options.full or options.quiet or options.as_json)
+    is_all = not (parts or len(rows) > _MOST_ROWS) and not (
+        options.full or options.quiet or options.as_json
+    )
     if not is_all:
         output.print_report(report, options, None, lambda: strict_json(rows) + "\n")
         return

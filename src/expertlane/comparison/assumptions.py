@@ -86,9 +86,10 @@ def _parts(model: ModelConfig) -> str:
     is_whole = latent is not None or model.rotary_dim == model.head_dim
     of_head = "" if is_whole else f" in {model.rotary_dim} of {model.head_dim} values of a head"
     state, num_layers = model.state, model.num_hidden_layers
+    own, norm = model.window_heads, "LayerNorm" if "norm" in model.further_biases else "RMSNorm"
     parts = {
         f"vocabulary {model.vocab_size:,}": True,
-        "RMSNorm before attention and MoE": True,
+        f"{norm} before attention and MoE": True,
         "latent attention": latent is not None,
         "an indexer that chooses what attention sees": model.indexer is not None,
         "a gate of attention's output": model.attention_gate is not None,
@@ -98,11 +99,19 @@ def _parts(model: ModelConfig) -> str:
         f"{model.num_attention_heads} query heads for {model.num_kv_heads} of keys and values": (
             latent is None and model.num_kv_heads != model.num_attention_heads
         ),
+        f"values of {model.value_dim} beside keys of {model.head_dim}": (
+            latent is None and model.value_dim != model.head_dim
+        ),
+        f"queries from a latent of {model.query_rank}": model.query_rank is not None,
         "RMSNorm of queries and keys": model.qk_norm is not None,
         f"rotary positions{of_head}{f', {scaling.rope_type} scaling' if scaling else ''}": (
             len(model.unrotated_layers) < num_layers
         ),
         f"sliding windows in {num_windows} of {model.num_hidden_layers} layers": num_windows > 0,
+        f"in those {own.num_heads if own else 0} query heads for "
+        f"{own.num_key_value_heads if own else 0}{', with sinks' if own and own.sinks else ''}": (
+            own is not None
+        ),
         "attention sinks": model.attention_sinks,
         f"{gated if model.gated_mlp else ''}{activation} in the experts": True,
         "sigmoid routing": routing.scoring_func == "sigmoid",

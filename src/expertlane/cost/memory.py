@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil, prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from expertlane.errors import CapacityError
 from expertlane.results.record import PoolRecord
 from expertlane.schedule.request import Limits
 from expertlane.spec.layout import Layout, part_of, partition
+from expertlane.spec.mixers import Mixing
 from expertlane.spec.model import (
     FINAL_NORM,
     HEAD,
@@ -54,17 +56,12 @@ class KVTransfers:
     ) -> None:
         self._links = links
         self._remote = remote
-        whole = held_kv_bytes(model, types, 1)
-        held = held_kv_bytes(model, types, decode.tp) / decode.dcp
-        paged, kept = np.array(_num_layers(model, prefill), dtype=np.float64).T
-        self._sent_bytes = np.repeat(paged * whole / prefill.tp, prefill.tp)
-        state = held_state_bytes(model, types, 1) / prefill.tp
-        self._sent_state = np.repeat(kept * state, prefill.tp)
-        paged, kept = np.array(_num_layers(model, decode), dtype=np.float64).T
-        self._received_bytes = np.repeat(paged * held, decode.tp)
-        self._received_state = np.repeat(
-            kept * held_state_bytes(model, types, decode.tp), decode.tp
-        )
+        of_position, of_sequence = _of_stages(model, types, prefill, 1) / prefill.tp
+        self._sent_bytes = np.repeat(of_position, prefill.tp)
+        self._sent_state = np.repeat(of_sequence, prefill.tp)
+        of_position, of_sequence = _of_stages(model, types, decode, decode.tp)
+        self._received_bytes = np.repeat(of_position / decode.dcp, decode.tp)
+        self._received_state = np.repeat(of_sequence, decode.tp)
 
     def seconds(self, num_tokens: int) -> Floats:
         """[B]; seconds to transfer a prompt's keys and values, and its states."""
@@ -73,16 +70,48 @@ class KVTransfers:
         return self._links.kv_transfer(sent, received, self._remote).bounds[:, 0]
 
 
-def _num_layers(model: ModelConfig, layout: Layout) -> list[tuple[int, int]]:
-    """[pp]; layers of each stage with a paged cache, and with states."""
+def _of_stages(model: ModelConfig, types: NumberTypes, layout: Layout, tp: int) -> Floats:
+    """[2, pp]; bytes that a rank of each stage keeps of a position, and of a sequence besides."""
     layers = [layout.layers_of_stage(model.num_hidden_layers, rank) for rank in range(layout.pp)]
-    return [num_caching(model, each) for each in layers]
+    return np.array([kept_bytes(model, types, tp, each) for each in layers], dtype=np.float64).T
 
 
-def num_caching(model: ModelConfig, layers: range) -> tuple[int, int]:
-    """How many of some layers have a paged cache, and how many a state for each sequence."""
-    num = Counter(of.kind for of in map(model.mixing_of_layer, layers) if of is not None)
-    return num["attention"], num["state"]
+class Kept(NamedTuple):
+    """Bytes that a rank keeps in some layers.
+
+    Attributes:
+        position: of a position of a sequence, in pages.
+        sequence: of a sequence, however long: states, and windows of heads of their own.
+    """
+
+    position: int
+    sequence: int
+
+
+def kept_bytes(model: ModelConfig, types: NumberTypes, tp: int, layers: range) -> Kept:
+    """What a rank keeps in some layers, with heads shared by `tp` ranks."""
+    of_position = of_sequence = 0
+    for mixing, num in Counter(map(model.mixing_of_layer, layers)).items():
+        if mixing is None:
+            continue
+        if mixing.kind == "state":
+            of_sequence += num * held_state_bytes(model, types, tp)
+        elif (window := _kept_window(model, mixing)) is not None:
+            of_sequence += num * window * held_kv_bytes(model, types, tp, has_window=True)
+        else:
+            of_position += num * held_kv_bytes(model, types, tp)
+    return Kept(of_position, of_sequence)
+
+
+def _kept_window(model: ModelConfig, mixing: Mixing) -> int | None:
+    """Positions of a sequence that a layer keeps, if only those of its window, in whole blocks.
+
+    So serving engines do; the caches of models that our engine runs hold all positions. A window
+    may begin inside a block.
+    """
+    if mixing.window is None or model.window_heads is None:
+        return None
+    return (ceil(mixing.window / BLOCK_SIZE) + 1) * BLOCK_SIZE
 
 
 def held_kv_width(model: ModelConfig, tp: int) -> int:
@@ -91,15 +120,19 @@ def held_kv_width(model: ModelConfig, tp: int) -> int:
     Args:
         tp: ranks that share the heads; 1 for all of them.
     """
-    num_rows, dim = _held_rows(model, tp)
-    return num_rows * dim
+    return _held_values(model, tp)[0]
 
 
-def held_kv_bytes(model: ModelConfig, types: NumberTypes, tp: int) -> int:
-    """Bytes of the values that `held_kv_width` counts, with their scales and an index key."""
-    num_rows, dim = _held_rows(model, tp)
+def held_kv_bytes(
+    model: ModelConfig, types: NumberTypes, tp: int, *, has_window: bool = False
+) -> int:
+    """Bytes of the values that `held_kv_width` counts, with their scales and an index key.
+
+    Args:
+        has_window: of a layer with a window.
+    """
     of_index = 0 if model.indexer is None else model.indexer.position_bytes
-    return types.cached_bytes(num_rows * dim, num_rows) + of_index
+    return types.cached_bytes(*_held_values(model, tp, has_window=has_window)) + of_index
 
 
 def held_state_bytes(model: ModelConfig, types: NumberTypes, tp: int) -> int:
@@ -107,11 +140,12 @@ def held_state_bytes(model: ModelConfig, types: NumberTypes, tp: int) -> int:
     return 0 if model.state is None else model.state.state_bytes(tp, types.activation_bytes)
 
 
-def _held_rows(model: ModelConfig, tp: int) -> tuple[int, int]:
-    """Number of keys and values (or latents) of a position that a rank holds, and their width."""
+def _held_values(model: ModelConfig, tp: int, *, has_window: bool = False) -> tuple[int, int]:
+    """Values of a position that a rank holds, and in how many keys and values (or latents)."""
     if model.latent is not None:
-        return 1, model.latent.kv_lora_rank + model.latent.qk_rope_head_dim
-    return 2 * len(Slices(tp).kv_heads(model)), model.head_dim
+        return model.latent.kv_lora_rank + model.latent.qk_rope_head_dim, 1
+    num_heads = len(Slices(tp).kv_heads(model, has_window=has_window))
+    return num_heads * (model.head_dim + model.value_dim), 2 * num_heads
 
 
 BLOCK_SIZE = 16
@@ -223,17 +257,15 @@ class PlacedModel:
         num_slots = max((placed.num_slots for placed in self.placements if placed), default=1)
         num_pairs = ceil(num_pairs_in_stage * max(of_layer) / num_slots)
         kv_width = held_kv_width(model, layout.tp)
-        position_bytes = held_kv_bytes(model, types, layout.tp)
         # Hidden states, queries, keys and values; the tokens of the experts with their inner layer.
         num_values = num_tokens * (4 * model.hidden_size + 2 * kv_width)
         num_values += num_pairs * (2 * model.hidden_size + inner)
         num_positions = limits.num_blocks * limits.block_size
-        num_paged, num_states = num_caching(model, layers)
-        if not num_paged and limits.state_blocks:  # states of all that the other stages hold
+        kept = kept_bytes(model, types, layout.tp, layers)
+        if not kept.position and limits.state_blocks:  # states of all that the other stages hold
             most = limits.num_blocks // (limits.state_blocks + 1)
             num_seqs = max(num_seqs, min(most, limits.max_num_seqs))
-        kv_bytes = num_paged * ceil(num_positions / layout.dcp) * position_bytes
-        kv_bytes += num_seqs * num_states * held_state_bytes(model, types, layout.tp)
+        kv_bytes = ceil(num_positions / layout.dcp) * kept.position + num_seqs * kept.sequence
         return RankMemory(
             weight_bytes=num_bytes,
             kv_bytes=kv_bytes,
@@ -274,25 +306,20 @@ class PlacedModel:
 
     def state_blocks(self, limits: Limits) -> int:
         """Blocks of a rank's cache with as much room as a sequence's states, on every stage."""
-        of_state = held_state_bytes(self.model, self.types, self.layout.tp)
-        if not of_state:
-            return 0
         stages = range(0, self.layout.replica_size, self.layout.stage_size)
         return max(
-            -(-self._num_caching(rank)[1] * of_state // block_bytes) if block_bytes else 0
+            -(-self._kept(rank).sequence // block_bytes) if block_bytes else 0
             for rank in stages
             for block_bytes in (self._block_bytes(limits, rank),)
         )
 
-    def _num_caching(self, rank: int) -> tuple[int, int]:
+    def _kept(self, rank: int) -> Kept:
         held = Holding(self.model, self.layout, rank, self.placements)
-        return num_caching(self.model, held.layers)
+        return kept_bytes(self.model, self.types, self.layout.tp, held.layers)
 
     def _block_bytes(self, limits: Limits, rank: int) -> int:
         """Bytes of a block of the paged cache on a rank, all its layers together."""
-        of_block = ceil(limits.block_size / self.layout.dcp)
-        position_bytes = held_kv_bytes(self.model, self.types, self.layout.tp)
-        return self._num_caching(rank)[0] * of_block * position_bytes
+        return ceil(limits.block_size / self.layout.dcp) * self._kept(rank).position
 
     def fullest(self, limits: Limits) -> RankMemory:
         """The memory of the fullest rank: the first ranks of the stages hold most."""
@@ -365,9 +392,9 @@ def _held(model: ModelConfig, own: Slices, name: str) -> list[range]:
 
 _WIDE = {
     *("attention_norm", "moe_norm", "query_a_norm", "kv_a_norm", FINAL_NORM),
+    *("attention_norm_bias", "moe_norm_bias", f"{FINAL_NORM}_bias"),
     *("sinks", "router", "router_bias", "correction_bias", "decay_log", "step_bias", "skip"),
     *("index_weights", "index_norm", "index_norm_bias"),
-    *("step_norm", "key_norm", "query_norm"),
 }
 
 

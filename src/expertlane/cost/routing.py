@@ -562,16 +562,18 @@ def varying_work(model: ModelConfig) -> Iterator[str]:
     """Sentences on experts that compute nothing, and on those that nothing waits for."""
     if model.num_zero_experts:
         computing = ComputingExperts.of(model)
-        params = [
-            num_active_params(model, each) / 1e9
-            for each in (computing.mean, computing.least, computing.most)
-        ]
+        least, most = (
+            (num_active_params(model, each) - model.vocab_size * model.hidden_size) / 1e9
+            for each in (computing.least, computing.most)
+        )
+        share = (computing.mean - computing.least) / max(computing.most - computing.least, 1)
+        mean = least + share * (most - least)
         yield (
             f"{model.num_zero_experts} of {model.num_routed_experts} experts compute nothing: of a "
             f"token's {model.num_experts_per_tok} choices {computing.mean:.2g} compute on average, "
             f"{computing.least} to {computing.most} in a layer (5th to 95th percentile): "
-            f"{params[0]:.1f}B parameters, {params[1]:.1f}B to {params[2]:.1f}B if so in all "
-            "layers. Steps are priced by drawn choices, all experts as popular on average."
+            f"{mean:.1f}B parameters beside the embedding, {least:.1f}B to {most:.1f}B if so in "
+            "all layers. Steps are priced by drawn choices, all experts as popular on average."
         )
     if model.shortcut_experts:
         yield (

@@ -14,7 +14,7 @@ from functools import partial
 from math import ceil
 from pathlib import PurePath
 
-from expertlane.cost.memory import FREE_SHARE, held_kv_bytes, held_state_bytes, num_caching
+from expertlane.cost.memory import FREE_SHARE, kept_bytes
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.planner.engines import DeviceKind, ServingEngine
 from expertlane.planner.served_pool import LEAST_BUFFER, ServedPool
@@ -332,10 +332,8 @@ def _vllm_cache(draft: _Draft, asked: _Asked, num_blocks: int, block_size: int) 
     """
     pool, layout = asked.pool, asked.layout
     layers = layout.layers_of_stage(pool.model.num_hidden_layers, 0)
-    num_paged, num_states = num_caching(pool.model, layers)
-    of_position = num_paged * held_kv_bytes(pool.model, asked.types, layout.tp)
-    of_states = num_states * held_state_bytes(pool.model, asked.types, layout.tp)
-    num_bytes = (num_blocks + 1) * block_size * of_position + pool.rank_seqs * of_states
+    kept = kept_bytes(pool.model, asked.types, layout.tp, layers)
+    num_bytes = (num_blocks + 1) * block_size * kept.position + pool.rank_seqs * kept.sequence
     draft.add("--kv-cache-memory-bytes", num_bytes)
 
 

@@ -128,7 +128,8 @@ def windows_by_type(fields: ConfigReader, default: list[bool]) -> tuple[int | No
     return tuple(window if has else None for has in has_window)
 
 
-def _windows_everywhere(fields: ConfigReader) -> tuple[int | None, ...]:
+def windows_everywhere(fields: ConfigReader) -> tuple[int | None, ...]:
+    """The same window in every layer, if there is one."""
     window = fields.optional(int, "sliding_window")
     return () if window is None else (window,) * fields.get(int, "num_hidden_layers")
 
@@ -137,7 +138,7 @@ def _mixtral(fields: ConfigReader) -> dict[str, Any]:
     return {
         **attention(fields),
         "moe_intermediate_size": fields.get(int, "intermediate_size"),
-        "sliding_window": _windows_everywhere(fields),
+        "sliding_window": windows_everywhere(fields),
     }
 
 
@@ -188,7 +189,7 @@ def _qwen3_moe(fields: ConfigReader) -> dict[str, Any]:
         **qwen_moe(fields),
         **biased_attention(fields),
         "qk_norm": "head",
-        "sliding_window": _windows_everywhere(fields) if has_windows else (),
+        "sliding_window": windows_everywhere(fields) if has_windows else (),
         "routing": norms_as_told(fields),
     }
 

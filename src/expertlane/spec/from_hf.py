@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from expertlane.errors import SpecError
 from expertlane.spec.families import READERS
+from expertlane.spec.grouped_families import GROUPED_READERS
 from expertlane.spec.hf_config import (
     FAMILIES,
     ConfigReader,
@@ -24,6 +25,7 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Dtype
 from expertlane.spec.sparse_families import SPARSE_READERS
 
+_READERS = READERS | MIXER_READERS | GROUPED_READERS | SPARSE_READERS
 _SAME = (  # in every family
     "num_hidden_layers",
     "hidden_size",
@@ -71,10 +73,11 @@ def from_hf(
     if fields.get(str, "hidden_act") not in known.hidden_acts:
         raise fields.unsupported("hidden_act")
     return ModelConfig(
-        num_experts=fields.get(int, *known.num_experts),
-        num_experts_per_tok=fields.get(int, *known.num_experts_per_tok),
+        num_experts=fields.same_in_all(*known.num_experts),
+        num_experts_per_tok=fields.same_in_all(*known.num_experts_per_tok),
         usual_skew=known.skew,
-        **_common(fields, known) | (READERS | MIXER_READERS | SPARSE_READERS)[family](fields),
+        unread_family=family if known.is_planned_only else None,
+        **_common(fields, known) | _READERS[known.like or family](fields),
     )
 
 

@@ -112,8 +112,14 @@ class Family:
         num_experts: names of the field for the number of experts; where a config has several, the
             first counts.
         num_experts_per_tok: likewise for the number of experts that a token goes to.
-        wrappers: other architectures whose language model, in `text_config`, is of this family;
-            their weights have names of their own, which are not read.
+        wrappers: other architectures of this family, or whose language model, in `text_config`, is
+            of it; their weights have names of their own, which are not read.
+        like: another family, whose language model this one has in `text_config`; what is not said
+            here is as there.
+        has_drafts: published checkpoints have layers for multi-token prediction, which `plan` and
+            `simulate` price.
+        calls, thoughts: forms of tool calls and of reasoning in the chat templates of published
+            checkpoints, by the names of `server/call_forms.py`.
         skew: `usual_skew` of `ModelConfig`, by calibration/popularity.py.
         mixers: what its layers mix tokens by, in words.
         is_planned_only: the engine cannot run it.
@@ -132,16 +138,22 @@ class Family:
     wrappers: list[str] = field(default_factory=list)
     skew: float = DEFAULT_SKEW
     mixers: str = "grouped queries"
+    like: str | None = None
     is_planned_only: bool = False
+    has_drafts: bool = False
+    calls: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
     hidden_acts: list[str] = field(default_factory=lambda: ["silu", "swish"])
     spellings: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
 
 
-FAMILIES: dict[str, Family] = {
-    name: Family(**family)
-    for name, family in json.loads(Path(__file__).with_name("families.json").read_text()).items()
-}
+def _families() -> dict[str, Family]:
+    said = json.loads(Path(__file__).with_name("families.json").read_text())
+    return {name: Family(**said.get(of.get("like"), {}) | of) for name, of in said.items()}
+
+
+FAMILIES = _families()
 
 
 @dataclass(frozen=True)
@@ -420,6 +432,17 @@ class ConfigReader:
         if value is None:
             raise self.error(f"{' or '.join(spellings)} is missing")
         return self.typed(kind, key, value)
+
+    def same_in_all(self, *spellings: str) -> int:
+        """A whole number, or a list of it, once for each layer."""
+        key, value = self._find(spellings)
+        if isinstance(value, list) and value and all(each == value[0] for each in value):
+            return self.typed(int, key, value[0])
+        return self.get(int, *spellings)
+
+    def with_fields(self, **fields: Any) -> "ConfigReader":
+        """The same configuration with some fields replaced."""
+        return ConfigReader({**self._config, **fields}, self.name, self.defaults)
 
     def optional(self, kind: type[T], key: str) -> T | None:
         """A value, or None where it is null, or missing without a default."""

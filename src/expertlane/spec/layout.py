@@ -189,7 +189,10 @@ class Layout(Strict):
 
     def most_dcp(self, model: ModelConfig) -> int:
         """Ranks of a `tp` group that hold the same keys and values without `dcp`."""
-        return self.tp if model.latent is not None else max(1, self.tp // model.num_kv_heads)
+        if model.latent is not None:
+            return self.tp
+        most_kv = max(heads.num_kv for heads in model.all_heads)
+        return max(1, self.tp // most_kv)
 
     def check_model(self, model: ModelConfig) -> None:
         """Check that `model` can be laid out so.
@@ -197,24 +200,23 @@ class Layout(Strict):
         Raises:
             SpecError: `tp` does not divide the heads, or there are fewer layers than stages.
         """
-        heads = model.num_attention_heads
-        if heads % self.tp:
-            raise SpecError(
-                f"layout {self}: tp={self.tp} does not divide the {heads} attention heads of "
-                f"{model.name}; valid tp: {_listed(divisors(heads))}"
-            )
+        for heads, kv_heads, _ in model.all_heads:
+            if heads % self.tp:
+                raise SpecError(
+                    f"layout {self}: tp={self.tp} does not divide the {heads} attention heads of "
+                    f"{model.name}; valid tp: {_listed(divisors(heads))}"
+                )
+            if model.latent is None and kv_heads % self.tp and self.tp % kv_heads:
+                raise SpecError(
+                    f"layout {self}: tp={self.tp} and the {kv_heads} key/value heads of "
+                    f"{model.name} do not divide each other"
+                )
         state = model.state
         if state is not None and state.num_cuts % self.tp:
             what = "heads" if state.norm_groups is None else "groups of a norm"
             raise SpecError(
                 f"layout {self}: tp={self.tp} does not divide the {state.num_cuts} {what} of "
                 f"{state.title} of {model.name}; valid tp: {_listed(divisors(state.num_cuts))}"
-            )
-        kv_heads = model.num_kv_heads
-        if model.latent is None and kv_heads % self.tp and self.tp % kv_heads:
-            raise SpecError(
-                f"layout {self}: tp={self.tp} and the {kv_heads} key/value heads of {model.name} "
-                "do not divide each other"
             )
         if self.most_dcp(model) % self.dcp:
             raise SpecError(

@@ -26,7 +26,7 @@ _STATE, _FULL = "linear_attention", "full_attention"
 _OLD_TYPES = {"mamba": _STATE, "attention": _FULL}  # as transformers 4 calls them
 
 
-def _types(fields: ConfigReader, key: str, valid: tuple[str, ...]) -> list[str] | None:
+def layer_types(fields: ConfigReader, key: str, valid: tuple[str, ...]) -> list[str] | None:
     """The type of each layer, by a list of them; None where it is null or missing."""
     types = fields.raw(key)
     if types is None:
@@ -42,7 +42,7 @@ def _types(fields: ConfigReader, key: str, valid: tuple[str, ...]) -> list[str] 
 
 def _state_layers(fields: ConfigReader, default: list[bool]) -> tuple[int, ...]:
     """The layers with a state, by `layer_types`, else a family's default."""
-    types = _types(fields, "layer_types", (_STATE, _FULL))
+    types = layer_types(fields, "layer_types", (_STATE, _FULL))
     has_state = default if types is None else [kind == _STATE for kind in types]
     if len(has_state) != (num_layers := fields.get(int, "num_hidden_layers")):
         raise fields.error(f"layer_types has {len(has_state)} entries for {num_layers} layers")
@@ -90,11 +90,11 @@ def _qwen3_5_moe(fields: ConfigReader) -> dict[str, Any]:
     return {**_gated_delta(fields), **fields.same(ModelConfig, "moe_intermediate_size")}
 
 
-def _mlp_types(fields: ConfigReader) -> dict[str, Any]:
+def mlp_types(fields: ConfigReader) -> dict[str, Any]:
     """MLPs by `mlp_layer_types`; without it the first layers have no experts."""
     num_layers = fields.get(int, "num_hidden_layers")
     first = min(fields.get(int, "first_k_dense_replace"), num_layers)
-    kinds = _types(fields, "mlp_layer_types", ("dense", "sparse"))
+    kinds = layer_types(fields, "mlp_layer_types", ("dense", "sparse"))
     if kinds is None:
         kinds = ["dense" if layer < first else "sparse" for layer in range(num_layers)]
     if len(kinds) != num_layers:
@@ -115,7 +115,7 @@ def _indexed(fields: ConfigReader) -> dict[str, Any]:
     )
     return {
         **latent_attention(fields),
-        **_mlp_types(fields),
+        **mlp_types(fields),
         "indexer": indexer,
         "rope_interleave": interleaved(fields),
         "routing": sigmoid_routing(fields),
@@ -125,7 +125,7 @@ def _indexed(fields: ConfigReader) -> dict[str, Any]:
 def _glm_moe_dsa(fields: ConfigReader) -> dict[str, Any]:
     fields.expect("index_topk_freq", 1)
     fields.expect("index_topk_pattern")
-    types = _types(fields, "indexer_types", ("full", "shared"))
+    types = layer_types(fields, "indexer_types", ("full", "shared"))
     if types is not None and "shared" in types:
         raise fields.error("indexer_types has 'shared': choices shared by layers are not supported")
     return _indexed(fields)
@@ -163,7 +163,7 @@ def _kimi_linear(fields: ConfigReader) -> dict[str, Any]:
     )
     return {
         **latent_attention(fields),
-        **_mlp_types(fields),
+        **mlp_types(fields),
         "unrotated_layers": tuple(range(num_layers)),
         **_with_state(state, _state_layers(fields, has_state)),
         "routing": sigmoid_routing(fields),
@@ -212,7 +212,7 @@ def _nemotron_h(fields: ConfigReader) -> dict[str, Any]:
     """Layers of a mixer or an MLP alone."""
     for key in ("use_bias", "mlp_bias", "mamba_proj_bias", "attention_bias", "sliding_window"):
         fields.expect(key, False)
-    blocks = _types(fields, "layers_block_type", tuple(_BLOCKS.values()))
+    blocks = layer_types(fields, "layers_block_type", tuple(_BLOCKS.values()))
     pattern = fields.raw("hybrid_override_pattern")
     if blocks is None and isinstance(pattern, str) and set(pattern) <= set(_BLOCKS):
         blocks = [_BLOCKS[each] for each in pattern]
@@ -304,7 +304,7 @@ def _bailing_rest(fields: ConfigReader, group: int) -> tuple[dict[str, Any], tup
             "(layer_group_size) are not supported"
         )
     rest = {
-        **_mlp_types(fields),
+        **mlp_types(fields),
         "shared_expert_intermediate_size": fields.get(int, "n_shared_experts") * shared,
         "routing": sigmoid_routing(fields),
     }
@@ -364,7 +364,7 @@ def _bailing_hybrid(fields: ConfigReader) -> dict[str, Any]:
     for key in ("expert_swiglu_limit_list", "share_expert_swiglu_limit_list"):
         fields.expect(key, False)
     rest, layers = _bailing_rest(fields, fields.get(int, "layer_group_size"))
-    types = _types(fields, "layer_types", (_STATE, _FULL))
+    types = layer_types(fields, "layer_types", (_STATE, _FULL))
     if types is not None:
         layers = _state_layers(fields, [])
     heads, head_dim = fields.get(int, "num_attention_heads"), fields.get(int, "head_dim")
@@ -401,7 +401,7 @@ def _llama4(fields: ConfigReader) -> dict[str, Any]:
     if len(rotates) != num_layers:
         raise fields.error(f"no_rope_layers has {len(rotates)} entries for {num_layers} layers")
     chunk = fields.optional(int, "attention_chunk_size")
-    types = _types(fields, "layer_types", ("chunked_attention", _FULL))
+    types = layer_types(fields, "layer_types", ("chunked_attention", _FULL))
     types = ["chunked_attention" if each else _FULL for each in rotates] if types is None else types
     inner = fields.get(int, "intermediate_size")
     dense = tuple(layer for layer in layers if layer not in sparse)

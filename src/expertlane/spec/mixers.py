@@ -54,14 +54,15 @@ class RopeScaling(Strict):
     wavelength exceeds original_max_position_embeddings / low_freq_factor, keeps those under
     original_max_position_embeddings / high_freq_factor, and blends between. `yarn` (Peng et al.
     2023) blends between the dimensions that turn `beta_fast` and `beta_slow` times over the
-    original length.
+    original length. `longrope` (Ding et al. 2024) divides each frequency by a factor of its own,
+    of two lists: for contexts up to the original length, and beyond.
 
     Attributes:
         truncate: yarn; whether the blend begins and ends at whole dimensions.
-        attention_factor: yarn; cosines and sines are multiplied by it.
+        attention_factor: yarn, longrope; cosines and sines are multiplied by it.
     """
 
-    rope_type: Literal["linear", "llama3", "yarn"]
+    rope_type: Literal["linear", "llama3", "yarn", "longrope"]
     factor: float
     original_max_position_embeddings: int
     low_freq_factor: float = 1.0
@@ -105,6 +106,19 @@ class LatentAttention(Strict):
         shapes["kv_a_norm"] = (kv_rank,)
         shapes["kv_b"] = (num_heads * (self.qk_nope_head_dim + self.v_head_dim), kv_rank)
         return shapes
+
+
+@dataclass(frozen=True)
+class WindowHeads(Strict):
+    """Attention of the layers with a window, where it has other heads than that of the others.
+
+    Attributes:
+        sinks: every head has a logit that takes part in the softmax's sum alone.
+    """
+
+    num_heads: int
+    num_key_value_heads: int
+    sinks: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 Matrices are [out_features, in_features]. In the names, N is a layer and E an expert:
 
-- `embedding`, `final_norm`, `head`;
+- `embedding`, `final_norm`, `final_norm_bias`, `head`, `head_bias`;
 - `layers.N.` and, for attention: `attention_norm`; `query`, `key`, `value`, `output`, each with a
-  `…_bias`; `query_norm`, `key_norm`; `sinks`; `head_gate`. With latent attention `query` or else
-  `query_a`, `query_a_norm`, `query_b`; then `kv_a`, `kv_a_norm`, `kv_b`, `output`;
+  `…_bias`; `query_norm`, `key_norm`; `sinks`; `head_gate`. With latent attention or latent queries
+  `query` or else `query_a`, `query_a_norm`, `query_b`; with latent attention then `kv_a`,
+  `kv_a_norm`, `kv_b`, `output`;
+- `layers.N.window.` and the same, where layers with a window have heads of their own;
 - `layers.N.state.`, or `layers.N.index_…`: mixers beside attention (`spec.mixers`);
-- `layers.N.` and, for the MLP: `moe_norm` in every layer that has one; `router`, `router_bias`,
+- `layers.N.` and, for the MLP: `moe_norm` in every layer that has one (layer norms have a
+  `…_norm_bias` too); `router`, `router_bias`,
   `correction_bias`, `shared_gate`; `latent_in`, `latent_out`; `experts.E.`, `shared.` or `dense.`
   with `gate`, `up`, `down`, and for experts `gate_bias`, `up_bias`, `down_bias`.
 """
@@ -27,6 +30,7 @@ from expertlane.spec.mixers import (
     RopeScaling,
     Shape,
     StateMixer,
+    WindowHeads,
 )
 from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import DEFAULT_SKEW, MAX_PARAMS, Strict, take_fields
@@ -34,6 +38,7 @@ from expertlane.spec.ranges import DEFAULT_SKEW, MAX_PARAMS, Strict, take_fields
 EMBEDDING = "embedding"
 FINAL_NORM = "final_norm"
 HEAD = "head"
+HEAD_BIAS = "head_bias"
 _CUT_BY_INPUT = ("output", "down", "select")
 
 
@@ -80,6 +85,14 @@ class Routing(Strict):
     group_score: Literal["max", "top2_sum"] = "max"
 
 
+class Heads(NamedTuple):
+    """Heads of a layer's attention: of queries, of keys and values; and whether they have sinks."""
+
+    num: int
+    num_kv: int
+    have_sinks: bool
+
+
 @dataclass(frozen=True)
 class ModelConfig(Strict):
     """A pre-norm decoder with root-mean-square norms and MoE or dense MLPs.
@@ -89,13 +102,20 @@ class ModelConfig(Strict):
 
     Attributes:
         head_dim: of a query and a key; with latent attention qk_nope_head_dim + qk_rope_head_dim.
+        v_head_dim: of a value, without latent attention; None for `head_dim`.
         num_key_value_heads: None for as many as there are query heads; see `num_kv_heads`.
         qkv_bias, output_bias: attention's projections have biases.
         qk_norm: queries and keys are normed before they are rotated: each head by itself with one
-            weight for all heads, or all heads together.
+            weight for all heads (`rotated_head`: after they are rotated), or all heads together.
         attention_sinks: every head has a logit that takes part in the softmax's sum alone.
-        attention_gate: attention's output is multiplied by the sigmoid of a gate: as wide as the
-            queries, whose projection gives it beside them, or one value a head.
+        window_heads: of the layers with a window; None where all layers have the same heads.
+        query_rank: width of a latent that the queries come from, without latent attention (Hu et
+            al. 2024, Multi-matrix Factorization Attention); None where they have none.
+        attention_gate: attention's output is multiplied by the sigmoid of a gate: of one for each
+            value, which the queries' projection gives beside them, or one for each head.
+        further_biases: `norm`: norms of hidden states subtract the mean and have a bias (layer
+            norms); `head`: the output head has a bias.
+        unread_family: its family, where the engine does not know that family's names of tensors.
         unrotated_layers: layers whose queries and keys are not rotated by their positions.
         state: the mixer of `state_layers`, which have no attention.
         indexer: chooses what latent attention sees.
@@ -148,10 +168,15 @@ class ModelConfig(Strict):
     num_key_value_heads: int | None = None
     qkv_bias: bool = False
     output_bias: bool = False
-    qk_norm: Literal["head", "full"] | None = None
+    qk_norm: Literal["head", "rotated_head", "full"] | None = None
     attention_sinks: bool = False
     sliding_window: tuple[int | None, ...] = ()
     latent: LatentAttention | None = None
+    v_head_dim: int | None = None
+    window_heads: WindowHeads | None = None
+    query_rank: int | None = None
+    further_biases: tuple[Literal["norm", "head"], ...] = ()
+    unread_family: str | None = None
     attention_gate: Literal["sigmoid", "head"] | None = None
     unrotated_layers: tuple[int, ...] = ()
     state: StateMixer | None = None
@@ -186,7 +211,7 @@ class ModelConfig(Strict):
 
     def __post_init__(self) -> None:
         take_fields(self, f"model {self.name}: {{}}".format)
-        for part in ("rope_scaling", "latent", "routing", "state", "indexer"):
+        for part in ("rope_scaling", "latent", "routing", "state", "indexer", "window_heads"):
             if getattr(self, part) is not None:
                 take_fields(getattr(self, part), f"model {self.name}: {part}: {{}}".format)
         if self.num_experts_per_tok > self.num_routed_experts:
@@ -239,11 +264,20 @@ class ModelConfig(Strict):
                     f"partial_rotary_factor is {self.partial_rotary_factor:g}; with latent "
                     "attention it must be 1"
                 )
-        if self.num_attention_heads % self.num_kv_heads:
+        for heads in self.all_heads:
+            if heads.num % heads.num_kv:
+                raise self._error(
+                    f"num_key_value_heads is {heads.num_kv}; it must divide the {heads.num} "
+                    "attention heads"
+                )
+        if latent is None and (self.head_dim + self.value_dim) % 2:
             raise self._error(
-                f"num_key_value_heads is {self.num_kv_heads}; it must divide the "
-                f"{self.num_attention_heads} attention heads"
+                f"head_dim is {self.head_dim} and v_head_dim {self.value_dim}; their sum must be "
+                "even"
             )
+        of_grouped = (self.v_head_dim, self.query_rank, self.window_heads)
+        if latent is not None and any(each is not None for each in of_grouped):
+            raise self._error("latent attention takes no v_head_dim, query_rank or window_heads")
         if self.sliding_window and len(self.sliding_window) != self.num_hidden_layers:
             raise self._error(
                 f"sliding_window has {len(self.sliding_window)} entries; it must have one for each "
@@ -332,6 +366,29 @@ class ModelConfig(Strict):
         heads = self.num_key_value_heads
         return self.num_attention_heads if heads is None else heads
 
+    def heads_of(self, *, has_window: bool = False) -> Heads:
+        """Heads of a layer's attention.
+
+        Args:
+            has_window: of a layer with a window.
+        """
+        if has_window and (own := self.window_heads) is not None:
+            return Heads(own.num_heads, own.num_key_value_heads, own.sinks)
+        return Heads(self.num_attention_heads, self.num_kv_heads, self.attention_sinks)
+
+    @property
+    def all_heads(self) -> tuple[Heads, ...]:
+        """Heads of layers without a window, and with one where theirs are others."""
+        own = () if self.window_heads is None else (self.heads_of(has_window=True),)
+        return self.heads_of(), *own
+
+    @property
+    def value_dim(self) -> int:
+        """Values of a head that attention gives to its output projection."""
+        if self.latent is not None:
+            return self.latent.v_head_dim
+        return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
     @property
     def num_routed_experts(self) -> int:
         """Experts that a router chooses from, those that compute nothing too."""
@@ -360,8 +417,7 @@ class ModelConfig(Strict):
     @property
     def attention_output_size(self) -> int:
         """Width of what attention gives to its output projection."""
-        v_head_dim = self.head_dim if self.latent is None else self.latent.v_head_dim
-        return self.num_attention_heads * v_head_dim
+        return self.num_attention_heads * self.value_dim
 
     @property
     def rotary_dim(self) -> int:
@@ -424,6 +480,17 @@ class ModelConfig(Strict):
             self.state.title if self.state is not None else "": self.state is not None,
             "sparse attention by an indexer": self.indexer is not None,
             "gated attention": self.attention_gate is not None,
+            "layers with a window and heads of their own": self.window_heads is not None,
+            "values of another width than keys": (
+                self.latent is None and self.value_dim != self.head_dim
+            ),
+            "queries from a latent": self.query_rank is not None,
+            "norms of rotated queries and keys": self.qk_norm == "rotated_head",
+            "LayerNorm": "norm" in self.further_biases,
+            "a bias of the output head": "head" in self.further_biases,
+            "longrope positions": (
+                self.rope_scaling is not None and self.rope_scaling.rope_type == "longrope"
+            ),
             "layers without rotary positions": bool(self.unrotated_layers),
             "layers of a mixer or an MLP alone": bool(
                 self.mixer_only_layers or self.mlp_only_layers
@@ -432,6 +499,7 @@ class ModelConfig(Strict):
             "experts that compute nothing": self.num_zero_experts > 0,
             "experts added after the next layer": self.shortcut_experts,
             "squared ReLU": self.hidden_act == "relu2",
+            f"tensors named as in {self.unread_family}": self.unread_family is not None,
         }
         return next((what for what, is_there in lacking.items() if is_there), None)
 
@@ -461,7 +529,8 @@ _WITHOUT_PRODUCT = {"router", "kv_b", "shared_gate", "head_gate", "sinks", "deca
 def is_matrix(name: str) -> bool:
     """True for the weight of a product, which may be kept in one byte.
 
-    Routers are not, nor `kv_b`, which is taken apart by heads, nor the gate of a shared expert.
+    Routers are not, nor `kv_b`, which is taken apart by heads, nor gates of a value for each head
+    or for a shared expert.
     """
     part = name.rpartition(".")[2]
     return not (
@@ -487,9 +556,19 @@ def tensor_names(model: ModelConfig) -> Iterator[str]:
         yield from (layer_name(layer, part) for part in layer_shapes(model, kind))
         for index in range(model.num_experts if kind.mlp == "experts" else 0):
             yield from (expert_name(layer, index, part) for part in expert)
-    yield FINAL_NORM
-    if not model.tie_word_embeddings:
-        yield HEAD
+    for name in outside_shapes(model):
+        if name != EMBEDDING and not (name == HEAD and model.tie_word_embeddings):
+            yield name
+
+
+def outside_shapes(model: ModelConfig) -> dict[str, Shape]:
+    """Shapes of the tensors outside layers, a tied head among them; the embedding is first."""
+    hidden, vocab = model.hidden_size, model.vocab_size
+    shapes: dict[str, Shape] = {EMBEDDING: (vocab, hidden), FINAL_NORM: (hidden,)}
+    if "norm" in model.further_biases:
+        shapes[f"{FINAL_NORM}_bias"] = (hidden,)
+    shapes[HEAD] = (vocab, hidden)
+    return shapes | ({HEAD_BIAS: (vocab,)} if "head" in model.further_biases else {})
 
 
 def layer_shapes(model: ModelConfig, kind: LayerKind) -> dict[str, Shape]:
@@ -497,15 +576,18 @@ def layer_shapes(model: ModelConfig, kind: LayerKind) -> dict[str, Shape]:
     hidden = model.hidden_size
     shapes: dict[str, Shape] = {}
     if kind.mixing is not None:
-        shapes["attention_norm"] = (hidden,)
+        shapes |= _norm_shapes(model, "attention_norm")
         if kind.mixing.kind == "attention":
-            shapes |= _attention_shapes(model)
+            has_window = kind.mixing.window is not None
+            own = _attention_shapes(model, model.heads_of(has_window=has_window))
+            prefix = "window." if has_window and model.window_heads is not None else ""
+            shapes |= {f"{prefix}{part}": shape for part, shape in own.items()}
         else:
             assert model.state is not None, "checked"
             own = model.state.shapes(hidden)
             shapes |= {f"state.{part}": shape for part, shape in own.items()}
     if kind.mlp != "none":
-        shapes["moe_norm"] = (hidden,)
+        shapes |= _norm_shapes(model, "moe_norm")
     if kind.mlp == "dense":
         shapes |= _mlp_shapes(model, "dense", model.intermediate_size)
     elif kind.mlp == "experts":
@@ -521,30 +603,34 @@ def kinds_of_layers(model: ModelConfig) -> Counter[LayerKind]:
 def num_params(model: ModelConfig) -> int:
     """All parameters of a model."""
 
+    return _num_params(model, model.num_experts)
+
+
+def num_active_params(model: ModelConfig, num_experts: int | None = None) -> int:
+    """Parameters of a token's step: all but the experts it does not go to.
+
+    Some model cards leave the embedding out, or the output head too.
+
+    Args:
+        num_experts: those of a layer that compute for it; None for all that it chooses.
+    """
+    return _num_params(model, model.num_experts_per_tok if num_experts is None else num_experts)
+
+
+def _num_params(model: ModelConfig, num_experts: int) -> int:
+    """Parameters with so many experts in each layer that has any."""
+
     def total(shapes: dict[str, Shape]) -> int:
         return sum(map(prod, shapes.values()))
 
-    hidden, kinds = model.hidden_size, kinds_of_layers(model)
+    kinds, outside = kinds_of_layers(model), total(outside_shapes(model))
     num_sparse = sum(num for kind, num in kinds.items() if kind.mlp == "experts")
     return (
         sum(num * total(layer_shapes(model, kind)) for kind, num in kinds.items())
-        + num_sparse * model.num_experts * total(expert_shapes(model))
-        + (1 if model.tie_word_embeddings else 2) * model.vocab_size * hidden
-        + hidden
+        + num_sparse * num_experts * total(expert_shapes(model))
+        + outside
+        - (model.vocab_size * model.hidden_size if model.tie_word_embeddings else 0)
     )
-
-
-def num_active_params(model: ModelConfig, num_experts: float | None = None) -> float:
-    """Parameters that a token takes, the embedding aside, of which it takes one row.
-
-    Args:
-        num_experts: experts that compute for it in a layer; `num_experts_per_tok` if None.
-    """
-    num = model.num_experts_per_tok if num_experts is None else num_experts
-    of_experts = len(model.moe_layers) * sum(map(prod, expert_shapes(model).values()))
-    head = model.vocab_size * model.hidden_size
-    embedding = 0 if model.tie_word_embeddings else head
-    return num_params(model) - embedding - (model.num_experts - num) * of_experts
 
 
 @lru_cache(maxsize=16)
@@ -553,37 +639,46 @@ def _shapes(model: ModelConfig) -> dict[str, Shape]:
     in_layers = {f"experts.{part}": shape for part, shape in expert_shapes(model).items()}
     for kind in kinds_of_layers(model):
         in_layers |= layer_shapes(model, kind)
-    outside = {
-        EMBEDDING: (model.vocab_size, model.hidden_size),
-        FINAL_NORM: (model.hidden_size,),
-        HEAD: (model.vocab_size, model.hidden_size),
-    }
-    return outside | {f"layers.{part}": shape for part, shape in in_layers.items()}
+    in_layers = {f"layers.{part}": shape for part, shape in in_layers.items()}
+    return outside_shapes(model) | in_layers
 
 
-def _attention_shapes(model: ModelConfig) -> dict[str, Shape]:
+def _norm_shapes(model: ModelConfig, name: str) -> dict[str, Shape]:
+    """Shapes of a norm of hidden states."""
+    shapes: dict[str, Shape] = {name: (model.hidden_size,)}
+    if "norm" in model.further_biases:
+        shapes[f"{name}_bias"] = (model.hidden_size,)
+    return shapes
+
+
+def _attention_shapes(model: ModelConfig, heads: Heads) -> dict[str, Shape]:
     hidden, latent = model.hidden_size, model.latent
     shapes: dict[str, Shape] = {}
     if latent is None:
-        queries = model.attention_size * (2 if model.attention_gate == "sigmoid" else 1)
-        widths = {"query": queries, "key": model.kv_size, "value": model.kv_size}
+        query_size, key_size = heads.num * model.head_dim, heads.num_kv * model.head_dim
+        queries = query_size * (2 if model.attention_gate == "sigmoid" else 1)
+        widths = {"query": queries, "key": key_size, "value": heads.num_kv * model.value_dim}
         for part, width in widths.items():
             shapes[part] = (width, hidden)
             if model.qkv_bias:
                 shapes[f"{part}_bias"] = (width,)
+        if model.query_rank is not None:
+            del shapes["query"]
+            shapes |= {"query_a": (model.query_rank, hidden), "query_a_norm": (model.query_rank,)}
+            shapes["query_b"] = (queries, model.query_rank)
         if model.qk_norm is not None:
-            per_head = model.qk_norm == "head"
-            shapes["query_norm"] = (model.head_dim if per_head else model.attention_size,)
-            shapes["key_norm"] = (model.head_dim if per_head else model.kv_size,)
-        if model.attention_sinks:
-            shapes["sinks"] = (model.num_attention_heads,)
+            per_head = model.qk_norm != "full"
+            shapes["query_norm"] = (model.head_dim if per_head else query_size,)
+            shapes["key_norm"] = (model.head_dim if per_head else key_size,)
+        if heads.have_sinks:
+            shapes["sinks"] = (heads.num,)
     else:
         shapes |= latent.shapes(hidden, model.num_attention_heads)
         if model.indexer is not None and latent.q_lora_rank is not None:
             shapes |= model.indexer.shapes(hidden, latent.q_lora_rank)
     if model.attention_gate == "head":
-        shapes["head_gate"] = (model.num_attention_heads, hidden)
-    shapes["output"] = (hidden, model.attention_output_size)
+        shapes["head_gate"] = (heads.num, hidden)
+    shapes["output"] = (hidden, heads.num * model.value_dim)
     if model.output_bias:
         shapes["output_bias"] = (hidden,)
     return shapes

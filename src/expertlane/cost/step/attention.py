@@ -42,9 +42,17 @@ def _grouped_query(
     out: StepWriter, model: ModelConfig, window: int | None, part: TokenSizes
 ) -> None:
     own, dim, item = Slices(out.mesh.layout.tp), model.head_dim, out.types.activation_bytes
-    heads, kv_heads = len(own.heads(model)), len(own.kv_heads(model))
-    width = (heads * (2 if model.attention_gate == "sigmoid" else 1) + 2 * kv_heads) * dim
-    out.gemm(Stage.ATTENTION, part.tokens, width, model.hidden_size)
+    has_window, value_dim = window is not None, model.value_dim
+    heads = len(own.heads(model, has_window=has_window))
+    kv_heads = len(own.kv_heads(model, has_window=has_window))
+    kv_width = kv_heads * (dim + value_dim)
+    gates = {None: 0, "head": heads, "sigmoid": heads * dim}[model.attention_gate]
+    if (rank := model.query_rank) is None:
+        out.gemm(Stage.ATTENTION, part.tokens, heads * dim + gates + kv_width, model.hidden_size)
+    else:  # every rank computes the latent of all heads
+        out.gemm(Stage.ATTENTION, part.tokens, rank + gates + kv_width, model.hidden_size)
+        out.memory(Stage.ATTENTION, 2 * part.tokens * (rank * item), out.norm_kernels)
+        out.gemm(Stage.ATTENTION, part.tokens, heads * dim, rank)
     turned_bytes = part.tokens * ((heads + kv_heads) * dim * item)
     kernels = out.kernels
     num_passes, num_kernels = 2, kernels.rotate + kernels.write
@@ -52,33 +60,29 @@ def _grouped_query(
         out.memory(Stage.ATTENTION, turned_bytes, kernels.squares)
         out.all_gather(Stage.COLLECTIVES, "tp", part.tokens, 0, _SQUARES_BYTES)
         num_passes, num_kernels = num_passes + 2, num_kernels + kernels.scale
-    elif model.qk_norm == "head":
+    elif model.qk_norm is not None:
         num_passes, num_kernels = num_passes + 2, num_kernels + kernels.head_norm
-    position_bytes = out.types.cached_bytes(2 * kv_heads * dim, 2 * kv_heads)
-    stored_bytes = part.tokens * (2 * kv_heads * dim * item + position_bytes)
+    position_bytes = out.types.cached_bytes(kv_width, 2 * kv_heads)
+    stored_bytes = part.tokens * (kv_width * item + position_bytes)
     out.memory(Stage.ATTENTION, num_passes * turned_bytes + stored_bytes, num_kernels)
     _core(
         out,
         part.attention(window),
-        {"heads": heads, "kv_heads": kv_heads, "head_dim": dim},
+        # The mean of keys' and values' widths: products and bytes are sums of both.
+        {"heads": heads, "kv_heads": kv_heads, "head_dim": (dim + value_dim) // 2},
         position_bytes=position_bytes,
         query_bytes=heads * dim * item,
-        value_bytes=heads * dim * item,
+        value_bytes=heads * value_dim * item,
     )
-    _gate(out, model, part, heads * dim, heads)
-    out.gemm(Stage.ATTENTION, part.tokens, model.hidden_size, heads * dim)
+    _gate(out, model, part, heads * value_dim)
+    out.gemm(Stage.ATTENTION, part.tokens, model.hidden_size, heads * value_dim)
 
 
-def _gate(out: StepWriter, model: ModelConfig, part: TokenSizes, width: int, heads: int) -> None:
+def _gate(out: StepWriter, model: ModelConfig, part: TokenSizes, width: int) -> None:
     """The product of attention's output with the sigmoid of its gate, if it has one."""
-    if model.attention_gate is None:
-        return
-    num_passes = 3
-    if model.attention_gate == "head":
-        out.gemm(Stage.ATTENTION, part.tokens, heads, model.hidden_size)
-        num_passes = 2  # one value a head is next to nothing
-    num_bytes = num_passes * part.tokens * (width * out.types.activation_bytes)
-    out.memory(Stage.ATTENTION, num_bytes, out.kernels.gate)
+    if model.attention_gate is not None:
+        num_bytes = 3 * part.tokens * (width * out.types.activation_bytes)
+        out.memory(Stage.ATTENTION, num_bytes, out.kernels.gate)
 
 
 def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: TokenSizes) -> None:
@@ -128,7 +132,9 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
                 value_bytes=heads * rank * item,
             )
         out.gemm(Stage.ATTENTION, absorbed, heads * latent.v_head_dim, rank, dtype=types.kept)
-    _gate(out, model, part, heads * latent.v_head_dim, heads)
+    if model.attention_gate == "head":
+        out.gemm(Stage.ATTENTION, tokens, heads, model.hidden_size)
+    _gate(out, model, part, heads * latent.v_head_dim)
     out.gemm(Stage.ATTENTION, tokens, model.hidden_size, heads * latent.v_head_dim)
 
 
