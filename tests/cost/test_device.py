@@ -104,7 +104,7 @@ _ONE_OF_EACH = {
     OpKind.MEMORY: {"bytes": 1e6},
 }
 _OF_INDEXERS = (OpKind.INDEX, OpKind.INDEX_DECODE)  # in float8 alone
-_UNMEASURED = (OpKind.MAMBA2_PREFILL, OpKind.MAMBA2_DECODE)
+_UNMEASURED = tuple(kind for kind in STATES if kind.startswith(("lightning", "mamba")))
 # What there is none of, by kind, where a rank has nothing to do.
 _EMPTY = {
     OpKind.GEMM: ("m",),

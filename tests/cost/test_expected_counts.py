@@ -87,9 +87,8 @@ class Stage:
         return is_by_node_on(self.mesh.layout, self.form)
 
     def expected(self, counts=mean_counts):
-        top_k = self._model.num_experts_per_tok
         layout = self.mesh.layout
-        return counts(self._fan_out, self.scenarios, layout, top_k, by_node=self._by_node)
+        return counts(self._fan_out, self.scenarios, layout, by_node=self._by_node)
 
     def steps(self, counts, part, out):
         """Embedding, an MoE layer and the head."""
@@ -151,6 +150,18 @@ def cases():
 def test_one_rank_counts_the_mean_of_all(place, form, name, kernels):
     for num_new in (1, 4):
         check_equal_in_the_mean(Stage(model_of(name), place, form, kernels, num_new))
+
+
+@pytest.mark.parametrize("redundant", [0, 4])
+@pytest.mark.parametrize("form", FORMS)
+def test_experts_that_compute_nothing(form, redundant):
+    model = model_of("plain").with_overrides(num_zero_experts=4, num_experts_per_tok=5)
+    stage = Stage(model, ("dp=4,tp=2,ep=4", 4, redundant), form, KERNEL_SETS[0], 1)
+    check_equal_in_the_mean(stage)
+    mean = stage.expected()
+    drawn = stage.sampled()
+    assert mean.pairs_computed[0] == pytest.approx(drawn.pairs_of_ep_rank.mean())
+    assert mean.pairs_computed[0] < 0.75 * 5 * mean.stage_tokens[0] / 4
 
 
 @pytest.mark.parametrize("payload", ["bfloat16", "float8"])
@@ -240,11 +251,11 @@ def test_prompts_whose_tokens_are_alike(case):
             np.add.at(owned, np.arange(num) * ep // num, length)
             of_rank = np.array([-(-num // ep)])
             part = Scenarios(1, of_rank, num_new[:1], num_new[:1], np.array([num]))
-            one, other = (mean_counts(each, part, layout, top_k) for each in (alike, independent))
+            one, other = (mean_counts(each, part, layout) for each in (alike, independent))
             for name in ("pairs_computed", "rows_computed", "active_experts"):
                 assert getattr(one, name) == getattr(other, name)
             one, other = (
-                busiest_counts(each, part, layout, top_k).pairs_computed[0]
+                busiest_counts(each, part, layout).pairs_computed[0]
                 for each in (alike, independent)
             )
             assert one == other if length == 1 else one >= other
@@ -269,8 +280,8 @@ def test_no_prompt_and_one(num_seqs, copies):
     num = np.array([num_seqs])
     for length in (1, 64):
         part = Scenarios(1, num, np.array([length]), np.array([0]), num, dp=0)
-        busiest = busiest_counts(fan_out, part, stage.mesh.layout, 2)
-        mean = mean_counts(fan_out, part, stage.mesh.layout, 2)
+        busiest = busiest_counts(fan_out, part, stage.mesh.layout)
+        mean = mean_counts(fan_out, part, stage.mesh.layout)
         assert mean.pairs_computed == num * length * 2 / 8
         assert mean.pairs_computed <= busiest.pairs_computed <= num * length * 2
 

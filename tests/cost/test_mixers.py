@@ -7,12 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cli.screen import refusing
 from expertlane.balance.holding import Slices, placements_of
 from expertlane.cost.memory import PlacedModel, held_kv_bytes, held_state_bytes, kept_bytes
 from expertlane.cost.step.attention import mixer_steps
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.counts import StageMesh
-from expertlane.cost.step.operation import NumberTypes, Operation, OpKind
+from expertlane.cost.step.operation import (
+    NumberTypes,
+    Operation,
+    OpKind,
+    Transfer,
+    TransferKind,
+)
 from expertlane.cost.step.step_list import GPU_LIBRARIES, StepList
 from expertlane.errors import CapacityError
 from expertlane.schedule.request import Limits
@@ -20,7 +27,7 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.mixers import Mixing, StateMixer
-from expertlane.spec.model import layer_name, layer_shapes
+from expertlane.spec.model import cut_dim, layer_name, layer_shapes
 
 PUBLISHED = Path(__file__).parent.parent / "spec" / "published_mixers.json"
 CONFIGS = json.loads(PUBLISHED.read_text())
@@ -32,10 +39,15 @@ def _model(name):
 
 
 def _operations(model, kind, num_seqs, num_new, num_cached=0, tp=1):
+    steps = _steps(model, kind, num_seqs, num_new, num_cached, tp)
+    return [step for step in steps if isinstance(step, Operation)]
+
+
+def _steps(model, kind, num_seqs, num_new, num_cached=0, tp=1):
     layout = Layout(tp=tp)
     out = StepList(StageMesh.of(layout, 0, 0, 8), TYPES, "all_gather", GPU_LIBRARIES)
     mixer_steps(out, model, Mixing(kind), PartSizes.even(1, tp, num_seqs, num_new, num_cached))
-    return [step for step in out.steps if isinstance(step, Operation)]
+    return out.steps
 
 
 def _flops(operations, *kinds):
@@ -58,6 +70,20 @@ def test_bytes_of_a_sequence_by_hand():
     assert held_kv_bytes(nemotron, TYPES, 1) == 2 * 2 * 128 * 2
     # 64 states of 128 x 64, 3 inputs of 4096 + 2 x 8 x 128 channels.
     assert held_state_bytes(nemotron, TYPES, 1) == 64 * 128 * 64 * 4 + 3 * 6144 * 2
+    jamba = _model("jamba-v0.1")
+    kept = 4 * held_kv_bytes(jamba, TYPES, 1), 28 * held_state_bytes(jamba, TYPES, 1)
+    assert kept_bytes(jamba, TYPES, 1, range(32)) == kept
+    assert held_kv_bytes(jamba, TYPES, 1) == 2 * 8 * 128 * 2
+    # 8192 channels, each with a state of 16 values in float32 and 3 inputs.
+    assert held_state_bytes(jamba, TYPES, 1) == 8192 * 16 * 4 + 3 * 8192 * 2
+    assert held_state_bytes(jamba, TYPES, 8) == held_state_bytes(jamba, TYPES, 1) // 8
+    ling = _model("ling-3.0-flash")
+    kept = 7 * held_kv_bytes(ling, TYPES, 1), 35 * held_state_bytes(ling, TYPES, 1)
+    assert kept_bytes(ling, TYPES, 1, range(42)) == kept
+    assert held_kv_bytes(ling, TYPES, 8) == 576 * 2
+    assert held_state_bytes(ling, TYPES, 1) == 32 * 128 * 128 * 4 + 3 * (3 * 32 * 128) * 2
+    ring = _model("ring-mini-linear-2.0")
+    assert held_state_bytes(ring, TYPES, 1) == 16 * 128 * 128 * 4  # no convolutions
     deepseek = _model("deepseek-v3.2")
     assert held_kv_bytes(deepseek, TYPES, 8) == 576 * 2 + 128 + 4  # an index key in float8
     assert held_state_bytes(deepseek, TYPES, 8) == 0
@@ -77,12 +103,27 @@ def test_ranks_hold_every_row_once_or_copies(name, tp):
             if not part.startswith("state.") or part.endswith("output_bias"):
                 continue
             rows = [Slices(tp, rank).of_tensor(model, layer_name(0, part)) for rank in range(tp)]
-            size = shape[1 if part == "state.output" else 0]
+            size = shape[cut_dim(part)]
             assert set().union(*rows) == set(range(size)), part
             copies = sum(map(len, rows)) / size
             is_whole = part.endswith(("gate_a", "decay_a"))
             assert copies == int(copies), part
             assert copies == 1 or is_whole or "query" in part or "key" in part or "norm" in part
+
+
+def test_ranks_add_up_what_mamba_1_selects():
+    """A time step, a key and a query of each token, from channels that are cut."""
+    model = _model("jamba-v0.1")
+    alone = _operations(model, "state", 3, 1, 1000)
+    (state,) = (each for each in alone if each.kind is OpKind.MAMBA1_DECODE)
+    assert state.flops[0] == 3 * 8192 * 4 * 16
+    assert state.dtype == "float32"
+    out = _steps(model, "state", 3, 1, 1000, tp=2)
+    transfers = (each for each in out if isinstance(each, Transfer))
+    selected, _ = (each for each in transfers if each.kind is TransferKind.ALL_REDUCE)
+    assert selected.sent_bytes.sum() == 2 * 3 * (256 + 2 * 16) * 2  # there and back
+    cut = [each for each in out if isinstance(each, Operation)]
+    assert 2 * _flops(cut) == _flops(alone)
 
 
 def test_a_cache_is_shared_by_pages_and_states():
@@ -163,19 +204,53 @@ def test_chunks_take_more_than_single_tokens():
     assert mamba.token_flops(4, in_chunks=True) == 4 * 2 * (128 * (8 + 64) + 2 * 32 * 64)
 
 
+def test_groups_that_are_normed_together_are_not_cut():
+    ring = _model("ring-mini-linear-2.0")
+    Layout(tp=4).check_model(ring)
+    with refusing("tp=8 4 groups of a norm Lightning Attention valid tp 1 2 4"):
+        Layout(tp=8).check_model(ring)
+
+
+def test_a_gate_of_each_head_is_a_product():
+    model = _model("ling-3.0-flash")
+    gated, plain = (
+        _operations(each, "attention", 4, 1, 100)
+        for each in (model, model.with_overrides(attention_gate=None))
+    )
+    assert _flops(gated) - _flops(plain) == 4 * 2 * 32 * 2560
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("kind", ["gated_delta", "kimi_delta", "mamba2"])
+@pytest.mark.parametrize(
+    "kind", ["gated_delta", "kimi_delta", "full_rank", "mamba1", "mamba2", "lightning"]
+)
 def test_flops_are_those_of_transformers(kind):
     """In prompts, at small sizes. Differences by name: see the comments."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
+    from transformers.models.bailing_hybrid import modeling_bailing_hybrid as bailing
+    from transformers.models.jamba import modeling_jamba as jamba
     from transformers.models.kimi_linear import modeling_kimi_linear as kimi
+    from transformers.models.minimax import modeling_minimax as minimax
     from transformers.models.nemotron_h import modeling_nemotron_h as nemotron
     from transformers.models.qwen3_next import modeling_qwen3_next as qwen
 
     name, module, config = {
         "gated_delta": ("qwen3-next-80b-a3b", qwen.Qwen3NextGatedDeltaNet, qwen.Qwen3NextConfig),
         "kimi_delta": ("kimi-linear-48b-a3b", kimi.KimiLinearDeltaAttention, kimi.KimiLinearConfig),
+        "full_rank": (
+            "ling-3.0-flash",
+            bailing.BailingHybridDeltaAttention,
+            bailing.BailingHybridConfig,
+        ),
+        "lightning": (  # of another family: its own has no class
+            "ring-mini-linear-2.0",
+            minimax.MiniMaxLightningAttention,
+            lambda **_: minimax.MiniMaxConfig(
+                hidden_size=2048, num_attention_heads=16, head_dim=128, num_hidden_layers=20
+            ),
+        ),
+        "mamba1": ("jamba-v0.1", jamba.JambaMambaMixer, jamba.JambaConfig),
         "mamba2": (
             "nemotron-3-nano-30b-a3b",
             nemotron.NemotronHMamba2Mixer,
@@ -191,13 +266,21 @@ def test_flops_are_those_of_transformers(kind):
     }
     with torch.device("meta"):
         mixer, inputs = module(config(**given), model.state_layers[0]), torch.randn(1, num, hidden)
+    given = (inputs, (), None) if kind == "lightning" else (inputs,)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        mixer.eval()(inputs)
+        mixer.eval()(*given)
     theirs = counter.get_total_flops()
     operations = _operations(model, "state", 1, num)
     # Convolutions, which we count as bytes alone.
     convolutions = 2 * num * state.conv_kernel * state.conv_channels(1)
     ours = _flops(operations) + convolutions
+    if kind == "lightning":
+        assert ours == pytest.approx(theirs, rel=0.02)
+        return
+    if kind == "mamba1":  # they add to states and decay them value by value, which is not counted
+        ours -= 2 * num * state.num_heads * state.key_dim
+        assert ours == pytest.approx(theirs, rel=0.02)
+        return
     if kind == "mamba2":  # they compute products of queries and keys anew for each head of a group
         heads = state.num_heads - state.num_key_heads
         ours += 2 * num * state.chunk_size * state.key_dim * heads

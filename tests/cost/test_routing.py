@@ -6,10 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.screen import telling, tells
+from expertlane.balance.copies import copy_choice
 from expertlane.balance.holding import placements_of
-from expertlane.balance.placement import max_over_mean, rank_loads
+from expertlane.balance.placement import Placement, max_over_mean, rank_loads
 from expertlane.balance.trace import RoutingTrace, write_trace
 from expertlane.cost.routing import (
+    ComputingExperts,
     GivenRouting,
     PowerLawRouting,
     TraceRouting,
@@ -17,7 +19,9 @@ from expertlane.cost.routing import (
     choose_routing,
     extremes_of,
     placed,
+    varying_work,
 )
+from expertlane.cost.step.counts import StageMesh, count_dispatch
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
@@ -357,3 +361,38 @@ def test_a_trace_says_what_it_is_of(tmp_path):
     assert tells(note("paper-tiny", 480, (1, 2)), "caution 2 of 4 layers")
     with pytest.raises(UserError, match=telling("layer 4 paper-tiny 0 3")):
         note("paper-tiny", 480, (0, 4))
+
+
+def test_experts_that_compute_nothing_are_drawn_as_others_are_and_counted_by_none():
+    model = PRESETS["paper-tiny"].with_overrides(
+        num_experts=8, num_experts_per_tok=6, num_zero_experts=4
+    )
+    routing = PowerLawRouting.of(model, 0.0, num_sampled_layers=1)
+    num, nothing = 2048, np.zeros(4, dtype=np.int64)
+    ids = routing.topk_ids(0, 0, nothing, np.full(4, num // 4))
+    assert ids.shape == (num, 6)
+    assert set(np.unique(ids)) == {-1, *range(8)}
+    computing = (ids >= 0).sum(axis=1)
+    expected = ComputingExperts.of(model)
+    assert expected == ComputingExperts(mean=4.0, least=3, most=5)
+    assert computing.mean() == pytest.approx(4.0, rel=0.02)
+    assert set(computing) == {2, 3, 4, 5, 6}
+    layout = Layout(dp=4, ep=4)
+    mesh = StageMesh.of(layout, 0, 0, 8)
+    choice = copy_choice("nearest", Placement.linear(8, 4), mesh.ep_rank, mesh.nodes_of_ep_group)
+    counts = count_dispatch(ids, np.full(4, num // 4), choice, mesh)
+    assert counts.num_tokens_per_expert.sum(axis=0).tolist() == [
+        int((ids == expert).sum()) for expert in range(8)
+    ]
+    assert counts.pairs_computed.sum() == computing.sum()
+    assert counts.rows_sent.sum() == sum(
+        len({expert // 2 for expert in token if expert >= 0}) for token in ids.tolist()
+    )
+    assert routing.earlier_load(0).shape == (8,)
+
+
+def test_of_experts_that_all_compute_all_do():
+    assert list(varying_work(PRESETS["paper-tiny"])) == []
+    model = PRESETS["paper-tiny"].with_overrides(num_zero_experts=1, num_experts_per_tok=1)
+    (sentence,) = varying_work(model)
+    assert tells(sentence, "1 of 17 experts compute nothing 0.94 on average 1 to 1")

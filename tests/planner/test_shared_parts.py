@@ -56,7 +56,7 @@ def step_s(request, candidate, num_seqs, num_new, num_cached, how):
     sizes = num_seqs, num_new, num_cached, min(num_seqs * layout.dp, fullest)
     part = Scenarios(layout.tp, *(np.array([each]) for each in sizes), 0, layout.dp)
     by_node = is_by_node_on(layout, options.dispatch)
-    counts = busiest_counts(fan_out, part, layout, model.num_experts_per_tok, by_node=by_node)
+    counts = busiest_counts(fan_out, part, layout, by_node=by_node)
     terms, links, stages = Terms.of(profile, setting.execution), LinkModel(profile), []
     for pp_rank in range(layout.pp):
         out = ExpectedStepList(mesh, 1, setting.types, options.dispatch, GPU_LIBRARIES)

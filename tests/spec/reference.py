@@ -23,6 +23,7 @@ _OUTSIDE = {
     "embeddings.weight": "embedding",
     "norm.weight": "final_norm",
     "norm_f.weight": "final_norm",
+    "final_layernorm.weight": "final_norm",
     "lm_head.weight": "head",
     "norm.bias": "final_norm_bias",
     "lm_head.bias": "head_bias",
@@ -94,6 +95,8 @@ _STATE = {  # Gated DeltaNet, Kimi Delta Attention
     "b_proj.weight": "beta",
     "g_a_proj.weight": "gate_a",
     "g_b_proj.weight": "gate_b",
+    "g_proj.weight": "gate",
+    "forget_gate.f_proj.weight": "decay",
     "forget_gate.f_a_proj.weight": "decay_a",
     "forget_gate.f_b_proj.weight": "decay_b",
     "forget_gate.dt_bias": "step_bias",
@@ -111,6 +114,19 @@ _STATE = {  # Gated DeltaNet, Kimi Delta Attention
     "v_proj.weight": "value",
     "o_proj.weight": "output",
     "in_proj.weight": "gate value key query decay",  # Mamba-2: z, x, B, C, dt
+}
+
+
+_MAMBA_1 = {
+    "in_proj.weight": "value gate",
+    "x_proj.weight": "select",
+    "dt_proj.weight": "decay_b",
+    "dt_proj.bias": "step_bias",
+    "dt_layernorm.weight": "step_norm",
+    "b_layernorm.weight": "key_norm",
+    "c_layernorm.weight": "query_norm",
+    "conv1d.weight": "value_conv",
+    "conv1d.bias": "value_conv_bias",
 }
 
 
@@ -155,13 +171,42 @@ def their_shapes(model: torch.nn.Module, *, is_tied: bool) -> dict[str, Shape]:
         if not (is_tied and name == "lm_head.weight")
     }
     for name, shape in shapes.items():
-        if "feed_forward.experts." in name:  # Llama 4 has them [experts, inputs, outputs]
+        is_llama4 = model.config.model_type == "llama4_text"
+        if model.config.model_type == "longcat_flash" and name.endswith("experts.gate_up_proj"):
+            # Rows of experts that compute nothing, which no checkpoint has.
+            shapes[name] = (model.config.n_routed_experts, *shape[1:])
+        if is_llama4 and "feed_forward.experts." in name:  # [experts, inputs, outputs]
             shapes[name] = (shape[0], shape[2], shape[1])
     return shapes
 
 
+_LONGCAT = re.compile(r"model\.layers\.(\d+)\.([a-z_]+)\.(?:(\d)\.)?(.*)")
+_LONGCAT_MLP = {
+    "router.classifier.weight": "router",
+    "router.e_score_correction_bias": "correction_bias",
+}
+
+
+def _of_longcat(name: str) -> tuple[int, list[str]] | None:
+    """A tensor of a LongCat-Flash layer, which is two of ours; None outside layers."""
+    found = _LONGCAT.fullmatch(name)
+    if found is None:
+        return None
+    block, rest = found[2], found[4]
+    layer = 2 * int(found[1]) + int(found[3] or 0)
+    if block == "mlps":  # beside experts in the first of both
+        own = _MLP[rest].removeprefix("dense.")
+        return layer, [f"dense.{own}" if layer % 2 else f"shared.{own}"]
+    if block == "mlp":
+        return layer, (_MLP | _LONGCAT_MLP)[rest].split()
+    norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "moe_norm"}
+    return layer, [norms[block]] if block in norms else [_ATTENTION[rest]]
+
+
 def ours_of(name: str, model: ModelConfig) -> tuple[int | None, list[str]]:
     """The layer of one of their tensors, None outside layers, and our tensors that it joins."""
+    if model.shortcut_experts and (of_longcat := _of_longcat(name)) is not None:
+        return of_longcat
     found = _IN_LAYER.fullmatch(name)
     if found is None:
         end = next(end for end in _OUTSIDE if name.endswith(end))
@@ -174,7 +219,7 @@ def ours_of(name: str, model: ModelConfig) -> tuple[int | None, list[str]]:
     end = "_bias" if rest == "bias" else ""
     if block == "input_layernorm":
         return layer, [f"attention_norm{end}"]
-    if block == "post_attention_layernorm":
+    if block in ("post_attention_layernorm", "pre_ff_layernorm"):
         return layer, [f"moe_norm{end}"]
     if block == "shared_mlp":
         joined = {
@@ -191,7 +236,9 @@ def ours_of(name: str, model: ModelConfig) -> tuple[int | None, list[str]]:
     if mixing.kind == "attention":
         is_own = model.window_heads is not None and mixing.window is not None
         return layer, [f"{'window.' if is_own else ''}{_ATTENTION[rest]}"]
-    return layer, [f"state.{each}" for each in _STATE[rest].split()]
+    assert model.state is not None, name
+    names = _STATE | _MAMBA_1 if model.state.kind == "mamba1" else _STATE
+    return layer, [f"state.{each}" for each in names[rest].split()]
 
 
 def joined_shape(model: ModelConfig, layer: int | None, parts: list[str]) -> Shape:

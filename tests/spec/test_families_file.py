@@ -36,6 +36,9 @@ _PLANNED = {
     "kimi_linear": transformers.models.kimi_linear.KimiLinearConfig,
     "granitemoehybrid": transformers.GraniteMoeHybridConfig,
     "nemotron_h": transformers.models.nemotron_h.NemotronHConfig,
+    "jamba": transformers.JambaConfig,
+    "longcat_flash": transformers.LongcatFlashConfig,
+    "bailing_hybrid": transformers.models.bailing_hybrid.BailingHybridConfig,
     "llama4": transformers.models.llama4.Llama4TextConfig,
     "kimi_k25": transformers.DeepseekV3Config,
     "phimoe": transformers.PhimoeConfig,
@@ -44,7 +47,8 @@ _PLANNED = {
     "mimo_v2_flash": transformers.models.mimo_v2_flash.MiMoV2FlashConfig,
     "step3p5": transformers.models.step3p7.Step3p7TextConfig,
 }
-_NO_CLASS = {"step3_text"}  # read as the code published with the checkpoint does
+# Read as the code published with the checkpoint does.
+_NO_CLASS = {"step3_text", "bailing_moe_v2_5", "bailing_moe_linear"}
 DEFAULTS = {name: family.defaults for name, family in FAMILIES.items()}
 NUM_EXPERTS = {name: family.num_experts for name, family in FAMILIES.items()}
 # Fields that no class declares; without one, what the family computes without.

@@ -115,6 +115,7 @@ def run(
 ) -> output.Found:
     """Plan, and return the results; prints nothing on standard output."""
     from expertlane.cost.laws.device import stand_ins
+    from expertlane.cost.routing import varying_work
     from expertlane.planner.results import make_plan
     from expertlane.planner.sizing import smallest_plan
     from expertlane.results.results import with_costs
@@ -131,6 +132,7 @@ def run(
     experiment = None if folder is None else folder / _EXPERIMENT
     stand_in_laws = stand_ins(request.cluster.profile, setting.types, found.config)
     cautions = *found.cautions(setting.types, request.cluster), *stand_in_laws
+    cautions += tuple(varying_work(found.config))
     cautioning = found.cautioning(setting.types, request.cluster)
     with cautioning, output.progress_on_stderr() as progress:
         fewer = None

@@ -5,10 +5,11 @@ and judged by later tokens.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cache, cached_property
-from math import ceil
+from math import ceil, comb
 from pathlib import Path
 from typing import Protocol
 
@@ -23,7 +24,7 @@ from expertlane.cost.step.operation import Floats, Ints
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import ModelConfig, Routing
+from expertlane.spec.model import ModelConfig, Routing, num_active_params
 from expertlane.spec.ranges import DRIFT, LIKENESS, SKEW_BOUNDS, take_option
 
 NUM_SAMPLED_LAYERS = 2  # of a power law, where a load is served step by step; layers take turns
@@ -170,6 +171,8 @@ class PowerLawRouting(LoadedRouting):
         groups: groups of the router; none by default.
         bounds: low and high `alpha` where it is assumed, not asked for.
         drift: standard deviation of log popularity since earlier tokens, over `alpha`.
+        num_zero: experts beyond `num_experts` that compute nothing, as popular as the others; -1
+            stands for each in `topk_ids`.
         likeness: 1 - r, Kendall's rank correlation of the arrival times of two tokens of a prompt;
             0 for independent tokens, below 1.
     """
@@ -183,6 +186,7 @@ class PowerLawRouting(LoadedRouting):
     bounds: tuple[float, float] | None = None
     drift: float = DRIFT
     likeness: float = 0.0
+    num_zero: int = 0
     _drawn: dict[tuple[int, int], Ints] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -201,7 +205,11 @@ class PowerLawRouting(LoadedRouting):
         """The routing of a model's experts."""
         sizes = model.num_experts, model.num_experts_per_tok
         groups = model.routing
-        return cls(*sizes, alpha, seed, num_sampled_layers, groups, bounds, likeness=likeness)
+        return cls(
+            *(*sizes, alpha, seed, num_sampled_layers, groups, bounds),
+            likeness=likeness,
+            num_zero=model.num_zero_experts,
+        )
 
     def redrawn(self, times: int) -> "list[PowerLawRouting]":
         """Other draws of the same routing."""
@@ -269,15 +277,19 @@ class PowerLawRouting(LoadedRouting):
         sample = self.sample_of(layer)
         blocks = range(NUM_EARLIER // _DRAWN_TOGETHER)
         drawn = np.concatenate([self._block(sample, block, is_earlier=True) for block in blocks])
-        return np.bincount(drawn.ravel(), minlength=self.num_experts)
+        return np.bincount(drawn[drawn >= 0], minlength=self.num_experts)
+
+    @property
+    def _num_all(self) -> int:
+        return self.num_experts + self.num_zero
 
     def _rarity(self, sample: int, is_earlier: bool = False) -> Floats:
-        """[num_experts]; the inverse of the weights."""
-        places = np.random.default_rng((self.seed, sample)).permutation(self.num_experts)
+        """[E]; the inverse of the weights, of all experts."""
+        places = np.random.default_rng((self.seed, sample)).permutation(self._num_all)
         rarity: Floats = np.power(1.0 + places, self.alpha, dtype=np.float64)
         if is_earlier:
             rng = np.random.default_rng((self.seed, sample, 0, 1))
-            rarity *= np.exp(self.alpha * self.drift * rng.standard_normal(self.num_experts))
+            rarity *= np.exp(self.alpha * self.drift * rng.standard_normal(self._num_all))
         return rarity
 
     def _block(self, sample: int, block: int, num: int = 1, *, is_earlier: bool = False) -> Ints:
@@ -287,7 +299,7 @@ class PowerLawRouting(LoadedRouting):
         rng = np.random.default_rng((self.seed, sample, block + 1, kind))
         together, rarity = max(_DRAWN_TOGETHER // num, 1), self._rarity(sample, is_earlier)
         if num > 1:
-            own = _positive_stable(rng, 1 - self.likeness, (together, 1, self.num_experts))
+            own = _positive_stable(rng, 1 - self.likeness, (together, 1, self._num_all))
             rarity = rarity ** (1 / (1 - self.likeness)) / own
         return self._chosen(rng, (together, num), rarity)
 
@@ -298,12 +310,18 @@ class PowerLawRouting(LoadedRouting):
             rarity: [..., E]; of each token, or of several.
         """
         # The first arrivals of Poisson processes: the same as Gumbel noise on log weights.
-        arrivals = rng.standard_exponential((*size, self.num_experts), np.float32)
+        arrivals = rng.standard_exponential((*size, self._num_all), np.float32)
         arrivals *= rarity.astype(np.float32)
-        arrivals = arrivals.reshape(-1, self.num_experts)
+        arrivals = arrivals.reshape(-1, self._num_all)
         if self.groups.n_group > 1:
             _close_groups(arrivals, self.groups)
-        return _first_places(arrivals, self.top_k).reshape(*size, self.top_k)
+        chosen = _first_places(arrivals, self.top_k).reshape(*size, self.top_k)
+        return _without_zero(chosen, self.num_experts) if self.num_zero else chosen
+
+
+def _without_zero(topk_ids: Ints, num_experts: int) -> Ints:
+    """The same choices, with -1 for experts that compute nothing: those beyond `num_experts`."""
+    return np.where(topk_ids < num_experts, topk_ids, -1)
 
 
 def _positive_stable(rng: np.random.Generator, index: float, size: tuple[int, ...]) -> Floats:
@@ -360,14 +378,15 @@ class TraceRouting(LoadedRouting):
 
     Args:
         num_earlier: the first tokens, which experts are placed by, come no more.
+        num_zero: its last experts that compute nothing.
     """
 
-    def __init__(self, trace: RoutingTrace, num_earlier: int = 0) -> None:
+    def __init__(self, trace: RoutingTrace, num_earlier: int = 0, num_zero: int = 0) -> None:
         super().__init__()
         if trace.num_tokens <= num_earlier:
             raise ValueError("a trace without tokens")
         self._layers = trace.layers
-        self._num_experts = trace.num_experts
+        self._num_experts = trace.num_experts - num_zero
         self._earlier, self._topk_ids = np.split(trace.topk_ids, [num_earlier], axis=1)
 
     def sample_of(self, layer: int) -> int:
@@ -381,12 +400,12 @@ class TraceRouting(LoadedRouting):
         tokens = self._topk_ids[self.sample_of(layer)]
         taken = _in_turn(len(tokens), first + int(before.sum()), int(owned.sum()))
         topk_ids: Ints = tokens[taken].astype(np.int64)
-        return topk_ids
+        return _without_zero(topk_ids, self._num_experts)
 
     def earlier_load(self, layer: int) -> Ints:
         """[num_experts]; all equal where the trace has no earlier tokens."""
         earlier = self._earlier[self.sample_of(layer)]
-        return np.bincount(earlier.ravel(), minlength=self._num_experts)
+        return np.bincount(earlier[earlier < self._num_experts], minlength=self._num_experts)
 
 
 class GivenRouting:
@@ -494,10 +513,10 @@ def choose_routing(
     if not read.num_tokens:
         raise UserError(f"{trace}: the trace has no tokens")
     sizes = (read.num_experts, read.num_experts_per_tok)
-    if sizes != (model.num_experts, model.num_experts_per_tok):
+    if sizes != (model.num_routed_experts, model.num_experts_per_tok):
         raise UserError(
             f"{trace} records top-{sizes[1]} of {sizes[0]} experts; {model.name} has "
-            f"top-{model.num_experts_per_tok} of {model.num_experts}"
+            f"top-{model.num_experts_per_tok} of {model.num_routed_experts}"
         )
     layers = model.moe_layers
     if others := [each for each in read.layers if each not in layers]:
@@ -510,9 +529,57 @@ def choose_routing(
         f"{read.num_tokens:,} recorded tokens, the last {read.num_tokens - num_earlier:,} repeated "
         "in a loop; experts are placed by the load of the first half only"
     )
-    return RoutingChoice(
-        TraceRouting(read, num_earlier), f"--routing-trace {trace}", words, _note(read, model)
-    )
+    recorded = TraceRouting(read, num_earlier, model.num_zero_experts)
+    return RoutingChoice(recorded, f"--routing-trace {trace}", words, _note(read, model))
+
+
+@dataclass(frozen=True)
+class ComputingExperts:
+    """How many of a token's chosen experts compute, in one layer.
+
+    Attributes:
+        least, most: 5th and 95th percentile over tokens.
+    """
+
+    mean: float
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> "ComputingExperts":
+        """Of experts that are all as popular: hypergeometric."""
+        total, num = model.num_routed_experts, model.num_experts_per_tok
+        ways = [
+            comb(model.num_experts, each) * comb(model.num_zero_experts, num - each)
+            for each in range(num + 1)
+        ]
+        below = np.cumsum(np.array([float(Fraction(each, sum(ways))) for each in ways]))
+        least, most = (int(np.searchsorted(below, share)) for share in (0.05, 0.95))
+        return cls(num * model.num_experts / total, least, most)
+
+
+def varying_work(model: ModelConfig) -> Iterator[str]:
+    """Sentences on experts that compute nothing, and on those that nothing waits for."""
+    if model.num_zero_experts:
+        computing = ComputingExperts.of(model)
+        least, most = (
+            (num_active_params(model, each) - model.vocab_size * model.hidden_size) / 1e9
+            for each in (computing.least, computing.most)
+        )
+        share = (computing.mean - computing.least) / max(computing.most - computing.least, 1)
+        mean = least + share * (most - least)
+        yield (
+            f"{model.num_zero_experts} of {model.num_routed_experts} experts compute nothing: of a "
+            f"token's {model.num_experts_per_tok} choices {computing.mean:.2g} compute on average, "
+            f"{computing.least} to {computing.most} in a layer (5th to 95th percentile): "
+            f"{mean:.1f}B parameters beside the embedding, {least:.1f}B to {most:.1f}B if so in "
+            "all layers. Steps are priced by drawn choices, all experts as popular on average."
+        )
+    if model.shortcut_experts:
+        yield (
+            "What experts give is awaited one layer later only; their times are added to that "
+            "layer's, not hidden behind it: a bound from above."
+        )
 
 
 def _note(trace: RoutingTrace, model: ModelConfig) -> str:

@@ -284,7 +284,6 @@ class SharedParts:
                 shape.fan_out,
                 part,
                 layout,
-                self._model.num_experts_per_tok,
                 by_node=is_by_node_on(layout, shape.form),
                 num_new=length[at],
             )

@@ -23,7 +23,7 @@ from expertlane.cost.laws.profile import (
 )
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.memory import FREE_SHARE
-from expertlane.cost.routing import RoutingChoice
+from expertlane.cost.routing import RoutingChoice, varying_work
 from expertlane.cost.step.step_list import ENGINE
 from expertlane.cost.throughput import ACCEPTANCE_UNSURE
 from expertlane.results.estimate import Estimate, Summary
@@ -97,7 +97,7 @@ def simulation(
         [_record(*best_run(runs, serving), routing, serving)],
         cluster=cluster_record(cluster, served),
         assumptions=_assumptions(simulator, routing),
-        cautions=tuple(dict.fromkeys((*cautions, *stand_in_laws))),
+        cautions=tuple(dict.fromkeys((*cautions, *stand_in_laws, *varying_work(simulator.model)))),
     )
     return with_known_errors(results, simulator.model, cluster.profile)
 

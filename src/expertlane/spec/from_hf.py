@@ -23,8 +23,9 @@ from expertlane.spec.hf_config import (
 from expertlane.spec.mixer_families import MIXER_READERS
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Dtype
+from expertlane.spec.sparse_families import SPARSE_READERS
 
-_READERS = READERS | MIXER_READERS | GROUPED_READERS
+_READERS = READERS | MIXER_READERS | GROUPED_READERS | SPARSE_READERS
 _SAME = (  # in every family
     "num_hidden_layers",
     "hidden_size",

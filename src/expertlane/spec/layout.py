@@ -211,11 +211,12 @@ class Layout(Strict):
                     f"layout {self}: tp={self.tp} and the {kv_heads} key/value heads of "
                     f"{model.name} do not divide each other"
                 )
-        if model.state is not None and model.state.num_heads % self.tp:
+        state = model.state
+        if state is not None and state.num_cuts % self.tp:
+            what = "heads" if state.norm_groups is None else "groups of a norm"
             raise SpecError(
-                f"layout {self}: tp={self.tp} does not divide the {model.state.num_heads} heads of "
-                f"{model.state.title} of {model.name}; valid tp: "
-                f"{_listed(divisors(model.state.num_heads))}"
+                f"layout {self}: tp={self.tp} does not divide the {state.num_cuts} {what} of "
+                f"{state.title} of {model.name}; valid tp: {_listed(divisors(state.num_cuts))}"
             )
         if self.most_dcp(model) % self.dcp:
             raise SpecError(

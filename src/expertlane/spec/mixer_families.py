@@ -247,6 +247,145 @@ def _nemotron_h(fields: ConfigReader) -> dict[str, Any]:
     }
 
 
+def _jamba(fields: ConfigReader) -> dict[str, Any]:
+    """Attention without positions in one layer of a period, Mamba-1 in the others; experts too."""
+    num_layers, hidden = (fields.get(int, key) for key in ("num_hidden_layers", "hidden_size"))
+    chosen = {}
+    for what in ("attn", "expert"):
+        period, offset = (fields.get(int, f"{what}_layer_{key}") for key in ("period", "offset"))
+        if offset >= period:
+            raise fields.error(
+                f"{what}_layer_offset is {offset}; it must be under {what}_layer_period, {period}"
+            )
+        chosen[what] = {layer for layer in range(num_layers) if layer % period == offset}
+    inner = fields.get(int, "intermediate_size")
+    rank = fields.raw("mamba_dt_rank")
+    state = StateMixer(
+        "mamba1",
+        num_heads=fields.get(int, "mamba_expand") * hidden,
+        num_key_heads=1,
+        key_dim=fields.get(int, "mamba_d_state"),
+        value_dim=1,
+        conv_kernel=fields.get(int, "mamba_d_conv"),
+        conv_bias=fields.get(bool, "mamba_conv_bias"),
+        proj_bias=fields.get(bool, "mamba_proj_bias"),
+        step_rank=-(-hidden // 16) if rank == "auto" else fields.get(int, "mamba_dt_rank"),
+    )
+    heads = fields.get(int, "num_attention_heads")
+    dense = tuple(layer for layer in range(num_layers) if layer not in chosen["expert"])
+    return {
+        "head_dim": fields.get(int, "head_dim", default=hidden // heads),
+        "num_key_value_heads": fields.get(int, "num_key_value_heads", default=heads),
+        "unrotated_layers": tuple(range(num_layers)),
+        **_with_state(state, tuple(at for at in range(num_layers) if at not in chosen["attn"])),
+        "moe_intermediate_size": inner,
+        "intermediate_size": inner if dense else 0,
+        "dense_layers": dense,
+        "routing": Routing(norm_topk_prob=False),
+    }
+
+
+def _bailing_rest(fields: ConfigReader, group: int) -> tuple[dict[str, Any], tuple[int, ...]]:
+    """What Ling and Ring hybrids have in common: MLPs, routing, and which layers have a state.
+
+    The last layer of each group has attention.
+    """
+    for key in ("use_bias", "use_qkv_bias", "norm_head", "mlp_layer_types"):
+        fields.expect(key, False)
+    fields.expect("score_function", "sigmoid")
+    fields.expect("moe_router_enable_expert_bias", True)
+    expert, num_layers = (
+        fields.get(int, key) for key in ("moe_intermediate_size", "num_hidden_layers")
+    )
+    shared = fields.get(int, "moe_shared_expert_intermediate_size", default=expert)
+    if num_layers % group:
+        raise fields.error(
+            f"num_hidden_layers is {num_layers}; layers after the last whole group of {group} "
+            "(layer_group_size) are not supported"
+        )
+    rest = {
+        **mlp_types(fields),
+        "shared_expert_intermediate_size": fields.get(int, "n_shared_experts") * shared,
+        "routing": sigmoid_routing(fields),
+    }
+    return rest, tuple(layer for layer in range(num_layers) if (layer + 1) % group)
+
+
+def _lightning(fields: ConfigReader) -> StateMixer:
+    """Lightning Attention as in Ling 2.5 and Ring-linear: queries and keys of every head."""
+    for key in ("linear_silu", "use_linear_silu"):
+        fields.expect(key, False)
+    fields.expect("linear_rope", True)
+    heads = fields.get(int, "num_attention_heads")
+    own = fields.get(int, "hidden_size") // heads
+    head_dim = fields.get(int, "head_dim", default=own)
+    if head_dim != own:
+        raise fields.unsupported("head_dim")
+    return StateMixer(
+        "lightning",
+        num_heads=heads,
+        num_key_heads=heads,
+        key_dim=head_dim,
+        value_dim=head_dim,
+        conv_kernel=0,
+        chunk_size=256,  # of the published kernels
+        qk_norm=fields.get(bool, "use_qk_norm", default=False),
+        norm_groups=fields.get(int, "group_norm_size", default=1),
+    )
+
+
+def _bailing_moe_linear(fields: ConfigReader) -> dict[str, Any]:
+    """Ring-linear 2.0: Lightning Attention, and grouped queries in the last layer of a group."""
+    rest, layers = _bailing_rest(fields, fields.get(int, "layer_group_size"))
+    has_norm = fields.get(bool, "use_qk_norm", default=False)
+    return {
+        **attention(fields, share=1.0),
+        "qk_norm": "head" if has_norm else None,
+        **_with_state(_lightning(fields), layers),
+        **rest,
+    }
+
+
+def _bailing_moe_v2_5(fields: ConfigReader) -> dict[str, Any]:
+    """Ling and Ring 2.5 and 2.6: as Ring-linear, with latent attention."""
+    rest, layers = _bailing_rest(fields, fields.get(int, "layer_group_size"))
+    return {
+        **latent_attention(fields),
+        "rope_interleave": True,
+        **_with_state(_lightning(fields), layers),
+        **rest,
+    }
+
+
+def _bailing_hybrid(fields: ConfigReader) -> dict[str, Any]:
+    """Ling 3: Kimi Delta Attention of full rank, and latent attention with a gate of each head."""
+    fields.expect("no_kda_lora", True)
+    fields.expect("gated_attention_proj_granularity_type", "head_wise")
+    for key in ("expert_swiglu_limit_list", "share_expert_swiglu_limit_list"):
+        fields.expect(key, False)
+    rest, layers = _bailing_rest(fields, fields.get(int, "layer_group_size"))
+    types = layer_types(fields, "layer_types", (_STATE, _FULL))
+    if types is not None:
+        layers = _state_layers(fields, [])
+    heads, head_dim = fields.get(int, "num_attention_heads"), fields.get(int, "head_dim")
+    state = StateMixer(
+        "kimi_delta",
+        num_heads=heads,
+        num_key_heads=heads,
+        key_dim=head_dim,
+        value_dim=head_dim,
+        conv_kernel=fields.get(int, "short_conv_kernel_size"),
+        full_rank=True,
+    )
+    return {
+        **latent_attention(fields),
+        "attention_gate": "head",
+        "rope_interleave": True,
+        **_with_state(state, layers),
+        **rest,
+    }
+
+
 def _llama4(fields: ConfigReader) -> dict[str, Any]:
     """Chunks of positions in rotated layers, all positions without rotation in the others.
 
@@ -293,5 +432,9 @@ MIXER_READERS: dict[str, Reader] = {
     "kimi_linear": _kimi_linear,
     "granitemoehybrid": _granitemoehybrid,
     "nemotron_h": _nemotron_h,
+    "jamba": _jamba,
+    "bailing_hybrid": _bailing_hybrid,
+    "bailing_moe_v2_5": _bailing_moe_v2_5,
+    "bailing_moe_linear": _bailing_moe_linear,
     "llama4": _llama4,
 }

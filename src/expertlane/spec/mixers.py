@@ -8,7 +8,9 @@ Tensors of a state mixer are `layers.N.state.` and: `query`, `key`, `value`, `ga
 `beta` (how strongly a delta rule corrects) and `decay` (of Mamba-2: its time step), with
 `decay_a`, `decay_b`, `gate_a`, `gate_b` where they are of low rank; `query_conv`, `key_conv`,
 `value_conv`, each a short causal convolution by channel, with `…_conv_bias`; `step_bias`,
-`decay_log`, `skip`; `state_norm`. Published checkpoints join some of them. Those of an indexer are
+`decay_log`, `skip`; `state_norm`. Mamba-1 has `select`, from the convolved values to a time step of
+low rank (`decay_b` widens it), a key and a query, with `step_norm`, `key_norm` and `query_norm`.
+Published checkpoints join some of them. Those of an indexer are
 `index_query`, `index_key`, `index_weights`, `index_norm` and `index_norm_bias`.
 """
 
@@ -18,7 +20,7 @@ from typing import Literal, NamedTuple
 from expertlane.spec.ranges import Strict
 
 Shape = tuple[int, ...]
-StateKind = Literal["gated_delta", "kimi_delta", "mamba2"]
+StateKind = Literal["gated_delta", "kimi_delta", "lightning", "mamba1", "mamba2"]
 
 STATE_BYTES = 4  # of a value of a state: float32, as serving engines keep it
 INDEX_SCALE_BYTES = 4  # an index key is kept in float8, whatever the cache's type, with a float32
@@ -26,6 +28,8 @@ INDEX_SCALE_BYTES = 4  # an index key is kept in float8, whatever the cache's ty
 _TITLES: dict[StateKind, str] = {
     "gated_delta": "Gated DeltaNet",
     "kimi_delta": "Kimi Delta Attention",
+    "lightning": "Lightning Attention",
+    "mamba1": "Mamba-1",
     "mamba2": "Mamba-2",
 }
 _OF_KEY_HEADS = ("query", "key")
@@ -124,16 +128,24 @@ class StateMixer(Strict):
     A token decays the state, adds the outer product of its key and value, and reads it with its
     query. `gated_delta` (Yang et al. 2024, Gated Delta Networks) first subtracts what the state
     has under the key already; `kimi_delta` (Kimi Team 2025, Kimi Linear) does so with a decay of
-    its own for each of a key's values; `mamba2` (Dao and Gu 2024, Mamba-2) does not.
+    its own for each of a key's values; `mamba2` (Dao and Gu 2024, Mamba-2) does not. `mamba1` (Gu
+    and Dao 2023, Mamba) does not either; its heads are channels one value wide that share one
+    query and key, and its decays differ by channel and by value of the key. `lightning` (Qin et al.
+    2024, Lightning Attention-2) decays by a constant of each head.
 
     Attributes:
-        num_heads: heads of values, each with a state.
+        num_heads: heads of values, each with a state; Mamba-1's channels.
         num_key_heads: heads of queries and keys, each for equally many of values; Mamba-2's groups.
         key_dim, value_dim: widths of a head; Mamba-2's state size and head size.
-        conv_kernel: tokens that the convolutions see, the latest included.
+        conv_kernel: tokens that the convolutions see, the latest included; 0 without any.
         conv_bias: the convolutions have biases.
         proj_bias: the projections have biases.
-        chunk_size: tokens of a prompt that are computed together.
+        chunk_size: tokens of a prompt that are computed together; Mamba-1 takes one by one.
+        step_rank: rank of Mamba-1's time step; 0 for the others.
+        full_rank: Kimi Delta Attention's gate and decay are projections of full rank.
+        qk_norm: Lightning Attention norms each head's query and key.
+        norm_groups: groups of heads that are normed together, which no layout cuts; None: each
+            head is by itself.
     """
 
     kind: StateKind
@@ -145,6 +157,10 @@ class StateMixer(Strict):
     conv_bias: bool = False
     proj_bias: bool = False
     chunk_size: int = 64
+    step_rank: int = 0
+    full_rank: bool = False
+    qk_norm: bool = False
+    norm_groups: int | None = None
 
     @property
     def title(self) -> str:
@@ -156,6 +172,8 @@ class StateMixer(Strict):
         keys, values = self.num_key_heads * self.key_dim, self.num_heads * self.value_dim
         heads = self.num_heads
         widths = {"query": keys, "key": keys, "value": values}
+        if self.kind == "mamba1":
+            widths = {"value": values}
         shapes: dict[str, Shape] = {part: (width, hidden) for part, width in widths.items()}
         match self.kind:
             case "gated_delta":
@@ -164,6 +182,9 @@ class StateMixer(Strict):
                 shapes["state_norm"] = (self.value_dim,)
             case "kimi_delta":
                 for part, width in (("gate", values), ("decay", keys)):
+                    if self.full_rank:
+                        shapes[part] = (width, hidden)
+                        continue
                     shapes[f"{part}_a"] = (self.key_dim, hidden)
                     shapes[f"{part}_b"] = (width, self.key_dim)
                 shapes |= {"beta": (heads, hidden), "step_bias": (keys,)}
@@ -171,8 +192,18 @@ class StateMixer(Strict):
             case "mamba2":
                 shapes |= {"gate": (values, hidden), "decay": (heads, hidden)}
                 shapes |= {"step_bias": (heads,), "skip": (heads,), "state_norm": (values,)}
-        shapes["decay_log"] = (heads,)
-        for part, width in widths.items():
+            case "lightning":
+                shapes |= {"gate": (values, hidden), "state_norm": (values,)}
+                if self.qk_norm:
+                    shapes |= {"query_norm": (self.key_dim,), "key_norm": (self.key_dim,)}
+            case "mamba1":
+                shapes |= {"gate": (values, hidden), "select": (self.num_selected, values)}
+                shapes |= {"decay_b": (values, self.step_rank), "step_bias": (values,)}
+                shapes |= {"skip": (values,), "step_norm": (self.step_rank,)}
+                shapes |= {"key_norm": (keys,), "query_norm": (keys,)}
+        if self.kind != "lightning":
+            shapes["decay_log"] = (heads, self.key_dim) if self.kind == "mamba1" else (heads,)
+        for part, width in widths.items() if self.conv_kernel else ():
             shapes[f"{part}_conv"] = (width, self.conv_kernel)
             if self.conv_bias:
                 shapes[f"{part}_conv_bias"] = (width,)
@@ -183,17 +214,29 @@ class StateMixer(Strict):
             shapes["output_bias"] = (hidden,)
         return shapes
 
+    @property
+    def num_cuts(self) -> int:
+        """What `tp` has to divide: its heads, or the groups that are normed together."""
+        return self.num_heads if self.norm_groups is None else self.norm_groups
+
+    @property
+    def num_selected(self) -> int:
+        """Width of Mamba-1's `select`: a time step of low rank, a key and a query."""
+        return self.step_rank + 2 * self.key_dim
+
     def heads_of(self, tp: int) -> tuple[int, int]:
         """Heads of values, and of queries and keys, of a rank; those fewer than `tp` are copied."""
         return self.num_heads // tp, max(1, self.num_key_heads // tp)
 
     def cut(self, part: str, size: int, tp: int, tp_rank: int) -> range:
-        """The slice of a tensor that a rank holds, in the dimension `cut_dim`: by heads.
+        """The slice of a tensor that a rank holds, in the dimension that is cut: by heads.
 
         Args:
             size: of that dimension.
         """
-        if part in ("gate_a", "decay_a") or (part == "state_norm" and size == self.value_dim):
+        if part in ("gate_a", "decay_a", "step_norm", "query_norm", "key_norm") or (
+            part == "state_norm" and size == self.value_dim
+        ):
             return range(size)
         if part == "output_bias":  # added once
             return range(size if tp_rank == 0 else 0)
@@ -205,30 +248,44 @@ class StateMixer(Strict):
 
     def conv_channels(self, tp: int) -> int:
         """Channels of a rank's convolutions: of queries, keys and values."""
+        if not self.conv_kernel:
+            return 0
         heads, key_heads = self.heads_of(tp)
-        return 2 * key_heads * self.key_dim + heads * self.value_dim
+        keys = 0 if self.kind == "mamba1" else 2 * key_heads * self.key_dim
+        return keys + heads * self.value_dim
+
+    def token_values(self, tp: int) -> int:
+        """Values of a token that a rank reads and writes beside the state.
+
+        Queries, keys and values, the result, and what is as many as heads: the strength of a delta
+        rule, the decay or time step.
+        """
+        heads, key_heads = self.heads_of(tp)
+        num_of_heads = {"lightning": 0, "mamba1": 1}.get(self.kind, 2)
+        return 2 * key_heads * self.key_dim + heads * (2 * self.value_dim + num_of_heads)
 
     def state_bytes(self, tp: int, activation_bytes: int) -> int:
         """Bytes that a rank keeps of a sequence in a layer: the state, and the latest inputs of
         the convolutions."""
         heads, _ = self.heads_of(tp)
-        latest = (self.conv_kernel - 1) * self.conv_channels(tp)
+        latest = max(self.conv_kernel - 1, 0) * self.conv_channels(tp)
         return heads * self.key_dim * self.value_dim * STATE_BYTES + latest * activation_bytes
 
     def token_flops(self, heads: int, *, in_chunks: bool) -> int:
         """FLOPs of a token in `heads` heads, without projections and convolutions.
 
-        One by one, a token reads the state with its query, adds an outer product, and with a delta
-        rule reads it with its key. In chunks of C tokens (Yang et al. 2024, section 3.3; Dao and
-        Gu 2024, section 6) it also takes products inside the chunk: of queries and keys, and of
-        those with values; with a delta rule of keys with keys, and two triangular systems.
+        One by one, as Mamba-1 always, a token reads the state with its query, adds an outer
+        product, and with a delta rule reads it with its key. In chunks of C tokens (Yang et al.
+        2024, section 3.3; Dao and Gu 2024, section 6) it also takes products inside the chunk: of
+        queries and keys, and of those with values; with a delta rule of keys with keys, and two
+        triangular systems.
 
         Args:
             in_chunks: of a prompt; else of one token at a time.
         """
         key, value, chunk = self.key_dim, self.value_dim, self.chunk_size
-        state, has_delta = key * value, self.kind != "mamba2"
-        if not in_chunks:
+        state, has_delta = key * value, self.kind in ("gated_delta", "kimi_delta")
+        if not in_chunks or self.kind == "mamba1":
             return heads * 2 * state * (3 if has_delta else 2)
         if has_delta:  # a triangular system takes half of a product
             inside = 2 * key + value + (key + value) / 2

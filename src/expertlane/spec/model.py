@@ -39,7 +39,7 @@ EMBEDDING = "embedding"
 FINAL_NORM = "final_norm"
 HEAD = "head"
 HEAD_BIAS = "head_bias"
-_CUT_BY_INPUT = ("output", "down")
+_CUT_BY_INPUT = ("output", "down", "select")
 
 
 class LayerKind(NamedTuple):
@@ -140,6 +140,10 @@ class ModelConfig(Strict):
             besides its experts; 0 for none.
         moe_latent_size: width that tokens are projected to on their way to experts, and back from
             it; None where experts take hidden states.
+        num_zero_experts: further experts of the router that give back what they take, and compute
+            and hold nothing; of the chosen ones only the others cost anything.
+        shortcut_experts: what experts give is added after the next layer, which does not wait for
+            it; what stands beside them, as a shared expert, is added at once.
         shared_expert_gate: its output is multiplied by the sigmoid of a projection to one value.
         tie_word_embeddings: the output head is the embedding.
         dtype: number type of the weights as stored, or as meant where they are quantised.
@@ -198,6 +202,8 @@ class ModelConfig(Strict):
     shared_expert_intermediate_size: int = 0
     moe_latent_size: int | None = None
     shared_expert_gate: bool = False
+    num_zero_experts: int = 0
+    shortcut_experts: bool = False
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
     dtype: Dtype = "float32"
@@ -208,10 +214,10 @@ class ModelConfig(Strict):
         for part in ("rope_scaling", "latent", "routing", "state", "indexer", "window_heads"):
             if getattr(self, part) is not None:
                 take_fields(getattr(self, part), f"model {self.name}: {part}: {{}}".format)
-        if self.num_experts_per_tok > self.num_experts:
+        if self.num_experts_per_tok > self.num_routed_experts:
             raise self._error(
                 f"num_experts_per_tok is {self.num_experts_per_tok} but there are only "
-                f"{self.num_experts} experts"
+                f"{self.num_routed_experts} experts"
             )
         if self.hidden_size % 2:
             raise self._error(
@@ -287,6 +293,11 @@ class ModelConfig(Strict):
         state = self.state
         if (state is None) != (not self.state_layers):
             raise self._error("state and state_layers need each other")
+        if state is not None and state.norm_groups and state.num_heads % state.norm_groups:
+            raise self._error(
+                f"state: norm_groups is {state.norm_groups}; it must divide the {state.num_heads} "
+                "heads"
+            )
         if state is not None and state.num_heads % state.num_key_heads:
             raise self._error(
                 f"state: num_key_heads is {state.num_key_heads}; it must divide the "
@@ -325,11 +336,13 @@ class ModelConfig(Strict):
                 f"topk_group is {routing.topk_group}; it must be from 1 to n_group, "
                 f"{routing.n_group}"
             )
-        if routing.topk_group * size < self.num_experts_per_tok:
+        if routing.n_group > 1 and routing.topk_group * size < self.num_experts_per_tok:
             raise self._error(
                 f"num_experts_per_tok is {self.num_experts_per_tok} but topk_group groups hold "
                 f"only {routing.topk_group} × {size} experts"
             )
+        if routing.n_group > 1 and self.num_zero_experts:
+            raise self._error(f"n_group is {routing.n_group}; with zero experts it must be 1")
         if routing.n_group > 1 and routing.group_score == "top2_sum" and size < 2:
             raise self._error(
                 f"n_group is {routing.n_group} for {self.num_experts} experts; groups compared by "
@@ -375,6 +388,11 @@ class ModelConfig(Strict):
         if self.latent is not None:
             return self.latent.v_head_dim
         return self.head_dim if self.v_head_dim is None else self.v_head_dim
+
+    @property
+    def num_routed_experts(self) -> int:
+        """Experts that a router chooses from, those that compute nothing too."""
+        return self.num_experts + self.num_zero_experts
 
     @property
     def expert_hidden_size(self) -> int:
@@ -478,6 +496,8 @@ class ModelConfig(Strict):
                 self.mixer_only_layers or self.mlp_only_layers
             ),
             "experts at a latent width": self.moe_latent_size is not None,
+            "experts that compute nothing": self.num_zero_experts > 0,
+            "experts added after the next layer": self.shortcut_experts,
             "squared ReLU": self.hidden_act == "relu2",
             f"tensors named as in {self.unread_family}": self.unread_family is not None,
         }
@@ -499,7 +519,7 @@ def expert_name(layer: int, expert: int, part: str) -> str:
 
 
 def cut_dim(name: str) -> int:
-    """The dimension that layouts cut: input features of `output` and `down`, else the first."""
+    """The dimension that layouts cut: input features of some matrices, else the first."""
     return 1 if name.rsplit(".", 1)[-1] in _CUT_BY_INPUT else 0
 
 
@@ -586,12 +606,15 @@ def num_params(model: ModelConfig) -> int:
     return _num_params(model, model.num_experts)
 
 
-def num_active_params(model: ModelConfig) -> int:
+def num_active_params(model: ModelConfig, num_experts: int | None = None) -> int:
     """Parameters of a token's step: all but the experts it does not go to.
 
     Some model cards leave the embedding out, or the output head too.
+
+    Args:
+        num_experts: those of a layer that compute for it; None for all that it chooses.
     """
-    return _num_params(model, model.num_experts_per_tok)
+    return _num_params(model, model.num_experts_per_tok if num_experts is None else num_experts)
 
 
 def _num_params(model: ModelConfig, num_experts: int) -> int:
@@ -649,12 +672,12 @@ def _attention_shapes(model: ModelConfig, heads: Heads) -> dict[str, Shape]:
             shapes["key_norm"] = (model.head_dim if per_head else key_size,)
         if heads.have_sinks:
             shapes["sinks"] = (heads.num,)
-        if model.attention_gate == "head":
-            shapes["head_gate"] = (heads.num, hidden)
     else:
         shapes |= latent.shapes(hidden, model.num_attention_heads)
         if model.indexer is not None and latent.q_lora_rank is not None:
             shapes |= model.indexer.shapes(hidden, latent.q_lora_rank)
+    if model.attention_gate == "head":
+        shapes["head_gate"] = (heads.num, hidden)
     shapes["output"] = (hidden, heads.num * model.value_dim)
     if model.output_bias:
         shapes["output_bias"] = (hidden,)
@@ -663,7 +686,7 @@ def _attention_shapes(model: ModelConfig, heads: Heads) -> dict[str, Shape]:
 
 def _moe_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Shapes of an MoE layer's tensors, its experts aside."""
-    hidden, num_experts = model.hidden_size, model.num_experts
+    hidden, num_experts = model.hidden_size, model.num_routed_experts
     shapes: dict[str, Shape] = {"router": (num_experts, hidden)}
     if model.routing.router_bias:
         shapes["router_bias"] = (num_experts,)

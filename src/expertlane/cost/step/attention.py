@@ -73,9 +73,15 @@ def _grouped_query(
         query_bytes=heads * dim * item,
         value_bytes=heads * value_dim * item,
     )
-    if model.attention_gate is not None:
-        out.memory(Stage.ATTENTION, 3 * part.tokens * (heads * value_dim * item), kernels.gate)
+    _gate(out, model, part, heads * value_dim)
     out.gemm(Stage.ATTENTION, part.tokens, model.hidden_size, heads * value_dim)
+
+
+def _gate(out: StepWriter, model: ModelConfig, part: TokenSizes, width: int) -> None:
+    """The product of attention's output with the sigmoid of its gate, if it has one."""
+    if model.attention_gate is not None:
+        num_bytes = 3 * part.tokens * (width * out.types.activation_bytes)
+        out.memory(Stage.ATTENTION, num_bytes, out.kernels.gate)
 
 
 def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: TokenSizes) -> None:
@@ -125,6 +131,9 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
                 value_bytes=heads * rank * item,
             )
         out.gemm(Stage.ATTENTION, absorbed, heads * latent.v_head_dim, rank, dtype=types.kept)
+    if model.attention_gate == "head":
+        out.gemm(Stage.ATTENTION, tokens, heads, model.hidden_size)
+    _gate(out, model, part, heads * latent.v_head_dim)
     out.gemm(Stage.ATTENTION, tokens, model.hidden_size, heads * latent.v_head_dim)
 
 
@@ -237,10 +246,15 @@ def _state(out: StepWriter, model: ModelConfig, state: StateMixer, part: TokenSi
     for k, n in _products(state, model.hidden_size, tp):
         out.gemm(Stage.ATTENTION, tokens, n, k)
     sizes = part.attention(None)
-    # Of a token: queries, keys and values in, the result out; beside them what is as many as heads.
+    if not state.conv_kernel:  # queries and keys are normed and turned
+        turned = 2 * heads * state.key_dim * item
+        num_passes = 4 if state.qk_norm else 2
+        out.memory(Stage.ATTENTION, num_passes * tokens * turned, out.kernels.rotate)
+    if state.kind == "mamba1":
+        _selection(out, state, part, values)
     widths: dict[str, Ints | int] = {
         "state_values": heads * state.key_dim * state.value_dim,
-        "token_values": channels + values + 2 * heads,
+        "token_values": state.token_values(tp),
     }
     for phase, num_groups, seqs, new in (
         ("prefill", sizes.num_prefill_groups, sizes.prefill_seqs, sizes.prefill_tokens),
@@ -254,18 +268,29 @@ def _state(out: StepWriter, model: ModelConfig, state: StateMixer, part: TokenSi
         if not num_groups:
             continue
         both: dict[str, Ints | int] = {"seqs": seqs, "tokens": new}
-        convolved = {**both, "channels": channels, "kernel": state.conv_kernel}
-        out.operation(OpKind.CONVOLUTION, Stage.ATTENTION, convolved, dtype=types.activations)
+        if state.conv_kernel:
+            convolved = {**both, "channels": channels, "kernel": state.conv_kernel}
+            out.operation(OpKind.CONVOLUTION, Stage.ATTENTION, convolved, dtype=types.activations)
         token_flops = state.token_flops(heads, in_chunks=phase == "prefill")
         out.operation(
             OpKind(f"{state.kind}_{phase}"),
             Stage.ATTENTION,
             {**both, "token_flops": token_flops, **widths},
             kv_bytes=2 * seqs * (heads * state.key_dim * state.value_dim * STATE_BYTES),
-            dtype=types.activations,
+            # Mamba-1 has no products of matrices: it takes each value by itself.
+            dtype="float32" if state.kind == "mamba1" else types.activations,
         )
     out.memory(Stage.ATTENTION, 3 * tokens * (values * item), out.norm_kernels)
     out.gemm(Stage.ATTENTION, tokens, model.hidden_size, values)
+
+
+def _selection(out: StepWriter, state: StateMixer, part: TokenSizes, values: int) -> None:
+    """Mamba-1's time step, key and query, from convolved values that are cut over `tp`."""
+    tokens, item, selected = part.tokens, out.types.activation_bytes, state.num_selected
+    out.gemm(Stage.ATTENTION, tokens, selected, values)
+    out.all_reduce(Stage.COLLECTIVES, "tp", part.owned, selected * item)
+    out.memory(Stage.ATTENTION, 2 * tokens * (selected * item), 3 * out.norm_kernels)
+    out.gemm(Stage.ATTENTION, tokens, values, state.step_rank)
 
 
 def _products(state: StateMixer, hidden: int, tp: int) -> list[tuple[int, int]]:
@@ -278,6 +303,8 @@ def _products(state: StateMixer, hidden: int, tp: int) -> list[tuple[int, int]]:
         if part in shapes
     }
     joined = [(hidden, sum(own.get(part, 0) for part in parts))]
+    if state.kind == "mamba1":
+        return joined  # the others take what is convolved
     return joined + [(state.key_dim, own[part]) for part in ("gate_b", "decay_b") if part in own]
 
 

@@ -226,20 +226,22 @@ def count_dispatch(
     """Count one layer's tokens.
 
     Args:
-        topk_ids: [T, K] int64; logical experts, rank after rank.
+        topk_ids: [T, K] int64; logical experts, rank after rank; -1 for those that compute nothing,
+            which no rank is told of.
         owned: [R]; tokens that each rank owns.
         by_node: count `by_node`, for the hierarchical form.
         fan_out: count `fan_out`, for a record.
     """
     ep, num_ranks, num_experts = mesh.layout.ep, mesh.size, choice.num_experts
     rank = np.arange(num_ranks).repeat(owned)
-    ep_ranks, num_saved = choice.shared_out(topk_ids, rank)
-    at = rank[:, None] * ep + ep_ranks
+    topk_ids, token = computing(topk_ids)
+    ep_ranks, num_saved = choice.shared_out(topk_ids, rank[token[:, 0]])
+    at = rank[token] * ep + ep_ranks
     pairs_to = np.bincount(at.ravel(), minlength=num_ranks * ep).reshape(num_ranks, ep)
     place = (ep_ranks * num_experts + topk_ids).ravel()
     per_expert = np.bincount(place, minlength=ep * num_experts).reshape(ep, num_experts)
     reached = np.zeros((len(rank), ep), dtype=np.bool_)
-    reached[np.arange(len(rank))[:, None], ep_ranks] = True
+    reached[token, ep_ranks] = True
     rows_to = _sum_of_rank(reached, owned)
     pairs_of_ep_rank = pairs_to.sum(axis=0)
     return TokenCounts(
@@ -261,6 +263,22 @@ def count_dispatch(
         num_pairs_saved=num_saved,
         fan_out=_fan_out(reached, rank, mesh) if fan_out and num_ranks > 1 else None,
     )
+
+
+def computing(topk_ids: Ints) -> tuple[Ints, Ints]:
+    """The choices of experts that compute, and whose they are.
+
+    Args:
+        topk_ids: [T, K]; negative for experts that compute nothing.
+
+    Returns:
+        [N, M] and [N, 1]: all choices of each token, or one by one where any computes nothing.
+    """
+    token = np.arange(len(topk_ids))[:, None]
+    if not (is_none := topk_ids < 0).any():
+        return topk_ids, token
+    place: Ints = np.nonzero(~is_none)[0][:, None]
+    return topk_ids[~is_none][:, None], place
 
 
 def _arriving(rows: Ints, mesh: StageMesh) -> Ints:

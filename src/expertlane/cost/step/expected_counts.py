@@ -25,6 +25,7 @@ from expertlane.cost.step.counts import (
     Exchange,
     NodeCounts,
     StageMesh,
+    computing,
     count_dispatch,
 )
 from expertlane.cost.step.operation import Floats, Ints, RowsByLink
@@ -44,6 +45,7 @@ class ExpectedFanOut:
     """Expected rows and pairs of a token in one MoE layer, for `DispatchCounts` per token.
 
     Attributes:
+        top_k, pairs_of_token: choices of a token, and those that compute on average.
         reached, nodes_reached: rows that a token becomes, to ep ranks and to nodes, its own too.
         rows, pairs, node_rows, forwarded: [num_links]; rows sent to other ranks of the groups.
             Those of hierarchical dispatch are 0 where a group lies unevenly on nodes.
@@ -57,6 +59,8 @@ class ExpectedFanOut:
             prompts, where tokens of one choose similar experts; else none.
     """
 
+    top_k: int
+    pairs_of_token: float
     reached: float
     nodes_reached: float
     rows: Floats
@@ -104,13 +108,15 @@ class ExpectedFanOut:
         num_slots = [len(experts) for experts in placement.experts_of_rank]
         even_at, fullest = _fullest_by_size(choice, topk_ids, mesh)
         return cls(
+            top_k=topk_ids.shape[1],
+            pairs_of_token=float(pairs_of_rank.sum() / num_tokens),
             reached=counts.rows_sent.sum() / num_tokens,
             nodes_reached=nodes_reached,
             rows=by_link("ep", counts.rows),
             pairs=by_link("ep", counts.pairs),
             node_rows=node_rows,
             forwarded=forwarded,
-            hot=_hotness(pairs_of_rank, topk_ids.size),
+            hot=_hotness(pairs_of_rank, int(pairs_of_rank.sum())),
             num_slots=num_slots[int(pairs_of_rank.argmax())],
             chosen=-np.sort(-per_expert, axis=1)[:, : max(num_slots)] / num_tokens,
             even_at=even_at,
@@ -128,10 +134,11 @@ class ExpectedFanOut:
         means = {
             field.name: np.mean([getattr(each, field.name) for each in layers], axis=0)
             for field in fields(cls)
-            if field.name not in ("num_slots", "chosen")
+            if field.name not in ("top_k", "num_slots", "chosen")
         }
         num_slots = max(each.num_slots for each in layers)
-        return cls(**means, num_slots=num_slots, chosen=of_layers.mean(axis=0))
+        top_k = layers[0].top_k
+        return cls(**means, top_k=top_k, num_slots=num_slots, chosen=of_layers.mean(axis=0))
 
 
 def _fullest_by_size(choice: CopyChoice, topk_ids: Ints, mesh: StageMesh) -> tuple[Floats, Floats]:
@@ -153,7 +160,8 @@ def _fullest_of_parts(
         rank = np.sort(np.arange(size) % mesh.size)
         over_mean = []
         for first in range(0, len(topk_ids) - size + 1, max(size, len(topk_ids) // _MOST_PARTS)):
-            to = choice.ep_ranks(topk_ids[first : first + size], rank)
+            ids, token = computing(topk_ids[first : first + size])
+            to = choice.ep_ranks(ids, rank[token[:, 0]])
             most = np.bincount(to.ravel(), minlength=ep).max()
             over_mean.append(most * ep / to.size)
         fullest.append(np.mean(over_mean))
@@ -173,8 +181,9 @@ def _fullest_by_prompts(
     if choice.is_balanced:
         sizes = [length << place for place in range((num // _MOST_PARTS).bit_length())]
         return _fullest_of_parts(choice, ids, mesh, sizes)
-    prompt = np.arange(num).repeat(length)[:, None]
-    at = prompt * ep + choice.ep_ranks(ids, rank)
+    prompt = np.arange(num).repeat(length)
+    ids, token = computing(ids)
+    at = prompt[token] * ep + choice.ep_ranks(ids, rank[token[:, 0]])
     loads = np.bincount(at.ravel(), minlength=num * ep).reshape(num, ep)
     fullest = []
     while len(loads) >= _MOST_PARTS:
@@ -198,12 +207,13 @@ def sampled_layers(model: ModelConfig, routing: RoutingSource) -> list[int]:
 
 
 def mean_counts(
-    fan_out: ExpectedFanOut, part: Scenarios, layout: Layout, top_k: int, *, by_node: bool = False
+    fan_out: ExpectedFanOut, part: Scenarios, layout: Layout, *, by_node: bool = False
 ) -> DispatchCounts:
     """Counts of a rank with a mean load; sampled counts of all ranks are as much on average."""
     tokens = part.stage_tokens.astype(np.float64)
     has_any = _has_any(fan_out.chosen.ravel(), tokens)
-    pairs, rows = tokens * (top_k / layout.ep), tokens * (fan_out.reached / layout.ep)
+    pairs = tokens * (fan_out.pairs_of_token / layout.ep)
+    rows = tokens * (fan_out.reached / layout.ep)
     active = has_any.sum(axis=1) / layout.ep
     own = rows, pairs, rows / layout.etp, pairs / layout.etp, active
     return _counts(fan_out, part, layout, own, np.ones(part.size), by_node)
@@ -213,7 +223,6 @@ def busiest_counts(
     fan_out: ExpectedFanOut,
     part: Scenarios,
     layout: Layout,
-    top_k: int,
     *,
     by_node: bool = False,
     num_new: Ints | None = None,
@@ -224,7 +233,7 @@ def busiest_counts(
         num_new: [S]; tokens of each sequence, if not as the part has it.
     """
     tokens = part.stage_tokens.astype(np.float64)
-    mean = tokens * (top_k / layout.ep)
+    mean = tokens * (fan_out.pairs_of_token / layout.ep)
     if len(fan_out.even_at):
         pairs = mean * np.interp(np.log(np.maximum(tokens, 1)), fan_out.even_at, fan_out.fullest)
     else:
@@ -232,7 +241,7 @@ def busiest_counts(
     if len(fan_out.of_prompts):
         length = part.num_new if num_new is None else num_new
         pairs = _with_prompts(fan_out, pairs, mean, tokens, length)
-    pairs = np.minimum(pairs, tokens * min(top_k, fan_out.num_slots))
+    pairs = np.minimum(pairs, tokens * min(fan_out.top_k, fan_out.num_slots))
     hot = np.divide(pairs, mean, out=np.ones_like(mean), where=mean > 0)
     rows = np.minimum(hot * tokens * (fan_out.reached / layout.ep), pairs)
     has_any = _has_any(fan_out.chosen[0], tokens)

@@ -71,6 +71,14 @@ _BOOKKEEPING_BYTES = 40  # read and written for a token-expert pair to be put in
 _SHARED_BYTES = 24  # a pair is counted, given a copy, and counted by peer
 
 
+def num_terms(model: ModelConfig) -> int:
+    """Rows that are summed up for a token: of each expert, and its own for those without work."""
+    top_k = model.num_experts_per_tok
+    if not model.num_zero_experts:
+        return top_k
+    return min(round(top_k * model.num_experts / model.num_routed_experts) + 1, top_k)
+
+
 class ExpertSteps:
     """Writes dispatch, experts and combine of a layer; all arrays [A]."""
 
@@ -86,6 +94,7 @@ class ExpertSteps:
         self._kernels = out.kernels
         self._model = model
         self._top_k = model.num_experts_per_tok
+        self._num_terms = num_terms(model)
         self._part = part
         self._owned = part.owned
         self._counts = counts
@@ -141,7 +150,7 @@ class ExpertSteps:
         owned = self._owned
         self._bookkeeping(owned, self._kernels.by_expert)
         self.experts()
-        self._sum(owned * self._top_k, owned, self._top_k, is_last=True)
+        self._sum(owned * self._num_terms, owned, self._num_terms, is_last=True)
 
     def _in_place(self) -> None:
         """Each rank has all tokens: its experts take theirs, and partial sums are added up."""
@@ -183,7 +192,7 @@ class ExpertSteps:
         self.experts()
         out.reduce_scatter(Stage.COMBINE, "etp", counts.pairs_arriving, self._row_bytes)
         out.all_to_all(Stage.COMBINE, "ep", counts.pairs.T, self._row_bytes)
-        self._sum(owned * self._top_k, owned, self._top_k, is_last=True)
+        self._sum(owned * self._num_terms, owned, self._num_terms, is_last=True)
 
     def _hierarchical(self) -> None:
         out, counts, owned, kernels = self._out, self._counts, self._owned, self._kernels
@@ -394,7 +403,7 @@ def router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     out.gemm(
         Stage.ROUTER,
         routed,
-        model.num_experts,
+        model.num_routed_experts,
         model.hidden_size,
         dtype=_ROUTER_TYPE,
         num_kernels=1 + widened,
@@ -404,7 +413,7 @@ def router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
         num_kernels, num_passes = out.kernels.scored_route, 4
     if routing.n_group > 1:
         num_kernels, num_passes = out.kernels.grouped_route, 7
-    num_bytes = routed * (num_passes * model.num_experts * _LOGIT_BYTES)
+    num_bytes = routed * (num_passes * model.num_routed_experts * _LOGIT_BYTES)
     out.memory(Stage.ROUTER, num_bytes, num_kernels)
 
 

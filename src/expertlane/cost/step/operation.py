@@ -45,12 +45,20 @@ class OpKind(StrEnum):
     GATED_DELTA_DECODE = "gated_delta_decode"
     KIMI_DELTA_PREFILL = "kimi_delta_prefill"
     KIMI_DELTA_DECODE = "kimi_delta_decode"
+    LIGHTNING_PREFILL = "lightning_prefill"
+    LIGHTNING_DECODE = "lightning_decode"
+    MAMBA1_PREFILL = "mamba1_prefill"
+    MAMBA1_DECODE = "mamba1_decode"
     MAMBA2_PREFILL = "mamba2_prefill"
     MAMBA2_DECODE = "mamba2_decode"
     MEMORY = "memory"  # norms, rotation, packing, sums: bytes moved
 
 
-STATES = tuple(kind for kind in OpKind if kind.startswith(("gated_delta", "kimi_delta", "mamba2")))
+STATES = tuple(
+    kind
+    for kind in OpKind
+    if kind.startswith(("gated_delta", "kimi_delta", "lightning", "mamba1", "mamba2"))
+)
 SIZES: dict[OpKind, tuple[str, ...]] = {
     OpKind.GEMM: ("m", "n", "k"),
     # token-expert pairs, experts with any, width in and out, inner width, matrices (3 if gated)
