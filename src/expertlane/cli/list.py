@@ -118,7 +118,7 @@ def families(print_options: PrintOptions) -> None:
     by_mixers: dict[str, list[str]] = {}
     for row in planned:
         drafts = "*" if row["draft"] else ""
-        by_mixers.setdefault(row["mixers"], []).append(f"{row['name']}{drafts}")
+        by_mixers.setdefault(str(row["mixers"]), []).append(f"{row['name']}{drafts}")
     listed = [{"mixers": each, "names": ", ".join(names)} for each, names in by_mixers.items()]
     parts = (
         Table.of("", [text("plan, run, serve", _of("name")), mixers, *serving], run),

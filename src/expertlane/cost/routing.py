@@ -529,8 +529,8 @@ def choose_routing(
         f"{read.num_tokens:,} recorded tokens, the last {read.num_tokens - num_earlier:,} repeated "
         "in a loop; experts are placed by the load of the first half only"
     )
-    source = TraceRouting(read, num_earlier, model.num_zero_experts)
-    return RoutingChoice(source, f"--routing-trace {trace}", words, _note(read, model))
+    traced = TraceRouting(read, num_earlier, model.num_zero_experts)
+    return RoutingChoice(traced, f"--routing-trace {trace}", words, _note(read, model))
 
 
 @dataclass(frozen=True)
