@@ -140,7 +140,7 @@ def test_a_missing_folder_and_one_without_a_configuration(error_of, tmp_path: Pa
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "[model] LlamaForCausalLM mixtral"),
+        ({"architectures": ["LlamaForCausalLM"]}, "[model] LlamaForCausalLM families"),
         ({"num_attention_heads": None}, "[model] small moe num_attention_heads null"),
         ({"max_position_embeddings": 8}, "prompt 8 3 tokens 10 positions"),
     ],

@@ -332,3 +332,32 @@ def test_what_cannot_be_computed_is_named(name, changes, message):
     assert str(error.value).startswith("model mine: ")
     assert tells(str(error.value), message)
     assert "\n" not in str(error.value)
+
+
+def test_an_unknown_architecture_is_refused_with_the_nearest_known_one():
+    told = MIXERS["deepseek-v3.2"] | {"compress_rates": {}, "hc_mult": 4}
+    with pytest.raises(SpecError) as error:
+        family_of(told | {"architectures": ["DeepseekV9ForCausalLM"]})
+    assert tells(
+        str(error.value), "DeepseekV9ForCausalLM nearest deepseek_v32 compress_rates hc_mult"
+    )
+    told = CONFIGS["minimax-m2"] | {"index_block_size": 128}
+    with pytest.raises(SpecError) as error:
+        family_of(told | {"architectures": ["MiniMaxM3VLForConditionalGeneration"]})
+    assert tells(str(error.value), "nearest minimax_m2 index_block_size list families")
+    dense = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    dense |= {"intermediate_size": 4, "vocab_size": 9, "max_position_embeddings": 7}
+    with pytest.raises(SpecError) as error:
+        family_of(dense | {"architectures": ["LlamaForCausalLM"]})
+    assert tells(str(error.value), "LlamaForCausalLM names no experts")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{}, {"architectures": ["X"]}, {"architectures": [3, 4]}, {"model_type": {}}],
+)
+def test_one_that_tells_too_little_is_refused_with_all_families(config):
+    with pytest.raises(SpecError) as error:
+        family_of(config)
+    assert tells(str(error.value), "not supported those of mixtral llama4")
+    assert "\n" not in str(error.value)

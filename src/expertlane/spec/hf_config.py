@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -213,8 +214,54 @@ def family_of(config: dict[str, Any]) -> str:
             return family
     given = architectures or model_type
     given = given[0] if isinstance(given, list) and len(given) == 1 else given
-    raise SpecError(
-        f"architecture {shown(given)} is not supported; supported: those of {', '.join(FAMILIES)}"
+    raise SpecError(f"architecture {shown(given)} is not supported; {_nearest(config, given)}")
+
+
+_LEAST_TOLD = 5  # fields that a nearest family is found by
+_MOST_NAMED = 8  # fields of an unknown architecture that are named
+# Fields that change no computation of a served model, or that readers ask for without a default.
+_SAYS_NOTHING = re.compile(
+    r"architectures|model_type|auto_map|.*dtype|.*_token_id|.*token_index|transformers_version|"
+    r"use_cache|initializer_range|.*dropout|.*_coef|output_.*|_.*|quantization_config|.*loss.*|"
+    r"pretraining_tp|num_nextn_predict_layers|rope_.*|partial_rotary_factor|vision_config|text_config|"
+    r"(bos|eos|pad)_.*|ep_size|seq_aux|.*jitter.*|attn_implementation|rotary_dim|scoring_func|topk_method|head_dim|chunk_size_feed_forward|"
+    r"is_encoder_decoder|problem_type|return_dict|.*_noise|id2label|label2id"
+)
+
+
+_ENDS = re.compile(r"For(CausalLM|ConditionalGeneration)$")
+
+
+def _nearest(config: dict[str, Any], given: object) -> str:
+    """The family that an unknown architecture is most like, and the fields that it has beside.
+
+    By what the fields are called, and the architecture; all families where too little is told.
+    """
+    text = language_model_of(config)
+    told = {key for key in text if not _SAYS_NOTHING.fullmatch(key)}
+    if len(told) < _LEAST_TOLD:
+        return f"supported: those of {', '.join(FAMILIES)}"
+    if not any("expert" in key or key.startswith("moe") for key in told):
+        return "its configuration names no experts"
+
+    def known_to(family: Family) -> set[str]:
+        names = {*family.defaults, *family.spellings}
+        names |= {*family.num_experts, *family.num_experts_per_tok}
+        return {key for key in names if not _SAYS_NOTHING.fullmatch(key)}
+
+    def likeness(name: str) -> float:
+        known = known_to(FAMILIES[name])
+        of_fields = 2 * len(told & known) / (len(told) + len(known))
+        own, its = (_ENDS.sub("", each) for each in (str(given), FAMILIES[name].architecture))
+        return 2 * of_fields + SequenceMatcher(None, own, its).ratio()
+
+    name = max(FAMILIES, key=likeness)
+    known_somewhere: set[str] = set().union(*map(known_to, FAMILIES.values()))
+    further = sorted(told - known_to(FAMILIES[name]), key=lambda key: (key in known_somewhere, key))
+    beside = ", ".join(further[:_MOST_NAMED]) + (", …" if len(further) > _MOST_NAMED else "")
+    return (
+        f"the nearest is {name}{f', which has no {beside}' if beside else ''} "
+        "(expertlane list families names all)"
     )
 
 
