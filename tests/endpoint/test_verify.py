@@ -11,7 +11,12 @@ from expertlane.client.connection import Url
 from expertlane.client.run import Target
 from expertlane.client.server import Vocabulary
 from expertlane.endpoint.scored import Reference, Scored
-from expertlane.endpoint.verdict import Observed, rounds_as_float32
+from expertlane.endpoint.verdict import (
+    Observed,
+    judge,
+    rounds_as_float32,
+    usual_rounding,
+)
 from expertlane.endpoint.verify import Asked, verify
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.progress import Progress
@@ -244,6 +249,20 @@ def test_a_second_server_as_the_reference():
             found = verify(*targets, "other", ASKED, tokens, Progress())
         assert found.verdict == verdict
         assert not found.experts
+
+
+def test_a_flip_in_one_prompt_of_a_second_server_does_not_make_it_sensitive():
+    """The tests that it passes leave the farthest prompt out; so do those with planted errors."""
+    draw = np.random.default_rng(5)
+    exact = [Scored(np.arange(200), -draw.exponential(2.0, 199)) for _ in range(24)]
+    told = {
+        place: each.logprobs + draw.normal(0, 0.5 if place == 7 else 0.01, 199)
+        for place, each in enumerate(exact)
+    }
+    found = judge([Observed("alone", told)], usual_rounding(exact, "bfloat16"), "bfloat16")
+    assert found.verdict == "same"
+    assert found.least_seen is not None
+    assert found.least_seen > 5e-3
 
 
 def test_nothing_is_told_where_rounding_hides_everything():

@@ -14,7 +14,7 @@ That is the bound behind every test here but `outliers`. Rounding of another imp
 granted `TOLERATED` times the scale, so that only what exceeds it counts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
@@ -201,6 +201,9 @@ def _self_normalised(sums: NDArray[Any]) -> float:
     """`T` of sums of blocks; 0 where all are 0."""
     norm = float(np.sqrt(np.square(sums).sum()))
     return float(sums.sum()) / norm if norm > 0 else 0.0
+
+
+Tests = Callable[[Compared], Iterable[Test]]
 
 
 def run_tests(compared: Compared) -> list[Test]:
@@ -468,30 +471,34 @@ def _first_off(compared: Compared, excess: Floats, edge: int) -> int:
     return edge
 
 
-def least_seen(compared: Compared, alarm: float, chosen: Bools | None = None) -> float:
+def least_seen(
+    compared: Compared, alarm: float, chosen: Bools | None = None, tests: Tests | None = None
+) -> float:
     """The least error, in nats, that would have been an alarm: planted into these differences.
 
     Args:
         chosen: the tokens that have it, such as those of one expert; None for all.
+        tests: that the differences themselves passed; None for `run_tests`.
 
     Returns:
         standard deviation of the planted normal error; infinite where none up to 30 nats is seen.
     """
+    tests = tests or run_tests
     planted = np.random.default_rng(40).standard_normal(len(compared))
     if chosen is not None:
         planted = planted * chosen
     low, high = float(np.log(1e-7)), float(np.log(30.0))
-    if not _is_seen(compared, planted * np.exp(high), alarm):
+    if not _is_seen(compared, planted * np.exp(high), alarm, tests):
         return float("inf")
     for _ in range(12):
         middle = (low + high) / 2
-        if _is_seen(compared, planted * np.exp(middle), alarm):
+        if _is_seen(compared, planted * np.exp(middle), alarm, tests):
             high = middle
         else:
             low = middle
     return float(np.exp(high))
 
 
-def _is_seen(compared: Compared, planted: Floats, alarm: float) -> bool:
+def _is_seen(compared: Compared, planted: Floats, alarm: float, tests: Tests) -> bool:
     more = replace(compared, differences=compared.differences + planted)
-    return any(each.is_alarm(alarm) for each in run_tests(more))
+    return any(each.is_alarm(alarm) for each in tests(more))

@@ -336,7 +336,7 @@ def judge(observed: Sequence[Observed], rounded: Rounded, dtype: str) -> Judged:
     first = comparisons[0]
     seen = of_expert = float("inf")
     if first not in off and len(first.compared):
-        seen = least_seen(first.compared, alarm)
+        seen = least_seen(first.compared, alarm, tests=_tests)
         of_expert = _least_of_expert(first.compared, alarm)
     doubt = _doubt(first, off, seen, num_excused, dtype)
     none: _Causes = (list(doubt), (), None, ())
@@ -370,7 +370,7 @@ def _least_of_expert(compared: Compared, alarm: float) -> float:
     experts, nums = np.unique(routed, return_counts=True)
     expert = experts[np.argsort(nums)[len(nums) // 2]]
     chosen: Bools = (routed == expert).any(axis=1)
-    return least_seen(compared, alarm, chosen)
+    return least_seen(compared, alarm, chosen, _tests)
 
 
 def _doubt(
