@@ -40,8 +40,9 @@ from expertlane.cost.step.program import ProgramBuilder, StepProgram, count
 from expertlane.cost.step.step_list import ENGINE_ON_GPUS, KernelSet
 from expertlane.results.step_record import RankRecord
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import PRESETS, ModelConfig, num_params
+from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.names import Stage
+from expertlane.spec.tensors import num_params
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = "bfloat16"

@@ -30,7 +30,8 @@ from expertlane.results.step_record import RankRecord
 from expertlane.schedule.plan import Batch
 from expertlane.spec.deployment import DispatchForm, GraphLimits, Options, is_static_on
 from expertlane.spec.layout import Layout, partition
-from expertlane.spec.model import ModelConfig, cut_dim, tensor_shape
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.tensors import cut_dim, tensor_shape
 
 BLOCK_SIZE, MOST_REPEATS, MOST_S = 16, 50, 0.5
 

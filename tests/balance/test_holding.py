@@ -19,7 +19,7 @@ from expertlane.engine.model.weights import SeededWeights
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout, Members
-from expertlane.spec.model import EMBEDDING, FINAL_NORM, HEAD, cut_dim, tensor_names, tensor_shape
+from expertlane.spec.tensors import EMBEDDING, FINAL_NORM, HEAD, cut_dim, tensor_names, tensor_shape
 
 
 @st.composite

@@ -19,8 +19,9 @@ from expertlane.errors import CapacityError, RankError
 from expertlane.spec.experiment import read_experiment, shipped_experiments
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import family_of
-from expertlane.spec.model import PRESETS, tensor_names, tensor_shape
+from expertlane.spec.model import PRESETS
 from expertlane.spec.ranges import RANGES
+from expertlane.spec.tensors import tensor_names, tensor_shape
 
 SMALL = read_experiment(shipped_experiments()["paper-small"])
 

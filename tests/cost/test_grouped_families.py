@@ -18,7 +18,7 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.mixers import Mixing
-from expertlane.spec.model import layer_name, layer_shapes
+from expertlane.spec.tensors import layer_name, layer_shapes
 
 PUBLISHED = Path(__file__).parent.parent / "spec" / "published_grouped.json"
 CONFIGS = json.loads(PUBLISHED.read_text())

@@ -15,7 +15,8 @@ from expertlane.errors import CapacityError
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import PRESETS, num_params
+from expertlane.spec.model import PRESETS
+from expertlane.spec.tensors import num_params
 from expertlane.spec.workload import Workload
 
 PAPER = PRESETS["paper"]

@@ -27,7 +27,7 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.mixers import Mixing, StateMixer
-from expertlane.spec.model import cut_dim, layer_name, layer_shapes
+from expertlane.spec.tensors import cut_dim, layer_name, layer_shapes
 
 PUBLISHED = Path(__file__).parent.parent / "spec" / "published_mixers.json"
 CONFIGS = json.loads(PUBLISHED.read_text())

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from expertlane.engine.model.weights import draw
-from expertlane.spec.model import EMBEDDING, FINAL_NORM, HEAD, ModelConfig, expert_name, layer_name
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.tensors import EMBEDDING, FINAL_NORM, HEAD, expert_name, layer_name
 
 _LAYER_PARTS = ("attention_norm", "query", "key", "value", "output", "moe_norm", "router")
 

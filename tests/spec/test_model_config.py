@@ -5,14 +5,8 @@ import pytest
 from cli.screen import tells
 from expertlane.errors import SpecError
 from expertlane.spec.mixers import LatentAttention, Mixing, RopeScaling
-from expertlane.spec.model import (
-    PRESETS,
-    LayerKind,
-    Routing,
-    expert_shapes,
-    layer_shapes,
-    num_params,
-)
+from expertlane.spec.model import PRESETS, LayerKind, Routing
+from expertlane.spec.tensors import expert_shapes, layer_shapes, num_params
 
 TINY = PRESETS["paper-tiny"]
 

@@ -9,7 +9,8 @@ from cli.screen import tells
 from expertlane.errors import SpecError
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.hf_config import FAMILIES, family_of, num_extra_layers
-from expertlane.spec.model import PRESETS, num_active_params, num_params, tensor_names
+from expertlane.spec.model import PRESETS
+from expertlane.spec.tensors import num_active_params, num_params, tensor_names
 
 CONFIGS = json.loads(Path(__file__).with_name("published.json").read_text())
 MIXERS = json.loads(Path(__file__).with_name("published_mixers.json").read_text())

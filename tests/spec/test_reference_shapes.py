@@ -6,13 +6,8 @@ from pathlib import Path
 import pytest
 
 from expertlane.spec.from_hf import from_hf
-from expertlane.spec.model import (
-    ModelConfig,
-    expert_shapes,
-    layer_shapes,
-    num_params,
-    outside_shapes,
-)
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.tensors import expert_shapes, layer_shapes, num_params, outside_shapes
 from spec.reference import (
     joined_shape,
     num_values,

@@ -6,8 +6,8 @@ from safetensors import safe_open
 from engine.model.families import FAMILIES
 from expertlane.engine.model.checkpoint import Checkpoint
 from expertlane.engine.model.checkpoint_names import tensor_locations
-from expertlane.spec.model import (
-    PRESETS,
+from expertlane.spec.model import PRESETS
+from expertlane.spec.tensors import (
     cut_dim,
     expert_name,
     layer_name,

@@ -25,11 +25,12 @@ from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.files import CONFIG_BYTES, build, read_json, strict_json, write_text
 from expertlane.spec.layout import Coordinates, Layout, Members, part_of
-from expertlane.spec.model import (
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.ranges import Strict, shown, take, take_fields
+from expertlane.spec.tensors import (
     EMBEDDING,
     HEAD,
     HEAD_BIAS,
-    ModelConfig,
     cut_dim,
     expert_name,
     expert_shapes,
@@ -38,7 +39,6 @@ from expertlane.spec.model import (
     outside_shapes,
     tensor_shape,
 )
-from expertlane.spec.ranges import Strict, shown, take, take_fields
 
 Placements = tuple[Placement | None, ...]  # of each hidden layer; None for a dense one
 

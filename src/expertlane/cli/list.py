@@ -50,7 +50,8 @@ def models(print_options: PrintOptions) -> None:
     """
     from expertlane.report.document import number
     from expertlane.report.numbers import whole
-    from expertlane.spec.model import PRESETS, num_active_params, num_params
+    from expertlane.spec.model import PRESETS
+    from expertlane.spec.tensors import num_active_params, num_params
 
     columns = [
         number("parameters", _of("num_parameters"), lambda of: f"{of / 1e6:,.1f} M"),

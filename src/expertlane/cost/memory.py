@@ -16,11 +16,10 @@ from expertlane.results.record import PoolRecord
 from expertlane.schedule.request import Limits
 from expertlane.spec.layout import Layout, part_of, partition
 from expertlane.spec.mixers import Mixing
-from expertlane.spec.model import (
+from expertlane.spec.model import LayerKind, ModelConfig
+from expertlane.spec.tensors import (
     FINAL_NORM,
     HEAD,
-    LayerKind,
-    ModelConfig,
     cut_dim,
     expert_name,
     expert_shapes,

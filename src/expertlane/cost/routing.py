@@ -24,8 +24,9 @@ from expertlane.cost.step.operation import Floats, Ints
 from expertlane.errors import SpecError, UserError
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import ModelConfig, Routing, num_active_params
+from expertlane.spec.model import ModelConfig, Routing
 from expertlane.spec.ranges import DRIFT, LIKENESS, SKEW_BOUNDS, take_option
+from expertlane.spec.tensors import num_active_params
 
 NUM_SAMPLED_LAYERS = 2  # of a power law, where a load is served step by step; layers take turns
 _DRAWN_TOGETHER = 1024  # tokens

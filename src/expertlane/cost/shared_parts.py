@@ -45,7 +45,8 @@ from expertlane.cost.step.operation import (
 from expertlane.cost.step.step_list import ExpectedStepList
 from expertlane.spec.deployment import DispatchForm, PayloadType, is_by_node_on
 from expertlane.spec.mixers import Mixing
-from expertlane.spec.model import LayerKind, ModelConfig, kinds_of_layers
+from expertlane.spec.model import LayerKind, ModelConfig
+from expertlane.spec.tensors import kinds_of_layers
 
 # Rows of what is added up: three bounds of computing, of transfers, what all transfers would cost
 # computing beside them, launches, and three bounds of the engine's own work where all is in series.

@@ -15,8 +15,8 @@ from expertlane.engine.ranks.commands import HeldBytes, Redeploy, StageSpec
 from expertlane.engine.stage import worker
 from expertlane.engine.stage.deployed_stage import DeployedStage
 from expertlane.engine.stage.weight_copies import Role, WeightCopies
-from expertlane.spec.model import EMBEDDING, FINAL_NORM, HEAD
 from expertlane.spec.names import Origin
+from expertlane.spec.tensors import EMBEDDING, FINAL_NORM, HEAD
 
 Key = tuple[int | None, Hashable]
 _COMMON = ("attention_norm", "moe_norm", "router", FINAL_NORM)

@@ -16,7 +16,7 @@ from expertlane.engine.ops.narrow import Mxfp4Weight
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import expert_name
+from expertlane.spec.tensors import expert_name
 
 DTYPE = torch.bfloat16
 KEEPS = replace(MACHINE, dtype="bfloat16", keeps_narrow=True, keeps_mxfp4=True)

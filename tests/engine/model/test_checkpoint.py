@@ -16,7 +16,7 @@ from expertlane.engine.model.checkpoint import Checkpoint
 from expertlane.engine.model.weights import CheckpointWeights
 from expertlane.engine.ops.device import Staging
 from expertlane.errors import SpecError
-from expertlane.spec.model import tensor_names, tensor_shape
+from expertlane.spec.tensors import tensor_names, tensor_shape
 
 _LAYER = "model.layers.3"
 

@@ -17,7 +17,7 @@ from expertlane.engine.model.checkpoint import FILE, Checkpoint, Int8Cache, writ
 from expertlane.engine.model.weights import CheckpointWeights
 from expertlane.errors import UserError
 from expertlane.spec.deployment import INT8_FOLDER
-from expertlane.spec.model import HEAD, cut_dim, is_matrix, tensor_names, tensor_shape
+from expertlane.spec.tensors import HEAD, cut_dim, is_matrix, tensor_names, tensor_shape
 
 CPU = torch.device("cpu")
 

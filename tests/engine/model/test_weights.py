@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from expertlane.engine.model.weights import draw
-from expertlane.spec.model import PRESETS, expert_name, tensor_shape
+from expertlane.spec.model import PRESETS
+from expertlane.spec.tensors import expert_name, tensor_shape
 
 TINY = PRESETS["paper-tiny"]  # hidden 64, attention 64, inner 128, vocabulary 257
 NARROW = TINY.with_overrides(num_attention_heads=2)  # attention 8

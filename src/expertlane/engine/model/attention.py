@@ -19,8 +19,9 @@ from expertlane.engine.ops.narrow import reordered, side_by_side
 from expertlane.engine.ops.products import HeadsLinear, Linear
 from expertlane.engine.ops.step import AttentionCall, AttentionWeights
 from expertlane.spec.mixers import RopeScaling
-from expertlane.spec.model import ModelConfig, layer_name
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
+from expertlane.spec.tensors import layer_name
 
 
 class RotaryEmbedding:

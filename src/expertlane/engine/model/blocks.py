@@ -27,8 +27,9 @@ from expertlane.engine.ops.router import RouterParams
 from expertlane.engine.ops.step import LocalExperts, MlpPart, MlpWeights
 from expertlane.spec.deployment import DispatchForm, PayloadType
 from expertlane.spec.layout import partition
-from expertlane.spec.model import ModelConfig, expert_name, layer_name
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckPoint, Stage
+from expertlane.spec.tensors import expert_name, layer_name
 
 
 def activation_of(model: ModelConfig) -> Activation:

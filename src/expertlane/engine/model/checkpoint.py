@@ -28,7 +28,8 @@ from expertlane.spec.deployment import INPUTS_OF_SCALE, INT8_FOLDER
 from expertlane.spec.files import write_whole
 from expertlane.spec.hf_config import MXFP4_BLOCK
 from expertlane.spec.mixers import Shape
-from expertlane.spec.model import HEAD, ModelConfig, is_matrix, tensor_names, tensor_shape
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.tensors import HEAD, is_matrix, tensor_names, tensor_shape
 
 _HOST = torch.device("cpu")
 

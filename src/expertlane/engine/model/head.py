@@ -20,9 +20,10 @@ from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.device import to_device
 from expertlane.schedule.plan import Batch
 from expertlane.spec.layout import partition
-from expertlane.spec.model import FINAL_NORM, HEAD, ModelConfig
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 from expertlane.spec.sampling import PromptPart, SamplingState, TokenLogprobs
+from expertlane.spec.tensors import FINAL_NORM, HEAD
 
 NO_TOKEN = -1  # in place of a choice: the greatest logit is NaN or infinite
 

@@ -16,7 +16,8 @@ from expertlane.engine.model.forward_batch import Expanded, ForwardBatch
 from expertlane.engine.model.weights import WeightSource, taker_of
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.engine.ops.products import HeadsLinear, Linear
-from expertlane.spec.model import ModelConfig, layer_name
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.tensors import layer_name
 
 
 class LatentAttention(PagedHeads):

@@ -31,14 +31,8 @@ from expertlane.spec.hf_config import (
     read_config,
 )
 from expertlane.spec.mixers import Shape
-from expertlane.spec.model import (
-    EMBEDDING,
-    HEAD,
-    ModelConfig,
-    layer_name,
-    tensor_names,
-    tensor_shape,
-)
+from expertlane.spec.model import ModelConfig
+from expertlane.spec.tensors import EMBEDDING, HEAD, layer_name, tensor_names, tensor_shape
 
 PLAIN_TYPES = ("F32", "BF16", "F16")
 VALUES_OF_INT32 = 4  # that are packed into one

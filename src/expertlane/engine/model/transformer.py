@@ -21,8 +21,9 @@ from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.kv_cache import KVCache
 from expertlane.engine.ops.step import AttentionPart, LayerParts, LayersPart
 from expertlane.spec.deployment import DispatchForm, KVCacheType, PayloadType
-from expertlane.spec.model import EMBEDDING, ModelConfig
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckPoint, Stage
+from expertlane.spec.tensors import EMBEDDING
 
 Begun = Routed | RoutedHere | Tensor
 

@@ -26,8 +26,9 @@ from expertlane.engine.ops.float8 import FLOAT8
 from expertlane.engine.ops.narrow import Float8Inputs, Mxfp4Weight, NarrowWeight, Weight
 from expertlane.engine.ops.products import Linear
 from expertlane.spec.deployment import INPUTS_OF_SCALE, ActivationsType, WeightsType
-from expertlane.spec.model import EMBEDDING, HEAD, ModelConfig, cut_dim, layer_name, tensor_shape
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Origin
+from expertlane.spec.tensors import EMBEDDING, HEAD, cut_dim, layer_name, tensor_shape
 
 MadeT = TypeVar("MadeT")
 EXPERT = "expert"  # the key of an expert begins with it, and its number

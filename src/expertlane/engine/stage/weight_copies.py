@@ -26,7 +26,7 @@ from expertlane.engine.ops.products import Expert, Linear
 from expertlane.engine.ranks.commands import StageSpec
 from expertlane.engine.stage.context import RankContext
 from expertlane.engine.stage.preparing import parts_of, weight_source
-from expertlane.spec.model import EMBEDDING
+from expertlane.spec.tensors import EMBEDDING
 
 
 class Role(IntEnum):
