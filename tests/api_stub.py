@@ -40,7 +40,8 @@ def stub() -> str:
     from expertlane import api
 
     names = ",\n    ".join(f'"{name}"' for name in expertlane.__all__)
-    functions = [getattr(api, name) for name in ("compare", "plan", "simulate", "bench", "drill")]
+    commands = "compare", "plan", "simulate", "bench", "drill", "verify"
+    functions = [getattr(api, name) for name in commands]
     all_names = f"__all__ = [\n    {names},\n]"
     return "\n".join([_HEAD, all_names, _llm(), *map(_function, functions)])
 

@@ -24,7 +24,7 @@ from expertlane.results.file import read, write
 from expertlane.spec.layout import Layout
 
 PACKAGE = Path(expertlane.__file__).parent
-FUNCTIONS = ["compare", "plan", "simulate", "bench", "drill"]
+FUNCTIONS = ["compare", "plan", "simulate", "bench", "drill", "verify"]
 SMALL = {"cluster": "h100x2", "batch": 4, "prompt_len": 8, "output_len": 8}
 
 

@@ -1,8 +1,9 @@
 """Run, compare and plan expert-parallel inference of Mixture-of-Experts models.
 
-`compare`, `plan`, `simulate`, `bench` and `drill` are the commands of these names for Python; `LLM`
-runs a model; `load_results`, `diff` and `judge` read results, compare two, and judge a projection
-by what was measured. All are imported when first asked for; their signatures are in `__init__.pyi`.
+`compare`, `plan`, `simulate`, `bench`, `drill` and `verify` are the commands of these names for
+Python; `LLM` runs a model; `load_results`, `diff` and `judge` read results, compare two, and judge
+a projection by what was measured. All are imported when first asked for; their signatures are
+in `__init__.pyi`.
 """
 
 from expertlane.version import __version__
@@ -28,6 +29,7 @@ __all__ = [
     "load_results",
     "plan",
     "simulate",
+    "verify",
 ]
 
 _HOMES = {
@@ -50,6 +52,7 @@ _HOMES = {
     "load_results": "expertlane.api",
     "plan": "expertlane.api",
     "simulate": "expertlane.api",
+    "verify": "expertlane.api",
 }
 
 

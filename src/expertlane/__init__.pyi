@@ -40,6 +40,7 @@ __all__ = [
     "load_results",
     "plan",
     "simulate",
+    "verify",
 ]
 
 class LLM(_LLM):
@@ -694,6 +695,57 @@ def drill(
         endpoint: API that requests use; prompts of chats are text.
         tokenizer: Folder of the model's tokenizer. Required for chats.
         api_key_file: File with the API key.
+        out: Folder for results.json, the reports and all else that the command writes. None:
+            nothing is written.
+
+    Returns:
+        What was found: `.answer` is text, `.page` the report, `.to_pandas()` a table.
+
+    Raises:
+        UserError: what is asked for is wrong or cannot be done; options are named as on the command
+            line.
+        RankError: a rank died, hung or failed.
+    """
+
+
+def verify(
+    url: Text,
+    model: Text | None = None,
+    *,
+    reference: Text,
+    dtype: Literal['float32', 'bfloat16', 'float16', 'float8', 'nvfp4'] | None = None,
+    weights: Literal['model', 'int8'] = 'model',
+    tokenizer: str | Path | None = None,
+    api_key_file: str | Path | Sequence[str | Path] | None = None,
+    quick: bool = False,
+    budget_s: float | None = None,
+    request_timeout_s: float | None = None,
+    seed: int | None = None,
+    out: str | Path | None = None,
+) -> Results:
+    """Say whether a server computes the model that it says.
+
+    Wrong layouts, kernels and caches answer fluently and wrong. Here the server's
+    log-probabilities of given tokens are compared, token by token, with those of a checkpoint in
+    float32 or of a second server: alone and under load, in short and long contexts, generated and
+    given, with the prefix cache cold and warm, on each data-parallel rank where one can be chosen.
+    What rounding in the server's number type does is measured on the same tokens and granted.
+
+    Args:
+        url: A server with the OpenAI API.
+        model: The model's name there; not needed if the server has only one.
+        reference: What the server should compute: a checkpoint folder of the model, or a second
+            server of it, such as another layout.
+        dtype: Type of weights and activations. Of the server: what rounding in it does is
+            granted; float32 where the server is seen to round no more than that.
+        weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
+            for every 128 inputs.
+        tokenizer: Folder of the model's tokenizer. Required where a server takes text alone.
+        api_key_file: File with the API key. A second file is for a --reference URL.
+        quick: Half the prompts, and --budget-s 60: sees larger errors only.
+        budget_s: After about so long no further condition is tried; what was left out is said.
+        request_timeout_s: Time limit of a request, waiting included.
+        seed: Seed of all random draws; reproducible for equal seeds.
         out: Folder for results.json, the reports and all else that the command writes. None:
             nothing is written.
 

@@ -15,6 +15,7 @@ from expertlane.cli import compare as compare_command
 from expertlane.cli import drill as drill_command
 from expertlane.cli import plan as plan_command
 from expertlane.cli import simulate as simulate_command
+from expertlane.cli import verify as verify_command
 from expertlane.cli.diff import THRESHOLD_PERCENT
 from expertlane.cli.option_groups import Fill, call_with
 from expertlane.cli.output import Call, Found, write_beside
@@ -42,6 +43,7 @@ __all__ = [
     "load_results",
     "plan",
     "simulate",
+    "verify",
 ]
 
 
@@ -80,11 +82,12 @@ plan = _function(plan_command)
 simulate = _function(simulate_command, simulate_command.of_plan)
 bench = _function(bench_command)
 drill = _function(drill_command)
+verify = _function(verify_command)
 
 
 @names_itself
 def load_results(path: str | Path) -> Results:
-    """Read a results.json of compare, plan, simulate, bench or drill, or that of a folder.
+    """Read a results.json of compare, plan, simulate, bench, drill or verify, or that of a folder.
 
     Raises:
         UserError: it is missing, damaged, or of another schema version; one line that says which.
