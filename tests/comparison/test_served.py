@@ -79,7 +79,9 @@ def compare(checkpoint, names, tmp_path, repeats=1, *, are_layouts=False, **opti
         tuple(Deployment(name, Layout.parse(name) if are_layouts else Layout()) for name in names),
         checkpoint=str(checkpoint),
     )
-    options = {"engine": ["stub"], "start_timeout_s": 20.0, "request_timeout_s": 5.0} | options
+    options = {"engine": ["stub"], "request_timeout_s": 5.0} | options
+    if options["engine"]:
+        options.setdefault("start_timeout_s", 20.0)
     return compare_servers(
         experiment,
         ServerOptions(**(DEFAULTS | options)),
@@ -92,7 +94,7 @@ def compare(checkpoint, names, tmp_path, repeats=1, *, are_layouts=False, **opti
 
 DEFAULTS = {
     "engine": None, "url": None, "engine_python": None, "engine_args": None, "tokenizer": None,
-    "start_timeout_s": 20.0, "request_timeout_s": None, "dry_run": False,
+    "start_timeout_s": 1200.0, "request_timeout_s": None, "dry_run": False,
     "profile": False, "traces": None, "scripts": None, "api_key_file": None, "flush_caches": False,
     "kv_tokens": None, "served_model": None,
 }  # fmt: skip

@@ -9,7 +9,8 @@ import torch
 import transformers
 
 from expertlane.spec.hf_config import FAMILIES, family_of, language_model_of
-from expertlane.spec.model import ModelConfig, Shape
+from expertlane.spec.mixers import Shape
+from expertlane.spec.model import ModelConfig
 from expertlane.spec.tensors import expert_shapes, layer_shapes, outside_shapes
 
 _IN_LAYER = re.compile(r"(?:model\.|backbone\.)(?:language_model\.)?layers\.(\d+)\.(.*)")

@@ -23,7 +23,9 @@ from expertlane.spec.hf_config import (
 from expertlane.spec.mixer_families import MIXER_READERS
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Dtype
+from expertlane.spec.ranges import MAX_PARAMS
 from expertlane.spec.sparse_families import SPARSE_READERS
+from expertlane.spec.tensors import num_params
 
 _READERS = READERS | MIXER_READERS | GROUPED_READERS | SPARSE_READERS
 _SAME = (  # in every family
@@ -72,13 +74,18 @@ def from_hf(
     fields = ConfigReader(text, name or family, known.defaults)
     if fields.get(str, "hidden_act") not in known.hidden_acts:
         raise fields.unsupported("hidden_act")
-    return ModelConfig(
+    model = ModelConfig(
         num_experts=fields.same_in_all(*known.num_experts),
         num_experts_per_tok=fields.same_in_all(*known.num_experts_per_tok),
         usual_skew=known.skew,
         unread_family=family if known.is_planned_only else None,
         **_common(fields, known) | _READERS[known.like or family](fields),
     )
+    if (size := num_params(model)) > MAX_PARAMS:
+        raise SpecError(
+            f"model {model.name}: it has {size:,} parameters; valid: {MAX_PARAMS:,} at most"
+        )
+    return model
 
 
 def read_model(folder: Path, given: str, *, weights: bool = True) -> ModelConfig:

@@ -19,12 +19,9 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING
 
 from expertlane.spec.mixers import Shape
-
-if TYPE_CHECKING:  # it checks its size by these
-    from expertlane.spec.model import Heads, LayerKind, ModelConfig
+from expertlane.spec.model import Heads, LayerKind, ModelConfig
 
 EMBEDDING = "embedding"
 FINAL_NORM = "final_norm"
@@ -63,7 +60,7 @@ def is_matrix(name: str) -> bool:
     )
 
 
-def tensor_shape(model: "ModelConfig", name: str) -> Shape:
+def tensor_shape(model: ModelConfig, name: str) -> Shape:
     """The logical shape of a tensor.
 
     Raises:
@@ -72,7 +69,7 @@ def tensor_shape(model: "ModelConfig", name: str) -> Shape:
     return _shapes(model)[".".join(word for word in name.split(".") if not word.isdigit())]
 
 
-def tensor_names(model: "ModelConfig") -> Iterator[str]:
+def tensor_names(model: ModelConfig) -> Iterator[str]:
     """All tensors of a model, layer by layer; a tied head is none."""
     yield EMBEDDING
     expert = expert_shapes(model)
@@ -86,7 +83,7 @@ def tensor_names(model: "ModelConfig") -> Iterator[str]:
             yield name
 
 
-def outside_shapes(model: "ModelConfig") -> dict[str, Shape]:
+def outside_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Shapes of the tensors outside layers, a tied head among them; the embedding is first."""
     hidden, vocab = model.hidden_size, model.vocab_size
     shapes: dict[str, Shape] = {EMBEDDING: (vocab, hidden), FINAL_NORM: (hidden,)}
@@ -96,7 +93,7 @@ def outside_shapes(model: "ModelConfig") -> dict[str, Shape]:
     return shapes | ({HEAD_BIAS: (vocab,)} if "head" in model.further_biases else {})
 
 
-def layer_shapes(model: "ModelConfig", kind: "LayerKind") -> dict[str, Shape]:
+def layer_shapes(model: ModelConfig, kind: LayerKind) -> dict[str, Shape]:
     """Shapes of a layer's tensors, its experts aside, by name without the layer."""
     hidden = model.hidden_size
     shapes: dict[str, Shape] = {}
@@ -120,18 +117,18 @@ def layer_shapes(model: "ModelConfig", kind: "LayerKind") -> dict[str, Shape]:
     return shapes
 
 
-def kinds_of_layers(model: "ModelConfig") -> Counter["LayerKind"]:
+def kinds_of_layers(model: ModelConfig) -> Counter[LayerKind]:
     """How many layers of each kind a model has."""
     return Counter(map(model.kind_of_layer, range(model.num_hidden_layers)))
 
 
-def num_params(model: "ModelConfig") -> int:
+def num_params(model: ModelConfig) -> int:
     """All parameters of a model."""
 
     return _num_params(model, model.num_experts)
 
 
-def num_active_params(model: "ModelConfig", num_experts: int | None = None) -> int:
+def num_active_params(model: ModelConfig, num_experts: int | None = None) -> int:
     """Parameters of a token's step: all but the experts it does not go to.
 
     Some model cards leave the embedding out, or the output head too.
@@ -142,7 +139,7 @@ def num_active_params(model: "ModelConfig", num_experts: int | None = None) -> i
     return _num_params(model, model.num_experts_per_tok if num_experts is None else num_experts)
 
 
-def _num_params(model: "ModelConfig", num_experts: int) -> int:
+def _num_params(model: ModelConfig, num_experts: int) -> int:
     """Parameters with so many experts in each layer that has any."""
 
     def total(shapes: dict[str, Shape]) -> int:
@@ -159,7 +156,7 @@ def _num_params(model: "ModelConfig", num_experts: int) -> int:
 
 
 @lru_cache(maxsize=16)
-def _shapes(model: "ModelConfig") -> dict[str, Shape]:
+def _shapes(model: ModelConfig) -> dict[str, Shape]:
     """Shapes by name, without the numbers of layer and expert."""
     in_layers = {f"experts.{part}": shape for part, shape in expert_shapes(model).items()}
     for kind in kinds_of_layers(model):
@@ -168,7 +165,7 @@ def _shapes(model: "ModelConfig") -> dict[str, Shape]:
     return outside_shapes(model) | in_layers
 
 
-def _norm_shapes(model: "ModelConfig", name: str) -> dict[str, Shape]:
+def _norm_shapes(model: ModelConfig, name: str) -> dict[str, Shape]:
     """Shapes of a norm of hidden states."""
     shapes: dict[str, Shape] = {name: (model.hidden_size,)}
     if "norm" in model.further_biases:
@@ -176,7 +173,7 @@ def _norm_shapes(model: "ModelConfig", name: str) -> dict[str, Shape]:
     return shapes
 
 
-def _attention_shapes(model: "ModelConfig", heads: "Heads") -> dict[str, Shape]:
+def _attention_shapes(model: ModelConfig, heads: Heads) -> dict[str, Shape]:
     hidden, latent = model.hidden_size, model.latent
     shapes: dict[str, Shape] = {}
     if latent is None:
@@ -209,7 +206,7 @@ def _attention_shapes(model: "ModelConfig", heads: "Heads") -> dict[str, Shape]:
     return shapes
 
 
-def _moe_shapes(model: "ModelConfig") -> dict[str, Shape]:
+def _moe_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Shapes of an MoE layer's tensors, its experts aside."""
     hidden, num_experts = model.hidden_size, model.num_routed_experts
     shapes: dict[str, Shape] = {"router": (num_experts, hidden)}
@@ -227,12 +224,12 @@ def _moe_shapes(model: "ModelConfig") -> dict[str, Shape]:
     return shapes
 
 
-def _mlp_shapes(model: "ModelConfig", prefix: str, inner: int) -> dict[str, Shape]:
+def _mlp_shapes(model: ModelConfig, prefix: str, inner: int) -> dict[str, Shape]:
     matrices = _matrices(model, inner, model.hidden_size)
     return {f"{prefix}.{part}": shape for part, shape in matrices.items()}
 
 
-def expert_shapes(model: "ModelConfig") -> dict[str, Shape]:
+def expert_shapes(model: ModelConfig) -> dict[str, Shape]:
     """Shapes of an expert's tensors, such as `up` or `up_bias`."""
     shapes = _matrices(model, model.moe_intermediate_size, model.expert_hidden_size)
     if model.expert_bias:
@@ -240,6 +237,6 @@ def expert_shapes(model: "ModelConfig") -> dict[str, Shape]:
     return shapes
 
 
-def _matrices(model: "ModelConfig", inner: int, hidden: int) -> dict[str, Shape]:
+def _matrices(model: ModelConfig, inner: int, hidden: int) -> dict[str, Shape]:
     gate: dict[str, Shape] = {"gate": (inner, hidden)} if model.gated_mlp else {}
     return gate | {"up": (inner, hidden), "down": (hidden, inner)}
