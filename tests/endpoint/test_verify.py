@@ -119,6 +119,14 @@ def test_tokens_without_a_log_probability_are_a_failure(writes_nan, words):
     assert not isinstance(error.value, UserError)
 
 
+@pytest.mark.parametrize(("writes_nan", "words"), [(False, "null, or nothing"), (True, "NaN")])
+def test_they_are_one_from_the_first_answer_on(writes_nan, words):
+    """What it generates is not judged in their place."""
+    with pytest.raises(ExpertlaneError, match=words) as error:
+        verified(noisy(), unknown=2, unknown_beyond=0, writes_nan=writes_nan)
+    assert not isinstance(error.value, UserError)
+
+
 def test_what_is_wrong_under_load_alone():
     found = verified(noisy(), loaded=noisy(WRONG))
     assert found.verdict == "differs"

@@ -122,6 +122,7 @@ class ToyServer(Fake):
         writes_nan: whether as NaN, which is no JSON, instead.
         vocab_size: tokens that it takes.
         unknown: of scored prompts' tokens every so many-th is told as null; 0: none is.
+        unknown_beyond: tokens that such prompts have more than.
         most_top: the most likely tokens beside a generated one that may be asked for.
     """
 
@@ -138,12 +139,14 @@ class ToyServer(Fake):
         max_len: int = 1_024,
         most_top: int = 5,
         unknown: int = 0,
+        unknown_beyond: int = 60,
         writes_nan: bool = False,
         vocab_size: int = VOCAB,
     ) -> None:
         self._toy, self._methods = toy, methods
         self._loaded, self._limit, self._warm, self._flaky = loaded, limit, warm, flaky
-        self._unknown, self._writes_nan = unknown, writes_nan
+        self._unknown, self._unknown_beyond = unknown, unknown_beyond
+        self._writes_nan = writes_nan
         self._most_top, self._vocab_size = most_top, vocab_size
         self._dies_after, self._num, self._in_flight = dies_after, 0, 0
         self._prompts: set[tuple[int, ...]] = set()
@@ -243,7 +246,7 @@ class ToyServer(Fake):
                 None,
                 *({str(t): {"logprob": float(v)}} for t, v in zip(ids[1:], own, strict=True)),
             ]
-            if self._unknown and len(ids) > 60:
+            if self._unknown and len(ids) > self._unknown_beyond:
                 none = float("nan") if self._writes_nan else None
                 for place in range(self._unknown, len(ids), self._unknown):
                     choice["prompt_logprobs"][place][str(ids[place])]["logprob"] = none

@@ -59,8 +59,16 @@ class Refused(Failed, UserError):
     """The server takes no such prompt, though it takes others."""
 
 
+class NotNumbers(Failed):
+    """Log-probabilities came, and some are no numbers: the server computes NaN."""
+
+
 class Unread(Exception):
     """An answer without what was asked for."""
+
+
+class UnreadNumbers(Unread):
+    """An answer in which log-probabilities are no numbers."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +185,8 @@ class Endpoint:
             words = f"{url}, a prompt of {num_tokens:,} tokens: {error}"
             if str(error).startswith(_REFUSALS):
                 raise Refused(f"{words}. Is the reference of this model?", str(error)) from None
-            raise Failed(words, str(error)) from None
+            kind = NotNumbers if isinstance(error, UnreadNumbers) else Failed
+            raise kind(words, str(error)) from None
 
     async def ask(self, path: str, fields: Mapping[str, Any]) -> Any:
         """Send JSON and read the JSON of a good answer.
@@ -204,9 +213,9 @@ class Endpoint:
         try:
             return msgspec.json.decode(data)
         except msgspec.DecodeError:
-            has_none = _NOT_IN_JSON.search(data) is not None
-            why = ": NaN or Infinity is in it" if has_none else ""
-            raise Unread(f"the answer is no JSON{why}") from None
+            if _NOT_IN_JSON.search(data) is not None:
+                raise UnreadNumbers("the answer is no JSON: NaN or Infinity is in it") from None
+            raise Unread("the answer is no JSON") from None
 
     def fields(self, sent: Sent, max_tokens: int) -> dict[str, Any]:
         """A greedy request of completions."""
@@ -282,7 +291,8 @@ def _all_known(logprobs: Sequence[float]) -> NDArray[np.float64]:
     found = np.array(logprobs)
     unknown = np.flatnonzero(np.isnan(found))
     if len(unknown):
-        raise Unread(
+        kind = Unread if len(unknown) == len(found) else UnreadNumbers  # all: it has none to tell
+        raise kind(
             f"the answer has null, or nothing, as the log-probability of {len(unknown):,} of "
             f"{len(found):,} tokens"
         )
@@ -394,6 +404,7 @@ async def find_endpoint(server: Server, probe: Prompt, timeout_s: float) -> Endp
 
     Raises:
         UserError: it tells none.
+        NotNumbers: it tells some that are no numbers.
     """
     refusals = []
     plain = Endpoint(server, "generated tokens", timeout_s=timeout_s)
@@ -402,6 +413,8 @@ async def find_endpoint(server: Server, probe: Prompt, timeout_s: float) -> Endp
         tried = replace(plain, method=method)
         try:
             found = await tried.score([sent], 1, lambda: None)
+        except NotNumbers:
+            raise
         except Failed as error:
             refusals.append(f"{method}: {error.reason}")
             continue
