@@ -529,7 +529,7 @@ def _condition(comparison: Comparison, alarm: float) -> ConditionRecord:
         float(np.median(sizes)),
         float(np.quantile(sizes, 0.99)),
         float(sizes.max()),
-        float(np.median(rounding)) if len(rounding) else 0.0,
+        *(map(float, np.quantile(rounding, (0.5, 0.99))) if len(rounding) else (0.0, 0.0)),
         float((comparison.compared.sizes > _FAR).mean()) if len(rounding) else 0.0,
         comparison.alarms(alarm),
     )

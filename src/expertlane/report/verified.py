@@ -128,6 +128,7 @@ def _conditions(conditions: Sequence[ConditionRecord], title: str = "") -> Table
         number("median", lambda each: each.median, _nats),
         number("p99", lambda each: each.p99, _nats),
         number("rounding", lambda each: each.rounding, _nats),
+        number("its p99", lambda each: each.rounding_p99, _nats),
         text("verdict", lambda each: "differs" if each.alarms else "same"),
     ]
     return Table.of(title, columns, conditions)
@@ -253,6 +254,8 @@ def _granted(found: VerifiedRecord) -> Iterator[str]:
     how = "measured on the same tokens" if found.is_measured else "a usual one, not measured"
     if found.dtype == "float32":
         how = "a bound on its sums"
+    if found.coverage is None:
+        how += "; of a token that changes under load on the second server, at least that change"
     yield f"Rounding granted: {found.dtype} ({_SOURCES[found.dtype_source]}), {how}."
 
 
