@@ -451,9 +451,11 @@ def find_position(compared: Compared) -> int | None:
         if min(late.sum(), (~late).sum()) < _LEAST_TOKENS:
             continue
         is_parting = _is_off(compared, excess, late) and not _is_off(compared, excess, ~late)
-        if is_parting and _far_beyond_rounding(compared, ~late) <= _far_beyond_rounding(
-            compared, late
-        ) / _FAR_BEFORE + _FAR_SHARE * _TOLERATED_FLIPS:
+        if (
+            is_parting
+            and _far_beyond_rounding(compared, ~late)
+            <= _far_beyond_rounding(compared, late) / _FAR_BEFORE + _FAR_SHARE * _TOLERATED_FLIPS
+        ):
             return _first_off(compared, excess, edge)
     return None
 
