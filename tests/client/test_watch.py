@@ -373,3 +373,11 @@ def test_counts_in_the_usage_and_of_the_engine(fake):
 
     serving = counted(fake, Counting(generate=told), num_warm_up=0)
     assert serving.num_cached_tokens == 12
+
+
+def test_a_checkpoint_without_a_tokenizer_has_as_many_tokens_as_its_configuration_says(tmp_path):
+    assert Vocabulary.of_name(str(tmp_path)) is None
+    (tmp_path / "config.json").write_text('{"text_config": {"vocab_size": 7}}')
+    assert list(Vocabulary.of_name(str(tmp_path)).token_ids) == list(range(7))
+    (tmp_path / "config.json").write_text('{"vocab_size": -7}')
+    assert Vocabulary.of_name(str(tmp_path)) is None

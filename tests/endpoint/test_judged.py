@@ -153,3 +153,29 @@ def test_criteria():
         assert "/health" in line
     (line,) = criteria(DrillRecord(health=HealthRecord(is_known=True)))[0]
     assert "no request" in line
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "pause_s", "full_rate_s", "status", "is_said"),
+    [
+        (0, 0.29, 0.0, 200, True),
+        (None, 0.29, 0.0, 200, False),  # a signal, which strikes for certain
+        (0, 0.31, 0.0, 200, False),
+        (0, 0.29, 1.5, 200, False),
+        (0, 0.29, 0.0, 503, False),
+    ],
+)
+def test_a_command_that_struck_nothing_is_a_caution(
+    exit_code, pause_s, full_rate_s, status, is_said
+):
+    record = DrillRecord(
+        exit_code=exit_code,
+        usual_pause_s=0.1,
+        pause_s=pause_s,
+        full_rate_s=full_rate_s,
+        outcomes=(OutcomeRecord("as before", 1, 2),),
+        health=HealthRecord((-1.0, 1.0), (503, status), is_known=True),
+    )
+    failed, cautions = criteria(record)
+    assert not failed
+    assert any("Nothing shows that the fault struck" in each for each in cautions) == is_said

@@ -119,6 +119,17 @@ def test_what_is_wrong_in_long_contexts_alone_is_seen_with_its_position() -> Non
     assert find_position(clean) is None
 
 
+def test_a_wrong_expert_is_no_position_where_late_tokens_round_more() -> None:
+    clean = draw(9, replace(_SMALL, long=2, long_len=2_560))
+    assert clean.topk_ids is not None
+    late = clean.positions >= 2_048
+    grown = replace(clean, differences=clean.differences * np.where(late, 4.0, 1.0))
+    wrong = _planted(grown, 2.0, (clean.topk_ids[1] == 3).any(axis=1))
+    assert find_position(grown) is not None
+    assert find_position(wrong) is None
+    assert [each[:2] for each in name_experts(wrong)] == [(1, 3)]
+
+
 def test_a_few_tokens_of_many_prompts_are_seen() -> None:
     clean = draw(10, replace(_SMALL, flips=(0.003, 0.003)))
     chosen = np.random.default_rng(2).random(len(clean)) < 0.05

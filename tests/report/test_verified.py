@@ -38,7 +38,17 @@ def results_of(verdict, why=(), alarms=("size",)) -> Results:
         why=why,
         conditions=tuple(
             ConditionRecord(
-                name, "reference", 48, 7_100, 0.0123, 0.2, 3.2, 0.0121, 0.1, alarms if off else ()
+                name,
+                "reference",
+                48,
+                7_100,
+                0.0123,
+                0.2,
+                3.2,
+                0.0121,
+                0.19,
+                0.1,
+                alarms if off else (),
             )
             for name in NAMES
         ),

@@ -21,6 +21,7 @@ from expertlane.client.connection import (
 )
 from expertlane.client.watch import Watch
 from expertlane.errors import ExpertlaneError, UserError
+from expertlane.spec.hf_config import language_model_of, read_config
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import TimedRequest
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 _MOST_ATTEMPTS = 8
+_MOST_TOKENS = 2**24  # of a vocabulary
 
 
 @dataclass(frozen=True)
@@ -58,12 +60,22 @@ class Vocabulary:
 
     @classmethod
     def of_name(cls, name: str) -> "Vocabulary | None":
-        """The vocabulary of a preset, or of a checkpoint's folder; None for other names."""
+        """The vocabulary of a preset, or of a checkpoint's folder; None for other names.
+
+        A checkpoint without a tokenizer has as many tokens as its configuration says.
+
+        Raises:
+            UserError: the folder's tokenizer or configuration cannot be read.
+        """
         if name in PRESETS:
             return cls(range(PRESETS[name].vocab_size))
         folder = Path(name)
         if (folder / "tokenizer.json").is_file():
             return cls.of_folder(folder)
+        if (folder / "config.json").is_file():
+            size = language_model_of(read_config(folder)).get("vocab_size")
+            if isinstance(size, int) and 0 < size <= _MOST_TOKENS:
+                return cls(range(size))
         return None
 
     def __len__(self) -> int:

@@ -340,7 +340,7 @@ def _drilled(server: Server, asked: Asked, fault: Fault, truth: Truth, struck: _
     tie = tie_of(truth)
     ended = [each for each in requests if each.end != "unanswered" and each.ended_s >= zero_s]
     several = [judged(each, truth, tie) for each in ended]
-    arrivals = Arrivals(requests, zero_s)
+    arrivals, waits = Arrivals(requests, zero_s), pauses(requests, zero_s)
     window_s = window_of(undisturbed, -began_s)
     tps, full_tps, full_rate_s = full_rate(arrivals, began_s, end_s, window_s)
     lost_s = [each.ended_s - zero_s for each in requests if each.is_lost]
@@ -357,7 +357,8 @@ def _drilled(server: Server, asked: Asked, fault: Fault, truth: Truth, struck: _
         tps_before=tps,
         full_tps=full_tps,
         full_rate_s=None if full_rate_s is None else round(full_rate_s, 3),
-        pause_s=round(max((w for _, b, w in pauses(requests, zero_s) if b > 0), default=0.0), 3),
+        usual_pause_s=round(max((w for _, b, w in waits if b <= 0), default=0.0), 3),
+        pause_s=round(max((w for _, b, w in waits if b > 0), default=0.0), 3),
         last_token_s=round(float(later_s[-1]), 3) if len(later_s) else None,
         first_lost_s=round(min(lost_s), 3) if lost_s else None,
         num_unanswered=sum(each.end == "unanswered" for each in requests),

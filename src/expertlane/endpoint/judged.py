@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from expertlane.endpoint.steady import Request
 from expertlane.endpoint.streams import Differs, Stream, difference
+from expertlane.endpoint.timeline import OK, SILENT
 from expertlane.results.drill_record import (
     ALTERED,
     LOST,
@@ -262,6 +263,19 @@ def upper_end(num: int, of: int) -> float:
     return high
 
 
+def _shows_nothing(record: DrillRecord) -> bool:
+    """Whether the server went on as if nothing had happened."""
+    return (
+        record.full_rate_s == 0.0
+        and record.pause_s < SILENT * record.usual_pause_s
+        and all(
+            status == OK
+            for at, status in zip(record.health.asked_s, record.health.statuses, strict=True)
+            if at > 0 and record.health.is_known
+        )
+    )
+
+
 def criteria(record: DrillRecord) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The criteria that a server fails, a sentence each, and cautions."""
     failed = [
@@ -292,4 +306,9 @@ def criteria(record: DrillRecord) -> tuple[tuple[str, ...], tuple[str, ...]]:
         failed.append("no request ended after the fault")
     if not health.is_known:
         cautions.append("The server has no /health, so nothing is known of that.")
+    if not failed and record.exit_code is not None and _shows_nothing(record):
+        cautions.append(
+            "Nothing shows that the fault struck: no request was lost, the rate never fell, no "
+            f"pause was {SILENT:g} times as long as those before. Check what the command did."
+        )
     return tuple(failed), tuple(cautions)

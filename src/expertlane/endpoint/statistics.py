@@ -42,6 +42,7 @@ _TAIL_FACTORS = 1.5, 1.25  # of the mean excess, for the most and the second mos
 _EDGES = 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536
 _MOST_NAMED = 24  # experts
 _NAMED_ALARM = 1e-3
+_FAR_BEFORE = 4.0  # times as large is the share of far tokens after a position that parts them
 _EPSILONS = {  # half a unit in the last place of 1; of scaled integers at their usual spread
     "float32": 2.0**-24,
     "float16": 2.0**-11,
@@ -449,9 +450,20 @@ def find_position(compared: Compared) -> int | None:
         late = compared.positions >= edge
         if min(late.sum(), (~late).sum()) < _LEAST_TOKENS:
             continue
-        if _is_off(compared, excess, late) and not _is_off(compared, excess, ~late):
+        is_parting = _is_off(compared, excess, late) and not _is_off(compared, excess, ~late)
+        if (
+            is_parting
+            and _far_beyond_rounding(compared, ~late)
+            <= _far_beyond_rounding(compared, late) / _FAR_BEFORE + _FAR_SHARE * _TOLERATED_FLIPS
+        ):
             return _first_off(compared, excess, edge)
     return None
+
+
+def _far_beyond_rounding(compared: Compared, inside: Bools) -> float:
+    """Share of tokens that are far off, less those that rounding makes so."""
+    own = compared.of(inside)
+    return float((own.sizes > _FAR).mean() - (np.abs(own.rounding) > _FAR * own.scales).mean())
 
 
 def _is_off(compared: Compared, excess: Floats, inside: Bools) -> bool:

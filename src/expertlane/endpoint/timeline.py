@@ -16,9 +16,9 @@ _LEAST_WINDOW_S, _REQUESTS_OF_WINDOW = 1.0, 2.0  # a rate is over as long as so 
 _SHARE_OF_WINDOW = 2  # windows that fit into the time before the fault, at least
 _STEPS = 20  # of a window, at which its rate is looked at
 _NUM_BINS = 120
-_SILENT = 3.0  # times the longest pause before the fault: a longer one is none of the usual ones
+SILENT = 3.0  # times the longest pause before the fault: a longer one is none of the usual ones
 _AROUND_S = 1.0  # of a lost request, in which not all is well
-_OK = 200
+OK = 200
 
 
 class Arrivals:
@@ -178,11 +178,11 @@ def health_record(
     samples = [
         (at, status) for at, status in zip(asked_s, statuses, strict=True) if began_s <= at <= end_s
     ]
-    is_known = any(status == _OK for _, status in samples)
+    is_known = any(status == OK for _, status in samples)
     if not is_known:
         return HealthRecord(tuple(asked_s), tuple(statuses))
     usual_s = max((b - a for a, b in arrivals.silences(began_s, 0.0, 0.0)), default=0.0)
-    silences = [*arrivals.silences(0.0, end_s, _SILENT * usual_s)]
+    silences = [*arrivals.silences(0.0, end_s, SILENT * usual_s)]
     well = [(began_s, 0.0)] + ([] if full_rate_s is None else [(full_rate_s, end_s)])
     return HealthRecord(
         tuple(round(at, 3) for at, _ in samples),
@@ -217,7 +217,7 @@ def _longest(
     longest = 0.0
     for begin_s, end_s in stretches:
         inside = [each for each in samples if begin_s <= each[0] < end_s]
-        for is_such, several in groupby(inside, lambda each: (each[1] == _OK) is says_well):
+        for is_such, several in groupby(inside, lambda each: (each[1] == OK) is says_well):
             moments = [at for at, _ in several]
             if is_such:
                 longest = max(longest, moments[-1] - moments[0])

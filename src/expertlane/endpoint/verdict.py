@@ -521,6 +521,7 @@ def _condition(comparison: Comparison, alarm: float) -> ConditionRecord:
     sizes = np.abs(comparison.compared.differences)
     sizes = sizes if len(sizes) else np.zeros(1)
     rounding = np.abs(comparison.compared.rounding)
+    rounding = rounding if len(rounding) else np.zeros(1)
     return ConditionRecord(
         comparison.observed.name,
         comparison.observed.against,
@@ -529,8 +530,9 @@ def _condition(comparison: Comparison, alarm: float) -> ConditionRecord:
         float(np.median(sizes)),
         float(np.quantile(sizes, 0.99)),
         float(sizes.max()),
-        float(np.median(rounding)) if len(rounding) else 0.0,
-        float((comparison.compared.sizes > _FAR).mean()) if len(rounding) else 0.0,
+        float(np.median(rounding)),
+        float(np.quantile(rounding, 0.99)),
+        float((comparison.compared.sizes > _FAR).mean()) if len(comparison.compared) else 0.0,
         comparison.alarms(alarm),
     )
 

@@ -56,7 +56,7 @@ def _main_conditions(found: VerifiedRecord) -> Iterator[Words]:
     """Conditions: where some differ those, with the names of the others."""
     off = [each for each in found.conditions if each.alarms]
     shown = off[:_MOST_OFF] if off else found.conditions[:_MOST_CONDITIONS]
-    yield _conditions(shown, "Differences in nats")
+    yield _conditions(shown, _title(shown), is_brief=True)
     if off:
         said = []
         for against, words in (("reference", "No difference"), ("alone", "The same as alone")):
@@ -66,6 +66,17 @@ def _main_conditions(found: VerifiedRecord) -> Iterator[Words]:
                 said.append(f"{words}: {'; '.join(names[:_MOST_CONDITIONS])}.")
         if said:
             yield " ".join(said)
+
+
+def _title(shown: Sequence[ConditionRecord]) -> str:
+    """What conditions are compared with, in words instead of a column."""
+    exact = [each.name for each in shown if each.against == "reference"]
+    if len(exact) == len(shown):
+        return "Differences to the reference, in nats"
+    if not exact:
+        return "Differences to the same tokens alone, in nats"
+    first = exact[0] + (" and of ranks" if len(exact) > 1 else "")
+    return f"Differences in nats: of {first} to the reference, of others to alone"
 
 
 def headline(found: VerifiedRecord) -> str:
@@ -120,7 +131,9 @@ def _nats(value: float) -> str:
     return f"{value:.1e}" if 0 < value < 1e-3 else figures(value)
 
 
-def _conditions(conditions: Sequence[ConditionRecord], title: str = "") -> Table:
+def _conditions(
+    conditions: Sequence[ConditionRecord], title: str = "", *, is_brief: bool = False
+) -> Table:
     columns: list[Column[ConditionRecord]] = [
         text("condition", lambda each: each.name),
         text("against", lambda each: each.against),
@@ -128,8 +141,11 @@ def _conditions(conditions: Sequence[ConditionRecord], title: str = "") -> Table
         number("median", lambda each: each.median, _nats),
         number("p99", lambda each: each.p99, _nats),
         number("rounding", lambda each: each.rounding, _nats),
+        number("its p99", lambda each: each.rounding_p99, _nats),
         text("verdict", lambda each: "differs" if each.alarms else "same"),
     ]
+    if is_brief:
+        columns = [each for each in columns if each.heading != "against"]
     return Table.of(title, columns, conditions)
 
 
@@ -253,6 +269,8 @@ def _granted(found: VerifiedRecord) -> Iterator[str]:
     how = "measured on the same tokens" if found.is_measured else "a usual one, not measured"
     if found.dtype == "float32":
         how = "a bound on its sums"
+    if found.coverage is None:
+        how += "; of a token that changes under load on the second server, at least that change"
     yield f"Rounding granted: {found.dtype} ({_SOURCES[found.dtype_source]}), {how}."
 
 

@@ -153,7 +153,8 @@ class DrillRecord(Strict):
         tps_before: tokens a second before the fault.
         full_tps: what counts as the full rate.
         full_rate_s: since when it was full again; 0 where it never fell, None if it never was.
-        pause_s: longest time without a token of any request.
+        usual_pause_s: longest time without a token of any request before the fault.
+        pause_s: the same after it.
         last_token_s: when the last token came; None where none came after the fault.
         first_lost_s: when the first request was lost; None where none was.
         num_unanswered: requests that were still answered at the end, and are not judged.
@@ -174,6 +175,7 @@ class DrillRecord(Strict):
     tps_before: float = 0.0
     full_tps: float = 0.0
     full_rate_s: float | None = None
+    usual_pause_s: float = 0.0
     pause_s: float = 0.0
     last_token_s: float | None = None
     first_lost_s: float | None = None

@@ -18,7 +18,7 @@ class ConditionRecord(Strict):
         name: such as `alone` or `16 at once`.
         against: what they are compared with: the reference, or the same tokens alone.
         median, p99, largest: of the sizes of differences.
-        rounding: median of what rounding makes of the same tokens.
+        rounding, rounding_p99: median and 99 % quantile of what rounding makes of the same tokens.
         share_off: share of tokens that are more than eight times rounding's scale apart.
         alarms: names of the tests that say that they differ beyond rounding.
     """
@@ -31,6 +31,7 @@ class ConditionRecord(Strict):
     p99: float
     largest: float
     rounding: float
+    rounding_p99: float = 0.0
     share_off: float = 0.0
     alarms: tuple[str, ...] = ()
 

@@ -28,18 +28,19 @@ class RotaryEmbedding:
     """Rotary position embedding (Su et al. 2021), with the RoPE scaling that checkpoints name.
 
     The last `rotary_dim` values of queries and keys are rotated by their positions. The pairs are
-    (i, i + rotary_dim / 2), or (2i, 2i + 1) where the model interleaves them.
+    (i, i + rotary_dim / 2), or (2i, 2i + 1) where the model interleaves them. Angles are rounded
+    to float32 as transformers does: the error of another rounding grows with the position.
     """
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
-        positions = torch.arange(model.max_position_embeddings, dtype=torch.float64)
+        positions = torch.arange(model.max_position_embeddings, dtype=torch.float32)
         angles = positions[:, None] * rotary_frequencies(model)
         scaling = model.rope_scaling
         factor = scaling.attention_factor if scaling is not None else 1.0
         cos, sin = angles.cos() * factor, angles.sin() * factor
         # Both halves of a pair side by side: [positions, 1, rotary_dim].
-        self.cos = torch.cat([cos, cos], dim=1).float().to(device)[:, None]
-        self.sin = torch.cat([-sin, sin], dim=1).float().to(device)[:, None]
+        self.cos = torch.cat([cos, cos], dim=1).to(device)[:, None]
+        self.sin = torch.cat([-sin, sin], dim=1).to(device)[:, None]
         self.interleave = model.rope_interleave
         self._ops = backend_for(device)
 
@@ -59,9 +60,10 @@ class RotaryEmbedding:
 
 
 def rotary_frequencies(model: ModelConfig) -> Tensor:
-    """Rotary frequencies [rotary_dim / 2] float64, in radians a position."""
-    dims = torch.arange(0, model.rotary_dim, 2, dtype=torch.float64) / model.rotary_dim
-    frequencies = model.rope_theta**-dims
+    """Rotary frequencies [rotary_dim / 2] float32, in radians a position."""
+    dims = torch.arange(0, model.rotary_dim, 2, dtype=torch.float32) / model.rotary_dim
+    periods: Tensor = model.rope_theta**dims  # positions a radian
+    frequencies = 1.0 / periods
     scaling = model.rope_scaling
     if scaling is None:
         return frequencies
@@ -69,17 +71,17 @@ def rotary_frequencies(model: ModelConfig) -> Tensor:
         return frequencies / scaling.factor
     if scaling.rope_type == "llama3":
         return _llama3(frequencies, scaling)
-    return _yarn(frequencies, scaling, model.rotary_dim, model.rope_theta)
+    return _yarn(periods, scaling, model.rotary_dim, model.rope_theta)
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0: divided, 1: left as it is
-    return frequencies * (kept + (1 - kept) / scaling.factor)
+    return (1 - kept) * (frequencies / scaling.factor) + kept * frequencies
 
 
-def _yarn(frequencies: Tensor, scaling: RopeScaling, rotary_dim: int, theta: float) -> Tensor:
+def _yarn(periods: Tensor, scaling: RopeScaling, rotary_dim: int, theta: float) -> Tensor:
     def dim_of(num_turns: float) -> float:
         length = scaling.original_max_position_embeddings
         turns = math.log(length / (num_turns * 2 * math.pi))
@@ -89,9 +91,9 @@ def _yarn(frequencies: Tensor, scaling: RopeScaling, rotary_dim: int, theta: flo
     if scaling.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, rotary_dim - 1)
-    ramp = torch.arange(len(frequencies), dtype=torch.float64) - first
+    ramp = torch.arange(len(periods), dtype=torch.float32) - first
     divided = (ramp / max(last - first, 1e-3)).clamp(0, 1)
-    return frequencies * (1 - divided + divided / scaling.factor)
+    return 1.0 / (scaling.factor * periods) * divided + 1.0 / periods * (1 - divided)
 
 
 def _rotated_last(rows: Tensor, head_dim: int, rotary_dim: int) -> Tensor:
