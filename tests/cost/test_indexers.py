@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cli.screen import refusing
 from expertlane.balance.holding import Slices
 from expertlane.cost.laws.device import stand_ins
 from expertlane.cost.laws.profile import read_profile
@@ -125,6 +126,13 @@ def test_blocks_are_chosen_for_each_head_of_keys_and_values():
     of_rank = _operations(model, OWN, 2, 1, 50_000, tp=8)  # one index head, which two ranks have
     assert 4 * _flops(of_rank, OpKind.INDEX_DECODE) == index.flops[0]
     assert 8 * _flops(of_rank, OpKind.DECODE_ATTENTION) == sparse.flops[0]
+
+
+def test_keys_and_values_that_are_chosen_by_head_are_not_shared_by_positions():
+    minimax = _model("minimax-m3")
+    assert Layout(tp=8).most_dcp(minimax) == 1
+    with refusing("dcp=2 indexer minimax-m3 head not supported"):
+        Layout(tp=8, dcp=2).check_model(minimax)
 
 
 def test_kernels_of_blocks_score_short_prompts_too():
