@@ -364,10 +364,15 @@ def index_decode_rows(path: str) -> Source:
 
 def _index_sizes(scored: dict[str, Array], heads: Array | float) -> Sizes:
     """Of index heads of 128 over keys in float8, whose scores are summed."""
-    key_bytes = scored["positions"] * (128 + INDEX_SCALE_BYTES)
-    of_keys = {"key_bytes": key_bytes, "scores": scored["query_key_pairs"]}
-    pairs_and_tokens = {k: v for k, v in scored.items() if k != "positions"}
-    return {**pairs_and_tokens, **of_keys, "heads": heads, "head_dim": 128.0}
+    pairs, tokens = scored["query_key_pairs"], scored["tokens"]
+    return {
+        "query_key_pairs": pairs,
+        "tokens": tokens,
+        "heads": heads,
+        "head_dim": 128.0,
+        "read_bytes": scored["positions"] * (128 + INDEX_SCALE_BYTES) + tokens * heads * 128,
+        "scores": pairs,
+    }
 
 
 def choose_rows(path: str) -> Source:

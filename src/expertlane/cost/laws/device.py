@@ -180,10 +180,8 @@ def _keys_per_query(sizes: Sizes) -> Floats | float:
 
 def _index(sizes: Sizes, item: float) -> _Work:
     """Keys and queries in, scores out."""
-    tokens = sizes["tokens"]
-    read = sizes["key_bytes"] + item * tokens * sizes["heads"] * sizes["head_dim"]
-    at = {"tokens": tokens, "keys_per_query": _keys_per_query(sizes)}
-    return read + _SCORE_BYTES * sizes["scores"], at
+    at = {"tokens": sizes["tokens"], "keys_per_query": _keys_per_query(sizes)}
+    return sizes["read_bytes"] + _SCORE_BYTES * sizes["scores"], at
 
 
 def _choose(sizes: Sizes, item: float) -> _Work:

@@ -198,6 +198,7 @@ def _scores(out: StepWriter, indexer: Indexer, part: TokenSizes) -> None:
     """
     heads, types = indexer.heads_of(out.mesh.layout.tp), out.types
     position_bytes = indexer.position_bytes(types.activation_bytes)
+    of_query = heads * indexer.head_dim * (types.activation_bytes if indexer.by_group else 1)
     sizes = part.indexed_attention(indexer).scored
     for kind, num_groups, new, pairs, positions in (
         (
@@ -227,7 +228,7 @@ def _scores(out: StepWriter, indexer: Indexer, part: TokenSizes) -> None:
                 "tokens": new,
                 "heads": heads,
                 "head_dim": indexer.head_dim,
-                "key_bytes": positions * position_bytes,
+                "read_bytes": positions * position_bytes + new * of_query,
                 "scores": scores,
             },
             kv_bytes=positions * position_bytes,

@@ -91,10 +91,10 @@ SIZES: dict[OpKind, tuple[str, ...]] = {
         "key_dim",
         "value_dim",
     ),
-    # pairs that are scored, new tokens, bytes of keys that are read, scores that are written
+    # pairs that are scored, new tokens, bytes of keys and queries, scores that are written
     **dict.fromkeys(
         (OpKind.INDEX, OpKind.INDEX_DECODE),
-        ("query_key_pairs", "tokens", "heads", "head_dim", "key_bytes", "scores"),
+        ("query_key_pairs", "tokens", "heads", "head_dim", "read_bytes", "scores"),
     ),
     OpKind.CHOOSE: ("query_key_pairs", "tokens", "topk"),
     OpKind.CONVOLUTION: ("seqs", "tokens", "channels", "kernel"),
