@@ -15,7 +15,7 @@ from compute import Sizes, Source
 from sheet import Generation
 from tables import Array, Columns, Table
 
-from expertlane.spec.mixers import StateKind, StateMixer
+from expertlane.spec.mixers import INDEX_SCALE_BYTES, StateKind, StateMixer
 
 _NUM_DRAWS = 16
 _SEED = 0
@@ -346,7 +346,7 @@ def index_rows(path: str) -> Source:
 
     Tables name the heads of its attention.
     """
-    return _of_indexer(path, lambda c: {**_scored(c), "heads": 32.0, "head_dim": 128.0})
+    return _of_indexer(path, lambda c: _index_sizes(_scored(c), 32.0))
 
 
 def index_decode_rows(path: str) -> Source:
@@ -357,9 +357,22 @@ def index_decode_rows(path: str) -> Source:
     def sizes(c: Columns) -> Sizes:
         positions = c["batch_size"] * np.maximum((c["step"] + 1) // _V4_POSITIONS, 1)
         both = {"query_key_pairs": positions, "positions": positions}
-        return {**both, "tokens": c["batch_size"], "heads": c["num_heads"], "head_dim": 128.0}
+        return _index_sizes({**both, "tokens": c["batch_size"]}, c["num_heads"])
 
     return _of_indexer(path, sizes, where={"isl": 1}, shape=("batch_size",))
+
+
+def _index_sizes(scored: dict[str, Array], heads: Array | float) -> Sizes:
+    """Of index heads of 128 over keys in float8, whose scores are summed."""
+    pairs, tokens = scored["query_key_pairs"], scored["tokens"]
+    return {
+        "query_key_pairs": pairs,
+        "tokens": tokens,
+        "heads": heads,
+        "head_dim": 128.0,
+        "read_bytes": scored["positions"] * (128 + INDEX_SCALE_BYTES) + tokens * heads * 128,
+        "scores": pairs,
+    }
 
 
 def choose_rows(path: str) -> Source:

@@ -75,19 +75,30 @@ _ONE_OF_EACH = {
         "key_dim": 576.0,
         "value_dim": 512.0,
     },
-    OpKind.INDEX: {
-        "query_key_pairs": 8192.0 * 64,
+    OpKind.SPARSE_GROUPED: {
+        "seqs": 2.0,
+        "query_key_pairs": 2048.0 * 64,
         "tokens": 64.0,
         "positions": 8192.0,
         "heads": 64.0,
+        "kv_heads": 4.0,
         "head_dim": 128.0,
+    },
+    OpKind.INDEX: {
+        "query_key_pairs": 8192.0 * 64,
+        "tokens": 64.0,
+        "heads": 64.0,
+        "head_dim": 128.0,
+        "read_bytes": 8192.0 * (132 + 64),
+        "scores": 8192.0 * 64,
     },
     OpKind.INDEX_DECODE: {
         "query_key_pairs": 8192.0,
         "tokens": 64.0,
-        "positions": 8192.0,
         "heads": 64.0,
         "head_dim": 128.0,
+        "read_bytes": 8192.0 * (132 + 64),
+        "scores": 8192.0,
     },
     OpKind.CHOOSE: {"query_key_pairs": 8192.0 * 64, "tokens": 64.0, "topk": 2048.0},
     OpKind.CONVOLUTION: {"seqs": 8.0, "tokens": 64.0, "channels": 8192.0, "kernel": 4.0},
@@ -104,7 +115,10 @@ _ONE_OF_EACH = {
     OpKind.MEMORY: {"bytes": 1e6},
 }
 _OF_INDEXERS = (OpKind.INDEX, OpKind.INDEX_DECODE)  # in float8 alone
-_UNMEASURED = tuple(kind for kind in STATES if kind.startswith(("lightning", "mamba")))
+_UNMEASURED = (
+    OpKind.SPARSE_GROUPED,
+    *(kind for kind in STATES if kind.startswith(("lightning", "mamba"))),
+)
 # What there is none of, by kind, where a rank has nothing to do.
 _EMPTY = {
     OpKind.GEMM: ("m",),
@@ -114,8 +128,9 @@ _EMPTY = {
     OpKind.LATENT_PREFILL: ("seqs", "query_key_pairs", "tokens", "positions"),
     OpKind.LATENT_DECODE: ("seqs", "positions"),
     OpKind.SPARSE: ("seqs", "query_key_pairs", "tokens", "positions"),
-    OpKind.INDEX: ("query_key_pairs", "tokens", "positions"),
-    OpKind.INDEX_DECODE: ("query_key_pairs", "tokens", "positions"),
+    OpKind.SPARSE_GROUPED: ("seqs", "query_key_pairs", "tokens", "positions"),
+    OpKind.INDEX: ("query_key_pairs", "tokens", "read_bytes", "scores"),
+    OpKind.INDEX_DECODE: ("query_key_pairs", "tokens", "read_bytes", "scores"),
     OpKind.CHOOSE: ("query_key_pairs", "tokens"),
     OpKind.CONVOLUTION: ("seqs", "tokens"),
     **dict.fromkeys(STATES, ("seqs", "tokens")),
@@ -225,8 +240,9 @@ _GROWING = {
     OpKind.LATENT_PREFILL: ("seqs", "query_key_pairs", "tokens", "positions"),
     OpKind.LATENT_DECODE: ("seqs", "positions"),
     OpKind.SPARSE: ("seqs", "query_key_pairs", "tokens", "positions"),
-    OpKind.INDEX: ("query_key_pairs", "tokens", "positions"),
-    OpKind.INDEX_DECODE: ("query_key_pairs", "tokens", "positions"),
+    OpKind.SPARSE_GROUPED: ("seqs", "query_key_pairs", "tokens", "positions"),
+    OpKind.INDEX: ("query_key_pairs", "tokens", "read_bytes", "scores"),
+    OpKind.INDEX_DECODE: ("query_key_pairs", "tokens", "read_bytes", "scores"),
     OpKind.CHOOSE: ("query_key_pairs", "tokens"),
     OpKind.CONVOLUTION: ("seqs", "tokens"),
     **dict.fromkeys(STATES, ("seqs", "tokens")),

@@ -4,7 +4,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from cli.screen import refusing
@@ -84,9 +83,7 @@ def test_bytes_of_a_sequence_by_hand():
     assert held_state_bytes(ling, TYPES, 1) == 32 * 128 * 128 * 4 + 3 * (3 * 32 * 128) * 2
     ring = _model("ring-mini-linear-2.0")
     assert held_state_bytes(ring, TYPES, 1) == 16 * 128 * 128 * 4  # no convolutions
-    deepseek = _model("deepseek-v3.2")
-    assert held_kv_bytes(deepseek, TYPES, 8) == 576 * 2 + 128 + 4  # an index key in float8
-    assert held_state_bytes(deepseek, TYPES, 8) == 0
+    assert held_state_bytes(_model("deepseek-v3.2"), TYPES, 8) == 0
 
 
 def test_groups_fewer_than_ranks_are_copied():
@@ -167,33 +164,6 @@ def test_one_token_reads_and_writes_each_state_once():
     assert state.flops[0] == 3 * 32 * 6 * 128 * 128
     longer = _operations(model, "state", 3, 1, 100_000)
     assert _flops(longer) == _flops(operations)
-
-
-def test_an_indexer_scores_all_and_attention_sees_few():
-    model = _model("deepseek-v3.2")
-    for num_cached in (1000, 50_000):
-        ops = _operations(model, "attention", 2, 1, num_cached)
-        (index,) = (each for each in ops if each.kind is OpKind.INDEX_DECODE)
-        (sparse,) = (each for each in ops if each.kind is OpKind.LATENT_DECODE)
-        seen = num_cached + 1
-        assert index.flops[0] == 2 * 2 * seen * 64 * 128
-        assert index.kv_bytes[0] == 2 * seen * 132
-        assert sparse.flops[0] == 2 * 2 * min(seen, 2048) * 128 * (576 + 512)
-    prompt = _operations(model, "attention", 1, 4096)
-    (sparse,) = (each for each in prompt if each.kind is OpKind.SPARSE)
-    assert sparse.sizes["query_key_pairs"][0] == 2048 * 2049 // 2 + 2048 * 2048
-    few = _operations(model, "attention", 1, 4096, tp=16)  # its kernel computes 64 heads at least
-    assert [each.sizes["heads"] for each in few if each.kind is OpKind.SPARSE] == [64.0]
-
-
-def test_prompts_that_an_indexer_would_take_whole_are_neither_scored_nor_sparse():
-    model = _model("deepseek-v3.2")
-    kinds = {each.kind for each in _operations(model, "attention", 2, 1024, 1024)}
-    assert OpKind.LATENT_PREFILL in kinds
-    assert not kinds & {OpKind.INDEX, OpKind.CHOOSE, OpKind.SPARSE}
-    longer = {each.kind for each in _operations(model, "attention", 2, 1024, 1025)}
-    assert OpKind.LATENT_PREFILL not in longer
-    assert {OpKind.INDEX, OpKind.CHOOSE, OpKind.SPARSE} <= longer
 
 
 def test_chunks_take_more_than_single_tokens():
@@ -289,32 +259,3 @@ def test_flops_are_those_of_transformers(kind):
     # Triangular systems, which the counter does not see.
     systems = num * state.num_heads * state.chunk_size * (state.key_dim + state.value_dim)
     assert ours - systems == pytest.approx(theirs, rel=0.02)
-
-
-@pytest.mark.full
-def test_flops_of_an_indexer_are_those_of_transformers():
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-    from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek
-
-    model, num = _model("deepseek-v3.2"), 64
-    model = model.with_overrides(indexer=replace(model.indexer, topk=16))  # else none is scored
-    with torch.device("meta"):
-        indexer = deepseek.DeepseekV32Indexer(deepseek.DeepseekV32Config(), 0)
-    shape = {"device": "meta"}
-    with FlopCounterMode(display=False) as counter:
-        indexer(
-            torch.zeros(1, num, 7168, **shape),
-            torch.zeros(1, num, 1536, **shape),
-            (torch.zeros(1, num, 64, **shape), torch.zeros(1, num, 64, **shape)),
-            torch.zeros(1, 1, num, num, **shape),
-            torch.zeros(1, num, **shape),
-        )
-    operations = _operations(model, "attention", 1, num)
-    (index,) = (each for each in operations if each.kind is OpKind.INDEX)
-    projections = 2 * num * (64 * 128 * 1536 + (128 + 64) * 7168)
-    # They score positions to come too, num² of them; and add up over heads by a product.
-    causal = index.flops[0] * num * num / (num * (num + 1) / 2)
-    assert projections + causal == pytest.approx(counter.get_total_flops(), rel=0.02)
-    sums = np.array([each.flops[0] for each in operations if each.kind is OpKind.GEMM])
-    assert {2 * num * 64 * 128 * 1536, 2 * num * (128 + 64) * 7168} <= set(sums.tolist())

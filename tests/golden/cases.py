@@ -319,6 +319,8 @@ PUBLISHED_MODELS = {
     "qwen3.5-397b-a17b": "",
     "deepseek-v3.2": "",
     "glm-5": " --dtype float8",
+    "glm-5.2": " --dtype float8",
+    "minimax-m3": "",
     "kimi-linear-48b-a3b": "",
     "granite-4.0-h-small": "",
     "nemotron-3-nano-30b-a3b": "",

@@ -42,11 +42,19 @@ HYBRID = MIXED.with_overrides(  # states, an indexer, layers of a mixer or an ML
     head_dim=96,
     latent=LatentAttention(256, 64, 32, 64, q_lora_rank=512),
     indexer=Indexer(8, 64, 256),
+    shared_choice_layers=(5,),
     state=StateMixer("gated_delta", 16, 8, 64, 64),
     state_layers=(1, 2, 4),
     mixer_only_layers=(2,),
     mlp_only_layers=(3,),
     sliding_window=(),
+)
+CHOOSING = MIXED.with_overrides(  # an indexer in some layers, for each head of keys and values
+    name="choosing",
+    sliding_window=(),
+    indexer=Indexer(4, 64, 256, block_size=64, by_group=True),
+    unindexed_layers=(0, 3),
+    shared_choice_layers=(2,),
 )
 WINDOWED = MIXED.with_overrides(  # windows with heads of their own, which are kept alone
     name="windowed",

@@ -26,7 +26,7 @@ from expertlane.spec.deployment import Options, is_by_node_on
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
-from planner.requests import HYBRID, MIXED, PAPER, WINDOWED, cluster_of, setting_of
+from planner.requests import CHOOSING, HYBRID, MIXED, PAPER, WINDOWED, cluster_of, setting_of
 
 LATENT = from_hf(
     {
@@ -94,6 +94,7 @@ def step_s(request, candidate, num_seqs, num_new, num_cached, how):
         (LATENT, 24, (100, 9000, 500)),
         (HYBRID, 12, (50, 900, 200)),
         (WINDOWED, 12, (50, 900, 200)),
+        (CHOOSING, 12, (50, 900, 200)),
     ],
 )
 def test_shared_parts_add_up_to_the_same(model, num_devices, sizes, execution):

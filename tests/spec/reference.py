@@ -53,6 +53,8 @@ _MLP = {
     "shared_mlp.gate_proj.weight": "shared.gate",
     "shared_mlp.up_proj.weight": "shared.up",
     "shared_mlp.down_proj.weight": "shared.down",
+    "gate_up_proj.weight": "dense.gate dense.up",
+    "shared_experts.gate_up_proj.weight": "shared.gate shared.up",
 }
 _SHARED_MLP = {
     "input_linear.weight": "shared.gate shared.up",
@@ -80,6 +82,9 @@ _ATTENTION = {
     "indexer.k_norm.weight": "index_norm",
     "indexer.k_norm.bias": "index_norm_bias",
     "indexer.weights_proj.weight": "index_weights",
+    "indexer.q_proj.weight": "index_query",
+    "indexer.k_proj.weight": "index_key",
+    "indexer.q_norm.weight": "index_query_norm",
 }
 _STATE = {  # Gated DeltaNet, Kimi Delta Attention
     "in_proj_qkvz.weight": "query key value gate",
@@ -134,7 +139,7 @@ def their_config(config: dict[str, Any]) -> transformers.PretrainedConfig:
         text.pop(key, None)
     if text.get("rope_scaling") is None:
         text.pop("rope_scaling", None)
-    of_text = {"qwen3_5_moe", "qwen3_vl_moe", "llama4"}
+    of_text = {"qwen3_5_moe", "qwen3_vl_moe", "llama4", "minimax_m3_vl"}
     name = f"{family}_text" if family in of_text else FAMILIES[family].like or family
     return transformers.AutoConfig.for_model(name, **text)
 

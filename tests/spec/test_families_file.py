@@ -39,6 +39,7 @@ _PLANNED = {
     "jamba": transformers.JambaConfig,
     "longcat_flash": transformers.LongcatFlashConfig,
     "bailing_hybrid": transformers.models.bailing_hybrid.BailingHybridConfig,
+    "minimax_m3_vl": transformers.models.minimax_m3_vl.MiniMaxM3VLTextConfig,
     "llama4": transformers.models.llama4.Llama4TextConfig,
     "kimi_k25": transformers.DeepseekV3Config,
     "phimoe": transformers.PhimoeConfig,

@@ -55,6 +55,7 @@ def test_parameters_add_up_to_the_published_number(name, family, num):
         ("qwen3.6-35b-a3b", "qwen3_5_moe", 35e9),
         ("deepseek-v3.2", "deepseek_v32", 671e9),
         ("glm-5", "glm_moe_dsa", 744e9),
+        ("glm-5.2", "glm_moe_dsa", 744e9),
         # The name's 48 leave out embedding and head: 48.4. The configuration is the published one.
         ("kimi-linear-48b-a3b", "kimi_linear", 49.1e9),
         # Its multipliers change neither sizes nor costs. `logits_scaling` alone is not from a copy
@@ -70,6 +71,8 @@ def test_parameters_add_up_to_the_published_number(name, family, num):
         ("longcat-flash", "longcat_flash", 560e9),
         ("llama-4-maverick-17b-128e", "llama4", 400e9),
         ("llama-4-scout-17b-16e", "llama4", 108e9),  # 109 with the encoder of images
+        # 428 with the encoder of images. The configuration is as far as public copies show it.
+        ("minimax-m3", "minimax_m3_vl", 428e9),
     ],
 )
 def test_models_with_mixers_add_up_too(name, family, num):
@@ -130,6 +133,8 @@ def test_models_of_grouped_queries_that_are_planned_alone_add_up_too(name, famil
         ("qwen3.6-35b-a3b", "3"),
         ("deepseek-v3.2", "37"),
         ("glm-5", "40"),
+        ("glm-5.2", "40"),
+        ("minimax-m3", "23"),
         ("kimi-linear-48b-a3b", "3"),
         ("granite-4.0-h-small", "9"),
         ("nemotron-3-nano-30b-a3b", "3.2"),
@@ -185,7 +190,7 @@ def test_every_published_config_is_looked_at():
     looked_at = {family_of(each) for each in (CONFIGS | MIXERS | GROUPED).values()}
     assert looked_at == set(FAMILIES) - {"bailing_moe_v2_5"}  # no copy of its file was found
     assert len(CONFIGS) == 16
-    assert len(MIXERS) == 18
+    assert len(MIXERS) == 20
 
 
 @pytest.mark.parametrize(
@@ -231,8 +236,17 @@ def test_grouped_queries_that_cannot_be_computed_are_named(name, changes, messag
         ("qwen3-next-80b-a3b", {"linear_num_key_heads": 0}, "linear_num_key_heads 0"),
         ("deepseek-v3.2", {"index_topk": None}, "index_topk null"),
         ("deepseek-v3.2", {"q_lora_rank": None}, "indexer q_lora_rank"),
-        ("glm-5", {"indexer_types": ["full", "shared"] * 39}, "shared by layers"),
-        ("glm-5", {"index_topk_freq": 4}, "index_topk_freq 4"),
+        ("glm-5.2", {"indexer_types": ["full", "shared"]}, "indexer_types 2 78 layers"),
+        ("glm-5.2", {"indexer_types": ["shared"] * 78}, "first layer must have its own"),
+        ("glm-5.2", {"indexer_types": ["full", "own"] * 39}, "indexer_types own full shared"),
+        ("minimax-m3", {"use_gemma_norm": False}, "use_gemma_norm False"),
+        ("minimax-m3", {"qk_norm_type": "per_layer"}, "qk_norm_type per_layer"),
+        ("minimax-m3", {"n_shared_experts": 2}, "n_shared_experts 2"),
+        ("minimax-m3", {"moe_layer_freq": [0, 1]}, "moe_layer_freq list 60 0 1"),
+        ("minimax-m3", {"layer_types": ["minimax_m3_sparse"]}, "layer_types 1 60 layers"),
+        ("minimax-m3", {"layer_types": ["sliding_attention"] * 60}, "sliding_attention"),
+        ("minimax-m3", {"num_key_value_heads": 8}, "indexer num_heads 4 keys and values 8"),
+        ("minimax-m3", {"sparse_attention_config": 3}, "sparse_attention_config 3 object"),
         ("kimi-linear-48b-a3b", {"linear_attn_config": 3}, "linear_attn_config 3 object"),
         ("kimi-linear-48b-a3b", {"mla_use_nope": False}, "mla_use_nope False"),
         ("granite-4.0-h-small", {"mamba_d_head": 32}, "mamba_d_head 32 128 8192"),
@@ -257,6 +271,50 @@ def test_mixers_that_cannot_be_computed_are_named(name, changes, message):
         from_hf(_changed(MIXERS[name], changes), "mine", weights=False)
     assert tells(str(error.value), message)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparse_score_type": "mean"}, "sparse_score_type mean"),
+        ({"sparse_init_block": 1}, "sparse_init_block 1"),
+        ({"sparse_local_block": 0}, "index_local_blocks 0 from 1 16"),
+        ({"sparse_topk_blocks": 0}, "sparse_topk_blocks 0"),
+        ({"sparse_disable_index_value": [0] * 60}, "sparse_disable_index_value 0 must be 1"),
+        ({"sparse_attention_freq": [0, 0, 0, 1]}, "sparse_attention_freq list 60 0 1"),
+        ({"use_sparse_attention": False}, "use_sparse_attention False"),
+    ],
+)
+def test_block_sparse_attention_that_cannot_be_computed_is_named(changes, message):
+    config = MIXERS["minimax-m3"]
+    own = config["text_config"]["sparse_attention_config"] | changes
+    with pytest.raises(SpecError) as error:
+        from_hf(_changed(config, {"sparse_attention_config": own}), "mine", weights=False)
+    assert tells(str(error.value), message)
+    assert "\n" not in str(error.value)
+
+
+def test_layers_with_an_indexer_have_one_meaning_however_they_are_told():
+    told = MIXERS["glm-5.2"]
+    model = from_hf(told, weights=False)
+    assert model.shared_choice_layers[:6] == (3, 4, 5, 7, 8, 9)
+    assert len(model.shared_choice_layers) == 57
+    types = told["indexer_types"]
+    by_step = {key: value for key, value in told.items() if key != "indexer_types"}
+    pattern = "".join({"full": "F", "shared": "S"}[each] for each in types)
+    for each in ({}, {"index_topk_pattern": pattern}, {"index_topk_pattern": types}):
+        assert from_hf(by_step | each, weights=False) == model
+    told = MIXERS["minimax-m3"]
+    model = from_hf(told, weights=False)
+    assert model.unindexed_layers == model.dense_layers == (0, 1, 2)
+    flat = {"index_n_heads": 4, "index_head_dim": 128, "sparse_attention_config": None}
+    flat["layer_types"] = ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57
+    flat |= {"mlp_layer_types": ["dense"] * 3 + ["sparse"] * 57, "moe_layer_freq": None}
+    assert from_hf(_changed(told, flat), weights=False) == model
+    alone = told["text_config"] | {"dtype": "bfloat16"}
+    assert from_hf(alone, weights=False) == model
+    dense = from_hf(_changed(told, {"sparse_attention_config": None}), weights=False)
+    assert (dense.indexer, dense.unindexed_layers) == (None, ())
 
 
 def _changed(config, changes):
@@ -342,10 +400,10 @@ def test_an_unknown_architecture_is_refused_with_the_nearest_known_one():
     assert tells(
         str(error.value), "DeepseekV9ForCausalLM nearest deepseek_v32 compress_rates hc_mult"
     )
-    told = CONFIGS["minimax-m2"] | {"index_block_size": 128}
+    told = CONFIGS["minimax-m2"] | {"memory_block_size": 128}
     with pytest.raises(SpecError) as error:
-        family_of(told | {"architectures": ["MiniMaxM3VLForConditionalGeneration"]})
-    assert tells(str(error.value), "nearest minimax_m2 index_block_size list families")
+        family_of(told | {"architectures": ["MiniMaxM2LinearForCausalLM"]})
+    assert tells(str(error.value), "nearest minimax_m2 memory_block_size list families")
     dense = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     dense |= {"intermediate_size": 4, "vocab_size": 9, "max_position_embeddings": 7}
     with pytest.raises(SpecError) as error:

@@ -106,6 +106,8 @@ class Slices(NamedTuple):
         elif part in _OF_KEYS or (part == "key_norm" and is_norm_of_all):
             heads = self.kv_heads(model, has_window=has_window)
             width = size // model.heads_of(has_window=has_window).num_kv
+        elif part == "index_query" and model.indexer is not None and model.indexer.by_group:
+            heads, width = self.kv_heads(model), model.indexer.head_dim
         else:
             return range(size)
         return range(heads.start * width, heads.stop * width)

@@ -76,6 +76,14 @@ def _of_model(experiment: Experiment) -> list[Assumption]:
     ]
 
 
+def _where_chosen(model: ModelConfig) -> str:
+    """In how many layers an indexer chooses, and how many of them share a choice, if not all."""
+    unindexed, num_shared = len(model.unindexed_layers), len(model.shared_choice_layers)
+    num = model.num_hidden_layers - unindexed
+    where = f" in {num} of {model.num_hidden_layers} layers" if unindexed else ""
+    return where + (f" ({num_shared} layers take the choice of another)" if num_shared else "")
+
+
 def _parts(model: ModelConfig) -> str:
     """The parts of a model, in words."""
     latent, scaling, routing = model.latent, model.rope_scaling, model.routing
@@ -91,7 +99,9 @@ def _parts(model: ModelConfig) -> str:
         f"vocabulary {model.vocab_size:,}": True,
         f"{norm} before attention and MoE": True,
         "latent attention": latent is not None,
-        "an indexer that chooses what attention sees": model.indexer is not None,
+        f"an indexer that chooses what attention sees{_where_chosen(model)}": (
+            model.indexer is not None
+        ),
         "a gate of attention's output": model.attention_gate is not None,
         f"{state.title if state else ''} in {len(model.state_layers)} of {num_layers} layers": (
             state is not None

@@ -98,7 +98,8 @@ def kept_bytes(model: ModelConfig, types: NumberTypes, tp: int, layers: range) -
         elif (window := _kept_window(model, mixing)) is not None:
             of_sequence += num * window * held_kv_bytes(model, types, tp, has_window=True)
         else:
-            of_position += num * held_kv_bytes(model, types, tp)
+            has_index = mixing.choice == "own"
+            of_position += num * held_kv_bytes(model, types, tp, has_index=has_index)
     return Kept(of_position, of_sequence)
 
 
@@ -123,14 +124,23 @@ def held_kv_width(model: ModelConfig, tp: int) -> int:
 
 
 def held_kv_bytes(
-    model: ModelConfig, types: NumberTypes, tp: int, *, has_window: bool = False
+    model: ModelConfig,
+    types: NumberTypes,
+    tp: int,
+    *,
+    has_window: bool = False,
+    has_index: bool = False,
 ) -> int:
-    """Bytes of the values that `held_kv_width` counts, with their scales and an index key.
+    """Bytes of the values that `held_kv_width` counts, with their scales.
 
     Args:
         has_window: of a layer with a window.
+        has_index: of a layer with an indexer: its key is counted too.
     """
-    of_index = 0 if model.indexer is None else model.indexer.position_bytes
+    of_index = 0
+    if has_index:
+        assert model.indexer is not None, "checked"
+        of_index = model.indexer.position_bytes(types.activation_bytes)
     return types.cached_bytes(*_held_values(model, tp, has_window=has_window)) + of_index
 
 

@@ -188,9 +188,14 @@ class Layout(Strict):
         return [i for i in stages for _ in self.layers_of_stage(num_hidden_layers, i)]
 
     def most_dcp(self, model: ModelConfig) -> int:
-        """Ranks of a `tp` group that hold the same keys and values without `dcp`."""
+        """Ranks of a `tp` group that hold the same keys and values without `dcp`.
+
+        1 where an indexer chooses for each of their heads: no engine shares those so.
+        """
         if model.latent is not None:
             return self.tp
+        if model.indexer is not None:
+            return 1
         most_kv = max(heads.num_kv for heads in model.all_heads)
         return max(1, self.tp // most_kv)
 
@@ -217,6 +222,11 @@ class Layout(Strict):
             raise SpecError(
                 f"layout {self}: tp={self.tp} does not divide the {state.num_cuts} {what} of "
                 f"{state.title} of {model.name}; valid tp: {_listed(divisors(state.num_cuts))}"
+            )
+        if self.dcp > 1 and model.indexer is not None and model.latent is None:
+            raise SpecError(
+                f"layout {self}: the indexer of {model.name} chooses for each head of keys and "
+                "values; dcp is not supported there"
             )
         if self.most_dcp(model) % self.dcp:
             raise SpecError(

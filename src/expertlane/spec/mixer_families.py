@@ -122,13 +122,34 @@ def _indexed(fields: ConfigReader) -> dict[str, Any]:
     }
 
 
+_OF_PATTERN = {"F": "full", "S": "shared"}
+
+
 def _glm_moe_dsa(fields: ConfigReader) -> dict[str, Any]:
-    fields.expect("index_topk_freq", 1)
-    fields.expect("index_topk_pattern")
-    types = layer_types(fields, "indexer_types", ("full", "shared"))
-    if types is not None and "shared" in types:
-        raise fields.error("indexer_types has 'shared': choices shared by layers are not supported")
-    return _indexed(fields)
+    """As DeepSeek-V3.2; some layers take the choice of one before them.
+
+    Which do a list says, else a pattern, else every `index_topk_freq`-th layer has its own indexer,
+    the first ones too.
+    """
+    num_layers, kinds = fields.get(int, "num_hidden_layers"), tuple(_OF_PATTERN.values())
+    types = layer_types(fields, "indexer_types", kinds)
+    pattern = fields.raw("index_topk_pattern")
+    if types is None and isinstance(pattern, str) and set(pattern) <= set(_OF_PATTERN):
+        types = [_OF_PATTERN[each] for each in pattern]
+    elif types is None:
+        types = layer_types(fields, "index_topk_pattern", kinds)
+    if types is None:
+        freq = max(fields.get(int, "index_topk_freq", default=1), 1)
+        begin = fields.get(int, "index_skip_topk_offset", default=2) - 1
+        layers = range(num_layers)
+        types = ["shared" if max(at - begin, 0) % freq else "full" for at in layers]
+    if len(types) != num_layers:
+        raise fields.error(
+            f"indexer_types (or index_topk_pattern) has {len(types)} entries for {num_layers} "
+            "layers"
+        )
+    shared = tuple(layer for layer, kind in enumerate(types) if kind == "shared")
+    return {**_indexed(fields), "shared_choice_layers": shared}
 
 
 def _kimi_linear(fields: ConfigReader) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Mixers of tokens: attention over pages, states of fixed size, and an indexer.
 
 A layer mixes tokens by attention, whose tensors `spec.model` has, or by a `StateMixer`, which keeps
-one state for each sequence. An `Indexer` chooses the positions that latent attention sees, and
-keeps a key of its own for each.
+one state for each sequence. An `Indexer` chooses the positions that attention sees, and keeps a
+key of its own for each.
 
 Tensors of a state mixer are `layers.N.state.` and: `query`, `key`, `value`, `gate`, `output`;
 `beta` (how strongly a delta rule corrects) and `decay` (of Mamba-2: its time step), with
@@ -11,7 +11,8 @@ Tensors of a state mixer are `layers.N.state.` and: `query`, `key`, `value`, `ga
 `decay_log`, `skip`; `state_norm`. Mamba-1 has `select`, from the convolved values to a time step of
 low rank (`decay_b` widens it), a key and a query, with `step_norm`, `key_norm` and `query_norm`.
 Published checkpoints join some of them. Those of an indexer are
-`index_query`, `index_key`, `index_weights`, `index_norm` and `index_norm_bias`.
+`index_query`, `index_key`, `index_norm` (of keys), and `index_weights` and `index_norm_bias`, or
+else `index_query_norm`.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ Shape = tuple[int, ...]
 StateKind = Literal["gated_delta", "kimi_delta", "lightning", "mamba1", "mamba2"]
 
 STATE_BYTES = 4  # of a value of a state: float32, as serving engines keep it
-INDEX_SCALE_BYTES = 4  # an index key is kept in float8, whatever the cache's type, with a float32
+INDEX_SCALE_BYTES = 4  # latent attention's index keys are in float8, each with a float32 scale
 
 _TITLES: dict[StateKind, str] = {
     "gated_delta": "Gated DeltaNet",
@@ -40,10 +41,13 @@ class Mixing(NamedTuple):
 
     Attributes:
         window: of attention, latest positions that a token sees, its own included; None for all.
+        choice: of attention, who chooses the positions that a token sees: the layer's `own`
+            indexer, or that of an earlier layer, whose choice is `shared`; None where it sees all.
     """
 
     kind: Literal["attention", "state"] = "attention"
     window: int | None = None
+    choice: Literal["own", "shared"] | None = None
 
 
 @dataclass(frozen=True)
@@ -296,32 +300,55 @@ class StateMixer(Strict):
 
 @dataclass(frozen=True)
 class Indexer(Strict):
-    """Chooses the positions that a token attends to (DeepSeek-AI 2025, DeepSeek-V3.2).
+    """Chooses the positions that a token attends to, by index queries and a key of each position.
 
-    A token's score of a position is the sum over the index heads of weight · relu(query · key), the
-    key common to all; attention sees the `topk` best. Every rank of a `tp` group computes all of
-    it.
+    That of latent attention (DeepSeek-AI 2025, DeepSeek-V3.2) chooses for all heads at once: a
+    position's score is the sum over the index heads of weight · relu(query · key). Its queries come
+    from the latent of attention's queries, and every rank of a `tp` group computes all of it. That
+    of grouped queries (Lai et al. 2026, MiniMax Sparse Attention) has an index head for each head
+    of keys and values, which chooses for this one and its queries; a score is query · key.
 
     Attributes:
-        num_heads, head_dim: of index queries.
+        num_heads, head_dim: of index queries; the key is common to all index heads.
         topk: positions that a token sees at most.
+        block_size: neighbouring positions that are chosen together, by the best of them; the one
+            that a token is in is always chosen.
+        by_group: it is one of grouped queries.
     """
 
     num_heads: int
     head_dim: int
     topk: int
+    block_size: int = 1
+    by_group: bool = False
 
-    def shapes(self, hidden: int, q_lora_rank: int) -> dict[str, Shape]:
-        """Shapes of its tensors."""
-        return {
-            "index_query": (self.num_heads * self.head_dim, q_lora_rank),
+    def shapes(self, hidden: int, query_in: int) -> dict[str, Shape]:
+        """Shapes of its tensors.
+
+        Args:
+            query_in: width of what index queries are made from.
+        """
+        shapes: dict[str, Shape] = {
+            "index_query": (self.num_heads * self.head_dim, query_in),
             "index_key": (self.head_dim, hidden),
             "index_norm": (self.head_dim,),
+        }
+        if self.by_group:
+            return shapes | {"index_query_norm": (self.head_dim,)}
+        return shapes | {
             "index_norm_bias": (self.head_dim,),
             "index_weights": (self.num_heads, hidden),
         }
 
-    @property
-    def position_bytes(self) -> int:
-        """Bytes of a position in the index cache of a layer."""
+    def heads_of(self, tp: int) -> int:
+        """Index heads that a rank computes."""
+        return max(1, self.num_heads // tp) if self.by_group else self.num_heads
+
+    def position_bytes(self, activation_bytes: int) -> int:
+        """Bytes of a position in the index cache of a layer.
+
+        Serving engines keep keys of grouped queries' indexers as activations are, by default.
+        """
+        if self.by_group:
+            return self.head_dim * activation_bytes
         return self.head_dim + INDEX_SCALE_BYTES

@@ -92,7 +92,10 @@ class ModelConfig(Strict):
         unread_family: its family, where the engine does not know that family's names of tensors.
         unrotated_layers: layers whose queries and keys are not rotated by their positions.
         state: the mixer of `state_layers`, which have no attention.
-        indexer: chooses what latent attention sees.
+        indexer: chooses what attention sees.
+        unindexed_layers: layers whose attention sees all positions although others have an indexer.
+        shared_choice_layers: layers without an indexer of their own that take the choice of the
+            latest layer with one.
         mixer_only_layers, mlp_only_layers: layers without an MLP, and without a mixer.
         sliding_window: one entry a layer, how many latest positions (its own among them) a token
             sees, None for all; empty if no layer has a window.
@@ -156,6 +159,8 @@ class ModelConfig(Strict):
     state: StateMixer | None = None
     state_layers: tuple[int, ...] = ()
     indexer: Indexer | None = None
+    unindexed_layers: tuple[int, ...] = ()
+    shared_choice_layers: tuple[int, ...] = ()
     mixer_only_layers: tuple[int, ...] = ()
     mlp_only_layers: tuple[int, ...] = ()
     rope_scaling: RopeScaling | None = None
@@ -275,15 +280,40 @@ class ModelConfig(Strict):
                 f"state: num_key_heads is {state.num_key_heads}; it must divide the "
                 f"{state.num_heads} heads"
             )
-        if self.indexer is not None and (self.latent is None or self.latent.q_lora_rank is None):
-            raise self._error("an indexer needs latent attention with a q_lora_rank")
-        self._check_layers("state_layers", self.state_layers)
-        for name in ("mixer_only_layers", "mlp_only_layers", "unrotated_layers"):
+        layers = ("state", "mixer_only", "mlp_only", "unrotated", "unindexed", "shared_choice")
+        for name in (f"{each}_layers" for each in layers):
             self._check_layers(name, getattr(self, name))
+        self._check_indexer()
         if set(self.mlp_only_layers) & {*self.mixer_only_layers, *self.state_layers}:
             raise self._error("mlp_only_layers has layers that have a mixer, or nothing else")
         if set(self.mixer_only_layers) & set(self.dense_layers):
             raise self._error("mixer_only_layers has layers that have a dense MLP")
+
+    def _check_indexer(self) -> None:
+        indexer, shared = self.indexer, self.shared_choice_layers
+        if indexer is None:
+            if shared or self.unindexed_layers:
+                raise self._error("unindexed_layers and shared_choice_layers need an indexer")
+            return
+        if indexer.by_group != (self.latent is None):
+            raise self._error("an indexer is by_group without latent attention, and only there")
+        if self.latent is not None and self.latent.q_lora_rank is None:
+            raise self._error("an indexer of latent attention needs a q_lora_rank")
+        if indexer.by_group and indexer.num_heads != self.num_kv_heads:
+            raise self._error(
+                f"indexer: num_heads is {indexer.num_heads}; it must be that of keys and values, "
+                f"{self.num_kv_heads}"
+            )
+        if any(self.sliding_window):
+            raise self._error("an indexer takes no sliding_window")
+        if indexer.topk % indexer.block_size:
+            raise self._error(
+                f"indexer: block_size is {indexer.block_size}; it must divide topk, {indexer.topk}"
+            )
+        choices = [self._choice_of_layer(layer) for layer in range(self.num_hidden_layers)]
+        first = next((each for each in choices if each is not None), None)
+        if first != "own":
+            raise self._error("the first layer that an indexer chooses for must have its own")
 
     def _check_layers(self, name: str, layers: tuple[int, ...]) -> None:
         if list(layers) != sorted(set(layers)) or not all(
@@ -425,7 +455,13 @@ class ModelConfig(Strict):
             return None
         if layer in self.state_layers:
             return Mixing("state")
-        return Mixing("attention", self.window_of_layer(layer))
+        return Mixing("attention", self.window_of_layer(layer), self._choice_of_layer(layer))
+
+    def _choice_of_layer(self, layer: int) -> Literal["own", "shared"] | None:
+        without = (*self.unindexed_layers, *self.state_layers, *self.mlp_only_layers)
+        if self.indexer is None or layer in without:
+            return None
+        return "shared" if layer in self.shared_choice_layers else "own"
 
     def kind_of_layer(self, layer: int) -> LayerKind:
         """What a layer is made of."""

@@ -6,9 +6,12 @@ does.
 
 from typing import Any
 
-from expertlane.spec.families import Reader, latent_attention
+from expertlane.spec.families import Reader, attention, latent_attention
 from expertlane.spec.hf_config import ConfigReader
+from expertlane.spec.mixer_families import layer_types
+from expertlane.spec.mixers import Indexer
 from expertlane.spec.model import ModelConfig, Routing
+from expertlane.spec.ranges import shown
 
 
 def _longcat_flash(fields: ConfigReader) -> dict[str, Any]:
@@ -42,6 +45,104 @@ def _longcat_flash(fields: ConfigReader) -> dict[str, Any]:
     }
 
 
+_CHOSEN = "minimax_m3_sparse"
+# Fields of its indexer, as transformers and as published configurations call them.
+_INDEX_FIELDS = {
+    "index_n_heads": "sparse_num_index_heads",
+    "index_head_dim": "sparse_index_dim",
+    "index_block_size": "sparse_block_size",
+    "index_topk_blocks": "sparse_topk_blocks",
+    "index_local_blocks": "sparse_local_block",
+}
+
+
+def _flags(fields: ConfigReader, key: str, num_layers: int) -> list[bool] | None:
+    """Whether each layer has something, by a list of 0 and 1; None where it is null or missing."""
+    if fields.raw(key) is None:
+        return None
+    flags = fields.integers(key)
+    if len(flags) != num_layers or not set(flags) <= {0, 1}:
+        raise fields.error(f"{key} must be a list of {num_layers}, each 0 or 1")
+    return [flag == 1 for flag in flags]
+
+
+def _minimax_m3(fields: ConfigReader) -> dict[str, Any]:
+    """Grouped queries; in most layers an indexer chooses blocks for each head of keys and values.
+
+    The language model: what stands beside `text_config` is not read.
+    """
+    num_layers = fields.get(int, "num_hidden_layers")
+    given = fields.raw("sparse_attention_config")
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        raise fields.error(f"sparse_attention_config is {shown(given)}; it must be an object")
+    own = ConfigReader(given, f"{fields.name}: sparse_attention_config")
+    own.expect("sparse_init_block", 0)
+    own.expect("sparse_score_type", "max")
+    fields.expect("scoring_func", "sigmoid")
+    for key in ("use_qk_norm", "use_routing_bias", "use_gemma_norm"):
+        fields.expect(key, True)
+    fields.expect("qk_norm_type", "per_head")
+    fields.expect("n_shared_experts", 1)
+
+    types = layer_types(fields, "layer_types", (_CHOSEN, "full_attention"))
+    has_index = None if types is None else [kind == _CHOSEN for kind in types]
+    if has_index is None:
+        has_index = _flags(own, "sparse_attention_freq", num_layers) or [False] * num_layers
+    if len(has_index) != num_layers:
+        raise fields.error(f"layer_types has {len(has_index)} entries for {num_layers} layers")
+    if any(has_index):
+        own.expect("use_sparse_attention", True)
+    without_values = _flags(own, "sparse_disable_index_value", num_layers) or has_index
+    if any(has and not none for has, none in zip(has_index, without_values, strict=True)):
+        raise own.error("sparse_disable_index_value is 0 in a layer with an indexer; it must be 1")
+    index = {
+        ours: own.get(int, theirs, default=fields.get(int, ours))
+        for ours, theirs in _INDEX_FIELDS.items()
+    }
+    if not 1 <= index["index_local_blocks"] <= index["index_topk_blocks"]:
+        raise fields.error(
+            f"index_local_blocks is {index['index_local_blocks']}; it must be from 1 to "
+            f"index_topk_blocks, {index['index_topk_blocks']}"
+        )
+    indexer = Indexer(
+        num_heads=index["index_n_heads"],
+        head_dim=index["index_head_dim"],
+        topk=index["index_topk_blocks"] * index["index_block_size"],
+        block_size=index["index_block_size"],
+        by_group=True,
+    )
+
+    mlps = layer_types(fields, "mlp_layer_types", ("dense", "sparse"))
+    has_experts = None if mlps is None else [kind == "sparse" for kind in mlps]
+    if has_experts is None:
+        has_experts = _flags(fields, "moe_layer_freq", num_layers) or [True] * num_layers
+    if len(has_experts) != num_layers:
+        raise fields.error(
+            f"mlp_layer_types has {len(has_experts)} entries for {num_layers} layers"
+        )
+    dense = tuple(layer for layer, has in enumerate(has_experts) if not has)
+    without = tuple(layer for layer, has in enumerate(has_index) if not has)
+    rotated = fields.get(int, "rotary_dim") / fields.get(int, "head_dim")
+    return {
+        **attention(fields, share=rotated),
+        "qk_norm": "head",
+        "indexer": indexer if any(has_index) else None,
+        "unindexed_layers": without if any(has_index) else (),
+        "dense_layers": dense,
+        "intermediate_size": fields.get(int, "dense_intermediate_size") if dense else 0,
+        "moe_intermediate_size": fields.get(int, "intermediate_size"),
+        "shared_expert_intermediate_size": fields.get(int, "shared_intermediate_size"),
+        **fields.same(ModelConfig, "swiglu_limit", "swiglu_alpha"),
+        "routing": Routing(
+            scoring_func="sigmoid",
+            correction_bias=True,
+            **fields.same(Routing, "routed_scaling_factor"),
+        ),
+    }
+
+
 SPARSE_READERS: dict[str, Reader] = {
     "longcat_flash": _longcat_flash,
+    "minimax_m3_vl": _minimax_m3,
 }

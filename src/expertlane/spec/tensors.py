@@ -101,7 +101,10 @@ def layer_shapes(model: ModelConfig, kind: LayerKind) -> dict[str, Shape]:
         shapes |= _norm_shapes(model, "attention_norm")
         if kind.mixing.kind == "attention":
             has_window = kind.mixing.window is not None
-            own = _attention_shapes(model, model.heads_of(has_window=has_window))
+            has_indexer = kind.mixing.choice == "own"
+            own = _attention_shapes(
+                model, model.heads_of(has_window=has_window), has_indexer=has_indexer
+            )
             prefix = "window." if has_window and model.window_heads is not None else ""
             shapes |= {f"{prefix}{part}": shape for part, shape in own.items()}
         else:
@@ -173,8 +176,8 @@ def _norm_shapes(model: ModelConfig, name: str) -> dict[str, Shape]:
     return shapes
 
 
-def _attention_shapes(model: ModelConfig, heads: Heads) -> dict[str, Shape]:
-    hidden, latent = model.hidden_size, model.latent
+def _attention_shapes(model: ModelConfig, heads: Heads, *, has_indexer: bool) -> dict[str, Shape]:
+    hidden, latent, index_query_in = model.hidden_size, model.latent, model.hidden_size
     shapes: dict[str, Shape] = {}
     if latent is None:
         query_size, key_size = heads.num * model.head_dim, heads.num_kv * model.head_dim
@@ -196,8 +199,10 @@ def _attention_shapes(model: ModelConfig, heads: Heads) -> dict[str, Shape]:
             shapes["sinks"] = (heads.num,)
     else:
         shapes |= latent.shapes(hidden, model.num_attention_heads)
-        if model.indexer is not None and latent.q_lora_rank is not None:
-            shapes |= model.indexer.shapes(hidden, latent.q_lora_rank)
+        index_query_in = latent.q_lora_rank or hidden
+    if has_indexer:
+        assert model.indexer is not None, "checked"
+        shapes |= model.indexer.shapes(hidden, index_query_in)
     if model.attention_gate == "head":
         shapes["head_gate"] = (heads.num, hidden)
     shapes["output"] = (hidden, heads.num * model.value_dim)

@@ -33,7 +33,7 @@ from expertlane.cost.step.operation import (
     flops_of,
 )
 from expertlane.errors import SpecError
-from expertlane.spec.mixers import INDEX_SCALE_BYTES, STATE_BYTES
+from expertlane.spec.mixers import STATE_BYTES
 from expertlane.spec.model import ModelConfig
 
 Sizes = Mapping[str, Floats | float]
@@ -179,12 +179,9 @@ def _keys_per_query(sizes: Sizes) -> Floats | float:
 
 
 def _index(sizes: Sizes, item: float) -> _Work:
-    """Keys of one byte, each with a scale, and the queries in; scores out."""
-    tokens, head_dim = sizes["tokens"], sizes["head_dim"]
-    read = sizes["positions"] * (head_dim + INDEX_SCALE_BYTES)
-    read = read + tokens * sizes["heads"] * head_dim
-    at = {"tokens": tokens, "keys_per_query": _keys_per_query(sizes)}
-    return read + _SCORE_BYTES * sizes["query_key_pairs"], at
+    """Keys and queries in, scores out."""
+    at = {"tokens": sizes["tokens"], "keys_per_query": _keys_per_query(sizes)}
+    return sizes["read_bytes"] + _SCORE_BYTES * sizes["scores"], at
 
 
 def _choose(sizes: Sizes, item: float) -> _Work:
@@ -382,22 +379,25 @@ def stand_ins(profile: Profile, types: NumberTypes, model: ModelConfig) -> Itera
     if model.state is not None:
         kinds = (OpKind(f"{model.state.kind}_{phase}") for phase in ("prefill", "decode"))
         parts += [(model.state.title, kind, types.activations) for kind in kinds]
-    if model.indexer is not None:
+    if (indexer := model.indexer) is not None:
         cached = f"Sparse attention of prompts over a {types.kv} cache"
-        scored = f"Scores of an indexer in {types.index_type}"
-        parts.append((cached, OpKind.SPARSE, types.kv))
+        scored_in = types.activations if indexer.by_group else types.index_type
+        scored = f"Scores of an indexer in {scored_in}"
+        parts.append(
+            (cached, OpKind.SPARSE_GROUPED if indexer.by_group else OpKind.SPARSE, types.kv)
+        )
         both = (OpKind.INDEX, OpKind.INDEX_DECODE)
-        parts += [(scored, kind, types.index_type) for kind in both]
+        parts += [(scored, kind, scored_in) for kind in both]
     unknown = [title for title, kind, dtype in parts if not has_law(profile, kind, dtype)]
     if unknown:
         yield (
             f"{' and '.join(dict.fromkeys(unknown))}: nothing was measured; times are between the "
             f"roofline of {profile.device.name} and {1 / _LEAST_EFFICIENCY:g} times that."
         )
-    if model.indexer is not None:
+    if indexer is not None:
+        alike = "attention of grouped queries" if indexer.by_group else "latent attention"
         yield (
-            "Decoding over the positions that an indexer chose is priced as latent attention to as "
-            "many."
+            f"Decoding over the positions that an indexer chose is priced as {alike} to as many."
         )
     laws, twin = profile.surfaces, _SAME_WIDTH.get(types.activations, "")
     own, other = (f"{OpKind.DECODE_ATTENTION}.{dtype}" for dtype in (types.activations, twin))

@@ -20,6 +20,7 @@ from expertlane.spec.names import Stage
 
 _SQUARES_BYTES = 8  # of a token's query and key, one float32 each
 _SUM_BYTES = 4  # of a head's log-sum-exp, a float32
+_SCORE_BYTES = 4  # of the best score of a block, a float32, and of a chosen one's number
 
 
 def mixer_steps(out: StepWriter, model: ModelConfig, mixing: Mixing, part: TokenSizes) -> None:
@@ -31,28 +32,31 @@ def mixer_steps(out: StepWriter, model: ModelConfig, mixing: Mixing, part: Token
         assert model.state is not None, "checked"
         _state(out, model, model.state, part)
     elif model.latent is None:
-        _grouped_query(out, model, mixing.window, part)
+        _grouped_query(out, model, mixing, part)
     else:
-        _latent(out, model, model.latent, part)
+        _latent(out, model, model.latent, mixing, part)
     out.sum_tokens(Stage.COLLECTIVES, "tp", part.owned, hidden_bytes)
 
 
-def _grouped_query(
-    out: StepWriter, model: ModelConfig, window: int | None, part: TokenSizes
-) -> None:
+def _grouped_query(out: StepWriter, model: ModelConfig, mixing: Mixing, part: TokenSizes) -> None:
     own, dim, item = Slices(out.mesh.layout.tp), model.head_dim, out.types.activation_bytes
-    has_window, value_dim = window is not None, model.value_dim
+    has_window, value_dim = mixing.window is not None, model.value_dim
+    indexer = model.indexer if mixing.choice == "own" else None
+    index_width = 0 if indexer is None else (indexer.heads_of(own.tp) + 1) * indexer.head_dim
     heads = len(own.heads(model, has_window=has_window))
     kv_heads = len(own.kv_heads(model, has_window=has_window))
     kv_width = kv_heads * (dim + value_dim)
     gates = {None: 0, "head": heads, "sigmoid": heads * dim}[model.attention_gate]
     if (rank := model.query_rank) is None:
-        out.gemm(Stage.ATTENTION, part.tokens, heads * dim + gates + kv_width, model.hidden_size)
+        width = heads * dim + gates + kv_width + index_width
+        out.gemm(Stage.ATTENTION, part.tokens, width, model.hidden_size)
     else:  # every rank computes the latent of all heads
-        out.gemm(Stage.ATTENTION, part.tokens, rank + gates + kv_width, model.hidden_size)
+        width = rank + gates + kv_width + index_width
+        out.gemm(Stage.ATTENTION, part.tokens, width, model.hidden_size)
         out.memory(Stage.ATTENTION, 2 * part.tokens * (rank * item), out.norm_kernels)
         out.gemm(Stage.ATTENTION, part.tokens, heads * dim, rank)
-    turned_bytes = part.tokens * ((heads + kv_heads) * dim * item)
+    # Index queries and keys are normed and turned as the others are.
+    turned_bytes = part.tokens * (((heads + kv_heads) * dim + index_width) * item)
     kernels = out.kernels
     num_passes, num_kernels = 2, kernels.rotate + kernels.write
     if model.qk_norm == "full":
@@ -63,16 +67,27 @@ def _grouped_query(
         num_passes, num_kernels = num_passes + 2, num_kernels + kernels.head_norm
     position_bytes = out.types.cached_bytes(kv_width, 2 * kv_heads)
     stored_bytes = part.tokens * (kv_width * item + position_bytes)
+    if indexer is not None:
+        stored_bytes = stored_bytes + part.tokens * indexer.position_bytes(item)
     out.memory(Stage.ATTENTION, num_passes * turned_bytes + stored_bytes, num_kernels)
-    _core(
-        out,
-        part.attention(window),
-        # The mean of keys' and values' widths: products and bytes are sums of both.
-        {"heads": heads, "kv_heads": kv_heads, "head_dim": (dim + value_dim) // 2},
-        position_bytes=position_bytes,
-        query_bytes=heads * dim * item,
-        value_bytes=heads * value_dim * item,
-    )
+    # The mean of keys' and values' widths: products and bytes are sums of both.
+    widths: dict[str, Ints | int]
+    widths = {"heads": heads, "kv_heads": kv_heads, "head_dim": (dim + value_dim) // 2}
+    if mixing.choice is not None:
+        assert model.indexer is not None, "checked"
+        if indexer is not None:
+            _scores(out, indexer, part)
+        chosen, _ = _chosen_sizes(model.indexer, part)
+        _chosen(out, chosen, widths, position_bytes)
+    else:
+        _core(
+            out,
+            part.attention(mixing.window),
+            widths,
+            position_bytes=position_bytes,
+            query_bytes=heads * dim * item,
+            value_bytes=heads * value_dim * item,
+        )
     _gate(out, model, part, heads * value_dim)
     out.gemm(Stage.ATTENTION, part.tokens, model.hidden_size, heads * value_dim)
 
@@ -84,7 +99,9 @@ def _gate(out: StepWriter, model: ModelConfig, part: TokenSizes, width: int) -> 
         out.memory(Stage.ATTENTION, num_bytes, out.kernels.gate)
 
 
-def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: TokenSizes) -> None:
+def _latent(
+    out: StepWriter, model: ModelConfig, latent: LatentAttention, mixing: Mixing, part: TokenSizes
+) -> None:
     types, tokens = out.types, part.tokens
     item, heads = types.activation_bytes, len(Slices(out.mesh.layout.tp).heads(model))
     rank, rope = latent.kv_lora_rank, latent.qk_rope_head_dim
@@ -97,16 +114,18 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
     out.gemm(Stage.ATTENTION, tokens, heads * model.head_dim, query_in)
     if key_width:
         out.gemm(Stage.ATTENTION, tokens, key_width, model.hidden_size)
-    if model.indexer is not None:
-        _index(out, model, model.indexer, part)
-    in_latent, expanded = _latent_sizes(out, model, latent, part)
+    indexer = model.indexer if mixing.choice is not None else None
+    if indexer is not None and mixing.choice == "own":
+        _index(out, model, indexer, part)
+        _scores(out, indexer, part)
+    in_latent, expanded = _latent_sizes(out, indexer, latent, part)
     absorbed = in_latent.decode_seqs * in_latent.num_queries
     if in_latent.num_prefill_groups:
         absorbed = absorbed + in_latent.prefill_tokens
     # Queries are turned and put together with their part in the latent; so is the one key.
     position_bytes = types.cached_bytes(rank + rope, 1)
     moved = (2 * heads * model.head_dim + 4 * (rank + rope)) * item + position_bytes
-    is_apart = out.kernels.expands_all and model.indexer is None
+    is_apart = out.kernels.expands_all and indexer is None
     put_together = 0 if is_apart else absorbed * (2 * heads * (rank + rope) * item)
     kernels = out.kernels
     num_kernels = 2 * kernels.rotate + out.norm_kernels + kernels.write + kernels.latent
@@ -119,7 +138,7 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
     ):
         out.gemm(Stage.ATTENTION, absorbed, heads * rank, latent.qk_nope_head_dim, dtype=types.kept)
         widths: dict[str, Ints | int] = {"heads": heads, "key_dim": rank + rope, "value_dim": rank}
-        if model.indexer is not None:
+        if indexer is not None:
             _chosen(out, in_latent, widths, position_bytes)
         else:
             _core(
@@ -138,34 +157,49 @@ def _latent(out: StepWriter, model: ModelConfig, latent: LatentAttention, part: 
 
 
 def _latent_sizes(
-    out: StepWriter, model: ModelConfig, latent: LatentAttention, part: TokenSizes
+    out: StepWriter, indexer: Indexer | None, latent: LatentAttention, part: TokenSizes
 ) -> tuple[AttentionSizes, AttentionSizes]:
     """Sizes of attention in the latent, and of prompts with keys and values expanded per head.
 
     Where an indexer chooses what a token sees, it stays in the latent.
     """
-    if model.indexer is not None:
-        scored, chosen, dense = part.indexed_attention(model.indexer.topk)
-        # Tokens choose different positions: any may be read.
-        positions = np.minimum(chosen.prefill_pairs, scored.prefill_positions)
-        return replace(chosen, prefill_positions=positions), dense
+    if indexer is not None:
+        return _chosen_sizes(indexer, part)
     if not out.kernels.expands_all:
         return part.latent_attention(latent)
     sizes = part.attention(None)
     return replace(sizes, num_prefill_groups=0), replace(sizes, num_decode_groups=0)
 
 
+def _chosen_sizes(indexer: Indexer, part: TokenSizes) -> tuple[AttentionSizes, AttentionSizes]:
+    """Sizes of attention to chosen positions, and of prompts that nothing is chosen for."""
+    scored, chosen, dense = part.indexed_attention(indexer)
+    # Tokens choose different positions: any may be read.
+    positions = np.minimum(chosen.prefill_pairs, scored.prefill_positions)
+    return replace(chosen, prefill_positions=positions), dense
+
+
 def _index(out: StepWriter, model: ModelConfig, indexer: Indexer, part: TokenSizes) -> None:
-    """An indexer's queries, keys and scores of all positions, and the choice of the best."""
+    """The queries and keys of an indexer of latent attention."""
     query_in = model.latent.q_lora_rank if model.latent is not None else None
     assert query_in is not None, "checked"
     tokens, item = part.tokens, out.types.activation_bytes
     width = indexer.num_heads * indexer.head_dim
     out.gemm(Stage.ATTENTION, tokens, width, query_in)
     out.gemm(Stage.ATTENTION, tokens, indexer.head_dim + indexer.num_heads, model.hidden_size)
-    moved = 2 * (width + indexer.head_dim) * item + indexer.position_bytes
+    moved = 2 * (width + indexer.head_dim) * item + indexer.position_bytes(item)
     out.memory(Stage.ATTENTION, tokens * moved, out.kernels.rotate + out.kernels.write)
-    sizes = part.indexed_attention(indexer.topk).scored
+
+
+def _scores(out: StepWriter, indexer: Indexer, part: TokenSizes) -> None:
+    """An indexer's scores of all positions, and the choice of the best.
+
+    Scores are summed over its heads, or else are the best of a block, of each head.
+    """
+    heads, types = indexer.heads_of(out.mesh.layout.tp), out.types
+    position_bytes = indexer.position_bytes(types.activation_bytes)
+    of_query = heads * indexer.head_dim * (types.activation_bytes if indexer.by_group else 1)
+    sizes = part.indexed_attention(indexer).scored
     for kind, num_groups, new, pairs, positions in (
         (
             OpKind.INDEX,
@@ -184,34 +218,43 @@ def _index(out: StepWriter, model: ModelConfig, indexer: Indexer, part: TokenSiz
     ):
         if not num_groups:
             continue
-        scored: dict[str, Ints | int] = {"query_key_pairs": pairs, "tokens": new}
+        of_blocks = -(-pairs * heads // indexer.block_size)
+        scores = of_blocks if indexer.by_group else pairs
         out.operation(
             kind,
             Stage.ATTENTION,
             {
-                **scored,
-                "positions": positions,
-                "heads": indexer.num_heads,
+                "query_key_pairs": pairs,
+                "tokens": new,
+                "heads": heads,
                 "head_dim": indexer.head_dim,
+                "read_bytes": positions * position_bytes + new * of_query,
+                "scores": scores,
             },
-            kv_bytes=positions * indexer.position_bytes,
-            dtype=out.types.index_type,
+            kv_bytes=positions * position_bytes,
+            dtype=types.activations if indexer.by_group else types.index_type,
         )
-        out.operation(OpKind.CHOOSE, Stage.ATTENTION, {**scored, "topk": indexer.topk})
+        if indexer.by_group:  # so few that a choice is as a sum of them
+            chosen = heads * indexer.topk // indexer.block_size
+            out.memory(Stage.ATTENTION, _SCORE_BYTES * (scores + new * chosen))
+        else:
+            chosen_of = {"query_key_pairs": pairs, "tokens": new, "topk": indexer.topk}
+            out.operation(OpKind.CHOOSE, Stage.ATTENTION, chosen_of)
 
 
 def _chosen(
     out: StepWriter, sizes: AttentionSizes, widths: dict[str, Ints | int], position_bytes: int
 ) -> None:
-    """Attention in the latent to the positions that an indexer chose.
+    """Attention to the positions that an indexer chose, in the latent or by grouped queries.
 
-    Decodes take the kernels of latent attention, over a table of chosen positions in place of
+    Decodes take the kernels of attention to all positions, over a table of chosen ones in place of
     pages.
     """
-    heads = widths["heads"]
+    heads, in_latent = widths["heads"], "key_dim" in widths
     if sizes.num_prefill_groups:
+        least = out.kernels.least_sparse_heads if in_latent else 1
         out.operation(
-            OpKind.SPARSE,
+            OpKind.SPARSE if in_latent else OpKind.SPARSE_GROUPED,
             Stage.ATTENTION,
             {
                 "seqs": sizes.prefill_seqs,
@@ -219,13 +262,13 @@ def _chosen(
                 "tokens": sizes.prefill_tokens,
                 "positions": sizes.prefill_positions,
                 **widths,
-                "heads": np.maximum(heads, out.kernels.least_sparse_heads),
+                "heads": np.maximum(heads, least),
             },
             kv_bytes=sizes.prefill_positions * position_bytes,
         )
     if sizes.num_decode_groups:
         out.operation(
-            OpKind.LATENT_DECODE,
+            OpKind.LATENT_DECODE if in_latent else OpKind.DECODE_ATTENTION,
             Stage.ATTENTION,
             {
                 "seqs": sizes.decode_seqs,

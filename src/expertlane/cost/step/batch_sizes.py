@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from expertlane.cost.step.operation import Ints
 from expertlane.schedule.plan import Batch
-from expertlane.spec.mixers import LatentAttention
+from expertlane.spec.mixers import Indexer, LatentAttention
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,8 @@ class IndexedSizes(NamedTuple):
     Attributes:
         scored: positions that the indexer scores, of decodes, and of prompts beyond `topk`.
         chosen: of the same sequences, those that are chosen.
-        dense: of prompts that end within `topk`: nothing is left out, so nothing is scored.
+        dense: of prompts that end within `topk`: nothing is left out, so nothing is scored. Kernels
+            of grouped queries score them all the same; there it is empty.
     """
 
     scored: AttentionSizes
@@ -52,19 +53,27 @@ class IndexedSizes(NamedTuple):
     dense: AttentionSizes
 
 
-def pairs_and_positions(num_new: Ints, num_cached: Ints, window: int | None) -> tuple[Ints, Ints]:
+def pairs_and_positions(
+    num_new: Ints, num_cached: Ints, window: int | None, block_size: int = 1
+) -> tuple[Ints, Ints]:
     """Query-key pairs of sequences' new tokens, of one head, and positions that any of them sees.
 
     Args:
         num_new, num_cached: [S].
-        window: latest positions that a token sees; None for all.
+        window: positions that a token sees, the latest or those that were chosen; None for all.
+        block_size: positions that are chosen together; of its own block a token sees the part up to
+            itself.
 
     Returns:
         [S] both.
     """
     after = num_cached + num_new
-    pairs = _pairs_up_to(after, window) - _pairs_up_to(num_cached, window)
-    return pairs, after if window is None else np.minimum(after, num_new + window - 1)
+    before = _pairs_up_to(num_cached, window, block_size)
+    pairs = _pairs_up_to(after, window, block_size) - before
+    if window is None:
+        return pairs, after
+    seen_by_last = window - block_size + 1 + (after - 1) % block_size
+    return pairs, np.minimum(after, num_new - 1 + seen_by_last)
 
 
 def takes_less_expanded(
@@ -87,12 +96,20 @@ def takes_less_expanded(
     return is_less
 
 
-def _pairs_up_to(length: Ints, window: int | None) -> Ints:
-    """[S]; pairs of all tokens of sequences of this length: sum of min(i, window)."""
+def _pairs_up_to(length: Ints, window: int | None, block_size: int = 1) -> Ints:
+    """[S]; pairs of all tokens of sequences of this length: sum of min(i, window).
+
+    Beyond the window, which is whole blocks, a token sees all of them but its own, and of that the
+    part up to itself.
+    """
     if window is None:
         return length * (length + 1) // 2
     full: Ints = np.minimum(length, window)
-    return full * (full + 1) // 2 + (length - full) * window
+    num_blocks, in_last = np.divmod(length - full, block_size)
+    of_others = (length - full) * (window - block_size)
+    of_own = num_blocks * (block_size * (block_size + 1) // 2) + in_last * (in_last + 1) // 2
+    pairs: Ints = full * (full + 1) // 2 + of_others + of_own
+    return pairs
 
 
 _POSITION_BITS = 22  # bits that a number of positions takes
@@ -276,22 +293,19 @@ class PartSizes:
     def attention(self, window: int | None) -> AttentionSizes:
         """Sizes under a window: how many latest positions a token sees; None for all."""
         if window not in self._by_window:
-            self._by_window[window] = self._sizes(window, self._is_decode, ~self._is_decode)
+            self._by_window[window] = self.sizes(window, self._is_decode, ~self._is_decode)
         return self._by_window[window]
 
     def latent_attention(self, latent: LatentAttention) -> tuple[AttentionSizes, AttentionSizes]:
         """Sizes of attention in the latent, and of prompts whose keys and values are expanded."""
         is_expanded = takes_less_expanded(self.num_new, self.num_cached, latent)
         is_expanded &= ~self._is_decode
-        in_latent = self._sizes(None, self._is_decode, ~self._is_decode & ~is_expanded)
-        return in_latent, self._sizes(None, np.zeros_like(is_expanded), is_expanded)
+        in_latent = self.sizes(None, self._is_decode, ~self._is_decode & ~is_expanded)
+        return in_latent, self.sizes(None, np.zeros_like(is_expanded), is_expanded)
 
-    def indexed_attention(self, topk: int) -> IndexedSizes:
+    def indexed_attention(self, indexer: Indexer) -> IndexedSizes:
         """Sizes of attention with an indexer."""
-        is_dense = ~self._is_decode & (self.num_cached + self.num_new <= topk)
-        is_long, none = ~self._is_decode & ~is_dense, np.zeros_like(is_dense)
-        scored, chosen = (self._sizes(each, self._is_decode, is_long) for each in (None, topk))
-        return IndexedSizes(scored, chosen, self._sizes(None, none, is_dense))
+        return _indexed(self, indexer, self._is_decode)
 
     @cached_property
     def _is_decode(self) -> npt.NDArray[np.bool_]:
@@ -304,13 +318,15 @@ class PartSizes:
         """[S]; new tokens that yield a next one, in sequences that yield any."""
         return 1 + self.num_drafts * self._is_decode
 
-    def _sizes(
+    def sizes(
         self,
         window: int | None,
         is_decode: npt.NDArray[np.bool_],
         is_prefill: npt.NDArray[np.bool_],
+        block_size: int = 1,
     ) -> AttentionSizes:
-        pairs, positions = pairs_and_positions(self.num_new, self.num_cached, window)
+        """Sizes of chosen sequences, [S] each, under a window; see `pairs_and_positions`."""
+        pairs, positions = pairs_and_positions(self.num_new, self.num_cached, window, block_size)
         decode_groups, prefill_groups = self._num_groups(is_decode, is_prefill)
         return AttentionSizes(
             decode_seqs=self._for_ranks(self._sum(is_decode)),
@@ -411,30 +427,28 @@ class Scenarios:
     def attention(self, window: int | None) -> AttentionSizes:
         """Sizes under a window; see `PartSizes.attention`."""
         is_decode = self.num_new == 1 + self.num_drafts
-        return self._sizes(window, is_decode, ~is_decode)
+        return self.sizes(window, is_decode, ~is_decode)
 
     def latent_attention(self, latent: LatentAttention) -> tuple[AttentionSizes, AttentionSizes]:
         """Sizes in the latent and expanded; see `PartSizes.latent_attention`."""
         is_decode = self.num_new == 1 + self.num_drafts
         is_expanded = takes_less_expanded(self.num_new, self.num_cached, latent) & ~is_decode
-        in_latent = self._sizes(None, is_decode, ~is_decode & ~is_expanded)
-        return in_latent, self._sizes(None, np.zeros_like(is_expanded), is_expanded)
+        in_latent = self.sizes(None, is_decode, ~is_decode & ~is_expanded)
+        return in_latent, self.sizes(None, np.zeros_like(is_expanded), is_expanded)
 
-    def indexed_attention(self, topk: int) -> IndexedSizes:
+    def indexed_attention(self, indexer: Indexer) -> IndexedSizes:
         """Sizes of attention with an indexer; see `PartSizes.indexed_attention`."""
-        is_decode = self.num_new == 1 + self.num_drafts
-        is_dense = ~is_decode & (self.num_cached + self.num_new <= topk)
-        is_long, none = ~is_decode & ~is_dense, np.zeros_like(is_dense)
-        scored, chosen = (self._sizes(each, is_decode, is_long) for each in (None, topk))
-        return IndexedSizes(scored, chosen, self._sizes(None, none, is_dense))
+        return _indexed(self, indexer, self.num_new == 1 + self.num_drafts)
 
-    def _sizes(
+    def sizes(
         self,
         window: int | None,
         is_decode: npt.NDArray[np.bool_],
         is_prefill: npt.NDArray[np.bool_],
+        block_size: int = 1,
     ) -> AttentionSizes:
-        pairs, positions = pairs_and_positions(self.num_new, self.num_cached, window)
+        """Sizes of chosen sequences, [S] each, under a window; see `pairs_and_positions`."""
+        pairs, positions = pairs_and_positions(self.num_new, self.num_cached, window, block_size)
         decodes, prompts = self.num_seqs * is_decode, self.num_seqs * is_prefill
         return AttentionSizes(
             decode_seqs=decodes,
@@ -451,3 +465,15 @@ class Scenarios:
 
 # What steps ask of a part of a micro-batch: arrays over ranks, or over scenarios of one rank.
 TokenSizes = PartSizes | Scenarios
+
+
+def _indexed(part: TokenSizes, indexer: Indexer, is_decode: npt.NDArray[np.bool_]) -> IndexedSizes:
+    """Sizes of a part's attention with an indexer."""
+    is_within = part.num_cached + part.num_new <= indexer.topk
+    is_dense = ~is_decode & is_within & (not indexer.by_group)
+    is_long = ~is_decode & ~is_dense
+    return IndexedSizes(
+        scored=part.sizes(None, is_decode, is_long),
+        chosen=part.sizes(indexer.topk, is_decode, is_long, indexer.block_size),
+        dense=part.sizes(None, np.zeros_like(is_dense), is_dense),
+    )

@@ -37,6 +37,7 @@ class OpKind(StrEnum):
     LATENT_PREFILL = "latent_prefill"
     LATENT_DECODE = "latent_decode"
     SPARSE = "sparse_attention"  # prompts in the latent, of positions that an indexer chose
+    SPARSE_GROUPED = "sparse_grouped"  # the same of grouped queries
     INDEX = "index"  # an indexer's scores, of prompts
     INDEX_DECODE = "index_decode"  # one new token a sequence, over pages
     CHOOSE = "choose"  # the best of these scores
@@ -64,14 +65,9 @@ SIZES: dict[OpKind, tuple[str, ...]] = {
     # token-expert pairs, experts with any, width in and out, inner width, matrices (3 if gated)
     OpKind.EXPERTS: ("pairs", "active", "hidden", "inner", "matrices"),
     # sequences, query-key pairs of one head, new tokens, positions read; all summed over sequences
-    OpKind.PREFILL_ATTENTION: (
-        "seqs",
-        "query_key_pairs",
-        "tokens",
-        "positions",
-        "heads",
-        "kv_heads",
-        "head_dim",
+    **dict.fromkeys(
+        (OpKind.PREFILL_ATTENTION, OpKind.SPARSE_GROUPED),
+        ("seqs", "query_key_pairs", "tokens", "positions", "heads", "kv_heads", "head_dim"),
     ),
     OpKind.DECODE_ATTENTION: ("seqs", "positions", "heads", "kv_heads", "head_dim"),
     # of latent attention: in the latent, key_dim = rank + rope and value_dim = rank; where keys and
@@ -95,10 +91,10 @@ SIZES: dict[OpKind, tuple[str, ...]] = {
         "key_dim",
         "value_dim",
     ),
-    # pairs that are scored, new tokens, positions read
+    # pairs that are scored, new tokens, bytes of keys and queries, scores that are written
     **dict.fromkeys(
         (OpKind.INDEX, OpKind.INDEX_DECODE),
-        ("query_key_pairs", "tokens", "positions", "heads", "head_dim"),
+        ("query_key_pairs", "tokens", "heads", "head_dim", "read_bytes", "scores"),
     ),
     OpKind.CHOOSE: ("query_key_pairs", "tokens", "topk"),
     OpKind.CONVOLUTION: ("seqs", "tokens", "channels", "kernel"),
@@ -114,10 +110,12 @@ ATTENTION = (
     OpKind.LATENT_PREFILL,
     OpKind.LATENT_DECODE,
     OpKind.SPARSE,
+    OpKind.SPARSE_GROUPED,
 )
 # Of mixers beside attention; no machine's own measurement has them.
 OF_MIXERS = (
     OpKind.SPARSE,
+    OpKind.SPARSE_GROUPED,
     OpKind.INDEX,
     OpKind.INDEX_DECODE,
     OpKind.CHOOSE,
