@@ -21,6 +21,7 @@ from expertlane.spec.ranges import Strict
 
 Shape = tuple[int, ...]
 StateKind = Literal["gated_delta", "kimi_delta", "lightning", "mamba1", "mamba2"]
+Entries = Literal["chosen", "all"]
 
 STATE_BYTES = 4  # of a value of a state: float32, as serving engines keep it
 INDEX_SCALE_BYTES = 4  # an index key is kept in float8, whatever the cache's type, with a float32
@@ -40,10 +41,12 @@ class Mixing(NamedTuple):
 
     Attributes:
         window: of attention, latest positions that a token sees, its own included; None for all.
+        entries: of compressed attention, which entries a token sees beside its window.
     """
 
     kind: Literal["attention", "state"] = "attention"
     window: int | None = None
+    entries: Entries | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from expertlane.balance.holding import Slices
 from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
 from expertlane.cost.step.operation import Ints, OpKind
 from expertlane.cost.step.step_list import KernelSet, StepWriter
+from expertlane.errors import UserError
 from expertlane.spec.mixers import STATE_BYTES, Indexer, LatentAttention, Mixing, StateMixer
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
@@ -24,6 +25,8 @@ _SUM_BYTES = 4  # of a head's log-sum-exp, a float32
 
 def mixer_steps(out: StepWriter, model: ModelConfig, mixing: Mixing, part: TokenSizes) -> None:
     """The mixer of a layer: from a rank's hidden states to the group's summed output."""
+    if model.compressed is not None:
+        raise UserError(f"{model.name}: compressed attention is not priced yet")
     hidden_bytes = model.hidden_size * out.types.activation_bytes
     out.by_token(Stage.ATTENTION, part, hidden_bytes, 2, out.norm_kernels)
     out.gather_tokens(part.owned, hidden_bytes)

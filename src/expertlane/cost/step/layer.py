@@ -334,7 +334,7 @@ def layer_steps(
         layer: its number says its kind.
         counts: counts of its dispatch; None for a layer without experts.
     """
-    mixing, mlp = model.kind_of_layer(layer)
+    mixing, mlp, _ = model.kind_of_layer(layer)
     if mixing is not None:
         mixer_steps(out, model, mixing, part)
     if mlp == "none":
