@@ -89,6 +89,52 @@ def test_bytes_of_a_sequence_by_hand():
     assert held_state_bytes(deepseek, TYPES, 8) == 0
 
 
+def test_bytes_of_compressed_attention_by_hand():
+    flash, window = _model("deepseek-v4-flash"), 9 * 16  # 128 positions begin inside a block
+    # A vector of 512 bfloat16 for 4 positions, and an index key in float8; or for 128 positions.
+    of_position = 21 * (512 * 2 + 128 + 4) / 4 + 20 * 512 * 2 / 128
+    # In float32, vectors and gates: of 4 positions, twice and what the entry before leaves, as wide
+    # as a head and as an index key; of 128 positions once.
+    of_states = 21 * 4 * 2 * 4 * 3 * (512 + 128) + 20 * 4 * 2 * 128 * 512
+    of_windows = 43 * window * 512 * 2
+    for tp in (1, 8):
+        assert kept_bytes(flash, TYPES, tp, range(43)) == (of_position, of_windows + of_states)
+    assert kept_bytes(flash, TYPES, 1, range(2)) == (0, 2 * window * 512 * 2)
+    float8 = replace(TYPES, kv="float8")
+    assert kept_bytes(flash, float8, 1, range(3, 4)).position == 513 / 128
+    pro = _model("deepseek-v4-pro")
+    assert kept_bytes(pro, TYPES, 1, range(61)).position == 30 * 289 + 31 * 8
+
+
+def test_blocks_of_positions_that_share_entries():
+    model, layout = _model("deepseek-v4-flash"), Layout(tp=8)
+    held = PlacedModel(model, layout, TYPES, placements_of(model, layout, Options()))
+    limits = Limits(model.vocab_size, 65_536, 10**6, max_num_seqs=64)
+    kept = kept_bytes(model, TYPES, 8, range(43))
+    assert held.state_blocks(limits) == -(-kept.sequence // (16 * 6229))
+    full = replace(limits, num_blocks=4096)
+    assert held.rank_memory(full, 0, 3).kv_bytes == 65_536 * 6229 + 3 * kept.sequence
+    few = model.with_overrides(num_hidden_layers=2, sliding_window=(128,) * 2)
+    few = few.with_overrides(compressed=replace(few.compressed, layers=(None, "all")), indexer=None)
+    held = PlacedModel(few, layout, TYPES, placements_of(few, layout, Options()))
+    assert held.rank_memory(replace(limits, num_blocks=1), 0).kv_bytes == 16 * 8
+
+
+def test_what_no_layout_of_compressed_attention_cuts():
+    model = _model("deepseek-v4-flash")
+    Layout(tp=8).check_model(model)
+    with refusing("tp=16 8 groups valid tp 1 2 4 8"):
+        Layout(tp=16).check_model(model)
+    with refusing("dcp compressed attention"):
+        Layout(tp=8, dcp=2).check_model(model)
+    for part, shape in layer_shapes(model, model.kind_of_layer(2)).items():
+        rows = [Slices(8, rank).of_tensor(model, layer_name(2, part)) for rank in range(8)]
+        is_cut = part in ("query_b", "sinks", "output_a", "output_b") or "shared." in part
+        size = shape[cut_dim(part)]
+        assert [len(each) for each in rows] == [size // 8 if is_cut else size] * 8, part
+        assert set().union(*rows) == set(range(size)), part
+
+
 def test_groups_fewer_than_ranks_are_copied():
     granite = _model("granite-4.0-h-small")  # one group of queries and keys
     assert held_state_bytes(granite, TYPES, 8) == 16 * 128 * 64 * 4 + 3 * (1024 + 2 * 128) * 2

@@ -23,7 +23,8 @@ from typing import Literal
 from expertlane.spec.mixers import STATE_BYTES, Entries, Indexer, Shape
 from expertlane.spec.ranges import Strict
 
-_STREAMS: dict[Literal["attention", "moe", "head"], int] = {"attention": 3, "moe": 3, "head": 1}
+Streamed = Literal["attention", "moe", "head"]
+STREAMED: dict[Streamed, int] = {"attention": 3, "moe": 3, "head": 1}  # kinds of mixing weights
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,7 @@ class CompressedAttention(Strict):
         return 2 * self.rate(entries) * values * STATE_BYTES
 
 
-def stream_shapes(
-    block: Literal["attention", "moe", "head"], num_streams: int, hidden: int
-) -> dict[str, Shape]:
+def stream_shapes(block: Streamed, num_streams: int, hidden: int) -> dict[str, Shape]:
     """Shapes of what mixes residual streams around a block (Xie et al. 2026, mHC); none of one.
 
     From all streams of a token come the weights that join them into the block's input, spread its
@@ -119,10 +118,10 @@ def stream_shapes(
     return {
         f"{block}_streams": (num_weights, num_streams * hidden),
         f"{block}_streams_bias": (num_weights,),
-        f"{block}_streams_scale": (_STREAMS[block],),
+        f"{block}_streams_scale": (STREAMED[block],),
     }
 
 
-def num_mixing(block: Literal["attention", "moe", "head"], num_streams: int) -> int:
+def num_mixing(block: Streamed, num_streams: int) -> int:
     """Weights of a token that streams are mixed by around a block."""
     return num_streams if block == "head" else num_streams * (2 + num_streams)

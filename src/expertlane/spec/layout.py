@@ -189,6 +189,8 @@ class Layout(Strict):
 
     def most_dcp(self, model: ModelConfig) -> int:
         """Ranks of a `tp` group that hold the same keys and values without `dcp`."""
+        if model.compressed is not None:
+            return 1
         if model.latent is not None:
             return self.tp
         most_kv = max(heads.num_kv for heads in model.all_heads)
@@ -217,6 +219,17 @@ class Layout(Strict):
             raise SpecError(
                 f"layout {self}: tp={self.tp} does not divide the {state.num_cuts} {what} of "
                 f"{state.title} of {model.name}; valid tp: {_listed(divisors(state.num_cuts))}"
+            )
+        if (compressed := model.compressed) is not None and compressed.o_groups % self.tp:
+            raise SpecError(
+                f"layout {self}: tp={self.tp} does not divide the {compressed.o_groups} groups of "
+                f"heads that {model.name} projects by themselves; valid tp: "
+                f"{_listed(divisors(compressed.o_groups))}"
+            )
+        if compressed is not None and self.dcp > 1:
+            raise SpecError(
+                f"layout {self}: decode context parallelism is not modelled for the compressed "
+                f"attention of {model.name}; valid dcp: 1"
             )
         if self.most_dcp(model) % self.dcp:
             raise SpecError(
