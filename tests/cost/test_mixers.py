@@ -114,8 +114,13 @@ def test_blocks_of_positions_that_share_entries():
     assert held.state_blocks(limits) == -(-kept.sequence // (16 * 6229))
     full = replace(limits, num_blocks=4096)
     assert held.rank_memory(full, 0, 3).kv_bytes == 65_536 * 6229 + 3 * kept.sequence
-    few = model.with_overrides(num_hidden_layers=2, sliding_window=(128,) * 2)
-    few = few.with_overrides(compressed=replace(few.compressed, layers=(None, "all")), indexer=None)
+    few = model.with_overrides(
+        num_hidden_layers=2,
+        sliding_window=(128,) * 2,
+        hash_layers=(),
+        compressed=replace(model.compressed, layers=(None, "all")),
+        indexer=None,
+    )
     held = PlacedModel(few, layout, TYPES, placements_of(few, layout, Options()))
     assert held.rank_memory(replace(limits, num_blocks=1), 0).kv_bytes == 16 * 8
 
