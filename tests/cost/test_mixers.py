@@ -11,7 +11,7 @@ from cli.screen import refusing
 from expertlane.balance.holding import Slices, placements_of
 from expertlane.cost.memory import PlacedModel, held_kv_bytes, held_state_bytes, kept_bytes
 from expertlane.cost.step.attention import mixer_steps
-from expertlane.cost.step.batch_sizes import PartSizes
+from expertlane.cost.step.batch_sizes import PartSizes, pairs_and_positions
 from expertlane.cost.step.counts import StageMesh
 from expertlane.cost.step.operation import (
     NumberTypes,
@@ -32,21 +32,23 @@ from expertlane.spec.tensors import cut_dim, layer_name, layer_shapes
 PUBLISHED = Path(__file__).parent.parent / "spec" / "published_mixers.json"
 CONFIGS = json.loads(PUBLISHED.read_text())
 TYPES = NumberTypes()
+DECODE = OpKind.LATENT_DECODE
 
 
 def _model(name):
     return from_hf(CONFIGS[name], name, weights=False)
 
 
-def _operations(model, kind, num_seqs, num_new, num_cached=0, tp=1):
-    steps = _steps(model, kind, num_seqs, num_new, num_cached, tp)
+def _operations(model, mixing, num_seqs, num_new, num_cached=0, tp=1):
+    steps = _steps(model, mixing, num_seqs, num_new, num_cached, tp)
     return [step for step in steps if isinstance(step, Operation)]
 
 
-def _steps(model, kind, num_seqs, num_new, num_cached=0, tp=1):
+def _steps(model, mixing, num_seqs, num_new, num_cached=0, tp=1):
     layout = Layout(tp=tp)
     out = StepList(StageMesh.of(layout, 0, 0, 8), TYPES, "all_gather", GPU_LIBRARIES)
-    mixer_steps(out, model, Mixing(kind), PartSizes.even(1, tp, num_seqs, num_new, num_cached))
+    mixing = Mixing(mixing) if isinstance(mixing, str) else mixing
+    mixer_steps(out, model, mixing, PartSizes.even(1, tp, num_seqs, num_new, num_cached))
     return out.steps
 
 
@@ -369,3 +371,129 @@ def test_flops_of_an_indexer_are_those_of_transformers():
     assert projections + causal == pytest.approx(counter.get_total_flops(), rel=0.02)
     sums = np.array([each.flops[0] for each in operations if each.kind is OpKind.GEMM])
     assert {2 * num * 64 * 128 * 1536, 2 * num * (128 + 64) * 7168} <= set(sums.tolist())
+
+
+def _compressed(entries):
+    return Mixing("attention", 128, entries)
+
+
+def test_a_token_sees_a_window_and_full_entries():
+    """By hand, at every length around the ends of windows, of entries and of what is chosen."""
+    for rate, most in ((4, None), (4, 5), (128, None), (1, 128)):
+        lengths = np.arange(300)
+        seen = [min(n // rate, n if most is None else most) for n in range(1, 301)]
+        pairs, positions = pairs_and_positions(np.ones_like(lengths), lengths, most, rate)
+        assert pairs.tolist() == positions.tolist() == seen
+        whole, _ = pairs_and_positions(lengths[1:], np.zeros_like(lengths[1:]), most, rate)
+        assert whole.tolist() == np.cumsum(seen)[:299].tolist()
+
+
+def test_a_decode_of_compressed_attention_by_hand():
+    model, num_cached = _model("deepseek-v4-flash"), 10_000
+    for entries, seen in ((None, 0), ("chosen", 512), ("all", 10_001 // 128)):
+        ops = _operations(model, _compressed(entries), 3, 1, num_cached)
+        (core,) = (each for each in ops if each.kind is DECODE)
+        assert core.flops[0] == 3 * 4 * 64 * 512 * (128 + seen)
+        assert core.kv_bytes[0] == 3 * (128 + seen) * 512 * 2
+        scored = [each for each in ops if each.kind is OpKind.INDEX_DECODE]
+        assert len(scored) == (entries == "chosen")
+        for each in scored:
+            assert each.flops[0] == 3 * 2 * 64 * 128 * (10_001 // 4)
+            assert each.kv_bytes[0] == 3 * (10_001 // 4) * 132
+    # Few entries are all seen, none is there before the first is full.
+    (core,) = (
+        each
+        for each in _operations(model, _compressed("chosen"), 1, 1, 2)
+        if each.kind is OpKind.LATENT_DECODE
+    )
+    assert core.flops[0] == 4 * 64 * 512 * 3
+
+
+def test_drafts_of_compressed_attention():
+    """Each sees as many entries as a single token; of the window all read what any sees."""
+    model = _model("deepseek-v4-flash")
+    out = StepList(StageMesh.of(Layout(), 0, 0, 8), TYPES, "all_gather", GPU_LIBRARIES)
+    mixer_steps(out, model, _compressed("chosen"), PartSizes.even(1, 1, 2, 1, 8000, 1))
+    (core,) = (each for each in out.steps if isinstance(each, Operation) and each.kind is DECODE)
+    assert core.flops[0] == 2 * 2 * 4 * 64 * 512 * (129 + 512)
+    assert core.kv_bytes[0] == 2 * (129 + 512) * 512 * 2
+
+
+def test_heads_alone_are_cut_in_compressed_attention():
+    """What makes queries' latents, entries and index queries is on every rank."""
+    model = _model("deepseek-v4-flash")
+    one, four = (_operations(model, _compressed("chosen"), 2, 1, 5000, tp) for tp in (1, 4))
+    hidden, tokens = model.hidden_size, 2
+    copied = 1024 + 512 + 2 * 2 * (512 + 128) + 64
+    copied = 2 * tokens * (copied * hidden + 64 * 128 * 1024)
+    copied += _flops(one, OpKind.INDEX_DECODE)
+    mixing = 2 * tokens * 24 * 4 * hidden  # of streams, which all ranks hold in this form
+    core = _flops(four, OpKind.LATENT_DECODE)
+    assert 4 * core == _flops(one, OpKind.LATENT_DECODE)
+    cut = _flops(one) - copied - mixing
+    assert _flops(four) == copied + cut // 4 + mixing
+
+
+def test_streams_stay_with_the_owners_of_tokens():
+    """Sent between ranks of a stage is one stream's width; between stages all of them."""
+    flash = _model("deepseek-v4-flash")
+    plain = flash.with_overrides(num_streams=1)
+    sent = []
+    for model in (flash, plain):
+        steps = _steps(model, _compressed("all"), 8, 1, 9, tp=8)
+        moved = (each for each in steps if isinstance(each, Transfer))
+        sent.append(sum(int(each.sent_bytes.sum()) for each in moved))
+    assert sent[0] == sent[1] > 0
+    assert (flash.carried_size, plain.carried_size) == (4 * 4096, 4096)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("entries", [None, "chosen", "all"])
+def test_flops_of_compressed_attention_are_those_of_transformers(entries):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as deepseek
+
+    model, num, topk = _model("deepseek-v4-flash"), 1024, 64
+    model = model.with_overrides(indexer=replace(model.indexer, topk=topk))
+    given = {key: each for key, each in CONFIGS["deepseek-v4-flash"].items() if key != "model_type"}
+    config = deepseek.DeepseekV4Config(**given | {"index_topk": topk})
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        attention = deepseek.DeepseekV4Attention(config, model.compressed.layers.index(entries))
+        inputs, angles = torch.randn(1, num, 4096), torch.randn(1, num, 32)
+        mask, at = torch.zeros(1, 1, num, num), torch.zeros(1, num, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        attention.eval()(inputs, dict.fromkeys(("main", "compress"), (angles, angles)), at, mask)
+    operations = _operations(model, _compressed(entries), 1, num)
+    num_entries = {None: 0, "chosen": num // 4, "all": num // 128}[entries]
+    (core,) = (each for each in operations if each.kind is OpKind.SPARSE)
+    # They multiply what a token does not see too: all positions, all entries.
+    ours = _flops(operations) - _mixing(num) - int(core.flops[0])
+    ours += 4 * 64 * 512 * num * (num + num_entries)
+    if entries == "chosen":
+        (scored,) = (each for each in operations if each.kind is OpKind.INDEX)
+        ours += 2 * 64 * 128 * num * num_entries - int(scored.flops[0])
+    assert ours == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def _mixing(num):
+    """FLOPs of streams' weights."""
+    return 2 * num * 24 * 4 * 4096
+
+
+@pytest.mark.full
+def test_flops_of_streams_are_those_of_transformers():
+    """Their mixing of four streams, a product of 4 x 4 for every value, is bytes alone here."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as deepseek
+
+    model, num = _model("deepseek-v4-flash"), 16
+    with torch.device("meta"):
+        streams = deepseek.DeepseekV4HyperConnection(deepseek.DeepseekV4Config())
+        inputs = torch.randn(1, num, 4, 4096)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        streams(inputs)
+    (weights, *_) = _operations(model, _compressed(None), 1, num)
+    assert weights.flops[0] == counter.get_total_flops() == _mixing(num)

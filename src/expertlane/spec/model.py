@@ -410,6 +410,11 @@ class ModelConfig(Strict):
         return self.moe_latent_size or self.hidden_size
 
     @property
+    def carried_size(self) -> int:
+        """Width of a token between layers: of all its residual streams."""
+        return self.num_streams * self.hidden_size
+
+    @property
     def own_dtype(self) -> Dtype | None:
         """Number type of its weights for computing; None for float16, which few CPUs compute in."""
         return None if self.dtype == "float16" else self.dtype

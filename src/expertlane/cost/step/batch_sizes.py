@@ -52,19 +52,25 @@ class IndexedSizes(NamedTuple):
     dense: AttentionSizes
 
 
-def pairs_and_positions(num_new: Ints, num_cached: Ints, window: int | None) -> tuple[Ints, Ints]:
+def pairs_and_positions(
+    num_new: Ints, num_cached: Ints, window: int | None, rate: int = 1
+) -> tuple[Ints, Ints]:
     """Query-key pairs of sequences' new tokens, of one head, and positions that any of them sees.
 
     Args:
         num_new, num_cached: [S].
         window: latest positions that a token sees; None for all.
+        rate: positions that share an entry, if above 1: then entries are counted in place of
+            positions, of which a token sees `window`, whichever, and the last token's are given.
 
     Returns:
         [S] both.
     """
     after = num_cached + num_new
-    pairs = _pairs_up_to(after, window) - _pairs_up_to(num_cached, window)
-    return pairs, after if window is None else np.minimum(after, num_new + window - 1)
+    pairs = _pairs_up_to(after, window, rate) - _pairs_up_to(num_cached, window, rate)
+    if window is None:
+        return pairs, after // rate
+    return pairs, np.minimum(after // rate, window + (num_new - 1 if rate == 1 else 0))
 
 
 def takes_less_expanded(
@@ -87,12 +93,12 @@ def takes_less_expanded(
     return is_less
 
 
-def _pairs_up_to(length: Ints, window: int | None) -> Ints:
-    """[S]; pairs of all tokens of sequences of this length: sum of min(i, window)."""
-    if window is None:
-        return length * (length + 1) // 2
-    full: Ints = np.minimum(length, window)
-    return full * (full + 1) // 2 + (length - full) * window
+def _pairs_up_to(length: Ints, window: int | None, rate: int) -> Ints:
+    """[S]; pairs of all tokens of sequences of this length: sum of min(i // rate, window)."""
+    full: Ints = length if window is None else np.minimum(length, window * rate)
+    entries, further = np.divmod(full, rate)
+    pairs: Ints = rate * (entries * (entries - 1) // 2) + entries * (further + 1)
+    return pairs if window is None else pairs + (length - full) * window
 
 
 _POSITION_BITS = 22  # bits that a number of positions takes
@@ -270,14 +276,18 @@ class PartSizes:
         return np.bincount(dp_rank * self.tp + tp_rank, minlength=self.dp * self.tp)
 
     @cached_property
-    def _by_window(self) -> dict[int | None, AttentionSizes]:
+    def _by_window(self) -> dict[tuple[int | None, int], AttentionSizes]:
         return {}
 
-    def attention(self, window: int | None) -> AttentionSizes:
-        """Sizes under a window: how many latest positions a token sees; None for all."""
-        if window not in self._by_window:
-            self._by_window[window] = self._sizes(window, self._is_decode, ~self._is_decode)
-        return self._by_window[window]
+    def attention(self, window: int | None, rate: int = 1) -> AttentionSizes:
+        """Sizes under a window: how many latest positions a token sees; None for all.
+
+        Args:
+            rate: positions that share an entry; see `pairs_and_positions`.
+        """
+        if (key := (window, rate)) not in self._by_window:
+            self._by_window[key] = self._sizes(window, self._is_decode, ~self._is_decode, rate)
+        return self._by_window[key]
 
     def latent_attention(self, latent: LatentAttention) -> tuple[AttentionSizes, AttentionSizes]:
         """Sizes of attention in the latent, and of prompts whose keys and values are expanded."""
@@ -309,8 +319,9 @@ class PartSizes:
         window: int | None,
         is_decode: npt.NDArray[np.bool_],
         is_prefill: npt.NDArray[np.bool_],
+        rate: int = 1,
     ) -> AttentionSizes:
-        pairs, positions = pairs_and_positions(self.num_new, self.num_cached, window)
+        pairs, positions = pairs_and_positions(self.num_new, self.num_cached, window, rate)
         decode_groups, prefill_groups = self._num_groups(is_decode, is_prefill)
         return AttentionSizes(
             decode_seqs=self._for_ranks(self._sum(is_decode)),
@@ -408,10 +419,10 @@ class Scenarios:
         """[S]; all False: no sequence asks for more than its likeliest token."""
         return np.zeros(self.size, dtype=np.bool_)
 
-    def attention(self, window: int | None) -> AttentionSizes:
+    def attention(self, window: int | None, rate: int = 1) -> AttentionSizes:
         """Sizes under a window; see `PartSizes.attention`."""
         is_decode = self.num_new == 1 + self.num_drafts
-        return self._sizes(window, is_decode, ~is_decode)
+        return self._sizes(window, is_decode, ~is_decode, rate)
 
     def latent_attention(self, latent: LatentAttention) -> tuple[AttentionSizes, AttentionSizes]:
         """Sizes in the latent and expanded; see `PartSizes.latent_attention`."""
@@ -433,8 +444,9 @@ class Scenarios:
         window: int | None,
         is_decode: npt.NDArray[np.bool_],
         is_prefill: npt.NDArray[np.bool_],
+        rate: int = 1,
     ) -> AttentionSizes:
-        pairs, positions = pairs_and_positions(self.num_new, self.num_cached, window)
+        pairs, positions = pairs_and_positions(self.num_new, self.num_cached, window, rate)
         decodes, prompts = self.num_seqs * is_decode, self.num_seqs * is_prefill
         return AttentionSizes(
             decode_seqs=decodes,
