@@ -394,7 +394,12 @@ def stand_ins(profile: Profile, types: NumberTypes, model: ModelConfig) -> Itera
             f"{' and '.join(dict.fromkeys(unknown))}: nothing was measured; times are between the "
             f"roofline of {profile.device.name} and {1 / _LEAST_EFFICIENCY:g} times that."
         )
-    if model.indexer is not None:
+    if model.compressed is not None:
+        yield (
+            "Compressed attention is priced as attention to as many chosen positions in latent "
+            "attention: those of its window, and entries."
+        )
+    elif model.indexer is not None:
         yield (
             "Decoding over the positions that an indexer chose is priced as latent attention to as "
             "many."

@@ -414,6 +414,8 @@ class NumberTypes:
     always float32.
 
     Attributes:
+        others: of matrices beside experts, where only experts are in the type of weights, and these
+            in another narrow one.
         narrow_head: the output head has one byte per weight: it was rounded while loading.
         inputs_of_scale: inputs that share a scale in weights of one byte, in the engine's memory;
             None where scales are the checkpoint's.
@@ -427,6 +429,7 @@ class NumberTypes:
     weights: str = "bfloat16"
     activations: str = "bfloat16"
     kv: str = "bfloat16"
+    others: str | None = None
     narrow_head: bool = False
     inputs_of_scale: int | None = None
     rounds_inputs: bool = False
@@ -503,6 +506,8 @@ class NumberTypes:
 
     def of_part(self, part: Literal["attention", "mlp", "experts"]) -> str:
         """The type of the matrices of attention, of dense and shared MLPs, or of experts."""
+        if self.others is not None:
+            return self.weights if part == "experts" else self.others
         return self.weights if part in _QUANTISED.get(self.weights, (part,)) else self.kept
 
     @property
@@ -513,7 +518,8 @@ class NumberTypes:
     @property
     def index_type(self) -> str:
         """The type that an indexer's scores are computed in: float8 beside weights as narrow."""
-        return "float8" if self.weights in ("float8", "nvfp4") else self.kept
+        is_narrow = "float8" in (self.weights, self.others) or self.weights == "nvfp4"
+        return "float8" if is_narrow else self.kept
 
     def cached_bytes(self, num_values: int, num_rows: int) -> int:
         """Bytes of keys and values in the cache.
@@ -525,7 +531,8 @@ class NumberTypes:
 
     def __str__(self) -> str:
         kv = f", keys and values {self.kv}" if self.kv != self.activations else ""
-        return self.weights + kv
+        others = f", beside experts {self.others}" if self.others is not None else ""
+        return self.weights + others + kv
 
 
 @dataclass(frozen=True)
