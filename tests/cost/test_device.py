@@ -300,6 +300,11 @@ def test_measurements_that_stand_in_for_a_type_are_named():
     )
 
 
+def test_laws_that_stand_in_for_compressed_attention_are_named():
+    said = " ".join(stand_ins(read_profile("h100"), NumberTypes(), COMPRESSED))
+    assert tells(said, "Compressed attention priced chosen positions latent window entries")
+
+
 def test_a_type_without_a_figure_is_one_clear_line():
     with pytest.raises(SpecError, match=telling("NVIDIA A100 SXM 80 GB float8")):
         DeviceModel(read_profile("a100")).times(OpKind.GEMM, "float8", _ONE_OF_EACH[OpKind.GEMM])

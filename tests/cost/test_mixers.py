@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from cli.screen import refusing
+from cost.projected import builder_of
 from expertlane.balance.holding import Slices, placements_of
 from expertlane.cost.memory import PlacedModel, held_kv_bytes, held_state_bytes, kept_bytes
+from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.attention import mixer_steps
 from expertlane.cost.step.batch_sizes import PartSizes, pairs_and_positions
 from expertlane.cost.step.counts import StageMesh
@@ -28,6 +30,7 @@ from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.mixers import Mixing, StateMixer
 from expertlane.spec.tensors import cut_dim, layer_name, layer_shapes
+from planner.requests import COMPRESSED
 
 PUBLISHED = Path(__file__).parent.parent / "spec" / "published_mixers.json"
 CONFIGS = json.loads(PUBLISHED.read_text())
@@ -444,7 +447,14 @@ def test_streams_stay_with_the_owners_of_tokens():
         moved = (each for each in steps if isinstance(each, Transfer))
         sent.append(sum(int(each.sent_bytes.sum()) for each in moved))
     assert sent[0] == sent[1] > 0
-    assert (flash.carried_size, plain.carried_size) == (4 * 4096, 4096)
+    handed = []
+    for model in (COMPRESSED, COMPRESSED.with_overrides(num_streams=1)):
+        part = PartSizes.even(1, 2, 6)
+        built = builder_of("pp=2,tp=2", model).build_sized(
+            [("all_gather", [part])], PowerLawRouting.of(model, 0)
+        )
+        handed.append(built.stages[0][0].hand_over.sent_bytes.tolist())
+    assert handed == [[3 * 4 * 2048 * 2] * 2, [3 * 2048 * 2] * 2]
 
 
 @pytest.mark.full

@@ -109,7 +109,8 @@ class FoundModel:
             kv = "float8"
         types = NumberTypes.asked(dtype or own, kv)
         if stored == types.weights and self.quantization is not None:
-            types = replace(types, others=self.quantization.others)
+            others = self.quantization.others
+            types = replace(types, others=others if others in known else None)
         if types.weights not in known:
             raise UserError(
                 f"{cluster.profile.device.name} does not compute in {types.weights}; valid for "
