@@ -412,6 +412,22 @@ def test_a_decode_of_compressed_attention_by_hand():
     assert core.flops[0] == 4 * 64 * 512 * 3
 
 
+def test_prompts_of_compressed_attention_by_hand():
+    """Over a float8 cache by a kernel of its own; both count the same."""
+    model = _model("deepseek-v4-flash")
+    for kv, kind in (("bfloat16", OpKind.SPARSE), ("float8", OpKind.COMPRESSED)):
+        out = StepList(
+            *(StageMesh.of(Layout(), 0, 0, 8), replace(TYPES, kv=kv), "all_gather", GPU_LIBRARIES)
+        )
+        mixer_steps(out, model, _compressed("all"), PartSizes.even(1, 1, 2, 256, 0))
+        (core,) = (each for each in out.steps if isinstance(each, Operation) and each.kind is kind)
+        # A window of 128 in 256 tokens; an entry from the 128th on, two for the last.
+        pairs = 128 * 129 // 2 + 128 * 128 + 128 + 2
+        assert core.flops[0] == 2 * 4 * 64 * 512 * pairs
+        bytes_of_vector = {"bfloat16": 1024, "float8": 513}[kv]
+        assert core.kv_bytes[0] == 2 * (256 + 2) * bytes_of_vector
+
+
 def test_drafts_of_compressed_attention():
     """Each sees as many entries as a single token; of the window all read what any sees."""
     model = _model("deepseek-v4-flash")

@@ -213,7 +213,7 @@ _WORK: dict[OpKind, Callable[[Sizes, float], _Work]] = {
     OpKind.GEMM: _gemm,
     OpKind.EXPERTS: _experts,
     **dict.fromkeys(ATTENTION, _attention),
-    OpKind.SPARSE: _sparse,
+    **dict.fromkeys((OpKind.SPARSE, OpKind.COMPRESSED), _sparse),
     OpKind.INDEX: _index,
     OpKind.INDEX_DECODE: _index,
     OpKind.CHOOSE: _choose,
@@ -383,9 +383,11 @@ def stand_ins(profile: Profile, types: NumberTypes, model: ModelConfig) -> Itera
         kinds = (OpKind(f"{model.state.kind}_{phase}") for phase in ("prefill", "decode"))
         parts += [(model.state.title, kind, types.activations) for kind in kinds]
     if model.indexer is not None:
-        cached = f"Sparse attention of prompts over a {types.kv} cache"
+        kind = OpKind.SPARSE if model.compressed is None else types.of_compressed
+        name = "Compressed" if kind is OpKind.COMPRESSED else "Sparse"
+        cached = f"{name} attention of prompts over a {types.kv} cache"
         scored = f"Scores of an indexer in {types.index_type}"
-        parts.append((cached, OpKind.SPARSE, types.kv))
+        parts.append((cached, kind, types.kv))
         both = (OpKind.INDEX, OpKind.INDEX_DECODE)
         parts += [(scored, kind, types.index_type) for kind in both]
     unknown = [title for title, kind, dtype in parts if not has_law(profile, kind, dtype)]
@@ -395,9 +397,10 @@ def stand_ins(profile: Profile, types: NumberTypes, model: ModelConfig) -> Itera
             f"roofline of {profile.device.name} and {1 / _LEAST_EFFICIENCY:g} times that."
         )
     if model.compressed is not None:
+        all_or = "" if types.of_compressed is OpKind.SPARSE else "of single tokens "
         yield (
-            "Compressed attention is priced as attention to as many chosen positions in latent "
-            "attention: those of its window, and entries."
+            f"Compressed attention {all_or}is priced as attention to as many chosen positions in "
+            "latent attention: those of its window, and entries."
         )
     elif model.indexer is not None:
         yield (

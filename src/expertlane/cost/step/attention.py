@@ -218,7 +218,11 @@ def _scores(out: StepWriter, indexer: Indexer, sizes: AttentionSizes) -> None:
 
 
 def _chosen(
-    out: StepWriter, sizes: AttentionSizes, widths: dict[str, Ints | int], position_bytes: int
+    out: StepWriter,
+    sizes: AttentionSizes,
+    widths: dict[str, Ints | int],
+    position_bytes: int,
+    of_prompts: OpKind = OpKind.SPARSE,
 ) -> None:
     """Attention in the latent to the positions that an indexer chose.
 
@@ -228,7 +232,7 @@ def _chosen(
     heads = widths["heads"]
     if sizes.num_prefill_groups:
         out.operation(
-            OpKind.SPARSE,
+            of_prompts,
             Stage.ATTENTION,
             {
                 "seqs": sizes.prefill_seqs,
@@ -280,7 +284,8 @@ def _compressed(
     turned = 2 * (heads * (dim + model.rotary_dim) + dim) * item + vector_bytes
     num_kernels = 2 * out.kernels.rotate + out.kernels.head_norm + out.kernels.write
     out.memory(Stage.ATTENTION, tokens * turned, num_kernels)
-    _chosen(out, sizes, {"heads": heads, "key_dim": dim, "value_dim": dim}, vector_bytes)
+    widths: dict[str, Ints | int] = {"heads": heads, "key_dim": dim, "value_dim": dim}
+    _chosen(out, sizes, widths, vector_bytes, types.of_compressed)
     # Each group of heads has a product of its own: together one of as many rows.
     latent = num_groups * compressed.o_lora_rank
     out.gemm(Stage.ATTENTION, tokens, latent, model.attention_size // compressed.o_groups)

@@ -37,6 +37,7 @@ class OpKind(StrEnum):
     LATENT_PREFILL = "latent_prefill"
     LATENT_DECODE = "latent_decode"
     SPARSE = "sparse_attention"  # prompts in the latent, of positions that an indexer chose
+    COMPRESSED = "compressed_attention"  # prompts, of windows and entries, over a float8 cache
     INDEX = "index"  # an indexer's scores, of prompts
     INDEX_DECODE = "index_decode"  # one new token a sequence, over pages
     CHOOSE = "choose"  # the best of these scores
@@ -86,14 +87,9 @@ SIZES: dict[OpKind, tuple[str, ...]] = {
         "value_dim",
     ),
     OpKind.LATENT_DECODE: ("seqs", "positions", "heads", "key_dim", "value_dim"),
-    OpKind.SPARSE: (
-        "seqs",
-        "query_key_pairs",
-        "tokens",
-        "positions",
-        "heads",
-        "key_dim",
-        "value_dim",
+    **dict.fromkeys(
+        (OpKind.SPARSE, OpKind.COMPRESSED),
+        ("seqs", "query_key_pairs", "tokens", "positions", "heads", "key_dim", "value_dim"),
     ),
     # pairs that are scored, new tokens, positions read
     **dict.fromkeys(
@@ -114,10 +110,12 @@ ATTENTION = (
     OpKind.LATENT_PREFILL,
     OpKind.LATENT_DECODE,
     OpKind.SPARSE,
+    OpKind.COMPRESSED,
 )
 # Of mixers beside attention; no machine's own measurement has them.
 OF_MIXERS = (
     OpKind.SPARSE,
+    OpKind.COMPRESSED,
     OpKind.INDEX,
     OpKind.INDEX_DECODE,
     OpKind.CHOOSE,
@@ -520,6 +518,12 @@ class NumberTypes:
         """The type that an indexer's scores are computed in: float8 beside weights as narrow."""
         is_narrow = "float8" in (self.weights, self.others) or self.weights == "nvfp4"
         return "float8" if is_narrow else self.kept
+
+    @property
+    def of_compressed(self) -> OpKind:
+        """Compressed attention of prompts: by its own kernel, which takes float8 caches alone, or
+        by that of chosen positions."""
+        return OpKind.COMPRESSED if self.kv == "float8" else OpKind.SPARSE
 
     def cached_bytes(self, num_values: int, num_rows: int) -> int:
         """Bytes of keys and values in the cache.
