@@ -15,6 +15,7 @@ from compute import Sizes, Source
 from sheet import Generation
 from tables import Array, Columns, Table
 
+from expertlane.cost.step.batch_sizes import pairs_and_positions
 from expertlane.spec.mixers import INDEX_SCALE_BYTES, StateKind, StateMixer
 
 _NUM_DRAWS = 16
@@ -104,6 +105,10 @@ _COMMON: dict[str, Axes] = {
         "tokens": (1, 16, 64, 256, 1024, 4096, 16384, 131072),
         "keys_per_query": (1, 32, 128, 512, 1024, 2048),
         "heads": (64, 128),
+    },
+    "compressed": {
+        "tokens": (1, 16, 64, 256, 1024, 4096, 16384, 131072),
+        "keys_per_query": (1, 32, 128, 256, 512, 1024, 2048),
     },
 }
 # Where a cache's bandwidth ends, and how wide heads are that were timed.
@@ -338,6 +343,7 @@ def _token_flops(kind: StateKind, c: Columns, *, in_chunks: bool) -> Array:
 
 
 _V4_POSITIONS = 4  # that share a key in DeepSeek-V4's indexer
+_V4_WINDOW, _V4_ENTRY = 128, 128  # positions of its window, and of an entry that all tokens see
 TOPK = 2048.0  # positions that the indexers of DeepSeek-V3.2 and GLM-5 choose
 
 
@@ -408,6 +414,32 @@ def sparse_rows(path: str, heads: float) -> Source:
         }
 
     return _of_indexer(path, sizes)
+
+
+def compressed_rows(path: str) -> Source:
+    """Compressed attention of prompts to a window and to all entries, DeepSeek-V4-Flash's."""
+
+    def sizes(c: Columns) -> Sizes:
+        new, cached = (c[name].astype(np.int64) for name in ("isl", "step"))
+        window, entries = (
+            pairs_and_positions(new, cached, window, rate=rate)
+            for window, rate in ((_V4_WINDOW, 1), (None, _V4_ENTRY))
+        )
+        pairs, positions = (
+            c["batch_size"] * (one + other) for one, other in zip(window, entries, strict=True)
+        )
+        return {
+            "seqs": c["batch_size"],
+            "query_key_pairs": pairs,
+            "tokens": c["batch_size"] * c["isl"],
+            "positions": positions,
+            "heads": c["num_heads"],
+            "key_dim": 512.0,
+            "value_dim": 512.0,
+        }
+
+    lengths = tuple(times << power for power in range(14) for times in (3, 4))
+    return _of_indexer(path, sizes, where={"isl": lengths})
 
 
 def _of_indexer(

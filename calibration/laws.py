@@ -12,6 +12,7 @@ from law_rows import (
     WIDENED,
     axes_of,
     choose_rows,
+    compressed_rows,
     convolution_rows,
     decode_rows,
     expert_rows,
@@ -451,6 +452,10 @@ def _indexed(card: Card) -> list[Law]:
     heads = (64.0, 128.0) if card.generation is Generation.BLACKWELL else (64.0,)
     attention = tuple(sparse_rows(path.format("dsa_attn"), each) for each in heads)
     scored, chosen = index_rows(path.format("mqa_logits")), choose_rows(path.format("topk"))
+    compressed = compressed_rows(
+        f"{card.folder}/sparse_attention/{_VLLM}/dsv4_hca_attn_module_perf.parquet"
+    )
+    of_entries = "FlashMLA's kernel of prompts over DeepSeek-V4's window and entries"
     padded = "; 64 heads are computed as 128" if len(heads) > 1 else ""
     what = f"FlashMLA's kernel of prompts over chosen positions{padded}"
     return [
@@ -458,4 +463,5 @@ def _indexed(card: Card) -> list[Law]:
         Law(OpKind.INDEX_DECODE, "float8", (paged,), axes["index_decode"], decode),
         Law(OpKind.CHOOSE, "float8", (chosen,), axes["choose"], "SGLang's fused top-k"),
         Law(OpKind.SPARSE, "bfloat16", attention, axes["sparse"], what),
+        Law(OpKind.COMPRESSED, "float8", (compressed,), axes["compressed"], of_entries),
     ]

@@ -79,6 +79,7 @@ _TERMS = {
     "index_decode_floor_s": _floor(4),
     "choose_floor_s": _floor(4),
     "sparse_attention_floor_s": _floor(30),
+    "compressed_attention_floor_s": _floor(10),
     "launch_s": Term(
         5e-6,
         2.5e-6,

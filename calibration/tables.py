@@ -71,7 +71,7 @@ def read(table: Table, part: Part) -> Columns:
     """
     columns = _read_file(table, part)
     seconds = columns.pop(table.latency) * table.unit_s
-    if part is not Part.SKEWED:
+    if part is not Part.SKEWED and len(seconds):
         size = table.size(columns)
         is_largest = size > np.quantile(size, _LARGEST)
         keep = is_largest if part is Part.LARGEST else ~is_largest

@@ -179,6 +179,21 @@ def test_quantised_checkpoints_are_priced_in_their_type_or_with_a_caution(
     assert tells(" ".join(cautions), caution)
 
 
+def test_matrices_beside_narrow_experts_have_a_type_of_their_own(here):
+    checkpoint(here / "mine", quantization_config={"quant_method": "fp8", "expert_dtype": "fp4"})
+    found, cluster = find_model("./mine", weights=False), parse_cluster("h100x2")
+    types = found.number_types(None, "model", cluster)
+    assert [types.of_part(part) for part in ("attention", "mlp", "experts")] == [
+        *("float8", "float8", "mxfp4")
+    ]
+    assert (types.kept, types.index_type) == ("bfloat16", "float8")
+    assert str(types) == "mxfp4, beside experts float8"
+    assert found.cautions(types, cluster) == ()
+    (caution,) = found.cautions(found.number_types("float8", "model", cluster), cluster)
+    assert tells(caution, "mxfp4 priced float8 --dtype mxfp4")
+    assert found.number_types("float8", "model", cluster).others is None
+
+
 def test_what_does_not_fit_is_told_a_type_that_does(run, here):
     nvfp4 = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
     config = json.loads(QWEN3_235B.read_text())

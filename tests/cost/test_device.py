@@ -21,6 +21,7 @@ from expertlane.cost.step.operation import (
 )
 from expertlane.errors import SpecError
 from expertlane.spec.model import PRESETS
+from planner.requests import COMPRESSED
 
 _DEVICE = Device("toy", 1e9, 1e9, {"float32": 1e12, "bfloat16": 2e12}, "made up")
 _TOY = Profile("toy", _DEVICE, 1, {})
@@ -75,6 +76,15 @@ _ONE_OF_EACH = {
         "key_dim": 576.0,
         "value_dim": 512.0,
     },
+    OpKind.COMPRESSED: {
+        "seqs": 2.0,
+        "query_key_pairs": 256.0 * 64,
+        "tokens": 64.0,
+        "positions": 512.0,
+        "heads": 64.0,
+        "key_dim": 512.0,
+        "value_dim": 512.0,
+    },
     OpKind.SPARSE_GROUPED: {
         "seqs": 2.0,
         "query_key_pairs": 2048.0 * 64,
@@ -114,7 +124,7 @@ _ONE_OF_EACH = {
     },
     OpKind.MEMORY: {"bytes": 1e6},
 }
-_OF_INDEXERS = (OpKind.INDEX, OpKind.INDEX_DECODE)  # in float8 alone
+_OF_FLOAT8 = (OpKind.INDEX, OpKind.INDEX_DECODE, OpKind.COMPRESSED)  # in float8 alone
 _UNMEASURED = (
     OpKind.SPARSE_GROUPED,
     *(kind for kind in STATES if kind.startswith(("lightning", "mamba"))),
@@ -128,6 +138,7 @@ _EMPTY = {
     OpKind.LATENT_PREFILL: ("seqs", "query_key_pairs", "tokens", "positions"),
     OpKind.LATENT_DECODE: ("seqs", "positions"),
     OpKind.SPARSE: ("seqs", "query_key_pairs", "tokens", "positions"),
+    OpKind.COMPRESSED: ("seqs", "query_key_pairs", "tokens", "positions"),
     OpKind.SPARSE_GROUPED: ("seqs", "query_key_pairs", "tokens", "positions"),
     OpKind.INDEX: ("query_key_pairs", "tokens", "read_bytes", "scores"),
     OpKind.INDEX_DECODE: ("query_key_pairs", "tokens", "read_bytes", "scores"),
@@ -206,7 +217,7 @@ def test_nothing_to_do_takes_no_time(h100, kind, dtype):
 
 
 @pytest.mark.parametrize(
-    "kind", [kind for kind in OpKind if kind not in (*_UNMEASURED, *BYTES_ALONE, *_OF_INDEXERS)]
+    "kind", [kind for kind in OpKind if kind not in (*_UNMEASURED, *BYTES_ALONE, *_OF_FLOAT8)]
 )
 def test_float16_stands_on_bfloat16_as_a_wider_bound(h100, kind):
     known = h100.times(kind, "bfloat16", _ONE_OF_EACH[kind])
@@ -240,6 +251,7 @@ _GROWING = {
     OpKind.LATENT_PREFILL: ("seqs", "query_key_pairs", "tokens", "positions"),
     OpKind.LATENT_DECODE: ("seqs", "positions"),
     OpKind.SPARSE: ("seqs", "query_key_pairs", "tokens", "positions"),
+    OpKind.COMPRESSED: ("seqs", "query_key_pairs", "tokens", "positions"),
     OpKind.SPARSE_GROUPED: ("seqs", "query_key_pairs", "tokens", "positions"),
     OpKind.INDEX: ("query_key_pairs", "tokens", "read_bytes", "scores"),
     OpKind.INDEX_DECODE: ("query_key_pairs", "tokens", "read_bytes", "scores"),
@@ -314,6 +326,17 @@ def test_measurements_that_stand_in_for_a_type_are_named():
     assert (
         list(stand_ins(_TOY, NumberTypes("float16", "float16", "float8"), PRESETS["paper"])) == []
     )
+
+
+def test_laws_that_stand_in_for_compressed_attention_are_named():
+    h100, float8 = read_profile("h100"), NumberTypes("float8", kv="float8")
+    said = " ".join(stand_ins(h100, NumberTypes(), COMPRESSED))
+    assert tells(said, "Compressed attention is priced chosen positions latent window entries")
+    said = " ".join(stand_ins(h100, float8, COMPRESSED))
+    assert tells(said, "Compressed attention of single tokens priced chosen positions")
+    assert "nothing was measured" not in said
+    said = " ".join(stand_ins(_TOY, float8, COMPRESSED))
+    assert tells(said, "Compressed attention of prompts over a float8 cache nothing was measured")
 
 
 def test_a_type_without_a_figure_is_one_clear_line():

@@ -4,13 +4,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cli.screen import refusing
+from cost.projected import builder_of
 from expertlane.balance.holding import Slices, placements_of
 from expertlane.cost.memory import PlacedModel, held_kv_bytes, held_state_bytes, kept_bytes
+from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.attention import mixer_steps
-from expertlane.cost.step.batch_sizes import PartSizes
+from expertlane.cost.step.batch_sizes import PartSizes, pairs_and_positions
 from expertlane.cost.step.counts import StageMesh
 from expertlane.cost.step.operation import (
     NumberTypes,
@@ -27,25 +30,28 @@ from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.mixers import Mixing, StateMixer
 from expertlane.spec.tensors import cut_dim, layer_name, layer_shapes
+from planner.requests import COMPRESSED
 
 PUBLISHED = Path(__file__).parent.parent / "spec" / "published_mixers.json"
 CONFIGS = json.loads(PUBLISHED.read_text())
 TYPES = NumberTypes()
+DECODE = OpKind.LATENT_DECODE
 
 
 def _model(name):
     return from_hf(CONFIGS[name], name, weights=False)
 
 
-def _operations(model, kind, num_seqs, num_new, num_cached=0, tp=1):
-    steps = _steps(model, kind, num_seqs, num_new, num_cached, tp)
+def _operations(model, mixing, num_seqs, num_new, num_cached=0, tp=1):
+    steps = _steps(model, mixing, num_seqs, num_new, num_cached, tp)
     return [step for step in steps if isinstance(step, Operation)]
 
 
-def _steps(model, kind, num_seqs, num_new, num_cached=0, tp=1):
+def _steps(model, mixing, num_seqs, num_new, num_cached=0, tp=1):
     layout = Layout(tp=tp)
     out = StepList(StageMesh.of(layout, 0, 0, 8), TYPES, "all_gather", GPU_LIBRARIES)
-    mixer_steps(out, model, Mixing(kind), PartSizes.even(1, tp, num_seqs, num_new, num_cached))
+    mixing = Mixing(mixing) if isinstance(mixing, str) else mixing
+    mixer_steps(out, model, mixing, PartSizes.even(1, tp, num_seqs, num_new, num_cached))
     return out.steps
 
 
@@ -84,6 +90,57 @@ def test_bytes_of_a_sequence_by_hand():
     ring = _model("ring-mini-linear-2.0")
     assert held_state_bytes(ring, TYPES, 1) == 16 * 128 * 128 * 4  # no convolutions
     assert held_state_bytes(_model("deepseek-v3.2"), TYPES, 8) == 0
+
+
+def test_bytes_of_compressed_attention_by_hand():
+    flash, window = _model("deepseek-v4-flash"), 9 * 16  # 128 positions begin inside a block
+    # A vector of 512 bfloat16 for 4 positions, and an index key in float8; or for 128 positions.
+    of_position = 21 * (512 * 2 + 128 + 4) / 4 + 20 * 512 * 2 / 128
+    # In float32, vectors and gates: of 4 positions, twice and what the entry before leaves, as wide
+    # as a head and as an index key; of 128 positions once.
+    of_states = 21 * 4 * 2 * 4 * 3 * (512 + 128) + 20 * 4 * 2 * 128 * 512
+    of_windows = 43 * window * 512 * 2
+    for tp in (1, 8):
+        assert kept_bytes(flash, TYPES, tp, range(43)) == (of_position, of_windows + of_states)
+    assert kept_bytes(flash, TYPES, 1, range(2)) == (0, 2 * window * 512 * 2)
+    float8 = replace(TYPES, kv="float8")
+    assert kept_bytes(flash, float8, 1, range(3, 4)).position == 513 / 128
+    pro = _model("deepseek-v4-pro")
+    assert kept_bytes(pro, TYPES, 1, range(61)).position == 30 * 289 + 31 * 8
+
+
+def test_blocks_of_positions_that_share_entries():
+    model, layout = _model("deepseek-v4-flash"), Layout(tp=8)
+    held = PlacedModel(model, layout, TYPES, placements_of(model, layout, Options()))
+    limits = Limits(model.vocab_size, 65_536, 10**6, max_num_seqs=64)
+    kept = kept_bytes(model, TYPES, 8, range(43))
+    assert held.state_blocks(limits) == -(-kept.sequence // (16 * 6229))
+    full = replace(limits, num_blocks=4096)
+    assert held.rank_memory(full, 0, 3).kv_bytes == 65_536 * 6229 + 3 * kept.sequence
+    few = model.with_overrides(
+        num_hidden_layers=2,
+        sliding_window=(128,) * 2,
+        hash_layers=(),
+        compressed=replace(model.compressed, layers=(None, "all")),
+        indexer=None,
+    )
+    held = PlacedModel(few, layout, TYPES, placements_of(few, layout, Options()))
+    assert held.rank_memory(replace(limits, num_blocks=1), 0).kv_bytes == 16 * 8
+
+
+def test_what_no_layout_of_compressed_attention_cuts():
+    model = _model("deepseek-v4-flash")
+    Layout(tp=8).check_model(model)
+    with refusing("tp=16 8 groups valid tp 1 2 4 8"):
+        Layout(tp=16).check_model(model)
+    with refusing("dcp compressed attention"):
+        Layout(tp=8, dcp=2).check_model(model)
+    for part, shape in layer_shapes(model, model.kind_of_layer(2)).items():
+        rows = [Slices(8, rank).of_tensor(model, layer_name(2, part)) for rank in range(8)]
+        is_cut = part in ("query_b", "sinks", "output_a", "output_b") or "shared." in part
+        size = shape[cut_dim(part)]
+        assert [len(each) for each in rows] == [size // 8 if is_cut else size] * 8, part
+        assert set().union(*rows) == set(range(size)), part
 
 
 def test_groups_fewer_than_ranks_are_copied():
@@ -259,3 +316,152 @@ def test_flops_are_those_of_transformers(kind):
     # Triangular systems, which the counter does not see.
     systems = num * state.num_heads * state.chunk_size * (state.key_dim + state.value_dim)
     assert ours - systems == pytest.approx(theirs, rel=0.02)
+
+
+def _compressed(entries):
+    return Mixing("attention", 128, entries=entries)
+
+
+def test_a_token_sees_a_window_and_full_entries():
+    """By hand, at every length around the ends of windows, of entries and of what is chosen."""
+    for rate, most in ((4, None), (4, 5), (128, None), (1, 128)):
+        lengths = np.arange(300)
+        seen = [min(n // rate, n if most is None else most) for n in range(1, 301)]
+        pairs, positions = pairs_and_positions(np.ones_like(lengths), lengths, most, rate=rate)
+        assert pairs.tolist() == positions.tolist() == seen
+        whole, _ = pairs_and_positions(lengths[1:], np.zeros_like(lengths[1:]), most, rate=rate)
+        assert whole.tolist() == np.cumsum(seen)[:299].tolist()
+
+
+def test_a_decode_of_compressed_attention_by_hand():
+    model, num_cached = _model("deepseek-v4-flash"), 10_000
+    for entries, seen in ((None, 0), ("chosen", 512), ("all", 10_001 // 128)):
+        ops = _operations(model, _compressed(entries), 3, 1, num_cached)
+        (core,) = (each for each in ops if each.kind is DECODE)
+        assert core.flops[0] == 3 * 4 * 64 * 512 * (128 + seen)
+        assert core.kv_bytes[0] == 3 * (128 + seen) * 512 * 2
+        scored = [each for each in ops if each.kind is OpKind.INDEX_DECODE]
+        assert len(scored) == (entries == "chosen")
+        for each in scored:
+            assert each.flops[0] == 3 * 2 * 64 * 128 * (10_001 // 4)
+            assert each.kv_bytes[0] == 3 * (10_001 // 4) * 132
+    # Few entries are all seen, none is there before the first is full.
+    (core,) = (
+        each
+        for each in _operations(model, _compressed("chosen"), 1, 1, 2)
+        if each.kind is OpKind.LATENT_DECODE
+    )
+    assert core.flops[0] == 4 * 64 * 512 * 3
+
+
+def test_prompts_of_compressed_attention_by_hand():
+    """Over a float8 cache by a kernel of its own; both count the same."""
+    model = _model("deepseek-v4-flash")
+    for kv, kind in (("bfloat16", OpKind.SPARSE), ("float8", OpKind.COMPRESSED)):
+        out = StepList(
+            *(StageMesh.of(Layout(), 0, 0, 8), replace(TYPES, kv=kv), "all_gather", GPU_LIBRARIES)
+        )
+        mixer_steps(out, model, _compressed("all"), PartSizes.even(1, 1, 2, 256, 0))
+        (core,) = (each for each in out.steps if isinstance(each, Operation) and each.kind is kind)
+        # A window of 128 in 256 tokens; an entry from the 128th on, two for the last.
+        pairs = 128 * 129 // 2 + 128 * 128 + 128 + 2
+        assert core.flops[0] == 2 * 4 * 64 * 512 * pairs
+        bytes_of_vector = {"bfloat16": 1024, "float8": 513}[kv]
+        assert core.kv_bytes[0] == 2 * (256 + 2) * bytes_of_vector
+
+
+def test_drafts_of_compressed_attention():
+    """Each sees as many entries as a single token; of the window all read what any sees."""
+    model = _model("deepseek-v4-flash")
+    out = StepList(StageMesh.of(Layout(), 0, 0, 8), TYPES, "all_gather", GPU_LIBRARIES)
+    mixer_steps(out, model, _compressed("chosen"), PartSizes.even(1, 1, 2, 1, 8000, 1))
+    (core,) = (each for each in out.steps if isinstance(each, Operation) and each.kind is DECODE)
+    assert core.flops[0] == 2 * 2 * 4 * 64 * 512 * (129 + 512)
+    assert core.kv_bytes[0] == 2 * (129 + 512) * 512 * 2
+
+
+def test_heads_alone_are_cut_in_compressed_attention():
+    """What makes queries' latents, entries and index queries is on every rank."""
+    model = _model("deepseek-v4-flash")
+    one, four = (_operations(model, _compressed("chosen"), 2, 1, 5000, tp) for tp in (1, 4))
+    hidden, tokens = model.hidden_size, 2
+    copied = 1024 + 512 + 2 * 2 * (512 + 128) + 64
+    copied = 2 * tokens * (copied * hidden + 64 * 128 * 1024)
+    copied += _flops(one, OpKind.INDEX_DECODE)
+    mixing = 2 * tokens * 24 * 4 * hidden  # of streams, which all ranks hold in this form
+    core = _flops(four, OpKind.LATENT_DECODE)
+    assert 4 * core == _flops(one, OpKind.LATENT_DECODE)
+    cut = _flops(one) - copied - mixing
+    assert _flops(four) == copied + cut // 4 + mixing
+
+
+def test_streams_stay_with_the_owners_of_tokens():
+    """Sent between ranks of a stage is one stream's width; between stages all of them."""
+    flash = _model("deepseek-v4-flash")
+    plain = flash.with_overrides(num_streams=1)
+    sent = []
+    for model in (flash, plain):
+        steps = _steps(model, _compressed("all"), 8, 1, 9, tp=8)
+        moved = (each for each in steps if isinstance(each, Transfer))
+        sent.append(sum(int(each.sent_bytes.sum()) for each in moved))
+    assert sent[0] == sent[1] > 0
+    handed = []
+    for model in (COMPRESSED, COMPRESSED.with_overrides(num_streams=1)):
+        part = PartSizes.even(1, 2, 6)
+        built = builder_of("pp=2,tp=2", model).build_sized(
+            [("all_gather", [part])], PowerLawRouting.of(model, 0)
+        )
+        handed.append(built.stages[0][0].hand_over.sent_bytes.tolist())
+    assert handed == [[3 * 4 * 2048 * 2] * 2, [3 * 2048 * 2] * 2]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("entries", [None, "chosen", "all"])
+def test_flops_of_compressed_attention_are_those_of_transformers(entries):
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as deepseek
+
+    model, num, topk = _model("deepseek-v4-flash"), 1024, 64
+    model = model.with_overrides(indexer=replace(model.indexer, topk=topk))
+    given = {key: each for key, each in CONFIGS["deepseek-v4-flash"].items() if key != "model_type"}
+    config = deepseek.DeepseekV4Config(**given | {"index_topk": topk})
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        attention = deepseek.DeepseekV4Attention(config, model.compressed.layers.index(entries))
+        inputs, angles = torch.randn(1, num, 4096), torch.randn(1, num, 32)
+        mask, at = torch.zeros(1, 1, num, num), torch.zeros(1, num, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        attention.eval()(inputs, dict.fromkeys(("main", "compress"), (angles, angles)), at, mask)
+    operations = _operations(model, _compressed(entries), 1, num)
+    num_entries = {None: 0, "chosen": num // 4, "all": num // 128}[entries]
+    (core,) = (each for each in operations if each.kind is OpKind.SPARSE)
+    # They multiply what a token does not see too: all positions, all entries.
+    ours = _flops(operations) - _mixing(num) - int(core.flops[0])
+    ours += 4 * 64 * 512 * num * (num + num_entries)
+    if entries == "chosen":
+        (scored,) = (each for each in operations if each.kind is OpKind.INDEX)
+        ours += 2 * 64 * 128 * num * num_entries - int(scored.flops[0])
+    assert ours == pytest.approx(counter.get_total_flops(), rel=1e-9)
+
+
+def _mixing(num):
+    """FLOPs of streams' weights."""
+    return 2 * num * 24 * 4 * 4096
+
+
+@pytest.mark.full
+def test_flops_of_streams_are_those_of_transformers():
+    """Their mixing of four streams, a product of 4 x 4 for every value, is bytes alone here."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers.models.deepseek_v4 import modeling_deepseek_v4 as deepseek
+
+    model, num = _model("deepseek-v4-flash"), 16
+    with torch.device("meta"):
+        streams = deepseek.DeepseekV4HyperConnection(deepseek.DeepseekV4Config())
+        inputs = torch.randn(1, num, 4, 4096)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        streams(inputs)
+    (weights, *_) = _operations(model, _compressed(None), 1, num)
+    assert weights.flops[0] == counter.get_total_flops() == _mixing(num)

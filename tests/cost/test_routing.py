@@ -396,3 +396,8 @@ def test_of_experts_that_all_compute_all_do():
     model = PRESETS["paper-tiny"].with_overrides(num_zero_experts=1, num_experts_per_tok=1)
     (sentence,) = varying_work(model)
     assert tells(sentence, "1 of 17 experts compute nothing 0.94 on average 1 to 1")
+
+
+def test_layers_that_route_by_token_are_told():
+    (sentence,) = varying_work(PRESETS["paper-tiny"].with_overrides(hash_layers=(0, 1)))
+    assert tells(sentence, "2 of 4 layers number vocabulary not known")

@@ -11,6 +11,7 @@ from expertlane.planner.candidates import PlanRequest
 from expertlane.planner.screen import ScreenedCandidate
 from expertlane.planner.search import OnePool, Search
 from expertlane.planner.simulated import simulated_pool
+from expertlane.spec.compressed import CompressedAttention
 from expertlane.spec.mixers import Indexer, LatentAttention, StateMixer, WindowHeads
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.names import Phase
@@ -64,6 +65,17 @@ WINDOWED = MIXED.with_overrides(  # windows with heads of their own, which are k
     attention_gate="head",
     qk_norm="rotated_head",
     further_biases=("norm", "head"),
+)
+
+COMPRESSED = MIXED.with_overrides(  # entries of both kinds, residual streams, a hashed layer
+    name="compressed",
+    num_key_value_heads=1,
+    head_dim=256,
+    sliding_window=(128,) * 5,
+    compressed=CompressedAttention(512, 8, 256, (None, "all", "chosen", "chosen", "all")),
+    indexer=Indexer(8, 64, 256),
+    num_streams=4,
+    hash_layers=(1,),
 )
 
 

@@ -26,7 +26,16 @@ from expertlane.spec.deployment import Options, is_by_node_on
 from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
-from planner.requests import CHOOSING, HYBRID, MIXED, PAPER, WINDOWED, cluster_of, setting_of
+from planner.requests import (
+    CHOOSING,
+    COMPRESSED,
+    HYBRID,
+    MIXED,
+    PAPER,
+    WINDOWED,
+    cluster_of,
+    setting_of,
+)
 
 LATENT = from_hf(
     {
@@ -69,7 +78,7 @@ def step_s(request, candidate, num_seqs, num_new, num_cached, how):
         stages.append((1, price(profile, setting.types, terms, [out])[0]))
     nodes = np.arange(layout.replica_size) // profile.ranks_per_node
     is_remote = (nodes[: -mesh.size] != nodes[mesh.size :]).any()
-    num_bytes = part.owned * (model.hidden_size * setting.types.activation_bytes)
+    num_bytes = part.owned * (model.carried_size * setting.types.activation_bytes)
     sent_s = links.hand_over(HandOver(num_bytes, np.array([is_remote]))).bounds
     return step_estimates(
         stages,
@@ -95,6 +104,7 @@ def step_s(request, candidate, num_seqs, num_new, num_cached, how):
         (HYBRID, 12, (50, 900, 200)),
         (WINDOWED, 12, (50, 900, 200)),
         (CHOOSING, 12, (50, 900, 200)),
+        (COMPRESSED, 12, (50, 900, 200)),
     ],
 )
 def test_shared_parts_add_up_to_the_same(model, num_devices, sizes, execution):

@@ -23,10 +23,14 @@ _OUTSIDE = {
     "lm_head.weight": "head",
     "norm.bias": "final_norm_bias",
     "lm_head.bias": "head_bias",
+    "hc_head.hc_fn": "head_streams",
+    "hc_head.hc_base": "head_streams_bias",
+    "hc_head.hc_scale": "head_streams_scale",
 }
 _MLP = {
     "gate.weight": "router",
     "gate.e_score_correction_bias": "correction_bias",
+    "gate.tid2eid": "experts_of_token",
     "shared_experts.gate_proj.weight": "shared.gate",
     "shared_experts.up_proj.weight": "shared.up",
     "shared_experts.down_proj.weight": "shared.down",
@@ -86,6 +90,25 @@ _ATTENTION = {
     "indexer.k_proj.weight": "index_key",
     "indexer.q_norm.weight": "index_query_norm",
 }
+_COMPRESSED = {
+    "q_a_norm.weight": "query_a_norm",
+    "kv_proj.weight": "latent",
+    "kv_norm.weight": "latent_norm",
+    "o_a_proj.weight": "output_a",
+    "o_b_proj.weight": "output_b",
+    "compressor.indexer.q_b_proj.weight": "index_query",
+    "compressor.indexer.scorer.weights_proj.weight": "index_weights",
+} | {
+    f"compressor.{where}{theirs}": f"{prefix}{ours}"
+    for where, prefix in {"": "", "indexer.": "index_"}.items()
+    for theirs, ours in {
+        "kv_proj.weight": "entry",
+        "gate_proj.weight": "entry_gate",
+        "position_bias": "entry_bias",
+        "kv_norm.weight": "entry_norm",
+    }.items()
+}
+_STREAMS = {"fn": "", "base": "_bias", "scale": "_scale"}
 _STATE = {  # Gated DeltaNet, Kimi Delta Attention
     "in_proj_qkvz.weight": "query key value gate",
     "in_proj_ba.weight": "beta decay",
@@ -233,10 +256,13 @@ def ours_of(name: str, model: ModelConfig) -> tuple[int | None, list[str]]:
     ):
         return layer, _MLP[rest].split()
     assert mixing is not None, name
+    if block in ("attn_hc", "ffn_hc"):
+        return layer, [f"{'attention' if block == 'attn_hc' else 'moe'}_streams{_STREAMS[rest]}"]
     assert block in ("self_attn", "linear_attn", "mamba", "mixer"), name
     if mixing.kind == "attention":
         is_own = model.window_heads is not None and mixing.window is not None
-        return layer, [f"{'window.' if is_own else ''}{_ATTENTION[rest]}"]
+        names = _ATTENTION | (_COMPRESSED if model.compressed is not None else {})
+        return layer, [f"{'window.' if is_own else ''}{names[rest]}"]
     assert model.state is not None, name
     names = _STATE | _MAMBA_1 if model.state.kind == "mamba1" else _STATE
     return layer, [f"state.{each}" for each in names[rest].split()]

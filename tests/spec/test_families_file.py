@@ -32,6 +32,7 @@ _PLANNED = {
     "qwen3_next": transformers.Qwen3NextConfig,
     "qwen3_5_moe": transformers.models.qwen3_5_moe.Qwen3_5MoeTextConfig,
     "deepseek_v32": transformers.models.deepseek_v32.DeepseekV32Config,
+    "deepseek_v4": transformers.models.deepseek_v4.DeepseekV4Config,
     "glm_moe_dsa": transformers.models.glm_moe_dsa.GlmMoeDsaConfig,
     "kimi_linear": transformers.models.kimi_linear.KimiLinearConfig,
     "granitemoehybrid": transformers.GraniteMoeHybridConfig,

@@ -375,3 +375,21 @@ def test_a_language_model_inside_another_configuration_is_projected(tmp_path):
 def test_number_types_of_quantised_weights(entry, number_type):
     found = quantization_of(MIXTRAL | {"quantization_config": entry})
     assert (found.method, found.number_type) == (entry["quant_method"], number_type)
+
+
+@pytest.mark.parametrize(
+    ("told", "number_type", "others"),
+    [
+        ({"expert_dtype": "fp4"}, "mxfp4", "float8"),
+        ({"quantization_config": {"expert_dtype": "fp4"}}, "mxfp4", "float8"),
+        ({"quantization_config": {"moe_quant_algo": "NVFP4"}}, "nvfp4", "float8"),
+        ({"expert_dtype": "fp8"}, "float8", None),
+        ({"expert_dtype": 4}, "float8", None),
+        ({}, "float8", None),
+    ],
+)
+def test_experts_in_a_type_of_their_own(told, number_type, others):
+    """As DeepSeek-V4 says it, NVIDIA's quantisation of it, and configurations of transformers 5."""
+    own = {"quantization_config": {"quant_method": "fp8"} | told.get("quantization_config", {})}
+    found = quantization_of(MIXTRAL | told | own)
+    assert (found.method, found.number_type, found.others) == ("fp8", number_type, others)

@@ -54,6 +54,8 @@ def test_parameters_add_up_to_the_published_number(name, family, num):
         ("qwen3.5-122b-a10b", "qwen3_5_moe", 122e9),
         ("qwen3.6-35b-a3b", "qwen3_5_moe", 35e9),
         ("deepseek-v3.2", "deepseek_v32", 671e9),
+        ("deepseek-v4-flash", "deepseek_v4", 284e9),
+        ("deepseek-v4-pro", "deepseek_v4", 1573e9),  # 1.6 T on its card, rounded
         ("glm-5", "glm_moe_dsa", 744e9),
         ("glm-5.2", "glm_moe_dsa", 744e9),
         # The name's 48 leave out embedding and head: 48.4. The configuration is the published one.
@@ -132,6 +134,8 @@ def test_models_of_grouped_queries_that_are_planned_alone_add_up_too(name, famil
         ("qwen3.5-122b-a10b", "10"),
         ("qwen3.6-35b-a3b", "3"),
         ("deepseek-v3.2", "37"),
+        ("deepseek-v4-flash", "13"),
+        ("deepseek-v4-pro", "49"),
         ("glm-5", "40"),
         ("glm-5.2", "40"),
         ("minimax-m3", "23"),
@@ -190,7 +194,7 @@ def test_every_published_config_is_looked_at():
     looked_at = {family_of(each) for each in (CONFIGS | MIXERS | GROUPED).values()}
     assert looked_at == set(FAMILIES) - {"bailing_moe_v2_5"}  # no copy of its file was found
     assert len(CONFIGS) == 16
-    assert len(MIXERS) == 20
+    assert len(MIXERS) == 22
 
 
 @pytest.mark.parametrize(
@@ -247,6 +251,18 @@ def test_grouped_queries_that_cannot_be_computed_are_named(name, changes, messag
         ("minimax-m3", {"layer_types": ["sliding_attention"] * 60}, "sliding_attention"),
         ("minimax-m3", {"num_key_value_heads": 8}, "indexer num_heads 4 keys and values 8"),
         ("minimax-m3", {"sparse_attention_config": 3}, "sparse_attention_config 3 object"),
+        ("deepseek-v4-flash", {"scoring_func": "sigmoid"}, "scoring_func sigmoid"),
+        ("deepseek-v4-flash", {"n_shared_experts": 2}, "n_shared_experts 2"),
+        ("deepseek-v4-flash", {"num_key_value_heads": 2}, "num_key_value_heads 2"),
+        ("deepseek-v4-flash", {"norm_topk_prob": False}, "norm_topk_prob False"),
+        ("deepseek-v4-flash", {"compress_ratios": [0, 8]}, "compress_ratios 8 0 4 128"),
+        ("deepseek-v4-flash", {"compress_ratios": [0, 4]}, "compress_ratios 2 43 layers"),
+        ("deepseek-v4-flash", {"layer_types": ["full_attention"]}, "layer_types full_attention"),
+        ("deepseek-v4-flash", {"mlp_layer_types": ["moe"]}, "mlp_layer_types 1 43 layers"),
+        ("deepseek-v4-flash", {"compress_rates": 4}, "compress_rates 4 object"),
+        ("deepseek-v4-flash", {"o_groups": 7}, "o_groups 7 divide 64 heads"),
+        ("deepseek-v4-flash", {"sliding_window": None}, "sliding_window null"),
+        ("deepseek-v4-flash", {"hc_mult": 0}, "hc_mult 0"),
         ("kimi-linear-48b-a3b", {"linear_attn_config": 3}, "linear_attn_config 3 object"),
         ("kimi-linear-48b-a3b", {"mla_use_nope": False}, "mla_use_nope False"),
         ("granite-4.0-h-small", {"mamba_d_head": 32}, "mamba_d_head 32 128 8192"),
@@ -331,6 +347,19 @@ def test_longcat_has_as_many_active_as_its_report_says():
     assert least == pytest.approx(18.6, rel=0.01)
     assert mean == pytest.approx(27, rel=0.01)
     assert most == pytest.approx(31.3, rel=0.01)
+
+
+def test_old_and_new_names_of_deepseek_v4_are_one():
+    """transformers 5 writes types of layers, rates and positions of both kinds of layers."""
+    from spec.reference import their_config
+
+    for name in ("deepseek-v4-flash", "deepseek-v4-pro"):
+        given = MIXERS[name]
+        for left_out in ("", "compress_ratios", "num_hash_layers", "qk_rope_head_dim"):
+            told = {key: each for key, each in given.items() if key != left_out}
+            same = {key: given[key] for key in ("architectures", "torch_dtype")} | {"dtype": None}
+            written = their_config(told).to_dict() | same
+            assert from_hf(written, "a", weights=False) == from_hf(told, "a", weights=False)
 
 
 def test_old_and_new_names_of_layers_are_one():

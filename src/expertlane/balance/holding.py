@@ -42,7 +42,10 @@ from expertlane.spec.tensors import (
 
 Placements = tuple[Placement | None, ...]  # of each hidden layer; None for a dense one
 
-_OF_QUERIES = {"query", "query_bias", "query_b", "output", "kv_b", "sinks", "head_gate"}
+_OF_QUERIES = {
+    *("query", "query_bias", "query_b", "output", "output_a", "output_b", "kv_b", "sinks"),
+    "head_gate",
+}
 _OF_KEYS = {"key", "key_bias", "value", "value_bias"}
 _ADDED_ONCE = {"output_bias", "down_bias"}  # to partial sums, by the first rank
 

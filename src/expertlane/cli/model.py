@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -108,6 +108,9 @@ class FoundModel:
         if kv == "model" and self.quantization is not None and self.quantization.has_float8_cache:
             kv = "float8"
         types = NumberTypes.asked(dtype or own, kv)
+        if stored == types.weights and self.quantization is not None:
+            others = self.quantization.others
+            types = replace(types, others=others if others in known else None)
         if types.weights not in known:
             raise UserError(
                 f"{cluster.profile.device.name} does not compute in {types.weights}; valid for "

@@ -99,6 +99,8 @@ def _parts(model: ModelConfig) -> str:
         f"vocabulary {model.vocab_size:,}": True,
         f"{norm} before attention and MoE": True,
         "latent attention": latent is not None,
+        "compressed attention": model.compressed is not None,
+        f"{model.num_streams} residual streams": model.num_streams > 1,
         f"an indexer that chooses what attention sees{_where_chosen(model)}": (
             model.indexer is not None
         ),
@@ -125,6 +127,10 @@ def _parts(model: ModelConfig) -> str:
         "attention sinks": model.attention_sinks,
         f"{gated if model.gated_mlp else ''}{activation} in the experts": True,
         "sigmoid routing": routing.scoring_func == "sigmoid",
+        "routing by the root of softplus": routing.scoring_func == "sqrtsoftplus",
+        f"experts by tokens' numbers in {len(model.hash_layers)} layers": (
+            len(model.hash_layers) > 0
+        ),
         f"experts from {routing.topk_group} of {routing.n_group} groups": routing.n_group > 1,
         f"a shared expert {shared:,} wide": shared > 0,
         f"{len(model.dense_layers)} of {model.num_hidden_layers} layers without experts": (

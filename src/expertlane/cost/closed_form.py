@@ -262,7 +262,7 @@ class ManySteps:
         if self._pp == 1:
             return np.zeros((3, len(structure)))
         owned = -(-points.num_seqs * points.num_new // self.tp[structure])
-        num_bytes = owned * (self.model.hidden_size * self.activation_bytes)
+        num_bytes = owned * (self.model.carried_size * self.activation_bytes)
         return self.links.hand_over(HandOver(num_bytes, self._is_remote[structure])).bounds
 
     @cached_property

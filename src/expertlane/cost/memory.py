@@ -14,6 +14,7 @@ from expertlane.cost.step.operation import Floats, NumberTypes, weight_bytes
 from expertlane.errors import CapacityError
 from expertlane.results.record import PoolRecord
 from expertlane.schedule.request import Limits
+from expertlane.spec.compressed import STREAMED
 from expertlane.spec.layout import Layout, part_of, partition
 from expertlane.spec.mixers import Mixing
 from expertlane.spec.model import LayerKind, ModelConfig
@@ -79,28 +80,42 @@ class Kept(NamedTuple):
     """Bytes that a rank keeps in some layers.
 
     Attributes:
-        position: of a position of a sequence, in pages.
-        sequence: of a sequence, however long: states, and windows of heads of their own.
+        position: of a position of a sequence, in pages; a fraction where positions share an entry.
+        sequence: of a sequence, however long: states, and windows that are kept alone.
     """
 
-    position: int
+    position: float
     sequence: int
 
 
 def kept_bytes(model: ModelConfig, types: NumberTypes, tp: int, layers: range) -> Kept:
     """What a rank keeps in some layers, with heads shared by `tp` ranks."""
-    of_position = of_sequence = 0
-    for mixing, num in Counter(map(model.mixing_of_layer, layers)).items():
-        if mixing is None:
-            continue
-        if mixing.kind == "state":
-            of_sequence += num * held_state_bytes(model, types, tp)
-        elif (window := _kept_window(model, mixing)) is not None:
-            of_sequence += num * window * held_kv_bytes(model, types, tp, has_window=True)
-        else:
-            has_index = mixing.choice == "own"
-            of_position += num * held_kv_bytes(model, types, tp, has_index=has_index)
-    return Kept(of_position, of_sequence)
+    kept = [
+        (num, _kept_in_layer(model, types, tp, mixing))
+        for mixing, num in Counter(map(model.mixing_of_layer, layers)).items()
+        if mixing is not None
+    ]
+    return Kept(
+        sum(num * each.position for num, each in kept),
+        sum(num * each.sequence for num, each in kept),
+    )
+
+
+def _kept_in_layer(model: ModelConfig, types: NumberTypes, tp: int, mixing: Mixing) -> Kept:
+    if mixing.kind == "state":
+        return Kept(0, held_state_bytes(model, types, tp))
+    window = _kept_window(model, mixing)
+    if window is None:
+        has_index = mixing.choice == "own"
+        return Kept(held_kv_bytes(model, types, tp, has_index=has_index), 0)
+    of_window = held_kv_bytes(model, types, tp, has_window=True)
+    compressed, entries = model.compressed, mixing.entries
+    if compressed is None or entries is None:
+        return Kept(0, window * of_window)
+    indexer = model.indexer if entries == "chosen" else None
+    of_index = 0 if indexer is None else indexer.position_bytes(types.activation_bytes)
+    of_state = compressed.state_bytes(entries, model.head_dim, indexer)
+    return Kept((of_window + of_index) / compressed.rate(entries), window * of_window + of_state)
 
 
 def _kept_window(model: ModelConfig, mixing: Mixing) -> int | None:
@@ -109,7 +124,7 @@ def _kept_window(model: ModelConfig, mixing: Mixing) -> int | None:
     So serving engines do; the caches of models that our engine runs hold all positions. A window
     may begin inside a block.
     """
-    if mixing.window is None or model.window_heads is None:
+    if mixing.window is None or (model.window_heads is None and model.compressed is None):
         return None
     return (ceil(mixing.window / BLOCK_SIZE) + 1) * BLOCK_SIZE
 
@@ -153,6 +168,8 @@ def _held_values(model: ModelConfig, tp: int, *, has_window: bool = False) -> tu
     """Values of a position that a rank holds, and in how many keys and values (or latents)."""
     if model.latent is not None:
         return model.latent.kv_lora_rank + model.latent.qk_rope_head_dim, 1
+    if model.compressed is not None:
+        return model.head_dim, 1
     num_heads = len(Slices(tp).kv_heads(model, has_window=has_window))
     return num_heads * (model.head_dim + model.value_dim), 2 * num_heads
 
@@ -267,14 +284,15 @@ class PlacedModel:
         num_pairs = ceil(num_pairs_in_stage * max(of_layer) / num_slots)
         kv_width = held_kv_width(model, layout.tp)
         # Hidden states, queries, keys and values; the tokens of the experts with their inner layer.
-        num_values = num_tokens * (4 * model.hidden_size + 2 * kv_width)
+        num_values = num_tokens * ((3 + model.num_streams) * model.hidden_size + 2 * kv_width)
         num_values += num_pairs * (2 * model.hidden_size + inner)
         num_positions = limits.num_blocks * limits.block_size
         kept = kept_bytes(model, types, layout.tp, layers)
         if not kept.position and limits.state_blocks:  # states of all that the other stages hold
             most = limits.num_blocks // (limits.state_blocks + 1)
             num_seqs = max(num_seqs, min(most, limits.max_num_seqs))
-        kv_bytes = ceil(num_positions / layout.dcp) * kept.position + num_seqs * kept.sequence
+        of_positions = ceil(ceil(num_positions / layout.dcp) * kept.position)
+        kv_bytes = of_positions + num_seqs * kept.sequence
         return RankMemory(
             weight_bytes=num_bytes,
             kv_bytes=kv_bytes,
@@ -328,7 +346,7 @@ class PlacedModel:
 
     def _block_bytes(self, limits: Limits, rank: int) -> int:
         """Bytes of a block of the paged cache on a rank, all its layers together."""
-        return ceil(limits.block_size / self.layout.dcp) * self._kept(rank).position
+        return ceil(ceil(limits.block_size / self.layout.dcp) * self._kept(rank).position)
 
     def fullest(self, limits: Limits) -> RankMemory:
         """The memory of the fullest rank: the first ranks of the stages hold most."""
@@ -404,6 +422,9 @@ _WIDE = {
     *("attention_norm_bias", "moe_norm_bias", f"{FINAL_NORM}_bias"),
     *("sinks", "router", "router_bias", "correction_bias", "decay_log", "step_bias", "skip"),
     *("index_weights", "index_norm", "index_norm_bias"),
+    *("latent_norm", "entry_norm", "entry_bias", "index_entry_norm", "index_entry_bias"),
+    *(f"{block}_streams{end}" for block in STREAMED for end in ("", "_bias", "_scale")),
+    "experts_of_token",  # int32
 }
 
 

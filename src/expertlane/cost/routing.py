@@ -560,7 +560,7 @@ class ComputingExperts:
 
 
 def varying_work(model: ModelConfig) -> Iterator[str]:
-    """Sentences on experts that compute nothing, and on those that nothing waits for."""
+    """Sentences on experts that are not chosen by a router, compute nothing, or are not awaited."""
     if model.num_zero_experts:
         computing = ComputingExperts.of(model)
         least, most = (
@@ -575,6 +575,12 @@ def varying_work(model: ModelConfig) -> Iterator[str]:
             f"{computing.least} to {computing.most} in a layer (5th to 95th percentile): "
             f"{mean:.1f}B parameters beside the embedding, {least:.1f}B to {most:.1f}B if so in "
             "all layers. Steps are priced by drawn choices, all experts as popular on average."
+        )
+    if model.hash_layers:
+        yield (
+            f"{len(model.hash_layers)} of {model.num_hidden_layers} layers choose experts by a "
+            "token's number in the vocabulary: how even that is turns on the text, and is not "
+            "known; their choices are drawn as those of the others."
         )
     if model.shortcut_experts:
         yield (

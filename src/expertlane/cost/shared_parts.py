@@ -43,9 +43,11 @@ from expertlane.cost.step.operation import (
     Transfer,
 )
 from expertlane.cost.step.step_list import ExpectedStepList
+from expertlane.cost.step.streams import spread_over_streams
 from expertlane.spec.deployment import DispatchForm, PayloadType, is_by_node_on
 from expertlane.spec.mixers import Mixing
 from expertlane.spec.model import LayerKind, ModelConfig
+from expertlane.spec.names import Stage
 from expertlane.spec.tensors import kinds_of_layers
 
 # Rows of what is added up: three bounds of computing, of transfers, what all transfers would cost
@@ -262,6 +264,7 @@ class SharedParts:
                 router = begin("experts")
                 router_steps(router, model, part)
                 shared_expert_steps(router, model, part)
+                spread_over_streams(router, model, Stage.EXPERTS, part)
             embedding_steps(begin("embedding"), model, part)
             arrival_steps(begin("arrival"), model, part)
             head_steps(begin("head"), model, part)

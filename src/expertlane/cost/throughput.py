@@ -466,8 +466,13 @@ def with_drafting_layer(model: ModelConfig, num_drafts: int) -> ModelConfig:
     if not num_drafts:
         return model
     window: Sequence[int | None] = model.sliding_window[-1:]
+    compressed = model.compressed
+    if compressed is not None:
+        layers = (*compressed.layers, compressed.layers[-1])
+        compressed = replace(compressed, layers=layers)
     return replace(
         model,
         num_hidden_layers=model.num_hidden_layers + 1,
         sliding_window=(*model.sliding_window, *window),
+        compressed=compressed,
     )

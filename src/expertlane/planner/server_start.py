@@ -333,7 +333,8 @@ def _vllm_cache(draft: _Draft, asked: _Asked, num_blocks: int, block_size: int) 
     pool, layout = asked.pool, asked.layout
     layers = layout.layers_of_stage(pool.model.num_hidden_layers, 0)
     kept = kept_bytes(pool.model, asked.types, layout.tp, layers)
-    num_bytes = (num_blocks + 1) * block_size * kept.position + pool.rank_seqs * kept.sequence
+    of_positions = ceil((num_blocks + 1) * block_size * kept.position)
+    num_bytes = of_positions + pool.rank_seqs * kept.sequence
     draft.add("--kv-cache-memory-bytes", num_bytes)
 
 

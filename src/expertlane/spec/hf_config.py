@@ -165,11 +165,13 @@ class Quantization:
         method: its `quant_method`.
         number_type: `float8`, `nvfp4`, `mxfp4` or `int4`; None where it is none that is known here.
         has_float8_cache: ModelOpt asks for keys and values in float8.
+        others: type of matrices beside experts, where only experts are in `number_type`.
     """
 
     method: str
     number_type: str | None
     has_float8_cache: bool = False
+    others: str | None = None
 
     @property
     def is_narrow(self) -> bool:
@@ -300,8 +302,19 @@ def quantization_of(config: dict[str, Any]) -> Quantization | None:
     has_float8_cache = quantization.get("kv_cache_quant_algo") == "FP8"
     for number_type, spellings in _NAMES_OF_TYPE.items():
         if said & spellings:
+            experts = _type_of_experts(config, quantization)
+            if experts not in (None, number_type):
+                return Quantization(method, experts, has_float8_cache, others=number_type)
             return Quantization(method, number_type, has_float8_cache)
     return Quantization(method, "int4" if _is_int4(method, quantization) else None)
+
+
+def _type_of_experts(config: dict[str, Any], quantization: dict[str, Any]) -> str | None:
+    """The type of experts where it is told by itself, as by DeepSeek-V4; None elsewhere."""
+    if quantization.get("moe_quant_algo") == "NVFP4":
+        return "nvfp4"
+    told = quantization.get("expert_dtype", language_model_of(config).get("expert_dtype"))
+    return "mxfp4" if told == "fp4" else None
 
 
 def _is_int4(method: str, quantization: dict[str, Any]) -> bool:

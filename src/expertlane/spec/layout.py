@@ -192,6 +192,8 @@ class Layout(Strict):
 
         1 where an indexer chooses for each of their heads: no engine shares those so.
         """
+        if model.compressed is not None:
+            return 1
         if model.latent is not None:
             return self.tp
         if model.indexer is not None:
@@ -223,10 +225,21 @@ class Layout(Strict):
                 f"layout {self}: tp={self.tp} does not divide the {state.num_cuts} {what} of "
                 f"{state.title} of {model.name}; valid tp: {_listed(divisors(state.num_cuts))}"
             )
-        if self.dcp > 1 and model.indexer is not None and model.latent is None:
+        if self.dcp > 1 and model.indexer is not None and model.indexer.by_group:
             raise SpecError(
                 f"layout {self}: the indexer of {model.name} chooses for each head of keys and "
                 "values; dcp is not supported there"
+            )
+        if (compressed := model.compressed) is not None and compressed.o_groups % self.tp:
+            raise SpecError(
+                f"layout {self}: tp={self.tp} does not divide the {compressed.o_groups} groups of "
+                f"heads that {model.name} projects by themselves; valid tp: "
+                f"{_listed(divisors(compressed.o_groups))}"
+            )
+        if compressed is not None and self.dcp > 1:
+            raise SpecError(
+                f"layout {self}: decode context parallelism is not modelled for the compressed "
+                f"attention of {model.name}; valid dcp: 1"
             )
         if self.most_dcp(model) % self.dcp:
             raise SpecError(

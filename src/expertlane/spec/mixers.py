@@ -22,6 +22,7 @@ from expertlane.spec.ranges import Strict
 
 Shape = tuple[int, ...]
 StateKind = Literal["gated_delta", "kimi_delta", "lightning", "mamba1", "mamba2"]
+Entries = Literal["chosen", "all"]
 
 STATE_BYTES = 4  # of a value of a state: float32, as serving engines keep it
 INDEX_SCALE_BYTES = 4  # latent attention's index keys are in float8, each with a float32 scale
@@ -43,11 +44,13 @@ class Mixing(NamedTuple):
         window: of attention, latest positions that a token sees, its own included; None for all.
         choice: of attention, who chooses the positions that a token sees: the layer's `own`
             indexer, or that of an earlier layer, whose choice is `shared`; None where it sees all.
+        entries: of compressed attention, which entries a token sees beside its window.
     """
 
     kind: Literal["attention", "state"] = "attention"
     window: int | None = None
     choice: Literal["own", "shared"] | None = None
+    entries: Entries | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from expertlane.errors import SpecError
+from expertlane.spec.compressed import CompressedAttention
 from expertlane.spec.mixers import (
     Indexer,
     LatentAttention,
@@ -22,10 +23,12 @@ class LayerKind(NamedTuple):
     Attributes:
         mixing: None where it has an MLP alone.
         mlp: `none` where it has a mixer alone.
+        is_hashed: a token's number, not a router, chooses its experts.
     """
 
     mixing: Mixing | None
     mlp: Literal["experts", "dense", "none"]
+    is_hashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Routing(Strict):
     So softmax with `norm_topk_prob` is the same function as a softmax over the chosen logits.
 
     Attributes:
+        scoring_func: `sqrtsoftplus` is the root of ln(1 + e^logit).
         router_bias: the logits have a bias.
         router_skew: skew of the experts' popularity under seeded weights: their router's bias is
             -router_skew · ln(1 + place) by the experts' places in an order drawn for each layer, so
@@ -48,7 +52,7 @@ class Routing(Strict):
             scores + correction bias.
     """
 
-    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    scoring_func: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     router_bias: bool = False
@@ -92,10 +96,13 @@ class ModelConfig(Strict):
         unread_family: its family, where the engine does not know that family's names of tensors.
         unrotated_layers: layers whose queries and keys are not rotated by their positions.
         state: the mixer of `state_layers`, which have no attention.
-        indexer: chooses what attention sees.
+        indexer: chooses what attention sees, or which entries compressed attention sees.
         unindexed_layers: layers whose attention sees all positions although others have an indexer.
         shared_choice_layers: layers without an indexer of their own that take the choice of the
             latest layer with one.
+        compressed: attention to a window and to entries that stand for several positions; one head
+            of keys, which are values too.
+        num_streams: residual streams, which are mixed around every block; 1 for a plain residual.
         mixer_only_layers, mlp_only_layers: layers without an MLP, and without a mixer.
         sliding_window: one entry a layer, how many latest positions (its own among them) a token
             sees, None for all; empty if no layer has a window.
@@ -121,6 +128,8 @@ class ModelConfig(Strict):
             and hold nothing; of the chosen ones only the others cost anything.
         shortcut_experts: what experts give is added after the next layer, which does not wait for
             it; what stands beside them, as a shared expert, is added at once.
+        hash_layers: the layers in which a table says which experts a token goes to, by its number
+            in the vocabulary; the router weights what they give.
         shared_expert_gate: its output is multiplied by the sigmoid of a projection to one value.
         tie_word_embeddings: the output head is the embedding.
         dtype: number type of the weights as stored, or as meant where they are quantised.
@@ -161,6 +170,8 @@ class ModelConfig(Strict):
     indexer: Indexer | None = None
     unindexed_layers: tuple[int, ...] = ()
     shared_choice_layers: tuple[int, ...] = ()
+    compressed: CompressedAttention | None = None
+    num_streams: int = 1
     mixer_only_layers: tuple[int, ...] = ()
     mlp_only_layers: tuple[int, ...] = ()
     rope_scaling: RopeScaling | None = None
@@ -182,6 +193,7 @@ class ModelConfig(Strict):
     moe_latent_size: int | None = None
     shared_expert_gate: bool = False
     num_zero_experts: int = 0
+    hash_layers: tuple[int, ...] = ()
     shortcut_experts: bool = False
     tie_word_embeddings: bool = False
     eos_token_ids: tuple[int, ...] = ()
@@ -190,7 +202,10 @@ class ModelConfig(Strict):
 
     def __post_init__(self) -> None:
         take_fields(self, f"model {self.name}: {{}}".format)
-        for part in ("rope_scaling", "latent", "routing", "state", "indexer", "window_heads"):
+        for part in (
+            *("rope_scaling", "latent", "routing", "state", "indexer", "window_heads"),
+            "compressed",
+        ):
             if getattr(self, part) is not None:
                 take_fields(getattr(self, part), f"model {self.name}: {part}: {{}}".format)
         if self.num_experts_per_tok > self.num_routed_experts:
@@ -280,8 +295,10 @@ class ModelConfig(Strict):
                 f"state: num_key_heads is {state.num_key_heads}; it must divide the "
                 f"{state.num_heads} heads"
             )
+        if self.compressed is not None:
+            self._check_compressed(self.compressed)
         layers = ("state", "mixer_only", "mlp_only", "unrotated", "unindexed", "shared_choice")
-        for name in (f"{each}_layers" for each in layers):
+        for name in (f"{each}_layers" for each in (*layers, "hash")):
             self._check_layers(name, getattr(self, name))
         self._check_indexer()
         if set(self.mlp_only_layers) & {*self.mixer_only_layers, *self.state_layers}:
@@ -291,9 +308,11 @@ class ModelConfig(Strict):
 
     def _check_indexer(self) -> None:
         indexer, shared = self.indexer, self.shared_choice_layers
-        if indexer is None:
+        if indexer is None or self.compressed is not None:
             if shared or self.unindexed_layers:
-                raise self._error("unindexed_layers and shared_choice_layers need an indexer")
+                raise self._error(
+                    "unindexed_layers and shared_choice_layers need an indexer of positions"
+                )
             return
         if indexer.by_group != (self.latent is None):
             raise self._error("an indexer is by_group without latent attention, and only there")
@@ -314,6 +333,27 @@ class ModelConfig(Strict):
         first = next((each for each in choices if each is not None), None)
         if first != "own":
             raise self._error("the first layer that an indexer chooses for must have its own")
+
+    def _check_compressed(self, compressed: CompressedAttention) -> None:
+        if self.latent is not None or self.state is not None or self.num_kv_heads != 1:
+            raise self._error(
+                "compressed attention takes neither latent attention nor states, and one head of "
+                f"keys; there are {self.num_kv_heads}"
+            )
+        if len(compressed.layers) != self.num_hidden_layers:
+            raise self._error(
+                f"compressed: layers has {len(compressed.layers)} entries for "
+                f"{self.num_hidden_layers} layers"
+            )
+        if len(self.sliding_window) != self.num_hidden_layers or None in self.sliding_window:
+            raise self._error("compressed attention needs a sliding_window in every layer")
+        if (self.indexer is not None) != ("chosen" in compressed.layers):
+            raise self._error("an indexer and layers with chosen entries need each other")
+        if self.num_attention_heads % compressed.o_groups:
+            raise self._error(
+                f"o_groups is {compressed.o_groups}; it must divide the "
+                f"{self.num_attention_heads} attention heads"
+            )
 
     def _check_layers(self, name: str, layers: tuple[int, ...]) -> None:
         if list(layers) != sorted(set(layers)) or not all(
@@ -402,6 +442,11 @@ class ModelConfig(Strict):
         return self.moe_latent_size or self.hidden_size
 
     @property
+    def carried_size(self) -> int:
+        """Width of a token between layers: of all its residual streams."""
+        return self.num_streams * self.hidden_size
+
+    @property
     def own_dtype(self) -> Dtype | None:
         """Number type of its weights for computing; None for float16, which few CPUs compute in."""
         return None if self.dtype == "float16" else self.dtype
@@ -455,11 +500,13 @@ class ModelConfig(Strict):
             return None
         if layer in self.state_layers:
             return Mixing("state")
-        return Mixing("attention", self.window_of_layer(layer), self._choice_of_layer(layer))
+        entries = None if self.compressed is None else self.compressed.layers[layer]
+        choice = self._choice_of_layer(layer)
+        return Mixing("attention", self.window_of_layer(layer), choice, entries)
 
     def _choice_of_layer(self, layer: int) -> Literal["own", "shared"] | None:
         without = (*self.unindexed_layers, *self.state_layers, *self.mlp_only_layers)
-        if self.indexer is None or layer in without:
+        if self.indexer is None or self.compressed is not None or layer in without:
             return None
         return "shared" if layer in self.shared_choice_layers else "own"
 
@@ -470,7 +517,7 @@ class ModelConfig(Strict):
             mlp = "none"
         elif layer in self.dense_layers:
             mlp = "dense"
-        return LayerKind(self.mixing_of_layer(layer), mlp)
+        return LayerKind(self.mixing_of_layer(layer), mlp, layer in self.hash_layers)
 
     @property
     def moe_layers(self) -> list[int]:
@@ -486,6 +533,7 @@ class ModelConfig(Strict):
         """What the engine lacks of the model, in words; None where it runs."""
         lacking = {
             self.state.title if self.state is not None else "": self.state is not None,
+            "compressed attention": self.compressed is not None,
             "sparse attention by an indexer": self.indexer is not None,
             "gated attention": self.attention_gate is not None,
             "layers with a window and heads of their own": self.window_heads is not None,
@@ -504,6 +552,9 @@ class ModelConfig(Strict):
                 self.mixer_only_layers or self.mlp_only_layers
             ),
             "experts at a latent width": self.moe_latent_size is not None,
+            "several residual streams": self.num_streams > 1,
+            "experts chosen by a token's number": bool(self.hash_layers),
+            "routing by the root of softplus": self.routing.scoring_func == "sqrtsoftplus",
             "experts that compute nothing": self.num_zero_experts > 0,
             "experts added after the next layer": self.shortcut_experts,
             "squared ReLU": self.hidden_act == "relu2",

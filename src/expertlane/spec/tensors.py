@@ -9,10 +9,11 @@ Matrices are [out_features, in_features]. In the names, N is a layer and E an ex
   `kv_a_norm`, `kv_b`, `output`;
 - `layers.N.window.` and the same, where layers with a window have heads of their own;
 - `layers.N.state.`, or `layers.N.index_…`: mixers beside attention (`spec.mixers`);
+- compressed attention's, and `…_streams` of several residual streams: `spec.compressed`;
 - `layers.N.` and, for the MLP: `moe_norm` in every layer that has one (layer norms have a
-  `…_norm_bias` too); `router`, `router_bias`,
-  `correction_bias`, `shared_gate`; `latent_in`, `latent_out`; `experts.E.`, `shared.` or `dense.`
-  with `gate`, `up`, `down`, and for experts `gate_bias`, `up_bias`, `down_bias`.
+  `…_norm_bias` too); `router`, `router_bias`, `correction_bias`, `experts_of_token`,
+  `shared_gate`; `latent_in`, `latent_out`; `experts.E.`, `shared.` or `dense.` with `gate`, `up`,
+  `down`, and for experts `gate_bias`, `up_bias`, `down_bias`.
 """
 
 from collections import Counter
@@ -20,14 +21,15 @@ from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
 
-from expertlane.spec.mixers import Shape
-from expertlane.spec.model import Heads, LayerKind, ModelConfig
+from expertlane.spec.compressed import stream_shapes
+from expertlane.spec.mixers import Mixing, Shape
+from expertlane.spec.model import LayerKind, ModelConfig
 
 EMBEDDING = "embedding"
 FINAL_NORM = "final_norm"
 HEAD = "head"
 HEAD_BIAS = "head_bias"
-_CUT_BY_INPUT = ("output", "down", "select")
+_CUT_BY_INPUT = ("output", "output_b", "down", "select")
 
 
 def layer_name(layer: int, part: str) -> str:
@@ -45,19 +47,21 @@ def cut_dim(name: str) -> int:
     return 1 if name.rsplit(".", 1)[-1] in _CUT_BY_INPUT else 0
 
 
-_WITHOUT_PRODUCT = {"router", "kv_b", "shared_gate", "head_gate", "sinks", "decay_log", "skip"}
+_WITHOUT_PRODUCT = {
+    *("router", "kv_b", "shared_gate", "head_gate", "sinks", "decay_log", "skip"),
+    *("entry", "entry_gate", "index_entry", "index_entry_gate", "experts_of_token"),
+}
 
 
 def is_matrix(name: str) -> bool:
     """True for the weight of a product, which may be kept in one byte.
 
     Routers are not, nor `kv_b`, which is taken apart by heads, nor gates of a value for each head
-    or for a shared expert.
+    or for a shared expert, nor what makes entries of compressed attention or mixes streams.
     """
     part = name.rpartition(".")[2]
-    return not (
-        part in _WITHOUT_PRODUCT or name == EMBEDDING or part.endswith(("_norm", "_bias", "_conv"))
-    )
+    ends = "_norm", "_bias", "_conv", "_streams", "_streams_scale"
+    return not (part in _WITHOUT_PRODUCT or name == EMBEDDING or part.endswith(ends))
 
 
 def tensor_shape(model: ModelConfig, name: str) -> Shape:
@@ -89,6 +93,7 @@ def outside_shapes(model: ModelConfig) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {EMBEDDING: (vocab, hidden), FINAL_NORM: (hidden,)}
     if "norm" in model.further_biases:
         shapes[f"{FINAL_NORM}_bias"] = (hidden,)
+    shapes |= stream_shapes("head", model.num_streams, hidden)
     shapes[HEAD] = (vocab, hidden)
     return shapes | ({HEAD_BIAS: (vocab,)} if "head" in model.further_biases else {})
 
@@ -99,12 +104,10 @@ def layer_shapes(model: ModelConfig, kind: LayerKind) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     if kind.mixing is not None:
         shapes |= _norm_shapes(model, "attention_norm")
+        shapes |= stream_shapes("attention", model.num_streams, hidden)
         if kind.mixing.kind == "attention":
             has_window = kind.mixing.window is not None
-            has_indexer = kind.mixing.choice == "own"
-            own = _attention_shapes(
-                model, model.heads_of(has_window=has_window), has_indexer=has_indexer
-            )
+            own = _attention_shapes(model, kind.mixing)
             prefix = "window." if has_window and model.window_heads is not None else ""
             shapes |= {f"{prefix}{part}": shape for part, shape in own.items()}
         else:
@@ -113,10 +116,11 @@ def layer_shapes(model: ModelConfig, kind: LayerKind) -> dict[str, Shape]:
             shapes |= {f"state.{part}": shape for part, shape in own.items()}
     if kind.mlp != "none":
         shapes |= _norm_shapes(model, "moe_norm")
+        shapes |= stream_shapes("moe", model.num_streams, hidden)
     if kind.mlp == "dense":
         shapes |= _mlp_shapes(model, "dense", model.intermediate_size)
     elif kind.mlp == "experts":
-        shapes |= _moe_shapes(model)
+        shapes |= _moe_shapes(model, is_hashed=kind.is_hashed)
     return shapes
 
 
@@ -176,8 +180,14 @@ def _norm_shapes(model: ModelConfig, name: str) -> dict[str, Shape]:
     return shapes
 
 
-def _attention_shapes(model: ModelConfig, heads: Heads, *, has_indexer: bool) -> dict[str, Shape]:
+def _attention_shapes(model: ModelConfig, mixing: Mixing) -> dict[str, Shape]:
     hidden, latent, index_query_in = model.hidden_size, model.latent, model.hidden_size
+    heads = model.heads_of(has_window=mixing.window is not None)
+    has_indexer = mixing.choice == "own"
+    if model.compressed is not None:
+        return model.compressed.shapes(
+            *(hidden, heads.num, model.head_dim, mixing.entries, model.indexer)
+        )
     shapes: dict[str, Shape] = {}
     if latent is None:
         query_size, key_size = heads.num * model.head_dim, heads.num_kv * model.head_dim
@@ -211,13 +221,15 @@ def _attention_shapes(model: ModelConfig, heads: Heads, *, has_indexer: bool) ->
     return shapes
 
 
-def _moe_shapes(model: ModelConfig) -> dict[str, Shape]:
+def _moe_shapes(model: ModelConfig, *, is_hashed: bool) -> dict[str, Shape]:
     """Shapes of an MoE layer's tensors, its experts aside."""
     hidden, num_experts = model.hidden_size, model.num_routed_experts
     shapes: dict[str, Shape] = {"router": (num_experts, hidden)}
     if model.routing.router_bias:
         shapes["router_bias"] = (num_experts,)
-    if model.routing.correction_bias:
+    if is_hashed:
+        shapes["experts_of_token"] = (model.vocab_size, model.num_experts_per_tok)
+    elif model.routing.correction_bias:
         shapes["correction_bias"] = (num_experts,)
     if model.moe_latent_size is not None:
         shapes["latent_in"] = (model.moe_latent_size, hidden)

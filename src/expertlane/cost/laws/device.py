@@ -210,7 +210,7 @@ _WORK: dict[OpKind, Callable[[Sizes, float], _Work]] = {
     OpKind.GEMM: _gemm,
     OpKind.EXPERTS: _experts,
     **dict.fromkeys(ATTENTION, _attention),
-    OpKind.SPARSE: _sparse,
+    **dict.fromkeys((OpKind.SPARSE, OpKind.COMPRESSED), _sparse),
     OpKind.INDEX: _index,
     OpKind.INDEX_DECODE: _index,
     OpKind.CHOOSE: _choose,
@@ -380,12 +380,13 @@ def stand_ins(profile: Profile, types: NumberTypes, model: ModelConfig) -> Itera
         kinds = (OpKind(f"{model.state.kind}_{phase}") for phase in ("prefill", "decode"))
         parts += [(model.state.title, kind, types.activations) for kind in kinds]
     if (indexer := model.indexer) is not None:
-        cached = f"Sparse attention of prompts over a {types.kv} cache"
+        kind = OpKind.SPARSE_GROUPED if indexer.by_group else OpKind.SPARSE
+        kind = types.of_compressed if model.compressed is not None else kind
+        name = "Compressed" if kind is OpKind.COMPRESSED else "Sparse"
+        cached = f"{name} attention of prompts over a {types.kv} cache"
         scored_in = types.activations if indexer.by_group else types.index_type
         scored = f"Scores of an indexer in {scored_in}"
-        parts.append(
-            (cached, OpKind.SPARSE_GROUPED if indexer.by_group else OpKind.SPARSE, types.kv)
-        )
+        parts.append((cached, kind, types.kv))
         both = (OpKind.INDEX, OpKind.INDEX_DECODE)
         parts += [(scored, kind, scored_in) for kind in both]
     unknown = [title for title, kind, dtype in parts if not has_law(profile, kind, dtype)]
@@ -394,7 +395,13 @@ def stand_ins(profile: Profile, types: NumberTypes, model: ModelConfig) -> Itera
             f"{' and '.join(dict.fromkeys(unknown))}: nothing was measured; times are between the "
             f"roofline of {profile.device.name} and {1 / _LEAST_EFFICIENCY:g} times that."
         )
-    if indexer is not None:
+    if model.compressed is not None:
+        all_or = "" if types.of_compressed is OpKind.SPARSE else "of single tokens "
+        yield (
+            f"Compressed attention {all_or}is priced as attention to as many chosen positions in "
+            "latent attention: those of its window, and entries."
+        )
+    elif indexer is not None:
         alike = "attention of grouped queries" if indexer.by_group else "latent attention"
         yield (
             f"Decoding over the positions that an indexer chose is priced as {alike} to as many."

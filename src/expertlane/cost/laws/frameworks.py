@@ -307,7 +307,7 @@ def attention_of(model: ModelConfig) -> Attention:
     or of grouped queries alone."""
     if model.state is not None:
         return "states"
-    if model.latent is not None:
+    if model.latent is not None or model.compressed is not None:
         return "latent" if model.indexer is None else "chosen"
     return "sinks" if model.attention_sinks else "grouped"
 

@@ -14,7 +14,16 @@ from expertlane.balance.holding import Slices
 from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
 from expertlane.cost.step.operation import Ints, OpKind
 from expertlane.cost.step.step_list import KernelSet, StepWriter
-from expertlane.spec.mixers import STATE_BYTES, Indexer, LatentAttention, Mixing, StateMixer
+from expertlane.cost.step.streams import join_streams
+from expertlane.spec.compressed import CompressedAttention
+from expertlane.spec.mixers import (
+    STATE_BYTES,
+    Entries,
+    Indexer,
+    LatentAttention,
+    Mixing,
+    StateMixer,
+)
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
 
@@ -26,11 +35,15 @@ _SCORE_BYTES = 4  # of the best score of a block, a float32, and of a chosen one
 def mixer_steps(out: StepWriter, model: ModelConfig, mixing: Mixing, part: TokenSizes) -> None:
     """The mixer of a layer: from a rank's hidden states to the group's summed output."""
     hidden_bytes = model.hidden_size * out.types.activation_bytes
-    out.by_token(Stage.ATTENTION, part, hidden_bytes, 2, out.norm_kernels)
+    join_streams(out, model, Stage.ATTENTION, "attention", out.held(part))
+    if model.num_streams == 1:
+        out.by_token(Stage.ATTENTION, part, hidden_bytes, 2, out.norm_kernels)
     out.gather_tokens(part.owned, hidden_bytes)
     if mixing.kind == "state":
         assert model.state is not None, "checked"
         _state(out, model, model.state, part)
+    elif model.compressed is not None:
+        _compressed(out, model, model.compressed, mixing, part)
     elif model.latent is None:
         _grouped_query(out, model, mixing, part)
     else:
@@ -76,7 +89,7 @@ def _grouped_query(out: StepWriter, model: ModelConfig, mixing: Mixing, part: To
     if mixing.choice is not None:
         assert model.indexer is not None, "checked"
         if indexer is not None:
-            _scores(out, indexer, part)
+            _scores(out, indexer, part.indexed_attention(indexer).scored)
         chosen, _ = _chosen_sizes(model.indexer, part)
         _chosen(out, chosen, widths, position_bytes)
     else:
@@ -117,7 +130,7 @@ def _latent(
     indexer = model.indexer if mixing.choice is not None else None
     if indexer is not None and mixing.choice == "own":
         _index(out, model, indexer, part)
-        _scores(out, indexer, part)
+        _scores(out, indexer, part.indexed_attention(indexer).scored)
     in_latent, expanded = _latent_sizes(out, indexer, latent, part)
     absorbed = in_latent.decode_seqs * in_latent.num_queries
     if in_latent.num_prefill_groups:
@@ -191,15 +204,14 @@ def _index(out: StepWriter, model: ModelConfig, indexer: Indexer, part: TokenSiz
     out.memory(Stage.ATTENTION, tokens * moved, out.kernels.rotate + out.kernels.write)
 
 
-def _scores(out: StepWriter, indexer: Indexer, part: TokenSizes) -> None:
-    """An indexer's scores of all positions, and the choice of the best.
+def _scores(out: StepWriter, indexer: Indexer, sizes: AttentionSizes) -> None:
+    """An indexer's scores of positions or entries, and the choice of the best.
 
     Scores are summed over its heads, or else are the best of a block, of each head.
     """
     heads, types = indexer.heads_of(out.mesh.layout.tp), out.types
     position_bytes = indexer.position_bytes(types.activation_bytes)
     of_query = heads * indexer.head_dim * (types.activation_bytes if indexer.by_group else 1)
-    sizes = part.indexed_attention(indexer).scored
     for kind, num_groups, new, pairs, positions in (
         (
             OpKind.INDEX,
@@ -243,7 +255,11 @@ def _scores(out: StepWriter, indexer: Indexer, part: TokenSizes) -> None:
 
 
 def _chosen(
-    out: StepWriter, sizes: AttentionSizes, widths: dict[str, Ints | int], position_bytes: int
+    out: StepWriter,
+    sizes: AttentionSizes,
+    widths: dict[str, Ints | int],
+    position_bytes: int,
+    of_prompts: OpKind = OpKind.SPARSE,
 ) -> None:
     """Attention to the positions that an indexer chose, in the latent or by grouped queries.
 
@@ -254,7 +270,7 @@ def _chosen(
     if sizes.num_prefill_groups:
         least = out.kernels.least_sparse_heads if in_latent else 1
         out.operation(
-            OpKind.SPARSE if in_latent else OpKind.SPARSE_GROUPED,
+            of_prompts if in_latent else OpKind.SPARSE_GROUPED,
             Stage.ATTENTION,
             {
                 "seqs": sizes.prefill_seqs,
@@ -278,6 +294,101 @@ def _chosen(
             },
             kv_bytes=sizes.decode_positions * position_bytes,
         )
+
+
+def _compressed(
+    out: StepWriter,
+    model: ModelConfig,
+    compressed: CompressedAttention,
+    mixing: Mixing,
+    part: TokenSizes,
+) -> None:
+    """Attention to a window and to entries, by the kernels that take chosen positions.
+
+    Every rank makes all entries and index queries; heads are cut, and the output's groups with
+    them.
+    """
+    tokens, types, tp = part.tokens, out.types, out.mesh.layout.tp
+    item, dim, heads = types.activation_bytes, model.head_dim, len(Slices(tp).heads(model))
+    rank, num_groups = compressed.q_lora_rank, compressed.o_groups // tp
+    out.gemm(Stage.ATTENTION, tokens, rank + dim, model.hidden_size)
+    out.memory(Stage.ATTENTION, 2 * tokens * (rank * item), out.norm_kernels)
+    out.gemm(Stage.ATTENTION, tokens, heads * dim, rank)
+    sizes, vector_bytes = part.attention(mixing.window), types.cached_bytes(dim, 1)
+    if (entries := mixing.entries) is not None:
+        _make_entries(out, model, compressed, entries, part)
+        sizes = _with_entries(sizes, _entry_sizes(out, model, compressed, entries, part))
+    # Queries and the one key are normed and turned; the rotated part of the output is turned back.
+    turned = 2 * (heads * (dim + model.rotary_dim) + dim) * item + vector_bytes
+    num_kernels = 2 * out.kernels.rotate + out.kernels.head_norm + out.kernels.write
+    out.memory(Stage.ATTENTION, tokens * turned, num_kernels)
+    widths: dict[str, Ints | int] = {"heads": heads, "key_dim": dim, "value_dim": dim}
+    _chosen(out, sizes, widths, vector_bytes, types.of_compressed)
+    # Each group of heads has a product of its own: together one of as many rows.
+    latent = num_groups * compressed.o_lora_rank
+    out.gemm(Stage.ATTENTION, tokens, latent, model.attention_size // compressed.o_groups)
+    out.gemm(Stage.ATTENTION, tokens, model.hidden_size, latent)
+
+
+def _make_entries(
+    out: StepWriter,
+    model: ModelConfig,
+    compressed: CompressedAttention,
+    entries: Entries,
+    part: TokenSizes,
+) -> None:
+    """Vectors and gates of all tokens, and entries, which are summed up when they are full."""
+    types, widths = out.types, [model.head_dim]
+    entry_bytes = types.cached_bytes(model.head_dim, 1)
+    if entries == "chosen":
+        assert model.indexer is not None, "checked"
+        widths.append(model.indexer.head_dim)
+        entry_bytes += model.indexer.position_bytes(types.activation_bytes)
+    made = 2 * sum(compressed.entry_width(entries, width) for width in widths)
+    out.gemm(Stage.ATTENTION, part.tokens, made, model.hidden_size, dtype=types.kept)
+    sizes = part.attention(None)
+    # A decode's go to the state and come back with the entry's last.
+    num_bytes = part.tokens * (made * types.activation_bytes)
+    num_bytes = num_bytes + part.tokens * entry_bytes // compressed.rate(entries)
+    num_bytes = num_bytes + sizes.decode_seqs * sizes.num_queries * (2 * made * STATE_BYTES)
+    num_kernels = len(widths) * (out.kernels.write + out.kernels.rotate)
+    out.memory(Stage.ATTENTION, num_bytes, num_kernels)
+
+
+def _entry_sizes(
+    out: StepWriter,
+    model: ModelConfig,
+    compressed: CompressedAttention,
+    entries: Entries,
+    part: TokenSizes,
+) -> AttentionSizes:
+    """The entries that attention sees, after an indexer's steps where it chooses them."""
+    every = part.attention(None, compressed.rate(entries))
+    if entries == "all":
+        return every
+    indexer, tokens = model.indexer, part.tokens
+    assert indexer is not None, "checked"
+    width = indexer.num_heads * indexer.head_dim
+    out.gemm(Stage.ATTENTION, tokens, width, compressed.q_lora_rank)
+    out.gemm(Stage.ATTENTION, tokens, indexer.num_heads, model.hidden_size, dtype=out.types.kept)
+    out.memory(
+        Stage.ATTENTION, 2 * tokens * (width * out.types.activation_bytes), out.kernels.rotate
+    )
+    _scores(out, indexer, every)
+    chosen = part.attention(indexer.topk, compressed.rate(entries))
+    # Tokens choose different entries: any may be read.
+    positions = np.minimum(chosen.prefill_pairs, every.prefill_positions)
+    return replace(chosen, prefill_positions=positions)
+
+
+def _with_entries(window: AttentionSizes, entries: AttentionSizes) -> AttentionSizes:
+    """Sizes of attention to both at once."""
+    return replace(
+        window,
+        decode_positions=window.decode_positions + entries.decode_positions,
+        prefill_pairs=window.prefill_pairs + entries.prefill_pairs,
+        prefill_positions=window.prefill_positions + entries.prefill_positions,
+    )
 
 
 def _state(out: StepWriter, model: ModelConfig, state: StateMixer, part: TokenSizes) -> None:

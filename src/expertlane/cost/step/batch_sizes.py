@@ -54,7 +54,7 @@ class IndexedSizes(NamedTuple):
 
 
 def pairs_and_positions(
-    num_new: Ints, num_cached: Ints, window: int | None, block_size: int = 1
+    num_new: Ints, num_cached: Ints, window: int | None, block_size: int = 1, rate: int = 1
 ) -> tuple[Ints, Ints]:
     """Query-key pairs of sequences' new tokens, of one head, and positions that any of them sees.
 
@@ -63,11 +63,17 @@ def pairs_and_positions(
         window: positions that a token sees, the latest or those that were chosen; None for all.
         block_size: positions that are chosen together; of its own block a token sees the part up to
             itself.
+        rate: positions that share an entry, if above 1: then entries are counted in place of
+            positions, of which a token sees `window`, whichever, and the last token's are given.
 
     Returns:
         [S] both.
     """
     after = num_cached + num_new
+    if rate > 1:
+        entries = _entries_up_to(after, window, rate) - _entries_up_to(num_cached, window, rate)
+        seen = after // rate
+        return entries, seen if window is None else np.minimum(seen, window)
     before = _pairs_up_to(num_cached, window, block_size)
     pairs = _pairs_up_to(after, window, block_size) - before
     if window is None:
@@ -110,6 +116,14 @@ def _pairs_up_to(length: Ints, window: int | None, block_size: int = 1) -> Ints:
     of_own = num_blocks * (block_size * (block_size + 1) // 2) + in_last * (in_last + 1) // 2
     pairs: Ints = full * (full + 1) // 2 + of_others + of_own
     return pairs
+
+
+def _entries_up_to(length: Ints, window: int | None, rate: int) -> Ints:
+    """[S]; entries of all tokens of sequences of this length: sum of min(i // rate, window)."""
+    full: Ints = length if window is None else np.minimum(length, window * rate)
+    entries, further = np.divmod(full, rate)
+    pairs: Ints = rate * (entries * (entries - 1) // 2) + entries * (further + 1)
+    return pairs if window is None else pairs + (length - full) * window
 
 
 _POSITION_BITS = 22  # bits that a number of positions takes
@@ -287,14 +301,18 @@ class PartSizes:
         return np.bincount(dp_rank * self.tp + tp_rank, minlength=self.dp * self.tp)
 
     @cached_property
-    def _by_window(self) -> dict[int | None, AttentionSizes]:
+    def _by_window(self) -> dict[tuple[int | None, int], AttentionSizes]:
         return {}
 
-    def attention(self, window: int | None) -> AttentionSizes:
-        """Sizes under a window: how many latest positions a token sees; None for all."""
-        if window not in self._by_window:
-            self._by_window[window] = self.sizes(window, self._is_decode, ~self._is_decode)
-        return self._by_window[window]
+    def attention(self, window: int | None, rate: int = 1) -> AttentionSizes:
+        """Sizes under a window: how many latest positions a token sees; None for all.
+
+        Args:
+            rate: positions that share an entry; see `pairs_and_positions`.
+        """
+        if (key := (window, rate)) not in self._by_window:
+            self._by_window[key] = self.sizes(window, self._is_decode, ~self._is_decode, rate=rate)
+        return self._by_window[key]
 
     def latent_attention(self, latent: LatentAttention) -> tuple[AttentionSizes, AttentionSizes]:
         """Sizes of attention in the latent, and of prompts whose keys and values are expanded."""
@@ -324,9 +342,11 @@ class PartSizes:
         is_decode: npt.NDArray[np.bool_],
         is_prefill: npt.NDArray[np.bool_],
         block_size: int = 1,
+        rate: int = 1,
     ) -> AttentionSizes:
         """Sizes of chosen sequences, [S] each, under a window; see `pairs_and_positions`."""
-        pairs, positions = pairs_and_positions(self.num_new, self.num_cached, window, block_size)
+        seen = pairs_and_positions(self.num_new, self.num_cached, window, block_size, rate)
+        pairs, positions = seen
         decode_groups, prefill_groups = self._num_groups(is_decode, is_prefill)
         return AttentionSizes(
             decode_seqs=self._for_ranks(self._sum(is_decode)),
@@ -424,10 +444,10 @@ class Scenarios:
         """[S]; all False: no sequence asks for more than its likeliest token."""
         return np.zeros(self.size, dtype=np.bool_)
 
-    def attention(self, window: int | None) -> AttentionSizes:
+    def attention(self, window: int | None, rate: int = 1) -> AttentionSizes:
         """Sizes under a window; see `PartSizes.attention`."""
         is_decode = self.num_new == 1 + self.num_drafts
-        return self.sizes(window, is_decode, ~is_decode)
+        return self.sizes(window, is_decode, ~is_decode, rate=rate)
 
     def latent_attention(self, latent: LatentAttention) -> tuple[AttentionSizes, AttentionSizes]:
         """Sizes in the latent and expanded; see `PartSizes.latent_attention`."""
@@ -446,9 +466,11 @@ class Scenarios:
         is_decode: npt.NDArray[np.bool_],
         is_prefill: npt.NDArray[np.bool_],
         block_size: int = 1,
+        rate: int = 1,
     ) -> AttentionSizes:
         """Sizes of chosen sequences, [S] each, under a window; see `pairs_and_positions`."""
-        pairs, positions = pairs_and_positions(self.num_new, self.num_cached, window, block_size)
+        seen = pairs_and_positions(self.num_new, self.num_cached, window, block_size, rate)
+        pairs, positions = seen
         decodes, prompts = self.num_seqs * is_decode, self.num_seqs * is_prefill
         return AttentionSizes(
             decode_seqs=decodes,

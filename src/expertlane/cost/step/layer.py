@@ -14,6 +14,7 @@ from expertlane.cost.step.batch_sizes import TokenSizes
 from expertlane.cost.step.counts import DispatchCounts
 from expertlane.cost.step.operation import Amounts, Ints, OpKind, PayloadBytes, weight_bytes
 from expertlane.cost.step.step_list import StepWriter
+from expertlane.cost.step.streams import join_streams, spread_over_streams
 from expertlane.spec.deployment import PayloadType, form_on
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage
@@ -334,7 +335,7 @@ def layer_steps(
         layer: its number says its kind.
         counts: counts of its dispatch; None for a layer without experts.
     """
-    mixing, mlp = model.kind_of_layer(layer)
+    mixing, mlp, _ = model.kind_of_layer(layer)
     if mixing is not None:
         mixer_steps(out, model, mixing, part)
     if mlp == "none":
@@ -349,10 +350,12 @@ def layer_steps(
     expert_steps(out, model, part, counts, payload)
     if not out.keeps_all:
         shared_expert_steps(out, model, part)
+    spread_over_streams(out, model, Stage.EXPERTS, part)
 
 
 def residual_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """The mixer's output added to its input, where no MLP follows."""
+    spread_over_streams(out, model, Stage.ATTENTION, part)
     hidden_bytes = model.hidden_size * out.types.activation_bytes
     out.by_token(Stage.ATTENTION, part, hidden_bytes, 3, out.kernels.residual)
 
@@ -361,6 +364,7 @@ def dense_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """Norm and MLP of a dense layer."""
     _norm_steps(out, model, part)
     mlp_steps(out, model, model.intermediate_size, part)
+    spread_over_streams(out, model, Stage.EXPERTS, part)
 
 
 def shared_expert_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
@@ -389,6 +393,10 @@ def expert_steps(
 
 def _norm_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """The residual of attention, and the norm before an MLP or router."""
+    if model.num_streams > 1:
+        spread_over_streams(out, model, Stage.ROUTER, part)
+        join_streams(out, model, Stage.ROUTER, "moe", out.held(part))
+        return
     hidden_bytes = model.hidden_size * out.types.activation_bytes
     residual = out.kernels.residual
     num_passes = 2 + 3 * (residual > 0)
@@ -418,8 +426,9 @@ def router_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
 
 
 def embedding_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
-    """Embedding of each rank's tokens."""
-    moved = 2 * out.held(part) * (model.hidden_size * out.types.activation_bytes)
+    """Embedding of each rank's tokens, once in each residual stream."""
+    num_passes = 1 + model.num_streams
+    moved = num_passes * out.held(part) * (model.hidden_size * out.types.activation_bytes)
     out.memory(Stage.EMBED, moved, out.kernels.embed)
 
 
@@ -433,8 +442,8 @@ def projection_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> N
 def arrival_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     """All-gather of received hidden states over tp, where every rank keeps all tokens."""
     if out.keeps_all:
-        hidden_bytes = model.hidden_size * out.types.activation_bytes
-        out.all_gather(Stage.COLLECTIVES, "tp", part.owned, hidden_bytes)
+        carried_bytes = model.carried_size * out.types.activation_bytes
+        out.all_gather(Stage.COLLECTIVES, "tp", part.owned, carried_bytes)
 
 
 def head_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
@@ -444,6 +453,7 @@ def head_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
     num_seqs = part.num_yielding
     kernels = out.norm_kernels + out.kernels.last
     normed = num_seqs if out.keeps_all else part.owned_yielding
+    join_streams(out, model, Stage.HEAD, "head", normed)
     out.memory(Stage.HEAD, 4 * normed * hidden_bytes, kernels)
     out.gather_tokens(part.owned_yielding, hidden_bytes)
     vocab = tp_shares(model.vocab_size, out)

@@ -38,6 +38,7 @@ class OpKind(StrEnum):
     LATENT_DECODE = "latent_decode"
     SPARSE = "sparse_attention"  # prompts in the latent, of positions that an indexer chose
     SPARSE_GROUPED = "sparse_grouped"  # the same of grouped queries
+    COMPRESSED = "compressed_attention"  # prompts, of windows and entries, over a float8 cache
     INDEX = "index"  # an indexer's scores, of prompts
     INDEX_DECODE = "index_decode"  # one new token a sequence, over pages
     CHOOSE = "choose"  # the best of these scores
@@ -82,14 +83,9 @@ SIZES: dict[OpKind, tuple[str, ...]] = {
         "value_dim",
     ),
     OpKind.LATENT_DECODE: ("seqs", "positions", "heads", "key_dim", "value_dim"),
-    OpKind.SPARSE: (
-        "seqs",
-        "query_key_pairs",
-        "tokens",
-        "positions",
-        "heads",
-        "key_dim",
-        "value_dim",
+    **dict.fromkeys(
+        (OpKind.SPARSE, OpKind.COMPRESSED),
+        ("seqs", "query_key_pairs", "tokens", "positions", "heads", "key_dim", "value_dim"),
     ),
     # pairs that are scored, new tokens, bytes of keys and queries, scores that are written
     **dict.fromkeys(
@@ -111,11 +107,13 @@ ATTENTION = (
     OpKind.LATENT_DECODE,
     OpKind.SPARSE,
     OpKind.SPARSE_GROUPED,
+    OpKind.COMPRESSED,
 )
 # Of mixers beside attention; no machine's own measurement has them.
 OF_MIXERS = (
     OpKind.SPARSE,
     OpKind.SPARSE_GROUPED,
+    OpKind.COMPRESSED,
     OpKind.INDEX,
     OpKind.INDEX_DECODE,
     OpKind.CHOOSE,
@@ -412,6 +410,8 @@ class NumberTypes:
     always float32.
 
     Attributes:
+        others: of matrices beside experts, where only experts are in the type of weights, and these
+            in another narrow one.
         narrow_head: the output head has one byte per weight: it was rounded while loading.
         inputs_of_scale: inputs that share a scale in weights of one byte, in the engine's memory;
             None where scales are the checkpoint's.
@@ -425,6 +425,7 @@ class NumberTypes:
     weights: str = "bfloat16"
     activations: str = "bfloat16"
     kv: str = "bfloat16"
+    others: str | None = None
     narrow_head: bool = False
     inputs_of_scale: int | None = None
     rounds_inputs: bool = False
@@ -501,6 +502,8 @@ class NumberTypes:
 
     def of_part(self, part: Literal["attention", "mlp", "experts"]) -> str:
         """The type of the matrices of attention, of dense and shared MLPs, or of experts."""
+        if self.others is not None:
+            return self.weights if part == "experts" else self.others
         return self.weights if part in _QUANTISED.get(self.weights, (part,)) else self.kept
 
     @property
@@ -511,7 +514,14 @@ class NumberTypes:
     @property
     def index_type(self) -> str:
         """The type that an indexer's scores are computed in: float8 beside weights as narrow."""
-        return "float8" if self.weights in ("float8", "nvfp4") else self.kept
+        is_narrow = "float8" in (self.weights, self.others) or self.weights == "nvfp4"
+        return "float8" if is_narrow else self.kept
+
+    @property
+    def of_compressed(self) -> OpKind:
+        """Compressed attention of prompts: by its own kernel, which takes float8 caches alone, or
+        by that of chosen positions."""
+        return OpKind.COMPRESSED if self.kv == "float8" else OpKind.SPARSE
 
     def cached_bytes(self, num_values: int, num_rows: int) -> int:
         """Bytes of keys and values in the cache.
@@ -523,7 +533,8 @@ class NumberTypes:
 
     def __str__(self) -> str:
         kv = f", keys and values {self.kv}" if self.kv != self.activations else ""
-        return self.weights + kv
+        others = f", beside experts {self.others}" if self.others is not None else ""
+        return self.weights + others + kv
 
 
 @dataclass(frozen=True)

@@ -229,7 +229,7 @@ class ProgramBuilder:
             return None
         owned = np.sum([part.sizes.owned for part in parts], axis=0)
         there = (mesh.first_rank + mesh.size + np.arange(mesh.size)) // self.ranks_per_node
-        row_bytes = self.model.hidden_size * self.types.activation_bytes
+        row_bytes = self.model.carried_size * self.types.activation_bytes
         return HandOver(owned * row_bytes, there != mesh.node)
 
     def _sections(self, mesh: StageMesh, pp_rank: int, part: _Part) -> tuple[Section, ...]:
