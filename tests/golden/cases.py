@@ -318,6 +318,7 @@ PUBLISHED_MODELS = {
     "qwen3-next-80b-a3b": "",
     "qwen3.5-397b-a17b": "",
     "deepseek-v3.2": "",
+    "deepseek-v4-flash": "",
     "glm-5": " --dtype float8",
     "glm-5.2": " --dtype float8",
     "minimax-m3": "",
