@@ -87,14 +87,20 @@ class Kept(NamedTuple):
     sequence: int
 
 
-def kept_bytes(model: ModelConfig, types: NumberTypes, tp: int, layers: range) -> Kept:
-    """What a rank keeps in some layers, with heads shared by `tp` ranks."""
+def kept_bytes(
+    model: ModelConfig, types: NumberTypes, tp: int, layers: range, num_states: int = 1
+) -> Kept:
+    """What a rank keeps in some layers, with heads shared by `tp` ranks.
+
+    Args:
+        num_states: of a sequence in each layer with a state.
+    """
     of_position = of_sequence = 0
     for mixing, num in Counter(map(model.mixing_of_layer, layers)).items():
         if mixing is None:
             continue
         if mixing.kind == "state":
-            of_sequence += num * held_state_bytes(model, types, tp)
+            of_sequence += num * num_states * held_state_bytes(model, types, tp)
         elif (window := _kept_window(model, mixing)) is not None:
             of_sequence += num * window * held_kv_bytes(model, types, tp, has_window=True)
         else:
@@ -215,12 +221,29 @@ class PlacedModel:
 
     Attributes:
         placements: [num_hidden_layers].
+        num_drafts: tokens of multi-token prediction that are verified together. Each writes a state
+            of its own, since only the last one accepted is gone on from.
     """
 
     model: ModelConfig
     layout: Layout
     types: NumberTypes
     placements: Placements
+    num_drafts: int = 0
+
+    def with_drafts(self, num_drafts: int) -> "PlacedModel":
+        """The same with the layers that draft; their experts placed as the last layer's."""
+        if not num_drafts:
+            return self
+        placed = next((each for each in reversed(self.placements) if each is not None), None)
+        kinds = self.model.draft_kinds
+        of_drafts = tuple(placed if kind.mlp == "experts" else None for kind in kinds)
+        return replace(
+            self,
+            model=self.model.with_draft(),
+            placements=(*self.placements, *of_drafts),
+            num_drafts=num_drafts,
+        )
 
     def rank_memory(self, limits: Limits, rank: int, num_seqs: int = 0) -> RankMemory:
         """Bytes of a rank: weights, the whole cache, and the activations of the largest step.
@@ -260,7 +283,7 @@ class PlacedModel:
         num_values = num_tokens * (4 * model.hidden_size + 2 * kv_width)
         num_values += num_pairs * (2 * model.hidden_size + inner)
         num_positions = limits.num_blocks * limits.block_size
-        kept = kept_bytes(model, types, layout.tp, layers)
+        kept = self._kept(rank)
         if not kept.position and limits.state_blocks:  # states of all that the other stages hold
             most = limits.num_blocks // (limits.state_blocks + 1)
             num_seqs = max(num_seqs, min(most, limits.max_num_seqs))
@@ -314,7 +337,7 @@ class PlacedModel:
 
     def _kept(self, rank: int) -> Kept:
         held = Holding(self.model, self.layout, rank, self.placements)
-        return kept_bytes(self.model, self.types, self.layout.tp, held.layers)
+        return kept_bytes(self.model, self.types, self.layout.tp, held.layers, 1 + self.num_drafts)
 
     def _block_bytes(self, limits: Limits, rank: int) -> int:
         """Bytes of a block of the paged cache on a rank, all its layers together."""

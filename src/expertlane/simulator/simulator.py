@@ -30,7 +30,7 @@ from expertlane.cost.routing import LoadedRouting, extremes_of, placed
 from expertlane.cost.runner import CostRunner, PricedStep, StepSharing
 from expertlane.cost.step.operation import Floats, NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.cost.throughput import MultiToken, MultiTokenAdapter, with_drafting_layer
+from expertlane.cost.throughput import MultiToken, MultiTokenAdapter
 from expertlane.errors import SpecError
 from expertlane.results.metrics import ServedRequest
 from expertlane.results.record import PoolRole
@@ -466,12 +466,7 @@ class Simulator:
         """Ranks with as many blocks as memory has room for, at most what the load can use."""
         setup, load, num_drafts = self.setup, self.load, self.setup.multi_token.num_drafts
         placements = self._placed(role, layout, LIKELY)  # others have as many slots
-        held = PlacedModel(  # the layer that guesses too
-            with_drafting_layer(self.model, num_drafts),
-            layout,
-            setup.types,
-            placements + placements[-1:] * (num_drafts > 0),
-        )
+        held = PlacedModel(self.model, layout, setup.types, placements).with_drafts(num_drafts)
         max_len = load.prompt_len.high if role == "prefill" else load.max_len
         max_num_seqs, prefixes = setup.max_num_seqs, load.shared(setup.block_size)
         shares = load.has_prefixes

@@ -8,7 +8,8 @@ from typing import Any
 
 from expertlane.spec.families import Reader, latent_attention
 from expertlane.spec.hf_config import ConfigReader
-from expertlane.spec.model import ModelConfig, Routing
+from expertlane.spec.mixers import Mixing
+from expertlane.spec.model import LayerKind, ModelConfig, Routing
 
 
 def _longcat_flash(fields: ConfigReader) -> dict[str, Any]:
@@ -29,6 +30,7 @@ def _longcat_flash(fields: ConfigReader) -> dict[str, Any]:
         "num_hidden_layers": 2 * num,
         "rope_interleave": True,
         "dense_layers": tuple(range(1, 2 * num, 2)),
+        "draft": (LayerKind(Mixing(), "dense"),),
         "intermediate_size": inner,
         "shared_expert_intermediate_size": inner,
         **fields.same(ModelConfig, "moe_intermediate_size"),
