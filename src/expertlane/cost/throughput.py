@@ -16,8 +16,8 @@ model and the head: its last token and what was guessed to follow. Then N passes
 draft (`ModelConfig.draft_kinds`) and of the head guess anew, each from the one before; the first of
 them takes all of the step's tokens. Guesses are right with the same probability P each, and count
 up to the first wrong one, so that a step yields 1 + P + P² + … + P^N tokens on average. P depends
-on the text: bounds have it lower and higher by `ACCEPTANCE_UNSURE`. Every sequence is taken to get that
-average in every step: what chance does to single steps is not modelled.
+on the text: bounds have it lower and higher by `ACCEPTANCE_UNSURE`. Every sequence is taken to get
+that average in every step: what chance does to single steps is not modelled.
 """
 
 from collections.abc import Iterable, Sequence

@@ -193,11 +193,18 @@ class PoolRanks:
         """Sequences of full length that the cache holds at once, over all ranks."""
         return self.num_held(ceil(self.limits.max_model_len / self.limits.block_size))
 
+    @property
+    def num_page_blocks(self) -> int:
+        """Blocks of the cache beside the state that is kept with each shared prefix."""
+        limits, of_seq = self.limits, self.limits.blocks_for(self.limits.max_model_len)
+        of_prefixes = self.prefixes.num * limits.state_blocks
+        return max(of_seq + 1 + limits.state_blocks, limits.num_blocks - of_prefixes)
+
     def num_held(self, blocks: float) -> int:
         """Sequences of `blocks` blocks each, shared ones included, that all ranks hold."""
         limits, prefixes = self.limits, self.prefixes
         of_each = blocks + limits.state_blocks - prefixes.num_blocks
-        num = int(prefixes.num_sharing(limits.num_blocks, of_each))
+        num = int(prefixes.num_sharing(self.num_page_blocks, of_each))
         return min(num, limits.max_num_seqs) * self.layout.dp * self.layout.replicas
 
 
@@ -500,10 +507,6 @@ class Simulator:
         )
         limits = held.fit_cache(wanted, FREE_SHARE * self.cluster.profile.device.memory_bytes)
         memory = held.fullest(limits)
-        if limits.state_blocks and prefixes.num:  # the cache keeps a state beside each prefix
-            least = of_seq + 1 + limits.state_blocks
-            num_blocks = limits.num_blocks - prefixes.num * limits.state_blocks
-            limits = replace(limits, num_blocks=max(least, num_blocks))
         num_positions = limits.num_blocks * limits.block_size
         few = int(_SHARE_ALIKE * memory.weight_bytes * num_positions / max(memory.kv_bytes, 1))
         context_step = min(max(load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)
