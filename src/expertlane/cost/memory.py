@@ -58,7 +58,7 @@ class KVTransfers:
         of_position, of_sequence = _of_stages(model, types, prefill, 1) / prefill.tp
         self._sent_bytes = np.repeat(of_position, prefill.tp)
         self._sent_state = np.repeat(of_sequence, prefill.tp)
-        of_position, of_sequence = _of_stages(model, types, decode, decode.tp)
+        of_position, of_sequence = _of_stages(model, types, decode, decode.tp, decode.dcp)
         self._received_bytes = np.repeat(of_position / decode.dcp, decode.tp)
         self._received_state = np.repeat(of_sequence, decode.tp)
 
@@ -69,10 +69,13 @@ class KVTransfers:
         return self._links.kv_transfer(sent, received, self._remote).bounds[:, 0]
 
 
-def _of_stages(model: ModelConfig, types: NumberTypes, layout: Layout, tp: int) -> Floats:
+def _of_stages(
+    model: ModelConfig, types: NumberTypes, layout: Layout, tp: int, dcp: int = 1
+) -> Floats:
     """[2, pp]; bytes that a rank of each stage keeps of a position, and of a sequence besides."""
     layers = [layout.layers_of_stage(model.num_hidden_layers, rank) for rank in range(layout.pp)]
-    return np.array([kept_bytes(model, types, tp, each) for each in layers], dtype=np.float64).T
+    kept = [kept_bytes(model, types, tp, each, dcp=dcp) for each in layers]
+    return np.array(kept, dtype=np.float64).T
 
 
 class Kept(NamedTuple):
@@ -88,11 +91,19 @@ class Kept(NamedTuple):
 
 
 def kept_bytes(
-    model: ModelConfig, types: NumberTypes, tp: int, layers: range, num_states: int = 1
+    model: ModelConfig,
+    types: NumberTypes,
+    tp: int,
+    layers: range,
+    *,
+    dcp: int = 1,
+    num_states: int = 1,
 ) -> Kept:
     """What a rank keeps in some layers, with heads shared by `tp` ranks.
 
     Args:
+        dcp: ranks that share the positions of a window. A state has none: it is cut by its heads,
+            and never shared. What is kept of a position is not divided.
         num_states: of a sequence in each layer with a state.
     """
     of_position = of_sequence = 0
@@ -102,7 +113,8 @@ def kept_bytes(
         if mixing.kind == "state":
             of_sequence += num * num_states * held_state_bytes(model, types, tp)
         elif (window := _kept_window(model, mixing)) is not None:
-            of_sequence += num * window * held_kv_bytes(model, types, tp, has_window=True)
+            of_position_there = held_kv_bytes(model, types, tp, has_window=True)
+            of_sequence += num * ceil(window / dcp) * of_position_there
         else:
             of_position += num * held_kv_bytes(model, types, tp)
     return Kept(of_position, of_sequence)
@@ -337,7 +349,8 @@ class PlacedModel:
 
     def _kept(self, rank: int) -> Kept:
         held = Holding(self.model, self.layout, rank, self.placements)
-        return kept_bytes(self.model, self.types, self.layout.tp, held.layers, 1 + self.num_drafts)
+        sizes = {"dcp": self.layout.dcp, "num_states": 1 + self.num_drafts}
+        return kept_bytes(self.model, self.types, self.layout.tp, held.layers, **sizes)
 
     def _block_bytes(self, limits: Limits, rank: int) -> int:
         """Bytes of a block of the paged cache on a rank, all its layers together."""
