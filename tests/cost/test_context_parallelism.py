@@ -1,22 +1,36 @@
 """Decode context parallelism: each rank of a group reads its share of the cache, for more heads."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cli.screen import refusing
 from cost.projected import program_of
 from cost.tiny_models import MODELS
 from expertlane.balance.holding import placements_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import parse_cluster
-from expertlane.cost.memory import KVTransfers, PlacedModel
+from expertlane.cost.memory import (
+    KVTransfers,
+    PlacedModel,
+    held_kv_bytes,
+    held_state_bytes,
+    kept_bytes,
+)
+from expertlane.cost.step.attention import mixer_steps
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.operation import NumberTypes, OpKind, Transfer
-from expertlane.cost.step.step_list import GPU_LIBRARIES
+from expertlane.cost.step.counts import StageMesh
+from expertlane.cost.step.operation import NumberTypes, Operation, OpKind, Transfer
+from expertlane.cost.step.step_list import GPU_LIBRARIES, StepList
 from expertlane.schedule.request import Limits
 from expertlane.spec.deployment import Options
+from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
+from expertlane.spec.mixers import Mixing
 from expertlane.spec.names import Stage, Traffic
 
 TYPES = NumberTypes()
@@ -117,3 +131,43 @@ def test_memory_and_transfer_are_shared(model):
         for layout in (Layout(tp=4), parted)
     ]
     assert (np.asarray(seconds[1]) <= seconds[0]).all()
+
+
+def _published(file, name):
+    path = Path(__file__).parent.parent / "spec" / file
+    return from_hf(json.loads(path.read_text())[name], name, weights=False)
+
+
+def test_states_are_neither_shared_nor_copied():
+    model = _published("published_mixers.json", "qwen3-next-80b-a3b")  # two heads of keys
+    plain, parted = (
+        PlacedModel(model, layout, TYPES, placements_of(model, layout, Options()))
+        for layout in (Layout(tp=8), Layout(tp=8, dcp=4))
+    )
+    limits = Limits(model.vocab_size, 4096, num_blocks=256)
+    of_state = 36 * held_state_bytes(model, TYPES, 8)
+    paged, shared = (
+        each.rank_memory(limits, 0, 2).kv_bytes - 2 * of_state for each in (plain, parted)
+    )
+    assert paged == 4 * shared > 0
+    # A block takes a quarter of the bytes, so a state as many more blocks.
+    assert parted.state_blocks(limits) == pytest.approx(4 * plain.state_blocks(limits), abs=4)
+    with refusing("dcp=8 hold 4 times valid dcp 1 2 4"):
+        Layout(tp=8, dcp=8).check_model(model)
+    steps = []
+    for layout in (Layout(tp=8), Layout(tp=8, dcp=4)):
+        out = StepList(StageMesh.of(layout, 0, 0, 8), TYPES, "all_gather", GPU_LIBRARIES)
+        mixer_steps(out, model, Mixing("state"), PartSizes.even(1, 8, 3, 1, 1000))
+        operations = [each for each in out.steps if isinstance(each, Operation)]
+        steps.append(
+            [(each.kind, int(each.kv_bytes[0]), int(each.flops[0])) for each in operations]
+        )
+    assert steps[0] == steps[1]
+
+
+def test_windows_with_heads_of_their_own_are_shared_as_they_are_read():
+    model = _published("published_grouped.json", "mimo-v2-flash")
+    of_layer = slice(1, 5)  # windows alone, of 129 positions in blocks of 16
+    whole, half = (kept_bytes(model, TYPES, 16, range(48)[of_layer], dcp=dcp) for dcp in (1, 2))
+    assert whole.sequence == 4 * 160 * held_kv_bytes(model, TYPES, 16, has_window=True)
+    assert whole == (0, 2 * half.sequence)

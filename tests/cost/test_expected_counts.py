@@ -93,7 +93,7 @@ class Stage:
     def steps(self, counts, part, out):
         """Embedding, an MoE layer and the head."""
         embedding_steps(out, self._model, part)
-        layer_steps(out, self._model, 1, part, counts, self._payload)
+        layer_steps(out, self._model, self._model.kind_of_layer(1), part, counts, self._payload)
         head_steps(out, self._model, part)
         return out.steps
 

@@ -1,17 +1,39 @@
 """Several tokens a step: what goes through the model, and what is guessed for the next one."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cost.projected import MODEL, builder_of, make_scheduler
+from cost.projected import MODEL, TYPES, builder_of, make_scheduler, program_of
+from expertlane.balance.holding import placements_of
+from expertlane.cost.memory import PlacedModel
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
+from expertlane.cost.step.operation import OpKind
 from expertlane.cost.throughput import MultiToken, MultiTokenAdapter
 from expertlane.errors import SpecError
 from expertlane.schedule.plan import Batch
+from expertlane.schedule.request import Limits
+from expertlane.spec.deployment import Options
+from expertlane.spec.from_hf import from_hf
+from expertlane.spec.layout import Layout
+from expertlane.spec.mixers import Mixing
+from expertlane.spec.model import LayerKind
 from expertlane.spec.names import Stage
+
+SPEC = Path(__file__).parent.parent / "spec"
+
+
+def published(file, name):
+    return from_hf(json.loads((SPEC / file).read_text())[name], name, weights=False)
+
+
+def placed(model):
+    layout = Layout()
+    return PlacedModel(model, layout, TYPES, placements_of(model, layout, Options()))
 
 
 def batch(num_new, num_cached, yields):
@@ -98,3 +120,80 @@ def test_positions_grow_by_what_a_step_yields():
 def test_numbers_that_cannot_be(given):
     with pytest.raises(SpecError):
         MultiToken(*given)
+
+
+FULL = Mixing()
+CHOSEN = Mixing(choice="own")
+DRAFTS = {
+    "published.json": {
+        "deepseek-v3": [(FULL, "experts")],
+        "glm-4.5-air": [(FULL, "experts")],
+        "glm-4.7-flash": [(FULL, "experts")],
+        "ernie-4.5-21b-a3b": [(FULL, "dense")],
+    },
+    "published_mixers.json": {
+        "qwen3-next-80b-a3b": [(FULL, "experts")],
+        "qwen3.5-397b-a17b": [(FULL, "experts")],
+        "deepseek-v3.2": [(CHOSEN, "experts")],
+        "glm-5": [(CHOSEN, "experts")],
+        "glm-5.2": [(CHOSEN, "experts")],
+        "deepseek-v4-flash": [(Mixing(window=128), "experts")],
+        "nemotron-3-super-120b-a12b": [(FULL, "none"), (None, "experts")],
+        "ling-3.0-flash": [(FULL, "experts")],
+        "longcat-flash": [(FULL, "dense")],
+    },
+    "published_grouped.json": {
+        "hy3-preview": [(FULL, "experts")],
+        "mimo-v2-flash": [(Mixing(window=129), "dense")],
+        "step-3.5-flash": [(Mixing(window=512), "dense")],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "name"), [(file, name) for file, names in DRAFTS.items() for name in names]
+)
+def test_layers_of_a_published_draft(file, name):
+    model = published(file, name)
+    kinds = tuple(LayerKind(*kind) for kind in DRAFTS[file][name])
+    assert model.draft_kinds == kinds
+    drafting, num = model.with_draft(), model.num_hidden_layers
+    assert drafting.num_hidden_layers == num + len(kinds)
+    found = [drafting.kind_of_layer(layer) for layer in range(drafting.num_hidden_layers)]
+    assert found == [*map(model.kind_of_layer, range(num)), *kinds]
+
+
+def test_a_draft_with_a_window_and_no_experts_is_held_and_priced_as_such():
+    model = published("published_grouped.json", "mimo-v2-flash")
+    plain = placed(model)
+    drafting = plain.with_drafts(2)
+    limits = Limits(model.vocab_size, 1024, 64)
+    before, after = (each.rank_memory(limits, 0, 1) for each in (plain, drafting))
+    # 64 heads of 192, 8 of 192 + 128, 64 of 128; 64 sinks; a dense MLP; two norms.
+    matrices = 4096 * (64 * 192 + 8 * (192 + 128) + 64 * 128 + 3 * 16384)
+    assert after.weight_bytes - before.weight_bytes == 2 * matrices + 4 * (64 + 2 * 4096)
+    assert after.kv_bytes - before.kv_bytes == (9 + 1) * 16 * 8 * (192 + 128) * 2
+    sizes = PartSizes.even(1, 1, 4, 1, 1000)
+    sections = program_of("tp=1", sizes, model, num_drafts=1).stages[0][0].parts[0]
+    kinds = [step.kind for section in sections[-3:] for step in section.steps]
+    assert OpKind.EXPERTS not in kinds
+    # The core reads the window alone.
+    (core,) = (step for step in sections[-2].steps if step.kind is OpKind.DECODE_ATTENTION)
+    assert core.sizes["positions"].tolist() == [4 * 129]
+
+
+def test_each_token_that_is_verified_writes_a_state():
+    model = published("published_mixers.json", "qwen3-next-80b-a3b")
+    plain = placed(model)
+    states = plain._kept(0).sequence
+    assert plain.with_drafts(3)._kept(0).sequence == 4 * states
+    sizes = PartSizes.even(1, 1, 4, 1, 1000, 3)
+
+    def moved(**more):
+        sections = program_of("tp=1", sizes, model, **more).stages[0][0].parts[0]
+        kind = OpKind.GATED_DELTA_DECODE
+        return next(s for each in sections for s in each.steps if getattr(s, "kind", "") is kind)
+
+    step = moved(num_drafts=3)
+    of_state = 32 * 128 * 128 * 4
+    assert step.kv_bytes.tolist() == [(4 + 16) * of_state]

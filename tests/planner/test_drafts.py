@@ -12,6 +12,8 @@ from expertlane.planner.ranking import contender
 from expertlane.planner.screen import Screen, fitting
 from expertlane.planner.search import Search
 from expertlane.spec.layout import Layout
+from expertlane.spec.mixers import Mixing
+from expertlane.spec.model import LayerKind
 from expertlane.spec.workload import Workload
 from planner import requests
 from planner.requests import MIXED, agrees_with_the_whole_model, planned
@@ -19,8 +21,8 @@ from planner.requests import MIXED, agrees_with_the_whole_model, planned
 DRAFTS = MultiToken(2, 0.8)
 
 
-def request_of(drafts, num_sequences=1024):
-    request = requests.request_of(workload=Workload(num_sequences, 512, 128))
+def request_of(drafts, num_sequences=1024, model=MIXED):
+    request = requests.request_of(model, workload=Workload(num_sequences, 512, 128))
     return replace(request, setting=replace(request.setting, multi_token=drafts))
 
 
@@ -38,8 +40,14 @@ def test_each_candidate_with_drafts_and_without():
     }
 
 
-def test_one_rank_that_stands_for_all_drafts_as_all_do():
-    request = request_of(DRAFTS)
+# Attention with a window alone, a layer of experts alone, and a dense one.
+_WINDOW = LayerKind(Mixing(window=64), "none")
+_OWN = _WINDOW, LayerKind(None, "experts"), LayerKind(Mixing(), "dense")
+
+
+@pytest.mark.parametrize("draft", [(), _OWN])
+def test_one_rank_that_stands_for_all_drafts_as_all_do(draft):
+    request = request_of(DRAFTS, model=replace(MIXED, draft=draft, intermediate_size=128))
     found = [
         each
         for each in screened(request)

@@ -16,6 +16,7 @@ from expertlane.planner.simulated import simulated_pool
 from expertlane.planner.two_pools import TwoPools, TwoPoolSearch
 from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
+from expertlane.spec.mixers import StateMixer
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
 from planner.requests import MIXED, request_of
@@ -111,6 +112,14 @@ def test_drafts_without_a_pipeline():
     assert who_runs(candidate("pp=2,tp=4", ROTATING, 2), "prefill") == ("vllm", "sglang")
 
 
+def test_positions_shared_beside_states_or_windows():
+    state = StateMixer("lightning", num_heads=128, num_key_heads=128, key_dim=8, value_dim=8)
+    windows = (None, *(64,) * (MANY.num_hidden_layers - 1))
+    for more in ({}, {"sliding_window": windows}, {"state": state, "state_layers": (1,)}):
+        runs = "vllm" in who_runs(candidate("tp=8,dcp=2"), model=MANY.with_overrides(**more))
+        assert runs == (not more)
+
+
 @pytest.mark.parametrize(
     ("prefill", "decode", "engines"),
     [
@@ -159,7 +168,9 @@ def test_every_row_has_a_source_and_rules_something_out(name, drawn):
     assert all(row.source and row.says for row in (*engine.rows, *(engine.pairs or ())))
     unused = set(engine.rows)
     gated = RolePool(candidate("tp=8"), MANY.with_overrides(attention_gate="sigmoid"), "both")
-    for pool in (*drawn, gated):
+    window = MANY.with_overrides(sliding_window=(64,) * MANY.num_hidden_layers)
+    windows = RolePool(candidate("tp=8,dcp=2"), window, "both")
+    for pool in (*drawn, gated, windows):
         unused -= {row for row in unused if row.rules_out(pool)}
     assert not unused
 

@@ -72,7 +72,7 @@ def step_s(request, candidate, num_seqs, num_new, num_cached, how):
         (arrival_steps if pp_rank else embedding_steps)(out, model, part)
         for layer in layout.layers_of_stage(model.num_hidden_layers, pp_rank):
             of_layer = None if model.is_dense(layer) else counts
-            layer_steps(out, model, layer, part, of_layer, options.payload)
+            layer_steps(out, model, model.kind_of_layer(layer), part, of_layer, options.payload)
         if pp_rank == layout.pp - 1:
             head_steps(out, model, part)
         stages.append((1, price(profile, setting.types, terms, [out])[0]))

@@ -132,3 +132,77 @@ def test_counts_are_exact_whatever_is_done(num_blocks, actions):
     for blocks in held:
         manager.free(blocks)
     assert manager.num_free == num_blocks
+
+
+def test_a_prefix_is_found_up_to_where_a_state_is_kept():
+    manager = BlockManager(16, 2, state_blocks=2)
+    held, of_all = cached(manager, [1, 2], [3, 4], [5, 6]), digests([1, 2], [3, 4], [5, 6])
+    assert manager.find(of_all) == []
+    assert manager.find_known(of_all) == held
+    manager.keep_state(of_all[1])
+    assert manager.find(of_all) == held[:2]
+    manager.keep_state(of_all[2])
+    assert manager.find(of_all) == held
+    manager.keep_state(b"of no block")
+    assert manager.num_kept_states == 2
+
+
+def test_states_take_room_and_kept_ones_make_way():
+    manager = BlockManager(10, 1, state_blocks=3)
+    manager.hold_state()
+    assert (manager.num_free, manager.num_used) == (7, 0)
+    held, of_all = cached(manager, [1], [2], [3]), digests([1], [2], [3])
+    manager.keep_state(of_all[2])
+    assert (manager.num_free, manager.num_used) == (4, 3)
+    manager.free(held)
+    assert (manager.num_free, manager.num_used) == (7, 0)
+    one = manager.allocate(1)  # the last blank one
+    assert manager.find(of_all) == held
+    manager.free(manager.allocate(1))  # the block used least recently, and its state
+    assert manager.find(of_all) == []
+    assert manager.find_known(of_all) == held[:2]
+    assert manager.num_kept_states == 0
+    manager.free(one)
+    with pytest.raises(ValueError, match=telling("8 blocks 7 free")):
+        manager.allocate(8)
+    manager.free_state()
+    assert len(manager.allocate(10)) == 10
+
+
+def test_a_state_without_room_is_not_kept():
+    manager = BlockManager(4, 1, state_blocks=2)
+    manager.hold_state()
+    (held,) = cached(manager, [1])
+    manager.keep_state(digests([1])[0])
+    assert manager.num_kept_states == 0
+    assert (manager.ref_count(held), manager.num_free) == (1, 1)
+
+
+@given(st.lists(st.tuples(st.sampled_from("akshf"), st.integers(0, 5)), max_size=60))
+@settings(deadline=None)
+def test_blocks_and_states_never_take_more_than_there_is(moves):
+    manager, held, num_states = BlockManager(12, 1, state_blocks=2), [], 0
+    of_all = digests(*([number] for number in range(6)))
+    for move, number in moves:
+        match move:
+            case "a" if manager.num_free > number:
+                blocks = manager.allocate(number + 1)
+                held.append(blocks)
+                for block, digest in zip(blocks, of_all, strict=False):
+                    manager.register(block, digest)
+            case "k":
+                manager.keep_state(of_all[number])
+            case "s" if manager.num_free >= 2:
+                manager.hold_state()
+                num_states += 1
+            case "h" if num_states:
+                manager.free_state()
+                num_states -= 1
+            case "f" if held:
+                manager.free(held.pop(number % len(held)))
+        used = sum(map(len, held))
+        assert manager.num_used == used
+        assert manager.num_free == 12 - used - 2 * num_states >= 0
+        assert 2 * manager.num_kept_states <= manager.num_free
+        found, known = manager.find(of_all), manager.find_known(of_all)
+        assert known[: len(found)] == found

@@ -2,7 +2,7 @@
 
 import pytest
 
-from expertlane.schedule.request import FinishReason, RequestState
+from expertlane.schedule.request import FinishReason, Request, RequestState
 from expertlane.spec.names import Phase
 from schedule.by_hand import (
     add,
@@ -233,3 +233,38 @@ def test_a_preempted_one_computes_all_again():
     assert computed[again] == (0, 4 + again)
     assert len(older.output_token_ids) == 12
     assert len(moved.output_token_ids) == 8
+
+
+def _served(scheduler, *prompts):
+    """Tokens that each prompt found in the cache, one after the other."""
+    found = []
+    for number, prompt in enumerate(prompts):
+        each = Request(f"{number} {len(prompt)}", prompt, max_tokens=2)
+        scheduler.add(each)
+        while scheduler.has_unfinished:
+            step(scheduler)
+        found.append(each.num_cached_tokens)
+    return found
+
+
+def test_prefixes_of_models_with_states_begin_where_a_state_was_kept():
+    shared = list(range(16))
+    prompts = [[*shared, *[20 + number] * 9] for number in range(4)]
+    assert _served(make(), *prompts) == [0, 16, 16, 16]
+    # The second leaves a state where it leaves the first; one that goes on from a prompt finds all.
+    longer = [*prompts[0], *range(60, 69)]
+    scheduler = make(state_blocks=2)
+    assert _served(scheduler, *prompts, longer) == [0, 0, 16, 16, 24]
+    # A prompt in chunks leaves one behind each.
+    chunks = make(state_blocks=2, max_num_batched_tokens=8)
+    assert _served(chunks, *prompts[:2]) == [0, 16]
+    assert _served(make(state_blocks=2, prefix_caching=False), *prompts[:3]) == [0, 0, 0]
+
+
+def test_kept_states_leave_a_small_cache_to_what_runs():
+    prompts = [[number] * 9 for number in range(3)]
+    scheduler = make(state_blocks=4, num_blocks=8)  # a sequence takes 3 blocks and a state
+    assert _served(scheduler, *prompts, prompts[2]) == [0, 0, 0, 0]
+    (table,) = scheduler.tables[0]
+    assert (table.num_running, table.blocks.num_used) == (0, 0)
+    assert table.blocks.num_free == 8

@@ -140,8 +140,8 @@ class FoundModel:
         from expertlane.cost.laws.frameworks import served_by
         from expertlane.cost.routing import choose_routing
 
-        last = self.config.kind_of_layer(self.config.num_hidden_layers - 1)
-        if has_drafts and (last.mixing is None or last.mlp == "none"):
+        last = self.config.draft_kinds[0]
+        if has_drafts and not self.config.draft and (last.mixing is None or last.mlp == "none"):
             raise UserError(
                 f"--mtp: the last layer of {self.name} is a mixer or an MLP alone, so what its "
                 "layers that draft cost is not known; leave it out"

@@ -196,11 +196,11 @@ class ManySteps:
         return found
 
     def _draft(self, priced: PricedPoints, own: Ints, experts: Ints) -> Floats:
-        """[rows, P]; price of a drafting pass without head: one more layer, like the last one."""
-        last = self.model.kind_of_layer(self.model.num_hidden_layers - 1)
-        layer = priced.layers[last] + priced.projection
-        found: Floats = layer[:, own]
-        return found + priced.experts[:, experts] if last.mlp == "experts" else found
+        """[rows, P]; price of a drafting pass without head."""
+        kinds = self.model.draft_kinds
+        found: Floats = sum((priced.layers[kind] for kind in kinds), priced.projection)[:, own]
+        num_sparse = sum(kind.mlp == "experts" for kind in kinds)
+        return found + num_sparse * priced.experts[:, experts] if num_sparse else found
 
     @cached_property
     def alone_s(self) -> Floats:

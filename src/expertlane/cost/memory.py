@@ -59,7 +59,7 @@ class KVTransfers:
         of_position, of_sequence = _of_stages(model, types, prefill, 1) / prefill.tp
         self._sent_bytes = np.repeat(of_position, prefill.tp)
         self._sent_state = np.repeat(of_sequence, prefill.tp)
-        of_position, of_sequence = _of_stages(model, types, decode, decode.tp)
+        of_position, of_sequence = _of_stages(model, types, decode, decode.tp, decode.dcp)
         self._received_bytes = np.repeat(of_position / decode.dcp, decode.tp)
         self._received_state = np.repeat(of_sequence, decode.tp)
 
@@ -70,10 +70,13 @@ class KVTransfers:
         return self._links.kv_transfer(sent, received, self._remote).bounds[:, 0]
 
 
-def _of_stages(model: ModelConfig, types: NumberTypes, layout: Layout, tp: int) -> Floats:
+def _of_stages(
+    model: ModelConfig, types: NumberTypes, layout: Layout, tp: int, dcp: int = 1
+) -> Floats:
     """[2, pp]; bytes that a rank of each stage keeps of a position, and of a sequence besides."""
     layers = [layout.layers_of_stage(model.num_hidden_layers, rank) for rank in range(layout.pp)]
-    return np.array([kept_bytes(model, types, tp, each) for each in layers], dtype=np.float64).T
+    kept = [kept_bytes(model, types, tp, each, dcp=dcp) for each in layers]
+    return np.array(kept, dtype=np.float64).T
 
 
 class Kept(NamedTuple):
@@ -88,10 +91,24 @@ class Kept(NamedTuple):
     sequence: int
 
 
-def kept_bytes(model: ModelConfig, types: NumberTypes, tp: int, layers: range) -> Kept:
-    """What a rank keeps in some layers, with heads shared by `tp` ranks."""
+def kept_bytes(
+    model: ModelConfig,
+    types: NumberTypes,
+    tp: int,
+    layers: range,
+    *,
+    dcp: int = 1,
+    num_states: int = 1,
+) -> Kept:
+    """What a rank keeps in some layers, with heads shared by `tp` ranks.
+
+    Args:
+        dcp: ranks that share the positions of a window. A state has none: it is cut by its heads,
+            and never shared. What is kept of a position is not divided.
+        num_states: of a sequence in each layer with a state.
+    """
     kept = [
-        (num, _kept_in_layer(model, types, tp, mixing))
+        (num, _kept_in_layer(model, types, tp, mixing, dcp, num_states))
         for mixing, num in Counter(map(model.mixing_of_layer, layers)).items()
         if mixing is not None
     ]
@@ -101,21 +118,25 @@ def kept_bytes(model: ModelConfig, types: NumberTypes, tp: int, layers: range) -
     )
 
 
-def _kept_in_layer(model: ModelConfig, types: NumberTypes, tp: int, mixing: Mixing) -> Kept:
+def _kept_in_layer(
+    model: ModelConfig, types: NumberTypes, tp: int, mixing: Mixing, dcp: int, num_states: int
+) -> Kept:
     if mixing.kind == "state":
-        return Kept(0, held_state_bytes(model, types, tp))
+        return Kept(0, num_states * held_state_bytes(model, types, tp))
     window = _kept_window(model, mixing)
     if window is None:
         has_index = mixing.choice == "own"
         return Kept(held_kv_bytes(model, types, tp, has_index=has_index), 0)
-    of_window = held_kv_bytes(model, types, tp, has_window=True)
+    of_position = held_kv_bytes(model, types, tp, has_window=True)
+    of_window = ceil(window / dcp) * of_position
     compressed, entries = model.compressed, mixing.entries
     if compressed is None or entries is None:
-        return Kept(0, window * of_window)
+        return Kept(0, of_window)
     indexer = model.indexer if entries == "chosen" else None
     of_index = 0 if indexer is None else indexer.position_bytes(types.activation_bytes)
+    # Positions of an entry are kept one by one, so that wrong drafts are just left out.
     of_state = compressed.state_bytes(entries, model.head_dim, indexer)
-    return Kept((of_window + of_index) / compressed.rate(entries), window * of_window + of_state)
+    return Kept((of_position + of_index) / compressed.rate(entries), of_window + of_state)
 
 
 def _kept_window(model: ModelConfig, mixing: Mixing) -> int | None:
@@ -242,12 +263,29 @@ class PlacedModel:
 
     Attributes:
         placements: [num_hidden_layers].
+        num_drafts: tokens of multi-token prediction that are verified together. Each writes a state
+            of its own, since only the last one accepted is gone on from.
     """
 
     model: ModelConfig
     layout: Layout
     types: NumberTypes
     placements: Placements
+    num_drafts: int = 0
+
+    def with_drafts(self, num_drafts: int) -> "PlacedModel":
+        """The same with the layers that draft; their experts placed as the last layer's."""
+        if not num_drafts:
+            return self
+        placed = next((each for each in reversed(self.placements) if each is not None), None)
+        kinds = self.model.draft_kinds
+        of_drafts = tuple(placed if kind.mlp == "experts" else None for kind in kinds)
+        return replace(
+            self,
+            model=self.model.with_draft(),
+            placements=(*self.placements, *of_drafts),
+            num_drafts=num_drafts,
+        )
 
     def rank_memory(self, limits: Limits, rank: int, num_seqs: int = 0) -> RankMemory:
         """Bytes of a rank: weights, the whole cache, and the activations of the largest step.
@@ -287,7 +325,7 @@ class PlacedModel:
         num_values = num_tokens * ((3 + model.num_streams) * model.hidden_size + 2 * kv_width)
         num_values += num_pairs * (2 * model.hidden_size + inner)
         num_positions = limits.num_blocks * limits.block_size
-        kept = kept_bytes(model, types, layout.tp, layers)
+        kept = self._kept(rank)
         if not kept.position and limits.state_blocks:  # states of all that the other stages hold
             most = limits.num_blocks // (limits.state_blocks + 1)
             num_seqs = max(num_seqs, min(most, limits.max_num_seqs))
@@ -342,7 +380,8 @@ class PlacedModel:
 
     def _kept(self, rank: int) -> Kept:
         held = Holding(self.model, self.layout, rank, self.placements)
-        return kept_bytes(self.model, self.types, self.layout.tp, held.layers)
+        sizes = {"dcp": self.layout.dcp, "num_states": 1 + self.num_drafts}
+        return kept_bytes(self.model, self.types, self.layout.tp, held.layers, **sizes)
 
     def _block_bytes(self, limits: Limits, rank: int) -> int:
         """Bytes of a block of the paged cache on a rank, all its layers together."""

@@ -142,7 +142,8 @@ class SharedParts:
         self._own, self._experts = _Column(), _Column()
         self._ones: dict[tuple[int, int], OneOfGroup] = {}
         self._keeps_all: list[bool] = []  # by shape
-        self._kinds = list(kinds_of_layers(model))
+        of_drafts = model.draft_kinds if has_drafts else ()
+        self._kinds = list(dict.fromkeys((*kinds_of_layers(model), *of_drafts)))
         self._mlps = {kind.mlp for kind in self._kinds}
         self._has_experts = "experts" in self._mlps
         self._has_drafts = has_drafts

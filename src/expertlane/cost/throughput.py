@@ -12,12 +12,12 @@ tokens from the one that decodes, as in `simulate`: TTFT ends when the first dec
 KV transfer and the wait for a place there are in it, and TPOT is decoding alone.
 
 Multi-token prediction: with N drafts a decode step takes 1 + N tokens of a sequence through the
-model and the head: its last token and what was guessed to follow. Then N passes of one more layer,
-as wide as the model's last, and of the head guess anew, each from the one before; the first of them
-takes all of the step's tokens. Guesses are right with the same probability P each, and count up to
-the first wrong one, so that a step yields 1 + P + P² + … + P^N tokens on average. P depends on the
-text: bounds have it lower and higher by `ACCEPTANCE_UNSURE`. Every sequence is taken to get that
-average in every step: what chance does to single steps is not modelled.
+model and the head: its last token and what was guessed to follow. Then N passes of the layers that
+draft (`ModelConfig.draft_kinds`) and of the head guess anew, each from the one before; the first of
+them takes all of the step's tokens. Guesses are right with the same probability P each, and count
+up to the first wrong one, so that a step yields 1 + P + P² + … + P^N tokens on average. P depends
+on the text: bounds have it lower and higher by `ACCEPTANCE_UNSURE`. Every sequence is taken to get
+that average in every step: what chance does to single steps is not modelled.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,7 +37,6 @@ from expertlane.results.metrics import ServedRequest, serving_record
 from expertlane.results.serving_record import SLOResult
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import ModelConfig
 from expertlane.spec.workload import SLO, Workload
 
 Number = TypeVar("Number", int, Ints)
@@ -459,20 +458,3 @@ class MultiTokenAdapter:
         further = np.round(self._extra * self._num_decodes[batch.seq_ids]) * is_decode
         self._num_decodes[batch.seq_ids[is_decode]] += 1
         return replace(batch, num_computed_tokens=batch.num_computed_tokens + further.astype(int))
-
-
-def with_drafting_layer(model: ModelConfig, num_drafts: int) -> ModelConfig:
-    """The model with one more layer, as ranks that draft hold it."""
-    if not num_drafts:
-        return model
-    window: Sequence[int | None] = model.sliding_window[-1:]
-    compressed = model.compressed
-    if compressed is not None:
-        layers = (*compressed.layers, compressed.layers[-1])
-        compressed = replace(compressed, layers=layers)
-    return replace(
-        model,
-        num_hidden_layers=model.num_hidden_layers + 1,
-        sliding_window=(*model.sliding_window, *window),
-        compressed=compressed,
-    )

@@ -255,6 +255,15 @@ VLLM = ServingEngine(
             lambda pool: pool.role == "decode" and pool.layout.pp > 1,
         ),
         Row(
+            "shares out positions by dcp where no layer has a state or a window",
+            "v1/core/kv_cache_coordinator.py: HybridKVCacheCoordinator; "
+            "v1/core/single_type_kv_cache_manager.py: dcp_world_size",
+            lambda pool: (
+                pool.layout.dcp > 1
+                and (pool.model.state is not None or any(pool.model.sliding_window))
+            ),
+        ),
+        Row(
             "transfers keys and values that all tp ranks share, or none; shared ones of MLA alone",
             "config/vllm.py: NixlConnector",
             lambda pool: (

@@ -30,7 +30,6 @@ from expertlane.cost.throughput import (
     breach,
     one_pool,
     together,
-    with_drafting_layer,
 )
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.spec.deployment import CopyMethod, DispatchForm, Options
@@ -285,9 +284,8 @@ class Screen:
             placements: Placements = tuple(
                 None if model.is_dense(layer) else slots for layer in range(model.num_hidden_layers)
             )
-            held = with_drafting_layer(model, num_drafts)
-            of_drafts = placements[-1:] * (num_drafts > 0)
-            known[key] = PlacedModel(held, layout, types, placements + of_drafts).capacity(
+            held = PlacedModel(model, layout, types, placements).with_drafts(num_drafts)
+            known[key] = held.capacity(
                 self._profile.device.memory_bytes,
                 self._request.workload.max_len,
                 prefill_tokens,

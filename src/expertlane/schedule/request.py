@@ -261,6 +261,10 @@ class Request:
             f"{self.name}, output token {len(self.output_token_ids) + 1}: {not_finite(step)}"
         )
 
+    def is_prompt_block(self, index: int, block_size: int) -> bool:
+        """True if one of its blocks holds tokens of the prompt alone."""
+        return (index + 1) * block_size <= len(self.prompt_token_ids)
+
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Prompt and output as one sequence: [stop - start]."""
         prompt, output = self.prompt_token_ids, self.output_token_ids

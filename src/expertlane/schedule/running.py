@@ -23,34 +23,56 @@ class BlockManager:
     that was registered under a digest can be shared again until it is reused. Blank blocks are
     reused first, then those that hold anything, least recently freed first.
 
+    **States.** Where a sequence has a state beside its blocks, that takes the room of
+    `state_blocks` blank blocks. A state can only be gone on from where it stood, so some are kept
+    with the block that they stood behind (`keep_state`), and `find` gives prefixes that end there.
+    A kept state makes way as a free block's content does: the least recently used first.
+
+    Args:
+        state_blocks: blocks whose room a state takes; 0 where sequences have none.
+
     Attributes:
         num_hits: blocks found in the cache and shared, since the start.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, state_blocks: int = 0) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.num_hits = 0
+        self._state_blocks = state_blocks
+        self._num_states = 0  # of sequences, in use
+        self._kept: set[bytes] = set()  # digests of blocks that a kept state stood behind
         self._ref_counts = np.zeros(num_blocks, dtype=np.int32)
         self._digests: dict[int, bytes] = {}
         self._registered: dict[bytes, int] = {}
         self._blank: list[int] = []  # held before; used from its end
         self._num_touched = 0  # blocks from here on were never held, and are used after `_blank`
-        self._reusable: OrderedDict[int, None] = OrderedDict()
+        # Free blocks, and kept states by their digests, in the order in which they make way.
+        self._reusable: OrderedDict[int | bytes, None] = OrderedDict()
 
     @property
     def num_free(self) -> int:
         """Blocks that can be allocated, cached content included."""
-        return self._num_blank + len(self._reusable)
+        return self._num_unheld - self._state_blocks * self._num_states
+
+    @property
+    def _num_unheld(self) -> int:
+        return len(self._blank) + self.num_blocks - self._num_touched + self._num_filled
+
+    @property
+    def _num_filled(self) -> int:
+        return len(self._reusable) - len(self._kept)
 
     @property
     def _num_blank(self) -> int:
-        return len(self._blank) + self.num_blocks - self._num_touched
+        """Blank blocks whose room no state takes."""
+        num_states = self._num_states + len(self._kept)
+        return self._num_unheld - self._num_filled - self._state_blocks * num_states
 
     @property
     def num_used(self) -> int:
         """Blocks held by at least one sequence."""
-        return self.num_blocks - self.num_free
+        return self.num_blocks - self._num_unheld
 
     @property
     def num_cached(self) -> int:
@@ -61,8 +83,63 @@ class BlockManager:
         """Number of sequences that hold a block."""
         return int(self._ref_counts[block])
 
+    @property
+    def num_kept_states(self) -> int:
+        """States that are kept beside those of sequences."""
+        return len(self._kept)
+
+    def hold_state(self) -> None:
+        """Make room for a sequence's state, which is free."""
+        self._make_room()
+        self._num_states += 1
+
+    def free_state(self) -> None:
+        """Let go of the room of a sequence's state."""
+        self._num_states -= 1
+
+    def keep_state(self, digest: bytes) -> None:
+        """Keep a copy of the state that stands behind a block, if it can be shared and has room."""
+        if digest in self._kept:
+            self._reusable.move_to_end(digest)
+        elif digest in self._registered and self._state_blocks <= self.num_free:
+            self._make_room()
+            if digest in self._registered:  # it might have made way itself
+                self._kept.add(digest)
+                self._reusable[digest] = None
+
+    def _make_room(self) -> None:
+        """Make blank as many blocks as a state takes."""
+        while self._num_blank < self._state_blocks:
+            block = self._evict()
+            if block is not None:
+                self._blank.append(block)
+
+    def _evict(self) -> int | None:
+        """Drop what makes way first: a kept state, or the content of the block that is returned."""
+        first, _ = self._reusable.popitem(last=False)
+        if isinstance(first, bytes):
+            self._kept.remove(first)
+            return None
+        self._forget(first)
+        return first
+
     def find(self, digests: Iterable[bytes]) -> list[int]:
-        """The cached blocks of the longest known prefix; they are not held yet."""
+        """The cached blocks of the longest known prefix that can be gone on from.
+
+        They are not held yet.
+        """
+        known, last = [], 0
+        for digest in digests:
+            block = self._registered.get(digest)
+            if block is None:
+                break
+            known.append(block)
+            if not self._state_blocks or digest in self._kept:
+                last = len(known)
+        return known[:last]
+
+    def find_known(self, digests: Iterable[bytes]) -> list[int]:
+        """The cached blocks of the longest known prefix, whether or not its state is kept."""
         found = []
         for digest in digests:
             block = self._registered.get(digest)
@@ -88,9 +165,11 @@ class BlockManager:
             if self._ref_counts[block] == 0:
                 del self._reusable[block]
             self._ref_counts[block] += 1
+        if shared and (last := self._digests[shared[-1]]) in self._kept:
+            self._reusable.move_to_end(last)
         self.num_hits += len(shared)
         num_new = num_blocks - len(shared)
-        blank = self._take_blank(min(num_new, self._num_blank))
+        blank = self._take_blank(max(0, min(num_new, self._num_blank)))
         if blank:
             self._ref_counts[blank] = 1
         return [*shared, *blank, *(self.append() for _ in range(num_new - len(blank)))]
@@ -110,15 +189,14 @@ class BlockManager:
         Raises:
             ValueError: none is free.
         """
-        if self._blank:
-            block = self._blank.pop()
-        elif self._num_touched < self.num_blocks:
-            block, self._num_touched = self._num_touched, self._num_touched + 1
-        elif self._reusable:
-            block, _ = self._reusable.popitem(last=False)
-            self._forget(block)
-        else:
-            raise ValueError(f"all {self.num_blocks} blocks are held")
+        block: int | None = None
+        while block is None:
+            if self._num_blank > 0:
+                (block,) = self._take_blank(1)
+            elif self._reusable:
+                block = self._evict()
+            else:
+                raise ValueError(f"all {self.num_blocks} blocks are held")
         self._ref_counts[block] = 1
         return block
 
@@ -154,6 +232,9 @@ class BlockManager:
         digest = self._digests.pop(block, None)
         if digest is not None:
             del self._registered[digest]
+            if digest in self._kept:
+                self._kept.remove(digest)
+                del self._reusable[digest]
 
     def free(self, blocks: Sequence[int]) -> None:
         """Let go of a sequence's blocks, in their order in the sequence.
@@ -174,10 +255,13 @@ class BlockManager:
             self._blank += let_go
             return
         for block in let_go:
-            if block in self._digests:
-                self._reusable[block] = None
-            else:
+            digest = self._digests.get(block)
+            if digest is None:
                 self._blank.append(block)
+                continue
+            self._reusable[block] = None
+            if digest in self._kept:  # of no use without the block
+                self._reusable.move_to_end(digest)
 
 
 Rows = npt.NDArray[np.intp]
@@ -201,12 +285,17 @@ class RunningTable:
         in_flight: [num_rows]; how many steps that are not finished it takes part in.
         last_step: [num_rows]; the step it took part in last.
         is_masked: [num_rows]; whether its tokens wait for masks (`Request.mask`).
+
+    Where sequences have states, one is kept behind the last full block that a step of a prompt
+    computed, and behind the last of the blocks that were known when the request began although no
+    state was kept there: the next one that shares these begins there.
     """
 
     def __init__(self, limits: Limits, *, lookahead: bool = False) -> None:
         # Each running request has a last block that is nobody else's last.
         num_rows = min(limits.max_num_seqs, limits.num_blocks)
-        self.blocks = BlockManager(limits.num_blocks, limits.block_size)
+        self.blocks = BlockManager(limits.num_blocks, limits.block_size, limits.state_blocks)
+        self._num_known = np.zeros(num_rows, dtype=np.int64)  # blocks, beside those shared
         self.requests: list[Request | None] = [None] * num_rows
         self.num_pending = self.num_queried = 0
         self.seq_ids = np.zeros(num_rows, dtype=np.int64)
@@ -237,7 +326,7 @@ class RunningTable:
     @property
     def num_free(self) -> int:
         """Free blocks whose room no running request's state takes."""
-        return self.blocks.num_free - self._limits.state_blocks * self.num_running
+        return self.blocks.num_free
 
     def has_room(self) -> bool:
         """True if a row and a block are free, which one more request takes."""
@@ -293,9 +382,13 @@ class RunningTable:
         """Blocks here that a request can share; its last token is always left to compute."""
         if not (self._limits.prefix_caching and request.may_share) or request.scores_prompt:
             return []
+        return self.blocks.find(self._shareable(request))
+
+    def _shareable(self, request: Request) -> Iterable[bytes]:
+        """Digests of the blocks that a request can share."""
         size = self._limits.block_size
         num_full = (request.num_tokens - 1) // size
-        return self.blocks.find(request.digest(index, size) for index in range(num_full))
+        return (request.digest(index, size) for index in range(num_full))
 
     def has_blocks_for(self, request: Request, cached: Sequence[int]) -> bool:
         """True if state and tokens so far fit, with one more block for each running request.
@@ -310,12 +403,17 @@ class RunningTable:
     def admit(self, request: Request, cached: Sequence[int]) -> int:
         """Give a request a row, and blocks for all its tokens, the `cached` ones first."""
         num_tokens = request.num_tokens
+        num_known = 0
+        if self._limits.state_blocks and self._limits.prefix_caching:
+            num_known = len(self.blocks.find_known(self._shareable(request)))
         blocks = self.blocks.allocate(self._limits.blocks_for(num_tokens), cached)
+        self.blocks.hold_state()
         self.num_queried += num_tokens
         row = self._unused.pop()
         self._widen(len(blocks))
         self.requests[row] = request
         self._is_used[row] = True
+        self._num_known[row] = num_known
         self.seq_ids[row] = request.seq_id
         self.num_tokens[row] = num_tokens
         num_arrived = min(request.num_arrived_tokens, num_tokens - 1)
@@ -339,6 +437,7 @@ class RunningTable:
         """Free a row and its blocks."""
         request = self.request(row)
         self.blocks.free(self.blocks_of(row))
+        self.blocks.free_state()
         self.num_pending -= int(self.num_tokens[row] - self.num_computed[row])
         self.requests[row] = None
         self.num_tokens[row] = self.num_computed[row] = self.num_blocks[row] = 0
@@ -476,6 +575,14 @@ class RunningTable:
         ):
             if row not in self._nan_rows:
                 self._share(row, begin, end)
+                if self._limits.state_blocks and self.request(row).is_prompt_block(end - 1, size):
+                    self._keep_states(row, begin, end)
+
+    def _keep_states(self, row: int, begin: int, end: int) -> None:
+        """Keep the states of a prompt's step that filled the blocks `begin` to `end`."""
+        request, known = self.request(row), int(self._num_known[row])
+        for stop in dict.fromkeys((known, end) if begin < known <= end else (end,)):
+            self.blocks.keep_state(request.digest(stop - 1, self._limits.block_size))
 
     def _share(self, row: int, begin: int, end: int) -> None:
         """Let the blocks `begin` to `end` of a row's sequence be shared."""

@@ -30,7 +30,7 @@ from expertlane.cost.routing import LoadedRouting, extremes_of, placed
 from expertlane.cost.runner import CostRunner, PricedStep, StepSharing
 from expertlane.cost.step.operation import Floats, NumberTypes
 from expertlane.cost.step.program import ProgramBuilder
-from expertlane.cost.throughput import MultiToken, MultiTokenAdapter, with_drafting_layer
+from expertlane.cost.throughput import MultiToken, MultiTokenAdapter
 from expertlane.errors import SpecError
 from expertlane.results.metrics import ServedRequest
 from expertlane.results.record import PoolRole
@@ -193,11 +193,18 @@ class PoolRanks:
         """Sequences of full length that the cache holds at once, over all ranks."""
         return self.num_held(ceil(self.limits.max_model_len / self.limits.block_size))
 
+    @property
+    def num_page_blocks(self) -> int:
+        """Blocks of the cache beside the state that is kept with each shared prefix."""
+        limits, of_seq = self.limits, self.limits.blocks_for(self.limits.max_model_len)
+        of_prefixes = self.prefixes.num * limits.state_blocks
+        return max(of_seq + 1 + limits.state_blocks, limits.num_blocks - of_prefixes)
+
     def num_held(self, blocks: float) -> int:
         """Sequences of `blocks` blocks each, shared ones included, that all ranks hold."""
         limits, prefixes = self.limits, self.prefixes
         of_each = blocks + limits.state_blocks - prefixes.num_blocks
-        num = int(prefixes.num_sharing(limits.num_blocks, of_each))
+        num = int(prefixes.num_sharing(self.num_page_blocks, of_each))
         return min(num, limits.max_num_seqs) * self.layout.dp * self.layout.replicas
 
 
@@ -466,12 +473,7 @@ class Simulator:
         """Ranks with as many blocks as memory has room for, at most what the load can use."""
         setup, load, num_drafts = self.setup, self.load, self.setup.multi_token.num_drafts
         placements = self._placed(role, layout, LIKELY)  # others have as many slots
-        held = PlacedModel(  # the layer that guesses too
-            with_drafting_layer(self.model, num_drafts),
-            layout,
-            setup.types,
-            placements + placements[-1:] * (num_drafts > 0),
-        )
+        held = PlacedModel(self.model, layout, setup.types, placements).with_drafts(num_drafts)
         max_len = load.prompt_len.high if role == "prefill" else load.max_len
         max_num_seqs, prefixes = setup.max_num_seqs, load.shared(setup.block_size)
         shares = load.has_prefixes
@@ -505,10 +507,6 @@ class Simulator:
         )
         limits = held.fit_cache(wanted, FREE_SHARE * self.cluster.profile.device.memory_bytes)
         memory = held.fullest(limits)
-        if limits.state_blocks and prefixes.num:  # the cache keeps a state beside each prefix
-            least = of_seq + 1 + limits.state_blocks
-            num_blocks = limits.num_blocks - prefixes.num * limits.state_blocks
-            limits = replace(limits, num_blocks=max(least, num_blocks))
         num_positions = limits.num_blocks * limits.block_size
         few = int(_SHARE_ALIKE * memory.weight_bytes * num_positions / max(memory.kv_bytes, 1))
         context_step = min(max(load.max_len // _CONTEXTS_APART, 1), _MOST_POSITIONS_ALIKE)

@@ -359,10 +359,10 @@ class _Stretch:
         return max(1, ranks.num_held(blocks))
 
     def _own_blocks(self, ranks: PoolRanks) -> float:
-        """Mean blocks of a finished request beyond its shared prefix."""
+        """Mean blocks that a finished request leaves beyond its shared prefix, with its state."""
         prompt, output = self._load.mean_lens
-        length = prompt if ranks.role == "prefill" else prompt + output - 1
-        return length / ranks.limits.block_size - ranks.prefixes.num_blocks
+        length, limits = prompt if ranks.role == "prefill" else prompt + output - 1, ranks.limits
+        return length / limits.block_size - ranks.prefixes.num_blocks + limits.state_blocks
 
     def _new_prompts(self) -> Prompts:
         """New prompts, equal each time: rates of a pool that are known must change no draw."""
@@ -375,9 +375,11 @@ class _Stretch:
         if not ranks.prefixes.num:
             return
         for table in chain.from_iterable(pool.pool.scheduler.tables):
-            table.blocks.fill(
-                prompts.cache_contents(ranks.limits.num_blocks, self._own_blocks(ranks))
-            )
+            contents = prompts.cache_contents(ranks.num_page_blocks, self._own_blocks(ranks))
+            table.blocks.fill(contents)
+            if ranks.limits.state_blocks:
+                for digest in prompts.ends_of_prefixes(contents):
+                    table.blocks.keep_state(digest)
 
     def _rate_of_prompts(self, role: PoolRole) -> float:
         """Prompts a second of a replica that always has some to compute."""
@@ -385,7 +387,7 @@ class _Stretch:
         pool, ranks = self._alone(role, prompts=prompts)
         layout, limits = ranks.layout, ranks.limits
         prompt, prefixes = ceil(self._load.mean_lens[0]), ranks.prefixes
-        found = prefixes.found_share(limits.num_blocks, self._own_blocks(ranks))
+        found = prefixes.found_share(ranks.num_page_blocks, self._own_blocks(ranks))
         num_new = max(prompt - round(found * prefixes.num_tokens), 1)
         options = self._simulator.setup.options_of(role)
         in_flight = options.num_micro_batches if options.micro_batch_schedule == "rotating" else 1

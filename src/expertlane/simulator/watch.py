@@ -360,6 +360,11 @@ class Prompts:
             latest_first += own
         return latest_first[:num_blocks][::-1]
 
+    def ends_of_prefixes(self, contents: Sequence[bytes | None]) -> list[bytes]:
+        """Digests of the last blocks of prefixes, in the order of a cache's contents."""
+        ends = {of_prefix[-1] for of_prefix in self._digests.values()}
+        return [digest for digest in contents if digest is not None and digest in ends]
+
     def _head(self, number: int) -> Ints:
         """The first block of a prefix."""
         if number not in self._heads:

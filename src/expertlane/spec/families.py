@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from expertlane.spec.hf_config import ConfigReader
-from expertlane.spec.mixers import LatentAttention, RopeScaling
-from expertlane.spec.model import ModelConfig, Routing
+from expertlane.spec.mixers import LatentAttention, Mixing, RopeScaling
+from expertlane.spec.model import LayerKind, ModelConfig, Routing
 from expertlane.spec.ranges import shown
 
 Reader = Callable[[ConfigReader], dict[str, Any]]
@@ -362,8 +362,9 @@ def _ernie4_5_moe(fields: ConfigReader) -> dict[str, Any]:
         **attention(fields),
         "rope_interleave": True,
         "moe_intermediate_size": expert,
-        "intermediate_size": fields.get(int, "intermediate_size") if dense else 0,
+        "intermediate_size": fields.get(int, "intermediate_size"),
         "dense_layers": dense,
+        "draft": (LayerKind(Mixing(), "dense"),),
         "shared_expert_intermediate_size": num_shared * expert,
         "routing": Routing(correction_bias=True),
     }

@@ -17,8 +17,8 @@ from expertlane.spec.families import (
 )
 from expertlane.spec.hf_config import ConfigReader
 from expertlane.spec.mixer_families import layer_types, mlp_types
-from expertlane.spec.mixers import RopeScaling, WindowHeads
-from expertlane.spec.model import ModelConfig, Routing
+from expertlane.spec.mixers import Mixing, RopeScaling, WindowHeads
+from expertlane.spec.model import LayerKind, ModelConfig, Routing
 from expertlane.spec.ranges import shown
 
 T = TypeVar("T", int, float, bool)
@@ -175,7 +175,8 @@ def _mimo_v2_flash(fields: ConfigReader) -> dict[str, Any]:
         "attention_sinks": fields.get(bool, "add_full_attention_sink_bias", default=False),
         **fields.same(ModelConfig, "moe_intermediate_size"),
         "dense_layers": dense,
-        "intermediate_size": fields.get(int, "intermediate_size") if dense else 0,
+        "draft": (LayerKind(Mixing(window=window if any(has_window) else None), "dense"),),
+        "intermediate_size": fields.get(int, "intermediate_size"),
         "routing": Routing(
             scoring_func="sigmoid",
             norm_topk_prob=fields.get(bool, "norm_topk_prob"),
@@ -247,7 +248,8 @@ def _step3p5(fields: ConfigReader) -> dict[str, Any]:
     )
     num_layers = fields.get(int, "num_hidden_layers")
     types = layer_types(fields, "layer_types", (_WINDOW, _FULL))
-    types = [_FULL] * num_layers if types is None else types[:num_layers]
+    types = [_FULL] * num_layers if types is None else types
+    types, further = types[:num_layers], types[num_layers:]
     if len(types) != num_layers:
         raise fields.error(f"layer_types has {len(types)} entries for {num_layers} layers")
     kinds = layer_types(fields, "mlp_layer_types", ("dense", "sparse"))
@@ -256,6 +258,10 @@ def _step3p5(fields: ConfigReader) -> dict[str, Any]:
         dense = tuple(at for at, each in enumerate(kinds[:num_layers]) if each == "dense")
         mlps["dense_layers"] = dense
     window = fields.get(int, "sliding_window") if _WINDOW in types else None
+    if further:  # of layers that draft, which `moe_layers_enum` leaves out
+        of_draft = Mixing(window=window if further[0] == _WINDOW else None)
+        mlps["draft"] = (LayerKind(of_draft, "dense"),)
+        mlps["intermediate_size"] = fields.get(int, "intermediate_size")
     heads, kv_heads = (
         fields.get(int, *keys)
         for keys in (["num_attention_heads"], ["num_key_value_heads", "num_attention_groups"])

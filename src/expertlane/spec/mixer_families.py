@@ -18,11 +18,12 @@ from expertlane.spec.families import (
     sigmoid_routing,
 )
 from expertlane.spec.hf_config import ConfigReader
-from expertlane.spec.mixers import Indexer, StateMixer
-from expertlane.spec.model import ModelConfig, Routing
+from expertlane.spec.mixers import Indexer, Mixing, StateMixer
+from expertlane.spec.model import LayerKind, ModelConfig, Routing
 from expertlane.spec.ranges import shown
 
 _STATE, _FULL = "linear_attention", "full_attention"
+_FULL_WITH_EXPERTS = (LayerKind(Mixing(), "experts"),)
 _OLD_TYPES = {"mamba": _STATE, "attention": _FULL}  # as transformers 4 calls them
 
 
@@ -75,6 +76,7 @@ def _gated_delta(fields: ConfigReader) -> dict[str, Any]:
         "qk_norm": "head",
         "attention_gate": "sigmoid",
         **_with_state(state, layers),
+        "draft": _FULL_WITH_EXPERTS,
         **fields.same(ModelConfig, "shared_expert_intermediate_size"),
         "shared_expert_gate": True,
     }
@@ -117,6 +119,7 @@ def _indexed(fields: ConfigReader) -> dict[str, Any]:
         **latent_attention(fields),
         **mlp_types(fields),
         "indexer": indexer,
+        "draft": (LayerKind(Mixing(choice="own"), "experts"),),
         "rope_interleave": interleaved(fields),
         "routing": sigmoid_routing(fields),
     }
@@ -227,16 +230,27 @@ def _granitemoehybrid(fields: ConfigReader) -> dict[str, Any]:
 
 
 _BLOCKS = {"M": _STATE, "*": _FULL, "E": "moe", "-": "mlp"}
+_KINDS_OF_BLOCKS = {
+    _STATE: LayerKind(Mixing("state"), "none"),
+    _FULL: LayerKind(Mixing(), "none"),
+    "moe": LayerKind(None, "experts"),
+    "mlp": LayerKind(None, "dense"),
+}
+
+
+def _blocks(fields: ConfigReader, types: str, pattern: str) -> list[str] | None:
+    """Types of layers by a list of them, or by a text with a sign for each; None without either."""
+    blocks, signs = layer_types(fields, types, tuple(_BLOCKS.values())), fields.raw(pattern)
+    if blocks is None and isinstance(signs, str) and set(signs) <= set(_BLOCKS):
+        blocks = [_BLOCKS[each] for each in signs]
+    return blocks
 
 
 def _nemotron_h(fields: ConfigReader) -> dict[str, Any]:
     """Layers of a mixer or an MLP alone."""
     for key in ("use_bias", "mlp_bias", "mamba_proj_bias", "attention_bias", "sliding_window"):
         fields.expect(key, False)
-    blocks = layer_types(fields, "layers_block_type", tuple(_BLOCKS.values()))
-    pattern = fields.raw("hybrid_override_pattern")
-    if blocks is None and isinstance(pattern, str) and set(pattern) <= set(_BLOCKS):
-        blocks = [_BLOCKS[each] for each in pattern]
+    blocks = _blocks(fields, "layers_block_type", "hybrid_override_pattern")
     if not blocks:
         raise fields.error("layers_block_type or hybrid_override_pattern must name every layer")
     of = {kind: tuple(at for at, each in enumerate(blocks) if each == kind) for kind in set(blocks)}
@@ -251,6 +265,11 @@ def _nemotron_h(fields: ConfigReader) -> dict[str, Any]:
         chunk_size=fields.get(int, "chunk_size"),
     )
     heads, dense = fields.get(int, "num_attention_heads"), of.get("mlp", ())
+    drafts: list[str] = []
+    if fields.get(int, "num_nextn_predict_layers"):
+        found = _blocks(fields, "mtp_layers_block_type", "mtp_hybrid_override_pattern")
+        drafts = [_FULL, "moe"] if found is None else found
+    has_dense = bool(dense) or "mlp" in drafts
     return {
         "num_hidden_layers": len(blocks),
         "head_dim": fields.get(int, "head_dim"),
@@ -260,7 +279,8 @@ def _nemotron_h(fields: ConfigReader) -> dict[str, Any]:
         "mixer_only_layers": tuple(sorted(of.get(_STATE, ()) + of.get(_FULL, ()))),
         "mlp_only_layers": tuple(sorted(of.get("moe", ()) + dense)),
         "dense_layers": dense,
-        "intermediate_size": fields.get(int, "intermediate_size") if dense else 0,
+        "draft": tuple(_KINDS_OF_BLOCKS[each] for each in drafts),
+        "intermediate_size": fields.get(int, "intermediate_size") if has_dense else 0,
         "moe_intermediate_size": fields.get(int, "moe_intermediate_size"),
         "moe_latent_size": fields.optional(int, "moe_latent_size"),
         "shared_expert_intermediate_size": fields.get(int, "moe_shared_expert_intermediate_size"),
@@ -326,6 +346,7 @@ def _bailing_rest(fields: ConfigReader, group: int) -> tuple[dict[str, Any], tup
         )
     rest = {
         **mlp_types(fields),
+        "draft": _FULL_WITH_EXPERTS,
         "shared_expert_intermediate_size": fields.get(int, "n_shared_experts") * shared,
         "routing": sigmoid_routing(fields),
     }

@@ -104,6 +104,8 @@ class ModelConfig(Strict):
             of keys, which are values too.
         num_streams: residual streams, which are mixed around every block; 1 for a plain residual.
         mixer_only_layers, mlp_only_layers: layers without an MLP, and without a mixer.
+        draft: layers that a draft of multi-token prediction passes; empty where nothing says so
+            (`draft_kinds`).
         sliding_window: one entry a layer, how many latest positions (its own among them) a token
             sees, None for all; empty if no layer has a window.
         rope_interleave: rotary pairs are (2i, 2i + 1), not (i, i + rotary_dim / 2).
@@ -174,6 +176,7 @@ class ModelConfig(Strict):
     num_streams: int = 1
     mixer_only_layers: tuple[int, ...] = ()
     mlp_only_layers: tuple[int, ...] = ()
+    draft: tuple[LayerKind, ...] = ()
     rope_scaling: RopeScaling | None = None
     rope_interleave: bool = False
     partial_rotary_factor: float = 1.0
@@ -394,7 +397,8 @@ class ModelConfig(Strict):
     def _check_mlps(self) -> None:
         layers = self.dense_layers
         self._check_layers("dense_layers", layers)
-        if layers and self.intermediate_size < 1:
+        has_dense = layers or any(kind.mlp == "dense" for kind in self.draft)
+        if has_dense and self.intermediate_size < 1:
             raise self._error(
                 f"intermediate_size is {self.intermediate_size}; the dense layers need a positive "
                 "one"
@@ -518,6 +522,51 @@ class ModelConfig(Strict):
         elif layer in self.dense_layers:
             mlp = "dense"
         return LayerKind(self.mixing_of_layer(layer), mlp, layer in self.hash_layers)
+
+    @property
+    def draft_kinds(self) -> tuple[LayerKind, ...]:
+        """Layers that a draft passes, in turn: its own, or one more like the last."""
+        return self.draft or (self.kind_of_layer(self.num_hidden_layers - 1),)
+
+    def with_draft(self) -> "ModelConfig":
+        """The model whose last layers are those of a draft, as ranks that draft hold it."""
+        num, kinds = self.num_hidden_layers, self.draft_kinds
+        mixings = [kind.mixing for kind in kinds]
+
+        def and_those(layers: tuple[int, ...], has: list[bool]) -> tuple[int, ...]:
+            return *layers, *(num + place for place, each in enumerate(has) if each)
+
+        compressed = self.compressed
+        if compressed is not None:
+            entries = (None if mixing is None else mixing.entries for mixing in mixings)
+            compressed = replace(compressed, layers=(*compressed.layers, *entries))
+        choices = [
+            mixing.choice if mixing is not None and mixing.kind == "attention" else "none"
+            for mixing in mixings
+        ]
+        sees_all = [choice is None and self.indexer is not None for choice in choices]
+        windows = (
+            *(self.sliding_window or (None,) * num),
+            *(None if mixing is None else mixing.window for mixing in mixings),
+        )
+        return replace(
+            self,
+            num_hidden_layers=num + len(kinds),
+            sliding_window=windows if any(windows) else (),
+            state_layers=and_those(self.state_layers, [of == Mixing("state") for of in mixings]),
+            mlp_only_layers=and_those(self.mlp_only_layers, [of is None for of in mixings]),
+            mixer_only_layers=and_those(
+                self.mixer_only_layers, [kind.mlp == "none" for kind in kinds]
+            ),
+            dense_layers=and_those(self.dense_layers, [kind.mlp == "dense" for kind in kinds]),
+            unindexed_layers=self.unindexed_layers
+            if compressed is not None
+            else and_those(self.unindexed_layers, sees_all),
+            shared_choice_layers=and_those(
+                self.shared_choice_layers, [choice == "shared" for choice in choices]
+            ),
+            compressed=compressed,
+        )
 
     @property
     def moe_layers(self) -> list[int]:

@@ -10,8 +10,8 @@ from expertlane.spec.compressed import CompressedAttention
 from expertlane.spec.families import Reader, attention, latent_attention, rotary
 from expertlane.spec.hf_config import ConfigReader
 from expertlane.spec.mixer_families import layer_types
-from expertlane.spec.mixers import Entries, Indexer
-from expertlane.spec.model import ModelConfig, Routing
+from expertlane.spec.mixers import Entries, Indexer, Mixing
+from expertlane.spec.model import LayerKind, ModelConfig, Routing
 from expertlane.spec.ranges import shown
 
 
@@ -33,6 +33,7 @@ def _longcat_flash(fields: ConfigReader) -> dict[str, Any]:
         "num_hidden_layers": 2 * num,
         "rope_interleave": True,
         "dense_layers": tuple(range(1, 2 * num, 2)),
+        "draft": (LayerKind(Mixing(), "dense"),),
         "intermediate_size": inner,
         "shared_expert_intermediate_size": inner,
         **fields.same(ModelConfig, "moe_intermediate_size"),
@@ -158,8 +159,9 @@ def _deepseek_v4(fields: ConfigReader) -> dict[str, Any]:
     fields.expect("norm_topk_prob", True)
     for key in ("num_key_value_heads", "n_shared_experts"):
         fields.expect(key, 1)
-    num_layers, inner = (
-        fields.get(int, key) for key in ("num_hidden_layers", "moe_intermediate_size")
+    num_layers, inner, window = (
+        fields.get(int, key)
+        for key in ("num_hidden_layers", "moe_intermediate_size", "sliding_window")
     )
     compressed = CompressedAttention(
         **fields.same(CompressedAttention, "q_lora_rank", "o_groups", "o_lora_rank"),
@@ -175,8 +177,9 @@ def _deepseek_v4(fields: ConfigReader) -> dict[str, Any]:
         **_positions(fields),
         "num_key_value_heads": 1,
         "attention_sinks": True,
-        "sliding_window": (fields.get(int, "sliding_window"),) * num_layers,
+        "sliding_window": (window,) * num_layers,
         "compressed": compressed,
+        "draft": (LayerKind(Mixing(window=window), "experts"),),
         "indexer": indexer if "chosen" in compressed.layers else None,
         "num_streams": fields.get(int, "hc_mult"),
         "moe_intermediate_size": inner,

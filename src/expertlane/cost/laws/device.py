@@ -198,12 +198,22 @@ def _convolution(sizes: Sizes, item: float) -> _Work:
     return moved, {"bytes": moved, "tokens_per_seq": tokens / np.maximum(seqs, 1)}
 
 
-def _state(sizes: Sizes, item: float) -> _Work:
-    """The state is read and written once a step."""
-    tokens, values = sizes["tokens"], sizes["seqs"] * sizes["state_values"]
-    moved = 2 * STATE_BYTES * values + max(item, 2) * tokens * sizes["token_values"]
-    tokens_per_seq = tokens / np.maximum(sizes["seqs"], 1)
-    return moved, {"state_values": values, "tokens_per_seq": tokens_per_seq}
+def _state(sizes: Sizes, item: float, num_written: Floats | float | None = None) -> _Work:
+    """The state of each sequence is read and written once a step.
+
+    Args:
+        num_written: states written, if it is another number.
+    """
+    tokens, seqs = sizes["tokens"], sizes["seqs"]
+    values = seqs * sizes["state_values"]
+    written = values if num_written is None else num_written * sizes["state_values"]
+    moved = STATE_BYTES * (values + written) + max(item, 2) * tokens * sizes["token_values"]
+    return moved, {"state_values": values, "tokens_per_seq": tokens / np.maximum(seqs, 1)}
+
+
+def _state_decode(sizes: Sizes, item: float) -> _Work:
+    """Where drafts are verified, each token writes a state, to go on from."""
+    return _state(sizes, item, sizes["tokens"])
 
 
 _WORK: dict[OpKind, Callable[[Sizes, float], _Work]] = {
@@ -215,7 +225,7 @@ _WORK: dict[OpKind, Callable[[Sizes, float], _Work]] = {
     OpKind.INDEX_DECODE: _index,
     OpKind.CHOOSE: _choose,
     OpKind.CONVOLUTION: _convolution,
-    **dict.fromkeys(STATES, _state),
+    **{kind: _state_decode if kind.endswith("_decode") else _state for kind in STATES},
     OpKind.MEMORY: _memory,
 }
 

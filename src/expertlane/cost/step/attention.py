@@ -430,7 +430,8 @@ def _state(out: StepWriter, model: ModelConfig, state: StateMixer, part: TokenSi
             OpKind(f"{state.kind}_{phase}"),
             Stage.ATTENTION,
             {**both, "token_flops": token_flops, **widths},
-            kv_bytes=2 * seqs * (heads * state.key_dim * state.value_dim * STATE_BYTES),
+            kv_bytes=(seqs + (seqs if phase == "prefill" else new))
+            * (heads * state.key_dim * state.value_dim * STATE_BYTES),
             # Mamba-1 has no products of matrices: it takes each value by itself.
             dtype="float32" if state.kind == "mamba1" else types.activations,
         )

@@ -16,7 +16,7 @@ from expertlane.cost.step.operation import Amounts, Ints, OpKind, PayloadBytes, 
 from expertlane.cost.step.step_list import StepWriter
 from expertlane.cost.step.streams import join_streams, spread_over_streams
 from expertlane.spec.deployment import PayloadType, form_on
-from expertlane.spec.model import ModelConfig
+from expertlane.spec.model import LayerKind, ModelConfig
 from expertlane.spec.names import Stage
 
 
@@ -324,7 +324,7 @@ _LOGIT_BYTES, _CANDIDATE_BYTES = 4, 16  # a float32; value and id of the likelie
 def layer_steps(
     out: StepWriter,
     model: ModelConfig,
-    layer: int,
+    kind: LayerKind,
     part: TokenSizes,
     counts: DispatchCounts | None,
     payload: PayloadType,
@@ -332,10 +332,9 @@ def layer_steps(
     """A decoder layer, from hidden states to hidden states of the tokens each rank has.
 
     Args:
-        layer: its number says its kind.
         counts: counts of its dispatch; None for a layer without experts.
     """
-    mixing, mlp, _ = model.kind_of_layer(layer)
+    mixing, mlp = kind.mixing, kind.mlp
     if mixing is not None:
         mixer_steps(out, model, mixing, part)
     if mlp == "none":

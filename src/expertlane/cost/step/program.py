@@ -38,7 +38,7 @@ from expertlane.spec.deployment import (
     is_by_node_on,
 )
 from expertlane.spec.layout import Layout
-from expertlane.spec.model import ModelConfig
+from expertlane.spec.model import LayerKind, ModelConfig
 from expertlane.spec.names import Link, Phase, Stage, Traffic
 
 
@@ -123,8 +123,8 @@ class ProgramBuilder:
         copies: method that picks the copy of an expert for each token, in every step.
         block_size: positions of a block of the paged cache.
         kernels: kernels of the engine, or of others to be priced.
-        num_drafts: multi-token prediction: so many tokens are guessed for every decode, by one
-            more layer that the last stage holds, and verified in the next step (`multi_token`).
+        num_drafts: multi-token prediction: so many tokens are guessed for every decode, by further
+            layers that the last stage holds, and verified in the next step (`multi_token`).
     """
 
     model: ModelConfig
@@ -240,20 +240,21 @@ class ProgramBuilder:
             sections.clear()
         built: dict[object, Section] = {}
         for layer in self.layout.layers_of_stage(model.num_hidden_layers, pp_rank):
-            placement = self.placements[layer]
-            key: object = model.kind_of_layer(layer)
+            placement, kind = self.placements[layer], model.kind_of_layer(layer)
+            key: object = kind
             if placement is not None:
                 key = key, id(placement), part.routing.sample_of(layer)
             if key not in built:
-                built[key] = self._layer(layer, mesh, part)
+                built[key] = self._layer(layer, kind, mesh, part)
             sections.append(replace(built[key], layer=layer))
         if pp_rank == self.layout.pp - 1:
             sections.append(self._outside(head_steps, mesh, part))
             sections += self._drafts(mesh, part)
         return tuple(sections)
 
-    def _layer(self, layer: int, mesh: StageMesh, part: _Part) -> Section:
-        placement, counts, owned = self.placements[layer], None, part.sizes.owned
+    def _layer(self, layer: int, kind: LayerKind, mesh: StageMesh, part: _Part) -> Section:
+        placement = self.placements[layer] if kind.mlp == "experts" else None
+        counts, owned = None, part.sizes.owned
         if placement is not None:
             counts = count_dispatch(
                 part.routing.topk_ids(layer, part.first, part.before, owned, part.sizes.num_new),
@@ -264,7 +265,7 @@ class ProgramBuilder:
                 fan_out=part.record,
             )
         out = StepList(mesh, self.types, part.form, self.kernels)
-        layer_steps(out, self.model, layer, part.sizes, counts, self.payload)
+        layer_steps(out, self.model, kind, part.sizes, counts, self.payload)
         return Section(layer, tuple(out.steps), counts)
 
     def _choice(self, placement: Placement, mesh: StageMesh) -> CopyChoice:
@@ -275,18 +276,20 @@ class ProgramBuilder:
         return self._choices[key]
 
     def _drafts(self, mesh: StageMesh, part: _Part) -> Iterator[Section]:
-        """The drafts for the next step, on the last stage: passes of a layer and the head.
+        """The drafts for the next step, on the last stage: passes of their layers and the head.
 
-        The first takes all tokens of the step, so that the layer has their keys and values.
+        The first takes all tokens of the step, so that the layers have their keys and values. Their
+        experts are placed and chosen as in the model's last layer with experts.
         """
-        last = self.model.num_hidden_layers - 1
+        like = (self.model.moe_layers or [self.model.num_hidden_layers - 1])[-1]
         for draft in range(self.num_drafts):
             sizes = part.sizes.further(draft) if draft else part.sizes
             if not sizes.num_new.size:
                 return
             drafting = replace(part, sizes=sizes, record=False)
             yield self._outside(projection_steps, mesh, drafting)
-            yield self._layer(last, mesh, drafting)
+            for kind in self.model.draft_kinds:
+                yield self._layer(like, kind, mesh, drafting)
             chosen = replace(part, sizes=part.sizes.further(draft))
             yield self._outside(head_steps, mesh, chosen)
 
