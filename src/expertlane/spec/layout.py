@@ -190,7 +190,7 @@ class Layout(Strict):
     def most_dcp(self, model: ModelConfig) -> int:
         """Ranks of a `tp` group that hold the same keys and values without `dcp`.
 
-        1 where an indexer chooses for each of their heads: no engine shares those so.
+        1 where an indexer chooses for each of their heads; sharing those is not priced.
         """
         if model.compressed is not None:
             return 1
