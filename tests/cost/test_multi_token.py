@@ -163,6 +163,13 @@ def test_layers_of_a_published_draft(file, name):
     assert found == [*map(model.kind_of_layer, range(num)), *kinds]
 
 
+def test_a_draft_that_no_list_of_layers_names():
+    config = json.loads((SPEC / "published_grouped.json").read_text())["step-3.5-flash"]
+    config["layer_types"] = config["layer_types"][: config["num_hidden_layers"]]
+    model = from_hf(config, "step", weights=False)
+    assert model.draft_kinds == (LayerKind(Mixing(window=512), "dense"),)
+
+
 def test_a_draft_with_a_window_and_no_experts_is_held_and_priced_as_such():
     model = published("published_grouped.json", "mimo-v2-flash")
     plain = placed(model)

@@ -1,6 +1,7 @@
 """Models of public sizes: their config.json, as far as from_hf reads it, is all that is needed."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,39 @@ CONFIGS = json.loads(Path(__file__).with_name("published.json").read_text())
 MIXERS = json.loads(Path(__file__).with_name("published_mixers.json").read_text())
 # Scaling factors of Phi-3.5-MoE's positions are ones here: they change no size.
 GROUPED = json.loads(Path(__file__).with_name("published_grouped.json").read_text())
+# Where a second copy of a config.json is, in aiconfigurator-core 0.12 (model_configs/), all of its
+# fields are as here, save what a test below names.
+COPIES = {
+    "mixtral-8x7b": "mistralai--Mixtral-8x7B-v0.1",
+    "gpt-oss-20b": "openai--gpt-oss-20b",
+    "deepseek-v3": "deepseek-ai--DeepSeek-V3",
+    "kimi-k2": "moonshotai--Kimi-K2-Instruct",
+    "qwen3-30b-a3b": "Qwen--Qwen3-30B-A3B",
+    "qwen3.5-397b-a17b": "Qwen--Qwen3.5-397B-A17B",
+    "qwen3.5-122b-a10b": "Qwen--Qwen3.5-122B-A10B",
+    "qwen3.6-35b-a3b": "nvidia--Qwen3.6-35B-A3B-NVFP4",
+    "deepseek-v3.2": "deepseek-ai--DeepSeek-V3.2",
+    "glm-5": "zai-org--GLM-5",
+    "nemotron-3-nano-30b-a3b": "nvidia--NVIDIA-Nemotron-3-Nano-30B-A3B-BF16",
+    "nemotron-3-super-120b-a12b": "nvidia--NVIDIA-Nemotron-3-Super-120B-A12B-FP8",
+    "llama-4-maverick-17b-128e": "meta-llama--Llama-4-Maverick-17B-128E-Instruct",
+    "llama-4-scout-17b-16e": "meta-llama--Llama-4-Scout-17B-16E-Instruct",
+    "mimo-v2-flash": "XiaomiMiMo--MiMo-V2-Flash",
+    "kimi-k2.5": "moonshotai--Kimi-K2.5",
+}
+# Sizes that are the defaults of their transformers classes (5.24), which were made for them; and
+# the fields that are not.
+OF_CLASSES = {
+    "jamba-v0.1": set(),
+    "longcat-flash": set(),
+    "hy3-preview": {"max_position_embeddings"},
+    "step-3.5-flash": {"max_position_embeddings", "vocab_size", "sliding_window"},
+}
+# The others (Phi-3.5-MoE, Hunyuan-A13B, Step-3, Granite 4, Ling, Ring, Jamba 1.5, Kimi-Linear,
+# Qwen3-Next and those of published.json) had no second copy to compare with: their parameters add
+# up to what the models' cards say. Step-3.5's vocabulary and windows are those of the copy that
+# github.com/zml/zml has, and of Step-3.7-Flash's in aiconfigurator-core; Granite 4's sizes those
+# of a copy without its multipliers.
 
 
 @pytest.mark.parametrize(
@@ -108,6 +142,42 @@ def test_models_of_grouped_queries_that_are_planned_alone_add_up_too(name, famil
     with pytest.raises(SpecError) as error:
         from_hf(GROUPED[name], name)
     assert tells(str(error.value), "not run plan simulate compare --engine")
+
+
+def _all_fields(config):
+    inner = config.get("text_config")
+    return {**config, **inner} if isinstance(inner, dict) else config
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_configurations_are_those_of_another_copy(name):
+    found = find_spec("aiconfigurator_core")
+    if found is None or found.origin is None:
+        pytest.skip("aiconfigurator-core is not installed (extra: calibration)")
+    file = Path(found.origin).with_name("model_configs") / f"{COPIES[name]}_config.json"
+    ours, theirs = (
+        _all_fields(each)
+        for each in ((CONFIGS | MIXERS | GROUPED)[name], json.loads(file.read_text()))
+    )
+    # Ends of a text are told beside the configuration; those of NVIDIA are quantised.
+    apart = {"architectures", "quantization_config", "transformers_version", "eos_token_id"}
+    apart |= {"torch_dtype", "dtype", "text_config", "vision_config", "auto_map", "ep_size"}
+    of_both = (ours.keys() & theirs.keys()) - apart
+    assert {key: ours[key] for key in of_both} == {key: theirs[key] for key in of_both}
+    assert ours.keys() - theirs.keys() - apart <= {"mlp_only_layers"}
+
+
+@pytest.mark.parametrize("name", OF_CLASSES)
+def test_sizes_are_those_that_the_class_was_made_for(name):
+    transformers = pytest.importorskip("transformers")
+    config = (CONFIGS | MIXERS | GROUPED)[name]
+    own = transformers.CONFIG_MAPPING[config["model_type"]]()
+    differing = {
+        key
+        for key, value in config.items()
+        if type(value) is int and getattr(own, key, value) not in (value, None)
+    }
+    assert differing <= OF_CLASSES[name] | {"num_nextn_predict_layers"}
 
 
 @pytest.mark.parametrize(

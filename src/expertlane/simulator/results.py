@@ -424,7 +424,7 @@ def _of_drafts(setup: ServingSetup) -> list[tuple[str, str, str, str]]:
             f"{drafts.tokens_per_step:.3g} tokens per step",
             "--mtp, --mtp-acceptance",
             f"a decode step runs {1 + drafts.num_drafts} tokens through the model, then "
-            f"{drafts.num_drafts} passes of its own layers and the head; every step yields the "
-            "average; the KV cache is reduced so that it fills as early",
+            f"{drafts.num_drafts} passes of the layers that draft and the head; every step yields "
+            "the average; the KV cache is reduced so that it fills as early",
         )
     ]

@@ -258,10 +258,10 @@ def _step3p5(fields: ConfigReader) -> dict[str, Any]:
         dense = tuple(at for at, each in enumerate(kinds[:num_layers]) if each == "dense")
         mlps["dense_layers"] = dense
     window = fields.get(int, "sliding_window") if _WINDOW in types else None
-    if further:  # of layers that draft, which `moe_layers_enum` leaves out
-        of_draft = Mixing(window=window if further[0] == _WINDOW else None)
-        mlps["draft"] = (LayerKind(of_draft, "dense"),)
-        mlps["intermediate_size"] = fields.get(int, "intermediate_size")
+    # Layers that draft come last in `layer_types`, and are not in `moe_layers_enum`.
+    of_draft = Mixing(window=window if further[:1] in ([], [_WINDOW]) else None)
+    mlps["draft"] = (LayerKind(of_draft, "dense"),)
+    mlps["intermediate_size"] = fields.get(int, "intermediate_size")
     heads, kv_heads = (
         fields.get(int, *keys)
         for keys in (["num_attention_heads"], ["num_key_value_heads", "num_attention_groups"])
