@@ -70,9 +70,10 @@ def test_clients_see_no_more_than_a_pause(server, events):
         assert len(killed) == 1
         frame = next(frame for frame in frames if frame.get("num_recoveries"))
     assert frame["state"] == "running"
-    assert frame["num_recovered"] > 0
     (change,) = frame["changes"]
     record = server.llm.engine.recovery.records[0]
+    # None, where slow clients had no request on the rank in that step.
+    assert frame["num_recovered"] == record.num_requests
     assert change == {
         "kind": "recovery",
         "began": record.at,
