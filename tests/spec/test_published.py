@@ -8,7 +8,7 @@ import pytest
 
 from cli.screen import tells
 from expertlane.errors import SpecError
-from expertlane.spec.from_hf import from_hf
+from expertlane.spec.from_hf import from_hf, read_model
 from expertlane.spec.hf_config import FAMILIES, family_of, num_extra_layers
 from expertlane.spec.model import PRESETS
 from expertlane.spec.tensors import num_active_params, num_params, tensor_names
@@ -514,8 +514,39 @@ def test_an_unknown_architecture_is_refused_with_the_nearest_known_one():
     "config",
     [{}, {"architectures": ["X"]}, {"architectures": [3, 4]}, {"model_type": {}}],
 )
-def test_one_that_tells_too_little_is_refused_with_all_families(config):
+def test_one_that_tells_too_little_is_refused_without_a_nearest(config):
     with pytest.raises(SpecError) as error:
         family_of(config)
-    assert tells(str(error.value), "not supported those of mixtral llama4")
+    assert tells(str(error.value), "not supported expertlane list families")
+    assert "nearest" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", CONFIGS | MIXERS | GROUPED)
+def test_a_published_one_under_another_name_differs_in_nothing(name):
+    config = (CONFIGS | MIXERS | GROUPED)[name]
+    (architecture,) = config.get("architectures") or [FAMILIES[family_of(config)].architecture]
+    with pytest.raises(SpecError) as error:
+        family_of(config | {"architectures": [architecture.replace("For", "9For")]})
+    assert tells(str(error.value), f"nearest {family_of(config)} all of its fields")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": "Qwen3_5MoeForCausalLM"}, "architectures Qwen3_5MoeForCausalLM list"),
+        ({"text_config": [1]}, "text_config [1] object"),
+        ({"text_config": None}, "config.json no hidden_size no num_experts"),
+        (
+            {"text_config": {"text_config": MIXERS["qwen3.5-397b-a17b"]["text_config"]}},
+            "config.json no hidden_size no num_experts in text_config",
+        ),
+    ],
+)
+def test_one_without_a_language_model_is_refused(tmp_path, changes, message):
+    told = json.dumps(MIXERS["qwen3.5-397b-a17b"] | changes)
+    (tmp_path / "config.json").write_text(told)
+    with pytest.raises(SpecError) as error:
+        read_model(tmp_path, "mine", weights=False)
+    assert tells(str(error.value), message)
+    assert "\n" not in str(error.value)
     assert "\n" not in str(error.value)

@@ -101,6 +101,11 @@ def read_model(folder: Path, given: str, *, weights: bool = True) -> ModelConfig
     config = read_config(folder)
     if not (config.get("architectures") or config.get("model_type")):
         raise SpecError(f"{folder / 'config.json'} names no architecture")
+    known, text = FAMILIES[family_of(config)], language_model_of(config)
+    sizes = ["hidden_size", known.num_experts[0]]
+    if not any(known.spellings.get(key, key) in {*sizes, *known.num_experts} for key in text):
+        inside = " in text_config" if text is not config else ""
+        raise SpecError(f"{folder / 'config.json'} tells no {' and no '.join(sizes)}{inside}")
     return from_hf(config, Path(os.path.abspath(given)).name, weights=weights)
 
 

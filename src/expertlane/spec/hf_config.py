@@ -127,6 +127,8 @@ class Family:
         hidden_acts: activations of MLPs that it has, one function under several names.
         spellings: names of fields that other families call otherwise, with those names.
         unread: prefixes of names of tensors that are no part of the language model.
+        also_told: further fields of published configurations, without a default here: read where
+            they say something, or of no effect on what is priced.
         defaults: defaults of all fields that are read; those of transformers 5's config classes.
             transformers 4.57 differs in two: DeepSeek-V2's vocab_size was 32000, and a null
             rope_scaling of GPT-OSS meant plain rotary positions.
@@ -147,6 +149,7 @@ class Family:
     hidden_acts: list[str] = field(default_factory=lambda: ["silu", "swish"])
     spellings: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
+    also_told: list[str] = field(default_factory=list)
 
 
 def _families() -> dict[str, Family]:
@@ -205,9 +208,11 @@ def family_of(config: dict[str, Any]) -> str:
     """The `model_type` of a supported architecture.
 
     Raises:
-        SpecError: the architecture is another.
+        SpecError: the architecture is another, or not told by a list.
     """
     architectures, model_type = config.get("architectures"), config.get("model_type")
+    if isinstance(architectures, str):
+        raise SpecError(f"architectures is {shown(architectures)}; it must be a list")
     for family, known in FAMILIES.items():
         names = [known.architecture, *known.wrappers]
         if architectures in [[each] for each in names] or (
@@ -237,17 +242,17 @@ _ENDS = re.compile(r"For(CausalLM|ConditionalGeneration)$")
 def _nearest(config: dict[str, Any], given: object) -> str:
     """The family that an unknown architecture is most like, and the fields that it has beside.
 
-    By what the fields are called, and the architecture; all families where too little is told.
+    By what the fields are called, and the architecture; none where too little is told.
     """
     text = language_model_of(config)
     told = {key for key in text if not _SAYS_NOTHING.fullmatch(key)}
     if len(told) < _LEAST_TOLD:
-        return f"supported: those of {', '.join(FAMILIES)}"
+        return "expertlane list families names those that are"
     if not any("expert" in key or key.startswith("moe") for key in told):
         return "its configuration names no experts"
 
     def known_to(family: Family) -> set[str]:
-        names = {*family.defaults, *family.spellings}
+        names = {*family.defaults, *family.spellings, *family.also_told}
         names |= {*family.num_experts, *family.num_experts_per_tok}
         return {key for key in names if not _SAYS_NOTHING.fullmatch(key)}
 
@@ -261,10 +266,8 @@ def _nearest(config: dict[str, Any], given: object) -> str:
     known_somewhere: set[str] = set().union(*map(known_to, FAMILIES.values()))
     further = sorted(told - known_to(FAMILIES[name]), key=lambda key: (key in known_somewhere, key))
     beside = ", ".join(further[:_MOST_NAMED]) + (", …" if len(further) > _MOST_NAMED else "")
-    return (
-        f"the nearest is {name}{f', which has no {beside}' if beside else ''} "
-        "(expertlane list families names all)"
-    )
+    differs = f"no {beside}" if beside else "all of its fields"
+    return f"the nearest is {name}, which has {differs} (expertlane list families names all)"
 
 
 def language_model_of(config: dict[str, Any]) -> dict[str, Any]:
@@ -272,10 +275,15 @@ def language_model_of(config: dict[str, Any]) -> dict[str, Any]:
 
     `text_config`, and from beside it what transformers reads there: architecture, quantisation,
     stored type, tied head.
+
+    Raises:
+        SpecError: `text_config` is no object.
     """
     text = config.get("text_config")
-    if not isinstance(text, dict):
+    if text is None:
         return config
+    if not isinstance(text, dict):
+        raise SpecError(f"text_config is {shown(text)}; it must be an object")
     outside = ("architectures", "model_type", "quantization_config", "dtype", "torch_dtype")
     taken = {key: config[key] for key in outside if config.get(key) is not None}
     return text | {"tie_word_embeddings": config.get("tie_word_embeddings", False)} | taken
