@@ -424,7 +424,7 @@ class PlacedModel:
             room = cache_bytes // max(need.kv_bytes, 1)
             num_blocks = cache_bytes / max(need.kv_bytes, 1) * blocks_per_seq
             if prefixes.num:  # each is kept with its state
-                num_blocks -= prefixes.num * limits.state_blocks
+                num_blocks = max(num_blocks - prefixes.num * limits.state_blocks, 0.0)
                 room = prefixes.num_sharing(num_blocks, blocks_per_seq - prefixes.num_blocks)
             fits = need.total_bytes <= free
             max_seqs = int(room) if fits else 0
