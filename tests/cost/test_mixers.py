@@ -30,6 +30,7 @@ from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
 from expertlane.spec.mixers import Mixing, StateMixer
 from expertlane.spec.tensors import cut_dim, layer_name, layer_shapes
+from expertlane.spec.workload import SharedPrefixes
 from planner.requests import COMPRESSED
 
 PUBLISHED = Path(__file__).parent.parent / "spec" / "published_mixers.json"
@@ -180,6 +181,13 @@ def test_ranks_add_up_what_mamba_1_selects():
     assert 2 * _flops(cut) == _flops(alone)
 
 
+def test_no_prefix_is_shared_where_weights_alone_do_not_fit():
+    model, layout = _model("deepseek-v3.2"), Layout()
+    held = PlacedModel(model, layout, TYPES, placements_of(model, layout, Options()))
+    capacity = held.capacity(1e9, 64, 2048, SharedPrefixes(1, 2, 16))
+    assert capacity.max_seqs == capacity.num_blocks == 0
+
+
 def test_a_cache_is_shared_by_pages_and_states():
     model = _model("qwen3-next-80b-a3b")
     layout = Layout(tp=8)
@@ -197,6 +205,8 @@ def test_a_cache_is_shared_by_pages_and_states():
         held.fit_cache(limits, used + 1e6)
     of_seq = 256 * block + 36 * held_state_bytes(model, TYPES, 8)
     assert held.capacity((used + 100.5 * of_seq) / 0.9, 4096, 2048).max_seqs == 100
+    shared = SharedPrefixes(4, 32, 16)
+    assert held.capacity((used + 100.5 * of_seq) / 0.9, 4096, 2048, shared).max_seqs > 100
 
 
 def test_a_stage_of_states_alone_holds_those_of_all_sequences():
