@@ -10,7 +10,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1]))  # ranks import from there, too
 
 from endpoint.faulty_ranks import FAR, FAULT, LARGE_BATCH
-from expertlane.schedule.running import BlockManager
+from expertlane.schedule.blocks import BlockManager
 
 STALE = "stale prefix-cache block"
 FAULTS = (STALE, LARGE_BATCH, FAR)

@@ -4,8 +4,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.screen import telling
+from expertlane.schedule.blocks import BlockManager
 from expertlane.schedule.request import ROOT, block_digest
-from expertlane.schedule.running import BlockManager
 
 
 def digests(*blocks: list[int]) -> list[bytes]:

@@ -5,7 +5,7 @@ import pytest
 
 from cli.screen import telling
 from expertlane.errors import SpecError
-from expertlane.spec.from_hf import from_hf
+from expertlane.spec.from_hf import from_hf, lacking_in_engine
 from expertlane.spec.hf_config import (
     NarrowScheme,
     family_of,
@@ -347,7 +347,7 @@ def test_a_language_model_inside_another_configuration_is_projected(tmp_path):
         "text_config": inside,
     }
     model = from_hf(wrapped, "same", weights=False)
-    assert model.planned_only == "tensors named as in kimi_k25"
+    assert lacking_in_engine(model) == "tensors named as in kimi_k25"
     inner = model.with_overrides(unread_family=None)
     assert inner == from_hf(DEEPSEEK_V3, "same", weights=False)
     assert quantization_of(wrapped).number_type == "int4"

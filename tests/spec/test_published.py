@@ -8,7 +8,7 @@ import pytest
 
 from cli.screen import tells
 from expertlane.errors import SpecError
-from expertlane.spec.from_hf import from_hf, read_model
+from expertlane.spec.from_hf import from_hf, lacking_in_engine, read_model
 from expertlane.spec.hf_config import FAMILIES, family_of, num_extra_layers
 from expertlane.spec.model import PRESETS
 from expertlane.spec.tensors import num_active_params, num_params, tensor_names
@@ -116,7 +116,7 @@ def test_models_with_mixers_add_up_too(name, family, num):
     model = from_hf(MIXERS[name], name, weights=False)
     assert num_params(model) == pytest.approx(num, rel=0.01)
     assert model.dtype == "bfloat16"
-    assert model.planned_only is not None
+    assert lacking_in_engine(model) is not None
     with pytest.raises(SpecError) as error:
         from_hf(MIXERS[name], name)
     assert tells(str(error.value), "not run plan simulate compare --engine")
@@ -138,7 +138,7 @@ def test_models_of_grouped_queries_that_are_planned_alone_add_up_too(name, famil
     model = from_hf(GROUPED[name], name, weights=False)
     assert num_params(model) == pytest.approx(num, rel=0.01)
     assert model.dtype == "bfloat16"
-    assert model.planned_only is not None
+    assert lacking_in_engine(model) is not None
     with pytest.raises(SpecError) as error:
         from_hf(GROUPED[name], name)
     assert tells(str(error.value), "not run plan simulate compare --engine")
@@ -252,7 +252,7 @@ def test_kimi_k2_5_is_kimi_k2_inside():
     assert num_params(model) == num_params(kimi)
     assert [*tensor_names(model)] == [*tensor_names(kimi)]
     assert model.rope_scaling.factor == 64  # K2's is 32
-    assert model.planned_only == "tensors named as in kimi_k25"
+    assert lacking_in_engine(model) == "tensors named as in kimi_k25"
     assert family_of(GROUPED["kimi-k2.5"]) == "kimi_k25"
     with pytest.raises(SpecError) as error:
         from_hf(GROUPED["kimi-k2.5"], "kimi")

@@ -24,6 +24,7 @@ from expertlane.errors import SpecError, UserError, naming
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.files import CONFIG_BYTES, build, read_json, strict_json, write_text
+from expertlane.spec.from_hf import lacking_in_engine
 from expertlane.spec.layout import Coordinates, Layout, Members, part_of
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.ranges import Strict, shown, take, take_fields
@@ -491,10 +492,9 @@ def check_deployment(
     """
     layout, options = deployment.layout, deployment.options
     layout.check_model(model)
-    if model.planned_only is not None and not is_modelled:
+    if (lacking := lacking_in_engine(model)) is not None and not is_modelled:
         raise UserError(
-            f"{model.name} has {model.planned_only}, which the engine does not run; plan and "
-            "simulate take it"
+            f"{model.name} has {lacking}, which the engine does not run; plan and simulate take it"
         )
     if layout.dcp > 1 and not is_modelled:
         raise UserError(

@@ -14,6 +14,7 @@ from expertlane.cost.laws.profile import Profile
 from expertlane.planner.candidates import Candidate
 from expertlane.results.record import PoolRole
 from expertlane.spec.deployment import DISPATCH_FORMS, DeepEPKernels
+from expertlane.spec.from_hf import lacking_in_engine
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import EngineName, Phase
@@ -426,8 +427,8 @@ EXPERTLANE = ServingEngine(
         ),
         Row(
             "does not run what the model mixes tokens by, or its layers",
-            "expertlane/spec/model.py: planned_only",
-            lambda pool: pool.model.planned_only is not None,
+            "expertlane/spec/from_hf.py: lacking_in_engine",
+            lambda pool: lacking_in_engine(pool.model) is not None,
         ),
     ),
     None,

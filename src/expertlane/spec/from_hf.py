@@ -128,3 +128,35 @@ def _common(fields: ConfigReader, family: Family) -> dict[str, Any]:
         "eos_token_ids": tuple(fields.typed(int, "eos_token_id", token) for token in eos),
         "dtype": dtype,
     }
+
+
+def lacking_in_engine(model: ModelConfig) -> str | None:
+    """The first part of a model that the engine lacks, in words; None where it runs."""
+    lacking = {
+        model.state.title if model.state is not None else "": model.state is not None,
+        "compressed attention": model.compressed is not None,
+        "sparse attention by an indexer": model.indexer is not None,
+        "gated attention": model.attention_gate is not None,
+        "layers with a window and heads of their own": model.window_heads is not None,
+        "values of another width than keys": (
+            model.latent is None and model.value_dim != model.head_dim
+        ),
+        "queries from a latent": model.query_rank is not None,
+        "norms of rotated queries and keys": model.qk_norm == "rotated_head",
+        "LayerNorm": "norm" in model.further_biases,
+        "a bias of the output head": "head" in model.further_biases,
+        "longrope positions": (
+            model.rope_scaling is not None and model.rope_scaling.rope_type == "longrope"
+        ),
+        "layers without rotary positions": bool(model.unrotated_layers),
+        "layers of a mixer or an MLP alone": bool(model.mixer_only_layers or model.mlp_only_layers),
+        "experts at a latent width": model.moe_latent_size is not None,
+        "several residual streams": model.num_streams > 1,
+        "experts chosen by a token's number": bool(model.hash_layers),
+        "routing by the root of softplus": model.routing.scoring_func == "sqrtsoftplus",
+        "experts that compute nothing": model.num_zero_experts > 0,
+        "experts added after the next layer": model.shortcut_experts,
+        "squared ReLU": model.hidden_act == "relu2",
+        f"tensors named as in {model.unread_family}": model.unread_family is not None,
+    }
+    return next((what for what, is_there in lacking.items() if is_there), None)

@@ -577,40 +577,6 @@ class ModelConfig(Strict):
         """True if a layer has no router and experts."""
         return layer in self.dense_layers or layer in self.mixer_only_layers
 
-    @property
-    def planned_only(self) -> str | None:
-        """What the engine lacks of the model, in words; None where it runs."""
-        lacking = {
-            self.state.title if self.state is not None else "": self.state is not None,
-            "compressed attention": self.compressed is not None,
-            "sparse attention by an indexer": self.indexer is not None,
-            "gated attention": self.attention_gate is not None,
-            "layers with a window and heads of their own": self.window_heads is not None,
-            "values of another width than keys": (
-                self.latent is None and self.value_dim != self.head_dim
-            ),
-            "queries from a latent": self.query_rank is not None,
-            "norms of rotated queries and keys": self.qk_norm == "rotated_head",
-            "LayerNorm": "norm" in self.further_biases,
-            "a bias of the output head": "head" in self.further_biases,
-            "longrope positions": (
-                self.rope_scaling is not None and self.rope_scaling.rope_type == "longrope"
-            ),
-            "layers without rotary positions": bool(self.unrotated_layers),
-            "layers of a mixer or an MLP alone": bool(
-                self.mixer_only_layers or self.mlp_only_layers
-            ),
-            "experts at a latent width": self.moe_latent_size is not None,
-            "several residual streams": self.num_streams > 1,
-            "experts chosen by a token's number": bool(self.hash_layers),
-            "routing by the root of softplus": self.routing.scoring_func == "sqrtsoftplus",
-            "experts that compute nothing": self.num_zero_experts > 0,
-            "experts added after the next layer": self.shortcut_experts,
-            "squared ReLU": self.hidden_act == "relu2",
-            f"tensors named as in {self.unread_family}": self.unread_family is not None,
-        }
-        return next((what for what, is_there in lacking.items() if is_there), None)
-
     def with_overrides(self, **overrides: Any) -> "ModelConfig":
         """The model with some fields replaced."""
         return replace(self, **overrides)

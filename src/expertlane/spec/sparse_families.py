@@ -74,6 +74,42 @@ def _minimax_m3(fields: ConfigReader) -> dict[str, Any]:
     The language model: what stands beside `text_config` is not read.
     """
     num_layers = fields.get(int, "num_hidden_layers")
+    fields.expect("scoring_func", "sigmoid")
+    for key in ("use_qk_norm", "use_routing_bias", "use_gemma_norm"):
+        fields.expect(key, True)
+    fields.expect("qk_norm_type", "per_head")
+    fields.expect("n_shared_experts", 1)
+    indexer, without = _block_indexer(fields, num_layers)
+    mlps = layer_types(fields, "mlp_layer_types", ("dense", "sparse"))
+    has_experts = None if mlps is None else [kind == "sparse" for kind in mlps]
+    if has_experts is None:
+        has_experts = _flags(fields, "moe_layer_freq", num_layers) or [True] * num_layers
+    if len(has_experts) != num_layers:
+        raise fields.error(
+            f"mlp_layer_types has {len(has_experts)} entries for {num_layers} layers"
+        )
+    dense = tuple(layer for layer, has in enumerate(has_experts) if not has)
+    rotated = fields.get(int, "rotary_dim") / fields.get(int, "head_dim")
+    return {
+        **attention(fields, share=rotated),
+        "qk_norm": "head",
+        "indexer": indexer,
+        "unindexed_layers": without,
+        "dense_layers": dense,
+        "intermediate_size": fields.get(int, "dense_intermediate_size") if dense else 0,
+        "moe_intermediate_size": fields.get(int, "intermediate_size"),
+        "shared_expert_intermediate_size": fields.get(int, "shared_intermediate_size"),
+        **fields.same(ModelConfig, "swiglu_limit", "swiglu_alpha"),
+        "routing": Routing(
+            scoring_func="sigmoid",
+            correction_bias=True,
+            **fields.same(Routing, "routed_scaling_factor"),
+        ),
+    }
+
+
+def _block_indexer(fields: ConfigReader, num_layers: int) -> tuple[Indexer | None, tuple[int, ...]]:
+    """The indexer of blocks, and the layers without it; None where no layer has it."""
     given = fields.raw("sparse_attention_config")
     given = {} if given is None else given
     if not isinstance(given, dict):
@@ -81,12 +117,6 @@ def _minimax_m3(fields: ConfigReader) -> dict[str, Any]:
     own = ConfigReader(given, f"{fields.name}: sparse_attention_config")
     own.expect("sparse_init_block", 0)
     own.expect("sparse_score_type", "max")
-    fields.expect("scoring_func", "sigmoid")
-    for key in ("use_qk_norm", "use_routing_bias", "use_gemma_norm"):
-        fields.expect(key, True)
-    fields.expect("qk_norm_type", "per_head")
-    fields.expect("n_shared_experts", 1)
-
     types = layer_types(fields, "layer_types", (_CHOSEN, "full_attention"))
     has_index = None if types is None else [kind == _CHOSEN for kind in types]
     if has_index is None:
@@ -107,6 +137,8 @@ def _minimax_m3(fields: ConfigReader) -> dict[str, Any]:
             f"index_local_blocks is {index['index_local_blocks']}; it must be from 1 to "
             f"index_topk_blocks, {index['index_topk_blocks']}"
         )
+    if not any(has_index):
+        return None, ()
     indexer = Indexer(
         num_heads=index["index_n_heads"],
         head_dim=index["index_head_dim"],
@@ -114,34 +146,7 @@ def _minimax_m3(fields: ConfigReader) -> dict[str, Any]:
         block_size=index["index_block_size"],
         by_group=True,
     )
-
-    mlps = layer_types(fields, "mlp_layer_types", ("dense", "sparse"))
-    has_experts = None if mlps is None else [kind == "sparse" for kind in mlps]
-    if has_experts is None:
-        has_experts = _flags(fields, "moe_layer_freq", num_layers) or [True] * num_layers
-    if len(has_experts) != num_layers:
-        raise fields.error(
-            f"mlp_layer_types has {len(has_experts)} entries for {num_layers} layers"
-        )
-    dense = tuple(layer for layer, has in enumerate(has_experts) if not has)
-    without = tuple(layer for layer, has in enumerate(has_index) if not has)
-    rotated = fields.get(int, "rotary_dim") / fields.get(int, "head_dim")
-    return {
-        **attention(fields, share=rotated),
-        "qk_norm": "head",
-        "indexer": indexer if any(has_index) else None,
-        "unindexed_layers": without if any(has_index) else (),
-        "dense_layers": dense,
-        "intermediate_size": fields.get(int, "dense_intermediate_size") if dense else 0,
-        "moe_intermediate_size": fields.get(int, "intermediate_size"),
-        "shared_expert_intermediate_size": fields.get(int, "shared_intermediate_size"),
-        **fields.same(ModelConfig, "swiglu_limit", "swiglu_alpha"),
-        "routing": Routing(
-            scoring_func="sigmoid",
-            correction_bias=True,
-            **fields.same(Routing, "routed_scaling_factor"),
-        ),
-    }
+    return indexer, tuple(layer for layer, has in enumerate(has_index) if not has)
 
 
 _SOME, _ALL = "compressed_sparse_attention", "heavily_compressed_attention"
