@@ -33,12 +33,15 @@ def model(layout: str, name: str = "paper-tiny", **more: Any) -> LLM:
 
 @contextmanager
 def harmed(
-    rank: int,
+    rank: int | Callable[[], int | None],
     command: type[Command[Any]],
     number: int,
     harm: int = signal.SIGKILL,
 ) -> Iterator[list[int]]:
     """Send a signal to a rank once commands of a kind are under way; so many of them, from 1.
+
+    Args:
+        rank: the rank, or a function that tells it; None to wait for the next command.
 
     Yields:
         The process that was harmed; empty until then.
@@ -50,8 +53,11 @@ def harmed(
         nonlocal num_seen
         ticket = submit_each(pool, commands)
         num_seen += isinstance(commands[0][0], command)
-        if num_seen == number and not pids:
-            pid = pool.pid(rank)
+        if num_seen < number or pids:
+            return ticket
+        chosen = rank if isinstance(rank, int) else rank()
+        if chosen is not None:
+            pid = pool.pid(chosen)
             assert pid is not None
             pids.append(pid)
             os.kill(pid, harm)
