@@ -123,7 +123,7 @@ class CoverageRecord(Strict):
 
 @dataclass(frozen=True)
 class VerifiedRecord(Strict):
-    """Whether a server computes the model that it says.
+    """Whether a server computes the model that it claims.
 
     Attributes:
         url, software, model: of the server; software by its own account, may be empty.
