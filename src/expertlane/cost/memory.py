@@ -84,7 +84,8 @@ class Kept(NamedTuple):
 
     Attributes:
         position: for each position, in pages; a fraction where positions share an entry.
-        sequence: for each sequence, whatever its length: states, and windows kept without the rest.
+        sequence: for each sequence, whatever its length: states, and windows where no other
+            positions are kept.
     """
 
     position: float
