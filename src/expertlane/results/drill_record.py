@@ -1,4 +1,4 @@
-"""What a server did while one part of it was killed or stopped: part of a deployment's record.
+"""A server's behaviour while one part of it was killed or stopped: part of a deployment's record.
 
 Times are seconds after the fault, so that those before it are negative.
 """
@@ -87,7 +87,7 @@ class ChangesRecord(Strict):
 
 @dataclass(frozen=True)
 class HealthRecord(Strict):
-    """What `/health` said, and where it was wrong.
+    """Answers of `/health`, and how long it was wrong.
 
     Attributes:
         asked_s, statuses: [num_samples]; HTTP status of each answer, 0 for none in time.

@@ -1,4 +1,4 @@
-"""What `expertlane verify` found: part of a results file."""
+"""The finding of `expertlane verify`: part of a results file."""
 
 from dataclasses import dataclass, field
 from typing import Literal
