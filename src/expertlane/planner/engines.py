@@ -255,7 +255,7 @@ VLLM = ServingEngine(
             lambda pool: pool.role == "decode" and pool.layout.pp > 1,
         ),
         Row(
-            "splits positions by dcp only where no layer has a state or a window",
+            "shares out positions by dcp where no layer has a state or a window",
             "v1/core/kv_cache_coordinator.py: HybridKVCacheCoordinator; "
             "v1/core/single_type_kv_cache_manager.py: dcp_world_size",
             lambda pool: (
