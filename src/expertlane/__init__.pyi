@@ -649,7 +649,7 @@ def drill(
     api_key_file: str | Path | None = None,
     out: str | Path | None = None,
 ) -> Results:
-    """Kill or stop one part of a server under load, and say what it did.
+    """Kill or stop one part of a server under load, and say what was lost.
 
     First every prompt is answered twice, so that the greedy tokens of the undisturbed server are
     known, and how many of them change by themselves. Then the load goes on, the fault strikes once,
@@ -685,8 +685,8 @@ def drill(
         start_timeout_s: Time in which a server must become ready.
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
-        num_requests: Requests per batch size or rate; of --requests, the first N. So many are
-            different, and are repeated.
+        num_requests: Requests per batch size or rate; of --requests, the first N. N different
+            prompts, sent again and again.
         prompt_len: Tokens per prompt. N:N: uniform in that range.
         output_len: Tokens per output. N:N: uniform in that range.
         prefix_len: Length of the prefix that prompts share; part of --prompt-len.
@@ -723,27 +723,28 @@ def verify(
     seed: int | None = None,
     out: str | Path | None = None,
 ) -> Results:
-    """Say whether a server computes the model that it says.
+    """Say whether a server computes the model that it claims.
 
     Wrong layouts, kernels and caches answer fluently and wrong. Here the server's
     log-probabilities of given tokens are compared, token by token, with those of a checkpoint in
     float32 or of a second server: alone and under load, in short and long contexts, generated and
     given, with the prefix cache cold and warm, on each data-parallel rank where one can be chosen.
-    What rounding in the server's number type does is measured on the same tokens and granted.
+    Rounding in the server's number type is measured on the same tokens, and granted.
 
     Args:
         url: A server with the OpenAI API.
         model: The model's name there; not needed if the server has only one.
         reference: What the server should compute: a checkpoint folder of the model, or a second
             server of it, such as another layout.
-        dtype: Type of weights and activations. Of the server: what rounding in it does is
-            granted; float32 where the server is seen to round no more than that.
+        dtype: Type of weights and activations. The server's: rounding in it is granted; float32
+            where the server is seen to round no more than that.
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
         tokenizer: Folder of the model's tokenizer. Required where a server takes text alone.
         api_key_file: File with the API key. A second file is for a --reference URL.
         quick: Half the prompts, and --budget-s 60: sees larger errors only.
-        budget_s: After about so long no further condition is tried; what was left out is said.
+        budget_s: After about so long no further condition is begun; the output names those left
+            out.
         request_timeout_s: Time limit of a request, waiting included.
         seed: Seed of all random draws; reproducible for equal seeds.
         out: Folder for results.json, the reports and all else that the command writes. None:

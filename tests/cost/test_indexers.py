@@ -131,7 +131,7 @@ def test_blocks_are_chosen_for_each_head_of_keys_and_values():
 def test_keys_and_values_that_are_chosen_by_head_are_not_shared_by_positions():
     minimax = _model("minimax-m3")
     assert Layout(tp=8).most_dcp(minimax) == 1
-    with refusing("dcp=2 indexer minimax-m3 head not supported"):
+    with refusing("dcp=2 indexer minimax-m3 head not priced valid 1"):
         Layout(tp=8, dcp=2).check_model(minimax)
 
 

@@ -109,12 +109,12 @@ def test_every_verdict_fits_a_screen_and_comes_first(verdict, why, begins, tmp_p
     assert any(each.startswith(begins[:20]) for each in lines[:6])
     for sentence in why:
         assert sentence in " ".join(shown.get().split())
-    reach = "Nothing is said of 60 experts that no prompt chose, of 6,144: 3 of MoE layer 0, "
+    reach = "Not covered: 60 experts of 6,144, which no prompt chose: 3 of MoE layer 0, "
     assert reach in " ".join(shown.get().split())
     layers = (
-        "MoE layer 3 is 6, 0 is 3, 1 is 4, … of the"
+        "In the decoder MoE layer 3 is layer 6, 0 is layer 3, 1 is layer 4, …"
         if verdict == "differs"
-        else "MoE layer 0 is 3,"
+        else "In the decoder MoE layer 0 is layer 3,"
     )
     assert layers in " ".join(shown.get().split())
     page = html.render(report)

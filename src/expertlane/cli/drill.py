@@ -1,4 +1,4 @@
-"""`expertlane drill`: kill or stop a part of a server under load, and say what it did."""
+"""`expertlane drill`: kill or stop a part of a server under load, and say what was lost."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -269,7 +269,7 @@ def drill(
     client: _Client,
     output_options: OutputOptions,
 ) -> None:
-    """Kill or stop one part of a server under load, and say what it did.
+    """Kill or stop one part of a server under load, and say what was lost.
 
     First every prompt is answered twice, so that the greedy tokens of the undisturbed server are
     known, and how many of them change by themselves. Then the load goes on, the fault strikes once,
@@ -286,9 +286,10 @@ def drill(
           tokens twice, too few or others (more often than undisturbed ones), or
           was counted wrongly; or /health said 200 while no request got a token,
           or anything else while all was well, for longer than --health-s
-      2   the drill could not be made: no such process, the command failed, or the
+      2   the drill could not be done: no such process, the command failed, or the
           server fails without a fault
-      0   otherwise; a lower rate, or things left behind, are told and fail nothing
+      0   otherwise; a lower rate, or things left behind, are reported and fail
+          nothing
 
     \b
     Examples:

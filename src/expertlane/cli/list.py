@@ -124,7 +124,7 @@ def families(print_options: PrintOptions) -> None:
     parts = (
         Table.of("", [text("plan, run, serve", _of("name")), mixers, *serving], run),
         Table.of("", [text("plan alone", _of("mixers")), text("families", _of("names"))], listed),
-        "Draft, *: has layers that draft (--mtp); the engine does not run them.",
+        "draft, *: published with drafting layers (--mtp); the engine does not run them.",
     )
     headline = f"{len(run)} families run and are served; {len(planned)} more can be planned."
     setting = "Families of checkpoints | --json names their architectures"
@@ -358,13 +358,16 @@ def _show(
     first = Table.of("", columns, rows[:_MOST_ROWS] if shown is None else shown)
     num_left_out = len(rows) - len(first.rows)
     omitted = [f"{num_left_out} more are not shown; --full shows all."] if num_left_out else []
+    subject, _, details = setting.partition(" | ")
     report = Report(
-        title=headline,
+        title=subject,
         answer=Answer(setting, headline, parts or (first, *omitted, *notes)),
         source="",
         command=output.command_line(),
         created=output.now(),
-        sections=(Section(headline, (setting, Table.of("", columns, rows), *notes)),),
+        sections=(
+            Section(headline, (*filter(None, [details]), Table.of("", columns, rows), *notes)),
+        ),
     )
     is_all = not (parts or len(rows) > _MOST_ROWS) and not (
         options.full or options.quiet or options.as_json

@@ -306,7 +306,7 @@ class DrillLoad(LoadOptions):
         metavar="R", help="Open loop instead of --batch: Poisson arrivals, R requests per second."
     )
     num_requests: int | None = _num_requests(
-        STEADY, " So many are different, and are repeated.", _OPEN_PROMPTS
+        STEADY, " N different prompts, sent again and again.", _OPEN_PROMPTS
     )
     prompt_len: str | None = _length("prompt", STEADY.prompt_len)
     output_len: str | None = _length("output", STEADY.output_len)

@@ -1,4 +1,4 @@
-"""`expertlane verify`: whether a server computes the model that it says."""
+"""`expertlane verify`: whether a server computes the model that it claims."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class _Options:
     dtype: _Dtype | None = typer.Option(
         None,
         show_default="the checkpoint's",
-        help="Type of weights and activations. Of the server: what rounding in it does is granted; "
+        help="Type of weights and activations. The server's: rounding in it is granted; "
         "float32 where the server is seen to round no more than that.",
     )
     weights: WeightsType = typer.Option(
@@ -78,7 +78,7 @@ class _Options:
         None,
         metavar="SECONDS",
         show_default=f"{_BUDGET_S:g}",
-        help="After about so long no further condition is tried; what was left out is said.",
+        help="After about so long no further condition is begun; the output names those left out.",
     )
     request_timeout_s: float | None = request_timeout_option(f"{_TIMEOUT_S:g}")
     seed: int | None = seed_option(None, "drawn: then no prompt is in a prefix cache yet")
@@ -134,13 +134,13 @@ def verify(
     output_options: OutputOptions,
     model: _Model = None,
 ) -> None:
-    """Say whether a server computes the model that it says.
+    """Say whether a server computes the model that it claims.
 
     Wrong layouts, kernels and caches answer fluently and wrong. Here the server's
     log-probabilities of given tokens are compared, token by token, with those of a checkpoint in
     float32 or of a second server: alone and under load, in short and long contexts, generated and
     given, with the prefix cache cold and warm, on each data-parallel rank where one can be chosen.
-    What rounding in the server's number type does is measured on the same tokens and granted.
+    Rounding in the server's number type is measured on the same tokens, and granted.
 
     \b
     Exit code

@@ -77,7 +77,7 @@ def _of_model(experiment: Experiment) -> list[Assumption]:
 
 
 def _where_chosen(model: ModelConfig) -> str:
-    """In how many layers an indexer chooses, and how many of them share a choice, if not all."""
+    """Layers that an indexer chooses for, if not all, and how many take the choice of another."""
     unindexed, num_shared = len(model.unindexed_layers), len(model.shared_choice_layers)
     num = model.num_hidden_layers - unindexed
     where = f" in {num} of {model.num_hidden_layers} layers" if unindexed else ""

@@ -196,7 +196,7 @@ class ManySteps:
         return found
 
     def _draft(self, priced: PricedPoints, own: Ints, experts: Ints) -> Floats:
-        """[rows, P]; price of a drafting pass without head."""
+        """[rows, P]; price of a pass of the drafting layers, without the head."""
         kinds = self.model.draft_kinds
         found: Floats = sum((priced.layers[kind] for kind in kinds), priced.projection)[:, own]
         num_sparse = sum(kind.mlp == "experts" for kind in kinds)

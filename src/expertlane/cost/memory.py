@@ -83,8 +83,9 @@ class Kept(NamedTuple):
     """Bytes that a rank keeps in some layers.
 
     Attributes:
-        position: of a position of a sequence, in pages; a fraction where positions share an entry.
-        sequence: of a sequence, however long: states, and windows that are kept alone.
+        position: for each position, in pages; a fraction where positions share an entry.
+        sequence: for each sequence, whatever its length: states, and windows where no other
+            positions are kept.
     """
 
     position: float
@@ -100,12 +101,12 @@ def kept_bytes(
     dcp: int = 1,
     num_states: int = 1,
 ) -> Kept:
-    """What a rank keeps in some layers, with heads shared by `tp` ranks.
+    """Bytes of the cache that a rank keeps for some layers, with heads cut by `tp`.
 
     Args:
-        dcp: ranks that share the positions of a window. A state has none: it is cut by its heads,
-            and never shared. What is kept of a position is not divided.
-        num_states: of a sequence in each layer with a state.
+        dcp: ranks that share the positions of a window. States have no positions and are not
+            divided by it, nor are the bytes of a position.
+        num_states: states of a sequence in each layer with a state.
     """
     kept = [
         (num, _kept_in_layer(model, types, tp, mixing, dcp, num_states))
@@ -134,7 +135,7 @@ def _kept_in_layer(
         return Kept(0, of_window)
     indexer = model.indexer if entries == "chosen" else None
     of_index = 0 if indexer is None else indexer.position_bytes(types.activation_bytes)
-    # Positions of an entry are kept one by one, so that wrong drafts are just left out.
+    # Positions of an entry are kept one by one, so that rejected drafts are just dropped.
     of_state = compressed.state_bytes(entries, model.head_dim, indexer)
     return Kept((of_position + of_index) / compressed.rate(entries), of_window + of_state)
 
@@ -167,11 +168,11 @@ def held_kv_bytes(
     has_window: bool = False,
     has_index: bool = False,
 ) -> int:
-    """Bytes of the values that `held_kv_width` counts, with their scales.
+    """Bytes of a position that a rank keeps in a layer, with scales.
 
     Args:
-        has_window: of a layer with a window.
-        has_index: of a layer with an indexer: its key is counted too.
+        has_window: the layer has a window.
+        has_index: the layer has an indexer, whose key is counted too.
     """
     of_index = 0
     if has_index:
@@ -263,8 +264,8 @@ class PlacedModel:
 
     Attributes:
         placements: [num_hidden_layers].
-        num_drafts: tokens of multi-token prediction that are verified together. Each writes a state
-            of its own, since only the last one accepted is gone on from.
+        num_drafts: draft tokens that a step verifies together. Each writes a state of its own,
+            since the next step continues from the last accepted one.
     """
 
     model: ModelConfig
@@ -274,7 +275,7 @@ class PlacedModel:
     num_drafts: int = 0
 
     def with_drafts(self, num_drafts: int) -> "PlacedModel":
-        """The same with the layers that draft; their experts placed as the last layer's."""
+        """This model with its drafting layers; experts placed as in the last layer with any."""
         if not num_drafts:
             return self
         placed = next((each for each in reversed(self.placements) if each is not None), None)
@@ -326,7 +327,7 @@ class PlacedModel:
         num_values += num_pairs * (2 * model.hidden_size + inner)
         num_positions = limits.num_blocks * limits.block_size
         kept = self._kept(rank)
-        if not kept.position and limits.state_blocks:  # states of all that the other stages hold
+        if not kept.position and limits.state_blocks:  # states of all in other stages
             most = limits.num_blocks // (limits.state_blocks + 1)
             num_seqs = max(num_seqs, min(most, limits.max_num_seqs))
         of_positions = ceil(ceil(num_positions / layout.dcp) * kept.position)

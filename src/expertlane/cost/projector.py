@@ -102,7 +102,7 @@ class ClocksByLaw:
         return terms.changed(on_clocks, hiding)
 
     def work(self, works: Sequence[_Work]) -> list[list[list[StageWork]]]:
-        """The same steps with times on all clocks; blocks that were shared stay shared."""
+        """Steps with times on all clocks; blocks that were shared stay shared."""
         blocks: dict[int, Block] = {}
         steps: dict[int, TimedStep] = {}
 
@@ -302,7 +302,7 @@ class Projector:
         self._pricing = Pricing(profile, self._setting.types)
 
     def repriced(self, profile: Profile) -> "Projector":
-        """The same deployment under other laws: what a step does is worked out once for all."""
+        """A projector of this deployment under other laws, which shares the steps' operations."""
         other = copy(self)
         other._price_by(profile)
         return other

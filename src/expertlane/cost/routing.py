@@ -321,7 +321,7 @@ class PowerLawRouting(LoadedRouting):
 
 
 def _without_zero(topk_ids: Ints, num_experts: int) -> Ints:
-    """The same choices, with -1 for experts that compute nothing: those beyond `num_experts`."""
+    """Chosen experts, with -1 for those that compute nothing: those beyond `num_experts`."""
     return np.where(topk_ids < num_experts, topk_ids, -1)
 
 
@@ -548,7 +548,7 @@ class ComputingExperts:
 
     @classmethod
     def of(cls, model: ModelConfig) -> "ComputingExperts":
-        """Of experts that are all as popular: hypergeometric."""
+        """By the hypergeometric distribution: all experts equally popular."""
         total, num = model.num_routed_experts, model.num_experts_per_tok
         ways = [
             comb(model.num_experts, each) * comb(model.num_zero_experts, num - each)
@@ -560,7 +560,7 @@ class ComputingExperts:
 
 
 def varying_work(model: ModelConfig) -> Iterator[str]:
-    """Sentences on experts that are not chosen by a router, compute nothing, or are not awaited."""
+    """Cautions on experts that compute nothing, no router chooses, or are awaited a layer later."""
     if model.num_zero_experts:
         computing = ComputingExperts.of(model)
         least, most = (
@@ -579,13 +579,13 @@ def varying_work(model: ModelConfig) -> Iterator[str]:
     if model.hash_layers:
         yield (
             f"{len(model.hash_layers)} of {model.num_hidden_layers} layers choose experts by a "
-            "token's number in the vocabulary: how even that is turns on the text, and is not "
-            "known; their choices are drawn as those of the others."
+            "token's number in the vocabulary: how evenly depends on the text, and is not known; "
+            "these choices are drawn as those of the other layers."
         )
     if model.shortcut_experts:
         yield (
-            "What experts give is awaited one layer later only; their times are added to that "
-            "layer's, not hidden behind it: a bound from above."
+            "The output of experts is awaited one layer later; their times are added to that "
+            "layer's, not hidden behind it: an upper bound."
         )
 
 

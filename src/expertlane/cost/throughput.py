@@ -418,7 +418,7 @@ class MultiToken:
         return sum(self.acceptance**place for place in range(self.num_drafts + 1))
 
     def at(self, bound: int) -> "MultiToken":
-        """The same with the acceptance of a bound of time: the highest with the low one.
+        """Drafts with the acceptance of a bound of time: the highest acceptance, the low bound.
 
         Args:
             bound: place in `BOUNDS`.

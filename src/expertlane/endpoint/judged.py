@@ -1,6 +1,6 @@
-"""What became of each request of a drill, and whether its changes are more than rounding's.
+"""Outcome of each request of a drill, and whether changed tokens are more than rounding explains.
 
-The truth is what the server answered to the same prompts, greedily, before the fault. In engines
+The truth is the server's greedy answers to the same prompts before the fault. In engines
 whose batches change the order of sums, two likely tokens that are nearly tied may change places
 without a fault. So a change counts where the two were no tie; and, where undisturbed runs have such
 changes too, or the server does not tell log-probabilities, if prompts with one are more than before
@@ -33,7 +33,7 @@ _MOST_SHOWN = 24  # letters of a text that changed
 
 @dataclass(eq=False)
 class Truth:
-    """What the server answered before the fault.
+    """Answers of the server before the fault.
 
     Attributes:
         streams: the first answer to each prompt.
@@ -65,7 +65,7 @@ class Truth:
         return difference(self.streams[prompt].tokens, stream.tokens, is_whole=True)
 
     def defects(self) -> Iterator[str]:
-        """What is wrong with undisturbed answers, whatever rounding does."""
+        """Errors of undisturbed answers that rounding cannot explain."""
         for prompt, stream in enumerate(self.streams):
             if wrong := _count_error(stream, stream):
                 yield f"prompt {prompt}: {wrong}"
@@ -79,7 +79,7 @@ class Truth:
                     yield f"prompt {prompt}: {words}"
 
     def margin(self, prompt: int, differs: Differs) -> float | None:
-        """By how much the true token was likelier than any other, in nats."""
+        """Log-probability of the true token less that of the next likeliest, in nats."""
         return self.streams[prompt].margin_at(differs.place)
 
 
@@ -117,7 +117,7 @@ def tie_of(truth: Truth) -> float | None:
 
 
 def judged(request: Request, truth: Truth, tie: float | None) -> Judged:
-    """What became of a request that ended."""
+    """The outcome of a request that ended."""
     stream, prompt = request.stream, request.prompt
     if request.is_lost:
         return Judged(request, request.end, request.words)
@@ -138,7 +138,7 @@ def judged(request: Request, truth: Truth, tie: float | None) -> Judged:
 
 
 def _count_error(stream: Stream, true: Stream) -> str:
-    """What is wrong with the end of an answer whose tokens are right; empty for nothing."""
+    """Error in the usage or finish reason of an answer whose tokens are right; empty if none."""
     num = sum(map(len, stream.ids))
     if stream.finish_reason is None and true.finish_reason is not None:
         return "no finish reason"
@@ -264,7 +264,7 @@ def upper_end(num: int, of: int) -> float:
 
 
 def _shows_nothing(record: DrillRecord) -> bool:
-    """Whether the server went on as if nothing had happened."""
+    """True if rate, pauses and /health show no effect of the fault."""
     return (
         record.full_rate_s == 0.0
         and record.pause_s < SILENT * record.usual_pause_s
@@ -305,10 +305,10 @@ def criteria(record: DrillRecord) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if not record.num_of(*OUTCOMES):
         failed.append("no request ended after the fault")
     if not health.is_known:
-        cautions.append("The server has no /health, so nothing is known of that.")
+        cautions.append("The server has no /health, so that criterion was not checked.")
     if not failed and record.exit_code is not None and _shows_nothing(record):
         cautions.append(
-            "Nothing shows that the fault struck: no request was lost, the rate never fell, no "
+            "Nothing shows that the fault struck: no request was lost, the rate never fell, and no "
             f"pause was {SILENT:g} times as long as those before. Check what the command did."
         )
     return tuple(failed), tuple(cautions)

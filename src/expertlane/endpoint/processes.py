@@ -142,7 +142,7 @@ def _shared_memory(pid: int) -> set[str]:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a server holds on this machine at a moment.
+    """Processes, ports and shared memory of a server on this machine at one moment.
 
     Attributes:
         root: its first process.
@@ -158,7 +158,7 @@ class Footprint:
 
     @classmethod
     def of(cls, root: int | None) -> "Footprint | None":
-        """That of a process and all below it; None where it is not there."""
+        """Footprint of a process and all below it; None if there is no such process."""
         tree = {} if root is None else below(root, processes())
         if root not in tree:
             return None
@@ -257,7 +257,7 @@ def rank_process(root: int, patterns: Sequence[str], layout: Layout, rank: int) 
 
 
 def _places(tree: Mapping[int, Process], pattern: str) -> dict[int, dict[str, str | None]]:
-    """What a pattern finds in the titles of processes."""
+    """Groups that a pattern matches in the titles of processes, by process id."""
     return {
         pid: found.groupdict()
         for pid, each in tree.items()

@@ -54,7 +54,7 @@ class RoutedReference(Protocol):
 
     @property
     def num_experts(self) -> Sequence[int]:
-        """Of every layer with experts."""
+        """Number of experts of each layer that has some."""
         ...
 
     def score_in(

@@ -55,7 +55,7 @@ class Reference(Protocol):
 
     @property
     def num_experts(self) -> Sequence[int]:
-        """Of every layer with experts."""
+        """Number of experts of each layer that has some."""
         ...
 
     def score_in(

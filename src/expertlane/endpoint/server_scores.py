@@ -137,7 +137,7 @@ class Endpoint:
         return self.method != "generated tokens"
 
     def of_rank(self, rank: int, headers: Mapping[str, str]) -> "Endpoint":
-        """The same server, each request sent to one data-parallel rank (vLLM's header)."""
+        """This server, with each request sent to one data-parallel rank (by vLLM's header)."""
         own = {**headers, "X-data-parallel-rank": str(rank)}
         connections = Connections(self.server.connections.url, own)
         return replace(self, server=replace(self.server, connections=connections))

@@ -42,7 +42,7 @@ _TAIL_FACTORS = 1.5, 1.25  # of the mean excess, for the most and the second mos
 _EDGES = 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536
 _MOST_NAMED = 24  # experts
 _NAMED_ALARM = 1e-3
-_FAR_BEFORE = 4.0  # times as large is the share of far tokens after a position that parts them
+_FAR_BEFORE = 4.0  # the share of far tokens after a position is so many times that before it
 _EPSILONS = {  # half a unit in the last place of 1; of scaled integers at their usual spread
     "float32": 2.0**-24,
     "float16": 2.0**-11,

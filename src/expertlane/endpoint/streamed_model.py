@@ -50,7 +50,7 @@ class Weights:
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """What the router of a layer did with a group of prompts of one length.
+    """A layer's routing of a group of prompts of one length.
 
     Attributes:
         topk_ids: [num_prompts, len, top_k].
@@ -161,7 +161,7 @@ class StreamedModel:
         return self._load(f"{part}.", wanted, plain.model)
 
     def load_rest(self) -> Weights:
-        """What the decoder has beside layers and embedding, such as its norm; by full names."""
+        """Weights of the decoder beside layers and embedding, such as its norm; by full names."""
         plain = self.skeleton(torch.float32)
         embedding = _name_of(plain.model, plain.decoder.get_input_embeddings())
         apart = (f"{plain.name}.layers.", f"{embedding}.")
@@ -186,7 +186,7 @@ class StreamedModel:
         self._files.close()
 
     def _find_sources(self, model: Any) -> dict[str, list[tuple[str | None, str]]]:
-        """For each tensor of the model: patterns of converters, and stored names."""
+        """Patterns of converters, and stored names, of each tensor of the model."""
         mapping = get_model_conversion_mapping(model)
         renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
         converters = [each for each in mapping if isinstance(each, WeightConverter)]
@@ -203,7 +203,7 @@ class StreamedModel:
         return sources
 
     def _sources_of(self, name: str, model: Any) -> list[tuple[str | None, str]]:
-        """Where a tensor is stored; a tied one may be stored under the other's name."""
+        """The sources of a tensor; a tied one may be stored under the other's name."""
         tied = dict(model.all_tied_weights_keys)
         for other in (name, tied.get(name), *(a for a, b in tied.items() if b == name)):
             if other in self._sources:

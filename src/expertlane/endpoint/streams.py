@@ -135,7 +135,7 @@ def _text_of(choice: dict[str, Any]) -> str:
 
 
 def _margins_of(logprobs: Any) -> list[float]:
-    """Of each token the likeliest log-probability less the second; empty where they aren't told."""
+    """Likeliest log-probability of each token less the second; empty where none are given."""
     if not isinstance(logprobs, dict):
         return []
     several: Any

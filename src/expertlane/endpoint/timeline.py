@@ -16,7 +16,7 @@ _LEAST_WINDOW_S, _REQUESTS_OF_WINDOW = 1.0, 2.0  # a rate is over as long as so 
 _SHARE_OF_WINDOW = 2  # windows that fit into the time before the fault, at least
 _STEPS = 20  # of a window, at which its rate is looked at
 _NUM_BINS = 120
-SILENT = 3.0  # times the longest pause before the fault: a longer one is none of the usual ones
+SILENT = 3.0  # a pause of so many times the longest one before the fault is unusual
 _AROUND_S = 1.0  # of a lost request, in which not all is well
 OK = 200
 
@@ -166,7 +166,7 @@ def health_record(
     began_s: float,
     end_s: float,
 ) -> HealthRecord:
-    """What `/health` said, and how long it was wrong at a time.
+    """Answers of `/health`, and the longest time that it was wrong without a break.
 
     It is wrong where it says 200 while no request gets a token, and where it says anything else
     while all is well: before the fault, and from when the rate is full again, but for a second
@@ -196,7 +196,7 @@ def health_record(
 def _without(
     stretches: Sequence[tuple[float, ...]], lost_s: Sequence[float]
 ) -> Iterator[tuple[float, ...]]:
-    """What is left of stretches without the time around lost requests."""
+    """Stretches less the time around lost requests."""
     for begin_s, end_s in stretches:
         for moment_s in sorted(lost_s):
             if begin_s <= moment_s + _AROUND_S and moment_s - _AROUND_S < end_s:

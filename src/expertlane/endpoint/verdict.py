@@ -66,15 +66,15 @@ class Rounded:
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """What a server said of tokens of sequences, under one condition.
+    """A server's log-probabilities of tokens, under one condition.
 
     Attributes:
-        name: of the condition.
-        logprobs: [len - 1] by sequence, NaN where it said nothing; sequences may be missing.
+        name: name of the condition.
+        logprobs: [len - 1] by sequence, NaN where it gave none; sequences may be missing.
         rank: the data-parallel rank that was asked; None for any.
         num_at_once: requests at once.
         is_warm: whether the prompt's beginning was in the prefix cache.
-        is_generated: of tokens that it generated, else of given ones.
+        is_generated: whether the server generated the tokens, or they were given.
     """
 
     name: str
@@ -106,7 +106,7 @@ class Comparison:
 
 
 def measured_rounding(exact: Sequence[Scored], rounded: Sequence[Scored], dtype: str) -> Rounded:
-    """What a number type does to every token, with a scale for tokens that are alike."""
+    """Rounding of every token in a number type, with a scale for tokens that are alike."""
     apart = [one.logprobs - other.logprobs for one, other in zip(rounded, exact, strict=True)]
     joined = np.concatenate(apart)
     known = np.isfinite(joined)

@@ -113,7 +113,7 @@ def verify(
     tokenizer: Vocabulary | None,
     progress: Progress,
 ) -> VerifiedRecord:
-    """Whether a server computes the model that it says.
+    """Whether a server computes the model that it claims.
 
     Args:
         tokenizer: the model's, for servers that take text alone; None where there is none.
@@ -413,7 +413,7 @@ class _Asking:
         return not self._endpoint.server.form.as_tokens
 
     def choose(self, reference: Reference, candidates: DrawnPrompts, asked: Asked) -> list[Prompt]:
-        """Of the candidates those that reach, with what is asked already, every expert.
+        """Candidates that, with the prompts asked already, reach every expert.
 
         The reference reads the checkpoint once, for candidates and all else.
         """
@@ -560,7 +560,7 @@ class _Asking:
 
 
 def _said_of(token_ids: Sequence[int], own: Continued) -> list[float]:
-    """What a continuation says of another's tokens, up to the first where they part.
+    """A continuation's log-probabilities of another's tokens, up to the first that differs.
 
     There the likeliest tokens beside its own are looked at; one that is not among them has at most
     the probability of the least of those.

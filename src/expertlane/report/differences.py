@@ -1,4 +1,4 @@
-"""What differs between the servers of a comparison: versions, KV caches, options of commands."""
+"""Differences between the servers of a comparison: versions, KV caches, options of commands."""
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -119,7 +119,7 @@ def _shown(value: Any) -> str:
 
 
 def differs_in(records: Sequence[DeploymentRecord]) -> str:
-    """What differs, in a line or two; empty if nothing is known to differ.
+    """The differences, in a line or two; empty if nothing is known to differ.
 
     Versions are left out where each engine has one, since the line above has them.
     """

@@ -278,7 +278,7 @@ def _charts(drill: DrillRecord) -> tuple[Chart, ...]:
 
 
 def _strips(drill: DrillRecord) -> list[Strip]:
-    """What `/health` said, from one answer to the next."""
+    """Answers of `/health`, from one to the next."""
     health = drill.health
     if not health.is_known:
         return []

@@ -98,7 +98,7 @@ _CHAPTERS: dict[str, tuple[Chapter, ...]] = {
         _SETUP,
     ),
     "verify": (
-        Chapter("answer", "The answer", "Whether it computes the model that it says."),
+        Chapter("answer", "The answer", "Whether it computes the model that it claims."),
         Chapter("why", "Why", "Every condition, every test, and the tokens that are farthest off."),
         _SURE,
         _SETUP,

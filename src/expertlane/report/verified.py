@@ -69,14 +69,14 @@ def _main_conditions(found: VerifiedRecord) -> Iterator[Words]:
 
 
 def _title(shown: Sequence[ConditionRecord]) -> str:
-    """What conditions are compared with, in words instead of a column."""
+    """Title of the conditions' table: what they are compared with."""
     exact = [each.name for each in shown if each.against == "reference"]
     if len(exact) == len(shown):
         return "Differences to the reference, in nats"
     if not exact:
         return "Differences to the same tokens alone, in nats"
-    first = exact[0] + (" and of ranks" if len(exact) > 1 else "")
-    return f"Differences in nats: of {first} to the reference, of others to alone"
+    first = exact[0] + (" and ranks" if len(exact) > 1 else "")
+    return f"Differences in nats: {first} to the reference, the others to alone"
 
 
 def headline(found: VerifiedRecord) -> str:
@@ -216,13 +216,13 @@ def _unreached(found: VerifiedRecord) -> Iterator[str]:
         more = sum(len(each.experts) for each in rest)
         said.append(f"{more:,} of {counted(len(rest), 'more layer')}")
     yield (
-        f"Nothing is said of {counted(num, 'expert')} that no prompt chose, of "
-        f"{found.coverage.num_experts:,}: {', '.join(said)}."
+        f"Not covered: {counted(num, 'expert')} of {found.coverage.num_experts:,}, which no prompt "
+        f"chose: {', '.join(said)}."
     )
 
 
 def _in_decoder(found: VerifiedRecord) -> Iterator[str]:
-    """Where layers with experts are in the decoder, of those that are named."""
+    """Decoder layers of the MoE layers that are named, where their numbers differ."""
     if found.coverage is None:
         return
     of_decoder = dict(enumerate(found.coverage.moe_layers))
@@ -232,9 +232,9 @@ def _in_decoder(found: VerifiedRecord) -> Iterator[str]:
         each for each in dict.fromkeys(named) if each in of_decoder and of_decoder[each] != each
     ]
     if moved:
-        said = ", ".join(f"{each} is {of_decoder[each]}" for each in moved[:_MOST_LAYERS])
+        said = ", ".join(f"{each} is layer {of_decoder[each]}" for each in moved[:_MOST_LAYERS])
         more = ", …" if len(moved) > _MOST_LAYERS else ""
-        yield f"MoE layer {said}{more} of the decoder's layers."
+        yield f"In the decoder MoE layer {said}{more}."
 
 
 def _reach(found: VerifiedRecord) -> Iterator[str]:
@@ -270,7 +270,7 @@ def _granted(found: VerifiedRecord) -> Iterator[str]:
     if found.dtype == "float32":
         how = "a bound on its sums"
     if found.coverage is None:
-        how += "; of a token that changes under load on the second server, at least that change"
+        how += "; for a token that changes under load on the second server, at least that change"
     yield f"Rounding granted: {found.dtype} ({_SOURCES[found.dtype_source]}), {how}."
 
 

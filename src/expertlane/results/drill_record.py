@@ -1,4 +1,4 @@
-"""What a server did while one part of it was killed or stopped: part of a deployment's record.
+"""A server's behaviour while one part of it was killed or stopped: part of a deployment's record.
 
 Times are seconds after the fault, so that those before it are negative.
 """
@@ -87,7 +87,7 @@ class ChangesRecord(Strict):
 
 @dataclass(frozen=True)
 class HealthRecord(Strict):
-    """What `/health` said, and where it was wrong.
+    """Answers of `/health`, and how long it was wrong.
 
     Attributes:
         asked_s, statuses: [num_samples]; HTTP status of each answer, 0 for none in time.
@@ -154,7 +154,7 @@ class DrillRecord(Strict):
         full_tps: what counts as the full rate.
         full_rate_s: since when it was full again; 0 where it never fell, None if it never was.
         usual_pause_s: longest time without a token of any request before the fault.
-        pause_s: the same after it.
+        pause_s: longest time without a token of any request after it.
         last_token_s: when the last token came; None where none came after the fault.
         first_lost_s: when the first request was lost; None where none was.
         num_unanswered: requests that were still answered at the end, and are not judged.

@@ -1,4 +1,4 @@
-"""What `expertlane verify` found: part of a results file."""
+"""The finding of `expertlane verify`: part of a results file."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -123,7 +123,7 @@ class CoverageRecord(Strict):
 
 @dataclass(frozen=True)
 class VerifiedRecord(Strict):
-    """Whether a server computes the model that it says.
+    """Whether a server computes the model that it claims.
 
     Attributes:
         url, software, model: of the server; software by its own account, may be empty.

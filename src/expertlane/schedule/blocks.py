@@ -17,9 +17,9 @@ class BlockManager:
     reused first, then those that hold anything, least recently freed first.
 
     **States.** Where a sequence has a state beside its blocks, that takes the room of
-    `state_blocks` blank blocks. A state can only be gone on from where it stood, so some are kept
-    with the block that they stood behind (`keep_state`), and `find` gives prefixes that end there.
-    A kept state makes way as a free block's content does: the least recently used first.
+    `state_blocks` blank blocks. A sequence can only continue where a state was kept, so some
+    are kept with the block that they follow (`keep_state`), and `find` gives prefixes that end
+    there. Kept states are evicted as free blocks' contents are: the least recently used first.
 
     Args:
         state_blocks: blocks whose room a state takes; 0 where sequences have none.
@@ -34,13 +34,13 @@ class BlockManager:
         self.num_hits = 0
         self._state_blocks = state_blocks
         self._num_states = 0  # of sequences, in use
-        self._kept: set[bytes] = set()  # digests of blocks that a kept state stood behind
+        self._kept: set[bytes] = set()  # digests of blocks that a kept state follows
         self._ref_counts = np.zeros(num_blocks, dtype=np.int32)
         self._digests: dict[int, bytes] = {}
         self._registered: dict[bytes, int] = {}
         self._blank: list[int] = []  # held before; used from its end
         self._num_touched = 0  # blocks from here on were never held, and are used after `_blank`
-        # Free blocks, and kept states by their digests, in the order in which they make way.
+        # Free blocks, and kept states by their digests, in the order of eviction.
         self._reusable: OrderedDict[int | bytes, None] = OrderedDict()
 
     @property
@@ -82,7 +82,7 @@ class BlockManager:
         return len(self._kept)
 
     def hold_state(self) -> None:
-        """Make room for a sequence's state, which is free."""
+        """Make room for a sequence's state; enough blocks must be free."""
         self._make_room()
         self._num_states += 1
 
@@ -91,12 +91,12 @@ class BlockManager:
         self._num_states -= 1
 
     def keep_state(self, digest: bytes) -> None:
-        """Keep a copy of the state that stands behind a block, if it can be shared and has room."""
+        """Keep a copy of the state after a block, if the block can be shared and there is room."""
         if digest in self._kept:
             self._reusable.move_to_end(digest)
         elif digest in self._registered and self._state_blocks <= self.num_free:
             self._make_room()
-            if digest in self._registered:  # it might have made way itself
+            if digest in self._registered:  # it might have been evicted itself
                 self._kept.add(digest)
                 self._reusable[digest] = None
 
@@ -108,7 +108,7 @@ class BlockManager:
                 self._blank.append(block)
 
     def _evict(self) -> int | None:
-        """Drop what makes way first: a kept state, or the content of the block that is returned."""
+        """Evict the least recently used: a kept state, or the content of the returned block."""
         first, _ = self._reusable.popitem(last=False)
         if isinstance(first, bytes):
             self._kept.remove(first)
@@ -117,7 +117,7 @@ class BlockManager:
         return first
 
     def find(self, digests: Iterable[bytes]) -> list[int]:
-        """The cached blocks of the longest known prefix that can be gone on from.
+        """The cached blocks of the longest known prefix that a sequence can continue from.
 
         They are not held yet.
         """

@@ -15,7 +15,7 @@ from expertlane.spec.sampling import PromptLogprobs, SamplingParams, SamplingSta
 
 
 class RequestState(StrEnum):
-    """Where a request stands with the scheduler."""
+    """State of a request in the scheduler."""
 
     WAITING = "waiting"  # new, or has lost its blocks
     RUNNING = "running"

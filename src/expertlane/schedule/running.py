@@ -34,9 +34,9 @@ class RunningTable:
         last_step: [num_rows]; the step it took part in last.
         is_masked: [num_rows]; whether its tokens wait for masks (`Request.mask`).
 
-    Where sequences have states, one is kept behind the last full block that a step of a prompt
-    computed, and behind the last of the blocks that were known when the request began although no
-    state was kept there: the next one that shares these begins there.
+    Where sequences have states, one is kept after the last full block that a step of a prompt
+    computed, and after the last block that was cached without a state when the request began: the
+    next request with this prefix continues from there.
     """
 
     def __init__(self, limits: Limits, *, lookahead: bool = False) -> None:

@@ -359,7 +359,7 @@ class _Stretch:
         return max(1, ranks.num_held(blocks))
 
     def _own_blocks(self, ranks: PoolRanks) -> float:
-        """Mean blocks that a finished request leaves beyond its shared prefix, with its state."""
+        """Mean blocks that a finished request leaves beyond its shared prefix, state included."""
         prompt, output = self._load.mean_lens
         length, limits = prompt if ranks.role == "prefill" else prompt + output - 1, ranks.limits
         return length / limits.block_size - ranks.prefixes.num_blocks + limits.state_blocks

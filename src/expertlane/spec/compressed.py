@@ -90,10 +90,10 @@ class CompressedAttention(Strict):
         }
 
     def state_bytes(self, entries: Entries, head_dim: int, indexer: Indexer | None) -> int:
-        """Bytes that a rank keeps of a sequence, in a layer, to make the next entries from.
+        """Bytes that a rank keeps of a sequence, in a layer, to make the next entry from.
 
-        Vectors and gates in float32 of an entry's positions; where entries overlap, also what the
-        entry before leaves to the next one.
+        Vectors and gates of an entry's positions in float32; where entries overlap, also the
+        second vectors and gates of the entry before.
         """
         widths = [head_dim]
         if entries == "chosen":
@@ -107,10 +107,11 @@ class CompressedAttention(Strict):
 
 
 def stream_shapes(block: Streamed, num_streams: int, hidden: int) -> dict[str, Shape]:
-    """Shapes of what mixes residual streams around a block (Xie et al. 2026, mHC); none of one.
+    """Shapes of the tensors that mix residual streams around a block (Xie et al. 2026, mHC).
 
-    From all streams of a token come the weights that join them into the block's input, spread its
-    output over them, and mix them with each other; before the head the first alone.
+    From all streams of a token they make the weights that join the streams into the block's input,
+    spread its output over them, and mix them with each other; before the head they only join. A
+    single stream has none.
     """
     if num_streams == 1:
         return {}
@@ -123,5 +124,5 @@ def stream_shapes(block: Streamed, num_streams: int, hidden: int) -> dict[str, S
 
 
 def num_mixing(block: Streamed, num_streams: int) -> int:
-    """Weights of a token that streams are mixed by around a block."""
+    """Number of weights that mix a token's streams around a block."""
     return num_streams if block == "head" else num_streams * (2 + num_streams)

@@ -129,7 +129,7 @@ def windows_by_type(fields: ConfigReader, default: list[bool]) -> tuple[int | No
 
 
 def windows_everywhere(fields: ConfigReader) -> tuple[int | None, ...]:
-    """The same window in every layer, if there is one."""
+    """One window for every layer, if there is one."""
     window = fields.optional(int, "sliding_window")
     return () if window is None else (window,) * fields.get(int, "num_hidden_layers")
 

@@ -105,7 +105,7 @@ def read_model(folder: Path, given: str, *, weights: bool = True) -> ModelConfig
     sizes = ["hidden_size", known.num_experts[0]]
     if not any(known.spellings.get(key, key) in {*sizes, *known.num_experts} for key in text):
         inside = " in text_config" if text is not config else ""
-        raise SpecError(f"{folder / 'config.json'} tells no {' and no '.join(sizes)}{inside}")
+        raise SpecError(f"{folder / 'config.json'} has no {' and no '.join(sizes)}{inside}")
     return from_hf(config, Path(os.path.abspath(given)).name, weights=weights)
 
 
@@ -131,7 +131,7 @@ def _common(fields: ConfigReader, family: Family) -> dict[str, Any]:
 
 
 def lacking_in_engine(model: ModelConfig) -> str | None:
-    """The first part of a model that the engine lacks, in words; None where it runs."""
+    """The first feature of a model that the engine lacks, in words; None if it runs."""
     lacking = {
         model.state.title if model.state is not None else "": model.state is not None,
         "compressed attention": model.compressed is not None,

@@ -128,7 +128,7 @@ class Family:
         spellings: names of fields that other families call otherwise, with those names.
         unread: prefixes of names of tensors that are no part of the language model.
         also_told: further fields of published configurations, without a default here: read where
-            they say something, or of no effect on what is priced.
+            given, or without effect on what is priced.
         defaults: defaults of all fields that are read; those of transformers 5's config classes.
             transformers 4.57 differs in two: DeepSeek-V2's vocab_size was 32000, and a null
             rope_scaling of GPT-OSS meant plain rotary positions.
@@ -208,7 +208,7 @@ def family_of(config: dict[str, Any]) -> str:
     """The `model_type` of a supported architecture.
 
     Raises:
-        SpecError: the architecture is another, or not told by a list.
+        SpecError: the architecture is not supported, or `architectures` is no list.
     """
     architectures, model_type = config.get("architectures"), config.get("model_type")
     if isinstance(architectures, str):
@@ -240,9 +240,9 @@ _ENDS = re.compile(r"For(CausalLM|ConditionalGeneration)$")
 
 
 def _nearest(config: dict[str, Any], given: object) -> str:
-    """The family that an unknown architecture is most like, and the fields that it has beside.
+    """The family nearest to an unknown architecture, and the fields that this family lacks.
 
-    By what the fields are called, and the architecture; none where too little is told.
+    Nearness goes by the names of fields and of the architecture; with few fields none is named.
     """
     text = language_model_of(config)
     told = {key for key in text if not _SAYS_NOTHING.fullmatch(key)}
@@ -318,7 +318,7 @@ def quantization_of(config: dict[str, Any]) -> Quantization | None:
 
 
 def _type_of_experts(config: dict[str, Any], quantization: dict[str, Any]) -> str | None:
-    """The type of experts where it is told by itself, as by DeepSeek-V4; None elsewhere."""
+    """The type of experts, where a field of its own names it, as in DeepSeek-V4; else None."""
     if quantization.get("moe_quant_algo") == "NVFP4":
         return "nvfp4"
     told = quantization.get("expert_dtype", language_model_of(config).get("expert_dtype"))
@@ -509,7 +509,7 @@ class ConfigReader:
         return self.get(int, *spellings)
 
     def with_fields(self, **fields: Any) -> "ConfigReader":
-        """The same configuration with some fields replaced."""
+        """A copy of the configuration with some fields replaced."""
         return ConfigReader({**self._config, **fields}, self.name, self.defaults)
 
     def optional(self, kind: type[T], key: str) -> T | None:

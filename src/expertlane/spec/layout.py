@@ -190,7 +190,8 @@ class Layout(Strict):
     def most_dcp(self, model: ModelConfig) -> int:
         """Ranks of a `tp` group that hold the same keys and values without `dcp`.
 
-        1 where an indexer chooses for each of their heads; sharing those is not priced.
+        1 with compressed attention, and where an indexer chooses for each key/value head: dcp is
+        not priced there.
         """
         if model.compressed is not None:
             return 1
@@ -227,19 +228,19 @@ class Layout(Strict):
             )
         if self.dcp > 1 and model.indexer is not None and model.indexer.by_group:
             raise SpecError(
-                f"layout {self}: the indexer of {model.name} chooses for each head of keys and "
-                "values; dcp is not supported there"
+                f"layout {self}: dcp is not priced for {model.name}, whose indexer chooses "
+                "positions for each key/value head; valid dcp: 1"
             )
         if (compressed := model.compressed) is not None and compressed.o_groups % self.tp:
             raise SpecError(
-                f"layout {self}: tp={self.tp} does not divide the {compressed.o_groups} groups of "
-                f"heads that {model.name} projects by themselves; valid tp: "
+                f"layout {self}: tp={self.tp} does not divide the {compressed.o_groups} output "
+                f"groups (o_groups) of {model.name}; valid tp: "
                 f"{_listed(divisors(compressed.o_groups))}"
             )
         if compressed is not None and self.dcp > 1:
             raise SpecError(
-                f"layout {self}: decode context parallelism is not modelled for the compressed "
-                f"attention of {model.name}; valid dcp: 1"
+                f"layout {self}: dcp is not priced for the compressed attention of {model.name}; "
+                "valid dcp: 1"
             )
         if self.most_dcp(model) % self.dcp:
             raise SpecError(

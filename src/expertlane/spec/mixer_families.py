@@ -129,10 +129,10 @@ _OF_PATTERN = {"F": "full", "S": "shared"}
 
 
 def _glm_moe_dsa(fields: ConfigReader) -> dict[str, Any]:
-    """As DeepSeek-V3.2; some layers take the choice of one before them.
+    """DeepSeek-V3.2's layers, some of which take the choice of an earlier layer.
 
-    Which do a list says, else a pattern, else every `index_topk_freq`-th layer has its own indexer,
-    the first ones too.
+    A list names them, or else a pattern; without either, the first layers and then every
+    `index_topk_freq`-th have their own indexer.
     """
     num_layers, kinds = fields.get(int, "num_hidden_layers"), tuple(_OF_PATTERN.values())
     types = layer_types(fields, "indexer_types", kinds)
@@ -239,7 +239,7 @@ _KINDS_OF_BLOCKS = {
 
 
 def _blocks(fields: ConfigReader, types: str, pattern: str) -> list[str] | None:
-    """Types of layers by a list of them, or by a text with a sign for each; None without either."""
+    """Types of layers: from a list, or from a pattern of one sign a layer; None without either."""
     blocks, signs = layer_types(fields, types, tuple(_BLOCKS.values())), fields.raw(pattern)
     if blocks is None and isinstance(signs, str) and set(signs) <= set(_BLOCKS):
         blocks = [_BLOCKS[each] for each in signs]
@@ -327,7 +327,7 @@ def _jamba(fields: ConfigReader) -> dict[str, Any]:
 
 
 def _bailing_rest(fields: ConfigReader, group: int) -> tuple[dict[str, Any], tuple[int, ...]]:
-    """What Ling and Ring hybrids have in common: MLPs, routing, and which layers have a state.
+    """Fields common to Ling and Ring hybrids: MLPs, routing, and which layers have a state.
 
     The last layer of each group has attention.
     """

@@ -42,8 +42,8 @@ class Mixing(NamedTuple):
 
     Attributes:
         window: of attention, latest positions that a token sees, its own included; None for all.
-        choice: of attention, who chooses the positions that a token sees: the layer's `own`
-            indexer, or that of an earlier layer, whose choice is `shared`; None where it sees all.
+        choice: of attention, whose indexer chooses the positions that a token sees: the layer's
+            `own`, or an earlier layer's (`shared`); None where it sees all.
         entries: of compressed attention, which entries a token sees beside its window.
     """
 
@@ -223,7 +223,7 @@ class StateMixer(Strict):
 
     @property
     def num_cuts(self) -> int:
-        """What `tp` has to divide: its heads, or the groups that are normed together."""
+        """Parts that `tp` has to divide: heads, or the groups that are normed together."""
         return self.num_heads if self.norm_groups is None else self.norm_groups
 
     @property
@@ -308,15 +308,15 @@ class Indexer(Strict):
     That of latent attention (DeepSeek-AI 2025, DeepSeek-V3.2) chooses for all heads at once: a
     position's score is the sum over the index heads of weight · relu(query · key). Its queries come
     from the latent of attention's queries, and every rank of a `tp` group computes all of it. That
-    of grouped queries (Lai et al. 2026, MiniMax Sparse Attention) has an index head for each head
-    of keys and values, which chooses for this one and its queries; a score is query · key.
+    of grouped queries (Lai et al. 2026, MiniMax Sparse Attention) has an index head for each
+    key/value head, and chooses for that head and its queries; a score is query · key.
 
     Attributes:
         num_heads, head_dim: of index queries; the key is common to all index heads.
         topk: positions that a token sees at most.
-        block_size: neighbouring positions that are chosen together, by the best of them; the one
-            that a token is in is always chosen.
-        by_group: it is one of grouped queries.
+        block_size: positions of a block, which are chosen together, by the best score among them;
+            a token's own block is always chosen.
+        by_group: it belongs to grouped queries.
     """
 
     num_heads: int
@@ -329,7 +329,7 @@ class Indexer(Strict):
         """Shapes of its tensors.
 
         Args:
-            query_in: width of what index queries are made from.
+            query_in: width of the input of index queries.
         """
         shapes: dict[str, Shape] = {
             "index_query": (self.num_heads * self.head_dim, query_in),
@@ -350,7 +350,7 @@ class Indexer(Strict):
     def position_bytes(self, activation_bytes: int) -> int:
         """Bytes of a position in the index cache of a layer.
 
-        Serving engines keep keys of grouped queries' indexers as activations are, by default.
+        By default serving engines keep index keys of grouped queries in the type of activations.
         """
         if self.by_group:
             return self.head_dim * activation_bytes

@@ -18,7 +18,7 @@ from expertlane.spec.ranges import DEFAULT_SKEW, Strict, take_fields
 
 
 class LayerKind(NamedTuple):
-    """What a layer is made of; layers of one kind have alike tensors and costs.
+    """A layer's mixer and MLP; layers of one kind have the same tensors and costs.
 
     Attributes:
         mixing: None where it has an MLP alone.
@@ -96,7 +96,7 @@ class ModelConfig(Strict):
         unread_family: its family, where the engine does not know that family's names of tensors.
         unrotated_layers: layers whose queries and keys are not rotated by their positions.
         state: the mixer of `state_layers`, which have no attention.
-        indexer: chooses what attention sees, or which entries compressed attention sees.
+        indexer: chooses the positions that attention sees, or the entries of compressed attention.
         unindexed_layers: layers whose attention sees all positions although others have an indexer.
         shared_choice_layers: layers without an indexer of their own that take the choice of the
             latest layer with one.
@@ -104,8 +104,8 @@ class ModelConfig(Strict):
             of keys, which are values too.
         num_streams: residual streams, which are mixed around every block; 1 for a plain residual.
         mixer_only_layers, mlp_only_layers: layers without an MLP, and without a mixer.
-        draft: layers that a draft of multi-token prediction passes; empty where nothing says so
-            (`draft_kinds`).
+        draft: layers that a draft of multi-token prediction passes; empty where none are published
+            (see `draft_kinds`).
         sliding_window: one entry a layer, how many latest positions (its own among them) a token
             sees, None for all; empty if no layer has a window.
         rope_interleave: rotary pairs are (2i, 2i + 1), not (i, i + rotary_dim / 2).
@@ -128,10 +128,10 @@ class ModelConfig(Strict):
             it; None where experts take hidden states.
         num_zero_experts: further experts of the router that give back what they take, and compute
             and hold nothing; of the chosen ones only the others cost anything.
-        shortcut_experts: what experts give is added after the next layer, which does not wait for
-            it; what stands beside them, as a shared expert, is added at once.
-        hash_layers: the layers in which a table says which experts a token goes to, by its number
-            in the vocabulary; the router weights what they give.
+        shortcut_experts: the experts' output is added after the next layer, which does not wait for
+            it; that of a shared expert is added at once.
+        hash_layers: the layers in which a table chooses a token's experts by its number in the
+            vocabulary; the router weights their outputs.
         shared_expert_gate: its output is multiplied by the sigmoid of a projection to one value.
         tie_word_embeddings: the output head is the embedding.
         dtype: number type of the weights as stored, or as meant where they are quantised.
@@ -515,7 +515,7 @@ class ModelConfig(Strict):
         return "shared" if layer in self.shared_choice_layers else "own"
 
     def kind_of_layer(self, layer: int) -> LayerKind:
-        """What a layer is made of."""
+        """A layer's mixer and MLP."""
         mlp: Literal["experts", "dense", "none"] = "experts"
         if layer in self.mixer_only_layers:
             mlp = "none"

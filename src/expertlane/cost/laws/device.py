@@ -202,7 +202,7 @@ def _state(sizes: Sizes, item: float, num_written: Floats | float | None = None)
     """The state of each sequence is read and written once a step.
 
     Args:
-        num_written: states written, if it is another number.
+        num_written: states that are written; None for one a sequence.
     """
     tokens, seqs = sizes["tokens"], sizes["seqs"]
     values = seqs * sizes["state_values"]
@@ -212,7 +212,7 @@ def _state(sizes: Sizes, item: float, num_written: Floats | float | None = None)
 
 
 def _state_decode(sizes: Sizes, item: float) -> _Work:
-    """Where drafts are verified, each token writes a state, to go on from."""
+    """A state is read once a sequence, and written after each token: any draft may be the last."""
     return _state(sizes, item, sizes["tokens"])
 
 
@@ -384,7 +384,7 @@ def has_law(profile: Profile, kind: OpKind, dtype: str) -> bool:
 
 
 def stand_ins(profile: Profile, types: NumberTypes, model: ModelConfig) -> Iterator[str]:
-    """Sentences on laws by other measurements than a reader would expect, or by none."""
+    """Cautions on laws that rest on another measurement than one would expect, or on none."""
     parts: list[tuple[str, OpKind, str]] = []
     if model.state is not None:
         kinds = (OpKind(f"{model.state.kind}_{phase}") for phase in ("prefill", "decode"))
@@ -406,15 +406,16 @@ def stand_ins(profile: Profile, types: NumberTypes, model: ModelConfig) -> Itera
             f"roofline of {profile.device.name} and {1 / _LEAST_EFFICIENCY:g} times that."
         )
     if model.compressed is not None:
-        all_or = "" if types.of_compressed is OpKind.SPARSE else "of single tokens "
+        phase = "" if types.of_compressed is OpKind.SPARSE else "of single tokens "
         yield (
-            f"Compressed attention {all_or}is priced as attention to as many chosen positions in "
-            "latent attention: those of its window, and entries."
+            f"Compressed attention {phase}is priced as latent attention to as many chosen "
+            "positions: those of its window, and its entries."
         )
     elif indexer is not None:
         alike = "attention of grouped queries" if indexer.by_group else "latent attention"
         yield (
-            f"Decoding over the positions that an indexer chose is priced as {alike} to as many."
+            f"Decode attention to the positions that an indexer chose is priced as {alike} to as "
+            "many positions."
         )
     laws, twin = profile.surfaces, _SAME_WIDTH.get(types.activations, "")
     own, other = (f"{OpKind.DECODE_ATTENTION}.{dtype}" for dtype in (types.activations, twin))

@@ -185,7 +185,7 @@ def _latent_sizes(
 
 
 def _chosen_sizes(indexer: Indexer, part: TokenSizes) -> tuple[AttentionSizes, AttentionSizes]:
-    """Sizes of attention to chosen positions, and of prompts that nothing is chosen for."""
+    """Sizes of attention to chosen positions, and of dense prompts, which see all positions."""
     scored, chosen, dense = part.indexed_attention(indexer)
     # Tokens choose different positions: any may be read.
     positions = np.minimum(chosen.prefill_pairs, scored.prefill_positions)
@@ -207,7 +207,7 @@ def _index(out: StepWriter, model: ModelConfig, indexer: Indexer, part: TokenSiz
 def _scores(out: StepWriter, indexer: Indexer, sizes: AttentionSizes) -> None:
     """An indexer's scores of positions or entries, and the choice of the best.
 
-    Scores are summed over its heads, or else are the best of a block, of each head.
+    A score is summed over the index heads; by groups, each head has one for each block, its best.
     """
     heads, types = indexer.heads_of(out.mesh.layout.tp), out.types
     position_bytes = indexer.position_bytes(types.activation_bytes)
@@ -246,7 +246,7 @@ def _scores(out: StepWriter, indexer: Indexer, sizes: AttentionSizes) -> None:
             kv_bytes=positions * position_bytes,
             dtype=types.activations if indexer.by_group else types.index_type,
         )
-        if indexer.by_group:  # so few that a choice is as a sum of them
+        if indexer.by_group:  # few scores: the choice is priced as reading them
             chosen = heads * indexer.topk // indexer.block_size
             out.memory(Stage.ATTENTION, _SCORE_BYTES * (scores + new * chosen))
         else:
@@ -305,8 +305,7 @@ def _compressed(
 ) -> None:
     """Attention to a window and to entries, by the kernels that take chosen positions.
 
-    Every rank makes all entries and index queries; heads are cut, and the output's groups with
-    them.
+    Every rank makes all entries and index queries; `tp` cuts heads and the output's groups.
     """
     tokens, types, tp = part.tokens, out.types, out.mesh.layout.tp
     item, dim, heads = types.activation_bytes, model.head_dim, len(Slices(tp).heads(model))
@@ -337,7 +336,7 @@ def _make_entries(
     entries: Entries,
     part: TokenSizes,
 ) -> None:
-    """Vectors and gates of all tokens, and entries, which are summed up when they are full."""
+    """Vectors and gates of all tokens, and the entries that they fill."""
     types, widths = out.types, [model.head_dim]
     entry_bytes = types.cached_bytes(model.head_dim, 1)
     if entries == "chosen":
@@ -347,7 +346,7 @@ def _make_entries(
     made = 2 * sum(compressed.entry_width(entries, width) for width in widths)
     out.gemm(Stage.ATTENTION, part.tokens, made, model.hidden_size, dtype=types.kept)
     sizes = part.attention(None)
-    # A decode's go to the state and come back with the entry's last.
+    # A decode writes its own to the state, and the entry's last token reads them.
     num_bytes = part.tokens * (made * types.activation_bytes)
     num_bytes = num_bytes + part.tokens * entry_bytes // compressed.rate(entries)
     num_bytes = num_bytes + sizes.decode_seqs * sizes.num_queries * (2 * made * STATE_BYTES)
@@ -362,7 +361,7 @@ def _entry_sizes(
     entries: Entries,
     part: TokenSizes,
 ) -> AttentionSizes:
-    """The entries that attention sees, after an indexer's steps where it chooses them."""
+    """Sizes of attention to entries; emits an indexer's steps where it chooses them."""
     every = part.attention(None, compressed.rate(entries))
     if entries == "all":
         return every
@@ -382,7 +381,7 @@ def _entry_sizes(
 
 
 def _with_entries(window: AttentionSizes, entries: AttentionSizes) -> AttentionSizes:
-    """Sizes of attention to both at once."""
+    """Sizes of attention to a window and entries together."""
     return replace(
         window,
         decode_positions=window.decode_positions + entries.decode_positions,

@@ -42,10 +42,10 @@ class IndexedSizes(NamedTuple):
     """Sizes of attention where an indexer chooses `topk` positions for each token.
 
     Attributes:
-        scored: positions that the indexer scores, of decodes, and of prompts beyond `topk`.
-        chosen: of the same sequences, those that are chosen.
-        dense: of prompts that end within `topk`: nothing is left out, so nothing is scored. Kernels
-            of grouped queries score them all the same; there it is empty.
+        scored: positions that the indexer scores: of decodes, and of prompts beyond `topk`.
+        chosen: positions that it chooses, of the same sequences.
+        dense: prompts that end within `topk`: they see all positions, so none is scored. Empty for
+            grouped queries, whose kernels score prompts of any length.
     """
 
     scored: AttentionSizes
@@ -63,8 +63,8 @@ def pairs_and_positions(
         window: positions that a token sees, the latest or those that were chosen; None for all.
         block_size: positions that are chosen together; of its own block a token sees the part up to
             itself.
-        rate: positions that share an entry, if above 1: then entries are counted in place of
-            positions, of which a token sees `window`, whichever, and the last token's are given.
+        rate: positions that share an entry. Above 1, entries are counted in place of positions: a
+            token sees at most `window` of them, and those that the last token sees are returned.
 
     Returns:
         [S] both.
@@ -105,8 +105,8 @@ def takes_less_expanded(
 def _pairs_up_to(length: Ints, window: int | None, block_size: int = 1) -> Ints:
     """[S]; pairs of all tokens of sequences of this length: sum of min(i, window).
 
-    Beyond the window, which is whole blocks, a token sees all of them but its own, and of that the
-    part up to itself.
+    Beyond the window, which is a number of whole blocks, a token sees of its own block the part up
+    to itself, and the others in full.
     """
     if window is None:
         return length * (length + 1) // 2

@@ -410,8 +410,8 @@ class NumberTypes:
     always float32.
 
     Attributes:
-        others: of matrices beside experts, where only experts are in the type of weights, and these
-            in another narrow one.
+        others: type of the matrices beside experts, where experts alone are in `weights`; None
+            where it is no other narrow type.
         narrow_head: the output head has one byte per weight: it was rounded while loading.
         inputs_of_scale: inputs that share a scale in weights of one byte, in the engine's memory;
             None where scales are the checkpoint's.
@@ -519,8 +519,10 @@ class NumberTypes:
 
     @property
     def of_compressed(self) -> OpKind:
-        """Compressed attention of prompts: by its own kernel, which takes float8 caches alone, or
-        by that of chosen positions."""
+        """The kernel for prompts of compressed attention.
+
+        Its own takes float8 caches alone; others go by the kernel for chosen positions.
+        """
         return OpKind.COMPRESSED if self.kv == "float8" else OpKind.SPARSE
 
     def cached_bytes(self, num_values: int, num_rows: int) -> int:

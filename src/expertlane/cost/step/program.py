@@ -123,8 +123,8 @@ class ProgramBuilder:
         copies: method that picks the copy of an expert for each token, in every step.
         block_size: positions of a block of the paged cache.
         kernels: kernels of the engine, or of others to be priced.
-        num_drafts: multi-token prediction: so many tokens are guessed for every decode, by further
-            layers that the last stage holds, and verified in the next step (`multi_token`).
+        num_drafts: draft tokens of multi-token prediction: layers that the last stage holds guess
+            as many for every decode, and the next step verifies them (`multi_token`).
     """
 
     model: ModelConfig

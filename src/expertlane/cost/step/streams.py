@@ -1,6 +1,7 @@
-"""Residual streams around a block (`spec.compressed`) as steps; nothing of a plain residual.
+"""Steps that mix several residual streams around a block (`spec.compressed`); none for one stream.
 
-They stay where tokens are owned: what is gathered, dispatched and summed is as wide as one.
+Each rank keeps the streams of the tokens it owns: gathering, dispatch and sums move one stream's
+width.
 """
 
 from expertlane.cost.step.batch_sizes import TokenSizes
@@ -16,9 +17,9 @@ _MIXING_TYPE = "float32"
 def join_streams(
     out: StepWriter, model: ModelConfig, stage: Stage, block: Streamed, rows: Amounts
 ) -> None:
-    """A block's input from all streams, normed, and the weights that mix them after it.
+    """A block's normed input from all streams, and the weights that mix them after it.
 
-    What makes these weights from their logits is in the same kernel, and not counted.
+    The same kernel makes these weights from their logits; that is not counted.
 
     Args:
         rows: tokens whose streams a rank has.
@@ -33,7 +34,7 @@ def join_streams(
 def spread_over_streams(
     out: StepWriter, model: ModelConfig, stage: Stage, part: TokenSizes
 ) -> None:
-    """Streams mixed with each other, and a block's output added to each."""
+    """Mix the streams with each other, and add a block's output to each."""
     if model.num_streams > 1:
         num_passes = 2 * model.num_streams + 1
         row_bytes = model.hidden_size * out.types.activation_bytes
