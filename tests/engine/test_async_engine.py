@@ -38,6 +38,13 @@ async def taken(generation):
     return found
 
 
+def gate_after(num_steps, stub):
+    """The event that the steps after the first `num_steps` wait for: a request can't end before."""
+    gate = threading.Event()
+    stub.runner.before = lambda: stub.runner.num_steps < num_steps or gate.wait(30)
+    return gate
+
+
 async def until(condition):
     while not condition():
         await asyncio.sleep(0.001)
@@ -72,9 +79,11 @@ def test_a_mistake_queues_none():
 def test_cancelling():
     async def use(engine, stub, chunks):
         long = SamplingParams(temperature=0, max_tokens=60)
+        gate = gate_after(1, stub)
         generation = await engine.generate([[1, 2, 3]], [long])
         await generation.take()
         generation.cancel()
+        gate.set()
         await until(lambda: chunks[-1].finish_reason is FinishReason.CANCELLED)
         await until(lambda: stub.is_idle)
         assert stub.num_blocks_used() == 0
@@ -87,8 +96,10 @@ def test_cancelling():
 def test_an_end_with_an_error():
     async def use(engine, stub, chunks):
         long = SamplingParams(temperature=0, max_tokens=60)
+        gate = gate_after(0, stub)
         generation = await engine.generate([[1, 2, 3]], [long])
         generation.end(TimeoutError("late"))
+        gate.set()
         with pytest.raises(TimeoutError, match="late"):
             await generation.take()
         await until(lambda: stub.is_idle)
@@ -141,14 +152,16 @@ def test_ranks_that_die_while_idle():
 
 
 def test_closing_ends_what_runs():
-    generations = []
-
     async def use(engine, stub, chunks):
         long = SamplingParams(temperature=0, max_tokens=60)
-        generations.append(await engine.generate([[1, 2, 3]], [long]))
-        await engine.close()
+        gate = gate_after(0, stub)
+        generation = await engine.generate([[1, 2, 3]], [long])
+        closing = asyncio.ensure_future(engine.close())
+        await asyncio.sleep(0)  # the thread is told, and waited for
+        gate.set()
+        await closing
         with pytest.raises(RankError, match=telling("server ended")):
-            await generations[0].take()
+            await generation.take()
 
     run(use)
 
@@ -168,12 +181,11 @@ def test_what_comes_during_a_step_is_in_the_next_plan():
     """One step is under way meanwhile; a cancelled request is in no plan after that."""
 
     async def use(engine, stub, chunks):
-        plans, gate = [], threading.Event()
+        plans, gate = [], gate_after(2, stub)
         submit = stub.runner.submit
         stub.runner.submit = lambda plan: plans.append(plan) or submit(plan)
         first = await engine.generate([[1]], [SamplingParams(temperature=0, max_tokens=40)])
-        await until(lambda: len(first.outputs[0].token_ids) >= 2)
-        stub.runner.before = lambda: gate.wait(30)
+        await until(lambda: len(first.outputs[0].token_ids) == 2)
         await asyncio.sleep(0.05)  # a step is at the gate, another one is planned
         num_plans = len(plans)
         asked = asyncio.create_task(engine.generate([[2]], [GREEDY]))
