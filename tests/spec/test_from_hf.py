@@ -384,7 +384,6 @@ def test_number_types_of_quantised_weights(entry, number_type):
         ({"quantization_config": {"expert_dtype": "fp4"}}, "mxfp4", "float8"),
         ({"quantization_config": {"moe_quant_algo": "NVFP4"}}, "nvfp4", "float8"),
         ({"expert_dtype": "fp8"}, "float8", None),
-        ({"expert_dtype": 4}, "float8", None),
         ({}, "float8", None),
     ],
 )
@@ -393,3 +392,10 @@ def test_experts_in_a_type_of_their_own(told, number_type, others):
     own = {"quantization_config": {"quant_method": "fp8"} | told.get("quantization_config", {})}
     found = quantization_of(MIXTRAL | told | own)
     assert (found.method, found.number_type, found.others) == ("fp8", number_type, others)
+
+
+@pytest.mark.parametrize("told", [4, "bf16", ["fp4"]])
+def test_an_unknown_type_of_experts_is_refused(told):
+    own = {"quantization_config": {"quant_method": "fp8"}, "expert_dtype": told}
+    with pytest.raises(SpecError, match=telling("expert_dtype known fp4 fp8")):
+        quantization_of(MIXTRAL | own)

@@ -318,10 +318,16 @@ def quantization_of(config: dict[str, Any]) -> Quantization | None:
 
 
 def _type_of_experts(config: dict[str, Any], quantization: dict[str, Any]) -> str | None:
-    """The type of experts, where a field of its own names it, as in DeepSeek-V4; else None."""
+    """The type of experts, where a field of its own names it, as in DeepSeek-V4; else None.
+
+    Raises:
+        SpecError: the field names an unknown type.
+    """
     if quantization.get("moe_quant_algo") == "NVFP4":
         return "nvfp4"
     told = quantization.get("expert_dtype", language_model_of(config).get("expert_dtype"))
+    if told not in (None, "fp4", "fp8"):
+        raise SpecError(f"expert_dtype is {shown(told)}; known are fp4 and fp8")
     return "mxfp4" if told == "fp4" else None
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
+from expertlane.cost.laws.frameworks import generation_of
 from expertlane.cost.laws.profile import Device, Profile
 from expertlane.cost.laws.times import Basis, Surface, Times, where
 from expertlane.cost.step.operation import (
@@ -411,6 +412,12 @@ def stand_ins(profile: Profile, types: NumberTypes, model: ModelConfig) -> Itera
             f"Compressed attention {phase}is priced as latent attention to as many chosen "
             "positions: those of its window, and its entries."
         )
+        if types.of_compressed is OpKind.COMPRESSED and generation_of(profile.name) == "Blackwell":
+            yield (
+                "Prompts in layers with chosen entries took SGLang 1.6 times as long as projected "
+                "on Blackwell, mostly outside the bounds (docs/validation.md, modules of sparse "
+                "attention)."
+            )
     elif indexer is not None:
         alike = "attention of grouped queries" if indexer.by_group else "latent attention"
         yield (
