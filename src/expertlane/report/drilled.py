@@ -234,7 +234,7 @@ def _charts(drill: DrillRecord) -> tuple[Chart, ...]:
         [*zip(line.begins_s, line.tps, strict=True)],
         line.bin_s,
         kind="line",
-        colour_name="--blue",
+        colour_name="--sky",
         moment=moment,
         level=drill.full_tps,
         strips=_strips(drill),
@@ -251,10 +251,11 @@ def _charts(drill: DrillRecord) -> tuple[Chart, ...]:
         colour_name="--brick",
         moment=moment,
     )
+    scale, unit = (1.0, "s") if max(line.pause_s, default=0.0) >= 1 else (_MS, "ms")
     latency = over_time_chart(
         f"The longest wait for a token is {duration(drill.pause_s)}",
-        "longest wait, s",
-        [*zip(line.begins_s, line.pause_s, strict=True)],
+        f"longest wait, {unit}",
+        [(at, scale * each) for at, each in zip(line.begins_s, line.pause_s, strict=True)],
         line.bin_s,
         kind="line",
         colour_name="--purple",
