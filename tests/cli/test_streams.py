@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import example_pages
-from cli.screen import one_line
+from cli.screen import one_line, tells
 from expertlane.cli.output import guard_streams, print_json, stdout_console
 from expertlane.results.file import write
 
@@ -127,6 +127,14 @@ def test_output_that_nothing_else_holds_fails(tmp_path, kept, arguments, streams
     assert not is_lost or done.stdout == ""
     if is_lost and "2>" not in streams:
         assert one_line(done.stderr, "standard output closed")
+
+
+def test_a_full_disk_leaves_the_answer_on_the_screen(tmp_path):
+    done = shell(f"ulimit -f 1; EXPERTLANE {SIMULATE} --quiet --out made", tmp_path)
+    assert done.returncode == 2
+    assert "tokens/s" in done.stdout
+    assert tells(done.stderr.splitlines()[-1], "cannot write made/results.json File too large")
+    assert made(tmp_path / "made") == []
 
 
 @pytest.mark.full

@@ -456,13 +456,20 @@ def publish(found: Found, options: OutputOptions) -> None:
 
     Args:
         options: how much is printed, and in which form.
+
+    Raises:
+        UserError: the folder can't be written to; then the results are printed all the same.
     """
     from expertlane.report.sections import report_of
     from expertlane.results.file import to_json, write
 
     results, folder = found.results, found.folder
     assert folder is not None, "a command always writes"
-    written = [write(results, folder)]  # first: what was found is kept whatever comes
+    try:
+        written = [write(results, folder)]  # first: what was found is kept whatever comes
+    except UserError:  # such as a full disk
+        print_report(report_of(results), options, None, partial(to_json, results))
+        raise
     report = report_of(results)
     try:
         print_report(report, options, folder / "report.html", partial(to_json, results))
