@@ -393,3 +393,17 @@ def test_experts_in_a_type_of_their_own(told, number_type, others):
     own = {"quantization_config": {"quant_method": "fp8"} | told.get("quantization_config", {})}
     found = quantization_of(MIXTRAL | told | own)
     assert (found.method, found.number_type, found.others) == ("fp8", number_type, others)
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_attention_heads", "num_local_experts"])
+def test_a_misspelt_field_is_no_default(name):
+    misspelt = {f"{key}s" if key == name else key: value for key, value in MIXTRAL.items()}
+    with pytest.raises(SpecError, match=telling(f"{name}s did you mean {name}")):
+        from_hf(misspelt)
+    assert from_hf(MIXTRAL | {f"{name}s": 1}) == from_hf(MIXTRAL)  # beside the field itself
+
+
+def test_experts_in_every_zeroth_layer():
+    config = CONFIGS["ernie-4.5-21b-a3b"] | {"moe_layer_interval": 0}
+    with pytest.raises(SpecError, match=telling("moe_layer_interval 0")):
+        from_hf(config)
