@@ -79,6 +79,12 @@ def test_layouts_that_are_valid_and_what_they_hold(run):
     assert sum(line.split()[:1] == [row["layout"]] for row in found for line in full.splitlines())
     shorter = json.loads(run(*LAYOUTS, "--max-model-len", "1024", "--json")[1])
     assert shorter[0]["num_sequences"] > held[0]
+    # A step takes 8,192 tokens of a longer prompt, as steps of plan and simulate do.
+    half = json.loads(run(*LAYOUTS, "--max-model-len", "8192", "--json")[1])
+    activations = {row["layout"]: row["activation_bytes"] for row in found}
+    assert activations == {row["layout"]: row["activation_bytes"] for row in half}
+    assert activations["dp=16,ep=16"] == 2 * (8192 * 65_536 + 16_384 * 49_152)
+    assert tells(out, "99 98 72.0 GB")
 
 
 def test_alone_it_prints_its_help(run):

@@ -148,6 +148,21 @@ def test_one_sequence_must_fit():
     assert held.fit_cache(limits, 9.2e9).num_blocks == 641
 
 
+def test_the_fullest_stage_may_be_one_in_the_middle():
+    """The first and the last of four layers are MLPs of 8 values, far smaller than experts."""
+    model = TINY.with_overrides(dense_layers=(0, 3), intermediate_size=8)
+    held = placed(model, Layout.parse("pp=4"), NumberTypes.all_of("float32"))
+    limits = Limits(model.vocab_size, 16, 1, 16, 16)
+    middle = held.rank_memory(limits, 1, 1)
+    assert middle.weight_bytes == 4 * (16_384 + 16 * 16_384 + 16 * 64 + 2 * 64)
+    assert held.rank_memory(limits, 0, 1).weight_bytes < middle.weight_bytes
+    used = middle.weight_bytes + middle.activation_bytes
+    room = held.capacity((used + 3.5 * middle.kv_bytes) / 0.9, 16, 16)
+    assert (room.max_seqs, room.memory) == (3, middle)
+    nothing = held.capacity(used / 0.9, 16, 16)
+    assert (nothing.max_seqs, nothing.memory) == (0, middle)
+
+
 def test_float8_weights_leave_embedding_head_norms_and_router_as_they_were():
     layout, limits = Layout.parse("tp=2"), Limits(257, 1, 1, 1, 1)
     model = TINY.with_overrides(qkv_bias=True)

@@ -399,3 +399,17 @@ def test_an_unknown_type_of_experts_is_refused(told):
     own = {"quantization_config": {"quant_method": "fp8"}, "expert_dtype": told}
     with pytest.raises(SpecError, match=telling("expert_dtype known fp4 fp8")):
         quantization_of(MIXTRAL | own)
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "num_attention_heads", "num_local_experts"])
+def test_a_misspelt_field_is_no_default(name):
+    misspelt = {f"{key}s" if key == name else key: value for key, value in MIXTRAL.items()}
+    with pytest.raises(SpecError, match=telling(f"{name}s did you mean {name}")):
+        from_hf(misspelt)
+    assert from_hf(MIXTRAL | {f"{name}s": 1}) == from_hf(MIXTRAL)  # beside the field itself
+
+
+def test_experts_in_every_zeroth_layer():
+    config = CONFIGS["ernie-4.5-21b-a3b"] | {"moe_layer_interval": 0}
+    with pytest.raises(SpecError, match=telling("moe_layer_interval 0")):
+        from_hf(config)

@@ -262,8 +262,8 @@ class _Options:
 def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) -> None:
     """Valid layouts of a model on a cluster, and what they hold.
 
-    Memory of the fullest rank: weights, the KV cache of one sequence of full length, and how many
-    such sequences all ranks hold at once.
+    Memory of the fullest rank: weights, activations of a step of at most 8,192 tokens, the KV cache
+    (and states) of one sequence of full length, and how many such sequences all ranks hold at once.
 
     \b
     Examples:
@@ -272,7 +272,7 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
     """
     from expertlane.balance.holding import placements_of
     from expertlane.cost.laws.profile import parse_cluster
-    from expertlane.cost.memory import PlacedModel
+    from expertlane.cost.memory import FREE_SHARE, RANK_STEP_TOKENS, PlacedModel
     from expertlane.planner.candidates import check_plan_size, valid_layouts
     from expertlane.report.document import number
     from expertlane.report.numbers import bytes_si, counted, whole
@@ -282,15 +282,17 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
     check_plan_size(cluster)
     types = found.number_types(own.dtype, own.kv_dtype, cluster)
     full_len = own.max_model_len or found.config.max_position_embeddings
+    device_bytes = cluster.profile.device.memory_bytes
     rows: list[dict[str, Any]] = []
     for layout in sorted(valid_layouts(found.config, cluster.num_devices), key=lambda of: -of.ep):
         placements = placements_of(found.config, layout, Options())
         placed = PlacedModel(found.config, layout, types, placements)
-        room = placed.capacity(cluster.profile.device.memory_bytes, full_len, full_len)
+        room = placed.capacity(device_bytes, full_len, min(full_len, RANK_STEP_TOKENS))
         rows.append(
             {
                 "layout": str(layout),
                 "weight_bytes": room.memory.weight_bytes,
+                "activation_bytes": room.memory.activation_bytes,
                 "sequence_bytes": room.memory.kv_bytes,
                 "num_sequences": room.num_resident,
                 "fits": room.max_seqs > 0,
@@ -300,6 +302,7 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
     shown = _of_all_kinds(rows)
     columns = [
         number("weights per rank", _of("weight_bytes"), bytes_si),
+        number("activations per rank", _of("activation_bytes"), bytes_si),
         number("KV per sequence", _of("sequence_bytes"), bytes_si),
         number("sequences", lambda row: row["num_sequences"] if row["fits"] else None, whole),
     ]
@@ -308,7 +311,10 @@ def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) ->
         f"{found.name} on {cluster} | weights {types.weights}, KV cache {types.kv} | sequences of "
         f"{full_len:,} tokens"
     )
-    headline = f"{counted(len(rows), 'valid layout')} on all devices; {num_fitting} fit in memory."
+    headline = (
+        f"{counted(len(rows), 'valid layout')} on all devices; {num_fitting} fit in "
+        f"{bytes_si(FREE_SHARE * device_bytes)} per rank."
+    )
     cautions = found.cautions(types, cluster)
     _show(headline, setting, "layout", columns, rows, print_options, cautions, shown)
 

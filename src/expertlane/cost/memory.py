@@ -372,12 +372,15 @@ class PlacedModel:
 
     def state_blocks(self, limits: Limits) -> int:
         """Blocks of a rank's cache with as much room as a sequence's states, on every stage."""
-        stages = range(0, self.layout.replica_size, self.layout.stage_size)
         return max(
             -(-self._kept(rank).sequence // block_bytes) if block_bytes else 0
-            for rank in stages
+            for rank in self._firsts()
             for block_bytes in (self._block_bytes(limits, rank),)
         )
+
+    def _firsts(self) -> range:
+        """The first rank of each stage."""
+        return range(0, self.layout.replica_size, self.layout.stage_size)
 
     def _kept(self, rank: int) -> Kept:
         held = Holding(self.model, self.layout, rank, self.placements)
@@ -390,8 +393,7 @@ class PlacedModel:
 
     def fullest(self, limits: Limits) -> RankMemory:
         """The memory of the fullest rank: the first ranks of the stages hold most."""
-        firsts = range(0, self.layout.replica_size, self.layout.stage_size)
-        needs = (self.rank_memory(limits, rank) for rank in firsts)
+        needs = (self.rank_memory(limits, rank) for rank in self._firsts())
         return max(needs, key=lambda need: need.total_bytes)
 
     def capacity(
@@ -401,7 +403,7 @@ class PlacedModel:
         num_batched_tokens: int,
         prefixes: SharedPrefixes = NOTHING_SHARED,
     ) -> Capacity:
-        """Sequences that fit on the fullest rank, the first one of the first or the last stage.
+        """Sequences that fit on the fullest rank: the first ranks of the stages hold most.
 
         Args:
             full_len: positions of a sequence when it is done.
@@ -419,7 +421,7 @@ class PlacedModel:
         found = []
         limits = replace(limits, state_blocks=self.state_blocks(limits))
         blocks_per_seq += limits.state_blocks
-        for rank in dict.fromkeys((0, (self.layout.pp - 1) * self.layout.stage_size)):
+        for rank in self._firsts():
             need = self.rank_memory(limits, rank, 1)
             cache_bytes = free - need.weight_bytes - need.activation_bytes
             room = cache_bytes // max(need.kv_bytes, 1)
@@ -430,7 +432,7 @@ class PlacedModel:
             fits = need.total_bytes <= free
             max_seqs = int(room) if fits else 0
             found.append(Capacity(self.layout, need, free, max_seqs, max(num_blocks, 0.0)))
-        return min(found, key=lambda each: each.max_seqs)
+        return min(found, key=lambda each: (each.max_seqs, -each.memory.total_bytes))
 
 
 @cache

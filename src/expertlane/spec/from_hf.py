@@ -72,6 +72,7 @@ def from_hf(
     if known.spellings:
         text = {known.spellings.get(key, key): value for key, value in text.items()}
     fields = ConfigReader(text, name or family, known.defaults)
+    fields.refuse_misspelt(known)
     if fields.get(str, "hidden_act") not in known.hidden_acts:
         raise fields.unsupported("hidden_act")
     model = ModelConfig(

@@ -291,11 +291,8 @@ def _step3p5(fields: ConfigReader) -> dict[str, Any]:
 
 def _other_heads(fields: ConfigReader, heads: int, kv_heads: int) -> WindowHeads:
     """Heads of the layers with a window, by `attention_other_setting`."""
-    given = fields.raw("attention_other_setting")
-    given = {} if given is None else given
-    if not isinstance(given, dict):
-        raise fields.error(f"attention_other_setting is {shown(given)}; it must be an object")
-    own = ConfigReader(given, f"{fields.name}: attention_other_setting")
+    sizes = ("num_attention_heads", "num_key_value_heads", "num_attention_groups", "head_dim")
+    own = fields.inside("attention_other_setting", "attention_type", "true_head_dim", *sizes)
     own.expect("attention_type", _WINDOW)
     own.expect("head_dim", fields.get(int, "head_dim"))
     num = fields.get(int, "num_sliding_attention_heads", default=heads)

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -151,6 +151,12 @@ class Family:
     unread: list[str] = field(default_factory=list)
     also_told: list[str] = field(default_factory=list)
 
+    @property
+    def names(self) -> set[str]:
+        """All names of fields that are known."""
+        of_experts = {*self.num_experts, *self.num_experts_per_tok}
+        return {*self.defaults, *self.spellings, *self.also_told} | of_experts
+
 
 def _families() -> dict[str, Family]:
     said = json.loads(Path(__file__).with_name("families.json").read_text())
@@ -224,6 +230,7 @@ def family_of(config: dict[str, Any]) -> str:
     raise SpecError(f"architecture {shown(given)} is not supported; {_nearest(config, given)}")
 
 
+_MISSPELT = 0.93  # likeness of names; those of published configurations are less alike
 _LEAST_TOLD = 5  # fields that a nearest family is found by
 _MOST_NAMED = 8  # fields of an unknown architecture that are named
 # Fields that change no computation of a served model, or that readers ask for without a default.
@@ -252,9 +259,7 @@ def _nearest(config: dict[str, Any], given: object) -> str:
         return "its configuration names no experts"
 
     def known_to(family: Family) -> set[str]:
-        names = {*family.defaults, *family.spellings, *family.also_told}
-        names |= {*family.num_experts, *family.num_experts_per_tok}
-        return {key for key in names if not _SAYS_NOTHING.fullmatch(key)}
+        return {key for key in family.names if not _SAYS_NOTHING.fullmatch(key)}
 
     def likeness(name: str) -> float:
         known = known_to(FAMILIES[name])
@@ -513,6 +518,35 @@ class ConfigReader:
         if isinstance(value, list) and value and all(each == value[0] for each in value):
             return self.typed(int, key, value[0])
         return self.get(int, *spellings)
+
+    def inside(
+        self, key: str, *known: str, defaults: Mapping[str, Any] | None = None
+    ) -> "ConfigReader":
+        """The object that a field holds; empty where it is null or missing.
+
+        A field in it that is not known is refused: a default would stand for one that is misspelt.
+        """
+        given = self.raw(key)
+        given = {} if given is None else given
+        if not isinstance(given, dict):
+            raise self.error(f"{key} is {shown(given)}; it must be an object")
+        if unknown := [name for name in given if name not in known]:
+            hint = did_you_mean(unknown[0], known)
+            raise self.error(
+                f"{key} has {shown(unknown[0])}; known: {', '.join(known)}{hint and f' ({hint})'}"
+            )
+        return ConfigReader(given, f"{self.name}: {key}", defaults)
+
+    def refuse_misspelt(self, family: Family) -> None:
+        """Refuse a field that is not known where one of nearly its name is missing.
+
+        The default of that one would stand in its place, unseen.
+        """
+        missing = [key for key in family.defaults if key not in self._config]
+        names = family.names
+        for key in self._config:
+            if key not in names and (near := get_close_matches(key, missing, 1, _MISSPELT)):
+                raise self.error(f"{shown(key)} is not known; did you mean {near[0]}?")
 
     def with_fields(self, **fields: Any) -> "ConfigReader":
         """A copy of the configuration with some fields replaced."""

@@ -161,17 +161,19 @@ def _kimi_linear(fields: ConfigReader) -> dict[str, Any]:
     fields.expect("mla_use_nope", True)
     for key in ("mla_use_output_gate", "routed_expert_hidden_size", "attn_res_block_size"):
         fields.expect(key, False)
-    given = fields.raw("linear_attn_config")
-    given = {} if given is None else given
-    if not isinstance(given, dict):
-        raise fields.error(f"linear_attn_config is {shown(given)}; it must be an object")
-    own = ConfigReader(given, f"{fields.name}: linear_attn_config")
+    listed = ("kda_layers", "full_attn_layers")  # numbers from 1
+    sizes = ("num_heads", "head_dim", "short_conv_kernel_size")
+    own = fields.inside("linear_attn_config", *listed, *sizes, "use_full_rank_gate")
     own.expect("use_full_rank_gate", False)
     num_layers = fields.get(int, "num_hidden_layers")
     has_state = [not layer or layer % 4 != 0 for layer in range(num_layers)]
-    if "kda_layers" in given:
-        numbers = set(own.integers("kda_layers"))  # from 1
-        has_state = [layer + 1 in numbers for layer in range(num_layers)]
+    with_state, without = (own.integers(key) for key in listed)
+    if with_state or without:
+        if sorted(with_state + without) != [*range(1, num_layers + 1)]:
+            raise own.error(
+                f"{' and '.join(listed)} must name each layer once, from 1 to {num_layers}"
+            )
+        has_state = [layer + 1 in with_state for layer in range(num_layers)]
     heads, head_dim = (
         own.get(int, name, default=fields.get(int, f"linear_{name}"))
         for name in ("num_heads", "head_dim")
@@ -241,7 +243,10 @@ _KINDS_OF_BLOCKS = {
 def _blocks(fields: ConfigReader, types: str, pattern: str) -> list[str] | None:
     """Types of layers: from a list, or from a pattern of one sign a layer; None without either."""
     blocks, signs = layer_types(fields, types, tuple(_BLOCKS.values())), fields.raw(pattern)
-    if blocks is None and isinstance(signs, str) and set(signs) <= set(_BLOCKS):
+    if blocks is None and signs is not None:
+        if not isinstance(signs, str) or not signs or not set(signs) <= set(_BLOCKS):
+            valid = " ".join(_BLOCKS)
+            raise fields.error(f"{pattern} is {shown(signs)}; it must be a string of {valid}")
         blocks = [_BLOCKS[each] for each in signs]
     return blocks
 
@@ -254,13 +259,15 @@ def _nemotron_h(fields: ConfigReader) -> dict[str, Any]:
     if not blocks:
         raise fields.error("layers_block_type or hybrid_override_pattern must name every layer")
     of = {kind: tuple(at for at, each in enumerate(blocks) if each == kind) for kind in set(blocks)}
+    if not (kernel := fields.get(int, "conv_kernel")):
+        raise fields.unsupported("conv_kernel")
     state = StateMixer(
         "mamba2",
         num_heads=fields.get(int, "mamba_num_heads"),
         num_key_heads=fields.get(int, "n_groups"),
         key_dim=fields.get(int, "ssm_state_size"),
         value_dim=fields.get(int, "mamba_head_dim"),
-        conv_kernel=fields.get(int, "conv_kernel"),
+        conv_kernel=kernel,
         conv_bias=fields.get(bool, "use_conv_bias"),
         chunk_size=fields.get(int, "chunk_size"),
     )

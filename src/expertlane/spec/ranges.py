@@ -242,6 +242,8 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     "num_experts num_local_experts n_routed_experts moe_num_experts": _whole(1, 4096),
     "num_experts_per_tok num_experts_per_token moe_k moe_topk": _whole(1, 4096),
     "interleave_moe_layer_step no_rope_layer_interval full_attention_interval": _whole(1, 1024),
+    "moe_layer_interval": _whole(1, 1024),
+    "num_nextn_predict_layers num_mtp_layers": _whole(0, 1024),
     "n_group topk_group": _whole(1, 4096),
     "n_shared_experts moe_num_shared_experts num_shared_experts": _whole(0, 4096),
     "linear_num_key_heads linear_num_value_heads linear_num_heads": _whole(1, 2**14),

@@ -12,7 +12,6 @@ from expertlane.spec.hf_config import ConfigReader
 from expertlane.spec.mixer_families import layer_types
 from expertlane.spec.mixers import Entries, Indexer, Mixing
 from expertlane.spec.model import LayerKind, ModelConfig, Routing
-from expertlane.spec.ranges import shown
 
 
 def _longcat_flash(fields: ConfigReader) -> dict[str, Any]:
@@ -56,6 +55,13 @@ _INDEX_FIELDS = {
     "index_topk_blocks": "sparse_topk_blocks",
     "index_local_blocks": "sparse_local_block",
 }
+_OF_INDEXER = (
+    "sparse_attention_freq",
+    "use_sparse_attention",
+    "sparse_disable_index_value",
+    "sparse_init_block",
+    "sparse_score_type",
+)
 
 
 def _flags(fields: ConfigReader, key: str, num_layers: int) -> list[bool] | None:
@@ -110,11 +116,7 @@ def _minimax_m3(fields: ConfigReader) -> dict[str, Any]:
 
 def _block_indexer(fields: ConfigReader, num_layers: int) -> tuple[Indexer | None, tuple[int, ...]]:
     """The indexer of blocks, and the layers without it; None where no layer has it."""
-    given = fields.raw("sparse_attention_config")
-    given = {} if given is None else given
-    if not isinstance(given, dict):
-        raise fields.error(f"sparse_attention_config is {shown(given)}; it must be an object")
-    own = ConfigReader(given, f"{fields.name}: sparse_attention_config")
+    own = fields.inside("sparse_attention_config", *_INDEX_FIELDS.values(), *_OF_INDEXER)
     own.expect("sparse_init_block", 0)
     own.expect("sparse_score_type", "max")
     types = layer_types(fields, "layer_types", (_CHOSEN, "full_attention"))
@@ -200,11 +202,8 @@ def _deepseek_v4(fields: ConfigReader) -> dict[str, Any]:
 
 def _rates(fields: ConfigReader) -> dict[str, int]:
     """Positions of an entry, of both kinds of layers."""
-    given = fields.raw("compress_rates")
-    given = {} if given is None else given
-    if not isinstance(given, dict):
-        raise fields.error(f"compress_rates is {shown(given)}; it must be an object")
-    own = ConfigReader(given, f"{fields.name}: compress_rates", {_SOME: 4, _ALL: 128})
+    default = {_SOME: 4, _ALL: 128}
+    own = fields.inside("compress_rates", *default, defaults=default)
     old = {"chosen_rate": (_SOME, "compress_rate_csa"), "all_rate": (_ALL, "compress_rate_hca")}
     return {
         name: fields.get(int, key, default=own.get(int, kind)) for name, (kind, key) in old.items()
