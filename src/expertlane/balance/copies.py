@@ -1,4 +1,4 @@
-"""Which copy of an expert computes a token-expert pair: the definitions others are held to.
+"""Choice of the copy that computes a token-expert pair: the definitions others are held to.
 
 `CopyChoice` needs no word between ranks. A rank's pairs go to the copy on the rank itself, else to
 those on its node, else to all of them. Several copies take turns in the order of the rank's pairs,

@@ -1,4 +1,4 @@
-"""What each rank holds of a model: layers, heads, experts, and its slice of every tensor.
+"""Weights that each rank holds: layers, heads, experts, slices.
 
 `Holding` is computed for a rank when asked; whoever needs to know which weights a rank has asks it.
 Bytes are `cost.memory`'s. Which experts a rank holds is the placement's matter; all else follows

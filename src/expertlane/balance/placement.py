@@ -1,4 +1,4 @@
-"""Which experts an expert-parallel rank holds, and the moves from one placement to the next.
+"""Placements of experts on ranks, and the moves between two.
 
 First: how many copies each expert has, and their packing onto ranks: greedy, all layers at once.
 """

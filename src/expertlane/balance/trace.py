@@ -1,4 +1,4 @@
-"""Which experts each token chose, kept in a file; and two placements side by side on a trace."""
+"""Routing traces in files, and two placements compared on one."""
 
 import struct
 import zipfile

@@ -71,7 +71,7 @@ class Arrangement:
 
 
 class PartKind(StrEnum):
-    """Which ranks of a stage hold the same of a layer's weights."""
+    """Ranks of a stage that hold the same part of a layer's weights."""
 
     COMMON = "common"  # the same on all ranks of a stage: norms, the router
     SLICE = "slice"  # a tensor-parallel rank's: heads, dense and shared MLPs; outside layers, head

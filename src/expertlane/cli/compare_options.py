@@ -96,7 +96,7 @@ class VirtualTimeOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """What is compared, and how often."""
+    """Options of a comparison."""
 
     panel: ClassVar = Panel.WORKLOAD
     model: str | None = typer.Option(

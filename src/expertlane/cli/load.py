@@ -74,13 +74,11 @@ def _length(of: str, default: int, metavar: str = _RANGE, **how: Any) -> Any:
     return _option(metavar=metavar, show_default=str(default), help=words, **how)
 
 
-def _num_requests(
-    defaults: Defaults, more: str = "", num_open: int = _OPEN_SIZE, **how: Any
-) -> Any:
+def _num_requests(defaults: Defaults, **how: Any) -> Any:
     return _option(
         rich_help_panel=Panel.MORE_WORKLOAD,
-        show_default=f"{defaults.of_closed}; with --rate {num_open}; of --requests all",
-        help=f"Requests per batch size or rate; of --requests, the first N.{more}",
+        show_default=f"{defaults.of_closed}; with --rate {_OPEN_SIZE}; of --requests all",
+        help="Requests per batch size or rate; of --requests, the first N.",
         **how,
     )
 
@@ -305,8 +303,10 @@ class DrillLoad(LoadOptions):
     rate: str | None = _option(
         metavar="R", help="Open loop instead of --batch: Poisson arrivals, R requests per second."
     )
-    num_requests: int | None = _num_requests(
-        STEADY, " N different prompts, sent again and again.", _OPEN_PROMPTS
+    num_requests: int | None = _option(
+        rich_help_panel=Panel.MORE_WORKLOAD,
+        show_default=f"{STEADY.of_closed}; with --rate {_OPEN_PROMPTS}",
+        help="Number of different prompts, sent again and again.",
     )
     prompt_len: str | None = _length("prompt", STEADY.prompt_len)
     output_len: str | None = _length("output", STEADY.output_len)

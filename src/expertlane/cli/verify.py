@@ -84,7 +84,7 @@ class _Options:
     seed: int | None = seed_option(None, "drawn: then no prompt is in a prefix cache yet")
 
     def asked(self) -> "Asked":
-        """How to verify."""
+        """Settings of a verification."""
         from expertlane.endpoint.verify import Asked
 
         usual_s = _QUICK_BUDGET_S if self.quick else _BUDGET_S

@@ -1,4 +1,4 @@
-"""Where a projected step's time goes: by cause, by what its times rest on, and beside its floor."""
+"""Breakdown of a projected step's time: by cause, by basis, beside its floor."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

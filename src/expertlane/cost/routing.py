@@ -536,7 +536,7 @@ def choose_routing(
 
 @dataclass(frozen=True)
 class ComputingExperts:
-    """How many of a token's chosen experts compute, in one layer.
+    """Number of a token's chosen experts that compute, in one layer.
 
     Attributes:
         least, most: 5th and 95th percentile over tokens.

@@ -1,4 +1,4 @@
-"""What a drill kills or stops: a process by its number, a rank, a pod, or what a command does."""
+"""Faults of a drill: signals to a process or rank, deletion of a pod, a user's command."""
 
 import asyncio
 import os

@@ -76,7 +76,7 @@ def _as_e4m3(x: Tensor, scale: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NumberType:
-    """How a server keeps and multiplies numbers.
+    """Number type of a server's weights and products.
 
     Attributes:
         dtype: that of activations; None for the checkpoint's own.

@@ -71,7 +71,7 @@ _OF_SERVER = 0.6  # of the budget; the rest is the reference's
 
 @dataclass(frozen=True)
 class Asked:
-    """How a server is verified.
+    """Settings of a verification.
 
     Attributes:
         dtype: number type that the server computes in; None for the checkpoint's.

@@ -52,7 +52,7 @@ class ServeTarget:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a server is started.
+    """Hosts, ports and devices of a server.
 
     Attributes:
         hosts: host of each of its nodes; the first one has the HTTP API.

@@ -1,4 +1,4 @@
-"""How families of models say what they are in a `config.json`: readers of their fields.
+"""Readers of the `config.json` fields that differ by family.
 
 Each gives the fields of a `ModelConfig` that differ by family. Those of families with mixers beside
 plain attention are in `spec.mixer_families`.

@@ -1,4 +1,4 @@
-"""How tokens are chosen: constraints on outputs, sampling parameters, log-probabilities.
+"""Sampling parameters, output constraints, log-probabilities.
 
 Sizes of constraints are bounded, since a server compiles what a client sends.
 """

@@ -49,7 +49,7 @@ def _stage(name: StageName | None) -> Stage | None:
 
 
 class Kind(StrEnum):
-    """What a kernel computes, where its name does not determine its stage."""
+    """Kind of a kernel whose name does not determine its stage."""
 
     GEMM = "gemm"
     NORM = "norm"

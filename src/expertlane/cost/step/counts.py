@@ -1,4 +1,4 @@
-"""Where a stage's ranks sit, and counts of its tokens over the ranks of their experts in a layer.
+"""Positions of a stage's ranks, and counts of its tokens by expert rank.
 
 All that describes a dispatch form (`cost.step.layer`) turns on `DispatchCounts`. There are three
 kinds: *real* counts of what the ranks of a run chose, and *sampled* ones of choices that were drawn

@@ -180,7 +180,7 @@ def _check_asked(baseline: ctypes.CDLL) -> None:
 
 @dataclass(frozen=True)
 class Platform:
-    """Where a rank computes and how it communicates.
+    """Device, transport and kernels of a rank.
 
     Attributes:
         transport: begins with `shared_memory`, or with torch.distributed's name of the backend; its

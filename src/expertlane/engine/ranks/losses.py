@@ -1,4 +1,4 @@
-"""Which rank numbers have a process, which ranks are lost, and why.
+"""Ranks that have a process, ranks that are lost, and causes.
 
 The cause is sought behind an ended, silent or failed rank, which may only show it.
 """

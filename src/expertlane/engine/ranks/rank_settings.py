@@ -1,4 +1,4 @@
-"""What ranks start with: environment, shared files, and settings; those of their fork server, too.
+"""Environment, shared files and settings of ranks and their fork server.
 
 Shared files are unnamed ones in memory, so that none is left behind.
 """

@@ -1,4 +1,4 @@
-"""What all kernels share: their launch, rows of padding, and splits of work over programs.
+"""Launching of kernels, padding rows, and splits of work over programs.
 
 Where a card has more multiprocessors than a result has tiles, several programs share the work.
 """
