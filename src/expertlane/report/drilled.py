@@ -40,7 +40,7 @@ def _parts(results: Results) -> tuple[DeploymentRecord, DrillRecord]:
 
 
 def drill_answer(results: Results) -> Answer:
-    """Whether the server passes, what became of requests, and when all was well again."""
+    """The verdict on the server, outcomes of requests, and the time until all was well again."""
     record, drill = _parts(results)
     software = record.server.software if record.server is not None else ""
     layout = f", {record.layout}" if record.layout is not None else ""

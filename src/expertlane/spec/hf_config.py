@@ -323,11 +323,7 @@ def quantization_of(config: dict[str, Any]) -> Quantization | None:
 
 
 def _type_of_experts(config: dict[str, Any], quantization: dict[str, Any]) -> str | None:
-    """The type of experts, where a field of its own names it, as in DeepSeek-V4; else None.
-
-    Raises:
-        SpecError: the field names an unknown type.
-    """
+    """The type of experts, where a field of its own names it, as in DeepSeek-V4; else None."""
     if quantization.get("moe_quant_algo") == "NVFP4":
         return "nvfp4"
     told = quantization.get("expert_dtype", language_model_of(config).get("expert_dtype"))

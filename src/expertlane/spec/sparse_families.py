@@ -55,7 +55,7 @@ _INDEX_FIELDS = {
     "index_topk_blocks": "sparse_topk_blocks",
     "index_local_blocks": "sparse_local_block",
 }
-_OF_INDEXER = (
+_INDEX_SWITCHES = (
     "sparse_attention_freq",
     "use_sparse_attention",
     "sparse_disable_index_value",
@@ -65,7 +65,7 @@ _OF_INDEXER = (
 
 
 def _flags(fields: ConfigReader, key: str, num_layers: int) -> list[bool] | None:
-    """Whether each layer has something, by a list of 0 and 1; None where it is null or missing."""
+    """A list of 0 and 1, one a layer, as truth values; None where it is null or missing."""
     if fields.raw(key) is None:
         return None
     flags = fields.integers(key)
@@ -116,7 +116,7 @@ def _minimax_m3(fields: ConfigReader) -> dict[str, Any]:
 
 def _block_indexer(fields: ConfigReader, num_layers: int) -> tuple[Indexer | None, tuple[int, ...]]:
     """The indexer of blocks, and the layers without it; None where no layer has it."""
-    own = fields.inside("sparse_attention_config", *_INDEX_FIELDS.values(), *_OF_INDEXER)
+    own = fields.inside("sparse_attention_config", *_INDEX_FIELDS.values(), *_INDEX_SWITCHES)
     own.expect("sparse_init_block", 0)
     own.expect("sparse_score_type", "max")
     types = layer_types(fields, "layer_types", (_CHOSEN, "full_attention"))
