@@ -154,7 +154,7 @@ def compare(
         dtype: Type of weights and activations.
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
-        num_requests: Requests per batch size or rate; of --requests, the first N.
+        num_requests: Requests per batch size or rate. Of --requests, the first N.
         prompt_len: Tokens per prompt. N:N: uniform in that range.
         output_len: Tokens per output. N:N: uniform in that range.
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
@@ -393,7 +393,7 @@ def simulate(
             trace-NAME-virtual.json too.
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
-        num_requests: Requests per batch size or rate; of --requests, the first N.
+        num_requests: Requests per batch size or rate. Of --requests, the first N.
         prompt_len: Tokens per prompt. N:N: uniform in that range.
         output_len: Tokens per output. N:N: uniform in that range.
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
@@ -530,7 +530,7 @@ def bench(
         layout: How ranks are arranged: dp=2,ep=2 for example.
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
-        num_requests: Requests per batch size or rate; of --requests, the first N.
+        num_requests: Requests per batch size or rate. Of --requests, the first N.
         prompt_len: Tokens per prompt. N:N: uniform in that range.
         output_len: Tokens per output. N:N: uniform in that range.
         requests: Recorded requests, with their lengths and arrival times: Mooncake's JSON lines
@@ -685,8 +685,7 @@ def drill(
         start_timeout_s: Time in which a server must become ready.
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
-        num_requests: Requests per batch size or rate; of --requests, the first N. N different
-            prompts, sent again and again.
+        num_requests: Requests per batch size or rate. As many prompts are sent again and again.
         prompt_len: Tokens per prompt. N:N: uniform in that range.
         output_len: Tokens per output. N:N: uniform in that range.
         prefix_len: Length of the prefix that prompts share; part of --prompt-len.
