@@ -134,7 +134,10 @@ def _become(asked: _Asked, descriptors: Sequence[int], command_lines: str) -> No
     os.environ.clear()
     os.environ.update(asked.environment)
     os.chdir(asked.folder)
-    Path(command_lines, str(os.getpid())).write_text(json.dumps(asked.command))
+    own = Path(command_lines, str(os.getpid()))
+    unfinished = own.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(asked.command))
+    unfinished.replace(own)  # whole when it appears, for others look for it
 
 
 class _Forking(subprocess.Popen):  # type: ignore[type-arg]
