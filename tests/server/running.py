@@ -18,7 +18,7 @@ from expertlane.server.run import Running, bind, serve
 from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.spec.sampling import SamplingParams
 
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0  # of what takes a second on a quiet machine
 PROMPTS: tuple[str | list[int], ...] = ("the thing", "a", [5, 6, 7], "thing the thing the")
 MESSAGES = ({"role": "system", "content": "the"}, {"role": "user", "content": "thing"})
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
@@ -140,6 +140,7 @@ class StubServer(ServerInThread):
 
     Attributes:
         gate: steps go on while it is set.
+        closes_at: the number of steps after which the gate closes, once; None to leave it.
         step_s: how long one takes.
     """
 
@@ -153,6 +154,7 @@ class StubServer(ServerInThread):
         **engine: Any,
     ) -> None:
         self.step_s = 0.0
+        self.closes_at: int | None = None
         self.gate = threading.Event()
         if not is_held:
             self.gate.set()
@@ -162,10 +164,32 @@ class StubServer(ServerInThread):
         super().__init__(model, options, host=host, port=port)
 
     def _pass_gate(self) -> None:
+        if self.engine.runner.num_steps == self.closes_at:
+            self.closes_at = None
+            self.gate.clear()
         assert self.gate.wait(PATIENCE_S), "the gate stayed closed"
         time.sleep(self.step_s)
 
+    def let(self, num_steps: int) -> None:
+        """Let so many more steps go on; the next one waits at the gate."""
+        self.closes_at = self.engine.runner.num_steps + num_steps
+        self.gate.set()
+
+    def is_held(self) -> bool:
+        """Whether the steps that were let go on are over."""
+        return not self.gate.is_set()
+
+    def end_held(self) -> None:
+        """End it while a step waits at the gate, which no drain outlasts."""
+        assert self.running is not None
+        assert self.is_held()
+        self.tell_to_end()
+        assert wait_until(lambda: self.running.server.should_exit)
+        self.gate.set()
+        self.join()
+
     def stop(self) -> None:
+        self.closes_at = None
         self.gate.set()
         super().stop()
 

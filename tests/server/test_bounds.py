@@ -165,7 +165,7 @@ def test_too_much_is_refused(stub_server, name):
     assert len(answer.text) < 2000
     assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
     assert server.post(LONG).status_code == 200
-    assert is_idle(server)
+    assert wait_until(lambda: is_idle(server))
 
 
 @pytest.mark.parametrize(
@@ -261,6 +261,7 @@ def test_connections_are_bounded(stub_server, monkeypatch):
         assert connections[-1].recv(4096).startswith(b"HTTP/1.1 503 ")
         connections[0].sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert connections[0].recv(4096).startswith(b"HTTP/1.1 200 ")
+    assert wait_until(lambda: not server.running.server.server_state.connections)
     assert server.post(LONG).status_code == 200
 
 

@@ -87,9 +87,9 @@ def tokens_of(text):
 def begun(journaled, num_events=7, body=STREAM, headers=NAMED, **options):
     """A server that computes no further, and what the client of its one stream has."""
     server = journaled(**options)
-    server.step_s = 0.01
+    server.let(num_events + 2)
     came = cut(server, body, num_events, headers=headers)
-    server.gate.clear()
+    assert wait_until(server.is_held)
     assert wait_until(lambda: server.service.num_open == 0)
     return server, came
 
@@ -112,7 +112,7 @@ def test_a_stream_goes_on_after_the_server_is_killed(journaled):
 def test_the_client_in_the_readme_gets_every_token_once(journaled):
     """Its program as written, but for the address and the prompt, which the stub knows as ids."""
     server = journaled(drain_s=0.0)
-    server.step_s = 0.01
+    server.let(9)
     code = program_of_readme("Last-Event-ID").replace("http://127.0.0.1:8000", server.url)
     code = code.replace('"Once upon a time", "max_tokens": 200', '[1, 2, 3], "max_tokens": 50')
     printed = []
@@ -120,7 +120,8 @@ def test_the_client_in_the_readme_gets_every_token_once(journaled):
     with ThreadPoolExecutor(1) as pool:
         client = pool.submit(exec, code, names)
         assert wait_until(lambda: len(printed) >= 7)
-        server.stop()
+        assert wait_until(server.is_held)
+        server.end_held()
         num_before = len(printed)
         after = journaled(after=server.folder, port=server.port)
         client.result(timeout=PATIENCE_S)
@@ -139,7 +140,7 @@ def test_a_client_comes_back_to_a_server_that_lives(journaled):
         server.gate.set()
         assert tokens_of(came + asked.result().text) == expected([1, 2, 3], 50)
         assert other.result().text == came + asked.result().text
-    assert is_idle(server)
+    assert wait_until(lambda: is_idle(server))
     page = httpx.get(f"{server.url}/metrics").text
     assert 'expertlane:journal_reconnects_total{model_name="stub"} 2.0' in page
     assert 'expertlane:journal_requests{model_name="stub",state="finished"} 1.0' in page
@@ -176,9 +177,12 @@ def test_without_a_name_a_closed_connection_ends_it(journaled):
     assert not server.service.journal.requests
     server, _ = begun(journaled, headers={})
     server.gate.set()
+    assert wait_until(lambda: is_idle(server))
+    server.let(5)
     connection = Stream(server)
     text = connection.read_until(b"data: ").decode()
     name = text.partition("\nid: ")[2].partition(":")[0]
+    assert wait_until(server.is_held)
     after = journaled(after=server.folder)
     connection.close()
     assert len(name) == 32
@@ -276,26 +280,26 @@ def test_without_a_journal_nothing_is_continued(stub_server):
     assert "--journal" in refused.json()["error"]["message"]
 
 
-def test_a_deadline_goes_on_while_nobody_serves(journaled):
-    body = STREAM | {"timeout_s": 1.0}
-    server, _ = begun(journaled, num_events=1, body=body)
-    left = shutil.copytree(server.folder, server.folder.with_name("left"))
-    error, done = (data for _, data in events_of(rest(server, "mine").text)[-2:])
+def test_a_deadline_goes_on_while_nobody_serves(journaled, monkeypatch):
+    server = journaled(is_held=True)
+    error, done = (data for _, data in events_of(cut(server, STREAM | {"timeout_s": 0.5}, 2)))
     assert (json.loads(error)["error"]["code"], done) == ("timeout", "[DONE]")
     assert journaled(after=server.folder).service.journal.requests == {}
-    answer = rest(journaled(after=left), "mine")  # killed in time, begun again too late
+    server, _ = begun(journaled, body=STREAM | {"timeout_s": 600})
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 601)
+    answer = rest(journaled(after=server.folder), "mine")  # killed in time, begun again too late
     assert "timeout" in answer.text
 
 
 def test_told_to_end_it_leaves_the_rest_to_the_next(journaled):
     server = journaled(drain_s=0.1)
-    server.step_s = 0.02
+    server.let(9)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(server.post, STREAM, **NAMED)
-        assert wait_until(lambda: server.engine.scheduler.num_running == 1)
-        server.tell_to_end()
+        assert wait_until(server.is_held)
+        server.end_held()
         came = asked.result().text
-    server.join()
     assert server.error is None
     assert "[DONE]" not in came  # nor an error
     num = len(events_of(came))
@@ -309,7 +313,7 @@ def running(server):
     engine, kept = server.service.engine, server.service.journal.requests
     return {
         name
-        for (_, name), each in kept.items()
+        for (_, name), each in list(kept.items())
         if each in engine._asked or engine._live.keys() & set(each.request_ids)
     }
 
@@ -374,23 +378,22 @@ def test_a_request_that_goes_on_from_server_to_server_is_never_tried_alone(journ
         assert kept.suspected is None or kept.suspected.num_deaths <= 1
         num_before = len(kept.chunks)
         server = journaled(after=server.folder, is_held=True)
-        server.step_s = 0.05
-        server.gate.set()
+        server.let(3)
         kept = server.service.journal.requests[b"", "mine"]
-        assert wait_until(lambda before=num_before, kept=kept: len(kept.chunks) > before + 1)
-        server.gate.clear()
+        assert wait_until(lambda before=num_before, kept=kept: len(kept.chunks) == before + 3)
+        assert wait_until(server.is_held)
     server.gate.set()
     assert tokens_of(rest(server, "mine").text) == expected([1, 2, 3], 50)
 
 
 def test_a_server_that_is_told_to_end_blames_no_request(journaled):
     server = journaled(drain_s=0.1)
-    server.step_s = 0.02
+    server.let(9)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(server.post, STREAM, **NAMED)
-        assert wait_until(lambda: running(server) == {"mine"})
-        server.tell_to_end()
-    server.join()
+        assert wait_until(server.is_held)
+        assert running(server) == {"mine"}
+        server.end_held()
     (path,) = server.folder.glob("*.journal")
     data = path.read_bytes()
     ends = [end for end, _ in journal_file.records_of(data)]

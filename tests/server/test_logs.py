@@ -25,6 +25,8 @@ class Logged:
         self.url = self.server.url
 
     def lines(self):
+        """Those of all requests; a line follows its answer."""
+        assert wait_until(lambda: not self.server.running.server.server_state.tasks)
         self.log.close()
         return self.stream.getvalue().splitlines()
 
@@ -114,7 +116,7 @@ def test_a_reader_that_stands_still_holds_nobody_up(monkeypatch):
     for i in range(50):
         log.event("error", f"{i}")
     go_on.set()
-    assert wait_until(lambda: stream.getvalue())
+    assert wait_until(lambda: stream.getvalue() and log._lines.empty())
     log.event("error", "last")
     log.close()
     rows = list(map(json.loads, stream.getvalue().splitlines()))
