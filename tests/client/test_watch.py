@@ -228,12 +228,14 @@ def test_samples_are_bounded(fake, monkeypatch):
     monkeypatch.setattr(watch, "_MOST_SHARE", 1e9)
     monkeypatch.setattr(watch, "_MOST_SAMPLES", 8)
 
-    async def slowly(asked, number):
-        await asyncio.sleep(0.1)
+    async def until_it_is_read(asked, number):
+        end = counting.num_reads + 10 if number else 0  # nothing is sampled while it is probed
+        while counting.num_reads < end:
+            await asyncio.sleep(0.001)
         async for part in answer(asked, number):
             yield part
 
-    counting = Counting(generate=slowly)
+    counting = Counting(generate=until_it_is_read)
     serving = counted(fake, counting, num_warm_up=0)
     assert counting.num_reads > 20
     assert len(serving.engine.gauges.times_s) < 8

@@ -5,8 +5,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
-from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -59,7 +57,7 @@ def server(tmp_path, shm):
     argv = [sys.executable, "-c", textwrap.dedent(SERVER), str(shm)]
     with ServerProcess(argv, {}, tmp_path) as process:
         ready = tmp_path / "ready"
-        assert wait_until(lambda: ready.exists() and ready.read_text().count("\n") == 2, 20)
+        assert wait_until(lambda: ready.exists() and ready.read_text().count("\n") == 2)
         process.linger()
         pids = {int(line.split()[0]) for line in ready.read_text().splitlines()}
         port = int(ready.read_text().split()[1])
@@ -79,7 +77,7 @@ def test_what_a_dead_server_leaves_is_told(server, shm):
     assert before.files == {str(shm)}
     assert before.left() == []
     os.kill(root, signal.SIGKILL)
-    assert wait_until(lambda: root not in processes(), 10)
+    assert wait_until(lambda: root not in processes())
     left = {each.kind: each for each in before.left()}
     assert str(child) in left["process"].what
     assert left["port"].what == str(port)
@@ -93,12 +91,12 @@ def test_a_stopped_process_is_left_where_the_server_goes_on(server):
     root, child, *_ = server
     before = Footprint.of(root)
     os.kill(child, signal.SIGSTOP)
-    assert wait_until(lambda: processes()[child].state == "T", 10)
+    assert wait_until(lambda: processes()[child].state == "T")
     (left,) = before.left()
     assert left.what.startswith(f"{child} ")
     assert "stopped" in left.what
     os.kill(child, signal.SIGKILL)  # a zombie until its parent waits for it
-    assert wait_until(lambda: processes()[child].state == "Z", 10)
+    assert wait_until(lambda: processes()[child].state == "Z")
     (left,) = before.left()
     assert "not waited for" in left.what
 
@@ -208,7 +206,7 @@ def test_a_signal_goes_to_its_process(monkeypatch):
     fault = Signalled(child.pid, "KILL", "process 4711 (sleep)")
     fault.check()
     fault._send(signal.SIGKILL)
-    assert child.wait(10) == -signal.SIGKILL
+    assert child.wait(60) == -signal.SIGKILL
     with pytest.raises(UserError, match="no process 4711"):
         fault.check()
     monkeypatch.setattr(os, "kill", denied)
@@ -229,12 +227,10 @@ def test_a_command_runs_once_and_is_bounded(tmp_path):
     found = strike(by_shell(f"echo a >> {tmp_path}/runs; echo said", 20))
     assert (found.exit_code, found.printed) == (0, "said")
     assert (tmp_path / "runs").read_text() == "a\n"
-    began_s = time.monotonic()
-    with pytest.raises(UserError, match=r"did not end in 0\.5 s"):
-        strike(by_shell(f"echo $$ > {tmp_path}/pid; sleep 60 & sleep 60", 0.5))
-    assert time.monotonic() - began_s < 20
-    with suppress(OSError):
-        assert wait_until(lambda: not Path(f"/proc/{(tmp_path / 'pid').read_text()}").exists(), 10)
+    with pytest.raises(UserError, match=r"did not end in 2 s"):
+        strike(by_shell(f"echo $$ > {tmp_path}/pid; sleep 600 & sleep 600", 2))
+    pid = int((tmp_path / "pid").read_text())
+    assert wait_until(lambda: pid not in processes())
     with pytest.raises(UserError, match="exit code 7: no such rank"):
         strike(by_shell("echo no such rank >&2; exit 7", 20))
 

@@ -182,11 +182,18 @@ def test_what_comes_during_a_step_is_in_the_next_plan():
 
     async def use(engine, stub, chunks):
         plans, gate = [], gate_after(2, stub)
+        at_gate, hold = threading.Event(), stub.runner.before
+
+        def note_and_hold():
+            if stub.runner.num_steps == 2:
+                at_gate.set()
+            hold()
+
+        stub.runner.before = note_and_hold
         submit = stub.runner.submit
         stub.runner.submit = lambda plan: plans.append(plan) or submit(plan)
         first = await engine.generate([[1]], [SamplingParams(temperature=0, max_tokens=40)])
-        await until(lambda: len(first.outputs[0].token_ids) == 2)
-        await asyncio.sleep(0.05)  # a step is at the gate, another one is planned
+        await until(at_gate.is_set)  # a step is there, another one is planned
         num_plans = len(plans)
         asked = asyncio.create_task(engine.generate([[2]], [GREEDY]))
         await asyncio.sleep(0)

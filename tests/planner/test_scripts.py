@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from engine.ranks.processes import wait_until
 from expertlane.cli.app import app
 from expertlane.planner.commands import Serving
 from expertlane.planner.engines import ENGINES
@@ -27,6 +27,7 @@ from planner.serving_options import words_of
 from planner.test_commands import GATHERED, PARSERS, TYPES, served
 from test_deploy import LEADER_WORKER_SET, check, tool
 
+PATIENCE_S = 50  # less than the minute after which a script kills what it has told to end
 # Names of a model that would do something if they were not quoted.
 EVIL = (
     "org/model",
@@ -191,7 +192,9 @@ kept = dict(argv=[program, *sys.argv[1:]], host=os.environ["STUB_HOST"], tasks=t
 kept["pid"] = os.getpid()
 kept["devices"] = os.environ.get("CUDA_VISIBLE_DEVICES")
 kept["here"] = sorted(os.listdir())
-(seen / f"{{os.getpid()}}.json").write_text(json.dumps(kept))
+unfinished = seen / f"{{os.getpid()}}.unfinished"
+unfinished.write_text(json.dumps(kept))
+unfinished.replace(unfinished.with_suffix(".json"))
 if os.environ.get("STUB_DIES") == program:
     sys.exit("it died")
 words = sys.argv[1:]
@@ -293,7 +296,7 @@ def with_free_ports(text):
 
 def first_line(process):
     line = process.stdout.readline()
-    assert line, process.communicate(timeout=30)
+    assert line, process.communicate(timeout=PATIENCE_S)
     return line
 
 
@@ -303,8 +306,10 @@ def test_a_script_starts_waits_and_cleans_up(model, cluster):
     process = cluster.start(text)
     said = first_line(process)
     assert said.startswith(f"serving at http://{cluster.hosts[0]}:")
+    # Two prefill, two nodes of decode, a router; nobody waits for decode's second node.
+    assert wait_until(lambda: len(cluster.tasks()) == 5)
     tasks = cluster.tasks()
-    assert len(cluster.left()) == len(tasks) == 5  # two prefill, two nodes of decode, a router
+    assert len(cluster.left()) == 5
     servers = [each for each in tasks if each["argv"][0] == "vllm"]
     assert all(each["argv"][:3] == ["vllm", "serve", model] for each in servers)
     assert [each["host"] for each in servers] == [cluster.hosts[n] for n in (0, 0, 1, 2)]
@@ -314,7 +319,7 @@ def test_a_script_starts_waits_and_cleans_up(model, cluster):
     assert numbers == ["0", "1"]
     assert {each[each.index("--master-addr") + 1] for each in argv[2:]} == {cluster.hosts[1]}
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 143
     assert cluster.left() == []
     assert not list(cluster.folder.rglob("touched"))
@@ -333,7 +338,7 @@ def test_ranks_of_mpi_are_tasks_and_find_their_files(cluster):
     assert (task["tasks"], task["host"]) == (16, ",".join(cluster.hosts[:2]))
     assert task["here"] == ["trtllm.yaml"]
     os.kill(task["pid"], signal.SIGTERM)  # whatever ends ends all
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "a process ended" in err
 
@@ -347,19 +352,17 @@ def test_ranks_of_mpi_are_tasks_and_find_their_files(cluster):
 )
 def test_what_does_not_start_ends_all(around, code, words, cluster):
     text = with_free_ports(scripts("vllm", "servers on hosts")["vllm.slurm.sh"])
-    begun = time.monotonic()
     process = cluster.start(text, **around)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out) == (code, "")
     assert words in err
     assert cluster.left() == []
-    assert time.monotonic() - begun < 25
 
 
 def test_too_few_nodes_are_refused(cluster):
     cluster.write("scontrol", "#!/usr/bin/env bash\necho one\n")
     process = cluster.start(scripts("vllm", "two hosts")["vllm.slurm.sh"])
-    assert process.communicate(timeout=30)[1] == "it takes 2 nodes; the job has 1\n"
+    assert process.communicate(timeout=PATIENCE_S)[1] == "it takes 2 nodes; the job has 1\n"
     assert process.returncode == 2
     assert cluster.tasks() == []
 

@@ -1,5 +1,6 @@
 """Find the processes behind a pool or a command, stop one in the middle of a layer, miss none."""
 
+import contextlib
 import json
 import os
 import signal
@@ -49,8 +50,12 @@ class RunningRanks:
         launcher = psutil.Process(launcher_pid)
 
         def servers() -> list[psutil.Process]:
-            children = launcher.children()
-            return [c for c in children if '"parent_pid"' in " ".join(command_line(c.pid))]
+            found = []
+            for child in launcher.children():
+                with contextlib.suppress(OSError):  # it has ended meanwhile
+                    if '"parent_pid"' in " ".join(command_line(child.pid)):
+                        found.append(child)
+            return found
 
         assert wait_until(servers, pause_s=_LOOK_S), "no fork server came"
         self.server = max(servers(), key=psutil.Process.create_time)
@@ -66,7 +71,9 @@ class RunningRanks:
             return len(self.server.children()) == num_ranks
 
         assert wait_until(all_came, pause_s=_LOOK_S), "not all ranks came"
-        return sorted(child.pid for child in self.server.children())  # forked one after the other
+        # Forked one after the other; numbers of processes begin again at some time.
+        ranks = sorted(self.server.children(), key=lambda child: (child.create_time(), child.pid))
+        return [rank.pid for rank in ranks]
 
     def stop_in_a_layer(self, rank: int, first_step: int = 3) -> Position:
         """SIGSTOP a rank, and where: in some layer of a step not before `first_step`."""

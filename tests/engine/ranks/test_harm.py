@@ -25,7 +25,7 @@ def runs(request, tmp_path_factory):
         "--at-once",
         str(NUM_AT_ONCE),
     ]
-    with lines_of(command, file, patience_s=120) as line:
+    with lines_of(command, file, patience_s=280) as line:
         yield line
 
 

@@ -141,7 +141,7 @@ def test_all_ranks_are_lost_at_once(kept_pool):
     pids = list(map(kept_pool.pid, range(NUM_RANKS)))
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-    assert wait_until(lambda: not any(map(psutil.pid_exists, pids)), seconds=10)
+    assert wait_until(lambda: not any(map(psutil.pid_exists, pids)))
     with pytest.raises(RanksLostError, match=telling("rank killed 2 ranks ended")) as caught:
         kept_pool.call(Stay(60))
     assert replace(kept_pool, caught.value.ranks) == set(range(NUM_RANKS))
@@ -291,7 +291,7 @@ def test_interrupted_while_an_epoch_begins(lose_at_start, is_server_stopped):
             pool.begin_epoch(lost)
         interrupt.join()
         assert pool.is_closed
-        assert session_is_gone(server_pid, seconds=5)
+        assert session_is_gone(server_pid, seconds=60)
 
 
 def test_a_user_s_mistake_is_final():
