@@ -105,14 +105,14 @@ def test_every_failure_is_a_row_and_the_rest_completes(stub, checkpoint, tmp_pat
         "fast", "slow", "starts slowly", "dies in start-up", "never ready", "hangs", "error 500",
         "garbage", "ignores SIGTERM", "leaves grandchildren", "refused",
     ]  # fmt: skip
-    found = compare(checkpoint, names, tmp_path, start_timeout_s=5.0, request_timeout_s=1.0)
+    found = compare(checkpoint, names, tmp_path, start_timeout_s=5.0, request_timeout_s=3.0)
     records = {each.name: each for each in found.deployments}
     assert [*records] == names
     failures = {name: each.server.failure for name, each in records.items() if each.server.failure}
     for name, words in {
         "dies in start-up": "exited during startup, exit code 1: ValueError: 3 heads on 2 ranks",
         "never ready": "not ready within 5 s; its last line: loading as never ready",
-        "hangs": "did not answer within 1 s",
+        "hangs": "did not answer within 3 s",
         "error 500": "HTTP 500, worker is lost; its log: RuntimeError: CUDA error: an illegal",
         "garbage": "no tokens",
         "refused": "Stub has no such layout (stub.py: Layout)",

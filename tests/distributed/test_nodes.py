@@ -126,7 +126,7 @@ class TwoNodes:
 
     def are_gone(self):
         """Whether no process is left, in a moment."""
-        return not psutil.wait_procs(self.processes.values(), timeout=5)[1]
+        return not psutil.wait_procs(self.processes.values(), timeout=60)[1]
 
     def close(self):
         """End all, whatever state they are in."""

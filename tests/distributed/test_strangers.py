@@ -81,7 +81,7 @@ def test_all_end_with_torchrun_while_nodes_still_come(two_nodes):
     """Killed so early that they would wait minutes for its store, or for the other node."""
     processes = psutil.Process(two_nodes.agents[0].pid).children(recursive=True)
     two_nodes.agents[0].kill()
-    _, alive = psutil.wait_procs(processes, timeout=15)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     for each in alive:
         each.kill()
     assert not alive

@@ -31,7 +31,7 @@ SERVERS = {
     "has no finish reason": "counted wrongly",
     "says 503 while well": "/health did not say 200",
 }
-AFTER_S, OBSERVE_S, BOUND_S, HEALTH_S = 1.2, 3.2, 1.5, 1.4
+AFTER_S, OBSERVE_S, BOUND_S, HEALTH_S = 1.2, 4.5, 3.0, 2.8
 LENGTH = LengthRange(12, 12)
 ASKED = Asked(Load(6, LengthRange(4, 4), LENGTH, batch=2), 0, AFTER_S, OBSERVE_S, BOUND_S, HEALTH_S)
 
@@ -93,9 +93,9 @@ def test_one_that_dies_is_a_result(drilled):
     record = drilled["dies"].record
     assert record.full_rate_s is None
     assert not record.is_running
-    assert record.first_lost_s < 0.5
+    assert record.first_lost_s < BOUND_S / 2
     assert record.num_of("as before") <= 2  # what was on its way
-    assert record.last_token_s is None or record.last_token_s < 0.2
+    assert record.last_token_s is None or record.last_token_s < BOUND_S / 2
     assert {*record.health.statuses} == {200, 0}
     assert record.health.well_but_silent_s == 0
     assert sum(record.timeline.num_errors) >= record.num_of(*LOST) - 2
@@ -105,7 +105,7 @@ def test_one_that_hangs_says_so_for_too_long(drilled):
     record = drilled["hangs, and says 200"].record
     assert record.num_of("hung") == record.num_of(*LOST) > 0
     assert record.health.well_but_silent_s > HEALTH_S
-    assert record.first_lost_s == pytest.approx(BOUND_S, abs=0.7)
+    assert record.first_lost_s == pytest.approx(BOUND_S, abs=1.4)
 
 
 def test_one_that_refuses_for_a_while_is_back(drilled):

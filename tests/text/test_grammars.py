@@ -396,7 +396,7 @@ def test_grammars_of_a_forked_process(shared):
 
     process = multiprocessing.get_context("fork").Process(target=compile_there)
     process.start()
-    process.join(30)
+    process.join(120)
     assert process.exitcode == 0
     assert shared.compile(Structured(regex="and here")).mask.any()
 

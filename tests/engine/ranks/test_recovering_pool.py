@@ -105,7 +105,7 @@ def test_a_rank_is_lost_while_nothing_is_asked_of_it(kept_pool):
     for notice in (pool.check, lambda: pool.call(Echo(1))):
         os.kill(pool.pid(2), signal.SIGKILL)
         with pytest.raises(RanksLostError, match=telling("rank 2 killed SIGKILL")) as caught:
-            assert not wait_until(notice, seconds=5)
+            assert not wait_until(notice)
         pool.begin_epoch(caught.value.ranks)
         check_exchange(pool, 2)
 

@@ -81,7 +81,7 @@ class Launcher:
 
     def connect(self):
         """A new connection."""
-        self._connections.append(socket.create_connection(self._at, timeout=10))
+        self._connections.append(socket.create_connection(self._at, timeout=60))
         return self._connections[-1]
 
     def connect_node(self, node, place=0, change=0):
@@ -97,7 +97,7 @@ class Launcher:
         self.tell_hashes()
         return made
 
-    def wait(self, seconds=30):
+    def wait(self, seconds=60):
         """Until all are connected; by node, the peers' addresses as the launcher sees them."""
         self._thread.join(seconds)
         assert not self._thread.is_alive()
@@ -150,12 +150,11 @@ def test_nodes_connect_in_any_order(launcher, order):
     assert launcher.lines == []
 
 
-def test_silent_strangers_do_not_make_nodes_wait(launcher):
+def test_silent_strangers_do_not_make_nodes_wait(launcher, monkeypatch):
+    monkeypatch.setattr(node_ranks, "_HANDSHAKE_TIMEOUT_S", 1000.0)
     strangers = [launcher.connect() for _ in range(5)]
-    began_s = time.monotonic()
     launcher.connect_all()
     launcher.wait()
-    assert time.monotonic() - began_s < 3
     assert all(map(is_refused, strangers))
     assert len(launcher.lines) == 5
 
@@ -164,6 +163,7 @@ def test_a_silent_stranger_is_refused_in_time(launcher, monkeypatch):
     monkeypatch.setattr(node_ranks, "_HANDSHAKE_TIMEOUT_S", 0.2)
     stranger = launcher.connect()
     assert is_refused(stranger)
+    monkeypatch.setattr(node_ranks, "_HANDSHAKE_TIMEOUT_S", 60.0)
     launcher.connect_all()
     launcher.wait()
     (line,) = launcher.lines
