@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -77,6 +78,7 @@ class RunningRanks:
 
     def stop_in_a_layer(self, rank: int, first_step: int = 3) -> Position:
         """SIGSTOP a rank, and where: in some layer of a step not before `first_step`."""
+        pauses = random.Random(0)
 
         def stopped_there() -> bool:
             if self.board.position(rank).step < first_step:
@@ -87,6 +89,7 @@ class RunningRanks:
             if self.board.position(rank).layer != NO_LAYER:
                 return True
             os.kill(self.pids[rank], signal.SIGCONT)
+            time.sleep(pauses.uniform(0, 0.05))  # on a busy machine it may get no core before
             return False
 
         assert wait_until(stopped_there), "the rank never came to a layer"
