@@ -121,9 +121,9 @@ def families(print_options: PrintOptions) -> None:
     for row in planned:
         by_mixers.setdefault(row["mixers"], []).append(starred(row))
     listed = [{"mixers": each, "names": ", ".join(names)} for each, names in by_mixers.items()]
-    drafts = "*: has draft layers, priced by --mtp and not run"
+    title = "Plan, run and serve (*: has draft layers, priced by --mtp and not run)"
     parts = (
-        Table.of(f"Plan, run and serve ({drafts})", [text("family", starred), mixers, *formats], run),
+        Table.of(title, [text("family", starred), mixers, *formats], run),
         Table.of("Plan alone", [mixers, text("families", _of("names"))], listed),
     )
     headline = f"{len(run)} families run and are served; {len(planned)} more can be planned."
