@@ -156,7 +156,7 @@ def _experts(experts: Sequence[ExpertRecord]) -> Table:
         number("tokens", lambda each: each.num_tokens, "{:,}".format),
         number("median, its tokens", lambda each: each.inside, _nats),
         number("others", lambda each: each.outside, _nats),
-        number("p-value at most", lambda each: each.p_value, _p_value),
+        number("p-value", lambda each: each.p_value, _p_value),
     ]
     return Table.of("Experts of the tokens that are off", columns, experts)
 
