@@ -169,9 +169,9 @@ def _worst(tokens: Sequence[TokenRecord]) -> Table:
         number("token id", lambda each: each.token_id),
         number("server", lambda each: each.server, "{:.4g}".format),
         number("expected", lambda each: each.expected, "{:.4g}".format),
-        number("× rounding", lambda each: abs(each.server - each.expected) / each.scale, figures),
+        number("ratio", lambda each: abs(each.server - each.expected) / each.scale, figures),
     ]
-    title = "Tokens farthest off (× rounding: the difference over that token's rounding)"
+    title = "Tokens farthest off (ratio: the difference over that token's rounding)"
     return Table.of(title, columns, tokens)
 
 
