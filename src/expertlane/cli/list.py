@@ -1,5 +1,6 @@
 """`expertlane list`: what a command can be given."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -110,21 +111,20 @@ def families(print_options: PrintOptions) -> None:
     def marks(what: str) -> "Column[Mapping[str, Any]]":
         return text(what, lambda row: ", ".join(row[what]) or "–")
 
-    mixers, serving = (
-        text("mixers", _of("mixers")),
-        [can("draft"), marks("tools"), marks("reasoning")],
-    )
-    columns = [mixers, can("plan"), can("run"), can("serve"), *serving]
+    def starred(row: Mapping[str, Any]) -> str:
+        return f"{row['name']}{'*' if row['draft'] else ''}"
+
+    mixers, formats = text("mixers", _of("mixers")), (marks("tools"), marks("reasoning"))
+    columns = [mixers, can("plan"), can("run"), can("serve"), can("draft"), *formats]
     run, planned = ([row for row in rows if row["run"] is does] for does in (True, False))
     by_mixers: dict[str, list[str]] = {}
     for row in planned:
-        drafts = "*" if row["draft"] else ""
-        by_mixers.setdefault(str(row["mixers"]), []).append(f"{row['name']}{drafts}")
+        by_mixers.setdefault(row["mixers"], []).append(starred(row))
     listed = [{"mixers": each, "names": ", ".join(names)} for each, names in by_mixers.items()]
+    title = "Plan, run and serve (*: has draft layers, priced by --mtp and not run)"
     parts = (
-        Table.of("", [text("plan, run, serve", _of("name")), mixers, *serving], run),
-        Table.of("", [text("plan alone", _of("mixers")), text("families", _of("names"))], listed),
-        "draft, *: published with drafting layers (--mtp); the engine does not run them.",
+        Table.of(title, [text("family", starred), mixers, *formats], run),
+        Table.of("Plan alone", [mixers, text("families", _of("names"))], listed),
     )
     headline = f"{len(run)} families run and are served; {len(planned)} more can be planned."
     setting = "Families of checkpoints | --json names their architectures"
@@ -155,7 +155,7 @@ def profiles(print_options: PrintOptions) -> None:
         for name, device in devices.items()
     ]
     columns = [
-        text("device", lambda row: row["device"].removeprefix("NVIDIA ")),
+        text("device", _device),
         number("memory", _of("memory_bytes"), bytes_si),
         number("bandwidth", _of("memory_bytes_per_s"), partial(rate_si, unit="B")),
         *(
@@ -324,6 +324,11 @@ def _of_all_kinds(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     kinds = [tuple(part.split("=")[0] for part in row["layout"].split(",")) for row in rows]
     by_kind = sorted(range(len(rows)), key=lambda place: kinds.index(kinds[place]) != place)
     return [rows[place] for place in sorted(by_kind[:_MOST_ROWS])]
+
+
+def _device(row: Mapping[str, Any]) -> str:
+    """A device's name without its vendor and its memory, which have no need of one or a column."""
+    return re.sub(r"^NVIDIA | \d+ GB$", "", row["device"])
 
 
 def _of(*keys: str) -> Any:

@@ -168,6 +168,7 @@ def servers_answer(name: str, results: Results) -> Answer:
     if differing := differs_in(records):
         notes.append(("Differs in", differing))
     notes.append(("Fairness", _fair(records)))
+    notes += _of_ratios(results)
     notes.append(("Confidence", _certainty(records)))
     said = Table("", (Heading("", False), Heading("", False)), tuple(notes))
     why = filter(None, (_why(results), _routing_figure(records)))
@@ -323,6 +324,12 @@ def _failed(records: Sequence[DeploymentRecord]) -> Iterator[Note]:
     for each in records:
         if each.server is not None and each.server.failure:
             yield "Failed", f"{each.name}: {shortened(each.server.failure, _MOST_FAILURE)}"
+
+
+def _of_ratios(results: Results) -> Iterator[Note]:
+    """What the sentence's ratios and column `rel` are of, where they may differ."""
+    if any(each.num_rounds > 1 for each in results.ratios):
+        yield "Ratios", "of the sentence: median over pairs of rounds; rel: over all rounds"
 
 
 def _certainty(records: Sequence[DeploymentRecord]) -> str:

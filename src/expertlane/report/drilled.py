@@ -100,7 +100,7 @@ def _outcomes(drill: DrillRecord) -> Table:
         text("requests that ended after the fault", lambda each: names[each.name]),
         number("sent before", lambda each: each.num_under_way, whole),
         number("sent after", lambda each: each.num_later, whole),
-        number("first ended after", _first_s, duration),
+        number("time to first", _first_s, duration),
     ]
     always = [*LOST, "repeated", "dropped", "changed", "as before"]
     known = {each.name: each for each in drill.outcomes}

@@ -72,7 +72,7 @@ def report_of_judgement(
     sections = (
         Section("Verdict", (said, *unidentified, *found.cautions)),
         Section("Measured against projected", (whole,)),
-        Section("Assumptions, each changed by itself", (_candidates(found.candidates),)),
+        Section("Assumptions", (_candidates(found.candidates),)),
         Section("Terms", (_terms(terms),) if terms else ()),
         Section("Every number", (_every(found.numbers),)),
         Section("Corrections", (_fitted_on(on), _factors(found), *_use(found, corrections))),
@@ -176,13 +176,18 @@ def _every(numbers: Sequence[JudgedNumber]) -> Table:
 
 def _candidates(candidates: Sequence[Candidate]) -> Table:
     columns: list[Column[Candidate]] = [
-        text("assumption", lambda each: each.label),
+        text("assumption", lambda each: _labelled(Assumed(each.name))),
         number("projected", lambda each: _amount(each, each.was)),
         number("best fit", lambda each: _amount(each, each.factor)),
         number("explains", lambda each: percent(max(each.explained, 0.0))),
         number("confidence", _confidence),
     ]
-    return Table.of("Each assumption by itself (factor on its time)", columns, candidates)
+    title = "Each assumption by itself: the factor (×) on its time, or its exponent"
+    return Table.of(title, columns, candidates)
+
+
+def _labelled(assumption: Assumed) -> str:
+    return f"{assumption.label} (exponent)" if assumption is Assumed.SKEW else assumption.label
 
 
 def _amount(candidate: Candidate, value: float) -> str:
@@ -254,7 +259,7 @@ class _Factor:
 
 def _factors(found: Judgement) -> Table:
     columns: list[Column[_Factor]] = [
-        text("correction", lambda each: Assumed(each.name).label),
+        text("correction", lambda each: _labelled(Assumed(each.name))),
         number("factor", lambda each: each.correction.factor, figures),
         number("low", lambda each: each.correction.low, figures),
         number("high", lambda each: each.correction.high, figures),

@@ -23,7 +23,7 @@ _SOURCES = {
     "checkpoint": "taken for the server's",
     "seen": "seen: the server rounds no more",
 }
-_CHANCES = 1e-12  # a smaller one says no more
+_LEAST_P_VALUE = 1e-12  # a smaller one says no more
 
 
 def _record(results: Results) -> VerifiedRecord:
@@ -42,9 +42,9 @@ def verified_answer(results: Results) -> Answer:
     )
     parts: list[Words] = [*found.why, *_main_conditions(found)]
     if found.experts:
-        parts.append(_experts(found.experts[:_MOST_EXPERTS], "Experts of the tokens that are off"))
+        parts.append(_experts(found.experts[:_MOST_EXPERTS]))
     if found.worst:
-        parts.append(_worst(found.worst[:_MOST_WORST], "Tokens that are farthest off"))
+        parts.append(_worst(found.worst[:_MOST_WORST]))
     parts += _sensitivity(found)
     if said := [*_unreached(found), *_in_decoder(found)]:
         parts.append(" ".join(said))
@@ -149,19 +149,19 @@ def _conditions(
     return Table.of(title, columns, conditions)
 
 
-def _experts(experts: Sequence[ExpertRecord], title: str = "") -> Table:
+def _experts(experts: Sequence[ExpertRecord]) -> Table:
     columns: list[Column[ExpertRecord]] = [
         number("MoE layer", lambda each: each.layer),
         number("expert", lambda each: each.expert),
         number("tokens", lambda each: each.num_tokens, "{:,}".format),
         number("median, its tokens", lambda each: each.inside, _nats),
         number("others", lambda each: each.outside, _nats),
-        number("chance", lambda each: each.p_value, _chance),
+        number("p-value", lambda each: each.p_value, _p_value),
     ]
-    return Table.of(title, columns, experts)
+    return Table.of("Experts of the tokens that are off", columns, experts)
 
 
-def _worst(tokens: Sequence[TokenRecord], title: str = "") -> Table:
+def _worst(tokens: Sequence[TokenRecord]) -> Table:
     columns: list[Column[TokenRecord]] = [
         text("condition", lambda each: each.condition),
         number("prompt", lambda each: each.prompt),
@@ -169,8 +169,9 @@ def _worst(tokens: Sequence[TokenRecord], title: str = "") -> Table:
         number("token id", lambda each: each.token_id),
         number("server", lambda each: each.server, "{:.4g}".format),
         number("expected", lambda each: each.expected, "{:.4g}".format),
-        number("roundings", lambda each: abs(each.server - each.expected) / each.scale, figures),
+        number("ratio", lambda each: abs(each.server - each.expected) / each.scale, figures),
     ]
+    title = "Tokens farthest off (ratio: the difference over that token's rounding)"
     return Table.of(title, columns, tokens)
 
 
@@ -180,13 +181,13 @@ def _tests(tests: Sequence[SignificanceRecord]) -> Table:
         text("test", lambda each: each.name),
         text("of", lambda each: each.what),
         number("statistic", lambda each: each.statistic, figures),
-        number("chance at most", lambda each: each.p_value, _chance),
+        number("p-value at most", lambda each: each.p_value, _p_value),
     ]
     return Table.of("", columns, tests)
 
 
-def _chance(value: float) -> str:
-    return f"<{_CHANCES:.0e}" if value < _CHANCES else f"{value:.2g}"
+def _p_value(value: float) -> str:
+    return f"<{_LEAST_P_VALUE:.0e}" if value < _LEAST_P_VALUE else f"{value:.2g}"
 
 
 def _sensitivity(found: VerifiedRecord) -> Iterator[str]:
@@ -288,7 +289,7 @@ def _left_out(found: VerifiedRecord) -> Iterator[str]:
 
 def _budget(found: VerifiedRecord) -> Iterator[str]:
     yield (
-        f"A test is an alarm where its chance is below {found.alarm:.2g}, so that all "
+        f"A test is an alarm where its p-value is below {found.alarm:.2g}, so that all "
         f"{len(found.tests)} together alarm in at most {percent(found.false_alarms)} of runs on a "
         "server that only rounds."
     )
