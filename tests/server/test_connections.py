@@ -1,5 +1,6 @@
 """Connections that are slow, endless, broken or half-closed: each gets an answer or its end."""
 
+import contextlib
 import json
 import socket
 import threading
@@ -26,8 +27,9 @@ def connect(server):
 def answer_of(connection):
     """Status and JSON of what comes until the server closes the connection."""
     answer = b""
-    while part := connection.recv(4096):
-        answer += part
+    with contextlib.suppress(ConnectionResetError):  # closed before it read all that was sent
+        while part := connection.recv(4096):
+            answer += part
     while answer.startswith(b"HTTP/1.1 100 "):
         answer = answer.partition(b"\r\n\r\n")[2]
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -166,7 +168,6 @@ READ = ("GET", "/metrics", None)
 KEYS = {"api_keys": ("secret",)}
 
 
-@pytest.mark.parametrize("sent", [SCALE, ASKED, DELETED, READ])
 @pytest.mark.parametrize(
     ("listens", "options", "headers", "may_read", "may_change"),
     [
@@ -200,16 +201,17 @@ KEYS = {"api_keys": ("secret",)}
     ],
 )
 def test_a_page_of_another_site_is_refused(
-    stub_server, listens, options, headers, may_read, may_change, sent
+    stub_server, listens, options, headers, may_read, may_change
 ):
     server = stub_server(ServerOptions(**options), host=listens)
-    method, path, body = sent
     key = {"Authorization": "Bearer secret"} if options is KEYS else {}
-    answer = httpx.request(method, f"{server.url}{path}", json=body, headers=headers | key)
-    is_refused = answer.status_code == 403
-    assert is_refused == (not (may_change if sent in (SCALE, DELETED) else may_read))
-    if is_refused:
-        assert answer.json()["error"]["code"] == "host_not_allowed"
+    for sent in (READ, ASKED, DELETED, SCALE):
+        method, path, body = sent
+        answer = httpx.request(method, f"{server.url}{path}", json=body, headers=headers | key)
+        is_refused = answer.status_code == 403
+        assert is_refused == (not (may_change if sent in (SCALE, DELETED) else may_read)), sent
+        if is_refused:
+            assert answer.json()["error"]["code"] == "host_not_allowed"
 
 
 def test_no_other_site_may_ask(stub_server):
