@@ -1,6 +1,5 @@
 """Connections that are slow, endless, broken or half-closed: each gets an answer or its end."""
 
-import contextlib
 import json
 import socket
 import threading
@@ -27,9 +26,8 @@ def connect(server):
 def answer_of(connection):
     """Status and JSON of what comes until the server closes the connection."""
     answer = b""
-    with contextlib.suppress(ConnectionResetError):  # closed before it read all that was sent
-        while part := connection.recv(4096):
-            answer += part
+    while part := connection.recv(4096):
+        answer += part
     while answer.startswith(b"HTTP/1.1 100 "):
         answer = answer.partition(b"\r\n\r\n")[2]
     head, _, body = answer.partition(b"\r\n\r\n")
@@ -115,6 +113,15 @@ def test_headers_without_end(stub_server):
         connection.sendall(HEAD)
         connection.sendall((b"X-A: " + b"b" * 1000 + b"\r\n") * 70)
         assert refused(connection)[0] == 431
+
+
+def test_a_refused_client_may_send_on_and_read_its_answer(stub_server):
+    server = stub_server()
+    with connect(server) as connection:
+        connection.sendall(HEAD)
+        connection.sendall((b"X-A: " + b"b" * 1000 + b"\r\n") * 3000)
+        assert refused(connection)[0] == 431
+    assert wait_until(lambda: not server.running.server.server_state.connections)
 
 
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"

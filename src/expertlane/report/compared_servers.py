@@ -315,7 +315,7 @@ def _fair(records: Sequence[DeploymentRecord]) -> str:
 
 
 def _how(records: Sequence[DeploymentRecord]) -> Iterator[str]:
-    """What was the same for all servers, and how often they were measured; sentences."""
+    """Sentences on fairness and on the number of rounds."""
     for words in (_fair(records), _certainty(records)):
         yield f"{words[0].upper()}{words[1:]}."
 
@@ -327,7 +327,7 @@ def _failed(records: Sequence[DeploymentRecord]) -> Iterator[Note]:
 
 
 def _of_ratios(results: Results) -> Iterator[Note]:
-    """What the sentence's ratios and column `rel` are of, where they may differ."""
+    """A note on how the headline's ratios differ from column `rel`, if there were rounds."""
     if any(each.num_rounds > 1 for each in results.ratios):
         yield "Ratios", "of the sentence: median over pairs of rounds; rel: over all rounds"
 

@@ -31,6 +31,7 @@ _CHUNK_BYTES = 16  # per chunk of a body: its size and line ends
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"  # before an answer; clients ignore it
 _COMMENT = b"3\r\n:\n\n\r\n"  # inside a stream of events, which are all that is sent in chunks
 _LOOKS_S = (0.005, 0.05, 0.2, 1.0)  # before each check, then always the last one
+_DROP_S, _MOST_DROPPED_BYTES = 1.0, 4 * 2**20  # of what a refused client still sends
 _CLOSED = 7  # TCP_CLOSE of Linux
 
 
@@ -45,6 +46,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     _head_timer: asyncio.TimerHandle | None = None
     _look_timer: asyncio.TimerHandle | None = None
+    _close_timer: asyncio.TimerHandle | None = None  # of a refusal that the client still reads
+    _num_dropped_bytes = 0  # after a refusal
     _num_head_bytes = 0
     _message = 0  # counts headers and ends of messages; odd inside a body
     _num_body_bytes = 0  # bytes of its chunks so far, with their sizes and line ends
@@ -56,16 +59,24 @@ class BoundedProtocol(HttpToolsProtocol):
         self._begin_head()
         if len(self.connections) > most_connections():
             self._refuse(503, "too many connections are open; try again later")
+            self.transport.close()  # waiting for its client would keep it open
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Cancel the timers."""
         self._end_head()
         if self._look_timer is not None:
             self._look_timer.cancel()
+        if self._close_timer is not None:
+            self._close_timer.cancel()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Parse more of a request; refuse large trailers and chunk extensions."""
+        if self._close_timer is not None:
+            self._num_dropped_bytes += len(data)
+            if self._num_dropped_bytes > _MOST_DROPPED_BYTES:
+                self.transport.close()
+            return
         message, num_before = self._message, self._num_body_bytes
         super().data_received(data)
         if message % 2 and message == self._message:  # all of it is of one body
@@ -74,7 +85,7 @@ class BoundedProtocol(HttpToolsProtocol):
                 text = f"trailers and chunk extensions have more than {MOST_HEAD_BYTES:,} bytes"
                 self._refuse(431, text)
                 return
-        if not self._awaits_head() or self.transport.is_closing():
+        if not self._awaits_head() or self._is_ending():
             return
         self._num_head_bytes += len(data)
         if self._head_timer is None:
@@ -110,6 +121,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """The client has ended its sending side; true where it may still read."""
+        if self._close_timer is not None:
+            return None
         if self._awaits_head():
             if self._num_head_bytes:
                 self._refuse(400, "the request ends inside its headers")
@@ -126,6 +139,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def _awaits_head(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
 
+    def _is_ending(self) -> bool:
+        return self._close_timer is not None or self.transport.is_closing()
+
     def _begin_head(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_S, self._on_slow_head)
 
@@ -138,12 +154,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def _on_slow_head(self) -> None:
         if self._num_head_bytes:
             self._refuse(408, f"the headers are not complete after {HEAD_S:g} s")
-        elif not self.transport.is_closing():
+        elif not self._is_ending():
             self.transport.close()
 
     def _probe(self, number: int) -> None:
         """Send bytes without effect, and look soon after whether the connection was reset."""
-        if self.transport.is_closing() or self.cycle.response_complete:
+        if self._is_ending() or self.cycle.response_complete:
             return
         if number % len(_LOOKS_S) == 0:
             self.transport.write(_COMMENT if self.cycle.response_started else _CONTINUE)
@@ -165,17 +181,24 @@ class BoundedProtocol(HttpToolsProtocol):
         return bool(state[0] == _CLOSED)
 
     def _refuse(self, status: int, message: str) -> None:
-        """Answer in place of the app, and close; a request under way on the connection ends."""
+        """Answer in place of the app, and close; a request under way on the connection ends.
+
+        What the client still sends is dropped, within bounds: a connection that is closed with
+        bytes unread is reset, and the client may never read the answer (RFC 9112, 9.6).
+        """
         cycle = self.cycle
         is_free = cycle is None or cycle.response_complete or not cycle.response_started
         if cycle is not None and not cycle.response_complete:
             cycle.disconnected = True
             cycle.message_event.set()
-        if is_free and not self.transport.is_closing():
+        if is_free and not self._is_ending():
             body = msgspec.json.encode(ApiError(status, message, code="invalid_http").body)
             head = f"content-type: {JSON}\r\ncontent-length: {len(body)}\r\nconnection: close\r\n"
             self.transport.write(STATUS_LINE[status] + head.encode() + b"\r\n" + body)
-        self.transport.close()
+            self.transport.write_eof()
+            self._close_timer = self.loop.call_later(_DROP_S, self.transport.close)
+        elif self._close_timer is None:
+            self.transport.close()
 
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
