@@ -2,7 +2,7 @@
 
 Either by public rows. A configuration is a model, card, framework, number type, layout and lengths,
 in one pool and without drafts, that was measured at five or more concurrencies. Three of them,
-spread evenly, are given to `expertlane judge` as measured decode steps: TPOT, at as many sequences,
+spread evenly, are given to the fit as measured decode steps: TPOT, at as many sequences,
 half-way through an output. What prompts add to TPOT is thus part of what is corrected.
 
 Or by results of `expertlane compare`, where each deployment under each workload is a point: all of
@@ -29,9 +29,9 @@ from typing import NamedTuple
 import numpy as np
 from serving_rows import Row, model_of, read_rows
 
-from expertlane.comparison.explained import Floats
-from expertlane.comparison.judge import judge_points
-from expertlane.comparison.judged import (
+from expertlane.comparison.corrections import fit_points
+from expertlane.comparison.fit import Floats
+from expertlane.comparison.points import (
     TIME,
     WHOLE,
     Point,
@@ -100,15 +100,15 @@ def errors(rows: Sequence[Row]) -> tuple[list[float], list[float], str]:
     """Of rows that were not fitted to: without corrections and with; and what was corrected."""
     places = np.linspace(0, len(rows) - 1, _NUM_FITTED).round().astype(int).tolist()
     subject = subject_of(rows[0])
-    found = judge_points(subject, [point_of(rows[place]) for place in places], Progress())
+    found = fit_points(subject, [point_of(rows[place]) for place in places], Progress())
     others = [row for place, row in enumerate(rows) if place not in places]
     reprojection = Reprojection(subject, [point_of(row) for row in others])
     projected = [
         np.exp(reprojection(changes) - reprojection.measured.values) - 1
-        for changes in ({}, reprojection.changes_of(found.corrections))
+        for changes in ({}, reprojection.changes_of(found))
     ]
     before, after = (np.abs(each).tolist() for each in projected)
-    factors = found.corrections.factors.items()
+    factors = found.factors.items()
     return before, after, ", ".join(f"{name} {each.factor:.2f}" for name, each in factors)
 
 
@@ -171,7 +171,7 @@ def judged(
 ) -> tuple[list[Judged], Corrections]:
     """All numbers of all points, by corrections of some of them."""
     own = [point for name in fitted for point in points[name]]
-    found = judge_points(subject, own, Progress()).corrections
+    found = fit_points(subject, own, Progress())
     named = [(name, point) for name, of_name in points.items() for point in of_name]
     every = [point for _, point in named]
     plain, better = (

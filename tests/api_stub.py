@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from expertlane.api import Difference, Judgement, Results, diff, judge, load_results
+from expertlane.api import Corrections, Difference, Results, diff, fit_corrections, load_results
 from expertlane.engine.llm import LLM as _LLM
 from expertlane.errors import ExpertlaneError, RankError, UserError
 from expertlane.spec.deployment import Options

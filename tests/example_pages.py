@@ -81,7 +81,6 @@ def servers() -> Results:
             software=f"vllm 0.3{number}.0",
             command=command,
             kv_tokens=1024 * (1 + number),
-            balance="expertlane balance FILE.pt --ep 2 --num-redundant-experts 2",
         )
         tps = Estimate(1000.0 * (1 + number), 950.0 * (1 + number), 1050.0 * (1 + number))
         serving = (replace(point, output_tps=tps),)

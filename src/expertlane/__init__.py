@@ -1,19 +1,19 @@
 """Run, compare and plan expert-parallel inference of Mixture-of-Experts models.
 
 `compare`, `plan`, `simulate`, `bench`, `drill` and `verify` are the commands of these names for
-Python; `LLM` runs a model; `load_results`, `diff` and `judge` read results, compare two, and judge
-a projection by what was measured. All are imported when first asked for; their signatures are
-in `__init__.pyi`.
+Python; `LLM` runs a model; `load_results` and `diff` read results and compare two;
+`fit_corrections` corrects projections by measurements. All are imported when first asked for; their
+signatures are in `__init__.pyi`.
 """
 
 from expertlane.version import __version__
 
 __all__ = [
     "LLM",
+    "Corrections",
     "Difference",
     "EngineConfig",
     "ExpertlaneError",
-    "Judgement",
     "Options",
     "RankError",
     "Results",
@@ -25,7 +25,7 @@ __all__ = [
     "compare",
     "diff",
     "drill",
-    "judge",
+    "fit_corrections",
     "load_results",
     "plan",
     "simulate",
@@ -34,10 +34,10 @@ __all__ = [
 
 _HOMES = {
     "LLM": "expertlane.engine.llm",
+    "Corrections": "expertlane.cost.laws.corrections",
     "Difference": "expertlane.api",
     "EngineConfig": "expertlane.spec.engine_config",
     "ExpertlaneError": "expertlane.errors",
-    "Judgement": "expertlane.api",
     "Options": "expertlane.spec.deployment",
     "RankError": "expertlane.errors",
     "Results": "expertlane.api",
@@ -48,7 +48,7 @@ _HOMES = {
     "compare": "expertlane.api",
     "diff": "expertlane.api",
     "drill": "expertlane.api",
-    "judge": "expertlane.api",
+    "fit_corrections": "expertlane.api",
     "load_results": "expertlane.api",
     "plan": "expertlane.api",
     "simulate": "expertlane.api",

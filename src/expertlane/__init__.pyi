@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from expertlane.api import Difference, Judgement, Results, diff, judge, load_results
+from expertlane.api import Corrections, Difference, Results, diff, fit_corrections, load_results
 from expertlane.engine.llm import LLM as _LLM
 from expertlane.errors import ExpertlaneError, RankError, UserError
 from expertlane.spec.deployment import Options
@@ -21,10 +21,10 @@ Text = str | int | float | Path | Layout | Sequence[int | float | str]
 
 __all__ = [
     "LLM",
+    "Corrections",
     "Difference",
     "EngineConfig",
     "ExpertlaneError",
-    "Judgement",
     "Options",
     "RankError",
     "Results",
@@ -36,7 +36,7 @@ __all__ = [
     "compare",
     "diff",
     "drill",
-    "judge",
+    "fit_corrections",
     "load_results",
     "plan",
     "simulate",
@@ -105,6 +105,7 @@ def compare(
     skew: float | None = None,
     framework: Text | None = None,
     corrections: str | Path | None = None,
+    fit_corrections: str | Path | None = None,
     slo: Text | Sequence[Text] | None = None,
     engine: Text | Sequence[Text] | None = None,
     url: Text | Sequence[Text] | None = None,
@@ -117,8 +118,6 @@ def compare(
     flush_caches: bool = False,
     start_timeout_s: float = 1200.0,
     request_timeout_s: float | None = None,
-    profile: bool = False,
-    traces: Text | Sequence[Text] | None = None,
     dry_run: bool = False,
     scripts: str | Path | None = None,
     out: str | Path | None = None,
@@ -186,9 +185,11 @@ def compare(
             vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
             scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
             are given.
-        corrections: Corrections file of expertlane judge: factors, fitted to measurements, on
-            links, kernels and overheads, and a routing skew. --skew and --routing-trace take
-            precedence.
+        corrections: Corrections that compare --fit-corrections wrote: factors, fitted to
+            measurements, on links, kernels and overheads, and a routing skew. --skew and
+            --routing-trace take precedence.
+        fit_corrections: Fit corrections to what was measured beside the projection, and write
+            them: for --corrections of plan, simulate and compare.
         slo: Latency objectives, a statistic and its limit each. For example:
             ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or
             p99. Each deployment runs as many sequences as they allow.
@@ -206,11 +207,6 @@ def compare(
             development mode.
         start_timeout_s: Time in which a server must become ready.
         request_timeout_s: Time limit of a request, waiting included.
-        profile: Also trace a short load with torch's profiler, in a separate pass, to split a
-            step's time by cause; and record on SGLang which experts are chosen, for expertlane
-            balance.
-        traces: With --profile: trace this --url too, whose ranks write traces and routing
-            records to this folder.
         dry_run: Only print the commands that start the servers.
         scripts: Also write a batch script for Slurm and a LeaderWorkerSet for Kubernetes there.
             With --dry-run; they start each deployment on the nodes of --cluster.
@@ -303,9 +299,9 @@ def plan(
             vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
             scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
             are given.
-        corrections: Corrections file of expertlane judge: factors, fitted to measurements, on
-            links, kernels and overheads, and a routing skew. --skew and --routing-trace take
-            precedence.
+        corrections: Corrections that compare --fit-corrections wrote: factors, fitted to
+            measurements, on links, kernels and overheads, and a routing skew. --skew and
+            --routing-trace take precedence.
         mtp: Multi-token prediction: N draft tokens per step.
         mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         out: Folder for results.json, the reports and all else that the command writes. None:
@@ -415,9 +411,9 @@ def simulate(
             vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
             scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
             are given.
-        corrections: Corrections file of expertlane judge: factors, fitted to measurements, on
-            links, kernels and overheads, and a routing skew. --skew and --routing-trace take
-            precedence.
+        corrections: Corrections that compare --fit-corrections wrote: factors, fitted to
+            measurements, on links, kernels and overheads, and a routing skew. --skew and
+            --routing-trace take precedence.
         overlap: Two-batch overlap: one half batch computes while the other communicates; auto,
             on real ranks: where faster for a step's number of tokens, timed at startup.
         num_micro_batches: Micro-batches per pipeline step.

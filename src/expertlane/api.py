@@ -20,11 +20,12 @@ from expertlane.cli.diff import THRESHOLD_PERCENT
 from expertlane.cli.option_groups import Fill, call_with
 from expertlane.cli.output import Call, Found, write_beside
 from expertlane.cli.python_options import PythonFunction, PythonOptions, names_itself
-from expertlane.comparison import judge as judging
+from expertlane.comparison import corrections
+from expertlane.cost.laws.corrections import Corrections
 from expertlane.errors import UserError
 from expertlane.progress import Progress
 from expertlane.report.sections import report_of
-from expertlane.report.shown import Difference, Judgement, Results
+from expertlane.report.shown import Difference, Results
 from expertlane.results import file
 from expertlane.results.diff import difference
 from expertlane.results.results import Results as Schema
@@ -32,14 +33,14 @@ from expertlane.spec.files import as_path
 from expertlane.spec.ranges import take, take_flag
 
 __all__ = [
+    "Corrections",
     "Difference",
-    "Judgement",
     "Results",
     "bench",
     "compare",
     "diff",
     "drill",
-    "judge",
+    "fit_corrections",
     "load_results",
     "plan",
     "simulate",
@@ -128,25 +129,27 @@ def diff(
 
 
 @names_itself
-def judge(
-    *results: Schema | str | Path, cluster: str | None = None, of_engine: str | None = None
-) -> Judgement:
-    """Find the wrong assumption of a projection by measurements: `expertlane judge`.
+def fit_corrections(
+    *results: Schema | str | Path, cluster: str | None = None, engine: str | None = None
+) -> Corrections:
+    """The corrections of a projection that fit measured deployments best.
+
+    Their `write` writes the file that `corrections` of plan, simulate and compare takes.
 
     Args:
         results: results, a results.json, or its folder: with measured and projected deployments, or
             one with measured deployments and one of `plan` or `simulate`.
         cluster: the cluster to project on, as `--cluster` takes it; None for the projection's own.
-        of_engine: engine whose deployments are judged; None if only one engine was measured.
+        engine: engine whose deployments are taken; None if only one was measured.
 
     Raises:
         UserError: nothing is measured or projected, models or devices differ, several engines were
             measured, or a file cannot be read.
     """
     if not results:
-        raise UserError("judge: give one or more results")
+        raise UserError("fit_corrections: give one or more results")
     read = [
         each if isinstance(each, Schema) else Results.of(file.read(as_path("results", each)))
         for each in results
     ]
-    return Judgement.of(judging.judge(read, Progress(), cluster, of_engine))
+    return corrections.fit_corrections(read, Progress(), cluster, engine)

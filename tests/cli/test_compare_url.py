@@ -69,9 +69,6 @@ def test_two_servers_with_names(run, fake, tmp_path):
     for command in (["report", folder], ["diff", folder, folder]):
         code, out, err = run(*map(str, command))
         assert code == 0, err
-    code, _, err = run("judge", str(folder))
-    assert (code, err.count("\n")) == (2, 1)
-    assert tells(err, "without an experiment")
 
 
 def tokens(folder):
@@ -195,7 +192,6 @@ MISTAKES = {
     "deployments": ("a={url}", ["--only", "1"], "--only EXPERIMENT"),
     "no engine": ("a={url}", ["--engine-args", "-x"], "--engine-args --engine"),
     "no engine's cache": ("a={url}", ["--kv-tokens", "64"], "--kv-tokens --engine"),
-    "traces alone": ("a={url}", ["--traces", "a=."], "--traces --profile"),
     "no such model": ("a={url}", ["--served-model", "a=none"], "--url a none paper-tiny"),
     "engine": ("a={url}", ["--engine", "vllm"], "--engine vllm EXPERIMENT plan"),
     "ranks": ("a={url}", ["--trace"], "--trace ranks --url"),

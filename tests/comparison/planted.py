@@ -1,16 +1,10 @@
-"""Measured results with a mistake planted: projected under an assumption that a plan lacks.
+"""Measured results with a mistake planted: projected under an assumption that a plan lacks."""
 
-`python tests/comparison/planted.py DIR` writes those that docs/commands/judge.md shows.
-"""
-
-import sys
 from dataclasses import dataclass, replace
 from math import exp, log
-from pathlib import Path
 
 import numpy as np
 
-from expertlane.comparison.judged import HOST_GAPS
 from expertlane.cost.laws.frameworks import Served, cluster_record, conditions_of
 from expertlane.cost.laws.links import ASSUMED_TERMS
 from expertlane.cost.laws.profile import Execution, ModelledCluster, read_profile
@@ -18,7 +12,6 @@ from expertlane.cost.projector import Projector, Setting, StepSize
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.results.estimate import Estimate, Summary
-from expertlane.results.file import write
 from expertlane.results.hardware import Machine
 from expertlane.results.metrics import serving_record
 from expertlane.results.record import (
@@ -138,7 +131,6 @@ class Case:
     prompt_len: int
     has_terms: bool
     seed: int
-    measuring: str = "clock"
 
     @property
     def factor(self):
@@ -166,7 +158,6 @@ def draw(seed, *, has_terms=True):
             int(rng.choice([128, 512, 2048])),
             has_terms,
             seed,
-            str(rng.choice(["clock", "clock", "trace"])) if has_terms else "clock",
         )
         if visible(case):
             return case
@@ -213,21 +204,19 @@ def projector(case, deployment, is_wrong):
 _NAMES = {
     str(ProjectedCause.DISPATCH_COMBINE): str(Cause.DISPATCH_COMBINE),
     str(ProjectedCause.IMBALANCE): str(Cause.WAITING),
-    str(ProjectedCause.LAUNCH): HOST_GAPS,
 }
 
 
 def measured_steps(case, deployment, rng):
-    """Steps by ranks' clocks or traces; times have 2 % of noise, their parts 5 %."""
+    """Steps by ranks' clocks; times have 2 % of noise, their parts 5 %."""
     for size in sizes(case):
         of = projector(case, deployment, True)
         step = of.by_stage(size, of.fastest_mode(size))
-        slow = 1.2 if case.measuring == "trace" else 1.0
         causes = {}
-        for cause, seconds in step.causes_s(case.measuring).items():
+        for cause, seconds in step.causes_s.items():
             name = _NAMES.get(cause, cause)
             causes[name] = causes.get(name, 0.0) + seconds * exp(rng.normal(0, 0.05))
-        seconds = slow * step.seconds * exp(rng.normal(0, 0.02))
+        seconds = step.seconds * exp(rng.normal(0, 0.02))
         total = sum(causes.values())
         num_steps = 20
         yield StepsRecord(
@@ -289,7 +278,7 @@ def results_of(case):
         seen = {}
         if case.has_terms:
             seen["steps"] = tuple(measured_steps(case, deployment, rng))
-        if not case.has_terms or case.measuring == "trace":
+        else:
             seen["serving"] = (measured_serving(case, deployment, rng),)
         records.append(
             DeploymentRecord(
@@ -330,19 +319,3 @@ def results_of(case):
         context=sizes(case)[0].num_cached,
         cluster=cluster_record(cluster, Served(model, TYPES.weights)),
     )
-
-
-SHOWN = Case(
-    "inter_node_link",
-    "large",
-    "h200x16",
-    Execution.GRAPH,
-    ("tp=8,pp=2", "dp=16,ep=16", "tp=4,dp=4,ep=16"),
-    64,
-    512,
-    True,
-    1,
-)
-
-if __name__ == "__main__":
-    print(write(results_of(SHOWN), Path(sys.argv[1])))

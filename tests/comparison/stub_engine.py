@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -11,15 +10,10 @@ import time
 from pathlib import Path
 
 HANG_S = 60.0
-TRACES = Path(__file__).with_name("traces")
-RECORDED = "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR"
-RECORDER_MODES = {"records": "stat", "no recorder": None}  # of servers like SGLang's
 
 
 def engine(name, title):
     """The class, made where expertlane can be imported: servers import none of it."""
-    from dataclasses import replace
-
     from expertlane.comparison.engines.engine import CannotServe, Engine, LaunchCommand
 
     class Stub(Engine):
@@ -29,17 +23,6 @@ def engine(name, title):
                 raise CannotServe("Stub has no such layout (stub.py: Layout)")
             argv = (sys.executable, __file__, str(asked.place.port), behaviour)
             return LaunchCommand((*argv, *asked.arguments), {"STUB": "1"}, {"stub.json": "{}"})
-
-        def profiled(self, start, folder):
-            return None if "ignores SIGTERM" in start.argv else start
-
-        def profile_request(self, folder):
-            return {"output_dir": str(folder)}
-
-        def recorded(self, start, folder):
-            if "RECORD" not in os.environ:
-                return None
-            return replace(start, environment={**start.environment, RECORDED: str(folder)})
 
     Stub.name, Stub.title = name, title
     return Stub
@@ -54,9 +37,6 @@ def __getattr__(name):
 
 
 async def _events(writer, num, behaviour):
-    if Path("record").exists():
-        with Path("record").open("a") as file:
-            file.write("request ")
     if behaviour == "garbage":
         writer.write(b"data: \xff\xfe{not json\n\ndata: {}\n\ndata: [DONE]\n\n")
         return
@@ -93,24 +73,9 @@ async def _answer(reader, writer, behaviour):
         content = b'{"version": "1.2"}'
     elif path == "/v1/models":
         content = b'{"data": [{"id": "model", "owned_by": "stub"}]}'
-    elif path == "/start_profile":
-        Path("asked").write_text(json.loads(body).get("output_dir", "its traces"))
-    elif path in ("/server_info", "/get_server_info") and behaviour in RECORDER_MODES:
-        mode = RECORDER_MODES[behaviour]
-        settings = {"expert_distribution_recorder_mode": mode, "ep_size": 2, "tp_size": 2}
+    elif path in ("/server_info", "/get_server_info") and behaviour == "sglang":
+        settings = {"expert_distribution_recorder_mode": None, "ep_size": 2, "tp_size": 2}
         content = json.dumps(settings | {"api_key": "sk-secret", "max_total_tokens": 512}).encode()
-    elif path.endswith("_expert_distribution_record"):
-        # As SGLang's: what was answered between start and stop goes into the dump.
-        step = path[1:].partition("_")[0]
-        with Path("record").open("a") as file:
-            file.write(f"{step} ")
-        if step == "dump":
-            folder = os.environ.get(RECORDED) or Path("folder of records").read_text()
-            shutil.copy(os.environ["RECORD"], Path(folder, "expert_distribution_recorder_9.pt"))
-    elif path == "/stop_profile":
-        folder = Path(Path("asked").read_text())
-        for each in () if behaviour == "slow" else TRACES.glob("*.json.gz"):
-            shutil.copy(each, folder)
     elif behaviour == "error 500":
         status, content = "500 Internal Server Error", b'{"error": {"message": "worker is lost"}}'
         print("RuntimeError: CUDA error: an illegal memory access", flush=True)

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
 
 from client import vllm_server
 from comparison import stub_engine
@@ -30,7 +29,6 @@ from expertlane.spec.deployment import Deployment
 from expertlane.spec.experiment import Experiment
 from expertlane.spec.from_hf import read_model
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Cause
 from expertlane.spec.workload import Workload
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -95,7 +93,7 @@ def compare(checkpoint, names, tmp_path, repeats=1, *, are_layouts=False, **opti
 DEFAULTS = {
     "engine": None, "url": None, "engine_python": None, "engine_args": None, "tokenizer": None,
     "start_timeout_s": 1200.0, "request_timeout_s": None, "dry_run": False,
-    "profile": False, "traces": None, "scripts": None, "api_key_file": None, "flush_caches": False,
+    "scripts": None, "api_key_file": None, "flush_caches": False,
     "kv_tokens": None, "served_model": None,
 }  # fmt: skip
 
@@ -160,30 +158,6 @@ def test_a_server_that_dies_later_keeps_its_rounds(stub, checkpoint, tmp_path):
     assert "CUDAError: device lost" in found.deployments[0].server.failure
 
 
-def test_causes_come_from_this_run_alone(stub, checkpoint, tmp_path):
-    old = tmp_path / "out" / "servers" / "slow" / "profile-old"
-    old.mkdir(parents=True)
-    for each in stub_engine.TRACES.glob("*.json.gz"):
-        (old / each.name).write_bytes(each.read_bytes())
-    names = ["fast", "slow", "ignores SIGTERM"]  # slow writes no trace, the last one cannot
-    found = compare(checkpoint, names, tmp_path, profile=True)
-    records = {each.name: each for each in found.deployments}
-    decode = records["fast"].decode
-    assert decode is not None
-    assert decode.breakdown_s[Cause.EXPERTS] > 0
-    assert not records["slow"].steps
-    assert not records["ignores SIGTERM"].steps
-    cautions = " ".join(found.cautions)
-    assert "No step times by cause for slow: " in cautions
-    assert (
-        "No step times by cause for ignores SIGTERM: Stub cannot write torch profiler traces."
-        in cautions
-    )
-    file.write(found, tmp_path / "out")
-    assert file.read(tmp_path / "out") == found
-    assert "Where the time goes" in {each.heading for each in report_of(found).sections}
-
-
 def test_two_engines_are_compared_by_the_fastest_of_each(stub, checkpoint, tmp_path):
     found = compare(checkpoint, ["slow", "fast", "refused"], tmp_path, engine=["stub", "other"])
     best = {}
@@ -194,23 +168,6 @@ def test_two_engines_are_compared_by_the_fastest_of_each(stub, checkpoint, tmp_p
     assert [*best] == ["Stub", "Other"]
     (_, second), (_, first) = sorted(best.values())
     assert {(each.name, each.other) for each in found.ratios} == {(first, second)}
-
-
-@pytest.mark.full
-@pytest.mark.timeout(600)
-def test_our_own_servers_tell_their_causes(tmp_path):
-    (folder := tmp_path / "tiny").mkdir()
-    vllm_server.checkpoint(folder)
-    names, given = ["tp=2", "dp=2,ep=2"], {"start_timeout_s": 120.0, "profile": True}
-    given |= {"engine": ["expertlane"], "request_timeout_s": 60.0}
-    found = compare(folder, names, tmp_path, are_layouts=True, **given)
-    assert not [caution for caution in found.cautions if "No step times" in caution]
-    for record in found.deployments:
-        assert not record.server.failure
-        assert "--profile-dir" not in record.server.command  # of the server that was measured
-        for steps in (record.prefill, record.decode):
-            assert steps.breakdown_s[Cause.EXPERTS] > 0
-            assert steps.breakdown_s[Cause.UNKNOWN] == 0
 
 
 def test_two_servers_of_one_name(stub, checkpoint, tmp_path):
@@ -251,7 +208,7 @@ def stubs(kinds, folder):
 
 @pytest.fixture
 def urls(tmp_path):
-    """Two servers that run already: tp=1 and b, which is slow and writes no traces."""
+    """Two servers that run already: tp=1 and b, which is slow."""
     with stubs(("fast", "slow"), tmp_path) as ports:
         yield [f"{name}=127.0.0.1:{port}" for name, port in zip(("tp=1", "b"), ports, strict=True)]
 
@@ -272,26 +229,6 @@ def test_running_servers_by_url(checkpoint, tmp_path, urls):
     assert {each.num_rounds for each in found.ratios} == {2}
 
 
-def test_causes_of_running_servers(checkpoint, tmp_path, urls, monkeypatch):
-    monkeypatch.setattr("expertlane.comparison.profiling._LOOK_S", 0.02)
-    monkeypatch.setattr("expertlane.comparison.profiling._APPEAR_S", 0.5)
-    folder = tmp_path / "its traces"
-    folder.mkdir()
-    given = {"engine": None, "url": urls, "profile": True}
-    found = compare(checkpoint, ["tp=1"], tmp_path, traces=[f"tp=1={folder}"], **given)
-    one, other = found.deployments
-    assert one.decode.breakdown_s[Cause.EXPERTS] > 0
-    assert not other.steps
-    words = "its traces are on its own disk; if that can be read here, give --traces b=DIR."
-    assert f"No step times by cause for b: {words}" in " ".join(found.cautions)
-    # Those are of an earlier run now.
-    found = compare(checkpoint, ["tp=1"], tmp_path, traces=[f"b={folder}"], **given)
-    assert not any(each.steps for each in found.deployments)
-    assert f"No step times by cause for b: no whole traces appeared in {folder}" in " ".join(
-        found.cautions
-    )
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -301,9 +238,6 @@ def test_causes_of_running_servers(checkpoint, tmp_path, urls, monkeypatch):
         ({"engine_python": ["/no/python"]}, "there is no such file"),
         ({"engine_args": ["vllm=--x"]}, "no --engine vllm is given"),
         ({"engine_args": ['--x "y']}, "--engine-args --x .y: a quotation mark is not closed"),
-        ({"traces": ["a=/tmp"]}, "it must be NAME=DIR, of one of --url"),
-        ({"url": ["a=x:1"], "traces": ["a=/no/dir"]}, "there is no such folder"),
-        ({"url": ["a=x:1"], "traces": ["a=/tmp"]}, "--traces needs --profile"),
     ],
 )
 def test_wrong_options(stub, checkpoint, tmp_path, options, message):
@@ -444,96 +378,11 @@ def test_a_budget_that_an_engine_does_not_take(stub, checkpoint, tmp_path):
     assert words in found.cautions
 
 
-# Routing, by the recorder of SGLang
-
-
-@pytest.fixture
-def record(tmp_path, monkeypatch):
-    """A record as SGLang writes it in mode stat: two layers of four experts."""
-    counts = torch.zeros((3, 2, 4), dtype=torch.int32)
-    counts[:, :, :] = torch.tensor([1, 5, 9, 1])
-    path = tmp_path / "record.pt"
-    torch.save({"rank": 0, "logical_count": counts}, path)
-    monkeypatch.setenv("RECORD", str(path))
-    monkeypatch.setattr("expertlane.comparison.profiling._LOOK_S", 0.02)
-    monkeypatch.chdir(tmp_path)
-    return path
-
-
-def test_routing_is_recorded_once_for_an_engine(stub, checkpoint, tmp_path, record):
-    names = ["tp=1", "dp=2,ep=2", "tp=2"]
-    found = compare(checkpoint, names, tmp_path, are_layouts=True, profile=True)
-    routing = {each.name: each.server.routing for each in found.deployments}
-    assert [name for name, path in routing.items() if path] == ["dp=2,ep=2"]
-    server = found.deployments[1].server
-    words = server.balance.split()
-    assert words[:2] == ["expertlane", "balance"]
-    assert words[3:] == ["--ep", "2", "--num-redundant-experts", "2"]
-    assert not words[2].startswith("/"), "relative to where the command was given"
-    # What it records are all requests of a round, and nothing before it.
-    steps = (Path(server.log).parent / "record").read_text().split()
-    assert steps == ["start", *["request"] * 3, "stop", "dump"]
-    assert steps.count("request") == WORKLOAD.num_sequences
-    assert "SGLANG_" not in server.command, "of the server that was measured"
-    command = [sys.executable, "-m", *words, "--json", "--out", "placed"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    total = json.loads(done.stdout)["total"]
-    assert total["after"]["max_over_mean"] < total["before"]["max_over_mean"]
-    file.write(found, tmp_path / "out")
-    assert file.read(tmp_path / "out") == found
-    report = report_of(found)
-    said = " ".join(answer_text(report.answer).replace("\\\n", "").split())
-    assert "What EPLB would bring dp=2,ep=2" in said
-    assert "--ep 2 --num-redundant-experts 2" in said
-    assert any(each.heading == "Routing" for each in report.sections)
-
-
-def test_an_engine_without_a_recorder_says_nothing(stub, checkpoint, tmp_path):
-    found = compare(checkpoint, ["fast"], tmp_path, profile=True)
-    assert not found.deployments[0].server.balance
-    assert "routing" not in " ".join(found.cautions)
-    assert not [*(tmp_path / "out").rglob("routing-*")]
-
-
-def test_a_record_that_holds_nothing_is_a_caution(stub, checkpoint, tmp_path, record):
-    record.write_bytes(b"none")
-    found = compare(checkpoint, ["fast"], tmp_path, profile=True)
-    assert not found.deployments[0].server.balance
-    assert "No routing for fast: " in " ".join(found.cautions)
-
-
-@pytest.fixture
-def sglang_urls(tmp_path, record):
-    """Servers that run already and answer as SGLang: with its recorder, and without."""
-    (folder := tmp_path / "its records").mkdir()
-    (tmp_path / "folder of records").write_text(str(folder))
-    kinds = {"a": "records", "b": "no recorder", "c": "fast"}
-    with stubs(kinds.values(), tmp_path) as ports:
-        yield [f"{name}=127.0.0.1:{port}" for name, port in zip(kinds, ports, strict=True)]
-
-
-def test_routing_of_running_servers(checkpoint, tmp_path, sglang_urls, monkeypatch):
-    monkeypatch.setattr("expertlane.comparison.profiling._APPEAR_S", 0.5)
-    monkeypatch.setattr("expertlane.comparison.profiling._GUESSED_S", 0.1)
-    given = {"engine": None, "url": sglang_urls, "profile": True}
-    folder = tmp_path / "its records"
-    found = compare(checkpoint, ["tp=1"], tmp_path, traces=[f"a={folder}"], **given)
-    one, without, other = found.deployments
-    path = "'its records/expert_distribution_recorder_9.pt'"
-    assert one.server.balance == f"expertlane balance {path} --ep 2 --num-redundant-experts 2"
-    assert (without.server.balance, other.server.balance) == ("", "")
-    cautions = " ".join(found.cautions)
-    words = "start SGLang with --expert-distribution-recorder-mode stat to record it"
-    assert f"No routing for b: {words}." in cautions
-    assert "No routing for c" not in cautions
-    # Nobody was asked to record who could not: that ends some versions of SGLang.
-    steps = (tmp_path / "record").read_text().split()
-    assert [each for each in steps if each != "request"] == ["start", "stop", "dump"]
+def test_settings_that_sglang_gives(checkpoint, tmp_path):
+    with stubs(("sglang", "fast"), tmp_path) as ports:
+        urls = [f"{name}=127.0.0.1:{port}" for name, port in zip("ab", ports, strict=True)]
+        found = compare(checkpoint, ["tp=1"], tmp_path, engine=None, url=urls)
+    one, other = found.deployments
     assert one.server.settings["max_total_tokens"] == "512"
+    assert not other.server.settings
     assert "sk-secret" not in repr(found)
-    # That file is of an earlier run now, and the folder of a further one is not known.
-    found = compare(checkpoint, ["tp=1"], tmp_path, **given)
-    assert found.deployments[0].server.balance.split()[2] == "FILE.pt"
-    text = answer_text(report_of(found).answer)
-    assert "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR" in text
-    assert len(text.splitlines()) <= 40

@@ -13,7 +13,6 @@ from expertlane.cli.diff import diff
 from expertlane.cli.drill import drill
 from expertlane.cli.generate import generate
 from expertlane.cli.help import Command, Group
-from expertlane.cli.judge import judge
 from expertlane.cli.list import app as list_app
 from expertlane.cli.plan import plan
 from expertlane.cli.report import report
@@ -40,7 +39,6 @@ for _command, _help in {
     simulate: "Project one deployment on target hardware; needs no GPU.",
     balance: "Place experts on ranks by the load in a routing trace.",
     calibrate: "Measure this machine, to plan and simulate for it.",
-    judge: "Find the wrong assumption of a projection by measurements, and correct it.",
     diff: "Say what changed between two results; exit code 1 on a regression.",
     report: "Show a results.json again, and write its pages.",
 }.items():

@@ -1,7 +1,7 @@
 """`expertlane compare`: run an experiment's deployments in turn, and show them side by side."""
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -113,6 +113,8 @@ def compare(
           each deployment as a server of each engine, started and stopped here
       expertlane compare paper --project
           the paper's experiment on a modelled cluster of 16 H100
+      expertlane compare mine.toml --project --fit-corrections mine-fit.toml
+          and correct later projections by what was measured
       expertlane compare --json | jq '.deployments[].steps[] | .phase, .tps.value'
           for other programs
       torchrun --nnodes 2 --nproc-per-node 1 … -m expertlane compare
@@ -153,6 +155,8 @@ def run(
             yield from _running(own, traffic, projection, servers, call)
             return
         named = named_experiment(experiment, servers, traffic)
+        if projection.fit_corrections is not None and len(servers.engines()) > 1:
+            raise UserError("--fit-corrections is of one engine; give one --engine")
         yield from _on_servers(named, own, projection, servers, call)
         return
     if unused := [each for each in given(servers) if each != "--engine"]:
@@ -167,6 +171,8 @@ def run(
     virtual = time.settings()
     if own.resume:
         _check_resumable(comparisons, virtual)
+    if projection.fit_corrections is not None and len(comparisons) > 1:
+        raise UserError("--fit-corrections takes one comparison; give one --experts-per-token")
     for each in comparisons:
         check_experiment(each.experiment, is_modelled=not is_run_here)
         if virtual is not None:
@@ -183,13 +189,16 @@ def run(
         reason = _why_not_here(comparisons, dtype)
     if reason is not None and not projection.project:
         raise UserError(reason)
+    if reason is not None and projection.fit_corrections is not None:
+        raise UserError(f"--fit-corrections needs measurements, but {reason}")
     if reason is None:
         _check_checkpoint(comparisons, launch.ignore_unused_tensors)
         try:
-            yield from _measure(comparisons, own, call.command, virtual, launch, dtype)
+            yield from _measure(comparisons, own, call.command, virtual, launch, projection, dtype)
             return
         except CapacityError as error:
-            if not projection.project or comparisons[0].is_measured:
+            is_fit = projection.fit_corrections is not None
+            if not projection.project or is_fit or comparisons[0].is_measured:
                 raise
             reason = str(error)
     for each in comparisons:
@@ -248,7 +257,9 @@ def _on_servers(
     results = compare_servers(
         each.experiment, servers, repeats, own.dtype, each.folder, call.command, ended
     )
-    yield output.Found(results if projected is None else results.beside(projected), each.folder)
+    if projected is not None:
+        results = results.beside(projected)
+    yield output.Found(results, each.folder, partial(projection.write_fit, results))
     for error in ended:
         raise error
 
@@ -320,6 +331,7 @@ def _measure(
     command: str,
     virtual: "VirtualSettings | None",
     launch: LaunchOptions,
+    projection: ProjectionOptions,
     dtype: Dtype | None,
 ) -> Iterator[output.Found]:
     """Run all on the same ranks.
@@ -330,7 +342,6 @@ def _measure(
     from expertlane.comparison.run import check_memory, run_comparison
     from expertlane.comparison.turns import Repeats
     from expertlane.engine.launch import start_pool
-    from expertlane.results.timeline import write_traces
 
     num_ranks = max(each.experiment.num_ranks for each in comparisons)
     with output.task_on_stderr(f"starting {num_ranks} ranks"):
@@ -366,9 +377,22 @@ def _measure(
             if own.traffic:
                 results = results.with_traffic()
             each.is_measured = True
-            folder = each.folder
-            also = tuple if folder is None else partial(write_traces, traces, folder)
-            yield output.Found(results, folder, also)
+            yield output.Found(
+                results, each.folder, partial(_write_more, results, traces, each.folder, projection)
+            )
+
+
+def _write_more(
+    results: "Results",
+    traces: "Mapping[str, Sequence[StepRecord]]",
+    folder: Path | None,
+    projection: ProjectionOptions,
+) -> Sequence[Path]:
+    """Write Chrome traces, where there is a folder, and corrections, where they are asked for."""
+    from expertlane.results.timeline import write_traces
+
+    written = () if folder is None else write_traces(traces, folder)
+    return (*written, *projection.write_fit(results))
 
 
 def _check_resumable(comparisons: list[_Comparison], virtual: "VirtualSettings | None") -> None:

@@ -1,6 +1,7 @@
 """The options of `expertlane compare`: what is measured, virtual time, and a projection."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -21,12 +22,13 @@ from expertlane.cli.options import (
     skew_option,
     trace_option,
 )
-from expertlane.errors import UserError
+from expertlane.errors import UserError, naming
 from expertlane.spec.names import Dtype
 from expertlane.spec.ranges import DEFAULT_REPEAT
 
 if TYPE_CHECKING:
     from expertlane.comparison.virtual import VirtualSettings
+    from expertlane.results.results import Results
     from expertlane.spec.experiment import Experiment, Projection
 
 DEFAULT_PROFILE = "h100"
@@ -161,6 +163,14 @@ class ProjectionOptions:
     skew: float | None = skew_option()
     framework: str | None = framework_option()
     corrections: Path | None = corrections_option()
+    fit_corrections: Path | None = typer.Option(
+        None,
+        metavar="FILE",
+        show_default="none",
+        help="Fit corrections to what was measured beside the projection, and write them: for "
+        "--corrections of plan, simulate and compare.",
+        rich_help_panel=Panel.MODELLED,
+    )
     slo: list[str] | None = slo_option(
         "Each deployment runs as many sequences as they allow.", rich_help_panel=Panel.MODELLED
     )
@@ -180,8 +190,24 @@ class ProjectionOptions:
             UserError: one is given.
         """
         unused = [each for each in self.given if each not in needless]
+        if self.fit_corrections is not None:
+            unused.append("fit-corrections")
         if unused and not self.project:
             raise UserError(f"--{unused[0]} needs a projection; add --project")
+
+    def write_fit(self, results: "Results") -> Sequence[Path]:
+        """Fit corrections to measured and projected deployments; return the file, if asked for.
+
+        Raises:
+            UserError: nothing was measured that is projected too, or the file cannot be written.
+        """
+        from expertlane.cli.output import progress_on_stderr
+        from expertlane.comparison.corrections import fit_corrections
+
+        if self.fit_corrections is None:
+            return ()
+        with naming("--fit-corrections"), progress_on_stderr() as progress:
+            return (fit_corrections([results], progress).write(self.fit_corrections),)
 
     @property
     def given(self) -> dict[str, Any]:

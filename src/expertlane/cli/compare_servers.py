@@ -116,19 +116,6 @@ class ServerOptions:
         help="Time in which a server must become ready.",
     )
     request_timeout_s: float | None = request_timeout_option("600", panel=Panel.MORE_SERVER)
-    profile: bool = typer.Option(
-        False,
-        rich_help_panel=Panel.MORE_SERVER,
-        help="Also trace a short load with torch's profiler, in a separate pass, to split a step's "
-        "time by cause; and record on SGLang which experts are chosen, for expertlane balance.",
-    )
-    traces: list[str] | None = typer.Option(
-        None,
-        metavar="NAME=DIR",
-        rich_help_panel=Panel.MORE_SERVER,
-        help="With --profile: trace this --url too, whose ranks write traces and routing records "
-        "to this folder.",
-    )
     dry_run: bool = typer.Option(
         False,
         rich_help_panel=Panel.MORE_SERVER,
@@ -232,29 +219,6 @@ class ServerOptions:
             raise UserError(f"--api-key-file: {path} has {len(keys)} keys; one is needed")
         return next(iter(api_keys(keys)), None)
 
-    def traces_of(self, names: Collection[str]) -> dict[str, Path]:
-        """The folders to which servers that run already write traces, by name.
-
-        Args:
-            names: of those servers.
-
-        Raises:
-            UserError: one is of no such server, or no folder, or nothing is profiled.
-        """
-        found: dict[str, Path] = {}
-        for text in self.traces or ():
-            named = [name for name in names if text.startswith(f"{name}=")]
-            if not named:
-                raise UserError(f"--traces is {text!r}; it must be NAME=DIR, of one of --url")
-            name = max(named, key=len)
-            folder = Path(text.removeprefix(f"{name}="))
-            if not folder.is_dir():
-                raise UserError(f"--traces {text}: there is no such folder")
-            found[name] = folder
-        if found and not self.profile:
-            raise UserError("--traces needs --profile")
-        return found
-
     def for_engine(self, option: str, engine: str) -> str | None:
         """The last value of `--engine-python` or `--engine-args` for an engine; None without one.
 
@@ -327,7 +291,6 @@ def compare_servers(
     from expertlane.comparison.servers_in_turns import measure_servers
 
     targets = options.targets()
-    traces = options.traces_of(targets)
     engines = [launcher_of(each, experiment, options, dtype) for each in options.engines()]
     workload = experiment.workload
     asked = _asked(workload.load, workload.seed, options, vocabulary_of(experiment, options))
@@ -338,9 +301,7 @@ def compare_servers(
         types = dtype or experiment.model.own_dtype or "bfloat16"
         return measure_servers(
             *(experiment, engines, targets, setting, repeats, command, types),
-            profile=options.profile,
             ended=ended,
-            traces=traces,
         )
 
 
@@ -371,7 +332,6 @@ def compare_running(
     if seed is None:
         seed = randbelow(_SEEDS)  # a fixed one's prompts may be in prefix caches from last time
     targets = options.targets(model)
-    traces = options.traces_of(targets)
     vocabulary = _given_tokenizer(options)
     if vocabulary is None and model is not None:
         vocabulary = Vocabulary.of_name(model)
@@ -380,9 +340,7 @@ def compare_running(
     with _setting(asked, options, folder) as setting:
         return measure_running(
             *(targets, setting, workload, repeats, command),
-            profile=options.profile,
             ended=ended,
-            traces=traces,
         )
 
 

@@ -192,8 +192,6 @@ class _Start:
             tokenizer=None,
             start_timeout_s=self.start_timeout_s,
             request_timeout_s=None,
-            profile=False,
-            traces=None,
             scripts=None,
             api_key_file=None,
             flush_caches=False,

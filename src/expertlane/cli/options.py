@@ -435,13 +435,14 @@ def framework_option() -> Any:
 
 
 def corrections_option() -> Any:
-    """The corrections that `expertlane judge` fitted."""
+    """The corrections that `compare --fit-corrections` fitted."""
     return typer.Option(
         None,
         metavar="FILE",
         show_default="none",
-        help="Corrections file of expertlane judge: factors, fitted to measurements, on links, "
-        "kernels and overheads, and a routing skew. --skew and --routing-trace take precedence.",
+        help="Corrections that compare --fit-corrections wrote: factors, fitted to measurements, "
+        "on links, kernels and overheads, and a routing skew. --skew and --routing-trace take "
+        "precedence.",
         rich_help_panel=Panel.MODELLED,
     )
 

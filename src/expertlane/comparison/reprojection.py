@@ -1,9 +1,9 @@
-"""Project measured deployments again, under changed assumptions: the numbers that `judge` compares.
+"""Project measured deployments again, under changed assumptions, for the fit of corrections.
 
 These numbers of a deployment are compared, as logarithms:
 
 - the time of its decode steps and of its prefill steps;
-- the parts of these times by cause, if ranks' clocks or a profiler's trace have them;
+- the parts of these times by cause, if ranks' clocks have them;
 - TPOT, TTFT and tokens/s of a load. They are simulated without changes, and for some changes of
   the admission of requests. The effect of other changes is estimated from the times of the load's
   steps, since a simulation is a thousand times as expensive. Corrections are checked by another
@@ -22,11 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from expertlane.comparison.explained import Floats, Measured
-from expertlane.comparison.judged import (
+from expertlane.comparison.fit import Floats, Measured
+from expertlane.comparison.points import (
     COMPUTING,
     EXPERTS_LOAD,
-    HOST_GAPS,
     NUM_SAMPLED_LAYERS,
     OF_COMPUTING,
     TIME,
@@ -250,7 +249,7 @@ class Reprojection:
 
     @staticmethod
     def _compared(step: StepPoint) -> list[str]:
-        known = {*map(str, Cause), COMPUTING, HOST_GAPS}
+        known = {*map(str, Cause), COMPUTING}
         return [name for name in step.terms_s if name in known]
 
     @staticmethod
@@ -258,13 +257,9 @@ class Reprojection:
         return _SMALL * step.seconds.value
 
     def terms(self, place: int, step: StepPoint, changes: Mapping[str, float]) -> dict[str, float]:
-        """Projected seconds of a step, by the causes that were measured; profiled: as shares."""
+        """Projected seconds of a step, by the causes that were measured."""
         projected = self.step(place, step.size, changes)
-        found = joined(projected.causes_s("trace" if step.is_profiled else "clock"))
-        if step.is_profiled:  # the profiler's slowdown is unknown, so only shares compare
-            found = {
-                name: each * step.seconds.value / projected.seconds for name, each in found.items()
-            }
+        found = joined(projected.causes_s)
         if COMPUTING in step.terms_s:
             parts = [found.pop(name, 0.0) for name in OF_COMPUTING]
             found[COMPUTING] = found.get(COMPUTING, 0.0) + sum(parts)

@@ -7,7 +7,7 @@ server fails, its record has the reason.
 import asyncio
 import re
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,6 @@ from expertlane.results.record import (
     EXPERIMENT,
     DeploymentRecord,
     ServerRecord,
-    StepsRecord,
 )
 from expertlane.spec.deployment import Deployment
 from expertlane.spec.workload import Load
@@ -55,19 +54,6 @@ HOST = "127.0.0.1"
 _MOST_VALUE = 200  # letters of a setting
 _READY_S = 5.0  # timeout of one readiness request
 _FOLDER = re.compile(r"[^A-Za-z0-9._=-]+")
-
-
-@dataclass(frozen=True)
-class RoutingFile:
-    """A record of a server's routing.
-
-    Attributes:
-        balance: the command of `balance` that reads it.
-        path: the file; None if it is on the server's own disk.
-    """
-
-    balance: str
-    path: Path | None
 
 
 @dataclass(frozen=True)
@@ -116,7 +102,6 @@ class MeasuredServer:
         deployment: None for a server whose layout is unknown.
         engines: None for a server that runs already.
         target: the server's address; None until it is started.
-        traces: folder to which a running server's ranks write traces; None if it is unknown.
         rounds: completed rounds, in order.
         failure: why it is not measured any more; empty while it is.
         measured_s: seconds of all rounds.
@@ -124,10 +109,6 @@ class MeasuredServer:
         seen: the server as the client found it last.
         started: its command; None for a server that runs already.
         log: its log file.
-        steps: step times by cause, if it was profiled.
-        why_no_causes: why profiling failed; else empty.
-        routing: the record of its routing, if there is one.
-        why_no_routing: why recording its routing failed; else empty.
         settings: settings that it tells, if it runs already; None unless it is SGLang.
         is_unflushed: whether its prefix cache could not be emptied, though that was asked.
     """
@@ -138,7 +119,6 @@ class MeasuredServer:
     deployment: Deployment | None = None
     engines: EngineLauncher | None = None
     target: Target | None = None
-    traces: Path | None = None
     rounds: list[Round] = field(default_factory=list, init=False)
     failure: str = field(default="", init=False)
     measured_s: float = field(default=0.0, init=False)
@@ -146,10 +126,6 @@ class MeasuredServer:
     seen: Server | None = field(default=None, init=False)
     started: LaunchCommand | None = field(default=None, init=False)
     log: Path | None = field(default=None, init=False)
-    steps: Sequence[StepsRecord] = field(default=(), init=False)
-    why_no_causes: str = field(default="", init=False)
-    routing: "RoutingFile | None" = field(default=None, init=False)
-    why_no_routing: str = field(default="", init=False)
     settings: Mapping[str, Any] | None = field(default=None, init=False)
     is_unflushed: bool = field(default=False, init=False)
 
@@ -241,7 +217,6 @@ class MeasuredServer:
             source="measured",
             is_baseline=deployment is not None and deployment.is_baseline,
             roles=(EXPERIMENT,),
-            steps=tuple(self.steps),
             serving=() if serving is None else (serving,),
             server=ServerRecord(
                 engine=self.engines.engine.title if self.engines else "",
@@ -253,8 +228,6 @@ class MeasuredServer:
                 start_s=tuple(self.start_s),
                 failure=self.failure,
                 log=str(self.log) if self.log else "",
-                balance=self.routing.balance if self.routing else "",
-                routing=str(self.routing.path) if self.routing and self.routing.path else "",
                 kv_tokens=self.seen.watch.kv_tokens if self.seen and self.seen.watch else None,
                 settings={
                     name: printable(str(value))[:_MOST_VALUE]
@@ -283,16 +256,8 @@ class RunningServer:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def ensure(
-        self,
-        served: MeasuredServer,
-        changed: Callable[[LaunchCommand], LaunchCommand | None] | None = None,
-    ) -> bool:
+    def ensure(self, served: MeasuredServer) -> bool:
         """Start a deployment's server unless it runs; return whether it was started.
-
-        Args:
-            changed: changes its command, for a pass of its own: the server is started anew, or not
-                at all where it gives None.
 
         Raises:
             CannotServe: the engine cannot run the deployment.
@@ -302,18 +267,12 @@ class RunningServer:
         if engines is None:
             self.stop()  # no server runs here while one at a URL is measured
             return False
-        if served is self._served and changed is None:
+        if served is self._served:
             return False
         assert deployment is not None, "what is started has a layout"
         self.stop()
         port = free_port()
-        start = engines.start(deployment, port)
-        if changed is None:
-            served.started = start
-        elif (other := changed(start)) is None:
-            return False
-        else:
-            start = other
+        start = served.started = engines.start(deployment, port)
         self._process = ServerProcess(
             *(start.argv, start.environment, served.folder, start.files),
             setting.server_cores if setting.client_cores else (),
@@ -321,9 +280,9 @@ class RunningServer:
         self._served, served.log = served, self._process.log
         url = Url(HOST, port, False, "")
         path = engines.engine.ready_path
-        start_s = self._process.wait_until(lambda: is_ready(url, path), setting.start_timeout_s)
-        if changed is None:
-            served.start_s.append(start_s)
+        served.start_s.append(
+            self._process.wait_until(lambda: is_ready(url, path), setting.start_timeout_s)
+        )
         served.target = Target(url)
         return True
 

@@ -7,7 +7,6 @@ before the next one starts. A server that fails is a record; the others are stil
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from expertlane.client.connection import (
     Connections,
@@ -26,7 +25,6 @@ from expertlane.client.server import (
     sglang_settings,
 )
 from expertlane.comparison.engines.engine import Engine
-from expertlane.comparison.profiling import profile_steps, record_routing
 from expertlane.comparison.served import EngineLauncher, MeasuredServer, RunningServer, Setting
 from expertlane.comparison.turns import Repeats, measure_in_turns
 from expertlane.errors import ExpertlaneError, TerminatedError, UserError, naming
@@ -46,16 +44,14 @@ def measure_running(
     repeats: Repeats,
     command: str,
     *,
-    profile: bool = False,
     ended: list[BaseException] | None = None,
-    traces: Mapping[str, Path] | None = None,
 ) -> Results:
     """Measure servers that run already, without an experiment.
 
     Args:
         targets: servers, by name.
         workload: the load, as results of `bench` have it.
-        profile, ended, traces: as in `measure_servers`.
+        ended: as in `measure_servers`.
 
     Raises:
         UserError: a server does not answer, or refuses.
@@ -66,8 +62,6 @@ def measure_running(
             MeasuredServer(name, setting, up, None, None, each) for name, each in targets.items()
         ]
         compared = _in_turns(own, setting, repeats, up, ended)
-        if profile:
-            _profile(own, ended, traces or {})
     models = dict.fromkeys(each.seen.model for each in own if each.seen is not None)
     question = {"model": " and ".join(models), "workload": dict(workload)}
     return _results(question, own, compared, setting, command, ended)
@@ -82,9 +76,7 @@ def measure_servers(
     command: str,
     dtype: str,
     *,
-    profile: bool = False,
     ended: list[BaseException] | None = None,
-    traces: Mapping[str, Path] | None = None,
 ) -> Results:
     """Measure the experiment's deployments on each engine, and servers that run already.
 
@@ -92,8 +84,6 @@ def measure_servers(
         targets: servers that run already, by name; a deployment's name means that the server has
             that deployment's layout.
         dtype: number type of weights in the engines' commands.
-        profile: also trace each server, for step times by cause, and record routing.
-        traces: folders to which running servers write traces, by name.
         ended: gets the exception of a signal that ends the measurement early, if there are
             results; None to raise it, and lose them.
 
@@ -107,8 +97,6 @@ def measure_servers(
         if twice := [name for name in names if names.count(name) > 1]:
             raise UserError(f"two servers would be called {twice[0]!r}; give --url another name")
         compared = _in_turns(own, setting, repeats, up, ended)
-        if profile:
-            _profile(own, ended, traces or {})
     question = {"experiment": experiment.question, "workload": _lengths(experiment.workload)}
     machine = this_machine(experiment.num_ranks, dtype) if engines else None
     return _results(question, own, compared, setting, command, ended, machine)
@@ -145,23 +133,6 @@ def _in_turns(
         reasons = "; ".join(f"{each.name}: {each.failure}" for each in own)
         raise ExpertlaneError(f"no deployment could be measured: {reasons}")
     return compared
-
-
-def _profile(
-    own: Sequence[MeasuredServer], ended: list[BaseException] | None, traces: Mapping[str, Path]
-) -> None:
-    """Profile all servers, unless measuring ended early; a signal ends it too."""
-    for each in own:
-        each.traces = traces.get(each.name) if each.engines is None else None
-    try:
-        for each in () if ended else own:
-            profile_steps(each)
-        if not ended:
-            record_routing(own)
-    except (KeyboardInterrupt, TerminatedError) as error:
-        if ended is None:
-            raise
-        ended.append(error)
 
 
 @contextmanager
@@ -299,13 +270,6 @@ def _cautions(own: Sequence[MeasuredServer], setting: Setting) -> Iterator[str]:
             f"The client shares the {len(own_cores())} cores with the servers, too few to have its "
             f"own, and uses {max(shares):.0%} of one."
         )
-    for what, field in (("step times by cause", "why_no_causes"), ("routing", "why_no_routing")):
-        reasons: dict[str, list[str]] = {}
-        for each in own:
-            if why := getattr(each, field):
-                reasons.setdefault(why, []).append(each.name)
-        for why, names in reasons.items():
-            yield f"No {what} for {', '.join(names)}: {why}."
     if setting.kv_tokens is not None:
         without = [
             each.name for each in own if each.engines and not each.engines.engine.takes_kv_tokens

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -16,7 +16,6 @@ from expertlane.cost.timeline import LogTable, Span, StepTimes
 from expertlane.results.metrics import CAUSE_OF_STAGE
 from expertlane.spec.names import Cause, ProjectedCause, Stage
 
-Measuring = Literal["clock", "trace"]
 _CAUSES = list(dict.fromkeys([*map(str, ProjectedCause), *map(str, Cause)]))
 _INDEX = {cause: place for place, cause in enumerate(_CAUSES)}
 CAUSE_OF_TRANSFER = {
@@ -64,13 +63,10 @@ class BreakdownTable:
         device: its datasheet.
         types: number types that operations compute in; utilisation is of the weights' peak.
         by_stage: operations by the stage that they are measured in (`Cause`), with what transfers
-            beside them add, in place of what bounds them. By a rank's clock, launches are part of
-            the stage too; in a profiler's trace they are gaps.
+            beside them add and launches, as a rank's clock sees them, in place of what bounds them.
     """
 
-    def __init__(
-        self, device: Device, types: NumberTypes, *, by_stage: Measuring | None = None
-    ) -> None:
+    def __init__(self, device: Device, types: NumberTypes, *, by_stage: bool = False) -> None:
         self._device = device
         self._types = types
         self._by_stage = by_stage
@@ -152,13 +148,12 @@ class BreakdownTable:
             travelled_s = np.minimum(waited_s, (source.sent - source.sending)[LIKELY])
             spent[_INDEX[ProjectedCause.HAND_OVER]] += travelled_s
             spent[_INDEX[ProjectedCause.PIPELINE_BUBBLE]] += waited_s - travelled_s
-        by_clock = self._by_stage == "clock"
-        of_graph = Cause.HEAD if by_clock else ProjectedCause.LAUNCH
+        of_graph = Cause.HEAD if self._by_stage else ProjectedCause.LAUNCH
         spent[_INDEX[of_graph]] += (span.launched - span.arrived)[LIKELY]
         table = LogTable(span.log, num_ranks)
         # Until a step could begin; a call's overhead in series is in an operation's seconds.
         launch_s = table.column("start") - table.column("begin")
-        if by_clock:
+        if self._by_stage:
             for stage in np.unique(table.stages):
                 own = table.stages == stage
                 cause = CAUSE_OF_STAGE[Stage(stage)]

@@ -29,7 +29,6 @@ import numpy as np
 from expertlane.cost.breakdown import (
     Breakdown,
     BreakdownTable,
-    Measuring,
     basis_shares,
     floor_s,
 )
@@ -232,19 +231,20 @@ class StepSize:
 
 @dataclass(frozen=True, eq=False)
 class StepByStage:
-    """A projected step as a measured one is told.
+    """A projected step, split by cause as a rank's clock splits a measured one.
 
     Attributes:
         seconds: of the step, or round.
     """
 
     seconds: float
-    _shares: Callable[[Measuring], Mapping[str, float]]
+    _shares: Callable[[], Mapping[str, float]]
     _works: Sequence[_Work]
 
-    def causes_s(self, measuring: Measuring) -> Mapping[str, float]:
+    @property
+    def causes_s(self) -> Mapping[str, float]:
         """Seconds by `Cause`, and by causes of `ProjectedCause` that have other names there."""
-        shares = self._shares(measuring).items()
+        shares = self._shares().items()
         return {cause: self.seconds * share for cause, share in shares if share}
 
     def timed(self) -> Iterator[tuple[Operation | Transfer | None, Times]]:
@@ -314,8 +314,8 @@ class Projector:
         ran = self._rounds(works, timeline, self._terms)
         seconds = float(_last_round_s(ran, works)[LIKELY])
 
-        def shares(measuring: Measuring) -> Mapping[str, float]:
-            return self._explained(ran, works, measuring).shares
+        def shares() -> Mapping[str, float]:
+            return self._explained(ran, works, by_stage=True).shares
 
         return StepByStage(seconds, shares, works)
 
@@ -467,7 +467,7 @@ class Projector:
         self,
         ran: Sequence[tuple[StepTimes, int]],
         works: Sequence[object],
-        by_stage: Measuring | None = None,
+        by_stage: bool = False,
     ) -> Breakdown:
         """The last round, as it is measured: with the driver's time since the step before it.
 

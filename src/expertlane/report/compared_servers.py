@@ -5,15 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from expertlane.report.answer import short
 from expertlane.report.charts.bars import FASTER, SLOWER, Bar, throughput_chart
-from expertlane.report.compared import Row, step_difference
 from expertlane.report.differences import differs_in, table_of
 from expertlane.report.document import (
     Answer,
     Chart,
     Column,
-    Commands,
     Figure,
     Heading,
     Section,
@@ -32,12 +29,9 @@ from expertlane.report.numbers import (
     low_high,
     low_high_compact,
     milliseconds,
-    percent,
     shortened,
-    signed,
     whole,
 )
-from expertlane.report.plots import causes as cause_charts
 from expertlane.report.servers import (
     FAILED,
     OF_CLIENT,
@@ -50,21 +44,12 @@ from expertlane.report.servers import (
 )
 from expertlane.report.serving import latency
 from expertlane.report.setup import cautions
-from expertlane.report.speed import causes
 from expertlane.results.estimate import LEAST_RUNS, Estimate, Summary
 from expertlane.results.record import DeploymentRecord, RatioRecord
 from expertlane.results.results import Results
-from expertlane.spec.names import Phase
 
 _MOST_FAILURE = 240  # letters
 _MOST_NAME = 30
-_MOST_CAUSES = 6
-_MOST_COMMANDS = 2
-_RANDOM = "prompts were random, your own are routed otherwise"
-_FILE_PT = (
-    "FILE.pt: the newest expert_distribution_recorder_*.pt of that server, in "
-    "SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR, by default /tmp"
-)
 
 
 def _measured(results: Results) -> Results:
@@ -171,8 +156,7 @@ def servers_answer(name: str, results: Results) -> Answer:
     notes += _of_ratios(results)
     notes.append(("Confidence", _certainty(records)))
     said = Table("", (Heading("", False), Heading("", False)), tuple(notes))
-    why = filter(None, (_why(results), _routing_figure(records)))
-    return Answer(setting, _verdict(results), (_table(records, base), *why, said))
+    return Answer(setting, _verdict(results), (_table(records, base), said))
 
 
 def _load_words(results: Results, of: DeploymentRecord) -> str:
@@ -189,56 +173,6 @@ def _load_words(results: Results, of: DeploymentRecord) -> str:
 
 def _len(text: str) -> str:
     return "–".join(f"{int(each):,}" for each in text.split(":"))
-
-
-def _why(results: Results) -> Figure | None:
-    """Difference of a decode step by cause, of the two deployments in the first sentence.
-
-    None unless both were profiled.
-    """
-    by_name = {each.name: each for each in results.select("measured")}
-    if not results.ratios:
-        return None
-    names = results.ratios[0].name, results.ratios[0].other
-    steps = [by_name[name].decode for name in names]
-    if None in steps:
-        return None
-    one, other = (
-        Row(None, by_name[name], step) for name, step in zip(names, steps, strict=True) if step
-    )
-    found = step_difference(other, one)
-    title = (
-        f"Why, ms per decode step, profiled: {other.name} {figures(found.slower_ms)} → {one.name} "
-        f"{figures(found.faster_ms)}"
-    )
-    words = (f"{short(cause)} {signed(ms)}" for cause, ms in found.causes[:_MOST_CAUSES])
-    return Figure("", (title, "  " + "   ".join(words)))
-
-
-def _routing_figure(records: Sequence[DeploymentRecord]) -> Figure | None:
-    """The commands that read recorded routing; None if none was recorded."""
-    own = [each for each in records if each.server is not None and each.server.balance]
-    if not own:
-        return None
-    lines: list[str] = []
-    commands = dict.fromkeys(each.server.balance for each in own if each.server)
-    for command in [*commands][:_MOST_COMMANDS]:
-        before, mark, options = command.partition(" --ep ")
-        lines += [f"  {before} \\", f"     {mark}{options}"]  # as a shell takes it
-    where = [] if all(each.server and each.server.routing for each in own) else [f"  {_FILE_PT}"]
-    return Figure("", (f"What EPLB would bring {own[0].name}; {_RANDOM}:", *lines, *where))
-
-
-def _routing(records: Sequence[DeploymentRecord]) -> Iterator[str | Commands]:
-    """The commands that read recorded routing, server by server."""
-    own = [each for each in records if each.server is not None and each.server.balance]
-    for each in own:
-        assert each.server is not None, "it has a record"
-        where = () if each.server.routing else (_FILE_PT,)
-        command = Figure("", (each.server.balance,))
-        yield Commands(f"What EPLB would bring {each.name}", (command, *where))
-    if own:
-        yield f"{_RANDOM[0].upper()}{_RANDOM[1:]}."
 
 
 def _bars(results: Results) -> Chart | None:
@@ -266,41 +200,6 @@ def _latencies(results: Results) -> Chart | None:
     if not 1 < len(answered.deployments) <= MOST_SPREADS:
         return None
     return spread_of(answered)
-
-
-def _causes(results: Results) -> list[Chart]:
-    """One chart for each phase: a step's time by cause of each profiled deployment."""
-    return cause_charts(
-        {
-            phase: {
-                each.name: step
-                for each in results.deployments
-                for step in each.steps
-                if step.phase is phase
-            }
-            for phase in reversed(Phase)
-        }
-    )
-
-
-def _steps(results: Results) -> Iterator[Words]:
-    """Tables for each phase: a step's time by cause, and unknown kernels."""
-    for phase in reversed(Phase):
-        found = [
-            (each.name, step)
-            for each in results.deployments
-            for step in each.steps
-            if step.phase is phase
-        ]
-        if found:
-            yield from causes(f"{phase.capitalize()} steps, profiled", found)
-            unknown = [
-                (name, kernel, seconds / sum(step.breakdown_s.values()))
-                for name, step in found
-                for kernel, seconds in step.unknown_kernels.items()
-            ]
-            if unknown:
-                yield Table.of("Unknown kernels", _UNKNOWN, unknown)
 
 
 def _fair(records: Sequence[DeploymentRecord]) -> str:
@@ -367,9 +266,6 @@ def servers_sections(results: Results) -> tuple[Section, ...]:
         Section("Deployments (measured)", (_table(measured.deployments, base),), "top", "answer"),
         Section("Failed", failures_told, "top", "sure"),
         Section("Latency, ms (measured)", (latency(measured),), chapter="answer"),
-        Section("Where the time goes, by deployment", tuple(_causes(measured)), "plots", "why"),
-        Section("Where the time goes", tuple(_steps(measured)), chapter="why"),
-        Section("Routing", tuple(_routing(measured.deployments)), chapter="why"),
         Section("Client", (Table.of("", OF_CLIENT, clients), *failed), chapter="sure"),
         counted_by_servers(found, list(notes_of_engines(results, found))),
         over_time(found),
@@ -385,11 +281,6 @@ _PAIRS: tuple[Column[RatioRecord], ...] = (
     number("ratio", lambda each: each.ratio, figures),
     number("90 % interval", lambda each: each.ratio if each.ratio.low else None, low_high),
     number("pairs", lambda each: each.num_rounds, whole),
-)
-_UNKNOWN: tuple[Column[tuple[str, str, float]], ...] = (
-    text("deployment", lambda each: each[0]),
-    text("kernel", lambda each: each[1]),
-    number("of the step", lambda each: each[2], percent),
 )
 _SERVERS: tuple[Column[DeploymentRecord], ...] = (
     text("deployment", lambda each: each.name),

@@ -11,14 +11,11 @@ from typing import Any, get_args
 
 from rich.console import Console
 
-from expertlane.comparison import judge
-from expertlane.cost.laws.corrections import write_corrections
 from expertlane.errors import UserError
 from expertlane.report import html, terminal
 from expertlane.report.diff import report_of_difference
 from expertlane.report.document import Answer, Figure, Report, Table, Words
 from expertlane.report.files import write_reports
-from expertlane.report.judge import report_of_judgement
 from expertlane.report.sections import report_of
 from expertlane.report.terminal import folded_figure
 from expertlane.results import diff, file
@@ -198,36 +195,3 @@ class Difference(diff.Difference, _Shown):
             UserError: pandas is not installed.
         """
         return file.to_pandas(file.aligned([change.row() for change in self.changes]))
-
-
-@dataclass(frozen=True)
-class Judgement(judge.Judgement, _Shown):
-    """A projection judged by what was measured; `corrections` is for other projections."""
-
-    @classmethod
-    def of(cls, found: judge.Judgement) -> "Judgement":
-        """The judgement, with display in notebooks."""
-        return cls(**{each.name: getattr(found, each.name) for each in fields(found)})
-
-    def _report(self) -> Report:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        return report_of_judgement(self, "", now, None)
-
-    def __repr__(self) -> str:
-        return f"<Judgement of {self.model} on {self.cluster}: {self.headline}>"
-
-    def write_corrections(self, path: str | Path) -> Path:
-        """Write the file that `corrections` of plan, simulate and compare takes; return its path.
-
-        Raises:
-            UserError: its folder can't be written to.
-        """
-        return write_corrections(self.corrections, as_path("path", path))
-
-    def to_pandas(self) -> Any:
-        """A `pandas.DataFrame`: a row for each number that was compared.
-
-        Raises:
-            UserError: pandas is not installed.
-        """
-        return file.to_pandas([judge.row_of(each) for each in self.numbers])

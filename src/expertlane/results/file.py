@@ -107,7 +107,22 @@ def _load(path: Path) -> dict[str, Any]:
             f"{path} has schema_version {shown(data['schema_version'])} of a {kind}; this "
             f"expertlane reads {SCHEMA_VERSION}: repeat the command that wrote it{again}"
         )
+    _drop_removed(data)
     return data
+
+
+def _drop_removed(data: dict[str, Any]) -> None:
+    """Drop fields of deployments that earlier versions of expertlane wrote."""
+    deployments = data.get("deployments")
+    for each in deployments if isinstance(deployments, list) else ():
+        for key, names in _REMOVED.items() if isinstance(each, dict) else ():
+            tables = each.get(key)
+            for table in tables if isinstance(tables, list) else [tables]:
+                for name in names if isinstance(table, dict) else ():
+                    table.pop(name, None)
+
+
+_REMOVED = {"steps": ("unknown_kernels",), "server": ("balance", "routing")}
 
 
 def _is_length(text: str) -> bool:

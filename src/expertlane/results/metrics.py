@@ -29,7 +29,7 @@ STRAGGLER_SHARE = 0.05
 # Stages in which all ranks of a pipeline stage meet.
 _MEETINGS = [Stage.DISPATCH, Stage.COMBINE, Stage.COLLECTIVES]
 _NOT_WORK = [Stage.IDLE, Stage.SETUP]
-_OF_TRACES = (Cause.HOST_GAPS, Cause.UNKNOWN)  # a rank's own clock has none
+
 CAUSE_OF_STAGE = {
     Stage.EMBED: Cause.HEAD,
     Stage.ATTENTION: Cause.ATTENTION,
@@ -78,7 +78,7 @@ class StageTime:
         layout = self.layout
         of_stage_s = rest_s.reshape(layout.replicas, layout.pp, layout.stage_size).min(axis=2)
         bubble_s = float((of_stage_s - of_stage_s.min(axis=1, keepdims=True)).mean())
-        causes = {cause: 0.0 for cause in Cause if cause not in _OF_TRACES}
+        causes = dict.fromkeys(Cause, 0.0)
         for stage, cause in CAUSE_OF_STAGE.items():
             causes[cause] += float(working_s[:, stage].mean())
         causes[Cause.WAITING] = float(self.waiting_s.mean())

@@ -109,8 +109,6 @@ class StepsRecord(Strict):
         basis_shares: of the time of operations and transfers by what it rests on: measured,
             fitted, bound.
         extrapolated_share: of that time, what lies outside the sizes that were fitted.
-        unknown_kernels: of a profiler's traces, kernels whose stage is not known: seconds a step,
-            mean over ranks, by name; the largest.
         fits: whether so many sequences of this context fit into memory.
         timeline: of one step: measured, from a short run by itself; simulated, the median.
     """
@@ -147,7 +145,6 @@ class StepsRecord(Strict):
     traffic: TrafficRecord | None = field(default=None, repr=False)
     basis_shares: dict[str, float] = field(default_factory=dict)
     extrapolated_share: float | None = None
-    unknown_kernels: dict[str, float] = field(default_factory=dict)
     fits: bool = True
     timeline: StepTimeline | None = field(default=None, repr=False)
 
@@ -314,8 +311,6 @@ class ServerRecord(Strict):
         start_s: seconds from its start until it was ready, of each start.
         failure: why it was not measured, or not to the end, with its last words; may be empty.
         log: file with its output; empty where it ran already.
-        balance: the command of `balance` that reads the record of its routing; empty without one.
-        routing: file of that record; empty where it is on the server's own disk.
         kv_tokens: tokens that its KV caches hold together, by its metrics; None if unknown.
         settings: settings by its own account, of SGLang that ran already.
     """
@@ -329,8 +324,6 @@ class ServerRecord(Strict):
     start_s: tuple[float, ...] = ()
     failure: str = ""
     log: str = ""
-    balance: str = ""
-    routing: str = ""
     kv_tokens: int | None = None
     settings: dict[str, str] = field(default_factory=dict)
 

@@ -82,8 +82,6 @@ class Cause(StrEnum):
     WAITING = "waiting for other ranks"
     PIPELINE_BUBBLE = "pipeline bubble"
     ENGINE = "scheduler overhead"
-    HOST_GAPS = "host gaps"  # in a step, from a profiler's trace alone
-    UNKNOWN = "unknown kernels"  # likewise
 
 
 class Gap(StrEnum):

@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
-from pathlib import Path
 from typing import ClassVar
 
 from expertlane.cost.step.operation import NumberTypes
@@ -65,7 +64,7 @@ class CannotServe(Exception):
 
 
 class Engine(ABC):
-    """An engine that `compare` can start, profile and measure.
+    """An engine that `compare` can start and measure.
 
     Attributes:
         name: name for `--engine`.
@@ -100,39 +99,6 @@ class Engine(ABC):
             CannotServe: the engine cannot run the deployment.
         """
         return {}
-
-    def profiled(self, start: LaunchCommand, folder: Path) -> LaunchCommand | None:
-        """The command of a server that can write torch profiler traces; None if it cannot.
-
-        A POST to `/start_profile` with the fields of `profile_request` begins a trace, and a POST
-        to `/stop_profile` ends it.
-
-        Args:
-            folder: folder in which each rank writes one trace file.
-        """
-        return None
-
-    def profile_request(self, folder: Path) -> Mapping[str, object]:
-        """JSON fields of the POST to `/start_profile`.
-
-        Args:
-            folder: folder in which each rank writes one trace file.
-        """
-        return {}
-
-    def recorded(self, start: LaunchCommand, folder: Path) -> LaunchCommand | None:
-        """The command of a server that can record how often each expert is chosen; None if not.
-
-        POSTs to `/start_expert_distribution_record`, `/stop_expert_distribution_record` and
-        `/dump_expert_distribution_record` begin a record, end it, and write it.
-
-        Args:
-            folder: folder in which it writes a file that `balance` reads.
-
-        Raises:
-            CannotServe: the engine can, but not with this command; the text says why.
-        """
-        return None
 
 
 def find_engine(name: str) -> Engine:

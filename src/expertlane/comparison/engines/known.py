@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import pairwise
-from pathlib import Path
 from typing import ClassVar
 
 from expertlane.comparison.engines.engine import CannotServe, Engine, LaunchCommand, LaunchRequest
@@ -12,7 +10,6 @@ from expertlane.planner.engines import ENGINES, Row
 from expertlane.planner.scripts import scripts_of
 from expertlane.planner.served_pool import ServedPool, deployed_pool, longest_request
 from expertlane.planner.server_start import Place, server_start
-from expertlane.spec.files import strict_json
 from expertlane.spec.names import EngineName
 
 
@@ -88,12 +85,6 @@ class Vllm(_Planned):
         r"(?:_TP(?P<tp>\d+))?"
     )
 
-    def profiled(self, start: LaunchCommand, folder: Path) -> LaunchCommand:
-        """The command with vLLM's torch profiler; without stacks, which slow it several times."""
-        config: dict[str, object] = {"profiler": "torch", "torch_profiler_dir": str(folder)}
-        config |= {"torch_profiler_with_stack": False, "ignore_frontend": True}
-        return replace(start, argv=(*start.argv, "--profiler-config", strict_json(config)))
-
 
 class Sglang(_Planned):
     """SGLang: `sglang.launch_server`."""
@@ -104,34 +95,6 @@ class Sglang(_Planned):
         r"sglang::scheduler(?:_DP(?P<dp>\d+))?(?:_PP(?P<pp>\d+))?(?:_ATTN_CP\d+)?(?:_MOE_DP\d+)?"
         r"(?:_TP(?P<in_stage>\d+))?"
     )
-
-    def profiled(self, start: LaunchCommand, folder: Path) -> LaunchCommand:
-        """The same command: the request to `/start_profile` names the folder."""
-        return start
-
-    def profile_request(self, folder: Path) -> Mapping[str, object]:
-        """The folder of the traces; no stacks."""
-        return {"output_dir": str(folder), "with_stack": False, "activities": ["CPU", "GPU"]}
-
-    def recorded(self, start: LaunchCommand, folder: Path) -> LaunchCommand:
-        """The command with its expert distribution recorder, in mode `stat`.
-
-        Raises:
-            CannotServe: the recorder has no such mode of DeepEP, or does not run on CPUs
-                (python/sglang/srt/eplb/expert_distribution.py: _SinglePassGatherer.init_new,
-                is_current_stream_capturing).
-        """
-        words = start.argv
-        if ("--deepep-mode", "auto") in pairwise(words):
-            raise CannotServe("SGLang's expert distribution recorder has no --deepep-mode auto")
-        if ("--device", "cpu") in pairwise(words):
-            raise CannotServe("SGLang's expert distribution recorder needs GPUs")
-        folders = {"SGLANG_EXPERT_DISTRIBUTION_RECORDER_DIR": str(folder)}
-        return replace(
-            start,
-            argv=(*words, "--expert-distribution-recorder-mode", "stat"),
-            environment={**start.environment, **folders},
-        )
 
 
 class Trtllm(_Planned):
@@ -147,7 +110,3 @@ class Expertlane(_Planned):
     name = "expertlane"
     title = "expertlane"
     rank_title = r"expertlane r(?P<rank>\d+)"
-
-    def profiled(self, start: LaunchCommand, folder: Path) -> LaunchCommand:
-        """The command with a folder for traces."""
-        return replace(start, argv=(*start.argv, "--profile-dir", str(folder)))

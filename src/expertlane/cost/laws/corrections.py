@@ -1,7 +1,7 @@
 """Corrections of a projection's assumptions, fitted to measurements: a TOML file of factors.
 
-`expertlane judge` fits them; `plan`, `simulate` and `compare --project` apply them to a cluster's
-profile with `corrected`. A factor multiplies times: 2 on a link is half its bandwidth.
+`compare --fit-corrections` fits them; `plan`, `simulate` and `compare --project` apply them to a
+cluster's profile with `corrected`. A factor multiplies times: 2 on a link is half its bandwidth.
 
 - a family of kernels: its laws, or the assumed law if the profile has none;
 - compute: the part of these kernels that FLOPs bound, more so where FLOPs take longer than bytes:
@@ -51,12 +51,11 @@ from expertlane.cost.laws.profile import (
 from expertlane.cost.laws.times import WIDER_PER_DOUBLING, Basis, Surface
 from expertlane.cost.step.operation import ATTENTION, OF_MIXERS, OpKind
 from expertlane.errors import SpecError, naming
-from expertlane.spec.files import CONFIG_BYTES, build, read_toml, write_text
+from expertlane.spec.files import CONFIG_BYTES, as_path, build, read_toml, write_text
 from expertlane.spec.names import Link
 from expertlane.spec.ranges import RANGES, Strict
 
 SCHEMA_VERSION = 1
-FILE_NAME = "corrections.toml"
 _MOST = 100.0  # largest factor, and its inverse the smallest
 _SURE = 1.001  # narrowest bounds of a corrected law, as a factor
 
@@ -205,7 +204,7 @@ class Corrections(Strict):
         if self.schema_version != SCHEMA_VERSION:
             raise SpecError(
                 f"schema_version is {self.schema_version}; this expertlane reads {SCHEMA_VERSION}: "
-                "let expertlane judge write the file again"
+                "write it again by compare --fit-corrections"
             )
         known = {str(each) for each in Assumed}
         for name, each in self.factors.items():
@@ -221,6 +220,14 @@ class Corrections(Strict):
         """The exponent of the popularity of experts; None if it is not corrected."""
         found = self.factors.get(Assumed.SKEW)
         return None if found is None else found.factor
+
+    def write(self, path: str | Path) -> Path:
+        """Write the file that `corrections` of plan, simulate and compare takes; return its path.
+
+        Raises:
+            UserError: its folder cannot be written to.
+        """
+        return write_text(as_path("path", path), to_toml(self))
 
     @property
     def words(self) -> str:
@@ -275,15 +282,6 @@ def _short(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.4g}")
     return list(value) if isinstance(value, tuple) else value
-
-
-def write_corrections(corrections: Corrections, path: Path) -> Path:
-    """Write a corrections file atomically; return its path.
-
-    Raises:
-        UserError: its folder cannot be written to.
-    """
-    return write_text(path, to_toml(corrections))
 
 
 def corrected(cluster: ModelledCluster, corrections: Corrections) -> ModelledCluster:

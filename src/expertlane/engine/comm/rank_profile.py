@@ -1,7 +1,4 @@
-"""Profile a rank with torch's profiler: its trace, with steps, stages and waits as annotations.
-
-`comparison/traces/` reads the traces of all ranks; the annotations are in its `kernels.toml`.
-"""
+"""Profile a rank with torch's profiler: its trace, with steps, stages and waits as annotations."""
 
 import gzip
 import os

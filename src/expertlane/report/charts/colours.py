@@ -1,6 +1,6 @@
 """Colours of the page; a cause or stage has the same one in every plot.
 
-One hue a family: compute blue, communication orange, waiting grey, overhead purple, unknown olive;
+One hue a family: compute blue, communication orange, waiting grey, overhead purple;
 its members differ in lightness. Any two that meet in a plot differ by 12 or more of CIEDE2000, to
 all cones and without those for red or for green, on the light page and on the dark one; a test
 computes it.
@@ -30,7 +30,6 @@ PALETTE: dict[str, tuple[str, str]] = {
     "--waiting-3": ("#bbbfc8", "#4b4b4b"),
     "--overhead-1": ("#815284", "#85487f"),
     "--overhead-2": ("#5a2a3f", "#ffc3da"),
-    "--unknown": ("#999973", "#999973"),
     "--proposal": ("#00588c", "#7cc4f5"),
     "--rival": ("#7d858d", "#8d959d"),
     "--others": ("#b9bfc5", "#535b64"),
@@ -58,8 +57,6 @@ OF_CAUSE: dict[str, str] = {
     Cause.WAITING: "--waiting-1",
     Cause.PIPELINE_BUBBLE: "--waiting-2",
     Cause.ENGINE: "--overhead-1",
-    Cause.HOST_GAPS: "--overhead-2",
-    Cause.UNKNOWN: "--unknown",
     ProjectedCause.EXPERT_COMPUTE: "--compute-1",
     ProjectedCause.OTHER_COMPUTE: "--compute-2",
     ProjectedCause.WEIGHT_READS: "--compute-3",

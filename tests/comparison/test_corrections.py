@@ -1,4 +1,4 @@
-"""Mistakes that are planted into measured results, and found again; corrections that carry over."""
+"""Corrections fitted to measured results with a planted mistake, and the carry-over to others."""
 
 from dataclasses import replace
 from math import exp, log
@@ -7,14 +7,14 @@ from statistics import median
 import pytest
 
 from comparison.planted import Case, draw, results_of
-from expertlane.comparison.judge import _cautions, judge
-from expertlane.comparison.judged import COMPUTING, WHOLE, find_subject, points_of
+from expertlane.comparison.corrections import fit_corrections
+from expertlane.comparison.points import COMPUTING, WHOLE, find_subject, points_of
 from expertlane.comparison.reprojection import Reprojection
 from expertlane.cost.laws.profile import Execution
 from expertlane.errors import UserError
 from expertlane.progress import Progress
 from expertlane.results.estimate import NORMAL
-from expertlane.results.record import DeploymentRecord
+from expertlane.results.record import DeploymentRecord, ServerRecord
 from expertlane.spec.names import ProjectedCause
 
 HOST = Case(
@@ -35,69 +35,59 @@ def results():
     return results_of(HOST)
 
 
+def fit(results, *more):
+    return fit_corrections(results, Progress(), *more)
+
+
 @pytest.fixture(scope="module")
-def judgement(results):
-    return judge([results], Progress())
+def fitted(results):
+    return fit([results])
 
 
-def test_a_tripled_overhead_is_named(judgement):
-    found = judgement
-    assert found.likeliest == ("host",)
-    assert found.candidates[0].factor == pytest.approx(3.0, rel=0.15)
-    assert found.candidates[0].confidence > 0.9
-    assert not found.is_noise
+def test_a_tripled_overhead_is_corrected(fitted):
+    assert fitted.factors["host"].factor == pytest.approx(3.0, rel=0.15)
+    others = {name: each.factor for name, each in fitted.factors.items() if name != "host"}
+    assert all(0.5 < factor < 2 for factor in others.values()), others
 
 
-def test_all_deployments_are_told_as_measured(judgement, results):
-    numbers = judgement.whole
-    assert {each.deployment for each in numbers} == set(HOST.layouts)
-    measured = {
-        (record.name, f"{step.phase.value} step"): step.round_s.value
-        for record in results.select("measured")
-        for step in record.steps
-    }
-    for each in numbers:
-        assert each.measured == pytest.approx(measured[each.deployment, each.where], rel=1e-6)
-        assert each.projected > 0
+def test_corrections_name_what_they_were_fitted_to(fitted, results):
+    on = fitted.fitted_on
+    assert on.deployments == HOST.layouts
+    assert on.num_points > 4  # two steps of each, and their parts
+    assert (on.num_ranks, on.num_seqs) == ((8, 8), (64, 64))
+    assert on.error_before > 0.2
+    assert on.error_after < on.error_before / 4
+    assert "expertlane" in on.engine
+    assert on.created == results.created
 
 
-def test_projected_numbers_are_those_of_the_projection(judgement, results):
+def test_uncorrected_numbers_are_those_of_the_projection(results):
+    reprojection = Reprojection(find_subject(results, results), points_of(results))
     projected = {
-        (record.name, step.phase): step.round_s.value
+        (record.name, f"{step.phase.value} step"): step.round_s.value
         for record in results.select("projected")
         for step in record.steps
     }
-    for each in judgement.whole:
-        (own,) = (
-            seconds
-            for (name, phase), seconds in projected.items()
-            if (name, f"{phase.value} step") == (each.deployment, each.where)
-        )
-        assert each.projected == pytest.approx(own, rel=0.02)
+    values = reprojection({})
+    for at, each in enumerate(reprojection.numbers):
+        if each.metric in WHOLE:
+            name = reprojection.points[each.place].record.name
+            assert exp(values[at]) == pytest.approx(projected[name, each.where], rel=0.02)
 
 
-def test_terms_add_up_to_the_step(judgement):
-    for deployment in HOST.layouts:
-        for where in ("decode step", "prefill step"):
-            own = [
-                each
-                for each in judgement.numbers
-                if (each.deployment, each.where) == (deployment, where)
-            ]
-            whole = next(each for each in own if each.metric in WHOLE)
-            for of in ("measured", "projected"):
-                terms = sum(getattr(each, of) for each in own if each.metric not in WHOLE)
-                assert terms == pytest.approx(getattr(whole, of), rel=0.03)
-
-
-def test_corrections_say_what_they_were_fitted_on(judgement):
-    on = judgement.corrections.fitted_on
-    assert on.deployments == HOST.layouts
-    assert on.num_points == len(judgement.numbers)
-    assert on.num_ranks == (8, 8)
-    assert on.num_seqs == (64, 64)
-    assert on.error_after < on.error_before
-    assert "expertlane" in on.engine
+def test_parts_add_up_to_the_step(results):
+    reprojection = Reprojection(find_subject(results, results), points_of(results))
+    projected = reprojection({})
+    for of in ("measured", "projected"):
+        whole, parts = {}, {}
+        for at, each in enumerate(reprojection.numbers):
+            value = each.measured if of == "measured" else projected[at]
+            key, seconds = (each.place, each.where), reprojection.shown(each, value)
+            if each.metric in WHOLE:
+                whole[key] = seconds
+            else:
+                parts[key] = parts.get(key, 0.0) + seconds
+        assert parts == pytest.approx(whole, rel=0.03)
 
 
 def measured_half(results):
@@ -107,17 +97,16 @@ def measured_half(results):
 
 
 @pytest.mark.full
-def test_measured_and_planned_results_may_be_two(results, judgement):
+def test_measured_and_planned_results_may_be_two(results, fitted):
     planned = replace(results, deployments=results.select("projected"), machine=None)
-    found = judge([measured_half(results), planned], Progress())
-    assert found.candidates == judgement.candidates
+    assert fit([measured_half(results), planned]).factors == fitted.factors
 
 
 @pytest.mark.full
 def test_measured_results_alone_are_projected_as_a_plan_would():
-    """On the cluster that is given, with graphs, which nothing measured says otherwise of."""
+    """On the cluster that is given, with graphs: nothing measured names the execution."""
     measured = measured_half(results_of(replace(HOST, execution=Execution.GRAPH)))
-    assert "host" in judge([measured], Progress(), "b200x16").likeliest
+    assert fit([measured], "b200x16").factors["host"].factor > 2
 
 
 @pytest.mark.full
@@ -135,9 +124,10 @@ def test_causes_by_bound_count_as_computing(results):
             steps.append(replace(step, breakdown_s=causes))
         return replace(record, steps=tuple(steps))
 
-    found = judge([results.changed(by_bound)], Progress())
-    assert COMPUTING in {each.metric for each in found.numbers}
-    assert found.likeliest == ("host",)
+    changed = results.changed(by_bound)
+    reprojection = Reprojection(find_subject(changed, changed), points_of(changed))
+    assert COMPUTING in {each.metric for each in reprojection.numbers}
+    assert fit([changed]).factors["host"].factor == pytest.approx(3.0, rel=0.2)
 
 
 def test_a_workload_is_that_of_its_own_results():
@@ -168,28 +158,16 @@ def test_noise_is_pooled_over_the_repetitions_of_all_deployments():
     assert all(each.low is None for each in plain)
 
 
-def test_a_warm_prefix_cache_is_said():
-    def warm(record):
-        cached = tuple(replace(each, num_cached_tokens=4096) for each in record.serving)
-        return replace(record, serving=cached)
-
-    results = results_of(replace(HOST, layouts=("tp=8",), has_terms=False))
-    for seen, num in ((results, 0), (results.changed(warm), 1)):
-        said = [*_cautions([seen], points_of(seen))]
-        assert len(said) == num
-        assert all("50% of the prompt tokens of tp=8" in each for each in said)
-
-
 def test_another_device_is_refused(results):
     machine = replace(results.machine, device="cpu")
     with pytest.raises(UserError, match="same device"):
-        judge([replace(results, machine=machine)], Progress())
+        fit([replace(results, machine=machine)])
 
 
 def test_nothing_measured_or_projected_is_refused(results):
     planned = replace(results, deployments=results.select("projected"), machine=None)
     with pytest.raises(UserError, match="no measured deployments"):
-        judge([planned], Progress())
+        fit([planned])
     question = {"experiment": results.question["experiment"]}
     measured = replace(
         results,
@@ -198,22 +176,29 @@ def test_nothing_measured_or_projected_is_refused(results):
         cluster=None,
     )
     with pytest.raises(UserError, match="--cluster"):
-        judge([measured], Progress())
+        fit([measured])
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [(None, "on several engines, vLLM, SGLang"), ("trt", "measured: vLLM, SGLang")],
+)
+def test_several_engines_are_refused(results, engine, message):
+    names = dict(zip(HOST.layouts, ("vLLM", "SGLang"), strict=True))
+
+    def served(record):
+        return replace(record, server=ServerRecord(names[record.name]))
+
+    with pytest.raises(UserError, match=message):
+        fit([results.changed(served)], None, engine)
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("has_terms", [True, False])
 @pytest.mark.parametrize("seed", range(10))
-def test_the_right_assumption_is_named_from_causes(seed):
-    case = draw(seed)
-    assert judge([results_of(case)], Progress()).likeliest == (case.mistake,)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("seed", range(10))
-def test_from_whole_times_it_is_named_or_said_to_be_unclear(seed):
-    case = draw(seed, has_terms=False)
-    found = judge([results_of(case)], Progress())
-    assert case.mistake in found.likeliest
+def test_corrections_halve_the_error_of_a_planted_mistake(seed, has_terms):
+    on = fit([results_of(draw(seed, has_terms=has_terms))]).fitted_on
+    assert on.error_after < max(on.error_before / 2, 0.05)
 
 
 @pytest.mark.full
@@ -222,7 +207,7 @@ def test_corrections_of_three_deployments_carry_over_to_others():
     link = replace(HOST, mistake="latency", execution=Execution.GRAPH)
     seen = replace(link, layouts=("tp=8", "dp=8,ep=8", "dp=16,ep=16"))
     others = replace(link, layouts=("tp=8,pp=2", "tp=4,dp=2,ep=8", "tp=4,dp=4,ep=16"), seed=12)
-    fitted = judge([results_of(seen)], Progress()).corrections
+    fitted = fit([results_of(seen)])
     measured = results_of(others)
     subject = find_subject(measured, measured)
     reprojection = Reprojection(subject, points_of(measured))

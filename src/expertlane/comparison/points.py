@@ -1,7 +1,7 @@
-"""The inputs of `judge`: measured deployments with their steps and loads, and the projection.
+"""The inputs of a fit of corrections: measured deployments, and the projection.
 
-A step has its time, and its parts by cause if ranks' clocks or a profiler's trace have them. A load
-is that of a client on a server. The projection has model, cluster, number types and routing.
+A step has its time, and its parts by cause if ranks' clocks have them. A load is that of a client
+on a server. The projection has model, cluster, number types and routing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,14 +32,11 @@ from expertlane.spec.workload import LengthRange, Load, Workload
 TIME, TPOT, TTFT, TPS = "time", "TPOT", "TTFT", "tokens/s"
 WHOLE = (TIME, TPOT, TTFT, TPS)
 EXPERTS_LOAD = "fullest / mean"
-HOST_GAPS = "host gaps"  # between kernels: the device waits for launches
-UNKNOWN = "unknown kernels"
 COMPUTING = "computing"  # its parts together, if a record does not have them
 WAITING = str(Cause.WAITING)
 _TERMS = {
     str(ProjectedCause.DISPATCH_COMBINE): str(Cause.DISPATCH_COMBINE),
     str(ProjectedCause.IMBALANCE): WAITING,
-    str(ProjectedCause.LAUNCH): HOST_GAPS,
 }
 OF_COMPUTING = {str(each) for each in (Cause.ATTENTION, Cause.ROUTER, Cause.EXPERTS, Cause.HEAD)}
 _BY_BOUND = {
@@ -52,8 +49,7 @@ _BY_BOUND = {
         ProjectedCause.CONTENTION,
     )
 }
-_OF_TRACES = {HOST_GAPS, UNKNOWN}  # causes that only a profiler's trace has
-_OF_RANKS = {*OF_COMPUTING, HOST_GAPS, str(Cause.ENGINE)}  # causes without transfers
+_OF_RANKS = {*OF_COMPUTING, str(Cause.ENGINE)}  # causes without transfers
 
 _OF_MEDIAN = 1.25  # its deviation over the mean's, of normal noise: the root of pi / 2
 _MOST_SIMULATED = 256  # requests of a load
@@ -66,9 +62,7 @@ class StepPoint(NamedTuple):
     Attributes:
         seconds: time of a step; of a decode round, if steps have several rounds.
         terms_s: parts of that time, by cause; empty if only the whole was measured.
-        is_whole: True if the whole time can be compared; False if transfers were modelled, or a
-            profiler slowed the step.
-        is_profiled: True if only the shares of its parts can be compared.
+        is_whole: True if the whole time can be compared; False if transfers were modelled.
         where: the phase, in words; with the step's size if the phase has several.
     """
 
@@ -77,7 +71,6 @@ class StepPoint(NamedTuple):
     seconds: Estimate
     terms_s: Mapping[str, float]
     is_whole: bool = True
-    is_profiled: bool = False
     where: str = ""
 
 
@@ -103,7 +96,7 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """The projection that is judged, without corrections.
+    """The projection to correct, without corrections.
 
     Attributes:
         alpha: exponent of the popularity of experts; None if routing is a recorded trace.
@@ -131,7 +124,7 @@ class Subject:
 
 
 def find_subject(measured: Results, projected: Results, cluster: str | None = None) -> Subject:
-    """The projection that is judged, from the settings in results.
+    """The projection to correct, from the settings in results.
 
     Args:
         projected: results with the projection; may be `measured` itself.
@@ -171,12 +164,12 @@ def _experiment(measured: Results) -> dict[str, Any]:
     if measured.is_of_servers and question is None:
         raise UserError(
             "servers were measured without an experiment, so their model and layouts are not "
-            "known; judge takes expertlane compare EXPERIMENT --url"
+            "known; corrections need expertlane compare EXPERIMENT --url"
         )
     if measured.kind != "comparison" or not isinstance(question, dict):
         raise UserError(
-            f"the measured results are of kind {measured.kind}; judge takes results of expertlane "
-            "compare"
+            f"the measured results are of kind {measured.kind}; corrections are fitted to results "
+            "of expertlane compare"
         )
     return question
 
@@ -227,7 +220,7 @@ def points_of(measured: Results) -> list[Point]:
     points = [_point(record, workload, own, noise) for record in kept]
     points = [each for each in points if each.steps or each.loads]
     if not points:
-        raise UserError("no deployment was measured; judge takes results of expertlane compare")
+        raise UserError("no deployment was measured; corrections are fitted to measured ones")
     return points
 
 
@@ -306,13 +299,10 @@ def _step_point(
     size = StepSize(num_seqs, num_new, cached, phase=steps.phase)
     timed = _with_runs(seconds, steps, noise)
     terms = {name: share * timed.value for name, share in joined(steps.shares).items()}
-    terms = {name: each for name, each in terms.items() if each or name not in _OF_TRACES}
     is_virtual = record.source == "virtual"
-    is_profiled = bool(_OF_TRACES & {*terms})
     if is_virtual:
         terms = {name: each for name, each in terms.items() if name in _OF_RANKS}
-    is_whole = not (is_virtual or is_profiled)
-    return StepPoint(steps.phase, size, timed, terms, is_whole, is_profiled)
+    return StepPoint(steps.phase, size, timed, terms, is_whole=not is_virtual)
 
 
 def _with_runs(seconds: Estimate, steps: StepsRecord, noise: Mapping[Phase, float]) -> Estimate:
