@@ -17,7 +17,6 @@ from expertlane.cost.laws.corrections import (
     corrected,
     read_corrections,
     scaled,
-    write_corrections,
 )
 from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.frameworks import Served, judged
@@ -237,7 +236,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path_factory, factors):
     }
     corrections = Corrections(ON, found)
     path = tmp_path_factory.mktemp("file") / "corrections.toml"
-    assert read_corrections(write_corrections(corrections, path)) == corrections
+    assert read_corrections(corrections.write(path)) == corrections
 
 
 @pytest.mark.parametrize(
@@ -254,7 +253,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path_factory, factors):
 )
 def test_a_damaged_file_is_one_line(tmp_path, old, new, said):
     path = tmp_path / "corrections.toml"
-    write_corrections(Corrections(ON, {"gemm": Correction(2.0, 1.5, 2.5)}), path)
+    Corrections(ON, {"gemm": Correction(2.0, 1.5, 2.5)}).write(path)
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
