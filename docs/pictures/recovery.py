@@ -11,19 +11,19 @@ time until the next token is there.
 import json
 import sys
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from roofline import picture
-
 from expertlane.report.charts.bars import stacked
-from expertlane.report.charts.colours import on
-from expertlane.report.charts.svg import colour
+from expertlane.report.charts.colours import on, style_sheet
+from expertlane.report.charts.svg import WIDE_PX, colour, svg
 from expertlane.report.document import Chart, Legend, Table
 from expertlane.report.numbers import figures, milliseconds
 
 HERE = Path(__file__).parent
+LEGEND_PX = 26
 REST = "noticing, and the next step"
 LEGEND = (
     Legend(REST, "--waiting-3"),
@@ -39,6 +39,23 @@ def parts(result: dict[str, Any]) -> dict[str, float]:
     states = {each.label: result["state_s"].get(each.label, 0.0) for each in LEGEND[1:]}
     gaps = result["gaps_s"]["unaffected"] or result["gaps_s"]["lost"]
     return {REST: max(0.0, median(gaps) - sum(states.values()))} | states
+
+
+def picture(chart: Chart) -> str:
+    """The chart as a file of its own: names of the parts above it, colours inside it."""
+    drawn = str(svg(chart.spec, "recovery", WIDE_PX))
+    width, height = map(float, drawn.split('"')[1].split()[2:])  # of its view box
+    names = "".join(
+        f'<tspan fill="var({each.colour})">■ </tspan>{escape(each.label)}\u2003'
+        for each in chart.legend
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '
+        f'viewBox="0 0 {width:g} {height + LEGEND_PX:g}">'
+        f"<style>{style_sheet()}svg{{background:var(--card)}}</style>"
+        f'<text x="8" y="16" font-size="13" fill="var(--ink)">{names}</text>'
+        f'{drawn.replace("<svg ", f"""<svg y="{LEGEND_PX}" height="{height:g}" """, 1)}</svg>\n'
+    )
 
 
 def main() -> None:

@@ -77,13 +77,11 @@ class Smoke:
 
 SMOKES: Mapping[str, Smoke] = {
     "benchmarks/bench_cuda.py": Smoke("--tiny", r"norm, 3 rows: 1536 bytes"),
-    "benchmarks/bench_dispatch.py": Smoke("--ranks 2 --tokens 16", r'"benchmark": "dispatch"'),
     "benchmarks/bench_engine.py": Smoke(
         "--checkpoint qwen3 --rounds 1 --retries 0 --max-wait 0 --folder . --points decode-1 "
         "--contenders ours:tp=1 transformers:eager",
         r"goal reached at \d of 1 points",
     ),
-    "benchmarks/bench_kernels.py": Smoke("1", r'"benchmark": "kernels"'),
     "benchmarks/bench_one_rank.py": Smoke("--rehearse", r"projected by h100: \d"),
     "benchmarks/bench_plan.py": Smoke("--devices 8", r"candidates screened"),
     "benchmarks/bench_projection.py": Smoke(
@@ -108,11 +106,6 @@ SMOKES: Mapping[str, Smoke] = {
         f"{{root}}/{_MEASURED}/2026-11-26-bench_recovery.json", r"", beside=True
     ),
     "docs/pictures/report.py": Smoke("{results} {results}", r"", _no_chromium, beside=True),
-    "docs/pictures/roofline.py": Smoke(
-        f"{{root}}/{_MEASURED}/2026-11-26-bench_kernels.json", r"", beside=True
-    ),
-    "experiments/ep_map/ep_map.py": Smoke("--out .", r"ep_map\.html"),
-    "experiments/ep_map/pairs.py": Smoke("{rows}", r"^h200,trt,fp8,8,1024,1024,16,"),
     "tests/count_files.py": Smoke("decode", r"^decode: \d+ files, \d+ functions$"),
     "tests/engine/ranks/harm.py": Smoke("runs.jsonl --to 1", r"1 runs, 0 failed"),
     "tests/faults/runs.py": Smoke("runs.jsonl --to 1", r"\| moment \| cases \| wrong"),
@@ -120,7 +113,6 @@ SMOKES: Mapping[str, Smoke] = {
     "tests/planner/serving_options.py": Smoke("take vllm", r"takes 0 commands", _no_vllm),
     "tests/server/journal_kills.py": Smoke("--kills 1", r"none lost"),
     "tests/server/soak.py": Smoke("--requests 4 --layouts dp=2,ep=2", r"4 of 4 requests"),
-    "tests/comparison/planted.py": Smoke("planted", r"planted/results\.json"),
     "tests/endpoint/drawn_cases.py": Smoke(
         "--wrong 1 --right 0 --out cases.jsonl", r"above the noise: 1 of 1", computes=True
     ),
