@@ -144,7 +144,7 @@ def test_every_metric_of_ours_is_shown(rebalanced):
 
 
 def rows_of(text):
-    """The rows of the table in `docs/metrics.md`, from a scrape."""
+    """The list in `docs/metrics.md`, from a scrape."""
     rows = []
     for family in text_string_to_metric_families(text):
         if not family.name.startswith(("vllm:", "expertlane:", "http_")):
@@ -154,14 +154,15 @@ def rows_of(text):
         )
         own = [f"`{label}`" for label in labels if label not in ("model_name", "engine")]
         name = f"{family.name}_total" if family.type == "counter" else family.name
-        rows.append(f"| `{name}` | {family.type} | {', '.join(own)} | {family.documentation} |")
+        kind = "; ".join(filter(None, (family.type, ", ".join(own))))
+        rows.append(f"- `{name}` ({kind}): {family.documentation}")
     return rows
 
 
 def test_the_page_of_metrics_lists_what_there_is(rebalanced):
     page = (DEPLOY.parent / "docs" / "metrics.md").read_text().splitlines()
     wanted = rows_of(scraped(rebalanced))
-    given = [line for line in page if re.match(r"\| `(vllm:|expertlane:|http_)", line)]
+    given = [line for line in page if re.match(r"- `(vllm:|expertlane:|http_)", line)]
     assert sorted(given) == sorted(wanted), "\n".join(wanted)
 
 
