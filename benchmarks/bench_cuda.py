@@ -3,7 +3,7 @@
 Bandwidth and peak are those of a large copy and of a large bfloat16 product on the same card in the
 same run. A time is the median of repeated calls by CUDA events, with another buffer written between
 them, so that nothing lies in the cache. Experts by our kernel and by torch's grouped product stand
-side by side. docs/gpu_kernels.md says which bytes and FLOPs are counted.
+side by side. docs/performance.md says which bytes and FLOPs are counted.
 
     PYTHONPATH=src python benchmarks/bench_cuda.py [--tiny] [--json FILE]
 

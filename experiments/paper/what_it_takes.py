@@ -1,7 +1,7 @@
 """What the paper's table would take: a decode step term by term, and where its 3.75 × arises.
 
     python experiments/paper/what_it_takes.py
-    python experiments/paper/what_it_takes.py --out docs/what_it_takes.md
+    python experiments/paper/what_it_takes.py --out what_it_takes.md
 
 Projects the paper's two deployments on 16 H100 while one assumption at a time moves: batch,
 context, experts per token, micro-batches of the baseline, and the link between its nodes. Runs

@@ -1,4 +1,4 @@
-"""The protocol of docs/shared_memory.md over all interleavings, and its C++ under a race detector.
+"""The protocol of docs/performance.md over all interleavings, and its C++ under a race detector.
 
 The model is small: each rank sends a message to all, waits for those of all, reads them where they
 are, and does so again.

@@ -1,6 +1,6 @@
 """The transport of a node's ranks through memory that they share.
 
-The protocol (docs/shared_memory.md) is `engine/ops/shared_memory.cpp`; where that cannot be
+The protocol (docs/performance.md) is `engine/ops/shared_memory.cpp`; where that cannot be
 compiled, gloo is the transport.
 """
 

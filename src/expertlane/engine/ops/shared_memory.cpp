@@ -4,7 +4,7 @@
 // or put there. The sender describes it in the channel's ring and raises a counter; consumers copy
 // their parts out of that heap, or read them there, and raise theirs. So each word has one writer,
 // except the word that a rank sleeps on, which others clear to wake it. Messages too large for the
-// heap go in pieces, two at a time. The protocol and its invariants: docs/shared_memory.md.
+// heap go in pieces, two at a time. The protocol and its invariants: docs/performance.md.
 
 #include <linux/futex.h>
 #include <sys/syscall.h>
