@@ -28,7 +28,6 @@ def rank_record(
     by_ranks_reached: Sequence[int] = (),
     by_nodes_reached: Sequence[int] = (),
     num_remote_copies: tuple[int, int] = (0, 0),
-    num_pairs_saved: int = 0,
 ) -> RankRecord:
     """One rank's record; `flops` and `weight_bytes` count in EXPERTS, collectives in DISPATCH.
 
@@ -72,7 +71,6 @@ def rank_record(
         tokens_by_nodes_reached=histograms[1],
         num_remote_rank_copies=num_remote_copies[0],
         num_remote_node_copies=num_remote_copies[1],
-        num_pairs_saved=num_pairs_saved,
     )
 
 

@@ -228,7 +228,6 @@ def plan(
     *,
     cluster: Text = 'h100x16',
     engine: Literal['vllm', 'sglang', 'trtllm', 'expertlane'] | None = None,
-    copies: Literal['nearest', 'balanced'] = 'nearest',
     scripts: str | Path | None = None,
     batch: Text | None = None,
     rate: Text | None = None,
@@ -268,9 +267,6 @@ def plan(
             expertlane calibrate). PROFILExauto: the fewest devices that serve --batch or --rate
             within --slo.
         engine: Engine that serves. Only what it runs is planned.
-        copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
-            else on the own node, else any; balanced: the tokens of each step are distributed to
-            even out ranks' loads, where that saves time.
         scripts: Also write a batch script for Slurm and a LeaderWorkerSet for Kubernetes there.
             They start the best of each engine.
         batch: Closed loop: concurrency N.
@@ -352,7 +348,6 @@ def simulate(
     payload: Literal['model', 'bfloat16', 'float8'] = 'model',
     placement: Text = 'load',
     num_redundant_experts: int = 0,
-    copies: Literal['nearest', 'balanced'] = 'nearest',
     mtp: int = 0,
     mtp_acceptance: float | None = None,
     block_size: int = 16,
@@ -431,9 +426,6 @@ def simulate(
             expertlane balance. load: in each layer by the load of earlier tokens, as if experts
             were rebalanced.
         num_redundant_experts: Redundant experts per MoE layer, to share load.
-        copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
-            else on the own node, else any; balanced: the tokens of each step are distributed to
-            even out ranks' loads, where that saves time.
         mtp: Multi-token prediction: N draft tokens per step.
         mtp_acceptance: Acceptance rate of drafts, 0 to 1; needed with --mtp.
         block_size: Tokens per KV-cache block.
@@ -491,7 +483,6 @@ def bench(
     payload: Literal['model', 'bfloat16', 'float8'] = 'model',
     placement: Text = 'linear',
     num_redundant_experts: int = 0,
-    copies: Literal['nearest', 'balanced'] = 'nearest',
     weights: Literal['model', 'int8'] = 'model',
     activations: Literal['model', 'float8'] = 'model',
     kv_dtype: Literal['model', 'float8'] = 'model',
@@ -572,9 +563,6 @@ def bench(
         placement: Experts per rank: consecutive ones, every ep-th, or as in a file of
             expertlane balance.
         num_redundant_experts: Redundant experts per MoE layer, to share load.
-        copies: Which copy of a redundant expert computes a token. nearest: on the own rank,
-            else on the own node, else any; balanced: the tokens of each step are distributed to
-            even out ranks' loads, where that saves time.
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
         activations: Type of the inputs of matrices stored in float8. float8 rounds them, with a

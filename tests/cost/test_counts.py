@@ -10,7 +10,7 @@ import pytest
 
 from cost.plans import BLOCK_SIZE, CHUNKS, DECODE, MAX_POSITIONS, MAX_SEQS, PREFILL, random_plan
 from cost.tiny_models import MODELS
-from distributed.running import Balancing, runner_on
+from distributed.running import runner_on
 from expertlane.balance.holding import placements_of
 from expertlane.cost.routing import GivenRouting
 from expertlane.cost.step.operation import NumberTypes, Transfer, TransferKind
@@ -87,8 +87,6 @@ class Counting:
         self._runner = runner_on(
             pool, model, deployment, limits, ranks_per_node=case.ranks_per_node
         )
-        if options.copies == "balanced":
-            self._runner.copy_switch = Balancing()
         if table is not None:
             ranks = range(layout.world_size)
             pool.call(SetDispatch(table), ranks=ranks)
@@ -104,7 +102,6 @@ class Counting:
                 dispatch=table
                 or DispatchTable.fixed(options.dispatch, options.overlap, options.prefill_dispatch),
                 payload=options.payload,
-                copies=options.copies,
                 ranks_per_node=case.ranks_per_node,
                 kernels=kernels,
             )
@@ -252,24 +249,6 @@ def test_prompts_take_a_form_of_their_own(pools, decode, prefill):
     same = sent(Options(dispatch=decode))
     np.testing.assert_array_equal(apart[Phase.DECODE], same[Phase.DECODE])
     assert (apart[Phase.PREFILL] != same[Phase.PREFILL]).any()
-
-
-@pytest.mark.smoke(3)
-@pytest.mark.parametrize("case", [each for each in CASES if each.redundant], ids=str)
-def test_balanced_copies(pools, case):
-    """Experts of ranks that are told, not counts; forms and families take turns."""
-    number = CASES.index(case)
-    model = list(MODELS.values())[number % len(MODELS)]
-    for turn, overlap in enumerate((False, True, False)):
-        forms = [form for form in FORMS if case.is_even or not DISPATCH_FORMS[form].by_node]
-        options = options_of(case, forms[(number + turn) % len(forms)], overlap)
-        counting = Counting(pools, model, case, replace(options, copies="balanced"))
-        layout, rng = Layout.parse(case.layout), np.random.default_rng(number)
-        plan = random_plan(rng, layout.dp, 2, model.vocab_size, PHASES[1], share_empty=0.2)
-        records = counting.check(plan)
-    if case.redundant > 2:
-        assert sum(record.num_pairs_saved for record in records) > 0
-        assert all(record.copies_s > 0 for record in records if record.num_pairs_saved)
 
 
 @pytest.mark.parametrize("payload", ["bfloat16", "float8"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from cost.tiny_models import MODELS
-from expertlane.balance.copies import copy_choice
+from expertlane.balance.copies import CopyChoice
 from expertlane.balance.placement import Placement
 from expertlane.cost.routing import GivenRouting, PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes, Scenarios
@@ -49,7 +49,7 @@ def model_of(name):
 class Stage:
     """Steps of one layer of a stage, from sampled and from expected counts of the same tokens."""
 
-    def __init__(self, model, place, form, kernels, num_new, payload="model", copies="nearest"):
+    def __init__(self, model, place, form, kernels, num_new, payload="model"):
         layout, ranks_per_node, redundant = place
         layout = Layout.parse(layout)
         self.mesh = StageMesh.of(layout, 0, 0, ranks_per_node)
@@ -57,8 +57,7 @@ class Stage:
         self.routing = PowerLawRouting.of(model, 0.7, num_sampled_layers=1)
         self.form = form
         self._model, self._kernels, self._payload = model, kernels, payload
-        self._copies = copies
-        given = self.mesh, self.placement, self.routing, 1, copies
+        given = self.mesh, self.placement, self.routing, 1
         self._fan_out = ExpectedFanOut.of_sample(*given)
         self._num_seqs = SAMPLE_TOKENS // self.mesh.size * layout.tp // num_new
         self._num_new = num_new
@@ -78,7 +77,7 @@ class Stage:
     def sampled(self, first=0):
         owned = self.part.owned
         of_ranks = self.mesh.ep_rank, self.mesh.nodes_of_ep_group
-        choice = copy_choice(self._copies, self.placement, *of_ranks)
+        choice = CopyChoice(self.placement, *of_ranks)
         ids = self.routing.topk_ids(1, first, np.zeros_like(owned), owned)
         return count_dispatch(ids, owned, choice, self.mesh, by_node=self._by_node)
 
@@ -201,23 +200,6 @@ def test_active_experts_of_few_tokens(redundant):
     assert most - 0.5 < busiest < most + 1.5  # rounded up
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_balanced_copies(form):
-    """The mean as ever; and the busiest rank by the size of a step, as drawn steps have it."""
-    model = model_of("plain").with_overrides(num_experts=32, num_experts_per_tok=2)
-    for kernels in KERNEL_SETS:
-        place = "dp=8,ep=8", 4, 8
-        stage = Stage(model, place, form, kernels, 1, copies="balanced")
-        check_equal_in_the_mean(stage)
-    for num_seqs in (2, 16, 128):
-        stage._num_seqs = num_seqs
-        steps = range(SAMPLE_TOKENS // (8 * num_seqs))
-        most = [stage.sampled(8 * num_seqs * step).pairs_computed.max() for step in steps]
-        busiest = stage.expected(busiest_counts)
-        assert busiest.is_balanced
-        assert np.mean(most) - 0.5 <= busiest.pairs_computed[0] <= 1.05 * np.mean(most) + 1.5
-
-
 # Experts, choices and skew of a model; ranks, redundant experts and how they are placed.
 LIKE_PROMPTS = (
     (128, 4, 0.45, 8, 0, "linear"),
@@ -241,7 +223,7 @@ def test_prompts_whose_tokens_are_alike(case):
         placement = Placement.linear(experts, ep, redundant)
         if how == "load":
             (placement,) = source.placements([0], layout, redundant, 8)
-        choice = copy_choice("nearest", placement, *of_ranks)
+        choice = CopyChoice(placement, *of_ranks)
         alike, independent = (
             ExpectedFanOut.of_sample(mesh, placement, each, 0)
             for each in (source, replace(source, likeness=0.0))
@@ -271,12 +253,11 @@ def test_prompts_whose_tokens_are_alike(case):
 
 
 @pytest.mark.parametrize("num_seqs", [0, 1])
-@pytest.mark.parametrize("copies", ["nearest", "balanced"])
-def test_no_prompt_and_one(num_seqs, copies):
+def test_no_prompt_and_one(num_seqs):
     model = model_of("plain").with_overrides(num_experts=32, num_experts_per_tok=2)
-    stage = Stage(model, ("dp=8,ep=8", 4, 8), "all_to_all", KERNEL_SETS[0], 64, copies=copies)
+    stage = Stage(model, ("dp=8,ep=8", 4, 8), "all_to_all", KERNEL_SETS[0], 64)
     routing = replace(stage.routing, likeness=LIKENESS)
-    fan_out = ExpectedFanOut.of_sample(stage.mesh, stage.placement, routing, 1, copies)
+    fan_out = ExpectedFanOut.of_sample(stage.mesh, stage.placement, routing, 1)
     num = np.array([num_seqs])
     for length in (1, 64):
         part = Scenarios(1, num, np.array([length]), np.array([0]), num, dp=0)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cli.screen import telling, tells
-from expertlane.balance.copies import copy_choice
+from expertlane.balance.copies import CopyChoice
 from expertlane.balance.holding import placements_of
 from expertlane.balance.placement import Placement, max_over_mean, rank_loads
 from expertlane.balance.trace import RoutingTrace, write_trace
@@ -379,7 +379,7 @@ def test_experts_that_compute_nothing_are_drawn_as_others_are_and_counted_by_non
     assert set(computing) == {2, 3, 4, 5, 6}
     layout = Layout(dp=4, ep=4)
     mesh = StageMesh.of(layout, 0, 0, 8)
-    choice = copy_choice("nearest", Placement.linear(8, 4), mesh.ep_rank, mesh.nodes_of_ep_group)
+    choice = CopyChoice(Placement.linear(8, 4), mesh.ep_rank, mesh.nodes_of_ep_group)
     counts = count_dispatch(ids, np.full(4, num // 4), choice, mesh)
     assert counts.num_tokens_per_expert.sum(axis=0).tolist() == [
         int((ids == expert).sum()) for expert in range(8)

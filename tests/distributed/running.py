@@ -143,20 +143,3 @@ class Forced:
     def commit(self, plan: StepPlan, outcome: StepOutcome) -> None:
         forced = {seq: next(self._tokens[seq]) for seq in outcome.token_ids}
         self._scheduler.commit(plan, replace(outcome, token_ids=forced))
-
-
-class Balancing:
-    """In place of a `CopySwitch`: balances in every step."""
-
-    def has_seen(self, plan: StepPlan) -> bool:
-        """Keeps nothing."""
-        return False
-
-    def before_step(self, plan: StepPlan) -> tuple[StepPlan, bool]:
-        return plan, True
-
-    def after_step(self, plan: StepPlan, records: object) -> None:
-        """Keeps nothing."""
-
-    def forget(self, replica: int) -> None:
-        """Keeps nothing."""

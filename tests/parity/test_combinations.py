@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import PoolKeeper
-from distributed.running import Balancing, Inline, deployment, runner_on
+from distributed.running import Inline, deployment, runner_on
 from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.ranks.commands import SetDispatch
 from expertlane.errors import SpecError
@@ -55,7 +55,6 @@ class Case(NamedTuple):
         dispatch: hierarchical where nodes hold equally many ranks, else flat.
         is_switching: by a drawn table, dispatch form and overlap change with the tokens of a step.
         num_redundant: fewer where that is more than a rank can hold.
-        copies: balanced where there are any.
         lookahead: not with pipeline stages.
         check: how much ranks look for silent errors, of which there are none.
         work: token budgets that the tokens of a data-parallel rank may fill; steps take long.
@@ -68,7 +67,6 @@ class Case(NamedTuple):
     is_switching: bool
     placement: str
     num_redundant: int
-    copies: str
     rebalance_steps: int
     overlap: bool
     num_micro_batches: int
@@ -117,7 +115,6 @@ def cases(max_num_ranks: int, work: int) -> st.SearchStrategy[Case]:
         is_switching=st.sampled_from([True, False]),
         placement=st.sampled_from(["linear", "round_robin"]),
         num_redundant=st.sampled_from([0, 1, 5, 16]),
-        copies=st.sampled_from(["nearest", "balanced"]),
         rebalance_steps=st.sampled_from([0, 1, 3]),
         overlap=st.booleans(),
         num_micro_batches=st.integers(1, 4),
@@ -173,7 +170,6 @@ class Combination:
             dispatch=dispatch if spreads_evenly(layout, case) else "all_to_all",
             placement=case.placement,
             num_redundant_experts=num_redundant,
-            copies=case.copies if num_redundant else "nearest",
             overlap=case.overlap,
             num_micro_batches=case.num_micro_batches,
             micro_batch_schedule=case.schedule,
@@ -194,8 +190,6 @@ class Combination:
             ranks_per_node=case.ranks_per_node,
             check=case.check,
         )
-        if chosen.options.copies == "balanced":
-            self.runner.copy_switch = Balancing()
         self.table: DispatchTable | None = None
         self.modes: set[DispatchMode] = set()
         if case.is_switching:
@@ -325,7 +319,6 @@ def run_combinations(pools, asked, num: int, max_num_ranks: int, work: int) -> C
         if combination.runner.rebalancer is not None:
             switched = [each.switched for each in combination.runner.rebalancer.decisions]
             seen["cases with a rebalance"] += any(step is not None for step in switched)
-        seen["cases with balanced copies"] += combination.runner.copy_switch is not None
         seen["cases with preemptions"] += combination.scheduler.num_preemptions > 0
         seen["cases with shared blocks"] += num_hits > 0
         seen["cases with several steps in flight"] += combination.most_in_flight > 1

@@ -80,12 +80,6 @@ def test_experts_are_placed_by_load():
     assert {options.placement for options in options_of("dp=16", 8)} == {"linear"}
 
 
-def test_copies_are_balanced_where_there_are_any():
-    found = candidates_of(Layout.parse("dp=8,ep=8"), PAPER, 8, copies="balanced")
-    seen = {(each.options.num_redundant_experts > 0, each.options.copies) for each in found}
-    assert seen == {(False, "nearest"), (True, "balanced")}
-
-
 def test_pipelines_have_micro_batches():
     found = options_of("pp=2", 8)
     cut = {(each.num_micro_batches, each.micro_batch_schedule) for each in found}

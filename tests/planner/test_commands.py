@@ -259,7 +259,6 @@ def test_the_own_command_is_one_of_the_own_parser():
         prefill_dispatch="all_to_all",
         payload="float8",
         num_redundant_experts=4,
-        copies="balanced",
     )
     types = replace(NumberTypes.asked("bfloat16"), kv="float8")
     (made,) = commands("expertlane", served("pp=2,dp=2,tp=2,ep=4", options), types=types)

@@ -70,7 +70,6 @@ def test_cards_without_nvlink_are_not_dispatched_to_by_deepep():
         ("dp=8,ep=8", replace(GATHERED, num_redundant_experts=8), ALL),
         ("dp=8,ep=8", replace(GATHERED, num_redundant_experts=2), ("expertlane",)),
         ("tp=8,ep=8", replace(GATHERED, num_redundant_experts=8), ("vllm", "sglang", "expertlane")),
-        ("dp=8,ep=8", Options(num_redundant_experts=8, copies="balanced"), ("expertlane",)),
         ("dp=8,ep=8", Options(overlap=True), ("sglang", "expertlane")),
         ("dp=8,ep=8", replace(GATHERED, overlap=True), ("expertlane",)),
         ("pp=2,tp=4", ROTATING, ALL),
@@ -154,7 +153,6 @@ def drawn() -> list[RolePool]:
         for options in (
             each.options,
             replace(each.options, num_redundant_experts=3),
-            replace(each.options, copies="balanced"),
             replace(each.options, prefill_dispatch="all_to_all"),
         )
         for num_drafts in (0, 2)

@@ -4,9 +4,8 @@ from dataclasses import replace
 
 from example_results import usual
 from expertlane.report.compared import run
-from expertlane.report.traffic import copies, rebalancing
-from expertlane.results.record import CopyRecord, DeploymentRecord, RebalanceRecord
-from expertlane.spec.names import Phase
+from expertlane.report.traffic import rebalancing
+from expertlane.results.record import DeploymentRecord, RebalanceRecord
 
 MOVED = RebalanceRecord(
     replica=0,
@@ -53,16 +52,3 @@ def test_moves_that_the_work_did_not_wait_for():
     too_late = replace(MOVED, **NOT_MOVED)
     section = of(replace(usual().deployments[0], rebalances=(too_late,)))
     assert section.parts[0].rows[0][5:] == ("too late", "—")
-
-
-def test_whether_copies_are_balanced():
-    taken = CopyRecord(0, 23, Phase.DECODE, 1234.0, gain_s=2e-3, cost_s=5e-4, is_on=True)
-    off = replace(taken, step=7, phase=Phase.PREFILL, cost_s=3e-3, is_on=False)
-    first, *others = usual().deployments
-    given = replace(usual(), deployments=(first, replace(others[0], copies=(off, taken))))
-    decisions, _ = copies(run(given, "measured")).parts
-    assert decisions.rows == (
-        ("2", "7", "prefill", "1,234", "2.00", "3.00", "off"),
-        ("2", "23", "decode", "1,234", "2.00", "0.500", "on"),
-    )
-    assert not copies(run(usual(), "measured")).parts

@@ -44,7 +44,7 @@ QUERIES = PANELS | {query: query for query in re.findall(r"expr: (.*)", ALERTS)}
 @pytest.fixture(scope="module")
 def rebalanced(chatty):
     """A server whose experts move, which has answered requests."""
-    options = Options(rebalance_steps=4, num_redundant_experts=2, copies="balanced")
+    options = Options(rebalance_steps=4, num_redundant_experts=2)
     settings = {"dtype": "float32", "num_blocks": 32, "on_failure": "replace"}
     with (
         LLM(chatty, layout="dp=2,ep=2", options=options, **settings) as llm,

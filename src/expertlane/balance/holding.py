@@ -521,14 +521,7 @@ def check_deployment(
                 "give a file of expertlane balance"
             )
         options = replace(options, placement="linear")  # with as many slots on every rank
-    placements = placements_of(model, layout, options)
-    has_copies = any(each is not None and each.num_slots > each.num_experts for each in placements)
-    if options.copies == "balanced" and not has_copies:
-        raise UserError(
-            f"copies are to be balanced, but in layout {layout} no expert has two; add some with "
-            "num_redundant_experts (--num-redundant-experts), or leave copies out"
-        )
-    return placements
+    return placements_of(model, layout, options)
 
 
 def check_experiment(

@@ -25,7 +25,6 @@ from expertlane.balance.placement import (
     total_max_over_mean,
 )
 from expertlane.balance.planner import lower_maximum, plan_placement, search_copies
-from expertlane.spec.names import Phase
 
 _EVEN = (1.5, 1.2, 1.05)  # wanted max/mean near the present placement; a new one is last
 
@@ -181,41 +180,6 @@ class PairCost:
     def pair_s(self) -> float:
         """Seconds for each pair more; 0 where ranks never differed, or it took no longer."""
         return max(0.0, self._products / self._squares) if self._squares else 0.0
-
-
-@dataclass(frozen=True)
-class CopyDecision:
-    """Gain and cost of balancing copies in a step of a phase, from a trial.
-
-    Attributes:
-        num_saved: pairs that the fullest rank of each layer is spared, all layers together.
-        pair_s: seconds of a rank for each pair more.
-        cost_s: processor time that sharing takes a rank.
-    """
-
-    phase: Phase
-    num_saved: float
-    pair_s: float
-    cost_s: float
-
-    @property
-    def gain_s(self) -> float:
-        """Seconds that a step is shorter by, were it not for the cost."""
-        return self.num_saved * self.pair_s
-
-    @property
-    def pays(self) -> bool:
-        """True if balancing saves more time than it takes."""
-        return self.gain_s > self.cost_s
-
-    @property
-    def line(self) -> str:
-        """Gain, cost and decision, in one line for a log."""
-        return (
-            f"copies: balancing saves {1e3 * self.gain_s:.3g} ms per {self.phase.name.lower()} "
-            f"step ({self.num_saved:.3g} pairs fewer on the fullest ranks), costs "
-            f"{1e3 * self.cost_s:.3g} ms: " + ("on" if self.pays else "off")
-        )
 
 
 @dataclass(frozen=True)

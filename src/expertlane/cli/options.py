@@ -18,7 +18,6 @@ from expertlane.errors import UserError, naming
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
     ActivationsType,
-    CopyMethod,
     DispatchChoice,
     DispatchForm,
     KVCacheType,
@@ -230,17 +229,6 @@ class SchedulerOptions(RequestOptions):
     max_num_batched_tokens: int = _option_of("max_num_batched_tokens")
 
 
-def copies_option() -> Any:
-    """`--copies`: the choice among copies of a redundant expert."""
-    return typer.Option(
-        "nearest",
-        rich_help_panel=Panel.MORE_DEPLOYMENT,
-        help="Which copy of a redundant expert computes a token. nearest: on the own rank, else on "
-        "the own node, else any; balanced: the tokens of each step are distributed to even out "
-        "ranks' loads, where that saves time.",
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class DeploymentOptions:
     """Options of a deployment, on real ranks or modelled ones.
@@ -282,7 +270,6 @@ class DeploymentOptions:
     )
     placement: str = placement_option("linear")
     num_redundant_experts: int = redundant_option()
-    copies: CopyMethod = copies_option()
     options: Options = field(init=False)
     methods: ClassVar[tuple[PlacementMethod, ...]] = ("linear", "round_robin")  # of placement
 

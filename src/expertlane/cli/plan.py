@@ -18,13 +18,12 @@ from expertlane.cli.options import (
     ModelArgument,
     ProjectionOptions,
     cluster_option,
-    copies_option,
     fields_of,
     scripts_option,
 )
 from expertlane.cli.output import OutputOptions
 from expertlane.errors import UserError
-from expertlane.spec.deployment import CopyMethod, PayloadType
+from expertlane.spec.deployment import PayloadType
 from expertlane.spec.files import write_text
 from expertlane.spec.names import EngineName
 
@@ -54,15 +53,7 @@ class _Options:
         show_default="--framework's, or any deployment, and the best of each engine",
         help="Engine that serves. Only what it runs is planned.",
     )
-    copies: CopyMethod = copies_option()
     scripts: Path | None = scripts_option("They start the best of each engine.", Panel.MORE_OUTPUT)
-
-    def __post_init__(self) -> None:
-        if self.copies != "nearest" and self.engine not in (None, "expertlane"):
-            raise UserError(
-                f"--copies {self.copies} is of expertlane alone; leave it out with --engine "
-                f"{self.engine}"
-            )
 
 
 @takes_groups
@@ -218,7 +209,6 @@ def _question(
         Execution(projection.execution),
         there.routing.source,
         payload,
-        copies=own.copies,
         multi_token=multi_token,
     )
     engine, goals = _engine_of_framework(own, projection.framework), Goals.of(load.slos)
@@ -230,7 +220,7 @@ def _engine_of_framework(own: _Options, framework: str | None) -> EngineName | N
     """The engine asked for, or the one that the framework serves with.
 
     Raises:
-        UserError: a framework does not serve with it, or has no balanced copies.
+        UserError: a framework does not serve with it.
     """
     from expertlane.cost.laws.frameworks import find_framework
 
@@ -239,11 +229,6 @@ def _engine_of_framework(own: _Options, framework: str | None) -> EngineName | N
     engine = find_framework(framework).engine
     if own.engine not in (None, engine):
         raise UserError(f"--engine {own.engine}: --framework {framework} serves with {engine}")
-    if own.copies != "nearest":
-        raise UserError(
-            f"--copies {own.copies} is of expertlane alone; leave it out with --framework "
-            f"{framework}"
-        )
     return engine
 
 

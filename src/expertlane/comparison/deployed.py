@@ -13,7 +13,6 @@ from expertlane.comparison.journal import Journal, Measurement
 from expertlane.comparison.projection import usual_number_type
 from expertlane.comparison.records import (
     Repeated,
-    copy_records,
     measured_record,
     rebalance_records,
     traced_steps,
@@ -39,7 +38,6 @@ from expertlane.results.metrics import (
 )
 from expertlane.results.record import (
     EXPERIMENT,
-    CopyRecord,
     DeploymentRecord,
     RebalanceRecord,
     Source,
@@ -106,7 +104,6 @@ class Deployed:
         self._runner: ModelRunner | None = None  # where it is on the ranks
         self._held: Sequence[HeldBytes] = ()
         self._rebalances: Sequence[RebalanceRecord] = ()
-        self._copies: Sequence[CopyRecord] = ()
 
     @property
     def name(self) -> str:
@@ -147,8 +144,6 @@ class Deployed:
         self._tokens = self._run(workload, self._keep, run=self.num_runs, record_events=with_events)
         rebalancer = self._runner.rebalancer if self._runner else None
         self._rebalances = rebalance_records(rebalancer) if rebalancer else ()
-        switch = self._runner.copy_switch if self._runner else None
-        self._copies = copy_records(switch) if switch else ()
         own = [step for step in chain(*self._steps.values()) if step.run == self.num_runs]
         self._note(self.num_runs, own)
         self.num_runs += 1
@@ -203,7 +198,7 @@ class Deployed:
         if run != _SHARE:
             self._tokens = kept.tokens
         self._held, self._dispatch = kept.held, kept.dispatch
-        self._rebalances, self._copies = kept.rebalances, kept.copies
+        self._rebalances = kept.rebalances
         self._runner = None  # the ranks may hold another
         return True
 
@@ -213,7 +208,7 @@ class Deployed:
                 Measurement(
                     *(self.role, self.name, run, list(steps), self._tokens),
                     *(list(self._held), self._dispatch),
-                    *(list(self._rebalances), list(self._copies)),
+                    list(self._rebalances),
                 )
             )
 
@@ -308,7 +303,6 @@ class Deployed:
             found,
             steps=tuple(medians),
             rebalances=tuple(self._rebalances),
-            copies=tuple(self._copies),
         )
 
     def virtual_record(self, runs: VirtualRuns) -> DeploymentRecord:
@@ -354,7 +348,6 @@ class Deployed:
             types=NumberTypes.of_engine(setting.dtype, options),
             dispatch=dispatch,
             payload=options.payload,
-            copies=options.copies,
             ranks_per_node=setting.ranks_per_node,
             block_size=self.limits.block_size,
         )

@@ -18,7 +18,7 @@ from expertlane.engine.ranks.commands import HeldBytes, RankMachine
 from expertlane.engine.ranks.messages import Decoder, MessageError, MessageKind, encode, messages_in
 from expertlane.errors import UserError, naming
 from expertlane.results.hardware import MachinePeak
-from expertlane.results.record import CopyRecord, RebalanceRecord
+from expertlane.results.record import RebalanceRecord
 from expertlane.results.step_record import StepRecord
 from expertlane.spec.deployment import DispatchTable
 from expertlane.spec.experiment import Experiment
@@ -37,7 +37,7 @@ class Measurement:
         tokens: [num_sequences, output_len].
         held: [world_size]; bytes that each rank had allocated.
         dispatch: the table as measured, where it is `auto`.
-        rebalances, copies: decisions of this repetition.
+        rebalances: decisions of this repetition.
     """
 
     role: str
@@ -48,7 +48,6 @@ class Measurement:
     held: list[HeldBytes]
     dispatch: DispatchTable | None
     rebalances: list[RebalanceRecord]
-    copies: list[CopyRecord]
 
 
 @dataclass(frozen=True)

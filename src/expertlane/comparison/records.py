@@ -10,7 +10,6 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.holding import Holding, placements_of
-from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalance, Rebalancer, StepLoad
 from expertlane.engine.ranks.commands import HeldBytes
 from expertlane.results.estimate import (
@@ -20,7 +19,6 @@ from expertlane.results.estimate import (
 )
 from expertlane.results.metrics import find_bottleneck
 from expertlane.results.record import (
-    CopyRecord,
     DeploymentRecord,
     HeldRecord,
     PairRecord,
@@ -148,17 +146,6 @@ def _rebalance(taken: Rebalance, rebalancer: Rebalancer) -> RebalanceRecord:
         experts_s_before=_experts_s(before),
         experts_s_after=_experts_s(after) if after else None,
         paid_s=taken.paid_s,
-    )
-
-
-def copy_records(switch: CopySwitch) -> tuple[CopyRecord, ...]:
-    """Records of a run's decisions to balance copies."""
-    return tuple(
-        CopyRecord(
-            *(each.replica, each.step, each.decision.phase, each.decision.num_saved),
-            *(each.decision.gain_s, each.decision.cost_s, each.decision.pays),
-        )
-        for each in switch.decisions
     )
 
 

@@ -64,11 +64,6 @@ class VirtualSettings:
                     f"deployment {each.name!r} moves experts while it runs; --compute needs "
                     "deployments without rebalancing"
                 )
-            if each.options.copies == "balanced":
-                raise UserError(
-                    f"deployment {each.name!r} balances copies in steps where that paid; --compute "
-                    "needs deployments with copies = 'nearest'"
-                )
             check_has_law(each)
 
 
@@ -278,7 +273,7 @@ class VirtualRuns:
             computing,
             Assumption(
                 "excluded",
-                "scheduler, messages to and from it, and CPU time of copies",
+                "scheduler, and messages to and from it",
                 "included in wall time; a cluster hides most of it",
             ),
         )

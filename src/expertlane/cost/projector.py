@@ -55,7 +55,7 @@ from expertlane.results.estimate import Estimate
 from expertlane.results.record import StepsRecord
 from expertlane.results.step_record import RankEvents
 from expertlane.results.timeline import StepTimeline, timeline_of
-from expertlane.spec.deployment import CopyMethod, DispatchMode, Options, PayloadType
+from expertlane.spec.deployment import DispatchMode, Options, PayloadType
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Phase
@@ -195,7 +195,6 @@ class Setting:
     Attributes:
         routing: source of the experts that tokens choose.
         payload: number type in which hidden states are dispatched.
-        copies: method that picks the copy of a redundant expert for a token.
         step_tokens: tokens of a prefill step, as for `memory.prefill_step_tokens`.
         multi_token: drafts of deployments that use multi-token prediction.
     """
@@ -205,7 +204,6 @@ class Setting:
     routing: LoadedRouting
     payload: PayloadType = "model"
     step_tokens: int | None = None
-    copies: CopyMethod = "nearest"
     multi_token: MultiToken = field(default_factory=MultiToken)
 
 
@@ -290,7 +288,6 @@ class Projector:
             placed(model, layout, options, setting.routing, ranks_per_node),
             types=setting.types,
             payload=options.payload,
-            copies=options.copies,
             ranks_per_node=ranks_per_node,
             kernels=kernels_of(cluster.profile),
             num_drafts=num_drafts,

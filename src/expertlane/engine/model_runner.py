@@ -13,7 +13,6 @@ import numpy.typing as npt
 from expertlane.balance.holding import check_deployment
 from expertlane.balance.trace import RoutingTrace
 from expertlane.balance.transition import Arrangement
-from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.elastic.recovery import Arranged
 from expertlane.engine.rank_watch import RankWatch
@@ -142,7 +141,6 @@ class ModelRunner:
         dispatch_table: the modes timed where `dispatch` or `overlap` is `auto`, else None.
         rebalancer: moves experts between steps; None where they stay.
         checking: looks for silent errors; None with `check` off.
-        copy_switch: decides in which steps copies of experts are balanced; None for in none.
 
     Args:
         config: its layout, options, seed, level of checks, and ranks per node (not 0).
@@ -206,15 +204,12 @@ class ModelRunner:
         self._model = model
         self.dispatch_table = dispatch_table
         self.rebalancer: Rebalancer | None = None
-        self.copy_switch: CopySwitch | None = None
         self._watch: RankWatch | None = None
         self._is_reshaped = False  # since the last `redeploy`
         self._to_discard: set[int] = set()  # steps, by some ranks
         if options.is_timed:
             self._settle_dispatch()
         self._record_graphs()
-        if options.copies == "balanced":
-            self.copy_switch = CopySwitch(layout, log)
         if options.rebalance_steps:
             self.rebalancer = Rebalancer(
                 pool, self.arranged, num_steps=options.rebalance_steps, log=log
@@ -250,7 +245,7 @@ class ModelRunner:
     def watch(self) -> RankWatch:
         """Begin to read the ranks' totals, and return the watch that keeps them."""
         given = self._pool, self.arranged, self._model
-        self._watch = RankWatch(*given, self.rebalancer, self.copy_switch)
+        self._watch = RankWatch(*given, self.rebalancer)
         return self._watch
 
     def set_dispatch(self, table: DispatchTable) -> None:
@@ -260,18 +255,10 @@ class ModelRunner:
     def submit(self, plan: StepPlan) -> StepHandle:
         """Send a plan to the ranks of its replica, to each its own part."""
         placements = None if self.rebalancer is None else self.rebalancer.before_step(plan)
-        as_sent, balances = plan, False
-        if self.copy_switch is not None:
-            if placements is not None and not self.copy_switch.has_seen(plan):
-                self.copy_switch.forget(plan.replica)
-            as_sent, balances = self.copy_switch.before_step(plan)
         submitted_s = time.perf_counter()
         commands = [
-            (
-                RunStep(step, placements, balances),
-                self.members.of_dp_rank[plan.replica, dp_rank],
-            )
-            for dp_rank, step in enumerate(as_sent.of_dp_ranks())
+            (RunStep(step, placements), self.members.of_dp_rank[plan.replica, dp_rank])
+            for dp_rank, step in enumerate(plan.of_dp_ranks())
         ]
         return StepHandle(plan, self._pool.submit_each(commands), submitted_s)
 
@@ -289,9 +276,6 @@ class ModelRunner:
         """Drop decisions about steps to come; see `engine.elastic.recovery.Follower`."""
         if self.rebalancer is not None:
             self.rebalancer.abandon(plans)
-        if self.copy_switch is not None:  # its decisions go to all ranks with each step
-            for replica in range(self.members.layout.replicas):
-                self.copy_switch.forget(replica)
         self._to_discard.update(plan.step for plan in plans)
 
     def redeploy(self, replaced: Collection[int], plans: Sequence[StepPlan]) -> None:
@@ -354,8 +338,6 @@ class ModelRunner:
                 )
         if self.rebalancer is not None:
             self.rebalancer.begin_again()
-        if self.copy_switch is not None:
-            self.copy_switch.reshape(layout)
         if self._watch is not None:
             self._watch.reshape(arrangement)
 
@@ -383,8 +365,6 @@ class ModelRunner:
         outcome = outcome_of(outcomes, handle.submitted_s, finished_s)
         if self.rebalancer is not None:
             self.rebalancer.after_step(handle.plan, outcome.records)
-        if self.copy_switch is not None:
-            self.copy_switch.after_step(handle.plan, outcome.records)
         return outcome
 
 

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,6 @@ import numpy.typing as npt
 from expertlane.balance.holding import Placements
 from expertlane.balance.transition import Arrangement
 from expertlane.engine.comm.progress import Position
-from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.elastic.recovery import Arranged
 from expertlane.engine.ranks.commands import ReadTotals, Ticket
@@ -42,10 +41,6 @@ class Reading:
         link_bytes: [num_links]; sent over each kind of link, summed over ranks.
         overlapped_s, exposed_s: time of transfers that steps overlapped, and the wait for their
             results, summed over ranks; see `RankTotals`.
-        num_pairs_saved: pairs that balanced copies took from the fullest rank, summed over
-            pipeline stages; see `RankCounts`.
-        copies_s: processor time spent on balancing copies: of the rank of each pipeline stage that
-            spent most, summed over stages.
     """
 
     members: Members
@@ -58,8 +53,6 @@ class Reading:
     link_bytes: npt.NDArray[np.int64]
     overlapped_s: float
     exposed_s: float
-    num_pairs_saved: int
-    copies_s: float
 
 
 class RankWatch:
@@ -78,17 +71,15 @@ class RankWatch:
         arranged: Arranged,
         model: ModelConfig,
         rebalancer: Rebalancer | None = None,
-        copy_switch: CopySwitch | None = None,
     ) -> None:
         self.members, self.num_experts = arranged.now.members, model.num_experts
         self.layers = model.moe_layers
         self._num_layers = model.num_hidden_layers
-        self.rebalancer, self.copy_switch = rebalancer, copy_switch
+        self.rebalancer = rebalancer
         self._pool, self._arranged = pool, arranged
         self._first = arranged.now  # the arrangement with which these members began
         self._ticket: Ticket[RankTotals] | None = None
         self._before: dict[int, RankTotals] = {}  # by process number: totals of earlier processes
-        self._copies_before = 0, 0.0  # pairs saved and seconds spent, in earlier layouts
         self._asked_s = time.monotonic()
         self._latest = pool.call(ReadTotals(), ranks=self.numbers)
         first = self._reading(self._latest)
@@ -145,10 +136,8 @@ class RankWatch:
         stay part of the sums over ranks.
         """
         self._ticket = None
-        reading = self._reading(self._latest)
-        self._copies_before = reading.num_pairs_saved, reading.copies_s
         for number, totals in zip(self.numbers, self._latest, strict=True):
-            self._before[number] = replace(totals, num_pairs_saved=0, copies_ns=0)
+            self._before[number] = totals
         none = self._latest[0].nothing()
         self.members, self._first = arrangement.members, arrangement
         self._latest = [self._before.get(number, none) for number in self.numbers]
@@ -225,8 +214,4 @@ class RankWatch:
             .sum(axis=0),
             overlapped_s=sum(each.overlapped_ns for each in both) / 1e9,
             exposed_s=sum(each.exposed_ns for each in both) / 1e9,
-            num_pairs_saved=self._copies_before[0]
-            + sum(self._of_stages([each.num_pairs_saved for each in totals])),
-            copies_s=self._copies_before[1]
-            + sum(self._of_stages([each.copies_ns for each in totals])) / 1e9,
         )

@@ -11,7 +11,6 @@ from expertlane.cost.projector import Setting
 from expertlane.cost.throughput import Goals
 from expertlane.errors import CapacityError, SpecError
 from expertlane.spec.deployment import (
-    CopyMethod,
     DispatchForm,
     MicroBatchSchedule,
     Options,
@@ -176,7 +175,6 @@ def candidates_of(
     ranks_per_node: int,
     payload: PayloadType = "model",
     num_drafts: int = 0,
-    copies: CopyMethod = "nearest",
 ) -> Iterator[Candidate]:
     """A layout with every dispatch form × overlap × micro-batches × redundancy that it takes.
 
@@ -195,7 +193,6 @@ def candidates_of(
                         dispatch=form,
                         payload=payload if layout.ep > 1 else "model",
                         num_redundant_experts=num_redundant,
-                        copies=copies if num_redundant else "nearest",
                         placement="load" if layout.ep > 1 else "linear",
                     )
                     yield Candidate(layout, options)

@@ -188,12 +188,6 @@ def _needs_even_copies(pool: RolePool) -> bool:
     return has_copies and (pool.layout.ep == 1 or not pool.slots_are_even)
 
 
-def _balances_copies(pool: RolePool) -> bool:
-    return pool.candidate.options.copies != "nearest"
-
-
-_COPIES = "picks a copy of an expert by the token, not by the load of the step"
-
 VLLM = ServingEngine(
     "vllm",
     "vLLM",
@@ -244,11 +238,6 @@ VLLM = ServingEngine(
             "has redundant experts only where experts are spread, equally many on each rank",
             "model_executor/layers/fused_moe/layer.py: enable_eplb",
             _needs_even_copies,
-        ),
-        Row(
-            _COPIES,
-            "model_executor/layers/fused_moe/router/base_router.py: logical_replica_count",
-            _balances_copies,
         ),
         Row(
             "takes keys and values from a prefill pool without pipeline stages alone",
@@ -331,7 +320,6 @@ SGLANG = ServingEngine(
             "srt/eplb/expert_location.py: num_physical_experts % ep_size",
             lambda pool: not pool.slots_are_even or _needs_even_copies(pool),
         ),
-        Row(_COPIES, "srt/arg_groups/fields/exec_.py: ep_dispatch_algorithm", _balances_copies),
         Row(
             "drafts without a pipeline, or in prefill pools",
             "srt/arg_groups/validation_hook.py: check_pipeline_parallel_compat",
@@ -405,7 +393,6 @@ TRTLLM = ServingEngine(
                 or (pool.candidate.options.num_redundant_experts > 0 and pool.layout.dp == 1)
             ),
         ),
-        Row(_COPIES, "examples/wide_ep/ep_load_balancer", _balances_copies),
     ),
 )
 

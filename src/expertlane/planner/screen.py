@@ -32,7 +32,7 @@ from expertlane.cost.throughput import (
     together,
 )
 from expertlane.planner.candidates import Candidate, PlanRequest
-from expertlane.spec.deployment import CopyMethod, DispatchForm, Options
+from expertlane.spec.deployment import DispatchForm, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import NOTHING_SHARED, Workload
 
@@ -143,7 +143,7 @@ class _Structure:
     sized: Sized | None
 
 
-_Spread = tuple[int, tuple[Placement, ...], CopyMethod]
+_Spread = tuple[int, tuple[Placement, ...]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +199,6 @@ class Screen:
                 options.dispatch,
                 options.placement,
                 options.num_redundant_experts,
-                options.copies,
                 num_drafts,
             )
             alike[key].append(candidate)
@@ -295,13 +294,13 @@ class Screen:
 
     def _fan_out(self, mesh: StageMesh, options: Options) -> ExpectedFanOut:
         """Mean fan-out of a few layers, placed as in the projection in full."""
-        routing, copies = self._request.setting.routing, options.copies
+        routing = self._request.setting.routing
         placements = self._placements(mesh.layout, options)
-        known, key = self._known.fan_outs, (mesh.size, tuple(placements), copies)
+        known, key = self._known.fan_outs, (mesh.size, tuple(placements))
         if key not in known:
             known[key] = ExpectedFanOut.mean(
                 [
-                    ExpectedFanOut.of_sample(mesh, placement, routing, layer, copies)
+                    ExpectedFanOut.of_sample(mesh, placement, routing, layer)
                     for layer, placement in zip(self._layers, placements, strict=True)
                 ]
             )

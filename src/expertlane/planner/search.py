@@ -401,7 +401,6 @@ class Search:
                 profile.ranks_per_node,
                 self.request.setting.payload,
                 self.request.setting.multi_token.num_drafts,
-                self.request.setting.copies,
             )
             if engine is None or engine.runs_in_any_role(candidate, self.request.model)
         ]

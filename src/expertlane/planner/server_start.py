@@ -524,7 +524,6 @@ def _expertlane(asked: _Asked) -> _Draft:
         "--prefill-dispatch": (options.prefill_dispatch, None),
         "--payload": (options.payload, "model"),
         "--num-redundant-experts": (options.num_redundant_experts, 0),
-        "--copies": (options.copies, "nearest"),
         "--placement": (options.placement_file or "linear", "linear"),
         "--rebalance-steps": (options.rebalance_steps, 0),
     }

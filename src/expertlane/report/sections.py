@@ -28,7 +28,6 @@ from expertlane.report.speed import (
     speed,
 )
 from expertlane.report.traffic import (
-    copies,
     details,
     experts_and_traffic,
     hot_spots,
@@ -213,7 +212,6 @@ def _run(results: Results, own: Comparison, wall: Comparison) -> list[Section]:
             work_and_traffic(own),
             hot_spots(own),
             rebalancing(wall),
-            copies(wall),
             *(details(own, results.measured_on.ranks_per_node) if long_form else ()),
             parallelism(own),
             overlap(own),

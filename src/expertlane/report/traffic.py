@@ -16,7 +16,6 @@ from expertlane.report.numbers import (
 from expertlane.report.speed import NAMED, UTILISATION
 from expertlane.report.verdict import error_in_words
 from expertlane.results.record import (
-    CopyRecord,
     CriticalPath,
     DeploymentRecord,
     RebalanceRecord,
@@ -331,34 +330,6 @@ def rebalancing(comparison: Comparison) -> Section:
             "before the decision and after the switch; predicted: after, if tokens came evenly "
             "from all ranks. Experts: CPU time per step of the rank that spends most on experts. "
             "Paid: time by which the moves delayed steps.",
-        ),
-    )
-
-
-_CopyDecision = tuple[int, CopyRecord]
-
-
-def copies(comparison: Comparison) -> Section:
-    """All decisions to balance copies; empty where no deployment does."""
-    taken = [(row.number or 0, each) for row in comparison.rows for each in row.record.copies]
-    if not taken:
-        return Section("Copies", ())
-    columns: tuple[Column[_CopyDecision], ...] = (
-        text("#", lambda one: one[0]),
-        number("step", lambda one: one[1].step),
-        text("steps", lambda one: one[1].phase),
-        number("pairs spared", lambda one: one[1].num_saved, figures),
-        number("saves ms", lambda one: one[1].gain_s, milliseconds),
-        number("costs ms", lambda one: one[1].cost_s, milliseconds),
-        text("balanced", lambda one: "on" if one[1].is_on else "off"),
-    )
-    return Section(
-        f"Copies ({comparison.clock})",
-        (
-            Table.of("Decisions", columns, taken),
-            "The last repetition. Each phase is tried: every other step is balanced. Pairs spared: "
-            "token-expert pairs of the fullest rank, all layers of a step. Saves: these pairs at "
-            "the CPU time of one more pair; costs: CPU time of sharing tokens among copies.",
         ),
     )
 

@@ -115,6 +115,10 @@ def _drop_removed(data: dict[str, Any]) -> None:
     """Drop fields of deployments that earlier versions of expertlane wrote."""
     deployments = data.get("deployments")
     for each in deployments if isinstance(deployments, list) else ():
+        if isinstance(each, dict):
+            each.pop("copies", None)
+            if isinstance(each.get("options"), dict):
+                each["options"].pop("copies", None)
         for key, names in _REMOVED.items() if isinstance(each, dict) else ():
             tables = each.get(key)
             for table in tables if isinstance(tables, list) else [tables]:

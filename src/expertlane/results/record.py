@@ -259,26 +259,6 @@ class RebalanceRecord(Strict):
 
 
 @dataclass(frozen=True)
-class CopyRecord(Strict):
-    """A decision whether copies of experts are balanced, by a trial in one phase.
-
-    Attributes:
-        step: after which it was taken.
-        num_saved: pairs a step that balancing takes off the fullest rank of each layer, summed.
-        gain_s, cost_s: seconds a step: of a rank for these pairs, and of sharing.
-        is_on: whether copies are balanced from then on.
-    """
-
-    replica: int
-    step: int
-    phase: Phase
-    num_saved: float
-    gain_s: float
-    cost_s: float
-    is_on: bool
-
-
-@dataclass(frozen=True)
 class Conditions(Strict):
     """Conditions of a projection, which compared deployments must share.
 
@@ -346,7 +326,6 @@ class DeploymentRecord(Strict):
         num_tokens_per_expert: [num_layers][num_experts]; token-expert pairs of all steps, of the
             first repetition where there are several.
         rebalances: decisions about moving experts, in its last run.
-        copies: decisions about balancing copies of experts, in its last run.
         dispatch_table: table that chose `dispatch` or `overlap`, where it is `auto`.
         tokens_sha256: hash of all generated tokens, to compare runs.
         why: reason that it is slower than the best of a plan; empty where it ties with that.
@@ -374,7 +353,6 @@ class DeploymentRecord(Strict):
     num_tokens_per_expert: _Counts = ()
     bottleneck: Bottleneck | None = None
     rebalances: tuple[RebalanceRecord, ...] = ()
-    copies: tuple[CopyRecord, ...] = ()
     dispatch_table: DispatchTable | None = None
     tokens_sha256: str | None = None
     why: str = ""

@@ -104,9 +104,6 @@ class RankCounts:
         num_remote_rank_copies: (token, rank on another node) pairs among them: what crosses nodes
             with one copy a rank.
         num_remote_node_copies: (token, other node) pairs: what crosses with one copy a node.
-        num_pairs_saved: by sharing tokens among copies of experts, pairs that the fullest rank of
-            each layer had less than by the choice of each rank alone; the same on all ranks of a
-            stage.
     """
 
     rank: int
@@ -120,7 +117,6 @@ class RankCounts:
     tokens_by_nodes_reached: npt.NDArray[np.int64]
     num_remote_rank_copies: int
     num_remote_node_copies: int
-    num_pairs_saved: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +131,6 @@ class RankRecord(RankCounts):
         cpu_s: same shape; CPU time of the rank's main thread.
         blocked_s: same shape; the part of `wall_s` spent blocked in a wait for other ranks.
         waits: of which `blocked_s` is the sum; None in virtual time.
-        copies_s: CPU time of sharing tokens among copies.
         process_cpu_s: CPU time of all threads of the rank during the step.
         payload_squares: [2]; of hidden states that travelled in a narrower type, the sum of the
             squares of what rounding changed, and of the hidden states themselves.
@@ -153,7 +148,6 @@ class RankRecord(RankCounts):
     blocked_s: npt.NDArray[np.float64]
     process_cpu_s: float
     waits: RankWaits | None = None
-    copies_s: float = 0.0
     payload_squares: npt.NDArray[np.float64] = field(default_factory=lambda: np.zeros(2))
     topk_ids: dict[int, npt.NDArray[np.int32]] = field(default_factory=dict)
     events: RankEvents | None = None
@@ -209,8 +203,6 @@ class RankTotals:
         overlapped_ns: time of transfers within steps and a pipeline stage, from their begin
             until their result was needed.
         exposed_ns: waiting time for the results of these transfers.
-        num_pairs_saved: see `RankCounts`.
-        copies_ns: processor time of sharing pairs among copies.
     """
 
     num_steps: int
@@ -221,14 +213,12 @@ class RankTotals:
     sent_bytes: npt.NDArray[np.int64]
     overlapped_ns: int
     exposed_ns: int
-    num_pairs_saved: int
-    copies_ns: int
 
     def nothing(self) -> "RankTotals":
         """Totals of an idle rank of the same model."""
         none = self.experts[:0], self.num_tokens[:, :0], np.zeros_like(self.sent_bytes)
         times = np.zeros_like(self.spent_ns), np.zeros_like(self.waited_ns)
-        return RankTotals(0, *times, *none, 0, 0, 0, 0)
+        return RankTotals(0, *times, *none, 0, 0)
 
     def __add__(self, other: "RankTotals") -> "RankTotals":
         """The sum of two totals, as of a rank and the one that it replaced."""

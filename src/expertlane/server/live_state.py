@@ -231,7 +231,6 @@ class LiveState:
                     for position in watch.positions
                 ],
                 "rebalances": self._rebalances(),
-                "copies": self._copies(reading),
                 "imbalance": {
                     str(layer): round(ratio, 3)
                     for layer, ratio in watch.imbalance(IMBALANCE_S).items()
@@ -257,19 +256,6 @@ class LiveState:
             "latest": f"step {decisions[-1].step}: {decisions[-1].decision.line}"
             if decisions
             else None,
-        }
-
-    def _copies(self, reading: Reading) -> dict[str, Any] | None:
-        """Pairs and time saved so far by balancing copies; None where they are not balanced."""
-        watch = self.service.model.watch
-        if watch is None or watch.copy_switch is None:
-            return None
-        latest = watch.copy_switch.latest()
-        return {
-            "num_pairs_saved": reading.num_pairs_saved,
-            "saved_s": round(watch.copy_switch.saved_s(reading.num_pairs_saved), 4),
-            "paid_s": round(reading.copies_s, 4),
-            "latest": [each.line for each in latest.values()],
         }
 
     def _totals(self, reading: Reading) -> dict[str, Any]:

@@ -21,16 +21,15 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from expertlane.engine.elastic.copy_switch import CopySwitch
 from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.elastic.recovery import Recovery
 from expertlane.engine.engine import Engine
-from expertlane.engine.rank_watch import RankWatch, Reading
+from expertlane.engine.rank_watch import RankWatch
 from expertlane.schedule.request import Chunk, FinishReason, Limits, RequestOutput
 from expertlane.schedule.running import RunningTable
 from expertlane.schedule.scheduler import FinishedStep
 from expertlane.server.health import PROBES
-from expertlane.spec.names import Link, Phase, Stage
+from expertlane.spec.names import Link, Stage
 
 WAITING = "waiting"  # label of time spent waiting for other ranks, like the names of stages
 IMBALANCE_S = 30.0  # over which it is taken
@@ -372,8 +371,6 @@ class OwnMetrics:
         yield from self._of_ranks(self.watch)
         if self.watch.rebalancer is not None:
             yield from self._of_rebalancer(self.watch.rebalancer)
-        if self.watch.copy_switch is not None:
-            yield from self._of_copies(self.watch.copy_switch, self.watch.readings[-1])
 
     def text_of_experts(self) -> bytes:
         """`expertlane:expert_tokens_total` in Prometheus's text format.
@@ -511,21 +508,6 @@ class OwnMetrics:
         )
         yield from self._families.of(
             "gauge", {"rebalance_saved_seconds": (text, rebalancer.saved_s)}
-        )
-
-    def _of_copies(self, switch: CopySwitch, reading: Reading) -> Iterator[Metric]:
-        latest = switch.latest()
-        balanced = {phase: phase in latest and latest[phase].pays for phase in Phase}
-        text = "Time saved in the fullest ranks' experts by balanced copies"
-        yield from self._families.of(
-            "gauge",
-            {
-                "copies_balanced": ("Whether copies are balanced in a phase", balanced, "phase"),
-                "copies_saved_seconds": (text, switch.saved_s(reading.num_pairs_saved)),
-            },
-        )
-        yield from self._families.of(
-            "counter", {"copies_paid_seconds": ("CPU time of balancing copies", reading.copies_s)}
         )
 
 

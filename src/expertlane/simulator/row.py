@@ -132,7 +132,6 @@ def _row(results: Results, row: str) -> Row:
         "payload": options.payload,
         "placement": options.placement_file or _method(options),
         "num_redundant_experts": options.num_redundant_experts,
-        "copies": options.copies,
         "batch": str(batch) if rate is None else None,
         "rate": None if rate is None else f"{rate:g}",
         **lengths,

@@ -456,7 +456,6 @@ class Simulator:
             types=setup.types,
             dispatch=table,
             payload=options.payload,
-            copies=options.copies,
             ranks_per_node=profile.ranks_per_node,
             block_size=setup.block_size,
             kernels=kernels_of(profile),

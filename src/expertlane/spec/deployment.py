@@ -221,7 +221,6 @@ ActivationsType = Literal["model", "float8"]
 INPUTS_OF_SCALE = 128  # of weights that are rounded while loading, and of float8 activations
 INT8_FOLDER = "expertlane-int8"  # in a checkpoint's, where such weights are kept
 PlacementMethod = Literal["linear", "round_robin", "load"]
-CopyMethod = Literal["nearest", "balanced"]
 
 
 MOST_IN_GRAPHS = 1024  # sequences; beyond, a step takes longer than its launches
@@ -288,9 +287,6 @@ class Options(Strict):
             `balance.planner.plan_placement` does it. The cluster model has it; an engine comes to
             it by `rebalance_steps`, or begins with a `placement_file`.
         placement_file: a placement written by `expertlane balance`, in place of these.
-        copies: which copy of a redundant expert computes a token: `nearest`: one on the token's own
-            rank, else on its node, else any, in turns; `balanced`: in every step tokens are shared
-            among copies anew, so that the fullest rank has least, in phases where that pays.
         rebalance_steps: experts move while requests run: after so many steps they are rebalanced
             by the load of those steps, if that pays over as many more; 0 for never.
         num_redundant_experts: copies beside each MoE layer's experts, in the placement's order.
@@ -314,7 +310,6 @@ class Options(Strict):
     placement: PlacementMethod = "linear"
     placement_file: str | None = None
     num_redundant_experts: int = 0
-    copies: CopyMethod = "nearest"
     rebalance_steps: int = 0
     cuda_graphs: bool | None = None
 
@@ -421,7 +416,6 @@ class Options(Strict):
             placement: self.placement != "linear",
             "placed by file": self.placement_file is not None,
             f"{num} redundant expert{'s' if num > 1 else ''}": num > 0,
-            f"copies {self.copies}": self.copies != "nearest",
             "no CUDA graphs": self.cuda_graphs is False,
             f"rebalanced every {self.rebalance_steps} steps": self.rebalance_steps > 0,
         }

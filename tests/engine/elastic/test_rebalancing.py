@@ -61,7 +61,7 @@ def undisturbed(pools):
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
-        ("dp=2,ep=2", {"num_redundant_experts": 2, "copies": "balanced"}),
+        ("dp=2,ep=2", {"num_redundant_experts": 2}),
         ("dp=4,ep=4", {"dispatch": "hierarchical", "overlap": True}),
         ("dp=2,tp=2,ep=2", {"num_redundant_experts": 3, "dispatch": "all_gather"}),
         ("pp=2,dp=2,ep=2", {"num_micro_batches": 2, "micro_batch_schedule": "rotating"}),

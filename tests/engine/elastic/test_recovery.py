@@ -72,13 +72,13 @@ def test_a_rank_is_killed(layout, options, transport, monkeypatch, capfd):
 
 
 @pytest.mark.full
-def test_a_rank_is_killed_while_parts_of_experts_move_and_copies_are_balanced(monkeypatch):
-    """Parts that have arrived are dropped with the rest; a trial that was under way begins anew."""
+def test_a_rank_is_killed_while_parts_of_experts_move(monkeypatch):
+    """Parts that have arrived are dropped with the rest."""
     monkeypatch.setattr(MovePace, "most", WHOLE * 3 // 4)
-    options = Options(rebalance_steps=3, num_redundant_experts=2, copies="balanced")
+    options = Options(rebalance_steps=3, num_redundant_experts=2)
     with model("dp=2,ep=2", options=options) as llm:
         move_experts(llm)
-        rebalancer, switch = llm._runner.rebalancer, llm._runner.copy_switch
+        rebalancer = llm._runner.rebalancer
         expected = facts(llm)
         moments = [(1, RunStep, 6), (0, StartMoves, 2), (1, FinishMoves, 2), (0, StartMoves, 5)]
         for number, (rank, command, after) in enumerate(moments, start=1):
@@ -88,13 +88,7 @@ def test_a_rank_is_killed_while_parts_of_experts_move_and_copies_are_balanced(mo
             assert llm.engine.recovery.num_recoveries == number
             replica = rebalancer._replicas[0]
             assert replica.pace.poll()  # no slice of an older epoch is waited for
-        rebalancer._worth = lambda decision: -1.0  # experts stay, so that a trial comes to its end
-        replica.waiting.clear()
-        for _ in range(4):
-            assert facts(llm) == expected
         assert any(each.switched is not None for each in rebalancer.decisions)
-        assert switch.decisions
-        assert all(each.decision.num_saved >= 0 for each in switch.decisions)
 
 
 @pytest.mark.full

@@ -17,7 +17,7 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Members
 from expertlane.spec.names import Origin
 
-MOVING = {"rebalance_steps": 3, "num_redundant_experts": 2, "copies": "balanced"}
+MOVING = {"rebalance_steps": 3, "num_redundant_experts": 2}
 
 
 model = partial(model_on, on_failure="shrink")
@@ -88,7 +88,7 @@ def test_the_others_go_on_and_what_was_lost_comes_back(
 
 
 @pytest.mark.full
-def test_experts_move_and_copies_are_balanced_meanwhile_and_all_is_checked(monkeypatch):
+def test_experts_move_meanwhile_and_all_is_checked(monkeypatch):
     monkeypatch.setattr(MovePace, "most", 9 * WHOLE)  # moves end soon, however busy the machine
     with model("dp=3,ep=3", options=Options(**MOVING), check="full") as llm:
         move_experts(llm)

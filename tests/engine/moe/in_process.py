@@ -112,9 +112,7 @@ def _tensor(array):
     return torch.empty(array.shape, dtype=torch.from_numpy(array).dtype).copy_(torch.tensor(array))
 
 
-def dispatch_and_combine(
-    layout, placement, form, inputs, *, balances=False, device=CPU, during=nullcontext, **how
-):
+def dispatch_and_combine(layout, placement, form, inputs, *, device=CPU, during=nullcontext, **how):
     """What all ranks get back; expert e multiplies by e + 1.
 
     What no pair gives, and rows without a pair, are no numbers.
@@ -124,10 +122,7 @@ def dispatch_and_combine(
     """
     ranks = ranks_of(layout, placement, form, device=device, **how)
     num_of, etp = [len(x) for x, _, _ in inputs], Layout.parse(layout).etp
-    tokens = [
-        RoutedTokens(*(_tensor(x).to(device) for x in each), num_of, balances_copies=balances)
-        for each in inputs
-    ]
+    tokens = [RoutedTokens(*(_tensor(x).to(device) for x in each), num_of) for each in inputs]
     with during():
         arrived = in_step([rank.dispatch(each) for rank, each in zip(ranks, tokens, strict=True)])
     results = []

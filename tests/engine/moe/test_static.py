@@ -91,11 +91,10 @@ def test_sums_are_those_of_an_all_gather_bit_for_bit(pools, layout):
     ops=st.sampled_from(BACKENDS),
     num_redundant=st.integers(0, 3),
     payload=st.sampled_from(["model", "bfloat16", "float8"]),
-    balances=st.booleans(),
     most_tokens=st.sampled_from([0, 1, 5]),
     seed=st.integers(0, 99),
 )
-def test_no_padding_is_seen(layout, form, ops, num_redundant, payload, balances, most_tokens, seed):
+def test_no_padding_is_seen(layout, form, ops, num_redundant, payload, most_tokens, seed):
     parsed, rng = Layout.parse(layout), np.random.default_rng(seed)
     placement = Placement.round_robin(5, parsed.ep, num_redundant)
     inputs = random_inputs(rng, parsed.world_size, 5, 3, most_tokens)
@@ -104,7 +103,7 @@ def test_no_padding_is_seen(layout, form, ops, num_redundant, payload, balances,
             if not asks:
                 group_as_on_a_gpu(patch)
             combined, arrived = dispatch_and_combine(
-                layout, placement, form, inputs, ops=ops, payload=payload, balances=balances
+                layout, placement, form, inputs, ops=ops, payload=payload
             )
         bound = {"model": 1e-6, "bfloat16": 2**-8, "float8": 2**-3}[payload]
         for found, wanted, (x, _, weights) in zip(combined, expected(inputs), inputs, strict=True):

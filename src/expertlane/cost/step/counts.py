@@ -162,7 +162,6 @@ class DispatchCounts:
         rows_computed, pairs_computed: rows and pairs that the rank's experts compute.
         active_experts: experts of the rank with at least one pair.
         by_node: None unless the form is hierarchical.
-        is_balanced: whether copies are chosen by all ranks' choices, which ranks exchange.
     """
 
     stage_tokens: Amounts
@@ -176,7 +175,6 @@ class DispatchCounts:
     pairs_computed: Amounts
     active_experts: Amounts
     by_node: NodeCounts | None
-    is_balanced: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -203,14 +201,12 @@ class TokenCounts(DispatchCounts):
         rows_to: [R, ep]; tokens of each rank that reach each ep rank.
         pairs_of_ep_rank: [ep]; pairs that each ep rank computes.
         num_tokens_per_expert: [ep, E]; pairs by ep rank and expert.
-        num_pairs_saved: see `results.step_record.RankCounts`.
         fan_out: None unless asked for, and on a stage of one rank.
     """
 
     rows_to: Ints
     pairs_of_ep_rank: Ints
     num_tokens_per_expert: Ints
-    num_pairs_saved: int
     fan_out: FanOut | None
 
 
@@ -235,7 +231,7 @@ def count_dispatch(
     ep, num_ranks, num_experts = mesh.layout.ep, mesh.size, choice.num_experts
     rank = np.arange(num_ranks).repeat(owned)
     topk_ids, token = computing(topk_ids)
-    ep_ranks, num_saved = choice.shared_out(topk_ids, rank[token[:, 0]])
+    ep_ranks = choice.ep_ranks(topk_ids, rank[token[:, 0]])
     at = rank[token] * ep + ep_ranks
     pairs_to = np.bincount(at.ravel(), minlength=num_ranks * ep).reshape(num_ranks, ep)
     place = (ep_ranks * num_experts + topk_ids).ravel()
@@ -256,11 +252,9 @@ def count_dispatch(
         pairs_computed=pairs_of_ep_rank[mesh.ep_rank],
         active_experts=np.count_nonzero(per_expert, axis=1)[mesh.ep_rank],
         by_node=_count_by_node(reached, rows_to, owned, mesh) if by_node else None,
-        is_balanced=choice.is_balanced,
         rows_to=rows_to,
         pairs_of_ep_rank=pairs_of_ep_rank,
         num_tokens_per_expert=per_expert,
-        num_pairs_saved=num_saved,
         fan_out=_fan_out(reached, rank, mesh) if fan_out and num_ranks > 1 else None,
     )
 

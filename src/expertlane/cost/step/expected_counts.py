@@ -15,7 +15,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from expertlane.balance.copies import CopyChoice, copy_choice
+from expertlane.balance.copies import CopyChoice
 from expertlane.balance.placement import Placement
 from expertlane.cost.routing import RoutingSource
 from expertlane.cost.step.batch_sizes import Scenarios
@@ -30,7 +30,6 @@ from expertlane.cost.step.counts import (
 )
 from expertlane.cost.step.operation import Floats, Ints, RowsByLink
 from expertlane.errors import SpecError
-from expertlane.spec.deployment import CopyMethod
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import ModelConfig
 
@@ -53,8 +52,6 @@ class ExpectedFanOut:
         num_slots: slots of the busiest rank.
         chosen: [ep, most slots]; how likely a token of the stage has a pair there; the busiest rank
             and each rank's most popular expert first.
-        even_at, fullest: [sizes]; tokens of a stage, as logarithms, and pairs of the busiest ep
-            rank over the mean in steps of so many, where copies are balanced; else none.
         of_prompts: [sizes]; pairs of the busiest ep rank over the mean in steps of 1, 2, 4 … long
             prompts, where tokens of one choose similar experts; else none.
     """
@@ -70,8 +67,6 @@ class ExpectedFanOut:
     hot: float
     num_slots: int
     chosen: Floats
-    even_at: Floats
-    fullest: Floats
     of_prompts: Floats
 
     @classmethod
@@ -81,13 +76,12 @@ class ExpectedFanOut:
         placement: Placement,
         routing: RoutingSource,
         layer: int,
-        copies: CopyMethod = "nearest",
     ) -> "ExpectedFanOut":
         """Count a sample of a layer's tokens, equally many on each rank."""
         owned = np.full(mesh.size, max(1, _SAMPLE_TOKENS // mesh.size))
         topk_ids = routing.topk_ids(layer, 0, np.zeros_like(owned), owned)
         num_tokens = len(topk_ids)
-        choice = copy_choice(copies, placement, mesh.ep_rank, mesh.nodes_of_ep_group)
+        choice = CopyChoice(placement, mesh.ep_rank, mesh.nodes_of_ep_group)
         counts = count_dispatch(topk_ids, owned, choice, mesh, by_node=_lies_evenly(mesh))
 
         def by_link(axis: Axis, rows: Exchange) -> Floats:
@@ -106,7 +100,6 @@ class ExpectedFanOut:
         pairs_of_rank = counts.pairs_of_ep_rank
         per_expert = counts.num_tokens_per_expert[np.argsort(-pairs_of_rank, kind="stable")]
         num_slots = [len(experts) for experts in placement.experts_of_rank]
-        even_at, fullest = _fullest_by_size(choice, topk_ids, mesh)
         return cls(
             top_k=topk_ids.shape[1],
             pairs_of_token=float(pairs_of_rank.sum() / num_tokens),
@@ -119,8 +112,6 @@ class ExpectedFanOut:
             hot=_hotness(pairs_of_rank, int(pairs_of_rank.sum())),
             num_slots=num_slots[int(pairs_of_rank.argmax())],
             chosen=-np.sort(-per_expert, axis=1)[:, : max(num_slots)] / num_tokens,
-            even_at=even_at,
-            fullest=fullest,
             of_prompts=_fullest_by_prompts(choice, routing, layer, mesh),
         )
 
@@ -141,33 +132,6 @@ class ExpectedFanOut:
         return cls(**means, top_k=top_k, num_slots=num_slots, chosen=of_layers.mean(axis=0))
 
 
-def _fullest_by_size(choice: CopyChoice, topk_ids: Ints, mesh: StageMesh) -> tuple[Floats, Floats]:
-    """`even_at` and `fullest`, at sizes that double."""
-    if not choice.is_balanced:
-        return np.zeros(0), np.zeros(0)
-    sizes = [len(topk_ids)]
-    while sizes[-1] > _LEAST_TOKENS:
-        sizes.append(sizes[-1] // 2)
-    return np.log(sizes[::-1]), _fullest_of_parts(choice, topk_ids, mesh, sizes[::-1])
-
-
-def _fullest_of_parts(
-    choice: CopyChoice, topk_ids: Ints, mesh: StageMesh, sizes: Sequence[int]
-) -> Floats:
-    """[sizes]; pairs of the busiest ep rank over the mean, on average over a few parts."""
-    ep, fullest = mesh.layout.ep, []
-    for size in sizes:
-        rank = np.sort(np.arange(size) % mesh.size)
-        over_mean = []
-        for first in range(0, len(topk_ids) - size + 1, max(size, len(topk_ids) // _MOST_PARTS)):
-            ids, token = computing(topk_ids[first : first + size])
-            to = choice.ep_ranks(ids, rank[token[:, 0]])
-            most = np.bincount(to.ravel(), minlength=ep).max()
-            over_mean.append(most * ep / to.size)
-        fullest.append(np.mean(over_mean))
-    return np.array(fullest)
-
-
 def _fullest_by_prompts(
     choice: CopyChoice, routing: RoutingSource, layer: int, mesh: StageMesh
 ) -> Floats:
@@ -178,9 +142,6 @@ def _fullest_by_prompts(
     rank = np.arange(num * length) * mesh.size // (num * length)
     owned = np.bincount(rank, minlength=mesh.size)
     ids = routing.topk_ids(layer, 0, np.zeros_like(owned), owned, np.full(num, length))
-    if choice.is_balanced:
-        sizes = [length << place for place in range((num // _MOST_PARTS).bit_length())]
-        return _fullest_of_parts(choice, ids, mesh, sizes)
     prompt = np.arange(num).repeat(length)
     ids, token = computing(ids)
     at = prompt[token] * ep + choice.ep_ranks(ids, rank[token[:, 0]])
@@ -234,10 +195,7 @@ def busiest_counts(
     """
     tokens = part.stage_tokens.astype(np.float64)
     mean = tokens * (fan_out.pairs_of_token / layout.ep)
-    if len(fan_out.even_at):
-        pairs = mean * np.interp(np.log(np.maximum(tokens, 1)), fan_out.even_at, fan_out.fullest)
-    else:
-        pairs = np.where(mean > 0, _busiest_of(mean * fan_out.hot, layout.ep), 0)
+    pairs = np.where(mean > 0, _busiest_of(mean * fan_out.hot, layout.ep), 0)
     if len(fan_out.of_prompts):
         length = part.num_new if num_new is None else num_new
         pairs = _with_prompts(fan_out, pairs, mean, tokens, length)
@@ -269,10 +227,9 @@ def _with_prompts(
     num_new = np.maximum(num_new, 1)
     num_prompts, num_sizes = np.maximum(tokens / num_new, 1), len(fan_out.of_prompts)
     over_mean = np.interp(np.log2(num_prompts), np.arange(num_sizes), fan_out.of_prompts)
-    long_run = fan_out.fullest[-1] if len(fan_out.fullest) else fan_out.hot
-    excess = mean * np.maximum(over_mean - long_run, 0) * np.sqrt(1 - 1 / num_new)
+    excess = mean * np.maximum(over_mean - fan_out.hot, 0) * np.sqrt(1 - 1 / num_new)
     excess /= np.sqrt(np.maximum(num_prompts / 2 ** (num_sizes - 1), 1))
-    by_chance = np.maximum(pairs - mean * long_run, 0)
+    by_chance = np.maximum(pairs - mean * fan_out.hot, 0)
     busiest: Floats = pairs + (np.hypot(by_chance, excess) - by_chance)
     return busiest
 
@@ -321,7 +278,6 @@ def _counts(
         pairs_computed=pairs,
         active_experts=active,
         by_node=of_nodes,
-        is_balanced=len(fan_out.even_at) > 0,
     )
 
 

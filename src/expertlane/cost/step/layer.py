@@ -162,12 +162,9 @@ class ExpertSteps:
     def _all_gather(self) -> None:
         out, owned, everywhere = self._out, self._owned, self._counts.stage_tokens
         metadata = self._top_k * (_ID_BYTES + _WEIGHT_BYTES) + self._payload.scales
-        if not self._counts.is_balanced:
-            self._bookkeeping(owned, self._kernels.choose)
+        self._bookkeeping(owned, self._kernels.choose)
         self._pack(owned, metadata)
         out.all_gather(Stage.DISPATCH, "stage", owned, self._payload.values, metadata)
-        if self._counts.is_balanced:
-            self._share()
         self._arrive(everywhere)
         self.experts()
         self._sum(self._counts.pairs_computed, everywhere, self._top_k, is_last=False)
@@ -178,14 +175,9 @@ class ExpertSteps:
         out, counts, owned, kernels = self._out, self._counts, self._owned, self._kernels
         values = self._payload.values
         metadata = self._top_k * _ID_BYTES + self._payload.scales
-        by_copy = kernels.by_peer + kernels.by_expert
-        if counts.is_balanced:
-            self._tell_choices()
-            self._bookkeeping(owned, by_copy)
-        else:
-            self._bookkeeping(owned, kernels.choose + by_copy)
-            if kernels.counts_first:
-                self._exchange_counts(2 * self._layout.ep)
+        self._bookkeeping(owned, kernels.choose + kernels.by_peer + kernels.by_expert)
+        if kernels.counts_first:
+            self._exchange_counts(2 * self._layout.ep)
         self._pack(counts.rows_sent, metadata)
         out.all_to_all(Stage.DISPATCH, "ep", counts.rows, values, metadata)
         out.all_gather(Stage.DISPATCH, "etp", counts.rows_arriving, values, metadata)
@@ -201,16 +193,12 @@ class ExpertSteps:
         assert of_nodes is not None, "counted for this form"
         values = self._payload.values
         metadata = self._top_k * (_ID_BYTES + _WEIGHT_BYTES) + self._payload.scales
-        if counts.is_balanced:
-            self._tell_choices()
-            self._bookkeeping(owned, kernels.by_peer)
-        else:
-            self._bookkeeping(owned, kernels.choose + 2 * kernels.by_peer)
-            if kernels.counts_first:
-                self._exchange_counts(self._layout.ep + num_nodes)
+        self._bookkeeping(owned, kernels.choose + 2 * kernels.by_peer)
+        if kernels.counts_first:
+            self._exchange_counts(self._layout.ep + num_nodes)
         self._pack(of_nodes.rows_sent, metadata)
         # Kernels that forward have buffers of the right size.
-        tells = not (kernels.counts_first or counts.is_balanced)
+        tells = not kernels.counts_first
         out.all_to_all(
             Stage.DISPATCH, "ep_inter", of_nodes.rows, values, metadata, tells_counts=tells
         )
@@ -235,11 +223,7 @@ class ExpertSteps:
         ep, values = self._layout.ep, self._payload.values
         metadata = self._top_k * (_ID_BYTES + _WEIGHT_BYTES) + self._payload.scales
         to_each, arriving = out.to_all("ep", owned), counts.room_arriving
-        if counts.is_balanced:
-            self._tell_choices()
-            self._bookkeeping(owned, kernels.by_peer)
-        else:
-            self._bookkeeping(owned, kernels.choose + kernels.by_peer)
+        self._bookkeeping(owned, kernels.choose + kernels.by_peer)
         self._pack(owned * ep, metadata)
         out.all_to_all(Stage.DISPATCH, "ep", counts.rows, values, metadata, room=to_each)
         out.all_gather(Stage.DISPATCH, "etp", counts.rows_arriving, values, metadata, room=arriving)
@@ -258,20 +242,6 @@ class ExpertSteps:
         self._out.all_gather(
             Stage.DISPATCH, "stage", ones, 0, num * _COUNT_BYTES, num_steps_before_wait=1
         )
-
-    def _tell_choices(self) -> None:
-        """Write the exchange of all tokens' experts, and sharing them among copies."""
-        self._out.all_gather(Stage.DISPATCH, "stage", self._owned, 0, self._top_k * _ID_BYTES)
-        self._share()
-
-    def _share(self) -> None:
-        """Write the sharing of all the stage's pairs among copies, which every rank does."""
-        kernels, experts = self._kernels, self._model.num_experts
-        pairs = self._counts.stage_tokens * self._top_k
-        counts = np.full_like(pairs, self._out.mesh.size * experts * _COUNT_BYTES)
-        self._out.memory(Stage.DISPATCH, pairs * _SHARED_BYTES, kernels.choose)
-        for _ in range(kernels.share):
-            self._out.memory(Stage.DISPATCH, counts)
 
     def _bookkeeping(self, tokens: Amounts, num_kernels: int) -> None:
         """Write bookkeeping of tokens' pairs: choice of copies, sorting."""

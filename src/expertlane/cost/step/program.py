@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.balance.copies import CopyChoice, copy_choice
+from expertlane.balance.copies import CopyChoice
 from expertlane.balance.holding import Placements
 from expertlane.balance.placement import Placement
 from expertlane.cost.routing import RoutingSource
@@ -30,7 +30,6 @@ from expertlane.cost.step.step_list import ENGINE, KernelSet, StepList, StepWrit
 from expertlane.results.step_record import RankCounts
 from expertlane.schedule.plan import Batch, StepPlan
 from expertlane.spec.deployment import (
-    CopyMethod,
     DispatchForm,
     DispatchMode,
     DispatchTable,
@@ -120,7 +119,6 @@ class ProgramBuilder:
     Args:
         placements: [num_hidden_layers]; None for a dense layer.
         dispatch: form and overlap by the number of tokens.
-        copies: method that picks the copy of an expert for each token, in every step.
         block_size: positions of a block of the paged cache.
         kernels: kernels of the engine, or of others to be priced.
         num_drafts: draft tokens of multi-token prediction: layers that the last stage holds guess
@@ -134,7 +132,6 @@ class ProgramBuilder:
     types: NumberTypes = field(default_factory=NumberTypes)
     dispatch: DispatchTable = field(default_factory=lambda: DispatchTable.fixed("all_to_all"))
     payload: PayloadType = "model"
-    copies: CopyMethod = "nearest"
     ranks_per_node: int = 8
     block_size: int = 16
     kernels: KernelSet = ENGINE
@@ -272,7 +269,7 @@ class ProgramBuilder:
         key = id(placement), mesh.first_rank % self.ranks_per_node
         if key not in self._choices:
             of_ranks = mesh.ep_rank, mesh.nodes_of_ep_group
-            self._choices[key] = copy_choice(self.copies, placement, *of_ranks)
+            self._choices[key] = CopyChoice(placement, *of_ranks)
         return self._choices[key]
 
     def _drafts(self, mesh: StageMesh, part: _Part) -> Iterator[Section]:
@@ -333,7 +330,6 @@ class _StageCounters:
         self._tokens = np.zeros((num_ranks, num_layers, num_experts), dtype=np.int64)
         self._reached = np.zeros((2, num_ranks, mesh.layout.world_size + 1), dtype=np.int64)
         self._remote = np.zeros((2, num_ranks), dtype=np.int64)
-        self._num_pairs_saved = 0
 
     def add(self, stage: StageProgram) -> None:
         """A micro-batch's programs."""
@@ -366,7 +362,6 @@ class _StageCounters:
             return
         # One rank of an expert tensor-parallel group tells them.
         self._tokens[mesh.etp_rank == 0, section.layer] += counts.num_tokens_per_expert
-        self._num_pairs_saved += counts.num_pairs_saved
         if counts.fan_out is not None:
             fan_out, width = counts.fan_out, mesh.layout.ep + 1
             self._reached[0, :, :width] += fan_out.by_ranks_reached
@@ -389,7 +384,6 @@ class _StageCounters:
                 tokens_by_nodes_reached=self._reached[1, place],
                 num_remote_rank_copies=int(self._remote[0, place]),
                 num_remote_node_copies=int(self._remote[1, place]),
-                num_pairs_saved=self._num_pairs_saved,
             )
             for place in range(self._mesh.size)
         ]

@@ -50,7 +50,6 @@ class Meter:
         self._waited = [0] * len(Stage)
         self._sent = [0] * (len(Link) + 1)
         self._overlapped = self._exposed = 0
-        self._num_pairs_saved, self._copies_s = 0, 0.0
         self._tokens = np.zeros((num_layers, num_experts), dtype=np.int64)
         # By layer: the experts held now, and tokens of each since they are held.
         self._held: dict[int, tuple[Sequence[int], Tensor]] = {}
@@ -101,11 +100,6 @@ class Meter:
         """Add the bytes that a launched graph sends, as no Python counts them."""
         self._sent = [total + more for total, more in zip(self._sent, sent, strict=True)]
 
-    def shared_out(self, num_saved: int, seconds: float) -> None:
-        """Add effect and cost of balancing a layer's copies; see `StepCounters.count_copies`."""
-        self._num_pairs_saved += num_saved
-        self._copies_s += seconds
-
     def counts(self, layer: int, experts: Sequence[int], device: torch.device) -> Tensor:
         """Counts [num_held] int64 of tokens of each expert held in a layer; callers add to them.
 
@@ -141,8 +135,6 @@ class Meter:
             sent_bytes=_whole(self._sent[:_OWN]),
             overlapped_ns=self._overlapped,
             exposed_ns=self._exposed,
-            num_pairs_saved=self._num_pairs_saved,
-            copies_ns=round(1e9 * self._copies_s),
         )
 
 
@@ -191,7 +183,6 @@ class StepCounters:
         )
         self._num_remote_rank_copies = self._num_remote_node_copies = 0
         self._payload_squares = np.zeros(2)
-        self._num_pairs_saved, self._copies_s = 0, 0.0
         self._topk_ids: defaultdict[int, list[Tensor]] = defaultdict(list)  # by layer
 
     def count_compute(self, flops: int, weight_bytes: int, kv_bytes: int = 0) -> None:
@@ -241,19 +232,6 @@ class StepCounters:
             self._by_nodes_reached += np.bincount(nodes_reached.cpu().numpy(), minlength=num)
             self._num_remote_rank_copies += num_remote_rank_copies
             self._num_remote_node_copies += num_remote_node_copies
-
-    def count_copies(self, num_saved: int, seconds: float) -> None:
-        """Add effect and cost of balancing one layer's pairs among copies.
-
-        Args:
-            num_saved: pairs that the fullest rank has fewer by it.
-            seconds: CPU time that it took this rank.
-        """
-        if self.is_recording:
-            self._num_pairs_saved += num_saved
-            self._copies_s += seconds
-        if self.meter is not None:
-            self.meter.shared_out(num_saved, seconds)
 
     def count_payload_error(self, error_squares: float, squares: float) -> None:
         """Add the rounding error of hidden states that are sent in a narrower type.
@@ -307,8 +285,6 @@ class StepCounters:
             tokens_by_nodes_reached=self._by_nodes_reached,
             num_remote_rank_copies=self._num_remote_rank_copies,
             num_remote_node_copies=self._num_remote_node_copies,
-            num_pairs_saved=self._num_pairs_saved,
-            copies_s=self._copies_s,
             payload_squares=self._payload_squares,
             topk_ids={layer: torch.cat(ids).numpy() for layer, ids in self._topk_ids.items()},
             **times,

@@ -366,8 +366,7 @@ class MoEBlock:
         recorder.check_finite(topk_weights, CheckPoint.ROUTER, layer)
         recorder.enter(Stage.DISPATCH, layer)
         dispatcher = self._dispatchers[batch.dispatch_form]
-        num_of_stage_rank, balances = batch.tokens_of_stage_rank, batch.balances_copies
-        tokens = RoutedTokens(hidden, topk_ids, topk_weights, num_of_stage_rank, balances)
+        tokens = RoutedTokens(hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank)
         rows, pairs, sent = yield from dispatcher.dispatch(tokens)
         recorder.enter(Stage.EXPERTS, layer)
         results = self.experts(rows, pairs, dispatcher.room(pairs.rows.shape[0], rows))

@@ -216,7 +216,7 @@ class DecodeGraphs:
     ) -> None:
         self.stage, self._graphs = stage, graphs
         self._recorder, self._await_device = stage.mesh.recorder, await_device
-        self._is_plain = self._balances_copies = False
+        self._is_plain = False
         self._takes_steps = records_transfers or stage.mesh.stage.size == 1
         self._takes_layers = records_transfers or stage.mesh.tp.size == 1
         self._sizes = limits.sizes
@@ -240,10 +240,9 @@ class DecodeGraphs:
         graphs = None if limits is None else backend_for(stage.device).graphs()
         return None if limits is None or graphs is None else cls(stage, graphs, limits, **given)
 
-    def begin_step(self, phase: Phase | None, *, balances_copies: bool) -> None:
+    def begin_step(self, phase: Phase | None) -> None:
         """Begin a step, after the recorder has begun it."""
         self._is_plain = phase is Phase.DECODE and not self._recorder.is_by_stage
-        self._balances_copies = balances_copies
 
     def takes_steps(self, form: DispatchForm) -> bool:
         """Whether a whole step with this form of dispatch can be recorded."""
@@ -270,7 +269,7 @@ class DecodeGraphs:
         self, batch: Batch, micro_batch: RankBatch, mode: DispatchMode
     ) -> PaddedBatch | None:
         """The batch padded for the graph of a whole step; None if the step has no such graph."""
-        if not self._is_plain or mode.overlap or self._balances_copies:
+        if not self._is_plain or mode.overlap:
             return None
         if not any(micro_batch.num_tokens) or not self.takes_steps(mode.form):
             return None

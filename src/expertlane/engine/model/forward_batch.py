@@ -127,8 +127,7 @@ class ForwardBatch:
         num_tokens: [dp]; tokens of the same part of every data-parallel rank's batch.
         at: this rank's coordinates.
         block_size: positions in a block of the paged cache.
-        dispatch_form, balances_copies: the form of dispatch, and whether it balances copies; the
-            same on all ranks of the stage.
+        dispatch_form: the form of dispatch, the same on all ranks of the stage.
         crowds: all tokens go to the same experts, as many of them on the first rank as possible.
     """
 
@@ -142,10 +141,9 @@ class ForwardBatch:
         block_size: int,
         dispatch_form: DispatchForm = "all_to_all",
         *,
-        balances_copies: bool = False,
         crowds: bool = False,
     ) -> None:
-        self.dispatch_form, self.balances_copies = dispatch_form, balances_copies
+        self.dispatch_form = dispatch_form
         self.crowds = crowds
         self.batch = batch
         self.pages = PagedBatch(batch, block_size, device)

@@ -8,7 +8,6 @@ narrowed; results come back in the model's dtype, as in DeepSeek-V3 (arXiv:2412.
 3.3.2), which also scales float8 by blocks of 128 values.
 """
 
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.balance.copies import BalancedCopies
+from expertlane.balance.copies import CopyChoice
 from expertlane.balance.placement import Placement
 from expertlane.cost.step.operation import SCALED_VALUES, PayloadBytes
 from expertlane.engine.comm.collectives import Group, Pending, Steps
@@ -134,9 +133,13 @@ class CopyChooser:
     def __init__(self, mesh: ParallelMesh, placement: Placement, device: torch.device) -> None:
         self.ops = backend_for(device)
         ep_rank, nodes = mesh.ep.rank, mesh.ep.nodes
-        self._of_stage = _copies_of_stage(mesh, placement)
+        ep, etp = mesh.ep.size, mesh.etp.size
+        ep_ranks, etp_ranks = np.divmod(np.arange(mesh.stage.size), etp)
+        all_nodes = np.reshape(mesh.stage.nodes, (ep, etp)).T[etp_ranks]
         experts = np.arange(placement.num_experts)
-        ranks, num_copies = self._of_stage.usable(np.full_like(experts, mesh.stage.rank), experts)
+        ranks, num_copies = CopyChoice(placement, ep_ranks, all_nodes).usable(
+            np.full_like(experts, mesh.stage.rank), experts
+        )
         is_usable = np.arange(num_copies.max()) < num_copies[:, None]
         ranks = np.where(is_usable, ranks[:, : num_copies.max()], ranks[:, :1])
         self.num_slots = max(map(len, placement.experts_of_rank))
@@ -148,36 +151,6 @@ class CopyChooser:
         node_ids = sorted(set(nodes))
         self._own_node = node_ids.index(nodes[ep_rank])
         self._nodes = torch.tensor([node_ids.index(node) for node in nodes], device=device)
-        of_holders = placement.slots()[self._of_stage.holders.T, experts].T
-        slot_ids = self._of_stage.holders * self.num_slots + of_holders
-        self._slot_ids = torch.from_numpy(np.ascontiguousarray(slot_ids)).to(device)
-
-    @property
-    def has_copies(self) -> bool:
-        """True if any expert has several copies."""
-        return self._of_stage.is_balanced
-
-    def balanced(self, topk_ids: Tensor, num_of_stage_rank: Sequence[int]) -> Tensor:
-        """Physical ids [N, K] int32 for all tokens of the stage, with even loads of ranks.
-
-        `balance.copies` defines the choice.
-
-        Args:
-            topk_ids: [N, K] int32; logical experts, rank after rank.
-            num_of_stage_rank: [dp·tp]; tokens of each rank of the stage.
-        """
-        began_s = time.thread_time()
-        ids, num_saved = self.ops.balance_copies(
-            topk_ids, num_of_stage_rank, self._of_stage, self._slot_ids
-        )
-        self._recorder.count_copies(num_saved, time.thread_time() - began_s)
-        self._count_fan_out(self.own_of(ids, num_of_stage_rank))
-        return ids
-
-    def own_of(self, of_stage: Tensor, num_of_stage_rank: Sequence[int]) -> Tensor:
-        """This rank's rows among those of the stage's tokens, rank after rank."""
-        first = sum(num_of_stage_rank[: self._offset])
-        return of_stage[first : first + num_of_stage_rank[self._offset]]
 
     def physical_ids(self, topk_ids: Tensor) -> Tensor:
         """Physical ids [T, K] int32 of a batch's pairs; an expert's copies take turns.
@@ -208,12 +181,6 @@ class CopyChooser:
                 self._recorder.count_fan_out(*counts)
 
 
-def _copies_of_stage(mesh: ParallelMesh, placement: Placement) -> BalancedCopies:
-    ep, etp = mesh.ep.size, mesh.etp.size
-    ep_rank, etp_rank = np.divmod(np.arange(mesh.stage.size), etp)
-    return BalancedCopies(placement, ep_rank, np.reshape(mesh.stage.nodes, (ep, etp)).T[etp_rank])
-
-
 class RoutedTokens(NamedTuple):
     """A rank's tokens, and the experts that each goes to.
 
@@ -222,14 +189,12 @@ class RoutedTokens(NamedTuple):
         topk_ids: [T, K]; logical experts.
         topk_weights: [T, K] float32.
         num_of_stage_rank: [dp·tp]; tokens of each rank of the stage.
-        balances_copies: choose copies by the top-k ids of all ranks, which they exchange.
     """
 
     x: Tensor
     topk_ids: Tensor
     topk_weights: Tensor
     num_of_stage_rank: Sequence[int]
-    balances_copies: bool = False
 
 
 # Pairs whose buffers may have the bound's size, without asking a GPU for their number: results of
@@ -294,18 +259,6 @@ class Dispatcher(ABC):
         """Begin to gather the counts of all ranks of the stage, a row for each rank."""
         own, stage = counts.view(1, -1), self._mesh.stage
         return stage.all_gather(own, [1] * stage.size, metadata_bytes=own.nbytes)
-
-    def _is_balanced(self, tokens: RoutedTokens) -> bool:
-        return tokens.balances_copies and self._choice.has_copies
-
-    def _tell_choices(self, tokens: RoutedTokens) -> Pending:
-        """Begin to gather the top-k ids of all tokens of the stage.
-
-        They replace counts: from them all ranks compute the same copies, rows and counts.
-        """
-        ids, stage = tokens.topk_ids.int(), self._mesh.stage
-        row_bytes = ids.shape[1] * ids.itemsize
-        return stage.all_gather(ids, tokens.num_of_stage_rank, metadata_bytes=row_bytes)
 
     @abstractmethod
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Any]]:

@@ -24,7 +24,7 @@ from expertlane.engine.moe.dispatch import (
     columns_of,
     unpack,
 )
-from expertlane.engine.ops.bookkeeping import Outgoing, PeerRows, RowParts
+from expertlane.engine.ops.bookkeeping import PeerRows, RowParts
 from expertlane.engine.ops.products import PairGroups
 from expertlane.spec.deployment import DispatchForm, form_on
 
@@ -91,20 +91,12 @@ class AllToAllDispatcher(Dispatcher):
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Exchanged]]:
         """Send a copy of each token to every rank it reaches."""
         mesh, at, ep = self._mesh, self._mesh.at, self._mesh.ep.size
-        is_balanced = self._is_balanced(tokens)
-        if is_balanced:
-            telling = self._tell_choices(tokens)
-        else:
-            leaving = self._choice.outgoing(tokens.topk_ids)
-            telling = self._tell_all(leaving.counts)
-        hidden = self._payload.encode(tokens.x)  # while choices or counts travel
-        if is_balanced:
-            leaving, of_stage = self._leaving((yield telling), tokens.num_of_stage_rank)
+        leaving = self._choice.outgoing(tokens.topk_ids)
+        telling = self._tell_all(leaving.counts)
+        hidden = self._payload.encode(tokens.x)  # while counts travel
         columns = columns_of([leaving.ids_there, *hidden])
         packed = self._pack(mesh.ep, [leaving.ids_there], hidden, leaving.tokens)
-        if not is_balanced:
-            of_stage = yield telling
-        counts = of_stage.view(-1, 2, ep).cpu().numpy()
+        counts = (yield telling).view(-1, 2, ep).cpu().numpy()
         packed = yield from self._send(packed, counts, bytes_of(columns[:-1]))
         slots, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, tokens.x.dtype)
@@ -118,20 +110,6 @@ class AllToAllDispatcher(Dispatcher):
             places=leaving.places,
         )
         return rows, pairs, sent
-
-    def _leaving(
-        self, topk_ids: Tensor, num_of_stage_rank: Sequence[int]
-    ) -> tuple[Outgoing, Tensor]:
-        """Rows for each rank with balanced copies, and the counts of rows and pairs of all ranks.
-
-        Args:
-            topk_ids: [N, K] int32; of all tokens of the stage.
-        """
-        sizes = self._choice.num_slots, self._mesh.ep.size
-        ids = self._choice.balanced(topk_ids, num_of_stage_rank)
-        own = self._choice.own_of(ids, num_of_stage_rank)
-        counts = self._ops.rows_and_pairs(ids, num_of_stage_rank, *sizes)
-        return self._ops.leaving(own, *sizes), counts
 
     def _send(
         self, packed: Tensor, counts: npt.NDArray[np.int64], metadata_bytes: int
@@ -193,25 +171,20 @@ class Gathered:
 class AllGatherDispatcher(Dispatcher):
     """Sends all tokens of the stage to all of its ranks, each of which computes its own experts.
 
-    Its shapes depend on the plan alone. Balancing copies needs no further exchange. Weighted
-    partial sums come back by reduce-scatter. With `ep = 1`, where every rank has a slice of every
-    expert, all forms use this one.
+    Its shapes depend on the plan alone. Weighted partial sums come back by reduce-scatter. With
+    `ep = 1`, where every rank has a slice of every expert, all forms use this one.
     """
 
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Gathered]]:
         """Gather all tokens of the stage."""
         num_of = tokens.num_of_stage_rank
-        is_balanced = self._is_balanced(tokens)
-        # Balanced copies are chosen after the gather, which brings the top-k ids of all ranks.
-        ids = tokens.topk_ids.int() if is_balanced else self._choice.physical_ids(tokens.topk_ids)
+        ids = self._choice.physical_ids(tokens.topk_ids)
         parts = [ids, tokens.topk_weights, *self._payload.encode(tokens.x)]
         columns = columns_of(parts)
         packed = yield from self._mesh.stage.gathered(
             self._pack(self._mesh.stage, parts), num_of, metadata_bytes=bytes_of(columns[:-1])
         )
         ids, weights, *hidden = unpack(packed, columns)
-        if is_balanced:
-            ids = self._choice.balanced(ids, num_of)
         rows = self._payload.decode(hidden, tokens.x.dtype)
         first_id = self._mesh.at.ep_rank * self._choice.num_slots
         pairs = self._pairs(ids, first_id)
@@ -259,11 +232,7 @@ class StaticDispatcher(Dispatcher):
     def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Placed]]:
         """Send a copy of each token to every rank it reaches, padded to all tokens."""
         mesh, etp, num_of = self._mesh, self._mesh.etp.size, tokens.num_of_stage_rank
-        if self._is_balanced(tokens):
-            of_stage = self._choice.balanced((yield self._tell_choices(tokens)), num_of)
-            ids = self._choice.own_of(of_stage, num_of)
-        else:
-            ids = self._choice.physical_ids(tokens.topk_ids)
+        ids = self._choice.physical_ids(tokens.topk_ids)
         leaving = self._ops.rows_by_peer(ids, self._choice.num_slots, mesh.ep.size, padded=True)
         by_token = [tokens.topk_weights, *self._payload.encode(tokens.x)]
         columns = columns_of([leaving.ids, *by_token])
@@ -376,24 +345,15 @@ class HierarchicalDispatcher(Dispatcher):
         """Send one copy of each token to every node it reaches, and forward what arrives."""
         mesh, num_slots = self._mesh, self._choice.num_slots
         between, within = mesh.ep_inter, mesh.ep_intra
-        is_balanced = self._is_balanced(tokens)
-        if is_balanced:
-            telling = self._tell_choices(tokens)
-        else:
-            ids = self._choice.physical_ids(tokens.topk_ids)
-            to_nodes = self._to_nodes(ids)
-            to_ranks = self._ops.rows_by_peer(ids, num_slots, mesh.layout.ep)
-            telling = self._tell_all(torch.cat([to_ranks.counts, to_nodes.counts]))
-        # While choices or counts travel:
+        ids = self._choice.physical_ids(tokens.topk_ids)
+        to_nodes = self._to_nodes(ids)
+        to_ranks = self._ops.rows_by_peer(ids, num_slots, mesh.layout.ep)
+        telling = self._tell_all(torch.cat([to_ranks.counts, to_nodes.counts]))
+        # While counts travel:
         travelling = [tokens.topk_weights, *self._payload.encode(tokens.x)]
-        if is_balanced:
-            of_stage = self._choice.balanced((yield telling), tokens.num_of_stage_rank)
-            to_nodes = self._to_nodes(self._choice.own_of(of_stage, tokens.num_of_stage_rank))
-            gathered = self._rows(of_stage, tokens.num_of_stage_rank)
         columns = columns_of([to_nodes.ids, *travelling])
         packed = self._pack(between, [to_nodes.ids], travelling, to_nodes.tokens)
-        if not is_balanced:
-            gathered = yield telling
+        gathered = yield telling
         counts, of_etp_rank = self._counts(gathered)
         metadata_bytes = bytes_of(columns[:-1])
         inter = self._inter_hop(to_nodes.places, counts)
@@ -415,19 +375,6 @@ class HierarchicalDispatcher(Dispatcher):
     def _to_nodes(self, ids: Tensor) -> PeerRows:
         node_slots = self._mesh.ep_intra.size * self._choice.num_slots
         return self._ops.rows_by_peer(ids, node_slots, self._mesh.ep_inter.size)
-
-    def _rows(self, ids: Tensor, num_of_stage_rank: Sequence[int]) -> Tensor:
-        """Rows [dp·tp, N · M + N] that each rank of the stage sends to each rank and node.
-
-        Args:
-            ids: [tokens of the stage, K] int32; physical ids of all pairs.
-        """
-        within, num_slots = self._mesh.ep_intra.size, self._choice.num_slots
-        rows = [
-            self._ops.rows_and_pairs(ids, num_of_stage_rank, size * num_slots, num)[:, 0]
-            for size, num in ((1, self._mesh.layout.ep), (within, self._mesh.ep_inter.size))
-        ]
-        return torch.cat(rows, dim=1)
 
     def _counts(self, gathered: Tensor) -> tuple[npt.NDArray[np.int64], list[int]]:
         """Tokens [N, M, N · M + N] from each rank with this etp_rank to each rank and node.

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.balance.copies import BalancedCopies
 from expertlane.engine.ops.products import PairGroups
 
 
@@ -95,7 +94,7 @@ class RowParts:
 
 
 class Bookkeeping:
-    """The operations, as backends inherit them; `dispatch.cpp` and `even_copies.cpp` match them."""
+    """The operations, as backends inherit them; `dispatch.cpp` matches them."""
 
     def choose_copies(
         self, topk_ids: Tensor, table: Tensor, num_copies: Tensor, first: int
@@ -162,54 +161,11 @@ class Bookkeeping:
             topk_ids, table, num_copies, first: see `choose_copies`.
         """
         ids = self.choose_copies(topk_ids, table, num_copies, first)
-        return self.leaving(ids, divisor, num_peers)
-
-    def leaving(self, ids: Tensor, divisor: int, num_peers: int) -> Outgoing:
-        """Rows and pairs of chosen copies, grouped by the peers id // divisor.
-
-        Args:
-            ids: [T, K] int32, contiguous; the physical id of each pair, -1 for none.
-        """
         rows = self.rows_by_peer(ids, divisor, num_peers)
         pairs = self.group_pairs(ids, 0, divisor, num_peers, ids.numel())
         counts = torch.cat([rows.counts, pairs.counts])
         places = inverse(pairs.order).view_as(ids).where(ids >= 0, -1)
         return Outgoing(ids, counts, rows.tokens, rows.ids, places)
-
-    def balance_copies(
-        self, topk_ids: Tensor, num_tokens_of: Sequence[int], copies: BalancedCopies, slots: Tensor
-    ) -> tuple[Tensor, int]:
-        """Choose copies for all ranks' tokens so that the pairs of ranks are even.
-
-        Args:
-            topk_ids: [T, K] int32; of all ranks' tokens, rank after rank.
-            num_tokens_of: [num_ranks]; tokens of each rank.
-            slots: [num_experts, most copies] int64; physical ids, in the order of `copies.holders`.
-
-        Returns:
-            Physical ids [T, K] int32, and how many pairs fewer the fullest rank has by that.
-        """
-        rank = np.arange(len(num_tokens_of)).repeat(num_tokens_of)
-        ids = topk_ids.long()
-        ep_ranks, num_saved = copies.shared_out(ids.cpu().numpy(), rank)
-        is_it = torch.from_numpy(copies.holders)[ids.cpu()] == torch.from_numpy(ep_ranks)[..., None]
-        copy = is_it.int().argmax(dim=2).to(slots.device)
-        return slots[ids, copy].int(), num_saved
-
-    def rows_and_pairs(
-        self, ids: Tensor, num_tokens_of: Sequence[int], divisor: int, num_peers: int
-    ) -> Tensor:
-        """[num_ranks, 2, num_peers]; each rank's rows for the peers id // divisor, and its pairs.
-
-        Args:
-            ids: [T, K] int32; physical ids of all ranks' tokens, rank after rank; no -1.
-            num_tokens_of: [num_ranks]; tokens of each rank.
-        """
-        peers = (ids // divisor).long()
-        is_peer = F.one_hot(peers, num_peers).sum(dim=1)  # [T, num_peers]
-        both = torch.stack([is_peer.clamp(max=1), is_peer], dim=1)
-        of_ranks = torch.split(both, list(num_tokens_of))
-        return torch.stack([each.sum(dim=0) for each in of_ranks])
 
     def fan_out(
         self, ids: Tensor, divisor: int, nodes: Tensor, node: int

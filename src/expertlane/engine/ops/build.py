@@ -56,7 +56,7 @@ class InstructionSet:
 
 BASELINE = InstructionSet(
     "baseline",
-    ("dispatch.cpp", "even_copies.cpp", "instructions.cpp", "shared_memory.cpp", "sums.cpp"),
+    ("dispatch.cpp", "instructions.cpp", "shared_memory.cpp", "sums.cpp"),
 )
 
 
@@ -90,14 +90,11 @@ ONLY_IF_ASKED_FOR = (AMX,)  # it has never run
 # Of every function a letter for each argument's type, and for its result's, if it has one: p
 # (pointer), n (int64), i (int32), f (float). What exists for float32 too has `_float` in its name.
 _SIGNATURES = {
-    # dispatch.cpp, even_copies.cpp, instructions.cpp, sums.cpp
+    # dispatch.cpp, instructions.cpp, sums.cpp
     "choose_copies": "pnpnpnnp",
     "rows_by_peer": "pnnninipppp n",
     "group_pairs": "pnnniinnppppp n",
     "outgoing": "pnnpnpnninppppp n",
-    "leaving": "pnninpppp n",
-    "balance_copies": "ppnnnnnppppnpp",
-    "rows_and_pairs": "ppnninp",
     "fan_out": "pnninpnppp",
     "pack_rows": "pnnnpppp",
     "has_instructions": "p i",

@@ -13,7 +13,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.balance.copies import PATHS_OF_RANK, BalancedCopies
 from expertlane.engine.ops.bookkeeping import Outgoing, PeerRows, RowParts
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.engine.ops.narrow import Float8Inputs, NarrowWeight, Weight
@@ -148,44 +147,6 @@ class CpuBackend(TorchBackend):
         if num_rows < most:
             tokens, ids_there = tokens[:num_rows], ids_there[:num_rows]
         return Outgoing(ids, counts, tokens, ids_there, places)
-
-    def leaving(self, ids: Tensor, divisor: int, num_peers: int) -> Outgoing:
-        num_tokens, top_k = ids.shape
-        most = num_tokens * min(top_k, num_peers)
-        counts, tokens = (torch.empty(num, dtype=torch.int64) for num in (2 * num_peers, most))
-        ids_there = torch.empty(most, top_k, dtype=torch.int32)
-        places = torch.empty(num_tokens, top_k, dtype=torch.int64)
-        num_rows = self.baseline.leaving(
-            *(ids.data_ptr(), num_tokens, top_k, divisor, num_peers, counts.data_ptr()),
-            *(tokens.data_ptr(), ids_there.data_ptr(), places.data_ptr()),
-        )
-        return Outgoing(ids, counts, tokens[:num_rows], ids_there[:num_rows], places)
-
-    def balance_copies(
-        self, topk_ids: Tensor, num_tokens_of: Sequence[int], copies: BalancedCopies, slots: Tensor
-    ) -> tuple[Tensor, int]:
-        topk_ids = topk_ids.contiguous()
-        physical = torch.empty_like(topk_ids)
-        owned, told = array("q", num_tokens_of), array("q", [0] * 4)
-        of_copies = copies.holders, copies.num_held, copies.distance
-        self.baseline.balance_copies(
-            *(topk_ids.data_ptr(), owned.buffer_info()[0], len(owned), topk_ids.shape[1]),
-            *(copies.num_experts, copies.distance.shape[1], copies.holders.shape[1]),
-            *(each.ctypes.data for each in of_copies),
-            *(slots.data_ptr(), PATHS_OF_RANK, physical.data_ptr(), told.buffer_info()[0]),
-        )
-        return physical, told[0] - told[1]
-
-    def rows_and_pairs(
-        self, ids: Tensor, num_tokens_of: Sequence[int], divisor: int, num_peers: int
-    ) -> Tensor:
-        owned = array("q", num_tokens_of)
-        counts = torch.empty(len(owned), 2, num_peers, dtype=torch.int64)
-        self.baseline.rows_and_pairs(
-            *(ids.data_ptr(), owned.buffer_info()[0], len(owned), ids.shape[1], divisor),
-            *(num_peers, counts.data_ptr()),
-        )
-        return counts
 
     def pack(self, parts: Sequence[tuple[Tensor, Tensor | None]], packed: Tensor) -> None:
         from_, stride, num_bytes, index = (array("q", [0] * len(parts)) for _ in range(4))

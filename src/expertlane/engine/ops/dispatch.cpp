@@ -60,9 +60,9 @@ int64_t rows_by_peer(const int32_t* ids, int64_t stride, int64_t tokens, int64_t
     return rows;
 }
 
-// What leaves for the peers, of copies' ids: as of rows_by_peer; counts [2, peers] of rows and of
+// Rows and pairs of copies' ids for the peers: as of rows_by_peer; counts [2, peers] of rows and of
 // pairs; place [tokens, top_k], where each pair stands among all by peer, stable; -1 for none.
-int64_t leaving(const int32_t* ids, int64_t tokens, int64_t top_k, int32_t divisor, int64_t peers,
+static int64_t outgoing_of_ids(const int32_t* ids, int64_t tokens, int64_t top_k, int32_t divisor, int64_t peers,
                 int64_t* counts, int64_t* token, int32_t* ids_there, int64_t* place) {
     std::vector<int64_t> row_places(tokens * peers), next(peers + 1);
     const int64_t rows = rows_by_peer(ids, top_k, tokens, top_k, divisor, peers, 0, counts, token,
@@ -85,7 +85,7 @@ int64_t outgoing(const int64_t* experts, int64_t tokens, int64_t top_k, const in
                  int32_t divisor, int64_t peers, int32_t* ids, int64_t* counts, int64_t* token,
                  int32_t* ids_there, int64_t* place) {
     choose_copies(experts, tokens * top_k, table, most_copies, num_copies, num_experts, first, ids);
-    return leaving(ids, tokens, top_k, divisor, peers, counts, token, ids_there, place);
+    return outgoing_of_ids(ids, tokens, top_k, divisor, peers, counts, token, ids_there, place);
 }
 
 // Pairs in the order of their groups, stable: group g has the ids from first + g * divisor on,

@@ -344,12 +344,10 @@ class RunStep(Command[RankOutcome]):
 
     Attributes:
         placements: [num_hidden_layers]; new placements from this step on; None for no change.
-        balances_copies: choose copies of experts by the top-k ids of all ranks.
     """
 
     step: RankStep
     placements: Placements | None = None
-    balances_copies: bool = False
 
 
 class DiscardSteps(Command[None]):

@@ -240,7 +240,7 @@ class DeployedStage:
         self._payload: PayloadType = "model"
         self._block_size = 1
         self._phase: Phase | None = None
-        self._balances_copies = self._crowds = False
+        self._crowds = False
         self._sends: deque[list[Pending]] = deque()
 
     def is_as_at_first(self, spec: StageSpec) -> bool:
@@ -334,24 +334,16 @@ class DeployedStage:
         self._dispatch, self._only_mode = table, table.only
         self.stage.set_forms(table.forms, self._payload)
 
-    def run(
-        self,
-        step: RankStep,
-        placements: Placements | None = None,
-        *,
-        balances_copies: bool = False,
-    ) -> RankOutcome:
+    def run(self, step: RankStep, placements: Placements | None = None) -> RankOutcome:
         """Run a step's micro-batches through this stage, one after the other.
 
         Args:
             placements: [num_hidden_layers]; new placements from this step on; None for no change.
-            balances_copies: choose copies of experts by the top-k ids of all ranks.
         """
-        self._balances_copies = balances_copies
         self._changes.commit_all_but(step.num_uncommitted)
         before = self._changes.tokens
         changes = self._begin_changes(step, placements)
-        self._begin_record(step, balances_copies)
+        self._begin_record(step)
         # A step that far back was collected before this one was submitted: its sends are done.
         while len(self._sends) >= self.spec.layout.pp:
             for send in self._sends.popleft():
@@ -383,7 +375,7 @@ class DeployedStage:
             outcome.checks = self._checks.end_step()
         return outcome
 
-    def _begin_record(self, step: RankStep, balances_copies: bool) -> None:
+    def _begin_record(self, step: RankStep) -> None:
         """Begin the step in the recorder, and in the choice of graphs."""
         if step.record_operations and torch.get_num_threads() > 1:
             torch.set_num_threads(1)  # the recorder sees one thread's CPU time
@@ -399,7 +391,7 @@ class DeployedStage:
             record_operations=step.record_operations,
         )
         if self._graphs is not None:
-            self._graphs.begin_step(step.phase, balances_copies=balances_copies)
+            self._graphs.begin_step(step.phase)
 
     def run_crowded(self, step: RankStep) -> None:
         """Run a step in which all tokens go to the same experts."""
@@ -463,7 +455,6 @@ class DeployedStage:
             ForwardBatch(
                 *(batch, num_tokens, mesh.layout, mesh.at, self._device, self._block_size),
                 mode.form,
-                balances_copies=self._balances_copies,
                 crowds=self._crowds,
             )
             for batch, num_tokens in zip(own, sizes, strict=True)

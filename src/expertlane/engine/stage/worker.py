@@ -325,9 +325,7 @@ def run_step(context: RankContext, command: RunStep) -> RankOutcome:
     deployed: DeployedStage = context.deployed
 
     def run() -> RankOutcome:
-        return deployed.run(
-            command.step, command.placements, balances_copies=command.balances_copies
-        )
+        return deployed.run(command.step, command.placements)
 
     with torch.inference_mode():
         if context.profile is None:

@@ -667,8 +667,7 @@
     const many = [...copies.values()].filter((each) => each > 1).length;
     at("placement-said").textContent =
       `Layer ${start.layers[layer]}: ${many ? `${count(many, "expert")} with copies` : "no copies"}; ` +
-      (start.is_rebalanced ? rebalances() : "experts stay where they are (no --rebalance-steps).") +
-      (frame.copies ? ` ${balanced()}` : "");
+      (start.is_rebalanced ? rebalances() : "experts stay where they are (no --rebalance-steps).");
   }
 
   function rebalances() {
@@ -677,13 +676,6 @@
     const saved = `${saved_s < 0 ? "cost more than they saved so far, by" : "saved"} ${seconds(Math.abs(saved_s))} of the fullest ranks' time`;
     const paid = num_moved ? `, which have ${saved}; moving delayed steps by ${seconds(frame.rebalances.paid_s)}` : "";
     return `experts moved after ${num_moved} of ${count(num_decisions, "decision")}${paid}. Latest, ${latest}.`;
-  }
-
-  function balanced() {
-    const { num_pairs_saved, saved_s, paid_s, latest } = frame.copies;
-    if (!latest.length) return "Copies are balanced in trial steps; no decision so far.";
-    return `Balanced copies took ${count(num_pairs_saved, "pair")} off the fullest ranks, which saved about ${seconds(saved_s)} ` +
-      `and cost ${seconds(paid_s)}. ${latest.map((each) => each.replace("copies: ", "")).join("; ")}.`;
   }
 
   function choose(i) {
