@@ -50,20 +50,25 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of a test marked `smoke(n)`, mark all cases as `full` except n that are evenly spaced."""
-    cases: dict[object, list[pytest.Item]] = {}
-    for item in items:
-        if item.get_closest_marker("smoke") and not item.get_closest_marker("full"):
-            cases.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
-    for of_test in cases.values():
-        (wanted,) = of_test[0].get_closest_marker("smoke").args
-        stride = max(1, len(of_test) // wanted)  # a shift each, else it may meet one value alone
-        kept = {place * len(of_test) // wanted + place % stride for place in range(wanted)}
-        for place, item in enumerate(of_test):
+@pytest.hookimpl(wrapper=True)
+def pytest_pycollect_makeitem(collector: pytest.Collector, name: str, obj: object) -> object:
+    """Of a test marked `smoke(n)`, mark all cases as `full` except n that are evenly spaced.
+
+    With `-m "not full"` those that are `full` are not collected at all.
+    """
+    cases = yield
+    if not isinstance(cases, list):  # a class, or nothing
+        return cases
+    short = [each for each in cases if not each.get_closest_marker("full")]
+    if short and (smoke := short[0].get_closest_marker("smoke")):
+        (wanted,) = smoke.args
+        stride = max(1, len(short) // wanted)  # a shift each, else it may meet one value alone
+        kept = {place * len(short) // wanted + place % stride for place in range(wanted)}
+        for place, item in enumerate(short):
             if place not in kept:
                 item.add_marker(pytest.mark.full)
+        short = [item for place, item in enumerate(short) if place in kept]
+    return short if collector.config.getoption("markexpr") == "not full" else cases
 
 
 @pytest.fixture(scope="session", autouse=True)
