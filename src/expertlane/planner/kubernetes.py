@@ -20,6 +20,7 @@ from expertlane.planner.commands import (
 from expertlane.planner.engines import ServingEngine
 from expertlane.planner.served_pool import ServedPool
 from expertlane.planner.server_start import PORT, NodeStart, Place, ServerStart
+from expertlane.planner.templates import rendered
 from expertlane.printable import printable
 from expertlane.spec.files import strict_json
 from expertlane.spec.names import EngineName
@@ -85,19 +86,28 @@ class _Manifest:
         sets = [self._set(pool) for pool in self.serving.pools]
         if any(each.start.num_tasks for each in sets):
             return None
-        documents = [document for each in sets for document in self._documents(each)]
-        num_servers = sum(each.num_servers for each in sets)
-        router = None
-        if num_servers > 1:
-            router = router_start(self.engine, [self._addresses(each) for each in sets])
-        if router is not None and router.argv:
-            documents += self._router(router)
+        router = service = None
+        if sum(each.num_servers for each in sets) > 1:
+            router = self._router(router_start(self.engine, list(map(self._addresses, sets))))
+        if router is not None:
+            name = f"{self.engine.name}-router"
+            service = {"name": name, "selector": {"app": name}, "port": ROUTER_PORT}
         elif len(sets) == 1:  # a service over the leaders of all groups
             (only,) = sets
             selector = {_SET_LABEL: only.name, _INDEX_LABEL: "0"}
-            documents.append(_service(f"{only.name}-api", selector, PORT))
-        about = "".join(f"# {printable(line)}\n" for line in self._about(sets))
-        return about + "---\n".join("".join(_yaml(each)) + "\n" for each in documents)
+            service = {"name": f"{only.name}-api", "selector": selector, "port": PORT}
+        values = {
+            "about": list(map(printable, self._about(sets))),
+            "engine": self.engine,
+            "image": self._image,
+            "folder": self.serving.served.model if self._is_folder else None,
+            "config": _CONFIG,
+            "port": PORT,
+            "sets": list(map(self._values, sets)),
+            "router": router,
+            "service": service,
+        }
+        return rendered("kubernetes.yaml.j2", {"json": _json}, values)
 
     def _set(self, pool: ServedPool) -> _Set:
         one, num_servers = pool.servers(self.engine)
@@ -137,61 +147,25 @@ class _Manifest:
     def _is_folder(self) -> bool:
         return self.serving.served.model.startswith("/")
 
-    def _documents(self, each: _Set) -> Iterator[dict[str, Any]]:
-        """A LeaderWorkerSet, after the ConfigMap with the files that its pods read."""
-        if each.start.files:
-            files = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": each.name}}
-            yield files | {"data": dict(each.start.files)}
-        first, *others = (self._pod(each, node) for node in each.start.nodes[:2])
-        template: dict[str, Any] = {
-            "size": len(each.start.nodes),
-            "restartPolicy": "RecreateGroupOnPodRestart",
-        }
-        # A group of one pod has only a leader, which is made from the worker template.
-        template |= {"leaderTemplate": first} if others else {}
-        template["workerTemplate"] = others[0] if others else first
-        yield {
-            "apiVersion": "leaderworkerset.x-k8s.io/v1",
-            "kind": "LeaderWorkerSet",
-            "metadata": {"name": each.name},
-            "spec": {"replicas": each.num_servers, "leaderWorkerTemplate": template},
-        }
-
-    def _pod(self, each: _Set, node: NodeStart) -> dict[str, Any]:
-        is_leader = node is each.start.nodes[0]
-        mounts: list[dict[str, Any]] = [{"name": "shared-memory", "mountPath": "/dev/shm"}]
-        memory = {"medium": "Memory", "sizeLimit": "16Gi"}  # for NCCL's buffers
-        volumes: list[dict[str, Any]] = [{"name": "shared-memory", "emptyDir": memory}]
-        if self._is_folder:
-            folder = self.serving.served.model
-            mounts.append({"name": "model", "mountPath": folder, "readOnly": True})
-            volumes.append({"name": "model", "hostPath": {"path": folder, "type": "Directory"}})
-        if each.start.files:
-            mounts.append({"name": "files", "mountPath": _CONFIG})
-            volumes.append({"name": "files", "configMap": {"name": each.name}})
+    @property
+    def _image(self) -> str:
         version = self.engine.version
-        container = {
-            "name": self.engine.name,
-            "image": _IMAGES[self.engine.name].format(
-                version if version.count(".") > 1 else f"{version}.0"
-            ),
-            "command": self._command(node),
-            "env": [*self._environment(node)],
-            "resources": {"limits": {"nvidia.com/gpu": each.one.devices_per_host}},
-            "volumeMounts": mounts,
-        }
-        if each.start.files:
-            container["workingDir"] = _CONFIG
-        if is_leader:
-            container["ports"] = [{"name": "http", "containerPort": PORT}]
-            container |= _probes()
+        whole = version if version.count(".") > 1 else f"{version}.0"
+        return _IMAGES[self.engine.name].format(whole)
+
+    def _values(self, each: _Set) -> dict[str, Any]:
+        """What the template says of a set: its leader's node, and another node if there is one."""
+        nodes = [
+            {"command": self._command(node), "environment": dict(self._environment(node))}
+            for node in each.start.nodes[:2]
+        ]
         return {
-            "spec": {
-                "containers": [container],
-                "enableServiceLinks": False,  # VLLM_…_PORT would be read as settings
-                "terminationGracePeriodSeconds": 60,
-                "volumes": volumes,
-            }
+            "name": each.name,
+            "files": each.start.files,
+            "num_servers": each.num_servers,
+            "size": len(each.start.nodes),
+            "num_devices": each.one.devices_per_host,
+            "nodes": nodes,
         }
 
     def _command(self, node: NodeStart) -> list[str]:
@@ -201,70 +175,24 @@ class _Manifest:
             words[words.index("--node-rank") + 1] = _INDEX
         return words
 
-    def _environment(self, node: NodeStart) -> Iterator[dict[str, Any]]:
-        """Environment variables of a pod; those that name its machine get the pod's address."""
-        address = {"fieldRef": {"fieldPath": "status.podIP"}}
+    def _environment(self, node: NodeStart) -> Iterator[tuple[str, str | None]]:
+        """Environment variables of a pod; None for those that are the pod's address."""
         if self.engine.name == "vllm":
-            yield {"name": "VLLM_HOST_IP", "valueFrom": address}
+            yield "VLLM_HOST_IP", None
         for name, value in node.environment.items():
-            if value in (self._leader, self._own):
-                yield {"name": name, "valueFrom": address}
-            else:
-                yield {"name": name, "value": value}
-        if not self._is_folder:
-            secret = {"name": "huggingface", "key": "token", "optional": True}
-            yield {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": secret}}
+            yield name, None if value in (self._leader, self._own) else value
 
-    def _router(self, router: RouterStart) -> Iterator[dict[str, Any]]:
-        """The router's Deployment and Service, and a ConfigMap if it reads a file."""
-        name, own = f"{self.engine.name}-router", self.engine.router
-        labels = {"app": name}
-        container: dict[str, Any] = {
-            "name": "router",
-            "image": _ROUTER_IMAGE,
-            "command": list(map(_literal, router.argv)),
-            "ports": [{"name": "http", "containerPort": ROUTER_PORT}],
-            **_probes(),
-        }
-        pod: dict[str, Any] = {"containers": [container]}
-        if router.files:
-            container["image"] = _IMAGES[self.engine.name].format(f"{self.engine.version}.0")
-            container["workingDir"] = _CONFIG
-            container["volumeMounts"] = [{"name": "files", "mountPath": _CONFIG}]
-            pod["volumes"] = [{"name": "files", "configMap": {"name": name}}]
-            yield {
-                "apiVersion": "v1",
-                "kind": "ConfigMap",
-                "metadata": {"name": name},
-                "data": dict(router.files),
-            }
+    def _router(self, start: RouterStart) -> dict[str, Any] | None:
+        """The router's image, command and files; None if the engine has none."""
+        if not start.argv:
+            return None
+        image, command, own = _ROUTER_IMAGE, list(map(_literal, start.argv)), self.engine.router
+        if start.files:
+            image = self._image
         elif own is not None:
-            install = 'pip install --no-cache-dir "$0" && exec "$@"'
-            package = f"{own.package}=={own.version}"
-            container["command"] = ["sh", "-c", _literal(install), package, *container["command"]]
-        yield {
-            "apiVersion": "apps/v1",
-            "kind": "Deployment",
-            "metadata": {"name": name},
-            "spec": {
-                "replicas": 1,
-                "selector": {"matchLabels": labels},
-                "template": {"metadata": {"labels": labels}, "spec": pod},
-            },
-        }
-        yield _service(name, labels, ROUTER_PORT)
-
-
-def _service(name: str, selector: Mapping[str, str], port: int) -> dict[str, Any]:
-    return {
-        "apiVersion": "v1",
-        "kind": "Service",
-        "metadata": {"name": name},
-        "spec": {
-            "selector": dict(selector),
-            "ports": [{"name": "http", "port": port, "targetPort": "http"}],
-        },
-    }
+            install = _literal('pip install --no-cache-dir "$0" && exec "$@"')
+            command = ["sh", "-c", install, f"{own.package}=={own.version}", *command]
+        return {"image": image, "command": command, "files": start.files}
 
 
 def _literal(word: str) -> str:
@@ -272,52 +200,11 @@ def _literal(word: str) -> str:
     return word.replace("$", "$$")
 
 
-def _probes() -> dict[str, Any]:
-    health = {"path": "/health", "port": "http"}
-    return {
-        # An hour for weights and compilation.
-        "startupProbe": {"httpGet": health, "periodSeconds": 10, "failureThreshold": 360},
-        "readinessProbe": {"httpGet": health, "periodSeconds": 10, "timeoutSeconds": 5},
-    }
-
-
-_PLAIN = re.compile(r"[A-Za-z/][A-Za-z0-9/._-]*")
-_RESERVED = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
 # Characters that JSON leaves as they are and YAML does not allow.
 _UNREADABLE = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
-def _yaml(value: Any, indent: int = 0) -> Iterator[str]:
-    """YAML of a JSON value, in pieces; strings are quoted unless YAML reads them as strings."""
-    before = "\n" + " " * indent
-    if isinstance(value, dict):
-        for place, (key, each) in enumerate(value.items()):
-            yield f"{before if place or indent else ''}{_scalar(key)}:"
-            yield from _value(each, indent + 2)
-    else:
-        for each in value:
-            text = "".join(_yaml(each, indent + 2)).lstrip() if _is_nested(each) else _scalar(each)
-            yield f"{before}- {text}"
-
-
-def _value(value: Any, indent: int) -> Iterator[str]:
-    if _is_nested(value):
-        yield from _yaml(value, indent)
-    else:
-        yield f" {_scalar(value)}"
-
-
-def _is_nested(value: Any) -> bool:
-    return isinstance(value, dict | list) and len(value) > 0
-
-
-def _scalar(value: Any) -> str:
-    if not isinstance(value, str):
-        return strict_json(value)
-    if _PLAIN.fullmatch(value) and value.lower() not in _RESERVED:
-        return value
-    if value.isprintable() and ('"' in value or "\\" in value):
-        single = value.replace("'", "''")
-        return f"'{single}'"
+def _json(value: str) -> str:
+    """A text as JSON, which is YAML too."""
     quoted = strict_json(value, ensure_ascii=False)
     return _UNREADABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", quoted)

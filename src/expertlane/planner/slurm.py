@@ -6,9 +6,10 @@ one task for each rank if the engine uses MPI.
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
 from expertlane.planner.commands import (
     ROUTER_PORT,
@@ -20,73 +21,10 @@ from expertlane.planner.commands import (
 )
 from expertlane.planner.engines import ServingEngine
 from expertlane.planner.server_start import NodeStart, ServerStart
+from expertlane.planner.templates import rendered
 from expertlane.printable import printable
 
 _COLUMNS = 88  # width of a line, about
-
-# The part that all scripts share. Job steps overlap, since several may run on one node: each asks
-# for all of the node, and uses the devices that its environment names.
-_BEGIN = """\
-# shellcheck disable=SC2016,SC2329 # names are taken as they are; a trap calls `stop`
-set -euo pipefail
-
-mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-logs="${LOGS:-$PWD/%(name)s-$SLURM_JOB_ID}" # on a file system of all nodes
-poll_s="${POLL_S:-5}" start_s="${START_S:-3600}"
-pids=()
-if ((${#hosts[@]} < %(num_hosts)d)); then
-    echo "it takes %(num_hosts)d nodes; the job has ${#hosts[@]}" >&2
-    exit 2
-fi
-
-start() { # NAME FOLDER HOSTS NUM_TASKS MPI COMMAND…
-    local name="$1" folder="$logs/$2" on="$3" num_tasks="$4" mpi="$5" nodes
-    shift 5
-    IFS=, read -ra nodes <<<"$on"
-    srun --overlap --kill-on-bad-exit=1 --mpi="$mpi" --nodelist="$on" \\
-        --nodes="${#nodes[@]}" --ntasks="$num_tasks" --mem=0 --cpu-bind=none \\
-        --cpus-per-task="$((SLURM_CPUS_ON_NODE * ${#nodes[@]} / num_tasks))" \\
-        --chdir="$folder" --output="$logs/$name.log" "$@" &
-    pids+=("$!")
-}
-
-stop() {
-    trap - EXIT
-    trap '' INT TERM
-    local until=$((SECONDS + 60)) pid
-    kill -TERM "${pids[@]}" 2>/dev/null || true
-    for pid in "${pids[@]}"; do
-        while kill -0 "$pid" 2>/dev/null && ((SECONDS < until)); do sleep 1; done
-        kill -KILL "$pid" 2>/dev/null || true
-    done
-    wait
-}
-trap stop EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-ready() { # URL: wait until it answers, unless something ends
-    local pid
-    until curl --silent --fail --output /dev/null --max-time 5 "$1/health"; do
-        for pid in "${pids[@]}"; do
-            if ! kill -0 "$pid" 2>/dev/null; then
-                echo "a process ended before $1 was ready: see $logs" >&2
-                exit 1
-            fi
-        done
-        if ((SECONDS > start_s)); then
-            echo "$1 is not ready after $start_s s: see $logs" >&2
-            exit 1
-        fi
-        sleep "$poll_s"
-    done
-}"""
-_END = """\
-echo "serving at %(url)s/v1; logs in $logs"
-wait -n || true
-echo "a process ended: see $logs" >&2
-exit 1
-"""
 
 
 def slurm_script(serving: Serving) -> str:
@@ -120,32 +58,31 @@ class _Script:
 
     def text(self) -> str:
         """The text of the script."""
-        num_hosts = sum(each.num_hosts for each in self.started)
-        name = f"expertlane-{self.engine.name}"
-        parts = [
-            "#!/usr/bin/env bash",
-            *(f"# {printable(line)}" for line in self._about()),
-            f"#SBATCH --job-name={name}",
-            f"#SBATCH --nodes={num_hosts}",
-            f"#SBATCH --gpus-per-node={max(map(_devices, self.started))}",
-            "#SBATCH --exclusive",
-            "#SBATCH --signal=B:TERM@90",
-            "#SBATCH --output=%x-%j.out",
-            "",
-            _BEGIN % {"name": name, "num_hosts": num_hosts},
-        ]
-        for each in self.started:
-            parts += self._pool(each)
         urls = [server.place.url for each in self.started for server in each.servers]
-        parts += ["", *(f"ready {self._word(url)}" for url in urls)]
-        front = urls[0]
+        router, front = RouterStart(()), urls[0]
+        first_host = self.started[0].servers[0].place.hosts[0]
         if len(urls) > 1:
             router = router_start(self.engine, self.started)
             if router.argv:
-                front = f"http://{self.started[0].servers[0].place.hosts[0]}:{ROUTER_PORT}"
-                parts += ["", *self._router(router, front)]
-        inside = self.host.sub(r"${hosts[\1]}", front)
-        return "\n".join([*parts, _END % {"url": inside}])
+                front = f"http://{first_host}:{ROUTER_PORT}"
+        filters = {
+            "shell": self._word,
+            "in_quotes": lambda url: self.host.sub(r"${hosts[\1]}", url),
+            "option_lines": self._option_lines,
+            "command": _continued,
+        }
+        values = {
+            "about": list(map(printable, self._about())),
+            "name": f"expertlane-{self.engine.name}",
+            "num_hosts": sum(each.num_hosts for each in self.started),
+            "num_devices": max(map(_devices, self.started)),
+            "pools": list(map(self._pool, self.started)),
+            "urls": urls,
+            "router": router,
+            "first_host": first_host,
+            "front": front,
+        }
+        return rendered("slurm.sh.j2", filters, values)
 
     def _about(self) -> list[str]:
         """Lines of the comment at the head of the script."""
@@ -165,49 +102,42 @@ class _Script:
         lines.append("START_S, POLL_S and LOGS in the environment change its waits and its logs.")
         return lines
 
-    def _pool(self, started: PoolStarts) -> list[str]:
-        """Lines that start the servers of a pool."""
+    def _pool(self, started: PoolStarts) -> dict[str, Any]:
+        """Words that all commands of a pool begin and end with, and the commands of its nodes."""
         role = "server" if started.pool.role == "both" else started.pool.role
         nodes = [
             (server, number, node)
             for server in started.servers
             for number, node in enumerate(server.nodes)
         ]
-        starts = [_under_srun(server, node) for server, _, node in nodes]
-        head, tail = _shared([words for words, _ in starts])
-        is_option = starts[0][0][head - 1].startswith("-")
-        if head < len(starts[0][0]) and is_option:  # its value differs between nodes
+        tasks = [_under_srun(server, node) for server, _, node in nodes]
+        first = tasks[0][0]
+        head, tail = _shared([words for words, _ in tasks])
+        if head < len(first) and first[head - 1].startswith("-"):  # its value differs between nodes
             head -= 1
         begin = f"{role}_begin" if tail else role
-        lines = ["", *self._array(begin, starts[0][0][:head])]
-        if tail:
-            lines += self._array(f"{role}_end", starts[0][0][len(starts[0][0]) - tail :])
-        lines += self._files(f"$logs/{role}", started.servers[0].files)
-        for (server, number, node), (words, num_tasks) in zip(nodes, starts, strict=True):
+        starts = []
+        for (server, number, node), (words, num_tasks) in zip(nodes, tasks, strict=True):
             place = started.servers.index(server)
             name = f"{role}-{place}" + (f"-node{number}" if len(server.nodes) > 1 else "")
             hosts = server.place.hosts if server.num_tasks else (server.place.hosts[number],)
             mpi = "pmix" if num_tasks > len(hosts) else "none"
-            own = words[head : len(words) - tail]
-            parts = [
-                *(name, role, self._word(",".join(hosts)), str(num_tasks), mpi),
-                *self._environment(node),
-                f'"${{{begin}[@]}}"',
-                *map(self._word, own),
-                *([f'"${{{role}_end[@]}}"'] if tail else []),
-            ]
-            lines.append(_continued(["start", *parts]))
-        return lines
-
-    def _router(self, router: RouterStart, url: str) -> list[str]:
-        """Lines that start the router on the first host."""
-        host = self.started[0].servers[0].place.hosts[0]
-        return [
-            *self._array("router", router.argv),
-            *self._files("$logs/router", router.files),
-            f'start router router {self._word(host)} 1 none "${{router[@]}}"',
-            f"ready {self._word(url)}",
-        ]
+            starts.append(
+                [
+                    *("start", name, role, self._word(",".join(hosts)), str(num_tasks), mpi),
+                    *self._environment(node),
+                    f'"${{{begin}[@]}}"',
+                    *map(self._word, words[head : len(words) - tail]),
+                    *([f'"${{{role}_end[@]}}"'] if tail else []),
+                ]
+            )
+        return {
+            "role": role,
+            "begin": first[:head],
+            "end": first[len(first) - tail :],
+            "files": started.servers[0].files,
+            "starts": starts,
+        }
 
     def _environment(self, node: NodeStart) -> list[str]:
         """Words that set variables inside the task, since `srun` sets CUDA_VISIBLE_DEVICES too."""
@@ -216,15 +146,8 @@ class _Script:
         pairs = (f"{name}={value}" for name, value in node.environment.items())
         return ["env", *map(self._word, pairs)]
 
-    def _files(self, folder: str, files: Mapping[str, str]) -> list[str]:
-        """Lines that make a folder and write files into it."""
-        lines = [f'mkdir -p "{folder}"']
-        for name, text in files.items():
-            lines.append(f"printf '%s\\n' {self._word(text)} >\"{folder}/{name}\"")
-        return lines
-
-    def _array(self, name: str, words: Sequence[str]) -> list[str]:
-        """A Bash array of words, with one option on each line."""
+    def _option_lines(self, words: Sequence[str]) -> list[str]:
+        """Quoted words of an array, one option on each line."""
         lines: list[str] = []
         for word in map(self._word, words):
             starts = not lines or word.startswith("-")
@@ -232,7 +155,7 @@ class _Script:
                 lines.append(word)
             else:
                 lines[-1] += f" {word}"
-        return [f"{name}=(", *(f"    {line}" for line in lines), ")"]
+        return lines
 
     def _word(self, word: str) -> str:
         """A word for the shell, quoted if need be, with its placeholders as the job's hosts."""
