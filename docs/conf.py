@@ -1,7 +1,10 @@
 """How Sphinx builds the documentation: `make docs`, without a look at the network."""
 
 import re
+import sys
 from pathlib import Path
+
+from sphinx.application import Sphinx
 
 _PACKAGE = Path(__file__).parents[1] / "src" / "expertlane" / "version.py"
 
@@ -21,3 +24,11 @@ html_css_files = ["pages.css"]
 html_copy_source = False
 html_show_sphinx = False
 html_show_copyright = False
+
+
+def setup(app: Sphinx) -> None:
+    """Write options.md, which is not in the repository, from the code before pages are read."""
+    sys.path.insert(0, str(Path(__file__).parent))
+    from option_table import render
+
+    Path(__file__).with_name("options.md").write_text(render(), encoding="utf-8")

@@ -1,7 +1,7 @@
 """Write options.md: every option of every command, from the code.
 
-Run it after a change of an option: `python docs/option_table.py`. `make docs` does, and a test
-says where the page is out of date.
+Run it after a change of an option: `python docs/option_table.py`. `make docs` does,
+as docs/conf.py does; the page is not in the repository.
 """
 
 import re
