@@ -1,39 +1,24 @@
 """Decode context parallelism: each rank of a group reads its share of the cache, for more heads."""
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.screen import refusing
+from cost.families import TYPES, operations, placed, published
 from cost.projected import program_of
 from cost.tiny_models import MODELS
-from expertlane.balance.holding import placements_of
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import parse_cluster
-from expertlane.cost.memory import (
-    KVTransfers,
-    PlacedModel,
-    held_kv_bytes,
-    held_state_bytes,
-    kept_bytes,
-)
-from expertlane.cost.step.attention import mixer_steps
+from expertlane.cost.memory import KVTransfers, held_kv_bytes, held_state_bytes, kept_bytes
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.counts import StageMesh
-from expertlane.cost.step.operation import NumberTypes, Operation, OpKind, Transfer
-from expertlane.cost.step.step_list import GPU_LIBRARIES, StepList
+from expertlane.cost.step.operation import OpKind, Transfer
+from expertlane.cost.step.step_list import GPU_LIBRARIES
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Options
-from expertlane.spec.from_hf import from_hf
 from expertlane.spec.layout import Layout
-from expertlane.spec.mixers import Mixing
 from expertlane.spec.names import Stage, Traffic
 
-TYPES = NumberTypes()
 LATENT = MODELS["latent"]
 MULTI_QUERY = MODELS["plain"].with_overrides(num_attention_heads=4, num_key_value_heads=1)
 
@@ -77,22 +62,16 @@ def test_what_is_gathered_and_added_up():
     latent, item, tokens = LATENT.latent, TYPES.activation_bytes, 3
     heads = LATENT.num_attention_heads // 4
     steps = layer_steps(LATENT, Layout(tp=4, dcp=2), part)
-    groups = [
-        each.sent_bytes[[Traffic.PAYLOAD, Traffic.METADATA]].sum(axis=2)[:, 0].tolist()
-        for each in steps
-        if isinstance(each, Transfer) and each.groups.size[0] == 2
-    ]
+    shared = [e for e in steps if isinstance(e, Transfer) and e.groups.size[0] == 2]
+    kinds = [Traffic.PAYLOAD, Traffic.METADATA]
+    groups = [each.sent_bytes[kinds].sum(axis=2)[:, 0].tolist() for each in shared]
     query = heads * (latent.kv_lora_rank + latent.qk_rope_head_dim) * item
     assert groups == [
         [tokens * query, 0],
         [0, tokens * 2 * heads * 4],
         [tokens * heads * latent.kv_lora_rank * item, 0],
     ]
-    assert all(
-        each.stage is Stage.COLLECTIVES
-        for each in steps
-        if isinstance(each, Transfer) and each.groups.size[0] == 2
-    )
+    assert {each.stage for each in shared} == {Stage.COLLECTIVES}
 
 
 def test_a_prompt_gathers_what_came_before():
@@ -118,12 +97,7 @@ def test_a_prompt_gathers_what_came_before():
 def test_memory_and_transfer_are_shared(model):
     plain, parted = Layout(tp=4), Layout(tp=4, dcp=4)
     limits = Limits(model.vocab_size, 64, num_blocks=8, block_size=16)
-    kv_bytes = [
-        PlacedModel(model, layout, TYPES, placements_of(model, layout, Options()))
-        .rank_memory(limits, 0)
-        .kv_bytes
-        for layout in (plain, parted)
-    ]
+    kv_bytes = [placed(model, layout).rank_memory(limits, 0).kv_bytes for layout in (plain, parted)]
     assert kv_bytes[0] == 4 * kv_bytes[1]
     links = LinkModel(parse_cluster("h100x8").profile)
     seconds = [
@@ -133,17 +107,9 @@ def test_memory_and_transfer_are_shared(model):
     assert (np.asarray(seconds[1]) <= seconds[0]).all()
 
 
-def _published(file, name):
-    path = Path(__file__).parent.parent / "spec" / file
-    return from_hf(json.loads(path.read_text())[name], name, weights=False)
-
-
 def test_states_are_neither_shared_nor_copied():
-    model = _published("published_mixers.json", "qwen3-next-80b-a3b")  # two heads of keys
-    plain, parted = (
-        PlacedModel(model, layout, TYPES, placements_of(model, layout, Options()))
-        for layout in (Layout(tp=8), Layout(tp=8, dcp=4))
-    )
+    model = published("qwen3-next-80b-a3b")  # two heads of keys
+    plain, parted = (placed(model, Layout(tp=8, dcp=dcp)) for dcp in (1, 4))
     limits = Limits(model.vocab_size, 4096, num_blocks=256)
     of_state = 36 * held_state_bytes(model, TYPES, 8)
     paged, shared = (
@@ -154,19 +120,18 @@ def test_states_are_neither_shared_nor_copied():
     assert parted.state_blocks(limits) == pytest.approx(4 * plain.state_blocks(limits), abs=4)
     with refusing("dcp=8 hold 4 times valid dcp 1 2 4"):
         Layout(tp=8, dcp=8).check_model(model)
-    steps = []
-    for layout in (Layout(tp=8), Layout(tp=8, dcp=4)):
-        out = StepList(StageMesh.of(layout, 0, 0, 8), TYPES, "all_gather", GPU_LIBRARIES)
-        mixer_steps(out, model, Mixing("state"), PartSizes.even(1, 8, 3, 1, 1000))
-        operations = [each for each in out.steps if isinstance(each, Operation)]
-        steps.append(
-            [(each.kind, int(each.kv_bytes[0]), int(each.flops[0])) for each in operations]
-        )
-    assert steps[0] == steps[1]
+    without, shared = (
+        [
+            (each.kind, int(each.kv_bytes[0]), int(each.flops[0]))
+            for each in operations(model, "state", 3, 1, 1000, tp=8, dcp=dcp)
+        ]
+        for dcp in (1, 4)
+    )
+    assert without == shared
 
 
 def test_windows_with_heads_of_their_own_are_shared_as_they_are_read():
-    model = _published("published_grouped.json", "mimo-v2-flash")
+    model = published("mimo-v2-flash")
     of_layer = slice(1, 5)  # windows alone, of 129 positions in blocks of 16
     whole, half = (kept_bytes(model, TYPES, 16, range(48)[of_layer], dcp=dcp) for dcp in (1, 2))
     assert whole.sequence == 4 * 160 * held_kv_bytes(model, TYPES, 16, has_window=True)

@@ -26,138 +26,39 @@ from planner.requests import COMPRESSED
 _DEVICE = Device("toy", 1e9, 1e9, {"float32": 1e12, "bfloat16": 2e12}, "made up")
 _TOY = Profile("toy", _DEVICE, 1, {})
 
-_ONE_OF_EACH = {
-    OpKind.GEMM: {"m": 64.0, "n": 4096.0, "k": 2048.0},
-    OpKind.EXPERTS: {
-        "pairs": 256.0,
-        "active": 8.0,
-        "hidden": 4096.0,
-        "inner": 1536.0,
-        "matrices": 3.0,
-    },
-    OpKind.PREFILL_ATTENTION: {
-        "seqs": 2.0,
-        "query_key_pairs": 2 * 512 * 513 / 2,
-        "tokens": 1024.0,
-        "positions": 1024.0,
-        "heads": 32.0,
-        "kv_heads": 4.0,
-        "head_dim": 128.0,
-    },
-    OpKind.DECODE_ATTENTION: {
-        "seqs": 8.0,
-        "positions": 8000.0,
-        "heads": 32.0,
-        "kv_heads": 4.0,
-        "head_dim": 128.0,
-    },
-    OpKind.LATENT_PREFILL: {
-        "seqs": 2.0,
-        "query_key_pairs": 2 * 512 * 513 / 2,
-        "tokens": 1024.0,
-        "positions": 1024.0,
-        "heads": 16.0,
-        "key_dim": 576.0,
-        "value_dim": 512.0,
-    },
-    OpKind.LATENT_DECODE: {
-        "seqs": 8.0,
-        "positions": 8000.0,
-        "heads": 16.0,
-        "key_dim": 576.0,
-        "value_dim": 512.0,
-    },
-    OpKind.SPARSE: {
-        "seqs": 2.0,
-        "query_key_pairs": 2048.0 * 64,
-        "tokens": 64.0,
-        "positions": 8192.0,
-        "heads": 64.0,
-        "key_dim": 576.0,
-        "value_dim": 512.0,
-    },
-    OpKind.COMPRESSED: {
-        "seqs": 2.0,
-        "query_key_pairs": 256.0 * 64,
-        "tokens": 64.0,
-        "positions": 512.0,
-        "heads": 64.0,
-        "key_dim": 512.0,
-        "value_dim": 512.0,
-    },
-    OpKind.SPARSE_GROUPED: {
-        "seqs": 2.0,
-        "query_key_pairs": 2048.0 * 64,
-        "tokens": 64.0,
-        "positions": 8192.0,
-        "heads": 64.0,
-        "kv_heads": 4.0,
-        "head_dim": 128.0,
-    },
-    OpKind.INDEX: {
-        "query_key_pairs": 8192.0 * 64,
-        "tokens": 64.0,
-        "heads": 64.0,
-        "head_dim": 128.0,
-        "read_bytes": 8192.0 * (132 + 64),
-        "scores": 8192.0 * 64,
-    },
-    OpKind.INDEX_DECODE: {
-        "query_key_pairs": 8192.0,
-        "tokens": 64.0,
-        "heads": 64.0,
-        "head_dim": 128.0,
-        "read_bytes": 8192.0 * (132 + 64),
-        "scores": 8192.0,
-    },
-    OpKind.CHOOSE: {"query_key_pairs": 8192.0 * 64, "tokens": 64.0, "topk": 2048.0},
-    OpKind.CONVOLUTION: {"seqs": 8.0, "tokens": 64.0, "channels": 8192.0, "kernel": 4.0},
-    **{
-        kind: {
-            "seqs": 8.0,
-            "tokens": 64.0,
-            "state_values": 32 * 128 * 128.0,
-            "token_flops": 6 * 32 * 128 * 128.0,
-            "token_values": 12_352.0,
-        }
-        for kind in STATES
-    },
-    OpKind.MEMORY: {"bytes": 1e6},
+_PROMPTS, _CHOSEN = (2.0, 2 * 512 * 513 / 2, 1024.0, 1024.0), (2.0, 2048.0 * 64, 64.0, 8192.0)
+# In the order of `SIZES`.
+_EXAMPLES = {
+    OpKind.GEMM: (64.0, 4096.0, 2048.0),
+    OpKind.EXPERTS: (256.0, 8.0, 4096.0, 1536.0, 3.0),
+    OpKind.PREFILL_ATTENTION: (*_PROMPTS, 32.0, 4.0, 128.0),
+    OpKind.DECODE_ATTENTION: (8.0, 8000.0, 32.0, 4.0, 128.0),
+    OpKind.LATENT_PREFILL: (*_PROMPTS, 16.0, 576.0, 512.0),
+    OpKind.LATENT_DECODE: (8.0, 8000.0, 16.0, 576.0, 512.0),
+    OpKind.SPARSE: (*_CHOSEN, 64.0, 576.0, 512.0),
+    OpKind.COMPRESSED: (2.0, 256.0 * 64, 64.0, 512.0, 64.0, 512.0, 512.0),
+    OpKind.SPARSE_GROUPED: (*_CHOSEN, 64.0, 4.0, 128.0),
+    OpKind.INDEX: (8192.0 * 64, 64.0, 64.0, 128.0, 8192.0 * (132 + 64), 8192.0 * 64),
+    OpKind.INDEX_DECODE: (8192.0, 64.0, 64.0, 128.0, 8192.0 * (132 + 64), 8192.0),
+    OpKind.CHOOSE: (8192.0 * 64, 64.0, 2048.0),
+    OpKind.CONVOLUTION: (8.0, 64.0, 8192.0, 4.0),
+    **dict.fromkeys(STATES, (8.0, 64.0, 32 * 128 * 128.0, 6 * 32 * 128 * 128.0, 12_352.0)),
+    OpKind.MEMORY: (1e6,),
 }
+_ONE_OF_EACH = {kind: dict(zip(SIZES[kind], _EXAMPLES[kind], strict=True)) for kind in OpKind}
 _OF_FLOAT8 = (OpKind.INDEX, OpKind.INDEX_DECODE, OpKind.COMPRESSED)  # in float8 alone
 _UNMEASURED = (
     OpKind.SPARSE_GROUPED,
     *(kind for kind in STATES if kind.startswith(("lightning", "mamba"))),
 )
-# What there is none of, by kind, where a rank has nothing to do.
-_EMPTY = {
-    OpKind.GEMM: ("m",),
-    OpKind.EXPERTS: ("pairs", "active"),
-    OpKind.PREFILL_ATTENTION: ("seqs", "query_key_pairs", "tokens", "positions"),
-    OpKind.DECODE_ATTENTION: ("seqs", "positions"),
-    OpKind.LATENT_PREFILL: ("seqs", "query_key_pairs", "tokens", "positions"),
-    OpKind.LATENT_DECODE: ("seqs", "positions"),
-    OpKind.SPARSE: ("seqs", "query_key_pairs", "tokens", "positions"),
-    OpKind.COMPRESSED: ("seqs", "query_key_pairs", "tokens", "positions"),
-    OpKind.SPARSE_GROUPED: ("seqs", "query_key_pairs", "tokens", "positions"),
-    OpKind.INDEX: ("query_key_pairs", "tokens", "read_bytes", "scores"),
-    OpKind.INDEX_DECODE: ("query_key_pairs", "tokens", "read_bytes", "scores"),
-    OpKind.CHOOSE: ("query_key_pairs", "tokens"),
-    OpKind.CONVOLUTION: ("seqs", "tokens"),
-    **dict.fromkeys(STATES, ("seqs", "tokens")),
-    OpKind.MEMORY: ("bytes",),
-}
+# What there is none of where a rank has nothing to do, and more of where it has more to do.
+_AMOUNTS = {"m", "pairs", "seqs", "query_key_pairs", "tokens", "positions", "read_bytes", "scores"}
+_AMOUNTS |= {"bytes"}
 
 
 @pytest.fixture(scope="module")
 def h100():
     return DeviceModel(read_profile("h100"))
-
-
-def test_sizes_of_the_examples_are_those_of_the_contract():
-    assert {kind: set(sizes) for kind, sizes in _ONE_OF_EACH.items()} == {
-        kind: set(names) for kind, names in SIZES.items()
-    }
 
 
 def test_without_measurements_a_range_of_the_roofline_holds():
@@ -201,12 +102,13 @@ def test_rooflines_count_flops_and_bytes_as_the_engine_does():
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8"])
 @pytest.mark.parametrize("kind", list(OpKind))
 def test_nothing_to_do_takes_no_time(h100, kind, dtype):
-    nothing = dict.fromkeys(_EMPTY[kind], np.array([0.0, 0.0]))
+    amounts = (_AMOUNTS | {"active"}) & _ONE_OF_EACH[kind].keys()
+    nothing = dict.fromkeys(amounts, np.array([0.0, 0.0]))
     times = h100.times(kind, dtype, {**_ONE_OF_EACH[kind], **nothing})
     assert times.seconds.tolist() == times.low.tolist() == times.high.tolist() == [0, 0]
     assert not times.is_extrapolated.any()
     mixed = {
-        name: np.array([0.0, size]) if name in _EMPTY[kind] else size
+        name: np.array([0.0, size]) if name in amounts else size
         for name, size in _ONE_OF_EACH[kind].items()
     }
     some = h100.times(kind, dtype, mixed)
@@ -243,25 +145,6 @@ def test_times_of_every_shipped_profile_are_between_bounds_and_no_faster_than_li
         assert 0 < times.low <= times.seconds <= times.high < 20e-3
 
 
-_GROWING = {
-    OpKind.GEMM: ("m",),
-    OpKind.EXPERTS: ("pairs",),
-    OpKind.PREFILL_ATTENTION: ("seqs", "query_key_pairs", "tokens", "positions"),
-    OpKind.DECODE_ATTENTION: ("seqs", "positions"),
-    OpKind.LATENT_PREFILL: ("seqs", "query_key_pairs", "tokens", "positions"),
-    OpKind.LATENT_DECODE: ("seqs", "positions"),
-    OpKind.SPARSE: ("seqs", "query_key_pairs", "tokens", "positions"),
-    OpKind.COMPRESSED: ("seqs", "query_key_pairs", "tokens", "positions"),
-    OpKind.SPARSE_GROUPED: ("seqs", "query_key_pairs", "tokens", "positions"),
-    OpKind.INDEX: ("query_key_pairs", "tokens", "read_bytes", "scores"),
-    OpKind.INDEX_DECODE: ("query_key_pairs", "tokens", "read_bytes", "scores"),
-    OpKind.CHOOSE: ("query_key_pairs", "tokens"),
-    OpKind.CONVOLUTION: ("seqs", "tokens"),
-    **dict.fromkeys(STATES, ("seqs", "tokens")),
-    OpKind.MEMORY: ("bytes",),
-}
-
-
 _FITTED = ("a100", "b200", "b300", "gb200", "gb300", "h100", "h200", "l40s", "rtxpro6000")
 
 
@@ -272,7 +155,7 @@ def test_more_work_is_never_much_faster(name, kind):
     profile = read_profile(name)
     times = 2.0 ** np.arange(-3, 9)
     grown = {
-        name: size * times if name in _GROWING[kind] else size
+        name: size * times if name in _AMOUNTS else size
         for name, size in _ONE_OF_EACH[kind].items()
     }
     fitted = {"bfloat16", "float8"} if kind in ATTENTION else set(profile.device.flops_per_s)

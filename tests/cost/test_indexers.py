@@ -1,63 +1,43 @@
 """Indexers: what attention sees by them, bytes by hand, counts beside those of transformers."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cli.screen import refusing
+from cost.families import (
+    TYPES,
+    flops,
+    only,
+    operations,
+    over_all_pairs,
+    published,
+    their_flops,
+)
 from expertlane.balance.holding import Slices
 from expertlane.cost.laws.device import stand_ins
 from expertlane.cost.laws.profile import read_profile
 from expertlane.cost.memory import held_kv_bytes, kept_bytes
-from expertlane.cost.step.attention import mixer_steps
 from expertlane.cost.step.batch_sizes import PartSizes, pairs_and_positions
-from expertlane.cost.step.counts import StageMesh
-from expertlane.cost.step.operation import NumberTypes, Operation, OpKind
-from expertlane.cost.step.step_list import GPU_LIBRARIES, StepList
-from expertlane.spec.from_hf import from_hf
+from expertlane.cost.step.operation import NumberTypes, OpKind
 from expertlane.spec.layout import Layout
 from expertlane.spec.mixers import Indexer, Mixing
 
-PUBLISHED = Path(__file__).parent.parent / "spec" / "published_mixers.json"
-CONFIGS = json.loads(PUBLISHED.read_text())
-TYPES = NumberTypes()
 OWN, SHARED = Mixing(choice="own"), Mixing(choice="shared")
-_CHOOSING = {OpKind.INDEX, OpKind.INDEX_DECODE, OpKind.CHOOSE}
-
-
-def _model(name, **changes):
-    return from_hf(CONFIGS[name], name, weights=False).with_overrides(**changes)
-
-
-def _operations(model, mixing, num_seqs, num_new, num_cached=0, tp=1):
-    layout = Layout(tp=tp)
-    out = StepList(StageMesh.of(layout, 0, 0, 8), TYPES, "all_gather", GPU_LIBRARIES)
-    mixer_steps(out, model, mixing, PartSizes.even(1, tp, num_seqs, num_new, num_cached))
-    return [step for step in out.steps if isinstance(step, Operation)]
-
-
-def _one(operations, kind):
-    (one,) = (each for each in operations if each.kind is kind)
-    return one
-
-
-def _flops(operations, *kinds):
-    return sum(int(each.flops[0]) for each in operations if not kinds or each.kind in kinds)
+CHOOSING = {OpKind.INDEX, OpKind.INDEX_DECODE, OpKind.CHOOSE}
 
 
 def test_bytes_of_a_position_by_hand():
-    deepseek = _model("deepseek-v3.2")
+    deepseek = published("deepseek-v3.2")
     assert held_kv_bytes(deepseek, TYPES, 8) == 576 * 2
     with_index = held_kv_bytes(deepseek, TYPES, 8, has_index=True)
     assert with_index == 576 * 2 + 128 + 4  # an index key in float8, with its scale
     assert kept_bytes(deepseek, TYPES, 8, range(61)) == (61 * with_index, 0)
-    glm = _model("glm-5.2")  # 21 of its layers have an indexer
+    glm = published("glm-5.2")  # 21 of its layers have an indexer
     assert kept_bytes(glm, TYPES, 8, range(78)) == (78 * 576 * 2 + 21 * 132, 0)
     assert kept_bytes(glm, TYPES, 8, range(3, 6)) == (3 * 576 * 2, 0)
-    minimax = _model("minimax-m3")  # the first three have none; a key of 128 values of 16 bits
+    minimax = published("minimax-m3")  # the first three have none; a key of 128 values of 16 bits
     of_kv = 2 * 4 * 128 * 2
     assert kept_bytes(minimax, TYPES, 1, range(60)) == (60 * of_kv + 57 * 256, 0)
     assert kept_bytes(minimax, TYPES, 8, range(60)) == (60 * of_kv // 4 + 57 * 256, 0)
@@ -66,7 +46,7 @@ def test_bytes_of_a_position_by_hand():
 
 
 def test_ranks_hold_the_index_queries_of_their_keys_and_values():
-    minimax = _model("minimax-m3")
+    minimax = published("minimax-m3")
     for tp in (1, 2, 4, 8, 16):
         for rank in range(tp):
             own = Slices(tp, rank)
@@ -74,73 +54,73 @@ def test_ranks_hold_the_index_queries_of_their_keys_and_values():
             rows = own.of_tensor(minimax, "layers.3.index_query")
             assert rows == range(heads.start * 128, heads.stop * 128)
             assert own.of_tensor(minimax, "layers.3.index_key") == range(128)
-    assert Slices(8, 3).of_tensor(_model("glm-5.2"), "layers.0.index_query") == range(32 * 128)
+    assert Slices(8, 3).of_tensor(published("glm-5.2"), "layers.0.index_query") == range(32 * 128)
 
 
 def test_an_indexer_scores_all_and_attention_sees_few():
-    model = _model("deepseek-v3.2")
+    model = published("deepseek-v3.2")
     for num_cached in (1000, 50_000):
-        ops = _operations(model, OWN, 2, 1, num_cached)
-        index, sparse = _one(ops, OpKind.INDEX_DECODE), _one(ops, OpKind.LATENT_DECODE)
+        ops = operations(model, OWN, 2, 1, num_cached)
+        index, sparse = only(ops, OpKind.INDEX_DECODE), only(ops, OpKind.LATENT_DECODE)
         seen = num_cached + 1
         assert index.flops[0] == 2 * 2 * seen * 64 * 128
         assert index.kv_bytes[0] == 2 * seen * 132
         assert sparse.flops[0] == 2 * 2 * min(seen, 2048) * 128 * (576 + 512)
-    sparse = _one(_operations(model, OWN, 1, 4096), OpKind.SPARSE)
+    sparse = only(operations(model, OWN, 1, 4096), OpKind.SPARSE)
     assert sparse.sizes["query_key_pairs"][0] == 2048 * 2049 // 2 + 2048 * 2048
-    few = _operations(model, OWN, 1, 4096, tp=16)  # its kernel computes 64 heads at least
-    assert _one(few, OpKind.SPARSE).sizes["heads"] == 64.0
+    few = operations(model, OWN, 1, 4096, tp=16)  # its kernel computes 64 heads at least
+    assert only(few, OpKind.SPARSE).sizes["heads"] == 64.0
 
 
 def test_prompts_that_an_indexer_would_take_whole_are_neither_scored_nor_sparse():
     for mixing in (OWN, SHARED):
-        kinds = {each.kind for each in _operations(_model("glm-5.2"), mixing, 2, 1024, 1024)}
+        kinds = {each.kind for each in operations(published("glm-5.2"), mixing, 2, 1024, 1024)}
         assert OpKind.LATENT_PREFILL in kinds
-        assert not kinds & {*_CHOOSING, OpKind.SPARSE}
-    longer = {each.kind for each in _operations(_model("glm-5.2"), OWN, 2, 1024, 1025)}
+        assert not kinds & {*CHOOSING, OpKind.SPARSE}
+    longer = {each.kind for each in operations(published("glm-5.2"), OWN, 2, 1024, 1025)}
     assert OpKind.LATENT_PREFILL not in longer
     assert {OpKind.INDEX, OpKind.CHOOSE, OpKind.SPARSE} <= longer
 
 
 @pytest.mark.parametrize(("num_new", "num_cached"), [(1, 9000), (5000, 0)])
 def test_a_shared_choice_costs_what_is_left_without_an_indexer(num_new, num_cached):
-    model = _model("glm-5.2")
-    own, shared = (_operations(model, mixing, 2, num_new, num_cached) for mixing in (OWN, SHARED))
-    assert not {each.kind for each in shared} & _CHOOSING
+    model = published("glm-5.2")
+    own, shared = (operations(model, mixing, 2, num_new, num_cached) for mixing in (OWN, SHARED))
+    assert not {each.kind for each in shared} & CHOOSING
     chosen = OpKind.LATENT_DECODE if num_new == 1 else OpKind.SPARSE
-    assert _one(own, chosen).sizes == _one(shared, chosen).sizes
+    assert only(own, chosen).sizes == only(shared, chosen).sizes
     projections = 2 * 2 * num_new * (32 * 128 * 2048 + (128 + 32) * 6144)
-    assert _flops(own) - _flops(shared) == projections + _flops(own, *_CHOOSING)
+    assert flops(own) - flops(shared) == projections + flops(own, *CHOOSING)
 
 
 def test_blocks_are_chosen_for_each_head_of_keys_and_values():
-    model = _model("minimax-m3")
+    model = published("minimax-m3")
     for num_cached, seen in ((0, 1), (1000, 1001), (50_000, 15 * 128 + 50_000 % 128 + 1)):
-        ops = _operations(model, OWN, 2, 1, num_cached)
-        index, sparse = _one(ops, OpKind.INDEX_DECODE), _one(ops, OpKind.DECODE_ATTENTION)
+        ops = operations(model, OWN, 2, 1, num_cached)
+        index, sparse = only(ops, OpKind.INDEX_DECODE), only(ops, OpKind.DECODE_ATTENTION)
         assert index.dtype == "bfloat16"
         assert index.flops[0] == 2 * 2 * (num_cached + 1) * 4 * 128
         assert index.kv_bytes[0] == 2 * (num_cached + 1) * 256
         assert sparse.flops[0] == 2 * 4 * seen * 64 * 128
         assert sparse.kv_bytes[0] == 2 * seen * 2 * 4 * 128 * 2
-    of_rank = _operations(model, OWN, 2, 1, 50_000, tp=8)  # one index head, which two ranks have
-    assert 4 * _flops(of_rank, OpKind.INDEX_DECODE) == index.flops[0]
-    assert 8 * _flops(of_rank, OpKind.DECODE_ATTENTION) == sparse.flops[0]
+    of_rank = operations(model, OWN, 2, 1, 50_000, tp=8)  # one index head, which two ranks have
+    assert 4 * flops(of_rank, OpKind.INDEX_DECODE) == index.flops[0]
+    assert 8 * flops(of_rank, OpKind.DECODE_ATTENTION) == sparse.flops[0]
 
 
 def test_keys_and_values_that_are_chosen_by_head_are_not_shared_by_positions():
-    minimax = _model("minimax-m3")
+    minimax = published("minimax-m3")
     assert Layout(tp=8).most_dcp(minimax) == 1
     with refusing("dcp=2 indexer minimax-m3 head not priced valid 1"):
         Layout(tp=8, dcp=2).check_model(minimax)
 
 
 def test_kernels_of_blocks_score_short_prompts_too():
-    kinds = {each.kind for each in _operations(_model("minimax-m3"), OWN, 2, 100)}
+    kinds = {each.kind for each in operations(published("minimax-m3"), OWN, 2, 100)}
     assert {OpKind.INDEX, OpKind.SPARSE_GROUPED} <= kinds
-    dense = {each.kind for each in _operations(_model("minimax-m3"), Mixing(), 2, 5000)}
+    dense = {each.kind for each in operations(published("minimax-m3"), Mixing(), 2, 5000)}
     assert OpKind.PREFILL_ATTENTION in dense
-    assert not dense & {*_CHOOSING, OpKind.SPARSE_GROUPED}
+    assert not dense & {*CHOOSING, OpKind.SPARSE_GROUPED}
 
 
 def test_pairs_of_blocks_are_sums_over_tokens():
@@ -167,7 +147,7 @@ def test_pairs_of_blocks_are_sums_over_tokens():
     ],
 )
 def test_what_was_not_measured_is_said(name, words):
-    said = " ".join(stand_ins(read_profile("h200"), NumberTypes.asked("bfloat16"), _model(name)))
+    said = " ".join(stand_ins(read_profile("h200"), NumberTypes.asked("bfloat16"), published(name)))
     assert words in said
     assert ("Sparse attention of prompts" in said) == (name == "minimax-m3")
     assert "Scores of an indexer in bfloat16" in said
@@ -176,57 +156,54 @@ def test_what_was_not_measured_is_said(name, words):
 @pytest.mark.full
 def test_flops_of_an_indexer_are_those_of_transformers():
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
     from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek
 
-    model, num = _model("deepseek-v3.2"), 64
+    model, num = published("deepseek-v3.2"), 64
     model = model.with_overrides(indexer=replace(model.indexer, topk=16))  # else none is scored
-    with torch.device("meta"):
-        indexer = deepseek.DeepseekV32Indexer(deepseek.DeepseekV32Config(), 0)
-    shape = {"device": "meta"}
-    with FlopCounterMode(display=False) as counter:
-        indexer(
-            torch.zeros(1, num, 7168, **shape),
-            torch.zeros(1, num, 1536, **shape),
-            (torch.zeros(1, num, 64, **shape), torch.zeros(1, num, 64, **shape)),
-            torch.zeros(1, 1, num, num, **shape),
-            torch.zeros(1, num, **shape),
-        )
-    operations = _operations(model, OWN, 1, num)
-    index = _one(operations, OpKind.INDEX)
+    theirs = their_flops(
+        lambda: deepseek.DeepseekV32Indexer(deepseek.DeepseekV32Config(), 0),
+        lambda indexer: indexer(
+            torch.zeros(1, num, 7168),
+            torch.zeros(1, num, 1536),
+            (torch.zeros(1, num, 64), torch.zeros(1, num, 64)),
+            torch.zeros(1, 1, num, num),
+            torch.zeros(1, num),
+        ),
+    )
+    ops = operations(model, OWN, 1, num)
     projections = 2 * num * (64 * 128 * 1536 + (128 + 64) * 7168)
-    # They score positions to come too, num² of them; and add up over heads by a product.
-    causal = index.flops[0] * num * num / (num * (num + 1) / 2)
-    assert projections + causal == pytest.approx(counter.get_total_flops(), rel=0.02)
-    sums = np.array([each.flops[0] for each in operations if each.kind is OpKind.GEMM])
-    assert {2 * num * 64 * 128 * 1536, 2 * num * (128 + 64) * 7168} <= set(sums.tolist())
+    # They add up over heads by a product.
+    scores = over_all_pairs(only(ops, OpKind.INDEX).flops[0], num)
+    assert projections + scores == pytest.approx(theirs, rel=0.02)
+    products = {int(each.flops[0]) for each in ops if each.kind is OpKind.GEMM}
+    assert {2 * num * 64 * 128 * 1536, 2 * num * (128 + 64) * 7168} <= products
 
 
 @pytest.mark.full
 def test_flops_of_shared_choices_are_those_of_transformers():
     """Of a layer with an indexer, less those of one that takes its choice."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
     from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
 
-    num, model = 64, _model("glm-5.2")
+    num, model = 64, published("glm-5.2")
     model = model.with_overrides(indexer=replace(model.indexer, topk=16))
     config = glm.GlmMoeDsaConfig(indexer_types=["full", "shared"] * 39, index_topk=16)
     config._attn_implementation = "eager"
-    counts, chosen = [], None
-    for layer in (0, 1):
-        with torch.device("meta"):
-            attention = glm.GlmMoeDsaAttention(config, layer)
-            hidden, mask = torch.zeros(1, num, 6144), torch.zeros(1, 1, num, num)
-            turned = torch.zeros(1, num, 64), torch.zeros(1, num, 64)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            _, _, chosen = attention(hidden, turned, mask, prev_topk_indices=chosen)
-        counts.append(counter.get_total_flops())
-    own, shared = (_operations(model, mixing, 1, num) for mixing in (OWN, SHARED))
-    index = _flops(own, OpKind.INDEX)
-    to_come = index * (num * num / (num * (num + 1) / 2) - 1)  # which they score too
-    ours = _flops(own) - _flops(shared) + to_come
-    assert ours == pytest.approx(counts[0] - counts[1], rel=0.02)
+    chosen = [None]
+
+    def attend(attention):
+        turned, mask = torch.zeros(1, num, 64), torch.zeros(1, 1, num, num)
+        hidden = torch.zeros(1, num, 6144)
+        chosen[0] = attention(hidden, (turned, turned), mask, prev_topk_indices=chosen[0])[2]
+
+    theirs = [
+        their_flops(lambda layer=layer: glm.GlmMoeDsaAttention(config, layer), attend)
+        for layer in (0, 1)
+    ]
+    own, shared = (operations(model, mixing, 1, num) for mixing in (OWN, SHARED))
+    index = flops(own, OpKind.INDEX)
+    ours = flops(own) - flops(shared) + over_all_pairs(index, num) - index
+    assert ours == pytest.approx(theirs[0] - theirs[1], rel=0.02)
 
 
 def _their_m3(**changes):
@@ -242,23 +219,24 @@ def _their_m3(**changes):
 @pytest.mark.parametrize("layer", [0, 3])
 def test_flops_of_block_sparse_attention_are_those_of_transformers(layer):
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     num, block, blocks = 96, 16, 3
     minimax, config = _their_m3(index_block_size=block, index_topk_blocks=blocks)
-    with torch.device("meta"):
-        attention = minimax.MiniMaxM3VLAttention(config, layer)
-        hidden, turned = torch.zeros(1, num, 6144), torch.zeros(1, num, 64)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        attention(hidden, (turned, turned), None)
-    model = _model("minimax-m3", indexer=Indexer(4, 128, block * blocks, block, by_group=True))
-    operations = _operations(model, model.mixing_of_layer(layer), 1, num)
+    theirs = their_flops(
+        lambda: minimax.MiniMaxM3VLAttention(config, layer),
+        lambda attention: attention(
+            torch.zeros(1, num, 6144), (torch.zeros(1, num, 64), torch.zeros(1, num, 64)), None
+        ),
+    )
+    model = published("minimax-m3", indexer=Indexer(4, 128, block * blocks, block, by_group=True))
+    ops = operations(model, model.mixing_of_layer(layer), 1, num)
     # They take products with all positions, also with those that are masked afterwards.
-    ours = _flops(operations, OpKind.GEMM)
-    for each in operations:
-        if "query_key_pairs" in each.sizes:
-            ours += each.flops[0] * num * num / each.sizes["query_key_pairs"][0]
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.02)
+    ours = flops(ops, OpKind.GEMM) + sum(
+        each.flops[0] * num * num / each.sizes["query_key_pairs"][0]
+        for each in ops
+        if "query_key_pairs" in each.sizes
+    )
+    assert ours == pytest.approx(theirs, rel=0.02)
 
 
 @pytest.mark.full

@@ -1,15 +1,12 @@
 """Several tokens a step: what goes through the model, and what is guessed for the next one."""
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from cost.projected import MODEL, TYPES, builder_of, make_scheduler, program_of
-from expertlane.balance.holding import placements_of
-from expertlane.cost.memory import PlacedModel
+from cost.families import CONFIGS, placed, published
+from cost.projected import MODEL, builder_of, make_scheduler, program_of
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.batch_sizes import PartSizes
 from expertlane.cost.step.operation import OpKind
@@ -17,23 +14,10 @@ from expertlane.cost.throughput import MultiToken, MultiTokenAdapter
 from expertlane.errors import SpecError
 from expertlane.schedule.plan import Batch
 from expertlane.schedule.request import Limits
-from expertlane.spec.deployment import Options
 from expertlane.spec.from_hf import from_hf
-from expertlane.spec.layout import Layout
 from expertlane.spec.mixers import Mixing
 from expertlane.spec.model import LayerKind
 from expertlane.spec.names import Stage
-
-SPEC = Path(__file__).parent.parent / "spec"
-
-
-def published(file, name):
-    return from_hf(json.loads((SPEC / file).read_text())[name], name, weights=False)
-
-
-def placed(model):
-    layout = Layout()
-    return PlacedModel(model, layout, TYPES, placements_of(model, layout, Options()))
 
 
 def batch(num_new, num_cached, yields):
@@ -125,37 +109,29 @@ def test_numbers_that_cannot_be(given):
 FULL = Mixing()
 CHOSEN = Mixing(choice="own")
 DRAFTS = {
-    "published.json": {
-        "deepseek-v3": [(FULL, "experts")],
-        "glm-4.5-air": [(FULL, "experts")],
-        "glm-4.7-flash": [(FULL, "experts")],
-        "ernie-4.5-21b-a3b": [(FULL, "dense")],
-    },
-    "published_mixers.json": {
-        "qwen3-next-80b-a3b": [(FULL, "experts")],
-        "qwen3.5-397b-a17b": [(FULL, "experts")],
-        "deepseek-v3.2": [(CHOSEN, "experts")],
-        "glm-5": [(CHOSEN, "experts")],
-        "glm-5.2": [(CHOSEN, "experts")],
-        "deepseek-v4-flash": [(Mixing(window=128), "experts")],
-        "nemotron-3-super-120b-a12b": [(FULL, "none"), (None, "experts")],
-        "ling-3.0-flash": [(FULL, "experts")],
-        "longcat-flash": [(FULL, "dense")],
-    },
-    "published_grouped.json": {
-        "hy3-preview": [(FULL, "experts")],
-        "mimo-v2-flash": [(Mixing(window=129), "dense")],
-        "step-3.5-flash": [(Mixing(window=512), "dense")],
-    },
+    "deepseek-v3": [(FULL, "experts")],
+    "glm-4.5-air": [(FULL, "experts")],
+    "glm-4.7-flash": [(FULL, "experts")],
+    "ernie-4.5-21b-a3b": [(FULL, "dense")],
+    "qwen3-next-80b-a3b": [(FULL, "experts")],
+    "qwen3.5-397b-a17b": [(FULL, "experts")],
+    "deepseek-v3.2": [(CHOSEN, "experts")],
+    "glm-5": [(CHOSEN, "experts")],
+    "glm-5.2": [(CHOSEN, "experts")],
+    "deepseek-v4-flash": [(Mixing(window=128), "experts")],
+    "nemotron-3-super-120b-a12b": [(FULL, "none"), (None, "experts")],
+    "ling-3.0-flash": [(FULL, "experts")],
+    "longcat-flash": [(FULL, "dense")],
+    "hy3-preview": [(FULL, "experts")],
+    "mimo-v2-flash": [(Mixing(window=129), "dense")],
+    "step-3.5-flash": [(Mixing(window=512), "dense")],
 }
 
 
-@pytest.mark.parametrize(
-    ("file", "name"), [(file, name) for file, names in DRAFTS.items() for name in names]
-)
-def test_layers_of_a_published_draft(file, name):
-    model = published(file, name)
-    kinds = tuple(LayerKind(*kind) for kind in DRAFTS[file][name])
+@pytest.mark.parametrize("name", DRAFTS)
+def test_layers_of_a_published_draft(name):
+    model = published(name)
+    kinds = tuple(LayerKind(*kind) for kind in DRAFTS[name])
     assert model.draft_kinds == kinds
     drafting, num = model.with_draft(), model.num_hidden_layers
     assert drafting.num_hidden_layers == num + len(kinds)
@@ -164,14 +140,14 @@ def test_layers_of_a_published_draft(file, name):
 
 
 def test_a_draft_that_no_list_of_layers_names():
-    config = json.loads((SPEC / "published_grouped.json").read_text())["step-3.5-flash"]
-    config["layer_types"] = config["layer_types"][: config["num_hidden_layers"]]
-    model = from_hf(config, "step", weights=False)
+    config = CONFIGS["step-3.5-flash"]
+    listed = config["layer_types"][: config["num_hidden_layers"]]
+    model = from_hf(config | {"layer_types": listed}, "step", weights=False)
     assert model.draft_kinds == (LayerKind(Mixing(window=512), "dense"),)
 
 
 def test_a_draft_with_a_window_and_no_experts_is_held_and_priced_as_such():
-    model = published("published_grouped.json", "mimo-v2-flash")
+    model = published("mimo-v2-flash")
     plain = placed(model)
     drafting = plain.with_drafts(2)
     limits = Limits(model.vocab_size, 1024, 64)
@@ -190,7 +166,7 @@ def test_a_draft_with_a_window_and_no_experts_is_held_and_priced_as_such():
 
 
 def test_each_token_that_is_verified_writes_a_state():
-    model = published("published_mixers.json", "qwen3-next-80b-a3b")
+    model = published("qwen3-next-80b-a3b")
     plain = placed(model)
     states = plain._kept(0).sequence
     assert plain.with_drafts(3)._kept(0).sequence == 4 * states
