@@ -6,7 +6,7 @@ one task for each rank if the engine uses MPI.
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -65,7 +65,7 @@ class _Script:
             router = router_start(self.engine, self.started)
             if router.argv:
                 front = f"http://{first_host}:{ROUTER_PORT}"
-        filters = {
+        filters: dict[str, Callable[[Any], Any]] = {
             "shell": self._word,
             "in_quotes": lambda url: self.host.sub(r"${hosts[\1]}", url),
             "option_lines": self._option_lines,

@@ -9,7 +9,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 
 def rendered(
-    name: str, filters: Mapping[str, Callable[[Any], str]], values: Mapping[str, Any]
+    name: str, filters: Mapping[str, Callable[[Any], Any]], values: Mapping[str, Any]
 ) -> str:
     """The text of a template of `launchers/`; a value that it lacks is an error.
 
