@@ -17,7 +17,7 @@ import numpy as np
 from expertlane.balance.holding import Placements, check_deployment
 from expertlane.balance.trace import RoutingTrace
 from expertlane.balance.transition import Arrangement
-from expertlane.engine.elastic.recovery import Arranged, Recovery
+from expertlane.engine.elastic.recovery import CurrentArrangement, Recovery
 from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.elastic.shrinking import Shrinking
 from expertlane.engine.engine import Engine, Prompt
@@ -228,7 +228,7 @@ class LLM:
         pool, config, model, log = self._pool, self._config, self.model, print_to_stderr
         # The ranks tell how many of them a node has, once they are up.
         given = placements, config.ranks_per_node
-        arranged = Arranged(Arrangement.alike(Members(config.layout), *given))
+        arranged = CurrentArrangement(Arrangement.alike(Members(config.layout), *given))
         recovery: Recovery | None = None
         if config.on_failure != "stop":
             recovery = Recovery(pool, arranged, self._redeploy, log)
@@ -266,7 +266,7 @@ class LLM:
             if config.on_failure == "shrink":
                 recovery.shrinker = Shrinking(pool, self._runner, self.scaling, log)
 
-    def _make_runner(self, arranged: Arranged) -> ModelRunner:
+    def _make_runner(self, arranged: CurrentArrangement) -> ModelRunner:
         config, machine = self._config, self.machine[0]
         per_node = config.ranks_per_node or machine.ranks_per_node
         runner = ModelRunner(

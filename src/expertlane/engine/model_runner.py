@@ -14,7 +14,7 @@ from expertlane.balance.holding import check_deployment
 from expertlane.balance.trace import RoutingTrace
 from expertlane.balance.transition import Arrangement
 from expertlane.engine.elastic.rebalancing import Rebalancer
-from expertlane.engine.elastic.recovery import Arranged
+from expertlane.engine.elastic.recovery import CurrentArrangement
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.ranks.commands import (
     CacheInt8,
@@ -58,7 +58,7 @@ class Checking:
         RankError, RanksLostError: from any method: ranks are lost; names them and the place.
     """
 
-    def __init__(self, pool: RankPool, arranged: Arranged) -> None:
+    def __init__(self, pool: RankPool, arranged: CurrentArrangement) -> None:
         self._pool, self._arranged = pool, arranged
         self._sums: dict[str, int] = {}  # checksums of weights as loaded, by name
         self._slices = 0, 0  # tp and etp of these weights
@@ -167,7 +167,7 @@ class ModelRunner:
         *,
         checkpoint: Path | None = None,
         dispatch_table: DispatchTable | None = None,
-        arranged: Arranged | None = None,
+        arranged: CurrentArrangement | None = None,
         log: Callable[[str], None] = lambda line: None,
         measures_memory: bool = False,
         records_ahead: bool = False,
@@ -177,7 +177,7 @@ class ModelRunner:
         ranks_per_node = config.ranks_per_node
         placements = check_deployment(model, config.deployment, ranks_per_node)
         whole = Arrangement.alike(Members(layout), placements, ranks_per_node)
-        self.arranged = arranged or Arranged(whole)
+        self.arranged = arranged or CurrentArrangement(whole)
         self.arranged.begin(whole)
         self.arranged.follow(self)
         folder = str(checkpoint) if checkpoint else None

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from expertlane.engine.elastic.recovery import Arranged
+from expertlane.engine.elastic.recovery import CurrentArrangement
 from expertlane.engine.ranks.commands import StartProfile, StopProfile, WrittenTrace
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import UserError
 
 
 @dataclass(frozen=True)
-class Profiled:
+class ProfileTraces:
     """The traces of one profile.
 
     Attributes:
@@ -36,7 +36,7 @@ class Profiler:
         is_running: True while ranks are profiled.
     """
 
-    def __init__(self, pool: RankPool, arranged: Arranged, folder: Path) -> None:
+    def __init__(self, pool: RankPool, arranged: CurrentArrangement, folder: Path) -> None:
         self._pool, self._arranged, self._folder = pool, arranged, folder
         self.is_running = False
 
@@ -55,7 +55,7 @@ class Profiler:
             self.stop()
             raise UserError(f"ranks cannot be profiled: {why}")
 
-    def stop(self) -> Profiled:
+    def stop(self) -> ProfileTraces:
         """Stop the profiler, and write a trace of each rank.
 
         Raises:
@@ -70,7 +70,7 @@ class Profiler:
         ticket = self._pool.submit(StopProfile(str(folder)), ranks=members.numbers)
         self._pool.collect(ticket)
         traces = {rank: ticket.results[number] for rank, number in enumerate(members.numbers)}
-        return Profiled(folder, traces)
+        return ProfileTraces(folder, traces)
 
     def _new_folder(self) -> Path:
         now = time.strftime("%Y%m%d-%H%M%S")

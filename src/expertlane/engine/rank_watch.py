@@ -12,7 +12,7 @@ from expertlane.balance.holding import Placements
 from expertlane.balance.transition import Arrangement
 from expertlane.engine.comm.progress import Position
 from expertlane.engine.elastic.rebalancing import Rebalancer
-from expertlane.engine.elastic.recovery import Arranged
+from expertlane.engine.elastic.recovery import CurrentArrangement
 from expertlane.engine.ranks.commands import ReadTotals, Ticket
 from expertlane.engine.ranks.losses import Silence
 from expertlane.engine.ranks.pool import RankPool
@@ -68,7 +68,7 @@ class RankWatch:
     def __init__(
         self,
         pool: RankPool,
-        arranged: Arranged,
+        arranged: CurrentArrangement,
         model: ModelConfig,
         rebalancer: Rebalancer | None = None,
     ) -> None:

@@ -5,7 +5,7 @@ from functools import partial
 
 from fastapi import FastAPI, Response
 
-from expertlane.engine.profiler import Profiled, Profiler
+from expertlane.engine.profiler import Profiler, ProfileTraces
 from expertlane.errors import UserError
 from expertlane.server.errors import ApiError, json_response
 from expertlane.server.service import Service, ended
@@ -39,7 +39,7 @@ def add_profiling(app: FastAPI, service: Service) -> None:
     @app.post("/stop_profile")
     async def stop_profile() -> Response:
         """Stop the profiler, and write each rank's trace to a new subfolder of `--profile-dir`."""
-        own, found = profiler(), list[Profiled]()
+        own, found = profiler(), list[ProfileTraces]()
         await run(lambda: found.append(own.stop()))
         if not found:
             raise ApiError(409, "ranks were lost meanwhile; profile again", code="not_profiled")

@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from cli.screen import telling, tells
 from expertlane.balance.transition import Arrangement
-from expertlane.engine.elastic.recovery import Arranged, Recovery
+from expertlane.engine.elastic.recovery import CurrentArrangement, Recovery
 from expertlane.engine.elastic.recovery_record import NEXT, RecoveryKind, State
 from expertlane.errors import RankError, RanksLostError, UserError
 from expertlane.schedule.plan import Batch, StepPlan
@@ -54,7 +54,7 @@ def arrangement(members):
 
 def recovery_of(ranks, log=lambda line: None):
     """Of disturbed ranks, which follow it."""
-    arranged = Arranged(arrangement(Members(LAYOUT)))
+    arranged = CurrentArrangement(arrangement(Members(LAYOUT)))
     arranged.follow(Follower(ranks))
     return Recovery(ranks, arranged, ranks.redeploy, log)
 
@@ -493,7 +493,7 @@ class Told:
 
 
 def test_experts_that_move_while_all_serve_have_moved_in_the_whole():
-    arranged = Arranged(WHOLE)
+    arranged = CurrentArrangement(WHOLE)
     arranged.move(1, ("moved",))
     assert arranged.now is arranged.whole
     assert arranged.now.placements == (("at first",), ("moved",))
@@ -501,7 +501,7 @@ def test_experts_that_move_while_all_serve_have_moved_in_the_whole():
 
 
 def test_experts_that_move_while_fewer_serve_are_back_with_all():
-    arranged = Arranged(WHOLE)
+    arranged = CurrentArrangement(WHOLE)
     arranged.change(SMALLER)
     arranged.move(0, ("moved",))
     assert arranged.now.placements == (("moved",),)
@@ -512,7 +512,10 @@ def test_experts_that_move_while_fewer_serve_are_back_with_all():
 
 
 def test_another_whole_that_is_wanted_is_not_that_of_now():
-    arranged, other = Arranged(WHOLE), Arrangement.alike(Members(Layout.parse("tp=2")), ("x",), 1)
+    arranged, other = (
+        CurrentArrangement(WHOLE),
+        Arrangement.alike(Members(Layout.parse("tp=2")), ("x",), 1),
+    )
     arranged.want(other)
     arranged.move(0, ("moved",))
     assert (arranged.now.layout, arranged.whole) == (WHOLE.layout, other)
@@ -520,7 +523,7 @@ def test_another_whole_that_is_wanted_is_not_that_of_now():
 
 def test_all_that_follow_are_told_in_their_order_and_none_of_an_earlier_start():
     log = []
-    arranged = Arranged(WHOLE)
+    arranged = CurrentArrangement(WHOLE)
     arranged.follow(Told("of a start that was lost", log))
     arranged.begin(WHOLE)
     for name in ("first", "second"):

@@ -14,7 +14,7 @@ from engine.elastic.recovering import PARAMS, PROMPTS, facts, model, pids, recor
 from engine.elastic.test_scaling import open_descriptors, tokens
 from expertlane.engine.elastic import scaling
 from expertlane.engine.elastic.scaling import WeightsAhead
-from expertlane.engine.ranks.commands import Prepare, Prepared
+from expertlane.engine.ranks.commands import PreparationProgress, Prepare
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import CapacityError
 from expertlane.spec.deployment import Options
@@ -112,7 +112,7 @@ def test_slices_take_a_fifth_of_the_time_however_often_one_looks(monkeypatch, lo
 
     def submit(commands):
         slices.append(now_s[0])
-        return Slice(results={0: Prepared(0.5, 1, slice_s)}, ends_s=now_s[0] + slice_s)
+        return Slice(results={0: PreparationProgress(0.5, 1, slice_s)}, ends_s=now_s[0] + slice_s)
 
     pool = SimpleNamespace(
         check=lambda: None,

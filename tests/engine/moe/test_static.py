@@ -167,7 +167,7 @@ def compute_on_fake_gpus(case, monkeypatch):
 
         def block(place):
             rows, pairs, sent = yield from ranks[place].dispatch(tokens[place])
-            room = ranks[place].room(pairs.rows.shape[0], rows)
+            room = ranks[place].result_buffer(pairs.rows.shape[0], rows)
             return (yield from ranks[place].combine(sent, experts[place](rows, pairs, room)))
 
         with RefusesToWait() as mode:

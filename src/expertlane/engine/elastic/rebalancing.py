@@ -34,7 +34,7 @@ from expertlane.balance.rebalance import (
     propose,
 )
 from expertlane.balance.transition import Transition
-from expertlane.engine.elastic.recovery import Arranged
+from expertlane.engine.elastic.recovery import CurrentArrangement
 from expertlane.engine.ranks.commands import FinishMoves, StartMoves, Ticket, TimeOneMove
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.results.step_record import RankRecord
@@ -197,7 +197,9 @@ class _Switch:
 class _Replica:
     """Load, placements and moves of one replica."""
 
-    def __init__(self, number: int, arranged: Arranged, num_steps: int, pace: MovePace) -> None:
+    def __init__(
+        self, number: int, arranged: CurrentArrangement, num_steps: int, pace: MovePace
+    ) -> None:
         self._number, self._arranged = number, arranged
         self.layers = [i for i, placed in enumerate(self.placements) if placed is not None]
         num_experts = self.now[0].num_experts
@@ -260,7 +262,7 @@ class Rebalancer:
     def __init__(
         self,
         pool: RankPool,
-        arranged: Arranged,
+        arranged: CurrentArrangement,
         *,
         num_steps: int,
         log: Callable[[str], None],

@@ -53,7 +53,7 @@ class Follower(Protocol):
         ...
 
 
-class Arranged:
+class CurrentArrangement:
     """The owner of the arrangement. Methods belong to the thread that has the pool.
 
     Only `Recovery` changes it; rebalancing notes moves of experts.
@@ -217,7 +217,7 @@ class Recovery:
     def __init__(
         self,
         pool: RankPool,
-        arranged: Arranged,
+        arranged: CurrentArrangement,
         redeploy: Callable[[frozenset[int], Sequence[StepPlan]], None],
         log: Callable[[str], None] = lambda line: None,
     ) -> None:

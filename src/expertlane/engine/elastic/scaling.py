@@ -17,10 +17,10 @@ from expertlane.engine.launch import LoadPlan, describe_ranks
 from expertlane.engine.model_runner import ModelRunner
 from expertlane.engine.ops import host
 from expertlane.engine.ranks.commands import (
-    DropPrepared,
+    DropPreparation,
     HeldBytes,
+    PreparationProgress,
     Prepare,
-    Prepared,
     RankMachine,
     StageSpec,
     Ticket,
@@ -39,7 +39,7 @@ _SLICE_S = 0.005  # of a rank that runs steps; the part under way is finished
 _IDLE_SLICE_S = 0.1  # without steps; delays a new request by this at most
 _NEW_SLICE_S = 0.5  # of a rank that runs no steps: it then reports its progress
 _MOST_LOST = 3
-_NOTHING = Prepared(0.0, 0, 0.0)
+_NOTHING = PreparationProgress(0.0, 0, 0.0)
 
 
 class WeightsAhead:
@@ -64,8 +64,8 @@ class WeightsAhead:
         self._places = range(spec.layout.world_size)
         self._epoch = pool.epoch
         self.prepared = dict.fromkeys(self._places, _NOTHING)
-        self._asked: dict[int, Ticket[Prepared]] = {}  # of ranks that run no steps
-        self._slice: Ticket[Prepared] | None = None  # of the others
+        self._asked: dict[int, Ticket[PreparationProgress]] = {}  # of ranks that run no steps
+        self._slice: Ticket[PreparationProgress] | None = None  # of the others
         self._slice_began_s = self._next_slice_s = 0.0
         self._started: set[int] = set()
         self._num_lost = 0
@@ -172,7 +172,7 @@ class WeightsAhead:
         """End the ranks that were started, and free what the others have prepared."""
         self._pool.end(self._started)
         if there := sorted(self._pool.present):
-            self._pool.call(DropPrepared(), ranks=there)
+            self._pool.call(DropPreparation(), ranks=there)
 
 
 @dataclass(frozen=True, eq=False)

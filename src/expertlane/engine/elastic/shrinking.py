@@ -9,7 +9,7 @@ from expertlane.balance.holding import Placements, over_survivors
 from expertlane.balance.transition import Arrangement
 from expertlane.engine.elastic.scaling import Scaling
 from expertlane.engine.model_runner import ModelRunner
-from expertlane.engine.ranks.commands import Prepare, Prepared, Ticket
+from expertlane.engine.ranks.commands import PreparationProgress, Prepare, Ticket
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import CapacityError, UserError
 from expertlane.schedule.plan import StepPlan
@@ -35,7 +35,7 @@ class Shrinking:
         self._pool, self._runner, self._scaling, self._log = pool, runner, scaling, log
         self._arranged = runner.arranged
         self._arranged.follow(self)
-        self._preparing: dict[int, Ticket[Prepared]] = {}  # by process
+        self._preparing: dict[int, Ticket[PreparationProgress]] = {}  # by process
         self._prepared: set[int] = set()
         self._num_starts: Counter[int] = Counter()
         self._start_s = 0.0  # not before

@@ -158,7 +158,7 @@ class DenseBlock:
         return x + (yield from self.mlp.forward(x, batch))
 
 
-class Routed(NamedTuple):
+class RouterOutput(NamedTuple):
     """Tokens that have passed the router.
 
     Attributes:
@@ -173,7 +173,7 @@ class Routed(NamedTuple):
     topk_weights: Tensor
 
 
-class RoutedHere(NamedTuple):
+class LocalRouterOutput(NamedTuple):
     """Tokens that `LocalExperts.route` has routed.
 
     Attributes:
@@ -332,7 +332,7 @@ class MoEBlock:
 
     def begin(
         self, x: Tensor, batch: ForwardBatch, added: Tensor | None
-    ) -> Steps[Routed | RoutedHere]:
+    ) -> Steps[RouterOutput | LocalRouterOutput]:
         """Norm the tokens that this rank owns, and choose their experts.
 
         Args:
@@ -340,7 +340,7 @@ class MoEBlock:
             added: attention's output, still to be added to x; None if it is.
         """
         if self.here is not None and self.here.takes(x) and added is None:
-            return RoutedHere(x, self.here.route(x))
+            return LocalRouterOutput(x, self.here.route(x))
         if added is None:
             hidden, topk_ids, topk_weights = self._router(x)
         else:
@@ -351,12 +351,14 @@ class MoEBlock:
             topk_ids = self._crowded(topk_ids)
         if batch.is_real is not None:
             topk_ids = topk_ids.where(batch.is_real[:, None], -1)
-        return Routed(x, hidden, topk_ids, topk_weights)
+        return RouterOutput(x, hidden, topk_ids, topk_weights)
         yield  # a generator like the dense block's, though it never waits
 
-    def finish(self, routed: Routed | RoutedHere, batch: ForwardBatch) -> Steps[Tensor]:
+    def finish(
+        self, routed: RouterOutput | LocalRouterOutput, batch: ForwardBatch
+    ) -> Steps[Tensor]:
         """Dispatch, experts, combine and the shared expert: [num_owned, hidden_size]."""
-        if isinstance(routed, RoutedHere):
+        if isinstance(routed, LocalRouterOutput):
             return (yield from self._finish_here(*routed, batch))
         recorder, layer = self._recorder, self._layer
         x, hidden, topk_ids, topk_weights = routed
@@ -369,7 +371,7 @@ class MoEBlock:
         tokens = RoutedTokens(hidden, topk_ids, topk_weights, batch.tokens_of_stage_rank)
         rows, pairs, sent = yield from dispatcher.dispatch(tokens)
         recorder.enter(Stage.EXPERTS, layer)
-        results = self.experts(rows, pairs, dispatcher.room(pairs.rows.shape[0], rows))
+        results = self.experts(rows, pairs, dispatcher.result_buffer(pairs.rows.shape[0], rows))
         self._count_pairs(lambda: pairs.counts)
         if recorder.checks is not None:
             recorder.check_finite(pairs.given(results), CheckPoint.EXPERTS, layer)

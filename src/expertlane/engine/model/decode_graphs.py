@@ -20,10 +20,10 @@ from torch import Tensor
 from expertlane.engine.comm.collectives import interleave
 from expertlane.engine.comm.counters import Sent
 from expertlane.engine.comm.mesh import ParallelMesh
-from expertlane.engine.model.blocks import MoEBlock, Routed
+from expertlane.engine.model.blocks import MoEBlock, RouterOutput
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.head import HeadResult
-from expertlane.engine.model.transformer import BeginsLayer, DecoderLayer, TransformerStage
+from expertlane.engine.model.transformer import DecoderLayer, LayerStart, TransformerStage
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.device import Array, CudaGraphs, packed, unpacked
 from expertlane.engine.ops.kv_cache import AttentionBounds, KVCache
@@ -314,7 +314,7 @@ class DecodeGraphs:
             return HeadResult(token_ids, self._rooms["logits"][:num], None)
         return self._rooms["hidden"][: part.num_owned].clone()
 
-    def beginning_of(self, parts: Sequence[ForwardBatch]) -> BeginsLayer | None:
+    def beginning_of(self, parts: Sequence[ForwardBatch]) -> LayerStart | None:
         """A function that begins the layers of a decode batch, with a graph up to each dispatch.
 
         Dispatch, which asks the host for numbers of rows, runs between graphs as usual, on real
@@ -332,7 +332,7 @@ class DecodeGraphs:
 
     def _begun(
         self, part: PaddedBatch, layer: DecoderLayer, cache: KVCache, x: Tensor
-    ) -> Routed | Tensor:
+    ) -> RouterOutput | Tensor:
         """The result of `DecoderLayer.begin` for real tokens; the next layer overwrites it."""
         size, num = part.batch.num_seqs, part.num_real_owned
         self._room("x", x)[: len(x)].copy_(x)
@@ -343,7 +343,7 @@ class DecodeGraphs:
         self._launch[size, layer.index]()
         if not isinstance(layer.block, MoEBlock):
             return self._rooms["begun"][:num]
-        return Routed(*(self._rooms[f"routed {name}"][:num] for name in Routed._fields))
+        return RouterOutput(*(self._rooms[f"routed {name}"][:num] for name in RouterOutput._fields))
 
     def _begin(self, layer: DecoderLayer, cache: KVCache, part: PaddedBatch) -> None:
         """Run a layer up to its dispatch; this is recorded."""
@@ -351,7 +351,7 @@ class DecodeGraphs:
         if isinstance(begun, Tensor):
             self._keep("begun", begun)
             return
-        assert isinstance(begun, Routed), "a rank with all experts records whole steps"
+        assert isinstance(begun, RouterOutput), "a rank with all experts records whole steps"
         for name, values in begun._asdict().items():
             self._keep(f"routed {name}", values)
 

@@ -27,7 +27,7 @@ _MOST_POSITIONS = 8192  # expanded together, unless a single sequence has more
 
 
 @dataclass(frozen=True, eq=False)
-class Expanded:
+class ExpandedSequences:
     """Sequences whose latents are expanded together to keys and values of each head.
 
     Attributes:
@@ -59,7 +59,7 @@ class LatentParts(NamedTuple):
     """
 
     is_expanded: npt.NDArray[np.bool_]
-    expanded: list[Expanded]
+    expanded: list[ExpandedSequences]
     in_latent: PagedBatch
     rest: Tensor
 
@@ -91,7 +91,7 @@ def latent_parts(pages: PagedBatch, latent: LatentAttention, device: torch.devic
         chosen = batch.only(seqs)
         in_room = replace(chosen, block_tables=_room_tables(chosen))
         expanded.append(
-            Expanded(
+            ExpandedSequences(
                 tokens_of(seqs),
                 PagedBatch(chosen, size, device),
                 PagedBatch(in_room, 1, device),

@@ -12,7 +12,7 @@ from expertlane.cost.step.batch_sizes import pairs_and_positions
 from expertlane.engine.comm.collectives import Steps
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.model.attention import PagedHeads, RotaryEmbedding
-from expertlane.engine.model.forward_batch import Expanded, ForwardBatch
+from expertlane.engine.model.forward_batch import ExpandedSequences, ForwardBatch
 from expertlane.engine.model.weights import WeightSource, taker_of
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.engine.ops.products import HeadsLinear, Linear
@@ -132,7 +132,7 @@ class LatentAttention(PagedHeads):
         return self._from_latent(attended, out=out)
 
     def _attend_expanded(
-        self, query: Tensor, key: Tensor, cache: KVCache, part: Expanded
+        self, query: Tensor, key: Tensor, cache: KVCache, part: ExpandedSequences
     ) -> Tensor:
         """Attend with keys and values of each head: [num_tokens, num_heads, v_head_dim].
 

@@ -351,7 +351,7 @@ def _is_drawn(kind: _Kind, vocab_size: int, params: SamplingParams) -> bool:
 
 
 @dataclass(eq=False)
-class _Admitted:
+class _TrackedSequence:
     """A sequence as it was admitted, and its committed tokens since.
 
     Attributes:
@@ -379,12 +379,12 @@ class SamplerStep:
         chosen: sequences, None for those that are not sampled, and their tokens.
     """
 
-    before: dict[int, _Admitted | None]
+    before: dict[int, _TrackedSequence | None]
     masks: Mapping[int, npt.NDArray[np.uint8]] = field(default_factory=dict)
-    chosen: list[tuple[list[_Admitted | None], list[int]]] = field(default_factory=list)
+    chosen: list[tuple[list[_TrackedSequence | None], list[int]]] = field(default_factory=list)
 
 
-class Sampled:
+class SampledTokens:
     """Tokens that were chosen, and their log-probabilities, on the device of the logits.
 
     Args:
@@ -396,14 +396,16 @@ class Sampled:
 
     def __init__(self, step: SamplerStep) -> None:
         self._step = step
-        self._parts: list[tuple[list[int], list[_Admitted | None], ChosenLogprobs | None]] = []
+        self._parts: list[
+            tuple[list[int], list[_TrackedSequence | None], ChosenLogprobs | None]
+        ] = []
         self.tensors: list[Tensor] = []
 
     def add(
         self,
         token_ids: Tensor,
         seq_ids: list[int],
-        sequences: list[_Admitted | None],
+        sequences: list[_TrackedSequence | None],
         logprobs: ChosenLogprobs | None,
     ) -> None:
         """Add the tokens of the next sequences.
@@ -455,9 +457,11 @@ class Sampler:
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._vocab_size = vocab_size
         self._device = device
-        self._admitted: dict[int, _Admitted] = {}
+        self._admitted: dict[int, _TrackedSequence] = {}
         # Batches recur step after step. No sequence is in two: the batch has its changing state.
-        self._batches: dict[tuple[int, ...], tuple[list[_Admitted | None], SampledBatch]] = {}
+        self._batches: dict[
+            tuple[int, ...], tuple[list[_TrackedSequence | None], SampledBatch]
+        ] = {}
         self._step = SamplerStep({})
 
     def samples_any(self, seq_ids: Iterable[int]) -> bool:
@@ -488,7 +492,7 @@ class Sampler:
         self._step = SamplerStep(before, masks or {})
         for seq_id in changed:
             self._admitted.pop(seq_id, None)
-        self._admitted |= {seq_id: _Admitted(state) for seq_id, state in admitted.items()}
+        self._admitted |= {seq_id: _TrackedSequence(state) for seq_id, state in admitted.items()}
         self._drop_batches(changed)
         return self._step
 
@@ -526,14 +530,14 @@ class Sampler:
                     counted.append((own.seed, *map(of_tensor, counts)))
         return crc32(repr(counted).encode())
 
-    def sample(self, seq_ids: list[int], logits: Tensor) -> Sampled:
+    def sample(self, seq_ids: list[int], logits: Tensor) -> SampledTokens:
         """Choose the next token of each sequence, and count it as output.
 
         Args:
             seq_ids: [num_seqs]; none twice.
             logits: [num_seqs, vocab_size] float32; some may be -inf.
         """
-        sampled = Sampled(self._step)
+        sampled = SampledTokens(self._step)
         if not self.samples_any(seq_ids):
             sampled.add(likeliest(logits), seq_ids, [], None)
             return sampled
@@ -557,7 +561,9 @@ class Sampler:
             step = max(1, _CACHED_VALUES // self._vocab_size)
         return [slice(start, start + step) for start in range(0, num_seqs, step)]
 
-    def _batch(self, seq_ids: tuple[int, ...]) -> tuple[list[_Admitted | None], SampledBatch]:
+    def _batch(
+        self, seq_ids: tuple[int, ...]
+    ) -> tuple[list[_TrackedSequence | None], SampledBatch]:
         if seq_ids not in self._batches:
             self._drop_batches(seq_ids)
             admitted = [self._admitted.get(seq_id) for seq_id in seq_ids]
@@ -566,7 +572,7 @@ class Sampler:
             self._batches[seq_ids] = admitted, batch
         return self._batches[seq_ids]
 
-    def _sequence(self, admitted: _Admitted) -> SampledSequence:
+    def _sequence(self, admitted: _TrackedSequence) -> SampledSequence:
         if admitted.sequence is None:
             state = admitted.as_committed()
             admitted.sequence = SampledSequence(state, self._vocab_size, self._device)

@@ -12,7 +12,7 @@ from expertlane.engine.comm.collectives import Steps
 from expertlane.engine.comm.counters import Meter
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.model.attention import Attention, RotaryEmbedding
-from expertlane.engine.model.blocks import DenseBlock, MoEBlock, Routed, RoutedHere
+from expertlane.engine.model.blocks import DenseBlock, LocalRouterOutput, MoEBlock, RouterOutput
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.head import HeadResult, OutputHead, ScoredPrompts
 from expertlane.engine.model.latent_attention import LatentAttention
@@ -25,7 +25,7 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import CheckPoint, Stage
 from expertlane.spec.tensors import EMBEDDING
 
-Begun = Routed | RoutedHere | Tensor
+FirstHalf = RouterOutput | LocalRouterOutput | Tensor
 
 
 class DecoderLayer:
@@ -63,7 +63,7 @@ class DecoderLayer:
         else:
             self.block = MoEBlock(model, index, placement, source, mesh, mlp_norm)
 
-    def begin(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[Begun]:
+    def begin(self, x: Tensor, batch: ForwardBatch, cache: KVCache) -> Steps[FirstHalf]:
         """Run the layer up to the dispatch of its MoE block, or to its end if it is dense.
 
         Args:
@@ -80,7 +80,7 @@ class DecoderLayer:
         self._recorder.enter(Stage.ROUTER, self.index)
         return (yield from self.block.begin(x, batch, added))
 
-    def finish(self, begun: Begun, batch: ForwardBatch) -> Steps[Tensor]:
+    def finish(self, begun: FirstHalf, batch: ForwardBatch) -> Steps[Tensor]:
         """Run the rest of the layer on what `begin` gave: [num_owned, hidden_size]."""
         if not isinstance(begun, Tensor):
             assert isinstance(self.block, MoEBlock), "only such a block has a router"
@@ -132,7 +132,7 @@ class DecoderLayer:
 _LAYER_STAGES = (Stage.ATTENTION, Stage.ROUTER, Stage.DISPATCH, Stage.EXPERTS, Stage.COMBINE)
 
 
-BeginsLayer = Callable[[DecoderLayer, KVCache, Tensor], Begun]
+LayerStart = Callable[[DecoderLayer, KVCache, Tensor], FirstHalf]
 
 
 class StageParts:
@@ -306,7 +306,7 @@ class TransformerStage:
         batch: ForwardBatch,
         needs_logits: bool,
         scored: ScoredPrompts | None = None,
-        begin: BeginsLayer | None = None,
+        begin: LayerStart | None = None,
     ) -> Steps[Tensor | HeadResult]:
         """Run a batch through the stage's layers, and the head on the last stage.
 

@@ -107,9 +107,9 @@ class CheckedDispatcher(Dispatcher):
         self._inner, self._tagged, self._mesh, self._checks = inner, payload, mesh, checks
         self._held = placement.experts_of_rank[mesh.at.ep_rank]
 
-    def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
+    def result_buffer(self, num_pairs: int, rows: Tensor) -> Tensor | None:
         """The inner dispatcher's buffer for results."""
-        return self._inner.room(num_pairs, rows)
+        return self._inner.result_buffer(num_pairs, rows)
 
     def is_row(self, sent: _Sent) -> Tensor | None:
         """[R]; True for rows that arrived and are no padding; None where none is."""

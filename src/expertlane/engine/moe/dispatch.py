@@ -273,7 +273,7 @@ class Dispatcher(ABC):
         """[R]; True for rows that arrived and are no padding; None where none is."""
         return None
 
-    def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
+    def result_buffer(self, num_pairs: int, rows: Tensor) -> Tensor | None:
         """A buffer [P, H] for the results of `rows`, from which `combine` sends them; or None."""
         return None
 

@@ -32,7 +32,7 @@ _ROWS, _PAIRS = 0, 1
 
 
 @dataclass(frozen=True)
-class Grouped:
+class LocalHandle:
     """The handle for `combine` where nothing was sent.
 
     Attributes:
@@ -47,21 +47,21 @@ class Grouped:
 class LocalDispatcher(Dispatcher):
     """The dispatcher of a rank that holds all experts and all tokens: nothing is sent."""
 
-    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Grouped]]:
+    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, LocalHandle]]:
         """Group tokens by expert."""
         ids = tokens.topk_ids.int()
         pairs = self._ops.group_pairs(ids, 0, 1, self._num_local_experts, ids.numel())
-        return tokens.x, pairs, Grouped(pairs.numbers, tokens.topk_weights)
+        return tokens.x, pairs, LocalHandle(pairs.numbers, tokens.topk_weights)
         yield  # a generator like the others, though it never waits
 
-    def combine(self, sent: Grouped, results: Tensor) -> Steps[Tensor]:
+    def combine(self, sent: LocalHandle, results: Tensor) -> Steps[Tensor]:
         """Sum the outputs of each token's experts."""
         return self._ops.gather_sum(results, sent.places, sent.weights)
         yield
 
 
 @dataclass(frozen=True)
-class Exchanged:
+class AllToAllHandle:
     """The handle of a flat all-to-all for `combine`.
 
     Attributes:
@@ -88,7 +88,7 @@ class AllToAllDispatcher(Dispatcher):
     So the sum does not depend on which rank computed which expert.
     """
 
-    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Exchanged]]:
+    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, AllToAllHandle]]:
         """Send a copy of each token to every rank it reaches."""
         mesh, at, ep = self._mesh, self._mesh.at, self._mesh.ep.size
         leaving = self._choice.outgoing(tokens.topk_ids)
@@ -102,7 +102,7 @@ class AllToAllDispatcher(Dispatcher):
         rows = self._payload.decode(hidden, tokens.x.dtype)
         came = counts[:, _PAIRS, at.ep_rank].reshape(ep, mesh.etp.size)
         pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts, int(came.sum()))
-        sent = Exchanged(
+        sent = AllToAllHandle(
             weights=tokens.topk_weights,
             returns_to_etp_rank=came.sum(axis=0).tolist(),
             pairs_from=came[:, at.etp_rank].tolist(),
@@ -133,12 +133,12 @@ class AllToAllDispatcher(Dispatcher):
             )
         return packed
 
-    def room(self, num_pairs: int, rows: Tensor) -> Tensor | None:
+    def result_buffer(self, num_pairs: int, rows: Tensor) -> Tensor | None:
         """A buffer for results [P, H] in the memory of the group that sends them."""
         group = self._mesh.etp if self._mesh.etp.size > 1 else self._mesh.ep
         return group.empty(num_pairs, rows.shape[1], rows)
 
-    def combine(self, sent: Exchanged, results: Tensor) -> Steps[Tensor]:
+    def combine(self, sent: AllToAllHandle, results: Tensor) -> Steps[Tensor]:
         """Return a row for every pair, and sum the rows of each token on its own rank."""
         mesh = self._mesh
         if mesh.etp.size > 1:
@@ -153,7 +153,7 @@ class AllToAllDispatcher(Dispatcher):
 
 
 @dataclass(frozen=True)
-class Gathered:
+class AllGatherHandle:
     """The handle of an all-gather for `combine`.
 
     Attributes:
@@ -175,7 +175,7 @@ class AllGatherDispatcher(Dispatcher):
     `ep = 1`, where every rank has a slice of every expert, all forms use this one.
     """
 
-    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Gathered]]:
+    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, AllGatherHandle]]:
         """Gather all tokens of the stage."""
         num_of = tokens.num_of_stage_rank
         ids = self._choice.physical_ids(tokens.topk_ids)
@@ -188,9 +188,9 @@ class AllGatherDispatcher(Dispatcher):
         rows = self._payload.decode(hidden, tokens.x.dtype)
         first_id = self._mesh.at.ep_rank * self._choice.num_slots
         pairs = self._pairs(ids, first_id)
-        return rows, pairs, Gathered(pairs.numbers, weights, num_of)
+        return rows, pairs, AllGatherHandle(pairs.numbers, weights, num_of)
 
-    def combine(self, sent: Gathered, results: Tensor) -> Steps[Tensor]:
+    def combine(self, sent: AllGatherHandle, results: Tensor) -> Steps[Tensor]:
         """Add up all ranks' weighted partial sums."""
         out = self._mesh.stage.empty(sent.places.shape[0], results.shape[1], results)
         partial = self._ops.gather_sum(results, sent.places, sent.weights, out)
@@ -198,7 +198,7 @@ class AllGatherDispatcher(Dispatcher):
 
 
 @dataclass(frozen=True)
-class Placed:
+class StaticHandle:
     """The handle of a static dispatch for `combine`.
 
     Attributes:
@@ -229,7 +229,7 @@ class StaticDispatcher(Dispatcher):
     form then; one that sends rows by counts on the device sends fewer.
     """
 
-    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Placed]]:
+    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, StaticHandle]]:
         """Send a copy of each token to every rank it reaches, padded to all tokens."""
         mesh, etp, num_of = self._mesh, self._mesh.etp.size, tokens.num_of_stage_rank
         ids = self._choice.physical_ids(tokens.topk_ids)
@@ -255,14 +255,14 @@ class StaticDispatcher(Dispatcher):
         arrived, weights, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, tokens.x.dtype)
         pairs = self._pairs(arrived, 0)
-        sent = Placed(leaving.places, pairs.numbers, weights, room_from, room_of_etp_rank)
+        sent = StaticHandle(leaving.places, pairs.numbers, weights, room_from, room_of_etp_rank)
         return rows, pairs, sent
 
-    def is_row(self, sent: Placed) -> Tensor:
+    def is_row(self, sent: StaticHandle) -> Tensor:
         """[R]; True for rows that arrived and are no padding."""
         return (sent.places >= 0).any(1)
 
-    def combine(self, sent: Placed, results: Tensor) -> Steps[Tensor]:
+    def combine(self, sent: StaticHandle, results: Tensor) -> Steps[Tensor]:
         """Sum each token's results per rank, then on its own rank."""
         mesh, etp, places = self._mesh, self._mesh.etp, sent.places
         group = etp if etp.size > 1 else mesh.ep
@@ -310,7 +310,7 @@ class _Hop:
 
 
 @dataclass(frozen=True)
-class Forwarded:
+class HierarchicalHandle:
     """The handle of a hierarchical dispatch for `combine`.
 
     Attributes:
@@ -341,7 +341,9 @@ class HierarchicalDispatcher(Dispatcher):
     rank and node are exchanged once, and give all sizes of both hops.
     """
 
-    def dispatch(self, tokens: RoutedTokens) -> Steps[tuple[Tensor, PairGroups, Forwarded]]:
+    def dispatch(
+        self, tokens: RoutedTokens
+    ) -> Steps[tuple[Tensor, PairGroups, HierarchicalHandle]]:
         """Send one copy of each token to every node it reaches, and forward what arrives."""
         mesh, num_slots = self._mesh, self._choice.num_slots
         between, within = mesh.ep_inter, mesh.ep_intra
@@ -370,7 +372,7 @@ class HierarchicalDispatcher(Dispatcher):
         slots, weights, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, tokens.x.dtype)
         pairs = self._ops.group_pairs(slots, 0, 1, self._num_local_experts)
-        return rows, pairs, Forwarded(inter, intra, pairs.numbers, weights, of_etp_rank)
+        return rows, pairs, HierarchicalHandle(inter, intra, pairs.numbers, weights, of_etp_rank)
 
     def _to_nodes(self, ids: Tensor) -> PeerRows:
         node_slots = self._mesh.ep_intra.size * self._choice.num_slots
@@ -404,7 +406,7 @@ class HierarchicalDispatcher(Dispatcher):
             places=places,
         )
 
-    def combine(self, sent: Forwarded, results: Tensor) -> Steps[Tensor]:
+    def combine(self, sent: HierarchicalHandle, results: Tensor) -> Steps[Tensor]:
         """Sum each token's results per rank, then per node, then on its own rank."""
         mesh, ops = self._mesh, self._ops
         hops = [(mesh.ep_inter, sent.inter)]

@@ -169,7 +169,7 @@ class HeldBytes:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparationProgress:
     """A rank's progress with the weights of a place in another layout.
 
     Attributes:
@@ -293,7 +293,7 @@ class Redeploy(Command[HeldBytes]):
     dispatch_table: DispatchTable | None = None
 
 
-class Prepare(Command[Prepared]):
+class Prepare(Command[PreparationProgress]):
     """Make the weights that a place of another layout needs and the rank does not have.
 
     They are held for the `Redeploy` to come. A rank that runs steps meanwhile is given `most_s`,
@@ -313,7 +313,7 @@ class Prepare(Command[Prepared]):
     most_bytes: int | None = None
 
 
-class DropPrepared(Command[None]):
+class DropPreparation(Command[None]):
     """Free the weights that `Prepare` has made."""
 
     needs_epoch: ClassVar[bool] = False

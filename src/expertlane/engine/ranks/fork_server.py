@@ -36,7 +36,7 @@ from expertlane.engine.ranks.messages import (
     Message,
     MessageKind,
     Nodes,
-    RanksStarted,
+    StartResult,
     encode,
 )
 from expertlane.engine.ranks.processes import (
@@ -332,12 +332,12 @@ class _Server:
 
     def _start_ahead(self, asked: ChangeRanks) -> None:
         """Start ranks for a later epoch, without effect on the others."""
-        answer = RanksStarted([])
+        answer = StartResult([])
         try:
             self._fork(self._connect(asked), ahead=True)
         except OSError as error:
             missing = sorted({*asked.starts} - {*self._rank_of_pid.values()})
-            answer = RanksStarted(missing, f"{socket.gethostname()}: {no_room(error)}")
+            answer = StartResult(missing, f"{socket.gethostname()}: {no_room(error)}")
         self._control.send(encode(MessageKind.RANKS_STARTED, answer))
 
     def _connect(self, asked: ChangeRanks) -> dict[int, int]:

@@ -29,7 +29,7 @@ from expertlane.engine.ranks.messages import (
     Message,
     MessageError,
     MessageKind,
-    RanksStarted,
+    StartResult,
     encode,
 )
 from expertlane.engine.ranks.processes import is_stopped
@@ -428,7 +428,7 @@ class LocalRanks:
             elif message.kind is MessageKind.EPOCH_BEGUN:
                 self._take_changed(node, message.kind)
             elif message.kind is MessageKind.RANKS_STARTED:
-                started = Decoder(RanksStarted).decode(message)
+                started = Decoder(StartResult).decode(message)
                 self._take_changed(node, message.kind)
                 self.missing.update(dict.fromkeys(started.missing, started.why))
             elif message.kind is MessageKind.FAILURE:

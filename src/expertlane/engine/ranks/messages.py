@@ -156,7 +156,7 @@ class ChangeRanks:
 
 
 @dataclass(frozen=True)
-class RanksStarted:
+class StartResult:
     """The answer to START_RANKS.
 
     Attributes:

@@ -18,7 +18,7 @@ from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.model.decode_graphs import DecodeGraphs, PaddedBatch
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.head import NO_TOKEN, HeadResult, ScoredPrompts
-from expertlane.engine.model.sampler import Sampled, Sampler, SamplerStep
+from expertlane.engine.model.sampler import SampledTokens, Sampler, SamplerStep
 from expertlane.engine.model.transformer import TransformerStage
 from expertlane.engine.model.weights import HeldWeights
 from expertlane.engine.ops.device import to_host
@@ -54,8 +54,8 @@ class StepTokens:
     """Chooses the next tokens of a step's parts, alike on all ranks of a tensor-parallel group."""
 
     def __init__(self) -> None:
-        # `Sampled` is None where the likeliest tokens are taken.
-        self._parts: list[tuple[list[int], HeadResult, Sampled | None]] = []
+        # `SampledTokens` is None where the likeliest tokens are taken.
+        self._parts: list[tuple[list[int], HeadResult, SampledTokens | None]] = []
         self._tensors: list[Tensor] = []  # of all parts, to be copied to the host
 
     def choose(self, seq_ids: list[int], result: HeadResult, sampler: Sampler) -> None:

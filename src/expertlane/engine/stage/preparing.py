@@ -23,7 +23,12 @@ from expertlane.engine.model.weights import (
     WeightSource,
 )
 from expertlane.engine.ops.backend import Platform
-from expertlane.engine.ranks.commands import DropPrepared, Prepare, Prepared, StageSpec
+from expertlane.engine.ranks.commands import (
+    DropPreparation,
+    PreparationProgress,
+    Prepare,
+    StageSpec,
+)
 from expertlane.engine.stage.context import RankContext
 from expertlane.spec.names import Origin, Stage
 
@@ -83,7 +88,7 @@ class Preparation:
 
     def go_on(
         self, stage: TransformerStage | None, most_s: float | None, most_bytes: int | None
-    ) -> Prepared:
+    ) -> PreparationProgress:
         """Make the parts that are missing.
 
         Args:
@@ -106,7 +111,7 @@ class Preparation:
             pass
         source.given = {}
         share = 1.0 if self._is_full else 1 - len(self._to_make) / self._num_parts
-        return Prepared(share, source.held.num_bytes, time.perf_counter() - began_s)
+        return PreparationProgress(share, source.held.num_bytes, time.perf_counter() - began_s)
 
     def _before_make(self) -> None:
         self._is_full = self._source.held.num_bytes >= self._most_bytes
@@ -119,7 +124,7 @@ class Preparation:
         return self._source.held
 
 
-def prepare(context: RankContext, command: Prepare) -> Prepared:
+def prepare(context: RankContext, command: Prepare) -> PreparationProgress:
     """Make the weights of a place that this rank will have, reusing those that it holds."""
     spec, place, given = command.spec, command.place, (command.most_s, command.most_bytes)
     context.progress.enter(Stage.SETUP, NO_LAYER)
@@ -134,7 +139,7 @@ def prepare(context: RankContext, command: Prepare) -> Prepared:
     return prepared
 
 
-def _beside_others(make: Callable[[], Prepared]) -> Prepared:
+def _beside_others(make: Callable[[], PreparationProgress]) -> PreparationProgress:
     """Run `make` in a thread with a higher niceness, which a thread cannot lower again."""
 
     def be_nicer() -> None:
@@ -146,6 +151,6 @@ def _beside_others(make: Callable[[], Prepared]) -> Prepared:
         return thread.submit(make).result()
 
 
-def drop_prepared(context: RankContext, command: DropPrepared) -> None:
+def drop_prepared(context: RankContext, command: DropPreparation) -> None:
     """Free the weights that `prepare` has made."""
     context.preparation = None
