@@ -83,7 +83,6 @@ wheel: $(VENV)/.dev ## Build two wheels into dist/: with compiled kernels for th
 	@ls dist/*.whl
 
 docs: $(VENV)/.docs ## Build the documentation into docs/_build/html
-	@$(BIN)/python docs/family_table.py
 	@$(BIN)/sphinx-build -b html -W --keep-going -n -q docs docs/_build/html
 
 $(BIN)/python:

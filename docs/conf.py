@@ -14,7 +14,11 @@ release = re.findall(r'__version__ = "(.+)"', _PACKAGE.read_text(encoding="utf-8
 version = release
 
 extensions = ["myst_parser"]
-exclude_patterns = ["_build", "log.md", "design_decisions.md"]  # diaries stay in the repository
+exclude_patterns = [
+    "_build",
+    *("log.md", "design_decisions.md"),  # diaries stay in the repository
+    *("family_table.md", "beside_table.md"),  # other pages include them
+]
 myst_heading_anchors = 3  # links to headings, as GitHub has them
 
 html_theme = "furo"
@@ -27,8 +31,17 @@ html_show_copyright = False
 
 
 def setup(app: Sphinx) -> None:
-    """Write options.md, which is not in the repository, from the code before pages are read."""
-    sys.path.insert(0, str(Path(__file__).parent))
-    from option_table import render
+    """Write what is not in the repository from the code and from results, before pages are read."""
+    here = Path(__file__).parent
+    sys.path += [str(here), str(here.parent / "calibration")]
+    import beside_table
+    import family_table
+    import option_table
 
-    Path(__file__).with_name("options.md").write_text(render(), encoding="utf-8")
+    made = {
+        "options.md": option_table.render(),
+        "family_table.md": family_table.render(),
+        "beside_table.md": "\n".join(beside_table.table(beside_table.saved_rows())) + "\n",
+    }
+    for name, text in made.items():
+        (here / name).write_text(text, encoding="utf-8")
