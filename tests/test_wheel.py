@@ -62,6 +62,12 @@ class Installed:
         )
 
 
+def test_a_wheel_ships_the_templates_of_scripts(tmp_path):
+    with zipfile.ZipFile(make_wheel(tmp_path)) as file:
+        shipped = {Path(name).name for name in file.namelist() if "/planner/launchers/" in name}
+    assert shipped == {"slurm.sh.j2", "kubernetes.yaml.j2"}
+
+
 @pytest.mark.full
 @pytest.mark.timeout(900)  # five sets are compiled
 def test_a_wheel_with_kernels_needs_no_compiler(tmp_path):
