@@ -30,7 +30,7 @@ from expertlane.results import file
 from expertlane.results.diff import difference
 from expertlane.results.results import Results as Schema
 from expertlane.spec.files import as_path
-from expertlane.spec.ranges import take, take_flag
+from expertlane.spec.ranges import take
 
 __all__ = [
     "Corrections",
@@ -102,21 +102,18 @@ def diff(
     second: Schema | str | Path,
     *,
     threshold: float = THRESHOLD_PERCENT,
-    strict: bool = False,
 ) -> Difference:
     """What changed from one result to another: deployment by deployment, load by load.
 
     Args:
         first, second: results, a results.json, or the folder it is in.
         threshold: in percent: by how much a metric may get worse before it is a regression.
-        strict: whether changes of a busy machine or of unknown noise count as regressions too.
 
     Raises:
         UserError: they are of different commands, have nothing in common, or cannot be read.
     """
     given = first, second
     share = take("threshold", threshold) / 100
-    take_flag("strict", strict)
     results = [
         each if isinstance(each, Schema) else Results.of(file.read(as_path(name, each)))
         for name, each in zip(("first", "second"), given, strict=True)
@@ -125,7 +122,7 @@ def diff(
         letter if isinstance(each, Schema) else str(each)
         for letter, each in zip("AB", given, strict=True)
     ]
-    return Difference.of(difference(results[0], results[1], (names[0], names[1]), share, strict))
+    return Difference.of(difference(results[0], results[1], (names[0], names[1]), share))
 
 
 @names_itself

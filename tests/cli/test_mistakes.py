@@ -171,7 +171,6 @@ OTHERS = {
     "diff a none": "none No such file",
     "diff a p": "a bench p plan",
     "diff a a --threshold -1": "--threshold -1.0 0 1,000",
-    "diff a a --export csv": "--export --out folder",
     "report a --out a/results.json/below": "a/results.json folder",
     "serve paper-tiny --port 65536": "--port 65536 0 65,535",
     "serve paper-tiny --host no.such.host.invalid": "--host no.such.host.invalid",

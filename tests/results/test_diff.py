@@ -15,16 +15,14 @@ from example_plan import PLAN
 from example_results import EXPERT, TENSOR
 from example_simulation import SIMULATION
 from expertlane.errors import UserError
-from expertlane.report.diff import headline, report_of_difference
+from expertlane.report.diff import report_of_difference
 from expertlane.results.diff import Difference, difference
 from expertlane.results.estimate import Estimate
 from expertlane.results.results import Results
 
 
-def diff(
-    first: Results, second: Results, threshold: float = 0.05, strict: bool = False
-) -> Difference:
-    return difference(first, second, ("A", "B"), threshold, strict)
+def diff(first: Results, second: Results, threshold: float = 0.05) -> Difference:
+    return difference(first, second, ("A", "B"), threshold)
 
 
 def measured(*step_s: float, runs: float | None = None, num_runs: int = 3) -> Results:
@@ -51,7 +49,7 @@ def measured(*step_s: float, runs: float | None = None, num_runs: int = 3) -> Re
     return replace(found, deployments=tuple(deployments))
 
 
-def served(*tps: Estimate, price: float = 1.0) -> Results:
+def served(*tps: Estimate) -> Results:
     """A simulation of one load."""
     (record,) = SIMULATION.deployments
     serving = tuple(replace(record.serving[0], output_tps=each) for each in tps)
@@ -59,8 +57,9 @@ def served(*tps: Estimate, price: float = 1.0) -> Results:
 
 
 def test_a_deployment_that_got_slower_beyond_its_noise_is_a_regression():
-    found = diff(measured(0.4, 0.1, runs=0.01), measured(0.4, 0.125, runs=0.01))
-    changed = found.with_verdict("slower")
+    before, after = (measured(0.4, each, runs=0.01) for each in (0.1, 0.125))
+    found = diff(before, after)
+    changed = found.of_verdict("slower")
     assert [(each.deployment, each.where) for each in changed] == [
         ("EP 16", "prefill"),
         ("EP 16", "decode"),
@@ -69,7 +68,50 @@ def test_a_deployment_that_got_slower_beyond_its_noise_is_a_regression():
     assert changed[1].gain == pytest.approx(-0.2)
     assert changed[1].ratio is not None
     assert changed[1].ratio.bounds == pytest.approx((0.8 * 0.99 / 1.01, 0.8, 0.8 * 1.01 / 0.99))
-    assert not diff(measured(0.4, 0.125, runs=0.01), measured(0.4, 0.1, runs=0.01)).regressions
+    assert not diff(after, before).regressions
+
+
+@pytest.mark.parametrize(
+    ("step_s", "runs", "threshold", "verdict", "is_regression"),
+    [
+        (0.125, 0.15, 0.05, "not significant", False),
+        (0.103, 0.001, 0.05, "slower", False),  # beyond the noise, within the threshold
+        (0.103, 0.001, 0.02, "slower", True),
+        (0.2, None, 0.05, "noise unknown", False),
+    ],
+)
+def test_a_regression_is_beyond_noise_and_threshold(
+    step_s, runs, threshold, verdict, is_regression
+):
+    found = diff(measured(0.4, 0.1, runs=runs), measured(0.4, step_s, runs=runs), threshold)
+    assert found.changes[-1].verdict == verdict
+    assert bool(found.regressions) == is_regression
+
+
+@pytest.mark.parametrize(
+    ("num_runs", "busy", "is_known"),
+    [
+        ((2, 2), 0, False),
+        ((2, 3), 0, False),
+        ((3, 3), 0.049, True),
+        ((2, 5), 0, True),
+        ((5, 5), 0, True),
+        ((3, 3), 0.05, False),
+    ],
+)
+def test_noise_is_known_of_repetitions_on_a_quiet_machine(num_runs, busy, is_known):
+    first, second = (
+        measured(0.4, step_s, runs=0.01, num_runs=num)
+        for step_s, num in zip((0.1, 0.2), num_runs, strict=True)
+    )
+    found = diff(first, replace(second, foreign_cpu_share=busy))
+    assert found.changes[-1].verdict == ("slower" if is_known else "noise unknown")
+    assert bool(found.regressions) == is_known
+
+
+def test_projections_do_not_depend_on_a_busy_machine():
+    busy = replace(served(Estimate(50.0)), foreign_cpu_share=0.5)
+    assert diff(served(Estimate(100.0)), busy).regressions
 
 
 _TURNED = {"faster": "slower", "slower": "faster", "only in A": "only in B"}
@@ -100,61 +142,33 @@ def _drawn_results(draw: st.DrawFn) -> Results:
 
 
 @settings(derandomize=True, deadline=None, max_examples=100, database=None)
-@given(_drawn_results(), _drawn_results(), st.sampled_from([0.0, 0.05, 0.3]), st.booleans())
-def test_turned_round_it_is_the_same_the_other_way(first, second, threshold, strict):
+@given(_drawn_results(), _drawn_results(), st.sampled_from([0.0, 0.05, 0.3]))
+def test_turned_round_it_is_the_same_the_other_way(first, second, threshold):
     try:
-        there = diff(first, second, threshold, strict)
+        there = diff(first, second, threshold)
     except UserError:
         with pytest.raises(UserError):
-            diff(second, first, threshold, strict)
+            diff(second, first, threshold)
         return
-    back = diff(second, first, threshold, strict)
-    assert (back.leading, back.is_busy) == (there.leading, there.is_busy)
-    assert back.has_few_pairs == there.has_few_pairs
-    assert [(n, b, a) for n, a, b in back.settings] == [*there.settings]
+    back = diff(second, first, threshold)
+    assert (back.source, back.has_few_pairs) == (there.source, there.has_few_pairs)
+    assert {(n, b, a) for n, a, b in back.settings} == {*there.settings}
 
     def of(change):
         return " → ".join(sorted(change.deployment.split(" → "))), change.where, change.metric
 
-    for changes, others in ((there.changes, back.changes), (there.others, back.others)):
-        for one, other in zip(sorted(changes, key=of), sorted(others, key=of), strict=True):
-            assert of(one) == of(other)
-            assert (one.before, one.after) == (other.after, other.before)
-            assert one.verdict == _TURNED.get(other.verdict, other.verdict)
-            assert one.is_noise_known == other.is_noise_known
-            assert (one.gain is None) == (other.gain is None)
-            if one.ratio is None or other.ratio is None:
-                assert one.ratio is other.ratio
-                continue
-            low, value, high = one.ratio.bounds
-            assert other.ratio.bounds == pytest.approx((1 / high, 1 / value, 1 / low))
-            assert not (one.is_worse(threshold) and other.is_worse(threshold))
-
-
-def test_a_change_within_the_noise_is_not_significant():
-    noisy = diff(measured(0.4, 0.1, runs=0.15), measured(0.4, 0.125, runs=0.15))
-    assert {each.verdict for each in noisy.changes} == {"not significant", "identical"}
-    assert not noisy.regressions
-    small = diff(measured(0.4, 0.1, runs=0.001), measured(0.4, 0.103, runs=0.001))
-    assert len(small.with_verdict("slower")) == 2  # beyond the noise, within the threshold
-    assert not small.regressions
-    repeated = measured(0.4, 0.1, runs=0.001), measured(0.4, 0.103, runs=0.001)
-    assert diff(*repeated, threshold=0.02).regressions
-
-
-def test_what_is_not_trustworthy_counts_if_strict_alone():
-    unknown = measured(0.4, 0.1), measured(0.4, 0.2)
-    known = [measured(0.4, each, runs=0.001) for each in (0.1, 0.2)]
-    busy = known[0], replace(known[1], foreign_cpu_share=0.05)
-    almost = known[0], replace(known[1], foreign_cpu_share=0.049)
-    for first, second in (unknown, busy):
-        found, strict = diff(first, second), diff(first, second, strict=True)
-        assert not found.regressions
-        assert len(found.untrusted) == len(strict.regressions) == 2
-        assert not strict.untrusted
-    assert len(diff(*almost).regressions) == 2
-    busy_now = replace(served(Estimate(50.0)), foreign_cpu_share=0.5)
-    assert diff(served(Estimate(100.0)), busy_now).regressions  # projections do not depend on it
+    changes, others = sorted(there.changes, key=of), sorted(back.changes, key=of)
+    for one, other in zip(changes, others, strict=True):
+        assert of(one) == of(other)
+        assert (one.before, one.after) == (other.after, other.before)
+        assert one.verdict == _TURNED.get(other.verdict, other.verdict)
+        assert (one.gain is None) == (other.gain is None)
+        if one.ratio is None or other.ratio is None:
+            assert one.ratio is other.ratio
+            continue
+        low, value, high = one.ratio.bounds
+        assert other.ratio.bounds == pytest.approx((1 / high, 1 / value, 1 / low))
+    assert not {*map(of, there.regressions)} & {*map(of, back.regressions)}
 
 
 def test_less_than_a_thousandth_is_no_change():
@@ -176,12 +190,12 @@ def test_a_deployment_that_runs_fewer_is_the_same_one():
         *(replace(SIMULATION, deployments=(each,)) for each in (first, second)),
     )
     assert {each.where for each in found.changes} == {"235 at once → 224 at once"}
-    assert not found.unpaired
+    assert not found.num_unpaired
 
 
 def test_intervals_of_medians_are_combined_in_quadrature():
     results = [measured(0.4, each, runs=0.1, num_runs=5) for each in (0.1, 0.12)]
-    change = diff(*results).with_verdict("slower")[1]
+    change = diff(*results).of_verdict("slower")[1]
     assert change.ratio is not None
     assert change.ratio.value == pytest.approx(1 / 1.2)
     low = math.exp(-math.hypot(math.log(1 / 0.9), math.log(1.1)))
@@ -191,23 +205,10 @@ def test_intervals_of_medians_are_combined_in_quadrature():
     assert diff(*ranges).changes[-1].verdict == "not significant"  # at their worst
 
 
-@pytest.mark.parametrize(
-    ("first", "second", "is_known"),
-    [(2, 2, False), (2, 3, False), (3, 3, True), (2, 5, True), (5, 5, True)],
-)
-def test_two_repetitions_each_tell_little(first, second, is_known):
-    results = (
-        measured(0.4, 0.1, runs=0.01, num_runs=first),
-        measured(0.4, 0.2, runs=0.01, num_runs=second),
-    )
-    change = diff(*results).with_verdict("slower")[0]
-    assert change.is_noise_known is is_known
-
-
 def test_a_deployment_that_one_lacks_is_said():
     first = example_results.usual()
     found = diff(first, replace(first, deployments=first.deployments[1:]))
-    missing = found.with_verdict("only in A")
+    missing = found.of_verdict("only in A")
     assert {each.deployment for each in missing} == {"TP 8 × PP 2"}
     assert all(each.after is None and each.gain is None for each in missing)
     assert not found.regressions
@@ -235,17 +236,16 @@ def test_more_latency_is_slower():
     assert load.tpot_s.median is not None
     slower = replace(load, tpot_s=replace(load.tpot_s, median=load.tpot_s.median * 1.5))
     second = replace(results, deployments=(replace(record, serving=(slower, *others)),))
-    (change,) = diff(results, second).with_verdict("slower")
+    (change,) = diff(results, second).of_verdict("noise unknown")
     assert (change.where, change.metric) == ("batch 1", "TPOT ms")
     assert change.gain == pytest.approx(-0.5)
-    assert diff(results, second, strict=True).regressions == (change,)
 
 
 @pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 def test_results_of_every_kind_do_not_differ_from_themselves(make):
     found = diff(make(), make())
     assert found.changes
-    assert {each.verdict for each in found.changes + found.others} == {"identical"}
+    assert {each.verdict for each in found.changes} == {"identical"}
     assert not found.settings
 
 
@@ -255,43 +255,13 @@ def test_two_plans_are_compared_by_their_choice_first():
     found = diff(PLAN, second)
     assert found.changes[0].deployment == f"{best.name} → another"
     assert found.changes[0].verdict == "identical"
-    assert {each.deployment for each in found.with_verdict("only in A")} == {best.name}
+    assert {each.deployment for each in found.of_verdict("only in A")} == {best.name}
     renamed = replace(
         PLAN, deployments=tuple(replace(e, name=f"{e.name}!") for e in PLAN.deployments)
     )
     found = diff(PLAN, renamed)
-    assert 2 * len(found.unpaired) > len(found.changes)
+    assert 2 * found.num_unpaired > len(found.changes)
     assert not found.has_few_pairs
-
-
-def test_the_clock_that_both_have_counts():
-    measured_alone, both = example_results.usual(), example_pages.both()
-    assert diff(measured_alone, both).leading == "measured"
-    assert {each.verdict for each in diff(measured_alone, both).others} == {"only in B"}
-    with pytest.raises(UserError, match=telling("nothing A measured projected")):
-        diff(measured_alone, example_pages.projected())
-
-
-def test_different_commands_are_refused():
-    with pytest.raises(UserError, match=telling("A plan B simulation")):
-        diff(PLAN, SIMULATION)
-    with pytest.raises(UserError, match=telling("simulate --plan RESULTS#ROW simulation")):
-        diff(PLAN, SIMULATION)
-    with pytest.raises(UserError, match=telling("A comparison B plan compare --project")):
-        diff(example_pages.projected(), PLAN)
-
-
-def test_what_else_differs_is_listed():
-    first, second = measured(0.4, 0.1), measured(0.4, 0.1)
-    assert second.machine is not None
-    question = {"experiment": second.question["experiment"] | {"seed": 7}}
-    second = replace(
-        second, question=question, machine=replace(second.machine, cpu_name="Other CPU")
-    )
-    assert diff(first, second).settings == (
-        ("seed", "0", "7"),
-        ("machine.cpu_name", "Example CPU", "Other CPU"),
-    )
 
 
 def test_another_model_is_refused_but_not_another_name_or_setting_of_one():
@@ -303,38 +273,56 @@ def test_another_model_is_refused_but_not_another_name_or_setting_of_one():
 
     with pytest.raises(UserError, match=telling("A B another model")):
         diff(SIMULATION, of(name="another", num_hidden_layers=7))
-    assert diff(SIMULATION, of(name="another")).other_parts == ("model",)
-    assert diff(SIMULATION, of(num_experts_per_tok=3)).other_parts == ()
+    renamed = diff(SIMULATION, of(name="another")).settings
+    assert renamed == (("model.name", SIMULATION.model_name, "another"),)
+    assert diff(SIMULATION, of(num_experts_per_tok=3)).changes
 
 
-def test_another_cluster_or_workload_is_said_first():
-    (record,) = SIMULATION.deployments
-    assert SIMULATION.cluster is not None
-    elsewhere = replace(SIMULATION, cluster=replace(SIMULATION.cluster, name="h200x16"))
-    lengths = SIMULATION.question["workload"] | {"prompt_len": "77"}
-    longer = replace(SIMULATION, question=SIMULATION.question | {"workload": lengths})
-    load = replace(record.serving[0], batch=99)
-    more = replace(SIMULATION, deployments=(replace(record, serving=(load,)),))
-    for second, part in ((elsewhere, "cluster"), (longer, "workload"), (more, "workload")):
-        found = diff(SIMULATION, second)
-        assert found.other_parts == (part,)
-        assert part in headline(found).partition(". ")[0]
-    seed = SIMULATION.question["workload"] | {"seed": 5}
-    other_seed = replace(SIMULATION, question=SIMULATION.question | {"workload": seed})
-    assert diff(SIMULATION, other_seed).other_parts == ()
+def test_the_clock_that_both_have_counts():
+    alone, both = example_results.usual(), example_pages.both()
+    assert diff(alone, both).source == "measured"
+    with pytest.raises(UserError, match=telling("nothing A measured projected")):
+        diff(alone, example_pages.projected())
 
 
-def test_other_causes_at_the_same_speed_are_said():
-    (record,) = SIMULATION.deployments
-    step = record.steps[0]
-    for share, is_said in ((0.02, False), (0.2, True)):
-        moved = {cause: (1 - share) * seconds for cause, seconds in step.breakdown_s.items()}
-        moved["other"] = share * sum(step.breakdown_s.values())
-        other = replace(record, steps=(replace(step, breakdown_s=moved), *record.steps[1:]))
-        found = diff(SIMULATION, replace(SIMULATION, deployments=(other,)))
-        assert {each.verdict for each in found.changes} == {"identical"}
-        assert found.has_other_causes == is_said
-        assert (
-            any("throughput" in each for each in report_of_difference(found, "", "").answer.parts)
-            == is_said
-        )
+@pytest.mark.parametrize(
+    ("first", "second", "says"),
+    [
+        (PLAN, SIMULATION, "A plan B simulation simulate --plan RESULTS#ROW simulation"),
+        (example_pages.projected(), PLAN, "A comparison B plan compare --project"),
+    ],
+)
+def test_different_commands_are_refused(first, second, says):
+    with pytest.raises(UserError, match=telling(says)):
+        diff(first, second)
+
+
+def _of_question(**changed):
+    return replace(SIMULATION, question=SIMULATION.question | changed)
+
+
+def _of_workload(**changed):
+    return _of_question(workload=SIMULATION.question["workload"] | changed)
+
+
+@pytest.mark.parametrize(
+    ("second", "setting"),
+    [
+        (replace(SIMULATION, cluster=replace(SIMULATION.cluster, name="h200x16")), "cluster"),
+        (_of_workload(prompt_len="77"), "workload.prompt_len"),
+        (_of_workload(seed=5), "workload.seed"),
+    ],
+)
+def test_settings_that_differ_are_in_the_answer(second, setting):
+    found = diff(SIMULATION, second)
+    assert [name for name, _, _ in found.settings] == [setting]
+    answer = report_of_difference(found, "", "").answer
+    assert any(
+        str(each).startswith(f"Not the same in A and B: {setting} ") for each in answer.parts
+    )
+
+
+def test_another_machine_is_a_setting():
+    first = measured(0.4, 0.1)
+    second = replace(first, machine=replace(first.machine, cpu_name="Other CPU"))
+    assert diff(first, second).settings == (("machine.cpu_name", "Example CPU", "Other CPU"),)

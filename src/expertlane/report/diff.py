@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
 from math import ceil
-from operator import attrgetter
+from typing import get_args
 
 from expertlane.report.document import Answer, Column, Report, Section, Table, number, text
 from expertlane.report.numbers import counted, figures, percent, with_bounds
@@ -14,58 +14,39 @@ _MOST_LINES = 8  # of each table of the answer, and how many characters of a nam
 _NAME_WIDTH = 18
 _MOST_NAMES = 3
 _CLOCKS = {"virtual": "virtual time", "measured": "wall time", "projected": "projected"}
-_WORDS: dict[Verdict, str] = {
-    "slower": "Slower in B",
-    "faster": "Faster in B",
-    "not significant": "Not significant",
-    "identical": "Identical",
-    "only in A": "Only in A",
-    "only in B": "Only in B",
-}
+_WITH_TABLE = ("slower", "faster", "noise unknown")
+_UNKNOWN = (
+    "Noise unknown: too few repetitions in A or B, or other processes used the cores. Such changes "
+    "are no regressions; measure with expertlane compare on a quiet machine."
+)
 
 
 def report_of_difference(found: Difference, command: str, created: str) -> Report:
-    """The whole report: the answer, every change, and other differences."""
-    shown = [("What changed", found.changes)]
-    for source, of_source in groupby(found.others, lambda change: change.source):
-        shown.append((f"Also: {_CLOCKS[source]}", tuple(of_source)))
-    said = (headline(found), *_notes(found))
-    sections = [
-        Section("Verdict", said),
-        *(Section(heading, (_table(changes, in_full=True),)) for heading, changes in shown),
-        Section("What else differs", (_settings(found),) if found.settings else ()),
-    ]
-    setting = f"A: {found.names[0]} | B: {found.names[1]} | {_CLOCKS[found.leading]}"
-    answer = Answer(setting, said[0], (*_tables(found), *_notes(found)))
+    """The whole report: the answer, and every change."""
+    first, clock = headline(found), _CLOCKS[found.source]
+    setting = f"A: {found.names[0]} | B: {found.names[1]} | {clock}"
+    notes = _notes(found)
+    sections = (
+        Section("Verdict", (first, *notes)),
+        Section("What changed", (_table(found.changes, in_full=True),)),
+    )
+    answer = Answer(setting, first, (*_tables(found), *notes))
     title = f"expertlane diff: {found.names[0]} → {found.names[1]}"
-    return Report(title, answer, _CLOCKS[found.leading], command, created, tuple(sections))
+    return Report(title, answer, clock, command, created, sections)
 
 
 def headline(found: Difference) -> str:
-    """Whether there is a regression, or too little in common, and how many metrics changed.
-
-    First, whether that is the answer to two questions.
-    """
-    first = f"Not of the same {' and '.join(found.other_parts)}. " if found.other_parts else ""
-    return first + _headline(found)
-
-
-def _headline(found: Difference) -> str:
+    """Whether there is a regression, or too little in common, and how many metrics changed."""
     regressions, beyond = found.regressions, f"{100 * found.threshold:g}%"
-    counts = [(len(found.with_verdict(verdict)), verdict) for verdict in _WORDS]
-    changed = ", ".join(f"{count} {verdict}" for count, verdict in counts if count)
-    of_all = f"Of {counted(len(found.changes), 'metric')}, {changed}."
-    if len(found.with_verdict("identical")) == len(found.changes):
+    by_verdict = _by_verdict(found.changes)
+    if [*by_verdict] == ["identical"]:
         return f"No regression: {counted(len(found.changes), 'metric')}, all identical."
+    changed = ", ".join(f"{len(changes)} {verdict}" for verdict, changes in by_verdict.items())
     if found.has_few_pairs:
         return f"{too_little_in_common(found).capitalize()} ({changed})."
+    of_all = f"Of {counted(len(found.changes), 'metric')}, {changed}."
     if not regressions:
-        doubt = ""
-        if found.untrusted:
-            why = "busy machine" if found.is_busy else "noise unknown"
-            is_or_are = "is" if len(found.untrusted) == 1 else "are"
-            doubt = f"; {len(found.untrusted)} beyond it {is_or_are} not trustworthy ({why})"
-        return f"No regression beyond {beyond}{doubt}. {of_all}"
+        return f"No regression beyond {beyond}. {of_all}"
     worst = regressions[0]
     interval = _interval(worst.ratio)
     return (
@@ -79,38 +60,31 @@ def _headline(found: Difference) -> str:
 def too_little_in_common(found: Difference) -> str:
     """The number of metrics without a partner, in words."""
     return (
-        f"too little in common for a verdict: {len(found.unpaired)} of "
+        f"too little in common for a verdict: {found.num_unpaired} of "
         f"{counted(len(found.changes), 'metric')} have no partner"
     )
 
 
+def _by_verdict(changes: Sequence[Change]) -> dict[Verdict, list[Change]]:
+    order = get_args(Verdict)
+    ordered = sorted(changes, key=lambda change: order.index(change.verdict))
+    return {verdict: [*found] for verdict, found in groupby(ordered, lambda each: each.verdict)}
+
+
 def _tables(found: Difference) -> Iterator[Table | str]:
     """Tables of changes, the largest first; for the rest, names of deployments."""
-    for verdict, words in _WORDS.items():
-        changes = found.with_verdict(verdict)
-        if not changes:
-            continue
-        if verdict in ("slower", "faster"):
+    for verdict, changes in _by_verdict(found.changes).items():
+        if verdict in _WITH_TABLE:
             ordered = sorted(changes, key=lambda change: -abs(change.gain or 0.0))
             shown = _that_fit(ordered)
             of = f", the {len(shown)} most changed of {len(ordered)}"
-            yield _table(shown, words if len(shown) == len(ordered) else words + of)
+            title = verdict.capitalize() + (" in B" if verdict != "noise unknown" else "")
+            yield _table(shown, title if len(shown) == len(ordered) else title + of)
         else:
-            names = _named(found, changes)
+            names = [*dict.fromkeys(f"{each.deployment} {each.where}" for each in changes)]
             more = len(names) - _MOST_NAMES
             listed = "; ".join(names[:_MOST_NAMES]) + (f"; and {more} more" if more > 0 else "")
-            yield f"{words}: {listed}"
-
-
-def _named(found: Difference, changes: Sequence[Change]) -> list[str]:
-    """Deployments with phase or load; with metrics, where others of these changed differently."""
-    names = []
-    key = attrgetter("deployment", "where")
-    for place, of_place in groupby(changes, key):
-        metrics = [change.metric for change in of_place]
-        is_all = len(metrics) == sum(key(each) == place for each in found.changes)
-        names.append(" ".join(place) + ("" if is_all else f" ({', '.join(metrics)})"))
-    return names
+            yield f"{verdict[0].upper()}{verdict[1:]}: {listed}"
 
 
 def _that_fit(changes: Sequence[Change]) -> Sequence[Change]:
@@ -124,8 +98,8 @@ def _table(changes: Sequence[Change], title: str = "", *, in_full: bool = False)
         text("deployment", lambda change: change.deployment),
         text("at", lambda change: change.where),
         text("metric", lambda change: change.metric),
-        number("A", lambda change: _value(change.before, in_full)),
-        number("B", lambda change: _value(change.after, in_full)),
+        number("A", lambda change: change.before, with_bounds if in_full else figures),
+        number("B", lambda change: change.after, with_bounds if in_full else figures),
         number("change", _change),
         number("interval", lambda change: _interval(change.ratio)),
     ]
@@ -134,15 +108,8 @@ def _table(changes: Sequence[Change], title: str = "", *, in_full: bool = False)
     return Table.of(title, columns, changes)
 
 
-def _value(estimate: Estimate | None, in_full: bool) -> str | None:
-    if estimate is None:
-        return None
-    has_bounds = estimate.low is not None
-    return with_bounds(estimate) if in_full and has_bounds else figures(estimate)
-
-
 def _change(change: Change) -> str | None:
-    return None if change.ratio is None else f"{_signed(change.ratio.value)}"
+    return None if change.ratio is None else _signed(change.ratio.value)
 
 
 def _interval(ratio: Estimate | None) -> str | None:
@@ -157,44 +124,13 @@ def _signed(ratio: float) -> str:
     return f"{'+' if share > 0 else ''}{percent(share)}"
 
 
-def _notes(found: Difference) -> tuple[str, ...]:
-    """Other differences, and where noise is unknown: a line each."""
+def _notes(found: Difference) -> list[str]:
+    """Settings that are not the same, and why noise is unknown: a line each."""
     notes = []
     if found.settings:
-        shown = [f"{name} {a} → {b}" for name, a, b in found.settings[:_MOST_NAMES]]
-        more = len(found.settings) - len(shown)
-        rest = f", and {more} more" if more else ""
-        notes.append(f"Not the same in A and B: {', '.join(shown)}{rest}")
-    if found.has_other_causes and not found.with_verdict("faster", "slower"):
-        notes.append(
-            "Compared: throughput and latency. Where the time of a step goes differs; see both "
-            "reports"
-        )
-    unknown = [
-        each for each in found.changes if not each.is_noise_known and each.verdict != "identical"
-    ]
-    if unknown:
-        notes.append(
-            f"Noise unknown for {counted(len(unknown), 'metric')}, too few repetitions in A or B: "
-            + _counting(found)
-        )
-    busy = [percent(each) for each in found.foreign_cpu_shares]
-    if found.is_busy and len(found.with_verdict("identical")) < len(found.changes):
-        notes.append(
-            f"Busy machine, other processes used {busy[0]} of the cores in A, {busy[1]} in B: "
-            + _counting(found)
-        )
-    return tuple(notes)
-
-
-def _counting(found: Difference) -> str:
-    return "counted all the same (--strict)." if found.strict else "not counted without --strict."
-
-
-def _settings(found: Difference) -> Table:
-    columns: list[Column[tuple[str, str, str]]] = [
-        text("what", lambda each: each[0]),
-        text("A", lambda each: each[1]),
-        text("B", lambda each: each[2]),
-    ]
-    return Table.of("", columns, found.settings)
+        shown = ", ".join(f"{name} {a} → {b}" for name, a, b in found.settings[:_MOST_NAMES])
+        more = len(found.settings) - _MOST_NAMES
+        notes.append(f"Not the same in A and B: {shown}{f', and {more} more' if more > 0 else ''}")
+    if found.of_verdict("noise unknown"):
+        notes.append(_UNKNOWN)
+    return notes

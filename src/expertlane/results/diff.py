@@ -1,4 +1,4 @@
-"""Differences of two files of results, by deployment and load, and of what they were made under."""
+"""Differences of two files of results: pairs of metrics, their ratio, its interval, a verdict."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,95 +19,16 @@ from expertlane.results.record import (
 from expertlane.results.results import FOREIGN_LOAD, Results
 from expertlane.results.serving_record import ServingRecord
 
-_MISSING = "—"
-
-
-def different_settings(first: Results, second: Results) -> Iterator[tuple[str, str, str]]:
-    """Settings that differ, deployments aside: name, and the value in each of the two.
-
-    What was asked comes first: model, cluster and workload.
-    """
-    here, there = _setting(first), _setting(second)
-    names = [*here, *(each for each in there if each not in here)]
-    for name in sorted(names, key=lambda name: _part_of_question(name) is None):
-        values = [each.get(name, _MISSING) for each in (here, there)]
-        if values[0] != values[1]:
-            yield name, values[0], values[1]
-
-
-_DEPLOYMENTS = ("experiment.deployments", "experiment.scaling", "experiment.name", "traffic")
-_OF_MACHINE = ("cpu_name", "device", "num_cores", "dtype", "kernels", "backend")
-
-
-_PARTS = ("model", "cluster", "workload")
-
-
-def _part_of_question(setting: str) -> str | None:
-    """The part of the question that a setting says which one it is of; None for any other."""
-    if setting in ("model", "model.name", "cluster"):
-        return setting.split(".")[0]
-    is_of_load = setting.startswith(("workload.", "load.")) and not setting.endswith(".seed")
-    return "workload" if is_of_load else None
-
-
-def _check_models(first: Results, second: Results, names: tuple[str, str]) -> None:
-    """Refuse two models: of one model, settings may differ, and of one architecture, the name.
-
-    Raises:
-        UserError: neither is the same.
-    """
-    tables = [_model_of(each) for each in (first, second)]
-    if not all(isinstance(each, Mapping) for each in tables):
-        return  # servers tell a name alone, which they choose
-    rest = [{key: each[key] for key in each if key != "name"} for each in tables]
-    if first.model_name != second.model_name and rest[0] != rest[1]:
-        raise UserError(
-            f"{names[0]} is of {first.model_name} and {names[1]} of {second.model_name}, another "
-            "model; give two of the same model"
-        )
-
-
-def _model_of(results: Results) -> Any:
-    return results.question.get("experiment", results.question)["model"]
-
-
-def _setting(results: Results) -> dict[str, str]:
-    """Settings shared by all deployments, by name."""
-    found = {
-        name.removeprefix("experiment."): value
-        for name, value in _leaves(results.question)
-        if not name.startswith(_DEPLOYMENTS)
-    }
-    found["expertlane"] = results.versions.expertlane
-    found["torch"] = results.versions.torch or _MISSING
-    if results.machine is not None:
-        found |= {f"machine.{each}": str(getattr(results.machine, each)) for each in _OF_MACHINE}
-    if results.cluster is not None:
-        found["cluster"] = results.cluster.name
-    if results.virtual_time is not None:
-        found["links"] = results.virtual_time.links or "none"
-    conditions = {each.conditions for each in results.select("projected")}
-    if len(conditions) == 1 and (only := conditions.pop()) is not None:
-        found |= {name: str(value) for name, value in asdict(only).items()}
-    return found
-
-
-def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", _MISSING if value is None else str(value)
-
-
-Verdict = Literal["faster", "slower", "not significant", "identical", "only in A", "only in B"]
-_AS_SCREENED = {FAMILY, PARETO}  # of plans: the same deployments once more, less exactly
+Verdict = Literal[
+    "slower", "faster", "noise unknown", "not significant", "identical", "only in A", "only in B"
+]
+_SCREENED = {FAMILY, PARETO}  # of plans: the same deployments once more, less exactly
 _LEADING: tuple[Source, ...] = ("virtual", "measured", "projected")
 _ORDERS = 20  # of all repetitions; two of them have those of A on one side of those of B
 _SAME = 1e-6  # a relative change that comes of rounding
-_SHARE = 0.05  # of a step, by which a cause is another one
-_JUDGED = ("drill", "verify")  # speed before a fault says nothing of what it did
 _LEAST = 1e-3  # smaller ones are never significant
+_VERDICTS = ("drill", "verify")  # speed before a fault says nothing of what it did
+_DEPLOYMENTS = ("experiment.deployments", "experiment.scaling", "experiment.name", "traffic")
 # How to get two results of one kind.
 _ALIKE: dict[frozenset[str], str] = {
     frozenset(("plan", "comparison")): (
@@ -130,9 +51,6 @@ class Change:
         before, after: in A and in B; None where it has none.
         ratio: B over A, with the interval of the ratio where both have one.
         gain: relative change for the better, below 0 for the worse; None where one is missing.
-        is_noise_known: whether there are repetitions enough, 3 in both or 2 and 5, for a change
-            that is beyond their ranges to be due to chance at most once in 10.
-        is_of_other_load: whether A and B had another concurrency or rate there.
     """
 
     deployment: str
@@ -144,21 +62,14 @@ class Change:
     ratio: Estimate | None
     gain: float | None
     verdict: Verdict
-    is_noise_known: bool = True
-    is_of_other_load: bool = False
 
     def row(self) -> Row:
         """The change as cells of a table."""
         return {
-            cell: value for name in _ROW for cell, value in flat(name, getattr(self, name)).items()
+            cell: value
+            for each in fields(self)
+            for cell, value in flat(each.name, getattr(self, each.name)).items()
         }
-
-    def is_worse(self, threshold: float) -> bool:
-        """True if it is worse by more than `threshold`, and by more than its known noise."""
-        return self.verdict == "slower" and self.gain is not None and self.gain < -threshold
-
-
-_ROW = [each.name for each in fields(Change)]
 
 
 @dataclass(frozen=True)
@@ -167,44 +78,23 @@ class Difference:
 
     Attributes:
         names: names of A and B.
+        kind: the command that both are of.
         settings: settings that differ, deployments aside: name, and values in A and B.
-        has_other_causes: whether steps of `leading` spend their time on other causes, which no
-            change tells.
-        leading: the source whose changes count.
-        changes: changes of that source; `others` are those of the others.
+        source: the clock that both have.
         threshold: the share by which a metric may get worse.
-        foreign_cpu_shares: shares of the cores used by other processes while A and B ran.
-        strict: whether changes that are not trustworthy count as regressions too.
     """
 
     names: tuple[str, str]
     kind: str
     settings: tuple[tuple[str, str, str], ...]
-    has_other_causes: bool
-    leading: Source
+    source: Source
     changes: tuple[Change, ...]
-    others: tuple[Change, ...]
     threshold: float
-    foreign_cpu_shares: tuple[float, float]
-    strict: bool = False
 
     @property
-    def is_busy(self) -> bool:
-        """True if other processes may have caused changes; never for projections."""
-        return self.leading in RUN and max(self.foreign_cpu_shares) >= FOREIGN_LOAD
-
-    @property
-    def other_parts(self) -> tuple[str, ...]:
-        """Parts of the question that differ: `model` (its name), `cluster`, `workload`."""
-        found = {_part_of_question(name) for name, _, _ in self.settings}
-        if any(each.is_of_other_load for each in self.changes):
-            found.add("workload")
-        return tuple(each for each in _PARTS if each in found)
-
-    @property
-    def unpaired(self) -> tuple[Change, ...]:
-        """Metrics that only A or only B has."""
-        return self.with_verdict("only in A", "only in B")
+    def num_unpaired(self) -> int:
+        """Number of metrics that only A or only B has."""
+        return len(self.of_verdict("only in A", "only in B"))
 
     @property
     def has_few_pairs(self) -> bool:
@@ -212,44 +102,31 @@ class Difference:
 
         Of plans the first choices are always compared; the others come and go.
         """
-        return self.kind != "plan" and 2 * len(self.unpaired) > len(self.changes)
+        return self.kind != "plan" and 2 * self.num_unpaired > len(self.changes)
 
     @property
     def regressions(self) -> tuple[Change, ...]:
-        """Changes for the worse beyond threshold and noise that are trustworthy; worst first.
+        """Significant changes for the worse beyond the threshold; worst first."""
+        worse = [
+            each
+            for each in self.of_verdict("slower")
+            if each.gain is not None and each.gain < -self.threshold
+        ]
+        return tuple(sorted(worse, key=lambda change: change.gain or 0.0))
 
-        Trustworthy: on a quiet machine, with enough repetitions to know the noise. If `strict`,
-        the others count as well.
-        """
-        return tuple(each for each in self._worse if self.strict or self._is_trusted(each))
-
-    @property
-    def untrusted(self) -> tuple[Change, ...]:
-        """Changes for the worse beyond the threshold that are not trusted, so no regressions."""
-        return tuple(each for each in self._worse if not self.strict and not self._is_trusted(each))
-
-    @property
-    def _worse(self) -> list[Change]:
-        found = [each for each in self.changes if each.is_worse(self.threshold)]
-        return sorted(found, key=lambda change: change.gain or 0.0)
-
-    def _is_trusted(self, change: Change) -> bool:
-        return change.is_noise_known and not self.is_busy
-
-    def with_verdict(self, *verdicts: Verdict) -> tuple[Change, ...]:
+    def of_verdict(self, *verdicts: Verdict) -> tuple[Change, ...]:
         """The changes with one of these verdicts."""
         return tuple(each for each in self.changes if each.verdict in verdicts)
 
 
 def difference(
-    first: Results, second: Results, names: tuple[str, str], threshold: float, strict: bool = False
+    first: Results, second: Results, names: tuple[str, str], threshold: float
 ) -> Difference:
     """Compare B with A.
 
     Args:
         names: names of the two.
         threshold: the share by which a metric may get worse before it is a regression.
-        strict: whether changes that are not trustworthy count as regressions too.
 
     Raises:
         UserError: they are of different commands or models, or of one that answers by a verdict,
@@ -261,34 +138,29 @@ def difference(
             f"{names[0]} is of a {first.kind} and {names[1]} of a {second.kind}; "
             f"give two of the same command{alike and ': '}{alike}"
         )
-    if first.kind in _JUDGED:
-        told = [
-            f"{name} {_judged(each)}" for name, each in zip(names, (first, second), strict=True)
-        ]
-        raise UserError(f"diff compares speed, and a {first.kind} is a verdict: {'; '.join(told)}")
+    if first.kind in _VERDICTS:
+        both = zip(names, map(_verdict, (first, second)), strict=True)
+        verdicts = "; ".join(map(" ".join, both))
+        raise UserError(f"diff compares speed, and a {first.kind} is a verdict: {verdicts}")
     changes = list(_changes(first, second))
-    both = {each.source for each in changes if each.before is not None and each.after is not None}
-    leading = next((source for source in _LEADING if source in both), None)
-    if leading is None:
+    paired = {each.source for each in changes if each.before is not None and each.after is not None}
+    source = next((each for each in _LEADING if each in paired), None)
+    if source is None:
         raise UserError(
-            f"nothing to compare: {names[0]} has {_held(first)}, {names[1]} has {_held(second)}"
+            f"nothing to compare: {names[0]} has {_clocks(first)}, {names[1]} has {_clocks(second)}"
         )
     _check_models(first, second, names)
     return Difference(
         names,
         first.kind,
-        tuple(different_settings(first, second)),
-        _have_other_causes(first, second, leading),
-        leading,
-        tuple(each for each in changes if each.source == leading),
-        tuple(each for each in changes if each.source != leading),
+        tuple(_different_settings(first, second)),
+        source,
+        tuple(each for each in changes if each.source == source),
         threshold,
-        (first.foreign_cpu_share, second.foreign_cpu_share),
-        strict,
     )
 
 
-def _judged(results: Results) -> str:
+def _verdict(results: Results) -> str:
     """The verdict of a command that gives one."""
     (record,) = results.deployments
     if record.verified is not None:
@@ -296,41 +168,91 @@ def _judged(results: Results) -> str:
     return "failed" if record.drill is not None and record.drill.is_failed else "passed"
 
 
-def _held(results: Results) -> str:
-    shown = [f"{each.name}{_loads(each)} ({each.source})" for each in _compared(results)]
+def _clocks(results: Results) -> str:
+    shown = [f"{each.name} ({each.source})" for each in _compared(results)]
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
 
 
-def _loads(record: DeploymentRecord) -> str:
-    """` at batch 8, batch 16`; empty where nothing was served."""
-    loads = list(dict.fromkeys(map(_load, record.serving)))
-    more = f" and {len(loads) - 4} more" if len(loads) > 4 else ""
-    return f" at {', '.join(loads[:4])}{more}" if loads else ""
+def _check_models(first: Results, second: Results, names: tuple[str, str]) -> None:
+    """Refuse two models: of one model, settings may differ, and of one architecture, the name.
+
+    Raises:
+        UserError: neither is the same.
+    """
+    models = [each.question.get("experiment", each.question)["model"] for each in (first, second)]
+    if not all(isinstance(each, Mapping) for each in models):
+        return  # a server tells no more than a name, which it chooses
+    rest = [{key: each[key] for key in each if key != "name"} for each in models]
+    if first.model_name != second.model_name and rest[0] != rest[1]:
+        raise UserError(
+            f"{names[0]} is of {first.model_name} and {names[1]} of {second.model_name}, another "
+            "model; give two of the same model"
+        )
+
+
+def _different_settings(first: Results, second: Results) -> Iterator[tuple[str, str, str]]:
+    """Settings that differ, deployments aside: name, and the value in each; the question first."""
+    here, there = _settings(first), _settings(second)
+    for name in here | there:
+        a, b = (each.get(name, "—") for each in (here, there))
+        if a != b:
+            yield name, a, b
+
+
+def _settings(results: Results) -> dict[str, str]:
+    """Settings that all deployments share, by name."""
+    cluster, virtual = results.cluster, results.virtual_time
+    tables = {
+        "": {"cluster": cluster and cluster.name, "links": virtual and (virtual.links or "none")},
+        "question": {
+            name.removeprefix("experiment."): value
+            for name, value in _leaves(results.question)
+            if not name.startswith(_DEPLOYMENTS)
+        },
+        "versions": {
+            "expertlane": results.versions.expertlane,
+            "torch": results.versions.torch,
+        },
+        "machine": {
+            f"machine.{name}": getattr(results.machine, name, None)
+            for name in ("cpu_name", "device", "num_cores", "dtype", "kernels", "backend")
+        },
+    }
+    conditions = {each.conditions for each in results.select("projected")}
+    if len(conditions) == 1 and (only := conditions.pop()) is not None:
+        tables["conditions"] = asdict(only)
+    return {
+        name: str(value)
+        for table in tables.values()
+        for name, value in table.items()
+        if value is not None
+    }
+
+
+def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _compared(results: Results) -> list[DeploymentRecord]:
-    return [each for each in results.deployments if not _AS_SCREENED & {*each.roles}]
-
-
-def _projected(results: Results) -> list[DeploymentRecord]:
-    return [each for each in _compared(results) if each.source == "projected"]
+    return [each for each in results.deployments if not _SCREENED & {*each.roles}]
 
 
 def _changes(first: Results, second: Results) -> Iterator[Change]:
-    is_paired = _device(first) == _device(second)
+    devices = [None if each.cluster is None else each.cluster.device for each in (first, second)]
+    is_busy = max(first.foreign_cpu_share, second.foreign_cpu_share) >= FOREIGN_LOAD
     for record, other in _record_pairs(first, second):
         held = record or other
         assert held is not None, "a pair has one at least"
-        name = held.name
-        if record is not None and other is not None and record.name != other.name:
-            name = f"{record.name} → {other.name}"
-        shared = is_paired and held.source not in RUN
+        name = " → ".join(dict.fromkeys(each.name for each in (record, other) if each is not None))
+        is_run = held.source in RUN
         for metric in _metrics(record, other):
-            yield _change(name, held.source, metric, shared)
-
-
-def _device(results: Results) -> str | None:
-    return None if results.cluster is None else results.cluster.device
+            is_noise_known = not is_run or (metric.is_repeated and not is_busy)
+            is_shared = not is_run and devices[0] == devices[1]
+            yield _change(name, held.source, metric, is_noise_known, is_shared)
 
 
 _Pair = tuple[DeploymentRecord | None, DeploymentRecord | None]
@@ -339,7 +261,8 @@ _Pair = tuple[DeploymentRecord | None, DeploymentRecord | None]
 def _record_pairs(first: Results, second: Results) -> Iterator[_Pair]:
     """Records of one source and name; of plans first what was chosen, whatever it is."""
     by_conditions = any(
-        len({each.conditions for each in _projected(r)}) > 1 for r in (first, second)
+        len({each.conditions for each in _compared(r) if each.source == "projected"}) > 1
+        for r in (first, second)
     )
 
     def key(record: DeploymentRecord) -> Hashable:
@@ -353,19 +276,6 @@ def _record_pairs(first: Results, second: Results) -> Iterator[_Pair]:
         if first.kind == "plan" and here and there and here[0].name != there[0].name:
             yield here[0], there[0]
         yield from _pairs(here, there, key)
-
-
-def _have_other_causes(first: Results, second: Results, source: Source) -> bool:
-    """True if a cause's share of a step differs by more than runs of the same differ."""
-    for record, other in _record_pairs(first, second):
-        if record is None or other is None or record.source != source:
-            continue
-        for before, after in _pairs(record.steps, other.steps, _steps):
-            if before is not None and after is not None:
-                one, two = before.shares, after.shares
-                if any(abs(one.get(c, 0.0) - two.get(c, 0.0)) > _SHARE for c in {*one, *two}):
-                    return True
-    return False
 
 
 def _pairs(
@@ -398,7 +308,6 @@ class _Metric:
         before, after: bounds are 90 % intervals, or the range for fewer than `LEAST_RUNS`
             repetitions.
         num_runs: repetitions of each; 1 where nothing was repeated.
-        is_of_other_load: whether the two had another concurrency or rate.
     """
 
     where: str
@@ -406,7 +315,14 @@ class _Metric:
     before: Estimate | None
     after: Estimate | None
     num_runs: tuple[int, int]
-    is_of_other_load: bool
+
+    @property
+    def is_repeated(self) -> bool:
+        """Whether repetitions tell noise, 3 in both or 2 and 5.
+
+        A change that is beyond their ranges is due to chance at most once in 10.
+        """
+        return comb(sum(self.num_runs), self.num_runs[0]) >= _ORDERS
 
 
 def _metrics(first: DeploymentRecord | None, second: DeploymentRecord | None) -> Iterator[_Metric]:
@@ -423,18 +339,12 @@ def _metrics(first: DeploymentRecord | None, second: DeploymentRecord | None) ->
     for before, after in _pairs(parts[0], parts[1], key):
         both = [name(each) for each in (before, after) if each is not None]
         where = " → ".join(dict.fromkeys(both))
-        is_other = _is_other_load(before, after)
         for metric, get in metrics:
             values = [None if each is None else get(each) for each in (before, after)]
             known = [each if each is not None and each.value > 0 else None for each in values]
             if known != [None, None]:
                 num_runs = _num_runs(before), _num_runs(after)
-                yield _Metric(where, metric, known[0], known[1], num_runs, is_other)
-
-
-def _is_other_load(before: Any, after: Any) -> bool:
-    loads = [(each.batch, each.rate) for each in (before, after) if isinstance(each, ServingRecord)]
-    return len({*loads}) > 1
+                yield _Metric(where, metric, known[0], known[1], num_runs)
 
 
 def _num_runs(record: StepsRecord | ServingRecord | None) -> int:
@@ -494,13 +404,19 @@ _SERVED: list[tuple[str, Callable[[Any], Estimate | None]]] = [
 _OF_STEPS: list[tuple[str, Callable[[Any], Estimate | None]]] = [("tokens/s", _tps)]
 
 
-def _change(deployment: str, source: Source, metric: _Metric, shared: bool) -> Change:
-    """Args: shared: whether the bounds of both are of the same terms, whose errors cancel."""
+def _change(
+    deployment: str, source: Source, metric: _Metric, is_noise_known: bool, is_shared: bool
+) -> Change:
+    """The change of one metric.
+
+    Args:
+        is_shared: whether the bounds of both are of the same terms, whose errors cancel.
+    """
     before, after = metric.before, metric.after
     of = deployment, source, metric.where, metric.name, before, after
     if before is None or after is None:
         return Change(*of, None, None, "only in B" if before is None else "only in A")
-    ratio = _ratio(before, after, "shared" if shared else metric.num_runs)
+    ratio = _ratio(before, after, "shared" if is_shared else metric.num_runs)
     gain = 1 - ratio.value if metric.name in _LATENCIES else ratio.value - 1
     low, _, high = ratio.bounds
     verdict: Verdict
@@ -508,10 +424,11 @@ def _change(deployment: str, source: Source, metric: _Metric, shared: bool) -> C
         verdict = "identical"
     elif abs(ratio.value - 1) < _LEAST or low - _SAME <= 1 <= high + _SAME:
         verdict = "not significant"
+    elif not is_noise_known:
+        verdict = "noise unknown"
     else:
         verdict = "faster" if gain > 0 else "slower"
-    is_known = source not in RUN or comb(sum(metric.num_runs), metric.num_runs[0]) >= _ORDERS
-    return Change(*of, ratio, gain, verdict, is_known, metric.is_of_other_load)
+    return Change(*of, ratio, gain, verdict)
 
 
 def _ratio(before: Estimate, after: Estimate, how: Literal["shared"] | tuple[int, int]) -> Estimate:
