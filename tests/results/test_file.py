@@ -128,6 +128,9 @@ def test_not_a_results_file(tmp_path: Path, text: str) -> None:
     assert tells(complaint(path), "FILE schema_version results file")
 
 
+_LOAD = {"prompt_len": "8", "output_len": "8", "requests": None}
+
+
 def _without_tps(data: dict) -> None:
     del data["deployments"][1]["steps"][0]["tps"]
 
@@ -140,8 +143,19 @@ def _without_tps(data: dict) -> None:
         (_without_tps, "FILE deployments.1.steps.0.tps missing"),
         (lambda data: data["machine"].update(num_cores="two"), "FILE machine.num_cores two"),
         (lambda data: data["deployments"][0]["layout"].update(ep=3), "ep=3 divide"),
+        (
+            lambda data: data["question"]["experiment"]["workload"].update(prompt_len="long"),
+            "FILE question experiment.workload.prompt_len long",
+        ),
+        (
+            lambda data: data["question"].update(load=_LOAD | {"prefix_len": -1}),
+            "FILE question load.prefix_len -1",
+        ),
     ],
-    ids=["version", "unknown key", "missing key", "another type", "an impossible layout"],
+    ids=[
+        *["version", "unknown key", "missing key", "another type", "an impossible layout"],
+        *["a damaged workload", "a damaged load"],
+    ],
 )
 def test_what_is_wrong_is_told_with_its_place(written: Path, change, told: str) -> None:
     data = json.loads(written.read_text())

@@ -193,3 +193,13 @@ def test_sequences_that_a_cache_holds_share_prefixes(num):
     assert shared.found_share(500, 4) == pytest.approx(1 - np.exp(-held / num))
     load = Load(1, LengthRange(170, 170), LengthRange(2, 2), 1, prefix_len=165, num_prefixes=num)
     assert load.shared(16) == shared
+
+
+def test_known_rates_of_a_prefill_pool_change_no_draw():
+    shares, known = sharing(("tp=1", "tp=2"), 16, 1024, 400, memory=2.5e8), {}
+    first, again = (steady_state(shares, 0, known=known) for _ in range(2))
+    assert known
+    assert found_share(first.served) < 1024 / PROMPT[0]  # so hits depend on what was drawn
+    assert [e.num_cached_tokens for e in again.served] == [
+        e.num_cached_tokens for e in first.served
+    ]

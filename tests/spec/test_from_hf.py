@@ -97,7 +97,7 @@ def test_spellings_of_transformers_5():
     scaling, theta = theirs.pop("rope_scaling"), theirs.pop("rope_theta")
     theirs["rope_parameters"] = {**scaling, "rope_theta": theta}
     theirs["num_experts"] = theirs.pop("num_local_experts")
-    theirs["dtype"] = "bfloat16"
+    theirs["dtype"] = "torch.bfloat16"
     assert from_hf(theirs) == from_hf(GPT_OSS)
     theirs = dict(QWEN3_MOE)
     theirs["num_local_experts"], theirs["dtype"] = theirs.pop("num_experts"), "bfloat16"
