@@ -6,7 +6,7 @@ from typing import Any
 from expertlane.server import fields
 from expertlane.server.bodies import MOST_VALUES as NUM_MANY
 
-COMPLETIONS, CHATS, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 ASKED = {"prompt": [1, 2, 3], "max_tokens": 5, "temperature": 0}
 CHAT = {"messages": [{"role": "user", "content": "the"}], "max_tokens": 1}
 TEXT_PART = {"type": "text", "text": "a"}
@@ -59,11 +59,6 @@ TOO_MUCH: dict[str, tuple[str, Callable[[], Any], int]] = {
         400,
     ),
     "messages": (CHATS, lambda: {"messages": CHAT["messages"] * (fields.MOST_PARTS + 1)}, 400),
-    "items": (
-        RESPONSES,
-        lambda: {"input": [{"role": "user", "content": "a"}] * (fields.MOST_PARTS + 1)},
-        400,
-    ),
     "parts": (
         CHATS,
         lambda: {"messages": [{"role": "user", "content": [TEXT_PART] * (fields.MOST_PARTS + 1)}]},

@@ -1,7 +1,7 @@
 """`expertlane serve --journal` killed again and again under load; clients come back for the rest.
 
 Between two kills of it a rank is killed too: while it serves, perhaps right before it is killed
-itself, or while it starts. Eight clients ask for completions, chats and responses, mostly streams.
+itself, or while it starts. Eight clients ask for completions and chats, mostly streams.
 Every event has to have the next number, whichever process sends it. When all is answered, what came
 is held against `LLM.generate` on one rank in float32. From the repository's root:
 
@@ -51,14 +51,14 @@ def drawn(seed: int, number: int) -> Asked:
         asked = draw(dice.randrange(2**32), number, is_calm=True)
     body = {k: v for k, v in asked.body.items() if k not in ("priority", "stream_options")}
     body["stream"] = dice.random() < 0.9
-    if body["stream"] and not asked.is_response:
+    if body["stream"]:
         body["stream_options"] = {"include_usage": True}
     params = asked.params
     if params[0].structured is None:
         most = dice.randrange(40, 120)
         most = min(most, _MOST_POSITIONS - max(map(_num_bytes, asked.prompts)))
         body.pop("min_tokens", None)
-        body["max_output_tokens" if asked.is_response else "max_tokens"] = most
+        body["max_tokens"] = most
         params = tuple(replace(each, max_tokens=most, min_tokens=0) for each in params)
         if isinstance(body.get("prompt"), str) and len(params) == 1 and dice.random() < 0.5:
             body = {k: v for k, v in body.items() if k not in _ENDS} | {"guided_regex": _REGEX}
@@ -101,7 +101,7 @@ class Client:
         """Have a request answered, whatever it takes."""
         name = f"{self.prefix}-{asked.number}"
         came = self.answers[asked.number] = Came()
-        taken = Taken(name, came, asked.is_response)
+        taken = Taken(name, came)
         for attempt in count():
             try:
                 if asked.is_stream:
@@ -168,7 +168,6 @@ class Taken:
 
     name: str
     came: Came
-    is_response: bool
     num_events: int = 0
     text: str = ""
 
@@ -182,10 +181,7 @@ class Taken:
         if fields["data"] == "[DONE]":
             self.came.is_done = True
             return None
-        body = json.loads(fields["data"])
-        if self.is_response and body["sequence_number"] != self.num_events - 1:
-            return f"sequence_number {body['sequence_number']} in event {self.num_events}"
-        self.came.take(body)
+        self.came.take(json.loads(fields["data"]))
         return None
 
 

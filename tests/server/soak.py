@@ -39,7 +39,6 @@ TEMPLATE = (
 # So small a cache that requests lose their blocks.
 CACHE = ("--block-size", "1", "--num-blocks", "600")
 COMMON = (*CACHE, "--max-num-seqs", "32", "--max-num-batched-tokens", "256")
-COMMON += ("--max-stored-responses", "50")  # so that they are soon as many as they get
 LAYOUTS = {
     "dp=2,ep=2": ("--num-redundant-experts", "2", "--rebalance-steps", "40"),
     "tp=2,ep=2": ("--rebalance-steps", "40"),

@@ -45,35 +45,9 @@ class Came:
     def take(self, body: dict[str, Any]) -> None:
         """Take in a whole answer, or an event."""
         self.error = body.get("error") or self.error
-        if (kind := str(body.get("type", ""))).startswith("response."):
-            self._take_event(kind, body)
-            return
-        if body.get("object") == "response":
-            self._take_response(body)
-            return
         self.usage = body.get("usage") or self.usage
         for given in body.get("choices", ()):
             self._take_choice(self.choices.setdefault(given["index"], Choice()), given)
-
-    def _take_event(self, kind: str, event: dict[str, Any]) -> None:
-        """Of `/v1/responses`: pieces of text, then all of it once more."""
-        if kind == "response.output_text.delta":
-            self.choices.setdefault(0, Choice()).text += event["delta"]
-        elif kind in ("response.completed", "response.incomplete", "response.failed"):
-            pieces = self.choices.pop(0, Choice()).text
-            self._take_response(event["response"])
-            assert self.error or self.choices[0].text == pieces, "its events are not its text"
-            self.is_done = True
-
-    def _take_response(self, body: dict[str, Any]) -> None:
-        self.error = body["error"] or self.error
-        parts = [part for item in body["output"] for part in item["content"]]
-        reason = "length" if body["status"] == "incomplete" else "stop"
-        text = "".join(part["text"] for part in parts)
-        self.choices[0] = Choice(text, finish_reason=reason, num_endings=1)
-        if (usage := body["usage"]) is not None:
-            names = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens"}
-            self.usage = {name: usage[theirs] for name, theirs in names.items()}
 
     def _take_choice(self, choice: Choice, given: dict[str, Any]) -> None:
         message = given.get("message") or given.get("delta") or {}
@@ -132,6 +106,6 @@ async def _send(client: httpx.AsyncClient, asked: Asked, came: Came) -> None:
 
 async def _events(response: httpx.Response) -> AsyncIterator[str]:
     async for line in response.aiter_lines():
-        if line and not line.startswith("event: response."):
+        if line:
             assert line.startswith("data: "), line
             yield line[6:]

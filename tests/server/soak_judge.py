@@ -125,7 +125,6 @@ class Judge:
             self.counts["late"] += 1
             return self._of_part(asked, came, right)
         self.counts["answered"] += 1
-        self.counts["responses"] += asked.is_response
         if came.status != 200 or came.error or (asked.is_stream and not came.is_done):
             return ["it has no whole answer"]
         if sorted(came.choices) != list(range(len(asked.params))):

@@ -17,7 +17,7 @@ from expertlane.text.chat_template import ChatTemplate
 
 BAD = 0.05  # share
 ABORTED, LATE = 0.25, 0.01  # shares where clients may leave
-RESPONSES, HELD = 0.3, 0.12  # shares: of chats, by the other interface; of all, to a form
+HELD = 0.12  # share: to a form
 MOST_TOKENS, HELD_TOKENS = 48, 80
 _MOST_LETTERS = 60
 _SYSTEM = "the thing of the thing and "
@@ -85,14 +85,7 @@ class Asked:
     @property
     def path(self) -> str:
         """Where it goes."""
-        if self.is_response:
-            return "/v1/responses"
         return "/v1/chat/completions" if self.is_chat else "/v1/completions"
-
-    @property
-    def is_response(self) -> bool:
-        """Whether it goes to `/v1/responses`."""
-        return "input" in self.body
 
     @property
     def is_stream(self) -> bool:
@@ -117,18 +110,13 @@ def draw(seed: int, number: int, *, is_calm: bool = False) -> Asked:
     sampling = _draw_sampling(random)
     num_choices = int(random.integers(2, 4)) if random.random() < 0.06 else 1
     wants_logprobs = random.random() < 0.12
-    if "input" in what:
-        num_choices, wants_logprobs = 1, False
-    body = what | _draw_extras(random, what, is_calm=is_calm)
+    body = what | _draw_extras(random, is_calm=is_calm)
     # Tokens may end inside a character, which then begins the answer.
     is_text = not (isinstance(prompts[0], list) and isinstance(prompts[0][0], int))
     form = None
     if random.random() < HELD and is_text:
-        form = _draw_form(random, what, body, sampling)
-    tokens = sampling["max_tokens"]
+        form = _draw_form(random, body, sampling)
     body |= _as_body(sampling)
-    if "input" in what:
-        body["max_output_tokens"] = body.pop("max_tokens", tokens)
     if num_choices > 1:
         body["n"] = num_choices
     if wants_logprobs:
@@ -151,41 +139,30 @@ def draw(seed: int, number: int, *, is_calm: bool = False) -> Asked:
     return Asked(number, body, of_choices, params * len(prompts), aborted_after=after)
 
 
-def _draw_extras(
-    random: np.random.Generator, what: Mapping[str, Any], *, is_calm: bool
-) -> dict[str, Any]:
+def _draw_extras(random: np.random.Generator, *, is_calm: bool) -> dict[str, Any]:
     """Fields of a body that change no token."""
     found: dict[str, Any] = {}
-    is_response = "input" in what
-    if is_response:
-        found["store"] = bool(random.random() < 0.3)
-    else:
-        found["return_token_ids"] = bool(random.random() < 0.7)
+    found["return_token_ids"] = bool(random.random() < 0.7)
     if random.random() < 0.55:
         found["stream"] = True
-        if not is_response:
-            has_usage = is_calm or bool(random.random() < 0.5)
-            found["stream_options"] = {"include_usage": has_usage}
+        has_usage = is_calm or bool(random.random() < 0.5)
+        found["stream_options"] = {"include_usage": has_usage}
     if random.random() < 0.2:
         found["priority"] = int(random.integers(-1, 2))
-    if random.random() < LATE and not is_calm and not is_response:
+    if random.random() < LATE and not is_calm:
         found["timeout_s"] = float(random.uniform(0.001, 0.2))
     return found
 
 
 def _draw_form(
     random: np.random.Generator,
-    what: Mapping[str, Any],
     body: dict[str, Any],
     sampling: dict[str, Any],
 ) -> Structured:
     """What an answer must be; changes the body, and the sampling to one that may come to an end."""
     (kind, value), *_ = _FORMS[random.integers(len(_FORMS))].items()
     named = {"name": "answer", "schema": _ANSWER}
-    if "input" in what:  # which has no other
-        kind, value = "json_schema", _ANSWER
-        body["text"] = {"format": {"type": "json_schema"} | named}
-    elif kind == "json_schema":
+    if kind == "json_schema":
         body["response_format"] = {"type": "json_schema", "json_schema": named}
     else:
         body[f"guided_{kind}"] = list(value) if kind == "choice" else value
@@ -208,14 +185,9 @@ def _draw_prompts(random: np.random.Generator, number: int, what: dict[str, Any]
     kind = random.random()
     if kind < 0.35:
         messages = [{"role": "user", "content": text(0)}]
-        has_system = random.random() < 0.4
-        if has_system:
+        if random.random() < 0.4:
             messages.insert(0, {"role": "system", "content": _SYSTEM})
-        if random.random() < RESPONSES:
-            what["input"] = messages[-1]["content"]
-            what |= {"instructions": _SYSTEM} if has_system else {}
-        else:
-            what["messages"] = messages
+        what["messages"] = messages
         return [messages]
     if kind < 0.65:
         prompts: list[Any] = [text(0)]

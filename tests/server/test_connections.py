@@ -170,7 +170,7 @@ def test_a_body_in_many_small_chunks(stub_server):
 
 SCALE = ("POST", "/scale", {"layout": "tp=1"})
 ASKED = ("POST", "/v1/completions", LONG)
-DELETED = ("DELETE", "/v1/responses/resp_1", None)
+DELETED = ("DELETE", "/v1/requests/mine", None)
 READ = ("GET", "/metrics", None)
 KEYS = {"api_keys": ("secret",)}
 

@@ -16,7 +16,6 @@ from expertlane.server.answers import Prepared
 from expertlane.server.completions import CHATS, COMPLETIONS
 from expertlane.server.journal.file import Begun, Came, Record, framed, records_of
 from expertlane.server.journal.kept import KeptRequest
-from expertlane.server.responses import RESPONSES
 from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.spec.sampling import PromptLogprobs, PromptPart, SamplingParams, TokenLogprobs
 from expertlane.text.chat_template import ChatTemplate
@@ -37,12 +36,6 @@ CHAT = {
     "top_logprobs": 1,
     "stream": True,
 }
-RESPONSE = {
-    "input": "a",
-    "tools": [{"type": "function", "name": "look", "parameters": TOOL}],
-    "top_logprobs": 1,
-    "stream": True,
-}
 COMPLETION = {
     "prompt": [[1, 2, 3], [4]],
     "n": 2,
@@ -53,7 +46,6 @@ COMPLETION = {
 }
 ASKED = {
     "chat": (CHATS, CHAT, [[1, 2]], ["a"]),
-    "response": (RESPONSES, RESPONSE, [[1, 2]], ["a"]),
     "completion": (COMPLETIONS, COMPLETION, [[1, 2, 3], [4]], ["bcd", "e"]),
 }
 
@@ -203,7 +195,7 @@ def test_an_end_without_a_token_may_come_together_with_the_last_one(
     found = events(True)
     assert found == events(False)
     assert b"so it" in found
-    if kind != "response" and reason is FinishReason.STOP:
+    if reason is FinishReason.STOP:
         choices = [choice for delta in events_in(found) for choice in delta["choices"]]
         reasons = [choice["finish_reason"] for choice in choices]
         num_ends = len(ASKED[kind][2]) * ASKED[kind][1].get("n", 1)

@@ -291,10 +291,8 @@ def test_no_words_of_pydantic(served):
         ("GET", "/docs", 404),
         ("POST", "/v1/embeddings", 404),
         ("POST", "/v1/images/generations", 404),
-        ("POST", "/v1/responses/resp_x/cancel", 404),
-        ("GET", "/v1/responses/resp_x", 404),
-        ("DELETE", "/v1/responses/resp_x", 404),
-        ("PUT", "/v1/responses", 405),
+        ("POST", "/v1/responses", 404),
+        ("PUT", COMPLETIONS, 405),
         ("OPTIONS", CHAT, 405),
     ],
 )

@@ -2,10 +2,8 @@
 
 import pytest
 
-CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 USER = {"role": "user", "content": "thing"}
-PART = {"type": "input_text", "text": "thing"}
-ITEM = USER | {"type": "message"}
 STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 SHAPES = [
     (
@@ -13,18 +11,7 @@ SHAPES = [
         CHAT,
         {"messages": [USER], "logprobs": True, "max_tokens": 8, "top_logprobs": 2},
     ),
-    (
-        "inspect-ai",
-        RESPONSES,
-        {
-            "include": ["reasoning.encrypted_content"],
-            "input": [ITEM | {"content": [PART]}],
-            "max_output_tokens": 8,
-            "store": False,
-        },
-    ),
     ("litellm", CHAT, {"messages": [USER], "max_tokens": 5} | STREAM),
-    ("litellm", RESPONSES, {"input": "thing", "max_output_tokens": 16}),
     ("langchain-openai", CHAT, {"messages": [USER], "max_completion_tokens": 5, "stream": False}),
     (
         "langchain-openai",
@@ -41,28 +28,7 @@ SHAPES = [
             "top_p": 1,
         },
     ),
-    (
-        "langchain-openai",
-        RESPONSES,
-        {
-            "input": [ITEM | {"role": "system"}, ITEM],
-            "max_output_tokens": 5,
-            "stream": False,
-        },
-    ),
     ("pydantic-ai", CHAT, {"messages": [USER], "max_completion_tokens": 8} | STREAM),
-    (
-        "openai-agents",
-        RESPONSES,
-        {
-            "include": [],
-            "input": [USER],
-            "instructions": "the",
-            "max_output_tokens": 8,
-            "stream": True,
-            "tools": [],
-        },
-    ),
     (
         "lm-eval",
         COMPLETIONS,

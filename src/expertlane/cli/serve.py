@@ -130,11 +130,6 @@ class _Options:
         "opentelemetry-sdk.",
         rich_help_panel=Panel.MORE_SERVER,
     )
-    max_stored_responses: int = typer.Option(
-        1000,
-        help="Responses of /v1/responses to store for previous_response_id. 0: none.",
-        rich_help_panel=Panel.MORE_SERVER,
-    )
     tool_call_parser: str | None = typer.Option(
         None,
         metavar="NAME",
@@ -218,9 +213,8 @@ class _EngineOptions(EngineOptions):
 def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
     """Serve a model over HTTP, with the OpenAI API.
 
-    Clients use http://HOST:PORT/v1. Routes: /v1/completions, /v1/chat/completions, /v1/responses,
-    /v1/models, /tokenize, /detokenize, /scale, /health, /ping, /version, /load, /metrics and
-    /openapi.json.
+    Clients use http://HOST:PORT/v1. Routes: /v1/completions, /v1/chat/completions, /v1/models,
+    /tokenize, /detokenize, /scale, /health, /ping, /version, /load, /metrics and /openapi.json.
     A request with an unsupported field gets status 400 and an error that names the field. Open
     http://HOST:PORT/live in a browser for a live view of ranks and experts.
 

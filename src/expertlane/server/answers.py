@@ -19,7 +19,7 @@ from expertlane.server.errors import JSON, LATER, ApiError
 from expertlane.server.logprobs import TokenTexts
 from expertlane.server.logs import GENERATED, Generated
 from expertlane.server.middleware import DIRECT_SEND, client_left
-from expertlane.server.requests import GenerationRequest, SampledRequest
+from expertlane.server.requests import GenerationRequest
 from expertlane.server.service import Service
 from expertlane.spec.sampling import SamplingParams, TokenLogprobs
 from expertlane.text.grammars import Grammar
@@ -44,17 +44,15 @@ class Prepared:
         params: [num_prompts × num_choices]; choices of a prompt stand together.
         texts: [num_prompts]; texts of the prompts, where the answer needs them, else empty.
         grammar: the grammar of its outputs; held, so that the engine finds it compiled.
-        before: messages of the earlier response that it continues.
         root: 122 random bits, from which the ids of the answer and its parts follow.
         created: time of the request, in seconds since 1970.
     """
 
-    request: SampledRequest
+    request: GenerationRequest
     prompts: Sequence[list[int]]
     params: Sequence[SamplingParams]
     texts: Sequence[str] = ()
     grammar: Grammar | None = None
-    before: Sequence[dict[str, Any]] = ()
     root: str = field(default_factory=lambda: uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -150,9 +148,6 @@ class Answer(Response):
 
     With `kept` it generates nothing: every event follows from the chunks of that source.
 
-    Args:
-        request: the body, or the chat that it asks for.
-
     Attributes:
         began_s: when the request arrived, on the loop's clock.
         kept: the source of its chunks, if they outlive this answer; else None.
@@ -163,16 +158,9 @@ class Answer(Response):
     kind: ClassVar[str]
     kind_of_chunks: ClassVar[str]
 
-    def __init__(
-        self,
-        service: Service,
-        prepared: Prepared,
-        request: GenerationRequest | None = None,
-    ) -> None:
+    def __init__(self, service: Service, prepared: Prepared) -> None:
         super().__init__()  # unused: `__call__` sends the answer
-        if request is None:
-            assert isinstance(prepared.request, GenerationRequest), "no chat is made of it"
-            request = prepared.request
+        request = prepared.request
         self._service = service
         self._prepared = prepared
         self._request = request
@@ -240,16 +228,8 @@ class Answer(Response):
         """Headers of an answer that can be asked for again."""
         return [] if self.kept is None else [(b"x-request-id", self.kept.request_id.encode())]
 
-    async def _begin_events(self, send: Send) -> None:
-        headers = [*_EVENTS_HEAD, *self._own_head()]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
-
     def _numbered(self, event: bytes) -> bytes:
         return event if self.kept is None else self.kept.numbered(event)
-
-    def _goes_on(self, error: ApiError) -> bool:
-        """Whether a kept answer survives this error, so that its stream ends without one."""
-        return self.kept is not None and error.code in LATER
 
     async def _whole(self, source: Source) -> Response:
         """The whole answer, once all choices are finished."""
@@ -290,7 +270,8 @@ class Answer(Response):
         Args:
             direct: sends all but the answer's beginning.
         """
-        await self._begin_events(send)
+        headers = [*_EVENTS_HEAD, *self._own_head()]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         end: list[bytes] = []
         try:
             while arrived := await taken(source):
@@ -305,7 +286,7 @@ class Answer(Response):
                 end.append(_as_event(self._head | usage))
             end.append(_DONE)
         except ApiError as error:
-            if not self._goes_on(error):
+            if self.kept is None or error.code not in LATER:  # else the answer goes on later
                 end = [_as_event(error.body), _DONE]
         await send_part(direct, b"".join(map(self._numbered, end)), is_last=True)
 
@@ -447,11 +428,11 @@ class Endpoint:
     """
 
     path: str
-    body: type[SampledRequest]
+    body: type[GenerationRequest]
     prepare: Callable[[Service, Any], Awaitable[Prepared]]
     answer: type[Answer]
 
-    async def make(self, service: Service, request: SampledRequest, began_s: float) -> Answer:
+    async def make(self, service: Service, request: GenerationRequest, began_s: float) -> Answer:
         """An answer to a request.
 
         Args:

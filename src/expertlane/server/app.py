@@ -22,19 +22,15 @@ from expertlane.server.requests import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
-    SampledRequest,
+    GenerationRequest,
     TokenizeRequest,
 )
-from expertlane.server.response_requests import ResponsesRequest
-from expertlane.server.responses import RESPONSES
 from expertlane.server.scaling import add_scaling
 from expertlane.server.service import Service, late
 from expertlane.version import __version__
 
 # Of POST: these change nothing.
-_COMPUTED = frozenset(
-    {COMPLETIONS.path, CHATS.path, RESPONSES.path, "/tokenize", "/detokenize", "/ping"}
-)
+_COMPUTED = frozenset({COMPLETIONS.path, CHATS.path, "/tokenize", "/detokenize", "/ping"})
 _TOKENIZED = 4  # times the longest prompt: clients cut what they have tokenized
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorBody, "description": "The request is wrong; `error.param` names it."},
@@ -84,8 +80,6 @@ def make_app(
 
 
 def _add_generation(app: FastAPI, service: Service, journal: JournalKeeper | None) -> None:
-    store = service.responses
-
     @app.post(COMPLETIONS.path, response_class=Response)
     async def complete(request: CompletionRequest) -> Response:
         """Continue one or more prompts; whole, or as server-sent events."""
@@ -95,22 +89,6 @@ def _add_generation(app: FastAPI, service: Service, journal: JournalKeeper | Non
     async def chat(request: ChatRequest) -> Response:
         """Answer in a conversation; whole, or as server-sent events."""
         return _arrival(service, journal, request, CHATS)
-
-    @app.post(RESPONSES.path, response_class=Response)
-    async def respond(request: ResponsesRequest) -> Response:
-        """Answer in a conversation by items: text, reasoning, tool calls; whole, or as events."""
-        return _arrival(service, journal, request, RESPONSES)
-
-    @app.get("/v1/responses/{response_id}")
-    async def response(response_id: str) -> Response:
-        """A stored response, by its id."""
-        return json_response(store.get(response_id, "response_id").body)
-
-    @app.delete("/v1/responses/{response_id}")
-    async def delete(response_id: str) -> Response:
-        """Delete a stored response."""
-        store.delete(response_id, "response_id")
-        return json_response({"id": response_id, "object": "response", "deleted": True})
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:
@@ -265,7 +243,7 @@ class Arrival(Response):
 
 
 def _arrival(
-    service: Service, journal: JournalKeeper | None, request: SampledRequest, endpoint: Endpoint
+    service: Service, journal: JournalKeeper | None, request: GenerationRequest, endpoint: Endpoint
 ) -> Arrival:
     async def make(scope: Scope, began_s: float) -> Answer:
         if journal is not None:

@@ -107,13 +107,8 @@ class ChatAnswer(Answer):
     param = "messages"
     prefix, kind, kind_of_chunks = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(
-        self,
-        service: Service,
-        prepared: Prepared,
-        chat: ChatRequest | None = None,
-    ) -> None:
-        super().__init__(service, prepared, chat)
+    def __init__(self, service: Service, prepared: Prepared) -> None:
+        super().__init__(service, prepared)
         request, params = self._request, self._params
         assert isinstance(request, ChatRequest), "it is a chat"
         (text,) = prepared.texts

@@ -90,8 +90,8 @@ class StreamOptions(Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class SampledRequest(Known):
-    """Sampling, ends and limits of a request for text."""
+class GenerationRequest(StructuredRequest):
+    """Fields of completions and chats."""
 
     temperature: float | None = number("temperature")
     top_p: float | None = number("top_p")
@@ -121,10 +121,6 @@ class SampledRequest(Known):
     prompt_cache_key: Name | None = None
     prompt_cache_retention: Name | None = None
     request_id: Name | None = None
-
-
-class GenerationRequest(SampledRequest, StructuredRequest):
-    """Fields of completions and chats."""
 
     n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
     max_tokens: int | None = number("max_tokens")

@@ -3,13 +3,10 @@
 import asyncio
 import re
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import msgspec
 from prometheus_client.core import Metric
 
 from expertlane.engine.async_engine import AsyncEngine, Generation, RequestGroup
@@ -21,14 +18,11 @@ from expertlane.server.fields import Message
 from expertlane.server.health import Stall
 from expertlane.server.marks import Marks
 from expertlane.server.metrics import Families, Metrics
-from expertlane.server.requests import ChatRequest, GenerationRequest, SampledRequest
+from expertlane.server.requests import ChatRequest, GenerationRequest
 from expertlane.server.setup import PromptEncoder, ServedModel, ServerOptions, TooLongError
 from expertlane.spec.sampling import SamplingParams, Structured
 from expertlane.text.grammars import Grammar
 from expertlane.text.tokenizer import Tokenizer
-
-_MOST_BYTES = 256 * 2**20
-
 
 MOST_LOGPROBS = 2**20  # log-probabilities of a request, some 150 bytes each
 _PROMPT = re.compile(r"prompt(?: (\d+))?(?=:)")
@@ -121,7 +115,6 @@ class Service:
         num_open: requests that have no complete answer yet.
         under_way: unfinished requests of the engine, with their time limits.
         stall: sees that ranks keep requests waiting.
-        responses: stored responses of `/v1/responses`.
         journal: keeps requests beyond this process; None for no journal.
     """
 
@@ -156,7 +149,6 @@ class Service:
             on_end=on_end,
             before_chunks=self._note_chunks,
         )
-        self.responses = ResponseStore(options.max_stored_responses)
         self.journal: Journal | None = None
         self._encoder: PromptEncoder | None = None
         if model.tokenizer is not None:
@@ -424,7 +416,7 @@ class Service:
             raise bad_field("min_tokens", text)
         return wanted
 
-    def time_limit_s(self, request: SampledRequest) -> float | None:
+    def time_limit_s(self, request: GenerationRequest) -> float | None:
         """Seconds that a request may take from its arrival; None for any time."""
         limits = (request.timeout_s, self.options.request_timeout_s)
         return min((each for each in limits if each is not None), default=None)
@@ -465,77 +457,6 @@ class Service:
 def ended(error: Exception) -> ApiError:
     """The error of requests once the engine has ended."""
     return ApiError(500, f"the engine has ended: {error}", code="engine_dead")
-
-
-@dataclass(frozen=True, eq=False)
-class StoredResponse:
-    """A response, and the chat that it ends.
-
-    Attributes:
-        body: the body that the client got.
-        messages: messages of the whole chat, but for instructions, which do not carry over.
-    """
-
-    body: dict[str, Any]
-    messages: list[dict[str, Any]]
-
-
-class ResponseStore:
-    """The most recently used responses.
-
-    Args:
-        most: the number to keep; 0 to keep none.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._kept: OrderedDict[str, tuple[StoredResponse, int]] = OrderedDict()
-        self._num_bytes = 0
-
-    @property
-    def is_open(self) -> bool:
-        """Whether responses are kept at all."""
-        return self._most > 0
-
-    def put(self, response: StoredResponse) -> None:
-        """Keep a response; the least recently used ones are dropped."""
-        size = len(msgspec.json.encode((response.body, response.messages)))
-        if (known := self._kept.pop(response.body["id"], None)) is not None:
-            self._num_bytes -= known[1]
-        self._kept[response.body["id"]] = response, size
-        self._num_bytes += size
-        while self._kept and (len(self._kept) > self._most or self._num_bytes > _MOST_BYTES):
-            _, (_, size) = self._kept.popitem(last=False)
-            self._num_bytes -= size
-
-    def get(self, response_id: str, param: str) -> StoredResponse:
-        """A response by its id.
-
-        Args:
-            param: the field that names it.
-
-        Raises:
-            ApiError: it is not kept, or no longer.
-        """
-        if response_id not in self._kept:
-            raise ApiError(
-                404,
-                f"{param}: there is no response {response_id!r}; the last {self._most} are kept, "
-                "without those with store: false",
-                param=param,
-                code="response_not_found",
-            )
-        self._kept.move_to_end(response_id)
-        return self._kept[response_id][0]
-
-    def delete(self, response_id: str, param: str) -> None:
-        """Drop a response.
-
-        Raises:
-            ApiError: it is not kept.
-        """
-        self.get(response_id, param)
-        self._num_bytes -= self._kept.pop(response_id)[1]
 
 
 class UnderWay:

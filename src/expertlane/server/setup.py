@@ -60,7 +60,6 @@ class ServerOptions:
         stall_s: seconds for which ranks may keep requests waiting before `/health` says so.
         observers: called with every request once it has its answer.
         on_event: called with every event of the server, by kind and text.
-        max_stored_responses: responses of `/v1/responses` kept in memory for later requests.
         journal: the journal by which requests go on if this process dies; None for none.
         reconnect_s: seconds that requests of a journal go on, and finished answers stay, while no
             client reads them.
@@ -76,7 +75,6 @@ class ServerOptions:
     stall_s: float = 4.0  # less than the five seconds for which `drill` lets it be wrong
     observers: tuple[Observer, ...] = ()
     on_event: Callable[[str, str], None] | None = None
-    max_stored_responses: int = 1000
     journal: JournalFile | None = None
     reconnect_s: float = 60.0
     tool_call_parser: str | None = None

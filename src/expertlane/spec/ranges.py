@@ -202,7 +202,6 @@ _RANGES: dict[str, Range] = {  # by the names of the fields, parted by spaces
     # server
     "port": _whole(0, 65535),
     "max_num_queued": _whole(1, 10**6),
-    "max_stored_responses": _whole(0, 10**6),
     "request_timeout_s budget_s": _above(0, 1e6),
     "drain_s reconnect_s rejoin_s": _number(0, 1e6),
     "watch_s": _number(0, 600),

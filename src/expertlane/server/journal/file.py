@@ -54,7 +54,8 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
         is_named: whether the client gave the id.
         path: path of its route.
         body: JSON of its validated fields.
-        prompts, texts, before, created: see `Prepared`.
+        prompts, texts, created: see `Prepared`.
+        before: empty; in older versions, messages before a request to `/v1/responses`.
         shared: one entry, the params that all choices share; in older versions, with `seeds`
             empty, the params of every choice.
         root: root of the answer's ids; see `Prepared`.

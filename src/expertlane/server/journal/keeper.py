@@ -30,8 +30,7 @@ from expertlane.server.journal.file import (
 from expertlane.server.journal.kept import KeptRequest
 from expertlane.server.metrics import Families
 from expertlane.server.middleware import key_digest
-from expertlane.server.requests import SampledRequest
-from expertlane.server.responses import RESPONSES
+from expertlane.server.requests import GenerationRequest
 from expertlane.server.service import Service
 
 _PREFIX = "expertlane:journal_"
@@ -94,7 +93,7 @@ def unknown(request_id: str, param: str) -> ApiError:
     )
 
 
-_ENDPOINTS = {each.path: each for each in (COMPLETIONS, CHATS, RESPONSES)}
+_ENDPOINTS = {each.path: each for each in (COMPLETIONS, CHATS)}
 _COMPACT_BYTES = 64 * 2**20  # beyond twice the size of what is needed: a new file is begun
 _MOST_FINISHED_CHUNKS = 2**18  # of finished answers; beyond, unread ones are forgotten
 _MOST_FINISHED_BYTES = 64 * 2**20  # memory of finished answers
@@ -139,7 +138,7 @@ class JournalKeeper:
     # Clients.
 
     async def answer(
-        self, scope: Scope, request: SampledRequest, endpoint: Endpoint, began_s: float
+        self, scope: Scope, request: GenerationRequest, endpoint: Endpoint, began_s: float
     ) -> Answer:
         """The answer to a request: that of an earlier one with the same id, or a new one.
 
@@ -193,7 +192,7 @@ class JournalKeeper:
         return answer
 
     async def _take_in(
-        self, asked: Asked, request: SampledRequest, endpoint: Endpoint, began_s: float
+        self, asked: Asked, request: GenerationRequest, endpoint: Endpoint, began_s: float
     ) -> KeptRequest:
         """Write a new request down, and queue it.
 
@@ -222,7 +221,7 @@ class JournalKeeper:
             list(prepared.prompts),
             params[:1],
             list(prepared.texts),
-            list(prepared.before),
+            [],
             prepared.root,
             prepared.created,
             time.time() - (self._loop.time() - began_s),
@@ -423,11 +422,7 @@ class JournalKeeper:
                 f"valid in this version: {type(error).__name__}"
             ) from None
         prepared = Prepared(
-            request,
-            begun.prompts,
-            begun.params(),
-            begun.texts,
-            before=begun.before,
+            *(request, begun.prompts, begun.params(), begun.texts),
             root=begun.root,
             created=begun.created,
         )
@@ -515,11 +510,11 @@ def _name(kept: KeptRequest) -> tuple[bytes, str]:
     return kept.begun.key, kept.begun.request_id
 
 
-def _body(request: SampledRequest) -> bytes:
+def _body(request: GenerationRequest) -> bytes:
     return request.model_dump_json(by_alias=True, exclude_unset=True).encode()
 
 
-def _check_same(kept: KeptRequest, request: SampledRequest, endpoint: Endpoint) -> None:
+def _check_same(kept: KeptRequest, request: GenerationRequest, endpoint: Endpoint) -> None:
     if kept.endpoint is not endpoint or kept.begun.body != _body(request):
         raise ApiError(
             409,
