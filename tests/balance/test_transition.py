@@ -38,7 +38,6 @@ def test_a_replaced_rank_gets_what_others_have_and_reads_the_rest():
     change = Transition(whole, whole, {0, 2})
     assert change.lost == change.joining == {1}
     assert change.caches == {(0, 0): (0, 0), (0, 2): (0, 2)}
-    assert change.lost_caches == {(0, 1)}
     new = change.of(1)
     assert not new.keeps
     held = experts(whole.parts_of(1))
@@ -68,14 +67,12 @@ def test_a_smaller_layout_reads_only_what_lost_ranks_alone_had():
     smaller = Arrangement.alike(left, (None, placed, placed), 8)
     change = Transition(whole, smaller, {0, 1, 2})
     assert change.caches == {(0, 0): (0, 0), (0, 1): (0, 1)}
-    assert change.lost_caches == {(0, 2), (0, 3)}
     for number in left.numbers:
         assert experts(change.of(number).keeps) == [0, 1, 2]
         assert experts(change.of(number).reads) == [3, 4, 5]
         assert kinds(change.of(number).reads) == {PartKind.EXPERT}
     parked = change.of(2)
     assert (parked.keeps, parked.reads) == (frozenset(), frozenset())
-    assert parked.drops == whole.parts_of(2)
 
     back = Transition(smaller, whole, {0, 1, 2}, {2: whole.parts_of(2)})
     assert back.of(2).keeps == whole.parts_of(2)
@@ -158,7 +155,6 @@ def test_every_rank_ends_with_what_it_needs_and_nothing_that_lives_is_lost(data)
         assert own.keeps | own.receives.keys() | own.reads == needs
         assert len(own.keeps) + len(own.receives) + len(own.reads) == len(needs)
         assert own.keeps == has[number] & needs
-        assert own.drops == has[number] - needs
         for part, sender in own.receives.items():
             assert sender in alive
             assert sender != number
@@ -177,7 +173,6 @@ def test_every_rank_ends_with_what_it_needs_and_nothing_that_lives_is_lost(data)
         numbers = after.members.of_dp_rank[new]
         assert numbers == before.members.of_dp_rank[old]
         assert alive.issuperset(numbers)
-    assert change.lost_caches | {*change.caches.values()} == {*before.members.dp_ranks}
     if before.members == after.members:  # what a rank gets beside steps is what it lacks
         layout, numbers = after.layout, after.members.numbers
         moving = Transition(before, after, numbers)
@@ -202,5 +197,4 @@ def test_every_rank_ends_with_what_it_needs_and_nothing_that_lives_is_lost(data)
                 if part.kind is PartKind.EXPERT
             }
     whole = Transition(before, before, range(10))
-    assert not whole.lost_caches
     assert all(whole.of(each).keeps == before.parts_of(each) for each in range(10))

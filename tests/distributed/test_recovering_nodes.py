@@ -2,7 +2,6 @@
 
 import re
 import socket
-import textwrap
 
 import psutil
 import pytest
@@ -18,44 +17,12 @@ from distributed.recovering import (
     start,
     wait_for,
 )
-from distributed.test_torchrun import start as start_agent
-from distributed.test_torchrun import torchrun
 from engine.ranks.processes import session_is_gone
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.engine.ranks.rendezvous import Claim, handshake
 from expertlane.errors import RankError, RanksLostError
 
 TIMEOUT_S = 2.5
-PROGRAM = textwrap.dedent(
-    """
-    import contextlib, os, sys, time, psutil
-    from expertlane.engine.ranks.commands import DescribeMachine
-    from expertlane.engine.launch import start_pool
-    from expertlane.errors import RanksLostError
-    from expertlane.spec.engine_config import EngineConfig
-
-    def supervisors():
-        for each in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if each.environ().get("MASTER_PORT") == os.environ["MASTER_PORT"]:
-                    if "from expertlane.engine.ranks.supervisor import" in " ".join(each.cmdline()):
-                        yield each
-
-    config = EngineConfig(timeout_s=30.0, dtype="float32", on_failure="replace", rejoin_s=0.0)
-    with start_pool(config, 4) as pool:
-        for number in range(3):
-            ranks = [rank for each in supervisors() for rank in each.children()]
-            ranks[number % 2].kill()
-            try:
-                while True:
-                    pool.check()
-                    time.sleep(0.01)
-            except RanksLostError as error:
-                line = str(error)
-                pool.begin_epoch(error.ranks)
-            print(line, len(pool.call(DescribeMachine())), file=sys.stderr, flush=True)
-    """
-)
 
 
 @pytest.fixture(scope="module")
@@ -138,15 +105,3 @@ def test_a_lost_node_is_final(pool):
         pool.call(Stay(60))
     assert not isinstance(caught.value, RanksLostError)
     assert pool.is_closed
-
-
-@pytest.mark.full
-def test_torchrun_never_sees_a_rank_die(tmp_path):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    agents = [start_agent(tmp_path, [*node, "program.py"]) for node in torchrun(2, 1)]
-    outputs = [agent.communicate(timeout=200) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], outputs
-    lines = [line for line in outputs[0][1].splitlines() if line.startswith("rank ")]
-    assert len(lines) == 3
-    for line in lines:
-        assert re.match(r"rank [23] .*SIGKILL.* 4$", line), lines

@@ -1,11 +1,8 @@
 """Nodes on which torchrun started processes: the same command, the same tokens, the same end."""
 
-import contextlib
 import json
 import os
 import random
-import re
-import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +13,7 @@ import psutil
 import pytest
 
 from cli.screen import tells
-from engine.ranks.processes import RunningRanks, wait_until
+from engine.ranks.processes import wait_until
 
 EXPERIMENT = """
 name = "four"
@@ -164,129 +161,22 @@ def test_too_few_processes(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-class LongRun:
-    """A run of minutes under torchrun.
-
-    Attributes:
-        agents: torchrun's own processes, one a node.
-        pids: of the ranks.
-    """
-
-    def __init__(self, folder, num_nodes, num_processes):
-        (folder / "long.toml").write_text(
-            EXPERIMENT.replace("output_len = 3", "output_len = 4000").replace(
-                'preset = "paper-tiny"', 'preset = "paper-tiny"\nmax_position_embeddings = 5000'
-            )
-        )
-        command = ["-m", "expertlane", "compare", "long.toml", "--out", "out", "--timeout-s", "3"]
-        nodes = torchrun(num_nodes, num_processes)
-        self.agents = [start(folder, [*node, *command]) for node in nodes]
-        self.launcher, *self.supervisors = map(self._first_process, self.agents)
-        running = RunningRanks(self.launcher.pid, 4 // num_nodes)
-        self.pids, self.board = list(running.pids), running.board
-        for each in self.supervisors:
-            assert wait_until(lambda each=each: len(each.children()) == 4 // num_nodes)
-            self.pids += sorted(child.pid for child in each.children())
-        running.wait_for_step(3)
-        own = [self.launcher, running.server, *self.supervisors]
-        self._processes = [*own, *map(psutil.Process, self.pids)]
-
-    def _first_process(self, agent):
-        """Of an agent's, the one that starts ranks; all others leave."""
-        started = psutil.Process(agent.pid)
-
-        def has_ranks():
-            assert agent.poll() is None, agent.communicate()[1]
-            with contextlib.suppress(psutil.NoSuchProcess):  # one that leaves just now
-                return [each for each in started.children() if each.children()]
-            return []
-
-        assert wait_until(has_ranks)
-        assert wait_until(lambda: len(started.children()) == 1), "the others leave"
-        return started.children()[0]
-
-    def end(self, within_s):
-        """Wait for its end: exit codes and our error lines; nothing may be left."""
-        outputs = [agent.communicate(timeout=within_s)[1] for agent in self.agents]
-        left = psutil.wait_procs(self._processes, timeout=5)[1]
-        assert not left
-        errors = [line for err in outputs for line in errors_in(err)]
-        return [agent.returncode for agent in self.agents], errors
-
-    def close(self):
-        """End all, whatever state they are in."""
-        for each in self._processes:
-            if each.is_running():
-                each.kill()
-        for agent in self.agents:
+@pytest.mark.full
+def test_all_end_with_torchrun_while_nodes_still_come(tmp_path):
+    """Killed so early that they would wait minutes for its store, or for the other node."""
+    (tmp_path / "four.toml").write_text(EXPERIMENT)
+    agents = [start(tmp_path, [*node, *COMMAND]) for node in torchrun(2, 1)]
+    launcher, other = (psutil.Process(agent.pid) for agent in agents)
+    try:
+        assert wait_until(launcher.children)
+        assert wait_until(other.children)
+        other.children()[0].suspend()
+        processes = launcher.children(recursive=True)
+        agents[0].kill()
+        assert not psutil.wait_procs(processes, timeout=60)[1]
+    finally:
+        for each in other.children():
+            each.kill()
+        for agent in agents:
             agent.kill()
             agent.communicate()
-
-
-@pytest.fixture
-def long_run(tmp_path):
-    runs = []
-
-    def begin(num_nodes, num_processes):
-        runs.append(LongRun(tmp_path, num_nodes, num_processes))
-        return runs[0]
-
-    yield begin
-    for each in runs:
-        each.close()
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("nodes", [(1, 4), (2, 1)])
-def test_a_killed_rank(long_run, nodes):
-    """torchrun sees nothing of it; the launcher says what happened where."""
-    run = long_run(*nodes)
-    os.kill(run.pids[3], signal.SIGKILL)
-    codes, errors = run.end(within_s=10)
-    assert codes[0] != 0
-    assert len(errors) == 1, errors
-    assert re.search(r"rank 3 .*SIGKILL .* in .*stage [\w/ -]+", errors[0])
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("nodes", [(1, 4), (2, 1)])
-def test_a_stopped_rank(long_run, nodes):
-    run = long_run(*nodes)
-    os.kill(run.pids[3], signal.SIGSTOP)
-    codes, errors = run.end(within_s=3 + 10)
-    assert codes[0] != 0
-    assert len(errors) == 1, errors
-    assert re.search(r"rank 3 hung in .*stage [\w/ -]+", errors[0])
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("nodes", [(1, 4), pytest.param((2, 1), marks=pytest.mark.full)])
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)]
-)
-def test_torchrun_is_told_to_end(long_run, nodes, number):
-    """As by Ctrl-C, or by a batch system, which tells all nodes."""
-    run = long_run(*nodes)
-    for agent in run.agents:
-        agent.send_signal(number)
-    codes, _ = run.end(within_s=30)  # torchrun takes its own time
-    assert 0 not in codes
-
-
-@pytest.mark.full
-def test_a_node_whose_torchrun_is_killed(long_run):
-    run = long_run(2, 1)
-    run.agents[1].kill()
-    codes, errors = run.end(within_s=10)
-    assert codes[0] != 0
-    (line,) = errors
-    assert tells(line, "expertlane: error: node 1 127.0.0.1 gone ranks")
-
-
-@pytest.mark.full
-def test_a_launcher_that_is_killed(long_run):
-    run = long_run(2, 1)
-    run.launcher.kill()
-    codes, _ = run.end(within_s=10)
-    assert codes[0] != 0

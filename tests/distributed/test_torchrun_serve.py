@@ -150,6 +150,13 @@ def test_a_node_that_dies_ends_all_with_one_line(nodes):
 
 
 @pytest.mark.full
+def test_a_launcher_that_is_killed_ends_all(nodes):
+    (launcher,) = psutil.Process(nodes.agents[0].pid).children()
+    launcher.kill()
+    assert nodes.end(within_s=30)[0] != 0
+
+
+@pytest.mark.full
 def test_a_rank_of_another_node_is_replaced(nodes):
     long = Long(nodes.url)
     long.start()

@@ -138,14 +138,6 @@ class TestStream:
         }
         check_idle(stub_llm)
 
-    def test_a_request_cancelled_from_outside(self, stub_llm):
-        stream = stub_llm.stream([[1], [2]], replace(GREEDY, max_tokens=4))
-        _, chunk = next(stream)
-        assert stub_llm.engine.cancel(chunk.request_id)
-        rest = list(stream)
-        assert [chunk.finish_reason for place, chunk in rest if place == 0] == ["cancelled"]
-        assert [chunk.token_id for place, chunk in rest if place == 1] == expected([2], 4)
-
 
 BAD_PROMPTS = {
     "empty": ([], "prompt 2 empty 1"),

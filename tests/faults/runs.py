@@ -26,14 +26,6 @@ import numpy as np
 
 from distributed.running import Inline
 from engine.elastic.shadow import found as shadow_lines
-from engine.ranks.harm import (
-    ForkedServer,
-    arguments_of,
-    files_and_names,
-    in_workers,
-    read,
-    remaining,
-)
 from engine.ranks.processes import session_is_gone, wait_until
 from expertlane.engine import model_runner
 from expertlane.engine.elastic.rebalancing import Rebalancer
@@ -44,6 +36,14 @@ from expertlane.spec.deployment import Options
 from expertlane.spec.layout import Layout
 from faults.drained import serve_and_end
 from faults.draws import NUM_CASES, Draw, draw
+from faults.numbered import (
+    ForkedServer,
+    arguments_of,
+    files_and_names,
+    in_workers,
+    read,
+    remaining,
+)
 from faults.planted import Happened, install
 from faults.served import Served, requests
 

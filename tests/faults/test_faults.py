@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from engine.ranks.harm import asked_for, lines_of, numbered
 from faults.draws import KINDS, LAYOUTS, MOMENTS, NUM_CASES, TRANSPORTS, draw, places
+from faults.numbered import asked_for, lines_of, numbered
 
 NUM_RUNS, NUM_QUICK = 30, 2
 

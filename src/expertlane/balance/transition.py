@@ -102,13 +102,11 @@ class Change:
         keeps: what it has and needs.
         receives: what it gets, each from the process that sends it.
         reads: what it reads from the checkpoint, or draws.
-        drops: what it has and no longer needs.
     """
 
     keeps: frozenset[Part]
     receives: Mapping[Part, int]
     reads: frozenset[Part]
-    drops: frozenset[Part]
 
 
 class Transition:
@@ -151,11 +149,6 @@ class Transition:
         kept = self.after.members.kept_caches(before)
         return {new: old for new, old in kept.items() if old not in gone}
 
-    @property
-    def lost_caches(self) -> set[DpRank]:
-        """The data-parallel ranks of `before` whose sequences begin again."""
-        return {*self.before.members.dp_ranks} - {*self.caches.values()}
-
     def of(self, number: int) -> Change:
         """The change of one process."""
         has = frozenset(self._beside.get(number, ()))
@@ -165,7 +158,7 @@ class Transition:
         lacks = needs - has
         found = {part: self.sender(part, number) for part in lacks}
         receives = {part: sender for part, sender in found.items() if sender is not None}
-        return Change(has & needs, receives, lacks - receives.keys(), has - needs)
+        return Change(has & needs, receives, lacks - receives.keys())
 
     def sender(self, part: Part, number: int) -> int | None:
         """The process that sends a part to another; None if no process of its stage can."""

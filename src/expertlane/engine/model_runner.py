@@ -19,7 +19,6 @@ from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.ranks.commands import (
     CacheInt8,
     Deploy,
-    DiscardSteps,
     LeaveCores,
     RankOutcome,
     Redeploy,
@@ -261,16 +260,6 @@ class ModelRunner:
             for dp_rank, step in enumerate(plan.of_dp_ranks())
         ]
         return StepHandle(plan, self._pool.submit_each(commands), submitted_s)
-
-    def discard(self, plans: Sequence[StepPlan]) -> None:
-        """Undo the steps that are not committed, once they have run; they may be submitted again.
-
-        Args:
-            plans: the plans of all such steps.
-        """
-        for replica in {plan.replica for plan in plans}:
-            steps = tuple(plan.step for plan in plans if plan.replica == replica)
-            self._pool.submit(DiscardSteps(steps), ranks=self.members.of_replica[replica])
 
     def abandon(self, plans: Sequence[StepPlan]) -> None:
         """Drop decisions about steps to come; see `engine.elastic.recovery.Follower`."""

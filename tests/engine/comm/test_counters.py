@@ -4,10 +4,8 @@ The model: 2 layers, hidden size 8, 2 heads of 4, 4 experts of inner size 6, all
 vocabulary 12; float32. One sequence with a prompt of 3 tokens, then one decode step at position 3.
 """
 
-import numpy as np
 import pytest
 
-from distributed.on_ranks import Collective
 from distributed.running import deployment, run_deployment
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
@@ -135,26 +133,6 @@ def test_tensor_parallel_step(records):
         assert record.num_collectives[Stage.COLLECTIVES] == NUM_LAYERS * 2 + 2
         assert record.num_collectives[Stage.DISPATCH] == NUM_LAYERS
         assert record.num_collectives[Stage.COMBINE] == NUM_LAYERS
-
-
-def test_all_reduce(pools):
-    """Between the two halves of an all-reduce every rank owns a part: 2 rows, 1 and none of 3."""
-    layout, counts = Layout(tp=3), [2, 1, 0]
-    rows = np.ones((3, 8), dtype=np.float32)
-    rest = [[counts]] * 3
-    command = Collective(layout, 8, "tp", "reduce_scatter", [rows] * 3, rest)
-    scattered = pools.pool(3).call(command)[:3]
-    # What others own is sent: 3 rows less one's own.
-    assert [sent(record, Traffic.PAYLOAD) for _, record in scattered] == [32, 64, 96]
-    command = Collective(layout, 8, "tp", "all_gather", [part for part, _ in scattered], rest)
-    gathered = pools.pool(3).call(command)[:3]
-    # One's own rows are sent to two others.
-    assert [sent(record, Traffic.PAYLOAD) for _, record in gathered] == [128, 64, 0]
-    for result, record in gathered:
-        np.testing.assert_array_equal(result, 3 * rows)
-        assert record.num_collectives[Stage.COLLECTIVES] == 1
-    both = sum(sent(record, Traffic.PAYLOAD) for _, record in scattered + gathered)
-    assert both == 2 * (3 - 1) * 3 * 32  # an all-reduce's least: 2 (n - 1) × its bytes, in all
 
 
 @pytest.mark.parametrize(("ranks_per_node", "link"), [(2, Link.INTRA_NODE), (1, Link.INTER_NODE)])

@@ -8,16 +8,15 @@ from unittest import mock
 
 import pytest
 
-from cli.screen import telling, tells
+from cli.screen import tells
 from engine.elastic.recovering import facts, harmed, model, move_experts, pids, reading, record_of
 from engine.ranks.processes import wait_until
 from expertlane import SamplingParams
 from expertlane.balance.placement import WHOLE
 from expertlane.engine.elastic.rebalancing import MovePace
 from expertlane.engine.elastic.recovery_record import State
-from expertlane.engine.ranks.commands import Deploy, FinishMoves, Redeploy, RunStep, StartMoves
+from expertlane.engine.ranks.commands import FinishMoves, Redeploy, RunStep, StartMoves
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.errors import RankError
 from expertlane.schedule.request import FinishReason
 from expertlane.spec.deployment import Options
 
@@ -69,26 +68,6 @@ def test_a_rank_is_killed(layout, options, transport, monkeypatch, capfd):
             assert any(each.switched is not None for each in llm._runner.rebalancer.decisions)
         assert facts(llm) == expected
     assert capfd.readouterr().err.count("recovered in") == len(moments)
-
-
-@pytest.mark.full
-def test_a_rank_is_killed_while_parts_of_experts_move(monkeypatch):
-    """Parts that have arrived are dropped with the rest."""
-    monkeypatch.setattr(MovePace, "most", WHOLE * 3 // 4)
-    options = Options(rebalance_steps=3, num_redundant_experts=2)
-    with model("dp=2,ep=2", options=options) as llm:
-        move_experts(llm)
-        rebalancer = llm._runner.rebalancer
-        expected = facts(llm)
-        moments = [(1, RunStep, 6), (0, StartMoves, 2), (1, FinishMoves, 2), (0, StartMoves, 5)]
-        for number, (rank, command, after) in enumerate(moments, start=1):
-            with harmed(rank, command, after) as killed:
-                assert facts(llm) == expected
-            assert len(killed) == 1
-            assert llm.engine.recovery.num_recoveries == number
-            replica = rebalancer._replicas[0]
-            assert replica.pace.poll()  # no slice of an older epoch is waited for
-        assert any(each.switched is not None for each in rebalancer.decisions)
 
 
 @pytest.mark.full
@@ -201,17 +180,3 @@ def test_a_rank_is_lost_while_nothing_runs_and_no_count_falls():
         assert (after.spent_s >= before.spent_s).all()
         assert (after.num_steps > before.num_steps).all()
         assert (after.rank_tokens.sum(axis=0) > before.rank_tokens.sum(axis=0)).all()
-
-
-@pytest.mark.full  # faults and contract 3 have both
-def test_a_rank_is_lost_at_the_start_and_all_stop_where_that_is_asked_for():
-    with model("dp=2,ep=2", on_failure="stop") as llm:
-        expected = facts(llm)
-        assert llm.engine.recovery is None
-        line = telling("rank 1 killed SIGKILL ended")
-        with harmed(1, RunStep, 5), pytest.raises(RankError, match=line):
-            facts(llm)
-    with harmed(1, Deploy, 1) as killed, model("dp=2,ep=2") as llm:
-        assert len(killed) == 1
-        assert facts(llm) == expected
-        assert llm.engine.recovery.num_recoveries == 1

@@ -13,7 +13,6 @@ from engine.elastic.recovering import (
     PARAMS,
     PROMPTS,
     facts,
-    harmed,
     model,
     move_experts,
     pids,
@@ -21,8 +20,6 @@ from engine.elastic.recovering import (
 )
 from expertlane import SamplingParams
 from expertlane.engine.elastic.recovery_record import State
-from expertlane.engine.ranks.commands import LeaveCores, Redeploy
-from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import UserError
 from expertlane.spec.deployment import Options
 
@@ -173,74 +170,6 @@ def test_without_recovery_it_is_refused():
         with pytest.raises(UserError, match="--on-failure replace"):
             llm.scale("tp=2")
         assert llm.generate([[1]], SamplingParams(max_tokens=1))[0].token_ids
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    ("rank", "command", "layout"),
-    [
-        (1, LeaveCores, "dp=4,ep=4"),  # before it begins
-        (0, Redeploy, "dp=4,ep=4"),
-        (3, Redeploy, "dp=4,ep=4"),
-        (0, Redeploy, "pp=2"),
-        (0, Redeploy, "tp=1"),
-    ],
-)
-def test_a_rank_is_lost_meanwhile(rank, command, layout):
-    with model("dp=2,ep=2", on_failure="stop") as llm:
-        expected = tokens(llm.generate(PROMPTS, PARAMS))
-    with model("dp=2,ep=2") as llm:
-        with harmed(rank, command, 1) as killed:
-            assert scaled_under_load(llm, [layout]) == expected
-        assert len(killed) == 1
-        recovery = llm.engine.recovery
-        assert recovery.num_scalings == 1
-        assert str(llm.layout) == layout
-        assert llm._pool.num_ranks == llm.layout.world_size
-        assert any(f"rank {rank} was killed" in each.line for each in recovery.records)
-        assert tokens(llm.generate(PROMPTS, PARAMS)) == expected
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("harmed_rank", [2, 3])
-def test_a_rank_is_lost_while_it_starts(harmed_rank, monkeypatch):
-    """One that ends, or one that has just been forked."""
-    begin_epoch = RankPool.begin_epoch
-    layout = {2: "dp=2,ep=2", 3: "dp=4,ep=4"}[harmed_rank]
-    killed = []
-
-    def begin_and_kill(pool, *given):
-        if not killed:
-            if harmed_rank == 2:
-                killed.append(pool.pid(harmed_rank))
-                os.kill(killed[0], 9)
-            else:
-                take = pool._take_answer
-
-                def take_and_kill(rank, message):
-                    take(rank, message)
-                    if rank == harmed_rank and not killed:
-                        killed.append(pool.pid(rank))
-                        os.kill(killed[0], 9)
-
-                pool._take_answer = take_and_kill
-        begin_epoch(pool, *given)
-
-    with model("dp=3,ep=3") as llm:
-        expected = tokens(llm.generate(PROMPTS, PARAMS))
-        monkeypatch.setattr(RankPool, "begin_epoch", begin_and_kill)
-        assert scaled_under_load(llm, [layout]) == expected
-        assert len(killed) == 1
-        assert llm._pool.num_ranks == llm.layout.world_size
-        assert tokens(llm.generate(PROMPTS, PARAMS)) == expected
-
-
-@pytest.mark.full
-def test_over_another_backend(monkeypatch):
-    monkeypatch.setenv("EXPERTLANE_BACKEND", "torch")
-    with model("dp=2,ep=2") as llm:
-        expected = tokens(llm.generate(PROMPTS, PARAMS))
-        assert scaled_under_load(llm, ["dp=4,ep=4", "tp=2,ep=2", "dp=3,ep=3"]) == expected
 
 
 @pytest.mark.full

@@ -159,27 +159,6 @@ def test_what_is_given_up_leaves_nothing():
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("victim", [0, 3])
-@pytest.mark.parametrize("harm", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_is_lost_meanwhile(victim, harm):
-    """One that serves, or one that is to come: in time both are there again."""
-    with model("dp=2,ep=2", timeout_s=2.0) as llm:
-        expected, harmed = tokens(llm.generate(PROMPTS, PARAMS)), []
-
-        def meanwhile():
-            if not harmed and (pid := llm._pool.pid(victim)) is not None:
-                harmed.append(pid)
-                os.kill(pid, harm)
-
-        found, change = prepared(llm, "dp=4,ep=4", meanwhile)
-        assert harmed
-        assert found == expected
-        assert bytes_from(change, Origin.AHEAD)[0] > bytes_from(change, Origin.READ)[0]
-        assert llm.engine.recovery.num_recoveries == (victim == 0)
-        assert not psutil.pid_exists(harmed[0])
-
-
-@pytest.mark.full
 def test_ranks_that_never_come(monkeypatch):
     ask = WeightsAhead._ask_new_ranks
 

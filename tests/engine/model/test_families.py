@@ -6,8 +6,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from engine.model.families import FAMILIES, VOCAB_SIZE, load_model, make_model, run_greedy
-from expertlane.spec.from_hf import from_hf
+from engine.model.families import FAMILIES, VOCAB_SIZE, make_model
 
 
 def _token_ids(num_tokens: int) -> list[int]:
@@ -38,43 +37,6 @@ def test_every_kind_of_tensor_matters(family):
         for tensor in tensors:
             tensor.copy_(tensor.flip(-1))
     assert torch.equal(_logits(model, token_ids), logits)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_numbers_worked_out_from_the_config_are_transformers_own(family):
-    theirs = make_model(family)
-    model = from_hf(theirs.config.to_dict())
-    scaling = model.rope_scaling
-    factor = 1.0 if scaling is None else scaling.attention_factor
-    text = getattr(theirs.model, "language_model", theirs.model)
-    assert text.rotary_emb.attention_scaling == pytest.approx(factor, rel=1e-12)
-    assert 2 * len(text.rotary_emb.inv_freq) == model.rotary_dim
-    attention = text.layers[1].self_attn
-    assert attention.scaling == pytest.approx(model.softmax_scale, rel=1e-12)
-    if model.latent is not None:
-        assert attention.kv_a_layernorm.variance_epsilon == model.latent.norm_eps
-
-
-@pytest.mark.smoke(8)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_runs(checkpoints, family):
-    prompt = _token_ids(30)
-    run = run_greedy(checkpoints.folder(family), prompt, 6)
-    assert run.logits.shape == (6, VOCAB_SIZE)
-    assert run.token_ids == run.logits.argmax(-1).tolist()
-    # What was saved is what was made; and all steps in one go give the same logits.
-    whole = _logits(make_model(family), prompt + run.token_ids[:-1])[-6:]
-    torch.testing.assert_close(run.logits, whole, rtol=0, atol=2e-5)
-
-
-def test_the_end_of_a_sequence_ends_nothing(checkpoints):
-    folder = checkpoints.folder("mixtral")
-    first = run_greedy(folder, [3, 4], 1).token_ids[0]
-    model = load_model(folder)
-    eos = model.config.eos_token_id
-    model.config.eos_token_id = first
-    assert len(run_greedy(folder, [3, 4], 5).token_ids) == 5
-    model.config.eos_token_id = eos
 
 
 def test_windows_are_shorter_than_the_prompts():

@@ -1,6 +1,5 @@
 """A pool in which ranks are absent, or ahead of the epoch: lost in any way, at any time."""
 
-import gc
 import os
 import signal
 import sys
@@ -21,7 +20,7 @@ from distributed.recovering import (
     start,
     wait_for,
 )
-from engine.ranks.test_recovering_pool import NUM_RANKS, leaves_nothing, start_pool, state_of
+from engine.ranks.test_recovering_pool import NUM_RANKS, leaves_nothing, start_pool
 from expertlane.errors import RankError, RanksLostError
 
 TIMEOUT_S = 3.0
@@ -226,19 +225,3 @@ def test_more_and_fewer_ranks_while_some_are_ahead(pool):
         pool.start([pool.most_ranks])
     pool.begin_epoch((), num_ranks=3)
     check_exchange(pool, 4)
-
-
-@pytest.mark.full
-def test_many_times_leave_nothing_open(pool):
-    server = psutil.Process(pool._ranks._server.pid)
-    states = []
-    for number in range(8):
-        lose_for_good(pool, {1: ("kill", "raise")[number % 2]})
-        start(pool, [1, 3])
-        dead = pool.submit(Ahead(0, way=("exit", "kill")[number % 2]), ranks=[3])
-        wait_for(pool, lambda ticket=dead: ticket.is_lost)
-        pool.begin_epoch(())
-        check_exchange(pool, number)
-        gc.collect()  # channels that errors of earlier rounds hold
-        states.append((*state_of(pool, server), psutil.Process(pool.pid(1)).num_fds()))
-    assert states[2:] == [states[2]] * 6

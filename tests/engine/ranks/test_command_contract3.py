@@ -84,20 +84,6 @@ def test_a_killed_rank(command):
 
 
 @pytest.mark.full
-def test_a_stopped_rank(command):
-    running = RunningRanks(command.process.pid, NUM_RANKS)
-    position = running.stop_in_a_layer(2)
-    at_s = time.monotonic()
-    code, errors = command.end(within_s=TIMEOUT_S + 10)
-    assert TIMEOUT_S <= time.monotonic() - at_s < TIMEOUT_S + 10
-    assert code == 1
-    (line,) = errors
-    assert tells(line, f"rank 2 hung in {position} stopped {TIMEOUT_S} s")
-    assert running.are_gone(seconds=60)
-    assert command.wrote_nothing()
-
-
-@pytest.mark.full
 def test_a_launcher_that_was_stopped_itself_blames_no_rank(command):
     """As by Ctrl-Z and fg: ranks had nothing to do meanwhile. Then SIGTERM ends it."""
     running = RunningRanks(command.process.pid, NUM_RANKS)

@@ -8,8 +8,6 @@ from contextlib import contextmanager, suppress
 
 import psutil
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from cli.screen import telling, tells
 from distributed import on_ranks
@@ -146,37 +144,6 @@ def test_all_ranks_are_lost_at_once(kept_pool):
         kept_pool.call(Stay(60))
     assert replace(kept_pool, caught.value.ranks) == set(range(NUM_RANKS))
     check_exchange(kept_pool, 2)
-
-
-ways = st.dictionaries(st.integers(0, NUM_RANKS - 1), st.sampled_from(WAYS), max_size=2)
-
-
-@pytest.mark.full
-@given(losses=st.lists(ways, min_size=1, max_size=4))
-@settings(
-    max_examples=6,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-def test_sequences_of_losses(kept_pool, losses):
-    pool = kept_pool
-    for number, lost in enumerate(losses):
-        if lost:
-            found = lose(pool, lost).ranks
-            assert found
-            while found:  # a rank may be found to hang in a later epoch only
-                assert replace(pool, found) <= lost.keys()
-                found = lost_in_exchange(pool, number)
-        check_exchange(pool, number)
-
-
-def lost_in_exchange(pool, value):
-    try:
-        check_exchange(pool, value)
-    except RanksLostError as error:
-        return error.ranks
-    return frozenset()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from engine.ops.cuda.near import DEVICE, needs_kernels, triton
+from engine.ops.cuda.near import DEVICE, needs_kernels
 from engine.ops.cuda.replayed import ReplayedGraphs
 from engine.ops.cuda.tiny_models import MODELS
 from engine.stage.one_rank import OneRank, passed, stage_of
@@ -24,7 +24,6 @@ from expertlane.engine.model import decode_graphs
 from expertlane.engine.model.decode_graphs import (
     NO_SEQS,
     DecodeGraphs,
-    StaticInputs,
     padded,
     places_in,
 )
@@ -304,25 +303,3 @@ def test_graphs_up_to_each_dispatch(name, monkeypatch):
     assert found == expected
     assert difference(logits, others) <= 1e-5
     assert graphs.num_replayed == model.num_hidden_layers * runner.num_decodes > 10
-
-
-# Of what a graph reads: real tokens, token ids, positions, slots, lengths and block tables.
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "column", [0, *(pytest.param(each, marks=pytest.mark.full) for each in (1, 3, 4, 7, 8))]
-)
-def test_a_value_that_is_not_renewed_is_noticed(column, monkeypatch):
-    expected, logits, *_ = play(SMALL, None, monkeypatch, **FEW)
-    fill, first = StaticInputs.fill, {}
-
-    def fill_all_but_one(inputs, columns):
-        fill(inputs, columns)
-        baked = first.setdefault(id(inputs), inputs.tensors[column].clone())
-        inputs.tensors[column].copy_(baked)
-
-    monkeypatch.setattr(StaticInputs, "fill", fill_all_but_one)
-    try:
-        found, others, *_ = play(SMALL, ReplayedGraphs(), monkeypatch, **FEW)
-    except triton.runtime.errors.InterpreterError:
-        return  # it computes with what was never written
-    assert found != expected or difference(logits, others) > 1e-3

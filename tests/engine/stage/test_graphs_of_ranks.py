@@ -8,8 +8,6 @@ from contextlib import closing
 
 import pytest
 
-from cli.screen import telling
-
 pytest.importorskip("triton")
 
 from engine.ops.cuda.near import needs_kernels
@@ -18,7 +16,6 @@ from engine.ranks.rank_threads import Meeting, RankThreads
 from engine.stage.test_decode_graphs import arrivals, difference, drive, limits_of, requests_of
 from engine.test_graph_recording import table_of
 from expertlane.balance.placement import Move, MovedPart, Placement
-from expertlane.engine.model.decode_graphs import DecodeGraphs
 from expertlane.spec.deployment import GraphLimits, Options, is_static_on
 from expertlane.spec.layout import Layout
 
@@ -108,25 +105,6 @@ def test_whole_steps_of_ranks(layout, form, name, monkeypatch):
     if dp > 1:
         assert any(0 in sizes and any(sizes) for sizes in ranks.sizes)
         assert any(len({*sizes}) > 1 and min(sizes) for sizes in ranks.sizes)
-
-
-@pytest.mark.full
-def test_ranks_that_choose_other_sizes_are_noticed(monkeypatch):
-    """The double can fail: each rank pads to its own number of sequences."""
-    padded = DecodeGraphs.padded
-
-    def to_own(graphs, batch, num_tokens, form):
-        return padded(graphs, batch, [max(1, batch.num_seqs)] * len(num_tokens), form)
-
-    monkeypatch.setattr(DecodeGraphs, "padded", to_own)
-    with pytest.raises(AssertionError, match=telling("not exchange")):
-        play(
-            "dp=2,ep=2",
-            Options(dispatch="static"),
-            monkeypatch,
-            has_graphs=True,
-            comes_at=[0, 0, 0],
-        )
 
 
 @pytest.mark.full

@@ -350,12 +350,6 @@ class RunStep(Command[RankOutcome]):
     placements: Placements | None = None
 
 
-class DiscardSteps(Command[None]):
-    """Undo these steps, if they have run; all others are committed."""
-
-    steps: tuple[int, ...]
-
-
 class StartProfile(Command[str]):
     """Begin a trace of the rank's steps by torch's profiler; the answer says why not, if so."""
 
