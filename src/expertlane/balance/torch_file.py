@@ -147,7 +147,7 @@ def _check_opcodes(program: bytes) -> None:
         for operation, argument, _ in pickletools.genops(program):
             if not _OPCODES.fullmatch(operation.name):
                 raise _Refused(f"holds more than numbers and text ({operation.name})")
-            if operation.name == "LONG_BINPUT" and argument > len(program):
+            if operation.name == "LONG_BINPUT" and int(argument or 0) > len(program):
                 raise ValueError("a place in the memo beyond all values")
 
 
