@@ -486,7 +486,6 @@ def bench(
     weights: Literal['model', 'int8'] = 'model',
     activations: Literal['model', 'float8'] = 'model',
     kv_dtype: Literal['model', 'float8'] = 'model',
-    cache_int8: bool = False,
     cuda_graphs: Literal['auto', 'on', 'off'] = 'auto',
     rebalance_steps: int = 0,
     ranks_per_node: int = 0,
@@ -568,8 +567,6 @@ def bench(
         activations: Type of the inputs of matrices stored in float8. float8 rounds them, with a
             scale for a token's every 128, so that GPUs multiply in float8; slower on CPUs.
         kv_dtype: Type of the KV cache. float8 takes half or less, and rounds keys and values.
-        cache_int8: With --weights int8: keep the rounded weights in the checkpoint's folder,
-            for later starts.
         cuda_graphs: Record decode steps once and launch each as one CUDA graph; auto: where
             ranks have GPUs and our kernels.
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:

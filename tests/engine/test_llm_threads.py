@@ -67,8 +67,7 @@ def check_idle(llm: LLM) -> None:
     assert not llm.engine.has_unfinished
     check_empty(llm.engine.scheduler)
     shared = llm._shared
-    assert not any((shared._turns, shared._followers, shared._to_cancel, shared._arrivals))
-    assert shared._leader is None
+    assert not any((shared._turns, shared._to_cancel, shared._arrivals))
 
 
 def prompt_of(number: int) -> list[int]:

@@ -1,17 +1,9 @@
 """Contract 1 for weights of one byte: the reference is the model of the rounded weights."""
 
-import shutil
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
-from cli.screen import telling
 from distributed.running import deployment, run_deployment
-from expertlane.engine.model.checkpoint import FILE
-from expertlane.errors import SpecError, UserError
-from expertlane.spec.deployment import INT8_FOLDER, Options
-from expertlane.spec.from_hf import read_model
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
 from parity.contract import check_contract
@@ -56,32 +48,3 @@ def test_how_far_rounding_moves_the_logits(pools, references, dtype):
     error = np.abs(found.logits - reference.logits).max() / np.abs(reference.logits).max()
     print(f"int8 weights in {dtype}: error {error:.4f}")
     assert 0 < error < 0.036
-
-
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss"])
-def test_what_is_kept_beside_a_checkpoint_changes_no_bit(pools, checkpoints, tmp_path, family):
-    folder = shutil.copytree(checkpoints.folder(family), tmp_path / "model")
-    model, made = read_model(folder, str(folder)), deployment("tp=2", weights="int8")
-    cached = replace(made, options=replace(made.options, cache_int8=True))
-    pool, file = pools.pool(2), folder / INT8_FOLDER / FILE
-    runs, times, lines = [], [], []
-    given = {"checkpoint": folder, "return_logits": True, "log": lines.append}
-    for each in (made, cached, cached):
-        runs.append(run_deployment(pool, model, each, WORKLOAD, **given))
-        times.append(file.stat().st_mtime_ns if file.exists() else None)
-    assert times[0] is None
-    assert times[1] == times[2] is not None
-    where = folder / INT8_FOLDER
-    assert lines == [f"int8 weights: {done} {where}" for done in ("written to", "read from")]
-    for each in runs[1:]:
-        np.testing.assert_array_equal(each.logits, runs[0].logits)
-
-
-def test_what_has_nothing_to_keep_is_refused(pools):
-    with pytest.raises(SpecError, match=telling("weights model weights='int8'")):
-        Options(cache_int8=True)
-    with pytest.raises(UserError, match=telling("cache_int8 yes true false")):
-        Options(weights="int8", cache_int8="yes")
-    made = deployment("tp=1", weights="int8", cache_int8=True)
-    with pytest.raises(UserError, match=telling("--cache-int8 checkpoint's folder paper-tiny")):
-        run_deployment(pools.pool(1), TINY, made, WORKLOAD)

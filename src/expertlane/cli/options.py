@@ -331,11 +331,6 @@ class EngineOptions:
     kv_dtype: KVCacheType = typer.Option(
         "model", help="Type of the KV cache. float8 takes half or less, and rounds keys and values."
     )
-    cache_int8: bool = typer.Option(
-        False,
-        help="With --weights int8: keep the rounded weights in the checkpoint's folder, for later "
-        "starts.",
-    )
     cuda_graphs: Literal["auto", "on", "off"] = typer.Option(
         "auto",
         help="Record decode steps once and launch each as one CUDA graph; auto: where ranks have "

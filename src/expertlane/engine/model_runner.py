@@ -17,7 +17,6 @@ from expertlane.engine.elastic.rebalancing import Rebalancer
 from expertlane.engine.elastic.recovery import CurrentArrangement
 from expertlane.engine.rank_watch import RankWatch
 from expertlane.engine.ranks.commands import (
-    CacheInt8,
     Deploy,
     LeaveCores,
     RankOutcome,
@@ -36,7 +35,7 @@ from expertlane.results.step_checks import first_found, named
 from expertlane.schedule.plan import StepOutcome, StepPlan
 from expertlane.schedule.request import Limits
 from expertlane.schedule.scheduler import FinishedStep
-from expertlane.spec.deployment import INT8_FOLDER, DispatchTable, GraphLimits
+from expertlane.spec.deployment import DispatchTable, GraphLimits
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.layout import Members
 from expertlane.spec.model import ModelConfig
@@ -153,8 +152,7 @@ class ModelRunner:
             `redeploy`, instead of when a step first needs one.
 
     Raises:
-        UserError: the deployment does not suit the model (see `check_deployment`), or int8 weights
-            cannot be kept in the checkpoint's folder.
+        UserError: the deployment does not suit the model (see `check_deployment`).
     """
 
     def __init__(
@@ -183,7 +181,6 @@ class ModelRunner:
         spec = StageSpec(
             *(model, layout, placements, config.seed, ranks_per_node, folder),
             weights=options.weights,
-            cache_int8=options.cache_int8,
             activations=options.activations,
             check=config.check,
         )
@@ -191,8 +188,6 @@ class ModelRunner:
         if options.cuda_graphs is not False:
             graphs = GraphLimits(limits.max_num_seqs, limits.max_model_len)
         self._deploy = Deploy(spec, options, limits.num_blocks, limits.block_size, graphs)
-        if options.cache_int8:
-            _keep_int8(pool, model, folder, log)
         if measures_memory:
             limits = measured_limits(pool, self._deploy, self.members, limits, log)
             self._deploy = msgspec.structs.replace(self._deploy, num_blocks=limits.num_blocks)
@@ -413,17 +408,3 @@ class RoutingRecorder:
         order of computation: the same in all layers, since all stages cut a plan's batches alike.
         """
         return RoutingTrace.of_steps(self._model, self._moe_layers, self._kept)
-
-
-def _keep_int8(
-    pool: RankPool, model: ModelConfig, folder: str | None, log: Callable[[str], None]
-) -> None:
-    """Have the first rank write the int8 weights to the checkpoint's folder, if not yet there."""
-    if folder is None:
-        raise UserError(
-            f"cache_int8 (--cache-int8) needs a checkpoint's folder; {model.name} has "
-            "random weights"
-        )
-    (is_written,) = pool.call(CacheInt8(model, folder), ranks=[0])
-    where = f"{folder}/{INT8_FOLDER}"
-    log(f"int8 weights: {'written to' if is_written else 'read from'} {where}")

@@ -1,4 +1,4 @@
-"""An engine shared by threads: of those that wait for steps, one runs them for all."""
+"""An engine shared by threads: whoever waits for requests runs steps, which serve all of them."""
 
 import signal
 import threading
@@ -18,9 +18,8 @@ from expertlane.spec.sampling import SamplingParams
 class SharedEngine:
     """Gives threads exclusive use of an engine, in the order in which they ask for it.
 
-    One of the waiting threads is the leader: it runs steps until its own condition holds, wakes
-    others when theirs do, and then another leads. Threads that add requests or close get the engine
-    between two steps.
+    A thread that waits runs steps until its condition holds, or until another thread asks for the
+    engine: to add requests, to close, or to wait as well.
 
     Args:
         is_closed: tells whether the ranks have been ended.
@@ -32,9 +31,8 @@ class SharedEngine:
         # Never held during a step. Reentrant: a garbage collection in one may close a stream.
         self._changed = threading.Condition()
         self._turns: deque[int] = deque()  # threads; the first has the engine
-        self._leader: int | None = None
-        self._followers: list[Callable[[], bool]] = []  # the conditions that others wait for
-        self._errors: list[Exception] = []  # raised by steps
+        self._num_waiting = 0  # threads in `wait`
+        self._error: Exception | None = None  # the latest that a step has raised
         self._to_cancel: deque[str] = deque()
         self._arrivals: dict[str, deque[Chunk]] = {}  # by request id: chunks not yet yielded
 
@@ -107,61 +105,30 @@ class SharedEngine:
             raise
 
     def wait(self, is_ready: Callable[[], bool]) -> None:
-        """Run steps, or let another thread run them, until a condition holds.
-
-        Args:
-            is_ready: the condition; called from other threads too.
+        """Run steps, in turn with other threads that wait, until a condition holds.
 
         Raises:
             RankError: a rank died, hung or failed, or the ranks are gone.
         """
-        own = threading.get_ident()
+        with self._changed:
+            self._num_waiting += 1
+        error_before = self._error
         try:
             while not is_ready():
-                with self._changed:
-                    if self._leader not in (None, own):
-                        self._follow(is_ready)
-                    elif not is_ready():
-                        self._leader = own
-                if self._leader == own:
-                    self._lead(is_ready)
+                with self.exclusive():
+                    while not is_ready():
+                        if self._is_closed():
+                            error = None if self._error is error_before else self._error
+                            raise copy(error) or RankError("the ranks are gone; make a new LLM")
+                        self._step()
+                        if len(self._turns) > 1 or self._to_cancel:
+                            break
         finally:
             with self._changed:
-                if self._leader == own:
-                    self._leader = None
-                    self._changed.notify_all()
-
-    def _follow(self, is_ready: Callable[[], bool]) -> None:
-        """Wait until the condition holds or there is no leader; raises a leader's error."""
-        num_errors = len(self._errors)
-        self._followers.append(is_ready)
-        try:
-            self._changed.wait_for(lambda: self._leader is None or is_ready())
-        finally:
-            self._followers.remove(is_ready)
-        if len(self._errors) > num_errors and not is_ready():
-            raise copy(self._errors[-1])
-
-    def _lead(self, is_ready: Callable[[], bool]) -> None:
-        """Run steps until the condition holds or another thread asks for the engine."""
-        try:
-            with self.exclusive():
-                while not is_ready():
-                    self._step()
-                    if self._followers:
-                        with self._changed:
-                            if any(follower() for follower in self._followers):
-                                self._changed.notify_all()
-                    if len(self._turns) > 1 or self._to_cancel:
-                        return
-        except Exception as error:
-            self._errors.append(error)
-            raise
+                self._num_waiting -= 1
 
     def _step(self) -> None:
-        if self._is_closed():
-            raise RankError("the ranks are gone; make a new LLM")
-        if self._followers and threading.current_thread() is threading.main_thread():
+        if self._num_waiting > 1 and threading.current_thread() is threading.main_thread():
             # An interruption must not end a step that others wait for too.
             with deferred_interrupts() as is_noted:
                 self._take_chunks()
@@ -171,7 +138,12 @@ class SharedEngine:
             self._take_chunks()
 
     def _take_chunks(self) -> None:
-        for chunk in self._engine.step():
+        try:
+            chunks = self._engine.step()
+        except Exception as error:
+            self._error = error
+            raise
+        for chunk in chunks:
             if (arrived := self._arrivals.get(chunk.request_id)) is not None:
                 arrived.append(chunk)
 

@@ -219,7 +219,6 @@ WeightsType = Literal["model", "int8"]
 KVCacheType = Literal["model", "float8"]
 ActivationsType = Literal["model", "float8"]
 INPUTS_OF_SCALE = 128  # of weights that are rounded while loading, and of float8 activations
-INT8_FOLDER = "expertlane-int8"  # in a checkpoint's, where such weights are kept
 PlacementMethod = Literal["linear", "round_robin", "load"]
 
 
@@ -280,8 +279,6 @@ class Options(Strict):
         kv_dtype: the type of keys and values in the cache: `model`: the model's own; `float8`:
             eight bits with a scale for every key and value of a head. A step computes with what it
             has just rounded, so that results do not depend on how a prompt was cut.
-        cache_int8: what `weights` rounds is kept in the checkpoint's folder, and read from there by
-            later starts.
         placement: which experts a rank holds: `linear`: consecutive ones; `round_robin`; `load`:
             by the load of earlier tokens, hot ones several times, in each layer as
             `balance.planner.plan_placement` does it. The cluster model has it; an engine comes to
@@ -306,7 +303,6 @@ class Options(Strict):
     weights: WeightsType = "model"
     activations: ActivationsType = "model"
     kv_dtype: KVCacheType = "model"
-    cache_int8: bool = False
     placement: PlacementMethod = "linear"
     placement_file: str | None = None
     num_redundant_experts: int = 0
@@ -317,11 +313,6 @@ class Options(Strict):
         take_fields(self)
         if not isinstance(self.placement_file, str | None):
             raise SpecError(f"placement_file is {shown(self.placement_file)}; it must be a path")
-        if self.cache_int8 and self.weights != "int8":
-            raise SpecError(
-                f"cache_int8 keeps matrices that are rounded to int8, but weights are "
-                f"{self.weights!r}; give weights='int8' (--weights int8) too"
-            )
         if self.activations == "float8" and self.weights != "model":
             raise SpecError(
                 "activations in float8 are for matrices that are stored in float8, but weights are "

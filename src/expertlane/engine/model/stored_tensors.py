@@ -99,15 +99,6 @@ class Shards:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return memoryview(mapped)[8 + header_bytes :][begin:end]
 
-    def files(self) -> Iterable[Path]:
-        """Paths of the files, and of the index, which may not exist."""
-        names = set(self._file_of_tensor.values())
-        return (self._folder / name for name in (*names, *({_INDEX} - names)))
-
-    def metadata(self) -> dict[str, str]:
-        """The metadata of a folder's only file."""
-        return dict(self._file(_FILE).metadata() or {})
-
     def count_read(self, num_bytes: int) -> None:
         """Count bytes that were read from mapped files."""
         self._mapped_bytes += num_bytes
@@ -216,15 +207,6 @@ class StoredTensors:
         }
         self._shards.close()
         return sorted(unused)
-
-    def files(self) -> Iterable[Path]:
-        """Paths of the checkpoint's files that exist."""
-        of_shards = (path for path in self._shards.files() if path.exists())
-        return (self.folder / "config.json", *of_shards)
-
-    def is_narrow(self, name: str) -> bool:
-        """Whether a logical tensor is stored as one-byte values."""
-        return self._is_narrow(self._locate(name)[0])
 
     def has_head_of_its_own(self) -> bool:
         """Whether `config.json` ties the head to the embedding, but a different head is stored.

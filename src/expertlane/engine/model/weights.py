@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from expertlane.engine.model.checkpoint import Checkpoint, Int8Cache
+from expertlane.engine.model.checkpoint import Checkpoint
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.float8 import FLOAT8
 from expertlane.engine.ops.narrow import Float8Inputs, Mxfp4Weight, NarrowWeight, Weight
@@ -322,22 +322,12 @@ class SeededWeights(WeightSource):
 
 @dataclass(eq=False, kw_only=True)
 class CheckpointWeights(WeightSource):
-    """A rank's slices of a checkpoint.
-
-    Attributes:
-        cache: matrices rounded to int8 earlier; None if they are rounded here.
-    """
+    """A rank's slices of a checkpoint."""
 
     checkpoint: Checkpoint
-    cache: Int8Cache | None = None
 
     def _read(self, name: str, part: range | None, dtype: torch.dtype) -> Tensor:
         return self.checkpoint.tensor(name, *_sides(name, part), dtype)
-
-    def _rounded(self, name: str, part: range | None) -> NarrowWeight:
-        if self.cache is None:
-            return super()._rounded(name, part)
-        return self.cache.part(name, *_sides(name, part), self.dtype)
 
     def _stored_narrow(self, name: str, part: range | None) -> NarrowWeight | None:
         return self.checkpoint.narrow(name, *_sides(name, part), self.dtype)

@@ -102,7 +102,7 @@ class StageSpec:
         numbers: [world_size]; the process of each rank of the layout; if empty, rank r is process
             r.
         checkpoint: the folder with the weights; None for seeded ones.
-        weights, cache_int8, activations: see `Options`.
+        weights, activations: see `Options`.
         check: the level of checks for silent errors.
     """
 
@@ -113,7 +113,6 @@ class StageSpec:
     ranks_per_node: int
     checkpoint: str | None = None
     weights: WeightsType = "model"
-    cache_int8: bool = False
     activations: ActivationsType = "model"
     check: CheckLevel = "off"
     numbers: tuple[int, ...] = ()
@@ -242,17 +241,6 @@ class RankRates:
 
 class DescribeMachine(Command[RankMachine]):
     """Ask a rank for its `RankMachine`."""
-
-
-class CacheInt8(Command[bool]):
-    """Write a checkpoint's matrices, rounded to int8, into its folder; false if they are there.
-
-    Attributes:
-        checkpoint: the checkpoint's folder.
-    """
-
-    model: ModelConfig
-    checkpoint: str
 
 
 class Deploy(Command[HeldBytes]):

@@ -14,7 +14,7 @@ from expertlane.engine.comm.clocks import clock_for
 from expertlane.engine.comm.mesh import ParallelMesh
 from expertlane.engine.comm.progress import NO_LAYER
 from expertlane.engine.comm.recorder import Recorder
-from expertlane.engine.model.checkpoint import Checkpoint, Int8Cache
+from expertlane.engine.model.checkpoint import Checkpoint
 from expertlane.engine.model.transformer import StageParts, TransformerStage
 from expertlane.engine.model.weights import (
     CheckpointWeights,
@@ -46,8 +46,7 @@ def weight_source(spec: StageSpec, platform: Platform, touch: Callable[[], None]
     if spec.checkpoint is None:
         return SeededWeights(*given, spec.seed)
     checkpoint = Checkpoint(Path(spec.checkpoint), spec.model, platform.device)
-    cache = Int8Cache.find(checkpoint) if spec.cache_int8 else None
-    return CheckpointWeights(*given, checkpoint=checkpoint, cache=cache)
+    return CheckpointWeights(*given, checkpoint=checkpoint)
 
 
 def parts_of(context: RankContext, spec: StageSpec, place: int, source: WeightSource) -> StageParts:

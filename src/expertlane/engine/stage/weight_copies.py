@@ -151,7 +151,7 @@ class WeightCopies:
 
 def _pays(context: RankContext, spec: StageSpec) -> bool:
     """True if copying is faster than making the weights; the same on all ranks."""
-    is_made = spec.checkpoint is None or (spec.weights == "int8" and not spec.cache_int8)
+    is_made = spec.checkpoint is None or spec.weights == "int8"
     return is_made and context.platform.device.type == "cpu"
 
 

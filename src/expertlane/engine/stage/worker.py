@@ -21,13 +21,11 @@ from expertlane.engine.comm.mesh import Meshes
 from expertlane.engine.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter
 from expertlane.engine.comm.rank_profile import RankProfile
 from expertlane.engine.comm.transport import EpochEndedError, PeerLostError
-from expertlane.engine.model.checkpoint import Checkpoint, Int8Cache, write_int8_cache
 from expertlane.engine.ops.backend import (
     choose_platform,
 )
 from expertlane.engine.ops.device import memory_of
 from expertlane.engine.ranks.commands import (
-    CacheInt8,
     Command,
     Deploy,
     DescribeMachine,
@@ -299,17 +297,6 @@ def _connect(context: RankContext, deploy: Deploy) -> None:
     context.meshes.make(spec.layout, spec.ranks_per_node if by_node else 0, spec.members)
 
 
-def cache_int8(context: RankContext, command: CacheInt8) -> bool:
-    """Write the file of int8 matrices if it is missing or out of date; gives whether it was."""
-    context.progress.enter(Stage.SETUP, NO_LAYER)
-    checkpoint = Checkpoint(Path(command.checkpoint), command.model)
-    is_missing = Int8Cache.find(checkpoint) is None
-    if is_missing:
-        write_int8_cache(checkpoint, context.progress.touch)
-    context.progress.enter(Stage.IDLE, NO_LAYER)
-    return is_missing
-
-
 def record_graphs(context: RankContext, command: RecordGraphs) -> int:
     """Record decode steps of a size as graphs; gives the number of new graphs."""
     deployed: DeployedStage = context.deployed
@@ -360,7 +347,6 @@ def stop_profile(context: RankContext, command: StopProfile) -> WrittenTrace:
 
 HANDLERS: Handlers = {
     DescribeMachine: describe_machine,
-    CacheInt8: cache_int8,
     Deploy: deploy,
     Redeploy: redeploy,
     Prepare: prepare,
