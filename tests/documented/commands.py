@@ -37,10 +37,10 @@ def blocks(text: str) -> list[str]:
     return [code.replace("\\\n", " ") for code in found]
 
 
-def program_of_readme(word: str) -> str:
-    """The one program in Python in README that holds a word."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (found,) = (code for kind, code in _BLOCK.findall(readme) if kind == "python" and word in code)
+def program_of(page: str, word: str) -> str:
+    """The one program in Python of a page that holds a word."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    (found,) = (code for kind, code in _BLOCK.findall(text) if kind == "python" and word in code)
     return str(found)
 
 

@@ -9,7 +9,7 @@ import pytest
 import typer
 
 from documented.commands import ROOT, Command, commands_in, kept_results, named, scripts
-from documented.smokes import COVERED, MORE, PARTS, SMOKES
+from documented.smokes import COVERED, FIRST_PAGES, MORE, PARTS, SMOKES
 from expertlane.cli.app import app
 
 NAMED = named()
@@ -145,14 +145,13 @@ def test_every_name_of_a_command_is_one():
     assert {each.name for each in of_kind("expertlane")} <= names | PROGRAMS
 
 
-def test_what_the_validation_names_the_readme_has_too():
-    of_readme = {each.name for each, where in NAMED.items() if "README.md" in where}
+def test_what_the_validation_names_the_first_pages_have_too():
+    of_first = {each for each, where in NAMED.items() if FIRST_PAGES & {*where}}
     of_validation = {
         each.name for each in of_kind("expertlane") if "docs/validation.md" in NAMED[each]
     }
-    assert of_validation <= of_readme
-    lines = [words(each) for each, where in NAMED.items() if "README.md" in where]
-    assert set(MORE) <= set(lines)
+    assert of_validation <= {each.name for each in of_first}
+    assert set(MORE) <= {*map(words, of_first)}
 
 
 @pytest.mark.parametrize("target", [each.name for each in of_kind("make")])

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from cli.screen import telling, tells
-from documented.commands import program_of_readme
+from documented.commands import program_of
 from engine.ranks.processes import wait_until
 from engine.stub_runner import expected, letters
 from expertlane.errors import UserError
@@ -109,11 +109,12 @@ def test_a_stream_goes_on_after_the_server_is_killed(journaled):
     assert after.engine.runner.num_steps < 50  # what was there is not computed again
 
 
-def test_the_client_in_the_readme_gets_every_token_once(journaled):
+def test_the_client_of_the_guide_gets_every_token_once(journaled):
     """Its program as written, but for the address and the prompt, which the stub knows as ids."""
     server = journaled(drain_s=0.0)
     server.let(9)
-    code = program_of_readme("Last-Event-ID").replace("http://127.0.0.1:8000", server.url)
+    code = program_of("recovery.md", "Last-Event-ID")
+    code = code.replace("http://127.0.0.1:8000", server.url)
     code = code.replace('"Once upon a time", "max_tokens": 200', '[1, 2, 3], "max_tokens": 50')
     printed = []
     names = {"print": lambda text, **_: printed.append(text)}
