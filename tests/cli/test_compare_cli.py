@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from cli.screen import one_line, refused, tells
 from expertlane.comparison.run import Repeats
-from expertlane.engine.model.checkpoint_names import tensor_locations
+from expertlane.engine.model.stored_tensors import tensor_locations
 from expertlane.errors import CapacityError, RankError
 from expertlane.spec.experiment import read_experiment, shipped_experiments
 from expertlane.spec.from_hf import from_hf

@@ -4,8 +4,7 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
-from expertlane.engine.comm.torch_link import NcclLink
-from expertlane.engine.comm.torch_transport import TorchTransport
+from expertlane.engine.comm.torch_transport import NcclLink, TorchTransport
 from expertlane.engine.ops.backend import STAGED, Platform
 from expertlane.engine.stage import worker
 

@@ -10,9 +10,8 @@ from cli.screen import telling
 from distributed.on_ranks import Collective, Describe, Lose, local_ranks
 from distributed.running import run_deployment
 from expertlane.engine.comm.clocks import clock_for
-from expertlane.engine.comm.epoch import Epoch, await_event
 from expertlane.engine.comm.progress import ProgressBoard
-from expertlane.engine.comm.transport import PeerLostError
+from expertlane.engine.comm.transport import Epoch, PeerLostError, await_event
 from expertlane.engine.ranks.pool import RankPool
 from expertlane.errors import RankError
 from expertlane.spec.deployment import Deployment, Options

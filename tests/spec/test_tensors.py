@@ -5,7 +5,7 @@ from safetensors import safe_open
 
 from engine.model.families import FAMILIES
 from expertlane.engine.model.checkpoint import Checkpoint
-from expertlane.engine.model.checkpoint_names import tensor_locations
+from expertlane.engine.model.stored_tensors import tensor_locations
 from expertlane.spec.model import PRESETS
 from expertlane.spec.tensors import (
     cut_dim,

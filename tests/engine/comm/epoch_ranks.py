@@ -28,11 +28,10 @@ from torch import Tensor
 from distributed.links import use_links
 from expertlane.engine.comm.clocks import HostClock
 from expertlane.engine.comm.collectives import interleave
-from expertlane.engine.comm.epoch import Epoch
 from expertlane.engine.comm.mesh import Meshes, ParallelMesh
 from expertlane.engine.comm.progress import ProgressBoard, Region
 from expertlane.engine.comm.recorder import Recorder
-from expertlane.engine.comm.transport import EpochEndedError, PeerLostError
+from expertlane.engine.comm.transport import Epoch, EpochEndedError, PeerLostError
 from expertlane.engine.ops.backend import SHARED_MEMORY, STAGED, Platform, compiled_messages
 from expertlane.engine.ops.host import Share
 from expertlane.engine.ranks.fork_server import StoreHost

@@ -7,9 +7,8 @@ from threading import Timer
 import pytest
 
 from cli.screen import telling
-from expertlane.engine.comm.epoch import Epoch, await_event
 from expertlane.engine.comm.progress import ProgressBoard
-from expertlane.engine.comm.transport import EpochEndedError, PeerLostError
+from expertlane.engine.comm.transport import Epoch, EpochEndedError, PeerLostError, await_event
 
 
 class Event:

@@ -7,10 +7,9 @@ from datetime import timedelta
 import pytest
 
 from cli.screen import telling
-from expertlane.engine.comm.epoch import Epoch
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.torch_transport import FileStore
-from expertlane.engine.comm.transport import EpochEndedError
+from expertlane.engine.comm.transport import Epoch, EpochEndedError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no unnamed files")
 

@@ -19,11 +19,10 @@ from torch.distributed import HashStore, PrefixStore
 
 from expertlane.engine.comm.clocks import HostClock
 from expertlane.engine.comm.collectives import Group
-from expertlane.engine.comm.epoch import Epoch
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.recorder import Recorder
-from expertlane.engine.comm.torch_link import MANY_BYTES, NcclLink
-from expertlane.engine.comm.torch_transport import Gloo
+from expertlane.engine.comm.torch_transport import MANY_BYTES, Gloo, NcclLink
+from expertlane.engine.comm.transport import Epoch
 from expertlane.spec.names import Stage, Traffic
 
 MOST_RANKS = 4

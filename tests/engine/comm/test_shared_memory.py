@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from cli.screen import telling, tells
-from expertlane.engine.comm.epoch import Epoch
 from expertlane.engine.comm.progress import ProgressBoard, Region
 from expertlane.engine.comm.shared_memory import Endpoint, SharedTransport
-from expertlane.engine.comm.transport import PeerLostError
+from expertlane.engine.comm.transport import Epoch, PeerLostError
 from expertlane.engine.ops.build import BASELINE, BuildError, build
 
 _TIMEOUT_S = 20.0

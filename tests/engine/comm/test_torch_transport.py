@@ -5,9 +5,9 @@ import threading
 import torch
 from torch.distributed import HashStore
 
-from expertlane.engine.comm.epoch import Epoch
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.torch_transport import TorchTransport
+from expertlane.engine.comm.transport import Epoch
 
 
 def test_groups_are_aborted_at_once():

@@ -13,9 +13,8 @@ from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.recorder import Recorder
 from expertlane.engine.model import attention as module
 from expertlane.engine.model import forward_batch
-from expertlane.engine.model.attention import RotaryEmbedding
+from expertlane.engine.model.attention import LatentAttention, RotaryEmbedding
 from expertlane.engine.model.forward_batch import ForwardBatch
-from expertlane.engine.model.latent_attention import LatentAttention
 from expertlane.engine.model.weights import SeededWeights
 from expertlane.engine.ops.kv_cache import KVCache
 from expertlane.engine.ops.torch_backend import TorchBackend

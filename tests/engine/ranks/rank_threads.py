@@ -18,7 +18,7 @@ from engine.ops.cuda.replayed import ReplayedGraphs, launched, recorded
 from engine.stage.one_rank import KernelsWithGraphs, compute_with, stage_on
 from expertlane.engine.comm.mesh import Meshes
 from expertlane.engine.comm.progress import ProgressBoard
-from expertlane.engine.comm.torch_link import NcclLink
+from expertlane.engine.comm.torch_transport import NcclLink
 from expertlane.engine.model_runner import outcome_of
 from expertlane.engine.moe.dispatch import Dispatcher
 from expertlane.engine.ops.cuda import launch

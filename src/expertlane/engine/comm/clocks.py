@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from expertlane.engine.comm.epoch import Event
+from expertlane.engine.comm.transport import Event
 
 
 class HostClock:

@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertlane.engine.comm.epoch import LOOK_S, Epoch
 from expertlane.engine.comm.progress import Region
-from expertlane.engine.comm.transport import Link, PeerLostError, Work
+from expertlane.engine.comm.transport import LOOK_S, Epoch, Link, PeerLostError, Work
 from expertlane.engine.ops.bookkeeping import RowParts
 from expertlane.errors import CapacityError
 

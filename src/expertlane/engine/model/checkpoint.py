@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from expertlane.engine.model.checkpoint_names import TensorLocation
 from expertlane.engine.model.stored_tensors import (
     PLAIN_TYPES,
     VALUES_OF_INT32,
     StoredTensors,
+    TensorLocation,
 )
 from expertlane.engine.ops.device import STAGED_BYTES, copier_to
 from expertlane.engine.ops.narrow import Mxfp4Weight, NarrowWeight

@@ -11,11 +11,10 @@ from expertlane.balance.placement import Placement
 from expertlane.engine.comm.collectives import Steps
 from expertlane.engine.comm.counters import Meter
 from expertlane.engine.comm.mesh import ParallelMesh
-from expertlane.engine.model.attention import Attention, RotaryEmbedding
+from expertlane.engine.model.attention import Attention, LatentAttention, RotaryEmbedding
 from expertlane.engine.model.blocks import DenseBlock, LocalRouterOutput, MoEBlock, RouterOutput
 from expertlane.engine.model.forward_batch import ForwardBatch
 from expertlane.engine.model.head import HeadResult, OutputHead, ScoredPrompts
-from expertlane.engine.model.latent_attention import LatentAttention
 from expertlane.engine.model.weights import HeldWeights, WeightSource, taker_of
 from expertlane.engine.ops.backend import backend_for
 from expertlane.engine.ops.kv_cache import KVCache

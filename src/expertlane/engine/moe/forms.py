@@ -14,12 +14,13 @@ from torch import Tensor
 from expertlane.balance.placement import Placement
 from expertlane.engine.comm.collectives import Group, Steps
 from expertlane.engine.comm.mesh import ParallelMesh
-from expertlane.engine.moe.checked import CheckedDispatcher, TaggedPayload
 from expertlane.engine.moe.dispatch import (
+    CheckedDispatcher,
     CopyChooser,
     Dispatcher,
     Payload,
     RoutedTokens,
+    TaggedPayload,
     bytes_of,
     columns_of,
     unpack,

@@ -11,14 +11,17 @@ import torch
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from expertlane.engine.comm.clocks import CoreToken
-from expertlane.engine.comm.composed import NodesTransport, StagedTransport
-from expertlane.engine.comm.epoch import Epoch, Event, await_event
 from expertlane.engine.comm.mesh import Meshes
 from expertlane.engine.comm.progress import NO_LAYER, ProgressBoard, ProgressReporter, Region
 from expertlane.engine.comm.rank_profile import RankProfile
 from expertlane.engine.comm.shared_memory import Endpoint, SharedTransport
-from expertlane.engine.comm.torch_transport import FileStore, TorchTransport
-from expertlane.engine.comm.transport import Transport
+from expertlane.engine.comm.torch_transport import (
+    FileStore,
+    NodesTransport,
+    StagedTransport,
+    TorchTransport,
+)
+from expertlane.engine.comm.transport import Epoch, Event, Transport, await_event
 from expertlane.engine.ops.backend import (
     SHARED_MEMORY,
     Platform,
