@@ -90,10 +90,10 @@ def effect(pair: Pair, prompts: list[list[int]]) -> Effect:
     of_original = CheckpointReference(pair.original).score_in(
         prompts, ("float32", "bfloat16"), Progress()
     )
-    of_changed = CheckpointReference(pair.changed).score(prompts, Progress())
+    of_changed = CheckpointReference(pair.changed).score_in(prompts, ("float32",), Progress())
     plain, rounded, other = (
         np.concatenate([each.logprobs for each in scored])
-        for scored in (of_original["float32"], of_original["bfloat16"], of_changed)
+        for scored in (of_original["float32"], of_original["bfloat16"], of_changed["float32"])
     )
     return Effect(
         float(np.abs(other - plain).mean()),

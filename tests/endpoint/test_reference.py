@@ -27,6 +27,10 @@ def drawn(lengths=LENGTHS, seed=0, vocab_size=VOCAB_SIZE):
     return [generator.integers(0, vocab_size, size=n).tolist() for n in lengths]
 
 
+def float32_of(reference, prompts):
+    return reference.score_in(prompts, ("float32",), Progress())["float32"]
+
+
 def scored(folder, prompts, number_type="float32"):
     return CheckpointReference(folder).score_in(prompts, (number_type,), Progress())[number_type]
 
@@ -45,7 +49,7 @@ def test_float32_is_transformers(checkpoints, family: str) -> None:
     reference = CheckpointReference(folder)
     assert reference.vocab_size == VOCAB_SIZE
     assert reference.num_experts == (8,) * len(reference.moe_layers)
-    for prompt, one in zip(prompts, reference.score(prompts, Progress()), strict=True):
+    for prompt, one in zip(prompts, float32_of(reference, prompts), strict=True):
         assert one.token_ids.tolist() == prompt
         np.testing.assert_allclose(one.logprobs, whole_logprobs(folder, prompt), atol=1e-6, rtol=0)
         assert one.topk_ids is not None
@@ -93,7 +97,7 @@ def test_choices_of_groups(checkpoints) -> None:
     """A margin is no larger than that of the groups: DeepSeek-V3 takes the best 2 of 4."""
     reference = CheckpointReference(checkpoints.folder("deepseek_v3"))
     assert reference.moe_layers == (2, 3)
-    for one in reference.score(drawn(), Progress()):
+    for one in float32_of(reference, drawn()):
         groups = [len(set(chosen // 2)) for chosen in one.topk_ids.reshape(-1, 3)]
         assert max(groups) <= 2
         assert np.isfinite(one.router_margins).all()
@@ -128,8 +132,8 @@ def test_many_files(checkpoints, tmp_path) -> None:
 
 def test_no_prompts_and_one_token(checkpoints) -> None:
     reference = CheckpointReference(checkpoints.folder("mixtral"))
-    assert reference.score([], Progress()) == []
-    (one,) = reference.score([[5]], Progress())
+    assert float32_of(reference, []) == []
+    (one,) = float32_of(reference, [[5]])
     assert one.logprobs.shape == (0,)
     assert one.topk_ids.shape == (4, 1, 2)
 
@@ -146,7 +150,7 @@ def test_no_prompts_and_one_token(checkpoints) -> None:
 def test_prompts_that_are_refused(checkpoints, prompt, said: str) -> None:
     reference = CheckpointReference(checkpoints.folder("mixtral"))
     with pytest.raises(UserError, match=said):
-        reference.score([[1, 2], prompt], Progress())
+        float32_of(reference, [[1, 2], prompt])
 
 
 def _copy(source: Path, folder: Path, tensors=None, config=None) -> Path:
@@ -179,7 +183,7 @@ EXPERT = "model.layers.2.mlp.experts.3.up_proj.weight"
 def test_checkpoints_that_are_refused(checkpoints, tmp_path, tensors, config, said: str) -> None:
     folder = _copy(checkpoints.folder("olmoe"), tmp_path / "copy", tensors, config)
     with pytest.raises(UserError, match=said) as raised:
-        CheckpointReference(folder).score(drawn(), Progress())
+        float32_of(CheckpointReference(folder), drawn())
     assert "\n" not in str(raised.value)
 
 
@@ -223,7 +227,7 @@ def test_layers_that_hand_on_more_are_refused(tmp_path) -> None:
     )
     transformers.GlmMoeDsaForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="hand on more"):
-        CheckpointReference(tmp_path).score([[1, 2, 3]], Progress())
+        float32_of(CheckpointReference(tmp_path), [[1, 2, 3]])
 
 
 def added_memory(folder: Path, *sizes: int) -> dict[str, int]:

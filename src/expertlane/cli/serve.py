@@ -40,7 +40,7 @@ from expertlane.spec.names import OnFailure
 
 if TYPE_CHECKING:
     from expertlane.server.journal.file import JournalFile
-    from expertlane.server.logs import RequestLog, Tracing
+    from expertlane.server.logs import RequestLog
     from expertlane.server.run import Running
     from expertlane.server.setup import ServedModel, ServerOptions
     from expertlane.text.chat_template import ChatTemplate
@@ -122,14 +122,6 @@ class _Options:
     log_prompts: bool = typer.Option(
         False, help="Include prompts and outputs in these lines.", rich_help_panel=Panel.MORE_SERVER
     )
-    otlp_endpoint: str | None = typer.Option(
-        None,
-        metavar="URL",
-        show_default="OTEL_EXPORTER_OTLP_ENDPOINT, else none",
-        help="Send OpenTelemetry traces of requests to this OTLP endpoint; needs "
-        "opentelemetry-sdk.",
-        rich_help_panel=Panel.MORE_SERVER,
-    )
     tool_call_parser: str | None = typer.Option(
         None,
         metavar="NAME",
@@ -187,7 +179,6 @@ class _Options:
         keys: tuple[str, ...],
         journal: "JournalFile | None",
         log: "RequestLog | None",
-        tracing: "Tracing | None",
     ) -> "ServerOptions":
         """The options as the server takes them."""
         from expertlane.server.setup import ServerOptions
@@ -198,7 +189,7 @@ class _Options:
         return ServerOptions(
             api_keys=keys,
             allowed_hosts=tuple(self.allowed_host or ()),
-            observers=tuple(each for each in (log, tracing) if each is not None),
+            observe=log,
             on_event=None if log is None else log.event,
             **given | {"journal": journal},
         )
@@ -247,14 +238,11 @@ def serve(model: ModelArgument, own: _Options, engine: _EngineOptions) -> None:
         journal = _journal(own, found, engine)
         if journal is not None:
             stack.callback(journal.close)
-        tracing = _tracing(own.otlp_endpoint, name)
-        if tracing is not None:
-            stack.callback(tracing.close)
         llm = stack.enter_context(load_model(found, layout, engine))
         log = _log(own, name, llm.tokenizer)
         if log is not None:
             stack.callback(log.close)
-        options = own.for_server(keys, journal, log, tracing)
+        options = own.for_server(keys, journal, log)
         served = ServedModel(
             *(name, llm.engine, llm.limits, llm.tokenizer, template, recommended),
             watch=llm.watch(),
@@ -307,21 +295,6 @@ def _journal(own: _Options, found: FoundModel, engine: EngineOptions) -> "Journa
                 "ran alone; its client gets an error"
             )
     return journal
-
-
-def _tracing(endpoint: str | None, name: str) -> "Tracing | None":
-    """Tracing, where it is asked for; environment variables alone do not make the server fail."""
-    from expertlane.server.logs import is_configured, start_tracing
-
-    if not is_configured(endpoint) or not is_first_process():
-        return None
-    try:
-        return start_tracing(endpoint, name)
-    except UserError as error:
-        if endpoint is not None:
-            raise UserError(f"--otlp-endpoint: {error}") from None
-        print_message(f"no traces are sent: {error}")
-        return None
 
 
 def _log(own: _Options, name: str, tokenizer: "Tokenizer | None") -> "RequestLog | None":

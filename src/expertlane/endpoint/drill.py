@@ -7,17 +7,14 @@ or dies is a result.
 
 import asyncio
 import itertools
-import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
-
-import uvloop
+from typing import Any
 
 from expertlane.client.connection import Connections
-from expertlane.client.run import Target, allow_connections, headers_of
+from expertlane.client.run import Target, allow_connections, headers_of, run_until_told
 from expertlane.client.server import NoRoute, Server, Vocabulary, find_server
 from expertlane.endpoint.faults import Fault, Struck
 from expertlane.endpoint.judged import (
@@ -38,7 +35,7 @@ from expertlane.endpoint.timeline import (
     timeline_record,
     window_of,
 )
-from expertlane.errors import TerminatedError, UserError
+from expertlane.errors import UserError
 from expertlane.progress import Progress
 from expertlane.results.drill_record import DrillRecord
 from expertlane.results.metrics import ServedRequest, serving_record
@@ -47,7 +44,6 @@ from expertlane.spec.workload import Load, TimedRequest, check_lengths, draw_req
 
 _TICK_S = 0.5
 _CONNECT_S = 2.0
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -116,45 +112,7 @@ def drill(
         root = server_at(target.url.port)
     fault = fault_of(root)
     fault.check()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_until_signal(drilling(target, asked, fault, progress, root)))
-
-
-async def _until_signal(doing: Awaitable[T]) -> T:
-    """Wait for something, which SIGINT and SIGTERM cancel.
-
-    Raises:
-        KeyboardInterrupt, TerminatedError: by such a signal.
-    """
-    loop, task, told = asyncio.get_running_loop(), asyncio.ensure_future(doing), list[int]()
-
-    def end(number: int) -> None:
-        told.append(number)
-        task.cancel()
-
-    with _handling(loop, end):
-        try:
-            return await task
-        except asyncio.CancelledError:
-            if not told:
-                raise
-    if told[0] == signal.SIGINT:
-        raise KeyboardInterrupt
-    raise TerminatedError(f"ended by {signal.Signals(told[0]).name}")
-
-
-@contextmanager
-def _handling(loop: asyncio.AbstractEventLoop, end: Callable[[int], None]) -> Iterator[None]:
-    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
-    before = {each: how for each, how in before.items() if how is not signal.SIG_IGN}
-    for number in before:
-        loop.add_signal_handler(number, end, number)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            loop.remove_signal_handler(number)
-            signal.signal(number, handler)
+    return run_until_told(drilling(target, asked, fault, progress, root))
 
 
 async def drilling(
@@ -185,7 +143,7 @@ async def drilling(
         progress.done()
         truth = Truth([each.stream for each in sorted(first, key=lambda each: each.prompt)])
         truth.add(again)
-        struck = await _Strike(server, asked, fault, prompts, ids, root).run(progress)
+        struck = await _strike(server, asked, fault, prompts, ids, root, progress)
         return _drilled(server, asked, fault, truth, struck)
     finally:
         connections.close()
@@ -253,59 +211,56 @@ class _Struck:
     is_running: bool
 
 
-@dataclass(eq=False)
-class _Strike:
-    """The load, the fault in it, and what is watched meanwhile."""
+async def _strike(
+    server: Server,
+    asked: Asked,
+    fault: Fault,
+    prompts: Sequence[TimedRequest],
+    fields: Mapping[str, Any],
+    root: int | None,
+    progress: Progress,
+) -> _Struck:
+    """Put on the load, strike once, and watch what follows.
 
-    server: Server
-    asked: Asked
-    fault: Fault
-    prompts: Sequence[TimedRequest]
-    fields: Mapping[str, Any]
-    root: int | None
-
-    async def run(self, progress: Progress) -> _Struck:
-        """Strike once.
-
-        Raises:
-            UserError: the server fails before, or the fault could not be done.
-        """
-        asked, stop = self.asked, asyncio.Event()
-        load = _load(self.server, asked, self.prompts, self.fields)
-        connections = self.server.connections
-        health = HealthWatch(connections)
-        began_s = time.perf_counter()
-        loading = asyncio.ensure_future(load.put(itertools.count(), stop))
-        watching = asyncio.ensure_future(health.run())
-        try:
-            progress.task("before the fault", round(asked.after_s / _TICK_S))
-            await _wait(began_s + asked.after_s, loading, progress)
-            progress.done()
-            _check_well(self.server, load.requests)
-            if not any(each.end == "whole" for each in load.requests):
-                raise UserError(
-                    f"no request was answered within {asked.after_s:g} s, before the fault; give a "
-                    "longer --after-s, or shorter outputs"
-                )
-            before = await asyncio.to_thread(Footprint.of, self.root)
-            fault_s = time.perf_counter()
-            what = await self.fault.strike()
-            progress.task("after the fault", round(asked.observe_s / _TICK_S))
-            end_s = fault_s + asked.observe_s
-            await _wait(end_s, loading, progress)
-            after = await asyncio.to_thread(Footprint.of, self.root)
-            stop.set()
-            await loading
-            progress.done()
-            is_running = await _takes_connections(connections)
-        finally:
-            stop.set()
-            for task in (loading, watching):
-                task.cancel()
-            await asyncio.gather(loading, watching, return_exceptions=True)
-        return _Struck(
-            *(what, load.requests, health, began_s, fault_s, end_s, before, after, is_running)
-        )
+    Raises:
+        UserError: the server fails before, or the fault could not be done.
+    """
+    stop = asyncio.Event()
+    load = _load(server, asked, prompts, fields)
+    connections = server.connections
+    health = HealthWatch(connections)
+    began_s = time.perf_counter()
+    loading = asyncio.ensure_future(load.put(itertools.count(), stop))
+    watching = asyncio.ensure_future(health.run())
+    try:
+        progress.task("before the fault", round(asked.after_s / _TICK_S))
+        await _wait(began_s + asked.after_s, loading, progress)
+        progress.done()
+        _check_well(server, load.requests)
+        if not any(each.end == "whole" for each in load.requests):
+            raise UserError(
+                f"no request was answered within {asked.after_s:g} s, before the fault; give a "
+                "longer --after-s, or shorter outputs"
+            )
+        before = await asyncio.to_thread(Footprint.of, root)
+        fault_s = time.perf_counter()
+        what = await fault.strike()
+        progress.task("after the fault", round(asked.observe_s / _TICK_S))
+        end_s = fault_s + asked.observe_s
+        await _wait(end_s, loading, progress)
+        after = await asyncio.to_thread(Footprint.of, root)
+        stop.set()
+        await loading
+        progress.done()
+        is_running = await _takes_connections(connections)
+    finally:
+        stop.set()
+        for task in (loading, watching):
+            task.cancel()
+        await asyncio.gather(loading, watching, return_exceptions=True)
+    return _Struck(
+        *(what, load.requests, health, began_s, fault_s, end_s, before, after, is_running)
+    )
 
 
 async def _wait(until_s: float, loading: "asyncio.Future[None]", progress: Progress) -> None:

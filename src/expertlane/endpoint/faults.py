@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from expertlane.errors import UserError
 from expertlane.printable import printable
@@ -36,28 +36,6 @@ class Struck:
     exit_code: int | None = None
     took_s: float = 0.0
     printed: str = ""
-
-
-class Fault(Protocol):
-    """Something that is done once to a server under load."""
-
-    @property
-    def words(self) -> str:
-        """The action, for a report."""
-
-    def check(self) -> None:
-        """Check what can be known before.
-
-        Raises:
-            UserError: it cannot be done.
-        """
-
-    async def strike(self) -> Struck:
-        """Do it.
-
-        Raises:
-            UserError: it could not be done.
-        """
 
 
 @dataclass(frozen=True)
@@ -173,6 +151,9 @@ class Commanded:
                 f"({hint} if that is as it should be)"
             )
         return Struck(code, time.perf_counter() - began_s, said)
+
+
+Fault = Signalled | Commanded  # done once to a server under load
 
 
 def by_shell(command: str, within_s: float) -> Commanded:

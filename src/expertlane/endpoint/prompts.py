@@ -5,14 +5,14 @@ router tells which experts each reaches; prompts are taken greedily, the one wit
 choices a token first (the greedy algorithm for covering problems, Chvátal 1979).
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from expertlane.endpoint.scored import Scored
+from expertlane.client.server import Vocabulary
+from expertlane.endpoint.scored import Reference, Scored
 from expertlane.errors import UserError
 from expertlane.progress import Progress
 from expertlane.text.tokenizer import Tokenizer
@@ -49,21 +49,6 @@ _TEXTS = (
 )
 
 
-class RoutedReference(Protocol):
-    """A reference that tells which experts it chose, such as a checkpoint."""
-
-    @property
-    def num_experts(self) -> Sequence[int]:
-        """Number of experts of each layer that has some."""
-        ...
-
-    def score_in(
-        self, prompts: Sequence[Sequence[int]], number_types: Sequence[str], progress: Progress
-    ) -> dict[str, list[Scored]]:
-        """Log-probabilities in several number types."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class DrawnPrompts:
     """Prompts that may be asked: token ids."""
@@ -85,36 +70,6 @@ class ChosenPrompts:
     scored: dict[str, list[Scored]]
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """The tokens that prompts are made of.
-
-    Attributes:
-        size: number of token ids that the model has.
-        without: ids that are left out, such as control tokens and placeholders of images.
-        tokenizer: for text; None for random tokens alone.
-    """
-
-    size: int
-    without: Collection[int] = ()
-    tokenizer: Tokenizer | None = None
-
-    def token_ids(self) -> NDArray[np.int64]:
-        """All ids that may be drawn.
-
-        Raises:
-            UserError: there are none.
-        """
-        left_out, tokenizer = set(self.without), self.tokenizer
-        if tokenizer is not None:
-            left_out |= tokenizer.special_token_ids
-            left_out |= {each for each in range(self.size) if not tokenizer.has_token(each)}
-        found = np.setdiff1d(np.arange(self.size), np.array(sorted(left_out), dtype=np.int64))
-        if not found.size:
-            raise UserError(f"no token of {self.size} is left to make prompts of")
-        return found
-
-
 def draw_prompts(
     vocabulary: Vocabulary,
     *,
@@ -132,13 +87,30 @@ def draw_prompts(
     Raises:
         UserError: no prompt can be made.
     """
-    draw = np.random.default_rng(seed)
-    short = _candidates(draw, vocabulary, num_short, max_len)
-    return DrawnPrompts(short, _long(draw, vocabulary, num_long, max_len))
+    draw, token_ids = np.random.default_rng(seed), _ordinary(vocabulary)
+    short = _candidates(draw, token_ids, vocabulary.tokenizer, num_short, max_len)
+    num_long = num_long if max_len >= LONG_LEN else 0
+    long = [draw.choice(token_ids, size=LONG_LEN).tolist() for _ in range(num_long)]
+    return DrawnPrompts(short, long)
+
+
+def _ordinary(vocabulary: Vocabulary) -> NDArray[np.int64]:
+    """All ids that may be drawn: without control tokens, and those that the tokenizer lacks.
+
+    Raises:
+        UserError: there are none.
+    """
+    ids, tokenizer = vocabulary.token_ids, vocabulary.tokenizer
+    if tokenizer is not None:
+        special = tokenizer.special_token_ids
+        ids = [each for each in ids if each not in special and tokenizer.has_token(each)]
+    if not len(ids):
+        raise UserError(f"no token of {len(vocabulary)} is left to make prompts of")
+    return np.array(ids, dtype=np.int64)
 
 
 def choose_prompts(
-    reference: RoutedReference,
+    reference: Reference,
     drawn: DrawnPrompts,
     progress: Progress,
     *,
@@ -191,31 +163,25 @@ def count_choices(scored: Sequence[Scored], num_experts: Sequence[int]) -> NDArr
 
 
 def _candidates(
-    draw: np.random.Generator, vocabulary: Vocabulary, number: int, max_len: int
+    draw: np.random.Generator,
+    token_ids: NDArray[np.int64],
+    tokenizer: Tokenizer | None,
+    number: int,
+    max_len: int,
 ) -> list[list[int]]:
     """Short prompts; every second one of text, where there is a tokenizer."""
     if max_len < 2:
         raise UserError(f"prompts need 2 tokens; the longest that the server takes has {max_len}")
-    token_ids = vocabulary.token_ids()
     prompts = []
     for place in range(number):
         length = min(LENGTHS[place // 2 % len(LENGTHS)], max_len)
-        if vocabulary.tokenizer is not None and place % 2:
-            text = _text(draw, vocabulary.tokenizer, length)
-            if len(text) == length and max(text) < vocabulary.size:
+        if tokenizer is not None and place % 2:
+            text = _text(draw, tokenizer, length)
+            if len(text) == length and max(text) <= token_ids.max():
                 prompts.append(text)
                 continue
         prompts.append(draw.choice(token_ids, size=length).tolist())
     return prompts
-
-
-def _long(
-    draw: np.random.Generator, vocabulary: Vocabulary, number: int, max_len: int
-) -> list[list[int]]:
-    if max_len < LONG_LEN:
-        return []
-    token_ids = vocabulary.token_ids()
-    return [draw.choice(token_ids, size=LONG_LEN).tolist() for _ in range(number)]
 
 
 def _text(draw: np.random.Generator, tokenizer: Tokenizer, length: int) -> list[int]:

@@ -28,7 +28,6 @@ from expertlane.endpoint.streamed_model import (
 from expertlane.errors import UserError
 from expertlane.progress import Progress
 
-FLOAT32 = "float32"
 _GROUP_TOKENS = 2048  # of prompts of one length that run together
 _LOGIT_ROWS = 256  # at a time
 # Ends of names of matrices that servers leave as they are: routers, gates of shared experts, and
@@ -59,10 +58,6 @@ class CheckpointReference:
         self.moe_layers, self.num_experts = self._model.moe_layers, self._model.num_experts
         self.vocab_size, self.max_len = self._model.vocab_size, self._model.max_len
         self.dtype = str(self._model.dtype).removeprefix("torch.")
-
-    def score(self, prompts: Sequence[Prompt], progress: Progress) -> list[Scored]:
-        """Log-probabilities in float32, see `Reference`."""
-        return self.score_in(prompts, (FLOAT32,), progress)[FLOAT32]
 
     @torch.inference_mode()
     def score_in(

@@ -26,7 +26,6 @@ from expertlane.endpoint.prompts import (
     count_choices,
     draw_prompts,
 )
-from expertlane.endpoint.prompts import Vocabulary as PromptVocabulary
 from expertlane.endpoint.scored import Prompt, Reference, Scored
 from expertlane.endpoint.server_scores import (
     Continued,
@@ -337,12 +336,8 @@ def _draw(vocabulary: Vocabulary, is_chosen: bool, most: int, asked: Asked) -> _
             f"{_LEAST_LEN + _CONTINUATION + 1} are needed to verify it"
         )
     ids = np.asarray(vocabulary.token_ids)
-    size = int(ids.max()) + 1
-    drawn_from = PromptVocabulary(
-        size, np.setdiff1d(np.arange(size), ids).tolist(), vocabulary.tokenizer
-    )
     num_short = max(NUM_CANDIDATES, asked.num_prompts) if is_chosen else asked.num_prompts
-    drawn = draw_prompts(drawn_from, max_len=most, seed=asked.seed, num_short=num_short)
+    drawn = draw_prompts(vocabulary, max_len=most, seed=asked.seed, num_short=num_short)
     draw = np.random.default_rng(asked.seed + 1)
 
     def some(length: int) -> list[int]:

@@ -200,7 +200,7 @@ class Answer(Response):
                 )
             self._source = source
             scope[GENERATED] = Generated(
-                *(str(self._head["id"]), source.outputs, self._params),
+                *(str(self._head["id"]), source.outputs),
                 *(self._num_choices, bool(self._request.stream)),
             )
             self._watcher = asyncio.create_task(_watch(receive, source))

@@ -75,7 +75,7 @@ def make_app(
         has_keys=bool(options.api_keys),
         computed=_COMPUTED,
     )
-    app.add_middleware(Observed, count=service.metrics.on_response, observers=options.observers)
+    app.add_middleware(Observed, count=service.metrics.on_response, observe=options.observe)
     return app
 
 

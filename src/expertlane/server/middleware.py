@@ -23,19 +23,20 @@ DIRECT_SEND = "expertlane.send"  # in a scope: sends past middleware that only r
 
 
 class Observed:
-    """Counts every answer when it begins, and tells observers of it once it has ended.
+    """Counts every answer when it begins, and has it observed once it has ended.
 
     Args:
         count: called with the method, the route's path and the status.
+        observe: called with every request and its answer; None for nothing.
     """
 
     def __init__(
         self,
         app: ASGIApp,
         count: Callable[[str, str, int], None],
-        observers: Sequence[Observer],
+        observe: Observer | None,
     ) -> None:
-        self._app, self._count, self._observers = app, count, observers
+        self._app, self._count, self._observe = app, count, observe
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and report its answer."""
@@ -58,11 +59,13 @@ class Observed:
                 client=(scope.get("client") or ("",))[0],
                 status=status,
                 seconds=time.perf_counter() - began_s,
-                raw_headers=scope["headers"],
+                client_request_id=dict(scope["headers"])
+                .get(b"x-request-id", b"")
+                .decode("latin-1"),
                 generated=scope.get(GENERATED),
             )
-            for observe in self._observers:
-                observe(exchange)
+            if self._observe is not None:
+                self._observe(exchange)
 
 
 def _route(scope: Scope) -> str:

@@ -58,7 +58,7 @@ class ServerOptions:
         request_timeout_s: the longest that a request may take, waiting included; None for any time.
         drain_s: seconds that running requests may go on once the server is told to end.
         stall_s: seconds for which ranks may keep requests waiting before `/health` says so.
-        observers: called with every request once it has its answer.
+        observe: called with every request once it has its answer.
         on_event: called with every event of the server, by kind and text.
         journal: the journal by which requests go on if this process dies; None for none.
         reconnect_s: seconds that requests of a journal go on, and finished answers stay, while no
@@ -73,7 +73,7 @@ class ServerOptions:
     request_timeout_s: float | None = None
     drain_s: float = 30.0
     stall_s: float = 4.0  # less than the five seconds for which `drill` lets it be wrong
-    observers: tuple[Observer, ...] = ()
+    observe: Observer | None = None
     on_event: Callable[[str, str], None] | None = None
     journal: JournalFile | None = None
     reconnect_s: float = 60.0
