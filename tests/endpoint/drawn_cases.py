@@ -19,17 +19,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from math import comb
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from client import vllm_server
 from endpoint import faulty_server
 from endpoint.faulty_ranks import FAR, FAULT, LARGE_BATCH
 from endpoint.faulty_server import STALE
-from endpoint.planted import KINDS, plant
+from endpoint.planted import KINDS, effect, plant
 from engine.model.families import save_checkpoint
 from expertlane.client.connection import Url
 from expertlane.client.run import Target
@@ -141,13 +141,16 @@ def run_case(case: Case, folder: Path, serve: Serve, **fields: Any) -> Outcome:
         original, served = pair.original, pair.changed
     else:
         original = served = save_checkpoint(case.family, folder / "original", case.seed, **fields)
-    change, noise = _effect(original, served, case)
+    draw, size = np.random.default_rng(case.seed), CheckpointReference(original).vocab_size
+    prompts = [draw.integers(2, size, 48).tolist() for _ in range(16)]
+    found = effect(original, served, prompts, case.dtype)
+    change, noise = found.change, max(found.noise, 5e-5)
     asked = Asked(None if case.dtype == "float32" else case.dtype, 24, 600.0, seed=case.seed)
     try:
         with serve(case, served, folder / "log") as url:
             target, reference = Target(Url.parse(url)), CheckpointReference(original)
-            found = verify(target, reference, str(original), asked, None, Progress())
-        verdict, why = found.verdict, " ".join(found.why)
+            answer = verify(target, reference, str(original), asked, None, Progress())
+        verdict, why = answer.verdict, " ".join(answer.why)
     except vllm_server.NotStarted as error:
         verdict, why = _NOT_STARTED, _error_in(str(error))
     except ExpertlaneError as error:
@@ -163,24 +166,6 @@ def run_case(case: Case, folder: Path, serve: Serve, **fields: Any) -> Outcome:
         noise,
         time.perf_counter() - started_s,
     )
-
-
-def _effect(original: Path, served: Path, case: Case) -> tuple[float, float]:
-    draw = np.random.default_rng(case.seed)
-    reference = CheckpointReference(original)
-    prompts = [draw.integers(2, reference.vocab_size, 48).tolist() for _ in range(16)]
-    types = dict.fromkeys(("float32", case.dtype))
-    of_original = reference.score_in(prompts, tuple(types), Progress())
-    of_served = CheckpointReference(served).score_in(prompts, ("float32",), Progress())
-
-    def apart(one: Sequence, other: Sequence) -> float:  # type: ignore[type-arg]
-        pairs = zip(one, other, strict=True)
-        joined = np.concatenate([a.logprobs - b.logprobs for a, b in pairs])
-        return float(np.sqrt(np.square(joined).mean()))
-
-    plain = of_original["float32"]
-    noise = apart(of_original[case.dtype], plain)
-    return apart(of_served["float32"], plain), max(noise, 5e-5)
 
 
 @contextmanager
@@ -225,25 +210,6 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
     return lines
 
 
-def clopper_pearson(hits: int, num: int, share: float = 0.95) -> tuple[float, float]:
-    """The exact interval of a share, by bisection of binomial tails."""
-
-    def above(p: float, least: int) -> float:
-        return sum(comb(num, k) * p**k * (1 - p) ** (num - k) for k in range(least, num + 1))
-
-    def solve(least: int, tail: float) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            low, high = (middle, high) if above(middle, least) < tail else (low, middle)
-        return low
-
-    tail = (1 - share) / 2
-    low = 0.0 if hits == 0 else solve(hits, tail)
-    high = 1.0 if hits == num else solve(hits + 1, 1 - tail)
-    return low, high
-
-
 def summary(outcomes: Sequence[Outcome]) -> list[str]:
     """Detection and false alarms, in lines."""
     wrong = [each for each in outcomes if each.kind]
@@ -274,7 +240,7 @@ def _count(outcomes: Sequence[Outcome], verdict: str) -> int:
 def _share(what: str, hits: int, num: int) -> str:
     if not num:
         return f"{what}: none"
-    low, high = clopper_pearson(hits, num)
+    low, high = binomtest(hits, num).proportion_ci()
     return f"{what}: {hits} of {num} ({low:.1%} to {high:.1%})"
 
 

@@ -79,26 +79,22 @@ def plant(kind: str, family: str, folder: Path, seed: int = 0, **overrides: Any)
 
 @dataclass(frozen=True)
 class Effect:
-    """How much an error moves log-probabilities, and bfloat16 does: mean magnitudes."""
+    """How much an error moves log-probabilities, and a number type does: root mean squares."""
 
     change: float
     noise: float
 
 
-def effect(pair: Pair, prompts: list[list[int]]) -> Effect:
-    """What the reference makes of the original, of the copy, and of the original in bfloat16."""
-    of_original = CheckpointReference(pair.original).score_in(
-        prompts, ("float32", "bfloat16"), Progress()
-    )
-    of_changed = CheckpointReference(pair.changed).score_in(prompts, ("float32",), Progress())
-    plain, rounded, other = (
-        np.concatenate([each.logprobs for each in scored])
-        for scored in (of_original["float32"], of_original["bfloat16"], of_changed["float32"])
-    )
-    return Effect(
-        float(np.abs(other - plain).mean()),
-        float(np.abs(rounded - plain).mean()),
-    )
+def effect(original: Path, changed: Path, prompts: list[list[int]], dtype: str) -> Effect:
+    """What the reference makes of the original, of the copy, and of the original in a type."""
+
+    def logprobs(folder: Path, name: str) -> Any:
+        (found,) = CheckpointReference(folder).score_in(prompts, (name,), Progress()).values()
+        return np.concatenate([each.logprobs for each in found])
+
+    plain = logprobs(original, "float32")
+    apart = [logprobs(changed, "float32") - plain, logprobs(original, dtype) - plain]
+    return Effect(*(float(np.sqrt(np.square(each).mean())) for each in apart))
 
 
 def _experts(model: Any) -> dict[int, Any]:

@@ -18,7 +18,7 @@ _SMALL_THERE = ("experts swapped", "olmoe")
 @pytest.mark.parametrize(("kind", "family"), CASES)
 def test_planted_errors_are_there(tmp_path, kind: str, family: str) -> None:
     pair = plant(kind, family, tmp_path, seed=3)
-    found = effect(pair, drawn([24] * 8, seed=5))
+    found = effect(pair.original, pair.changed, drawn([24] * 8, seed=5), "bfloat16")
     print(f"{kind}, {family}: {found.change:.4f}, noise {found.noise:.4f}")
     assert found.change > 1e-5
     if kind not in _SMALL and (kind, family) != _SMALL_THERE:

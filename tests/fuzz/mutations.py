@@ -1,8 +1,7 @@
 """Files and command lines made wrong: by structure, and byte by byte."""
 
 import json
-from collections.abc import Iterable, Iterator
-from copy import copy
+from collections.abc import Iterable
 from typing import Any
 
 import tomli_w
@@ -174,78 +173,6 @@ def changed_file(draw: Any, document: Any, *, as_toml: bool) -> bytes:
     for _ in range(draw(st.integers(0, 3)) if is_bytewise else 0):
         data = _bytewise(draw, data)
     return data
-
-
-_REMOVED = object()
-
-
-def every_change(document: Any) -> Iterator[tuple[str, bytes]]:
-    """A JSON file with one mistake, at each place and of each kind; with what was changed.
-
-    Of a list, the first and the last item stand for all. Places that differ only in such items are
-    one.
-    """
-    seen = set()
-    for path in list(_ends(document)):
-        *to_parent, key = path
-        general = *(("*" if isinstance(step, int) else step) for step in to_parent), key
-        if general in seen:
-            continue
-        seen.add(general)
-        parent = _at(document, to_parent)
-        kept = copy(parent)
-        for name, value in _values_instead(parent[key]):
-            if value is _REMOVED:
-                del parent[key]
-            else:
-                parent[key] = value
-            data = json.dumps(document).encode()
-            if isinstance(parent, dict):
-                parent.clear()
-                parent.update(kept)
-            else:
-                parent[:] = kept
-            yield f"{'.'.join(map(str, path))}: {name}", data
-
-
-def _ends(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths as of `_places`, of lists the first and the last item alone."""
-    keys: Iterable[Any] = ()
-    if isinstance(value, dict):
-        keys = value
-    elif isinstance(value, list) and value:
-        keys = sorted({0, len(value) - 1})
-    for key in keys:
-        yield (*path, key)
-        yield from _ends(value[key], (*path, key))
-
-
-def _values_instead(value: Any) -> Iterator[tuple[str, Any]]:
-    yield "removed", _REMOVED
-    if value is not None:
-        yield "null", None
-    match value:
-        case bool():
-            yield "the other", not value
-        case int():
-            yield from ((f"{number}", number) for number in (0, -1, 1, 2**62, 10**29))
-        case float():
-            yield from ((f"{number}", number) for number in (0.0, -1.0, 1e-300, 1e23, 1e300))
-        case str():
-            yield from ((repr(text), text) for text in ("", "x", "a\nb"))
-        case list():
-            yield "empty", []
-            if value:
-                yield "shorter", value[:-1]
-                yield "longer", [*value, value[-1]]
-                yield "in a list", [value]
-        case dict():
-            yield "empty", {}
-            if value:
-                first, *_ = value
-                yield "renamed", {("x" if key == first else key): value[key] for key in value}
-        case None:
-            yield from ((repr(each), each) for each in (0, 1.5, "x", [], {}))
 
 
 def changed_bytes(draw: Any, data: bytes) -> bytes:

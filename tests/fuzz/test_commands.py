@@ -2,11 +2,10 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,23 +17,11 @@ from hypothesis import strategies as st
 from fuzz import seeds
 from fuzz.mutations import changed_arguments, changed_bytes, changed_file
 
-_PROGRESS = re.compile(r".+: done in [0-9.]+ s")
 _HERE = Path(__file__).parent
 _EXPERIMENTS, _PROFILES, _RESULTS = seeds.experiments(), seeds.profiles(), seeds.results()
 _TRACE = seeds.trace()
-_SIMULATE = [
-    "--num-requests",
-    "4",
-    "--batch",
-    "2",
-    "--prompt-len",
-    "8",
-    "--output-len",
-    "4",
-    "--out",
-    "out",
-]
-_PLAN = ["--batch", "4", "--prompt-len", "8", "--output-len", "4", "--out", "out"]
+_LOAD = "--batch 2 --prompt-len 8 --output-len 4 --out out"
+_SIMULATE = f"simulate {{}} --num-requests 4 {_LOAD}"
 _COMMANDS = (
     "compare mine.toml --project --cluster h100x2 --skew 1.0 --timeout-s 60 --out out",
     "compare mine.toml --experts-per-token 2,1 --dtype float32 --out out",
@@ -78,62 +65,45 @@ def _experiment(draw: Any) -> Case:
     return Case({"case.toml": data}, ["compare", "case.toml", *how, "--out", "out"])
 
 
-def _config(draw: Any) -> Case:
-    files = {
-        "case/config.json": changed_file(draw, draw(st.sampled_from(seeds.CONFIGS)), as_toml=False)
-    }
-    command = draw(
-        st.sampled_from(
-            (
-                ["plan", "case", "--cluster", "h100x2", *_PLAN],
-                ["simulate", "case", "--layout", "tp=1", "--cluster", "h100x1", *_SIMULATE],
-                ["generate", "case", "--token-ids", "1"],
-            )
-        )
-    )
-    if command[0] == "generate":
-        files["case/generation_config.json"] = changed_file(draw, seeds.GENERATION, as_toml=False)
-        files["case/model.safetensors.index.json"] = changed_file(draw, seeds.INDEX, as_toml=False)
-    return Case(files, command)
+# By the file that is changed: what it is made of, and commands that read it.
+_OF_FILES: dict[str, tuple[Sequence[Any], tuple[str, ...]]] = {
+    "case/config.json": (
+        seeds.CONFIGS,
+        (
+            f"plan case --cluster h100x2 {_LOAD}",
+            _SIMULATE.format("case --layout tp=1 --cluster h100x1"),
+            "generate case --token-ids 1",
+        ),
+    ),
+    "case.toml": (
+        _PROFILES,
+        (
+            f"plan paper-tiny --cluster case.tomlx2 {_LOAD}",
+            _SIMULATE.format("paper-tiny --layout dp=2,ep=2 --cluster case.tomlx2"),
+        ),
+    ),
+    "results.json": (_RESULTS, ("report results.json --out out", "diff results.json results.json")),
+    "case.json": (
+        [seeds.PLACEMENT],
+        (
+            "balance trace.npz --ep 2 --placement case.json",
+            "generate paper-tiny --token-ids 1 --layout dp=2,ep=2 --placement case.json",
+        ),
+    ),
+}
+_BESIDE = {"generation_config": seeds.GENERATION, "model.safetensors.index": seeds.INDEX}
 
 
-def _profile(draw: Any) -> Case:
-    data = changed_file(draw, draw(st.sampled_from(_PROFILES)), as_toml=True)
-    command = draw(
-        st.sampled_from(
-            (
-                ["simulate", "paper-tiny", "--layout", "dp=2,ep=2", *_SIMULATE],
-                ["plan", "paper-tiny", *_PLAN],
-            )
-        )
-    )
-    return Case({"case.toml": data}, [*command, "--cluster", "case.tomlx2"])
-
-
-def _results(draw: Any) -> Case:
-    data = changed_file(draw, draw(st.sampled_from(_RESULTS)), as_toml=False)
-    command = draw(
-        st.sampled_from(
-            (
-                ["report", "case.json", "--out", "out"],
-                ["diff", "case.json", "case.json", "--out", "out"],
-            )
-        )
-    )
-    return Case({"case.json": data}, command)
-
-
-def _placement(draw: Any) -> Case:
-    data = changed_file(draw, seeds.PLACEMENT, as_toml=False)
-    command = draw(
-        st.sampled_from(
-            (
-                ["balance", "trace.npz", "--ep", "2"],
-                ["generate", "paper-tiny", "--token-ids", "1", "--layout", "dp=2,ep=2"],
-            )
-        )
-    )
-    return Case({"case.json": data}, [*command, "--placement", "case.json"])
+def _file(draw: Any) -> Case:
+    name = draw(st.sampled_from(("case/config.json", *_OF_FILES)))
+    documents, commands = _OF_FILES[name]
+    as_toml = name.endswith(".toml")
+    files = {name: changed_file(draw, draw(st.sampled_from(documents)), as_toml=as_toml)}
+    command = draw(st.sampled_from(commands))
+    if command.startswith("generate case"):
+        for beside, document in _BESIDE.items():
+            files[f"case/{beside}.json"] = changed_file(draw, document, as_toml=False)
+    return Case(files, command.split())
 
 
 def _trace(draw: Any) -> Case:
@@ -144,19 +114,7 @@ def _command(draw: Any) -> Case:
     return Case({}, changed_arguments(draw, draw(st.sampled_from(_COMMANDS)).split()))
 
 
-_KINDS: tuple[Callable[[Any], Case], ...] = (
-    _experiment,
-    _experiment,
-    _config,
-    _config,
-    _profile,
-    _results,
-    _placement,
-    _trace,
-    _command,
-    _command,
-    _command,
-)
+_KINDS = (*[_experiment] * 2, *[_file] * 5, _trace, *[_command] * 3)
 
 
 @st.composite

@@ -315,9 +315,9 @@ def judged(folder: Path, asked: list[Asked], answers: dict[int, Came]) -> Counte
     """
     with LLM(folder, dtype="float32", num_blocks=4096) as llm:
         right = right_answers(llm, asked)
-        judge = Judge(llm.tokenizer, llm.tokenizer.eos_token_ids, Arbiter(folder))
+    judge = Judge(Arbiter(folder))
     for each in asked:
-        judge.take(each, answers[each.number], right.get(each.number))
+        judge.take(each, answers[each.number], right[each.number])
     judge.check()
     return judge.counts
 

@@ -1,9 +1,8 @@
 """Thousands of drawn requests through `expertlane serve`, in several layouts, judged one by one.
 
 Each request is drawn from (--seed, its number): --first goes on where a run was ended. Every
-answer in float32 is held against `LLM.generate` on one rank; in bfloat16 each has to agree with
-itself. Then /metrics has to agree with the clients, and memory to be as before. From the
-repository's root:
+answer is held against `LLM.generate` on one rank, in float32. Then /metrics has to agree with the
+clients, and memory to be as before. From the repository's root:
 
     PYTHONPATH=src:tests python -m server.soak --requests 20000
 """
@@ -85,13 +84,13 @@ def _own_labels(labels: dict[str, str]) -> list[str]:
 
 
 @contextmanager
-def serving(folder: Path, layout: str, dtype: str, log: Path) -> Iterator[Server]:
+def serving(folder: Path, layout: str, log: Path) -> Iterator[Server]:
     """A server that rebalances eagerly, ended as a user ends it.
 
     Raises:
         AssertionError: it did not start, or did not end well.
     """
-    options = ("--dtype", dtype, *COMMON, *LAYOUTS[layout])
+    options = ("--dtype", "float32", *COMMON, *LAYOUTS[layout])
     program = [str(Path(soak_serve.__file__))]
     server = Server(folder, log, *options, layout=layout, program=program)
     server.start()
@@ -136,7 +135,7 @@ class Soak:
     ) -> None:
         for asked in turn:
             came = await send(client, asked)
-            self.judge.take(asked, came, right.get(asked.number))
+            self.judge.take(asked, came, right.get(asked.number, []))
 
 
 def check_counts(counts: Counter[str], before: Metrics, after: Metrics) -> None:
@@ -193,7 +192,7 @@ def check_memory(resident: Sequence[dict[str, int]]) -> dict[str, int]:
 
 
 def soak(
-    folder: Path, layout: str, numbers: range, *, seed: int, dtype: str, part: int, log: Path
+    folder: Path, layout: str, numbers: range, *, seed: int, part: int, log: Path
 ) -> Counter[str]:
     """Send requests to a server of a layout, and check all that there is to check.
 
@@ -207,13 +206,11 @@ def soak(
     Raises:
         AssertionError: something is wrong.
     """
-    is_exact = dtype == "float32"
     with (
         LLM(folder, dtype="float32", num_blocks=4096) as llm,
-        serving(folder, layout, dtype, log) as server,
+        serving(folder, layout, log) as server,
     ):
-        arbiter = Arbiter(folder) if is_exact else None
-        judge = Judge(llm.tokenizer, llm.tokenizer.eos_token_ids, arbiter)
+        judge = Judge(Arbiter(folder))
         run = Soak(server, judge)
         for begin in range(numbers.start, numbers.stop, part):
             end = min(begin + part, numbers.stop)
@@ -221,7 +218,7 @@ def soak(
             asked = [
                 draw(seed, number, is_calm=number >= first_calm) for number in range(begin, end)
             ]
-            right = right_answers(llm, asked) if is_exact else {}
+            right = right_answers(llm, asked)
             run.send(asked[: first_calm - begin], right)
             counts, before = judge.counts.copy(), server.metrics()
             run.send(asked[first_calm - begin :], right)
@@ -231,7 +228,7 @@ def soak(
             run.resident.append(server.resident())
             judge.counts["preemptions"] = int(after["vllm:num_preemptions_total"])
             judge.counts["rebalances"] = log.read_text().count(soak_serve.SWITCHED)
-            print(f"{layout} {dtype}: {end - numbers.start} of {len(numbers)} requests", flush=True)
+            print(f"{layout}: {end - numbers.start} of {len(numbers)} requests", flush=True)
         print(f"memory grew by {check_memory(run.resident)} bytes")
     return judge.counts
 
@@ -244,7 +241,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--first", type=int, default=0, help="number of the first of each layout")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--part", type=int, default=PART, help="requests at a time")
     return parser.parse_args()
 
@@ -262,12 +258,11 @@ def main() -> None:
             counts = soak(
                 *(folder, layout, range(options.first, options.first + num_each)),
                 seed=options.seed,
-                dtype=options.dtype,
                 part=options.part,
                 log=Path(temporary) / "log",
             )
             seconds = time.monotonic() - began_s
-            print(f"{layout} {options.dtype}, {seconds:.0f} s: {dict(counts)}", flush=True)
+            print(f"{layout}, {seconds:.0f} s: {dict(counts)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,16 @@
 """What is wrong with the answers of a soak, and which differences contract 1 excuses."""
 
-import json
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import numpy as np
 import torch
 import transformers
 
-from expertlane.spec.sampling import SamplingParams, Structured
-from expertlane.text.tokenizer import IncrementalDetokenizer, Tokenizer
+from expertlane.spec.sampling import SamplingParams
 from parity.contract import MAX_EXCLUDED_SHARE, MIN_ROUTER_MARGIN, MIN_TOP2_GAP
 from server.soak_client import Came, Choice
 from server.soak_requests import Asked, Right
@@ -79,17 +75,12 @@ def _scores(logits: Any, right: Right, params: SamplingParams, place: int) -> An
 class Judge:
     """Takes in answers; counts them, and keeps what is wrong.
 
-    Args:
-        arbiter: None where answers are not held against offline ones, as in bfloat16.
-
     Attributes:
         wrong: a line each.
         counts: of requests by what became of them; of choices by finish reason; of tokens.
     """
 
-    tokenizer: Tokenizer
-    eos_token_ids: frozenset[int]
-    arbiter: Arbiter | None
+    arbiter: Arbiter
     wrong: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -98,7 +89,7 @@ class Judge:
         """Of the answers that were held against offline ones."""
         return self.counts["excluded"] / max(1, self.counts["compared"])
 
-    def take(self, asked: Asked, came: Came, right: list[Right] | None) -> None:
+    def take(self, asked: Asked, came: Came, right: list[Right]) -> None:
         """Judge an answer."""
         for problem in self._problems(asked, came, right):
             self.wrong.append(f"request {asked.number}: {problem}; {asked.body}, {came}")
@@ -112,7 +103,7 @@ class Judge:
         assert not self.wrong, "\n".join(self.wrong[:10])
         assert self.excluded_share <= MAX_EXCLUDED_SHARE, self.counts
 
-    def _problems(self, asked: Asked, came: Came, right: list[Right] | None) -> list[str]:
+    def _problems(self, asked: Asked, came: Came, right: list[Right]) -> list[str]:
         code = (came.error or {}).get("code")
         if came.has_left:
             self.counts["left"] += 1
@@ -132,18 +123,14 @@ class Judge:
         problems = self._of_usage(asked, came)
         for place, choice in came.choices.items():
             self.counts[f"choices {choice.finish_reason}"] += 1
-            problems += self._of_choice(asked.params[place], choice)
-            if right is not None and self.arbiter is not None:
-                problems += self._against(right[place], asked.params[place], choice)
+            problems += self._against(right[place], asked.params[place], choice)
         return problems
 
-    def _of_part(self, asked: Asked, came: Came, right: list[Right] | None) -> list[str]:
+    def _of_part(self, asked: Asked, came: Came, right: list[Right]) -> list[str]:
         """Of what came before the end: it must be how the right answer begins."""
         self.counts["tokens seen in parts"] += sum(
             len(choice.token_ids or ()) for choice in came.choices.values()
         )
-        if right is None or self.arbiter is None:
-            return []
         problems = []
         for place, choice in came.choices.items():
             whole = right[place]
@@ -168,57 +155,12 @@ class Judge:
         same = came.usage["completion_tokens"] == sum(map(len, tokens))
         return [] if same else ["its usage is not what came"]
 
-    def _of_choice(self, params: SamplingParams, choice: Choice) -> list[str]:
-        """What contradicts itself."""
-        if choice.num_endings != 1:
-            return ["a choice ends more or less than once"]
-        if choice.finish_reason not in ("stop", "length"):
-            return ["a choice ends for no reason"]
-        problems = self._of_form(params.structured, choice)
-        if choice.token_ids is None:
-            return problems
-        detokenizer = IncrementalDetokenizer(
-            *(self.tokenizer, choice.prompt_token_ids),
-            stop=params.stop,
-            min_tokens=params.min_tokens,
-        )
-        tokens = choice.token_ids
-        ends = {*params.stop_token_ids} | (set() if params.ignore_eos else self.eos_token_ids)
-        is_stopped = tokens[-1] in ends
-        shown = tokens[:-1] if is_stopped else tokens
-        text = "".join(map(detokenizer.append, shown)) + detokenizer.finish()
-        is_stopped |= detokenizer.stopped
-        if text != choice.text:
-            problems.append(f"its text is not that of its tokens, {text!r}")
-        if params.structured is not None:  # which may end without a token that says so
-            is_stopped = choice.finish_reason == "stop"
-        if is_stopped != (choice.finish_reason == "stop"):
-            problems.append("its finish reason contradicts its tokens")
-        if not is_stopped and len(tokens) != params.max_tokens:
-            problems.append(f"it has {len(tokens)} tokens")
-        if params.logprobs is not None and len(choice.logprobs) != len(tokens):
-            problems.append("its log-probabilities are not as many as its tokens")
-        return problems
-
-    def _of_form(self, form: Structured | None, choice: Choice) -> list[str]:
-        """Whether an answer that has come to its end is what it had to be."""
-        if form is None or choice.finish_reason != "stop":
-            return []
-        self.counts[f"complete {form.kind}"] += 1
-        if form.regex is not None:
-            fits = re.fullmatch(form.regex, choice.text) is not None
-        elif form.choice is not None:
-            fits = choice.text in form.choice
-        else:
-            validator = jsonschema.Draft202012Validator(json.loads(form.json_schema))
-            try:
-                fits = validator.is_valid(json.loads(choice.text))
-            except ValueError:
-                fits = False
-        return [] if fits else [f"it is not what {form} asks for"]
-
     def _against(self, right: Right, params: SamplingParams, choice: Choice) -> list[str]:
         self.counts["compared"] += 1
+        if choice.num_endings != 1:
+            return ["a choice ends more or less than once"]
+        if params.structured is not None and choice.finish_reason == "stop":
+            self.counts[f"complete {params.structured.kind}"] += 1
         same = choice.text == right.text and choice.finish_reason == right.finish_reason
         if choice.token_ids is not None:
             same &= choice.token_ids == right.token_ids
@@ -231,7 +173,6 @@ class Judge:
 
     def _differing(self, right: Right, params: SamplingParams, choice: Choice) -> list[str]:
         """An answer that is another: wrong, unless a token is too close to call."""
-        assert self.arbiter is not None
         if choice.token_ids is None:  # where it parts is not known
             places = list(range(len(right.token_ids)))
         else:

@@ -187,19 +187,6 @@ def test_a_recovery_is_marked_on_the_rate(opened, stub_server, monkeypatch):
 
 
 @pytest.mark.full
-def test_pause_holds_the_page_still(opened, busy):
-    page = opened(busy)
-    expect(page.locator("h1")).to_have_text(re.compile("output tokens/s"))
-    page.get_by_role("button", name="Pause").click()
-    expect(page.locator("#state")).to_have_text("paused")
-    before = page.locator("#tiles").inner_text()
-    page.wait_for_timeout(400)
-    assert page.locator("#tiles").inner_text() == before
-    page.get_by_role("button", name="Resume").click()
-    expect(page.locator("#state")).to_have_text("running")
-
-
-@pytest.mark.full
 def test_a_key_is_asked_for_and_is_in_no_address(opened, stub_server):
     server = stub_server(ServerOptions(api_keys=("open sesame",)))
     page = opened(server)

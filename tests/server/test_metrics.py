@@ -131,12 +131,6 @@ def test_running_and_waiting_requests(stub_server):
     assert load == {"server_load": 1}
 
 
-def test_two_servers_share_nothing(stub_server):
-    first, second = stub_server(), stub_server()
-    first.ask(prompt=[1], max_tokens=3)
-    assert scrape(second)[0]["vllm:generation_tokens_total",] == 0
-
-
 def test_real_ranks_have_times(served):
     served.client.completions.create(model="tiny", prompt="a", max_tokens=4)
     values, _ = scrape(served.server)

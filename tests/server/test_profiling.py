@@ -56,7 +56,12 @@ def num_steps(annotations):
     return len([each for each in annotations if re.match(r"expertlane: (prefill|decode) ", each)])
 
 
-@pytest.mark.parametrize("layout", ["tp=1", "dp=2,ep=2"])
+LAYOUTS = ["tp=1", "dp=2,ep=2"]
+MORE = ["tp=2", "pp=2", "dp=2,tp=2,ep=4", "dp=2,pp=2,ep=2"]
+LAYOUTS += [pytest.param(each, marks=pytest.mark.full) for each in MORE]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_profile_has_the_steps_and_stages_of_each_rank(server):
     answer = profiled(server)
     assert answer["missing"] == {}
@@ -69,13 +74,6 @@ def test_a_profile_has_the_steps_and_stages_of_each_rank(server):
     again = profiled(server)
     assert again["folder"] != answer["folder"]
     assert {num_steps(each) for each in annotations_of(server, again).values()} == {6}
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("layout", ["tp=2", "pp=2", "dp=2,tp=2,ep=4", "dp=2,pp=2,ep=2"])
-def test_every_layout_can_be_profiled(server):
-    found = annotations_of(server, profiled(server))
-    assert {num_steps(each) for each in found.values()} == {6}
 
 
 @pytest.mark.parametrize("layout", ["tp=1"])
