@@ -6,7 +6,7 @@ import pytest
 
 from client.vllm_server import checkpoint, dense_checkpoint, vllm
 from expertlane.client.connection import Url
-from expertlane.client.run import Asked, Target, measure
+from expertlane.client.run import MeasureOptions, Target, measure
 from expertlane.client.server import Vocabulary
 from expertlane.engine.llm import LLM
 from expertlane.progress import Progress
@@ -16,7 +16,7 @@ from server.running import serving
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1500)]
 
 LOAD = Load(24, LengthRange(33, 60), LengthRange(2, 30), batch=6)
-ASKED = Asked([LOAD], 3, num_rounds=3)
+ASKED = MeasureOptions([LOAD], 3, num_rounds=3)
 
 
 def measured(url, folder, asked=ASKED):

@@ -3,7 +3,7 @@
 import httpx
 
 from expertlane.client.connection import Url
-from expertlane.client.run import Asked, Target, measure
+from expertlane.client.run import MeasureOptions, Target, measure
 from expertlane.client.server import Vocabulary
 from expertlane.progress import Progress
 from expertlane.server.setup import ServerOptions
@@ -22,7 +22,7 @@ def test_tokens_are_those_of_the_server() -> None:
     server = StubServer(ServerOptions(api_keys=("other", KEY)))
     try:
         load = Load(20, LengthRange(2, 9), LengthRange(1, 7), batch=4)
-        asked = Asked([load], 3, tokenizer=Vocabulary(range(26)), num_warm_up=0)
+        asked = MeasureOptions([load], 3, tokenizer=Vocabulary(range(26)), num_warm_up=0)
         found = measure([Target(Url.parse(server.url), KEY)], asked, Progress())
         (record,) = found.records
         (serving,) = record.serving

@@ -7,7 +7,7 @@ import pytest
 from cli.screen import tells
 from client.fake_server import DONE, END, OPENING, answer, chunk, error, fakes, text, usage, whole
 from expertlane.client.connection import Url
-from expertlane.client.run import Asked, Target, measure
+from expertlane.client.run import MeasureOptions, Target, measure
 from expertlane.errors import UserError
 from expertlane.progress import Progress
 from expertlane.spec.workload import LengthRange, Load, parse_slos
@@ -25,7 +25,7 @@ LENGTHS = LengthRange(2, 9), LengthRange(1, 5)
 def seen(*servers, load=None, **more):
     targets = [Target(Url.parse(each.url), f"key {place}") for place, each in enumerate(servers)]
     load = load or Load(12, *LENGTHS, batch=3)
-    return measure(targets, Asked([load], 0, **more), Progress())
+    return measure(targets, MeasureOptions([load], 0, **more), Progress())
 
 
 def client_of(found):

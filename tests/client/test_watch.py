@@ -9,9 +9,9 @@ from client.fake_server import DONE, END, OPENING, answer, chunk, error, fakes, 
 from expertlane.client import watch
 from expertlane.client.connection import Connections, Url
 from expertlane.client.prometheus import Gauges
-from expertlane.client.run import Asked, Target, measure
+from expertlane.client.run import MeasureOptions, Target, measure
 from expertlane.client.server import Form, Server, Vocabulary, alike, flush_caches
-from expertlane.client.watch import Sample, Watched, engine_record
+from expertlane.client.watch import Sample, ServerSamples, engine_record
 from expertlane.progress import Progress
 from expertlane.results.engine_record import EngineCounts
 from expertlane.spec.workload import LengthRange, Load
@@ -76,7 +76,7 @@ class Counting:
 
 def counted(fake, counting, load=LOAD, **more):
     server = fake(counting.generate, metrics=counting.page)
-    found = measure([Target(Url.parse(server.url))], Asked([load], 0, **more), Progress())
+    found = measure([Target(Url.parse(server.url))], MeasureOptions([load], 0, **more), Progress())
     return found.records[0].serving[0]
 
 
@@ -147,7 +147,7 @@ def test_an_idle_rank_is_told(fake):
             yield part
 
     server = fake(first_alone, metrics=counting.page)
-    found = measure([Target(Url.parse(server.url))], Asked([LOAD], 0), Progress())
+    found = measure([Target(Url.parse(server.url))], MeasureOptions([LOAD], 0), Progress())
     engine = found.records[0].serving[0].engine
     assert engine.work_by_rank["1"] == 0
     assert engine.max_over_mean == pytest.approx(2.0)
@@ -273,7 +273,7 @@ def test_a_slow_page_is_read_seldom(fake, monkeypatch):
 def test_servers_without_metrics_are_measured_all_the_same(fake, monkeypatch, bad):
     monkeypatch.setattr(watch, "_READ_S", 0.2)
     server = fake(metrics=bad)
-    found = measure([Target(Url.parse(server.url))], Asked([LOAD], 0), Progress())
+    found = measure([Target(Url.parse(server.url))], MeasureOptions([LOAD], 0), Progress())
     (serving,) = found.records[0].serving
     assert (serving.engine, serving.num_requests) == (None, 12)
 
@@ -285,7 +285,9 @@ def test_a_page_that_fails_under_way_leaves_the_rest(fake):
         counting.generate,
         metrics=lambda: counting.page() if next(reads) < 4 else page("busy", 503),
     )
-    found = measure([Target(Url.parse(server.url))], Asked([LOAD], 0, num_rounds=2), Progress())
+    found = measure(
+        [Target(Url.parse(server.url))], MeasureOptions([LOAD], 0, num_rounds=2), Progress()
+    )
     (serving,) = found.records[0].serving
     assert serving.num_requests == 24
     assert serving.engine is None or len(serving.engine.rounds) < 2
@@ -293,17 +295,17 @@ def test_a_page_that_fails_under_way_leaves_the_rest(fake):
 
 def test_samples_with_other_ranks_than_the_latest_are_left_out():
     one, both = {"0": Gauges(1.0)}, {"0": Gauges(2.0), "1": Gauges(3.0)}
-    watched = Watched("vllm", samples=[Sample(0.0, one), Sample(0.5, both)])
+    watched = ServerSamples("vllm", samples=[Sample(0.0, one), Sample(0.5, both)])
     gauges = engine_record([None, watched]).gauges
     assert (gauges.rounds, gauges.times_s) == ((2,), (0.5,))
     assert gauges.ranks["1"].num_running == (3.0,)
-    assert engine_record([]) is engine_record([None, Watched("vllm")]) is None
+    assert engine_record([]) is engine_record([None, ServerSamples("vllm")]) is None
 
 
 def test_all_servers_get_the_same_prompts_in_a_round_and_others_in_another(fake):
     servers = fake(), fake()
     targets = [Target(Url.parse(each.url)) for each in servers]
-    measure(targets, Asked([LOAD], 5, num_rounds=3, num_warm_up=2), Progress())
+    measure(targets, MeasureOptions([LOAD], 5, num_rounds=3, num_warm_up=2), Progress())
     one, other = (
         [(each["prompt"], each["max_tokens"]) for each in server.asked[3:]] for server in servers
     )
@@ -346,14 +348,14 @@ def test_caches_are_emptied_before_each_round_where_there_is_a_route(fake, route
         return page("", routes[route]) if route in routes else original(route)
 
     server._about = about
-    asked = Asked([LOAD], 0, num_rounds=2, flushes_caches=True)
+    asked = MeasureOptions([LOAD], 0, num_rounds=2, flushes_caches=True)
     found = measure([Target(Url.parse(server.url))], asked, Progress())
     flushes = [each for each in server.others if "cache" in each]
     tried = [f"POST {route}" for route in ("/flush_cache", "/reset_prefix_cache")]
     one_round = tried if "/flush_cache" not in routes or not is_done else tried[:1]
     assert flushes == one_round * 2
     assert found.unflushed == (() if is_done else (server.url,))
-    measure([Target(Url.parse(server.url))], Asked([LOAD], 0), Progress())
+    measure([Target(Url.parse(server.url))], MeasureOptions([LOAD], 0), Progress())
     assert [each for each in server.others if "cache" in each] == flushes
 
 

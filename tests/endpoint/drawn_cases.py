@@ -34,7 +34,7 @@ from engine.model.families import save_checkpoint
 from expertlane.client.connection import Url
 from expertlane.client.run import Target
 from expertlane.endpoint.reference import CheckpointReference
-from expertlane.endpoint.verify import Asked, verify
+from expertlane.endpoint.verify import VerifyOptions, verify
 from expertlane.errors import ExpertlaneError
 from expertlane.progress import Progress
 from server.front import Front
@@ -145,7 +145,9 @@ def run_case(case: Case, folder: Path, serve: Serve, **fields: Any) -> Outcome:
     prompts = [draw.integers(2, size, 48).tolist() for _ in range(16)]
     found = effect(original, served, prompts, case.dtype)
     change, noise = found.change, max(found.noise, 5e-5)
-    asked = Asked(None if case.dtype == "float32" else case.dtype, 24, 600.0, seed=case.seed)
+    asked = VerifyOptions(
+        None if case.dtype == "float32" else case.dtype, 24, 600.0, seed=case.seed
+    )
     try:
         with serve(case, served, folder / "log") as url:
             target, reference = Target(Url.parse(url)), CheckpointReference(original)

@@ -19,7 +19,7 @@ from client.fake_server import (
     usage,
     whole,
 )
-from expertlane.endpoint.faults import Struck
+from expertlane.endpoint.faults import FaultOutcome
 
 TOKEN_S = 0.03
 HANG_S = 60.0
@@ -153,6 +153,6 @@ class Strike:
     def check(self) -> None:
         pass
 
-    async def strike(self) -> Struck:
+    async def strike(self) -> FaultOutcome:
         self._stub.strike()
-        return Struck()
+        return FaultOutcome()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from expertlane.endpoint.statistics import Compared, fit_scales
+from expertlane.endpoint.statistics import Differences, fit_scales
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class World:
     top_k: int = 2
 
 
-def draw(seed: int, world: World) -> Compared:
+def draw(seed: int, world: World) -> Differences:
     """A clean run: rounding of a reference, and of a server by the same law."""
     rng = np.random.default_rng(seed)
     lens = [*rng.integers(24, 96, world.short), *[world.long_len] * world.long]
@@ -55,4 +55,4 @@ def draw(seed: int, world: World) -> Compared:
     )
     topk_ids = np.argsort(-scores, axis=2)[:, :, : world.top_k]
     scales = fit_scales(rounded, logprobs, margins, 1e-3)
-    return Compared(served, rounded, scales, prompts, positions, topk_ids)
+    return Differences(served, rounded, scales, prompts, positions, topk_ids)

@@ -8,7 +8,7 @@ from client.fake_server import fakes
 from endpoint.stub_server import HANG_S, PAUSE_S, TOKEN_S, Strike, Stub
 from expertlane.client.connection import Url
 from expertlane.client.run import Target
-from expertlane.endpoint.drill import Asked, Drilled, drilling
+from expertlane.endpoint.drill import DrillOptions, DrillResult, drilling
 from expertlane.progress import Progress
 from expertlane.results.drill_record import LOST
 from expertlane.spec.workload import LengthRange, Load
@@ -33,14 +33,16 @@ SERVERS = {
 }
 AFTER_S, OBSERVE_S, BOUND_S, HEALTH_S = 1.2, 4.5, 3.0, 2.8
 LENGTH = LengthRange(12, 12)
-ASKED = Asked(Load(6, LengthRange(4, 4), LENGTH, batch=2), 0, AFTER_S, OBSERVE_S, BOUND_S, HEALTH_S)
+ASKED = DrillOptions(
+    Load(6, LengthRange(4, 4), LENGTH, batch=2), 0, AFTER_S, OBSERVE_S, BOUND_S, HEALTH_S
+)
 
 
 @pytest.fixture(scope="module")
-def drilled() -> dict[str, Drilled]:
+def drilled() -> dict[str, DrillResult]:
     """All servers, drilled at the same time."""
 
-    async def all_of_them(stubs: list[Stub]) -> list[Drilled]:
+    async def all_of_them(stubs: list[Stub]) -> list[DrillResult]:
         return await asyncio.gather(
             *(
                 drilling(Target(Url.parse(each.url)), ASKED, Strike(each), Progress(), None)

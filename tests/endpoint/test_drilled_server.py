@@ -10,8 +10,8 @@ from expertlane.client.run import Target
 from expertlane.comparison.engines.known import Expertlane
 from expertlane.comparison.served import HOST, free_port, is_ready
 from expertlane.comparison.server_process import ServerProcess
-from expertlane.endpoint.drill import Asked, drill
-from expertlane.endpoint.faults import Signalled
+from expertlane.endpoint.drill import DrillOptions, drill
+from expertlane.endpoint.faults import SignalFault
 from expertlane.endpoint.processes import below, processes, rank_process
 from expertlane.progress import Progress
 from expertlane.results.drill_record import LOST
@@ -25,7 +25,7 @@ pytestmark = [
 LAYOUT = Layout.parse("dp=4,ep=4")
 # A rank that hangs does so for longer than `/health` may be wrong.
 START_S, TIMEOUT_S, STALL_S, HEALTH_S, HANG_S = 240.0, 12.0, 2.0, 8.0, 40.0
-ASKED = Asked(
+ASKED = DrillOptions(
     Load(12, LengthRange(12, 12), LengthRange(24, 40), batch=6), 0, 15.0, 40.0, HANG_S, HEALTH_S
 )
 
@@ -42,11 +42,11 @@ def test_a_lost_rank_costs_no_token(tmp_path, signal):
         process.wait_until(lambda: is_ready(url, "/health"), START_S)
         process.linger()
 
-        def fault_of(root: int | None) -> Signalled:
+        def fault_of(root: int | None) -> SignalFault:
             assert root is not None
             rank = rank_process(root, [Expertlane.rank_title], LAYOUT, 2)
             assert rank.name == "expertlane r2"
-            return Signalled(rank.pid, signal, "rank 2")
+            return SignalFault(rank.pid, signal, "rank 2")
 
         record = drill(Target(url), ASKED, fault_of, Progress()).record
         pids = [*below(process.guard_pid, processes())]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from expertlane.client.connection import Answer
 from expertlane.endpoint.judged import (
     TIE_NATS,
-    Judged,
+    RequestOutcome,
     Truth,
     changes_record,
     criteria,
@@ -116,7 +116,7 @@ def test_undisturbed_answers_are_judged_too():
 def test_lost_requests_keep_their_words():
     lost = request(0, [])
     lost.end, lost.words = "failed", "HTTP 500: no"
-    assert judged(lost, truth(), None) == Judged(lost, "failed", "HTTP 500: no")
+    assert judged(lost, truth(), None) == RequestOutcome(lost, "failed", "HTTP 500: no")
 
 
 @given(st.integers(0, 6), st.integers(0, 6), st.integers(0, 6), st.integers(0, 6))

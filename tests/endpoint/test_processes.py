@@ -14,7 +14,7 @@ from engine.ranks.processes import wait_until
 from expertlane.comparison.engines.known import Sglang, Vllm
 from expertlane.comparison.server_process import ServerProcess
 from expertlane.endpoint import processes as module
-from expertlane.endpoint.faults import Signalled, by_kubectl, by_shell
+from expertlane.endpoint.faults import SignalFault, by_kubectl, by_shell
 from expertlane.endpoint.processes import (
     Footprint,
     Process,
@@ -203,7 +203,7 @@ def denied(pid: int, number: int) -> None:
 
 def test_a_signal_goes_to_its_process(monkeypatch):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    fault = Signalled(child.pid, "KILL", "process 4711 (sleep)")
+    fault = SignalFault(child.pid, "KILL", "process 4711 (sleep)")
     fault.check()
     fault._send(signal.SIGKILL)
     assert child.wait(60) == -signal.SIGKILL
@@ -214,7 +214,7 @@ def test_a_signal_goes_to_its_process(monkeypatch):
         fault.check()
     for pid in (os.getpid(), os.getppid()):
         with pytest.raises(UserError, match="this process"):
-            Signalled(pid, "KILL", "own").check()
+            SignalFault(pid, "KILL", "own").check()
 
 
 def strike(fault):

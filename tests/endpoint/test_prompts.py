@@ -17,7 +17,7 @@ from expertlane.endpoint.prompts import (
     draw_prompts,
 )
 from expertlane.endpoint.reference import CheckpointReference
-from expertlane.endpoint.scored import Scored
+from expertlane.endpoint.scored import PromptScores
 from expertlane.errors import UserError
 from expertlane.progress import Progress
 
@@ -41,7 +41,7 @@ class Router:
         topk = [np.stack([tokens % n, (tokens + 1) % n], axis=1) for n in self.num_experts]
         if self.never is not None:
             topk[1][topk[1] == self.never] = (self.never + 1) % self.num_experts[1]
-        return Scored(tokens, np.zeros(len(prompt) - 1), np.stack(topk))
+        return PromptScores(tokens, np.zeros(len(prompt) - 1), np.stack(topk))
 
 
 def test_every_expert_is_reached() -> None:

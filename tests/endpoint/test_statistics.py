@@ -9,7 +9,7 @@ import pytest
 from endpoint.synthetic import World, draw
 from expertlane.endpoint.statistics import (
     FALSE_ALARMS,
-    Compared,
+    Differences,
     drawn_rounding,
     find_position,
     least_seen,
@@ -31,11 +31,11 @@ _CLEAN = [
 ]
 
 
-def _alarms(compared: Compared) -> set[str]:
+def _alarms(compared: Differences) -> set[str]:
     return {each.name for each in run_tests(compared) if each.is_alarm(_ALARM)}
 
 
-def _planted(compared: Compared, sigma: float, chosen: np.ndarray | bool = True) -> Compared:
+def _planted(compared: Differences, sigma: float, chosen: np.ndarray | bool = True) -> Differences:
     noise = np.random.default_rng(1).standard_normal(len(compared))
     return replace(compared, differences=compared.differences + chosen * sigma * noise)
 

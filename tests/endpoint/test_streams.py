@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from client.fake_server import DONE, event, text, usage
 from expertlane.client.connection import Answer
-from expertlane.endpoint.streams import Differs, Stream, difference
+from expertlane.endpoint.streams import Stream, StreamDifference, difference
 
 TOKENS = st.lists(st.integers(0, 50), min_size=8, max_size=24, unique=True)
 
@@ -78,7 +78,9 @@ def test_a_chunk_that_comes_twice_is_repeated(truth, data):
     found = truth[:end] + truth[end - size : end] + truth[end:]
     for answer in (found, found[: len(truth)]):
         if len(answer) - end >= 3:
-            assert difference(truth, answer, is_whole=True) == Differs("repeated", end, size)
+            assert difference(truth, answer, is_whole=True) == StreamDifference(
+                "repeated", end, size
+            )
 
 
 @given(TOKENS, st.data())
@@ -86,14 +88,14 @@ def test_a_chunk_that_does_not_come_is_left_out(truth, data):
     place = data.draw(st.integers(0, len(truth) - 1))
     size = data.draw(st.integers(1, len(truth) - place))
     found = truth[:place] + truth[place + size :]
-    assert difference(truth, found, is_whole=True) == Differs("dropped", place, size)
+    assert difference(truth, found, is_whole=True) == StreamDifference("dropped", place, size)
 
 
 @given(TOKENS, st.data())
 def test_another_token_is_a_change(truth, data):
     place = data.draw(st.integers(0, len(truth) - 1))
     found = [*truth[:place], 99, *truth[place + 1 :]]
-    assert difference(truth, found, is_whole=True) == Differs("changed", place)
+    assert difference(truth, found, is_whole=True) == StreamDifference("changed", place)
 
 
 @given(TOKENS, st.data())
@@ -105,7 +107,7 @@ def test_what_was_cut_off_may_be_the_beginning(truth, data):
 
 
 def test_letters_are_compared_like_tokens():
-    assert difference("abcdef", "abcbcdef", is_whole=True) == Differs("repeated", 3, 2)
-    assert difference("abcdef", "abef", is_whole=True) == Differs("dropped", 2, 2)
+    assert difference("abcdef", "abcbcdef", is_whole=True) == StreamDifference("repeated", 3, 2)
+    assert difference("abcdef", "abef", is_whole=True) == StreamDifference("dropped", 2, 2)
     assert difference("", "", is_whole=True) is None
     assert json.dumps(difference("a", "", is_whole=True).how) == '"dropped"'

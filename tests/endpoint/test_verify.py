@@ -10,24 +10,24 @@ from endpoint.toy import EXPERTS, Toy, ToyReference, noisy, toy_server
 from expertlane.client.connection import Url
 from expertlane.client.run import Target
 from expertlane.client.server import Vocabulary
-from expertlane.endpoint.scored import Reference, Scored
+from expertlane.endpoint.scored import PromptScores, Reference
 from expertlane.endpoint.verdict import (
-    Observed,
+    ConditionScores,
     judge,
     rounds_as_float32,
     usual_rounding,
 )
-from expertlane.endpoint.verify import Asked, verify
+from expertlane.endpoint.verify import VerifyOptions, verify
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.progress import Progress
 from expertlane.results.verified_record import LayerExperts, VerifiedRecord
 
-ASKED = Asked(num_prompts=8, seed=4)
+ASKED = VerifyOptions(num_prompts=8, seed=4)
 WRONG = Toy(scales=((1, 2, 3.0),))
 
 
 def verified(
-    toy: Toy, reference: Reference | None = None, asked: Asked = ASKED, **how: Any
+    toy: Toy, reference: Reference | None = None, asked: VerifyOptions = ASKED, **how: Any
 ) -> VerifiedRecord:
     with toy_server(toy, **how) as server:
         target = Target(Url.parse(server.url))
@@ -220,11 +220,11 @@ def test_a_server_of_rounded_weights_is_nearer_to_itself():
 def test_load_that_moves_most_tokens_is_not_that_of_float32(moved, is_float32):
     draw = np.random.default_rng(3)
     alone = {place: -draw.exponential(2.0, 200) for place in range(4)}
-    again = Observed("again, alone", alone)
+    again = ConditionScores("again, alone", alone)
     loaded = {
         place: own + np.where(draw.random(200) < moved, 1e-2, 1e-6) for place, own in alone.items()
     }
-    observed = [Observed("alone", alone), again, Observed("16 at once", loaded)]
+    observed = [ConditionScores("alone", alone), again, ConditionScores("16 at once", loaded)]
     assert rounds_as_float32(observed) == is_float32
     assert not rounds_as_float32([observed[0], again])  # nothing is known of other orders
 
@@ -262,12 +262,12 @@ def test_a_second_server_as_the_reference():
 def test_a_flip_in_one_prompt_of_a_second_server_does_not_make_it_sensitive():
     """The tests that it passes leave the farthest prompt out; so do those with planted errors."""
     draw = np.random.default_rng(5)
-    exact = [Scored(np.arange(200), -draw.exponential(2.0, 199)) for _ in range(24)]
+    exact = [PromptScores(np.arange(200), -draw.exponential(2.0, 199)) for _ in range(24)]
     told = {
         place: each.logprobs + draw.normal(0, 0.5 if place == 7 else 0.01, 199)
         for place, each in enumerate(exact)
     }
-    found = judge([Observed("alone", told)], usual_rounding(exact, "bfloat16"), "bfloat16")
+    found = judge([ConditionScores("alone", told)], usual_rounding(exact, "bfloat16"), "bfloat16")
     assert found.verdict == "same"
     assert found.least_seen is not None
     assert found.least_seen > 5e-3
@@ -285,7 +285,7 @@ def test_a_server_that_dies_gets_one_line():
 
 
 def test_a_budget_leaves_conditions_out_and_says_so():
-    found = verified(noisy(), asked=Asked(num_prompts=8, seed=4, budget_s=0.01))
+    found = verified(noisy(), asked=VerifyOptions(num_prompts=8, seed=4, budget_s=0.01))
     assert found.verdict == "same"
     assert [each.name for each in found.conditions] == [
         "alone",
@@ -309,7 +309,7 @@ class CountedReference(ToyReference):
         return {name: [_without(each, layer, expert) for each in of] for name, of in found.items()}
 
 
-def _without(scored: Scored, layer: int, expert: int) -> Scored:
+def _without(scored: PromptScores, layer: int, expert: int) -> PromptScores:
     assert scored.topk_ids is not None
     chosen = scored.topk_ids.copy()
     chosen[layer][chosen[layer] == expert] = (expert + 1) % EXPERTS

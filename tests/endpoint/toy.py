@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from client.fake_server import Fake, error, event, whole
-from expertlane.endpoint.scored import Prompt, Scored
+from expertlane.endpoint.scored import Prompt, PromptScores
 from expertlane.progress import Progress
 
 VOCAB, WIDTH, EXPERTS, LAYERS = 96, 24, 8, 3
@@ -40,7 +40,7 @@ class Toy:
     seed: int = 1
 
     def run(self, prompt: Prompt) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[len, VOCAB] log-probabilities of what follows; experts and margins as `Scored` has."""
+        """[len, VOCAB] log-probabilities of what follows; experts and margins as in `PromptScores`."""
         ids = np.asarray(prompt)
         num = len(ids)
         draw = np.random.default_rng([self.seed, num, *ids[:8].tolist()])
@@ -72,7 +72,7 @@ class Toy:
         logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         return logprobs, np.stack(chosen), np.stack(margins)
 
-    def score(self, prompt: Prompt) -> Scored:
+    def score(self, prompt: Prompt) -> PromptScores:
         """As a reference does."""
         return _scored(self, tuple(prompt))[0]
 
@@ -82,12 +82,12 @@ class Toy:
 
 
 @lru_cache(20_000)
-def _scored(toy: Toy, prompt: tuple[int, ...]) -> tuple[Scored, np.ndarray]:
+def _scored(toy: Toy, prompt: tuple[int, ...]) -> tuple[PromptScores, np.ndarray]:
     """A prompt's scores, and what follows it; the same prompts come under many conditions."""
     logprobs, chosen, margins = toy.run(prompt)
     ids = np.asarray(prompt)
     own = logprobs[np.arange(len(ids) - 1), ids[1:]]
-    return Scored(ids, own, chosen, margins), logprobs[-1].copy()
+    return PromptScores(ids, own, chosen, margins), logprobs[-1].copy()
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ToyReference:
 
     def score_in(
         self, prompts: Sequence[Prompt], number_types: Sequence[str], progress: Progress
-    ) -> dict[str, list[Scored]]:
+    ) -> dict[str, list[PromptScores]]:
         """As the protocol says."""
         toys = {each: Toy(0.0 if each == "float32" else self.noise) for each in number_types}
         return {name: [toy.score(each) for each in prompts] for name, toy in toys.items()}

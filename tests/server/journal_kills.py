@@ -30,9 +30,9 @@ from expertlane.engine.llm import LLM
 from expertlane.spec.sampling import Structured
 from server.front import KEPT, Front, free_port
 from server.soak import TEMPLATE
-from server.soak_client import SOAK_S, Came
+from server.soak_client import SOAK_S, ClientAnswer
 from server.soak_judge import Arbiter, Judge
-from server.soak_requests import Asked, draw, right_answers
+from server.soak_requests import DrawnRequest, draw, right_answers
 
 NUM_CLIENTS = 8
 PART = 10  # kills
@@ -43,7 +43,7 @@ _MOST_POSITIONS = 250  # of the checkpoint's 256
 _RETRY_S = 0.05
 
 
-def drawn(seed: int, number: int) -> Asked:
+def drawn(seed: int, number: int) -> DrawnRequest:
     """A longer one than those of the soak, mostly a stream; the same for the same arguments."""
     dice = random.Random(f"{seed} {number}")
     asked = draw(seed, number, is_calm=True)
@@ -88,7 +88,7 @@ class Client:
     url: str
     http: httpx.AsyncClient
     prefix: str
-    answers: dict[int, Came] = field(default_factory=dict)
+    answers: dict[int, ClientAnswer] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     first_further_s: float | None = None
@@ -97,11 +97,11 @@ class Client:
         """Look for the first token from now on of a request that has some."""
         self.first_further_s = None
 
-    async def ask(self, asked: Asked) -> None:
+    async def ask(self, asked: DrawnRequest) -> None:
         """Have a request answered, whatever it takes."""
         name = f"{self.prefix}-{asked.number}"
-        came = self.answers[asked.number] = Came()
-        taken = Taken(name, came)
+        came = self.answers[asked.number] = ClientAnswer()
+        taken = StreamSoFar(name, came)
         for attempt in count():
             try:
                 if asked.is_stream:
@@ -118,14 +118,14 @@ class Client:
         if asked.is_stream and not self.wrong and asked.number % 4 == 0:
             await self._check_again(name, taken)
 
-    async def _whole(self, asked: Asked, name: str, came: Came) -> None:
+    async def _whole(self, asked: DrawnRequest, name: str, came: ClientAnswer) -> None:
         answer = await self.http.post(asked.path, json=asked.body, headers={"X-Request-Id": name})
         if answer.status_code in (500, 503):  # it is ending
             return
         came.status, came.is_done = answer.status_code, True
         came.take(answer.json())
 
-    async def _stream(self, asked: Asked, taken: "Taken", attempt: int) -> None:
+    async def _stream(self, asked: DrawnRequest, taken: "StreamSoFar", attempt: int) -> None:
         headers = {"X-Request-Id": taken.name}
         if taken.num_events:
             headers["Last-Event-ID"] = f"{taken.name}:{taken.num_events}"
@@ -150,7 +150,7 @@ class Client:
                 if had_some and self.first_further_s is None:
                     self.first_further_s = time.monotonic()
 
-    async def _check_again(self, name: str, taken: "Taken") -> None:
+    async def _check_again(self, name: str, taken: "StreamSoFar") -> None:
         """All events once more: they have to be the same bytes."""
         try:
             answer = await self.http.get(f"/v1/requests/{name}/events")
@@ -163,11 +163,11 @@ class Client:
 
 
 @dataclass
-class Taken:
+class StreamSoFar:
     """What has come of a stream."""
 
     name: str
-    came: Came
+    came: ClientAnswer
     num_events: int = 0
     text: str = ""
 
@@ -307,7 +307,9 @@ def run_part(folder: Path, seed: int, number: int, num_kills: int) -> Part:
     return Part(kills, client.counts + judged(folder, list(asked_of.values()), client.answers))
 
 
-def judged(folder: Path, asked: list[Asked], answers: dict[int, Came]) -> Counter[str]:
+def judged(
+    folder: Path, asked: list[DrawnRequest], answers: dict[int, ClientAnswer]
+) -> Counter[str]:
     """Hold answers against those of an undisturbed run.
 
     Raises:

@@ -29,7 +29,7 @@ from server import soak_serve
 from server.front import Front
 from server.soak_client import SOAK_S, send
 from server.soak_judge import Arbiter, Judge
-from server.soak_requests import Asked, Right, draw, right_answers
+from server.soak_requests import DrawnRequest, TrueChoice, draw, right_answers
 
 TEMPLATE = (
     "{% for message in messages %}<u>{{ message.content }}{% endfor %}"
@@ -114,12 +114,12 @@ class Soak:
     judge: Judge
     resident: list[dict[str, int]] = field(default_factory=list)
 
-    def send(self, asked: Sequence[Asked], right: dict[int, list[Right]]) -> None:
+    def send(self, asked: Sequence[DrawnRequest], right: dict[int, list[TrueChoice]]) -> None:
         """Send them all, and wait until nothing is left of them."""
         asyncio.run(self._run(asked, right))
         assert wait_until(self.server.is_idle, SOAK_S, pause_s=0.05), "it does not become idle"
 
-    async def _run(self, asked: Sequence[Asked], right: dict[int, list[Right]]) -> None:
+    async def _run(self, asked: Sequence[DrawnRequest], right: dict[int, list[TrueChoice]]) -> None:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=32)
         async with httpx.AsyncClient(
             base_url=self.server.url, timeout=SOAK_S, limits=limits
@@ -131,7 +131,10 @@ class Soak:
                 await asyncio.gather(*workers)
 
     async def _work(
-        self, client: httpx.AsyncClient, turn: Iterable[Asked], right: dict[int, list[Right]]
+        self,
+        client: httpx.AsyncClient,
+        turn: Iterable[DrawnRequest],
+        right: dict[int, list[TrueChoice]],
     ) -> None:
         for asked in turn:
             came = await send(client, asked)

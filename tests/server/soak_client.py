@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from server.soak_requests import Asked
+from server.soak_requests import DrawnRequest
 
 SOAK_S = 300.0  # for anything: the machine may have more to do
 
@@ -26,7 +26,7 @@ class Choice:
 
 
 @dataclass
-class Came:
+class ClientAnswer:
     """What came of a request.
 
     Attributes:
@@ -68,9 +68,9 @@ class Came:
             choice.num_endings += 1
 
 
-async def send(client: httpx.AsyncClient, asked: Asked) -> Came:
+async def send(client: httpx.AsyncClient, asked: DrawnRequest) -> ClientAnswer:
     """Ask, and wait for the answer or leave before."""
-    came = Came()
+    came = ClientAnswer()
     if asked.is_stream or asked.aborted_after is None:
         await _send(client, asked, came)
         return came
@@ -85,7 +85,7 @@ async def send(client: httpx.AsyncClient, asked: Asked) -> Came:
     return came
 
 
-async def _send(client: httpx.AsyncClient, asked: Asked, came: Came) -> None:
+async def _send(client: httpx.AsyncClient, asked: DrawnRequest, came: ClientAnswer) -> None:
     async with client.stream("POST", asked.path, json=asked.body) as response:
         came.status = response.status_code
         if not (asked.is_stream and response.status_code == 200):

@@ -12,8 +12,8 @@ import transformers
 
 from expertlane.spec.sampling import SamplingParams
 from parity.contract import MAX_EXCLUDED_SHARE, MIN_ROUTER_MARGIN, MIN_TOP2_GAP
-from server.soak_client import Came, Choice
-from server.soak_requests import Asked, Right
+from server.soak_client import Choice, ClientAnswer
+from server.soak_requests import DrawnRequest, TrueChoice
 
 _LOGPROB_ERROR = 1e-3
 
@@ -34,7 +34,7 @@ class Arbiter:
         return model.to(torch.float32).eval()
 
     @torch.inference_mode()
-    def is_close(self, right: Right, params: SamplingParams, place: int) -> bool:
+    def is_close(self, right: TrueChoice, params: SamplingParams, place: int) -> bool:
         """Whether output token `place` may be another: its router margin or its gap is too small.
 
         Of a drawn token only the margin counts.
@@ -59,7 +59,7 @@ class Arbiter:
         return bool(gap <= MIN_TOP2_GAP * np.abs(logits).max())
 
 
-def _scores(logits: Any, right: Right, params: SamplingParams, place: int) -> Any:
+def _scores(logits: Any, right: TrueChoice, params: SamplingParams, place: int) -> Any:
     """Logits after bias and penalties, from the definition of `SamplingParams`."""
     scores, output = logits.astype(np.float64), right.token_ids[:place]
     for token, bias in params.logit_bias:
@@ -89,7 +89,7 @@ class Judge:
         """Of the answers that were held against offline ones."""
         return self.counts["excluded"] / max(1, self.counts["compared"])
 
-    def take(self, asked: Asked, came: Came, right: list[Right]) -> None:
+    def take(self, asked: DrawnRequest, came: ClientAnswer, right: list[TrueChoice]) -> None:
         """Judge an answer."""
         for problem in self._problems(asked, came, right):
             self.wrong.append(f"request {asked.number}: {problem}; {asked.body}, {came}")
@@ -103,7 +103,9 @@ class Judge:
         assert not self.wrong, "\n".join(self.wrong[:10])
         assert self.excluded_share <= MAX_EXCLUDED_SHARE, self.counts
 
-    def _problems(self, asked: Asked, came: Came, right: list[Right]) -> list[str]:
+    def _problems(
+        self, asked: DrawnRequest, came: ClientAnswer, right: list[TrueChoice]
+    ) -> list[str]:
         code = (came.error or {}).get("code")
         if came.has_left:
             self.counts["left"] += 1
@@ -126,7 +128,9 @@ class Judge:
             problems += self._against(right[place], asked.params[place], choice)
         return problems
 
-    def _of_part(self, asked: Asked, came: Came, right: list[Right]) -> list[str]:
+    def _of_part(
+        self, asked: DrawnRequest, came: ClientAnswer, right: list[TrueChoice]
+    ) -> list[str]:
         """Of what came before the end: it must be how the right answer begins."""
         self.counts["tokens seen in parts"] += sum(
             len(choice.token_ids or ()) for choice in came.choices.values()
@@ -141,7 +145,7 @@ class Judge:
                 problems += self._differing(whole, asked.params[place], choice)
         return problems
 
-    def _of_usage(self, asked: Asked, came: Came) -> list[str]:
+    def _of_usage(self, asked: DrawnRequest, came: ClientAnswer) -> list[str]:
         if came.usage is None:
             options = asked.body.get("stream_options", {"include_usage": True})
             is_asked = not asked.is_stream or options["include_usage"]
@@ -155,7 +159,7 @@ class Judge:
         same = came.usage["completion_tokens"] == sum(map(len, tokens))
         return [] if same else ["its usage is not what came"]
 
-    def _against(self, right: Right, params: SamplingParams, choice: Choice) -> list[str]:
+    def _against(self, right: TrueChoice, params: SamplingParams, choice: Choice) -> list[str]:
         self.counts["compared"] += 1
         if choice.num_endings != 1:
             return ["a choice ends more or less than once"]
@@ -171,7 +175,7 @@ class Judge:
             return [f"its log-probabilities are not {right.logprobs}"]
         return []
 
-    def _differing(self, right: Right, params: SamplingParams, choice: Choice) -> list[str]:
+    def _differing(self, right: TrueChoice, params: SamplingParams, choice: Choice) -> list[str]:
         """An answer that is another: wrong, unless a token is too close to call."""
         if choice.token_ids is None:  # where it parts is not known
             places = list(range(len(right.token_ids)))

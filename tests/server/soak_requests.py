@@ -59,7 +59,7 @@ _FORMS: tuple[dict[str, Any], ...] = (
 
 
 @dataclass(frozen=True)
-class Asked:
+class DrawnRequest:
     """A request.
 
     Attributes:
@@ -93,7 +93,7 @@ class Asked:
         return bool(self.body.get("stream"))
 
 
-def draw(seed: int, number: int, *, is_calm: bool = False) -> Asked:
+def draw(seed: int, number: int, *, is_calm: bool = False) -> DrawnRequest:
     """A request; the same for the same arguments.
 
     Args:
@@ -128,10 +128,10 @@ def draw(seed: int, number: int, *, is_calm: bool = False) -> Asked:
     kind = random.random()
     if kind < BAD:
         change, field = _WRONG[random.integers(len(_WRONG))]
-        return Asked(number, body | change, (), (), wrong=field)
+        return DrawnRequest(number, body | change, (), (), wrong=field)
     after = int(random.integers(0, 12)) if kind < BAD + ABORTED and not is_calm else None
     of_choices = tuple(prompt for prompt in prompts for _ in range(num_choices))
-    return Asked(number, body, of_choices, params * len(prompts), aborted_after=after)
+    return DrawnRequest(number, body, of_choices, params * len(prompts), aborted_after=after)
 
 
 def _draw_extras(random: np.random.Generator, *, is_calm: bool) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def _of_choice(sampling: Mapping[str, Any], choice: int) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Right:
+class TrueChoice:
     """What a choice has to be.
 
     Attributes:
@@ -248,7 +248,7 @@ class Right:
     logprobs: list[float]
 
     @classmethod
-    def of(cls, output: RequestOutput) -> "Right":
+    def of(cls, output: RequestOutput) -> "TrueChoice":
         """Of what came offline."""
         assert output.finish_reason is not None
         return cls(
@@ -260,13 +260,13 @@ class Right:
         )
 
 
-def right_answers(llm: LLM, asked: Sequence[Asked]) -> dict[int, list[Right]]:
+def right_answers(llm: LLM, asked: Sequence[DrawnRequest]) -> dict[int, list[TrueChoice]]:
     """By number."""
     wanted = [each for each in asked if each.wrong is None]
     prompts = [as_engine_takes(llm, prompt) for each in wanted for prompt in each.prompts]
     params = [of_choice for each in wanted for of_choice in each.params]
     outputs = iter(llm.generate(prompts, params) if prompts else ())
-    return {each.number: [Right.of(next(outputs)) for _ in each.params] for each in wanted}
+    return {each.number: [TrueChoice.of(next(outputs)) for _ in each.params] for each in wanted}
 
 
 def as_engine_takes(llm: LLM, prompt: Any) -> Any:

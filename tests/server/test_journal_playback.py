@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from engine.stub_runner import StubEngine, letters
 from expertlane.schedule.request import Chunk, FinishReason
-from expertlane.server.answers import Prepared
+from expertlane.server.answers import GenerationTask
 from expertlane.server.completions import CHATS, COMPLETIONS
-from expertlane.server.journal.file import Begun, Came, Record, framed, records_of
+from expertlane.server.journal.file import BeginRecord, Record, StepRecord, framed, records_of
 from expertlane.server.journal.kept import KeptRequest
 from expertlane.server.setup import ServedModel, ServerOptions
 from expertlane.spec.sampling import PromptLogprobs, PromptPart, SamplingParams, TokenLogprobs
@@ -70,12 +70,12 @@ def kept_of(kind, rows=None, *, is_stream=True):
     params = [SamplingParams(logprobs=1, prompt_logprobs=wants, seed=1)] * len(prompts)
     params *= body.get("n", 1)
     dumped = request.model_dump_json(by_alias=True, exclude_unset=True).encode()
-    begun = Begun(
+    begun = BeginRecord(
         1, b"", "mine", True, endpoint.path, dumped, prompts, params, texts, [], "0" * 32, 5, 0.0
     )
     (_, begun) = next(records_of(framed(begun)))  # it goes through bytes
     request = endpoint.body.model_validate_json(begun.body)
-    prepared = Prepared(
+    prepared = GenerationTask(
         request, begun.prompts, begun.params(), begun.texts, created=5, root=begun.root
     )
     kept = KeptRequest(begun, prepared, endpoint, lambda ids: None, lambda kept: None)
@@ -88,7 +88,7 @@ def test_requests_of_older_journals():
     params = [SamplingParams(seed=seed, max_tokens=seed) for seed in (1, 2)]
     fields = [1, b"", "mine", True, "/v1/completions", b"{}", [[1], [2]], params, [], [], "0", 5]
     older = msgspec.msgpack.encode(["begun", *fields, 0.0])
-    written = framed(Begun(*fields[:7], params[:1], *fields[8:], 0.0, [1, 2], [1, 2]))
+    written = framed(BeginRecord(*fields[:7], params[:1], *fields[8:], 0.0, [1, 2], [1, 2]))
     begun = msgspec.msgpack.decode(older, type=Record)
     (_, now) = next(records_of(written))
     assert begun.params() == now.params() == params
@@ -113,7 +113,7 @@ def say(kept, pieces):
             chunk = Chunk(request_id, number % 26, text, reason)
             rows.append(kept.row(chunk))
             kept.add(chunk)
-    (_, came) = next(records_of(framed(Came(rows))))
+    (_, came) = next(records_of(framed(StepRecord(rows))))
     return came.rows
 
 

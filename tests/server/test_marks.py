@@ -10,7 +10,7 @@ from cli.screen import telling
 from engine.stub_runner import StubEngine, letters
 from expertlane.errors import UserError
 from expertlane.schedule.request import FinishReason, RequestOutput
-from expertlane.server.answers import Piece, Prepared
+from expertlane.server.answers import GenerationTask, Piece
 from expertlane.server.call_forms import CALL_FORMS, THOUGHT_FORMS
 from expertlane.server.completions import ChatAnswer, ChatParts
 from expertlane.server.marks import MarkedText, Marks
@@ -256,7 +256,7 @@ def answer_of(server, text, *, stream=False):
     request = ChatRequest.model_validate(
         {"messages": [{"role": "user", "content": "a"}], "tools": [TOOL], "stream": stream}
     )
-    prepared = Prepared(request, [[0]], [request.params({}, max_tokens=5)], ["a"])
+    prepared = GenerationTask(request, [[0]], [request.params({}, max_tokens=5)], ["a"])
     answer = ChatAnswer(server.service, prepared)
     output = RequestOutput("0", None, [0], 0.0, [1, 2])
     if not stream:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from expertlane.text.tokenizer import (
-    FoundStop,
     IncrementalDetokenizer,
+    StopMatch,
     StopStrings,
     Tokenizer,
 )
@@ -149,7 +149,7 @@ def test_stop_strings_are_found_as_by_looking_everywhere(
         first = next((n for n in range(len(text) + 1) if any(map(text[:n].endswith, stop))), None)
         if first is not None:
             size = max(len(each) for each in stop if text[:first].endswith(each))
-            assert found == FoundStop(first - len(before), size)
+            assert found == StopMatch(first - len(before), size)
             return
         assert found is None
         begun = [end for each in stop for end in range(1, len(each)) if text.endswith(each[:end])]
@@ -166,7 +166,7 @@ def test_stop_strings_take_memory_of_their_length_at_most(string: str) -> None:
         assert finder.feed(string[:2]) is None
         assert finder.feed("x") is None
         assert finder.num_begun == 0
-        assert finder.feed(string) == FoundStop(len(string), len(string))
+        assert finder.feed(string) == StopMatch(len(string), len(string))
         assert tracemalloc.get_traced_memory()[1] < 16 * len(string)
     finally:
         tracemalloc.stop()

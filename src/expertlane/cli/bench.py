@@ -29,7 +29,7 @@ from expertlane.spec.layout import Layout
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from expertlane.client.run import Asked, Seen, Target
+    from expertlane.client.run import LoadResult, MeasureOptions, Target
     from expertlane.client.server import Vocabulary
     from expertlane.results.results import Results
     from expertlane.spec.workload import Load
@@ -309,14 +309,14 @@ def run_url(
     model: str | None, options: UrlOptions, load: LoadOptions, call: output.Call
 ) -> tuple[output.Found, int | None]:
     """Measure; returns the results, and the signal that ended it early, if any."""
-    from expertlane.client.run import Asked, measure
+    from expertlane.client.run import MeasureOptions, measure
 
     loads = load.loads()
     targets = options.targets(model)
     more: dict[str, Any] = {}
     if options.request_timeout_s is not None:
         more["timeout_s"] = options.request_timeout_s
-    asked = Asked(
+    asked = MeasureOptions(
         loads,
         load.seed,
         load.slos,
@@ -336,7 +336,7 @@ def run_url(
 
 
 def _results(
-    seen: "Seen", asked: "Asked", load: LoadOptions, urls: list[str], command: str
+    seen: "LoadResult", asked: "MeasureOptions", load: LoadOptions, urls: list[str], command: str
 ) -> "Results":
     from expertlane.results.results import Results, with_costs
 
@@ -357,7 +357,7 @@ def _results(
     return results if load.price is None else with_costs(results, load.price)
 
 
-def _cautions(seen: "Seen") -> "Iterator[str]":
+def _cautions(seen: "LoadResult") -> "Iterator[str]":
     if seen.why_ended:
         yield f"Partial: {seen.why_ended} before all was measured."
     for url in seen.unflushed:

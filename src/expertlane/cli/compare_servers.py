@@ -28,7 +28,7 @@ from expertlane.spec.files import strict_json, write_text
 
 if TYPE_CHECKING:
     from expertlane.cli.load import ServedLoad
-    from expertlane.client.run import Asked, Target
+    from expertlane.client.run import MeasureOptions, Target
     from expertlane.client.server import Vocabulary
     from expertlane.comparison.engines.engine import Engine, LaunchCommand, LaunchRequest
     from expertlane.comparison.served import EngineLauncher, Setting
@@ -345,7 +345,9 @@ def compare_running(
 
 
 @contextmanager
-def _setting(asked: "Asked", options: ServerOptions, folder: Path | None) -> "Iterator[Setting]":
+def _setting(
+    asked: "MeasureOptions", options: ServerOptions, folder: Path | None
+) -> "Iterator[Setting]":
     """The conditions that all servers share; a temporary folder lives as long as the context."""
     from expertlane.comparison.served import Setting
 
@@ -360,13 +362,15 @@ def _setting(asked: "Asked", options: ServerOptions, folder: Path | None) -> "It
 
 def _asked(
     load: "Load", seed: int, options: ServerOptions, vocabulary: "Vocabulary | None"
-) -> "Asked":
-    from expertlane.client.run import Asked
+) -> "MeasureOptions":
+    from expertlane.client.run import MeasureOptions
 
     more: dict[str, Any] = {}
     if options.request_timeout_s is not None:
         more["timeout_s"] = options.request_timeout_s
-    return Asked([load], seed, tokenizer=vocabulary, flushes_caches=options.flush_caches, **more)
+    return MeasureOptions(
+        [load], seed, tokenizer=vocabulary, flushes_caches=options.flush_caches, **more
+    )
 
 
 def _given_tokenizer(options: ServerOptions) -> "Vocabulary | None":

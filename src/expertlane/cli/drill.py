@@ -31,7 +31,7 @@ from expertlane.spec.names import Dtype
 if TYPE_CHECKING:
     from expertlane.client.run import Target
     from expertlane.client.server import Vocabulary
-    from expertlane.endpoint.drill import Asked, Drilled
+    from expertlane.endpoint.drill import DrillOptions, DrillResult
     from expertlane.endpoint.faults import Fault, Signal
     from expertlane.endpoint.started import StartedServer
     from expertlane.results.record import DeploymentRecord, ServerRecord
@@ -127,7 +127,7 @@ class _Fault:
             if self.pid is not None:
                 found = processes().get(self.pid)
                 name = "" if found is None else f" ({found.title})"
-                return faults.Signalled(self.pid, how, f"process {self.pid}{name}")
+                return faults.SignalFault(self.pid, how, f"process {self.pid}{name}")
             assert self.rank is not None, "one is given"
             if root is None:
                 raise UserError(
@@ -136,7 +136,7 @@ class _Fault:
                 )
             process = rank_process(root, rank_titles, layout, self.rank)
             name = f"rank {self.rank} (process {process.pid}, {process.title})"
-            return faults.Signalled(process.pid, how, name)
+            return faults.SignalFault(process.pid, how, name)
 
         return fault
 
@@ -328,10 +328,10 @@ def run(
     return _run_engine(fault, start, load, asked, call)
 
 
-def _asked(fault: _Fault, load: DrillLoad, client: _Client, model: str | None) -> "Asked":
-    from expertlane.endpoint.drill import Asked
+def _asked(fault: _Fault, load: DrillLoad, client: _Client, model: str | None) -> "DrillOptions":
+    from expertlane.endpoint.drill import DrillOptions
 
-    return Asked(
+    return DrillOptions(
         load.load(),
         load.seed,
         fault.after_s,
@@ -349,7 +349,7 @@ def _run_url(
     start: _Start,
     load: DrillLoad,
     client: _Client,
-    asked: "Asked",
+    asked: "DrillOptions",
     call: output.Call,
 ) -> output.Found:
     """Drill a server that runs."""
@@ -380,7 +380,7 @@ def _known_titles() -> list[str]:
     return [each for each in found if each]
 
 
-def _record(found: "Drilled", name: str, server: "ServerRecord") -> "DeploymentRecord":
+def _record(found: "DrillResult", name: str, server: "ServerRecord") -> "DeploymentRecord":
     from expertlane.results.record import DeploymentRecord
 
     return DeploymentRecord(
@@ -395,9 +395,9 @@ def _record(found: "Drilled", name: str, server: "ServerRecord") -> "DeploymentR
 
 
 def _results(
-    found: "Drilled",
+    found: "DrillResult",
     record: "DeploymentRecord",
-    asked: "Asked",
+    asked: "DrillOptions",
     load: DrillLoad,
     target: "Target",
     call: output.Call,
@@ -420,7 +420,7 @@ def _results(
 
 
 def _run_engine(
-    fault: _Fault, start: _Start, load: DrillLoad, asked: "Asked", call: output.Call
+    fault: _Fault, start: _Start, load: DrillLoad, asked: "DrillOptions", call: output.Call
 ) -> output.Found:
     """Start a server, drill it, and end it."""
     from expertlane.client.run import Target
@@ -461,7 +461,7 @@ def _run_engine(
 
 
 def _started_record(
-    found: "Drilled", server: "StartedServer", title: str, name: str
+    found: "DrillResult", server: "StartedServer", title: str, name: str
 ) -> "DeploymentRecord":
     from expertlane.comparison.server_process import command_line
     from expertlane.results.record import ServerRecord
@@ -482,7 +482,7 @@ def _started_record(
     )
 
 
-def _experiment(start: _Start, asked: "Asked") -> "Experiment":
+def _experiment(start: _Start, asked: "DrillOptions") -> "Experiment":
     """One deployment of a checkpoint, under the load.
 
     Raises:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from expertlane.client.run import Target
     from expertlane.client.server import Vocabulary
     from expertlane.endpoint.scored import Reference
-    from expertlane.endpoint.verify import Asked
+    from expertlane.endpoint.verify import VerifyOptions
 
 DIFFERS, UNTOLD = 1, 3  # exit codes
 _SCHEMES = ("http://", "https://")
@@ -83,12 +83,12 @@ class _Options:
     request_timeout_s: float | None = request_timeout_option(f"{_TIMEOUT_S:g}")
     seed: int | None = seed_option(None, "drawn: then no prompt is in a prefix cache yet")
 
-    def asked(self) -> "Asked":
+    def asked(self) -> "VerifyOptions":
         """Settings of a verification."""
-        from expertlane.endpoint.verify import Asked
+        from expertlane.endpoint.verify import VerifyOptions
 
         usual_s = _QUICK_BUDGET_S if self.quick else _BUDGET_S
-        return Asked(
+        return VerifyOptions(
             self.dtype if self.weights == "model" else self.weights,
             _NUM_QUICK if self.quick else _NUM_PROMPTS,
             usual_s if self.budget_s is None else self.budget_s,

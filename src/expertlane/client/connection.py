@@ -312,7 +312,7 @@ class AnswerError(Exception):
 
 
 @dataclass
-class Generated:
+class TokenTimes:
     """Tokens of one request: when they came, and how many.
 
     Attributes:
@@ -327,7 +327,7 @@ class Generated:
     num_cached_tokens: int | None = None
 
 
-def read_answer(answer: Answer) -> Generated:
+def read_answer(answer: Answer) -> TokenTimes:
     """Read a whole answer.
 
     Raises:
@@ -340,8 +340,8 @@ def read_answer(answer: Answer) -> Generated:
     return _read_events(answer)
 
 
-def _read_events(answer: Answer) -> Generated:
-    found = Generated()
+def _read_events(answer: Answer) -> TokenTimes:
+    found = TokenTimes()
     body, ends = bytes(answer.body), answer.ends
     is_done, is_textless, part, begin = False, True, 0, 0
     without_text: list[int] = []  # places in `times_s`
@@ -377,7 +377,7 @@ def _read_events(answer: Answer) -> Generated:
     return found
 
 
-def _drop_ends(found: Generated, without_text: list[int], *, is_textless: bool) -> None:
+def _drop_ends(found: TokenTimes, without_text: list[int], *, is_textless: bool) -> None:
     """Drop events at the end that carry the finish reason and no token."""
     if found.num_tokens is None and is_textless:
         return
@@ -392,7 +392,7 @@ def _drop_ends(found: Generated, without_text: list[int], *, is_textless: bool) 
         found.times_s.pop()
 
 
-def _take_usage(found: Generated, data: bytes) -> None:
+def _take_usage(found: TokenTimes, data: bytes) -> None:
     usage = _decoded(data).get("usage")
     if not isinstance(usage, dict):
         return

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from expertlane.client.connection import Answer, AnswerError, Generated
+from expertlane.client.connection import Answer, AnswerError, TokenTimes
 from expertlane.client.server import Server
-from expertlane.client.watch import Watched, engine_record
+from expertlane.client.watch import ServerSamples, engine_record
 from expertlane.results.engine_record import EngineCounts, RoundCounts
 from expertlane.results.estimate import Estimate, Summary, median_interval, ratio_interval
 from expertlane.results.metrics import ServedRequest, serving_record
@@ -33,7 +33,7 @@ _MOST_LOST = 20  # requests in a row that find no server
 
 
 @dataclass(eq=False)
-class Sent:
+class RequestResult:
     """A request that was sent, or was to be.
 
     Attributes:
@@ -47,12 +47,12 @@ class Sent:
     due_s: float
     sent_s: float
     ended_s: float = 0.0
-    generated: Generated | None = None
+    generated: TokenTimes | None = None
     error: AnswerError | None = None
 
 
 @dataclass(eq=False)
-class Driven:
+class LoadAnswers:
     """Outcome of a load.
 
     Attributes:
@@ -63,13 +63,13 @@ class Driven:
         watched: what the server's own metrics tell; None where it has none.
     """
 
-    sent: list[Sent] = field(default_factory=list)
+    sent: list[RequestResult] = field(default_factory=list)
     num_unsent: int = 0
     why_ended: str = ""
     cpu_s: float = 0.0
     wall_s: float = 0.0
     began_s: float = 0.0
-    watched: Watched | None = None
+    watched: ServerSamples | None = None
 
 
 class Stop:
@@ -97,7 +97,7 @@ async def drive(
     *,
     timeout_s: float,
     on_finished: Callable[[], None] = lambda: None,
-) -> Driven:
+) -> LoadAnswers:
     """Send requests, and wait for all; meanwhile the server's metrics are read.
 
     Args:
@@ -121,7 +121,7 @@ async def drive(
 
 async def _driven(
     run: "_Run", requests: Sequence[TimedRequest], max_unfinished: int | None, stop: Stop
-) -> Driven:
+) -> LoadAnswers:
     cpu_s, found = time.process_time(), run.driven
     found.began_s = time.perf_counter()
     load = run.closed(requests, max_unfinished) if max_unfinished else run.open(requests)
@@ -140,7 +140,7 @@ async def _driven(
     return found
 
 
-def _both(driven: Driven, engine: EngineCounts) -> RoundCounts:
+def _both(driven: LoadAnswers, engine: EngineCounts) -> RoundCounts:
     """The client's counts of a load beside the engine's."""
     answered = [(each.request, each.generated) for each in driven.sent if each.generated]
     failed = [each.request for each in driven.sent if each.generated is None]
@@ -168,7 +168,7 @@ class _Run:
     def __init__(
         self, server: Server, stop: Stop, timeout_s: float, on_finished: Callable[[], None]
     ) -> None:
-        self.driven = Driven()
+        self.driven = LoadAnswers()
         self._server, self._stop = server, stop
         self._timeout_s = timeout_s
         self._on_finished = on_finished
@@ -199,7 +199,7 @@ class _Run:
 
     async def _one(self, number: int, request: TimedRequest, due_s: float) -> None:
         body = self._server.body(request)
-        sent = Sent(number, request, due_s, time.perf_counter())
+        sent = RequestResult(number, request, due_s, time.perf_counter())
         try:
             async with asyncio.timeout(self._timeout_s):
                 sent.generated = await self._server.generate(body, Answer())
@@ -225,13 +225,13 @@ class Round:
         record: record of this round alone; None where nothing was answered.
     """
 
-    driven: Driven
-    answered: tuple[Sent, ...]
+    driven: LoadAnswers
+    answered: tuple[RequestResult, ...]
     served: tuple[ServedRequest[float], ...]
     record: ServingRecord | None
 
     @classmethod
-    def of(cls, driven: Driven, slos: Sequence[SLO]) -> "Round":
+    def of(cls, driven: LoadAnswers, slos: Sequence[SLO]) -> "Round":
         """The round of a driven load."""
         answered = sorted(
             (each for each in driven.sent if each.generated is not None),
@@ -243,7 +243,7 @@ class Round:
         return cls(driven, tuple(answered), served, record)
 
 
-def _served(sent: Sent, began_s: float) -> ServedRequest[float]:
+def _served(sent: RequestResult, began_s: float) -> ServedRequest[float]:
     found = sent.generated
     assert found is not None
     num_events = len(found.times_s)

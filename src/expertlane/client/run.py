@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import uvloop
 
 from expertlane.client.connection import Connections, Url
-from expertlane.client.measure import Driven, Round, Stop, drive, load_record, ratios
+from expertlane.client.measure import LoadAnswers, Round, Stop, drive, load_record, ratios
 from expertlane.client.server import Server, Vocabulary, alike, find_server, flush_caches
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.progress import Progress
@@ -39,7 +39,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Asked:
+class MeasureOptions:
     """Loads to put on servers, and how.
 
     Attributes:
@@ -61,7 +61,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Seen:
+class LoadResult:
     """Measurements, and why they ended if early.
 
     Attributes:
@@ -80,7 +80,7 @@ class Seen:
     unflushed: tuple[str, ...] = ()
 
 
-def measure(targets: Sequence[Target], asked: Asked, progress: Progress) -> Seen:
+def measure(targets: Sequence[Target], asked: MeasureOptions, progress: Progress) -> LoadResult:
     """Put loads on one server, or on two in turns; SIGINT and SIGTERM end it with what there is.
 
     Raises:
@@ -137,7 +137,9 @@ def allow_connections() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _measure(targets: Sequence[Target], asked: Asked, progress: Progress) -> Seen:
+async def _measure(
+    targets: Sequence[Target], asked: MeasureOptions, progress: Progress
+) -> LoadResult:
     loop, stop, told = asyncio.get_running_loop(), Stop(), list[int]()
 
     def end(number: int) -> None:
@@ -182,7 +184,7 @@ def headers_of(target: Target) -> dict[str, str]:
     return {} if target.key is None else {"Authorization": f"Bearer {target.key}"}
 
 
-def _check(servers: Sequence[Server], asked: Asked) -> None:
+def _check(servers: Sequence[Server], asked: MeasureOptions) -> None:
     for server in servers:
         for load in asked.loads:
             if server.max_model_len is not None:
@@ -193,7 +195,11 @@ _Rounds = dict[tuple[int, int], list[Round]]  # by server and load
 
 
 async def _rounds(
-    servers: Sequence[Server], asked: Asked, stop: Stop, progress: Progress, unflushed: list[str]
+    servers: Sequence[Server],
+    asked: MeasureOptions,
+    stop: Stop,
+    progress: Progress,
+    unflushed: list[str],
 ) -> _Rounds:
     """All rounds of all loads: in a round every server gets the same requests, in another others.
 
@@ -225,7 +231,7 @@ async def _rounds(
 async def one_round(
     server: Server,
     load: Load,
-    asked: Asked,
+    asked: MeasureOptions,
     place: int,
     number: int,
     stop: Stop,
@@ -242,7 +248,9 @@ async def one_round(
     return Round.of(driven, asked.slos)
 
 
-async def warm_up(server: Server, load: Load, asked: Asked, place: int, stop: Stop) -> None:
+async def warm_up(
+    server: Server, load: Load, asked: MeasureOptions, place: int, stop: Stop
+) -> None:
     """Put requests on a server that are not counted.
 
     Args:
@@ -260,18 +268,18 @@ async def warm_up(server: Server, load: Load, asked: Asked, place: int, stop: St
 async def _drive(
     server: Server,
     load: Load,
-    asked: Asked,
+    asked: MeasureOptions,
     seed: Sequence[int],
     stop: Stop,
     on_finished: Callable[[], None] = lambda: None,
-) -> Driven:
+) -> LoadAnswers:
     requests = draw_requests(load, len(server.vocabulary), seed)
     return await drive(
         server, requests, load.batch, stop, timeout_s=asked.timeout_s, on_finished=on_finished
     )
 
 
-def check_answered(driven: Sequence[Driven], server: Server) -> None:
+def check_answered(driven: Sequence[LoadAnswers], server: Server) -> None:
     """Refuse to go on with a server that answers nothing.
 
     Raises:
@@ -287,8 +295,8 @@ def check_answered(driven: Sequence[Driven], server: Server) -> None:
 
 
 def _seen(
-    servers: Sequence[Server], asked: Asked, rounds: _Rounds, why: str, number: int | None
-) -> Seen:
+    servers: Sequence[Server], asked: MeasureOptions, rounds: _Rounds, why: str, number: int | None
+) -> LoadResult:
     records = []
     for which, server in enumerate(servers):
         own = {place: found for (server_, place), found in rounds.items() if server_ == which}
@@ -313,4 +321,4 @@ def _seen(
             one, other = (rounds.get((which, place), []) for which in (0, 1))
             compared += ratios(load, one, other, names)
     models = tuple(each.model for each in servers)
-    return Seen(tuple(records), models, tuple(compared), why, number)
+    return LoadResult(tuple(records), models, tuple(compared), why, number)

@@ -15,7 +15,7 @@ from expertlane.client.connection import (
     ClosedEarly,
     ConnectionFailed,
     Connections,
-    Generated,
+    TokenTimes,
     error_message,
     read_answer,
 )
@@ -186,7 +186,7 @@ class Server:
                 fields["prompt"] = text
         return msgspec.json.encode(fields)
 
-    async def generate(self, body: bytes, into: Answer | None = None) -> Generated:
+    async def generate(self, body: bytes, into: Answer | None = None) -> TokenTimes:
         """Ask, and read the answer.
 
         Raises:

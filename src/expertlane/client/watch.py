@@ -41,7 +41,7 @@ class Sample:
 
 
 @dataclass
-class Watched:
+class ServerSamples:
     """A server's metrics over one load.
 
     Attributes:
@@ -105,9 +105,9 @@ class Watch:
             before = after
 
     @asynccontextmanager
-    async def watching(self) -> AsyncIterator[Watched]:
+    async def watching(self) -> AsyncIterator[ServerSamples]:
         """Sample gauges while a load runs."""
-        watched = Watched(self.engine)
+        watched = ServerSamples(self.engine)
         sampling = asyncio.ensure_future(self._sample(watched.samples))
         try:
             yield watched
@@ -130,7 +130,10 @@ class Watch:
             await asyncio.sleep(max(every_s, taken_s / _MOST_SHARE))
 
     async def settle(
-        self, watched: Watched, before: Page | None, compare: Callable[[EngineCounts], RoundCounts]
+        self,
+        watched: ServerSamples,
+        before: Page | None,
+        compare: Callable[[EngineCounts], RoundCounts],
     ) -> None:
         """Set the counts since `before`, once they agree with the client's or `_SETTLED_S` passed.
 
@@ -173,7 +176,7 @@ async def _read(connections: Connections, route: str) -> Page | None:
     return read_page(bytes(answer.body)) if answer.status == 200 else None
 
 
-def engine_record(rounds: Sequence[Watched | None]) -> EngineRecord | None:
+def engine_record(rounds: Sequence[ServerSamples | None]) -> EngineRecord | None:
     """The record of a load of several rounds; None if the server has no metrics."""
     told = [(number, each) for number, each in enumerate(rounds, 1) if each is not None]
     known = [each for _, each in told if each.counts is not None]
@@ -188,7 +191,7 @@ def engine_record(rounds: Sequence[Watched | None]) -> EngineRecord | None:
     )
 
 
-def _gauges(rounds: Sequence[tuple[int, Watched]]) -> GaugesRecord | None:
+def _gauges(rounds: Sequence[tuple[int, ServerSamples]]) -> GaugesRecord | None:
     """The gauges of all samples that have the same ranks and gauges as the last sample."""
     samples = [(number, each) for number, watched in rounds for each in watched.samples]
     if not samples:

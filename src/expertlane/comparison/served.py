@@ -21,7 +21,7 @@ from expertlane.client.connection import (
 )
 from expertlane.client.measure import Round, Stop, load_record
 from expertlane.client.run import (
-    Asked,
+    MeasureOptions,
     Target,
     check_answered,
     headers_of,
@@ -83,7 +83,7 @@ class Setting:
     """
 
     load: Load
-    asked: Asked
+    asked: MeasureOptions
     start_timeout_s: float
     folder: Path
     progress: Progress

@@ -16,7 +16,7 @@ from typing import Any
 from expertlane.client.connection import Connections
 from expertlane.client.run import Target, allow_connections, headers_of, run_until_told
 from expertlane.client.server import NoRoute, Server, Vocabulary, find_server
-from expertlane.endpoint.faults import Fault, Struck
+from expertlane.endpoint.faults import Fault, FaultOutcome
 from expertlane.endpoint.judged import (
     Truth,
     changes_record,
@@ -47,7 +47,7 @@ _CONNECT_S = 2.0
 
 
 @dataclass(frozen=True)
-class Asked:
+class DrillOptions:
     """A fault, the load that it strikes, and how long that is watched.
 
     Attributes:
@@ -69,7 +69,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Drilled:
+class DrillResult:
     """The outcome of a drill.
 
     Attributes:
@@ -83,7 +83,7 @@ class Drilled:
     software: str
     footprint: Footprint | None
 
-    def with_left_after_end(self) -> "Drilled":
+    def with_left_after_end(self) -> "DrillResult":
         """With what is left now, when its server has been ended, too."""
         if self.footprint is None:
             return self
@@ -93,11 +93,11 @@ class Drilled:
 
 def drill(
     target: Target,
-    asked: Asked,
+    asked: DrillOptions,
     fault_of: Callable[[int | None], Fault],
     progress: Progress,
     root: int | None = None,
-) -> Drilled:
+) -> DrillResult:
     """Strike a server under load, and judge what it does.
 
     Args:
@@ -116,8 +116,8 @@ def drill(
 
 
 async def drilling(
-    target: Target, asked: Asked, fault: Fault, progress: Progress, root: int | None
-) -> Drilled:
+    target: Target, asked: DrillOptions, fault: Fault, progress: Progress, root: int | None
+) -> DrillResult:
     """`drill`, in a loop that runs.
 
     Raises:
@@ -151,7 +151,7 @@ async def drilling(
 
 async def _undisturbed(
     server: Server,
-    asked: Asked,
+    asked: DrillOptions,
     prompts: Sequence[TimedRequest],
     fields: Mapping[str, Any],
     progress: Progress,
@@ -176,7 +176,7 @@ async def _undisturbed(
 
 
 def _load(
-    server: Server, asked: Asked, prompts: Sequence[TimedRequest], fields: Mapping[str, Any]
+    server: Server, asked: DrillOptions, prompts: Sequence[TimedRequest], fields: Mapping[str, Any]
 ) -> SteadyLoad:
     load = asked.load
     return SteadyLoad(server, prompts, load.batch, load.rate, asked.seed, asked.hang_s, fields)
@@ -197,10 +197,10 @@ def _check_well(server: Server, requests: Sequence[Request]) -> None:
 
 
 @dataclass(frozen=True)
-class _Struck:
+class _Observation:
     """Outcome of a strike; all times on the clock of `time.perf_counter`."""
 
-    what: Struck
+    what: FaultOutcome
     requests: list[Request]
     health: HealthWatch
     began_s: float
@@ -213,13 +213,13 @@ class _Struck:
 
 async def _strike(
     server: Server,
-    asked: Asked,
+    asked: DrillOptions,
     fault: Fault,
     prompts: Sequence[TimedRequest],
     fields: Mapping[str, Any],
     root: int | None,
     progress: Progress,
-) -> _Struck:
+) -> _Observation:
     """Put on the load, strike once, and watch what follows.
 
     Raises:
@@ -258,7 +258,7 @@ async def _strike(
         for task in (loading, watching):
             task.cancel()
         await asyncio.gather(loading, watching, return_exceptions=True)
-    return _Struck(
+    return _Observation(
         *(what, load.requests, health, began_s, fault_s, end_s, before, after, is_running)
     )
 
@@ -286,7 +286,9 @@ async def _takes_connections(connections: Connections) -> bool:
     return False
 
 
-def _drilled(server: Server, asked: Asked, fault: Fault, truth: Truth, struck: _Struck) -> Drilled:
+def _drilled(
+    server: Server, asked: DrillOptions, fault: Fault, truth: Truth, struck: _Observation
+) -> DrillResult:
     """The record of what happened."""
     requests, zero_s = struck.requests, struck.fault_s
     began_s, end_s = struck.began_s - zero_s, struck.end_s - zero_s
@@ -338,10 +340,10 @@ def _drilled(server: Server, asked: Asked, fault: Fault, truth: Truth, struck: _
         )
     record = replace(record, why_failed=why_failed, cautions=cautions)
     serving = _serving(asked.load, undisturbed, struck)
-    return Drilled(record, serving, server.model, server.software, held)
+    return DrillResult(record, serving, server.model, server.software, held)
 
 
-def _serving(load: Load, requests: Sequence[Request], struck: _Struck) -> ServingRecord:
+def _serving(load: Load, requests: Sequence[Request], struck: _Observation) -> ServingRecord:
     """Throughput and latency before the fault."""
     served = [
         ServedRequest(

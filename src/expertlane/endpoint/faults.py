@@ -24,7 +24,7 @@ _IN_A_POD = "--kill 'kubectl exec POD -c CONTAINER -- pkill -{} -f PATTERN'"
 
 
 @dataclass(frozen=True)
-class Struck:
+class FaultOutcome:
     """The outcome of a fault that was given: of a command or a signal.
 
     Attributes:
@@ -39,7 +39,7 @@ class Struck:
 
 
 @dataclass(frozen=True)
-class Signalled:
+class SignalFault:
     """A signal to a process of this machine.
 
     Attributes:
@@ -65,14 +65,14 @@ class Signalled:
             raise UserError(f"--pid {self.pid} is this process, or one that it runs in")
         self._send(0)
 
-    async def strike(self) -> Struck:
+    async def strike(self) -> FaultOutcome:
         """Send it.
 
         Raises:
             UserError: the process has ended meanwhile.
         """
         self._send(signal.Signals[f"SIG{self.signal}"])
-        return Struck()
+        return FaultOutcome()
 
     def _send(self, number: int) -> None:
         try:
@@ -94,7 +94,7 @@ def _own_line() -> set[int]:
 
 
 @dataclass(frozen=True)
-class Commanded:
+class CommandFault:
     """A command that kills or stops something, wherever that is.
 
     Attributes:
@@ -116,7 +116,7 @@ class Commanded:
         if shutil.which(self.argv[0]) is None:
             raise UserError(f"there is no command {self.argv[0]!r} here")
 
-    async def strike(self) -> Struck:
+    async def strike(self) -> FaultOutcome:
         """Run it once.
 
         Raises:
@@ -150,19 +150,19 @@ class Commanded:
                 f"{self.words} {how}{f': {said}' if said else ''}; so what it did is not known "
                 f"({hint} if that is as it should be)"
             )
-        return Struck(code, time.perf_counter() - began_s, said)
+        return FaultOutcome(code, time.perf_counter() - began_s, said)
 
 
-Fault = Signalled | Commanded  # done once to a server under load
+Fault = SignalFault | CommandFault  # done once to a server under load
 
 
-def by_shell(command: str, within_s: float) -> Commanded:
+def by_shell(command: str, within_s: float) -> CommandFault:
     """A command of the user's, for the user's shell."""
     shell = os.environ.get("SHELL") or "/bin/sh"
-    return Commanded((shell, "-c", command), f"--kill {command!r}", within_s)
+    return CommandFault((shell, "-c", command), f"--kill {command!r}", within_s)
 
 
-def by_kubectl(words: str, how: Signal, within_s: float) -> Commanded:
+def by_kubectl(words: str, how: Signal, within_s: float) -> CommandFault:
     """A pod's end.
 
     Args:
@@ -185,7 +185,7 @@ def by_kubectl(words: str, how: Signal, within_s: float) -> Commanded:
     argv = ["kubectl", "delete", "pod", name, "--wait=false", f"--request-timeout={within_s:g}s"]
     argv += ["--namespace", namespace] if namespace else []
     argv += [*options, *(["--grace-period=0", "--force"] if how == "KILL" else [])]
-    return Commanded(argv, f"kubectl delete pod {words} (SIG{how})", within_s)
+    return CommandFault(argv, f"kubectl delete pod {words} (SIG{how})", within_s)
 
 
 def _kubectl_words(given: Sequence[str]) -> tuple[list[str], list[str]]:

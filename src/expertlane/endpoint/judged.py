@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from expertlane.endpoint.steady import Request
-from expertlane.endpoint.streams import Differs, Stream, difference
+from expertlane.endpoint.streams import Stream, StreamDifference, difference
 from expertlane.endpoint.timeline import OK, SILENT
 from expertlane.results.drill_record import (
     ALTERED,
@@ -60,7 +60,7 @@ class Truth:
                 found.append(stream.tokens)
         return found
 
-    def differs(self, prompt: int, stream: Stream) -> Differs | None:
+    def differs(self, prompt: int, stream: Stream) -> StreamDifference | None:
         """How an answer differs from the first one."""
         return difference(self.streams[prompt].tokens, stream.tokens, is_whole=True)
 
@@ -78,13 +78,13 @@ class Truth:
                     words = _words(differs, self.streams[prompt].tokens, stream.tokens)
                     yield f"prompt {prompt}: {words}"
 
-    def margin(self, prompt: int, differs: Differs) -> float | None:
+    def margin(self, prompt: int, differs: StreamDifference) -> float | None:
         """Log-probability of the true token less that of the next likeliest, in nats."""
         return self.streams[prompt].margin_at(differs.place)
 
 
 @dataclass(frozen=True)
-class Judged:
+class RequestOutcome:
     """A request of a drill.
 
     Attributes:
@@ -116,25 +116,29 @@ def tie_of(truth: Truth) -> float | None:
     return max(TIE_NATS, min(largest, _MOST_TIE_NATS))
 
 
-def judged(request: Request, truth: Truth, tie: float | None) -> Judged:
+def judged(request: Request, truth: Truth, tie: float | None) -> RequestOutcome:
     """The outcome of a request that ended."""
     stream, prompt = request.stream, request.prompt
     if request.is_lost:
-        return Judged(request, request.end, request.words)
+        return RequestOutcome(request, request.end, request.words)
     differs = truth.differs(prompt, stream)
     if differs is None:
         wrong = _count_error(stream, truth.streams[prompt])
-        return Judged(request, "ill-formed", wrong) if wrong else Judged(request, "as before")
+        return (
+            RequestOutcome(request, "ill-formed", wrong)
+            if wrong
+            else RequestOutcome(request, "as before")
+        )
     words = f"prompt {prompt}: {_words(differs, truth.streams[prompt].tokens, stream.tokens)}"
     if differs.how != "changed":
-        return Judged(request, differs.how, words)
+        return RequestOutcome(request, differs.how, words)
     margin = truth.margin(prompt, differs)
     if margin is not None:
         words += f", {margin:.2g} nats less likely or more"
     is_tie = tie is not None and margin is not None and margin <= tie
     if is_tie or stream.tokens in truth.known(prompt):
-        return Judged(request, "tie", words, margin)
-    return Judged(request, "changed", words, margin)
+        return RequestOutcome(request, "tie", words, margin)
+    return RequestOutcome(request, "changed", words, margin)
 
 
 def _count_error(stream: Stream, true: Stream) -> str:
@@ -150,7 +154,7 @@ def _count_error(stream: Stream, true: Stream) -> str:
     return ""
 
 
-def _words(differs: Differs, true: Sequence[int] | str, found: Sequence[int] | str) -> str:
+def _words(differs: StreamDifference, true: Sequence[int] | str, found: Sequence[int] | str) -> str:
     place, size = differs.place, differs.size
     unit = "letter" if isinstance(true, str) else "token"
     if differs.how == "repeated":
@@ -165,7 +169,7 @@ def _words(differs: Differs, true: Sequence[int] | str, found: Sequence[int] | s
     return f"{unit} {place} is {new}, not {old}"
 
 
-def outcome_records(several: Sequence[Judged], fault_s: float) -> tuple[OutcomeRecord, ...]:
+def outcome_records(several: Sequence[RequestOutcome], fault_s: float) -> tuple[OutcomeRecord, ...]:
     """Outcomes that some request had, the worst first.
 
     Args:
@@ -183,7 +187,7 @@ def outcome_records(several: Sequence[Judged], fault_s: float) -> tuple[OutcomeR
 
 
 def changes_record(
-    truth: Truth, several: Sequence[Judged], tie: float | None, fault_s: float
+    truth: Truth, several: Sequence[RequestOutcome], tie: float | None, fault_s: float
 ) -> ChangesRecord:
     """Changed tokens after the fault beside those of undisturbed runs."""
     before = [
@@ -229,7 +233,7 @@ def changes_record(
     )
 
 
-def _prompts(several: Iterable[Judged]) -> set[int]:
+def _prompts(several: Iterable[RequestOutcome]) -> set[int]:
     return {each.request.prompt for each in several}
 
 

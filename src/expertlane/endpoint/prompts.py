@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from expertlane.client.server import Vocabulary
-from expertlane.endpoint.scored import Reference, Scored
+from expertlane.endpoint.scored import PromptScores, Reference
 from expertlane.errors import UserError
 from expertlane.progress import Progress
 from expertlane.text.tokenizer import Tokenizer
@@ -67,7 +67,7 @@ class ChosenPrompts:
     """
 
     prompts: list[list[int]]
-    scored: dict[str, list[Scored]]
+    scored: dict[str, list[PromptScores]]
 
 
 def draw_prompts(
@@ -149,7 +149,7 @@ def choose_prompts(
     )
 
 
-def count_choices(scored: Sequence[Scored], num_experts: Sequence[int]) -> NDArray[np.int64]:
+def count_choices(scored: Sequence[PromptScores], num_experts: Sequence[int]) -> NDArray[np.int64]:
     """[num_moe_layers, most experts], how often prompts choose each expert.
 
     The last token of each is left out: no log-probability follows from its experts.

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from expertlane.endpoint.rounding import NUMBER_TYPES, NumberType, RoundedInputs
-from expertlane.endpoint.scored import Prompt, Scored
+from expertlane.endpoint.scored import Prompt, PromptScores
 from expertlane.endpoint.streamed_model import (
-    Routed,
+    RouterChoice,
     Skeleton,
     StreamedModel,
     Weights,
@@ -42,7 +42,7 @@ class CheckpointReference:
         folder: with `config.json` and safetensors files; code in it is never run.
 
     Attributes:
-        moe_layers: indices of the layers with experts, whose choices `Scored` has in this order.
+        moe_layers: indices of the layers with experts, in the order of choices in `PromptScores`.
         num_experts: of each of these.
         vocab_size: number of token ids.
         max_len: tokens of the longest prompt.
@@ -62,7 +62,7 @@ class CheckpointReference:
     @torch.inference_mode()
     def score_in(
         self, prompts: Sequence[Prompt], number_types: Sequence[str], progress: Progress
-    ) -> dict[str, list[Scored]]:
+    ) -> dict[str, list[PromptScores]]:
         """Log-probabilities in several number types, each layer read once.
 
         Args:
@@ -142,7 +142,7 @@ class _Run:
     def __init__(self, skeleton: Skeleton, number_type: NumberType) -> None:
         self._skeleton, self._type = skeleton, number_type
         self.hidden: list[Tensor] = []
-        self.routed: list[list[Routed]] = []
+        self.routed: list[list[RouterChoice]] = []
 
     def begin(self, rows: Tensor, rest: Weights) -> None:
         """Take the embedding's rows for the prompts' tokens, and what the decoder has beside."""
@@ -179,11 +179,11 @@ class _Run:
         name: str,
         head: Weights,
         num_moe_layers: int,
-    ) -> list[Scored]:
+    ) -> list[PromptScores]:
         """Log-probabilities of the prompts' tokens."""
         tensors, rounded = self._in_its_type(name, head, is_head=True)
         self._skeleton.place(name, tensors)
-        of_prompt: dict[int, Scored] = {}
+        of_prompt: dict[int, PromptScores] = {}
         with self._rounding(rounded):
             for group, hidden in enumerate(self.hidden):
                 for row, prompt in enumerate(groups[group]):
@@ -196,12 +196,12 @@ class _Run:
 
     def _one(
         self, prompt: Prompt, logprobs: Tensor, group: int, row: int, num_moe_layers: int
-    ) -> Scored:
+    ) -> PromptScores:
         of_layers = [layer[group] for layer in self.routed]
         is_known = bool(of_layers) and len(of_layers) == num_moe_layers
         topk_ids = [each.topk_ids[row].numpy() for each in of_layers]
         margins = [each.margins[row].numpy() for each in of_layers if each.margins is not None]
-        return Scored(
+        return PromptScores(
             np.asarray(prompt, dtype=np.int64),
             logprobs.double().numpy(),
             np.stack(topk_ids).astype(np.int64) if is_known else None,

@@ -13,7 +13,7 @@ Prompt = Sequence[int]  # token ids
 
 
 @dataclass(frozen=True, eq=False)
-class Scored:
+class PromptScores:
     """Log-probabilities of a prompt's tokens, each given those before it.
 
     Attributes:
@@ -60,7 +60,7 @@ class Reference(Protocol):
 
     def score_in(
         self, prompts: Sequence[Prompt], number_types: Sequence[str], progress: Progress
-    ) -> dict[str, list[Scored]]:
+    ) -> dict[str, list[PromptScores]]:
         """Log-probabilities in several number types, to measure what rounding does.
 
         Raises:

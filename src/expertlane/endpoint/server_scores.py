@@ -43,7 +43,7 @@ _PAUSE_S = 0.5
 _IMPOSSIBLE = -1e4  # in place of minus infinity: JSON has none
 
 
-class Failed(ExpertlaneError):
+class AnswerFailure(ExpertlaneError):
     """The server did not answer a request as it has answered others.
 
     Attributes:
@@ -55,24 +55,24 @@ class Failed(ExpertlaneError):
         self.reason = reason
 
 
-class Refused(Failed, UserError):
+class PromptRefusal(AnswerFailure, UserError):
     """The server takes no such prompt, though it takes others."""
 
 
-class NotNumbers(Failed):
+class NaNAnswer(AnswerFailure):
     """Log-probabilities came, and some are no numbers: the server computes NaN."""
 
 
-class Unread(Exception):
+class FormatError(Exception):
     """An answer without what was asked for."""
 
 
-class UnreadNumbers(Unread):
+class NaNError(FormatError):
     """An answer in which log-probabilities are no numbers."""
 
 
 @dataclass(frozen=True, eq=False)
-class Sent:
+class PromptForm:
     """A prompt as it goes to the server.
 
     Attributes:
@@ -90,7 +90,7 @@ class Sent:
 
 
 @dataclass(frozen=True, eq=False)
-class Continued:
+class Continuation:
     """A greedy continuation.
 
     Attributes:
@@ -143,7 +143,7 @@ class Endpoint:
         return replace(self, server=replace(self.server, connections=connections))
 
     async def score(
-        self, prompts: Sequence[Sent], concurrency: int, on_done: Callable[[], None]
+        self, prompts: Sequence[PromptForm], concurrency: int, on_done: Callable[[], None]
     ) -> list[NDArray[np.float64]]:
         """Log-probabilities of prompts' tokens but the first, [len - 1] each, in their order.
 
@@ -152,14 +152,18 @@ class Endpoint:
         """
         ask = _SCORES[self.method]
 
-        async def one(sent: Sent) -> NDArray[np.float64]:
+        async def one(sent: PromptForm) -> NDArray[np.float64]:
             return await self._answered(lambda: ask(self, sent), len(sent.token_ids))
 
         return await _at_once(one, prompts, concurrency, on_done)
 
     async def generate(
-        self, prompts: Sequence[Sent], length: int, concurrency: int, on_done: Callable[[], None]
-    ) -> list[Continued]:
+        self,
+        prompts: Sequence[PromptForm],
+        length: int,
+        concurrency: int,
+        on_done: Callable[[], None],
+    ) -> list[Continuation]:
         """Greedy continuations, in the prompts' order.
 
         Raises:
@@ -168,7 +172,7 @@ class Endpoint:
         native = self.method == "input_token_logprobs"
         ask = _continue_natively if native else _continue
 
-        async def one(sent: Sent) -> Continued:
+        async def one(sent: PromptForm) -> Continuation:
             return await self._answered(lambda: ask(self, sent, length), len(sent.token_ids))
 
         return await _at_once(one, prompts, concurrency, on_done)
@@ -180,12 +184,14 @@ class Endpoint:
                 return await ask()
         except TimeoutError:
             words = f"did not answer a prompt of {num_tokens:,} tokens in {self.timeout_s:g} s"
-            raise Failed(f"{url} {words}", words) from None
-        except Unread as error:
+            raise AnswerFailure(f"{url} {words}", words) from None
+        except FormatError as error:
             words = f"{url}, a prompt of {num_tokens:,} tokens: {error}"
             if str(error).startswith(_REFUSALS):
-                raise Refused(f"{words}. Is the reference of this model?", str(error)) from None
-            kind = NotNumbers if isinstance(error, UnreadNumbers) else Failed
+                raise PromptRefusal(
+                    f"{words}. Is the reference of this model?", str(error)
+                ) from None
+            kind = NaNAnswer if isinstance(error, NaNError) else AnswerFailure
             raise kind(words, str(error)) from None
 
     async def ask(self, path: str, fields: Mapping[str, Any]) -> Any:
@@ -201,23 +207,23 @@ class Endpoint:
             except ClosedEarly as error:
                 if attempt == 1:  # a kept connection may be closed just as it is used again
                     continue
-                raise Unread(f"no answer: {error}") from None
+                raise FormatError(f"no answer: {error}") from None
             except ConnectionFailed as error:
-                raise Unread(f"no answer: {error}") from None
+                raise FormatError(f"no answer: {error}") from None
             if answer.status not in _BUSY or attempt == _ATTEMPTS:
                 break
             await asyncio.sleep(_PAUSE_S * attempt)
         data = bytes(answer.body)
         if answer.status != 200:
-            raise Unread(f"HTTP {answer.status} {error_message(data)}")
+            raise FormatError(f"HTTP {answer.status} {error_message(data)}")
         try:
             return msgspec.json.decode(data)
         except msgspec.DecodeError:
             if _NOT_IN_JSON.search(data) is not None:
-                raise UnreadNumbers("the answer is no JSON: NaN or Infinity is in it") from None
-            raise Unread("the answer is no JSON") from None
+                raise NaNError("the answer is no JSON: NaN or Infinity is in it") from None
+            raise FormatError("the answer is no JSON") from None
 
-    def fields(self, sent: Sent, max_tokens: int) -> dict[str, Any]:
+    def fields(self, sent: PromptForm, max_tokens: int) -> dict[str, Any]:
         """A greedy request of completions."""
         own: dict[str, Any] = {
             "model": self.server.model,
@@ -229,15 +235,15 @@ class Endpoint:
 
 
 async def _at_once(
-    ask: Callable[[Sent], Awaitable[T]],
-    prompts: Sequence[Sent],
+    ask: Callable[[PromptForm], Awaitable[T]],
+    prompts: Sequence[PromptForm],
     concurrency: int,
     on_done: Callable[[], None],
 ) -> list[T]:
     """Answers in the prompts' order, `concurrency` at a time; the first failure ends all."""
     places = asyncio.Semaphore(concurrency)
 
-    async def one(sent: Sent) -> T:
+    async def one(sent: PromptForm) -> T:
         async with places:
             found = await ask(sent)
         on_done()
@@ -251,12 +257,12 @@ async def _at_once(
     return [each.result() for each in tasks]
 
 
-async def _by_prompt_logprobs(endpoint: Endpoint, sent: Sent) -> NDArray[np.float64]:
+async def _by_prompt_logprobs(endpoint: Endpoint, sent: PromptForm) -> NDArray[np.float64]:
     fields = endpoint.fields(sent, 1) | {"prompt_logprobs": 1}
     choice = _choice(await endpoint.ask(COMPLETIONS, fields))
     entries = choice.get("prompt_logprobs")
     if not isinstance(entries, list) or len(entries) != len(sent.token_ids):
-        raise Unread("the answer has no prompt_logprobs of every token")
+        raise FormatError("the answer has no prompt_logprobs of every token")
     found = []
     for token_id, entry in zip(sent.token_ids[1:], entries[1:], strict=True):
         own = entry.get(str(token_id)) if isinstance(entry, dict) else None
@@ -264,25 +270,25 @@ async def _by_prompt_logprobs(endpoint: Endpoint, sent: Sent) -> NDArray[np.floa
     return _all_known(found)
 
 
-async def _by_echo(endpoint: Endpoint, sent: Sent) -> NDArray[np.float64]:
+async def _by_echo(endpoint: Endpoint, sent: PromptForm) -> NDArray[np.float64]:
     fields = endpoint.fields(sent, 1) | {"echo": True, "logprobs": 1}
     logprobs = _choice(await endpoint.ask(COMPLETIONS, fields)).get("logprobs")
     values = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
     num = len(sent.token_ids)
     # The prompt's tokens, then one generated, which some leave out at the end of a sequence.
     if not isinstance(values, list) or not num <= len(values) <= num + 1:
-        raise Unread("the echo has not the prompt's number of tokens")
+        raise FormatError("the echo has not the prompt's number of tokens")
     return _all_known([_number(each) for each in values[1:num]])
 
 
-async def _natively(endpoint: Endpoint, sent: Sent) -> NDArray[np.float64]:
+async def _natively(endpoint: Endpoint, sent: PromptForm) -> NDArray[np.float64]:
     found = await endpoint.ask(NATIVE, _native_fields(sent, 1) | {"logprob_start_len": 0})
     entries = _meta(found).get("input_token_logprobs")
     if not isinstance(entries, list) or len(entries) != len(sent.token_ids):
-        raise Unread("the answer has no input_token_logprobs of every token")
+        raise FormatError("the answer has no input_token_logprobs of every token")
     for token_id, entry in zip(sent.token_ids, entries, strict=True):
         if not isinstance(entry, list) or len(entry) < 2 or entry[1] != token_id:
-            raise Unread("input_token_logprobs are of other tokens")
+            raise FormatError("input_token_logprobs are of other tokens")
     return _all_known([_number(each[0]) for each in entries[1:]])
 
 
@@ -291,7 +297,7 @@ def _all_known(logprobs: Sequence[float]) -> NDArray[np.float64]:
     found = np.array(logprobs)
     unknown = np.flatnonzero(np.isnan(found))
     if len(unknown):
-        kind = Unread if len(unknown) == len(found) else UnreadNumbers  # all: it has none to tell
+        kind = FormatError if len(unknown) == len(found) else NaNError  # all: it has none to tell
         raise kind(
             f"the answer has null, or nothing, as the log-probability of {len(unknown):,} of "
             f"{len(found):,} tokens"
@@ -299,52 +305,52 @@ def _all_known(logprobs: Sequence[float]) -> NDArray[np.float64]:
     return found
 
 
-_SCORES: dict[Method, Callable[[Endpoint, Sent], Awaitable[NDArray[np.float64]]]] = {
+_SCORES: dict[Method, Callable[[Endpoint, PromptForm], Awaitable[NDArray[np.float64]]]] = {
     "prompt_logprobs": _by_prompt_logprobs,
     "echo": _by_echo,
     "input_token_logprobs": _natively,
 }
 
 
-async def _continue(endpoint: Endpoint, sent: Sent, length: int) -> Continued:
+async def _continue(endpoint: Endpoint, sent: PromptForm, length: int) -> Continuation:
     fields = endpoint.fields(sent, length) | _BESIDE[endpoint.beside]
     choice = _choice(await endpoint.ask(COMPLETIONS, fields))
     logprobs = choice.get("logprobs")
     if not isinstance(logprobs, dict) or not isinstance(logprobs.get("tokens"), list):
-        raise Unread("the answer has no logprobs of its tokens")
+        raise FormatError("the answer has no logprobs of its tokens")
     ids = _ids_of(endpoint.server, choice.get("token_ids"), logprobs["tokens"])
     values = [_number(each) for each in logprobs.get("token_logprobs") or ()]
     if len(values) != len(ids):
-        raise Unread("the answer has not a log-probability for every token")
+        raise FormatError("the answer has not a log-probability for every token")
     top = logprobs.get("top_logprobs")
     tops = [
         _by_id(endpoint.server, each if isinstance(each, dict) else {})
         for each in (top if isinstance(top, list) and len(top) == len(ids) else [{}] * len(ids))
     ]
-    return Continued(ids, _all_known(values), tops)
+    return Continuation(ids, _all_known(values), tops)
 
 
-async def _continue_natively(endpoint: Endpoint, sent: Sent, length: int) -> Continued:
+async def _continue_natively(endpoint: Endpoint, sent: PromptForm, length: int) -> Continuation:
     fields = _native_fields(sent, length)
     fields |= {"top_logprobs_num": _NATIVE_TOP, "logprob_start_len": -1}
     meta = _meta(await endpoint.ask(NATIVE, fields))
     entries = meta.get("output_token_logprobs")
     if not isinstance(entries, list) or not all(_is_pair(each) for each in entries):
-        raise Unread("the answer has no output_token_logprobs")
+        raise FormatError("the answer has no output_token_logprobs")
     tops = meta.get("output_top_logprobs")
     top = [
         {each[1]: _number(each[0]) for each in of or () if _is_pair(each)}
         for of in (tops if isinstance(tops, list) and len(tops) == len(entries) else ())
     ]
     values = _all_known([_number(each[0]) for each in entries])
-    return Continued([each[1] for each in entries], values, top)
+    return Continuation([each[1] for each in entries], values, top)
 
 
 def _is_pair(entry: Any) -> bool:
     return isinstance(entry, list) and len(entry) >= 2 and isinstance(entry[1], int)
 
 
-def _native_fields(sent: Sent, length: int) -> dict[str, Any]:
+def _native_fields(sent: PromptForm, length: int) -> dict[str, Any]:
     own = {"input_ids": list(sent.token_ids)} if sent.text is None else {"text": sent.text}
     params = {"max_new_tokens": length, "temperature": 0, "ignore_eos": True}
     return {**own, "sampling_params": params, "return_logprob": True}
@@ -353,14 +359,14 @@ def _native_fields(sent: Sent, length: int) -> dict[str, Any]:
 def _choice(found: Any) -> dict[str, Any]:
     choices = found.get("choices") if isinstance(found, dict) else None
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise Unread("the answer has not one choice")
+        raise FormatError("the answer has not one choice")
     return choices[0]
 
 
 def _meta(found: Any) -> dict[str, Any]:
     meta = found.get("meta_info") if isinstance(found, dict) else None
     if not isinstance(meta, dict):
-        raise Unread("the answer has no meta_info")
+        raise FormatError("the answer has no meta_info")
     return meta
 
 
@@ -378,7 +384,7 @@ def _ids_of(server: Server, token_ids: Any, names: Sequence[Any]) -> list[int]:
         return list(token_ids)
     found = [_id_of(server, each) for each in names]
     if any(each is None for each in found):
-        raise Unread("the answer's tokens have no ids; give the tokenizer with --tokenizer")
+        raise FormatError("the answer's tokens have no ids; give the tokenizer with --tokenizer")
     return [each for each in found if each is not None]
 
 
@@ -413,9 +419,9 @@ async def find_endpoint(server: Server, probe: Prompt, timeout_s: float) -> Endp
         tried = replace(plain, method=method)
         try:
             found = await tried.score([sent], 1, lambda: None)
-        except NotNumbers:
+        except NaNAnswer:
             raise
-        except Failed as error:
+        except AnswerFailure as error:
             refusals.append(f"{method}: {error.reason}")
             continue
         if (found[0] <= 1e-3).all():
@@ -428,7 +434,7 @@ async def find_endpoint(server: Server, probe: Prompt, timeout_s: float) -> Endp
         tried = replace(plain, beside=beside)
         try:
             await tried.generate([sent], 2, 1, lambda: None)
-        except Failed as error:
+        except AnswerFailure as error:
             refusals.append(error.reason)
             continue
         plain, can_generate = tried, True
@@ -454,14 +460,14 @@ async def _ranks(server: Server) -> tuple[int, ...]:
     return tuple(found[:_MOST_RANKS]) if answer.status == 200 and len(found) > 1 else ()
 
 
-async def settle(endpoint: Endpoint, prompts: Iterable[Prompt]) -> list[Sent]:
+async def settle(endpoint: Endpoint, prompts: Iterable[Prompt]) -> list[PromptForm]:
     """Prompts as they go to the server, with the tokens that it sees.
 
     Raises:
         UserError: it takes text alone, and there is no tokenizer, or it sees other tokens.
     """
     if endpoint.server.form.as_tokens:
-        return [Sent(list(each)) for each in prompts]
+        return [PromptForm(list(each)) for each in prompts]
     tokenizer = endpoint.server.vocabulary.tokenizer
     if tokenizer is None:
         raise UserError(
@@ -471,7 +477,7 @@ async def settle(endpoint: Endpoint, prompts: Iterable[Prompt]) -> list[Sent]:
     found = []
     for prompt in prompts:
         text = tokenizer.decode(list(prompt))
-        found.append(Sent(await _seen(endpoint, text), text))
+        found.append(PromptForm(await _seen(endpoint, text), text))
     return found
 
 
@@ -484,12 +490,12 @@ async def _seen(endpoint: Endpoint, text: str) -> list[int]:
         own = found.get("tokens") if isinstance(found, dict) else None
         if isinstance(own, list) and own and all(isinstance(each, int) for each in own):
             return own
-    except Unread:
+    except FormatError:
         pass
-    fields = endpoint.fields(Sent([], text), 1)
+    fields = endpoint.fields(PromptForm([], text), 1)
     try:
         found = await endpoint.ask(COMPLETIONS, fields)
-    except Unread as error:
+    except FormatError as error:
         raise UserError(f"{endpoint.server.connections.url} refuses a text: {error}") from None
     usage = found.get("usage") if isinstance(found, dict) else None
     num = usage.get("prompt_tokens") if isinstance(usage, dict) else None

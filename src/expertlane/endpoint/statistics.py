@@ -73,7 +73,7 @@ def drawn_rounding(num_tokens: int, scale: float) -> Floats:
 
 
 @dataclass(frozen=True, eq=False)
-class Compared:
+class Differences:
     """Differences of tokens, and what rounding does to them; [num_tokens] each.
 
     Attributes:
@@ -108,7 +108,7 @@ class Compared:
         """Sizes of the differences, in scales."""
         return np.abs(self.differences) / self.scales
 
-    def of(self, chosen: Bools) -> "Compared":
+    def of(self, chosen: Bools) -> "Differences":
         """Some of the tokens."""
         routed = None if self.topk_ids is None else self.topk_ids[:, chosen]
         return replace(
@@ -204,10 +204,10 @@ def _self_normalised(sums: NDArray[Any]) -> float:
     return float(sums.sum()) / norm if norm > 0 else 0.0
 
 
-Tests = Callable[[Compared], Iterable[Test]]
+Tests = Callable[[Differences], Iterable[Test]]
 
 
-def run_tests(compared: Compared) -> list[Test]:
+def run_tests(compared: Differences) -> list[Test]:
     """All tests of one comparison.
 
     Returns:
@@ -231,7 +231,7 @@ def run_tests(compared: Compared) -> list[Test]:
     return found
 
 
-def _usual_blocks(compared: Compared) -> Ints:
+def _usual_blocks(compared: Differences) -> Ints:
     """Blocks of a length that leaves enough of them: `T` is at most the root of their number."""
     blocks = compared.blocks(_BLOCK)
     few = blocks.max(initial=0) + 1 < _FEW_BLOCKS
@@ -243,7 +243,7 @@ def _tested(sums: NDArray[Any]) -> tuple[float, float]:
     return statistic, _bound(statistic)
 
 
-def _shifts(compared: Compared, blocks: Ints) -> Iterator[Test]:
+def _shifts(compared: Differences, blocks: Ints) -> Iterator[Test]:
     """Whether all log-probabilities are higher or lower, by more than a part of the scale.
 
     Sizes are clipped, so that flips of routers do not count more than others. Against itself, a
@@ -266,7 +266,7 @@ def _shifts(compared: Compared, blocks: Ints) -> Iterator[Test]:
         yield Test(name, statistic, _bound(statistic))
 
 
-def _outliers(compared: Compared) -> Test:
+def _outliers(compared: Differences) -> Test:
     """Whether short stretches deviate by more than the tail of rounding's own stretches allows.
 
     Means of stretches above a high quantile `q` are taken as exponential with the mean excess `m`
@@ -298,7 +298,7 @@ def _outliers(compared: Compared) -> Test:
     return Test("outliers", best, least)
 
 
-def _relative_excess(compared: Compared) -> Floats:
+def _relative_excess(compared: Differences) -> Floats:
     """[num_tokens]: excess over rounding of the server's own scale, so that groups can be told.
 
     That scale is by the median, which tokens of a few wrong experts do not move.
@@ -313,7 +313,7 @@ class _Group(NamedTuple):
     statistic: float
 
 
-def _by_expert(compared: Compared, excess: Floats, blocks: Ints) -> list[_Group]:
+def _by_expert(compared: Differences, excess: Floats, blocks: Ints) -> list[_Group]:
     """`T` of the tokens of every expert of every layer."""
     if compared.topk_ids is None:
         return []
@@ -327,7 +327,7 @@ def _by_expert(compared: Compared, excess: Floats, blocks: Ints) -> list[_Group]
     return found
 
 
-def _by_position(compared: Compared, excess: Floats) -> list[_Group]:
+def _by_position(compared: Differences, excess: Floats) -> list[_Group]:
     """`T` of the tokens of every range of positions, beyond what their prompts had before it.
 
     A flip early in a prompt moves all that follows; only what begins later counts here.
@@ -372,7 +372,7 @@ class NamedExpert(NamedTuple):
     p_value: float
 
 
-def name_experts(compared: Compared) -> list[NamedExpert]:
+def name_experts(compared: Differences) -> list[NamedExpert]:
     """Experts that are over-represented among tokens that deviate, the most striking first.
 
     Within every block, tokens of an expert are set against the block's others: `u` is the
@@ -439,7 +439,7 @@ def _sums(blocks: Ints, values: Floats) -> Floats:
     return np.add.reduceat(values[:, order], starts, axis=1)
 
 
-def find_position(compared: Compared) -> int | None:
+def find_position(compared: Differences) -> int | None:
     """The first position from which on tokens deviate while those before do not; None without one.
 
     Tried are the usual edges, from the first on, then every stretch after the one that parts them.
@@ -460,13 +460,13 @@ def find_position(compared: Compared) -> int | None:
     return None
 
 
-def _far_beyond_rounding(compared: Compared, inside: Bools) -> float:
+def _far_beyond_rounding(compared: Differences, inside: Bools) -> float:
     """Share of tokens that are far off, less those that rounding makes so."""
     own = compared.of(inside)
     return float((own.sizes > _FAR).mean() - (np.abs(own.rounding) > _FAR * own.scales).mean())
 
 
-def _is_off(compared: Compared, excess: Floats, inside: Bools) -> bool:
+def _is_off(compared: Differences, excess: Floats, inside: Bools) -> bool:
     blocks = compared.blocks(_SHORT_BLOCK)[inside]
     own = np.median(compared.sizes[inside])
     rounding = np.median(np.abs(compared.rounding[inside]) / compared.scales[inside])
@@ -474,7 +474,7 @@ def _is_off(compared: Compared, excess: Floats, inside: Bools) -> bool:
     return _bound(statistic) < _NAMED_ALARM and bool(own > TOLERATED * max(rounding, _MAD))
 
 
-def _first_off(compared: Compared, excess: Floats, edge: int) -> int:
+def _first_off(compared: Differences, excess: Floats, edge: int) -> int:
     """The start of the first short stretch from `edge` on whose tokens mostly deviate."""
     starts = compared.positions // _SHORT_BLOCK * _SHORT_BLOCK
     for start in np.unique(starts[compared.positions >= edge]):
@@ -484,7 +484,7 @@ def _first_off(compared: Compared, excess: Floats, edge: int) -> int:
 
 
 def least_seen(
-    compared: Compared, alarm: float, chosen: Bools | None = None, tests: Tests | None = None
+    compared: Differences, alarm: float, chosen: Bools | None = None, tests: Tests | None = None
 ) -> float:
     """The least error, in nats, that would have been an alarm: planted into these differences.
 
@@ -511,6 +511,6 @@ def least_seen(
     return float(np.exp(high))
 
 
-def _is_seen(compared: Compared, planted: Floats, alarm: float, tests: Tests) -> bool:
+def _is_seen(compared: Differences, planted: Floats, alarm: float, tests: Tests) -> bool:
     more = replace(compared, differences=compared.differences + planted)
     return any(each.is_alarm(alarm) for each in tests(more))

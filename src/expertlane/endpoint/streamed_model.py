@@ -49,7 +49,7 @@ class Weights:
 
 
 @dataclass(frozen=True, eq=False)
-class Routed:
+class RouterChoice:
     """A layer's routing of a group of prompts of one length.
 
     Attributes:
@@ -292,7 +292,7 @@ _MERGED, _SIDE_BY_SIDE = (MergeModulelist, 0), (Concatenate, 1)
 
 def run_layer(
     skeleton: Skeleton, index: int, hidden: Tensor, *, is_embedded: bool
-) -> tuple[Tensor, Routed | None]:
+) -> tuple[Tensor, RouterChoice | None]:
     """One decoder layer, whose weights are in place.
 
     Args:
@@ -364,7 +364,7 @@ class _TopkCalls(TorchFunctionMode):
         return out
 
 
-def _routed(chosen: list[Tensor], noted: _TopkCalls, shape: torch.Size) -> Routed:
+def _routed(chosen: list[Tensor], noted: _TopkCalls, shape: torch.Size) -> RouterChoice:
     """The choice that experts were given, and by how much it was one."""
     topk_ids = chosen[0].reshape(-1, chosen[0].shape[-1])
     margins = None
@@ -374,7 +374,7 @@ def _routed(chosen: list[Tensor], noted: _TopkCalls, shape: torch.Size) -> Route
             for groups, of in noted.calls[:place]:
                 if _chooses_groups(groups, scores):
                     margins = torch.minimum(margins, _margin(groups, of.shape[-1]))
-    return Routed(topk_ids.view(*shape, -1), None if margins is None else margins.view(shape))
+    return RouterChoice(topk_ids.view(*shape, -1), None if margins is None else margins.view(shape))
 
 
 def _chooses_groups(groups: Tensor, scores: Tensor) -> bool:

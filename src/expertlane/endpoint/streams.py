@@ -158,7 +158,7 @@ def _margins_of(logprobs: Any) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Differs:
+class StreamDifference:
     """How an answer differs from the true one.
 
     Attributes:
@@ -173,7 +173,7 @@ class Differs:
 
 def difference(
     truth: Sequence[int] | str, found: Sequence[int] | str, *, is_whole: bool
-) -> Differs | None:
+) -> StreamDifference | None:
     """How an answer differs from the true one; None where it is the same.
 
     A chunk that came twice, or not at all, shifts all that follows it.
@@ -187,14 +187,14 @@ def difference(
         return None
     tail, longer = found[place:], len(found) - len(truth)
     if is_whole and not tail:
-        return Differs("dropped", place, -longer)
+        return StreamDifference("dropped", place, -longer)
     for size in range(1, place + 1):
         is_certain = longer == size or (longer <= 0 and len(tail) >= _LEAST_TAIL)
         if is_certain and truth[place - size :][: len(tail)] == tail:
-            return Differs("repeated", place, size)
+            return StreamDifference("repeated", place, size)
     for size in range(1, len(truth) - place + 1):
         overlap = min(len(truth) - place - size, len(tail))
         is_certain = longer == -size or overlap >= _LEAST_TAIL
         if is_certain and truth[place + size :][:overlap] == tail[:overlap]:
-            return Differs("dropped", place, size)
-    return Differs("changed", place)
+            return StreamDifference("dropped", place, size)
+    return StreamDifference("changed", place)

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from expertlane.endpoint.scored import Scored
+from expertlane.endpoint.scored import PromptScores
 from expertlane.endpoint.statistics import (
     FALSE_ALARMS,
     TOLERATED,
     Bools,
-    Compared,
+    Differences,
     Floats,
     Test,
     drawn_rounding,
@@ -45,7 +45,7 @@ _LEAST_P = 1e-50
 
 
 @dataclass(frozen=True, eq=False)
-class Rounded:
+class Rounding:
     """Sequences as a reference scores them, and what rounding does to them.
 
     Attributes:
@@ -57,15 +57,15 @@ class Rounded:
             same in both. None for the same, as both round.
     """
 
-    exact: Sequence[Scored]
+    exact: Sequence[PromptScores]
     rounding: Sequence[Floats]
     scales: Sequence[Floats]
     is_measured: bool
-    own: "Rounded | None" = None
+    own: "Rounding | None" = None
 
 
 @dataclass(frozen=True, eq=False)
-class Observed:
+class ConditionScores:
     """A server's log-probabilities of tokens, under one condition.
 
     Attributes:
@@ -94,8 +94,8 @@ class Observed:
 class Comparison:
     """A condition's tokens, compared."""
 
-    observed: Observed
-    compared: Compared
+    observed: ConditionScores
+    compared: Differences
     tests: tuple[Test, ...]
     expected: Floats = field(repr=False)
     token_ids: Floats = field(repr=False)
@@ -105,7 +105,9 @@ class Comparison:
         return tuple(each.name for each in self.tests if each.is_alarm(alarm))
 
 
-def measured_rounding(exact: Sequence[Scored], rounded: Sequence[Scored], dtype: str) -> Rounded:
+def measured_rounding(
+    exact: Sequence[PromptScores], rounded: Sequence[PromptScores], dtype: str
+) -> Rounding:
     """Rounding of every token in a number type, with a scale for tokens that are alike."""
     apart = [one.logprobs - other.logprobs for one, other in zip(rounded, exact, strict=True)]
     joined = np.concatenate(apart)
@@ -116,30 +118,30 @@ def measured_rounding(exact: Sequence[Scored], rounded: Sequence[Scored], dtype:
     near = np.concatenate(margins)[known] if all(map(_has_margins, exact)) else None
     scales[known] = fit_scales(joined[known], logprobs[known], near, least_scale(dtype))
     ends = np.cumsum([len(each) for each in apart])[:-1]
-    return Rounded(exact, apart, np.split(scales, ends), is_measured=True)
+    return Rounding(exact, apart, np.split(scales, ends), is_measured=True)
 
 
-def usual_rounding(exact: Sequence[Scored], dtype: str) -> Rounded:
+def usual_rounding(exact: Sequence[PromptScores], dtype: str) -> Rounding:
     """Rounding of the usual size of a number type; of float32 a bound that is sure."""
     scale = usual_scale(dtype)
     lens = [len(each.logprobs) for each in exact]
     drawn = np.split(drawn_rounding(sum(lens), scale), np.cumsum(lens)[:-1])
     is_sure = dtype == "float32" and all(map(_has_margins, exact))
-    return Rounded(exact, drawn, [np.full(each, scale) for each in lens], is_measured=is_sure)
+    return Rounding(exact, drawn, [np.full(each, scale) for each in lens], is_measured=is_sure)
 
 
-def _has_margins(scored: Scored) -> bool:
+def _has_margins(scored: PromptScores) -> bool:
     return scored.router_margins is not None
 
 
-def _margins(scored: Scored) -> Floats:
+def _margins(scored: PromptScores) -> Floats:
     """[len]: the least of each token's margins; infinite where they aren't known."""
     if scored.router_margins is None or not len(scored.router_margins):
         return np.full(len(scored.token_ids), np.inf)
     return np.asarray(scored.router_margins.min(axis=0), dtype=np.float64)
 
 
-def rounds_less(alone: Observed, rounded: Rounded) -> bool:
+def rounds_less(alone: ConditionScores, rounded: Rounding) -> bool:
     """Whether a server rounds far less than the number type that was taken for its own."""
     sizes, rounding = [], []
     for place, own in alone.logprobs.items():
@@ -152,7 +154,7 @@ def rounds_less(alone: Observed, rounded: Rounded) -> bool:
     return bool(np.median(np.concatenate(sizes)) < _FINER * np.median(np.concatenate(rounding)))
 
 
-def rounds_as_float32(observed: Sequence[Observed]) -> bool:
+def rounds_as_float32(observed: Sequence[ConditionScores]) -> bool:
     """Whether a server under load is as near to itself alone as float32 is, in most tokens.
 
     The same request again says nothing: it may be computed in the very same order.
@@ -166,12 +168,12 @@ def rounds_as_float32(observed: Sequence[Observed]) -> bool:
     return bool(len(joined)) and float(np.median(joined)) < TOLERATED * usual_scale("float32")
 
 
-def compare(observed: Observed, alone: Observed, rounded: Rounded) -> Comparison:
+def compare(observed: ConditionScores, alone: ConditionScores, rounded: Rounding) -> Comparison:
     """A condition's tokens against the reference, or against themselves alone."""
     is_own = observed.against == "alone"
     if is_own and rounded.own is not None:
         rounded = rounded.own
-    parts: list[Compared] = []
+    parts: list[Differences] = []
     expected, token_ids = [], []
     for place, own in sorted(observed.logprobs.items()):
         scored = rounded.exact[place]
@@ -184,7 +186,7 @@ def compare(observed: Observed, alone: Observed, rounded: Rounded) -> Comparison
         positions = np.arange(1, len(scored.token_ids))
         routed = scored.topk_ids
         parts.append(
-            Compared(
+            Differences(
                 apart[known],
                 factor * rounded.rounding[place][known],
                 factor * rounded.scales[place][known],
@@ -209,14 +211,14 @@ def compare(observed: Observed, alone: Observed, rounded: Rounded) -> Comparison
     )
 
 
-def _joined(parts: Sequence[Compared]) -> Compared:
+def _joined(parts: Sequence[Differences]) -> Differences:
     routed = [each.topk_ids for each in parts if each.topk_ids is not None]
     empty = np.empty(0)
 
     def all_of(name: str) -> Floats:
         return np.concatenate([getattr(each, name) for each in parts] or [empty])
 
-    return Compared(
+    return Differences(
         all_of("differences"),
         all_of("rounding"),
         all_of("scales"),
@@ -229,7 +231,7 @@ def _joined(parts: Sequence[Compared]) -> Compared:
     )
 
 
-def _tests(compared: Compared) -> Iterator[Test]:
+def _tests(compared: Differences) -> Iterator[Test]:
     """Tests; where rounding was not measured, they must hold without the farthest prompt too.
 
     A router's flip at a near tie moves all that follows it in one prompt.
@@ -250,8 +252,8 @@ def _tests(compared: Compared) -> Iterator[Test]:
 
 
 def excuse_ties(
-    observed: Sequence[Observed], rounded: Rounded, *, is_own: bool = False
-) -> tuple[list[Observed], int]:
+    observed: Sequence[ConditionScores], rounded: Rounding, *, is_own: bool = False
+) -> tuple[list[ConditionScores], int]:
     """Leave out what follows a near tie of a router at which a float32 server chose otherwise.
 
     There the first token of a prompt that is far off stands at a router margin of at most
@@ -290,7 +292,7 @@ def excuse_ties(
     return kept, most
 
 
-def _spread(compared: Compared) -> float:
+def _spread(compared: Differences) -> float:
     """The tenth of the tokens that is farthest off, over rounding's, by their least sizes."""
     own, rounding = compared.sizes, np.abs(compared.rounding) / compared.scales
     return float(np.quantile(own, 0.9) / max(np.quantile(rounding, 0.9), 1e-9))
@@ -300,7 +302,7 @@ _Causes = tuple[list[str], Sequence[ExpertRecord], int | None, Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Judged:
+class Finding:
     """The answer and what it rests on; fields as in `VerifiedRecord`."""
 
     verdict: Verdict
@@ -317,7 +319,7 @@ class Judged:
     num_excused: int
 
 
-def judge(observed: Sequence[Observed], rounded: Rounded, dtype: str) -> Judged:
+def judge(observed: Sequence[ConditionScores], rounded: Rounding, dtype: str) -> Finding:
     """Compare every condition and answer.
 
     Args:
@@ -342,7 +344,7 @@ def judge(observed: Sequence[Observed], rounded: Rounded, dtype: str) -> Judged:
     none: _Causes = (list(doubt), (), None, ())
     why, named, position, ranks = _causes(comparisons, off) if off and not doubt else none
     verdict: Verdict = "can't tell" if doubt else "differs" if off else "same"
-    return Judged(
+    return Finding(
         verdict,
         tuple(why),
         tuple(_condition(each, alarm) for each in comparisons),
@@ -362,7 +364,7 @@ def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
 
 
-def _least_of_expert(compared: Compared, alarm: float) -> float:
+def _least_of_expert(compared: Differences, alarm: float) -> float:
     """The least error of an expert's tokens that would be seen; an expert of median popularity."""
     if compared.topk_ids is None or not len(compared):
         return float("inf")
@@ -479,7 +481,7 @@ def _of_conditions(comparisons: Sequence[Comparison], off: Sequence[Comparison])
     return [*why, *(more if is_place else ())], experts, position, ()
 
 
-def _within(compared: Compared) -> tuple[list[str], Sequence[ExpertRecord], int | None]:
+def _within(compared: Differences) -> tuple[list[str], Sequence[ExpertRecord], int | None]:
     """Which tokens are off: from a position on, of some experts, or all."""
     position = find_position(compared)
     if position is not None:
@@ -502,7 +504,7 @@ def _within(compared: Compared) -> tuple[list[str], Sequence[ExpertRecord], int 
     return [_said_of(experts, compared)], experts, None
 
 
-def _said_of(experts: Sequence[ExpertRecord], compared: Compared) -> str:
+def _said_of(experts: Sequence[ExpertRecord], compared: Differences) -> str:
     assert compared.topk_ids is not None, "experts are named by it"
     layers = sorted({each.layer for each in experts})
     ids = sorted({each.expert for each in experts})

@@ -26,12 +26,12 @@ from expertlane.endpoint.prompts import (
     count_choices,
     draw_prompts,
 )
-from expertlane.endpoint.scored import Prompt, Reference, Scored
+from expertlane.endpoint.scored import Prompt, PromptScores, Reference
 from expertlane.endpoint.server_scores import (
-    Continued,
+    AnswerFailure,
+    Continuation,
     Endpoint,
-    Failed,
-    Sent,
+    PromptForm,
     find_endpoint,
     settle,
 )
@@ -39,8 +39,8 @@ from expertlane.endpoint.statistics import FALSE_ALARMS, Floats
 from expertlane.endpoint.verdict import (
     AGAIN,
     ALONE,
-    Observed,
-    Rounded,
+    ConditionScores,
+    Rounding,
     judge,
     measured_rounding,
     rounds_as_float32,
@@ -69,7 +69,7 @@ _OF_SERVER = 0.6  # of the budget; the rest is the reference's
 
 
 @dataclass(frozen=True)
-class Asked:
+class VerifyOptions:
     """Settings of a verification.
 
     Attributes:
@@ -88,7 +88,7 @@ class Asked:
 
 
 @dataclass(eq=False, repr=False)  # asyncio makes text of a task's result
-class _Seen:
+class _ServerScores:
     """Everything that one server said.
 
     Attributes:
@@ -98,9 +98,9 @@ class _Seen:
     """
 
     endpoint: Endpoint
-    sequences: list[Sent] = field(default_factory=list)
+    sequences: list[PromptForm] = field(default_factory=list)
     chosen: ChosenPrompts | None = None
-    observed: list[Observed] = field(default_factory=list)
+    observed: list[ConditionScores] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
@@ -108,7 +108,7 @@ def verify(
     target: Target,
     reference: Reference | Target,
     reference_name: str,
-    asked: Asked,
+    asked: VerifyOptions,
     tokenizer: Vocabulary | None,
     progress: Progress,
 ) -> VerifiedRecord:
@@ -152,8 +152,8 @@ def verify(
 
 
 def _of_checkpoint(
-    reference: Reference, seen: _Seen, asked: Asked, progress: Progress
-) -> tuple[Rounded, str, DtypeSource]:
+    reference: Reference, seen: _ServerScores, asked: VerifyOptions, progress: Progress
+) -> tuple[Rounding, str, DtypeSource]:
     """The checkpoint's log-probabilities, rounded as the server rounds."""
     prompts = [each.token_ids for each in seen.sequences]
     dtype: str = asked.dtype or reference.dtype
@@ -177,9 +177,9 @@ def _scored(
     chosen: ChosenPrompts | None,
     number_types: Sequence[str],
     progress: Progress,
-) -> dict[str, list[Scored]]:
+) -> dict[str, list[PromptScores]]:
     """Scores of prompts in number types; those of `chosen` are there, and not computed again."""
-    known: dict[tuple[int, ...], dict[str, Scored]] = {}
+    known: dict[tuple[int, ...], dict[str, PromptScores]] = {}
     if chosen is not None:
         for place, prompt in enumerate(chosen.prompts):
             known[tuple(prompt)] = {name: of[place] for name, of in chosen.scored.items()}
@@ -191,7 +191,7 @@ def _scored(
     return {name: [known[tuple(each)][name] for each in prompts] for name in number_types}
 
 
-def _coverage(scored: Sequence[Scored], reference: Reference) -> CoverageRecord:
+def _coverage(scored: Sequence[PromptScores], reference: Reference) -> CoverageRecord:
     """Which experts the prompts chose, and which they did not."""
     num_experts = reference.num_experts
     counts = [
@@ -208,7 +208,9 @@ def _coverage(scored: Sequence[Scored], reference: Reference) -> CoverageRecord:
     )
 
 
-def _of_second(other: _Seen, seen: _Seen, asked: Asked) -> tuple[Rounded, str, DtypeSource]:
+def _of_second(
+    other: _ServerScores, seen: _ServerScores, asked: VerifyOptions
+) -> tuple[Rounding, str, DtypeSource]:
     """The second server's log-probabilities; both servers' own noise tells what rounding does.
 
     Where a token is not the same under another load, its largest change there counts as rounding,
@@ -216,7 +218,7 @@ def _of_second(other: _Seen, seen: _Seen, asked: Asked) -> tuple[Rounded, str, D
     """
     told: dict[int, Floats] = other.observed[0].logprobs
     exact = [
-        Scored(
+        PromptScores(
             np.asarray(each.token_ids, dtype=np.int64),
             told.get(place, np.full(len(each.token_ids) - 1, np.nan)),
         )
@@ -235,7 +237,7 @@ def _of_second(other: _Seen, seen: _Seen, asked: Asked) -> tuple[Rounded, str, D
     return replace(usual, rounding=rounding), dtype, source
 
 
-def _own_noise(place: int, num: int, seen: _Seen) -> Floats:
+def _own_noise(place: int, num: int, seen: _ServerScores) -> Floats:
     """[num]: the largest change of tokens of a sequence under any other condition; 0 unknown."""
     alone = seen.observed[0].logprobs.get(place)
     found = np.zeros(num)
@@ -253,10 +255,10 @@ def _larger(one: Floats, other: Floats) -> Floats:
 async def _ask_all(
     target: Target,
     reference: Reference | Target,
-    asked: Asked,
+    asked: VerifyOptions,
     tokenizer: Vocabulary | None,
     progress: Progress,
-) -> tuple[_Seen, _Seen | None]:
+) -> tuple[_ServerScores, _ServerScores | None]:
     """Ask the server, and the second one for the same sequences."""
     targets = [target] + ([reference] if isinstance(reference, Target) else [])
     several = [Connections(each.url, headers_of(each)) for each in targets]
@@ -287,7 +289,7 @@ async def _ask_all(
             )
         own = None if isinstance(reference, Target) else reference
         drawn = _draw(servers[0].vocabulary, own is not None, most, asked)
-        first = _Asking(endpoints[0], headers_of(target), progress, opened)
+        first = _Conditions(endpoints[0], headers_of(target), progress, opened)
         candidates = await first.begin(drawn, None if own is None else own.vocab_size)
         rest: list[Prompt] = [*candidates.short, *candidates.long]
         if own is not None and endpoints[0].is_forced:
@@ -297,7 +299,7 @@ async def _ask_all(
         other = None
         if len(endpoints) > 1:
             until_s = time.perf_counter() + _OF_SERVER * asked.budget_s / 2
-            second = _Asking(endpoints[1], headers_of(targets[1]), progress, opened)
+            second = _Conditions(endpoints[1], headers_of(targets[1]), progress, opened)
             other = await second.same(seen.sequences, until_s)
         return seen, other
     finally:
@@ -306,7 +308,7 @@ async def _ask_all(
 
 
 @dataclass(frozen=True, eq=False)
-class _Drawn:
+class _PromptSet:
     """Prompts that may be asked.
 
     Attributes:
@@ -320,7 +322,7 @@ class _Drawn:
     candidates: DrawnPrompts
 
 
-def _draw(vocabulary: Vocabulary, is_chosen: bool, most: int, asked: Asked) -> _Drawn:
+def _draw(vocabulary: Vocabulary, is_chosen: bool, most: int, asked: VerifyOptions) -> _PromptSet:
     """Draw prompts.
 
     Args:
@@ -346,10 +348,10 @@ def _draw(vocabulary: Vocabulary, is_chosen: bool, most: int, asked: Asked) -> _
     prefix = some(_PREFIX_LEN)
     sharing = [[*prefix, *some(_TAIL_LEN)][-most:] for _ in range(_NUM_SHARING)]
     candidates = DrawnPrompts(drawn.short[_NUM_CONTINUED:], drawn.long)
-    return _Drawn(drawn.short[:_NUM_CONTINUED], sharing, candidates)
+    return _PromptSet(drawn.short[:_NUM_CONTINUED], sharing, candidates)
 
 
-class _Asking:
+class _Conditions:
     """One server, asked under one condition after the other.
 
     Args:
@@ -366,11 +368,11 @@ class _Asking:
         self._endpoint, self._headers = endpoint, headers
         self._progress, self._opened = progress, opened
         self._until_s = float("inf")  # of `time.perf_counter`: then no condition is begun any more
-        self._seen = _Seen(endpoint)
-        self._sent: list[Sent] = []
-        self._cold: list[Continued] = []
+        self._seen = _ServerScores(endpoint)
+        self._sent: list[PromptForm] = []
+        self._cold: list[Continuation] = []
 
-    async def begin(self, drawn: _Drawn, vocab_size: int | None) -> DrawnPrompts:
+    async def begin(self, drawn: _PromptSet, vocab_size: int | None) -> DrawnPrompts:
         """Let the server continue prompts; what it generates is a part of what is scored.
 
         Args:
@@ -398,7 +400,7 @@ class _Asking:
         seen.sequences = self._sent
         if self._cold and not (endpoint.is_forced and self._as_text):
             seen.sequences = [
-                Sent([*each.token_ids, *more.token_ids])
+                PromptForm([*each.token_ids, *more.token_ids])
                 for each, more in zip(self._sent, self._cold, strict=True)
             ]
         return drawn.candidates
@@ -407,7 +409,9 @@ class _Asking:
     def _as_text(self) -> bool:
         return not self._endpoint.server.form.as_tokens
 
-    def choose(self, reference: Reference, candidates: DrawnPrompts, asked: Asked) -> list[Prompt]:
+    def choose(
+        self, reference: Reference, candidates: DrawnPrompts, asked: VerifyOptions
+    ) -> list[Prompt]:
         """Candidates that, with the prompts asked already, reach every expert.
 
         The reference reads the checkpoint once, for candidates and all else.
@@ -423,7 +427,7 @@ class _Asking:
         )
         return list(chosen.prompts[len(given) :])
 
-    async def all_of(self, rest: Sequence[Prompt], until_s: float) -> _Seen:
+    async def all_of(self, rest: Sequence[Prompt], until_s: float) -> _ServerScores:
         """Ask for all.
 
         Args:
@@ -447,10 +451,10 @@ class _Asking:
             await self._generated(self._sent, self._cold)
         return seen
 
-    async def same(self, sequences: Sequence[Sent], until_s: float) -> _Seen:
+    async def same(self, sequences: Sequence[PromptForm], until_s: float) -> _ServerScores:
         """Ask for sequences of another server: alone and under one load."""
         self._until_s = until_s
-        self._seen.sequences = [Sent(each.token_ids, each.text) for each in sequences]
+        self._seen.sequences = [PromptForm(each.token_ids, each.text) for each in sequences]
         await self._score(ALONE, 1)
         await self._score("16 at once", 16)
         return self._seen
@@ -483,9 +487,9 @@ class _Asking:
             order,
         )
         logprobs = dict(zip(order, found, strict=True))
-        seen.observed.append(Observed(name, logprobs, rank, load))
+        seen.observed.append(ConditionScores(name, logprobs, rank, load))
 
-    async def _generated(self, sent: Sequence[Sent], cold: Sequence[Continued]) -> None:
+    async def _generated(self, sent: Sequence[PromptForm], cold: Sequence[Continuation]) -> None:
         """Conditions of generated tokens: against those of the cold cache, or as scored."""
         seen = self._seen
         if not seen.observed:  # nothing was scored: the reference scores what was generated
@@ -507,7 +511,9 @@ class _Asking:
             observed = self._as_observed(name, sent, cold, await self._generate(name, sent, load))
             seen.observed.append(replace(observed, num_at_once=load, is_warm=True))
 
-    async def _generate(self, name: str, sent: Sequence[Sent], load: int = 1) -> list[Continued]:
+    async def _generate(
+        self, name: str, sent: Sequence[PromptForm], load: int = 1
+    ) -> list[Continuation]:
         return await self._with_progress(
             name,
             lambda on_done: self._endpoint.generate(sent, _CONTINUATION, load, on_done),
@@ -517,10 +523,10 @@ class _Asking:
     def _as_observed(
         self,
         name: str,
-        sent: Sequence[Sent],
-        cold: Sequence[Continued],
-        found: Sequence[Continued | None],
-    ) -> Observed:
+        sent: Sequence[PromptForm],
+        cold: Sequence[Continuation],
+        found: Sequence[Continuation | None],
+    ) -> ConditionScores:
         """Generated tokens' log-probabilities at their places in the sequences."""
         logprobs = {}
         for place, (prompt, first, own) in enumerate(zip(sent, cold, found, strict=True)):
@@ -530,7 +536,7 @@ class _Asking:
                 said = _said_of(first.token_ids, own)
                 values[num - 1 : num - 1 + len(said)] = said
                 logprobs[place] = values
-        return Observed(name, logprobs, is_generated=True)
+        return ConditionScores(name, logprobs, is_generated=True)
 
     async def _with_progress(
         self,
@@ -541,7 +547,7 @@ class _Asking:
         self._progress.task(f"{self._endpoint.server.connections.url}: {name}", len(items))
         try:
             found = await ask(self._progress.advance)
-        except Failed as error:
+        except AnswerFailure as error:
             raise type(error)(f"{error} (asked: {name})", error.reason) from None
         self._progress.done()
         return found
@@ -554,7 +560,7 @@ class _Asking:
         return is_late
 
 
-def _said_of(token_ids: Sequence[int], own: Continued) -> list[float]:
+def _said_of(token_ids: Sequence[int], own: Continuation) -> list[float]:
     """A continuation's log-probabilities of another's tokens, up to the first that differs.
 
     There the likeliest tokens beside its own are looked at; one that is not among them has at most

@@ -17,7 +17,7 @@ from expertlane.engine.async_engine import Generation
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
 from expertlane.server.errors import JSON, LATER, ApiError
 from expertlane.server.logprobs import TokenTexts
-from expertlane.server.logs import GENERATED, Generated
+from expertlane.server.logs import GENERATED, TextOutputs
 from expertlane.server.middleware import DIRECT_SEND, client_left
 from expertlane.server.requests import GenerationRequest
 from expertlane.server.service import Service
@@ -35,7 +35,7 @@ _PART_BYTES = 64 * 2**10  # at least, but for the last part
 
 
 @dataclass(frozen=True)
-class Prepared:
+class GenerationTask:
     """A checked request, ready for the engine.
 
     Attributes:
@@ -87,7 +87,7 @@ class ClientGone(Exception):
 
 
 class Source(Protocol):
-    """The chunks that an answer is made from, as they arrive: a `Generation`, or a `Kept`."""
+    """Chunks that an answer is made from, as they arrive: a `Generation` or a `ReplaySource`."""
 
     @property
     def outputs(self) -> Sequence[RequestOutput]:
@@ -100,7 +100,7 @@ class Source(Protocol):
         """Have `take` raise an error."""
 
 
-class Kept(Source, Protocol):
+class ReplaySource(Source, Protocol):
     """A source that keeps its chunks, so that the answer can be made again or a stream resumed."""
 
     @property
@@ -158,7 +158,7 @@ class Answer(Response):
     kind: ClassVar[str]
     kind_of_chunks: ClassVar[str]
 
-    def __init__(self, service: Service, prepared: Prepared) -> None:
+    def __init__(self, service: Service, prepared: GenerationTask) -> None:
         super().__init__()  # unused: `__call__` sends the answer
         request = prepared.request
         self._service = service
@@ -184,7 +184,7 @@ class Answer(Response):
         self._source: Source | None = None
         self._watcher: asyncio.Task[None] | None = None
         self.began_s = 0.0
-        self.kept: Kept | None = None
+        self.kept: ReplaySource | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer; for the server."""
@@ -199,7 +199,7 @@ class Answer(Response):
                     *(self.param, self.began_s),
                 )
             self._source = source
-            scope[GENERATED] = Generated(
+            scope[GENERATED] = TextOutputs(
                 *(str(self._head["id"]), source.outputs),
                 *(self._num_choices, bool(self._request.stream)),
             )
@@ -429,7 +429,7 @@ class Endpoint:
 
     path: str
     body: type[GenerationRequest]
-    prepare: Callable[[Service, Any], Awaitable[Prepared]]
+    prepare: Callable[[Service, Any], Awaitable[GenerationTask]]
     answer: type[Answer]
 
     async def make(self, service: Service, request: GenerationRequest, began_s: float) -> Answer:

@@ -16,7 +16,7 @@ from expertlane.server.health import PROBES
 from expertlane.server.journal.keeper import JournalKeeper
 from expertlane.server.live import LiveFeed, add_live
 from expertlane.server.metrics import CONTENT_TYPE
-from expertlane.server.middleware import ApiKeys, Heads, Hosts, Observed, client_left
+from expertlane.server.middleware import ApiKeys, ExchangeObserver, Heads, Hosts, client_left
 from expertlane.server.profiling import add_profiling
 from expertlane.server.requests import (
     ChatRequest,
@@ -75,7 +75,7 @@ def make_app(
         has_keys=bool(options.api_keys),
         computed=_COMPUTED,
     )
-    app.add_middleware(Observed, count=service.metrics.on_response, observe=options.observe)
+    app.add_middleware(ExchangeObserver, count=service.metrics.on_response, observe=options.observe)
     return app
 
 

@@ -178,7 +178,7 @@ class BodyRoute(APIRoute):
             else:
                 async with request.app.state.one_body:  # one at a time: each takes memory
                     made = await asyncio.to_thread(_made, model, body)
-            return await handle(_MadeRequest(request, made))
+            return await handle(_ModelRequest(request, made))
 
         return handle_model
 
@@ -198,7 +198,7 @@ async def _read(request: Request) -> bytearray:
     return body
 
 
-class _MadeRequest(Request):
+class _ModelRequest(Request):
     """A request whose body has been validated: it is a model."""
 
     def __init__(self, request: Request, made: BaseModel) -> None:

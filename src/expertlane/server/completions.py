@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from expertlane.schedule.request import Chunk, FinishReason
-from expertlane.server.answers import Answer, Endpoint, Piece, Prepared
+from expertlane.server.answers import Answer, Endpoint, GenerationTask, Piece
 from expertlane.server.errors import bad_field
 from expertlane.server.logprobs import TextOffsets
 from expertlane.server.marks import MarkedText, Marks
@@ -21,7 +21,7 @@ class CompletionAnswer(Answer):
     param = "prompt"
     prefix, kind, kind_of_chunks = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, service: Service, prepared: Prepared) -> None:
+    def __init__(self, service: Service, prepared: GenerationTask) -> None:
         super().__init__(service, prepared)
         assert isinstance(self._request, CompletionRequest), "it is one"
         self._wants = self._request
@@ -71,7 +71,7 @@ class CompletionAnswer(Answer):
         return self._texts.of_completion(token_ids, known, offsets, num_top)
 
 
-async def prepare_completion(service: Service, request: CompletionRequest) -> Prepared:
+async def prepare_completion(service: Service, request: CompletionRequest) -> GenerationTask:
     """Check a request, and tokenize its prompts.
 
     Raises:
@@ -95,7 +95,7 @@ async def prepare_completion(service: Service, request: CompletionRequest) -> Pr
             else await service.decode(each, "echo", skip_special_tokens=True)
             for each in request.prompt
         ]
-    return Prepared(request, prompts, params, echoed, grammar)
+    return GenerationTask(request, prompts, params, echoed, grammar)
 
 
 COMPLETIONS = Endpoint("/v1/completions", CompletionRequest, prepare_completion, CompletionAnswer)
@@ -107,7 +107,7 @@ class ChatAnswer(Answer):
     param = "messages"
     prefix, kind, kind_of_chunks = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, service: Service, prepared: Prepared) -> None:
+    def __init__(self, service: Service, prepared: GenerationTask) -> None:
         super().__init__(service, prepared)
         request, params = self._request, self._params
         assert isinstance(request, ChatRequest), "it is a chat"
@@ -259,7 +259,7 @@ class ReasoningCount:
                 self._num_unknown = 0
 
 
-async def prepare_chat(service: Service, request: ChatRequest) -> Prepared:
+async def prepare_chat(service: Service, request: ChatRequest) -> GenerationTask:
     """Check a request, and tokenize its chat.
 
     Raises:
@@ -285,7 +285,7 @@ async def prepare_chat(service: Service, request: ChatRequest) -> Prepared:
     params = service.params(
         request, [prompt], "messages", structured=structured, shown_token_ids=shown
     )
-    return Prepared(request, [prompt], params, [text], grammar)
+    return GenerationTask(request, [prompt], params, [text], grammar)
 
 
 def _variables(service: Service, request: ChatRequest) -> dict[str, Any]:

@@ -20,7 +20,7 @@ GENERATED = "expertlane.generated"  # in a scope: the outputs of a request
 
 
 @dataclass(frozen=True)
-class Generated:
+class TextOutputs:
     """The outputs of a request for text.
 
     Attributes:
@@ -52,7 +52,7 @@ class Exchange:
     status: int
     seconds: float
     client_request_id: str
-    generated: Generated | None
+    generated: TextOutputs | None
 
 
 Observer = Callable[[Exchange], None]
@@ -133,7 +133,7 @@ class RequestLog:
             facts |= self._of_text(exchange.generated)
         return facts
 
-    def _of_text(self, generated: Generated) -> dict[str, Any]:
+    def _of_text(self, generated: TextOutputs) -> dict[str, Any]:
         outputs = generated.outputs
         facts: dict[str, Any] = {
             "request_id": generated.request_id,

@@ -22,7 +22,7 @@ _CLIENT_GONE = 499
 DIRECT_SEND = "expertlane.send"  # in a scope: sends past middleware that only reads heads
 
 
-class Observed:
+class ExchangeObserver:
     """Counts every answer when it begins, and has it observed once it has ended.
 
     Args:

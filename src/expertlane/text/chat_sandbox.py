@@ -20,12 +20,12 @@ def main() -> None:
     """Answer until the connection is closed: the names of the template's variables, and chats."""
     worker = Worker(_explanation)
     worker.limit_memory()
-    template = _Compiled(**worker.given)
+    template = _TemplateCode(**worker.given)
     for request in worker.requests():
         worker.answer(partial(template.answer, request))
 
 
-class _Compiled:
+class _TemplateCode:
     """A template, compiled when it is first asked."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:

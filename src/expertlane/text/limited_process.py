@@ -67,7 +67,7 @@ class LimitedProcess:
         self._limits = limits
         self._given = given
         self._lock = threading.Lock()
-        self._started: _Started | None = None
+        self._started: _Child | None = None
 
     @property
     def pid(self) -> int | None:
@@ -101,14 +101,14 @@ class LimitedProcess:
             raise UserError(" ".join(answer["error"].split()))
         return str(answer["text"])
 
-    def _start(self) -> "_Started":
-        self._started = started = _Started(self._module, self._packages)
+    def _start(self) -> "_Child":
+        self._started = started = _Child(self._module, self._packages)
         first = {"limits": asdict(self._limits), "given": self._given}
         with suppress(OSError):  # it has ended; who asks it finds out why
             started.connection.send_bytes(json.dumps(first).encode())
         return started
 
-    def _answer(self, started: "_Started", request: Any) -> dict[str, Any]:
+    def _answer(self, started: "_Child", request: Any) -> dict[str, Any]:
         """A `text` or an `error`; `is_last` is false where the process can go on."""
         try:
             started.connection.send_bytes(json.dumps(request).encode())
@@ -132,7 +132,7 @@ class LimitedProcess:
         return f"its process ended with exit code {code}"
 
 
-class _Started:
+class _Child:
     """A process and the connection to it."""
 
     def __init__(self, module: str, packages: Sequence[str]) -> None:

@@ -195,7 +195,7 @@ class TokenBytes:
         return text.encode()
 
 
-class FoundStop(NamedTuple):
+class StopMatch(NamedTuple):
     """A stop string in a text: its end in the piece that completed it, and its length."""
 
     end: int
@@ -214,24 +214,24 @@ class StopStrings:
     """
 
     def __init__(self, strings: Iterable[str]) -> None:
-        self._begun = [_BegunString(string) for string in strings]
+        self._begun = [_StopState(string) for string in strings]
 
     @property
     def num_begun(self) -> int:
         """Characters at the end of the text that a string may begin with."""
         return max((each.num_matched for each in self._begun), default=0)
 
-    def feed(self, text: str) -> FoundStop | None:
+    def feed(self, text: str) -> StopMatch | None:
         """The first string to be complete after more text; of two that end together, the longer."""
-        found: FoundStop | None = None
+        found: StopMatch | None = None
         for each in self._begun:
             end = each.feed(text if found is None else text[: found.end])
             if end is not None and (found is None or (end, -each.size) < (found.end, -found.size)):
-                found = FoundStop(end, each.size)
+                found = StopMatch(end, each.size)
         return found
 
 
-class _BegunString:
+class _StopState:
     """A string, and how many of its first characters the text so far ends with."""
 
     def __init__(self, string: str) -> None:

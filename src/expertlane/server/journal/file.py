@@ -25,7 +25,7 @@ from expertlane.spec.model import ModelConfig
 from expertlane.spec.sampling import SamplingParams
 
 VERSION = 3
-# The first has no `Suspected` and no `Closed`; before the third, `Begun` has no `seeds`.
+# The first has no `SuspectRecord` or `EndRecord`; before the third, `BeginRecord` has no `seeds`.
 READ_VERSIONS = (1, 2, VERSION)
 _FRAME = struct.Struct("<III")
 _INVERTED = 2**32 - 1
@@ -44,7 +44,7 @@ class Header(msgspec.Struct, frozen=True, array_like=True, tag="journal"):
     identity: dict[str, str]
 
 
-class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
+class BeginRecord(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
     """A request was accepted.
 
     Attributes:
@@ -54,11 +54,11 @@ class Begun(msgspec.Struct, frozen=True, array_like=True, tag="begun"):
         is_named: whether the client gave the id.
         path: path of its route.
         body: JSON of its validated fields.
-        prompts, texts, created: see `Prepared`.
+        prompts, texts, created: see `GenerationTask`.
         before: empty; in older versions, messages before a request to `/v1/responses`.
         shared: one entry, the params that all choices share; in older versions, with `seeds`
             empty, the params of every choice.
-        root: root of the answer's ids; see `Prepared`.
+        root: root of the answer's ids; see `GenerationTask`.
         began: its arrival, in seconds since 1970.
         seeds, lengths: [num_choices]; each choice's seed, which is always set, and `max_tokens`.
     """
@@ -115,19 +115,19 @@ class More(msgspec.Struct, frozen=True, omit_defaults=True):
 Row = tuple[int, int, int | None, str, More | None]  # number, place, token, text
 
 
-class Came(msgspec.Struct, frozen=True, array_like=True, tag="came"):
+class StepRecord(msgspec.Struct, frozen=True, array_like=True, tag="came"):
     """The chunks of a step, written before any client gets them."""
 
     rows: list[Row]
 
 
-class Left(msgspec.Struct, frozen=True, array_like=True, tag="left"):
+class ForgetRecord(msgspec.Struct, frozen=True, array_like=True, tag="left"):
     """A request is forgotten."""
 
     number: int
 
 
-class Suspected(msgspec.Struct, frozen=True, array_like=True, tag="suspected"):
+class SuspectRecord(msgspec.Struct, frozen=True, array_like=True, tag="suspected"):
     """A request may be what kills the server.
 
     Attributes:
@@ -143,11 +143,11 @@ class Suspected(msgspec.Struct, frozen=True, array_like=True, tag="suspected"):
     is_alone: bool
 
 
-class Closed(msgspec.Struct, frozen=True, array_like=True, tag="closed"):
+class EndRecord(msgspec.Struct, frozen=True, array_like=True, tag="closed"):
     """The process was told to end: no request is to blame for it."""
 
 
-Record = Header | Begun | Came | Left | Suspected | Closed
+Record = Header | BeginRecord | StepRecord | ForgetRecord | SuspectRecord | EndRecord
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Record).decode
 
@@ -211,21 +211,21 @@ class JournalError(ExpertlaneError):
 
 
 @dataclass
-class FoundRequest:
+class JournalEntry:
     """A request that an earlier process has left.
 
     Attributes:
         rows: its chunks, in the order in which they were written.
-        suspected: its last `Suspected` record; None if there is none.
+        suspected: its last `SuspectRecord` record; None if there is none.
         num_rows_before: rows before that record.
         num_deaths: processes in a row that died while they computed it; only the first of them may
             have added rows to it.
         is_set_aside: whether the last process died while it computed this request alone.
     """
 
-    begun: Begun
+    begun: BeginRecord
     rows: list[Row] = field(default_factory=list)
-    suspected: Suspected | None = None
+    suspected: SuspectRecord | None = None
     num_rows_before: int = 0
     num_deaths: int = 0
     is_set_aside: bool = False
@@ -279,7 +279,7 @@ class JournalFile:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.found: dict[int, FoundRequest] = {}
+        self.found: dict[int, JournalEntry] = {}
         self.num_torn_bytes = self.size = 0
         self.num_bytes = self.num_records = self.num_files = 0
         self.write_s = 0.0
@@ -330,13 +330,13 @@ class JournalFile:
                     f"{READ_VERSIONS[0]} to {VERSION}"
                 )
             self._identity = record.identity
-        elif isinstance(record, Begun):
+        elif isinstance(record, BeginRecord):
             if record.seeds and (len(record.shared), len(record.lengths)) != (1, len(record.seeds)):
                 raise DamagedError(
                     f"byte {at}: a request of {len(record.seeds)} choices is damaged"
                 )
-            self.found[record.number] = FoundRequest(record)
-        elif isinstance(record, Came):
+            self.found[record.number] = JournalEntry(record)
+        elif isinstance(record, StepRecord):
             for row in record.rows:
                 found = self.found.get(row[0])
                 if found is None or not 0 <= row[1] < found.begun.num_choices:
@@ -344,12 +344,12 @@ class JournalFile:
                         f"byte {at}: tokens of an unknown request ({row[0]}, {row[1]})"
                     )
                 found.rows.append(row)
-        elif isinstance(record, Suspected):
+        elif isinstance(record, SuspectRecord):
             suspect = self.found.get(record.number)
             if suspect is None:
                 raise DamagedError(f"byte {at}: an unknown request ({record.number})")
             suspect.suspected, suspect.num_rows_before = record, len(suspect.rows)
-        elif isinstance(record, Closed):
+        elif isinstance(record, EndRecord):
             self._is_closed = True
         else:
             self.found.pop(record.number, None)

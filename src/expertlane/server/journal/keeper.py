@@ -13,19 +13,19 @@ from starlette.types import Scope
 
 from expertlane.errors import UserError
 from expertlane.schedule.request import Chunk, FinishReason
-from expertlane.server.answers import Answer, Endpoint, Prepared
+from expertlane.server.answers import Answer, Endpoint, GenerationTask
 from expertlane.server.completions import CHATS, COMPLETIONS
 from expertlane.server.errors import ApiError, bad_field
 from expertlane.server.journal.file import (
-    Begun,
-    Came,
-    Closed,
-    FoundRequest,
+    BeginRecord,
+    EndRecord,
+    ForgetRecord,
+    JournalEntry,
     JournalError,
     JournalFile,
-    Left,
     Record,
-    Suspected,
+    StepRecord,
+    SuspectRecord,
 )
 from expertlane.server.journal.kept import KeptRequest
 from expertlane.server.metrics import Families
@@ -42,7 +42,7 @@ _EVENT_ID = re.compile(rf"({_ID.pattern}):(\d{{1,9}})")
 
 
 @dataclass(frozen=True)
-class Asked:
+class RequestId:
     """The request that a client asks for, by its headers.
 
     Attributes:
@@ -56,7 +56,7 @@ class Asked:
     after: int | None
 
 
-def asked_of(scope: Scope, request_id: str | None = None, *, has_keys: bool) -> Asked:
+def asked_of(scope: Scope, request_id: str | None = None, *, has_keys: bool) -> RequestId:
     """The request that a client asks for, from its headers.
 
     Args:
@@ -75,12 +75,12 @@ def asked_of(scope: Scope, request_id: str | None = None, *, has_keys: bool) -> 
         request_id = given
     last = headers.get(LAST_HEADER.lower().encode())
     if not last:
-        return Asked(key, request_id, None)
+        return RequestId(key, request_id, None)
     found = _EVENT_ID.fullmatch(last)
     if found is None or request_id not in (None, found[1]):
         wanted = "an event's id" if request_id is None else f"the id of an event of {request_id}"
         raise bad_field(LAST_HEADER, f"{LAST_HEADER} must be {wanted}, as ID:NUMBER")
-    return Asked(key, found[1], int(found[2]))
+    return RequestId(key, found[1], int(found[2]))
 
 
 def unknown(request_id: str, param: str) -> ApiError:
@@ -192,7 +192,7 @@ class JournalKeeper:
         return answer
 
     async def _take_in(
-        self, asked: Asked, request: GenerationRequest, endpoint: Endpoint, began_s: float
+        self, asked: RequestId, request: GenerationRequest, endpoint: Endpoint, began_s: float
     ) -> KeptRequest:
         """Write a new request down, and queue it.
 
@@ -211,7 +211,7 @@ class JournalKeeper:
         prepared = replace(prepared, params=params)
         self._make_room()
         self._number += 1
-        begun = Begun(
+        begun = BeginRecord(
             self._number,
             asked.key,
             asked.request_id or prepared.root,
@@ -244,7 +244,9 @@ class JournalKeeper:
         self._watch_over(kept, began_s)
         return kept
 
-    def _kept(self, begun: Begun, prepared: Prepared, endpoint: Endpoint) -> KeptRequest:
+    def _kept(
+        self, begun: BeginRecord, prepared: GenerationTask, endpoint: Endpoint
+    ) -> KeptRequest:
         cancel = self._service.engine.cancel
         return KeptRequest(begun, prepared, endpoint, cancel, self._look_at)
 
@@ -288,7 +290,7 @@ class JournalKeeper:
             if kept is not None and chunk.finish_reason is not FinishReason.CANCELLED:
                 rows.append(kept.row(chunk))
         if rows:
-            self._append(Came(rows))
+            self._append(StepRecord(rows))
 
     def forget(self, kept: KeptRequest) -> None:
         """Cancel a request's unfinished choices, and keep it no longer."""
@@ -308,7 +310,7 @@ class JournalKeeper:
         """Let the journal forget a request; known ids of the engine tell which it has."""
         known = [self._by_engine_id.pop(each, None) for each in kept.request_ids]
         if any(known):
-            self._append(Left(kept.begun.number))
+            self._append(ForgetRecord(kept.begun.number))
 
     def _add(self, kept: KeptRequest) -> None:
         self.requests[_name(kept)] = kept
@@ -393,20 +395,22 @@ class JournalKeeper:
             yield kept.begun
             rows = list(kept.rows())
             for start in range(0, len(rows), _ROWS):
-                yield Came(rows[start : start + _ROWS])
+                yield StepRecord(rows[start : start + _ROWS])
             if kept.suspected is not None and not kept.is_over:
                 is_cleared = kept.has_brought_more
                 yield (
-                    Suspected(kept.begun.number, 0, False, False) if is_cleared else kept.suspected
+                    SuspectRecord(kept.begun.number, 0, False, False)
+                    if is_cleared
+                    else kept.suspected
                 )
 
     def note_end(self) -> None:
         """Write that the process was told to end."""
-        self._append(Closed())
+        self._append(EndRecord())
 
     # From an earlier process.
 
-    def _recall(self, found: FoundRequest) -> None:
+    def _recall(self, found: JournalEntry) -> None:
         """Restore a request.
 
         Raises:
@@ -421,14 +425,14 @@ class JournalKeeper:
                 f"--journal {self.file.folder}: request {begun.request_id} to {begun.path} is not "
                 f"valid in this version: {type(error).__name__}"
             ) from None
-        prepared = Prepared(
+        prepared = GenerationTask(
             *(request, begun.prompts, begun.params(), begun.texts),
             root=begun.root,
             created=begun.created,
         )
         kept = self._kept(begun, prepared, endpoint)
         kept.recall(found.rows)
-        kept.suspected = Suspected(begun.number, found.num_deaths, False, False)
+        kept.suspected = SuspectRecord(begun.number, found.num_deaths, False, False)
         kept.is_awaited = True
         self._add(kept)
         self._look_at(kept)
@@ -456,7 +460,7 @@ class JournalKeeper:
     async def _resume(self, kept: KeptRequest, is_alone: bool = False) -> None:
         if kept.is_finished:  # meanwhile: it is over, or its client has given up
             return
-        kept.suspected = Suspected(kept.begun.number, _num_deaths(kept), True, is_alone)
+        kept.suspected = SuspectRecord(kept.begun.number, _num_deaths(kept), True, is_alone)
         self._append(kept.suspected)
         try:
             await self._go_on(kept)

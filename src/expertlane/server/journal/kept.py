@@ -7,9 +7,9 @@ import numpy as np
 
 from expertlane.engine.async_engine import RequestGroup
 from expertlane.schedule.request import Chunk, FinishReason, RequestOutput
-from expertlane.server.answers import Endpoint, Prepared
+from expertlane.server.answers import Endpoint, GenerationTask
 from expertlane.server.errors import LATER, ApiError
-from expertlane.server.journal.file import Begun, More, Row, Suspected
+from expertlane.server.journal.file import BeginRecord, More, Row, SuspectRecord
 from expertlane.spec.sampling import PromptLogprobs, PromptPart, SamplingParams, TokenLogprobs
 
 _CHUNK_BYTES = 200  # memory of a chunk, at least
@@ -32,13 +32,13 @@ class KeptRequest(RequestGroup):
         num_readings: connections that read it.
         num_events: events of its whole stream; None while their number is not known.
         num_begun_bytes: memory that it takes before its first chunk, estimated.
-        suspected: its last `Suspected` record, if it comes from an earlier process; else None.
+        suspected: its last `SuspectRecord` record, if it comes from an earlier process; else None.
     """
 
     def __init__(
         self,
-        begun: Begun,
-        prepared: Prepared,
+        begun: BeginRecord,
+        prepared: GenerationTask,
         endpoint: Endpoint,
         cancel: Callable[[list[str]], None],
         on_change: Callable[["KeptRequest"], None],
@@ -57,7 +57,7 @@ class KeptRequest(RequestGroup):
         self.is_awaited = begun.is_named
         self.num_readings = 0
         self.num_events: int | None = None
-        self.suspected: Suspected | None = None
+        self.suspected: SuspectRecord | None = None
         self._num_recalled = 0  # chunks
         self.num_begun_bytes = (
             len(begun.body)
@@ -241,7 +241,7 @@ def _prompt_logprobs(
 
 
 class Reading:
-    """The chunks of a kept request, read by one connection; an answer's `Kept`.
+    """The chunks of a kept request, read by one connection; an answer's `ReplaySource`.
 
     Events are numbered from 1; those up to `after` are made, but not given again.
     """
