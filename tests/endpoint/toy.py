@@ -40,7 +40,7 @@ class Toy:
     seed: int = 1
 
     def run(self, prompt: Prompt) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """[len, VOCAB] log-probabilities of what follows; experts and margins as in `PromptScores`."""
+        """[len, VOCAB] log-probabilities of what follows; experts and margins as `PromptScores`."""
         ids = np.asarray(prompt)
         num = len(ids)
         draw = np.random.default_rng([self.seed, num, *ids[:8].tolist()])
