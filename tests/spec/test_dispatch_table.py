@@ -1,6 +1,5 @@
 """How a step runs by its number of tokens, and options that are chosen so."""
 
-from typing import get_args
 
 import pytest
 
@@ -8,7 +7,6 @@ from cli.screen import telling
 from expertlane.errors import SpecError
 from expertlane.spec.deployment import (
     DISPATCH_FORMS,
-    DispatchForm,
     DispatchMode,
     DispatchRow,
     DispatchTable,
@@ -132,10 +130,6 @@ def test_forms_that_make_a_difference(layout, ranks_per_node, forms):
 )
 def test_modes_to_choose_from(layout, options, modes):
     assert list(map(str, Options(**options).modes(Layout.parse(layout), 2))) == modes
-
-
-def test_every_form_is_in_the_table():
-    assert tuple(DISPATCH_FORMS) == get_args(DispatchForm)
 
 
 def test_what_a_form_comes_down_to():

@@ -54,26 +54,6 @@ def test_coordinates_by_hand(text):
         assert layout.coordinates(rank) == Coordinates(*expected)
 
 
-@pytest.mark.parametrize(
-    ("text", "stage_size", "replica_size", "world_size", "etp"),
-    [
-        ("tp=8,pp=2", 8, 16, 16, 8),
-        ("dp=2,tp=8,ep=2", 16, 16, 16, 8),
-        ("dp=16,ep=16", 16, 16, 16, 1),
-        ("replicas=3,pp=2,dp=2,tp=2,ep=2", 4, 8, 24, 2),
-        ("tp=1", 1, 1, 1, 1),
-    ],
-)
-def test_sizes_by_hand(text, stage_size, replica_size, world_size, etp):
-    layout = Layout.parse(text)
-    assert (layout.stage_size, layout.replica_size, layout.world_size, layout.etp) == (
-        stage_size,
-        replica_size,
-        world_size,
-        etp,
-    )
-
-
 @given(layouts())
 def test_rank_order_is_replica_pp_dp_tp_with_tp_innermost(layout):
     places = [layout.coordinates(rank) for rank in range(layout.world_size)]
@@ -90,18 +70,6 @@ def test_rank_order_is_replica_pp_dp_tp_with_tp_innermost(layout):
         assert stage * layout.stage_size + in_stage == rank
         assert rank in layout.ranks_of_replica(place.replica)
         assert rank in layout.ranks_of_dp_rank(place.replica, place.dp_rank)
-
-
-@given(layouts())
-def test_every_stage_holds_every_expert_shard_once(layout):
-    shards = [
-        (place.replica, place.pp_rank, place.ep_rank, place.etp_rank)
-        for place in map(layout.coordinates, range(layout.world_size))
-    ]
-    assert len(set(shards)) == layout.world_size
-    assert {(ep_rank, etp_rank) for _, _, ep_rank, etp_rank in shards} == {
-        (ep_rank, etp_rank) for ep_rank in range(layout.ep) for etp_rank in range(layout.etp)
-    }
 
 
 def test_layers_of_stages_are_near_equal():

@@ -50,12 +50,6 @@ def test_presets_keep_the_paper_s_layers_experts_and_heads(name):
         assert model.attention_size == model.hidden_size
 
 
-def test_overrides_replace_and_leave_the_rest():
-    model = TINY.with_overrides(num_experts_per_tok=1)
-    assert model.num_experts_per_tok == 1
-    assert model.with_overrides(num_experts_per_tok=2) == TINY
-
-
 def test_one_of_everything_is_a_model():
     model = TINY.with_overrides(
         num_hidden_layers=1,
@@ -70,13 +64,6 @@ def test_one_of_everything_is_a_model():
     )
     # Attention 4 × 2 × 2, two norms, router 2, expert 2 × 2; embedding, head and final norm.
     assert num_params(model) == 16 + 4 + 2 + 4 + 6
-
-
-def test_the_defaults_are_the_paper_s_model():
-    assert (TINY.num_kv_heads, TINY.kv_size, TINY.attention_output_size) == (16, 64, 64)
-    assert (TINY.rotary_dim, TINY.softmax_scale) == (4, 0.5)
-    assert (TINY.latent, TINY.rope_scaling, TINY.window_of_layer(3)) == (None, None, None)
-    assert (TINY.hidden_act, TINY.gated_mlp, TINY.is_dense(0)) == ("gelu", False, False)
 
 
 def test_parameters_of_every_part_by_hand():
