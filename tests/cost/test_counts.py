@@ -220,15 +220,6 @@ def test_layouts_and_forms(pools, number, case, form):
     check_case(pools, model, case, form, overlap, seed=number)
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("family", MODELS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_whole_product(pools, case, family):
-    for number, (form, overlap) in enumerate(product(FORMS, (False, True))):
-        if case.is_even or form != "hierarchical":
-            check_case(pools, MODELS[family], case, form, overlap, seed=100 + number)
-
-
 @pytest.mark.parametrize(
     ("decode", "prefill"), [("all_to_all", "hierarchical"), ("hierarchical", "all_gather")]
 )

@@ -1,7 +1,5 @@
 """Indexers: what attention sees by them, bytes by hand, counts beside those of transformers."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -11,18 +9,16 @@ from cost.families import (
     flops,
     only,
     operations,
-    over_all_pairs,
     published,
-    their_flops,
 )
 from expertlane.balance.holding import Slices
 from expertlane.cost.laws.device import stand_ins
 from expertlane.cost.laws.profile import read_profile
 from expertlane.cost.memory import held_kv_bytes, kept_bytes
-from expertlane.cost.step.batch_sizes import PartSizes, pairs_and_positions
+from expertlane.cost.step.batch_sizes import pairs_and_positions
 from expertlane.cost.step.operation import NumberTypes, OpKind
 from expertlane.spec.layout import Layout
-from expertlane.spec.mixers import Indexer, Mixing
+from expertlane.spec.mixers import Mixing
 
 OWN, SHARED = Mixing(choice="own"), Mixing(choice="shared")
 CHOOSING = {OpKind.INDEX, OpKind.INDEX_DECODE, OpKind.CHOOSE}
@@ -151,129 +147,3 @@ def test_what_was_not_measured_is_said(name, words):
     assert words in said
     assert ("Sparse attention of prompts" in said) == (name == "minimax-m3")
     assert "Scores of an indexer in bfloat16" in said
-
-
-@pytest.mark.full
-def test_flops_of_an_indexer_are_those_of_transformers():
-    import torch
-    from transformers.models.deepseek_v32 import modeling_deepseek_v32 as deepseek
-
-    model, num = published("deepseek-v3.2"), 64
-    model = model.with_overrides(indexer=replace(model.indexer, topk=16))  # else none is scored
-    theirs = their_flops(
-        lambda: deepseek.DeepseekV32Indexer(deepseek.DeepseekV32Config(), 0),
-        lambda indexer: indexer(
-            torch.zeros(1, num, 7168),
-            torch.zeros(1, num, 1536),
-            (torch.zeros(1, num, 64), torch.zeros(1, num, 64)),
-            torch.zeros(1, 1, num, num),
-            torch.zeros(1, num),
-        ),
-    )
-    ops = operations(model, OWN, 1, num)
-    projections = 2 * num * (64 * 128 * 1536 + (128 + 64) * 7168)
-    # They add up over heads by a product.
-    scores = over_all_pairs(only(ops, OpKind.INDEX).flops[0], num)
-    assert projections + scores == pytest.approx(theirs, rel=0.02)
-    products = {int(each.flops[0]) for each in ops if each.kind is OpKind.GEMM}
-    assert {2 * num * 64 * 128 * 1536, 2 * num * (128 + 64) * 7168} <= products
-
-
-@pytest.mark.full
-def test_flops_of_shared_choices_are_those_of_transformers():
-    """Of a layer with an indexer, less those of one that takes its choice."""
-    import torch
-    from transformers.models.glm_moe_dsa import modeling_glm_moe_dsa as glm
-
-    num, model = 64, published("glm-5.2")
-    model = model.with_overrides(indexer=replace(model.indexer, topk=16))
-    config = glm.GlmMoeDsaConfig(indexer_types=["full", "shared"] * 39, index_topk=16)
-    config._attn_implementation = "eager"
-    chosen = [None]
-
-    def attend(attention):
-        turned, mask = torch.zeros(1, num, 64), torch.zeros(1, 1, num, num)
-        hidden = torch.zeros(1, num, 6144)
-        chosen[0] = attention(hidden, (turned, turned), mask, prev_topk_indices=chosen[0])[2]
-
-    theirs = [
-        their_flops(lambda layer=layer: glm.GlmMoeDsaAttention(config, layer), attend)
-        for layer in (0, 1)
-    ]
-    own, shared = (operations(model, mixing, 1, num) for mixing in (OWN, SHARED))
-    index = flops(own, OpKind.INDEX)
-    ours = flops(own) - flops(shared) + over_all_pairs(index, num) - index
-    assert ours == pytest.approx(theirs[0] - theirs[1], rel=0.02)
-
-
-def _their_m3(**changes):
-    from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as minimax
-
-    types = {"layer_types": ["full_attention"] * 3 + ["minimax_m3_sparse"] * 57}
-    config = minimax.MiniMaxM3VLTextConfig(**types, **changes)
-    config._attn_implementation = "eager"
-    return minimax, config
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("layer", [0, 3])
-def test_flops_of_block_sparse_attention_are_those_of_transformers(layer):
-    import torch
-
-    num, block, blocks = 96, 16, 3
-    minimax, config = _their_m3(index_block_size=block, index_topk_blocks=blocks)
-    theirs = their_flops(
-        lambda: minimax.MiniMaxM3VLAttention(config, layer),
-        lambda attention: attention(
-            torch.zeros(1, num, 6144), (torch.zeros(1, num, 64), torch.zeros(1, num, 64)), None
-        ),
-    )
-    model = published("minimax-m3", indexer=Indexer(4, 128, block * blocks, block, by_group=True))
-    ops = operations(model, model.mixing_of_layer(layer), 1, num)
-    # They take products with all positions, also with those that are masked afterwards.
-    ours = flops(ops, OpKind.GEMM) + sum(
-        each.flops[0] * num * num / each.sizes["query_key_pairs"][0]
-        for each in ops
-        if "query_key_pairs" in each.sizes
-    )
-    assert ours == pytest.approx(theirs, rel=0.02)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("num", [1, 7, 8, 9, 45])
-def test_chosen_positions_are_as_many_as_transformers_leaves_unmasked(num):
-    import torch
-
-    block, blocks = 4, 2
-    minimax, config = _their_m3(
-        hidden_size=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        index_n_heads=2,
-        index_head_dim=8,
-        index_block_size=block,
-        index_topk_blocks=blocks,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(num)
-        indexer = minimax.MiniMaxM3VLIndexer(config, 3)
-        hidden, turned = torch.randn(1, num, 32), torch.ones(1, num, 8)
-    at = torch.arange(num)[None]
-    with torch.no_grad():
-        chosen = indexer(hidden, (turned, 0 * turned), None, at)
-        mask = indexer.build_block_mask(chosen, None, num, torch.float32, at.device, at)
-    seen = (mask == 0).sum(-1)[0]  # [heads, tokens]
-    pairs, positions = (np.array([0]), np.array([0]))
-    for token in range(num):
-        of_token, positions = pairs_and_positions(
-            np.array([1]), np.array([token]), block * blocks, block
-        )
-        assert of_token.tolist() == positions.tolist()
-        assert set(seen[:, token].tolist()) == set(positions.tolist())
-        pairs = pairs + of_token
-    part = PartSizes.even(1, 1, 1, num).indexed_attention(
-        Indexer(2, 8, block * blocks, block, by_group=True)
-    )
-    chosen_pairs = part.chosen.decode_positions if num == 1 else part.chosen.prefill_pairs
-    assert chosen_pairs.tolist() == pairs.tolist()

@@ -133,17 +133,6 @@ def hops(num_bytes: int) -> tuple[Transfer, Transfer]:
     )
 
 
-def test_hierarchical_is_faster_where_the_nic_binds() -> None:
-    model = LinkModel(profile())
-    flat = model.times(transfer(TransferKind.ALL_TO_ALL, evenly(4, 10_000_000), [0, 0, 1, 1]))
-    between, inside = hops(10_000_000)
-    both = model.forwarded(between, inside)
-    assert both[0].seconds + both[1].seconds == pytest.approx([40e-6 + 10e6 / NIC] * 4)
-    assert (both[0].seconds + both[1].seconds < flat.seconds).all()
-    apart = model.times(between).seconds + model.times(inside).seconds
-    assert (both[0].seconds + both[1].seconds < apart + 20e-6).all()
-
-
 def test_forwarding_is_exposed_where_the_node_is_slower() -> None:
     between, inside = hops(10_000_000)
     inside = transfer(
@@ -284,33 +273,3 @@ def test_h100_rises_at_every_size(h100: Profile) -> None:
                 number = np.full_like(sizes, ranks)
                 seconds = law_times(h100, name, sizes, number, number).seconds
                 assert (seconds[1:] >= seconds[:-1] * 0.998).all()  # files hold thousandths
-
-
-def test_h100_over_nodes_is_near_deepep(h100: Profile) -> None:
-    """128 tokens a rank, 8 experts each, over 2 nodes: about 100 µs out and 190 µs back."""
-    model = LinkModel(h100)
-    node = np.repeat([0, 1], 8).tolist()
-    for stage, row_bytes, expected in (
-        (Stage.DISPATCH, 7408, 102e-6),
-        (Stage.COMBINE, 14336, 188e-6),
-    ):
-        sent = evenly(16, 128 * 8 // 16 * row_bytes)
-        times = model.times(transfer(TransferKind.ALL_TO_ALL, sent, node, stage=stage))
-        assert times.seconds == pytest.approx([expected] * 16, rel=0.1)
-        assert times.basis is Basis.FITTED
-        assert not times.is_extrapolated.any()
-
-
-def test_h100_adds_up_small_sums_as_serving_engines_do(h100: Profile) -> None:
-    """64 tokens of 7,168 in a group of eight: far less than reduce-scatter and all-gather."""
-    model = LinkModel(h100)
-    rows = 64 // 8 * 7168 * 2
-    apart = sum(
-        model.times(transfer(kind, evenly(8, rows), [0] * 8, stage=Stage.COLLECTIVES)).seconds.max()
-        for kind in (TransferKind.REDUCE_SCATTER, TransferKind.ALL_GATHER)
-    )
-    together = model.times(
-        transfer(TransferKind.ALL_REDUCE, evenly(8, 2 * rows), [0] * 8, stage=Stage.COLLECTIVES)
-    )
-    assert together.seconds.max() < 0.6 * apart
-    assert together.basis is Basis.FITTED

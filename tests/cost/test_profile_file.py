@@ -100,31 +100,6 @@ def test_laws_taken_over_are_wider_bounds():
         assert surface.origin.startswith("as h100, over this datasheet's roofline: ")
 
 
-@pytest.mark.parametrize("name", ["h200", "b200", "b300", "gb200", "gb300"])
-def test_only_what_no_table_has_is_taken_over(name):
-    """Of the cards with tables, DeepEP over NICs was timed between nodes of H100 alone."""
-    profile = read_profile(name)
-    taken_over = {key for key, law in profile.surfaces.items() if law.origin.startswith("as ")}
-    over_nics = {key for key in profile.surfaces if key.endswith(".inter_node")}
-    by_nvlink = {
-        key for key in profile.surfaces if key.partition(".")[2].startswith(("one", "two"))
-    }
-    assert taken_over == over_nics | (by_nvlink if name == "gb300" else set())
-    assert bool(by_nvlink) == name.startswith("gb")
-    # A law of its own has floors of its own, or none.
-    for key, term in profile.terms.items():
-        if key.partition(".")[2] in set(profile.surfaces) - taken_over:
-            assert not term.origin.startswith("as ")
-
-
-@pytest.mark.parametrize("name", _UNMEASURED)
-def test_of_a_card_without_tables_all_is_a_bound(name):
-    profile = read_profile(name)
-    assert profile.surfaces
-    laws = [*profile.surfaces.values(), *profile.terms.values()]
-    assert {each.basis for each in laws} == {Basis.BOUND}
-
-
 @pytest.mark.parametrize("name", sorted(shipped_profiles()))
 def test_cards_on_pcie_have_no_law_that_needs_nvlink(name):
     profile = read_profile(name)

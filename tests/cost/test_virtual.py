@@ -110,80 +110,6 @@ def test_links_between_nodes():
     assert end_s("dp=4,ep=4", ranks, ranks_per_node=2) == 2 + 8 / 0.5
 
 
-def test_two_groups_do_not_wait_for_each_other():
-    ranks = logs(4)
-    for rank, cpu_s in zip(ranks, (1.0, 2.0, 10.0, 3.0), strict=True):
-        rank.compute(cpu_s)
-    exchange(ranks, [[0, 4, 0, 0], [5, 0, 0, 0], [0, 0, 0, 7], [0] * 4], [0, 0, 2, 2])
-    for rank in ranks:
-        rank.compute(0.5)
-    step = replay("dp=2,tp=2", ranks)
-    assert step.finished_s == 10 + (1 + 7) + 0.5
-    walls = [record.wall_s.sum() for record in step.records]
-    assert walls == [2 + (1 + 5) + 0.5] * 2 + [18.5] * 2
-
-
-def test_a_network_takes_one_transfer_after_the_other():
-    ranks = logs(2)
-    for rank in ranks:
-        numbers = [rank.post({1 - rank.rank: num_bytes}) for num_bytes in (4, 6)]
-        rank.compute(2.0)
-        for number in numbers[::-1]:  # whichever is waited for first
-            rank.wait(number)
-    assert end_s("tp=2", ranks) == 5 + 7
-
-
-@pytest.mark.parametrize("is_empty", [False, True])
-def test_a_rank_without_tokens(is_empty):
-    ranks = logs(2)
-    for rank in ranks:
-        has_none = is_empty or rank.rank == 1
-        rank.compute(0.0 if has_none else 2.0)
-        rank.wait(rank.post({} if has_none else {1: 6}))
-        rank.compute(0.0 if has_none else 1.0)
-    step = replay("dp=2,ep=2", ranks)
-    assert step.finished_s == (1.0 if is_empty else 2 + (1 + 6) + 1)
-    assert step.records[1].blocked_s.sum() == (1.0 if is_empty else 9.0)
-
-
-def halves(ranks, *, bytes_sent, before=4.0, after=4.0):
-    """Two interleaved halves of one exchange each."""
-    for rank in ranks:
-        rank.place(Stage.DISPATCH, 0)
-        numbers = []
-        for _ in range(2):
-            rank.compute(before)
-            numbers.append(rank.post({1 - rank.rank: bytes_sent}))
-        for number in numbers:
-            rank.wait(number)
-            rank.compute(after)
-    return ranks
-
-
-def test_overlap_hides_part_of_a_long_transfer():
-    # 6 s each: from 4 to 10 and, behind it, from 10 to 16.
-    step = replay("dp=2,ep=2", halves(logs(2), bytes_sent=5))
-    assert step.finished_s == 20.0
-    assert step.records[0].blocked_s.sum() == 2 + 2
-    assert step.records[0].transfers_s.tolist() == [12.0, 4.0]
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    num_bytes=st.integers(0, 30),
-    before=st.floats(0.0, 10.0),
-    after=st.floats(0.0, 10.0),
-)
-def test_overlap_hides_between_nothing_and_everything(num_bytes, before, after):
-    ranks = halves(logs(2), bytes_sent=num_bytes, before=before, after=after)
-    step = replay("dp=2,ep=2", ranks)
-    for record in step.records:
-        in_flight_s, waited_s = record.transfers_s
-        assert in_flight_s == pytest.approx(2 * (1 + num_bytes))
-        assert 0 <= waited_s <= in_flight_s * (1 + 1e-9)
-        assert record.blocked_s.sum() == pytest.approx(waited_s)
-
-
 def pipeline(first_s=(2.0,), second_s=(1.0,), sent=(6,), ahead_s=0.0):
     """A step of two stages of a rank each; of each micro-batch seconds, and bytes handed over.
 
@@ -229,29 +155,6 @@ def test_what_a_stage_does_ahead_hides_behind_the_one_before():
     }
     assert cells(second.blocked_s) == {(0, NUM_LAYERS, Stage.HAND_OVER): 6.0}
     assert run_chain([(0.0, 1.0, pipeline(ahead_s=15.0))]) == [(0.0, 16.0)]
-
-
-def test_two_micro_batches():
-    # First stage: 0-2, 2-5; on the way 2-11 and, behind it, 11-15; second: 11-12, 15-19.
-    records = pipeline((2.0, 3.0), (1.0, 4.0), (6, 1))
-    assert run_chain([(0.0, 1.0, records)]) == [(0.0, 19.0)]
-    # Without links: the second from 2 to 3 and from 5 to 9.
-    assert run_chain([(0.0, 1.0, records)], links=None) == [(0.0, 9.0)]
-
-
-def test_nothing_to_hand_over():
-    """A rank without tokens sends nothing; its peer does not wait for it."""
-    assert run_chain([(0.0, 1.0, pipeline(sent=(0,)))]) == [(0.0, 3.0)]
-    ranks = logs(4)  # two stages of two
-    for rank in ranks[:2]:
-        rank.compute(2.0)
-        if rank.rank == 0:
-            rank.send(2, 6)
-    for rank in ranks[2:]:
-        rank.arrive()
-        rank.compute(1.0)
-    step = replay("pp=2,dp=2,ep=2", ranks)
-    assert [record.wall_s.sum() for record in step.records] == [2.0, 2.0, 12.0, 3.0]
 
 
 def test_a_step_begins_when_those_before_it_have_ended():
@@ -498,18 +401,6 @@ def test_between_the_longest_chain_and_the_sum_of_all(items):
     for record, cpu_s in zip(step.records, computed.sum(axis=0), strict=True):
         assert record.wall_s.sum() - record.blocked_s.sum() == pytest.approx(cpu_s)
         assert record.wall_s.sum() <= found + 1e-9
-
-
-@settings(max_examples=50, deadline=None)
-@given(items=programs(1), seconds=st.lists(st.floats(0.0, 10.0), min_size=1, max_size=4))
-def test_one_rank_a_stage_without_links_takes_its_cpu_time(items, seconds):
-    step, _ = run_program(items, 1, "tp=1", links=None)
-    cpu_s = sum(item[1][0] for item in items if item[0] == "compute")
-    assert step.finished_s == pytest.approx(cpu_s)
-    # A step of two stages takes the sum of both, as many tokens as there are.
-    records = pipeline((seconds[0],), (seconds[-1],), (8,))
-    ((_, finished_s),) = run_chain([(0.0, 1.0, records)], links=None)
-    assert finished_s == pytest.approx(seconds[0] + seconds[-1])
 
 
 def test_what_disturbed_one_run_counts_in_none():

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-import expertlane
 from cli.screen import tells
 from expertlane.cli.app import app
 from expertlane.cost.step.operation import NumberTypes
@@ -314,19 +313,6 @@ def test_parsers_take_whatever_is_written(some, stored, weights, name):
     for each in made:
         assert each.lines
         assert all(map(parsed, each.lines))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("place", range(15))
-def test_parsers_take_commands_of_drawn_plans(place, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (plan,) = expertlane.plan("paper", **drawn_plan(place)).plans
-    engines = [each for each in plan.engines if each.engine in ("vllm", "sglang")]
-    assert len(engines) == 2
-    for engine in engines:
-        lines = [line for command in engine.commands for line in command.lines]
-        assert lines
-        assert all(map(parsed, lines))
 
 
 def drawn_plan(place: int) -> dict[str, Any]:

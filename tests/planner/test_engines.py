@@ -230,11 +230,3 @@ def test_the_best_of_each_engine_is_what_it_runs():
         if each.pools is not None:
             pools = each.pools.prefill.candidate, each.pools.decode.candidate
             assert each.engine.joins(*pools, MIXED)
-
-
-@pytest.mark.full
-def test_what_was_asked_for_is_the_only_one():
-    ranking, (choice,) = best_of_engines("sglang", "over limits")
-    assert choice.engine.name == "sglang"
-    assert choice.aggregated is ranking.chosen
-    assert choice.broken is None

@@ -1,5 +1,4 @@
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -10,7 +9,6 @@ from expertlane.errors import UserError
 from expertlane.planner.candidates import family_of
 from expertlane.planner.ranking import best_of_families, contender, gap_to, pareto, ranked
 from expertlane.planner.screen import fitting
-from expertlane.planner.simulated import simulated_pool
 from expertlane.planner.two_pools import TwoPools, TwoPoolSearch, _prefill_sizes
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
@@ -108,16 +106,6 @@ def test_a_sequence_alone_is_served_by_tensor_parallelism():
     assert found.finalists[0].option.candidate.layout.replicas == 1
 
 
-@pytest.mark.full
-def test_two_pools_keep_the_limits_in_full():
-    request = request_of(workload=Workload(256, 2048, 64))
-    free = TwoPoolSearch(request).run()
-    limit = 0.95 * free.served.tpot_s[1, 0]
-    kept = TwoPoolSearch(replace(request, goals=Goals(max_tpot_s=limit))).run()
-    assert kept.served.tpot_s[1, 0] <= limit
-    assert kept.served.tps[1, 0] <= free.served.tps[1, 0]
-
-
 @pytest.mark.parametrize(
     ("model", "num_devices", "goals", "why"),
     [
@@ -172,16 +160,6 @@ class NotSimulated(NamedTuple):
 def test_a_cluster_too_large_to_plan_for():
     with pytest.raises(UserError, match=telling("5,000 4,096")):
         search_of(num_devices=5000)
-
-
-@pytest.mark.full
-def test_progress_counts_every_candidate_and_finalist():
-    search = search_of()
-    screened, finished = [], []
-    found = simulated_pool(search, search.screen(screened.append), finished.append)
-    assert sum(screened) == found.num_candidates == len(search.candidates)
-    assert len(screened) > 1
-    assert len(found.finalists) <= sum(finished) == found.num_simulated
 
 
 def test_two_pools_share_the_devices():

@@ -4,8 +4,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from expertlane.cost.memory import held_kv_bytes
 from expertlane.cost.step.operation import NumberTypes
@@ -16,7 +14,7 @@ from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
-from planner.test_commands import FORMS, GATHERED, ROTATING, parsed
+from planner.test_commands import GATHERED, parsed
 
 MODEL, LOAD = PRESETS["paper-tiny"], Workload(8, 64, 32)
 FLOAT32 = NumberTypes.all_of("float32")
@@ -143,33 +141,6 @@ def test_caches_of_prefixes_and_graphs_can_be_off():
     text = start_of("trtllm", "tp=2", options, place).files["trtllm.yaml"]
     assert '"enable_block_reuse": false' in text
     assert "cuda_graph_config" not in text
-
-
-@st.composite
-def deployments(draw):
-    dp, tp, pp = (draw(st.sampled_from((1, 2, 4))) for _ in range(3))
-    ep = draw(st.sampled_from([n for n in (1, 2, dp * tp) if dp * tp % n == 0]))
-    options = draw(st.sampled_from((Options(), ROTATING)))
-    options = replace(
-        options,
-        overlap=draw(st.sampled_from((False, True, "auto"))),
-        dispatch=draw(st.sampled_from((*FORMS, "auto"))),
-        cuda_graphs=draw(st.sampled_from((None, False))),
-    )
-    return str(Layout(draw(st.sampled_from((1, 2))), pp, dp, tp, ep)), options
-
-
-@given(deployments(), st.sampled_from(("vllm", "sglang")), st.sampled_from((HERE, ON_CORES)))
-def test_parsers_take_every_start(deployment, engine, place):
-    layout, options = deployment
-    pool = pool_of(engine, layout, options, kind=place.kind)
-    if isinstance(pool, Row):
-        assert pool.says
-        return
-    hosts = tuple(f"host{node}" for node in range(pool.servers(ENGINES[engine])[0].num_hosts))
-    start = start_of(engine, layout, options, replace(place, hosts=hosts, caches_prefixes=False))
-    assert len(start.nodes) == len(hosts)
-    assert all(map(parsed, start.lines))
 
 
 # One KV budget for all engines

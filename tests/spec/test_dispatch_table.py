@@ -1,6 +1,5 @@
 """How a step runs by its number of tokens, and options that are chosen so."""
 
-
 import pytest
 
 from cli.screen import telling
