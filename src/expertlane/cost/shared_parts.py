@@ -18,7 +18,10 @@ from expertlane.cost.laws.device import DeviceModel
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import LIKELY, Execution, Profile, Terms, kernels_of
 from expertlane.cost.pricing import forwarded_times, operation_times
-from expertlane.cost.step.attention import mixer_steps
+from expertlane.cost.step.attention import (
+    mixer_steps,
+    spread_over_streams,
+)
 from expertlane.cost.step.batch_sizes import Scenarios
 from expertlane.cost.step.counts import StageMesh
 from expertlane.cost.step.expected_counts import ExpectedFanOut, busiest_counts
@@ -43,7 +46,6 @@ from expertlane.cost.step.operation import (
     Transfer,
 )
 from expertlane.cost.step.step_list import ExpectedStepList
-from expertlane.cost.step.streams import spread_over_streams
 from expertlane.spec.deployment import DispatchForm, PayloadType, is_by_node_on
 from expertlane.spec.mixers import Mixing
 from expertlane.spec.model import LayerKind, ModelConfig

@@ -97,10 +97,10 @@ def attention(fields: ConfigReader, share: float | None = None) -> dict[str, Any
     }
 
 
-def biased_attention(fields: ConfigReader) -> dict[str, Any]:
+def biased_attention(fields: ConfigReader, share: float | None = None) -> dict[str, Any]:
     """Attention with biases of all projections or of none."""
     bias = fields.get(bool, "attention_bias")
-    return {**attention(fields), "qkv_bias": bias, "output_bias": bias}
+    return {**attention(fields, share), "qkv_bias": bias, "output_bias": bias}
 
 
 def _has_window(fields: ConfigReader) -> list[bool] | None:
@@ -195,7 +195,6 @@ def _qwen3_moe(fields: ConfigReader) -> dict[str, Any]:
 
 
 def _olmoe(fields: ConfigReader) -> dict[str, Any]:
-    fields.expect("clip_qkv")
     return {
         **biased_attention(fields),
         "moe_intermediate_size": fields.get(int, "intermediate_size"),
@@ -240,15 +239,10 @@ def first_dense(fields: ConfigReader) -> dict[str, Any]:
 
 def _deepseek(fields: ConfigReader) -> dict[str, Any]:
     """Parts common to DeepSeek-V2 and V3: latent attention, dense first layers."""
-    fields.expect("mlp_bias", False)
-    fields.expect("moe_layer_freq", 1)
     return {**latent_attention(fields), **first_dense(fields)}
 
 
 def _deepseek_v2(fields: ConfigReader) -> dict[str, Any]:
-    fields.expect("scoring_func", "softmax")
-    fields.expect("norm_topk_prob", False)
-    fields.expect("topk_method", "greedy", "group_limited_greedy")
     in_groups = fields.get(str, "topk_method") == "group_limited_greedy"
     routing = Routing(
         norm_topk_prob=False,
@@ -277,8 +271,6 @@ def interleaved(fields: ConfigReader) -> bool:
 
 
 def _deepseek_v3(fields: ConfigReader) -> dict[str, Any]:
-    fields.expect("scoring_func", "sigmoid")
-    fields.expect("topk_method", "noaux_tc")
     return {
         **_deepseek(fields),
         "rope_interleave": interleaved(fields),
@@ -328,11 +320,6 @@ def _dots1(fields: ConfigReader) -> dict[str, Any]:
 
 
 def _minimax_m2(fields: ConfigReader) -> dict[str, Any]:
-    fields.expect("scoring_func", "sigmoid")
-    for key in ("use_qk_norm", "use_routing_bias"):
-        fields.expect(key, True)
-    fields.expect("qk_norm_type", "per_layer")
-    fields.expect("shared_intermediate_size", 0)
     kinds = fields.raw("attn_type_list")
     if kinds is not None and (not isinstance(kinds, list) or any(kind != 1 for kind in kinds)):
         raise fields.unsupported("attn_type_list")
@@ -347,7 +334,6 @@ def _minimax_m2(fields: ConfigReader) -> dict[str, Any]:
 
 
 def _ernie4_5_moe(fields: ConfigReader) -> dict[str, Any]:
-    fields.expect("use_bias", False)
     if fields.get(float, "moe_norm_min") > 1e-9:  # sums of weights never come near
         raise fields.unsupported("moe_norm_min")
     num_layers = fields.get(int, "num_hidden_layers")

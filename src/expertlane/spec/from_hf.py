@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 from expertlane.errors import SpecError
 from expertlane.spec.families import READERS
-from expertlane.spec.grouped_families import GROUPED_READERS
 from expertlane.spec.hf_config import (
     FAMILIES,
     ConfigReader,
@@ -23,11 +22,11 @@ from expertlane.spec.hf_config import (
 from expertlane.spec.mixer_families import MIXER_READERS
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Dtype
+from expertlane.spec.planned_families import PLANNED_READERS
 from expertlane.spec.ranges import MAX_PARAMS
-from expertlane.spec.sparse_families import SPARSE_READERS
 from expertlane.spec.tensors import num_params
 
-_READERS = READERS | MIXER_READERS | GROUPED_READERS | SPARSE_READERS
+_READERS = READERS | MIXER_READERS | PLANNED_READERS
 _SAME = (  # in every family
     "num_hidden_layers",
     "hidden_size",
@@ -73,6 +72,8 @@ def from_hf(
         text = {known.spellings.get(key, key): value for key, value in text.items()}
     fields = ConfigReader(text, name or family, known.defaults)
     fields.refuse_misspelt(known)
+    for key, allowed in known.expects.items():
+        fields.expect(key, *allowed)
     if fields.get(str, "hidden_act") not in known.hidden_acts:
         raise fields.unsupported("hidden_act")
     model = ModelConfig(

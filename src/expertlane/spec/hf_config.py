@@ -129,6 +129,7 @@ class Family:
         unread: prefixes of names of tensors that are no part of the language model.
         also_told: further fields of published configurations, without a default here: read where
             given, or without effect on what is priced.
+        expects: fields with the values that can be computed; null, and what is missing, too.
         defaults: defaults of all fields that are read; those of transformers 5's config classes.
             transformers 4.57 differs in two: DeepSeek-V2's vocab_size was 32000, and a null
             rope_scaling of GPT-OSS meant plain rotary positions.
@@ -150,6 +151,7 @@ class Family:
     spellings: dict[str, str] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
     also_told: list[str] = field(default_factory=list)
+    expects: dict[str, list[Any]] = field(default_factory=dict)
 
     @property
     def names(self) -> set[str]:

@@ -41,12 +41,18 @@ def layer_types(fields: ConfigReader, key: str, valid: tuple[str, ...]) -> list[
     return found
 
 
+def types_of_all(fields: ConfigReader, key: str, valid: tuple[str, ...]) -> list[str] | None:
+    """The types of `layer_types`, which must be as many as there are layers."""
+    types, num_layers = layer_types(fields, key, valid), fields.get(int, "num_hidden_layers")
+    if types is not None and len(types) != num_layers:
+        raise fields.error(f"{key} has {len(types)} entries for {num_layers} layers")
+    return types
+
+
 def _state_layers(fields: ConfigReader, default: list[bool]) -> tuple[int, ...]:
     """The layers with a state, by `layer_types`, else a family's default."""
-    types = layer_types(fields, "layer_types", (_STATE, _FULL))
+    types = types_of_all(fields, "layer_types", (_STATE, _FULL))
     has_state = default if types is None else [kind == _STATE for kind in types]
-    if len(has_state) != (num_layers := fields.get(int, "num_hidden_layers")):
-        raise fields.error(f"layer_types has {len(has_state)} entries for {num_layers} layers")
     return tuple(layer for layer, has in enumerate(has_state) if has)
 
 
@@ -56,7 +62,6 @@ def _with_state(state: StateMixer, layers: tuple[int, ...]) -> dict[str, Any]:
 
 def _gated_delta(fields: ConfigReader) -> dict[str, Any]:
     """Gated attention in every fourth layer, Gated DeltaNet in the others."""
-    fields.expect("attn_output_gate", True)
     every = fields.get(int, "full_attention_interval", default=4)
     num_layers = fields.get(int, "num_hidden_layers")
     layers = _state_layers(fields, [bool((layer + 1) % every) for layer in range(num_layers)])
@@ -68,11 +73,8 @@ def _gated_delta(fields: ConfigReader) -> dict[str, Any]:
         value_dim=fields.get(int, "linear_value_head_dim"),
         conv_kernel=fields.get(int, "linear_conv_kernel_dim"),
     )
-    bias = fields.get(bool, "attention_bias")
     return {
-        **attention(fields, share=0.25),
-        "qkv_bias": bias,
-        "output_bias": bias,
+        **biased_attention(fields, share=0.25),
         "qk_norm": "head",
         "attention_gate": "sigmoid",
         **_with_state(state, layers),
@@ -96,20 +98,14 @@ def mlp_types(fields: ConfigReader) -> dict[str, Any]:
     """MLPs by `mlp_layer_types`; without it the first layers have no experts."""
     num_layers = fields.get(int, "num_hidden_layers")
     first = min(fields.get(int, "first_k_dense_replace"), num_layers)
-    kinds = layer_types(fields, "mlp_layer_types", ("dense", "sparse"))
+    kinds = types_of_all(fields, "mlp_layer_types", ("dense", "sparse"))
     if kinds is None:
         kinds = ["dense" if layer < first else "sparse" for layer in range(num_layers)]
-    if len(kinds) != num_layers:
-        raise fields.error(f"mlp_layer_types has {len(kinds)} entries for {num_layers} layers")
     return dense_and_shared(fields, [at for at, kind in enumerate(kinds) if kind == "dense"])
 
 
 def _indexed(fields: ConfigReader) -> dict[str, Any]:
     """Latent attention of positions that an indexer chooses; MLPs as DeepSeek-V3."""
-    fields.expect("scoring_func", "sigmoid")
-    fields.expect("topk_method", "noaux_tc")
-    fields.expect("mlp_bias", False)
-    fields.expect("moe_layer_freq", 1)
     indexer = Indexer(
         num_heads=fields.get(int, "index_n_heads"),
         head_dim=fields.get(int, "index_head_dim"),
@@ -156,11 +152,6 @@ def _glm_moe_dsa(fields: ConfigReader) -> dict[str, Any]:
 
 
 def _kimi_linear(fields: ConfigReader) -> dict[str, Any]:
-    fields.expect("moe_router_activation_func", "sigmoid")
-    fields.expect("moe_layer_freq", 1)
-    fields.expect("mla_use_nope", True)
-    for key in ("mla_use_output_gate", "routed_expert_hidden_size", "attn_res_block_size"):
-        fields.expect(key, False)
     listed = ("kda_layers", "full_attn_layers")  # numbers from 1
     sizes = ("num_heads", "head_dim", "short_conv_kernel_size")
     own = fields.inside("linear_attn_config", *listed, *sizes, "use_full_rank_gate")
@@ -253,8 +244,6 @@ def _blocks(fields: ConfigReader, types: str, pattern: str) -> list[str] | None:
 
 def _nemotron_h(fields: ConfigReader) -> dict[str, Any]:
     """Layers of a mixer or an MLP alone."""
-    for key in ("use_bias", "mlp_bias", "mamba_proj_bias", "attention_bias", "sliding_window"):
-        fields.expect(key, False)
     blocks = _blocks(fields, "layers_block_type", "hybrid_override_pattern")
     if not blocks:
         raise fields.error("layers_block_type or hybrid_override_pattern must name every layer")
@@ -338,10 +327,6 @@ def _bailing_rest(fields: ConfigReader, group: int) -> tuple[dict[str, Any], tup
 
     The last layer of each group has attention.
     """
-    for key in ("use_bias", "use_qkv_bias", "norm_head", "mlp_layer_types"):
-        fields.expect(key, False)
-    fields.expect("score_function", "sigmoid")
-    fields.expect("moe_router_enable_expert_bias", True)
     expert, num_layers = (
         fields.get(int, key) for key in ("moe_intermediate_size", "num_hidden_layers")
     )
@@ -362,9 +347,6 @@ def _bailing_rest(fields: ConfigReader, group: int) -> tuple[dict[str, Any], tup
 
 def _lightning(fields: ConfigReader) -> StateMixer:
     """Lightning Attention as in Ling 2.5 and Ring-linear: queries and keys of every head."""
-    for key in ("linear_silu", "use_linear_silu"):
-        fields.expect(key, False)
-    fields.expect("linear_rope", True)
     heads = fields.get(int, "num_attention_heads")
     own = fields.get(int, "hidden_size") // heads
     head_dim = fields.get(int, "head_dim", default=own)
@@ -408,10 +390,6 @@ def _bailing_moe_v2_5(fields: ConfigReader) -> dict[str, Any]:
 
 def _bailing_hybrid(fields: ConfigReader) -> dict[str, Any]:
     """Ling 3: Kimi Delta Attention of full rank, and latent attention with a gate of each head."""
-    fields.expect("no_kda_lora", True)
-    fields.expect("gated_attention_proj_granularity_type", "head_wise")
-    for key in ("expert_swiglu_limit_list", "share_expert_swiglu_limit_list"):
-        fields.expect(key, False)
     rest, layers = _bailing_rest(fields, fields.get(int, "layer_group_size"))
     types = layer_types(fields, "layer_types", (_STATE, _FULL))
     if types is not None:
@@ -454,15 +432,12 @@ def _llama4(fields: ConfigReader) -> dict[str, Any]:
     types = ["chunked_attention" if each else _FULL for each in rotates] if types is None else types
     inner = fields.get(int, "intermediate_size")
     dense = tuple(layer for layer in layers if layer not in sparse)
-    rotary = attention(fields)
+    rotary = biased_attention(fields)
     scaling = rotary.get("rope_scaling")
     if scaling is not None and scaling.low_freq_factor == scaling.high_freq_factor:
         rotary["rope_scaling"] = None  # published so; no blend is defined, and none costs anything
-    bias = fields.get(bool, "attention_bias")
     return {
         **rotary,
-        "qkv_bias": bias,
-        "output_bias": bias,
         "unrotated_layers": tuple(at for at, each in enumerate(rotates) if not each),
         "sliding_window": tuple(chunk if each == "chunked_attention" else None for each in types),
         "moe_intermediate_size": inner,

@@ -14,8 +14,7 @@ from expertlane.balance.holding import Slices
 from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
 from expertlane.cost.step.operation import Ints, OpKind
 from expertlane.cost.step.step_list import KernelSet, StepWriter
-from expertlane.cost.step.streams import join_streams
-from expertlane.spec.compressed import CompressedAttention
+from expertlane.spec.compressed import CompressedAttention, Streamed, num_mixing
 from expertlane.spec.mixers import (
     STATE_BYTES,
     Entries,
@@ -548,3 +547,33 @@ def _core(
 
 def _calls(num_groups: int, kernels: KernelSet) -> int:
     return num_groups if kernels.is_grouped else 1
+
+
+_MIXING_TYPE = "float32"
+
+
+def join_streams(
+    out: StepWriter, model: ModelConfig, stage: Stage, block: Streamed, rows: Amounts
+) -> None:
+    """A block's normed input from all streams, and the weights that mix them after it.
+
+    The same kernel makes these weights from their logits; that is not counted.
+
+    Args:
+        rows: tokens whose streams a rank has.
+    """
+    num, hidden = model.num_streams, model.hidden_size
+    if num == 1:
+        return
+    out.gemm(stage, rows, num_mixing(block, num), num * hidden, dtype=_MIXING_TYPE)
+    out.memory(stage, rows * ((num + 1) * hidden * out.types.activation_bytes))
+
+
+def spread_over_streams(
+    out: StepWriter, model: ModelConfig, stage: Stage, part: TokenSizes
+) -> None:
+    """Mix the streams with each other, and add a block's output to each."""
+    if model.num_streams > 1:
+        num_passes = 2 * model.num_streams + 1
+        row_bytes = model.hidden_size * out.types.activation_bytes
+        out.memory(stage, out.held(part) * (num_passes * row_bytes))

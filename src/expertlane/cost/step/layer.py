@@ -9,12 +9,15 @@ from typing import assert_never
 
 import numpy as np
 
-from expertlane.cost.step.attention import mixer_steps
+from expertlane.cost.step.attention import (
+    join_streams,
+    mixer_steps,
+    spread_over_streams,
+)
 from expertlane.cost.step.batch_sizes import TokenSizes
 from expertlane.cost.step.counts import DispatchCounts
 from expertlane.cost.step.operation import Amounts, Ints, OpKind, PayloadBytes, weight_bytes
 from expertlane.cost.step.step_list import StepWriter
-from expertlane.cost.step.streams import join_streams, spread_over_streams
 from expertlane.spec.deployment import PayloadType, form_on
 from expertlane.spec.model import LayerKind, ModelConfig
 from expertlane.spec.names import Stage
