@@ -12,7 +12,7 @@ import numpy as np
 
 from expertlane.balance.holding import Slices
 from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
-from expertlane.cost.step.operation import Ints, OpKind
+from expertlane.cost.step.operation import Amounts, Ints, OpKind
 from expertlane.cost.step.step_list import KernelSet, StepWriter
 from expertlane.spec.compressed import CompressedAttention, Streamed, num_mixing
 from expertlane.spec.mixers import (
