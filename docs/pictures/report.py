@@ -25,8 +25,6 @@ STYLE = """
 PARTS = {
     "report-causes": ("Where the time goes", "figure >> nth=0"),
     "report-timelines": ("One step, rank by rank", ".timelines >> nth=0"),
-    "report-latency": ("Longer contexts and other batches", "figure >> nth=0"),
-    "report-front": ("Throughput against latency", "figure >> nth=0"),
 }
 
 
