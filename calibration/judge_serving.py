@@ -43,7 +43,7 @@ from serving_fit import (
 from serving_replay import Priced, play, price, scheduling_of
 from serving_rows import Row, model_of, read_rows
 
-from expertlane.cost.laws.frameworks import FILE, Fitted, JudgedGroup, attention_of, sizes_of
+from expertlane.cost.laws.frameworks import FILE, ErrorGroup, FrameworkFit, attention_of, sizes_of
 
 
 def main() -> int:
@@ -175,7 +175,7 @@ def _none(row: Row) -> str:
 
 def _groups(
     points: Sequence[Point], bounds: Bounds, framework_of: Callable[[Row], str]
-) -> Iterator[JudgedGroup]:
+) -> Iterator[ErrorGroup]:
     """Judged kinds of `FEWEST` rows and more."""
 
     def kind_of(point: Point) -> tuple[str, str, str, bool, bool, str]:
@@ -193,7 +193,7 @@ def _groups(
         dates = sorted(each.row.date for each in own if each.row.date)
         has_output = len(sizes["output"]) > 0
         tpot, ttft = (round(float(np.median(sizes[what])), 3) for what in ("TPOT", "TTFT"))
-        yield JudgedGroup(
+        yield ErrorGroup(
             *others,
             num_rows,
             tpot,
@@ -248,7 +248,7 @@ def _print_refused(refused: Sequence[tuple[Row, str]]) -> None:
         print(f"- {len(ids)} of {model} on {hardware}: {why}")
 
 
-def _print_fitted(fitted: Sequence[Fitted]) -> None:
+def _print_fitted(fitted: Sequence[FrameworkFit]) -> None:
     print("\n| kind | points | step-time factor | arrival delay |")
     print("| --- | ---: | ---: | ---: |")
     for each in fitted:

@@ -24,7 +24,7 @@ import numpy as np
 import tomli_w
 from serving_rows import Row, model_of
 
-from expertlane.cost.laws.frameworks import Fitted, JudgedGroup, frameworks, kinds_of
+from expertlane.cost.laws.frameworks import ErrorGroup, FrameworkFit, frameworks, kinds_of
 from expertlane.results.hardware import below_above
 
 _SHRINKING = 4.0  # points that weigh as much as what coarser stages say
@@ -129,7 +129,7 @@ class Point:
         """Kinds that it is of, from the coarsest to the finest."""
         return stages_of(self.row)
 
-    def corrected(self, fitted: Fitted) -> "Point":
+    def corrected(self, fitted: FrameworkFit) -> "Point":
         """With a kind's factor and time to arrive, on which all times are linear."""
         played, further = self.played, self.row.load.mean_lens[1] - 1
         tpot_s = fitted.step_factor * played.tpot_s
@@ -151,7 +151,7 @@ def stages_of(row: Row) -> Sequence[tuple[str, ...]]:
 class Fit:
     """Fitted numbers by kind."""
 
-    by_stage: dict[tuple[str, ...], Fitted] = field(default_factory=dict)
+    by_stage: dict[tuple[str, ...], FrameworkFit] = field(default_factory=dict)
 
     @classmethod
     def to(cls, points: Sequence[Point]) -> "Fit":
@@ -169,10 +169,10 @@ class Fit:
                     fit._add(name, key, groups[key])
         return fit
 
-    def of(self, row: Row) -> Fitted:
+    def of(self, row: Row) -> FrameworkFit:
         """Numbers of the narrowest kind that is known."""
         known = [self.by_stage[key] for key in stages_of(row) if key in self.by_stage]
-        return known[-1] if known else Fitted()
+        return known[-1] if known else FrameworkFit()
 
     def _add(self, name: str, key: tuple[str, ...], own: Sequence[Point]) -> None:
         # Nothing finer than this stage is known yet of this number.
@@ -188,11 +188,11 @@ class Fit:
             value = min(max(value, 0.0), _LONGEST_ARRIVAL_S)
         self.by_stage[key] = replace(known, kind=key, num_points=len(own), **{name: value})
 
-    def _before(self, name: str, key: tuple[str, ...], point: Point) -> Fitted:
+    def _before(self, name: str, key: tuple[str, ...], point: Point) -> FrameworkFit:
         """The kind's numbers, with `name` still as the coarser kind has it."""
         stages = point.stages
         coarser = [each for each in stages[: stages.index(key)] if each in self.by_stage]
-        known = self.by_stage[coarser[-1]] if coarser else Fitted()
+        known = self.by_stage[coarser[-1]] if coarser else FrameworkFit()
         if name == "step_factor":
             return known
         own = self.by_stage[key]
@@ -221,7 +221,7 @@ def out_of_sample(points: Sequence[Point]) -> list[Point]:
     return found
 
 
-def write(fitted: Sequence[Fitted], judged: Sequence[JudgedGroup], path: Path) -> None:
+def write(fitted: Sequence[FrameworkFit], judged: Sequence[ErrorGroup], path: Path) -> None:
     """Write frameworks.toml."""
     rounded = [
         replace(

@@ -17,7 +17,7 @@ import serving_replay  # noqa: E402
 from serving_fit import Fit, Point, Times  # noqa: E402
 from serving_rows import DEEPSEEK, Row, Workers, model_of, read_rows  # noqa: E402
 
-from expertlane.cost.laws.frameworks import Fitted, JudgedGroup, served_by  # noqa: E402
+from expertlane.cost.laws.frameworks import ErrorGroup, FrameworkFit, served_by  # noqa: E402
 from expertlane.cost.laws.profile import parse_cluster  # noqa: E402
 from expertlane.simulator.steady import StepTimes  # noqa: E402
 
@@ -223,8 +223,8 @@ def test_pairs_count_where_versions_or_days_are_near():
 
 
 def test_what_is_written_is_read(tmp_path, monkeypatch):
-    fitted = [Fitted(("trt",), 1.25, 0.05, 12), Fitted(("trt", "Hopper"), 1.5, 0.07, 3)]
-    group = JudgedGroup(
+    fitted = [FrameworkFit(("trt",), 1.25, 0.05, 12), FrameworkFit(("trt", "Hopper"), 1.5, 0.07, 3)]
+    group = ErrorGroup(
         "h200", "float8", False, False, "trt", 12, 0.1, 0.1, 0.2, (0.8, 1.2), (0.8, 1.2), (0.5, 2.0)
     )
     path = tmp_path / "frameworks.toml"

@@ -5,7 +5,7 @@ from math import exp, log
 
 import numpy as np
 
-from expertlane.cost.laws.frameworks import Served, cluster_record, conditions_of
+from expertlane.cost.laws.frameworks import ServingKind, cluster_record, conditions_of
 from expertlane.cost.laws.links import ASSUMED_TERMS
 from expertlane.cost.laws.profile import Execution, ModelledCluster, read_profile
 from expertlane.cost.projector import Projector, Setting, StepSize
@@ -23,7 +23,7 @@ from expertlane.results.record import (
 from expertlane.results.results import Results
 from expertlane.simulator.simulator import ServingSetup, Simulator, scheduling_of
 from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.experiment import Experiment, ProjectionAsked
+from expertlane.spec.experiment import Experiment, ProjectionSetup
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.names import Cause, Link, Phase, ProjectedCause
@@ -312,10 +312,10 @@ def results_of(case):
         {
             "experiment": experiment.question,
             "skew": ALPHA,
-            "projection": ProjectionAsked(cluster=case.cluster, execution=case.execution.value),
+            "projection": ProjectionSetup(cluster=case.cluster, execution=case.execution.value),
         },
         records,
         machine=MACHINE,
         context=sizes(case)[0].num_cached,
-        cluster=cluster_record(cluster, Served(model, TYPES.weights)),
+        cluster=cluster_record(cluster, ServingKind(model, TYPES.weights)),
     )

@@ -10,16 +10,16 @@ from hypothesis import strategies as st
 
 from cost.projected import PROFILE as MADE_UP
 from expertlane.cost.laws.corrections import (
-    Assumed,
     Correction,
     Corrections,
-    FittedOn,
+    FitSource,
+    LawKind,
     corrected,
     read_corrections,
     scaled,
 )
 from expertlane.cost.laws.device import DeviceModel
-from expertlane.cost.laws.frameworks import Served, judged
+from expertlane.cost.laws.frameworks import ServingKind, judged
 from expertlane.cost.laws.profile import Execution, ModelledCluster, Term, read_profile
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.projector import Projector, Setting, StepSize
@@ -38,7 +38,7 @@ MEASURED = replace(
 )
 MODEL = PRESETS["paper"]
 TYPES = NumberTypes.all_of("bfloat16")
-ON = FittedOn(
+ON = FitSource(
     "a model", "h100", "an engine 1.0", ("one", "two"), 12, (8, 16), (1, 64), (10, 900), 0.3, 0.02
 )
 GEMM = {"m": np.array([64.0]), "n": 4096.0, "k": 4096.0}
@@ -57,7 +57,7 @@ def step_of(profile, layout, execution):
 
 
 def by(**factors):
-    return {Assumed(name): Correction.exactly(factor) for name, factor in factors.items()}
+    return {LawKind(name): Correction.exactly(factor) for name, factor in factors.items()}
 
 
 def test_no_correction_is_the_profile_itself():
@@ -91,7 +91,7 @@ def test_a_product_takes_so_many_times_as_long(profile):
 @pytest.mark.parametrize(("rows", "wanted"), [(1, 1.0), (64, 1.0), (8192, 0.5)])
 def test_computing_is_corrected_where_flops_take_longer_than_bytes(rows, wanted):
     sizes = GEMM | {"m": np.array([float(rows)])}
-    factor = {Assumed.COMPUTE: Correction(0.5, 0.25, 1.0)}
+    factor = {LawKind.COMPUTE: Correction(0.5, 0.25, 1.0)}
     before, after = (
         DeviceModel(each).times(OpKind.GEMM, "bfloat16", sizes)
         for each in (MEASURED, scaled(MEASURED, factor))
@@ -114,10 +114,10 @@ def test_another_engine_may_be_faster_than_what_was_measured():
     assert of_card > 0.3
 
 
-OF_NO_STEP = Assumed.SKEW, Assumed.ARRIVAL
+OF_NO_STEP = LawKind.SKEW, LawKind.ARRIVAL
 
 
-@pytest.mark.parametrize("name", [each for each in Assumed if each not in OF_NO_STEP])
+@pytest.mark.parametrize("name", [each for each in LawKind if each not in OF_NO_STEP])
 def test_every_factor_slows_some_step(name):
     profile = scaled(H100, by(**{name: 8.0}))
     layouts = ("dp=16,ep=16", "tp=8")
@@ -146,7 +146,7 @@ def test_every_factor_slows_some_step(name):
 def test_a_factor_on_next_to_nothing_is_one_on_what_is_usual(name, driver_s, factor, wanted_s):
     none = replace(H100.terms["launch_s"], value=driver_s, low=driver_s, high=driver_s)
     cpu = replace(H100, terms={**H100.terms, "overhead_s": none, "driver_s": none})
-    found = scaled(cpu, {Assumed(name): Correction(factor, factor / 2, factor * 2)})
+    found = scaled(cpu, {LawKind(name): Correction(factor, factor / 2, factor * 2)})
     term = found.terms["driver_s" if name == "scheduler" else "admission_s"]
     assert term.value == pytest.approx(wanted_s)
     assert term.low <= term.value <= term.high
@@ -168,16 +168,16 @@ def test_experts_priced_as_products_take_their_own_factor():
 def test_bounds_are_of_factor_and_law():
     correction = Correction(2.0, 1.8, 2.3)
     law = H100.surfaces["gemm.bfloat16"]
-    found = scaled(H100, {Assumed.GEMM: correction}).surfaces["gemm.bfloat16"]
+    found = scaled(H100, {LawKind.GEMM: correction}).surfaces["gemm.bfloat16"]
     assert found.low < law.low
     assert found.high > law.high
-    guess = scaled(MADE_UP, {Assumed.GEMM: correction}).surfaces["gemm"]
+    guess = scaled(MADE_UP, {LawKind.GEMM: correction}).surfaces["gemm"]
     assert (guess.low, guess.high) == pytest.approx((0.9, 1.15))
 
 
 def test_bounds_widen_outside_of_what_was_fitted():
     of_size = Correction(2.0, 1.8, 2.2, 1e-6, 1e-3)
-    model = DeviceModel(scaled(MADE_UP, {Assumed.GEMM: of_size}))
+    model = DeviceModel(scaled(MADE_UP, {LawKind.GEMM: of_size}))
     inside, outside, farther = (
         model.times(OpKind.GEMM, "bfloat16", {**GEMM, "m": np.array([m])}) for m in (1.0, 1e6, 4e6)
     )
@@ -211,16 +211,16 @@ def test_a_corrected_profile_says_so():
 
 
 def test_a_machine_that_was_measured_is_still_its_own():
-    every = {str(each): Correction(1.1, 1.0, 1.2) for each in Assumed if each != Assumed.SKEW}
+    every = {str(each): Correction(1.1, 1.0, 1.2) for each in LawKind if each != LawKind.SKEW}
     profile = corrected(ModelledCluster(MEASURED, 16), Corrections(ON, every)).profile
-    served = Served(MODEL, "bfloat16")
+    served = ServingKind(MODEL, "bfloat16")
     assert judged(profile, served) == judged(MEASURED, served)
 
 
 @settings(deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from([str(each) for each in Assumed]),
+        st.sampled_from([str(each) for each in LawKind]),
         st.tuples(st.floats(0.2, 4), st.floats(1.01, 2), st.booleans()),
     )
 )

@@ -13,7 +13,7 @@ from example_plan import PLAN
 from expertlane.cost.laws import shipped_profiles
 from expertlane.cost.laws.frameworks import (
     CALIBRATED,
-    Served,
+    ServingKind,
     frameworks,
     judged,
     judged_groups,
@@ -57,8 +57,8 @@ def test_a_profile_measured_on_its_machine():
     }
     measured = replace(profile, surfaces=surfaces)
     for model in (LATENT, MIXED):
-        assert judged(measured, Served(model, "bfloat16")) is CALIBRATED
-        assert nearest(measured, Served(model, "bfloat16")) is None
+        assert judged(measured, ServingKind(model, "bfloat16")) is CALIBRATED
+        assert nearest(measured, ServingKind(model, "bfloat16")) is None
         with pytest.raises(SpecError, match=telling("--framework trt leave it out")):
             served_by(ModelledCluster(measured, 8), "trt", model, "bfloat16")
 
@@ -69,7 +69,7 @@ def test_a_group_is_told_of_its_own_kind(group):
     base = _OF_ATTENTION[group.attention]
     sizes = {"num_hidden_layers": layers, "hidden_size": hidden, "num_experts": experts}
     model = base.with_overrides(**sizes)
-    kind = Served(model, group.weights, group.has_two_pools, group.has_drafts)
+    kind = ServingKind(model, group.weights, group.has_two_pools, group.has_drafts)
     cluster = parse_cluster(f"{group.hardware}x8")
     drafts = {"has_drafts": group.has_drafts}
     framework = group.framework or None
@@ -89,21 +89,21 @@ def test_a_group_is_told_of_its_own_kind(group):
 def test_sparse_attention_is_not_judged_by_rows_of_dense():
     """DeepSeek-V3.2 has the layers, width and experts of DeepSeek-R1."""
     profile = read_profile("h200")
-    assert judged(profile, Served(LATENT, "float8")) is not None
-    assert judged(profile, Served(CHOSEN, "float8")) is None
-    assert not nearest(profile, Served(CHOSEN, "float8")).is_own_kind
+    assert judged(profile, ServingKind(LATENT, "float8")) is not None
+    assert judged(profile, ServingKind(CHOSEN, "float8")) is None
+    assert not nearest(profile, ServingKind(CHOSEN, "float8")).is_own_kind
 
 
 def test_what_was_not_judged():
-    assert judged(read_profile("a100"), Served(LATENT, "bfloat16")) is None
-    assert judged(read_profile("h200"), Served(LATENT, "bfloat16")) is None
-    assert judged(read_profile("h200"), Served(LATENT, "mxfp4", has_drafts=True)) is None
-    assert judged(read_profile("h200"), Served(MIXED, "float8")) is None
+    assert judged(read_profile("a100"), ServingKind(LATENT, "bfloat16")) is None
+    assert judged(read_profile("h200"), ServingKind(LATENT, "bfloat16")) is None
+    assert judged(read_profile("h200"), ServingKind(LATENT, "mxfp4", has_drafts=True)) is None
+    assert judged(read_profile("h200"), ServingKind(MIXED, "float8")) is None
     smaller = LATENT.with_overrides(num_hidden_layers=30)
-    assert judged(read_profile("h200"), Served(LATENT, "float8")) is not None
-    assert judged(read_profile("h200"), Served(smaller, "float8")) is None
+    assert judged(read_profile("h200"), ServingKind(LATENT, "float8")) is not None
+    assert judged(read_profile("h200"), ServingKind(smaller, "float8")) is None
     other = served_by(parse_cluster("h200x8"), "vllm", LATENT, "float8").profile
-    assert judged(other, Served(LATENT, "float8")) is None  # TensorRT-LLM was judged there
+    assert judged(other, ServingKind(LATENT, "float8")) is None  # TensorRT-LLM was judged there
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_what_was_not_judged():
     ],
 )
 def test_the_nearest_kind_is_of_like_attention_then_of_the_card(card, weights, model, what):
-    known = nearest(read_profile(card), Served(model, weights))
+    known = nearest(read_profile(card), ServingKind(model, weights))
     assert known.what.startswith(what)
     for low, high in (known.tpot, known.output, known.ttft):
         assert 0 < low <= 1 <= high > low
@@ -130,7 +130,7 @@ def test_the_nearest_kind_is_of_like_attention_then_of_the_card(card, weights, m
 def test_bounds_are_no_narrower_than_the_error_of_the_nearest_kind(asked):
     """Of records as plan, simulate and compare make them; ratios stay as they are."""
     profile, weights = read_profile("h100"), PLAN.deployments[0].conditions.dtype
-    known = nearest(profile, Served(asked, weights))
+    known = nearest(profile, ServingKind(asked, weights))
     before = replace(PLAN, cluster=replace(PLAN.cluster, nearest=known))
     after = with_known_errors(before, asked, profile)
     for one, other in zip(before.deployments, after.deployments, strict=True):
@@ -177,7 +177,7 @@ def test_bounds_of_a_kind_that_was_measured_are_its_own():
     """No wider than what nine in ten rows were within, nor narrower."""
     cluster = parse_cluster("h200x8")
     profile = served_by(cluster, "trt", LATENT, "float8").profile
-    known = nearest(profile, Served(LATENT, "float8"))
+    known = nearest(profile, ServingKind(LATENT, "float8"))
     assert known.is_own_kind
     wide = replace(PLAN.deployments[0].serving[0].output_tps, low=1e-3, high=1e9)
     bounded = wide.bounded_by(known.output, alone=True)
@@ -185,11 +185,11 @@ def test_bounds_of_a_kind_that_was_measured_are_its_own():
         (known.output[0] * wide.value, wide.value, known.output[1] * wide.value)
     )
     assert wide.bounded_by(known.output).bounds == wide.bounds
-    assert not nearest(profile, Served(LATENT, "nvfp4")).is_own_kind
+    assert not nearest(profile, ServingKind(LATENT, "nvfp4")).is_own_kind
     group = next(each for each in judged_groups() if each.framework == "trt")
-    measured = Served(LATENT, "float8", num_ranks=group.most_ranks)
+    measured = ServingKind(LATENT, "float8", num_ranks=group.most_ranks)
     assert nearest(profile, measured).is_own_kind
-    wider = nearest(profile, Served(LATENT, "float8", num_ranks=4 * group.most_ranks))
+    wider = nearest(profile, ServingKind(LATENT, "float8", num_ranks=4 * group.most_ranks))
     assert wider == replace(known, is_own_kind=False)
 
 

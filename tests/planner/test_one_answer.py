@@ -19,7 +19,7 @@ from expertlane.results import file
 from expertlane.results.record import BEST, EXPERIMENT, TWO_POOLS
 from expertlane.results.serving_record import is_served
 from expertlane.spec.deployment import Deployment, Options
-from expertlane.spec.experiment import Experiment, ProjectionAsked
+from expertlane.spec.experiment import Experiment, ProjectionSetup
 from expertlane.spec.layout import Layout
 from expertlane.spec.model import PRESETS
 from expertlane.spec.workload import Workload
@@ -212,7 +212,7 @@ def test_a_row_of_a_comparison_is_what_compare_says(tmp_path):
     )
     experiment = Experiment("two", PRESETS["paper-small"], Workload(24, 100, 12), deployments)
     cluster, types = parse_cluster("h100x2"), NumberTypes.all_of("float16")
-    asked = ProjectionAsked(cluster="h100x2", skew=0.8)
+    asked = ProjectionSetup(cluster="h100x2", skew=0.8)
     results = ExperimentProjector(experiment, cluster, types, 0.8, asked).run(Progress(), "")
     file.write(results, tmp_path)
     rows = results.select("projected", EXPERIMENT, results.conditions[0])

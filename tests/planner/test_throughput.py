@@ -5,7 +5,7 @@ from math import exp, factorial
 import numpy as np
 import pytest
 
-from expertlane.cost.throughput import Arriving, Goals, Prompts, Steps, one_pool, two_pools
+from expertlane.cost.throughput import Goals, PromptArrivals, Prompts, Steps, one_pool, two_pools
 from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Workload
 
@@ -60,7 +60,7 @@ def test_the_most_prompts_of_many_ranks(num_ranks, mean):
     drawn = rng.poisson(mean, size=(20_000, num_ranks)).max(axis=1).mean()
     workload = Workload(num_sequences=2**20, prompt_len=100, output_len=10)
     num_seqs = np.array([round(mean * num_ranks * 10)])
-    found = Arriving.of(num_seqs, 1, num_ranks, np.ones(3), workload)
+    found = PromptArrivals.of(num_seqs, 1, num_ranks, np.ones(3), workload)
     assert found.of_rank == pytest.approx(np.array([[mean]]))
     assert found.most == pytest.approx(np.array([[drawn]]), rel=0.03)
 
@@ -116,13 +116,13 @@ def test_a_sequence_alone_is_in_one_pool_at_a_time():
 def test_prompts_that_are_held_back_come_one_to_a_rank():
     workload = Workload(num_sequences=2**20, prompt_len=100, output_len=10)
     num_seqs = np.array([8, 40, 800])  # 0.1, 0.5 and 10 prompts of a rank in a step
-    at_once = Arriving.of(num_seqs, 1, 8, np.ones(3), workload)
-    held = Arriving.of(num_seqs, 1, 8, np.ones(3), workload, prompt_wait_steps=5)
+    at_once = PromptArrivals.of(num_seqs, 1, 8, np.ones(3), workload)
+    held = PromptArrivals.of(num_seqs, 1, 8, np.ones(3), workload, prompt_wait_steps=5)
     # In 5 steps 0.5 prompts come to a rank, so every fifth step has prompts on half of the ranks.
     assert held.share.tolist() == [[0.5, 1.0, 1.0]]
     assert held.most.tolist() == [[0.2, 0.5, at_once.most[0, 2]]]
     assert held.held_steps.tolist() == [[2.5, 1.0, 0.0]]
     assert at_once.held_steps.tolist() == [[0.0, 0.0, 0.0]]
     assert (held.most <= at_once.most).all()
-    alone = Arriving.of(num_seqs, 8, 1, np.ones(3), workload, prompt_wait_steps=5)
+    alone = PromptArrivals.of(num_seqs, 8, 1, np.ones(3), workload, prompt_wait_steps=5)
     assert alone.held_steps.tolist() == [[0.0, 0.0, 0.0]]  # no other rank to wait for

@@ -279,7 +279,7 @@ def num_devices() -> int:
 
 
 @dataclass(eq=False)
-class Measured:
+class RoundTimes:
     """Measurements of the rounds so far.
 
     Attributes:
@@ -328,7 +328,7 @@ class Calibration:
         self._points = self.grid.points(self.machine.dtype)
         self._is_settled = False  # set once it is known how many of them there is time for
         self._transfer_points = self.grid.transfers(num_ranks)
-        self.measured = Measured()
+        self.measured = RoundTimes()
         self.quiet = QuietMeasuring(AGAIN_SHARE * within_s)
         self._within_s = within_s
         self.took_s = 0.0

@@ -237,7 +237,7 @@ def overhead_terms(
         )
         for of_rounds in zip(*rounds, strict=True)
     ]
-    priced = [_Priced(sample, profile, dtype) for sample in medians]
+    priced = [_StepPrices(sample, profile, dtype) for sample in medians]
     likely = _solve(medians, priced)
     spread = [_solve(samples, priced) for samples in rounds]
     terms = {}
@@ -249,7 +249,7 @@ def overhead_terms(
     return terms
 
 
-def _solve(samples: Sequence[StepSample], priced: "Sequence[_Priced]") -> dict[str, float]:
+def _solve(samples: Sequence[StepSample], priced: "Sequence[_StepPrices]") -> dict[str, float]:
     """The terms that explain what samples took beyond what they are priced at without any."""
     extra_s, num_steps, driver_s = np.zeros(len(Stage)), np.zeros(len(Stage)), []
     busy = np.arange(len(Stage)) != Stage.IDLE
@@ -330,7 +330,7 @@ def _builder(sample: StepSample, types: NumberTypes, kernels: KernelSet = ENGINE
     )
 
 
-class _Priced:
+class _StepPrices:
     """A sample's step on the virtual clock, without any overheads.
 
     Attributes:

@@ -302,7 +302,7 @@ def _projector(
     )
     from expertlane.cost.laws.profile import Execution, parse_cluster
     from expertlane.cost.throughput import Goals
-    from expertlane.spec.experiment import ProjectionAsked
+    from expertlane.spec.experiment import ProjectionSetup
     from expertlane.spec.workload import check_lengths
 
     asked = options.applied_to(experiment, dtype)
@@ -320,7 +320,7 @@ def _projector(
         there = found.on_cluster(asked, cluster, experiment.workload.seed, dtype=usual)
     execution, goals = Execution(asked.execution), Goals.of(asked.slos)
     served = ServingConditions(there.routing, goals, load, execution, asked.num_running)
-    on_cluster = ProjectionAsked(**fields_of(ProjectionAsked, asked))
+    on_cluster = ProjectionSetup(**fields_of(ProjectionSetup, asked))
     skew = there.skew if there.skew is not None else model.usual_skew
     return ExperimentProjector(experiment, there.cluster, there.types, skew, on_cluster, served)
 

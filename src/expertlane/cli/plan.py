@@ -110,7 +110,7 @@ def run(
     from expertlane.planner.results import make_plan
     from expertlane.planner.sizing import smallest_plan
     from expertlane.results.results import with_costs
-    from expertlane.spec.experiment import Projection, ProjectionAsked
+    from expertlane.spec.experiment import Projection, ProjectionSetup
 
     is_auto = own.cluster.endswith(_AUTO)
     cluster = own.cluster.removesuffix(_AUTO) + "x1" if is_auto else own.cluster
@@ -133,7 +133,7 @@ def run(
             cluster = f"{own.cluster.removesuffix(_AUTO)}x{plan.request.cluster.num_devices}"
         else:
             plan = make_plan(request, routing, progress, cautions)
-    on_cluster = fields_of(ProjectionAsked, projection) | {
+    on_cluster = fields_of(ProjectionSetup, projection) | {
         "cluster": cluster,
         "routing_trace": None if trace is None else str(trace),
         "corrections": None if projection.corrections is None else str(projection.corrections),
@@ -143,7 +143,7 @@ def run(
         loaded=_served(found),
         experiment=None if experiment is None else str(experiment),
         scripts=None if own.scripts is None else str(own.scripts),
-        projection=ProjectionAsked(**on_cluster | fields_of(ProjectionAsked, drafts)),
+        projection=ProjectionSetup(**on_cluster | fields_of(ProjectionSetup, drafts)),
         fewer=fewer,
         load=load.question(asked),
     )

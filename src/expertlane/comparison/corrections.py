@@ -16,7 +16,7 @@ import numpy as np
 from expertlane.comparison.fit import MOST_CHANGED, Fit, Fitter
 from expertlane.comparison.points import WHOLE, Point, Subject, find_subject, points_of
 from expertlane.comparison.reprojection import Reprojection
-from expertlane.cost.laws.corrections import Assumed, Correction, Corrections, FittedOn
+from expertlane.cost.laws.corrections import Correction, Corrections, FitSource, LawKind
 from expertlane.errors import CapacityError, UserError
 from expertlane.progress import Progress
 from expertlane.results.estimate import NORMAL
@@ -145,16 +145,16 @@ def _corrections(
         if abs(change) < _LEAST:
             continue
         away = NORMAL * hypot(fit.deviation[name], left)
-        if name == Assumed.SKEW:
+        if name == LawKind.SKEW:
             ends = (reprojection.alpha({name: change + each}) for each in (0.0, -away, away))
             factors[name] = Correction(*ends)
             continue
         low, high = exp(max(change - away, -MOST_CHANGED)), exp(min(change + away, MOST_CHANGED))
-        factors[name] = Correction(exp(change), low, high, *spans.get(Assumed(name), (None, None)))
+        factors[name] = Correction(exp(change), low, high, *spans.get(LawKind(name), (None, None)))
     layouts = [point.record.known_layout.world_size for point in points]
     sizes = [each for place, each in reprojection.sizes if each.phase is Phase.DECODE]
     sizes = sizes or [each for _, each in reprojection.sizes]
-    on = FittedOn(
+    on = FitSource(
         model=subject.model.name,
         cluster=subject.cluster.profile.name,
         engine="; ".join(dict.fromkeys(point.software for point in points)),

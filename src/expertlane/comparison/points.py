@@ -23,7 +23,7 @@ from expertlane.results.record import RUN, SCALING, DeploymentRecord, StepsRecor
 from expertlane.results.results import Results
 from expertlane.results.serving_record import ServingRecord
 from expertlane.spec.deployment import Options
-from expertlane.spec.experiment import ProjectionAsked
+from expertlane.spec.experiment import ProjectionSetup
 from expertlane.spec.files import build
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Cause, Phase, ProjectedCause
@@ -174,10 +174,10 @@ def _experiment(measured: Results) -> dict[str, Any]:
     return question
 
 
-def _asked(projected: Results, cluster: str | None) -> ProjectionAsked:
+def _asked(projected: Results, cluster: str | None) -> ProjectionSetup:
     table = projected.question.get("projection")
     if table is not None:
-        asked = build(ProjectionAsked, table, "question.projection")
+        asked = build(ProjectionSetup, table, "question.projection")
         return asked if cluster is None else replace(asked, cluster=cluster)
     known = cluster or (projected.cluster.name if projected.cluster else None)
     if known is None:
@@ -185,7 +185,7 @@ def _asked(projected: Results, cluster: str | None) -> ProjectionAsked:
             "nothing is projected: give results of compare --project, results of plan as a second "
             "argument, or --cluster PROFILExN"
         )
-    return ProjectionAsked(cluster=known)
+    return ProjectionSetup(cluster=known)
 
 
 def _check_device(measured: Results, cluster: ModelledCluster) -> None:

@@ -7,7 +7,12 @@ from typing import Any
 
 from expertlane.balance.holding import Placements
 from expertlane.comparison.assumptions import projected_assumptions
-from expertlane.cost.laws.frameworks import Served, cluster_record, conditions_of, with_known_errors
+from expertlane.cost.laws.frameworks import (
+    ServingKind,
+    cluster_record,
+    conditions_of,
+    with_known_errors,
+)
 from expertlane.cost.laws.profile import OVERHEAD_S, Execution, ModelledCluster, Profile
 from expertlane.cost.memory import STEP_TOKENS, Capacity, PlacedModel, prefill_step_tokens
 from expertlane.cost.projector import Projector, Setting, StepSize
@@ -42,7 +47,7 @@ from expertlane.results.record import (
 from expertlane.results.results import PlanSummary, Results, WorkloadVerdict
 from expertlane.results.serving_record import KEPT
 from expertlane.spec.deployment import Deployment
-from expertlane.spec.experiment import Experiment, ProjectionAsked
+from expertlane.spec.experiment import Experiment, ProjectionSetup
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Load, Workload
@@ -203,7 +208,7 @@ class ExperimentProjector:
         cluster: ModelledCluster,
         types: NumberTypes,
         skew: float,
-        asked: ProjectionAsked | None = None,
+        asked: ProjectionSetup | None = None,
         served: ServingConditions | None = None,
     ) -> None:
         self._experiment = experiment
@@ -255,7 +260,7 @@ class ExperimentProjector:
         plans = self._plan(rows, context, progress)
         workload = self._serve(rows, progress)
         num_ranks = max(each.layout.replica_size for each in experiment.deployments)
-        served = Served(self._model, self._types.weights, num_ranks=num_ranks)
+        served = ServingKind(self._model, self._types.weights, num_ranks=num_ranks)
         results = Results.now(
             "comparison",
             command,

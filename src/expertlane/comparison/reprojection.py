@@ -41,9 +41,9 @@ from expertlane.comparison.points import (
 )
 from expertlane.cost.laws.corrections import (
     KERNELS,
-    Assumed,
     Correction,
     Corrections,
+    LawKind,
     scaled,
 )
 from expertlane.cost.laws.profile import ModelledCluster, Profile
@@ -148,7 +148,7 @@ class Reprojection:
         self._served: dict[tuple[int, int, float], _Served] = {}
         # Of each step as assumed, and as changed last, with the changes.
         self._steps: dict[tuple[int, StepSize, bool], tuple[tuple[float, ...], StepByStage]] = {}
-        self.names = [each for each in Assumed if each is not Assumed.SKEW or self._has_skew]
+        self.names = [each for each in LawKind if each is not LawKind.SKEW or self._has_skew]
         self.offsets: Floats | None = None
         self.numbers = list(self._numbers())
 
@@ -160,21 +160,21 @@ class Reprojection:
     def least(self) -> dict[str, float]:
         """Lower bound of the change of routing skew: down to uniform routing."""
         alpha = self.subject.alpha
-        return {} if alpha is None else {Assumed.SKEW: -alpha / _SKEW_STEP}
+        return {} if alpha is None else {LawKind.SKEW: -alpha / _SKEW_STEP}
 
     def alpha(self, changes: Mapping[str, float]) -> float:
         """The exponent of experts' popularity under changes, in its valid range."""
-        alpha = (self.subject.alpha or 0.0) + _SKEW_STEP * changes.get(Assumed.SKEW, 0.0)
+        alpha = (self.subject.alpha or 0.0) + _SKEW_STEP * changes.get(LawKind.SKEW, 0.0)
         return min(max(round(alpha, 3), 0.0), float(RANGES["skew"].high))
 
     def profile(self, changes: Mapping[str, float]) -> Profile:
         """The cluster's profile under changes; routing skew is not part of it."""
-        key = tuple(changes.get(name, 0.0) for name in Assumed if name is not Assumed.SKEW)
+        key = tuple(changes.get(name, 0.0) for name in LawKind if name is not LawKind.SKEW)
         if self._profile is None or self._profile[0] != key:
-            factors: dict[Assumed, Correction] = {
+            factors: dict[LawKind, Correction] = {
                 name: Correction.exactly(exp(changes[name]))
-                for name in Assumed
-                if name is not Assumed.SKEW and changes.get(name, 0.0)
+                for name in LawKind
+                if name is not LawKind.SKEW and changes.get(name, 0.0)
             }
             self._profile = key, scaled(self.subject.cluster.profile, factors)
         return self._profile[1]
@@ -185,7 +185,7 @@ class Reprojection:
         Args:
             place: index of the deployment.
         """
-        key = tuple(changes.get(name, 0.0) for name in Assumed if name is not Assumed.ARRIVAL)
+        key = tuple(changes.get(name, 0.0) for name in LawKind if name is not LawKind.ARRIVAL)
         is_changed = any(key)
         known, found = self._steps.get((place, size, is_changed), (None, None))
         if found is None or known != key:
@@ -303,7 +303,7 @@ class Reprojection:
         key = place, number, arrival
         if key not in self._served:
             load = self._loads[place, number]
-            self._served[key] = self.simulate(place, load, {Assumed.ARRIVAL: arrival})
+            self._served[key] = self.simulate(place, load, {LawKind.ARRIVAL: arrival})
         return self._served[key]
 
     def simulate(self, place: int, load: Load, changes: Mapping[str, float]) -> _Served:
@@ -364,7 +364,7 @@ class Reprojection:
         decode_s = self.step(place, known.decode, {}).seconds
         of_tpot = min(decode_s / known.tpot_s, 1.0)
         of_wall = min(decode_s * known.num_rounds / known.wall_s, 1.0)
-        later = self._later(place, number, changes.get(Assumed.ARRIVAL, 0.0))
+        later = self._later(place, number, changes.get(LawKind.ARRIVAL, 0.0))
         return {
             TPOT: later[TPOT] * (of_tpot * decode + (1 - of_tpot) * prefill),
             TTFT: later[TTFT] * prefill,
@@ -408,10 +408,10 @@ class Reprojection:
         found = {
             name: log(each.factor)
             for name, each in corrections.factors.items()
-            if name != Assumed.SKEW
+            if name != LawKind.SKEW
         }
         if corrections.skew is not None and self._has_skew:
-            found[Assumed.SKEW] = (corrections.skew - (self.subject.alpha or 0.0)) / _SKEW_STEP
+            found[LawKind.SKEW] = (corrections.skew - (self.subject.alpha or 0.0)) / _SKEW_STEP
         return found
 
     @property
@@ -419,9 +419,9 @@ class Reprojection:
         """The projected steps: index of the deployment, and size."""
         return list(self._modes)
 
-    def spans(self, changes: Mapping[str, float]) -> dict[Assumed, tuple[float, float]]:
+    def spans(self, changes: Mapping[str, float]) -> dict[LawKind, tuple[float, float]]:
         """Seconds of the shortest and the longest operation of each kind, under changes."""
-        found: dict[Assumed, list[float]] = {}
+        found: dict[LawKind, list[float]] = {}
         for place, size in self.sizes:
             for step, times in self.step(place, size, changes).timed():
                 name = _assumed_of(step)
@@ -431,13 +431,13 @@ class Reprojection:
         return {name: (min(each), max(each)) for name, each in found.items()}
 
 
-def _assumed_of(step: Any) -> Assumed | None:
+def _assumed_of(step: Any) -> LawKind | None:
     if step is None:
         return None
     if isinstance(step, Operation):
         return KERNELS.get(step.kind)
     is_far = bool((step.load.num_nodes > 1).any())
-    return Assumed.INTER_NODE if is_far else Assumed.INTRA_NODE
+    return LawKind.INTER_NODE if is_far else LawKind.INTRA_NODE
 
 
 def _fullest(routing: LoadedRouting, model: ModelConfig, num: int) -> float:

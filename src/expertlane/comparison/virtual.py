@@ -14,7 +14,7 @@ from expertlane.comparison.projection import check_has_law, usual_number_type
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.recorded_program import PricedRecording
 from expertlane.cost.step.operation import NumberTypes
-from expertlane.cost.virtual import Replayed, VirtualClock, VirtualLinks
+from expertlane.cost.virtual import ReplayedStep, VirtualClock, VirtualLinks
 from expertlane.errors import UserError
 from expertlane.results.hardware import LinkSpeed, MachinePeak, VirtualTime
 from expertlane.results.metrics import latency
@@ -180,7 +180,7 @@ class VirtualRuns:
         steps: Sequence[StepRecord],
         laws: PricedRecording | None,
         factors: tuple[float, float, float] = _NEAR,
-    ) -> list[Replayed]:
+    ) -> list[ReplayedStep]:
         """The steps of a deployment in virtual time.
 
         Args:
@@ -207,7 +207,7 @@ class VirtualRuns:
         layout: Layout,
         steps: Sequence[StepRecord],
         laws: PricedRecording | None,
-        replayed: Sequence[Replayed],
+        replayed: Sequence[ReplayedStep],
     ) -> dict[float, float]:
         """Decode TPS by link scale, from a quarter to four times the chosen one; 0: no links.
 

@@ -29,7 +29,7 @@ from expertlane.cost.shared_parts import (
     Shape,
 )
 from expertlane.cost.step.operation import Floats, HandOver, Ints
-from expertlane.cost.throughput import Arriving, Prompts
+from expertlane.cost.throughput import PromptArrivals, Prompts
 from expertlane.spec.deployment import MicroBatchSchedule, Options
 from expertlane.spec.layout import Layout, partition
 from expertlane.spec.model import ModelConfig
@@ -62,7 +62,7 @@ class Pipelining(NamedTuple):
         return self.num_micro_batches * (1 + self.overlap)
 
 
-class Sized(NamedTuple):
+class StepInputs(NamedTuple):
     """The sizes of a structure that its steps depend on.
 
     Attributes:
@@ -104,7 +104,7 @@ class ManySteps:
         prompt_wait_steps: see `schedule.request.Limits`.
     """
 
-    structures: Sequence[Sized]
+    structures: Sequence[StepInputs]
     hows: Sequence[Pipelining]
     model: ModelConfig
     workload: Workload
@@ -114,7 +114,7 @@ class ManySteps:
     terms: Terms
     prompt_wait_steps: int = 0
     _priced: list[tuple[int, Floats]] = field(default_factory=list, init=False)
-    _arriving: Arriving | None = field(default=None, init=False)
+    _arriving: PromptArrivals | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         layouts = [each.layout for each in self.structures]
@@ -214,11 +214,11 @@ class ManySteps:
         more_s: Floats = np.maximum(prompt_s - token_s, _LEAST_ADDED * prompt_s) * num_steps
         return more_s
 
-    def arriving(self, tokens_per_step: Floats) -> Arriving:
+    def arriving(self, tokens_per_step: Floats) -> PromptArrivals:
         """Prompts at each number of sequences."""
         if self._arriving is None:
             sizes = self.replicas[self.structure], self.dp[self.structure]
-            self._arriving = Arriving.of(
+            self._arriving = PromptArrivals.of(
                 self.num_seqs, *sizes, tokens_per_step, self.workload, self.prompt_wait_steps
             )
         return self._arriving

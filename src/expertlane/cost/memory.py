@@ -79,7 +79,7 @@ def _of_stages(
     return np.array(kept, dtype=np.float64).T
 
 
-class Kept(NamedTuple):
+class KeptBytes(NamedTuple):
     """Bytes that a rank keeps in some layers.
 
     Attributes:
@@ -100,7 +100,7 @@ def kept_bytes(
     *,
     dcp: int = 1,
     num_states: int = 1,
-) -> Kept:
+) -> KeptBytes:
     """Bytes of the cache that a rank keeps for some layers, with heads cut by `tp`.
 
     Args:
@@ -113,7 +113,7 @@ def kept_bytes(
         for mixing, num in Counter(map(model.mixing_of_layer, layers)).items()
         if mixing is not None
     ]
-    return Kept(
+    return KeptBytes(
         sum(num * each.position for num, each in kept),
         sum(num * each.sequence for num, each in kept),
     )
@@ -121,23 +121,23 @@ def kept_bytes(
 
 def _kept_in_layer(
     model: ModelConfig, types: NumberTypes, tp: int, mixing: Mixing, dcp: int, num_states: int
-) -> Kept:
+) -> KeptBytes:
     if mixing.kind == "state":
-        return Kept(0, num_states * held_state_bytes(model, types, tp))
+        return KeptBytes(0, num_states * held_state_bytes(model, types, tp))
     window = _kept_window(model, mixing)
     if window is None:
         has_index = mixing.choice == "own"
-        return Kept(held_kv_bytes(model, types, tp, has_index=has_index), 0)
+        return KeptBytes(held_kv_bytes(model, types, tp, has_index=has_index), 0)
     of_position = held_kv_bytes(model, types, tp, has_window=True)
     of_window = ceil(window / dcp) * of_position
     compressed, entries = model.compressed, mixing.entries
     if compressed is None or entries is None:
-        return Kept(0, of_window)
+        return KeptBytes(0, of_window)
     indexer = model.indexer if entries == "chosen" else None
     of_index = 0 if indexer is None else indexer.position_bytes(types.activation_bytes)
     # Positions of an entry are kept one by one, so that rejected drafts are just dropped.
     of_state = compressed.state_bytes(entries, model.head_dim, indexer)
-    return Kept((of_position + of_index) / compressed.rate(entries), of_window + of_state)
+    return KeptBytes((of_position + of_index) / compressed.rate(entries), of_window + of_state)
 
 
 def _kept_window(model: ModelConfig, mixing: Mixing) -> int | None:
@@ -382,7 +382,7 @@ class PlacedModel:
         """The first rank of each stage."""
         return range(0, self.layout.replica_size, self.layout.stage_size)
 
-    def _kept(self, rank: int) -> Kept:
+    def _kept(self, rank: int) -> KeptBytes:
         held = Holding(self.model, self.layout, rank, self.placements)
         sizes = {"dcp": self.layout.dcp, "num_states": 1 + self.num_drafts}
         return kept_bytes(self.model, self.types, self.layout.tp, held.layers, **sizes)

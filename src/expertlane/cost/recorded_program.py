@@ -56,7 +56,7 @@ class Item(NamedTuple):
 
 
 @dataclass(eq=False)
-class _Ordered:
+class _ActionOrder:
     """One rank's collectives, waits and arrivals in order, and what it computed between them.
 
     Attributes:
@@ -70,7 +70,7 @@ class _Ordered:
     collectives: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, operations: RankOperations) -> "_Ordered":
+    def of(cls, operations: RankOperations) -> "_ActionOrder":
         ordered = cls()
         numbers: dict[int, int] = {}
         for action, stage, layer, micro_batch, cpu_s, transfer in zip(
@@ -131,7 +131,7 @@ class StageOperations:
             ValueError: a rank has no operations, or its transfers differ from the others'.
         """
         operations = [_operations_of(record) for record in records]
-        ordered = [_Ordered.of(each) for each in operations]
+        ordered = [_ActionOrder.of(each) for each in operations]
         first = ordered[0]
         for record, each in zip(records, ordered, strict=True):
             if each.actions != first.actions:
@@ -161,7 +161,7 @@ def _operations_of(record: RankRecord) -> RankOperations:
     return record.operations
 
 
-def _side_by_side(ordered: Sequence[_Ordered]) -> list[Item]:
+def _side_by_side(ordered: Sequence[_ActionOrder]) -> list[Item]:
     items = []
     nothing = np.zeros(len(ordered))
     for number, computed in enumerate(zip(*(each.computed for each in ordered), strict=True)):

@@ -84,14 +84,14 @@ class StepSharing:
         self._nodes = nodes
         self._num_samples = num_samples
         self._most_kept = max(_FEWEST_KEPT, _KEPT_RANKS // num_ranks)
-        self._known: OrderedDict[object, _Alike] = OrderedDict()
+        self._known: OrderedDict[object, _SharedSteps] = OrderedDict()
 
     def find(self, plan: StepPlan, make: Callable[[], KnownWork]) -> KnownWork:
         """The work of a step like this one; made where there are too few."""
         key = plan.replica, tuple([self._sizes(part) for part in plan.micro_batches])
         alike = self._known.get(key)
         if alike is None:
-            alike = self._known[key] = _Alike([])
+            alike = self._known[key] = _SharedSteps([])
             if len(self._known) > self._most_kept:
                 self._known.popitem(last=False)
         else:
@@ -150,7 +150,7 @@ def _rounded(num_seqs: int) -> int:
 
 
 @dataclass(eq=False)
-class _Alike:
+class _SharedSteps:
     """Works of steps that are alike, and how often one was taken."""
 
     works: list[KnownWork]

@@ -90,11 +90,11 @@ class Steps:
         seconds: Floats = self.prefill_s * (self.prompts.num_steps / self.prompts.num_seqs)
         return seconds
 
-    def arriving(self, workload: Workload) -> "Arriving":
+    def arriving(self, workload: Workload) -> "PromptArrivals":
         """Prompts at each number of sequences."""
         sizes = self.layout.replicas, self.layout.dp
         tokens, wait_steps = self.tokens_per_step, self.prompt_wait_steps
-        return Arriving.of(self.num_seqs, *sizes, tokens, workload, wait_steps)
+        return PromptArrivals.of(self.num_seqs, *sizes, tokens, workload, wait_steps)
 
     @property
     def num_caches(self) -> int:
@@ -225,7 +225,7 @@ def breach(goals: Goals, tpot_s: Floats, ttft_s: Floats) -> Floats:
 
 
 def one_pool(
-    steps: Steps, workload: Workload, arriving: "Arriving | None" = None
+    steps: Steps, workload: Workload, arriving: "PromptArrivals | None" = None
 ) -> ThroughputCurve:
     """The curve of one pool that computes prompts and decodes.
 
@@ -243,7 +243,7 @@ def one_pool(
     return ThroughputCurve(steps.num_seqs, tps, tpot_s, ttft_s)
 
 
-class Arriving(NamedTuple):
+class PromptArrivals(NamedTuple):
     """Prompts that arrive one by one, whenever a request ends; [3, P] or [1, P] each.
 
     Attributes:
@@ -267,7 +267,7 @@ class Arriving(NamedTuple):
         tokens_per_step: Floats,
         workload: Workload,
         prompt_wait_steps: int = 0,
-    ) -> "Arriving":
+    ) -> "PromptArrivals":
         """Arrivals at P numbers of sequences.
 
         Prompts that are held back until every rank has one come once in so many steps, one to a
@@ -321,7 +321,7 @@ def together(
     token_s: Floats,
     batched_s: Floats,
     alone_s: Floats,
-    arriving: Arriving,
+    arriving: PromptArrivals,
 ) -> tuple[Floats, Floats, Floats]:
     """Tokens a second, TPOT and TTFT, [3, P] each, where one pool computes prompts and decodes.
 

@@ -67,7 +67,7 @@ class VirtualLinks:
     byte_scale: float = 1.0
 
 
-class Replayed(NamedTuple):
+class ReplayedStep(NamedTuple):
     """A step in virtual time.
 
     Attributes:
@@ -211,7 +211,7 @@ class VirtualClock:
             self._terms = self.laws.terms
             self._pricing = self.laws.pricing(self._links)
 
-    def replay(self, steps: Sequence[StepRecord]) -> list[Replayed]:
+    def replay(self, steps: Sequence[StepRecord]) -> list[ReplayedStep]:
         """The steps in virtual time, in the given order; each run starts at 0 s.
 
         Args:
@@ -224,12 +224,12 @@ class VirtualClock:
         chains: dict[tuple[int, int], list[StepRecord]] = defaultdict(list)
         for step in steps:
             chains[step.run, step.replica].append(step)
-        replayed: dict[int, Replayed] = {}
+        replayed: dict[int, ReplayedStep] = {}
         for chain in chains.values():
             self._chain(chain, replayed)
         return [replayed[id(step)] for step in steps]
 
-    def _chain(self, steps: Sequence[StepRecord], replayed: dict[int, Replayed]) -> None:
+    def _chain(self, steps: Sequence[StepRecord], replayed: dict[int, ReplayedStep]) -> None:
         """Replay the steps of a replica in one run."""
         layout, terms = self.layout, self._terms
         timeline = Timeline(terms, layout.pp, layout.stage_size)
@@ -247,7 +247,7 @@ class VirtualClock:
                 for begin, end in zip(begin_s, times.end_s, strict=True)
             ]
             likely = replace(by_scale[LIKELY], records=self._records(step, times))
-            replayed[id(step)] = Replayed(likely, tuple(by_scale))
+            replayed[id(step)] = ReplayedStep(likely, tuple(by_scale))
 
     def _records(self, step: StepRecord, times: StepTimes) -> tuple[RankRecord, ...]:
         # The time before a step counts if it counted when the step was measured.

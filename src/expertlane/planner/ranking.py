@@ -25,7 +25,7 @@ from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.step.operation import Floats
 from expertlane.cost.throughput import Goals, Steps, ThroughputCurve, one_pool, two_pools
 from expertlane.planner.candidates import Candidate, PlanRequest, family_of
-from expertlane.planner.screen import Known, Screen, ScreenedCandidate, fitting, prefilled_as
+from expertlane.planner.screen import Screen, ScreenCache, ScreenedCandidate, fitting, prefilled_as
 from expertlane.planner.search import Finalist, unseen
 from expertlane.planner.two_pools import TwoPools
 from expertlane.results.estimate import Estimate
@@ -338,7 +338,7 @@ class Point:
     ahead: float
 
 
-def break_even(ranking: Ranking, request: PlanRequest, known: Known) -> BreakEven | None:
+def break_even(ranking: Ranking, request: PlanRequest, known: ScreenCache) -> BreakEven | None:
     """Break-even points of the chosen deployment and its rival; None without a rival."""
     best, rival = ranking.chosen, rival_of(ranking)
     if rival is None:
@@ -379,7 +379,9 @@ def rival_of(ranking: Ranking) -> Contender | None:
 class Pair:
     """Two simulated deployments, under other conditions than those they were planned for."""
 
-    def __init__(self, best: Finalist, rival: Finalist, request: PlanRequest, known: Known) -> None:
+    def __init__(
+        self, best: Finalist, rival: Finalist, request: PlanRequest, known: ScreenCache
+    ) -> None:
         self._both = best, rival
         self._request, self._known = request, known
         self._usual = [_within(each, each.option, request) for each in self._both]
@@ -398,7 +400,7 @@ class Pair:
         drawn = {each.alpha: each for each in (routing, *(routing.extremes or ()))}
         other = drawn.get(skew) or replace(routing, alpha=skew, bounds=None)
         request = replace(self._request, setting=replace(setting, routing=other))
-        known = Known(slots=self._known.slots, rooms=self._known.rooms)
+        known = ScreenCache(slots=self._known.slots, rooms=self._known.rooms)
         return self._ahead(request, self._known if other is routing else known)
 
     def with_sequences(self, num: float) -> float:
@@ -406,7 +408,7 @@ class Pair:
         workload = replace(self._request.workload, num_sequences=round(num))
         return self._ahead(replace(self._request, workload=workload), self._known)
 
-    def _ahead(self, request: PlanRequest, known: Known) -> float:
+    def _ahead(self, request: PlanRequest, known: ScreenCache) -> float:
         screened = screened_again([each.candidate for each in self._both], request, known)
         tps = [
             0.0 if option is None else each.tps * _within(each, option, request) / usual
@@ -418,7 +420,7 @@ class Pair:
 
 
 def screened_again(
-    candidates: Sequence[Candidate], request: PlanRequest, known: Known
+    candidates: Sequence[Candidate], request: PlanRequest, known: ScreenCache
 ) -> list[ScreenedCandidate | None]:
     """Candidates screened for another request on the same cluster; None for what does not fit."""
     forms = [  # each phase's, as if it were that of both

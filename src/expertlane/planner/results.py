@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from expertlane.cost.laws.frameworks import (
-    Served,
+    ServingKind,
     cluster_record,
     conditions_of,
     find_framework,
@@ -36,7 +36,7 @@ from expertlane.planner.records import (
     serving_at,
     with_wait,
 )
-from expertlane.planner.screen import Known, ScreenedCandidate, fitting
+from expertlane.planner.screen import ScreenCache, ScreenedCandidate, fitting
 from expertlane.planner.scripts import scripts_of
 from expertlane.planner.search import Finalist, OnePool, Search
 from expertlane.planner.served_pool import ServedPool, longest_request
@@ -64,7 +64,7 @@ from expertlane.results.results import (
     ServedLoad,
 )
 from expertlane.results.serving_record import is_served
-from expertlane.spec.experiment import Projection, ProjectionAsked
+from expertlane.spec.experiment import Projection, ProjectionSetup
 from expertlane.spec.names import Phase
 
 _MOST_PAIRS = 2  # pairs of pools simulated for an engine
@@ -221,7 +221,7 @@ class Plan:
         loaded: ServeTarget,
         experiment: str | None,
         scripts: str | None = None,
-        projection: ProjectionAsked | None = None,
+        projection: ProjectionSetup | None = None,
         fewer: ServedLoad | None = None,
         load: Mapping[str, Any] | None = None,
     ) -> Results:
@@ -263,7 +263,7 @@ class Plan:
         }
         has_pools, has_drafts = self._faster_pools is not None, self.best.num_drafts > 0
         weights, num_ranks = request.setting.types.weights, self._most_ranks
-        served = Served(request.model, weights, has_pools, has_drafts, num_ranks)
+        served = ServingKind(request.model, weights, has_pools, has_drafts, num_ranks)
         results = Results.now(
             "plan",
             command,
@@ -438,7 +438,7 @@ def make_plan(
     routing: RoutingChoice,
     progress: Progress,
     cautions: tuple[str, ...] = (),
-    known: Known | None = None,
+    known: ScreenCache | None = None,
 ) -> Plan:
     """Search one pool of all devices, then two.
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from expertlane.balance.holding import Placements, placements_of
 from expertlane.balance.placement import Placement
-from expertlane.cost.closed_form import ManySteps, Pipelining, Sized, joined_points
+from expertlane.cost.closed_form import ManySteps, Pipelining, StepInputs, joined_points
 from expertlane.cost.laws.frameworks import find_framework
 from expertlane.cost.laws.links import LinkModel
 from expertlane.cost.laws.profile import LIKELY, Terms
@@ -21,9 +21,9 @@ from expertlane.cost.step.counts import StageMesh
 from expertlane.cost.step.expected_counts import ExpectedFanOut, sampled_layers
 from expertlane.cost.step.operation import Ints
 from expertlane.cost.throughput import (
-    Arriving,
     Goals,
     MultiToken,
+    PromptArrivals,
     Prompts,
     Steps,
     ThroughputCurve,
@@ -140,14 +140,14 @@ class _Structure:
 
     candidates: list[Candidate]
     room: Capacity
-    sized: Sized | None
+    sized: StepInputs | None
 
 
 _Spread = tuple[int, tuple[Placement, ...]]
 
 
 @dataclass(frozen=True, eq=False)
-class Known:
+class ScreenCache:
     """Results that screens of one model share, on parts of one cluster.
 
     Attributes:
@@ -171,7 +171,7 @@ class Screen:
     """
 
     def __init__(
-        self, request: PlanRequest, known: Known | None = None, *, are_pools: bool = False
+        self, request: PlanRequest, known: ScreenCache | None = None, *, are_pools: bool = False
     ) -> None:
         self._request, self._are_pools = request, are_pools
         setting, profile = request.setting, request.cluster.profile
@@ -180,7 +180,7 @@ class Screen:
         self._prompt_wait_steps = 0 if framework is None else framework.prompt_wait_steps
         self._links = LinkModel(profile)
         self._terms = Terms.of(profile, setting.execution)
-        self._known = known or Known()
+        self._known = known or ScreenCache()
         self._layers = sampled_layers(request.model, setting.routing)
 
     def run(
@@ -252,7 +252,7 @@ class Screen:
         fan_out = self._fan_out(mesh, options)
         shape = Shape(mesh, fan_out, form, options.payload)
         prompt_len = self._computed_prompt_len(room)
-        sized = Sized(layout, (shared.add(shape), shape), num_seqs, prefill_tokens, prompt_len)
+        sized = StepInputs(layout, (shared.add(shape), shape), num_seqs, prefill_tokens, prompt_len)
         return _Structure(candidates, room, sized)
 
     def _computed_prompt_len(self, room: Capacity) -> int:
@@ -428,7 +428,7 @@ def with_fastest_prefill(
     for key, seconds, each in zip(keys, prompt_s, options, strict=True):
         if seconds < least.get(key, inf):
             least[key], fastest[key] = seconds, each
-    arriving: dict[object, Arriving] = {}
+    arriving: dict[object, PromptArrivals] = {}
     pairs = [
         (each, prefilled_as(each, fastest[key], request, arriving))
         for key, seconds, each in zip(keys, prompt_s, options, strict=True)
@@ -452,12 +452,12 @@ def prefilled_as(
     option: ScreenedCandidate,
     best: ScreenedCandidate,
     request: PlanRequest,
-    arriving: dict[object, Arriving],
+    arriving: dict[object, PromptArrivals],
 ) -> ScreenedCandidate:
     """An option with another's prefill.
 
     Args:
-        arriving: known `Arriving` by numbers of sequences; new ones are added.
+        arriving: known `PromptArrivals` by numbers of sequences; new ones are added.
     """
     form = best.candidate.options.dispatch
     assert form != "auto", "candidates name their form"

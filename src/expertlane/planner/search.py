@@ -28,8 +28,8 @@ from expertlane.planner.candidates import (
 )
 from expertlane.planner.engines import RolePool, engines_on
 from expertlane.planner.screen import (
-    Known,
     Screen,
+    ScreenCache,
     Screened,
     ScreenedCandidate,
     fitting,
@@ -376,11 +376,11 @@ class Search:
     """
 
     def __init__(
-        self, request: PlanRequest, known: Known | None = None, *, are_pools: bool = False
+        self, request: PlanRequest, known: ScreenCache | None = None, *, are_pools: bool = False
     ) -> None:
         check_plan_size(request.cluster)
         self._are_pools = are_pools
-        self.known = known or Known()
+        self.known = known or ScreenCache()
         self.request = request
 
     @cached_property
@@ -552,7 +552,7 @@ class Search:
     def _fits_in(self, types: NumberTypes) -> bool:
         """True if any candidate fits with other types."""
         request = replace(self.request, setting=replace(self.request.setting, types=types))
-        other = Search(request, Known(), are_pools=self._are_pools)
+        other = Search(request, ScreenCache(), are_pools=self._are_pools)
         return bool(fitting(other.screen(candidates=self.candidates)))
 
     def missed(self, nearest: ScreenedCandidate, served: ThroughputCurve) -> str:

@@ -152,7 +152,7 @@ def server_start(
         pool: one server, from `ServedPool.servers`.
         max_len: tokens of the longest request.
     """
-    draft = _WRITERS[engine.name](_Asked(pool, served, types, max_len, place))
+    draft = _WRITERS[engine.name](_ServerSpec(pool, served, types, max_len, place))
     draft.notes += _weight_notes(served, types, engine)
     nodes = range(1 if draft.num_tasks else len(place.hosts))
     return ServerStart(
@@ -167,7 +167,7 @@ def server_start(
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _ServerSpec:
     """A server, its model, and where it is started.
 
     Attributes:
@@ -236,7 +236,7 @@ class _Draft:
         return NodeStart((*self.words, *map(str, self.on_node(node))), variables)
 
 
-def _bound_cores(asked: _Asked) -> str | None:
+def _bound_cores(asked: _ServerSpec) -> str | None:
     """The cores of each rank, as vLLM and SGLang take them; None if ranks outnumber cores."""
     num_ranks, cores = asked.layout.world_size, asked.place.cores
     if len(cores) < num_ranks:
@@ -245,7 +245,7 @@ def _bound_cores(asked: _Asked) -> str | None:
     return "|".join(",".join(str(cores[place]) for place in part) for part in parts)
 
 
-def _vllm(asked: _Asked) -> _Draft:
+def _vllm(asked: _ServerSpec) -> _Draft:
     pool, layout, place = asked.pool, asked.layout, asked.place
     server = ["vllm", "serve", asked.served.model]
     if place.python is not None:  # the command asks for the package's metadata; builds may lack it
@@ -300,7 +300,7 @@ def _vllm(asked: _Asked) -> _Draft:
     return draft
 
 
-def _vllm_side_channel(asked: _Asked, node: int) -> dict[str, object]:
+def _vllm_side_channel(asked: _ServerSpec, node: int) -> dict[str, object]:
     """Host and port of a node's NIXL side channel, which hands over KV caches between pools."""
     place = asked.place
     found: dict[str, object] = {"VLLM_NIXL_SIDE_CHANNEL_HOST": place.hosts[node]}
@@ -310,7 +310,7 @@ def _vllm_side_channel(asked: _Asked, node: int) -> dict[str, object]:
     return found
 
 
-def _vllm_on_cpu(draft: _Draft, asked: _Asked) -> None:
+def _vllm_on_cpu(draft: _Draft, asked: _ServerSpec) -> None:
     """Set vLLM's KV cache size, for all running sequences by default, and each rank's cores."""
     pool = asked.pool
     num_blocks = pool.rank_seqs * ceil(asked.max_len / _VLLM_CPU_BLOCK)
@@ -325,7 +325,7 @@ def _vllm_on_cpu(draft: _Draft, asked: _Asked) -> None:
         draft.environment = lambda node: {**inherited(node), **bound}
 
 
-def _vllm_cache(draft: _Draft, asked: _Asked, num_blocks: int, block_size: int) -> None:
+def _vllm_cache(draft: _Draft, asked: _ServerSpec, num_blocks: int, block_size: int) -> None:
     """Set the bytes of a rank's KV cache; blocks in tokens would depend on the attention kernels.
 
     One more block is vLLM's own, the null block.
@@ -357,7 +357,7 @@ def _vllm_experts(draft: _Draft, pool: ServedPool) -> None:
         draft.add("--enable-dbo")
 
 
-def _weights(asked: _Asked) -> list[str]:
+def _weights(asked: _ServerSpec) -> list[str]:
     """Options for the weights' type: vLLM and SGLang quantise to float8 when they load."""
     types, stored = asked.types, asked.served.quantization
     if types.weights == types.kept:
@@ -377,7 +377,7 @@ def _weight_notes(served: ServeTarget, types: NumberTypes, engine: ServingEngine
     return [f"it serves the stored {stored.method} weights, not {types.weights}"]
 
 
-def _sglang(asked: _Asked) -> _Draft:
+def _sglang(asked: _ServerSpec) -> _Draft:
     pool, layout, num_drafts = asked.pool, asked.layout, asked.pool.candidate.num_drafts
     place = asked.place
     server = [place.python or "python", "-m", "sglang.launch_server"]
@@ -456,7 +456,7 @@ def _sglang_experts(draft: _Draft, pool: ServedPool) -> None:
         )
 
 
-def _trtllm(asked: _Asked) -> _Draft:
+def _trtllm(asked: _ServerSpec) -> _Draft:
     pool, layout, types, place = asked.pool, asked.layout, asked.types, asked.place
     config: dict[str, object] = {
         "tensor_parallel_size": layout.stage_size,
@@ -513,7 +513,7 @@ def _trtllm(asked: _Asked) -> _Draft:
 _OVERLAP = {True: "on", False: "off", "auto": "auto"}
 
 
-def _expertlane(asked: _Asked) -> _Draft:
+def _expertlane(asked: _ServerSpec) -> _Draft:
     pool, options, types, place = asked.pool, asked.pool.options, asked.types, asked.place
     draft = _Draft(["serve", asked.served.model, "--layout", str(asked.layout)])
     given = {
@@ -558,7 +558,7 @@ def _expertlane(asked: _Asked) -> _Draft:
     return draft
 
 
-_WRITERS: dict[EngineName, Callable[[_Asked], _Draft]] = {
+_WRITERS: dict[EngineName, Callable[[_ServerSpec], _Draft]] = {
     "vllm": _vllm,
     "sglang": _sglang,
     "trtllm": _trtllm,

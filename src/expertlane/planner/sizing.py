@@ -12,7 +12,7 @@ from expertlane.cost.routing import RoutingChoice
 from expertlane.errors import UserError
 from expertlane.planner.candidates import MOST_DEVICES, PlanRequest
 from expertlane.planner.results import Plan, make_plan
-from expertlane.planner.screen import Known, fitting
+from expertlane.planner.screen import ScreenCache, fitting
 from expertlane.planner.search import Search
 from expertlane.progress import Progress
 from expertlane.results.results import ServedLoad
@@ -22,7 +22,7 @@ _MOST_USELESS = 4  # doublings in a row on which no request meets the limits, be
 
 
 @dataclass(frozen=True, eq=False)
-class Sized:
+class SizedPlan:
     """The smallest cluster's plan.
 
     Attributes:
@@ -44,7 +44,7 @@ def smallest_plan(
     routing: RoutingChoice,
     progress: Progress,
     cautions: tuple[str, ...] = (),
-) -> Sized:
+) -> SizedPlan:
     """The plan on the fewest devices that serve all of a load at once within the limits.
 
     Args:
@@ -53,7 +53,7 @@ def smallest_plan(
     Raises:
         UserError: there are no such devices, or too many for a plan.
     """
-    known = Known()
+    known = ScreenCache()
 
     def plan_of(request: PlanRequest) -> Plan:
         return make_plan(request, routing, progress, cautions, known)
@@ -63,7 +63,7 @@ def smallest_plan(
 
 class _Sizing:
     def __init__(
-        self, request: PlanRequest, plan_of: Callable[[PlanRequest], Plan], known: Known
+        self, request: PlanRequest, plan_of: Callable[[PlanRequest], Plan], known: ScreenCache
     ) -> None:
         self._request, self._plan_of, self._known = request, plan_of, known
         self._sizes = cluster_sizes(request.cluster.profile.ranks_per_node)
@@ -71,7 +71,7 @@ class _Sizing:
         self._wanted = request.rate or request.workload.num_sequences
         self._plans: dict[int, Plan | UserError] = {}
 
-    def run(self) -> Sized:
+    def run(self) -> SizedPlan:
         """Bracket the smallest size that serves all, from the one that the formula proposes."""
         place = self._proposed()
         sizes = self._sizes
@@ -90,7 +90,7 @@ class _Sizing:
             raise UserError(self._too_many())
         plan = self._plans[sizes[high]]
         assert isinstance(plan, Plan), "a size that serves all has a plan"
-        return Sized(plan, ServedLoad(0, 0) if high == 0 else self._served(high - 1))
+        return SizedPlan(plan, ServedLoad(0, 0) if high == 0 else self._served(high - 1))
 
     def _proposed(self) -> int:
         """Index of the first size that serves all as screened; of the last where none does.

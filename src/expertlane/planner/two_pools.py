@@ -15,7 +15,7 @@ from expertlane.cost.step.operation import Floats
 from expertlane.cost.throughput import Goals, ThroughputCurve, two_pools
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.engines import engines_on
-from expertlane.planner.screen import Known, ScreenedCandidate, fitting
+from expertlane.planner.screen import ScreenCache, ScreenedCandidate, fitting
 from expertlane.planner.search import Finalist, Ratios, Search
 from expertlane.planner.simulated import divide_alike, serve_at_rate, simulate_pools
 from expertlane.results.record import PoolRole
@@ -76,10 +76,10 @@ class TwoPoolSearch:
     def __init__(
         self,
         request: PlanRequest,
-        known: Known | None = None,
+        known: ScreenCache | None = None,
         shapes: Sequence[ScreenedCandidate] = (),
     ) -> None:
-        known = known or Known()
+        known = known or ScreenCache()
         self._request = request
         cluster = request.cluster
         self._links = LinkModel(cluster.profile)

@@ -27,7 +27,7 @@ from expertlane.printable import printable
 from expertlane.results.estimate import Estimate
 from expertlane.results.record import BEST, EXPERIMENT, PARETO, DeploymentRecord, ServerRecord
 from expertlane.results.results import SCHEMA_VERSION, Kind, Results
-from expertlane.spec.experiment import ProjectionAsked
+from expertlane.spec.experiment import ProjectionSetup
 from expertlane.spec.files import (
     RESULTS_BYTES,
     build,
@@ -189,7 +189,7 @@ class _Question(Strict):
 class _OfComparison(_Question):
     experiment: _Experiment
     skew: float | None = None
-    projection: ProjectionAsked | None = None
+    projection: ProjectionSetup | None = None
     load: _Lengths | None = None
     max_tpot_s: _Positive | None = None
     max_ttft_s: _Positive | None = None
@@ -204,7 +204,7 @@ class _OfPlan(_Question):
     model: _Model
     workload: Workload
     load: _Lengths | None = None
-    projection: ProjectionAsked | None = None
+    projection: ProjectionSetup | None = None
     max_tpot_s: _Positive | None = None
     max_ttft_s: _Positive | None = None
     slos: tuple[SLO, ...] = ()

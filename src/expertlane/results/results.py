@@ -271,7 +271,7 @@ class Results(Strict):
         command: command line that repeats it.
         created: ISO 8601, UTC.
         question: what was asked for. comparison: `experiment` (model, workload, seed, cluster and
-            deployments), `skew` of its projection, `projection` as `ProjectionAsked` has it, limits
+            deployments), `skew` of its projection, `projection` as `ProjectionSetup` has it, limits
             and `load` as a plan's where there are any, and
             `traffic` where each deployment's is to be shown in detail; simulation: `model`,
             `workload`, `serving`; plan: `model`, `workload` (means), `load` (lengths and a rate, as

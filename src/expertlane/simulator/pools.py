@@ -211,7 +211,7 @@ def _seconds(step: PricedStep) -> Floats:
     return seconds
 
 
-class Stepped(NamedTuple):
+class TokenStep(NamedTuple):
     """A request that got a token, and the begin and end of that step: [B] each."""
 
     request: Request
@@ -247,15 +247,15 @@ class Pool:
         """Number of steps in flight."""
         return len(self._loop.uncommitted)
 
-    def advance(self) -> list[Stepped]:
+    def advance(self) -> list[TokenStep]:
         """Advance to the next event; return the requests that got a token."""
-        stepped: list[Stepped] = []
+        stepped: list[TokenStep] = []
         finished = self._loop.commit_next()
         if finished is None:
             self.runner.wait_until(self._inbox[0][2])
         else:
             times = self.runner.bounds[finished.plan.step]
-            stepped = [Stepped(request, *times) for request in self.scheduler.stepped]
+            stepped = [TokenStep(request, *times) for request in self.scheduler.stepped]
         self._take_in()
         return stepped
 
@@ -356,7 +356,7 @@ class _Serving:
             due_s = self._admitted_s + terms.arrival_s
         pool.deliver(request, due_s)
 
-    def take_token(self, stepped: Stepped, *, is_first: bool) -> None:
+    def take_token(self, stepped: TokenStep, *, is_first: bool) -> None:
         """Give a request the token of a step; after its prompt it may move to the other pool."""
         request, begin_s, at_s = stepped
         served = self.served[int(request.request_id)]

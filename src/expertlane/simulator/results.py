@@ -11,7 +11,12 @@ import numpy as np
 
 from expertlane.cost.breakdown import shares_of
 from expertlane.cost.laws.device import stand_ins
-from expertlane.cost.laws.frameworks import Served, cluster_record, conditions_of, with_known_errors
+from expertlane.cost.laws.frameworks import (
+    ServingKind,
+    cluster_record,
+    conditions_of,
+    with_known_errors,
+)
 from expertlane.cost.laws.profile import (
     BOUNDS,
     DRIVER_S,
@@ -82,7 +87,7 @@ def simulation(
         },
     }
     serving = tuple(serving_of(*run, slos) for run in runs)
-    served = Served(
+    served = ServingKind(
         simulator.model,
         setup.types.weights,
         has_two_pools=len(setup.pools) > 1,

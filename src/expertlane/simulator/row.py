@@ -18,7 +18,7 @@ from expertlane.results.record import (
 )
 from expertlane.results.results import Results
 from expertlane.spec.deployment import Options
-from expertlane.spec.experiment import ProjectionAsked
+from expertlane.spec.experiment import ProjectionSetup
 from expertlane.spec.files import build
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.ranges import shown
@@ -110,7 +110,7 @@ def _row(results: Results, row: str) -> Row:
     running = decoding.serving[0].num_running
     if running is None:
         raise UserError(f"row {row} lacks the number of sequences that run at once")
-    asked = build(ProjectionAsked, asked, "question.projection")
+    asked = build(ProjectionSetup, asked, "question.projection")
     load, layout = question.get("load") or {}, record.known_layout
     options = decoding.served_with or decoding.known_options
     rate, num_asked = load.get("rate"), workload["num_sequences"]

@@ -86,7 +86,7 @@ def steady_state(
         advance: called with a number of steps of `precision.most_steps` that are done.
     """
     part, factor = _part_of(simulator)
-    stretch = _Stretch(part, seed, precision, known)
+    stretch = _SteadyWindow(part, seed, precision, known)
     found = stretch.run(with_skew=with_skew, with_totals=with_totals, advance=advance)
     if part is simulator:
         return found
@@ -104,7 +104,7 @@ def pools_apart(simulator: Simulator, seed: int, known: PrefillRates | None = No
         known: rates of prefill pools; new ones are added.
     """
     part, factor = _part_of(simulator)
-    return _Stretch(part, seed, ROUGH, known).apart().times(factor)
+    return _SteadyWindow(part, seed, ROUGH, known).apart().times(factor)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def step_times(simulator: Simulator, seed: int, num_seqs: Sequence[int]) -> Step
     Args:
         num_seqs: numbers of sequences that decode.
     """
-    return _Stretch(simulator.single(), seed, ROUGH).step_times(num_seqs)
+    return _SteadyWindow(simulator.single(), seed, ROUGH).step_times(num_seqs)
 
 
 def _part_of(simulator: Simulator) -> tuple[Simulator, float]:
@@ -145,7 +145,7 @@ def _part_of(simulator: Simulator) -> tuple[Simulator, float]:
     return part, load.batch / (part.load.batch or 1) if load.batch else num_parts
 
 
-class _Stretch:
+class _SteadyWindow:
     def __init__(
         self,
         simulator: Simulator,

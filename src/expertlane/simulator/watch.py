@@ -96,7 +96,7 @@ class _StepFacts(NamedTuple):
     num_prompt_tokens: int
 
 
-class _Stretched(NamedTuple):
+class _WindowTotals(NamedTuple):
     """A stretch corrected for its surplus of prompts: seconds [3], tokens, and the error."""
 
     seconds: Floats
@@ -201,7 +201,7 @@ class Watch:
         """The most steps that a request had a token in."""
         return max((len(each.token_times_s) for each in served), default=0)
 
-    def stretch(self, prompt_share: float | None) -> _Stretched:
+    def stretch(self, prompt_share: float | None) -> _WindowTotals:
         """The stretch with as many tokens of prompts as it should have.
 
         Args:
@@ -232,7 +232,7 @@ class Watch:
             whole_s = whole_s - np.maximum(factors[1], 0.0) * columns[1].sum()
         of_strata = [part.sum() for part in np.array_split(left, max(len(steps) // STRATUM, 2))]
         error = half_interval(of_strata) * len(of_strata) / float(whole_s[LIKELY])
-        return _Stretched(whole_s, float(tokens.sum()), error)
+        return _WindowTotals(whole_s, float(tokens.sum()), error)
 
 
 _FEWEST_FIRST = 4  # first tokens of a stretch, where so many are under way

@@ -23,8 +23,8 @@ from typing import Literal
 from expertlane.spec.mixers import STATE_BYTES, Entries, Indexer, Shape
 from expertlane.spec.ranges import Strict
 
-Streamed = Literal["attention", "moe", "head"]
-STREAMED: dict[Streamed, int] = {"attention": 3, "moe": 3, "head": 1}  # kinds of mixing weights
+StreamBlock = Literal["attention", "moe", "head"]
+STREAMED: dict[StreamBlock, int] = {"attention": 3, "moe": 3, "head": 1}  # kinds of mixing weights
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class CompressedAttention(Strict):
         return 2 * self.rate(entries) * values * STATE_BYTES
 
 
-def stream_shapes(block: Streamed, num_streams: int, hidden: int) -> dict[str, Shape]:
+def stream_shapes(block: StreamBlock, num_streams: int, hidden: int) -> dict[str, Shape]:
     """Shapes of the tensors that mix residual streams around a block (Xie et al. 2026, mHC).
 
     From all streams of a token they make the weights that join the streams into the block's input,
@@ -123,6 +123,6 @@ def stream_shapes(block: Streamed, num_streams: int, hidden: int) -> dict[str, S
     }
 
 
-def num_mixing(block: Streamed, num_streams: int) -> int:
+def num_mixing(block: StreamBlock, num_streams: int) -> int:
     """Number of weights that mix a token's streams around a block."""
     return num_streams if block == "head" else num_streams * (2 + num_streams)

@@ -50,7 +50,7 @@ class _OnCluster(Strict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectionAsked(_OnCluster):
+class ProjectionSetup(_OnCluster):
     """Options of a projection beside its workload, as on the command line.
 
     Attributes:

@@ -20,14 +20,14 @@ EngineName = Literal["vllm", "sglang", "trtllm", "expertlane"]  # that serve a d
 _LABELS = {"COLLECTIVES": "TP collectives", "HAND_OVER": "PP send/recv"}
 
 
-class _Labelled(IntEnum):
+class _LabelEnum(IntEnum):
     @property
     def label(self) -> str:
         """The name as a user reads it, for example `PP send/recv`."""
         return _LABELS.get(self.name) or self.name.lower().replace("_", "-")
 
 
-class Stage(_Labelled):
+class Stage(_LabelEnum):
     """Stages of a rank's work; the index of a column in every per-stage array."""
 
     IDLE = 0  # waiting for the next plan
@@ -112,7 +112,7 @@ class ProjectedCause(StrEnum):
     ENGINE = "scheduler overhead"
 
 
-class Traffic(_Labelled):
+class Traffic(_LabelEnum):
     """Content of the bytes on a link."""
 
     PAYLOAD = 0  # hidden states
@@ -120,7 +120,7 @@ class Traffic(_Labelled):
     PADDING = 2  # rows that only fill a static shape
 
 
-class Link(_Labelled):
+class Link(_LabelEnum):
     """Kind of a link."""
 
     INTRA_NODE = 0
@@ -132,7 +132,7 @@ class Link(_Labelled):
 CheckLevel = Literal["off", "light", "full"]
 
 
-class CheckPoint(_Labelled):
+class CheckPoint(_LabelEnum):
     """Places in a step that are checked for silent errors, in the order of a layer."""
 
     PLACEMENT = 0

@@ -60,7 +60,7 @@ _MOST = 100.0  # largest factor, and its inverse the smallest
 _SURE = 1.001  # narrowest bounds of a corrected law, as a factor
 
 
-class Assumed(StrEnum):
+class LawKind(StrEnum):
     """Assumptions of a projection that measurements may correct."""
 
     INTRA_NODE = "intra_node_link"
@@ -83,27 +83,27 @@ class Assumed(StrEnum):
 
 
 _LABELS = {
-    Assumed.INTRA_NODE: "links inside a node",
-    Assumed.INTER_NODE: "links between nodes",
-    Assumed.LATENCY: "latency of transfers",
-    Assumed.ATTENTION: "attention kernels",
-    Assumed.GEMM: "matrix products",
-    Assumed.EXPERTS: "expert kernels",
-    Assumed.MEMORY: "memory-bound kernels",
-    Assumed.COMPUTE: "computing of many tokens",
-    Assumed.HOST: "host overhead",
-    Assumed.SCHEDULER: "scheduler overhead",
-    Assumed.ARRIVAL: "admission of requests",
-    Assumed.SKEW: "routing skew",
+    LawKind.INTRA_NODE: "links inside a node",
+    LawKind.INTER_NODE: "links between nodes",
+    LawKind.LATENCY: "latency of transfers",
+    LawKind.ATTENTION: "attention kernels",
+    LawKind.GEMM: "matrix products",
+    LawKind.EXPERTS: "expert kernels",
+    LawKind.MEMORY: "memory-bound kernels",
+    LawKind.COMPUTE: "computing of many tokens",
+    LawKind.HOST: "host overhead",
+    LawKind.SCHEDULER: "scheduler overhead",
+    LawKind.ARRIVAL: "admission of requests",
+    LawKind.SKEW: "routing skew",
 }
-LINKS = Assumed.INTRA_NODE, Assumed.INTER_NODE, Assumed.LATENCY
+LINKS = LawKind.INTRA_NODE, LawKind.INTER_NODE, LawKind.LATENCY
 KERNELS = {
-    **dict.fromkeys((*ATTENTION, *OF_MIXERS), Assumed.ATTENTION),
-    OpKind.GEMM: Assumed.GEMM,
-    OpKind.EXPERTS: Assumed.EXPERTS,
-    OpKind.MEMORY: Assumed.MEMORY,
+    **dict.fromkeys((*ATTENTION, *OF_MIXERS), LawKind.ATTENTION),
+    OpKind.GEMM: LawKind.GEMM,
+    OpKind.EXPERTS: LawKind.EXPERTS,
+    OpKind.MEMORY: LawKind.MEMORY,
 }
-_LINK = {Link.INTRA_NODE: Assumed.INTRA_NODE, Link.INTER_NODE: Assumed.INTER_NODE}
+_LINK = {Link.INTRA_NODE: LawKind.INTRA_NODE, Link.INTER_NODE: LawKind.INTER_NODE}
 _FLOORS = "floor_s.", "floor_per_peer_s.", "floor_per_doubling_s."
 _AROUND_TRANSFERS = f"{OVERHEAD_S}.{OF_TRANSFERS}"
 _LAUNCHES = LAUNCH_S, GRAPH_LAUNCH_S, OVERHEAD_S
@@ -158,7 +158,7 @@ Span = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class FittedOn(Strict):
+class FitSource(Strict):
     """The measurements that corrections were fitted to.
 
     Attributes:
@@ -190,13 +190,13 @@ class Corrections(Strict):
     """The corrections of a file.
 
     Attributes:
-        factors: by `Assumed`; assumptions without a factor stay as they are.
+        factors: by `LawKind`; assumptions without a factor stay as they are.
 
     Raises:
         SpecError: a factor has an unknown name, or is 0.
     """
 
-    fitted_on: FittedOn
+    fitted_on: FitSource
     factors: dict[str, Correction] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
@@ -206,11 +206,11 @@ class Corrections(Strict):
                 f"schema_version is {self.schema_version}; this expertlane reads {SCHEMA_VERSION}: "
                 "write it again by compare --fit-corrections"
             )
-        known = {str(each) for each in Assumed}
+        known = {str(each) for each in LawKind}
         for name, each in self.factors.items():
             if name not in known:
                 raise SpecError(f"factors.{name} must be one of {', '.join(sorted(known))}")
-            if name == Assumed.SKEW:
+            if name == LawKind.SKEW:
                 RANGES["skew"].take("factors.skew", each.factor)
             elif each.low <= 0:
                 raise SpecError(f"factors.{name}.low is {each.low:g}; it must be above 0")
@@ -218,7 +218,7 @@ class Corrections(Strict):
     @property
     def skew(self) -> float | None:
         """The exponent of the popularity of experts; None if it is not corrected."""
-        found = self.factors.get(Assumed.SKEW)
+        found = self.factors.get(LawKind.SKEW)
         return None if found is None else found.factor
 
     def write(self, path: str | Path) -> Path:
@@ -234,9 +234,9 @@ class Corrections(Strict):
         """The factors and what they were fitted to, in a sentence for lists of assumptions."""
         on = self.fitted_on
         factors = "; ".join(
-            f"{Assumed(name).label} exponent {each.factor:.2g}"
-            if name == Assumed.SKEW
-            else f"{Assumed(name).label} × {each.factor:.2f} ({each.low:.2f} to {each.high:.2f})"
+            f"{LawKind(name).label} exponent {each.factor:.2g}"
+            if name == LawKind.SKEW
+            else f"{LawKind(name).label} × {each.factor:.2f} ({each.low:.2f} to {each.high:.2f})"
             for name, each in self.factors.items()
         )
         num = len(on.deployments)
@@ -289,13 +289,13 @@ def corrected(cluster: ModelledCluster, corrections: Corrections) -> ModelledClu
     fewest, most = corrections.fitted_on.num_ranks
     num = cluster.num_devices
     beyond = max(log2(num / max(most, 1)), log2(max(fewest, 1) / num), 0.0)
-    known = {Assumed(name): each for name, each in corrections.factors.items()}
+    known = {LawKind(name): each for name, each in corrections.factors.items()}
     profile = scaled(cluster.profile, known, 1 + WIDER_PER_DOUBLING * beyond)
     return replace(cluster, profile=replace(profile, corrected=corrections.words))
 
 
 def scaled(
-    profile: Profile, corrections: Mapping[Assumed, Correction], wider: float = 1.0
+    profile: Profile, corrections: Mapping[LawKind, Correction], wider: float = 1.0
 ) -> Profile:
     """The profile with factors on its laws and terms, and with their bounds.
 
@@ -305,7 +305,7 @@ def scaled(
     if not corrections:
         return profile
     firmest = min((law.basis for law in profile.surfaces.values()), default=None)
-    of_compute = corrections.get(Assumed.COMPUTE, Correction.exactly(1.0))
+    of_compute = corrections.get(LawKind.COMPUTE, Correction.exactly(1.0))
     return replace(
         profile,
         own_basis=firmest,
@@ -331,15 +331,15 @@ def _sheet(sheet: LinkSheet, by: Correction | None) -> LinkSheet:
     return LinkSheet(sheet.bytes_per_s / by.factor, f"{sheet.origin}; corrected / {by.factor:.3g}")
 
 
-def assumed_of(law: str) -> Assumed:
+def assumed_of(law: str) -> LawKind:
     """The assumption that a law belongs to, by the law's name in a profile."""
     first = law.partition(".")[0]
     if first in KERNELS:
         return KERNELS[OpKind(first)]
-    return Assumed.INTER_NODE if law.endswith("inter_node") else Assumed.INTRA_NODE
+    return LawKind.INTER_NODE if law.endswith("inter_node") else LawKind.INTRA_NODE
 
 
-def _surfaces(profile: Profile, corrections: Mapping[Assumed, Correction]) -> dict[str, Surface]:
+def _surfaces(profile: Profile, corrections: Mapping[LawKind, Correction]) -> dict[str, Surface]:
     laws = dict(profile.surfaces)
     for kind, assumed in KERNELS.items():
         # For number types without a measured law; mixers without one stay between their bounds.
@@ -348,10 +348,10 @@ def _surfaces(profile: Profile, corrections: Mapping[Assumed, Correction]) -> di
     return {name: _surface(law, assumed_of(name), corrections) for name, law in laws.items()}
 
 
-def _surface(law: Surface, of: Assumed, corrections: Mapping[Assumed, Correction]) -> Surface:
+def _surface(law: Surface, of: LawKind, corrections: Mapping[LawKind, Correction]) -> Surface:
     by, is_link = corrections.get(of), of in LINKS
     if by is None and is_link:
-        by = corrections.get(Assumed.LATENCY)
+        by = corrections.get(LawKind.LATENCY)
     if by is None:
         return law
     low, high = _spread(law.basis, log(law.low), log(law.high), by)
@@ -380,16 +380,16 @@ def _spread(basis: Basis, low: float, high: float, by: Correction) -> Span:
 
 
 def _terms(
-    profile: Profile, corrections: Mapping[Assumed, Correction], wider: float
+    profile: Profile, corrections: Mapping[LawKind, Correction], wider: float
 ) -> dict[str, Term]:
     terms = dict(profile.terms)
-    if Assumed.LATENCY in corrections or any(each in corrections for each in _LINK.values()):
+    if LawKind.LATENCY in corrections or any(each in corrections for each in _LINK.values()):
         terms = {
             name: each for name, each in ASSUMED_TERMS.items() if not name.startswith("contention")
         } | terms
-    if Assumed.SCHEDULER in corrections:
+    if LawKind.SCHEDULER in corrections:
         terms.setdefault(DP_SYNC_S, ASSUMED_DP_SYNC)
-    if Assumed.ARRIVAL in corrections and ARRIVAL_S not in terms:
+    if LawKind.ARRIVAL in corrections and ARRIVAL_S not in terms:
         terms.setdefault(ADMISSION_S, _NONE)
     usual_s = _USUAL_ON_CPU_S if OVERHEAD_S in terms else _USUAL_S
     return {
@@ -404,22 +404,22 @@ _NONE = Term(0.0, 0.0, 0.0, Basis.BOUND, "assumption: none")
 def _term(
     name: str,
     term: Term,
-    corrections: Mapping[Assumed, Correction],
+    corrections: Mapping[LawKind, Correction],
     wider: float,
     usual_s: float,
 ) -> Term:
     head, _, last = name.partition(".")
     if name.startswith(_FLOORS) or name == _AROUND_TRANSFERS:
-        by = corrections.get(Assumed.LATENCY)
+        by = corrections.get(LawKind.LATENCY)
     elif head in _LAUNCHES:
-        by = corrections.get(Assumed.HOST)
+        by = corrections.get(LawKind.HOST)
     elif name in _SCHEDULING:
-        by = corrections.get(Assumed.SCHEDULER)
+        by = corrections.get(LawKind.SCHEDULER)
     elif name in (ADMISSION_S, ARRIVAL_S):
-        by = corrections.get(Assumed.ARRIVAL)
+        by = corrections.get(LawKind.ARRIVAL)
     elif head in ("efficiency", "forwarding_bytes_per_s"):
         is_far = last.endswith("inter_node")
-        by = corrections.get(Assumed.INTER_NODE if is_far else Assumed.INTRA_NODE)
+        by = corrections.get(LawKind.INTER_NODE if is_far else LawKind.INTRA_NODE)
         if by is None:
             return term
         if head == "efficiency":  # the factor is on the link's bandwidth already

@@ -63,7 +63,7 @@ class Framework(Strict):
 
 
 @dataclass(frozen=True)
-class Fitted(Strict):
+class FrameworkFit(Strict):
     """Correction of projections for one kind of serving.
 
     Attributes:
@@ -80,7 +80,7 @@ class Fitted(Strict):
 
 
 @dataclass(frozen=True)
-class JudgedGroup(Strict):
+class ErrorGroup(Strict):
     """Rows of one kind that projections were held against; errors are medians of their size.
 
     Attributes:
@@ -121,8 +121,8 @@ class JudgedGroup(Strict):
 @dataclass(frozen=True)
 class _File(Strict):
     frameworks: dict[str, Framework]
-    fitted: list[Fitted] = field(default_factory=list)
-    judged: list[JudgedGroup] = field(default_factory=list)
+    fitted: list[FrameworkFit] = field(default_factory=list)
+    judged: list[ErrorGroup] = field(default_factory=list)
 
 
 @cache
@@ -156,7 +156,7 @@ def generation_of(hardware: str) -> str:
     return next(known, hardware)
 
 
-def judged_groups() -> Sequence[JudgedGroup]:
+def judged_groups() -> Sequence[ErrorGroup]:
     """Kinds of rows that projections were held against, of ten rows and more."""
     return _file().judged
 
@@ -226,12 +226,12 @@ def served_by(
     kinds = kinds_of(framework, profile.name, model, weights, has_drafts=has_drafts)
     fitted = [known[kind] for kind in kinds if kind in known]
     served = replace(profile, framework=framework)
-    return replace(cluster, profile=with_fitted(served, fitted[-1] if fitted else Fitted()))
+    return replace(cluster, profile=with_fitted(served, fitted[-1] if fitted else FrameworkFit()))
 
 
-def with_fitted(profile: Profile, fitted: Fitted) -> Profile:
+def with_fitted(profile: Profile, fitted: FrameworkFit) -> Profile:
     """The profile with laws scaled by `step_factor`, and the fitted arrival time."""
-    if fitted == Fitted():
+    if fitted == FrameworkFit():
         return profile
     of = ", ".join(map(_part_of_kind, fitted.kind)) or "all measurements"
     points = "1 point" if fitted.num_points == 1 else f"{fitted.num_points} points"
@@ -261,12 +261,12 @@ def _is_measured(profile: Profile) -> bool:
     return Basis.MEASURED in (firmest, profile.own_basis)
 
 
-class Served(NamedTuple):
+class ServingKind(NamedTuple):
     """A kind of serving, to find the measurements that its projections were judged on.
 
     Attributes:
         weights: their number type.
-        has_two_pools, has_drafts: as of `JudgedGroup`.
+        has_two_pools, has_drafts: as of `ErrorGroup`.
         num_ranks: ranks of a replica of the recommended deployment, or of the largest; with more
             than were measured it is not of a judged kind itself.
     """
@@ -278,7 +278,7 @@ class Served(NamedTuple):
     num_ranks: int = 1
 
 
-def judged(profile: Profile, served: Served) -> Judged | None:
+def judged(profile: Profile, served: ServingKind) -> Judged | None:
     """Error of projections of the same model, device, number type and way of serving, if known.
 
     A profile that was measured on its machine was judged as such. Others by their device's name,
@@ -312,7 +312,7 @@ def attention_of(model: ModelConfig) -> Attention:
     return "sinks" if model.attention_sinks else "grouped"
 
 
-def nearest(profile: Profile, served: Served) -> KnownError | None:
+def nearest(profile: Profile, served: ServingKind) -> KnownError | None:
     """Known error of the judged kind nearest to this one; the widest of those equally near.
 
     Nearest in attention, then card, model, framework or none, which framework, types, pools and
@@ -324,7 +324,7 @@ def nearest(profile: Profile, served: Served) -> KnownError | None:
     if _is_measured(profile):
         return None
 
-    def distance(group: JudgedGroup) -> tuple[float, ...]:
+    def distance(group: ErrorGroup) -> tuple[float, ...]:
         widest_first = -group.tpot_range[1] / group.tpot_range[0]
         return *_differences(group, profile, served), widest_first
 
@@ -338,7 +338,7 @@ def nearest(profile: Profile, served: Served) -> KnownError | None:
     )
 
 
-def _differences(group: JudgedGroup, profile: Profile, served: Served) -> tuple[int, ...]:
+def _differences(group: ErrorGroup, profile: Profile, served: ServingKind) -> tuple[int, ...]:
     """Differences of a judged kind from what is served, the gravest first; 0 where alike."""
     attention = attention_of(served.model)
     is_of_generation = generation_of(profile.name) == generation_of(group.hardware)
@@ -355,7 +355,7 @@ def _differences(group: JudgedGroup, profile: Profile, served: Served) -> tuple[
     )
 
 
-def _what(group: JudgedGroup) -> str:
+def _what(group: ErrorGroup) -> str:
     pools = "disaggregated" if group.has_two_pools else "aggregated"
     drafts = ", multi-token prediction" if group.has_drafts else ""
     by = f", {frameworks()[group.framework].title}" if group.framework else ""
@@ -372,7 +372,7 @@ def conditions_of(top_k: int, execution: Execution, routing: str, types: NumberT
     return Conditions(top_k, execution.value, routing, types.weights, types.kv)
 
 
-def cluster_record(cluster: ModelledCluster, served: Served) -> Cluster:
+def cluster_record(cluster: ModelledCluster, served: ServingKind) -> Cluster:
     """The cluster as results have it."""
     profile, device = cluster.profile, cluster.profile.device
     return Cluster(
@@ -402,7 +402,7 @@ def with_known_errors(results: Results, model: ModelConfig, profile: Profile) ->
         pools = [each for each in (record.layout, record.prefill_layout) if each is not None]
         num_ranks = max(each.replica_size for each in pools)
         has_drafts = record.num_drafts > 0
-        served = Served(model, record.conditions.dtype, len(pools) > 1, has_drafts, num_ranks)
+        served = ServingKind(model, record.conditions.dtype, len(pools) > 1, has_drafts, num_ranks)
         known = nearest(profile, served)
         if known is None:
             return record

@@ -14,7 +14,7 @@ from expertlane.balance.holding import Slices
 from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
 from expertlane.cost.step.operation import Amounts, Ints, OpKind
 from expertlane.cost.step.step_list import KernelSet, StepWriter
-from expertlane.spec.compressed import CompressedAttention, Streamed, num_mixing
+from expertlane.spec.compressed import CompressedAttention, StreamBlock, num_mixing
 from expertlane.spec.mixers import (
     STATE_BYTES,
     Entries,
@@ -553,7 +553,7 @@ _MIXING_TYPE = "float32"
 
 
 def join_streams(
-    out: StepWriter, model: ModelConfig, stage: Stage, block: Streamed, rows: Amounts
+    out: StepWriter, model: ModelConfig, stage: Stage, block: StreamBlock, rows: Amounts
 ) -> None:
     """A block's normed input from all streams, and the weights that mix them after it.
 
