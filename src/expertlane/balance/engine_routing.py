@@ -13,15 +13,14 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.torch_file import is_torch_file, read_torch_file
-from expertlane.balance.trace import DAMAGED_ARRAY, RoutingTrace, read_trace
+from expertlane.balance.trace import DAMAGED_ARRAY, RoutingTrace, read_array, read_trace
 from expertlane.errors import SpecError, UserError, naming
 from expertlane.spec.files import PROMPTS_BYTES, TRACE_BYTES, check_regular, parse_json, read_text
 from expertlane.spec.model import ModelConfig
@@ -29,6 +28,7 @@ from expertlane.spec.ranges import take
 
 Ints = npt.NDArray[np.integer]
 _MOST_EXPERTS = 2**15 - 1
+_NOTHING = "no routing was recorded: send requests between start and dump of the record"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +39,11 @@ class RoutingCounts:
         model: the model's name.
         layers: indices of the MoE layers among the hidden layers, ascending.
         counts: [num_layers, num_experts]; tokens that chose each logical expert.
+        num_experts_per_tok, topk_ids: None: counts do not have them, unlike a trace.
     """
+
+    num_experts_per_tok: ClassVar[None] = None
+    topk_ids: ClassVar[None] = None
 
     model: str
     layers: tuple[int, ...]
@@ -51,17 +55,9 @@ class RoutingCounts:
         return int(self.counts.shape[1])
 
     @property
-    def num_experts_per_tok(self) -> None:
-        """None: counts do not have it, unlike a trace."""
-
-    @property
     def num_choices(self) -> int:
         """Choices of an expert in a layer, the mean over layers."""
         return round(float(self.counts.sum()) / len(self.layers))
-
-    @property
-    def topk_ids(self) -> None:
-        """None: counts do not have them, unlike a trace."""
 
     def load(self) -> npt.NDArray[np.int64]:
         """The counts, [num_layers, num_experts], as the method of a trace."""
@@ -124,9 +120,7 @@ def _of_sglang(data: Any, name: str) -> Routing:
             "records"
         )
     if not records:
-        raise UserError(
-            "no routing was recorded: send requests between start and dump of the record"
-        )
+        raise UserError(_NOTHING)
     logical = _array(data, "last_physical_to_logical_map", 2)
     if logical.min(initial=0) < 0 or logical.max(initial=0) >= _MOST_EXPERTS:
         raise UserError("last_physical_to_logical_map names an expert that cannot exist")
@@ -150,9 +144,7 @@ def _of_counts(counts: Ints, name: str) -> RoutingCounts:
         raise UserError("a count of an expert is negative")
     layers = np.flatnonzero(counts.any(axis=1))  # others are dense
     if not len(layers):
-        raise UserError(
-            "no routing was recorded: send requests between start and dump of the record"
-        )
+        raise UserError(_NOTHING)
     take("num_experts", counts.shape[1], "num_experts")
     return RoutingCounts(name, tuple(layers.tolist()), counts[layers].astype(np.int64))
 
@@ -180,9 +172,7 @@ def _of_tokens(records: list[dict[str, Any]], logical: Ints, name: str) -> Routi
     layers = np.flatnonzero(is_there.any(axis=(1, 2)))  # others are dense
     columns = np.flatnonzero(is_there.any(axis=(0, 1)))
     if not len(layers):
-        raise UserError(
-            "no routing was recorded: send requests between start and dump of the record"
-        )
+        raise UserError(_NOTHING)
     found = found[layers][:, :, columns]
     is_whole = (found >= 0).all(axis=(0, 2))  # others are padding
     found, step = found[:, is_whole], step[is_whole]
@@ -305,7 +295,10 @@ def _decoded(text: str, model: ModelConfig) -> Ints:
     except (binascii.Error, ValueError):
         raise UserError("routed_experts is not base64") from None
     if data.startswith(b"\x93NUMPY"):
-        return _array_file(data)
+        try:
+            return read_array(io.BytesIO(data), len(data))
+        except DAMAGED_ARRAY:
+            raise UserError("routed_experts is a damaged array") from None
     row = model.num_hidden_layers * model.num_experts_per_tok * 4
     if len(data) % row:
         raise UserError(
@@ -314,19 +307,3 @@ def _decoded(text: str, model: ModelConfig) -> Ints:
         )
     shape = -1, model.num_hidden_layers, model.num_experts_per_tok
     return np.frombuffer(data, "<i4").reshape(shape)
-
-
-def _array_file(data: bytes) -> Ints:
-    try:
-        file = io.BytesIO(data)
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0
-        if version != (1, 0):
-            read = np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        if prod(shape) * dtype.itemsize > len(data):  # else as much is set aside as it claims
-            raise ValueError
-        found: Ints = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except DAMAGED_ARRAY:
-        raise UserError("routed_experts is a damaged array") from None
-    return found

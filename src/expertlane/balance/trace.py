@@ -196,19 +196,25 @@ def _arrays(path: Path, archive: zipfile.ZipFile) -> dict[str, npt.NDArray[Any]]
     found = {}
     for key, size in sizes.items():
         with archive.open(f"{key}.npy") as member:
-            shape, _, dtype = _header(member)
-            if prod(shape) * dtype.itemsize > size:  # else as much is set aside as it claims
-                raise UserError(f"{path} is not a routing trace, or is damaged")
-        with archive.open(f"{key}.npy") as member:
-            found[key] = np.lib.format.read_array(member, allow_pickle=False)
+            found[key] = read_array(member, size)
     return found
 
 
-def _header(member: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    version = np.lib.format.read_magic(member)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(member)
-    return np.lib.format.read_array_header_2_0(member)
+def read_array(file: IO[bytes], num_bytes: int) -> npt.NDArray[Any]:
+    """The array in a `.npy` file of `num_bytes`, none of whose objects are unpickled.
+
+    Raises:
+        ValueError: it claims more than the file has; see `DAMAGED_ARRAY` for others.
+    """
+    is_first = np.lib.format.read_magic(file) == (1, 0)
+    formats = np.lib.format
+    header = formats.read_array_header_1_0 if is_first else formats.read_array_header_2_0
+    shape, _, dtype = header(file)
+    if prod(shape) * dtype.itemsize > num_bytes:  # else as much is set aside as it claims
+        raise ValueError("larger than its file")
+    file.seek(0)
+    found: npt.NDArray[Any] = formats.read_array(file, allow_pickle=False)
+    return found
 
 
 def _parse(found: dict[str, npt.NDArray[Any]]) -> RoutingTrace:

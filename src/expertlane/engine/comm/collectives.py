@@ -1,7 +1,7 @@
 """The collectives of a group of ranks, on the link that its transport gives it.
 
 Every sum is ours, in float32 and in rank order, so a result does not depend on the transport. Only
-where 16-bit values are added up across nodes of GPUs, nccl does it (`engine/comm/torch_transport.py`).
+where 16-bit values are added up across nodes of GPUs, nccl does it (`comm/torch_transport.py`).
 """
 
 from collections import deque
