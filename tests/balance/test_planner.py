@@ -92,19 +92,6 @@ def test_even_enough_is_as_even_as_asked_where_that_can_be(problem):
     assert (reached <= allowed * (1 + 1e-6)).all()
 
 
-@pytest.mark.full
-@settings(derandomize=True, deadline=None, max_examples=100)
-@given(problems())
-def test_coactivation_gives_up_no_balance(problem):
-    load, ep, ranks_per_node, num_redundant, rng = problem
-    plain = maxima(plan_placement(load, ep, ranks_per_node, num_redundant), load, ranks_per_node)
-    together = topics(rng, load.shape[1])
-    local = plan_placement(load, ep, ranks_per_node, num_redundant, together)
-    even = 1.005 * load.sum(axis=1) / ep
-    reached = np.array(maxima(local, load, ranks_per_node))
-    assert (reached <= np.maximum(plain, even) * (1 + 1e-6)).all()
-
-
 def test_two_by_hand():
     # A hot expert on both ranks, the others shared out evenly.
     (placement,) = plan_placement(

@@ -16,7 +16,6 @@ from distributed.recovering import check_exchange, replace
 from engine.ranks.processes import session_is_gone, wait_until
 from expertlane.engine.ranks import node_ranks
 from expertlane.engine.ranks.pool import RankPool
-from expertlane.engine.ranks.rendezvous import Claim, handshake
 from expertlane.errors import RankError, RanksLostError
 
 TIMEOUT_S = 5.0  # a node of a busy machine answers by then
@@ -96,28 +95,6 @@ def test_a_node_whose_supervisor_is_gone_comes_back_with_another(
     assert replace(pool, error.ranks) == OF_NODE
     assert not psutil.wait_procs([process, *before], timeout=60)[1]
     check_exchange(pool, 3)
-
-
-def test_who_cannot_show_the_secret_does_not_become_the_node(pool, supervisor, short_lease, capfd):
-    supervisor[0].kill()
-    error = lost(pool)
-    place = pool._ranks._acceptor._listener.getsockname()
-    strangers = [socket.create_connection(place, timeout=30) for _ in range(2)]
-    strangers[0].sendall(handshake(Claim(1, 0, 0), bytes(32)))
-    strangers[1].sendall(handshake(Claim(1, 1, 0), bytes(32)))
-
-    def come_back():
-        for each in strangers:
-            assert each.recv(1) == b""
-            each.close()
-        pool._ranks.start_supervisor(1)
-
-    thread = threading.Thread(target=come_back)
-    thread.start()
-    assert replace(pool, error.ranks) == OF_NODE
-    thread.join()
-    assert capfd.readouterr().err.count("not node 1\n") == 2
-    check_exchange(pool, 4)
 
 
 def test_a_rank_is_lost_while_a_node_is_away(pool, supervisor, short_lease):

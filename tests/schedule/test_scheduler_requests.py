@@ -2,36 +2,14 @@
 
 from dataclasses import fields
 
-import numpy as np
 import pytest
 
 from cli.screen import telling
 from expertlane.errors import SpecError, UserError
-from expertlane.schedule.request import FinishReason, Limits, Request, RequestState
+from expertlane.schedule.request import FinishReason, Limits, Request
 from expertlane.spec.ranges import RANGES
-from schedule.by_hand import add, answer, make, make_limits, only_batch, request, step
+from schedule.by_hand import add, make, make_limits, request, step
 from schedule.paged import check_empty, seqs_of
-
-
-@pytest.mark.parametrize(
-    ("tokens", "kwargs", "output", "reason"),
-    [
-        ([5, 6, 7, 8], {}, [5, 6, 7, 8], FinishReason.LENGTH),
-        ([5, 6, 7, 8], {"stop_token_ids": [6]}, [5, 6], FinishReason.STOP),
-        ([5, 6, 7, 8], {"eos_token_ids": [9, 5]}, [5], FinishReason.STOP),
-        ([5, 6, 7, 8], {"eos_token_ids": [5], "ignore_eos": True}, [5, 6, 7, 8], "length"),
-        ([5, 6, 7, 8], {"stop_token_ids": [8]}, [5, 6, 7, 8], FinishReason.STOP),
-    ],
-)
-def test_what_ends_an_output(tokens, kwargs, output, reason):
-    scheduler = make()
-    (one,) = add(scheduler, request("a", max_tokens=4, **kwargs))
-    for token in tokens[: len(output)]:
-        assert one.finish_reason is None
-        step(scheduler, token)
-    assert one.output_token_ids == output
-    assert one.finish_reason == reason
-    check_empty(scheduler)
 
 
 @pytest.mark.parametrize(
@@ -75,46 +53,6 @@ def test_waiting_makes_up_for_priority(aging_steps, num_overtaking):
     assert served.index(0) == num_overtaking
 
 
-def test_cancel_while_waiting():
-    scheduler = make(max_num_seqs=1)
-    _, second, third = add(scheduler, *(request(name, max_tokens=1) for name in "abc"))
-    assert scheduler.cancel("b")
-    assert (second.state, second.finish_reason) == (RequestState.FINISHED, FinishReason.CANCELLED)
-    assert scheduler.num_waiting == 2
-    assert [seqs_of(step(scheduler)) for _ in range(2)] == [[0], [2]]
-    assert third.finish_reason is FinishReason.LENGTH
-    check_empty(scheduler)
-
-
-def test_cancel_between_steps_frees_the_blocks_at_once():
-    scheduler = make()
-    (one,) = add(scheduler, request("a"))
-    step(scheduler)
-    assert scheduler.cancel("a")
-    check_empty(scheduler)
-    assert one.output_token_ids == [7]
-    assert scheduler.next_plan() is None
-
-
-def test_cancel_in_flight_drops_the_token_and_frees_the_blocks_afterwards():
-    scheduler = make()
-    gone, stays = add(scheduler, request("a"), request("b", max_tokens=2))
-    plan = scheduler.next_plan()
-    assert scheduler.cancel("a")
-    assert gone.finish_reason is FinishReason.CANCELLED
-    manager = scheduler.tables[0][0].blocks
-    assert manager.num_used == 2
-    # The same name may be used again already.
-    (again,) = add(scheduler, request("a", max_tokens=1))
-    answer(scheduler, plan)
-    assert manager.num_used == 1
-    assert gone.output_token_ids == []
-    assert scheduler.stepped == [stays]
-    assert seqs_of(step(scheduler)) == [1, 2]
-    assert (len(stays.output_token_ids), len(again.output_token_ids)) == (2, 1)
-    check_empty(scheduler)
-
-
 def test_cancel_with_a_reason_of_its_own_and_of_nobody():
     scheduler = make()
     (one,) = add(scheduler, request("a"))
@@ -151,24 +89,6 @@ def test_a_request_that_cannot_be_served_is_refused_and_harms_nobody(prompt, kwa
     step(scheduler)
     assert other.finish_reason is FinishReason.LENGTH
     check_empty(scheduler)
-
-
-def test_an_id_is_used_once_at_a_time():
-    scheduler = make()
-    add(scheduler, request("a", max_tokens=1))
-    with pytest.raises(UserError, match=telling("request a already id")):
-        scheduler.add(request("a"))
-    step(scheduler)
-    add(scheduler, request("a"))
-    assert scheduler.num_waiting == 1
-
-
-def test_the_caller_s_prompt_is_copied():
-    scheduler = make()
-    prompt = np.array([1, 2, 3], dtype=np.int32)
-    scheduler.add(Request("a", prompt, max_tokens=1))
-    prompt[:] = 9
-    assert only_batch(step(scheduler)).token_ids.tolist() == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -139,14 +139,6 @@ def test_no_mark_waits_for_the_device(device, recorder):
     assert times == [("network", 0, 5), ("compute", 5, 7)]
 
 
-def test_a_step_without_a_record_takes_no_mark(device, recorder):
-    recorder.begin_step(0, 1, record=False, count_idle=True)
-    recorder.enter(Stage.DISPATCH, 1)
-    recorder.end_wait(recorder.begin_wait())
-    assert recorder.end_step() is None
-    assert (device.num_made, device.num_waits) == (0, 0)
-
-
 def test_events_are_used_again(device, recorder):
     for step in range(3):
         recorder.begin_step(step, 1, record=True, count_idle=False)
@@ -161,12 +153,6 @@ def test_events_are_used_again(device, recorder):
     recorder.begin_step(3, 1, record=True, count_idle=False)
     device.compute(1)
     assert recorder.end_step().wall_s.sum() == pytest.approx(1)
-
-
-def test_a_clock_without_marks_waits_for_nothing(device):
-    clock = StreamClock(device.wait, device.event)
-    clock.settle()
-    assert device.num_waits == 0
 
 
 def test_a_cpu_has_the_hosts_clock():

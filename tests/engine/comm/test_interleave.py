@@ -24,12 +24,6 @@ def computation(log, name, num_waits):
     return got
 
 
-def test_one_computation_is_exhausted():
-    log = []
-    assert interleave([computation(log, "a", 2)]) == [["result of a0", "result of a1"]]
-    assert log == ["begin a0", "wait a0", "begin a1", "wait a1", "end a"]
-
-
 def test_two_take_turns_at_every_wait():
     log = []
     results = interleave([computation(log, "a", 2), computation(log, "b", 2)])
@@ -54,16 +48,6 @@ def test_a_shorter_one_lets_the_other_go_on():
     results = interleave([computation(log, "a", 0), computation(log, "b", 2)])
     assert results == [[], ["result of b0", "result of b1"]]
     assert log == ["end a", "begin b0", "wait b0", "begin b1", "wait b1", "end b"]
-
-
-def test_results_keep_the_given_order():
-    log = []
-    results = interleave([computation(log, "a", 3), computation(log, "b", 1)])
-    assert [len(result) for result in results] == [3, 1]
-
-
-def test_nothing_to_run():
-    assert interleave([]) == []
 
 
 def test_an_error_comes_through():

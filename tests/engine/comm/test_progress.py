@@ -1,19 +1,9 @@
 import tempfile
-import time
 
 import pytest
 
 from expertlane.engine.comm.progress import NO_LAYER, ProgressBoard
 from expertlane.spec.names import Stage
-
-
-def test_a_new_board_says_that_all_are_setting_up():
-    board = ProgressBoard(2)
-    for rank in range(2):
-        position = board.position(rank)
-        assert (position.step, position.layer, position.stage) == (-1, NO_LAYER, Stage.SETUP)
-        assert not position.waiting
-        assert str(position) == "stage setup"
 
 
 @pytest.mark.parametrize(
@@ -33,19 +23,6 @@ def test_a_position_reads_well(step, layer, stage, text):
     reporter.set_step(step)
     reporter.enter(stage, layer)
     assert str(board.position(0)) == text
-
-
-def test_every_report_counts_and_is_timed():
-    board = ProgressBoard(1)
-    reporter = board.reporter(0)
-    before, began_s = board.position(0).counter, time.monotonic()
-    reporter.touch()
-    reporter.enter(Stage.ROUTER, 0)
-    reporter.set_waiting(True)  # no progress: a rank that waits for ever says it once
-    position = board.position(0)
-    assert position.counter == before + 2
-    assert position.waiting
-    assert began_s <= position.time_s <= time.monotonic()
 
 
 @pytest.fixture

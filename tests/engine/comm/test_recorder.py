@@ -10,7 +10,7 @@ from expertlane.engine.comm import recorder as module
 from expertlane.engine.comm.progress import ProgressBoard
 from expertlane.engine.comm.recorder import Recorder
 from expertlane.results.step_record import Action
-from expertlane.spec.names import Stage, Track, Traffic
+from expertlane.spec.names import Stage, Track
 
 OUTSIDE = 2  # the slot after the model's two layers
 
@@ -119,17 +119,6 @@ def test_time_goes_to_the_stage_that_was_entered(recorder, clock):
     assert record.process_cpu_s == 62
 
 
-def test_micro_batches_are_apart(recorder, clock):
-    recorder.begin_step(0, 2, record=True, count_idle=False)
-    for micro_batch in range(2):
-        recorder.set_micro_batch(micro_batch)
-        recorder.enter(Stage.HEAD)
-        clock.advance(1 + micro_batch)
-    record = recorder.end_step()
-    assert record.wall_s.shape == (2, 3, len(Stage))
-    assert seconds(record.wall_s) == {(0, OUTSIDE, Stage.HEAD): 1, (1, OUTSIDE, Stage.HEAD): 2}
-
-
 def test_waits_are_part_of_their_stage(recorder, clock, board):
     recorder.begin_step(0, 1, record=True, count_idle=False)
     recorder.enter(Stage.DISPATCH, 1)
@@ -168,34 +157,6 @@ def post(recorder, to, num_rows, row_bytes, metadata_bytes=0, kind=TransferKind.
     return number
 
 
-def test_counts_by_stage(recorder):
-    recorder.begin_step(0, 1, record=True, count_idle=False)
-    recorder.enter(Stage.EXPERTS, 1)
-    recorder.count_compute(flops=10, weight_bytes=20)
-    recorder.count_compute(flops=1, weight_bytes=2)
-    recorder.count_expert_tokens([1, 2], [4, 5])
-    recorder.enter(Stage.ATTENTION, 0)
-    recorder.count_compute(flops=3, weight_bytes=4, kv_bytes=5)
-    recorder.enter(Stage.COMBINE, 0)
-    post(recorder, [0, 2], [5, 3], row_bytes=2)  # rank 0 keeps five rows
-    post(recorder, [1, 2], [0, 4], row_bytes=10)
-    post(recorder, [1], [7], row_bytes=1, metadata_bytes=1)
-    recorder.enter(Stage.DISPATCH, 0)
-    post(recorder, [1], [1], row_bytes=9, metadata_bytes=4)
-    record = recorder.end_step()
-    assert (record.flops[Stage.EXPERTS], record.weight_bytes[Stage.EXPERTS]) == (11, 22)
-    assert (record.flops[Stage.ATTENTION], record.weight_bytes[Stage.ATTENTION]) == (3, 4)
-    assert record.flops.sum() == 14
-    assert record.kv_bytes == 5
-    assert record.num_collectives[[Stage.COMBINE, Stage.DISPATCH]].tolist() == [3, 1]
-    assert record.num_collectives.sum() == 4
-    assert record.sent_bytes.shape == (len(Stage), len(Traffic), 3)
-    assert record.sent_bytes[Stage.COMBINE].tolist() == [[0, 0, 46], [0, 7, 0], [0, 0, 0]]
-    assert record.sent_bytes[Stage.DISPATCH].tolist() == [[0, 5, 0], [0, 4, 0], [0, 0, 0]]
-    assert record.sent_bytes.sum() == 46 + 7 + 9
-    assert record.num_tokens_per_expert.tolist() == [[0, 0, 0], [0, 4, 5]]
-
-
 def count_fan_out(recorder, ranks=(1,), nodes=(1,), num_remote_ranks=1, num_remote_nodes=1):
     recorder.count_fan_out(
         torch.tensor(ranks, dtype=torch.int64),
@@ -203,37 +164,6 @@ def count_fan_out(recorder, ranks=(1,), nodes=(1,), num_remote_ranks=1, num_remo
         num_remote_ranks,
         num_remote_nodes,
     )
-
-
-def test_fan_out_is_summed_over_layers(recorder):
-    recorder.begin_step(0, 1, record=True, count_idle=False)
-    count_fan_out(recorder, [2, 3, 2], [1, 2, 2], 4, 2)
-    count_fan_out(recorder, [1], [1], 0, 0)
-    count_fan_out(recorder, [], [], 0, 0)  # a rank without tokens
-    record = recorder.end_step()
-    assert record.tokens_by_ranks_reached.tolist() == [0, 1, 2, 1]
-    assert record.tokens_by_nodes_reached.tolist() == [0, 2, 2, 0]
-    assert (record.num_remote_rank_copies, record.num_remote_node_copies) == (4, 2)
-
-
-def test_a_step_starts_from_zero(recorder, clock):
-    recorder.begin_step(0, 1, record=True, count_idle=False)
-    recorder.enter(Stage.EXPERTS, 0)
-    recorder.count_compute(1, 1, 1)
-    post(recorder, [1], [1], row_bytes=1)
-    count_fan_out(recorder)
-    recorder.count_expert_tokens([0], [1])
-    clock.advance(1)
-    first = recorder.end_step()
-    recorder.begin_step(1, 1, record=True, count_idle=False)
-    second = recorder.end_step()
-    counted = ["wall_s", "cpu_s", "flops", "weight_bytes", "sent_bytes", "num_collectives"]
-    fan_out = ["tokens_by_ranks_reached", "tokens_by_nodes_reached"]
-    for name in [*counted, *fan_out, "num_tokens_per_expert"]:
-        assert getattr(first, name).sum() > 0
-        assert getattr(second, name).sum() == 0
-    for name in ("kv_bytes", "num_remote_rank_copies", "num_remote_node_copies"):
-        assert (getattr(first, name), getattr(second, name)) == (1, 0)
 
 
 def test_without_a_record_only_progress_is_kept(recorder, board):

@@ -481,25 +481,6 @@ WHOLE = Arrangement.alike(Members(Layout.parse("replicas=2,dp=2,ep=2")), ("at fi
 SMALLER = Arrangement.alike(WHOLE.members.without({1}), ("on fewer",), 2)
 
 
-class Told:
-    def __init__(self, name, log):
-        self._name, self._log = name, log
-
-    def abandon(self, plans):
-        self._log.append((self._name, plans))
-
-    def reshape(self, arrangement):
-        self._log.append((self._name, arrangement))
-
-
-def test_experts_that_move_while_all_serve_have_moved_in_the_whole():
-    arranged = CurrentArrangement(WHOLE)
-    arranged.move(1, ("moved",))
-    assert arranged.now is arranged.whole
-    assert arranged.now.placements == (("at first",), ("moved",))
-    assert WHOLE.placements == (("at first",), ("at first",))
-
-
 def test_experts_that_move_while_fewer_serve_are_back_with_all():
     arranged = CurrentArrangement(WHOLE)
     arranged.change(SMALLER)
@@ -509,26 +490,3 @@ def test_experts_that_move_while_fewer_serve_are_back_with_all():
     arranged.change(arranged.whole)
     arranged.move(0, ("later",))
     assert arranged.whole.placements[0] == ("later",)
-
-
-def test_another_whole_that_is_wanted_is_not_that_of_now():
-    arranged, other = (
-        CurrentArrangement(WHOLE),
-        Arrangement.alike(Members(Layout.parse("tp=2")), ("x",), 1),
-    )
-    arranged.want(other)
-    arranged.move(0, ("moved",))
-    assert (arranged.now.layout, arranged.whole) == (WHOLE.layout, other)
-
-
-def test_all_that_follow_are_told_in_their_order_and_none_of_an_earlier_start():
-    log = []
-    arranged = CurrentArrangement(WHOLE)
-    arranged.follow(Told("of a start that was lost", log))
-    arranged.begin(WHOLE)
-    for name in ("first", "second"):
-        arranged.follow(Told(name, log))
-    arranged.abandon([])
-    arranged.change(SMALLER)
-    assert log == [("first", []), ("second", []), ("first", SMALLER), ("second", SMALLER)]
-    assert arranged.now is SMALLER

@@ -45,60 +45,11 @@ def test_uniform_numbers_fill_the_unit_interval_evenly():
         assert ((counts - 1000) ** 2 / 1000).sum() < 43.8  # chi-square, 19 degrees, p = 0.001
 
 
-def kept_by_sorting(p, top_k, top_p, min_p):
-    """Which tokens of one row are kept; the plain way."""
-    order = sorted(range(len(p)), key=lambda token: -p[token])
-    if top_k < len(p):
-        order = [token for token in order if p[token] >= p[order[int(top_k) - 1]]]
-    if top_p < 1:
-        total, held, last = math.fsum(p[token] for token in order), 0.0, 0.0
-        for token in order:
-            last = p[token]
-            held += last
-            if held >= top_p * total:
-                break
-        order = [token for token in order if p[token] >= last]
-    least = np.float32(min_p) * max(p)
-    return {token for token in order if p[token] > 0 and p[token] >= least}
-
-
-# Some logits equal, some impossible, some far apart.
-LOGITS = st.one_of(
-    st.integers(-12, 12).map(lambda quarter: quarter / 4),
-    st.floats(-60, 60, width=32),
-    st.just(-INF),
-)
 ROW = st.tuples(
     st.one_of(st.integers(1, 50), st.just(INF)),
     st.one_of(st.floats(1e-6, 0.999999), st.just(INF)),
     st.one_of(st.floats(0, 1), st.just(0.0)),
 )
-
-
-@pytest.mark.full
-@EXHAUSTIVE
-@given(st.data(), st.integers(1, 40), st.lists(ROW, min_size=1, max_size=5))
-def test_filters_keep_what_sorting_keeps(data, vocab_size, rows):
-    scores = data.draw(
-        st.lists(
-            st.lists(LOGITS, min_size=vocab_size, max_size=vocab_size).filter(
-                lambda row: max(row) > -INF
-            ),
-            min_size=len(rows),
-            max_size=len(rows),
-        )
-    )
-    p = softmax(torch.tensor(scores), column(*[1.0] * len(rows), dtype=torch.float32))
-    top_k, top_p, min_p = zip(*rows, strict=True)
-    kept = keep_likeliest(p, column(*top_k), column(*top_p), column(*min_p, dtype=torch.float32))
-    for row, limits in enumerate(rows):
-        found = set(kept[row].nonzero().flatten().tolist())
-        k, share, least = limits
-        at_least = kept_by_sorting(p[row].tolist(), k, share - 1e-9, least)
-        at_most = kept_by_sorting(p[row].tolist(), k, share + 1e-9, least)
-        assert at_least <= found <= at_most
-        assert found
-        assert kept[row][kept[row] > 0].tolist() == [p[row, token] for token in sorted(found)]
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0, 30.0])

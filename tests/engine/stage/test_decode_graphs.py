@@ -245,29 +245,6 @@ def record_all(stage, forms=("all_to_all",)):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "takes_steps",
-    [pytest.param(True, id="steps"), pytest.param(False, id="layers", marks=pytest.mark.full)],
-)
-def test_what_was_recorded_ahead_is_all_that_is_needed(takes_steps, monkeypatch):
-    """And what is there is not recorded again."""
-    graphs = ReplayedGraphs()
-    expected, logits, *_ = play(SMALL, None, monkeypatch, **FEW)
-    if not takes_steps:
-        monkeypatch.setattr(DecodeGraphs, "takes_steps", lambda graphs, form: False)
-
-    def ahead(stage):
-        assert record_all(stage) == [1, 1, 1]
-        assert record_all(stage) == [0, 0, 0]
-
-    found, others, _, runner = play(SMALL, graphs, monkeypatch, ahead=ahead, **FEW)
-    assert found == expected
-    assert difference(logits, others) <= 1e-5
-    assert graphs.num_recorded == 3
-    assert graphs.num_replayed == runner.num_decodes > 1
-
-
-@pytest.mark.full
 def test_an_epoch_that_ends_while_steps_are_recorded(monkeypatch):
     """What was not recorded to its end is recorded anew, and tokens are right."""
     graphs, waits = ReplayedGraphs(), []
@@ -288,18 +265,3 @@ def test_an_epoch_that_ends_while_steps_are_recorded(monkeypatch):
     found, *_ = play(SMALL, graphs, monkeypatch, ahead=ahead, until=end_epoch, **FEW)
     assert found == expected
     assert len(waits) == 5
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(
-    "name", ["sinks, window, biases", pytest.param("latent, dense layer", marks=pytest.mark.full)]
-)
-def test_graphs_up_to_each_dispatch(name, monkeypatch):
-    """As where dispatch asks the host for numbers of rows; here nothing travels."""
-    model, graphs = MODELS[name], ReplayedGraphs()
-    expected, logits, *_ = play(model, None, monkeypatch)
-    monkeypatch.setattr(DecodeGraphs, "takes_steps", lambda graphs, form: False)
-    found, others, _, runner = play(model, graphs, monkeypatch)
-    assert found == expected
-    assert difference(logits, others) <= 1e-5
-    assert graphs.num_replayed == model.num_hidden_layers * runner.num_decodes > 10
