@@ -52,6 +52,23 @@ ROW = st.tuples(
 )
 
 
+def kept_by_sorting(p, top_k, top_p, min_p):
+    """Which tokens of one row are kept; the plain way."""
+    order = sorted(range(len(p)), key=lambda token: -p[token])
+    if top_k < len(p):
+        order = [token for token in order if p[token] >= p[order[int(top_k) - 1]]]
+    if top_p < 1:
+        total, held, last = math.fsum(p[token] for token in order), 0.0, 0.0
+        for token in order:
+            last = p[token]
+            held += last
+            if held >= top_p * total:
+                break
+        order = [token for token in order if p[token] >= last]
+    least = np.float32(min_p) * max(p)
+    return {token for token in order if p[token] > 0 and p[token] >= least}
+
+
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0, 30.0])
 @pytest.mark.parametrize("share", [0.01, 0.5, 0.9, 0.999, 1 - 1e-7])
 def test_top_p_of_a_large_vocabulary(scale, share):
