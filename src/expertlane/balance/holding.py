@@ -231,24 +231,24 @@ def keeping_placements(before: Mapping[int, Holding], wanted: Mapping[int, Holdi
 def keeping(wanted: Placement, held: Sequence[Sequence[int]]) -> Placement:
     """A placement with the same numbers of slots and copies, in which ranks keep what they can.
 
-    What no rank keeps goes where there is room, in order. The wanted one where copies of an expert
+    What no rank keeps goes where slots are free, in order. The wanted one where copies of an expert
     would meet on a rank.
 
     Args:
         held: [ep]; experts that each rank has now, in order; none of a new one.
     """
     num_left = np.bincount(np.concatenate(wanted.experts_of_rank), minlength=wanted.num_experts)
-    room = [len(experts) for experts in wanted.experts_of_rank]
-    kept: list[list[int]] = [[] for _ in room]
-    for own, has, num in zip(kept, held, room, strict=True):
+    capacity = [len(experts) for experts in wanted.experts_of_rank]
+    kept: list[list[int]] = [[] for _ in capacity]
+    for own, has, num in zip(kept, held, capacity, strict=True):
         for expert in has:
             if num_left[expert] and len(own) < num:
                 own.append(expert)
                 num_left[expert] -= 1
     # The most numerous first: they have the fewest ranks left.
     for expert in np.argsort(-num_left, kind="stable").tolist():
-        free = [r for r, own in enumerate(kept) if len(own) < room[r] and expert not in own]
-        free.sort(key=lambda rank: len(kept[rank]) - room[rank])
+        free = [r for r, own in enumerate(kept) if len(own) < capacity[r] and expert not in own]
+        free.sort(key=lambda rank: len(kept[rank]) - capacity[rank])
         if len(free) < num_left[expert]:
             return wanted
         for rank in free[: num_left[expert]]:

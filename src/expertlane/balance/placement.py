@@ -56,7 +56,7 @@ def num_copies(load: Floats, num_slots: int, valid: Ints) -> Ints:
     return copies
 
 
-def pack(items: Ints, per_copy: Floats, room: Ints, num_nodes: int = 1) -> Ints:
+def pack(items: Ints, per_copy: Floats, capacity: Ints, num_nodes: int = 1) -> Ints:
     """Put copies on ranks: heaviest first, each on the least loaded that has room and lacks it.
 
     This is the longest-processing-time rule (R. L. Graham, 1969) under a count of slots. Where
@@ -66,34 +66,34 @@ def pack(items: Ints, per_copy: Floats, room: Ints, num_nodes: int = 1) -> Ints:
     Args:
         items: [num_layers, num_items]; the expert of each copy; EMPTY at the end of shorter rows.
         per_copy: [num_layers, num_experts]; the load of each copy of an expert.
-        room: [num_layers, num_ranks]; the slots of each rank, in all as many as there are items,
+        capacity: [num_layers, num_ranks]; the slots of each rank, in all as many as the items,
             differing within a layer by at most one; no expert has more copies than ranks.
         num_nodes: equal numbers of consecutive ranks.
 
     Returns:
         [num_layers, num_ranks, most slots]; experts, then EMPTY.
     """
-    num_layers, num_ranks = room.shape
+    num_layers, num_ranks = capacity.shape
     rows = np.arange(num_layers)
     weight = np.where(items == EMPTY, -np.inf, np.take_along_axis(per_copy, items, axis=1))
     items = np.take_along_axis(items, np.argsort(-weight, axis=1, kind="stable"), axis=1)
-    slots = np.full((num_layers, num_ranks, int(room.max(initial=0))), EMPTY, dtype=np.int64)
+    slots = np.full((num_layers, num_ranks, int(capacity.max(initial=0))), EMPTY, dtype=np.int64)
     holds = np.zeros((num_layers, num_ranks, per_copy.shape[1]), dtype=bool)
-    num_held = np.zeros_like(room)
-    loads = np.zeros(room.shape)
+    num_held = np.zeros_like(capacity)
+    loads = np.zeros(capacity.shape)
     wanted_nodes = nodes_of_copies(num_nodes, num_ranks // num_nodes)
     copies = np.zeros(per_copy.shape, dtype=np.int64)
     np.add.at(copies, (rows[:, None], items), items != EMPTY)
     for expert in items.T:
         is_held, num = holds[rows, :, expert], copies[rows, expert]
-        fits = (num_held < room) & ~is_held
+        fits = (num_held < capacity) & ~is_held
         if num_nodes > 1 and (num > 1).any():
             on_node = is_held.reshape(num_layers, num_nodes, -1).sum(axis=2)
             fits = _where_shares_stay_even(fits, on_node, num, wanted_nodes[num])
         rank = np.where(fits, loads, np.inf).argmin(axis=1)
         placed = fits[rows, rank]
         for row in np.nonzero(~placed & (expert != EMPTY))[0]:
-            _exchange_in(slots[row], room[row], holds[row], int(expert[row]))
+            _exchange_in(slots[row], capacity[row], holds[row], int(expert[row]))
             num_held[row] = (slots[row] != EMPTY).sum(axis=1)
             loads[row] = holds[row] @ per_copy[row]
         at = np.nonzero(placed & (expert != EMPTY))[0]
@@ -127,19 +127,19 @@ def _where_shares_stay_even(fits: Bools, on_node: Ints, copies: Ints, num_nodes:
     return np.where(wanted.any(axis=1, keepdims=True), wanted, fits)
 
 
-def _exchange_in(slots: Ints, room: Ints, holds: Bools, expert: int) -> None:
+def _exchange_in(slots: Ints, capacity: Ints, holds: Bools, expert: int) -> None:
     """Place an expert where all ranks with room hold it already, in place.
 
-    A full rank without it hands another expert over to a rank with room. There is one to hand
+    A full rank without it hands another expert over to a rank with capacity. There is one to hand
     over: the full rank has at least as many experts as the other one, and lacks one of them.
 
     Args:
         slots: [num_ranks, most slots].
-        room: [num_ranks].
+        capacity: [num_ranks].
         holds: [num_ranks, num_experts].
     """
     num_held = (slots != EMPTY).sum(axis=1)
-    free = int(np.nonzero(num_held < room)[0][0])
+    free = int(np.nonzero(num_held < capacity)[0][0])
     full = int(np.nonzero(~holds[:, expert])[0][0])
     slot = next(s for s in range(num_held[full]) if not holds[free, slots[full, s]])
     moved = slots[full, slot]
@@ -332,10 +332,12 @@ class Placement:
         Raises:
             SpecError: some rank would hold an expert twice.
         """
-        room = [len(slots) for slots in partition_slots(num_experts, ep, num_redundant)]
+        capacity = [len(slots) for slots in partition_slots(num_experts, ep, num_redundant)]
         # Of experts with equal load the packer gives each rank in turn one.
         slots = pack(
-            np.arange(sum(room))[None] % num_experts, np.ones((1, num_experts)), np.array([room])
+            np.arange(sum(capacity))[None] % num_experts,
+            np.ones((1, num_experts)),
+            np.array([capacity]),
         )
         return cls.of_table(num_experts, slots[0])
 
@@ -499,11 +501,11 @@ def next_slice(waiting: deque[MovedPart], most: int) -> list[MovedPart]:
     taken, left = [], []
     for _ in range(min(len(waiting), _AHEAD)):
         part = waiting.popleft()
-        room = most - max(sent[part.move.source], received[part.move.rank])
-        if room <= 0:
+        capacity = most - max(sent[part.move.source], received[part.move.rank])
+        if capacity <= 0:
             left.append(part)
             continue
-        end = min(part.end, part.begin + room)
+        end = min(part.end, part.begin + capacity)
         taken.append(replace(part, end=end))
         sent[part.move.source] += end - part.begin
         received[part.move.rank] += end - part.begin

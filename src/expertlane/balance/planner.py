@@ -302,8 +302,8 @@ def _gains(experts: PhysicalExperts, node_of: Ints, num_nodes: int) -> npt.NDArr
 
 def _fits(weight: Floats, bin_of: Ints, loads: Floats, limit: Floats) -> npt.NDArray[np.bool_]:
     """[num_slots, num_slots]; whether the first one's bin can take the second one in its place."""
-    room = (limit - loads)[bin_of] + weight
-    fits: npt.NDArray[np.bool_] = weight[None] <= np.maximum(room, weight)[:, None]
+    capacity = (limit - loads)[bin_of] + weight
+    fits: npt.NDArray[np.bool_] = weight[None] <= np.maximum(capacity, weight)[:, None]
     return fits
 
 
@@ -405,61 +405,63 @@ def plan_placement(
     if num_redundant < 0:
         raise SpecError(f"{num_redundant} redundant experts; valid: 0 or more")
     of_ranks = partition_slots(num_experts, ep, num_redundant)
-    room = np.tile([len(slots) for slots in of_ranks], (num_layers, 1))  # [num_layers, ep]
+    capacity = np.tile([len(slots) for slots in of_ranks], (num_layers, 1))  # [num_layers, ep]
     if not num_layers:
         return []
     loads = load.astype(np.float64)
     loads[loads.sum(axis=1) == 0] = 1.0  # without tokens all experts count alike
     num_nodes = ep // ranks_per_node
-    packing = _balanced(loads, room, num_nodes, even)
+    packing = _balanced(loads, capacity, num_nodes, even)
     if num_nodes > 1 and coactivation is not None:
-        limit = np.minimum(_greedy(loads, room), _EVEN_ENOUGH * packing.mean)
-        packing = _exchanged(_regrouped(packing, room, limit, coactivation), limit, coactivation)
+        limit = np.minimum(_greedy(loads, capacity), _EVEN_ENOUGH * packing.mean)
+        packing = _exchanged(
+            _regrouped(packing, capacity, limit, coactivation), limit, coactivation
+        )
     elif num_nodes > 1:
         packing = _exchanged(packing, np.zeros(num_layers), None)
     return [Placement.of_table(num_experts, of_layer) for of_layer in packing.slots]
 
 
-def _balanced(load: Floats, room: Ints, num_nodes: int, even: float | None) -> Packing:
+def _balanced(load: Floats, capacity: Ints, num_nodes: int, even: float | None) -> Packing:
     """The most even packing, or one that is even enough."""
-    ep = room.shape[1]
+    ep = capacity.shape[1]
     counts, mean = np.arange(1, ep + 1), load.sum(axis=1) / ep
     # No fullest rank can have less than the hottest expert's copy.
-    least = (load / num_copies(load, int(room[0].sum()), counts)).max(axis=1)
+    least = (load / num_copies(load, int(capacity[0].sum()), counts)).max(axis=1)
     target = np.maximum((even or _EVEN) * mean, least)
     low = least if even is None else target
     # Copies on all nodes or one a node spare most crossings; then any that nodes can share evenly.
     is_spread = (counts <= num_nodes) | (counts % num_nodes == 0)
     is_even = nodes_of_copies(num_nodes, ep // num_nodes)[1:] > 0
-    slots = np.full((*room.shape, int(room.max())), EMPTY, dtype=np.int64)
+    slots = np.full((*capacity.shape, int(capacity.max())), EMPTY, dtype=np.int64)
     highest = np.full(len(load), np.inf)
-    has_copies = int(room[0].sum()) > load.shape[1]
+    has_copies = int(capacity[0].sum()) > load.shape[1]
     for valid in (counts[is_spread], counts[is_even], counts)[: None if has_copies else 1]:
         hard = np.nonzero(highest > target * (1 + MIN_GAIN))[0]
         if not len(hard):
             break
-        tried = _packed(load[hard], room[hard], num_nodes, valid)
+        tried = _packed(load[hard], capacity[hard], num_nodes, valid)
         tried = search_copies(lower_maximum(tried, low[hard]), target[hard])
         better = tried.highest < highest[hard]
         slots[hard[better]], highest[hard[better]] = tried.slots[better], tried.highest[better]
     return Packing(slots, load, num_nodes)
 
 
-def _packed(load: Floats, room: Ints, num_nodes: int, valid: Ints) -> Packing:
+def _packed(load: Floats, capacity: Ints, num_nodes: int, valid: Ints) -> Packing:
     """Greedy packing with valid numbers of copies, where slots allow."""
-    copies = num_copies(load, int(room[0].sum()), valid)
-    return Packing(pack(_items(copies), load / copies, room, num_nodes), load, num_nodes)
+    copies = num_copies(load, int(capacity[0].sum()), valid)
+    return Packing(pack(_items(copies), load / copies, capacity, num_nodes), load, num_nodes)
 
 
-def _greedy(load: Floats, room: Ints) -> Floats:
+def _greedy(load: Floats, capacity: Ints) -> Floats:
     """[num_layers]; the fullest rank's load after greedy packing, all copies taken as alike.
 
     With coactivation a rank may have as much, where its copies share evenly.
     """
-    copies = num_copies(load, int(room[0].sum()), np.arange(1, room.shape[1] + 1))
+    copies = num_copies(load, int(capacity[0].sum()), np.arange(1, capacity.shape[1] + 1))
     weight = np.take_along_axis(load / copies, _items(copies), axis=1)
     alone = np.tile(np.arange(weight.shape[1]), (len(load), 1))  # as if each were another expert's
-    return Packing(pack(alone, weight, room), weight, 1).highest
+    return Packing(pack(alone, weight, capacity), weight, 1).highest
 
 
 def _items(copies: Ints) -> Ints:
@@ -468,7 +470,9 @@ def _items(copies: Ints) -> Ints:
     return np.array([np.repeat(experts, each) for each in copies], dtype=np.int64)
 
 
-def _regrouped(packing: Packing, room: Ints, limit: Floats, coactivation: Coactivation) -> Packing:
+def _regrouped(
+    packing: Packing, capacity: Ints, limit: Floats, coactivation: Coactivation
+) -> Packing:
     """Experts that go together moved to one node, then packed anew inside each node.
 
     A layer stays as it is where the new packing leaves some rank fuller than `limit` and than
@@ -486,7 +490,7 @@ def _regrouped(packing: Packing, room: Ints, limit: Floats, coactivation: Coacti
     # Each node packed like a layer of its own; then all ranks of a layer where that was too coarse.
     num_packed = num_layers * num_nodes
     per_copy = packing.per_copy.swapaxes(1, 2).reshape(num_packed, -1)
-    packed = pack(by_node.reshape(num_packed, -1), per_copy, room.reshape(num_packed, -1))
+    packed = pack(by_node.reshape(num_packed, -1), per_copy, capacity.reshape(num_packed, -1))
     anew = lower_maximum(replace(packing, slots=packed.reshape(packing.slots.shape)), limit)
     anew = search_copies(anew, limit)
     is_fuller = anew.highest > limit * (1 + MIN_GAIN)

@@ -96,36 +96,36 @@ def measured_limits(
     graph_bytes = [0] * len(seen)
     if has_graphs:
         graph_bytes = _graph_bytes(pool, deploy, members, seen)
-    room = [room_of(seen[n], held[n], step_bytes, graph_bytes[n], layout) for n in numbers]
-    blocks = [int(each.cache_bytes // each.block_bytes) - has_graphs for each in room]
+    use = [memory_use(seen[n], held[n], step_bytes, graph_bytes[n], layout) for n in numbers]
+    blocks = [int(each.cache_bytes // each.block_bytes) - has_graphs for each in use]
     rank = int(np.argmin(blocks))
     fewest = min(-(-limits.max_model_len // limits.block_size), limits.num_blocks)
     num_blocks = min(limits.num_blocks, blocks[rank])
     if num_blocks < fewest:
-        need = room[rank].with_blocks(fewest)
-        free_bytes = need.weight_bytes + need.activation_bytes + max(0, room[rank].cache_bytes)
+        need = use[rank].with_blocks(fewest)
+        free_bytes = need.weight_bytes + need.activation_bytes + max(0, use[rank].cache_bytes)
         raise CapacityError(
             too_little(spec.model, layout, need, free_bytes)
-            + _of_graphs("; of activations, {} are for CUDA graphs (--cuda-graphs off)", room[rank])
+            + _of_graphs("; of activations, {} are for CUDA graphs (--cuda-graphs off)", use[rank])
         )
-    need, machine = room[rank].with_blocks(num_blocks), seen[numbers[rank]]
-    left = room[rank].cache_bytes - need.kv_bytes + (1 - FREE_SHARE) * machine.memory_bytes
+    need, machine = use[rank].with_blocks(num_blocks), seen[numbers[rank]]
+    left = use[rank].cache_bytes - need.kv_bytes + (1 - FREE_SHARE) * machine.memory_bytes
     log(
         f"memory of a rank: weights {size_text(need.weight_bytes)}, KV cache "
         f"{size_text(need.kv_bytes)} ({num_blocks} blocks), activations "
-        f"{size_text(room[rank].step_bytes)} (measured), "
-        f"{_of_graphs('CUDA graphs {}, ', room[rank])}free {size_text(left)} of "
+        f"{size_text(use[rank].step_bytes)} (measured), "
+        f"{_of_graphs('CUDA graphs {}, ', use[rank])}free {size_text(left)} of "
         f"{size_text(machine.memory_bytes)}"
     )
     return replace(limits, num_blocks=num_blocks)
 
 
-def _of_graphs(text: str, room: "Room") -> str:
+def _of_graphs(text: str, use: "MemoryUse") -> str:
     """The text with the size of the graphs put in; empty where there are none."""
-    return text.format(size_text(room.graph_bytes)) if room.graph_bytes else ""
+    return text.format(size_text(use.graph_bytes)) if use.graph_bytes else ""
 
 
-class Room(msgspec.Struct):
+class MemoryUse(msgspec.Struct):
     """The memory that a rank has in use, and what is left for its KV cache.
 
     Attributes:
@@ -147,9 +147,9 @@ class Room(msgspec.Struct):
         return RankMemory(self.weight_bytes, num_blocks * self.block_bytes, own_bytes, 0)
 
 
-def room_of(
+def memory_use(
     machine: RankMachine, held: HeldBytes, step_bytes: int, graph_bytes: int, layout: Layout
-) -> Room:
+) -> MemoryUse:
     """Memory left for a rank's cache: its share of what is free, less a reserve of the device.
 
     Args:
@@ -162,7 +162,7 @@ def room_of(
     own_bytes = (machine.free_bytes - reserve) / machine.num_sharing(layout.world_size)
     block_bytes = held.kv_bytes // (1 + held.has_graphs)
     left_bytes = own_bytes - step_bytes - graph_bytes
-    return Room(held.weight_bytes, step_bytes, graph_bytes, block_bytes, left_bytes)
+    return MemoryUse(held.weight_bytes, step_bytes, graph_bytes, block_bytes, left_bytes)
 
 
 def _graph_bytes(

@@ -28,11 +28,11 @@ from expertlane.results.step_record import (
 )
 from expertlane.spec.names import CheckPoint, Stage, Track
 
-_LEAST_LOST_S = 20e-6  # of CPU time in a stretch; the marks themselves take less
+_LEAST_LOST_S = 20e-6  # of CPU time in a span; the marks themselves take less
 _NUM_STAGES = len(Stage)
 _TRACKS = list(Track)
 
-Stretch = tuple[Track, int, float, float]  # track, cell, begin and end in seconds
+Span = tuple[Track, int, float, float]  # track, cell, begin and end in seconds
 # For the timeline of a wait: the mark at which the transfer arrived, and the thread's CPU seconds
 # before and after the wait.
 Arrival = tuple[Any, float, float]
@@ -99,7 +99,7 @@ class StepTimes:
         return RankWaits(cells, np.array(seconds, dtype=np.float64))
 
     def events(self, *, is_alone: bool) -> RankEvents:
-        """The timeline: intervals without their waits, waits, and stretches without the core.
+        """The timeline: intervals without their waits, waits, and spans without the core.
 
         Args:
             is_alone: whether wall time of an interval beyond its CPU time was another rank's on the
@@ -107,7 +107,7 @@ class StepTimes:
         """
         kept = [
             row
-            for row in self._stretches(is_alone)
+            for row in self._spans(is_alone)
             if row[3] > row[2] and row[1] % _NUM_STAGES != Stage.IDLE
         ]
         tracks, cells, begin_s, end_s = zip(*kept, strict=True) if kept else [()] * 4
@@ -129,13 +129,13 @@ class StepTimes:
         """Cell, marks and CPU seconds of each interval, in order and without gaps."""
         return zip(self._cells, pairwise(self._marks), pairwise(self._cpu_marks), strict=True)
 
-    def _stretches(self, is_alone: bool) -> Iterator[Stretch]:
-        """Stretches that cover the step without overlap; waits lie in an interval of their cell."""
+    def _spans(self, is_alone: bool) -> Iterator[Span]:
+        """Spans that cover the step without overlap; waits lie in an interval of their cell."""
         seconds, first = self._clock.seconds, self._marks[0]
         remaining = zip(self._waits, self._arrivals, strict=True)
         following = next(remaining, None)
 
-        def computed(cell: int, begin_s: float, end_s: float, cpu_s: float) -> Iterator[Stretch]:
+        def computed(cell: int, begin_s: float, end_s: float, cpu_s: float) -> Iterator[Span]:
             until_s = begin_s + cpu_s if is_alone else end_s
             return _split(Track.COMPUTE, cell, begin_s, until_s, end_s)
 
@@ -154,10 +154,8 @@ class StepTimes:
             yield from computed(cell, begin_s, end_s, end_cpu_s - cpu_s)
 
 
-def _split(
-    track: Track, cell: int, begin_s: float, until_s: float, end_s: float
-) -> Iterator[Stretch]:
-    """Divide a stretch at `until_s`, where other ranks got the core, if they had it for long."""
+def _split(track: Track, cell: int, begin_s: float, until_s: float, end_s: float) -> Iterator[Span]:
+    """Divide a span at `until_s`, where other ranks got the core, if they had it for long."""
     if end_s - until_s < _LEAST_LOST_S:
         yield track, cell, begin_s, end_s
         return
@@ -485,7 +483,7 @@ class Recorder(StepCounters):
 
     @property
     def is_by_stage(self) -> bool:
-        """True if this step's time is told by stage, so that no call may do several of them."""
+        """True if this step's time is recorded by stage, so that no call may do several of them."""
         return self.is_recording or self.profile is not None
 
     def wait_at_once(self, until: Callable[[], ResultT]) -> ResultT:

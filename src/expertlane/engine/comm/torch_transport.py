@@ -544,12 +544,12 @@ class StagedLink(Link):
     def all_to_all(
         self, rows: Tensor, send: Sequence[int], received: Tensor, receive: Sequence[int]
     ) -> _StagedWork:
-        came = self._room(received)
+        came = self._host_buffer(received)
         work = self._link.all_to_all(self._on_host(rows), send, came, receive)
         return _StagedWork(work, came, received)
 
     def all_gather(self, rows: Tensor, received: Tensor, num_rows_of: Sequence[int]) -> _StagedWork:
-        came = self._room(received)
+        came = self._host_buffer(received)
         work = self._link.all_gather(self._on_host(rows), came, num_rows_of)
         return _StagedWork(work, came, received)
 
@@ -557,14 +557,14 @@ class StagedLink(Link):
         return _StagedWork(self._link.send(self._on_host(rows), to))
 
     def receive(self, rows: Tensor, source: int) -> _StagedWork:
-        came = self._room(rows)
+        came = self._host_buffer(rows)
         return _StagedWork(self._link.receive(came, source), came, rows)
 
     def _on_host(self, rows: Tensor) -> Tensor:
         """Copy rows to the host and wait, since a transport between hosts sends at once."""
-        return self._room(rows).copy_(rows)
+        return self._host_buffer(rows).copy_(rows)
 
-    def _room(self, like: Tensor) -> Tensor:
+    def _host_buffer(self, like: Tensor) -> Tensor:
         is_pinned = self._device.type == "cuda"
         return torch.empty(like.shape, dtype=like.dtype, pin_memory=is_pinned)
 

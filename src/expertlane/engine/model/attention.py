@@ -449,18 +449,18 @@ class LatentAttention(PagedHeads):
         """
         cache.clear(part.in_cache.begun_blocks)
         key, _ = cache.write(part.in_cache.slots, key, key[..., :0])
-        room = KVCache.of(*self._room_for(part.num_positions, query))
+        buffer = KVCache.of(*self._buffers_for(part.num_positions, query))
         cached = part.in_cache.cached_slots
         if len(cached):
-            of_cached = (x[: len(cached), :, 0] for x in (room.keys, room.values))
+            of_cached = (x[: len(cached), :, 0] for x in (buffer.keys, buffer.values))
             self._expand(cache.keys_at(cached), *of_cached)
-        keys, values = (x[:, :, 0] for x in self._room_for(len(query), query))
+        keys, values = (x[:, :, 0] for x in self._buffers_for(len(query), query))
         self._expand(key, keys, values)
         return self._ops.paged_attention(
-            query, keys, values, room, part.in_room, self._of_heads_params
+            query, keys, values, buffer, part.in_buffer, self._of_heads_params
         )
 
-    def _room_for(self, num_positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def _buffers_for(self, num_positions: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Buffers of keys and values [num_positions, num_heads, 1, dim]: blocks of one position."""
         keys, values = (
             like.new_empty(num_positions, self._num_heads, 1, dim)

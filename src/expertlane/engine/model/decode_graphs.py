@@ -48,8 +48,8 @@ def places_in(size: int, num_seqs: int, num_parts: int = 1) -> npt.NDArray[np.in
         num_parts: parts that the batch and the padded batch are divided into; padding ends each
             part, so that every sequence stays in its part.
     """
-    rooms, own = partition(size, num_parts), partition(num_seqs, num_parts)
-    places = [room.start + np.arange(len(part)) for room, part in zip(rooms, own, strict=True)]
+    ranges, own = partition(size, num_parts), partition(num_seqs, num_parts)
+    places = [of.start + np.arange(len(part)) for of, part in zip(ranges, own, strict=True)]
     return np.concatenate(places)
 
 
@@ -62,9 +62,9 @@ def padded(batch: Batch, places: npt.NDArray[np.int64], size: int, scratch_block
     """
 
     def spread(values: Array, of_padding: int) -> Array:
-        room = np.full(size, of_padding, dtype=values.dtype)
-        room[places] = values
-        return room
+        padded_values = np.full(size, of_padding, dtype=values.dtype)
+        padded_values[places] = values
+        return padded_values
 
     width = batch.block_tables.shape[1]
     tables = np.full((size, max(1, width)), -1, dtype=np.int32)
@@ -155,7 +155,7 @@ class PaddedBatch(ForwardBatch):
         form: DispatchForm,
         num_parts: int = 1,
     ) -> None:
-        self.real, self._room, self.is_filled = real, inputs, False
+        self.real, self._static_inputs, self.is_filled = real, inputs, False
         mesh, layout = inputs.mesh, inputs.mesh.layout
         places = places_in(size, real.num_seqs, num_parts)
         self._is_real = np.zeros(size, dtype=np.bool_)
@@ -181,7 +181,7 @@ class PaddedBatch(ForwardBatch):
 
     def _place(self) -> None:
         columns = self._columns()
-        self._inputs = self._room.of_size(self.batch.num_seqs, columns)
+        self._inputs = self._static_inputs.of_size(self.batch.num_seqs, columns)
         self.is_real, *rest = self._inputs.tensors
         self._take(rest)
 
@@ -228,7 +228,7 @@ class DecodeGraphs:
             block_size=block_size,
             scratch_block=num_blocks,
         )
-        self._rooms: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
         # By size, and form or layer: whole steps, and beginnings of layers.
         self._launch: dict[tuple[int, DispatchForm | int], Callable[[], None]] = {}
 
@@ -260,7 +260,7 @@ class DecodeGraphs:
             if self.takes_steps(form):
                 self._record([size], form, form, self._forward)
             elif self._takes_layers:
-                self._room("x", self.stage.empty_hidden(1))
+                self._buffer("x", self.stage.empty_hidden(1))
                 for layer, cache in self.stage.layers:
                     self._record([size], form, layer.index, partial(self._begin, layer, cache))
         return len(self._launch) - num_before
@@ -305,14 +305,14 @@ class DecodeGraphs:
         size, form = part.batch.num_seqs, part.dispatch_form
         self._prepare(size, form, form, self._forward)
         if arrived is not None:
-            self._room("arrived", arrived)[: len(arrived)].copy_(arrived)
+            self._buffer("arrived", arrived)[: len(arrived)].copy_(arrived)
         part.fill()
         self._launch[size, form]()
         if self.stage.mesh.is_last_stage:
             num = part.real.num_seqs
-            token_ids = self._rooms["token_ids"][:num].clone()
-            return HeadResult(token_ids, self._rooms["logits"][:num], None)
-        return self._rooms["hidden"][: part.num_owned].clone()
+            token_ids = self._buffers["token_ids"][:num].clone()
+            return HeadResult(token_ids, self._buffers["logits"][:num], None)
+        return self._buffers["hidden"][: part.num_owned].clone()
 
     def beginning_of(self, parts: Sequence[ForwardBatch]) -> LayerStart | None:
         """A function that begins the layers of a decode batch, with a graph up to each dispatch.
@@ -335,19 +335,21 @@ class DecodeGraphs:
     ) -> RouterOutput | Tensor:
         """The result of `DecoderLayer.begin` for real tokens; the next layer overwrites it."""
         size, num = part.batch.num_seqs, part.num_real_owned
-        self._room("x", x)[: len(x)].copy_(x)
+        self._buffer("x", x)[: len(x)].copy_(x)
         begin = partial(self._begin, layer, cache)
         is_new = self._prepare(size, part.dispatch_form, layer.index, begin)
         if is_new or not part.is_filled:
             part.fill()
         self._launch[size, layer.index]()
         if not isinstance(layer.block, MoEBlock):
-            return self._rooms["begun"][:num]
-        return RouterOutput(*(self._rooms[f"routed {name}"][:num] for name in RouterOutput._fields))
+            return self._buffers["begun"][:num]
+        return RouterOutput(
+            *(self._buffers[f"routed {name}"][:num] for name in RouterOutput._fields)
+        )
 
     def _begin(self, layer: DecoderLayer, cache: KVCache, part: PaddedBatch) -> None:
         """Run a layer up to its dispatch; this is recorded."""
-        (begun,) = interleave([layer.begin(self._rooms["x"][: part.num_owned], part, cache)])
+        (begun,) = interleave([layer.begin(self._buffers["x"][: part.num_owned], part, cache)])
         if isinstance(begun, Tensor):
             self._keep("begun", begun)
             return
@@ -412,7 +414,7 @@ class DecodeGraphs:
         if stage.mesh.is_first_stage:
             x = stage.embed(part)
         else:
-            x = self._room("arrived", stage.empty_hidden(1))[: part.num_owned]
+            x = self._buffer("arrived", stage.empty_hidden(1))[: part.num_owned]
         (result,) = interleave([stage.forward(x, part, needs_logits=False)])
         if isinstance(result, Tensor):
             self._keep("hidden", result)
@@ -422,14 +424,14 @@ class DecodeGraphs:
         self._keep("logits", result.logits)
 
     def _keep(self, name: str, values: Tensor) -> None:
-        self._room(name, values)[: len(values)].copy_(values)
+        self._buffer(name, values)[: len(values)].copy_(values)
 
-    def _room(self, name: str, like: Tensor) -> Tensor:
+    def _buffer(self, name: str, like: Tensor) -> Tensor:
         """A named buffer for the most rows; made before it is used in a graph."""
-        if name not in self._rooms:
+        if name not in self._buffers:
             shape = self._sizes[-1], *like.shape[1:]
-            self._rooms[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
-        return self._rooms[name]
+            self._buffers[name] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return self._buffers[name]
 
 
 def _run_on(make: Callable[[], PaddedBatch], run: Callable[[PaddedBatch], None]) -> None:

@@ -33,13 +33,13 @@ class ExpandedSequences:
     Attributes:
         tokens: [num]; indices of their new tokens in the batch.
         in_cache: their pages in the cache of latents.
-        in_room: their pages in the buffer of expanded keys and values: blocks of one position,
+        in_buffer: their pages in the buffer of expanded keys and values: blocks of one position,
             first all cached positions, sequence after sequence, then the new tokens.
     """
 
     tokens: Tensor
     in_cache: PagedBatch
-    in_room: PagedBatch
+    in_buffer: PagedBatch
 
     @cached_property
     def num_positions(self) -> int:
@@ -69,14 +69,14 @@ def latent_parts(pages: PagedBatch, latent: LatentAttention, device: torch.devic
     batch, size = pages.batch, pages.block_size
     is_expanded = takes_less_expanded(batch.num_scheduled_tokens, batch.num_computed_tokens, latent)
     lengths = batch.num_scheduled_tokens + batch.num_computed_tokens
-    rooms: list[list[int]] = []
+    groups: list[list[int]] = []
     num_positions = 0
     for seq in np.flatnonzero(is_expanded).tolist():
         num_positions += int(lengths[seq])
-        if not rooms or num_positions > _MOST_POSITIONS:
-            rooms.append([])
+        if not groups or num_positions > _MOST_POSITIONS:
+            groups.append([])
             num_positions = int(lengths[seq])
-        rooms[-1].append(seq)
+        groups[-1].append(seq)
     ends = np.cumsum(batch.num_scheduled_tokens)
 
     def tokens_of(seqs: npt.NDArray[np.intp]) -> Tensor:
@@ -86,15 +86,15 @@ def latent_parts(pages: PagedBatch, latent: LatentAttention, device: torch.devic
         return to_device([places], device)[0]
 
     expanded = []
-    for room in rooms:
-        seqs = np.array(room)
+    for group in groups:
+        seqs = np.array(group)
         chosen = batch.only(seqs)
-        in_room = replace(chosen, block_tables=_room_tables(chosen))
+        in_buffer = replace(chosen, block_tables=_buffer_tables(chosen))
         expanded.append(
             ExpandedSequences(
                 tokens_of(seqs),
                 PagedBatch(chosen, size, device),
-                PagedBatch(in_room, 1, device),
+                PagedBatch(in_buffer, 1, device),
             )
         )
     if not expanded:
@@ -104,7 +104,7 @@ def latent_parts(pages: PagedBatch, latent: LatentAttention, device: torch.devic
     return LatentParts(is_expanded, expanded, in_latent, tokens_of(rest))
 
 
-def _room_tables(batch: Batch) -> npt.NDArray[np.int32]:
+def _buffer_tables(batch: Batch) -> npt.NDArray[np.int32]:
     """Block tables [num_seqs, most positions] of the buffer of expanded keys and values."""
     cached, new = batch.num_computed_tokens[:, None], batch.num_scheduled_tokens[:, None]
     first_cached, first_new = np.cumsum(cached)[:, None] - cached, np.cumsum(new)[:, None] - new

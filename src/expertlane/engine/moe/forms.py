@@ -207,15 +207,15 @@ class StaticHandle:
         places: [R, K]; index of each pair's result, for the rows that arrived; -1 for pairs of
             other ranks, and for padding.
         weights: [R, K] float32; top-k weights.
-        room_from: [ep]; rows of the buffer from each rank with this etp_rank.
-        room_of_etp_rank: [etp]; rows, with padding, that each rank of the etp group received.
+        rows_from: [ep]; rows of the buffer from each rank with this etp_rank.
+        rows_of_etp_rank: [etp]; rows, with padding, that each rank of the etp group received.
     """
 
     home: Tensor
     places: Tensor
     weights: Tensor
-    room_from: list[int]
-    room_of_etp_rank: list[int]
+    rows_from: list[int]
+    rows_of_etp_rank: list[int]
 
 
 class StaticDispatcher(Dispatcher):
@@ -239,24 +239,24 @@ class StaticDispatcher(Dispatcher):
         columns = columns_of([leaving.ids, *by_token])
         packed = self._pack(mesh.ep, [leaving.ids], by_token, leaving.tokens)
         metadata_bytes = bytes_of(columns[:-1])
-        room_to = [ids.shape[0]] * mesh.ep.size
-        room_from = [*num_of[mesh.at.etp_rank :: etp]]
-        room_of_etp_rank = [sum(num_of[place::etp]) for place in range(etp)]
+        rows_to = [ids.shape[0]] * mesh.ep.size
+        rows_from = [*num_of[mesh.at.etp_rank :: etp]]
+        rows_of_etp_rank = [sum(num_of[place::etp]) for place in range(etp)]
         packed = yield from mesh.ep.exchanged(
-            packed, room_to, room_from, metadata_bytes, num_real=leaving.counts.tolist
+            packed, rows_to, rows_from, metadata_bytes, num_real=leaving.counts.tolist
         )
         if etp > 1:
             here = unpack(packed, columns)[0]
             packed = yield from mesh.etp.gathered(
                 packed,
-                room_of_etp_rank,
+                rows_of_etp_rank,
                 metadata_bytes,
                 num_real=lambda: _num_real(here, [here.shape[0]]) * etp,
             )
         arrived, weights, *hidden = unpack(packed, columns)
         rows = self._payload.decode(hidden, tokens.x.dtype)
         pairs = self._pairs(arrived, 0)
-        sent = StaticHandle(leaving.places, pairs.numbers, weights, room_from, room_of_etp_rank)
+        sent = StaticHandle(leaving.places, pairs.numbers, weights, rows_from, rows_of_etp_rank)
         return rows, pairs, sent
 
     def is_row(self, sent: StaticHandle) -> Tensor:
@@ -269,12 +269,12 @@ class StaticDispatcher(Dispatcher):
         group = etp if etp.size > 1 else mesh.ep
         out = group.empty(places.shape[0], results.shape[1], results)
         partial = self._ops.gather_sum(results, places, sent.weights, out)
-        own = torch.split(places, sent.room_of_etp_rank)[etp.rank]
+        own = torch.split(places, sent.rows_of_etp_rank)[etp.rank]
         if etp.size > 1:
             partial = yield from etp.reduced(
                 partial,
-                sent.room_of_etp_rank,
-                num_real=lambda: _num_real(places, sent.room_of_etp_rank),
+                sent.rows_of_etp_rank,
+                num_real=lambda: _num_real(places, sent.rows_of_etp_rank),
             )
 
         def add_up(back: RowParts) -> Tensor:
@@ -283,17 +283,17 @@ class StaticDispatcher(Dispatcher):
         return (
             yield from mesh.ep.exchanged(
                 partial,
-                sent.room_from,
+                sent.rows_from,
                 [sent.home.shape[0]] * mesh.ep.size,
                 finish=add_up,
-                num_real=lambda: _num_real(own, sent.room_from),
+                num_real=lambda: _num_real(own, sent.rows_from),
             )
         )
 
 
-def _num_real(places: Tensor, room: Sequence[int]) -> list[int]:
+def _num_real(places: Tensor, num_rows: Sequence[int]) -> list[int]:
     """Rows of each part that are no padding: those with a value above -1 in [R, K]."""
-    return [int(part.any(1).sum()) for part in torch.split(places >= 0, list(room))]
+    return [int(part.any(1).sum()) for part in torch.split(places >= 0, list(num_rows))]
 
 
 @dataclass(frozen=True)

@@ -467,8 +467,8 @@ class DeployedStage:
         mesh = self._mesh
         if mesh.is_first_stage:
             return None
-        room = self.stage.empty_hidden(sum(part.num_owned for part in parts))
-        return mesh.pp.receive(room, mesh.at.pp_rank - 1)
+        buffer = self.stage.empty_hidden(sum(part.num_owned for part in parts))
+        return mesh.pp.receive(buffer, mesh.at.pp_rank - 1)
 
     def _choose(self, micro_batch: RankBatch) -> DispatchMode:
         """Choose dispatch form and overlap by facts that all ranks of all stages share."""

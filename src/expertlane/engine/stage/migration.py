@@ -75,8 +75,8 @@ class Migration:
             elif part.move.rank == ep.rank:
                 if key not in self._begun:  # all experts of a rank have one shape
                     self._begun[key] = [*map(torch.empty_like, _tensors(block.experts.held[0]))]
-                room = torch.empty_like(_bytes_of(self._begun[key], part))
-                self._arriving.append((part, ep.receive(room, part.move.source)))
+                buffer = torch.empty_like(_bytes_of(self._begun[key], part))
+                self._arriving.append((part, ep.receive(buffer, part.move.source)))
         return time.perf_counter() - began_s
 
     def finish_moves(self) -> float:

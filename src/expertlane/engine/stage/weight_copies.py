@@ -67,9 +67,9 @@ class WeightCopies:
 
     def _ask_all(self, link: Link, own: Role) -> dict[int, Role]:
         size = len(self._ranks)
-        told = torch.full((1, 1), own, dtype=torch.uint8)
+        own_role = torch.full((1, 1), own, dtype=torch.uint8)
         received = torch.empty((size, 1), dtype=torch.uint8)
-        link.all_gather(told, received, [1] * size).wait()
+        link.all_gather(own_role, received, [1] * size).wait()
         return dict(zip(self._ranks, map(Role, received.view(-1).tolist()), strict=True))
 
     def _source(self, receiver: int, layer: int | None, key: Hashable) -> int | None:
@@ -141,9 +141,9 @@ class WeightCopies:
             torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in tensors
         ]
         for tensor in arrived:
-            room = _bytes_of(tensor)
-            if room.numel():
-                self._link.receive(room, self._ranks.index(source)).wait()
+            buffer = _bytes_of(tensor)
+            if buffer.numel():
+                self._link.receive(buffer, self._ranks.index(source)).wait()
         if isinstance(made, Tensor):
             return arrived[0]
         return made.with_tensors(arrived)
