@@ -78,10 +78,11 @@ def _expertlane(
     \b
     Environment:
       EXPERTLANE_BACKEND=cpu|cuda|torch
-          own kernels for CPUs or GPUs, or torch only; by default own ones, if there
+          expertlane's kernels for CPUs or for GPUs, or PyTorch's; by default
+          expertlane's where they work
       EXPERTLANE_PIN=0|1
-          ranks keep to cores of their own: never, or also beside other engines; by
-          default where there is no other
+          pin ranks to cores: 0 never, 1 always; by default unless another engine
+          of expertlane runs on this machine
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

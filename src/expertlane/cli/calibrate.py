@@ -55,8 +55,7 @@ def calibrate(own: _Options, output_options: _Output) -> None:
     and whole steps of a small model, in rounds; takes about three minutes on two cores that nothing
     else uses, and no more than four unless --within says so. All ranks measure at once, since they
     share memory; where there are enough cores each has its own. What other programs disturb is
-    measured again, within a quarter of the time in all, and no round begins that would end after
-    it, save the first. The profile says what share was disturbed all the same.
+    measured again, for at most a quarter of the time. The profile says what share stayed disturbed.
 
     The profile is a TOML file, in the format of those that come with expertlane. It holds for
     one number of ranks and one dtype: calibrate again for others, and for other hardware.

@@ -41,8 +41,8 @@ def diff(
     """Compare two results, deployment by deployment and load by load; runs nothing.
 
     Says what is faster in B, what is slower, and what is not significant: where the interval of
-    B over A contains 1. Measured intervals are independent; projections on the same devices share
-    their terms, whose errors cancel. Where the clocks differ, one that both have is compared.
+    B over A contains 1. Of two projections on the same devices, errors that both have cancel.
+    Compared are times on a clock that both have: virtual time, else wall time, else projected.
 
     Noise of a measured change is known if other processes used less than 5 % of the cores, and
     with 3 repetitions or more. For CI: a quiet machine, and the repetitions of expertlane compare.

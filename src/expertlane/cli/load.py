@@ -306,7 +306,7 @@ class DrillLoad(LoadOptions):
     num_requests: int | None = _option(
         rich_help_panel=Panel.MORE_WORKLOAD,
         show_default=f"{STEADY.of_closed}; with --rate {_OPEN_PROMPTS}",
-        help="Requests per batch size or rate. As many prompts are sent again and again.",
+        help="Requests per batch size or rate. The same ones are sent again and again.",
     )
     prompt_len: str | None = _length("prompt", STEADY.prompt_len)
     output_len: str | None = _length("output", STEADY.output_len)

@@ -128,7 +128,8 @@ def layout_option(default: Any, show_default: bool | str = True) -> Any:
         show_default=show_default,
         autocompletion=known_layouts,
         rich_help_panel=Panel.DEPLOYMENT,
-        help="How ranks are arranged: dp=2,ep=2 for example.",
+        help="How ranks are arranged: dp=2,ep=2 for example. Ranks of tensor (tp), pipeline (pp), "
+        "data (dp) and expert parallelism (ep).",
     )
 
 
@@ -326,7 +327,7 @@ class EngineOptions:
     activations: ActivationsType = typer.Option(
         "model",
         help="Type of the inputs of matrices stored in float8. float8 rounds them, with a scale "
-        "for a token's every 128, so that GPUs multiply in float8; slower on CPUs.",
+        "for every 128 of a token's values, so that GPUs multiply in float8; slower on CPUs.",
     )
     kv_dtype: KVCacheType = typer.Option(
         "model", help="Type of the KV cache. float8 takes half or less, and rounds keys and values."
@@ -334,14 +335,14 @@ class EngineOptions:
     cuda_graphs: Literal["auto", "on", "off"] = typer.Option(
         "auto",
         help="Record decode steps once and launch each as one CUDA graph; auto: where ranks have "
-        "GPUs and our kernels.",
+        "GPUs and expertlane's kernels.",
     )
     rebalance_steps: int = typer.Option(
         0,
         metavar="STEPS",
         help="Rebalance experts at runtime every STEPS steps, where it pays. 0: never.",
     )
-    ranks_per_node: int = ranks_per_node_option(0, "0, as started")
+    ranks_per_node: int = ranks_per_node_option(0, "0: those of one machine")
     check: CheckLevel = _option_of("check", rich_help_panel=Panel.RANKS)
     launch: LaunchOptions
     on_failure: OnFailure = on_failure_option("stop")
@@ -411,7 +412,7 @@ def framework_option() -> Any:
         show_default="none: no correction",
         help="Correct step times and TTFT by public measurements of a serving framework: vllm, "
         "sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its scheduling and "
-        "tokens per step; plan its engine, simulate its dispatch, unless they are given.",
+        "tokens per step, for plan its engine, for simulate its dispatch form, unless given.",
         rich_help_panel=Panel.MODELLED,
     )
 

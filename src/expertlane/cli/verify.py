@@ -50,8 +50,8 @@ class _Options:
     dtype: _Dtype | None = typer.Option(
         None,
         show_default="the checkpoint's",
-        help="Type of weights and activations. The server's: rounding in it is granted; "
-        "float32 where the server is seen to round no more than that.",
+        help="Type of weights and activations. The one that the server computes in: differences "
+        "that rounding to it makes are no errors.",
     )
     weights: WeightsType = typer.Option(
         "model",
@@ -140,7 +140,8 @@ def verify(
     log-probabilities of given tokens are compared, token by token, with those of a checkpoint in
     float32 or of a second server: alone and under load, in short and long contexts, generated and
     given, with the prefix cache cold and warm, on each data-parallel rank where one can be chosen.
-    Rounding in the server's number type is measured on the same tokens, and granted.
+    What rounding in the server's number type does is measured on the same tokens; such differences
+    are no errors.
 
     \b
     Exit code
