@@ -104,14 +104,6 @@ def test_the_list_s_rows_are_read_too_and_no_measurement_twice(tmp_path):
     assert [each.id for each in both] == ["line 2", "line 3", "two"]
 
 
-def test_the_model_is_deepseek_s():
-    config = model_of(DEEPSEEK)
-    assert (config.num_hidden_layers, config.num_experts, config.hidden_size) == (61, 256, 7168)
-    assert config.routing.n_group == 8
-    assert config.latent.kv_lora_rank == 512
-    assert config.routing.scoring_func == "sigmoid"
-
-
 def test_all_loads_of_a_configuration_are_on_one_side():
     rows = [
         replace(ROW, hardware=name, conc=conc, decode=Workers(8, ep, dp, 1))
@@ -145,14 +137,6 @@ def test_the_fit_finds_what_steps_and_arrivals_took():
     assert corrected.played.output_tps == pytest.approx(50 / 1.3, rel=0.03)
 
 
-def test_few_points_move_a_kind_less():
-    few, many = (
-        Fit.to([point(replace(ROW, conc=conc, tpot_s=0.02)) for conc in range(1, num + 1)]).of(ROW)
-        for num in (1, 50)
-    )
-    assert 1 < few.step_factor < many.step_factor < 2
-
-
 def test_out_of_sample_leaves_a_configuration_out():
     own = [point(replace(ROW, conc=conc, tpot_s=0.02)) for conc in range(1, 9)]
     elsewhere = [
@@ -162,16 +146,6 @@ def test_out_of_sample_leaves_a_configuration_out():
     assert len(found) == len(own) + len(elsewhere)
     of_own = [each.played.tpot_s for each in found if each.row.isl == 1024]
     assert of_own == pytest.approx(np.full(8, 0.01))  # nothing of their own doubled time
-
-
-def test_acceptance_gives_the_tokens_that_were_seen():
-    rows = [replace(ROW, is_speculative=True, itl_s=0.01 * 10 * seen) for seen in (2.2, 2.3, 2.4)]
-    known = serving_fit.acceptances(rows)
-    tokens = serving_fit.tokens_per_step(rows[0], known)
-    assert tokens == pytest.approx(2.3, abs=0.01)
-    sglang = replace(rows[0], framework="sglang")
-    assert serving_fit.tokens_per_step(sglang, known) == tokens
-    assert serving_fit.tokens_per_step(ROW, known) == 1
 
 
 def test_errors_and_bounds():
@@ -199,27 +173,6 @@ def test_bounds_of_a_kind_are_its_own_where_it_has_many_points():
     low, high = bounds.of("TPOT", new)
     assert low < 0.8  # of all
     assert high > 1.2
-
-
-def test_pairs_count_where_versions_or_days_are_near():
-    other = Workers(8, 8, True, 1)
-    points = [
-        point(ROW, 0.01),
-        point(replace(ROW, decode=other, tpot_s=0.02, date="2026-01-05"), 0.015),
-        point(replace(ROW, decode=other, tpot_s=0.02, date="2026-03-05"), 0.015),
-        point(replace(ROW, decode=other, conc=8)),
-    ]
-    found = serving_fit.pairs(points)
-    assert [each.counts for each in found] == [True, False]  # of one load; layouts that differ
-    assert found[0].measured == pytest.approx(0.5)
-    assert found[0].projected == pytest.approx(2 / 3)
-    half_width = serving_fit.ratio_bounds(found)
-    assert np.exp(half_width) == pytest.approx(4 / 3)
-    lines = "\n".join(serving_fit.of_pairs(found, 0.1))
-    assert "2 pairs, of which 1 count" in lines
-    assert "0 of them the other way round" in lines
-    wrong = [replace(each, projected=1 / each.projected) for each in found]
-    assert "1 of them the other way round" in "\n".join(serving_fit.of_pairs(wrong, 0.1))
 
 
 def test_what_is_written_is_read(tmp_path, monkeypatch):
@@ -289,42 +242,6 @@ def test_prompts_of_a_wave_wait_for_each_other(row, step_tokens, per_s, first_s,
     )
     assert seen.ttft_s[:8].min() == pytest.approx(first_s)
     assert seen.ttft_s[:8].max() == pytest.approx(last_s)
-
-
-def test_prompts_are_cut_or_wait_for_room():
-    """A step has room for one and a half; uncut, a step takes one."""
-    rules = {"decode_s": 1e-9, "prompt_s": 1.0, "per_s": 1.0, "step_tokens": 15}
-    row = replace(ROW, conc=2)
-    assert play(row, **rules, phases_apart=True).ttft_s[:2] == pytest.approx([1.5, 2.0])
-    uncut = play(row, **rules, phases_apart=True, cuts_prompts=False)
-    assert uncut.ttft_s[:2] == pytest.approx([1.0, 2.0])
-
-
-def test_a_prompt_beside_decodes_takes_what_it_adds():
-    """Half of what it takes alone; the tokens beside it wait for it."""
-    row = replace(ROW, conc=2)
-    rules = {"prompt_s": 4.0, "per_s": 0.25, "beside": 2.0, "step_tokens": 11}
-    rules["cuts_prompts"] = False
-    seen = play(row, **rules)
-    assert seen.ttft_s[:2] == pytest.approx([4.0, 4.0 + 1.0 + 2.0])
-    assert seen.tpot_s[0] == pytest.approx((9 * 1.0 + 2.0) / 9)
-    apart = play(row, **rules, phases_apart=True)
-    assert apart.ttft_s[:2] == pytest.approx([4.0, 8.0])
-
-
-def test_new_requests_are_looked_for_now_and_then():
-    """Each request's successor comes within ten steps of a tenth of a second."""
-    row = replace(ROW, conc=2)
-    now, later = (play(row, decode_s=0.1, receive_steps=num) for num in (1, 10))
-    assert now.ttft_s.max() == pytest.approx(0.2)
-    assert 0 <= later.ttft_s.max() <= 1.1
-
-
-def test_prompts_wait_until_every_rank_has_one():
-    row = replace(ROW, conc=3, decode=Workers(2, 2, True, 1))
-    seen = play(row, decode_s=1.0, wait_steps=4)
-    assert seen.ttft_s[0] == pytest.approx(0, abs=1e-6)
-    assert seen.ttft_s.max() == pytest.approx(4 + 1)  # and its own step, beside others
 
 
 @given(

@@ -61,11 +61,6 @@ def flops(operations, *kinds):
     return sum(int(each.flops[0]) for each in operations if not kinds or each.kind in kinds)
 
 
-def over_all_pairs(num_flops, num):
-    """FLOPs of a causal core as those count that score positions to come too, num² of them."""
-    return num_flops * num * num / (num * (num + 1) / 2)
-
-
 def their_flops(make, call):
     """FLOPs that torch counts in `call` of the module that `make` gives, both without memory."""
     import torch

@@ -60,10 +60,6 @@ def by(**factors):
     return {LawKind(name): Correction.exactly(factor) for name, factor in factors.items()}
 
 
-def test_no_correction_is_the_profile_itself():
-    assert scaled(H100, {}) is H100
-
-
 @settings(deadline=None, max_examples=8)
 @given(st.sampled_from(["gemm", "experts", "attention", "memory"]), st.floats(1.05, 8))
 def test_a_family_of_kernels_takes_its_factor_and_no_other_does(name, factor):
@@ -200,14 +196,6 @@ def test_terms_widen_for_more_devices():
     assert near.terms["driver_s"].value == pytest.approx(2 * H100.terms["driver_s"].value)
     assert near.terms["driver_s"].basis is Basis.FITTED
     assert width(far.terms["driver_s"]) > 1.3 * width(near.terms["driver_s"])
-
-
-def test_a_corrected_profile_says_so():
-    corrections = Corrections(ON, {"gemm": Correction(2.0, 1.5, 2.5)})
-    profile = corrected(ModelledCluster(H100, 16), corrections).profile
-    assert "matrix products × 2.00" in profile.corrected
-    assert "a model" in profile.corrected
-    assert "an engine 1.0" in profile.corrected
 
 
 def test_a_machine_that_was_measured_is_still_its_own():

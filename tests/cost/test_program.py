@@ -187,14 +187,6 @@ def test_float8_weights():
     assert payload[0] == 2 * payload[1]
 
 
-def test_fused_kernels_launch_less():
-    def launches(**more):
-        sections = program_of(types=NumberTypes(), **more).stages[0][0].parts[0]
-        return sum(step.num_kernels for step in sections[1].steps)
-
-    assert launches(kernels=GPU_LIBRARIES) < launches() / 3
-
-
 @pytest.mark.parametrize(("form", "num"), [("all_to_all", 0), ("hierarchical", 1)])
 def test_kernels_of_gpu_libraries_tell_counts_inside_dispatch_or_not_at_all(form, num):
     program = program_of(form, "dp=4,ep=4", ranks_per_node=2, kernels=GPU_LIBRARIES)
@@ -283,26 +275,3 @@ def test_hand_over_between_nodes():
     assert last.hand_over is None
     assert [section.layer for section in first.parts[0]] == [OUTSIDE, 0]
     assert [section.layer for section in last.parts[0]] == [1, OUTSIDE]
-
-
-def test_links_of_a_transfer():
-    """4 ranks on 2 nodes; two groups, each with a rank on both."""
-    program = program_of(layout="dp=4,ep=4", form="hierarchical", ranks_per_node=2)
-    transfers = [
-        step
-        for step in program.stages[0][0].parts[0][1].steps
-        if isinstance(step, Transfer) and step.kind is TransferKind.ALL_TO_ALL
-    ]
-    between, inside = transfers[:2]
-    assert between.groups.group.tolist() == [0, 1, 0, 1]
-    assert inside.groups.group.tolist() == [0, 0, 1, 1]
-    assert between.load.num_peers.tolist() == [[0] * 4, [1] * 4]
-    assert inside.load.num_peers.tolist() == [[1] * 4, [0] * 4]
-    assert between.load.num_nodes.tolist() == [2] * 4
-    assert inside.load.num_nodes.tolist() == [1] * 4
-    assert inside.load.group_size.tolist() == [2] * 4
-    sent = between.sent_bytes.sum(axis=0)
-    assert between.load.out_bytes[1].tolist() == sent.sum(axis=1).tolist()
-    assert between.load.in_bytes[1].tolist() == sent.sum(axis=0).tolist()
-    assert not between.load.out_bytes[0].any()
-    assert not inside.load.out_bytes[1].any()

@@ -294,17 +294,6 @@ def test_a_plan_that_did_not_ask_for_the_routing_is_refused(ran):
         replayed(replace(ran, steps=steps))
 
 
-def test_another_hand_over_is_refused(pools):
-    ran = Ran.on(pools.pool(8), "pp=2", {}, "plain")
-
-    def more(operations):
-        is_send = operations.kind == list(TransferKind).index(TransferKind.SEND)
-        operations.sent_bytes[is_send] *= 2
-
-    with pytest.raises(ValueError, match=telling("bytes handed emitted")):
-        replayed(in_operations(ran, more))
-
-
 def test_replicas_and_copies_of_experts(pools):
     """Each replica has a launcher of its own, where a projection's share one."""
     options = {"num_redundant_experts": 3, "placement": "round_robin", "payload": "bfloat16"}

@@ -87,14 +87,6 @@ def test_tokens_stay_within_their_groups(score):
     )
 
 
-def test_a_model_s_groups_are_its_sources():
-    routing = Routing(n_group=4, topk_group=1)
-    model = PRESETS["paper"].with_overrides(routing=routing)
-    ids = some(PowerLawRouting.of(model, 0.0), 500)
-    per_group = model.num_experts // 4
-    assert (ids // per_group == ids[:, :1] // per_group).all()
-
-
 def test_same_seed_same_choices_whatever_was_asked_before():
     one, two, other = (PowerLawRouting(16, 4, 0.5, seed) for seed in (7, 7, 8))
     some(one, 10), some(one, 5000, first=3)
@@ -175,14 +167,6 @@ def test_sequences_of_any_lengths(num_new, first, likeness):
     np.testing.assert_array_equal(ids, of_prompts(again, num_new, first))
     alone = np.repeat(np.array(num_new) < 2, num_new)
     np.testing.assert_array_equal(ids[alone], some(source, int(alone.sum()), first))
-
-
-def test_prompts_go_on_where_others_end():
-    source = alike(32, 4, 0.5)
-    whole = of_prompts(source, [64] * 8)
-    second = source.topk_ids(0, 0, np.array([128, 128]), np.array([256, 0]), np.full(4, 64))
-    np.testing.assert_array_equal(second, whole[256:])
-    assert (whole[:256] != whole[256:]).any()
 
 
 def test_a_trace_s_tokens_come_in_turn():

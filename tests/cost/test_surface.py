@@ -2,10 +2,8 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from expertlane.cost.laws.times import Basis, Surface, corner_weights, logs_of, places
+from expertlane.cost.laws.times import Basis, Surface
 
 _TWO = {"m": (1.0, 4.0, 16.0), "n": (10.0, 1000.0)}
 _TABLE = np.log([[1.0, 4.0], [2.0, 8.0], [2.0, 32.0]])
@@ -50,30 +48,3 @@ def test_an_axis_of_one_knot_marks_what_is_elsewhere():
 def test_without_axes_one_correction_holds():
     times = _surface({}, np.log(2.0)).times(np.array([1.0, 3.0]), {})
     assert times.seconds == pytest.approx([2, 6])
-
-
-@given(
-    st.lists(st.floats(0.1, 1e5), min_size=1, max_size=5),
-    st.floats(0.1, 1e5),
-    st.randoms(use_true_random=False),
-)
-def test_numbers_and_arrays_give_the_same(m, n, random):
-    table = [[random.uniform(-2, 2) for _ in range(2)] for _ in range(3)]
-    surface = _surface(correction=table)
-    base = np.ones(len(m))
-    by_array = surface.times(base, {"m": np.array(m), "n": np.full(len(m), n)})
-    by_number = surface.times(base, {"m": np.array(m), "n": n})
-    one = surface.times(np.ones(()), {"m": m[0], "n": n})
-    assert by_number.seconds == pytest.approx(by_array.seconds)
-    assert by_number.low == pytest.approx(by_array.low)
-    assert float(one.seconds) == pytest.approx(by_array.seconds[0])
-    assert np.all(by_array.low <= by_array.seconds)
-    assert np.all(by_array.seconds <= by_array.high)
-
-
-def test_weights_of_a_point_sum_to_one():
-    at = {"m": np.geomspace(0.5, 32, 20), "n": np.geomspace(1, 1e4, 20)}
-    before, fractions, _ = places(logs_of(_TWO), at)
-    corners = corner_weights((3, 2), before, fractions)
-    assert sum(weight for _, weight in corners) == pytest.approx(np.ones(20))
-    assert all(index.min() >= 0 and index.max() < 6 for index, _ in corners)

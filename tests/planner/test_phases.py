@@ -46,12 +46,6 @@ def test_prefill_is_as_fast_as_with_the_best_form(screened):
         assert after.tps >= before.tps
 
 
-def test_some_prefill_with_another_form_and_say_so(screened):
-    for each in with_fastest_prefill(screened, REQUEST):
-        assert "in prefill" in str(each.candidate)
-        assert each.candidate.layout.ep > 1
-
-
 def test_in_full_each_phase_has_its_form(screened):
     search = Search(REQUEST)
     option = max(

@@ -86,14 +86,6 @@ def test_other_ways_to_name_it(read, folder: Path, given: str):
     assert experiment.checkpoint == str(folder)
 
 
-def test_the_file_may_lie_in_the_working_folder(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    (tmp_path / "mine.toml").write_text(TEXT)
-    monkeypatch.chdir(tmp_path)
-    assert read_experiment(Path("mine.toml")).checkpoint == str(folder)
-
-
 def test_others_may_find_it(read, folder: Path, tmp_path: Path):
     asked = []
 
