@@ -11,8 +11,8 @@ import numpy as np
 from quality import Quality
 from tables import SOURCE, Array, Columns, Part, Table, group_numbers, read, without_spikes
 
+from expertlane.calibrate.fit import Rows, fit_surface
 from expertlane.cost.laws.device import DeviceModel, roofline
-from expertlane.cost.laws.fitting import Rows, fit_surface
 from expertlane.cost.laws.profile import Profile
 from expertlane.cost.laws.times import Basis, Surface
 from expertlane.cost.step.operation import BYTES_ALONE, STATES, OpKind

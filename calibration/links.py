@@ -22,7 +22,7 @@ from quality import Fitted, Quality
 from sheet import Card
 from tables import SOURCE, Array, Part
 
-from expertlane.cost.laws.fitting import Rows, fit_surface, knots_of
+from expertlane.calibrate.fit import Rows, fit_surface, knots_of
 from expertlane.cost.laws.links import ASSUMED_TERMS, law_times, roofline_s
 from expertlane.cost.laws.profile import Profile, Term
 from expertlane.cost.laws.times import Basis, Surface

@@ -11,8 +11,13 @@ from expertlane.planner.candidates import PlanRequest
 from expertlane.planner.screen import ScreenedCandidate
 from expertlane.planner.search import OnePool, Search
 from expertlane.planner.simulated import simulated_pool
-from expertlane.spec.compressed import CompressedAttention
-from expertlane.spec.mixers import Indexer, LatentAttention, StateMixer, WindowHeads
+from expertlane.spec.mixers import (
+    CompressedAttention,
+    Indexer,
+    LatentAttention,
+    StateMixer,
+    WindowHeads,
+)
 from expertlane.spec.model import PRESETS, ModelConfig
 from expertlane.spec.names import Phase
 from expertlane.spec.workload import Workload

@@ -16,8 +16,7 @@ from expertlane.cli.app import app
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.planner.candidates import Candidate
 from expertlane.planner.commands import Serving, engine_commands
-from expertlane.planner.engines import ENGINES
-from expertlane.planner.served_pool import ServedPool, longest_request
+from expertlane.planner.engines import ENGINES, ServedPool, longest_request
 from expertlane.planner.server_start import ServeTarget
 from expertlane.spec.deployment import DISPATCH_FORMS, Options
 from expertlane.spec.hf_config import Quantization

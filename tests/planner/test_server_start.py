@@ -7,8 +7,7 @@ import pytest
 
 from expertlane.cost.memory import held_kv_bytes
 from expertlane.cost.step.operation import NumberTypes
-from expertlane.planner.engines import ENGINES, Row
-from expertlane.planner.served_pool import deployed_pool, longest_request
+from expertlane.planner.engines import ENGINES, Row, deployed_pool, longest_request
 from expertlane.planner.server_start import Place, ServeTarget, server_start
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout

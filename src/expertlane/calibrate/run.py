@@ -15,7 +15,6 @@ import numpy as np
 
 from expertlane import __version__
 from expertlane.calibrate.fit import (
-    Floats,
     link_sheets,
     operation_laws,
     peak_flops_per_s,
@@ -27,7 +26,7 @@ from expertlane.calibrate.steps import StepSample, launch_term, measure_steps, o
 from expertlane.cost.laws.device import moved_bytes
 from expertlane.cost.laws.profile import DRIVER_S, GRAPH_LAUNCH_S, LAUNCH_S, Device, Profile, Term
 from expertlane.cost.laws.times import Surface
-from expertlane.cost.step.operation import OpKind, TransferKind, flops_of
+from expertlane.cost.step.operation import Floats, OpKind, TransferKind, flops_of
 from expertlane.engine.launch import describe_ranks
 from expertlane.engine.ops.host import ForeignLoad, num_cores
 from expertlane.engine.ranks.commands import (

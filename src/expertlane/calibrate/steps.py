@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from expertlane.balance.holding import placements_of
-from expertlane.calibrate.fit import Floats, term_of
+from expertlane.calibrate.fit import term_of
 from expertlane.cost.laws.profile import (
     DRIVER_PER_RANK_S,
     DRIVER_S,
@@ -30,7 +30,7 @@ from expertlane.cost.pricing import Pricing
 from expertlane.cost.routing import PowerLawRouting
 from expertlane.cost.runner import CostRunner
 from expertlane.cost.step.batch_sizes import PartSizes
-from expertlane.cost.step.operation import NumberTypes, Operation, Transfer
+from expertlane.cost.step.operation import Floats, NumberTypes, Operation, Transfer
 from expertlane.cost.step.program import ProgramBuilder
 from expertlane.cost.step.step_list import ENGINE, ENGINE_ON_GPUS, KernelSet
 from expertlane.engine.model_runner import ModelRunner

@@ -14,9 +14,8 @@ from expertlane.cost.step.operation import Floats, NumberTypes, weight_bytes
 from expertlane.errors import CapacityError
 from expertlane.results.record import PoolRecord
 from expertlane.schedule.request import Limits
-from expertlane.spec.compressed import STREAMED
 from expertlane.spec.layout import Layout, part_of, partition
-from expertlane.spec.mixers import Mixing
+from expertlane.spec.mixers import STREAMED, Mixing
 from expertlane.spec.model import LayerKind, ModelConfig
 from expertlane.spec.tensors import (
     FINAL_NORM,

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 
 from expertlane.cost.step.operation import NumberTypes
-from expertlane.planner.engines import ServingEngine
-from expertlane.planner.served_pool import ServedPool
+from expertlane.planner.engines import ServedPool, ServingEngine
 from expertlane.planner.server_start import (
     BOOTSTRAP_PORT,
     PORT,

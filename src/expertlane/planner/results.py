@@ -16,7 +16,7 @@ from expertlane.cost.memory import RANK_STEP_TOKENS
 from expertlane.cost.routing import RoutingChoice
 from expertlane.planner.candidates import Candidate, PlanRequest
 from expertlane.planner.commands import Serving, engine_commands
-from expertlane.planner.engines import Row, ServingEngine, engines_on
+from expertlane.planner.engines import Row, ServedPool, ServingEngine, engines_on, longest_request
 from expertlane.planner.ranking import (
     Contender,
     Ranking,
@@ -39,7 +39,6 @@ from expertlane.planner.records import (
 from expertlane.planner.screen import ScreenCache, ScreenedCandidate, fitting
 from expertlane.planner.scripts import scripts_of
 from expertlane.planner.search import Finalist, OnePool, Search
-from expertlane.planner.served_pool import ServedPool, longest_request
 from expertlane.planner.server_start import ServeTarget
 from expertlane.planner.simulated import NUM_SIMULATED, serve_at_rate, simulated_pool
 from expertlane.planner.two_pools import TwoPools, TwoPoolSearch

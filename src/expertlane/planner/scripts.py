@@ -25,7 +25,7 @@ from expertlane.planner.commands import (
     pool_starts,
     router_start,
 )
-from expertlane.planner.served_pool import ServedPool
+from expertlane.planner.engines import ServedPool
 from expertlane.planner.server_start import PORT, NodeStart, Place, ServerStart
 from expertlane.printable import printable
 from expertlane.spec.files import strict_json

@@ -16,8 +16,7 @@ from pathlib import PurePath
 
 from expertlane.cost.memory import FREE_SHARE, kept_bytes
 from expertlane.cost.step.operation import NumberTypes
-from expertlane.planner.engines import DeviceKind, ServingEngine
-from expertlane.planner.served_pool import LEAST_BUFFER, ServedPool
+from expertlane.planner.engines import LEAST_BUFFER, DeviceKind, ServedPool, ServingEngine
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.files import strict_json
 from expertlane.spec.hf_config import Quantization

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from expertlane.errors import SpecError
-from expertlane.spec.compressed import CompressedAttention
 from expertlane.spec.mixers import (
+    CompressedAttention,
     Indexer,
     LatentAttention,
     Mixing,

@@ -8,7 +8,6 @@ and is read as the code published with its checkpoint does.
 
 from typing import Any, TypeVar
 
-from expertlane.spec.compressed import CompressedAttention
 from expertlane.spec.families import (
     Reader,
     attention,
@@ -20,7 +19,14 @@ from expertlane.spec.families import (
 )
 from expertlane.spec.hf_config import ConfigReader
 from expertlane.spec.mixer_families import layer_types, mlp_types, types_of_all
-from expertlane.spec.mixers import Entries, Indexer, Mixing, RopeScaling, WindowHeads
+from expertlane.spec.mixers import (
+    CompressedAttention,
+    Entries,
+    Indexer,
+    Mixing,
+    RopeScaling,
+    WindowHeads,
+)
 from expertlane.spec.model import LayerKind, ModelConfig, Routing
 from expertlane.spec.ranges import shown
 

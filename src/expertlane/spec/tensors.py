@@ -9,7 +9,7 @@ Matrices are [out_features, in_features]. In the names, N is a layer and E an ex
   `kv_a_norm`, `kv_b`, `output`;
 - `layers.N.window.` and the same, where layers with a window have heads of their own;
 - `layers.N.state.`, or `layers.N.index_…`: mixers beside attention (`spec.mixers`);
-- compressed attention's, and `…_streams` of several residual streams: `spec.compressed`;
+- compressed attention's, and `…_streams` of several residual streams: `spec.mixers`;
 - `layers.N.` and, for the MLP: `moe_norm` in every layer that has one (layer norms have a
   `…_norm_bias` too); `router`, `router_bias`, `correction_bias`, `experts_of_token`,
   `shared_gate`; `latent_in`, `latent_out`; `experts.E.`, `shared.` or `dense.` with `gate`, `up`,
@@ -21,8 +21,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
 
-from expertlane.spec.compressed import stream_shapes
-from expertlane.spec.mixers import Mixing, Shape
+from expertlane.spec.mixers import Mixing, Shape, stream_shapes
 from expertlane.spec.model import LayerKind, ModelConfig
 
 EMBEDDING = "embedding"

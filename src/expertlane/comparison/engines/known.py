@@ -6,9 +6,8 @@ from typing import ClassVar
 
 from expertlane.comparison.engines.engine import CannotServe, Engine, LaunchCommand, LaunchRequest
 from expertlane.planner.commands import Serving
-from expertlane.planner.engines import ENGINES, Row
+from expertlane.planner.engines import ENGINES, Row, ServedPool, deployed_pool, longest_request
 from expertlane.planner.scripts import scripts_of
-from expertlane.planner.served_pool import ServedPool, deployed_pool, longest_request
 from expertlane.planner.server_start import Place, server_start
 from expertlane.spec.names import EngineName
 

@@ -14,14 +14,16 @@ from expertlane.balance.holding import Slices
 from expertlane.cost.step.batch_sizes import AttentionSizes, TokenSizes
 from expertlane.cost.step.operation import Amounts, Ints, OpKind
 from expertlane.cost.step.step_list import KernelSet, StepWriter
-from expertlane.spec.compressed import CompressedAttention, StreamBlock, num_mixing
 from expertlane.spec.mixers import (
     STATE_BYTES,
+    CompressedAttention,
     Entries,
     Indexer,
     LatentAttention,
     Mixing,
     StateMixer,
+    StreamBlock,
+    num_mixing,
 )
 from expertlane.spec.model import ModelConfig
 from expertlane.spec.names import Stage

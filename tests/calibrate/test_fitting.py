@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from expertlane.cost.laws.fitting import (
+from expertlane.calibrate.fit import (
     Rows,
     fit_correction,
     fit_surface,
