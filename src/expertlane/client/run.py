@@ -97,7 +97,7 @@ def run_until_told(work: Coroutine[Any, Any, T]) -> T:
 
     What a handler raises inside a callback, a loop only logs.
     """
-    told: list[int] = []
+    signals: list[int] = []
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
     if threading.current_thread() is threading.main_thread():
         found = {each: signal.getsignal(each) for each in (*_SIGNALS, signal.SIGHUP)}
@@ -107,7 +107,7 @@ def run_until_told(work: Coroutine[Any, Any, T]) -> T:
         loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
 
         def end(number: int) -> None:
-            told.append(number)
+            signals.append(number)
             task.cancel()
 
         for number in handlers:
@@ -123,9 +123,9 @@ def run_until_told(work: Coroutine[Any, Any, T]) -> T:
         try:
             return runner.run(watched())
         except asyncio.CancelledError:
-            if not told:
+            if not signals:
                 raise
-    handlers[told[0]](told[0], None)
+    handlers[signals[0]](signals[0], None)
     raise KeyboardInterrupt  # of a handler that returns
 
 
@@ -140,10 +140,10 @@ def allow_connections() -> None:
 async def _measure(
     targets: Sequence[Target], asked: MeasureOptions, progress: Progress
 ) -> LoadResult:
-    loop, stop, told = asyncio.get_running_loop(), Stop(), list[int]()
+    loop, stop, signals = asyncio.get_running_loop(), Stop(), list[int]()
 
     def end(number: int) -> None:
-        told.append(number)
+        signals.append(number)
         stop("interrupted" if number == signal.SIGINT else "told to end")
 
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -175,7 +175,7 @@ async def _measure(
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
-    seen = _seen(servers, asked, rounds, stop.why, told[0] if told else None)
+    seen = _seen(servers, asked, rounds, stop.why, signals[0] if signals else None)
     return replace(seen, unflushed=tuple(dict.fromkeys(unflushed)))
 
 

@@ -178,13 +178,13 @@ async def _read(connections: Connections, route: str) -> Page | None:
 
 def engine_record(rounds: Sequence[ServerSamples | None]) -> EngineRecord | None:
     """The record of a load of several rounds; None if the server has no metrics."""
-    told = [(number, each) for number, each in enumerate(rounds, 1) if each is not None]
-    known = [each for _, each in told if each.counts is not None]
-    gauges = _gauges(told)
+    watched = [(number, each) for number, each in enumerate(rounds, 1) if each is not None]
+    known = [each for _, each in watched if each.counts is not None]
+    gauges = _gauges(watched)
     if not known and gauges is None:
         return None
     return joined(
-        told[0][1].engine,
+        watched[0][1].engine,
         [each.both for each in known if each.both is not None],
         [each.counts for each in known if each.counts is not None],
         gauges,

@@ -170,7 +170,7 @@ def by_kubectl(words: str, how: Signal, within_s: float) -> CommandFault:
             which cluster is meant.
 
     Raises:
-        UserError: they name no pod, or a pod is to be stopped, and told to go on, from outside.
+        UserError: they name no pod, or the signal is STOP, which kubectl cannot send.
     """
     if how == "STOP":
         raise UserError(f"--kubectl ends a pod; to stop a process in it: {_IN_A_POD.format(how)}")

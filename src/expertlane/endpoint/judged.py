@@ -90,7 +90,7 @@ class RequestOutcome:
     Attributes:
         outcome: a key of `OUTCOMES`.
         words: what was wrong; may be empty.
-        margin: of a change, by how much the true token was likelier; None where that is not told.
+        margin: of a change, by how much the true token was likelier; None without.
     """
 
     request: Request

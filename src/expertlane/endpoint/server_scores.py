@@ -151,11 +151,7 @@ class Endpoint:
             Failed: a request was not answered.
         """
         ask = _SCORES[self.method]
-
-        async def one(sent: PromptForm) -> NDArray[np.float64]:
-            return await self._answered(lambda: ask(self, sent), len(sent.token_ids))
-
-        return await _at_once(one, prompts, concurrency, on_done)
+        return await self._all(lambda sent: ask(self, sent), prompts, concurrency, on_done)
 
     async def generate(
         self,
@@ -171,17 +167,36 @@ class Endpoint:
         """
         native = self.method == "input_token_logprobs"
         ask = _continue_natively if native else _continue
+        return await self._all(lambda sent: ask(self, sent, length), prompts, concurrency, on_done)
 
-        async def one(sent: PromptForm) -> Continuation:
-            return await self._answered(lambda: ask(self, sent, length), len(sent.token_ids))
+    async def _all(
+        self,
+        ask: Callable[[PromptForm], Awaitable[T]],
+        prompts: Sequence[PromptForm],
+        concurrency: int,
+        on_done: Callable[[], None],
+    ) -> list[T]:
+        """Answers in the prompts' order, `concurrency` at a time; the first failure ends all."""
+        places = asyncio.Semaphore(concurrency)
 
-        return await _at_once(one, prompts, concurrency, on_done)
+        async def one(sent: PromptForm) -> T:
+            async with places:
+                found = await self._answered(ask(sent), len(sent.token_ids))
+            on_done()
+            return found
 
-    async def _answered(self, ask: Callable[[], Awaitable[T]], num_tokens: int) -> T:
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(each)) for each in prompts]
+        except* ExpertlaneError as errors:
+            raise errors.exceptions[0] from None
+        return [each.result() for each in tasks]
+
+    async def _answered(self, answer: Awaitable[T], num_tokens: int) -> T:
         url = self.server.connections.url
         try:
             async with asyncio.timeout(self.timeout_s):
-                return await ask()
+                return await answer
         except TimeoutError:
             words = f"did not answer a prompt of {num_tokens:,} tokens in {self.timeout_s:g} s"
             raise AnswerFailure(f"{url} {words}", words) from None
@@ -232,29 +247,6 @@ class Endpoint:
             "temperature": 0,
         }
         return own | ({"ignore_eos": True} if self.server.form.ignores_eos else {})
-
-
-async def _at_once(
-    ask: Callable[[PromptForm], Awaitable[T]],
-    prompts: Sequence[PromptForm],
-    concurrency: int,
-    on_done: Callable[[], None],
-) -> list[T]:
-    """Answers in the prompts' order, `concurrency` at a time; the first failure ends all."""
-    places = asyncio.Semaphore(concurrency)
-
-    async def one(sent: PromptForm) -> T:
-        async with places:
-            found = await ask(sent)
-        on_done()
-        return found
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(each)) for each in prompts]
-    except* ExpertlaneError as errors:
-        raise errors.exceptions[0] from None
-    return [each.result() for each in tasks]
 
 
 async def _by_prompt_logprobs(endpoint: Endpoint, sent: PromptForm) -> NDArray[np.float64]:

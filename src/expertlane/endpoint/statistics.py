@@ -122,7 +122,7 @@ class Differences:
         )
 
     def blocks(self, length: int) -> Ints:
-        """[num_tokens]: the block of each, a stretch of one prompt, from 0."""
+        """[num_tokens]: the block of each, which is a range of positions of one prompt, from 0."""
         keys = self.prompts * (2**32) + self.positions // length
         _, found = np.unique(keys, return_inverse=True)
         return np.asarray(found.reshape(-1), dtype=np.int64)
@@ -267,12 +267,12 @@ def _shifts(compared: Differences, blocks: Ints) -> Iterator[Test]:
 
 
 def _outliers(compared: Differences) -> Test:
-    """Whether short stretches deviate by more than the tail of rounding's own stretches allows.
+    """Whether short blocks deviate by more than the tail of rounding's own blocks allows.
 
-    Means of stretches above a high quantile `q` are taken as exponential with the mean excess `m`
+    Means of blocks above a high quantile `q` are taken as exponential with the mean excess `m`
     that rounding's have (peaks over threshold; Pickands, Statistical inference using extreme order
     statistics, 1975): `P(mean > x) = share * exp(-(x - q) / m)`, `m` several times what was seen,
-    since flips make heavier tails. The largest stretch of each prompt counts; a stretch of a single
+    since flips make heavier tails. The largest block of each prompt counts; a block of a single
     prompt must be farther out than the second of two prompts.
     """
     blocks = compared.blocks(_SHORT_BLOCK)
@@ -299,7 +299,7 @@ def _outliers(compared: Differences) -> Test:
 
 
 def _relative_excess(compared: Differences) -> Floats:
-    """[num_tokens]: excess over rounding of the server's own scale, so that groups can be told.
+    """[num_tokens]: excess over rounding of the server's own scale, so that groups differ.
 
     That scale is by the median, which tokens of a few wrong experts do not move.
     """
@@ -442,7 +442,7 @@ def _sums(blocks: Ints, values: Floats) -> Floats:
 def find_position(compared: Differences) -> int | None:
     """The first position from which on tokens deviate while those before do not; None without one.
 
-    Tried are the usual edges, from the first on, then every stretch after the one that parts them.
+    Tried are the usual edges, from the first on, then every block after the one that parts them.
     """
     excess = _relative_excess(compared)
     last = int(compared.positions.max())
@@ -475,7 +475,7 @@ def _is_off(compared: Differences, excess: Floats, inside: Bools) -> bool:
 
 
 def _first_off(compared: Differences, excess: Floats, edge: int) -> int:
-    """The start of the first short stretch from `edge` on whose tokens mostly deviate."""
+    """The start of the first short block from `edge` on whose tokens mostly deviate."""
     starts = compared.positions // _SHORT_BLOCK * _SHORT_BLOCK
     for start in np.unique(starts[compared.positions >= edge]):
         if np.median(compared.sizes[starts == start]) > _FAR / 2:

@@ -217,8 +217,8 @@ async def accepted_fields(
     elif not any(with_ids.stream.ids):
         ids = {}
     with_logprobs = await _tried(server, prompt, hang_s, ids | logprobs)
-    told = with_logprobs.end == "whole" and any(with_logprobs.stream.margins)
-    return ids, logprobs if told else {}
+    has_margins = with_logprobs.end == "whole" and any(with_logprobs.stream.margins)
+    return ids, logprobs if has_margins else {}
 
 
 async def _tried(

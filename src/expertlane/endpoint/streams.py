@@ -63,7 +63,7 @@ class Stream:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens so far; where ids are not told, each event counts as one."""
+        """Tokens so far; where the server gives no ids, each event counts as one."""
         return sum(map(self.num_of, range(len(self.times_s))))
 
     def num_of(self, event: int) -> int:
@@ -83,7 +83,7 @@ class Stream:
         return self.error is not None or self.finish_reason in _BROKEN
 
     def margin_at(self, place: int) -> float | None:
-        """The smallest margin of tokens around a place of `tokens`; None where none is told."""
+        """The smallest margin of tokens around a place of `tokens`; None without any."""
         of_event: Sequence[Sequence[Any]] = self.ids if any(self.ids) else self.texts
         ends = list(accumulate(map(len, of_event)))
         event = next((number for number, end in enumerate(ends) if place < end), len(ends) - 1)

@@ -48,14 +48,14 @@ class Arrivals:
         return found
 
     def tps(self, begin_s: float, end_s: float) -> float:
-        """Tokens a second in a stretch of time."""
+        """Tokens a second in an interval."""
         if end_s <= begin_s:
             return 0.0
         before, after = self.num_until(np.array([begin_s, end_s]))
         return float(after - before) / (end_s - begin_s)
 
     def window_tps(self, begin_s: float, end_s: float, window_s: float) -> tuple[_Times, _Times]:
-        """Begins of windows that fit into a stretch, and tokens a second in each."""
+        """Begins of windows that fit into an interval, and tokens a second in each."""
         step_s = window_s / _STEPS
         num = max(0, int((end_s - window_s - begin_s) / step_s) + 1)
         begins_s: _Times = begin_s + step_s * np.arange(num, dtype=np.float64)
@@ -63,7 +63,7 @@ class Arrivals:
         return begins_s, taken / window_s
 
     def silences(self, begin_s: float, end_s: float, least_s: float) -> Iterator[tuple[float, ...]]:
-        """Stretches longer than `least_s` in which no token comes."""
+        """Intervals longer than `least_s` in which no token comes."""
         inside = self.times_s[(self.times_s > begin_s) & (self.times_s < end_s)]
         for pair in pairwise([begin_s, *inside.tolist(), end_s]):
             if pair[1] - pair[0] > least_s:
@@ -194,10 +194,10 @@ def health_record(
 
 
 def _without(
-    stretches: Sequence[tuple[float, ...]], lost_s: Sequence[float]
+    intervals: Sequence[tuple[float, ...]], lost_s: Sequence[float]
 ) -> Iterator[tuple[float, ...]]:
-    """Stretches less the time around lost requests."""
-    for begin_s, end_s in stretches:
+    """Intervals less the time around lost requests."""
+    for begin_s, end_s in intervals:
         for moment_s in sorted(lost_s):
             if begin_s <= moment_s + _AROUND_S and moment_s - _AROUND_S < end_s:
                 if moment_s - _AROUND_S > begin_s:
@@ -209,13 +209,13 @@ def _without(
 
 def _longest(
     samples: Sequence[tuple[float, int]],
-    stretches: Sequence[tuple[float, ...]],
+    intervals: Sequence[tuple[float, ...]],
     *,
     says_well: bool,
 ) -> float:
-    """The longest time for which all samples within one stretch say so."""
+    """The longest time for which all samples within one interval say so."""
     longest = 0.0
-    for begin_s, end_s in stretches:
+    for begin_s, end_s in intervals:
         inside = [each for each in samples if begin_s <= each[0] < end_s]
         for is_such, several in groupby(inside, lambda each: (each[1] == OK) is says_well):
             moments = [at for at, _ in several]

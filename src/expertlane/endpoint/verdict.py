@@ -263,7 +263,7 @@ def excuse_ties(
         is_own: whether conditions are compared with the first one, else all with the reference.
 
     Returns:
-        the same without those stretches, and the largest number of prompts so excused in one.
+        the same without those tokens, and the largest number of prompts so excused in one.
     """
     kept, most = [], 0
     for each in observed:
@@ -298,7 +298,14 @@ def _spread(compared: Differences) -> float:
     return float(np.quantile(own, 0.9) / max(np.quantile(rounding, 0.9), 1e-9))
 
 
-_Causes = tuple[list[str], Sequence[ExpertRecord], int | None, Sequence[int]]
+@dataclass(frozen=True)
+class _Cause:
+    """The likely cause of differences; fields as in `VerifiedRecord`."""
+
+    why: list[str]
+    experts: Sequence[ExpertRecord] = ()
+    position: int | None = None
+    ranks: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -341,18 +348,17 @@ def judge(observed: Sequence[ConditionScores], rounded: Rounding, dtype: str) ->
         seen = least_seen(first.compared, alarm, tests=_tests)
         of_expert = _least_of_expert(first.compared, alarm)
     doubt = _doubt(first, off, seen, num_excused, dtype)
-    none: _Causes = (list(doubt), (), None, ())
-    why, named, position, ranks = _causes(comparisons, off) if off and not doubt else none
+    cause = _causes(comparisons, off) if off and not doubt else _Cause(doubt)
     verdict: Verdict = "can't tell" if doubt else "differs" if off else "same"
     return Finding(
         verdict,
-        tuple(why),
+        tuple(cause.why),
         tuple(_condition(each, alarm) for each in comparisons),
         tuple(_test(each.observed.name, test) for each in comparisons for test in each.tests),
         tuple(_worst(off)) if verdict == "differs" else (),
-        tuple(named),
-        position,
-        tuple(ranks),
+        tuple(cause.experts),
+        cause.position,
+        tuple(cause.ranks),
         _finite(seen),
         _finite(of_expert),
         alarm,
@@ -378,7 +384,7 @@ def _least_of_expert(compared: Differences, alarm: float) -> float:
 def _doubt(
     first: Comparison, off: Sequence[Comparison], seen: float, num_excused: int, dtype: str
 ) -> list[str]:
-    """Why nothing can be told; empty where it can."""
+    """Reasons for the answer *can't tell*; empty if there are none."""
     num, found = len(first.compared), []
     num_prompts = len(first.observed.logprobs)
     if num < _LEAST_TOKENS:
@@ -407,7 +413,7 @@ def _doubt(
     return found
 
 
-def _causes(comparisons: Sequence[Comparison], off: Sequence[Comparison]) -> _Causes:
+def _causes(comparisons: Sequence[Comparison], off: Sequence[Comparison]) -> _Cause:
     """The likely cause: where it holds, and where it does not."""
     first = comparisons[0]
     ranks = [each for each in comparisons if each.observed.rank is not None]
@@ -416,34 +422,26 @@ def _causes(comparisons: Sequence[Comparison], off: Sequence[Comparison]) -> _Ca
         names = ", ".join(map(str, off_ranks))
         clean = next(each for each in off if each.observed.rank is not None)
         said = f"Only data-parallel {_ranks(len(off_ranks))} {names} of {len(ranks)}."
-        more, experts, position = _within(clean.compared)
-        return [said, *more], experts, position, [each for each in off_ranks if each is not None]
-    if first in off:
-        again = next((each for each in off if each.observed.name == AGAIN), None)
-        if again is not None:
-            return (
-                [
-                    "The same prompt gets other answers when it is asked again: as if requests "
-                    "went to replicas or ranks of which some are wrong, or chance had a part, as "
-                    "in a race."
-                ],
-                (),
-                None,
-                (),
-            )
-        if _is_unrelated(first):
-            return (
-                [
-                    "The log-probabilities have nothing in common with the reference's, as of "
-                    "another model or another tokenizer: is it the same checkpoint?"
-                ],
-                (),
-                None,
-                (),
-            )
-        more, experts, position = _within(first.compared)
-        return more, experts, position, ()
-    return _of_conditions(comparisons, off)
+        within = _within(clean.compared)
+        numbers = [each for each in off_ranks if each is not None]
+        return replace(within, why=[said, *within.why], ranks=numbers)
+    if first not in off:
+        return _of_conditions(comparisons, off)
+    if any(each.observed.name == AGAIN for each in off):
+        return _Cause(
+            [
+                "The same prompt gets other answers when it is asked again: as if requests went to "
+                "replicas or ranks of which some are wrong, or chance had a part, as in a race."
+            ]
+        )
+    if _is_unrelated(first):
+        return _Cause(
+            [
+                "The log-probabilities have nothing in common with the reference's, as of another "
+                "model or another tokenizer: is it the same checkpoint?"
+            ]
+        )
+    return _within(first.compared)
 
 
 def _is_unrelated(first: Comparison) -> bool:
@@ -458,7 +456,7 @@ def _ranks(num: int) -> str:
     return "rank" if num == 1 else "ranks"
 
 
-def _of_conditions(comparisons: Sequence[Comparison], off: Sequence[Comparison]) -> _Causes:
+def _of_conditions(comparisons: Sequence[Comparison], off: Sequence[Comparison]) -> _Cause:
     """Alone it is right: what the conditions under which it is not have in common."""
     names = ", ".join(each.observed.name for each in off)
     why = [f"Alone it computes the model; not so: {names}."]
@@ -476,32 +474,29 @@ def _of_conditions(comparisons: Sequence[Comparison], off: Sequence[Comparison])
         why.append("Likely cause: blocks of the prefix cache that are stale or of other prompts.")
     elif all(generated) and not any(each.observed.is_generated for each in clean):
         why.append("Likely cause: decoding, since given prompts are scored right.")
-    more, experts, position = _within(max(off, key=lambda each: len(each.compared)).compared)
-    is_place = position is not None or experts
-    return [*why, *(more if is_place else ())], experts, position, ()
+    within = _within(max(off, key=lambda each: len(each.compared)).compared)
+    is_place = within.position is not None or within.experts
+    return replace(within, why=[*why, *(within.why if is_place else ())])
 
 
-def _within(compared: Differences) -> tuple[list[str], Sequence[ExpertRecord], int | None]:
+def _within(compared: Differences) -> _Cause:
     """Which tokens are off: from a position on, of some experts, or all."""
     position = find_position(compared)
     if position is not None:
         said = f"Likely cause: long contexts only, from about token {position:,} on."
-        return [said], (), position
+        return _Cause([said], position=position)
     named = name_experts(compared)
     experts = [ExpertRecord(*each[:5], _p(each.p_value)) for each in named]
-    if not experts:
-        if compared.topk_ids is None:
-            return ["Which experts or layers can't be told without a checkpoint."], (), None
-        return (
-            [
-                "Tokens of all experts are off alike: likely what every token passes, such as "
-                "attention, norms, shared experts, the head, or how experts are chosen and "
-                "weighted."
-            ],
-            (),
-            None,
-        )
-    return [_said_of(experts, compared)], experts, None
+    if experts:
+        return _Cause([_said_of(experts, compared)], experts)
+    if compared.topk_ids is None:
+        return _Cause(["Which experts or layers can't be told without a checkpoint."])
+    return _Cause(
+        [
+            "Tokens of all experts are off alike: likely what every token passes, such as "
+            "attention, norms, shared experts, the head, or how experts are chosen and weighted."
+        ]
+    )
 
 
 def _said_of(experts: Sequence[ExpertRecord], compared: Differences) -> str:

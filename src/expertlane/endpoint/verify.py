@@ -8,7 +8,7 @@ data-parallel rank where requests can be sent to one.
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -87,23 +87,6 @@ class VerifyOptions:
     timeout_s: float = 120.0
 
 
-@dataclass(eq=False, repr=False)  # asyncio makes text of a task's result
-class _ServerScores:
-    """Everything that one server said.
-
-    Attributes:
-        sequences: all prompts, of some with what the server generated first.
-        chosen: what the reference scored in choosing them; None without a checkpoint.
-        skipped: what was not asked, and why.
-    """
-
-    endpoint: Endpoint
-    sequences: list[PromptForm] = field(default_factory=list)
-    chosen: ChosenPrompts | None = None
-    observed: list[ConditionScores] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-
-
 def verify(
     target: Target,
     reference: Reference | Target,
@@ -152,7 +135,7 @@ def verify(
 
 
 def _of_checkpoint(
-    reference: Reference, seen: _ServerScores, asked: VerifyOptions, progress: Progress
+    reference: Reference, seen: "_ServerScores", asked: VerifyOptions, progress: Progress
 ) -> tuple[Rounding, str, DtypeSource]:
     """The checkpoint's log-probabilities, rounded as the server rounds."""
     prompts = [each.token_ids for each in seen.sequences]
@@ -209,18 +192,18 @@ def _coverage(scored: Sequence[PromptScores], reference: Reference) -> CoverageR
 
 
 def _of_second(
-    other: _ServerScores, seen: _ServerScores, asked: VerifyOptions
+    other: "_ServerScores", seen: "_ServerScores", asked: VerifyOptions
 ) -> tuple[Rounding, str, DtypeSource]:
     """The second server's log-probabilities; both servers' own noise tells what rounding does.
 
     Where a token is not the same under another load, its largest change there counts as rounding,
     and never less than a number type usually makes.
     """
-    told: dict[int, Floats] = other.observed[0].logprobs
+    logprobs: dict[int, Floats] = other.observed[0].logprobs
     exact = [
         PromptScores(
             np.asarray(each.token_ids, dtype=np.int64),
-            told.get(place, np.full(len(each.token_ids) - 1, np.nan)),
+            logprobs.get(place, np.full(len(each.token_ids) - 1, np.nan)),
         )
         for place, each in enumerate(seen.sequences)
     ]
@@ -237,7 +220,7 @@ def _of_second(
     return replace(usual, rounding=rounding), dtype, source
 
 
-def _own_noise(place: int, num: int, seen: _ServerScores) -> Floats:
+def _own_noise(place: int, num: int, seen: "_ServerScores") -> Floats:
     """[num]: the largest change of tokens of a sequence under any other condition; 0 unknown."""
     alone = seen.observed[0].logprobs.get(place)
     found = np.zeros(num)
@@ -258,7 +241,7 @@ async def _ask_all(
     asked: VerifyOptions,
     tokenizer: Vocabulary | None,
     progress: Progress,
-) -> tuple[_ServerScores, _ServerScores | None]:
+) -> "tuple[_ServerScores, _ServerScores | None]":
     """Ask the server, and the second one for the same sequences."""
     targets = [target] + ([reference] if isinstance(reference, Target) else [])
     several = [Connections(each.url, headers_of(each)) for each in targets]
@@ -289,7 +272,7 @@ async def _ask_all(
             )
         own = None if isinstance(reference, Target) else reference
         drawn = _draw(servers[0].vocabulary, own is not None, most, asked)
-        first = _Conditions(endpoints[0], headers_of(target), progress, opened)
+        first = _ServerScores(endpoints[0], headers_of(target), progress, opened)
         candidates = await first.begin(drawn, None if own is None else own.vocab_size)
         rest: list[Prompt] = [*candidates.short, *candidates.long]
         if own is not None and endpoints[0].is_forced:
@@ -299,7 +282,7 @@ async def _ask_all(
         other = None
         if len(endpoints) > 1:
             until_s = time.perf_counter() + _OF_SERVER * asked.budget_s / 2
-            second = _Conditions(endpoints[1], headers_of(targets[1]), progress, opened)
+            second = _ServerScores(endpoints[1], headers_of(targets[1]), progress, opened)
             other = await second.same(seen.sequences, until_s)
         return seen, other
     finally:
@@ -351,11 +334,16 @@ def _draw(vocabulary: Vocabulary, is_chosen: bool, most: int, asked: VerifyOptio
     return _PromptSet(drawn.short[:_NUM_CONTINUED], sharing, candidates)
 
 
-class _Conditions:
-    """One server, asked under one condition after the other.
+class _ServerScores:
+    """Scores of one server, asked under one condition after the other.
 
     Args:
         opened: gets connections that are to be closed.
+
+    Attributes:
+        sequences: all prompts, of some with what the server generated first.
+        chosen: what the reference scored in choosing them; None without a checkpoint.
+        skipped: what was not asked, and why.
     """
 
     def __init__(
@@ -365,10 +353,13 @@ class _Conditions:
         progress: Progress,
         opened: list[Connections],
     ) -> None:
-        self._endpoint, self._headers = endpoint, headers
+        self.endpoint, self._headers = endpoint, headers
         self._progress, self._opened = progress, opened
         self._until_s = float("inf")  # of `time.perf_counter`: then no condition is begun any more
-        self._seen = _ServerScores(endpoint)
+        self.sequences: list[PromptForm] = []
+        self.chosen: ChosenPrompts | None = None
+        self.observed: list[ConditionScores] = []
+        self.skipped: list[str] = []
         self._sent: list[PromptForm] = []
         self._cold: list[Continuation] = []
 
@@ -384,7 +375,7 @@ class _Conditions:
         Raises:
             UserError: the reference has not all the tokens.
         """
-        endpoint, seen = self._endpoint, self._seen
+        endpoint = self.endpoint
         self._sent = await settle(endpoint, [*drawn.continued, *drawn.sharing])
         if endpoint.can_generate:
             await flush_caches(endpoint.server.connections)
@@ -396,10 +387,10 @@ class _Conditions:
                     f"reference has {vocab_size:,} tokens: is it of this model?"
                 )
         else:
-            seen.skipped.append("generated tokens: the server tells no log-probabilities of them")
-        seen.sequences = self._sent
+            self.skipped.append("generated tokens: the server tells no log-probabilities of them")
+        self.sequences = self._sent
         if self._cold and not (endpoint.is_forced and self._as_text):
-            seen.sequences = [
+            self.sequences = [
                 PromptForm([*each.token_ids, *more.token_ids])
                 for each, more in zip(self._sent, self._cold, strict=True)
             ]
@@ -407,7 +398,7 @@ class _Conditions:
 
     @property
     def _as_text(self) -> bool:
-        return not self._endpoint.server.form.as_tokens
+        return not self.endpoint.server.form.as_tokens
 
     def choose(
         self, reference: Reference, candidates: DrawnPrompts, asked: VerifyOptions
@@ -416,8 +407,8 @@ class _Conditions:
 
         The reference reads the checkpoint once, for candidates and all else.
         """
-        given = [list(each.token_ids) for each in self._seen.sequences]
-        self._seen.chosen = chosen = choose_prompts(
+        given = [list(each.token_ids) for each in self.sequences]
+        self.chosen = chosen = choose_prompts(
             reference,
             candidates,
             self._progress,
@@ -427,37 +418,37 @@ class _Conditions:
         )
         return list(chosen.prompts[len(given) :])
 
-    async def all_of(self, rest: Sequence[Prompt], until_s: float) -> _ServerScores:
+    async def all_of(self, rest: Sequence[Prompt], until_s: float) -> "_ServerScores":
         """Ask for all.
 
         Args:
             rest: prompts to be scored beside those that the server has continued.
             until_s: time of `time.perf_counter` after which no further condition is begun.
         """
-        endpoint, seen = self._endpoint, self._seen
+        endpoint = self.endpoint
         self._until_s = until_s
         if endpoint.is_forced:
-            seen.sequences = [*seen.sequences, *await settle(endpoint, rest)]
+            self.sequences = [*self.sequences, *await settle(endpoint, rest)]
             await self._forced()
             if self._cold and self._as_text:
-                seen.skipped.append("decoding and cache: the server takes no token ids")
-                return seen
+                self.skipped.append("decoding and cache: the server takes no token ids")
+                return self
         else:
-            seen.skipped.append(
+            self.skipped.append(
                 "scores of given tokens, and of long prompts, since the server tells none "
                 f"({'; '.join(endpoint.refusals)})"
             )
         if self._cold:
             await self._generated(self._sent, self._cold)
-        return seen
+        return self
 
-    async def same(self, sequences: Sequence[PromptForm], until_s: float) -> _ServerScores:
+    async def same(self, sequences: Sequence[PromptForm], until_s: float) -> "_ServerScores":
         """Ask for sequences of another server: alone and under one load."""
         self._until_s = until_s
-        self._seen.sequences = [PromptForm(each.token_ids, each.text) for each in sequences]
+        self.sequences = [PromptForm(each.token_ids, each.text) for each in sequences]
         await self._score(ALONE, 1)
         await self._score("16 at once", 16)
-        return self._seen
+        return self
 
     async def _forced(self) -> None:
         """Conditions of given tokens."""
@@ -465,42 +456,40 @@ class _Conditions:
         await self._score(AGAIN, 1)
         for load in _LOADS:
             await self._score(f"{load} at once", load)
-        for rank in self._endpoint.ranks:
-            own = self._endpoint.of_rank(rank, self._headers)
+        for rank in self.endpoint.ranks:
+            own = self.endpoint.of_rank(rank, self._headers)
             self._opened.append(own.server.connections)
             await self._score(f"rank {rank}", 1, own, rank)
 
     async def _score(
         self, name: str, load: int, endpoint: Endpoint | None = None, rank: int | None = None
     ) -> None:
-        seen = self._seen
         if self._is_late(name):
             return
-        own = endpoint or self._endpoint
+        own = endpoint or self.endpoint
         # Alone in order; under load long and short ones mixed, in an order of its own.
-        order = list(range(len(seen.sequences)))
+        order = list(range(len(self.sequences)))
         if load > 1:
             np.random.default_rng(load).shuffle(order)
         found = await self._with_progress(
             name,
-            lambda on_done: own.score([seen.sequences[i] for i in order], load, on_done),
+            lambda on_done: own.score([self.sequences[i] for i in order], load, on_done),
             order,
         )
         logprobs = dict(zip(order, found, strict=True))
-        seen.observed.append(ConditionScores(name, logprobs, rank, load))
+        self.observed.append(ConditionScores(name, logprobs, rank, load))
 
     async def _generated(self, sent: Sequence[PromptForm], cold: Sequence[Continuation]) -> None:
         """Conditions of generated tokens: against those of the cold cache, or as scored."""
-        seen = self._seen
-        if not seen.observed:  # nothing was scored: the reference scores what was generated
-            seen.observed.append(self._as_observed(ALONE, sent, cold, cold))
+        if not self.observed:  # nothing was scored: the reference scores what was generated
+            self.observed.append(self._as_observed(ALONE, sent, cold, cold))
         else:
             # The second prompt of those that begin alike is the first to find blocks in the cache.
             num = len(cold) - _NUM_SHARING + 1
             alone, shared = [*cold[:num], *[None] * (len(cold) - num)], [*[None] * num, *cold[num:]]
-            seen.observed.append(self._as_observed("generated, cold cache", sent, cold, alone))
+            self.observed.append(self._as_observed("generated, cold cache", sent, cold, alone))
             found = self._as_observed("generated, shared prefix", sent, cold, shared)
-            seen.observed.append(replace(found, is_warm=True))
+            self.observed.append(replace(found, is_warm=True))
         for name, load in (
             ("generated, warm cache", 1),
             ("generated, 16 at once", 16),
@@ -509,14 +498,14 @@ class _Conditions:
             if self._is_late(name):
                 continue
             observed = self._as_observed(name, sent, cold, await self._generate(name, sent, load))
-            seen.observed.append(replace(observed, num_at_once=load, is_warm=True))
+            self.observed.append(replace(observed, num_at_once=load, is_warm=True))
 
     async def _generate(
         self, name: str, sent: Sequence[PromptForm], load: int = 1
     ) -> list[Continuation]:
         return await self._with_progress(
             name,
-            lambda on_done: self._endpoint.generate(sent, _CONTINUATION, load, on_done),
+            lambda on_done: self.endpoint.generate(sent, _CONTINUATION, load, on_done),
             sent,
         )
 
@@ -544,7 +533,7 @@ class _Conditions:
         ask: Callable[[Callable[[], None]], Awaitable[list[T]]],
         items: Sequence[object],
     ) -> list[T]:
-        self._progress.task(f"{self._endpoint.server.connections.url}: {name}", len(items))
+        self._progress.task(f"{self.endpoint.server.connections.url}: {name}", len(items))
         try:
             found = await ask(self._progress.advance)
         except AnswerFailure as error:
@@ -554,9 +543,9 @@ class _Conditions:
 
     def _is_late(self, name: str) -> bool:
         """Whether there is no time for a condition; the first one is asked in any case."""
-        is_late = bool(self._seen.observed) and time.perf_counter() > self._until_s
+        is_late = bool(self.observed) and time.perf_counter() > self._until_s
         if is_late:
-            self._seen.skipped.append(f"{name}: no time within --budget-s")
+            self.skipped.append(f"{name}: no time within --budget-s")
         return is_late
 
 

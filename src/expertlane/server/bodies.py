@@ -70,8 +70,8 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse its body."""
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if told.isdigit() and int(told[:20]) > MOST_BODY_BYTES:
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > MOST_BODY_BYTES:
             answer = ApiError(TOO_LARGE, _TOO_MANY_BYTES, code="body_too_large").response()
             answer.headers["Connection"] = "close"  # the rest is not read
             await answer(scope, receive, send)

@@ -29,7 +29,7 @@ _MOST_EVENTS = 200
 _MOST_HISTORY = 500_000  # token counts that a page gets at its start
 _HISTORY_FRAMES = 60
 _KEPT_LOOKS = 120
-_MARKED_S = 180.0  # how long the page is told of a recovery; it draws two minutes
+_MARKED_S = 180.0  # how long frames have a recovery; it draws two minutes
 
 
 @dataclass(frozen=True)

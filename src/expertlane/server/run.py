@@ -240,20 +240,20 @@ class Running:
         loop: the event loop that it runs in.
         service: the service that it runs.
         live: the frames of its live page.
-        num_told: how often it was told to end.
+        num_signals: signals to end so far.
     """
 
     loop: asyncio.AbstractEventLoop
     service: Service
     live: LiveFeed
     server: "_Server"
-    num_told: int = field(default=0, init=False)
+    num_signals: int = field(default=0, init=False)
     _drained: asyncio.Task[None] | None = field(default=None, init=False)
 
     def end(self) -> None:
         """Take no new requests, and end when those that run have; a second call ends at once."""
-        self.num_told += 1
-        if self.num_told == 1:
+        self.num_signals += 1
+        if self.num_signals == 1:
             self.drain()
         else:
             self._end_now()
@@ -309,7 +309,7 @@ def serve(
     on_start: Callable[[Running], None] = lambda running: None,
     takes_signals: bool = True,
 ) -> None:
-    """Serve until told to end.
+    """Serve until a signal, or the owner, ends it.
 
     Args:
         bound: from `bind`; closed in the end.
@@ -320,7 +320,7 @@ def serve(
     Raises:
         CapacityError: too few descriptors are left.
         RankError: a rank died, hung or failed.
-        TerminatedError: it was told to end twice.
+        TerminatedError: a second signal ended it at once.
     """
     _check_descriptors()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -402,9 +402,11 @@ async def _serve(
         for number, handler in before.items():
             loop.remove_signal_handler(number)
             signal.signal(number, handler)
-    if keeper is not None and running.num_told and service.engine.error is None:
+    if keeper is not None and running.num_signals and service.engine.error is None:
         keeper.note_end()
-    if running.num_told > 1:  # the present step is not waited for: whoever has the ranks ends them
+    if (
+        running.num_signals > 1
+    ):  # the present step is not waited for: whoever has the ranks ends them
         service.engine.stop()
         return service.engine.error or _terminated(last)
     error = service.engine.error

@@ -56,7 +56,7 @@ class ServerOptions:
         allowed_hosts: names by which the server is reached, besides loopback ones; `*` for any.
         max_num_queued: number of waiting requests from which on others are refused.
         request_timeout_s: the longest that a request may take, waiting included; None for any time.
-        drain_s: seconds that running requests may go on once the server is told to end.
+        drain_s: seconds that running requests may go on after the first signal to end.
         stall_s: seconds for which ranks may keep requests waiting before `/health` says so.
         observe: called with every request once it has its answer.
         on_event: called with every event of the server, by kind and text.

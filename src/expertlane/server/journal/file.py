@@ -144,7 +144,7 @@ class SuspectRecord(msgspec.Struct, frozen=True, array_like=True, tag="suspected
 
 
 class EndRecord(msgspec.Struct, frozen=True, array_like=True, tag="closed"):
-    """The process was told to end: no request is to blame for it."""
+    """The process ended by a signal to it: no request is to blame."""
 
 
 Record = Header | BeginRecord | StepRecord | ForgetRecord | SuspectRecord | EndRecord
@@ -234,7 +234,7 @@ class JournalEntry:
         """Count the end of the last process against it, and set it aside if it ran alone.
 
         Args:
-            has_died: whether that process ended without having been told to.
+            has_died: whether that process ended without a signal to end.
         """
         known = self.suspected
         if self.is_finished:

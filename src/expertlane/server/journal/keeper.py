@@ -405,7 +405,7 @@ class JournalKeeper:
                 )
 
     def note_end(self) -> None:
-        """Write that the process was told to end."""
+        """Write that a signal ends the process."""
         self._append(EndRecord())
 
     # From an earlier process.
