@@ -1,4 +1,4 @@
-"""One load on a server: requests sent when they are due, and the record of what came of them.
+"""One load on a server: requests sent when they are due, and the record of their answers.
 
 All times of a request count from when it was due: one that could only be sent late does not look
 faster. In a closed loop a request is due when it takes the place of another.
@@ -73,7 +73,7 @@ class LoadAnswers:
 
 
 class Stop:
-    """Tells a load to end before its time; of one event loop."""
+    """A signal to end a load early; of one event loop."""
 
     def __init__(self) -> None:
         self.why = ""

@@ -1,4 +1,4 @@
-"""Read a server's `/metrics` page: series in Prometheus's text format, and their names by engine.
+"""A server's `/metrics` page: series in Prometheus's text format, and their names by engine.
 
 `prometheus-client` reads such pages too. But only the extra `serve` installs it, it stops at the
 first line that it cannot parse, and it builds every series: 136 ms of CPU time for vLLM with 16

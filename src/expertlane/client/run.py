@@ -1,4 +1,4 @@
-"""Loads on one server, or on two in turns: warm-up, rounds, and what is found."""
+"""Loads on one server, or on two in turns: warm-up, rounds and results."""
 
 import asyncio
 import resource

@@ -1,4 +1,4 @@
-"""Read a server's `/metrics` before, during and after a load: counts and gauges."""
+"""Counts and gauges of a server's `/metrics` before, during and after a load."""
 
 import asyncio
 import time
@@ -59,7 +59,7 @@ class ServerSamples:
 
 
 class Watch:
-    """Reads the metrics of one server.
+    """Reader of one server's metrics.
 
     Args:
         route: path of its metrics page.

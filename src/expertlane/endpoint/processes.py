@@ -1,4 +1,4 @@
-"""A server's processes on this machine, the ports and shared memory that they hold, what is left.
+"""A server's processes on this machine, the ports and shared memory that they hold, what remains.
 
 All of it from Linux's /proc: elsewhere nothing is known.
 """

@@ -1,4 +1,4 @@
-"""Whether differences of log-probabilities are larger than rounding, token by token.
+"""Tests whether differences of log-probabilities are larger than rounding, token by token.
 
 A server's differences `d` from a reference stand beside differences `c` that rounding alone made on
 the same tokens, such as the reference's own in bfloat16 from itself in float32. Where a server only

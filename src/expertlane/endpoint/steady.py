@@ -231,7 +231,7 @@ async def _tried(
 
 @dataclass(eq=False)
 class HealthWatch:
-    """Asks a server again and again whether it is well.
+    """Periodic requests for `/health`.
 
     Attributes:
         asked_s, statuses: when it was asked, on the clock of `time.perf_counter`, and the HTTP

@@ -349,7 +349,7 @@ def run_head(skeleton: Skeleton, hidden: Tensor) -> Tensor:
 
 
 class _TopkCalls(TorchFunctionMode):
-    """Notes calls of topk: scores, and what was chosen of them."""
+    """Recorder of calls of topk: scores, and what was chosen of them."""
 
     def __init__(self) -> None:
         super().__init__()

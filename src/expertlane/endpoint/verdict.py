@@ -1,4 +1,4 @@
-"""From log-probabilities under several conditions to the answer, and its likely cause."""
+"""The verdict on a server from log-probabilities under several conditions, and its likely cause."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace

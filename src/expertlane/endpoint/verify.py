@@ -1,4 +1,4 @@
-"""Ask a server for log-probabilities under several conditions, and a reference for the same.
+"""Verification of a server: log-probabilities under several conditions, and of a reference.
 
 Each condition is one in which engines differ: given tokens scored alone and under load, the same
 ones again, tokens generated alone and under load, with the prefix cache cold and warm, and each

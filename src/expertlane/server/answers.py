@@ -1,4 +1,4 @@
-"""Answers to requests for text, from what is prepared: whole, or as server-sent events."""
+"""Answers to requests for text: whole, or as server-sent events."""
 
 import asyncio
 import time
@@ -144,7 +144,7 @@ class Piece:
 
 
 class Answer(Response):
-    """Generates text and sends it, whole or as events; a closed connection ends both.
+    """The response of a request for text, whole or as events; a closed connection ends both.
 
     With `kept` it generates nothing: every event follows from the chunks of that source.
 

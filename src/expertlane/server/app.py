@@ -201,7 +201,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 
 class Arrival(Response):
-    """Sends an answer once it is made, unless the client leaves or the time is up before.
+    """The response of a request whose answer is not made yet; ends if the client leaves or is late.
 
     Making it includes tokenizing the prompt.
 

@@ -62,7 +62,7 @@ class JsonCounts:
 
 
 class BodyLimit:
-    """Refuses bodies that are too large or too slow, before they are wholly in memory."""
+    """Middleware that refuses bodies too large or too slow, before they are wholly in memory."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

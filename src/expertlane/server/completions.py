@@ -181,7 +181,7 @@ class ChatAnswer(Answer):
 
 
 class ChatParts:
-    """Splits the text of one choice into the fields of a message.
+    """The message of one choice: its text, split into the fields of the API.
 
     Args:
         id_of: gives 32 hexadecimal digits for the number of a call.

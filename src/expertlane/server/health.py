@@ -1,4 +1,4 @@
-"""Whether requests go on, or wait for ranks: what `/health`, `/live` and a metric say of it."""
+"""Health of a server: whether requests are computed or wait for ranks; `/health` and `/live`."""
 
 import time
 from typing import Any, Literal
@@ -31,7 +31,7 @@ def change_under_way(recovery: Recovery | None) -> Change | None:
 
 
 class Stall:
-    """Sees that ranks keep requests waiting for longer than a bound; used in one thread.
+    """Detector of ranks that keep requests waiting for longer than a bound; used in one thread.
 
     Of ranks that should run it is the silence that `--timeout-s` bounds too; once they count as
     lost, or while the layout changes, the time that this takes. What begins with silence and goes

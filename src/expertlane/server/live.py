@@ -46,7 +46,7 @@ COLOURS = {
 
 
 class LiveFeed:
-    """Makes one frame a second for all viewers; used in one event loop.
+    """The source of frames, one a second for all viewers; used in one event loop.
 
     Attributes:
         num_viewers: pages that are open.

@@ -67,7 +67,7 @@ _LEVELS = {"error": "error", "end": "error", "recovery": "warning"}  # of events
 
 
 class RequestLog:
-    """Writes in a thread of its own, so that a slow reader holds up no request.
+    """The log of requests; a thread of its own writes it, so that a slow reader delays no request.
 
     Args:
         decode: turns a prompt's token ids into text: prompts and outputs are then written too;

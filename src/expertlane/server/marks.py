@@ -99,7 +99,7 @@ class Part:
 
 
 class MarkedText:
-    """Splits an answer into reasoning, content and calls as its text arrives.
+    """Parser of an answer into reasoning, content and calls, as its text arrives.
 
     Args:
         prompt: its end tells whether the answer begins inside reasoning.
@@ -406,7 +406,7 @@ def _overlap(text: str, mark: str) -> int:
 
 
 class JsonValue:
-    """Finds the end of a JSON object or list as its text arrives.
+    """Scanner for the end of a JSON object or list, as its text arrives.
 
     Attributes:
         is_begun, is_ended: whether some of it has arrived, and whether all has.
@@ -443,7 +443,7 @@ class JsonValue:
 
 
 class CallObject:
-    """Reads `{"name": …, "arguments": …}`; gives the arguments once the name is known.
+    """Parser of `{"name": …, "arguments": …}`; gives the arguments once the name is known.
 
     Attributes:
         name: None before it is known.
@@ -522,7 +522,7 @@ def _decoded(text: str) -> str | None:
 
 
 class XmlArguments:
-    """Writes arguments as JSON, from keys and values that arrive one by one.
+    """Arguments as JSON, written from keys and values that arrive one by one.
 
     Args:
         schema: schema of the tool's parameters; tells which values are texts.

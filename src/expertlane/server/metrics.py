@@ -73,7 +73,7 @@ _FAMILIES = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
 
 @dataclass(frozen=True)
 class Families:
-    """Makes metrics of prometheus-client.
+    """Factory of metrics of prometheus-client with common labels.
 
     Attributes:
         prefix: beginning of their names.

@@ -86,7 +86,7 @@ class Heads:
 
 
 class Hosts:
-    """Refuses requests that a web page of another site can make its visitor's browser send.
+    """Middleware against requests that a web page of another site makes its visitor's browser send.
 
     A page can point its own name at this server's address (DNS rebinding), and then read answers:
     the `Host` header has that name. Or it can send without reading: then `Origin` names the page's
@@ -182,7 +182,7 @@ def is_loopback(name: str) -> bool:
 
 
 class ApiKeys:
-    """Refuses requests without one of the keys.
+    """Middleware that refuses requests without one of the keys.
 
     Args:
         keys: the valid keys; if there are none, requests need none.

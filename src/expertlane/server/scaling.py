@@ -50,7 +50,7 @@ class _UnderWay:
 
 
 class _Changer:
-    """Changes the layout of a service, one change at a time; used in its event loop."""
+    """Layout changes of a service, one at a time; used in its event loop."""
 
     def __init__(self, service: Service, live: LiveState) -> None:
         self._service, self._live = service, live

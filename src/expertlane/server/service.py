@@ -82,7 +82,7 @@ def as_field(message: str, param: str, num_choices: int) -> str:
 
 
 class Journal(Protocol):
-    """Keeps requests so that they outlive this process."""
+    """A journal, by which requests outlive this process."""
 
     def write(self, chunks: list[Chunk]) -> None:
         """Write the chunks of a step, before clients get them."""
@@ -102,7 +102,7 @@ _MANY_TOKENS = 4096  # decoding them takes some milliseconds
 
 
 class Service:
-    """Admits requests, tokenizes them and queues them; used in one event loop.
+    """Admission, tokenizing and queueing of requests for one model; used in one event loop.
 
     Args:
         check_ranks: notices ranks that have ended; see `AsyncEngine`.

@@ -91,7 +91,7 @@ class TooLongError(UserError):
 
 
 class PromptEncoder:
-    """Tokenizes texts of bounded length, since a tokenizer takes about 200 bytes a character.
+    """Tokenizing of texts of bounded length, since a tokenizer takes about 200 bytes a character.
 
     Args:
         most: tokens that a prompt may have; texts with many more are refused.

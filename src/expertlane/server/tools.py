@@ -116,7 +116,7 @@ def _lead(marks: Marks, prompt: str) -> tuple[str | None, str | None]:
 
 
 class _Writer:
-    """Writes the rules of calls, in Lark's syntax."""
+    """The rules of calls, in Lark's syntax."""
 
     def __init__(self, asked: CallRules, tokenizer: Tokenizer) -> None:
         self._asked, self._form, self._tokenizer = asked, asked.form, tokenizer

@@ -1,4 +1,4 @@
-"""The process of one chat template: compiles the template, then renders chats.
+"""The process of one chat template, which compiles the template, then renders chats.
 
 A template is an untrusted program. Jinja's sandbox keeps it from files and from Python's internals.
 """

@@ -102,7 +102,7 @@ def main() -> None:
 
 
 class _Trial:
-    """Tries grammars for one tokenizer.
+    """The trial of grammars for one tokenizer.
 
     Args:
         source: the tokenizer, as its file has it.

@@ -91,7 +91,7 @@ class Constraint:
 
 
 class Grammars:
-    """Compiles grammars, and computes masks; safe to use from several threads.
+    """Compiler of grammars, and their masks; safe to use from several threads.
 
     Args:
         vocab_size: size of the model's vocabulary.

@@ -203,7 +203,7 @@ class StopMatch(NamedTuple):
 
 
 class StopStrings:
-    """Finds the first of some strings in a text that comes in pieces.
+    """Search for the first of some strings in a text that comes in pieces.
 
     Takes time and memory linear in the text and in what of the strings it has matched: the
     algorithm of Knuth, Morris and Pratt, whose tables grow only as far as the text gets into a
