@@ -8,10 +8,8 @@ from client.vllm_server import checkpoint, dense_checkpoint, vllm
 from expertlane.client.connection import Url
 from expertlane.client.run import MeasureOptions, Target, measure
 from expertlane.client.server import Vocabulary
-from expertlane.engine.llm import LLM
 from expertlane.progress import Progress
 from expertlane.spec.workload import LengthRange, Load
-from server.running import serving
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1500)]
 
@@ -86,13 +84,3 @@ def test_vllm(tmp_path, num_ranks):
         check_same(flushed, num_ranks)
         assert flushed.engine.counts.num_cached_tokens == 0
         check_cut_off(url, folder, first)
-
-
-@pytest.mark.parametrize("layout", ["tp=1", "dp=2,ep=2"])
-def test_our_own(tmp_path, layout):
-    folder = checkpoint(tmp_path)
-    with LLM(str(folder), layout=layout, dtype="float32") as llm, serving(llm) as server:
-        first = measured(server.url, folder)
-        check_same(first)
-        assert first.engine.engine == "expertlane"
-        check_cut_off(server.url, folder, first)

@@ -37,18 +37,24 @@ class Counting:
     Args:
         generate: the answer.
         before: called with the number of each request, before it is counted.
+        num_reads: how often its page is read before it answers.
     """
 
-    def __init__(self, num_ranks=1, generate=answer, before=lambda counting, number: None):
+    def __init__(
+        self, num_ranks=1, generate=answer, before=lambda counting, number: None, num_reads=0
+    ):
         self.ranks = [dict.fromkeys(("prompt", "output", "requests"), 0) for _ in range(num_ranks)]
         self.num_cached, self.num_preempted, self.num_reads = 0, 0, 0
         self.num_running = 0
-        self._generate, self._before = generate, before
+        self._generate, self._before, self._wanted_reads = generate, before, num_reads
 
     async def generate(self, asked, number):
         self._before(self, number)
         rank = self.ranks[number % len(self.ranks)]
         self.num_running += 1
+        end = self.num_reads + self._wanted_reads if number else 0  # none while it is probed
+        while self.num_reads < end:
+            await asyncio.sleep(0.001)
         async for part in self._generate(asked, number):
             yield part
         self.num_running -= 1
@@ -96,14 +102,6 @@ def test_every_round_agrees_exactly_without_warm_up_and_probe(fake, num_ranks, n
     assert (engine.differences, engine.num_others, engine.engine) == ([], 0, "vllm")
     assert list(engine.by_rank) == ["0", "1"][:num_ranks]
     assert sum(each.num_requests or 0 for each in engine.by_rank.values()) == 36
-
-
-def test_one_request(fake):
-    load = Load(1, LengthRange(1, 1), LengthRange(1, 1), batch=1)
-    engine = counted(fake, Counting(), load, num_warm_up=0).engine
-    (both,) = engine.rounds
-    assert both.engine.num_requests == both.client.num_requests == 1
-    assert both.differences == []
 
 
 def test_an_engine_that_counts_otherwise_is_told(fake):
@@ -203,14 +201,7 @@ def test_gauges_over_time(fake, monkeypatch):
     monkeypatch.setattr(watch, "_EVERY_S", 0.01)
     monkeypatch.setattr(watch, "_MOST_SHARE", 1e9)
 
-    async def until_it_is_read(asked, number):
-        end = counting.num_reads + 3 if number else 0  # nothing is sampled while it is probed
-        while counting.num_reads < end:
-            await asyncio.sleep(0.001)
-        async for part in answer(asked, number):
-            yield part
-
-    counting = Counting(2, generate=until_it_is_read)
+    counting = Counting(2, num_reads=3)
     gauges = counted(fake, counting, num_rounds=2).engine.gauges
     assert set(gauges.rounds) == {1, 2}
     assert list(gauges.ranks) == ["0", "1"]
@@ -228,14 +219,7 @@ def test_samples_are_bounded(fake, monkeypatch):
     monkeypatch.setattr(watch, "_MOST_SHARE", 1e9)
     monkeypatch.setattr(watch, "_MOST_SAMPLES", 8)
 
-    async def until_it_is_read(asked, number):
-        end = counting.num_reads + 10 if number else 0  # nothing is sampled while it is probed
-        while counting.num_reads < end:
-            await asyncio.sleep(0.001)
-        async for part in answer(asked, number):
-            yield part
-
-    counting = Counting(generate=until_it_is_read)
+    counting = Counting(num_reads=10)
     serving = counted(fake, counting, num_warm_up=0)
     assert counting.num_reads > 20
     assert len(serving.engine.gauges.times_s) < 8

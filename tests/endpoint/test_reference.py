@@ -241,18 +241,3 @@ def added_memory(folder: Path, *sizes: int) -> dict[str, int]:
 def test_one_layer_is_in_memory(tmp_path) -> None:
     found = added_memory(tmp_path, 512, 512, 32, 5)
     assert found["layer"] < found["added"] < 2 * found["layer"]
-
-
-@pytest.mark.full
-@pytest.mark.timeout(1800)
-@pytest.mark.starts_anew
-def test_a_checkpoint_larger_than_memory(tmp_path) -> None:
-    total = next(
-        int(line.split()[1]) * 1024
-        for line in Path("/proc/meminfo").read_text().splitlines()
-        if line.startswith("MemTotal")
-    )
-    per_layer = 2 * 32 * 3 * 2048 * 1024  # bytes of its experts
-    found = added_memory(tmp_path, 2048, 1024, 32, total // per_layer + 2)
-    assert found["file"] > total
-    assert found["layer"] < found["added"] < 2 * found["layer"]

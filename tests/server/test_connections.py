@@ -14,7 +14,7 @@ from engine.stub_runner import expected, spell
 from expertlane.server import bodies
 from expertlane.server import run as server_run
 from expertlane.server.setup import ServerOptions
-from server.running import LONG, PATIENCE_S, Stream, events_in, held, is_idle
+from server.running import LONG, PATIENCE_S, Stream, events_in, is_idle
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -68,19 +68,6 @@ def test_a_half_closed_client_gets_its_stream(stub_server):
     connection.close()
     text = "".join(event["choices"][0]["text"] for event in events_in(events))
     assert text == spell(expected(LONG["prompt"], LONG["max_tokens"]))
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_half_closes_and_goes_frees_its_blocks(stub_server, stream):
-    server = stub_server()
-    connection = held(server, stream=stream)
-    if stream:
-        connection.read_until(b"text/event-stream")
-    connection.socket.shutdown(socket.SHUT_WR)
-    connection.close()
-    assert wait_until(lambda: server.service.num_open == 0)
-    server.gate.set()
-    assert wait_until(lambda: is_idle(server))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import resource
+import socket
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -19,11 +20,16 @@ from expertlane.server.setup import ServerOptions
 from server.running import LONG, PATIENCE_S, Stream, events_in, held, is_idle
 
 
+@pytest.mark.parametrize("half_closes", [False, True])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_closed_connection_frees_its_blocks(stub_server, stream):
+def test_a_closed_connection_frees_its_blocks(stub_server, stream, half_closes):
     server = stub_server()
     connection = held(server, stream=stream)
     num_steps = server.engine.runner.num_steps
+    if half_closes:
+        if stream:
+            connection.read_until(b"text/event-stream")
+        connection.socket.shutdown(socket.SHUT_WR)
     connection.close()
     assert wait_until(lambda: server.service.num_open == 0)
     server.gate.set()

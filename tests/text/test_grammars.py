@@ -259,24 +259,10 @@ HOSTILE = {  # what takes seconds is in HEAVY
 }
 HEAVY = {
     "a million letters": {"regex": "(a{1000}){1000}"},
-    "a thousand million letters": {"regex": "((a{1000}){1000}){1000}"},
-    "four thousand million letters": {"regex": "a{4294967295}"},
     "2 to the 60th": {"regex": "(" * 60 + "a" + "){2}" * 60},
-    "a pattern of a million letters": {"json_schema": TEXT | {"pattern": "^(a{1000}){1000}$"}},
-    "patterns of names": {
-        "json_schema": {
-            "patternProperties": {f"^a{i}(b|c){{1,{100 + i}}}$": TEXT for i in range(500)}
-        }
-    },
     "intersections": {
         "json_schema": all_of(*(TEXT | {"pattern": f"(a|b)*a(a|b){{{i}}}b"} for i in range(100)))
     },
-    "common multiples": {
-        "json_schema": all_of(
-            *({"type": "integer", "multipleOf": each} for each in (97, 101, 103, 107))
-        )
-    },
-    "a large divisor": {"json_schema": {"type": "integer", "multipleOf": 999_983}},
     "a huge enum": {"json_schema": {"enum": [{"a": i, "b": [i]} for i in range(8000)]}},
 }
 CHEAP = {  # it only looks hostile
