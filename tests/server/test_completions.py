@@ -176,6 +176,14 @@ def test_null_is_as_many_as_fit(served):
         {"best_of": 1, "use_beam_search": False, "skip_special_tokens": True, "suffix": None},
         {"repetition_penalty": 1.0, "logprobs": None, "stop": None, "top_k": -1, "min_p": 0.0},
         {"ignore_eos": True, "length_penalty": 1, "priority": 3, "seed": -1, "timeout_s": 60},
+        {
+            "prompt": ["thing"],
+            "frequency_penalty": 0,
+            "presence_penalty": 0,
+            "seed": None,
+            "top_p": 1,
+        },
+        {"best_of": 1, "stream": True, "temperature": 0.0, "ignore_eos": True},
     ],
 )
 def test_what_clients_send_without_effect_is_taken(served, more):
