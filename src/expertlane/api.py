@@ -5,21 +5,28 @@ with the same defaults. What is found is returned; it is written only if `out` s
 and warnings go to stderr, as the commands' do.
 """
 
+from collections.abc import Callable
 from contextlib import closing
+from inspect import unwrap
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from expertlane.cli import bench as bench_command
-from expertlane.cli import compare as compare_command
-from expertlane.cli import drill as drill_command
-from expertlane.cli import plan as plan_command
-from expertlane.cli import simulate as simulate_command
-from expertlane.cli import verify as verify_command
+from expertlane.cli.bench import bench as bench_command
+from expertlane.cli.compare import compare as compare_command
 from expertlane.cli.diff import THRESHOLD_PERCENT
-from expertlane.cli.option_groups import Fill, call_with
+from expertlane.cli.drill import drill as drill_command
+from expertlane.cli.option_groups import (
+    Fill,
+    PythonFunction,
+    PythonOptions,
+    call_with,
+    names_itself,
+)
 from expertlane.cli.output import Call, Found, write_beside
-from expertlane.cli.python_options import PythonFunction, PythonOptions, names_itself
+from expertlane.cli.plan import plan as plan_command
+from expertlane.cli.simulate import of_plan
+from expertlane.cli.simulate import simulate as simulate_command
+from expertlane.cli.verify import verify as verify_command
 from expertlane.comparison import corrections
 from expertlane.cost.laws.corrections import Corrections
 from expertlane.errors import UserError
@@ -48,14 +55,14 @@ __all__ = [
 ]
 
 
-def _function(module: ModuleType, fill: Fill = lambda _: {}) -> PythonFunction[Results]:
-    """The command of a module as a function, with every option that it declares.
+def _function(command: Callable[..., None], fill: Fill = lambda _: {}) -> PythonFunction[Results]:
+    """A command as a function, with every option that it declares.
 
     Args:
         fill: as `takes_groups` takes it.
     """
-    name = module.__name__.rpartition(".")[2]
-    options = PythonOptions.of(getattr(module, name), module.run)
+    run = unwrap(command)
+    options = PythonOptions.of(run)
 
     def function(*arguments: Any, **given: Any) -> Results:
         taken = options.take(*arguments, **given)
@@ -63,7 +70,7 @@ def _function(module: ModuleType, fill: Fill = lambda _: {}) -> PythonFunction[R
         if out is None and taken.get("trace"):
             raise UserError("trace writes files; say where: out='results/NAME'")
         call = Call(options.command(taken), out)
-        found = call_with(module.run, options.defaults() | taken | fill(taken) | {"call": call})
+        found = call_with(run, options.defaults() | taken | fill(taken) | {"call": call})
         if not isinstance(found, Found):
             with closing(found):  # of a comparison: one, of the one number of experts per token
                 (found,) = found
@@ -75,12 +82,12 @@ def _function(module: ModuleType, fill: Fill = lambda _: {}) -> PythonFunction[R
             found.also()  # files whose folder another option names
         return results
 
-    return options.describe(function, name, __name__, Results)
+    return options.describe(function, run.__name__, __name__, Results)
 
 
 compare = _function(compare_command)
 plan = _function(plan_command)
-simulate = _function(simulate_command, simulate_command.of_plan)
+simulate = _function(simulate_command, of_plan)
 bench = _function(bench_command)
 drill = _function(drill_command)
 verify = _function(verify_command)

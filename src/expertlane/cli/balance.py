@@ -131,7 +131,7 @@ def balance(own: _Options, output_options: AnswerOptions) -> None:
         after = _read(Path(own.placement or ""), read, own.ep_ranks)
         num_redundant = max(each.num_slots for each in after) - read.num_experts
     else:
-        folder = Call.typed(output_options.out).folder(slug("balance", read.model))
+        folder = Call.typed(output_options).folder(slug("balance", read.model))
         after = _made(read, own)
         num_redundant = own.num_redundant_experts
     before = _linear(read, own.ep_ranks, num_redundant)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 
@@ -11,26 +11,23 @@ from expertlane.cli.help import Panel
 from expertlane.cli.load import LoadOptions
 from expertlane.cli.local_model import load_model
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.option_groups import given, takes_groups
-from expertlane.cli.options import (
-    API_KEY,
-    MODEL_HELP,
-    EngineOptions,
-    api_keys,
-    key_lines,
-    known_models,
-    layout_option,
+from expertlane.cli.option_groups import given, publishes
+from expertlane.cli.options import MODEL_HELP, EngineOptions, known_models, layout_option
+from expertlane.cli.server_options import (
+    PromptOptions,
+    api_key_file_option,
+    flush_caches_option,
+    one_key_each,
     request_timeout_option,
+    vocabulary,
 )
-from expertlane.cli.output import OutputOptions
-from expertlane.errors import UserError, naming
+from expertlane.errors import UserError
 from expertlane.spec.layout import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from expertlane.client.run import LoadResult, MeasureOptions, Target
-    from expertlane.client.server import Vocabulary
     from expertlane.results.results import Results
     from expertlane.spec.workload import Load
 
@@ -57,40 +54,15 @@ class UrlOptions:
         show_default=f"1; with --compare {_PAIRED_ROUNDS}",
         help="Rounds, each with its own requests; 5 or more give an interval.",
     )
-    endpoint: Literal["completions", "chat"] = typer.Option(
-        "completions", help="API that requests use; prompts of chats are text."
-    )
-    tokenizer: Path | None = typer.Option(
-        None,
-        metavar="DIR",
-        show_default="MODEL if it is such a folder, else the server's /tokenize",
-        help="Folder of the model's tokenizer. Required for chats.",
-    )
-    api_key_file: list[Path] | None = typer.Option(
-        None,
-        metavar="FILE",
-        show_default=f"{API_KEY}, else none",
-        help="File with the API key. A second file is for --compare.",
-    )
+    requests_as: PromptOptions
+    api_key_file: list[Path] | None = api_key_file_option(" A second file is for --compare.")
     num_warm_up: int | None = typer.Option(
         None,
         show_default="the batch; in an open loop 8",
         help="Warm-up requests before each load, which are not counted.",
     )
     request_timeout_s: float | None = request_timeout_option("600")
-    flush_caches: bool = typer.Option(
-        False,
-        help="Empty the server's prefix cache before each round: SGLang; vLLM in development mode.",
-    )
-
-    def check_unused(self) -> None:
-        """Refuse these options where there is no server.
-
-        Raises:
-            UserError: one is given.
-        """
-        if unused := given(self):
-            raise UserError(f"{unused[0]} is for a server; give its --url")
+    flush_caches: bool = flush_caches_option()
 
     def targets(self, model: str | None) -> "list[Target]":
         """The servers.
@@ -102,42 +74,12 @@ class UrlOptions:
         from expertlane.client.run import Target
 
         urls = {"--url": self.url, "--compare": self.compare}
-        keys = self._keys()
+        keys = one_key_each(self.api_key_file or [], 1 + (self.compare is not None))
         return [
             Target(Url.parse(text, option), keys[min(place, len(keys) - 1)], model)
             for place, (option, text) in enumerate(urls.items())
             if text is not None
         ]
-
-    def _keys(self) -> "list[str | None]":
-        files = self.api_key_file or []
-        if len(files) > 1 + (self.compare is not None):
-            raise UserError(f"--api-key-file is given {len(files)} times; once for each server")
-        found: dict[str, str] = {}
-        for path in files:
-            own = key_lines(path)
-            if len(own) > 1:
-                raise UserError(f"--api-key-file: {path} has {len(own)} keys; one is needed")
-            found |= own
-        return [*api_keys(found)] or [None]
-
-    def vocabulary(self, model: str | None) -> "Vocabulary | None":
-        """The tokens of a tokenizer that was given, or is in MODEL.
-
-        Raises:
-            UserError: there is none that can be read.
-        """
-        from expertlane.client.server import Vocabulary
-
-        if self.tokenizer is not None:
-            with naming("--tokenizer"):
-                return Vocabulary.of_folder(self.tokenizer)
-        return Vocabulary.of_name(model) if model is not None else None
-
-    @property
-    def num_rounds(self) -> int:
-        """Repetitions of each load."""
-        return self.rounds or (1 if self.compare is None else _PAIRED_ROUNDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,15 +98,15 @@ _Model = Annotated[
 ]
 
 
-@takes_groups
+@publishes
 def bench(
     own: _Options,
-    output_options: OutputOptions,
+    call: output.Call,
     load: LoadOptions,
     at: UrlOptions,
     engine: EngineOptions,
     model: _Model = None,
-) -> None:
+) -> output.Found:
     """Measure throughput and latency of a model, or of a server, under load.
 
     A sweep over batch sizes, or requests that arrive at a rate; each layout gets the same
@@ -196,30 +138,12 @@ def bench(
       expertlane bench paper-tiny --json |
           jq '.deployments[].serving[].output_tps.value'
     """
-    call = output.Call.typed(output_options.out)
-    if at.url is None:
-        output.publish(run(own, load, at, engine, call, model), output_options)
-        return
-    _check_alone(own, engine)
-    found, signal = run_url(model, at, load, call)
-    output.publish(found, output_options)
-    if signal is not None:
-        raise typer.Exit(128 + signal)  # as shells have it
-
-
-def run(
-    own: _Options,
-    load: LoadOptions,
-    at: UrlOptions,
-    engine: EngineOptions,
-    call: output.Call,
-    model: _Model = None,
-) -> output.Found:
-    """Measure, and return the results; prints nothing on standard output."""
     if at.url is not None:
-        _check_alone(own, engine)
-        return run_url(model, at, load, call)[0]
-    at.check_unused()
+        if unused := [*given(own), *given(engine)]:
+            raise UserError(f"{unused[0]} says how a model runs here; leave it out with --url")
+        return run_url(model, at, load, call)
+    if unused := given(at):
+        raise UserError(f"{unused[0]} is for a server; give its --url")
     if model is None:
         raise UserError("MODEL is missing: give a model, or a server's --url")
     loads = load.loads()
@@ -229,16 +153,6 @@ def run(
     folder = call.folder(output.slug("bench", found.config.name))
     results = _measured(found, engine, loads, layouts, load, call.command)
     return output.Found(results, folder)
-
-
-def _check_alone(own: _Options, engine: EngineOptions) -> None:
-    """Refuse options that only a model run here can have.
-
-    Raises:
-        UserError: it is given.
-    """
-    if unused := [*given(own), *given(engine)]:
-        raise UserError(f"{unused[0]} says how a model runs here; leave it out with --url")
 
 
 def _check(
@@ -307,12 +221,12 @@ def _measured(
 
 def run_url(
     model: str | None, options: UrlOptions, load: LoadOptions, call: output.Call
-) -> tuple[output.Found, int | None]:
-    """Measure; returns the results, and the signal that ended it early, if any."""
+) -> output.Found:
+    """Measure servers; a signal that ends it early is the exit code."""
     from expertlane.client.run import MeasureOptions, measure
 
     loads = load.loads()
-    targets = options.targets(model)
+    targets, requests_as = options.targets(model), options.requests_as
     more: dict[str, Any] = {}
     if options.request_timeout_s is not None:
         more["timeout_s"] = options.request_timeout_s
@@ -320,10 +234,10 @@ def run_url(
         loads,
         load.seed,
         load.slos,
-        options.vocabulary(model),
-        options.endpoint == "chat",
+        vocabulary(requests_as.tokenizer, model),
+        requests_as.endpoint == "chat",
         options.num_warm_up,
-        options.num_rounds,
+        options.rounds or (1 if options.compare is None else _PAIRED_ROUNDS),
         flushes_caches=options.flush_caches,
         **more,
     )
@@ -332,7 +246,8 @@ def run_url(
     with output.progress_on_stderr() as progress:
         seen = measure(targets, asked, progress)
     results = _results(seen, asked, load, [str(each.url) for each in targets], call.command)
-    return output.Found(results, folder), seen.signal
+    code = 0 if seen.signal is None else 128 + seen.signal  # as shells have it
+    return output.Found(results, folder, exit_code=code)
 
 
 def _results(

@@ -11,7 +11,7 @@ from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import cpu_isa_option, dtype_option, timeout_option
-from expertlane.cli.output import AnswerOptions, out_option
+from expertlane.cli.output import AnswerOptions
 from expertlane.errors import UserError
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.files import strict_json
@@ -44,7 +44,7 @@ class _Options:
 
 @dataclass(frozen=True, kw_only=True)
 class _Output(AnswerOptions):
-    out: Path | None = out_option("., for NAME.toml")
+    changes: ClassVar = {"out": {"show_default": "., for NAME.toml"}}
 
 
 @takes_groups

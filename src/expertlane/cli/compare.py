@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,14 +21,13 @@ from expertlane.cli.compare_servers import (
 )
 from expertlane.cli.load import ServedLoad
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.option_groups import given, takes_groups
+from expertlane.cli.option_groups import given, publishes
 from expertlane.cli.options import (
     LaunchOptions,
     fields_of,
     known_experiments,
     parse_list,
 )
-from expertlane.cli.output import OutputOptions
 from expertlane.errors import CapacityError, MissingExtraError, UserError, naming, require_extra
 from expertlane.spec.engine_config import EngineConfig
 from expertlane.spec.hf_config import resolve_model
@@ -61,7 +60,7 @@ class _Comparison:
     is_measured: bool = False
 
 
-@takes_groups
+@publishes
 def compare(
     experiment: Annotated[
         str | None,
@@ -77,12 +76,12 @@ def compare(
     *,
     own: CompareOptions,
     traffic: ServedLoad,
-    output_options: OutputOptions,
+    call: output.Call,
     time: VirtualTimeOptions,
     launch: LaunchOptions,
     projection: ProjectionOptions,
     servers: ServerOptions,
-) -> None:
+) -> Generator[output.Found]:
     """Run an experiment's deployments in turn on the same ranks and show them side by side.
 
     Says which deployment is faster and why: tokens per second, time per output token, where each
@@ -120,34 +119,19 @@ def compare(
       torchrun --nnodes 2 --nproc-per-node 1 … -m expertlane compare
           on two nodes, 8 ranks each
     """
+    from expertlane.balance.holding import check_experiment
+
     if servers.dry_run:
+        if not call.is_typed:
+            raise UserError("dry_run prints commands; expertlane compare --dry-run does so")
         servers.check_without_ranks(own, time, launch)
         named = named_experiment(experiment, servers, traffic)
         projection.check(*(["cluster"] if servers.scripts is not None else []))
         (only,) = _comparisons(named, own, output.Call(""), has_weights=False, is_run_here=False)
-        as_json = output_options.as_json
-        print_commands(only.experiment, servers, own.dtype, projection.cluster, as_json=as_json)
+        print_commands(
+            only.experiment, servers, own.dtype, projection.cluster, as_json=call.as_json
+        )
         return
-    call = output.Call.typed(output_options.out)
-    found = run(experiment, own, traffic, time, launch, projection, servers, call)
-    with closing(found):  # its ranks end, whatever printing comes to
-        for each in found:
-            output.publish(each, output_options)
-
-
-def run(
-    experiment: str | None,
-    own: CompareOptions,
-    traffic: ServedLoad,
-    time: VirtualTimeOptions,
-    launch: LaunchOptions,
-    projection: ProjectionOptions,
-    servers: ServerOptions,
-    call: output.Call,
-) -> Generator[output.Found]:
-    """Compare, one comparison after the other; prints nothing on standard output."""
-    from expertlane.balance.holding import check_experiment
-
     projection.check()
     if servers.is_asked:
         servers.check_without_ranks(own, time, launch)

@@ -165,14 +165,13 @@ class ProjectionOptions:
     corrections: Path | None = corrections_option()
     fit_corrections: Path | None = typer.Option(
         None,
-        metavar="FILE",
         show_default="none",
         help="Fit corrections to what was measured beside the projection, and write them: for "
         "--corrections of plan, simulate and compare.",
         rich_help_panel=Panel.MODELLED,
     )
     slo: list[str] | None = slo_option(
-        "Each deployment runs as many sequences as they allow.", rich_help_panel=Panel.MODELLED
+        "Each deployment runs as many sequences as they allow.", panel=Panel.MODELLED
     )
 
     def __post_init__(self) -> None:

@@ -15,14 +15,18 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import given
-from expertlane.cli.options import (
-    API_KEY,
-    api_keys,
-    key_lines,
+from expertlane.cli.options import scripts_option
+from expertlane.cli.server_options import (
+    api_key_file_option,
+    engine_args_option,
+    engine_python_option,
+    flush_caches_option,
+    one_key_each,
     request_timeout_option,
-    scripts_option,
+    start_timeout_option,
+    vocabulary,
 )
-from expertlane.errors import UserError, naming
+from expertlane.errors import UserError
 from expertlane.printable import printable
 from expertlane.spec.files import strict_json, write_text
 
@@ -39,7 +43,6 @@ if TYPE_CHECKING:
     from expertlane.spec.workload import Load
 
 OWN = "expertlane"
-_START_TIMEOUT_S = 1_200.0
 _SEEDS = 2**31
 _OF_RANKS = frozenset({"--experts-per-token", "--resume", "--traffic", "--trace"})
 _OF_STARTED = ("--engine-python", "--engine-args", "--kv-tokens", "--start-timeout-s")
@@ -49,9 +52,10 @@ _OF_STARTED = ("--engine-python", "--engine-args", "--kv-tokens", "--start-timeo
 class ServerOptions:
     """Engines to start, and servers that run already."""
 
-    panel: ClassVar = Panel.SERVER
+    panel: ClassVar = Panel.MORE_SERVER
     engine: list[str] | None = typer.Option(
         None,
+        rich_help_panel=Panel.SERVER,
         metavar="vllm|sglang|trtllm|expertlane",
         show_default="expertlane, without servers",
         help="Engine that serves. Each deployment is started as a server of this engine, measured "
@@ -60,67 +64,36 @@ class ServerOptions:
     url: list[str] | None = typer.Option(
         None,
         metavar="[NAME=]URL",
+        rich_help_panel=Panel.SERVER,
         help="Measure a server with the OpenAI API. It runs already, and needs no EXPERIMENT; with "
         "one, the NAME of a deployment says that it has its layout.",
     )
-    engine_python: list[str] | None = typer.Option(
-        None,
-        metavar="[NAME=]PATH",
-        rich_help_panel=Panel.MORE_SERVER,
-        show_default="commands on the PATH",
-        help="Python of the environment that the engine is installed in.",
-    )
-    engine_args: list[str] | None = typer.Option(
-        None,
-        metavar="[NAME=]ARGS",
-        rich_help_panel=Panel.MORE_SERVER,
-        help='Further arguments of the engine\'s command, such as "--enforce-eager".',
-    )
+    engine_python: list[str] | None = engine_python_option()
+    engine_args: list[str] | None = engine_args_option()
     kv_tokens: int | None = typer.Option(
         None,
-        metavar="N",
-        rich_help_panel=Panel.MORE_SERVER,
         show_default="each engine's choice",
         help="Total tokens in the KV caches of each server started by --engine.",
     )
     tokenizer: Path | None = typer.Option(
         None,
         metavar="DIR",
-        rich_help_panel=Panel.MORE_SERVER,
         show_default="the checkpoint's, else the server's /tokenize",
         help="Folder of the model's tokenizer.",
     )
     served_model: list[str] | None = typer.Option(
         None,
         metavar="[NAME=]MODEL",
-        rich_help_panel=Panel.MORE_SERVER,
         show_default="the only one of its /v1/models",
         help="Model's name at the server, if it has several. NAME: only for that --url.",
     )
-    api_key_file: list[str] | None = typer.Option(
-        None,
-        metavar="[NAME=]FILE",
-        rich_help_panel=Panel.MORE_SERVER,
-        show_default=f"{API_KEY}, else none",
-        help="File with the API key. NAME: only for that --url.",
+    api_key_file: list[str] | None = api_key_file_option(
+        " NAME: only for that --url.", metavar="[NAME=]FILE"
     )
-    flush_caches: bool = typer.Option(
-        False,
-        rich_help_panel=Panel.MORE_SERVER,
-        help="Empty the server's prefix cache before each round: SGLang; vLLM in development mode.",
-    )
-    start_timeout_s: float = typer.Option(
-        _START_TIMEOUT_S,
-        metavar="SECONDS",
-        rich_help_panel=Panel.MORE_SERVER,
-        help="Time in which a server must become ready.",
-    )
-    request_timeout_s: float | None = request_timeout_option("600", panel=Panel.MORE_SERVER)
-    dry_run: bool = typer.Option(
-        False,
-        rich_help_panel=Panel.MORE_SERVER,
-        help="Only print the commands that start the servers.",
-    )
+    flush_caches: bool = flush_caches_option()
+    start_timeout_s: float = start_timeout_option()
+    request_timeout_s: float | None = request_timeout_option("600")
+    dry_run: bool = typer.Option(False, help="Only print the commands that start the servers.")
     scripts: Path | None = scripts_option(
         "With --dry-run; they start each deployment on the nodes of --cluster.", Panel.MORE_SERVER
     )
@@ -213,11 +186,7 @@ class ServerOptions:
         """The API key for a server; None for none."""
         found = _by_server(self.api_key_file, servers)
         text = found.get(name, found.get(""))
-        path = None if text is None else Path(text)
-        keys = {} if path is None else key_lines(path)
-        if len(keys) > 1:
-            raise UserError(f"--api-key-file: {path} has {len(keys)} keys; one is needed")
-        return next(iter(api_keys(keys)), None)
+        return one_key_each([] if text is None else [Path(text)])[0]
 
     def for_engine(self, option: str, engine: str) -> str | None:
         """The last value of `--engine-python` or `--engine-args` for an engine; None without one.
@@ -325,17 +294,13 @@ def compare_running(
         UserError: a server or an option is wrong.
         ExpertlaneError: nothing could be measured.
     """
-    from expertlane.client.server import Vocabulary
     from expertlane.comparison.servers_in_turns import measure_running
 
     load, seed = traffic.load(), traffic.seed
     if seed is None:
         seed = randbelow(_SEEDS)  # a fixed one's prompts may be in prefix caches from last time
     targets = options.targets(model)
-    vocabulary = _given_tokenizer(options)
-    if vocabulary is None and model is not None:
-        vocabulary = Vocabulary.of_name(model)
-    asked = _asked(load, seed, options, vocabulary)
+    asked = _asked(load, seed, options, vocabulary(options.tokenizer, model))
     workload = traffic.asked_of(load, seed)
     with _setting(asked, options, folder) as setting:
         return measure_running(
@@ -361,7 +326,7 @@ def _setting(
 
 
 def _asked(
-    load: "Load", seed: int, options: ServerOptions, vocabulary: "Vocabulary | None"
+    load: "Load", seed: int, options: ServerOptions, tokenizer: "Vocabulary | None"
 ) -> "MeasureOptions":
     from expertlane.client.run import MeasureOptions
 
@@ -369,24 +334,15 @@ def _asked(
     if options.request_timeout_s is not None:
         more["timeout_s"] = options.request_timeout_s
     return MeasureOptions(
-        [load], seed, tokenizer=vocabulary, flushes_caches=options.flush_caches, **more
+        [load], seed, tokenizer=tokenizer, flushes_caches=options.flush_caches, **more
     )
-
-
-def _given_tokenizer(options: ServerOptions) -> "Vocabulary | None":
-    from expertlane.client.server import Vocabulary
-
-    if options.tokenizer is None:
-        return None
-    with naming("--tokenizer"):
-        return Vocabulary.of_folder(options.tokenizer)
 
 
 def vocabulary_of(experiment: "Experiment", options: ServerOptions) -> "Vocabulary | None":
     """The token ids of prompts, the same for all servers; None for those of the first server."""
     from expertlane.client.server import Vocabulary
 
-    given_one = _given_tokenizer(options)
+    given_one = vocabulary(options.tokenizer, None)
     if given_one is not None or experiment.checkpoint is None:
         return given_one
     folder = Path(experiment.checkpoint)

@@ -13,24 +13,23 @@ from expertlane.cli import output
 from expertlane.cli.compare_servers import ServerOptions, launcher_of, vocabulary_of
 from expertlane.cli.help import Panel
 from expertlane.cli.load import DrillLoad
-from expertlane.cli.option_groups import given, takes_groups
-from expertlane.cli.options import (
-    API_KEY,
-    MODEL_HELP,
-    api_keys,
-    dtype_option,
-    key_lines,
-    known_models,
-    layout_option,
+from expertlane.cli.option_groups import given, publishes
+from expertlane.cli.options import MODEL_HELP, dtype_option, known_models, layout_option
+from expertlane.cli.server_options import (
+    PromptOptions,
+    api_key_file_option,
+    engine_args_option,
+    engine_python_option,
+    one_key_each,
+    start_timeout_option,
+    vocabulary,
 )
-from expertlane.cli.output import OutputOptions
-from expertlane.errors import UserError, naming
+from expertlane.errors import UserError
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Dtype
 
 if TYPE_CHECKING:
     from expertlane.client.run import Target
-    from expertlane.client.server import Vocabulary
     from expertlane.endpoint.drill import DrillOptions, DrillResult
     from expertlane.endpoint.faults import Fault, Signal
     from expertlane.endpoint.started import StartedServer
@@ -38,7 +37,6 @@ if TYPE_CHECKING:
     from expertlane.results.results import Results
     from expertlane.spec.experiment import Experiment
 
-FAILED = 1  # exit code
 _KILL_WITHIN_S = 60.0  # that a command may take
 
 
@@ -71,22 +69,17 @@ class _Fault:
     )
     after_s: float = typer.Option(
         10.0,
-        metavar="SECONDS",
         rich_help_panel=Panel.MORE_SERVER,
         help="Steady load before the fault, for so long.",
     )
-    observe_s: float = typer.Option(
-        60.0, metavar="SECONDS", help="Watch for so long after the fault."
-    )
+    observe_s: float = typer.Option(60.0, help="Watch for so long after the fault.")
     hang_s: float = typer.Option(
         10.0,
-        metavar="SECONDS",
         rich_help_panel=Panel.MORE_SERVER,
         help="A request that gets no token for so long has hung; it is given up.",
     )
     health_s: float = typer.Option(
         5.0,
-        metavar="SECONDS",
         rich_help_panel=Panel.MORE_SERVER,
         help="/health may be wrong for so long at a time.",
     )
@@ -127,7 +120,7 @@ class _Fault:
             if self.pid is not None:
                 found = processes().get(self.pid)
                 name = "" if found is None else f" ({found.title})"
-                return faults.SignalFault(self.pid, how, f"process {self.pid}{name}")
+                return faults.Signalled(self.pid, how, f"process {self.pid}{name}")
             assert self.rank is not None, "one is given"
             if root is None:
                 raise UserError(
@@ -136,7 +129,7 @@ class _Fault:
                 )
             process = rank_process(root, rank_titles, layout, self.rank)
             name = f"rank {self.rank} (process {process.pid}, {process.title})"
-            return faults.SignalFault(process.pid, how, name)
+            return faults.Signalled(process.pid, how, name)
 
         return fault
 
@@ -161,25 +154,9 @@ class _Start:
     )
     layout: str = layout_option("tp=1")
     dtype: Dtype | None = dtype_option("the checkpoint's", Panel.MORE_DEPLOYMENT)
-    engine_python: str | None = typer.Option(
-        None,
-        metavar="[NAME=]PATH",
-        rich_help_panel=Panel.MORE_SERVER,
-        show_default="commands on the PATH",
-        help="Python of the environment that the engine is installed in.",
-    )
-    engine_args: str | None = typer.Option(
-        None,
-        metavar="[NAME=]ARGS",
-        rich_help_panel=Panel.MORE_SERVER,
-        help='Further arguments of the engine\'s command, such as "--enforce-eager".',
-    )
-    start_timeout_s: float = typer.Option(
-        1_200.0,
-        metavar="SECONDS",
-        rich_help_panel=Panel.MORE_SERVER,
-        help="Time in which a server must become ready.",
-    )
+    engine_python: str | None = engine_python_option()
+    engine_args: str | None = engine_args_option()
+    start_timeout_s: float = start_timeout_option()
 
     def as_server_options(self) -> ServerOptions:
         """The same as `compare` has them."""
@@ -211,51 +188,11 @@ class _Start:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Client:
-    panel: ClassVar = Panel.MORE_SERVER
-    endpoint: Literal["completions", "chat"] = typer.Option(
-        "completions", help="API that requests use; prompts of chats are text."
-    )
-    tokenizer: Path | None = typer.Option(
-        None,
-        metavar="DIR",
-        show_default="MODEL if it is such a folder, else the server's /tokenize",
-        help="Folder of the model's tokenizer. Required for chats.",
-    )
-    api_key_file: Path | None = typer.Option(
-        None,
-        metavar="FILE",
-        show_default=f"{API_KEY}, else none",
-        help="File with the API key.",
-    )
-
-    def key(self) -> str | None:
-        """The API key, if there is one.
-
-        Raises:
-            UserError: it is none.
-        """
-        found = {} if self.api_key_file is None else key_lines(self.api_key_file)
-        if len(found) > 1:
-            raise UserError(f"--api-key-file: {self.api_key_file} has {len(found)} keys, not one")
-        keys = api_keys(found)
-        return keys[0] if keys else None
-
-    def vocabulary(self, model: str | None) -> "Vocabulary | None":
-        """The tokens of a tokenizer that was given, or is in MODEL.
-
-        Raises:
-            UserError: there is none that can be read.
-        """
-        from expertlane.client.server import Vocabulary
-
-        if self.tokenizer is not None:
-            with naming("--tokenizer"):
-                return Vocabulary.of_folder(self.tokenizer)
-        return Vocabulary.of_name(model) if model is not None else None
+class _Client(PromptOptions):
+    api_key_file: Path | None = api_key_file_option()
 
 
-@takes_groups
+@publishes
 def drill(
     url: Annotated[
         str | None, typer.Argument(metavar="URL", help="The server, as http://HOST:PORT.")
@@ -265,8 +202,8 @@ def drill(
     start: _Start,
     load: DrillLoad,
     client: _Client,
-    output_options: OutputOptions,
-) -> None:
+    call: output.Call,
+) -> output.Found:
     """Kill or stop one part of a server under load, and say what was lost.
 
     First every prompt is answered twice, so that the greedy tokens of the undisturbed server are
@@ -304,34 +241,9 @@ def drill(
       expertlane drill http://127.0.0.1:8000 --pid 4711 --json |
           jq '.deployments[0].drill.why_failed'
     """
-    found = run(url, fault, start, load, client, output.Call.typed(output_options.out))
-    output.publish(found, output_options)
-    record = found.results.deployments[0].drill
-    if record is not None and record.is_failed:
-        raise typer.Exit(FAILED)
-
-
-def run(
-    url: str | None,
-    fault: _Fault,
-    start: _Start,
-    load: DrillLoad,
-    client: _Client,
-    call: output.Call,
-) -> output.Found:
-    """Drill, and return the results; prints nothing on standard output."""
-    asked = _asked(fault, load, client, start.model)
-    if (url is None) == (start.engine is None):
-        raise UserError("give either a server's URL, or --engine to start one")
-    if url is not None:
-        return _run_url(url, fault, start, load, client, asked, call)
-    return _run_engine(fault, start, load, asked, call)
-
-
-def _asked(fault: _Fault, load: DrillLoad, client: _Client, model: str | None) -> "DrillOptions":
     from expertlane.endpoint.drill import DrillOptions
 
-    return DrillOptions(
+    asked = DrillOptions(
         load.load(),
         load.seed,
         fault.after_s,
@@ -339,8 +251,13 @@ def _asked(fault: _Fault, load: DrillLoad, client: _Client, model: str | None) -
         fault.hang_s,
         fault.health_s,
         client.endpoint == "chat",
-        client.vocabulary(model),
+        vocabulary(client.tokenizer, start.model),
     )
+    if (url is None) == (start.engine is None):
+        raise UserError("give either a server's URL, or --engine to start one")
+    if url is not None:
+        return _run_url(url, fault, start, load, client, asked, call)
+    return _run_engine(fault, start, load, asked, call)
 
 
 def _run_url(
@@ -360,13 +277,14 @@ def _run_url(
 
     start.check_unused(has_rank=fault.rank is not None)
     fault_of = fault.fault_of(_known_titles(), Layout.parse(start.layout))
-    target = Target(Url.parse(text, "URL"), client.key(), start.model)
+    files = [] if client.api_key_file is None else [client.api_key_file]
+    target = Target(Url.parse(text, "URL"), one_key_each(files)[0], start.model)
     folder = call.folder(output.slug("drill", f"{target.url.host}-{target.url.port}"))
     with output.progress_on_stderr() as progress:
         found = drilled(target, asked, fault_of, progress)
     server = ServerRecord("", found.software, url=str(target.url))
     record = _record(found, str(target.url), server)
-    return output.Found(_results(found, record, asked, load, target, call), folder)
+    return _published(_results(found, record, asked, load, target, call), folder)
 
 
 def _known_titles() -> list[str]:
@@ -419,6 +337,13 @@ def _results(
     )
 
 
+def _published(results: "Results", folder: Path | None) -> output.Found:
+    """The results; the command fails where the server did."""
+    record = results.deployments[0].drill
+    is_failed = record is not None and record.is_failed
+    return output.Found(results, folder, exit_code=int(is_failed))
+
+
 def _run_engine(
     fault: _Fault, start: _Start, load: DrillLoad, asked: "DrillOptions", call: output.Call
 ) -> output.Found:
@@ -457,7 +382,7 @@ def _run_engine(
     results = _results(found, record, asked, load, target, call)
     dtype = start.dtype or experiment.model.own_dtype or "bfloat16"
     machine = this_machine(experiment.num_ranks, dtype)
-    return output.Found(replace(results, machine=machine), folder)
+    return _published(replace(results, machine=machine), folder)
 
 
 def _started_record(

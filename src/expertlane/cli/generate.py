@@ -121,7 +121,7 @@ def sampling_params(folder: Path | None, given: dict[str, Any]) -> "SamplingPara
 @dataclass(frozen=True, kw_only=True)
 class _Options:
     panel: ClassVar = Panel.PROMPTS
-    file: Path | None = typer.Option(None, metavar="FILE", help="More prompts, one per line.")
+    file: Path | None = typer.Option(None, help="More prompts, one per line.")
     token_ids: list[str] | None = typer.Option(
         None, metavar="ID[,ID…]", help="A prompt as token ids."
     )
@@ -133,7 +133,6 @@ class _Options:
     )
     json_schema: Path | None = typer.Option(
         None,
-        metavar="FILE",
         rich_help_panel=Panel.MORE_SAMPLING,
         help="The output is JSON that fits this JSON schema.",
     )
@@ -152,7 +151,6 @@ class _Options:
     as_json: bool = json_option()
     record_routing: Path | None = typer.Option(
         None,
-        metavar="FILE",
         rich_help_panel=Panel.OUTPUT,
         help="Also write which experts each token chose, for expertlane balance and "
         "--routing-trace.",

@@ -49,6 +49,20 @@ class Defaults:
         burst = "" if self.burst_from is None else f", from {self.burst_from} on the batch"
         return f"{self.waves} × the batch{least}{burst}"
 
+    def changes(self, **others: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """What help says of the options of a load: these defaults, and what else differs."""
+        requests = f"{self.of_closed}; with --rate {_OPEN_SIZE}; of --requests all"
+        shown = {
+            "batch": self.batch,
+            "num_requests": requests,
+            "prompt_len": str(self.prompt_len),
+            "output_len": str(self.output_len),
+        }
+        of_defaults = {name: {"show_default": text} for name, text in shown.items()}
+        return of_defaults | {
+            name: of_defaults.get(name, {}) | more for name, more in others.items()
+        }
+
 
 MODELLED = Defaults("256", 1024, 256, waves=4, least=32)  # plan and simulate: a cluster
 MEASURED = Defaults("1,8,32", 32, 32, waves=2, burst_from=64)  # bench: perhaps a laptop
@@ -57,55 +71,26 @@ STEADY = Defaults("8", 32, 64, waves=3, least=16)  # drill: repeated again and a
 _OPEN_PROMPTS = 32  # different ones of an open loop that is repeated
 
 
-_SEVERAL, _RANGE = "N[,N…]", "N[:N]"
+_RATE_HELP = "Open loop instead of --batch: Poisson arrivals, R requests per second."
+_ONE: dict[str, dict[str, Any]] = {"batch": {"metavar": "N"}, "rate": {"metavar": "R"}}
+_RECORDED = (
+    "Recorded requests, with their lengths and arrival times: Mooncake's JSON lines or Azure's CSV "
+    "of LLM inference."
+)
+SLO_HELP = (
+    "Latency objectives, a statistic and its limit each. For example: ttft.p95=2s,tpot.mean=20ms. "
+    "Of ttft, tpot, itl or e2e the mean, median, p90, p95 or p99."
+)
 
 
-def _option(**how: Any) -> Any:
-    return typer.Option(None, **how)
-
-
-def _batch(default: str, metavar: str = _SEVERAL, **how: Any) -> Any:
-    return _option(metavar=metavar, show_default=default, help="Closed loop: concurrency N.", **how)
-
-
-def _length(of: str, default: int, metavar: str = _RANGE, **how: Any) -> Any:
-    more = " N:N: uniform in that range." if metavar == _RANGE else ""
-    words = f"Tokens per {of}.{more}"
-    return _option(metavar=metavar, show_default=str(default), help=words, **how)
-
-
-def _num_requests(defaults: Defaults, **how: Any) -> Any:
-    return _option(
-        rich_help_panel=Panel.MORE_WORKLOAD,
-        show_default=f"{defaults.of_closed}; with --rate {_OPEN_SIZE}; of --requests all",
-        help="Requests per batch size or rate. Of --requests, the first N.",
-        **how,
-    )
-
-
-def _requests(taken: str = "With --batch or --rate only the lengths are taken.", **how: Any) -> Any:
-    return _option(
-        metavar="FILE",
-        rich_help_panel=Panel.MORE_WORKLOAD,
-        help="Recorded requests, with their lengths and arrival times: Mooncake's JSON lines or "
-        f"Azure's CSV of LLM inference. {taken}",
-        **how,
-    )
-
-
-def slo_option(more: str, **how: Any) -> Any:
+def slo_option(more: str, panel: Panel | None = None) -> Any:
     """Latency objectives.
 
     Args:
         more: further help: the command's use of them.
     """
-    return _option(
-        metavar="SLO[,SLO…]",
-        help="Latency objectives, a statistic and its limit each. For example: "
-        "ttft.p95=2s,tpot.mean=20ms. Of ttft, tpot, itl or e2e the mean, median, p90, p95 or p99. "
-        f"{more}",
-        **how,
-    )
+    text = f"{SLO_HELP} {more}"
+    return typer.Option(None, metavar="SLO[,SLO…]", help=text, rich_help_panel=panel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,22 +98,34 @@ class TrafficOptions:
     """Requests and when they come; with the defaults of bench."""
 
     defaults = MEASURED
+    changes: ClassVar = MEASURED.changes()
     panel: ClassVar = Panel.WORKLOAD
-    batch: str | None = _batch(MEASURED.batch)
-    rate: str | None = _option(
-        metavar="R[,R…]",
-        help="Open loop instead of --batch: Poisson arrivals, R requests per second.",
+    batch: str | None = typer.Option(None, metavar="N[,N…]", help="Closed loop: concurrency N.")
+    rate: str | None = typer.Option(None, metavar="R[,R…]", help=_RATE_HELP)
+    num_requests: int | None = typer.Option(
+        None,
+        rich_help_panel=Panel.MORE_WORKLOAD,
+        help="Requests per batch size or rate. Of --requests, the first N.",
     )
-    num_requests: int | None = _num_requests(MEASURED)
-    prompt_len: str | None = _length("prompt", MEASURED.prompt_len)
-    output_len: str | None = _length("output", MEASURED.output_len)
-    requests: Path | None = _requests()
-    prefix_len: int | None = _option(
+    prompt_len: str | None = typer.Option(
+        None, metavar="N[:N]", help="Tokens per prompt. N:N: uniform in that range."
+    )
+    output_len: str | None = typer.Option(
+        None, metavar="N[:N]", help="Tokens per output. N:N: uniform in that range."
+    )
+    requests: Path | None = typer.Option(
+        None,
+        rich_help_panel=Panel.MORE_WORKLOAD,
+        help=f"{_RECORDED} With --batch or --rate only the lengths are taken.",
+    )
+    prefix_len: int | None = typer.Option(
+        None,
         show_default="0",
         rich_help_panel=Panel.MORE_WORKLOAD,
         help="Length of the prefix that prompts share; part of --prompt-len.",
     )
-    num_prefixes: int | None = _option(
+    num_prefixes: int | None = typer.Option(
+        None,
         show_default="1",
         rich_help_panel=Panel.MORE_WORKLOAD,
         help="Number of different shared prefixes; each prompt has one of them.",
@@ -230,15 +227,8 @@ class ServedLoad(TrafficOptions):
     """The load of compare on running servers: one."""
 
     defaults = SERVED
+    changes: ClassVar = SERVED.changes(**_ONE)
     panel: ClassVar = Panel.MORE_WORKLOAD
-    batch: str | None = _batch(SERVED.batch, "N")
-    rate: str | None = _option(
-        metavar="R",
-        help="Open loop instead of --batch: Poisson arrivals, R requests per second.",
-    )
-    num_requests: int | None = _num_requests(SERVED)
-    prompt_len: str | None = _length("prompt", SERVED.prompt_len)
-    output_len: str | None = _length("output", SERVED.output_len)
     seed: int | None = seed_option(None, "another one each time, so that nothing is cached yet")
 
     def load(self) -> "Load":
@@ -264,7 +254,8 @@ class LoadOptions(TrafficOptions):
 
     seed: int = seed_option(0)
     slo: list[str] | None = slo_option("Goodput counts requests within all limits.")
-    price: float | None = _option(
+    price: float | None = typer.Option(
+        None,
         metavar="DOLLARS",
         rich_help_panel=Panel.MORE_WORKLOAD,
         help="Price per GPU-hour, on CPUs of all machines per hour; gives the cost per million "
@@ -287,10 +278,7 @@ class SimulatedLoad(LoadOptions):
     """The load of simulate, with defaults for a cluster."""
 
     defaults = MODELLED
-    batch: str | None = _batch(MODELLED.batch)
-    num_requests: int | None = _num_requests(MODELLED)
-    prompt_len: str | None = _length("prompt", MODELLED.prompt_len)
-    output_len: str | None = _length("output", MODELLED.output_len)
+    changes: ClassVar = MODELLED.changes()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,21 +286,15 @@ class DrillLoad(LoadOptions):
     """The load of drill: one, whose requests are repeated; none of a file."""
 
     defaults = STEADY
+    changes: ClassVar = STEADY.changes(
+        num_requests={
+            "show_default": f"{STEADY.of_closed}; with --rate {_OPEN_PROMPTS}",
+            "help": "Requests per batch size or rate. The same ones are sent again and again.",
+        },
+        **{name: {"hidden": True} for name in ("requests", "slo", "price")},
+        **_ONE,
+    )
     panel: ClassVar = Panel.MORE_WORKLOAD
-    batch: str | None = _batch(STEADY.batch, "N")
-    rate: str | None = _option(
-        metavar="R", help="Open loop instead of --batch: Poisson arrivals, R requests per second."
-    )
-    num_requests: int | None = _option(
-        rich_help_panel=Panel.MORE_WORKLOAD,
-        show_default=f"{STEADY.of_closed}; with --rate {_OPEN_PROMPTS}",
-        help="Requests per batch size or rate. The same ones are sent again and again.",
-    )
-    prompt_len: str | None = _length("prompt", STEADY.prompt_len)
-    output_len: str | None = _length("output", STEADY.output_len)
-    requests: Path | None = _requests(hidden=True)
-    slo: list[str] | None = slo_option("", hidden=True)
-    price: float | None = _option(hidden=True)
 
     def load(self) -> "Load":
         """The load; its number of requests is that of different ones.
@@ -338,17 +320,19 @@ class DrillLoad(LoadOptions):
 class PlannedLoad(SimulatedLoad):
     """The load of plan: one concurrency, or one rate, in the steady state."""
 
-    batch: str | None = _batch(f"{MODELLED.batch}, or as many as fit", "N")
-    rate: str | None = _option(
-        metavar="R",
-        help="Open loop instead of --batch: Poisson arrivals, R requests per second. Deployments "
-        "are ranked by the most requests per second that they serve within --slo, then the best "
-        "are simulated at R.",
-    )
-    num_requests: int | None = _num_requests(MODELLED, hidden=True)
-    requests: Path | None = _requests("Only their lengths are taken.")
-    slo: list[str] | None = slo_option(
-        "Deployments that miss one are left out; those that miss one only at --rate come last."
+    changes: ClassVar = MODELLED.changes(
+        batch={"metavar": "N", "show_default": f"{MODELLED.batch}, or as many as fit"},
+        rate={
+            "metavar": "R",
+            "help": f"{_RATE_HELP} Deployments are ranked by the most requests per second that "
+            "they serve within --slo, then the best are simulated at R.",
+        },
+        num_requests={"hidden": True},
+        requests={"help": f"{_RECORDED} Only their lengths are taken."},
+        slo={
+            "help": f"{SLO_HELP} Deployments that miss one are left out; those that miss one only "
+            "at --rate come last."
+        },
     )
 
     @property

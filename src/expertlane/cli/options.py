@@ -1,11 +1,11 @@
 """Options of the commands, and the groups of them that commands share.
 
 In this order: what a shell completes; options of models, layouts and engines; of modelled
-clusters; API keys.
+clusters.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -28,7 +28,6 @@ from expertlane.spec.deployment import (
     WeightsType,
 )
 from expertlane.spec.engine_config import SETTINGS, EngineConfig, sentence_of
-from expertlane.spec.files import read_text
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import (
     CacheType,
@@ -112,7 +111,7 @@ def _option_of(name: str, default: Any = ..., **more: Any) -> Any:
 
 def timeout_option() -> Any:
     """`--timeout-s`: the most that ranks are waited for."""
-    return _option_of("timeout_s", metavar="SECONDS", rich_help_panel=Panel.RANKS)
+    return _option_of("timeout_s", rich_help_panel=Panel.RANKS)
 
 
 def on_failure_option(default: OnFailure) -> Any:
@@ -346,7 +345,7 @@ class EngineOptions:
     check: CheckLevel = _option_of("check", rich_help_panel=Panel.RANKS)
     launch: LaunchOptions
     on_failure: OnFailure = on_failure_option("stop")
-    rejoin_s: float = _option_of("rejoin_s", metavar="SECONDS", rich_help_panel=Panel.RANKS)
+    rejoin_s: float = _option_of("rejoin_s", rich_help_panel=Panel.RANKS)
     options: Options = field(init=False)
 
     def __post_init__(self) -> None:
@@ -421,7 +420,6 @@ def corrections_option() -> Any:
     """The corrections that `compare --fit-corrections` fitted."""
     return typer.Option(
         None,
-        metavar="FILE",
         show_default="none",
         help="Corrections that compare --fit-corrections wrote: factors, fitted to measurements, "
         "on links, kernels and overheads, and a routing skew. --skew and --routing-trace take "
@@ -465,7 +463,7 @@ class ProjectionOptions:
 
     panel: ClassVar = Panel.MODELLED
     routing_trace: Path | None = typer.Option(
-        None, metavar="FILE", help="Routing as recorded by expertlane generate --record-routing."
+        None, help="Routing as recorded by expertlane generate --record-routing."
     )
     skew: float | None = skew_option()
     dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
@@ -496,39 +494,6 @@ def parse_list(name: str, field: str, text: str, example: str) -> list[Any]:
     return numbers
 
 
-API_KEY = "EXPERTLANE_API_KEY"
-_MOST_BYTES = 2**16
-
-
-def key_lines(path: Path) -> dict[str, str]:
-    """The keys of a file, one a line, by where they stand.
-
-    Raises:
-        UserError: it cannot be read, or has none.
-    """
-    with naming("--api-key-file"):
-        lines = read_text(path, _MOST_BYTES).splitlines()
-    keys = {f"{path}, line {number}": line.strip() for number, line in enumerate(lines, 1)}
-    keys = {where: key for where, key in keys.items() if key}
-    if not keys:
-        raise UserError(f"--api-key-file: {path} has no key; give one a line")
-    return keys
-
-
-def api_keys(given: Mapping[str, str]) -> list[str]:
-    """The keys that are given, by where they stand; without any, the environment's.
-
-    Raises:
-        UserError: one is no word of printable ASCII, which headers can carry.
-    """
-    if not given and (own := os.environ.get(API_KEY)):
-        given = {API_KEY: own}
-    for where, key in given.items():
-        if not key or not key.isascii() or not key.isprintable() or " " in key:
-            raise UserError(f"{where} is no API key: it must be one word of printable ASCII")
-    return list(given.values())
-
-
 def scripts_option(more: str, panel: Panel) -> Any:
     """`--scripts`.
 
@@ -541,19 +506,4 @@ def scripts_option(more: str, panel: Panel) -> Any:
         metavar="DIR",
         help="Also write a batch script for Slurm and a LeaderWorkerSet for Kubernetes there. "
         f"{more}",
-    )
-
-
-def request_timeout_option(shown: str, panel: Panel | None = None) -> Any:
-    """`--request-timeout-s`.
-
-    Args:
-        panel: None for that of its group.
-    """
-    return typer.Option(
-        None,
-        metavar="SECONDS",
-        rich_help_panel=panel,
-        show_default=shown,
-        help="Time limit of a request, waiting included.",
     )

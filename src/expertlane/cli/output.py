@@ -151,34 +151,10 @@ def _replacement(error: UnicodeError) -> tuple[str, int]:
     return "".join(each if each.isascii() else "?" for each in lost), error.end
 
 
-def out_option(default: str) -> Any:
-    """`--out`: the folder for files."""
-    return typer.Option(
-        None,
-        "--out",
-        "-o",
-        metavar="DIR",
-        show_default=default,
-        rich_help_panel=Panel.OUTPUT,
-        help="Folder that files are written to.",
-    )
-
-
 def json_option() -> Any:
     """JSON for other programs."""
     return typer.Option(
         False, "--json", rich_help_panel=Panel.OUTPUT, help="Print JSON instead of text."
-    )
-
-
-def export_option() -> Any:
-    """A flat table beside the other files."""
-    return typer.Option(
-        None,
-        "--export",
-        rich_help_panel=Panel.MORE_OUTPUT,
-        help="Also write a flat table for other programs, a row for each deployment and phase or "
-        "load. parquet needs pyarrow.",
     )
 
 
@@ -206,7 +182,14 @@ class PrintOptions:
 class AnswerOptions(PrintOptions):
     """Options of printing, and the folder for files."""
 
-    out: Path | None = out_option("results/NAME, after the command and its subject")
+    out: Path | None = typer.Option(
+        None,
+        "--out",
+        "-o",
+        metavar="DIR",
+        show_default="results/NAME, after the command and its subject",
+        help="Folder that files are written to.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +200,12 @@ class OutputOptions(AnswerOptions):
         UserError: as in `PrintOptions`, or a library for `--export` is missing.
     """
 
-    export: Literal["csv", "parquet"] | None = export_option()
+    export: Literal["csv", "parquet"] | None = typer.Option(
+        None,
+        rich_help_panel=Panel.MORE_OUTPUT,
+        help="Also write a flat table for other programs, a row for each deployment and phase or "
+        "load. parquet needs pyarrow.",
+    )
 
     def __post_init__(self) -> None:
         from expertlane.results.file import check_format  # numpy, not for the help of commands
@@ -411,17 +399,20 @@ class Call:
     Attributes:
         command: text of the call, to repeat it; kept in the results.
         out: folder for results, if one was asked for.
-        always_writes: results go to `results/NAME` where no folder was asked for.
+        is_typed: it is this command line: results go to `results/NAME` where no folder was asked
+            for, and the process ends with the command.
+        as_json: standard output is to have JSON.
     """
 
     command: str
     out: Path | None = None
-    always_writes: bool = False
+    is_typed: bool = False
+    as_json: bool = False
 
     @classmethod
-    def typed(cls, out: Path | None) -> "Call":
+    def typed(cls, options: AnswerOptions) -> "Call":
         """The call that is this command line."""
-        return cls(command_line(), out, always_writes=True)
+        return cls(command_line(), options.out, is_typed=True, as_json=options.as_json)
 
     def folder(self, name: str) -> Path | None:
         """The folder for results, checked; None for none.
@@ -430,7 +421,7 @@ class Call:
             UserError: the folder cannot be written to.
         """
         folder = self.out
-        if folder is None and self.always_writes:
+        if folder is None and self.is_typed:
             folder = Path("results", name)
         if folder is not None:
             check_folder(folder)
@@ -444,11 +435,13 @@ class Found:
     Attributes:
         folder: folder to write them to; None for none.
         also: writes files of the command's own, after the results.
+        exit_code: the command's, once they are shown.
     """
 
     results: "Results"
     folder: Path | None
     also: Callable[[], Sequence[Path]] = tuple
+    exit_code: int = 0
 
 
 def publish(found: Found, options: OutputOptions) -> None:

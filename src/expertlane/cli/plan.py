@@ -12,7 +12,7 @@ from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.load import PlannedLoad
 from expertlane.cli.model import FoundModel, find_model
-from expertlane.cli.option_groups import takes_groups
+from expertlane.cli.option_groups import publishes
 from expertlane.cli.options import (
     DraftOptions,
     ModelArgument,
@@ -21,7 +21,6 @@ from expertlane.cli.options import (
     fields_of,
     scripts_option,
 )
-from expertlane.cli.output import OutputOptions
 from expertlane.errors import UserError
 from expertlane.spec.deployment import PayloadType
 from expertlane.spec.files import write_text
@@ -56,14 +55,14 @@ class _Options:
     scripts: Path | None = scripts_option("They start the best of each engine.", Panel.MORE_OUTPUT)
 
 
-@takes_groups
+@publishes
 def plan(
     own: _Options,
-    output_options: OutputOptions,
+    call: output.Call,
     load: PlannedLoad,
     projection: ProjectionOptions,
     drafts: DraftOptions,
-) -> None:
+) -> output.Found:
     """Find the deployment with the most tokens/s on a cluster, within latency limits.
 
     Tries every layout × replicas × dispatch form of each phase × overlap × micro-batches ×
@@ -91,20 +90,6 @@ def plan(
       expertlane plan paper --json | jq '.deployments[0].layout'
           for other programs
     """
-    gc.set_threshold(*_COLLECTED_AFTER)
-    output.publish(
-        run(own, load, projection, drafts, output.Call.typed(output_options.out)), output_options
-    )
-
-
-def run(
-    own: _Options,
-    load: PlannedLoad,
-    projection: ProjectionOptions,
-    drafts: DraftOptions,
-    call: output.Call,
-) -> output.Found:
-    """Plan, and return the results; prints nothing on standard output."""
     from expertlane.cost.laws.device import stand_ins
     from expertlane.cost.routing import varying_work
     from expertlane.planner.results import make_plan
@@ -112,6 +97,8 @@ def run(
     from expertlane.results.results import with_costs
     from expertlane.spec.experiment import Projection, ProjectionSetup
 
+    if call.is_typed:
+        gc.set_threshold(*_COLLECTED_AFTER)
     is_auto = own.cluster.endswith(_AUTO)
     cluster = own.cluster.removesuffix(_AUTO) + "x1" if is_auto else own.cluster
     found, asked, routing, request = _question(own, cluster, load, projection, drafts)
@@ -129,16 +116,16 @@ def run(
         fewer = None
         if is_auto:
             sized = smallest_plan(request, routing, progress, cautions)
-            plan, fewer = sized.plan, sized.fewer
-            cluster = f"{own.cluster.removesuffix(_AUTO)}x{plan.request.cluster.num_devices}"
+            made, fewer = sized.plan, sized.fewer
+            cluster = f"{own.cluster.removesuffix(_AUTO)}x{made.request.cluster.num_devices}"
         else:
-            plan = make_plan(request, routing, progress, cautions)
+            made = make_plan(request, routing, progress, cautions)
     on_cluster = fields_of(ProjectionSetup, projection) | {
         "cluster": cluster,
         "routing_trace": None if trace is None else str(trace),
         "corrections": None if projection.corrections is None else str(projection.corrections),
     }
-    results = plan.results(
+    results = made.results(
         command=call.command,
         loaded=_served(found),
         experiment=None if experiment is None else str(experiment),
@@ -154,8 +141,8 @@ def run(
     def write_scripts() -> list[Path]:
         if own.scripts is None:
             return []
-        made = plan.scripts(_served(found))
-        return [write_text(own.scripts / name, text) for name, text in made.items()]
+        scripts = made.scripts(_served(found))
+        return [write_text(own.scripts / name, text) for name, text in scripts.items()]
 
     def write_experiment() -> list[Path]:
         if experiment is None:
@@ -164,7 +151,7 @@ def run(
         own_table = on_cluster | load.lengths(asked) | _types(setting.types) | {"slo": load.limits}
         table = Projection(**own_table).located(Path.cwd())
         name = output.slug("compare", *subject)  # so that its results leave the plan's in place
-        return [write_text(experiment, plan.experiment(name, checkpoint, written_by, table))]
+        return [write_text(experiment, made.experiment(name, checkpoint, written_by, table))]
 
     return output.Found(results, folder, lambda: [*write_experiment(), *write_scripts()])
 

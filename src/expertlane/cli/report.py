@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import typer
 
@@ -12,7 +12,6 @@ from expertlane.cli.output import (
     Found,
     OutputOptions,
     check_folder,
-    out_option,
     print_report,
     print_written,
     write_beside,
@@ -21,7 +20,7 @@ from expertlane.cli.output import (
 
 @dataclass(frozen=True, kw_only=True)
 class _Output(OutputOptions):
-    out: Path | None = out_option("beside results.json")
+    changes: ClassVar = {"out": {"show_default": "beside results.json"}}
 
 
 @takes_groups

@@ -13,8 +13,9 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import API_KEY, api_keys, key_lines, layout_option
+from expertlane.cli.options import layout_option
 from expertlane.cli.output import PrintOptions
+from expertlane.cli.server_options import api_key_file_option, api_keys, key_lines
 from expertlane.errors import ExpertlaneError, UserError
 from expertlane.spec.files import strict_json
 from expertlane.spec.layout import Layout
@@ -38,17 +39,10 @@ class _Options:
     )
     watch_s: float = typer.Option(
         4.0,
-        metavar="SECONDS",
         rich_help_panel=Panel.SERVER,
         help="Measure tokens per second for this long before and after the change. 0: do not.",
     )
-    api_key_file: Path | None = typer.Option(
-        None,
-        metavar="FILE",
-        rich_help_panel=Panel.SERVER,
-        show_default=f"{API_KEY}, else none",
-        help="File with the API key.",
-    )
+    api_key_file: Path | None = api_key_file_option(rich_help_panel=Panel.SERVER)
 
     def new_layout(self) -> str | None:
         """The layout to change to; None where a change is to be cancelled.

@@ -16,15 +16,11 @@ from expertlane.cli.local_model import load_model
 from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
-    API_KEY,
     EngineOptions,
     ModelArgument,
-    api_keys,
     fields_of,
-    key_lines,
     layout_option,
     on_failure_option,
-    request_timeout_option,
 )
 from expertlane.cli.output import (
     is_first_process,
@@ -33,6 +29,7 @@ from expertlane.cli.output import (
     print_json,
     print_message,
 )
+from expertlane.cli.server_options import API_KEY, api_keys, key_lines, request_timeout_option
 from expertlane.errors import UserError
 from expertlane.spec.files import strict_json
 from expertlane.spec.layout import Layout
@@ -66,7 +63,6 @@ class _Options:
     )
     api_key_file: Path | None = typer.Option(
         None,
-        metavar="FILE",
         help="File with the API key. Several: one per line. Unlike --api-key, it is not visible in "
         "process lists.",
     )
@@ -83,12 +79,10 @@ class _Options:
     request_timeout_s: float | None = request_timeout_option("no limit")
     drain_s: float = typer.Option(
         30.0,
-        metavar="SECONDS",
         help="How long running requests may continue after SIGTERM or Ctrl-C.",
     )
     stall_s: float = typer.Option(
         4.0,
-        metavar="SECONDS",
         help="/health answers 503 once ranks keep requests waiting for longer.",
         rich_help_panel=Panel.MORE_SERVER,
     )
@@ -100,7 +94,6 @@ class _Options:
     )
     reconnect_s: float | None = typer.Option(
         None,
-        metavar="SECONDS",
         show_default="60",
         help="With --journal: how long a request continues, and a finished answer is kept, while "
         "its client is away.",

@@ -12,7 +12,7 @@ from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.load import SimulatedLoad
 from expertlane.cli.model import FoundModel, OnCluster, find_model
-from expertlane.cli.option_groups import takes_groups
+from expertlane.cli.option_groups import publishes
 from expertlane.cli.options import (
     TOKENS_OF_STEP,
     DeploymentOptions,
@@ -25,7 +25,6 @@ from expertlane.cli.options import (
     placement_option,
     trace_option,
 )
-from expertlane.cli.output import OutputOptions
 from expertlane.errors import CapacityError, UserError, naming
 from expertlane.spec.deployment import PlacementMethod
 from expertlane.spec.layout import Layout
@@ -146,17 +145,17 @@ def _of_framework(given: "Mapping[str, Any]") -> "dict[str, Any]":
     return found
 
 
-@partial(takes_groups, fill=of_plan)
+@partial(publishes, fill=of_plan)
 def simulate(
     own: _Options,
-    output_options: OutputOptions,
+    call: output.Call,
     load_options: SimulatedLoad,
     projection: ProjectionOptions,
     deployment: _Deployment,
     drafts: DraftOptions,
     scheduler: _Scheduler,
     model: OptionalModel = None,
-) -> None:
+) -> output.Found:
     """Project one deployment on target hardware.
 
     The scheduler of real runs, on a virtual clock; steps are priced by a profile fitted to
@@ -175,22 +174,6 @@ def simulate(
       expertlane simulate --plan results/plan-paper-h100x16/results.json#2
           the second row of a plan again, in detail
     """
-    call = output.Call.typed(output_options.out)
-    found = run(own, load_options, projection, deployment, drafts, scheduler, call, model)
-    output.publish(found, output_options)
-
-
-def run(
-    own: _Options,
-    load_options: SimulatedLoad,
-    projection: ProjectionOptions,
-    deployment: _Deployment,
-    drafts: DraftOptions,
-    scheduler: _Scheduler,
-    call: output.Call,
-    model: OptionalModel = None,
-) -> output.Found:
-    """Simulate, and return the results; prints nothing on standard output."""
     loads, multi_token, row = load_options.loads(), drafts.multi_token(), own.row()
     layout_text, cluster = _needed("--layout", own.layout), _needed("--cluster", own.cluster)
     if row is not None:

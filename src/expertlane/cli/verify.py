@@ -3,32 +3,31 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import randbelow
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import typer
 
 from expertlane.cli import output
 from expertlane.cli.help import Panel
-from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import (
-    API_KEY,
-    api_keys,
-    key_lines,
+from expertlane.cli.option_groups import publishes
+from expertlane.cli.options import seed_option
+from expertlane.cli.server_options import (
+    api_key_file_option,
+    one_key_each,
     request_timeout_option,
-    seed_option,
+    vocabulary,
 )
-from expertlane.cli.output import OutputOptions
 from expertlane.errors import MissingExtraError, UserError, naming
 from expertlane.spec.deployment import WeightsType
 from expertlane.spec.names import Dtype
 
 if TYPE_CHECKING:
     from expertlane.client.run import Target
-    from expertlane.client.server import Vocabulary
     from expertlane.endpoint.scored import Reference
     from expertlane.endpoint.verify import VerifyOptions
 
-DIFFERS, UNTOLD = 1, 3  # exit codes
+_EXIT_CODES = {"same": 0, "differs": 1, "can't tell": 3}
 _SCHEMES = ("http://", "https://")
 _BUDGET_S, _QUICK_BUDGET_S = 240.0, 60.0
 _NUM_PROMPTS, _NUM_QUICK = 48, 24
@@ -64,11 +63,8 @@ class _Options:
         show_default="the checkpoint's, if it has one",
         help="Folder of the model's tokenizer. Required where a server takes text alone.",
     )
-    api_key_file: list[Path] | None = typer.Option(
-        None,
-        metavar="FILE",
-        show_default=f"{API_KEY}, else none",
-        help="File with the API key. A second file is for a --reference URL.",
+    api_key_file: list[Path] | None = api_key_file_option(
+        " A second file is for a --reference URL."
     )
     quick: bool = typer.Option(
         False,
@@ -76,7 +72,6 @@ class _Options:
     )
     budget_s: float | None = typer.Option(
         None,
-        metavar="SECONDS",
         show_default=f"{_BUDGET_S:g}",
         help="After about so long no further condition is begun; the output names those left out.",
     )
@@ -92,26 +87,10 @@ class _Options:
             self.dtype if self.weights == "model" else self.weights,
             _NUM_QUICK if self.quick else _NUM_PROMPTS,
             usual_s if self.budget_s is None else self.budget_s,
-            _drawn_seed() if self.seed is None else self.seed,
+            # What was asked in an earlier run may be in the server's cache.
+            randbelow(2**31) if self.seed is None else self.seed,
             _TIMEOUT_S if self.request_timeout_s is None else self.request_timeout_s,
         )
-
-    def keys(self) -> "list[str | None]":
-        """The server's API key, and that of a second one.
-
-        Raises:
-            UserError: a file cannot be read, or there are too many.
-        """
-        files = self.api_key_file or []
-        if len(files) > 1 + self.is_url:
-            raise UserError(f"--api-key-file is given {len(files)} times; once for each server")
-        found: dict[str, str] = {}
-        for path in files:
-            own = key_lines(path)
-            if len(own) > 1:
-                raise UserError(f"--api-key-file: {path} has {len(own)} keys; one is needed")
-            found |= own
-        return [*api_keys(found)] or [None]
 
     @property
     def is_url(self) -> bool:
@@ -127,13 +106,13 @@ _Model = Annotated[
 ]
 
 
-@takes_groups
+@publishes
 def verify(
     url: Annotated[str, typer.Argument(metavar="URL", help="A server with the OpenAI API.")],
     own: _Options,
-    output_options: OutputOptions,
+    call: output.Call,
     model: _Model = None,
-) -> None:
+) -> output.Found:
     """Say whether a server computes the model that it claims.
 
     Wrong layouts, kernels and caches answer fluently and wrong. Here the server's
@@ -160,27 +139,17 @@ def verify(
       expertlane verify http://127.0.0.1:8000 --reference ./my-checkpoint --json |
           jq '.deployments[0].verified.verdict'
     """
-    found = run(url, own, output.Call.typed(output_options.out), model)
-    output.publish(found, output_options)
-    record = found.results.deployments[0].verified
-    assert record is not None, "made by run"
-    if record.verdict != "same":
-        raise typer.Exit(DIFFERS if record.verdict == "differs" else UNTOLD)
-
-
-def run(url: str, own: _Options, call: output.Call, model: _Model = None) -> output.Found:
-    """Verify, and return the results; prints nothing on standard output."""
     from expertlane.client.connection import Url
     from expertlane.client.run import Target
     from expertlane.endpoint.verify import verify as verified
     from expertlane.results.record import DeploymentRecord
     from expertlane.results.results import Results
 
-    asked, keys = own.asked(), own.keys()
+    asked, keys = own.asked(), one_key_each(own.api_key_file or [], 1 + own.is_url)
     target = Target(Url.parse(url, "URL"), keys[0], model)
     folder = call.folder(output.slug("verify", target.url.host, target.url.port))
     reference = _reference(own, keys, model)
-    tokenizer = _tokenizer(own)
+    tokenizer = vocabulary(own.tokenizer, None if own.is_url else own.reference)
     with output.progress_on_stderr() as progress:
         record = verified(target, reference, own.reference, asked, tokenizer, progress)
     question = {
@@ -192,7 +161,8 @@ def run(url: str, own: _Options, call: output.Call, model: _Model = None) -> out
         "budget_s": asked.budget_s,
     }
     deployment = DeploymentRecord(record.url, None, None, "measured", verified=record)
-    return output.Found(Results.now("verify", call.command, question, [deployment]), folder)
+    results = Results.now("verify", call.command, question, [deployment])
+    return output.Found(results, folder, exit_code=_EXIT_CODES[record.verdict])
 
 
 def _reference(
@@ -223,19 +193,3 @@ def _reference(
         ) from None
     with naming("--reference"):
         return CheckpointReference(folder)
-
-
-def _tokenizer(own: _Options) -> "Vocabulary | None":
-    from expertlane.client.server import Vocabulary
-
-    if own.tokenizer is not None:
-        with naming("--tokenizer"):
-            return Vocabulary.of_folder(own.tokenizer)
-    return None if own.is_url else Vocabulary.of_name(own.reference)
-
-
-def _drawn_seed() -> int:
-    """A seed of the moment: what was asked in an earlier run may be in the server's cache."""
-    import secrets
-
-    return secrets.randbelow(2**31)
