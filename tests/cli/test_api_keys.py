@@ -2,7 +2,7 @@
 
 import pytest
 
-from expertlane.cli.options import API_KEY
+from expertlane.cli.server_options import API_KEY
 from expertlane.cli.serve import _Options
 from expertlane.errors import UserError
 
