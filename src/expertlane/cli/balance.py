@@ -11,10 +11,10 @@ from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
     MODEL_HELP,
+    NUM_REDUNDANT,
     known_models,
     placement_option,
     ranks_per_node_option,
-    redundant_option,
 )
 from expertlane.cli.output import (
     AnswerOptions,
@@ -57,7 +57,7 @@ class _Options:
         ..., "--ep", help="Expert-parallel ranks; ranks that share a sharded expert count as one."
     )
     ranks_per_node: int | None = ranks_per_node_option(None, "all on one node")
-    num_redundant_experts: int = redundant_option()
+    num_redundant_experts: int = NUM_REDUNDANT
     placement: str | None = placement_option(None, "one that balances the trace, written")
     no_coactivation: bool = typer.Option(
         False,

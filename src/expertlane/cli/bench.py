@@ -14,9 +14,9 @@ from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import given, publishes
 from expertlane.cli.options import MODEL_HELP, EngineOptions, known_models, layout_option
 from expertlane.cli.server_options import (
+    FLUSH_CACHES,
     PromptOptions,
     api_key_file_option,
-    flush_caches_option,
     one_key_each,
     request_timeout_option,
     vocabulary,
@@ -62,7 +62,7 @@ class UrlOptions:
         help="Warm-up requests before each load, which are not counted.",
     )
     request_timeout_s: float | None = request_timeout_option("600")
-    flush_caches: bool = flush_caches_option()
+    flush_caches: bool = FLUSH_CACHES
 
     def targets(self, model: str | None) -> "list[Target]":
         """The servers.

@@ -10,7 +10,7 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import takes_groups
-from expertlane.cli.options import cpu_isa_option, dtype_option, timeout_option
+from expertlane.cli.options import CPU_ISA, TIMEOUT, dtype_option
 from expertlane.cli.output import AnswerOptions
 from expertlane.errors import UserError
 from expertlane.spec.engine_config import EngineConfig
@@ -38,8 +38,8 @@ class _Options:
         help="Time to measure in; a short one gives fewer sizes and rounds. One round is always "
         "made, however long it takes.",
     )
-    timeout_s: float = timeout_option()
-    cpu_isa: CpuIsa | None = cpu_isa_option()
+    timeout_s: float = TIMEOUT
+    cpu_isa: CpuIsa | None = CPU_ISA
 
 
 @dataclass(frozen=True, kw_only=True)

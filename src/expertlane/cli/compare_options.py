@@ -11,16 +11,16 @@ import typer
 from expertlane.cli.help import Panel
 from expertlane.cli.load import slo_option
 from expertlane.cli.options import (
+    CORRECTIONS,
+    FRAMEWORK,
     MODEL_HELP,
+    SKEW,
+    TRACE,
     cluster_option,
-    corrections_option,
     dtype_option,
     fields_of,
-    framework_option,
     known_models,
     known_profiles,
-    skew_option,
-    trace_option,
 )
 from expertlane.errors import UserError, naming
 from expertlane.spec.names import Dtype
@@ -144,7 +144,7 @@ class CompareOptions:
         help="Also show for each deployment: traffic matrix, fan-out of tokens, hottest ranks "
         "and experts, and the straggler.",
     )
-    trace: bool = trace_option()
+    trace: bool = TRACE
     dtype: Dtype | None = dtype_option("the machine's choice")
 
 
@@ -160,9 +160,9 @@ class ProjectionOptions:
         "[projection] has values for the options below; those given take precedence.",
     )
     cluster: str | None = cluster_option(None, "as many h100 as ranks")
-    skew: float | None = skew_option()
-    framework: str | None = framework_option()
-    corrections: Path | None = corrections_option()
+    skew: float | None = SKEW
+    framework: str | None = FRAMEWORK
+    corrections: Path | None = CORRECTIONS
     fit_corrections: Path | None = typer.Option(
         None,
         show_default="none",

@@ -17,13 +17,13 @@ from expertlane.cli.help import Panel
 from expertlane.cli.option_groups import given
 from expertlane.cli.options import scripts_option
 from expertlane.cli.server_options import (
+    ENGINE_ARGS,
+    ENGINE_PYTHON,
+    FLUSH_CACHES,
+    START_TIMEOUT,
     api_key_file_option,
-    engine_args_option,
-    engine_python_option,
-    flush_caches_option,
     one_key_each,
     request_timeout_option,
-    start_timeout_option,
     vocabulary,
 )
 from expertlane.errors import UserError
@@ -68,8 +68,8 @@ class ServerOptions:
         help="Measure a server with the OpenAI API. It runs already, and needs no EXPERIMENT; with "
         "one, the NAME of a deployment says that it has its layout.",
     )
-    engine_python: list[str] | None = engine_python_option()
-    engine_args: list[str] | None = engine_args_option()
+    engine_python: list[str] | None = ENGINE_PYTHON
+    engine_args: list[str] | None = ENGINE_ARGS
     kv_tokens: int | None = typer.Option(
         None,
         show_default="each engine's choice",
@@ -90,8 +90,8 @@ class ServerOptions:
     api_key_file: list[str] | None = api_key_file_option(
         " NAME: only for that --url.", metavar="[NAME=]FILE"
     )
-    flush_caches: bool = flush_caches_option()
-    start_timeout_s: float = start_timeout_option()
+    flush_caches: bool = FLUSH_CACHES
+    start_timeout_s: float = START_TIMEOUT
     request_timeout_s: float | None = request_timeout_option("600")
     dry_run: bool = typer.Option(False, help="Only print the commands that start the servers.")
     scripts: Path | None = scripts_option(

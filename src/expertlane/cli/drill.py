@@ -16,12 +16,12 @@ from expertlane.cli.load import DrillLoad
 from expertlane.cli.option_groups import given, publishes
 from expertlane.cli.options import MODEL_HELP, dtype_option, known_models, layout_option
 from expertlane.cli.server_options import (
+    ENGINE_ARGS,
+    ENGINE_PYTHON,
+    START_TIMEOUT,
     PromptOptions,
     api_key_file_option,
-    engine_args_option,
-    engine_python_option,
     one_key_each,
-    start_timeout_option,
     vocabulary,
 )
 from expertlane.errors import UserError
@@ -154,9 +154,9 @@ class _Start:
     )
     layout: str = layout_option("tp=1")
     dtype: Dtype | None = dtype_option("the checkpoint's", Panel.MORE_DEPLOYMENT)
-    engine_python: str | None = engine_python_option()
-    engine_args: str | None = engine_args_option()
-    start_timeout_s: float = start_timeout_option()
+    engine_python: str | None = ENGINE_PYTHON
+    engine_args: str | None = ENGINE_ARGS
+    start_timeout_s: float = START_TIMEOUT
 
     def as_server_options(self) -> ServerOptions:
         """The same as `compare` has them."""

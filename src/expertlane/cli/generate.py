@@ -30,9 +30,9 @@ from expertlane.cli.options import (
     seed_option,
 )
 from expertlane.cli.output import (
+    JSON,
     check_file,
     is_first_process,
-    json_option,
     print_json,
     print_message,
 )
@@ -148,7 +148,7 @@ class _Options:
         rich_help_panel=Panel.MORE_SAMPLING,
         help="The output matches this regular expression.",
     )
-    as_json: bool = json_option()
+    as_json: bool = JSON
     record_routing: Path | None = typer.Option(
         None,
         rich_help_panel=Panel.OUTPUT,

@@ -14,11 +14,11 @@ from expertlane.cli.help import Command, Group, Panel
 from expertlane.cli.model import find_model
 from expertlane.cli.option_groups import takes_groups
 from expertlane.cli.options import (
+    KV_DTYPE,
+    MAX_MODEL_LEN,
     ModelArgument,
     cluster_option,
     dtype_option,
-    kv_dtype_option,
-    max_model_len_option,
 )
 from expertlane.cli.output import PrintOptions
 from expertlane.spec.files import strict_json
@@ -39,11 +39,11 @@ def _list(context: typer.Context) -> None:
 
 
 def _command(function: Any) -> Any:
-    return app.command(cls=Command, short_help=function.__doc__.partition("\n")[0])(function)
+    short = function.__doc__.partition("\n")[0]
+    return app.command(cls=Command, short_help=short)(takes_groups(function))
 
 
 @_command
-@takes_groups
 def models(print_options: PrintOptions) -> None:
     """Models that come with expertlane.
 
@@ -79,7 +79,6 @@ def models(print_options: PrintOptions) -> None:
 
 
 @_command
-@takes_groups
 def families(print_options: PrintOptions) -> None:
     """Families of checkpoints, and what each can do.
 
@@ -132,7 +131,6 @@ def families(print_options: PrintOptions) -> None:
 
 
 @_command
-@takes_groups
 def profiles(print_options: PrintOptions) -> None:
     """Profiles of devices, for --cluster, --links and --compute.
 
@@ -169,7 +167,6 @@ def profiles(print_options: PrintOptions) -> None:
 
 
 @_command
-@takes_groups
 def clusters(print_options: PrintOptions) -> None:
     """Clusters of the profiles: nodes and links.
 
@@ -204,7 +201,6 @@ def clusters(print_options: PrintOptions) -> None:
 
 
 @_command
-@takes_groups
 def frameworks(print_options: PrintOptions) -> None:
     """Serving frameworks, for --framework.
 
@@ -253,12 +249,11 @@ class _Options:
     panel: ClassVar = Panel.DEPLOYMENT
     cluster: str = cluster_option(...)
     dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
-    kv_dtype: CacheType = kv_dtype_option()
-    max_model_len: int | None = max_model_len_option()
+    kv_dtype: CacheType = KV_DTYPE
+    max_model_len: int | None = MAX_MODEL_LEN
 
 
 @_command
-@takes_groups
 def layouts(model: ModelArgument, own: _Options, print_options: PrintOptions) -> None:
     """Valid layouts of a model on a cluster, and what they hold.
 

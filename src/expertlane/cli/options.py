@@ -109,9 +109,8 @@ def _option_of(name: str, default: Any = ..., **more: Any) -> Any:
     return typer.Option(value, help=sentence_of(name), **more)
 
 
-def timeout_option() -> Any:
-    """`--timeout-s`: the most that ranks are waited for."""
-    return _option_of("timeout_s", rich_help_panel=Panel.RANKS)
+# `--timeout-s`: the most that ranks are waited for.
+TIMEOUT: Any = _option_of("timeout_s", rich_help_panel=Panel.RANKS)
 
 
 def on_failure_option(default: OnFailure) -> Any:
@@ -141,9 +140,8 @@ def ranks_per_node_option(default: Any, show_default: str) -> Any:
     )
 
 
-def redundant_option() -> Any:
-    """Number of redundant experts."""
-    return typer.Option(0, help="Redundant experts per MoE layer, to share load.")
+# Number of redundant experts.
+NUM_REDUNDANT: Any = typer.Option(0, help="Redundant experts per MoE layer, to share load.")
 
 
 def seed_option(
@@ -172,16 +170,15 @@ def placement_option(
     )
 
 
-def trace_option() -> Any:
-    """Chrome traces beside the results."""
-    return typer.Option(
-        False,
-        "--trace",
-        rich_help_panel=Panel.MORE_OUTPUT,
-        help="Also write trace-NAME.json: what every rank does when, in one prefill and one decode "
-        "step, for ui.perfetto.dev or chrome://tracing. In virtual time: trace-NAME-virtual.json "
-        "too.",
-    )
+# Chrome traces beside the results.
+TRACE: Any = typer.Option(
+    False,
+    "--trace",
+    rich_help_panel=Panel.MORE_OUTPUT,
+    help="Also write trace-NAME.json: what every rank does when, in one prefill and one decode "
+    "step, for ui.perfetto.dev or chrome://tracing. In virtual time: trace-NAME-virtual.json "
+    "too.",
+)
 
 
 def dtype_option(default: str, panel: Panel = Panel.DEPLOYMENT) -> Any:
@@ -189,19 +186,17 @@ def dtype_option(default: str, panel: Panel = Panel.DEPLOYMENT) -> Any:
     return _option_of("dtype", show_default=default, rich_help_panel=panel)
 
 
-def cpu_isa_option() -> Any:
-    """`--cpu-isa`: the instruction set that kernels may use."""
-    return _option_of(
-        "cpu_isa",
-        envvar="EXPERTLANE_CPU_ISA",
-        show_default="the best that this CPU has",
-        rich_help_panel=Panel.RANKS,
-    )
+# `--cpu-isa`: the instruction set that kernels may use.
+CPU_ISA: Any = _option_of(
+    "cpu_isa",
+    envvar="EXPERTLANE_CPU_ISA",
+    show_default="the best that this CPU has",
+    rich_help_panel=Panel.RANKS,
+)
 
 
-def max_model_len_option() -> Any:
-    """`--max-model-len`: positions of a sequence at most."""
-    return _option_of("max_model_len", rich_help_panel=Panel.BATCHING)
+# `--max-model-len`: positions of a sequence at most.
+MAX_MODEL_LEN: Any = _option_of("max_model_len", rich_help_panel=Panel.BATCHING)
 
 
 def fields_of(kind: Any, *groups: Any) -> dict[str, Any]:
@@ -269,7 +264,7 @@ class DeploymentOptions:
         "measures the error).",
     )
     placement: str = placement_option("linear")
-    num_redundant_experts: int = redundant_option()
+    num_redundant_experts: int = NUM_REDUNDANT
     options: Options = field(init=False)
     methods: ClassVar[tuple[PlacementMethod, ...]] = ("linear", "round_robin")  # of placement
 
@@ -299,9 +294,9 @@ class LaunchOptions:
     """Options of starting real ranks."""
 
     panel: ClassVar = Panel.RANKS
-    timeout_s: float = timeout_option()
+    timeout_s: float = TIMEOUT
     oversubscribe: bool = _option_of("oversubscribe")
-    cpu_isa: CpuIsa | None = cpu_isa_option()
+    cpu_isa: CpuIsa | None = CPU_ISA
     ignore_unused_tensors: bool = _option_of("ignore_unused_tensors")
 
 
@@ -311,7 +306,7 @@ class EngineOptions:
 
     panel: ClassVar = Panel.MORE_DEPLOYMENT
     dtype: Dtype | None = dtype_option("the checkpoint's, else the machine's choice")
-    max_model_len: int | None = max_model_len_option()
+    max_model_len: int | None = MAX_MODEL_LEN
     num_blocks: int | None = _option_of("num_blocks", rich_help_panel=Panel.BATCHING)
     scheduler: SchedulerOptions
     no_prefix_caching: bool = typer.Option(
@@ -383,49 +378,45 @@ def cluster_option(default: Any, show_default: bool | str = True, *, more: str =
     )
 
 
-def skew_option() -> Any:
-    """The skew of routing, if there is no trace."""
-    return typer.Option(
-        None,
-        metavar="ALPHA",
-        show_default=f"as published of the model's family, else {DEFAULT_SKEW:g}",
-        rich_help_panel=Panel.MODELLED,
-        help="Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.",
-    )
+# The skew of routing, if there is no trace.
+SKEW: Any = typer.Option(
+    None,
+    metavar="ALPHA",
+    show_default=f"as published of the model's family, else {DEFAULT_SKEW:g}",
+    rich_help_panel=Panel.MODELLED,
+    help="Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.",
+)
 
 
-def kv_dtype_option() -> Any:
-    """The type of the KV cache."""
-    return typer.Option(
-        "model",
-        rich_help_panel=Panel.MODELLED,
-        help="Type of the KV cache. model: the checkpoint's, else that of hidden states.",
-    )
+# The type of the KV cache.
+KV_DTYPE: Any = typer.Option(
+    "model",
+    rich_help_panel=Panel.MODELLED,
+    help="Type of the KV cache. model: the checkpoint's, else that of hidden states.",
+)
 
 
-def framework_option() -> Any:
-    """The serving framework that a projection is of."""
-    return typer.Option(
-        None,
-        metavar="NAME",
-        show_default="none: no correction",
-        help="Correct step times and TTFT by public measurements of a serving framework: vllm, "
-        "sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its scheduling and "
-        "tokens per step, for plan its engine, for simulate its dispatch form, unless given.",
-        rich_help_panel=Panel.MODELLED,
-    )
+# The serving framework that a projection is of.
+FRAMEWORK: Any = typer.Option(
+    None,
+    metavar="NAME",
+    show_default="none: no correction",
+    help="Correct step times and TTFT by public measurements of a serving framework: vllm, "
+    "sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its scheduling and "
+    "tokens per step, for plan its engine, for simulate its dispatch form, unless given.",
+    rich_help_panel=Panel.MODELLED,
+)
 
 
-def corrections_option() -> Any:
-    """The corrections that `compare --fit-corrections` fitted."""
-    return typer.Option(
-        None,
-        show_default="none",
-        help="Corrections that compare --fit-corrections wrote: factors, fitted to measurements, "
-        "on links, kernels and overheads, and a routing skew. --skew and --routing-trace take "
-        "precedence.",
-        rich_help_panel=Panel.MODELLED,
-    )
+# The corrections that `compare --fit-corrections` fitted.
+CORRECTIONS: Any = typer.Option(
+    None,
+    show_default="none",
+    help="Corrections that compare --fit-corrections wrote: factors, fitted to measurements, "
+    "on links, kernels and overheads, and a routing skew. --skew and --routing-trace take "
+    "precedence.",
+    rich_help_panel=Panel.MODELLED,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -465,14 +456,14 @@ class ProjectionOptions:
     routing_trace: Path | None = typer.Option(
         None, help="Routing as recorded by expertlane generate --record-routing."
     )
-    skew: float | None = skew_option()
+    skew: float | None = SKEW
     dtype: NumberType | None = dtype_option("the checkpoint's, float16 for a preset")
-    kv_dtype: CacheType = kv_dtype_option()
+    kv_dtype: CacheType = KV_DTYPE
     execution: GpuExecution = typer.Option(
         "graph", help="Steps as CUDA graphs, or kernels launched one by one."
     )
-    framework: str | None = framework_option()
-    corrections: Path | None = corrections_option()
+    framework: str | None = FRAMEWORK
+    corrections: Path | None = CORRECTIONS
 
 
 def parse_list(name: str, field: str, text: str, example: str) -> list[Any]:

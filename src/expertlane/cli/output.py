@@ -151,11 +151,10 @@ def _replacement(error: UnicodeError) -> tuple[str, int]:
     return "".join(each if each.isascii() else "?" for each in lost), error.end
 
 
-def json_option() -> Any:
-    """JSON for other programs."""
-    return typer.Option(
-        False, "--json", rich_help_panel=Panel.OUTPUT, help="Print JSON instead of text."
-    )
+# JSON for other programs.
+JSON: Any = typer.Option(
+    False, "--json", rich_help_panel=Panel.OUTPUT, help="Print JSON instead of text."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +168,7 @@ class PrintOptions:
     panel: ClassVar = Panel.OUTPUT
     full: bool = typer.Option(False, help="Print all tables.")
     quiet: bool = typer.Option(False, "--quiet", "-q", help="Print one line.")
-    as_json: bool = json_option()
+    as_json: bool = JSON
 
     def __post_init__(self) -> None:
         flags = {"--full": self.full, "--quiet": self.quiet, "--json": self.as_json}

@@ -23,8 +23,8 @@ from expertlane.cli.options import (
     on_failure_option,
 )
 from expertlane.cli.output import (
+    JSON,
     is_first_process,
-    json_option,
     may_be_lost,
     print_json,
     print_message,
@@ -131,7 +131,7 @@ class _Options:
         help="Format of the model's reasoning: think, mistral, harmony, none.",
         rich_help_panel=Panel.MORE_SERVER,
     )
-    as_json: bool = json_option()
+    as_json: bool = JSON
 
     def api_keys(self) -> tuple[str, ...]:
         """The keys given, else the environment's.

@@ -81,42 +81,38 @@ def api_key_file_option(more: str = "", **how: Any) -> Any:
     )
 
 
-def flush_caches_option() -> Any:
-    """`--flush-caches`."""
-    return typer.Option(
-        False,
-        help="Empty the server's prefix cache before each round: SGLang; vLLM in development mode.",
-    )
+# `--flush-caches`.
+FLUSH_CACHES: Any = typer.Option(
+    False,
+    help="Empty the server's prefix cache before each round: SGLang; vLLM in development mode.",
+)
 
 
-def engine_python_option() -> Any:
-    """`--engine-python`."""
-    return typer.Option(
-        None,
-        metavar="[NAME=]PATH",
-        rich_help_panel=Panel.MORE_SERVER,
-        show_default="commands on the PATH",
-        help="Python of the environment that the engine is installed in.",
-    )
+# `--engine-python`.
+ENGINE_PYTHON: Any = typer.Option(
+    None,
+    metavar="[NAME=]PATH",
+    rich_help_panel=Panel.MORE_SERVER,
+    show_default="commands on the PATH",
+    help="Python of the environment that the engine is installed in.",
+)
 
 
-def engine_args_option() -> Any:
-    """`--engine-args`."""
-    return typer.Option(
-        None,
-        metavar="[NAME=]ARGS",
-        rich_help_panel=Panel.MORE_SERVER,
-        help='Further arguments of the engine\'s command, such as "--enforce-eager".',
-    )
+# `--engine-args`.
+ENGINE_ARGS: Any = typer.Option(
+    None,
+    metavar="[NAME=]ARGS",
+    rich_help_panel=Panel.MORE_SERVER,
+    help='Further arguments of the engine\'s command, such as "--enforce-eager".',
+)
 
 
-def start_timeout_option() -> Any:
-    """`--start-timeout-s`."""
-    return typer.Option(
-        1_200.0,
-        rich_help_panel=Panel.MORE_SERVER,
-        help="Time in which a server must become ready.",
-    )
+# `--start-timeout-s`.
+START_TIMEOUT: Any = typer.Option(
+    1_200.0,
+    rich_help_panel=Panel.MORE_SERVER,
+    help="Time in which a server must become ready.",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,11 @@ import typer
 from expertlane.cli import output
 from expertlane.cli.help import Panel
 from expertlane.cli.load import SimulatedLoad
-from expertlane.cli.model import FoundModel, OnCluster, find_model
+from expertlane.cli.model import FoundModel, find_model
 from expertlane.cli.option_groups import publishes
 from expertlane.cli.options import (
     TOKENS_OF_STEP,
+    TRACE,
     DeploymentOptions,
     DraftOptions,
     OptionalModel,
@@ -23,7 +24,6 @@ from expertlane.cli.options import (
     cluster_option,
     layout_option,
     placement_option,
-    trace_option,
 )
 from expertlane.errors import CapacityError, UserError, naming
 from expertlane.spec.deployment import PlacementMethod
@@ -33,12 +33,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from expertlane.cost.laws.profile import ModelledCluster
-    from expertlane.cost.throughput import MultiToken
     from expertlane.results.results import Results
     from expertlane.simulator.row import Row
     from expertlane.simulator.simulator import Outcome, ServingSetup, Simulator
     from expertlane.simulator.watch import Precision
-    from expertlane.spec.deployment import Options
     from expertlane.spec.model import ModelConfig
     from expertlane.spec.workload import Load
 
@@ -73,7 +71,7 @@ class _Options:
         help="Begin idle, with all of --batch at once, and end with the last of --num-requests. "
         "Otherwise the load is in its steady state: one request begins as another ends.",
     )
-    trace: bool = trace_option()
+    trace: bool = TRACE
 
     def row(self) -> "Row | None":
         """The row that `--plan` names; None without it."""
@@ -182,21 +180,44 @@ def simulate(
     else:
         found = find_model(_needed("MODEL", model), weights=False)
 
-    from expertlane.cost.laws.profile import parse_cluster
+    from expertlane.cost.laws.profile import Execution, parse_cluster
     from expertlane.results.results import with_costs
     from expertlane.simulator.results import simulation
+    from expertlane.simulator.simulator import ServingSetup, check_fits_cluster
     from expertlane.simulator.watch import Precision
     from expertlane.spec.workload import check_lengths
 
     most_len, has_drafts = found.config.max_position_embeddings, multi_token.num_drafts > 0
     seed, devices = load_options.seed, parse_cluster(cluster)
     there = found.on_cluster(projection, devices, seed, has_drafts=has_drafts)
-    pools = _laid_out(found, layout_text, own.prefill_layout)
-    sizes = _sizes(scheduler, projection.framework, pools[0], loads)
-    setup = _setup(there, pools, deployment.options, multi_token, projection.execution, row, sizes)
+    with naming("--prefill-layout"):
+        of_prompts, prefill_layout = own.prefill_layout, None
+        if of_prompts is not None:
+            prefill_layout = found.lay_out(of_prompts, is_modelled=True)
+    layout, types = found.lay_out(layout_text, is_modelled=True), there.types
+    options = deployment.options
+    if options.placement == "load" and layout.ep == getattr(prefill_layout, "ep", 1) == 1:
+        options = replace(options, placement="linear")  # every rank has a part of every expert
+    if row is not None:  # it has settings of its own
+        types = replace(types, rounds_inputs=row.options.activations == "float8")
+    setup = ServingSetup(
+        layout=layout,
+        prefill_layout=prefill_layout,
+        options=options,
+        types=types,
+        execution=Execution(projection.execution),
+        routing=there.routing.source,
+        multi_token=multi_token,
+        prefill_options=None if row is None else row.prefill_options,
+        **_sizes(scheduler, projection.framework, layout, loads),
+    )
     for load in loads:
         check_lengths(load, most_len)
-    _check(found, setup, there.cluster)
+    check_fits_cluster(there.cluster, setup)
+    for role, each in setup.pools.items():
+        with naming("--prefill-layout") if role == "prefill" else nullcontext():
+            per_node = there.cluster.profile.ranks_per_node
+            found.check(each, setup.options_of(role), per_node, is_modelled=True)
     folder = call.folder(output.slug("simulate", found.config.name, cluster))
     if not own.cold_start:
         loads = [each.varied(most_len) for each in loads]
@@ -249,48 +270,6 @@ def _simulators(
         raise
 
 
-def _laid_out(found: FoundModel, text: str, prefill: str | None) -> "tuple[Layout, Layout | None]":
-    """The layouts of the pool that decodes, and of the prefill pool if there is one.
-
-    Raises:
-        UserError: one is none, or the model cannot be laid out so.
-    """
-    with naming("--prefill-layout"):
-        prefill_layout = None if prefill is None else found.lay_out(prefill, is_modelled=True)
-    return found.lay_out(text, is_modelled=True), prefill_layout
-
-
-def _setup(
-    there: OnCluster,
-    pools: "tuple[Layout, Layout | None]",
-    options: "Options",
-    multi_token: "MultiToken",
-    execution: str,
-    row: "Row | None",
-    sizes: "Mapping[str, Any]",
-) -> "ServingSetup":
-    """The pools and their settings; a row of a plan has some of its own."""
-    from expertlane.cost.laws.profile import Execution
-    from expertlane.simulator.simulator import ServingSetup
-
-    types, (layout, prefill_layout) = there.types, pools
-    if row is not None:
-        types = replace(types, rounds_inputs=row.options.activations == "float8")
-    if options.placement == "load" and layout.ep == getattr(prefill_layout, "ep", 1) == 1:
-        options = replace(options, placement="linear")  # every rank has a part of every expert
-    return ServingSetup(
-        layout=layout,
-        prefill_layout=prefill_layout,
-        options=options,
-        types=types,
-        execution=Execution(execution),
-        routing=there.routing.source,
-        multi_token=multi_token,
-        prefill_options=None if row is None else row.prefill_options,
-        **sizes,
-    )
-
-
 def _needed(name: str, value: str | None) -> str:
     """A value that only a row of a plan may stand in for.
 
@@ -331,21 +310,6 @@ def _sizes(
     tokens = asked.get("max_num_batched_tokens")
     of_framework = scheduling_of(framework, tokens, 1 if tokens else max_num_seqs)
     return of_framework | asked | {"max_num_seqs": max_num_seqs}
-
-
-def _check(found: FoundModel, setup: "ServingSetup", modelled: "ModelledCluster") -> None:
-    """Check the layouts of both pools.
-
-    Raises:
-        UserError: a layout does not suit the model or the cluster.
-    """
-    from expertlane.simulator.simulator import check_fits_cluster
-
-    check_fits_cluster(modelled, setup)
-    per_node = modelled.profile.ranks_per_node
-    for role, layout in setup.pools.items():
-        with naming("--prefill-layout") if role == "prefill" else nullcontext():
-            found.check(layout, setup.options_of(role), per_node, is_modelled=True)
 
 
 def _run(
