@@ -120,7 +120,7 @@ class _Fault:
             if self.pid is not None:
                 found = processes().get(self.pid)
                 name = "" if found is None else f" ({found.title})"
-                return faults.Signalled(self.pid, how, f"process {self.pid}{name}")
+                return faults.SignalFault(self.pid, how, f"process {self.pid}{name}")
             assert self.rank is not None, "one is given"
             if root is None:
                 raise UserError(
@@ -129,7 +129,7 @@ class _Fault:
                 )
             process = rank_process(root, rank_titles, layout, self.rank)
             name = f"rank {self.rank} (process {process.pid}, {process.title})"
-            return faults.Signalled(process.pid, how, name)
+            return faults.SignalFault(process.pid, how, name)
 
         return fault
 
