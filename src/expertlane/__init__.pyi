@@ -183,8 +183,8 @@ def compare(
         skew: Skewed routing: expert popularity by Zipf's law with exponent ALPHA; 0: uniform.
         framework: Correct step times and TTFT by public measurements of a serving framework:
             vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
-            scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
-            are given.
+            scheduling and tokens per step, for plan its engine, for simulate its dispatch form,
+            unless given.
         corrections: Corrections that compare --fit-corrections wrote: factors, fitted to
             measurements, on links, kernels and overheads, and a routing skew. --skew and
             --routing-trace take precedence.
@@ -293,8 +293,8 @@ def plan(
         execution: Steps as CUDA graphs, or kernels launched one by one.
         framework: Correct step times and TTFT by public measurements of a serving framework:
             vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
-            scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
-            are given.
+            scheduling and tokens per step, for plan its engine, for simulate its dispatch form,
+            unless given.
         corrections: Corrections that compare --fit-corrections wrote: factors, fitted to
             measurements, on links, kernels and overheads, and a routing skew. --skew and
             --routing-trace take precedence.
@@ -364,7 +364,8 @@ def simulate(
     Args:
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
             paper-tiny, paper-small, paper.
-        layout: How ranks are arranged: dp=2,ep=2 for example.
+        layout: How ranks are arranged: dp=2,ep=2 for example. Ranks of tensor (tp), pipeline
+            (pp), data (dp) and expert parallelism (ep).
         cluster: The modelled cluster: N devices of a profile (a100, a100pcie, a30, b200, b300,
             gb200, gb300, h100, h100pcie, h200, l4, l40s, rtxpro6000, or a TOML file of
             expertlane calibrate).
@@ -404,8 +405,8 @@ def simulate(
         execution: Steps as CUDA graphs, or kernels launched one by one.
         framework: Correct step times and TTFT by public measurements of a serving framework:
             vllm, sglang, trt (TensorRT-LLM), dynamo-trt or dynamo-sglang. Also takes its
-            scheduling and tokens per step; plan its engine, simulate its dispatch, unless they
-            are given.
+            scheduling and tokens per step, for plan its engine, for simulate its dispatch form,
+            unless given.
         corrections: Corrections that compare --fit-corrections wrote: factors, fitted to
             measurements, on links, kernels and overheads, and a routing skew. --skew and
             --routing-trace take precedence.
@@ -513,7 +514,8 @@ def bench(
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
             paper-tiny, paper-small, paper. With --url: the model's name there; not needed if
             the server has only one.
-        layout: How ranks are arranged: dp=2,ep=2 for example.
+        layout: How ranks are arranged: dp=2,ep=2 for example. Ranks of tensor (tp), pipeline
+            (pp), data (dp) and expert parallelism (ep).
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
         num_requests: Requests per batch size or rate. Of --requests, the first N.
@@ -565,10 +567,11 @@ def bench(
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
         activations: Type of the inputs of matrices stored in float8. float8 rounds them, with a
-            scale for a token's every 128, so that GPUs multiply in float8; slower on CPUs.
+            scale for every 128 of a token's values, so that GPUs multiply in float8; slower on
+            CPUs.
         kv_dtype: Type of the KV cache. float8 takes half or less, and rounds keys and values.
         cuda_graphs: Record decode steps once and launch each as one CUDA graph; auto: where
-            ranks have GPUs and our kernels.
+            ranks have GPUs and expertlane's kernels.
         rebalance_steps: Rebalance experts at runtime every STEPS steps, where it pays. 0:
             never.
         ranks_per_node: Consecutive ranks that count as one node.
@@ -659,14 +662,15 @@ def drill(
             URL, and ended.
         model: A checkpoint folder, a hub id (org/name), or a preset with random weights:
             paper-tiny, paper-small, paper. With a URL: the model's name there.
-        layout: How ranks are arranged: dp=2,ep=2 for example.
+        layout: How ranks are arranged: dp=2,ep=2 for example. Ranks of tensor (tp), pipeline
+            (pp), data (dp) and expert parallelism (ep).
         dtype: Type of weights and activations.
         engine_python: Python of the environment that the engine is installed in.
         engine_args: Further arguments of the engine's command, such as "--enforce-eager".
         start_timeout_s: Time in which a server must become ready.
         batch: Closed loop: concurrency N.
         rate: Open loop instead of --batch: Poisson arrivals, R requests per second.
-        num_requests: Requests per batch size or rate. As many prompts are sent again and again.
+        num_requests: Requests per batch size or rate. The same ones are sent again and again.
         prompt_len: Tokens per prompt. N:N: uniform in that range.
         output_len: Tokens per output. N:N: uniform in that range.
         prefix_len: Length of the prefix that prompts share; part of --prompt-len.
@@ -709,15 +713,16 @@ def verify(
     log-probabilities of given tokens are compared, token by token, with those of a checkpoint in
     float32 or of a second server: alone and under load, in short and long contexts, generated and
     given, with the prefix cache cold and warm, on each data-parallel rank where one can be chosen.
-    Rounding in the server's number type is measured on the same tokens, and granted.
+    What rounding in the server's number type does is measured on the same tokens; such differences
+    are no errors.
 
     Args:
         url: A server with the OpenAI API.
         model: The model's name there; not needed if the server has only one.
         reference: What the server should compute: a checkpoint folder of the model, or a second
             server of it, such as another layout.
-        dtype: Type of weights and activations. The server's: rounding in it is granted; float32
-            where the server is seen to round no more than that.
+        dtype: Type of weights and activations. The one that the server computes in: differences
+            that rounding to it makes are no errors.
         weights: Type in which matrices are kept; int8 rounds them while loading, with a scale
             for every 128 inputs.
         tokenizer: Folder of the model's tokenizer. Required where a server takes text alone.
