@@ -30,6 +30,7 @@ STREAMS = {
     "reasoning": ([OPENING, chat({"reasoning_content": "a"}), usage(3, 1)], [1]),
     "a call": ([OPENING, chat({"tool_calls": [{"function": {"arguments": "{"}}]})], [1]),
     "a comment": ([b": ping\n\n", text("a"), usage(3, 1)], [1]),
+    "numbered": ([b"id: mine:1\n" + text("a"), b"id: mine:2\n" + usage(3, 1)], [0]),
     "quotes": ([text('{"error": "usage": {"choices": [{'), usage(3, 1)], [0]),
 }
 
@@ -37,7 +38,7 @@ STREAMS = {
 @pytest.mark.parametrize(("events", "counted"), STREAMS.values(), ids=STREAMS)
 @given(data=st.data())
 def test_any_parts_give_the_same_tokens(events, counted, data):
-    body = b"".join([*events, DONE])
+    body = b"".join([*events, b"id: mine:3\n", DONE])
     cuts = data.draw(st.lists(st.integers(1, len(body) - 1), unique=True, max_size=12))
     ends = [*sorted(cuts), len(body)]
     times_s = [float(number) for number in range(len(ends))]

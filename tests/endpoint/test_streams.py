@@ -31,7 +31,7 @@ def ids(*token_ids: int, **more: object) -> bytes:
 
 @pytest.mark.parametrize("size", [1, 7, 10**6])
 def test_tokens_are_read_however_they_are_parted(size):
-    found = stream(ids(1, 2), b": ping\n\n", ids(3), usage(4, 3), DONE, size=size)
+    found = stream(b"id: a:1\n" + ids(1, 2), b": ping\n\n", ids(3), usage(4, 3), DONE, size=size)
     assert found.tokens == [1, 2, 3]
     assert found.num_tokens == found.num_counted == 3
     assert found.is_done

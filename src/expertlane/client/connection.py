@@ -32,6 +32,7 @@ _ROLE = re.compile(rb'"role"\s*:\s*"')
 _USAGE = re.compile(rb'"usage"\s*:\s*\{')
 _ERROR = re.compile(rb'^\s*\{\s*"error"\s*:|"object"\s*:\s*"error"')
 _DONE = b"[DONE]"
+_DATA = re.compile(rb"^data:", re.MULTILINE)
 _MOST_MESSAGE = 200
 
 
@@ -340,6 +341,12 @@ def read_answer(answer: Answer) -> TokenTimes:
     return _read_events(answer)
 
 
+def data_of(event: bytes) -> bytes | None:
+    """Data of a server-sent event; None if it has none. Its id or type may come before."""
+    line = _DATA.search(event)
+    return None if line is None else event[line.end() :].strip()
+
+
 def _read_events(answer: Answer) -> TokenTimes:
     found = TokenTimes()
     body, ends = bytes(answer.body), answer.ends
@@ -348,9 +355,8 @@ def _read_events(answer: Answer) -> TokenTimes:
     while (match := _END.search(body, begin)) is not None:
         event, end = body[begin : match.start()], match.end()
         begin = end
-        if not event.startswith(b"data:"):
+        if (data := data_of(event)) is None:
             continue  # a comment that keeps the connection open
-        data = event[5:].lstrip()
         if data == _DONE:
             is_done = True
             break
@@ -369,7 +375,7 @@ def _read_events(answer: Answer) -> TokenTimes:
         else:
             is_textless = False
         found.times_s.append(answer.times_s[part])
-    if not is_done and body[begin:].strip() != b"data: " + _DONE:
+    if not is_done and not body[begin:].strip().endswith(b"data: " + _DONE):
         raise AnswerError("stream ended early", "the connection closed before [DONE]")
     _drop_ends(found, without_text, is_textless=is_textless)
     if not found.times_s:

@@ -7,10 +7,9 @@ from typing import Any, Literal
 
 import msgspec
 
-from expertlane.client.connection import Answer, error_message
+from expertlane.client.connection import Answer, data_of, error_message
 
 _END, _ENDS = b"\n\n", b"\r\n\r\n"
-_DATA = b"data:"
 _DONE = b"[DONE]"
 _LEAST_TAIL = 3  # tokens after a difference that may tell a shift from a change
 _LAGS = 3  # events by which the text of a token may come later than its log-probability
@@ -58,8 +57,8 @@ class Stream:
             event, self._begin = bytes(body[self._begin : end]), end + length
             while self.answer.ends[self._part] < self._begin:
                 self._part += 1
-            if event.startswith(_DATA):
-                self._take(event[len(_DATA) :].strip(), self.answer.times_s[self._part])
+            if (data := data_of(event)) is not None:
+                self._take(data, self.answer.times_s[self._part])
 
     @property
     def num_tokens(self) -> int:
