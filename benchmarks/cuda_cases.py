@@ -15,13 +15,11 @@ from expertlane.engine.ops.cuda.activation import activate
 from expertlane.engine.ops.cuda.norm import add_rms_norm, rms_norm
 from expertlane.engine.ops.cuda.parts import CudaAttention, CudaExperts, CudaMlp, CudaNarrowLinear
 from expertlane.engine.ops.cuda.permute import gather_sum, group_pairs
-from expertlane.engine.ops.cuda.route import route
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch, PagedSequences
 from expertlane.engine.ops.narrow import Mxfp4Weight, NarrowWeight
 from expertlane.engine.ops.products import Activation, Expert, Linear, grouped_mm
 from expertlane.engine.ops.step import AttentionWeights, MlpWeights
 from expertlane.schedule.plan import Batch
-from expertlane.spec.model import Routing
 
 CUDA = torch.device("cuda")
 # Of weights; the last with inputs in float8 too.
@@ -240,18 +238,7 @@ def parts(
     _expect(mlp(x), (num_tokens, hidden), torch.bfloat16)
 
 
-def routing(num_tokens: int, num_experts: int, top_k: int, routing: Routing) -> None:
-    """The choice of experts."""
-    logits, bias = (torch.empty(*n, num_experts, device=CUDA) for n in ((num_tokens,), ()))
-    ids, weights = route(logits, top_k, routing, bias if routing.correction_bias else None)
-    _expect(ids, (num_tokens, top_k), torch.int64)
-    _expect(weights, (num_tokens, top_k), torch.float32)
-
-
 FLOAT32 = torch.float32
-LIKE_DEEPSEEK = Routing(
-    scoring_func="sigmoid", correction_bias=True, n_group=8, topk_group=4, group_score="top2_sum"
-)
 # By name, with sizes of: the paper's model (heads of 512), Qwen3 (normed heads), DeepSeek-V3
 # (latents), GPT-OSS (sinks and windows).
 CASES: dict[str, Callable[[], None]] = {
@@ -279,8 +266,6 @@ CASES: dict[str, Callable[[], None]] = {
     "float8 product, decode": lambda: product(64, 1536, 7168, "float8"),
     "a float8 layer": lambda: parts(16, 2048, (32, 4), 128, 6144, "float8"),
     "a layer of Qwen3": lambda: parts(64, 2048, (32, 4), 128, 6144),
-    "routing, Qwen3": lambda: routing(64, 128, 8, Routing()),
-    "routing, DeepSeek": lambda: routing(64, 256, 8, LIKE_DEEPSEEK),
     "rotation, Qwen3": lambda: turn(64, (32, 4), 128, 128, has_norms=True),
     "rotation, DeepSeek": lambda: turn(64, (128, 1), 192, 64, interleave=True),
     "decode, paper": lambda: attend(batch_of(64, 2000, 1), (16, 16), (512, 512)),

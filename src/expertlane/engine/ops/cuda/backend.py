@@ -16,7 +16,6 @@ from expertlane.engine.ops.cuda.norm import add_rms_norm, rms_norm
 from expertlane.engine.ops.cuda.parts import CudaAttention, CudaExperts, CudaMlp, CudaNarrowLinear
 from expertlane.engine.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.engine.ops.cuda.rotate import rotate, write
-from expertlane.engine.ops.cuda.route import CudaRouter
 from expertlane.engine.ops.device import CudaGraphs
 from expertlane.engine.ops.float8 import rounded_inputs
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
@@ -30,7 +29,6 @@ from expertlane.engine.ops.products import (
     PairGroups,
     grouped_mm,
 )
-from expertlane.engine.ops.router import RouterParams
 from expertlane.engine.ops.step import AttentionWeights, MlpWeights
 from expertlane.engine.ops.torch_backend import TorchBackend
 from expertlane.errors import UserError
@@ -38,7 +36,7 @@ from expertlane.schedule.plan import Batch
 
 
 class CudaBackend(TorchBackend):
-    """Paged attention, norms, rotation, routing, sums, MLPs and experts by Triton kernels."""
+    """Paged attention, norms, rotation, sums, MLPs and experts by Triton kernels."""
 
     instructions = f"triton {triton.__version__}"
     adds_with_norm = True
@@ -72,9 +70,6 @@ class CudaBackend(TorchBackend):
             return super().experts(held, activation)
         groups = grouped_mm if GroupedExperts.suits(held) else None
         return CudaExperts(held, activation, groups)
-
-    def router(self, params: RouterParams) -> CudaRouter:
-        return CudaRouter(params, self.rms_norm)
 
     def group_pairs(
         self, ids: Tensor, first: int, divisor: int, num_groups: int, num_pairs: int | None = None
