@@ -28,12 +28,10 @@ if not torch.cuda.is_available():  # before Triton is imported
 
 from cuda_cases import Kind, equal_sequences
 
-from expertlane.engine.ops.cuda.activation import activate
 from expertlane.engine.ops.cuda.attention import attend
-from expertlane.engine.ops.cuda.norm import add_rms_norm
+from expertlane.engine.ops.cuda.backend import CudaBackend
+from expertlane.engine.ops.cuda.compiled import activate, add_rms_norm, norm_and_rotate, write
 from expertlane.engine.ops.cuda.parts import CudaExperts, CudaNarrowLinear
-from expertlane.engine.ops.cuda.permute import gather_sum, group_pairs
-from expertlane.engine.ops.cuda.rotate import rotate_and_write
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
 from expertlane.engine.ops.narrow import Mxfp4Weight, NarrowWeight
 from expertlane.engine.ops.products import Activation, Expert, Linear, grouped_mm
@@ -41,6 +39,7 @@ from expertlane.engine.ops.products import Activation, Expert, Linear, grouped_m
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
 BLOCK_SIZE, REPEATS = 16, 20
+OPS = CudaBackend()
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def experts(
     ]
     scores = torch.rand(num_tokens, num, device=DEVICE)
     ids, x = scores.topk(top_k, dim=1).indices.int(), random(num_tokens, hidden)
-    pairs, num_pairs = group_pairs(ids, 0, 1, num, ids.numel()), ids.numel()
+    pairs, num_pairs = OPS.group_pairs(ids, 0, 1, num, ids.numel()), ids.numel()
     used = int((pairs.counts > 0).sum())
     num_weights = sum(each.num_weights for each in held[0].linears)
     weight_bytes = sum(tensor.nbytes for tensor in held[0].tensors())
@@ -152,11 +151,11 @@ def experts(
         theirs = CudaExperts(held, activation, grouped_mm)
         yield Case(f"{name}, torch's", lambda: theirs(x, pairs), moved, flops)
     order_bytes = (2 * 4 + 24) * num_pairs
-    yield Case(f"{name}, order", lambda: group_pairs(ids, 0, 1, num, num_pairs), order_bytes)
+    yield Case(f"{name}, order", lambda: OPS.group_pairs(ids, 0, 1, num, num_pairs), order_bytes)
     factors, from_results = torch.rand(num_tokens, top_k, device=DEVICE), results.nbytes
     yield Case(
         f"{name}, sum",
-        lambda: gather_sum(results, pairs.numbers, factors, None),
+        lambda: OPS.gather_sum(results, pairs.numbers, factors),
         from_results + x.nbytes,
     )
 
@@ -180,13 +179,14 @@ def rows(
     cache = KVCache(-(-num_tokens // BLOCK_SIZE), BLOCK_SIZE, heads[1], dim, dim, DTYPE, DEVICE)
     cos, sin = (random(num_tokens, 1, dim, dtype=torch.float32) for _ in range(2))
     slots = torch.arange(num_tokens, device=DEVICE)
-    yield Case(
-        f"rotation, {num_tokens} rows",
-        lambda: rotate_and_write(
-            projected, heads[0], (slots, cos, sin), None, 1e-5, slots, cache, interleave=False
-        ),
-        2 * projected.nbytes + cos.nbytes + sin.nbytes,
-    )
+    query_key, value = projected.split([sum(heads), heads[1]], dim=1)
+
+    def rotate_and_write() -> None:
+        turned = norm_and_rotate(query_key, slots, cos, sin, None, 1e-5, interleave=False)
+        write(cache, slots, turned[:, heads[0] :], value)
+
+    moved = 2 * projected.nbytes + cos.nbytes + sin.nbytes
+    yield Case(f"rotation, {num_tokens} rows", rotate_and_write, moved)
 
 
 def cases(*, tiny: bool) -> Iterator[Case]:

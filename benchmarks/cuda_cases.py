@@ -10,15 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertlane.engine.ops.cuda import attention, rotate
-from expertlane.engine.ops.cuda.activation import activate
-from expertlane.engine.ops.cuda.norm import add_rms_norm, rms_norm
-from expertlane.engine.ops.cuda.parts import CudaAttention, CudaExperts, CudaMlp, CudaNarrowLinear
-from expertlane.engine.ops.cuda.permute import gather_sum, group_pairs
+from expertlane.engine.ops.cuda import attention
+from expertlane.engine.ops.cuda.backend import CudaBackend
+from expertlane.engine.ops.cuda.parts import CudaExperts, CudaMlp, CudaNarrowLinear
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch, PagedSequences
 from expertlane.engine.ops.narrow import Mxfp4Weight, NarrowWeight
 from expertlane.engine.ops.products import Activation, Expert, Linear, grouped_mm
-from expertlane.engine.ops.step import AttentionWeights, MlpWeights
+from expertlane.engine.ops.step import MlpWeights
 from expertlane.schedule.plan import Batch
 
 CUDA = torch.device("cuda")
@@ -67,68 +65,19 @@ def attend(
     in_keys: bool = False,
     is_float8: bool = False,
 ) -> None:
-    """Write and attend; `dims` are of keys and values, which `in_keys` are a part of them."""
+    """Attention; `dims` are of keys and values, which `in_keys` are a part of them."""
     num_tokens = batch.batch.num_tokens
     sizes = 64, batch.block_size, heads[1], dims[0], 0 if in_keys else dims[1]
     cache = KVCache(*sizes, dtype, CUDA, is_float8=is_float8)
     query = torch.empty(num_tokens, heads[0], dims[0], dtype=dtype, device=CUDA)
-    key, value = (
-        torch.empty(num_tokens, heads[1], x.shape[-1], dtype=dtype, device=CUDA)
-        for x in (cache.keys, cache.values)
-    )
     sinks = torch.empty(heads[0], device=CUDA) if has_sinks else None
     params = AttentionParams(dims[1], dims[0] ** -0.5, window, sinks)
-    rotate.write(cache, batch.slots, key, value)
     out = attention.attend(query, cache, batch, params)
     _expect(out, (num_tokens, heads[0], dims[1]), dtype)
 
 
 def _expect(x: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     assert (tuple(x.shape), x.dtype, x.device.type) == (shape, dtype, "cuda"), (x.shape, x.dtype)
-
-
-def rows(num_tokens: int, hidden: int, inner: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Norms and activations."""
-    x, weight = (
-        torch.empty(num_tokens, hidden, dtype=dtype, device=CUDA),
-        torch.empty(hidden, device=CUDA),
-    )
-    _expect(rms_norm(x, weight, 1e-5), (num_tokens, hidden), dtype)
-    for out in add_rms_norm(x, x, weight, 1e-5):
-        _expect(out, (num_tokens, hidden), dtype)
-    for is_gated, activation in (
-        (True, Activation("silu")),
-        (False, Activation("gelu")),
-        (True, Activation("silu", swiglu_limit=7.0)),
-    ):
-        x = torch.empty(num_tokens, inner * (1 + is_gated), dtype=dtype, device=CUDA)
-        _expect(activate(x, activation, is_gated=is_gated), (num_tokens, inner), dtype)
-
-
-def turn(
-    num_tokens: int,
-    heads: tuple[int, int],
-    dim: int,
-    rotary_dim: int,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    interleave: bool = False,
-    has_norms: bool = False,
-    is_float8: bool = False,
-) -> None:
-    """Rotation alone, and with the write to the cache."""
-    (num_heads, num_kv_heads), batch = heads, batch_of(num_tokens, 100, 1)
-    x = torch.empty(num_tokens, num_heads + 2 * num_kv_heads, dim, dtype=dtype, device=CUDA)
-    cos, sin = torch.empty(2, num_tokens, 1, rotary_dim, device=CUDA).unbind()
-    norms = torch.empty(num_heads + num_kv_heads, dim, device=CUDA) if has_norms else None
-    cache = KVCache(64, 16, num_kv_heads, dim, dim, dtype, CUDA, is_float8=is_float8)
-    turned = rotate.rotate(x, cos, sin, interleave=interleave)
-    _expect(turned, tuple(x.shape), dtype)
-    angles = batch.positions, cos, sin
-    query = rotate.rotate_and_write(
-        x, num_heads, angles, norms, 1e-5, batch.slots, cache, interleave=interleave
-    )
-    _expect(query, (num_tokens, num_heads, dim), dtype)
 
 
 def linear(
@@ -186,14 +135,15 @@ def experts(
     activation = Activation("silu" if is_gated else "gelu")
     of_layer = CudaExperts(held, activation, grouped_mm if by_torch else None)
     ids = torch.empty(num_tokens, top_k, dtype=torch.int32, device=CUDA)
-    pairs = group_pairs(ids, 0, 1, num, ids.numel())
+    pairs = CudaBackend().group_pairs(ids, 0, 1, num, ids.numel())
     _expect(pairs.counts, (num,), torch.int64)
     _expect(pairs.numbers, (num_tokens, top_k), torch.int64)
     x = torch.empty(num_tokens, hidden, dtype=dtype, device=CUDA)
     results = of_layer(x, pairs)
     _expect(results, (num_tokens * top_k, hidden), dtype)
     weights = torch.empty(num_tokens, top_k, device=CUDA)
-    _expect(gather_sum(results, pairs.numbers, weights, None), (num_tokens, hidden), dtype)
+    summed = CudaBackend().gather_sum(results, pairs.numbers, weights)
+    _expect(summed, (num_tokens, hidden), dtype)
 
 
 def parts(
@@ -204,33 +154,16 @@ def parts(
     inner: int,
     kind: Kind = "plain",
 ) -> None:
-    """A layer's attention and an MLP as layers call them."""
+    """The products of a layer's attention, and its MLP."""
 
     def floats(*shape: int) -> Tensor:
         return torch.empty(shape, device=CUDA)
 
-    num_heads, num_kv_heads = heads
-    of_attention = CudaAttention(
-        AttentionWeights(
-            norm=floats(hidden),
-            eps=1e-6,
-            query_key_value=linear((num_heads + 2 * num_kv_heads) * dim, hidden, kind),
-            head_norms=floats(num_heads + num_kv_heads, dim),
-            output=linear(hidden, num_heads * dim, kind),
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=dim,
-            cos=floats(4096, 1, dim),
-            sin=floats(4096, 1, dim),
-            interleave=False,
-            params=AttentionParams(dim, dim**-0.5),
-        )
-    )
-    cache = KVCache(64, 16, num_kv_heads, dim, dim, torch.bfloat16, CUDA)
     x = torch.empty(num_tokens, hidden, dtype=torch.bfloat16, device=CUDA)
-    for adds_input in (False, True):
-        out = of_attention(x, cache, batch_of(num_tokens, 100, 1), adds_input=adds_input)
-        _expect(out, (num_tokens, hidden), torch.bfloat16)
+    projected = linear((heads[0] + 2 * heads[1]) * dim, hidden, kind)(x)
+    _expect(projected, (num_tokens, (heads[0] + 2 * heads[1]) * dim), torch.bfloat16)
+    attended = torch.empty(num_tokens, heads[0] * dim, dtype=torch.bfloat16, device=CUDA)
+    _expect(linear(hidden, heads[0] * dim, kind)(attended), (num_tokens, hidden), torch.bfloat16)
     gate, up, down = (linear(*each, kind) for each in ((inner, hidden),) * 2 + ((hidden, inner),))
     dense = Expert(gate=gate, up=up, down=down)
     scale = torch.empty(1, hidden, dtype=torch.bfloat16, device=CUDA)
@@ -242,7 +175,6 @@ FLOAT32 = torch.float32
 # By name, with sizes of: the paper's model (heads of 512), Qwen3 (normed heads), DeepSeek-V3
 # (latents), GPT-OSS (sinks and windows).
 CASES: dict[str, Callable[[], None]] = {
-    "rows of 7168": lambda: rows(64, 7168, 2048),
     "experts, decode": lambda: experts(64, 8, (32, 7168, 2048)),
     "experts, prompt": lambda: experts(8192, 8, (32, 7168, 2048)),
     "experts, paper": lambda: experts(128, 1, (1, 8192, 32768), is_gated=False),
@@ -266,8 +198,6 @@ CASES: dict[str, Callable[[], None]] = {
     "float8 product, decode": lambda: product(64, 1536, 7168, "float8"),
     "a float8 layer": lambda: parts(16, 2048, (32, 4), 128, 6144, "float8"),
     "a layer of Qwen3": lambda: parts(64, 2048, (32, 4), 128, 6144),
-    "rotation, Qwen3": lambda: turn(64, (32, 4), 128, 128, has_norms=True),
-    "rotation, DeepSeek": lambda: turn(64, (128, 1), 192, 64, interleave=True),
     "decode, paper": lambda: attend(batch_of(64, 2000, 1), (16, 16), (512, 512)),
     "decode, Qwen3": lambda: attend(batch_of(64, 8000, 1), (32, 4), (128, 128)),
     "decode, GPT-OSS": lambda: attend(
@@ -285,7 +215,6 @@ CASES: dict[str, Callable[[], None]] = {
     "decode in float32, paper": lambda: attend(
         batch_of(64, 2000, 1), (16, 16), (512, 512), FLOAT32
     ),
-    "float8 cache, rotation": lambda: turn(64, (32, 4), 128, 128, has_norms=True, is_float8=True),
     "float8 cache, decode, Qwen3": lambda: attend(
         batch_of(64, 8000, 1), (32, 4), (128, 128), is_float8=True
     ),

@@ -58,12 +58,20 @@ def _power(biased: Tensor) -> Tensor:
 
 def rounded_inputs(x: Tensor) -> Tensor:
     """x [num_rows, in_features] with each group of inputs rounded to float8 and widened again."""
+    return from_float8(*inputs_to_float8(x), x.dtype).flatten(1)[:, : x.shape[1]]
+
+
+def inputs_to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Round each group of inputs [num_rows, in_features] to float8; the last is padded with zeros.
+
+    Returns:
+        as `to_float8`, of [num_rows, num_groups, INPUTS_OF_SCALE].
+    """
     num_rows, num_inputs = x.shape
     missing = -num_inputs % INPUTS_OF_SCALE
     padded = F.pad(x, (0, missing)) if missing else x
     num_groups = padded.shape[1] // INPUTS_OF_SCALE
-    groups = padded.reshape(num_rows, num_groups, INPUTS_OF_SCALE)
-    return from_float8(*to_float8(groups), x.dtype).flatten(1)[:, :num_inputs]
+    return to_float8(padded.reshape(num_rows, num_groups, INPUTS_OF_SCALE))
 
 
 class RoundedLinear(Linear):

@@ -1,6 +1,6 @@
 """The paged KV cache of a data-parallel rank, and the indices with which a batch reads it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, Self
@@ -108,11 +108,36 @@ class KVCache:
         Returns:
             keys and values as they will be read: rounded if the cache is float8.
         """
-        places = slots // self.block_size, slots % self.block_size
-        return (
-            _put(self.keys, self.key_scales, places, keys),
-            _put(self.values, self.value_scales, places, values),
+        stored = self.store(slots, keys, values, to_float8)
+        if self.key_scales is None:
+            return keys, values
+        rounded_keys, rounded_values = (
+            from_float8(rows, scales, self.dtype) for rows, scales in stored
         )
+        return rounded_keys, rounded_values
+
+    def store(
+        self,
+        slots: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        narrow: Callable[[Tensor], Sequence[Tensor]],
+    ) -> list[Sequence[Tensor]]:
+        """Store new tokens' keys and values; return both as stored, with their scales.
+
+        Args:
+            slots, keys, values: see `write`.
+            narrow: rounds rows to float8, as `to_float8` does.
+        """
+        blocks, offsets = slots // self.block_size, slots % self.block_size
+        stored: list[Sequence[Tensor]] = []
+        for pages, rows in ((self.parts[::2], keys), (self.parts[1::2], values)):
+            is_wide = pages[1] is None or not rows.shape[-1]
+            stored.append((rows, rows) if is_wide else narrow(rows))
+            for page, part in zip(pages, stored[-1], strict=True):
+                if page is not None and rows.shape[-1]:
+                    page.transpose(1, 2).index_put_((blocks, offsets), part)
+        return stored
 
     def keys_at(self, slots: Tensor) -> Tensor:
         """Keys [num_slots, num_local_heads, key_dim] at some slots."""
@@ -147,21 +172,6 @@ class KVCache:
             from_float8(keys, gather(self.key_scales), self.dtype),
             from_float8(values, gather(self.value_scales), self.dtype),
         )
-
-
-def _put(
-    pages: Tensor, scales: Tensor | None, places: tuple[Tensor, Tensor], rows: Tensor
-) -> Tensor:
-    """Store rows [num_tokens, heads, dim] at blocks and offsets; return them as stored."""
-    blocks, offsets = places
-    if not rows.shape[-1]:
-        return rows
-    if scales is None:
-        pages[blocks, :, offsets] = rows
-        return rows
-    values, scale = to_float8(rows)
-    pages[blocks, :, offsets], scales[blocks, :, offsets] = values, scale
-    return from_float8(values, scale, rows.dtype)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -81,8 +81,6 @@ class Router:
         norm: the backend's `rms_norm`.
     """
 
-    route = staticmethod(route)
-
     def __init__(self, params: RouterParams, norm: Norm) -> None:
         self.params, self._norm = params, norm
 
@@ -99,4 +97,4 @@ class Router:
         """Top-k ids and weights [num_tokens, top_k] of normed tokens [num_tokens, hidden_size]."""
         params = self.params
         logits = F.linear(hidden.float(), params.weight, params.bias)
-        return self.route(logits, params.top_k, params.routing, params.correction_bias)
+        return route(logits, params.top_k, params.routing, params.correction_bias)

@@ -242,12 +242,12 @@ class TorchBackend(Bookkeeping):
         """
         values = values.tensor() if isinstance(values, RowParts) else values
         total = values.new_zeros((len(places), values.shape[1]), dtype=torch.float32)
-        for number, column in enumerate(places.unbind(1)):
-            there = (column >= 0).nonzero().squeeze(1)
-            rows = values[column[there]].float()
+        # Absent rows are masked, not left out: a GPU's host would have to wait for their number.
+        for number, column in enumerate(places.unbind(1) if len(values) else ()):
+            rows = values.index_select(0, column.clamp(min=0)).float()
             if weights is not None:
-                rows *= weights[there, number, None]
-            total.index_add_(0, there, rows)  # no row twice
+                rows = rows * weights.narrow(1, number, 1)
+            total = total + rows.masked_fill((column < 0).unsqueeze(1), 0)
         return total.to(values.dtype) if out is None else out.copy_(total)
 
     def sum_parts(self, rows: RowParts, num_parts: int) -> Tensor:

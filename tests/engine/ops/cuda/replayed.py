@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils._pytree import tree_flatten
 
+from expertlane.engine.ops import bookkeeping
 from expertlane.engine.ops.cuda import launch
 
 # Whose result's size, or value, the host would wait for.
@@ -39,8 +40,8 @@ class ReplayedGraphs:
     def capture(self, run, until):
         run()
         until(PASSED)
-        log = _Log()
-        with log, mock.patch.object(launch, "_run", launched):
+        log, by_torch = _Log(), mock.patch.object(bookkeeping, "stable_order", _stable_order)
+        with log, by_torch, mock.patch.object(launch, "_run", launched):
             run()
         self.num_recorded += 1
 
@@ -50,6 +51,11 @@ class ReplayedGraphs:
                 log.replay()
 
         return replay
+
+
+def _stable_order(values, num_values):
+    """As on a GPU: numpy sorts on a CPU, and is in no log."""
+    return torch.argsort(values, stable=True)
 
 
 class _Log(TorchDispatchMode):

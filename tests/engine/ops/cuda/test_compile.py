@@ -38,15 +38,9 @@ def test_attention_and_experts_of_decode_steps_keep_the_bounds():
     found = compiled("--only", "decode, Qwen3", "experts, decode")
     attention = [each for each in found if each["kernel"] == "_attention_kernel"]
     assert {each["target"] for each in attention} == {90, 100}
-    assert {each["kernel"] for each in found} >= {
-        "_grouped_kernel",
-        "_place_kernel",
-        "_gather_sum_kernel",
-        "_activation_kernel",
-        "_write_kernel",
-    }
     assert all(each["registers"] > 0 and each["shared_bytes"] >= 0 for each in found)
     multiply = {"_attention_kernel", "_grouped_kernel"}
+    assert {each["kernel"] for each in found} >= multiply
     assert {each["kernel"] for each in found if each["product"] == "mma"} == multiply
     assert all((each["kernel"] in multiply) == (each["rows"] > 0) for each in found)
 

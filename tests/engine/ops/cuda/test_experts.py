@@ -1,4 +1,4 @@
-"""Pairs by expert, grouped products and sums of the Triton kernels against torch's operations.
+"""Grouped products of the Triton kernels, alone and as experts, against torch's operations.
 
 Without a GPU they run in Triton's interpreter.
 """
@@ -14,7 +14,6 @@ pytest.importorskip("triton")
 
 from engine.ops.cuda.near import (
     DEVICE,
-    DTYPES,
     PRODUCT_DTYPES,
     assert_near,
     drawn,
@@ -25,63 +24,12 @@ from expertlane.engine.ops.cuda import grouped
 from expertlane.engine.ops.cuda.backend import CudaBackend
 from expertlane.engine.ops.cuda.matrices import Matrices
 from expertlane.engine.ops.cuda.parts import CudaExperts
-from expertlane.engine.ops.cuda.permute import gather_sum, group_pairs
 from expertlane.engine.ops.products import Activation, Expert, Linear, LoopedExperts
 from expertlane.engine.ops.torch_backend import TorchBackend
 
 pytestmark = needs_kernels
 
 OPS = TorchBackend()
-NUM_ROWS = st.sampled_from([0, 1, 3, 50])
-
-
-@settings(drawn, max_examples=15)
-@given(
-    num_rows=NUM_ROWS,
-    top_k=st.integers(1, 6),
-    first=st.integers(0, 3),
-    divisor=st.integers(1, 3),
-    num_groups=st.sampled_from([1, 5, 130]),
-    has_all=st.booleans(),
-    is_told=st.booleans(),
-    room=st.integers(0, 300),
-    seed=st.integers(0, 99),
-)
-def test_pairs_by_group(num_rows, top_k, first, divisor, num_groups, has_all, is_told, room, seed):
-    low, high = (first, first + divisor * num_groups) if has_all else (-1, 12)
-    generator = torch.Generator().manual_seed(seed)
-    wide = torch.randint(low, high, (num_rows, top_k + 1), generator=generator)
-    ids = wide.int().to(DEVICE)[:, :top_k]
-    expected = OPS.group_pairs(ids, first, divisor, num_groups)
-    num_pairs = None
-    if is_told:
-        num_pairs = min(len(expected.rows) + room, ids.numel())
-        expected = OPS.group_pairs(ids, first, divisor, num_groups, num_pairs)
-    found = group_pairs(ids, first, divisor, num_groups, num_pairs)
-    for name, value in vars(expected).items():
-        assert torch.equal(getattr(found, name), value), name
-        assert getattr(found, name).dtype is value.dtype
-
-
-@settings(drawn, max_examples=10)
-@given(
-    num_rows=NUM_ROWS,
-    num=st.integers(1, 5),
-    width=st.sampled_from([1, 48, 1100]),
-    dtype=DTYPES,
-    has_weights=st.booleans(),
-)
-def test_sums(num_rows, num, width, dtype, has_weights):
-    generator = torch.Generator().manual_seed(num)
-    values = random(dtype, 7, width + 1)[:, 1:]
-    places = torch.randint(-1, 7, (num_rows, num), generator=generator).to(DEVICE)
-    weights = random(torch.float32, num_rows, num) if has_weights else None
-    found = gather_sum(values, places, weights, None)
-    exact = OPS.gather_sum(values.float(), places, weights).to(dtype)
-    assert_near(found, exact, steps=2)
-    out = torch.empty(num_rows, 2 * width, dtype=dtype, device=DEVICE)[:, :width]
-    assert gather_sum(values, places, weights, out) is out
-    assert torch.equal(out, found)
 
 
 def make_experts(num, hidden, inner, dtype, *, is_gated, has_bias):

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton")
 
 from expertlane.engine.comm.transport import EpochEndedError
-from expertlane.engine.ops.cuda import attention, grouped, launch, permute
+from expertlane.engine.ops.cuda import attention, grouped, launch
 from expertlane.engine.ops.device import CudaGraphs
 
 GPU = torch.device("cuda", 0)
@@ -22,8 +22,6 @@ GPU = torch.device("cuda", 0)
         (attention._combine_kernel, {"num_rows", "num_splits"}),
         (grouped._grouped_kernel, {"num_rows"}),
         (grouped._sum_kernel, {"num_rows", "num_splits"}),
-        (permute._count_kernel, {"num_pairs", "num_tiles"}),
-        (permute._place_kernel, {"num_kept", "num_pairs", "num_tiles"}),
     ],
 )
 def test_no_kernel_is_compiled_anew_for_the_size_of_a_batch(kernel, sizes):

@@ -11,11 +11,9 @@ import triton
 from torch import Tensor
 
 from expertlane.engine.ops.bookkeeping import RowParts
+from expertlane.engine.ops.cuda import compiled
 from expertlane.engine.ops.cuda.flash import attend
-from expertlane.engine.ops.cuda.norm import add_rms_norm, rms_norm
 from expertlane.engine.ops.cuda.parts import CudaAttention, CudaExperts, CudaMlp, CudaNarrowLinear
-from expertlane.engine.ops.cuda.permute import gather_sum, group_pairs
-from expertlane.engine.ops.cuda.rotate import rotate, write
 from expertlane.engine.ops.device import CudaGraphs
 from expertlane.engine.ops.float8 import rounded_inputs
 from expertlane.engine.ops.kv_cache import AttentionParams, KVCache, PagedBatch
@@ -26,7 +24,6 @@ from expertlane.engine.ops.products import (
     Experts,
     GroupedExperts,
     Linear,
-    PairGroups,
     grouped_mm,
 )
 from expertlane.engine.ops.step import AttentionWeights, MlpWeights
@@ -36,7 +33,7 @@ from expertlane.schedule.plan import Batch
 
 
 class CudaBackend(TorchBackend):
-    """Paged attention, norms, rotation, sums, MLPs and experts by Triton kernels."""
+    """Attention, experts and narrow weights by Triton kernels; operations on rows compiled."""
 
     instructions = f"triton {triton.__version__}"
     adds_with_norm = True
@@ -71,11 +68,6 @@ class CudaBackend(TorchBackend):
         groups = grouped_mm if GroupedExperts.suits(held) else None
         return CudaExperts(held, activation, groups)
 
-    def group_pairs(
-        self, ids: Tensor, first: int, divisor: int, num_groups: int, num_pairs: int | None = None
-    ) -> PairGroups:
-        return group_pairs(ids, first, divisor, num_groups, num_pairs)
-
     def gather_sum(
         self,
         values: Tensor | RowParts,
@@ -84,7 +76,7 @@ class CudaBackend(TorchBackend):
         out: Tensor | None = None,
     ) -> Tensor:
         values = values.tensor() if isinstance(values, RowParts) else values
-        return gather_sum(values, places, weights, out)
+        return compiled.gather_sum(values, places, weights, out)
 
     def graphs(self) -> CudaGraphs:
         return CudaGraphs()
@@ -104,19 +96,19 @@ class CudaBackend(TorchBackend):
         batch: PagedBatch,
         params: AttentionParams,
     ) -> Tensor:
-        write(cache, batch.slots, key, value)
+        compiled.write(cache, batch.slots, key, value)
         return attend(query, cache, batch, params)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rms_norm(x, weight, eps)
+        return compiled.rms_norm(x, weight, eps)
 
     def add_rms_norm(
         self, x: Tensor, added: Tensor, weight: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        return add_rms_norm(x, added, weight, eps)
+        return compiled.add_rms_norm(x, added, weight, eps)
 
     def rotate_(self, x: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
-        return rotate(x, cos, sin, interleave=interleave)
+        return compiled.rotate(x, cos, sin, interleave=interleave)
 
 
 def why_not(device: torch.device) -> str:

@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from expertlane.engine.ops.cuda.float8 import in_float8, product_in_float8
+from expertlane.engine.ops.cuda.compiled import inputs_to_float8
+from expertlane.engine.ops.cuda.float8 import product_in_float8
 from expertlane.engine.ops.cuda.launch import (
     adjacent,
     is_padding,
@@ -32,6 +33,7 @@ from expertlane.engine.ops.cuda.launch import (
     stages_within,
 )
 from expertlane.engine.ops.cuda.matrices import Matrices
+from expertlane.engine.ops.float8 import FLOAT8
 from expertlane.spec.deployment import INPUTS_OF_SCALE
 
 _LEAST_STEPS = 4  # of a split
@@ -344,7 +346,8 @@ def _multiply(
         num_tiles = min(num_rows, matrices.num) + num_rows // tile.rows
     x_scales = None
     if matrices.takes_float8:
-        x, x_scales = in_float8(x, counts if from_rows is None else None)
+        values, x_scales = inputs_to_float8(x)
+        x = values.flatten(1).view(FLOAT8)
     launch(
         _grouped_kernel,
         (triton.cdiv(matrices.out_features, tile.columns), num_tiles, num_splits),

@@ -7,12 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from expertlane.engine.ops.cuda.activation import activate
+from expertlane.engine.ops.cuda.compiled import activate, norm_and_rotate, rms_norm, write
 from expertlane.engine.ops.cuda.flash import attend
 from expertlane.engine.ops.cuda.grouped import grouped_product
 from expertlane.engine.ops.cuda.matrices import Matrices, kind_of
-from expertlane.engine.ops.cuda.norm import rms_norm
-from expertlane.engine.ops.cuda.rotate import rotate_and_write
 from expertlane.engine.ops.kv_cache import KVCache, PagedBatch
 from expertlane.engine.ops.narrow import Mxfp4Weight, NarrowWeight
 from expertlane.engine.ops.products import (
@@ -127,7 +125,7 @@ class CudaExperts(Experts):
         else:
             inner = self._grouped(rows.index_select(0, pairs.rows), self._inner, pairs)
         is_gated = self.held[0].gate is not None
-        inner = activate(inner, self.activation, is_gated=is_gated, counts=counts)
+        inner = activate(inner, self.activation, is_gated=is_gated)
         if is_ours:
             order = pairs.order
             return grouped_product(inner, self._down, counts, num_pairs, to_rows=order, out=out)
@@ -152,7 +150,7 @@ class _Part:
 
 
 class CudaAttention(_Part):
-    """Multi-head or grouped-query attention in five launches, or six with a norm."""
+    """Multi-head or grouped-query attention, from hidden states to hidden states."""
 
     def __init__(self, weights: AttentionWeights) -> None:
         self._weights = weights
@@ -163,16 +161,11 @@ class CudaAttention(_Part):
         hidden = x if own.norm is None else rms_norm(x, own.norm, own.eps)
         heads = own.num_heads + 2 * own.num_kv_heads
         projected = own.query_key_value(hidden).view(x.shape[0], heads, own.head_dim)
-        query = rotate_and_write(
-            projected,
-            own.num_heads,
-            (batch.positions, own.cos, own.sin),
-            own.head_norms,
-            own.eps,
-            batch.slots,
-            cache,
-            interleave=own.interleave,
-        )
+        query_key, value = projected.split([heads - own.num_kv_heads, own.num_kv_heads], dim=1)
+        angles, norms = (batch.positions, own.cos, own.sin), own.head_norms
+        query_key = norm_and_rotate(query_key, *angles, norms, own.eps, interleave=own.interleave)
+        query, key = query_key.split([own.num_heads, own.num_kv_heads], dim=1)
+        write(cache, batch.slots, key, value)
         attended = attend(query, cache, batch, own.params).flatten(1)
         if not adds_input:
             return own.output(attended)
