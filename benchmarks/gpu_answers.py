@@ -180,9 +180,15 @@ def beside_vllm(parts: Parts) -> Answer:
 def waiting() -> list[tuple[str, str, str]]:
     """What waits, the part that runs it, and words of its tests; from docs/validation.md."""
     text = (ROOT / "docs" / "validation.md").read_text(encoding="utf-8")
-    section = text.partition(WAITING)[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (.+?) \| `(\w+)` \| ?(.*?) ?\|$", section, re.MULTILINE)
-    return [(what, part, words.replace("`", "").strip()) for what, part, words in rows]
+    section = text.partition(WAITING)[2].partition("\nNeither")[0]
+    of_parity, _, others = section.partition("\nOther parts:\n")
+    rows = [("parity", what) for what in re.findall(r"^- (.+)$", of_parity, re.MULTILINE)]
+    rows += re.findall(r"`(\w+)`: (.+?)(?=; `\w+`: |$)", others, re.MULTILINE)
+    words = [re.findall(r"\((`[\w., `]+`)\)", what) for _, what in rows]
+    return [
+        (what.partition(" (`")[0], part, ", ".join(of_what).replace("`", ""))
+        for (part, what), of_what in zip(rows, words, strict=True)
+    ]
 
 
 def of_waiting(parts: Parts) -> Iterator[Answer]:
