@@ -2,8 +2,8 @@
 
 import pytest
 
-from expertlane.cli.server_options import API_KEY
 from expertlane.cli.serve import _Options
+from expertlane.cli.server_options import API_KEY
 from expertlane.errors import UserError
 
 
