@@ -28,8 +28,7 @@ from expertlane.spec.deployment import (
     Options,
 )
 from expertlane.spec.layout import Layout
-from expertlane.spec.names import Phase, Stage, Traffic
-from expertlane.spec.sampling import SamplingParams, SamplingState
+from expertlane.spec.names import Phase, Stage
 
 FORMS = tuple(DISPATCH_FORMS)
 PHASES = (PREFILL, PREFILL + CHUNKS + DECODE, DECODE)
@@ -108,13 +107,11 @@ class Counting:
             for kernels in (ENGINE, WITHOUT_DUMMIES)
         ]
 
-    def check(self, plan, sampled=()):
+    def check(self, plan):
         """Records of a step, after comparing them to what is counted."""
         records = self._runner.collect(self._runner.submit(plan)).records
         routing = GivenRouting([record.topk_ids for record in records])
-        program, of_libraries = (
-            builder.build(plan, routing, sampled=sampled) for builder in self._builders
-        )
+        program, of_libraries = (builder.build(plan, routing) for builder in self._builders)
         self._compare(program, records)
         left_out = dict(FUSED) if self._model.latent is not None else {}
         if reduces_to_all(of_libraries):
@@ -287,25 +284,6 @@ def test_steps_without_tokens(pools):
     ):
         records = counting.check(replace(full, micro_batches=micro_batches))
     assert sum(record.num_collectives.sum() for record in records) > 0
-
-
-def test_sampled_sequences_gather_all_logits(pools):
-    """Only the data-parallel rank that has one; the other exchanges candidates."""
-    case, model = Case("dp=2,tp=4,ep=2", 8), MODELS["plain"]
-    counting = Counting(pools, model, case, options_of(case, "all_to_all", False))
-    plan = random_plan(np.random.default_rng(4), 2, 1, model.vocab_size, PREFILL, share_empty=0.0)
-    batches = tuple(
-        replace(batch, yields_token=np.ones(batch.num_seqs, dtype=bool))
-        for batch in plan.micro_batches[0]
-    )
-    sampled = int(batches[1].seq_ids[0])
-    nothing = np.zeros(1, dtype=np.int64)
-    state = SamplingState(SamplingParams(temperature=1.0), 0, nothing, nothing[:0])
-    plan = replace(plan, micro_batches=(batches,), admitted={sampled: state})
-    records = counting.check(plan, sampled={sampled})
-    metadata = [record.sent_bytes[Stage.COLLECTIVES, Traffic.METADATA].sum() for record in records]
-    assert all(metadata[:4])
-    assert not any(metadata[4:])
 
 
 def test_modes_by_number_of_tokens(pools):

@@ -60,7 +60,6 @@ def test_by_hand():
         num_cached=np.array([4, 9]),
         dp_rank=np.array([0, 1]),
         yields=np.array([True, False]),
-        needs_logits=np.zeros(2, dtype=bool),
     )
     # Experts 0 and 1 are rank 0's. Of rank 0's tokens one stays, two go to rank 1, one of them
     # with both choices; rank 1's token goes to both.

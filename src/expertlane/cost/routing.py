@@ -467,7 +467,6 @@ def choose_routing(
     trace: Path | None,
     skew: float | None,
     seed: int = 0,
-    num_sampled_layers: int = NUM_SAMPLED_LAYERS,
 ) -> RoutingChoice:
     """A trace, else experts whose popularity falls with their rank to the power of -`skew`.
 
@@ -476,7 +475,6 @@ def choose_routing(
     Args:
         skew: exponent of the power law; None for the model's usual one and its bounds, and beside
             a trace.
-        num_sampled_layers: for a power law; see `PowerLawRouting.of`.
 
     Raises:
         UserError: both are given, or the trace is damaged, empty or of other sizes.
@@ -485,7 +483,7 @@ def choose_routing(
     if trace is None:
         bounds, likeness = (SKEW_BOUNDS, LIKENESS) if skew is None else (None, 0.0)
         skew = model.usual_skew if skew is None else skew
-        source = PowerLawRouting.of(model, skew, seed, num_sampled_layers, bounds, likeness)
+        source = PowerLawRouting.of(model, skew, seed, NUM_SAMPLED_LAYERS, bounds, likeness)
         words = (
             f"expert popularity by Zipf's law, exponent {skew:g}, in a random order per layer"
             if skew

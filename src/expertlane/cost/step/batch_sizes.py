@@ -1,6 +1,6 @@
 """Tokens, sequences, positions and query-key pairs of ranks in a part of a micro-batch."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Self
@@ -138,7 +138,6 @@ class PartSizes:
         num_new, num_cached: [S]; new tokens, and positions in the cache before them.
         dp_rank: [S].
         yields: [S]; whether a next token is chosen for the sequence.
-        needs_logits: [dp]; whether a rank's sequences ask for more than the likeliest token.
         num_drafts: of each decoding sequence, tokens beside its last one that were guessed and
             go through the model to be verified; they are in `num_new`.
     """
@@ -149,7 +148,6 @@ class PartSizes:
     num_cached: Ints
     dp_rank: Ints
     yields: npt.NDArray[np.bool_]
-    needs_logits: npt.NDArray[np.bool_]
     block_size: int = 16
     num_drafts: int = 0
 
@@ -158,20 +156,14 @@ class PartSizes:
         cls,
         batches: Sequence[Batch],
         tp: int,
-        sampled: Collection[int] = (),
         block_size: int = 16,
         num_drafts: int = 0,
     ) -> "PartSizes":
         """The sizes of the same part of every data-parallel rank's batch, [dp].
 
         Args:
-            sampled: sequences that ask for more than their likeliest token.
             num_drafts: drafts added to every decode of the batches.
         """
-        needs = [
-            bool(sampled) and not set(sampled).isdisjoint(batch.yielding_seq_ids)
-            for batch in batches
-        ]
         num_new = np.concatenate([batch.num_scheduled_tokens for batch in batches])
         yields = np.concatenate([batch.yields_token for batch in batches])
         return cls(
@@ -181,7 +173,6 @@ class PartSizes:
             num_cached=np.concatenate([batch.num_computed_tokens for batch in batches]),
             dp_rank=np.repeat(np.arange(len(batches)), [batch.num_seqs for batch in batches]),
             yields=yields,
-            needs_logits=np.array(needs),
             block_size=block_size,
             num_drafts=num_drafts,
         )
@@ -210,7 +201,6 @@ class PartSizes:
             num_cached=np.full(len(dp_rank), num_cached, dtype=np.int64),
             dp_rank=dp_rank,
             yields=np.ones(len(dp_rank), dtype=np.bool_),
-            needs_logits=np.zeros(dp, dtype=np.bool_),
             num_drafts=num_drafts,
         )
 
@@ -260,11 +250,6 @@ class PartSizes:
     def _tokens(self) -> Ints:
         """[dp]; new tokens."""
         return self._sum(self.num_new)
-
-    @property
-    def asks_logits(self) -> npt.NDArray[np.bool_]:
-        """[R]; `needs_logits` of each rank's data-parallel rank."""
-        return self.needs_logits.repeat(self.tp)
 
     @cached_property
     def tokens(self) -> Ints:
@@ -438,11 +423,6 @@ class Scenarios:
         """[S]; owned tokens that yield a next one, on average, rounded up."""
         owned: Ints = -(-self.num_yielding // self.tp)
         return owned
-
-    @property
-    def asks_logits(self) -> npt.NDArray[np.bool_]:
-        """[S]; all False: no sequence asks for more than its likeliest token."""
-        return np.zeros(self.size, dtype=np.bool_)
 
     def attention(self, window: int | None, rate: int = 1) -> AttentionSizes:
         """Sizes under a window; see `PartSizes.attention`."""

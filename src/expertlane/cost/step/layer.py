@@ -436,17 +436,8 @@ def head_steps(out: StepWriter, model: ModelConfig, part: TokenSizes) -> None:
         model.hidden_size,
         dtype=None if types.narrow_head else types.kept,
     )
-    needs_logits = part.asks_logits
     logits_bytes = num_seqs * vocab * (_LOGIT_BYTES + types.activation_bytes)
     out.memory(Stage.HEAD, logits_bytes + num_seqs * vocab * _LOGIT_BYTES, out.kernels.argmax)
-    # Of all logits the vocabulary is the rows; of candidates the sequences are.
-    out.all_gather(
-        Stage.COLLECTIVES,
-        "tp",
-        np.where(needs_logits, vocab, num_seqs),
-        np.where(needs_logits, num_seqs * _LOGIT_BYTES, 0),
-        np.where(needs_logits, 0, _CANDIDATE_BYTES),
-    )
+    out.all_gather(Stage.COLLECTIVES, "tp", num_seqs, 0, _CANDIDATE_BYTES)
     if out.mesh.layout.tp > 1:
-        gathered = np.where(needs_logits, model.vocab_size * _LOGIT_BYTES, _CANDIDATE_BYTES)
-        out.memory(Stage.HEAD, num_seqs * gathered, out.kernels.best)
+        out.memory(Stage.HEAD, num_seqs * _CANDIDATE_BYTES, out.kernels.best)

@@ -5,7 +5,7 @@ Their counters are added up as the engine's records have them.
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
@@ -161,20 +161,18 @@ class ProgramBuilder:
         routing: RoutingSource,
         *,
         first_token: int = 0,
-        sampled: Collection[int] = (),
     ) -> StepProgram:
         """The programs of a step.
 
         Args:
             first_token: tokens computed before, from which the routing goes on.
-            sampled: sequences that ask for more than their likeliest token, at this step.
         """
         by_micro_batch: list[tuple[DispatchForm, list[PartSizes]]] = []
         for micro_batch in plan.micro_batches:
             mode = self._mode(micro_batch, plan.phase)
             by_dp_rank = [batch.split(1 + mode.overlap) for batch in micro_batch]
             parts = [
-                PartSizes.of(batches, self.layout.tp, sampled, self.block_size, self.num_drafts)
+                PartSizes.of(batches, self.layout.tp, self.block_size, self.num_drafts)
                 for batches in zip(*by_dp_rank, strict=True)
                 if any(batch.num_tokens for batch in batches)
             ]
