@@ -97,16 +97,16 @@ class _SlurmScript:
         self.serving, self.engine = serving, serving.engine
         self.started = pool_starts(serving, lambda number: f"{mark}{number}{mark}")
         self.host = re.compile(f"{mark}([0-9]+){mark}")
+        self.num_servers = sum(len(each.servers) for each in self.started)
+        self.router = RouterStart(())
+        if self.num_servers > 1:
+            self.router = router_start(self.engine, self.started)
 
     def text(self) -> str:
         """The text of the script."""
         urls = [server.place.url for each in self.started for server in each.servers]
-        router, front = RouterStart(()), urls[0]
         first_host = self.started[0].servers[0].place.hosts[0]
-        if len(urls) > 1:
-            router = router_start(self.engine, self.started)
-            if router.argv:
-                front = f"http://{first_host}:{ROUTER_PORT}"
+        front = f"http://{first_host}:{ROUTER_PORT}" if self.router.argv else urls[0]
         filters: dict[str, Callable[[Any], Any]] = {
             "shell": self._word,
             "in_quotes": lambda url: self.host.sub(r"${hosts[\1]}", url),
@@ -120,7 +120,7 @@ class _SlurmScript:
             "num_devices": max(map(_devices, self.started)),
             "pools": list(map(self._pool, self.started)),
             "urls": urls,
-            "router": router,
+            "router": self.router,
             "first_host": first_host,
             "front": front,
         }
@@ -128,12 +128,10 @@ class _SlurmScript:
 
     def _about(self) -> list[str]:
         """Lines of the comment at the head of the script."""
-        engine, num = self.engine, sum(len(each.servers) for each in self.started)
-        lines = _origin(self.serving)
-        if num > 1 and engine.router is not None:
-            router = engine.router
+        lines, router = _origin(self.serving), self.engine.router
+        if self.num_servers > 1 and router is not None:
             lines.append(f"The router: pip install {router.package}=={router.version}")
-        if num > 1 and not router_start(engine, self.started).argv:
+        if self.num_servers > 1 and not self.router.argv:
             lines.append("Put any HTTP load balancer before the servers.")
         lines += _notes(each.servers[0] for each in self.started)
         lines.append("Whoever reaches these nodes can use the servers: they ask for no key.")

@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from expertlane.cost.throughput import Goals
 from expertlane.errors import UserError, naming
 from expertlane.results import file
 from expertlane.results.record import (
@@ -213,10 +214,5 @@ def _numbered(rows: Sequence[DeploymentRecord], row: str, words: Sequence[str]) 
 
 def _limits(question: Mapping[str, Any]) -> tuple[SLO, ...]:
     """Limits that a plan was made for; empty for a comparison."""
-    means = {"max_tpot_s": SLO("tpot", "mean", 1.0), "max_ttft_s": SLO("ttft", "mean", 1.0)}
-    found = [
-        replace(slo, limit_s=question[key])
-        for key, slo in means.items()
-        if question.get(key) is not None
-    ]
-    return *found, *(build(SLO, each, "question.slos") for each in question.get("slos", ()))
+    slos = tuple(build(SLO, each, "question.slos") for each in question.get("slos", ()))
+    return Goals(question.get("max_tpot_s"), question.get("max_ttft_s"), slos).all

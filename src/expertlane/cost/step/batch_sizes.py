@@ -238,6 +238,10 @@ class PartSizes:
             num_drafts=0,
         )
 
+    def total(self, of_seq: npt.NDArray[np.int64 | np.bool_]) -> Ints:
+        """[R]; the sum of a value [S] of each sequence over those of a rank."""
+        return self._for_ranks(self._sum(of_seq))
+
     def _sum(self, values: npt.NDArray[np.int64 | np.bool_]) -> Ints:
         """[dp]; sums of values [S] over each data-parallel rank's sequences."""
         return np.bincount(self.dp_rank, values, self.dp).astype(np.int64)  # exact under 2^53
@@ -301,10 +305,7 @@ class PartSizes:
 
     def latent_attention(self, latent: LatentAttention) -> tuple[AttentionSizes, AttentionSizes]:
         """Sizes of attention in the latent, and of prompts whose keys and values are expanded."""
-        is_expanded = takes_less_expanded(self.num_new, self.num_cached, latent)
-        is_expanded &= ~self._is_decode
-        in_latent = self.sizes(None, self._is_decode, ~self._is_decode & ~is_expanded)
-        return in_latent, self.sizes(None, np.zeros_like(is_expanded), is_expanded)
+        return _latent(self, latent, self._is_decode)
 
     def indexed_attention(self, indexer: Indexer) -> IndexedSizes:
         """Sizes of attention with an indexer."""
@@ -331,19 +332,8 @@ class PartSizes:
     ) -> AttentionSizes:
         """Sizes of chosen sequences, [S] each, under a window; see `pairs_and_positions`."""
         seen = pairs_and_positions(self.num_new, self.num_cached, window, block_size, rate)
-        pairs, positions = seen
-        decode_groups, prefill_groups = self._num_groups(is_decode, is_prefill)
-        return AttentionSizes(
-            decode_seqs=self._for_ranks(self._sum(is_decode)),
-            decode_positions=self._for_ranks(self._sum(positions * is_decode)),
-            prefill_seqs=self._for_ranks(self._sum(is_prefill)),
-            prefill_tokens=self._for_ranks(self._sum(self.num_new * is_prefill)),
-            prefill_pairs=self._for_ranks(self._sum(pairs * is_prefill)),
-            prefill_positions=self._for_ranks(self._sum(positions * is_prefill)),
-            num_decode_groups=decode_groups,
-            num_prefill_groups=prefill_groups,
-            num_queries=1 + self.num_drafts,
-        )
+        groups = self._num_groups(is_decode, is_prefill)
+        return _attention_sizes(self, seen, is_decode, is_prefill, groups)
 
     def _num_groups(
         self, is_decode: npt.NDArray[np.bool_], is_prefill: npt.NDArray[np.bool_]
@@ -431,10 +421,7 @@ class Scenarios:
 
     def latent_attention(self, latent: LatentAttention) -> tuple[AttentionSizes, AttentionSizes]:
         """Sizes in the latent and expanded; see `PartSizes.latent_attention`."""
-        is_decode = self.num_new == 1 + self.num_drafts
-        is_expanded = takes_less_expanded(self.num_new, self.num_cached, latent) & ~is_decode
-        in_latent = self.sizes(None, is_decode, ~is_decode & ~is_expanded)
-        return in_latent, self.sizes(None, np.zeros_like(is_expanded), is_expanded)
+        return _latent(self, latent, self.num_new == 1 + self.num_drafts)
 
     def indexed_attention(self, indexer: Indexer) -> IndexedSizes:
         """Sizes of attention with an indexer; see `PartSizes.indexed_attention`."""
@@ -450,23 +437,48 @@ class Scenarios:
     ) -> AttentionSizes:
         """Sizes of chosen sequences, [S] each, under a window; see `pairs_and_positions`."""
         seen = pairs_and_positions(self.num_new, self.num_cached, window, block_size, rate)
-        pairs, positions = seen
-        decodes, prompts = self.num_seqs * is_decode, self.num_seqs * is_prefill
-        return AttentionSizes(
-            decode_seqs=decodes,
-            decode_positions=decodes * positions,
-            prefill_seqs=prompts,
-            prefill_tokens=prompts * self.num_new,
-            prefill_pairs=prompts * pairs,
-            prefill_positions=prompts * positions,
-            num_decode_groups=int(decodes.any()),
-            num_prefill_groups=int(prompts.any()),
-            num_queries=1 + self.num_drafts,
-        )
+        groups = int((self.num_seqs * is_decode).any()), int((self.num_seqs * is_prefill).any())
+        return _attention_sizes(self, seen, is_decode, is_prefill, groups)
+
+    def total(self, of_seq: npt.NDArray[np.int64 | np.bool_]) -> Ints:
+        """[S]; the sum of a value [S] of each sequence over a data-parallel rank's."""
+        total: Ints = self.num_seqs * of_seq
+        return total
 
 
 # What steps ask of a part of a micro-batch: arrays over ranks, or over scenarios of one rank.
 TokenSizes = PartSizes | Scenarios
+
+
+def _attention_sizes(
+    part: TokenSizes,
+    seen: tuple[Ints, Ints],
+    is_decode: npt.NDArray[np.bool_],
+    is_prefill: npt.NDArray[np.bool_],
+    num_groups: tuple[int, int],
+) -> AttentionSizes:
+    """Sizes of a part's chosen sequences, from the pairs and positions that they see."""
+    pairs, positions = seen
+    return AttentionSizes(
+        decode_seqs=part.total(is_decode),
+        decode_positions=part.total(positions * is_decode),
+        prefill_seqs=part.total(is_prefill),
+        prefill_tokens=part.total(part.num_new * is_prefill),
+        prefill_pairs=part.total(pairs * is_prefill),
+        prefill_positions=part.total(positions * is_prefill),
+        num_decode_groups=num_groups[0],
+        num_prefill_groups=num_groups[1],
+        num_queries=1 + part.num_drafts,
+    )
+
+
+def _latent(
+    part: TokenSizes, latent: LatentAttention, is_decode: npt.NDArray[np.bool_]
+) -> tuple[AttentionSizes, AttentionSizes]:
+    """Sizes of a part's attention in the latent, and of prompts that are expanded."""
+    is_expanded = takes_less_expanded(part.num_new, part.num_cached, latent) & ~is_decode
+    in_latent = part.sizes(None, is_decode, ~is_decode & ~is_expanded)
+    return in_latent, part.sizes(None, np.zeros_like(is_expanded), is_expanded)
 
 
 def _indexed(part: TokenSizes, indexer: Indexer, is_decode: npt.NDArray[np.bool_]) -> IndexedSizes:
